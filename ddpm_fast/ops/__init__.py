@@ -1,0 +1,1 @@
+"""ddpm_fast.ops."""

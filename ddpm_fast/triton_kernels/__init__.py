@@ -1,0 +1,1 @@
+"""ddpm_fast.triton_kernels."""
