@@ -1,0 +1,310 @@
+"""Every op of the package as plain PyTorch: the specification that the kernels are tested against.
+
+Arithmetic is in float32 for float32 and half inputs, in float64 for float64 inputs, and is rounded once to the input's dtype at the end.
+Tables come from `NoiseSchedule.coefficients` and `SamplingPlan.table`. Equation numbers are those of the derivation in the README;
+Ho et al. 2020 is https://arxiv.org/abs/2006.11239.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import torch
+from torch import Tensor
+
+# Streams of the noise: the second word of the Philox counter. `reverse_step` draws with stream = its row of the plan.
+STREAM_X_T: Final = 0xFFFFFFFF  # the initial x_T of a sampler
+STREAM_Q_SAMPLE: Final = 0xFFFFFFFE  # the epsilon of q_sample and denoising_loss
+STREAM_SEEDS: Final = 0xFFFFFFFD  # sample_seeds
+
+# What a model predicts, and how it gives the variance of a reverse step: the integer codes that kernels take.
+PREDICTIONS: Final = ("epsilon", "sample", "v_prediction")
+VARIANCES: Final = ("fixed", "learned", "learned_range")
+
+
+# ---------------------------------------------------------------------------------------------------------------- noise
+
+
+def philox(seeds: Tensor, stream: int, first_block: int, num_blocks: int) -> Tensor:
+    """Random words of Philox4x32-10 (Salmon et al. 2011), keyed by sample.
+
+    Args:
+        seeds: int64 [N]; the 64 bits of each are a key.
+        stream: 0..2^32-1, the second word of the counter.
+        first_block, num_blocks: blocks first_block .. first_block + num_blocks - 1, the first word of the counter.
+
+    Returns:
+        int64 [N, num_blocks, 4] with values 0..2^32-1. Equal to `tl.randint4x(seed, block + (stream << 32))`.
+    """
+    mask = 0xFFFFFFFF
+    k0, k1 = (seeds & mask)[:, None], ((seeds >> 32) & mask)[:, None]  # [N, 1]
+    c0 = torch.arange(first_block, first_block + num_blocks, device=seeds.device)[None]  # [1, B]
+    c1, c2, c3 = torch.full_like(c0, stream), torch.zeros_like(c0), torch.zeros_like(c0)
+    for _ in range(10):
+        product_0, product_1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2  # wraps modulo 2^64, which keeps all the bits that are used
+        c0, c1, c2, c3 = (
+            ((product_1 >> 32) & mask) ^ c1 ^ k0,
+            product_1 & mask,
+            ((product_0 >> 32) & mask) ^ c3 ^ k1,
+            product_0 & mask,
+        )
+        k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
+    return torch.stack([c0, c1, c2, c3], dim=-1)
+
+
+def _fma(a: Tensor, b: Tensor | float, c: Tensor | float) -> Tensor:
+    """a * b + c in float32 with one rounding, as the processor's fused multiply-add does it.
+
+    The product is exact in float64. The sum is rounded to odd there (TwoSum gives its error), so that rounding it
+    to float32 afterwards rounds the exact value (Boldo and Melquiond 2008).
+    """
+    product = a.double() * torch.as_tensor(b, dtype=torch.float32, device=a.device)  # constants are float32 too
+    addend = torch.as_tensor(c, dtype=torch.float32, device=a.device).double()
+    total = product + addend
+    part = total - product
+    error = (product - (total - part)) + (addend - part)
+    bits = total.view(torch.int64)
+    step = torch.where((error > 0) == (total > 0), 1, -1)
+    bits = torch.where((error != 0) & (bits & 1 == 0), bits + step, bits)
+    return bits.view(torch.float64).float()
+
+
+def _normal_pair(w0: Tensor, w1: Tensor) -> tuple[Tensor, Tensor]:
+    """Box-Muller: two words (int64, 0..2^32-1) to two float32 normals; every kernel repeats these operations in this order.
+
+    The radius comes from w0, the angle from w1. Each line is one correctly rounded float32 operation a value, so all
+    families agree to the last bit. The polynomials are minimax fits, good to 4e-8 relative.
+    """
+    # u in (0, 1]: 32 random bits; the half step keeps it off 0.
+    u = _fma(w0.float(), 2.0**-32, 2.0**-33)
+    # ln u = e ln 2 + ln(1 + f) with 1 + f in [sqrt(1/2), sqrt(2)).
+    bits = u.view(torch.int32)
+    e = (bits - 0x3F3504F3) >> 23
+    f = (bits - (e << 23)).view(torch.float32) - 1.0
+    p = _fma(f, 0.08700401, -0.14266932)
+    p = _fma(p, f, 0.14914508)
+    p = _fma(p, f, -0.16577652)
+    p = _fma(p, f, 0.199631)
+    p = _fma(p, f, -0.25001335)
+    p = _fma(p, f, 0.3333391)
+    p = _fma(p, f, -0.5)
+    ln_u = _fma(e.float(), 0.6931472, _fma(f * f, p, f))
+    radius = torch.sqrt((-2.0 * ln_u).double()).float()  # via float64: correctly rounded on every device
+    # Angle = (quadrant + g) quarter turns with g in [-1/2, 1/2).
+    quadrant = ((w1 + 0x20000000) & 0xFFFFFFFF) >> 30
+    g = (w1 - (quadrant << 30)).to(torch.int32).float() * 2.0**-30
+    g2 = g * g
+    s = _fma(g2, -0.004685972, 0.079712525)
+    s = _fma(s, g2, -0.64596665)
+    s = _fma(s, g2, 1.5707964) * g  # sin(pi/2 g)
+    c = _fma(g2, -0.02041453, 0.2536024)
+    c = _fma(c, g2, -1.2336977)
+    c = _fma(c, g2, 1.0)  # cos(pi/2 g)
+    odd = quadrant % 2 == 1
+    cosine, sine = torch.where(odd, s, c), torch.where(odd, c, s)
+    cosine = torch.where((quadrant == 1) | (quadrant == 2), -cosine, cosine)
+    sine = torch.where(quadrant >= 2, -sine, sine)
+    return radius * cosine, radius * sine
+
+
+def sample_seeds(seed: int, n: int, start: int = 0) -> Tensor:
+    """Seeds of samples start .. start + n - 1: words 0 and 1 of Philox block `start + i` under key `seed`. int64 [n]."""
+    key = torch.tensor([seed - (1 << 64) if seed >= 1 << 63 else seed])
+    words = philox(key, STREAM_SEEDS, start, n)[0]  # [n, 4]
+    return words[:, 0] | (words[:, 1] << 32)
+
+
+def noise(shape: Sequence[int], seeds: Tensor, stream: int, dtype: torch.dtype) -> Tensor:
+    """Standard normals; sample i is a function of (seeds[i], stream) alone.
+
+    Args:
+        shape: [N, ...], N = number of seeds.
+        seeds: int64 [N].
+        stream: 0..2^32-1.
+        dtype: a floating dtype; the float32 value is rounded to it.
+
+    Returns:
+        Contiguous [N, ...]. Element k of a sample, in C, H, W order, comes from word k % 4 of block k // 4.
+    """
+    numel = 1
+    for size in shape[1:]:
+        numel *= size
+    words = philox(seeds, stream, 0, -(-numel // 4))  # [N, B, 4]
+    n0, n1 = _normal_pair(words[..., 0], words[..., 1])
+    n2, n3 = _normal_pair(words[..., 2], words[..., 3])
+    normals = torch.stack([n0, n1, n2, n3], dim=-1).flatten(1)[:, :numel]  # [N, numel]
+    return normals.reshape(tuple(shape)).to(dtype)
+
+
+# -------------------------------------------------------------------------------------------------- forward process, loss
+
+
+def opmath(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that arithmetic runs in: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def per_sample(values: Tensor, like: Tensor) -> Tensor:
+    """[N] (or a scalar) shaped so that it broadcasts over `like` [N, ...], in the dtype that arithmetic runs in."""
+    return values.reshape(-1, *[1] * (like.dim() - 1)).to(opmath(like.dtype))
+
+
+def _epsilon(like: Tensor, noise_: Tensor | None, seeds: Tensor | None, stream: int) -> Tensor:
+    """The given noise, or the one that the seeds stand for, in the dtype that arithmetic runs in."""
+    if noise_ is not None:
+        return noise_.to(opmath(like.dtype))
+    assert seeds is not None
+    return noise(like.shape, seeds, stream, opmath(like.dtype))
+
+
+def q_sample(x_0: Tensor, t: Tensor, table: Tensor, noise: Tensor | None, seeds: Tensor | None) -> Tensor:
+    """x_t ~ q(x_t | x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I): derivation eq. 3 (Ho et al. eq. 4).
+
+    Args:
+        x_0: [N, ...]; t: int64 [N]; table: float32 [T, 2] of sqrt(abar_t), sqrt(1 - abar_t).
+        noise: epsilon, shaped like x_0; or None, and then seeds: int64 [N] draws it (stream STREAM_Q_SAMPLE).
+    """
+    signal, sigma = (per_sample(table[t, column], x_0) for column in (0, 1))
+    epsilon = _epsilon(x_0, noise, seeds, STREAM_Q_SAMPLE)
+    return (signal * x_0 + sigma * epsilon).to(x_0.dtype)
+
+
+def denoising_loss(
+    model_output: Tensor,
+    x_0: Tensor,
+    t: Tensor,
+    table: Tensor,
+    noise: Tensor | None,
+    seeds: Tensor | None,
+    prediction: int,
+) -> Tensor:
+    """|| target - model_output ||^2 averaged over each sample: derivation eq. 12 (Ho et al. eq. 14) and its x_0 and v forms.
+
+    Args:
+        model_output, x_0: [N, ...]; t, table, noise, seeds: as in `q_sample`.
+        prediction: index into PREDICTIONS. The target is epsilon, x_0, or v = sqrt(abar_t) epsilon - sqrt(1 - abar_t) x_0
+            (Salimans and Ho 2022).
+
+    Returns:
+        [N], in the dtype that arithmetic runs in.
+    """
+    wide = opmath(x_0.dtype)
+    if PREDICTIONS[prediction] == "sample":
+        target = x_0.to(wide)
+    else:
+        target = _epsilon(x_0, noise, seeds, STREAM_Q_SAMPLE)
+        if PREDICTIONS[prediction] == "v_prediction":
+            signal, sigma = (per_sample(table[t, column], x_0) for column in (0, 1))
+            target = signal * target - sigma * x_0
+    return (model_output.to(wide) - target).square().flatten(1).mean(dim=1)
+
+
+# ------------------------------------------------------------------------------------------------------- reverse process
+
+
+def reverse_step(
+    x_t: Tensor,
+    model_output: Tensor,
+    table: Tensor,
+    steps: Tensor,
+    noise: Tensor | None,
+    seeds: Tensor | None,
+    x_0_prev: Tensor | None,
+    guidance_scale: float | None,
+    variance: int,
+) -> tuple[Tensor, Tensor]:
+    """One step of any sampler: derivation eq. 13 (Ho et al. eq. 11, Algorithm 2) for the plan `ddpm_plan` without a clip.
+
+    x_0^ = clip(p x_t + q m),  x_{t-1} = k0 x_0^ + k1 x_t + k2 m + k3 x_0_prev + std z, with one row of the plan's table:
+    p, q, k0, k1, k2, k3, sigma, log beta, log beta~, clip.
+
+    Args:
+        x_t: [N, C, ...].
+        model_output: m, shaped like x_t; twice the channels where the variance is learned (prediction first); twice the
+            samples with guidance (conditional half first): m = m_u + guidance_scale (m_c - m_u) (Ho and Salimans 2022).
+        table: float32 [S, 10]; steps: int64, [N] or one element.
+        noise: z, shaped like x_t; or seeds: int64 [N], drawn with stream = step; may both be None where every sigma is 0.
+        x_0_prev: the previous step's x_0^, for multistep samplers.
+        variance: index into VARIANCES: std is sigma; or sigma exp(v / 2) with v the second half of the channels; or, with
+            f = (v + 1) / 2, sigma exp((f log beta + (1 - f) log beta~) / 2) (Nichol and Dhariwal 2021 eq. 15).
+
+    Returns:
+        x_{t-1} and x_0^, both in x_t's dtype.
+    """
+    wide = opmath(x_t.dtype)
+    rows = table[steps.reshape(-1)]  # [N or 1, 10]
+    p, q, k0, k1, k2, k3, sigma, log_beta, log_beta_tilde, clip = (per_sample(column, x_t) for column in rows.unbind(1))
+    x, m = x_t.to(wide), model_output.to(wide)
+    if guidance_scale is not None:
+        conditional, unconditional = m.chunk(2)
+        m = unconditional + guidance_scale * (conditional - unconditional)
+        if VARIANCES[variance] != "fixed":  # the variance is the conditional one
+            m = torch.cat([m[:, : x.shape[1]], conditional[:, x.shape[1] :]], dim=1)
+    std = sigma
+    if VARIANCES[variance] != "fixed":
+        m, v = m.chunk(2, dim=1)
+        if VARIANCES[variance] == "learned_range":
+            f = (v + 1) / 2
+            v = f * log_beta + (1 - f) * log_beta_tilde
+        std = sigma * torch.exp(0.5 * v)
+    x_0 = torch.minimum(torch.maximum(p * x + q * m, -clip), clip)
+    x_prev = k0 * x_0 + k1 * x + k2 * m
+    if x_0_prev is not None:
+        x_prev = x_prev + k3 * x_0_prev.to(wide)
+    if noise is not None:
+        x_prev = x_prev + std * noise.to(wide)
+    elif seeds is not None:
+        streams = steps.reshape(-1).expand(x_t.shape[0]).tolist()
+        drawn = [_epsilon(x[i : i + 1], None, seeds[i : i + 1], stream) for i, stream in enumerate(streams)]
+        x_prev = x_prev + std * (torch.cat(drawn) if drawn else 0)
+    return x_prev.to(x_t.dtype), x_0.to(x_t.dtype)
+
+
+# ------------------------------------------------------------------------------------------------------------ group norm
+
+
+def group_norm_silu(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    scale_shift: Tensor | None,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """act(GroupNorm(x + shift) (1 + scale) + scale_shift), act = SiLU or nothing (Wu and He 2018; Dhariwal and Nichol 2021).
+
+    Args:
+        x: [N, C, ...]; num_groups divides C; weight, bias: [C]; shift, scale, scale_shift: [N, C].
+
+    Returns:
+        y shaped like x in its dtype; mean and 1 / sqrt(variance + eps), each [N, num_groups] in the dtype that arithmetic runs in.
+    """
+    n, channels = x.shape[:2]
+    wide = opmath(x.dtype)
+
+    def over_channels(value: Tensor) -> Tensor:  # [C] or [N, C] -> broadcastable over [N, C, ...]
+        return value.to(wide).reshape(-1, channels, *[1] * (x.dim() - 2))
+
+    h = x.to(wide)
+    if shift is not None:
+        h = h + over_channels(shift)
+    grouped = h.reshape(n, num_groups, -1)
+    mean = grouped.mean(dim=2)
+    variance = (grouped - mean[..., None]).square().mean(dim=2)
+    rstd = torch.rsqrt(variance + eps)
+    y = ((grouped - mean[..., None]) * rstd[..., None]).reshape(x.shape)
+    if weight is not None:
+        y = y * over_channels(weight)
+    if bias is not None:
+        y = y + over_channels(bias)
+    if scale is not None:
+        y = y * (1 + over_channels(scale))
+    if scale_shift is not None:
+        y = y + over_channels(scale_shift)
+    if silu:
+        y = torch.nn.functional.silu(y)
+    return y.to(x.dtype), mean, rstd

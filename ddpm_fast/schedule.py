@@ -1,0 +1,235 @@
+"""The noise schedule: betas in float64, and every coefficient of the derivation that follows from them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class NoiseSchedule:
+    """beta_0 .. beta_{T-1} and what derives from them, as float64 tensors of length T on the CPU. Immutable.
+
+    The paper counts t = 1..T, the code t = 0..T-1. Build one with `linear`, `scaled_linear`, `cosine`, `sigmoid`,
+    `sigmoid_betas` or `from_betas`. Equations are those of the derivation in the README; Ho et al. 2020 in brackets.
+
+    Attributes:
+        betas: variances of the forward steps q(x_t | x_{t-1}), each in (0, 1]: eq. 1 (Ho et al. eq. 2).
+        name: what built it; `to_config` has the parameters.
+    """
+
+    def __init__(self, betas: Tensor, name: str = "from_betas", parameters: dict[str, Any] | None = None) -> None:
+        if betas.dim() != 1 or betas.numel() == 0 or not betas.is_floating_point():
+            raise ValueError(
+                f"NoiseSchedule: expected betas to be a floating tensor of shape [T], T >= 1, got {betas.dtype} {list(betas.shape)}"
+            )
+        betas = betas.detach().to("cpu", torch.float64, copy=True)
+        if not bool(((betas > 0) & (betas <= 1)).all()):
+            raise ValueError(
+                f"NoiseSchedule: expected every beta in (0, 1], got values from {betas.min():.6g} to {betas.max():.6g}"
+            )
+        self.betas = betas
+        self.name = name
+        self._parameters = dict(parameters or {})
+        self._coefficients: dict[torch.device, Tensor] = {}
+
+    # ------------------------------------------------------------------------------------------------------ builders
+
+    @classmethod
+    def linear(
+        cls,
+        num_timesteps: int = 1000,
+        beta_start: float = 1e-4,
+        beta_end: float = 0.02,
+        *,
+        scale_to_num_timesteps: bool = False,
+    ) -> NoiseSchedule:
+        """Evenly spaced betas (Ho et al. 2020, section 4).
+
+        Args:
+            scale_to_num_timesteps: multiply both ends by 1000 / T, as improved-diffusion does, so that x_T is noise for
+                any T. Off, the ends are taken as they are, as diffusers does; then a T far below 1000 leaves signal in x_T.
+        """
+        _check_num_timesteps("linear", num_timesteps)
+        scale = 1000 / num_timesteps if scale_to_num_timesteps else 1.0
+        betas = torch.linspace(beta_start * scale, beta_end * scale, num_timesteps, dtype=torch.float64)
+        return cls(betas, "linear", _parameters(locals()))
+
+    @classmethod
+    def scaled_linear(cls, num_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> NoiseSchedule:
+        """Evenly spaced square roots of beta ("quad" in Ho et al.'s code; latent diffusion)."""
+        _check_num_timesteps("scaled_linear", num_timesteps)
+        betas = torch.linspace(beta_start**0.5, beta_end**0.5, num_timesteps, dtype=torch.float64).square()
+        return cls(betas, "scaled_linear", _parameters(locals()))
+
+    @classmethod
+    def cosine(cls, num_timesteps: int = 1000, s: float = 0.008, max_beta: float = 0.999) -> NoiseSchedule:
+        """abar(u) = cos^2((u + s) / (1 + s) pi / 2), u = t / T (Nichol and Dhariwal 2021, eq. 17); betas capped at max_beta."""
+        _check_num_timesteps("cosine", num_timesteps)
+
+        def alpha_bar(u: Tensor) -> Tensor:
+            return torch.cos((u + s) / (1 + s) * (math.pi / 2)).square()
+
+        return cls(_betas_from_alpha_bar(alpha_bar, num_timesteps, max_beta), "cosine", _parameters(locals()))
+
+    @classmethod
+    def sigmoid(
+        cls, num_timesteps: int = 1000, start: float = -3.0, end: float = 3.0, tau: float = 1.0, max_beta: float = 0.999
+    ) -> NoiseSchedule:
+        """abar falls along a sigmoid from 1 to 0 (Jabri et al. 2022; denoising-diffusion-pytorch's default)."""
+        _check_num_timesteps("sigmoid", num_timesteps)
+        first, last = (torch.tensor(v / tau, dtype=torch.float64).sigmoid() for v in (start, end))
+
+        def alpha_bar(u: Tensor) -> Tensor:
+            return (last - torch.sigmoid((u * (end - start) + start) / tau)) / (last - first)
+
+        return cls(_betas_from_alpha_bar(alpha_bar, num_timesteps, max_beta), "sigmoid", _parameters(locals()))
+
+    @classmethod
+    def sigmoid_betas(cls, num_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> NoiseSchedule:
+        """The betas themselves rise along a sigmoid from -6 to 6 (GeoDiff, Xu et al. 2022; "sigmoid" in diffusers)."""
+        _check_num_timesteps("sigmoid_betas", num_timesteps)
+        ramp = torch.linspace(-6, 6, num_timesteps, dtype=torch.float64).sigmoid()
+        return cls(ramp * (beta_end - beta_start) + beta_start, "sigmoid_betas", _parameters(locals()))
+
+    @classmethod
+    def from_betas(cls, betas: Tensor | Sequence[float]) -> NoiseSchedule:
+        """Any betas in (0, 1], T of them."""
+        return cls(torch.as_tensor(betas, dtype=torch.float64))
+
+    def rescale_zero_terminal_snr(self) -> NoiseSchedule:
+        """The schedule with sqrt(abar) shifted and scaled so that abar_{T-1} = 0 and abar_0 stays (Lin et al. 2023, Algorithm 1).
+
+        x_T then holds no signal, so the noise cannot tell x_0: plans for it need prediction "sample" or "v_prediction".
+        """
+        first, last = self.sqrt_alpha_bars[0], self.sqrt_alpha_bars[-1]
+        if first == last:
+            raise ValueError("NoiseSchedule.rescale_zero_terminal_snr: expected a schedule of at least 2 timesteps, got 1")
+        alpha_bars = ((self.sqrt_alpha_bars - last) * (first / (first - last))).square()
+        previous = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bars[:-1]])
+        return NoiseSchedule(1 - alpha_bars / previous)
+
+    # --------------------------------------------------------------------------------------------------- coefficients
+
+    @property
+    def num_timesteps(self) -> int:
+        """T."""
+        return self.betas.numel()
+
+    @cached_property
+    def alphas(self) -> Tensor:
+        """alpha_t = 1 - beta_t: eq. 2."""
+        return 1 - self.betas
+
+    @cached_property
+    def alpha_bars(self) -> Tensor:
+        """abar_t = prod_{s <= t} alpha_s: eq. 2, used in eq. 3."""
+        return self.alphas.cumprod(0)
+
+    @cached_property
+    def alpha_bars_prev(self) -> Tensor:
+        """abar_{t-1}, and 1 at t = 0: eq. 6-8."""
+        return torch.cat([torch.ones(1, dtype=torch.float64), self.alpha_bars[:-1]])
+
+    @cached_property
+    def sqrt_alpha_bars(self) -> Tensor:
+        """sqrt(abar_t), the weight of x_0 in x_t: eq. 3 (Ho et al. eq. 4)."""
+        return self.alpha_bars.sqrt()
+
+    @cached_property
+    def sqrt_one_minus_alpha_bars(self) -> Tensor:
+        """sqrt(1 - abar_t), the weight of epsilon in x_t: eq. 3 (Ho et al. eq. 4)."""
+        return (1 - self.alpha_bars).sqrt()
+
+    @cached_property
+    def sqrt_recip_alphas(self) -> Tensor:
+        """1 / sqrt(alpha_t): eq. 13 (Ho et al. eq. 11)."""
+        return self.alphas.rsqrt()
+
+    @cached_property
+    def posterior_mean_coef_x_0(self) -> Tensor:
+        """sqrt(abar_{t-1}) beta_t / (1 - abar_t), the weight of x_0 in mu~_t: eq. 7 (Ho et al. eq. 7)."""
+        return self.alpha_bars_prev.sqrt() * self.betas / (1 - self.alpha_bars)
+
+    @cached_property
+    def posterior_mean_coef_x_t(self) -> Tensor:
+        """sqrt(alpha_t) (1 - abar_{t-1}) / (1 - abar_t), the weight of x_t in mu~_t: eq. 7 (Ho et al. eq. 7)."""
+        return self.alphas.sqrt() * (1 - self.alpha_bars_prev) / (1 - self.alpha_bars)
+
+    @cached_property
+    def posterior_variance(self) -> Tensor:
+        """beta~_t = (1 - abar_{t-1}) / (1 - abar_t) beta_t, 0 at t = 0: eq. 8 (Ho et al. eq. 7)."""
+        return (1 - self.alpha_bars_prev) / (1 - self.alpha_bars) * self.betas
+
+    @cached_property
+    def posterior_log_variance(self) -> Tensor:
+        """ln beta~_t, with t = 0, where beta~ is 0, given the value of t = 1 (Nichol and Dhariwal 2021's code)."""
+        variance = self.posterior_variance
+        return torch.cat([variance[1:2] if self.num_timesteps > 1 else self.betas[:1], variance[1:]]).log()
+
+    @cached_property
+    def snr(self) -> Tensor:
+        """Signal-to-noise ratio abar_t / (1 - abar_t) (Kingma et al. 2021)."""
+        return self.alpha_bars / (1 - self.alpha_bars)
+
+    def coefficients(self, device: torch.device | str = "cpu") -> Tensor:
+        """The table that `q_sample` and `denoising_loss` gather from: float32 [T, 2] of sqrt(abar_t), sqrt(1 - abar_t).
+
+        Computed in float64, rounded once, kept per device.
+        """
+        device = torch.device(device)
+        if device not in self._coefficients:
+            table = torch.stack([self.sqrt_alpha_bars, self.sqrt_one_minus_alpha_bars], dim=1)
+            self._coefficients[device] = table.to(device, torch.float32)
+        return self._coefficients[device]
+
+    # ----------------------------------------------------------------------------------------------------------- files
+
+    def to_config(self) -> dict[str, Any]:
+        """What `from_config` needs to build this schedule again, as JSON types."""
+        if self.name == "from_betas":
+            return {"name": self.name, "betas": self.betas.tolist()}
+        return {"name": self.name, **self._parameters}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> NoiseSchedule:
+        """The schedule that `to_config` described. ValueError for a name that is not a builder of this class."""
+        parameters = dict(config)
+        name = parameters.pop("name", None)
+        if name not in BUILDERS:
+            raise ValueError(f"NoiseSchedule.from_config: expected name to be one of {', '.join(BUILDERS)}, got {name!r}")
+        builder: Callable[..., NoiseSchedule] = getattr(cls, name)
+        return builder(**parameters)
+
+    def __repr__(self) -> str:
+        parameters = ", ".join(f"{k}={v}" for k, v in self._parameters.items()) or f"num_timesteps={self.num_timesteps}"
+        return f"NoiseSchedule.{self.name}({parameters})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, NoiseSchedule) and torch.equal(self.betas, other.betas)
+
+    def __hash__(self) -> int:
+        return hash((self.num_timesteps, float(self.betas[0]), float(self.betas[-1])))
+
+
+BUILDERS = ("linear", "scaled_linear", "cosine", "sigmoid", "sigmoid_betas", "from_betas")
+
+
+def _check_num_timesteps(builder: str, num_timesteps: int) -> None:
+    if num_timesteps < 1:
+        raise ValueError(f"NoiseSchedule.{builder}: expected num_timesteps to be at least 1, got {num_timesteps}")
+
+
+def _parameters(variables: dict[str, Any]) -> dict[str, Any]:
+    """The builder's arguments, out of its locals: those are the numbers and flags among them."""
+    return {k: v for k, v in variables.items() if isinstance(v, int | float) and k not in ("scale",)}
+
+
+def _betas_from_alpha_bar(alpha_bar: Callable[[Tensor], Tensor], num_timesteps: int, max_beta: float) -> Tensor:
+    """beta_t = 1 - abar((t + 1) / T) / abar(t / T), at most max_beta."""
+    edges = alpha_bar(torch.linspace(0, 1, num_timesteps + 1, dtype=torch.float64))  # [T + 1]
+    return (1 - edges[1:] / edges[:-1]).clamp(max=max_beta)
