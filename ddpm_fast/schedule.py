@@ -57,14 +57,21 @@ class NoiseSchedule:
         _check_num_timesteps("linear", num_timesteps)
         scale = 1000 / num_timesteps if scale_to_num_timesteps else 1.0
         betas = torch.linspace(beta_start * scale, beta_end * scale, num_timesteps, dtype=torch.float64)
-        return cls(betas, "linear", _parameters(locals()))
+        parameters = {
+            "num_timesteps": num_timesteps,
+            "beta_start": beta_start,
+            "beta_end": beta_end,
+            "scale_to_num_timesteps": scale_to_num_timesteps,
+        }
+        return cls(betas, "linear", parameters)
 
     @classmethod
     def scaled_linear(cls, num_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> NoiseSchedule:
         """Evenly spaced square roots of beta ("quad" in Ho et al.'s code; latent diffusion)."""
         _check_num_timesteps("scaled_linear", num_timesteps)
         betas = torch.linspace(beta_start**0.5, beta_end**0.5, num_timesteps, dtype=torch.float64).square()
-        return cls(betas, "scaled_linear", _parameters(locals()))
+        parameters = {"num_timesteps": num_timesteps, "beta_start": beta_start, "beta_end": beta_end}
+        return cls(betas, "scaled_linear", parameters)
 
     @classmethod
     def cosine(cls, num_timesteps: int = 1000, s: float = 0.008, max_beta: float = 0.999) -> NoiseSchedule:
@@ -74,7 +81,8 @@ class NoiseSchedule:
         def alpha_bar(u: Tensor) -> Tensor:
             return torch.cos((u + s) / (1 + s) * (math.pi / 2)).square()
 
-        return cls(_betas_from_alpha_bar(alpha_bar, num_timesteps, max_beta), "cosine", _parameters(locals()))
+        parameters = {"num_timesteps": num_timesteps, "s": s, "max_beta": max_beta}
+        return cls(_betas_from_alpha_bar(alpha_bar, num_timesteps, max_beta), "cosine", parameters)
 
     @classmethod
     def sigmoid(
@@ -87,14 +95,16 @@ class NoiseSchedule:
         def alpha_bar(u: Tensor) -> Tensor:
             return (last - torch.sigmoid((u * (end - start) + start) / tau)) / (last - first)
 
-        return cls(_betas_from_alpha_bar(alpha_bar, num_timesteps, max_beta), "sigmoid", _parameters(locals()))
+        parameters = {"num_timesteps": num_timesteps, "start": start, "end": end, "tau": tau, "max_beta": max_beta}
+        return cls(_betas_from_alpha_bar(alpha_bar, num_timesteps, max_beta), "sigmoid", parameters)
 
     @classmethod
     def sigmoid_betas(cls, num_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> NoiseSchedule:
         """The betas themselves rise along a sigmoid from -6 to 6 (GeoDiff, Xu et al. 2022; "sigmoid" in diffusers)."""
         _check_num_timesteps("sigmoid_betas", num_timesteps)
         ramp = torch.linspace(-6, 6, num_timesteps, dtype=torch.float64).sigmoid()
-        return cls(ramp * (beta_end - beta_start) + beta_start, "sigmoid_betas", _parameters(locals()))
+        parameters = {"num_timesteps": num_timesteps, "beta_start": beta_start, "beta_end": beta_end}
+        return cls(ramp * (beta_end - beta_start) + beta_start, "sigmoid_betas", parameters)
 
     @classmethod
     def from_betas(cls, betas: Tensor | Sequence[float]) -> NoiseSchedule:
@@ -222,11 +232,6 @@ BUILDERS = ("linear", "scaled_linear", "cosine", "sigmoid", "sigmoid_betas", "fr
 def _check_num_timesteps(builder: str, num_timesteps: int) -> None:
     if num_timesteps < 1:
         raise ValueError(f"NoiseSchedule.{builder}: expected num_timesteps to be at least 1, got {num_timesteps}")
-
-
-def _parameters(variables: dict[str, Any]) -> dict[str, Any]:
-    """The builder's arguments, out of its locals: those are the numbers and flags among them."""
-    return {k: v for k, v in variables.items() if isinstance(v, int | float) and k not in ("scale",)}
 
 
 def _betas_from_alpha_bar(alpha_bar: Callable[[Tensor], Tensor], num_timesteps: int, max_beta: float) -> Tensor:

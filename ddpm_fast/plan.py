@@ -1,0 +1,252 @@
+"""A sampler as a table: one row of coefficients a step. A new sampler is a new table, never a new kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Final, Literal
+
+import torch
+from torch import Tensor
+
+from .reference import PREDICTIONS, VARIANCES
+from .schedule import NoiseSchedule
+
+Spacing = Literal["leading", "trailing", "linspace"]
+Prediction = Literal["epsilon", "sample", "v_prediction"]
+Variance = Literal["fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range"]
+
+COLUMNS: Final = ("p", "q", "k0", "k1", "k2", "k3", "sigma", "log_beta", "log_beta_tilde", "clip")
+_FIXED_VARIANCES: Final = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log")
+
+
+@dataclass(frozen=True, eq=False)
+class SamplingPlan:
+    """What `reverse_step` does at each step of a sampler. Build one with `ddpm_plan` or `ddim_plan`.
+
+    Row 0 is the first step executed, from the largest timestep.
+
+    Attributes:
+        schedule: the noise schedule that the plan samples from.
+        timesteps: int64 [S] on the CPU, strictly descending: what the model is given as t.
+        coefficients: float64 [S, 10] on the CPU, columns COLUMNS: x_0^ = clip(p x_t + q m), then
+            x_{t-1} = k0 x_0^ + k1 x_t + k2 m + k3 x_0_prev + std z. `clip` is infinite where there is none.
+        prediction: what the model's output m is: "epsilon", "sample" (x_0) or "v_prediction".
+        variance: "fixed" (std is sigma) or "learned", "learned_range" (m has variance channels, see `reverse_step`).
+    """
+
+    schedule: NoiseSchedule
+    timesteps: Tensor
+    coefficients: Tensor
+    prediction: Prediction
+    variance: Literal["fixed", "learned", "learned_range"]
+    _on_device: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.prediction not in PREDICTIONS:
+            raise ValueError(f"SamplingPlan: expected prediction to be one of {', '.join(PREDICTIONS)}, got {self.prediction!r}")
+        if self.variance not in VARIANCES:
+            raise ValueError(f"SamplingPlan: expected variance to be one of {', '.join(VARIANCES)}, got {self.variance!r}")
+        if self.coefficients.shape != (self.num_steps, len(COLUMNS)):
+            raise ValueError(
+                f"SamplingPlan: expected coefficients of shape [{self.num_steps}, {len(COLUMNS)}], got {list(self.coefficients.shape)}"
+            )
+        usable = torch.isfinite(self.coefficients[:, : COLUMNS.index("clip")])
+        if not bool(usable.all()):
+            row, column = (int(i) for i in (~usable).nonzero()[0])
+            raise ValueError(
+                f"SamplingPlan: coefficient {COLUMNS[column]} is not finite at timestep {int(self.timesteps[row])}: with zero "
+                f'terminal SNR x_T holds no signal, so the model must predict "sample" or "v_prediction", got {self.prediction!r}'
+            )
+
+    @property
+    def num_steps(self) -> int:
+        """S."""
+        return self.timesteps.numel()
+
+    def table(self, device: torch.device | str = "cpu") -> Tensor:
+        """`coefficients` rounded once to float32, [S, 10], kept per device."""
+        return self._tensors(device)[0]
+
+    def steps(self, device: torch.device | str = "cpu") -> Tensor:
+        """int64 [S] = 0 .. S - 1, kept per device: `steps(device)[i]` is a step that needs no copy from the host."""
+        return self._tensors(device)[1]
+
+    def _tensors(self, device: torch.device | str) -> tuple[Tensor, Tensor]:
+        device = torch.device(device)
+        if device not in self._on_device:
+            steps = torch.arange(self.num_steps, device=device)
+            self._on_device[device] = (self.coefficients.to(device, torch.float32), steps)
+        return self._on_device[device]
+
+
+def ddpm_plan(
+    schedule: NoiseSchedule,
+    num_steps: int | None = None,
+    *,
+    spacing: Spacing | Sequence[int] = "leading",
+    prediction: Prediction = "epsilon",
+    variance: Variance = "fixed_small",
+    clip: float | None = 1.0,
+) -> SamplingPlan:
+    """Ancestral sampling: derivation eq. 13 (Ho et al. 2020, Algorithm 2), through the posterior of eq. 6-8.
+
+    Between timesteps t and s < t of a strided plan alpha = abar_t / abar_s and beta = 1 - alpha (Nichol and Dhariwal 2021,
+    section 4), s being the true previous timestep of the plan. The last step gives the mean, without noise.
+
+    Args:
+        num_steps: S, at most T; None takes every timestep.
+        spacing: which timesteps: "leading", "trailing" or "linspace" (as in Lin et al. 2023, Table 2), or a strictly
+            descending sequence of them.
+        prediction: what the model predicts.
+        variance: sigma^2 is beta~ ("fixed_small"), beta ("fixed_large"), or the model's ("learned", "learned_range"). The
+            forms with "_log" are the same numbers.
+        clip: x_0^ is clamped to [-clip, clip]; None leaves it, and then a step is eq. 13 to the letter.
+
+    Raises:
+        ValueError: an argument out of its range, or epsilon prediction on a schedule with zero terminal SNR.
+    """
+    if variance not in (*_FIXED_VARIANCES, "learned", "learned_range"):
+        known = ", ".join((*_FIXED_VARIANCES, "learned", "learned_range"))
+        raise ValueError(f"ddpm_plan: expected variance to be one of {known}, got {variance!r}")
+    path = _Path("ddpm_plan", schedule, num_steps, spacing, prediction, clip)
+    k0 = path.abar_prev.sqrt() * path.beta / (1 - path.abar)
+    k1 = path.alpha.sqrt() * (1 - path.abar_prev) / (1 - path.abar)
+    beta_tilde = (1 - path.abar_prev) / (1 - path.abar) * path.beta
+    if variance in ("fixed_small", "fixed_small_log"):
+        sigma = beta_tilde.sqrt()
+    elif variance in ("fixed_large", "fixed_large_log"):
+        sigma = path.beta.sqrt()
+    else:
+        sigma = torch.ones_like(path.beta)
+    sigma[-1] = 0
+    kind: Literal["fixed", "learned", "learned_range"]
+    kind = "learned" if variance == "learned" else "learned_range" if variance == "learned_range" else "fixed"
+    return path.plan(k0=k0, k1=k1, k2=torch.zeros_like(k0), sigma=sigma, beta_tilde=beta_tilde, variance=kind)
+
+
+def ddim_plan(
+    schedule: NoiseSchedule,
+    num_steps: int | None = 50,
+    *,
+    spacing: Spacing | Sequence[int] = "leading",
+    prediction: Prediction = "epsilon",
+    eta: float = 0.0,
+    clip: float | None = 1.0,
+    use_clipped_model_output: bool = False,
+) -> SamplingPlan:
+    """DDIM (Song et al. 2021, eq. 12 and 16): deterministic for eta = 0, the variance of ancestral sampling for eta = 1.
+
+    Args:
+        num_steps, spacing, prediction, clip: as in `ddpm_plan`.
+        eta: scales sigma; at least 0.
+        use_clipped_model_output: derive epsilon again from the clipped x_0^ (guided-diffusion's way) rather than take the
+            model's own (diffusers' default). The same thing without a clip.
+    """
+    if not eta >= 0:
+        raise ValueError(f"ddim_plan: expected eta to be at least 0, got {eta}")
+    path = _Path("ddim_plan", schedule, num_steps, spacing, prediction, clip)
+    beta_tilde = (1 - path.abar_prev) / (1 - path.abar) * path.beta
+    sigma = eta * beta_tilde.sqrt()
+    if bool((sigma.square() > 1 - path.abar_prev).any()):
+        raise ValueError(f"ddim_plan: expected eta to leave sigma_t^2 at most 1 - abar_prev at every step, got {eta}")
+    direction = (1 - path.abar_prev - sigma.square()).sqrt()  # the weight of epsilon^ in x_prev
+    if use_clipped_model_output:  # epsilon^ = (x_t - sqrt(abar) x_0^) / sqrt(1 - abar)
+        k0 = path.abar_prev.sqrt() - direction * path.signal / path.noise
+        k1, k2 = direction / path.noise, torch.zeros_like(direction)
+    else:
+        k0 = path.abar_prev.sqrt()
+        from_x_t, from_m = path.epsilon_weights()
+        k1, k2 = direction * from_x_t, direction * from_m
+    return path.plan(k0=k0, k1=k1, k2=k2, sigma=sigma, beta_tilde=beta_tilde, variance="fixed")
+
+
+class _Path:
+    """The timesteps of a plan and what every sampler needs at each: float64 [S] tensors, in the order of execution."""
+
+    def __init__(
+        self,
+        caller: str,
+        schedule: NoiseSchedule,
+        num_steps: int | None,
+        spacing: Spacing | Sequence[int],
+        prediction: Prediction,
+        clip: float | None,
+    ) -> None:
+        if prediction not in PREDICTIONS:
+            raise ValueError(f"{caller}: expected prediction to be one of {', '.join(PREDICTIONS)}, got {prediction!r}")
+        if clip is not None and not clip > 0:
+            raise ValueError(f"{caller}: expected clip to be positive or None, got {clip}")
+        self.schedule, self.prediction, self.clip = schedule, prediction, clip
+        self.timesteps = _timesteps(caller, schedule.num_timesteps, num_steps, spacing)
+        self.abar = schedule.alpha_bars[self.timesteps]
+        self.abar_prev = torch.cat([self.abar[1:], torch.ones(1, dtype=torch.float64)])
+        self.alpha = self.abar / self.abar_prev
+        self.beta = 1 - self.alpha
+        self.signal, self.noise = self.abar.sqrt(), (1 - self.abar).sqrt()  # x_t = signal x_0 + noise epsilon
+
+    def x_0_weights(self) -> tuple[Tensor, Tensor]:
+        """p and q of x_0^ = p x_t + q m: derivation eq. 3 solved for x_0."""
+        if self.prediction == "epsilon":
+            return 1 / self.signal, -self.noise / self.signal
+        if self.prediction == "sample":
+            return torch.zeros_like(self.signal), torch.ones_like(self.signal)
+        return self.signal, -self.noise
+
+    def epsilon_weights(self) -> tuple[Tensor, Tensor]:
+        """The weights of x_t and m in epsilon^."""
+        if self.prediction == "epsilon":
+            return torch.zeros_like(self.signal), torch.ones_like(self.signal)
+        if self.prediction == "sample":
+            return 1 / self.noise, -self.signal / self.noise
+        return self.noise, self.signal
+
+    def plan(
+        self,
+        *,
+        k0: Tensor,
+        k1: Tensor,
+        k2: Tensor,
+        sigma: Tensor,
+        beta_tilde: Tensor,
+        variance: Literal["fixed", "learned", "learned_range"],
+    ) -> SamplingPlan:
+        p, q = self.x_0_weights()
+        if self.clip is None:
+            # Nothing nonlinear stands between m and x_prev: fold x_0^ away in float64. For DDPM this gives
+            # k1 = 1 / sqrt(alpha), k2 = -beta / (sqrt(alpha) sqrt(1 - abar)): eq. 13, free of p's cancellation at large t.
+            k0, k1, k2 = torch.zeros_like(k0), k1 + k0 * p, k2 + k0 * q
+        clip = torch.full_like(k0, torch.inf if self.clip is None else self.clip)
+        log_beta, log_beta_tilde = self.beta.log(), beta_tilde.clamp(min=1e-20).log()
+        columns = [p, q, k0, k1, k2, torch.zeros_like(k0), sigma, log_beta, log_beta_tilde, clip]
+        return SamplingPlan(self.schedule, self.timesteps, torch.stack(columns, dim=1), self.prediction, variance)
+
+
+def _timesteps(caller: str, total: int, num_steps: int | None, spacing: Spacing | Sequence[int]) -> Tensor:
+    """int64 [S], strictly descending; the three named spacings round as diffusers does."""
+    if not isinstance(spacing, str):
+        timesteps = torch.as_tensor(spacing)
+        descending = timesteps.dim() == 1 and timesteps.numel() > 0 and bool((timesteps.diff() < 0).all())
+        if not descending or timesteps.is_floating_point() or timesteps[0] >= total or timesteps[-1] < 0:
+            raise ValueError(
+                f"{caller}: expected spacing to be strictly descending timesteps in 0..{total - 1}, got {timesteps.tolist()}"
+            )
+        if num_steps not in (None, timesteps.numel()):
+            raise ValueError(f"{caller}: expected num_steps to be None or {timesteps.numel()}, as spacing lists, got {num_steps}")
+        return timesteps.to("cpu", torch.int64)
+    if num_steps is None:
+        num_steps = total
+    if not isinstance(num_steps, int) or not 1 <= num_steps <= total:
+        raise ValueError(f"{caller}: expected num_steps to be an integer in 1..{total}, got {num_steps!r}")
+    count = torch.arange(num_steps, dtype=torch.float64)
+    if spacing == "leading":
+        ascending = count * (total // num_steps)
+    elif spacing == "trailing":
+        ascending = (total - count * (total / num_steps)).round().flip(0) - 1
+    elif spacing == "linspace":
+        ascending = torch.linspace(0, total - 1, num_steps, dtype=torch.float64).round()
+    else:
+        raise ValueError(
+            f'{caller}: expected spacing to be "leading", "trailing", "linspace" or a sequence of timesteps, got {spacing!r}'
+        )
+    return ascending.flip(0).to(torch.int64)
