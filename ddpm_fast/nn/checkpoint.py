@@ -1,0 +1,112 @@
+"""Networks on disk, in diffusers' folder layout: config.json and diffusion_pytorch_model.safetensors."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from ddpm_fast.nn.config import UNetConfig
+
+_CONFIG = "config.json"
+_WEIGHTS = "diffusion_pytorch_model.safetensors"
+_LEGACY_WEIGHTS = "diffusion_pytorch_model.bin"
+_CLASS_NAME = "UNet2DModel"  # what diffusers calls this network
+
+# Attention's names before diffusers 0.12, as in Google's published DDPMs.
+_LEGACY_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+_LEGACY_PATTERN = re.compile(r"(\.attentions\.\d+\.)(query|key|value|proj_attn)(?=\.(?:weight|bias)$)")
+
+
+def load_checkpoint(path: str | os.PathLike[str]) -> tuple[UNetConfig, dict[str, Tensor]]:
+    """Reads a network's configuration and weights, without running any code that the files might hold.
+
+    Args:
+        path: a network's folder, or a pipeline's folder that holds it in unet/ or at its root.
+
+    Returns:
+        The configuration, and the weights on the CPU in their stored dtype under their present names.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"from_pretrained: expected path to be a folder with {_CONFIG} and {_WEIGHTS} "
+            f"(models on a hub must be downloaded first), got {os.fspath(path)!r}"
+        )
+    if (folder / "unet").is_dir():
+        folder = folder / "unet"
+    return _read_config(folder), _read_weights(folder)
+
+
+def save_checkpoint(path: str | os.PathLike[str], config: UNetConfig, weights: Mapping[str, Tensor]) -> None:
+    """Writes a network's folder; `load_checkpoint` finds what was there before or what is written now, never a mixture."""
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    # Two files cannot be replaced at once: a configuration, once there, stays, and only the weights are replaced.
+    new = not (folder / _CONFIG).exists()
+    if not new and (present := _read_config(folder).to_dict()) != config.to_dict():
+        changed = ", ".join(key for key, value in config.to_dict().items() if present[key] != value)
+        raise ValueError(
+            f"save_pretrained: expected path to be free or to hold a network of the same configuration, "
+            f"got {os.fspath(path)!r} which differs in {changed}"
+        )
+    with replacing(folder / _WEIGHTS) as temporary:
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+        safetensors.torch.save_file(tensors, temporary, metadata={"format": "pt"})
+    if new:
+        with replacing(folder / _CONFIG) as temporary:
+            text = json.dumps({"_class_name": _CLASS_NAME} | config.to_dict(), indent=2)
+            temporary.write_text(text + "\n", encoding="utf-8")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives a temporary name to write to; on leaving, what was written takes the place of `path` in one step.
+
+    Whenever the process or the machine stops, `path` holds all of the old or all of the new bytes.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")  # one name: what a killed process left is overwritten
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    if os.name == "posix":  # the rename itself is durable once the folder is
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _read_config(folder: Path) -> UNetConfig:
+    file = folder / _CONFIG
+    if not file.is_file():
+        raise FileNotFoundError(f"from_pretrained: expected {_CONFIG} in {os.fspath(folder)!r}, which has none")
+    values = json.loads(file.read_text(encoding="utf-8"))
+    name = values.get("_class_name", _CLASS_NAME)
+    if name != _CLASS_NAME:
+        raise ValueError(f"from_pretrained: expected {os.fspath(file)!r} to describe a {_CLASS_NAME}, got {name!r}")
+    return UNetConfig.from_dict(values)
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    weights: dict[str, Tensor]
+    if (folder / _WEIGHTS).is_file():
+        weights = safetensors.torch.load_file(folder / _WEIGHTS)
+    elif (folder / _LEGACY_WEIGHTS).is_file():
+        weights = torch.load(folder / _LEGACY_WEIGHTS, map_location="cpu", weights_only=True)
+    else:
+        raise FileNotFoundError(
+            f"from_pretrained: expected {_WEIGHTS} or {_LEGACY_WEIGHTS} in {os.fspath(folder)!r}, which has neither"
+        )
+    return {_LEGACY_PATTERN.sub(lambda m: m[1] + _LEGACY_NAMES[m[2]], name): tensor for name, tensor in weights.items()}

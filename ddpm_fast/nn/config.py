@@ -1,0 +1,132 @@
+"""What a U-Net is made of: diffusers' `UNet2DModel` configuration keys, their defaults, and what is supported."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+# Ho et al. (2020), appendix B: the CIFAR-10 network (35,746,307 parameters), attention at 16x16.
+CIFAR10_32: dict[str, Any] = {
+    "sample_size": 32,
+    "block_out_channels": [128, 256, 256, 256],
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+    "downsample_padding": 0,
+    "flip_sin_to_cos": False,
+    "freq_shift": 1,
+    "attention_head_dim": None,
+    "norm_eps": 1e-6,
+}
+# The network of the same paper for 256x256 CelebA-HQ and LSUN (113,673,219 parameters), attention at 16x16.
+HO_256: dict[str, Any] = CIFAR10_32 | {
+    "sample_size": 256,
+    "block_out_channels": [128, 128, 256, 256, 512, 512],
+    "down_block_types": ["DownBlock2D"] * 4 + ["AttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "AttnUpBlock2D"] + ["UpBlock2D"] * 4,
+}
+
+# Keys of which only these values are supported. The rest of what diffusers offers here is not part of a DDPM's U-Net.
+_SUPPORTED: dict[str, tuple[Any, ...]] = {
+    "time_embedding_type": ("positional",),
+    "mid_block_type": ("UNetMidBlock2D",),
+    "downsample_padding": (0, 1),
+    "downsample_type": ("conv",),
+    "upsample_type": ("conv",),
+    "act_fn": ("silu", "swish"),
+    "resnet_time_scale_shift": ("default", "scale_shift"),
+    "class_embed_type": (None,),
+}
+_DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D")
+_UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UNetConfig:
+    """A checked configuration; names, meanings and defaults are those of diffusers' `UNet2DModel`."""
+
+    sample_size: int | Sequence[int] | None = None  # height and width the network was made for; not enforced
+    in_channels: int = 3
+    out_channels: int = 3  # 2 * in_channels where the variance is learned
+    center_input_sample: bool = False  # the input is in [0, 1]: map it to [-1, 1] first
+    time_embedding_type: str = "positional"
+    time_embedding_dim: int | None = None  # None: 4 * block_out_channels[0]
+    freq_shift: int = 0  # Ho et al.: 1
+    flip_sin_to_cos: bool = True  # the embedding is (cos, sin); Ho et al.: False
+    down_block_types: Sequence[str] = ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D")
+    mid_block_type: str = "UNetMidBlock2D"
+    up_block_types: Sequence[str] = ("AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D")
+    block_out_channels: Sequence[int] = (224, 448, 672, 896)  # highest resolution first
+    layers_per_block: int = 2  # on the way down; one more on the way up
+    mid_block_scale_factor: float = 1.0  # divides the output of every layer of the middle block
+    downsample_padding: int = 1  # 0: pad the right and the bottom only, as Ho et al.
+    downsample_type: str = "conv"
+    upsample_type: str = "conv"
+    dropout: float = 0.0
+    act_fn: str = "silu"
+    attention_head_dim: int | None = 8  # channels of one head; None: a single head, as Ho et al.
+    norm_num_groups: int = 32
+    attn_norm_num_groups: int | None = None  # middle block's attention; None: norm_num_groups, or no norm in scale_shift
+    norm_eps: float = 1e-5  # Ho et al.: 1e-6
+    resnet_time_scale_shift: str = "default"
+    add_attention: bool = True  # in the middle block
+    class_embed_type: str | None = None
+    num_class_embeds: int | None = None  # number of classes + 1: the last is "no label"
+    num_train_timesteps: int | None = None  # recorded only
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> UNetConfig:
+        """Reads the keys of a config.json; those that begin with "_" are diffusers' bookkeeping and are left out."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        values = {key: value for key, value in values.items() if not key.startswith("_")}
+        for key in values:
+            if key not in known:
+                raise ValueError(f"UNet: unknown configuration key {key!r}; expected one of {', '.join(known)}")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every key, as JSON types."""
+        values = dataclasses.asdict(self)
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if isinstance(value := getattr(self, field.name), list):
+                object.__setattr__(self, field.name, tuple(value))
+        for key, supported in _SUPPORTED.items():
+            _expect(self, key, getattr(self, key) in supported, " or ".join(map(repr, supported)))
+        for key in ("in_channels", "out_channels", "layers_per_block", "norm_num_groups"):
+            _expect(self, key, _is_positive_int(getattr(self, key)), "a positive int")
+        for key in ("time_embedding_dim", "attention_head_dim", "attn_norm_num_groups", "num_class_embeds"):
+            value = getattr(self, key)
+            _expect(self, key, value is None or _is_positive_int(value), "None or a positive int")
+        _expect(self, "dropout", 0 <= self.dropout < 1, "in [0, 1)")
+        _expect(self, "mid_block_scale_factor", self.mid_block_scale_factor > 0, "positive")
+        _expect(self, "norm_eps", self.norm_eps > 0, "positive")
+
+        channels = self.block_out_channels
+        _expect(self, "block_out_channels", len(channels) > 0 and all(map(_is_positive_int, channels)), "positive ints")
+        _expect(self, "block_out_channels", channels[0] % 2 == 0, "even first (sine and cosine halves)")
+        divisible = all(c % self.norm_num_groups == 0 for c in channels)
+        _expect(self, "block_out_channels", divisible, f"multiples of norm_num_groups = {self.norm_num_groups}")
+        if (groups := self.attn_norm_num_groups) is not None:
+            _expect(self, "attn_norm_num_groups", channels[-1] % groups == 0, f"a divisor of {channels[-1]}")
+        for key, supported in (("down_block_types", _DOWN_BLOCKS), ("up_block_types", _UP_BLOCKS)):
+            types = getattr(self, key)
+            _expect(self, key, all(t in supported for t in types), f"made of {' and '.join(supported)}")
+            _expect(self, key, len(types) == len(channels), f"{len(channels)} types, one per block_out_channels")
+        if self.attention_head_dim is not None:
+            attended = {c for c, t in zip(channels, self.down_block_types, strict=True) if t == "AttnDownBlock2D"}
+            attended |= {c for c, t in zip(channels[::-1], self.up_block_types, strict=True) if t == "AttnUpBlock2D"}
+            attended |= {channels[-1]} if self.add_attention else set()
+            divides = all(c % self.attention_head_dim == 0 for c in attended)
+            _expect(self, "attention_head_dim", divides, f"None or a divisor of every attention width {sorted(attended)}")
+
+
+def _is_positive_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _expect(config: UNetConfig, key: str, holds: bool, wanted: str) -> None:
+    if not holds:
+        raise ValueError(f"UNet: expected {key} to be {wanted}, got {getattr(config, key)!r}")

@@ -1,0 +1,173 @@
+"""The U-Net's layers. Parameter names are diffusers'; `emb` is the time (and class) embedding *after* its SiLU."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ddpm_fast.ops import group_norm_silu
+
+
+def timestep_embedding(t: Tensor, dim: int, *, flip_sin_to_cos: bool = False, freq_shift: int = 1) -> Tensor:
+    """Sinusoidal position embedding of the timestep (Ho et al. 2020, appendix B; Vaswani et al. 2017).
+
+    Args:
+        t: timesteps, any real dtype, shape [N].
+        dim: width of the embedding, even.
+        flip_sin_to_cos: cosines first.
+        freq_shift: the lowest frequency is 10000^-((dim/2 - 1) / (dim/2 - freq_shift)).
+
+    Returns:
+        float32 [N, dim]: half precision cannot hold t * frequency for t ~ 1000.
+    """
+    half = dim // 2
+    exponents = torch.arange(half, dtype=torch.float32, device=t.device) * (-math.log(10000.0) / (half - freq_shift))
+    angles = t.float()[:, None] * exponents.exp()  # [N, dim / 2]
+    sin, cos = angles.sin(), angles.cos()
+    return torch.cat((cos, sin) if flip_sin_to_cos else (sin, cos), dim=1)
+
+
+class TimeEmbedding(nn.Module):
+    """Two-layer perceptron on the sinusoidal embedding: [N, in_dim] -> [N, out_dim]."""
+
+    def __init__(self, in_dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(in_dim, out_dim)
+        self.linear_2 = nn.Linear(out_dim, out_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.linear_2(F.silu(self.linear_1(x)))
+        return out
+
+
+class GroupNormSiLU(nn.GroupNorm):
+    """Group normalisation and what surrounds it in a U-Net, in one pass over memory: see `ddpm_fast.group_norm_silu`."""
+
+    def __init__(
+        self, num_groups: int, num_channels: int, eps: float, activation: Literal["silu"] | None = "silu"
+    ) -> None:
+        super().__init__(num_groups, num_channels, eps)
+        self.activation: Literal["silu"] | None = activation
+
+    def forward(
+        self, input: Tensor, shift: Tensor | None = None, scale_shift: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        return group_norm_silu(
+            input,
+            self.num_groups,
+            self.weight,
+            self.bias,
+            self.eps,
+            shift=shift,
+            scale_shift=scale_shift,
+            activation=self.activation,
+        )
+
+
+class ResnetBlock(nn.Module):
+    """norm, SiLU, conv, + time, norm, SiLU, conv, + input: [N, in_channels, H, W] -> [N, out_channels, H, W].
+
+    Time enters as a shift before the second norm ("default", Ho et al.) or as a scale and a shift after it
+    ("scale_shift", Nichol & Dhariwal 2021).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        emb_dim: int,
+        *,
+        num_groups: int,
+        eps: float,
+        dropout: float,
+        time_scale_shift: str,
+        output_scale_factor: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.scale_shift = time_scale_shift == "scale_shift"
+        self.dropout = dropout
+        self.output_scale_factor = output_scale_factor
+        self.norm1 = GroupNormSiLU(num_groups, in_channels, eps)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time_emb_proj = nn.Linear(emb_dim, 2 * out_channels if self.scale_shift else out_channels)
+        self.norm2 = GroupNormSiLU(num_groups, out_channels, eps)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        h = self.conv1(self.norm1(x))
+        time = self.time_emb_proj(emb)  # [N, out_channels] or [N, 2 * out_channels]
+        h = self.norm2(h, scale_shift=time.chunk(2, dim=1)) if self.scale_shift else self.norm2(h, shift=time)
+        if self.dropout > 0:
+            h = F.dropout(h, self.dropout, self.training)
+        h = self.conv2(h)
+        if self.conv_shortcut is not None:
+            x = self.conv_shortcut(x)
+        return _rescaled(x + h, self.output_scale_factor)
+
+
+class Attention(nn.Module):
+    """Self-attention over the pixels, with a residual connection: [N, C, H, W] -> [N, C, H, W]."""
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        head_dim: int | None,
+        num_groups: int | None,
+        eps: float,
+        output_scale_factor: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.num_heads = channels // head_dim if head_dim is not None else 1
+        self.output_scale_factor = output_scale_factor
+        self.group_norm = GroupNormSiLU(num_groups, channels, eps, activation=None) if num_groups is not None else None
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, height, width = x.shape
+        h = x if self.group_norm is None else self.group_norm(x)
+        h = h.flatten(2).transpose(1, 2)  # [N, HW, C]; a view when x is channels_last
+
+        def heads(projected: Tensor) -> Tensor:
+            return projected.view(n, height * width, self.num_heads, -1).transpose(1, 2)  # [N, heads, HW, C / heads]
+
+        h = F.scaled_dot_product_attention(heads(self.to_q(h)), heads(self.to_k(h)), heads(self.to_v(h)))
+        h = self.to_out[0](h.transpose(1, 2).flatten(2))  # [N, HW, C]
+        return _rescaled(x + h.transpose(1, 2).view(n, c, height, width), self.output_scale_factor)
+
+
+class Downsample(nn.Module):
+    """3x3 convolution of stride 2: [N, C, H, W] -> [N, C, H / 2, W / 2]; padding 0 pads right and bottom by one."""
+
+    def __init__(self, channels: int, padding: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
+        self.asymmetric = padding == 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.conv(F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x)
+        return out
+
+
+class Upsample(nn.Module):
+    """Every pixel twice in both directions, then a 3x3 convolution: [N, C, H, W] -> [N, C, 2 H, 2 W]."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return out
+
+
+def _rescaled(x: Tensor, factor: float) -> Tensor:
+    return x if factor == 1 else x / factor

@@ -1,0 +1,304 @@
+"""The U-Net of Ho et al. (2020): `UNet`, with the configuration keys and parameter names of diffusers' `UNet2DModel`."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ddpm_fast.nn.checkpoint import load_checkpoint, save_checkpoint
+from ddpm_fast.nn.config import UNetConfig
+from ddpm_fast.nn.layers import (
+    Attention,
+    Downsample,
+    GroupNormSiLU,
+    ResnetBlock,
+    TimeEmbedding,
+    Upsample,
+    timestep_embedding,
+)
+
+
+class UNet(nn.Module):
+    """Predicts the noise in x_t (or x_0, or v): eps_theta(x_t, t) of derivation eq. 12 and 13.
+
+    The keywords are diffusers' `UNet2DModel` configuration keys with diffusers' defaults, listed in `UNetConfig`; an unknown
+    key or an unsupported value raises a ValueError that names it. `CIFAR10_32` and `HO_256` are the networks of Ho et al.:
+    `UNet(**CIFAR10_32)`.
+
+    Weights start as in Ho et al.: Glorot uniform, biases zero, and zero for the last layer of every residual branch and for
+    the output convolution, so that a new network computes the identity along its skips and predicts 0.
+
+    Attributes:
+        config: every configuration key, JSON types.
+    """
+
+    def __init__(self, **config: Any) -> None:
+        super().__init__()
+        self._config = cfg = UNetConfig.from_dict(config)
+        self.config: dict[str, Any] = cfg.to_dict()
+        channels = list(cfg.block_out_channels)
+        emb_dim = cfg.time_embedding_dim or 4 * channels[0]
+
+        self.conv_in = nn.Conv2d(cfg.in_channels, channels[0], 3, padding=1)
+        self.time_embedding = TimeEmbedding(channels[0], emb_dim)
+        self.class_embedding = None if cfg.num_class_embeds is None else nn.Embedding(cfg.num_class_embeds, emb_dim)
+
+        # Widths of the skip connections in the order they are made; the way up takes them from the end.
+        skips = [channels[0]]
+        self.down_blocks = nn.ModuleList()
+        for i, block_type in enumerate(cfg.down_block_types):
+            last = i == len(channels) - 1
+            ins = [channels[max(i - 1, 0)]] + [channels[i]] * (cfg.layers_per_block - 1)
+            self.down_blocks.append(DownBlock(cfg, ins, channels[i], emb_dim, block_type == "AttnDownBlock2D", not last))
+            skips += [channels[i]] * (cfg.layers_per_block + (not last))
+
+        self.mid_block = MidBlock(cfg, channels[-1], emb_dim)
+
+        self.up_blocks = nn.ModuleList()
+        width = channels[-1]
+        for i, block_type in enumerate(cfg.up_block_types):
+            last = i == len(channels) - 1
+            out = channels[-1 - i]
+            ins = [w + skips.pop() for w in [width] + [out] * cfg.layers_per_block]
+            self.up_blocks.append(UpBlock(cfg, ins, out, emb_dim, block_type == "AttnUpBlock2D", not last))
+            width = out
+
+        self.conv_norm_out = GroupNormSiLU(cfg.norm_num_groups, channels[0], cfg.norm_eps)
+        self.conv_out = nn.Conv2d(channels[0], cfg.out_channels, 3, padding=1)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws new weights (see the class)."""
+        for module in self.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, ResnetBlock):
+                nn.init.zeros_(module.conv2.weight)
+            elif isinstance(module, Attention):
+                for projection in module.to_out:
+                    nn.init.zeros_(projection.weight)
+        nn.init.zeros_(self.conv_out.weight)
+
+    def forward(self, x: Tensor, t: Tensor | int, class_labels: Tensor | None = None) -> Tensor:
+        """Evaluates the network.
+
+        Args:
+            x: x_t, shape [N, in_channels, H, W], contiguous or channels_last; H and W multiples of
+                2^(len(block_out_channels) - 1). Cast to the weights' dtype.
+            t: timestep 0..T-1: an int, a tensor without dimensions, or shape [N].
+            class_labels: int64 [N], required by (and only by) a network with `num_class_embeds`.
+
+        Returns:
+            [N, out_channels, H, W] in the weights' dtype (under autocast: the autocast dtype).
+
+        Raises:
+            ValueError: a shape does not fit, or labels are missing or unexpected.
+        """
+        t = self._checked_timesteps(x, t, class_labels)
+        cfg = self._config
+        dtype = self.conv_in.weight.dtype
+        x = x.to(dtype)
+        if cfg.center_input_sample:
+            x = 2 * x - 1
+
+        emb = timestep_embedding(
+            t, cfg.block_out_channels[0], flip_sin_to_cos=cfg.flip_sin_to_cos, freq_shift=cfg.freq_shift
+        )
+        emb = self.time_embedding(emb.to(dtype))  # [N, emb_dim]
+        if self.class_embedding is not None:
+            emb = emb + self.class_embedding(class_labels)
+        emb = F.silu(emb)  # once, instead of in every block
+
+        x = self.conv_in(x)
+        skips = [x]
+        for down_block in self.down_blocks:
+            x = down_block(x, emb, skips)
+        x = self.mid_block(x, emb)
+        for up_block in self.up_blocks:
+            x = up_block(x, emb, skips)
+        out: Tensor = self.conv_out(self.conv_norm_out(x))
+        return out
+
+    def _checked_timesteps(self, x: Tensor, t: Tensor | int, class_labels: Tensor | None) -> Tensor:
+        """Raises what `forward` documents; returns t as [N] on x's device."""
+        multiple = 2 ** (len(self._config.block_out_channels) - 1)
+        if x.ndim != 4 or x.shape[1] != self._config.in_channels:
+            raise ValueError(f"UNet: expected x to be [N, {self._config.in_channels}, H, W], got {tuple(x.shape)}")
+        if x.shape[2] % multiple or x.shape[3] % multiple:
+            raise ValueError(f"UNet: expected x to have H and W that are multiples of {multiple}, got {tuple(x.shape)}")
+        n = x.shape[0]
+        if self.class_embedding is None and class_labels is not None:
+            raise ValueError("UNet: expected class_labels to be None (num_class_embeds is None), got a tensor")
+        if self.class_embedding is not None:
+            if class_labels is None:
+                raise ValueError(
+                    f"UNet: expected class_labels to be int64 [N] (num_class_embeds is {self._config.num_class_embeds}), "
+                    "got None"
+                )
+            if class_labels.shape != (n,) or class_labels.dtype != torch.int64:
+                raise ValueError(
+                    f"UNet: expected class_labels to be int64 [{n}], got {class_labels.dtype} {tuple(class_labels.shape)}"
+                )
+        if not isinstance(t, Tensor):
+            return torch.full((n,), t, device=x.device)
+        if t.shape not in ((), (n,)):
+            raise ValueError(f"UNet: expected t to be an int or of shape [] or [{n}], got {tuple(t.shape)}")
+        return t.to(x.device).expand(n)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> UNet:
+        """Reads a network from a folder in diffusers' layout, in eval mode.
+
+        Args:
+            path: a folder with config.json and diffusion_pytorch_model.safetensors (or .bin, read without unpickling code),
+                or a pipeline's folder that holds them in unet/ or at its root. Attention's legacy names are understood.
+            dtype: of the weights; None: float32, whatever the file holds.
+            device: None: the CPU.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: the configuration is not supported, or names or shapes of the weights do not fit it.
+        """
+        config, weights = load_checkpoint(path)
+        with torch.device("meta"):
+            model = cls(**config.to_dict())
+        expected = model.state_dict()
+        _check_weights(path, expected, weights)
+        dtype = torch.float32 if dtype is None else dtype
+        model.load_state_dict({name: weights[name].to(device, dtype) for name in expected}, assign=True)
+        return model.requires_grad_().eval()
+
+    def save_pretrained(self, path: str | os.PathLike[str]) -> None:
+        """Writes config.json and diffusion_pytorch_model.safetensors, which diffusers reads too, into the folder `path`.
+
+        Each file appears whole or not at all, even if the process is killed meanwhile. A folder that already holds weights
+        of a network with another configuration is left alone.
+
+        Raises:
+            ValueError: `path` holds another network.
+        """
+        save_checkpoint(path, self._config, self.state_dict())
+
+
+class DownBlock(nn.Module):
+    """Residual blocks (with attention after each, if `attention`), then a downsampling convolution if `downsample`."""
+
+    def __init__(
+        self, cfg: UNetConfig, in_channels: list[int], channels: int, emb_dim: int, attention: bool, downsample: bool
+    ) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList([_resnet(cfg, width, channels, emb_dim) for width in in_channels])
+        self.attentions = nn.ModuleList([_attention(cfg, channels) for _ in in_channels if attention])
+        self.downsamplers = nn.ModuleList([Downsample(channels, cfg.downsample_padding)] if downsample else [])
+
+    def forward(self, x: Tensor, emb: Tensor, skips: list[Tensor]) -> Tensor:
+        """[N, C, H, W] -> [N, channels, H / 2, W / 2] (H, W without downsampling); appends every layer's output to `skips`."""
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(x, emb)
+            if self.attentions:
+                x = self.attentions[i](x)
+            skips.append(x)
+        for downsample in self.downsamplers:
+            x = downsample(x)
+            skips.append(x)
+        return x
+
+
+class MidBlock(nn.Module):
+    """Residual block, attention, residual block at the lowest resolution."""
+
+    def __init__(self, cfg: UNetConfig, channels: int, emb_dim: int) -> None:
+        super().__init__()
+        factor = cfg.mid_block_scale_factor
+        self.resnets = nn.ModuleList([_resnet(cfg, channels, channels, emb_dim, factor) for _ in range(2)])
+        groups = cfg.attn_norm_num_groups
+        if groups is None and cfg.resnet_time_scale_shift == "default":
+            groups = cfg.norm_num_groups
+        attention = Attention(
+            channels,
+            head_dim=cfg.attention_head_dim,
+            num_groups=groups,
+            eps=cfg.norm_eps,
+            output_scale_factor=factor,
+        )
+        self.attentions = nn.ModuleList([attention] if cfg.add_attention else [])
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """[N, channels, H, W] -> [N, channels, H, W]."""
+        x = self.resnets[0](x, emb)
+        for attention in self.attentions:
+            x = attention(x)
+        out: Tensor = self.resnets[1](x, emb)
+        return out
+
+
+class UpBlock(nn.Module):
+    """Residual blocks on (input, skip), with attention after each if `attention`, then upsampling if `upsample`."""
+
+    def __init__(
+        self, cfg: UNetConfig, in_channels: list[int], channels: int, emb_dim: int, attention: bool, upsample: bool
+    ) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList([_resnet(cfg, width, channels, emb_dim) for width in in_channels])
+        self.attentions = nn.ModuleList([_attention(cfg, channels) for _ in in_channels if attention])
+        self.upsamplers = nn.ModuleList([Upsample(channels)] if upsample else [])
+
+    def forward(self, x: Tensor, emb: Tensor, skips: list[Tensor]) -> Tensor:
+        """[N, C, H, W] -> [N, channels, 2 H, 2 W] (H, W without upsampling); takes one of `skips` per layer, from the end."""
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(torch.cat((x, skips.pop()), dim=1), emb)
+            if self.attentions:
+                x = self.attentions[i](x)
+        for upsample in self.upsamplers:
+            x = upsample(x)
+        return x
+
+
+def _resnet(
+    cfg: UNetConfig, in_channels: int, out_channels: int, emb_dim: int, output_scale_factor: float = 1.0
+) -> ResnetBlock:
+    return ResnetBlock(
+        in_channels,
+        out_channels,
+        emb_dim,
+        num_groups=cfg.norm_num_groups,
+        eps=cfg.norm_eps,
+        dropout=cfg.dropout,
+        time_scale_shift=cfg.resnet_time_scale_shift,
+        output_scale_factor=output_scale_factor,
+    )
+
+
+def _attention(cfg: UNetConfig, channels: int) -> Attention:
+    return Attention(channels, head_dim=cfg.attention_head_dim, num_groups=cfg.norm_num_groups, eps=cfg.norm_eps)
+
+
+def _check_weights(path: str | os.PathLike[str], expected: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
+    missing, unexpected = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
+    for kind, names in (("missing", missing), ("unexpected", unexpected)):
+        if names:
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            raise ValueError(
+                f"from_pretrained: expected the weights in {os.fspath(path)!r} to fit its config.json, "
+                f"got {kind} {', '.join(names[:5])}{more}"
+            )
+    for name, tensor in expected.items():
+        if weights[name].shape != tensor.shape:
+            raise ValueError(
+                f"from_pretrained: expected {name} to have shape {list(tensor.shape)} (by config.json), "
+                f"got {list(weights[name].shape)} in {os.fspath(path)!r}"
+            )
