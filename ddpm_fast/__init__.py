@@ -1,3 +1,20 @@
 """Denoising diffusion probabilistic models (Ho et al. 2020), fast, exact and reproducible."""
 
+from .ops import BackendUnavailable, denoising_loss, group_norm_silu, noise, q_sample, reverse_step, sample_seeds
+from .plan import SamplingPlan, ddim_plan, ddpm_plan
+from .schedule import NoiseSchedule
+
 __version__ = "0.1.0"
+__all__ = [
+    "BackendUnavailable",
+    "NoiseSchedule",
+    "SamplingPlan",
+    "ddim_plan",
+    "ddpm_plan",
+    "denoising_loss",
+    "group_norm_silu",
+    "noise",
+    "q_sample",
+    "reverse_step",
+    "sample_seeds",
+]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Final, Literal
 
 import torch
@@ -63,6 +64,16 @@ class SamplingPlan:
     def num_steps(self) -> int:
         """S."""
         return self.timesteps.numel()
+
+    @cached_property
+    def is_random(self) -> bool:
+        """Whether any step draws noise."""
+        return bool((self.coefficients[:, COLUMNS.index("sigma")] != 0).any())
+
+    @cached_property
+    def needs_x_0_prev(self) -> bool:
+        """Whether any step weighs the previous step's x_0^ (multistep samplers)."""
+        return bool((self.coefficients[:, COLUMNS.index("k3")] != 0).any())
 
     def table(self, device: torch.device | str = "cpu") -> Tensor:
         """`coefficients` rounded once to float32, [S, 10], kept per device."""

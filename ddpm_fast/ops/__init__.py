@@ -1,1 +1,10 @@
-"""ddpm_fast.ops."""
+"""The ops: pure functions on tensors, each computed by one of three families (reference, native, triton)."""
+
+from .backend import BackendUnavailable
+from .denoising_loss import denoising_loss
+from .group_norm_silu import group_norm_silu
+from .noise import noise, sample_seeds
+from .q_sample import q_sample
+from .reverse_step import reverse_step
+
+__all__ = ["BackendUnavailable", "denoising_loss", "group_norm_silu", "noise", "q_sample", "reverse_step", "sample_seeds"]

@@ -1,0 +1,156 @@
+"""What the ops share: the torch.library handle, dense layouts, and argument checks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backend import FLOATS
+
+LIBRARY = torch.library.Library("ddpm_fast", "DEF")
+
+
+def define(
+    name: str,
+    schema: str,
+    impl: Callable[..., Any],
+    fake: Callable[..., Any],
+    backward: Callable[..., Any] | None = None,
+    setup_context: Callable[..., Any] | None = None,
+) -> None:
+    """Registers torch.ops.ddpm_fast.<name>: the schema, one implementation for every device, its fake and its gradient.
+
+    `define` and `impl` rather than `custom_op`: a call costs a third as much.
+    """
+    LIBRARY.define(name + schema, tags=[torch.Tag.pt2_compliant_tag])
+    LIBRARY.impl(name, impl, "CompositeExplicitAutograd")
+    qualified = f"ddpm_fast::{name}"
+    torch.library.register_fake(qualified, fake, lib=LIBRARY)
+    if backward is not None:
+        torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=LIBRARY)
+
+
+def no_second_derivative(op: str) -> Callable[..., Any]:
+    """The gradient of a backward op: an error that says what to do instead."""
+
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise NotImplementedError(
+            f'{op}: the fused backward has no derivative of its own; for second derivatives call it with backend="reference"'
+        )
+
+    return backward
+
+
+# ---------------------------------------------------------------------------------------------------------------- layout
+
+
+def dense(x: Tensor) -> Tensor:
+    """x in a layout that kernels take: contiguous, or channels_last for [N, C, H, W]; copied only where it is neither."""
+    if x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)):
+        return x
+    return x.contiguous()
+
+
+def dense_like(x: Tensor, like: Tensor) -> Tensor:
+    """x in the memory order of `like`, a dense tensor of as many dimensions."""
+    return x.contiguous(memory_format=memory_format(like))
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """Of a dense tensor."""
+    return torch.contiguous_format if x.is_contiguous() else torch.channels_last
+
+
+def sizes(x: Tensor) -> tuple[int, int, int, int]:
+    """n, c, hw and channels_last (0 or 1) of a dense tensor, as the native module takes them."""
+    n = x.shape[0]
+    if x.is_contiguous():
+        c = x.shape[1] if x.dim() > 1 else 1
+        return n, c, x.numel() // max(1, n * c), 0
+    return n, x.shape[1], x.shape[2] * x.shape[3], 1
+
+
+def pointer(x: Tensor | None) -> int:
+    """The address for the native module; 0 where the tensor is absent."""
+    return 0 if x is None else x.data_ptr()
+
+
+def dtype_code(x: Tensor | None) -> int:
+    """The native module's code; 0 where the tensor is absent."""
+    return 0 if x is None else FLOATS.index(x.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------- checks
+
+
+def check_float(op: str, name: str, x: Tensor, min_dim: int = 1) -> None:
+    """A floating tensor of at least min_dim dimensions."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: expected {name} to be a tensor, got {type(x).__name__}")
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{op}: expected {name} to be float32, float64, float16 or bfloat16, got {x.dtype}")
+    if x.dim() < min_dim:
+        raise ValueError(f"{op}: expected {name} to have at least {min_dim} dimensions [N, ...], got shape {list(x.shape)}")
+
+
+def check_like(op: str, name: str, x: Tensor, like_name: str, like: Tensor, shape: tuple[int, ...] | None = None) -> None:
+    """x with the dtype and device of `like`, and its shape (or the one given)."""
+    wanted = tuple(like.shape) if shape is None else shape
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: expected {name} to be a tensor, got {type(x).__name__}")
+    if tuple(x.shape) != wanted:
+        raise ValueError(f"{op}: expected {name} to have shape {list(wanted)}, got {list(x.shape)}")
+    if x.dtype != like.dtype:
+        raise TypeError(f"{op}: expected {name} to have the dtype of {like_name}, {like.dtype}, got {x.dtype}")
+    check_device(op, name, x, like_name, like)
+
+
+def check_device(op: str, name: str, x: Tensor, like_name: str, like: Tensor) -> None:
+    if x.device != like.device:
+        raise ValueError(f"{op}: expected {name} on the device of {like_name}, {like.device}, got {x.device}")
+
+
+def check_seeds(op: str, seeds: Tensor, n: int, device: torch.device) -> Tensor:
+    """int64 [n], moved to the device."""
+    if not isinstance(seeds, Tensor) or seeds.dtype != torch.int64:
+        raise TypeError(
+            f"{op}: expected seeds to be an int64 tensor (see sample_seeds), got {getattr(seeds, 'dtype', type(seeds).__name__)}"
+        )
+    if seeds.shape != (n,):
+        raise ValueError(f"{op}: expected seeds to have shape [{n}], one a sample, got {list(seeds.shape)}")
+    return seeds.to(device).contiguous()
+
+
+def check_noise_or_seeds(op: str, noise: Tensor | None, seeds: Tensor | None) -> None:
+    if (noise is None) == (seeds is None):
+        raise ValueError(f"{op}: expected exactly one of noise and seeds, got {'neither' if noise is None else 'both'}")
+
+
+def index_tensor(op: str, name: str, index: int | Tensor, bound: int, n: int, device: torch.device) -> Tensor:
+    """Timesteps of the samples: an int, or int64 [n] (or one element), as int64 [n] on the device.
+
+    An int is checked here, a tensor on the CPU by `check_range` when the op runs; on a GPU a check would stall it, so
+    there the range is the caller's promise.
+    """
+    if isinstance(index, Tensor):
+        if index.dtype != torch.int64:
+            raise TypeError(f"{op}: expected {name} to be an int or an int64 tensor, got {index.dtype}")
+        if index.numel() != 1 and index.shape != (n,):
+            raise ValueError(f"{op}: expected {name} to be an int or of shape [{n}], got {list(index.shape)}")
+        return index.to(device).reshape(-1).expand(n).contiguous()
+    if not isinstance(index, int) or isinstance(index, bool):
+        raise TypeError(f"{op}: expected {name} to be an int or an int64 tensor, got {type(index).__name__}")
+    if not 0 <= index < bound:
+        raise ValueError(f"{op}: expected {name} in 0..{bound - 1}, got {index}")
+    return torch.full((n,), index, dtype=torch.int64, device=device)
+
+
+def check_range(op: str, name: str, index: Tensor, bound: int) -> None:
+    """Every value of a CPU tensor in 0..bound-1: the kernels read tables by it."""
+    if index.device.type == "cpu" and index.numel():
+        low, high = torch.aminmax(index)
+        if low < 0 or high >= bound:
+            raise ValueError(f"{op}: expected {name} in 0..{bound - 1}, got values from {int(low)} to {int(high)}")

@@ -1,0 +1,236 @@
+"""denoising_loss: the noise-prediction loss, its noise regenerated rather than stored. Derivation eq. 12 (Ho et al. eq. 14)."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..schedule import NoiseSchedule
+from ._library import (
+    check_device,
+    check_float,
+    check_like,
+    check_noise_or_seeds,
+    check_range,
+    check_seeds,
+    define,
+    dense,
+    dense_like,
+    dtype_code,
+    index_tensor,
+    no_second_derivative,
+    pointer,
+    sizes,
+)
+from .backend import choose, native
+
+
+def denoising_loss(
+    model_output: Tensor,
+    x_0: Tensor,
+    t: int | Tensor,
+    schedule: NoiseSchedule,
+    *,
+    prediction: Literal["epsilon", "sample", "v_prediction"] = "epsilon",
+    noise: Tensor | None = None,
+    seeds: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+    backend: str | None = None,
+) -> Tensor:
+    """Mean squared error between the model's output and what it should predict for x_t = q_sample(x_0, t, ...).
+
+    The target is epsilon, x_0, or v = sqrt(abar_t) epsilon - sqrt(1 - abar_t) x_0 (Salimans and Ho 2022). With seeds,
+    epsilon is drawn again in forward and in backward: no tensor ever holds it.
+
+    Args:
+        model_output: [N, ...], floating; cast to x_0's dtype where it differs (autocast).
+        x_0: like model_output.
+        t, schedule, noise, seeds: as given to `q_sample`.
+        prediction: what the model predicts.
+        weight: [N], each sample's weight.
+        reduction: over the N losses, each the mean over a sample's elements: "mean", "sum", or "none" for all of them.
+        backend: "native", "triton" or "reference"; by default the first that can run.
+
+    Returns:
+        A scalar, or [N] for "none"; float32, or float64 for float64 inputs. Differentiable once in model_output, x_0, noise
+        and weight (backend="reference": any number of times).
+
+    Raises:
+        ValueError, TypeError: an argument that is not as above. BackendUnavailable: the family named cannot run.
+    """
+    op = "denoising_loss"
+    check_float(op, "x_0", x_0)
+    check_float(op, "model_output", model_output)
+    model_output = model_output.to(x_0.dtype)
+    check_like(op, "model_output", model_output, "x_0", x_0)
+    check_noise_or_seeds(op, noise, seeds)
+    if prediction not in reference.PREDICTIONS:
+        raise ValueError(f"{op}: expected prediction to be one of {', '.join(reference.PREDICTIONS)}, got {prediction!r}")
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f'{op}: expected reduction to be "mean", "sum" or "none", got {reduction!r}')
+    n = x_0.shape[0]
+    if weight is not None:
+        check_float(op, "weight", weight)
+        check_device(op, "weight", weight, "x_0", x_0)
+        if weight.shape != (n,):
+            raise ValueError(f"{op}: expected weight to have shape [{n}], one a sample, got {list(weight.shape)}")
+    t = index_tensor(op, "t", t, schedule.num_timesteps, n, x_0.device)
+    if noise is not None:
+        check_like(op, "noise", noise, "x_0", x_0)
+    if seeds is not None:
+        seeds = check_seeds(op, seeds, n, x_0.device)
+    table = schedule.coefficients(x_0.device)
+    code = reference.PREDICTIONS.index(prediction)
+    family = choose(op, backend, x_0.device, x_0.dtype)
+    losses: Tensor  # [N]
+    if family == "reference":
+        check_range(op, "t", t, table.shape[0])
+        losses = reference.denoising_loss(model_output, x_0, t, table, noise, seeds, code)
+    else:
+        losses = torch.ops.ddpm_fast.denoising_loss(model_output, x_0, t, table, noise, seeds, code, family)
+    if weight is not None:
+        losses = losses * weight
+    if reduction == "none":
+        return losses
+    return losses.mean() if reduction == "mean" else losses.sum()
+
+
+def _impl(
+    model_output: Tensor,
+    x_0: Tensor,
+    t: Tensor,
+    table: Tensor,
+    noise: Tensor | None,
+    seeds: Tensor | None,
+    prediction: int,
+    family: str,
+) -> Tensor:
+    check_range("denoising_loss", "t", t, table.shape[0])
+    model_output = dense(model_output)
+    x_0 = dense_like(x_0, model_output)
+    noise = None if noise is None else dense_like(noise, model_output)
+    losses = _fake(model_output, x_0, t, table, noise, seeds, prediction, family)
+    if family == "native":
+        native().denoising_loss(
+            dtype_code(x_0),
+            *(pointer(p) for p in (losses, model_output, x_0, t, table, noise, seeds)),
+            prediction,
+            *sizes(model_output),
+            torch.get_num_threads(),
+        )
+    else:
+        from ..triton_kernels.denoising_loss import denoising_loss as launch
+
+        launch(losses, model_output, x_0, t, table, noise, seeds, prediction)
+    return losses
+
+
+def _fake(
+    model_output: Tensor,
+    x_0: Tensor,
+    t: Tensor,
+    table: Tensor,
+    noise: Tensor | None,
+    seeds: Tensor | None,
+    prediction: int,
+    family: str,
+) -> Tensor:
+    return model_output.new_empty(model_output.shape[0], dtype=reference.opmath(model_output.dtype))
+
+
+def _backward_impl(
+    grad_losses: Tensor,
+    model_output: Tensor,
+    x_0: Tensor,
+    t: Tensor,
+    table: Tensor,
+    noise: Tensor | None,
+    seeds: Tensor | None,
+    prediction: int,
+    family: str,
+) -> Tensor:
+    check_range("denoising_loss", "t", t, table.shape[0])
+    model_output = dense(model_output)
+    x_0 = dense_like(x_0, model_output)
+    noise = None if noise is None else dense_like(noise, model_output)
+    grad_losses = grad_losses.contiguous()
+    grad_model_output = torch.empty_like(model_output)
+    if family == "native":
+        native().denoising_loss_backward(
+            dtype_code(x_0),
+            *(pointer(p) for p in (grad_model_output, grad_losses, model_output, x_0, t, table, noise, seeds)),
+            prediction,
+            *sizes(model_output),
+            torch.get_num_threads(),
+        )
+    else:
+        from ..triton_kernels.denoising_loss import denoising_loss_backward as launch
+
+        launch(grad_model_output, grad_losses, model_output, x_0, t, table, noise, seeds, prediction)
+    return grad_model_output
+
+
+def _backward_fake(
+    grad_losses: Tensor,
+    model_output: Tensor,
+    x_0: Tensor,
+    t: Tensor,
+    table: Tensor,
+    noise: Tensor | None,
+    seeds: Tensor | None,
+    prediction: int,
+    family: str,
+) -> Tensor:
+    return torch.empty_like(dense(model_output))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    model_output, x_0, t, table, noise, seeds, ctx.prediction, ctx.family = inputs
+    ctx.save_for_backward(model_output, x_0, t, table, noise, seeds)
+
+
+def _backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
+    model_output, x_0, t, table, noise, seeds = ctx.saved_tensors
+    grad: Tensor = torch.ops.ddpm_fast.denoising_loss_backward(
+        grad_losses, model_output, x_0, t, table, noise, seeds, ctx.prediction, ctx.family
+    )
+    # The loss sees output - target, so the target's inputs get -grad times their weight in the target.
+    grad_x_0 = grad_noise = None
+    prediction = reference.PREDICTIONS[ctx.prediction]
+    if ctx.needs_input_grad[1]:
+        if prediction == "sample":
+            grad_x_0 = -grad
+        elif prediction == "v_prediction":
+            grad_x_0 = (reference.per_sample(table[t, 1], grad) * grad).to(grad.dtype)
+        else:
+            grad_x_0 = torch.zeros_like(x_0)
+    if ctx.needs_input_grad[4]:
+        if prediction == "epsilon":
+            grad_noise = -grad
+        elif prediction == "v_prediction":
+            grad_noise = (-reference.per_sample(table[t, 0], grad) * grad).to(grad.dtype)
+        else:
+            grad_noise = torch.zeros_like(noise)
+    return grad, grad_x_0, None, None, grad_noise, None, None, None
+
+
+define(
+    "denoising_loss",
+    "(Tensor model_output, Tensor x_0, Tensor t, Tensor table, Tensor? noise, Tensor? seeds, int prediction, str family) -> Tensor",
+    _impl,
+    _fake,
+    _backward,
+    _setup_context,
+)
+define(
+    "denoising_loss_backward",
+    "(Tensor grad_losses, Tensor model_output, Tensor x_0, Tensor t, Tensor table, Tensor? noise, Tensor? seeds, int prediction, "
+    "str family) -> Tensor",
+    _backward_impl,
+    _backward_fake,
+    no_second_derivative("denoising_loss"),
+)

@@ -1,0 +1,238 @@
+"""group_norm_silu: GroupNorm, its modulation and SiLU in one pass, saving only mean and rstd (Wu and He 2018)."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ._library import (
+    check_device,
+    check_float,
+    define,
+    dense,
+    dense_like,
+    dtype_code,
+    no_second_derivative,
+    pointer,
+    sizes,
+)
+from .backend import choose, native
+
+
+def group_norm_silu(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    shift: Tensor | None = None,
+    scale_shift: tuple[Tensor, Tensor] | None = None,
+    activation: Literal["silu"] | None = "silu",
+    backend: str | None = None,
+) -> Tensor:
+    """act(GroupNorm(x + shift)), or act(GroupNorm(x + shift) (1 + scale) + shift_2) with scale_shift = (scale, shift_2).
+
+    Statistics are taken in float32 (float64 for float64) by deviations from the mean, and results are the same bits from run
+    to run and for any number of threads. Under autocast x keeps its dtype.
+
+    Args:
+        x: [N, C, ...], floating; contiguous and channels_last are both native.
+        num_groups: G, divides C.
+        weight, bias: [C], in x's dtype or float32.
+        eps: added to the variance; positive.
+        shift: [N, C], added before the statistics (the time embedding of Ho et al.'s blocks), in x's dtype or float32.
+        scale_shift: two [N, C] (adaptive group norm, Dhariwal and Nichol 2021), in x's dtype or float32.
+        activation: "silu" or None.
+        backend: "native", "triton" or "reference"; by default the first that can run.
+
+    Returns:
+        y, with the shape, dtype and memory format of x. Differentiable once in every tensor (backend="reference": any
+        number of times).
+
+    Raises:
+        ValueError, TypeError: an argument that is not as above. BackendUnavailable: the family named cannot run.
+    """
+    op = "group_norm_silu"
+    check_float(op, "x", x, min_dim=2)
+    n, channels = x.shape[:2]
+    if not isinstance(num_groups, int) or num_groups < 1 or channels % num_groups:
+        raise ValueError(f"{op}: expected num_groups to divide the {channels} channels of x, got {num_groups}")
+    if not eps > 0:
+        raise ValueError(f"{op}: expected eps to be positive, got {eps}")
+    if activation not in ("silu", None):
+        raise ValueError(f'{op}: expected activation to be "silu" or None, got {activation!r}')
+    scale, scale_shift_ = (None, None) if scale_shift is None else scale_shift
+    _check_modulation("weight", weight, (channels,), x)
+    _check_modulation("bias", bias, (channels,), x)
+    _check_modulation("shift", shift, (n, channels), x)
+    _check_modulation("scale_shift[0]", scale, (n, channels), x)
+    _check_modulation("scale_shift[1]", scale_shift_, (n, channels), x)
+    family = choose(op, backend, x.device, x.dtype)
+    arguments = (x, num_groups, weight, bias, eps, shift, scale, scale_shift_, activation == "silu")
+    if family == "reference":
+        return reference.group_norm_silu(*arguments)[0]
+    y: Tensor = torch.ops.ddpm_fast.group_norm_silu(*arguments, family)[0]
+    return y
+
+
+def _check_modulation(name: str, value: Tensor | None, shape: tuple[int, ...], x: Tensor) -> None:
+    if value is None:
+        return
+    op = "group_norm_silu"
+    check_float(op, name, value)
+    if tuple(value.shape) != shape:
+        raise ValueError(f"{op}: expected {name} to have shape {list(shape)}, got {list(value.shape)}")
+    if value.dtype not in (x.dtype, torch.float32):
+        raise TypeError(f"{op}: expected {name} to be float32 or of x's dtype, {x.dtype}, got {value.dtype}")
+    check_device(op, name, value, "x", x)
+
+
+def _impl(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    scale_shift: Tensor | None,
+    silu: bool,
+    family: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    x = dense(x)
+    weight, bias, shift, scale, scale_shift = (_contiguous(s) for s in (weight, bias, shift, scale, scale_shift))
+    y, mean, rstd = _fake(x, num_groups, weight, bias, eps, shift, scale, scale_shift, silu, family)
+    if family == "native":
+        n, c, hw, channels_last = sizes(x)
+        native().group_norm_silu(
+            dtype_code(x),
+            *(pointer(p) for p in (y, mean, rstd, x)),
+            *(f(p) for p in (weight, bias, shift, scale, scale_shift) for f in (pointer, dtype_code)),
+            *(n, c, hw, num_groups, eps, int(silu), channels_last),
+            torch.get_num_threads(),
+        )
+    else:
+        from ..triton_kernels.group_norm_silu import group_norm_silu as launch
+
+        launch(y, mean, rstd, x, weight, bias, shift, scale, scale_shift, num_groups, eps, silu)
+    return y, mean, rstd
+
+
+def _fake(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    scale_shift: Tensor | None,
+    silu: bool,
+    family: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    wide = reference.opmath(x.dtype)
+    statistics = (x.shape[0], num_groups)
+    return torch.empty_like(dense(x)), x.new_empty(statistics, dtype=wide), x.new_empty(statistics, dtype=wide)
+
+
+def _backward_impl(
+    grad_y: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    scale_shift: Tensor | None,
+    silu: bool,
+    family: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x = dense(x)
+    grad_y = dense_like(grad_y, x)
+    small = tuple(_contiguous(s) for s in (weight, bias, shift, scale, scale_shift))
+    grads = _backward_fake(grad_y, x, mean, rstd, num_groups, *small, silu, family)
+    grad_x, *grads_small = grads
+    wanted = [grad if value is not None else None for grad, value in zip(grads_small, small, strict=True)]
+    if family == "native":
+        n, c, hw, channels_last = sizes(x)
+        native().group_norm_silu_backward(
+            dtype_code(x),
+            *(pointer(p) for p in (grad_x, *wanted, grad_y, x, mean, rstd)),
+            *(f(p) for p in small for f in (pointer, dtype_code)),
+            *(n, c, hw, num_groups, int(silu), channels_last),
+            torch.get_num_threads(),
+        )
+    else:
+        from ..triton_kernels.group_norm_silu import group_norm_silu_backward as launch
+
+        launch(grad_x, *wanted, grad_y, x, mean, rstd, *small, num_groups, silu)
+    return grads
+
+
+def _backward_fake(
+    grad_y: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    scale_shift: Tensor | None,
+    silu: bool,
+    family: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradient of x in its dtype; those of the small inputs in the dtype that arithmetic runs in, empty where absent."""
+    grad_weight, grad_bias, grad_shift, grad_scale, grad_scale_shift = (
+        x.new_empty(0 if value is None else value.shape, dtype=mean.dtype)
+        for value in (weight, bias, shift, scale, scale_shift)
+    )
+    return torch.empty_like(dense(x)), grad_weight, grad_bias, grad_shift, grad_scale, grad_scale_shift
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, ctx.num_groups, weight, bias, _, shift, scale, scale_shift, ctx.silu, ctx.family = inputs
+    _, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.save_for_backward(x, mean, rstd, weight, bias, shift, scale, scale_shift)
+
+
+def _backward(ctx: Any, grad_y: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    x, mean, rstd, *small = ctx.saved_tensors
+    grad_x, *grads_small = torch.ops.ddpm_fast.group_norm_silu_backward(
+        grad_y, x, mean, rstd, ctx.num_groups, *small, ctx.silu, ctx.family
+    )
+    weight, bias, shift, scale, scale_shift = (
+        None if value is None else grad.to(value.dtype) for grad, value in zip(grads_small, small, strict=True)
+    )
+    return grad_x, None, weight, bias, None, shift, scale, scale_shift, None, None
+
+
+_SMALL = "Tensor? shift, Tensor? scale, Tensor? scale_shift, bool silu, str family"
+define(
+    "group_norm_silu",
+    f"(Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, {_SMALL}) -> (Tensor, Tensor, Tensor)",
+    _impl,
+    _fake,
+    _backward,
+    _setup_context,
+)
+define(
+    "group_norm_silu_backward",
+    f"(Tensor grad_y, Tensor x, Tensor mean, Tensor rstd, int num_groups, Tensor? weight, Tensor? bias, {_SMALL}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward_impl,
+    _backward_fake,
+    no_second_derivative("group_norm_silu"),
+)

@@ -1,0 +1,317 @@
+"""reverse_step: one step of any sampler in one pass. Derivation eq. 13 (Ho et al. 2020, eq. 11 and Algorithm 2)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..plan import SamplingPlan
+from ._library import (
+    check_device,
+    check_float,
+    check_like,
+    check_range,
+    check_seeds,
+    define,
+    dense,
+    dense_like,
+    dtype_code,
+    index_tensor,
+    pointer,
+    sizes,
+)
+from .backend import choose, native
+
+
+def reverse_step(
+    x_t: Tensor,
+    model_output: Tensor,
+    step: int | Tensor,
+    plan: SamplingPlan,
+    *,
+    noise: Tensor | None = None,
+    seeds: Tensor | None = None,
+    x_0_prev: Tensor | None = None,
+    guidance_scale: float | None = None,
+    return_x_0: bool = False,
+    out: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """x_0^ = clip(p x_t + q m), then x_{t-1} = k0 x_0^ + k1 x_t + k2 m + k3 x_0_prev + std z, by row `step` of the plan.
+
+    Args:
+        x_t: [N, C, ...], floating.
+        model_output: m, like x_t; half precision is taken beside a float32 x_t. With learned variance it has 2 C channels,
+            the prediction first. With guidance it has 2 N samples, the conditional half first.
+        step: 0..S-1, counted from the first step of the sampler (the largest timestep): an int, a 0-d int64 tensor on x_t's
+            device (read there: no synchronisation, so a captured CUDA graph serves every step), or int64 [N].
+        plan: from `ddpm_plan`, `ddim_plan`.
+        noise: z, like x_t; or
+        seeds: int64 [N]: z is `noise(x_t.shape, seeds, stream=step)`. A plan without randomness (DDIM) needs neither.
+        x_0_prev: the previous step's x_0^, like x_t, for plans with k3.
+        guidance_scale: w of classifier-free guidance (Ho and Salimans 2022): m = m_u + w (m_c - m_u).
+        return_x_0: also return x_0^.
+        out: where to write x_{t-1}: like x_t, and may be x_t itself. Not differentiable.
+        backend: "native", "triton" or "reference"; by default the first that can run.
+
+    Returns:
+        x_{t-1} with the shape, dtype and memory format of x_t; with return_x_0, (x_{t-1}, x_0^). Differentiable in x_t,
+        model_output, noise and x_0_prev.
+
+    Raises:
+        ValueError, TypeError: an argument that is not as above. BackendUnavailable: the family named cannot run.
+    """
+    op = "reverse_step"
+    check_float(op, "x_t", x_t)
+    n = x_t.shape[0]
+    _check_model_output(x_t, model_output, plan, guidance_scale)
+    if isinstance(step, Tensor):
+        if step.dtype != torch.int64 or not (step.numel() == 1 or step.shape == (n,)):
+            raise ValueError(
+                f"{op}: expected step to be an int, or int64 with 1 or {n} elements, got {step.dtype} {list(step.shape)}"
+            )
+        check_device(op, "step", step, "x_t", x_t)
+        steps = step.reshape(-1)
+    elif isinstance(step, int) and not isinstance(step, bool) and 0 <= step < plan.num_steps:
+        steps = plan.steps(x_t.device)[step : step + 1]
+    else:
+        raise ValueError(f"{op}: expected step to be an int in 0..{plan.num_steps - 1} or an int64 tensor, got {step!r}")
+    if noise is not None and seeds is not None:
+        raise ValueError(f"{op}: expected at most one of noise and seeds, got both")
+    if noise is None and seeds is None and plan.is_random:
+        raise ValueError(f"{op}: expected noise or seeds, since the plan's steps draw noise (sigma > 0), got neither")
+    if noise is not None:
+        check_like(op, "noise", noise, "x_t", x_t)
+    if seeds is not None:
+        seeds = check_seeds(op, seeds, n, x_t.device)
+    if x_0_prev is not None:
+        check_like(op, "x_0_prev", x_0_prev, "x_t", x_t)
+    elif plan.needs_x_0_prev:
+        raise ValueError(f"{op}: expected x_0_prev, which the plan weighs by k3, got None")
+    table = plan.table(x_t.device)
+    variance = reference.VARIANCES.index(plan.variance)
+    family = choose(op, backend, x_t.device, x_t.dtype)
+
+    if out is not None:
+        check_like(op, "out", out, "x_t", x_t)
+        if torch.is_grad_enabled() and any(
+            t is not None and t.requires_grad for t in (x_t, model_output, noise, x_0_prev, out)
+        ):
+            raise ValueError(f"{op}: expected no gradients with out= (call under torch.no_grad()), got an input that requires one")
+        if out.stride() != x_t.stride() or dense(out) is not out:
+            raise ValueError(f"{op}: expected out to be dense, with the strides of x_t, {x_t.stride()}, got {out.stride()}")
+    if family == "reference":
+        check_range(op, "step", steps, plan.num_steps)
+        x_prev, x_0 = reference.reverse_step(
+            x_t, model_output, table, steps, noise, seeds, x_0_prev, guidance_scale, variance
+        )
+        if out is not None:
+            x_prev = out.copy_(x_prev)
+    elif out is not None:
+        x_0 = torch.ops.ddpm_fast.reverse_step_out(
+            out, x_t, model_output, table, steps, noise, seeds, x_0_prev, guidance_scale, variance, return_x_0, family
+        )
+        x_prev = out
+    else:
+        x_prev, x_0 = torch.ops.ddpm_fast.reverse_step(
+            x_t, model_output, table, steps, noise, seeds, x_0_prev, guidance_scale, variance, return_x_0, family
+        )
+    return (x_prev, x_0) if return_x_0 else x_prev
+
+
+def _check_model_output(x_t: Tensor, model_output: Tensor, plan: SamplingPlan, guidance_scale: float | None) -> None:
+    op = "reverse_step"
+    check_float(op, "model_output", model_output)
+    shape = list(x_t.shape)
+    why = ""
+    if guidance_scale is not None:
+        shape[0] *= 2
+        why += " (two halves, for guidance)"
+    if plan.variance != "fixed":
+        if x_t.dim() < 2:
+            raise ValueError(f"{op}: expected x_t of shape [N, C, ...] with learned variance, got {shape}")
+        shape[1] *= 2
+        why += " (twice the channels, for learned variance)"
+    if list(model_output.shape) != shape:
+        raise ValueError(f"{op}: expected model_output to have shape {shape}{why}, got {list(model_output.shape)}")
+    half = (torch.float16, torch.bfloat16)
+    if model_output.dtype != x_t.dtype and not (x_t.dtype == torch.float32 and model_output.dtype in half):
+        raise TypeError(
+            f"{op}: expected model_output to have the dtype of x_t, {x_t.dtype}, or half precision beside float32, "
+            f"got {model_output.dtype}"
+        )
+    check_device(op, "model_output", model_output, "x_t", x_t)
+
+
+def _launch(
+    out: Tensor,
+    x_t: Tensor,
+    model_output: Tensor,
+    table: Tensor,
+    steps: Tensor,
+    noise: Tensor | None,
+    seeds: Tensor | None,
+    x_0_prev: Tensor | None,
+    guidance_scale: float | None,
+    variance: int,
+    return_x_0: bool,
+    family: str,
+) -> Tensor:
+    """Writes x_{t-1} to `out` and returns x_0^, empty where it is not wanted."""
+    check_range("reverse_step", "step", steps, table.shape[0])
+    steps = steps.contiguous()
+    model_output = dense_like(model_output, x_t)
+    noise = None if noise is None else dense_like(noise, x_t)
+    x_0_prev = None if x_0_prev is None else dense_like(x_0_prev, x_t)
+    x_0 = torch.empty_like(x_t) if return_x_0 else x_t.new_empty(0)
+    x_0_out = x_0 if return_x_0 else None
+    if family == "native":
+        native().reverse_step(
+            dtype_code(x_t),
+            dtype_code(model_output),
+            *(pointer(p) for p in (out, x_0_out, x_t, model_output, table, steps)),
+            int(steps.numel() > 1),
+            *(pointer(p) for p in (noise, seeds, x_0_prev)),
+            int(guidance_scale is not None),
+            guidance_scale or 0.0,
+            variance,
+            *sizes(x_t),
+            torch.get_num_threads(),
+        )
+    else:
+        from ..triton_kernels.reverse_step import reverse_step as launch
+
+        launch(out, x_0_out, x_t, model_output, table, steps, noise, seeds, x_0_prev, guidance_scale, variance)
+    return x_0
+
+
+def _impl(
+    x_t: Tensor,
+    model_output: Tensor,
+    table: Tensor,
+    steps: Tensor,
+    noise: Tensor | None,
+    seeds: Tensor | None,
+    x_0_prev: Tensor | None,
+    guidance_scale: float | None,
+    variance: int,
+    return_x_0: bool,
+    family: str,
+) -> tuple[Tensor, Tensor]:
+    x_t = dense(x_t)
+    out = torch.empty_like(x_t)
+    x_0 = _launch(
+        out, x_t, model_output, table, steps, noise, seeds, x_0_prev, guidance_scale, variance, return_x_0, family
+    )
+    return out, x_0
+
+
+def _fake(
+    x_t: Tensor,
+    model_output: Tensor,
+    table: Tensor,
+    steps: Tensor,
+    noise: Tensor | None,
+    seeds: Tensor | None,
+    x_0_prev: Tensor | None,
+    guidance_scale: float | None,
+    variance: int,
+    return_x_0: bool,
+    family: str,
+) -> tuple[Tensor, Tensor]:
+    like = dense(x_t)
+    return torch.empty_like(like), torch.empty_like(like) if return_x_0 else x_t.new_empty(0)
+
+
+def _out_fake(
+    out: Tensor,
+    x_t: Tensor,
+    model_output: Tensor,
+    table: Tensor,
+    steps: Tensor,
+    noise: Tensor | None,
+    seeds: Tensor | None,
+    x_0_prev: Tensor | None,
+    guidance_scale: float | None,
+    variance: int,
+    return_x_0: bool,
+    family: str,
+) -> Tensor:
+    return torch.empty_like(x_t) if return_x_0 else x_t.new_empty(0)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x_t, model_output, table, steps, noise, seeds, x_0_prev, ctx.guidance_scale, ctx.variance, _, ctx.family = inputs
+    ctx.save_for_backward(x_t, model_output, table, steps, noise, seeds, x_0_prev)
+
+
+def _backward(ctx: Any, grad_x_prev: Tensor, grad_x_0: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The step is linear but for the clip (whose gradient is 0 where it acts) and the learned std."""
+    x_t, model_output, table, steps, noise, seeds, x_0_prev = ctx.saved_tensors
+    wide = reference.opmath(x_t.dtype)
+    rows = table[steps]
+    p, q, k0, k1, k2, k3, sigma, log_beta, log_beta_tilde, clip = (reference.per_sample(r, x_t) for r in rows.unbind(1))
+    x, m = x_t.to(wide), model_output.to(wide)
+    grad = grad_x_prev.to(wide)
+    channels = x.shape[1] if x.dim() > 1 else 1
+    scale = ctx.guidance_scale
+    conditional = m
+    if scale is not None:
+        conditional, unconditional = m.chunk(2)
+        m = unconditional + scale * (conditional - unconditional)
+    learned = reference.VARIANCES[ctx.variance] != "fixed"
+    if learned:
+        m = m[:, :channels]
+
+    through = k0 * grad
+    if grad_x_0 is not None and grad_x_0.numel() == grad.numel():
+        through = through + grad_x_0.to(wide)
+    through = torch.where((p * x + q * m).abs() <= clip, through, 0)
+    grad_x_t = p * through + k1 * grad
+    grad_m = q * through + k2 * grad
+    std, grad_v = sigma, None
+    if learned:
+        v, slope = conditional[:, channels:], 1.0
+        if reference.VARIANCES[ctx.variance] == "learned_range":
+            f = (v + 1) / 2
+            v, slope = f * log_beta + (1 - f) * log_beta_tilde, (log_beta - log_beta_tilde) / 2
+        std = sigma * torch.exp(0.5 * v)
+        z = noise if noise is not None else _draw(x_t, table, steps, seeds, ctx.family)
+        grad_v = grad * z.to(wide) * std * 0.5 * slope
+    if scale is not None:  # the variance is the conditional one
+        halves = [scale * grad_m, (1 - scale) * grad_m]
+        if grad_v is not None:
+            halves = [torch.cat([halves[0], grad_v], dim=1), torch.cat([halves[1], torch.zeros_like(grad_v)], dim=1)]
+        grad_m = torch.cat(halves)
+    elif grad_v is not None:
+        grad_m = torch.cat([grad_m, grad_v], dim=1)
+    return (
+        grad_x_t.to(x_t.dtype),
+        grad_m.to(model_output.dtype),
+        None,
+        None,
+        (std * grad).to(x_t.dtype) if noise is not None else None,
+        None,
+        (k3 * grad).to(x_t.dtype) if x_0_prev is not None else None,
+        *[None] * 4,
+    )
+
+
+def _draw(x_t: Tensor, table: Tensor, steps: Tensor, seeds: Tensor, family: str) -> Tensor:
+    """The noise that the forward pass drew: a step whose only coefficient is sigma = 1 is the noise itself."""
+    unit = torch.zeros_like(table)
+    unit[:, 6] = 1
+    zero = torch.zeros_like(x_t)
+    drawn: Tensor = torch.ops.ddpm_fast.reverse_step(zero, zero, unit, steps, None, seeds, None, None, 0, False, family)[0]
+    return drawn
+
+
+_ARGUMENTS = (
+    "Tensor x_t, Tensor model_output, Tensor table, Tensor steps, Tensor? noise, Tensor? seeds, Tensor? x_0_prev, "
+    "float? guidance_scale, int variance, bool return_x_0, str family"
+)
+define("reverse_step", f"({_ARGUMENTS}) -> (Tensor, Tensor)", _impl, _fake, _backward, _setup_context)
+define("reverse_step_out", f"(Tensor(a!) out, {_ARGUMENTS}) -> Tensor", _launch, _out_fake)
