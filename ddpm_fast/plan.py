@@ -45,19 +45,21 @@ class SamplingPlan:
 
     def __post_init__(self) -> None:
         if self.prediction not in PREDICTIONS:
-            raise ValueError(f"SamplingPlan: expected prediction to be one of {', '.join(PREDICTIONS)}, got {self.prediction!r}")
+            raise ValueError(
+                f"SamplingPlan: expected prediction to be one of {', '.join(PREDICTIONS)}, got {self.prediction!r}"
+            )
         if self.variance not in VARIANCES:
             raise ValueError(f"SamplingPlan: expected variance to be one of {', '.join(VARIANCES)}, got {self.variance!r}")
         if self.coefficients.shape != (self.num_steps, len(COLUMNS)):
-            raise ValueError(
-                f"SamplingPlan: expected coefficients of shape [{self.num_steps}, {len(COLUMNS)}], got {list(self.coefficients.shape)}"
-            )
+            wanted, got = [self.num_steps, len(COLUMNS)], list(self.coefficients.shape)
+            raise ValueError(f"SamplingPlan: expected coefficients of shape {wanted}, got {got}")
         usable = torch.isfinite(self.coefficients[:, : COLUMNS.index("clip")])
         if not bool(usable.all()):
             row, column = (int(i) for i in (~usable).nonzero()[0])
             raise ValueError(
                 f"SamplingPlan: coefficient {COLUMNS[column]} is not finite at timestep {int(self.timesteps[row])}: with zero "
-                f'terminal SNR x_T holds no signal, so the model must predict "sample" or "v_prediction", got {self.prediction!r}'
+                'terminal SNR x_T holds no signal, so expected prediction to be "sample" or "v_prediction", got '
+                f"{self.prediction!r}"
             )
 
     @property
@@ -243,7 +245,9 @@ def _timesteps(caller: str, total: int, num_steps: int | None, spacing: Spacing 
                 f"{caller}: expected spacing to be strictly descending timesteps in 0..{total - 1}, got {timesteps.tolist()}"
             )
         if num_steps not in (None, timesteps.numel()):
-            raise ValueError(f"{caller}: expected num_steps to be None or {timesteps.numel()}, as spacing lists, got {num_steps}")
+            raise ValueError(
+                f"{caller}: expected num_steps to be None or {timesteps.numel()}, as spacing lists, got {num_steps}"
+            )
         return timesteps.to("cpu", torch.int64)
     if num_steps is None:
         num_steps = total

@@ -1,8 +1,8 @@
 """Every op of the package as plain PyTorch: the specification that the kernels are tested against.
 
-Arithmetic is in float32 for float32 and half inputs, in float64 for float64 inputs, and is rounded once to the input's dtype at the end.
-Tables come from `NoiseSchedule.coefficients` and `SamplingPlan.table`. Equation numbers are those of the derivation in the README;
-Ho et al. 2020 is https://arxiv.org/abs/2006.11239.
+Arithmetic is in float32 for float32 and half inputs, in float64 for float64 inputs, and is rounded once to the input's dtype at
+the end. Tables come from `NoiseSchedule.coefficients` and `SamplingPlan.table`. Equation numbers are those of the derivation in
+the README; Ho et al. 2020 is https://arxiv.org/abs/2006.11239.
 """
 
 from __future__ import annotations
@@ -281,7 +281,8 @@ def group_norm_silu(
         x: [N, C, ...]; num_groups divides C; weight, bias: [C]; shift, scale, scale_shift: [N, C].
 
     Returns:
-        y shaped like x in its dtype; mean and 1 / sqrt(variance + eps), each [N, num_groups] in the dtype that arithmetic runs in.
+        y shaped like x in its dtype; mean and 1 / sqrt(variance + eps), each [N, num_groups] in the dtype that arithmetic
+        runs in.
     """
     n, channels = x.shape[:2]
     wide = opmath(x.dtype)

@@ -24,9 +24,8 @@ class NoiseSchedule:
 
     def __init__(self, betas: Tensor, name: str = "from_betas", parameters: dict[str, Any] | None = None) -> None:
         if betas.dim() != 1 or betas.numel() == 0 or not betas.is_floating_point():
-            raise ValueError(
-                f"NoiseSchedule: expected betas to be a floating tensor of shape [T], T >= 1, got {betas.dtype} {list(betas.shape)}"
-            )
+            got = f"{betas.dtype} {list(betas.shape)}"
+            raise ValueError(f"NoiseSchedule: expected betas to be a floating tensor of shape [T], T >= 1, got {got}")
         betas = betas.detach().to("cpu", torch.float64, copy=True)
         if not bool(((betas > 0) & (betas <= 1)).all()):
             raise ValueError(
@@ -112,7 +111,7 @@ class NoiseSchedule:
         return cls(torch.as_tensor(betas, dtype=torch.float64))
 
     def rescale_zero_terminal_snr(self) -> NoiseSchedule:
-        """The schedule with sqrt(abar) shifted and scaled so that abar_{T-1} = 0 and abar_0 stays (Lin et al. 2023, Algorithm 1).
+        """sqrt(abar) shifted and scaled so that abar_{T-1} = 0 and abar_0 stays (Lin et al. 2023, Algorithm 1).
 
         x_T then holds no signal, so the noise cannot tell x_0: plans for it need prediction "sample" or "v_prediction".
         """

@@ -116,9 +116,8 @@ def check_device(op: str, name: str, x: Tensor, like_name: str, like: Tensor) ->
 def check_seeds(op: str, seeds: Tensor, n: int, device: torch.device) -> Tensor:
     """int64 [n], moved to the device."""
     if not isinstance(seeds, Tensor) or seeds.dtype != torch.int64:
-        raise TypeError(
-            f"{op}: expected seeds to be an int64 tensor (see sample_seeds), got {getattr(seeds, 'dtype', type(seeds).__name__)}"
-        )
+        got = seeds.dtype if isinstance(seeds, Tensor) else type(seeds).__name__
+        raise TypeError(f"{op}: expected seeds to be an int64 tensor (see sample_seeds), got {got}")
     if seeds.shape != (n,):
         raise ValueError(f"{op}: expected seeds to have shape [{n}], one a sample, got {list(seeds.shape)}")
     return seeds.to(device).contiguous()

@@ -47,7 +47,11 @@ def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type == "cuda":
         return None
     if device.type == "cpu":
-        return None if _interpreting() else "CPU tensors need Triton's interpreter (set TRITON_INTERPRET=1 before the first import)"
+        return (
+            None
+            if _interpreting()
+            else "CPU tensors need Triton's interpreter (set TRITON_INTERPRET=1 before the first import)"
+        )
     return f"it has no kernels for {device.type} tensors"
 
 

@@ -218,9 +218,10 @@ def _backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
     return grad, grad_x_0, None, None, grad_noise, None, None, None
 
 
+_ARGUMENTS = "Tensor model_output, Tensor x_0, Tensor t, Tensor table, Tensor? noise, Tensor? seeds, int prediction, str family"
 define(
     "denoising_loss",
-    "(Tensor model_output, Tensor x_0, Tensor t, Tensor table, Tensor? noise, Tensor? seeds, int prediction, str family) -> Tensor",
+    f"({_ARGUMENTS}) -> Tensor",
     _impl,
     _fake,
     _backward,
@@ -228,8 +229,7 @@ define(
 )
 define(
     "denoising_loss_backward",
-    "(Tensor grad_losses, Tensor model_output, Tensor x_0, Tensor t, Tensor table, Tensor? noise, Tensor? seeds, int prediction, "
-    "str family) -> Tensor",
+    f"(Tensor grad_losses, {_ARGUMENTS}) -> Tensor",
     _backward_impl,
     _backward_fake,
     no_second_derivative("denoising_loss"),

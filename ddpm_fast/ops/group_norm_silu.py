@@ -155,8 +155,9 @@ def _backward_impl(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     x = dense(x)
     grad_y = dense_like(grad_y, x)
-    small = tuple(_contiguous(s) for s in (weight, bias, shift, scale, scale_shift))
-    grads = _backward_fake(grad_y, x, mean, rstd, num_groups, *small, silu, family)
+    weight, bias, shift, scale, scale_shift = (_contiguous(s) for s in (weight, bias, shift, scale, scale_shift))
+    small = (weight, bias, shift, scale, scale_shift)
+    grads = _backward_fake(grad_y, x, mean, rstd, num_groups, weight, bias, shift, scale, scale_shift, silu, family)
     grad_x, *grads_small = grads
     wanted = [grad if value is not None else None for grad, value in zip(grads_small, small, strict=True)]
     if family == "native":

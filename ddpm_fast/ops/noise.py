@@ -22,7 +22,11 @@ def sample_seeds(seed: int, n: int, start: int = 0) -> Tensor:
     Returns:
         int64 [n] on the CPU.
     """
-    for name, value, low, high in (("seed", seed, -(1 << 63), (1 << 64) - 1), ("n", n, 0, 1 << 32), ("start", start, 0, 1 << 32)):
+    for name, value, low, high in (
+        ("seed", seed, -(1 << 63), (1 << 64) - 1),
+        ("n", n, 0, 1 << 32),
+        ("start", start, 0, 1 << 32),
+    ):
         if not isinstance(value, int) or isinstance(value, bool):
             raise TypeError(f"sample_seeds: expected {name} to be an int, got {type(value).__name__}")
         if not low <= value <= high:

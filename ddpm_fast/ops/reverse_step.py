@@ -19,7 +19,6 @@ from ._library import (
     dense,
     dense_like,
     dtype_code,
-    index_tensor,
     pointer,
     sizes,
 )
@@ -100,14 +99,14 @@ def reverse_step(
         if torch.is_grad_enabled() and any(
             t is not None and t.requires_grad for t in (x_t, model_output, noise, x_0_prev, out)
         ):
-            raise ValueError(f"{op}: expected no gradients with out= (call under torch.no_grad()), got an input that requires one")
+            raise ValueError(
+                f"{op}: expected no gradients with out= (call under torch.no_grad()), got an input that requires one"
+            )
         if out.stride() != x_t.stride() or dense(out) is not out:
             raise ValueError(f"{op}: expected out to be dense, with the strides of x_t, {x_t.stride()}, got {out.stride()}")
     if family == "reference":
         check_range(op, "step", steps, plan.num_steps)
-        x_prev, x_0 = reference.reverse_step(
-            x_t, model_output, table, steps, noise, seeds, x_0_prev, guidance_scale, variance
-        )
+        x_prev, x_0 = reference.reverse_step(x_t, model_output, table, steps, noise, seeds, x_0_prev, guidance_scale, variance)
         if out is not None:
             x_prev = out.copy_(x_prev)
     elif out is not None:
@@ -203,9 +202,7 @@ def _impl(
 ) -> tuple[Tensor, Tensor]:
     x_t = dense(x_t)
     out = torch.empty_like(x_t)
-    x_0 = _launch(
-        out, x_t, model_output, table, steps, noise, seeds, x_0_prev, guidance_scale, variance, return_x_0, family
-    )
+    x_0 = _launch(out, x_t, model_output, table, steps, noise, seeds, x_0_prev, guidance_scale, variance, return_x_0, family)
     return out, x_0
 
 
@@ -274,7 +271,7 @@ def _backward(ctx: Any, grad_x_prev: Tensor, grad_x_0: Tensor | None) -> tuple[T
     grad_m = q * through + k2 * grad
     std, grad_v = sigma, None
     if learned:
-        v, slope = conditional[:, channels:], 1.0
+        v, slope = conditional[:, channels:], torch.ones_like(sigma)
         if reference.VARIANCES[ctx.variance] == "learned_range":
             f = (v + 1) / 2
             v, slope = f * log_beta + (1 - f) * log_beta_tilde, (log_beta - log_beta_tilde) / 2
