@@ -1,7 +1,9 @@
 """Denoising diffusion probabilistic models (Ho et al. 2020), fast, exact and reproducible."""
 
+from .images import image_grid, save_grid, save_trajectory, to_uint8
 from .ops import BackendUnavailable, denoising_loss, group_norm_silu, noise, q_sample, reverse_step, sample_seeds
 from .plan import SamplingPlan, ddim_plan, ddpm_plan
+from .sample import sample
 from .schedule import NoiseSchedule
 
 __version__ = "0.1.0"
@@ -13,8 +15,13 @@ __all__ = [
     "ddpm_plan",
     "denoising_loss",
     "group_norm_silu",
+    "image_grid",
     "noise",
     "q_sample",
     "reverse_step",
+    "sample",
     "sample_seeds",
+    "save_grid",
+    "save_trajectory",
+    "to_uint8",
 ]
