@@ -1,0 +1,273 @@
+"""Images to train on, and the order they come in.
+
+A data set is an `ImageDataset`: uint8 images and integer labels, read by index. Everything random about a training run
+is a pure function of (seed, global sample index), counter-based like the noise of the ops, so that a resumed run needs
+no generator state: see `TrainingDraws`.
+"""
+
+from __future__ import annotations
+
+import gzip
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
+from typing import Final
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.nn import functional
+
+from ddpm_fast.ops import sample_seeds
+
+DATASETS: Final = ("digits", "fashion-mnist", "cifar10")
+
+FASHION_MNIST_CLASSES: Final = (
+    "T-shirt",
+    "trouser",
+    "pullover",
+    "dress",
+    "coat",
+    "sandal",
+    "shirt",
+    "sneaker",
+    "bag",
+    "ankle boot",
+)
+FASHION_MNIST_DEBIAN: Final = Path("/usr/share/datasets/fashion-mnist")  # Debian's package dataset-fashion-mnist
+
+_DOWNLOADS: Final = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddpm_fast"
+_IMAGE_SUFFIXES: Final = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+
+
+@dataclass(frozen=True)
+class ImageDataset:
+    """Images of one size, with labels.
+
+    Attributes:
+        name: what `load_dataset` was asked for.
+        read: maps int64 indices [B] to uint8 images [B, C, H, W].
+        shape: (C, H, W).
+        labels: int64 [N], 0..len(classes)-1.
+        classes: names of the classes; a single one where the images carry no labels.
+    """
+
+    name: str
+    read: Callable[[Tensor], Tensor]
+    shape: tuple[int, int, int]
+    labels: Tensor
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Images, uint8 [B, C, H, W], and labels, int64 [B], at the int64 indices [B]."""
+        return self.read(indices), self.labels[indices]
+
+
+def load_dataset(
+    name: str, data_dir: str | os.PathLike[str] | None = None, *, split: str = "train", image_size: int | None = None
+) -> ImageDataset:
+    """Load a data set by name.
+
+    Args:
+        name: "digits" (scikit-learn's 8x8 digits: no download), "fashion-mnist" (28x28, padded with black to 32x32),
+            "cifar10", or the path of a folder of images, in which each sub-folder is a class.
+        data_dir: where the files of fashion-mnist or cifar10 are, or are downloaded to by torchvision. By default the
+            files of Debian's package dataset-fashion-mnist where installed, else a folder in the user's cache.
+        split: "train" or "test". A folder of images has no split: it is read whole.
+        image_size: height and width in pixels. Images of another size are resized (and those of a folder centre-cropped
+            to a square). Default: the data set's own; 32 for a folder.
+
+    Raises:
+        ValueError: unknown name or split, bad size, no image found, damaged file.
+        ImportError: a package of the `train` extra is missing.
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f'load_dataset: expected split to be "train" or "test", got {split!r}')
+    if image_size is not None and image_size < 1:
+        raise ValueError(f"load_dataset: expected image_size to be at least 1, got {image_size}")
+    root = None if data_dir is None else Path(data_dir)
+    if name == "digits":
+        return _in_memory(name, *_read_digits(split), tuple("0123456789"), image_size)
+    if name == "fashion-mnist":
+        images, labels = _read_fashion_mnist(root, split)
+        padding = 2 if image_size != 28 else 0  # 32 = 2^5: a U-Net halves the size several times
+        return _in_memory(name, functional.pad(images, [padding] * 4), labels, FASHION_MNIST_CLASSES, image_size)
+    if name == "cifar10":
+        return _in_memory(name, *_read_cifar10(root, split), image_size)
+    if Path(name).is_dir():
+        return _open_folder(name, image_size or 32)
+    raise ValueError(f"load_dataset: expected name to be one of {', '.join(DATASETS)} or a folder, got {name!r}")
+
+
+def to_unit_range(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Map uint8 0..255 to -1..1, the range the model works in; black is -1."""
+    return images.to(dtype) / 127.5 - 1.0
+
+
+class TrainingDraws:
+    """Everything random in a training run, as pure functions of (seed, step) or of (seed, global sample index).
+
+    Step k uses the global samples k B .. (k + 1) B - 1 for batch size B; the methods return one row for each. Every
+    purpose has its own key, derived from the seed by Philox, so the draws are independent of each other.
+    """
+
+    def __init__(self, seed: int, batch_size: int) -> None:
+        self._batch_size = batch_size
+        keys = sample_seeds(seed, 7).tolist()
+        self._order, self._timesteps, self._noise, self._label_dropout, self._flips, self._dropout, self.weights_seed = keys
+
+    def _words(self, key: int, step: int) -> Tensor:
+        """63 random bits for each sample of the step: int64 [B], not negative."""
+        return sample_seeds(key, self._batch_size, step * self._batch_size) & 0x7FFFFFFFFFFFFFFF
+
+    def indices(self, step: int, size: int) -> Tensor:
+        """Indices into a data set of `size` images: each epoch is a new permutation; batches run across its end."""
+        samples = torch.arange(step * self._batch_size, (step + 1) * self._batch_size)
+        epochs = samples // size
+        return torch.cat(
+            [_permutation(self._order, epoch, size)[samples[epochs == epoch] % size] for epoch in epochs.unique().tolist()]
+        )
+
+    def timesteps(self, step: int, num_timesteps: int) -> Tensor:
+        """Timesteps t, uniform in 0 .. num_timesteps - 1."""
+        return self._words(self._timesteps, step) % num_timesteps
+
+    def noise_seeds(self, step: int) -> Tensor:
+        """Seeds of the noise that `q_sample` and `denoising_loss` draw."""
+        return sample_seeds(self._noise, self._batch_size, step * self._batch_size)
+
+    def label_is_dropped(self, step: int, probability: float) -> Tensor:
+        """Whether a sample is trained without its label: bool [B]."""
+        return self._words(self._label_dropout, step) < int(probability * 2.0**63)
+
+    def is_flipped(self, step: int) -> Tensor:
+        """Whether a sample is mirrored left to right: bool [B], true for half of them."""
+        return self._words(self._flips, step) % 2 == 1
+
+    def dropout_seed(self, step: int) -> int:
+        """Seed of torch's generator for the dropout layers of this step."""
+        return int(sample_seeds(self._dropout, 1, step))
+
+
+@lru_cache(maxsize=2)  # the epoch under way and, in the batch that ends it, the next one
+def _permutation(key: int, epoch: int, size: int) -> Tensor:
+    """The permutation of one epoch, int64 [size]: the order that sorts one random word for each image."""
+    epoch_key = int(sample_seeds(key, 1, epoch))
+    return torch.argsort(sample_seeds(epoch_key, size), stable=True)
+
+
+# --------------------------------------------------------------------------------------------------------------- sources
+
+
+def _in_memory(name: str, images: Tensor, labels: Tensor, classes: tuple[str, ...], image_size: int | None) -> ImageDataset:
+    """A data set that holds its images, uint8 [N, C, H, W]."""
+    if image_size is not None and tuple(images.shape[-2:]) != (image_size, image_size):
+        resized = functional.interpolate(images.float(), (image_size, image_size), mode="bilinear", antialias=True)
+        images = resized.round().to(torch.uint8)
+    channels, height, width = images.shape[1:]
+    return ImageDataset(name, images.__getitem__, (channels, height, width), labels, classes)
+
+
+def _read_digits(split: str) -> tuple[Tensor, Tensor]:
+    digits = _import("sklearn.datasets").load_digits()
+    part = slice(None, 1500) if split == "train" else slice(1500, None)
+    images = torch.from_numpy(digits.images[part]).unsqueeze(1)  # [N, 1, 8, 8], 0..16
+    return (images * (255 / 16)).round().to(torch.uint8), torch.from_numpy(digits.target[part]).long()
+
+
+def _read_fashion_mnist(root: Path | None, split: str) -> tuple[Tensor, Tensor]:
+    stem = "train" if split == "train" else "t10k"
+    files = [f"{stem}-images-idx3-ubyte", f"{stem}-labels-idx1-ubyte"]
+    folder = root or FASHION_MNIST_DEBIAN
+    found = [_first_file(folder / file, folder / f"{file}.gz") for file in files]
+    if found[0] and found[1]:
+        images, labels = _read_idx(found[0]), _read_idx(found[1])
+        if images.dim() != 3 or labels.shape != images.shape[:1]:
+            raise ValueError(
+                f"load_dataset: expected images [N, H, W] and labels [N] in {folder}, "
+                f"got {list(images.shape)} and {list(labels.shape)}"
+            )
+    else:
+        datasets = _import("torchvision.datasets")
+        downloaded = datasets.FashionMNIST(root or _DOWNLOADS, train=split == "train", download=True)
+        images, labels = downloaded.data, downloaded.targets
+    return images.unsqueeze(1), labels.long()
+
+
+def _read_cifar10(root: Path | None, split: str) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+    downloaded = _import("torchvision.datasets").CIFAR10(root or _DOWNLOADS, train=split == "train", download=True)
+    images = torch.from_numpy(downloaded.data).permute(0, 3, 1, 2).contiguous()  # [N, 3, 32, 32]
+    return images, torch.tensor(downloaded.targets), tuple(downloaded.classes)
+
+
+def _open_folder(name: str, image_size: int) -> ImageDataset:
+    """A folder of images, decoded when first read and kept."""
+    root = Path(name)
+    files = sorted(path for path in root.rglob("*") if path.suffix.lower() in _IMAGE_SUFFIXES and path.is_file())
+    if not files:
+        raise ValueError(f"load_dataset: expected {root} to hold images ({', '.join(sorted(_IMAGE_SUFFIXES))}), got none")
+    # The class of an image is the first folder on the way to it; images that lie in `root` itself share one class.
+    names = [path.relative_to(root).parts[0] if path.parent != root else "" for path in files]
+    classes = tuple(sorted(set(names)))
+    labels = torch.tensor([classes.index(name) for name in names])
+    reader = _FolderReader(files, image_size)
+    return ImageDataset(name, reader, (3, image_size, image_size), labels, classes)
+
+
+class _FolderReader:
+    """Decodes images in threads (Pillow releases the interpreter's lock) and keeps them: each file is opened once."""
+
+    def __init__(self, files: Sequence[Path], image_size: int) -> None:
+        self._files, self._size = files, image_size
+        self._decoded = torch.zeros(len(files), dtype=torch.bool)
+        self._images = torch.empty(len(files), 3, image_size, image_size, dtype=torch.uint8)  # paged in as it fills
+        self._pool = ThreadPoolExecutor(thread_name_prefix="ddpm_fast-decode")
+
+    def __call__(self, indices: Tensor) -> Tensor:
+        missing = indices[~self._decoded[indices]].unique()
+        for index, image in zip(missing.tolist(), self._pool.map(self._decode, missing.tolist()), strict=True):
+            self._images[index] = image
+        self._decoded[missing] = True
+        return self._images[indices]
+
+    def _decode(self, index: int) -> Tensor:
+        """The largest centred square of a file, resized: uint8 [3, size, size]."""
+        with Image.open(self._files[index]) as file:
+            image = ImageOps.exif_transpose(file).convert("RGB")
+        side = min(image.size)
+        left, top = (image.width - side) / 2, (image.height - side) / 2
+        box = (left, top, left + side, top + side)
+        square = image.resize((self._size, self._size), Image.Resampling.LANCZOS, box=box)
+        return torch.from_numpy(np.array(square)).permute(2, 0, 1)
+
+
+def _read_idx(path: Path) -> Tensor:
+    """Read an IDX file of unsigned bytes, gzipped or not: uint8 of the shape in its header."""
+    content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    if content[:3] != b"\0\0\x08" or len(content) < 4:  # two zeros, then the type code of unsigned bytes
+        raise ValueError(f"load_dataset: expected {path} to be an IDX file of unsigned bytes, got header {content[:4]!r}")
+    start = 4 + 4 * content[3]  # byte 3: the number of dimensions
+    shape = np.frombuffer(content[4:start], dtype=">u4").tolist()
+    if len(content) - start != np.prod(shape):
+        raise ValueError(f"load_dataset: expected {path} to hold {shape} bytes, got {len(content) - start}")
+    return torch.from_numpy(np.frombuffer(content, dtype=np.uint8, offset=start).reshape(shape).copy())
+
+
+def _first_file(*paths: Path) -> Path | None:
+    return next((path for path in paths if path.is_file()), None)
+
+
+def _import(module: str) -> ModuleType:
+    """Import a module of the `train` extra."""
+    try:
+        return __import__(module, fromlist=["_"])
+    except ImportError as error:
+        raise ImportError(f"{module} is missing: install it with pip install 'ddpm_fast[train]'") from error

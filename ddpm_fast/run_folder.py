@@ -1,0 +1,185 @@
+"""A training run on disk: its configuration, its log, and checkpoints that are always whole.
+
+    RUN/
+      config.json                       what was asked for; checked when the run is resumed
+      log.csv                           one row every `log_every` steps
+      samples/step-00001000.png         grids drawn while training
+      tensorboard/                      event files, where TensorBoard is installed
+      checkpoints/
+        latest -> step-00001000         for people and scripts; resuming looks for the newest whole checkpoint itself
+        step-00001000/
+          unet/, unet_ema/              the network and its moving average, as diffusers folders, float32
+          scheduler/                    scheduler_config.json
+          optimizer.safetensors         the optimizer's state, `<key>.<parameter>`
+          state.json                    step, log state, and the size of every other file
+
+A checkpoint is written under a temporary name, flushed to the disk and only then renamed, so a name that begins with
+"step-" is a whole checkpoint, whenever the process or the machine stopped. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from ddpm_fast.nn.checkpoint import replacing
+
+FORMAT: Final = 1
+LOG_COLUMNS: Final = ("step", "samples", "loss", "grad_norm", "lr", "images_per_second", "seconds")
+
+_log = logging.getLogger("ddpm_fast")
+
+
+class RunFolder:
+    """Reads and writes the folder of a training run; see the module's text for the layout."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.config_file = self.path / "config.json"
+        self.log_file = self.path / "log.csv"
+        self.samples = self.path / "samples"
+        self.tensorboard = self.path / "tensorboard"
+        self.checkpoints = self.path / "checkpoints"
+
+    # ---------------------------------------------------------------------------------------------------- configuration
+
+    def create(self, config: Mapping[str, Any]) -> None:
+        """Start a new run. Raises FileExistsError if the folder holds anything."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        if any(entry.name != f".{self.config_file.name}.tmp" for entry in self.path.iterdir()):
+            raise FileExistsError(
+                f"train: expected {self.path} to be new or empty; continue the run in it with --resume, or name another folder"
+            )
+        write_json(self.config_file, {"format": FORMAT, **config})
+
+    def read_config(self) -> dict[str, Any]:
+        """The configuration that the run was started with. Raises FileNotFoundError if there is no run."""
+        if not self.config_file.is_file():
+            raise FileNotFoundError(f"train: expected a run to resume in {self.path}, which has no {self.config_file.name}")
+        config: dict[str, Any] = json.loads(self.config_file.read_text(encoding="utf-8"))
+        if config["format"] != FORMAT:
+            raise ValueError(f"train: expected {self.config_file} to have format {FORMAT}, got {config['format']}")
+        return config
+
+    # ------------------------------------------------------------------------------------------------------ checkpoints
+
+    def latest_checkpoint(self) -> Path | None:
+        """The newest whole checkpoint, or None."""
+        for folder in sorted(self.checkpoints.glob("step-*"), reverse=True):
+            if _is_whole(folder):
+                return folder
+            _log.warning("%s is damaged: left out", folder)
+        return None
+
+    def save_checkpoint(self, step: int, state: Mapping[str, Any], write: Callable[[Path], None], keep: int) -> Path:
+        """Write a checkpoint, then remove all but the newest `keep`.
+
+        Args:
+            step: steps done.
+            state: what goes to state.json, as JSON types.
+            write: writes the other files into the folder that it is given.
+            keep: at least 1.
+        """
+        final = self.checkpoints / f"step-{step:08d}"
+        if not _is_whole(final):
+            temporary = self.checkpoints / f".{final.name}.tmp"
+            self.remove_leftovers()
+            temporary.mkdir(parents=True)
+            write(temporary)
+            sizes = {str(file.relative_to(temporary)): file.stat().st_size for file in _files(temporary)}
+            write_json(temporary / "state.json", {"format": FORMAT, "step": step, **state, "files": sizes})
+            _flush(temporary)
+            if final.exists():
+                self._remove(final)  # damaged
+            temporary.rename(final)
+            _flush_entry(self.checkpoints)
+        self._point_to(final)
+        for old in sorted(self.checkpoints.glob("step-*"))[:-keep]:
+            self._remove(old)
+        return final
+
+    def remove_leftovers(self) -> None:
+        """Remove what a killed process left half written or half removed."""
+        for leftover in self.checkpoints.glob(".*.tmp"):
+            if leftover.is_symlink():
+                leftover.unlink()
+            else:
+                shutil.rmtree(leftover)
+
+    def _remove(self, checkpoint: Path) -> None:
+        hidden = checkpoint.with_name(f".removed-{checkpoint.name}.tmp")  # in one step; half a checkpoint is never seen
+        checkpoint.rename(hidden)
+        shutil.rmtree(hidden)
+
+    def _point_to(self, checkpoint: Path) -> None:
+        link = self.checkpoints / ".latest.tmp"
+        link.unlink(missing_ok=True)
+        link.symlink_to(checkpoint.name, target_is_directory=True)
+        link.replace(self.checkpoints / "latest")
+
+    # ---------------------------------------------------------------------------------------------------------- the log
+
+    def append_log(self, row: Sequence[int | float]) -> None:
+        """Add one row of `LOG_COLUMNS`."""
+        new = not self.log_file.exists()
+        with self.log_file.open("a", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            if new:
+                writer.writerow(LOG_COLUMNS)
+            writer.writerow([format(value, ".6g") if isinstance(value, float) else value for value in row])
+
+    def cut_log(self, step: int) -> None:
+        """Remove the rows after `step`, which a resumed run writes again, and a row that was cut short."""
+        if not self.log_file.exists():
+            return
+        with self.log_file.open(newline="", encoding="utf-8") as file:
+            text = file.read()
+        lines = text[: text.rfind("\n") + 1].splitlines(keepends=True)
+        kept = lines[:1] + [line for line in lines[1:] if int(line.split(",", 1)[0]) <= step]
+        with replacing(self.log_file) as temporary:
+            temporary.write_text("".join(kept), encoding="utf-8")
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON file in one step: whenever the process stops, the file is the old or the new one."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether every file that was written is there with its size."""
+    try:
+        sizes = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["files"]
+        return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _flush(folder: Path) -> None:
+    """Have every file and folder under `folder` on the disk."""
+    for file in _files(folder):
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
+    for path in [folder, *folder.rglob("*")]:
+        if path.is_dir():
+            _flush_entry(path)
+
+
+def _flush_entry(folder: Path) -> None:
+    """Have the names in a folder on the disk; only POSIX systems can."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

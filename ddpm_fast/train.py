@@ -1,0 +1,515 @@
+"""Training: Algorithm 1 of Ho et al. (2020) on `q_sample` and `denoising_loss`.
+
+The noise of a step is drawn twice, in the two ops, from the seeds of its samples, and is never stored. Every draw is a
+function of (seed, step), so a checkpoint holds no generator state, and a run that was stopped and resumed ends with the
+same weights, bit for bit, as one that was not (same machine, same number of threads).
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import math
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Final, Literal
+
+import safetensors.torch
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import ddpm_fast
+from ddpm_fast.data import ImageDataset, TrainingDraws, load_dataset, to_unit_range
+from ddpm_fast.nn import UNet
+from ddpm_fast.ops import denoising_loss, q_sample
+from ddpm_fast.run_folder import FORMAT, RunFolder, write_json
+from ddpm_fast.schedule import NoiseSchedule
+
+# Options that a resumed run may change: they decide how long, where and with what records, not what is trained.
+# `steps` and the learning rate's decay are among them so that a run can be prolonged, or brought to its end.
+CHANGEABLE: Final = frozenset(
+    {
+        *("data_dir", "steps", "lr_decay", "lr_decay_steps", "device", "threads", "log_every", "sample_every"),
+        *("sample_steps", "checkpoint_every", "checkpoint_minutes", "keep", "tensorboard", "max_minutes"),
+    }
+)
+
+_log = logging.getLogger("ddpm_fast")
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a call of `train` ended.
+
+    Attributes:
+        step: steps done since the run began.
+        loss: mean loss since the last row of the log; NaN if no step was done since.
+        seconds: time spent in steps since the run began.
+        stopped_by: "SIGINT", "SIGTERM", "max_minutes", or None when all steps are done.
+    """
+
+    step: int
+    loss: float
+    seconds: float
+    stopped_by: str | None
+
+
+def train(
+    run_dir: str | os.PathLike[str],  # folder of the run: configuration, log, samples, checkpoints
+    *,
+    # data
+    data: str = "digits",  # digits | fashion-mnist | cifar10 | a folder of images
+    data_dir: str | None = None,  # where the data set's files are or go; None: Debian's package or the user's cache
+    image_size: int | None = None,  # pixels; None: the data set's own, 32 for a folder
+    flip: bool = False,  # mirror half of the images left to right
+    # network
+    channels: Sequence[int] = (64, 128, 128),  # of each level; each has half the resolution of the one before
+    layers: int = 2,  # residual blocks a level, on the way down; one more on the way up
+    attention: Sequence[int] = (16,),  # resolutions with self-attention, in pixels (the middle block always has it)
+    head_dim: int | None = None,  # channels of an attention head; None: a single head
+    scale_shift: bool = False,  # the time scales and shifts the second norm, instead of being added before it
+    dropout: float = 0.0,  # probability
+    conditional: bool = True,  # give the network the class, where the data set has more than one
+    label_dropout: float = 0.1,  # probability of training without the class, for guidance
+    # diffusion
+    num_timesteps: int = 1000,  # T
+    schedule: Literal["linear", "scaled_linear", "cosine", "sigmoid"] = "linear",  # betas
+    prediction: Literal["epsilon", "sample", "v_prediction"] = "epsilon",  # what the network predicts
+    # optimisation
+    steps: int = 20_000,  # optimizer steps, counted from the run's beginning
+    batch_size: int = 64,  # images a step
+    lr: float = 2e-4,  # learning rate after warm-up
+    warmup_steps: int = 500,  # steps over which the learning rate rises from 0
+    lr_decay: Literal["linear", "cosine"] = "linear",  # form of the fall to 0 at the end of the run
+    lr_decay_steps: int = 0,  # how many of the last steps the fall takes; 0: none
+    weight_decay: float = 0.0,  # of AdamW; 0: Adam
+    clip_grad: float = 1.0,  # largest norm of the gradient; 0: not clipped
+    ema_decay: float = 0.9999,  # of the moving average of the weights; rises to it as (1 + step) / (10 + step)
+    precision: Literal["float32", "bf16"] = "float32",  # bf16: autocast; weights and loss stay float32
+    channels_last: bool = True,  # memory format of images and weights
+    seed: int = 0,  # of everything random
+    # machine
+    device: str | None = None,  # None: a GPU if there is one
+    threads: int | None = None,  # CPU threads; None: torch's choice
+    # records
+    log_every: int = 50,  # steps between rows of log.csv
+    sample_every: int = 1000,  # steps between grids of samples; 0: none
+    sample_steps: int = 50,  # DDIM steps of those
+    checkpoint_every: int = 0,  # steps between checkpoints; 0: by time alone
+    checkpoint_minutes: float = 5.0,  # minutes between checkpoints; 0: by steps alone
+    keep: int = 2,  # checkpoints kept
+    tensorboard: bool = True,  # write event files too, if TensorBoard is installed
+    max_minutes: float | None = None,  # stop, with a checkpoint, after this time
+    # this call
+    resume: bool = False,  # continue the run in `run_dir`, from its newest checkpoint
+    progress: bool = True,  # show a progress bar
+) -> TrainResult:
+    """Train a network on images; the signature is the table of options.
+
+    Args:
+        run_dir: must be new or empty, unless `resume` is true. The layout is described in `ddpm_fast.run_folder`.
+
+    Ctrl-C and SIGTERM end the run after the current step, with a checkpoint. A process that is killed loses the steps
+    since the last checkpoint.
+
+    Raises:
+        ValueError: an option is out of range, or differs from the one that the resumed run was started with.
+        FileExistsError: `run_dir` is not empty and `resume` is false.
+        FileNotFoundError: there is no run to resume.
+        FloatingPointError: the loss is no longer finite.
+    """
+    options = _json({name: value for name, value in locals().items() if name not in ("run_dir", "resume", "progress")})
+    _check_options(options)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+
+    dataset = load_dataset(data, data_dir, image_size=image_size)
+    labelled = conditional and len(dataset.classes) > 1
+    noise_schedule: NoiseSchedule = getattr(NoiseSchedule, schedule)(num_timesteps)
+    unet_config = _unet_config(options, dataset, labelled)
+    run = RunFolder(run_dir)
+    config = {
+        "options": options,
+        "unet": unet_config,
+        "schedule": noise_schedule.to_config(),
+        "dataset": {"images": len(dataset), "shape": list(dataset.shape), "classes": list(dataset.classes)},
+        "versions": {"ddpm_fast": ddpm_fast.__version__, "torch": torch.__version__},
+    }
+    if resume:
+        _check_same(run, config)
+    else:
+        run.create(config)
+
+    draws = TrainingDraws(seed, batch_size)
+    with torch.random.fork_rng():
+        torch.manual_seed(draws.weights_seed)
+        model = UNet(**unet_config)
+    model = model.to(device=target, memory_format=memory_format)
+    state = _State(model, copy.deepcopy(model).requires_grad_(False).eval(), _optimizer(model, lr, weight_decay))
+    if resume and (checkpoint := run.latest_checkpoint()):
+        state.load(checkpoint)
+        _log.info("resuming %s at step %d", run.path, state.step)
+    run.remove_leftovers()
+    run.cut_log(state.step)
+
+    def save_checkpoint() -> None:
+        def write(folder: Path) -> None:
+            state.write(folder)
+            _write_scheduler(folder / "scheduler", noise_schedule, prediction)
+
+        entries = {"seconds": state.seconds, "losses": [float(loss) for loss in state.losses]}
+        run.save_checkpoint(state.step, entries, write, keep)
+
+    parameters, averages = list(state.model.parameters()), list(state.ema.parameters())
+    began = last_checkpoint = time.monotonic()
+    mark = time.perf_counter()  # end of the last stretch that is counted in state.seconds
+    logged_step, logged_seconds = state.step, state.seconds
+    stopped_by: str | None = None
+    writer = _tensorboard(run, state.step) if tensorboard else None
+    bar = tqdm(
+        total=steps,
+        initial=state.step,
+        unit="step",
+        disable=not progress,
+        mininterval=0.5 if sys.stderr.isatty() else 30,  # a log file needs fewer lines than a terminal
+    )
+    with _StopSignals() as signals, bar:
+        while state.step < steps and stopped_by is None:
+            # One step of Algorithm 1.
+            step = state.step
+            images, labels = dataset[draws.indices(step, len(dataset))]
+            x_0 = to_unit_range(images.to(target)).contiguous(memory_format=memory_format)  # [B, C, H, W]
+            if flip:
+                x_0 = torch.where(draws.is_flipped(step).to(target)[:, None, None, None], x_0.flip(-1), x_0)
+                x_0 = x_0.contiguous(memory_format=memory_format)
+            t = draws.timesteps(step, num_timesteps).to(target)
+            seeds = draws.noise_seeds(step).to(target)
+            if labelled:
+                no_label = len(dataset.classes)  # the last embedding
+                labels = labels.masked_fill(draws.label_is_dropped(step, label_dropout), no_label).to(target)
+            torch.manual_seed(draws.dropout_seed(step))
+
+            x_t = q_sample(x_0, t, noise_schedule, seeds=seeds)
+            with torch.autocast(target.type, torch.bfloat16, enabled=precision == "bf16"):
+                output = state.model(x_t, t, labels if labelled else None)
+            loss = denoising_loss(output.float(), x_0, t, noise_schedule, prediction=prediction, seeds=seeds)
+            loss.backward()
+            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, clip_grad or math.inf, foreach=True)
+            rate = lr * _lr_factor(step, steps, warmup_steps, lr_decay, lr_decay_steps)
+            for group in state.optimizer.param_groups:
+                group["lr"] = rate
+            state.optimizer.step()
+            state.optimizer.zero_grad()
+            decay = min(ema_decay, (1 + step) / (10 + step))
+            torch._foreach_lerp_(averages, parameters, 1 - decay)
+            state.losses.append(loss.detach())
+            state.step += 1
+            bar.update()
+
+            # Records.
+            if state.step % log_every == 0 or state.step == steps:
+                mean_loss = state.mean_loss()
+                state.losses.clear()
+                mark = state.count_time(mark)
+                speed = (state.step - logged_step) * batch_size / (state.seconds - logged_seconds)
+                logged_step, logged_seconds = state.step, state.seconds
+                row = (state.step, state.step * batch_size, mean_loss, float(grad_norm), rate, speed, state.seconds)
+                run.append_log(row)
+                bar.set_postfix_str(f"loss {mean_loss:.4f}, {speed:.1f} images/s", refresh=False)
+                if writer:
+                    for name, value in zip(("loss", "grad_norm", "lr", "images_per_second"), row[2:6], strict=True):
+                        writer.add_scalar(f"train/{name}", value, state.step)
+                if not math.isfinite(mean_loss):
+                    raise FloatingPointError(
+                        f"train: the loss became {mean_loss} before step {state.step}; resume with what was saved, "
+                        "or start again with a smaller lr or precision float32"
+                    )
+            if sample_every and state.step % sample_every == 0:
+                mark = state.count_time(mark)
+                _draw_samples(run, state, noise_schedule, options, dataset, labelled, writer)
+                mark = time.perf_counter()
+            if signals.received is not None:
+                stopped_by = signals.received
+            elif max_minutes is not None and time.monotonic() - began > 60 * max_minutes:
+                stopped_by = "max_minutes"
+            due = bool(checkpoint_every) and state.step % checkpoint_every == 0
+            due |= bool(checkpoint_minutes) and time.monotonic() - last_checkpoint > 60 * checkpoint_minutes
+            if due or stopped_by is not None or state.step == steps:
+                mark = state.count_time(mark)
+                save_checkpoint()
+                last_checkpoint = time.monotonic()
+                mark = time.perf_counter()
+    if writer:
+        writer.close()
+    if stopped_by:
+        _log.info("stopped by %s at step %d of %d; checkpoint saved", stopped_by, state.step, steps)
+    return TrainResult(state.step, state.mean_loss(), state.seconds, stopped_by)
+
+
+def export_checkpoint(
+    run_dir: str | os.PathLike[str], out_dir: str | os.PathLike[str], dtype: torch.dtype = torch.float16
+) -> Path:
+    """Write the averaged network of a run's newest checkpoint for sampling, with the record of its training.
+
+    Args:
+        run_dir: folder of a run.
+        out_dir: folder to write: unet/ and scheduler/ in diffusers' layout, training.json (the run's configuration and
+            the step), training_log.csv, and classes.json (names of the classes, in the order of the labels).
+        dtype: dtype of the weights in the file.
+
+    Returns:
+        `out_dir`.
+
+    Raises:
+        FileNotFoundError: there is no run, or it has no checkpoint.
+    """
+    run, out = RunFolder(run_dir), Path(out_dir)
+    config = run.read_config()
+    checkpoint = run.latest_checkpoint()
+    if checkpoint is None:
+        raise FileNotFoundError(f"export_checkpoint: expected a checkpoint in {run.checkpoints}, got none")
+    state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    UNet.from_pretrained(checkpoint / "unet_ema").to(dtype).save_pretrained(out / "unet")
+    prediction = config["options"]["prediction"]
+    _write_scheduler(out / "scheduler", NoiseSchedule.from_config(config["schedule"]), prediction)
+    write_json(out / "training.json", {**config, "step": state["step"], "seconds": state["seconds"]})
+    write_json(out / "classes.json", {"classes": config["dataset"]["classes"]})
+    shutil.copyfile(run.log_file, out / "training_log.csv")
+    return out
+
+
+# ------------------------------------------------------------------------------------------------------------------ state
+
+
+@dataclass
+class _State:
+    """All that changes while training."""
+
+    model: UNet
+    ema: UNet  # moving average of the weights
+    optimizer: torch.optim.Optimizer
+    step: int = 0  # steps done
+    seconds: float = 0.0  # spent in steps
+    losses: list[Tensor] = field(default_factory=list)  # since the last row of the log; 0-d, on the device
+
+    def mean_loss(self) -> float:
+        return float(torch.stack(self.losses).mean()) if self.losses else math.nan
+
+    def count_time(self, since: float) -> float:
+        """Add the time since `since` to `seconds`; returns now."""
+        now = time.perf_counter()
+        self.seconds += now - since
+        return now
+
+    def write(self, folder: Path) -> None:
+        self.model.save_pretrained(folder / "unet")
+        self.ema.save_pretrained(folder / "unet_ema")
+        tensors = {
+            f"{key}.{name}": value.detach().cpu().contiguous()
+            for name, parameter in self.model.named_parameters()
+            for key, value in self.optimizer.state[parameter].items()
+        }
+        safetensors.torch.save_file(tensors, folder / "optimizer.safetensors")
+
+    def load(self, folder: Path) -> None:
+        self.model.load_state_dict(UNet.from_pretrained(folder / "unet").state_dict())
+        self.ema.load_state_dict(UNet.from_pretrained(folder / "unet_ema").state_dict())
+        tensors = safetensors.torch.load_file(folder / "optimizer.safetensors")
+        for name, parameter in self.model.named_parameters():
+            moments = {
+                # The parameter's memory format: fused optimizers walk through the storage.
+                key: torch.empty_like(parameter).copy_(tensors[f"{key}.{name}"])
+                for key in ("exp_avg", "exp_avg_sq")
+            }
+            self.optimizer.state[parameter] = {"step": tensors[f"step.{name}"].to(parameter.device), **moments}
+        entries = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        self.step, self.seconds = entries["step"], entries["seconds"]
+        device = next(self.model.parameters()).device
+        self.losses = [torch.tensor(loss, dtype=torch.float32, device=device) for loss in entries["losses"]]
+
+
+class _StopSignals:
+    """Turns the first SIGINT or SIGTERM into a note; the second acts as ever. Only the main thread receives signals."""
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> _StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.received = signal.Signals(number).name
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self._restore()
+
+
+# ---------------------------------------------------------------------------------------------------------------- options
+
+
+def _json(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options as config.json gives them back: tuples as lists."""
+    result: dict[str, Any] = json.loads(json.dumps(options))
+    return result
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    def expect(name: str, holds: bool, wanted: str) -> None:
+        if not holds:
+            raise ValueError(f"train: expected {name} to be {wanted}, got {options[name]!r}")
+
+    choices = {
+        "schedule": ("linear", "scaled_linear", "cosine", "sigmoid"),
+        "prediction": ("epsilon", "sample", "v_prediction"),
+        "precision": ("float32", "bf16"),
+        "lr_decay": ("linear", "cosine"),
+    }
+    for name, allowed in choices.items():
+        expect(name, options[name] in allowed, f"one of {', '.join(allowed)}")
+    for name in ("layers", "num_timesteps", "steps", "batch_size", "log_every", "sample_steps", "keep"):
+        expect(name, options[name] >= 1, "at least 1")
+    for name in ("warmup_steps", "lr_decay_steps", "weight_decay", "clip_grad", "sample_every", "checkpoint_every"):
+        expect(name, options[name] >= 0, "at least 0")
+    for name in ("dropout", "ema_decay"):
+        expect(name, 0 <= options[name] < 1, "in [0, 1)")
+    expect("label_dropout", 0 <= options["label_dropout"] <= 1, "in [0, 1]")
+    expect("lr", options["lr"] > 0, "positive")
+    expect("checkpoint_minutes", options["checkpoint_minutes"] >= 0, "at least 0")
+    expect("channels", len(options["channels"]) > 0, "at least one number")
+
+
+def _check_same(run: RunFolder, config: Mapping[str, Any]) -> None:
+    """Refuse to resume a run as something else than it was started as."""
+    stored = run.read_config()
+    for section in ("options", "dataset"):
+        for name, value in config[section].items():
+            if name not in CHANGEABLE and stored[section][name] != value:
+                raise ValueError(
+                    f"train: expected {name} to be {stored[section][name]!r}, as the run in {run.path} was started, "
+                    f"got {value!r}"
+                )
+
+
+def _unet_config(options: Mapping[str, Any], dataset: ImageDataset, labelled: bool) -> dict[str, Any]:
+    channels, height, width = dataset.shape
+    widths = options["channels"]
+    factor = 2 ** (len(widths) - 1)
+    if height % factor or width % factor:
+        raise ValueError(
+            f"train: expected images whose sides are multiples of {factor} for {len(widths)} levels of channels, "
+            f"got {height}x{width}; choose image_size or fewer channels"
+        )
+    attended = [height >> level in options["attention"] for level in range(len(widths))]
+    return {
+        "sample_size": height,
+        "in_channels": channels,
+        "out_channels": channels,
+        "block_out_channels": widths,
+        "layers_per_block": options["layers"],
+        "down_block_types": ["AttnDownBlock2D" if a else "DownBlock2D" for a in attended],
+        "up_block_types": ["AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attended)],
+        "attention_head_dim": options["head_dim"],
+        "norm_num_groups": math.gcd(32, *widths),
+        "dropout": options["dropout"],
+        "resnet_time_scale_shift": "scale_shift" if options["scale_shift"] else "default",
+        "num_class_embeds": len(dataset.classes) + 1 if labelled else None,
+        # As in Ho et al.
+        "downsample_padding": 0,
+        "flip_sin_to_cos": False,
+        "freq_shift": 1,
+        "norm_eps": 1e-6,
+    }
+
+
+def _lr_factor(step: int, steps: int, warmup_steps: int, decay: str, decay_steps: int) -> float:
+    """The learning rate of step 0.. as a share of `lr`: it rises linearly, stays, and falls over the last steps."""
+    rise = min(1.0, (step + 1) / (warmup_steps + 1))
+    left = min(1.0, (steps - step) / (decay_steps + 1))  # 1 until the fall begins
+    return rise * (left if decay == "linear" else 0.5 - 0.5 * math.cos(math.pi * left))
+
+
+def _optimizer(model: UNet, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------- records
+
+
+def _write_scheduler(folder: Path, schedule: NoiseSchedule, prediction: str) -> None:
+    """Write scheduler_config.json as diffusers' DDPMScheduler reads it; the key "ddpm_fast" has our own form."""
+    config = schedule.to_config()
+    diffusers_names = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
+    if schedule.name in diffusers_names:
+        betas = {"beta_schedule": diffusers_names[schedule.name], "trained_betas": None}
+        betas |= {key: config[key] for key in ("beta_start", "beta_end") if key in config}
+    else:
+        betas = {"trained_betas": schedule.betas.tolist()}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(
+        folder / "scheduler_config.json",
+        {
+            "_class_name": "DDPMScheduler",
+            "num_train_timesteps": schedule.num_timesteps,
+            **betas,
+            "prediction_type": prediction,
+            "variance_type": "fixed_small",
+            "clip_sample": True,
+            "clip_sample_range": 1.0,
+            "timestep_spacing": "leading",
+            "ddpm_fast": config,
+        },
+    )
+
+
+def _tensorboard(run: RunFolder, step: int) -> Any:
+    """A SummaryWriter, or None where TensorBoard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        _log.info("TensorBoard is not installed: no event files (pip install 'ddpm_fast[train]')")
+        return None
+    return SummaryWriter(run.tensorboard, purge_step=step + 1)
+
+
+def _draw_samples(
+    run: RunFolder,
+    state: _State,
+    schedule: NoiseSchedule,
+    options: Mapping[str, Any],
+    dataset: ImageDataset,
+    labelled: bool,
+    writer: Any,
+) -> None:
+    """Draw a grid with the averaged weights: one column a class, or 8 columns."""
+    from ddpm_fast import ddim_plan, sample, save_grid
+
+    columns = min(len(dataset.classes), 16) if labelled else 8
+    plan = ddim_plan(schedule, options["sample_steps"], prediction=options["prediction"])
+    labels = torch.arange(4 * columns) % columns if labelled else None
+    images = sample(state.ema, plan, 4 * columns, seed=options["seed"], class_labels=labels, progress=False)
+    run.samples.mkdir(exist_ok=True)
+    save_grid(images, run.samples / f"step-{state.step:08d}.png", columns=columns)
+    if writer:
+        writer.add_images("samples", images.clamp(-1, 1) / 2 + 0.5, state.step)
