@@ -1,0 +1,86 @@
+// The pybind11 module: the only C++ file that knows Python. Tensors cross as addresses (0: absent); Python checks
+// shapes.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <cstdint>
+
+#include "common/args.h"
+#include "common/philox.h"
+#include "cpu/dispatch.h"
+
+namespace py = pybind11;
+using namespace ddpm_fast;
+
+namespace {
+
+using Address = std::uintptr_t;
+
+// An address as the pointer that the struct's field wants.
+struct Pointer {
+  Address address;
+  template <class T>
+  operator T*() const {
+    return reinterpret_cast<T*>(address);
+  }
+};
+
+py::dict build_info() {
+  py::dict info;
+  info["version"] = DDPM_FAST_VERSION;
+  info["compiler"] = __VERSION__;
+  info["isa"] = isa_in_use();
+  info["isas"] = compiled_isas();
+  info["cuda_archs"] = py::str(DDPM_FAST_CUDA_ARCHS).attr("split")();
+  info["cuda_why_not"] = DDPM_FAST_CUDA_WHY_NOT;
+#ifdef _OPENMP
+  info["openmp"] = true;
+#else
+  info["openmp"] = false;
+#endif
+  return info;
+}
+
+std::array<std::uint32_t, 4> philox4x32(std::array<std::uint32_t, 4> counter, std::array<std::uint32_t, 2> key) {
+  philox(counter.data(), key[0], key[1]);
+  return counter;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
+  const auto nogil = py::call_guard<py::gil_scoped_release>();
+
+  isa_in_use();  // reports a wrong DDPM_FAST_ISA at import
+  m.def("build_info", &build_info);
+  m.def("philox4x32", &philox4x32);
+  m.def(
+      "philox",
+      [](std::int64_t seed, std::uint32_t stream, std::uint32_t first_block, std::int64_t n_blocks, Address out) {
+        auto* words = reinterpret_cast<std::uint32_t*>(out);
+        for (std::int64_t i = 0; i < n_blocks; ++i) {
+          philox_block(static_cast<std::uint64_t>(seed), stream, static_cast<std::uint32_t>(first_block + i),
+                       words + 4 * i);
+        }
+      },
+      nogil);
+  m.def(
+      "sample_seeds",
+      [](std::int64_t seed, std::int64_t start, std::int64_t n, Address out) {
+        auto* seeds = reinterpret_cast<std::uint64_t*>(out);
+        for (std::int64_t i = 0; i < n; ++i) {
+          std::uint32_t words[4];
+          philox_block(static_cast<std::uint64_t>(seed), kStreamSeeds, static_cast<std::uint32_t>(start + i), words);
+          seeds[i] = words[0] | std::uint64_t{words[1]} << 32;
+        }
+      },
+      nogil);
+  m.def(
+      "noise",
+      [](int dtype, Address out, Address seeds, std::uint32_t stream, std::int64_t n, std::int64_t c, std::int64_t hw,
+         bool channels_last, int threads) {
+        cpu_kernels().noise({DType{dtype}, Pointer{out}, Pointer{seeds}, stream, {n, c, hw, channels_last}, threads});
+      },
+      nogil);
+}

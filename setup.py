@@ -1,0 +1,59 @@
+"""Build the native module with CMake; everything else is in pyproject.toml.
+
+DDPM_FAST_NO_NATIVE=1 builds nothing (the reference and Triton families work without it), DDPM_FAST_CUDA_ARCHS="80;90a"
+chooses the CUDA architectures, CXX the compiler.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+NO_COMPILER = """error: ddpm_fast needs a C++20 compiler to build its native kernels, and found {found}.
+Install one (Debian, Ubuntu: apt-get install g++; Fedora: dnf install gcc-c++; macOS: xcode-select --install) or name it in CXX.
+To install without the native kernels: DDPM_FAST_NO_NATIVE=1 pip install ..."""
+
+
+def check_compiler() -> None:
+    """Stop with one clear message where there is no C++ compiler."""
+    named = os.environ.get("CXX")
+    candidates = [named.split()[0]] if named else ["c++", "g++", "clang++"]
+    if not any(map(shutil.which, candidates)):
+        sys.exit(NO_COMPILER.format(found=f"no CXX={named!r}" if named else "none of " + ", ".join(candidates)))
+
+
+class CMakeBuild(build_ext):
+    """Runs CMake, which owns the sources and the flags, and leaves the library where setuptools looks for it."""
+
+    def build_extension(self, ext: Extension) -> None:
+        import pybind11  # a build requirement; not there when only metadata is asked for
+
+        check_compiler()
+        scripts = sysconfig.get_path("scripts")  # of an environment that is used without being activated
+        path = os.environ["PATH"] + os.pathsep + scripts
+        programs = {name: shutil.which(name, path=path) for name in ("cmake", "ninja")}
+        if None in programs.values():
+            sys.exit("error: ddpm_fast needs cmake and ninja to build its native kernels: pip install cmake ninja")
+        build = Path(self.build_temp).resolve()
+        subprocess.run(
+            [
+                programs["cmake"],
+                *("-S", Path(__file__).resolve().parent, "-B", build, "-G", "Ninja"),
+                f"-DCMAKE_MAKE_PROGRAM={programs['ninja']}",
+                f"-DPython_EXECUTABLE={sys.executable}",
+                f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+                f"-DDDPM_FAST_VERSION={self.distribution.get_version()}",
+                f"-DDDPM_FAST_OUTPUT={Path(self.get_ext_fullpath(ext.name)).resolve().parent}",
+            ],
+            check=True,
+        )
+        subprocess.run([programs["cmake"], "--build", build], check=True)
+
+
+native = [] if os.environ.get("DDPM_FAST_NO_NATIVE") == "1" else [Extension("ddpm_fast._native", sources=[])]
+setup(ext_modules=native, cmdclass={"build_ext": CMakeBuild})
