@@ -1,0 +1,144 @@
+"""The denoising loss of each sample and its gradient: `ddpm_fast.reference.denoising_loss`, derivation eq. 12.
+
+The noise is drawn again wherever it is needed, forward and backward, and never stored. Sums run in an order that the size of
+a sample fixes: no atomics, the same bits every time.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..reference import STREAM_Q_SAMPLE
+from .tiles import current_sample, device_of, epsilon, grid, locate, rounded, tiling
+
+STREAM = tl.constexpr(STREAM_Q_SAMPLE)
+TILES_PER_PROGRAM = 8
+MAX_PARTIALS = 512  # partial sums of one sample
+
+
+@triton.jit
+def _difference(
+    model_output, x_0, t, table, noise, seeds, sample, tile, hw,
+    PREDICTION: tl.constexpr,
+    C: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, VECTOR: tl.constexpr, QUADS: tl.constexpr,
+):  # fmt: skip
+    """model_output - target of a tile, its offsets and which elements exist."""
+    offset, mask = locate(tile, hw, C, PIXELS, CHANNELS, C)
+    first = sample * hw * C
+    m = tl.load(model_output + first + offset, mask).to(tl.float32)
+    if PREDICTION == 0:
+        target = epsilon(noise, seeds, sample, STREAM, tile, offset, mask, hw, C, PIXELS, CHANNELS, VECTOR, QUADS)
+    else:
+        target = tl.load(x_0 + first + offset, mask).to(tl.float32)
+        if PREDICTION == 2:
+            row = table + 2 * tl.load(t + sample)
+            z = epsilon(noise, seeds, sample, STREAM, tile, offset, mask, hw, C, PIXELS, CHANNELS, VECTOR, QUADS)
+            target = tl.fma(tl.load(row), z, -(tl.load(row + 1) * target))
+    return m - target, offset, mask
+
+
+@triton.jit(do_not_specialize=["n", "scale"])
+def _denoising_loss_kernel(
+    partial, model_output, x_0, t, table, noise, seeds, n, tiles, tiles_per_program, scale, hw,
+    PREDICTION: tl.constexpr,
+    C: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, VECTOR: tl.constexpr, QUADS: tl.constexpr,
+):  # fmt: skip
+    sample = current_sample()
+    if sample >= n:
+        return
+    first_tile = tl.program_id(0) * tiles_per_program
+    total = tl.zeros([PIXELS] if CHANNELS == 0 else [PIXELS, CHANNELS], tl.float32)
+    for tile in range(first_tile, tl.minimum(first_tile + tiles_per_program, tiles)):
+        difference, _, mask = _difference(
+            model_output, x_0, t, table, noise, seeds, sample, tile, hw,
+            PREDICTION, C, PIXELS, CHANNELS, VECTOR, QUADS,
+        )  # fmt: skip
+        difference = tl.where(mask, difference, 0.0)
+        total = tl.fma(difference, difference, total)
+    tl.store(partial + sample * tl.num_programs(0) + tl.program_id(0), tl.sum(total) * scale)
+
+
+@triton.jit
+def _sum_kernel(out, partial, partials, PARTIALS: tl.constexpr):
+    index = tl.arange(0, PARTIALS)
+    row = partial + tl.program_id(0).to(tl.int64) * partials
+    tl.store(out + tl.program_id(0), tl.sum(tl.load(row + index, index < partials, other=0.0)))
+
+
+@triton.jit(do_not_specialize=["n", "scale"])
+def _denoising_loss_backward_kernel(
+    grad, grad_loss, model_output, x_0, t, table, noise, seeds, n, scale, hw,
+    PREDICTION: tl.constexpr,
+    C: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, VECTOR: tl.constexpr, QUADS: tl.constexpr,
+):  # fmt: skip
+    sample = current_sample()
+    if sample >= n:
+        return
+    difference, offset, mask = _difference(
+        model_output, x_0, t, table, noise, seeds, sample, tl.program_id(0), hw,
+        PREDICTION, C, PIXELS, CHANNELS, VECTOR, QUADS,
+    )  # fmt: skip
+    factor = scale * tl.load(grad_loss + sample)
+    tl.store(grad + sample * hw * C + offset, rounded(factor * difference, grad.dtype.element_ty), mask)
+
+
+def denoising_loss(
+    loss: Tensor,
+    model_output: Tensor,
+    x_0: Tensor,
+    t: Tensor,
+    table: Tensor,
+    noise: Tensor | None,
+    seeds: Tensor | None,
+    prediction: int,
+) -> None:
+    """loss[i] = mean over sample i of (model_output - target)^2.
+
+    Args:
+        loss: float32 [N].
+        model_output, x_0, noise: [N, C, ...], all contiguous or all channels_last.
+        t, table, noise, seeds: as in `q_sample`; prediction: index into `reference.PREDICTIONS`.
+    """
+    if model_output.numel() == 0:
+        loss.fill_(float("nan"))  # the mean of nothing
+        return
+    n = loss.shape[0]
+    tiles, arguments = tiling(x_0, model_output, noise, ordered=noise is None)
+    tiles_per_program = max(TILES_PER_PROGRAM, triton.cdiv(tiles, MAX_PARTIALS))
+    partials = triton.cdiv(tiles, tiles_per_program)
+    partial = loss if partials == 1 else torch.empty(n, partials, device=loss.device)
+    with device_of(loss):
+        _denoising_loss_kernel[grid(n, partials)](
+            partial, model_output, x_0, t, table, noise, seeds, n, tiles, tiles_per_program, n / x_0.numel(),
+            PREDICTION=prediction, **arguments,
+        )  # fmt: skip
+        if partials > 1:
+            _sum_kernel[(n,)](loss, partial, partials, PARTIALS=triton.next_power_of_2(partials), num_warps=1)
+
+
+def denoising_loss_backward(
+    grad_model_output: Tensor,
+    grad_loss: Tensor,
+    model_output: Tensor,
+    x_0: Tensor,
+    t: Tensor,
+    table: Tensor,
+    noise: Tensor | None,
+    seeds: Tensor | None,
+    prediction: int,
+) -> None:
+    """grad_model_output = 2 grad_loss (model_output - target) / elements of a sample; arguments as in `denoising_loss`."""
+    if model_output.numel() == 0:
+        return
+    n = grad_loss.shape[0]
+    tiles, arguments = tiling(x_0, model_output, noise, grad_model_output, ordered=noise is None)
+    with device_of(grad_loss):
+        _denoising_loss_backward_kernel[grid(n, tiles)](
+            grad_model_output, grad_loss, model_output, x_0, t, table, noise, seeds, n, 2 * n / x_0.numel(),
+            PREDICTION=prediction, **arguments,
+        )  # fmt: skip

@@ -1,0 +1,90 @@
+"""Philox4x32-10 words and the normals made from them, as functions that every drawing kernel calls.
+
+`normal_pair` repeats `ddpm_fast.reference._normal_pair` operation by operation. It holds no transcendental function and no
+libdevice call: what it needs is exact everywhere (integer operations, fma, a correctly rounded square root), so that the
+normals have the same bits on every GPU and in the interpreter. Kernels that draw must be launched with
+`enable_fp_fusion=False`, or the compiler contracts a * b + c on its own.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def philox(seed, stream, block):
+    """The four words (uint32) of each block of a stream: `tl.randint4x(seed, block + (stream << 32))` bit for bit.
+
+    Written with 64-bit products, since the compiler makes one instruction of each (IMAD.WIDE.U32) and two of `tl.philox`'s.
+    """
+    key = seed.to(tl.uint64)
+    k0 = key.to(tl.uint32)
+    k1 = (key >> 32).to(tl.uint32)
+    c0 = block.to(tl.uint32)
+    c1 = tl.to_tensor(stream).to(tl.uint32)
+    c2 = c0 * 0
+    c3 = c0 * 0
+    for _ in tl.static_range(10):
+        product_0 = c0.to(tl.uint64) * 0xD2511F53
+        product_1 = c2.to(tl.uint64) * 0xCD9E8D57
+        c0 = (product_1 >> 32).to(tl.uint32) ^ c1 ^ k0
+        c1 = product_1.to(tl.uint32)
+        c2 = (product_0 >> 32).to(tl.uint32) ^ c3 ^ k1
+        c3 = product_0.to(tl.uint32)
+        k0 = tl.add(k0, 0x9E3779B9, sanitize_overflow=False)
+        k1 = tl.add(k1, 0xBB67AE85, sanitize_overflow=False)
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def normal_pair(w0, w1):
+    """Two words (uint32) to two float32 normals by Box-Muller: the radius from w0, the angle from w1."""
+    u = tl.fma(w0.to(tl.float32), 2.3283064365386963e-10, 1.1641532182693481e-10)  # w0 2^-32 + 2^-33, in (0, 1]
+    bits = u.to(tl.int32, bitcast=True)
+    e = (bits - 0x3F3504F3) >> 23  # ln u = e ln 2 + ln(1 + f), 1 + f in [sqrt(1/2), sqrt(2))
+    f = (bits - (e << 23)).to(tl.float32, bitcast=True) - 1.0
+    p = tl.fma(f, 0.08700401, -0.14266932)
+    p = tl.fma(p, f, 0.14914508)
+    p = tl.fma(p, f, -0.16577652)
+    p = tl.fma(p, f, 0.199631)
+    p = tl.fma(p, f, -0.25001335)
+    p = tl.fma(p, f, 0.3333391)
+    p = tl.fma(p, f, -0.5)
+    ln_u = tl.fma(e.to(tl.float32), 0.6931472, tl.fma(f * f, p, f))
+    radius = tl.sqrt_rn(-2.0 * ln_u)
+    quadrant = (w1 + 0x20000000) >> 30  # the angle is (quadrant + g) quarter turns, g in [-1/2, 1/2)
+    g = (w1 - (quadrant << 30)).to(tl.int32, bitcast=True).to(tl.float32) * 9.313225746154785e-10  # 2^-30
+    g2 = g * g
+    s = tl.fma(g2, -0.004685972, 0.079712525)
+    s = tl.fma(s, g2, -0.64596665)
+    s = tl.fma(s, g2, 1.5707964) * g
+    c = tl.fma(g2, -0.02041453, 0.2536024)
+    c = tl.fma(c, g2, -1.2336977)
+    c = tl.fma(c, g2, 1.0)
+    odd = (quadrant & 1) != 0
+    cosine = tl.where(odd, s, c)
+    sine = tl.where(odd, c, s)
+    cosine = tl.where(((quadrant + 1) & 2) != 0, -cosine, cosine)
+    sine = tl.where((quadrant & 2) != 0, -sine, sine)
+    return radius * cosine, radius * sine
+
+
+@triton.jit
+def normal_quad(seed, stream, block):
+    """The four normals of each Philox block: four neighbours within the sample."""
+    w0, w1, w2, w3 = philox(seed, stream, block)
+    z0, z1 = normal_pair(w0, w1)
+    z2, z3 = normal_pair(w2, w3)
+    return z0, z1, z2, z3
+
+
+@triton.jit
+def normal_at(seed, stream, index):
+    """The normals of single elements, where a tile does not hold whole blocks: four times the work of `normal_quad`."""
+    w0, w1, w2, w3 = philox(seed, stream, index >> 2)
+    second = (index & 2) != 0
+    even, odd = normal_pair(tl.where(second, w2, w0), tl.where(second, w3, w1))
+    return tl.where((index & 1) != 0, odd, even)

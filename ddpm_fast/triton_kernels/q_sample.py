@@ -1,0 +1,49 @@
+"""x_t ~ q(x_t | x_0) in one pass: `ddpm_fast.reference.q_sample`, derivation eq. 3."""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..reference import STREAM_Q_SAMPLE
+from .tiles import current_sample, device_of, epsilon, grid, locate, rounded, tiling
+
+STREAM = tl.constexpr(STREAM_Q_SAMPLE)
+
+
+@triton.jit(do_not_specialize=["n"])
+def _q_sample_kernel(
+    out, x_0, t, table, noise, seeds, n, hw,
+    C: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, VECTOR: tl.constexpr, QUADS: tl.constexpr,
+):  # fmt: skip
+    sample = current_sample()
+    if sample >= n:
+        return
+    tile = tl.program_id(0)
+    row = table + 2 * tl.load(t + sample)
+    signal = tl.load(row)
+    sigma = tl.load(row + 1)
+    offset, mask = locate(tile, hw, C, PIXELS, CHANNELS, C)
+    first = sample * hw * C
+    x = tl.load(x_0 + first + offset, mask).to(tl.float32)
+    z = epsilon(noise, seeds, sample, STREAM, tile, offset, mask, hw, C, PIXELS, CHANNELS, VECTOR, QUADS)
+    tl.store(out + first + offset, rounded(tl.fma(sigma, z, signal * x), out.dtype.element_ty), mask)
+
+
+def q_sample(out: Tensor, x_0: Tensor, t: Tensor, table: Tensor, noise: Tensor | None, seeds: Tensor | None) -> None:
+    """out = sqrt(abar_t) x_0 + sqrt(1 - abar_t) epsilon.
+
+    Args:
+        out, x_0: [N, C, ...], both contiguous or both channels_last.
+        t: int64 [N]; table: float32 [T, 2] of sqrt(abar_t), sqrt(1 - abar_t).
+        noise: epsilon, laid out like x_0; or None, and then seeds: int64 [N].
+    """
+    if out.numel() == 0:
+        return
+    n = out.shape[0]
+    tiles, arguments = tiling(x_0, out, noise, ordered=noise is None)
+    with device_of(out):
+        _q_sample_kernel[grid(n, tiles)](out, x_0, t, table, noise, seeds, n, **arguments)

@@ -1,0 +1,144 @@
+"""How the elementwise kernels cut samples into tiles, and how a tile gets its noise.
+
+A program handles one tile of one sample, so that what depends on the sample (t, seed, coefficients) is a scalar. A contiguous
+sample is a line of `hw` elements (`hw` = C x H x W then, and CHANNELS = 0); a channels_last one is `hw` rows of C channels, and
+its tiles are PIXELS x CHANNELS. Either way a tile holds whole Philox blocks: four neighbours in C, H, W order.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .philox import normal_at, normal_quad
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+TILE_ELEMENTS = 1024
+ELEMENTS_PER_WARP = 256  # 8 a thread: two 16-byte accesses of float32, one of a half type
+MAX_GRID_Y = 65535
+
+
+@triton.jit
+def current_sample():
+    """Index of the program's sample (int64); the last ones of a `grid` may not exist."""
+    return tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+
+
+@triton.jit
+def locate(tile, hw, C: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr):
+    """Offsets of the tile's elements from the sample's first (int32), and which of them exist. WIDTH: channels in a row."""
+    if CHANNELS == 0:
+        offset = tile * PIXELS + tl.arange(0, PIXELS)
+        return offset, offset < hw
+    else:
+        tiles_across: tl.constexpr = (C + CHANNELS - 1) // CHANNELS
+        pixel = (tile // tiles_across * PIXELS + tl.arange(0, PIXELS))[:, None]
+        channel = (tile % tiles_across * CHANNELS + tl.arange(0, CHANNELS))[None, :]
+        return pixel * WIDTH + channel, (pixel < hw) & (channel < C)
+
+
+@triton.jit
+def draw(
+    seed, stream, tile, hw,
+    C: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, VECTOR: tl.constexpr, QUADS: tl.constexpr,
+):  # fmt: skip
+    """The tile's normals (float32), shaped like its offsets.
+
+    VECTOR: neighbours that a thread should own, 4 or 8. QUADS: hw % 4 == 0, so blocks do not cross from channel to channel.
+    """
+    if CHANNELS == 0:
+        # What is joined first becomes the outer of the new axes. A thread owns all that is joined: nothing is exchanged.
+        if VECTOR == 4:
+            z0, z1, z2, z3 = normal_quad(seed, stream, tile * (PIXELS // 4) + tl.arange(0, PIXELS // 4))
+            z = tl.join(tl.join(z0, z2), tl.join(z1, z3))
+        else:
+            block = tile * (PIXELS // 4) + 2 * tl.arange(0, PIXELS // 8)
+            z0, z1, z2, z3 = normal_quad(seed, stream, block)
+            z4, z5, z6, z7 = normal_quad(seed, stream, block + 1)
+            z = tl.join(
+                tl.join(tl.join(z0, z4), tl.join(z2, z6)),
+                tl.join(tl.join(z1, z5), tl.join(z3, z7)),
+            )
+        return tl.reshape(z, [PIXELS])
+    else:
+        tiles_across: tl.constexpr = (C + CHANNELS - 1) // CHANNELS
+        channel = (tile % tiles_across * CHANNELS + tl.arange(0, CHANNELS))[None, :]
+        if QUADS:
+            block = tile // tiles_across * (PIXELS // 4) + tl.arange(0, PIXELS // 4)
+            z0, z1, z2, z3 = normal_quad(seed, stream, channel * (hw // 4) + block[:, None])
+            z = tl.join(tl.join(z0, z2), tl.join(z1, z3))  # [PIXELS / 4, CHANNELS, 2, 2]
+            return tl.reshape(tl.permute(z, (0, 2, 3, 1)), [PIXELS, CHANNELS])
+        else:
+            pixel = tile // tiles_across * PIXELS + tl.arange(0, PIXELS)
+            return normal_at(seed, stream, channel * hw + pixel[:, None])
+
+
+@triton.jit
+def epsilon(
+    noise, seeds, sample, stream, tile, offset, mask, hw,
+    C: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, VECTOR: tl.constexpr, QUADS: tl.constexpr,
+):  # fmt: skip
+    """The tile of the given noise, or the one that the seed stands for (float32)."""
+    if noise is not None:
+        return tl.load(noise + sample * hw * C + offset, mask).to(tl.float32)
+    else:
+        return draw(tl.load(seeds + sample), stream, tile, hw, C, PIXELS, CHANNELS, VECTOR, QUADS)
+
+
+@triton.jit
+def rounded(value, dtype: tl.constexpr):
+    """float32 to `dtype`, to nearest even. The interpreter would cut float32 to bfloat16, so there it is done on the bits."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = value.to(tl.uint32, bitcast=True)
+        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return value.to(dtype)
+
+
+def tiling(*tensors: Tensor | None, ordered: bool) -> tuple[int, dict[str, Any]]:
+    """Tiles in a sample, and the keyword arguments that describe them to a kernel.
+
+    Args:
+        tensors: what the kernel reads and writes, [N, C, ...] and dense, all contiguous or all channels_last; None: absent.
+            The first one's channels count; a half type anywhere makes threads own 8 neighbours.
+        ordered: whether the kernel depends on the C, H, W order (it draws, or finds channels); if not, a sample is a line of
+            elements whatever its layout.
+    """
+    present = [tensor for tensor in tensors if tensor is not None]
+    first = present[0]
+    size = first.numel() // first.shape[0]
+    if size >= 2**31:
+        raise ValueError(f"ddpm_fast: expected samples of fewer than 2^31 elements, got {size}")
+    channels_last = ordered and not all(tensor.is_contiguous() for tensor in present)
+    c = first.shape[1] if channels_last else 1
+    hw = size // c
+    channels = min(triton.next_power_of_2(c), 64) if channels_last else 0
+    pixels = max(8, min(triton.next_power_of_2(hw), TILE_ELEMENTS // max(channels, 1)))
+    return triton.cdiv(hw, pixels) * triton.cdiv(c, max(channels, 1)), {
+        "hw": hw,
+        "C": c,
+        "PIXELS": pixels,
+        "CHANNELS": channels,
+        "VECTOR": 8 if any(tensor.element_size() == 2 for tensor in present) else 4,
+        "QUADS": hw % 4 == 0,
+        "num_warps": max(1, pixels * max(channels, 1) // ELEMENTS_PER_WARP),
+        "enable_fp_fusion": False,
+    }
+
+
+def grid(n: int, programs: int) -> tuple[int, int, int]:
+    """`programs` programs for each of n samples. Programs of samples >= n, which the rounding up makes, must return."""
+    return programs, min(n, MAX_GRID_Y), triton.cdiv(n, MAX_GRID_Y)
+
+
+def device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device: make it the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
