@@ -1,5 +1,6 @@
 """Denoising diffusion probabilistic models (Ho et al. 2020), fast, exact and reproducible."""
 
+from .evaluate import VariationalBound, variational_bound
 from .images import image_grid, save_grid, save_trajectory, to_uint8
 from .ops import BackendUnavailable, denoising_loss, group_norm_silu, noise, q_sample, reverse_step, sample_seeds
 from .plan import SamplingPlan, ddim_plan, ddpm_plan
@@ -11,6 +12,7 @@ __all__ = [
     "BackendUnavailable",
     "NoiseSchedule",
     "SamplingPlan",
+    "VariationalBound",
     "ddim_plan",
     "ddpm_plan",
     "denoising_loss",
@@ -24,4 +26,5 @@ __all__ = [
     "save_grid",
     "save_trajectory",
     "to_uint8",
+    "variational_bound",
 ]

@@ -106,7 +106,7 @@ def sample(
         raise TypeError(f"sample: expected dtype to be a floating dtype, got {dtype}")
     shape = _image_shape(model, plan, shape)
     seeds = _seeds(seed, num_samples)
-    labels, no_label = _labels(model, class_labels, num_samples)
+    labels, no_label = resolve_labels("sample", model, class_labels, num_samples)
     guided = guidance_scale is not None and guidance_scale != 1
     if guided and (class_labels is None or no_label is None):
         reason = "class_labels is None" if class_labels is None else "the model's config has no num_class_embeds"
@@ -139,22 +139,17 @@ def sample(
             x_t = images[chunk]  # stepped in place: what is left in it is x_0
             x_t.copy_(noise(x_t.shape, seeds[chunk], stream=STREAM_X_T, dtype=state_dtype, device=device))
             x_0 = torch.zeros_like(x_t) if plan.needs_x_0_prev else None
-            conditioning: list[Tensor] = []
-            if labels is not None:
-                conditioning = [labels[chunk].to(device)]
-            if guided:
-                assert no_label is not None
-                conditioning = [torch.cat([conditioning[0], torch.full_like(conditioning[0], no_label)])]
+            labels_in = None if labels is None else labels[chunk].to(device)
+            if guided and labels_in is not None and no_label is not None:
+                labels_in = torch.cat([labels_in, torch.full_like(labels_in, no_label)])
             t = timesteps[:, None].expand(-1, len(x_t) * (2 if guided else 1))  # [S, N] or [S, 2 N]
             for i, step in enumerate(steps):
                 if i in frames:
                     frames[i][chunk].copy_(x_t)
                 x_in = x_t.to(dtype)
-                output = model(torch.cat([x_in, x_in]) if guided else x_in, t[i], *conditioning)
-                output = getattr(output, "sample", output)
                 stepped = reverse_step(
                     x_t,
-                    output,
+                    predict(model, torch.cat([x_in, x_in]) if guided else x_in, t[i], labels_in),
                     step,
                     plan,
                     seeds=seeds[chunk],
@@ -169,6 +164,13 @@ def sample(
                 frames[plan.num_steps][chunk].copy_(x_t)
     images = images.contiguous()
     return images if trajectory is None else (images, trajectory)
+
+
+def predict(model: nn.Module, x_t: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:
+    """The model's output, also where it comes inside an object with the field `sample`, as diffusers' models give it."""
+    output = model(x_t, t) if class_labels is None else model(x_t, t, class_labels)
+    tensor: Tensor = getattr(output, "sample", output)
+    return tensor
 
 
 def placed(model: nn.Module, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> nn.Module:
@@ -236,22 +238,27 @@ def _seeds(seed: int | Tensor, num_samples: int) -> Tensor:
     return seed
 
 
-def _labels(
-    model: nn.Module, class_labels: int | Sequence[int] | Tensor | None, num_samples: int
+def resolve_labels(
+    caller: str, model: nn.Module, class_labels: int | Sequence[int] | Tensor | None, num_samples: int
 ) -> tuple[Tensor | None, int | None]:
-    """A class an image, int64 [num_samples], and the "no label" class; None for what the model does not have."""
+    """A class for each sample, int64 [num_samples], and the "no label" class; None for what the model does not have.
+
+    Args:
+        caller: name of the function that the errors speak for.
+        class_labels: one class, one a sample, or None: "no label".
+    """
     config = model_config(model)
     num_classes = config.get("num_class_embeds")  # "no label" included
     no_label = None if num_classes is None else num_classes - 1
     if class_labels is None:
         return (None if no_label is None else torch.full((num_samples,), no_label)), no_label
     if config and num_classes is None:
-        raise ValueError(f"sample: expected class_labels to be None, as the model has no classes, got {class_labels}")
+        raise ValueError(f"{caller}: expected class_labels to be None, as the model has no classes, got {class_labels}")
     labels = torch.as_tensor(class_labels)
     if labels.is_floating_point() or labels.shape not in ((), (num_samples,)):
         raise ValueError(
-            f"sample: expected class_labels to be an int or {num_samples} ints, got {labels.dtype} {list(labels.shape)}"
+            f"{caller}: expected class_labels to be an int or {num_samples} ints, got {labels.dtype} {list(labels.shape)}"
         )
     if num_classes is not None and (labels.min() < 0 or labels.max() >= num_classes):
-        raise ValueError(f"sample: expected class_labels to be in 0..{num_classes - 1}, got {class_labels}")
+        raise ValueError(f"{caller}: expected class_labels to be in 0..{num_classes - 1}, got {class_labels}")
     return labels.to(torch.int64).expand(num_samples), no_label
