@@ -1,5 +1,6 @@
 """Denoising diffusion probabilistic models (Ho et al. 2020), fast, exact and reproducible."""
 
+from .builtin import load_builtin
 from .evaluate import VariationalBound, variational_bound
 from .images import image_grid, save_grid, save_trajectory, to_uint8
 from .ops import BackendUnavailable, denoising_loss, group_norm_silu, noise, q_sample, reverse_step, sample_seeds
@@ -18,6 +19,7 @@ __all__ = [
     "denoising_loss",
     "group_norm_silu",
     "image_grid",
+    "load_builtin",
     "noise",
     "q_sample",
     "reverse_step",

@@ -1,0 +1,137 @@
+"""Models on disk with all that sampling needs to know, the built-in one among them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, cast
+
+import torch
+
+from .nn import UNet
+from .plan import Prediction, Variance
+from .run_folder import RunFolder
+from .schedule import NoiseSchedule
+
+BUILTIN: Final = Path(__file__).parent / "builtin"
+"""Folder of the built-in model: class-conditional, trained by `ddpm-fast train` on Fashion-MNIST padded to 32x32."""
+
+_SCHEDULES: Final = {  # diffusers' beta_schedule -> our builder
+    "linear": "linear",
+    "scaled_linear": "scaled_linear",
+    "squaredcos_cap_v2": "cosine",
+    "sigmoid": "sigmoid_betas",
+}
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A trained model and how it was meant to be sampled.
+
+    Attributes:
+        model: the network, in eval mode.
+        schedule: the noise schedule that it was trained with.
+        prediction: what it predicts.
+        variance: of the reverse steps, as `ddpm_plan` takes it.
+        clip: bound on x_0^, or None.
+        classes: names of the classes in the order of the labels; empty if there are none on record.
+    """
+
+    model: UNet
+    schedule: NoiseSchedule
+    prediction: Prediction
+    variance: Variance
+    clip: float | None
+    classes: tuple[str, ...]
+
+
+def load_builtin(
+    device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> tuple[UNet, NoiseSchedule]:
+    """The built-in model, which predicts epsilon, and its noise schedule. Needs no network.
+
+    It draws 32x32 grey garments. Its labels 0..9 are T-shirt, trouser, pullover, dress, coat, sandal, shirt, sneaker, bag
+    and ankle boot; 10 is "no label".
+
+    Args:
+        device: None: the CPU.
+        dtype: of the weights; None: float32.
+    """
+    loaded = load_folder(BUILTIN, device, dtype)
+    return loaded.model, loaded.schedule
+
+
+def load_folder(
+    path: str | os.PathLike[str], device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> Pretrained:
+    """Reads a model.
+
+    Args:
+        path: a folder in diffusers' layout, with unet/ and scheduler/ (or the files of both at its root); or the folder of a
+            training run, of which the averaged network of the newest checkpoint is taken.
+        device: None: the CPU.
+        dtype: of the weights; None: float32.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: the files describe what this package does not support.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"load_folder: expected path to be a folder that holds a model, got {os.fspath(path)!r}")
+    classes: tuple[str, ...] = ()
+    network = folder
+    run = RunFolder(folder)
+    if run.checkpoints.is_dir():
+        checkpoint = run.latest_checkpoint()
+        if checkpoint is None:
+            raise FileNotFoundError(f"load_folder: expected a whole checkpoint in {str(run.checkpoints)!r}, got none")
+        classes = tuple(run.read_config()["dataset"]["classes"])
+        folder, network = checkpoint, checkpoint / "unet_ema"
+    elif (folder / "classes.json").is_file():
+        classes = tuple(json.loads((folder / "classes.json").read_text(encoding="utf-8"))["classes"])
+    config = _read_scheduler_config(folder)
+    return Pretrained(
+        model=UNet.from_pretrained(network, dtype=dtype, device=device),
+        schedule=schedule_from_diffusers(config),
+        prediction=cast(Prediction, config.get("prediction_type", "epsilon")),
+        variance=cast(Variance, config.get("variance_type", "fixed_small")),
+        clip=float(config.get("clip_sample_range", 1.0)) if config.get("clip_sample", True) else None,
+        classes=classes,
+    )
+
+
+def schedule_from_diffusers(config: Mapping[str, Any]) -> NoiseSchedule:
+    """The noise schedule that a diffusers scheduler's configuration describes; what it leaves out has diffusers' default.
+
+    Where this package wrote the configuration, its own description, under the key "ddpm_fast", is taken.
+    """
+    if config.get("thresholding", False):
+        raise ValueError("schedule_from_diffusers: expected thresholding to be false, got true")
+    if "ddpm_fast" in config:
+        return NoiseSchedule.from_config(config["ddpm_fast"])
+    if config.get("trained_betas") is not None:
+        schedule = NoiseSchedule.from_betas(config["trained_betas"])
+    else:
+        name = config.get("beta_schedule", "linear")
+        if name not in _SCHEDULES:
+            raise ValueError(
+                f"schedule_from_diffusers: expected beta_schedule to be one of {', '.join(_SCHEDULES)}, got {name!r}"
+            )
+        parameters: dict[str, Any] = {"num_timesteps": config.get("num_train_timesteps", 1000)}
+        if name != "squaredcos_cap_v2":
+            parameters |= {key: config[key] for key in ("beta_start", "beta_end") if key in config}
+        schedule = NoiseSchedule.from_config({"name": _SCHEDULES[name], **parameters})
+    return schedule.rescale_zero_terminal_snr() if config.get("rescale_betas_zero_snr", False) else schedule
+
+
+def _read_scheduler_config(folder: Path) -> dict[str, Any]:
+    name = "scheduler_config.json"
+    for file in (folder / "scheduler" / name, folder / name):
+        if file.is_file():
+            config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            return config
+    raise FileNotFoundError(f"load_folder: expected scheduler/{name} or {name} in {str(folder)!r}, which has neither")
