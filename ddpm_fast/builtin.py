@@ -48,9 +48,7 @@ class Pretrained:
     classes: tuple[str, ...]
 
 
-def load_builtin(
-    device: torch.device | str | None = None, dtype: torch.dtype | None = None
-) -> tuple[UNet, NoiseSchedule]:
+def load_builtin(device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> tuple[UNet, NoiseSchedule]:
     """The built-in model, which predicts epsilon, and its noise schedule. Needs no network.
 
     It draws 32x32 grey garments. Its labels 0..9 are T-shirt, trouser, pullover, dress, coat, sandal, shirt, sneaker, bag

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 import signal
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +19,13 @@ from click.core import ParameterSource
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 import ddpm_fast
-from ddpm_fast.run_folder import RunFolder
+from ddpm_fast.builtin import BUILTIN, Pretrained, load_folder
+from ddpm_fast.data import load_dataset, to_unit_range
+from ddpm_fast.evaluate import variational_bound
+from ddpm_fast.images import image_format, save_grid, save_trajectory
+from ddpm_fast.plan import SamplingPlan, ddim_plan, ddpm_plan
+from ddpm_fast.run_folder import RunFolder, write_json
+from ddpm_fast.sample import sample
 from ddpm_fast.train import export_checkpoint, train
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -130,3 +139,234 @@ def export_command(run_dir: Path, out_dir: Path, dtype: str) -> None:
         click.echo(export_checkpoint(run_dir, out_dir, getattr(torch, dtype)))
     except (ValueError, FileNotFoundError) as error:
         raise click.ClickException(str(error)) from error
+
+
+# ------------------------------------------------------------------------------------------------------- sample, evaluate
+
+
+class _Refused(click.ClickException):
+    """An argument that cannot be; one line, as for those that click itself refuses."""
+
+    exit_code = 2
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, TypeError, ImportError, FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+        raise _Refused(str(error)) from error
+
+
+def _device(ctx: click.Context, param: click.Parameter, value: str) -> torch.device:
+    """The device of that name; refused where this machine does not have it."""
+    try:
+        device = torch.device(value)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise click.BadParameter(f"{value!r}: {str(error).splitlines()[0]}") from error
+    return device
+
+
+_VARIANCES = ("fixed_small", "fixed_large", "learned", "learned_range")
+
+
+def _model_options(command: _Command) -> _Command:
+    """The options that say which model runs, and how."""
+    options = [
+        click.option(
+            "--model",
+            "folder",
+            type=click.Path(exists=True, file_okay=False, path_type=Path),
+            default=BUILTIN,
+            help="A model's folder in diffusers' layout, or a training run's.  [default: the built-in model]",
+        ),
+        click.option("--seed", type=int, default=0, show_default=True, help="Seed of all noise."),
+        click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True, help="Images at a time."),
+        click.option(
+            "--dtype",
+            type=click.Choice(["float32", "bfloat16", "float16", "float64"]),
+            default="float32",
+            show_default=True,
+            help="Precision of the network.",
+        ),
+        click.option(
+            "--device",
+            callback=_device,
+            default=lambda: "cuda" if torch.cuda.is_available() else "cpu",
+            help="cpu, cuda, cuda:1, ...  [default: a GPU if there is one]",
+        ),
+        click.option("--quiet", is_flag=True, help="Print errors only."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@main.command("sample")
+@click.option("--num", type=click.IntRange(1), default=16, show_default=True, help="Images to draw.")
+@click.option("--steps", type=click.IntRange(1), help="Steps of the sampler.  [default: every timestep; 50 with ddim]")
+@click.option("--sampler", type=click.Choice(["ddpm", "ddim"]), default="ddpm", show_default=True, help="Ancestral or DDIM.")
+@click.option("--eta", type=click.FloatRange(0), help="DDIM's noise; 0 is deterministic.  [default: 0]")
+@click.option("--spacing", type=click.Choice(["leading", "trailing", "linspace"]), default="leading", show_default=True)
+@click.option("--variance", type=click.Choice(_VARIANCES), help="Of ancestral steps.  [default: the model's]")
+@click.option("--classes", help="Names or numbers separated by commas, taken in turn; none: no label.  [default: all]")
+@click.option("--guidance", type=float, help="Scale of classifier-free guidance.  [default: 1, which is none]")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), default="samples.png", show_default=True)
+@click.option("--gif", type=click.Path(dir_okay=False, path_type=Path), help="Also show the way: .gif, .webp, or a .png strip.")
+@_model_options
+def sample_command(
+    num: int,
+    steps: int | None,
+    sampler: str,
+    eta: float | None,
+    spacing: Any,
+    variance: Any,
+    classes: str | None,
+    guidance: float | None,
+    out: Path,
+    gif: Path | None,
+    folder: Path,
+    seed: int,
+    batch_size: int,
+    dtype: str,
+    device: torch.device,
+    quiet: bool,
+) -> None:
+    """Draw images; by default 16 from the built-in model, by all steps of ancestral sampling."""
+    with _refusing():
+        for path in filter(None, (out, gif)):
+            image_format(path)
+        loaded = load_folder(folder, device, getattr(torch, dtype))
+        plan = _plan(loaded, sampler, steps, eta, spacing, variance)
+        labels = _labels(loaded, classes, num)
+        began = time.perf_counter()
+        drawn = sample(
+            loaded.model,
+            plan,
+            num,
+            seed=seed,
+            class_labels=labels,
+            guidance_scale=guidance,
+            batch_size=batch_size,
+            return_trajectory=gif is not None,
+            progress=not quiet,
+        )
+        seconds = time.perf_counter() - began
+        images = drawn[0] if isinstance(drawn, tuple) else drawn
+        pixels = max(images.shape[2:])
+        written = [save_grid(images.clamp(-1, 1), out, scale=max(1, 128 // pixels))]
+        if isinstance(drawn, tuple) and gif is not None:
+            written.append(save_trajectory(drawn[1], gif, scale=max(1, 64 // pixels)))
+    if not quiet:
+        names = ", ".join(map(str, written))
+        click.echo(f"{names}: {num} images, {plan.num_steps} steps, {seconds:.1f} s ({num / seconds:.3g} images/s)")
+
+
+def _plan(loaded: Pretrained, sampler: str, steps: int | None, eta: float | None, spacing: Any, variance: Any) -> SamplingPlan:
+    common: dict[str, Any] = {"spacing": spacing, "prediction": loaded.prediction, "clip": loaded.clip}
+    if sampler == "ddim":
+        if variance is not None:
+            raise ValueError("--variance goes with --sampler ddpm; the noise of ddim is --eta")
+        return ddim_plan(loaded.schedule, steps or min(50, loaded.schedule.num_timesteps), eta=eta or 0.0, **common)
+    if eta is not None:
+        raise ValueError("--eta goes with --sampler ddim; the noise of ddpm is --variance")
+    return ddpm_plan(loaded.schedule, steps, variance=variance or loaded.variance, **common)
+
+
+def _labels(loaded: Pretrained, classes: str | None, num: int) -> list[int] | None:
+    """A label an image, the classes in turn; None for "no label", or where the model has no classes."""
+    embeddings = loaded.model.config["num_class_embeds"]
+    if classes == "none" or (classes is None and embeddings is None):
+        return None
+    if embeddings is None:
+        raise ValueError(f"--classes: the model has no classes, got {classes!r}")
+    count = embeddings - 1  # the last is "no label"
+    names = {name.lower(): label for label, name in enumerate(loaded.classes[:count])}
+    chosen = list(range(count))
+    if classes is not None:
+        chosen = []
+        for entry in (part.strip() for part in classes.split(",")):
+            label = names.get(entry.lower(), int(entry) if entry.isdecimal() else count)
+            if label >= count:
+                known = f" or one of {', '.join(loaded.classes)}" if names else ""
+                raise ValueError(f"--classes: expected 0..{count - 1}{known}, got {entry!r}")
+            chosen.append(label)
+    return [chosen[i % len(chosen)] for i in range(num)]
+
+
+@main.command("evaluate")
+@click.option("--num", type=click.IntRange(1), default=256, show_default=True, help="Images, from the first.")
+@click.option("--data", default="fashion-mnist", show_default=True, help="Test images: as for `train`.")
+@click.option("--data-dir", type=click.Path(), help="Where the data set's files are, or are downloaded to.")
+@click.option("--variance", type=click.Choice(_VARIANCES), help="Of the reverse steps.  [default: the model's]")
+@click.option("--labels/--no-labels", default=True, show_default=True, help="Give the network the class of each image.")
+@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Also write the figures here.")
+@_model_options
+def evaluate_command(
+    num: int,
+    data: str,
+    data_dir: str | None,
+    variance: Any,
+    labels: bool,
+    json_path: Path | None,
+    folder: Path,
+    seed: int,
+    batch_size: int,
+    dtype: str,
+    device: torch.device,
+    quiet: bool,
+) -> None:
+    """Bound the bits a dimension that the model needs for test images: L_T, L_{T-1} + ... + L_1, L_0 and their sum."""
+    with _refusing():
+        loaded = load_folder(folder, device, getattr(torch, dtype))
+        variance = variance or loaded.variance
+        dataset = load_dataset(data, data_dir, split="test", image_size=loaded.model.config["sample_size"])
+        if num > len(dataset):
+            raise ValueError(f"--num: {data} has {len(dataset)} test images, got {num}")
+        if dataset.shape[0] != loaded.model.config["in_channels"]:
+            raise ValueError(f"--data: {data} has {dataset.shape[0]} channels, the model {loaded.model.config['in_channels']}")
+        images, classes = dataset[torch.arange(num)]
+        labelled = labels and loaded.model.config["num_class_embeds"] is not None
+        began = time.perf_counter()
+        bound = variational_bound(
+            loaded.model,
+            to_unit_range(images),
+            loaded.schedule,
+            prediction=loaded.prediction,
+            variance=variance,
+            clip=loaded.clip,
+            class_labels=classes if labelled else None,
+            seed=seed,
+            batch_size=batch_size,
+            progress=not quiet,
+        )
+        seconds = time.perf_counter() - began
+    last = loaded.schedule.num_timesteps
+    parts = {
+        f"L_{last}": bound.prior,
+        f"L_{last - 1} + ... + L_1": bound.transitions,
+        "L_0": bound.reconstruction,
+        "total": bound.total,
+    }
+    if not quiet:
+        click.echo(f"{num} test images of {data}, {variance}: bits/dim (standard error of the mean), {seconds:.1f} s")
+        for name, bits in parts.items():
+            error = float(bits.std(correction=0)) / math.sqrt(num)
+            click.echo(f"  {name:<18} {float(bits.mean()):9.5f}  ({error:.5f})")
+    if json_path is not None:
+        settings = {"data": data, "num": num, "variance": variance, "labels": labelled, "seed": seed, "dtype": dtype}
+        keys = ("prior", "transitions", "reconstruction", "total")
+        figures = dict(zip(keys, parts.values(), strict=True))
+        curves = {"terms": bound.terms, "x_0_mse": bound.x_0_mse, "epsilon_mse": bound.epsilon_mse}
+        json_path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(
+            json_path,
+            {
+                **settings,
+                "bits_per_dim": {key: float(bits.mean()) for key, bits in figures.items()},
+                "per_image": {key: bits.tolist() for key, bits in figures.items()},
+                "per_timestep": {key: values.mean(dim=0).tolist() for key, values in curves.items()},
+                "seconds": seconds,
+            },
+        )

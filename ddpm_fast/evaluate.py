@@ -135,9 +135,7 @@ def variational_bound(
     return VariationalBound(prior, terms.cpu(), x_0_mse, x_0_mse * schedule.snr)
 
 
-def _split(
-    output: Tensor, channels: int, t: int, schedule: NoiseSchedule, variance: Variance
-) -> tuple[Tensor, Tensor]:
+def _split(output: Tensor, channels: int, t: int, schedule: NoiseSchedule, variance: Variance) -> tuple[Tensor, Tensor]:
     """The prediction, and the log variance of p(x_{t-1} | x_t): a 0-d tensor, or one for every dimension if it is learned."""
     lower = schedule.posterior_log_variance[t]
     upper = schedule.betas[t].log()
