@@ -39,8 +39,8 @@ from ddpm_fast.schedule import NoiseSchedule
 # `steps` and the learning rate's decay are among them so that a run can be prolonged, or brought to its end.
 CHANGEABLE: Final = frozenset(
     {
-        *("data_dir", "steps", "lr_decay", "lr_decay_steps", "device", "threads", "log_every", "sample_every"),
-        *("sample_steps", "checkpoint_every", "checkpoint_minutes", "keep", "tensorboard", "max_minutes"),
+        *("data_dir", "steps", "lr_decay", "lr_decay_steps", "channels_last", "device", "threads", "log_every"),
+        *("sample_every", "sample_steps", "checkpoint_every", "checkpoint_minutes", "keep", "tensorboard", "max_minutes"),
     }
 )
 
