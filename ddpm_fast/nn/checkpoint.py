@@ -74,7 +74,10 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(f".{path.name}.tmp")  # one name: what a killed process left is overwritten
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # by the user's umask; safetensors replaces the file by one for its owner only
         yield temporary
+        temporary.chmod(mode)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -92,7 +95,10 @@ def _read_config(folder: Path) -> UNetConfig:
     file = folder / _CONFIG
     if not file.is_file():
         raise FileNotFoundError(f"from_pretrained: expected {_CONFIG} in {os.fspath(folder)!r}, which has none")
-    values = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"from_pretrained: expected {os.fspath(file)!r} to be JSON, got: {error}") from error
     name = values.get("_class_name", _CLASS_NAME)
     if name != _CLASS_NAME:
         raise ValueError(f"from_pretrained: expected {os.fspath(file)!r} to describe a {_CLASS_NAME}, got {name!r}")
@@ -101,8 +107,11 @@ def _read_config(folder: Path) -> UNetConfig:
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
     weights: dict[str, Tensor]
-    if (folder / _WEIGHTS).is_file():
-        weights = safetensors.torch.load_file(folder / _WEIGHTS)
+    if (file := folder / _WEIGHTS).is_file():
+        try:
+            weights = safetensors.torch.load_file(file)
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"from_pretrained: expected {os.fspath(file)!r} to be whole, got: {error}") from error
     elif (folder / _LEGACY_WEIGHTS).is_file():
         weights = torch.load(folder / _LEGACY_WEIGHTS, map_location="cpu", weights_only=True)
     else:

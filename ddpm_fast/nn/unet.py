@@ -109,9 +109,7 @@ class UNet(nn.Module):
         if cfg.center_input_sample:
             x = 2 * x - 1
 
-        emb = timestep_embedding(
-            t, cfg.block_out_channels[0], flip_sin_to_cos=cfg.flip_sin_to_cos, freq_shift=cfg.freq_shift
-        )
+        emb = timestep_embedding(t, cfg.block_out_channels[0], flip_sin_to_cos=cfg.flip_sin_to_cos, freq_shift=cfg.freq_shift)
         emb = self.time_embedding(emb.to(dtype))  # [N, emb_dim]
         if self.class_embedding is not None:
             emb = emb + self.class_embedding(class_labels)
@@ -171,7 +169,7 @@ class UNet(nn.Module):
 
         Raises:
             FileNotFoundError: a file is missing.
-            ValueError: the configuration is not supported, or names or shapes of the weights do not fit it.
+            ValueError: a file is damaged, the configuration is not supported, or names or shapes of the weights do not fit it.
         """
         config, weights = load_checkpoint(path)
         with torch.device("meta"):
@@ -180,7 +178,7 @@ class UNet(nn.Module):
         _check_weights(path, expected, weights)
         dtype = torch.float32 if dtype is None else dtype
         model.load_state_dict({name: weights[name].to(device, dtype) for name in expected}, assign=True)
-        return model.requires_grad_().eval()
+        return model.eval()
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Writes config.json and diffusion_pytorch_model.safetensors, which diffusers reads too, into the folder `path`.

@@ -1,0 +1,258 @@
+"""`UNet` against diffusers' `UNet2DModel` with the same random weights, and the facts of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ddpm_fast.nn import CIFAR10_32, HO_256, UNet, UNetConfig
+
+diffusers = pytest.importorskip("diffusers")
+
+SMALL: dict[str, Any] = {
+    "sample_size": 16,
+    "in_channels": 2,
+    "out_channels": 3,
+    "block_out_channels": [16, 32, 48],
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+    "norm_num_groups": 8,
+}
+# One reason each; every other key has diffusers' default, which is then compared too.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "class-conditional": {"num_class_embeds": 11},
+    "scale-shift": {"resnet_time_scale_shift": "scale_shift"},  # no norm in the middle attention
+    "scale-shift-mid-norm": {"resnet_time_scale_shift": "scale_shift", "attn_norm_num_groups": 4},
+    "heads": {"attention_head_dim": 16, "layers_per_block": 1},
+    "one-head-asymmetric": {"attention_head_dim": None, "downsample_padding": 0, "flip_sin_to_cos": False, "freq_shift": 1},
+    "no-mid-attention": {"add_attention": False, "center_input_sample": True, "time_embedding_dim": 40, "norm_eps": 1e-3},
+    "mid-scale": {"mid_block_scale_factor": 1.5, "layers_per_block": 3},
+}
+
+
+def randomise(model: torch.nn.Module) -> None:
+    """No weight keeps a value at which a layer would be the identity or zero."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            noise = torch.randn(p.shape, generator=generator)
+            norm_weight = "norm" in name and name.endswith("weight")
+            p.copy_(1 + 0.3 * noise if norm_weight else noise * (0.3 if p.ndim == 1 else p[0].numel() ** -0.5))
+
+
+def make_pair(config: dict[str, Any], dtype: torch.dtype = torch.float32) -> tuple[UNet, torch.nn.Module]:
+    model = UNet(**config).to(dtype)
+    randomise(model)
+    peer = diffusers.UNet2DModel(**config).to(dtype)
+    peer.load_state_dict(model.state_dict())  # strict: the same names and shapes
+    return model, peer
+
+
+def make_inputs(config: dict[str, Any], n: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor | None]:
+    generator = torch.Generator().manual_seed(1)
+    size, classes = config["sample_size"], config.get("num_class_embeds")
+    x = torch.randn(n, config.get("in_channels", 3), size, size, generator=generator, dtype=dtype)
+    t = torch.randint(0, 1000, (n,), generator=generator)
+    return x, t, None if classes is None else torch.randint(0, classes, (n,), generator=generator)
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    return float((actual.double() - expected.double()).norm() / expected.double().norm())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_outputs_and_gradients_are_those_of_diffusers(variant: str) -> None:
+    # In float64 a wrong constant or a lost term cannot hide in rounding.
+    config = SMALL | VARIANTS[variant]
+    model, peer = make_pair(config, torch.float64)
+    x, t, labels = make_inputs(config, 3, torch.float64)
+    weight = torch.randn(3, 3, 16, 16, dtype=torch.float64)
+    grads = []
+    for network in (model, peer):
+        leaf = x.clone().requires_grad_()
+        out = network(leaf, t, labels)
+        out = out if isinstance(out, Tensor) else out.sample
+        (out * weight).sum().backward()
+        grads.append({"output": out.detach(), "x": leaf.grad} | {name: p.grad for name, p in network.named_parameters()})
+    ours, theirs = grads
+    scale = max(float(g.abs().max()) for g in theirs.values())
+    for name, expected in theirs.items():
+        # The gradient of a key's bias is zero but for rounding: softmax does not see it.
+        assert torch.allclose(ours[name], expected, rtol=1e-9, atol=1e-13 * scale), name
+
+
+@pytest.mark.parametrize(
+    ("config", "size", "parameters"),
+    [
+        pytest.param(CIFAR10_32, 32, 35_746_307, id="cifar10-32"),
+        pytest.param(HO_256, 256, 113_673_219, id="256", marks=pytest.mark.slow),
+    ],
+)
+def test_networks_of_ho_et_al(config: dict[str, Any], size: int, parameters: int) -> None:
+    model, peer = make_pair(config)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    x, t, _ = make_inputs(config, 64 // size or 1)
+    assert x.shape[-1] == size
+    with torch.no_grad():
+        assert relative_error(model(x, t), peer(x, t).sample) <= 1e-5
+
+
+def test_channels_last_gives_the_same_and_stays_channels_last() -> None:
+    config = SMALL | VARIANTS["one-head-asymmetric"]
+    model, _ = make_pair(config)
+    x, t, _ = make_inputs(config, 2)
+    with torch.no_grad():
+        expected = model(x, t)
+        actual = model.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last), t)
+    assert expected.is_contiguous()
+    assert actual.is_contiguous(memory_format=torch.channels_last)
+    assert relative_error(actual, expected) <= 1e-5
+
+
+def test_timesteps_may_be_an_int_a_scalar_or_one_per_sample() -> None:
+    model, _ = make_pair(SMALL)
+    x, _, _ = make_inputs(SMALL, 2)
+    with torch.no_grad():
+        expected = model(x, torch.tensor([7, 7]))
+        assert torch.equal(model(x, 7), expected)
+        assert torch.equal(model(x, torch.tensor(7)), expected)
+        assert not torch.allclose(model(x, torch.tensor([7, 8])), expected)
+
+
+@pytest.mark.parametrize("mode", ["autocast", "weights"])
+def test_bfloat16_error_is_that_of_diffusers(mode: str) -> None:
+    config = SMALL | VARIANTS["class-conditional"]
+    model, peer = make_pair(config)
+    x, t, labels = make_inputs(config, 2)
+    with torch.no_grad():
+        exact = model(x, t, labels)
+        if mode == "weights":
+            x = x.bfloat16()
+            model, peer = model.bfloat16(), peer.bfloat16()
+        with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
+            ours, theirs = model(x, t, labels), peer(x, t, labels).sample
+    assert ours.dtype == torch.bfloat16
+    assert relative_error(ours, exact) <= 2 * relative_error(theirs, exact)
+
+
+def test_input_is_cast_to_the_weights_dtype() -> None:
+    model, _ = make_pair(SMALL)
+    x, t, _ = make_inputs(SMALL, 1)
+    with torch.no_grad():
+        out = model.bfloat16()(x, t)
+        assert torch.equal(out, model(x.bfloat16(), t))
+
+
+def test_compiles_whole_and_once() -> None:
+    config = SMALL | VARIANTS["class-conditional"]
+    model, _ = make_pair(config)
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    for seed in range(3):
+        x, _, labels = make_inputs(config, 2)
+        t = torch.tensor([seed, 999 - seed])
+        with torch.no_grad():
+            assert torch.equal(compiled(x, t, labels), model(x, t, labels))
+    assert len(graphs) == 1
+
+
+@pytest.mark.slow
+def test_inductor_gives_the_same() -> None:
+    config = SMALL | VARIANTS["class-conditional"]
+    model, _ = make_pair(config)
+    x, t, labels = make_inputs(config, 2)
+    with torch.no_grad():
+        assert relative_error(torch.compile(model, fullgraph=True)(x, t, labels), model(x, t, labels)) <= 1e-5
+
+
+def test_a_new_network_predicts_zero_and_learns_in_every_weight() -> None:
+    config = SMALL | VARIANTS["class-conditional"]
+    torch.manual_seed(0)
+    model = UNet(**config)
+    x, t, labels = make_inputs(config, 4)
+    assert not model(x, t, labels).any()  # Ho et al.: the output convolution starts at zero
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    # The zeros open one after the other: output convolution, then residual branches, then what feeds those.
+    for _ in range(4):
+        optimizer.zero_grad()
+        (model(x, t, labels) - 1).square().mean().backward()
+        optimizer.step()
+    for name, p in model.named_parameters():
+        assert p.grad is not None, name
+        assert p.grad.isfinite().all(), name
+        assert p.grad.any(), name
+
+
+def test_dropout_acts_in_training_only() -> None:
+    model, _ = make_pair(SMALL | {"dropout": 0.5})
+    x, t, _ = make_inputs(SMALL, 1)
+    with torch.no_grad():
+        assert not torch.equal(model(x, t), model(x, t))
+        model.eval()
+        assert torch.equal(model(x, t), model(x, t))
+
+
+def test_config_round_trip_and_bookkeeping_keys() -> None:
+    model = UNet(_class_name="UNet2DModel", _diffusers_version="0.0", **SMALL)
+    assert model.config == UNet(**model.config).config
+    assert model.config["block_out_channels"] == [16, 32, 48]
+    defaults = {k: v for k, v in diffusers.UNet2DModel(**SMALL).config.items() if not k.startswith("_")}
+    assert UNetConfig(**SMALL) == UNetConfig(**defaults)  # every key diffusers writes is known, with the same default
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "wanted"),
+    [
+        ("colour", "blue", "unknown configuration key 'colour'"),
+        ("time_embedding_type", "fourier", "'positional'"),
+        ("mid_block_type", None, "'UNetMidBlock2D'"),
+        ("downsample_type", "resnet", "'conv'"),
+        ("upsample_type", "resnet", "'conv'"),
+        ("downsample_padding", 2, "0 or 1"),
+        ("act_fn", "gelu", "'silu' or 'swish'"),
+        ("resnet_time_scale_shift", "spatial", "'default' or 'scale_shift'"),
+        ("class_embed_type", "timestep", "None"),
+        ("down_block_types", ["DownBlock2D"], "3 types"),
+        ("up_block_types", ["SkipUpBlock2D"] * 3, "made of UpBlock2D and AttnUpBlock2D"),
+        ("block_out_channels", [], "positive ints"),
+        ("block_out_channels", [17, 32, 48], "even"),
+        ("block_out_channels", [20, 32, 48], "multiples of norm_num_groups = 8"),
+        ("attention_head_dim", 20, "divisor of every attention width"),
+        ("attn_norm_num_groups", 7, "divisor of 48"),
+        ("layers_per_block", 0, "positive int"),
+        ("num_class_embeds", -1, "None or a positive int"),
+        ("dropout", 1.0, r"\[0, 1\)"),
+        ("norm_eps", 0.0, "positive"),
+        ("mid_block_scale_factor", 0.0, "positive"),
+    ],
+)
+def test_unsupported_configuration_is_named(key: str, value: object, wanted: str) -> None:
+    with pytest.raises(ValueError, match=wanted) as error:
+        UNet(**SMALL | {key: value})
+    error.match(f"^UNet: .*{key}")
+
+
+def test_bad_inputs_are_named() -> None:
+    plain, conditional = UNet(**SMALL), UNet(**SMALL | {"num_class_embeds": 3})
+    x = torch.zeros(2, 2, 16, 16)
+    labels = torch.zeros(2, dtype=torch.int64)
+    for network, arguments, message in [
+        (plain, (x[0], 0), r"x to be \[N, 2, H, W\], got \(2, 16, 16\)"),
+        (plain, (x[:, :1], 0), r"x to be \[N, 2, H, W\]"),
+        (plain, (x[..., :15], 0), "x to have H and W that are multiples of 4"),
+        (plain, (x, torch.zeros(3)), r"t to be an int or of shape \[\] or \[2\], got \(3,\)"),
+        (plain, (x, 0, labels), "class_labels to be None"),
+        (conditional, (x, 0), r"class_labels to be int64 \[N\] \(num_class_embeds is 3\), got None"),
+        (conditional, (x, 0, labels[:1]), r"class_labels to be int64 \[2\], got torch.int64 \(1,\)"),
+        (conditional, (x, 0, labels.float()), r"class_labels to be int64 \[2\], got torch.float32"),
+    ]:
+        with pytest.raises(ValueError, match=f"UNet: expected {message}"):
+            network(*arguments)
