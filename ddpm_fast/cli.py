@@ -38,20 +38,12 @@ def main() -> None:
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
 
 
-class _Numbers(click.ParamType):
+def _numbers(ctx: click.Context, option: click.Parameter, value: str) -> list[int]:
     """Whole numbers separated by commas; "none" for no number."""
-
-    name = "n,n,..."
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
-        if not isinstance(value, str):
-            return list(value)
-        if value == "none":
-            return []
-        try:
-            return [int(number) for number in value.split(",")]
-        except ValueError:
-            self.fail(f"{value!r} is not a list of whole numbers separated by commas", param, ctx)
+    try:
+        return [] if value == "none" else [int(number) for number in value.split(",")]
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not a list of whole numbers separated by commas") from None
 
 
 # ------------------------------------------------------------------------------------------------------------------ train
@@ -62,7 +54,8 @@ def _train_option(declaration: str, help: str, **settings: Any) -> Callable[[_Co
     name = declaration.split("/")[0].removeprefix("--").replace("-", "_")
     default = inspect.signature(train).parameters[name].default
     if isinstance(default, tuple):
-        settings["show_default"] = ",".join(map(str, default))
+        default = ",".join(map(str, default))
+        settings |= {"callback": _numbers, "metavar": "N,N,..."}
     return click.option(declaration, help=help, default=default, **({"show_default": default is not None} | settings))
 
 
@@ -73,9 +66,9 @@ def _train_option(declaration: str, help: str, **settings: Any) -> Callable[[_Co
 @_train_option("--data-dir", "Where the data set's files are, or are downloaded to.", type=click.Path())
 @_train_option("--image-size", "Height and width in pixels.  [default: the data set's own]", type=int)
 @_train_option("--flip/--no-flip", "Mirror half of the images left to right.")
-@_train_option("--channels", "Channels of each level; each halves the resolution.", type=_Numbers())
+@_train_option("--channels", "Channels of each level; each halves the resolution.")
 @_train_option("--layers", "Residual blocks a level.")
-@_train_option("--attention", "Resolutions with self-attention, in pixels, or none.", type=_Numbers())
+@_train_option("--attention", "Resolutions with self-attention, in pixels, or none.")
 @_train_option("--head-dim", "Channels of an attention head.  [default: a single head]", type=int)
 @_train_option("--scale-shift/--no-scale-shift", "The time embedding scales and shifts the second norm.")
 @_train_option("--dropout", "Probability of dropout in the residual blocks.")
@@ -108,7 +101,7 @@ def _train_option(declaration: str, help: str, **settings: Any) -> Callable[[_Co
 @_train_option("--max-minutes", "Stop, with a checkpoint, after this time.", type=float)
 @_train_option("--progress/--no-progress", "Show a progress bar.")
 @click.pass_context
-def train_command(ctx: click.Context, run_dir: Path, resume: bool, progress: bool, **options: Any) -> None:
+def train_command(ctx: click.Context, /, run_dir: Path, resume: bool, progress: bool, **options: Any) -> None:
     """Train a network on images; RUN_DIR receives checkpoints, logs and samples.
 
     Ctrl-C stops after the current step and saves; the same command with --resume goes on as if nothing had happened.

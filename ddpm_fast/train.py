@@ -30,9 +30,12 @@ from tqdm import tqdm
 
 import ddpm_fast
 from ddpm_fast.data import ImageDataset, TrainingDraws, load_dataset, to_unit_range
+from ddpm_fast.images import save_grid
 from ddpm_fast.nn import UNet
 from ddpm_fast.ops import denoising_loss, q_sample
-from ddpm_fast.run_folder import FORMAT, RunFolder, write_json
+from ddpm_fast.plan import ddim_plan
+from ddpm_fast.run_folder import RunFolder, write_json
+from ddpm_fast.sample import sample
 from ddpm_fast.schedule import NoiseSchedule
 
 # Options that a resumed run may change: they decide how long, where and with what records, not what is trained.
@@ -156,7 +159,7 @@ def train(
     with torch.random.fork_rng():
         torch.manual_seed(draws.weights_seed)
         model = UNet(**unet_config)
-    model = model.to(device=target, memory_format=memory_format)
+    model = model.to(device=target, memory_format=memory_format)  # type: ignore[call-overload]
     state = _State(model, copy.deepcopy(model).requires_grad_(False).eval(), _optimizer(model, lr, weight_decay))
     if resume and (checkpoint := run.latest_checkpoint()):
         state.load(checkpoint)
@@ -172,7 +175,8 @@ def train(
         entries = {"seconds": state.seconds, "losses": [float(loss) for loss in state.losses]}
         run.save_checkpoint(state.step, entries, write, keep)
 
-    parameters, averages = list(state.model.parameters()), list(state.ema.parameters())
+    parameters: list[Tensor] = list(state.model.parameters())
+    averages: list[Tensor] = list(state.ema.parameters())
     began = last_checkpoint = time.monotonic()
     mark = time.perf_counter()  # end of the last stretch that is counted in state.seconds
     logged_step, logged_seconds = state.step, state.seconds
@@ -462,7 +466,7 @@ def _write_scheduler(folder: Path, schedule: NoiseSchedule, prediction: str) -> 
     config = schedule.to_config()
     diffusers_names = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
     if schedule.name in diffusers_names:
-        betas = {"beta_schedule": diffusers_names[schedule.name], "trained_betas": None}
+        betas: dict[str, Any] = {"beta_schedule": diffusers_names[schedule.name]}
         betas |= {key: config[key] for key in ("beta_start", "beta_end") if key in config}
     else:
         betas = {"trained_betas": schedule.betas.tolist()}
@@ -503,8 +507,6 @@ def _draw_samples(
     writer: Any,
 ) -> None:
     """Draw a grid with the averaged weights: one column a class, or 8 columns."""
-    from ddpm_fast import ddim_plan, sample, save_grid
-
     columns = min(len(dataset.classes), 16) if labelled else 8
     plan = ddim_plan(schedule, options["sample_steps"], prediction=options["prediction"])
     labels = torch.arange(4 * columns) % columns if labelled else None
