@@ -1,0 +1,268 @@
+"""CASES: how to exercise each op, once, for the tests and the benchmarks alike.
+
+An entry switches on: parity of values and gradients in every family, dtype and layout; opcheck; compilation; the benchmark.
+Each case has a reason, in its name; there are no cross products.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .plan import COLUMNS, SamplingPlan, ddim_plan, ddpm_plan
+from .reference import PREDICTIONS, STREAM_X_T
+from .schedule import NoiseSchedule
+
+SCHEDULE = NoiseSchedule.linear()
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to call an op.
+
+    Attributes:
+        op: its name in `ddpm_fast.ops`.
+        name: what is special about the case.
+        shape: of the main tensor, [N, ...].
+        options: what the op's input builder below understands.
+        benchmark: a shape that a network really has, worth timing.
+    """
+
+    op: str
+    name: str
+    shape: tuple[int, ...]
+    options: dict[str, Any] = field(default_factory=dict)
+    benchmark: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.op}-{self.name}"
+
+
+@dataclass(frozen=True)
+class Call:
+    """An op with its arguments: `call(backend)` runs it; `tensors` are the floating inputs, by name."""
+
+    function: Callable[..., Any]
+    arguments: dict[str, Any]
+
+    def __call__(self, backend: str | None = None) -> tuple[Tensor, ...]:
+        result = self.function(**self.arguments, backend=backend)
+        return result if isinstance(result, tuple) else (result,)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        flat = {}
+        for name, value in self.arguments.items():
+            for i, part in enumerate(value if isinstance(value, tuple) else (value,)):
+                if isinstance(part, Tensor) and part.is_floating_point():
+                    flat[f"{name}.{i}" if isinstance(value, tuple) else name] = part
+        return flat
+
+    def map(self, convert: Callable[[Tensor], Tensor]) -> Call:
+        """The same call with every floating input (and a dtype argument) converted."""
+
+        def each(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(each(part) for part in value)
+            if isinstance(value, torch.dtype):
+                return convert(torch.empty(0, dtype=value)).dtype
+            return convert(value) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+        return replace(self, arguments={name: value if name == "shape" else each(value) for name, value in self.arguments.items()})
+
+
+def make_call(
+    case: Case, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", *, channels_last: bool = False
+) -> Call:
+    """Reproducible inputs for a case. `channels_last` is for 4-D shapes."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        x = torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
+        return x.contiguous(memory_format=torch.channels_last) if channels_last and x.dim() == 4 else x
+
+    def timesteps(bound: int) -> Tensor:
+        t = torch.randint(bound, case.shape[:1], generator=generator)
+        t[:2] = torch.tensor([0, bound - 1])[: len(t)]  # both ends
+        return t.to(device)
+
+    arguments = _BUILDERS[case.op](case, normal, timesteps, device, dtype)
+    if case.op == "noise" and channels_last:
+        arguments["memory_format"] = torch.channels_last
+    return Call(getattr(ops, case.op), arguments)
+
+
+Normal = Callable[..., Tensor]
+
+
+def _noise_source(case: Case, normal: Normal, device: torch.device | str) -> dict[str, Tensor]:
+    source = case.options.get("source", "seeds")
+    if source == "noise":
+        return {"noise": normal(*case.shape)}
+    return {"seeds": ops.sample_seeds(7, case.shape[0]).to(device)} if source == "seeds" else {}
+
+
+def _noise(case: Case, normal: Normal, timesteps: Any, device: torch.device | str, dtype: torch.dtype) -> dict[str, Any]:
+    seeds = ops.sample_seeds(7, case.shape[0]).to(device)
+    return {"shape": case.shape, "seeds": seeds, "stream": case.options.get("stream", 0), "dtype": dtype}
+
+
+def _q_sample(case: Case, normal: Normal, timesteps: Any, device: torch.device | str, dtype: torch.dtype) -> dict[str, Any]:
+    t = case.options["t"] if "t" in case.options else timesteps(SCHEDULE.num_timesteps)
+    return {"x_0": normal(*case.shape), "t": t, "schedule": SCHEDULE, **_noise_source(case, normal, device)}
+
+
+def _denoising_loss(case: Case, normal: Normal, timesteps: Any, device: torch.device | str, dtype: torch.dtype) -> dict[str, Any]:
+    arguments = _q_sample(case, normal, timesteps, device, dtype)
+    arguments["model_output"] = normal(*case.shape)
+    arguments["prediction"] = case.options.get("prediction", "epsilon")
+    arguments["reduction"] = case.options.get("reduction", "mean")
+    if case.options.get("weight"):
+        arguments["weight"] = normal(case.shape[0]).abs()
+    return arguments
+
+
+def _reverse_step(case: Case, normal: Normal, timesteps: Any, device: torch.device | str, dtype: torch.dtype) -> dict[str, Any]:
+    plan: SamplingPlan = case.options["plan"]
+    n, channels, *rest = case.shape
+    guidance = case.options.get("guidance_scale")
+    model_shape = (n * (1 if guidance is None else 2), channels * (1 if plan.variance == "fixed" else 2), *rest)
+    step = case.options.get("step", "device")
+    steps = {"device": lambda: plan.steps(device)[3], "sample": lambda: timesteps(plan.num_steps)}
+    half = case.options.get("half_model") and dtype == torch.float32
+    arguments = {
+        "x_t": normal(*case.shape),
+        "model_output": normal(*model_shape, dtype=torch.bfloat16 if half else dtype),
+        "step": step if isinstance(step, int) else steps[step](),
+        "plan": plan,
+        "guidance_scale": guidance,
+        "return_x_0": case.options.get("return_x_0", False),
+        **_noise_source(case, normal, device),
+    }
+    if plan.needs_x_0_prev:
+        arguments["x_0_prev"] = normal(*case.shape)
+    return arguments
+
+
+def _group_norm_silu(case: Case, normal: Normal, timesteps: Any, device: torch.device | str, dtype: torch.dtype) -> dict[str, Any]:
+    n, channels = case.shape[:2]
+    options = case.options
+    small = torch.float32 if options.get("float32_parameters") and dtype != torch.float64 else dtype
+    x = normal(*case.shape)
+    arguments: dict[str, Any] = {
+        "x": x * options.get("spread", 1.0) + options.get("offset", 0.0),
+        "num_groups": options.get("groups", 32),
+        "activation": options.get("activation", "silu"),
+        "eps": 1e-6,
+    }
+    if options.get("affine", True):
+        arguments["weight"] = normal(channels, dtype=small) + 1
+        arguments["bias"] = normal(channels, dtype=small)
+    if options.get("shift"):
+        arguments["shift"] = normal(n, channels)
+    if options.get("scale_shift"):
+        arguments["scale_shift"] = (normal(n, channels), normal(n, channels))
+    return arguments
+
+
+_BUILDERS: dict[str, Callable[..., dict[str, Any]]] = {
+    "noise": _noise,
+    "q_sample": _q_sample,
+    "reverse_step": _reverse_step,
+    "group_norm_silu": _group_norm_silu,
+    "denoising_loss": _denoising_loss,
+}
+
+
+def _multistep(plan: SamplingPlan) -> SamplingPlan:
+    """A plan that also weighs the previous step's x_0^, as multistep samplers do."""
+    coefficients = plan.coefficients.clone()
+    coefficients[:, COLUMNS.index("k3")] = 0.25
+    return SamplingPlan(plan.schedule, plan.timesteps, coefficients, plan.prediction, plan.variance)
+
+
+_DDPM = ddpm_plan(SCHEDULE)
+_STRIDED = ddpm_plan(SCHEDULE, 37, spacing="trailing", variance="fixed_large")
+_UNCLIPPED = ddpm_plan(SCHEDULE, clip=None)
+_VELOCITY = ddpm_plan(SCHEDULE, 50, prediction="v_prediction")
+_LEARNED = ddpm_plan(SCHEDULE, 50, variance="learned")
+_RANGE = ddpm_plan(SCHEDULE, 50, variance="learned_range")
+_DDIM = ddim_plan(SCHEDULE, 50)
+
+CASES: tuple[Case, ...] = (
+    # noise: the tail of a block of four; one element; nothing; several vectors with a tail; no layout; a network's shape
+    Case("noise", "odd-sizes", (2, 3, 5, 7)),
+    Case("noise", "one-element", (3, 1, 1, 1)),
+    Case("noise", "empty-batch", (0, 3, 4, 4)),
+    Case("noise", "last-stream", (2, 5, 9, 13), {"stream": STREAM_X_T}),
+    Case("noise", "no-channels", (3, 131)),
+    Case("noise", "cifar-batch", (16, 3, 32, 32), benchmark=True),
+    Case("q_sample", "odd-sizes", (3, 3, 5, 7)),
+    Case("q_sample", "given-noise", (3, 3, 5, 7), {"source": "noise"}),
+    Case("q_sample", "int-t", (2, 1, 9, 9), {"t": 500}),
+    Case("q_sample", "vectors", (2, 131)),
+    Case("q_sample", "empty-batch", (0, 3, 4, 4)),
+    Case("q_sample", "cifar-batch", (16, 3, 32, 32), benchmark=True),
+    Case("reverse_step", "ddpm-clip", (3, 3, 5, 7), {"plan": _DDPM}),
+    Case("reverse_step", "no-clip", (3, 3, 5, 7), {"plan": _UNCLIPPED}),
+    Case("reverse_step", "given-noise", (2, 3, 5, 7), {"plan": _STRIDED, "source": "noise", "step": 5}),
+    Case("reverse_step", "step-per-sample", (4, 3, 5, 7), {"plan": _STRIDED, "step": "sample", "return_x_0": True}),
+    Case("reverse_step", "last-step-no-noise", (2, 3, 4, 4), {"plan": _DDPM, "step": 999}),
+    Case("reverse_step", "velocity-half-model", (2, 3, 5, 7), {"plan": _VELOCITY, "half_model": True}),
+    Case("reverse_step", "ddim", (2, 3, 5, 7), {"plan": _DDIM, "source": None}),
+    Case("reverse_step", "guidance", (2, 3, 5, 7), {"plan": _DDPM, "guidance_scale": 2.5, "return_x_0": True}),
+    Case("reverse_step", "learned", (2, 3, 5, 7), {"plan": _LEARNED}),
+    Case("reverse_step", "learned-range-guidance", (3, 3, 5, 7), {"plan": _RANGE, "guidance_scale": 1.5, "step": "sample"}),
+    Case("reverse_step", "multistep", (2, 3, 5, 7), {"plan": _multistep(_DDIM), "source": None}),
+    Case("reverse_step", "vectors", (3, 131), {"plan": _DDPM}),
+    Case("reverse_step", "empty-batch", (0, 3, 4, 4), {"plan": _DDPM}),
+    Case("reverse_step", "cifar-batch", (16, 3, 32, 32), {"plan": _DDPM}, benchmark=True),
+    # group_norm_silu: channels per group of 1, 3, 4, 12 and all; rows that are no multiple of a vector; every option
+    Case("group_norm_silu", "odd-sizes", (2, 6, 5, 7), {"groups": 2}),
+    Case("group_norm_silu", "shift", (2, 64, 4, 4), {"shift": True}),
+    Case("group_norm_silu", "scale-shift", (2, 64, 5, 3), {"scale_shift": True, "shift": True}),
+    Case("group_norm_silu", "float32-parameters", (2, 32, 4, 4), {"groups": 8, "float32_parameters": True}),
+    Case("group_norm_silu", "no-affine-no-activation", (2, 20, 6, 6), {"groups": 5, "affine": False, "activation": None}),
+    Case("group_norm_silu", "instance-norm", (2, 7, 3, 5), {"groups": 7}),
+    Case("group_norm_silu", "layer-norm", (2, 48, 3, 3), {"groups": 1}),
+    Case("group_norm_silu", "one-pixel", (2, 64, 1, 1), {"groups": 16}),
+    Case("group_norm_silu", "vectors", (3, 24), {"groups": 4}),
+    Case("group_norm_silu", "small-spread-far-from-0", (2, 16, 8, 8), {"groups": 4, "offset": 100.0, "spread": 0.1}),
+    Case("group_norm_silu", "empty-batch", (0, 8, 4, 4), {"groups": 2}),
+    Case("group_norm_silu", "384-channels", (1, 384, 9, 9), {"shift": True}),
+    Case("group_norm_silu", "cifar-block", (2, 128, 32, 32), {"shift": True}, benchmark=True),
+    Case("group_norm_silu", "cifar-middle", (16, 256, 8, 8), benchmark=True),
+    *(Case("denoising_loss", p, (3, 3, 5, 7), {"prediction": p}) for p in PREDICTIONS),
+    *(Case("denoising_loss", f"{p}-given-noise", (3, 3, 5, 7), {"prediction": p, "source": "noise"}) for p in PREDICTIONS),
+    Case("denoising_loss", "weight-no-reduction", (4, 3, 5, 7), {"weight": True, "reduction": "none"}),
+    Case("denoising_loss", "sum-int-t", (2, 131), {"reduction": "sum", "t": 10}),
+    Case("denoising_loss", "empty-batch", (0, 3, 4, 4), {"reduction": "sum"}),
+    Case("denoising_loss", "cifar-batch", (16, 3, 32, 32), benchmark=True),
+)
+
+
+def bytes_moved(case: Case, dtype: torch.dtype, *, backward: bool = False) -> int:
+    """Bytes that a fused kernel has to read and write, each big tensor once: the floor that a benchmark is measured against."""
+    elements = math.prod(case.shape)
+    source = 1 if case.options.get("source") == "noise" else 0  # drawn noise costs no traffic
+    if case.op == "noise":
+        tensors = 1
+    elif case.op == "q_sample":
+        tensors = 2 + source
+    elif case.op == "denoising_loss":
+        prediction = case.options.get("prediction", "epsilon")
+        target = {"epsilon": source, "sample": 1, "v_prediction": 1 + source}[prediction]
+        tensors = (2 if backward else 1) + target
+    elif case.op == "reverse_step":
+        plan: SamplingPlan = case.options["plan"]
+        model = (1 if plan.variance == "fixed" else 2) * (1 if case.options.get("guidance_scale") is None else 2)
+        tensors = 2 + model + source + int(plan.needs_x_0_prev) + int(case.options.get("return_x_0", False))
+    else:
+        tensors = 3 if backward else 2
+    return tensors * elements * dtype.itemsize
