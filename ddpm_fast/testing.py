@@ -74,7 +74,9 @@ class Call:
                 return convert(torch.empty(0, dtype=value)).dtype
             return convert(value) if isinstance(value, Tensor) and value.is_floating_point() else value
 
-        return replace(self, arguments={name: value if name == "shape" else each(value) for name, value in self.arguments.items()})
+        return replace(
+            self, arguments={name: value if name == "shape" else each(value) for name, value in self.arguments.items()}
+        )
 
 
 def make_call(
@@ -118,7 +120,9 @@ def _q_sample(case: Case, normal: Normal, timesteps: Any, device: torch.device |
     return {"x_0": normal(*case.shape), "t": t, "schedule": SCHEDULE, **_noise_source(case, normal, device)}
 
 
-def _denoising_loss(case: Case, normal: Normal, timesteps: Any, device: torch.device | str, dtype: torch.dtype) -> dict[str, Any]:
+def _denoising_loss(
+    case: Case, normal: Normal, timesteps: Any, device: torch.device | str, dtype: torch.dtype
+) -> dict[str, Any]:
     arguments = _q_sample(case, normal, timesteps, device, dtype)
     arguments["model_output"] = normal(*case.shape)
     arguments["prediction"] = case.options.get("prediction", "epsilon")
@@ -150,7 +154,9 @@ def _reverse_step(case: Case, normal: Normal, timesteps: Any, device: torch.devi
     return arguments
 
 
-def _group_norm_silu(case: Case, normal: Normal, timesteps: Any, device: torch.device | str, dtype: torch.dtype) -> dict[str, Any]:
+def _group_norm_silu(
+    case: Case, normal: Normal, timesteps: Any, device: torch.device | str, dtype: torch.dtype
+) -> dict[str, Any]:
     n, channels = case.shape[:2]
     options = case.options
     small = torch.float32 if options.get("float32_parameters") and dtype != torch.float64 else dtype

@@ -35,7 +35,11 @@ def why_not(family: str, op: str, device: torch.device, dtype: torch.dtype = tor
     if family == "native":
         if native_error() is not None:
             return f"the compiled module did not load: {native_error()}"
-        return None if device.type == "cpu" else f"it has no kernels for {device.type} tensors yet"
+        if device.type != "cpu":
+            return f"it has no kernels for {device.type} tensors"
+        return (
+            None if hasattr(native(), op) else f"the compiled module is older than this source and lacks {op}: build it again"
+        )
     return _why_not_triton(device, dtype)
 
 

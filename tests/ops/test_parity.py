@@ -1,6 +1,7 @@
 """Values and gradients of every case, family, dtype and layout against the reference in float64.
 
-The rule: a kernel's largest error is at most twice that of the reference in the same dtype, or one rounding of the largest value.
+The rule: a kernel's largest error is at most twice that of the reference in the same dtype, or one rounding of the
+largest value.
 """
 
 import pytest
@@ -50,7 +51,7 @@ def _assert_close(name: str, got: torch.Tensor, baseline: torch.Tensor, truth: t
     assert error <= limit, f"{name}: error {error:.3g}, reference's own {allowed:.3g}, limit {limit:.3g}, scale {scale:.3g}"
 
 
-@pytest.mark.parametrize(("case", "family", "dtype", "channels_last"), _parameters())
+@pytest.mark.parametrize(("case", "family", "dtype", "channels_last"), list(_parameters()))
 def test_parity(case: Case, family: str, dtype: torch.dtype, channels_last: bool, device: torch.device) -> None:
     reason = why_not(family, case.op, device, dtype)
     if reason is not None and device.type == "cuda":

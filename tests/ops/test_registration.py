@@ -1,47 +1,155 @@
-"""torch.library's view of the ops: opcheck, compilation without graph breaks or recompiles, second derivatives."""
+"""torch.library's view of the ops: opcheck, compilation without graph breaks or recompiles, autocast, second derivatives."""
 
 from typing import Any
 
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounter
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ddpm_fast
-from ddpm_fast.ops.backend import OPS
-from ddpm_fast.testing import CASES, Case, make_call
+from ddpm_fast.testing import CASES, SCHEDULE, Case, make_call
 
-OPCHECKED = [
-    case
-    for case in CASES
-    if not case.benchmark and case.name in ("odd-sizes", "ddpm-clip", "guidance", "learned-range-guidance", "scale-shift", "epsilon", "v_prediction-given-noise")
-]
+# One case an op and code path; opcheck is slow and repeats what test_parity shows of values.
+_PATHS = ("odd-sizes", "ddpm-clip", "learned-range-guidance", "scale-shift", "epsilon", "v_prediction-given-noise")
+OPCHECKED = [case for case in CASES if case.name in _PATHS]
 
 
-def _recorded(case: Case, channels_last: bool) -> list[tuple[Any, tuple[Any, ...]]]:
-    """The torch.ops calls that a case makes, forward and backward, with their arguments."""
-    calls = []
+class _Recorder(TorchDispatchMode):
+    """Keeps the calls of our ops, below autograd."""
 
-    class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if function.namespace == "ddpm_fast":
-                calls.append((function, args))
-            return function(*args, **(kwargs or {}))
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[Any, ...]]] = []
 
-    call = make_call(case, channels_last=channels_last).map(lambda x: x.detach().clone().requires_grad_())
-    with Recorder():
-        outputs = call("native")
-        if call.tensors:
-            sum(output.double().sum() for output in outputs).backward()
-    return calls
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "ddpm_fast":
+            self.calls.append((function, args))
+        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("case", OPCHECKED, ids=str)
 def test_opcheck(case: Case, channels_last: bool) -> None:
-    calls = _recorded(case, channels_last)
-    assert calls
-    for function, args in calls:
-        backward = "backward" in function._schema.name
-        args = tuple(a.detach().requires_grad_(a.is_floating_point() and not backward) if isinstance(a, torch.Tensor) else a for a in args)
-        args = tuple(a.detach() if i == 2 and "table" in function._schema.arguments[i].name else a for i, a in enumerate(args))
-        torch.library.opcheck(function, args)
+    call = make_call(case, channels_last=channels_last).map(lambda x: x.detach().clone().requires_grad_())
+    with _Recorder() as recorder:
+        outputs = call("native")
+        if call.tensors:
+            sum(output.double().square().sum() for output in outputs).backward()
+    assert recorder.calls
+    for function, args in recorder.calls:
+        schema = function._schema
+        differentiable = "backward" not in schema.name
+        with_grad = tuple(
+            a.detach().requires_grad_(differentiable and a.is_floating_point() and parameter.name != "table")
+            if isinstance(a, Tensor)
+            else a
+            for a, parameter in zip(args, schema.arguments, strict=False)
+        )
+        torch.library.opcheck(function, with_grad)
+
+
+def _training_step(x_0: Tensor, t: Tensor, seeds: Tensor, weight: Tensor, bias: Tensor, shift: Tensor) -> Tensor:
+    """Every differentiable op of a training step, in one function."""
+    x_t = ddpm_fast.q_sample(x_0, t, SCHEDULE, seeds=seeds)
+    h = ddpm_fast.group_norm_silu(x_t, 2, weight, bias, shift=shift)
+    return ddpm_fast.denoising_loss(h, x_0, t, SCHEDULE, seeds=seeds)
+
+
+def _training_inputs(n: int) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(n)
+    x_0, weight, bias, shift = (torch.randn(s, generator=generator) for s in ((n, 4, 8, 8), (4,), (4,), (n, 4)))
+    t = torch.randint(1000, (n,), generator=generator)
+    return x_0, t, ddpm_fast.sample_seeds(n, n), weight.requires_grad_(), bias.requires_grad_(), shift.requires_grad_()
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+def test_compiles_whole_and_once(channels_last: bool) -> None:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(_training_step, fullgraph=True, backend=counter)
+    for n in (3, 3, 3):
+        x_0, *rest = _training_inputs(n)
+        if channels_last:
+            x_0 = x_0.contiguous(memory_format=torch.channels_last)
+        loss, expected = compiled(x_0, *rest), _training_step(x_0, *rest)
+        torch.testing.assert_close(loss, expected, rtol=0, atol=0)
+        parameters = rest[2:]
+        for got, want in zip(torch.autograd.grad(loss, parameters), torch.autograd.grad(expected, parameters), strict=True):
+            torch.testing.assert_close(got, want)
+    assert counter.frame_count == 1
+
+
+def test_sampling_loop_body_compiles_once_for_every_step() -> None:
+    torch._dynamo.reset()
+    plan = ddpm_fast.ddpm_plan(SCHEDULE, 10)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(
+        lambda x, m, step, seeds: ddpm_fast.reverse_step(x, m, step, plan, seeds=seeds), fullgraph=True, backend=counter
+    )
+    x, seeds = torch.randn(2, 3, 4, 4), ddpm_fast.sample_seeds(0, 2)
+    for step in plan.steps():
+        assert torch.equal(compiled(x, 0.1 * x, step, seeds), ddpm_fast.reverse_step(x, 0.1 * x, step, plan, seeds=seeds))
+    assert counter.frame_count == 1
+
+
+def test_autocast_keeps_the_norm_in_its_input_dtype() -> None:
+    x = torch.randn(2, 8, 4, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        h = torch.nn.functional.conv2d(x, torch.randn(8, 8, 1, 1))
+        assert h.dtype == torch.bfloat16
+        y = ddpm_fast.group_norm_silu(h, 2, torch.ones(8), torch.zeros(8))
+    assert y.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("op", ["group_norm_silu", "denoising_loss"])
+def test_second_derivative_of_a_fused_backward_is_an_error_that_names_the_way_out(op: str) -> None:
+    x = torch.randn(2, 4, 3, 3, requires_grad=True)
+
+    def run(backend: str) -> Tensor:
+        if op == "group_norm_silu":
+            return ddpm_fast.group_norm_silu(x, 2, backend=backend).square().sum()
+        return ddpm_fast.denoising_loss(x, x.detach(), 3, SCHEDULE, seeds=ddpm_fast.sample_seeds(0, 2), backend=backend)
+
+    (first,) = torch.autograd.grad(run("native"), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match=f'{op}.*backend="reference"'):
+        first.square().sum().backward()
+    (first,) = torch.autograd.grad(run("reference"), x, create_graph=True)
+    first.square().sum().backward()
+    assert torch.isfinite(x.grad).all()
+
+
+def test_second_derivative_of_the_linear_ops() -> None:
+    """Their gradients are plain PyTorch, so gradgradcheck holds."""
+    plan = ddpm_fast.ddpm_plan(SCHEDULE, clip=None, variance="learned_range")
+    seeds = ddpm_fast.sample_seeds(0, 2)
+    x = torch.randn(2, 2, 2, 2, dtype=torch.float64, requires_grad=True)
+    m = torch.randn(2, 4, 2, 2, dtype=torch.float64, requires_grad=True)
+
+    def step(x: Tensor, m: Tensor) -> Tensor:
+        result = ddpm_fast.reverse_step(x, m, 700, plan, seeds=seeds, backend="native")
+        assert isinstance(result, Tensor)
+        return result
+
+    def q_sample(x: Tensor) -> Tensor:
+        return ddpm_fast.q_sample(x, 300, SCHEDULE, seeds=seeds, backend="native").square()
+
+    assert torch.autograd.gradcheck(step, (x, m))
+    assert torch.autograd.gradgradcheck(step, (x, m))
+    assert torch.autograd.gradgradcheck(q_sample, (x,))
+
+
+def test_gradcheck_of_the_kernels_in_float64() -> None:
+    def double(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=torch.float64, requires_grad=True)
+
+    def norm(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor, scale: Tensor, shift_2: Tensor) -> Tensor:
+        return ddpm_fast.group_norm_silu(x, 2, weight, bias, shift=shift, scale_shift=(scale, shift_2), backend="native")
+
+    assert torch.autograd.gradcheck(norm, (double(2, 4, 3, 3), double(4), double(4), double(2, 4), double(2, 4), double(2, 4)))
+
+    def loss(m: Tensor, x_0: Tensor, noise: Tensor) -> Tensor:
+        return ddpm_fast.denoising_loss(m, x_0, 400, SCHEDULE, prediction="v_prediction", noise=noise, backend="native")
+
+    assert torch.autograd.gradcheck(loss, (double(2, 1, 3, 3), double(2, 1, 3, 3), double(2, 1, 3, 3)))

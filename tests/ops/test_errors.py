@@ -1,0 +1,137 @@
+"""Each bad input raises before anything runs, and the message names the op, the argument, what was wanted and what came."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import ddpm_fast
+from ddpm_fast import ddpm_plan, denoising_loss, group_norm_silu, noise, q_sample, reverse_step, sample_seeds
+from ddpm_fast.testing import SCHEDULE
+
+X = torch.zeros(2, 4, 3, 3)
+SEEDS = sample_seeds(0, 2)
+PLAN = ddpm_plan(SCHEDULE, 10)
+LEARNED = ddpm_plan(SCHEDULE, 10, variance="learned")
+
+BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
+    (lambda: sample_seeds(1.5, 2), TypeError, "sample_seeds: expected seed to be an int, got float"),
+    (lambda: sample_seeds(0, -1), ValueError, "sample_seeds: expected n in .*, got -1"),
+    (lambda: sample_seeds(0, 10, 1 << 32), ValueError, "sample_seeds: expected start . n to be at most 2.32, got"),
+    (lambda: noise((3, 2), SEEDS), ValueError, r"noise: expected seeds to have shape \[3\].*got \[2\]"),
+    (lambda: noise((2, 2), SEEDS.int()), TypeError, "noise: expected seeds to be an int64 tensor.*got torch.int32"),
+    (lambda: noise((2, 2), [1, 2]), TypeError, "noise: expected seeds to be an int64 tensor.*got list"),
+    (lambda: noise((2, -2), SEEDS), ValueError, r"noise: expected shape .*got \[2, -2\]"),
+    (lambda: noise((2, 2), SEEDS, dtype=torch.int32), TypeError, "noise: expected dtype .*got torch.int32"),
+    (lambda: noise((2, 2), SEEDS, stream=1 << 32), ValueError, "noise: expected stream .*got 4294967296"),
+    (lambda: noise((2, 2), SEEDS, memory_format=torch.channels_last), ValueError, "noise: expected memory_format"),
+    (
+        lambda: noise((2, 2), SEEDS, backend="cuda"),
+        ValueError,
+        "backend: expected one of native, triton, reference, got 'cuda'",
+    ),
+    (lambda: q_sample(X.int(), 3, SCHEDULE, seeds=SEEDS), TypeError, "q_sample: expected x_0 .*got torch.int32"),
+    (lambda: q_sample([1.0], 3, SCHEDULE, seeds=SEEDS), TypeError, "q_sample: expected x_0 to be a tensor, got list"),
+    (lambda: q_sample(X, 3, SCHEDULE), ValueError, "q_sample: expected exactly one of noise and seeds, got neither"),
+    (lambda: q_sample(X, 3, SCHEDULE, seeds=SEEDS, noise=X), ValueError, "exactly one of noise and seeds, got both"),
+    (lambda: q_sample(X, 1000, SCHEDULE, seeds=SEEDS), ValueError, "q_sample: expected t in 0..999, got 1000"),
+    (lambda: q_sample(X, 1.0, SCHEDULE, seeds=SEEDS), TypeError, "q_sample: expected t .*got float"),
+    (
+        lambda: q_sample(X, torch.tensor([1, 1000]), SCHEDULE, seeds=SEEDS),
+        ValueError,
+        "q_sample: expected t in 0..999.*1 to 1000",
+    ),
+    (
+        lambda: q_sample(X, torch.tensor([-1, 2]), SCHEDULE, seeds=SEEDS, backend="reference"),
+        ValueError,
+        "expected t in 0..999",
+    ),
+    (
+        lambda: q_sample(X, torch.tensor([1, 2, 3]), SCHEDULE, seeds=SEEDS),
+        ValueError,
+        r"q_sample: expected t .*\[2\], got \[3\]",
+    ),
+    (
+        lambda: q_sample(X, torch.tensor([1.0, 2.0]), SCHEDULE, seeds=SEEDS),
+        TypeError,
+        "q_sample: expected t .*got torch.float32",
+    ),
+    (lambda: q_sample(X, 3, SCHEDULE, noise=X[:1]), ValueError, r"q_sample: expected noise to have shape \[2, 4, 3, 3\], got"),
+    (lambda: q_sample(X, 3, SCHEDULE, noise=X.double()), TypeError, "q_sample: expected noise to have the dtype of x_0"),
+    (lambda: reverse_step(X, X[:1], 0, PLAN, seeds=SEEDS), ValueError, "reverse_step: expected model_output to have shape"),
+    (lambda: reverse_step(X, X, 0, LEARNED, seeds=SEEDS), ValueError, "twice the channels, for learned variance"),
+    (lambda: reverse_step(X, X, 0, PLAN, seeds=SEEDS, guidance_scale=2.0), ValueError, "two halves, for guidance"),
+    (lambda: reverse_step(X, X.double(), 0, PLAN, seeds=SEEDS), TypeError, "reverse_step: expected model_output .*float64"),
+    (lambda: reverse_step(X, X, 10, PLAN, seeds=SEEDS), ValueError, "reverse_step: expected step .*0..9.*got 10"),
+    (lambda: reverse_step(X, X, torch.tensor(10), PLAN, seeds=SEEDS), ValueError, "reverse_step: expected step in 0..9"),
+    (lambda: reverse_step(X, X, torch.tensor([1, 2, 3]), PLAN, seeds=SEEDS), ValueError, "reverse_step: expected step .*3"),
+    (lambda: reverse_step(X, X, 0, PLAN), ValueError, "reverse_step: expected noise or seeds.*got neither"),
+    (lambda: reverse_step(X, X, 0, PLAN, seeds=SEEDS, noise=X), ValueError, "at most one of noise and seeds, got both"),
+    (lambda: reverse_step(X, X, 0, PLAN, seeds=SEEDS, out=X[:1]), ValueError, "reverse_step: expected out to have shape"),
+    (
+        lambda: reverse_step(X, X.clone().requires_grad_(), 0, PLAN, seeds=SEEDS, out=X.clone()),
+        ValueError,
+        "reverse_step: expected no gradients with out=",
+    ),
+    (
+        lambda: reverse_step(X, X, 0, PLAN, seeds=SEEDS, out=X.contiguous(memory_format=torch.channels_last)),
+        ValueError,
+        "reverse_step: expected out to be dense, with the strides of x_t",
+    ),
+    (lambda: group_norm_silu(X, 3), ValueError, "group_norm_silu: expected num_groups to divide the 4 channels of x, got 3"),
+    (lambda: group_norm_silu(X, 0), ValueError, "group_norm_silu: expected num_groups .*got 0"),
+    (lambda: group_norm_silu(X[0, 0, 0], 1), ValueError, "group_norm_silu: expected x to have at least 2 dimensions"),
+    (
+        lambda: group_norm_silu(X, 2, torch.ones(3)),
+        ValueError,
+        r"group_norm_silu: expected weight to have shape \[4\], got \[3\]",
+    ),
+    (lambda: group_norm_silu(X, 2, torch.ones(4).half()), TypeError, "group_norm_silu: expected weight to be float32"),
+    (lambda: group_norm_silu(X, 2, shift=torch.ones(2, 3)), ValueError, "group_norm_silu: expected shift to have shape"),
+    (
+        lambda: group_norm_silu(X, 2, scale_shift=(torch.ones(2, 4), torch.ones(4))),
+        ValueError,
+        r"group_norm_silu: expected scale_shift\[1\] to have shape \[2, 4\]",
+    ),
+    (lambda: group_norm_silu(X, 2, eps=0.0), ValueError, "group_norm_silu: expected eps to be positive, got 0.0"),
+    (lambda: group_norm_silu(X, 2, activation="relu"), ValueError, "group_norm_silu: expected activation .*got 'relu'"),
+    (
+        lambda: denoising_loss(X, X, 3, SCHEDULE, seeds=SEEDS, prediction="x0"),
+        ValueError,
+        "denoising_loss: expected prediction .*got 'x0'",
+    ),
+    (
+        lambda: denoising_loss(X, X, 3, SCHEDULE, seeds=SEEDS, reduction="max"),
+        ValueError,
+        "denoising_loss: expected reduction .*got 'max'",
+    ),
+    (
+        lambda: denoising_loss(X, X, 3, SCHEDULE, seeds=SEEDS, weight=torch.ones(3)),
+        ValueError,
+        r"denoising_loss: expected weight to have shape \[2\]",
+    ),
+    (
+        lambda: denoising_loss(X[:1], X, 3, SCHEDULE, seeds=SEEDS),
+        ValueError,
+        "denoising_loss: expected model_output to have shape",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "kind", "message"), BAD, ids=range(len(BAD)))
+def test_bad_input(call: Callable[[], Any], kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        call()
+
+
+def test_a_named_family_that_cannot_run_says_why_and_nothing_else_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ddpm_fast.ops.backend.native_error", lambda: "no such file")
+    with pytest.raises(ddpm_fast.BackendUnavailable, match=r'noise: backend "native" cannot run: .*no such file'):
+        noise((2, 3), SEEDS, backend="native")
+    assert noise((2, 3), SEEDS).shape == (2, 3)  # without a name, the next family
+
+
+def test_triton_has_no_float64() -> None:
+    with pytest.raises(ddpm_fast.BackendUnavailable, match=r'group_norm_silu: backend "triton" cannot run: .*float64'):
+        group_norm_silu(X.double(), 2, backend="triton")

@@ -1,0 +1,72 @@
+"""What the noise promises: published words, a sample's independence of everything but its seed, and normality."""
+
+import math
+
+import pytest
+import torch
+
+from ddpm_fast import ddpm_plan, noise, q_sample, reference, reverse_step, sample_seeds
+from ddpm_fast.testing import SCHEDULE
+
+
+def test_philox_words_equal_random123() -> None:
+    """Random123's known answer for philox4x32-10, counter and key zero; the other two are in test_native_build."""
+    words = reference.philox(torch.tensor([0]), 0, 0, 1).flatten().tolist()
+    assert words == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+
+
+def test_fused_multiply_add_rounds_once() -> None:
+    """(1 + 2^-12)^2 - 1 - 2^-11 is 2^-24 exactly; with two roundings it would be 0."""
+    a = torch.tensor([1 + 2.0**-12])
+    assert reference._fma(a, a, -(1 + 2.0**-11)).item() == 2.0**-24
+    # 1 + 2^-24 + 2^-60 lies above the midpoint of 1 and its successor; rounding to float64 first would land on the midpoint.
+    x = torch.tensor([2.0**-24])
+    assert reference._fma(x, 1 + 2.0**-23, 1.0).item() == 1 + 2.0**-23
+
+
+def test_sample_seeds_are_distinct_across_runs_and_pure() -> None:
+    a, b = sample_seeds(0, 1000), sample_seeds(1, 1000)
+    assert len(set(a.tolist()) | set(b.tolist())) == 2000
+    assert torch.equal(sample_seeds(0, 10, start=5), a[5:15])
+    assert torch.equal(sample_seeds(-1, 3), sample_seeds(2**64 - 1, 3))
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_a_sample_does_not_depend_on_its_batch_position_layout_or_threads(backend: str) -> None:
+    seeds = sample_seeds(3, 16)
+    batch = noise((16, 3, 32, 32), seeds, stream=9, backend=backend)
+    for i in (0, 5, 15):
+        assert torch.equal(noise((1, 3, 32, 32), seeds[i : i + 1], stream=9, backend=backend)[0], batch[i])
+    assert torch.equal(noise((16, 3, 32, 32), seeds, stream=9, memory_format=torch.channels_last, backend=backend), batch)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert torch.equal(noise((16, 3, 32, 32), seeds, stream=9, backend=backend), batch)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_another_stream_is_other_noise() -> None:
+    seeds = sample_seeds(0, 1)
+    a, b = (noise((1, 4096), seeds, stream=s) for s in (0, 1))
+    assert abs((a * b).mean().item()) < 5 / math.sqrt(4096)
+
+
+def test_normals_are_normal() -> None:
+    """Moments within five standard errors, and the largest gap of the distribution function (Kolmogorov-Smirnov)."""
+    z = noise((64, 1 << 15), sample_seeds(11, 64), dtype=torch.float64).flatten()
+    n = z.numel()
+    for power, mean, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
+        assert abs(z.pow(power).mean().item() - mean) < 5 * math.sqrt(variance / n), power
+    cdf = torch.special.ndtr(z.sort().values)
+    gap = (cdf - (torch.arange(n, dtype=torch.float64) + 0.5) / n).abs().max().item()
+    assert gap < 1.95 / math.sqrt(n)  # a chance of 0.001
+
+
+def test_ops_draw_what_noise_draws() -> None:
+    seeds, x = sample_seeds(5, 4), torch.randn(4, 3, 6, 6)
+    epsilon = noise(x.shape, seeds, stream=reference.STREAM_Q_SAMPLE)
+    assert torch.equal(q_sample(x, 400, SCHEDULE, seeds=seeds), q_sample(x, 400, SCHEDULE, noise=epsilon))
+    plan = ddpm_plan(SCHEDULE)
+    z = noise(x.shape, seeds, stream=7)
+    assert torch.equal(reverse_step(x, x, 7, plan, seeds=seeds), reverse_step(x, x, 7, plan, noise=z))

@@ -1,0 +1,166 @@
+"""Plans against the derivation and against diffusers' and guided-diffusion's samplers."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler
+
+from ddpm_fast import NoiseSchedule, SamplingPlan, ddim_plan, ddpm_plan, reverse_step
+from ddpm_fast.plan import COLUMNS
+
+SCHEDULE = NoiseSchedule.linear()
+SPACINGS = ("leading", "trailing", "linspace")
+
+
+def column(plan: SamplingPlan, name: str) -> torch.Tensor:
+    return plan.coefficients[:, COLUMNS.index(name)]
+
+
+def test_without_a_clip_a_ddpm_step_is_equation_13() -> None:
+    plan = ddpm_plan(SCHEDULE, clip=None)
+    t = plan.timesteps
+    assert torch.equal(t, torch.arange(999, -1, -1))
+    torch.testing.assert_close(column(plan, "k1"), SCHEDULE.sqrt_recip_alphas[t], rtol=1e-12, atol=0)
+    expected = -(SCHEDULE.betas / SCHEDULE.sqrt_one_minus_alpha_bars * SCHEDULE.sqrt_recip_alphas)[t]
+    torch.testing.assert_close(column(plan, "k2"), expected, rtol=1e-12, atol=0)
+    assert (column(plan, "k0") == 0).all()
+    torch.testing.assert_close(column(plan, "sigma"), SCHEDULE.posterior_variance[t].sqrt(), rtol=1e-12, atol=0)
+
+
+def _in_float64(scheduler: Any) -> Any:
+    """diffusers' scheduler with float64 tables: its own float32 ones put 1 - abar off by up to 2e-4 at small t."""
+    scheduler.alphas_cumprod = SCHEDULE.alpha_bars
+    scheduler.one = torch.tensor(1.0, dtype=torch.float64)
+    return scheduler
+
+
+def _assert_same_step(got: Any, expected: torch.Tensor, t: int) -> None:
+    """Up to the rounding of our table to float32, which x_0^ = (x_t - sqrt(1 - abar) m) / sqrt(abar) magnifies."""
+    scale = 4 / math.sqrt(SCHEDULE.alpha_bars[t])  # inputs are standard normals
+    torch.testing.assert_close(got, expected, rtol=0, atol=2 * torch.finfo(torch.float32).eps * scale)
+
+
+@pytest.mark.parametrize("clip", [1.0, None])
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_small_log", "fixed_large", "learned_range"])
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("num_steps", [1000, 50, 37])
+def test_ddpm_steps_equal_diffusers(num_steps: int, spacing: Any, variance: Any, clip: float | None) -> None:
+    """The same x_{t-1} for the same noise, through every kind of step (a spread of them in the long plan).
+
+    diffusers cannot be asked for "fixed_large_log" and "learned": it takes square roots of logarithms there, which are NaN.
+    """
+    theirs = _in_float64(DDPMScheduler(timestep_spacing=spacing, variance_type=variance, clip_sample=clip is not None))
+    theirs.set_timesteps(num_steps)
+    plan = ddpm_plan(SCHEDULE, num_steps, spacing=spacing, variance=variance, clip=clip)
+    assert torch.equal(plan.timesteps, theirs.timesteps)
+    channels = 6 if variance == "learned_range" else 3
+    for step in sorted({*range(0, num_steps, max(1, num_steps // 25)), num_steps - 2, num_steps - 1}):
+        t = int(plan.timesteps[step])
+        generator = torch.Generator().manual_seed(step)
+        x_t = torch.randn(2, 3, 8, 8, generator=generator, dtype=torch.float64)
+        m = torch.randn(2, channels, 8, 8, generator=generator, dtype=torch.float64)
+        noise = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+        expected = theirs.step(m, t, x_t, generator=torch.Generator().manual_seed(7))
+        # The last step gives the mean, which is x_0^. diffusers adds noise even there unless t = 0: "trailing" meets that.
+        expected = expected.pred_original_sample if step == num_steps - 1 else expected.prev_sample
+        _assert_same_step(reverse_step(x_t, m, step, plan, noise=noise), expected, t)
+
+
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
+def test_forms_with_log_are_the_same_numbers(variance: Any) -> None:
+    a, b = (ddpm_plan(SCHEDULE, 50, variance=v) for v in (variance, variance + "_log"))
+    assert torch.equal(a.coefficients, b.coefficients)
+
+
+def test_learned_variance_is_the_models_logarithm() -> None:
+    plan = ddpm_plan(SCHEDULE, variance="learned")
+    fixed = ddpm_plan(SCHEDULE, variance="fixed_large")
+    x_t, m, noise = torch.randn(3, 2, 3, 4, 4, dtype=torch.float64)
+    log_beta = plan.coefficients[100, COLUMNS.index("log_beta")]
+    with_variance = torch.cat([m, torch.full_like(m, float(log_beta))], dim=1)
+    got = reverse_step(x_t, with_variance, 100, plan, noise=noise)
+    torch.testing.assert_close(got, reverse_step(x_t, m, 100, fixed, noise=noise), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("clipped", [False, True])
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize(("num_steps", "spacing"), [(50, "leading"), (20, "trailing")])
+def test_ddim_steps_equal_diffusers(num_steps: int, spacing: Any, prediction: Any, clipped: bool, eta: float) -> None:
+    """Only for step counts that divide T: elsewhere diffusers' DDIM takes a wrong previous timestep."""
+    theirs = _in_float64(DDIMScheduler(timestep_spacing=spacing, prediction_type=prediction))
+    theirs.final_alpha_cumprod = theirs.one
+    theirs.set_timesteps(num_steps)
+    plan = ddim_plan(SCHEDULE, num_steps, spacing=spacing, prediction=prediction, eta=eta, use_clipped_model_output=clipped)
+    assert torch.equal(plan.timesteps, theirs.timesteps)
+    for step in (0, 1, num_steps // 2, num_steps - 2, num_steps - 1):
+        t = int(plan.timesteps[step])
+        x_t, m, noise = torch.randn(3, 2, 3, 8, 8, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+        options = {"eta": eta, "use_clipped_model_output": clipped, "variance_noise": noise}
+        expected = theirs.step(m, t, x_t, **options).prev_sample
+        _assert_same_step(reverse_step(x_t, m, step, plan, noise=noise), expected, t)
+
+
+def test_the_last_step_gives_x_0_exactly() -> None:
+    for plan in (ddpm_plan(SCHEDULE), ddpm_plan(SCHEDULE, 50, spacing="trailing"), ddim_plan(SCHEDULE)):
+        x_t, m = torch.randn(2, 2, 3, 4, 4)
+        x_prev, x_0 = reverse_step(x_t, m, plan.num_steps - 1, plan, noise=torch.randn_like(x_t), return_x_0=True)
+        torch.testing.assert_close(x_prev, x_0, rtol=0, atol=1e-6)
+
+
+def test_ddim_with_eta_1_is_ddpm() -> None:
+    a = ddpm_plan(SCHEDULE, 50, clip=None)
+    b = ddim_plan(SCHEDULE, 50, eta=1.0, clip=None)
+    torch.testing.assert_close(a.coefficients[:, :7], b.coefficients[:, :7], rtol=1e-9, atol=1e-12)
+
+
+def test_predictions_of_the_same_x_0_give_the_same_step() -> None:
+    x_0, epsilon = torch.randn(2, 2, 3, 4, 4, dtype=torch.float64)
+    results = []
+    for prediction in ("epsilon", "sample", "v_prediction"):
+        plan = ddpm_plan(SCHEDULE, 50, prediction=prediction, clip=None)
+        abar = SCHEDULE.alpha_bars[plan.timesteps[20]]
+        x_t = abar.sqrt() * x_0 + (1 - abar).sqrt() * epsilon
+        m = {"epsilon": epsilon, "sample": x_0, "v_prediction": abar.sqrt() * epsilon - (1 - abar).sqrt() * x_0}[prediction]
+        results.append(reverse_step(x_t, m, 20, plan, noise=torch.zeros_like(x_0)))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(results[2], results[0], rtol=1e-5, atol=1e-5)
+
+
+def test_explicit_timesteps() -> None:
+    plan = ddpm_plan(SCHEDULE, spacing=[999, 500, 3])
+    assert plan.timesteps.tolist() == [999, 500, 3]
+    alpha = SCHEDULE.alpha_bars[999] / SCHEDULE.alpha_bars[500]
+    assert ddpm_plan(SCHEDULE, spacing=[999, 500, 3], variance="fixed_large").coefficients[0, 6] == (1 - alpha).sqrt()
+
+
+def test_zero_terminal_snr_needs_another_prediction_than_epsilon() -> None:
+    schedule = SCHEDULE.rescale_zero_terminal_snr()
+    for build in (ddpm_plan, ddim_plan):
+        with pytest.raises(ValueError, match=r'not finite at timestep 999.*"sample" or "v_prediction".*epsilon'):
+            build(schedule, 10, spacing="trailing")
+        plan = build(schedule, 10, spacing="trailing", prediction="v_prediction")
+        assert torch.isfinite(plan.coefficients[:, :9]).all()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ddpm_plan(SCHEDULE, 0), "ddpm_plan: expected num_steps to be an integer in 1..1000, got 0"),
+        (lambda: ddpm_plan(SCHEDULE, 1001), "ddpm_plan: expected num_steps .*got 1001"),
+        (lambda: ddpm_plan(SCHEDULE, 10, spacing="even"), "ddpm_plan: expected spacing .*got 'even'"),
+        (lambda: ddpm_plan(SCHEDULE, spacing=[1, 2]), r"ddpm_plan: expected spacing .*descending.*got \[1, 2\]"),
+        (lambda: ddpm_plan(SCHEDULE, spacing=[1000]), "ddpm_plan: expected spacing .*0..999"),
+        (lambda: ddpm_plan(SCHEDULE, 3, spacing=[5, 2]), "ddpm_plan: expected num_steps to be None or 2.*got 3"),
+        (lambda: ddpm_plan(SCHEDULE, prediction="eps"), "ddpm_plan: expected prediction .*got 'eps'"),
+        (lambda: ddpm_plan(SCHEDULE, variance="small"), "ddpm_plan: expected variance .*got 'small'"),
+        (lambda: ddpm_plan(SCHEDULE, clip=0.0), "ddpm_plan: expected clip to be positive or None, got 0.0"),
+        (lambda: ddim_plan(SCHEDULE, eta=-1.0), "ddim_plan: expected eta to be at least 0, got -1.0"),
+        (lambda: ddim_plan(SCHEDULE, eta=9.0), "ddim_plan: expected eta to leave sigma.*got 9.0"),
+    ],
+)
+def test_errors(make, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -1,0 +1,96 @@
+"""The noise schedule against its definitions, against diffusers, and its errors."""
+
+import math
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+
+from ddpm_fast import NoiseSchedule
+
+BUILDERS = ("linear", "scaled_linear", "cosine", "sigmoid", "sigmoid_betas")
+
+
+@pytest.mark.parametrize("num_timesteps", [1, 2, 100, 1000])
+@pytest.mark.parametrize("builder", BUILDERS)
+def test_identities_of_the_derivation(builder: str, num_timesteps: int) -> None:
+    s = getattr(NoiseSchedule, builder)(num_timesteps)
+    assert s.num_timesteps == num_timesteps
+    # eq. 2: abar_t is the product of the alphas, here summed in logarithms.
+    torch.testing.assert_close(s.alpha_bars.log(), torch.log1p(-s.betas).cumsum(0), rtol=1e-11, atol=1e-13)
+    # eq. 7 applied to the means of eq. 3: mu~(x_0, sqrt(abar_t) x_0) = sqrt(abar_{t-1}) x_0.
+    mean = s.posterior_mean_coef_x_0 + s.posterior_mean_coef_x_t * s.sqrt_alpha_bars
+    torch.testing.assert_close(mean, s.alpha_bars_prev.sqrt(), rtol=1e-12, atol=0)
+    # eq. 6: by Bayes' rule, precisions add: 1 / beta~ = alpha / beta + 1 / (1 - abar_{t-1}).
+    precision = s.alphas / s.betas + 1 / (1 - s.alpha_bars_prev)
+    torch.testing.assert_close(s.posterior_variance[1:], 1 / precision[1:], rtol=1e-9, atol=0)
+    assert s.posterior_variance[0] == 0
+    torch.testing.assert_close(s.snr, (s.sqrt_alpha_bars / s.sqrt_one_minus_alpha_bars).square())
+    assert torch.isfinite(s.posterior_log_variance).all()
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [("linear", "linear"), ("scaled_linear", "scaled_linear"), ("cosine", "squaredcos_cap_v2"), ("sigmoid_betas", "sigmoid")],
+)
+def test_betas_equal_diffusers(ours: str, theirs: str) -> None:
+    expected = DDPMScheduler(beta_schedule=theirs).betas
+    torch.testing.assert_close(getattr(NoiseSchedule, ours)().betas.float(), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_published_terminal_values() -> None:
+    """abar_{T-1} of the linear schedule as everyone computes it, and of the sigmoid one as denoising-diffusion-pytorch does."""
+    assert NoiseSchedule.linear().alpha_bars[-1].item() == pytest.approx(4.0358e-5, rel=1e-4)
+    assert NoiseSchedule.cosine().alpha_bars[-1].item() == pytest.approx(2.43e-9, rel=2e-3)
+    assert NoiseSchedule.sigmoid().alpha_bars[-1].item() == pytest.approx(3.0e-7, rel=2e-2)
+
+
+def test_scaling_to_the_number_of_timesteps() -> None:
+    short = NoiseSchedule.linear(100, scale_to_num_timesteps=True)
+    assert short.betas[-1].item() == pytest.approx(0.2)
+    assert NoiseSchedule.linear(100).betas[-1].item() == pytest.approx(0.02)
+
+
+def test_zero_terminal_snr() -> None:
+    schedule = NoiseSchedule.linear()
+    rescaled = schedule.rescale_zero_terminal_snr()
+    assert rescaled.alpha_bars[-1] == 0
+    assert rescaled.alpha_bars[0].item() == pytest.approx(schedule.alpha_bars[0].item(), rel=1e-12)
+    expected = DDPMScheduler(rescale_betas_zero_snr=True).alphas_cumprod
+    torch.testing.assert_close(rescaled.alpha_bars.float(), expected, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("builder", BUILDERS)
+def test_config_round_trip(builder: str) -> None:
+    schedule = getattr(NoiseSchedule, builder)(50)
+    assert NoiseSchedule.from_config(schedule.to_config()) == schedule
+    custom = schedule.rescale_zero_terminal_snr()
+    assert NoiseSchedule.from_config(custom.to_config()) == custom
+
+
+def test_table_is_rounded_once_from_float64() -> None:
+    schedule = NoiseSchedule.linear()
+    table = schedule.coefficients()
+    assert table.dtype == torch.float32
+    assert torch.equal(table[:, 1], (1 - schedule.alpha_bars).sqrt().float())
+    assert schedule.coefficients() is table
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: NoiseSchedule.linear(0), "NoiseSchedule.linear: expected num_timesteps to be at least 1, got 0"),
+        (
+            lambda: NoiseSchedule.from_betas([0.1, 1.5]),
+            "NoiseSchedule: expected every beta in .0, 1., got values from 0.1 to 1.5",
+        ),
+        (lambda: NoiseSchedule.from_betas([0.0]), "NoiseSchedule: expected every beta in"),
+        (lambda: NoiseSchedule.from_betas([math.nan]), "NoiseSchedule: expected every beta in"),
+        (lambda: NoiseSchedule.from_betas([]), r"NoiseSchedule: expected betas .*shape \[T\]"),
+        (lambda: NoiseSchedule.from_config({"name": "exp"}), "from_config: expected name to be one of .*, got 'exp'"),
+        (lambda: NoiseSchedule.linear(1).rescale_zero_terminal_snr(), "expected a schedule of at least 2 timesteps, got 1"),
+    ],
+)
+def test_errors(make, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
