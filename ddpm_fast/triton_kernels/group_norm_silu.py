@@ -1,0 +1,661 @@
+"""GroupNorm, its modulation and SiLU, forward and backward: `ddpm_fast.reference.group_norm_silu`.
+
+A tile holds the pixels (all, or a chunk of them) of GROUPS whole groups: [channels, pixels] of a contiguous tensor,
+[pixels, channels] of a channels_last one, where several groups make a row long enough for wide accesses. Groups are padded
+to WIDTH channels, a power of two. Where the tile that holds all pixels fits in a program's registers, x is read once
+("resident"). Where not, a first kernel leaves partial results, one of each chunk, and a later one merges them and applies.
+
+Statistics are the mean, then the mean square deviation from it; partial ones are merged as in Chan et al. 1983. Every sum
+has an order that the shape of x alone fixes, and there are no atomics: the same bits every time.
+"""
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .tiles import current_sample, device_of, grid, rounded
+
+# Elements of a tile, padding included, that stay in registers: contiguous, channels_last (whose threads hold more channels).
+RESIDENT_FORWARD = (32768, 16384)
+RESIDENT_BACKWARD = (16384, 8192)
+SPLIT_TILE = 4096
+ELEMENTS_PER_WARP = (1024, 512)  # forward, backward
+TILES_PER_CHUNK = 4
+ROW_BYTES = (64, 32)  # of a channels_last tile: the first with which it is resident
+SPLIT_ROW_BYTES = 64
+
+
+# ------------------------------------------------------------------------------------------------------------- the tile
+
+
+@triton.jit
+def _channels(group_tile, groups, CPG: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr):
+    """Of each channel of the tile, [GROUPS * WIDTH]: its index, its group, and whether it exists."""
+    k = tl.arange(0, GROUPS * WIDTH)
+    group = group_tile * GROUPS + k // WIDTH
+    channel = group_tile * (GROUPS * WIDTH) + k if CPG == WIDTH else group * CPG + k % WIDTH
+    return channel, group, (k % WIDTH < CPG) & (group < groups)
+
+
+@triton.jit
+def _offsets(channel, pixel, c, hw, LAST: tl.constexpr):
+    """Offsets of the tile's elements from the sample's first."""
+    return pixel[:, None] * c + channel[None, :] if LAST else channel[:, None] * hw + pixel[None, :]
+
+
+@triton.jit
+def _mask(channel_exists, pixel, hw, LAST: tl.constexpr, PADDED: tl.constexpr):
+    if not PADDED:
+        return None
+    elif LAST:
+        return (pixel < hw)[:, None] & channel_exists[None, :]
+    else:
+        return channel_exists[:, None] & (pixel < hw)[None, :]
+
+
+@triton.jit
+def _tile(per_channel, LAST: tl.constexpr):
+    """[channels] so that it broadcasts over the tile."""
+    return per_channel[None, :] if LAST else per_channel[:, None]
+
+
+@triton.jit
+def _zero_padding(value, mask, PADDED: tl.constexpr):
+    return tl.where(mask, value, 0.0) if PADDED else value
+
+
+# What belongs to a group is a scalar where GROUPS == 1, else [GROUPS].
+
+
+@triton.jit
+def _spread(per_group, WIDTH: tl.constexpr, GROUPS: tl.constexpr):
+    """To the channels of the tile, [GROUPS * WIDTH]; a scalar stays one."""
+    if GROUPS == 1:
+        return per_group
+    else:
+        return tl.reshape(tl.broadcast_to(per_group[:, None], [GROUPS, WIDTH]), [GROUPS * WIDTH])
+
+
+@triton.jit
+def _spread_tile(per_group, LAST: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr):
+    """So that it broadcasts over the tile."""
+    return per_group if GROUPS == 1 else _tile(_spread(per_group, WIDTH, GROUPS), LAST)
+
+
+@triton.jit
+def _sum_channels(per_channel, WIDTH: tl.constexpr, GROUPS: tl.constexpr):
+    """The sum over each group's channels."""
+    return tl.sum(per_channel, 0) if GROUPS == 1 else tl.sum(tl.reshape(per_channel, [GROUPS, WIDTH]), 1)
+
+
+@triton.jit
+def _sum_tile(value, LAST: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr):
+    """The sum over each group's channels and pixels."""
+    if GROUPS == 1:  # all at once: a thread's own elements first, whatever their channel
+        return tl.sum(value)
+    else:
+        return _sum_channels(tl.sum(value, 0 if LAST else 1), WIDTH, GROUPS)
+
+
+@triton.jit
+def _rows(sample, group_tile, groups, GROUPS: tl.constexpr):
+    """Where the tile's groups are in [N, groups], and whether they exist."""
+    if GROUPS == 1:
+        return sample * groups + group_tile, None
+    else:
+        group = group_tile * GROUPS + tl.arange(0, GROUPS)
+        return sample * groups + group, group < groups
+
+
+@triton.jit
+def _load_channels(values, index, mask, default: tl.constexpr):
+    """A [C] or [N, C] input as float32 [channels]; `default` where it is absent."""
+    if values is not None:
+        return tl.load(values + index, mask, other=default).to(tl.float32)
+    else:
+        return tl.full(index.shape, default, tl.float32)
+
+
+@triton.jit
+def _affine(weight, bias, scale, scale_shift, channel, modulation, exists):
+    """a and b of y = act(a xhat + b)."""
+    a = _load_channels(weight, channel, exists, 1.0)
+    b = _load_channels(bias, channel, exists, 0.0)
+    if scale is not None:
+        factor = 1.0 + _load_channels(scale, modulation, exists, 0.0)
+        a *= factor
+        b *= factor
+    if scale_shift is not None:
+        b += _load_channels(scale_shift, modulation, exists, 0.0)
+    return a, b
+
+
+@triton.jit
+def _load_tile(pointer, mask, PADDED: tl.constexpr):
+    """As float32, zero in the padding."""
+    return (tl.load(pointer, mask, other=0.0) if PADDED else tl.load(pointer)).to(tl.float32)
+
+
+@triton.jit
+def _load_h(x, shift, mask, LAST: tl.constexpr, HAS_SHIFT: tl.constexpr, PADDED: tl.constexpr):
+    """x + shift as float32, zero in the padding."""
+    h = _load_tile(x, mask, PADDED)
+    return _zero_padding(h + _tile(shift, LAST), mask, PADDED) if HAS_SHIFT else h
+
+
+@triton.jit
+def _sigmoid(z, FAST: tl.constexpr):
+    """FAST, for half types: good to 3e-7, two instructions for what a division takes eight (1/x = (x^-1/2)^2)."""
+    z = tl.maximum(z, -87.0)  # exp(-z) stays finite
+    if FAST:
+        root = tl.rsqrt(1.0 + tl.exp2(z * -1.4426950408889634))
+        return root * root
+    else:
+        return 1.0 / (1.0 + tl.exp(-z))
+
+
+# -------------------------------------------------------------------------------------------------------------- forward
+
+
+@triton.jit
+def _statistics(h, mask, count, LAST: tl.constexpr, PADDED: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr):
+    """Mean and sum of squared deviations of each group; and the tile of deviations."""
+    mean = tl.div_rn(_sum_tile(h, LAST, WIDTH, GROUPS), count)
+    deviation = _zero_padding(h - _spread_tile(mean, LAST, WIDTH, GROUPS), mask, PADDED)
+    return mean, _sum_tile(deviation * deviation, LAST, WIDTH, GROUPS), deviation
+
+
+@triton.jit
+def _rstd(squares, count, eps):
+    return tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(squares, count) + eps))
+
+
+@triton.jit(do_not_specialize=["n"])
+def _forward_kernel(
+    y, mean, rstd, x, weight, bias, shift, scale, scale_shift, n, groups, hw, eps,
+    SILU: tl.constexpr, FAST: tl.constexpr, PADDED: tl.constexpr,
+    LAST: tl.constexpr, CPG: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, PIXELS: tl.constexpr,
+):  # fmt: skip
+    sample = current_sample()
+    if sample >= n:
+        return
+    c = groups * CPG
+    channel, _, exists = _channels(tl.program_id(0), groups, CPG, WIDTH, GROUPS)
+    pixel = tl.arange(0, PIXELS)
+    mask = _mask(exists, pixel, hw, LAST, PADDED)
+    offset = _offsets(channel, pixel, c, hw, LAST)
+    modulation = sample * c + channel
+    first = sample * c * hw
+    h = _load_h(x + first + offset, _load_channels(shift, modulation, exists, 0.0), mask, LAST, shift is not None, PADDED)
+
+    count = (CPG * hw).to(tl.float32)
+    mu, squares, deviation = _statistics(h, mask, count, LAST, PADDED, WIDTH, GROUPS)
+    r = _rstd(squares, count, eps)
+    a, b = _affine(weight, bias, scale, scale_shift, channel, modulation, exists)
+    z = tl.fma(deviation, _tile(a * _spread(r, WIDTH, GROUPS), LAST), _tile(b, LAST))
+    tl.store(y + first + offset, rounded(z * _sigmoid(z, FAST) if SILU else z, y.dtype.element_ty), mask)
+    row, row_exists = _rows(sample, tl.program_id(0), groups, GROUPS)
+    tl.store(mean + row, mu, row_exists)
+    tl.store(rstd + row, r, row_exists)
+
+
+@triton.jit(do_not_specialize=["n"])
+def _partial_statistics_kernel(
+    partial_mean, partial_squares, x, shift, n, groups, hw, chunks, tiles_per_chunk,
+    PADDED: tl.constexpr,
+    LAST: tl.constexpr, CPG: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, PIXELS: tl.constexpr,
+):  # fmt: skip
+    """Mean and sum of squared deviations of one chunk of pixels: [N, groups, chunks]."""
+    sample = current_sample()
+    if sample >= n:
+        return
+    chunk = tl.program_id(0) % chunks
+    c = groups * CPG
+    group_tile = tl.program_id(0) // chunks
+    channel, _, exists = _channels(group_tile, groups, CPG, WIDTH, GROUPS)
+    shift_ = _load_channels(shift, sample * c + channel, exists, 0.0)
+    count = 0.0
+    row, row_exists = _rows(sample, group_tile, groups, GROUPS)
+    mean = 0.0 if GROUPS == 1 else tl.zeros([GROUPS], tl.float32)
+    squares = 0.0 if GROUPS == 1 else tl.zeros([GROUPS], tl.float32)
+    first_pixel = chunk * tiles_per_chunk * PIXELS
+    end = tl.minimum(first_pixel + tiles_per_chunk * PIXELS, hw)
+    for start in range(first_pixel, end, PIXELS):
+        pixel = start + tl.arange(0, PIXELS)
+        mask = _mask(exists, pixel, hw, LAST, PADDED)
+        tile = x + sample * c * hw + _offsets(channel, pixel, c, hw, LAST)
+        h = _load_h(tile, shift_, mask, LAST, shift is not None, PADDED)
+        tile_count = (CPG * tl.minimum(PIXELS, hw - start)).to(tl.float32)
+        tile_mean, tile_squares, _deviation = _statistics(h, mask, tile_count, LAST, PADDED, WIDTH, GROUPS)
+        difference = tile_mean - mean
+        share = tl.div_rn(tile_count, count + tile_count)
+        mean = tl.fma(difference, share, mean)
+        squares += tl.fma(difference * difference, count * share, tile_squares)
+        count += tile_count
+    tl.store(partial_mean + row * chunks + chunk, mean, row_exists)
+    tl.store(partial_squares + row * chunks + chunk, squares, row_exists)
+
+
+@triton.jit(do_not_specialize=["n"])
+def _apply_kernel(
+    y, mean, rstd, x, weight, bias, shift, scale, scale_shift, partial_mean, partial_squares,
+    n, groups, hw, eps, chunks, tiles_per_chunk,
+    SILU: tl.constexpr, FAST: tl.constexpr, PADDED: tl.constexpr, CHUNKS: tl.constexpr,
+    LAST: tl.constexpr, CPG: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, PIXELS: tl.constexpr,
+):  # fmt: skip
+    """Merge the chunks' statistics and normalize one chunk. What was read last is taken first: it may still be in the cache."""
+    sample = n - 1 - current_sample()
+    if sample < 0:
+        return
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    chunk = program % chunks
+    group_tile = program // chunks
+    c = groups * CPG
+
+    row, row_exists = _rows(sample, group_tile, groups, GROUPS)
+    index = tl.arange(0, CHUNKS)
+    exists = index < chunks
+    slot = row * chunks + index if GROUPS == 1 else row[:, None] * chunks + index[None, :]
+    slot_exists = exists if GROUPS == 1 else exists[None, :] & row_exists[:, None]
+    means = tl.load(partial_mean + slot, slot_exists, other=0.0)
+    squares = tl.load(partial_squares + slot, slot_exists, other=0.0)
+    chunk_pixels = tiles_per_chunk * PIXELS
+    counts = tl.where(exists, CPG * tl.minimum(chunk_pixels, hw - index * chunk_pixels), 0).to(tl.float32)
+    counts = counts if GROUPS == 1 else counts[None, :]
+    count = (CPG * hw).to(tl.float32)
+    axis: tl.constexpr = 0 if GROUPS == 1 else 1
+    mu = tl.div_rn(tl.sum(counts * means, axis), count)
+    difference = means - (mu if GROUPS == 1 else mu[:, None])
+    r = _rstd(tl.sum(tl.fma(counts * difference, difference, squares), axis), count, eps)
+    if chunk == 0:
+        tl.store(mean + row, mu, row_exists)
+        tl.store(rstd + row, r, row_exists)
+
+    channel, _, exists = _channels(group_tile, groups, CPG, WIDTH, GROUPS)
+    modulation = sample * c + channel
+    a, b = _affine(weight, bias, scale, scale_shift, channel, modulation, exists)
+    a *= _spread(r, WIDTH, GROUPS)
+    shift_ = _load_channels(shift, modulation, exists, 0.0)
+    first = sample * c * hw
+    first_pixel = chunk * chunk_pixels
+    for start in range(first_pixel, tl.minimum(first_pixel + chunk_pixels, hw), PIXELS):
+        pixel = start + tl.arange(0, PIXELS)
+        mask = _mask(exists, pixel, hw, LAST, PADDED)
+        offset = _offsets(channel, pixel, c, hw, LAST)
+        h = _load_h(x + first + offset, shift_, mask, LAST, shift is not None, PADDED)
+        z = tl.fma(h - _spread_tile(mu, LAST, WIDTH, GROUPS), _tile(a, LAST), _tile(b, LAST))
+        tl.store(y + first + offset, rounded(z * _sigmoid(z, FAST) if SILU else z, y.dtype.element_ty), mask)
+
+
+# ------------------------------------------------------------------------------------------------------------- backward
+# With xhat = (h - mean) rstd, z = a xhat + b, y = act(z) and dz = dy act'(z): the gradient of x is
+# rstd (a dz - m1 - m2 xhat), m1 and m2 being the means of a dz and of a dz xhat over the group. Sums over pixels of dz, dz xhat
+# and xhat of each channel give m1, m2 and all the small gradients.
+
+
+@triton.jit
+def _load_gradient(
+    dy, x, shift, mu, r, a, b, mask,
+    HAS_SHIFT: tl.constexpr, SILU: tl.constexpr, FAST: tl.constexpr, PADDED: tl.constexpr,
+    LAST: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """Tiles of dz and xhat, zero in the padding."""
+    h = _load_h(x, shift, mask, LAST, HAS_SHIFT, PADDED)
+    xhat = (h - _spread_tile(mu, LAST, WIDTH, GROUPS)) * _spread_tile(r, LAST, WIDTH, GROUPS)
+    xhat = _zero_padding(xhat, mask, PADDED)
+    dz = _load_tile(dy, mask, PADDED)
+    if SILU:
+        z = tl.fma(xhat, _tile(a, LAST), _tile(b, LAST))
+        sigmoid = _sigmoid(z, FAST)
+        dz = dz * sigmoid * tl.fma(z, 1.0 - sigmoid, 1.0)
+    return dz, xhat
+
+
+@triton.jit
+def _small_gradients(
+    sum_dz, sum_dz_xhat, dshift, dscale, dscale_shift, weight, bias,
+    dz_sums, dz_xhat_sums, xhat_sums, r, a, channel, modulation, exists, hw,
+    CPG: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """Write what the sums of each channel give of one sample; return m1 and m2 of each group."""
+    count = (CPG * hw).to(tl.float32)
+    m1 = tl.div_rn(_sum_channels(a * dz_sums, WIDTH, GROUPS), count)
+    m2 = tl.div_rn(_sum_channels(a * dz_xhat_sums, WIDTH, GROUPS), count)
+    if sum_dz is not None:
+        tl.store(sum_dz + modulation, dz_sums, exists)
+        tl.store(sum_dz_xhat + modulation, dz_xhat_sums, exists)
+    if dshift is not None:
+        total = a * dz_sums - _spread(m1 * hw, WIDTH, GROUPS) - _spread(m2, WIDTH, GROUPS) * xhat_sums
+        tl.store(dshift + modulation, _spread(r, WIDTH, GROUPS) * total, exists)
+    if dscale is not None:
+        w = _load_channels(weight, channel, exists, 1.0)
+        b = _load_channels(bias, channel, exists, 0.0)
+        tl.store(dscale + modulation, tl.fma(w, dz_xhat_sums, b * dz_sums), exists)
+    if dscale_shift is not None:
+        tl.store(dscale_shift + modulation, dz_sums, exists)
+    return m1, m2
+
+
+@triton.jit
+def _dx(dz, xhat, r, a, m1, m2, LAST: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr):
+    common = tl.fma(xhat, _spread_tile(r * m2, LAST, WIDTH, GROUPS), _spread_tile(r * m1, LAST, WIDTH, GROUPS))
+    return tl.fma(dz, _tile(a * _spread(r, WIDTH, GROUPS), LAST), -common)
+
+
+@triton.jit(do_not_specialize=["n"])
+def _backward_kernel(
+    dx, sum_dz, sum_dz_xhat, dshift, dscale, dscale_shift, dy, x, mean, rstd, weight, bias, shift, scale, scale_shift,
+    n, groups, hw,
+    SILU: tl.constexpr, FAST: tl.constexpr, PADDED: tl.constexpr,
+    LAST: tl.constexpr, CPG: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, PIXELS: tl.constexpr,
+):  # fmt: skip
+    sample = current_sample()
+    if sample >= n:
+        return
+    c = groups * CPG
+    channel, _, exists = _channels(tl.program_id(0), groups, CPG, WIDTH, GROUPS)
+    modulation = sample * c + channel
+    row, row_exists = _rows(sample, tl.program_id(0), groups, GROUPS)
+    mu = tl.load(mean + row, row_exists)
+    r = tl.load(rstd + row, row_exists)
+    a, b = _affine(weight, bias, scale, scale_shift, channel, modulation, exists)
+    shift_ = _load_channels(shift, modulation, exists, 0.0)
+    pixel = tl.arange(0, PIXELS)
+    mask = _mask(exists, pixel, hw, LAST, PADDED)
+    offset = sample * c * hw + _offsets(channel, pixel, c, hw, LAST)
+    dz, xhat = _load_gradient(
+        dy + offset, x + offset, shift_, mu, r, a, b, mask, shift is not None, SILU, FAST, PADDED, LAST, WIDTH, GROUPS
+    )  # fmt: skip
+    axis: tl.constexpr = 0 if LAST else 1
+    xhat_sums = tl.sum(xhat, axis) if dshift is not None else None
+    m1, m2 = _small_gradients(
+        sum_dz, sum_dz_xhat, dshift, dscale, dscale_shift, weight, bias,
+        tl.sum(dz, axis), tl.sum(dz * xhat, axis), xhat_sums, r, a, channel, modulation, exists, hw, CPG, WIDTH, GROUPS,
+    )  # fmt: skip
+    tl.store(dx + offset, rounded(_dx(dz, xhat, r, a, m1, m2, LAST, WIDTH, GROUPS), dx.dtype.element_ty), mask)
+
+
+@triton.jit(do_not_specialize=["n"])
+def _partial_sums_kernel(
+    partial, dy, x, mean, rstd, weight, bias, shift, scale, scale_shift, n, groups, hw, chunks, tiles_per_chunk,
+    XHAT_SUMS: tl.constexpr, SILU: tl.constexpr, FAST: tl.constexpr, PADDED: tl.constexpr,
+    LAST: tl.constexpr, CPG: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, PIXELS: tl.constexpr,
+):  # fmt: skip
+    """Sums over one chunk of pixels of dz, dz xhat and xhat: [3, N, chunks, C]."""
+    sample = current_sample()
+    if sample >= n:
+        return
+    chunk = tl.program_id(0) % chunks
+    c = groups * CPG
+    group_tile = tl.program_id(0) // chunks
+    channel, _, exists = _channels(group_tile, groups, CPG, WIDTH, GROUPS)
+    modulation = sample * c + channel
+    row, row_exists = _rows(sample, group_tile, groups, GROUPS)
+    mu = tl.load(mean + row, row_exists)
+    r = tl.load(rstd + row, row_exists)
+    a, b = _affine(weight, bias, scale, scale_shift, channel, modulation, exists)
+    shift_ = _load_channels(shift, modulation, exists, 0.0)
+    dz_sums = tl.zeros([GROUPS * WIDTH], tl.float32)
+    dz_xhat_sums = tl.zeros([GROUPS * WIDTH], tl.float32)
+    xhat_sums = tl.zeros([GROUPS * WIDTH], tl.float32)
+    axis: tl.constexpr = 0 if LAST else 1
+    first_pixel = chunk * tiles_per_chunk * PIXELS
+    for start in range(first_pixel, tl.minimum(first_pixel + tiles_per_chunk * PIXELS, hw), PIXELS):
+        pixel = start + tl.arange(0, PIXELS)
+        mask = _mask(exists, pixel, hw, LAST, PADDED)
+        offset = sample * c * hw + _offsets(channel, pixel, c, hw, LAST)
+        dz, xhat = _load_gradient(
+        dy + offset, x + offset, shift_, mu, r, a, b, mask, shift is not None, SILU, FAST, PADDED, LAST, WIDTH, GROUPS
+    )  # fmt: skip
+        dz_sums += tl.sum(dz, axis)
+        dz_xhat_sums += tl.sum(dz * xhat, axis)
+        if XHAT_SUMS:
+            xhat_sums += tl.sum(xhat, axis)
+    slot = (sample * chunks + chunk) * c + channel
+    plane = n.to(tl.int64) * chunks * c
+    tl.store(partial + slot, dz_sums, exists)
+    tl.store(partial + plane + slot, dz_xhat_sums, exists)
+    if XHAT_SUMS:
+        tl.store(partial + 2 * plane + slot, xhat_sums, exists)
+
+
+@triton.jit(do_not_specialize=["n"])
+def _merge_sums_kernel(
+    means, sum_dz, sum_dz_xhat, dshift, dscale, dscale_shift, partial, rstd, weight, bias, scale, n, groups, hw, chunks,
+    CPG: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Add up one group's chunks; write its m1 and m2, [2, N, groups], and its small gradients."""
+    sample = current_sample()
+    if sample >= n:
+        return
+    c = groups * CPG
+    channel, _, exists = _channels(tl.program_id(0), groups, CPG, WIDTH, 1)
+    modulation = sample * c + channel
+    dz_sums = tl.zeros([WIDTH], tl.float32)
+    dz_xhat_sums = tl.zeros([WIDTH], tl.float32)
+    xhat_sums = tl.zeros([WIDTH], tl.float32)
+    plane = n.to(tl.int64) * chunks * c
+    for chunk in range(chunks):
+        slot = partial + (sample * chunks + chunk) * c + channel
+        dz_sums += tl.load(slot, exists, other=0.0)
+        dz_xhat_sums += tl.load(slot + plane, exists, other=0.0)
+        if dshift is not None:
+            xhat_sums += tl.load(slot + 2 * plane, exists, other=0.0)
+    r = tl.load(rstd + sample * groups + tl.program_id(0))
+    a, _ = _affine(weight, None, scale, None, channel, modulation, exists)
+    m1, m2 = _small_gradients(
+        sum_dz, sum_dz_xhat, dshift, dscale, dscale_shift, weight, bias,
+        dz_sums, dz_xhat_sums, xhat_sums, r, a, channel, modulation, exists, hw, CPG, WIDTH, 1,
+    )  # fmt: skip
+    row = sample * groups + tl.program_id(0)
+    tl.store(means + row, m1)
+    tl.store(means + n.to(tl.int64) * groups + row, m2)
+
+
+@triton.jit(do_not_specialize=["n"])
+def _apply_backward_kernel(
+    dx, dy, x, mean, rstd, means, weight, bias, shift, scale, scale_shift, n, groups, hw, chunks, tiles_per_chunk,
+    SILU: tl.constexpr, FAST: tl.constexpr, PADDED: tl.constexpr,
+    LAST: tl.constexpr, CPG: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, PIXELS: tl.constexpr,
+):  # fmt: skip
+    """dx of one chunk of pixels, from m1 and m2; in reverse order, as in the forward pass."""
+    sample = n - 1 - current_sample()
+    if sample < 0:
+        return
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    c = groups * CPG
+    channel, _, exists = _channels(program // chunks, groups, CPG, WIDTH, GROUPS)
+    modulation = sample * c + channel
+    row, row_exists = _rows(sample, program // chunks, groups, GROUPS)
+    mu = tl.load(mean + row, row_exists)
+    r = tl.load(rstd + row, row_exists)
+    m1 = tl.load(means + row, row_exists)
+    m2 = tl.load(means + n.to(tl.int64) * groups + row, row_exists)
+    a, b = _affine(weight, bias, scale, scale_shift, channel, modulation, exists)
+    shift_ = _load_channels(shift, modulation, exists, 0.0)
+    first_pixel = program % chunks * tiles_per_chunk * PIXELS
+    for start in range(first_pixel, tl.minimum(first_pixel + tiles_per_chunk * PIXELS, hw), PIXELS):
+        pixel = start + tl.arange(0, PIXELS)
+        mask = _mask(exists, pixel, hw, LAST, PADDED)
+        offset = sample * c * hw + _offsets(channel, pixel, c, hw, LAST)
+        dz, xhat = _load_gradient(
+        dy + offset, x + offset, shift_, mu, r, a, b, mask, shift is not None, SILU, FAST, PADDED, LAST, WIDTH, GROUPS
+    )  # fmt: skip
+        tl.store(dx + offset, rounded(_dx(dz, xhat, r, a, m1, m2, LAST, WIDTH, GROUPS), dx.dtype.element_ty), mask)
+
+
+@triton.jit
+def _parameter_gradients_kernel(
+    dweight, dbias, sum_dz, sum_dz_xhat, scale, n, c, SAMPLES: tl.constexpr, CHANNELS: tl.constexpr
+):
+    """Sum over the samples: dweight[c] = sum_n (1 + scale) sum dz xhat, dbias[c] = sum_n (1 + scale) sum dz."""
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
+    weight_sums = tl.zeros([SAMPLES, CHANNELS], tl.float32)
+    bias_sums = tl.zeros([SAMPLES, CHANNELS], tl.float32)
+    for start in range(0, n, SAMPLES):
+        sample = start + tl.arange(0, SAMPLES)[:, None]
+        exists = (sample < n) & (channel < c)
+        index = sample.to(tl.int64) * c + channel
+        factor = 1.0 + _load_channels(scale, index, exists, 0.0)
+        weight_sums = tl.fma(factor, tl.load(sum_dz_xhat + index, exists, other=0.0), weight_sums)
+        bias_sums = tl.fma(factor, tl.load(sum_dz + index, exists, other=0.0), bias_sums)
+    if dweight is not None:
+        tl.store(dweight + channel, tl.sum(weight_sums, 0)[None, :], channel < c)
+    if dbias is not None:
+        tl.store(dbias + channel, tl.sum(bias_sums, 0)[None, :], channel < c)
+
+
+# ------------------------------------------------------------------------------------------------------------ launchers
+
+
+class _Tiling(NamedTuple):
+    """Programs for each sample, and what a kernel is told about them. chunks = 1 and no `split`: resident."""
+
+    group_tiles: int
+    chunks: int
+    arguments: dict[str, Any]
+    split: dict[str, int]
+
+
+def _tiling(x: Tensor, groups: int, backward: bool) -> _Tiling:
+    n, c = x.shape[:2]
+    hw = x.numel() // (n * c)
+    if c * hw >= 2**31:
+        raise ValueError(f"ddpm_fast: expected samples of fewer than 2^31 elements, got {c * hw}")
+    last = not x.is_contiguous()
+    resident = (RESIDENT_BACKWARD if backward else RESIDENT_FORWARD)[last]
+    cpg = c // groups
+    width = triton.next_power_of_2(cpg)
+
+    def groups_of_row(row_bytes: int) -> int:
+        wanted = triton.next_power_of_2(triton.cdiv(row_bytes, cpg * x.element_size()))
+        return min(wanted, triton.next_power_of_2(groups)) if last else 1
+
+    pixels = triton.next_power_of_2(hw)
+    fitting = [g for g in map(groups_of_row, ROW_BYTES) if g * width * pixels <= resident]
+    if fitting:
+        tile_groups = fitting[0]
+        chunks, split = 1, {}
+    else:
+        tile_groups = groups_of_row(SPLIT_ROW_BYTES)
+        pixels = min(pixels, max(SPLIT_TILE // (tile_groups * width), 4))
+        chunks = triton.cdiv(hw, pixels * TILES_PER_CHUNK)
+        split = {"chunks": chunks, "tiles_per_chunk": TILES_PER_CHUNK}
+    arguments = {
+        "groups": groups,
+        "hw": hw,
+        "PADDED": hw % pixels != 0 or cpg != width or groups % tile_groups != 0,
+        "LAST": last,
+        "CPG": cpg,
+        "WIDTH": width,
+        "GROUPS": tile_groups,
+        "PIXELS": pixels,
+        "num_warps": min(max(tile_groups * width * pixels // ELEMENTS_PER_WARP[backward], 1), 16),
+        "enable_fp_fusion": True,
+    }
+    return _Tiling(triton.cdiv(groups, tile_groups), chunks, arguments, split)
+
+
+def group_norm_silu(
+    y: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    scale_shift: Tensor | None,
+    groups: int,
+    eps: float,
+    silu: bool,
+) -> None:
+    """y = act(GroupNorm(x + shift) (1 + scale) + scale_shift).
+
+    Args:
+        y, x: [N, C, ...] of one dtype, both contiguous or both channels_last.
+        mean, rstd: float32 [N, groups], written.
+        weight, bias: [C]; shift, scale, scale_shift: [N, C]; contiguous, of any floating dtype.
+    """
+    if x.numel() == 0:
+        return
+    n = x.shape[0]
+    group_tiles, chunks, arguments, split = _tiling(x, groups, backward=False)
+    small = (weight, bias, shift, scale, scale_shift)
+    activation = {"SILU": silu, "FAST": x.element_size() == 2}
+    with device_of(x):
+        if not split:
+            _forward_kernel[grid(n, group_tiles)](y, mean, rstd, x, *small, n, eps=eps, **activation, **arguments)
+            return
+        partial_mean, partial_squares = torch.empty(2, n, groups, chunks, device=x.device)
+        programs = grid(n, group_tiles * chunks)
+        _partial_statistics_kernel[programs](partial_mean, partial_squares, x, shift, n, **split, **arguments)
+        _apply_kernel[programs](
+            y, mean, rstd, x, *small, partial_mean, partial_squares, n,
+            eps=eps, **activation, CHUNKS=triton.next_power_of_2(chunks), **split, **arguments,
+        )  # fmt: skip
+
+
+def group_norm_silu_backward(
+    dx: Tensor,
+    dweight: Tensor | None,
+    dbias: Tensor | None,
+    dshift: Tensor | None,
+    dscale: Tensor | None,
+    dscale_shift: Tensor | None,
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    scale_shift: Tensor | None,
+    groups: int,
+    silu: bool,
+) -> None:
+    """Gradients of `group_norm_silu`.
+
+    Args:
+        dx: laid out like x. dweight, dbias: float32 [C]; dshift, dscale, dscale_shift: float32 [N, C]; None: not wanted.
+        dy: laid out like x. mean, rstd: as the forward pass wrote them. The others: as in `group_norm_silu`.
+    """
+    if x.numel() == 0:
+        for gradient in (dweight, dbias, dshift, dscale, dscale_shift):
+            if gradient is not None:
+                gradient.zero_()
+        return
+    n, c = x.shape[:2]
+    group_tiles, chunks, arguments, split = _tiling(x, groups, backward=True)
+    sum_dz, sum_dz_xhat = (None, None) if dweight is None and dbias is None else torch.empty(2, n, c, device=x.device)
+    small_gradients = (sum_dz, sum_dz_xhat, dshift, dscale, dscale_shift)
+    small = (weight, bias, shift, scale, scale_shift)
+    activation = {"SILU": silu, "FAST": x.element_size() == 2}
+    with device_of(x):
+        if not split:
+            _backward_kernel[grid(n, group_tiles)](
+                dx, *small_gradients, dy, x, mean, rstd, *small, n, **activation, **arguments
+            )  # fmt: skip
+        else:
+            partial = torch.empty(2 if dshift is None else 3, n, chunks, c, device=x.device)
+            means = torch.empty(2, n, groups, device=x.device)
+            programs = grid(n, group_tiles * chunks)
+            _partial_sums_kernel[programs](
+                partial, dy, x, mean, rstd, *small, n, XHAT_SUMS=dshift is not None, **activation, **split, **arguments
+            )  # fmt: skip
+            _merge_sums_kernel[grid(n, groups)](
+                means, *small_gradients, partial, rstd, weight, bias, scale, n, groups, arguments["hw"], chunks,
+                CPG=arguments["CPG"], WIDTH=arguments["WIDTH"], num_warps=1, enable_fp_fusion=True,
+            )  # fmt: skip
+            _apply_backward_kernel[programs](dx, dy, x, mean, rstd, means, *small, n, **activation, **split, **arguments)
+        if sum_dz is not None:
+            _parameter_gradients_kernel[(triton.cdiv(c, 32),)](
+                dweight, dbias, sum_dz, sum_dz_xhat, scale, n, c, SAMPLES=32, CHANNELS=32, num_warps=4, enable_fp_fusion=True
+            )  # fmt: skip
