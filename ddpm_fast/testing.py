@@ -138,7 +138,7 @@ def _reverse_step(case: Case, normal: Normal, timesteps: Any, device: torch.devi
     guidance = case.options.get("guidance_scale")
     model_shape = (n * (1 if guidance is None else 2), channels * (1 if plan.variance == "fixed" else 2), *rest)
     step = case.options.get("step", "device")
-    steps = {"device": lambda: plan.steps(device)[3], "sample": lambda: timesteps(plan.num_steps)}
+    steps = {"device": lambda: plan.steps(device)[plan.num_steps // 2], "sample": lambda: timesteps(plan.num_steps)}
     half = case.options.get("half_model") and dtype == torch.float32
     arguments = {
         "x_t": normal(*case.shape),

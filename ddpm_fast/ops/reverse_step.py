@@ -264,7 +264,7 @@ def _backward(ctx: Any, grad_x_prev: Tensor, grad_x_0: Tensor | None) -> tuple[T
         m = m[:, :channels]
 
     through = k0 * grad
-    if grad_x_0 is not None and grad_x_0.numel() == grad.numel():
+    if grad_x_0 is not None and grad_x_0.shape == grad.shape:
         through = through + grad_x_0.to(wide)
     through = torch.where((p * x + q * m).abs() <= clip, through, 0)
     grad_x_t = p * through + k1 * grad
