@@ -1,0 +1,42 @@
+# One word for each thing that one does here; CI says the same words.
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: check setup build lint test test-slow bench format clean
+
+check: setup lint test  ## all that a change has to pass, from a fresh clone
+
+setup: $(VENV)/installed  ## a virtual environment with the package (editable) and what the tests need
+$(VENV)/installed: pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.cpp csrc/*/*)
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --upgrade pip
+	$(RUN) -m pip install --quiet -e '.[test]'
+	touch $@
+
+build:  ## compiles the native module again, in place
+	$(RUN) -m pip install --quiet --no-deps -e .
+
+lint:  ## style and types
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
+
+test:  ## the test suite
+	$(RUN) -m pytest
+
+test-slow:  ## the tests that take minutes
+	$(RUN) -m pytest -m slow
+
+bench:  ## images/s of sampling, and every op beside its peers
+	$(RUN) benchmarks/sample_speed.py
+	$(RUN) -m pytest benchmarks/test_ops.py --benchmark-enable
+
+format:  ## rewrites the sources in the project's style
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+	$(VENV)/bin/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
+
+clean:
+	rm -rf build $(VENV) ddpm_fast/_native*.so
