@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from . import ops
 from .plan import COLUMNS, Prediction, Variance, ddpm_plan
-from .sample import device_and_dtype, evaluation_mode, placed, predict, resolve_labels
+from .sample import device_and_dtype, evaluation_mode, placed, predict, resolve_labels, resolve_seeds
 from .schedule import NoiseSchedule
 
 _BIN = 2 / 255  # width of one of the 256 grey levels in [-1, 1]
@@ -99,7 +99,7 @@ def variational_bound(
         raise ValueError(f"variational_bound: expected batch_size to be a positive integer, got {batch_size}")
     total = len(x_0)
     labels, _ = resolve_labels("variational_bound", model, class_labels, total)
-    seeds = seed if isinstance(seed, Tensor) else ops.sample_seeds(seed, total)
+    seeds = resolve_seeds("variational_bound", seed, total)
     weights = ddpm_plan(schedule, prediction=prediction, variance=variance, clip=clip).coefficients.flip(0)  # row t
 
     model = placed(model, device, dtype)

@@ -105,7 +105,7 @@ def sample(
     if dtype is not None and not dtype.is_floating_point:
         raise TypeError(f"sample: expected dtype to be a floating dtype, got {dtype}")
     shape = _image_shape(model, plan, shape)
-    seeds = _seeds(seed, num_samples)
+    seeds = resolve_seeds("sample", seed, num_samples)
     labels, no_label = resolve_labels("sample", model, class_labels, num_samples)
     guided = guidance_scale is not None and guidance_scale != 1
     if guided and (class_labels is None or no_label is None):
@@ -152,7 +152,7 @@ def sample(
                     predict(model, torch.cat([x_in, x_in]) if guided else x_in, t[i], labels_in),
                     step,
                     plan,
-                    seeds=seeds[chunk],
+                    seeds=seeds[chunk] if plan.is_random else None,
                     x_0_prev=x_0,
                     guidance_scale=guidance_scale if guided else None,
                     return_x_0=plan.needs_x_0_prev,
@@ -230,11 +230,12 @@ def _image_shape(model: nn.Module, plan: SamplingPlan, shape: Sequence[int] | No
     return tuple(shape)
 
 
-def _seeds(seed: int | Tensor, num_samples: int) -> Tensor:
+def resolve_seeds(caller: str, seed: int | Tensor, num_samples: int) -> Tensor:
+    """int64 [num_samples]: the given seeds, or those that an int stands for."""
     if not isinstance(seed, Tensor):
         return sample_seeds(seed, num_samples)
     if seed.dtype != torch.int64 or seed.shape != (num_samples,):
-        raise ValueError(f"sample: expected seed to be an int or int64 [{num_samples}], got {seed.dtype} {list(seed.shape)}")
+        raise ValueError(f"{caller}: expected seed to be an int or int64 [{num_samples}], got {seed.dtype} {list(seed.shape)}")
     return seed
 
 

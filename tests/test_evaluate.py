@@ -1,0 +1,324 @@
+"""The variational bound: against guided-diffusion's figures, against torch's own KL, and against the entropy of data."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import Tensor, nn
+from torch.distributions import Normal, kl_divergence
+
+from ddpm_fast import NoiseSchedule, noise, sample_seeds, variational_bound
+from ddpm_fast.cli import main
+from ddpm_fast.data import to_unit_range
+from ddpm_fast.nn import UNet
+from ddpm_fast.reference import philox
+
+T = 30
+SCHEDULE = NoiseSchedule.linear(T, beta_start=2e-3, beta_end=0.35)
+SHAPE = (3, 2, 5, 5)
+
+
+def images(n: int = 3) -> Tensor:
+    """Random grey levels, black and white among them."""
+    shape = (n, *SHAPE[1:])
+    words = philox(sample_seeds(1, n), 0, 0, 25)[:, :, 0].reshape(n, 25) % 256  # [N, 25]
+    pixels = words.repeat_interleave(2, dim=1).reshape(shape).to(torch.uint8)
+    pixels[:, 0, 0, 0], pixels[:, 1, 2, 3] = 0, 255
+    return to_unit_range(pixels, torch.float64)
+
+
+class Formula(nn.Module):
+    """An imperfect network as a formula: the same numbers on every machine."""
+
+    def __init__(self, prediction: str = "epsilon", variance: str = "fixed") -> None:
+        super().__init__()
+        self.unit = nn.Parameter(torch.ones((), dtype=torch.float64))
+        self.prediction, self.variance = prediction, variance
+
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        u = (t.to(x_t.dtype) / T).reshape(-1, 1, 1, 1)
+        m = (0.2 + 0.8 * u) * torch.tanh(x_t) if self.prediction == "epsilon" else (1 - u) * torch.tanh(1.2 * x_t)
+        m = self.unit * m
+        if self.variance == "learned":
+            m = torch.cat([m, torch.cos(3 * x_t) - 4], dim=1)
+        if self.variance == "learned_range":
+            m = torch.cat([m, torch.sin(3 * x_t)], dim=1)
+        return m
+
+
+# Figures of openai/guided-diffusion's GaussianDiffusion.calc_bpd_loop (commit 22e0df8) for `images`, `Formula` and the noise
+# of `variational_bound` with seed 0, all in float64: one row an image of total, prior, L_{T-1} + ... + L_1, L_0, and the sums
+# over t of xstart_mse and mse. Keys: prediction, variance, clip.
+GOLDEN: dict[tuple[str, str, bool], list[list[float]]] = {
+    ("epsilon", "fixed_small", True): [
+        [11.994919, 0.000503754646, 7.45466604, 4.53974925, 16.9101945, 9.52919134],
+        [12.3535123, 0.000518998137, 8.08357619, 4.26941709, 16.3655316, 8.70442289],
+        [12.9836174, 0.000580449507, 8.53422463, 4.44881232, 16.9250543, 9.68581812],
+    ],
+    ("epsilon", "fixed_large", True): [
+        [8.57413562, 0.000503754646, 4.03388262, 4.53974925, 16.9101945, 9.52919134],
+        [8.24309324, 0.000518998137, 3.97315716, 4.26941709, 16.3655316, 8.70442289],
+        [8.64867923, 0.000580449507, 4.19928646, 4.44881232, 16.9250543, 9.68581812],
+    ],
+    ("epsilon", "fixed_large", False): [
+        [10.0908348, 0.000503754646, 5.55058175, 4.53974925, 268.641122, 15.6275859],
+        [9.90994432, 0.000518998137, 5.64000823, 4.26941709, 338.194628, 14.9825506],
+        [10.3206702, 0.000580449507, 5.89686954, 4.42322022, 310.212476, 16.0950459],
+    ],
+    ("epsilon", "learned", False): [
+        [228.715194, 0.000503754646, 223.228743, 5.48594737, 268.641122, 15.6275859],
+        [230.482238, 0.000518998137, 225.035326, 5.44639287, 338.194628, 14.9825506],
+        [223.494911, 0.000580449507, 218.099213, 5.39511744, 310.212476, 16.0950459],
+    ],
+    ("epsilon", "learned_range", True): [
+        [10.0945304, 0.000503754646, 5.56255567, 4.53147099, 16.9101945, 9.52919134],
+        [9.92758793, 0.000518998137, 5.63982619, 4.28724275, 16.3655316, 8.70442289],
+        [11.2670346, 0.000580449507, 6.82947779, 4.43697637, 16.9250543, 9.68581812],
+    ],
+    ("sample", "fixed_small", True): [
+        [13.5597511, 0.000503754646, 7.5923824, 5.9668649, 7.27785649, 9.37306618],
+        [14.5734047, 0.000518998137, 8.81964119, 5.75324448, 7.17027154, 8.96586417],
+        [14.0039837, 0.000580449507, 8.22752522, 5.77587801, 7.87521059, 9.32168815],
+    ],
+    ("sample", "learned_range", False): [
+        [11.232264, 0.000503754646, 5.35918635, 5.87257393, 7.27785649, 9.37306618],
+        [11.3461145, 0.000518998137, 5.67282767, 5.67276781, 7.17027154, 8.96586417],
+        [12.2164698, 0.000580449507, 6.51969509, 5.69619424, 7.87521059, 9.32168815],
+    ],
+}
+
+
+@pytest.mark.parametrize(("prediction", "variance", "clip"), GOLDEN)
+def test_figures_are_guided_diffusions(prediction: Any, variance: Any, clip: bool) -> None:
+    bound = variational_bound(
+        Formula(prediction, variance),
+        images(),
+        SCHEDULE,
+        prediction=prediction,
+        variance=variance,
+        clip=1.0 if clip else None,
+        progress=False,
+    )
+    columns = [
+        bound.total,
+        bound.prior,
+        bound.transitions,
+        bound.reconstruction,
+        bound.x_0_mse.sum(dim=1),
+        bound.epsilon_mse.sum(dim=1),
+    ]
+    golden = torch.tensor(GOLDEN[prediction, variance, clip], dtype=torch.float64)
+    # The original rounds its tables to float32, which the small prior feels most; the figures are printed with 9 digits.
+    torch.testing.assert_close(torch.stack(columns, dim=1), golden, rtol=1.5e-7, atol=1.5e-8)
+
+
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned", "learned_range"])
+@pytest.mark.parametrize("clip", [None, 0.9])
+def test_every_term_is_what_its_definition_says(variance: Any, clip: float | None) -> None:
+    """Eq. 9-11 with torch's Normal: the KL of the two Gaussians of eq. 6-8, and the exact mass of a grey level."""
+    x_0, model = images(), Formula(variance=variance)
+    bound = variational_bound(model, x_0, SCHEDULE, variance=variance, clip=clip, exact_cdf=True, progress=False)
+    seeds = sample_seeds(0, 3)
+
+    abar = SCHEDULE.alpha_bars
+    q_T = Normal(abar[-1].sqrt() * x_0, (1 - abar[-1]).sqrt())
+    bits = 1 / math.log(2)
+    torch.testing.assert_close(bound.prior, bits * kl_divergence(q_T, Normal(0.0, 1.0)).mean(dim=(1, 2, 3)))
+    for t in range(T):
+        epsilon = noise(SHAPE, seeds, stream=t, dtype=torch.float64)
+        x_t = abar[t].sqrt() * x_0 + (1 - abar[t]).sqrt() * epsilon
+        output = model(x_t, torch.full((3,), t)).detach()
+        x_0_hat = (x_t - (1 - abar[t]).sqrt() * output[:, :2]) / abar[t].sqrt()
+        if clip is not None:
+            x_0_hat = x_0_hat.clamp(-clip, clip)
+        from_x_0, from_x_t = SCHEDULE.posterior_mean_coef_x_0[t], SCHEDULE.posterior_mean_coef_x_t[t]
+        small = SCHEDULE.posterior_variance[max(t, 1)]
+        large = SCHEDULE.betas[t]
+        if variance == "fixed_small":
+            var = small
+        elif variance == "fixed_large":
+            var = large if t > 0 else small
+        elif variance == "learned":
+            var = output[:, 2:].exp()
+        else:
+            f = (output[:, 2:] + 1) / 2
+            var = large**f * small ** (1 - f)
+        p = Normal(from_x_0 * x_0_hat + from_x_t * x_t, var.sqrt().expand(SHAPE))
+        if t > 0:
+            term = kl_divergence(Normal(from_x_0 * x_0 + from_x_t * x_t, small.sqrt()), p)
+        else:
+            upper = torch.where(x_0 == 1, torch.inf, x_0 + 1 / 255)
+            lower = torch.where(x_0 == -1, -torch.inf, x_0 - 1 / 255)
+            term = -(p.cdf(upper) - p.cdf(lower)).clamp(min=1e-12).log()
+        # q_sample's coefficients are rounded to float32.
+        torch.testing.assert_close(bound.terms[:, t], bits * term.mean(dim=(1, 2, 3)), rtol=2e-6, atol=2e-6)
+        mse = (x_0_hat - x_0).square().mean(dim=(1, 2, 3))
+        torch.testing.assert_close(bound.x_0_mse[:, t], mse, rtol=2e-6, atol=1e-8)
+        if clip is None:
+            error = (output[:, :2] - epsilon).square().mean(dim=(1, 2, 3))
+            torch.testing.assert_close(bound.epsilon_mse[:, t], error, rtol=2e-6, atol=1e-8)
+    torch.testing.assert_close(bound.transitions, bound.terms[:, 1:].sum(dim=1))
+    torch.testing.assert_close(bound.reconstruction, bound.terms[:, 0])
+    torch.testing.assert_close(bound.total, bound.prior + bound.transitions + bound.reconstruction)
+
+
+def test_the_optimal_network_needs_the_entropy_of_the_data() -> None:
+    """For data N(0, std^2) every reverse step is exactly Gaussian, so the bound of the best network is tight for any T."""
+    std = 0.2
+
+    class Optimal(nn.Module):
+        def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+            i = int(t[0])
+            abar = SCHEDULE.alpha_bars[i]
+            spread = abar * std**2 + 1 - abar
+            epsilon = (1 - abar).sqrt() * x_t / spread
+            variance = SCHEDULE.posterior_variance[i] + SCHEDULE.posterior_mean_coef_x_0[i] ** 2 * std**2 * (1 - abar) / spread
+            return torch.cat([epsilon, variance.log().expand(x_t.shape).to(x_t.dtype)], dim=1)
+
+    pixels = noise((1, 1, 128, 128), sample_seeds(4, 1)) * std
+    x_0 = to_unit_range(((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8))
+    bound = variational_bound(
+        Optimal(), x_0, SCHEDULE, variance="learned", clip=None, exact_cdf=True, progress=False, dtype=torch.float64
+    )
+    entropy = math.log2(std * math.sqrt(2 * math.pi * math.e) * 255 / 2)  # 6.72 bits: of N(0, std^2), in grey levels
+    error = math.sqrt(0.5 / x_0.numel()) / math.log(2)  # standard deviation of -log2 p, over the root of the dimensions
+    assert float(bound.total) == pytest.approx(entropy, abs=4 * error)
+    assert float(bound.transitions) > 1  # so that it is not the decoder alone that is tested
+
+
+def test_a_network_that_knows_the_image_pays_for_the_last_step_only() -> None:
+    x_0 = images()
+
+    class Knowing(nn.Module):
+        def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+            return x_0.to(x_t)
+
+    bound = variational_bound(Knowing(), x_0, SCHEDULE, prediction="sample", progress=False, dtype=torch.float64)
+    assert torch.equal(bound.terms[:, 1:], torch.zeros(3, T - 1, dtype=torch.float64))
+    assert torch.equal(bound.x_0_mse, torch.zeros(3, T, dtype=torch.float64))
+    assert (bound.reconstruction > 0).all()
+
+
+def test_an_image_has_the_same_bound_in_any_batch() -> None:
+    model = Formula()
+    together = variational_bound(model, images(5), SCHEDULE, seed=3, progress=False)
+    for batch_size in (1, 2, 7):
+        chunked = variational_bound(model, images(5), SCHEDULE, seed=3, batch_size=batch_size, progress=False)
+        assert torch.equal(chunked.terms, together.terms)
+        assert torch.equal(chunked.prior, together.prior)
+    alone = variational_bound(model, images(5)[4:], SCHEDULE, seed=sample_seeds(3, 5)[4:], progress=False)
+    assert torch.equal(alone.terms[0], together.terms[4])
+    seeds = sample_seeds(3, 5)
+    given = variational_bound(
+        model,
+        images(5),
+        SCHEDULE,
+        noise=lambda t: noise((5, *SHAPE[1:]), seeds, stream=t, dtype=torch.float64),
+        batch_size=2,
+        progress=False,
+    )
+    assert torch.equal(given.terms, together.terms)
+    assert not torch.equal(variational_bound(model, images(5), SCHEDULE, seed=4, progress=False).terms, together.terms)
+
+
+def test_a_float32_network_gives_float64_figures_and_stays_as_it_was() -> None:
+    model = Formula().float()
+    exact = variational_bound(Formula(), images(), SCHEDULE, progress=False)
+    bound = variational_bound(model, images(), SCHEDULE, progress=False)
+    assert {tensor.dtype for tensor in (bound.terms, bound.prior, bound.x_0_mse, bound.epsilon_mse)} == {torch.float64}
+    torch.testing.assert_close(bound.total, exact.total, rtol=1e-5, atol=0)
+    half = variational_bound(model, images(), SCHEDULE, dtype=torch.bfloat16, progress=False)
+    assert not torch.equal(half.total, bound.total)
+    torch.testing.assert_close(half.total, exact.total, rtol=0.05, atol=0)
+    assert (model.training, model.unit.dtype) == (True, torch.float32)
+
+
+def test_labels_reach_the_network() -> None:
+    class Labelled(Formula):
+        config = {"num_class_embeds": 4}  # noqa: RUF012
+
+        def forward(self, x_t: Tensor, t: Tensor, class_labels: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(x_t, t) * (1 + class_labels.reshape(-1, 1, 1, 1))
+
+    mixed = variational_bound(Labelled(), images(), SCHEDULE, class_labels=[2, 0, 3], batch_size=2, progress=False)
+    for row, label in enumerate([2, 0, 3]):
+        same = variational_bound(Labelled(), images(), SCHEDULE, class_labels=label, progress=False)
+        assert torch.equal(same.terms[row], mixed.terms[row])
+    unlabelled = variational_bound(Labelled(), images(), SCHEDULE, progress=False)
+    assert torch.equal(unlabelled.terms[2], mixed.terms[2])  # 3 is "no label"
+
+
+def test_progress_counts_timesteps(capsys: pytest.CaptureFixture[str]) -> None:
+    variational_bound(Formula(), images(), SCHEDULE, batch_size=2)
+    assert f"{T}/{T}" in capsys.readouterr().err
+    variational_bound(Formula(), images(), SCHEDULE, progress=False)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x_0": torch.zeros(2, 1, 4, 4, dtype=torch.uint8)}, r"expected x_0 to be floating \[N, C, ...\], got torch.uint8"),
+        ({"x_0": torch.zeros(0, 1, 4, 4)}, "expected x_0 to be floating"),
+        ({"x_0": torch.full((1, 1, 2, 2), 255.0)}, r"expected x_0 in \[-1, 1\], got values from 255 to 255"),
+        ({"batch_size": 0}, "expected batch_size to be a positive integer, got 0"),
+        ({"prediction": "noise"}, "expected prediction to be one of"),
+        ({"variance": "fixed"}, "expected variance to be one of"),
+        ({"clip": 0.0}, "expected clip to be positive or None"),
+        ({"seed": torch.zeros(2)}, r"variational_bound: expected seed to be an int or int64 \[3\], got torch.float32 \[2\]"),
+        ({"class_labels": [0, 1]}, "variational_bound: expected class_labels to be an int or 3 ints"),
+    ],
+)
+def test_bad_arguments_are_refused_before_any_work(changes: dict[str, Any], message: str) -> None:
+    model = Formula()
+    model.forward = None  # type: ignore[assignment]  # not to be called
+    with pytest.raises(ValueError, match=message):
+        variational_bound(**{"model": model, "x_0": images(), "schedule": SCHEDULE, "progress": False} | changes)
+
+
+def test_command_prints_the_parts(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = UNet(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=[8],
+        down_block_types=["DownBlock2D"],
+        up_block_types=["UpBlock2D"],
+        layers_per_block=1,
+        norm_num_groups=4,
+        add_attention=False,
+        num_class_embeds=11,
+    )
+    model.save_pretrained(tmp_path / "unet")
+    (tmp_path / "scheduler_config.json").write_text(json.dumps({"ddpm_fast": SCHEDULE.to_config()}))
+    arguments = ["evaluate", "--model", str(tmp_path), "--data", "digits", "--num", "6", "--batch-size", "4", "--seed", "2"]
+    out = tmp_path / "new" / "figures.json"
+    result = CliRunner().invoke(main, [*arguments, "--variance", "fixed_large", "--json", str(out)])
+    assert result.exit_code == 0, result.output
+    figures = json.loads(out.read_text())["bits_per_dim"]
+    assert figures["total"] == pytest.approx(figures["prior"] + figures["transitions"] + figures["reconstruction"])
+    lines = dict(line.strip().rsplit("  ", 2)[:2] for line in result.output.splitlines() if line.startswith("  "))
+    shown = {name.strip(): float(value) for name, value in lines.items()}
+    names = {f"L_{T}": "prior", f"L_{T - 1} + ... + L_1": "transitions", "L_0": "reconstruction", "total": "total"}
+    assert shown == pytest.approx({name: figures[key] for name, key in names.items()}, abs=1e-5)
+
+    per_image = json.loads(out.read_text())["per_image"]["total"]
+    from ddpm_fast.data import load_dataset
+
+    x_0, labels = load_dataset("digits", split="test", image_size=8)[torch.arange(6)]
+    bound = variational_bound(
+        model, to_unit_range(x_0), SCHEDULE, variance="fixed_large", class_labels=labels, seed=2, batch_size=4, progress=False
+    )
+    assert per_image == pytest.approx(bound.total.tolist(), rel=1e-6)
+
+    for more, message in ((["--num", "100000"], "--num: digits has"), (["--data", "nothing"], "expected name to be one of")):
+        result = CliRunner().invoke(main, [*arguments, *more])
+        assert result.exit_code == 2
+        assert message in result.output.splitlines()[-1]

@@ -1,0 +1,137 @@
+"""Images on disk: what is written is what was drawn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ddpm_fast import image_grid, save_grid, save_trajectory, to_uint8
+from ddpm_fast.data import to_unit_range
+from ddpm_fast.images import evenly_spaced
+
+
+def levels(*shape: int) -> torch.Tensor:
+    """Every grey level in turn, in the range of the model."""
+    numel = torch.Size(shape).numel()
+    return to_unit_range((torch.arange(numel) % 256).to(torch.uint8)).reshape(shape)
+
+
+def read(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_to_uint8_inverts_the_range_of_training_and_saturates(dtype: torch.dtype) -> None:
+    every = torch.arange(256, dtype=torch.uint8)
+    if dtype != torch.bfloat16:  # 8 bits of mantissa cannot tell all levels apart
+        assert torch.equal(to_uint8(to_unit_range(every, dtype)), every)
+    assert to_uint8(torch.tensor([-3.0, -1.0, 0.0, 1.0, 3.0], dtype=dtype)).tolist() == [0, 0, 128, 255, 255]
+
+
+def test_image_grid_puts_every_image_in_its_place() -> None:
+    images = levels(5, 3, 4, 6)
+    grid = image_grid(images, columns=3, padding=1, scale=2, background=7)
+    assert grid.shape == (2 * (8 + 1) + 1, 3 * (12 + 1) + 1, 3)
+    seen = torch.zeros(grid.shape[:2], dtype=torch.bool)
+    for i, image in enumerate(to_uint8(images)):
+        y, x = 1 + i // 3 * 9, 1 + i % 3 * 13
+        for dy in range(2):
+            for dx in range(2):  # every pixel became 2 x 2
+                assert torch.equal(grid[y + dy : y + 8 : 2, x + dx : x + 12 : 2], image.permute(1, 2, 0))
+        seen[y : y + 8, x : x + 12] = True
+    assert (grid[~seen] == 7).all()
+
+
+@pytest.mark.parametrize(("n", "side"), [(1, 1), (4, 2), (5, 3), (16, 4)])
+def test_image_grid_is_a_square_by_default(n: int, side: int) -> None:
+    assert image_grid(levels(n, 1, 3, 3), padding=0).shape[1] == 3 * side
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_save_grid_writes_the_grid_without_loss(tmp_path: Path, channels: int) -> None:
+    images = levels(4, channels, 5, 5)
+    path = save_grid(images, tmp_path / "new" / "grid.PNG", columns=2, padding=3, scale=2)
+    grid = image_grid(images, columns=2, padding=3, scale=2).numpy()
+    assert np.array_equal(read(path), grid[..., 0] if channels == 1 else grid)
+
+
+def test_save_grid_keeps_the_old_file_when_writing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save_grid(levels(1, 1, 4, 4), tmp_path / "grid.png")
+    before = path.read_bytes()
+
+    def fail(self: Image.Image, file: Path, **options: object) -> None:
+        Path(file).write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_grid(levels(2, 1, 4, 4), path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("ending", ["gif", "webp"])
+def test_save_trajectory_animates_and_rests_on_the_last_frame(tmp_path: Path, ending: str) -> None:
+    trajectory = torch.linspace(-1, 1, 8).reshape(8, 1, 1, 1, 1).expand(8, 3, 1, 16, 16)
+    path = save_trajectory(trajectory, tmp_path / f"way.{ending}", frames=5, seconds=2.0, columns=3, padding=0)
+    shown, durations = [], []
+    with Image.open(path) as image:
+        assert (image.n_frames, image.size, image.info["loop"]) == (5, (48, 16), 0)
+        for i in range(5):
+            image.seek(i)
+            image.load()
+            durations.append(image.info["duration"])
+            shown.append(int(np.asarray(image.convert("L"))[8, 8]))
+    expected = to_uint8(trajectory[evenly_spaced(8, 5), 0, 0, 8, 8]).tolist()
+    assert shown == pytest.approx(expected, abs=3)  # WebP is lossy
+    if ending == "gif":  # Pillow reads the time at which a WebP frame ends
+        assert durations == pytest.approx([400] * 4 + [400 + 667], abs=10)
+
+
+def test_save_trajectory_draws_a_strip_with_a_row_an_image(tmp_path: Path) -> None:
+    trajectory = levels(31, 2, 3, 4, 4)
+    path = save_trajectory(trajectory, tmp_path / "strip.png", padding=0)
+    strip = read(path)
+    assert strip.shape == (2 * 4, 11 * 4, 3)
+    for row in range(2):
+        for column, frame in enumerate(range(0, 31, 3)):
+            cell = strip[4 * row : 4 * row + 4, 4 * column : 4 * column + 4]
+            assert np.array_equal(cell, to_uint8(trajectory[frame, row]).permute(1, 2, 0).numpy())
+
+
+def test_evenly_spaced_has_both_ends() -> None:
+    assert evenly_spaced(11, 6) == [0, 2, 4, 6, 8, 10]
+    assert evenly_spaced(3, 10) == [0, 1, 2]
+    assert evenly_spaced(1, 5) == [0]
+    assert evenly_spaced(7, 1) == [6]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda p: save_grid(levels(1, 1, 2, 2), p / "a.xyz"), r"images: expected path to end in .*got '.*a\.xyz'"),
+        (lambda p: save_grid(levels(1, 1, 2, 2), p / "a"), "expected path to end in"),
+        (
+            lambda p: save_grid(levels(1, 2, 2, 2), p / "a.png"),
+            r"image_grid: expected images .* got torch.float32 \[1, 2, 2, 2\]",
+        ),
+        (lambda p: save_grid(levels(1, 2, 2), p / "a.png"), "image_grid: expected images"),
+        (lambda p: save_grid(levels(0, 1, 2, 2), p / "a.png"), "image_grid: expected images"),
+        (lambda p: save_grid(to_uint8(levels(1, 1, 2, 2)), p / "a.png"), "image_grid: expected images .* got torch.uint8"),
+        (lambda p: save_grid(levels(1, 1, 2, 2), p / "a.png", columns=0), "expected columns to be at least 1, got 0"),
+        (lambda p: save_grid(levels(1, 1, 2, 2), p / "a.png", padding=-1), "expected padding to be at least 0, got -1"),
+        (lambda p: save_grid(levels(1, 1, 2, 2), p / "a.png", scale=0), "expected scale to be at least 1, got 0"),
+        (lambda p: save_trajectory(levels(1, 1, 2, 2), p / "a.gif"), "save_trajectory: expected trajectory"),
+        (lambda p: save_trajectory(levels(2, 1, 1, 2, 2), p / "a.gif", frames=0), "expected frames to be at least 1"),
+        (lambda p: save_trajectory(levels(2, 1, 1, 2, 2), p / "a.gif", seconds=0), "expected seconds to be positive"),
+    ],
+)
+def test_bad_arguments_are_refused_before_anything_is_written(tmp_path: Path, call, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(tmp_path)
+    assert list(tmp_path.iterdir()) == []
