@@ -83,4 +83,81 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
         cpu_kernels().noise({DType{dtype}, Pointer{out}, Pointer{seeds}, stream, {n, c, hw, channels_last}, threads});
       },
       nogil);
+  m.def(
+      "q_sample",
+      [](int dtype, Address out, Address x_0, Address t, Address table, Address noise, Address seeds, std::int64_t n,
+         std::int64_t c, std::int64_t hw, bool channels_last, int threads) {
+        cpu_kernels().q_sample({DType{dtype},
+                                Pointer{out},
+                                Pointer{x_0},
+                                Pointer{t},
+                                Pointer{table},
+                                Pointer{noise},
+                                Pointer{seeds},
+                                {n, c, hw, channels_last},
+                                threads});
+      },
+      nogil);
+  m.def(
+      "reverse_step",
+      [](int dtype, int model_dtype, Address out, Address x_0_out, Address x_t, Address model_output, Address table,
+         Address steps, std::int64_t step_stride, Address noise, Address seeds, Address x_0_prev, bool guidance,
+         double guidance_scale, int variance, std::int64_t n, std::int64_t c, std::int64_t hw, bool channels_last,
+         int threads) {
+        cpu_kernels().reverse_step({DType{dtype},
+                                    DType{model_dtype},
+                                    Pointer{out},
+                                    Pointer{x_0_out},
+                                    Pointer{x_t},
+                                    Pointer{model_output},
+                                    Pointer{table},
+                                    Pointer{steps},
+                                    step_stride,
+                                    Pointer{noise},
+                                    Pointer{seeds},
+                                    Pointer{x_0_prev},
+                                    guidance,
+                                    guidance_scale,
+                                    Variance{variance},
+                                    {n, c, hw, channels_last},
+                                    threads});
+      },
+      nogil);
+  m.def(
+      "denoising_loss",
+      [](int dtype, Address loss, Address model_output, Address x_0, Address t, Address table, Address noise,
+         Address seeds, int prediction, std::int64_t n, std::int64_t c, std::int64_t hw, bool channels_last,
+         int threads) {
+        cpu_kernels().denoising_loss({DType{dtype},
+                                      Pointer{loss},
+                                      Pointer{model_output},
+                                      Pointer{x_0},
+                                      Pointer{t},
+                                      Pointer{table},
+                                      Pointer{noise},
+                                      Pointer{seeds},
+                                      Prediction{prediction},
+                                      {n, c, hw, channels_last},
+                                      threads});
+      },
+      nogil);
+  m.def(
+      "denoising_loss_backward",
+      [](int dtype, Address grad_model_output, Address grad_loss, Address model_output, Address x_0, Address t,
+         Address table, Address noise, Address seeds, int prediction, std::int64_t n, std::int64_t c, std::int64_t hw,
+         bool channels_last, int threads) {
+        cpu_kernels().denoising_loss_backward({Pointer{grad_model_output},
+                                               {DType{dtype},
+                                                Pointer{grad_loss},
+                                                Pointer{model_output},
+                                                Pointer{x_0},
+                                                Pointer{t},
+                                                Pointer{table},
+                                                Pointer{noise},
+                                                Pointer{seeds},
+                                                Prediction{prediction},
+                                                {n, c, hw, channels_last},
+                                                threads}});
+      },
+      nogil);
 }

@@ -5,9 +5,9 @@
 
 #include <cstdint>
 
-namespace ddpm_fast {
+#include "common/dtype.h"
 
-enum class DType : int { kFloat32, kFloat64, kFloat16, kBFloat16 };
+namespace ddpm_fast {
 
 // Streams of the noise, as in ddpm_fast/reference.py.
 constexpr std::uint32_t kStreamQSample = 0xFFFFFFFE;
@@ -18,6 +18,10 @@ struct Shape {
   bool channels_last;
 };
 
+// What a model predicts, and how it gives the variance of a reverse step: PREDICTIONS and VARIANCES of reference.py.
+enum class Prediction : int { kEpsilon, kSample, kVelocity };
+enum class Variance : int { kFixed, kLearned, kLearnedRange };
+
 struct NoiseArgs {
   DType dtype;
   void* out;
@@ -25,6 +29,61 @@ struct NoiseArgs {
   std::uint32_t stream;
   Shape shape;
   int threads;
+};
+
+struct QSampleArgs {
+  DType dtype;
+  void* out;
+  const void* x_0;
+  const std::int64_t* t;      // [n]
+  const float* table;         // [T, 2]: sqrt(abar_t), sqrt(1 - abar_t)
+  const void* noise;          // this or seeds
+  const std::int64_t* seeds;  // [n]
+  Shape shape;
+  int threads;
+};
+
+// A row of a sampling plan's table.
+struct PlanRow {
+  float p, q, k0, k1, k2, k3, sigma, log_beta, log_beta_tilde, clip;
+};
+
+struct ReverseStepArgs {
+  DType dtype, model_dtype;
+  void* out;      // may be x_t
+  void* x_0_out;  // may be absent
+  const void* x_t;
+  const void* model_output;   // [n * (1 + guidance), c * (1 + learned variance), hw]
+  const PlanRow* table;       // [S]
+  const std::int64_t* steps;  // sample i is at row steps[i * step_stride]
+  std::int64_t step_stride;   // 0 or 1
+  const void* noise;          // this, or seeds, or neither where every sigma is 0
+  const std::int64_t* seeds;
+  const void* x_0_prev;  // may be absent
+  bool guidance;
+  double guidance_scale;
+  Variance variance;
+  Shape shape;
+  int threads;
+};
+
+struct DenoisingLossArgs {
+  DType dtype;
+  void* loss;  // [n], float64 for float64 and float32 for every other dtype
+  const void* model_output;
+  const void* x_0;
+  const std::int64_t* t;
+  const float* table;
+  const void* noise;
+  const std::int64_t* seeds;
+  Prediction prediction;
+  Shape shape;
+  int threads;
+};
+
+struct DenoisingLossBackwardArgs {
+  void* grad_model_output;
+  DenoisingLossArgs forward;  // with loss: the gradient of the loss, [n]
 };
 
 }  // namespace ddpm_fast

@@ -23,17 +23,12 @@ DDPM_FAST_FN float fma(float a, float b, float c) { return ::fmaf(a, b, c); }
 // Box-Muller: the radius from w0, the angle from w1. Every operation is one correctly rounded float32 operation, so the
 // result is the same on every processor; contraction is off, and a fused multiply-add is written as one.
 DDPM_FAST_FN void normal_pair(std::uint32_t w0, std::uint32_t w1, float& normal_0, float& normal_1) {
-  // u in (0, 1]: 32 random bits; the half step keeps it off 0. The two halves of w0 make float(w0) where no instruction
-  // converts unsigned words: both are exact, and their sum rounds once.
-  const float w0_float = static_cast<float>(static_cast<std::int32_t>(w0 >> 16)) * 65536.0f +
-                         static_cast<float>(static_cast<std::int32_t>(w0 & 0xFFFF));
-  const float u = fma(w0_float, 0x1p-32f, 0x1p-33f);
+  // u in (0, 1]: 32 random bits; the half step keeps it off 0.
+  const float u = fma(static_cast<float>(w0), 0x1p-32f, 0x1p-33f);
   // ln u = e ln 2 + ln(1 + f) with 1 + f in [sqrt(1/2), sqrt(2)).
   const std::int32_t bits = bit_cast<std::int32_t>(u);
   const std::int32_t e = (bits - 0x3F3504F3) >> 23;
-  const float f = bit_cast<float>(static_cast<std::int32_t>(
-                      bits - static_cast<std::int32_t>(static_cast<std::uint32_t>(e) << 23))) -
-                  1.0f;
+  const float f = bit_cast<float>(bits - e * (1 << 23)) - 1.0f;
   float p = fma(f, 0.08700401f, -0.14266932f);
   p = fma(p, f, 0.14914508f);
   p = fma(p, f, -0.16577652f);

@@ -9,7 +9,12 @@
 
 #include "common/args.h"
 
-#define DDPM_FAST_CPU_OPS(OP) OP(noise, NoiseArgs)
+#define DDPM_FAST_CPU_OPS(OP)           \
+  OP(noise, NoiseArgs)                  \
+  OP(q_sample, QSampleArgs)             \
+  OP(reverse_step, ReverseStepArgs)     \
+  OP(denoising_loss, DenoisingLossArgs) \
+  OP(denoising_loss_backward, DenoisingLossBackwardArgs)
 
 namespace ddpm_fast {
 

@@ -1,0 +1,52 @@
+// 16-bit floating formats as the bits they are stored in. Conversions to them round to nearest, ties to even.
+#pragma once
+
+#include <cstdint>
+
+#include "common/host_device.h"
+#include "common/normal.h"
+
+namespace ddpm_fast {
+
+enum class DType : int { kFloat32, kFloat64, kFloat16, kBFloat16 };
+
+struct BFloat16 {
+  std::uint16_t bits;
+};
+
+struct Float16 {
+  std::uint16_t bits;
+};
+
+DDPM_FAST_FN float widen(BFloat16 value) { return bit_cast<float>(static_cast<std::uint32_t>(value.bits) << 16); }
+
+DDPM_FAST_FN BFloat16 narrow_to_bfloat16(float value) {
+  const auto bits = bit_cast<std::uint32_t>(value);
+  const std::uint32_t rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+  return {static_cast<std::uint16_t>(value != value ? 0x7FC0 : rounded)};
+}
+
+DDPM_FAST_FN float widen(Float16 value) {
+  // Shifted into place, the exponent is short of float32's bias by 112; the multiplication adds that, subnormals
+  // included.
+  const std::uint32_t magnitude = (value.bits & 0x7FFFu) << 13;
+  const float scaled = bit_cast<float>(magnitude) * 0x1p112f;
+  const std::uint32_t special = magnitude >= 0x7C00u << 13 ? 0x7F800000u : 0;  // infinity and NaN
+  return bit_cast<float>(bit_cast<std::uint32_t>(scaled) | special |
+                         static_cast<std::uint32_t>(value.bits & 0x8000u) << 16);
+}
+
+DDPM_FAST_FN Float16 narrow_to_float16(float value) {
+  const auto bits = bit_cast<std::uint32_t>(value);
+  const std::uint32_t magnitude = bits & 0x7FFFFFFFu;
+  // Normal results: round in the integer. Subnormal ones: adding 1/2 makes the float32 addition round at their last
+  // place.
+  const std::uint32_t normal = (magnitude - (112u << 23) + 0xFFF + (magnitude >> 13 & 1)) >> 13;
+  const std::uint32_t subnormal = bit_cast<std::uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3F000000u;
+  std::uint32_t result = magnitude < 113u << 23 ? subnormal : normal;
+  result = magnitude >= 0x477FF000u ? 0x7C00u : result;  // rounds to 65536 or more
+  result = magnitude > 0x7F800000u ? 0x7E00u : result;
+  return {static_cast<std::uint16_t>(result | (bits >> 16 & 0x8000u))};
+}
+
+}  // namespace ddpm_fast

@@ -1,0 +1,92 @@
+// Philox words and normals by the vector.
+//
+// A block counter fills a 64-bit lane: the multiplication that Philox needs, 32 x 32 -> 64 bits, then gives both of its
+// halves in place, and reads the low half of a lane only, so that the high halves may hold anything.
+#pragma once
+
+#include <cstdint>
+
+#include "common/normal.h"
+#include "common/philox.h"
+
+#ifdef __SSE2__
+#include <immintrin.h>
+#endif
+
+namespace ddpm_fast::DDPM_FAST_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+typedef std::uint64_t Lanes __attribute__((vector_size(kVectorBytes)));
+constexpr int kLanes = kVectorBytes / 8;
+
+// The product of the low halves of the lanes and `factor`.
+inline Lanes multiply(Lanes lanes, std::uint32_t factor) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Lanes>(_mm512_mul_epu32(reinterpret_cast<__m512i>(lanes), _mm512_set1_epi64(factor)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Lanes>(_mm256_mul_epu32(reinterpret_cast<__m256i>(lanes), _mm256_set1_epi64x(factor)));
+#elif defined(__SSE2__)
+  return reinterpret_cast<Lanes>(_mm_mul_epu32(reinterpret_cast<__m128i>(lanes), _mm_set1_epi64x(factor)));
+#else
+  return (lanes & 0xFFFFFFFF) * factor;
+#endif
+}
+
+// The words of kLanes blocks; words[0] holds the block counters on entry.
+inline void philox_lanes(Lanes words[4], std::uint64_t seed, std::uint32_t stream) {
+  std::uint32_t key_0 = static_cast<std::uint32_t>(seed), key_1 = static_cast<std::uint32_t>(seed >> 32);
+  words[1] = Lanes{} + stream;
+  words[2] = Lanes{};
+  words[3] = Lanes{};
+#pragma GCC unroll 10
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    const Lanes product_0 = multiply(words[0], kPhiloxM0), product_1 = multiply(words[2], kPhiloxM1);
+    words[0] = (product_1 >> 32) ^ words[1] ^ key_0;
+    words[1] = product_1;
+    words[2] = (product_0 >> 32) ^ words[3] ^ key_1;
+    words[3] = product_0;
+    key_0 += kPhiloxW0;
+    key_1 += kPhiloxW1;
+  }
+}
+
+constexpr int kGroup = 2 * kLanes;  // blocks at a time: lane i of one vector holds b + 2 i, of another b + 2 i + 1
+constexpr int kMaxDraw = 1024;      // elements that one call of `draw` gives at most
+constexpr int kDrawRoom = kMaxDraw + 4 + 4 * kGroup;  // elements that it may write
+
+// Normals of elements first .. first + count - 1 of a sample. Returns where in `room` the first one lies.
+inline const float* draw(std::uint64_t seed, std::uint32_t stream, std::int64_t first, std::int64_t count,
+                         float* room) {
+  const std::int64_t first_block = first / 4, blocks = (first + count + 3) / 4 - first_block;
+  alignas(64) std::uint32_t words[4][kDrawRoom / 4];
+  Lanes counters;
+  for (int i = 0; i < kLanes; ++i) counters[i] = static_cast<std::uint64_t>(first_block + 2 * i);
+  for (std::int64_t block = 0; block < blocks; block += kGroup, counters += kGroup) {
+    Lanes even[4] = {counters}, odd[4] = {counters + 1};
+    philox_lanes(even, seed, stream);
+    philox_lanes(odd, seed, stream);
+    for (int w = 0; w < 4; ++w) {
+      const Lanes both = (even[w] & 0xFFFFFFFF) | odd[w] << 32;  // 32-bit lanes in the order of the blocks
+      __builtin_memcpy(&words[w][block], &both, sizeof(both));
+    }
+  }
+  // A second loop, so that the long chain of rounds above and the square roots here do not wait for each other.
+  for (std::int64_t block = 0; block < blocks; block += kGroup) {
+    float* normals = room + 4 * block;
+#pragma omp simd
+    for (int i = 0; i < kGroup; ++i) {
+      normal_pair(words[0][block + i], words[1][block + i], normals[4 * i], normals[4 * i + 1]);
+      normal_pair(words[2][block + i], words[3][block + i], normals[4 * i + 2], normals[4 * i + 3]);
+    }
+  }
+  return room + first % 4;
+}
+
+}  // namespace ddpm_fast::DDPM_FAST_ISA

@@ -1,0 +1,30 @@
+#include "common/args.h"
+#include "cpu/tiles.h"
+
+namespace ddpm_fast::DDPM_FAST_ISA {
+
+namespace {
+
+// x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) epsilon: derivation eq. 3.
+template <class A>
+void run(const QSampleArgs& a) {
+  const Tiling tiling(a.shape);
+  for_each_tile(tiling, a.shape.n, a.noise == nullptr, a.threads, [&](std::int64_t, const Tile& tile) {
+    NoiseBuffers<A> noise_buffers;
+    alignas(64) A x_0_buffer[kMaxDraw], x_t[kMaxDraw];
+    const float* coefficients = a.table + 2 * a.t[tile.sample];
+    const A signal = coefficients[0], sigma = coefficients[1];
+    const Place at = place(tiling, tile);
+    const A* x_0 = load(a.x_0, a.dtype, at, tile, x_0_buffer);
+    const A* epsilon = noise_tile(a.noise, a.dtype, a.seeds, kStreamQSample, tiling, tile, noise_buffers);
+#pragma omp simd
+    for (std::int64_t i = 0; i < tile.count(); ++i) x_t[i] = signal * x_0[i] + sigma * epsilon[i];
+    store(x_t, a.out, a.dtype, at, tile);
+  });
+}
+
+}  // namespace
+
+void q_sample(const QSampleArgs& a) { a.dtype == DType::kFloat64 ? run<double>(a) : run<float>(a); }
+
+}  // namespace ddpm_fast::DDPM_FAST_ISA

@@ -1,0 +1,99 @@
+#include "common/args.h"
+#include "common/exp.h"
+#include "cpu/tiles.h"
+
+namespace ddpm_fast::DDPM_FAST_ISA {
+
+namespace {
+
+// What one row of the plan says, in the type that arithmetic runs in.
+template <class A>
+struct Row {
+  explicit Row(const PlanRow& row)
+      : p(row.p),
+        q(row.q),
+        k0(row.k0),
+        k1(row.k1),
+        k2(row.k2),
+        k3(row.k3),
+        sigma(row.sigma),
+        log_beta(row.log_beta),
+        log_beta_tilde(row.log_beta_tilde),
+        clip(row.clip) {}
+  A p, q, k0, k1, k2, k3, sigma, log_beta, log_beta_tilde, clip;
+};
+
+// The prediction's part of a tile of the model's output, and the variance's.
+struct ModelPlaces {
+  ModelPlaces(const Tiling& tiling, const Tile& tile, std::int64_t sample, bool channels_last, bool learned) {
+    const std::int64_t channels = learned ? 2 : 1;  // for each one of x_t
+    const std::int64_t stride = channels_last ? tiling.cols() * channels : 1;
+    prediction = {sample * tiling.numel() * channels + tile.row * stride + tile.col, stride};
+    variance = {prediction.offset + (channels_last ? tiling.cols() : tiling.numel()), stride};
+  }
+  Place prediction, variance;
+};
+
+// x_0^ = clip(p x_t + q m) and x_{t-1} = k0 x_0^ + k1 x_t + k2 m + k3 x_0_prev + std z: derivation eq. 13 where nothing
+// is clipped. The terms are added in the order of reference.py.
+template <class A>
+void run(const ReverseStepArgs& a) {
+  const Tiling tiling(a.shape);
+  const bool learned = a.variance != Variance::kFixed;
+  const bool draws = a.noise == nullptr && a.seeds != nullptr;
+  for_each_tile(tiling, a.shape.n, draws, a.threads, [&](std::int64_t, const Tile& tile) {
+    alignas(64) A x_buffer[kMaxDraw], m_buffer[kMaxDraw], guided[kMaxDraw], x_0[kMaxDraw], x_prev[kMaxDraw];
+    const std::int64_t count = tile.count(), step = a.steps[tile.sample * a.step_stride];
+    const Row<A> row(a.table[step]);
+    const Place at = place(tiling, tile);
+    const ModelPlaces model(tiling, tile, tile.sample, a.shape.channels_last, learned);
+
+    const A* x = load(a.x_t, a.dtype, at, tile, x_buffer);
+    const A* m = load(a.model_output, a.model_dtype, model.prediction, tile, m_buffer);
+    if (a.guidance) {
+      const ModelPlaces second(tiling, tile, a.shape.n + tile.sample, a.shape.channels_last, learned);
+      const A* unconditional = load(a.model_output, a.model_dtype, second.prediction, tile, guided);
+      const A scale = static_cast<A>(a.guidance_scale);
+#pragma omp simd
+      for (std::int64_t i = 0; i < count; ++i) guided[i] = unconditional[i] + scale * (m[i] - unconditional[i]);
+      m = guided;
+    }
+#pragma omp simd
+    for (std::int64_t i = 0; i < count; ++i) {
+      const A unclipped = row.p * x[i] + row.q * m[i];
+      const A above = unclipped < -row.clip ? -row.clip : unclipped;  // NaN stays NaN
+      x_0[i] = above > row.clip ? row.clip : above;
+      x_prev[i] = row.k0 * x_0[i] + row.k1 * x[i] + row.k2 * m[i];
+    }
+    if (a.x_0_prev != nullptr) {
+      const A* x_0_prev = load(a.x_0_prev, a.dtype, at, tile, x_buffer);
+#pragma omp simd
+      for (std::int64_t i = 0; i < count; ++i) x_prev[i] += row.k3 * x_0_prev[i];
+    }
+    if (row.sigma != 0 && (a.noise != nullptr || a.seeds != nullptr)) {
+      NoiseBuffers<A> noise_buffers;
+      const A* z = noise_tile(a.noise, a.dtype, a.seeds, static_cast<std::uint32_t>(step), tiling, tile, noise_buffers);
+      if (learned) {
+        const A* v = load(a.model_output, a.model_dtype, model.variance, tile, m_buffer);
+        const bool range = a.variance == Variance::kLearnedRange;
+#pragma omp simd
+        for (std::int64_t i = 0; i < count; ++i) {
+          const A f = (v[i] + 1) / 2;
+          const A log_variance = range ? f * row.log_beta + (1 - f) * row.log_beta_tilde : v[i];
+          x_prev[i] += row.sigma * exp(A(0.5) * log_variance) * z[i];
+        }
+      } else {
+#pragma omp simd
+        for (std::int64_t i = 0; i < count; ++i) x_prev[i] += row.sigma * z[i];
+      }
+    }
+    store(x_prev, a.out, a.dtype, at, tile);
+    if (a.x_0_out != nullptr) store(x_0, a.x_0_out, a.dtype, at, tile);
+  });
+}
+
+}  // namespace
+
+void reverse_step(const ReverseStepArgs& a) { a.dtype == DType::kFloat64 ? run<double>(a) : run<float>(a); }
+
+}  // namespace ddpm_fast::DDPM_FAST_ISA
