@@ -146,7 +146,8 @@ class TrainingDraws:
 
     def label_is_dropped(self, step: int, probability: float) -> Tensor:
         """Whether a sample is trained without its label: bool [B]."""
-        return self._words(self._label_dropout, step) < int(probability * 2.0**63)
+        uniform = (self._words(self._label_dropout, step) >> 10).double() * 2.0**-53  # in [0, 1)
+        return uniform < probability
 
     def is_flipped(self, step: int) -> Tensor:
         """Whether a sample is mirrored left to right: bool [B], true for half of them."""
@@ -243,9 +244,10 @@ class _FolderReader:
         with Image.open(self._files[index]) as file:
             image = ImageOps.exif_transpose(file).convert("RGB")
         side = min(image.size)
-        left, top = (image.width - side) / 2, (image.height - side) / 2
-        box = (left, top, left + side, top + side)
-        square = image.resize((self._size, self._size), Image.Resampling.LANCZOS, box=box)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        # Cropped first: `resize(box=...)` mixes in pixels from outside the box.
+        square = image.crop((left, top, left + side, top + side))
+        square = square.resize((self._size, self._size), Image.Resampling.LANCZOS)
         return torch.from_numpy(np.array(square)).permute(2, 0, 1)
 
 

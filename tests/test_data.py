@@ -1,0 +1,151 @@
+"""Data sets, and the order and draws of training as pure functions of (seed, step)."""
+
+from __future__ import annotations
+
+import gzip
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ddpm_fast.data import FASHION_MNIST_CLASSES, TrainingDraws, load_dataset, to_unit_range
+
+
+def write_idx(path: Path, values: np.ndarray) -> None:
+    header = b"\0\0\x08" + bytes([values.ndim]) + b"".join(size.to_bytes(4, "big") for size in values.shape)
+    content = header + values.astype(np.uint8).tobytes()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+
+
+@pytest.fixture
+def fashion_folder(tmp_path: Path) -> tuple[Path, np.ndarray]:
+    images = np.random.default_rng(0).integers(0, 256, (5, 28, 28))
+    write_idx(tmp_path / "train-images-idx3-ubyte.gz", images)
+    write_idx(tmp_path / "train-labels-idx1-ubyte", np.array([3, 0, 9, 1, 1]))
+    return tmp_path, images
+
+
+def test_fashion_mnist_is_padded_with_black(fashion_folder: tuple[Path, np.ndarray]) -> None:
+    folder, images = fashion_folder
+    dataset = load_dataset("fashion-mnist", folder)
+    batch, labels = dataset[torch.tensor([4, 0])]
+    assert (len(dataset), dataset.shape, dataset.classes) == (5, (1, 32, 32), FASHION_MNIST_CLASSES)
+    assert labels.tolist() == [1, 3]
+    assert batch.dtype == torch.uint8
+    np.testing.assert_array_equal(batch[:, 0, 2:-2, 2:-2], images[[4, 0]])
+    black = to_unit_range(batch)
+    assert black[:, :, :2].eq(-1).all()
+    assert black[..., -2:].eq(-1).all()
+    assert load_dataset("fashion-mnist", folder, image_size=28).shape == (1, 28, 28)
+
+
+def test_damaged_idx_file_is_refused(fashion_folder: tuple[Path, np.ndarray]) -> None:
+    folder, _ = fashion_folder
+    labels = folder / "train-labels-idx1-ubyte"
+    whole = labels.read_bytes()
+    labels.write_bytes(whole[:-1])
+    with pytest.raises(ValueError, match=r"load_dataset: expected .* to hold \[5\] bytes, got 4"):
+        load_dataset("fashion-mnist", folder)
+    labels.write_bytes(b"\0\0\x0d" + whole[3:])
+    with pytest.raises(ValueError, match="to be an IDX file of unsigned bytes"):
+        load_dataset("fashion-mnist", folder)
+    write_idx(labels, np.array([0, 1]))
+    with pytest.raises(ValueError, match=r"expected images \[N, H, W\] and labels \[N\]"):
+        load_dataset("fashion-mnist", folder)
+
+
+def test_digits_cover_the_range_and_splits_differ() -> None:
+    train, test = load_dataset("digits"), load_dataset("digits", split="test")
+    images, labels = train[torch.arange(len(train))]
+    assert (len(train), len(test), train.shape) == (1500, 297, (1, 8, 8))
+    assert (int(images.min()), int(images.max())) == (0, 255)
+    assert labels.unique().tolist() == list(range(10))
+    resized = load_dataset("digits", image_size=16)
+    assert resized.shape == (1, 16, 16)
+    # Resizing keeps the mean grey value; digits leave the border, where the antialiasing kernel is cut, almost black.
+    assert abs(float(resized[torch.arange(1500)][0].float().mean() - images.float().mean())) < 1
+
+
+def test_folder_is_cropped_resized_and_labelled_by_sub_folder(tmp_path: Path) -> None:
+    # A wide red image with green sides, which the centred crop cuts off; a grey image; something that is no image.
+    for name in ("cat", "dog/deep"):
+        (tmp_path / name).mkdir(parents=True)
+    wide = np.zeros((10, 30, 3), dtype=np.uint8)
+    wide[:, :10, 1] = wide[:, 20:, 1] = 255
+    wide[:, 10:20, 0] = 255
+    Image.fromarray(wide).save(tmp_path / "dog" / "deep" / "wide.png")
+    Image.fromarray(np.full((40, 40), 77, dtype=np.uint8)).save(tmp_path / "cat" / "grey.PNG")
+    (tmp_path / "cat" / "notes.txt").write_text("no image")
+    dataset = load_dataset(str(tmp_path), image_size=20)
+    images, labels = dataset[torch.tensor([1, 0, 1])]
+    assert (len(dataset), dataset.shape, dataset.classes) == (2, (3, 20, 20), ("cat", "dog"))
+    assert labels.tolist() == [1, 0, 1]
+    assert images[1].eq(77).all()
+    assert images[0][0].eq(255).all()
+    assert images[0][1:].eq(0).all()
+    assert torch.equal(images[0], images[2])
+    for file in tmp_path.rglob("*.png"):
+        file.unlink()  # decoded images are kept
+    assert torch.equal(dataset[torch.tensor([1])][0][0], images[0])
+
+
+def test_images_without_sub_folders_share_one_class(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 6)).save(tmp_path / "a.png")
+    dataset = load_dataset(str(tmp_path))
+    assert (dataset.shape, dataset.classes, dataset.labels.tolist()) == ((3, 32, 32), ("",), [0])
+
+
+def test_bad_requests_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"load_dataset: expected name to be one of .* or a folder, got 'mnist'"):
+        load_dataset("mnist")
+    with pytest.raises(ValueError, match="load_dataset: expected split"):
+        load_dataset("digits", split="val")
+    with pytest.raises(ValueError, match="load_dataset: expected image_size to be at least 1, got 0"):
+        load_dataset("digits", image_size=0)
+    with pytest.raises(ValueError, match=r"to hold images .* got none"):
+        load_dataset(str(tmp_path))
+
+
+@pytest.mark.parametrize(("name", "module"), [("cifar10", "torchvision.datasets"), ("digits", "sklearn.datasets")])
+def test_missing_package_names_the_extra(name: str, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, module.split(".")[0], None)
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    with pytest.raises(ImportError, match=rf"{module} is missing: install it with pip install 'ddpm_fast\[train\]'"):
+        load_dataset(name)
+
+
+def test_every_epoch_is_a_permutation_and_batches_run_across_its_end() -> None:
+    draws = TrainingDraws(seed=5, batch_size=4)
+    order = torch.cat([draws.indices(step, 10) for step in range(10)])  # four epochs of ten
+    epochs = order.view(4, 10)
+    assert epochs.sort(dim=1).values.eq(torch.arange(10)).all()
+    assert len({tuple(epoch.tolist()) for epoch in epochs}) == 4
+    # The global sample index decides, not how the samples are cut into batches; a batch may span several epochs.
+    assert torch.equal(TrainingDraws(seed=5, batch_size=20).indices(1, 10), order[20:])
+    assert not torch.equal(TrainingDraws(seed=6, batch_size=20).indices(1, 10), order[20:])
+
+
+def test_draws_are_functions_of_seed_and_sample() -> None:
+    small, large = TrainingDraws(3, 8), TrainingDraws(3, 16)
+    for draw in ("noise_seeds", "is_flipped"):
+        halves = torch.cat([getattr(small, draw)(step) for step in (4, 5)])
+        assert torch.equal(halves, getattr(large, draw)(2)), draw
+    assert torch.equal(torch.cat([small.timesteps(step, 1000) for step in (4, 5)]), large.timesteps(2, 1000))
+    assert torch.equal(torch.cat([small.label_is_dropped(s, 0.5) for s in (4, 5)]), large.label_is_dropped(2, 0.5))
+    assert len({small.dropout_seed(step) for step in range(20)}) == 20
+
+
+def test_draws_have_the_distribution_they_claim() -> None:
+    n = 20_000
+    draws = TrainingDraws(0, n)
+    counts = torch.bincount(draws.timesteps(0, 10), minlength=10).double()
+    # Chi-square with 9 degrees of freedom: above 27.9 with probability 0.001. The draws are fixed: this passes always or never.
+    assert float(((counts - n / 10) ** 2 / (n / 10)).sum()) < 27.9
+    for share, drawn in ((0.1, draws.label_is_dropped(0, 0.1)), (0.5, draws.is_flipped(0))):
+        deviation = (share * (1 - share) / n) ** 0.5
+        assert abs(float(drawn.double().mean()) - share) < 3.3 * deviation
+    assert not draws.label_is_dropped(0, 0.0).any()
+    assert draws.label_is_dropped(0, 1.0).all()

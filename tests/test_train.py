@@ -1,0 +1,405 @@
+"""Training: exact resuming, whole checkpoints whatever happens, and the records of a run."""
+
+from __future__ import annotations
+
+import csv
+import inspect
+import json
+import logging
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+
+from ddpm_fast.builtin import load_folder
+from ddpm_fast.data import TrainingDraws, load_dataset, to_unit_range
+from ddpm_fast.nn import UNet
+from ddpm_fast.ops import noise
+from ddpm_fast.reference import STREAM_Q_SAMPLE
+from ddpm_fast.run_folder import RunFolder
+from ddpm_fast.schedule import NoiseSchedule
+from ddpm_fast.train import TrainResult, _lr_factor, export_checkpoint, train
+
+# A network of two levels on 8x8 digits: milliseconds a step.
+TINY: dict[str, Any] = {
+    "data": "digits",
+    "channels": [16, 32],
+    "layers": 1,
+    "attention": [],
+    "batch_size": 6,
+    "warmup_steps": 3,
+    "lr": 1e-3,
+    "threads": 1,
+    "log_every": 4,
+    "sample_every": 0,
+    "checkpoint_minutes": 0.0,
+    "tensorboard": False,
+}
+QUIET: dict[str, Any] = {**TINY, "progress": False}
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    """Everything that the newest checkpoint holds, under unique names."""
+    checkpoint = RunFolder(run_dir).latest_checkpoint()
+    assert checkpoint is not None
+    files = checkpoint.rglob("*.safetensors")
+    return {f"{f.parent.name}.{name}": value for f in files for name, value in safetensors.torch.load_file(f).items()}
+
+
+def assert_same_weights(a: Path, b: Path) -> None:
+    first, second = weights(a), weights(b)
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+def log_rows(run_dir: Path) -> list[dict[str, str]]:
+    with (run_dir / "log.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        del row["images_per_second"], row["seconds"]  # the only columns that depend on the clock
+    return rows
+
+
+# --------------------------------------------------------------------------------------------------------------- learning
+
+
+def test_steps_follow_algorithm_1(tmp_path: Path) -> None:
+    """The loss and the weights of three steps, by a loop that stores its noise in a tensor and uses torch's own Adam."""
+    train(tmp_path / "run", **QUIET | {"steps": 3, "log_every": 1, "channels_last": False, "ema_decay": 0.2})
+    draws = TrainingDraws(0, 6)
+    dataset, schedule = load_dataset("digits"), NoiseSchedule.linear()
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    torch.manual_seed(draws.weights_seed)
+    model = UNet(**config["unet"])
+    average = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer = torch.optim.Adam(model.parameters())
+    for step, row in enumerate(log_rows(tmp_path / "run")):
+        images, labels = dataset[draws.indices(step, len(dataset))]
+        x_0, t, seeds = to_unit_range(images), draws.timesteps(step, 1000), draws.noise_seeds(step)
+        labels[draws.label_is_dropped(step, 0.1)] = 10
+        eps = noise(x_0.shape, seeds, stream=STREAM_Q_SAMPLE)
+        abar = schedule.alpha_bars[t][:, None, None, None].float()
+        x_t = abar.sqrt() * x_0 + (1 - abar).sqrt() * eps  # eq. 3
+        loss = (model(x_t, t, labels) - eps).square().mean()  # eq. 12
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.param_groups[0]["lr"] = 1e-3 * (step + 1) / 4
+        optimizer.step()
+        decay = min(0.2, (1 + step) / (10 + step))
+        for name, value in model.state_dict().items():
+            average[name] = decay * average[name] + (1 - decay) * value
+        # The log has six digits. Roundings of the two losses differ, and Adam makes the most of it: see below.
+        assert float(row["loss"]) == pytest.approx(float(loss.detach()), rel=1e-4)
+        assert float(row["grad_norm"]) == pytest.approx(float(norm), rel=1e-3)
+        assert float(row["lr"]) == pytest.approx(1e-3 * (step + 1) / 4)
+    checkpoint = RunFolder(tmp_path / "run").latest_checkpoint()
+    assert checkpoint is not None
+    # Adam divides by the gradient's size, so a rounding in it may move a weight by a share of the step, lr <= 1e-3.
+    for folder, expected in (("unet", model.state_dict()), ("unet_ema", average)):
+        for name, value in UNet.from_pretrained(checkpoint / folder).state_dict().items():
+            torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("prediction", ["sample", "v_prediction"])
+def test_loss_falls(prediction: str, tmp_path: Path) -> None:
+    options = QUIET | {"steps": 60, "batch_size": 32, "log_every": 20, "lr": 3e-3, "prediction": prediction}
+    result = train(tmp_path / "run", **options, schedule="cosine", precision="bf16", dropout=0.1, flip=True)
+    losses = [float(row["loss"]) for row in log_rows(tmp_path / "run")]
+    assert result == TrainResult(60, result.loss, result.seconds, None)
+    assert math.isnan(result.loss)  # nothing since the last row
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_learning_rate_rises_stays_and_falls() -> None:
+    factors = [_lr_factor(step, 100, 4, "linear", 9) for step in range(100)]
+    assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert set(factors[4:91]) == {1.0}
+    assert factors[90:] == pytest.approx([1 - i / 10 for i in range(10)])
+    cosine = [_lr_factor(step, 100, 0, "cosine", 99) for step in range(100)]
+    assert cosine == pytest.approx([0.5 + 0.5 * math.cos(math.pi * step / 100) for step in range(100)])
+
+
+def test_non_finite_loss_ends_the_run(tmp_path: Path) -> None:
+    with pytest.raises(FloatingPointError, match=r"train: the loss became (nan|inf) before step 2;"):
+        train(tmp_path / "run", **QUIET | {"steps": 50, "lr": 1e38, "warmup_steps": 0, "log_every": 2, "checkpoint_every": 2})
+    assert RunFolder(tmp_path / "run").latest_checkpoint() is None  # a spoilt state is not saved
+
+
+# --------------------------------------------------------------------------------------------------------------- resuming
+
+
+def test_interrupted_run_ends_as_an_uninterrupted_one(tmp_path: Path) -> None:
+    """Bit for bit: weights, averages, optimizer state and log; dropout, bf16, channels_last and every draw included."""
+    options = QUIET | {"steps": 11, "dropout": 0.3, "precision": "bf16", "flip": True, "lr_decay_steps": 5}
+    train(tmp_path / "whole", **options)
+    train(tmp_path / "cut", **options | {"max_minutes": 0.0})  # one step
+    torch.manual_seed(123)  # nothing depends on the state of torch's generator
+    train(tmp_path / "cut", **options | {"max_minutes": 0.0}, resume=True)
+    for steps in (6, 11):  # a run may be prolonged, here before the fall of the learning rate begins
+        train(tmp_path / "cut", **options | {"steps": steps, "lr_decay_steps": 0 if steps == 6 else 5}, resume=True)
+    assert_same_weights(tmp_path / "whole", tmp_path / "cut")
+    assert log_rows(tmp_path / "cut")[0] == log_rows(tmp_path / "whole")[0]  # the mean over steps of three calls
+
+
+def test_log_of_a_resumed_run_has_each_row_once(tmp_path: Path) -> None:
+    options = QUIET | {"steps": 20, "checkpoint_every": 6}
+    train(tmp_path / "whole", **options)
+    train(tmp_path / "cut", **options)
+    # As if killed at step 19: rows up to 16 are there, one of them cut short, and the newest checkpoint is of step 18.
+    RunFolder(tmp_path / "cut")._remove(tmp_path / "cut" / "checkpoints" / "step-00000020")
+    with (tmp_path / "cut" / "log.csv").open("a") as file:
+        file.write("24,14")
+    train(tmp_path / "cut", **options, resume=True)
+    assert log_rows(tmp_path / "cut") == log_rows(tmp_path / "whole")
+    assert_same_weights(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_resuming_as_something_else_names_the_option(tmp_path: Path) -> None:
+    train(tmp_path / "run", **QUIET | {"steps": 1})
+    for changed in ({"lr": 2e-3}, {"channels": [16, 16]}, {"seed": 1}, {"precision": "bf16"}):
+        (name,) = changed
+        with pytest.raises(ValueError, match=rf"train: expected {name} to be .* as the run in .* was started, got"):
+            train(tmp_path / "run", **QUIET | {"steps": 1, **changed}, resume=True)
+    changes = {"steps": 2, "log_every": 1, "checkpoint_every": 1, "keep": 5, "channels_last": False}
+    assert train(tmp_path / "run", **QUIET | changes, resume=True).step == 2
+
+
+def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"train: expected a run to resume in .*, which has no config\.json"):
+        train(tmp_path / "none", **QUIET, resume=True)
+    train(tmp_path / "run", **QUIET | {"steps": 1})
+    with pytest.raises(FileExistsError, match="to be new or empty; continue the run in it with --resume"):
+        train(tmp_path / "run", **QUIET)
+    with pytest.raises(FileNotFoundError, match="expected a run to resume"):
+        export_checkpoint(tmp_path / "none", tmp_path / "out")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config | {"format": 2}))
+    with pytest.raises(ValueError, match=r"to have format 1, got 2"):
+        train(tmp_path / "run", **QUIET, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "wanted"),
+    [
+        ("schedule", "exponential", "one of linear, scaled_linear"),
+        ("precision", "fp8", "one of float32, bf16"),
+        ("steps", 0, "at least 1"),
+        ("lr_decay_steps", -1, "at least 0"),
+        ("dropout", 1.0, r"in \[0, 1\)"),
+        ("label_dropout", 1.5, r"in \[0, 1\]"),
+        ("lr", 0.0, "positive"),
+        ("channels", [], "at least one number"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_is_written(option: str, value: object, wanted: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"train: expected {option} to be {wanted}"):
+        train(tmp_path / "run", **QUIET | {option: value})
+    assert not (tmp_path / "run").exists()
+
+
+def test_image_sides_must_fit_the_levels(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="sides are multiples of 16 for 5 levels of channels, got 8x8"):
+        train(tmp_path / "run", **QUIET | {"channels": [16] * 5})
+
+
+# ------------------------------------------------------------------------------------------------------------ checkpoints
+
+
+def test_only_the_newest_checkpoints_are_kept_and_damaged_ones_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train(tmp_path / "run", **QUIET | {"steps": 5, "checkpoint_every": 1, "keep": 2})
+    run = RunFolder(tmp_path / "run")
+    newest = run.checkpoints / "step-00000005"
+    assert sorted(p.name for p in run.checkpoints.iterdir()) == ["latest", "step-00000004", "step-00000005"]
+    assert (run.checkpoints / "latest").resolve() == newest.resolve()
+    optimizer = newest / "optimizer.safetensors"
+    optimizer.write_bytes(optimizer.read_bytes()[:-1])
+    (run.checkpoints / ".step-00000006.tmp" / "unet").mkdir(parents=True)  # a writer was killed
+    (run.checkpoints / "step-00000007").mkdir()  # a copy was interrupted
+    with caplog.at_level(logging.WARNING, logger="ddpm_fast"):
+        assert run.latest_checkpoint() == run.checkpoints / "step-00000004"
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{run.checkpoints / name} is damaged: left out" for name in ("step-00000007", "step-00000005")
+    ]
+    train(tmp_path / "run", **QUIET | {"steps": 7, "checkpoint_every": 1, "keep": 2}, resume=True)
+    assert sorted(p.name for p in run.checkpoints.iterdir()) == ["latest", "step-00000006", "step-00000007"]
+
+
+def test_checkpoint_that_fails_to_be_written_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(tmp_path / "run", **QUIET | {"steps": 1})
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("ddpm_fast.train.safetensors.torch.save_file", full)
+    with pytest.raises(OSError, match="no space left"):
+        train(tmp_path / "run", **QUIET | {"steps": 2}, resume=True)
+    monkeypatch.undo()
+    latest = RunFolder(tmp_path / "run").latest_checkpoint()
+    assert latest is not None
+    assert latest.name == "step-00000001"
+
+
+def test_export_is_a_model_folder(tmp_path: Path) -> None:
+    train(tmp_path / "run", **QUIET | {"steps": 4, "schedule": "cosine", "prediction": "v_prediction", "num_timesteps": 20})
+    out = export_checkpoint(tmp_path / "run", tmp_path / "out")
+    run, exported = load_folder(tmp_path / "run"), load_folder(out)
+    assert sorted(str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()) == [
+        "classes.json",
+        "scheduler/scheduler_config.json",
+        "training.json",
+        "training_log.csv",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+    ]
+    assert (exported.prediction, exported.schedule) == ("v_prediction", NoiseSchedule.cosine(20))
+    assert (run.classes, exported.classes) == (tuple("0123456789"),) * 2
+    for (name, half), full in zip(exported.model.state_dict().items(), run.model.state_dict().values(), strict=True):
+        torch.testing.assert_close(half.float(), full.half().float(), rtol=0, atol=0, msg=name)
+    assert json.loads((out / "training.json").read_text())["step"] == 4
+
+
+def test_diffusers_reads_the_exported_scheduler(tmp_path: Path) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    for schedule in ("linear", "scaled_linear", "cosine", "sigmoid"):
+        run = tmp_path / schedule
+        train(run, **QUIET | {"steps": 1, "schedule": schedule, "num_timesteps": 50})
+        folder = export_checkpoint(run, run / "out") / "scheduler"
+        theirs = diffusers.DDPMScheduler.from_pretrained(folder).alphas_cumprod
+        ours = NoiseSchedule.from_config(json.loads((run / "config.json").read_text())["schedule"]).alpha_bars
+        # diffusers multiplies 50 float32 factors 1 - beta, the smallest of them 1 - 0.999.
+        torch.testing.assert_close(theirs.double(), ours, rtol=50 * 2**-24 + 2**-24 / 0.001, atol=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------- records
+
+
+def test_samples_and_tensorboard_are_written_and_change_nothing(tmp_path: Path) -> None:
+    options = QUIET | {"steps": 4, "dropout": 0.2, "log_every": 2}
+    train(tmp_path / "plain", **options)
+    train(tmp_path / "run", **options | {"sample_every": 2, "sample_steps": 2, "tensorboard": True})
+    assert_same_weights(tmp_path / "plain", tmp_path / "run")
+    grids = sorted((tmp_path / "run" / "samples").iterdir())
+    assert [grid.name for grid in grids] == ["step-00000002.png", "step-00000004.png"]
+    with Image.open(grids[0]) as grid:
+        assert grid.width > 10 * 8  # a column a class
+        assert grid.height > 4 * 8
+    assert len(list((tmp_path / "run" / "tensorboard").glob("events.out.tfevents.*"))) == 1
+
+
+def test_missing_tensorboard_is_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with caplog.at_level(logging.INFO, logger="ddpm_fast"):
+        train(tmp_path / "run", **QUIET | {"steps": 2, "tensorboard": True})
+    assert [r.getMessage() for r in caplog.records if "TensorBoard" in r.getMessage()] == [
+        "TensorBoard is not installed: no event files (pip install 'ddpm_fast[train]')"
+    ]
+
+
+def test_unlabelled_images_train_an_unconditional_network(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    for i in range(3):
+        Image.new("RGB", (8, 8), (i * 80, 0, 0)).save(tmp_path / "images" / f"{i}.png")
+    options = QUIET | {"data": str(tmp_path / "images"), "image_size": 8, "steps": 2}
+    train(tmp_path / "run", **options | {"sample_every": 2, "sample_steps": 2})
+    model = load_folder(tmp_path / "run").model
+    assert (model.config["num_class_embeds"], model.config["in_channels"]) == (None, 3)
+
+
+def test_every_option_is_documented() -> None:
+    """The signature is the table of options: each line has its meaning beside it."""
+    source = inspect.getsource(train).split(") -> TrainResult")[0]
+    for name in inspect.signature(train).parameters:
+        assert any(line.strip().startswith(f"{name}:") and "  # " in line for line in source.splitlines()), name
+
+
+# ---------------------------------------------------------------------------------------------------------------- stopping
+
+
+def test_sigterm_saves_and_ends_the_run(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+
+    def stop_when_running() -> None:
+        while not (tmp_path / "run" / "log.csv").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=stop_when_running)
+    thread.start()
+    result = train(tmp_path / "run", **QUIET | {"steps": 100_000})
+    thread.join()
+    latest = RunFolder(tmp_path / "run").latest_checkpoint()
+    assert latest is not None
+    assert (result.stopped_by, latest.name) == ("SIGTERM", f"step-{result.step:08d}")
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def kill_and_resume(run_dir: Path, kills: int, seed: int) -> list[int]:
+    """Train with a checkpoint every step, SIGKILL the process at random moments of checkpoint writes, and resume.
+
+    Returns:
+        The step of the newest whole checkpoint after each kill.
+    """
+    chance = random.Random(seed)
+    options = {name: value for name, value in TINY.items() if name != "channels"} | {"channels": "32,64", "checkpoint_every": 1}
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items() if not isinstance(value, bool | list)]
+    command = [sys.executable, "-m", "ddpm_fast", "train", str(run_dir)]
+    run = RunFolder(run_dir)
+    steps: list[int] = []
+    for attempt in range(kills):
+        arguments = ["--resume"] if attempt else [*flags, "--attention=none", "--no-tensorboard", "--steps=1000000"]
+        process = subprocess.Popen([*command, *arguments, "--no-progress"], stderr=subprocess.PIPE, text=True)
+        # Wait for this process's second checkpoint, then for the next write to be under way, then for a random moment of it.
+        start = steps[-1] if steps else 0
+        while process.poll() is None and not (run.checkpoints / f"step-{start + 2:08d}").exists():
+            time.sleep(0.001)
+        writing = chance.random() < 0.8  # the rest are killed at any moment
+        while process.poll() is None and writing and not any(run.checkpoints.glob(".step-*.tmp")):
+            pass
+        time.sleep(chance.random() * 0.02)
+        process.kill()
+        _, errors = process.communicate()
+        assert process.returncode == -signal.SIGKILL, errors
+        latest = run.latest_checkpoint()
+        assert latest is not None
+        state = json.loads((latest / "state.json").read_text())
+        assert latest.name == f"step-{state['step']:08d}"
+        assert state["step"] >= start + 2
+        steps.append(state["step"])
+    return steps
+
+
+def check_killed_run(run_dir: Path, kills: int) -> list[int]:
+    steps = kill_and_resume(run_dir, kills, seed=kills)
+    options = json.loads((run_dir / "config.json").read_text())["options"]
+    # The last resume, and a run that was never killed.
+    final = options | {"steps": steps[-1] + 2}
+    assert train(run_dir, **final, resume=True, progress=False).step == steps[-1] + 2
+    train(run_dir.with_name("whole"), **final | {"checkpoint_every": 0}, progress=False)
+    assert_same_weights(run_dir, run_dir.with_name("whole"))
+    assert not list((run_dir / "checkpoints").glob(".*"))
+    return steps
+
+
+def test_killed_during_checkpoint_writes(tmp_path: Path) -> None:
+    check_killed_run(tmp_path / "run", kills=2)
+
+
+@pytest.mark.slow
+def test_killed_during_checkpoint_writes_twenty_times(tmp_path: Path) -> None:
+    check_killed_run(tmp_path / "run", kills=20)
