@@ -401,10 +401,9 @@ def _partial_sums_kernel(
     r = tl.load(rstd + row, row_exists)
     a, b = _affine(weight, bias, scale, scale_shift, channel, modulation, exists)
     shift_ = _load_channels(shift, modulation, exists, 0.0)
-    dz_sums = tl.zeros([GROUPS * WIDTH], tl.float32)
-    dz_xhat_sums = tl.zeros([GROUPS * WIDTH], tl.float32)
-    xhat_sums = tl.zeros([GROUPS * WIDTH], tl.float32)
-    axis: tl.constexpr = 0 if LAST else 1
+    dz_sums = tl.zeros([PIXELS, GROUPS * WIDTH] if LAST else [GROUPS * WIDTH, PIXELS], tl.float32)
+    dz_xhat_sums = tl.zeros_like(dz_sums)
+    xhat_sums = tl.zeros_like(dz_sums)
     first_pixel = chunk * tiles_per_chunk * PIXELS
     for start in range(first_pixel, tl.minimum(first_pixel + tiles_per_chunk * PIXELS, hw), PIXELS):
         pixel = start + tl.arange(0, PIXELS)
@@ -413,16 +412,17 @@ def _partial_sums_kernel(
         dz, xhat = _load_gradient(
         dy + offset, x + offset, shift_, mu, r, a, b, mask, shift is not None, SILU, FAST, PADDED, LAST, WIDTH, GROUPS
     )  # fmt: skip
-        dz_sums += tl.sum(dz, axis)
-        dz_xhat_sums += tl.sum(dz * xhat, axis)
+        dz_sums += dz
+        dz_xhat_sums = tl.fma(dz, xhat, dz_xhat_sums)
         if XHAT_SUMS:
-            xhat_sums += tl.sum(xhat, axis)
+            xhat_sums += xhat
+    axis: tl.constexpr = 0 if LAST else 1
     slot = (sample * chunks + chunk) * c + channel
     plane = n.to(tl.int64) * chunks * c
-    tl.store(partial + slot, dz_sums, exists)
-    tl.store(partial + plane + slot, dz_xhat_sums, exists)
+    tl.store(partial + slot, tl.sum(dz_sums, axis), exists)
+    tl.store(partial + plane + slot, tl.sum(dz_xhat_sums, axis), exists)
     if XHAT_SUMS:
-        tl.store(partial + 2 * plane + slot, xhat_sums, exists)
+        tl.store(partial + 2 * plane + slot, tl.sum(xhat_sums, axis), exists)
 
 
 @triton.jit(do_not_specialize=["n"])
