@@ -64,6 +64,7 @@ def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+@torch.compiler.assume_constant_result  # torch.compile runs this instead of tracing into the loader
 def choose(op: str, backend: str | None, device: torch.device, dtype: torch.dtype) -> str:
     """The family that computes `op`: the one named, or the first that can.
 
