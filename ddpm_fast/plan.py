@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Final, Literal
 
 import torch
@@ -34,6 +33,8 @@ class SamplingPlan:
             x_{t-1} = k0 x_0^ + k1 x_t + k2 m + k3 x_0_prev + std z. `clip` is infinite where there is none.
         prediction: what the model's output m is: "epsilon", "sample" (x_0) or "v_prediction".
         variance: "fixed" (std is sigma) or "learned", "learned_range" (m has variance channels, see `reverse_step`).
+        is_random: whether any step draws noise.
+        needs_x_0_prev: whether any step weighs the previous step's x_0^ (multistep samplers).
     """
 
     schedule: NoiseSchedule
@@ -41,7 +42,9 @@ class SamplingPlan:
     coefficients: Tensor
     prediction: Prediction
     variance: Literal["fixed", "learned", "learned_range"]
-    _on_device: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    is_random: bool = field(init=False)
+    needs_x_0_prev: bool = field(init=False)
+    _on_device: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.prediction not in PREDICTIONS:
@@ -62,20 +65,17 @@ class SamplingPlan:
                 f"{self.prediction!r}"
             )
 
+        object.__setattr__(self, "is_random", self._uses("sigma"))
+        object.__setattr__(self, "needs_x_0_prev", self._uses("k3"))
+        self.table()  # in place before torch.compile looks
+
+    def _uses(self, column: str) -> bool:
+        return bool((self.coefficients[:, COLUMNS.index(column)] != 0).any())
+
     @property
     def num_steps(self) -> int:
         """S."""
         return self.timesteps.numel()
-
-    @cached_property
-    def is_random(self) -> bool:
-        """Whether any step draws noise."""
-        return bool((self.coefficients[:, COLUMNS.index("sigma")] != 0).any())
-
-    @cached_property
-    def needs_x_0_prev(self) -> bool:
-        """Whether any step weighs the previous step's x_0^ (multistep samplers)."""
-        return bool((self.coefficients[:, COLUMNS.index("k3")] != 0).any())
 
     def table(self, device: torch.device | str = "cpu") -> Tensor:
         """`coefficients` rounded once to float32, [S, 10], kept per device."""

@@ -35,6 +35,7 @@ class NoiseSchedule:
         self.name = name
         self._parameters = dict(parameters or {})
         self._coefficients: dict[torch.device, Tensor] = {}
+        self.coefficients()  # in place before torch.compile looks
 
     # ------------------------------------------------------------------------------------------------------ builders
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import importlib.util
 import os
@@ -14,6 +13,21 @@ import torch
 FAMILIES: Final = ("native", "triton", "reference")  # in the order that backend=None tries them
 OPS: Final = ("noise", "q_sample", "reverse_step", "group_norm_silu", "denoising_loss")
 FLOATS: Final = (torch.float32, torch.float64, torch.float16, torch.bfloat16)  # the index is the native module's dtype code
+
+
+def _load_native() -> ModuleType | str:
+    """The compiled module, or why it is absent."""
+    try:
+        # torch is imported above, so its OpenMP runtime is the one that the module's -lgomp resolves to.
+        return importlib.import_module("ddpm_fast._native")
+    except ImportError as error:
+        return str(error)
+
+
+# Found out once, at import, so that torch.compile sees constants.
+_NATIVE: Final = _load_native()
+_TRITON_INSTALLED: Final = importlib.util.find_spec("triton") is not None
+_TRITON_INTERPRETED: Final = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 class BackendUnavailable(RuntimeError):
@@ -44,7 +58,7 @@ def why_not(family: str, op: str, device: torch.device, dtype: torch.dtype = tor
 
 
 def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
-    if importlib.util.find_spec("triton") is None:
+    if not _TRITON_INSTALLED:
         return "triton is not installed (pip install triton)"
     if dtype == torch.float64:
         return "it has no float64 kernels"
@@ -53,18 +67,12 @@ def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type == "cpu":
         return (
             None
-            if _interpreting()
+            if _TRITON_INTERPRETED
             else "CPU tensors need Triton's interpreter (set TRITON_INTERPRET=1 before the first import)"
         )
     return f"it has no kernels for {device.type} tensors"
 
 
-@functools.cache
-def _interpreting() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-@torch.compiler.assume_constant_result  # torch.compile runs this instead of tracing into the loader
 def choose(op: str, backend: str | None, device: torch.device, dtype: torch.dtype) -> str:
     """The family that computes `op`: the one named, or the first that can.
 
@@ -87,23 +95,12 @@ def choose(op: str, backend: str | None, device: torch.device, dtype: torch.dtyp
     raise AssertionError("unreachable: the reference family always runs")
 
 
-@functools.cache
-def _load_native() -> ModuleType | str:
-    try:
-        # torch is imported above, so its OpenMP runtime is the one that the module's -lgomp resolves to.
-        return importlib.import_module("ddpm_fast._native")
-    except ImportError as error:
-        return str(error)
-
-
 def native_error() -> str | None:
     """Why the compiled module is absent, or None."""
-    loaded = _load_native()
-    return loaded if isinstance(loaded, str) else None
+    return _NATIVE if isinstance(_NATIVE, str) else None
 
 
 def native() -> ModuleType:
     """The compiled module. `choose` has made sure of it."""
-    loaded = _load_native()
-    assert not isinstance(loaded, str), loaded
-    return loaded
+    assert not isinstance(_NATIVE, str), _NATIVE
+    return _NATIVE
