@@ -109,7 +109,7 @@ def train_command(ctx: click.Context, /, run_dir: Path, resume: bool, progress: 
     try:
         if resume:  # the run's own options, except those given now
             given = {name: options[name] for name in options if _is_given(ctx, name)}
-            options = RunFolder(run_dir).read_config()["options"] | given
+            options |= RunFolder(run_dir).read_config()["options"] | given
         with logging_redirect_tqdm():
             result = train(run_dir, **options, resume=resume, progress=progress)
     except (ValueError, ImportError, FileExistsError, FileNotFoundError, FloatingPointError) as error:

@@ -56,6 +56,10 @@ class RunFolder:
             raise FileExistsError(
                 f"train: expected {self.path} to be new or empty; continue the run in it with --resume, or name another folder"
             )
+        self.write_config(config)
+
+    def write_config(self, config: Mapping[str, Any]) -> None:
+        """Write the configuration in place of what is there."""
         write_json(self.config_file, {"format": FORMAT, **config})
 
     def read_config(self) -> dict[str, Any]:

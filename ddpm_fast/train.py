@@ -43,9 +43,12 @@ from ddpm_fast.schedule import NoiseSchedule
 CHANGEABLE: Final = frozenset(
     {
         *("data_dir", "steps", "lr_decay", "lr_decay_steps", "channels_last", "device", "threads", "log_every"),
-        *("sample_every", "sample_steps", "checkpoint_every", "checkpoint_minutes", "keep", "tensorboard", "max_minutes"),
+        *("sample_every", "sample_steps", "checkpoint_every", "checkpoint_minutes", "keep", "tensorboard"),
     }
 )
+
+# Arguments that concern one call and are not part of the run's configuration.
+THIS_CALL: Final = frozenset({"run_dir", "max_minutes", "resume", "progress"})
 
 _log = logging.getLogger("ddpm_fast")
 
@@ -112,8 +115,8 @@ def train(
     checkpoint_minutes: float = 5.0,  # minutes between checkpoints; 0: by steps alone
     keep: int = 2,  # checkpoints kept
     tensorboard: bool = True,  # write event files too, if TensorBoard is installed
-    max_minutes: float | None = None,  # stop, with a checkpoint, after this time
     # this call
+    max_minutes: float | None = None,  # stop, with a checkpoint, after this time
     resume: bool = False,  # continue the run in `run_dir`, from its newest checkpoint
     progress: bool = True,  # show a progress bar
 ) -> TrainResult:
@@ -131,7 +134,7 @@ def train(
         FileNotFoundError: there is no run to resume.
         FloatingPointError: the loss is no longer finite.
     """
-    options = _json({name: value for name, value in locals().items() if name not in ("run_dir", "resume", "progress")})
+    options = _json({name: value for name, value in locals().items() if name not in THIS_CALL})
     _check_options(options)
     if threads is not None:
         torch.set_num_threads(threads)
@@ -152,6 +155,7 @@ def train(
     }
     if resume:
         _check_same(run, config)
+        run.write_config(config)  # with the options that were changed
     else:
         run.create(config)
 

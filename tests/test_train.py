@@ -174,6 +174,8 @@ def test_resuming_as_something_else_names_the_option(tmp_path: Path) -> None:
             train(tmp_path / "run", **QUIET | {"steps": 1, **changed}, resume=True)
     changes = {"steps": 2, "log_every": 1, "checkpoint_every": 1, "keep": 5, "channels_last": False}
     assert train(tmp_path / "run", **QUIET | changes, resume=True).step == 2
+    stored = RunFolder(tmp_path / "run").read_config()["options"]
+    assert {name: stored[name] for name in changes} == changes
 
 
 def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
