@@ -62,14 +62,10 @@ def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
         return "triton is not installed (pip install triton)"
     if dtype == torch.float64:
         return "it has no float64 kernels"
-    if device.type == "cuda":
+    if device.type == "cuda" or (device.type == "cpu" and _TRITON_INTERPRETED):
         return None
     if device.type == "cpu":
-        return (
-            None
-            if _TRITON_INTERPRETED
-            else "CPU tensors need Triton's interpreter (set TRITON_INTERPRET=1 before the first import)"
-        )
+        return "CPU tensors need Triton's interpreter (set TRITON_INTERPRET=1 before the first import)"
     return f"it has no kernels for {device.type} tensors"
 
 
