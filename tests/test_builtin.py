@@ -1,0 +1,143 @@
+"""Models from folders: every layout, every schedule of diffusers, and the built-in model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ddpm_fast import NoiseSchedule
+from ddpm_fast.builtin import load_folder, schedule_from_diffusers
+from ddpm_fast.nn import UNet
+from ddpm_fast.run_folder import RunFolder
+
+
+def tiny_unet(seed: int = 0) -> UNet:
+    torch.manual_seed(seed)
+    return UNet(
+        sample_size=4,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=[4],
+        down_block_types=["DownBlock2D"],
+        up_block_types=["UpBlock2D"],
+        layers_per_block=1,
+        norm_num_groups=2,
+        add_attention=False,
+        num_class_embeds=3,
+    )
+
+
+def write_scheduler(folder: Path, **config: Any) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "scheduler_config.json").write_text(json.dumps({"_class_name": "DDPMScheduler", **config}))
+
+
+def assert_same_weights(a: UNet, b: UNet) -> None:
+    assert a.state_dict().keys() == b.state_dict().keys()
+    assert all(torch.equal(value, b.state_dict()[name]) for name, value in a.state_dict().items())
+
+
+@pytest.mark.parametrize("at_the_root", [False, True])
+def test_load_folder_reads_diffusers_layout(tmp_path: Path, at_the_root: bool) -> None:
+    model = tiny_unet()
+    model.save_pretrained(tmp_path if at_the_root else tmp_path / "unet")
+    write_scheduler(
+        tmp_path if at_the_root else tmp_path / "scheduler",
+        beta_schedule="squaredcos_cap_v2",
+        num_train_timesteps=30,
+        prediction_type="v_prediction",
+        variance_type="fixed_large",
+        clip_sample_range=2.0,
+    )
+    loaded = load_folder(tmp_path, dtype=torch.float64)
+    assert_same_weights(loaded.model, model.double())
+    assert not loaded.model.training
+    assert loaded.schedule == NoiseSchedule.cosine(30)
+    assert (loaded.prediction, loaded.variance, loaded.clip, loaded.classes) == ("v_prediction", "fixed_large", 2.0, ())
+
+
+def test_what_a_folder_leaves_out_has_diffusers_defaults(tmp_path: Path) -> None:
+    tiny_unet().save_pretrained(tmp_path / "unet")
+    write_scheduler(tmp_path / "scheduler")
+    (tmp_path / "classes.json").write_text(json.dumps({"classes": ["cat", "dog"]}))
+    loaded = load_folder(tmp_path)
+    assert loaded.schedule == NoiseSchedule.linear()
+    assert (loaded.prediction, loaded.variance, loaded.clip) == ("epsilon", "fixed_small", 1.0)
+    assert loaded.classes == ("cat", "dog")
+    write_scheduler(tmp_path / "scheduler", clip_sample=False)
+    assert load_folder(tmp_path).clip is None
+
+
+def test_load_folder_takes_the_newest_average_of_a_training_run(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    run.create({"dataset": {"classes": ["cat", "dog"]}})
+    with pytest.raises(FileNotFoundError, match="expected path to be a folder that holds a model"):
+        load_folder(tmp_path / "nowhere")
+
+    for step in (1, 2):
+
+        def write(folder: Path, step: int = step) -> None:
+            tiny_unet(seed=10 * step).save_pretrained(folder / "unet")
+            tiny_unet(seed=10 * step + 1).save_pretrained(folder / "unet_ema")
+            write_scheduler(folder / "scheduler", ddpm_fast=NoiseSchedule.linear(7).to_config())
+
+        run.save_checkpoint(step, {}, write, keep=2)
+    loaded = load_folder(tmp_path / "run")
+    assert_same_weights(loaded.model, tiny_unet(seed=21))
+    assert loaded.schedule == NoiseSchedule.linear(7)
+    assert loaded.classes == ("cat", "dog")
+
+    for checkpoint in (tmp_path / "run" / "checkpoints").glob("step-*"):
+        (checkpoint / "state.json").unlink()
+    with pytest.raises(FileNotFoundError, match="expected a whole checkpoint"):
+        load_folder(tmp_path / "run")
+
+
+def test_a_folder_without_a_scheduler_is_refused(tmp_path: Path) -> None:
+    tiny_unet().save_pretrained(tmp_path / "unet")
+    with pytest.raises(FileNotFoundError, match=r"expected scheduler/scheduler_config\.json or scheduler_config\.json in"):
+        load_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"beta_schedule": "linear", "beta_start": 1e-3, "beta_end": 0.05, "num_train_timesteps": 50},
+        {"beta_schedule": "scaled_linear", "beta_start": 8.5e-4, "beta_end": 0.012},
+        {"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 100},
+        {"beta_schedule": "sigmoid"},
+        {"trained_betas": [0.1, 0.2, 0.4], "num_train_timesteps": 3},
+        {"beta_schedule": "scaled_linear", "rescale_betas_zero_snr": True},
+    ],
+)
+def test_schedules_are_those_of_diffusers(config: dict[str, Any]) -> None:
+    from diffusers import DDPMScheduler
+
+    theirs = DDPMScheduler(**config)
+    ours = schedule_from_diffusers(dict(theirs.config))
+    # Theirs are float32; 1 - abar of the cosine and rescaled ones cancels.
+    torch.testing.assert_close(ours.betas.float(), theirs.betas.float(), rtol=1e-5, atol=5e-7)
+    assert schedule_from_diffusers(config) == ours  # without the keys that have their default
+
+
+def test_our_own_description_of_a_schedule_goes_first() -> None:
+    schedule = NoiseSchedule.sigmoid(40, tau=0.7)
+    config = {"trained_betas": schedule.betas.float().tolist(), "ddpm_fast": schedule.to_config()}
+    assert schedule_from_diffusers(config) == schedule
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"beta_schedule": "laplace"}, "expected beta_schedule to be one of linear, .*, got 'laplace'"),
+        ({"thresholding": True}, "expected thresholding to be false, got true"),
+    ],
+)
+def test_what_is_not_supported_is_refused(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        schedule_from_diffusers(config)
