@@ -138,7 +138,7 @@ for trial in range(1, 21):
             trial += 100
             fill(trial)
             model.save_pretrained(folder)
-    time.sleep(random.uniform(0, 3 * duration))
+    time.sleep(random.uniform(0, 5 * duration))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     values = {float(v) for p in UNet.from_pretrained(folder).parameters() for v in (p.min(), p.max())}

@@ -105,8 +105,10 @@ class UNetConfig:
         _expect(self, "norm_eps", self.norm_eps > 0, "positive")
 
         channels = self.block_out_channels
-        _expect(self, "block_out_channels", len(channels) > 0 and all(map(_is_positive_int, channels)), "positive ints")
+        sequence = isinstance(channels, tuple) and len(channels) > 0
+        _expect(self, "block_out_channels", sequence and all(map(_is_positive_int, channels)), "a list of positive ints")
         _expect(self, "block_out_channels", channels[0] % 2 == 0, "even first (sine and cosine halves)")
+        _expect(self, "freq_shift", self.freq_shift < channels[0] // 2, f"below {channels[0] // 2}")
         divisible = all(c % self.norm_num_groups == 0 for c in channels)
         _expect(self, "block_out_channels", divisible, f"multiples of norm_num_groups = {self.norm_num_groups}")
         if (groups := self.attn_norm_num_groups) is not None:

@@ -79,13 +79,14 @@ class UNet(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        zeros = [self.conv_out.weight]
         for module in self.modules():
             if isinstance(module, ResnetBlock):
-                nn.init.zeros_(module.conv2.weight)
+                zeros.append(module.conv2.weight)
             elif isinstance(module, Attention):
-                for projection in module.to_out:
-                    nn.init.zeros_(projection.weight)
-        nn.init.zeros_(self.conv_out.weight)
+                zeros.extend(module.to_out.parameters())
+        for weight in zeros:
+            nn.init.zeros_(weight)
 
     def forward(self, x: Tensor, t: Tensor | int, class_labels: Tensor | None = None) -> Tensor:
         """Evaluates the network.
