@@ -34,7 +34,7 @@ from ddpm_fast.images import save_grid
 from ddpm_fast.nn import UNet
 from ddpm_fast.ops import denoising_loss, q_sample
 from ddpm_fast.plan import ddim_plan
-from ddpm_fast.run_folder import RunFolder, write_json
+from ddpm_fast.run_folder import LOG_COLUMNS, RunFolder, write_json
 from ddpm_fast.sample import sample
 from ddpm_fast.schedule import NoiseSchedule
 
@@ -138,53 +138,30 @@ def train(
     _check_options(options)
     if threads is not None:
         torch.set_num_threads(threads)
-    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
 
     dataset = load_dataset(data, data_dir, image_size=image_size)
-    labelled = conditional and len(dataset.classes) > 1
-    noise_schedule: NoiseSchedule = getattr(NoiseSchedule, schedule)(num_timesteps)
-    unet_config = _unet_config(options, dataset, labelled)
+    task = _Task(
+        options=options,
+        dataset=dataset,
+        labelled=conditional and len(dataset.classes) > 1,
+        schedule=getattr(NoiseSchedule, schedule)(num_timesteps),
+        draws=TrainingDraws(seed, batch_size),
+        device=torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")),
+    )
     run = RunFolder(run_dir)
-    config = {
-        "options": options,
-        "unet": unet_config,
-        "schedule": noise_schedule.to_config(),
-        "dataset": {"images": len(dataset), "shape": list(dataset.shape), "classes": list(dataset.classes)},
-        "versions": {"ddpm_fast": ddpm_fast.__version__, "torch": torch.__version__},
-    }
+    config = task.config()
     if resume:
         _check_same(run, config)
         run.write_config(config)  # with the options that were changed
     else:
         run.create(config)
-
-    draws = TrainingDraws(seed, batch_size)
-    with torch.random.fork_rng():
-        torch.manual_seed(draws.weights_seed)
-        model = UNet(**unet_config)
-    model = model.to(device=target, memory_format=memory_format)  # type: ignore[call-overload]
-    state = _State(model, copy.deepcopy(model).requires_grad_(False).eval(), _optimizer(model, lr, weight_decay))
+    state = _State.initial(task)
     if resume and (checkpoint := run.latest_checkpoint()):
         state.load(checkpoint)
         _log.info("resuming %s at step %d", run.path, state.step)
     run.remove_leftovers()
     run.cut_log(state.step)
 
-    def save_checkpoint() -> None:
-        def write(folder: Path) -> None:
-            state.write(folder)
-            _write_scheduler(folder / "scheduler", noise_schedule, prediction)
-
-        entries = {"seconds": state.seconds, "losses": [float(loss) for loss in state.losses]}
-        run.save_checkpoint(state.step, entries, write, keep)
-
-    parameters: list[Tensor] = list(state.model.parameters())
-    averages: list[Tensor] = list(state.ema.parameters())
-    began = last_checkpoint = time.monotonic()
-    mark = time.perf_counter()  # end of the last stretch that is counted in state.seconds
-    logged_step, logged_seconds = state.step, state.seconds
-    stopped_by: str | None = None
     writer = _tensorboard(run, state.step) if tensorboard else None
     bar = tqdm(
         total=steps,
@@ -193,61 +170,33 @@ def train(
         disable=not progress,
         mininterval=0.5 if sys.stderr.isatty() else 30,  # a log file needs fewer lines than a terminal
     )
-    with _StopSignals() as signals, bar:
+    generators = torch.random.fork_rng([task.device] if task.device.type == "cuda" else [])  # the caller's stay as they are
+    stopped_by: str | None = None
+    began = last_checkpoint = time.monotonic()
+    logged_step, logged_seconds = state.step, state.seconds
+    mark = time.perf_counter()  # end of the last stretch that is counted in state.seconds
+    with _StopSignals() as signals, generators, bar:
         while state.step < steps and stopped_by is None:
-            # One step of Algorithm 1.
-            step = state.step
-            images, labels = dataset[draws.indices(step, len(dataset))]
-            x_0 = to_unit_range(images.to(target)).contiguous(memory_format=memory_format)  # [B, C, H, W]
-            if flip:
-                x_0 = torch.where(draws.is_flipped(step).to(target)[:, None, None, None], x_0.flip(-1), x_0)
-                x_0 = x_0.contiguous(memory_format=memory_format)
-            t = draws.timesteps(step, num_timesteps).to(target)
-            seeds = draws.noise_seeds(step).to(target)
-            if labelled:
-                no_label = len(dataset.classes)  # the last embedding
-                labels = labels.masked_fill(draws.label_is_dropped(step, label_dropout), no_label).to(target)
-            torch.manual_seed(draws.dropout_seed(step))
-
-            x_t = q_sample(x_0, t, noise_schedule, seeds=seeds)
-            with torch.autocast(target.type, torch.bfloat16, enabled=precision == "bf16"):
-                output = state.model(x_t, t, labels if labelled else None)
-            loss = denoising_loss(output.float(), x_0, t, noise_schedule, prediction=prediction, seeds=seeds)
-            loss.backward()
-            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, clip_grad or math.inf, foreach=True)
-            rate = lr * _lr_factor(step, steps, warmup_steps, lr_decay, lr_decay_steps)
-            for group in state.optimizer.param_groups:
-                group["lr"] = rate
-            state.optimizer.step()
-            state.optimizer.zero_grad()
-            decay = min(ema_decay, (1 + step) / (10 + step))
-            torch._foreach_lerp_(averages, parameters, 1 - decay)
-            state.losses.append(loss.detach())
-            state.step += 1
+            grad_norm, rate = _step(task, state)
             bar.update()
 
-            # Records.
             if state.step % log_every == 0 or state.step == steps:
-                mean_loss = state.mean_loss()
+                loss = _finite_loss(state, grad_norm)
                 state.losses.clear()
                 mark = state.count_time(mark)
                 speed = (state.step - logged_step) * batch_size / (state.seconds - logged_seconds)
                 logged_step, logged_seconds = state.step, state.seconds
-                row = (state.step, state.step * batch_size, mean_loss, float(grad_norm), rate, speed, state.seconds)
+                row = (state.step, state.step * batch_size, loss, float(grad_norm), rate, speed, state.seconds)
                 run.append_log(row)
-                bar.set_postfix_str(f"loss {mean_loss:.4f}, {speed:.1f} images/s", refresh=False)
+                bar.set_postfix_str(f"loss {loss:.4f}, {speed:.1f} images/s", refresh=False)
                 if writer:
-                    for name, value in zip(("loss", "grad_norm", "lr", "images_per_second"), row[2:6], strict=True):
+                    for name, value in zip(LOG_COLUMNS[2:6], row[2:6], strict=True):
                         writer.add_scalar(f"train/{name}", value, state.step)
-                if not math.isfinite(mean_loss):
-                    raise FloatingPointError(
-                        f"train: the loss became {mean_loss} before step {state.step}; resume with what was saved, "
-                        "or start again with a smaller lr or precision float32"
-                    )
             if sample_every and state.step % sample_every == 0:
                 mark = state.count_time(mark)
-                _draw_samples(run, state, noise_schedule, options, dataset, labelled, writer)
+                _draw_samples(run, task, state, writer)
                 mark = time.perf_counter()
+
             if signals.received is not None:
                 stopped_by = signals.received
             elif max_minutes is not None and time.monotonic() - began > 60 * max_minutes:
@@ -255,8 +204,9 @@ def train(
             due = bool(checkpoint_every) and state.step % checkpoint_every == 0
             due |= bool(checkpoint_minutes) and time.monotonic() - last_checkpoint > 60 * checkpoint_minutes
             if due or stopped_by is not None or state.step == steps:
+                _finite_loss(state, grad_norm)  # a spoilt state must not replace a good one
                 mark = state.count_time(mark)
-                save_checkpoint()
+                _save_checkpoint(run, task, state)
                 last_checkpoint = time.monotonic()
                 mark = time.perf_counter()
     if writer:
@@ -301,9 +251,36 @@ def export_checkpoint(
 # ------------------------------------------------------------------------------------------------------------------ state
 
 
+@dataclass(frozen=True)
+class _Task:
+    """What stays the same during a call of `train`."""
+
+    options: Mapping[str, Any]  # the arguments of `train`, less those of `THIS_CALL`
+    dataset: ImageDataset
+    labelled: bool  # the network is given the class
+    schedule: NoiseSchedule
+    draws: TrainingDraws
+    device: torch.device
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        return torch.channels_last if self.options["channels_last"] else torch.contiguous_format
+
+    def config(self) -> dict[str, Any]:
+        """What config.json holds."""
+        dataset = self.dataset
+        return {
+            "options": self.options,
+            "unet": _unet_config(self.options, dataset, self.labelled),
+            "schedule": self.schedule.to_config(),
+            "dataset": {"images": len(dataset), "shape": list(dataset.shape), "classes": list(dataset.classes)},
+            "versions": {"ddpm_fast": ddpm_fast.__version__, "torch": torch.__version__},
+        }
+
+
 @dataclass
 class _State:
-    """All that changes while training."""
+    """What changes from step to step, and is all that a checkpoint holds."""
 
     model: UNet
     ema: UNet  # moving average of the weights
@@ -311,6 +288,17 @@ class _State:
     step: int = 0  # steps done
     seconds: float = 0.0  # spent in steps
     losses: list[Tensor] = field(default_factory=list)  # since the last row of the log; 0-d, on the device
+
+    @classmethod
+    def initial(cls, task: _Task) -> _State:
+        """Before the first step: weights drawn from the seed."""
+        with torch.random.fork_rng([]):
+            torch.manual_seed(task.draws.weights_seed)
+            model = UNet(**_unet_config(task.options, task.dataset, task.labelled))
+        model = model.to(device=task.device, memory_format=task.memory_format)  # type: ignore[call-overload]
+        lr, weight_decay = task.options["lr"], task.options["weight_decay"]
+        optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
+        return cls(model, copy.deepcopy(model).requires_grad_(False).eval(), optimizer)
 
     def mean_loss(self) -> float:
         return float(torch.stack(self.losses).mean()) if self.losses else math.nan
@@ -346,6 +334,63 @@ class _State:
         self.step, self.seconds = entries["step"], entries["seconds"]
         device = next(self.model.parameters()).device
         self.losses = [torch.tensor(loss, dtype=torch.float32, device=device) for loss in entries["losses"]]
+
+
+def _step(task: _Task, state: _State) -> tuple[Tensor, float]:
+    """One step of Algorithm 1. Returns the gradient's norm before clipping, 0-d, and the learning rate."""
+    options, draws, step = task.options, task.draws, state.step
+    # The batch.
+    images, labels = task.dataset[draws.indices(step, len(task.dataset))]
+    x_0 = to_unit_range(images.to(task.device))  # [B, C, H, W]
+    if options["flip"]:
+        x_0 = torch.where(draws.is_flipped(step).to(task.device)[:, None, None, None], x_0.flip(-1), x_0)
+    x_0 = x_0.contiguous(memory_format=task.memory_format)
+    t = draws.timesteps(step, task.schedule.num_timesteps).to(task.device)
+    seeds = draws.noise_seeds(step).to(task.device)
+    no_label = len(task.dataset.classes)  # the last embedding
+    labels = labels.masked_fill(draws.label_is_dropped(step, options["label_dropout"]), no_label).to(task.device)
+    # Its gradient.
+    torch.manual_seed(draws.dropout_seed(step))
+    x_t = q_sample(x_0, t, task.schedule, seeds=seeds)
+    with torch.autocast(task.device.type, torch.bfloat16, enabled=options["precision"] == "bf16"):
+        output = state.model(x_t, t, labels if task.labelled else None)
+    loss = denoising_loss(output.float(), x_0, t, task.schedule, prediction=options["prediction"], seeds=seeds)
+    loss.backward()
+    parameters: list[Tensor] = list(state.model.parameters())
+    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, options["clip_grad"] or math.inf, foreach=True)
+    # The update.
+    rate = options["lr"] * _lr_factor(
+        step, options["steps"], options["warmup_steps"], options["lr_decay"], options["lr_decay_steps"]
+    )
+    for group in state.optimizer.param_groups:
+        group["lr"] = rate
+    state.optimizer.step()
+    state.optimizer.zero_grad()
+    decay = min(options["ema_decay"], (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(state.ema.parameters()), parameters, 1 - decay)
+    state.losses.append(loss.detach())
+    state.step += 1
+    return grad_norm, rate
+
+
+def _finite_loss(state: _State, grad_norm: Tensor) -> float:
+    """The mean loss since the last row of the log. Raises FloatingPointError if it or the gradient is not finite."""
+    loss = state.mean_loss()
+    if math.isinf(loss) or (math.isnan(loss) and state.losses) or not math.isfinite(grad_norm):
+        raise FloatingPointError(
+            f"train: the loss became {loss} and its gradient's norm {float(grad_norm)} by step {state.step}; "
+            "resume with what was saved, or start again with a smaller lr or precision float32"
+        )
+    return loss
+
+
+def _save_checkpoint(run: RunFolder, task: _Task, state: _State) -> None:
+    def write(folder: Path) -> None:
+        state.write(folder)
+        _write_scheduler(folder / "scheduler", task.schedule, task.options["prediction"])
+
+    entries = {"seconds": state.seconds, "losses": [float(loss) for loss in state.losses]}
+    run.save_checkpoint(state.step, entries, write, task.options["keep"])
 
 
 class _StopSignals:
@@ -458,10 +503,6 @@ def _lr_factor(step: int, steps: int, warmup_steps: int, decay: str, decay_steps
     return rise * (left if decay == "linear" else 0.5 - 0.5 * math.cos(math.pi * left))
 
 
-def _optimizer(model: UNet, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
-
-
 # ---------------------------------------------------------------------------------------------------------------- records
 
 
@@ -501,19 +542,12 @@ def _tensorboard(run: RunFolder, step: int) -> Any:
     return SummaryWriter(run.tensorboard, purge_step=step + 1)
 
 
-def _draw_samples(
-    run: RunFolder,
-    state: _State,
-    schedule: NoiseSchedule,
-    options: Mapping[str, Any],
-    dataset: ImageDataset,
-    labelled: bool,
-    writer: Any,
-) -> None:
+def _draw_samples(run: RunFolder, task: _Task, state: _State, writer: Any) -> None:
     """Draw a grid with the averaged weights: one column a class, or 8 columns."""
-    columns = min(len(dataset.classes), 16) if labelled else 8
-    plan = ddim_plan(schedule, options["sample_steps"], prediction=options["prediction"])
-    labels = torch.arange(4 * columns) % columns if labelled else None
+    options = task.options
+    columns = min(len(task.dataset.classes), 16) if task.labelled else 8
+    labels = torch.arange(4 * columns) % columns if task.labelled else None
+    plan = ddim_plan(task.schedule, options["sample_steps"], prediction=options["prediction"])
     images = sample(state.ema, plan, 4 * columns, seed=options["seed"], class_labels=labels, progress=False)
     run.samples.mkdir(exist_ok=True)
     save_grid(images, run.samples / f"step-{state.step:08d}.png", columns=columns)
