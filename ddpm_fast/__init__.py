@@ -7,16 +7,19 @@ from .ops import BackendUnavailable, denoising_loss, group_norm_silu, noise, q_s
 from .plan import SamplingPlan, ddim_plan, ddpm_plan
 from .sample import sample
 from .schedule import NoiseSchedule
+from .train import TrainResult, export_checkpoint, train
 
 __version__ = "0.1.0"
 __all__ = [
     "BackendUnavailable",
     "NoiseSchedule",
     "SamplingPlan",
+    "TrainResult",
     "VariationalBound",
     "ddim_plan",
     "ddpm_plan",
     "denoising_loss",
+    "export_checkpoint",
     "group_norm_silu",
     "image_grid",
     "load_builtin",
@@ -28,5 +31,6 @@ __all__ = [
     "save_grid",
     "save_trajectory",
     "to_uint8",
+    "train",
     "variational_bound",
 ]
