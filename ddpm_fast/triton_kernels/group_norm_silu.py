@@ -50,13 +50,8 @@ def _offsets(channel, pixel, c, hw, LAST: tl.constexpr):
 
 
 @triton.jit
-def _mask(channel_exists, pixel, hw, LAST: tl.constexpr, PADDED: tl.constexpr):
-    if not PADDED:
-        return None
-    elif LAST:
-        return (pixel < hw)[:, None] & channel_exists[None, :]
-    else:
-        return channel_exists[:, None] & (pixel < hw)[None, :]
+def _mask(channel_exists, pixel, hw, LAST: tl.constexpr):
+    return (pixel < hw)[:, None] & channel_exists[None, :] if LAST else channel_exists[:, None] & (pixel < hw)[None, :]
 
 
 @triton.jit
@@ -107,7 +102,7 @@ def _sum_tile(value, LAST: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constex
 def _rows(sample, group_tile, groups, GROUPS: tl.constexpr):
     """Where the tile's groups are in [N, groups], and whether they exist."""
     if GROUPS == 1:
-        return sample * groups + group_tile, None
+        return sample * groups + group_tile, group_tile < groups
     else:
         group = group_tile * GROUPS + tl.arange(0, GROUPS)
         return sample * groups + group, group < groups
@@ -165,10 +160,16 @@ def _sigmoid(z, FAST: tl.constexpr):
 
 @triton.jit
 def _statistics(h, mask, count, LAST: tl.constexpr, PADDED: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr):
-    """Mean and sum of squared deviations of each group; and the tile of deviations."""
-    mean = tl.div_rn(_sum_tile(h, LAST, WIDTH, GROUPS), count)
-    deviation = _zero_padding(h - _spread_tile(mean, LAST, WIDTH, GROUPS), mask, PADDED)
-    return mean, _sum_tile(deviation * deviation, LAST, WIDTH, GROUPS), deviation
+    """Mean and sum of squared deviations of each group; the tile of deviations, and their mean.
+
+    The first mean has the rounding of a sum of numbers that may be large beside their spread. The mean of the deviations from
+    it tells that error, and corrects for it.
+    """
+    about = tl.div_rn(_sum_tile(h, LAST, WIDTH, GROUPS), count)
+    deviation = _zero_padding(h - _spread_tile(about, LAST, WIDTH, GROUPS), mask, PADDED)
+    total = _sum_tile(deviation, LAST, WIDTH, GROUPS)
+    rest = tl.div_rn(total, count)
+    return about + rest, _sum_tile(deviation * deviation, LAST, WIDTH, GROUPS) - total * rest, deviation, rest
 
 
 @triton.jit
@@ -188,17 +189,19 @@ def _forward_kernel(
     c = groups * CPG
     channel, _, exists = _channels(tl.program_id(0), groups, CPG, WIDTH, GROUPS)
     pixel = tl.arange(0, PIXELS)
-    mask = _mask(exists, pixel, hw, LAST, PADDED)
+    mask = _mask(exists, pixel, hw, LAST) if PADDED else None
     offset = _offsets(channel, pixel, c, hw, LAST)
     modulation = sample * c + channel
     first = sample * c * hw
     h = _load_h(x + first + offset, _load_channels(shift, modulation, exists, 0.0), mask, LAST, shift is not None, PADDED)
 
     count = (CPG * hw).to(tl.float32)
-    mu, squares, deviation = _statistics(h, mask, count, LAST, PADDED, WIDTH, GROUPS)
+    mu, squares, deviation, rest = _statistics(h, mask, count, LAST, PADDED, WIDTH, GROUPS)
     r = _rstd(squares, count, eps)
     a, b = _affine(weight, bias, scale, scale_shift, channel, modulation, exists)
-    z = tl.fma(deviation, _tile(a * _spread(r, WIDTH, GROUPS), LAST), _tile(b, LAST))
+    a *= _spread(r, WIDTH, GROUPS)
+    b -= a * _spread(rest, WIDTH, GROUPS)
+    z = tl.fma(deviation, _tile(a, LAST), _tile(b, LAST))
     tl.store(y + first + offset, rounded(z * _sigmoid(z, FAST) if SILU else z, y.dtype.element_ty), mask)
     row, row_exists = _rows(sample, tl.program_id(0), groups, GROUPS)
     tl.store(mean + row, mu, row_exists)
@@ -228,11 +231,11 @@ def _partial_statistics_kernel(
     end = tl.minimum(first_pixel + tiles_per_chunk * PIXELS, hw)
     for start in range(first_pixel, end, PIXELS):
         pixel = start + tl.arange(0, PIXELS)
-        mask = _mask(exists, pixel, hw, LAST, PADDED)
+        mask = _mask(exists, pixel, hw, LAST) if PADDED else None
         tile = x + sample * c * hw + _offsets(channel, pixel, c, hw, LAST)
         h = _load_h(tile, shift_, mask, LAST, shift is not None, PADDED)
         tile_count = (CPG * tl.minimum(PIXELS, hw - start)).to(tl.float32)
-        tile_mean, tile_squares, _deviation = _statistics(h, mask, tile_count, LAST, PADDED, WIDTH, GROUPS)
+        tile_mean, tile_squares, _deviation, _rest = _statistics(h, mask, tile_count, LAST, PADDED, WIDTH, GROUPS)
         difference = tile_mean - mean
         share = tl.div_rn(tile_count, count + tile_count)
         mean = tl.fma(difference, share, mean)
@@ -270,7 +273,8 @@ def _apply_kernel(
     counts = counts if GROUPS == 1 else counts[None, :]
     count = (CPG * hw).to(tl.float32)
     axis: tl.constexpr = 0 if GROUPS == 1 else 1
-    mu = tl.div_rn(tl.sum(counts * means, axis), count)
+    about = tl.load(partial_mean + row * chunks, row_exists)  # as in `_statistics`
+    mu = about + tl.div_rn(tl.sum(counts * (means - (about if GROUPS == 1 else about[:, None])), axis), count)
     difference = means - (mu if GROUPS == 1 else mu[:, None])
     r = _rstd(tl.sum(tl.fma(counts * difference, difference, squares), axis), count, eps)
     if chunk == 0:
@@ -286,7 +290,7 @@ def _apply_kernel(
     first_pixel = chunk * chunk_pixels
     for start in range(first_pixel, tl.minimum(first_pixel + chunk_pixels, hw), PIXELS):
         pixel = start + tl.arange(0, PIXELS)
-        mask = _mask(exists, pixel, hw, LAST, PADDED)
+        mask = _mask(exists, pixel, hw, LAST) if PADDED else None
         offset = _offsets(channel, pixel, c, hw, LAST)
         h = _load_h(x + first + offset, shift_, mask, LAST, shift is not None, PADDED)
         z = tl.fma(h - _spread_tile(mu, LAST, WIDTH, GROUPS), _tile(a, LAST), _tile(b, LAST))
@@ -367,7 +371,7 @@ def _backward_kernel(
     a, b = _affine(weight, bias, scale, scale_shift, channel, modulation, exists)
     shift_ = _load_channels(shift, modulation, exists, 0.0)
     pixel = tl.arange(0, PIXELS)
-    mask = _mask(exists, pixel, hw, LAST, PADDED)
+    mask = _mask(exists, pixel, hw, LAST) if PADDED else None
     offset = sample * c * hw + _offsets(channel, pixel, c, hw, LAST)
     dz, xhat = _load_gradient(
         dy + offset, x + offset, shift_, mu, r, a, b, mask, shift is not None, SILU, FAST, PADDED, LAST, WIDTH, GROUPS
@@ -407,7 +411,7 @@ def _partial_sums_kernel(
     first_pixel = chunk * tiles_per_chunk * PIXELS
     for start in range(first_pixel, tl.minimum(first_pixel + tiles_per_chunk * PIXELS, hw), PIXELS):
         pixel = start + tl.arange(0, PIXELS)
-        mask = _mask(exists, pixel, hw, LAST, PADDED)
+        mask = _mask(exists, pixel, hw, LAST) if PADDED else None
         offset = sample * c * hw + _offsets(channel, pixel, c, hw, LAST)
         dz, xhat = _load_gradient(
         dy + offset, x + offset, shift_, mu, r, a, b, mask, shift is not None, SILU, FAST, PADDED, LAST, WIDTH, GROUPS
@@ -482,7 +486,7 @@ def _apply_backward_kernel(
     first_pixel = program % chunks * tiles_per_chunk * PIXELS
     for start in range(first_pixel, tl.minimum(first_pixel + tiles_per_chunk * PIXELS, hw), PIXELS):
         pixel = start + tl.arange(0, PIXELS)
-        mask = _mask(exists, pixel, hw, LAST, PADDED)
+        mask = _mask(exists, pixel, hw, LAST) if PADDED else None
         offset = sample * c * hw + _offsets(channel, pixel, c, hw, LAST)
         dz, xhat = _load_gradient(
         dy + offset, x + offset, shift_, mu, r, a, b, mask, shift is not None, SILU, FAST, PADDED, LAST, WIDTH, GROUPS

@@ -24,7 +24,7 @@ def philox(seed, stream, block):
     k0 = key.to(tl.uint32)
     k1 = (key >> 32).to(tl.uint32)
     c0 = block.to(tl.uint32)
-    c1 = tl.to_tensor(stream).to(tl.uint32)
+    c1 = (c0 * 0 + stream).to(tl.uint32)
     c2 = c0 * 0
     c3 = c0 * 0
     for _ in tl.static_range(10):
