@@ -29,7 +29,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import ddpm_fast
-from ddpm_fast.data import ImageDataset, TrainingDraws, load_dataset, to_unit_range
+from ddpm_fast.data import ImageDataset, load_dataset, to_unit_range
+from ddpm_fast.draws import TrainingDraws
 from ddpm_fast.images import save_grid
 from ddpm_fast.nn import UNet
 from ddpm_fast.ops import denoising_loss, q_sample

@@ -1,4 +1,4 @@
-"""Data sets, and the order and draws of training as pure functions of (seed, step)."""
+"""Data sets."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpm_fast.data import FASHION_MNIST_CLASSES, TrainingDraws, load_dataset, to_unit_range
+from ddpm_fast.data import FASHION_MNIST_CLASSES, load_dataset, to_unit_range
 
 
 def write_idx(path: Path, values: np.ndarray) -> None:
@@ -115,37 +115,3 @@ def test_missing_package_names_the_extra(name: str, module: str, monkeypatch: py
     monkeypatch.delitem(sys.modules, module, raising=False)
     with pytest.raises(ImportError, match=rf"{module} is missing: install it with pip install 'ddpm_fast\[train\]'"):
         load_dataset(name)
-
-
-def test_every_epoch_is_a_permutation_and_batches_run_across_its_end() -> None:
-    draws = TrainingDraws(seed=5, batch_size=4)
-    order = torch.cat([draws.indices(step, 10) for step in range(10)])  # four epochs of ten
-    epochs = order.view(4, 10)
-    assert epochs.sort(dim=1).values.eq(torch.arange(10)).all()
-    assert len({tuple(epoch.tolist()) for epoch in epochs}) == 4
-    # The global sample index decides, not how the samples are cut into batches; a batch may span several epochs.
-    assert torch.equal(TrainingDraws(seed=5, batch_size=20).indices(1, 10), order[20:])
-    assert not torch.equal(TrainingDraws(seed=6, batch_size=20).indices(1, 10), order[20:])
-
-
-def test_draws_are_functions_of_seed_and_sample() -> None:
-    small, large = TrainingDraws(3, 8), TrainingDraws(3, 16)
-    for draw in ("noise_seeds", "is_flipped"):
-        halves = torch.cat([getattr(small, draw)(step) for step in (4, 5)])
-        assert torch.equal(halves, getattr(large, draw)(2)), draw
-    assert torch.equal(torch.cat([small.timesteps(step, 1000) for step in (4, 5)]), large.timesteps(2, 1000))
-    assert torch.equal(torch.cat([small.label_is_dropped(s, 0.5) for s in (4, 5)]), large.label_is_dropped(2, 0.5))
-    assert len({small.dropout_seed(step) for step in range(20)}) == 20
-
-
-def test_draws_have_the_distribution_they_claim() -> None:
-    n = 20_000
-    draws = TrainingDraws(0, n)
-    counts = torch.bincount(draws.timesteps(0, 10), minlength=10).double()
-    # Chi-square with 9 degrees of freedom: above 27.9 with probability 0.001. The draws are fixed: this passes always or never.
-    assert float(((counts - n / 10) ** 2 / (n / 10)).sum()) < 27.9
-    for share, drawn in ((0.1, draws.label_is_dropped(0, 0.1)), (0.5, draws.is_flipped(0))):
-        deviation = (share * (1 - share) / n) ** 0.5
-        assert abs(float(drawn.double().mean()) - share) < 3.3 * deviation
-    assert not draws.label_is_dropped(0, 0.0).any()
-    assert draws.label_is_dropped(0, 1.0).all()

@@ -23,7 +23,8 @@ import torch
 from PIL import Image
 
 from ddpm_fast.builtin import load_folder
-from ddpm_fast.data import TrainingDraws, load_dataset, to_unit_range
+from ddpm_fast.data import load_dataset, to_unit_range
+from ddpm_fast.draws import TrainingDraws
 from ddpm_fast.nn import UNet
 from ddpm_fast.ops import noise
 from ddpm_fast.reference import STREAM_Q_SAMPLE
