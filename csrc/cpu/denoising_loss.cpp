@@ -8,26 +8,30 @@ namespace ddpm_fast::DDPM_FAST_ISA {
 namespace {
 
 template <class A>
-struct LossBuffers {
-  NoiseBuffers<A> noise;
+struct Buffers {
+  NoiseTile<A> noise;
   alignas(64) A m[kMaxDraw], x_0[kMaxDraw], difference[kMaxDraw];
 };
 
 // difference = model output - target: epsilon, x_0, or v = sqrt(abar_t) epsilon - sqrt(1 - abar_t) x_0.
 template <class A>
-void subtract_target(const DenoisingLossArgs& a, const Tiling& tiling, const Tile& tile, LossBuffers<A>& buffers) {
+void subtract_target(const DenoisingLossArgs& a, const Tiling& tiling, const Tile& tile, Buffers<A>& buffers) {
   const Place at = place(tiling, tile);
   const std::int64_t count = tile.count();
   A* difference = buffers.difference;
-  const A* m = load(a.model_output, a.dtype, at, tile, buffers.m);
   if (a.prediction == Prediction::kSample) {
+    const A* m = load(a.model_output, a.dtype, at, tile, buffers.m);
     const A* x_0 = load(a.x_0, a.dtype, at, tile, buffers.x_0);
 #pragma omp simd
     for (std::int64_t i = 0; i < count; ++i) difference[i] = m[i] - x_0[i];
     return;
   }
-  const A* epsilon = noise_tile(a.noise, a.dtype, a.seeds, kStreamQSample, tiling, tile, buffers.noise);
-  if (a.prediction == Prediction::kEpsilon) {
+  const bool velocity = a.prediction == Prediction::kVelocity;
+  buffers.noise.prefetch(a.model_output, a.dtype, at, tile);
+  if (velocity) buffers.noise.prefetch(a.x_0, a.dtype, at, tile);
+  const A* epsilon = buffers.noise.given_or_drawn(a.noise, a.dtype, a.seeds, kStreamQSample, tiling, tile);
+  const A* m = load(a.model_output, a.dtype, at, tile, buffers.m);
+  if (!velocity) {
 #pragma omp simd
     for (std::int64_t i = 0; i < count; ++i) difference[i] = m[i] - epsilon[i];
     return;
@@ -60,7 +64,7 @@ void forward(const DenoisingLossArgs& a) {
   const std::int64_t tiles = tiling.tiles_per_sample();
   std::vector<double> sums(static_cast<std::size_t>(a.shape.n * tiles));  // a tile each, so that threads do not matter
   for_each_tile(tiling, a.shape.n, draws(a), a.threads, [&](std::int64_t index, const Tile& tile) {
-    LossBuffers<A> buffers;
+    Buffers<A> buffers;
     subtract_target(a, tiling, tile, buffers);
     sums[static_cast<std::size_t>(index)] = sum_of_squares(buffers.difference, tile.count());
   });
@@ -76,12 +80,14 @@ void backward(const DenoisingLossBackwardArgs& b) {
   const DenoisingLossArgs& a = b.forward;
   const Tiling tiling(a.shape);
   for_each_tile(tiling, a.shape.n, draws(a), a.threads, [&](std::int64_t, const Tile& tile) {
-    LossBuffers<A> buffers;
+    Buffers<A> buffers;
+    const Place at = place(tiling, tile);
+    buffers.noise.prefetch(b.grad_model_output, a.dtype, at, tile);
     subtract_target(a, tiling, tile, buffers);
     const A factor = 2 * static_cast<const A*>(a.loss)[tile.sample] / static_cast<A>(tiling.numel());
 #pragma omp simd
     for (std::int64_t i = 0; i < tile.count(); ++i) buffers.difference[i] *= factor;
-    store(buffers.difference, b.grad_model_output, a.dtype, place(tiling, tile), tile);
+    store(buffers.difference, b.grad_model_output, a.dtype, at, tile);
   });
 }
 

@@ -61,15 +61,37 @@ constexpr int kGroup = 2 * kLanes;  // blocks at a time: lane i of one vector ho
 constexpr int kMaxDraw = 1024;      // elements that one call of `draw` gives at most
 constexpr int kDrawRoom = kMaxDraw + 4 + 4 * kGroup;  // elements that it may write
 
+// Memory that a tile needs after its noise is drawn. `draw` asks for it piece by piece, so that it arrives meanwhile.
+class Prefetch {
+ public:
+  void add(const void* first, int element_bytes) {
+    next_[count_] = static_cast<const char*>(first);
+    bytes_[count_++] = 4 * kGroup * element_bytes;  // as many elements as are drawn at a time
+  }
+
+  void advance() {
+    for (int i = 0; i < count_; ++i) {
+      for (int line = 0; line < bytes_[i]; line += 64) __builtin_prefetch(next_[i] + line);
+      next_[i] += bytes_[i];
+    }
+  }
+
+ private:
+  int count_ = 0;
+  const char* next_[6];
+  int bytes_[6];
+};
+
 // Normals of elements first .. first + count - 1 of a sample. Returns where in `room` the first one lies.
-inline const float* draw(std::uint64_t seed, std::uint32_t stream, std::int64_t first, std::int64_t count,
-                         float* room) {
+inline const float* draw(std::uint64_t seed, std::uint32_t stream, std::int64_t first, std::int64_t count, float* room,
+                         Prefetch& prefetch) {
   const std::int64_t first_block = first / 4, blocks = (first + count + 3) / 4 - first_block;
   alignas(64) std::uint32_t words[4][kDrawRoom / 4];
   Lanes counters;
   for (int i = 0; i < kLanes; ++i) counters[i] = static_cast<std::uint64_t>(first_block + 2 * i);
   for (std::int64_t block = 0; block < blocks; block += kGroup, counters += kGroup) {
     Lanes even[4] = {counters}, odd[4] = {counters + 1};
+    prefetch.advance();
     philox_lanes(even, seed, stream);
     philox_lanes(odd, seed, stream);
     for (int w = 0; w < 4; ++w) {

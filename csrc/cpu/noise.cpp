@@ -9,9 +9,10 @@ template <class A>
 void run(const NoiseArgs& a) {
   const Tiling tiling(a.shape);
   for_each_tile(tiling, a.shape.n, true, a.threads, [&](std::int64_t, const Tile& tile) {
-    NoiseBuffers<A> buffers;
-    const A* normals = noise_tile(nullptr, a.dtype, a.seeds, a.stream, tiling, tile, buffers);
-    store(normals, a.out, a.dtype, place(tiling, tile), tile);
+    NoiseTile<A> noise;
+    const Place at = place(tiling, tile);
+    noise.prefetch(a.out, a.dtype, at, tile);
+    store(noise.draw(a.seeds[tile.sample], a.stream, tiling, tile), a.out, a.dtype, at, tile);
   });
 }
 

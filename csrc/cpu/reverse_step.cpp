@@ -48,6 +48,16 @@ void run(const ReverseStepArgs& a) {
     const Place at = place(tiling, tile);
     const ModelPlaces model(tiling, tile, tile.sample, a.shape.channels_last, learned);
 
+    NoiseTile<A> noise;
+    const A* z = nullptr;
+    if (row.sigma != 0 && (a.noise != nullptr || a.seeds != nullptr)) {
+      noise.prefetch(a.x_t, a.dtype, at, tile);
+      noise.prefetch(a.model_output, a.model_dtype, model.prediction, tile);
+      noise.prefetch(a.out, a.dtype, at, tile);
+      noise.prefetch(a.x_0_prev, a.dtype, at, tile);
+      noise.prefetch(a.x_0_out, a.dtype, at, tile);
+      z = noise.given_or_drawn(a.noise, a.dtype, a.seeds, static_cast<std::uint32_t>(step), tiling, tile);
+    }
     const A* x = load(a.x_t, a.dtype, at, tile, x_buffer);
     const A* m = load(a.model_output, a.model_dtype, model.prediction, tile, m_buffer);
     if (a.guidance) {
@@ -70,22 +80,18 @@ void run(const ReverseStepArgs& a) {
 #pragma omp simd
       for (std::int64_t i = 0; i < count; ++i) x_prev[i] += row.k3 * x_0_prev[i];
     }
-    if (row.sigma != 0 && (a.noise != nullptr || a.seeds != nullptr)) {
-      NoiseBuffers<A> noise_buffers;
-      const A* z = noise_tile(a.noise, a.dtype, a.seeds, static_cast<std::uint32_t>(step), tiling, tile, noise_buffers);
-      if (learned) {
-        const A* v = load(a.model_output, a.model_dtype, model.variance, tile, m_buffer);
-        const bool range = a.variance == Variance::kLearnedRange;
+    if (z != nullptr && learned) {
+      const A* v = load(a.model_output, a.model_dtype, model.variance, tile, m_buffer);
+      const bool range = a.variance == Variance::kLearnedRange;
 #pragma omp simd
-        for (std::int64_t i = 0; i < count; ++i) {
-          const A f = (v[i] + 1) / 2;
-          const A log_variance = range ? f * row.log_beta + (1 - f) * row.log_beta_tilde : v[i];
-          x_prev[i] += row.sigma * exp(A(0.5) * log_variance) * z[i];
-        }
-      } else {
-#pragma omp simd
-        for (std::int64_t i = 0; i < count; ++i) x_prev[i] += row.sigma * z[i];
+      for (std::int64_t i = 0; i < count; ++i) {
+        const A f = (v[i] + 1) / 2;
+        const A log_variance = range ? f * row.log_beta + (1 - f) * row.log_beta_tilde : v[i];
+        x_prev[i] += row.sigma * exp(A(0.5) * log_variance) * z[i];
       }
+    } else if (z != nullptr) {
+#pragma omp simd
+      for (std::int64_t i = 0; i < count; ++i) x_prev[i] += row.sigma * z[i];
     }
     store(x_prev, a.out, a.dtype, at, tile);
     if (a.x_0_out != nullptr) store(x_0, a.x_0_out, a.dtype, at, tile);

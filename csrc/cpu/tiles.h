@@ -29,7 +29,7 @@ class Tiling {
  public:
   explicit Tiling(const Shape& shape)
       : rows_(shape.channels_last ? shape.hw : shape.c * shape.hw), cols_(shape.channels_last ? shape.c : 1) {
-    tile_cols_ = cols_ < kMaxCols ? cols_ : kMaxCols;
+    tile_cols_ = cols_ < 1 ? 1 : smaller(cols_, kMaxCols);
     tile_rows_ = kMaxDraw / tile_cols_ / 64 * 64;  // 16 blocks: whole vectors
     row_tiles_ = (rows_ + tile_rows_ - 1) / tile_rows_;
     col_tiles_ = (cols_ + kMaxCols - 1) / kMaxCols;
@@ -190,48 +190,57 @@ inline void interleave(const float* const* planes, std::int64_t rows, std::int64
   }
 }
 
-// What `draw_tile` works in.
+// What the noise of a tile is drawn into, and what is to arrive in the cache meanwhile.
 template <class A>
-struct NoiseBuffers {
-  alignas(64) float planes[kMaxDraw + Tiling::kMaxCols * (kDrawRoom - kMaxDraw)];
-  alignas(64) float interleaved[kMaxDraw];
-  alignas(64) A widened[kMaxDraw];
-};
+class NoiseTile {
+ public:
+  // Says that the tile of this tensor is wanted afterwards.
+  void prefetch(const void* tensor, DType dtype, const Place& at, const Tile& tile) {
+    if (tensor == nullptr || at.stride != tile.cols) return;
+    const int bytes = dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+    prefetch_.add(static_cast<const char*>(tensor) + at.offset * bytes, bytes);
+  }
 
-// The normals of a tile in the order of its memory.
-template <class A>
-inline const A* draw_tile(std::uint64_t seed, std::uint32_t stream, const Tiling& tiling, const Tile& tile,
-                          NoiseBuffers<A>& buffers) {
-  const float* planes[Tiling::kMaxCols] = {};
-  if (tile.rows == tiling.rows()) {  // neighbouring planes follow each other
-    planes[0] = draw(seed, stream, tile.col * tiling.rows(), tile.count(), buffers.planes);
-    for (std::int64_t col = 1; col < tile.cols; ++col) planes[col] = planes[0] + col * tile.rows;
-  } else {
-    float* room = buffers.planes;
-    for (std::int64_t col = 0; col < tile.cols; ++col, room += tile.rows + kDrawRoom - kMaxDraw) {
-      planes[col] = draw(seed, stream, (tile.col + col) * tiling.rows() + tile.row, tile.rows, room);
+  // The normals of the tile in the order of its memory.
+  const A* draw(std::int64_t seed, std::uint32_t stream, const Tiling& tiling, const Tile& tile) {
+    const auto key = static_cast<std::uint64_t>(seed);
+    const float* planes[Tiling::kMaxCols] = {};
+    if (tile.rows == tiling.rows()) {  // neighbouring planes follow each other
+      planes[0] = DDPM_FAST_ISA::draw(key, stream, tile.col * tiling.rows(), tile.count(), planes_, prefetch_);
+      for (std::int64_t col = 1; col < tile.cols; ++col) planes[col] = planes[0] + col * tile.rows;
+    } else {
+      float* room = planes_;
+      for (std::int64_t col = 0; col < tile.cols; ++col, room += tile.rows + kDrawRoom - kMaxDraw) {
+        const std::int64_t first = (tile.col + col) * tiling.rows() + tile.row;
+        planes[col] = DDPM_FAST_ISA::draw(key, stream, first, tile.rows, room, prefetch_);
+      }
+    }
+    const float* normals = planes[0];
+    if (tile.cols > 1) {
+      interleave(planes, tile.rows, tile.cols, interleaved_);
+      normals = interleaved_;
+    }
+    if constexpr (std::is_same_v<A, double>) {
+      for (std::int64_t i = 0; i < tile.count(); ++i) widened_[i] = normals[i];
+      return widened_;
+    } else {
+      return normals;
     }
   }
-  const float* normals = planes[0];
-  if (tile.cols > 1) {
-    interleave(planes, tile.rows, tile.cols, buffers.interleaved);
-    normals = buffers.interleaved;
-  }
-  if constexpr (std::is_same_v<A, double>) {
-    for (std::int64_t i = 0; i < tile.count(); ++i) buffers.widened[i] = normals[i];
-    return buffers.widened;
-  } else {
-    return normals;
-  }
-}
 
-// The given noise of a tile, or the drawn one.
-template <class A>
-inline const A* noise_tile(const void* noise, DType dtype, const std::int64_t* seeds, std::uint32_t stream,
-                           const Tiling& tiling, const Tile& tile, NoiseBuffers<A>& buffers) {
-  if (noise != nullptr) return load<A>(noise, dtype, place(tiling, tile), tile, buffers.widened);
-  return draw_tile<A>(static_cast<std::uint64_t>(seeds[tile.sample]), stream, tiling, tile, buffers);
-}
+  // The given noise, or where there is none, the drawn one.
+  const A* given_or_drawn(const void* noise, DType dtype, const std::int64_t* seeds, std::uint32_t stream,
+                          const Tiling& tiling, const Tile& tile) {
+    if (noise != nullptr) return load<A>(noise, dtype, place(tiling, tile), tile, widened_);
+    return draw(seeds[tile.sample], stream, tiling, tile);
+  }
+
+ private:
+  Prefetch prefetch_;
+  alignas(64) float planes_[kMaxDraw + Tiling::kMaxCols * (kDrawRoom - kMaxDraw)];
+  alignas(64) float interleaved_[kMaxDraw];
+  alignas(64) A widened_[kMaxDraw];
+};
 
 // ------------------------------------------------------------------------------------------------------------- threads
 
