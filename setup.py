@@ -31,9 +31,9 @@ class CMakeBuild(build_ext):
     """Runs CMake, which owns the sources and the flags, and leaves the library where setuptools looks for it."""
 
     def build_extension(self, ext: Extension) -> None:
-        import pybind11  # a build requirement; not there when only metadata is asked for
-
         check_compiler()
+        import pybind11  # a build requirement: not there when only metadata is asked for
+
         scripts = sysconfig.get_path("scripts")  # of an environment that is used without being activated
         path = os.environ["PATH"] + os.pathsep + scripts
         programs = {name: shutil.which(name, path=path) for name in ("cmake", "ninja")}

@@ -23,6 +23,7 @@ from ddpm_fast.builtin import BUILTIN, Pretrained, load_folder
 from ddpm_fast.data import load_dataset, to_unit_range
 from ddpm_fast.evaluate import variational_bound
 from ddpm_fast.images import image_format, save_grid, save_trajectory
+from ddpm_fast.info import info
 from ddpm_fast.plan import SamplingPlan, ddim_plan, ddpm_plan
 from ddpm_fast.run_folder import RunFolder, write_json
 from ddpm_fast.sample import sample
@@ -363,3 +364,12 @@ def evaluate_command(
                 "seconds": seconds,
             },
         )
+
+
+# ------------------------------------------------------------------------------------------------------------------- info
+
+
+@main.command("info")
+def info_command() -> None:
+    """Say what is installed, and what runs on this machine, and what does not and why."""
+    click.echo(info())

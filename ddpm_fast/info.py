@@ -1,0 +1,87 @@
+"""What is here and what runs on it: the text of `ddpm-fast info`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+import ddpm_fast
+
+from .ops.backend import FAMILIES, OPS, native, native_error, why_not
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _processor() -> str:
+    """The name on Linux's first `model name` line; elsewhere what Python knows."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def _devices() -> list[torch.device]:
+    return [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
+
+
+def _versions() -> Iterator[str]:
+    yield f"ddpm_fast {ddpm_fast.__version__}, Python {platform.python_version()}, {platform.platform()}"
+    yield ", ".join(f"{name} {_version(name)}" for name in ("torch", "triton", "numpy", "safetensors"))
+
+
+def _device_lines() -> Iterator[str]:
+    yield f"cpu: {_processor()}, {os.cpu_count()} processors, {torch.get_num_threads()} threads in torch"
+    for device in _devices()[1:]:
+        properties = torch.cuda.get_device_properties(device)
+        memory = properties.total_memory / 2**30
+        yield f"{device}: {properties.name}, compute capability {properties.major}.{properties.minor}, {memory:.0f} GiB"
+    if not torch.cuda.is_available():
+        yield "cuda: " + ("no device" if torch.version.cuda else "this build of torch has no CUDA")
+
+
+def _native_lines() -> Iterator[str]:
+    error = native_error()
+    if error is not None:
+        yield f"not loaded: {error}"
+        return
+    build = native().build_info()
+    yield f"version {build['version']}, compiler {build['compiler']}, OpenMP {'yes' if build['openmp'] else 'no'}"
+    yield f"instruction set {build['isa']}, of {', '.join(build['isas'])} (DDPM_FAST_ISA caps it)"
+    archs = ", ".join(f"sm_{arch}" for arch in build["cuda_archs"])
+    yield f"CUDA {archs}" if archs else f"no CUDA kernels: {build['cuda_why_not']}"
+
+
+def _table(device: torch.device) -> Iterator[str]:
+    """One row an op, one column a family: yes, or the number of a reason below."""
+    width = max(map(len, OPS))
+    yield " " * width + "".join(f"  {family:<9}" for family in FAMILIES)
+    reasons: list[str] = []
+    for op in OPS:
+        cells = []
+        for family in FAMILIES:
+            reason = why_not(family, op, device)
+            if reason is not None and reason not in reasons:
+                reasons.append(reason)
+            cells.append("yes" if reason is None else f"no ({reasons.index(reason) + 1})")
+        yield (f"{op:<{width}}" + "".join(f"  {cell:<9}" for cell in cells)).rstrip()
+    for number, reason in enumerate(reasons, 1):
+        yield f"({number}) {reason}"
+
+
+def info() -> str:
+    """Versions, devices, the native module, and for every op which family runs on each device, or why it does not."""
+    sections = [("Versions", _versions()), ("Devices", _device_lines()), ("Native module", _native_lines())]
+    sections += [(f"Ops on {device}", _table(device)) for device in _devices()]
+    return "\n\n".join("\n".join([title, *(f"  {line}" for line in lines)]) for title, lines in sections)

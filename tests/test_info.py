@@ -1,0 +1,40 @@
+"""`ddpm-fast info`."""
+
+import pytest
+from click.testing import CliRunner
+
+from ddpm_fast import cli, info
+from ddpm_fast.ops import backend
+
+
+def _rows(text: str) -> dict[str, list[str]]:
+    """The cells of the CPU's table, by op."""
+    table = text.partition("Ops on cpu\n")[2]
+    return {op: line.split()[1:] for line in table.splitlines() for op in backend.OPS if line.split()[:1] == [op]}
+
+
+def test_the_table_says_what_runs() -> None:
+    text = info.info()
+    assert _rows(text).keys() == set(backend.OPS)
+    for cells in _rows(text).values():
+        assert cells == ["yes", "yes", "yes"]  # native is built, and the tests run Triton's interpreter
+
+
+def test_the_table_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    reason = "it is a test"
+    monkeypatch.setattr(info, "why_not", lambda family, op, device: reason if family == "native" else None)
+    text = info.info()
+    for cells in _rows(text).values():
+        assert cells == ["no", "(1)", "yes", "yes"]
+    assert text.count(f"(1) {reason}") == 1
+
+
+def test_a_native_module_that_is_absent_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(info, "native_error", lambda: "no such file")
+    assert "Native module\n  not loaded: no such file" in info.info()
+
+
+def test_command() -> None:
+    result = CliRunner().invoke(cli.main, ["info"])
+    assert result.exit_code == 0
+    assert result.output == info.info() + "\n"

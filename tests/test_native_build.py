@@ -1,0 +1,130 @@
+"""The native module as a build: published vectors, one result for every instruction set, one OpenMP runtime, clear errors."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import ddpm_fast
+from ddpm_fast import _native, reference
+
+ROOT = Path(__file__).parent.parent
+
+# philox4x32-10 of Random123's kat_vectors: counter, key, words. Digits of pi in the last.
+KNOWN_ANSWERS = [
+    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xA4093822, 0x299F31D0),
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
+]
+
+
+@pytest.mark.parametrize(("counter", "key", "words"), KNOWN_ANSWERS, ids=["zeros", "ones", "pi"])
+def test_philox_known_answers(counter: tuple[int, ...], key: tuple[int, ...], words: tuple[int, ...]) -> None:
+    assert tuple(_native.philox4x32(counter, key)) == words
+
+
+def test_philox_blocks_equal_the_reference() -> None:
+    seed, stream, first, blocks = -(2**62) - 12345, 0xFFFFFFF0, 2**32 - 5, 5  # the top of every range
+    words = torch.empty(blocks, 4, dtype=torch.int32)
+    _native.philox(seed, stream, first, blocks, words.data_ptr())
+    assert torch.equal(words.long() & 0xFFFFFFFF, reference.philox(torch.tensor([seed]), stream, first, blocks)[0])
+
+
+# Prints the instruction set, then the normals of two samples as hexadecimal bytes: contiguous, channels_last by two threads.
+# The module is loaded by its path: it needs neither torch nor the rest of the package.
+DRAW = """
+import array, importlib.util, sys
+spec = importlib.util.spec_from_file_location("_native", sys.argv[1])
+native = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(native)
+n, c, hw = map(int, sys.argv[2:5])
+seeds, out = array.array("q", [5, -7]), array.array("f", [0]) * (n * c * hw)
+print(native.build_info()["isa"])
+for channels_last, threads in ((0, 1), (1, 2)):
+    native.noise(0, out.buffer_info()[0], seeds.buffer_info()[0], 9, n, c, hw, channels_last, threads)
+    print(out.tobytes().hex())
+"""
+
+
+def _draw(isa: str, shape: tuple[int, int, int]) -> "subprocess.CompletedProcess[str]":
+    arguments = [sys.executable, "-c", DRAW, _native.__file__, *map(str, shape)]
+    return subprocess.run(arguments, env=os.environ | {"DDPM_FAST_ISA": isa}, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("isa", _native.build_info()["isas"])
+def test_every_instruction_set_draws_the_same_bits(isa: str) -> None:
+    """The float32 normals of the reference, to the last bit; a set that this processor lacks falls back to the best it has."""
+    n, c, height, width = 2, 3, 97, 101  # planes and samples that end within a block and within a vector
+    normals = reference.noise((n, c, height, width), torch.tensor([5, -7]), 9, torch.float32)
+    result = _draw(isa, (n, c, height * width))
+    assert result.returncode == 0, result.stderr
+    used, contiguous, channels_last = result.stdout.split()
+    sets = _native.build_info()["isas"]
+    assert used == sets[min(sets.index(isa), sets.index(_best()))]
+    assert contiguous == normals.numpy().tobytes().hex()
+    assert channels_last == normals.permute(0, 2, 3, 1).contiguous().numpy().tobytes().hex()
+
+
+def _best() -> str:
+    return _draw("", (2, 1, 1)).stdout.split()[0]
+
+
+def test_an_unknown_instruction_set_is_an_error() -> None:
+    result = _draw("sse9", (2, 1, 1))
+    assert result.returncode != 0
+    assert "DDPM_FAST_ISA: expected one of the compiled instruction sets, got 'sse9'" in result.stderr
+
+
+def test_build_info() -> None:
+    build = _native.build_info()
+    assert build["version"] == ddpm_fast.__version__
+    assert build["isas"][0] == "baseline"
+    assert build["isa"] in build["isas"]
+    assert bool(build["cuda_archs"]) != bool(build["cuda_why_not"])
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/maps")
+def test_one_openmp_runtime_in_the_process() -> None:
+    """The module's threads are torch's: two runtimes would each start their own, and fight for the processors."""
+    script = """
+import torch, ddpm_fast
+ddpm_fast.noise((64, 3, 32, 32), ddpm_fast.sample_seeds(0, 64), backend="native")
+libraries = {line.split()[-1] for line in open("/proc/self/maps")}
+print(*(path for path in libraries if "gomp" in path or "iomp" in path or "libomp" in path), sep="\\n")
+"""
+    command = [sys.executable, "-W", "ignore", "-c", script]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert len(result.stdout.split()) == 1, result.stdout
+
+
+def _setup_without_compiler(tmp_path: Path, **environment: str) -> "subprocess.CompletedProcess[str]":
+    arguments = ["setup.py", "-q", "build_ext", "--build-temp", str(tmp_path / "temp"), "--build-lib", str(tmp_path / "lib")]
+    variables = {name: value for name, value in os.environ.items() if name != "CXX"}
+    variables |= {"PATH": str(tmp_path)} | environment
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=variables, capture_output=True, text=True)
+
+
+def test_without_a_compiler_one_clear_error(tmp_path: Path) -> None:
+    result = _setup_without_compiler(tmp_path)
+    assert result.returncode != 0
+    assert result.stderr.count("error:") == 1
+    assert "Traceback" not in result.stderr
+    assert "apt-get install g++" in result.stderr  # what to install
+    assert "DDPM_FAST_NO_NATIVE=1" in result.stderr  # how to do without
+
+
+def test_a_compiler_that_is_not_there_is_named(tmp_path: Path) -> None:
+    assert "found no CXX='c++-99'" in _setup_without_compiler(tmp_path, CXX="c++-99").stderr
+
+
+def test_no_native_builds_nothing(tmp_path: Path) -> None:
+    result = _setup_without_compiler(tmp_path, DDPM_FAST_NO_NATIVE="1")
+    assert result.returncode == 0, result.stderr
+    assert not list(tmp_path.rglob("_native*"))

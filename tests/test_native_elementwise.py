@@ -1,0 +1,108 @@
+"""Native noise, q_sample, reverse_step and denoising_loss beyond parity: the last bit, any batch, any number of threads."""
+
+import pytest
+import torch
+from torch import Tensor
+
+import ddpm_fast
+from ddpm_fast import _native, reference
+
+# Ends within a block, a vector and a tile; more channels than a tile holds; one pixel; several tiles a sample.
+SHAPES = [(3, 3, 7, 5), (2, 37, 9, 9), (2, 5, 1, 1), (2, 3, 40, 32)]
+SCHEDULE = ddpm_fast.NoiseSchedule.linear(50)
+
+
+def _inputs(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x, m, t and seeds."""
+    generator = torch.Generator().manual_seed(0)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    x, m = (torch.randn(shape, generator=generator).to(dtype).contiguous(memory_format=layout) for _ in range(2))
+    return x, m, torch.randint(50, shape[:1], generator=generator), ddpm_fast.sample_seeds(3, shape[0])
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_bit_for_bit_the_reference(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool) -> None:
+    """Products and sums are rounded one by one in the reference's order, so nothing may differ."""
+    x, m, t, seeds = _inputs(shape, dtype, channels_last)
+    plan = ddpm_fast.ddpm_plan(SCHEDULE)
+    for op, arguments in [
+        (ddpm_fast.q_sample, {"x_0": x, "t": t, "schedule": SCHEDULE, "seeds": seeds}),
+        (ddpm_fast.reverse_step, {"x_t": x, "model_output": m, "step": t, "plan": plan, "seeds": seeds}),
+        (ddpm_fast.reverse_step, {"x_t": x, "model_output": m, "step": 7, "plan": plan, "noise": m, "x_0_prev": x}),
+    ]:
+        assert torch.equal(op(**arguments, backend="native"), op(**arguments, backend="reference"))
+
+
+def test_conversions_to_16_bits_round_like_torch() -> None:
+    """Every 16-bit value, the ties between neighbours, what overflows, what is subnormal, NaN."""
+    halves = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.float16)
+    edges = torch.tensor([65519.996, 65520.0, 2.0**-24, 2.0**-25, 2.0**-25 * 1.001, 1e-38, 1e-42, 3e38, float("nan")])
+    values = torch.cat([halves.float(), halves.float().nextafter(torch.tensor(9e9)), edges, -edges])
+    values = torch.cat([values, values * (1 + 2.0**-11), values * (1 + 2.0**-9)])
+    values = values[~values.isinf()]
+    k2_only = torch.tensor([[0.0, 0, 0, 0, 1, 0, 0, 0, 0, 1]])  # of a plan: x_{t-1} = the model's output
+    noise_only = torch.tensor([[0.0, 1.0]])  # of a schedule: x_t = epsilon
+    first = torch.tensor([0])
+    for code, dtype in ((2, torch.float16), (3, torch.bfloat16)):
+        zeros, narrowed = torch.zeros(values.numel(), dtype=dtype), torch.empty(values.numel(), dtype=dtype)
+        _native.reverse_step(
+            *(code, 0, narrowed.data_ptr(), 0, zeros.data_ptr(), values.data_ptr(), k2_only.data_ptr(), first.data_ptr(), 0),
+            *(0, 0, 0, 0, 0.0, 0, 1, 1, values.numel(), 0, 1),
+        )
+        torch.testing.assert_close(narrowed, (values + 0.0).to(dtype), rtol=0, atol=0, equal_nan=True)
+        given = halves.view(dtype)
+        back = torch.empty_like(given)
+        _native.q_sample(
+            *(code, back.data_ptr(), zeros.data_ptr(), first.data_ptr(), noise_only.data_ptr(), given.data_ptr(), 0),
+            *(1, 1, given.numel(), 0, 1),
+        )
+        torch.testing.assert_close(back, given + 0.0, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+def test_a_sample_depends_on_neither_its_batch_nor_the_threads(channels_last: bool) -> None:
+    shape = (33, 3, 32, 32)  # enough work for two threads, in an odd number of samples
+    x, m, t, seeds = _inputs(shape, torch.float32, channels_last)
+    plan = ddpm_fast.ddpm_plan(SCHEDULE)
+
+    def run(samples: slice) -> list[Tensor]:
+        arguments = {"t": t[samples], "schedule": SCHEDULE, "seeds": seeds[samples], "backend": "native"}
+        output = m[samples].clone(memory_format=torch.preserve_format).requires_grad_()
+        losses = [
+            ddpm_fast.denoising_loss(output, x[samples], **arguments, prediction=prediction, reduction="none")
+            for prediction in reference.PREDICTIONS
+        ]
+        grads = [torch.autograd.grad(loss.sum(), output)[0] for loss in losses]
+        step = ddpm_fast.reverse_step(x[samples], m[samples], t[samples], plan, seeds=seeds[samples], backend="native")
+        return [ddpm_fast.q_sample(x[samples], **arguments), step, *(loss.detach() for loss in losses), *grads]
+
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            results.append(run(slice(None)))
+        alone = run(slice(5, 6))
+    finally:
+        torch.set_num_threads(threads)
+    for one, two, single in zip(*results, alone, strict=True):
+        assert torch.equal(one, two)
+        assert torch.equal(one[5:6], single)
+
+
+@pytest.mark.parametrize("guidance_scale", [None, 3.0])
+@pytest.mark.parametrize("variance", ["fixed_small", "learned_range"])
+def test_in_place(variance: str, guidance_scale: float | None) -> None:
+    """out = x_t gives what a separate output gives."""
+    x, m, t, seeds = _inputs((4, 3, 8, 8), torch.float32, False)
+    if variance == "learned_range":
+        m = torch.cat([m, m.flip(0)], dim=1)
+    if guidance_scale is not None:
+        m = torch.cat([m, m.flip(0)])
+    plan = ddpm_fast.ddpm_plan(SCHEDULE, variance=variance)
+    arguments = {"seeds": seeds, "guidance_scale": guidance_scale, "backend": "native"}
+    expected = ddpm_fast.reverse_step(x, m, t, plan, **arguments)
+    ddpm_fast.reverse_step(x, m, t, plan, out=x, **arguments)
+    assert torch.equal(x, expected)
