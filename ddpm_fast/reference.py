@@ -293,7 +293,7 @@ def group_norm_silu(
     h = x.to(wide)
     if shift is not None:
         h = h + over_channels(shift)
-    grouped = h.reshape(n, num_groups, -1)
+    grouped = h.reshape(n, num_groups, channels // num_groups, -1).flatten(2) if n else h.reshape(0, num_groups, 1)
     mean = grouped.mean(dim=2)
     variance = (grouped - mean[..., None]).square().mean(dim=2)
     rstd = torch.rsqrt(variance + eps)

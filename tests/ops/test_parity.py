@@ -39,7 +39,7 @@ def _evaluate(call: Call, backend: str) -> tuple[tuple[torch.Tensor, ...], dict[
     return outputs, dict(zip(call.tensors, grads, strict=True))
 
 
-def _assert_close(name: str, got: torch.Tensor, baseline: torch.Tensor, truth: torch.Tensor) -> None:
+def _assert_close(name: str, got: torch.Tensor, baseline: torch.Tensor, truth: torch.Tensor, condition: float = 1.0) -> None:
     assert got.dtype == baseline.dtype, name
     assert got.shape == truth.shape, name
     if truth.numel() == 0:
@@ -49,6 +49,8 @@ def _assert_close(name: str, got: torch.Tensor, baseline: torch.Tensor, truth: t
     # A lucky reference is not held against a kernel: a result may be off by its rounding, and the float32 (or float64)
     # arithmetic before it by a few.
     rounding = 0.5 * torch.finfo(got.dtype).eps + 4 * torch.finfo(opmath(got.dtype)).eps
+    if got.dtype == torch.float64:  # the truth is no wider: it is off itself, by roundings that the problem magnifies
+        rounding *= condition
     limit = max(2 * allowed, rounding * scale)
     assert error <= limit, f"{name}: error {error:.3g}, reference's own {allowed:.3g}, limit {limit:.3g}, scale {scale:.3g}"
 
@@ -62,11 +64,13 @@ def test_parity(case: Case, family: str, dtype: torch.dtype, channels_last: bool
     outputs, grads = _evaluate(call, family)
     baseline_outputs, baseline_grads = _evaluate(call, "reference")
     true_outputs, true_grads = _evaluate(call.map(lambda x: x.double()), "reference")
+    # Normalising values that lie far from 0 magnifies their rounding by how far.
+    condition = 1 + case.options.get("offset", 0) / case.options.get("spread", 1)
     for i, (got, baseline, truth) in enumerate(zip(outputs, baseline_outputs, true_outputs, strict=True)):
-        _assert_close(f"output {i}", got, baseline, truth.detach())
+        _assert_close(f"output {i}", got, baseline, truth.detach(), condition)
     assert grads.keys() == true_grads.keys()
     for name in grads:
-        _assert_close(f"gradient of {name}", grads[name], baseline_grads[name], true_grads[name])
+        _assert_close(f"gradient of {name}", grads[name], baseline_grads[name], true_grads[name], condition)
     main = next((x for x in call.tensors.values() if x.dim() == 4), None)
     if main is not None and case.op != "denoising_loss":
         assert outputs[0].stride() == main.stride(), "the output keeps the memory format"
