@@ -74,7 +74,7 @@ def sample(
     Args:
         model: called as model(x_t, t), or model(x_t, t, class_labels) if it has classes, with x_t [N, C, H, W] and t int64
             [N]; gives what the plan's `prediction` says (or an object with that as `.sample`). Used in eval mode and left
-            as it was.
+            as it was. If its weights are channels_last, so is x_t.
         plan: from `ddpm_plan`, `ddim_plan`, ...
         num_samples: images to draw.
         seed: an int; or int64 [num_samples], a seed an image: `sample_seeds(0, 16)[5:6]` draws image 5 of seed 0 alone.
@@ -116,9 +116,8 @@ def sample(
     model_device, model_dtype = device_and_dtype(model)
     device, dtype = torch.device(device or model_device), dtype or model_dtype
     state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    layout = torch.channels_last if len(shape) == 3 else torch.contiguous_format
     # Allocated outside of inference mode, so that the caller gets ordinary tensors.
-    images = torch.empty((num_samples, *shape), dtype=state_dtype, device=device, memory_format=layout)
+    images = torch.empty((num_samples, *shape), dtype=state_dtype, device=device, memory_format=_memory_format(model, shape))
     trajectory: Tensor | None = None
     frames: dict[int, Tensor] = {}  # states to keep, by number: 0 is x_T, num_steps is x_0
     if return_trajectory:
@@ -228,6 +227,14 @@ def _image_shape(model: nn.Module, plan: SamplingPlan, shape: Sequence[int] | No
             f"{plan.variance}, got out_channels {config['out_channels']}"
         )
     return tuple(shape)
+
+
+def _memory_format(model: nn.Module, shape: Sequence[int]) -> torch.memory_format:
+    """channels_last for images and a model whose convolutions have their weights so, else contiguous."""
+    weights = (p for p in model.parameters() if p.dim() == 4 and not p.is_contiguous())
+    if len(shape) == 3 and any(p.is_contiguous(memory_format=torch.channels_last) for p in weights):
+        return torch.channels_last
+    return torch.contiguous_format
 
 
 def resolve_seeds(caller: str, seed: int | Tensor, num_samples: int) -> Tensor:

@@ -258,6 +258,29 @@ def test_the_mode_is_restored_after_an_error() -> None:
     assert model.training
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_state_has_the_memory_format_of_the_weights(layout: torch.memory_format) -> None:
+    seen = []
+    model = nn.Conv2d(3, 3, 3, padding=1).to(memory_format=layout)
+    call = model.forward
+    model.forward = lambda x_t, t: (seen.append(x_t.is_contiguous(memory_format=layout)), call(x_t))[1]  # type: ignore
+    images = sample(model, ddpm_plan(SCHEDULE, 3), 2, shape=(3, 4, 4), progress=False)
+    assert seen == [True] * 3
+    assert images.is_contiguous()
+    # The noise is that of the logical order, whatever the memory is like.
+    nn.init.zeros_(model.weight)
+    nn.init.zeros_(model.bias)
+
+    class Zero(nn.Module):
+        def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+            return torch.zeros_like(x_t)
+
+    plan = ddpm_plan(SCHEDULE, 3)
+    torch.testing.assert_close(
+        sample(model, plan, 2, shape=(3, 4, 4), progress=False), sample(Zero(), plan, 2, shape=(3, 4, 4), progress=False)
+    )
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_half_precision_network_steps_a_float32_state(dtype: torch.dtype) -> None:
     model, plan = Recording(), ddpm_plan(SCHEDULE)
