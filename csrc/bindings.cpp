@@ -160,4 +160,56 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
                                                 threads}});
       },
       nogil);
+  m.def(
+      "group_norm_silu",
+      [](int dtype, Address y, Address mean, Address rstd, Address x, Address weight, int weight_dtype, Address bias,
+         int bias_dtype, Address shift, int shift_dtype, Address scale, int scale_dtype, Address scale_shift,
+         int scale_shift_dtype, std::int64_t n, std::int64_t c, std::int64_t hw, std::int64_t groups, double eps,
+         bool silu, bool channels_last, int threads) {
+        cpu_kernels().group_norm_silu({DType{dtype},
+                                       Pointer{y},
+                                       Pointer{mean},
+                                       Pointer{rstd},
+                                       Pointer{x},
+                                       {Pointer{weight}, DType{weight_dtype}},
+                                       {Pointer{bias}, DType{bias_dtype}},
+                                       {Pointer{shift}, DType{shift_dtype}},
+                                       {Pointer{scale}, DType{scale_dtype}},
+                                       {Pointer{scale_shift}, DType{scale_shift_dtype}},
+                                       {n, c, hw, channels_last},
+                                       groups,
+                                       eps,
+                                       silu,
+                                       threads});
+      },
+      nogil);
+  m.def(
+      "group_norm_silu_backward",
+      [](int dtype, Address dx, Address dweight, Address dbias, Address dshift, Address dscale, Address dscale_shift,
+         Address dy, Address x, Address mean, Address rstd, Address weight, int weight_dtype, Address bias,
+         int bias_dtype, Address shift, int shift_dtype, Address scale, int scale_dtype, Address scale_shift,
+         int scale_shift_dtype, std::int64_t n, std::int64_t c, std::int64_t hw, std::int64_t groups, bool silu,
+         bool channels_last, int threads) {
+        cpu_kernels().group_norm_silu_backward({DType{dtype},
+                                                Pointer{dx},
+                                                Pointer{dweight},
+                                                Pointer{dbias},
+                                                Pointer{dshift},
+                                                Pointer{dscale},
+                                                Pointer{dscale_shift},
+                                                Pointer{dy},
+                                                Pointer{x},
+                                                Pointer{mean},
+                                                Pointer{rstd},
+                                                {Pointer{weight}, DType{weight_dtype}},
+                                                {Pointer{bias}, DType{bias_dtype}},
+                                                {Pointer{shift}, DType{shift_dtype}},
+                                                {Pointer{scale}, DType{scale_dtype}},
+                                                {Pointer{scale_shift}, DType{scale_shift_dtype}},
+                                                {n, c, hw, channels_last},
+                                                groups,
+                                                silu,
+                                                threads});
+      },
+      nogil);
 }

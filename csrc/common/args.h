@@ -86,4 +86,37 @@ struct DenoisingLossBackwardArgs {
   DenoisingLossArgs forward;  // with loss: the gradient of the loss, [n]
 };
 
+// One value a channel: [c] for weight and bias, [n, c] for the others.
+struct ChannelInput {
+  const void* data;  // may be absent
+  DType dtype;
+};
+
+struct GroupNormSiluArgs {
+  DType dtype;
+  void* y;
+  void *mean, *rstd;  // [n, groups], float64 for float64 and float32 for every other dtype
+  const void* x;
+  ChannelInput weight, bias, shift, scale, scale_shift;
+  Shape shape;
+  std::int64_t groups;
+  double eps;
+  bool silu;
+  int threads;
+};
+
+struct GroupNormSiluBackwardArgs {
+  DType dtype;
+  void* dx;
+  // Of mean's dtype; each may be absent.
+  void *dweight, *dbias;                 // [c]
+  void *dshift, *dscale, *dscale_shift;  // [n, c]
+  const void *dy, *x, *mean, *rstd;
+  ChannelInput weight, bias, shift, scale, scale_shift;
+  Shape shape;
+  std::int64_t groups;
+  bool silu;
+  int threads;
+};
+
 }  // namespace ddpm_fast

@@ -9,12 +9,14 @@
 
 #include "common/args.h"
 
-#define DDPM_FAST_CPU_OPS(OP)           \
-  OP(noise, NoiseArgs)                  \
-  OP(q_sample, QSampleArgs)             \
-  OP(reverse_step, ReverseStepArgs)     \
-  OP(denoising_loss, DenoisingLossArgs) \
-  OP(denoising_loss_backward, DenoisingLossBackwardArgs)
+#define DDPM_FAST_CPU_OPS(OP)                            \
+  OP(noise, NoiseArgs)                                   \
+  OP(q_sample, QSampleArgs)                              \
+  OP(reverse_step, ReverseStepArgs)                      \
+  OP(denoising_loss, DenoisingLossArgs)                  \
+  OP(denoising_loss_backward, DenoisingLossBackwardArgs) \
+  OP(group_norm_silu, GroupNormSiluArgs)                 \
+  OP(group_norm_silu_backward, GroupNormSiluBackwardArgs)
 
 namespace ddpm_fast {
 

@@ -1,0 +1,142 @@
+// What the forward and the backward pass of group_norm_silu share: how the work is cut, room to work in, and the small
+// inputs of a slice of channels.
+#pragma once
+
+#include <cstdlib>
+#include <initializer_list>
+#include <new>
+#include <type_traits>
+
+#include "common/args.h"
+#include "cpu/parallel.h"
+#include "cpu/silu.h"
+#include "cpu/vector.h"
+
+namespace ddpm_fast::DDPM_FAST_ISA {
+
+using Index = std::int64_t;
+
+constexpr Index round_up(Index value, Index unit) { return (value + unit - 1) / unit * unit; }
+constexpr Index smaller(Index a, Index b) { return a < b ? a : b; }
+constexpr Index larger(Index a, Index b) { return a > b ? a : b; }
+
+// Room that a thread keeps from call to call (fresh pages would cost more than the kernel), handed out in pieces: one
+// for a call, of its calling thread, and one for a slice.
+enum class RoomFor { kCall, kSlice };
+
+class Room {
+ public:
+  Room(RoomFor use, Index bytes) {
+    static thread_local Kept rooms[2];
+    Kept& kept = rooms[static_cast<int>(use)];
+    if (kept.bytes < bytes) {
+      std::free(kept.start);
+      kept.start = static_cast<char*>(std::aligned_alloc(kVectorSize, round_up(bytes, kVectorSize)));
+      kept.bytes = kept.start == nullptr ? 0 : bytes;
+      if (kept.start == nullptr) throw std::bad_alloc();
+    }
+    next_ = kept.start;
+  }
+  // `count` values, and up to a whole vector.
+  template <class Real>
+  Real* take(Index count) {
+    Real* piece = reinterpret_cast<Real*>(next_);
+    next_ += bytes<Real>(count);
+    return piece;
+  }
+  template <class Real>
+  static constexpr Index bytes(Index count) {
+    return round_up(count * static_cast<Index>(sizeof(Real)), kVectorSize);
+  }
+
+ private:
+  struct Kept {
+    char* start = nullptr;
+    Index bytes = 0;
+    ~Kept() { std::free(start); }
+  };
+  char* next_;
+};
+
+// A thread takes whole groups of one sample. No sum crosses a group but those over samples, which come last: the cut
+// changes no result.
+struct Slice {
+  Index sample, first_group, groups, first_channel, channels;
+};
+
+struct Cut {
+  Index slices, groups_per_slice;
+
+  // channels_last slices have whole cache lines where groups allow, and are read from cache the second time.
+  Cut(const Shape& shape, Index groups, Index element_size, Index bytes_per_pixel, int threads) {
+    const Index group_channels = shape.c / groups;
+    slices = shape.n % threads != 0 && shape.n < 8 * threads ? threads : 1;
+    Index unit = 1;
+    if (shape.channels_last) {
+      slices = larger(slices, shape.hw * shape.c * bytes_per_pixel / kCacheBytes);
+      const Index line = 64 / element_size;
+      while (unit * group_channels % line != 0) ++unit;
+    }
+    groups_per_slice = smaller(groups, round_up((groups + slices - 1) / slices, unit));
+    slices = (groups + groups_per_slice - 1) / groups_per_slice;
+  }
+
+  template <class Body>
+  void run(const Shape& shape, Index groups, int threads, Body body) const {
+    const Index group_channels = shape.c / groups, slice_elements = groups_per_slice * group_channels * shape.hw;
+    parallel_for(shape.n * slices, kGrain / larger(slice_elements, 1) + 1, threads, [&](Index i) {
+      const Index first = i % slices * groups_per_slice, count = smaller(groups_per_slice, groups - first);
+      body(Slice{i / slices, first, count, first * group_channels, count * group_channels});
+    });
+  }
+
+  static constexpr Index kCacheBytes = 1 << 20;  // of a slice; half a core's L2
+  static constexpr Index kGrain = 8192;          // elements worth a thread: two wake-ups
+};
+
+// Channels first .. first + count - 1 of a small input, or `absent` where there is none. `to` has whole vectors.
+template <class Real>
+void widen_input(const ChannelInput& input, Index first, Index count, Real absent, Real* to) {
+  const auto copy = [&](auto* from) {
+    using T = std::remove_cv_t<std::remove_reference_t<decltype(*from)>>;
+    if constexpr (std::is_same_v<RealOf<T>, Real>) {
+      Index i = 0;
+      for (; i + kWidth<T> <= count; i += kWidth<T>) store(to + i, load(from + first + i));
+      if (i < count) store(to + i, load(from + first + i, static_cast<int>(count - i)));
+    } else {  // float32 beside float64
+      for (Index i = 0; i < count; ++i) to[i] = static_cast<Real>(from[first + i]);
+    }
+  };
+  if (input.data == nullptr) {
+    for (Index i = 0; i < round_up(count, kWidth<Real>); i += kWidth<Real>) store(to + i, broadcast(absent));
+  } else if (input.dtype == DType::kFloat32) {
+    copy(static_cast<const float*>(input.data));
+  } else if constexpr (std::is_same_v<Real, double>) {
+    copy(static_cast<const double*>(input.data));
+  } else if (input.dtype == DType::kFloat16) {
+    copy(static_cast<const Float16*>(input.data));
+  } else {
+    copy(static_cast<const BFloat16*>(input.data));
+  }
+}
+
+// Calls body(T{}, true_type or false_type for SiLU).
+template <class Body>
+void with_types(DType dtype, bool silu, Body body) {
+  const auto with_silu = [&](auto type) {
+    if (silu) return body(type, std::true_type{});
+    body(type, std::false_type{});
+  };
+  switch (dtype) {
+    case DType::kFloat32:
+      return with_silu(float{});
+    case DType::kFloat64:
+      return with_silu(double{});
+    case DType::kFloat16:
+      return with_silu(Float16{});
+    case DType::kBFloat16:
+      return with_silu(BFloat16{});
+  }
+}
+
+}  // namespace ddpm_fast::DDPM_FAST_ISA

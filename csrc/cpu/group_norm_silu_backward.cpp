@@ -1,0 +1,327 @@
+// Gradients of group_norm_silu.
+//
+// With h = x + shift, x_hat = (h - mean) rstd, t = x_hat gain + offset, gain = weight (1 + scale), offset = bias (1 +
+// scale)
+// + scale_shift, y = act(t), and g = dy act'(t):
+//   S1 = sum of g, S2 = sum of g x_hat, per sample and channel
+//   dscale_shift = S1, dscale = weight S2 + bias S1, dweight = sum over samples of (1 + scale) S2, dbias of (1 + scale)
+//   S1 m1, m2 = sum of gain S1, gain S2 over the group's channels, by its number of values dx = rstd (gain g - m1 -
+//   x_hat m2), dshift = sum of dx
+// A thread takes a slice as in the forward pass. The first sweep makes S1 and S2 and keeps g, in float32, where it fits
+// in cache, since making it again costs more than writing and reading it there; the second makes dx.
+#include "cpu/group_norm.h"
+
+namespace ddpm_fast::DDPM_FAST_ISA {
+
+namespace {
+
+constexpr Index kKeptBytes = 1 << 20;  // g of a larger slice is made again
+constexpr Index kBlock = 16;           // values that a lane adds up before they join the sum of the others
+
+template <class T, bool silu_>
+struct Backward {
+  using Real = RealOf<T>;
+  using V = Vector<T>;
+  static constexpr int kLanes = kWidth<T>;
+
+  const GroupNormSiluBackwardArgs& a;
+  const Slice& slice;
+  Real *sum_1, *sum_2;  // [n, c]: (1 + scale) S1 and (1 + scale) S2
+  const Index hw = a.shape.hw, channels = slice.channels, group_channels = a.shape.c / a.groups;
+  // One value a channel of the slice. dx = g p + (x + shift - center) q + r.
+  Real *weight, *bias, *scale_1, *gain, *shift, *center, *slope, *intercept, *s1, *s2, *s3, *dx_sum, *p, *q, *r;
+
+  Backward(const GroupNormSiluBackwardArgs& args, const Slice& the_slice, Real* sum_1_, Real* sum_2_)
+      : a(args), slice(the_slice), sum_1(sum_1_), sum_2(sum_2_) {
+    const bool last = a.shape.channels_last;
+    const Index values = hw * (last ? round_up(channels, kLanes) : group_channels);
+    const bool keep = silu_ && values * static_cast<Index>(sizeof(Real)) <= kKeptBytes;
+    Room room(RoomFor::kSlice, 15 * Room::bytes<Real>(channels) + Room::bytes<Real>(keep ? values : 0));
+    for (Real** piece :
+         {&weight, &bias, &scale_1, &gain, &shift, &center, &slope, &intercept, &s1, &s2, &s3, &dx_sum, &p, &q, &r}) {
+      *piece = room.take<Real>(channels);
+    }
+    Real* kept = keep ? room.take<Real>(values) : nullptr;
+    load_inputs();
+    const Index start = last ? slice.sample * hw * a.shape.c + slice.first_channel
+                             : (slice.sample * a.shape.c + slice.first_channel) * hw;
+    const T *x = static_cast<const T*>(a.x) + start, *dy = static_cast<const T*>(a.dy) + start;
+    T* dx = static_cast<T*>(a.dx) + start;
+    if (last) {
+      keep ? channels_last<true>(x, dy, dx, kept) : channels_last<false>(x, dy, dx, kept);
+    } else {
+      keep ? contiguous<true>(x, dy, dx, kept) : contiguous<false>(x, dy, dx, kept);
+    }
+    save();
+  }
+
+  void load_inputs() {
+    const Index first = slice.first_channel, row = slice.sample * a.shape.c + first;
+    widen_input<Real>(a.weight, first, channels, 1, weight);
+    widen_input<Real>(a.bias, first, channels, 0, bias);
+    widen_input<Real>(a.scale, row, channels, 0, scale_1);
+    widen_input<Real>(a.shift, row, channels, 0, shift);
+    widen_input<Real>(a.scale_shift, row, channels, 0, intercept);
+    const Real factor = silu_ ? static_cast<Real>(kNegLog2EDouble) : 1;
+    for (Index group = 0; group < slice.groups; ++group) {
+      const Real rstd = rstd_of(group);
+      for (Index i = group * group_channels; i < (group + 1) * group_channels; ++i) {
+        scale_1[i] += 1;
+        gain[i] = weight[i] * scale_1[i];
+        center[i] = mean_of(group);
+        slope[i] = gain[i] * rstd * factor;
+        intercept[i] = (bias[i] * scale_1[i] + intercept[i]) * factor;
+      }
+    }
+  }
+  Real mean_of(Index group) const { return static_cast<const Real*>(a.mean)[statistic(group)]; }
+  Real rstd_of(Index group) const { return static_cast<const Real*>(a.rstd)[statistic(group)]; }
+  Index statistic(Index group) const { return slice.sample * a.groups + slice.first_group + group; }
+
+  // dL/dt.
+  static DDPM_FAST_INLINE V gradient(V dy, V deviation, V slope, V intercept) {
+    if constexpr (silu_) return dy * silu_derivative(fma(deviation, slope, intercept));
+    return dy;
+  }
+
+  // From the sums over a group's channels s1 of g, s2 of g d and s3 of d, d = x + shift - center: S2, p, q and r.
+  // The saved mean is rounded, by much where it is large beside the deviations; s3 tells by how much, and what follows
+  // from d is set right.
+  void finish(Index group) {
+    const Real rstd = rstd_of(group);
+    const Index first = group * group_channels, end = first + group_channels;
+    const double count = static_cast<double>(group_channels * hw);
+    double m0 = 0, m1 = 0, m2 = 0;
+    for (Index i = first; i < end; ++i) m0 += s3[i];
+    m0 /= count;
+    for (Index i = first; i < end; ++i) {
+      s2[i] = static_cast<Real>((s2[i] - m0 * s1[i]) * rstd);
+      m1 += static_cast<double>(gain[i]) * s1[i];
+      m2 += static_cast<double>(gain[i]) * s2[i];
+    }
+    const double slope_of_d = -m2 / count * rstd * rstd;
+    const Real q_group = static_cast<Real>(slope_of_d),
+               r_group = static_cast<Real>(-m1 / count * rstd - slope_of_d * m0);
+    for (Index i = first; i < end; ++i) {
+      p[i] = count > 1 ? gain[i] * rstd : 0;  // a group of one value does not depend on it
+      q[i] = count > 1 ? q_group : 0;
+      r[i] = count > 1 ? r_group : 0;
+    }
+  }
+
+  // The sums of the slice's channels to where they are wanted. s1 and s2 are used up.
+  void save() {
+    const Index at = slice.sample * a.shape.c + slice.first_channel;
+    if (a.dscale_shift != nullptr) copy(s1, static_cast<Real*>(a.dscale_shift) + at);
+    if (a.dscale != nullptr) {
+      Real* dscale = static_cast<Real*>(a.dscale) + at;
+      for (Index i = 0; i < channels; ++i) dscale[i] = weight[i] * s2[i] + bias[i] * s1[i];
+    }
+    if (sum_1 != nullptr) {
+      for (Index i = 0; i < channels; ++i) {
+        sum_1[at + i] = scale_1[i] * s1[i];
+        sum_2[at + i] = scale_1[i] * s2[i];
+      }
+    }
+  }
+  void copy(const Real* from, Real* to) const { std::memcpy(to, from, channels * sizeof(Real)); }
+
+  // ---------------------------------------------------------------------------------------------------- contiguous
+
+  template <bool keep>
+  void contiguous(const T* x, const T* dy, T* dx, Real* kept) {
+    for (Index group = 0; group < slice.groups; ++group) {
+      const Index first = group * group_channels, end = first + group_channels;
+      for (Index i = first; i < end; ++i) {
+        sum_channel<keep>(x + i * hw, dy + i * hw, keep ? kept + (i - first) * hw : nullptr, i);
+      }
+      finish(group);
+      for (Index i = first; i < end; ++i) {
+        const Real sum =
+            dx_channel<keep>(x + i * hw, dy + i * hw, dx + i * hw, keep ? kept + (i - first) * hw : nullptr, i);
+        if (a.dshift != nullptr) {
+          static_cast<Real*>(a.dshift)[slice.sample * a.shape.c + slice.first_channel + i] = sum;
+        }
+      }
+    }
+  }
+
+  template <bool keep>
+  void sum_channel(const T* x, const T* dy, Real* kept, Index channel) {
+    const V h = broadcast(shift[channel]), c = broadcast(center[channel]), s = broadcast(slope[channel]),
+            b = broadcast(intercept[channel]);
+    V all_1{}, all_2{}, all_3{}, block_1{}, block_2{}, block_3{};
+    const auto step = [&](Index i, auto partial, int lanes) {
+      const V deviation = load<partial()>(x + i, lanes) + h - c;
+      const V g = gradient(load<partial()>(dy + i, lanes), deviation, s, b);  // 0 in the lanes beyond a partial vector
+      if constexpr (keep) store<partial()>(kept + i, g, lanes);
+      block_1 += g;
+      block_2 = fma(g, deviation, block_2);
+      block_3 += deviation;
+    };
+    Index i = 0;
+    while (i + kLanes <= hw) {
+      const Index end = smaller(hw - kLanes + 1, i + kBlock * kLanes);
+      block_1 = block_2 = block_3 = V{};
+      for (; i < end; i += kLanes) step(i, std::false_type{}, 0);
+      all_1 += block_1;
+      all_2 += block_2;
+      all_3 += block_3;
+    }
+    s3[channel] = sum(all_3);
+    if (i < hw) {
+      block_1 = all_1;
+      block_2 = all_2;
+      block_3 = V{};
+      step(i, std::true_type{}, static_cast<int>(hw - i));
+      all_1 = block_1;
+      all_2 = block_2;
+      for (int lane = 0; lane < hw - i; ++lane) s3[channel] += block_3[lane];
+    }
+    s1[channel] = sum(all_1);
+    s2[channel] = sum(all_2);
+  }
+
+  // Returns the sum of dx, as it was before rounding.
+  template <bool keep>
+  Real dx_channel(const T* x, const T* dy, T* dx, const Real* kept, Index channel) {
+    const V h = broadcast(shift[channel]), c = broadcast(center[channel]), s = broadcast(slope[channel]),
+            b = broadcast(intercept[channel]);
+    const V pp = broadcast(p[channel]), qq = broadcast(q[channel]), rr = broadcast(r[channel]);
+    V all{}, block{};
+    const auto step = [&](Index i, auto partial, int lanes) {
+      const V deviation = load<partial()>(x + i, lanes) + h - c;
+      V g;
+      if constexpr (keep) {
+        g = load<partial()>(kept + i, lanes);
+      } else {
+        g = gradient(load<partial()>(dy + i, lanes), deviation, s, b);
+      }
+      const V value = fma(g, pp, fma(deviation, qq, rr));
+      store<partial()>(dx + i, value, lanes);
+      return value;
+    };
+    Index i = 0;
+    while (i + kLanes <= hw) {
+      const Index end = smaller(hw - kLanes + 1, i + kBlock * kLanes);
+      for (block = V{}; i < end; i += kLanes) block += step(i, std::false_type{}, 0);
+      all += block;
+    }
+    Real total = sum(all);
+    if (i < hw) {
+      const V last = step(i, std::true_type{}, static_cast<int>(hw - i));
+      for (int lane = 0; lane < hw - i; ++lane) total += last[lane];
+    }
+    return total;
+  }
+
+  // ------------------------------------------------------------------------------------------------- channels_last
+
+  template <bool keep>
+  void channels_last(const T* x, const T* dy, T* dx, Real* kept) {
+    const Index pitch = round_up(channels, kLanes);
+    for (Index i = 0; i < channels; i += kLanes) {
+      store(s1 + i, V{});
+      store(s2 + i, V{});
+      store(s3 + i, V{});
+      store(dx_sum + i, V{});
+    }
+    over_tiles([&](Index row, Index rows, Index i, auto partial, int lanes) {
+      const Index at = row * a.shape.c + i;
+      sum_rows<keep, partial()>(x + at, dy + at, kept + (keep ? row * pitch + i : 0), rows, i, lanes);
+    });
+    for (Index group = 0; group < slice.groups; ++group) finish(group);
+    over_tiles([&](Index row, Index rows, Index i, auto partial, int lanes) {
+      const Index at = row * a.shape.c + i;
+      dx_rows<keep, partial()>(x + at, dy + at, dx + at, kept + (keep ? row * pitch + i : 0), rows, i, lanes);
+    });
+    if (a.dshift != nullptr) {
+      copy(dx_sum, static_cast<Real*>(a.dshift) + slice.sample * a.shape.c + slice.first_channel);
+    }
+  }
+
+  // Calls body(first row, rows, first channel, whether the vector of channels is partial, its lanes) for blocks of
+  // rows.
+  template <class Body>
+  void over_tiles(Body body) {
+    for (Index row = 0; row < hw; row += kBlock) {
+      const Index rows = smaller(kBlock, hw - row);
+      Index i = 0;
+      for (; i + kLanes <= channels; i += kLanes) body(row, rows, i, std::false_type{}, 0);
+      if (i < channels) body(row, rows, i, std::true_type{}, static_cast<int>(channels - i));
+    }
+  }
+
+  template <bool keep, bool partial>
+  DDPM_FAST_INLINE void sum_rows(const T* x, const T* dy, Real* kept, Index rows, Index i, int lanes) {
+    const V h = load(shift + i), c = load(center + i), s = load(slope + i), b = load(intercept + i);
+    V block_1{}, block_2{}, block_3{};
+    for (Index row = 0; row < rows; ++row) {
+      const V deviation = load<partial>(x + row * a.shape.c, lanes) + h - c;
+      const V g = gradient(load<partial>(dy + row * a.shape.c, lanes), deviation, s, b);
+      if constexpr (keep) store(kept + row * round_up(channels, kLanes), g);
+      block_1 += g;
+      block_2 = fma(g, deviation, block_2);
+      block_3 += deviation;
+    }
+    store(s1 + i, load(s1 + i) + block_1);
+    store(s2 + i, load(s2 + i) + block_2);
+    store(s3 + i, load(s3 + i) + block_3);
+  }
+
+  template <bool keep, bool partial>
+  DDPM_FAST_INLINE void dx_rows(const T* x, const T* dy, T* dx, const Real* kept, Index rows, Index i, int lanes) {
+    const V h = load(shift + i), c = load(center + i), s = load(slope + i), b = load(intercept + i);
+    const V pp = load(p + i), qq = load(q + i), rr = load(r + i);
+    V block{};
+    for (Index row = 0; row < rows; ++row) {
+      const V deviation = load<partial>(x + row * a.shape.c, lanes) + h - c;
+      V g;
+      if constexpr (keep) {
+        g = load(kept + row * round_up(channels, kLanes));
+      } else {
+        g = gradient(load<partial>(dy + row * a.shape.c, lanes), deviation, s, b);
+      }
+      const V value = fma(g, pp, fma(deviation, qq, rr));
+      store<partial>(dx + row * a.shape.c, value, lanes);
+      block += value;
+    }
+    store(dx_sum + i, load(dx_sum + i) + block);
+  }
+};
+
+// out[i] = sum over samples of sums[sample, i], in order.
+template <class Real>
+void sum_samples(const Real* sums, Index n, Index c, Real* out) {
+  constexpr Index kColumns = 64;
+  for (Index first = 0; first < c; first += kColumns) {
+    const Index columns = smaller(kColumns, c - first);
+    double total[kColumns] = {};
+    for (Index sample = 0; sample < n; ++sample) {
+      for (Index i = 0; i < columns; ++i) total[i] += sums[sample * c + first + i];
+    }
+    for (Index i = 0; i < columns; ++i) out[first + i] = static_cast<Real>(total[i]);
+  }
+}
+
+}  // namespace
+
+void group_norm_silu_backward(const GroupNormSiluBackwardArgs& args) {
+  with_types(args.dtype, args.silu, [&](auto type, auto silu) {
+    using T = decltype(type);
+    using Real = RealOf<T>;
+    GroupNormSiluBackwardArgs a = args;
+    if (a.shape.hw == 1) a.shape.channels_last = true;  // the same memory, and vectors across channels
+    const Index sums = a.shape.n * a.shape.c;
+    const bool parameters = a.dweight != nullptr || a.dbias != nullptr;
+    Room room(RoomFor::kCall, parameters ? 2 * Room::bytes<Real>(sums) : 0);
+    Real* sum_1 = parameters ? room.take<Real>(sums) : nullptr;
+    Real* sum_2 = parameters ? room.take<Real>(sums) : nullptr;
+    const Cut cut(a.shape, a.groups, sizeof(T), 3 * sizeof(T) + sizeof(Real), a.threads);
+    cut.run(a.shape, a.groups, a.threads, [&](const Slice& slice) { Backward<T, silu()>(a, slice, sum_1, sum_2); });
+    if (a.dweight != nullptr) sum_samples(sum_2, a.shape.n, a.shape.c, static_cast<Real*>(a.dweight));
+    if (a.dbias != nullptr) sum_samples(sum_1, a.shape.n, a.shape.c, static_cast<Real*>(a.dbias));
+  });
+}
+
+}  // namespace ddpm_fast::DDPM_FAST_ISA

@@ -1,0 +1,258 @@
+// Vectors of float32 or float64 as wide as the instruction set has them, and the four storage types that they are
+// loaded from and stored to. Arithmetic is the compiler's own (GCC's vector extensions: a * b + c works, and rounds
+// twice); what those lack is here.
+//
+// Everything is inline in the namespace of its instruction set. Kernels use no templates of the standard library, whose
+// instances the linker would share between the sets.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "common/dtype.h"
+
+#ifdef __SSE2__
+#include <immintrin.h>
+#endif
+
+#define DDPM_FAST_INLINE inline __attribute__((always_inline))
+
+namespace ddpm_fast::DDPM_FAST_ISA {
+
+template <class T>
+struct Arithmetic {
+  using type = float;
+};
+template <>
+struct Arithmetic<double> {
+  using type = double;
+};
+// The type that arithmetic on a T runs in.
+template <class T>
+using RealOf = typename Arithmetic<T>::type;
+
+#if defined(__AVX512F__)
+constexpr int kVectorSize = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorSize = 32;
+#else
+constexpr int kVectorSize = 16;
+#endif
+
+template <class T>
+constexpr int kWidth = kVectorSize / static_cast<int>(sizeof(RealOf<T>));
+
+template <class T>
+struct VectorType {
+  typedef RealOf<T> type __attribute__((vector_size(kVectorSize)));
+};
+template <class T>
+using Vector = typename VectorType<T>::type;
+
+using Floats = Vector<float>;
+using Doubles = Vector<double>;
+typedef std::uint32_t Words __attribute__((vector_size(kVectorSize)));
+typedef std::uint16_t HalfWords __attribute__((vector_size(kVectorSize / 2)));
+
+// ------------------------------------------------------------------------------------------------------- arithmetic
+
+DDPM_FAST_INLINE Floats broadcast(float value) { return Floats{} + value; }
+DDPM_FAST_INLINE Doubles broadcast(double value) { return Doubles{} + value; }
+
+// a * b + c, rounded once where the instruction set can.
+DDPM_FAST_INLINE Floats fma(Floats a, Floats b, Floats c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__FMA__)
+  return _mm256_fmadd_ps(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+DDPM_FAST_INLINE Doubles fma(Doubles a, Doubles b, Doubles c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_pd(a, b, c);
+#elif defined(__FMA__)
+  return _mm256_fmadd_pd(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+// The sum of the lanes.
+DDPM_FAST_INLINE float sum(Floats v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps(v);
+#else
+  float s[kWidth<float>];
+  std::memcpy(s, &v, sizeof(v));
+  for (int half = kWidth<float> / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) s[i] += s[i + half];
+  }
+  return s[0];
+#endif
+}
+DDPM_FAST_INLINE double sum(Doubles v) {
+  double s = 0;
+  for (int i = 0; i < kWidth<double>; ++i) s += v[i];
+  return s;
+}
+
+// ------------------------------------------------------------------------------------------------------ conversions
+
+DDPM_FAST_INLINE Floats widen(const Floats& raw, float) { return raw; }
+DDPM_FAST_INLINE Doubles widen(const Doubles& raw, double) { return raw; }
+
+DDPM_FAST_INLINE Floats widen(HalfWords raw, BFloat16) {
+#if defined(__AVX512BW__)
+  // Word j becomes the high half of lane j: one instruction, where widening and shifting are two.
+  const __m512i from = _mm512_slli_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), 16);
+  const __m512i wide = _mm512_castsi256_si512(reinterpret_cast<__m256i>(raw));
+  return _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xAAAAAAAA, from, wide));
+#else
+  return reinterpret_cast<Floats>(__builtin_convertvector(raw, Words) << 16);
+#endif
+}
+DDPM_FAST_INLINE HalfWords narrow(Floats v, BFloat16) {
+#if defined(__AVX512BF16__)
+  return reinterpret_cast<HalfWords>(_mm512_cvtneps_pbh(v));
+#else
+  // To nearest, ties to even: half a unit is added, less one where the result is even already. A NaN stays one.
+  const Words bits = reinterpret_cast<Words>(v);
+  const Words rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+  return __builtin_convertvector(v == v ? rounded : bits >> 16 | 0x40, HalfWords);
+#endif
+}
+
+DDPM_FAST_INLINE Floats widen(HalfWords raw, Float16) {
+#if defined(__AVX512F__)
+  return _mm512_cvtph_ps(reinterpret_cast<__m256i>(raw));
+#elif defined(__F16C__)
+  return _mm256_cvtph_ps(reinterpret_cast<__m128i>(raw));
+#else
+  const Words bits = __builtin_convertvector(raw, Words), sign = (bits & 0x8000) << 16;
+  // The fields moved to their places in a float32, whose exponent is larger by 112; a multiplication sets subnormals
+  // right.
+  const Words magnitude = reinterpret_cast<Words>(reinterpret_cast<Floats>((bits & 0x7FFF) << 13) * 0x1p112f);
+  return reinterpret_cast<Floats>(sign | ((bits & 0x7C00) == 0x7C00 ? magnitude | 0x7F800000 : magnitude));
+#endif
+}
+DDPM_FAST_INLINE HalfWords narrow(Floats v, Float16) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<HalfWords>(_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__F16C__)
+  return reinterpret_cast<HalfWords>(_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+  const Words bits = reinterpret_cast<Words>(v), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7FFFFFFF;
+  const Words normal = (magnitude + 0xC8000FFF + (magnitude >> 13 & 1)) >> 13;
+  // Below 2^-14: at 1/2, the last bit of a float32 is worth what the last bit of a float16 is.
+  const Words subnormal = reinterpret_cast<Words>(reinterpret_cast<Floats>(magnitude) + 0.5f) - 0x3F000000;
+  Words half = magnitude < 0x38800000 ? subnormal : normal;
+  half = magnitude >= 0x477FF000 ? Words{} + 0x7C00 : half;
+  half = magnitude > 0x7F800000 ? Words{} + 0x7E00 : half;
+  return __builtin_convertvector(half | sign, HalfWords);
+#endif
+}
+
+// -------------------------------------------------------------------------------------------------- loads and stores
+
+template <class T>
+struct RawType {
+  using type = HalfWords;
+};
+template <>
+struct RawType<float> {
+  using type = Floats;
+};
+template <>
+struct RawType<double> {
+  using type = Doubles;
+};
+
+template <class T>
+DDPM_FAST_INLINE Vector<T> load(const T* from) {
+  typename RawType<T>::type raw;
+  std::memcpy(&raw, from, sizeof(raw));
+  return widen(raw, T{});
+}
+
+template <class T>
+DDPM_FAST_INLINE void store(T* to, Vector<T> v) {
+  if constexpr (sizeof(T) == 2) {
+    const HalfWords raw = narrow(v, T{});
+    std::memcpy(to, &raw, sizeof(raw));
+  } else {
+    std::memcpy(to, &v, sizeof(v));
+  }
+}
+
+// Two neighbouring vectors.
+template <class T>
+DDPM_FAST_INLINE void store(T* to, Vector<T> first, Vector<T> second) {
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<T, BFloat16>) {  // costs as much as narrowing one
+    const auto raw = _mm512_cvtne2ps_pbh(second, first);
+    std::memcpy(to, &raw, sizeof(raw));
+    return;
+  }
+#endif
+  store(to, first);
+  store(to + kWidth<T>, second);
+}
+
+// The first `count` lanes, fewer than a vector's; the others are 0.
+template <class T>
+DDPM_FAST_INLINE Vector<T> load(const T* from, int count) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  const unsigned lanes = (1u << count) - 1;
+  typename RawType<T>::type raw;
+  if constexpr (sizeof(T) == 2) {
+    raw = reinterpret_cast<HalfWords>(_mm256_maskz_loadu_epi16(static_cast<__mmask16>(lanes), from));
+  } else if constexpr (sizeof(T) == 4) {
+    raw = _mm512_maskz_loadu_ps(static_cast<__mmask16>(lanes), from);
+  } else {
+    raw = _mm512_maskz_loadu_pd(static_cast<__mmask8>(lanes), from);
+  }
+  return widen(raw, T{});
+#else
+  T room[kWidth<T>] = {};
+  for (int i = 0; i < count; ++i) room[i] = from[i];
+  return load(room);
+#endif
+}
+
+template <class T>
+DDPM_FAST_INLINE void store(T* to, Vector<T> v, int count) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  const unsigned lanes = (1u << count) - 1;
+  if constexpr (sizeof(T) == 2) {
+    _mm256_mask_storeu_epi16(to, static_cast<__mmask16>(lanes), reinterpret_cast<__m256i>(narrow(v, T{})));
+  } else if constexpr (sizeof(T) == 4) {
+    _mm512_mask_storeu_ps(to, static_cast<__mmask16>(lanes), v);
+  } else {
+    _mm512_mask_storeu_pd(to, static_cast<__mmask8>(lanes), v);
+  }
+#else
+  T room[kWidth<T>];
+  store(room, v);
+  for (int i = 0; i < count; ++i) to[i] = room[i];
+#endif
+}
+
+// Whole vectors and the last one by one name: `partial` is a compile-time choice.
+template <bool partial, class T>
+DDPM_FAST_INLINE Vector<T> load(const T* from, int count) {
+  if constexpr (partial) return load(from, count);
+  return load(from);
+}
+template <bool partial, class T>
+DDPM_FAST_INLINE void store(T* to, Vector<T> v, int count) {
+  if constexpr (partial) {
+    store(to, v, count);
+  } else {
+    store(to, v);
+  }
+}
+
+}  // namespace ddpm_fast::DDPM_FAST_ISA
