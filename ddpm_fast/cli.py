@@ -249,7 +249,7 @@ def sample_command(
         seconds = time.perf_counter() - began
         images = drawn[0] if isinstance(drawn, tuple) else drawn
         pixels = max(images.shape[2:])
-        written = [save_grid(images.clamp(-1, 1), out, scale=max(1, 128 // pixels))]
+        written = [save_grid(images, out, scale=max(1, 128 // pixels))]
         if isinstance(drawn, tuple) and gif is not None:
             written.append(save_trajectory(drawn[1], gif, scale=max(1, 64 // pixels)))
     if not quiet:

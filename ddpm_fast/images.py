@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .nn.checkpoint import replacing
+from .atomic import replacing
 
 _ANIMATED = ("GIF", "WEBP")
 
@@ -147,6 +147,8 @@ def _check_images(function: str, images: Tensor) -> None:
             f"{function}: expected images to be floating [N, C, H, W] with N >= 1 and C = 1, 3 or 4, "
             f"got {images.dtype} {list(images.shape)}"
         )
+    if not images.isfinite().all():
+        raise ValueError(f"{function}: expected images to be finite, got NaN or infinity")
 
 
 def _write(

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
+from ddpm_fast.atomic import replacing
 from ddpm_fast.nn.config import UNetConfig
 
 _CONFIG = "config.json"
@@ -64,31 +64,6 @@ def save_checkpoint(path: str | os.PathLike[str], config: UNetConfig, weights: M
         with replacing(folder / _CONFIG) as temporary:
             text = json.dumps({"_class_name": _CLASS_NAME} | config.to_dict(), indent=2)
             temporary.write_text(text + "\n", encoding="utf-8")
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Gives a temporary name to write to; on leaving, what was written takes the place of `path` in one step.
-
-    Whenever the process or the machine stops, `path` holds all of the old or all of the new bytes.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")  # one name: what a killed process left is overwritten
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # by the user's umask; safetensors replaces the file by one for its owner only
-        yield temporary
-        temporary.chmod(mode)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    if os.name == "posix":  # the rename itself is durable once the folder is
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def _read_config(folder: Path) -> UNetConfig:
