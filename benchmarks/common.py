@@ -1,0 +1,272 @@
+"""What the benchmarks share: parity before speed, interleaved timing, and the record of a run.
+
+Contestants take turns in one process, round by round, so that a machine that changes its speed changes it for all of them.
+What is quoted is a ratio: the median over the rounds of (peer's time / our time), with its quartiles.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import os
+import platform
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ddpm_fast.ops import backend
+from ddpm_fast.run_folder import write_json
+
+ROOT = Path(__file__).resolve().parent
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
+
+
+# ------------------------------------------------------------------------------------------------------------- parity
+
+
+def require_parity(what: str, got: Tensor, baseline: Tensor, truth: Tensor, *, factor: float = 2) -> None:
+    """Stops the benchmark unless `got` is as right as `baseline`: no speed of wrong results.
+
+    The root-mean-square error against `truth` (float64) may be `factor` times the baseline's, or a rounding of the largest
+    value.
+    """
+    error, allowed = (float((x.double() - truth).square().mean().sqrt()) for x in (got, baseline))
+    limit = max(factor * allowed, torch.finfo(got.dtype).eps * float(truth.abs().max()))
+    if not error <= limit:
+        raise AssertionError(f"{what}: error {error:.3g} against float64, at most {limit:.3g} expected: no speed is reported")
+
+
+# ------------------------------------------------------------------------------------------------------------- timing
+
+
+class Spread(NamedTuple):
+    """Median and quartiles."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        low, median, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
+        return cls(median, low, high)
+
+    def __str__(self) -> str:
+        return f"{self.median:.3g} [{self.low:.3g}, {self.high:.3g}]"
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds a call, one value a round."""
+
+    rounds: tuple[float, ...]
+
+    @property
+    def spread(self) -> Spread:
+        return Spread.of(self.rounds)
+
+    @property
+    def ms(self) -> float:
+        return 1e3 * self.spread.median
+
+    def per_second(self, things: int) -> Spread:
+        """Of calls that make `things` each."""
+        return Spread.of([things / seconds for seconds in self.rounds])
+
+    def speedup_over(self, peer: Times) -> Spread:
+        """How many times faster than `peer`, from the ratio of each round."""
+        return Spread.of([theirs / ours for theirs, ours in zip(peer.rounds, self.rounds, strict=True)])
+
+
+def compare(
+    contestants: Mapping[str, Callable[[], object]],
+    device: torch.device | str = "cpu",
+    *,
+    seconds: float = 1.0,
+    min_rounds: int = 9,
+    max_rounds: int = 99,
+    warm: bool = False,
+) -> dict[str, Times]:
+    """Times every contestant once a round, in an order that rotates.
+
+    Args:
+        contestants: name -> a call. Each is warmed up first (compilation, threads, caches).
+        device: CPU calls are repeated for about a millisecond a round, so caches are as warm as the tensors are small. CUDA
+            calls are timed singly by events, with a cold L2.
+        seconds: what all rounds should take together; there are at least `min_rounds`.
+        warm: all is warmed up already, and a call takes long: no more than `min_rounds` calls are made.
+    """
+    device = torch.device(device)
+    names = list(contestants)
+    calls = dict.fromkeys(names, 1)
+    rounds = min_rounds
+    if not warm:
+        expected = 0.0
+        for name, function in contestants.items():
+            _time(function, 1, device)
+            estimate = min(_time(function, 1, device) for _ in range(4))
+            calls[name] = 1 if device.type == "cuda" else math.ceil(1e-3 / estimate)
+            expected += calls[name] * estimate
+        rounds = int(min(max(seconds / expected, min_rounds), max_rounds))
+    times: dict[str, list[float]] = {name: [] for name in names}
+    gc.collect()
+    gc.disable()
+    try:
+        for i in range(rounds):
+            turn = i % len(names)
+            for name in names[turn:] + names[:turn]:
+                times[name].append(_time(contestants[name], calls[name], device))
+    finally:
+        gc.enable()
+    return {name: Times(tuple(values)) for name, values in times.items()}
+
+
+def _time(function: Callable[[], object], calls: int, device: torch.device) -> float:
+    """Seconds a call, of `calls` calls in a row."""
+    if device.type == "cuda":
+        # Writing a buffer larger than L2 evicts the inputs, and keeps the GPU busy while the host enqueues the call.
+        _eviction_buffer(device).zero_()
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(calls):
+            function()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1e3 / calls
+    began = time.perf_counter()
+    for _ in range(calls):
+        function()
+    return (time.perf_counter() - began) / calls
+
+
+_eviction_buffers: dict[torch.device, Tensor] = {}
+
+
+def _eviction_buffer(device: torch.device) -> Tensor:
+    if device not in _eviction_buffers:
+        _eviction_buffers[device] = torch.empty(1 << 28, dtype=torch.uint8, device=device)
+    return _eviction_buffers[device]
+
+
+def copy_of(num_bytes: int, device: torch.device | str = "cpu") -> Callable[[], object]:
+    """A call that moves `num_bytes`, half of them read and half written: the floor of an op that has to move as many."""
+    source = torch.zeros(max(1, num_bytes // 8), device=device)
+    target = torch.ones_like(source)
+    return lambda: target.copy_(source)
+
+
+def copy_bandwidth(num_bytes: int, device: torch.device | str = "cpu") -> float:
+    """Bytes a second of a copy that moves `num_bytes`."""
+    return num_bytes / compare({"copy": copy_of(num_bytes, device)}, device, seconds=0.2)["copy"].spread.median
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    return statistics.geometric_mean(list(values))
+
+
+# ------------------------------------------------------------------------------------------------------------- record
+
+
+def device_name(device: torch.device | str) -> str:
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
+    """What a figure depends on."""
+    missing = backend.native_error()
+    libraries = {}
+    for name in ("torch", "triton", "diffusers"):
+        with suppress(PackageNotFoundError):
+            libraries[name] = version(name)
+    bandwidth = {"256 MB": 2 << 27, "1 MB": 1 << 20}
+    return {
+        "device": device_name(device),
+        "cpu_cores": cores(),
+        "threads": torch.get_num_threads(),
+        "instruction_set": missing or backend.native().build_info()["isa"],
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        **libraries,
+        "commit": commit(),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "load_average": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
+        "copy_gb_per_s": {name: round(copy_bandwidth(size, device) / 1e9, 1) for name, size in bandwidth.items()},
+    }
+
+
+def commit() -> str:
+    """Of the source that runs; "+" if it was changed since (results aside)."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", ROOT, *arguments], check=True, capture_output=True, text=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--", "..", ":!results") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def default_output(device: torch.device | str) -> Path:
+    """benchmarks/results/<device>.json."""
+    name = device_name(device) if torch.device(device).type == "cuda" else f"{device_name(device)} {cores()} cores"
+    words = re.findall(r"[a-z0-9.]+", re.sub(r"\((r|tm)\)|@.*?ghz", " ", name.lower()))
+    return ROOT / "results" / f"{'-'.join(words)}.json"
+
+
+def print_machine(description: Mapping[str, Any]) -> None:
+    for key, value in description.items():
+        print(f"{key:>16}  {value}")
+
+
+def print_table(title: str, rows: Sequence[Mapping[str, object]]) -> None:
+    """Rows with the same keys, which head the columns."""
+    cells = [list(rows[0])] + [[_cell(value) for value in row.values()] for row in rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    print(f"\n{title}")
+    cells.insert(1, ["-" * width for width in widths])
+    for first, *others in cells:
+        print("  ".join([first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))]))
+
+
+def _cell(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def record(path: Path, benchmark: str, description: Mapping[str, Any], rows: Sequence[Mapping[str, object]]) -> None:
+    """Puts one benchmark's table into a JSON file, beside those of the others; the file is never half written."""
+    results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    results[benchmark] = {"machine": dict(description), "rows": [_json(row) for row in rows]}
+    write_json(path, results)
+    print(f"\nwritten: {path}")
+
+
+def _json(row: Mapping[str, object]) -> dict[str, object]:
+    def value(cell: object) -> object:
+        if isinstance(cell, Spread):
+            return {key: float(f"{number:.4g}") for key, number in cell._asdict().items()}
+        return float(f"{cell:.4g}") if isinstance(cell, float) else cell
+
+    return {key: value(cell) for key, cell in row.items()}
