@@ -29,6 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import ddpm_fast
+from ddpm_fast.atomic import replacing
 from ddpm_fast.data import ImageDataset, load_dataset, to_unit_range
 from ddpm_fast.draws import TrainingDraws
 from ddpm_fast.images import save_grid
@@ -318,7 +319,8 @@ class _State:
             for name, parameter in self.model.named_parameters()
             for key, value in self.optimizer.state[parameter].items()
         }
-        safetensors.torch.save_file(tensors, folder / "optimizer.safetensors")
+        with replacing(folder / "optimizer.safetensors") as temporary:
+            safetensors.torch.save_file(tensors, temporary)
 
     def load(self, folder: Path) -> None:
         self.model.load_state_dict(UNet.from_pretrained(folder / "unet").state_dict())
