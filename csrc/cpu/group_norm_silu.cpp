@@ -63,24 +63,18 @@ struct Statistics {
   double mean, m2, count;
 };
 
-// Of `parts` lanes that have taken in `each` values; shift, if any, is added to a lane's values.
+// Of `parts` lanes that have taken in `each` values.
 template <class Real>
-DDPM_FAST_INLINE Statistics merge(const Real* pivot, const Real* sum, const Real* squares, const Real* shift,
-                                  Index parts, Index each) {
+DDPM_FAST_INLINE Statistics merge(const Real* pivot, const Real* sum, const Real* squares, Index parts, Index each) {
   const double share = 1 / static_cast<double>(each);
-  double total = 0, between = 0, within = 0;
   const auto lane_mean = [=](Index i) { return pivot[i] + share * sum[i]; };
-  if (shift == nullptr) {
+  double total = 0, between = 0, within = 0;
 #pragma omp simd reduction(+ : total)
-    for (Index i = 0; i < parts; ++i) total += lane_mean(i);
-  } else {
-#pragma omp simd reduction(+ : total)
-    for (Index i = 0; i < parts; ++i) total += lane_mean(i) + shift[i];
-  }
+  for (Index i = 0; i < parts; ++i) total += lane_mean(i);
   const double mean = total / static_cast<double>(parts);
 #pragma omp simd reduction(+ : between, within)
   for (Index i = 0; i < parts; ++i) {
-    const double delta = lane_mean(i) + (shift != nullptr ? shift[i] : 0) - mean, s = sum[i];
+    const double delta = lane_mean(i) - mean, s = sum[i];
     between += delta * delta;
     within += squares[i] - share * s * s;
   }
@@ -116,13 +110,13 @@ Statistics statistics_of(const T* x, Index count) {
   if (rows > 0) {
     Real lanes[3][kLanes];
     std::memcpy(lanes, &state, sizeof(state));
-    all = merge<Real>(lanes[0], lanes[1], lanes[2], nullptr, kLanes, rows);
+    all = merge<Real>(lanes[0], lanes[1], lanes[2], kLanes, rows);
   }
   if (const int left = static_cast<int>(count - rows * kLanes); left > 0) {
     Real lanes[kLanes];
     const Real none[kLanes] = {};
     store(lanes, load(x + rows * kLanes, left));
-    const Statistics tail = merge<Real>(lanes, none, none, nullptr, left, 1);
+    const Statistics tail = merge<Real>(lanes, none, none, left, 1);
     all = rows > 0 ? merge(all, tail) : tail;
   }
   return all;
@@ -200,6 +194,9 @@ DDPM_FAST_INLINE void apply_rows(T* y, const T* x, Index rows, Index row_stride,
 
 // ---------------------------------------------------------------------------------------------------------- a slice
 
+inline float reciprocal_root(float v) { return 1 / __builtin_sqrtf(v); }
+inline double reciprocal_root(double v) { return 1 / __builtin_sqrt(v); }
+
 template <class T, bool silu_>
 struct Forward {
   using Real = RealOf<T>;
@@ -207,29 +204,47 @@ struct Forward {
   const GroupNormSiluArgs& a;
   const Slice& slice;
   const Index hw = a.shape.hw, group_channels = a.shape.c / a.groups;
-  // One value a channel of the slice.
-  Real *gain, *offset, *shift, *center, *slope, *intercept;
+  const Real* shift = nullptr;              // the input, or none
+  Real *gain, *offset, *slope, *intercept;  // one value a channel of the slice
+  Real* center;
+  double* mean;    // of a group
+  Real* variance;  // of a group; then rstd
 
   Forward(const GroupNormSiluArgs& args, const Slice& the_slice) : a(args), slice(the_slice) {
-    const Index channels = slice.channels;
+    const Index channels = slice.channels, group_size = group_channels * hw;
+    const Index batch = smaller(slice.groups, larger(1, kBatchElements / larger(group_size, 1)));
     const bool shifted_copy = a.shift.data != nullptr && !a.shape.channels_last;
-    const Index copied = shifted_copy ? group_channels * hw : 0;
-    Room room(RoomFor::kSlice, 9 * Room::bytes<Real>(channels) + Room::bytes<Real>(copied));
-    for (Real** piece : {&gain, &offset, &shift, &center, &slope, &intercept}) *piece = room.take<Real>(channels);
-    load_inputs();
+    const Index extra = a.shape.channels_last ? 4 * Room::bytes<double>(channels)
+                                              : Room::bytes<Real>(shifted_copy ? batch * group_size : 0);
+    Room room(RoomFor::kSlice, 6 * Room::bytes<Real>(channels) + 2 * Room::bytes<double>(slice.groups) + extra);
+    for (Real** piece : {&gain, &offset, &slope, &intercept, &center}) *piece = room.take<Real>(channels);
+    mean = room.take<double>(slice.groups);
+    variance = room.take<Real>(slice.groups);
+    load_inputs(room.take<Real>(channels));
     if (a.shape.channels_last) {
-      channels_last(room.take<Real>(channels), room.take<Real>(channels), room.take<Real>(channels));
+      double* channel_mean = room.take<double>(channels);
+      channels_last(channel_mean, room.take<Real>(channels), room.take<Real>(channels), room.take<Real>(channels));
     } else {
-      contiguous(shifted_copy ? room.take<Real>(copied) : nullptr);
+      Real* shifted = shifted_copy ? room.take<Real>(batch * group_size) : nullptr;
+      for (Index first = 0; first < slice.groups; first += batch) {
+        contiguous(first, smaller(batch, slice.groups - first), shifted);
+      }
     }
   }
 
+  // Groups whose statistics are taken before the first of them is applied: what finishes a group is a long chain of
+  // divisions and roots, and more than one can be under way. The values stay in the first or second cache meanwhile.
+  static constexpr Index kBatchElements = 8192;
+
   // y = act(x_hat gain + offset): gain = weight (1 + scale), offset = bias (1 + scale) + scale_shift.
-  void load_inputs() {
+  void load_inputs(Real* room_for_shift) {
     const Index channels = slice.channels, row = slice.sample * a.shape.c + slice.first_channel;
     widen_input<Real>(a.weight, slice.first_channel, channels, 1, gain);
     widen_input<Real>(a.bias, slice.first_channel, channels, 0, offset);
-    if (a.shift.data != nullptr) widen_input<Real>(a.shift, row, channels, 0, shift);
+    if (a.shift.data != nullptr) {
+      widen_input<Real>(a.shift, row, channels, 0, room_for_shift);
+      shift = room_for_shift;
+    }
     if (a.scale.data != nullptr || a.scale_shift.data != nullptr) {
       widen_input<Real>(a.scale, row, channels, 0, slope);
       widen_input<Real>(a.scale_shift, row, channels, 0, intercept);
@@ -240,44 +255,57 @@ struct Forward {
     }
   }
 
-  // Saves a group's mean and rstd, and makes center, slope and intercept of its channels.
-  void finish(Index group, const Statistics& statistics, const Real* shift_of_channel) {
-    const Real variance = static_cast<Real>(statistics.m2 / statistics.count);
-    const Real rstd = 1 / root(variance + static_cast<Real>(a.eps));
-    const Index at = slice.sample * a.groups + slice.first_group + group;
-    static_cast<Real*>(a.mean)[at] = static_cast<Real>(statistics.mean);
-    static_cast<Real*>(a.rstd)[at] = rstd;
-    const Real factor = silu_ ? static_cast<Real>(kNegLog2EDouble) : 1;
-    for (Index i = group * group_channels; i < (group + 1) * group_channels; ++i) {
-      const double exact = statistics.mean - (shift_of_channel != nullptr ? shift_of_channel[i] : 0);
-      center[i] = static_cast<Real>(exact);
-      const Real step = gain[i] * rstd;
-      slope[i] = step * factor;
-      intercept[i] = (offset[i] - static_cast<Real>(exact - center[i]) * step) * factor;
+  // From mean and variance of groups first .. first + groups - 1: what is saved, and center, slope and intercept of
+  // their channels. `added`: to x when it is read for the statistics only.
+  void finish(Index first, Index groups, const Real* added) {
+    const Index at = slice.sample * a.groups + slice.first_group;
+    Real *saved_mean = static_cast<Real*>(a.mean) + at, *saved_rstd = static_cast<Real*>(a.rstd) + at;
+    const Real factor = silu_ ? static_cast<Real>(kNegLog2EDouble) : 1, eps = static_cast<Real>(a.eps);
+    for (Index g = first; g < first + groups; ++g) {
+      saved_mean[g] = static_cast<Real>(mean[g]);
+      saved_rstd[g] = reciprocal_root(variance[g] + eps);
     }
-  }
-  static float root(float v) { return __builtin_sqrtf(v); }
-  static double root(double v) { return __builtin_sqrt(v); }
-
-  void contiguous(Real* shifted) {
-    const Index start = (slice.sample * a.shape.c + slice.first_channel) * hw;
-    const T* x = static_cast<const T*>(a.x) + start;
-    T* y = static_cast<T*>(a.y) + start;
-    for (Index group = 0; group < slice.groups; ++group) {
-      const Index first = group * group_channels;
-      if (shifted == nullptr) {
-        contiguous_group(group, x + first * hw, y + first * hw);
-      } else {
-        for (Index i = 0; i < group_channels; ++i) add(shifted + i * hw, x + (first + i) * hw, shift[first + i]);
-        contiguous_group(group, shifted, y + first * hw);
+    for (Index g = first; g < first + groups; ++g) {
+      const Real rstd = saved_rstd[g], rounded = saved_mean[g], rest = static_cast<Real>(mean[g] - rounded);
+      for (Index i = g * group_channels; i < (g + 1) * group_channels; ++i) {
+        const Real step = gain[i] * rstd;
+        slope[i] = step * factor;
+        center[i] = rounded;
+        intercept[i] = (offset[i] - rest * step) * factor;
+      }
+      if (added == nullptr) continue;
+      for (Index i = g * group_channels; i < (g + 1) * group_channels; ++i) {
+        const double exact = mean[g] - added[i];
+        center[i] = static_cast<Real>(exact);
+        intercept[i] = (offset[i] - static_cast<Real>(exact - center[i]) * (gain[i] * rstd)) * factor;
       }
     }
   }
+
+  void contiguous(Index first_group, Index groups, Real* shifted) {
+    const Index first = first_group * group_channels, channels = groups * group_channels;
+    const Index start = (slice.sample * a.shape.c + slice.first_channel + first) * hw;
+    const T* x = static_cast<const T*>(a.x) + start;
+    T* y = static_cast<T*>(a.y) + start;
+    if (shifted == nullptr) {
+      contiguous(first_group, groups, x, y);
+    } else {
+      for (Index i = 0; i < channels; ++i) add(shifted + i * hw, x + i * hw, shift[first + i]);
+      contiguous(first_group, groups, shifted, y);
+    }
+  }
   template <class Source>
-  void contiguous_group(Index group, const Source* x, T* y) {
-    finish(group, statistics_of(x, group_channels * hw), nullptr);
-    for (Index i = 0; i < group_channels; ++i) {
-      const Index channel = group * group_channels + i;
+  void contiguous(Index first_group, Index groups, const Source* x, T* y) {
+    const Index group_size = group_channels * hw;
+    const double share = 1 / static_cast<double>(group_size);
+    for (Index g = 0; g < groups; ++g) {
+      const Statistics statistics = statistics_of(x + g * group_size, group_size);
+      mean[first_group + g] = statistics.mean;
+      variance[first_group + g] = static_cast<Real>(statistics.m2 * share);
+    }
+    finish(first_group, groups, nullptr);
+    for (Index i = 0; i < groups * group_channels; ++i) {
+      const Index channel = first_group * group_channels + i;
       apply_channel<T, silu_>(y + i * hw, x + i * hw, hw, center[channel], slope[channel], intercept[channel]);
     }
   }
@@ -287,18 +315,13 @@ struct Forward {
     if (const int left = static_cast<int>(hw - i); left > 0) store(to + i, load(x + i, left) + value, left);
   }
 
-  void channels_last(Real* pivot, Real* sum, Real* squares) {
+  void channels_last(double* channel_mean, Real* pivot, Real* sum, Real* squares) {
     const Index stride = a.shape.c, start = slice.sample * hw * stride + slice.first_channel;
     const T* x = static_cast<const T*>(a.x) + start;
     T* y = static_cast<T*>(a.y) + start;
     channel_moments(x, hw, stride, slice.channels, pivot, sum, squares);
-    const Real* added = a.shift.data != nullptr ? shift : nullptr;
-    for (Index group = 0; group < slice.groups; ++group) {
-      const Index first = group * group_channels;
-      const Statistics statistics = merge<Real>(pivot + first, sum + first, squares + first,
-                                                added != nullptr ? added + first : nullptr, group_channels, hw);
-      finish(group, statistics, added);
-    }
+    merge_channels(channel_mean, pivot, sum, squares);
+    finish(0, slice.groups, shift);
     for (Index row = 0; row < hw; row += kTile) {
       const Index rows = smaller(kTile, hw - row);
       Index i = 0;
@@ -314,6 +337,27 @@ struct Forward {
         apply_rows<true, T, silu_>(y + row * stride + i, x + row * stride + i, rows, stride,
                                    static_cast<int>(slice.channels - i), center + i, slope + i, intercept + i);
       }
+    }
+  }
+
+  // Mean and variance of the groups, from the sums of their channels.
+  void merge_channels(double* channel_mean, const Real* pivot, const Real* sum, const Real* squares) {
+    const double n = static_cast<double>(hw), share = 1 / n, channel_share = 1 / static_cast<double>(group_channels);
+    for (Index i = 0; i < slice.channels; ++i) channel_mean[i] = pivot[i] + share * sum[i];
+    if (shift != nullptr) {
+      for (Index i = 0; i < slice.channels; ++i) channel_mean[i] += shift[i];
+    }
+    for (Index g = 0; g < slice.groups; ++g) {
+      const Index first = g * group_channels, end = first + group_channels;
+      double total = 0, between = 0, within = 0;
+      for (Index i = first; i < end; ++i) total += channel_mean[i];
+      mean[g] = total * channel_share;
+      for (Index i = first; i < end; ++i) {
+        const double delta = channel_mean[i] - mean[g], s = sum[i];
+        between += delta * delta;
+        within += squares[i] - share * s * s;
+      }
+      variance[g] = static_cast<Real>((within * share + between) * channel_share);
     }
   }
 };
