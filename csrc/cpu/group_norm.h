@@ -94,6 +94,13 @@ struct Cut {
   static constexpr Index kGrain = 8192;          // elements worth a thread: two wake-ups
 };
 
+// Contiguous groups that go through a sweep together: what finishes a group's sums is a long chain of operations, and
+// more than one can be under way. Their values stay in the first or second cache from one sweep to the next.
+inline Index groups_in_batch(Index groups, Index group_size) {
+  constexpr Index kBatchElements = 8192;
+  return smaller(groups, larger(1, kBatchElements / larger(group_size, 1)));
+}
+
 // Channels first .. first + count - 1 of a small input, or `absent` where there is none. `to` has whole vectors.
 template <class Real>
 void widen_input(const ChannelInput& input, Index first, Index count, Real absent, Real* to) {

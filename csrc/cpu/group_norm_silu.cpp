@@ -212,7 +212,7 @@ struct Forward {
 
   Forward(const GroupNormSiluArgs& args, const Slice& the_slice) : a(args), slice(the_slice) {
     const Index channels = slice.channels, group_size = group_channels * hw;
-    const Index batch = smaller(slice.groups, larger(1, kBatchElements / larger(group_size, 1)));
+    const Index batch = groups_in_batch(slice.groups, group_size);
     const bool shifted_copy = a.shift.data != nullptr && !a.shape.channels_last;
     const Index extra = a.shape.channels_last ? 4 * Room::bytes<double>(channels)
                                               : Room::bytes<Real>(shifted_copy ? batch * group_size : 0);
@@ -231,10 +231,6 @@ struct Forward {
       }
     }
   }
-
-  // Groups whose statistics are taken before the first of them is applied: what finishes a group is a long chain of
-  // divisions and roots, and more than one can be under way. The values stay in the first or second cache meanwhile.
-  static constexpr Index kBatchElements = 8192;
 
   // y = act(x_hat gain + offset): gain = weight (1 + scale), offset = bias (1 + scale) + scale_shift.
   void load_inputs(Real* room_for_shift) {

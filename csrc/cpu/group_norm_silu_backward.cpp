@@ -34,7 +34,8 @@ struct Backward {
   Backward(const GroupNormSiluBackwardArgs& args, const Slice& the_slice, Real* sum_1_, Real* sum_2_)
       : a(args), slice(the_slice), sum_1(sum_1_), sum_2(sum_2_) {
     const bool last = a.shape.channels_last;
-    const Index values = hw * (last ? round_up(channels, kLanes) : group_channels);
+    const Index batch = groups_in_batch(slice.groups, group_channels * hw);
+    const Index values = hw * (last ? round_up(channels, kLanes) : batch * group_channels);
     const bool keep = silu_ && values * static_cast<Index>(sizeof(Real)) <= kKeptBytes;
     Room room(RoomFor::kSlice, 15 * Room::bytes<Real>(channels) + Room::bytes<Real>(keep ? values : 0));
     for (Real** piece :
@@ -90,28 +91,35 @@ struct Backward {
   void finish(Index group) {
     const Real rstd = rstd_of(group);
     const Index first = group * group_channels, end = first + group_channels;
-    const double count = static_cast<double>(group_channels * hw);
+    const bool alone = group_channels * hw == 1;  // such a value does not change the result
+    const double share = 1 / static_cast<double>(group_channels * hw);
     double m0 = 0, m1 = 0, m2 = 0;
     for (Index i = first; i < end; ++i) m0 += s3[i];
-    m0 /= count;
+    m0 *= share;
     for (Index i = first; i < end; ++i) {
       s2[i] = static_cast<Real>((s2[i] - m0 * s1[i]) * rstd);
       m1 += static_cast<double>(gain[i]) * s1[i];
       m2 += static_cast<double>(gain[i]) * s2[i];
     }
-    const double slope_of_d = -m2 / count * rstd * rstd;
+    const double slope_of_d = -m2 * share * rstd * rstd;
     const Real q_group = static_cast<Real>(slope_of_d),
-               r_group = static_cast<Real>(-m1 / count * rstd - slope_of_d * m0);
+               r_group = static_cast<Real>(-m1 * share * rstd - slope_of_d * m0);
     for (Index i = first; i < end; ++i) {
-      p[i] = count > 1 ? gain[i] * rstd : 0;  // a group of one value does not depend on it
-      q[i] = count > 1 ? q_group : 0;
-      r[i] = count > 1 ? r_group : 0;
+      p[i] = alone ? 0 : gain[i] * rstd;
+      q[i] = alone ? 0 : q_group;
+      r[i] = alone ? 0 : r_group;
     }
   }
 
   // The sums of the slice's channels to where they are wanted. s1 and s2 are used up.
   void save() {
     const Index at = slice.sample * a.shape.c + slice.first_channel;
+    if (a.dshift != nullptr) {
+      if (group_channels == 1) {  // what is added to all of a group does not matter
+        for (Index i = 0; i < channels; ++i) dx_sum[i] = 0;
+      }
+      copy(dx_sum, static_cast<Real*>(a.dshift) + at);
+    }
     if (a.dscale_shift != nullptr) copy(s1, static_cast<Real*>(a.dscale_shift) + at);
     if (a.dscale != nullptr) {
       Real* dscale = static_cast<Real*>(a.dscale) + at;
@@ -130,66 +138,83 @@ struct Backward {
 
   template <bool keep>
   void contiguous(const T* x, const T* dy, T* dx, Real* kept) {
-    for (Index group = 0; group < slice.groups; ++group) {
-      const Index first = group * group_channels, end = first + group_channels;
-      for (Index i = first; i < end; ++i) {
-        sum_channel<keep>(x + i * hw, dy + i * hw, keep ? kept + (i - first) * hw : nullptr, i);
-      }
-      finish(group);
-      for (Index i = first; i < end; ++i) {
-        const Real sum =
-            dx_channel<keep>(x + i * hw, dy + i * hw, dx + i * hw, keep ? kept + (i - first) * hw : nullptr, i);
-        if (a.dshift != nullptr) {
-          static_cast<Real*>(a.dshift)[slice.sample * a.shape.c + slice.first_channel + i] = sum;
-        }
-      }
+    const Index batch = groups_in_batch(slice.groups, group_channels * hw);
+    for (Index group = 0; group < slice.groups; group += batch) {
+      const Index end_group = smaller(slice.groups, group + batch);
+      const Index first = group * group_channels, end = end_group * group_channels;
+      over_channels(
+          first, end,
+          [&](Index i, V sums[3]) {
+            sum_channel<keep>(x + i * hw, dy + i * hw, kept + (keep ? (i - first) * hw : 0), i, sums);
+          },
+          s1, s2, s3);
+      for (Index g = group; g < end_group; ++g) finish(g);
+      over_channels(
+          first, end,
+          [&](Index i, V sums[1]) {
+            dx_channel<keep>(x + i * hw, dy + i * hw, dx + i * hw, kept + (keep ? (i - first) * hw : 0), i, sums);
+          },
+          dx_sum);
     }
   }
 
-  template <bool keep>
-  void sum_channel(const T* x, const T* dy, Real* kept, Index channel) {
-    const V h = broadcast(shift[channel]), c = broadcast(center[channel]), s = broadcast(slope[channel]),
-            b = broadcast(intercept[channel]);
-    V all_1{}, all_2{}, all_3{}, block_1{}, block_2{}, block_3{};
-    const auto step = [&](Index i, auto partial, int lanes) {
-      const V deviation = load<partial()>(x + i, lanes) + h - c;
-      const V g = gradient(load<partial()>(dy + i, lanes), deviation, s, b);  // 0 in the lanes beyond a partial vector
-      if constexpr (keep) store<partial()>(kept + i, g, lanes);
-      block_1 += g;
-      block_2 = fma(g, deviation, block_2);
-      block_3 += deviation;
-    };
+  // Calls body(channel, sums) for channels first .. end - 1, and stores the sums of the lanes of sums[0], ... in to...
+  // The sums of a vector of channels are made together, which takes 3 operations for each instead of a dozen.
+  template <class Body, class... To>
+  void over_channels(Index first, Index end, Body body, To... to) {
+    constexpr int kSums = sizeof...(to);
+    for (Index i = first; i < end; i += kLanes) {
+      const int count = static_cast<int>(smaller(kLanes, end - i));
+      V lanes[kSums][kLanes];
+      for (int j = 0; j < count; ++j) {
+        V sums[kSums];
+        body(i + j, sums);
+        for (int k = 0; k < kSums; ++k) lanes[k][j] = sums[k];
+      }
+      for (int j = count; j < kLanes; ++j) {
+        for (int k = 0; k < kSums; ++k) lanes[k][j] = V{};
+      }
+      int k = 0;
+      (store(to + i, sums_of_lanes<Real>(lanes[k++]), count), ...);
+    }
+  }
+
+  // Runs step(i, partial, lanes, block), which adds to block[0], ..., over a channel; sums: the blocks' sums.
+  template <int count, class Step>
+  DDPM_FAST_INLINE void over_values(V* sums, Step step) {
+    for (int k = 0; k < count; ++k) sums[k] = V{};
     Index i = 0;
     while (i + kLanes <= hw) {
       const Index end = smaller(hw - kLanes + 1, i + kBlock * kLanes);
-      block_1 = block_2 = block_3 = V{};
-      for (; i < end; i += kLanes) step(i, std::false_type{}, 0);
-      all_1 += block_1;
-      all_2 += block_2;
-      all_3 += block_3;
+      V block[count] = {};
+      for (; i < end; i += kLanes) step(i, std::false_type{}, 0, block);
+      for (int k = 0; k < count; ++k) sums[k] += block[k];
     }
-    s3[channel] = sum(all_3);
-    if (i < hw) {
-      block_1 = all_1;
-      block_2 = all_2;
-      block_3 = V{};
-      step(i, std::true_type{}, static_cast<int>(hw - i));
-      all_1 = block_1;
-      all_2 = block_2;
-      for (int lane = 0; lane < hw - i; ++lane) s3[channel] += block_3[lane];
-    }
-    s1[channel] = sum(all_1);
-    s2[channel] = sum(all_2);
+    if (i < hw) step(i, std::true_type{}, static_cast<int>(hw - i), sums);
   }
 
-  // Returns the sum of dx, as it was before rounding.
   template <bool keep>
-  Real dx_channel(const T* x, const T* dy, T* dx, const Real* kept, Index channel) {
-    const V h = broadcast(shift[channel]), c = broadcast(center[channel]), s = broadcast(slope[channel]),
-            b = broadcast(intercept[channel]);
+  DDPM_FAST_INLINE void sum_channel(const T* x, const T* dy, Real* kept, Index channel, V* sums) {
+    const V h = broadcast(shift[channel]), c = broadcast(center[channel]);
+    const V s = broadcast(slope[channel]), b = broadcast(intercept[channel]);
+    over_values<3>(sums, [&](Index i, auto partial, int lanes, V* block) {
+      V deviation = load<partial()>(x + i, lanes) + h - c;
+      if constexpr (partial()) deviation = first_lanes<T>(deviation, lanes);
+      const V g = gradient(load<partial()>(dy + i, lanes), deviation, s, b);
+      if constexpr (keep) store<partial()>(kept + i, g, lanes);
+      block[0] += g;
+      block[1] = fma(g, deviation, block[1]);
+      block[2] += deviation;
+    });
+  }
+
+  // The sum is that of dx before it is rounded.
+  template <bool keep>
+  DDPM_FAST_INLINE void dx_channel(const T* x, const T* dy, T* dx, const Real* kept, Index channel, V* sums) {
+    const V h = broadcast(shift[channel]), c = broadcast(center[channel]);
+    const V s = broadcast(slope[channel]), b = broadcast(intercept[channel]);
     const V pp = broadcast(p[channel]), qq = broadcast(q[channel]), rr = broadcast(r[channel]);
-    V all{}, block{};
-    const auto step = [&](Index i, auto partial, int lanes) {
+    over_values<1>(sums, [&](Index i, auto partial, int lanes, V* block) {
       const V deviation = load<partial()>(x + i, lanes) + h - c;
       V g;
       if constexpr (keep) {
@@ -197,22 +222,11 @@ struct Backward {
       } else {
         g = gradient(load<partial()>(dy + i, lanes), deviation, s, b);
       }
-      const V value = fma(g, pp, fma(deviation, qq, rr));
+      V value = fma(g, pp, fma(deviation, qq, rr));
       store<partial()>(dx + i, value, lanes);
-      return value;
-    };
-    Index i = 0;
-    while (i + kLanes <= hw) {
-      const Index end = smaller(hw - kLanes + 1, i + kBlock * kLanes);
-      for (block = V{}; i < end; i += kLanes) block += step(i, std::false_type{}, 0);
-      all += block;
-    }
-    Real total = sum(all);
-    if (i < hw) {
-      const V last = step(i, std::true_type{}, static_cast<int>(hw - i));
-      for (int lane = 0; lane < hw - i; ++lane) total += last[lane];
-    }
-    return total;
+      if constexpr (partial()) value = first_lanes<T>(value, lanes);
+      block[0] += value;
+    });
   }
 
   // ------------------------------------------------------------------------------------------------- channels_last
@@ -235,9 +249,6 @@ struct Backward {
       const Index at = row * a.shape.c + i;
       dx_rows<keep, partial()>(x + at, dy + at, dx + at, kept + (keep ? row * pitch + i : 0), rows, i, lanes);
     });
-    if (a.dshift != nullptr) {
-      copy(dx_sum, static_cast<Real*>(a.dshift) + slice.sample * a.shape.c + slice.first_channel);
-    }
   }
 
   // Calls body(first row, rows, first channel, whether the vector of channels is partial, its lanes) for blocks of
@@ -254,12 +265,16 @@ struct Backward {
 
   template <bool keep, bool partial>
   DDPM_FAST_INLINE void sum_rows(const T* x, const T* dy, Real* kept, Index rows, Index i, int lanes) {
+    const Index stride = a.shape.c, pitch = round_up(channels, kLanes);
     const V h = load(shift + i), c = load(center + i), s = load(slope + i), b = load(intercept + i);
     V block_1{}, block_2{}, block_3{};
-    for (Index row = 0; row < rows; ++row) {
-      const V deviation = load<partial>(x + row * a.shape.c, lanes) + h - c;
-      const V g = gradient(load<partial>(dy + row * a.shape.c, lanes), deviation, s, b);
-      if constexpr (keep) store(kept + row * round_up(channels, kLanes), g);
+    for (; rows > 0; --rows, x += stride, dy += stride) {
+      const V deviation = load<partial>(x, lanes) + h - c;
+      const V g = gradient(load<partial>(dy, lanes), deviation, s, b);
+      if constexpr (keep) {
+        store(kept, g);
+        kept += pitch;
+      }
       block_1 += g;
       block_2 = fma(g, deviation, block_2);
       block_3 += deviation;
@@ -271,19 +286,21 @@ struct Backward {
 
   template <bool keep, bool partial>
   DDPM_FAST_INLINE void dx_rows(const T* x, const T* dy, T* dx, const Real* kept, Index rows, Index i, int lanes) {
+    const Index stride = a.shape.c, pitch = round_up(channels, kLanes);
     const V h = load(shift + i), c = load(center + i), s = load(slope + i), b = load(intercept + i);
     const V pp = load(p + i), qq = load(q + i), rr = load(r + i);
     V block{};
-    for (Index row = 0; row < rows; ++row) {
-      const V deviation = load<partial>(x + row * a.shape.c, lanes) + h - c;
+    for (; rows > 0; --rows, x += stride, dy += stride, dx += stride) {
+      const V deviation = load<partial>(x, lanes) + h - c;
       V g;
       if constexpr (keep) {
-        g = load(kept + row * round_up(channels, kLanes));
+        g = load(kept);
+        kept += pitch;
       } else {
-        g = gradient(load<partial>(dy + row * a.shape.c, lanes), deviation, s, b);
+        g = gradient(load<partial>(dy, lanes), deviation, s, b);
       }
       const V value = fma(g, pp, fma(deviation, qq, rr));
-      store<partial>(dx + row * a.shape.c, value, lanes);
+      store<partial>(dx, value, lanes);
       block += value;
     }
     store(dx_sum + i, load(dx_sum + i) + block);

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #include "common/dtype.h"
 
@@ -80,23 +81,23 @@ DDPM_FAST_INLINE Doubles fma(Doubles a, Doubles b, Doubles c) {
 #endif
 }
 
-// The sum of the lanes.
-DDPM_FAST_INLINE float sum(Floats v) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_add_ps(v);
-#else
-  float s[kWidth<float>];
-  std::memcpy(s, &v, sizeof(v));
-  for (int half = kWidth<float> / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) s[i] += s[i + half];
-  }
-  return s[0];
-#endif
+// Lane i: the sum of the lanes of v[i].
+template <int... i>
+DDPM_FAST_INLINE Floats sum_neighbours(Floats a, Floats b, std::integer_sequence<int, i...>) {
+  return __builtin_shufflevector(a, b, 2 * i...) + __builtin_shufflevector(a, b, 2 * i + 1 ...);
 }
-DDPM_FAST_INLINE double sum(Doubles v) {
-  double s = 0;
-  for (int i = 0; i < kWidth<double>; ++i) s += v[i];
-  return s;
+template <int... i>
+DDPM_FAST_INLINE Doubles sum_neighbours(Doubles a, Doubles b, std::integer_sequence<int, i...>) {
+  return __builtin_shufflevector(a, b, 2 * i...) + __builtin_shufflevector(a, b, 2 * i + 1 ...);
+}
+template <class T, int count = kWidth<T>>
+DDPM_FAST_INLINE Vector<T> sums_of_lanes(const Vector<T>* v) {
+  if constexpr (count == 1) {
+    return v[0];
+  } else {
+    return sum_neighbours(sums_of_lanes<T, count / 2>(v), sums_of_lanes<T, count / 2>(v + count / 2),
+                          std::make_integer_sequence<int, kWidth<T>>{});
+  }
 }
 
 // ------------------------------------------------------------------------------------------------------ conversions
@@ -238,6 +239,14 @@ DDPM_FAST_INLINE void store(T* to, Vector<T> v, int count) {
   store(room, v);
   for (int i = 0; i < count; ++i) to[i] = room[i];
 #endif
+}
+
+// v with 0 in the lanes from `count` on.
+template <class T>
+DDPM_FAST_INLINE Vector<T> first_lanes(Vector<T> v, int count) {
+  RealOf<T> room[kWidth<T>];
+  std::memcpy(room, &v, sizeof(v));
+  return load(room, count);
 }
 
 // Whole vectors and the last one by one name: `partial` is a compile-time choice.
