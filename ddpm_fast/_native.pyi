@@ -1,7 +1,7 @@
-"""The compiled module. Tensors cross as addresses (`Tensor.data_ptr()`; 0: absent), and nothing is checked: `ddpm_fast.ops` does that.
+"""The compiled module. Tensors cross as addresses (`Tensor.data_ptr()`; 0: absent), unchecked: `ddpm_fast.ops` checks them.
 
-dtype codes: 0 float32, 1 float64, 2 float16, 3 bfloat16. A tensor is dense, logically [n, c, hw]; with channels_last its memory is
-[n, hw, c]. The structs of csrc/common/args.h say what each argument is.
+dtype codes: 0 float32, 1 float64, 2 float16, 3 bfloat16. A tensor is dense, logically [n, c, hw]; with channels_last its memory
+is [n, hw, c]. The structs of csrc/common/args.h say what each argument is.
 """
 
 from collections.abc import Sequence

@@ -138,12 +138,15 @@ def _reverse_step(case: Case, normal: Normal, timesteps: Any, device: torch.devi
     guidance = case.options.get("guidance_scale")
     model_shape = (n * (1 if guidance is None else 2), channels * (1 if plan.variance == "fixed" else 2), *rest)
     step = case.options.get("step", "device")
-    steps = {"device": lambda: plan.steps(device)[plan.num_steps // 2], "sample": lambda: timesteps(plan.num_steps)}
+    if step == "device":
+        step = plan.steps(device)[plan.num_steps // 2]
+    elif step == "sample":
+        step = timesteps(plan.num_steps)
     half = case.options.get("half_model") and dtype == torch.float32
     arguments = {
         "x_t": normal(*case.shape),
         "model_output": normal(*model_shape, dtype=torch.bfloat16 if half else dtype),
-        "step": step if isinstance(step, int) else steps[step](),
+        "step": step,
         "plan": plan,
         "guidance_scale": guidance,
         "return_x_0": case.options.get("return_x_0", False),

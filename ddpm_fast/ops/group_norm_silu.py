@@ -159,7 +159,10 @@ def _backward_impl(
     small = (weight, bias, shift, scale, scale_shift)
     grads = _backward_fake(grad_y, x, mean, rstd, num_groups, weight, bias, shift, scale, scale_shift, silu, family)
     grad_x, *grads_small = grads
-    wanted = [grad if value is not None else None for grad, value in zip(grads_small, small, strict=True)]
+    grad_weight, grad_bias, grad_shift, grad_scale, grad_scale_shift = (
+        None if value is None else grad for grad, value in zip(grads_small, small, strict=True)
+    )
+    wanted = (grad_weight, grad_bias, grad_shift, grad_scale, grad_scale_shift)
     if family == "native":
         n, c, hw, channels_last = sizes(x)
         native().group_norm_silu_backward(
