@@ -127,10 +127,8 @@ def fill(value):
         for p in model.parameters():
             p.fill_(value)
 fill(0)
-start = time.perf_counter()
 model.save_pretrained(folder)
-duration = time.perf_counter() - start
-seen, random = set(), random.Random(0)
+seen, window, random = {0.0}, 0.02, random.Random(0)
 for trial in range(1, 21):
     child = os.fork()
     if child == 0:
@@ -138,11 +136,13 @@ for trial in range(1, 21):
             trial += 100
             fill(trial)
             model.save_pretrained(folder)
-    time.sleep(random.uniform(0, 5 * duration))
+    time.sleep(random.uniform(0, window))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     values = {float(v) for p in UNet.from_pretrained(folder).parameters() for v in (p.min(), p.max())}
     assert len(values) == 1, values
+    if values <= seen:
+        window *= 2  # a busy machine: not one write was finished
     seen |= values
 print(len(seen))
 """
@@ -153,7 +153,7 @@ def test_killed_while_writing_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
     command = [sys.executable, "-W", "ignore", "-c", _KILLED_WRITER, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[1])
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) > 1  # some writes did finish before the kill
+    assert int(done.stdout) > 3  # or the kills came before any write
     assert (tmp_path / WEIGHTS).exists()
 
 
