@@ -32,7 +32,7 @@ class Pretrained:
     """A trained model and how it was meant to be sampled.
 
     Attributes:
-        model: the network, in eval mode.
+        model: the network, in eval mode, its weights channels_last.
         schedule: the noise schedule that it was trained with.
         prediction: what it predicts.
         variance: of the reverse steps, as `ddpm_plan` takes it.
@@ -92,8 +92,10 @@ def load_folder(
     elif (folder / "classes.json").is_file():
         classes = tuple(json.loads((folder / "classes.json").read_text(encoding="utf-8"))["classes"])
     config = _read_scheduler_config(folder)
+    model = UNet.from_pretrained(network, dtype=dtype, device=device)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's types leave it out
     return Pretrained(
-        model=UNet.from_pretrained(network, dtype=dtype, device=device),
+        model=model,
         schedule=schedule_from_diffusers(config),
         prediction=cast(Prediction, config.get("prediction_type", "epsilon")),
         variance=cast(Variance, config.get("variance_type", "fixed_small")),

@@ -56,6 +56,7 @@ def test_load_folder_reads_diffusers_layout(tmp_path: Path, at_the_root: bool) -
     loaded = load_folder(tmp_path, dtype=torch.float64)
     assert_same_weights(loaded.model, model.double())
     assert not loaded.model.training
+    assert loaded.model.conv_out.weight.is_contiguous(memory_format=torch.channels_last)
     assert loaded.schedule == NoiseSchedule.cosine(30)
     assert (loaded.prediction, loaded.variance, loaded.clip, loaded.classes) == ("v_prediction", "fixed_large", 2.0, ())
 
