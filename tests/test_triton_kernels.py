@@ -1,12 +1,13 @@
 """The Triton launchers against the reference: on the CPU in Triton's interpreter, on a GPU compiled.
 
-Parity through the public ops, with gradients, is in tests/ops; here is what belongs to the kernels: bits of the noise, layouts,
-tiles that end early, several partial sums, every branch of a launcher.
+Parity of the public ops, gradients included, is in tests/ops. Here is what belongs to the kernels: the bits of the noise,
+tiles and grids that end early, several partial results, every layout that a launcher can meet.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -16,13 +17,20 @@ from ddpm_fast import reference
 
 pytest.importorskip("triton")
 
+from ddpm_fast.triton_kernels import denoising_loss as loss_module
+from ddpm_fast.triton_kernels import group_norm_silu as norm_module
+from ddpm_fast.triton_kernels import tiles
 from ddpm_fast.triton_kernels.noise import noise
+from ddpm_fast.triton_kernels.q_sample import q_sample
+from ddpm_fast.triton_kernels.reverse_step import reverse_step
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SEEDS = torch.tensor([0, -1, 2**62 + 12345])
-HALF_STEP = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}  # rounding to nearest, relative
+SEEDS = torch.tensor([0, -1, 2**62 + 12345], device=DEVICE)
+Layout = Callable[[Tensor], Tensor]
 
-contiguous: Callable[[Tensor], Tensor] = Tensor.contiguous
+
+def contiguous(x: Tensor) -> Tensor:
+    return x.contiguous()
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -30,32 +38,227 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 LAYOUTS = pytest.mark.parametrize("layout", [contiguous, channels_last])
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 
 
-def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
-def assert_rounded(actual: Tensor, exact: Tensor, operations: int) -> None:
-    """Equal up to one rounding to the dtype and so many float32 roundings of values of the size of the result's largest."""
+def nan_like(x: Tensor) -> Tensor:
+    return torch.full_like(x, torch.nan)
+
+
+def assert_close(actual: Tensor, exact: Tensor, roundings: int = 8) -> None:
+    """Within so many float32 roundings of the largest value."""
+    error = (actual.double() - exact.double()).abs().max().item()
     size = exact.abs().max().item()
-    error = (actual.double() - exact.double()).abs()
-    bound = HALF_STEP[actual.dtype] * exact.double().abs() + operations * 2.0**-24 * size
-    assert actual.isfinite().all()
-    assert (error <= bound).all(), f"largest error {(error / bound).max().item():.2f} times the bound"
+    assert error <= roundings * 2.0**-24 * size, f"error {error:.2e}, {error / size * 2**24:.1f} roundings"
 
 
-# Shapes: one pair; a line with a tail and a partial block; two tiles a sample; planes that blocks straddle; one channel.
-@pytest.mark.parametrize("shape", [(3, 2), (3, 1, 13), (3, 3, 20, 20), (3, 3, 5, 7), (3, 1, 6, 6), (3, 70, 2, 2)])
-@DTYPES
+# ------------------------------------------------------------------------------------------------------------- the noise
+
+# A pair; a tail and a partial block; two tiles a sample; planes that blocks straddle; one channel; two tiles of channels.
+SHAPES = [(3, 2), (3, 1, 13), (3, 3, 20, 20), (3, 3, 5, 7), (3, 1, 6, 6), (3, 70, 2, 2)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @LAYOUTS
-def test_normals_have_the_bits_of_the_reference(
-    shape: tuple[int, ...], dtype: torch.dtype, layout: Callable[[Tensor], Tensor]
-) -> None:
-    if layout is channels_last and len(shape) != 4:
-        layout = contiguous
-    out = layout(torch.full(shape, torch.nan, dtype=dtype, device=DEVICE))
-    for stream in (0, 1, reference.STREAM_X_T):
-        noise(out, SEEDS.to(DEVICE), stream)
-        assert torch.equal(out, reference.noise(shape, SEEDS.to(DEVICE), stream, dtype))
+def test_normals_have_the_bits_of_the_reference(shape: tuple[int, ...], dtype: torch.dtype, layout: Layout) -> None:
+    out = torch.full(shape, torch.nan, dtype=dtype, device=DEVICE)
+    if len(shape) == 4:
+        out = layout(out)
+    stream = 1 if dtype == torch.float32 else reference.STREAM_X_T
+    noise(out, SEEDS, stream)
+    assert torch.equal(out, reference.noise(shape, SEEDS, stream, dtype))
+
+
+@LAYOUTS
+def test_every_kernel_draws_the_same_normals(layout: Layout) -> None:
+    """Also where a grid has programs for samples that do not exist, as it has beyond 65535 samples."""
+    x = layout(torch.zeros(3, 3, 8, 8, device=DEVICE))
+    z = layout(reference.noise(x.shape, SEEDS, reference.STREAM_Q_SAMPLE, torch.float32))
+    t = torch.tensor([1, 1, 1], device=DEVICE)
+    table = torch.tensor([[0.0, 0.0], [0.5, 1.0]], device=DEVICE)  # x_t = x_0 / 2 + epsilon
+    plan = torch.zeros(8, 10, device=DEVICE)
+    plan[:, 6] = 1  # x_{t-1} = z
+    out = nan_like(x)
+    q_sample(out, x, t, table, None, SEEDS)
+    assert torch.equal(out, z)
+    losses = torch.full((3,), torch.nan, device=DEVICE)
+    loss_module.denoising_loss(losses, z, x, t, table, None, SEEDS, 0)
+    assert torch.equal(losses, torch.zeros(3, device=DEVICE))
+    reverse_step(out, None, x, x, plan, torch.tensor([5, 0, 7], device=DEVICE), None, SEEDS, None, None, 0)
+    expected = [reference.noise((1, 3, 8, 8), SEEDS[i : i + 1], step, torch.float32) for i, step in enumerate((5, 0, 7))]
+    assert torch.equal(out, torch.cat(expected))
+
+
+@LAYOUTS
+def test_more_samples_than_a_grid_has_rows(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "MAX_GRID_Y", 2)  # 3 samples: 2 x 2 programs
+    test_every_kernel_draws_the_same_normals(layout)
+    test_group_norm_in_one_tile_and_in_chunks(layout, 2, True, monkeypatch)
+
+
+# ---------------------------------------------------------------------------------------------------------- the launchers
+
+
+@LAYOUTS
+@pytest.mark.parametrize("drawn", [False, True], ids=["noise", "seeds"])
+@pytest.mark.parametrize("prediction", [0, 1, 2])
+def test_loss_of_many_tiles(prediction: int, drawn: bool, layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_module, "TILES_PER_PROGRAM", 1)  # 2 partial sums a sample
+    x, m, z = (layout(randn(3, 3, 20, 21, seed=seed)) for seed in range(3))
+    t, table = torch.tensor([0, 2, 1], device=DEVICE), torch.rand(3, 2, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    arguments = (x, t, table, *((None, SEEDS) if drawn else (z, None)), prediction)
+    losses = torch.full((3,), torch.nan, device=DEVICE)
+    loss_module.denoising_loss(losses, m, *arguments)
+    wide = m.clone().requires_grad_()
+    exact = reference.denoising_loss(wide, *arguments)
+    assert_close(losses, exact)
+
+    grad_losses = randn(3)
+    exact.backward(grad_losses)
+    grad = nan_like(m)
+    loss_module.denoising_loss_backward(grad, grad_losses, m, *arguments)
+    assert wide.grad is not None
+    assert_close(grad, wide.grad)
+
+
+def plan_table() -> Tensor:
+    table = torch.rand(8, 10, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    table[:, 9] = 1.0
+    table[3, 9] = torch.inf
+    table[0, 6] = 0.0
+    return table.to(DEVICE)
+
+
+# Channels: one, where a channels_last state is contiguous too but the two-channel model output is not; three; two tiles.
+@LAYOUTS
+@pytest.mark.parametrize("channels", [1, 3, 70])
+@pytest.mark.parametrize("variance", [0, 1, 2])
+def test_reverse_step_with_guidance_and_learned_variance(variance: int, channels: int, layout: Layout) -> None:
+    x, x_0_prev = (layout(randn(3, channels, 4, 6, seed=seed)) for seed in range(2))
+    m = layout(randn(6, channels if variance == 0 else 2 * channels, 4, 6, seed=2)).bfloat16()
+    arguments = (m, plan_table(), torch.tensor([0, 3, 7], device=DEVICE), None, SEEDS, x_0_prev, 3.0, variance)
+    exact, exact_0 = reference.reverse_step(x, *arguments)
+    out, x_0 = nan_like(x), nan_like(x)
+    reverse_step(out, x_0, x, *arguments)
+    assert_close(out, exact)
+    assert_close(x_0, exact_0)
+
+    in_place = x.clone(memory_format=torch.preserve_format)
+    reverse_step(in_place, None, in_place, *arguments)
+    assert torch.equal(in_place, out)
+
+
+def test_a_nan_of_the_model_is_not_clipped() -> None:
+    x = torch.full((1, 1, 2, 2), torch.nan, device=DEVICE)
+    out, x_0 = torch.zeros_like(x), torch.zeros_like(x)
+    reverse_step(out, x_0, torch.zeros_like(x), x, plan_table(), SEEDS[:1], None, SEEDS[:1], None, None, 0)
+    assert out.isnan().all()
+    assert x_0.isnan().all()
+
+
+def test_too_large_a_sample_is_refused() -> None:
+    x = torch.empty(1, 2**31, device="meta")
+    with pytest.raises(ValueError, match="fewer than 2\\^31 elements"):
+        noise(x, SEEDS[:1], 0)
+    with pytest.raises(ValueError, match="fewer than 2\\^31 elements"):
+        norm_module.group_norm_silu(x, x, x, x, None, None, None, None, None, 1, 1e-5, True)
+
+
+# ---------------------------------------------------------------------------------------------------------- the group norm
+
+
+def run_norm(x: Tensor, dy: Tensor, small: list[Tensor], groups: int, silu: bool) -> list[Tensor]:
+    """y, mean, rstd and the gradients of x, weight, bias, shift, scale and scale_shift."""
+    y, dx = nan_like(x), nan_like(x)
+    mean, rstd = (torch.full((x.shape[0], groups), torch.nan, device=DEVICE) for _ in range(2))
+    gradients = [nan_like(value) for value in small]
+    norm_module.group_norm_silu(y, mean, rstd, x, *small, groups, 1e-5, silu)
+    norm_module.group_norm_silu_backward(dx, *gradients, dy, x, mean, rstd, *small, groups, silu)
+    return [y, mean, rstd, dx, *gradients]
+
+
+def exact_norm(x: Tensor, dy: Tensor, small: list[Tensor], groups: int, silu: bool) -> list[Tensor]:
+    leaves = [value.double().requires_grad_() for value in (x, *small)]
+    weight, bias, *modulation = leaves[1:]
+    y, mean, rstd = reference.group_norm_silu(leaves[0], groups, weight, bias, 1e-5, *modulation, silu)
+    y.backward(dy.double())
+    return [y.detach(), mean.detach(), rstd.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+
+def norm_inputs(n: int, c: int, h: int, w: int, layout: Layout) -> tuple[Tensor, Tensor, list[Tensor]]:
+    x, dy = layout(2 * randn(n, c, h, w) + 1), layout(randn(n, c, h, w, seed=1))
+    return x, dy, [randn(c, seed=2), randn(c, seed=3), *(randn(n, c, seed=seed) for seed in (4, 5, 6))]
+
+
+# Groups: 2 of 8 channels, nothing is padded; 3 of 6 in 9 x 5 pixels, padded in every way.
+@LAYOUTS
+@pytest.mark.parametrize("groups", [2, 3])
+@pytest.mark.parametrize("silu", [True, False], ids=["silu", "linear"])
+def test_group_norm_in_one_tile_and_in_chunks(layout: Layout, groups: int, silu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, dy, small = norm_inputs(3, 18, 9, 5, layout) if groups == 3 else norm_inputs(3, 16, 8, 8, layout)
+    exact = exact_norm(x, dy, small, groups, silu)
+    resident = run_norm(x, dy, small, groups, silu)
+    for value, expected in zip(resident, exact, strict=True):
+        assert_close(value, expected, roundings=24)
+
+    limits = {"RESIDENT_FORWARD": (0, 0), "RESIDENT_BACKWARD": (0, 0), "SPLIT_TILE": 256, "TILES_PER_CHUNK": 2}
+    for name, value in limits.items():
+        monkeypatch.setattr(norm_module, name, value)
+    launched = count_launches(norm_module, "_apply_kernel", monkeypatch)
+    in_chunks = run_norm(x, dy, small, groups, silu)
+    assert launched == ["_apply_kernel"]
+    for value, expected in zip(in_chunks, exact, strict=True):
+        assert_close(value, expected, roundings=24)
+
+
+def count_launches(module: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    kernel, launched = getattr(module, name), []
+
+    class Spy:
+        def __getitem__(self, grid: Any) -> Any:
+            launched.append(name)
+            return kernel[grid]
+
+    monkeypatch.setattr(module, name, Spy())
+    return launched
+
+
+@LAYOUTS
+@pytest.mark.parametrize("resident", [True, False], ids=["resident", "chunks"])
+def test_group_norm_far_from_zero(resident: bool, layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Deviations of a hundredth around a thousand: E[x^2] - E[x]^2 has no digit right, nor has a mean summed carelessly."""
+    if not resident:
+        monkeypatch.setattr(norm_module, "RESIDENT_FORWARD", (0, 0))
+        monkeypatch.setattr(norm_module, "SPLIT_TILE", 512)
+    x = layout(1000 + randn(2, 8, 16, 16) / 64)
+    y, mean, rstd = nan_like(x), *(torch.full((2, 2), torch.nan, device=DEVICE) for _ in range(2))
+    norm_module.group_norm_silu(y, mean, rstd, x, None, None, None, None, None, 2, 1e-5, False)
+    exact, exact_mean, exact_rstd = reference.group_norm_silu(x.double(), 2, None, None, 1e-5, None, None, None, False)
+    assert_close(mean, exact_mean, roundings=1)
+    assert_close(rstd, exact_rstd, roundings=32)
+    assert_close(y, exact, roundings=32)
+
+
+@LAYOUTS
+def test_group_norm_of_a_sample_does_not_depend_on_its_batch(layout: Layout) -> None:
+    x, dy, small = norm_inputs(3, 16, 8, 8, layout)
+    weight, bias, *modulation = small
+    batch = run_norm(x, dy, small, 4, True)
+    alone = run_norm(x[1:2], dy[1:2], [weight, bias, *(value[1:2] for value in modulation)], 4, True)
+    for index in (0, 1, 2, 3, 6, 7, 8):  # all but the gradients of weight and bias, which are sums over the batch
+        assert torch.equal(batch[index][1:2], alone[index])
+
+
+def test_group_norm_of_an_empty_batch_has_zero_gradients() -> None:
+    x = torch.empty(0, 4, 2, 2, device=DEVICE)
+    weight, gradient = torch.ones(4, device=DEVICE), torch.full((4,), torch.nan, device=DEVICE)
+    statistics = torch.empty(0, 2, device=DEVICE)
+    norm_module.group_norm_silu(x, statistics, statistics, x, weight, None, None, None, None, 2, 1e-5, True)
+    norm_module.group_norm_silu_backward(
+        x, gradient, None, None, None, None, x, x, statistics, statistics, weight, None, None, None, None, 2, True
+    )
+    assert torch.equal(gradient, torch.zeros(4, device=DEVICE))

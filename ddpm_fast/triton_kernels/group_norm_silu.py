@@ -159,17 +159,27 @@ def _sigmoid(z, FAST: tl.constexpr):
 
 
 @triton.jit
-def _statistics(h, mask, count, LAST: tl.constexpr, PADDED: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr):
-    """Mean and sum of squared deviations of each group; the tile of deviations, and their mean.
+def _pivots(x, shift, sample, group_tile, groups, hw, LAST: tl.constexpr, CPG: tl.constexpr, GROUPS: tl.constexpr):
+    """The first element of each group. Relative to it numbers are about as small as their spread, and sums lose nothing."""
+    group = group_tile if GROUPS == 1 else group_tile * GROUPS + tl.arange(0, GROUPS)
+    channel = (sample * groups + group) * CPG
+    offset = sample * groups * CPG * hw + group * CPG if LAST else channel * hw
+    pivot = tl.load(x + offset, group < groups, other=0.0).to(tl.float32)
+    if shift is not None:
+        pivot += tl.load(shift + channel, group < groups, other=0.0).to(tl.float32)
+    return pivot
 
-    The first mean has the rounding of a sum of numbers that may be large beside their spread. The mean of the deviations from
-    it tells that error, and corrects for it.
-    """
-    about = tl.div_rn(_sum_tile(h, LAST, WIDTH, GROUPS), count)
-    deviation = _zero_padding(h - _spread_tile(about, LAST, WIDTH, GROUPS), mask, PADDED)
-    total = _sum_tile(deviation, LAST, WIDTH, GROUPS)
-    rest = tl.div_rn(total, count)
-    return about + rest, _sum_tile(deviation * deviation, LAST, WIDTH, GROUPS) - total * rest, deviation, rest
+
+@triton.jit
+def _statistics(
+    h, pivot, mask, count,
+    PADDED: tl.constexpr, LAST: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """Of each group the mean, relative to the pivot, and the sum of squared deviations; and the tile of deviations."""
+    relative = _zero_padding(h - _spread_tile(pivot, LAST, WIDTH, GROUPS), mask, PADDED)
+    mean = tl.div_rn(_sum_tile(relative, LAST, WIDTH, GROUPS), count)
+    deviation = _zero_padding(relative - _spread_tile(mean, LAST, WIDTH, GROUPS), mask, PADDED)
+    return mean, _sum_tile(deviation * deviation, LAST, WIDTH, GROUPS), deviation
 
 
 @triton.jit
@@ -195,16 +205,15 @@ def _forward_kernel(
     first = sample * c * hw
     h = _load_h(x + first + offset, _load_channels(shift, modulation, exists, 0.0), mask, LAST, shift is not None, PADDED)
 
-    count = (CPG * hw).to(tl.float32)
-    mu, squares, deviation, rest = _statistics(h, mask, count, LAST, PADDED, WIDTH, GROUPS)
+    count = 1.0 * CPG * hw
+    pivot = _pivots(x, shift, sample, tl.program_id(0), groups, hw, LAST, CPG, GROUPS)
+    about, squares, deviation = _statistics(h, pivot, mask, count, PADDED, LAST, WIDTH, GROUPS)
     r = _rstd(squares, count, eps)
     a, b = _affine(weight, bias, scale, scale_shift, channel, modulation, exists)
-    a *= _spread(r, WIDTH, GROUPS)
-    b -= a * _spread(rest, WIDTH, GROUPS)
-    z = tl.fma(deviation, _tile(a, LAST), _tile(b, LAST))
+    z = tl.fma(deviation, _tile(a * _spread(r, WIDTH, GROUPS), LAST), _tile(b, LAST))
     tl.store(y + first + offset, rounded(z * _sigmoid(z, FAST) if SILU else z, y.dtype.element_ty), mask)
     row, row_exists = _rows(sample, tl.program_id(0), groups, GROUPS)
-    tl.store(mean + row, mu, row_exists)
+    tl.store(mean + row, pivot + about, row_exists)
     tl.store(rstd + row, r, row_exists)
 
 
@@ -214,7 +223,7 @@ def _partial_statistics_kernel(
     PADDED: tl.constexpr,
     LAST: tl.constexpr, CPG: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
-    """Mean and sum of squared deviations of one chunk of pixels: [N, groups, chunks]."""
+    """Relative mean and sum of squared deviations of one chunk of pixels: [N, groups, chunks]."""
     sample = current_sample()
     if sample >= n:
         return
@@ -225,6 +234,7 @@ def _partial_statistics_kernel(
     shift_ = _load_channels(shift, sample * c + channel, exists, 0.0)
     count = 0.0
     row, row_exists = _rows(sample, group_tile, groups, GROUPS)
+    pivot = _pivots(x, shift, sample, group_tile, groups, hw, LAST, CPG, GROUPS)
     mean = 0.0 if GROUPS == 1 else tl.zeros([GROUPS], tl.float32)
     squares = 0.0 if GROUPS == 1 else tl.zeros([GROUPS], tl.float32)
     first_pixel = chunk * tiles_per_chunk * PIXELS
@@ -235,7 +245,7 @@ def _partial_statistics_kernel(
         tile = x + sample * c * hw + _offsets(channel, pixel, c, hw, LAST)
         h = _load_h(tile, shift_, mask, LAST, shift is not None, PADDED)
         tile_count = (CPG * tl.minimum(PIXELS, hw - start)).to(tl.float32)
-        tile_mean, tile_squares, _deviation, _rest = _statistics(h, mask, tile_count, LAST, PADDED, WIDTH, GROUPS)
+        tile_mean, tile_squares, _deviation = _statistics(h, pivot, mask, tile_count, PADDED, LAST, WIDTH, GROUPS)
         difference = tile_mean - mean
         share = tl.div_rn(tile_count, count + tile_count)
         mean = tl.fma(difference, share, mean)
@@ -271,12 +281,14 @@ def _apply_kernel(
     chunk_pixels = tiles_per_chunk * PIXELS
     counts = tl.where(exists, CPG * tl.minimum(chunk_pixels, hw - index * chunk_pixels), 0).to(tl.float32)
     counts = counts if GROUPS == 1 else counts[None, :]
-    count = (CPG * hw).to(tl.float32)
+    count = 1.0 * CPG * hw
     axis: tl.constexpr = 0 if GROUPS == 1 else 1
-    about = tl.load(partial_mean + row * chunks, row_exists)  # as in `_statistics`
-    mu = about + tl.div_rn(tl.sum(counts * (means - (about if GROUPS == 1 else about[:, None])), axis), count)
-    difference = means - (mu if GROUPS == 1 else mu[:, None])
+    about = tl.div_rn(tl.sum(counts * means, axis), count)
+    difference = means - (about if GROUPS == 1 else about[:, None])
     r = _rstd(tl.sum(tl.fma(counts * difference, difference, squares), axis), count, eps)
+    pivot = _pivots(x, shift, sample, group_tile, groups, hw, LAST, CPG, GROUPS)
+    mu = pivot + about
+    rest = about - (mu - pivot)  # what rounding took from mu
     if chunk == 0:
         tl.store(mean + row, mu, row_exists)
         tl.store(rstd + row, r, row_exists)
@@ -285,6 +297,7 @@ def _apply_kernel(
     modulation = sample * c + channel
     a, b = _affine(weight, bias, scale, scale_shift, channel, modulation, exists)
     a *= _spread(r, WIDTH, GROUPS)
+    b -= a * _spread(rest, WIDTH, GROUPS)
     shift_ = _load_channels(shift, modulation, exists, 0.0)
     first = sample * c * hw
     first_pixel = chunk * chunk_pixels
@@ -328,7 +341,7 @@ def _small_gradients(
     CPG: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """Write what the sums of each channel give of one sample; return m1 and m2 of each group."""
-    count = (CPG * hw).to(tl.float32)
+    count = 1.0 * CPG * hw
     m1 = tl.div_rn(_sum_channels(a * dz_sums, WIDTH, GROUPS), count)
     m2 = tl.div_rn(_sum_channels(a * dz_xhat_sums, WIDTH, GROUPS), count)
     if sum_dz is not None:
