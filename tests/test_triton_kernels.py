@@ -160,11 +160,14 @@ def test_a_nan_of_the_model_is_not_clipped() -> None:
     assert x_0.isnan().all()
 
 
-def test_too_large_a_sample_is_refused() -> None:
+def test_what_is_too_large_is_refused() -> None:
     x = torch.empty(1, 2**31, device="meta")
     with pytest.raises(ValueError, match="fewer than 2\\^31 elements"):
         noise(x, SEEDS[:1], 0)
     with pytest.raises(ValueError, match="fewer than 2\\^31 elements"):
+        norm_module.group_norm_silu(x, x, x, x, None, None, None, None, None, 1, 1e-5, True)
+    x = torch.empty(1, 5000, device="meta")
+    with pytest.raises(ValueError, match="at most 4096 channels in a group"):
         norm_module.group_norm_silu(x, x, x, x, None, None, None, None, None, 1, 1e-5, True)
 
 

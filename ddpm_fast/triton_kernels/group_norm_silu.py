@@ -27,6 +27,7 @@ RESIDENT_BACKWARD = (16384, 8192)
 SPLIT_TILE = 4096
 ELEMENTS_PER_WARP = (1024, 512)  # forward, backward
 TILES_PER_CHUNK = 4
+MAX_CHANNELS_PER_GROUP = 4096  # a tile holds whole groups
 ROW_BYTES = (64, 32)  # of a channels_last tile: the first with which it is resident
 SPLIT_ROW_BYTES = 64
 
@@ -544,7 +545,10 @@ def _tiling(x: Tensor, groups: int, backward: bool) -> _Tiling:
     n, c = x.shape[:2]
     hw = x.numel() // (n * c)
     if c * hw >= 2**31:
-        raise ValueError(f"ddpm_fast: expected samples of fewer than 2^31 elements, got {c * hw}")
+        raise ValueError(f"group_norm_silu: expected samples of fewer than 2^31 elements, got {c * hw}")
+    if c // groups > MAX_CHANNELS_PER_GROUP:
+        expected = f"at most {MAX_CHANNELS_PER_GROUP} channels in a group for the Triton kernels"
+        raise ValueError(f"group_norm_silu: expected {expected}, got {c // groups}")
     last = not x.is_contiguous()
     resident = (RESIDENT_BACKWARD if backward else RESIDENT_FORWARD)[last]
     cpg = c // groups
