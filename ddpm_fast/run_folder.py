@@ -138,16 +138,20 @@ class RunFolder:
                 writer.writerow(LOG_COLUMNS)
             writer.writerow([format(value, ".6g") if isinstance(value, float) else value for value in row])
 
-    def cut_log(self, step: int) -> None:
-        """Remove the rows after `step`, which a resumed run writes again, and a row that was cut short."""
+    def log_until(self, step: int) -> str:
+        """The text of log.csv without the rows after `step`, and without a row that was cut short."""
         if not self.log_file.exists():
-            return
-        with self.log_file.open(newline="", encoding="utf-8") as file:
-            text = file.read()
+            return ""
+        text = self.log_file.read_text(encoding="utf-8")
         lines = text[: text.rfind("\n") + 1].splitlines(keepends=True)
-        kept = lines[:1] + [line for line in lines[1:] if int(line.split(",", 1)[0]) <= step]
-        with replacing(self.log_file) as temporary:
-            temporary.write_text("".join(kept), encoding="utf-8")
+        return "".join(lines[:1] + [line for line in lines[1:] if int(line.split(",", 1)[0]) <= step])
+
+    def cut_log(self, step: int) -> None:
+        """Remove the rows after `step`, which a resumed run writes again."""
+        if self.log_file.exists():
+            text = self.log_until(step)
+            with replacing(self.log_file) as temporary:
+                temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -12,7 +12,6 @@ import json
 import logging
 import math
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -246,7 +245,7 @@ def export_checkpoint(
     _write_scheduler(out / "scheduler", NoiseSchedule.from_config(config["schedule"]), prediction)
     write_json(out / "training.json", {**config, "step": state["step"], "seconds": state["seconds"]})
     write_json(out / "classes.json", {"classes": config["dataset"]["classes"]})
-    shutil.copyfile(run.log_file, out / "training_log.csv")
+    (out / "training_log.csv").write_text(run.log_until(state["step"]), encoding="utf-8")
     return out
 
 

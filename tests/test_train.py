@@ -258,6 +258,8 @@ def test_checkpoint_that_fails_to_be_written_leaves_the_old_one(tmp_path: Path, 
 
 def test_export_is_a_model_folder(tmp_path: Path) -> None:
     train(tmp_path / "run", **QUIET | {"steps": 4, "schedule": "cosine", "prediction": "v_prediction", "num_timesteps": 20})
+    with (tmp_path / "run" / "log.csv").open("a") as file:
+        file.write("8,48,1,1,1,1,1\n")  # the run went on after its checkpoint
     out = export_checkpoint(tmp_path / "run", tmp_path / "out")
     run, exported = load_folder(tmp_path / "run"), load_folder(out)
     assert sorted(str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()) == [
@@ -273,6 +275,7 @@ def test_export_is_a_model_folder(tmp_path: Path) -> None:
     for (name, half), full in zip(exported.model.state_dict().items(), run.model.state_dict().values(), strict=True):
         torch.testing.assert_close(half.float(), full.half().float(), rtol=0, atol=0, msg=name)
     assert json.loads((out / "training.json").read_text())["step"] == 4
+    assert [line.split(",")[0] for line in (out / "training_log.csv").read_text().splitlines()] == ["step", "4"]
 
 
 def test_diffusers_reads_the_exported_scheduler(tmp_path: Path) -> None:
