@@ -3,6 +3,7 @@
 from .builtin import load_builtin
 from .evaluate import VariationalBound, variational_bound
 from .images import image_grid, save_grid, save_trajectory, to_uint8
+from .nn import UNet
 from .ops import BackendUnavailable, denoising_loss, group_norm_silu, noise, q_sample, reverse_step, sample_seeds
 from .plan import SamplingPlan, ddim_plan, ddpm_plan
 from .sample import sample
@@ -15,6 +16,7 @@ __all__ = [
     "NoiseSchedule",
     "SamplingPlan",
     "TrainResult",
+    "UNet",
     "VariationalBound",
     "ddim_plan",
     "ddpm_plan",
