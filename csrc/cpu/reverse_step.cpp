@@ -6,23 +6,6 @@ namespace ddpm_fast::DDPM_FAST_ISA {
 
 namespace {
 
-// What one row of the plan says, in the type that arithmetic runs in.
-template <class A>
-struct Row {
-  explicit Row(const PlanRow& row)
-      : p(row.p),
-        q(row.q),
-        k0(row.k0),
-        k1(row.k1),
-        k2(row.k2),
-        k3(row.k3),
-        sigma(row.sigma),
-        log_beta(row.log_beta),
-        log_beta_tilde(row.log_beta_tilde),
-        clip(row.clip) {}
-  A p, q, k0, k1, k2, k3, sigma, log_beta, log_beta_tilde, clip;
-};
-
 // The prediction's part of a tile of the model's output, and the variance's.
 struct ModelPlaces {
   ModelPlaces(const Tiling& tiling, const Tile& tile, std::int64_t sample, bool channels_last, bool learned) {
@@ -44,7 +27,7 @@ void run(const ReverseStepArgs& a) {
   for_each_tile(tiling, a.shape.n, draws, a.threads, [&](std::int64_t, const Tile& tile) {
     alignas(64) A x_buffer[kMaxDraw], m_buffer[kMaxDraw], guided[kMaxDraw], x_0[kMaxDraw], x_prev[kMaxDraw];
     const std::int64_t count = tile.count(), step = a.steps[tile.sample * a.step_stride];
-    const Row<A> row(a.table[step]);
+    const PlanRow row = a.table[step];
     const Place at = place(tiling, tile);
     const ModelPlaces model(tiling, tile, tile.sample, a.shape.channels_last, learned);
 
