@@ -122,7 +122,6 @@ def sizes_of_one() -> dict[str, Case]:
 QUICK = (
     "q_sample-bfloat16",
     "reverse_step-everything",
-    "denoising_loss-bfloat16",
     "group_norm_silu-bfloat16-channels_last",
     "group_norm_silu_backward-float32",
 )
@@ -267,6 +266,7 @@ def test_machine_code(name: str, quick: dict[str, list[dict[str, Any]]]) -> None
     check(cases()[name], quick[name])
 
 
+@pytest.mark.slow
 def test_sizes_of_one_compile() -> None:
     names = tuple(sizes_of_one())
     for kernels in compiled(names, ARCHITECTURES[1:2]).values():
