@@ -77,6 +77,16 @@ def rows(shape: tuple[int, ...], dtype: torch.dtype, device: str, seconds: float
     row = PLAN.coefficients[STEP].tolist()
     size = i.x_0.nbytes
     given = torch.randn_like(i.x_0)
+
+    def ours_in_training(output: Tensor) -> Tensor:
+        q_sample(i.x_0, i.t, SCHEDULE, seeds=i.seeds)
+        return denoising_loss(output, i.x_0, i.t, SCHEDULE, seeds=i.seeds)
+
+    def eager_in_training(output: Tensor) -> Tensor:
+        epsilon = torch.randn_like(i.x_0)
+        peers.q_sample(i.x_0, i.t, i.alpha_bars, epsilon)
+        return peers.denoising_loss(output, epsilon)
+
     ops: dict[str, tuple[int, dict[str, Callable[[], object]]]] = {
         "noise": (
             size,
@@ -97,6 +107,13 @@ def rows(shape: tuple[int, ...], dtype: torch.dtype, device: str, seconds: float
             {
                 "ddpm_fast": lambda: reverse_step(i.x_t, i.output, i.step, PLAN, seeds=i.seeds),
                 "eager PyTorch": lambda: peers.reverse_step(i.x_t, i.output, row),
+            },
+        ),
+        "q_sample + denoising_loss + backward": (
+            4 * size,
+            {
+                "ddpm_fast": with_gradient(ours_in_training, i.output),
+                "eager PyTorch": with_gradient(eager_in_training, i.output),
             },
         ),
         # The peer's noise was drawn before, for add_noise, and is read again; ours is drawn again.
@@ -149,7 +166,7 @@ def main() -> None:
         for dtype in args.dtype:
             shape = (batch, 3, args.size, args.size)
             table += rows(shape, common.DTYPES[dtype], args.device, args.seconds)
-    common.print_table("median [quartiles]", table)
+    common.print_table("median [quartiles]; floor: the share of a copy's speed", table)
     common.record(args.out or common.default_output(args.device), "ops_speed", machine, table)
 
 

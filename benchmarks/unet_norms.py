@@ -146,11 +146,11 @@ def main() -> None:
     machine = common.machine(args.device)
     common.print_machine(machine)
     places = sites(UNet(**CIFAR10_32), CIFAR10_32["sample_size"])
-    table: list[dict[str, object]] = []
-    means: list[dict[str, object]] = []
+    out = args.out or common.default_output(args.device)
     for direction in args.direction:
         for dtype in args.dtype:
-            ratios: dict[str, list[float]] = {}
+            table: list[dict[str, object]] = []
+            ratios: dict[tuple[object, str], dict[str, list[float]]] = {}
             for batch in args.batch:
                 for layout in args.layout:
                     settings = {"direction": direction, "dtype": dtype, "batch": batch, "layout": layout}
@@ -164,17 +164,17 @@ def main() -> None:
                         row["share of copy speed"] = ours.speedup_over(times["floor"]).median
                         table.append(row)
                         for name, taken in times.items():
-                            ratios.setdefault(name, []).append(ours.speedup_over(taken).median)
-            means.append(
-                {"direction": direction, "dtype": dtype, "shapes": len(ratios["eager"])}
-                | {f"vs {name}": common.geometric_mean(values) for name, values in ratios.items() if name != "floor"}
-                | {"lowest vs eager": min(ratios["eager"]), "share of copy speed": common.geometric_mean(ratios["floor"])}
-            )
-    common.print_table("every norm: medians [quartiles]; vs: how many times faster ddpm_fast is", table)
-    common.print_table("geometric means over shapes, batches and layouts", means)
-    out = args.out or common.default_output(args.device)
-    common.record(out, "unet_norms", machine, table)
-    common.record(out, "unet_norms_means", machine, means)
+                            for key in ((batch, layout), ("all", "all")):
+                                ratios.setdefault(key, {}).setdefault(name, []).append(ours.speedup_over(taken).median)
+            means = [
+                {"direction": direction, "dtype": dtype, "batch": batch, "layout": layout, "shapes": len(of["eager"])}
+                | {f"vs {name}": common.geometric_mean(values) for name, values in of.items() if name != "floor"}
+                | {"lowest vs eager": min(of["eager"]), "share of copy speed": common.geometric_mean(of["floor"])}
+                for (batch, layout), of in ratios.items()
+            ]
+            common.print_table("every norm: medians [quartiles]; vs: how many times faster ddpm_fast is", table)
+            common.print_table("geometric means", means)
+            common.record(out, f"unet_norms {direction} {dtype}", machine, means + table)
 
 
 if __name__ == "__main__":
