@@ -81,17 +81,17 @@ struct Cut {
     slices = (groups + groups_per_slice - 1) / groups_per_slice;
   }
 
+  // Calls body(slice) for every slice; `grain` elements are worth a thread.
   template <class Body>
-  void run(const Shape& shape, Index groups, int threads, Body body) const {
+  void run(const Shape& shape, Index groups, Index grain, int threads, Body body) const {
     const Index group_channels = shape.c / groups, slice_elements = groups_per_slice * group_channels * shape.hw;
-    parallel_for(shape.n * slices, kGrain / larger(slice_elements, 1) + 1, threads, [&](Index i) {
+    parallel_for(shape.n * slices, grain / larger(slice_elements, 1) + 1, threads, [&](Index i) {
       const Index first = i % slices * groups_per_slice, count = smaller(groups_per_slice, groups - first);
       body(Slice{i / slices, first, count, first * group_channels, count * group_channels});
     });
   }
 
   static constexpr Index kCacheBytes = 1 << 20;  // of a slice; half a core's L2
-  static constexpr Index kGrain = 8192;          // elements worth a thread: two wake-ups
 };
 
 // Contiguous groups that go through a sweep together: what finishes a group's sums is a long chain of operations, and

@@ -5,11 +5,22 @@
 // variance, once for y. What follows the statistics is one multiply-add per channel, y = act((x - center) slope +
 // intercept): the center stays apart, because folding it into the intercept would cancel where |mean| is large beside
 // the deviations, and the part of it that float32 cannot hold goes into the intercept.
+//
+// What was tried, in ns per 16 values, bfloat16, channels_last, one image of [128, 32, 32] / [256, 4, 4], on one core
+// with AVX-512 BF16 at 3.7 GHz:
+//   PyTorch, group_norm and then silu                                         12.0 / 82
+//   statistics by tiles (see below), one vector at a time                      3.6 / 10.5
+//   two vectors at a time, narrowed to bfloat16 by one instruction             3.3 / 9.7
+//   the groups' statistics finished together, no division for each             3.1 / 5.5
+// The units that do vector arithmetic are busy for 2.8 of the 3.1: SiLU 1.9 (the reciprocal alone 0.5), narrowing 0.3,
+// statistics 0.6. In float32 it is 4.0 from the second cache, and memory decides beyond it.
 #include "cpu/group_norm.h"
 
 namespace ddpm_fast::DDPM_FAST_ISA {
 
 namespace {
+
+constexpr Index kGrain = 16384;  // below 3 us of work, waking a thread takes as long
 
 // ------------------------------------------------------------------------------------------------------- statistics
 //
@@ -366,7 +377,7 @@ void group_norm_silu(const GroupNormSiluArgs& args) {
     GroupNormSiluArgs a = args;
     if (a.shape.hw == 1) a.shape.channels_last = true;  // the same memory, and vectors across channels
     const Cut cut(a.shape, a.groups, sizeof(T), 2 * sizeof(T), a.threads);
-    cut.run(a.shape, a.groups, a.threads, [&](const Slice& slice) { Forward<T, silu()>(a, slice); });
+    cut.run(a.shape, a.groups, kGrain, a.threads, [&](const Slice& slice) { Forward<T, silu()>(a, slice); });
   });
 }
 

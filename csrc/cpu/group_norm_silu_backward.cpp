@@ -15,6 +15,7 @@ namespace ddpm_fast::DDPM_FAST_ISA {
 
 namespace {
 
+constexpr Index kGrain = 8192;         // below 3 us of work, waking a thread takes as long
 constexpr Index kKeptBytes = 1 << 20;  // g of a larger slice is made again
 constexpr Index kBlock = 16;           // values that a lane adds up before they join the sum of the others
 
@@ -335,7 +336,8 @@ void group_norm_silu_backward(const GroupNormSiluBackwardArgs& args) {
     Real* sum_1 = parameters ? room.take<Real>(sums) : nullptr;
     Real* sum_2 = parameters ? room.take<Real>(sums) : nullptr;
     const Cut cut(a.shape, a.groups, sizeof(T), 3 * sizeof(T) + sizeof(Real), a.threads);
-    cut.run(a.shape, a.groups, a.threads, [&](const Slice& slice) { Backward<T, silu()>(a, slice, sum_1, sum_2); });
+    cut.run(a.shape, a.groups, kGrain, a.threads,
+            [&](const Slice& slice) { Backward<T, silu()>(a, slice, sum_1, sum_2); });
     if (a.dweight != nullptr) sum_samples(sum_2, a.shape.n, a.shape.c, static_cast<Real*>(a.dweight));
     if (a.dbias != nullptr) sum_samples(sum_1, a.shape.n, a.shape.c, static_cast<Real*>(a.dbias));
   });
