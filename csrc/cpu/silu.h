@@ -39,18 +39,26 @@ DDPM_FAST_INLINE Floats exp2_fraction(Floats r) {
   return fma(p, r, broadcast(1.0f));
 }
 
-// 2^z. Below the normal numbers it may be a power of two too large, or 0; above 2^125 it stops growing where 1 / 2^z is
-// to be an ordinary number.
+// z where 2^z and 1 / 2^z are ordinary numbers; a NaN stays one. Below t = -86, SiLU stops shrinking at 2e-36.
+template <class T>
+DDPM_FAST_INLINE Floats limit(Floats z) {
+#if defined(__AVX512F__)
+  // float16 and bfloat16 need no refined reciprocal, and 1 / infinity = 0 does for them.
+  if constexpr (sizeof(T) == 4) z = _mm512_min_ps(broadcast(125.0f), z);
+  return z;
+#else
+  return z > 125.0f ? broadcast(125.0f) : z;
+#endif
+}
+
+// 2^z, for z from limit(). Below the normal numbers it may be a power of two too large, or 0.
 template <class T>
 DDPM_FAST_INLINE Floats exp2(Floats z) {
 #if defined(__AVX512DQ__)
-  // float16 and bfloat16 need no refined reciprocal, and 1 / infinity = 0 does for them.
-  if constexpr (sizeof(T) == 4) z = _mm512_min_ps(broadcast(125.0f), z);
   const Floats r = _mm512_reduce_ps(z, _MM_FROUND_TO_NEG_INF);  // z - floor(z)
   return _mm512_scalef_ps(exp2_fraction<T>(r), z);              // times 2^floor(z)
 #else
-  z = z < 125.0f ? z : broadcast(125.0f);
-  z = z > -125.0f ? z : broadcast(-125.0f);
+  z = z < -125.0f ? broadcast(-125.0f) : z;
   const Floats magic = broadcast(0x1.8p23f);  // a sum with it has the rounded integer in its low bits
   const Floats shifted = (z - 0.5f) + magic;
   const Words exponent = reinterpret_cast<Words>(shifted) << 23;
@@ -73,11 +81,13 @@ DDPM_FAST_INLINE Floats reciprocal(Floats d) {
 template <class T>
 DDPM_FAST_INLINE Floats silu(Floats z) {
   const Floats factor = broadcast(kNegLog2E);
+  z = limit<T>(z);
   return z * reciprocal<T>(fma(exp2<T>(z), factor, factor));  // z / ((1 + 2^z) -log2(e)) = t / (1 + exp(-t))
 }
 
 // s (1 + t (1 - s)), s = 1 / (1 + exp(-t)). As accurate as float32, because sums of it are kept in float32.
 DDPM_FAST_INLINE Floats silu_derivative(Floats z) {
+  z = limit<float>(z);
   const Floats s = reciprocal<float>(exp2<float>(z) + 1.0f);
   return fma(z * s, fma(s, broadcast(kLn2), broadcast(-kLn2)), s);
 }
