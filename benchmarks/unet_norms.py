@@ -170,7 +170,7 @@ def main() -> None:
                 {"direction": direction, "dtype": dtype, "batch": batch, "layout": layout, "shapes": len(of["eager"])}
                 | {f"vs {name}": common.geometric_mean(values) for name, values in of.items() if name != "floor"}
                 | {"lowest vs eager": min(of["eager"]), "share of copy speed": common.geometric_mean(of["floor"])}
-                for (batch, layout), of in ratios.items()
+                for (batch, layout), of in sorted(ratios.items(), key=lambda item: item[0] == ("all", "all"))
             ]
             common.print_table("every norm: medians [quartiles]; vs: how many times faster ddpm_fast is", table)
             common.print_table("geometric means", means)
