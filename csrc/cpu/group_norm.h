@@ -84,8 +84,9 @@ struct Cut {
   // Calls body(slice) for every slice; `grain` elements are worth a thread.
   template <class Body>
   void run(const Shape& shape, Index groups, Index grain, int threads, Body body) const {
-    const Index group_channels = shape.c / groups, slice_elements = groups_per_slice * group_channels * shape.hw;
-    parallel_for(shape.n * slices, grain / larger(slice_elements, 1) + 1, threads, [&](Index i) {
+    const Index group_channels = shape.c / groups;
+    const Index slice_elements = larger(1, groups_per_slice * group_channels * shape.hw);
+    parallel_for(shape.n * slices, (grain + slice_elements - 1) / slice_elements, threads, [&](Index i) {
       const Index first = i % slices * groups_per_slice, count = smaller(groups_per_slice, groups - first);
       body(Slice{i / slices, first, count, first * group_channels, count * group_channels});
     });
