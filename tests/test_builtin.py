@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
+from PIL import Image
 
-from ddpm_fast import NoiseSchedule
-from ddpm_fast.builtin import load_folder, schedule_from_diffusers
+from ddpm_fast import NoiseSchedule, ddim_plan, load_builtin, sample
+from ddpm_fast.builtin import BUILTIN, load_folder, schedule_from_diffusers
+from ddpm_fast.cli import main
+from ddpm_fast.data import FASHION_MNIST_CLASSES
 from ddpm_fast.nn import UNet
 from ddpm_fast.run_folder import RunFolder
 
@@ -142,3 +147,47 @@ def test_our_own_description_of_a_schedule_goes_first() -> None:
 def test_what_is_not_supported_is_refused(config: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         schedule_from_diffusers(config)
+
+
+# ------------------------------------------------------------------------------------------------------ the built-in model
+
+
+def test_the_builtin_model_is_what_its_record_says() -> None:
+    model, schedule = load_builtin()
+    assert (model.config["in_channels"], model.config["sample_size"], model.config["num_class_embeds"]) == (1, 32, 11)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert schedule.num_timesteps == 1000
+    loaded = load_folder(BUILTIN)
+    assert (loaded.classes, loaded.prediction) == (FASHION_MNIST_CLASSES, "epsilon")
+    assert sum(file.stat().st_size for file in BUILTIN.rglob("*") if file.is_file()) <= 8e6
+    record = json.loads((BUILTIN / "training.json").read_text(encoding="utf-8"))
+    assert (record["options"]["data"], record["dataset"]["images"]) == ("fashion-mnist", 60_000)
+    log = (BUILTIN / "training_log.csv").read_text(encoding="utf-8").splitlines()
+    assert record["step"] - int(log[-1].split(",")[0]) <= record["options"]["log_every"]
+
+
+def test_the_builtin_model_draws_garments() -> None:
+    """Things that every picture of the data set has, at the price of 10 steps; how good they are is for `evaluate`."""
+    model, schedule = load_builtin()
+    labels = list(range(10)) * 2
+    images = sample(model, ddim_plan(schedule, 10), 20, class_labels=labels, progress=False)
+    assert float(images[:, :, [0, -1]].mean()) < -0.75  # the padding is black
+    assert float(images.mean()) > -0.8  # and what is inside is not
+    brightness = images.reshape(2, 10, -1).mean(dim=(0, 2))
+    pullover, coat, sandal, bag = (
+        float(brightness[FASHION_MNIST_CLASSES.index(c)]) for c in ("pullover", "coat", "sandal", "bag")
+    )
+    assert min(pullover, coat, bag) > sandal + 0.1
+
+
+def test_the_command_samples_the_builtin_model_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object, **keywords: object) -> None:
+        raise AssertionError("a connection was attempted")
+
+    monkeypatch.setattr(socket, "socket", refuse)
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(main, ["sample", "--steps", "2"], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("samples.png: 16 images, 2 steps, ")
+    with Image.open(tmp_path / "samples.png") as image:
+        assert (image.size, image.mode) == ((4 * 130 + 2, 4 * 130 + 2), "L")
