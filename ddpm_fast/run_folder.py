@@ -82,13 +82,13 @@ class RunFolder:
         return None
 
     def save_checkpoint(self, step: int, state: Mapping[str, Any], write: Callable[[Path], None], keep: int) -> Path:
-        """Write a checkpoint, then remove all but the newest `keep`.
+        """Write a checkpoint, then remove the damaged ones, and of the whole ones all but this and the newest others.
 
         Args:
             step: steps done.
             state: what goes to state.json, as JSON types.
             write: writes the other files into the folder that it is given.
-            keep: at least 1.
+            keep: how many stay, this one included; at least 1.
         """
         final = self.checkpoints / f"step-{step:08d}"
         if not _is_whole(final):
@@ -104,8 +104,11 @@ class RunFolder:
             temporary.rename(final)
             _flush_entry(self.checkpoints)
         self._point_to(final)
-        for old in sorted(self.checkpoints.glob("step-*"))[:-keep]:
-            self._remove(old)
+        others = sorted((folder for folder in self.checkpoints.glob("step-*") if folder != final), reverse=True)
+        kept = list(filter(_is_whole, others))[: keep - 1]
+        for folder in others:
+            if folder not in kept:
+                self._remove(folder)
         return final
 
     def remove_leftovers(self) -> None:

@@ -147,8 +147,11 @@ def train(
         labelled=conditional and len(dataset.classes) > 1,
         schedule=getattr(NoiseSchedule, schedule)(num_timesteps),
         draws=TrainingDraws(seed, batch_size),
-        device=torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")),
+        device=_device(device),
     )
+    state = _State.initial(
+        task
+    )  # first, as it refuses options that make no network: a folder would be in the way of the next try
     run = RunFolder(run_dir)
     config = task.config()
     if resume:
@@ -156,7 +159,6 @@ def train(
         run.write_config(config)  # with the options that were changed
     else:
         run.create(config)
-    state = _State.initial(task)
     if resume and (checkpoint := run.latest_checkpoint()):
         state.load(checkpoint)
         _log.info("resuming %s at step %d", run.path, state.step)
@@ -453,6 +455,18 @@ def _check_options(options: Mapping[str, Any]) -> None:
     expect("lr", options["lr"] > 0, "positive")
     expect("checkpoint_minutes", options["checkpoint_minutes"] >= 0, "at least 0")
     expect("channels", len(options["channels"]) > 0, "at least one number")
+    expect("threads", options["threads"] is None or options["threads"] >= 1, "at least 1 or None")
+
+
+def _device(name: str | None) -> torch.device:
+    """The device of that name, or the best there is; ValueError where nothing can be computed on it."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros((), device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"train: expected device to be one of this machine, got {name!r}: {reason}") from error
+    return device
 
 
 def _check_same(run: RunFolder, config: Mapping[str, Any]) -> None:

@@ -204,11 +204,21 @@ def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
         ("label_dropout", 1.5, r"in \[0, 1\]"),
         ("lr", 0.0, "positive"),
         ("channels", [], "at least one number"),
+        ("threads", 0, "at least 1"),
+        ("device", "meta", "one of this machine, got 'meta'"),
+        ("device", "nowhere", "one of this machine, got 'nowhere'"),
+        ("device", "cuda:99", "one of this machine, got 'cuda:99'"),
     ],
 )
 def test_bad_options_are_refused_before_anything_is_written(option: str, value: object, wanted: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"train: expected {option} to be {wanted}"):
         train(tmp_path / "run", **QUIET | {option: value})
+    assert not (tmp_path / "run").exists()
+
+
+def test_options_that_make_no_network_leave_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="attention_head_dim"):
+        train(tmp_path / "run", **QUIET | {"head_dim": 7})
     assert not (tmp_path / "run").exists()
 
 
@@ -239,6 +249,20 @@ def test_only_the_newest_checkpoints_are_kept_and_damaged_ones_left_out(
     ]
     train(tmp_path / "run", **QUIET | {"steps": 7, "checkpoint_every": 1, "keep": 2}, resume=True)
     assert sorted(p.name for p in run.checkpoints.iterdir()) == ["latest", "step-00000006", "step-00000007"]
+
+
+def test_damaged_checkpoint_takes_no_whole_ones_place(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+
+    def write(folder: Path) -> None:
+        (folder / "weights").write_text("weights")
+
+    for step in (10, 30):
+        run.save_checkpoint(step, {}, write, keep=2)
+    (run.checkpoints / "step-00000030" / "weights").write_text("")
+    newest = run.save_checkpoint(20, {}, write, keep=1)
+    assert [folder.name for folder in run.checkpoints.glob("step-*")] == ["step-00000020"]
+    assert run.latest_checkpoint() == newest
 
 
 def test_checkpoint_that_fails_to_be_written_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
