@@ -60,9 +60,9 @@ class SamplingPlan:
         if not bool(usable.all()):
             row, column = (int(i) for i in (~usable).nonzero()[0])
             raise ValueError(
-                f"SamplingPlan: coefficient {COLUMNS[column]} is not finite at timestep {int(self.timesteps[row])}: with zero "
-                'terminal SNR x_T holds no signal, so expected prediction to be "sample" or "v_prediction", got '
-                f"{self.prediction!r}"
+                f"SamplingPlan: expected finite coefficients, got {COLUMNS[column]} = {float(self.coefficients[row, column])} "
+                f"at timestep {int(self.timesteps[row])} (abar = {float(self.schedule.alpha_bars[self.timesteps[row]]):.3g}) with "
+                f'prediction {self.prediction!r}; where abar is 0 the model must predict "sample" or "v_prediction"'
             )
 
         object.__setattr__(self, "is_random", self._uses("sigma"))
@@ -88,8 +88,9 @@ class SamplingPlan:
     def _tensors(self, device: torch.device | str) -> tuple[Tensor, Tensor]:
         device = torch.device(device)
         if device not in self._on_device:
-            steps = torch.arange(self.num_steps, device=device)
-            self._on_device[device] = (self.coefficients.to(device, torch.float32), steps)
+            with torch.inference_mode(False):  # kept for all callers: one that trains could not save an inference tensor
+                steps = torch.arange(self.num_steps, device=device)
+                self._on_device[device] = (self.coefficients.to(device, torch.float32), steps)
         return self._on_device[device]
 
 
@@ -108,7 +109,8 @@ def ddpm_plan(
     section 4), s being the true previous timestep of the plan. The last step gives the mean, without noise.
 
     Args:
-        num_steps: S, at most T; None takes every timestep.
+        num_steps: S, at most T; None takes every timestep. With "leading" and "linspace" a single step is timestep 0, as in
+            diffusers; "trailing" starts from T - 1 whatever S is.
         spacing: which timesteps: "leading", "trailing" or "linspace" (as in Lin et al. 2023, Table 2), or a strictly
             descending sequence of them.
         prediction: what the model predicts.

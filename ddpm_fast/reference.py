@@ -197,7 +197,8 @@ def denoising_loss(
         if PREDICTIONS[prediction] == "v_prediction":
             signal, sigma = (per_sample(table[t, column], x_0) for column in (0, 1))
             target = signal * target - sigma * x_0
-    return (model_output.to(wide) - target).square().flatten(1).mean(dim=1)
+    squares = (model_output.to(wide) - target).square()
+    return squares.flatten(1).mean(dim=1) if squares.dim() > 1 else squares
 
 
 # ------------------------------------------------------------------------------------------------------- reverse process

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class NoiseSchedule:
-    """beta_0 .. beta_{T-1} and what derives from them, as float64 tensors of length T on the CPU. Immutable.
+    """beta_0 .. beta_{T-1} and what derives from them, as float64 tensors of length T on the CPU, to be left as they are.
 
     The paper counts t = 1..T, the code t = 0..T-1. Build one with `linear`, `scaled_linear`, `cosine`, `sigmoid`,
     `sigmoid_betas` or `from_betas`. Equations are those of the derivation in the README; Ho et al. 2020 in brackets.
@@ -193,8 +193,9 @@ class NoiseSchedule:
         """
         device = torch.device(device)
         if device not in self._coefficients:
-            table = torch.stack([self.sqrt_alpha_bars, self.sqrt_one_minus_alpha_bars], dim=1)
-            self._coefficients[device] = table.to(device, torch.float32)
+            with torch.inference_mode(False):  # kept for all callers: one that trains could not save an inference tensor
+                table = torch.stack([self.sqrt_alpha_bars, self.sqrt_one_minus_alpha_bars], dim=1)
+                self._coefficients[device] = table.to(device, torch.float32)
         return self._coefficients[device]
 
     # ----------------------------------------------------------------------------------------------------------- files

@@ -86,6 +86,9 @@ def make_call(
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        if case.options.get("strided") and len(shape) == len(case.shape):  # every second element of a larger tensor
+            wide = torch.randn((*shape[:-1], 2 * shape[-1]), generator=generator, dtype=torch.float64)
+            return wide.to(device, dtype)[..., ::2]
         x = torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
         return x.contiguous(memory_format=torch.channels_last) if channels_last and x.dim() == 4 else x
 
@@ -216,6 +219,7 @@ CASES: tuple[Case, ...] = (
     Case("q_sample", "given-noise", (3, 3, 5, 7), {"source": "noise"}),
     Case("q_sample", "int-t", (2, 1, 9, 9), {"t": 500}),
     Case("q_sample", "vectors", (2, 131)),
+    Case("q_sample", "strided", (2, 3, 4, 5), {"strided": True, "source": "noise"}),
     Case("q_sample", "empty-batch", (0, 3, 4, 4)),
     Case("q_sample", "cifar-batch", (16, 3, 32, 32), benchmark=True),
     Case("reverse_step", "ddpm-clip", (3, 3, 5, 7), {"plan": _DDPM}),
@@ -230,6 +234,7 @@ CASES: tuple[Case, ...] = (
     Case("reverse_step", "learned-range-guidance", (3, 3, 5, 7), {"plan": _RANGE, "guidance_scale": 1.5, "step": "sample"}),
     Case("reverse_step", "multistep", (2, 3, 5, 7), {"plan": _multistep(_DDIM), "source": None}),
     Case("reverse_step", "vectors", (3, 131), {"plan": _DDPM}),
+    Case("reverse_step", "strided", (2, 3, 4, 5), {"plan": _DDPM, "strided": True, "source": "noise"}),
     Case("reverse_step", "empty-batch", (0, 3, 4, 4), {"plan": _DDPM}),
     Case("reverse_step", "cifar-batch", (16, 3, 32, 32), {"plan": _DDPM}, benchmark=True),
     # group_norm_silu: channels per group of 1, 3, 4, 12 and all; rows that are no multiple of a vector; every option
@@ -242,6 +247,8 @@ CASES: tuple[Case, ...] = (
     Case("group_norm_silu", "layer-norm", (2, 48, 3, 3), {"groups": 1}),
     Case("group_norm_silu", "one-pixel", (2, 64, 1, 1), {"groups": 16}),
     Case("group_norm_silu", "vectors", (3, 24), {"groups": 4}),
+    Case("group_norm_silu", "strided", (2, 8, 4, 5), {"groups": 2, "strided": True, "shift": True}),
+    Case("group_norm_silu", "one-channel", (3, 1, 6, 5), {"groups": 1}),
     Case("group_norm_silu", "small-spread-far-from-0", (2, 16, 8, 8), {"groups": 4, "offset": 100.0, "spread": 0.1}),
     Case("group_norm_silu", "empty-batch", (0, 8, 4, 4), {"groups": 2}),
     Case("group_norm_silu", "384-channels", (1, 384, 9, 9), {"shift": True}),
@@ -252,6 +259,8 @@ CASES: tuple[Case, ...] = (
     Case("denoising_loss", "weight-no-reduction", (4, 3, 5, 7), {"weight": True, "reduction": "none"}),
     Case("denoising_loss", "sum-int-t", (2, 131), {"reduction": "sum", "t": 10}),
     Case("denoising_loss", "empty-batch", (0, 3, 4, 4), {"reduction": "sum"}),
+    Case("denoising_loss", "numbers", (5,), {"reduction": "none"}),
+    Case("denoising_loss", "strided", (2, 3, 4, 5), {"prediction": "v_prediction", "strided": True, "source": "noise"}),
     Case("denoising_loss", "cifar-batch", (16, 3, 32, 32), benchmark=True),
 )
 

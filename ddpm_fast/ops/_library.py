@@ -86,6 +86,25 @@ def dtype_code(x: Tensor | None) -> int:
 # ---------------------------------------------------------------------------------------------------------------- checks
 
 
+def check_type(op: str, name: str, value: Any, kind: type) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(f"{op}: expected {name} to be a {kind.__name__}, got {type(value).__name__}")
+
+
+def check_number(op: str, name: str, value: Any) -> None:
+    if not isinstance(value, int | float | torch.SymFloat | torch.SymInt) or isinstance(value, bool):
+        raise TypeError(f"{op}: expected {name} to be a number, got {type(value).__name__}")
+
+
+def check_no_partial_overlap(op: str, out: Tensor, name: str, x: Tensor | None) -> None:
+    """Element by element in place is fine; shifted in memory, a kernel would read what it has overwritten."""
+    if x is None or out.device.type == "meta" or torch.compiler.is_compiling() or x.data_ptr() == out.data_ptr():
+        return
+    begin, end = (x.data_ptr(), x.data_ptr() + x.nbytes)
+    if begin < out.data_ptr() + out.nbytes and out.data_ptr() < end:
+        raise ValueError(f"{op}: expected out to be {name} itself or apart from it in memory, got a partial overlap")
+
+
 def check_float(op: str, name: str, x: Tensor, min_dim: int = 1) -> None:
     """A floating tensor of at least min_dim dimensions."""
     if not isinstance(x, Tensor):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import warnings
 from types import ModuleType
 from typing import Final
 
@@ -20,7 +21,10 @@ def _load_native() -> ModuleType | str:
     try:
         # torch is imported above, so its OpenMP runtime is the one that the module's -lgomp resolves to.
         return importlib.import_module("ddpm_fast._native")
+    except ModuleNotFoundError as error:
+        return str(error)  # built without it
     except ImportError as error:
+        warnings.warn(f"ddpm_fast: the compiled module is there but did not load: {error}", RuntimeWarning, stacklevel=2)
         return str(error)
 
 
@@ -69,8 +73,10 @@ def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     return f"it has no kernels for {device.type} tensors"
 
 
-def choose(op: str, backend: str | None, device: torch.device, dtype: torch.dtype) -> str:
+def choose(op: str, backend: str | None, device: torch.device, dtype: torch.dtype, unfit: tuple[str, str] | None = None) -> str:
     """The family that computes `op`: the one named, or the first that can.
+
+    unfit: a family that cannot take these arguments, and the reason.
 
     Triton's interpreter is for tests: on CPU tensors that family runs only by name.
 
@@ -79,12 +85,12 @@ def choose(op: str, backend: str | None, device: torch.device, dtype: torch.dtyp
         ValueError: an unknown family.
     """
     if backend is not None:
-        reason = why_not(backend, op, device, dtype)
+        reason = unfit[1] if unfit is not None and unfit[0] == backend else why_not(backend, op, device, dtype)
         if reason is not None:
             raise BackendUnavailable(f'{op}: backend "{backend}" cannot run: {reason}')
         return backend
     for family in FAMILIES:
-        if family == "triton" and device.type == "cpu":
+        if (family == "triton" and device.type == "cpu") or (unfit is not None and family == unfit[0]):
             continue
         if why_not(family, op, device, dtype) is None:
             return family

@@ -16,6 +16,7 @@ from ._library import (
     check_noise_or_seeds,
     check_range,
     check_seeds,
+    check_type,
     define,
     dense,
     dense_like,
@@ -68,6 +69,7 @@ def denoising_loss(
     model_output = model_output.to(x_0.dtype)
     check_like(op, "model_output", model_output, "x_0", x_0)
     check_noise_or_seeds(op, noise, seeds)
+    check_type(op, "schedule", schedule, NoiseSchedule)
     if prediction not in reference.PREDICTIONS:
         raise ValueError(f"{op}: expected prediction to be one of {', '.join(reference.PREDICTIONS)}, got {prediction!r}")
     if reduction not in ("mean", "sum", "none"):
@@ -93,7 +95,7 @@ def denoising_loss(
     else:
         losses = torch.ops.ddpm_fast.denoising_loss(model_output, x_0, t, table, noise, seeds, code, family)
     if weight is not None:
-        losses = losses * weight
+        losses = losses * weight.to(losses.dtype)
     if reduction == "none":
         return losses
     return losses.mean() if reduction == "mean" else losses.sum()

@@ -11,6 +11,7 @@ from .. import reference
 from ._library import (
     check_device,
     check_float,
+    check_number,
     define,
     dense,
     dense_like,
@@ -20,6 +21,8 @@ from ._library import (
     sizes,
 )
 from .backend import choose, native
+
+_TRITON_MAX_CHANNELS_PER_GROUP = 4096  # a tile of its kernels holds whole groups
 
 
 def group_norm_silu(
@@ -61,17 +64,22 @@ def group_norm_silu(
     n, channels = x.shape[:2]
     if not isinstance(num_groups, int) or num_groups < 1 or channels % num_groups:
         raise ValueError(f"{op}: expected num_groups to divide the {channels} channels of x, got {num_groups}")
+    check_number(op, "eps", eps)
     if not eps > 0:
         raise ValueError(f"{op}: expected eps to be positive, got {eps}")
     if activation not in ("silu", None):
         raise ValueError(f'{op}: expected activation to be "silu" or None, got {activation!r}')
+    if scale_shift is not None and not (isinstance(scale_shift, tuple | list) and len(scale_shift) == 2):
+        raise TypeError(f"{op}: expected scale_shift to be a pair of tensors, got {type(scale_shift).__name__}")
     scale, scale_shift_ = (None, None) if scale_shift is None else scale_shift
     _check_modulation("weight", weight, (channels,), x)
     _check_modulation("bias", bias, (channels,), x)
     _check_modulation("shift", shift, (n, channels), x)
     _check_modulation("scale_shift[0]", scale, (n, channels), x)
     _check_modulation("scale_shift[1]", scale_shift_, (n, channels), x)
-    family = choose(op, backend, x.device, x.dtype)
+    wide = channels // num_groups > _TRITON_MAX_CHANNELS_PER_GROUP
+    unfit = ("triton", f"it takes at most {_TRITON_MAX_CHANNELS_PER_GROUP} channels in a group") if wide else None
+    family = choose(op, backend, x.device, x.dtype, unfit)
     arguments = (x, num_groups, weight, bias, eps, shift, scale, scale_shift_, activation == "silu")
     if family == "reference":
         return reference.group_norm_silu(*arguments)[0]

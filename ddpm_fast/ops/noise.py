@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -64,11 +65,17 @@ def noise(
 
     Source: Philox4x32-10 (Salmon et al. 2011) and Box-Muller; README, "Noise".
     """
+    if not isinstance(shape, Sequence) or not all(isinstance(size, int | torch.SymInt) for size in shape):
+        raise TypeError(f"noise: expected shape to be a sequence of ints, got {shape!r}")
     shape = tuple(shape)
     if len(shape) < 1 or any(size < 0 for size in shape):
         raise ValueError(f"noise: expected shape to be [N, ...] without negative sizes, got {list(shape)}")
+    if not math.prod(shape[1:]) <= 1 << 34:
+        raise ValueError(f"noise: expected at most 2^34 elements a sample, got {math.prod(shape[1:])}")
     if dtype not in FLOATS:
         raise TypeError(f"noise: expected dtype to be float32, float64, float16 or bfloat16, got {dtype}")
+    if not isinstance(stream, int) or isinstance(stream, bool):
+        raise TypeError(f"noise: expected stream to be an int, got {type(stream).__name__}")
     if not 0 <= stream < 1 << 32:
         raise ValueError(f"noise: expected stream in 0..2^32-1, got {stream}")
     channels_last = memory_format == torch.channels_last

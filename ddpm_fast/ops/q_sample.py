@@ -15,6 +15,7 @@ from ._library import (
     check_noise_or_seeds,
     check_range,
     check_seeds,
+    check_type,
     define,
     dense,
     dense_like,
@@ -53,6 +54,7 @@ def q_sample(
     """
     check_float("q_sample", "x_0", x_0)
     check_noise_or_seeds("q_sample", noise, seeds)
+    check_type("q_sample", "schedule", schedule, NoiseSchedule)
     t = index_tensor("q_sample", "t", t, schedule.num_timesteps, x_0.shape[0], x_0.device)
     if noise is not None:
         check_like("q_sample", "noise", noise, "x_0", x_0)

@@ -13,8 +13,11 @@ from ._library import (
     check_device,
     check_float,
     check_like,
+    check_no_partial_overlap,
+    check_number,
     check_range,
     check_seeds,
+    check_type,
     define,
     dense,
     dense_like,
@@ -51,9 +54,10 @@ def reverse_step(
         noise: z, like x_t; or
         seeds: int64 [N]: z is `noise(x_t.shape, seeds, stream=step)`. A plan without randomness (DDIM) needs neither.
         x_0_prev: the previous step's x_0^, like x_t, for plans with k3.
-        guidance_scale: w of classifier-free guidance (Ho and Salimans 2022): m = m_u + w (m_c - m_u).
+        guidance_scale: w of classifier-free guidance (Ho and Salimans 2022): m = m_u + w (m_c - m_u). A number that
+            torch.compile takes as a constant: each new one compiles again.
         return_x_0: also return x_0^.
-        out: where to write x_{t-1}: like x_t, and may be x_t itself. Not differentiable.
+        out: where to write x_{t-1}: like x_t, and may be x_t itself, but not overlap an input otherwise. Not differentiable.
         backend: "native", "triton" or "reference"; by default the first that can run.
 
     Returns:
@@ -65,6 +69,9 @@ def reverse_step(
     """
     op = "reverse_step"
     check_float(op, "x_t", x_t)
+    check_type(op, "plan", plan, SamplingPlan)
+    if guidance_scale is not None:
+        check_number(op, "guidance_scale", guidance_scale)
     n = x_t.shape[0]
     _check_model_output(x_t, model_output, plan, guidance_scale)
     if isinstance(step, Tensor):
@@ -110,6 +117,8 @@ def reverse_step(
         if out is not None:
             x_prev = out.copy_(x_prev)
     elif out is not None:
+        for name, tensor in (("x_t", x_t), ("model_output", model_output), ("noise", noise), ("x_0_prev", x_0_prev)):
+            check_no_partial_overlap(op, out, name, tensor)
         x_0 = torch.ops.ddpm_fast.reverse_step_out(
             out, x_t, model_output, table, steps, noise, seeds, x_0_prev, guidance_scale, variance, return_x_0, family
         )
@@ -184,6 +193,25 @@ def _launch(
         from ..triton_kernels.reverse_step import reverse_step as launch
 
         launch(out, x_0_out, x_t, model_output, table, steps, noise, seeds, x_0_prev, guidance_scale, variance)
+    return x_0
+
+
+def _out_impl(
+    out: Tensor,
+    x_t: Tensor,
+    model_output: Tensor,
+    table: Tensor,
+    steps: Tensor,
+    noise: Tensor | None,
+    seeds: Tensor | None,
+    x_0_prev: Tensor | None,
+    guidance_scale: float | None,
+    variance: int,
+    return_x_0: bool,
+    family: str,
+) -> Tensor:
+    x_0 = _launch(out, x_t, model_output, table, steps, noise, seeds, x_0_prev, guidance_scale, variance, return_x_0, family)
+    torch.autograd.graph.increment_version(out)  # the kernel wrote behind autograd's back
     return x_0
 
 
@@ -276,8 +304,11 @@ def _backward(ctx: Any, grad_x_prev: Tensor, grad_x_0: Tensor | None) -> tuple[T
             f = (v + 1) / 2
             v, slope = f * log_beta + (1 - f) * log_beta_tilde, (log_beta - log_beta_tilde) / 2
         std = sigma * torch.exp(0.5 * v)
-        z = noise if noise is not None else _draw(x_t, table, steps, seeds, ctx.family)
-        grad_v = grad * z.to(wide) * std * 0.5 * slope
+        if noise is None and seeds is None:  # every sigma is 0
+            grad_v = torch.zeros_like(grad)
+        else:
+            z = noise if noise is not None else _draw(x_t, table, steps, seeds, ctx.family)
+            grad_v = grad * z.to(wide) * std * 0.5 * slope
     if scale is not None:  # the variance is the conditional one
         halves = [scale * grad_m, (1 - scale) * grad_m]
         if grad_v is not None:
@@ -311,4 +342,4 @@ _ARGUMENTS = (
     "float? guidance_scale, int variance, bool return_x_0, str family"
 )
 define("reverse_step", f"({_ARGUMENTS}) -> (Tensor, Tensor)", _impl, _fake, _backward, _setup_context)
-define("reverse_step_out", f"(Tensor(a!) out, {_ARGUMENTS}) -> Tensor", _launch, _out_fake)
+define("reverse_step_out", f"(Tensor(a!) out, {_ARGUMENTS}) -> Tensor", _out_impl, _out_fake)

@@ -72,7 +72,7 @@ def test_parity(case: Case, family: str, dtype: torch.dtype, channels_last: bool
     for name in grads:
         _assert_close(f"gradient of {name}", grads[name], baseline_grads[name], true_grads[name], condition)
     main = next((x for x in call.tensors.values() if x.dim() == 4), None)
-    if main is not None and case.op != "denoising_loss":
+    if main is not None and case.op != "denoising_loss" and not case.options.get("strided"):
         assert outputs[0].stride() == main.stride(), "the output keeps the memory format"
 
 
