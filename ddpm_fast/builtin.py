@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import torch
 
 from .nn import UNet
 from .plan import Prediction, Variance
-from .run_folder import RunFolder
+from .run_folder import RunFolder, read_json
 from .schedule import NoiseSchedule
 
 BUILTIN: Final = Path(__file__).parent / "builtin"
@@ -90,7 +89,7 @@ def load_folder(
         classes = tuple(run.read_config()["dataset"]["classes"])
         folder, network = checkpoint, checkpoint / "unet_ema"
     elif (folder / "classes.json").is_file():
-        classes = tuple(json.loads((folder / "classes.json").read_text(encoding="utf-8"))["classes"])
+        classes = tuple(read_json(folder / "classes.json").get("classes", ()))
     config = _read_scheduler_config(folder)
     model = UNet.from_pretrained(network, dtype=dtype, device=device)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's types leave it out
@@ -132,6 +131,5 @@ def _read_scheduler_config(folder: Path) -> dict[str, Any]:
     name = "scheduler_config.json"
     for file in (folder / "scheduler" / name, folder / name):
         if file.is_file():
-            config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-            return config
+            return read_json(file)
     raise FileNotFoundError(f"load_folder: expected scheduler/{name} or {name} in {str(folder)!r}, which has neither")

@@ -7,6 +7,7 @@ import logging
 import math
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -45,6 +46,20 @@ def _numbers(ctx: click.Context, option: click.Parameter, value: str) -> list[in
         return [] if value == "none" else [int(number) for number in value.split(",")]
     except ValueError:
         raise click.BadParameter(f"{value!r} is not a list of whole numbers separated by commas") from None
+
+
+class _Refused(click.ClickException):
+    """What cannot be done as asked; one line, as for the arguments that click itself refuses."""
+
+    exit_code = 2
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        raise _Refused(str(error)) from error
 
 
 # ------------------------------------------------------------------------------------------------------------------ train
@@ -108,12 +123,12 @@ def train_command(ctx: click.Context, /, run_dir: Path, resume: bool, progress: 
     Ctrl-C stops after the current step and saves; the same command with --resume goes on as if nothing had happened.
     """
     try:
-        if resume:  # the run's own options, except those given now
-            given = {name: options[name] for name in options if _is_given(ctx, name)}
-            options |= RunFolder(run_dir).read_config()["options"] | given
-        with logging_redirect_tqdm():
+        with _refusing(), logging_redirect_tqdm():
+            if resume:  # the run's own options, except those given now
+                given = {name: options[name] for name in options if _is_given(ctx, name)}
+                options |= RunFolder(run_dir).read_config()["options"] | given
             result = train(run_dir, **options, resume=resume, progress=progress)
-    except (ValueError, ImportError, FileExistsError, FileNotFoundError, FloatingPointError) as error:
+    except FloatingPointError as error:
         raise click.ClickException(str(error)) from error
     if result.stopped_by in ("SIGINT", "SIGTERM"):
         ctx.exit(128 + signal.Signals[result.stopped_by])  # as a shell reports a process that the signal ended
@@ -129,34 +144,25 @@ def _is_given(ctx: click.Context, name: str) -> bool:
 @click.option("--dtype", type=click.Choice(["float16", "bfloat16", "float32"]), default="float16", show_default=True)
 def export_command(run_dir: Path, out_dir: Path, dtype: str) -> None:
     """Write the averaged network of the run in RUN_DIR to OUT_DIR, to sample from or to share."""
-    try:
+    with _refusing():
         click.echo(export_checkpoint(run_dir, out_dir, getattr(torch, dtype)))
-    except (ValueError, FileNotFoundError) as error:
-        raise click.ClickException(str(error)) from error
 
 
 # ------------------------------------------------------------------------------------------------------- sample, evaluate
 
 
-class _Refused(click.ClickException):
-    """An argument that cannot be; one line, as for those that click itself refuses."""
-
-    exit_code = 2
-
-
-@contextmanager
-def _refusing() -> Iterator[None]:
-    try:
-        yield
-    except (ValueError, TypeError, ImportError, FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-        raise _Refused(str(error)) from error
+def _make_writable(folder: Path) -> None:
+    """Make the folder that results will go to, before the work; OSError where it cannot be made or written to."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 def _device(ctx: click.Context, param: click.Parameter, value: str) -> torch.device:
-    """The device of that name; refused where this machine does not have it."""
+    """The device of that name; refused where nothing can be computed on it."""
     try:
         device = torch.device(value)
-        torch.empty(0, device=device)
+        torch.zeros((), device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise click.BadParameter(f"{value!r}: {str(error).splitlines()[0]}") from error
     return device
@@ -234,6 +240,8 @@ def sample_command(
         loaded = load_folder(folder, device, getattr(torch, dtype))
         plan = _plan(loaded, sampler, steps, eta, spacing, variance)
         labels = _labels(loaded, classes, num)
+        for path in filter(None, (out, gif)):
+            _make_writable(path.parent)
         began = time.perf_counter()
         drawn = sample(
             loaded.model,
@@ -322,6 +330,8 @@ def evaluate_command(
             raise ValueError(f"--data: {data} has {dataset.shape[0]} channels, the model {loaded.model.config['in_channels']}")
         images, classes = dataset[torch.arange(num)]
         labelled = labels and loaded.model.config["num_class_embeds"] is not None
+        if json_path is not None:
+            _make_writable(json_path.parent)
         began = time.perf_counter()
         bound = variational_bound(
             loaded.model,
@@ -353,7 +363,6 @@ def evaluate_command(
         keys = ("prior", "transitions", "reconstruction", "total")
         figures = dict(zip(keys, parts.values(), strict=True))
         curves = {"terms": bound.terms, "x_0_mse": bound.x_0_mse, "epsilon_mse": bound.epsilon_mse}
-        json_path.parent.mkdir(parents=True, exist_ok=True)
         write_json(
             json_path,
             {

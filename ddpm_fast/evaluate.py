@@ -93,7 +93,7 @@ def variational_bound(
     """
     if not x_0.is_floating_point() or x_0.dim() < 2 or x_0.numel() == 0:
         raise ValueError(f"variational_bound: expected x_0 to be floating [N, C, ...], got {x_0.dtype} {list(x_0.shape)}")
-    if x_0.abs().max() > 1:
+    if not x_0.abs().max() <= 1:  # NaN included
         raise ValueError(f"variational_bound: expected x_0 in [-1, 1], got values from {x_0.min():.4g} to {x_0.max():.4g}")
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"variational_bound: expected batch_size to be a positive integer, got {batch_size}")

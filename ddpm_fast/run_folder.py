@@ -63,12 +63,20 @@ class RunFolder:
         write_json(self.config_file, {"format": FORMAT, **config})
 
     def read_config(self) -> dict[str, Any]:
-        """The configuration that the run was started with. Raises FileNotFoundError if there is no run."""
+        """The configuration that the run was started with.
+
+        Raises:
+            FileNotFoundError: there is no run.
+            ValueError: the file is not such a configuration.
+        """
         if not self.config_file.is_file():
             raise FileNotFoundError(f"train: expected a run to resume in {self.path}, which has no {self.config_file.name}")
-        config: dict[str, Any] = json.loads(self.config_file.read_text(encoding="utf-8"))
-        if config["format"] != FORMAT:
-            raise ValueError(f"train: expected {self.config_file} to have format {FORMAT}, got {config['format']}")
+        config = read_json(self.config_file)
+        if config.get("format") != FORMAT:
+            raise ValueError(f"train: expected {self.config_file} to have format {FORMAT}, got {config.get('format')}")
+        for section, key in (("options", "prediction"), ("schedule", "name"), ("dataset", "classes")):
+            if key not in (config.get(section) or {}):
+                raise ValueError(f"train: expected {self.config_file} to have {section} with {key}, got {config.get(section)}")
         return config
 
     # ------------------------------------------------------------------------------------------------------ checkpoints
@@ -155,6 +163,17 @@ class RunFolder:
             text = self.log_until(step)
             with replacing(self.log_file) as temporary:
                 temporary.write_text(text, encoding="utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises ValueError, with the file's name, if there is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"expected {path} to be JSON, got: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"expected {path} to hold a JSON object, got {type(value).__name__}")
+    return value
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

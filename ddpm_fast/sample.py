@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, overload
@@ -29,7 +30,7 @@ def sample(  # type: ignore[overload-overlap]  # False is an int too: the first 
     class_labels: int | Sequence[int] | Tensor | None = ...,
     guidance_scale: float | None = ...,
     batch_size: int | None = ...,
-    return_trajectory: Literal[False] = ...,
+    return_trajectory: Literal[False, 0] = ...,
     progress: bool = ...,
     device: torch.device | str | None = ...,
     dtype: torch.dtype | None = ...,
@@ -83,7 +84,7 @@ def sample(
         guidance_scale: classifier-free guidance: m = m_u + guidance_scale (m_c - m_u), where m_u is for "no label". None or
             1 is the conditional model alone, at half the cost.
         batch_size: images at a time; None: all.
-        return_trajectory: give the states on the way too: True for 51 of them, an int for that many, evenly spaced.
+        return_trajectory: give the states on the way too: True for 51 of them, an int for that many, evenly spaced, 0 for none.
         progress: show a progress bar.
         device: where to run; None: where the model is.
         dtype: of the network; None: as it is. The state x_t stays float32 (float64 for a float64 network). Where device or
@@ -107,6 +108,8 @@ def sample(
     shape = _image_shape(model, plan, shape)
     seeds = resolve_seeds("sample", seed, num_samples)
     labels, no_label = resolve_labels("sample", model, class_labels, num_samples)
+    if guidance_scale is not None and not math.isfinite(guidance_scale):
+        raise ValueError(f"sample: expected guidance_scale to be finite or None, got {guidance_scale}")
     guided = guidance_scale is not None and guidance_scale != 1
     if guided and (class_labels is None or no_label is None):
         reason = "class_labels is None" if class_labels is None else "the model's config has no num_class_embeds"

@@ -235,8 +235,11 @@ def export_checkpoint(
 
     Raises:
         FileNotFoundError: there is no run, or it has no checkpoint.
+        ValueError: `out_dir` is the run's folder.
     """
     run, out = RunFolder(run_dir), Path(out_dir)
+    if out.resolve() == run.path.resolve():
+        raise ValueError(f"export_checkpoint: expected out_dir to be another folder than run_dir, got {out} for both")
     config = run.read_config()
     checkpoint = run.latest_checkpoint()
     if checkpoint is None:
@@ -474,9 +477,9 @@ def _check_same(run: RunFolder, config: Mapping[str, Any]) -> None:
     stored = run.read_config()
     for section in ("options", "dataset"):
         for name, value in config[section].items():
-            if name not in CHANGEABLE and stored[section][name] != value:
+            if name not in CHANGEABLE and stored[section].get(name) != value:
                 raise ValueError(
-                    f"train: expected {name} to be {stored[section][name]!r}, as the run in {run.path} was started, "
+                    f"train: expected {name} to be {stored[section].get(name)!r}, as the run in {run.path} was started, "
                     f"got {value!r}"
                 )
 

@@ -80,7 +80,7 @@ def test_what_a_folder_leaves_out_has_diffusers_defaults(tmp_path: Path) -> None
 
 def test_load_folder_takes_the_newest_average_of_a_training_run(tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "run")
-    run.create({"dataset": {"classes": ["cat", "dog"]}})
+    run.create({"options": {"prediction": "epsilon"}, "schedule": {"name": "linear"}, "dataset": {"classes": ["cat", "dog"]}})
     with pytest.raises(FileNotFoundError, match="expected path to be a folder that holds a model"):
         load_folder(tmp_path / "nowhere")
 

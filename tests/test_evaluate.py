@@ -267,6 +267,7 @@ def test_progress_counts_timesteps(capsys: pytest.CaptureFixture[str]) -> None:
         ({"x_0": torch.zeros(2, 1, 4, 4, dtype=torch.uint8)}, r"expected x_0 to be floating \[N, C, ...\], got torch.uint8"),
         ({"x_0": torch.zeros(0, 1, 4, 4)}, "expected x_0 to be floating"),
         ({"x_0": torch.full((1, 1, 2, 2), 255.0)}, r"expected x_0 in \[-1, 1\], got values from 255 to 255"),
+        ({"x_0": torch.tensor([0.0, math.nan]).reshape(1, 1, 1, 2)}, r"expected x_0 in \[-1, 1\], got values from nan"),
         ({"batch_size": 0}, "expected batch_size to be a positive integer, got 0"),
         ({"prediction": "noise"}, "expected prediction to be one of"),
         ({"variance": "fixed"}, "expected variance to be one of"),
@@ -318,7 +319,12 @@ def test_command_prints_the_parts(tmp_path: Path) -> None:
     )
     assert per_image == pytest.approx(bound.total.tolist(), rel=1e-6)
 
-    for more, message in ((["--num", "100000"], "--num: digits has"), (["--data", "nothing"], "expected name to be one of")):
+    for more, message in (
+        (["--num", "100000"], "--num: digits has"),
+        (["--data", "nothing"], "expected name to be one of"),
+        (["--json", str(out / "figures.json")], f"exists: '{out}'"),
+    ):
         result = CliRunner().invoke(main, [*arguments, *more])
         assert result.exit_code == 2
         assert message in result.output.splitlines()[-1]
+        assert "timestep" not in result.output  # refused before the work

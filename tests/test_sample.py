@@ -388,6 +388,8 @@ def test_the_trajectory_goes_from_x_T_to_x_0() -> None:
         again, some = sample(Recording(), plan, 5, shape=shape[1:], progress=False, return_trajectory=asked)
         assert torch.equal(some, states[list(frames)])
         assert torch.equal(again, images)
+    none: Tensor = sample(Recording(), plan, 5, shape=shape[1:], progress=False, return_trajectory=0)
+    assert torch.equal(none, images)
     long = ddpm_plan(NoiseSchedule.linear(120))
     assert len(sample(Recording(), long, 1, shape=(1, 2, 2), progress=False, return_trajectory=True)[1]) == 51
 
@@ -433,6 +435,7 @@ def test_progress_counts_steps(capsys: pytest.CaptureFixture[str]) -> None:
             ValueError,
             "expected class_labels to be None, as the model has no classes",
         ),
+        ({"class_labels": 1, "guidance_scale": math.nan}, ValueError, "guidance_scale to be finite or None, got nan"),
         ({"guidance_scale": 2.0}, ValueError, "expected guidance_scale to be None or 1, as class_labels is None, got 2.0"),
     ],
 )
@@ -518,6 +521,11 @@ def test_command_options_do_what_they_say(folder: Path, tmp_path: Path) -> None:
         ("--sampler ddim --variance fixed_small", "--variance goes with --sampler ddpm"),
         ("--variance learned", "expected a model with 2 output channels"),
         ("--classes none --guidance 2", "expected guidance_scale to be None or 1"),
+        ("--guidance nan", "expected guidance_scale to be finite or None, got nan"),
+        ("--device meta", "'meta'"),
+        ("--out /dev/null/a.png", "/dev/null"),
+        ("--out /proc/a.png", "/proc"),
+        ("--gif /dev/null/a.gif", "/dev/null"),
         ("--out image.xyz", "expected path to end in"),
         ("--gif way.mp3", "expected path to end in"),
         ("--device nowhere", "'nowhere'"),
@@ -531,4 +539,5 @@ def test_command_refuses_bad_values_in_a_line(folder: Path, tmp_path: Path, argu
     line = result.output.splitlines()[-1]
     assert line.startswith("Error: ")
     assert message in line
+    assert "sampling" not in result.output  # refused before the work
     assert list(tmp_path.iterdir()) == []

@@ -74,6 +74,8 @@ def _read_config(folder: Path) -> UNetConfig:
         values = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"from_pretrained: expected {os.fspath(file)!r} to be JSON, got: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"from_pretrained: expected {os.fspath(file)!r} to be a JSON object, got {type(values).__name__}")
     name = values.get("_class_name", _CLASS_NAME)
     if name != _CLASS_NAME:
         raise ValueError(f"from_pretrained: expected {os.fspath(file)!r} to describe a {_CLASS_NAME}, got {name!r}")
