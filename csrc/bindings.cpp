@@ -66,17 +66,6 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
       },
       nogil);
   m.def(
-      "sample_seeds",
-      [](std::int64_t seed, std::int64_t start, std::int64_t n, Address out) {
-        auto* seeds = reinterpret_cast<std::uint64_t*>(out);
-        for (std::int64_t i = 0; i < n; ++i) {
-          std::uint32_t words[4];
-          philox_block(static_cast<std::uint64_t>(seed), kStreamSeeds, static_cast<std::uint32_t>(start + i), words);
-          seeds[i] = words[0] | std::uint64_t{words[1]} << 32;
-        }
-      },
-      nogil);
-  m.def(
       "noise",
       [](int dtype, Address out, Address seeds, std::uint32_t stream, std::int64_t n, std::int64_t c, std::int64_t hw,
          bool channels_last, int threads) {

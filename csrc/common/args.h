@@ -9,9 +9,8 @@
 
 namespace ddpm_fast {
 
-// Streams of the noise, as in ddpm_fast/reference.py.
+// The stream of the noise of q_sample and denoising_loss, as in ddpm_fast/reference.py.
 constexpr std::uint32_t kStreamQSample = 0xFFFFFFFE;
-constexpr std::uint32_t kStreamSeeds = 0xFFFFFFFD;
 
 struct Shape {
   std::int64_t n, c, hw;

@@ -1,6 +1,5 @@
-#include <vector>
-
 #include "common/args.h"
+#include "cpu/room.h"
 #include "cpu/tiles.h"
 
 namespace ddpm_fast::DDPM_FAST_ISA {
@@ -62,15 +61,16 @@ template <class A>
 void forward(const DenoisingLossArgs& a) {
   const Tiling tiling(a.shape);
   const std::int64_t tiles = tiling.tiles_per_sample();
-  std::vector<double> sums(static_cast<std::size_t>(a.shape.n * tiles));  // a tile each, so that threads do not matter
+  Room room(RoomFor::kCall, Room::bytes<double>(a.shape.n * tiles));
+  double* sums = room.take<double>(a.shape.n * tiles);  // a tile each, so that threads do not matter
   for_each_tile(tiling, a.shape.n, draws(a), a.threads, [&](std::int64_t index, const Tile& tile) {
     Buffers<A> buffers;
     subtract_target(a, tiling, tile, buffers);
-    sums[static_cast<std::size_t>(index)] = sum_of_squares(buffers.difference, tile.count());
+    sums[index] = sum_of_squares(buffers.difference, tile.count());
   });
   for (std::int64_t n = 0; n < a.shape.n; ++n) {
     double sum = 0;
-    for (std::int64_t i = 0; i < tiles; ++i) sum += sums[static_cast<std::size_t>(n * tiles + i)];
+    for (std::int64_t i = 0; i < tiles; ++i) sum += sums[n * tiles + i];
     static_cast<A*>(a.loss)[n] = static_cast<A>(sum / static_cast<double>(tiling.numel()));
   }
 }

@@ -8,23 +8,12 @@
 
 #include "common/normal.h"
 #include "common/philox.h"
-
-#ifdef __SSE2__
-#include <immintrin.h>
-#endif
+#include "cpu/vector.h"
 
 namespace ddpm_fast::DDPM_FAST_ISA {
 
-#if defined(__AVX512F__)
-constexpr int kVectorBytes = 64;
-#elif defined(__AVX2__)
-constexpr int kVectorBytes = 32;
-#else
-constexpr int kVectorBytes = 16;
-#endif
-
-typedef std::uint64_t Lanes __attribute__((vector_size(kVectorBytes)));
-constexpr int kLanes = kVectorBytes / 8;
+typedef std::uint64_t Lanes __attribute__((vector_size(kVectorSize)));
+constexpr int kLanes = kVectorSize / 8;
 
 // The product of the low halves of the lanes and `factor`.
 inline Lanes multiply(Lanes lanes, std::uint32_t factor) {

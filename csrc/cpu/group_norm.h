@@ -2,61 +2,19 @@
 // inputs of a slice of channels.
 #pragma once
 
-#include <cstdlib>
 #include <initializer_list>
-#include <new>
 #include <type_traits>
 
 #include "common/args.h"
 #include "cpu/parallel.h"
+#include "cpu/room.h"
 #include "cpu/silu.h"
 #include "cpu/vector.h"
 
 namespace ddpm_fast::DDPM_FAST_ISA {
 
-using Index = std::int64_t;
-
-constexpr Index round_up(Index value, Index unit) { return (value + unit - 1) / unit * unit; }
 constexpr Index smaller(Index a, Index b) { return a < b ? a : b; }
 constexpr Index larger(Index a, Index b) { return a > b ? a : b; }
-
-// Room that a thread keeps from call to call (fresh pages would cost more than the kernel), handed out in pieces: one
-// for a call, of its calling thread, and one for a slice.
-enum class RoomFor { kCall, kSlice };
-
-class Room {
- public:
-  Room(RoomFor use, Index bytes) {
-    static thread_local Kept rooms[2];
-    Kept& kept = rooms[static_cast<int>(use)];
-    if (kept.bytes < bytes) {
-      std::free(kept.start);
-      kept.start = static_cast<char*>(std::aligned_alloc(kVectorSize, round_up(bytes, kVectorSize)));
-      kept.bytes = kept.start == nullptr ? 0 : bytes;
-      if (kept.start == nullptr) throw std::bad_alloc();
-    }
-    next_ = kept.start;
-  }
-  // `count` values, and up to a whole vector.
-  template <class Real>
-  Real* take(Index count) {
-    Real* piece = reinterpret_cast<Real*>(next_);
-    next_ += bytes<Real>(count);
-    return piece;
-  }
-  template <class Real>
-  static constexpr Index bytes(Index count) {
-    return round_up(count * static_cast<Index>(sizeof(Real)), kVectorSize);
-  }
-
- private:
-  struct Kept {
-    char* start = nullptr;
-    Index bytes = 0;
-    ~Kept() { std::free(start); }
-  };
-  char* next_;
-};
 
 // A thread takes whole groups of one sample. No sum crosses a group but those over samples, which come last: the cut
 // changes no result.

@@ -81,14 +81,20 @@ DDPM_FAST_INLINE Doubles fma(Doubles a, Doubles b, Doubles c) {
 #endif
 }
 
-// Lane i: the sum of the lanes of v[i].
-template <int... i>
-DDPM_FAST_INLINE Floats sum_neighbours(Floats a, Floats b, std::integer_sequence<int, i...>) {
-  return __builtin_shufflevector(a, b, 2 * i...) + __builtin_shufflevector(a, b, 2 * i + 1 ...);
+// The lanes of a and then b, by number.
+template <int... lanes, class V>
+DDPM_FAST_INLINE V shuffle(V a, V b) {
+#ifdef __clang__
+  return __builtin_shufflevector(a, b, lanes...);
+#else  // GCC has had that one since version 12
+  return __builtin_shuffle(a, b, decltype(a < b){lanes...});
+#endif
 }
-template <int... i>
-DDPM_FAST_INLINE Doubles sum_neighbours(Doubles a, Doubles b, std::integer_sequence<int, i...>) {
-  return __builtin_shufflevector(a, b, 2 * i...) + __builtin_shufflevector(a, b, 2 * i + 1 ...);
+
+// Lane i: the sum of the lanes of v[i].
+template <class V, int... i>
+DDPM_FAST_INLINE V sum_neighbours(V a, V b, std::integer_sequence<int, i...>) {
+  return shuffle<2 * i...>(a, b) + shuffle<2 * i + 1 ...>(a, b);
 }
 template <class T, int count = kWidth<T>>
 DDPM_FAST_INLINE Vector<T> sums_of_lanes(const Vector<T>* v) {
