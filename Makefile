@@ -21,7 +21,7 @@ lint:  ## style and types
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
-	$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
+	find csrc -type f -exec $(VENV)/bin/clang-format --dry-run --Werror {} +
 
 test:  ## the test suite
 	$(RUN) -m pytest
@@ -36,7 +36,7 @@ bench:  ## images/s of sampling, and every op beside its peers
 format:  ## rewrites the sources in the project's style
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
-	$(VENV)/bin/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
+	find csrc -type f -exec $(VENV)/bin/clang-format -i {} +
 
 clean:
 	rm -rf build $(VENV) ddpm_fast/_native*.so

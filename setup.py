@@ -19,19 +19,30 @@ Install one (Debian, Ubuntu: apt-get install g++; Fedora: dnf install gcc-c++; m
 To install without the native kernels: DDPM_FAST_NO_NATIVE=1 pip install ..."""
 
 
-def check_compiler() -> None:
-    """Stop with one clear message where there is no C++ compiler."""
+NO_HEADERS = """error: ddpm_fast needs Python's C headers to build its native kernels, and found no {header}.
+Install them (Debian, Ubuntu: apt-get install python3-dev; Fedora: dnf install python3-devel).
+To install without the native kernels: DDPM_FAST_NO_NATIVE=1 pip install ..."""
+
+FAILED = """error: ddpm_fast could not build its native kernels; the reason is above.
+To install without them: DDPM_FAST_NO_NATIVE=1 pip install ..."""
+
+
+def check_requirements() -> None:
+    """Stop with one clear message where there is no C++ compiler, or no Python.h."""
     named = os.environ.get("CXX")
     candidates = [named.split()[0]] if named else ["c++", "g++", "clang++"]
     if not any(map(shutil.which, candidates)):
         sys.exit(NO_COMPILER.format(found=f"no CXX={named!r}" if named else "none of " + ", ".join(candidates)))
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    if not header.is_file():
+        sys.exit(NO_HEADERS.format(header=header))
 
 
 class CMakeBuild(build_ext):
     """Runs CMake, which owns the sources and the flags, and leaves the library where setuptools looks for it."""
 
     def build_extension(self, ext: Extension) -> None:
-        check_compiler()
+        check_requirements()
         import pybind11  # a build requirement: not there when only metadata is asked for
 
         scripts = sysconfig.get_path("scripts")  # of an environment that is used without being activated
@@ -40,7 +51,7 @@ class CMakeBuild(build_ext):
         if None in programs.values():
             sys.exit("error: ddpm_fast needs cmake and ninja to build its native kernels: pip install cmake ninja")
         build = Path(self.build_temp).resolve()
-        subprocess.run(
+        commands = [
             [
                 programs["cmake"],
                 *("-S", Path(__file__).resolve().parent, "-B", build, "-G", "Ninja"),
@@ -50,9 +61,11 @@ class CMakeBuild(build_ext):
                 f"-DDDPM_FAST_VERSION={self.distribution.get_version()}",
                 f"-DDDPM_FAST_OUTPUT={Path(self.get_ext_fullpath(ext.name)).resolve().parent}",
             ],
-            check=True,
-        )
-        subprocess.run([programs["cmake"], "--build", build], check=True)
+            [programs["cmake"], "--build", build],
+        ]
+        for command in commands:
+            if subprocess.run(command).returncode != 0:
+                sys.exit(FAILED)
 
 
 native = [] if os.environ.get("DDPM_FAST_NO_NATIVE") == "1" else [Extension("ddpm_fast._native", sources=[])]

@@ -124,6 +124,32 @@ def test_a_compiler_that_is_not_there_is_named(tmp_path: Path) -> None:
     assert "found no CXX='c++-99'" in _setup_without_compiler(tmp_path, CXX="c++-99").stderr
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="makes an old compiler of g++")
+def test_an_old_compiler_is_named(tmp_path: Path) -> None:
+    """A g++ that says it is 9.4: what it has, what is needed and how to do without."""
+    old = tmp_path / "old-g++"
+    old.write_text('#!/bin/sh\nexec g++ -Wno-builtin-macro-redefined -D__GNUC__=9 -D__GNUC_MINOR__=4 "$@"\n')
+    old.chmod(0o755)
+    result = _setup_without_compiler(tmp_path, CXX=str(old), PATH=os.environ["PATH"])
+    said = " ".join(result.stderr.split())  # CMake wraps its lines
+    assert result.returncode != 0
+    assert "Traceback" not in result.stderr
+    assert "ddpm_fast needs g++ 11 or clang++ 14" in said
+    assert "found GNU 9.4" in said
+    assert "DDPM_FAST_NO_NATIVE=1" in said
+
+
+def test_without_python_headers_one_clear_error(tmp_path: Path) -> None:
+    script = "import runpy, sysconfig; sysconfig.get_path = lambda *a, **k: 'nowhere'; runpy.run_path('setup.py')"
+    arguments = [sys.executable, "-c", script, "-q", "build_ext", "--build-temp", str(tmp_path), "--build-lib", str(tmp_path)]
+    result = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode != 0
+    assert result.stderr.count("error:") == 1
+    assert "Traceback" not in result.stderr
+    assert f"no {Path('nowhere', 'Python.h')}" in result.stderr
+    assert "apt-get install python3-dev" in result.stderr
+
+
 def test_no_native_builds_nothing(tmp_path: Path) -> None:
     result = _setup_without_compiler(tmp_path, DDPM_FAST_NO_NATIVE="1")
     assert result.returncode == 0, result.stderr
