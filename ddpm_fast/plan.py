@@ -59,12 +59,12 @@ class SamplingPlan:
         usable = torch.isfinite(self.coefficients[:, : COLUMNS.index("clip")])
         if not bool(usable.all()):
             row, column = (int(i) for i in (~usable).nonzero()[0])
+            t, value = int(self.timesteps[row]), float(self.coefficients[row, column])
             raise ValueError(
-                f"SamplingPlan: expected finite coefficients, got {COLUMNS[column]} = {float(self.coefficients[row, column])} "
-                f"at timestep {int(self.timesteps[row])} (abar = {float(self.schedule.alpha_bars[self.timesteps[row]]):.3g}) with "
-                f'prediction {self.prediction!r}; where abar is 0 the model must predict "sample" or "v_prediction"'
+                f"SamplingPlan: expected finite coefficients, got {COLUMNS[column]} = {value} at timestep {t} "
+                f"(abar = {float(self.schedule.alpha_bars[t]):.3g}) with prediction {self.prediction!r}; where abar is 0 the "
+                'model must predict "sample" or "v_prediction"'
             )
-
         object.__setattr__(self, "is_random", self._uses("sigma"))
         object.__setattr__(self, "needs_x_0_prev", self._uses("k3"))
         self.table()  # in place before torch.compile looks

@@ -44,6 +44,18 @@ def no_second_derivative(op: str) -> Callable[..., Any]:
     return backward
 
 
+def is_plain(*tensors: Tensor | None) -> bool:
+    """Whether an op may be computed past the dispatcher: eager mode, plain tensors, and nothing that watches the calls."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.jit.is_tracing()
+    ):
+        return False
+    return all(t is None or type(t) is Tensor or type(t) is torch.nn.Parameter for t in tensors)
+
+
 # ---------------------------------------------------------------------------------------------------------------- layout
 
 
@@ -73,6 +85,9 @@ def sizes(x: Tensor) -> tuple[int, int, int, int]:
     return n, x.shape[1], x.shape[2] * x.shape[3], 1
 
 
+_CODES = {dtype: code for code, dtype in enumerate(FLOATS)}
+
+
 def pointer(x: Tensor | None) -> int:
     """The address for the native module; 0 where the tensor is absent."""
     return 0 if x is None else x.data_ptr()
@@ -80,10 +95,13 @@ def pointer(x: Tensor | None) -> int:
 
 def dtype_code(x: Tensor | None) -> int:
     """The native module's code; 0 where the tensor is absent."""
-    return 0 if x is None else FLOATS.index(x.dtype)
+    return 0 if x is None else _CODES[x.dtype]
 
 
 # ---------------------------------------------------------------------------------------------------------------- checks
+
+
+_NUMBERS = (float, int, torch.SymFloat, torch.SymInt)
 
 
 def check_type(op: str, name: str, value: Any, kind: type) -> None:
@@ -92,7 +110,7 @@ def check_type(op: str, name: str, value: Any, kind: type) -> None:
 
 
 def check_number(op: str, name: str, value: Any) -> None:
-    if not isinstance(value, int | float | torch.SymFloat | torch.SymInt) or isinstance(value, bool):
+    if not isinstance(value, _NUMBERS) or isinstance(value, bool):
         raise TypeError(f"{op}: expected {name} to be a number, got {type(value).__name__}")
 
 

@@ -16,6 +16,7 @@ from ._library import (
     dense,
     dense_like,
     dtype_code,
+    is_plain,
     no_second_derivative,
     pointer,
     sizes,
@@ -77,21 +78,45 @@ def group_norm_silu(
     _check_modulation("shift", shift, (n, channels), x)
     _check_modulation("scale_shift[0]", scale, (n, channels), x)
     _check_modulation("scale_shift[1]", scale_shift_, (n, channels), x)
-    wide = channels // num_groups > _TRITON_MAX_CHANNELS_PER_GROUP
-    unfit = ("triton", f"it takes at most {_TRITON_MAX_CHANNELS_PER_GROUP} channels in a group") if wide else None
+    too_wide = channels // num_groups > _TRITON_MAX_CHANNELS_PER_GROUP
+    unfit = ("triton", f"it takes at most {_TRITON_MAX_CHANNELS_PER_GROUP} channels in a group") if too_wide else None
     family = choose(op, backend, x.device, x.dtype, unfit)
     arguments = (x, num_groups, weight, bias, eps, shift, scale, scale_shift_, activation == "silu")
     if family == "reference":
         return reference.group_norm_silu(*arguments)[0]
-    y: Tensor = torch.ops.ddpm_fast.group_norm_silu(*arguments, family)[0]
+    y: Tensor
+    if not is_plain(x, weight, bias, shift, scale, scale_shift_):
+        y = torch.ops.ddpm_fast.group_norm_silu(*arguments, family)[0]
+    elif torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, weight, bias, shift, scale, scale_shift_)
+    ):
+        y = _Eager.apply(*arguments, family)  # type: ignore[no-untyped-call]
+    else:
+        y = _impl(*arguments, family)[0]
     return y
+
+
+class _Eager(torch.autograd.Function):
+    """The op for plain tensors, past the dispatcher. A U-Net has some fifty group norms, and on its small maps a call through
+    torch.ops takes longer than the kernel."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        y, mean, rstd = _impl(*arguments)
+        _save(ctx, arguments, mean, rstd)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        return _backward(ctx, grad_y)
 
 
 def _check_modulation(name: str, value: Tensor | None, shape: tuple[int, ...], x: Tensor) -> None:
     if value is None:
         return
     op = "group_norm_silu"
-    check_float(op, name, value)
+    if not isinstance(value, Tensor):
+        check_float(op, name, value)
     if tuple(value.shape) != shape:
         raise ValueError(f"{op}: expected {name} to have shape {list(shape)}, got {list(value.shape)}")
     if value.dtype not in (x.dtype, torch.float32):
@@ -112,14 +137,16 @@ def _impl(
     family: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     x = dense(x)
-    weight, bias, shift, scale, scale_shift = (_contiguous(s) for s in (weight, bias, shift, scale, scale_shift))
-    y, mean, rstd = _fake(x, num_groups, weight, bias, eps, shift, scale, scale_shift, silu, family)
+    weight, bias, shift, scale, scale_shift = [_contiguous(s) for s in (weight, bias, shift, scale, scale_shift)]
+    y = torch.empty_like(x)
+    wide = reference.opmath(x.dtype)
+    mean, rstd = x.new_empty((x.shape[0], num_groups), dtype=wide), x.new_empty((x.shape[0], num_groups), dtype=wide)
     if family == "native":
         n, c, hw, channels_last = sizes(x)
         native().group_norm_silu(
             dtype_code(x),
-            *(pointer(p) for p in (y, mean, rstd, x)),
-            *(f(p) for p in (weight, bias, shift, scale, scale_shift) for f in (pointer, dtype_code)),
+            *(y.data_ptr(), mean.data_ptr(), rstd.data_ptr(), x.data_ptr()),
+            *(*_typed(weight), *_typed(bias), *_typed(shift), *_typed(scale), *_typed(scale_shift)),
             *(n, c, hw, num_groups, eps, int(silu), channels_last),
             torch.get_num_threads(),
         )
@@ -175,8 +202,8 @@ def _backward_impl(
         n, c, hw, channels_last = sizes(x)
         native().group_norm_silu_backward(
             dtype_code(x),
-            *(pointer(p) for p in (grad_x, *wanted, grad_y, x, mean, rstd)),
-            *(f(p) for p in small for f in (pointer, dtype_code)),
+            *[pointer(p) for p in (grad_x, *wanted, grad_y, x, mean, rstd)],
+            *(*_typed(weight), *_typed(bias), *_typed(shift), *_typed(scale), *_typed(scale_shift)),
             *(n, c, hw, num_groups, int(silu), channels_last),
             torch.get_num_threads(),
         )
@@ -210,24 +237,34 @@ def _backward_fake(
 
 
 def _contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
+    return x if x is None or x.is_contiguous() else x.contiguous()
+
+
+def _typed(x: Tensor | None) -> tuple[int, int]:
+    """Address and dtype code of a small input; zeros where it is absent."""
+    return (0, 0) if x is None else (x.data_ptr(), dtype_code(x))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, ctx.num_groups, weight, bias, _, shift, scale, scale_shift, ctx.silu, ctx.family = inputs
     _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
+    _save(ctx, inputs, mean, rstd)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], mean: Tensor, rstd: Tensor) -> None:
+    x, ctx.num_groups, weight, bias, _, shift, scale, scale_shift, ctx.silu, ctx.family = inputs
     ctx.save_for_backward(x, mean, rstd, weight, bias, shift, scale, scale_shift)
 
 
 def _backward(ctx: Any, grad_y: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     x, mean, rstd, *small = ctx.saved_tensors
-    grad_x, *grads_small = torch.ops.ddpm_fast.group_norm_silu_backward(
-        grad_y, x, mean, rstd, ctx.num_groups, *small, ctx.silu, ctx.family
-    )
-    weight, bias, shift, scale, scale_shift = (
-        None if value is None else grad.to(value.dtype) for grad, value in zip(grads_small, small, strict=True)
-    )
+    # With create_graph the op itself has to be on the graph: its own derivative is the error that says what to do.
+    direct = not torch.is_grad_enabled() and is_plain(grad_y, x)
+    run = _backward_impl if direct else torch.ops.ddpm_fast.group_norm_silu_backward
+    grad_x, *grads = run(grad_y, x, mean, rstd, ctx.num_groups, *small, ctx.silu, ctx.family)
+    weight, bias, shift, scale, scale_shift = [
+        None if value is None else grad.to(value.dtype) for grad, value in zip(grads, small, strict=True)
+    ]
     return grad_x, None, weight, bias, None, shift, scale, scale_shift, None, None
 
 
