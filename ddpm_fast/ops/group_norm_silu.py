@@ -115,8 +115,7 @@ def _check_modulation(name: str, value: Tensor | None, shape: tuple[int, ...], x
     if value is None:
         return
     op = "group_norm_silu"
-    if not isinstance(value, Tensor):
-        check_float(op, name, value)
+    check_float(op, name, value)
     if tuple(value.shape) != shape:
         raise ValueError(f"{op}: expected {name} to have shape {list(shape)}, got {list(value.shape)}")
     if value.dtype not in (x.dtype, torch.float32):
@@ -260,7 +259,7 @@ def _backward(ctx: Any, grad_y: Tensor, *_: Tensor | None) -> tuple[Tensor | Non
     x, mean, rstd, *small = ctx.saved_tensors
     # With create_graph the op itself has to be on the graph: its own derivative is the error that says what to do.
     direct = not torch.is_grad_enabled() and is_plain(grad_y, x)
-    run = _backward_impl if direct else torch.ops.ddpm_fast.group_norm_silu_backward
+    run: Any = _backward_impl if direct else torch.ops.ddpm_fast.group_norm_silu_backward
     grad_x, *grads = run(grad_y, x, mean, rstd, ctx.num_groups, *small, ctx.silu, ctx.family)
     weight, bias, shift, scale, scale_shift = [
         None if value is None else grad.to(value.dtype) for grad, value in zip(grads, small, strict=True)
