@@ -9,8 +9,8 @@ from .plan import SamplingPlan, ddim_plan, ddpm_plan
 from .sample import sample
 from .schedule import NoiseSchedule
 from .train import TrainResult, export_checkpoint, train
+from .version import __version__ as __version__
 
-__version__ = "0.1.0"
 __all__ = [
     "BackendUnavailable",
     "NoiseSchedule",

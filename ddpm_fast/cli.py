@@ -19,22 +19,22 @@ import torch
 from click.core import ParameterSource
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-import ddpm_fast
-from ddpm_fast.builtin import BUILTIN, Pretrained, load_folder
-from ddpm_fast.data import load_dataset, to_unit_range
-from ddpm_fast.evaluate import variational_bound
-from ddpm_fast.images import image_format, save_grid, save_trajectory
-from ddpm_fast.info import info
-from ddpm_fast.plan import SamplingPlan, ddim_plan, ddpm_plan
-from ddpm_fast.run_folder import RunFolder, write_json
-from ddpm_fast.sample import sample
-from ddpm_fast.train import export_checkpoint, train
+from .builtin import BUILTIN, Pretrained, load_folder
+from .data import load_dataset, to_unit_range
+from .evaluate import variational_bound
+from .images import image_format, save_grid, save_trajectory
+from .info import info
+from .plan import SamplingPlan, ddim_plan, ddpm_plan
+from .run_folder import RunFolder, write_json
+from .sample import sample
+from .train import export_checkpoint, train
+from .version import __version__
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.version_option(ddpm_fast.__version__, prog_name="ddpm-fast")
+@click.version_option(__version__, prog_name="ddpm-fast")
 def main() -> None:
     """Denoising diffusion probabilistic models: fast, exact and reproducible."""
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)

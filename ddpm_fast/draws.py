@@ -7,7 +7,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ddpm_fast.ops import sample_seeds
+from .ops import sample_seeds
 
 
 class TrainingDraws:

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import torch
 
-import ddpm_fast
-
 from .ops.backend import FAMILIES, OPS, native, native_error, why_not
+from .version import __version__
 
 
 def _version(distribution: str) -> str:
@@ -37,7 +36,7 @@ def _devices() -> list[torch.device]:
 
 
 def _versions() -> Iterator[str]:
-    yield f"ddpm_fast {ddpm_fast.__version__}, Python {platform.python_version()}, {platform.platform()}"
+    yield f"ddpm_fast {__version__}, Python {platform.python_version()}, {platform.platform()}"
     yield ", ".join(f"{name} {_version(name)}" for name in ("torch", "triton", "numpy", "safetensors"))
 
 

@@ -28,7 +28,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from ddpm_fast.atomic import replacing
+from .atomic import replacing
 
 FORMAT: Final = 1
 LOG_COLUMNS: Final = ("step", "samples", "loss", "grad_norm", "lr", "images_per_second", "seconds")

@@ -27,17 +27,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import ddpm_fast
-from ddpm_fast.atomic import replacing
-from ddpm_fast.data import ImageDataset, load_dataset, to_unit_range
-from ddpm_fast.draws import TrainingDraws
-from ddpm_fast.images import save_grid
-from ddpm_fast.nn import UNet
-from ddpm_fast.ops import denoising_loss, q_sample
-from ddpm_fast.plan import ddim_plan
-from ddpm_fast.run_folder import LOG_COLUMNS, RunFolder, write_json
-from ddpm_fast.sample import sample
-from ddpm_fast.schedule import NoiseSchedule
+from .atomic import replacing
+from .data import ImageDataset, load_dataset, to_unit_range
+from .draws import TrainingDraws
+from .images import save_grid
+from .nn import UNet
+from .ops import denoising_loss, q_sample
+from .plan import ddim_plan
+from .run_folder import LOG_COLUMNS, RunFolder, write_json
+from .sample import sample
+from .schedule import NoiseSchedule
+from .version import __version__
 
 # Options that a resumed run may change: they decide how long, where and with what records, not what is trained.
 # `steps` and the learning rate's decay are among them so that a run can be prolonged, or brought to its end.
@@ -280,7 +280,7 @@ class _Task:
             "unet": _unet_config(self.options, dataset, self.labelled),
             "schedule": self.schedule.to_config(),
             "dataset": {"images": len(dataset), "shape": list(dataset.shape), "classes": list(dataset.classes)},
-            "versions": {"ddpm_fast": ddpm_fast.__version__, "torch": torch.__version__},
+            "versions": {"ddpm_fast": __version__, "torch": torch.__version__},
         }
 
 

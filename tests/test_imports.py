@@ -8,42 +8,80 @@ import pytest
 import ddpm_fast
 
 PACKAGE = Path(ddpm_fast.__file__).parent
-# Module or folder -> what of the package it may import at the top of a file.
+# Module or folder -> what of the package it may import, at the top of a file or inside a function.
 ALLOWED = {
+    "version": set(),
+    "atomic": set(),
     "reference": set(),
     "schedule": set(),
     "plan": {"reference", "schedule"},
     "triton_kernels": {"reference", "triton_kernels"},
-    "ops": {"reference", "schedule", "plan", "ops"},
+    "ops": {"reference", "schedule", "plan", "triton_kernels", "ops"},
     "testing": {"reference", "schedule", "plan", "ops"},
-    "nn": {"ops", "nn", "atomic"},
-    "atomic": set(),
-    "images": {"atomic"},
+    "nn": {"atomic", "ops", "nn"},
+    "info": {"version", "ops"},
     "data": set(),
+    "images": {"atomic"},
+    "run_folder": {"atomic"},
+    "draws": {"ops"},
+    "sample": {"reference", "plan", "ops", "images"},
+    "evaluate": {"schedule", "plan", "ops", "sample"},
+    "builtin": {"schedule", "plan", "nn", "run_folder"},
+    "train": {"version", "atomic", "schedule", "plan", "ops", "nn", "data", "images", "run_folder", "draws", "sample"},
+    "__init__": {"version", "schedule", "plan", "ops", "nn", "images", "sample", "evaluate", "builtin", "train"},
+    "cli": {"version", "plan", "info", "data", "images", "run_folder", "sample", "evaluate", "builtin", "train"},
+    "__main__": {"cli"},
 }
 
 
-def _imports(path: Path) -> set[str]:
-    """The package's modules that a file imports, first component only, inside functions too."""
+def _imports(source: str, folder: tuple[str, ...] = ()) -> set[str]:
+    """What of the package a file in `folder` of it imports, first component only; "ddpm_fast" for the package as a whole."""
     found = set()
-    depth = len(path.relative_to(PACKAGE).parts)
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level:
-            inside = list(path.relative_to(PACKAGE).parts[: depth - node.level])
-            module = inside + (node.module.split(".") if node.module else [])
-            found |= {module[0]} if module else {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("ddpm_fast."):
-            found.add(node.module.split(".")[1])
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            modules = [alias.name.split(".") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = ["ddpm_fast", *folder][: len(folder) + 2 - node.level] if node.level else []
+            base += node.module.split(".") if node.module else []
+            modules = [[*base, alias.name] for alias in node.names]
+        else:
+            continue
+        found |= {(module[1:] or module)[0] for module in modules if module[0] == "ddpm_fast"}
     return found
 
 
-@pytest.mark.parametrize("name", ALLOWED)
-def test_imports_point_one_way(name: str) -> None:
-    path = PACKAGE / name
-    files = list(path.rglob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
-    allowed = ALLOWED[name] | ({"triton_kernels"} if name == "ops" else set())  # loaded when that family is asked for
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("import ddpm_fast", {"ddpm_fast"}),
+        ("import ddpm_fast.ops.noise, torch", {"ops"}),
+        ("from ddpm_fast import ops, plan", {"ops", "plan"}),
+        ("from ddpm_fast.ops.noise import noise", {"ops"}),
+        ("def late():\n    from ...plan import ddpm_plan", {"plan"}),
+        ("from ... import ops", {"ops"}),
+        ("from . import kernels", {"folder"}),
+        ("from .kernels import kernel", {"folder"}),
+        ("import torch\nfrom torch import nn\nfrom ddpm_fastest import x", set()),
+    ],
+)
+def test_every_form_of_import_is_seen(source: str, found: set[str]) -> None:
+    assert _imports(source, ("folder", "inner")) == found
+
+
+def _module(file: Path) -> str:
+    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def test_imports_point_one_way() -> None:
+    files = sorted(PACKAGE.rglob("*.py"))
+    assert {_module(file) for file in files} == set(ALLOWED)
+    listed: set[str] = set()
+    for name, allowed in ALLOWED.items():
+        listed.add(name)
+        assert allowed <= listed, f"{name} may import what comes after it: {allowed - listed}"
     for file in files:
-        assert _imports(file) <= allowed, f"{file.relative_to(PACKAGE)} imports {_imports(file) - allowed}"
+        extra = _imports(file.read_text(), file.relative_to(PACKAGE).parts[:-1]) - ALLOWED[_module(file)]
+        assert not extra, f"{file.relative_to(PACKAGE)} imports {extra}"
 
 
 def test_importing_the_package_needs_neither_triton_nor_optional_packages() -> None:

@@ -12,8 +12,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ddpm_fast.atomic import replacing
-from ddpm_fast.nn.config import UNetConfig
+from ..atomic import replacing
+from .config import UNetConfig
 
 _CONFIG = "config.json"
 _WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddpm_fast.ops import group_norm_silu
+from ..ops import group_norm_silu
 
 
 def timestep_embedding(t: Tensor, dim: int, *, flip_sin_to_cos: bool = False, freq_shift: int = 1) -> Tensor:

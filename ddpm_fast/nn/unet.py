@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddpm_fast.nn.checkpoint import load_checkpoint, save_checkpoint
-from ddpm_fast.nn.config import UNetConfig
-from ddpm_fast.nn.layers import (
+from .checkpoint import load_checkpoint, save_checkpoint
+from .config import UNetConfig
+from .layers import (
     Attention,
     Downsample,
     GroupNormSiLU,
