@@ -104,6 +104,29 @@ print(*(path for path in libraries if "gomp" in path or "iomp" in path or "libom
     assert len(result.stdout.split()) == 1, result.stdout
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the address space by /proc/self/status")
+def test_a_thread_without_memory_raises_in_the_caller() -> None:
+    """An exception that leaves a parallel region ends the process. The room of a shifted group, 32 MB a thread, is refused."""
+    script = """
+import resource, torch, ddpm_fast
+torch.set_num_threads(2)
+def norm(pixels):
+    x, shift = torch.zeros(2, 8, pixels, 1, dtype=torch.float16), torch.ones(2, 8, dtype=torch.float16)
+    return lambda: ddpm_fast.group_norm_silu(x, 1, shift=shift, backend="native")
+norm(2**16)()  # starts the threads
+large = norm(2**20)
+used = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmSize"))
+resource.setrlimit(resource.RLIMIT_AS, (used * 1024 + 40 * 2**20, -1))  # the result's 32 MB, and no more
+try:
+    large()
+except MemoryError:
+    print("MemoryError")
+"""
+    command = [sys.executable, "-W", "ignore", "-c", script]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (0, "MemoryError\n"), result.stderr
+
+
 def _setup_without_compiler(tmp_path: Path, **environment: str) -> "subprocess.CompletedProcess[str]":
     arguments = ["setup.py", "-q", "build_ext", "--build-temp", str(tmp_path / "temp"), "--build-lib", str(tmp_path / "lib")]
     variables = {name: value for name, value in os.environ.items() if name != "CXX"}
