@@ -94,7 +94,7 @@ struct ChannelInput {
 struct GroupNormSiluArgs {
   DType dtype;
   void* y;
-  void *mean, *rstd;  // [n, groups], float64 for float64 and float32 for every other dtype
+  void *mean, *rstd;  // [n, groups], float64 for float64 and float32 for every other dtype; both may be absent
   const void* x;
   ChannelInput weight, bias, shift, scale, scale_shift;
   Shape shape;

@@ -266,14 +266,15 @@ struct Forward {
   // their channels. `added`: to x when it is read for the statistics only.
   void finish(Index first, Index groups, const Real* added) {
     const Index at = slice.sample * a.groups + slice.first_group;
-    Real *saved_mean = static_cast<Real*>(a.mean) + at, *saved_rstd = static_cast<Real*>(a.rstd) + at;
     const Real factor = silu_ ? static_cast<Real>(kNegLog2EDouble) : 1, eps = static_cast<Real>(a.eps);
     for (Index g = first; g < first + groups; ++g) {
-      saved_mean[g] = static_cast<Real>(mean[g]);
-      saved_rstd[g] = reciprocal_root(variance[g] + eps);
+      variance[g] = reciprocal_root(variance[g] + eps);
+      if (a.mean == nullptr) continue;
+      static_cast<Real*>(a.mean)[at + g] = static_cast<Real>(mean[g]);
+      static_cast<Real*>(a.rstd)[at + g] = variance[g];
     }
     for (Index g = first; g < first + groups; ++g) {
-      const Real rstd = saved_rstd[g], rounded = saved_mean[g], rest = static_cast<Real>(mean[g] - rounded);
+      const Real rstd = variance[g], rounded = static_cast<Real>(mean[g]), rest = static_cast<Real>(mean[g] - rounded);
       for (Index i = g * group_channels; i < (g + 1) * group_channels; ++i) {
         const Real step = gain[i] * rstd;
         slope[i] = step * factor;

@@ -91,6 +91,8 @@ def group_norm_silu(
         t is not None and t.requires_grad for t in (x, weight, bias, shift, scale, scale_shift_)
     ):
         y = _Eager.apply(*arguments, family)  # type: ignore[no-untyped-call]
+    elif family == "native":
+        y = _native_forward(*arguments)
     else:
         y = _impl(*arguments, family)[0]
     return y
@@ -135,25 +137,46 @@ def _impl(
     silu: bool,
     family: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    x = dense(x)
-    weight, bias, shift, scale, scale_shift = [_contiguous(s) for s in (weight, bias, shift, scale, scale_shift)]
-    y = torch.empty_like(x)
     wide = reference.opmath(x.dtype)
     mean, rstd = x.new_empty((x.shape[0], num_groups), dtype=wide), x.new_empty((x.shape[0], num_groups), dtype=wide)
     if family == "native":
-        n, c, hw, channels_last = sizes(x)
-        native().group_norm_silu(
-            dtype_code(x),
-            *(y.data_ptr(), mean.data_ptr(), rstd.data_ptr(), x.data_ptr()),
-            *(*_typed(weight), *_typed(bias), *_typed(shift), *_typed(scale), *_typed(scale_shift)),
-            *(n, c, hw, num_groups, eps, int(silu), channels_last),
-            torch.get_num_threads(),
-        )
+        y = _native_forward(x, num_groups, weight, bias, eps, shift, scale, scale_shift, silu, mean, rstd)
     else:
         from ..triton_kernels.group_norm_silu import group_norm_silu as launch
 
+        x = dense(x)
+        y = torch.empty_like(x)
+        weight, bias, shift, scale, scale_shift = [_contiguous(s) for s in (weight, bias, shift, scale, scale_shift)]
         launch(y, mean, rstd, x, weight, bias, shift, scale, scale_shift, num_groups, eps, silu)
     return y, mean, rstd
+
+
+def _native_forward(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    scale_shift: Tensor | None,
+    silu: bool,
+    mean: Tensor | None = None,
+    rstd: Tensor | None = None,
+) -> Tensor:
+    """y; the statistics go to mean and rstd where somebody wants them."""
+    x = dense(x)
+    weight, bias, shift, scale, scale_shift = [_contiguous(s) for s in (weight, bias, shift, scale, scale_shift)]
+    y = torch.empty_like(x)
+    n, c, hw, channels_last = sizes(x)
+    native().group_norm_silu(
+        dtype_code(x),
+        *(y.data_ptr(), pointer(mean), pointer(rstd), x.data_ptr()),
+        *(*_typed(weight), *_typed(bias), *_typed(shift), *_typed(scale), *_typed(scale_shift)),
+        *(n, c, hw, num_groups, eps, int(silu), channels_last),
+        torch.get_num_threads(),
+    )
+    return y
 
 
 def _fake(
