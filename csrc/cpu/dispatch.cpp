@@ -3,6 +3,10 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#ifdef DDPM_FAST_X86
+#include <cpuid.h>
+#endif
+
 namespace ddpm_fast {
 
 #define OP(name, Args) void name(const Args&);
@@ -30,12 +34,19 @@ struct Isa {
   const CpuKernels* kernels;
 };
 
+#ifdef DDPM_FAST_X86
+// A name that __builtin_cpu_supports of older compilers does not know.
+bool has_f16c() {
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
+}
+#endif
+
 // Worst first.
 std::vector<Isa> isas() {
   std::vector<Isa> sets = {{"baseline", true, &baseline::kernels}};
 #ifdef DDPM_FAST_X86
-  const bool has_avx2 =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   sets.push_back({"avx2", has_avx2, &avx2::kernels});
