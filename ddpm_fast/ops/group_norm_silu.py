@@ -210,21 +210,46 @@ def _backward_impl(
     silu: bool,
     family: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    grad_x, *grads = _gradients(grad_y, x, mean, rstd, num_groups, weight, bias, shift, scale, scale_shift, silu, family)
+    grad_weight, grad_bias, grad_shift, grad_scale, grad_scale_shift = (
+        mean.new_empty(0) if grad is None else grad for grad in grads
+    )
+    return grad_x, grad_weight, grad_bias, grad_shift, grad_scale, grad_scale_shift
+
+
+_Gradients = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+def _gradients(
+    grad_y: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    scale_shift: Tensor | None,
+    silu: bool,
+    family: str,
+) -> _Gradients:
+    """The gradient of x in its dtype; those of the small inputs in the dtype that arithmetic runs in, None where absent."""
     x = dense(x)
     grad_y = dense_like(grad_y, x)
-    weight, bias, shift, scale, scale_shift = (_contiguous(s) for s in (weight, bias, shift, scale, scale_shift))
+    weight, bias, shift, scale, scale_shift = [_contiguous(s) for s in (weight, bias, shift, scale, scale_shift)]
     small = (weight, bias, shift, scale, scale_shift)
-    grads = _backward_fake(grad_y, x, mean, rstd, num_groups, weight, bias, shift, scale, scale_shift, silu, family)
-    grad_x, *grads_small = grads
-    grad_weight, grad_bias, grad_shift, grad_scale, grad_scale_shift = (
-        None if value is None else grad for grad, value in zip(grads_small, small, strict=True)
-    )
-    wanted = (grad_weight, grad_bias, grad_shift, grad_scale, grad_scale_shift)
+    wide = mean.dtype
+    grad_weight, grad_bias, grad_shift, grad_scale, grad_scale_shift = [
+        None if value is None else torch.empty_like(value, dtype=wide) for value in small
+    ]
+    grads = (torch.empty_like(x), grad_weight, grad_bias, grad_shift, grad_scale, grad_scale_shift)
     if family == "native":
         n, c, hw, channels_last = sizes(x)
         native().group_norm_silu_backward(
             dtype_code(x),
-            *[pointer(p) for p in (grad_x, *wanted, grad_y, x, mean, rstd)],
+            *[0 if grad is None else grad.data_ptr() for grad in grads],
+            *(grad_y.data_ptr(), x.data_ptr(), mean.data_ptr(), rstd.data_ptr()),
             *(*_typed(weight), *_typed(bias), *_typed(shift), *_typed(scale), *_typed(scale_shift)),
             *(n, c, hw, num_groups, int(silu), channels_last),
             torch.get_num_threads(),
@@ -232,7 +257,7 @@ def _backward_impl(
     else:
         from ..triton_kernels.group_norm_silu import group_norm_silu_backward as launch
 
-        launch(grad_x, *wanted, grad_y, x, mean, rstd, *small, num_groups, silu)
+        launch(*grads, grad_y, x, mean, rstd, *small, num_groups, silu)
     return grads
 
 
@@ -282,7 +307,7 @@ def _backward(ctx: Any, grad_y: Tensor, *_: Tensor | None) -> tuple[Tensor | Non
     x, mean, rstd, *small = ctx.saved_tensors
     # With create_graph the op itself has to be on the graph: its own derivative is the error that says what to do.
     direct = not torch.is_grad_enabled() and is_plain(grad_y, x)
-    run: Any = _backward_impl if direct else torch.ops.ddpm_fast.group_norm_silu_backward
+    run: Any = _gradients if direct else torch.ops.ddpm_fast.group_norm_silu_backward
     grad_x, *grads = run(grad_y, x, mean, rstd, ctx.num_groups, *small, ctx.silu, ctx.family)
     weight, bias, shift, scale, scale_shift = [
         None if value is None else grad.to(value.dtype) for grad, value in zip(grads, small, strict=True)
