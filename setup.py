@@ -4,6 +4,7 @@ DDPM_FAST_NO_NATIVE=1 builds nothing (the reference and Triton families work wit
 chooses the CUDA architectures, CXX the compiler.
 """
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -43,13 +44,13 @@ class CMakeBuild(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         check_requirements()
-        import pybind11  # a build requirement: not there when only metadata is asked for
-
         scripts = sysconfig.get_path("scripts")  # of an environment that is used without being activated
         path = os.environ["PATH"] + os.pathsep + scripts
         programs = {name: shutil.which(name, path=path) for name in ("cmake", "ninja")}
-        if None in programs.values():
-            sys.exit("error: ddpm_fast needs cmake and ninja to build its native kernels: pip install cmake ninja")
+        if None in programs.values() or importlib.util.find_spec("pybind11") is None:
+            sys.exit("error: ddpm_fast needs cmake, ninja and pybind11 to be built: pip install cmake ninja pybind11")
+        import pybind11  # a build requirement: not there when only metadata is asked for
+
         build = Path(self.build_temp).resolve()
         commands = [
             [
