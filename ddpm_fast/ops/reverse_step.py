@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..plan import SamplingPlan
+from ..plan import COLUMNS, SamplingPlan
 from ._library import (
     check_device,
     check_float,
@@ -331,7 +331,7 @@ def _backward(ctx: Any, grad_x_prev: Tensor, grad_x_0: Tensor | None) -> tuple[T
 def _draw(x_t: Tensor, table: Tensor, steps: Tensor, seeds: Tensor, family: str) -> Tensor:
     """The noise that the forward pass drew: a step whose only coefficient is sigma = 1 is the noise itself."""
     unit = torch.zeros_like(table)
-    unit[:, 6] = 1
+    unit[:, COLUMNS.index("sigma")] = 1
     zero = torch.zeros_like(x_t)
     drawn: Tensor = torch.ops.ddpm_fast.reverse_step(zero, zero, unit, steps, None, seeds, None, None, 0, False, family)[0]
     return drawn
