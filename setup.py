@@ -1,7 +1,7 @@
 """Build the native module with CMake; everything else is in pyproject.toml.
 
 DDPM_FAST_NO_NATIVE=1 builds nothing (the reference and Triton families work without it), DDPM_FAST_CUDA_ARCHS="80;90a"
-chooses the CUDA architectures, CXX the compiler.
+chooses the CUDA architectures (none: no CUDA), CXX the compiler.
 """
 
 import importlib.util

@@ -1,30 +1,22 @@
-// The pybind11 module: the only C++ file that knows Python. Tensors cross as addresses (0: absent); Python checks
-// shapes.
+// The pybind11 module: this file and bindings.h alone know Python.
+#include "bindings.h"
+
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <array>
 #include <cstdint>
 
-#include "common/args.h"
 #include "common/philox.h"
 #include "cpu/dispatch.h"
+#ifdef DDPM_FAST_CUDA
+#include "cuda/kernels.h"
+#endif
 
 namespace py = pybind11;
 using namespace ddpm_fast;
 
 namespace {
-
-using Address = std::uintptr_t;
-
-// An address as the pointer that the struct's field wants.
-struct Pointer {
-  Address address;
-  template <class T>
-  operator T*() const {
-    return reinterpret_cast<T*>(address);
-  }
-};
 
 py::dict build_info() {
   py::dict info;
@@ -65,140 +57,12 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
         }
       },
       nogil);
-  m.def(
-      "noise",
-      [](int dtype, Address out, Address seeds, std::uint32_t stream, std::int64_t n, std::int64_t c, std::int64_t hw,
-         bool channels_last, int threads) {
-        cpu_kernels().noise({DType{dtype}, Pointer{out}, Pointer{seeds}, stream, {n, c, hw, channels_last}, threads});
-      },
-      nogil);
-  m.def(
-      "q_sample",
-      [](int dtype, Address out, Address x_0, Address t, Address table, Address noise, Address seeds, std::int64_t n,
-         std::int64_t c, std::int64_t hw, bool channels_last, int threads) {
-        cpu_kernels().q_sample({DType{dtype},
-                                Pointer{out},
-                                Pointer{x_0},
-                                Pointer{t},
-                                Pointer{table},
-                                Pointer{noise},
-                                Pointer{seeds},
-                                {n, c, hw, channels_last},
-                                threads});
-      },
-      nogil);
-  m.def(
-      "reverse_step",
-      [](int dtype, int model_dtype, Address out, Address x_0_out, Address x_t, Address model_output, Address table,
-         Address steps, std::int64_t step_stride, Address noise, Address seeds, Address x_0_prev, bool guidance,
-         double guidance_scale, int variance, std::int64_t n, std::int64_t c, std::int64_t hw, bool channels_last,
-         int threads) {
-        cpu_kernels().reverse_step({DType{dtype},
-                                    DType{model_dtype},
-                                    Pointer{out},
-                                    Pointer{x_0_out},
-                                    Pointer{x_t},
-                                    Pointer{model_output},
-                                    Pointer{table},
-                                    Pointer{steps},
-                                    step_stride,
-                                    Pointer{noise},
-                                    Pointer{seeds},
-                                    Pointer{x_0_prev},
-                                    guidance,
-                                    guidance_scale,
-                                    Variance{variance},
-                                    {n, c, hw, channels_last},
-                                    threads});
-      },
-      nogil);
-  m.def(
-      "denoising_loss",
-      [](int dtype, Address loss, Address model_output, Address x_0, Address t, Address table, Address noise,
-         Address seeds, int prediction, std::int64_t n, std::int64_t c, std::int64_t hw, bool channels_last,
-         int threads) {
-        cpu_kernels().denoising_loss({DType{dtype},
-                                      Pointer{loss},
-                                      Pointer{model_output},
-                                      Pointer{x_0},
-                                      Pointer{t},
-                                      Pointer{table},
-                                      Pointer{noise},
-                                      Pointer{seeds},
-                                      Prediction{prediction},
-                                      {n, c, hw, channels_last},
-                                      threads});
-      },
-      nogil);
-  m.def(
-      "denoising_loss_backward",
-      [](int dtype, Address grad_model_output, Address grad_loss, Address model_output, Address x_0, Address t,
-         Address table, Address noise, Address seeds, int prediction, std::int64_t n, std::int64_t c, std::int64_t hw,
-         bool channels_last, int threads) {
-        cpu_kernels().denoising_loss_backward({Pointer{grad_model_output},
-                                               {DType{dtype},
-                                                Pointer{grad_loss},
-                                                Pointer{model_output},
-                                                Pointer{x_0},
-                                                Pointer{t},
-                                                Pointer{table},
-                                                Pointer{noise},
-                                                Pointer{seeds},
-                                                Prediction{prediction},
-                                                {n, c, hw, channels_last},
-                                                threads}});
-      },
-      nogil);
-  m.def(
-      "group_norm_silu",
-      [](int dtype, Address y, Address mean, Address rstd, Address x, Address weight, int weight_dtype, Address bias,
-         int bias_dtype, Address shift, int shift_dtype, Address scale, int scale_dtype, Address scale_shift,
-         int scale_shift_dtype, std::int64_t n, std::int64_t c, std::int64_t hw, std::int64_t groups, double eps,
-         bool silu, bool channels_last, int threads) {
-        cpu_kernels().group_norm_silu({DType{dtype},
-                                       Pointer{y},
-                                       Pointer{mean},
-                                       Pointer{rstd},
-                                       Pointer{x},
-                                       {Pointer{weight}, DType{weight_dtype}},
-                                       {Pointer{bias}, DType{bias_dtype}},
-                                       {Pointer{shift}, DType{shift_dtype}},
-                                       {Pointer{scale}, DType{scale_dtype}},
-                                       {Pointer{scale_shift}, DType{scale_shift_dtype}},
-                                       {n, c, hw, channels_last},
-                                       groups,
-                                       eps,
-                                       silu,
-                                       threads});
-      },
-      nogil);
-  m.def(
-      "group_norm_silu_backward",
-      [](int dtype, Address dx, Address dweight, Address dbias, Address dshift, Address dscale, Address dscale_shift,
-         Address dy, Address x, Address mean, Address rstd, Address weight, int weight_dtype, Address bias,
-         int bias_dtype, Address shift, int shift_dtype, Address scale, int scale_dtype, Address scale_shift,
-         int scale_shift_dtype, std::int64_t n, std::int64_t c, std::int64_t hw, std::int64_t groups, bool silu,
-         bool channels_last, int threads) {
-        cpu_kernels().group_norm_silu_backward({DType{dtype},
-                                                Pointer{dx},
-                                                Pointer{dweight},
-                                                Pointer{dbias},
-                                                Pointer{dshift},
-                                                Pointer{dscale},
-                                                Pointer{dscale_shift},
-                                                Pointer{dy},
-                                                Pointer{x},
-                                                Pointer{mean},
-                                                Pointer{rstd},
-                                                {Pointer{weight}, DType{weight_dtype}},
-                                                {Pointer{bias}, DType{bias_dtype}},
-                                                {Pointer{shift}, DType{shift_dtype}},
-                                                {Pointer{scale}, DType{scale_dtype}},
-                                                {Pointer{scale_shift}, DType{scale_shift_dtype}},
-                                                {n, c, hw, channels_last},
-                                                groups,
-                                                silu,
-                                                threads});
-      },
-      nogil);
+
+  py::module_ cpu = m.def_submodule("cpu", "The ops on CPU tensors.");
+  bind_ops(cpu, cpu_kernels());
+#ifdef DDPM_FAST_CUDA
+  py::module_ cuda = m.def_submodule("cuda", "The ops on CUDA tensors.");
+  bind_ops(cuda, cuda_kernels());
+  cuda.def("why_not", &cuda::why_not);
+#endif
 }

@@ -101,7 +101,7 @@ def load_dataset(
 
 def to_unit_range(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Map uint8 0..255 to -1..1, the range the model works in; black is -1."""
-    return images.to(dtype) / 127.5 - 1.0
+    return images.to(dtype) * (2 / 255) - 1.0
 
 
 # --------------------------------------------------------------------------------------------------------------- sources

@@ -158,16 +158,27 @@ def _epsilon(like: Tensor, noise_: Tensor | None, seeds: Tensor | None, stream: 
     return noise(like.shape, seeds, stream, opmath(like.dtype))
 
 
-def q_sample(x_0: Tensor, t: Tensor, table: Tensor, noise: Tensor | None, seeds: Tensor | None) -> Tensor:
+def q_sample(
+    x_0: Tensor,
+    t: Tensor,
+    table: Tensor,
+    noise: Tensor | None,
+    seeds: Tensor | None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     """x_t ~ q(x_t | x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I): derivation eq. 3 (Ho et al. eq. 4).
 
     Args:
         x_0: [N, ...]; t: int64 [N]; table: float32 [T, 2] of sqrt(abar_t), sqrt(1 - abar_t).
+        dtype: of x_t, where x_0 is uint8: 0..255 stand for -1..1.
         noise: epsilon, shaped like x_0; or None, and then seeds: int64 [N] draws it (stream STREAM_Q_SAMPLE).
     """
+    dtype = dtype or x_0.dtype
+    if x_0.dtype == torch.uint8:
+        x_0 = x_0.to(opmath(dtype)) * (2 / 255) - 1
     signal, sigma = (per_sample(table[t, column], x_0) for column in (0, 1))
     epsilon = _epsilon(x_0, noise, seeds, STREAM_Q_SAMPLE)
-    return (signal * x_0 + sigma * epsilon).to(x_0.dtype)
+    return (signal * x_0 + sigma * epsilon).to(dtype)
 
 
 def denoising_loss(

@@ -120,7 +120,11 @@ def _noise(case: Case, normal: Normal, timesteps: Any, device: torch.device | st
 
 def _q_sample(case: Case, normal: Normal, timesteps: Any, device: torch.device | str, dtype: torch.dtype) -> dict[str, Any]:
     t = case.options["t"] if "t" in case.options else timesteps(SCHEDULE.num_timesteps)
-    return {"x_0": normal(*case.shape), "t": t, "schedule": SCHEDULE, **_noise_source(case, normal, device)}
+    arguments = {"x_0": normal(*case.shape), "t": t, "schedule": SCHEDULE, **_noise_source(case, normal, device)}
+    if case.options.get("uint8"):  # images as they are stored
+        arguments["x_0"] = (arguments["x_0"] * 64 + 128).clamp(0, 255).to(torch.uint8)
+        arguments["dtype"] = dtype
+    return arguments
 
 
 def _denoising_loss(
@@ -220,6 +224,8 @@ CASES: tuple[Case, ...] = (
     Case("q_sample", "int-t", (2, 1, 9, 9), {"t": 500}),
     Case("q_sample", "vectors", (2, 131)),
     Case("q_sample", "strided", (2, 3, 4, 5), {"strided": True, "source": "noise"}),
+    Case("q_sample", "uint8", (3, 3, 5, 7), {"uint8": True}),
+    Case("q_sample", "uint8-given-noise", (2, 3, 4, 8), {"uint8": True, "source": "noise"}),
     Case("q_sample", "empty-batch", (0, 3, 4, 4)),
     Case("q_sample", "cifar-batch", (16, 3, 32, 32), benchmark=True),
     Case("reverse_step", "ddpm-clip", (3, 3, 5, 7), {"plan": _DDPM}),
@@ -272,6 +278,8 @@ def bytes_moved(case: Case, dtype: torch.dtype, *, backward: bool = False) -> in
     if case.op == "noise":
         tensors = 1
     elif case.op == "q_sample":
+        if case.options.get("uint8"):
+            return elements * (1 + (1 + source) * dtype.itemsize)
         tensors = 2 + source
     elif case.op == "denoising_loss":
         prediction = case.options.get("prediction", "epsilon")

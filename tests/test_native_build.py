@@ -48,7 +48,7 @@ n, c, hw = map(int, sys.argv[2:5])
 seeds, out = array.array("q", [5, -7]), array.array("f", [0]) * (n * c * hw)
 print(native.build_info()["isa"])
 for channels_last, threads in ((0, 1), (1, 2)):
-    native.noise(0, out.buffer_info()[0], seeds.buffer_info()[0], 9, n, c, hw, channels_last, threads)
+    native.cpu.noise(0, out.buffer_info()[0], seeds.buffer_info()[0], 9, n, c, hw, channels_last, threads)
     print(out.tobytes().hex())
 """
 

@@ -47,15 +47,16 @@ def test_conversions_to_16_bits_round_like_torch() -> None:
     first = torch.tensor([0])
     for code, dtype in ((2, torch.float16), (3, torch.bfloat16)):
         zeros, narrowed = torch.zeros(values.numel(), dtype=dtype), torch.empty(values.numel(), dtype=dtype)
-        _native.reverse_step(
+        _native.cpu.reverse_step(
             *(code, 0, narrowed.data_ptr(), 0, zeros.data_ptr(), values.data_ptr(), k2_only.data_ptr(), first.data_ptr(), 0),
             *(0, 0, 0, 0, 0.0, 0, 1, 1, values.numel(), 0, 1),
         )
         torch.testing.assert_close(narrowed, (values + 0.0).to(dtype), rtol=0, atol=0, equal_nan=True)
         given = halves.view(dtype)
         back = torch.empty_like(given)
-        _native.q_sample(
-            *(code, back.data_ptr(), zeros.data_ptr(), first.data_ptr(), noise_only.data_ptr(), given.data_ptr(), 0),
+        _native.cpu.q_sample(
+            *(code, back.data_ptr(), zeros.data_ptr(), code),
+            *(first.data_ptr(), noise_only.data_ptr(), given.data_ptr(), 0),
             *(1, 1, given.numel(), 0, 1),
         )
         torch.testing.assert_close(back, given + 0.0, rtol=0, atol=0, equal_nan=True)

@@ -17,6 +17,13 @@ struct Shape {
   bool channels_last;
 };
 
+// What runs an op: on the CPU a number of threads, on CUDA a stream (a cudaStream_t).
+struct RunOn {
+  std::intptr_t value;
+  int threads() const { return static_cast<int>(value); }
+  void* stream() const { return reinterpret_cast<void*>(value); }
+};
+
 // What a model predicts, and how it gives the variance of a reverse step: PREDICTIONS and VARIANCES of reference.py.
 enum class Prediction : int { kEpsilon, kSample, kVelocity };
 enum class Variance : int { kFixed, kLearned, kLearnedRange };
@@ -27,19 +34,20 @@ struct NoiseArgs {
   const std::int64_t* seeds;  // [n]
   std::uint32_t stream;
   Shape shape;
-  int threads;
+  RunOn run_on;
 };
 
 struct QSampleArgs {
   DType dtype;
   void* out;
   const void* x_0;
+  DType x_0_dtype;            // dtype, or kUInt8: 0..255 stand for -1..1
   const std::int64_t* t;      // [n]
   const float* table;         // [T, 2]: sqrt(abar_t), sqrt(1 - abar_t)
   const void* noise;          // this or seeds
   const std::int64_t* seeds;  // [n]
   Shape shape;
-  int threads;
+  RunOn run_on;
 };
 
 // A row of a sampling plan's table.
@@ -63,7 +71,7 @@ struct ReverseStepArgs {
   double guidance_scale;
   Variance variance;
   Shape shape;
-  int threads;
+  RunOn run_on;
 };
 
 struct DenoisingLossArgs {
@@ -77,7 +85,8 @@ struct DenoisingLossArgs {
   const std::int64_t* seeds;
   Prediction prediction;
   Shape shape;
-  int threads;
+  void* workspace;  // as many bytes as denoising_loss_workspace wants; the backward pass wants none
+  RunOn run_on;
 };
 
 struct DenoisingLossBackwardArgs {
@@ -101,7 +110,8 @@ struct GroupNormSiluArgs {
   std::int64_t groups;
   double eps;
   bool silu;
-  int threads;
+  void* workspace;  // as many bytes as group_norm_silu_workspace wants
+  RunOn run_on;
 };
 
 struct GroupNormSiluBackwardArgs {
@@ -115,7 +125,8 @@ struct GroupNormSiluBackwardArgs {
   Shape shape;
   std::int64_t groups;
   bool silu;
-  int threads;
+  void* workspace;  // as many bytes as group_norm_silu_backward_workspace wants
+  RunOn run_on;
 };
 
 }  // namespace ddpm_fast

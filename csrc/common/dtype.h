@@ -8,7 +8,7 @@
 
 namespace ddpm_fast {
 
-enum class DType : int { kFloat32, kFloat64, kFloat16, kBFloat16 };
+enum class DType : int { kFloat32, kFloat64, kFloat16, kBFloat16, kUInt8 };
 
 struct BFloat16 {
   std::uint16_t bits;

@@ -63,7 +63,7 @@ void forward(const DenoisingLossArgs& a) {
   const std::int64_t tiles = tiling.tiles_per_sample();
   Room room(RoomFor::kCall, Room::bytes<double>(a.shape.n * tiles));
   double* sums = room.take<double>(a.shape.n * tiles);  // a tile each, so that threads do not matter
-  for_each_tile(tiling, a.shape.n, draws(a), a.threads, [&](std::int64_t index, const Tile& tile) {
+  for_each_tile(tiling, a.shape.n, draws(a), a.run_on.threads(), [&](std::int64_t index, const Tile& tile) {
     Buffers<A> buffers;
     subtract_target(a, tiling, tile, buffers);
     sums[index] = sum_of_squares(buffers.difference, tile.count());
@@ -79,7 +79,7 @@ template <class A>
 void backward(const DenoisingLossBackwardArgs& b) {
   const DenoisingLossArgs& a = b.forward;
   const Tiling tiling(a.shape);
-  for_each_tile(tiling, a.shape.n, draws(a), a.threads, [&](std::int64_t, const Tile& tile) {
+  for_each_tile(tiling, a.shape.n, draws(a), a.run_on.threads(), [&](std::int64_t, const Tile& tile) {
     Buffers<A> buffers;
     const Place at = place(tiling, tile);
     buffers.noise.prefetch(b.grad_model_output, a.dtype, at, tile);

@@ -10,10 +10,10 @@
 namespace ddpm_fast {
 
 #define OP(name, Args) void name(const Args&);
-#define KERNELS(isa)                                       \
-  namespace isa {                                          \
-  DDPM_FAST_CPU_OPS(OP)                                    \
-  const CpuKernels kernels = {DDPM_FAST_CPU_OPS(ADDRESS)}; \
+#define KERNELS(isa)                                \
+  namespace isa {                                   \
+  DDPM_FAST_OPS(OP)                                 \
+  const Kernels kernels = {DDPM_FAST_OPS(ADDRESS)}; \
   }
 #define ADDRESS(name, Args) &name,
 KERNELS(baseline)
@@ -31,7 +31,7 @@ namespace {
 struct Isa {
   const char* name;
   bool supported;
-  const CpuKernels* kernels;
+  const Kernels* kernels;
 };
 
 #ifdef DDPM_FAST_X86
@@ -75,7 +75,7 @@ const Isa& best() {
 
 }  // namespace
 
-const CpuKernels& cpu_kernels() { return *best().kernels; }
+const Kernels& cpu_kernels() { return *best().kernels; }
 
 std::string isa_in_use() { return best().name; }
 

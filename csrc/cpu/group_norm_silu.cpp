@@ -377,8 +377,8 @@ void group_norm_silu(const GroupNormSiluArgs& args) {
     using T = decltype(type);
     GroupNormSiluArgs a = args;
     if (a.shape.hw == 1) a.shape.channels_last = true;  // the same memory, and vectors across channels
-    const Cut cut(a.shape, a.groups, sizeof(T), 2 * sizeof(T), a.threads);
-    cut.run(a.shape, a.groups, kGrain, a.threads, [&](const Slice& slice) { Forward<T, silu()>(a, slice); });
+    const Cut cut(a.shape, a.groups, sizeof(T), 2 * sizeof(T), a.run_on.threads());
+    cut.run(a.shape, a.groups, kGrain, a.run_on.threads(), [&](const Slice& slice) { Forward<T, silu()>(a, slice); });
   });
 }
 

@@ -335,8 +335,8 @@ void group_norm_silu_backward(const GroupNormSiluBackwardArgs& args) {
     Room room(RoomFor::kCall, parameters ? 2 * Room::bytes<Real>(sums) : 0);
     Real* sum_1 = parameters ? room.take<Real>(sums) : nullptr;
     Real* sum_2 = parameters ? room.take<Real>(sums) : nullptr;
-    const Cut cut(a.shape, a.groups, sizeof(T), 3 * sizeof(T) + sizeof(Real), a.threads);
-    cut.run(a.shape, a.groups, kGrain, a.threads,
+    const Cut cut(a.shape, a.groups, sizeof(T), 3 * sizeof(T) + sizeof(Real), a.run_on.threads());
+    cut.run(a.shape, a.groups, kGrain, a.run_on.threads(),
             [&](const Slice& slice) { Backward<T, silu()>(a, slice, sum_1, sum_2); });
     if (a.dweight != nullptr) sum_samples(sum_2, a.shape.n, a.shape.c, static_cast<Real*>(a.dweight));
     if (a.dbias != nullptr) sum_samples(sum_1, a.shape.n, a.shape.c, static_cast<Real*>(a.dbias));

@@ -24,7 +24,7 @@ void run(const ReverseStepArgs& a) {
   const Tiling tiling(a.shape);
   const bool learned = a.variance != Variance::kFixed;
   const bool draws = a.noise == nullptr && a.seeds != nullptr;
-  for_each_tile(tiling, a.shape.n, draws, a.threads, [&](std::int64_t, const Tile& tile) {
+  for_each_tile(tiling, a.shape.n, draws, a.run_on.threads(), [&](std::int64_t, const Tile& tile) {
     alignas(64) A x_buffer[kMaxDraw], m_buffer[kMaxDraw], guided[kMaxDraw], x_0[kMaxDraw], x_prev[kMaxDraw];
     const std::int64_t count = tile.count(), step = a.steps[tile.sample * a.step_stride];
     const PlanRow row = a.table[step];

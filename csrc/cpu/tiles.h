@@ -89,6 +89,13 @@ inline void widen_run(const BFloat16* from, std::int64_t count, float* to) {
   for (std::int64_t i = 0; i < count; ++i) to[i] = widen(from[i]);
 }
 
+// 0..255 stand for -1..1.
+template <class A>
+inline void widen_run(const std::uint8_t* from, std::int64_t count, A* to) {
+#pragma omp simd
+  for (std::int64_t i = 0; i < count; ++i) to[i] = static_cast<A>(from[i]) * static_cast<A>(2.0 / 255) - 1;
+}
+
 inline void narrow_run(const float* from, std::int64_t count, Float16* to) {
   std::int64_t i = 0;
   for (; i + kHalves <= count; i += kHalves) narrow_halves(from + i, to + i);
@@ -128,6 +135,7 @@ inline const A* load_as(const T* from, const Place& at, const Tile& tile, A* buf
 // `buffer`.
 template <class A>
 inline const A* load(const void* tensor, DType dtype, const Place& at, const Tile& tile, A* buffer) {
+  if (dtype == DType::kUInt8) return load_as(static_cast<const std::uint8_t*>(tensor), at, tile, buffer);
   if constexpr (std::is_same_v<A, double>) {
     return load_as(static_cast<const double*>(tensor), at, tile, buffer);
   } else {

@@ -85,7 +85,7 @@ def sizes(x: Tensor) -> tuple[int, int, int, int]:
     return n, x.shape[1], x.shape[2] * x.shape[3], 1
 
 
-_CODES = {dtype: code for code, dtype in enumerate(FLOATS)}
+_CODES = {dtype: code for code, dtype in enumerate((*FLOATS, torch.uint8))}
 
 
 def pointer(x: Tensor | None) -> int:

@@ -7,7 +7,7 @@ import importlib.util
 import os
 import warnings
 from types import ModuleType
-from typing import Final
+from typing import Any, Final
 
 import torch
 
@@ -30,6 +30,8 @@ def _load_native() -> ModuleType | str:
 
 # Found out once, at import, so that torch.compile sees constants.
 _NATIVE: Final = _load_native()
+# The compiled kernels for tensors of a kind of device.
+KERNELS: Final[dict[str, Any]] = {kind: getattr(_NATIVE, kind) for kind in ("cpu", "cuda") if hasattr(_NATIVE, kind)}
 _TRITON_INSTALLED: Final = importlib.util.find_spec("triton") is not None
 _TRITON_INTERPRETED: Final = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -51,14 +53,33 @@ def why_not(family: str, op: str, device: torch.device, dtype: torch.dtype = tor
     if family == "reference":
         return None
     if family == "native":
-        if native_error() is not None:
-            return f"the compiled module did not load: {native_error()}"
-        if device.type != "cpu":
-            return f"it has no kernels for {device.type} tensors"
-        return (
-            None if hasattr(native(), op) else f"the compiled module is older than this source and lacks {op}: build it again"
-        )
+        return _why_not_native(op, device, dtype)
     return _why_not_triton(device, dtype)
+
+
+def _why_not_native(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    if native_error() is not None:
+        return f"the compiled module did not load: {native_error()}"
+    if device.type not in KERNELS:
+        without = native().build_info()["cuda_why_not"] if device.type == "cuda" else ""
+        return f"it has no kernels for {device.type} tensors" + (f": {without}" if without else "")
+    if not hasattr(KERNELS[device.type], op):
+        return f"the compiled module is older than this source and lacks {op}: build it again"
+    if device.type == "cuda":
+        return "it has no float64 kernels for CUDA tensors" if dtype == torch.float64 else _why_not_cuda(device)
+    return None
+
+
+_CUDA_REASONS: dict[torch.device, str | None] = {}  # asked once: it starts the driver
+
+
+@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
+def _why_not_cuda(device: torch.device) -> str | None:
+    """The CUDA runtime's word, where the compiled kernels cannot run on this card."""
+    if device not in _CUDA_REASONS:
+        with torch.cuda.device(device):
+            _CUDA_REASONS[device] = native().cuda.why_not() or None
+    return _CUDA_REASONS[device]
 
 
 def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -95,6 +116,24 @@ def choose(op: str, backend: str | None, device: torch.device, dtype: torch.dtyp
         if why_not(family, op, device, dtype) is None:
             return family
     raise AssertionError("unreachable: the reference family always runs")
+
+
+def launch(op: str, device: torch.device, *arguments: Any) -> None:
+    """Runs a native kernel: with torch's number of threads, or on the device's current stream."""
+    kernel = getattr(KERNELS[device.type], op)
+    if device.type != "cuda":
+        kernel(*arguments, torch.get_num_threads())
+    elif device.index == torch.cuda.current_device():
+        kernel(*arguments, torch._C._cuda_getCurrentRawStream(device.index))
+    else:
+        with torch.cuda.device(device):
+            kernel(*arguments, torch._C._cuda_getCurrentRawStream(device.index))
+
+
+def workspace(op: str, device: torch.device, *arguments: Any) -> torch.Tensor | None:
+    """The scratch memory that a native kernel wants for these sizes: its `<op>_workspace` says how much."""
+    wanted: int = getattr(KERNELS[device.type], f"{op}_workspace")(*arguments)
+    return torch.empty(wanted, dtype=torch.uint8, device=device) if wanted else None
 
 
 def native_error() -> str | None:

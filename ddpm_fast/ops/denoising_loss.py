@@ -26,7 +26,7 @@ from ._library import (
     pointer,
     sizes,
 )
-from .backend import choose, native
+from .backend import choose, launch, workspace
 
 
 def denoising_loss(
@@ -117,17 +117,20 @@ def _impl(
     noise = None if noise is None else dense_like(noise, model_output)
     losses = _fake(model_output, x_0, t, table, noise, seeds, prediction, family)
     if family == "native":
-        native().denoising_loss(
+        scratch = workspace("denoising_loss", x_0.device, *sizes(model_output)[:3])
+        launch(
+            "denoising_loss",
+            x_0.device,
             dtype_code(x_0),
             *(pointer(p) for p in (losses, model_output, x_0, t, table, noise, seeds)),
             prediction,
             *sizes(model_output),
-            torch.get_num_threads(),
+            pointer(scratch),
         )
     else:
-        from ..triton_kernels.denoising_loss import denoising_loss as launch
+        from ..triton_kernels.denoising_loss import denoising_loss as run
 
-        launch(losses, model_output, x_0, t, table, noise, seeds, prediction)
+        run(losses, model_output, x_0, t, table, noise, seeds, prediction)
     return losses
 
 
@@ -162,17 +165,18 @@ def _backward_impl(
     grad_losses = grad_losses.contiguous()
     grad_model_output = torch.empty_like(model_output)
     if family == "native":
-        native().denoising_loss_backward(
+        launch(
+            "denoising_loss_backward",
+            x_0.device,
             dtype_code(x_0),
             *(pointer(p) for p in (grad_model_output, grad_losses, model_output, x_0, t, table, noise, seeds)),
             prediction,
             *sizes(model_output),
-            torch.get_num_threads(),
         )
     else:
-        from ..triton_kernels.denoising_loss import denoising_loss_backward as launch
+        from ..triton_kernels.denoising_loss import denoising_loss_backward as run
 
-        launch(grad_model_output, grad_losses, model_output, x_0, t, table, noise, seeds, prediction)
+        run(grad_model_output, grad_losses, model_output, x_0, t, table, noise, seeds, prediction)
     return grad_model_output
 
 

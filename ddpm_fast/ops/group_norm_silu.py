@@ -21,7 +21,7 @@ from ._library import (
     pointer,
     sizes,
 )
-from .backend import choose, native
+from .backend import choose, launch, workspace
 
 _TRITON_MAX_CHANNELS_PER_GROUP = 4096  # a tile of its kernels holds whole groups
 
@@ -142,12 +142,12 @@ def _impl(
     if family == "native":
         y = _native_forward(x, num_groups, weight, bias, eps, shift, scale, scale_shift, silu, mean, rstd)
     else:
-        from ..triton_kernels.group_norm_silu import group_norm_silu as launch
+        from ..triton_kernels.group_norm_silu import group_norm_silu as run
 
         x = dense(x)
         y = torch.empty_like(x)
         weight, bias, shift, scale, scale_shift = [_contiguous(s) for s in (weight, bias, shift, scale, scale_shift)]
-        launch(y, mean, rstd, x, weight, bias, shift, scale, scale_shift, num_groups, eps, silu)
+        run(y, mean, rstd, x, weight, bias, shift, scale, scale_shift, num_groups, eps, silu)
     return y, mean, rstd
 
 
@@ -169,12 +169,15 @@ def _native_forward(
     weight, bias, shift, scale, scale_shift = [_contiguous(s) for s in (weight, bias, shift, scale, scale_shift)]
     y = torch.empty_like(x)
     n, c, hw, channels_last = sizes(x)
-    native().group_norm_silu(
-        dtype_code(x),
+    code = dtype_code(x)
+    scratch = workspace("group_norm_silu", x.device, code, n, c, hw, num_groups, channels_last)
+    launch(
+        "group_norm_silu",
+        x.device,
+        code,
         *(y.data_ptr(), pointer(mean), pointer(rstd), x.data_ptr()),
         *(*_typed(weight), *_typed(bias), *_typed(shift), *_typed(scale), *_typed(scale_shift)),
-        *(n, c, hw, num_groups, eps, int(silu), channels_last),
-        torch.get_num_threads(),
+        *(n, c, hw, num_groups, eps, int(silu), channels_last, pointer(scratch)),
     )
     return y
 
@@ -246,18 +249,21 @@ def _gradients(
     grads = (torch.empty_like(x), grad_weight, grad_bias, grad_shift, grad_scale, grad_scale_shift)
     if family == "native":
         n, c, hw, channels_last = sizes(x)
-        native().group_norm_silu_backward(
-            dtype_code(x),
+        code = dtype_code(x)
+        scratch = workspace("group_norm_silu_backward", x.device, code, n, c, hw, num_groups, channels_last)
+        launch(
+            "group_norm_silu_backward",
+            x.device,
+            code,
             *[0 if grad is None else grad.data_ptr() for grad in grads],
             *(grad_y.data_ptr(), x.data_ptr(), mean.data_ptr(), rstd.data_ptr()),
             *(*_typed(weight), *_typed(bias), *_typed(shift), *_typed(scale), *_typed(scale_shift)),
-            *(n, c, hw, num_groups, int(silu), channels_last),
-            torch.get_num_threads(),
+            *(n, c, hw, num_groups, int(silu), channels_last, pointer(scratch)),
         )
     else:
-        from ..triton_kernels.group_norm_silu import group_norm_silu_backward as launch
+        from ..triton_kernels.group_norm_silu import group_norm_silu_backward as run
 
-        launch(*grads, grad_y, x, mean, rstd, *small, num_groups, silu)
+        run(*grads, grad_y, x, mean, rstd, *small, num_groups, silu)
     return grads
 
 

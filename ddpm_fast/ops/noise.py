@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ._library import check_seeds, define, pointer, sizes
-from .backend import FLOATS, choose, native
+from ._library import check_seeds, define, dtype_code, pointer, sizes
+from .backend import FLOATS, choose, launch
 
 
 def sample_seeds(seed: int, n: int, start: int = 0) -> Tensor:
@@ -96,11 +96,11 @@ def noise(
 def _impl(shape: Sequence[int], seeds: Tensor, stream: int, dtype: torch.dtype, channels_last: bool, family: str) -> Tensor:
     out = _fake(shape, seeds, stream, dtype, channels_last, family)
     if family == "native":
-        native().noise(FLOATS.index(dtype), pointer(out), pointer(seeds), stream, *sizes(out), torch.get_num_threads())
+        launch("noise", out.device, dtype_code(out), pointer(out), pointer(seeds), stream, *sizes(out))
     else:
-        from ..triton_kernels.noise import noise as launch
+        from ..triton_kernels.noise import noise as run
 
-        launch(out, seeds, stream)
+        run(out, seeds, stream)
     return out
 
 

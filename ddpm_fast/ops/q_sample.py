@@ -24,7 +24,7 @@ from ._library import (
     pointer,
     sizes,
 )
-from .backend import choose, native
+from .backend import FLOATS, choose, launch
 
 
 def q_sample(
@@ -34,62 +34,94 @@ def q_sample(
     *,
     noise: Tensor | None = None,
     seeds: Tensor | None = None,
+    dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) epsilon, with epsilon given or drawn in the kernel and never stored.
 
     Args:
-        x_0: [N, ...], floating.
+        x_0: [N, ...], floating; or uint8, images as they are stored: 0..255 stand for -1..1, and no float copy is made.
         t: the timestep, 0..T-1: an int, or int64 [N].
         schedule: gives abar.
-        noise: epsilon, like x_0; or
+        noise: epsilon, like x_t; or
         seeds: int64 [N]: epsilon is `noise(x_0.shape, seeds, stream=STREAM_Q_SAMPLE)`, and `denoising_loss` draws the same.
+        dtype: of x_t, for an x_0 of uint8 (float32 by default); a floating x_0 keeps its own.
         backend: "native", "triton" or "reference"; by default the first that can run.
 
     Returns:
-        x_t, with the shape, dtype and memory format of x_0. Differentiable in x_0 and noise.
+        x_t, with the shape and memory format of x_0, in its dtype where that is floating. Differentiable in x_0 and noise.
 
     Raises:
         ValueError, TypeError: an argument that is not as above. BackendUnavailable: the family named cannot run.
     """
-    check_float("q_sample", "x_0", x_0)
+    dtype = _checked_dtype(x_0, dtype)
     check_noise_or_seeds("q_sample", noise, seeds)
     check_type("q_sample", "schedule", schedule, NoiseSchedule)
     t = index_tensor("q_sample", "t", t, schedule.num_timesteps, x_0.shape[0], x_0.device)
     if noise is not None:
-        check_like("q_sample", "noise", noise, "x_0", x_0)
+        check_like("q_sample", "noise", noise, "x_t", x_0.new_empty(0, dtype=dtype), tuple(x_0.shape))
     if seeds is not None:
         seeds = check_seeds("q_sample", seeds, x_0.shape[0], x_0.device)
     table = schedule.coefficients(x_0.device)
-    family = choose("q_sample", backend, x_0.device, x_0.dtype)
+    family = choose("q_sample", backend, x_0.device, dtype)
     if family == "reference":
         check_range("q_sample", "t", t, table.shape[0])
-        return reference.q_sample(x_0, t, table, noise, seeds)
-    x_t: Tensor = torch.ops.ddpm_fast.q_sample(x_0, t, table, noise, seeds, family)
+        return reference.q_sample(x_0, t, table, noise, seeds, dtype)
+    x_t: Tensor = torch.ops.ddpm_fast.q_sample(x_0, t, table, noise, seeds, dtype, family)
     return x_t
 
 
-def _impl(x_0: Tensor, t: Tensor, table: Tensor, noise: Tensor | None, seeds: Tensor | None, family: str) -> Tensor:
+def _checked_dtype(x_0: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype of x_t."""
+    if isinstance(x_0, Tensor) and x_0.dtype == torch.uint8 and x_0.dim() >= 1:
+        if dtype is not None and dtype not in FLOATS:
+            raise TypeError(f"q_sample: expected dtype to be float32, float64, float16 or bfloat16, got {dtype}")
+        return dtype or torch.float32
+    check_float("q_sample", "x_0", x_0)
+    if dtype not in (None, x_0.dtype):
+        raise TypeError(f"q_sample: expected dtype to be that of x_0, {x_0.dtype}, or None, as x_0 is not uint8, got {dtype}")
+    return x_0.dtype
+
+
+def _impl(
+    x_0: Tensor,
+    t: Tensor,
+    table: Tensor,
+    noise: Tensor | None,
+    seeds: Tensor | None,
+    dtype: torch.dtype,
+    family: str,
+) -> Tensor:
     check_range("q_sample", "t", t, table.shape[0])
     x_0 = dense(x_0)
     noise = None if noise is None else dense_like(noise, x_0)
-    out = torch.empty_like(x_0)
+    out = torch.empty_like(x_0, dtype=dtype)
     if family == "native":
-        native().q_sample(
-            dtype_code(x_0),
-            *(pointer(p) for p in (out, x_0, t, table, noise, seeds)),
+        launch(
+            "q_sample",
+            x_0.device,
+            dtype_code(out),
+            *(pointer(out), pointer(x_0), dtype_code(x_0)),
+            *(pointer(p) for p in (t, table, noise, seeds)),
             *sizes(x_0),
-            torch.get_num_threads(),
         )
     else:
-        from ..triton_kernels.q_sample import q_sample as launch
+        from ..triton_kernels.q_sample import q_sample as run
 
-        launch(out, x_0, t, table, noise, seeds)
+        run(out, x_0, t, table, noise, seeds)
     return out
 
 
-def _fake(x_0: Tensor, t: Tensor, table: Tensor, noise: Tensor | None, seeds: Tensor | None, family: str) -> Tensor:
-    return torch.empty_like(dense(x_0))
+def _fake(
+    x_0: Tensor,
+    t: Tensor,
+    table: Tensor,
+    noise: Tensor | None,
+    seeds: Tensor | None,
+    dtype: torch.dtype,
+    family: str,
+) -> Tensor:
+    return torch.empty_like(dense(x_0), dtype=dtype)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -104,12 +136,12 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_x_0 = (reference.per_sample(table[t, 0], grad) * grad).to(grad.dtype)
     if ctx.needs_input_grad[3]:
         grad_noise = (reference.per_sample(table[t, 1], grad) * grad).to(grad.dtype)
-    return grad_x_0, None, None, grad_noise, None, None
+    return grad_x_0, None, None, grad_noise, None, None, None
 
 
 define(
     "q_sample",
-    "(Tensor x_0, Tensor t, Tensor table, Tensor? noise, Tensor? seeds, str family) -> Tensor",
+    "(Tensor x_0, Tensor t, Tensor table, Tensor? noise, Tensor? seeds, ScalarType dtype, str family) -> Tensor",
     _impl,
     _fake,
     _backward,

@@ -25,7 +25,7 @@ from ._library import (
     pointer,
     sizes,
 )
-from .backend import choose, native
+from .backend import choose, launch
 
 
 def reverse_step(
@@ -177,7 +177,9 @@ def _launch(
     x_0 = torch.empty_like(x_t) if return_x_0 else x_t.new_empty(0)
     x_0_out = x_0 if return_x_0 else None
     if family == "native":
-        native().reverse_step(
+        launch(
+            "reverse_step",
+            x_t.device,
             dtype_code(x_t),
             dtype_code(model_output),
             *(pointer(p) for p in (out, x_0_out, x_t, model_output, table, steps)),
@@ -187,12 +189,11 @@ def _launch(
             guidance_scale or 0.0,
             variance,
             *sizes(x_t),
-            torch.get_num_threads(),
         )
     else:
-        from ..triton_kernels.reverse_step import reverse_step as launch
+        from ..triton_kernels.reverse_step import reverse_step as run
 
-        launch(out, x_0_out, x_t, model_output, table, steps, noise, seeds, x_0_prev, guidance_scale, variance)
+        run(out, x_0_out, x_t, model_output, table, steps, noise, seeds, x_0_prev, guidance_scale, variance)
     return x_0
 
 

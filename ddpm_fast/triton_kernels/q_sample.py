@@ -29,6 +29,8 @@ def _q_sample_kernel(
     offset, mask = locate(tile, hw, C, PIXELS, CHANNELS, C)
     first = sample * hw * C
     x = tl.load(x_0 + first + offset, mask).to(tl.float32)
+    if x_0.dtype.element_ty == tl.uint8:
+        x = x * (2 / 255) - 1  # 0..255 stand for -1..1
     z = epsilon(noise, seeds, sample, STREAM, tile, offset, mask, hw, C, PIXELS, CHANNELS, VECTOR, QUADS)
     tl.store(out + first + offset, rounded(tl.fma(sigma, z, signal * x), out.dtype.element_ty), mask)
 
@@ -37,7 +39,7 @@ def q_sample(out: Tensor, x_0: Tensor, t: Tensor, table: Tensor, noise: Tensor |
     """out = sqrt(abar_t) x_0 + sqrt(1 - abar_t) epsilon.
 
     Args:
-        out, x_0: [N, C, ...], both contiguous or both channels_last.
+        out, x_0: [N, C, ...], both contiguous or both channels_last; x_0 may be uint8, 0..255 for -1..1.
         t: int64 [N]; table: float32 [T, 2] of sqrt(abar_t), sqrt(1 - abar_t).
         noise: epsilon, laid out like x_0; or None, and then seeds: int64 [N].
     """

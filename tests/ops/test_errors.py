@@ -66,7 +66,7 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
         "q_sample: expected t .*got torch.float32",
     ),
     (lambda: q_sample(X, 3, SCHEDULE, noise=X[:1]), ValueError, r"q_sample: expected noise to have shape \[2, 4, 3, 3\], got"),
-    (lambda: q_sample(X, 3, SCHEDULE, noise=X.double()), TypeError, "q_sample: expected noise to have the dtype of x_0"),
+    (lambda: q_sample(X, 3, SCHEDULE, noise=X.double()), TypeError, "q_sample: expected noise to have the dtype of x_t"),
     (lambda: reverse_step(X, X[:1], 0, PLAN, seeds=SEEDS), ValueError, "reverse_step: expected model_output to have shape"),
     (lambda: reverse_step(X, X, 0, LEARNED, seeds=SEEDS), ValueError, "twice the channels, for learned variance"),
     (lambda: reverse_step(X, X, 0, PLAN, seeds=SEEDS, guidance_scale=2.0), ValueError, "two halves, for guidance"),

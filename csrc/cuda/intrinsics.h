@@ -1,0 +1,102 @@
+// Instructions that C++ has no word for: approximations, conversions of pairs of half-precision numbers, clusters.
+//
+// The only file with inline assembly and with conditions on the architecture. tests/emulator/include/cuda/intrinsics.h
+// says the same in C++, for running the kernels on a CPU: a function added here is added there.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#define DDPM_FAST_DEVICE static __device__ __forceinline__
+
+namespace ddpm_fast::cuda {
+
+// ------------------------------------------------------------------------------------------------- approximations
+// Within 2 units in the last place; subnormal arguments and results are 0.
+
+DDPM_FAST_DEVICE float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+DDPM_FAST_DEVICE float reciprocal_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+DDPM_FAST_DEVICE float rsqrt_approx(float x) {
+  float y;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// ----------------------------------------------------------------------------------------------- half precision
+// A word holds two numbers, the one at the lower address in its low half. Narrowing rounds to nearest, ties to even.
+
+DDPM_FAST_DEVICE std::uint32_t pack_bfloat16(float low, float high) {
+  std::uint32_t word;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+}
+
+DDPM_FAST_DEVICE void unpack_bfloat16(std::uint32_t word, float& low, float& high) {
+  low = __uint_as_float(word << 16);
+  high = __uint_as_float(word & 0xFFFF0000u);
+}
+
+DDPM_FAST_DEVICE std::uint32_t pack_float16(float low, float high) {
+  std::uint32_t word;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+}
+
+DDPM_FAST_DEVICE void unpack_float16(std::uint32_t word, float& low, float& high) {
+  asm("{ .reg .f16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h; }"
+      : "=f"(low), "=f"(high)
+      : "r"(word));
+}
+
+// ------------------------------------------------------------------------------------------------------ clusters
+// A launch without a cluster, and every launch before compute capability 9.0, is a cluster of one block.
+
+DDPM_FAST_DEVICE unsigned cluster_rank() {
+  unsigned rank = 0;
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+#endif
+  return rank;
+}
+
+DDPM_FAST_DEVICE unsigned cluster_size() {
+  unsigned size = 1;
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+#endif
+  return size;
+}
+
+// All threads of all blocks of the cluster meet; what they wrote before is seen after.
+DDPM_FAST_DEVICE void cluster_sync() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+#else
+  __syncthreads();
+#endif
+}
+
+// The same shared variable in another block of the cluster. That block must have started, and must not have ended.
+template <class T>
+DDPM_FAST_DEVICE T* in_block(T* shared, unsigned rank) {
+#if __CUDA_ARCH__ >= 900
+  std::uint64_t there;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(reinterpret_cast<std::uint64_t>(shared)), "r"(rank));
+  return reinterpret_cast<T*>(there);
+#else
+  return shared;
+#endif
+}
+
+}  // namespace ddpm_fast::cuda
