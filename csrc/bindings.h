@@ -170,15 +170,16 @@ inline void bind_ops(pybind11::module_& m, const Kernels& kernels) {
              {run_on}});
       },
       nogil);
-  m.def("denoising_loss_workspace",
-        [bytes = kernels.denoising_loss_workspace](std::int64_t n, std::int64_t c, std::int64_t hw) {
-          return bytes == nullptr ? 0 : bytes({n, c, hw, false});
-        });
-  const auto def_workspace = [&m](const char* name, std::int64_t (*bytes)(DType, const Shape&, std::int64_t)) {
-    m.def(name,
-          [bytes](int dtype, std::int64_t n, std::int64_t c, std::int64_t hw, std::int64_t groups, bool channels_last) {
-            return bytes == nullptr ? 0 : bytes(DType{dtype}, {n, c, hw, channels_last}, groups);
+  if (kernels.denoising_loss_workspace != nullptr) {
+    m.def("denoising_loss_workspace",
+          [bytes = kernels.denoising_loss_workspace](std::int64_t n, std::int64_t c, std::int64_t hw) {
+            return bytes({n, c, hw, false});
           });
+  }
+  const auto def_workspace = [&m](const char* name, std::int64_t (*bytes)(DType, const Shape&, std::int64_t)) {
+    if (bytes == nullptr) return;
+    m.def(name, [bytes](int dtype, std::int64_t n, std::int64_t c, std::int64_t hw, std::int64_t groups,
+                        bool channels_last) { return bytes(DType{dtype}, {n, c, hw, channels_last}, groups); });
   };
   def_workspace("group_norm_silu_workspace", kernels.group_norm_silu_workspace);
   def_workspace("group_norm_silu_backward_workspace", kernels.group_norm_silu_backward_workspace);

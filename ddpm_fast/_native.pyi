@@ -165,14 +165,14 @@ class Kernels(Protocol):
         run_on: int,
         /,
     ) -> None: ...
+
+class CudaKernels(Kernels, Protocol):
     # Bytes of scratch memory that the op of that name wants.
     def denoising_loss_workspace(self, n: int, c: int, hw: int, /) -> int: ...
     def group_norm_silu_workspace(self, dtype: int, n: int, c: int, hw: int, groups: int, channels_last: int, /) -> int: ...
     def group_norm_silu_backward_workspace(
         self, dtype: int, n: int, c: int, hw: int, groups: int, channels_last: int, /
     ) -> int: ...
-
-class CudaKernels(Kernels, Protocol):
     def why_not(self) -> str: ...  # why they cannot run on the current device; empty where they can
 
 cpu: Kernels

@@ -131,8 +131,11 @@ def launch(op: str, device: torch.device, *arguments: Any) -> None:
 
 
 def workspace(op: str, device: torch.device, *arguments: Any) -> torch.Tensor | None:
-    """The scratch memory that a native kernel wants for these sizes: its `<op>_workspace` says how much."""
-    wanted: int = getattr(KERNELS[device.type], f"{op}_workspace")(*arguments)
+    """The scratch memory that a native kernel wants for these sizes; the CPU's want none."""
+    size = vars(KERNELS[device.type]).get(op + "_workspace")
+    if size is None:
+        return None
+    wanted = size(*arguments)
     return torch.empty(wanted, dtype=torch.uint8, device=device) if wanted else None
 
 
