@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ._library import check_seeds, define, dtype_code, pointer, sizes
+from ._library import check_seeds, define, dtype_code, is_plain_inference, pointer, sizes
 from .backend import FLOATS, choose, launch
 
 
@@ -89,7 +89,8 @@ def noise(
     family = choose("noise", backend, device, dtype)
     if family == "reference":
         return reference.noise(shape, seeds, stream, dtype).contiguous(memory_format=memory_format)
-    drawn: Tensor = torch.ops.ddpm_fast.noise(shape, seeds, stream, dtype, channels_last, family)
+    run = _impl if is_plain_inference(seeds) else torch.ops.ddpm_fast.noise
+    drawn: Tensor = run(shape, seeds, stream, dtype, channels_last, family)
     return drawn
 
 

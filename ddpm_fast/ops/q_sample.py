@@ -21,6 +21,7 @@ from ._library import (
     dense_like,
     dtype_code,
     index_tensor,
+    is_plain_inference,
     pointer,
     sizes,
 )
@@ -67,7 +68,8 @@ def q_sample(
     if family == "reference":
         check_range("q_sample", "t", t, table.shape[0])
         return reference.q_sample(x_0, t, table, noise, seeds, dtype)
-    x_t: Tensor = torch.ops.ddpm_fast.q_sample(x_0, t, table, noise, seeds, dtype, family)
+    run = _impl if is_plain_inference(x_0, t, noise, seeds) else torch.ops.ddpm_fast.q_sample
+    x_t: Tensor = run(x_0, t, table, noise, seeds, dtype, family)
     return x_t
 
 

@@ -22,6 +22,7 @@ from ._library import (
     dense,
     dense_like,
     dtype_code,
+    is_plain_inference,
     pointer,
     sizes,
 )
@@ -100,6 +101,7 @@ def reverse_step(
     table = plan.table(x_t.device)
     variance = reference.VARIANCES.index(plan.variance)
     family = choose(op, backend, x_t.device, x_t.dtype)
+    plain = is_plain_inference(x_t, model_output, steps, noise, seeds, x_0_prev)
 
     if out is not None:
         check_like(op, "out", out, "x_t", x_t)
@@ -119,14 +121,14 @@ def reverse_step(
     elif out is not None:
         for name, tensor in (("x_t", x_t), ("model_output", model_output), ("noise", noise), ("x_0_prev", x_0_prev)):
             check_no_partial_overlap(op, out, name, tensor)
-        x_0 = torch.ops.ddpm_fast.reverse_step_out(
+        run_out = _out_impl if plain and is_plain_inference(out) else torch.ops.ddpm_fast.reverse_step_out
+        x_0 = run_out(
             out, x_t, model_output, table, steps, noise, seeds, x_0_prev, guidance_scale, variance, return_x_0, family
         )
         x_prev = out
     else:
-        x_prev, x_0 = torch.ops.ddpm_fast.reverse_step(
-            x_t, model_output, table, steps, noise, seeds, x_0_prev, guidance_scale, variance, return_x_0, family
-        )
+        run = _impl if plain else torch.ops.ddpm_fast.reverse_step
+        x_prev, x_0 = run(x_t, model_output, table, steps, noise, seeds, x_0_prev, guidance_scale, variance, return_x_0, family)
     return (x_prev, x_0) if return_x_0 else x_prev
 
 
