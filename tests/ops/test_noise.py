@@ -32,8 +32,8 @@ def test_sample_seeds_are_distinct_across_runs_and_pure() -> None:
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])
-def test_a_sample_does_not_depend_on_its_batch_position_layout_or_threads(backend: str) -> None:
-    seeds = sample_seeds(3, 16)
+def test_a_sample_does_not_depend_on_its_batch_position_layout_or_threads(backend: str, device: torch.device) -> None:
+    seeds = sample_seeds(3, 16).to(device)
     batch = noise((16, 3, 32, 32), seeds, stream=9, backend=backend)
     for i in (0, 5, 15):
         assert torch.equal(noise((1, 3, 32, 32), seeds[i : i + 1], stream=9, backend=backend)[0], batch[i])
@@ -63,8 +63,8 @@ def test_normals_are_normal() -> None:
     assert gap < 1.95 / math.sqrt(n)  # a chance of 0.001
 
 
-def test_ops_draw_what_noise_draws() -> None:
-    seeds, x = sample_seeds(5, 4), torch.randn(4, 3, 6, 6)
+def test_ops_draw_what_noise_draws(device: torch.device) -> None:
+    seeds, x = sample_seeds(5, 4).to(device), torch.randn(4, 3, 6, 6, device=device)
     epsilon = noise(x.shape, seeds, stream=reference.STREAM_Q_SAMPLE)
     assert torch.equal(q_sample(x, 400, SCHEDULE, seeds=seeds), q_sample(x, 400, SCHEDULE, noise=epsilon))
     plan = ddpm_plan(SCHEDULE)

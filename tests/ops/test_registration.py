@@ -13,6 +13,7 @@ from ddpm_fast.testing import CASES, SCHEDULE, Case, make_call
 
 # One case an op and code path; opcheck is slow and repeats what test_parity shows of values.
 _PATHS = ("odd-sizes", "ddpm-clip", "learned-range-guidance", "scale-shift", "epsilon", "v_prediction-given-noise")
+SEEDS = ddpm_fast.sample_seeds(0, 2)
 OPCHECKED = [case for case in CASES if case.name in _PATHS]
 
 
@@ -31,8 +32,8 @@ class _Recorder(TorchDispatchMode):
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("case", OPCHECKED, ids=str)
-def test_opcheck(case: Case, channels_last: bool) -> None:
-    call = make_call(case, channels_last=channels_last).map(lambda x: x.detach().clone().requires_grad_())
+def test_opcheck(case: Case, channels_last: bool, device: torch.device) -> None:
+    call = make_call(case, device=device, channels_last=channels_last).map(lambda x: x.detach().clone().requires_grad_())
     with _Recorder() as recorder:
         outputs = call("native")
         if call.tensors:
@@ -57,20 +58,21 @@ def _training_step(x_0: Tensor, t: Tensor, seeds: Tensor, weight: Tensor, bias: 
     return ddpm_fast.denoising_loss(h, x_0, t, SCHEDULE, seeds=seeds)
 
 
-def _training_inputs(n: int) -> tuple[Tensor, ...]:
+def _training_inputs(n: int, device: torch.device) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(n)
-    x_0, weight, bias, shift = (torch.randn(s, generator=generator) for s in ((n, 4, 8, 8), (4,), (4,), (n, 4)))
-    t = torch.randint(1000, (n,), generator=generator)
-    return x_0, t, ddpm_fast.sample_seeds(n, n), weight.requires_grad_(), bias.requires_grad_(), shift.requires_grad_()
+    shapes = ((n, 4, 8, 8), (4,), (4,), (n, 4))
+    x_0, weight, bias, shift = (torch.randn(shape, generator=generator).to(device) for shape in shapes)
+    t, seeds = torch.randint(1000, (n,), generator=generator).to(device), ddpm_fast.sample_seeds(n, n).to(device)
+    return x_0, t, seeds, weight.requires_grad_(), bias.requires_grad_(), shift.requires_grad_()
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
-def test_compiles_whole_and_no_more_than_dynamic_sizes_need(channels_last: bool) -> None:
+def test_compiles_whole_and_no_more_than_dynamic_sizes_need(channels_last: bool, device: torch.device) -> None:
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(_training_step, fullgraph=True, backend=counter)
     for n in (3, 3, 2, 5, 4):
-        x_0, *rest = _training_inputs(n)
+        x_0, *rest = _training_inputs(n, device)
         if channels_last:
             x_0 = x_0.contiguous(memory_format=torch.channels_last)
         loss, expected = compiled(x_0, *rest), _training_step(x_0, *rest)
@@ -81,36 +83,36 @@ def test_compiles_whole_and_no_more_than_dynamic_sizes_need(channels_last: bool)
     assert counter.frame_count == 2  # the second is for any batch size
 
 
-def test_sampling_loop_body_compiles_once_for_every_step() -> None:
+def test_sampling_loop_body_compiles_once_for_every_step(device: torch.device) -> None:
     torch._dynamo.reset()
     plan = ddpm_fast.ddpm_plan(SCHEDULE, 10)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(
         lambda x, m, step, seeds: ddpm_fast.reverse_step(x, m, step, plan, seeds=seeds), fullgraph=True, backend=counter
     )
-    x, seeds = torch.randn(2, 3, 4, 4), ddpm_fast.sample_seeds(0, 2)
-    for step in plan.steps():
+    x, seeds = torch.randn(2, 3, 4, 4, device=device), ddpm_fast.sample_seeds(0, 2).to(device)
+    for step in plan.steps(device):
         assert torch.equal(compiled(x, 0.1 * x, step, seeds), ddpm_fast.reverse_step(x, 0.1 * x, step, plan, seeds=seeds))
     assert counter.frame_count == 1
 
 
-def test_autocast_keeps_the_norm_in_its_input_dtype() -> None:
-    x = torch.randn(2, 8, 4, 4)
-    with torch.autocast("cpu", torch.bfloat16):
-        h = torch.nn.functional.conv2d(x, torch.randn(8, 8, 1, 1))
+def test_autocast_keeps_the_norm_in_its_input_dtype(device: torch.device) -> None:
+    x = torch.randn(2, 8, 4, 4, device=device)
+    with torch.autocast(device.type, torch.bfloat16):
+        h = torch.nn.functional.conv2d(x, torch.randn(8, 8, 1, 1, device=device))
         assert h.dtype == torch.bfloat16
-        y = ddpm_fast.group_norm_silu(h, 2, torch.ones(8), torch.zeros(8))
+        y = ddpm_fast.group_norm_silu(h, 2, torch.ones(8, device=device), torch.zeros(8, device=device))
     assert y.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("op", ["group_norm_silu", "denoising_loss"])
-def test_second_derivative_of_a_fused_backward_is_an_error_that_names_the_way_out(op: str) -> None:
-    x = torch.randn(2, 4, 3, 3, requires_grad=True)
+def test_second_derivative_of_a_fused_backward_is_an_error_that_names_the_way_out(op: str, device: torch.device) -> None:
+    x = torch.randn(2, 4, 3, 3, device=device, requires_grad=True)
 
     def run(backend: str) -> Tensor:
         if op == "group_norm_silu":
             return ddpm_fast.group_norm_silu(x, 2, backend=backend).square().sum()
-        return ddpm_fast.denoising_loss(x, x.detach(), 3, SCHEDULE, seeds=ddpm_fast.sample_seeds(0, 2), backend=backend)
+        return ddpm_fast.denoising_loss(x, x.detach(), 3, SCHEDULE, seeds=SEEDS, backend=backend)
 
     (first,) = torch.autograd.grad(run("native"), x, create_graph=True)
     with pytest.raises(NotImplementedError, match=f'{op}.*backend="reference"'):
@@ -155,14 +157,14 @@ def test_gradcheck_of_the_kernels_in_float64() -> None:
     assert torch.autograd.gradcheck(loss, (double(2, 1, 3, 3), double(2, 1, 3, 3), double(2, 1, 3, 3)))
 
 
-def test_writing_to_out_is_seen_by_autograd() -> None:
+def test_writing_to_out_is_seen_by_autograd(device: torch.device) -> None:
     """A tensor that a graph has saved and `out=` overwrites is an error in backward, not a wrong gradient."""
     plan = ddpm_fast.ddpm_plan(SCHEDULE)
     for backend in ("native", "triton", "reference"):
-        x, w = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4, requires_grad=True)
+        x, w = torch.randn(2, 3, 4, 4, device=device), torch.randn(2, 3, 4, 4, device=device, requires_grad=True)
         y = (x * w).sum()
         with torch.no_grad():
-            ddpm_fast.reverse_step(x, x.clone(), 3, plan, seeds=ddpm_fast.sample_seeds(0, 2), out=x, backend=backend)
+            ddpm_fast.reverse_step(x, x.clone(), 3, plan, seeds=SEEDS, out=x, backend=backend)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             y.backward()
 
@@ -176,9 +178,9 @@ def test_tables_first_used_in_inference_mode_serve_training() -> None:
 
 
 @pytest.mark.parametrize("backend", ["native", "triton"])
-def test_expanded_gradients(backend: str) -> None:
+def test_expanded_gradients(backend: str, device: torch.device) -> None:
     """The gradient that `sum` sends back has no memory of its own."""
-    x = torch.randn(2, 8, 5, 3).contiguous(memory_format=torch.channels_last)
+    x = torch.randn(2, 8, 5, 3, device=device).contiguous(memory_format=torch.channels_last)
     grads = []
     for family in (backend, "reference"):
         leaf = x.clone().requires_grad_()
