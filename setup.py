@@ -25,7 +25,8 @@ Install them (Debian, Ubuntu: apt-get install python3-dev; Fedora: dnf install p
 To install without the native kernels: DDPM_FAST_NO_NATIVE=1 pip install ..."""
 
 FAILED = """error: ddpm_fast could not build its native kernels; the reason is above.
-To install without them: DDPM_FAST_NO_NATIVE=1 pip install ..."""
+To install without the CUDA ones: DDPM_FAST_CUDA_ARCHS=none pip install ...
+To install without any of them: DDPM_FAST_NO_NATIVE=1 pip install ..."""
 
 
 def check_requirements() -> None:
