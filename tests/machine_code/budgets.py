@@ -1,0 +1,134 @@
+"""The budgets of every kernel's machine code, and the table of what is there.
+
+    python tests/machine_code/budgets.py            prints the kernels as a Markdown table
+    python tests/machine_code/budgets.py --update   writes budgets.json from what is there: look at its diff
+
+A budget is what the kernel had when somebody last looked: `complaints` finds what got worse, and what got better without the
+budget following. Budgets hold for the compilers that they were made with; another compiler's code may exceed them somewhat.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import native
+import triton_cases
+from figures import Figures
+
+FILE = Path(__file__).with_name("budgets.json")
+SLACK = {"registers": 2, "instructions": 0.03, "mufu": 0.03, "wide": 2}  # whole numbers absolute, fractions relative
+ANOTHER_COMPILER = 0.25  # that a figure may be worse by
+
+Found = Mapping[str, Mapping[str, Figures]]  # kernel -> architecture -> figures
+Budgets = Mapping[str, Mapping[str, Mapping[str, float]]]
+
+
+def load(family: str) -> tuple[str, Budgets]:
+    """The compiler that a family's budgets hold for, and the budgets."""
+    data = json.loads(FILE.read_text(encoding="utf-8"))[family]
+    return data["compiler"], data["kernels"]
+
+
+def complaints(found: Found, budgets: Budgets, *, same_compiler: bool = True, whole: bool = True) -> Iterator[str]:
+    """What is wrong, a sentence each.
+
+    Args:
+        whole: `found` has every kernel, so a budget without one is wrong too. Architectures may be missing.
+    """
+    for kernel, of in found.items():
+        for architecture, figures in of.items():
+            where = f"{kernel} on {architecture}"
+            if figures.spills:
+                yield f"{where}: {figures.spills} accesses to local memory"
+            if figures.atomics:
+                yield f"{where}: {figures.atomics} atomic operations"
+            budget = budgets.get(kernel, {}).get(architecture)
+            if budget is None:
+                yield f"{where} has no budget"
+                continue
+            for name, allowed in budget.items():
+                yield from _compare(f"{where}: {name}", getattr(figures, name), allowed, name, same_compiler)
+    architectures = {architecture for of in found.values() for architecture in of}
+    for kernel, of_kernel in budgets.items() if whole else ():
+        for architecture in architectures & of_kernel.keys() - found.get(kernel, {}).keys():
+            yield f"{kernel} on {architecture}: a budget without a kernel"
+
+
+def _compare(what: str, figure: float, budget: float, name: str, same_compiler: bool) -> Iterator[str]:
+    slack = SLACK[name] if SLACK[name] >= 1 else SLACK[name] * budget
+    worse, better = (budget, figure) if name == "wide" else (figure, budget)
+    allowance = 0 if same_compiler else ANOTHER_COMPILER * budget
+    if worse > better + allowance:
+        yield f"{what}: {figure}, worse than the budget of {budget}"
+    elif same_compiler and better - worse > slack:
+        yield f"{what}: {figure}, better than the budget of {budget}: tighten it (budgets.py --update)"
+
+
+# ---------------------------------------------------------------------------------------------------------------- command
+
+
+def _natural(architecture: str) -> int:
+    return int("".join(filter(str.isdigit, architecture)))
+
+
+def update(families: Mapping[str, tuple[str, Found]]) -> None:
+    """Writes the figures as the budgets, one line a kernel and architecture. A family that is not given keeps its own."""
+    data: dict[str, Any] = json.loads(FILE.read_text(encoding="utf-8")) if FILE.is_file() else {}
+    for family, (compiler, found) in families.items():
+        kernels = {
+            kernel: {a: {name: getattr(found[kernel][a], name) for name in SLACK} for a in sorted(found[kernel], key=_natural)}
+            for kernel in sorted(found)
+        }
+        data[family] = {"compiler": compiler, "kernels": kernels}
+    text = json.dumps(data, indent=2)
+    text = re.sub(r"\{\s+(\"registers\"[^{}]*?)\s+\}", lambda found: "{" + re.sub(r"\s+", " ", found.group(1)) + "}", text)
+    FILE.write_text(text + "\n", encoding="utf-8")
+    print(f"written: {FILE}", file=sys.stderr)
+
+
+def markdown(found: Found) -> str:
+    """A row a kernel, and in each cell the architectures in turn."""
+    architectures = sorted({architecture for of in found.values() for architecture in of}, key=_natural)
+    columns = ("registers", "spills", "instructions", "mufu", "wide")
+    heads = ("registers", "spills", "instructions an element", "of them MUFU", "% in 128-bit accesses")
+    lines = [f"Each cell: {' / '.join(architectures)}.", "", f"| kernel | {' | '.join(heads)} |", "|---" * 6 + "|"]
+    for kernel in sorted(found):
+        rows: list[dict[str, Any]] = [found[kernel][a].as_dict() if a in found[kernel] else {} for a in architectures]
+        cells = [" / ".join(str(row.get(column, "-")) for row in rows) for column in columns]
+        lines.append(f"| `{kernel}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def everything() -> dict[str, tuple[str, Found]]:
+    """Family -> its compiler and figures, of what this machine can read."""
+    import triton
+
+    module = native.module()
+    families: dict[str, tuple[str, Found]] = {}
+    if isinstance(module, str):
+        print(f"native: {module}", file=sys.stderr)
+    else:
+        families["native"] = native.compiler(module), native.figures(module)
+    families["triton"] = f"triton {triton.__version__}", triton_cases.compiled(triton_cases.cases())
+    return families
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--update", action="store_true", help="write budgets.json")
+    args = parser.parse_args()
+    families = everything()
+    for family, (compiler, found) in families.items():
+        print(f"### {family}: {len(found)} kernels, {compiler}\n\n{markdown(found)}\n")
+    if args.update:
+        update(families)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,296 @@
+"""Reads NVIDIA machine code (SASS): of every kernel in a cubin or a library its registers, local memory, and hot path.
+
+The listing is cuobjdump's. It is cut into basic blocks, whose edges are the branches; an edge back to a block that dominates
+its source closes a loop. A kernel's **hot path** is what a thread executes for whole vectors: once around the loop that holds
+the most 16-byte accesses to global memory or, where no loop holds any, from entry to exit. Of the ways from its
+first block to its last it is the one with the most 16-byte accesses (so no tail that goes element by element) and, among
+those, the longest (so everything that may be switched on at run time is on). A loop inside counts once.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.util import find_spec
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+WIDE = 16  # bytes of the widest access that all architectures have
+
+
+def tool(name: str) -> Path | None:
+    """A program of the CUDA toolkit: from the PATH, the toolkit's folder, or Triton's wheel."""
+    on_path = shutil.which(name)
+    folders = [Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")]
+    triton = find_spec("triton")
+    if triton is not None and triton.origin is not None:
+        folders.append(Path(triton.origin).parent / "backends/nvidia/bin")
+    found = [Path(on_path)] if on_path else [folder / name for folder in folders if (folder / name).is_file()]
+    return found[0] if found else None
+
+
+# -------------------------------------------------------------------------------------------------------- instructions
+
+
+class Instruction(NamedTuple):
+    """`@P0 LDG.E.128 R4, desc[UR4][R28.64]` has the opcode LDG.E.128 and is conditional."""
+
+    address: int
+    conditional: bool
+    opcode: str
+    operands: str
+
+    def matches(self, pattern: str) -> bool:
+        return re.match(pattern, self.opcode) is not None
+
+    @property
+    def target(self) -> int | None:
+        """Where a branch goes: its last operand, an address."""
+        found = re.search(r"(?:^|[\s,(`])\(?0x([0-9a-f]+)\)?$", self.operands)
+        return int(found.group(1), 16) if found else None
+
+    @property
+    def global_bytes(self) -> int:
+        """Bytes a thread loads from global memory or stores to it."""
+        if not self.matches(r"(LDG|STG|LD|ST)\."):
+            return 0
+        size = re.search(r"\.(?:U|S)?(8|16|64|128|256)\b", self.opcode)
+        return int(size.group(1)) // 8 if size else 4
+
+
+_LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)\s*([^;]*?)\s*;", re.MULTILINE)
+
+
+def parse(listing: str) -> list[Instruction]:
+    """The instructions of one kernel, without the padding at its end."""
+    found = [
+        Instruction(int(address, 16), bool(predicate), opcode, operands)
+        for address, predicate, opcode, operands in _LINE.findall(listing)
+    ]
+    while found and found[-1].opcode == "NOP":
+        found.pop()
+    if found and found[-1].opcode == "BRA" and found[-1].target == found[-1].address:
+        found.pop()
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------- basic blocks
+
+
+@dataclass
+class Block:
+    """Instructions that are executed together, and the blocks that may follow."""
+
+    instructions: list[Instruction]
+    successors: list[int]
+
+    @cached_property
+    def wide(self) -> int:
+        """Number of accesses to global memory of 16 bytes or more."""
+        return sum(i.global_bytes >= WIDE for i in self.instructions)
+
+
+def control_flow(code: Sequence[Instruction]) -> dict[int, Block]:
+    """Blocks by address; the first is the entry. What follows a call is what is behind it: subroutines are rare paths."""
+    jumps: dict[int, int | None] = {}  # address -> target; None: the end
+    barriers: dict[str, int] = {}  # convergence barrier -> where its threads meet
+    after = {a.address: b.address for a, b in pairwise(code)}
+    for i in code:
+        if i.matches(r"BRX|JMX"):
+            raise ValueError(f"indirect branch at {i.address:#x}: where it goes is not in the listing")
+        if i.matches(r"(U?BRA|JMP)\b") or (i.matches("CALL") and not _returns(code, i.target)):
+            jumps[i.address] = i.target
+        elif i.matches(r"EXIT|RET\b|KILL"):
+            jumps[i.address] = None
+        elif i.opcode.startswith("BSSY") and i.target is not None:
+            barriers[re.findall(r"B\d+", i.operands)[0]] = i.target
+        elif i.opcode.startswith("BSYNC"):
+            meeting = barriers.get(i.operands, 0)
+            if meeting > after.get(i.address, meeting):
+                jumps[i.address] = meeting
+    leaders = {code[0].address, *(t for t in jumps.values() if t is not None)}
+    leaders |= {after[address] for address in jumps if address in after}
+    blocks: dict[int, Block] = {}
+    for i in code:
+        if i.address in leaders:
+            block = blocks[i.address] = Block([], [])
+        block.instructions.append(i)
+    addresses = list(blocks)
+    for address, following in zip(addresses, [*addresses[1:], None], strict=True):
+        block = blocks[address]
+        last = block.instructions[-1]
+        falls_through = last.address not in jumps or last.conditional or "," in last.operands
+        jump = jumps.get(last.address)
+        block.successors = [s for s in (following if falls_through else None, jump) if s is not None and s in blocks]
+    return blocks
+
+
+def _returns(code: Sequence[Instruction], target: int | None) -> bool:
+    """Whether there is a subroutine at `target`: the compiler also writes plain branches as calls."""
+    ends = (i for i in code if target is not None and i.address >= target and not i.conditional)
+    return next((i.matches("RET") for i in ends if i.matches(r"RET\b|EXIT")), True)
+
+
+def _order(blocks: Mapping[int, Block]) -> list[int]:
+    """Reverse postorder from the entry: without the edges back, every block comes before its successors."""
+    entry = next(iter(blocks))
+    done: list[int] = []
+    seen = {entry}
+    stack = [(entry, iter(blocks[entry].successors))]
+    while stack:
+        block, successors = stack[-1]
+        following = next((s for s in successors if s not in seen), None)
+        if following is None:
+            done.append(block)
+            stack.pop()
+        else:
+            seen.add(following)
+            stack.append((following, iter(blocks[following].successors)))
+    return done[::-1]
+
+
+def loops(blocks: Mapping[int, Block]) -> dict[int, set[int]]:
+    """Header -> the blocks of its loop."""
+    order = _order(blocks)
+    place = {block: i for i, block in enumerate(order)}
+    predecessors: dict[int, set[int]] = {block: set() for block in order}
+    for block in order:
+        for successor in blocks[block].successors:
+            predecessors[successor].add(block)
+    found: dict[int, set[int]] = {}
+    for source in order:
+        for header in blocks[source].successors:
+            if place[header] > place[source]:
+                continue
+            body = found.setdefault(header, {header})
+            stack = [source]
+            while stack:
+                block = stack.pop()
+                if block not in body:
+                    body.add(block)
+                    stack.extend(predecessors[block])
+    return found
+
+
+def _longest(blocks: Mapping[int, Block], region: set[int], start: int, back_to: int | None) -> list[Instruction]:
+    """The way through `region` with the most wide accesses and then the most instructions, edges back aside.
+
+    It ends where control leaves the kernel or, in a loop, goes back to its header.
+    """
+    order = [block for block in _order(blocks) if block in region]
+    place = {block: i for i, block in enumerate(order)}
+    best: dict[int, tuple[int, int, list[int]]] = {}
+    for address in reversed(order):
+        block = blocks[address]
+        forward = [s for s in block.successors if s in place and place[s] > place[address]]
+        ends = back_to in block.successors if back_to is not None else not block.successors
+        tails = [best[s] for s in forward if s in best] + ([(0, 0, [])] if ends else [])
+        if tails:
+            wide, length, path = max(tails, key=lambda tail: tail[:2])
+            best[address] = (wide + block.wide, length + len(block.instructions), [address, *path])
+    return [i for block in best[start][2] for i in blocks[block].instructions]
+
+
+# ---------------------------------------------------------------------------------------------------------- what is read
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel for one architecture.
+
+    Attributes:
+        architecture: such as sm_90a.
+        stack, local: bytes a thread of memory that is no register.
+    """
+
+    name: str
+    architecture: str
+    registers: int
+    stack: int
+    local: int
+    code: list[Instruction]
+
+    def count(self, pattern: str) -> int:
+        return sum(i.matches(pattern) for i in self.code)
+
+    @property
+    def spills(self) -> int:
+        """Accesses to local memory; or 1 where there is such memory without any."""
+        return self.count(r"(LDL|STL)\b") or int(self.stack + self.local > 0)
+
+    @property
+    def atomics(self) -> int:
+        """Operations on global or shared memory whose order depends on timing."""
+        return self.count(r"(U?ATOM|U?RED|ATOMG|ATOMS|REDG|REDAS|UBLKRED|UTMAREDG)\b")
+
+    @cached_property
+    def hot_path(self) -> list[Instruction]:
+        blocks = control_flow(self.code)
+        inside = loops(blocks)
+
+        def wide(header: int) -> int:
+            """Of the loop, without those in it."""
+            deeper = set().union(*(inside[other] for other in inside[header] - {header} if other in inside))
+            return sum(blocks[block].wide for block in inside[header] - deeper)
+
+        main = max(inside, key=wide, default=None)
+        if main is None or wide(main) == 0:
+            return _longest(blocks, set(blocks), next(iter(blocks)), None)
+        return _longest(blocks, inside[main], main, main)
+
+    def hot(self, pattern: str) -> int:
+        """Instructions of the hot path."""
+        return sum(i.matches(pattern) for i in self.hot_path)
+
+    def hot_bytes(self, pattern: str = "LD|ST", *, wide: bool) -> int:
+        """Bytes that a thread moves on the hot path by accesses of 16 bytes or more, or by all."""
+        accesses = [i.global_bytes for i in self.hot_path if i.matches(pattern)]
+        return sum(size for size in accesses if size >= WIDE or not wide)
+
+    @property
+    def wide_share(self) -> float:
+        """Of the bytes on the hot path, those that move in accesses of 16 bytes or more."""
+        return self.hot_bytes(wide=True) / max(self.hot_bytes(wide=False), 1)
+
+
+def kernels(file: Path) -> Iterator[Kernel]:
+    """Every kernel for every architecture in a cubin or a library."""
+    cuobjdump = tool("cuobjdump")
+    if cuobjdump is None:
+        raise FileNotFoundError("cuobjdump: neither on the PATH, nor in CUDA_HOME, nor in an installed triton")
+    text = subprocess.run([cuobjdump, "-sass", "-res-usage", file], capture_output=True, text=True, check=True).stdout
+    # Of every architecture: the kernels' resources, the line "code for sm_...", the kernels' listings.
+    parts = re.split(r"^[ \t]*code for (sm_\w+)$", text, flags=re.MULTILINE)
+    for before, architecture, section in zip(parts[::2], parts[1::2], parts[2::2], strict=False):
+        resources = dict(re.findall(r"^ Function (\S+):\n\s+(REG:.*)$", before, re.MULTILINE))
+        names = re.split(r"^\s*Function : (\S+)$", section, flags=re.MULTILINE)[1:]
+        for name, listing in zip(names[::2], names[1::2], strict=True):
+            used = {key: int(value) for key, value in re.findall(r"([A-Z]+):(\d+)", resources[name])}
+            yield Kernel(name, architecture, used["REG"], used["STACK"], used["LOCAL"], parse(listing))
+
+
+def demangled(names: Sequence[str]) -> list[str]:
+    """`_kernel<float, 4>` for every mangled name: no return type, namespaces or parameters."""
+    program = tool("c++filt") or tool("cu++filt")
+    if program is None:
+        raise FileNotFoundError("c++filt: not on the PATH")
+    done = subprocess.run([program], input="\n".join(names), capture_output=True, text=True, check=True)
+    return [_shortened(name) for name in done.stdout.splitlines()]
+
+
+def _shortened(name: str) -> str:
+    name = re.sub(r"^void ", "", name)
+    name = re.sub(r"\b\w+::|\(anonymous namespace\)::", "", name)
+    depth = 0
+    for place, character in enumerate(name):  # up to the parameters
+        depth += {"<": 1, ">": -1}.get(character, 0)
+        if character == "(" and depth == 0:
+            name = name[:place]
+            break
+    return re.sub(r"\((?:unsigned )?\w+\)(-?\d+)", r"\1", name)  # (int)4 is 4

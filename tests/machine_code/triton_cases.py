@@ -1,0 +1,201 @@
+"""The Triton kernels, compiled offline for three GPU generations: no GPU is needed, and none is used.
+
+    python tests/machine_code/triton_cases.py q_sample-bfloat16,noise-float32 80,90,100
+
+compiles what these calls would launch and writes the figures as JSON. Triton's interpreter, which the other tests run in,
+cannot compile, so this is a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import sass
+import torch
+from figures import Figures
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[2]
+ARCHITECTURES = (80, 90, 100)  # A100, H100/H200, B200
+
+# ------------------------------------------------------------------------------------------------------ launcher calls
+
+Call = Callable[[], None]
+
+
+def tensor(*shape: int, dtype: torch.dtype = torch.float32, channels_last: bool = False) -> Tensor:
+    x = torch.empty(shape, dtype=dtype, device="meta")
+    return x.contiguous(memory_format=torch.channels_last) if channels_last else x
+
+
+def cases() -> dict[str, Call]:
+    from ddpm_fast.triton_kernels.denoising_loss import denoising_loss, denoising_loss_backward
+    from ddpm_fast.triton_kernels.group_norm_silu import group_norm_silu, group_norm_silu_backward
+    from ddpm_fast.triton_kernels.noise import noise
+    from ddpm_fast.triton_kernels.q_sample import q_sample
+    from ddpm_fast.triton_kernels.reverse_step import reverse_step
+
+    n = 4
+    half = torch.bfloat16
+    index = tensor(n, dtype=torch.int64)
+    schedule, plan, loss = tensor(1000, 2), tensor(1000, 10), tensor(n)
+    x, h = tensor(n, 3, 32, 32), tensor(n, 3, 32, 32, dtype=half)
+    x_last = tensor(n, 3, 32, 32, channels_last=True)
+    pair = tensor(2 * n, 6, 32, 32, dtype=half)  # guidance and learned variance
+
+    def norm(c: int, size: int, dtype: torch.dtype, last: bool) -> Call:
+        a, w, m, s = tensor(n, c, size, size, dtype=dtype, channels_last=last), tensor(c), tensor(n, 32), tensor(n, c)
+        return lambda: group_norm_silu(a, m, m, a, w, w, s, None, None, 32, 1e-5, True)
+
+    def norm_backward(c: int, size: int, dtype: torch.dtype, last: bool) -> Call:
+        a, w, m, s = tensor(n, c, size, size, dtype=dtype, channels_last=last), tensor(c), tensor(n, 32), tensor(n, c)
+        return lambda: group_norm_silu_backward(a, w, w, s, None, None, a, a, m, m, w, w, s, None, None, 32, True)
+
+    return {
+        "noise-float32": lambda: noise(x, index, 3),
+        "q_sample-bfloat16": lambda: q_sample(h, h, index, schedule, None, index),
+        "q_sample-uint8": lambda: q_sample(h, tensor(n, 3, 32, 32, dtype=torch.uint8), index, schedule, None, index),
+        "q_sample-given-noise-channels_last": lambda: q_sample(x_last, x_last, index, schedule, x_last, None),
+        "reverse_step-float32": lambda: reverse_step(x, None, x, x, plan, index[:1], None, index, None, None, 0),
+        "reverse_step-everything": lambda: reverse_step(x, x, x, pair, plan, index, None, index, x, 3.0, 2),
+        "reverse_step-float32-channels_last": (
+            lambda: reverse_step(x_last, None, x_last, x_last, plan, index, None, index, None, None, 0)
+        ),
+        "denoising_loss-bfloat16": lambda: denoising_loss(loss, h, h, index, schedule, None, index, 0),
+        "denoising_loss_backward-float32": lambda: denoising_loss_backward(x, loss, x, x, index, schedule, None, index, 0),
+        "group_norm_silu-float32": norm(128, 32, torch.float32, False),
+        "group_norm_silu-bfloat16": norm(128, 32, half, False),
+        "group_norm_silu-bfloat16-channels_last": norm(512, 16, half, True),
+        "group_norm_silu-split": norm(128, 256, half, False),
+        "group_norm_silu-split-channels_last": norm(128, 256, half, True),
+        "group_norm_silu_backward-float32": norm_backward(128, 32, torch.float32, False),
+        "group_norm_silu_backward-bfloat16-channels_last": norm_backward(512, 16, half, True),
+        "group_norm_silu_backward-split-channels_last": norm_backward(128, 256, half, True),
+    }
+
+
+QUICK = (
+    "q_sample-bfloat16",
+    "reverse_step-everything",
+    "group_norm_silu-bfloat16-channels_last",
+    "group_norm_silu_backward-float32",
+)
+
+
+def sizes_of_one() -> dict[str, Call]:
+    """Triton makes constants of integers that are 1: they must compile too. Nothing here is held against a budget."""
+    from ddpm_fast.triton_kernels.denoising_loss import denoising_loss, denoising_loss_backward
+    from ddpm_fast.triton_kernels.group_norm_silu import group_norm_silu, group_norm_silu_backward
+    from ddpm_fast.triton_kernels.q_sample import q_sample
+    from ddpm_fast.triton_kernels.reverse_step import reverse_step
+
+    index, schedule, plan, one = tensor(1, dtype=torch.int64), tensor(1000, 2), tensor(1000, 10), tensor(1)
+    x, last, m = tensor(1, 1), tensor(1, 3, 1, 1).as_strided((1, 3, 1, 1), (3, 1, 4, 4)), tensor(1, 1)
+    wide = tensor(1, 4096, 4, 4)  # one chunk, though not resident
+
+    def norm(x: Tensor) -> None:
+        w, s = tensor(x.shape[1]), tensor(*x.shape[:2])
+        group_norm_silu(x, m, m, x, w, w, s, s, s, 1, 1e-5, True)
+        group_norm_silu_backward(x, w, w, s, s, s, x, x, m, m, w, w, s, s, s, 1, True)
+
+    return {
+        "one-q_sample": lambda: q_sample(x, x, index, schedule, None, index),
+        "one-reverse_step": lambda: reverse_step(last, last, last, last, plan, index, None, index, last, None, 0),
+        "one-denoising_loss": lambda: denoising_loss(one, x, x, index, schedule, None, index, 2),
+        "one-denoising_loss_backward": lambda: denoising_loss_backward(x, one, x, x, index, schedule, None, index, 2),
+        "one-group_norm_silu": lambda: norm(x),
+        "one-group_norm_silu-split": lambda: norm(wide),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------- compilation
+
+
+def compiled(names: Iterable[str], architectures: Sequence[int] = ARCHITECTURES) -> dict[str, dict[str, Figures]]:
+    """Kernel -> architecture -> figures, from a process without the interpreter."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
+    command = [sys.executable, __file__, ",".join(names), ",".join(map(str, architectures))]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(done.stderr)
+    return {
+        kernel: {architecture: Figures(**figures) for architecture, figures in of.items()}
+        for kernel, of in json.loads(done.stdout).items()
+    }
+
+
+def compile_case(name: str, call: Call, architectures: list[int]) -> Iterator[tuple[str, str, Figures]]:
+    """Kernel, architecture and figures of all that the call would launch."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.jit import JITFunction
+
+    launches: list[tuple[Any, ...]] = []
+
+    def record(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        launches.append((self, args, kwargs))
+
+    JITFunction.run = record
+    call()
+    for kernel, args, kwargs in launches:
+        source, options, bound = specialize(kernel, args, kwargs)
+        tile = math.prod(bound.get(axis) or 1 for axis in ("PIXELS", "CHANNELS", "WIDTH", "GROUPS"))
+        for architecture in architectures:
+            result = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+            with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+                file.write(result.asm["cubin"])
+                file.flush()
+                (code,) = sass.kernels(Path(file.name))
+            elements = tile / (32 * result.metadata.num_warps)
+            yield f"{name} {kernel.__name__}", f"sm_{architecture}", Figures.of(code, elements)
+
+
+def specialize(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """What Triton would compile for a launch: constants, types, and which arguments are multiples of 16."""
+    from triton.compiler import ASTSource
+
+    types = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64", torch.uint8: "*u8"}
+    bound = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+    options = {name: bound.pop(name) for name in set(bound) - set(kernel.arg_names)}
+    assert set(options) <= {"num_warps", "enable_fp_fusion"}, options
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[tuple[int], list[list[Any]]] = {}
+    for position, parameter in enumerate(kernel.params):
+        value = bound[parameter.name]
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and not parameter.do_not_specialize):
+            signature[parameter.name] = "constexpr"
+            constants[parameter.name] = value
+            continue
+        if isinstance(value, Tensor):
+            signature[parameter.name] = types[value.dtype]
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+        else:
+            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+        if isinstance(value, Tensor) or (type(value) is int and value % 16 == 0 and not parameter.do_not_specialize):
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constants, attributes), options, bound
+
+
+def main() -> None:
+    names, architectures = (argument.split(",") for argument in sys.argv[1:])
+    every = sizes_of_one() | cases()
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for name in names:
+        for kernel, architecture, figures in compile_case(name, every[name], [int(a) for a in architectures]):
+            found.setdefault(kernel, {})[architecture] = figures.as_dict()
+    json.dump(found, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
