@@ -1,0 +1,296 @@
+"""Builds the emulated kernels: csrc/cuda/*.cu compiled by g++ against include/, with the runtime, as a Python module.
+
+Objects are kept under build/emulator, by the hash of all that goes into them; a build that changes nothing takes no time.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+CACHE = ROOT / "build" / "emulator"
+
+DYNAMIC_SHARED_ROOM = 232448  # runtime/dynamic_shared.h says the same
+FENCE = 64  # bytes behind every __shared__ variable
+
+COMMON = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-g1", "-Wall", "-Wextra", "-Werror"]
+SANITIZERS = {
+    # What a load or store calls, and what undefined behaviour calls: runtime/sanitizers.cpp defines both.
+    "thread": [
+        "-fsanitize=thread",
+        "--param=tsan-instrument-func-entry-exit=0",
+        "-fsanitize=alignment,bounds,signed-integer-overflow,shift,integer-divide-by-zero",
+    ],
+    # Local arrays too, but nothing else; its own library has to be loaded first.
+    "address": ["-fsanitize=address", "--param=asan-globals=0"],
+}
+KERNEL_FLAGS = [
+    "-O1",
+    "-ffp-contract=off",  # as nvcc --fmad=false
+    "-fno-strict-aliasing",
+    "-fno-extern-tls-init",  # an `extern __shared__` array needs no initialisation
+    "-fno-gnu-unique",  # several builds live in one process
+    "-ftrivial-auto-var-init=pattern",  # variables that nobody has set hold nonsense, not a lucky zero
+    "-Wno-unknown-pragmas",  # unroll
+    "-Wno-unused-function",
+    "-include", "cuda_runtime.h",
+]  # fmt: skip
+
+
+def why_not() -> str | None:
+    """The reason why there can be no emulator here, or None."""
+    if sys.platform != "linux" or platform.machine() not in ("x86_64", "AMD64"):
+        return "the emulator is for Linux on x86-64"
+    if shutil.which("g++") is None:
+        return "the emulator is built with g++, and there is none"
+    if importlib.util.find_spec("pybind11") is None:
+        return "the emulator is built with pybind11, which is not installed"
+    return None
+
+
+@dataclass(frozen=True)
+class Plant:
+    """A change of one kernel source or header, for the tests that plant bugs.
+
+    Attributes:
+        file: relative to csrc.
+        edits: texts and what replaces them; each has to be there.
+        sources: the .cu files to compile again, relative to csrc.
+        defines: macros for these.
+    """
+
+    file: str
+    edits: tuple[tuple[str, str], ...]
+    sources: tuple[str, ...]
+    defines: tuple[str, ...] = ()
+
+
+def build(sanitizer: str = "thread", plant: Plant | None = None) -> Path:
+    """The path of the module, built if need be."""
+    kernels = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    headers = _digest(
+        [*(ROOT / "csrc").rglob("*.h"), *(HERE / "include").rglob("*.h"), *(HERE / "runtime").glob("*.h"), Path(__file__)]
+    )
+    compiler = subprocess.run(["g++", "--version"], check=True, capture_output=True, text=True).stdout
+    salt = headers + compiler + sys.version + sanitizer
+
+    jobs = []
+    includes = [f"-I{HERE / 'include'}", f"-I{ROOT / 'csrc'}"]
+    planted = [] if plant is None else [ROOT / "csrc" / source for source in plant.sources]
+    if plant is not None:  # first, so that the linker takes inline functions from these
+        folder = _planted_tree(plant)
+        for source in planted:
+            flags = [*(f"-D{define}" for define in plant.defines), f"-I{HERE / 'include'}", f"-I{folder}"]
+            jobs.append(_Kernel(folder / source.relative_to(ROOT / "csrc"), flags, salt + folder.name, sanitizer))
+    jobs += [_Kernel(source, includes, salt, sanitizer) for source in kernels if source not in planted]
+    others = [HERE / "module.cpp", *sorted((HERE / "runtime").glob("*.cpp"))]
+    objects = _compile_all(jobs, [_Host(source, includes, salt, sanitizer) for source in others])
+    kernel_objects, other_objects = objects[: len(jobs)], objects[len(jobs) :]
+    return _link(kernel_objects, other_objects, sanitizer)
+
+
+def load(path: Path) -> ModuleType:
+    """The module at `path`. Builds do not share state, so they have to differ in their full names."""
+    spec = importlib.util.spec_from_file_location(f"{path.parent.name}.emulated", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@dataclass(frozen=True)
+class _Host:
+    """The emulator's own sources: not instrumented, except that AddressSanitizer has to know all of the program."""
+
+    source: Path
+    flags: list[str]
+    salt: str
+    sanitizer: str
+
+    def commands(self, target: Path) -> None:
+        address = SANITIZERS["address"] if self.sanitizer == "address" else []
+        python = [f"-I{sysconfig.get_path('include')}", f"-I{_pybind11_include()}", f"-I{HERE}"]
+        _run(
+            [
+                "g++",
+                "-O2",
+                "-DEMULATOR_RUNTIME",
+                *COMMON,
+                *address,
+                *self.flags,
+                *python,
+                "-c",
+                str(self.source),
+                "-o",
+                str(target),
+            ]
+        )
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    """A .cu file. Its assembly gets a fence behind every thread-local, that is, __shared__, variable."""
+
+    source: Path
+    flags: list[str]
+    salt: str
+    sanitizer: str
+
+    def commands(self, target: Path) -> None:
+        assembly = target.with_suffix(".s")
+        flags = [*COMMON, *KERNEL_FLAGS, *SANITIZERS[self.sanitizer], *self.flags]
+        _run(["g++", *flags, "-x", "c++", "-S", str(self.source), "-o", str(assembly)])
+        assembly.write_text(_with_fences(assembly.read_text()))
+        _run(["g++", "-c", str(assembly), "-o", str(target)])
+        assembly.unlink()
+
+
+def _with_fences(assembly: str) -> str:
+    lines, shared = [], False
+    for line in assembly.splitlines():
+        if re.match(r"\t\.(section|text|data|bss)\b", line):
+            shared = ".tbss" in line
+        lines.append(line)
+        if shared and line.startswith("\t.zero"):
+            lines.append(f"\t.zero\t{FENCE}")
+    return "\n".join(lines) + "\n"
+
+
+def _compile_all(kernels: list[_Kernel], others: list[_Host]) -> list[Path]:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(_compile, [*kernels, *others]))
+
+
+def _compile(job: _Kernel | _Host) -> Path:
+    key = hashlib.sha256(f"{job.salt} {job.flags} {job.source.read_text()}".encode()).hexdigest()[:16]
+    target = CACHE / f"{job.source.stem}-{key}.o"
+    with _locked(target):
+        if not target.exists():
+            job.commands(target.with_suffix(".part.o"))
+            target.with_suffix(".part.o").rename(target)
+    return target
+
+
+def _link(kernels: list[Path], others: list[Path], sanitizer: str) -> Path:
+    """Kernels first, between two markers: what thread-local variables lie between are shared memory."""
+    key = hashlib.sha256(" ".join(map(str, [*kernels, *others])).encode()).hexdigest()[:16]
+    target = CACHE / key / "emulated.so"
+    target.parent.mkdir(exist_ok=True)
+    with _locked(target):
+        if not target.exists():
+            part = target.with_suffix(".part")
+            begin, end = target.with_name("begin.o"), target.with_name("end.o")
+            _assemble(begin, _BEGIN)
+            _assemble(end, _dynamic_shared(kernels) + _END)
+            library = SANITIZERS["address"][:1] if sanitizer == "address" else []
+            flags = ["-shared", "-Wl,-Bsymbolic", "-Wl,--no-undefined", *library]
+            # The interpreter has Python's symbols.
+            flags.remove("-Wl,--no-undefined")
+            _run(["g++", *flags, str(begin), *map(str, kernels), str(end), *map(str, others), "-o", str(part)])
+            part.rename(target)
+    return target
+
+
+_MARKER = """
+\t.section .tbss,"awT",@nobits
+\t.balign 1024
+\t.globl {name}
+\t.hidden {name}
+\t.type {name}, @tls_object
+\t.size {name}, 1
+{name}:
+\t.zero 1
+\t.section .note.GNU-stack,"",@progbits
+"""
+_BEGIN = _MARKER.format(name="emulator_shared_begin")
+_END = _MARKER.format(name="emulator_shared_end")
+
+
+def _dynamic_shared(kernels: Iterable[Path]) -> str:
+    """One block of memory under the names of all `extern __shared__` arrays: thread-local variables that nobody defines."""
+    names = set()
+    for kernel in kernels:
+        symbols = subprocess.run(["readelf", "-sW", str(kernel)], check=True, capture_output=True, text=True).stdout
+        names |= {
+            words[7] for words in map(str.split, symbols.splitlines()) if len(words) == 8 and words[3:7:3] == ["TLS", "UND"]
+        }
+    text = '\t.section .tbss,"awT",@nobits\n\t.balign 1024\n'
+    for name in ["emulator_dynamic_shared", *sorted(names)]:
+        text += (
+            f"\t.globl {name}\n\t.hidden {name}\n\t.type {name}, @tls_object\n\t.size {name}, {DYNAMIC_SHARED_ROOM}\n{name}:\n"
+        )
+    return text + f"\t.zero {DYNAMIC_SHARED_ROOM}\n\t.zero {FENCE}\n"
+
+
+def _assemble(target: Path, text: str) -> None:
+    _run(["g++", "-x", "assembler", "-c", "-", "-o", str(target)], text)
+
+
+def _planted_tree(plant: Plant) -> Path:
+    """A copy of csrc with the change, in a folder named after it."""
+    original = (ROOT / "csrc" / plant.file).read_text()
+    text = original
+    for old, new in plant.edits:
+        assert text.count(old) >= 1, f"{plant.file}: the text to change is not there: {old!r}"
+        text = text.replace(old, new, 1)
+    key = hashlib.sha256(f"{plant} {text} {_digest((ROOT / 'csrc').rglob('*.*'))}".encode()).hexdigest()[:16]
+    folder = CACHE / f"planted-{key}"
+    with _locked(folder):
+        if not folder.exists():
+            part = folder.with_suffix(".part")
+            shutil.rmtree(part, ignore_errors=True)
+            for kind in ("common", "cuda"):
+                shutil.copytree(ROOT / "csrc" / kind, part / kind)
+            (part / plant.file).write_text(text)
+            part.rename(folder)
+    return folder
+
+
+def _pybind11_include() -> str:
+    import pybind11
+
+    return pybind11.get_include()
+
+
+def _digest(paths: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(paths):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+class _locked:
+    """A lock by the name of a file that is being made, between threads and processes."""
+
+    def __init__(self, target: Path) -> None:
+        self.path = CACHE / "locks" / f"{target.parent.name}-{target.name}"
+
+    def __enter__(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = self.path.open("w")
+        fcntl.flock(self.file, fcntl.LOCK_EX)
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+
+def _run(command: list[str], text: str | None = None) -> None:
+    result = subprocess.run(command, input=text, capture_output=True, text=True)
+    if result.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}\n{result.stderr}")

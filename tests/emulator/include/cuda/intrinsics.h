@@ -1,0 +1,84 @@
+// csrc/cuda/intrinsics.h in plain C++, function by function.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "common/dtype.h"
+
+#define DDPM_FAST_DEVICE static inline __attribute__((always_inline, unused))
+
+namespace ddpm_fast::cuda {
+
+// ------------------------------------------------------------------------------------------------- approximations
+
+// Off by as much as a card's may be, to one side or the other: what has to be exact must not depend on them.
+
+DDPM_FAST_DEVICE float flush_subnormal(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x; }
+
+// `exact` moved by -ulps .. ulps units in the last place, always alike for the same argument.
+DDPM_FAST_DEVICE float approximate(float exact, float argument, int ulps) {
+  exact = flush_subnormal(exact);
+  if (exact == 0 || !std::isfinite(exact)) return exact;
+  const std::uint32_t hash = __float_as_uint(argument) * 0x9E3779B9u >> 16;
+  const int shift = static_cast<int>(hash % static_cast<std::uint32_t>(2 * ulps + 1)) - ulps;
+  return __int_as_float(__float_as_int(exact) + shift);
+}
+
+DDPM_FAST_DEVICE float exp2_approx(float x) { return approximate(exp2f(flush_subnormal(x)), x, 2); }
+DDPM_FAST_DEVICE float reciprocal_approx(float x) { return approximate(1.0f / flush_subnormal(x), x, 1); }
+DDPM_FAST_DEVICE float rsqrt_approx(float x) {
+  const double argument = flush_subnormal(x);
+  return approximate(static_cast<float>(1.0 / std::sqrt(argument)), x, 2);
+}
+
+// ----------------------------------------------------------------------------------------------- half precision
+
+DDPM_FAST_DEVICE std::uint32_t pack_bfloat16(float low, float high) {
+  return narrow_to_bfloat16(low).bits | static_cast<std::uint32_t>(narrow_to_bfloat16(high).bits) << 16;
+}
+
+DDPM_FAST_DEVICE void unpack_bfloat16(std::uint32_t word, float& low, float& high) {
+  low = widen(BFloat16{static_cast<std::uint16_t>(word)});
+  high = widen(BFloat16{static_cast<std::uint16_t>(word >> 16)});
+}
+
+DDPM_FAST_DEVICE std::uint32_t pack_float16(float low, float high) {
+  return narrow_to_float16(low).bits | static_cast<std::uint32_t>(narrow_to_float16(high).bits) << 16;
+}
+
+DDPM_FAST_DEVICE void unpack_float16(std::uint32_t word, float& low, float& high) {
+  low = widen(Float16{static_cast<std::uint16_t>(word)});
+  high = widen(Float16{static_cast<std::uint16_t>(word >> 16)});
+}
+
+// ------------------------------------------------------------------------------------------------------- integers
+
+DDPM_FAST_DEVICE void multiply_wide(std::uint32_t a, std::uint32_t b, std::uint32_t& low, std::uint32_t& high) {
+  const std::uint64_t product = std::uint64_t{a} * b;
+  low = static_cast<std::uint32_t>(product);
+  high = static_cast<std::uint32_t>(product >> 32);
+}
+
+DDPM_FAST_DEVICE std::uint32_t with_low_byte(std::uint32_t word, std::uint32_t bytes, int i) {
+  return (word & 0xFFFFFF00u) | (bytes >> 8 * i & 0xFFu);
+}
+
+// ------------------------------------------------------------------------------------------------------ clusters
+// On the emulated card without clusters a launch is always a cluster of one block.
+
+DDPM_FAST_DEVICE unsigned cluster_rank() { return emulator::cluster_rank(); }
+DDPM_FAST_DEVICE unsigned cluster_size() { return emulator::cluster_size(); }
+
+DDPM_FAST_DEVICE void cluster_sync(EMULATOR_HERE) {
+  emulator::cluster_arrive(EMULATOR_SOURCE);
+  emulator::cluster_wait(EMULATOR_SOURCE);
+}
+
+template <class T>
+DDPM_FAST_DEVICE T* in_block(T* shared, unsigned rank, EMULATOR_HERE) {
+  return static_cast<T*>(emulator::map_to_rank(shared, rank, EMULATOR_SOURCE));
+}
+
+}  // namespace ddpm_fast::cuda

@@ -1,0 +1,27 @@
+// The emulated cards, and what a launch must keep to on the current one.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+
+namespace emulator {
+
+struct Card {
+  const char* name;
+  int major, minor;
+  int shared_bytes;  // at most, for a block that asks for it
+  bool clusters;
+  int multiprocessors;
+};
+
+constexpr int kCards = 2;
+const Card& card(int device);
+const Card& current_card();
+int current_device();
+void set_current_device(int device);
+
+// cudaSuccess, or what the runtime would say; a report explains it.
+cudaError_t check_launch(const cudaLaunchConfig_t&, const dim3& cluster, const void* kernel, std::size_t call_size);
+
+}  // namespace emulator

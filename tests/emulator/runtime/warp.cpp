@@ -1,0 +1,151 @@
+// Shuffles, votes and __syncwarp: operations that the lanes named by a mask perform together.
+
+#include <algorithm>
+
+#include "machine.h"
+
+namespace emulator {
+namespace {
+
+const char* name(WarpOp op) {
+  switch (op) {
+    case WarpOp::kSync:
+      return "__syncwarp";
+    case WarpOp::kShuffle:
+      return "__shfl_sync";
+    case WarpOp::kShuffleUp:
+      return "__shfl_up_sync";
+    case WarpOp::kShuffleDown:
+      return "__shfl_down_sync";
+    case WarpOp::kShuffleXor:
+      return "__shfl_xor_sync";
+    case WarpOp::kBallot:
+      return "vote";
+  }
+  return "";
+}
+
+std::string describe(const Thread& thread) {
+  char mask[16];
+  std::snprintf(mask, sizeof mask, "%08x", thread.mask);
+  return std::string(name(thread.op)) + " at " + to_string(thread.waits_at) + ", mask " + mask;
+}
+
+// The lanes of a warp: pointers into its block, and null past the block's end.
+using Warp = std::array<Thread*, kWarpSize>;
+Warp warp_of(const Thread& thread) {
+  Warp warp{};
+  auto& threads = thread.block->threads;
+  const unsigned first = thread.number - thread.lane();
+  for (unsigned lane = 0; lane < kWarpSize && first + lane < threads.size(); ++lane)
+    warp[lane] = &threads[first + lane];
+  return warp;
+}
+
+bool named(unsigned mask, unsigned lane) { return mask >> lane & 1; }
+
+// The lane that a shuffle reads; its own where the other would be outside the part of `width` lanes.
+unsigned source_lane(const Thread& thread) {
+  const int lane = static_cast<int>(thread.lane()), first = lane & ~(thread.width - 1), end = first + thread.width;
+  int source = lane;
+  switch (thread.op) {
+    case WarpOp::kShuffle:
+      return static_cast<unsigned>(first + (thread.argument & (thread.width - 1)));
+    case WarpOp::kShuffleUp:
+      source = lane - thread.argument;
+      break;
+    case WarpOp::kShuffleDown:
+      source = lane + thread.argument;
+      break;
+    case WarpOp::kShuffleXor:
+      source = lane ^ thread.argument;
+      break;
+    default:
+      break;
+  }
+  const bool below = thread.op == WarpOp::kShuffleUp && source < first;
+  return static_cast<unsigned>(below || source >= end ? lane : source);
+}
+
+void complete(const Warp& warp, unsigned mask) {
+  std::array<std::uint16_t, kWarpSize> latest{};
+  unsigned ballot = 0;
+  for (unsigned lane = 0; lane < kWarpSize; ++lane) {
+    if (!named(mask, lane)) continue;
+    if (warp[lane]->value & 1) ballot |= 1u << lane;
+    for (unsigned i = 0; i < kWarpSize; ++i) latest[i] = std::max(latest[i], warp[lane]->warp_clock[i]);
+    ++latest[lane];
+  }
+  for (unsigned lane = 0; lane < kWarpSize; ++lane) {
+    if (!named(mask, lane)) continue;
+    Thread& thread = *warp[lane];
+    if (thread.op == WarpOp::kSync) {
+      thread.warp_clock = latest;  // shuffles and votes exchange registers: they order no memory
+    } else if (thread.op == WarpOp::kBallot) {
+      thread.result = ballot;
+    } else {
+      const unsigned source = source_lane(thread);
+      if (!named(mask, source)) {
+        report("warp mask", 0, "%s: lane %u reads lane %u, which takes no part", describe(thread).c_str(), lane,
+               source);
+      }
+      thread.result = named(mask, source) ? warp[source]->value : ~std::uint64_t{0};
+    }
+  }
+  for (unsigned lane = 0; lane < kWarpSize; ++lane) {
+    if (named(mask, lane)) make_ready(*warp[lane]);
+  }
+}
+
+// Runs the operation once all the lanes it names are there; reports those that will not come.
+void check_complete(const Thread& thread) {
+  const Warp warp = warp_of(thread);
+  bool all = true;
+  for (unsigned lane = 0; lane < kWarpSize; ++lane) {
+    if (!named(thread.mask, lane)) continue;
+    const Thread* other = warp[lane];
+    const char* absent = !other                                     ? "does not exist"
+                         : other->state == State::kExited           ? "has exited"
+                         : other->state == State::kAtBlockBarrier   ? "waits in __syncthreads"
+                         : other->state == State::kAtClusterBarrier ? "waits at a cluster barrier"
+                                                                    : nullptr;
+    if (absent) fail("warp mask", 0, "%s: it names lane %u, which %s", describe(thread).c_str(), lane, absent);
+    if (other->state == State::kReady) {
+      all = false;
+    } else if (other->mask != thread.mask || other->op != thread.op || other->waits_at.line != thread.waits_at.line) {
+      fail("warp mask", 0, "%s: lane %u, which it names, is in %s", describe(thread).c_str(), lane,
+           describe(*other).c_str());
+    }
+  }
+  if (all) complete(warp, thread.mask);
+}
+
+}  // namespace
+
+std::uint64_t warp_op(WarpOp op, unsigned mask, std::uint64_t value, int argument, int width, Source here) {
+  Thread& thread = *machine.current;
+  thread.op = op;
+  thread.mask = mask;
+  thread.value = value;
+  thread.argument = argument;
+  thread.width = width;
+  thread.waits_at = here;
+  if (!named(mask, thread.lane())) {
+    fail("warp mask", 0, "%s: it does not name lane %u, which calls it", describe(thread).c_str(), thread.lane());
+  }
+  if (width < 1 || width > 32 || (width & (width - 1))) {
+    fail("warp mask", 0, "%s: a width of %d", describe(thread).c_str(), width);
+  }
+  thread.state = State::kInWarpOp;
+  check_complete(thread);
+  suspend(thread.fiber);
+  return thread.result;
+}
+
+void recheck_warp(const Thread& thread) {
+  for (const Thread* other : warp_of(thread)) {
+    if (other && other->state == State::kInWarpOp && named(other->mask, thread.lane())) return check_complete(*other);
+  }
+}
+
+}  // namespace emulator
