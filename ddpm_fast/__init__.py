@@ -3,7 +3,7 @@
 from .builtin import load_builtin
 from .evaluate import VariationalBound, variational_bound
 from .images import image_grid, save_grid, save_trajectory, to_uint8
-from .nn import UNet
+from .nn import UNet, freeze
 from .ops import BackendUnavailable, denoising_loss, group_norm_silu, noise, q_sample, reverse_step, sample_seeds
 from .plan import SamplingPlan, ddim_plan, ddpm_plan
 from .sample import sample
@@ -22,6 +22,7 @@ __all__ = [
     "ddpm_plan",
     "denoising_loss",
     "export_checkpoint",
+    "freeze",
     "group_norm_silu",
     "image_grid",
     "load_builtin",

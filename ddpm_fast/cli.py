@@ -186,9 +186,7 @@ def _model_options(command: _Command) -> _Command:
         click.option(
             "--dtype",
             type=click.Choice(["float32", "bfloat16", "float16", "float64"]),
-            default="float32",
-            show_default=True,
-            help="Precision of the network; bfloat16 is faster where the hardware has it.",
+            help="Precision of the network.  [default: float32; to sample on a GPU: bfloat16, or float16 where it has none]",
         ),
         click.option(
             "--device",
@@ -229,7 +227,7 @@ def sample_command(
     folder: Path,
     seed: int,
     batch_size: int,
-    dtype: str,
+    dtype: str | None,
     device: torch.device,
     quiet: bool,
 ) -> None:
@@ -237,7 +235,8 @@ def sample_command(
     with _refusing():
         for path in filter(None, (out, gif)):
             image_format(path)
-        loaded = load_folder(folder, device, getattr(torch, dtype))
+        precision = None if dtype is None else getattr(torch, dtype)
+        loaded = load_folder(folder, device, precision)
         plan = _plan(loaded, sampler, steps, eta, spacing, variance)
         labels = _labels(loaded, classes, num)
         for path in filter(None, (out, gif)):
@@ -253,9 +252,10 @@ def sample_command(
             batch_size=batch_size,
             return_trajectory=gif is not None,
             progress=not quiet,
+            dtype=precision,
         )
+        images = (drawn[0] if isinstance(drawn, tuple) else drawn).cpu()  # waits for a GPU
         seconds = time.perf_counter() - began
-        images = drawn[0] if isinstance(drawn, tuple) else drawn
         pixels = max(images.shape[2:])
         written = [save_grid(images, out, scale=max(1, 128 // pixels))]
         if isinstance(drawn, tuple) and gif is not None:
@@ -315,12 +315,13 @@ def evaluate_command(
     folder: Path,
     seed: int,
     batch_size: int,
-    dtype: str,
+    dtype: str | None,
     device: torch.device,
     quiet: bool,
 ) -> None:
     """Bound the bits a dimension that the model needs for test images: L_T, L_{T-1} + ... + L_1, L_0 and their sum."""
     with _refusing():
+        dtype = dtype or "float32"
         loaded = load_folder(folder, device, getattr(torch, dtype))
         variance = variance or loaded.variance
         dataset = load_dataset(data, data_dir, split="test", image_size=loaded.model.config["sample_size"])

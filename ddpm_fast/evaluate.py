@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from . import ops
+from .networks import device_and_dtype, evaluation_mode, placed, predict
 from .plan import COLUMNS, Prediction, Variance, ddpm_plan
-from .sample import device_and_dtype, evaluation_mode, placed, predict, resolve_labels, resolve_seeds
+from .sample import resolve_labels, resolve_seeds
 from .schedule import NoiseSchedule
 
 _BIN = 2 / 255  # width of one of the 256 grey levels in [-1, 1]

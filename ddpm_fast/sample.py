@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, Literal, overload
+from collections.abc import Hashable, Sequence
+from functools import partial
+from typing import Literal, overload
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from . import graph
 from .images import evenly_spaced
-from .ops import noise, reverse_step, sample_seeds
+from .loop import Loop
+from .networks import device_and_dtype, evaluation_mode, model_config
+from .ops import sample_seeds
 from .plan import SamplingPlan
-from .reference import STREAM_X_T
 
 _TRAJECTORY_FRAMES = 51
 
@@ -35,6 +36,7 @@ def sample(  # type: ignore[overload-overlap]  # False is an int too: the first 
     device: torch.device | str | None = ...,
     dtype: torch.dtype | None = ...,
     shape: Sequence[int] | None = ...,
+    cuda_graph: bool | None = ...,
 ) -> Tensor: ...
 @overload
 def sample(
@@ -51,6 +53,7 @@ def sample(
     device: torch.device | str | None = ...,
     dtype: torch.dtype | None = ...,
     shape: Sequence[int] | None = ...,
+    cuda_graph: bool | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
 def sample(
     model: nn.Module,
@@ -66,11 +69,16 @@ def sample(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     shape: Sequence[int] | None = None,
+    cuda_graph: bool | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Draws images: x_T ~ N(0, I), then one network evaluation and one `reverse_step` for every row of the plan.
 
     Image i is a function of (seed, i), the model and the plan. Its noise is the same to the last bit whatever num_samples,
     batch_size, the device and the thread count; the image is the same up to the rounding of the network's convolutions.
+
+    On a GPU a `UNet` runs in its inference form (see `freeze`), in bfloat16 by default, and each step is one CUDA graph: the
+    host waits for nothing, so the images are ready when the GPU is. Inference form and graphs, and the memory they take, are
+    kept for the next call as long as the model lives and does not change.
 
     Args:
         model: called as model(x_t, t), or model(x_t, t, class_labels) if it has classes, with x_t [N, C, H, W] and t int64
@@ -87,9 +95,13 @@ def sample(
         return_trajectory: give the states on the way too: True for 51 of them, an int for that many, evenly spaced, 0 for none.
         progress: show a progress bar.
         device: where to run; None: where the model is.
-        dtype: of the network; None: as it is. The state x_t stays float32 (float64 for a float64 network). Where device or
-            dtype differ from the model's, a copy of the model is made for this call.
+        dtype: of the network. The state x_t stays float32 (float64 for a float64 network). Where device or dtype differ from
+            the model's, a copy of the model is made. None: as the model is, except that a float32 `UNet` runs in bfloat16 on
+            a GPU (float16 where the GPU has no bfloat16): dtype=torch.float32 keeps it float32.
         shape: (C, H, W) of an image; None: `in_channels` and `sample_size` of the model's config.
+        cuda_graph: None: on a GPU, for a `UNet` or its inference form. True: for any model; it must compute the same from the
+            same memory whenever it is called, without asking the host. False: for none, and nothing is kept after the call.
+            Where a graph cannot be made, a warning is logged and the steps are launched one kernel at a time.
 
     Returns:
         float32 (float64) [num_samples, C, H, W] on the device, in [-1, 1] if the plan clips. With return_trajectory also
@@ -115,98 +127,74 @@ def sample(
         reason = "class_labels is None" if class_labels is None else "the model's config has no num_class_embeds"
         raise ValueError(f"sample: expected guidance_scale to be None or 1, as {reason}, got {guidance_scale}")
 
-    model = placed(model, device, dtype)
-    model_device, model_dtype = device_and_dtype(model)
-    device, dtype = torch.device(device or model_device), dtype or model_dtype
-    state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    # Allocated outside of inference mode, so that the caller gets ordinary tensors.
-    images = torch.empty((num_samples, *shape), dtype=state_dtype, device=device, memory_format=_memory_format(model, shape))
-    trajectory: Tensor | None = None
-    frames: dict[int, Tensor] = {}  # states to keep, by number: 0 is x_T, num_steps is x_0
-    if return_trajectory:
-        count = _TRAJECTORY_FRAMES if return_trajectory is True else return_trajectory
-        kept = evenly_spaced(plan.num_steps + 1, count)
-        trajectory = torch.empty((len(kept), num_samples, *shape), dtype=state_dtype)
-        frames = dict(zip(kept, trajectory, strict=True))
+    device = _device(model, device)
+    if cuda_graph and device.type not in graph.DEVICE_TYPES:
+        raise ValueError(f"sample: expected cuda_graph to be None or False on {device.type}, got True")
+    with graph.session(model, device, dtype, plan.schedule.num_timesteps, cuda_graph) as running:
+        network = model if running.network is None else running.network
+        _, dtype = device_and_dtype(network)
+        state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        images = torch.empty((num_samples, *shape), dtype=state_dtype, device=device)
+        trajectory: Tensor | None = None
+        frames: dict[int, Tensor] = {}  # states to keep, by number: 0 is x_T, num_steps is x_0
+        if return_trajectory:
+            kept = evenly_spaced(plan.num_steps + 1, _TRAJECTORY_FRAMES if return_trajectory is True else return_trajectory)
+            # A GPU writes to pinned memory by itself, while the host goes on.
+            pin = device.type == "cuda"
+            trajectory = torch.empty((len(kept), num_samples, *shape), dtype=state_dtype, pin_memory=pin)
+            frames = dict(zip(kept, trajectory, strict=True))
 
-    # Everything that the steps need is on the device before the first: none waits for the host.
-    seeds = seeds.to(device)
-    steps = plan.steps(device).unbind()
-    timesteps = plan.timesteps.to(device)
-
-    chunks = [slice(i, i + (batch_size or num_samples)) for i in range(0, num_samples, batch_size or num_samples)]
-    bar = tqdm(total=len(chunks) * plan.num_steps, desc="sampling", unit="step", disable=not progress)
-    with bar, evaluation_mode(model), torch.inference_mode():
-        for chunk in chunks:
-            x_t = images[chunk]  # stepped in place: what is left in it is x_0
-            x_t.copy_(noise(x_t.shape, seeds[chunk], stream=STREAM_X_T, dtype=state_dtype, device=device))
-            x_0 = torch.zeros_like(x_t) if plan.needs_x_0_prev else None
-            labels_in = None if labels is None else labels[chunk].to(device)
-            if guided and labels_in is not None and no_label is not None:
-                labels_in = torch.cat([labels_in, torch.full_like(labels_in, no_label)])
-            t = timesteps[:, None].expand(-1, len(x_t) * (2 if guided else 1))  # [S, N] or [S, 2 N]
-            for i, step in enumerate(steps):
-                if i in frames:
-                    frames[i][chunk].copy_(x_t)
-                x_in = x_t.to(dtype)
-                stepped = reverse_step(
-                    x_t,
-                    predict(model, torch.cat([x_in, x_in]) if guided else x_in, t[i], labels_in),
-                    step,
-                    plan,
-                    seeds=seeds[chunk] if plan.is_random else None,
-                    x_0_prev=x_0,
-                    guidance_scale=guidance_scale if guided else None,
-                    return_x_0=plan.needs_x_0_prev,
-                    out=x_t,
-                )
-                x_0 = stepped[1] if isinstance(stepped, tuple) else None
-                bar.update()
-            if plan.num_steps in frames:
-                frames[plan.num_steps][chunk].copy_(x_t)
-    images = images.contiguous()
-    return images if trajectory is None else (images, trajectory)
-
-
-def predict(model: nn.Module, x_t: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:
-    """The model's output, also where it comes inside an object with the field `sample`, as diffusers' models give it."""
-    output = model(x_t, t) if class_labels is None else model(x_t, t, class_labels)
-    tensor: Tensor = getattr(output, "sample", output)
-    return tensor
+        # Everything that the steps need is on the device before the first: none waits for the host.
+        seeds = seeds.to(device)
+        labels = None if labels is None else labels.to(device)
+        make = partial(
+            Loop,
+            plan,
+            state_dtype=state_dtype,
+            network_dtype=dtype,
+            memory_format=_memory_format(network, shape),
+            device=device,
+            no_label=no_label if labels is not None else None,
+            guidance_scale=guidance_scale if guided else None,
+        )
+        chunks = [slice(i, i + (batch_size or num_samples)) for i in range(0, num_samples, batch_size or num_samples)]
+        # On a GPU the bar counts the steps handed over: to know how many are done, the host would have to wait for them.
+        bar = tqdm(total=len(chunks) * plan.num_steps, desc="sampling", unit="step", disable=not progress)
+        with bar, evaluation_mode(network), torch.inference_mode():
+            for chunk in chunks:
+                n = len(images[chunk])
+                key = (n, shape, guidance_scale if guided else None, _rows(plan))
+                loop = running.loop(key, partial(make, (n, *shape)), network)
+                loop.start(seeds[chunk], None if labels is None else labels[chunk])
+                for i in range(plan.num_steps):
+                    if i in frames:
+                        frames[i][chunk].copy_(loop.x_t, non_blocking=True)
+                    if loop.replay is None:
+                        loop.advance(network)
+                    else:
+                        loop.replay()
+                    bar.update()
+                if plan.num_steps in frames:
+                    frames[plan.num_steps][chunk].copy_(loop.x_t, non_blocking=True)
+                images[chunk] = loop.x_t
+    if trajectory is None:
+        return images
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()  # the frames are on their way to the host
+    return images, trajectory
 
 
-def placed(model: nn.Module, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> nn.Module:
-    """The model if it is on this device in this dtype (None: wherever it is, as it is), else a copy of it that is."""
-    model_device, model_dtype = device_and_dtype(model)
-    device, dtype = torch.device(device or model_device), dtype or model_dtype
-    same_device = device.type == model_device.type and device.index in (None, model_device.index)
-    if same_device and dtype == model_dtype:
-        return model
-    return copy.deepcopy(model).to(device=device, dtype=dtype)
+def _rows(plan: SamplingPlan) -> Hashable:
+    """Equal for plans that do the same at every step."""
+    return plan.timesteps.numpy().tobytes(), plan.coefficients.numpy().tobytes(), plan.prediction, plan.variance
 
 
-def device_and_dtype(model: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Those of the model's first floating parameter; the CPU and float32 if it has none."""
-    parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    return parameter.device, parameter.dtype
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Puts every module in eval mode; on leaving, those that were training train again."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def model_config(model: nn.Module) -> Mapping[str, Any]:
-    """The model's configuration in diffusers' keys; empty if it has none."""
-    config = getattr(model, "config", None)
-    return config if isinstance(config, Mapping) else {}
+def _device(model: nn.Module, device: torch.device | str | None) -> torch.device:
+    """Where to run, with the device's number; "cuda" is the GPU that the model is on, if it is on one."""
+    model_device, _ = device_and_dtype(model)
+    if device is None or torch.device(device) == torch.device(model_device.type):
+        return model_device
+    return torch.empty(0, device=device).device
 
 
 def _check_positive(name: str, value: int) -> None:

@@ -567,7 +567,13 @@ def _draw_samples(run: RunFolder, task: _Task, state: _State, writer: Any) -> No
     columns = min(len(task.dataset.classes), 16) if task.labelled else 8
     labels = torch.arange(4 * columns) % columns if task.labelled else None
     plan = ddim_plan(task.schedule, options["sample_steps"], prediction=options["prediction"])
-    images = sample(state.ema, plan, 4 * columns, seed=options["seed"], class_labels=labels, progress=False)
+    images = sample(
+        *(state.ema, plan, 4 * columns),
+        seed=options["seed"],
+        class_labels=labels,
+        progress=False,
+        cuda_graph=False,  # keep no memory of the GPU while training
+    )
     run.samples.mkdir(exist_ok=True)
     save_grid(images, run.samples / f"step-{state.step:08d}.png", columns=columns)
     if writer:

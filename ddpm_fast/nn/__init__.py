@@ -1,6 +1,7 @@
 """The U-Net: layers on top of the package's ops, and its checkpoints."""
 
 from .config import CIFAR10_32, HO_256, UNetConfig
+from .freeze import FrozenUNet, freeze
 from .unet import UNet
 
-__all__ = ["CIFAR10_32", "HO_256", "UNet", "UNetConfig"]
+__all__ = ["CIFAR10_32", "HO_256", "FrozenUNet", "UNet", "UNetConfig", "freeze"]

@@ -103,54 +103,16 @@ class UNet(nn.Module):
         Raises:
             ValueError: a shape does not fit, or labels are missing or unexpected.
         """
-        t = self._checked_timesteps(x, t, class_labels)
         cfg = self._config
+        t = checked_timesteps(cfg, x, t, class_labels)
         dtype = self.conv_in.weight.dtype
-        x = x.to(dtype)
-        if cfg.center_input_sample:
-            x = 2 * x - 1
 
         emb = timestep_embedding(t, cfg.block_out_channels[0], flip_sin_to_cos=cfg.flip_sin_to_cos, freq_shift=cfg.freq_shift)
         emb = self.time_embedding(emb.to(dtype))  # [N, emb_dim]
         if self.class_embedding is not None:
             emb = emb + self.class_embedding(class_labels)
         emb = F.silu(emb)  # once, instead of in every block
-
-        x = self.conv_in(x)
-        skips = [x]
-        for down_block in self.down_blocks:
-            x = down_block(x, emb, skips)
-        x = self.mid_block(x, emb)
-        for up_block in self.up_blocks:
-            x = up_block(x, emb, skips)
-        out: Tensor = self.conv_out(self.conv_norm_out(x))
-        return out
-
-    def _checked_timesteps(self, x: Tensor, t: Tensor | int, class_labels: Tensor | None) -> Tensor:
-        """Raises what `forward` documents; returns t as [N] on x's device."""
-        multiple = 2 ** (len(self._config.block_out_channels) - 1)
-        if x.ndim != 4 or x.shape[1] != self._config.in_channels:
-            raise ValueError(f"UNet: expected x to be [N, {self._config.in_channels}, H, W], got {tuple(x.shape)}")
-        if x.shape[2] % multiple or x.shape[3] % multiple:
-            raise ValueError(f"UNet: expected x to have H and W that are multiples of {multiple}, got {tuple(x.shape)}")
-        n = x.shape[0]
-        if self.class_embedding is None and class_labels is not None:
-            raise ValueError("UNet: expected class_labels to be None (num_class_embeds is None), got a tensor")
-        if self.class_embedding is not None:
-            if class_labels is None:
-                raise ValueError(
-                    f"UNet: expected class_labels to be int64 [N] (num_class_embeds is {self._config.num_class_embeds}), "
-                    "got None"
-                )
-            if class_labels.shape != (n,) or class_labels.dtype != torch.int64:
-                raise ValueError(
-                    f"UNet: expected class_labels to be int64 [{n}], got {class_labels.dtype} {tuple(class_labels.shape)}"
-                )
-        if not isinstance(t, Tensor):
-            return torch.full((n,), t, device=x.device)
-        if t.shape not in ((), (n,)):
-            raise ValueError(f"UNet: expected t to be an int or of shape [] or [{n}], got {tuple(t.shape)}")
-        return t.to(x.device).expand(n)
+        return through_layers(self, x.to(dtype), emb)
 
     @classmethod
     def from_pretrained(
@@ -191,6 +153,47 @@ class UNet(nn.Module):
             ValueError: `path` holds another network.
         """
         save_checkpoint(path, self._config, self.state_dict())
+
+
+def checked_timesteps(config: UNetConfig, x: Tensor, t: Tensor | int, class_labels: Tensor | None) -> Tensor:
+    """Raises what `UNet.forward` documents; returns t as [N] on x's device."""
+    multiple = 2 ** (len(config.block_out_channels) - 1)
+    if x.ndim != 4 or x.shape[1] != config.in_channels:
+        raise ValueError(f"UNet: expected x to be [N, {config.in_channels}, H, W], got {tuple(x.shape)}")
+    if x.shape[2] % multiple or x.shape[3] % multiple:
+        raise ValueError(f"UNet: expected x to have H and W that are multiples of {multiple}, got {tuple(x.shape)}")
+    n = x.shape[0]
+    if config.num_class_embeds is None and class_labels is not None:
+        raise ValueError("UNet: expected class_labels to be None (num_class_embeds is None), got a tensor")
+    if config.num_class_embeds is not None:
+        if class_labels is None:
+            raise ValueError(
+                f"UNet: expected class_labels to be int64 [N] (num_class_embeds is {config.num_class_embeds}), got None"
+            )
+        if class_labels.shape != (n,) or class_labels.dtype != torch.int64:
+            raise ValueError(
+                f"UNet: expected class_labels to be int64 [{n}], got {class_labels.dtype} {tuple(class_labels.shape)}"
+            )
+    if not isinstance(t, Tensor):
+        return torch.full((n,), t, device=x.device)
+    if t.shape not in ((), (n,)):
+        raise ValueError(f"UNet: expected t to be an int or of shape [] or [{n}], got {tuple(t.shape)}")
+    return t.to(x.device).expand(n)
+
+
+def through_layers(net: Any, x: Tensor, emb: Any) -> Tensor:
+    """The way down, through the middle and up of a `UNet` or its inference form; every residual block is given `emb`."""
+    if net.config["center_input_sample"]:
+        x = 2 * x - 1
+    x = net.conv_in(x)
+    skips = [x]
+    for down_block in net.down_blocks:
+        x = down_block(x, emb, skips)
+    x = net.mid_block(x, emb)
+    for up_block in net.up_blocks:
+        x = up_block(x, emb, skips)
+    out: Tensor = net.conv_out(net.conv_norm_out(x))
+    return out
 
 
 class DownBlock(nn.Module):

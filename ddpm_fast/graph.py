@@ -1,0 +1,176 @@
+"""Sampling on a GPU: networks in their inference form, steps captured into CUDA graphs, and both kept from call to call."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from typing import Any, Final
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from .loop import Loop
+from .networks import placed
+from .nn.freeze import FrozenUNet, freeze, why_not_frozen
+from .nn.unet import UNet
+
+DEVICE_TYPES: Final = ("cuda",)  # where networks are frozen and steps captured
+MAX_LOOPS: Final = 4  # kept for a model: batch sizes, plans, scales
+
+_logger = logging.getLogger(__name__)
+
+
+class CaptureError(RuntimeError):
+    """No CUDA graph can be made; the message says why. CUDA is as usable as before."""
+
+
+class Session:
+    """A network to sample with, and the loops that ran with it.
+
+    Args:
+        state: what all this is made from.
+        network: to evaluate; None: the model itself, which a session that is kept must not keep alive.
+        captures: whether loops are captured.
+    """
+
+    def __init__(self, state: Hashable, network: nn.Module | None, captures: bool) -> None:
+        self.state, self.network, self._captures = state, network, captures
+        self.done: torch.cuda.Event | None = None  # after the last kernel that used all this
+        self._loops: OrderedDict[Hashable, Loop] = OrderedDict()  # the one used last is last
+        # Graphs take turns, so one pool of memory serves all of them.
+        self._pool = torch.cuda.graph_pool_handle() if captures and torch.cuda.is_available() else None
+
+    def loop(self, key: Hashable, make: Callable[[], Loop], network: nn.Module) -> Loop:
+        """The loop of this key, made (and captured) at its first use."""
+        key = (key, _settings())
+        loop = self._loops.pop(key, None)
+        if loop is None:
+            loop = make()
+            if self._captures:
+                self._capture(loop, network)
+            if len(self._loops) == MAX_LOOPS:
+                self._loops.popitem(last=False)
+        self._loops[key] = loop
+        return loop
+
+    def _capture(self, loop: Loop, network: nn.Module) -> None:
+        def rehearse() -> None:
+            loop.rewind()
+            loop.advance(network)
+
+        try:
+            loop.replay = capture(rehearse, lambda: loop.advance(network), loop.x_t.device, self._pool)
+        except CaptureError as error:
+            _logger.warning("sample: steps are launched one kernel at a time, as there can be no CUDA graph: %s", error)
+
+
+_KEPT: WeakKeyDictionary[nn.Module, Session] = WeakKeyDictionary()
+
+
+@contextmanager
+def session(
+    model: nn.Module, device: torch.device, dtype: torch.dtype | None, num_timesteps: int, cuda_graph: bool | None
+) -> Iterator[Session]:
+    """What to sample with: on a GPU the inference form of a `UNet`, else the model, moved and cast by a copy if need be.
+
+    Where graphs are captured, all is kept for the next call with the same unchanged model, until that model is gone.
+    """
+    on_gpu = device.type in DEVICE_TYPES
+    reason = why_not_frozen(model)
+    if on_gpu and reason is not None and isinstance(model, UNet):
+        _logger.info("sample: the network is not frozen, as %s", reason)
+    freezes = on_gpu and reason is None
+    # Of other models nobody knows whether they compute the same from the same memory each time.
+    captures = on_gpu and (freezes or type(model) is FrozenUNet if cuda_graph is None else cuda_graph)
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        state = (device, dtype, num_timesteps, _weights(model)) if captures else None
+        kept = _KEPT.pop(model, None)  # out of reach of other threads while it is in use
+        if kept is not None and kept.state != state:
+            kept = None  # before another takes memory
+        if kept is None:
+            if freezes and isinstance(model, UNet):
+                network: nn.Module = freeze(model, dtype, device=device, num_timesteps=num_timesteps)
+            else:
+                network = placed(model, device, dtype)
+            kept = Session(state, None if network is model else network, captures)
+        if kept.done is not None:
+            torch.cuda.current_stream().wait_event(kept.done)
+        yield kept
+        if captures:
+            kept.done = torch.cuda.current_stream().record_event() if device.type == "cuda" else None
+            _KEPT[model] = kept
+
+
+def _weights(model: nn.Module) -> Hashable:
+    """Differs where the model's weights are elsewhere, or have changed.
+
+    A write through `.data`, as some moving averages do it, leaves no trace but the values: hence the sums of their bits.
+    """
+    tensors = [tensor.detach() for tensor in (*model.parameters(), *model.buffers())]
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    sums = [tensor.view(bits[tensor.element_size()]).sum() for tensor in tensors if tensor.is_floating_point()]
+    values = torch.stack([value.to(sums[0].device) for value in sums]).tolist() if sums else []
+    places = [(tensor.data_ptr(), tensor.dtype, 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
+    return (*places, *values)
+
+
+def _settings() -> Hashable:
+    """Of torch, which decide what kernels a step launches."""
+    cudnn: Any = torch.backends.cudnn
+    precisions = (torch.backends.cuda.matmul.fp32_precision, cudnn.conv.fp32_precision)
+    return (*precisions, cudnn.enabled, cudnn.benchmark, cudnn.deterministic, torch.are_deterministic_algorithms_enabled())
+
+
+def capture(rehearse: Callable[[], None], advance: Callable[[], None], device: torch.device, pool: Any) -> Callable[[], None]:
+    """Has the GPU record what `advance` launches, and returns what launches all of it at once.
+
+    Args:
+        rehearse: does what `advance` does, without consequences. The first run compiles kernels and fills caches; what it
+            raises is the model's own error. The second finds out whether anything waits for the GPU, before a capture
+            fails for it.
+        pool: of the memory for what lives during a step.
+
+    Raises:
+        CaptureError: something cannot be recorded.
+    """
+    graph = torch.cuda.CUDAGraph()
+    caller, stream = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    stream.wait_stream(caller)
+    try:
+        with torch.cuda.stream(stream):  # torch.cuda.graph itself leaves its stream the current one if a capture fails
+            rehearse()
+            try:
+                with _waiting_is_an_error():
+                    rehearse()
+                with torch.cuda.graph(graph, pool, stream, "thread_local"), _waiting_is_an_error():
+                    advance()
+            except Exception as error:
+                _clean_up(device, pool)
+                first_line = str(error).partition("\n")[0]
+                raise CaptureError(f"{type(error).__name__}: {first_line}") from error
+    finally:
+        caller.wait_stream(stream)
+    return graph.replay
+
+
+@contextmanager
+def _waiting_is_an_error() -> Iterator[None]:
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls this mode a prototype
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def _clean_up(device: torch.device, pool: Any) -> None:
+    """Ends a capture for the allocator too, which torch forgets where CUDA has given the capture up."""
+    with suppress(Exception):  # it had not: the allocator knows
+        torch._C._cuda_endAllocateToPool(device.index, pool)
+        torch._C._cuda_releasePool(device.index, pool)

@@ -1,0 +1,91 @@
+"""The sampling loop as a device sees it: the same launches on the same memory at every step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from .networks import predict
+from .ops import noise, reverse_step
+from .plan import SamplingPlan
+from .reference import STREAM_X_T
+
+
+class Loop:
+    """What sampling n images at a time works on. `start` fills it; each `advance` takes it one step of the plan further.
+
+    `advance` reads which step it is from device memory and waits for nothing, so a CUDA graph of it serves every step of
+    every batch.
+
+    Args:
+        no_label: the class that stands for none; None: the network has no classes.
+        guidance_scale: None: no guidance. Else the network evaluates 2 n, the second half without labels.
+
+    Attributes:
+        x_t: [n, C, H, W], stepped in place: x_T after `start`, x_0 after the last step.
+        replay: what does the same as `advance` at once, where it has been captured.
+    """
+
+    def __init__(
+        self,
+        plan: SamplingPlan,
+        shape: tuple[int, ...],
+        *,
+        state_dtype: torch.dtype,
+        network_dtype: torch.dtype,
+        memory_format: torch.memory_format,
+        device: torch.device,
+        no_label: int | None,
+        guidance_scale: float | None,
+    ) -> None:
+        self._plan, self._network_dtype, self._guidance_scale = plan, network_dtype, guidance_scale
+        n, halves = shape[0], 1 if guidance_scale is None else 2
+        with torch.inference_mode(False):  # ordinary tensors, which outlive the mode
+            self.x_t = torch.zeros(shape, dtype=state_dtype, device=device).contiguous(memory_format=memory_format)
+            self._x_0 = torch.zeros_like(self.x_t) if plan.needs_x_0_prev else None
+            self._seeds = torch.zeros(n, dtype=torch.int64, device=device)
+            # With guidance, the second half stays without a label.
+            self._labels = None if no_label is None else torch.full((halves * n,), no_label, device=device)
+            self._step = torch.zeros((), dtype=torch.int64, device=device)
+            self._timesteps = plan.timesteps.to(device)
+            plan.table(device)  # in place before a capture looks
+        self.replay: Callable[[], None] | None = None
+
+    def start(self, seeds: Tensor, labels: Tensor | None) -> None:
+        """Draws x_T. seeds, labels: int64 [n], on the device."""
+        self.rewind()
+        self._seeds.copy_(seeds)
+        if self._labels is not None and labels is not None:
+            self._labels[: len(labels)] = labels
+        x_t = self.x_t
+        x_t.copy_(noise(x_t.shape, self._seeds, stream=STREAM_X_T, dtype=x_t.dtype, device=x_t.device))
+        if self._x_0 is not None:
+            self._x_0.zero_()
+
+    def rewind(self) -> None:
+        """Back to the first step, whatever x_t holds."""
+        self._step.zero_()
+
+    def advance(self, network: nn.Module) -> None:
+        """One evaluation of the network and one `reverse_step`."""
+        x_t, plan = self.x_t, self._plan
+        x_in = x_t.to(self._network_dtype)
+        if self._guidance_scale is not None:
+            x_in = torch.cat([x_in, x_in])
+        t = self._timesteps.index_select(0, self._step.view(1)).expand(len(x_in))
+        stepped = reverse_step(
+            x_t,
+            predict(network, x_in, t, self._labels),
+            self._step,
+            plan,
+            seeds=self._seeds if plan.is_random else None,
+            x_0_prev=self._x_0,
+            guidance_scale=self._guidance_scale,
+            return_x_0=plan.needs_x_0_prev,
+            out=x_t,
+        )
+        if self._x_0 is not None and isinstance(stepped, tuple):
+            self._x_0.copy_(stepped[1])
+        self._step += 1

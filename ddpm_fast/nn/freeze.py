@@ -1,0 +1,262 @@
+"""`freeze`: the inference form of a U-Net, which gives the same outputs with less to do at every step."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops._library import check_range
+from .layers import Attention, Downsample, GroupNormSiLU, ResnetBlock, TimeEmbedding, Upsample, timestep_embedding
+from .unet import DownBlock, MidBlock, UNet, UpBlock, checked_timesteps, through_layers
+
+# What a UNet is built of. A layer that something else has taken the place of (an adapter, say) would be lost in the copy.
+_LAYERS = (
+    *(UNet, DownBlock, MidBlock, UpBlock, ResnetBlock, Attention, GroupNormSiLU, Downsample, Upsample, TimeEmbedding),
+    *(nn.ModuleList, nn.Conv2d, nn.Linear, nn.Embedding),
+)
+
+
+def freeze(
+    model: UNet,
+    dtype: torch.dtype | None = None,
+    *,
+    device: torch.device | str | None = None,
+    num_timesteps: int | None = None,
+) -> FrozenUNet:
+    """The inference form of a U-Net: called like it, with its outputs up to the rounding of dtype, and without gradients.
+
+    Weights are cast once, to channels_last. The projections of the time embedding, one for every residual block, are tables
+    over the timesteps, computed in float64 (for a network with classes the embedding is such a table, and all projections are
+    one product). Attention makes its queries, keys and values in one product; biases and the shortcuts of residual blocks
+    join their neighbours; dropout is gone. Norms keep float32 parameters.
+
+    Args:
+        model: left as it is. What happens to its weights later does not show in the inference form.
+        dtype: of weights and activations. None: the model's, but for a float32 model on a GPU bfloat16, or float16 where the
+            GPU has no bfloat16.
+        device: None: where the model is.
+        num_timesteps: T; timesteps are integers in 0..T-1. None: `num_train_timesteps` of the config, or 1000.
+
+    Raises:
+        TypeError: the model is not a `UNet` made of this package's layers alone. ValueError: a dtype that is not floating.
+    """
+    reason = why_not_frozen(model)
+    if reason is not None:
+        raise TypeError(f"freeze: expected a UNet with its own layers, got one where {reason}")
+    weight = model.conv_in.weight
+    device = weight.device if device is None else torch.device(device)
+    dtype = default_dtype(weight.dtype, device) if dtype is None else dtype
+    if not dtype.is_floating_point:
+        raise ValueError(f"freeze: expected dtype to be a floating dtype, got {dtype}")
+    num_timesteps = num_timesteps or model.config["num_train_timesteps"] or 1000
+    with torch.no_grad(), torch.inference_mode(False):
+        return FrozenUNet(model, dtype, device, num_timesteps)
+
+
+def default_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What `freeze` makes of a model of this dtype on this device."""
+    if device.type != "cuda" or dtype != torch.float32:
+        return dtype
+    with torch.cuda.device(device):
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def why_not_frozen(model: nn.Module) -> str | None:
+    """What `freeze` would not carry over; None for a `UNet` that is as this package builds it."""
+    if type(model) is not UNet:
+        return f"the model is a {type(model).__name__}"
+    for name, module in model.named_modules():
+        where = name or "the model"
+        if type(module) not in _LAYERS or "forward" in vars(module):
+            return f"{where} is a {type(module).__name__} of another make"
+        if module._forward_hooks or module._forward_pre_hooks:
+            return f"{where} has forward hooks"
+    return None
+
+
+class FrozenUNet(nn.Module):
+    """See `freeze`.
+
+    Attributes:
+        config: the model's.
+        num_timesteps: T.
+    """
+
+    def __init__(self, model: UNet, dtype: torch.dtype, device: torch.device, num_timesteps: int) -> None:
+        super().__init__()
+        self._config = model._config
+        self.config: dict[str, Any] = dict(model.config)
+        self.num_timesteps = num_timesteps
+        model = copy.deepcopy(model).eval().to(device)
+        self.conv_in = model.conv_in
+        self.down_blocks, self.mid_block, self.up_blocks = model.down_blocks, model.mid_block, model.up_blocks
+        self.conv_norm_out, self.conv_out = model.conv_norm_out, model.conv_out
+        projections: list[tuple[Tensor, Tensor]] = []
+        for block in (*self.down_blocks, self.mid_block, *self.up_blocks):
+            for i, resnet in enumerate(block.resnets):
+                place = len(projections)
+                projections += _time_projections(resnet)
+                block.resnets[i] = FrozenResnetBlock(resnet, place)
+            block.attentions = nn.ModuleList([FrozenAttention(attention) for attention in block.attentions])
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                module.to(dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+            elif isinstance(module, GroupNormSiLU):
+                module.to(_wide(dtype))
+        self.modulations = Modulations(model, num_timesteps, projections, dtype)
+        self.requires_grad_(False)
+
+    @torch.no_grad()
+    def forward(self, x: Tensor, t: Tensor | int, class_labels: Tensor | None = None) -> Tensor:
+        """As `UNet.forward`, with integer timesteps in 0..T-1; the output is channels_last.
+
+        On a GPU, where a check would stall it, the range of a tensor is the caller's promise.
+        """
+        t = checked_timesteps(self._config, x, t, class_labels)
+        if t.is_floating_point():
+            raise TypeError(f"FrozenUNet: expected integer timesteps, got {t.dtype}")
+        check_range("FrozenUNet", "t", t, self.num_timesteps)
+        x = x.to(self.conv_in.weight.dtype, memory_format=torch.channels_last)
+        with torch.autocast(x.device.type, enabled=False):  # every layer has its dtype
+            return through_layers(self, x, self.modulations(t, class_labels))
+
+
+class Modulations(nn.Module):
+    """What time (and class) add to the residual blocks: [N, channels] for each projection, in the order of `projections`.
+
+    Projections of the same width are stacked: one lookup, or with classes one batched product, makes all of a width, each
+    contiguous as the norms take it.
+
+    Args:
+        projections: weight [W, E] and bias [W] of each, on the embedding after its SiLU.
+    """
+
+    def __init__(self, model: UNet, num_timesteps: int, projections: list[tuple[Tensor, Tensor]], dtype: torch.dtype) -> None:
+        super().__init__()
+        cfg, device = model._config, model.conv_in.weight.device
+        t = torch.arange(num_timesteps, device=device)
+        emb = timestep_embedding(t, cfg.block_out_channels[0], flip_sin_to_cos=cfg.flip_sin_to_cos, freq_shift=cfg.freq_shift)
+        emb = model.time_embedding.double()(emb.double())  # [T, E]
+        widths = [len(bias) for _, bias in projections]
+        distinct = sorted(set(widths))
+        # Of each projection: its stack, and its row there.
+        self._places = [(distinct.index(width), widths[:i].count(width)) for i, width in enumerate(widths)]
+        stacks = []
+        for width in distinct:
+            weights, biases = zip(*(pair for pair in projections if len(pair[1]) == width), strict=True)
+            stacks.append((torch.stack(weights).double().transpose(1, 2), torch.stack(biases).double()[:, None]))
+        if model.class_embedding is None:
+            emb = F.silu(emb)
+            self.tables = _constants((torch.matmul(emb, weight) + bias for weight, bias in stacks), _wide(dtype))  # [B, T, W]
+        else:
+            self.embeddings = _constants((emb, model.class_embedding.weight), _wide(dtype))  # [T, E], [classes, E]
+            self.weights = _constants((weight for weight, _ in stacks), dtype)  # [B, E, W]
+            self.biases = _constants((bias for _, bias in stacks), dtype)  # [B, 1, W]
+        self.has_classes = model.class_embedding is not None
+
+    def forward(self, t: Tensor, class_labels: Tensor | None) -> list[Tensor]:
+        if class_labels is None:
+            stacks = [table.index_select(1, t) for table in self.tables]  # [B, N, W]
+        else:
+            time, classes = self.embeddings
+            emb = F.silu(time.index_select(0, t) + classes.index_select(0, class_labels)).to(self.weights[0].dtype)
+            stacks = [
+                torch.baddbmm(bias, emb.expand(len(weight), *emb.shape), weight)
+                for weight, bias in zip(self.weights, self.biases, strict=True)
+            ]
+        rows = [stack.unbind() for stack in stacks]
+        return [rows[stack][row] for stack, row in self._places]
+
+
+class FrozenResnetBlock(nn.Module):
+    """`ResnetBlock`, given the list that `Modulations` makes: its own begins at `place`."""
+
+    def __init__(self, block: ResnetBlock, place: int) -> None:
+        super().__init__()
+        self.place = place
+        self.scale_shift = block.scale_shift
+        self.output_scale_factor = block.output_scale_factor
+        self.norm1, self.conv1, self.norm2, self.conv2 = block.norm1, block.conv1, block.norm2, block.conv2
+        if not self.scale_shift:
+            self.conv1.bias = None  # it is part of the shift: see _time_projections
+        self.shortcut: nn.Linear | None = None
+        if block.conv_shortcut is not None:
+            channels, in_channels = block.conv_shortcut.weight.shape[:2]
+            self.shortcut = nn.Linear(in_channels, channels, bias=False)
+            self.shortcut.weight = nn.Parameter(block.conv_shortcut.weight.flatten(1))
+            self.conv2.bias = nn.Parameter(_sum(block.conv2.bias, block.conv_shortcut.bias))
+
+    def forward(self, x: Tensor, modulations: list[Tensor]) -> Tensor:
+        h = self.conv1(self.norm1(x))
+        if self.scale_shift:
+            h = self.norm2(h, scale_shift=(modulations[self.place], modulations[self.place + 1]))
+        else:
+            h = self.norm2(h, shift=modulations[self.place])
+        h = self.conv2(h)
+        if self.shortcut is None:
+            h += x
+        else:
+            # A 1x1 convolution is a product of the pixels' channels, and a product can add to what is there.
+            n, c, height, width = h.shape
+            pixels = h.permute(0, 2, 3, 1).reshape(n * height * width, c)  # views, where h and x are channels_last
+            pixels.addmm_(x.permute(0, 2, 3, 1).reshape(n * height * width, x.shape[1]), self.shortcut.weight.t())
+            h = pixels.view(n, height, width, c).permute(0, 3, 1, 2)
+        return _rescaled_in_place(h, self.output_scale_factor)
+
+
+class FrozenAttention(nn.Module):
+    """`Attention` with a single product for queries, keys and values."""
+
+    def __init__(self, attention: Attention) -> None:
+        super().__init__()
+        self.num_heads, self.output_scale_factor = attention.num_heads, attention.output_scale_factor
+        self.group_norm = attention.group_norm
+        projections = (attention.to_q, attention.to_k, attention.to_v)
+        self.to_qkv = nn.Linear(attention.to_q.in_features, 3 * attention.to_q.out_features)
+        self.to_qkv.weight = nn.Parameter(torch.cat([linear.weight for linear in projections]))
+        self.to_qkv.bias = nn.Parameter(torch.cat([linear.bias for linear in projections]))
+        self.to_out = attention.to_out[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, height, width = x.shape
+        h = x if self.group_norm is None else self.group_norm(x)
+        h = self.to_qkv(h.flatten(2).transpose(1, 2))  # [N, HW, 3 C]
+        # Each [N, heads, HW, C / heads].
+        q, k, v = h.view(n, height * width, 3, self.num_heads, c // self.num_heads).permute(2, 0, 3, 1, 4)
+        h = F.scaled_dot_product_attention(q, k, v)
+        h = self.to_out(h.transpose(1, 2).flatten(2)).transpose(1, 2).view(n, c, height, width)
+        h += x
+        return _rescaled_in_place(h, self.output_scale_factor)
+
+
+def _rescaled_in_place(x: Tensor, factor: float) -> Tensor:
+    return x if factor == 1 else x.div_(factor)
+
+
+def _time_projections(block: ResnetBlock) -> list[tuple[Tensor, Tensor]]:
+    """Weight and bias of what a residual block makes of the embedding: its shift, or its scale and its shift."""
+    weight, bias = block.time_emb_proj.weight, block.time_emb_proj.bias
+    if block.scale_shift:
+        return list(zip(weight.chunk(2), bias.chunk(2), strict=True))
+    # The shift is added to the output of conv1 before the norm, and so is the bias of conv1.
+    return [(weight, _sum(bias, block.conv1.bias))]
+
+
+def _sum(bias: Tensor | None, other: Tensor | None) -> Tensor:
+    """Of two biases, which every layer here has; not rounded before the result is cast."""
+    assert bias is not None
+    assert other is not None
+    return bias.double() + other.double()
+
+
+def _constants(tensors: Iterable[Tensor], dtype: torch.dtype) -> nn.ParameterList:
+    return nn.ParameterList([nn.Parameter(tensor.to(dtype), requires_grad=False) for tensor in tensors])
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
