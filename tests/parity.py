@@ -1,0 +1,71 @@
+"""The parity rule: a kernel's largest error, against the reference in float64, is at most twice that of the reference in the
+same dtype, or a few roundings of the largest value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ddpm_fast.reference import opmath
+from ddpm_fast.testing import Call, Case
+
+
+@dataclass(frozen=True)
+class Results:
+    """Outputs of a call, and the gradient of every floating input for fixed cotangents."""
+
+    outputs: tuple[torch.Tensor, ...]
+    grads: dict[str, torch.Tensor]
+
+
+def evaluate(call: Call, backend: str) -> Results:
+    call = call.map(lambda x: x.detach().clone().requires_grad_())
+    outputs = call(backend)
+    if not call.tensors:
+        return Results(outputs, {})
+    generator = torch.Generator().manual_seed(1)
+    loss = sum(
+        (output.double() * torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output.device)).sum()
+        for output in outputs
+    )
+    grads = torch.autograd.grad(loss, list(call.tensors.values()), allow_unused=True, materialize_grads=True)
+    return Results(outputs, dict(zip(call.tensors, grads, strict=True)))
+
+
+class Expected:
+    """What the reference makes of a call, in its dtype and in float64."""
+
+    def __init__(self, case: Case, call: Call) -> None:
+        self.baseline = evaluate(call, "reference")
+        self.truth = evaluate(call.map(lambda x: x.double()), "reference")
+        # Normalising values that lie far from 0 magnifies their rounding by how far.
+        self.condition = 1 + case.options.get("offset", 0) / case.options.get("spread", 1)
+        self.main = next((x for x in call.tensors.values() if x.dim() == 4), None)
+        self.keeps_layout = self.main is not None and case.op != "denoising_loss" and not case.options.get("strided")
+
+    def check(self, got: Results) -> None:
+        """Raises AssertionError where `got` breaks the rule."""
+        for i, (x, baseline, truth) in enumerate(zip(got.outputs, self.baseline.outputs, self.truth.outputs, strict=True)):
+            self._check_close(f"output {i}", x, baseline, truth.detach())
+        assert got.grads.keys() == self.truth.grads.keys()
+        for name, grad in got.grads.items():
+            self._check_close(f"gradient of {name}", grad, self.baseline.grads[name], self.truth.grads[name])
+        if self.main is not None and self.keeps_layout:
+            assert got.outputs[0].stride() == self.main.stride(), "the output keeps the memory format"
+
+    def _check_close(self, name: str, got: torch.Tensor, baseline: torch.Tensor, truth: torch.Tensor) -> None:
+        assert got.dtype == baseline.dtype, name
+        assert got.shape == truth.shape, name
+        if truth.numel() == 0:
+            return
+        error, allowed = ((x.double() - truth).abs().max().item() for x in (got, baseline))
+        scale = truth.abs().max().item()
+        # A lucky reference is not held against a kernel: a result may be off by its rounding, and the float32 (or float64)
+        # arithmetic before it by a few.
+        rounding = 0.5 * torch.finfo(got.dtype).eps + 4 * torch.finfo(opmath(got.dtype)).eps
+        if got.dtype == torch.float64:  # the truth is no wider: it is off itself, by roundings that the problem magnifies
+            rounding *= self.condition
+        limit = max(2 * allowed, rounding * scale)
+        message = f"{name}: error {error:.3g}, reference's own {allowed:.3g}, limit {limit:.3g}, scale {scale:.3g}"
+        assert error <= limit, message
