@@ -20,27 +20,32 @@ DDPM_FAST_FN To bit_cast(From value) {
 // a * b + c, rounded once.
 DDPM_FAST_FN float fma(float a, float b, float c) { return ::fmaf(a, b, c); }
 
-// Box-Muller: the radius from w0, the angle from w1. Every operation is one correctly rounded float32 operation, so the
-// result is the same on every processor; contraction is off, and a fused multiply-add is written as one.
-DDPM_FAST_FN void normal_pair(std::uint32_t w0, std::uint32_t w1, float& normal_0, float& normal_1) {
-  // u in (0, 1]: 32 random bits; the half step keeps it off 0.
-  const float u = fma(static_cast<float>(w0), 0x1p-32f, 0x1p-33f);
+// Box-Muller. Every operation is one correctly rounded float32 operation, so the result is the same on every processor;
+// contraction is off, and a fused multiply-add is written as one. Next to reference.py some values are scaled by powers
+// of two, which changes no rounding and saves operations.
+
+// -2 ln u, the square of the radius, with u in (0, 1] from the 32 random bits of w0.
+DDPM_FAST_FN float squared_radius(std::uint32_t w0) {
+  const float u = static_cast<float>(w0) + 0.5f;  // 2^32 u; the half step keeps it off 0
   // ln u = e ln 2 + ln(1 + f) with 1 + f in [sqrt(1/2), sqrt(2)).
-  const std::int32_t bits = bit_cast<std::int32_t>(u);
-  const std::int32_t e = (bits - 0x3F3504F3) >> 23;
-  const float f = bit_cast<float>(bits - e * (1 << 23)) - 1.0f;
-  float p = fma(f, 0.08700401f, -0.14266932f);
-  p = fma(p, f, 0.14914508f);
-  p = fma(p, f, -0.16577652f);
-  p = fma(p, f, 0.199631f);
-  p = fma(p, f, -0.25001335f);
-  p = fma(p, f, 0.3333391f);
-  p = fma(p, f, -0.5f);
-  const float ln_u = fma(static_cast<float>(e), 0.6931472f, fma(f * f, p, f));
-  const float radius = ::sqrtf(-2.0f * ln_u);
-  // Angle = (quadrant + g) quarter turns with g in [-1/2, 1/2).
-  const std::uint32_t quadrant = (w1 + 0x20000000u) >> 30;
-  const float g = static_cast<float>(static_cast<std::int32_t>(w1 - (quadrant << 30))) * 0x1p-30f;
+  constexpr std::uint32_t kExponents = 0xFF800000, kUnit = 1u << 23;
+  const auto bits = bit_cast<std::uint32_t>(u);
+  const std::uint32_t e = (bits - (0x3F3504F3 + 32 * kUnit)) & kExponents;  // 2^23 e
+  const float f = bit_cast<float>(bits - e - 31 * kUnit) - 2.0f;            // 2 f
+  float p = fma(f, 0.08700401f / 256, -0.14266932f / 128);
+  p = fma(p, f, 0.14914508f / 64);
+  p = fma(p, f, -0.16577652f / 32);
+  p = fma(p, f, 0.199631f / 16);
+  p = fma(p, f, -0.25001335f / 8);
+  p = fma(p, f, 0.3333391f / 4);
+  p = fma(p, f, -0.5f / 2);
+  return -fma(static_cast<float>(static_cast<std::int32_t>(e)), 0.6931472f * 0x1p-22f, fma(f * f, p, f));
+}
+
+// The point at that radius whose angle is w1 / 2^32 of a turn.
+DDPM_FAST_FN void turn(float radius, std::uint32_t w1, float& normal_0, float& normal_1) {
+  // Angle = (quadrant + g) quarter turns with g in [-1/2, 1/2): the low 30 bits are g, as a signed number.
+  const float g = static_cast<float>(static_cast<std::int32_t>(w1 << 2)) * 0x1p-32f;
   const float g2 = g * g;
   float s = fma(g2, -0.004685972f, 0.079712525f);
   s = fma(s, g2, -0.64596665f);
@@ -48,12 +53,16 @@ DDPM_FAST_FN void normal_pair(std::uint32_t w0, std::uint32_t w1, float& normal_
   float c = fma(g2, -0.02041453f, 0.2536024f);
   c = fma(c, g2, -1.2336977f);
   c = fma(c, g2, 1.0f);  // cos(pi/2 g)
-  // Quadrants 1 and 3 swap the two; the cosine is negative in 1 and 2, the sine in 2 and 3. Signs are flipped by bits.
-  const bool odd = quadrant & 1;
-  const std::uint32_t cosine = bit_cast<std::uint32_t>(odd ? s : c) ^ ((quadrant + 1) >> 1 << 31);
-  const std::uint32_t sine = bit_cast<std::uint32_t>(odd ? c : s) ^ (quadrant >> 1 << 31);
-  normal_0 = radius * bit_cast<float>(cosine);
-  normal_1 = radius * bit_cast<float>(sine);
+  // A quarter turn takes (c, s) to (-s, c), a half turn changes both signs.
+  const bool quarter = static_cast<std::int32_t>((w1 << 1) + 0x40000000u) < 0;
+  const std::uint32_t half = (w1 + 0x20000000u) & 0x80000000u;
+  const float signed_radius = bit_cast<float>(bit_cast<std::uint32_t>(radius) ^ half);
+  normal_0 = signed_radius * (quarter ? -s : c);
+  normal_1 = signed_radius * (quarter ? c : s);
+}
+
+DDPM_FAST_FN void normal_pair(std::uint32_t w0, std::uint32_t w1, float& normal_0, float& normal_1) {
+  turn(::sqrtf(squared_radius(w0)), w1, normal_0, normal_1);
 }
 
 }  // namespace ddpm_fast

@@ -33,6 +33,23 @@ DDPM_FAST_DEVICE float rsqrt_approx(float x) {
   return y;
 }
 
+// Correctly rounded, of 0 or a number from 2^-70 to 2^120: the instructions that sqrtf compiles to for those, without its
+// question whether x is one of them.
+DDPM_FAST_DEVICE float square_root(float x) {
+  const float reciprocal = rsqrt_approx(x + 0x1p-100f);  // finite for 0, and the same for the others
+  const float root = x * reciprocal;
+  return fmaf(fmaf(-root, root, x), 0.5f * reciprocal, root);
+}
+
+// x between -limit and limit; NaN stays NaN.
+DDPM_FAST_DEVICE float clip(float x, float limit) {
+  float y;
+  asm("{ .reg .f32 below; min.NaN.f32 below, %1, %2; max.NaN.f32 %0, below, %3; }"
+      : "=f"(y)
+      : "f"(x), "f"(limit), "f"(-limit));
+  return y;
+}
+
 // ----------------------------------------------------------------------------------------------- half precision
 // A word holds two numbers, the one at the lower address in its low half. Narrowing rounds to nearest, ties to even.
 
@@ -57,6 +74,20 @@ DDPM_FAST_DEVICE void unpack_float16(std::uint32_t word, float& low, float& high
   asm("{ .reg .f16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h; }"
       : "=f"(low), "=f"(high)
       : "r"(word));
+}
+
+// ------------------------------------------------------------------------------------------------------- integers
+
+// In one instruction, which a C++ product of 64-bit numbers is not always.
+DDPM_FAST_DEVICE void multiply_wide(std::uint32_t a, std::uint32_t b, std::uint32_t& low, std::uint32_t& high) {
+  asm("{ .reg .u64 product; mul.wide.u32 product, %2, %3; mov.b64 {%0, %1}, product; }"
+      : "=r"(low), "=r"(high)
+      : "r"(a), "r"(b));
+}
+
+// `word` with its lowest byte replaced by byte i of `bytes`.
+DDPM_FAST_DEVICE std::uint32_t with_low_byte(std::uint32_t word, std::uint32_t bytes, int i) {
+  return __byte_perm(word, bytes, 0x3214 + i);
 }
 
 // ------------------------------------------------------------------------------------------------------ clusters

@@ -1,0 +1,51 @@
+#include "cuda/kernels.h"
+#include "cuda/tiles.h"
+
+namespace ddpm_fast::cuda {
+
+namespace {
+
+template <class T>
+struct Draw {
+  Noise<T> noise;
+  T* out;
+
+  template <int width>
+  struct Inputs {};
+
+  __device__ Draw(const NoiseArgs& a, const Tiling& tiling, const Tile& tile)
+      : noise(nullptr, a.seeds, a.stream, tiling, tile),
+        out(static_cast<T*>(a.out) + tile.offset(tiling)) {}
+
+  template <int width>
+  __device__ Inputs<width> load(const Place&) const {
+    return {};
+  }
+
+  template <int width>
+  __device__ void finish(const Place& at, const Inputs<width>&, const float (&normals)[width]) {
+    store(out + at.offset, normals);
+  }
+};
+
+template <class T, bool staged>
+__global__ void __launch_bounds__(kMostThreads) noise_kernel(const NoiseArgs a, const Tiling tiling) {
+  const Tile tile = current_tile<staged>(tiling);
+  if (tile.sample >= tiling.n) return;
+  Draw<T> op(a, tiling, tile);
+  run<staged, kWidth<T>>(tiling, tile, op);
+}
+
+}  // namespace
+
+void noise(const NoiseArgs& a) {
+  if (a.shape.n * a.shape.c * a.shape.hw == 0) return;
+  with_type(a.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const Tiling tiling(a.shape, true, kWidth<T>, aligned<T>(a.out, kWidth<T>));
+    launch("noise", tiling.staged ? noise_kernel<T, true> : noise_kernel<T, false>, tiling.dims(), a.run_on.stream(), a,
+           tiling);
+  });
+}
+
+}  // namespace ddpm_fast::cuda

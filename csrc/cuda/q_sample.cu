@@ -1,0 +1,69 @@
+#include "cuda/kernels.h"
+#include "cuda/tiles.h"
+
+namespace ddpm_fast::cuda {
+
+namespace {
+
+// x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) epsilon: derivation eq. 3. X: the type of x_0, T: of everything else.
+template <class T, class X>
+struct QSample {
+  Noise<T> noise;
+  T* out;
+  const X* x_0;
+  float signal, sigma;
+
+  template <int width>
+  using Inputs = Packed<X, width>;
+
+  __device__ QSample(const QSampleArgs& a, const Tiling& tiling, const Tile& tile)
+      : noise(a.noise, a.seeds, kStreamQSample, tiling, tile),
+        out(static_cast<T*>(a.out) + tile.offset(tiling)),
+        x_0(static_cast<const X*>(a.x_0) + tile.offset(tiling)) {
+    const float* coefficients = a.table + 2 * a.t[tile.sample];
+    signal = coefficients[0];
+    sigma = coefficients[1];
+  }
+
+  template <int width>
+  __device__ Inputs<width> load(const Place& at) const {
+    return cuda::load<width>(x_0 + at.offset);
+  }
+
+  template <int width>
+  __device__ void finish(const Place& at, const Inputs<width>& input, const float (&epsilon)[width]) const {
+    float x[width];
+    widen(input, x);
+    for (int i = 0; i < width; ++i) x[i] = fma(sigma, epsilon[i], signal * x[i]);
+    store(out + at.offset, x);
+  }
+};
+
+template <class T, class X, bool staged>
+__global__ void __launch_bounds__(kMostThreads) q_sample_kernel(const QSampleArgs a, const Tiling tiling) {
+  const Tile tile = current_tile<staged>(tiling);
+  if (tile.sample >= tiling.n) return;
+  QSample<T, X> op(a, tiling, tile);
+  run<staged, kWidth<T>>(tiling, tile, op);
+}
+
+template <class T, class X>
+void run_with(const QSampleArgs& a) {
+  constexpr int kVector = kWidth<T>;
+  const bool whole = aligned<T>(a.out, kVector) && aligned<X>(a.x_0, kVector) && aligned<T>(a.noise, kVector);
+  const Tiling tiling(a.shape, a.noise == nullptr, kVector, whole);
+  launch("q_sample", tiling.staged ? q_sample_kernel<T, X, true> : q_sample_kernel<T, X, false>, tiling.dims(),
+         a.run_on.stream(), a, tiling);
+}
+
+}  // namespace
+
+void q_sample(const QSampleArgs& a) {
+  if (a.shape.n * a.shape.c * a.shape.hw == 0) return;
+  with_type(a.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    a.x_0_dtype == DType::kUInt8 ? run_with<T, std::uint8_t>(a) : run_with<T, T>(a);
+  });
+}
+
+}  // namespace ddpm_fast::cuda

@@ -1,0 +1,141 @@
+#include "common/exp.h"
+#include "cuda/kernels.h"
+#include "cuda/tiles.h"
+
+namespace ddpm_fast::cuda {
+
+namespace {
+
+// Where the parts of the model's output are, counted in elements.
+struct Model {
+  std::int64_t sample, row;    // from one to the next
+  std::int64_t variance;       // from a prediction to its variance; 0: the variance is fixed
+  std::int64_t unconditional;  // from a prediction to the one without the condition; 0: no guidance
+  float guidance_scale;
+};
+
+// x_0^ = clip(p x_t + q m) and x_{t-1} = k0 x_0^ + k1 x_t + k2 m + k3 x_0_prev + std z: derivation eq. 13 where nothing
+// is clipped. M: the type of the model's output, T: of everything else.
+template <class T, class M>
+struct ReverseStep {
+  PlanRow row;
+  Noise<T> noise;
+  T *out, *x_0_out;
+  const T *x_t, *x_0_prev;
+  const M *prediction, *unconditional, *variance;
+  int more;  // elements in a row of the model's output, beyond those in a row of x_t
+  float guidance_scale;
+  bool range;  // whether `variance` interpolates between the logarithms of the plan's two
+
+  template <int width>
+  struct Inputs {
+    Packed<T, width> x;
+    Packed<M, width> m;
+  };
+
+  __device__ ReverseStep(const ReverseStepArgs& a, const Model& model, const PlanRow& row, const Noise<T>& noise,
+                         const Tiling& tiling, const Tile& tile)
+      : row(row), noise(noise), guidance_scale(model.guidance_scale), range(a.variance == Variance::kLearnedRange) {
+    const auto in_place = [offset = tile.offset(tiling)](auto* tensor) {
+      return tensor == nullptr ? tensor : tensor + offset;
+    };
+    out = in_place(static_cast<T*>(a.out));
+    x_0_out = in_place(static_cast<T*>(a.x_0_out));
+    x_t = in_place(static_cast<const T*>(a.x_t));
+    x_0_prev = in_place(static_cast<const T*>(a.x_0_prev));
+    prediction = static_cast<const M*>(a.model_output) + tile.sample * model.sample + tile.row * model.row + tile.col;
+    unconditional = model.unconditional == 0 ? nullptr : prediction + model.unconditional;
+    variance = model.variance == 0 || !(noise.given || noise.drawn) ? nullptr : prediction + model.variance;
+    more = static_cast<int>(model.row - tiling.cols);
+  }
+
+  template <int width>
+  __device__ Inputs<width> load(const Place& at) const {
+    return {cuda::load<width>(x_t + at.offset), cuda::load<width>(prediction + at.offset + at.row * more)};
+  }
+
+  template <int width>
+  __device__ void finish(const Place& at, const Inputs<width>& inputs, const float (&z)[width]) const {
+    const int model_offset = at.offset + at.row * more;
+    float x[width], m[width], x_0[width];
+    widen(inputs.x, x);
+    widen(inputs.m, m);
+    if (unconditional != nullptr) {
+      float other[width];
+      cuda::load(unconditional + model_offset, other);
+      for (int i = 0; i < width; ++i) m[i] = fma(guidance_scale, m[i] - other[i], other[i]);
+    }
+    for (int i = 0; i < width; ++i) {
+      x_0[i] = clip(fma(row.q, m[i], row.p * x[i]), row.clip);
+      x[i] = fma(row.k2, m[i], fma(row.k1, x[i], row.k0 * x_0[i]));
+    }
+    if (x_0_out != nullptr) store(x_0_out + at.offset, x_0);
+    if (x_0_prev != nullptr) {
+      cuda::load(x_0_prev + at.offset, x_0);
+      for (int i = 0; i < width; ++i) x[i] = fma(row.k3, x_0[i], x[i]);
+    }
+    if (variance == nullptr) {
+      for (int i = 0; i < width; ++i) x[i] = fma(row.sigma, z[i], x[i]);
+    } else {
+      float v[width];
+      cuda::load(variance + model_offset, v);
+      for (int i = 0; i < width; ++i) {
+        const float f = (v[i] + 1) * 0.5f;
+        const float log_variance = range ? fma(f, row.log_beta, (1 - f) * row.log_beta_tilde) : v[i];
+        x[i] = fma(row.sigma * exp(0.5f * log_variance), z[i], x[i]);
+      }
+    }
+    store(out + at.offset, x);
+  }
+};
+
+template <class T, class M, bool staged>
+__global__ void __launch_bounds__(kMostThreads)
+    reverse_step_kernel(const ReverseStepArgs a, const Model model, const Tiling tiling) {
+  const Tile tile = current_tile<staged>(tiling);
+  if (tile.sample >= tiling.n) return;
+  const std::int64_t step = a.steps[tile.sample * a.step_stride];
+  const PlanRow row = a.table[step];
+  const bool noisy = row.sigma != 0;
+  const Noise<T> noise(noisy ? a.noise : nullptr, noisy ? a.seeds : nullptr, static_cast<std::uint32_t>(step), tiling,
+                       tile);
+  ReverseStep<T, M> op(a, model, row, noise, tiling, tile);
+  run<staged, kWidth<T>>(tiling, tile, op);
+}
+
+template <class T, class M>
+void run_with(const ReverseStepArgs& a) {
+  constexpr int kVector = kWidth<T>;
+  const bool learned = a.variance != Variance::kFixed;
+  // In channels_last a pixel has the channels of the prediction, and then those of the variance.
+  const bool interleaved = learned && a.shape.channels_last && a.shape.hw > 1;
+  const bool whole = aligned<T>(a.out, kVector) && aligned<T>(a.x_0_out, kVector) && aligned<T>(a.x_t, kVector) &&
+                     aligned<M>(a.model_output, kVector) && aligned<T>(a.noise, kVector) &&
+                     aligned<T>(a.x_0_prev, kVector);
+  const bool draws = a.noise == nullptr && a.seeds != nullptr;
+  const Tiling tiling(a.shape, draws || interleaved, kVector, whole, interleaved);
+  const std::int64_t sample = a.shape.c * a.shape.hw;
+  const Model model = {
+      .sample = learned ? 2 * sample : sample,
+      .row = interleaved ? 2 * tiling.cols : tiling.cols,
+      .variance = !learned ? 0 : interleaved ? tiling.cols : sample,
+      .unconditional = a.guidance ? a.shape.n * (learned ? 2 * sample : sample) : 0,
+      .guidance_scale = static_cast<float>(a.guidance_scale),
+  };
+  launch("reverse_step", tiling.staged ? reverse_step_kernel<T, M, true> : reverse_step_kernel<T, M, false>,
+         tiling.dims(), a.run_on.stream(), a, model, tiling);
+}
+
+}  // namespace
+
+void reverse_step(const ReverseStepArgs& a) {
+  if (a.shape.n * a.shape.c * a.shape.hw == 0) return;
+  with_type(a.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    if (a.model_dtype == a.dtype) return run_with<T, T>(a);
+    // The state of the loop stays in float32 where the model computes in less.
+    if constexpr (sizeof(T) == 4) a.model_dtype == DType::kFloat16 ? run_with<T, Float16>(a) : run_with<T, BFloat16>(a);
+  });
+}
+
+}  // namespace ddpm_fast::cuda

@@ -1,0 +1,273 @@
+// How the elementwise kernels cut samples into tiles, and how the elements of a tile meet their noise.
+//
+// In memory a sample is rows of columns: one element a row where it is contiguous, the channels of a pixel in
+// channels_last. A block handles a tile of one sample, so that what depends on the sample (t, seed, coefficients) is the
+// same for all its threads; a thread handles 16 elements of it, in vectors of 16 bytes. There are two ways:
+//
+// - In registers: memory has the elements in C, H, W order, and aligned. A thread draws the noise of its own elements.
+// - Staged: the block draws the noise of the tile into shared memory, no Philox block twice, and finds it there in the
+//   order of memory. Where something is not aligned, vectors are of one element.
+#pragma once
+
+#include <cstdint>
+
+#include "common/args.h"
+#include "cuda/draw.h"
+#include "cuda/launch.h"
+#include "cuda/vector.h"
+
+namespace ddpm_fast::cuda {
+
+constexpr int kWarp = 32, kMostThreads = 256;
+constexpr int kPerThread = 16;
+constexpr int kMostInTile = kPerThread * kMostThreads;
+
+constexpr std::int64_t divide_up(std::int64_t value, std::int64_t unit) { return (value + unit - 1) / unit; }
+constexpr std::int64_t round_up(std::int64_t value, std::int64_t unit) { return divide_up(value, unit) * unit; }
+
+// ----------------------------------------------------------------------------------------------------------- tiling
+
+struct Tiling {
+  std::int64_t n, rows, cols;
+  std::int64_t row_tiles;
+  int col_tiles, tile_rows, tile_cols, threads;
+  std::uint64_t reciprocal;  // 2^32 / tile_cols, rounded up
+  bool staged, vectors;
+  bool by_row;  // whether the row of an element has to be known
+
+  // ordered: whether the kernel depends on the C, H, W order. If not, a sample is a line whatever its layout.
+  // aligned: whether the tensors can be accessed in vectors of `width` elements.
+  // interleaved: whether a tensor has more in a row than the others, so that vectors must not cross rows.
+  Tiling(const Shape& shape, bool ordered, int width, bool aligned, bool interleaved = false) {
+    constexpr int kRowUnit = 8;  // whole Philox blocks and whole vectors
+    constexpr std::int64_t kMostCols = kMostInTile / kRowUnit;
+    const bool pixels = ordered && shape.channels_last && shape.hw > 1;
+    n = shape.n;
+    rows = pixels ? shape.hw : shape.c * shape.hw;
+    cols = pixels ? shape.c : 1;
+    tile_cols = static_cast<int>(cols < kMostCols ? cols : kMostCols);
+    col_tiles = static_cast<int>(divide_up(cols, tile_cols));
+    row_tiles = divide_up(rows, kMostInTile / tile_cols / kRowUnit * kRowUnit);
+    tile_rows = static_cast<int>(round_up(divide_up(rows, row_tiles), kRowUnit));
+    threads = static_cast<int>(round_up(divide_up(tile_rows * tile_cols, kPerThread), kWarp));
+    reciprocal = static_cast<std::uint64_t>(divide_up(std::int64_t{1} << 32, tile_cols));
+    by_row = interleaved || col_tiles > 1;
+    vectors = aligned && rows * cols % width == 0 && (!by_row || cols % width == 0);
+    staged = !vectors || cols > 1 || interleaved;
+  }
+
+  std::int64_t tiles_per_sample() const { return row_tiles * col_tiles; }
+
+  Dims dims() const {
+    constexpr std::int64_t kMostInY = 65535;
+    const std::int64_t y = n < kMostInY ? n : kMostInY;
+    return {.grid = dim3(static_cast<unsigned>(tiles_per_sample()), static_cast<unsigned>(y),
+                         static_cast<unsigned>(divide_up(n, y))),
+            .block = dim3(static_cast<unsigned>(threads))};
+  }
+};
+
+// Whether an address is one of a vector of `width` elements of type T; an absent tensor does not matter.
+template <class T>
+bool aligned(const void* address, int width) {
+  return reinterpret_cast<std::uintptr_t>(address) % (sizeof(T) * static_cast<std::size_t>(width)) == 0;
+}
+
+// The tile of a block; its first element is in row `row` and column `col` of the sample.
+struct Tile {
+  std::int64_t sample, row, col;
+  int rows, cols;
+
+  // The first element's, in a tensor of the tiling's shape.
+  __device__ std::int64_t offset(const Tiling& tiling) const {
+    return (sample * tiling.rows + row) * tiling.cols + col;
+  }
+};
+
+// The last samples of a grid may not exist: their blocks have nothing to do.
+template <bool staged>
+DDPM_FAST_DEVICE Tile current_tile(const Tiling& tiling) {
+  const std::int64_t sample = std::int64_t{blockIdx.z} * gridDim.y + blockIdx.y;
+  std::int64_t row_tile = blockIdx.x;
+  int col_tile = 0;
+  if (staged && tiling.col_tiles > 1) {
+    row_tile = blockIdx.x / static_cast<unsigned>(tiling.col_tiles);
+    col_tile = static_cast<int>(blockIdx.x % static_cast<unsigned>(tiling.col_tiles));
+  }
+  const std::int64_t row = row_tile * tiling.tile_rows, col = std::int64_t{col_tile} * tiling.tile_cols;
+  const std::int64_t rows = tiling.rows - row, cols = tiling.cols - col;
+  return {sample, row, col, rows < tiling.tile_rows ? static_cast<int>(rows) : tiling.tile_rows,
+          cols < tiling.tile_cols ? static_cast<int>(cols) : tiling.tile_cols};
+}
+
+// Where an element is: `offset` from the tile's first one in memory, in row `row` of the tile if the tiling is by_row.
+struct Place {
+  int offset, row;
+  bool exists;
+};
+
+// `index` counts a tile's elements as if it had tile_cols columns.
+template <bool staged>
+DDPM_FAST_DEVICE Place place(const Tiling& tiling, const Tile& tile, int index) {
+  Place at = {index, 0, index < tile.rows * (staged ? tiling.tile_cols : 1)};
+  if (staged && tiling.by_row) {
+    at.row = static_cast<int>(static_cast<std::uint64_t>(index) * tiling.reciprocal >> 32);
+    const int col = index - at.row * tiling.tile_cols;
+    at.offset = at.row * static_cast<int>(tiling.cols) + col;
+    at.exists = at.exists && col < tile.cols;
+  }
+  return at;
+}
+
+// ------------------------------------------------------------------------------------------------------------ noise
+
+// The noise of a tile: given, or drawn, or absent.
+template <class T>
+struct Noise {
+  const T* given = nullptr;
+  bool drawn = false;
+  std::uint64_t seed = 0;
+  std::uint32_t stream = 0;
+
+  __device__ Noise(const void* tensor, const std::int64_t* seeds, std::uint32_t stream, const Tiling& tiling,
+                   const Tile& tile)
+      : stream(stream) {
+    if (tensor != nullptr) {
+      given = static_cast<const T*>(tensor) + tile.offset(tiling);
+    } else if (seeds != nullptr) {
+      drawn = true;
+      seed = static_cast<std::uint64_t>(seeds[tile.sample]);
+    }
+  }
+};
+
+// Draws the noise of a tile into shared memory.
+DDPM_FAST_DEVICE void stage(const Tiling& tiling, const Tile& tile, std::uint64_t seed, std::uint32_t stream,
+                            float* room) {
+  // A column's elements are neighbours in C, H, W order. They may begin and end within a block.
+  const int blocks = (tile.rows + 3) / 4 + (tiling.rows % 4 != 0);
+  const int draws = blocks * tiling.tile_cols;
+  constexpr int kInFlight = kPerThread / 4;
+  for (int first = threadIdx.x; first < draws; first += kInFlight * static_cast<int>(blockDim.x)) {
+    float normals[kInFlight][4];
+    int row[kInFlight], col[kInFlight];  // of the first normal
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      const int index = first + i * static_cast<int>(blockDim.x);
+      const int block = static_cast<int>(static_cast<std::uint64_t>(index) * tiling.reciprocal >> 32);
+      col[i] = index - block * tiling.tile_cols;
+      const std::int64_t element = (tile.col + col[i]) * tiling.rows + tile.row;
+      row[i] = 4 * block - static_cast<int>(element % 4);
+      draw(seed, stream, static_cast<std::uint32_t>(element / 4 + block), normals[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      float* const to = room + row[i] * tiling.tile_cols + col[i];
+      for (int j = 0; j < 4; ++j) {
+        if (row[i] + j >= 0 && row[i] + j < tile.rows) to[j * tiling.tile_cols] = normals[i][j];
+      }
+    }
+  }
+}
+
+// ------------------------------------------------------------------------------------------------------- all together
+
+// An op has
+//   Noise<T> noise;
+//   Inputs<width> load<width>(place);  what can be read before the noise is there
+//   void finish<width>(place, inputs, normals);
+
+// Where there is no noise: the one number whose addition changes nothing.
+constexpr float kNoNoise = -0.0f;
+
+template <int width, class Op>
+DDPM_FAST_DEVICE void run_in_registers(const Tiling& tiling, const Tile& tile, Op& op) {
+  constexpr int kVectors = kPerThread / width, kApart = kWarp * width;
+  // A warp's elements lie together, so that those of a thread are a constant apart.
+  const int thread = static_cast<int>(threadIdx.x);
+  const int first = thread / kWarp * kWarp * kPerThread + thread % kWarp * width;
+  if (first >= tile.rows) return;
+  typename Op::template Inputs<width> inputs[kVectors];
+  float normals[kVectors][width];
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) {
+    const Place at = place<false>(tiling, tile, first + v * kApart);
+    if (at.exists) inputs[v] = op.template load<width>(at);
+  }
+  if (op.noise.drawn) {
+    const auto block = static_cast<std::uint32_t>((tile.row + first) / 4);
+#pragma unroll
+    for (int call = 0; call < kPerThread / 4; ++call) {
+      const int v = 4 * call / width, i = 4 * call % width;
+      draw(op.noise.seed, op.noise.stream, block + (v * kApart + i) / 4, normals[v] + i);
+    }
+  } else {
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      const Place at = place<false>(tiling, tile, first + v * kApart);
+      for (float& normal : normals[v]) normal = kNoNoise;
+      if (op.noise.given != nullptr && at.exists) load(op.noise.given + at.offset, normals[v]);
+    }
+  }
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) {
+    const Place at = place<false>(tiling, tile, first + v * kApart);
+    if (at.exists) op.template finish<width>(at, inputs[v], normals[v]);
+  }
+}
+
+// With the noise in `room`, if it is drawn.
+template <int width, class Op>
+DDPM_FAST_DEVICE void run_staged(const Tiling& tiling, const Tile& tile, Op& op, const float* room) {
+  const int apart = static_cast<int>(blockDim.x) * width;
+  for (int index = static_cast<int>(threadIdx.x) * width; index < tile.rows * tiling.tile_cols; index += apart) {
+    const Place at = place<true>(tiling, tile, index);
+    if (!at.exists) continue;
+    const auto inputs = op.template load<width>(at);
+    float normals[width];
+    if (op.noise.given != nullptr) {
+      load(op.noise.given + at.offset, normals);
+    } else if (op.noise.drawn) {
+      load(room + index, normals);
+    } else {
+      for (float& normal : normals) normal = kNoNoise;
+    }
+    op.template finish<width>(at, inputs, normals);
+  }
+}
+
+// Runs an op over the block's tile.
+template <bool staged, int width, class Op>
+DDPM_FAST_DEVICE void run(const Tiling& tiling, const Tile& tile, Op& op) {
+  if constexpr (staged) {
+    alignas(kVectorBytes) __shared__ float room[kMostInTile];
+    if (op.noise.drawn) {
+      stage(tiling, tile, op.noise.seed, op.noise.stream, room);
+      __syncthreads();
+    }
+    if (tiling.vectors) {
+      run_staged<width>(tiling, tile, op, room);
+    } else {
+      run_staged<1>(tiling, tile, op, room);
+    }
+  } else {
+    run_in_registers<width>(tiling, tile, op);
+  }
+}
+
+// -------------------------------------------------------------------------------------------------------------- dtypes
+
+// Calls body with a zero of the type that the code stands for.
+template <class Body>
+void with_type(DType dtype, Body body) {
+  switch (dtype) {
+    case DType::kFloat16:
+      return body(Float16{});
+    case DType::kBFloat16:
+      return body(BFloat16{});
+    default:
+      return body(float{});
+  }
+}
+
+}  // namespace ddpm_fast::cuda
