@@ -33,6 +33,11 @@ DDPM_FAST_DEVICE float rsqrt_approx(float x) {
   return approximate(static_cast<float>(1.0 / std::sqrt(argument)), x, 2);
 }
 
+// Exact on a card too.
+DDPM_FAST_DEVICE float square_root(float x) { return sqrtf(x); }
+
+DDPM_FAST_DEVICE float clip(float x, float limit) { return x < -limit ? -limit : x > limit ? limit : x; }
+
 // ----------------------------------------------------------------------------------------------- half precision
 
 DDPM_FAST_DEVICE std::uint32_t pack_bfloat16(float low, float high) {
