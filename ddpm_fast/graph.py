@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
@@ -22,6 +23,7 @@ DEVICE_TYPES: Final = ("cuda",)  # where networks are frozen and steps captured
 MAX_LOOPS: Final = 4  # kept for a model: batch sizes, plans, scales
 
 _logger = logging.getLogger(__name__)
+_ONE_CAPTURE = threading.Lock()  # in the process, as torch demands
 
 
 class CaptureError(RuntimeError):
@@ -130,8 +132,7 @@ def capture(rehearse: Callable[[], None], advance: Callable[[], None], device: t
 
     Args:
         rehearse: does what `advance` does, without consequences. The first run compiles kernels and fills caches; what it
-            raises is the model's own error. The second finds out whether anything waits for the GPU, before a capture
-            fails for it.
+            raises is the model's own error. The second finds out whether anything waits for the GPU: a capture would fail.
         pool: of the memory for what lives during a step.
 
     Raises:
@@ -141,13 +142,15 @@ def capture(rehearse: Callable[[], None], advance: Callable[[], None], device: t
     caller, stream = torch.cuda.current_stream(device), torch.cuda.Stream(device)
     stream.wait_stream(caller)
     try:
-        with torch.cuda.stream(stream):  # torch.cuda.graph itself leaves its stream the current one if a capture fails
+        # torch.cuda.graph would leave its stream the current one where a capture fails.
+        with _ONE_CAPTURE, torch.cuda.stream(stream):
             rehearse()
             try:
-                with _waiting_is_an_error():
-                    rehearse()
-                with torch.cuda.graph(graph, pool, stream, "thread_local"), _waiting_is_an_error():
+                _refuse_waiting(rehearse)
+                with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                     advance()
+            except CaptureError:
+                raise
             except Exception as error:
                 _clean_up(device, pool)
                 first_line = str(error).partition("\n")[0]
@@ -157,16 +160,19 @@ def capture(rehearse: Callable[[], None], advance: Callable[[], None], device: t
     return graph.replay
 
 
-@contextmanager
-def _waiting_is_an_error() -> Iterator[None]:
+def _refuse_waiting(run: Callable[[], None]) -> None:
+    """Runs it; CaptureError if it waited for the GPU."""
     before = torch.cuda.get_sync_debug_mode()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch calls this mode a prototype
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")  # not "error": the mode is the process's, and other threads may wait
+        try:
+            run()
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    for warning in told:
+        if "called a synchronizing CUDA operation" in str(warning.message):
+            raise CaptureError(f"a step waits for the GPU ({warning.filename}:{warning.lineno})")
 
 
 def _clean_up(device: torch.device, pool: Any) -> None:

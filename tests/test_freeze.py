@@ -1,19 +1,23 @@
-"""`freeze`: the inference form has the model's outputs, and no model that it would change is taken."""
+"""`freeze`: the inference form has the model's outputs, and no model is taken that it would change."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from test_unet import SMALL, VARIANTS, make_inputs, randomise, relative_error
+from torch import nn
 
 from ddpm_fast import freeze
 from ddpm_fast.nn import UNet
+from ddpm_fast.nn.freeze import default_dtype
 
 
-def make(variant: str, **changes: Any) -> tuple[UNet, dict[str, Any]]:
+def make(variant: str = "heads", **changes: Any) -> tuple[UNet, dict[str, Any]]:
     config = SMALL | VARIANTS[variant] | changes
     model = UNet(**config).eval()
     randomise(model)
@@ -22,16 +26,153 @@ def make(variant: str, **changes: Any) -> tuple[UNet, dict[str, Any]]:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_outputs_are_those_of_the_model(variant: str, device: torch.device) -> None:
-    model, config = make(variant)
+    model, config = make(variant, dropout=0.1)
     inputs = [x if x is None else x.to(device) for x in make_inputs(config, 3)]
     model = model.to(device)
     with torch.no_grad():
         exact = copy.deepcopy(model).double()(*inputs)
-        # A wrong constant or a lost term cannot hide in float64's rounding. The sinusoids and their table are float32's.
-        assert relative_error(freeze(model, torch.float64)(*inputs), exact) <= 1e-12
+        # A wrong constant or a lost term cannot hide in float64's rounding.
+        assert relative_error(freeze(model, torch.float64)(*inputs), exact) <= 1e-13
         for dtype in (torch.float32, torch.bfloat16):
             allowed = relative_error(copy.deepcopy(model).to(dtype)(*inputs), exact)
-            out = freeze(model, dtype)(*inputs)
+            out = freeze(model.train(), dtype)(*inputs)  # without dropout all the same
             assert out.dtype == dtype
             assert out.is_contiguous(memory_format=torch.channels_last)
             assert relative_error(out, exact) <= 2 * allowed
+            model.eval()
+
+
+def test_the_model_is_left_as_it_was_and_the_copy_stays_as_it_is() -> None:
+    model, config = make(dropout=0.1)
+    model.train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    frozen = freeze(model, torch.bfloat16)
+    assert all(module.training for module in model.modules())
+    assert all(p.requires_grad for p in model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    inputs = make_inputs(config, 2)
+    out = frozen(*inputs)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert torch.equal(frozen(*inputs), out)
+
+
+def test_there_are_no_gradients_and_the_input_is_only_read() -> None:
+    model, config = make()
+    frozen = freeze(model)
+    x, t, _ = make_inputs(config, 2)
+    x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+    before = x.detach().clone()
+    assert not frozen(x, t).requires_grad
+    assert torch.equal(x, before)
+    assert not any(p.requires_grad for p in frozen.parameters())
+
+
+def test_timesteps_may_be_an_int_a_scalar_or_one_per_sample() -> None:
+    model, config = make()
+    frozen = freeze(model, num_timesteps=10)
+    x, _, _ = make_inputs(config, 2)
+    expected = frozen(x, torch.tensor([9, 9]))
+    assert torch.equal(frozen(x, 9), expected)
+    assert torch.equal(frozen(x, torch.tensor(9)), expected)
+    assert not torch.allclose(frozen(x, torch.tensor([9, 8])), expected)
+
+
+def test_the_number_of_timesteps_is_that_of_the_config() -> None:
+    assert freeze(make()[0]).num_timesteps == 1000
+    model, _ = make(num_train_timesteps=50)
+    assert freeze(model).num_timesteps == 50
+    assert freeze(model, num_timesteps=60).num_timesteps == 60
+
+
+def test_autocast_changes_nothing() -> None:
+    model, config = make("class-conditional")
+    frozen, inputs = freeze(model), make_inputs(config, 2)
+    expected = frozen(*inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(frozen(*inputs), expected)
+
+
+@pytest.mark.parametrize("variant", ["heads", "class-conditional"])
+def test_compiles_whole(variant: str) -> None:
+    model, config = make(variant)
+    frozen, inputs = freeze(model), make_inputs(config, 2)
+    compiled = torch.compile(frozen, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(*inputs), frozen(*inputs))
+
+
+def test_an_empty_batch_gives_an_empty_batch() -> None:
+    model, config = make()
+    x, t, _ = make_inputs(config, 2)
+    assert freeze(model)(x[:0], t[:0]).shape == (0, *model(x, t).shape[1:])
+
+
+@pytest.mark.parametrize("has_bfloat16", [True, False])
+def test_a_gpu_takes_half_precision_by_default(has_bfloat16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bfloat16 or including_emulation)
+    gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
+    assert default_dtype(torch.float32, gpu) == (torch.bfloat16 if has_bfloat16 else torch.float16)
+    for dtype in (torch.float64, torch.float16, torch.bfloat16):  # somebody chose it
+        assert default_dtype(dtype, gpu) == dtype
+    assert default_dtype(torch.float32, cpu) == torch.float32
+
+
+# ------------------------------------------------------------------------------------------------------------------ errors
+
+
+class Adapter(nn.Module):
+    """Stands where a linear layer stood, as libraries for fine-tuning do it."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear, self.weight, self.bias = linear, linear.weight, linear.bias
+
+
+def _adapted(model: UNet) -> None:
+    attention = model.mid_block.attentions[0]
+    attention.to_q = Adapter(attention.to_q)
+
+
+def _overridden(model: UNet) -> None:
+    model.conv_out.forward = lambda x: x  # type: ignore[method-assign]
+
+
+def _hooked(model: UNet) -> None:
+    model.mid_block.register_forward_hook(lambda *_: None)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (_adapted, "mid_block.attentions.0.to_q is a Adapter of another make"),
+        (_overridden, "conv_out is a Conv2d of another make"),
+        (_hooked, "mid_block has forward hooks"),
+    ],
+)
+def test_what_would_be_lost_is_refused(change: Callable[[UNet], None], reason: str) -> None:
+    model, _ = make()
+    change(model)
+    with pytest.raises(TypeError, match=f"freeze: expected a UNet with its own layers, got one where {reason}"):
+        freeze(model)
+
+
+def test_bad_arguments_are_named() -> None:
+    model, config = make()
+    with pytest.raises(TypeError, match="freeze: expected a UNet with its own layers, got one where the model is a Conv2d"):
+        freeze(nn.Conv2d(1, 1, 1))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"freeze: expected dtype to be a floating dtype, got torch\.int8"):
+        freeze(model, torch.int8)
+    frozen = freeze(model, num_timesteps=10)
+    x, t, _ = make_inputs(config, 2)
+    with pytest.raises(ValueError, match=r"expected t in 0\.\.9, got 10"):
+        frozen(x, 10)
+    with pytest.raises((IndexError, RuntimeError), match="out of"):
+        frozen(x, torch.tensor([0, 10]))
+    with pytest.raises(TypeError, match=r"expected integer timesteps, got torch\.float32"):
+        frozen(x, t.float())
+    with pytest.raises(ValueError, match="expected class_labels to be None"):
+        frozen(x, 1, t)
+    with pytest.raises(ValueError, match="multiples of 4"):
+        frozen(x[..., :3], 1)

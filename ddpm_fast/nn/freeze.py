@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops._library import check_range
 from .layers import Attention, Downsample, GroupNormSiLU, ResnetBlock, TimeEmbedding, Upsample, timestep_embedding
 from .unet import DownBlock, MidBlock, UNet, UpBlock, checked_timesteps, through_layers
 
@@ -115,12 +114,14 @@ class FrozenUNet(nn.Module):
     def forward(self, x: Tensor, t: Tensor | int, class_labels: Tensor | None = None) -> Tensor:
         """As `UNet.forward`, with integer timesteps in 0..T-1; the output is channels_last.
 
-        On a GPU, where a check would stall it, the range of a tensor is the caller's promise.
+        A tensor of timesteps out of that range is an error on a CPU; on a GPU, which a check would stall, its range is
+        the caller's promise.
         """
+        if isinstance(t, int) and not 0 <= t < self.num_timesteps:
+            raise ValueError(f"FrozenUNet: expected t in 0..{self.num_timesteps - 1}, got {t}")
         t = checked_timesteps(self._config, x, t, class_labels)
         if t.is_floating_point():
             raise TypeError(f"FrozenUNet: expected integer timesteps, got {t.dtype}")
-        check_range("FrozenUNet", "t", t, self.num_timesteps)
         x = x.to(self.conv_in.weight.dtype, memory_format=torch.channels_last)
         with torch.autocast(x.device.type, enabled=False):  # every layer has its dtype
             return through_layers(self, x, self.modulations(t, class_labels))
