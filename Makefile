@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: check setup build lint test test-slow bench format clean
+.PHONY: check setup build lint test test-slow bench gpu-check format clean
 
 check: setup lint test  ## all that a change has to pass, from a fresh clone
 
@@ -32,6 +32,9 @@ test-slow:  ## the tests that take minutes
 bench:  ## images/s of sampling, and every op beside its peers
 	$(RUN) benchmarks/sample_speed.py
 	$(RUN) -m pytest benchmarks/test_ops.py --benchmark-enable
+
+gpu-check:  ## on a machine with an NVIDIA GPU: build, test and measure in ten minutes
+	$(if $(wildcard $(RUN)),$(RUN),$(PYTHON)) benchmarks/gpu_check.py
 
 format:  ## rewrites the sources in the project's style
 	$(RUN) -m ruff check --fix .

@@ -151,6 +151,42 @@ def _time(function: Callable[[], object], calls: int, device: torch.device) -> f
     return (time.perf_counter() - began) / calls
 
 
+_capture_streams: dict[torch.device, Any] = {}
+
+
+def capture_stream(device: torch.device | str) -> Any:
+    """The stream that `graphed` records on. A backward pass runs on the stream of its forward pass: let that be this one."""
+    device = torch.device(device)
+    if device not in _capture_streams:
+        _capture_streams[device] = torch.cuda.Stream(device)
+    return _capture_streams[device]
+
+
+def graphed(function: Callable[[], object], device: torch.device | str, calls: int = 1) -> Callable[[], object]:
+    """Replays `calls` calls in a row, recorded as a CUDA graph: the time is the GPU's alone, however slow the host."""
+    stream = capture_stream(device)
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            function()
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for _ in range(calls):
+            function()
+    return graph.replay
+
+
+def host_seconds(function: Callable[[], object], calls: int = 100) -> float:
+    """What the host spends on a call, the GPU aside."""
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(calls):
+        function()
+    seconds = (time.perf_counter() - began) / calls
+    torch.cuda.synchronize()
+    return seconds
+
+
 _eviction_buffers: dict[torch.device, Tensor] = {}
 
 
@@ -206,6 +242,7 @@ def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
         "cpu_cores": cores(),
         "threads": torch.get_num_threads(),
         "instruction_set": missing or backend.native().build_info()["isa"],
+        **(_card(device) if torch.device(device).type == "cuda" else {}),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         **libraries,
@@ -214,6 +251,22 @@ def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
         "load_average": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
         "copy_gb_per_s": {name: round(copy_bandwidth(size, device) / 1e9, 1) for name, size in bandwidth.items()},
     }
+
+
+def _card(device: torch.device | str) -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(device)
+    card = {
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "l2_mb": round(properties.L2_cache_size / 2**20, 1),
+        "memory_gib": round(properties.total_memory / 2**30),
+    }
+    with suppress(OSError, subprocess.CalledProcessError):
+        query = "driver_version,clocks.max.sm,clocks.max.mem,power.limit"
+        command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
+        lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+        card["driver, clocks, power limit"] = lines[torch.device(device).index or 0]
+    return card
 
 
 def commit() -> str:
@@ -254,13 +307,21 @@ def _cell(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def record(path: Path, benchmark: str, description: Mapping[str, Any], rows: Sequence[Mapping[str, object]]) -> None:
+def record(
+    path: Path,
+    benchmark: str,
+    description: Mapping[str, Any],
+    rows: Sequence[Mapping[str, object]],
+    *,
+    quiet: bool = False,
+) -> None:
     """Puts one benchmark's table into a JSON file, beside those of the others; the file is never half written."""
     results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     path.parent.mkdir(parents=True, exist_ok=True)
     results[benchmark] = {"machine": dict(description), "rows": [_json(row) for row in rows]}
     write_json(path, results)
-    print(f"\nwritten: {path}")
+    if not quiet:
+        print(f"\nwritten: {path}")
 
 
 def _json(row: Mapping[str, object]) -> dict[str, object]:

@@ -78,12 +78,17 @@ def plain(model: nn.Module) -> nn.Module:
 
 
 def cifar10_unet() -> UNet:
-    """The CIFAR-10 network of Ho et al., 35.7 M parameters, with reproducible random weights.
+    """The CIFAR-10 network of Ho et al., 35.7 M parameters."""
+    return random_unet(CIFAR10_32)
+
+
+def random_unet(config: dict[str, Any]) -> UNet:
+    """With reproducible random weights.
 
     Those that training starts from zero are random too, or its output and most of its gradients would be zero.
     """
     torch.manual_seed(0)
-    model = UNet(**CIFAR10_32)
+    model = UNet(**config)
     for parameter in model.parameters():
         if parameter.dim() > 1 and not parameter.any():
             nn.init.xavier_uniform_(parameter)

@@ -44,7 +44,7 @@ class Site(NamedTuple):
         return f"{self.channels}x{self.height}x{self.width}{fused}"
 
 
-def sites(model: nn.Module, size: int) -> Counter[Site]:
+def sites(model: nn.Module, size: int, device: str = "cpu") -> Counter[Site]:
     """The network's group norms, counted, in the order of evaluation."""
     seen: Counter[Site] = Counter()
 
@@ -58,7 +58,7 @@ def sites(model: nn.Module, size: int) -> Counter[Site]:
         if isinstance(module, GroupNormSiLU):
             module.register_forward_pre_hook(see, with_kwargs=True)
     with torch.no_grad():
-        model(torch.zeros(1, 3, size, size), 0)
+        model(torch.zeros(1, 3, size, size, device=device), 0)
     return seen
 
 

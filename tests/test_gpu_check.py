@@ -1,0 +1,275 @@
+"""benchmarks/gpu_check.py and what it runs, as far as that goes without a GPU: the plan, the clock, what is kept."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import common
+import contestants
+import gpu_check
+import gpu_ops
+import gpu_report
+import gpu_sampling
+import pytest
+import torch
+from gpu_check import Check, Outcome, Phase
+
+from ddpm_fast.ops.backend import OPS
+from ddpm_fast.testing import Case
+
+
+class Clock:
+    """Time passes when a phase says so."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def phase(name: str, seconds: float, clock: Clock, takes: float, outcome: Outcome | None = None, greedy: bool = False) -> Phase:
+    def run(check: Check, allowed: float) -> Outcome:
+        clock.now += takes
+        if outcome is None:
+            raise RuntimeError("a crash")
+        return outcome._replace(note=f"{allowed:.0f}")
+
+    return Phase(name, seconds, greedy, "", run)
+
+
+PASSED, FAILED = Outcome("passed", ""), Outcome("failed", "")
+
+
+def run(clock: Clock, phases: Sequence[Phase]) -> tuple[list[dict[str, object]], list[int]]:
+    kept: list[int] = []
+    rows = gpu_check.run(Check(Path("unused"), (9, 0), clock), phases, lambda rows: kept.append(len(rows)))
+    return rows, kept
+
+
+def test_without_a_gpu_it_says_so_and_what_it_would_do(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_check, "why_no_gpu", lambda: "none was found")
+    assert gpu_check.main([]) == 2
+    said = capsys.readouterr().out
+    assert "there is no GPU here: none was found" in said
+    assert all(phase.what in said for phase in gpu_check.PHASES)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_reason_why_there_is_no_gpu() -> None:
+    reason = gpu_check.why_no_gpu()
+    assert reason is not None
+    assert torch.__version__ in reason
+
+
+def test_the_plan_fits_in_ten_minutes() -> None:
+    assert sum(phase.seconds for phase in gpu_check.PHASES) <= gpu_check.TOTAL_SECONDS < 600
+
+
+def test_greedy_phases_take_what_others_left() -> None:
+    clock = Clock()
+    total = gpu_check.TOTAL_SECONDS
+    phases = [
+        phase("a", 100, clock, 10, PASSED),
+        phase("b", 100, clock, 10, PASSED),
+        phase("c", 100, clock, 10, PASSED, greedy=True),
+        phase("d", total - 300, clock, 10, PASSED),
+    ]
+    rows, kept = run(clock, phases)
+    assert [row["note"] for row in rows] == ["100", "100", "280", f"{total - 300:.0f}"]
+    assert [row["seconds"] for row in rows] == [10] * 4
+    assert kept == [1, 2, 3, 4]
+
+
+def test_a_phase_that_fails_or_takes_too_long_does_not_stop_the_others() -> None:
+    clock = Clock()
+    phases = [
+        phase("crash", 10, clock, 1, None),
+        phase("long", 10, clock, gpu_check.TOTAL_SECONDS - 10, FAILED),
+        phase("late", 10, clock, 1, PASSED),
+        phase("never", 3, clock, 1, PASSED),
+    ]
+    rows, _ = run(clock, phases)
+    assert [row["is"] for row in rows] == ["failed", "failed", "passed", "out of time"]
+    assert rows[0]["note"] == "RuntimeError: a crash"
+
+
+def test_nothing_runs_beside_what_is_timed(tmp_path: Path) -> None:
+    check = Check(tmp_path / "out.json", (9, 0))
+    beside = gpu_check.start([sys.executable, "-c", "import time; time.sleep(60)"], tmp_path / "log")
+    check.background.append(beside)
+    alive: list[bool] = []
+
+    def look(check: Check, seconds: float) -> Outcome:
+        alive.append(beside.poll() is None)
+        return PASSED
+
+    gpu_check.run(check, [Phase("a", 10, False, "", look), Phase("b", 10, True, "", look)], lambda rows: None)
+    assert alive == [True, False]
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="it reads Linux's /proc")
+def test_a_process_is_stopped_with_its_children(tmp_path: Path) -> None:
+    grandchild = "import os, signal, time; signal.signal(15, signal.SIG_IGN); print(os.getpid(), flush=True); time.sleep(60)"
+    child = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {grandchild!r}])"
+    log = tmp_path / "log"
+    process = gpu_check.start([sys.executable, "-c", child], log)
+    quick = gpu_check.start([sys.executable, "-c", "raise SystemExit(3)"], tmp_path / "quick")
+    while not log.read_text():
+        time.sleep(0.05)
+    assert gpu_check.finish([process, quick], 0.5, time.monotonic) == [None, 3]
+    assert process.poll() is not None
+
+    def alive(pid: str) -> bool:
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "XZ"
+        except (FileNotFoundError, ProcessLookupError):
+            return False
+
+    deadline = time.monotonic() + 10
+    while alive(log.read_text().strip()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_what_a_stopped_benchmark_had_measured_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = "import sys, time; open(sys.argv[-1], 'w').write('{}'); print('half', flush=True); time.sleep(60)"
+    (tmp_path / "slow.py").write_text(body)
+    monkeypatch.setattr(gpu_check, "HERE", tmp_path)
+    monkeypatch.setattr(gpu_check, "LOGS", tmp_path)
+    check = Check(tmp_path / "out.json", (9, 0))
+    assert gpu_check.script(check, "slow", seconds=2).status == "out of time"
+    assert check.out.read_text() == "{}"
+    (tmp_path / "slow.py").write_text("print('all of it')")
+    assert gpu_check.script(check, "slow", seconds=20) == Outcome("passed", "all of it")
+    (tmp_path / "slow.py").write_text("raise SystemExit(4)")
+    assert gpu_check.script(check, "slow", seconds=20).status == "failed"
+
+
+def test_every_test_is_in_one_job() -> None:
+    names = [f"test_parity[cuda-{op}-odd-sizes-{family}-float32]" for op in OPS for family in ("native", "triton")]
+    names += ["test_parity[cuda-q_sample-given-noise-triton]", "test_graph[cuda]", "test_triton_grid[cuda]", "test_noise[cuda]"]
+    for name in names:
+        matching = [
+            job
+            for job, expression in gpu_check.test_jobs(OPS).items()
+            if all((part.removeprefix("not ") in name) != part.startswith("not ") for part in expression.split(" and "))
+        ]
+        assert len(matching) == 1, (name, matching)
+
+
+# -------------------------------------------------------------------------------------------------- the benchmarks it runs
+
+
+def test_ops_are_measured_and_kept_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    works = [
+        gpu_ops.Work(Case("q_sample", "small", (2, 3, 8, 8)), "bf16"),
+        gpu_ops.Work(Case("q_sample", "uint8", (2, 3, 8, 8), {"uint8": True}), "float32"),
+        gpu_ops.Work(Case("group_norm_silu", "small", (2, 64, 4, 4), {"shift": True}), "float32", True, "backward"),
+    ]
+    monkeypatch.setattr(contestants, "PEERS", ("eager",))  # compilation takes seconds
+    monkeypatch.setattr(gpu_ops, "FAMILIES", ("native",))  # and so does Triton's interpreter
+    monkeypatch.setattr(gpu_ops, "LISTS", {"some": lambda: iter(works)})
+    monkeypatch.setattr(common, "machine", lambda device: {"device": "none"})
+    measure = gpu_ops.measure
+    sections: list[int] = []
+
+    def measure_and_look(work: gpu_ops.Work, device: str) -> list[dict[str, object]]:
+        sections.append(len(json.loads(out.read_text())["gpu_ops some"]["rows"]) if out.is_file() else 0)
+        return measure(work, device, 0.001)
+
+    monkeypatch.setattr(gpu_ops, "measure", measure_and_look)
+    out = tmp_path / "out.json"
+    monkeypatch.setattr(sys, "argv", ["gpu_ops.py", "some", "--device", "cpu", "--out", str(out)])
+    gpu_ops.main()
+    rows = json.loads(out.read_text())["gpu_ops some"]["rows"]
+    assert {row["by"] for row in rows} >= {"eager", "copy"}
+    assert next(row for row in rows if row["by"] == "copy")["share of copy"] == pytest.approx(1)
+    assert sections[0] == 0 < sections[1] < sections[2] < len(rows)
+    assert "3 of 3 comparisons made" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--seconds", "0"])
+    gpu_ops.main()
+    assert "0 of 3 comparisons made" in capsys.readouterr().out
+
+
+def test_the_lists_have_both_networks_and_every_op() -> None:
+    assert {work.case.op for work in gpu_ops.elementwise()} == set(OPS) - {"group_norm_silu"}
+    assert any(work.moved > 2 * 126 * 2**20 for work in gpu_ops.elementwise())  # beyond a B200's L2
+    norms = list(gpu_ops.norms())
+    assert {work.case.name for work in norms} == {"cifar10-32", "256x256"}
+    assert (norms[0].dtype, norms[0].channels_last) == ("bf16", True)  # as in sampling
+    assert {work.case.options["groups"] for work in norms} == {32}
+
+
+TINY = {"sample_size": 8, "block_out_channels": [32, 32], "down_block_types": ["DownBlock2D"] * 2} | {
+    "up_block_types": ["UpBlock2D"] * 2,
+    "layers_per_block": 1,
+}
+
+
+@pytest.mark.slow
+def test_sampling_is_compared_and_scaled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    pytest.importorskip("diffusers")
+    monkeypatch.setattr(gpu_sampling, "NETWORKS", {"tiny": TINY})
+    monkeypatch.setattr(gpu_sampling, "CONFIGURATIONS", [("tiny", 2)])
+    monkeypatch.setattr(gpu_sampling, "MODES", {})  # compilation takes minutes
+    monkeypatch.setattr(gpu_sampling, "RUN_SECONDS", 0.01)
+    monkeypatch.setattr(common, "machine", lambda device: {"device": "none"})
+    out = tmp_path / "out.json"
+    monkeypatch.setattr(sys, "argv", ["gpu_sampling.py", "--device", "cpu", "--out", str(out)])
+    gpu_sampling.main()
+    rows = json.loads(out.read_text())["gpu_sampling"]["rows"]
+    assert [row["sampler"] for row in rows[:2]] == ["ddpm_fast", "diffusers, eager"]
+    assert rows[0]["which is"] == "scaled from 10 steps"
+    assert rows[0]["1000 steps, s"] == pytest.approx(rows[0]["ms a step"]["median"], rel=2e-3)
+    assert rows[0]["ddpm_fast is faster by"]["median"] == 1
+    assert "1 of 1 comparisons made" in capsys.readouterr().out
+
+
+def spread(value: float) -> dict[str, float]:
+    return {"median": value, "low": value, "high": value}
+
+
+def results(share: float, ratio: float, compiled: float) -> dict[str, Any]:
+    op = {"op": "q_sample", "by": "native", "beyond L2": True, "dtype": "float32", "ms": spread(1.0), "GB/s": 3000.0}
+    norm = {"op": "group_norm_silu", "beyond L2": True, "dtype": "bf16", "ms": spread(1.0), "GB/s": 2000.0}
+    norms = [
+        norm | {"direction": direction, "by": by, "share of copy": share, "native is faster by": spread(ratio)}
+        for direction in ("forward", "backward")
+        for by in ("native", "compile", "copy")
+    ]
+    sampler = {"network": "cifar10-32", "batch": 16}
+    return {
+        "gpu_ops elementwise": {"machine": {"device": "a card"}, "rows": [op | {"share of copy": share}]},
+        "gpu_ops norms": {"machine": {"device": "a card"}, "rows": norms},
+        "gpu_sampling": {
+            "machine": {"device": "a card"},
+            "rows": [
+                sampler | {"sampler": "ddpm_fast", "ddpm_fast is faster by": spread(1.0)},
+                sampler | {"sampler": "diffusers, eager", "ddpm_fast is faster by": spread(3.0)},
+                sampler | {"sampler": "diffusers, torch.compile", "ddpm_fast is faster by": spread(2.0)},
+                sampler | {"sampler": "diffusers, torch.compile reduce-overhead", "ddpm_fast is faster by": spread(compiled)},
+            ],
+        },
+    }
+
+
+def test_goals_are_met_or_not() -> None:
+    assert {goal["verdict"] for goal in gpu_report.goals({})} == {"not measured"}
+    assert [goal["verdict"] for goal in gpu_report.goals(results(0.9, 1.6, 1.2))] == ["pass"] * 7
+    verdicts = [goal["verdict"] for goal in gpu_report.goals(results(0.75, 1.4, 1.1))]
+    assert verdicts == ["FAIL", "FAIL", "pass", "FAIL", "FAIL", "pass", "FAIL"]
+
+
+def test_the_report_is_recorded_and_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "card.json"
+    path.write_text(json.dumps(results(0.9, 1.6, 1.2)))
+    gpu_report.report(path)
+    assert len(json.loads(path.read_text())["goals"]["rows"]) == 7
+    assert (tmp_path / "card_roofline.png").stat().st_size > 1000
