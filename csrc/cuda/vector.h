@@ -15,7 +15,7 @@ template <class T>
 constexpr int kWidth = kVectorBytes / static_cast<int>(sizeof(T));
 
 template <class T, int width>
-struct alignas(sizeof(T) * width) Packed {
+struct alignas(width > kWidth<T> ? kVectorBytes : sizeof(T) * width) Packed {
   static_assert(sizeof(T) * width % 4 == 0);
   std::uint32_t words[sizeof(T) * width / 4];
 };
