@@ -1,0 +1,353 @@
+// What the forward and the backward pass of group_norm_silu share: how the work is cut, statistics, small inputs.
+//
+// A slice is what has statistics of its own and is read by wide accesses: one group of a contiguous tensor; whole
+// groups, side by side, of a channels_last one. Its pixels are shared by `parts` blocks. Where the slice fits in the
+// registers of a cluster of so many blocks, it is read once ("resident"), and the blocks tell each other about their
+// parts through distributed shared memory. Where not, a first kernel leaves that in global memory, and a second one
+// reads the slice again.
+//
+// The threads of a block are a grid of `rows` by `lanes`: lanes are neighbours in memory, a vector each; rows are
+// channels of a contiguous tensor, pixels of a channels_last one. So a thread has to do with one channel, or with the
+// same few channels.
+//
+// How work is cut, and with it the order of every sum, follows from the shape and from whether the card has clusters.
+#pragma once
+
+#include <algorithm>
+#include <climits>
+#include <cstdint>
+#include <numeric>
+#include <optional>
+
+#include "common/args.h"
+#include "cuda/intrinsics.h"
+#include "cuda/launch.h"
+#include "cuda/vector.h"
+
+namespace ddpm_fast::cuda {
+
+constexpr int kWarp = 32;
+
+// ------------------------------------------------------------------------------------------------------------ tiling
+
+struct Tiling {
+  int slice_channels, slices;  // of a sample; the last slice may have fewer channels
+  int parts, part_length;      // in pixels; contiguous: in vectors of each channel. The last part may have fewer.
+  int tiles;                   // of a part, one after the other (contiguous: 1)
+  int rows, lanes, items;      // threads, and the vectors that each holds, at most
+  bool resident;
+
+  int threads() const { return (rows * lanes + kWarp - 1) / kWarp * kWarp; }
+};
+
+// Vectors that a thread holds: where there are few, and where there are many.
+struct Items {
+  int few, many;
+};
+
+constexpr std::int64_t divide_up(std::int64_t value, std::int64_t by) { return (value + by - 1) / by; }
+constexpr std::int64_t round_up(std::int64_t value, std::int64_t unit) { return divide_up(value, unit) * unit; }
+
+class TilingRules {
+ public:
+  TilingRules(DType dtype, const Shape& shape, std::int64_t groups, Items items, bool clusters)
+      : shape_(shape),
+        groups_(groups),
+        group_channels_(shape.c / groups),
+        element_(dtype == DType::kFloat32 ? 4 : 2),
+        width_(kVectorBytes / element_),
+        items_(items),
+        clusters_(clusters) {}
+
+  // None: the tensor is not made of whole vectors, or too wide. Another kernel takes such ones.
+  std::optional<Tiling> tiling() const {
+    constexpr std::int64_t kMost = 1 << 30;
+    if (shape_.n == 0 || shape_.hw == 0 || shape_.hw > kMost || shape_.c > kMost) return {};
+    return shape_.channels_last ? channels_last() : contiguous();
+  }
+
+ private:
+  static constexpr int kThreads = 512;  // with 64 registers each, two blocks fit on a multiprocessor
+  static constexpr int kMostThreads = 1024;
+  static constexpr int kSmallThreads = 256;
+  static constexpr int kCluster = 8, kMostCluster = 16;  // the latter is not portable
+  static constexpr int kFewBlocks = 128;                 // below, more and smaller ones finish sooner
+  static constexpr int kSmallPart = 8192;                // bytes
+
+  Shape shape_;
+  std::int64_t groups_, group_channels_, element_, width_;
+  Items items_;
+  bool clusters_;
+
+  // -------------------------------------------------------------------------------------------------- contiguous
+
+  std::optional<Tiling> contiguous() const {
+    if (shape_.hw % width_ != 0 || group_channels_ > kMostThreads) return {};
+    const auto fit = [&](int parts, int threads) { return contiguous_part(parts, threads); };
+    if (auto resident = smallest(fit, shape_.n * groups_, group_channels_ * shape_.hw * element_, kMostThreads)) {
+      return resident;
+    }
+    Tiling split = contiguous_grid(1, items_.many);
+    while (split.lanes * 2 * group_channels_ <= kThreads) split.lanes *= 2;
+    split.part_length = split.lanes * split.items;
+    split.parts = static_cast<int>(divide_up(shape_.hw / width_, split.part_length));
+    return split;
+  }
+
+  std::optional<Tiling> contiguous_part(int parts, int threads) const {
+    const std::int64_t length = shape_.hw / width_, part_length = divide_up(length, parts);
+    if ((parts - 1) * part_length >= length) return {};
+    const auto with = [&](int items) {
+      Tiling tiling = contiguous_grid(1, items);
+      tiling.parts = parts;
+      tiling.part_length = static_cast<int>(part_length);
+      tiling.resident = true;
+      // As many threads as a small block can have, neighbours first.
+      while (tiling.lanes * tiling.items < part_length ||
+             (tiling.lanes < part_length && 2 * tiling.lanes * group_channels_ <= kSmallThreads)) {
+        tiling.lanes *= 2;
+      }
+      return tiling;
+    };
+    const Tiling few = with(items_.few), many = with(items_.many);
+    if (few.threads() <= kThreads) return few;
+    if (many.threads() <= threads) return many;
+    return {};
+  }
+
+  Tiling contiguous_grid(int lanes, int items) const {
+    const int channels = static_cast<int>(group_channels_);
+    return {channels, static_cast<int>(groups_), 1, 0, 1, channels, lanes, items, false};
+  }
+
+  // ------------------------------------------------------------------------------------------------ channels_last
+
+  std::optional<Tiling> channels_last() const {
+    constexpr std::int64_t kMostChannels = 1 << 18;  // offsets in a tile have 32 bits
+    if (shape_.c % width_ != 0 || shape_.c > kMostChannels || row(128).lanes > kSmallThreads) return {};
+    // Rows of a cache line; narrower ones where they make the slice fit, or more blocks of a small tensor.
+    std::optional<Tiling> resident;
+    for (const int row_bytes : {128, 64, 32}) {
+      if (row_bytes == 32 && !resident) break;
+      if (resident && blocks(*resident) >= kFewBlocks) break;
+      const auto fit = [&](int parts, int threads) { return channels_last_part(row_bytes, parts, threads); };
+      const Tiling shape = row(row_bytes);
+      if (auto found = smallest(fit, shape_.n * shape.slices, shape_.hw * shape.slice_channels * element_, kThreads)) {
+        resident = found;
+      }
+    }
+    if (resident) return resident;
+    Tiling split = row(128);
+    split.rows = std::max(1, kSmallThreads / split.lanes);
+    split.items = items_.many;
+    const auto cut = [&](int tiles) {
+      split.tiles = tiles;
+      split.part_length = split.rows * split.items * tiles;
+      split.parts = static_cast<int>(divide_up(shape_.hw, split.part_length));
+    };
+    cut(4);
+    while (split.tiles > 1 && blocks(split) < 2 * kFewBlocks) cut(split.tiles / 2);
+    return split;
+  }
+
+  std::optional<Tiling> channels_last_part(int row_bytes, int parts, int threads) const {
+    const std::int64_t part_length = divide_up(shape_.hw, parts);
+    if ((parts - 1) * part_length >= shape_.hw) return {};
+    Tiling tiling = row(row_bytes);
+    const auto rows = [&](int items) { return divide_up(part_length, items); };
+    tiling.items = rows(items_.few) * tiling.lanes <= kThreads ? items_.few : items_.many;
+    if (rows(tiling.items) * tiling.lanes > threads) return {};
+    const std::int64_t wanted = std::max<std::int64_t>(rows(tiling.items), kSmallThreads / tiling.lanes);
+    tiling.rows = static_cast<int>(std::min(part_length, wanted));
+    tiling.parts = parts;
+    tiling.part_length = static_cast<int>(part_length);
+    tiling.resident = true;
+    return tiling;
+  }
+
+  // Whole groups, vectors and 32-byte sectors that make up at least so many bytes of a pixel.
+  Tiling row(int row_bytes) const {
+    constexpr std::int64_t kSector = 32;
+    const std::int64_t unit = std::lcm(group_channels_, kSector / element_);
+    const std::int64_t channels = std::min(shape_.c, round_up(row_bytes / element_, unit));
+    return {static_cast<int>(channels),
+            static_cast<int>(divide_up(shape_.c, channels)),
+            1,
+            0,
+            1,
+            1,
+            static_cast<int>(channels / width_),
+            items_.few,
+            false};
+  }
+
+  // -------------------------------------------------------------------------------------------------------- either
+
+  std::int64_t blocks(const Tiling& tiling) const { return shape_.n * tiling.slices * tiling.parts; }
+
+  // The cluster with the fewest blocks that fits, or a larger one where blocks would be few and not small.
+  template <class Fit>
+  std::optional<Tiling> smallest(Fit fit, std::int64_t slices, std::int64_t slice_bytes, int most_threads) const {
+    for (int parts = 1; parts <= (clusters_ ? kCluster : 1); parts *= 2) {
+      const bool spread =
+          clusters_ && parts < kCluster && slices * parts < kFewBlocks && slice_bytes / parts > kSmallPart;
+      const auto found = fit(parts, kThreads);
+      if (found && !(spread && fit(2 * parts, kThreads))) return found;
+    }
+    if (!clusters_) return fit(1, most_threads);
+    if (auto found = fit(kCluster, most_threads)) return found;
+    if (auto found = fit(kMostCluster, kThreads)) return found;
+    return fit(kMostCluster, most_threads);
+  }
+};
+
+// ------------------------------------------------------------------------------------------------------ small inputs
+
+DDPM_FAST_DEVICE float channel_input(const ChannelInput& input, std::int64_t index, float absent) {
+  if (input.data == nullptr) return absent;
+  if (input.dtype == DType::kFloat32) return static_cast<const float*>(input.data)[index];
+  float value[2];
+  const std::uint32_t bits = static_cast<const std::uint16_t*>(input.data)[index];
+  if (input.dtype == DType::kFloat16) {
+    unpack_float16(bits, value[0], value[1]);
+  } else {
+    unpack_bfloat16(bits, value[0], value[1]);
+  }
+  return value[0];
+}
+
+struct SmallInputs {
+  ChannelInput weight, bias, shift, scale, scale_shift;
+};
+
+// The result is act(x_hat gain + offset), x_hat being x + shift normalised.
+struct Affine {
+  float gain, offset, shift;
+};
+
+// `at`: of the channel in [n, c].
+DDPM_FAST_DEVICE Affine affine(const SmallInputs& inputs, std::int64_t channel, std::int64_t at) {
+  const float factor = 1 + channel_input(inputs.scale, at, 0);
+  return {channel_input(inputs.weight, channel, 1) * factor,
+          fmaf(channel_input(inputs.bias, channel, 0), factor, channel_input(inputs.scale_shift, at, 0)),
+          channel_input(inputs.shift, at, 0)};
+}
+
+// ------------------------------------------------------------------------------------------------------ warps, blocks
+
+// The sum over a warp's lanes, for each of them.
+DDPM_FAST_DEVICE float warp_sum(float value) {
+#pragma unroll
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(0xFFFFFFFF, value, distance);
+  return value;
+}
+
+// Number of values, their mean, and the sum of squared deviations from it. Merged as in Chan, Golub and LeVeque 1983.
+struct Moments {
+  float count, mean, m2;
+};
+
+DDPM_FAST_DEVICE Moments merge(const Moments& a, const Moments& b) {
+  const float count = a.count + b.count, share = b.count * reciprocal_approx(fmaxf(count, 1)), delta = b.mean - a.mean;
+  return {count, fmaf(delta, share, a.mean), fmaf(delta * delta, a.count * share, a.m2 + b.m2)};
+}
+
+// Of all lanes of a warp.
+DDPM_FAST_DEVICE Moments warp_merge(const Moments& own) {
+  const float count = warp_sum(own.count);
+  const float mean = warp_sum(own.count * own.mean) * reciprocal_approx(fmaxf(count, 1));
+  const float delta = own.mean - mean;
+  return {count, mean, warp_sum(fmaf(own.count * delta, delta, own.m2))};
+}
+
+// Of moments get(0), ..., get(number - 1), for every lane of a warp.
+template <class Get>
+DDPM_FAST_DEVICE Moments warp_merge(int number, Get get) {
+  const int lane = threadIdx.x % kWarp;
+  Moments own = lane < number ? get(lane) : Moments{};
+  for (int i = lane + kWarp; i < number; i += kWarp) own = merge(own, get(i));
+  return warp_merge(own);
+}
+
+// The sum over a block's threads, for each of them. Blocks have whole warps in one dimension.
+DDPM_FAST_DEVICE float block_sum(float value) {
+  __shared__ float of_warp[kWarp];
+  value = warp_sum(value);
+  __syncthreads();  // what an earlier call has left there has been read
+  if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = value;
+  __syncthreads();
+  return warp_sum(threadIdx.x % kWarp < blockDim.x / kWarp ? of_warp[threadIdx.x % kWarp] : 0);
+}
+
+DDPM_FAST_DEVICE float tree_sum(const float (&values)[4]) { return (values[0] + values[1]) + (values[2] + values[3]); }
+
+// 1 / sqrt(x), as good as float32 can tell.
+DDPM_FAST_DEVICE float reciprocal_root(float x) {
+  const float root = rsqrt_approx(x);
+  return fmaf(root * 0.5f, fmaf(-x * root, root, 1), root);
+}
+
+// ------------------------------------------------------------------------------------------------------ any shape
+
+constexpr unsigned kScalarThreads = 256;
+
+// Calls body(channel, offset) for the block's share of the values of a group: a block of threads side by side goes
+// through what lies side by side in memory.
+template <class Body>
+DDPM_FAST_DEVICE void walk(std::int64_t group_channels, std::int64_t hw, std::int64_t c, bool channels_last,
+                           Body body) {
+  const std::int64_t width = channels_last ? group_channels : hw, height = channels_last ? hw : group_channels;
+  const std::int64_t stride = channels_last ? c : hw;
+  if (width == 0) return;
+  const std::int64_t down = blockDim.x / width, right = blockDim.x % width;
+  std::int64_t row = threadIdx.x / width, column = threadIdx.x % width;
+  while (row < height) {
+    body(channels_last ? column : row, row * stride + column);
+    row += down;
+    column += right;
+    if (column >= width) {
+      column -= width;
+      ++row;
+    }
+  }
+}
+
+// ------------------------------------------------------------------------------------------------------------- SiLU
+
+constexpr float kNegLog2E = -1.44269504f;
+
+// 1 / (1 + exp(-z)). For float32 (T) a step of Newton's method follows the approximate reciprocal; its argument has to
+// stay finite.
+template <class T>
+DDPM_FAST_DEVICE float sigmoid(float z) {
+  if constexpr (sizeof(T) == 4) {
+    const float d = 1 + exp2_approx(fminf(z * kNegLog2E, 126));
+    const float s = reciprocal_approx(d);
+    return fmaf(s, fmaf(-d, s, 1), s);
+  } else {
+    return reciprocal_approx(1 + exp2_approx(z * kNegLog2E));
+  }
+}
+
+// ----------------------------------------------------------------------------------------------------------- dispatch
+
+// Calls body(T{}).
+template <class Body>
+void with_type(DType dtype, Body body) {
+  if (dtype == DType::kFloat32) return body(float{});
+  if (dtype == DType::kFloat16) return body(Float16{});
+  body(BFloat16{});
+}
+
+// One dimension of that many blocks.
+inline dim3 grid(const char* op, std::int64_t blocks) {
+  if (blocks > INT_MAX) throw std::runtime_error(std::string(op) + ": CUDA: more than 2^31 blocks");
+  return dim3(static_cast<unsigned>(blocks));
+}
+
+inline bool is_aligned(std::initializer_list<const void*> addresses) {
+  return std::all_of(addresses.begin(), addresses.end(),
+                     [](const void* address) { return reinterpret_cast<std::uintptr_t>(address) % kVectorBytes == 0; });
+}
+
+}  // namespace ddpm_fast::cuda
