@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_unet import SMALL, VARIANTS, make_inputs, randomise, relative_error
+from small_unets import SMALL, VARIANTS, make_inputs, randomise, relative_error
 from torch import nn
 
 from ddpm_fast import freeze

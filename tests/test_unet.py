@@ -6,41 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from small_unets import SMALL, VARIANTS, make_inputs, randomise, relative_error
 from torch import Tensor
 
 from ddpm_fast.nn import CIFAR10_32, HO_256, UNet, UNetConfig
 
 diffusers = pytest.importorskip("diffusers")
-
-SMALL: dict[str, Any] = {
-    "sample_size": 16,
-    "in_channels": 2,
-    "out_channels": 3,
-    "block_out_channels": [16, 32, 48],
-    "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
-    "norm_num_groups": 8,
-}
-# One reason each; every other key has diffusers' default, which is then compared too.
-VARIANTS: dict[str, dict[str, Any]] = {
-    "class-conditional": {"num_class_embeds": 11},
-    "scale-shift": {"resnet_time_scale_shift": "scale_shift"},  # no norm in the middle attention
-    "scale-shift-mid-norm": {"resnet_time_scale_shift": "scale_shift", "attn_norm_num_groups": 4},
-    "heads": {"attention_head_dim": 16, "layers_per_block": 1},
-    "one-head-asymmetric": {"attention_head_dim": None, "downsample_padding": 0, "flip_sin_to_cos": False, "freq_shift": 1},
-    "no-mid-attention": {"add_attention": False, "center_input_sample": True, "time_embedding_dim": 40, "norm_eps": 1e-3},
-    "mid-scale": {"mid_block_scale_factor": 1.5, "layers_per_block": 3},
-}
-
-
-def randomise(model: torch.nn.Module) -> None:
-    """No weight keeps a value at which a layer would be the identity or zero."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            noise = torch.randn(p.shape, generator=generator)
-            norm_weight = "norm" in name and name.endswith("weight")
-            p.copy_(1 + 0.3 * noise if norm_weight else noise * (0.3 if p.ndim == 1 else p[0].numel() ** -0.5))
 
 
 def make_pair(config: dict[str, Any], dtype: torch.dtype = torch.float32) -> tuple[UNet, torch.nn.Module]:
@@ -49,18 +20,6 @@ def make_pair(config: dict[str, Any], dtype: torch.dtype = torch.float32) -> tup
     peer = diffusers.UNet2DModel(**config).to(dtype)
     peer.load_state_dict(model.state_dict())  # strict: the same names and shapes
     return model, peer
-
-
-def make_inputs(config: dict[str, Any], n: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor | None]:
-    generator = torch.Generator().manual_seed(1)
-    size, classes = config["sample_size"], config.get("num_class_embeds")
-    x = torch.randn(n, config.get("in_channels", 3), size, size, generator=generator, dtype=dtype)
-    t = torch.randint(0, 1000, (n,), generator=generator)
-    return x, t, None if classes is None else torch.randint(0, classes, (n,), generator=generator)
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    return float((actual.double() - expected.double()).norm() / expected.double().norm())
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
