@@ -64,8 +64,11 @@ class Session:
             loop.rewind()
             loop.advance(network)
 
+        kind = loop.x_t.device.type
         try:
-            loop.replay = capture(rehearse, lambda: loop.advance(network), loop.x_t.device, self._pool)
+            # Weights that autocast has cast once and kept would be gone by the time of a replay.
+            with torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cache_enabled=False):
+                loop.replay = capture(rehearse, lambda: loop.advance(network), loop.x_t.device, self._pool)
         except CaptureError as error:
             _logger.warning("sample: steps are launched one kernel at a time, as there can be no CUDA graph: %s", error)
 
@@ -124,7 +127,9 @@ def _settings() -> Hashable:
     """Of torch, which decide what kernels a step launches."""
     cudnn: Any = torch.backends.cudnn
     precisions = (torch.backends.cuda.matmul.fp32_precision, cudnn.conv.fp32_precision)
-    return (*precisions, cudnn.enabled, cudnn.benchmark, cudnn.deterministic, torch.are_deterministic_algorithms_enabled())
+    autocast = (torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"))
+    choice = (cudnn.enabled, cudnn.benchmark, cudnn.deterministic, torch.are_deterministic_algorithms_enabled())
+    return precisions + autocast + choice
 
 
 def capture(rehearse: Callable[[], None], advance: Callable[[], None], device: torch.device, pool: Any) -> Callable[[], None]:
