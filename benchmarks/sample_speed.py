@@ -4,7 +4,8 @@
     python benchmarks/sample_speed.py --model cifar10-32 --batch 16 --steps 1000 --dtype bf16 --device cuda
 
 All three run the same weights and the same timesteps in the same process, in turns, each in the memory format that is the
-faster for it. What is reported is what was run: images per second for --steps steps.
+faster for it; ddpm_fast in its inference form, and on a GPU with one CUDA graph a step. What is reported is what was run:
+images per second for --steps steps. `gpu_sampling.py` compares with torch.compile.
 """
 
 from __future__ import annotations
@@ -60,16 +61,18 @@ class Contestants:
         self.shape = (model.config["in_channels"], size, size)
         self.device = device
         self.classes: int | None = model.config["num_class_embeds"]
-        self.networks: dict[str, nn.Module] = {PLAIN: peers.plain(copy.deepcopy(model)), OURS: copy.deepcopy(model)}
+        ours = ddpm_fast.freeze(model, dtype, device=device)
+        self.networks: dict[str, nn.Module] = {PLAIN: peers.plain(copy.deepcopy(model)), OURS: ours}
         self.pipeline: Any = None
         if peers.have_diffusers():
             network = peers.diffusers_unet(model)
             if self.classes is not None:  # DDPMPipeline knows no classes
                 network.register_forward_pre_hook(self._with_labels, with_kwargs=True)
-            self.networks = {PLAIN: self.networks[PLAIN], DIFFUSERS: network, OURS: self.networks[OURS]}
+            self.networks = {PLAIN: self.networks[PLAIN], DIFFUSERS: network, OURS: ours}
             self.pipeline = peers.diffusers_pipeline(network, schedule)
-        for network in self.networks.values():
-            network.to(device, dtype).eval()
+        for name, network in self.networks.items():
+            if name != OURS:
+                network.to(device, dtype).eval()
 
     def no_label(self, n: int) -> Tensor | None:
         return None if self.classes is None else torch.full((n,), self.classes - 1, device=self.device)
@@ -97,6 +100,9 @@ class Contestants:
         t = torch.full((batch,), 500, device=self.device)
         chosen = {}
         for name, network in self.networks.items():
+            if name == OURS:  # always
+                chosen[name] = "channels_last"
+                continue
             parameter = next(network.parameters())
             labels = () if self.classes is None or name == DIFFUSERS else (self.no_label(batch),)
             evaluations: dict[str, Callable[[], object]] = {}

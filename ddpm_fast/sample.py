@@ -15,6 +15,7 @@ from . import graph
 from .images import evenly_spaced
 from .loop import Loop
 from .networks import device_and_dtype, evaluation_mode, model_config
+from .nn.freeze import FrozenUNet
 from .ops import sample_seeds
 from .plan import SamplingPlan
 
@@ -127,6 +128,8 @@ def sample(
         reason = "class_labels is None" if class_labels is None else "the model's config has no num_class_embeds"
         raise ValueError(f"sample: expected guidance_scale to be None or 1, as {reason}, got {guidance_scale}")
 
+    if isinstance(model, FrozenUNet) and plan.timesteps[0] >= model.num_timesteps:
+        raise ValueError(f"sample: expected a plan of timesteps below {model.num_timesteps}, got {int(plan.timesteps[0])}")
     device = _device(model, device)
     if cuda_graph and device.type not in graph.DEVICE_TYPES:
         raise ValueError(f"sample: expected cuda_graph to be None or False on {device.type}, got True")

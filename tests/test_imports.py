@@ -27,7 +27,7 @@ ALLOWED = {
     "networks": set(),
     "loop": {"reference", "plan", "ops", "networks"},
     "graph": {"nn", "networks", "loop"},
-    "sample": {"reference", "plan", "ops", "images", "networks", "loop", "graph"},
+    "sample": {"plan", "ops", "nn", "images", "networks", "loop", "graph"},
     "evaluate": {"schedule", "plan", "ops", "networks", "sample"},
     "builtin": {"schedule", "plan", "nn", "run_folder"},
     "train": {"version", "atomic", "schedule", "plan", "ops", "nn", "data", "images", "run_folder", "draws", "sample"},

@@ -18,7 +18,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 from torch import Tensor, nn
 
-from ddpm_fast import NoiseSchedule, ddim_plan, ddpm_plan, noise, sample, sample_seeds, save_grid
+from ddpm_fast import NoiseSchedule, ddim_plan, ddpm_plan, freeze, noise, sample, sample_seeds, save_grid
 from ddpm_fast.cli import main
 from ddpm_fast.nn import UNet
 from ddpm_fast.reference import STREAM_X_T
@@ -435,6 +435,7 @@ def test_progress_counts_steps(capsys: pytest.CaptureFixture[str]) -> None:
             ValueError,
             "expected class_labels to be None, as the model has no classes",
         ),
+        ({"model": freeze(tiny_unet(), num_timesteps=19)}, ValueError, "expected a plan of timesteps below 19, got 19"),
         ({"class_labels": 1, "guidance_scale": math.nan}, ValueError, "guidance_scale to be finite or None, got nan"),
         ({"guidance_scale": 2.0}, ValueError, "expected guidance_scale to be None or 1, as class_labels is None, got 2.0"),
     ],
