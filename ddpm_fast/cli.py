@@ -232,7 +232,7 @@ def sample_command(
     quiet: bool,
 ) -> None:
     """Draw images; by default 16 from the built-in model, by all steps of ancestral sampling."""
-    with _refusing():
+    with _refusing(), logging_redirect_tqdm():
         for path in filter(None, (out, gif)):
             image_format(path)
         precision = None if dtype is None else getattr(torch, dtype)

@@ -85,8 +85,8 @@ def session(
     Where graphs are captured, all is kept for the next call with the same unchanged model, until that model is gone.
     """
     on_gpu = device.type in DEVICE_TYPES
-    reason = why_not_frozen(model)
-    if on_gpu and reason is not None and isinstance(model, UNet):
+    reason = why_not_frozen(model) if on_gpu else None
+    if reason is not None and isinstance(model, UNet):
         _logger.info("sample: the network is not frozen, as %s", reason)
     freezes = on_gpu and reason is None
     # Of other models nobody knows whether they compute the same from the same memory each time.
@@ -115,12 +115,12 @@ def _weights(model: nn.Module) -> Hashable:
 
     A write through `.data`, as some moving averages do it, leaves no trace but the values: hence the sums of their bits.
     """
-    tensors = [tensor.detach() for tensor in (*model.parameters(), *model.buffers())]
-    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    sums = [tensor.view(bits[tensor.element_size()]).sum() for tensor in tensors if tensor.is_floating_point()]
-    values = torch.stack([value.to(sums[0].device) for value in sums]).tolist() if sums else []
+    tensors = [*model.parameters(), *model.buffers()]
     places = [(tensor.data_ptr(), tensor.dtype, 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
-    return (*places, *values)
+    words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    floating = [tensor.detach() for tensor in tensors if tensor.is_floating_point()]
+    sums = [tensor.view(words[tensor.element_size()]).sum().to(floating[0].device) for tensor in floating]
+    return (*places, *(torch.stack(sums).tolist() if sums else []))
 
 
 def _settings() -> Hashable:
