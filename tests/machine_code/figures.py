@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -29,15 +30,16 @@ class Figures:
     wide: int
 
     @classmethod
-    def of(cls, kernel: sass.Kernel, elements: float) -> Figures:
-        """`elements`: that a thread handles on the hot path."""
+    def of(cls, kernel: sass.Kernel, paths: Sequence[tuple[Sequence[sass.Instruction], float]]) -> Figures:
+        """paths: hot ones, and the elements that a thread handles on each."""
+        every = [instruction for path, _ in paths for instruction in path]
         return cls(
             registers=kernel.registers,
             spills=kernel.spills,
             atomics=kernel.atomics,
-            instructions=round(len(kernel.hot_path) / elements, 1),
-            mufu=round(kernel.hot("MUFU") / elements, 2),
-            wide=round(100 * kernel.wide_share),
+            instructions=round(sum(len(path) / elements for path, elements in paths), 1),
+            mufu=round(sum(sum(i.matches("MUFU") for i in path) / elements for path, elements in paths), 2),
+            wide=round(100 * sass.global_bytes(every, wide=True) / max(sass.global_bytes(every, wide=False), 1)),
         )
 
     def as_dict(self) -> dict[str, Any]:

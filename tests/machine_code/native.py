@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import sass
 from figures import Figures
 
-ITEM_BYTES = {"float": 4, "BFloat16": 2, "Float16": 2}
+ITEM_BYTES = {"float": 4, "BFloat16": 2, "Float16": 2, "unsigned char": 1}
 
 
 def module() -> Path | str:
@@ -32,14 +33,41 @@ def compiler(module: Path) -> str:
     return f"nvcc {found.group(1).decode()}" if found else "an unknown compiler"
 
 
-def elements(kernel: sass.Kernel, name: str) -> float:
-    """Elements that a thread handles on the hot path: as many as it stores in vectors or, where it stores none, loads.
+# What the simplest call of an elementwise kernel reads and writes, by the types in the kernel's name; noise it draws.
+# Every option beyond that reads or writes more.
+TENSORS = {
+    "noise_kernel": ((), (0,)),
+    "q_sample_kernel": ((1,), (0,)),
+    "reverse_step_kernel": ((0, 1), (0,)),
+    "denoising_loss_kernel": ((0,), ()),
+    "denoising_loss_backward_kernel": ((0,), (0,)),
+}
 
-    The first type in a kernel's name is that of its vectors. A kernel without vectors counts for one element a thread.
-    """
-    moved = kernel.hot_bytes("ST", wide=True) or kernel.hot_bytes("LD", wide=True)
-    types = [word for word in re.findall(r"\w+", name.partition("<")[2]) if word in ITEM_BYTES]
-    return max(moved / ITEM_BYTES[types[0]], 1) if types else 1
+
+def constant(header: str, name: str) -> int:
+    """Of the kernels' sources."""
+    text = (Path(__file__).parents[2] / "csrc/cuda" / header).read_text(encoding="utf-8")
+    found = re.search(rf"\b{name} = (\d+)", text)
+    assert found is not None, f"csrc/cuda/{header} has no {name}"
+    return int(found.group(1))
+
+
+def paths(kernel: sass.Kernel, name: str) -> list[tuple[Sequence[sass.Instruction], float]]:
+    """The hot paths, and the elements that a thread handles on each."""
+    function, _, arguments = name.rstrip(">").partition("<")
+    types = [ITEM_BYTES[word] for word in arguments.split(", ") if word in ITEM_BYTES]
+    if function in TENSORS:
+        per_thread = constant("tiles.h", "kPerThread")
+        width = sass.WIDE // types[0]  # elements of a vector
+        staged = arguments.endswith("true")  # the noise is drawn by a loop of its own, and found in shared memory
+        elements = width if staged else per_thread
+        wide = [[types[i] for i in of if types[i] * width >= sass.WIDE] for of in TENSORS[function]]
+        accesses = sass.Accesses(*(sum(elements * size // sass.WIDE for size in of) for of in wide))
+        drawing = [(kernel.drawing_loop(), per_thread)] if staged else []
+        return [(kernel.hot_path(accesses), elements), *drawing]
+    path = kernel.hot_path()
+    moved = sass.global_bytes(path, "ST", wide=True) or sass.global_bytes(path, "LD", wide=True)
+    return [(path, max(moved / types[0], 1) if types else 1)]
 
 
 def figures(module: Path) -> dict[str, dict[str, Figures]]:
@@ -47,5 +75,5 @@ def figures(module: Path) -> dict[str, dict[str, Figures]]:
     found: dict[str, dict[str, Figures]] = {}
     kernels = list(sass.kernels(module))
     for kernel, name in zip(kernels, sass.demangled([kernel.name for kernel in kernels]), strict=True):
-        found.setdefault(name, {})[kernel.architecture] = Figures.of(kernel, elements(kernel, name))
+        found.setdefault(name, {})[kernel.architecture] = Figures.of(kernel, paths(kernel, name))
     return found

@@ -1,10 +1,12 @@
 """Reads NVIDIA machine code (SASS): of every kernel in a cubin or a library its registers, local memory, and hot path.
 
-The listing is cuobjdump's. It is cut into basic blocks, whose edges are the branches; an edge back to a block that dominates
-its source closes a loop. A kernel's **hot path** is what a thread executes for whole vectors: once around the loop that holds
-the most 16-byte accesses to global memory or, where no loop holds any, from entry to exit. Of the ways from its
-first block to its last it is the one with the most 16-byte accesses (so no tail that goes element by element) and, among
-those, the longest (so everything that may be switched on at run time is on). A loop inside counts once.
+The listing is cuobjdump's. It is cut into basic blocks, whose edges are the branches; an edge back to a block that comes before
+closes a loop. A kernel's **hot path** is what a thread executes for whole vectors: once around the loop that holds the most
+16-byte accesses to global memory or, where no loop holds any, from entry to exit. Of the ways from its first block to its last
+it is one with the most 16-byte accesses or, where the accesses of the simplest call are given, with as many stores and the
+fewest loads that are no fewer (what is switched on at run time brings more); it draws noise where there is code for that; of
+those that are left it has the fewest other loads, and then the most instructions. A loop inside counts once. A conditional
+instruction counts like any other.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
@@ -83,6 +85,13 @@ def parse(listing: str) -> list[Instruction]:
 # ---------------------------------------------------------------------------------------------------------- basic blocks
 
 
+class Accesses(NamedTuple):
+    """Loads and stores of 16 bytes or more, to and from global memory."""
+
+    loads: int
+    stores: int
+
+
 @dataclass
 class Block:
     """Instructions that are executed together, and the blocks that may follow."""
@@ -90,10 +99,18 @@ class Block:
     instructions: list[Instruction]
     successors: list[int]
 
+    def count(self, pattern: str) -> int:
+        return sum(i.matches(pattern) for i in self.instructions)
+
     @cached_property
-    def wide(self) -> int:
-        """Number of accesses to global memory of 16 bytes or more."""
-        return sum(i.global_bytes >= WIDE for i in self.instructions)
+    def wide(self) -> Accesses:
+        wide = [i for i in self.instructions if i.global_bytes >= WIDE]
+        return Accesses(*(sum(i.matches(kind) for i in wide) for kind in ("LD", "ST")))
+
+    @cached_property
+    def products(self) -> int:
+        """Wide products of integers: Philox is made of them."""
+        return self.count(r"U?IMAD\.(WIDE|HI)")
 
 
 def control_flow(code: Sequence[Instruction]) -> dict[int, Block]:
@@ -178,23 +195,56 @@ def loops(blocks: Mapping[int, Block]) -> dict[int, set[int]]:
     return found
 
 
-def _longest(blocks: Mapping[int, Block], region: set[int], start: int, back_to: int | None) -> list[Instruction]:
-    """The way through `region` with the most wide accesses and then the most instructions, edges back aside.
+PHILOX_PRODUCTS = 20  # two in each of ten rounds
 
-    It ends where control leaves the kernel or, in a loop, goes back to its header.
-    """
+
+class _Does(NamedTuple):
+    """What happens on a way: 16-byte accesses, and whether noise is drawn."""
+
+    loads: int
+    stores: int
+    draws: bool
+
+
+class _Way(NamedTuple):
+    """To the end of a region. The best one is the largest."""
+
+    other_loads: int  # negative
+    length: int
+    blocks: list[int]
+
+
+def _hot(
+    blocks: Mapping[int, Block], region: set[int], start: int, back_to: int | None, accesses: Accesses | None
+) -> list[Instruction]:
+    """The hot way through `region`: from `start` to where control leaves the kernel or, in a loop, goes back to its header."""
     order = [block for block in _order(blocks) if block in region]
     place = {block: i for i, block in enumerate(order)}
-    best: dict[int, tuple[int, int, list[int]]] = {}
+    draws = max(order, key=lambda block: blocks[block].products)
+    best: dict[int, dict[_Does, _Way]] = {}
     for address in reversed(order):
         block = blocks[address]
-        forward = [s for s in block.successors if s in place and place[s] > place[address]]
         ends = back_to in block.successors if back_to is not None else not block.successors
-        tails = [best[s] for s in forward if s in best] + ([(0, 0, [])] if ends else [])
-        if tails:
-            wide, length, path = max(tails, key=lambda tail: tail[:2])
-            best[address] = (wide + block.wide, length + len(block.instructions), [address, *path])
-    return [i for block in best[start][2] for i in blocks[block].instructions]
+        tails = [(_Does(0, 0, False), _Way(0, 0, []))] if ends else []
+        for successor in block.successors:
+            if successor in best and place[successor] > place[address]:
+                tails += best[successor].items()
+        mine = best[address] = {}
+        for does, way in tails:
+            loads, stores = does.loads + block.wide.loads, does.stores + block.wide.stores
+            does = _Does(loads, stores, does.draws or address == draws)
+            way = _Way(way.other_loads - block.count("LDG"), way.length + len(block.instructions), [address, *way.blocks])
+            mine[does] = max(way, mine.get(does, way))
+    drawing = blocks[draws].products >= PHILOX_PRODUCTS
+    found = {does: way for does, way in best[start].items() if does.draws or not drawing}
+    if accesses is None:
+        chosen = max(found, key=lambda does: (does.loads + does.stores, found[does]))
+    else:
+        enough = [does for does in found if does.loads >= accesses.loads and does.stores == accesses.stores]
+        if not enough:
+            raise ValueError(f"no way with {accesses}; there are {sorted(found)}")
+        chosen = min(enough)
+    return [i for block in found[chosen].blocks for i in blocks[block].instructions]
 
 
 # ---------------------------------------------------------------------------------------------------------- what is read
@@ -230,33 +280,36 @@ class Kernel:
         return self.count(r"(U?ATOM|U?RED|ATOMG|ATOMS|REDG|REDAS|UBLKRED|UTMAREDG)\b")
 
     @cached_property
-    def hot_path(self) -> list[Instruction]:
-        blocks = control_flow(self.code)
-        inside = loops(blocks)
+    def blocks(self) -> dict[int, Block]:
+        return control_flow(self.code)
 
-        def wide(header: int) -> int:
-            """Of the loop, without those in it."""
-            deeper = set().union(*(inside[other] for other in inside[header] - {header} if other in inside))
-            return sum(blocks[block].wide for block in inside[header] - deeper)
+    @cached_property
+    def loops(self) -> dict[int, set[int]]:
+        """Header -> blocks."""
+        return loops(self.blocks)
 
-        main = max(inside, key=wide, default=None)
-        if main is None or wide(main) == 0:
-            return _longest(blocks, set(blocks), next(iter(blocks)), None)
-        return _longest(blocks, inside[main], main, main)
+    def _own(self, header: int, what: Callable[[Block], int]) -> int:
+        """Of a loop, without the loops in it."""
+        body = self.loops[header]
+        deeper = set().union(*(self.loops[other] for other in body - {header} if other in self.loops))
+        return sum(what(self.blocks[block]) for block in body - deeper)
 
-    def hot(self, pattern: str) -> int:
-        """Instructions of the hot path."""
-        return sum(i.matches(pattern) for i in self.hot_path)
+    def hot_path(self, accesses: Accesses | None = None) -> list[Instruction]:
+        main = max(self.loops, key=lambda header: self._own(header, lambda block: sum(block.wide)), default=None)
+        if main is None or self._own(main, lambda block: sum(block.wide)) == 0:
+            return _hot(self.blocks, set(self.blocks), next(iter(self.blocks)), None, accesses)
+        return _hot(self.blocks, self.loops[main], main, main, accesses)
 
-    def hot_bytes(self, pattern: str = "LD|ST", *, wide: bool) -> int:
-        """Bytes that a thread moves on the hot path by accesses of 16 bytes or more, or by all."""
-        accesses = [i.global_bytes for i in self.hot_path if i.matches(pattern)]
-        return sum(size for size in accesses if size >= WIDE or not wide)
+    def drawing_loop(self) -> list[Instruction]:
+        """Once around the loop that draws noise; nothing where no loop does."""
+        drawing = [header for header in self.loops if self._own(header, lambda block: block.products) >= PHILOX_PRODUCTS]
+        return _hot(self.blocks, self.loops[drawing[0]], drawing[0], drawing[0], None) if drawing else []
 
-    @property
-    def wide_share(self) -> float:
-        """Of the bytes on the hot path, those that move in accesses of 16 bytes or more."""
-        return self.hot_bytes(wide=True) / max(self.hot_bytes(wide=False), 1)
+
+def global_bytes(path: Sequence[Instruction], kind: str = "LD|ST", *, wide: bool) -> int:
+    """Bytes that a thread loads and stores on the way, by accesses of 16 bytes or more or by all."""
+    accesses = [i.global_bytes for i in path if i.matches(kind)]
+    return sum(size for size in accesses if size >= WIDE or not wide)
 
 
 def kernels(file: Path) -> Iterator[Kernel]:

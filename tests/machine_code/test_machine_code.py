@@ -127,22 +127,63 @@ def kernel(listing: str = LISTING, stack: int = 0) -> sass.Kernel:
     return sass.Kernel("k", "sm_90", 32, stack, 0, sass.parse(listing))
 
 
+def addresses(path: list[sass.Instruction]) -> list[int]:
+    return [instruction.address for instruction in path]
+
+
 def test_hot_path_is_once_around_the_vector_loop() -> None:
     code = kernel()
     assert len(code.code) == 14  # without padding
-    assert [i.address for i in code.hot_path] == [0x60, 0x70, 0x80, 0x90, 0xA0, 0xB0]  # with the optional FMUL
-    assert code.hot("MUFU") == 0  # the tail's is not counted
-    assert code.hot_bytes(wide=False) == 40
-    assert code.hot_bytes("ST", wide=True) == 16
-    assert code.wide_share == pytest.approx(32 / 40)
-    assert native.elements(code, "k<Float16, 4>") == 8
+    path = code.hot_path()
+    assert addresses(path) == [0x60, 0x70, 0x80, 0x90, 0xA0, 0xB0]  # with the optional FMUL, without the tail's MUFU
+    assert sass.global_bytes(path, wide=False) == 40
+    assert sass.global_bytes(path, "ST", wide=True) == 16
     assert (code.atomics, code.spills) == (1, 0)
+    assert native.paths(code, "k<Float16, 4>") == [(path, 8)]
+    figures = Figures.of(code, [(path, 4), (path[:2], 8)])
+    assert (figures.instructions, figures.mufu, figures.wide) == (1.8, 0, 86)  # 6 / 4 + 2 / 8; 48 of 56 bytes
 
 
 def test_without_a_loop_the_hot_path_is_the_vector_one_to_the_exit() -> None:
-    straight = LISTING.replace("@P2 BRA 0x60", "    FADD R1, R1")
-    assert [i.address for i in kernel(straight).hot_path][:3] == [0x0, 0x10, 0x60]
-    assert kernel(straight).hot_path[-1].opcode == "EXIT"
+    path = kernel(LISTING.replace("@P2 BRA 0x60", "    FADD R1, R1")).hot_path()
+    assert addresses(path)[:3] == [0x0, 0x10, 0x60]
+    assert path[-1].opcode == "EXIT"
+
+
+OPTIONS = """
+        /*0000*/                   LDG.E.128 R4, desc[UR4][R28.64] ;
+        /*0010*/               @P0 BRA 0x40 ;
+        /*0020*/                   LDG.E.128 R8, desc[UR4][R30.64] ;
+        /*0030*/                   FADD R4, R4, R8 ;
+        /*0040*/               @P1 BRA 0x60 ;
+        /*0050*/                   STG.E.128 desc[UR4][R32.64], R4 ;
+        /*0060*/               @P2 BRA 0x90 ;
+        /*0070*/                   {noise} ;
+        /*0080*/                   FADD R4, R4, R9 ;
+        /*0090*/                   STG.E.128 desc[UR4][R34.64], R4 ;
+        /*00a0*/                   EXIT ;
+"""
+
+
+def test_options_that_read_or_write_are_off_where_the_accesses_are_given() -> None:
+    code = kernel(OPTIONS.format(noise="NOP"))
+    assert addresses(code.hot_path()) == list(range(0, 0xB0, 0x10))
+    simplest = addresses(code.hot_path(sass.Accesses(loads=1, stores=1)))
+    assert simplest == [0x0, 0x10, 0x40, 0x60, 0x70, 0x80, 0x90, 0xA0]
+    assert addresses(code.hot_path(sass.Accesses(loads=2, stores=1)))[2:4] == [0x20, 0x30]
+    with pytest.raises(ValueError, match="no way with"):
+        code.hot_path(sass.Accesses(loads=1, stores=3))
+
+
+def test_the_hot_path_draws() -> None:
+    """Where there is a block of Philox, even if more would be executed without it."""
+    products = "\n".join(f"        /*{0x1000 + 16 * i:04x}*/    IMAD.WIDE.U32 R4, R5, R6, RZ ;" for i in range(20))
+    drawn = f"        /*0000*/    @P0 BRA 0x2000 ;\n{products}\n        /*1200*/    BRA 0x3000 ;\n"
+    given = "\n".join(f"        /*{0x2000 + 16 * i:04x}*/    FADD R4, R5, R6 ;" for i in range(90))
+    code = kernel(f"{drawn}{given}\n        /*3000*/    STG.E.128 desc[UR4][R34.64], R4 ;\n        /*3010*/    EXIT ;\n")
+    assert sum(i.matches("IMAD.WIDE") for i in code.hot_path()) == 20
+    assert len(code.hot_path()) == 24
+    assert code.drawing_loop() == []
 
 
 def test_local_memory_is_seen() -> None:

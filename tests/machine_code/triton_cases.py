@@ -156,7 +156,7 @@ def compile_case(name: str, call: Call, architectures: list[int]) -> Iterator[tu
                 file.flush()
                 (code,) = sass.kernels(Path(file.name))
             elements = tile / (32 * result.metadata.num_warps)
-            yield f"{name} {kernel.__name__}", f"sm_{architecture}", Figures.of(code, elements)
+            yield f"{name} {kernel.__name__}", f"sm_{architecture}", Figures.of(code, [(code.hot_path(), elements)])
 
 
 def specialize(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any], dict[str, Any]]:
