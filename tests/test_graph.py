@@ -11,11 +11,12 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from small_unets import relative_error
 from test_sample import SCHEDULE, Recording, tiny_unet
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -425,3 +426,17 @@ def test_an_error_of_the_model_is_the_models_own(cuda: PretendCuda) -> None:
     with pytest.raises(IndexError, match="as without a graph"):
         cuda.capture()
     assert cuda.log == [*BEFORE[:2], *AFTER]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_loop_runs_on_the_cuda_kernels(case: str, emulated: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The emulated ones, with the CPU's convolutions and matrix products."""
+    network, plan, arguments = CASES[case]
+    model, arguments = tiny_unet(**network), arguments | {"progress": False}
+    networks = [freeze(model, dtype, num_timesteps=20) for dtype in (torch.float32, torch.bfloat16)]
+    on_emulator = [sample(each, plan, 5, **arguments) for each in networks]
+    monkeypatch.undo()
+    exact = sample(model, plan, 5, dtype=torch.float64, **arguments)
+    for images, each in zip(on_emulator, networks, strict=True):
+        allowed = 2 * relative_error(sample(each, plan, 5, **arguments), exact)
+        assert relative_error(images, exact) <= allowed
