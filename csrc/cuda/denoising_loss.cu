@@ -8,8 +8,10 @@ namespace {
 // Model output - target: epsilon, x_0, or v = sqrt(abar_t) epsilon - sqrt(1 - abar_t) x_0.
 template <class T>
 struct Difference {
-  Noise<T> noise;
+  Noise<T> source;
   const T *model_output, *x_0;
+  const float* table;
+  std::int64_t t;
   Prediction prediction;
   float signal, sigma;
 
@@ -18,16 +20,14 @@ struct Difference {
     Packed<T, width> m, x_0;  // x_0 where the target has it
   };
 
-  __device__ Difference(const DenoisingLossArgs& a, const Tiling& tiling, const Tile& tile)
-      : noise(a.prediction == Prediction::kSample ? nullptr : a.noise,
-              a.prediction == Prediction::kSample ? nullptr : a.seeds, kStreamQSample, tiling, tile),
-        model_output(static_cast<const T*>(a.model_output) + tile.offset(tiling)),
-        x_0(static_cast<const T*>(a.x_0) + tile.offset(tiling)),
-        prediction(a.prediction) {
-    const float* coefficients = a.table + 2 * a.t[tile.sample];
-    signal = coefficients[0];
-    sigma = coefficients[1];
-  }
+  __device__ Difference(const DenoisingLossArgs& a, const Tile& tile)
+      : source(a.prediction == Prediction::kSample ? nullptr : a.noise,
+               a.prediction == Prediction::kSample ? nullptr : a.seeds, kStreamQSample, tile.sample),
+        model_output(static_cast<const T*>(a.model_output)),
+        x_0(static_cast<const T*>(a.x_0)),
+        table(a.table),
+        t(a.t[tile.sample]),
+        prediction(a.prediction) {}
 
   template <int width>
   __device__ Inputs<width> load(const Place& at) const {
@@ -35,6 +35,13 @@ struct Difference {
     inputs.m = cuda::load<width>(model_output + at.offset);
     if (prediction != Prediction::kEpsilon) inputs.x_0 = cuda::load<width>(x_0 + at.offset);
     return inputs;
+  }
+
+  __device__ Noise<T> noise() const { return source; }
+
+  __device__ void start() {
+    signal = table[2 * t];
+    sigma = table[2 * t + 1];
   }
 
   template <int width>
@@ -86,7 +93,7 @@ __global__ void __launch_bounds__(kMostThreads)
     denoising_loss_kernel(const DenoisingLossArgs a, const Tiling tiling, double reciprocal_of_count) {
   const Tile tile = current_tile<staged>(tiling);
   if (tile.sample >= tiling.n) return;
-  SumOfSquares<T> op(a, tiling, tile);
+  SumOfSquares<T> op(a, tile);
   run<staged, kWidth<T>>(tiling, tile, op);
 
   __shared__ float sums[kMostThreads / kWarp];
@@ -119,14 +126,19 @@ __global__ void __launch_bounds__(kMostThreads)
 template <class T>
 struct Gradient : Difference<T> {
   T* grad_model_output;
-  float factor;  // 2 / count, times the gradient of the sample's loss
+  const float* grad_loss;  // the sample's
+  double reciprocal_of_count;
+  float factor;  // 2 / count times the gradient of the loss
 
-  __device__ Gradient(const DenoisingLossBackwardArgs& b, const Tiling& tiling, const Tile& tile,
-                      double reciprocal_of_count)
-      : Difference<T>(b.forward, tiling, tile),
-        grad_model_output(static_cast<T*>(b.grad_model_output) + tile.offset(tiling)) {
-    const float grad_loss = static_cast<const float*>(b.forward.loss)[tile.sample];
-    factor = static_cast<float>(2 * grad_loss * reciprocal_of_count);
+  __device__ Gradient(const DenoisingLossBackwardArgs& b, const Tile& tile, double reciprocal_of_count)
+      : Difference<T>(b.forward, tile),
+        grad_model_output(static_cast<T*>(b.grad_model_output)),
+        grad_loss(static_cast<const float*>(b.forward.loss) + tile.sample),
+        reciprocal_of_count(reciprocal_of_count) {}
+
+  __device__ void start() {
+    Difference<T>::start();
+    factor = static_cast<float>(2 * *grad_loss * reciprocal_of_count);
   }
 
   template <int width>
@@ -144,7 +156,7 @@ __global__ void __launch_bounds__(kMostThreads)
     denoising_loss_backward_kernel(const DenoisingLossBackwardArgs b, const Tiling tiling, double reciprocal_of_count) {
   const Tile tile = current_tile<staged>(tiling);
   if (tile.sample >= tiling.n) return;
-  Gradient<T> op(b, tiling, tile, reciprocal_of_count);
+  Gradient<T> op(b, tile, reciprocal_of_count);
   run<staged, kWidth<T>>(tiling, tile, op);
 }
 

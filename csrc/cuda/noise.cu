@@ -7,20 +7,22 @@ namespace {
 
 template <class T>
 struct Draw {
-  Noise<T> noise;
+  Noise<T> source;
   T* out;
 
   template <int width>
   struct Inputs {};
 
-  __device__ Draw(const NoiseArgs& a, const Tiling& tiling, const Tile& tile)
-      : noise(nullptr, a.seeds, a.stream, tiling, tile),
-        out(static_cast<T*>(a.out) + tile.offset(tiling)) {}
+  __device__ Draw(const NoiseArgs& a, const Tile& tile)
+      : source(nullptr, a.seeds, a.stream, tile.sample), out(static_cast<T*>(a.out)) {}
 
   template <int width>
   __device__ Inputs<width> load(const Place&) const {
     return {};
   }
+
+  __device__ Noise<T> noise() const { return source; }
+  __device__ void start() const {}
 
   template <int width>
   __device__ void finish(const Place& at, const Inputs<width>&, const float (&normals)[width]) {
@@ -32,7 +34,7 @@ template <class T, bool staged>
 __global__ void __launch_bounds__(kMostThreads) noise_kernel(const NoiseArgs a, const Tiling tiling) {
   const Tile tile = current_tile<staged>(tiling);
   if (tile.sample >= tiling.n) return;
-  Draw<T> op(a, tiling, tile);
+  Draw<T> op(a, tile);
   run<staged, kWidth<T>>(tiling, tile, op);
 }
 

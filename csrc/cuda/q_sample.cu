@@ -8,26 +8,33 @@ namespace {
 // x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) epsilon: derivation eq. 3. X: the type of x_0, T: of everything else.
 template <class T, class X>
 struct QSample {
-  Noise<T> noise;
+  Noise<T> source;
   T* out;
   const X* x_0;
+  const float* table;
+  std::int64_t t;
   float signal, sigma;
 
   template <int width>
   using Inputs = Packed<X, width>;
 
-  __device__ QSample(const QSampleArgs& a, const Tiling& tiling, const Tile& tile)
-      : noise(a.noise, a.seeds, kStreamQSample, tiling, tile),
-        out(static_cast<T*>(a.out) + tile.offset(tiling)),
-        x_0(static_cast<const X*>(a.x_0) + tile.offset(tiling)) {
-    const float* coefficients = a.table + 2 * a.t[tile.sample];
-    signal = coefficients[0];
-    sigma = coefficients[1];
-  }
+  __device__ QSample(const QSampleArgs& a, const Tile& tile)
+      : source(a.noise, a.seeds, kStreamQSample, tile.sample),
+        out(static_cast<T*>(a.out)),
+        x_0(static_cast<const X*>(a.x_0)),
+        table(a.table),
+        t(a.t[tile.sample]) {}
 
   template <int width>
   __device__ Inputs<width> load(const Place& at) const {
     return cuda::load<width>(x_0 + at.offset);
+  }
+
+  __device__ Noise<T> noise() const { return source; }
+
+  __device__ void start() {
+    signal = table[2 * t];
+    sigma = table[2 * t + 1];
   }
 
   template <int width>
@@ -43,7 +50,7 @@ template <class T, class X, bool staged>
 __global__ void __launch_bounds__(kMostThreads) q_sample_kernel(const QSampleArgs a, const Tiling tiling) {
   const Tile tile = current_tile<staged>(tiling);
   if (tile.sample >= tiling.n) return;
-  QSample<T, X> op(a, tiling, tile);
+  QSample<T, X> op(a, tile);
   run<staged, kWidth<T>>(tiling, tile, op);
 }
 

@@ -6,10 +6,10 @@ namespace ddpm_fast::cuda {
 
 namespace {
 
-// Where the parts of the model's output are, counted in elements.
+// How the model's output is laid out, counted in elements.
 struct Model {
-  std::int64_t sample, row;    // from one to the next
-  std::int64_t variance;       // from a prediction to its variance; 0: the variance is fixed
+  std::int64_t more_in_sample, more_in_row;  // than x_t has, where it has variances too
+  std::int64_t variance;                     // from a prediction to its variance; 0: the variance is fixed
   std::int64_t unconditional;  // from a prediction to the one without the condition; 0: no guidance
   float guidance_scale;
 };
@@ -18,14 +18,16 @@ struct Model {
 // is clipped. M: the type of the model's output, T: of everything else.
 template <class T, class M>
 struct ReverseStep {
-  PlanRow row;
-  Noise<T> noise;
+  Noise<T> source;
   T *out, *x_0_out;
   const T *x_t, *x_0_prev;
-  const M *prediction, *unconditional, *variance;
-  int more;  // elements in a row of the model's output, beyond those in a row of x_t
+  const M *prediction, *unconditional, *variance;  // the model's output from the tile's place on
+  std::int64_t more_in_row;
   float guidance_scale;
   bool range;  // whether `variance` interpolates between the logarithms of the plan's two
+  const PlanRow* table;
+  std::int64_t step;
+  PlanRow row;
 
   template <int width>
   struct Inputs {
@@ -33,36 +35,48 @@ struct ReverseStep {
     Packed<M, width> m;
   };
 
-  __device__ ReverseStep(const ReverseStepArgs& a, const Model& model, const PlanRow& row, const Noise<T>& noise,
-                         const Tiling& tiling, const Tile& tile)
-      : row(row), noise(noise), guidance_scale(model.guidance_scale), range(a.variance == Variance::kLearnedRange) {
-    const auto in_place = [offset = tile.offset(tiling)](auto* tensor) {
-      return tensor == nullptr ? tensor : tensor + offset;
-    };
-    out = in_place(static_cast<T*>(a.out));
-    x_0_out = in_place(static_cast<T*>(a.x_0_out));
-    x_t = in_place(static_cast<const T*>(a.x_t));
-    x_0_prev = in_place(static_cast<const T*>(a.x_0_prev));
-    prediction = static_cast<const M*>(a.model_output) + tile.sample * model.sample + tile.row * model.row + tile.col;
-    unconditional = model.unconditional == 0 ? nullptr : prediction + model.unconditional;
-    variance = model.variance == 0 || !(noise.given || noise.drawn) ? nullptr : prediction + model.variance;
-    more = static_cast<int>(model.row - tiling.cols);
-  }
+  __device__ ReverseStep(const ReverseStepArgs& a, const Model& model, const Tile& tile)
+      : source(a.noise, a.seeds, 0, tile.sample),
+        out(static_cast<T*>(a.out)),
+        x_0_out(static_cast<T*>(a.x_0_out)),
+        x_t(static_cast<const T*>(a.x_t)),
+        x_0_prev(static_cast<const T*>(a.x_0_prev)),
+        prediction(static_cast<const M*>(a.model_output) + tile.sample * model.more_in_sample +
+                   tile.row * model.more_in_row),
+        unconditional(model.unconditional == 0 ? nullptr : prediction + model.unconditional),
+        variance(model.variance == 0 ? nullptr : prediction + model.variance),
+        more_in_row(model.more_in_row),
+        guidance_scale(model.guidance_scale),
+        range(a.variance == Variance::kLearnedRange),
+        table(a.table),
+        step(a.steps[tile.sample * a.step_stride]) {}
+
+  // For offsets in the model's output.
+  __device__ std::int64_t model_offset(const Place& at) const { return at.offset + at.row * more_in_row; }
 
   template <int width>
   __device__ Inputs<width> load(const Place& at) const {
-    return {cuda::load<width>(x_t + at.offset), cuda::load<width>(prediction + at.offset + at.row * more)};
+    return {cuda::load<width>(x_t + at.offset), cuda::load<width>(prediction + model_offset(at))};
   }
+
+  __device__ Noise<T> noise() {
+    row = table[step];
+    source.stream = static_cast<std::uint32_t>(step);
+    if (row.sigma == 0) source.given = nullptr, source.seed = nullptr;
+    if (source.given == nullptr && source.seed == nullptr) variance = nullptr;
+    return source;
+  }
+
+  __device__ void start() const {}
 
   template <int width>
   __device__ void finish(const Place& at, const Inputs<width>& inputs, const float (&z)[width]) const {
-    const int model_offset = at.offset + at.row * more;
     float x[width], m[width], x_0[width];
     widen(inputs.x, x);
     widen(inputs.m, m);
     if (unconditional != nullptr) {
       float other[width];
-      cuda::load(unconditional + model_offset, other);
+      cuda::load(unconditional + model_offset(at), other);
       for (int i = 0; i < width; ++i) m[i] = fma(guidance_scale, m[i] - other[i], other[i]);
     }
     for (int i = 0; i < width; ++i) {
@@ -78,7 +92,7 @@ struct ReverseStep {
       for (int i = 0; i < width; ++i) x[i] = fma(row.sigma, z[i], x[i]);
     } else {
       float v[width];
-      cuda::load(variance + model_offset, v);
+      cuda::load(variance + model_offset(at), v);
       for (int i = 0; i < width; ++i) {
         const float f = (v[i] + 1) * 0.5f;
         const float log_variance = range ? fma(f, row.log_beta, (1 - f) * row.log_beta_tilde) : v[i];
@@ -94,12 +108,7 @@ __global__ void __launch_bounds__(kMostThreads)
     reverse_step_kernel(const ReverseStepArgs a, const Model model, const Tiling tiling) {
   const Tile tile = current_tile<staged>(tiling);
   if (tile.sample >= tiling.n) return;
-  const std::int64_t step = a.steps[tile.sample * a.step_stride];
-  const PlanRow row = a.table[step];
-  const bool noisy = row.sigma != 0;
-  const Noise<T> noise(noisy ? a.noise : nullptr, noisy ? a.seeds : nullptr, static_cast<std::uint32_t>(step), tiling,
-                       tile);
-  ReverseStep<T, M> op(a, model, row, noise, tiling, tile);
+  ReverseStep<T, M> op(a, model, tile);
   run<staged, kWidth<T>>(tiling, tile, op);
 }
 
@@ -116,8 +125,8 @@ void run_with(const ReverseStepArgs& a) {
   const Tiling tiling(a.shape, draws || interleaved, kVector, whole, interleaved);
   const std::int64_t sample = a.shape.c * a.shape.hw;
   const Model model = {
-      .sample = learned ? 2 * sample : sample,
-      .row = interleaved ? 2 * tiling.cols : tiling.cols,
+      .more_in_sample = learned ? sample : 0,
+      .more_in_row = interleaved ? tiling.cols : 0,
       .variance = !learned ? 0 : interleaved ? tiling.cols : sample,
       .unconditional = a.guidance ? a.shape.n * (learned ? 2 * sample : sample) : 0,
       .guidance_scale = static_cast<float>(a.guidance_scale),

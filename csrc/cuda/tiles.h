@@ -28,9 +28,10 @@ constexpr std::int64_t round_up(std::int64_t value, std::int64_t unit) { return 
 // ----------------------------------------------------------------------------------------------------------- tiling
 
 struct Tiling {
-  std::int64_t n, rows, cols;
-  std::int64_t row_tiles;
-  int col_tiles, tile_rows, tile_cols, threads;
+  std::int64_t rows, cols, numel;  // of a sample; numel: rows * cols
+  std::uint32_t n, row_tiles, col_tiles;
+  int tile_rows, tile_cols, last_rows, last_cols;  // of a tile, and of the last one, which may be smaller
+  int threads;
   std::uint64_t reciprocal;  // 2^32 / tile_cols, rounded up
   bool staged, vectors;
   bool by_row;  // whether the row of an element has to be known
@@ -42,28 +43,30 @@ struct Tiling {
     constexpr int kRowUnit = 8;  // whole Philox blocks and whole vectors
     constexpr std::int64_t kMostCols = kMostInTile / kRowUnit;
     const bool pixels = ordered && shape.channels_last && shape.hw > 1;
-    n = shape.n;
     rows = pixels ? shape.hw : shape.c * shape.hw;
     cols = pixels ? shape.c : 1;
+    numel = rows * cols;
+    n = static_cast<std::uint32_t>(shape.n);
     tile_cols = static_cast<int>(cols < kMostCols ? cols : kMostCols);
-    col_tiles = static_cast<int>(divide_up(cols, tile_cols));
-    row_tiles = divide_up(rows, kMostInTile / tile_cols / kRowUnit * kRowUnit);
+    col_tiles = static_cast<std::uint32_t>(divide_up(cols, tile_cols));
+    row_tiles = static_cast<std::uint32_t>(divide_up(rows, kMostInTile / tile_cols / kRowUnit * kRowUnit));
     tile_rows = static_cast<int>(round_up(divide_up(rows, row_tiles), kRowUnit));
+    row_tiles = static_cast<std::uint32_t>(divide_up(rows, tile_rows));
+    last_rows = static_cast<int>(rows - std::int64_t{row_tiles - 1} * tile_rows);
+    last_cols = static_cast<int>(cols - std::int64_t{col_tiles - 1} * tile_cols);
     threads = static_cast<int>(round_up(divide_up(tile_rows * tile_cols, kPerThread), kWarp));
     reciprocal = static_cast<std::uint64_t>(divide_up(std::int64_t{1} << 32, tile_cols));
     by_row = interleaved || col_tiles > 1;
-    vectors = aligned && rows * cols % width == 0 && (!by_row || cols % width == 0);
+    vectors = aligned && numel % width == 0 && (!by_row || cols % width == 0);
     staged = !vectors || cols > 1 || interleaved;
   }
 
-  std::int64_t tiles_per_sample() const { return row_tiles * col_tiles; }
+  std::int64_t tiles_per_sample() const { return std::int64_t{row_tiles} * col_tiles; }
 
   Dims dims() const {
-    constexpr std::int64_t kMostInY = 65535;
-    const std::int64_t y = n < kMostInY ? n : kMostInY;
-    return {.grid = dim3(static_cast<unsigned>(tiles_per_sample()), static_cast<unsigned>(y),
-                         static_cast<unsigned>(divide_up(n, y))),
-            .block = dim3(static_cast<unsigned>(threads))};
+    constexpr std::uint32_t kMostInY = 65535;
+    const std::uint32_t y = n < kMostInY ? n : kMostInY;
+    return {.grid = dim3(row_tiles * col_tiles, y, (n + y - 1) / y), .block = dim3(static_cast<unsigned>(threads))};
   }
 };
 
@@ -75,70 +78,56 @@ bool aligned(const void* address, int width) {
 
 // The tile of a block; its first element is in row `row` and column `col` of the sample.
 struct Tile {
-  std::int64_t sample, row, col;
+  std::uint32_t sample;
+  std::int64_t row, col;
   int rows, cols;
-
-  // The first element's, in a tensor of the tiling's shape.
-  __device__ std::int64_t offset(const Tiling& tiling) const {
-    return (sample * tiling.rows + row) * tiling.cols + col;
-  }
+  std::int64_t offset;  // the first element's, in a tensor of the tiling's shape
 };
 
 // The last samples of a grid may not exist: their blocks have nothing to do.
 template <bool staged>
 DDPM_FAST_DEVICE Tile current_tile(const Tiling& tiling) {
-  const std::int64_t sample = std::int64_t{blockIdx.z} * gridDim.y + blockIdx.y;
-  std::int64_t row_tile = blockIdx.x;
-  int col_tile = 0;
-  if (staged && tiling.col_tiles > 1) {
-    row_tile = blockIdx.x / static_cast<unsigned>(tiling.col_tiles);
-    col_tile = static_cast<int>(blockIdx.x % static_cast<unsigned>(tiling.col_tiles));
-  }
-  const std::int64_t row = row_tile * tiling.tile_rows, col = std::int64_t{col_tile} * tiling.tile_cols;
-  const std::int64_t rows = tiling.rows - row, cols = tiling.cols - col;
-  return {sample, row, col, rows < tiling.tile_rows ? static_cast<int>(rows) : tiling.tile_rows,
-          cols < tiling.tile_cols ? static_cast<int>(cols) : tiling.tile_cols};
+  const std::uint32_t sample = blockIdx.z * gridDim.y + blockIdx.y;
+  const std::uint32_t row_tile = staged ? blockIdx.x / tiling.col_tiles : blockIdx.x;
+  const std::uint32_t col_tile = staged ? blockIdx.x % tiling.col_tiles : 0;
+  const auto row = static_cast<std::int64_t>(std::uint64_t{row_tile} * static_cast<std::uint32_t>(tiling.tile_rows));
+  const std::int64_t col = std::int64_t{col_tile} * tiling.tile_cols;
+  return {sample,
+          row,
+          col,
+          row_tile + 1 == tiling.row_tiles ? tiling.last_rows : tiling.tile_rows,
+          col_tile + 1 == tiling.col_tiles ? tiling.last_cols : tiling.tile_cols,
+          sample * tiling.numel + (staged ? row * tiling.cols + col : row)};
 }
 
-// Where an element is: `offset` from the tile's first one in memory, in row `row` of the tile if the tiling is by_row.
+// Where an element is: `offset` in the tensor, and in row `row` of the tile, which is told if the tiling is by_row.
 struct Place {
-  int offset, row;
-  bool exists;
+  std::int64_t offset;
+  int row;
 };
 
-// `index` counts a tile's elements as if it had tile_cols columns.
-template <bool staged>
-DDPM_FAST_DEVICE Place place(const Tiling& tiling, const Tile& tile, int index) {
-  Place at = {index, 0, index < tile.rows * (staged ? tiling.tile_cols : 1)};
-  if (staged && tiling.by_row) {
-    at.row = static_cast<int>(static_cast<std::uint64_t>(index) * tiling.reciprocal >> 32);
-    const int col = index - at.row * tiling.tile_cols;
-    at.offset = at.row * static_cast<int>(tiling.cols) + col;
-    at.exists = at.exists && col < tile.cols;
-  }
-  return at;
+// `index` counts a tile's elements as if it had tile_cols columns. Returns whether there is such an element.
+DDPM_FAST_DEVICE bool find(const Tiling& tiling, const Tile& tile, int index, Place& at) {
+  at = {tile.offset + index, 0};
+  if (!tiling.by_row) return true;
+  at.row = static_cast<int>(static_cast<std::uint64_t>(index) * tiling.reciprocal >> 32);
+  at.offset += at.row * (tiling.cols - tiling.tile_cols);
+  return index - at.row * tiling.tile_cols < tile.cols;
 }
 
 // ------------------------------------------------------------------------------------------------------------ noise
 
-// The noise of a tile: given, or drawn, or absent.
+// Where a sample's noise comes from: a tensor, or the seed, or there is none.
 template <class T>
 struct Noise {
-  const T* given = nullptr;
-  bool drawn = false;
-  std::uint64_t seed = 0;
-  std::uint32_t stream = 0;
+  const T* given;
+  const std::int64_t* seed;
+  std::uint32_t stream;
 
-  __device__ Noise(const void* tensor, const std::int64_t* seeds, std::uint32_t stream, const Tiling& tiling,
-                   const Tile& tile)
-      : stream(stream) {
-    if (tensor != nullptr) {
-      given = static_cast<const T*>(tensor) + tile.offset(tiling);
-    } else if (seeds != nullptr) {
-      drawn = true;
-      seed = static_cast<std::uint64_t>(seeds[tile.sample]);
-    }
-  }
+  __device__ Noise(const void* tensor, const std::int64_t* seeds, std::uint32_t stream, std::uint32_t sample)
+      : given(static_cast<const T*>(tensor)),
+        seed(tensor != nullptr || seeds == nullptr ? nullptr : seeds + sample),
+        stream(stream) {}
 };
 
 // Draws the noise of a tile into shared memory.
@@ -172,62 +161,66 @@ DDPM_FAST_DEVICE void stage(const Tiling& tiling, const Tile& tile, std::uint64_
 
 // ------------------------------------------------------------------------------------------------------- all together
 
-// An op has
-//   Noise<T> noise;
-//   Inputs<width> load<width>(place);  what can be read before the noise is there
+// An op has, in the order in which it is asked, so that memory answers while noise is drawn:
+//   Inputs<width> load<width>(place);
+//   Noise<T> noise();
+//   void start();  reads what the rest needs
 //   void finish<width>(place, inputs, normals);
 
 // Where there is no noise: the one number whose addition changes nothing.
 constexpr float kNoNoise = -0.0f;
 
 template <int width, class Op>
-DDPM_FAST_DEVICE void run_in_registers(const Tiling& tiling, const Tile& tile, Op& op) {
+DDPM_FAST_DEVICE void run_in_registers(const Tile& tile, Op& op) {
   constexpr int kVectors = kPerThread / width, kApart = kWarp * width;
   // A warp's elements lie together, so that those of a thread are a constant apart.
-  const int thread = static_cast<int>(threadIdx.x);
-  const int first = thread / kWarp * kWarp * kPerThread + thread % kWarp * width;
-  if (first >= tile.rows) return;
+  const std::uint32_t lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int first = static_cast<int>(warp * kWarp * kPerThread + lane * width), count = tile.rows - first;
+  if (count <= 0) return;
+  const auto exists = [=](int v) { return v * kApart < count; };
+  const auto place = [&](int v) { return Place{tile.offset + first + v * kApart, 0}; };
   typename Op::template Inputs<width> inputs[kVectors];
   float normals[kVectors][width];
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
-    const Place at = place<false>(tiling, tile, first + v * kApart);
-    if (at.exists) inputs[v] = op.template load<width>(at);
+    if (exists(v)) inputs[v] = op.template load<width>(place(v));
   }
-  if (op.noise.drawn) {
-    const auto block = static_cast<std::uint32_t>((tile.row + first) / 4);
+  const auto noise = op.noise();
+  if (noise.seed != nullptr) {
+    const auto seed = static_cast<std::uint64_t>(*noise.seed);
+    const std::uint32_t block = static_cast<std::uint32_t>(tile.row >> 2) + static_cast<std::uint32_t>(first) / 4;
 #pragma unroll
     for (int call = 0; call < kPerThread / 4; ++call) {
       const int v = 4 * call / width, i = 4 * call % width;
-      draw(op.noise.seed, op.noise.stream, block + (v * kApart + i) / 4, normals[v] + i);
+      draw(seed, noise.stream, block + (v * kApart + i) / 4, normals[v] + i);
     }
   } else {
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
-      const Place at = place<false>(tiling, tile, first + v * kApart);
       for (float& normal : normals[v]) normal = kNoNoise;
-      if (op.noise.given != nullptr && at.exists) load(op.noise.given + at.offset, normals[v]);
+      if (noise.given != nullptr && exists(v)) load(noise.given + place(v).offset, normals[v]);
     }
   }
+  op.start();
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
-    const Place at = place<false>(tiling, tile, first + v * kApart);
-    if (at.exists) op.template finish<width>(at, inputs[v], normals[v]);
+    if (exists(v)) op.template finish<width>(place(v), inputs[v], normals[v]);
   }
 }
 
 // With the noise in `room`, if it is drawn.
-template <int width, class Op>
-DDPM_FAST_DEVICE void run_staged(const Tiling& tiling, const Tile& tile, Op& op, const float* room) {
+template <int width, class Op, class T>
+DDPM_FAST_DEVICE void run_staged(const Tiling& tiling, const Tile& tile, Op& op, const Noise<T>& noise,
+                                 const float* room) {
   const int apart = static_cast<int>(blockDim.x) * width;
   for (int index = static_cast<int>(threadIdx.x) * width; index < tile.rows * tiling.tile_cols; index += apart) {
-    const Place at = place<true>(tiling, tile, index);
-    if (!at.exists) continue;
+    Place at;
+    if (!find(tiling, tile, index, at)) continue;
     const auto inputs = op.template load<width>(at);
     float normals[width];
-    if (op.noise.given != nullptr) {
-      load(op.noise.given + at.offset, normals);
-    } else if (op.noise.drawn) {
+    if (noise.given != nullptr) {
+      load(noise.given + at.offset, normals);
+    } else if (noise.seed != nullptr) {
       load(room + index, normals);
     } else {
       for (float& normal : normals) normal = kNoNoise;
@@ -241,17 +234,19 @@ template <bool staged, int width, class Op>
 DDPM_FAST_DEVICE void run(const Tiling& tiling, const Tile& tile, Op& op) {
   if constexpr (staged) {
     alignas(kVectorBytes) __shared__ float room[kMostInTile];
-    if (op.noise.drawn) {
-      stage(tiling, tile, op.noise.seed, op.noise.stream, room);
+    const auto noise = op.noise();
+    if (noise.seed != nullptr) {
+      stage(tiling, tile, static_cast<std::uint64_t>(*noise.seed), noise.stream, room);
       __syncthreads();
     }
+    op.start();
     if (tiling.vectors) {
-      run_staged<width>(tiling, tile, op, room);
+      run_staged<width>(tiling, tile, op, noise, room);
     } else {
-      run_staged<1>(tiling, tile, op, room);
+      run_staged<1>(tiling, tile, op, noise, room);
     }
   } else {
-    run_in_registers<width>(tiling, tile, op);
+    run_in_registers<width>(tile, op);
   }
 }
 
