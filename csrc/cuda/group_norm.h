@@ -27,6 +27,8 @@
 namespace ddpm_fast::cuda {
 
 constexpr int kWarp = 32;
+constexpr int kMaxThreads = 1024;
+constexpr int kMaxParts = 16;  // of a resident slice
 
 // ------------------------------------------------------------------------------------------------------------ tiling
 
@@ -59,20 +61,20 @@ class TilingRules {
         items_(items),
         clusters_(clusters) {}
 
-  // None: the tensor is not made of whole vectors, or too wide. Another kernel takes such ones.
+  // None: the tensor is not made of whole vectors, or too wide, or its groups are single values. Another kernel takes
+  // such ones.
   std::optional<Tiling> tiling() const {
     constexpr std::int64_t kMost = 1 << 30;
-    if (shape_.n == 0 || shape_.hw == 0 || shape_.hw > kMost || shape_.c > kMost) return {};
+    if (shape_.n == 0 || group_channels_ * shape_.hw <= 1 || shape_.hw > kMost || shape_.c > kMost) return {};
     return shape_.channels_last ? channels_last() : contiguous();
   }
 
  private:
   static constexpr int kThreads = 512;  // with 64 registers each, two blocks fit on a multiprocessor
-  static constexpr int kMostThreads = 1024;
   static constexpr int kSmallThreads = 256;
-  static constexpr int kCluster = 8, kMostCluster = 16;  // the latter is not portable
-  static constexpr int kFewBlocks = 128;                 // below, more and smaller ones finish sooner
-  static constexpr int kSmallPart = 8192;                // bytes
+  static constexpr int kCluster = 8;       // portable
+  static constexpr int kFewBlocks = 128;   // below, more and smaller ones finish sooner
+  static constexpr int kSmallPart = 8192;  // bytes
 
   Shape shape_;
   std::int64_t groups_, group_channels_, element_, width_;
@@ -82,9 +84,9 @@ class TilingRules {
   // -------------------------------------------------------------------------------------------------- contiguous
 
   std::optional<Tiling> contiguous() const {
-    if (shape_.hw % width_ != 0 || group_channels_ > kMostThreads) return {};
+    if (shape_.hw % width_ != 0 || group_channels_ > kMaxThreads) return {};
     const auto fit = [&](int parts, int threads) { return contiguous_part(parts, threads); };
-    if (auto resident = smallest(fit, shape_.n * groups_, group_channels_ * shape_.hw * element_, kMostThreads)) {
+    if (auto resident = smallest(fit, shape_.n * groups_, group_channels_ * shape_.hw * element_, kMaxThreads)) {
       return resident;
     }
     Tiling split = contiguous_grid(1, items_.many);
@@ -196,10 +198,16 @@ class TilingRules {
     }
     if (!clusters_) return fit(1, most_threads);
     if (auto found = fit(kCluster, most_threads)) return found;
-    if (auto found = fit(kMostCluster, kThreads)) return found;
-    return fit(kMostCluster, most_threads);
+    if (auto found = fit(kMaxParts, kThreads)) return found;
+    return fit(kMaxParts, most_threads);
   }
 };
+
+// Contiguous slices of a warp each share a block.
+inline unsigned slices_of_block(const Tiling& tiling) { return tiling.threads() == kWarp && tiling.parts == 1 ? 4 : 1; }
+
+// Stretches of rows that one thread merges, for each channel.
+__host__ __device__ inline int chunks_of(const Tiling& tiling, int width) { return max(1, tiling.rows / width); }
 
 // ------------------------------------------------------------------------------------------------------ small inputs
 
@@ -232,6 +240,10 @@ DDPM_FAST_DEVICE Affine affine(const SmallInputs& inputs, std::int64_t channel, 
           fmaf(channel_input(inputs.bias, channel, 0), factor, channel_input(inputs.scale_shift, at, 0)),
           channel_input(inputs.shift, at, 0)};
 }
+
+template <class T>
+constexpr int kPerWord = 4 / static_cast<int>(sizeof(T));  // elements
+constexpr int kWords = kVectorBytes / 4;
 
 // ------------------------------------------------------------------------------------------------------ warps, blocks
 
@@ -285,6 +297,16 @@ DDPM_FAST_DEVICE float tree_sum(const float (&values)[4]) { return (values[0] + 
 DDPM_FAST_DEVICE float reciprocal_root(float x) {
   const float root = rsqrt_approx(x);
   return fmaf(root * 0.5f, fmaf(-x * root, root, 1), root);
+}
+
+// Calls body(true_type) or body(false_type).
+template <class Body>
+DDPM_FAST_DEVICE void with_silu(bool silu, Body body) {
+  if (silu) {
+    body(std::true_type{});
+  } else {
+    body(std::false_type{});
+  }
 }
 
 // ------------------------------------------------------------------------------------------------------ any shape

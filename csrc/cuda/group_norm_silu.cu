@@ -15,8 +15,6 @@ namespace {
 
 constexpr const char* kOp = "group_norm_silu";
 constexpr Items kItems = {2, 8};
-constexpr int kMaxThreads = 1024;
-constexpr int kMaxParts = 16;  // of a resident slice
 
 enum class Pass { kResident, kStatistics, kApply };
 
@@ -61,20 +59,6 @@ DDPM_FAST_DEVICE float apply(float x, const Line& line) {
 DDPM_FAST_DEVICE float rstd_of(const Moments& moments, float eps) {
   return reciprocal_root(fmaf(moments.m2, reciprocal_approx(moments.count), eps));
 }
-
-// Calls body(true_type) or body(false_type).
-template <class Body>
-DDPM_FAST_DEVICE void with_silu(bool silu, Body body) {
-  if (silu) {
-    body(std::true_type{});
-  } else {
-    body(std::false_type{});
-  }
-}
-
-template <class T>
-constexpr int kPerWord = 4 / static_cast<int>(sizeof(T));  // elements
-constexpr int kWords = kVectorBytes / 4;
 
 // -------------------------------------------------------------------------------------------------------- contiguous
 
@@ -200,9 +184,6 @@ struct Layout {
   int of_part;  // [parts, groups]: mean and m2
   int total;
 };
-
-// Stretches of rows that one thread merges, for each channel.
-__host__ __device__ inline int chunks_of(const Tiling& tiling, int width) { return max(1, tiling.rows / width); }
 
 __host__ __device__ inline Layout layout(const Tiling& tiling, int width, int group_channels, Pass pass) {
   const int channels = tiling.slice_channels, elements = tiling.rows * tiling.lanes * width;
@@ -454,7 +435,7 @@ __global__ void __launch_bounds__(kMaxThreads) channels_last_kernel(const Forwar
 
 // A block for each group, one value at a time, x read three times: for tensors that are not made of whole vectors.
 template <class T>
-__global__ void __launch_bounds__(kMaxThreads) scalar_kernel(const Forward p) {
+__global__ void __launch_bounds__(kScalarThreads) scalar_kernel(const Forward p) {
   const std::int64_t slab = blockIdx.x, sample = slab / p.groups, first_channel = slab % p.groups * p.group_channels;
   const std::int64_t origin = p.channels_last ? sample * p.hw * p.c + first_channel : slab * p.group_channels * p.hw;
   const T* const x = static_cast<const T*>(p.x) + origin;
@@ -507,8 +488,7 @@ void launch_pass(const Forward& p, void* stream) {
     dims.shared_bytes = layout(tiling, kWidth<T>, p.group_channels, pass).total * sizeof(float);
     launch(kOp, channels_last_kernel<T, items, pass>, dims, stream, p);
   } else {
-    constexpr unsigned kSlices = 4;  // of a warp each, in one block
-    dims.block = dim3(threads, threads == kWarp && tiling.parts == 1 ? kSlices : 1);
+    dims.block = dim3(threads, slices_of_block(tiling));
     dims.grid = grid(kOp, divide_up(p.slabs, dims.block.y) * tiling.parts);
     launch(kOp, contiguous_kernel<T, items, pass>, dims, stream, p);
   }
