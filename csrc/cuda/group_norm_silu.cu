@@ -164,7 +164,7 @@ __global__ void __launch_bounds__(kMaxThreads) contiguous_kernel(const Forward p
     if (threadIdx.x == 0) p.partial[slab * tiling.parts + part] = {moments.mean, moments.m2};
   } else {
     if (tiling.parts > 1) {
-      if (threadIdx.x < tiling.parts) *in_block(&of_part[part], threadIdx.x) = {moments.mean, moments.m2};
+      if (static_cast<int>(threadIdx.x) < tiling.parts) *in_block(&of_part[part], threadIdx.x) = {moments.mean, moments.m2};
       cluster_sync();
       moments = warp_merge(tiling.parts, [&](int i) { return Moments{count_of(i), of_part[i].x, of_part[i].y}; });
     }

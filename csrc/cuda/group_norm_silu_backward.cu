@@ -219,7 +219,7 @@ __global__ void __launch_bounds__(kMaxThreads) contiguous_kernel(const Backward 
     if (threadIdx.x == 0) p.partial[slab * tiling.parts + part] = total;
   } else {
     if (tiling.parts > 1) {
-      if (threadIdx.x < tiling.parts) *in_block(&of_part[part], threadIdx.x) = total;
+      if (static_cast<int>(threadIdx.x) < tiling.parts) *in_block(&of_part[part], threadIdx.x) = total;
       cluster_sync();
       total = warp_total(tiling.parts, [&](int i) { return of_part[i]; });
     }
