@@ -53,21 +53,22 @@ def constant(header: str, name: str) -> int:
 
 
 def paths(kernel: sass.Kernel, name: str) -> list[tuple[Sequence[sass.Instruction], float]]:
-    """The hot paths, and the elements that a thread handles on each."""
-    function, _, arguments = name.rstrip(">").partition("<")
-    types = [ITEM_BYTES[word] for word in arguments.split(", ") if word in ITEM_BYTES]
+    """The hot paths, and the elements that a thread handles on each; of small kernels, a thread's whole way."""
+    function, _, arguments = name.partition(" ")[2].rstrip(">").partition("<")
+    words = arguments.split(", ")
+    types = [ITEM_BYTES[word] for word in words if word in ITEM_BYTES]
+    width = sass.WIDE // types[0] if types else 1  # elements of a vector
     if function in TENSORS:
         per_thread = constant("tiles.h", "kPerThread")
-        width = sass.WIDE // types[0]  # elements of a vector
-        staged = arguments.endswith("true")  # the noise is drawn by a loop of its own, and found in shared memory
+        staged = words[-1] == "true"  # the noise is drawn by a loop of its own, and found in shared memory
         elements = width if staged else per_thread
         wide = [[types[i] for i in of if types[i] * width >= sass.WIDE] for of in TENSORS[function]]
         accesses = sass.Accesses(*(sum(elements * size // sass.WIDE for size in of) for of in wide))
         drawing = [(kernel.drawing_loop(), per_thread)] if staged else []
         return [(kernel.hot_path(accesses), elements), *drawing]
-    path = kernel.hot_path()
-    moved = sass.global_bytes(path, "ST", wide=True) or sass.global_bytes(path, "LD", wide=True)
-    return [(path, max(moved / types[0], 1) if types else 1)]
+    if function in ("contiguous_kernel", "channels_last_kernel"):  # of group norm: <type, vectors that a thread holds, pass>
+        return [(kernel.hot_path(), int(words[1]) * width)]
+    return [(kernel.hot_path(), 1)]
 
 
 def figures(module: Path) -> dict[str, dict[str, Figures]]:
@@ -75,5 +76,7 @@ def figures(module: Path) -> dict[str, dict[str, Figures]]:
     found: dict[str, dict[str, Figures]] = {}
     kernels = list(sass.kernels(module))
     for kernel, name in zip(kernels, sass.demangled([kernel.name for kernel in kernels]), strict=True):
-        found.setdefault(name, {})[kernel.architecture] = Figures.of(kernel, paths(kernel, name))
+        if kernel.architecture in found.setdefault(name, {}):
+            raise ValueError(f"two kernels are called {name}")
+        found[name][kernel.architecture] = Figures.of(kernel, paths(kernel, name))
     return found

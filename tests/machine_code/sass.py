@@ -329,21 +329,28 @@ def kernels(file: Path) -> Iterator[Kernel]:
 
 
 def demangled(names: Sequence[str]) -> list[str]:
-    """`_kernel<float, 4>` for every mangled name: no return type, namespaces or parameters."""
-    program = tool("c++filt") or tool("cu++filt")
+    """`q_sample q_sample_kernel<float, 4>` for every mangled name: the source, no return type, namespaces or parameters."""
+    program = tool("c++filt")
     if program is None:
         raise FileNotFoundError("c++filt: not on the PATH")
     done = subprocess.run([program], input="\n".join(names), capture_output=True, text=True, check=True)
-    return [_shortened(name) for name in done.stdout.splitlines()]
+    return [f"{_source(name)} {_shortened(plain)}" for name, plain in zip(names, done.stdout.splitlines(), strict=True)]
+
+
+def _source(mangled: str) -> str:
+    """nvcc calls a file's unnamed namespace _GLOBAL__N__, a hash, the length of the file's name, that name, another hash."""
+    found = re.search(r"_GLOBAL__N__[0-9a-f]+_(\d+)_", mangled)
+    return mangled[found.end() :][: int(found.group(1))].removesuffix("_cu") if found else "-"
 
 
 def _shortened(name: str) -> str:
     name = re.sub(r"^void ", "", name)
     name = re.sub(r"\b\w+::|\(anonymous namespace\)::", "", name)
+    name = re.sub(r"\([\w ]+\)(-?\d+)", r"\1", name)  # (int)4 is 4, and so is an enumerator
     depth = 0
     for place, character in enumerate(name):  # up to the parameters
         depth += {"<": 1, ">": -1}.get(character, 0)
         if character == "(" and depth == 0:
             name = name[:place]
             break
-    return re.sub(r"\((?:unsigned )?\w+\)(-?\d+)", r"\1", name)  # (int)4 is 4
+    return name

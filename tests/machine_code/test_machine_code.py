@@ -139,7 +139,7 @@ def test_hot_path_is_once_around_the_vector_loop() -> None:
     assert sass.global_bytes(path, wide=False) == 40
     assert sass.global_bytes(path, "ST", wide=True) == 16
     assert (code.atomics, code.spills) == (1, 0)
-    assert native.paths(code, "k<Float16, 4>") == [(path, 8)]
+    assert native.paths(code, "group_norm_silu contiguous_kernel<Float16, 4, 0>") == [(path, 32)]
     figures = Figures.of(code, [(path, 4), (path[:2], 8)])
     assert (figures.instructions, figures.mufu, figures.wide) == (1.8, 0, 86)  # 6 / 4 + 2 / 8; 48 of 56 bytes
 
@@ -200,7 +200,8 @@ def test_calls_are_subroutines_where_they_return() -> None:
 
 
 def test_names_lose_what_depends_on_the_build() -> None:
-    mangled = ["_ZN9ddpm_fast4cuda36_GLOBAL__N__6c67d052_4_s_cu_9002201d11axpy_kernelINS_7Float16ELi4ELb0EEEvPKT_PS3_xf"]
+    namespace = "46_GLOBAL__N__6c67d052_13_group_norm_cu_9002201d"
+    mangled = [f"_ZN9ddpm_fast4cuda{namespace}11axpy_kernelINS_7Float16ELi4ELb0EEEvPKT_PS3_xf"]
     if sass.tool("c++filt") is None:
         pytest.skip("no c++filt")
-    assert sass.demangled(mangled) == ["axpy_kernel<Float16, 4, false>"]
+    assert sass.demangled(mangled) == ["group_norm axpy_kernel<Float16, 4, false>"]
