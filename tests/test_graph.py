@@ -62,7 +62,7 @@ def captures(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> Captures:
 def multistep_plan() -> SamplingPlan:
     plan = ddim_plan(SCHEDULE, 4)
     coefficients = plan.coefficients.clone()
-    coefficients[1:, 5] = 0.25  # k3
+    coefficients[:, 5] = 0.25  # k3, of x_0^ = 0 in the first step
     return dataclasses.replace(plan, coefficients=coefficients)
 
 
