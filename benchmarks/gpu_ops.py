@@ -87,7 +87,8 @@ def norms() -> Iterator[Work]:
             model = UNet(**config)
         for site in sites(model, config["sample_size"], device="meta"):
             options = {"shift": site.shift, "activation": site.activation, "groups": GROUPS, "eps": EPS}
-            cases.append(Case("group_norm_silu", name, (batch, site.channels, site.height, site.width), options))
+            fused = (" + time" if site.shift else "") + ("" if site.activation else ", no SiLU")
+            cases.append(Case("group_norm_silu", name + fused, (batch, site.channels, site.height, site.width), options))
     for dtype in ("bf16", "float32"):
         for channels_last in (True, False):
             for direction in ("forward", "backward"):
