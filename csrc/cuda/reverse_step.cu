@@ -15,13 +15,14 @@ struct Model {
 };
 
 // x_0^ = clip(p x_t + q m) and x_{t-1} = k0 x_0^ + k1 x_t + k2 m + k3 x_0_prev + std z: derivation eq. 13 where nothing
-// is clipped. M: the type of the model's output, T: of everything else.
-template <class T, class M>
+// is clipped. M: the type of the model's output, T: of everything else. plain: without x_0^, x_0_prev, guidance and
+// learned variance.
+template <class T, class M, bool plain>
 struct ReverseStep {
   Noise<T> source;
   T *out, *x_0_out;
   const T *x_t, *x_0_prev;
-  const M *prediction, *unconditional, *variance;  // the model's output from the tile's place on
+  const M *prediction, *unconditional, *variance;  // the last two may be absent
   std::int64_t more_in_row;
   float guidance_scale;
   bool range;  // whether `variance` interpolates between the logarithms of the plan's two
@@ -41,22 +42,27 @@ struct ReverseStep {
         x_0_out(static_cast<T*>(a.x_0_out)),
         x_t(static_cast<const T*>(a.x_t)),
         x_0_prev(static_cast<const T*>(a.x_0_prev)),
-        prediction(static_cast<const M*>(a.model_output) + tile.sample * model.more_in_sample +
-                   tile.row * model.more_in_row),
-        unconditional(model.unconditional == 0 ? nullptr : prediction + model.unconditional),
-        variance(model.variance == 0 ? nullptr : prediction + model.variance),
-        more_in_row(model.more_in_row),
-        guidance_scale(model.guidance_scale),
-        range(a.variance == Variance::kLearnedRange),
+        prediction(static_cast<const M*>(a.model_output)),
         table(a.table),
-        step(a.steps[tile.sample * a.step_stride]) {}
+        step(a.steps[tile.sample * a.step_stride]) {
+    if constexpr (!plain) {
+      prediction += tile.sample * model.more_in_sample + tile.row * model.more_in_row;
+      unconditional = model.unconditional == 0 ? nullptr : prediction + model.unconditional;
+      variance = model.variance == 0 ? nullptr : prediction + model.variance;
+      more_in_row = model.more_in_row;
+      guidance_scale = model.guidance_scale;
+      range = a.variance == Variance::kLearnedRange;
+    }
+  }
 
-  // For offsets in the model's output.
-  __device__ std::int64_t model_offset(const Place& at) const { return at.offset + at.row * more_in_row; }
+  template <int width>
+  __device__ Packed<M, width> load_model(const M* part, const Place& at) const {
+    return cuda::load<width>(part + at.offset + (plain ? 0 : at.row * more_in_row));
+  }
 
   template <int width>
   __device__ Inputs<width> load(const Place& at) const {
-    return {cuda::load<width>(x_t + at.offset), cuda::load<width>(prediction + model_offset(at))};
+    return {cuda::load<width>(x_t + at.offset), load_model<width>(prediction, at)};
   }
 
   __device__ Noise<T> noise() {
@@ -71,44 +77,46 @@ struct ReverseStep {
 
   template <int width>
   __device__ void finish(const Place& at, const Inputs<width>& inputs, const float (&z)[width]) const {
-    float x[width], m[width], x_0[width];
+    float x[width], m[width], x_0[width], std[width];
     widen(inputs.x, x);
     widen(inputs.m, m);
-    if (unconditional != nullptr) {
+    if (!plain && unconditional != nullptr) {
       float other[width];
-      cuda::load(unconditional + model_offset(at), other);
+      widen(load_model<width>(unconditional, at), other);
       for (int i = 0; i < width; ++i) m[i] = fma(guidance_scale, m[i] - other[i], other[i]);
     }
     for (int i = 0; i < width; ++i) {
       x_0[i] = clip(fma(row.q, m[i], row.p * x[i]), row.clip);
       x[i] = fma(row.k2, m[i], fma(row.k1, x[i], row.k0 * x_0[i]));
+      std[i] = row.sigma;
     }
-    if (x_0_out != nullptr) store(x_0_out + at.offset, x_0);
-    if (x_0_prev != nullptr) {
-      cuda::load(x_0_prev + at.offset, x_0);
-      for (int i = 0; i < width; ++i) x[i] = fma(row.k3, x_0[i], x[i]);
-    }
-    if (variance == nullptr) {
-      for (int i = 0; i < width; ++i) x[i] = fma(row.sigma, z[i], x[i]);
-    } else {
-      float v[width];
-      cuda::load(variance + model_offset(at), v);
-      for (int i = 0; i < width; ++i) {
-        const float f = (v[i] + 1) * 0.5f;
-        const float log_variance = range ? fma(f, row.log_beta, (1 - f) * row.log_beta_tilde) : v[i];
-        x[i] = fma(row.sigma * exp(0.5f * log_variance), z[i], x[i]);
+    if constexpr (!plain) {
+      if (x_0_out != nullptr) store(x_0_out + at.offset, x_0);
+      if (x_0_prev != nullptr) {
+        cuda::load(x_0_prev + at.offset, x_0);
+        for (int i = 0; i < width; ++i) x[i] = fma(row.k3, x_0[i], x[i]);
+      }
+      if (variance != nullptr) {
+        float v[width];
+        widen(load_model<width>(variance, at), v);
+        for (int i = 0; i < width; ++i) {
+          const float f = (v[i] + 1) * 0.5f;
+          const float log_variance = range ? fma(f, row.log_beta, (1 - f) * row.log_beta_tilde) : v[i];
+          std[i] = row.sigma * exp(0.5f * log_variance);
+        }
       }
     }
+    for (int i = 0; i < width; ++i) x[i] = fma(std[i], z[i], x[i]);
     store(out + at.offset, x);
   }
 };
 
-template <class T, class M, bool staged>
+template <class T, class M, bool plain, bool staged>
 __global__ void __launch_bounds__(kMostThreads)
     reverse_step_kernel(const ReverseStepArgs a, const Model model, const Tiling tiling) {
   const Tile tile = current_tile<staged>(tiling);
   if (tile.sample >= tiling.n) return;
-  ReverseStep<T, M> op(a, model, tile);
+  ReverseStep<T, M, plain> op(a, model, tile);
   run<staged, kWidth<T>>(tiling, tile, op);
 }
 
@@ -118,6 +126,7 @@ void run_with(const ReverseStepArgs& a) {
   const bool learned = a.variance != Variance::kFixed;
   // In channels_last a pixel has the channels of the prediction, and then those of the variance.
   const bool interleaved = learned && a.shape.channels_last && a.shape.hw > 1;
+  const bool plain = !learned && !a.guidance && a.x_0_out == nullptr && a.x_0_prev == nullptr;
   const bool whole = aligned<T>(a.out, kVector) && aligned<T>(a.x_0_out, kVector) && aligned<T>(a.x_t, kVector) &&
                      aligned<M>(a.model_output, kVector) && aligned<T>(a.noise, kVector) &&
                      aligned<T>(a.x_0_prev, kVector);
@@ -131,8 +140,10 @@ void run_with(const ReverseStepArgs& a) {
       .unconditional = a.guidance ? a.shape.n * (learned ? 2 * sample : sample) : 0,
       .guidance_scale = static_cast<float>(a.guidance_scale),
   };
-  launch("reverse_step", tiling.staged ? reverse_step_kernel<T, M, true> : reverse_step_kernel<T, M, false>,
-         tiling.dims(), a.run_on.stream(), a, model, tiling);
+  const auto kernel = tiling.staged ? reverse_step_kernel<T, M, false, true>
+                      : plain       ? reverse_step_kernel<T, M, true, false>
+                                    : reverse_step_kernel<T, M, false, false>;
+  launch("reverse_step", kernel, tiling.dims(), a.run_on.stream(), a, model, tiling);
 }
 
 }  // namespace

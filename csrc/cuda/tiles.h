@@ -20,6 +20,7 @@ namespace ddpm_fast::cuda {
 
 constexpr int kWarp = 32, kMostThreads = 256;
 constexpr int kPerThread = 16;
+constexpr int kStagedVectors = 2;  // that a thread reads before it handles the first of them
 constexpr int kMostInTile = kPerThread * kMostThreads;
 
 constexpr std::int64_t divide_up(std::int64_t value, std::int64_t unit) { return (value + unit - 1) / unit; }
@@ -32,7 +33,7 @@ struct Tiling {
   std::uint32_t n, row_tiles, col_tiles;
   int tile_rows, tile_cols, last_rows, last_cols;  // of a tile, and of the last one, which may be smaller
   int threads;
-  std::uint64_t reciprocal;  // 2^32 / tile_cols, rounded up
+  std::uint32_t reciprocal;  // 2^31 / tile_cols, rounded up
   bool staged, vectors;
   bool by_row;  // whether the row of an element has to be known
 
@@ -55,10 +56,15 @@ struct Tiling {
     last_rows = static_cast<int>(rows - std::int64_t{row_tiles - 1} * tile_rows);
     last_cols = static_cast<int>(cols - std::int64_t{col_tiles - 1} * tile_cols);
     threads = static_cast<int>(round_up(divide_up(tile_rows * tile_cols, kPerThread), kWarp));
-    reciprocal = static_cast<std::uint64_t>(divide_up(std::int64_t{1} << 32, tile_cols));
+    reciprocal = static_cast<std::uint32_t>(divide_up(std::int64_t{1} << 31, tile_cols));
     by_row = interleaved || col_tiles > 1;
     vectors = aligned && numel % width == 0 && (!by_row || cols % width == 0);
     staged = !vectors || cols > 1 || interleaved;
+  }
+
+  // index / tile_cols, where index * tile_cols < 2^31.
+  __device__ int row_of(int index) const {
+    return static_cast<int>(std::uint64_t{static_cast<std::uint32_t>(index)} * reciprocal >> 31);
   }
 
   std::int64_t tiles_per_sample() const { return std::int64_t{row_tiles} * col_tiles; }
@@ -110,7 +116,7 @@ struct Place {
 DDPM_FAST_DEVICE bool find(const Tiling& tiling, const Tile& tile, int index, Place& at) {
   at = {tile.offset + index, 0};
   if (!tiling.by_row) return true;
-  at.row = static_cast<int>(static_cast<std::uint64_t>(index) * tiling.reciprocal >> 32);
+  at.row = tiling.row_of(index);
   at.offset += at.row * (tiling.cols - tiling.tile_cols);
   return index - at.row * tiling.tile_cols < tile.cols;
 }
@@ -133,27 +139,35 @@ struct Noise {
 // Draws the noise of a tile into shared memory.
 DDPM_FAST_DEVICE void stage(const Tiling& tiling, const Tile& tile, std::uint64_t seed, std::uint32_t stream,
                             float* room) {
-  // A column's elements are neighbours in C, H, W order. They may begin and end within a block.
-  const int blocks = (tile.rows + 3) / 4 + (tiling.rows % 4 != 0);
-  const int draws = blocks * tiling.tile_cols;
+  // The elements of a column are neighbours in C, H, W order. Where `rest` is not 0, columns begin within Philox blocks.
+  const auto col_blocks = static_cast<std::uint32_t>(tiling.rows >> 2);
+  const std::uint32_t rest = tiling.rows & 3;
+  const int blocks = (tile.rows + 3) / 4 + (rest != 0), draws = blocks * tiling.tile_cols;
   constexpr int kInFlight = kPerThread / 4;
-  for (int first = threadIdx.x; first < draws; first += kInFlight * static_cast<int>(blockDim.x)) {
+  const int threads = static_cast<int>(blockDim.x);
+#pragma unroll 1
+  for (int first = static_cast<int>(threadIdx.x); first < draws; first += kInFlight * threads) {
     float normals[kInFlight][4];
-    int row[kInFlight], col[kInFlight];  // of the first normal
+    int row[kInFlight], col[kInFlight];  // of the first of them, in the tile
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
-      const int index = first + i * static_cast<int>(blockDim.x);
-      const int block = static_cast<int>(static_cast<std::uint64_t>(index) * tiling.reciprocal >> 32);
-      col[i] = index - block * tiling.tile_cols;
-      const std::int64_t element = (tile.col + col[i]) * tiling.rows + tile.row;
-      row[i] = 4 * block - static_cast<int>(element % 4);
-      draw(seed, stream, static_cast<std::uint32_t>(element / 4 + block), normals[i]);
+      const int block = tiling.row_of(first + i * threads);
+      col[i] = first + i * threads - block * tiling.tile_cols;
+      const std::uint32_t col_in_sample = static_cast<std::uint32_t>(tile.col) + static_cast<std::uint32_t>(col[i]);
+      const std::uint32_t rests = col_in_sample * rest;
+      row[i] = 4 * block - static_cast<int>(rests & 3);
+      const std::uint32_t first_block = col_in_sample * col_blocks + rests / 4 + static_cast<std::uint32_t>(tile.row >> 2);
+      draw(seed, stream, first_block + static_cast<std::uint32_t>(block), normals[i]);
     }
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
       float* const to = room + row[i] * tiling.tile_cols + col[i];
-      for (int j = 0; j < 4; ++j) {
-        if (row[i] + j >= 0 && row[i] + j < tile.rows) to[j * tiling.tile_cols] = normals[i][j];
+      if (row[i] >= 0 && row[i] + 4 <= tile.rows) {
+        for (int j = 0; j < 4; ++j) to[j * tiling.tile_cols] = normals[i][j];
+      } else {  // the ends of a column, or past the last draw
+        for (int j = 0; j < 4; ++j) {
+          if (row[i] + j >= 0 && row[i] + j < tile.rows) to[j * tiling.tile_cols] = normals[i][j];
+        }
       }
     }
   }
@@ -212,20 +226,27 @@ DDPM_FAST_DEVICE void run_in_registers(const Tile& tile, Op& op) {
 template <int width, class Op, class T>
 DDPM_FAST_DEVICE void run_staged(const Tiling& tiling, const Tile& tile, Op& op, const Noise<T>& noise,
                                  const float* room) {
-  const int apart = static_cast<int>(blockDim.x) * width;
-  for (int index = static_cast<int>(threadIdx.x) * width; index < tile.rows * tiling.tile_cols; index += apart) {
-    Place at;
-    if (!find(tiling, tile, index, at)) continue;
-    const auto inputs = op.template load<width>(at);
-    float normals[width];
-    if (noise.given != nullptr) {
-      load(noise.given + at.offset, normals);
-    } else if (noise.seed != nullptr) {
-      load(room + index, normals);
-    } else {
-      for (float& normal : normals) normal = kNoNoise;
+  const int apart = static_cast<int>(blockDim.x) * width, count = tile.rows * tiling.tile_cols;
+#pragma unroll 1
+  for (int first = static_cast<int>(threadIdx.x) * width; first < count; first += kStagedVectors * apart) {
+    typename Op::template Inputs<width> inputs[kStagedVectors];
+    Place at[kStagedVectors];
+    bool exists[kStagedVectors];
+#pragma unroll
+    for (int v = 0; v < kStagedVectors; ++v) {
+      const int index = first + v * apart;
+      exists[v] = index < count && find(tiling, tile, index, at[v]);
+      if (exists[v]) inputs[v] = op.template load<width>(at[v]);
     }
-    op.template finish<width>(at, inputs, normals);
+#pragma unroll
+    for (int v = 0; v < kStagedVectors; ++v) {
+      if (!exists[v]) continue;
+      float normals[width];
+      for (float& normal : normals) normal = kNoNoise;
+      if (noise.seed != nullptr) load(room + first + v * apart, normals);
+      if (noise.given != nullptr) load(noise.given + at[v].offset, normals);
+      op.template finish<width>(at[v], inputs[v], normals);
+    }
   }
 }
 

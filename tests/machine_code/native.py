@@ -61,7 +61,7 @@ def paths(kernel: sass.Kernel, name: str) -> list[tuple[Sequence[sass.Instructio
     if function in TENSORS:
         per_thread = constant("tiles.h", "kPerThread")
         staged = words[-1] == "true"  # the noise is drawn by a loop of its own, and found in shared memory
-        elements = width if staged else per_thread
+        elements = width * constant("tiles.h", "kStagedVectors") if staged else per_thread
         wide = [[types[i] for i in of if types[i] * width >= sass.WIDE] for of in TENSORS[function]]
         accesses = sass.Accesses(*(sum(elements * size // sass.WIDE for size in of) for of in wide))
         drawing = [(kernel.drawing_loop(), per_thread)] if staged else []
