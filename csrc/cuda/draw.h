@@ -9,6 +9,8 @@
 
 namespace ddpm_fast::cuda {
 
+using ddpm_fast::fma;  // beside that of Two
+
 // The normals of elements 4 block .. 4 block + 3 of a sample. What depends on the seed and the stream alone, the keys of
 // the rounds for one, the compiler computes once for all calls of a thread.
 DDPM_FAST_DEVICE void draw(std::uint64_t seed, std::uint32_t stream, std::uint32_t block, float* normals) {
@@ -26,8 +28,19 @@ DDPM_FAST_DEVICE void draw(std::uint64_t seed, std::uint32_t stream, std::uint32
     key_0 += kPhiloxW0;
     key_1 += kPhiloxW1;
   }
-  turn(square_root(squared_radius(words[0])), words[1], normals[0], normals[1]);
-  turn(square_root(squared_radius(words[2])), words[3], normals[2], normals[3]);
+  Two exponent, mantissa, sine, cosine;
+  split_uniform(words[0], exponent.low, mantissa.low);
+  split_uniform(words[2], exponent.high, mantissa.high);
+  Two radius = minus_square_root(twice_logarithm(exponent, mantissa));
+  sine_and_cosine(Two(in_quarter_turn(words[1]), in_quarter_turn(words[3])), sine, cosine);
+  constexpr std::uint32_t kHalfTurn = 0x80000000;  // makes up for the minus
+  turn(words[1] + kHalfTurn, cosine.low, sine.low, radius.low);
+  turn(words[3] + kHalfTurn, cosine.high, sine.high, radius.high);
+  const Two first = Two(cosine.low, sine.low) * radius.low, second = Two(cosine.high, sine.high) * radius.high;
+  normals[0] = first.low;
+  normals[1] = first.high;
+  normals[2] = second.low;
+  normals[3] = second.high;
 }
 
 }  // namespace ddpm_fast::cuda

@@ -33,14 +33,6 @@ DDPM_FAST_DEVICE float rsqrt_approx(float x) {
   return y;
 }
 
-// Correctly rounded, of 0 or a number from 2^-70 to 2^120: the instructions that sqrtf compiles to for those, without its
-// question whether x is one of them.
-DDPM_FAST_DEVICE float square_root(float x) {
-  const float reciprocal = rsqrt_approx(x + 0x1p-100f);  // finite for 0, and the same for the others
-  const float root = x * reciprocal;
-  return fmaf(fmaf(-root, root, x), 0.5f * reciprocal, root);
-}
-
 // x between -limit and limit; NaN stays NaN.
 DDPM_FAST_DEVICE float clip(float x, float limit) {
   float y;
@@ -48,6 +40,64 @@ DDPM_FAST_DEVICE float clip(float x, float limit) {
       : "=f"(y)
       : "f"(x), "f"(limit), "f"(-limit));
   return y;
+}
+
+// ---------------------------------------------------------------------------------------------- two floats at once
+// Cards of compute capability 10 have instructions for two numbers in neighbouring registers.
+
+struct Two {
+  float low, high;
+  Two() = default;
+  __device__ Two(float both) : low(both), high(both) {}
+  __device__ Two(float low, float high) : low(low), high(high) {}
+};
+
+DDPM_FAST_DEVICE Two fma(Two a, Two b, Two c) {
+  Two result;
+#if __CUDA_ARCH__ >= 1000
+  asm("{ .reg .b64 a, b, c; mov.b64 a, {%2, %3}; mov.b64 b, {%4, %5}; mov.b64 c, {%6, %7};\n"
+      "fma.rn.f32x2 a, a, b, c; mov.b64 {%0, %1}, a; }"
+      : "=f"(result.low), "=f"(result.high)
+      : "f"(a.low), "f"(a.high), "f"(b.low), "f"(b.high), "f"(c.low), "f"(c.high));
+#else
+  result = {fmaf(a.low, b.low, c.low), fmaf(a.high, b.high, c.high)};
+#endif
+  return result;
+}
+
+DDPM_FAST_DEVICE Two operator*(Two a, Two b) {
+  Two result;
+#if __CUDA_ARCH__ >= 1000
+  asm("{ .reg .b64 a, b; mov.b64 a, {%2, %3}; mov.b64 b, {%4, %5};\n"
+      "mul.rn.f32x2 a, a, b; mov.b64 {%0, %1}, a; }"
+      : "=f"(result.low), "=f"(result.high)
+      : "f"(a.low), "f"(a.high), "f"(b.low), "f"(b.high));
+#else
+  result = {a.low * b.low, a.high * b.high};
+#endif
+  return result;
+}
+
+DDPM_FAST_DEVICE Two operator-(Two a, Two b) {
+  Two result;
+#if __CUDA_ARCH__ >= 1000
+  asm("{ .reg .b64 a, b; mov.b64 a, {%2, %3}; mov.b64 b, {%4, %5};\n"
+      "add.rn.f32x2 a, a, b; mov.b64 {%0, %1}, a; }"
+      : "=f"(result.low), "=f"(result.high)
+      : "f"(a.low), "f"(a.high), "f"(-b.low), "f"(-b.high));
+#else
+  result = {a.low - b.low, a.high - b.high};
+#endif
+  return result;
+}
+
+// Minus the square root of -x, correctly rounded, where x is 0 or a number from -2^120 to -2^-70. These are the
+// instructions that sqrtf compiles to for such numbers, less its question whether the argument is one of them.
+DDPM_FAST_DEVICE Two minus_square_root(Two x) {
+  const Two nonzero = x - 0x1p-100f;  // for a finite reciprocal of 0; the others do not change
+  const Two reciprocal = {rsqrt_approx(-nonzero.low), rsqrt_approx(-nonzero.high)};
+  const Two root = x * reciprocal;
+  return fma(fma(root, root, x), reciprocal * 0.5f, root);
 }
 
 // ----------------------------------------------------------------------------------------------- half precision

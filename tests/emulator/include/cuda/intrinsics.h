@@ -33,10 +33,23 @@ DDPM_FAST_DEVICE float rsqrt_approx(float x) {
   return approximate(static_cast<float>(1.0 / std::sqrt(argument)), x, 2);
 }
 
-// Exact on a card too.
-DDPM_FAST_DEVICE float square_root(float x) { return sqrtf(x); }
-
 DDPM_FAST_DEVICE float clip(float x, float limit) { return x < -limit ? -limit : x > limit ? limit : x; }
+
+// ---------------------------------------------------------------------------------------------- two floats at once
+
+struct Two {
+  float low, high;
+  Two() = default;
+  Two(float both) : low(both), high(both) {}
+  Two(float low, float high) : low(low), high(high) {}
+};
+
+DDPM_FAST_DEVICE Two fma(Two a, Two b, Two c) { return {fmaf(a.low, b.low, c.low), fmaf(a.high, b.high, c.high)}; }
+DDPM_FAST_DEVICE Two operator*(Two a, Two b) { return {a.low * b.low, a.high * b.high}; }
+DDPM_FAST_DEVICE Two operator-(Two a, Two b) { return {a.low - b.low, a.high - b.high}; }
+
+// Exact on a card too.
+DDPM_FAST_DEVICE Two minus_square_root(Two x) { return {-sqrtf(-x.low), -sqrtf(-x.high)}; }
 
 // ----------------------------------------------------------------------------------------------- half precision
 
