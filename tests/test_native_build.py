@@ -1,5 +1,6 @@
 """The native module as a build: published vectors, one result for every instruction set, one OpenMP runtime, clear errors."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import torch
 
 import ddpm_fast
 from ddpm_fast import _native, reference
+from ddpm_fast.ops import backend
 
 ROOT = Path(__file__).parent.parent
 
@@ -177,3 +179,28 @@ def test_no_native_builds_nothing(tmp_path: Path) -> None:
     result = _setup_without_compiler(tmp_path, DDPM_FAST_NO_NATIVE="1")
     assert result.returncode == 0, result.stderr
     assert not list(tmp_path.rglob("_native*"))
+
+
+@pytest.mark.skipif(not _native.build_info()["cuda_archs"], reason=f"no CUDA: {_native.build_info()['cuda_why_not']}")
+def test_cuda_kernels_load_anywhere_and_say_why_they_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cudart is linked statically: the module loads without a driver, and its CPU half runs."""
+    assert set(vars(_native.cpu)) < set(vars(_native.cuda))
+    x = torch.randn(2, 8, 4, 4)
+    assert torch.isfinite(ddpm_fast.group_norm_silu(x, 4, backend="native")).all()
+    device = torch.device("cuda", 0)
+    if torch.cuda.is_available():
+        assert backend.why_not("native", "noise", device) is None
+        return
+    reason = _native.cuda.why_not()
+    assert "CUDA" in reason
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())  # this torch may have no CUDA at all
+    monkeypatch.setattr(backend, "_CUDA_REASONS", {})
+    assert backend.why_not("native", "noise", device) == reason
+    assert "float64" in str(backend.why_not("native", "noise", device, torch.float64))
+
+
+def test_a_build_without_cuda_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(backend.KERNELS, "cuda", raising=False)
+    monkeypatch.setattr(backend.native(), "build_info", lambda: {"cuda_why_not": "it was built where there was no nvcc"})
+    reason = backend.why_not("native", "noise", torch.device("cuda", 0))
+    assert reason == "it has no kernels for cuda tensors: it was built where there was no nvcc"
