@@ -78,6 +78,9 @@ struct Source {
 
 enum class WarpOp { kSync, kShuffle, kShuffleUp, kShuffleDown, kShuffleXor, kBallot };
 
+// Which of the bugs that a test has planted in the sources is there (tests/test_emulator.py); 0: none.
+extern int planted;
+
 void block_barrier(Source);
 std::uint64_t warp_op(WarpOp, unsigned mask, std::uint64_t value, int argument, int width, Source);
 void cluster_arrive(Source);

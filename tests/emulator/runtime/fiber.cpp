@@ -80,10 +80,11 @@ void start() {
 }  // namespace
 
 char* allocate_stacks(std::size_t count) {
-  void* memory =
-      mmap(nullptr, count * kStackSize, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  // One more, below the first: what overflows it ends there.
+  void* memory = mmap(nullptr, (count + 1) * kStackSize, PROT_READ | PROT_WRITE,
+                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) throw std::bad_alloc();
-  return static_cast<char*>(memory);
+  return static_cast<char*>(memory) + kStackSize;
 }
 
 void prepare(Fiber& fiber, void (*entry)()) {

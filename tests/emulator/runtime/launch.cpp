@@ -14,6 +14,7 @@ uint3 threadIdx, blockIdx, blockDim, gridDim;
 namespace emulator {
 
 Machine machine;
+int planted = 0;
 
 namespace {
 

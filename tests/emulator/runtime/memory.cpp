@@ -73,6 +73,12 @@ Place place_of(Address address) {
 
 void check_other_memory(Address address, std::size_t size, bool write, Address pc) {
   const char* verb = write ? "write" : "read";
+  // Where this function's own variables are below the stack, the kernel's are too.
+  if (reinterpret_cast<Address>(&size) < reinterpret_cast<Address>(machine.current->fiber.stack)) {
+    fail("stack", pc, "local variables need more than the %zu bytes of an emulated thread", kStackSize);
+  }
+  const bool constant = !write && address >= image().begin && address < image().end;
+  if (constant) return;  // tables of constants are compiled into the module
   for (Block& block : machine.blocks) {
     for (Thread& thread : block.threads) {
       if (address - reinterpret_cast<Address>(thread.fiber.stack) < kStackSize) {
@@ -80,8 +86,6 @@ void check_other_memory(Address address, std::size_t size, bool write, Address p
       }
     }
   }
-  const bool constant = !write && address >= image().begin && address < image().end;
-  if (constant) return;  // tables of constants are compiled into the module
   fail("illegal address", pc, "%s of %zu bytes at %p: a null, host or wild pointer", verb, size,
        reinterpret_cast<void*>(address));
 }

@@ -19,6 +19,13 @@ enum ByteState : std::uint8_t {
   kWritten = 4,      // a kernel has
 };
 
+// Whether accesses are announced: not in a build with AddressSanitizer.
+#ifdef __SANITIZE_ADDRESS__
+constexpr bool kStatesAreKept = false;
+#else
+constexpr bool kStatesAreKept = true;
+#endif
+
 constexpr unsigned char kPoison = 0xFF;  // what memory holds before it is written: NaN in every floating type
 
 // A new buffer in global memory, at an address that is `phase` modulo 512. Its name is for reports.

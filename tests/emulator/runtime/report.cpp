@@ -26,7 +26,6 @@ std::string file_name(const char* path) {
 std::string key(const char* kind, const std::string& place) { return std::string(kind) + ": " + place; }
 
 void add(const char* kind, Address pc, const char* format, va_list arguments) {
-  if (is_known(kind, pc)) return;
   char text[1024];
   std::vsnprintf(text, sizeof text, format, arguments);
   if (!known.insert(key(kind, pc ? std::to_string(pc) : text)).second) return;
@@ -43,7 +42,7 @@ void add(const char* kind, Address pc, const char* format, va_list arguments) {
 void report(const char* kind, Address pc, const char* format, ...) {
   va_list arguments;
   va_start(arguments, format);
-  add(kind, pc, format, arguments);
+  if (!is_known(kind, pc)) add(kind, pc, format, arguments);
   va_end(arguments);
 }
 

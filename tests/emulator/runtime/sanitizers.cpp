@@ -82,19 +82,20 @@ void __ubsan_handle_out_of_bounds(void* description, void* index) {
     const Type *array, *index;
   };
   const auto& what = *static_cast<Description*>(description);
-  report("out of bounds", 0, "index %ld of %s, at %s", static_cast<long>(reinterpret_cast<std::intptr_t>(index)),
-         what.array->name, text(what.place).c_str());
+  // Not only reported: what lies behind the array may be a return address.
+  fail("out of bounds", 0, "index %ld of %s, at %s", static_cast<long>(reinterpret_cast<std::intptr_t>(index)),
+       what.array->name, text(what.place).c_str());
 }
 
-#define UNDEFINED(handler, what, ...)                                                        \
-  void __ubsan_handle_##handler(void* description __VA_OPT__(, ) __VA_ARGS__) {              \
-    report("undefined", 0, what ", at %s", text(*static_cast<Place*>(description)).c_str()); \
+#define UNDEFINED(handler, how, what, ...)                                                \
+  void __ubsan_handle_##handler(void* description __VA_OPT__(, ) __VA_ARGS__) {           \
+    how("undefined", 0, what ", at %s", text(*static_cast<Place*>(description)).c_str()); \
   }
-UNDEFINED(add_overflow, "signed addition overflows", void*, void*)
-UNDEFINED(sub_overflow, "signed subtraction overflows", void*, void*)
-UNDEFINED(mul_overflow, "signed multiplication overflows", void*, void*)
-UNDEFINED(negate_overflow, "signed negation overflows", void*)
-UNDEFINED(shift_out_of_bounds, "shift by a negative number or by too many bits", void*, void*)
-UNDEFINED(divrem_overflow, "division by zero, or one that overflows", void*, void*)
+UNDEFINED(add_overflow, report, "signed addition overflows", void*, void*)
+UNDEFINED(sub_overflow, report, "signed subtraction overflows", void*, void*)
+UNDEFINED(mul_overflow, report, "signed multiplication overflows", void*, void*)
+UNDEFINED(negate_overflow, report, "signed negation overflows", void*)
+UNDEFINED(shift_out_of_bounds, report, "shift by a negative number or by too many bits", void*, void*)
+UNDEFINED(divrem_overflow, fail, "division by zero, or one that overflows", void*, void*)
 
 }  // extern "C"

@@ -1,6 +1,5 @@
 #include "shared_memory.h"
 
-#include <algorithm>
 #include <cstring>
 
 #include "image.h"
@@ -36,10 +35,10 @@ void reset_shared_memory(Block& block) {
     shared.state.resize(size);
     shared.cells = CellMap(size);
   }
-  std::fill(shared.state.begin(), shared.state.end(), std::uint8_t{0});
   fence_variables(shared.aside.data());
   for (const auto& variable : image().shared) {
     std::memset(shared.aside.data() + variable.offset, kPoison, size_now(variable));
+    std::memset(shared.state.data() + variable.offset, 0, variable.size);
     std::memset(shared.state.data() + variable.offset, kInside, size_now(variable));
   }
 }

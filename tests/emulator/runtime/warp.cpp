@@ -70,6 +70,7 @@ unsigned source_lane(const Thread& thread) {
 void complete(const Warp& warp, unsigned mask) {
   std::array<std::uint16_t, kWarpSize> latest{};
   unsigned ballot = 0;
+  bool reported = false;
   for (unsigned lane = 0; lane < kWarpSize; ++lane) {
     if (!named(mask, lane)) continue;
     if (warp[lane]->value & 1) ballot |= 1u << lane;
@@ -86,8 +87,11 @@ void complete(const Warp& warp, unsigned mask) {
     } else {
       const unsigned source = source_lane(thread);
       if (!named(mask, source)) {
-        report("warp mask", 0, "%s: lane %u reads lane %u, which takes no part", describe(thread).c_str(), lane,
-               source);
+        if (!reported) {
+          report("warp mask", 0, "%s: lane %u reads lane %u, which takes no part", describe(thread).c_str(), lane,
+                 source);
+        }
+        reported = true;
       }
       thread.result = named(mask, source) ? warp[source]->value : ~std::uint64_t{0};
     }
@@ -110,9 +114,12 @@ void check_complete(const Thread& thread) {
                          : other->state == State::kAtClusterBarrier ? "waits at a cluster barrier"
                                                                     : nullptr;
     if (absent) fail("warp mask", 0, "%s: it names lane %u, which %s", describe(thread).c_str(), lane, absent);
-    if (other->state == State::kReady) {
-      all = false;
-    } else if (other->mask != thread.mask || other->op != thread.op || other->waits_at.line != thread.waits_at.line) {
+    const bool with_us = other->state == State::kInWarpOp && other->mask == thread.mask && other->op == thread.op &&
+                         other->waits_at.line == thread.waits_at.line;
+    if (with_us) continue;
+    all = false;
+    // It may be in another operation before this one, but not one that waits for us.
+    if (other->state == State::kInWarpOp && named(other->mask, thread.lane())) {
       fail("warp mask", 0, "%s: lane %u, which it names, is in %s", describe(thread).c_str(), lane,
            describe(*other).c_str());
     }
