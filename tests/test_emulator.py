@@ -258,7 +258,7 @@ ELEMENTWISE = (
             (
                 "denoising_loss.cu",
                 SUMS,
-                f"{SUMS}\n  if (BUG && threadIdx.x % 2) {{\n    __syncthreads();\n  }} else if (BUG) {{\n    __syncthreads();\n  }}",
+                f"{SUMS}\n  if (BUG && threadIdx.x % 2)\n    __syncthreads();\n  else if (BUG)\n    __syncthreads();",
             ),
         ),
         LOSS,
@@ -405,7 +405,13 @@ GROUP_NORM = (
     Bug(
         "a rank that there is not",
         "cluster",
-        (("group_norm_silu.cu", "if (threadIdx.x < tiling.parts)", "if (threadIdx.x < tiling.parts + (BUG ? 1 : 0))"),),
+        (
+            (
+                "group_norm_silu.cu",
+                "static_cast<int>(threadIdx.x) < tiling.parts)",
+                "static_cast<int>(threadIdx.x) < tiling.parts + BUG)",
+            ),
+        ),
         CLUSTER,
         says="maps to rank 4 of a cluster of 4",
         card=1,
