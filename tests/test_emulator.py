@@ -73,6 +73,7 @@ TILES = run("denoising_loss", (2, 3, 40, 40))  # two blocks a sample
 ROOM = "alignas(kVectorBytes) __shared__ float room[kMostInTile];"
 SUMS = "__shared__ float sums[kMostThreads / kWarp];"
 STORE = "store(out + at.offset, x);"
+DRAW = "  Draw<T> op("
 
 ELEMENTWISE = (
     Bug(
@@ -215,33 +216,33 @@ ELEMENTWISE = (
     Bug(
         "vectors of shared memory that are not aligned",
         "misaligned",
-        (("tiles.h", "load(room + index, normals);", "load(room + index + (BUG ? 1 : 0), normals);"),),
+        (("tiles.h", "load(room + first +", "load(room + (BUG ? 1 : 0) + first +"),),
         STAGED_VECTORS,
     ),
     Bug(
-        "a sum that overflows",
+        "a product that overflows",
         "undefined",
-        (("tiles.h", "element / 4 + block)", "element / 4 + block + (BUG ? block * 0x10000000 : 0))"),),
+        (
+            (
+                "noise.cu",
+                DRAW,
+                f"  if (BUG) [[maybe_unused]] volatile int product = (static_cast<int>(threadIdx.x) + 3) * 0x30000000;\n{DRAW}",
+            ),
+        ),
         STAGED,
         says="multiplication overflows",
     ),
     Bug(
         "a shift by too much",
         "undefined",
-        (("tiles.h", "  const int draws =", "  if (BUG && 1 << (blocks + 30) == 3) return;\n  const int draws ="),),
+        (("noise.cu", DRAW, f"  if (BUG && 1 << (threadIdx.x + 32) == 1) return;\n{DRAW}"),),
         STAGED,
         says="shift",
     ),
     Bug(
         "a division by zero",
         "undefined",
-        (
-            (
-                "tiles.h",
-                "  // A column's elements",
-                "  if (BUG && tile.rows / (tiling.tile_cols - 1) == 3) return;\n  // A column's elements",
-            ),
-        ),
+        (("noise.cu", DRAW, f"  if (BUG && tile.rows / static_cast<int>(threadIdx.x / 1024) == 1) return;\n{DRAW}"),),
         STAGED,
         says="division by zero",
     ),

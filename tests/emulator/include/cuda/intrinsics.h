@@ -17,20 +17,18 @@ namespace ddpm_fast::cuda {
 
 DDPM_FAST_DEVICE float flush_subnormal(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x; }
 
-// `exact` moved by -ulps .. ulps units in the last place, always alike for the same argument.
-DDPM_FAST_DEVICE float approximate(float exact, float argument, int ulps) {
-  exact = flush_subnormal(exact);
-  if (exact == 0 || !std::isfinite(exact)) return exact;
-  const std::uint32_t hash = __float_as_uint(argument) * 0x9E3779B9u >> 16;
-  const int shift = static_cast<int>(hash % static_cast<std::uint32_t>(2 * ulps + 1)) - ulps;
-  return __int_as_float(__float_as_int(exact) + shift);
+// `exact` with a relative error up to `error`, always alike for the same argument.
+DDPM_FAST_DEVICE float approximate(double exact, float argument, double error) {
+  const std::uint32_t hash = __float_as_uint(argument) * 0x9E3779B9u ^ __float_as_uint(argument) >> 7;
+  const double share = static_cast<double>(hash) * 0x1p-31 - 1;  // of the error, from -1 to 1
+  return flush_subnormal(static_cast<float>(exact * (1 + share * error)));
 }
 
-DDPM_FAST_DEVICE float exp2_approx(float x) { return approximate(exp2f(flush_subnormal(x)), x, 2); }
-DDPM_FAST_DEVICE float reciprocal_approx(float x) { return approximate(1.0f / flush_subnormal(x), x, 1); }
+// The errors that the PTX manual allows.
+DDPM_FAST_DEVICE float exp2_approx(float x) { return approximate(std::exp2(double{flush_subnormal(x)}), x, 0x1p-22); }
+DDPM_FAST_DEVICE float reciprocal_approx(float x) { return approximate(1.0 / flush_subnormal(x), x, 0); }
 DDPM_FAST_DEVICE float rsqrt_approx(float x) {
-  const double argument = flush_subnormal(x);
-  return approximate(static_cast<float>(1.0 / std::sqrt(argument)), x, 2);
+  return approximate(1.0 / std::sqrt(double{flush_subnormal(x)}), x, 0x1.8p-23);  // 2^-22.4
 }
 
 DDPM_FAST_DEVICE float clip(float x, float limit) { return x < -limit ? -limit : x > limit ? limit : x; }
@@ -94,9 +92,11 @@ DDPM_FAST_DEVICE std::uint32_t with_low_byte(std::uint32_t word, std::uint32_t b
 DDPM_FAST_DEVICE unsigned cluster_rank() { return emulator::cluster_rank(); }
 DDPM_FAST_DEVICE unsigned cluster_size() { return emulator::cluster_size(); }
 
+DDPM_FAST_DEVICE void cluster_arrive(EMULATOR_HERE) { emulator::cluster_arrive(EMULATOR_SOURCE); }
+DDPM_FAST_DEVICE void cluster_wait(EMULATOR_HERE) { emulator::cluster_wait(EMULATOR_SOURCE); }
 DDPM_FAST_DEVICE void cluster_sync(EMULATOR_HERE) {
-  emulator::cluster_arrive(EMULATOR_SOURCE);
-  emulator::cluster_wait(EMULATOR_SOURCE);
+  cluster_arrive(file, line);
+  cluster_wait(file, line);
 }
 
 template <class T>
