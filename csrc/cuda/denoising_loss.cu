@@ -45,7 +45,8 @@ struct Difference {
   }
 
   template <int width>
-  __device__ void subtract(const Inputs<width>& inputs, const float (&epsilon)[width], float (&difference)[width]) const {
+  __device__ void subtract(const Inputs<width>& inputs, const float (&epsilon)[width],
+                           float (&difference)[width]) const {
     widen(inputs.m, difference);
     if (prediction == Prediction::kEpsilon) {
       for (int i = 0; i < width; ++i) difference[i] -= epsilon[i];
@@ -86,8 +87,8 @@ DDPM_FAST_DEVICE Real sum_of_warp(Real value) {
   return value;
 }
 
-// The sum of a tile's squares: of threads, warps and the block, in an order that the shape alone decides. The tiles of a
-// sample go to `sums`, [n, tiles]; where it is one tile, its loss is written at once.
+// The sum of a tile's squares: of threads, warps and the block, in an order that the shape alone decides. The tiles of
+// a sample go to `sums`, [n, tiles]; where it is one tile, its loss is written at once.
 template <class T, bool staged>
 __global__ void __launch_bounds__(kMostThreads)
     denoising_loss_kernel(const DenoisingLossArgs a, const Tiling tiling, double reciprocal_of_count) {

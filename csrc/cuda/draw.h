@@ -11,8 +11,8 @@ namespace ddpm_fast::cuda {
 
 using ddpm_fast::fma;  // beside that of Two
 
-// The normals of elements 4 block .. 4 block + 3 of a sample. What depends on the seed and the stream alone, the keys of
-// the rounds for one, the compiler computes once for all calls of a thread.
+// The normals of elements 4 block .. 4 block + 3 of a sample. What depends on the seed and the stream alone, the keys
+// of the rounds for one, the compiler computes once for all calls of a thread.
 DDPM_FAST_DEVICE void draw(std::uint64_t seed, std::uint32_t stream, std::uint32_t block, float* normals) {
   std::uint32_t words[] = {block, stream, 0, 0};
   std::uint32_t key_0 = static_cast<std::uint32_t>(seed), key_1 = static_cast<std::uint32_t>(seed >> 32);

@@ -10,7 +10,7 @@ namespace {
 struct Model {
   std::int64_t more_in_sample, more_in_row;  // than x_t has, where it has variances too
   std::int64_t variance;                     // from a prediction to its variance; 0: the variance is fixed
-  std::int64_t unconditional;  // from a prediction to the one without the condition; 0: no guidance
+  std::int64_t unconditional;                // from a prediction to the one without the condition; 0: no guidance
   float guidance_scale;
 };
 
@@ -136,7 +136,9 @@ void run_with(const ReverseStepArgs& a) {
   const Model model = {
       .more_in_sample = learned ? sample : 0,
       .more_in_row = interleaved ? tiling.cols : 0,
-      .variance = !learned ? 0 : interleaved ? tiling.cols : sample,
+      .variance = !learned      ? 0
+                  : interleaved ? tiling.cols
+                                : sample,
       .unconditional = a.guidance ? a.shape.n * (learned ? 2 * sample : sample) : 0,
       .guidance_scale = static_cast<float>(a.guidance_scale),
   };

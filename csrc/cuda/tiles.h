@@ -1,8 +1,8 @@
 // How the elementwise kernels cut samples into tiles, and how the elements of a tile meet their noise.
 //
 // In memory a sample is rows of columns: one element a row where it is contiguous, the channels of a pixel in
-// channels_last. A block handles a tile of one sample, so that what depends on the sample (t, seed, coefficients) is the
-// same for all its threads; a thread handles 16 elements of it, in vectors of 16 bytes. There are two ways:
+// channels_last. A block handles a tile of one sample, so that what depends on the sample (t, seed, coefficients) is
+// the same for all its threads; a thread handles 16 elements of it, in vectors of 16 bytes. There are two ways:
 //
 // - In registers: memory has the elements in C, H, W order, and aligned. A thread draws the noise of its own elements.
 // - Staged: the block draws the noise of the tile into shared memory, no Philox block twice, and finds it there in the
@@ -139,7 +139,8 @@ struct Noise {
 // Draws the noise of a tile into shared memory.
 DDPM_FAST_DEVICE void stage(const Tiling& tiling, const Tile& tile, std::uint64_t seed, std::uint32_t stream,
                             float* room) {
-  // The elements of a column are neighbours in C, H, W order. Where `rest` is not 0, columns begin within Philox blocks.
+  // The elements of a column are neighbours in C, H, W order. Where `rest` is not 0, columns begin within Philox
+  // blocks.
   const auto col_blocks = static_cast<std::uint32_t>(tiling.rows >> 2);
   const std::uint32_t rest = tiling.rows & 3;
   const int blocks = (tile.rows + 3) / 4 + (rest != 0), draws = blocks * tiling.tile_cols;
@@ -156,7 +157,8 @@ DDPM_FAST_DEVICE void stage(const Tiling& tiling, const Tile& tile, std::uint64_
       const std::uint32_t col_in_sample = static_cast<std::uint32_t>(tile.col) + static_cast<std::uint32_t>(col[i]);
       const std::uint32_t rests = col_in_sample * rest;
       row[i] = 4 * block - static_cast<int>(rests & 3);
-      const std::uint32_t first_block = col_in_sample * col_blocks + rests / 4 + static_cast<std::uint32_t>(tile.row >> 2);
+      const std::uint32_t first_block =
+          col_in_sample * col_blocks + rests / 4 + static_cast<std::uint32_t>(tile.row >> 2);
       draw(seed, stream, first_block + static_cast<std::uint32_t>(block), normals[i]);
     }
 #pragma unroll
