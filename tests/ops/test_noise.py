@@ -8,6 +8,8 @@ import torch
 from ddpm_fast import ddpm_plan, noise, q_sample, reference, reverse_step, sample_seeds
 from ddpm_fast.testing import SCHEDULE
 
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
 
 def test_philox_words_equal_random123() -> None:
     """Random123's known answer for philox4x32-10, counter and key zero; the other two are in test_native_build."""
@@ -70,3 +72,26 @@ def test_ops_draw_what_noise_draws(device: torch.device) -> None:
     plan = ddpm_plan(SCHEDULE)
     z = noise(x.shape, seeds, stream=7)
     assert torch.equal(reverse_step(x, x, 7, plan, seeds=seeds), reverse_step(x, x, 7, plan, noise=z))
+
+
+@on_a_gpu
+def test_many_normals_of_a_gpu_have_the_bits_of_the_cpus() -> None:
+    """Its approximate reciprocal square root is known only there."""
+    shape, seeds = (64, 1 << 20), sample_seeds(12, 64)
+    for stream in range(4):
+        assert torch.equal(noise(shape, seeds.cuda(), stream=stream).cpu(), noise(shape, seeds, stream=stream))
+
+
+@on_a_gpu
+def test_more_than_2_31_elements() -> None:
+    last, n = 4096, (1 << 31) + 4096
+    if torch.cuda.mem_get_info()[0] < 4 * n:
+        pytest.skip("needs 9 GB of the GPU's memory")
+    seeds = sample_seeds(13, 3)
+    words = reference.philox(seeds[:1], 0, (n - last) // 4, last // 4)[0]
+    pairs = [torch.stack(reference._normal_pair(words[:, i], words[:, i + 1]), dim=1) for i in (0, 2)]
+    long = noise((1, n), seeds[:1].cuda(), dtype=torch.bfloat16)
+    assert torch.equal(long[0, -last:].cpu(), torch.cat(pairs, dim=1).flatten().bfloat16())
+    del long
+    many = noise((3, 1 << 30), seeds.cuda(), dtype=torch.bfloat16)
+    assert torch.equal(many[2:], noise((1, 1 << 30), seeds[2:].cuda(), dtype=torch.bfloat16))
