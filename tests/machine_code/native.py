@@ -9,6 +9,7 @@ from pathlib import Path
 import sass
 from figures import Figures
 
+FLOAT = 4
 ITEM_BYTES = {"float": 4, "BFloat16": 2, "Float16": 2, "unsigned char": 1}
 
 
@@ -60,12 +61,13 @@ def paths(kernel: sass.Kernel, name: str) -> list[tuple[Sequence[sass.Instructio
     width = sass.WIDE // types[0] if types else 1  # elements of a vector
     if function in TENSORS:
         per_thread = constant("tiles.h", "kPerThread")
-        staged = words[-1] == "true"  # the noise is drawn by a loop of its own, and found in shared memory
-        elements = width * constant("tiles.h", "kStagedVectors") if staged else per_thread
+        # Staged: the noise is drawn by a loop of its own, and the main one, unrolled or not, finds it in shared memory.
+        loop = kernel.main_loop(staged=True) if words[-1] == "true" else None
+        elements = kernel.shared_loads(loop) // FLOAT if loop is not None else per_thread
         wide = [[types[i] for i in of if types[i] * width >= sass.WIDE] for of in TENSORS[function]]
         accesses = sass.Accesses(*(sum(elements * size // sass.WIDE for size in of) for of in wide))
-        drawing = [(kernel.drawing_loop(), per_thread)] if staged else []
-        return [(kernel.hot_path(accesses), elements), *drawing]
+        path = kernel.hot_path(accesses, staged=loop is not None)
+        return [(path, elements), *([(kernel.drawing_loop(), per_thread)] if loop is not None else [])]
     if function in ("contiguous_kernel", "channels_last_kernel"):  # of group norm: <type, vectors that a thread holds, pass>
         return [(kernel.hot_path(), int(words[1]) * width)]
     return [(kernel.hot_path(), 1)]

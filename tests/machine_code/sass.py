@@ -3,10 +3,9 @@
 The listing is cuobjdump's. It is cut into basic blocks, whose edges are the branches; an edge back to a block that comes before
 closes a loop. A kernel's **hot path** is what a thread executes for whole vectors: once around the loop that holds the most
 16-byte accesses to global memory or, where no loop holds any, from entry to exit. Of the ways from its first block to its last
-it is one with the most 16-byte accesses or, where the accesses of the simplest call are given, with as many stores and the
-fewest loads that are no fewer (what is switched on at run time brings more); it draws noise where there is code for that; of
-those that are left it has the fewest other loads, and then the most instructions. A loop inside counts once. A conditional
-instruction counts like any other.
+it is one with the most 16-byte accesses or, where those of the simplest call are given, with the fewest that are no fewer (what
+is switched on at run time brings more); it draws noise where there is code for that; of those that are left it has the fewest
+other loads, and then the most instructions. A loop inside counts once. A conditional instruction counts like any other.
 """
 
 from __future__ import annotations
@@ -58,12 +57,15 @@ class Instruction(NamedTuple):
         return int(found.group(1), 16) if found else None
 
     @property
-    def global_bytes(self) -> int:
-        """Bytes a thread loads from global memory or stores to it."""
-        if not self.matches(r"(LDG|STG|LD|ST)\."):
-            return 0
+    def size(self) -> int:
+        """Bytes that an access to memory moves."""
         size = re.search(r"\.(?:U|S)?(8|16|64|128|256)\b", self.opcode)
         return int(size.group(1)) // 8 if size else 4
+
+    @property
+    def global_bytes(self) -> int:
+        """Bytes a thread loads from global memory or stores to it."""
+        return self.size if self.matches(r"(LDG|STG|LD|ST)\.") else 0
 
 
 _LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)\s*([^;]*?)\s*;", re.MULTILINE)
@@ -221,6 +223,7 @@ def _hot(
     order = [block for block in _order(blocks) if block in region]
     place = {block: i for i, block in enumerate(order)}
     draws = max(order, key=lambda block: blocks[block].products)
+    drawing = blocks[draws].products >= PHILOX_PRODUCTS
     best: dict[int, dict[_Does, _Way]] = {}
     for address in reversed(order):
         block = blocks[address]
@@ -232,15 +235,14 @@ def _hot(
         mine = best[address] = {}
         for does, way in tails:
             loads, stores = does.loads + block.wide.loads, does.stores + block.wide.stores
-            does = _Does(loads, stores, does.draws or address == draws)
+            does = _Does(loads, stores, does.draws or (drawing and address == draws))
             way = _Way(way.other_loads - block.count("LDG"), way.length + len(block.instructions), [address, *way.blocks])
             mine[does] = max(way, mine.get(does, way))
-    drawing = blocks[draws].products >= PHILOX_PRODUCTS
-    found = {does: way for does, way in best[start].items() if does.draws or not drawing}
+    found = {does: way for does, way in best[start].items() if does.draws == drawing}
     if accesses is None:
         chosen = max(found, key=lambda does: (does.loads + does.stores, found[does]))
     else:
-        enough = [does for does in found if does.loads >= accesses.loads and does.stores == accesses.stores]
+        enough = [does for does in found if does.loads >= accesses.loads and does.stores >= accesses.stores]
         if not enough:
             raise ValueError(f"no way with {accesses}; there are {sorted(found)}")
         chosen = min(enough)
@@ -294,11 +296,27 @@ class Kernel:
         deeper = set().union(*(self.loops[other] for other in body - {header} if other in self.loops))
         return sum(what(self.blocks[block]) for block in body - deeper)
 
-    def hot_path(self, accesses: Accesses | None = None) -> list[Instruction]:
-        main = max(self.loops, key=lambda header: self._own(header, lambda block: sum(block.wide)), default=None)
-        if main is None or self._own(main, lambda block: sum(block.wide)) == 0:
+    def main_loop(self, staged: bool = False) -> int | None:
+        """Header of the loop with the most 16-byte accesses; None where no loop has any.
+
+        staged: of those that read shared memory (the compiler may have made one for each way to get the noise).
+        """
+
+        def wide(header: int) -> int:
+            return self._own(header, lambda block: sum(block.wide))
+
+        candidates = [header for header in self.loops if wide(header) and (not staged or self.shared_loads(header))]
+        return max(candidates, key=wide, default=None)
+
+    def shared_loads(self, header: int) -> int:
+        """Bytes that a thread loads from shared memory in a loop, wherever in it."""
+        return self._own(header, lambda block: sum(i.size for i in block.instructions if i.matches("LDS")))
+
+    def hot_path(self, accesses: Accesses | None = None, *, staged: bool = False) -> list[Instruction]:
+        header = self.main_loop(staged)
+        if header is None:
             return _hot(self.blocks, set(self.blocks), next(iter(self.blocks)), None, accesses)
-        return _hot(self.blocks, self.loops[main], main, main, accesses)
+        return _hot(self.blocks, self.loops[header], header, header, accesses)
 
     def drawing_loop(self) -> list[Instruction]:
         """Once around the loop that draws noise; nothing where no loop does."""

@@ -16,6 +16,12 @@ from figures import Figures
 # ------------------------------------------------------------------------------------------------------------- the gates
 
 
+def check(found: budgets.Found, budget: budgets.Budgets, same_compiler: bool) -> None:
+    said = list(budgets.complaints(found, budget, same_compiler=same_compiler))
+    if said:
+        pytest.fail("\n".join(said), pytrace=False)
+
+
 def test_cuda_kernels() -> None:
     module = native.module()
     if not isinstance(module, Path):
@@ -23,7 +29,7 @@ def test_cuda_kernels() -> None:
     compiler, budget = budgets.load("native")
     found = native.figures(module)
     assert found, "no kernel was found in the module"
-    assert not list(budgets.complaints(found, budget, same_compiler=native.compiler(module) == compiler))
+    check(found, budget, native.compiler(module) == compiler)
 
 
 def check_triton(names: tuple[str, ...]) -> None:
@@ -34,7 +40,7 @@ def check_triton(names: tuple[str, ...]) -> None:
     found = triton_cases.compiled(names)
     assert {kernel.split()[0] for kernel in found} == set(names)
     of_these = {kernel: value for kernel, value in budget.items() if kernel.split()[0] in names}
-    assert not list(budgets.complaints(found, of_these, same_compiler=f"triton {triton.__version__}" == compiler))
+    check(found, of_these, f"triton {triton.__version__}" == compiler)
 
 
 def test_triton_kernels() -> None:
@@ -173,6 +179,7 @@ def test_options_that_read_or_write_are_off_where_the_accesses_are_given() -> No
     assert addresses(code.hot_path(sass.Accesses(loads=2, stores=1)))[2:4] == [0x20, 0x30]
     with pytest.raises(ValueError, match="no way with"):
         code.hot_path(sass.Accesses(loads=1, stores=3))
+    assert code.hot_path(sass.Accesses(loads=0, stores=0)) == code.hot_path(sass.Accesses(loads=1, stores=1))
 
 
 def test_the_hot_path_draws() -> None:
