@@ -3,6 +3,7 @@ same dtype, or a few roundings of the largest value."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,8 +20,9 @@ class Results:
     grads: dict[str, torch.Tensor]
 
 
-def evaluate(call: Call, backend: str) -> Results:
-    call = call.map(lambda x: x.detach().clone().requires_grad_())
+def evaluate(call: Call, backend: str, copy: Callable[[torch.Tensor], torch.Tensor] = torch.clone) -> Results:
+    """copy: makes the tensors that the op is called with."""
+    call = call.map(lambda x: copy(x.detach()).requires_grad_())
     outputs = call(backend)
     if not call.tensors:
         return Results(outputs, {})

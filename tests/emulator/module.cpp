@@ -10,6 +10,7 @@
 #include <mutex>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "bindings.h"
@@ -295,6 +296,18 @@ PYBIND11_MODULE(emulated, m) {
       },
       "0: like sm_80. 1: like sm_90, with clusters.");
   m.def("set_planted", [](int bug) { emulator::planted = bug; }, "Which planted bug is there; 0: none.");
+  m.def(
+      "take_launches",
+      [] {
+        py::list launches;
+        for (const auto& launch : std::exchange(emulator::machine.log, {})) {
+          launches.append(py::dict(py::arg("kernel") = launch.kernel, py::arg("blocks") = launch.blocks,
+                                   py::arg("threads") = launch.threads, py::arg("cluster") = launch.cluster,
+                                   py::arg("dynamic_shared") = launch.dynamic_shared));
+        }
+        return launches;
+      },
+      "The launches since this was called last.");
   m.def(
       "counters",
       [] {

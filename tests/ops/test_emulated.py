@@ -5,13 +5,18 @@ Whatever the emulator finds on the way (a race, a read of memory that nobody wro
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 
 import pytest
 import torch
 from parity import Expected, Results, evaluate
 
-from ddpm_fast.testing import CASES, Case, make_call
+import ddpm_fast
+from ddpm_fast.testing import CASES, SCHEDULE, Case, make_call
+
+PLAN = ddpm_fast.ddpm_plan(SCHEDULE)
+LEARNED_PLAN = ddpm_fast.ddpm_plan(SCHEDULE, 50, variance="learned_range")
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 CARDS = {0: "sm_80", 1: "sm_90"}
@@ -26,7 +31,7 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _parameters(cases: tuple[Case, ...], dtypes: tuple[torch.dtype, ...] = DTYPES):
+def _parameters(cases: Sequence[Case], dtypes: Sequence[torch.dtype] = DTYPES):
     for case in cases:
         for dtype in dtypes:
             for channels_last in (False, True) if len(case.shape) == 4 else (False,):
@@ -41,7 +46,7 @@ def _assert_identical(got: Results, expected: Results, how: str) -> None:
         assert torch.equal(grad, expected.grads[name]), f"gradient of {name}: other bits in {how}"
 
 
-def _check(emulated: ModuleType, case: Case, dtype: torch.dtype, channels_last: bool, orders=ORDERS) -> None:
+def _check(emulated: ModuleType, case: Case, dtype: torch.dtype, channels_last: bool, orders=ORDERS, copy=torch.clone) -> None:
     call = make_call(case, dtype, channels_last=channels_last)
     expected = Expected(case, call)
     for device, card in CARDS.items():
@@ -49,15 +54,104 @@ def _check(emulated: ModuleType, case: Case, dtype: torch.dtype, channels_last: 
         first = None
         for order in orders:
             emulated.set_order(**order)
-            got = evaluate(call, "native")
+            got = evaluate(call, "native", copy)
             if first is None:
                 expected.check(got)
                 first = got
             _assert_identical(got, first, f"{order} on {card}")
 
 
-@pytest.mark.parametrize(
-    ("case", "dtype", "channels_last"), list(_parameters(tuple(case for case in CASES if not case.benchmark)))
-)
+@pytest.mark.parametrize(("case", "dtype", "channels_last"), list(_parameters([case for case in CASES if not case.benchmark])))
 def test_case(emulated: ModuleType, case: Case, dtype: torch.dtype, channels_last: bool) -> None:
     _check(emulated, case, dtype, channels_last)
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype", "channels_last"), list(_parameters([case for case in CASES if case.benchmark], [torch.bfloat16]))
+)
+def test_a_network_s_shape(emulated: ModuleType, case: Case, dtype: torch.dtype, channels_last: bool) -> None:
+    _check(emulated, case, dtype, channels_last, orders=ORDERS[:1])
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype", "channels_last"), list(_parameters([case for case in CASES if case.op == "noise"], DTYPES))
+)
+def test_normals_are_the_reference_s_to_the_bit(
+    emulated: ModuleType, case: Case, dtype: torch.dtype, channels_last: bool
+) -> None:
+    call = make_call(case, dtype, channels_last=channels_last)
+    assert torch.equal(*call("native"), *call("reference"))
+
+
+# More than a block can do: several tiles of a sample, with an end; more channels than a tile has; learned variances.
+_LARGE = (
+    Case("noise", "tiles", (2, 3, 50, 43)),
+    Case("noise", "wide", (2, 600, 3, 3)),
+    Case("q_sample", "tiles", (2, 3, 50, 43)),
+    Case("q_sample", "uint8-tiles", (2, 3, 40, 48), {"uint8": True}),
+    Case("reverse_step", "tiles", (2, 3, 50, 43), {"plan": PLAN, "return_x_0": True}),
+    Case("reverse_step", "learned-tiles", (2, 3, 40, 48), {"plan": LEARNED_PLAN, "guidance_scale": 2.0}),
+    Case("denoising_loss", "tiles", (2, 3, 50, 43), {"prediction": "v_prediction"}),
+    Case("denoising_loss", "wide", (2, 600, 3, 3)),
+    Case("group_norm_silu", "one-group", (1, 4, 128, 72), {"groups": 1, "shift": True}),
+    Case("group_norm_silu", "groups-of-4", (2, 32, 52, 40), {"groups": 8, "scale_shift": True}),
+)
+
+
+@pytest.mark.parametrize(("case", "dtype", "channels_last"), list(_parameters(_LARGE, (torch.float32, torch.bfloat16))))
+def test_a_large_case(emulated: ModuleType, case: Case, dtype: torch.dtype, channels_last: bool) -> None:
+    _check(emulated, case, dtype, channels_last, orders=(ORDERS[0], ORDERS[2]))
+
+
+def test_large_group_norms_take_every_way(emulated: ModuleType) -> None:
+    case = _LARGE[-2]
+    for channels_last, name in ((False, "contiguous"), (True, "channels_last")):
+        call = make_call(case, torch.float32, channels_last=channels_last)
+        ran = []
+        for device in CARDS:
+            emulated.set_device(device)
+            emulated.take_launches()
+            evaluate(call, "native")
+            ran.append([launch for launch in emulated.take_launches() if name in launch["kernel"]])
+        kernels = [{launch["kernel"] for launch in launches} for launches in ran]
+        assert len(kernels[0]) == 4, "without clusters: forward and backward are two kernels each"
+        assert len(kernels[1]) == 2, "with clusters: one each"
+        assert {launch["cluster"] for launch in ran[1]} == {8}
+
+
+def test_the_largest_cluster(emulated: ModuleType) -> None:
+    case = Case("group_norm_silu", "a-megabyte-a-group", (1, 1, 512, 520), {"groups": 1})
+    call = make_call(case, torch.float32)
+    emulated.set_device(1)
+    emulated.take_launches()
+    Expected(case, call).check(evaluate(call, "native"))
+    assert max(launch["cluster"] for launch in emulated.take_launches()) == 16
+
+
+def _unaligned(x: torch.Tensor) -> torch.Tensor:
+    """A copy whose address is no multiple of more than an element."""
+    return x.new_empty(x.numel() + 1)[1:].as_strided(x.shape, x.stride()).copy_(x)
+
+
+_UNALIGNED = [
+    Case("q_sample", "given-noise", (2, 4, 8, 8), {"source": "noise"}),
+    Case("reverse_step", "learned", (2, 4, 8, 8), {"plan": LEARNED_PLAN}),
+    Case("denoising_loss", "velocity", (2, 4, 8, 8), {"prediction": "v_prediction"}),
+    Case("group_norm_silu", "shift", (2, 16, 8, 8), {"groups": 4, "shift": True}),
+]
+
+
+@pytest.mark.parametrize(("case", "dtype", "channels_last"), list(_parameters(_UNALIGNED, (torch.float32, torch.bfloat16))))
+def test_tensors_that_are_not_aligned(emulated: ModuleType, case: Case, dtype: torch.dtype, channels_last: bool) -> None:
+    _check(emulated, case, dtype, channels_last, copy=_unaligned)
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=lambda order: order["order"])
+def test_a_reverse_step_in_place(emulated: ModuleType, order: dict[str, object]) -> None:
+    emulated.set_order(**order)
+    x_t, model_output = torch.randn(2, 2, 3, 17, 19)
+    seeds = ddpm_fast.sample_seeds(3, 2)
+    expected = ddpm_fast.reverse_step(x_t.clone(), model_output, 600, PLAN, seeds=seeds, backend="native")
+    got = ddpm_fast.reverse_step(x_t, model_output, 600, PLAN, seeds=seeds, out=x_t, backend="native")
+    assert got.data_ptr() == x_t.data_ptr()
+    assert torch.equal(got, expected)

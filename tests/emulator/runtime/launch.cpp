@@ -222,6 +222,9 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*
     return status;
   }
   ++machine.launches;
+  machine.log.push_back({machine.kernel, std::uint64_t{machine.grid.x} * machine.grid.y * machine.grid.z,
+                         machine.block_size.x * machine.block_size.y * machine.block_size.z, machine.ranks(),
+                         machine.dynamic_shared});
   ++machine.launch_number;
   machine.abandoned = false;
   machine.random.seed(machine.seed);

@@ -68,6 +68,13 @@ struct Block {
 // The order in which blocks, and the threads of a block, take their turns.
 enum class Order { kNatural, kReversed, kShuffled };
 
+struct LaunchRecord {
+  std::string kernel;
+  std::uint64_t blocks;
+  unsigned threads, cluster;  // of a block; blocks of a cluster
+  std::size_t dynamic_shared;
+};
+
 struct Machine {
   // Options
   Order order = Order::kNatural;
@@ -88,8 +95,9 @@ struct Machine {
   Block* resident = nullptr;      // whose shared memory the __shared__ variables hold
   Thread* current = nullptr;      // null in the scheduler and in host code
 
-  // Totals
+  // Totals, and the launches that nobody has asked about yet
   std::uint64_t launches = 0, blocks_run = 0, accesses = 0;
+  std::vector<LaunchRecord> log;
 
   unsigned ranks() const { return cluster_size.x * cluster_size.y * cluster_size.z; }
 };

@@ -17,10 +17,9 @@ constexpr std::size_t cells_for(std::size_t bytes) { return bytes / Cell::kBytes
 // Whether the earlier access happened before anything that `now` does from here on.
 bool ordered(const Access& earlier, const Thread& now, bool shared) {
   const Block& block = *now.block;
-  const unsigned ranks = machine.ranks();
   if (earlier.launch != machine.launch_number) return true;
   // Nothing orders two clusters, but then each has shared memory of its own.
-  if (earlier.block / ranks != block.number / ranks) return shared;
+  if (earlier.block - machine.blocks.front().number >= machine.blocks.size()) return shared;
   if (earlier.cluster_arrivals < now.cluster_seen) return true;  // it arrived after that; `now` knows
   if (earlier.block != block.number) return false;
   if (earlier.thread == now.number || earlier.epoch != block.epoch) return true;  // itself; a __syncthreads between

@@ -101,8 +101,20 @@ void complete(const Warp& warp, unsigned mask) {
   }
 }
 
+// Whether a lane that the thread waits for can still run.
+bool on_the_way(const Thread& thread, unsigned lane) {
+  lane %= kWarpSize;
+  const auto& threads = thread.block->threads;
+  const unsigned number = thread.number - thread.lane() + lane;
+  return named(thread.mask, lane) && number < threads.size() && threads[number].state == State::kReady;
+}
+
 // Runs the operation once all the lanes it names are there; reports those that will not come.
 void check_complete(const Thread& thread) {
+  // Most often somebody is still on the way. A neighbour's turn comes next, or came last.
+  for (unsigned distance = 1; distance <= kWarpSize / 2; ++distance) {
+    if (on_the_way(thread, thread.lane() + distance) || on_the_way(thread, thread.lane() - distance)) return;
+  }
   const Warp warp = warp_of(thread);
   bool all = true;
   for (unsigned lane = 0; lane < kWarpSize; ++lane) {
