@@ -20,7 +20,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,15 +80,20 @@ class Check:
 # ---------------------------------------------------------------------------------------------------------- processes
 
 
-def start(command: Sequence[object], log: Path, environment: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
+def surroundings() -> dict[str, str]:
+    """This process's environment, with the package in it."""
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1"}
+
+
+def start(command: Sequence[object], log: Path, environment: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
     """A process of its own group, so that its children end with it; its output goes to a log."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     with log.open("wb") as output:
         return subprocess.Popen(
             [str(word) for word in command],
             cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1", **(environment or {})},
+            env=surroundings() | (environment or {}),
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -149,8 +154,7 @@ def why_no_kernels() -> str | None:
         "import json, torch; from ddpm_fast.ops.backend import why_not; "
         "print(json.dumps(why_not('native', 'q_sample', torch.device('cuda', 0))))"
     )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=surroundings())
     if done.returncode != 0:
         return done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit status {done.returncode}"
     reason: str | None = json.loads(done.stdout.splitlines()[-1])
@@ -168,6 +172,8 @@ def build(check: Check, seconds: float) -> Outcome:
     print(f"building for sm_{architecture.removesuffix('-real')}, because: {reason}")
     log = LOGS / "build.log"
     command = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", ROOT]
+    if not installed("pip"):
+        command = [sys.executable, "setup.py", "build_ext", "--inplace"]
     path = os.pathsep.join([os.environ["PATH"], str(Path(str(program("nvcc"))).parent)])
     (status,) = finish([start(command, log, {"DDPM_FAST_CUDA_ARCHS": architecture, "PATH": path})], seconds, check.clock)
     reason = why_no_kernels() if status == 0 else None
@@ -199,7 +205,8 @@ def tests(check: Check, seconds: float) -> Outcome:
     options = ["-v", "-p", "no:cacheprovider", "-o", "addopts=-ra --strict-markers --strict-config -m 'not slow'"]
     jobs = test_jobs(OPS)
     logs = {name: LOGS / f"tests-{name.replace(' ', '-')}.log" for name in jobs}
-    processes = [start([sys.executable, "-m", "pytest", *options, "-k", k], logs[name]) for name, k in jobs.items()]
+    run = [sys.executable, "-m", "pytest", *options, "-k"]
+    processes = [start([*run, k], logs[name], {"OMP_NUM_THREADS": "2"}) for name, k in jobs.items()]
     compile_in_background(check)  # the tests are not timed
     statuses = dict(zip(jobs, finish(processes, seconds, check.clock), strict=True))
     counts: dict[str, int] = {}

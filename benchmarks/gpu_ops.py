@@ -26,12 +26,13 @@ from typing import NamedTuple
 import common
 import contestants
 import torch
+from torch import Tensor
 from unet_norms import EPS, GROUPS, sites
 
 from ddpm_fast import ddpm_plan
 from ddpm_fast.nn import CIFAR10_32, HO_256, UNet
 from ddpm_fast.ops.backend import why_not
-from ddpm_fast.testing import SCHEDULE, Case, bytes_moved, make_call
+from ddpm_fast.testing import SCHEDULE, Call, Case, bytes_moved, make_call
 
 FAMILIES = ("native", "triton")
 CALLS_IN_GRAPH = 20
@@ -95,13 +96,32 @@ def norms() -> Iterator[Work]:
                 yield from (Work(case, dtype, channels_last, direction) for case in cases)
 
 
+BATCHED = ("x", "x_0", "x_t", "model_output", "shift", "t", "seeds")
+FEW = 2  # samples for parity; and what more samples are copies of, for random numbers take long to make
+
+
+def inputs(work: Work, device: str, samples: int) -> tuple[Case, Call]:
+    """The comparison's case and inputs, for a batch of `samples`."""
+    few = replace(work.case, shape=(min(FEW, samples), *work.case.shape[1:]))
+    call = make_call(few, common.DTYPES[work.dtype], device, channels_last=work.channels_last)
+    memory_format = torch.channels_last if work.channels_last else torch.contiguous_format
+
+    def repeated(tensor: Tensor) -> Tensor:
+        many = tensor.repeat(-(-samples // len(tensor)), *[1] * (tensor.dim() - 1))[:samples]
+        return many.contiguous(memory_format=memory_format) if tensor.dim() == 4 else many.contiguous()
+
+    arguments = {name: repeated(value) if name in BATCHED else value for name, value in call.arguments.items()}
+    case = replace(work.case, shape=(samples, *work.case.shape[1:]))
+    return case, replace(call, arguments=arguments | ({"shape": case.shape} if "shape" in arguments else {}))
+
+
 def measure(work: Work, device: str, seconds: float = 0.15) -> list[dict[str, object]]:
     """A row for every contestant; parity comes first."""
     case, dtype = work.case, common.DTYPES[work.dtype]
     on_gpu = torch.device(device).type == "cuda"
     beyond = beyond_l2(work.moved, device)
-    small = replace(case, shape=(2, *case.shape[1:]))
-    call = make_call(case, dtype, device, channels_last=work.channels_last)
+    small, small_call = inputs(work, device, FEW)
+    case, call = inputs(work, device, case.shape[0])
     names = [family for family in FAMILIES if why_not(family, case.op, torch.device(device), dtype) is None]
     names += [*contestants.PEERS, *contestants.others(case, work.channels_last)]
     run = contestants.forward if work.direction == "forward" else contestants.backward
@@ -112,7 +132,6 @@ def measure(work: Work, device: str, seconds: float = 0.15) -> list[dict[str, ob
     with torch.cuda.stream(common.capture_stream(device) if on_gpu else None), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the compiler's own
         for name in names:
-            small_call = make_call(small, dtype, device, channels_last=work.channels_last)
             if name != "compile":  # it compiles what was checked as "eager"
                 contestants.check(contestants.contestant(small_call, small, name), small_call, small, name, work.direction)
             calls[name] = run(contestants.contestant(call, case, name), call)
@@ -177,9 +196,9 @@ def main() -> None:
     if args.compile_only:
         first, step = args.compile_only
         for work in works[first::step]:
-            call = make_call(work.case, common.DTYPES[work.dtype], args.device, channels_last=work.channels_last)
+            case, call = inputs(work, args.device, work.case.shape[0])
             run = contestants.forward if work.direction == "forward" else contestants.backward
-            run(contestants.contestant(call, work.case, "compile"), call)()
+            run(contestants.contestant(call, case, "compile"), call)()
         return
     machine = common.machine(args.device)
     out = args.out or common.default_output(args.device)

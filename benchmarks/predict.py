@@ -46,7 +46,7 @@ class Card:
     bandwidth: float
     multiprocessors: int
     clock: float
-    l2: float
+    l2: int
     architecture: str
     clusters: bool
 

@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +196,24 @@ def test_ops_are_measured_and_kept_one_by_one(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--seconds", "0"])
     gpu_ops.main()
     assert "0 of 3 comparisons made" in capsys.readouterr().out
+
+
+def test_more_samples_are_copies() -> None:
+    for work in (*gpu_ops.elementwise(), *list(gpu_ops.norms())[:1]):
+        shape = (5, work.case.shape[1], 8, 8)
+        small = work._replace(case=replace(work.case, shape=shape))
+        case, call = gpu_ops.inputs(small, "cpu", 5)
+        assert case.shape == shape
+        run = contestants.forward(contestants.contestant(call, case, "reference"), call)
+        result = run()
+        assert isinstance(result, torch.Tensor)
+        if result.dim() == 4:
+            assert result.shape == shape
+            assert torch.equal(result[0], result[2])
+            assert not torch.equal(result[0], result[1])
+        memory_format = torch.channels_last if work.channels_last else torch.contiguous_format
+        images = [tensor for tensor in call.tensors.values() if tensor.dim() == 4]
+        assert all(image.shape[0] == 5 and image.is_contiguous(memory_format=memory_format) for image in images)
 
 
 def test_the_lists_have_both_networks_and_every_op() -> None:
