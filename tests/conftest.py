@@ -43,7 +43,7 @@ def emulated_module(pytestconfig: pytest.Config) -> Iterator[ModuleType]:
     reason = build.why_not()
     if reason is not None:
         pytest.skip(reason)
-    module = build.load(build.build())
+    module = build.load(build.build(os.environ.get("DDPM_FAST_EMULATOR", "thread")))
     yield module
     pytestconfig.stash[_EMULATED] = module.counters()
 

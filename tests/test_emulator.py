@@ -5,9 +5,15 @@ All bugs of a group are edits of one copy of the sources, compiled once; `emulat
 
 from __future__ import annotations
 
+import ctypes
+import inspect
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -491,6 +497,29 @@ GROUPS = {
 }
 
 
+# AddressSanitizer stops at the first error, and has to be there from the start: each of these takes a process.
+ADDRESS = (
+    Bug(
+        "a pointer that leaves a local array",
+        "stack-buffer-overflow",
+        (("noise.cu", DRAW, f"  if (BUG) {{\n    float few[4];\n    float* volatile to = few;\n    to[4] = 0;\n  }}\n{DRAW}"),),
+        STAGED,
+    ),
+    Bug(
+        "writes past the end of a tensor",
+        "use-after-poison",
+        (("noise.cu", "store(out + at.offset, normals);", "store(out + at.offset + (BUG ? 210 : 0), normals);"),),
+        STAGED,
+    ),
+    Bug(
+        "writes past the end of a shared array",
+        "use-after-poison",
+        (("tiles.h", "float* const to = room +", "float* const to = (BUG ? room + kMostInTile : room) +"),),
+        STAGED,
+    ),
+)
+
+
 def _edits(bugs: tuple[Bug, ...]) -> tuple[build.Edit, ...]:
     return tuple(
         build.Edit(file, old, new.replace("BUG", f"(emulator::planted == {i + 1})"))
@@ -527,3 +556,51 @@ def test_a_planted_bug_is_found(
             bug.run()
         pattern = f"^({bug.kind}): .*({bug.says})"
         assert re.search(pattern, str(finding.value), re.MULTILINE), f"{order}:\n{finding.value}"
+
+
+@pytest.mark.parametrize("planted", range(len(ADDRESS) + 1), ids=["none", *map(str, ADDRESS)])
+def test_address_sanitizer(planted: int, modules: dict[str, ModuleType]) -> None:
+    path = build.build("address", edits=_edits(ADDRESS), sources=("noise.cu",))
+    script = f"""
+import ctypes, sys
+from pathlib import Path
+from types import ModuleType
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from emulator import build
+{inspect.getsource(_draw)}
+emulated = build.load(Path({str(path)!r}))
+emulated.set_planted({planted})
+print(_draw(emulated), end="")
+"""
+    process = _with_address_sanitizer("-c", script)
+    if planted == 0:
+        assert process.returncode == 0, process.stderr
+        assert process.stdout == _draw(modules["elementwise"])
+    else:
+        assert process.returncode != 0
+        assert f"AddressSanitizer: {ADDRESS[planted - 1].kind}" in process.stderr, process.stderr
+
+
+def test_only_address_sanitizer_sees_pointers_into_local_arrays(modules: dict[str, ModuleType]) -> None:
+    emulated = build.load(build.build(edits=_edits(ADDRESS), sources=("noise.cu",)))
+    emulated.set_planted(1)
+    _draw(emulated)  # which is why there are two builds
+
+
+@pytest.mark.slow
+def test_every_case_with_address_sanitizer() -> None:
+    tests = Path(__file__).parent / "ops" / "test_emulated.py"
+    process = _with_address_sanitizer("-m", "pytest", "-q", str(tests), DDPM_FAST_EMULATOR="address")
+    assert process.returncode == 0, process.stdout + process.stderr
+
+
+def _draw(emulated: ModuleType) -> str:
+    """What STAGED draws, without torch, which takes long to start."""
+    seeds, out = (ctypes.c_int64 * 2)(1, 2), (ctypes.c_float * 210)()
+    emulated.noise(0, ctypes.addressof(out), ctypes.addressof(seeds), 0, 2, 3, 35, False, 0)
+    return repr(list(out))
+
+
+def _with_address_sanitizer(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, **build.address_environment(), **environment}
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)

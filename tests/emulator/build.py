@@ -28,7 +28,7 @@ CACHE = ROOT / "build" / "emulator"
 DYNAMIC_SHARED_ROOM = 232448  # runtime/dynamic_shared.h says the same
 FENCE = 1024  # bytes behind every __shared__ variable
 
-COMMON = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-g1", "-Wall", "-Wextra"]
+FLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-g1", "-Wall", "-Wextra"]
 SANITIZERS = {
     # What a load or store calls, and what undefined behaviour calls: runtime/sanitizers.cpp defines both.
     "thread": [
@@ -40,6 +40,7 @@ SANITIZERS = {
     "address": ["-fsanitize=address", "--param=asan-globals=0"],
 }
 KERNEL_FLAGS = [
+    *FLAGS,
     "-O1",
     "-ffp-contract=off",  # as nvcc --fmad=false
     "-fno-strict-aliasing",
@@ -79,24 +80,28 @@ def build(sanitizer: str = "thread", edits: tuple[Edit, ...] = (), sources: tupl
     Args:
         sanitizer: "thread", the one that finds most, or "address".
         edits: to a copy of the sources.
-        sources: the .cu files that the edits concern; the others are taken as they are.
+        sources: the .cu files that the edits concern; the others are as in the ordinary build.
     """
-    csrc = ROOT / "csrc"
+    csrc, own_headers = ROOT / "csrc", f"-I{HERE / 'include'}"
     headers = [*csrc.rglob("*.h"), *(HERE / "include").rglob("*.h"), *(HERE / "runtime").glob("*.h"), Path(__file__)]
     compiler = subprocess.run(["g++", "--version"], check=True, capture_output=True, text=True).stdout
-    salt = _digest(headers) + compiler + sys.version + sanitizer
-    include = f"-I{HERE / 'include'}"
+    salt = _hash(_digest(headers), compiler, sys.version)
 
     kernels = []
     if edits:  # first, so that the linker takes inline functions from these
         edited = _edited_copy(edits)
-        flags = [include, f"-I{edited}"]
-        kernels += [_Kernel(edited / "cuda" / name, flags, salt + edited.name, sanitizer) for name in sources]
-    flags = [include, f"-I{csrc}"]
+        flags = [*KERNEL_FLAGS, *SANITIZERS[sanitizer], own_headers, f"-I{edited}"]
+        kernels += [_Kernel(edited / "cuda" / name, flags, salt) for name in sources]
+    flags = [*KERNEL_FLAGS, *SANITIZERS["thread" if edits else sanitizer], own_headers, f"-I{csrc}"]
     untouched = [path for path in sorted((csrc / "cuda").glob("*.cu")) if path.name not in sources]
-    kernels += [_Kernel(path, flags, salt, sanitizer) for path in untouched]
-    own = [HERE / "module.cpp", *sorted((HERE / "runtime").glob("*.cpp"))]
-    objects = _compile_all([*kernels, *(_Host(path, flags, salt, sanitizer) for path in own)])
+    kernels += [_Kernel(path, flags, salt) for path in untouched]
+
+    own_flags = [*FLAGS, "-O2", "-DEMULATOR_RUNTIME", own_headers, f"-I{csrc}", f"-I{HERE}"]
+    python = ["-isystem", sysconfig.get_path("include"), "-isystem", _pybind11_include()]
+    poison = SANITIZERS["address"] if sanitizer == "address" else []
+    own = [_Own(HERE / "module.cpp", [*own_flags, *python], salt)]
+    own += [_Own(path, [*own_flags, *poison], salt) for path in sorted((HERE / "runtime").glob("*.cpp"))]
+    objects = _compile_all([*kernels, *own])
     return _link(objects[: len(kernels)], objects[len(kernels) :], sanitizer)
 
 
@@ -120,47 +125,24 @@ def load(path: Path) -> ModuleType:
 
 
 @dataclass(frozen=True)
-class _Host:
-    """The emulator's own sources: not instrumented, except that AddressSanitizer has to know all of the program."""
+class _Own:
+    """A source of the emulator's own: not instrumented."""
 
     source: Path
     flags: list[str]
-    salt: str
-    sanitizer: str
+    salt: str  # of its object's name, beside the flags and the text
 
     def compile(self, target: Path) -> None:
-        address = SANITIZERS["address"] if self.sanitizer == "address" else []
-        python = ["-isystem", sysconfig.get_path("include"), "-isystem", _pybind11_include(), f"-I{HERE}"]
-        _run(
-            [
-                "g++",
-                "-O2",
-                "-DEMULATOR_RUNTIME",
-                *COMMON,
-                *address,
-                *self.flags,
-                *python,
-                "-c",
-                str(self.source),
-                "-o",
-                str(target),
-            ]
-        )
+        _run(["g++", *self.flags, "-c", str(self.source), "-o", str(target)])
 
 
 @dataclass(frozen=True)
-class _Kernel:
+class _Kernel(_Own):
     """A .cu file. Its assembly gets a fence behind every thread-local, that is, __shared__, variable."""
-
-    source: Path
-    flags: list[str]
-    salt: str
-    sanitizer: str
 
     def compile(self, target: Path) -> None:
         assembly = target.with_suffix(".s")
-        flags = [*COMMON, *KERNEL_FLAGS, *SANITIZERS[self.sanitizer], *self.flags]
-        _run(["g++", *flags, "-x", "c++", "-S", str(self.source), "-o", str(assembly)])
+        _run(["g++", *self.flags, "-x", "c++", "-S", str(self.source), "-o", str(assembly)])
         assembly.write_text(_with_fences(assembly.read_text()))
         _run(["g++", "-c", str(assembly), "-o", str(target)])
         assembly.unlink()
@@ -177,12 +159,12 @@ def _with_fences(assembly: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _compile_all(jobs: list[_Kernel | _Host]) -> list[Path]:
+def _compile_all(jobs: list[_Own]) -> list[Path]:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(_compile, jobs))
 
 
-def _compile(job: _Kernel | _Host) -> Path:
+def _compile(job: _Own) -> Path:
     target = CACHE / f"{job.source.stem}-{_hash(job.salt, job.flags, job.source.read_text())}.o"
     with _locked(target):
         if not target.exists():

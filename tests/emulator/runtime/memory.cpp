@@ -108,6 +108,12 @@ void check_peer(Block& peer, bool write, Address pc) {
 
 }  // namespace
 
+#ifdef __SANITIZE_ADDRESS__
+const bool kStatesAreKept = false;
+#else
+const bool kStatesAreKept = true;
+#endif
+
 void* allocate_global(std::size_t size, std::size_t phase, std::string name) {
   GlobalMemory& memory = global();
   const std::size_t offset = (memory.used + kPhases - 1) / kPhases * kPhases + phase % kPhases;

@@ -20,11 +20,7 @@ enum ByteState : std::uint8_t {
 };
 
 // Whether accesses are announced: not in a build with AddressSanitizer.
-#ifdef __SANITIZE_ADDRESS__
-constexpr bool kStatesAreKept = false;
-#else
-constexpr bool kStatesAreKept = true;
-#endif
+extern const bool kStatesAreKept;
 
 constexpr unsigned char kPoison = 0xFF;  // what memory holds before it is written: NaN in every floating type
 
