@@ -21,7 +21,7 @@ lint:  ## style and types
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
-	find csrc -type f -exec $(VENV)/bin/clang-format --dry-run --Werror {} +
+	find csrc tests/emulator -name "*.h" -o -name "*.c??" -o -name "*.cu" | xargs $(VENV)/bin/clang-format --dry-run --Werror
 
 test:  ## the test suite
 	$(RUN) -m pytest
@@ -39,7 +39,7 @@ gpu-check:  ## on a machine with an NVIDIA GPU: build, test and measure in ten m
 format:  ## rewrites the sources in the project's style
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
-	find csrc -type f -exec $(VENV)/bin/clang-format -i {} +
+	find csrc tests/emulator -name "*.h" -o -name "*.c??" -o -name "*.cu" | xargs $(VENV)/bin/clang-format -i
 
 clean:
 	rm -rf build $(VENV) ddpm_fast/_native*.so

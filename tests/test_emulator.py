@@ -396,6 +396,20 @@ GROUP_NORM = (
         card=1,
     ),
     Bug(
+        "a cluster barrier that orders no memory",
+        "race",
+        (
+            (
+                "group_norm_silu.cu",
+                "cluster_sync();\n      moments =",
+                "if (BUG) { cluster_arrive(); cluster_wait(); } else cluster_sync();\n      moments =",
+            ),
+        ),
+        CLUSTER,
+        says="shared .*of_part",
+        card=1,
+    ),
+    Bug(
         "a peer's memory read when it may have exited",
         "cluster",
         (

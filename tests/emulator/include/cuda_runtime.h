@@ -83,7 +83,7 @@ extern int planted;
 
 void block_barrier(Source);
 std::uint64_t warp_op(WarpOp, unsigned mask, std::uint64_t value, int argument, int width, Source);
-void cluster_arrive(Source);
+void cluster_arrive(Source, bool release);  // release: what was written before is seen by who has waited
 void cluster_wait(Source);
 unsigned cluster_rank();
 unsigned cluster_size();

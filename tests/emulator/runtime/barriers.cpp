@@ -56,23 +56,26 @@ void leave_barriers(const Thread& thread) {
   }
 }
 
-void cluster_arrive(Source here) {
+void cluster_arrive(Source here, bool release) {
   Thread& thread = *machine.current;
   if (thread.cluster_arrivals != thread.cluster_waits) {
     fail("cluster", 0, "arrives twice at the cluster barrier without waiting, at %s", to_string(here).c_str());
   }
   ++thread.cluster_arrivals;
-  thread.touched_peer = false;
+  machine.cluster_release &= release;
+  if (release) thread.touched_peer = false;
   std::size_t expected = 0;
   for (const Block& block : machine.blocks) expected += block.threads.size();
   if (++machine.cluster_arrivals < expected) return;
-  machine.cluster_arrivals = 0;
   for (Block& block : machine.blocks) {
     for (Thread& each : block.threads) {
       each.cluster_complete = each.cluster_arrivals;
+      each.cluster_release = machine.cluster_release;
       if (each.state == State::kAtClusterBarrier) make_ready(each);
     }
   }
+  machine.cluster_arrivals = 0;
+  machine.cluster_release = true;
 }
 
 void cluster_wait(Source here) {
@@ -86,7 +89,8 @@ void cluster_wait(Source here) {
     recheck_warp(thread);
     suspend(thread.fiber);
   }
-  thread.cluster_seen = thread.cluster_waits = thread.cluster_arrivals;
+  thread.cluster_waits = thread.cluster_arrivals;
+  if (thread.cluster_release) thread.cluster_seen = thread.cluster_waits;
 }
 
 unsigned cluster_rank() { return machine.current->block->rank; }

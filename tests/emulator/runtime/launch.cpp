@@ -166,6 +166,7 @@ void run_grid(std::uint32_t clusters) {
   machine.blocks.resize(ranks);
   for (const std::uint32_t cluster : turns) {
     machine.cluster_arrivals = 0;
+    machine.cluster_release = true;
     machine.resident = nullptr;
     for (unsigned rank = 0; rank < ranks; ++rank) start_block(machine.blocks[rank], rank, cluster * ranks + rank);
     run_cluster();

@@ -34,8 +34,9 @@ struct Thread {
 
   // What orders this thread's memory accesses after those of others (races.cpp).
   std::array<std::uint16_t, kWarpSize> warp_clock;  // __syncwarp: how far each lane had come
-  // Cluster barriers: arrived at, completed by all since then, waited for, and known to be behind everybody.
+  // Cluster barriers: arrived at, completed by all, waited for, and seen to be behind everybody's memory accesses.
   std::uint16_t cluster_arrivals, cluster_complete, cluster_waits, cluster_seen;
+  bool cluster_release;  // whether the last one completed orders memory
 
   bool touched_peer;  // accessed another block's shared memory after its last arrival at a cluster barrier
 
@@ -92,6 +93,7 @@ struct Machine {
   // The cluster that runs
   std::vector<Block> blocks;
   unsigned cluster_arrivals = 0;  // threads at the cluster barrier
+  bool cluster_release = true;    // whether all of these order memory by it
   Block* resident = nullptr;      // whose shared memory the __shared__ variables hold
   Thread* current = nullptr;      // null in the scheduler and in host code
 

@@ -92,12 +92,13 @@ DDPM_FAST_DEVICE std::uint32_t with_low_byte(std::uint32_t word, std::uint32_t b
 DDPM_FAST_DEVICE unsigned cluster_rank() { return emulator::cluster_rank(); }
 DDPM_FAST_DEVICE unsigned cluster_size() { return emulator::cluster_size(); }
 
-DDPM_FAST_DEVICE void cluster_arrive(EMULATOR_HERE) { emulator::cluster_arrive(EMULATOR_SOURCE); }
-DDPM_FAST_DEVICE void cluster_wait(EMULATOR_HERE) { emulator::cluster_wait(EMULATOR_SOURCE); }
 DDPM_FAST_DEVICE void cluster_sync(EMULATOR_HERE) {
-  cluster_arrive(file, line);
-  cluster_wait(file, line);
+  emulator::cluster_arrive(EMULATOR_SOURCE, true);
+  emulator::cluster_wait(EMULATOR_SOURCE);
 }
+
+DDPM_FAST_DEVICE void cluster_arrive(EMULATOR_HERE) { emulator::cluster_arrive(EMULATOR_SOURCE, false); }
+DDPM_FAST_DEVICE void cluster_wait(EMULATOR_HERE) { emulator::cluster_wait(EMULATOR_SOURCE); }
 
 template <class T>
 DDPM_FAST_DEVICE T* in_block(T* shared, unsigned rank, EMULATOR_HERE) {
