@@ -27,24 +27,33 @@
 namespace ddpm_fast::cuda {
 
 constexpr int kWarp = 32;
+constexpr int kSmallThreads = 256;
+constexpr int kUsualThreads = 512;  // with 64 registers each, two blocks fit on a multiprocessor
 constexpr int kMaxThreads = 1024;
 constexpr int kMaxParts = 16;  // of a resident slice
 
 // ------------------------------------------------------------------------------------------------------------ tiling
 
+// Of a pass: the vectors that a thread holds, where there are few and where there are many, and the threads of a
+// channels_last block, at most.
+struct Limits {
+  int few, many, channels_last_threads;
+};
+
 struct Tiling {
   int slice_channels, slices;  // of a sample; the last slice may have fewer channels
   int parts, part_length;      // in pixels; contiguous: in vectors of each channel. The last part may have fewer.
   int tiles;                   // of a part, one after the other (contiguous: 1)
-  int rows, lanes, items;      // threads, and the vectors that each holds, at most
+  int lanes, rows;             // of threads; rows * lanes fills warps
+  int items;                   // vectors that a thread holds of a tile, at most
   bool resident;
 
-  int threads() const { return (rows * lanes + kWarp - 1) / kWarp * kWarp; }
-};
-
-// Vectors that a thread holds: where there are few, and where there are many.
-struct Items {
-  int few, many;
+  int threads() const { return lanes * rows; }
+  // Lanes, rows, slices: contiguous ones of a warp share a block.
+  dim3 block(bool channels_last, const Limits& limits) const {
+    const bool small = !channels_last && threads() == kWarp && parts == 1 && items == limits.few;
+    return dim3(lanes, rows, small ? 4 : 1);
+  }
 };
 
 constexpr std::int64_t divide_up(std::int64_t value, std::int64_t by) { return (value + by - 1) / by; }
@@ -52,13 +61,13 @@ constexpr std::int64_t round_up(std::int64_t value, std::int64_t unit) { return 
 
 class TilingRules {
  public:
-  TilingRules(DType dtype, const Shape& shape, std::int64_t groups, Items items, bool clusters)
+  TilingRules(DType dtype, const Shape& shape, std::int64_t groups, const Limits& limits, bool clusters)
       : shape_(shape),
         groups_(groups),
         group_channels_(shape.c / groups),
         element_(dtype == DType::kFloat32 ? 4 : 2),
         width_(kVectorBytes / element_),
-        items_(items),
+        limits_(limits),
         clusters_(clusters) {}
 
   // None: the tensor is not made of whole vectors, or too wide, or its groups are single values. Another kernel takes
@@ -70,27 +79,31 @@ class TilingRules {
   }
 
  private:
-  static constexpr int kThreads = 512;  // with 64 registers each, two blocks fit on a multiprocessor
-  static constexpr int kSmallThreads = 256;
   static constexpr int kCluster = 8;       // portable
   static constexpr int kFewBlocks = 128;   // below, more and smaller ones finish sooner
   static constexpr int kSmallPart = 8192;  // bytes
+  static constexpr int kTiles = 4;
 
   Shape shape_;
   std::int64_t groups_, group_channels_, element_, width_;
-  Items items_;
+  Limits limits_;
   bool clusters_;
 
   // -------------------------------------------------------------------------------------------------- contiguous
 
   std::optional<Tiling> contiguous() const {
-    if (shape_.hw % width_ != 0 || group_channels_ > kMaxThreads) return {};
+    // Offsets in a group have 32 bits.
+    if (shape_.hw % width_ != 0 || group_channels_ > kMaxThreads || group_channels_ * shape_.hw > INT_MAX) return {};
     const auto fit = [&](int parts, int threads) { return contiguous_part(parts, threads); };
-    if (auto resident = smallest(fit, shape_.n * groups_, group_channels_ * shape_.hw * element_, kMaxThreads)) {
+    if (auto resident =
+            smallest(fit, shape_.n * groups_, group_channels_ * shape_.hw * element_, kUsualThreads, kMaxThreads)) {
       return resident;
     }
-    Tiling split = contiguous_grid(1, items_.many);
-    while (split.lanes * 2 * group_channels_ <= kThreads) split.lanes *= 2;
+    Tiling split = contiguous_grid(limits_.many, 1, false);
+    for (Tiling wider = split;
+         (wider = contiguous_grid(limits_.many, 2 * split.lanes, false)).threads() <= kUsualThreads;) {
+      split = wider;
+    }
     split.part_length = split.lanes * split.items;
     split.parts = static_cast<int>(divide_up(shape_.hw / width_, split.part_length));
     return split;
@@ -99,87 +112,95 @@ class TilingRules {
   std::optional<Tiling> contiguous_part(int parts, int threads) const {
     const std::int64_t length = shape_.hw / width_, part_length = divide_up(length, parts);
     if ((parts - 1) * part_length >= length) return {};
-    const auto with = [&](int items) {
-      Tiling tiling = contiguous_grid(1, items);
+    for (const int items : {limits_.few, limits_.many}) {
+      // As many threads as a small block can have, neighbours first.
+      int lanes = 1;
+      while (lanes * items < part_length) lanes *= 2;
+      while (lanes < part_length && contiguous_grid(items, 2 * lanes, true).threads() <= kSmallThreads) lanes *= 2;
+      Tiling tiling = contiguous_grid(items, lanes, true);
       tiling.parts = parts;
       tiling.part_length = static_cast<int>(part_length);
-      tiling.resident = true;
-      // As many threads as a small block can have, neighbours first.
-      while (tiling.lanes * tiling.items < part_length ||
-             (tiling.lanes < part_length && 2 * tiling.lanes * group_channels_ <= kSmallThreads)) {
-        tiling.lanes *= 2;
-      }
-      return tiling;
-    };
-    const Tiling few = with(items_.few), many = with(items_.many);
-    if (few.threads() <= kThreads) return few;
-    if (many.threads() <= threads) return many;
+      if (tiling.threads() <= (items == limits_.few ? kUsualThreads : threads)) return tiling;
+    }
     return {};
   }
 
-  Tiling contiguous_grid(int lanes, int items) const {
-    const int channels = static_cast<int>(group_channels_);
-    return {channels, static_cast<int>(groups_), 1, 0, 1, channels, lanes, items, false};
+  Tiling contiguous_grid(int items, int lanes, bool resident) const {
+    const std::int64_t rows = round_up(group_channels_, std::max(1, kWarp / lanes));
+    return {static_cast<int>(group_channels_),
+            static_cast<int>(groups_),
+            1,
+            0,
+            1,
+            lanes,
+            static_cast<int>(rows),
+            items,
+            resident};
   }
 
   // ------------------------------------------------------------------------------------------------ channels_last
 
   std::optional<Tiling> channels_last() const {
     constexpr std::int64_t kMostChannels = 1 << 18;  // offsets in a tile have 32 bits
-    if (shape_.c % width_ != 0 || shape_.c > kMostChannels || row(128).lanes > kSmallThreads) return {};
-    // Rows of a cache line; narrower ones where they make the slice fit, or more blocks of a small tensor.
+    if (shape_.c % width_ != 0 || shape_.c > kMostChannels) return {};
+    // A row of a cache line; a narrower one where that makes the slice fit, or more blocks of a small tensor.
+    const int threads = limits_.channels_last_threads;
     std::optional<Tiling> resident;
     for (const int row_bytes : {128, 64, 32}) {
       if (row_bytes == 32 && !resident) break;
       if (resident && blocks(*resident) >= kFewBlocks) break;
-      const auto fit = [&](int parts, int threads) { return channels_last_part(row_bytes, parts, threads); };
-      const Tiling shape = row(row_bytes);
-      if (auto found = smallest(fit, shape_.n * shape.slices, shape_.hw * shape.slice_channels * element_, kThreads)) {
-        resident = found;
-      }
+      const Tiling row = channels_last_row(row_bytes);
+      const auto fit = [&](int parts, int threads) { return channels_last_part(row, parts, threads); };
+      const std::int64_t slice_bytes = shape_.hw * row.slice_channels * element_;
+      if (auto found = smallest(fit, shape_.n * row.slices, slice_bytes, threads, threads)) resident = found;
     }
     if (resident) return resident;
-    Tiling split = row(128);
-    split.rows = std::max(1, kSmallThreads / split.lanes);
-    split.items = items_.many;
-    const auto cut = [&](int tiles) {
-      split.tiles = tiles;
-      split.part_length = split.rows * split.items * tiles;
+    Tiling split = channels_last_row(128);
+    split.items = limits_.many;
+    split.rows = std::max(split.rows, kSmallThreads / split.threads() * split.rows);
+    if (split.threads() > kSmallThreads) return {};
+    for (split.tiles = kTiles;; split.tiles /= 2) {
+      split.part_length = split.rows * split.items * split.tiles;
       split.parts = static_cast<int>(divide_up(shape_.hw, split.part_length));
-    };
-    cut(4);
-    while (split.tiles > 1 && blocks(split) < 2 * kFewBlocks) cut(split.tiles / 2);
-    return split;
+      if (split.tiles == 1 || blocks(split) >= 2 * kFewBlocks) return split;
+    }
   }
 
-  std::optional<Tiling> channels_last_part(int row_bytes, int parts, int threads) const {
+  std::optional<Tiling> channels_last_part(const Tiling& row, int parts, int threads) const {
     const std::int64_t part_length = divide_up(shape_.hw, parts);
     if ((parts - 1) * part_length >= shape_.hw) return {};
-    Tiling tiling = row(row_bytes);
-    const auto rows = [&](int items) { return divide_up(part_length, items); };
-    tiling.items = rows(items_.few) * tiling.lanes <= kThreads ? items_.few : items_.many;
-    if (rows(tiling.items) * tiling.lanes > threads) return {};
-    const std::int64_t wanted = std::max<std::int64_t>(rows(tiling.items), kSmallThreads / tiling.lanes);
-    tiling.rows = static_cast<int>(std::min(part_length, wanted));
-    tiling.parts = parts;
-    tiling.part_length = static_cast<int>(part_length);
-    tiling.resident = true;
-    return tiling;
+    for (const int items : {limits_.few, limits_.many}) {
+      const std::int64_t rows = round_up(divide_up(part_length, items), row.rows);
+      if (rows * row.lanes > threads) continue;
+      Tiling tiling = row;
+      tiling.parts = parts;
+      tiling.part_length = static_cast<int>(part_length);
+      tiling.items = items;
+      // As many threads as a small block can have.
+      const std::int64_t most =
+          std::min<std::int64_t>(kSmallThreads / row.threads() * row.rows, round_up(part_length, row.rows));
+      tiling.rows = static_cast<int>(std::max(rows, most));
+      tiling.resident = true;
+      return tiling;
+    }
+    return {};
   }
 
-  // Whole groups, vectors and 32-byte sectors that make up at least so many bytes of a pixel.
-  Tiling row(int row_bytes) const {
+  // The slice whose row is so many bytes at least: whole groups, vectors and 32-byte sectors. As few rows as fill warps
+  // and are a multiple of a vector's elements: what so many threads know of a channel is merged by one of them.
+  Tiling channels_last_row(int bytes) const {
     constexpr std::int64_t kSector = 32;
     const std::int64_t unit = std::lcm(group_channels_, kSector / element_);
-    const std::int64_t channels = std::min(shape_.c, round_up(row_bytes / element_, unit));
+    const std::int64_t channels = std::min(shape_.c, round_up(bytes / element_, unit)), lanes = channels / width_;
+    const std::int64_t rows = std::lcm<std::int64_t>(width_, kWarp / std::gcd<std::int64_t>(lanes, kWarp));
     return {static_cast<int>(channels),
             static_cast<int>(divide_up(shape_.c, channels)),
             1,
             0,
             1,
-            1,
-            static_cast<int>(channels / width_),
-            items_.few,
+            static_cast<int>(lanes),
+            static_cast<int>(rows),
+            limits_.few,
             false};
   }
 
@@ -189,25 +210,19 @@ class TilingRules {
 
   // The cluster with the fewest blocks that fits, or a larger one where blocks would be few and not small.
   template <class Fit>
-  std::optional<Tiling> smallest(Fit fit, std::int64_t slices, std::int64_t slice_bytes, int most_threads) const {
+  std::optional<Tiling> smallest(Fit fit, std::int64_t slices, std::int64_t slice_bytes, int threads,
+                                 int most_threads) const {
     for (int parts = 1; parts <= (clusters_ ? kCluster : 1); parts *= 2) {
-      const bool spread =
-          clusters_ && parts < kCluster && slices * parts < kFewBlocks && slice_bytes / parts > kSmallPart;
-      const auto found = fit(parts, kThreads);
-      if (found && !(spread && fit(2 * parts, kThreads))) return found;
+      const bool few = slices * parts < kFewBlocks && slice_bytes / parts > kSmallPart;
+      const auto found = fit(parts, threads);
+      if (found && !(few && clusters_ && parts < kCluster && fit(2 * parts, threads))) return found;
     }
     if (!clusters_) return fit(1, most_threads);
     if (auto found = fit(kCluster, most_threads)) return found;
-    if (auto found = fit(kMaxParts, kThreads)) return found;
+    if (auto found = fit(kMaxParts, threads)) return found;
     return fit(kMaxParts, most_threads);
   }
 };
-
-// Contiguous slices of a warp each share a block.
-inline unsigned slices_of_block(const Tiling& tiling) { return tiling.threads() == kWarp && tiling.parts == 1 ? 4 : 1; }
-
-// Stretches of rows that one thread merges, for each channel.
-__host__ __device__ inline int chunks_of(const Tiling& tiling, int width) { return max(1, tiling.rows / width); }
 
 // ------------------------------------------------------------------------------------------------------ small inputs
 
@@ -247,6 +262,10 @@ constexpr int kWords = kVectorBytes / 4;
 
 // ------------------------------------------------------------------------------------------------------ warps, blocks
 
+// Of threads in lanes and rows; slices are of whole warps.
+DDPM_FAST_DEVICE int thread_of_slice() { return static_cast<int>(threadIdx.y * blockDim.x + threadIdx.x); }
+DDPM_FAST_DEVICE int warp_lane() { return thread_of_slice() % kWarp; }
+
 // The sum over a warp's lanes, for each of them.
 DDPM_FAST_DEVICE float warp_sum(float value) {
 #pragma unroll
@@ -275,8 +294,9 @@ DDPM_FAST_DEVICE Moments warp_merge(const Moments& own) {
 // Of moments get(0), ..., get(number - 1), for every lane of a warp.
 template <class Get>
 DDPM_FAST_DEVICE Moments warp_merge(int number, Get get) {
-  const int lane = threadIdx.x % kWarp;
+  const int lane = warp_lane();
   Moments own = lane < number ? get(lane) : Moments{};
+#pragma unroll 1
   for (int i = lane + kWarp; i < number; i += kWarp) own = merge(own, get(i));
   return warp_merge(own);
 }
@@ -359,6 +379,12 @@ void with_type(DType dtype, Body body) {
   if (dtype == DType::kFloat32) return body(float{});
   if (dtype == DType::kFloat16) return body(Float16{});
   body(BFloat16{});
+}
+
+// Sizes that kernels reckon with in 32 bits. A tensor may still have any number of elements.
+inline int to_int(const char* op, std::int64_t size) {
+  if (size > INT_MAX) throw std::runtime_error(std::string(op) + ": CUDA: more than 2^31 pixels, channels or groups");
+  return static_cast<int>(size);
 }
 
 // One dimension of that many blocks.

@@ -18,16 +18,23 @@ namespace ddpm_fast::cuda {
 namespace {
 
 constexpr const char* kOp = "group_norm_silu_backward";
-constexpr Items kItems = {1, 4};
+constexpr Limits kLimits = {1, 4, kSmallThreads};
 
 enum class Pass { kResident, kSums, kApply };
+
+// A contiguous resident slice may take all threads that a block can have.
+template <int items>
+constexpr int kContiguousThreads = items == kLimits.many ? kMaxThreads : kUsualThreads;
+// Blocks that fit on a multiprocessor.
+template <Pass pass>
+constexpr int kChannelsLastBlocks = pass == Pass::kResident ? 3 : 2;
 
 // Of a channel's or a group's values.
 struct Sums {
   float g, gd, d;
 };
 
-// dx = g a + d q + r. m0: the mean of d.
+// What follows from the sums over a group: dx = g a + d q + r; m0 is the mean of d.
 struct Slope {
   float q, r, m0;
 };
@@ -37,39 +44,60 @@ struct Backward {
   const void *dy, *x;
   const float *mean, *rstd;  // [n, groups]
   SmallInputs inputs;
-  float* sums;                // [n, parts, 3, c]: of g, g d and d; absent where no gradient of a small input is wanted
-  Slope* slopes;              // [n, groups]
-  Sums* partial;              // [n, slices, parts, groups of a slice]: of gain g, gain g d and d
-  std::int64_t slabs, c, hw;  // slabs: n * groups
-  int groups, group_channels;
-  bool deviations;  // whether sums of d are made; without them they count as 0
+  float* sums;    // [n, parts, 3, c]: of g, g d and d; absent where no gradient of a small input is wanted
+  Slope* slopes;  // [n, groups]
+  Sums* partial;  // [n, slices, parts, groups of a slice]: of gain g, gain g d and d
+  int slabs, c, hw, groups, group_channels;  // slabs: n * groups
+  bool deviations;                           // whether sums of d are made; without them they count as 0
   bool silu, channels_last;
   Tiling tiling;
 };
 
-// What is known of a channel before the sums: d = x - center, z = d a + offset.
+// d = x + shift - mean and z = d a + b. But for float32 shift is part of mean; there it is added first, as in the
+// reference: a rounding error of a whole channel would be magnified by its gain twice.
 struct Channel {
-  float center, a, offset, gain;
+  float mean, shift, a, b;
 };
 
+template <class T>
 DDPM_FAST_DEVICE Channel channel_of(const Affine& affine, float mean, float rstd) {
-  return {mean - affine.shift, affine.gain * rstd, affine.offset, affine.gain};
+  if constexpr (sizeof(T) == 4) return {mean, affine.shift, affine.gain * rstd, affine.offset};
+  return {mean - affine.shift, 0, affine.gain * rstd, affine.offset};
+}
+
+template <class T>
+DDPM_FAST_DEVICE float deviation(float x, const Channel& channel) {
+  if constexpr (sizeof(T) == 4) return x + channel.shift - channel.mean;
+  return x - channel.mean;
 }
 
 template <class T, bool silu>
-DDPM_FAST_DEVICE float gradient(float dy, float d, const Channel& channel) {
+DDPM_FAST_DEVICE float gradient(float dy, float d, float a, float b) {
   if constexpr (!silu) return dy;
-  const float z = fmaf(d, channel.a, channel.offset), s = sigmoid<T>(z);
+  const float z = fmaf(d, a, b), s = sigmoid<T>(z);
   return dy * fmaf(z * s, 1 - s, s);
 }
 
-DDPM_FAST_DEVICE float dx(float g, float d, float a, const Slope& slope) {
-  return fmaf(g, a, fmaf(d, slope.q, slope.r));
+// dx = g a + d q + r. But for float32 mean is folded into b and r, and d is x.
+struct Line {
+  float a, b, q, r;
+};
+
+template <class T>
+DDPM_FAST_DEVICE Line line(const Channel& channel, const Slope& slope) {
+  if constexpr (sizeof(T) == 4) return {channel.a, channel.b, slope.q, slope.r};
+  return {channel.a, fmaf(-channel.mean, channel.a, channel.b), slope.q, fmaf(-channel.mean, slope.q, slope.r)};
+}
+
+template <class T, bool silu>
+DDPM_FAST_DEVICE float dx(float x, float dy, const Channel& channel, const Line& line) {
+  const float d = sizeof(T) == 4 ? deviation<T>(x, channel) : x;
+  return fmaf(gradient<T, silu>(dy, d, line.a, line.b), line.a, fmaf(d, line.q, line.r));
 }
 
 // `total`: of gain g, gain g d and d over a group of `count` values.
 DDPM_FAST_DEVICE Slope slope_of(const Sums& total, float count, float rstd) {
-  const float share = 1 / count, m0 = total.d * share, m1 = total.g * share;
+  const float share = reciprocal_approx(count), m0 = total.d * share, m1 = total.g * share;
   const float m2 = (total.gd - m0 * total.g) * rstd * share, q = -m2 * rstd * rstd;
   return {q, fmaf(-q, m0, -m1 * rstd), m0};
 }
@@ -82,46 +110,51 @@ DDPM_FAST_DEVICE Sums operator+(const Sums& a, const Sums& b) { return {a.g + b.
 template <class Get>
 DDPM_FAST_DEVICE Sums warp_total(int number, Get get) {
   Sums own = {};
-  for (int i = threadIdx.x % kWarp; i < number; i += kWarp) own = own + get(i);
+#pragma unroll 1
+  for (int i = warp_lane(); i < number; i += kWarp) own = own + get(i);
   return warp_total(own);
 }
 
 // -------------------------------------------------------------------------------------------------------- contiguous
 
-// Blocks hold blockDim.y slices of blockDim.x threads.
 template <class T, int items, Pass pass>
-__global__ void __launch_bounds__(kMaxThreads) contiguous_kernel(const Backward p) {
+__global__ void __launch_bounds__(kContiguousThreads<items>) contiguous_kernel(const Backward p) {
   extern __shared__ float4 shared[];
   __shared__ Sums of_part[kMaxParts];
   const Tiling& tiling = p.tiling;
+  if (pass == Pass::kResident && tiling.parts > 1) cluster_arrive();
   const unsigned block = pass == Pass::kApply ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
   const int part = static_cast<int>(block % tiling.parts);
-  const std::int64_t wanted = std::int64_t{block / tiling.parts} * blockDim.y + threadIdx.y;
-  const std::int64_t slab = wanted < p.slabs ? wanted : p.slabs - 1;
-  const int row = static_cast<int>(threadIdx.x) / tiling.lanes, lane = static_cast<int>(threadIdx.x) % tiling.lanes;
-  const bool exists = wanted < p.slabs, active = exists && row < tiling.rows;
+  const int slices = items == kLimits.few ? static_cast<int>(blockDim.z) : 1;
+  const int of_block = slices > 1 ? static_cast<int>(threadIdx.z) : 0;
+  const int wanted = static_cast<int>(block / tiling.parts) * slices + of_block, slab = min(wanted, p.slabs - 1);
+  const int thread = thread_of_slice(), lane = static_cast<int>(threadIdx.x), row = static_cast<int>(threadIdx.y);
+  const bool exists = wanted < p.slabs;
 
-  const int length = static_cast<int>(p.hw) / kWidth<T>;
+  const int length = p.hw / kWidth<T>;
   const int part_length = min(tiling.part_length, length - part * tiling.part_length);
-  const int left = active ? part_length - lane : 0;  // vector i of this thread exists where i * lanes < left
-  const std::int64_t first = slab * p.group_channels * p.hw;
-  const std::int64_t at = first + row * p.hw + std::int64_t{part * tiling.part_length + lane} * kWidth<T>;
+  const int left = exists && row < p.group_channels ? part_length - lane : 0;  // vector i exists where i * lanes < left
+  const int first_channel = slab % p.groups * p.group_channels, sample = slab / p.groups;
+  const std::int64_t at_group = (std::int64_t{sample} * p.c + first_channel) * p.hw;
+  const int at_thread = row * p.hw + (part * tiling.part_length + lane) * kWidth<T>;
   Packed<T, kWidth<T>> x[items], dy[items];
 #pragma unroll
   for (int i = 0; i < items; ++i) {
     if (i * tiling.lanes >= left) continue;
-    x[i] = load<kWidth<T>>(static_cast<const T*>(p.x) + at + i * tiling.lanes * kWidth<T>);
-    dy[i] = load<kWidth<T>>(static_cast<const T*>(p.dy) + at + i * tiling.lanes * kWidth<T>);
+    x[i] = load<kWidth<T>>(static_cast<const T*>(p.x) + at_group + at_thread + i * tiling.lanes * kWidth<T>);
+    dy[i] = load<kWidth<T>>(static_cast<const T*>(p.dy) + at_group + at_thread + i * tiling.lanes * kWidth<T>);
   }
-  const std::int64_t first_channel = slab * p.group_channels, channel_at = first_channel + min(row, tiling.rows - 1);
-  const float mean = p.mean[slab], rstd = p.rstd[slab];
-  const Channel channel = channel_of(affine(p.inputs, channel_at % p.c, channel_at), mean, rstd);
+  const int channel_index = first_channel + min(row, p.group_channels - 1);
+  const Affine small = affine(p.inputs, channel_index, std::int64_t{sample} * p.c + channel_index);
+  const float rstd = p.rstd[slab];
+  const Channel channel = channel_of<T>(small, p.mean[slab], rstd);
 
   // From the sums over the group on.
   const auto finish = [&](const Sums& total) {
     const float count = static_cast<float>(length) * static_cast<float>(p.group_channels * kWidth<T>);
     const Slope slope = slope_of(total, count, rstd);
-    if (p.sums != nullptr && part == 0 && threadIdx.x == 0 && exists) p.slopes[slab] = slope;
+    if (p.sums != nullptr && part == 0 && thread == 0 && exists) p.slopes[slab] = slope;
+    const Line of_channel = line<T>(channel, slope);
     with_silu(p.silu, [&](auto silu) {
 #pragma unroll
       for (int i = 0; i < items; ++i) {
@@ -133,24 +166,22 @@ __global__ void __launch_bounds__(kMaxThreads) contiguous_kernel(const Backward 
           widen_word(dy[i].words[w], T{}, gradients);
 #pragma unroll
           for (int e = 0; e < kPerWord<T>; ++e) {
-            const float d = value[e] - channel.center;
-            value[e] = dx(gradient<T, decltype(silu)::value>(gradients[e], d, channel), d, channel.a, slope);
+            value[e] = dx<T, decltype(silu)::value>(value[e], gradients[e], channel, of_channel);
           }
           x[i].words[w] = narrow_word(value, T{});
         }
-        store(static_cast<T*>(p.dx) + at + i * tiling.lanes * kWidth<T>, x[i]);
+        store(static_cast<T*>(p.dx) + at_group + at_thread + i * tiling.lanes * kWidth<T>, x[i]);
       }
     });
   };
 
   if constexpr (pass == Pass::kApply) {
-    const Sums* partial = p.partial + slab * tiling.parts;
+    const Sums* partial = p.partial + std::int64_t{slab} * tiling.parts;
     finish(warp_total(tiling.parts, [&](int i) { return partial[i]; }));
     return;
   }
 
-  if (pass == Pass::kResident && tiling.parts > 1) cluster_sync();  // the others have started: their memory exists
-  float g[kWords] = {}, gd[kWords] = {}, d[kWords] = {};
+  float of_g[kWords] = {}, of_gd[kWords] = {}, of_d[kWords] = {};
   with_silu(p.silu, [&](auto silu) {
 #pragma unroll
     for (int i = 0; i < items; ++i) {
@@ -162,10 +193,10 @@ __global__ void __launch_bounds__(kMaxThreads) contiguous_kernel(const Backward 
         widen_word(dy[i].words[w], T{}, gradients);
 #pragma unroll
         for (int e = 0; e < kPerWord<T>; ++e) {
-          const float deviation = value[e] - channel.center;
-          const float of_value = gradient<T, decltype(silu)::value>(gradients[e], deviation, channel);
-          g[w] += of_value;
-          gd[w] = fmaf(of_value, deviation, gd[w]);
+          const float d = deviation<T>(value[e], channel);
+          const float g = gradient<T, decltype(silu)::value>(gradients[e], d, channel.a, channel.b);
+          of_g[w] += g;
+          of_gd[w] = fmaf(g, d, of_gd[w]);
         }
       }
     }
@@ -179,29 +210,29 @@ __global__ void __launch_bounds__(kMaxThreads) contiguous_kernel(const Backward 
         float value[kPerWord<T>];
         widen_word(x[i].words[w], T{}, value);
 #pragma unroll
-        for (const float v : value) d[w] += v - channel.center;
+        for (const float v : value) of_d[w] += deviation<T>(v, channel);
       }
     }
   }
   // Of the lanes of a channel that are in one warp, then of channels.
-  Sums own = {tree_sum(g), tree_sum(gd), tree_sum(d)};
+  Sums own = {tree_sum(of_g), tree_sum(of_gd), tree_sum(of_d)};
   const int width = min(tiling.lanes, kWarp), slots_of_channel = tiling.lanes / width,
             slots = tiling.rows * slots_of_channel;
+#pragma unroll 1
   for (int distance = width / 2; distance > 0; distance /= 2) {
     own.g += __shfl_xor_sync(0xFFFFFFFF, own.g, distance);
     own.gd += __shfl_xor_sync(0xFFFFFFFF, own.gd, distance);
     own.d += __shfl_xor_sync(0xFFFFFFFF, own.d, distance);
   }
-  float4* of_slot = shared + threadIdx.y * slots;
-  if (row < tiling.rows && lane % width == 0) {
-    of_slot[static_cast<int>(threadIdx.x) / width] = {own.g, own.gd, own.d, channel.gain};
-  }
+  float4* of_slot = shared + threadIdx.z * slots;
+  if (lane % width == 0) of_slot[thread / width] = {own.g, own.gd, own.d, small.gain};
   __syncthreads();
   if (p.sums != nullptr && exists) {
-    const std::int64_t sample = slab / p.groups;
-    float* to = p.sums + (sample * tiling.parts + part) * 3 * p.c + first_channel % p.c;
-    for (int i = static_cast<int>(threadIdx.x); i < tiling.rows; i += static_cast<int>(blockDim.x)) {
+    float* to = p.sums + (std::int64_t{sample} * tiling.parts + part) * 3 * p.c + first_channel;
+#pragma unroll 1
+    for (int i = thread; i < p.group_channels; i += tiling.rows * tiling.lanes) {
       Sums sums = {};
+#pragma unroll 1
       for (int j = 0; j < slots_of_channel; ++j) {
         const float4 of = of_slot[i * slots_of_channel + j];
         sums = sums + Sums{of.x, of.y, of.z};
@@ -216,10 +247,11 @@ __global__ void __launch_bounds__(kMaxThreads) contiguous_kernel(const Backward 
     return Sums{of.x * of.w, of.y * of.w, of.z};
   });
   if constexpr (pass == Pass::kSums) {
-    if (threadIdx.x == 0) p.partial[slab * tiling.parts + part] = total;
+    if (thread == 0) p.partial[std::int64_t{slab} * tiling.parts + part] = total;
   } else {
     if (tiling.parts > 1) {
-      if (static_cast<int>(threadIdx.x) < tiling.parts) *in_block(&of_part[part], threadIdx.x) = total;
+      cluster_wait();  // the others have started: their memory exists
+      if (thread < tiling.parts) *in_block(&of_part[part], thread) = total;
       cluster_sync();
       total = warp_total(tiling.parts, [&](int i) { return of_part[i]; });
     }
@@ -229,68 +261,66 @@ __global__ void __launch_bounds__(kMaxThreads) contiguous_kernel(const Backward 
 
 // ------------------------------------------------------------------------------------------------------ channels_last
 
-// Shared memory, as offsets in floats. Neighbouring threads have neighbouring addresses: of the elements of a vector
-// the first one, of all lanes, comes first.
+// Shared memory, as offsets in floats. Elements of a vector lie apart, so that neighbouring threads have neighbouring
+// addresses.
 struct Layout {
-  int channels;  // [elements, lanes] Channel
-  int slopes;    // [groups] Slope
-  int sums;      // [elements, rows, lanes] g and g d, then as many d
-  int merged;    // [channels, chunks] Sums
-  int of_part;   // [parts, groups] Sums
+  int lines;    // [elements, lanes] Line; before the sums are known: a, b and gain
+  int centers;  // [elements, lanes]: mean and shift
+  int sums;     // [elements, rows, lanes]: g and g d; then as many d
+  int merged;   // [channels, chunks] Sums
+  int of_part;  // [parts, groups] Sums
   int total;
 };
 
 __host__ __device__ inline Layout layout(const Tiling& tiling, int width, int group_channels, Pass pass) {
-  const int channels = tiling.slice_channels, groups = channels / group_channels;
-  const int elements = tiling.rows * tiling.lanes * width;
+  const int channels = tiling.slice_channels, elements = tiling.rows * tiling.lanes * width;
   Layout at{};
-  at.slopes = 4 * width * tiling.lanes;
-  at.sums = at.slopes + (3 * groups + 3) / 4 * 4;
+  at.centers = 4 * tiling.lanes * width;
+  at.sums = at.centers + 2 * tiling.lanes * width;
   at.merged = at.sums + (pass == Pass::kApply ? 0 : 3 * elements);
-  at.of_part = at.merged + (pass == Pass::kApply ? 0 : 3 * channels * chunks_of(tiling, width));
-  at.total = at.of_part + (pass == Pass::kResident ? 3 * tiling.parts * groups : 0);
+  at.of_part = at.merged + (pass == Pass::kApply ? 0 : 3 * channels * (tiling.rows / width));
+  at.total = at.of_part + (pass == Pass::kResident ? 3 * tiling.parts * (channels / group_channels) : 0);
   return at;
 }
 
 template <class T, int items, Pass pass>
-__global__ void __launch_bounds__(kMaxThreads) channels_last_kernel(const Backward p) {
+__global__ void __launch_bounds__(kLimits.channels_last_threads, kChannelsLastBlocks<pass>)
+    channels_last_kernel(const Backward p) {
   extern __shared__ float4 shared[];
   constexpr int kEach = kPerWord<T>;
   const Tiling& tiling = p.tiling;
   const Layout at = layout(tiling, kWidth<T>, p.group_channels, pass);
   float* const memory = reinterpret_cast<float*>(shared);
-  float4* const table = shared;
-  Slope* const slopes = reinterpret_cast<Slope*>(memory + at.slopes);
-  const int elements = tiling.rows * tiling.lanes * kWidth<T>;
+  float4* const lines = shared;
+  float2* const centers = reinterpret_cast<float2*>(memory + at.centers);
   float2* const sums_of_g = reinterpret_cast<float2*>(memory + at.sums);
-  float* const sums_of_d = memory + at.sums + 2 * elements;
+  float* const sums_of_d = memory + at.sums + 2 * tiling.rows * tiling.lanes * kWidth<T>;
   Sums* const merged = reinterpret_cast<Sums*>(memory + at.merged);
   Sums* const of_part = reinterpret_cast<Sums*>(memory + at.of_part);
+  if (pass == Pass::kResident && tiling.parts > 1) cluster_arrive();
 
   const unsigned block = pass == Pass::kApply ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
-  const int part = static_cast<int>(block % tiling.parts),
-            slice = static_cast<int>(block / tiling.parts % tiling.slices);
-  const std::int64_t sample = block / tiling.parts / tiling.slices;
+  const int part = static_cast<int>(block % tiling.parts);
+  const int slice = static_cast<int>(block / tiling.parts % tiling.slices);
+  const int sample = static_cast<int>(block / tiling.parts / tiling.slices);
   const int first_channel = slice * tiling.slice_channels;
-  const int channels = min(tiling.slice_channels, static_cast<int>(p.c) - first_channel);
-  const int groups = channels / p.group_channels;
-  const int first_pixel = part * tiling.part_length,
-            pixels = min(tiling.part_length, static_cast<int>(p.hw) - first_pixel);
-  const int thread = static_cast<int>(threadIdx.x), row = thread / tiling.lanes, lane = thread % tiling.lanes;
-  const int warp = thread / kWarp, warps = static_cast<int>(blockDim.x) / kWarp;
+  const int channels = min(tiling.slice_channels, p.c - first_channel), groups = channels / p.group_channels;
+  const int first_pixel = part * tiling.part_length, pixels = min(tiling.part_length, p.hw - first_pixel);
+  const int thread = thread_of_slice(), lane = static_cast<int>(threadIdx.x), row = static_cast<int>(threadIdx.y);
+  const int threads = tiling.rows * tiling.lanes, warp = thread / kWarp, warps = threads / kWarp;
+  const int first_slab = sample * p.groups + first_channel / p.group_channels;
   // The thread's pixels are row, row + rows, ..., those below `end`.
-  const int end = row < tiling.rows && lane * kWidth<T> < channels ? pixels : 0;
-  const std::int64_t at_lane = (sample * p.hw + first_pixel) * p.c + first_channel + lane * kWidth<T>;
+  const int end = lane * kWidth<T> < channels ? pixels : 0;
+  const std::int64_t at_part = (std::int64_t{sample} * p.hw + first_pixel) * p.c + first_channel;
+  const int at_thread = row * p.c + lane * kWidth<T>, stride = tiling.rows * p.c;
   const int tiles = pass == Pass::kResident ? 1 : tiling.tiles, tile_pixels = tiling.rows * items;
-  const int stride = tiling.rows * static_cast<int>(p.c);
-  const std::int64_t first_slab = sample * p.groups + first_channel / p.group_channels;
 
   // In place of pixels that do not exist the thread has its first one of the tile, with dy = 0.
   Packed<T, kWidth<T>> x[items], dy[items];
   const auto load_tile = [&](int tile) {
     const int first = row + tile * tile_pixels;
     if (first >= end) return;
-    const std::int64_t from = at_lane + first * p.c;
+    const std::int64_t from = at_part + std::int64_t{tile * tile_pixels} * p.c + at_thread;
 #pragma unroll
     for (int i = 0; i < items; ++i) {
       const bool exists = first + i * tiling.rows < end;
@@ -300,48 +330,36 @@ __global__ void __launch_bounds__(kMaxThreads) channels_last_kernel(const Backwa
   };
   load_tile(0);
   const auto slot_of = [&](int channel) { return channel % kWidth<T> * tiling.lanes + channel / kWidth<T>; };
-  for (int i = thread; i < channels; i += static_cast<int>(blockDim.x)) {
-    const std::int64_t slab = first_slab + i / p.group_channels;
-    const Affine of = affine(p.inputs, first_channel + i, sample * p.c + first_channel + i);
-    const Channel channel = channel_of(of, p.mean[slab], p.rstd[slab]);
-    table[slot_of(i)] = {channel.center, channel.a, channel.offset, channel.gain};
+#pragma unroll 1
+  for (int i = thread; i < channels; i += threads) {
+    const int slab = first_slab + i / p.group_channels;
+    const Affine of = affine(p.inputs, first_channel + i, std::int64_t{sample} * p.c + first_channel + i);
+    const Channel channel = channel_of<T>(of, p.mean[slab], p.rstd[slab]);
+    lines[slot_of(i)] = {channel.a, channel.b, of.gain, 0};
+    centers[slot_of(i)] = {channel.mean, channel.shift};
   }
-  const auto channel_at = [&](int element) {
-    const float4 of = table[element * tiling.lanes + lane];
-    return Channel{of.x, of.y, of.z, of.w};
+  const auto channel_at = [&](int slot) {
+    return Channel{centers[slot].x, centers[slot].y, lines[slot].x, lines[slot].y};
   };
-
-  // From the sums over a group on. By a warp.
-  const auto finish = [&](int group, const Sums& total) {
-    const float count = static_cast<float>(p.hw) * static_cast<float>(p.group_channels);
-    const Slope slope = slope_of(total, count, p.rstd[first_slab + group]);
-    if (thread % kWarp != 0) return;
-    slopes[group] = slope;
-    if (p.sums != nullptr && part == 0) p.slopes[first_slab + group] = slope;
+  const auto line_at = [&](int slot) {
+    const float4 of = lines[slot];
+    return Line{of.x, of.y, of.z, of.w};
   };
+  __syncthreads();
 
-  if (pass == Pass::kResident && tiling.parts > 1) {
-    cluster_sync();  // the others have started: their memory exists
-  } else {
-    __syncthreads();
-  }
   if constexpr (pass != Pass::kApply) {
     // Of the thread's channels, over the tiles.
+#pragma unroll 1
     for (int tile = 0; tile < tiles; ++tile) {
       const int first = row + tile * tile_pixels;
       if (first < end) {
-        const auto add = [&](int element, const Sums& sums) {
-          const int slot = element * tiling.rows * tiling.lanes + thread;
-          const float2 before = tile > 0 ? sums_of_g[slot] : float2{};
-          sums_of_g[slot] = {before.x + sums.g, before.y + sums.gd};
-        };
         with_silu(p.silu, [&](auto silu) {
 #pragma unroll
           for (int w = 0; w < kWords; ++w) {
             Channel channel[kEach];
-            Sums sums[kEach] = {};
+            float of_g[kEach] = {}, of_gd[kEach] = {};
 #pragma unroll
-            for (int e = 0; e < kEach; ++e) channel[e] = channel_at(w * kEach + e);
+            for (int e = 0; e < kEach; ++e) channel[e] = channel_at((w * kEach + e) * tiling.lanes + lane);
 #pragma unroll
             for (int i = 0; i < items; ++i) {
               float value[kEach], gradients[kEach];
@@ -349,36 +367,42 @@ __global__ void __launch_bounds__(kMaxThreads) channels_last_kernel(const Backwa
               widen_word(dy[i].words[w], T{}, gradients);
 #pragma unroll
               for (int e = 0; e < kEach; ++e) {
-                const float d = value[e] - channel[e].center;
-                const float g = gradient<T, decltype(silu)::value>(gradients[e], d, channel[e]);
-                sums[e].g += g;
-                sums[e].gd = fmaf(g, d, sums[e].gd);
+                const float d = deviation<T>(value[e], channel[e]);
+                const float g = gradient<T, decltype(silu)::value>(gradients[e], d, channel[e].a, channel[e].b);
+                of_g[e] += g;
+                of_gd[e] = fmaf(g, d, of_gd[e]);
               }
             }
 #pragma unroll
-            for (int e = 0; e < kEach; ++e) add(w * kEach + e, sums[e]);
+            for (int e = 0; e < kEach; ++e) {
+              float2& slot = sums_of_g[(w * kEach + e) * threads + thread];
+              const float2 before = tile > 0 ? slot : float2{};
+              slot = {before.x + of_g[e], before.y + of_gd[e]};
+            }
           }
         });
         if (p.deviations) {
-          float count = 0;
+          float extra = 0;
 #pragma unroll
-          for (int i = 0; i < items; ++i) count += first + i * tiling.rows < end ? 1 : 0;
+          for (int i = 0; i < items; ++i) extra += first + i * tiling.rows < end ? 0 : 1;
 #pragma unroll
           for (int w = 0; w < kWords; ++w) {
-            float sum[kEach] = {}, start[kEach];
-            widen_word(x[0].words[w], T{}, start);
+            Channel channel[kEach];
+            float of_d[kEach] = {}, start[kEach];
+#pragma unroll
+            for (int e = 0; e < kEach; ++e) channel[e] = channel_at((w * kEach + e) * tiling.lanes + lane);
 #pragma unroll
             for (int i = 0; i < items; ++i) {
               float value[kEach];
               widen_word(x[i].words[w], T{}, value);
 #pragma unroll
-              for (int e = 0; e < kEach; ++e) sum[e] += value[e] - start[e];
+              for (int e = 0; e < kEach; ++e) of_d[e] += deviation<T>(value[e], channel[e]);
             }
+            widen_word(x[0].words[w], T{}, start);
 #pragma unroll
             for (int e = 0; e < kEach; ++e) {
-              const int slot = (w * kEach + e) * tiling.rows * tiling.lanes + thread;
-              const float of_tile = fmaf(start[e] - channel_at(w * kEach + e).center, count, sum[e]);
-              sums_of_d[slot] = (tile > 0 ? sums_of_d[slot] : 0) + of_tile;
+              float& slot = sums_of_d[(w * kEach + e) * threads + thread];
+              slot = fmaf(-extra, deviation<T>(start[e], channel[e]), of_d[e]) + (tile > 0 ? slot : 0);
             }
           }
         }
@@ -387,39 +411,43 @@ __global__ void __launch_bounds__(kMaxThreads) channels_last_kernel(const Backwa
     }
     __syncthreads();
 
-    // Of stretches of rows of a channel.
-    const int chunks = chunks_of(tiling, kWidth<T>), chunk_rows = (tiling.rows + chunks - 1) / chunks;
-    const int rows = min(tiling.rows, pixels), slots = tiling.lanes * kWidth<T>;
-    for (int i = thread; i < chunks * slots; i += static_cast<int>(blockDim.x)) {
-      const int chunk = i / slots, slot = i % slots;
-      const int element = slot / tiling.lanes, in_row = slot % tiling.lanes, channel = in_row * kWidth<T> + element;
-      if (channel >= channels) continue;
+    // Of as many rows of a channel as a vector has elements: by one of their threads.
+    const int chunks = tiling.rows / kWidth<T>, chunk = row / kWidth<T>, element = row % kWidth<T>;
+    const int channel = lane * kWidth<T> + element;
+    if (channel < channels) {
+      const int from_row = row - element, rows = min(kWidth<T>, pixels - from_row);
+      const int from = (element * tiling.rows + from_row) * tiling.lanes + lane;
       Sums sums = {};
-      for (int r = chunk * chunk_rows; r < min(rows, (chunk + 1) * chunk_rows); ++r) {
-        const int from = (element * tiling.rows + r) * tiling.lanes + in_row;
-        sums = sums + Sums{sums_of_g[from].x, sums_of_g[from].y, p.deviations ? sums_of_d[from] : 0};
+#pragma unroll
+      for (int r = 0; r < kWidth<T>; ++r) {
+        if (r >= rows) continue;
+        const float2 of_row = sums_of_g[from + r * tiling.lanes];
+        sums = sums + Sums{of_row.x, of_row.y, p.deviations ? sums_of_d[from + r * tiling.lanes] : 0};
       }
       merged[channel * chunks + chunk] = sums;
     }
     __syncthreads();
 
     // Of channels and groups.
+    if (pass == Pass::kResident && tiling.parts > 1) cluster_wait();  // the others have started: their memory exists
+#pragma unroll 1
     for (int group = warp; group < groups; group += warps) {
       const Sums total = warp_total(p.group_channels, [&](int i) {
-        const int channel = group * p.group_channels + i;
+        const int of = group * p.group_channels + i;
         Sums sums = {};
-        for (int chunk = 0; chunk < chunks; ++chunk) sums = sums + merged[channel * chunks + chunk];
+#pragma unroll 1
+        for (int j = 0; j < chunks; ++j) sums = sums + merged[of * chunks + j];
         if (p.sums != nullptr) {
-          float* to = p.sums + (sample * tiling.parts + part) * 3 * p.c + first_channel + channel;
+          float* to = p.sums + (std::int64_t{sample} * tiling.parts + part) * 3 * p.c + first_channel + of;
           to[0] = sums.g;
           to[p.c] = sums.gd;
           to[2 * p.c] = sums.d;
         }
-        const float gain = table[slot_of(channel)].w;
+        const float gain = lines[slot_of(of)].z;
         return Sums{sums.g * gain, sums.gd * gain, sums.d};
       });
       if constexpr (pass == Pass::kSums) {
-        const std::int64_t slot = (sample * tiling.slices + slice) * tiling.parts + part;
+        const std::int64_t slot = std::int64_t{sample * tiling.slices + slice} * tiling.parts + part;
         if (thread % kWarp == 0) p.partial[slot * (tiling.slice_channels / p.group_channels) + group] = total;
       } else if (thread % kWarp < tiling.parts) {
         *in_block(of_part + part * groups + group, thread % kWarp) = total;
@@ -431,30 +459,41 @@ __global__ void __launch_bounds__(kMaxThreads) channels_last_kernel(const Backwa
     } else {
       __syncthreads();
     }
-    for (int group = warp; group < groups; group += warps) {
-      finish(group, warp_total(tiling.parts, [&](int i) { return of_part[i * groups + group]; }));
-    }
-  } else {
-    const int most_groups = tiling.slice_channels / p.group_channels;
-    const Sums* partial = p.partial + (sample * tiling.slices + slice) * tiling.parts * most_groups;
-    for (int group = warp; group < groups; group += warps) {
-      finish(group, warp_total(tiling.parts, [&](int i) { return partial[i * most_groups + group]; }));
+  }
+  const int most_groups = tiling.slice_channels / p.group_channels;
+  const Sums* of_parts = pass == Pass::kResident
+                             ? of_part
+                             : p.partial + std::int64_t{sample * tiling.slices + slice} * tiling.parts * most_groups;
+  const int step = pass == Pass::kResident ? groups : most_groups;
+#pragma unroll 1
+  for (int group = warp; group < groups; group += warps) {
+    const Sums total = warp_total(tiling.parts, [&](int i) { return of_parts[i * step + group]; });
+    const float count = static_cast<float>(p.hw) * static_cast<float>(p.group_channels);
+    const Slope slope = slope_of(total, count, p.rstd[first_slab + group]);
+    if (p.sums != nullptr && part == 0 && thread % kWarp == 0) p.slopes[first_slab + group] = slope;
+#pragma unroll 1
+    for (int i = thread % kWarp; i < p.group_channels; i += kWarp) {
+      const int slot = slot_of(group * p.group_channels + i);
+      const Line of_channel = line<T>(channel_at(slot), slope);
+      lines[slot] = {of_channel.a, of_channel.b, of_channel.q, of_channel.r};
     }
   }
   __syncthreads();
 
   with_silu(p.silu, [&](auto silu) {
+#pragma unroll 1
     for (int tile = 0; tile < tiles; ++tile) {
       const int first = row + tile * tile_pixels;
       if (first < end) {
 #pragma unroll
         for (int w = 0; w < kWords; ++w) {
           Channel channel[kEach];
-          Slope slope[kEach];
+          Line of_channel[kEach];
 #pragma unroll
           for (int e = 0; e < kEach; ++e) {
-            channel[e] = channel_at(w * kEach + e);
-            slope[e] = slopes[(lane * kWidth<T> + w * kEach + e) / p.group_channels];
+            const int slot = (w * kEach + e) * tiling.lanes + lane;
+            of_channel[e] = line_at(slot);
+            if (sizeof(T) == 4) channel[e] = channel_at(slot);
           }
 #pragma unroll
           for (int i = 0; i < items; ++i) {
@@ -463,14 +502,12 @@ __global__ void __launch_bounds__(kMaxThreads) channels_last_kernel(const Backwa
             widen_word(dy[i].words[w], T{}, gradients);
 #pragma unroll
             for (int e = 0; e < kEach; ++e) {
-              const float d = value[e] - channel[e].center;
-              const float g = gradient<T, decltype(silu)::value>(gradients[e], d, channel[e]);
-              value[e] = dx(g, d, channel[e].a, slope[e]);
+              value[e] = dx<T, decltype(silu)::value>(value[e], gradients[e], channel[e], of_channel[e]);
             }
             x[i].words[w] = narrow_word(value, T{});
           }
         }
-        T* to = static_cast<T*>(p.dx) + at_lane + first * p.c;
+        T* to = static_cast<T*>(p.dx) + at_part + std::int64_t{tile * tile_pixels} * p.c + at_thread;
 #pragma unroll
         for (int i = 0; i < items; ++i) {
           if (first + i * tiling.rows < end) store(to + i * stride, x[i]);
@@ -494,39 +531,41 @@ __global__ void __launch_bounds__(kScalarThreads) scalar_kernel(const Backward p
     return affine(p.inputs, first_channel + channel, sample * p.c + first_channel + channel);
   };
   // In this order it is 0 for a value that is all of its group, as it should be.
-  const auto deviation = [&](std::int64_t at, const Affine& small) { return widen(x[at]) + small.shift - mean; };
+  const auto d_of = [&](std::int64_t at, const Affine& small) { return widen(x[at]) + small.shift - mean; };
   const auto gradient_at = [&](std::int64_t at, float d, const Channel& channel) {
     const float of_y = widen(dy[at]);
-    return p.silu ? gradient<T, true>(of_y, d, channel) : gradient<T, false>(of_y, d, channel);
+    return p.silu ? gradient<T, true>(of_y, d, channel.a, channel.b)
+                  : gradient<T, false>(of_y, d, channel.a, channel.b);
   };
 
   Sums total = {};
   for (std::int64_t i = 0; i < p.group_channels; ++i) {
     const Affine small = affine_at(i);
-    const Channel channel = channel_of(small, mean, rstd);
+    const Channel channel = channel_of<T>(small, mean, rstd);
     Sums sums = {};
     for (std::int64_t pixel = threadIdx.x; pixel < p.hw; pixel += blockDim.x) {
       const std::int64_t at = p.channels_last ? pixel * p.c + i : i * p.hw + pixel;
-      const float d = deviation(at, small), g = gradient_at(at, d, channel);
+      const float d = d_of(at, small), g = gradient_at(at, d, channel);
       sums = sums + Sums{g, g * d, d};
     }
     sums = {block_sum(sums.g), block_sum(sums.gd), block_sum(sums.d)};
-    total = total + Sums{channel.gain * sums.g, channel.gain * sums.gd, sums.d};
+    total = total + Sums{small.gain * sums.g, small.gain * sums.gd, sums.d};
     if (p.sums == nullptr || threadIdx.x != 0) continue;
     float* to = p.sums + sample * 3 * p.c + first_channel + i;
     to[0] = sums.g;
     to[p.c] = sums.gd;
     to[2 * p.c] = sums.d;
   }
-  const std::int64_t values = p.group_channels * p.hw;
+  const std::int64_t values = std::int64_t{p.group_channels} * p.hw;
   const Slope slope = slope_of(total, static_cast<float>(values), rstd);
   if (p.sums != nullptr && threadIdx.x == 0) p.slopes[slab] = slope;
   walk(p.group_channels, p.hw, p.c, p.channels_last, [&](std::int64_t i, std::int64_t at) {
     const Affine small = affine_at(i);
-    const Channel channel = channel_of(small, mean, rstd);
-    const float d = deviation(at, small);
+    const Channel channel = channel_of<T>(small, mean, rstd);
+    const float d = d_of(at, small);
+    const float g = gradient_at(at, d, channel);
     // A value that is all of its group does not change the result.
-    const float result[] = {values == 1 ? 0 : dx(gradient_at(at, d, channel), d, channel.a, slope)};
+    const float result[] = {values == 1 ? 0 : fmaf(g, channel.a, fmaf(d, slope.q, slope.r))};
     store<1>(static_cast<T*>(p.dx) + origin + at, result);
   });
 }
@@ -590,7 +629,7 @@ __global__ void __launch_bounds__(kWarp* kSamples) small_gradients_kernel(const 
 // ----------------------------------------------------------------------------------------------------------- launches
 
 std::optional<Tiling> tiling_of(DType dtype, const Shape& shape, std::int64_t groups) {
-  return TilingRules(dtype, shape, groups, kItems, card(kOp).clusters).tiling();
+  return TilingRules(dtype, shape, groups, kLimits, card(kOp).clusters).tiling();
 }
 
 // The parts of the workspace, in bytes from its start.
@@ -612,19 +651,17 @@ struct Workspace {
 template <class T, int items, Pass pass>
 void launch_pass(const Backward& p, void* stream) {
   const Tiling& tiling = p.tiling;
-  const unsigned threads = static_cast<unsigned>(tiling.threads());
   Dims dims;
+  dims.block = tiling.block(p.channels_last, kLimits);
   dims.cluster = pass == Pass::kResident ? static_cast<unsigned>(tiling.parts) : 1;
   if (p.channels_last) {
-    dims.block = dim3(threads);
-    dims.grid = grid(kOp, p.slabs / p.groups * tiling.slices * tiling.parts);
+    dims.grid = grid(kOp, std::int64_t{p.slabs / p.groups} * tiling.slices * tiling.parts);
     dims.shared_bytes = layout(tiling, kWidth<T>, p.group_channels, pass).total * sizeof(float);
     launch(kOp, channels_last_kernel<T, items, pass>, dims, stream, p);
   } else {
-    dims.block = dim3(threads, slices_of_block(tiling));
-    dims.grid = grid(kOp, divide_up(p.slabs, dims.block.y) * tiling.parts);
+    dims.grid = grid(kOp, divide_up(p.slabs, dims.block.z) * tiling.parts);
     const int slots = tiling.rows * std::max(1, tiling.lanes / kWarp);
-    dims.shared_bytes = pass == Pass::kApply ? 0 : dims.block.y * slots * sizeof(float4);
+    dims.shared_bytes = pass == Pass::kApply ? 0 : dims.block.z * slots * sizeof(float4);
     launch(kOp, contiguous_kernel<T, items, pass>, dims, stream, p);
   }
 }
@@ -654,11 +691,11 @@ void group_norm_silu_backward(const GroupNormSiluBackwardArgs& a) {
   p.sums = small ? reinterpret_cast<float*>(at(workspace.sums)) : nullptr;
   p.slopes = reinterpret_cast<Slope*>(at(workspace.slopes));
   p.partial = reinterpret_cast<Sums*>(at(workspace.partial));
-  p.slabs = a.shape.n * a.groups;
-  p.c = a.shape.c;
-  p.hw = a.shape.hw;
+  p.slabs = to_int(kOp, a.shape.n * a.groups);
+  p.c = to_int(kOp, a.shape.c);
+  p.hw = to_int(kOp, a.shape.hw);
   p.groups = static_cast<int>(a.groups);
-  p.group_channels = static_cast<int>(a.shape.c / a.groups);
+  p.group_channels = p.c / p.groups;
   p.deviations = a.dtype == DType::kFloat32 || a.dshift != nullptr;
   p.silu = a.silu;
   p.channels_last = a.shape.channels_last;
@@ -671,12 +708,12 @@ void group_norm_silu_backward(const GroupNormSiluBackwardArgs& a) {
       }
       p.tiling = *tiling;
       if (!tiling->resident) {
-        launch_pass<T, kItems.many, Pass::kSums>(p, stream);
-        launch_pass<T, kItems.many, Pass::kApply>(p, stream);
-      } else if (tiling->items == kItems.many) {
-        launch_pass<T, kItems.many, Pass::kResident>(p, stream);
+        launch_pass<T, kLimits.many, Pass::kSums>(p, stream);
+        launch_pass<T, kLimits.many, Pass::kApply>(p, stream);
+      } else if (tiling->items == kLimits.many) {
+        launch_pass<T, kLimits.many, Pass::kResident>(p, stream);
       } else {
-        launch_pass<T, kItems.few, Pass::kResident>(p, stream);
+        launch_pass<T, kLimits.few, Pass::kResident>(p, stream);
       }
     });
   }

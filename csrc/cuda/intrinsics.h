@@ -168,6 +168,18 @@ DDPM_FAST_DEVICE void cluster_sync() {
 #endif
 }
 
+// Its halves, for a meeting that no memory depends on: whoever has waited knows that the other blocks have started.
+DDPM_FAST_DEVICE void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#endif
+}
+DDPM_FAST_DEVICE void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+#endif
+}
+
 // The same shared variable in another block of the cluster. That block must have started, and must not have ended.
 template <class T>
 DDPM_FAST_DEVICE T* in_block(T* shared, unsigned rank) {
