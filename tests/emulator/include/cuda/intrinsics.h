@@ -96,8 +96,6 @@ DDPM_FAST_DEVICE void cluster_sync(EMULATOR_HERE) {
   emulator::cluster_arrive(EMULATOR_SOURCE, true);
   emulator::cluster_wait(EMULATOR_SOURCE);
 }
-DDPM_FAST_DEVICE void cluster_arrive(EMULATOR_HERE) { emulator::cluster_arrive(EMULATOR_SOURCE); }
-DDPM_FAST_DEVICE void cluster_wait(EMULATOR_HERE) { emulator::cluster_wait(EMULATOR_SOURCE); }
 
 DDPM_FAST_DEVICE void cluster_arrive(EMULATOR_HERE) { emulator::cluster_arrive(EMULATOR_SOURCE, false); }
 DDPM_FAST_DEVICE void cluster_wait(EMULATOR_HERE) { emulator::cluster_wait(EMULATOR_SOURCE); }
