@@ -459,13 +459,14 @@ __global__ void __launch_bounds__(kScalarThreads) scalar_kernel(const Forward p)
   const auto shift = [&](std::int64_t channel) {
     return channel_input(p.inputs.shift, sample * p.c + first_channel + channel, 0);
   };
+  const auto value_at = [&](std::int64_t channel, std::int64_t at) { return widen(x[at]) + shift(channel); };
   const std::int64_t values = std::int64_t{p.group_channels} * p.hw;
-  const float count = static_cast<float>(values), pivot = values > 0 ? widen(*x) : 0;
+  const float count = static_cast<float>(values), pivot = values > 0 ? value_at(0, 0) : 0;
   float sum = 0, m2 = 0;
-  over_values([&](std::int64_t channel, std::int64_t at) { sum += widen(x[at]) - pivot + shift(channel); });
+  over_values([&](std::int64_t channel, std::int64_t at) { sum += value_at(channel, at) - pivot; });
   Moments moments = {count, block_sum(sum) / count, 0};
   over_values([&](std::int64_t channel, std::int64_t at) {
-    const float deviation = widen(x[at]) - pivot + shift(channel) - moments.mean;
+    const float deviation = value_at(channel, at) - pivot - moments.mean;
     m2 = fmaf(deviation, deviation, m2);
   });
   moments.m2 = block_sum(m2);
