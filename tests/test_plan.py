@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
 
 from ddpm_fast import NoiseSchedule, SamplingPlan, ddim_plan, ddpm_plan, reverse_step
 from ddpm_fast.plan import COLUMNS
@@ -51,7 +50,10 @@ def test_ddpm_steps_equal_diffusers(num_steps: int, spacing: Any, variance: Any,
 
     diffusers cannot be asked for "fixed_large_log" and "learned": it takes square roots of logarithms there, which are NaN.
     """
-    theirs = _in_float64(DDPMScheduler(timestep_spacing=spacing, variance_type=variance, clip_sample=clip is not None))
+    diffusers = pytest.importorskip("diffusers")
+    theirs = _in_float64(
+        diffusers.DDPMScheduler(timestep_spacing=spacing, variance_type=variance, clip_sample=clip is not None)
+    )
     theirs.set_timesteps(num_steps)
     plan = ddpm_plan(SCHEDULE, num_steps, spacing=spacing, variance=variance, clip=clip)
     assert torch.equal(plan.timesteps, theirs.timesteps)
@@ -90,7 +92,8 @@ def test_learned_variance_is_the_models_logarithm() -> None:
 @pytest.mark.parametrize(("num_steps", "spacing"), [(50, "leading"), (20, "trailing")])
 def test_ddim_steps_equal_diffusers(num_steps: int, spacing: Any, prediction: Any, clipped: bool, eta: float) -> None:
     """Only for step counts that divide T: elsewhere diffusers' DDIM takes a wrong previous timestep."""
-    theirs = _in_float64(DDIMScheduler(timestep_spacing=spacing, prediction_type=prediction))
+    diffusers = pytest.importorskip("diffusers")
+    theirs = _in_float64(diffusers.DDIMScheduler(timestep_spacing=spacing, prediction_type=prediction))
     theirs.final_alpha_cumprod = theirs.one
     theirs.set_timesteps(num_steps)
     plan = ddim_plan(SCHEDULE, num_steps, spacing=spacing, prediction=prediction, eta=eta, use_clipped_model_output=clipped)
