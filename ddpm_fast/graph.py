@@ -24,6 +24,7 @@ MAX_LOOPS: Final = 4  # kept for a model: batch sizes, plans, scales
 
 _logger = logging.getLogger(__name__)
 _ONE_CAPTURE = threading.Lock()  # in the process, as torch demands
+_CAPTURE_STREAMS: dict[torch.device, torch.cuda.Stream] = {}
 
 
 class CaptureError(RuntimeError):
@@ -144,25 +145,34 @@ def capture(rehearse: Callable[[], None], advance: Callable[[], None], device: t
         CaptureError: something cannot be recorded.
     """
     graph = torch.cuda.CUDAGraph()
-    caller, stream = torch.cuda.current_stream(device), torch.cuda.Stream(device)
-    stream.wait_stream(caller)
-    try:
-        # torch.cuda.graph would leave its stream the current one where a capture fails.
-        with _ONE_CAPTURE, torch.cuda.stream(stream):
-            rehearse()
-            try:
-                _refuse_waiting(rehearse)
-                with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                    advance()
-            except CaptureError:
-                raise
-            except Exception as error:
-                _clean_up(device, pool)
-                first_line = str(error).partition("\n")[0]
-                raise CaptureError(f"{type(error).__name__}: {first_line}") from error
-    finally:
-        caller.wait_stream(stream)
+    with _ONE_CAPTURE:
+        caller, stream = torch.cuda.current_stream(device), _capture_stream(device)
+        stream.wait_stream(caller)
+        try:
+            # torch.cuda.graph would leave its stream the current one where a capture fails. Ordinary tensors, because torch
+            # keeps one for the random numbers of all graphs, and those that others capture may be of another mode.
+            with torch.cuda.stream(stream), torch.inference_mode(False), torch.no_grad():
+                rehearse()
+                try:
+                    _refuse_waiting(rehearse)
+                    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                        advance()
+                except CaptureError:
+                    raise
+                except Exception as error:
+                    _clean_up(device, stream, pool)
+                    first_line = str(error).partition("\n")[0]
+                    raise CaptureError(f"{type(error).__name__}: {first_line}") from error
+        finally:
+            caller.wait_stream(stream)
     return graph.replay
+
+
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """Always the same: memory of a pool, and the workspaces of cuBLAS, serve one stream each."""
+    if device not in _CAPTURE_STREAMS:
+        _CAPTURE_STREAMS[device] = torch.cuda.Stream(device)
+    return _CAPTURE_STREAMS[device]
 
 
 def _refuse_waiting(run: Callable[[], None]) -> None:
@@ -180,8 +190,13 @@ def _refuse_waiting(run: Callable[[], None]) -> None:
             raise CaptureError(f"a step waits for the GPU ({warning.filename}:{warning.lineno})")
 
 
-def _clean_up(device: torch.device, pool: Any) -> None:
-    """Ends a capture for the allocator too, which torch forgets where CUDA has given the capture up."""
+def _clean_up(device: torch.device, stream: torch.cuda.Stream, pool: Any) -> None:
+    """Ends a capture for the allocator and the random numbers too, which torch forgets where CUDA has given the capture up."""
     with suppress(Exception):  # it had not: the allocator knows
         torch._C._cuda_endAllocateToPool(device.index, pool)
         torch._C._cuda_releasePool(device.index, pool)
+    # Only a capture that succeeds ends the random numbers' own: one of nothing, of which torch would warn.
+    with suppress(Exception), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream, capture_error_mode="thread_local"):
+            pass

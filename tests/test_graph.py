@@ -272,6 +272,26 @@ def test_a_model_that_asks_the_host_falls_back(
     assert captures.made == 1
 
 
+def test_random_numbers_and_captures_go_on_where_cuda_gives_a_capture_up(
+    captures: Captures, device: torch.device, caplog: pytest.LogCaptureFixture
+) -> None:
+    if device.type == "cpu":
+        pytest.skip("needs a GPU that refuses")
+
+    class Synchronising(Recording):
+        def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+            torch.cuda.synchronize()
+            return super().forward(x_t, t)
+
+    model = Synchronising().to(device)
+    images = draw(model, shape=(1, 4, 4), cuda_graph=True)
+    assert "as there can be no CUDA graph" in caplog.text
+    assert bool(torch.randn(4, device=device).isfinite().all())
+    assert torch.equal(images, draw(model, shape=(1, 4, 4)))
+    draw(tiny_unet().to(device))
+    assert captures.made == 1
+
+
 def test_nothing_in_the_steps_waits_for_the_gpu(captures: Captures, device: torch.device) -> None:
     if device.type == "cpu":
         pytest.skip("see the test that watches for host reads")
@@ -346,18 +366,24 @@ class PretendCuda:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.log: list[str] = []
+        self.modes: list[tuple[bool, bool]] = []  # inference mode, gradients: of every rehearsal and capture
         self.mode: int | str = 0
         self.waits = self.refuses = False
-        caller, side = PretendStream("caller", self.log), PretendStream("side", self.log)
+        caller, self.streams = PretendStream("caller", self.log), 0
         monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: self.log.append("replay")))
         monkeypatch.setattr(torch.cuda, "current_stream", lambda _: caller)
-        monkeypatch.setattr(torch.cuda, "Stream", lambda _: side)
+        monkeypatch.setattr(torch.cuda, "Stream", self.new_stream)
+        monkeypatch.setattr(graph, "_CAPTURE_STREAMS", {})
         monkeypatch.setattr(torch.cuda, "stream", self.stream)
         monkeypatch.setattr(torch.cuda, "graph", self.graph)
         monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: self.mode)
         monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: setattr(self, "mode", mode))
         monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *_: self.log.append("allocator ends"), raising=False)
         monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda *_: self.log.append("pool released"), raising=False)
+
+    def new_stream(self, _: torch.device) -> PretendStream:
+        self.streams += 1
+        return PretendStream("side", self.log)
 
     @contextmanager
     def stream(self, stream: PretendStream) -> Iterator[None]:
@@ -374,11 +400,13 @@ class PretendCuda:
         self.log.append("end")
 
     def rehearse(self) -> None:
+        self.modes.append((torch.is_inference_mode_enabled(), torch.is_grad_enabled()))
         self.log.append(f"rehearse in mode {self.mode}")
         if self.waits and self.mode == "warn":
             warnings.warn("called a synchronizing CUDA operation", UserWarning, stacklevel=1)
 
     def advance(self) -> None:
+        self.modes.append((torch.is_inference_mode_enabled(), torch.is_grad_enabled()))
         self.log.append("advance")
         if self.refuses:
             raise RuntimeError("operation not permitted when stream is capturing\nand a long story")
@@ -403,6 +431,15 @@ def test_a_capture_is_rehearsed_twice_on_its_own_stream(cuda: PretendCuda) -> No
     assert (cuda.log[-1], cuda.mode) == ("replay", 0)
 
 
+def test_captures_share_a_stream_and_keep_no_inference_tensor(cuda: PretendCuda) -> None:
+    """torch keeps a tensor for the random numbers of all graphs, which a capture outside of inference mode writes to."""
+    with torch.inference_mode():
+        cuda.capture()
+    cuda.capture()
+    assert cuda.streams == 1
+    assert cuda.modes == 6 * [(False, False)]
+
+
 def test_no_capture_begins_where_a_rehearsal_waits(cuda: PretendCuda) -> None:
     cuda.waits = True
     with pytest.raises(graph.CaptureError, match=r"a step waits for the GPU \(.*test_graph\.py:\d+\)"):
@@ -411,11 +448,12 @@ def test_no_capture_begins_where_a_rehearsal_waits(cuda: PretendCuda) -> None:
     assert cuda.mode == 0
 
 
-def test_a_capture_that_fails_is_ended_for_the_allocator_too(cuda: PretendCuda) -> None:
+def test_a_capture_that_fails_is_ended_for_the_allocator_and_random_numbers_too(cuda: PretendCuda) -> None:
     cuda.refuses = True
     with pytest.raises(graph.CaptureError, match=r"^RuntimeError: operation not permitted when stream is capturing$"):
         cuda.capture()
-    assert cuda.log == [*BEFORE, "begin", "advance", "allocator ends", "pool released", *AFTER]
+    empty_capture = ["begin", "end"]
+    assert cuda.log == [*BEFORE, "begin", "advance", "allocator ends", "pool released", *empty_capture, *AFTER]
 
 
 def test_an_error_of_the_model_is_the_models_own(cuda: PretendCuda) -> None:
