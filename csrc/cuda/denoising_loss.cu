@@ -22,7 +22,7 @@ struct Difference {
 
   __device__ Difference(const DenoisingLossArgs& a, const Tile& tile)
       : source(a.prediction == Prediction::kSample ? nullptr : a.noise,
-               a.prediction == Prediction::kSample ? nullptr : a.seeds, kStreamQSample, tile.sample),
+               a.prediction == Prediction::kSample ? nullptr : a.seeds, kStreamQSample),
         model_output(static_cast<const T*>(a.model_output)),
         x_0(static_cast<const T*>(a.x_0)),
         table(a.table),

@@ -13,8 +13,7 @@ struct Draw {
   template <int width>
   struct Inputs {};
 
-  __device__ Draw(const NoiseArgs& a, const Tile& tile)
-      : source(nullptr, a.seeds, a.stream, tile.sample), out(static_cast<T*>(a.out)) {}
+  __device__ explicit Draw(const NoiseArgs& a) : source(nullptr, a.seeds, a.stream), out(static_cast<T*>(a.out)) {}
 
   template <int width>
   __device__ Inputs<width> load(const Place&) const {
@@ -34,7 +33,7 @@ template <class T, bool staged>
 __global__ void __launch_bounds__(kMostThreads) noise_kernel(const NoiseArgs a, const Tiling tiling) {
   const Tile tile = current_tile<staged>(tiling);
   if (tile.sample >= tiling.n) return;
-  Draw<T> op(a, tile);
+  Draw<T> op(a);
   run<staged, kWidth<T>>(tiling, tile, op);
 }
 

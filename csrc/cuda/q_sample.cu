@@ -19,7 +19,7 @@ struct QSample {
   using Inputs = Packed<X, width>;
 
   __device__ QSample(const QSampleArgs& a, const Tile& tile)
-      : source(a.noise, a.seeds, kStreamQSample, tile.sample),
+      : source(a.noise, a.seeds, kStreamQSample),
         out(static_cast<T*>(a.out)),
         x_0(static_cast<const X*>(a.x_0)),
         table(a.table),

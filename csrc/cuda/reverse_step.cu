@@ -37,7 +37,7 @@ struct ReverseStep {
   };
 
   __device__ ReverseStep(const ReverseStepArgs& a, const Model& model, const Tile& tile)
-      : source(a.noise, a.seeds, 0, tile.sample),
+      : source(a.noise, a.seeds, 0),
         out(static_cast<T*>(a.out)),
         x_0_out(static_cast<T*>(a.x_0_out)),
         x_t(static_cast<const T*>(a.x_t)),
@@ -68,8 +68,8 @@ struct ReverseStep {
   __device__ Noise<T> noise() {
     row = table[step];
     source.stream = static_cast<std::uint32_t>(step);
-    if (row.sigma == 0) source.given = nullptr, source.seed = nullptr;
-    if (source.given == nullptr && source.seed == nullptr) variance = nullptr;
+    if (row.sigma == 0) source.given = nullptr, source.drawn = false;
+    if (source.given == nullptr && !source.drawn) variance = nullptr;
     return source;
   }
 

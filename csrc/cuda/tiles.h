@@ -123,17 +123,19 @@ DDPM_FAST_DEVICE bool find(const Tiling& tiling, const Tile& tile, int index, Pl
 
 // ------------------------------------------------------------------------------------------------------------ noise
 
-// Where a sample's noise comes from: a tensor, or the seed, or there is none.
+// Where noise comes from: a tensor, or the samples' seeds, or there is none.
 template <class T>
 struct Noise {
   const T* given;
-  const std::int64_t* seed;
+  const std::int64_t* seeds;
   std::uint32_t stream;
+  bool drawn;
 
-  __device__ Noise(const void* tensor, const std::int64_t* seeds, std::uint32_t stream, std::uint32_t sample)
+  __device__ Noise(const void* tensor, const std::int64_t* seeds, std::uint32_t stream)
       : given(static_cast<const T*>(tensor)),
-        seed(tensor != nullptr || seeds == nullptr ? nullptr : seeds + sample),
-        stream(stream) {}
+        seeds(seeds),
+        stream(stream),
+        drawn(tensor == nullptr && seeds != nullptr) {}
 };
 
 // Draws the noise of a tile into shared memory.
@@ -202,8 +204,8 @@ DDPM_FAST_DEVICE void run_in_registers(const Tile& tile, Op& op) {
     if (exists(v)) inputs[v] = op.template load<width>(place(v));
   }
   const auto noise = op.noise();
-  if (noise.seed != nullptr) {
-    const auto seed = static_cast<std::uint64_t>(*noise.seed);
+  if (noise.drawn) {
+    const auto seed = static_cast<std::uint64_t>(noise.seeds[tile.sample]);
     const std::uint32_t block = static_cast<std::uint32_t>(tile.row >> 2) + static_cast<std::uint32_t>(first) / 4;
 #pragma unroll
     for (int call = 0; call < kPerThread / 4; ++call) {
@@ -245,7 +247,7 @@ DDPM_FAST_DEVICE void run_staged(const Tiling& tiling, const Tile& tile, Op& op,
       if (!exists[v]) continue;
       float normals[width];
       for (float& normal : normals) normal = kNoNoise;
-      if (noise.seed != nullptr) load(room + first + v * apart, normals);
+      if (noise.drawn) load(room + first + v * apart, normals);
       if (noise.given != nullptr) load(noise.given + at[v].offset, normals);
       op.template finish<width>(at[v], inputs[v], normals);
     }
@@ -258,8 +260,8 @@ DDPM_FAST_DEVICE void run(const Tiling& tiling, const Tile& tile, Op& op) {
   if constexpr (staged) {
     alignas(kVectorBytes) __shared__ float room[kMostInTile];
     const auto noise = op.noise();
-    if (noise.seed != nullptr) {
-      stage(tiling, tile, static_cast<std::uint64_t>(*noise.seed), noise.stream, room);
+    if (noise.drawn) {
+      stage(tiling, tile, static_cast<std::uint64_t>(noise.seeds[tile.sample]), noise.stream, room);
       __syncthreads();
     }
     op.start();
