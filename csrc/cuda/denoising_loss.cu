@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(kMostThreads)
   if (gridDim.x == 1) {
     static_cast<float*>(a.loss)[tile.sample] = static_cast<float>(sum * reciprocal_of_count);
   } else {
-    static_cast<float*>(a.workspace)[tile.sample * gridDim.x + blockIdx.x] = sum;
+    static_cast<float*>(a.workspace)[std::int64_t{tile.sample} * gridDim.x + blockIdx.x] = sum;
   }
 }
 
