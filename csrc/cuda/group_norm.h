@@ -41,11 +41,11 @@ struct Limits {
 };
 
 struct Tiling {
-  int slice_channels, slices;  // of a sample; the last slice may have fewer channels
-  int parts, part_length;      // in pixels; contiguous: in vectors of each channel. The last part may have fewer.
-  int tiles;                   // of a part, one after the other (contiguous: 1)
-  int lanes, rows;             // of threads; rows * lanes fills warps
-  int items;                   // vectors that a thread holds of a tile, at most
+  int slice_channels, slice_groups, slices;  // of a sample; the last slice may have fewer
+  int parts, part_length;  // in pixels; contiguous: in vectors of each channel. The last part may have fewer.
+  int tiles;               // of a part, one after the other (contiguous: 1)
+  int lanes, rows;         // of threads; rows * lanes fills warps
+  int items;               // vectors that a thread holds of a tile, at most
   bool resident;
 
   int threads() const { return lanes * rows; }
@@ -73,7 +73,8 @@ class TilingRules {
   // None: the tensor is not made of whole vectors, or too wide, or its groups are single values. Another kernel takes
   // such ones.
   std::optional<Tiling> tiling() const {
-    constexpr std::int64_t kMost = 1 << 30;
+    constexpr std::int64_t kMost = 1 << 30, kMostSlices = 65535;  // the latter: along a grid's second dimension
+    if (groups_ > kMostSlices) return {};
     if (shape_.n == 0 || group_channels_ * shape_.hw <= 1 || shape_.hw > kMost || shape_.c > kMost) return {};
     return shape_.channels_last ? channels_last() : contiguous();
   }
@@ -128,6 +129,7 @@ class TilingRules {
   Tiling contiguous_grid(int items, int lanes, bool resident) const {
     const std::int64_t rows = round_up(group_channels_, std::max(1, kWarp / lanes));
     return {static_cast<int>(group_channels_),
+            1,
             static_cast<int>(groups_),
             1,
             0,
@@ -194,6 +196,7 @@ class TilingRules {
     const std::int64_t channels = std::min(shape_.c, round_up(bytes / element_, unit)), lanes = channels / width_;
     const std::int64_t rows = std::lcm<std::int64_t>(width_, kWarp / std::gcd<std::int64_t>(lanes, kWarp));
     return {static_cast<int>(channels),
+            static_cast<int>(channels / group_channels_),
             static_cast<int>(divide_up(shape_.c, channels)),
             1,
             0,
@@ -261,6 +264,13 @@ constexpr int kPerWord = 4 / static_cast<int>(sizeof(T));  // elements
 constexpr int kWords = kVectorBytes / 4;
 
 // ------------------------------------------------------------------------------------------------------ warps, blocks
+
+// A block's index along a dimension of the grid. The second of two kernels goes backwards: what the first one has read
+// last may still be in the cache.
+template <bool backwards>
+DDPM_FAST_DEVICE int block_index(unsigned index, unsigned blocks) {
+  return static_cast<int>(backwards ? blocks - 1 - index : index);
+}
 
 // Of threads in lanes and rows; slices are of whole warps.
 DDPM_FAST_DEVICE int thread_of_slice() { return static_cast<int>(threadIdx.y * blockDim.x + threadIdx.x); }
@@ -383,14 +393,18 @@ void with_type(DType dtype, Body body) {
 
 // Sizes that kernels reckon with in 32 bits. A tensor may still have any number of elements.
 inline int to_int(const char* op, std::int64_t size) {
-  if (size > INT_MAX) throw std::runtime_error(std::string(op) + ": CUDA: more than 2^31 pixels, channels or groups");
+  if (size > INT_MAX) throw std::runtime_error(std::string(op) + ": CUDA: a size of more than 2^31");
   return static_cast<int>(size);
 }
 
 // One dimension of that many blocks.
-inline dim3 grid(const char* op, std::int64_t blocks) {
-  if (blocks > INT_MAX) throw std::runtime_error(std::string(op) + ": CUDA: more than 2^31 blocks");
-  return dim3(static_cast<unsigned>(blocks));
+inline dim3 grid(const char* op, std::int64_t blocks) { return dim3(static_cast<unsigned>(to_int(op, blocks))); }
+
+// Calls body(first sample, samples): a grid has no more than so many in its third dimension.
+template <class Body>
+void over_samples(std::int64_t samples, Body body) {
+  constexpr std::int64_t kMost = 65535;
+  for (std::int64_t first = 0; first < samples; first += kMost) body(first, std::min(kMost, samples - first));
 }
 
 inline bool is_aligned(std::initializer_list<const void*> addresses) {

@@ -28,7 +28,7 @@ struct Forward {
   const void* x;
   SmallInputs inputs;
   float2* partial;  // [n, slices, parts, groups of a slice]: mean and sum of squared deviations
-  int slabs, c, hw, groups, group_channels;  // slabs: n * groups
+  int first_sample, c, hw, groups, group_channels;
   float eps;
   bool silu, channels_last;
   Tiling tiling;
@@ -79,18 +79,20 @@ __global__ void __launch_bounds__(kContiguousThreads<items>) contiguous_kernel(c
   __shared__ float2 of_part[kMaxParts];
   const Tiling& tiling = p.tiling;
   if (pass == Pass::kResident && tiling.parts > 1) cluster_arrive();
-  const unsigned block = pass == Pass::kApply ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
-  const int part = static_cast<int>(block % tiling.parts);
-  const int slices = items == kLimits.few ? static_cast<int>(blockDim.z) : 1;
-  const int of_block = slices > 1 ? static_cast<int>(threadIdx.z) : 0;
-  const int wanted = static_cast<int>(block / tiling.parts) * slices + of_block, slab = min(wanted, p.slabs - 1);
+  constexpr bool kBackwards = pass == Pass::kApply;
+  const int part = block_index<kBackwards>(blockIdx.x, gridDim.x);
+  const int sample = p.first_sample + block_index<kBackwards>(blockIdx.z, gridDim.z);
+  const int slice = block_index<kBackwards>(blockIdx.y, gridDim.y);
+  const int wanted =
+      items == kLimits.few ? slice * static_cast<int>(blockDim.z) + static_cast<int>(threadIdx.z) : slice;
+  const int group = min(wanted, p.groups - 1), first_channel = group * p.group_channels,
+            slab = sample * p.groups + group;
   const int thread = thread_of_slice(), lane = static_cast<int>(threadIdx.x), row = static_cast<int>(threadIdx.y);
-  const bool active = wanted < p.slabs && row < p.group_channels;
+  const bool active = wanted < p.groups && row < p.group_channels;
 
   const int length = p.hw / kWidth<T>;
   const int part_length = min(tiling.part_length, length - part * tiling.part_length);
   const int left = active ? part_length - lane : 0;  // vector i of this thread exists where i * lanes < left
-  const int first_channel = slab % p.groups * p.group_channels, sample = slab / p.groups;
   const std::int64_t at_group = (std::int64_t{sample} * p.c + first_channel) * p.hw;
   const int at_thread = row * p.hw + (part * tiling.part_length + lane) * kWidth<T>;
   const T* x = static_cast<const T*>(p.x) + at_group + at_thread;
@@ -199,14 +201,14 @@ struct Layout {
   int total;
 };
 
-__host__ __device__ inline Layout layout(const Tiling& tiling, int width, int group_channels, Pass pass) {
+__host__ __device__ inline Layout layout(const Tiling& tiling, int width, Pass pass) {
   const int channels = tiling.slice_channels, elements = tiling.rows * tiling.lanes * width;
   Layout at{};
   at.merged = pass == Pass::kApply ? 0 : (2 * elements + 3) / 4 * 4;
   at.small = at.merged + (pass == Pass::kApply ? 0 : 4 * channels * (tiling.rows / width));
   at.lines = at.small + 4 * channels;
   at.of_part = at.lines + 4 * kWords * tiling.lanes;
-  at.total = at.of_part + (pass == Pass::kResident ? 2 * tiling.parts * (channels / group_channels) : 0);
+  at.total = at.of_part + (pass == Pass::kResident ? 2 * tiling.parts * tiling.slice_groups : 0);
   return at;
 }
 
@@ -216,7 +218,7 @@ __global__ void __launch_bounds__(pass == Pass::kResident ? kUsualThreads : kSma
   extern __shared__ float4 shared[];
   constexpr int kEach = kPerWord<T>;
   const Tiling& tiling = p.tiling;
-  const Layout at = layout(tiling, kWidth<T>, p.group_channels, pass);
+  const Layout at = layout(tiling, kWidth<T>, pass);
   float* const memory = reinterpret_cast<float*>(shared);
   float2* const moments = reinterpret_cast<float2*>(memory + at.moments);
   float4* const merged = reinterpret_cast<float4*>(memory + at.merged);
@@ -225,12 +227,13 @@ __global__ void __launch_bounds__(pass == Pass::kResident ? kUsualThreads : kSma
   float2* const of_part = reinterpret_cast<float2*>(memory + at.of_part);
   if (pass == Pass::kResident && tiling.parts > 1) cluster_arrive();
 
-  const unsigned block = pass == Pass::kApply ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
-  const int part = static_cast<int>(block % tiling.parts);
-  const int slice = static_cast<int>(block / tiling.parts % tiling.slices);
-  const int sample = static_cast<int>(block / tiling.parts / tiling.slices);
-  const int first_channel = slice * tiling.slice_channels;
-  const int channels = min(tiling.slice_channels, p.c - first_channel), groups = channels / p.group_channels;
+  constexpr bool kBackwards = pass == Pass::kApply;
+  const int part = block_index<kBackwards>(blockIdx.x, gridDim.x);
+  const int slice = block_index<kBackwards>(blockIdx.y, gridDim.y);
+  const int sample = p.first_sample + block_index<kBackwards>(blockIdx.z, gridDim.z);
+  const int first_channel = slice * tiling.slice_channels, first_slab = sample * p.groups + slice * tiling.slice_groups;
+  const int channels = min(tiling.slice_channels, p.c - first_channel);
+  const int groups = min(tiling.slice_groups, p.groups - slice * tiling.slice_groups);
   const int first_pixel = part * tiling.part_length, pixels = min(tiling.part_length, p.hw - first_pixel);
   const int thread = thread_of_slice(), lane = static_cast<int>(threadIdx.x), row = static_cast<int>(threadIdx.y);
   const int threads = tiling.rows * tiling.lanes, warp = thread / kWarp, warps = threads / kWarp;
@@ -265,7 +268,7 @@ __global__ void __launch_bounds__(pass == Pass::kResident ? kUsualThreads : kSma
   const auto finish = [&](int group, const Moments& of_group) {
     const float rstd = rstd_of(of_group, p.eps), pivot = small[group * p.group_channels].w;
     if (p.mean != nullptr && part == 0 && thread % kWarp == 0) {
-      const int slab = sample * p.groups + first_channel / p.group_channels + group;
+      const int slab = first_slab + group;
       p.mean[slab] = pivot + of_group.mean;
       p.rstd[slab] = rstd;
     }
@@ -385,7 +388,7 @@ __global__ void __launch_bounds__(pass == Pass::kResident ? kUsualThreads : kSma
       const float2 result = {of_group.mean, of_group.m2};
       if constexpr (pass == Pass::kStatistics) {
         const std::int64_t slot = std::int64_t{sample * tiling.slices + slice} * tiling.parts + part;
-        if (thread % kWarp == 0) p.partial[slot * (tiling.slice_channels / p.group_channels) + group] = result;
+        if (thread % kWarp == 0) p.partial[slot * tiling.slice_groups + group] = result;
       } else if (thread % kWarp < tiling.parts) {
         *in_block(of_part + part * groups + group, thread % kWarp) = result;
       }
@@ -397,11 +400,10 @@ __global__ void __launch_bounds__(pass == Pass::kResident ? kUsualThreads : kSma
       __syncthreads();
     }
   }
-  const int most_groups = tiling.slice_channels / p.group_channels;
-  const float2* of_parts = pass == Pass::kResident
-                               ? of_part
-                               : p.partial + std::int64_t{sample * tiling.slices + slice} * tiling.parts * most_groups;
-  const int step = pass == Pass::kResident ? groups : most_groups;
+  const float2* of_parts = pass == Pass::kResident ? of_part
+                                                   : p.partial + std::int64_t{sample * tiling.slices + slice} *
+                                                                     tiling.parts * tiling.slice_groups;
+  const int step = pass == Pass::kResident ? groups : tiling.slice_groups;
 #pragma unroll 1
   for (int group = warp; group < groups; group += warps) {
     finish(group, warp_merge(tiling.parts, [&](int i) { return moments_of_part(i, of_parts[i * step + group]); }));
@@ -491,18 +493,25 @@ std::optional<Tiling> tiling_of(DType dtype, const Shape& shape, std::int64_t gr
 }
 
 template <class T, int items, Pass pass>
-void launch_pass(const Forward& p, void* stream) {
+void launch_pass(Forward p, std::int64_t samples, void* stream) {
   const Tiling& tiling = p.tiling;
   Dims dims;
   dims.block = tiling.block(p.channels_last, kLimits);
+  dims.grid.x = static_cast<unsigned>(tiling.parts);
+  dims.grid.y = static_cast<unsigned>(divide_up(tiling.slices, dims.block.z));
   dims.cluster = pass == Pass::kResident ? static_cast<unsigned>(tiling.parts) : 1;
+  const auto run = [&](auto kernel) {
+    over_samples(samples, [&](std::int64_t first, std::int64_t count) {
+      p.first_sample = static_cast<int>(first);
+      dims.grid.z = static_cast<unsigned>(count);
+      launch(kOp, kernel, dims, stream, p);
+    });
+  };
   if (p.channels_last) {
-    dims.grid = grid(kOp, std::int64_t{p.slabs / p.groups} * tiling.slices * tiling.parts);
-    dims.shared_bytes = layout(tiling, kWidth<T>, p.group_channels, pass).total * sizeof(float);
-    launch(kOp, channels_last_kernel<T, items, pass>, dims, stream, p);
+    dims.shared_bytes = layout(tiling, kWidth<T>, pass).total * sizeof(float);
+    run(channels_last_kernel<T, items, pass>);
   } else {
-    dims.grid = grid(kOp, divide_up(p.slabs, dims.block.z) * tiling.parts);
-    launch(kOp, contiguous_kernel<T, items, pass>, dims, stream, p);
+    run(contiguous_kernel<T, items, pass>);
   }
 }
 
@@ -524,7 +533,6 @@ void group_norm_silu(const GroupNormSiluArgs& a) {
   p.x = a.x;
   p.inputs = {a.weight, a.bias, a.shift, a.scale, a.scale_shift};
   p.partial = static_cast<float2*>(a.workspace);
-  p.slabs = to_int(kOp, a.shape.n * a.groups);
   p.c = to_int(kOp, a.shape.c);
   p.hw = to_int(kOp, a.shape.hw);
   p.groups = static_cast<int>(a.groups);
@@ -537,17 +545,17 @@ void group_norm_silu(const GroupNormSiluArgs& a) {
     using T = decltype(type);
     void* stream = a.run_on.stream();
     if (!tiling || !is_aligned({a.x, a.y})) {
-      launch(kOp, scalar_kernel<T>, {grid(kOp, p.slabs), dim3(kScalarThreads)}, stream, p);
+      launch(kOp, scalar_kernel<T>, {grid(kOp, a.shape.n * a.groups), dim3(kScalarThreads)}, stream, p);
       return;
     }
     p.tiling = *tiling;
     if (!tiling->resident) {
-      launch_pass<T, kLimits.many, Pass::kStatistics>(p, stream);
-      launch_pass<T, kLimits.many, Pass::kApply>(p, stream);
+      launch_pass<T, kLimits.many, Pass::kStatistics>(p, a.shape.n, stream);
+      launch_pass<T, kLimits.many, Pass::kApply>(p, a.shape.n, stream);
     } else if (tiling->items == kLimits.many) {
-      launch_pass<T, kLimits.many, Pass::kResident>(p, stream);
+      launch_pass<T, kLimits.many, Pass::kResident>(p, a.shape.n, stream);
     } else {
-      launch_pass<T, kLimits.few, Pass::kResident>(p, stream);
+      launch_pass<T, kLimits.few, Pass::kResident>(p, a.shape.n, stream);
     }
   });
 }

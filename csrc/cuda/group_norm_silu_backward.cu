@@ -47,8 +47,8 @@ struct Backward {
   float* sums;    // [n, parts, 3, c]: of g, g d and d; absent where no gradient of a small input is wanted
   Slope* slopes;  // [n, groups]
   Sums* partial;  // [n, slices, parts, groups of a slice]: of gain g, gain g d and d
-  int slabs, c, hw, groups, group_channels;  // slabs: n * groups
-  bool deviations;                           // whether sums of d are made; without them they count as 0
+  int first_sample, c, hw, groups, group_channels;
+  bool deviations;  // whether sums of d are made; without them they count as 0
   bool silu, channels_last;
   Tiling tiling;
 };
@@ -123,18 +123,20 @@ __global__ void __launch_bounds__(kContiguousThreads<items>) contiguous_kernel(c
   __shared__ Sums of_part[kMaxParts];
   const Tiling& tiling = p.tiling;
   if (pass == Pass::kResident && tiling.parts > 1) cluster_arrive();
-  const unsigned block = pass == Pass::kApply ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
-  const int part = static_cast<int>(block % tiling.parts);
-  const int slices = items == kLimits.few ? static_cast<int>(blockDim.z) : 1;
-  const int of_block = slices > 1 ? static_cast<int>(threadIdx.z) : 0;
-  const int wanted = static_cast<int>(block / tiling.parts) * slices + of_block, slab = min(wanted, p.slabs - 1);
+  constexpr bool kBackwards = pass == Pass::kApply;
+  const int part = block_index<kBackwards>(blockIdx.x, gridDim.x);
+  const int sample = p.first_sample + block_index<kBackwards>(blockIdx.z, gridDim.z);
+  const int slice = block_index<kBackwards>(blockIdx.y, gridDim.y);
+  const int wanted =
+      items == kLimits.few ? slice * static_cast<int>(blockDim.z) + static_cast<int>(threadIdx.z) : slice;
+  const int group = min(wanted, p.groups - 1), first_channel = group * p.group_channels,
+            slab = sample * p.groups + group;
   const int thread = thread_of_slice(), lane = static_cast<int>(threadIdx.x), row = static_cast<int>(threadIdx.y);
-  const bool exists = wanted < p.slabs;
+  const bool exists = wanted < p.groups;
 
   const int length = p.hw / kWidth<T>;
   const int part_length = min(tiling.part_length, length - part * tiling.part_length);
   const int left = exists && row < p.group_channels ? part_length - lane : 0;  // vector i exists where i * lanes < left
-  const int first_channel = slab % p.groups * p.group_channels, sample = slab / p.groups;
   const std::int64_t at_group = (std::int64_t{sample} * p.c + first_channel) * p.hw;
   const int at_thread = row * p.hw + (part * tiling.part_length + lane) * kWidth<T>;
   Packed<T, kWidth<T>> x[items], dy[items];
@@ -272,14 +274,14 @@ struct Layout {
   int total;
 };
 
-__host__ __device__ inline Layout layout(const Tiling& tiling, int width, int group_channels, Pass pass) {
+__host__ __device__ inline Layout layout(const Tiling& tiling, int width, Pass pass) {
   const int channels = tiling.slice_channels, elements = tiling.rows * tiling.lanes * width;
   Layout at{};
   at.centers = 4 * tiling.lanes * width;
   at.sums = at.centers + 2 * tiling.lanes * width;
   at.merged = at.sums + (pass == Pass::kApply ? 0 : 3 * elements);
   at.of_part = at.merged + (pass == Pass::kApply ? 0 : 3 * channels * (tiling.rows / width));
-  at.total = at.of_part + (pass == Pass::kResident ? 3 * tiling.parts * (channels / group_channels) : 0);
+  at.total = at.of_part + (pass == Pass::kResident ? 3 * tiling.parts * tiling.slice_groups : 0);
   return at;
 }
 
@@ -289,7 +291,7 @@ __global__ void __launch_bounds__(kLimits.channels_last_threads, kChannelsLastBl
   extern __shared__ float4 shared[];
   constexpr int kEach = kPerWord<T>;
   const Tiling& tiling = p.tiling;
-  const Layout at = layout(tiling, kWidth<T>, p.group_channels, pass);
+  const Layout at = layout(tiling, kWidth<T>, pass);
   float* const memory = reinterpret_cast<float*>(shared);
   float4* const lines = shared;
   float2* const centers = reinterpret_cast<float2*>(memory + at.centers);
@@ -299,16 +301,16 @@ __global__ void __launch_bounds__(kLimits.channels_last_threads, kChannelsLastBl
   Sums* const of_part = reinterpret_cast<Sums*>(memory + at.of_part);
   if (pass == Pass::kResident && tiling.parts > 1) cluster_arrive();
 
-  const unsigned block = pass == Pass::kApply ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
-  const int part = static_cast<int>(block % tiling.parts);
-  const int slice = static_cast<int>(block / tiling.parts % tiling.slices);
-  const int sample = static_cast<int>(block / tiling.parts / tiling.slices);
-  const int first_channel = slice * tiling.slice_channels;
-  const int channels = min(tiling.slice_channels, p.c - first_channel), groups = channels / p.group_channels;
+  constexpr bool kBackwards = pass == Pass::kApply;
+  const int part = block_index<kBackwards>(blockIdx.x, gridDim.x);
+  const int slice = block_index<kBackwards>(blockIdx.y, gridDim.y);
+  const int sample = p.first_sample + block_index<kBackwards>(blockIdx.z, gridDim.z);
+  const int first_channel = slice * tiling.slice_channels, first_slab = sample * p.groups + slice * tiling.slice_groups;
+  const int channels = min(tiling.slice_channels, p.c - first_channel);
+  const int groups = min(tiling.slice_groups, p.groups - slice * tiling.slice_groups);
   const int first_pixel = part * tiling.part_length, pixels = min(tiling.part_length, p.hw - first_pixel);
   const int thread = thread_of_slice(), lane = static_cast<int>(threadIdx.x), row = static_cast<int>(threadIdx.y);
   const int threads = tiling.rows * tiling.lanes, warp = thread / kWarp, warps = threads / kWarp;
-  const int first_slab = sample * p.groups + first_channel / p.group_channels;
   // The thread's pixels are row, row + rows, ..., those below `end`.
   const int end = lane * kWidth<T> < channels ? pixels : 0;
   const std::int64_t at_part = (std::int64_t{sample} * p.hw + first_pixel) * p.c + first_channel;
@@ -448,7 +450,7 @@ __global__ void __launch_bounds__(kLimits.channels_last_threads, kChannelsLastBl
       });
       if constexpr (pass == Pass::kSums) {
         const std::int64_t slot = std::int64_t{sample * tiling.slices + slice} * tiling.parts + part;
-        if (thread % kWarp == 0) p.partial[slot * (tiling.slice_channels / p.group_channels) + group] = total;
+        if (thread % kWarp == 0) p.partial[slot * tiling.slice_groups + group] = total;
       } else if (thread % kWarp < tiling.parts) {
         *in_block(of_part + part * groups + group, thread % kWarp) = total;
       }
@@ -460,11 +462,10 @@ __global__ void __launch_bounds__(kLimits.channels_last_threads, kChannelsLastBl
       __syncthreads();
     }
   }
-  const int most_groups = tiling.slice_channels / p.group_channels;
-  const Sums* of_parts = pass == Pass::kResident
-                             ? of_part
-                             : p.partial + std::int64_t{sample * tiling.slices + slice} * tiling.parts * most_groups;
-  const int step = pass == Pass::kResident ? groups : most_groups;
+  const Sums* of_parts = pass == Pass::kResident ? of_part
+                                                 : p.partial + std::int64_t{sample * tiling.slices + slice} *
+                                                                   tiling.parts * tiling.slice_groups;
+  const int step = pass == Pass::kResident ? groups : tiling.slice_groups;
 #pragma unroll 1
   for (int group = warp; group < groups; group += warps) {
     const Sums total = warp_total(tiling.parts, [&](int i) { return of_parts[i * step + group]; });
@@ -649,20 +650,27 @@ struct Workspace {
 };
 
 template <class T, int items, Pass pass>
-void launch_pass(const Backward& p, void* stream) {
+void launch_pass(Backward p, std::int64_t samples, void* stream) {
   const Tiling& tiling = p.tiling;
   Dims dims;
   dims.block = tiling.block(p.channels_last, kLimits);
+  dims.grid.x = static_cast<unsigned>(tiling.parts);
+  dims.grid.y = static_cast<unsigned>(divide_up(tiling.slices, dims.block.z));
   dims.cluster = pass == Pass::kResident ? static_cast<unsigned>(tiling.parts) : 1;
+  const auto run = [&](auto kernel) {
+    over_samples(samples, [&](std::int64_t first, std::int64_t count) {
+      p.first_sample = static_cast<int>(first);
+      dims.grid.z = static_cast<unsigned>(count);
+      launch(kOp, kernel, dims, stream, p);
+    });
+  };
   if (p.channels_last) {
-    dims.grid = grid(kOp, std::int64_t{p.slabs / p.groups} * tiling.slices * tiling.parts);
-    dims.shared_bytes = layout(tiling, kWidth<T>, p.group_channels, pass).total * sizeof(float);
-    launch(kOp, channels_last_kernel<T, items, pass>, dims, stream, p);
+    dims.shared_bytes = layout(tiling, kWidth<T>, pass).total * sizeof(float);
+    run(channels_last_kernel<T, items, pass>);
   } else {
-    dims.grid = grid(kOp, divide_up(p.slabs, dims.block.z) * tiling.parts);
     const int slots = tiling.rows * std::max(1, tiling.lanes / kWarp);
     dims.shared_bytes = pass == Pass::kApply ? 0 : dims.block.z * slots * sizeof(float4);
-    launch(kOp, contiguous_kernel<T, items, pass>, dims, stream, p);
+    run(contiguous_kernel<T, items, pass>);
   }
 }
 
@@ -691,7 +699,6 @@ void group_norm_silu_backward(const GroupNormSiluBackwardArgs& a) {
   p.sums = small ? reinterpret_cast<float*>(at(workspace.sums)) : nullptr;
   p.slopes = reinterpret_cast<Slope*>(at(workspace.slopes));
   p.partial = reinterpret_cast<Sums*>(at(workspace.partial));
-  p.slabs = to_int(kOp, a.shape.n * a.groups);
   p.c = to_int(kOp, a.shape.c);
   p.hw = to_int(kOp, a.shape.hw);
   p.groups = static_cast<int>(a.groups);
@@ -703,17 +710,17 @@ void group_norm_silu_backward(const GroupNormSiluBackwardArgs& a) {
     with_type(a.dtype, [&](auto type) {
       using T = decltype(type);
       if (!vectors) {
-        launch(kOp, scalar_kernel<T>, {grid(kOp, p.slabs), dim3(kScalarThreads)}, stream, p);
+        launch(kOp, scalar_kernel<T>, {grid(kOp, a.shape.n * a.groups), dim3(kScalarThreads)}, stream, p);
         return;
       }
       p.tiling = *tiling;
       if (!tiling->resident) {
-        launch_pass<T, kLimits.many, Pass::kSums>(p, stream);
-        launch_pass<T, kLimits.many, Pass::kApply>(p, stream);
+        launch_pass<T, kLimits.many, Pass::kSums>(p, a.shape.n, stream);
+        launch_pass<T, kLimits.many, Pass::kApply>(p, a.shape.n, stream);
       } else if (tiling->items == kLimits.many) {
-        launch_pass<T, kLimits.many, Pass::kResident>(p, stream);
+        launch_pass<T, kLimits.many, Pass::kResident>(p, a.shape.n, stream);
       } else {
-        launch_pass<T, kLimits.few, Pass::kResident>(p, stream);
+        launch_pass<T, kLimits.few, Pass::kResident>(p, a.shape.n, stream);
       }
     });
   }
