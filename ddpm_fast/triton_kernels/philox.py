@@ -41,22 +41,25 @@ def philox(seed, stream, block):
 
 @triton.jit
 def normal_pair(w0, w1):
-    """Two words (uint32) to two float32 normals by Box-Muller: the radius from w0, the angle from w1."""
-    u = tl.fma(w0.to(tl.float32), 2.3283064365386963e-10, 1.1641532182693481e-10)  # w0 2^-32 + 2^-33, in (0, 1]
+    """Two words (uint32) to two float32 normals by Box-Muller: the radius from w0, the angle from w1.
+
+    Next to the reference some values are scaled by powers of two, which changes no rounding and saves operations.
+    """
+    u = w0.to(tl.float32) + 0.5  # 2^32 u, u in (0, 1]
     bits = u.to(tl.int32, bitcast=True)
-    e = (bits - 0x3F3504F3) >> 23  # ln u = e ln 2 + ln(1 + f), 1 + f in [sqrt(1/2), sqrt(2))
-    f = (bits - (e << 23)).to(tl.float32, bitcast=True) - 1.0
-    p = tl.fma(f, 0.08700401, -0.14266932)
-    p = tl.fma(p, f, 0.14914508)
-    p = tl.fma(p, f, -0.16577652)
-    p = tl.fma(p, f, 0.199631)
-    p = tl.fma(p, f, -0.25001335)
-    p = tl.fma(p, f, 0.3333391)
-    p = tl.fma(p, f, -0.5)
-    ln_u = tl.fma(e.to(tl.float32), 0.6931472, tl.fma(f * f, p, f))
-    radius = tl.sqrt_rn(-2.0 * ln_u)
-    quadrant = (w1 + 0x20000000) >> 30  # the angle is (quadrant + g) quarter turns, g in [-1/2, 1/2)
-    g = (w1 - (quadrant << 30)).to(tl.int32, bitcast=True).to(tl.float32) * 9.313225746154785e-10  # 2^-30
+    e = (bits - 0x4F3504F3) & -0x800000  # 2^23 e: ln u = e ln 2 + ln(1 + f), 1 + f in [sqrt(1/2), sqrt(2))
+    f = (bits - e - 0xF800000).to(tl.float32, bitcast=True) - 2.0  # 2 f
+    p = tl.fma(f, 0.08700401 / 256, -0.14266932 / 128)
+    p = tl.fma(p, f, 0.14914508 / 64)
+    p = tl.fma(p, f, -0.16577652 / 32)
+    p = tl.fma(p, f, 0.199631 / 16)
+    p = tl.fma(p, f, -0.25001335 / 8)
+    p = tl.fma(p, f, 0.3333391 / 4)
+    p = tl.fma(p, f, -0.5 / 2)
+    twice_ln_u = tl.fma(e.to(tl.float32), 0.6931472 / 4194304, tl.fma(f * f, p, f))
+    radius = tl.sqrt_rn(-twice_ln_u)
+    # The angle is (quadrant + g) quarter turns, g in [-1/2, 1/2): the low 30 bits as a signed number.
+    g = (w1 << 2).to(tl.int32, bitcast=True).to(tl.float32) * 2.3283064365386963e-10  # 2^-32
     g2 = g * g
     s = tl.fma(g2, -0.004685972, 0.079712525)
     s = tl.fma(s, g2, -0.64596665)
@@ -64,12 +67,11 @@ def normal_pair(w0, w1):
     c = tl.fma(g2, -0.02041453, 0.2536024)
     c = tl.fma(c, g2, -1.2336977)
     c = tl.fma(c, g2, 1.0)
-    odd = (quadrant & 1) != 0
-    cosine = tl.where(odd, s, c)
-    sine = tl.where(odd, c, s)
-    cosine = tl.where(((quadrant + 1) & 2) != 0, -cosine, cosine)
-    sine = tl.where((quadrant & 2) != 0, -sine, sine)
-    return radius * cosine, radius * sine
+    # A quarter turn takes (c, s) to (-s, c), a half turn changes both signs.
+    quarter = ((w1 << 1) + 0x40000000).to(tl.int32, bitcast=True) < 0
+    half = (w1 + 0x20000000) & 0x80000000
+    radius = (radius.to(tl.uint32, bitcast=True) ^ half).to(tl.float32, bitcast=True)
+    return radius * tl.where(quarter, -s, c), radius * tl.where(quarter, c, s)
 
 
 @triton.jit
