@@ -146,11 +146,8 @@ class NormRules:
 
     @classmethod
     def read(cls, source: str) -> NormRules:
-        few, many = _numbers(f"{source}.cu", r"kItems = \{(\d+), (\d+)\}")
-        header = "group_norm.h"
-        (threads,), (most,), (parts,) = (
-            _numbers(header, rf"\b{name} = (\d+)") for name in ("kThreads", "kMaxThreads", "kMaxParts")
-        )
+        few, many, threads = _numbers(f"{source}.cu", r"kLimits = \{(\d+), (\d+), (\d+)\}")
+        (most,), (parts,) = (_numbers("group_norm.h", rf"\b{name} = (\d+)") for name in ("kMaxThreads", "kMaxParts"))
         return cls(few, many, threads, most, parts)
 
     def slice_bytes(self, case: Case, item: int, channels_last: bool) -> int:

@@ -59,16 +59,21 @@ struct Tiling {
 constexpr std::int64_t divide_up(std::int64_t value, std::int64_t by) { return (value + by - 1) / by; }
 constexpr std::int64_t round_up(std::int64_t value, std::int64_t unit) { return divide_up(value, unit) * unit; }
 
+// Of a contiguous block: the largest slices take all that a block can have.
+constexpr int contiguous_threads(int items, const Limits& limits) {
+  return items == limits.many ? kMaxThreads : kUsualThreads;
+}
+
 class TilingRules {
  public:
-  TilingRules(DType dtype, const Shape& shape, std::int64_t groups, const Limits& limits, bool clusters)
+  TilingRules(DType dtype, const Shape& shape, std::int64_t groups, const Limits& limits, int cluster)
       : shape_(shape),
         groups_(groups),
         group_channels_(shape.c / groups),
         element_(dtype == DType::kFloat32 ? 4 : 2),
         width_(kVectorBytes / element_),
         limits_(limits),
-        clusters_(clusters) {}
+        cluster_(cluster) {}
 
   // None: the tensor is not made of whole vectors, or too wide, or its groups are single values. Another kernel takes
   // such ones.
@@ -88,7 +93,7 @@ class TilingRules {
   Shape shape_;
   std::int64_t groups_, group_channels_, element_, width_;
   Limits limits_;
-  bool clusters_;
+  int cluster_;
 
   // -------------------------------------------------------------------------------------------------- contiguous
 
@@ -211,19 +216,20 @@ class TilingRules {
 
   std::int64_t blocks(const Tiling& tiling) const { return shape_.n * tiling.slices * tiling.parts; }
 
-  // The cluster with the fewest blocks that fits, or a larger one where blocks would be few and not small.
+  // The cluster with the fewest blocks that fits, or a larger one where blocks would be few and not small. Blocks so
+  // large that a multiprocessor holds only one are the last resort, and no more than the portable number of them.
   template <class Fit>
   std::optional<Tiling> smallest(Fit fit, std::int64_t slices, std::int64_t slice_bytes, int threads,
                                  int most_threads) const {
-    for (int parts = 1; parts <= (clusters_ ? kCluster : 1); parts *= 2) {
+    for (int parts = 1; parts <= cluster_; parts *= 2) {
+      if (parts > kCluster) {
+        if (auto found = fit(kCluster, most_threads)) return found;
+      }
       const bool few = slices * parts < kFewBlocks && slice_bytes / parts > kSmallPart;
       const auto found = fit(parts, threads);
-      if (found && !(few && clusters_ && parts < kCluster && fit(2 * parts, threads))) return found;
+      if (found && !(few && 2 * parts <= std::min(cluster_, kCluster) && fit(2 * parts, threads))) return found;
     }
-    if (!clusters_) return fit(1, most_threads);
-    if (auto found = fit(kCluster, most_threads)) return found;
-    if (auto found = fit(kMaxParts, threads)) return found;
-    return fit(kMaxParts, most_threads);
+    return fit(std::min(cluster_, kCluster), most_threads);
   }
 };
 

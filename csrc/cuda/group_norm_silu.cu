@@ -14,13 +14,9 @@ namespace ddpm_fast::cuda {
 namespace {
 
 constexpr const char* kOp = "group_norm_silu";
-constexpr Limits kLimits = {2, 8, kUsualThreads};
+constexpr Limits kLimits = {2, 8, 512};
 
 enum class Pass { kResident, kStatistics, kApply };
-
-// A contiguous resident slice may take all threads that a block can have.
-template <int items>
-constexpr int kContiguousThreads = items == kLimits.many ? kMaxThreads : kUsualThreads;
 
 struct Forward {
   void* y;
@@ -74,7 +70,7 @@ DDPM_FAST_DEVICE float rstd_of(const Moments& moments, float eps) {
 // -------------------------------------------------------------------------------------------------------- contiguous
 
 template <class T, int items, Pass pass>
-__global__ void __launch_bounds__(kContiguousThreads<items>) contiguous_kernel(const Forward p) {
+__global__ void __launch_bounds__(contiguous_threads(items, kLimits)) contiguous_kernel(const Forward p) {
   __shared__ Moments of_warp[kMaxThreads / kWarp];
   __shared__ float2 of_part[kMaxParts];
   const Tiling& tiling = p.tiling;
@@ -213,7 +209,7 @@ __host__ __device__ inline Layout layout(const Tiling& tiling, int width, Pass p
 }
 
 template <class T, int items, Pass pass>
-__global__ void __launch_bounds__(pass == Pass::kResident ? kUsualThreads : kSmallThreads,
+__global__ void __launch_bounds__(pass == Pass::kResident ? kLimits.channels_last_threads : kSmallThreads,
                                   pass == Pass::kResident ? 2 : 3) channels_last_kernel(const Forward p) {
   extern __shared__ float4 shared[];
   constexpr int kEach = kPerWord<T>;
@@ -489,7 +485,7 @@ __global__ void __launch_bounds__(kScalarThreads) scalar_kernel(const Forward p)
 // ----------------------------------------------------------------------------------------------------------- launches
 
 std::optional<Tiling> tiling_of(DType dtype, const Shape& shape, std::int64_t groups) {
-  return TilingRules(dtype, shape, groups, kLimits, card(kOp).clusters).tiling();
+  return TilingRules(dtype, shape, groups, kLimits, card(kOp).cluster).tiling();
 }
 
 template <class T, int items, Pass pass>

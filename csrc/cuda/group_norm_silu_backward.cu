@@ -18,13 +18,10 @@ namespace ddpm_fast::cuda {
 namespace {
 
 constexpr const char* kOp = "group_norm_silu_backward";
-constexpr Limits kLimits = {1, 4, kSmallThreads};
+constexpr Limits kLimits = {1, 4, 256};
 
 enum class Pass { kResident, kSums, kApply };
 
-// A contiguous resident slice may take all threads that a block can have.
-template <int items>
-constexpr int kContiguousThreads = items == kLimits.many ? kMaxThreads : kUsualThreads;
 // Blocks that fit on a multiprocessor.
 template <Pass pass>
 constexpr int kChannelsLastBlocks = pass == Pass::kResident ? 3 : 2;
@@ -118,7 +115,7 @@ DDPM_FAST_DEVICE Sums warp_total(int number, Get get) {
 // -------------------------------------------------------------------------------------------------------- contiguous
 
 template <class T, int items, Pass pass>
-__global__ void __launch_bounds__(kContiguousThreads<items>) contiguous_kernel(const Backward p) {
+__global__ void __launch_bounds__(contiguous_threads(items, kLimits)) contiguous_kernel(const Backward p) {
   extern __shared__ float4 shared[];
   __shared__ Sums of_part[kMaxParts];
   const Tiling& tiling = p.tiling;
@@ -630,7 +627,7 @@ __global__ void __launch_bounds__(kWarp* kSamples) small_gradients_kernel(const 
 // ----------------------------------------------------------------------------------------------------------- launches
 
 std::optional<Tiling> tiling_of(DType dtype, const Shape& shape, std::int64_t groups) {
-  return TilingRules(dtype, shape, groups, kLimits, card(kOp).clusters).tiling();
+  return TilingRules(dtype, shape, groups, kLimits, card(kOp).cluster).tiling();
 }
 
 // The parts of the workspace, in bytes from its start.

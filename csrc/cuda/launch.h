@@ -15,7 +15,7 @@ inline void check(const char* op, cudaError_t status) {
 
 // What the launchers have to know of a card. Not its number of multiprocessors: results must not depend on that.
 struct Card {
-  bool clusters;     // thread-block clusters with distributed shared memory (compute capability 9.0)
+  int cluster;       // blocks of a cluster, which share their shared memory, at most; 1 before compute capability 9.0
   int shared_bytes;  // at most, for a block that asks for it
 };
 
@@ -31,7 +31,8 @@ inline const Card& card(const char* op) {
     int major = 0, shared_bytes = 0;
     check(op, cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
     check(op, cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-    known = {major >= 9, shared_bytes};
+    // 8 is what every card with clusters has; 9 and 10 are the large chips, and have 16.
+    known = {major < 9 ? 1 : major <= 10 ? 16 : 8, shared_bytes};
   }
   return known;
 }
