@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .reference import PREDICTIONS, VARIANCES
-from .schedule import NoiseSchedule
+from .schedule import NoiseSchedule, numbered
 
 Spacing = Literal["leading", "trailing", "linspace"]
 Prediction = Literal["epsilon", "sample", "v_prediction"]
@@ -86,7 +86,7 @@ class SamplingPlan:
         return self._tensors(device)[1]
 
     def _tensors(self, device: torch.device | str) -> tuple[Tensor, Tensor]:
-        device = torch.device(device)
+        device = numbered(device)
         if device not in self._on_device:
             with torch.inference_mode(False):  # kept for all callers: one that trains could not save an inference tensor
                 steps = torch.arange(self.num_steps, device=device)

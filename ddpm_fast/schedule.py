@@ -191,7 +191,7 @@ class NoiseSchedule:
 
         Computed in float64, rounded once, kept per device.
         """
-        device = torch.device(device)
+        device = numbered(device)
         if device not in self._coefficients:
             with torch.inference_mode(False):  # kept for all callers: one that trains could not save an inference tensor
                 table = torch.stack([self.sqrt_alpha_bars, self.sqrt_one_minus_alpha_bars], dim=1)
@@ -228,6 +228,12 @@ class NoiseSchedule:
 
 
 BUILDERS = ("linear", "scaled_linear", "cosine", "sigmoid", "sigmoid_betas", "from_betas")
+
+
+def numbered(device: torch.device | str) -> torch.device:
+    """The device that tensors there say they are on: "cuda" has the number of the current GPU."""
+    device = torch.device(device)
+    return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
 
 
 def _check_num_timesteps(builder: str, num_timesteps: int) -> None:

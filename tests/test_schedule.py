@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ddpm_fast import NoiseSchedule
+from ddpm_fast.schedule import numbered
 
 BUILDERS = ("linear", "scaled_linear", "cosine", "sigmoid", "sigmoid_betas")
 
@@ -75,6 +76,14 @@ def test_table_is_rounded_once_from_float64() -> None:
     assert table.dtype == torch.float32
     assert torch.equal(table[:, 1], (1 - schedule.alpha_bars).sqrt().float())
     assert schedule.coefficients() is table
+
+
+def test_tables_are_kept_by_the_number_of_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As tensors name their device; "cuda" is another one when the current GPU changes."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert numbered("cuda") == torch.device("cuda", 3)
+    assert numbered("cuda:1") == torch.device("cuda", 1)
+    assert numbered(torch.device("cpu")) == torch.device("cpu")
 
 
 @pytest.mark.parametrize(

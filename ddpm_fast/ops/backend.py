@@ -61,13 +61,19 @@ def _why_not_native(op: str, device: torch.device, dtype: torch.dtype) -> str | 
     if native_error() is not None:
         return f"the compiled module did not load: {native_error()}"
     if device.type not in KERNELS:
-        without = native().build_info()["cuda_why_not"] if device.type == "cuda" else ""
+        without = _built_without() if device.type == "cuda" else ""
         return f"it has no kernels for {device.type} tensors" + (f": {without}" if without else "")
     if not hasattr(KERNELS[device.type], op):
         return f"the compiled module is older than this source and lacks {op}: build it again"
     if device.type == "cuda":
         return "it has no float64 kernels for CUDA tensors" if dtype == torch.float64 else _why_not_cuda(device)
     return None
+
+
+@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
+def _built_without() -> str:
+    """The reason why the compiled module has no CUDA kernels."""
+    return str(native().build_info()["cuda_why_not"])
 
 
 _CUDA_REASONS: dict[torch.device, str | None] = {}  # asked once: it starts the driver

@@ -23,7 +23,8 @@ def _parameters():
 @pytest.mark.parametrize(("case", "family", "dtype", "channels_last"), list(_parameters()))
 def test_parity(case: Case, family: str, dtype: torch.dtype, channels_last: bool, device: torch.device) -> None:
     reason = why_not(family, case.op, device, dtype)
-    if reason is not None and device.type == "cuda":
+    # Beside a GPU Triton's interpreter is off. Anywhere else nothing may be missing.
+    if reason is not None and torch.cuda.is_available():
         pytest.skip(reason)
     call = make_call(case, dtype, device, channels_last=channels_last)
     Expected(case, call).check(evaluate(call, family))
