@@ -97,7 +97,7 @@ def _elementwise(work: Work) -> Iterator[Pass]:
     kernel = f"{case.op}_backward" if work.direction == "backward" else case.op
     types = {
         "q_sample": [kind, "unsigned char" if case.options.get("uint8") else kind],
-        "reverse_step": [kind, kind],
+        "reverse_step": [kind, kind, "false" if work.channels_last else "true"],  # the kernel of the simplest call
     }.get(case.op, [kind])
     staged = "true" if work.channels_last else "false"  # noise is drawn in C, H, W order
     elements = _product(case.shape)

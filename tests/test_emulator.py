@@ -162,7 +162,7 @@ ELEMENTWISE = (
     Bug(
         "reads past the end of the seeds",
         "out of bounds",
-        (("tiles.h", "seeds + sample)", "seeds + sample + (BUG ? 1 : 0))"),),
+        (("tiles.h", "noise.seeds[tile.sample]), noise", "noise.seeds[tile.sample + (BUG ? 1 : 0)]), noise"),),
         STAGED,
         says=r"seeds \(16 bytes\)",
     ),
@@ -369,14 +369,15 @@ ELEMENTWISE = (
 CLUSTER = run("group_norm_silu", (2, 2, 64, 64), groups=1)  # contiguous, four blocks each
 SHARED = run("group_norm_silu", (1, 64, 8, 8), groups=8, channels_last=True)
 SPLIT = run("group_norm_silu", (1, 4, 128, 72), groups=1)  # two kernels, where there are no clusters
-START = "tiling.parts > 1) cluster_sync();  // the others have started: their memory exists\n  // float32"
-WRITE = "*in_block(&of_part[part], threadIdx.x)"
+BEGIN = "  const Tiling& tiling = p.tiling;\n"
+ARRIVE = "if (pass == Pass::kResident && tiling.parts > 1) cluster_arrive();"
+WAIT = "cluster_wait();  // the others have started"
 
 GROUP_NORM = (
     Bug(
         "a peer's memory written before it has started",
         "cluster",
-        (("group_norm_silu.cu", START, f"!BUG && {START}"),),
+        (("group_norm_silu.cu", ARRIVE, f"if (!BUG) {ARRIVE}"), ("group_norm_silu.cu", WAIT, f"if (!BUG) {WAIT}")),
         CLUSTER,
         says="before the first cluster barrier",
         card=1,
@@ -429,8 +430,8 @@ GROUP_NORM = (
         (
             (
                 "group_norm_silu.cu",
-                "static_cast<int>(threadIdx.x) < tiling.parts)",
-                "static_cast<int>(threadIdx.x) < tiling.parts + BUG)",
+                "if (thread < tiling.parts) *in_block",
+                "if (thread < tiling.parts + BUG) *in_block",
             ),
         ),
         CLUSTER,
@@ -448,15 +449,23 @@ GROUP_NORM = (
     Bug(
         "a block that misses a cluster barrier",
         "deadlock",
-        (("group_norm_silu.cu", "  const float pivot =", "  if (BUG && part == 1) return;\n  const float pivot ="),),
+        (("group_norm_silu.cu", BEGIN, f"{BEGIN}  if (BUG && blockIdx.x == 1) return;\n"),),
         CLUSTER,
         says="wait in a cluster barrier",
         card=1,
     ),
     Bug(
+        "a block that waits at a cluster barrier without having arrived",
+        "cluster",
+        (("group_norm_silu.cu", ARRIVE, f"if (!BUG || blockIdx.x != 1) {ARRIVE}"),),
+        CLUSTER,
+        says="without having arrived",
+        card=1,
+    ),
+    Bug(
         "a cluster on a card without",
         "launch",
-        (("group_norm_silu.cu", "card(kOp).clusters)", "BUG || card(kOp).clusters)"),),
+        (("group_norm_silu.cu", "card(kOp).cluster)", "BUG ? 8 : card(kOp).cluster)"),),
         CLUSTER,
         says="a card that has none",
     ),
@@ -484,8 +493,8 @@ GROUP_NORM = (
         (
             (
                 "group_norm_silu.cu",
-                "    __syncthreads();\n\n    // Of stretches",
-                "    if (!BUG) __syncthreads();\n\n    // Of stretches",
+                "    __syncthreads();\n\n    // Of as many rows",
+                "    if (!BUG) __syncthreads();\n\n    // Of as many rows",
             ),
         ),
         SHARED,
@@ -497,8 +506,8 @@ GROUP_NORM = (
         (
             (
                 "group_norm_silu.cu",
-                "p.partial[slab * tiling.parts + part] =",
-                "p.partial[slab * tiling.parts + (BUG ? 0 : part)] =",
+                "p.partial[std::int64_t{slab} * tiling.parts + part] =",
+                "p.partial[std::int64_t{slab} * tiling.parts + (BUG ? 0 : part)] =",
             ),
         ),
         SPLIT,

@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ddpm_fast import NoiseSchedule, ddim_plan, ddpm_plan, freeze, noise, sample, sample_seeds, save_grid
+from ddpm_fast.builtin import load_folder
 from ddpm_fast.cli import main
 from ddpm_fast.nn import UNet
 from ddpm_fast.reference import STREAM_X_T
@@ -481,7 +482,7 @@ def test_command_draws_16_images_by_default(folder: Path, tmp_path: Path) -> Non
     assert f"{tmp_path / 'samples.png'}: 16 images, 20 steps, " in result.output
     assert "images/s" in result.output
     plan = ddpm_plan(SCHEDULE, variance="fixed_large")
-    images = sample(UNet.from_pretrained(folder), plan, 16, class_labels=[i % 3 for i in range(16)], progress=False)
+    images = sample(load_folder(folder).model, plan, 16, class_labels=[i % 3 for i in range(16)], progress=False)
     assert np.array_equal(pixels(tmp_path / "samples.png"), expected(images, tmp_path / "expected.png"))
 
 
@@ -491,7 +492,7 @@ def test_command_options_do_what_they_say(folder: Path, tmp_path: Path) -> None:
     assert (result.exit_code, result.output) == (0, "")
     plan = ddim_plan(SCHEDULE, 4, eta=0.5, spacing="trailing")
     images = sample(
-        UNet.from_pretrained(folder),
+        load_folder(folder).model,
         plan,
         5,
         seed=9,
@@ -508,7 +509,7 @@ def test_command_options_do_what_they_say(folder: Path, tmp_path: Path) -> None:
         folder, tmp_path / "b.png", "--num", "2", "--classes", "none", "--variance", "fixed_small", "--dtype", "float64"
     )
     assert result.exit_code == 0, result.output
-    images = sample(UNet.from_pretrained(folder), ddpm_plan(SCHEDULE), 2, progress=False, dtype=torch.float64)
+    images = sample(load_folder(folder).model, ddpm_plan(SCHEDULE), 2, progress=False, dtype=torch.float64)
     assert np.array_equal(pixels(tmp_path / "b.png"), expected(images, tmp_path / "expected.png"))
 
 

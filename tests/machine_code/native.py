@@ -69,7 +69,8 @@ def paths(kernel: sass.Kernel, name: str) -> list[tuple[Sequence[sass.Instructio
         path = kernel.hot_path(accesses, staged=loop is not None)
         return [(path, elements), *([(kernel.drawing_loop(), per_thread)] if loop is not None else [])]
     if function in ("contiguous_kernel", "channels_last_kernel"):  # of group norm: <type, vectors that a thread holds, pass>
-        return [(kernel.hot_path(), int(words[1]) * width)]
+        vectors = int(words[1])
+        return [(kernel.tiled_path(vectors), vectors * width)]
     return [(kernel.hot_path(), 1)]
 
 

