@@ -12,8 +12,10 @@ stand beside the prediction.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import re
+import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,10 +25,9 @@ import gpu_ops
 from gpu_ops import Work
 
 from ddpm_fast.run_folder import write_json
-from ddpm_fast.testing import Case
 
 HERE = Path(__file__).resolve().parent
-CUDA_SOURCES = HERE.parent / "csrc/cuda"
+SOURCES = HERE.parent / "csrc"
 BUDGETS = HERE.parent / "tests/machine_code/budgets.json"
 
 
@@ -39,7 +40,7 @@ class Card:
         clock: Hz.
         l2: bytes.
         architecture: whose machine code it runs.
-        clusters: whether blocks can share their shared memory.
+        cluster: blocks that can share their shared memory, as csrc/cuda/launch.h has it.
     """
 
     name: str
@@ -48,18 +49,18 @@ class Card:
     clock: float
     l2: int
     architecture: str
-    clusters: bool
+    cluster: int
 
 
 CARDS = (
     # A100 80GB SXM data sheet: 2039 GB/s, 312 Tflop/s dense bf16 = 108 x 2048 x 1.41 GHz; GA100 whitepaper: 108 SMs, 40 MB L2.
-    Card("A100", 2.039e12, 108, 1.41e9, 40 * 2**20, "sm_80", False),
+    Card("A100", 2.039e12, 108, 1.41e9, 40 * 2**20, "sm_80", 1),
     # H100 SXM data sheet: 3.35 TB/s, 989 Tflop/s dense bf16 = 132 x 4096 x 1.83 GHz; GH100 whitepaper: 132 SMs, 50 MB L2.
-    Card("H100", 3.35e12, 132, 1.83e9, 50 * 2**20, "sm_90a", True),
+    Card("H100", 3.35e12, 132, 1.83e9, 50 * 2**20, "sm_90a", 16),
     # H200 SXM data sheet: 4.8 TB/s, the H100's multiprocessors, clocks and L2.
-    Card("H200", 4.8e12, 132, 1.83e9, 50 * 2**20, "sm_90a", True),
+    Card("H200", 4.8e12, 132, 1.83e9, 50 * 2**20, "sm_90a", 16),
     # B200 (HGX data sheet): 8 TB/s, 2.25 Pflop/s dense bf16 = 148 x 8192 x 1.86 GHz; 148 SMs and 126 MB L2 as the driver says.
-    Card("B200", 8.0e12, 148, 1.86e9, 126 * 2**20, "sm_100", True),
+    Card("B200", 8.0e12, 148, 1.86e9, 126 * 2**20, "sm_100", 16),
 )
 # Of the bandwidth, what the best kernels reach: 3.0 of 3.35 TB/s on an H100 (softmax and RMSNorm of Dao-AILab/quack).
 ATTAINABLE = 0.90
@@ -97,77 +98,87 @@ def _elementwise(work: Work) -> Iterator[Pass]:
     kernel = f"{case.op}_backward" if work.direction == "backward" else case.op
     types = {
         "q_sample": [kind, "unsigned char" if case.options.get("uint8") else kind],
-        "reverse_step": [kind, kind, "false" if work.channels_last else "true"],  # the kernel of the simplest call
+        "reverse_step": [kind, kind],
     }.get(case.op, [kind])
-    staged = "true" if work.channels_last else "false"  # noise is drawn in C, H, W order
-    elements = _product(case.shape)
-    yield Pass(f"{case.op} {kernel}_kernel<{', '.join([*types, staged])}>", work.moved, elements)
+    staged = work.channels_last  # noise is drawn in C, H, W order
+    ways = [not staged, staged] if case.op == "reverse_step" else [staged]  # it has a kernel for calls without options
+    arguments = [*types, *(str(way).lower() for way in ways)]
+    yield Pass(f"{case.op} {kernel}_kernel<{', '.join(arguments)}>", work.moved, _product(case.shape))
     if kernel == "denoising_loss":  # sums of the tiles, and the mean over samples
         yield from [Pass("", 0, 0)] * 2
 
 
 def _norm(work: Work, card: Card) -> Iterator[Pass]:
     source = "group_norm_silu_backward" if work.direction == "backward" else "group_norm_silu"
-    rules = NormRules.read(source)
     layout = "channels_last" if work.channels_last else "contiguous"
     elements = _product(work.case.shape)
     item = 4 if work.dtype == "float32" else 2
-    slice_bytes = rules.slice_bytes(work.case, item, work.channels_last)
+    limits = _limits(source)
+    n, c, *size = work.case.shape
+    groups = int(work.case.options["groups"])
+    items = vectors_of_a_thread(item, n, c, _product(size), int(work.channels_last), groups, *limits, card.cluster)
 
-    def kernel(items: int, which: int) -> str:
-        return f"{source} {layout}_kernel<{TYPES[work.dtype]}, {items}, {which}>"
+    def kernel(vectors: int, which: int) -> str:
+        return f"{source} {layout}_kernel<{TYPES[work.dtype]}, {vectors}, {which}>"
 
-    if rules.resident(slice_bytes, work.channels_last, card.clusters):
-        items = rules.few if slice_bytes <= rules.threads * rules.few * 16 else rules.many
+    if items:
         yield Pass(kernel(items, 0), work.moved, elements)
     else:  # all inputs are read once more
-        reads = work.moved - elements * item
-        yield Pass(kernel(rules.many, 1), reads, elements)
-        yield Pass(kernel(rules.many, 2), work.moved, elements)
+        many = limits[1]
+        yield Pass(kernel(many, 1), work.moved - elements * item, elements)
+        yield Pass(kernel(many, 2), work.moved, elements)
     if work.direction == "backward":  # gradients of the parameters from sums over pixels
         yield Pass("", 0, 0)
 
 
-@dataclass(frozen=True)
-class NormRules:
-    """How csrc/cuda/group_norm.h decides whether a slice stays on chip; its constants are read from there.
-
-    Attributes:
-        few, many: vectors of 16 bytes that a thread holds.
-        threads, most_threads: of a block, usually and where that is what makes a contiguous slice fit.
-        parts: blocks of a cluster, at most.
-    """
-
-    few: int
-    many: int
-    threads: int
-    most_threads: int
-    parts: int
-
-    @classmethod
-    def read(cls, source: str) -> NormRules:
-        few, many, threads = _numbers(f"{source}.cu", r"kLimits = \{(\d+), (\d+), (\d+)\}")
-        (most,), (parts,) = (_numbers("group_norm.h", rf"\b{name} = (\d+)") for name in ("kMaxThreads", "kMaxParts"))
-        return cls(few, many, threads, most, parts)
-
-    def slice_bytes(self, case: Case, item: int, channels_last: bool) -> int:
-        """Of one group or, in channels_last, of whole groups that make up 32 bytes of a pixel."""
-        _, c, *size = case.shape
-        channels = c // int(case.options["groups"])
-        if channels_last:
-            channels *= -(-32 // (channels * item))
-        return channels * _product(size) * item
-
-    def resident(self, slice_bytes: int, channels_last: bool, clusters: bool) -> bool:
-        threads = self.threads if channels_last else self.most_threads
-        return slice_bytes <= threads * self.many * 16 * (self.parts if clusters else 1)
-
-
-def _numbers(source: str, pattern: str) -> list[int]:
-    found = re.search(pattern, (CUDA_SOURCES / source).read_text(encoding="utf-8"))
+def _limits(source: str) -> list[int]:
+    """Of csrc/cuda/<source>.cu: vectors that a thread holds, few or many; threads of a channels_last block."""
+    found = re.search(r"kLimits = \{(\d+), (\d+), (\d+)\}", (SOURCES / f"cuda/{source}.cu").read_text(encoding="utf-8"))
     if found is None:
-        raise ValueError(f"csrc/cuda/{source} has no {pattern}")
+        raise ValueError(f"csrc/cuda/{source}.cu has no kLimits")
     return [int(number) for number in found.groups()]
+
+
+# Asks the kernels' own rules, which are C++ of the host: with the headers of the emulator they need no CUDA.
+TILING = """
+#include <cstdlib>
+#include <iostream>
+
+#include "cuda/group_norm.h"
+
+int main(int, char** words) {
+  const auto next = [&] { return std::atoll(*++words); };
+  using namespace ddpm_fast;
+  const DType dtype = next() == 4 ? DType::kFloat32 : DType::kBFloat16;
+  const Shape shape = {next(), next(), next(), next() != 0};
+  const std::int64_t groups = next();
+  const cuda::Limits limits = {static_cast<int>(next()), static_cast<int>(next()), static_cast<int>(next())};
+  const auto tiling = cuda::TilingRules(dtype, shape, groups, limits, static_cast<int>(next())).tiling();
+  if (!tiling) return 1;
+  std::cout << (tiling->resident ? tiling->items : 0);
+}
+"""
+
+
+@functools.cache
+def vectors_of_a_thread(*arguments: int) -> int:
+    """Of a kernel that reads its input once; 0 where a slice of it does not fit on chip.
+
+    Args:
+        arguments: bytes of an element, n, c, hw, channels_last, groups, the three of `_limits`, blocks of a cluster.
+    """
+    command = [_tiling_program(), *map(str, arguments)]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+@functools.cache
+def _tiling_program() -> Path:
+    program = HERE.parent / "build" / "predict_tiling"
+    program.parent.mkdir(exist_ok=True)
+    includes = [f"-I{HERE.parent / 'tests/emulator/include'}", f"-I{SOURCES}"]
+    command = ["g++", "-std=c++20", *includes, "-x", "c++", "-", "-o", program]
+    subprocess.run(command, check=True, input=TILING, text=True)
+    return program
 
 
 def _product(sizes: Sequence[int]) -> int:
