@@ -35,17 +35,15 @@ class Session:
     """A network to sample with, and the loops that ran with it.
 
     Args:
-        state: what all this is made from.
+        state: what all this is made from, and for.
         network: to evaluate; None: the model itself, which a session that is kept must not keep alive.
         captures: whether loops are captured.
     """
 
     def __init__(self, state: Hashable, network: nn.Module | None, captures: bool) -> None:
         self.state, self.network, self._captures = state, network, captures
-        self.done: torch.cuda.Event | None = None  # after the last kernel that used all this
         self._loops: OrderedDict[Hashable, Loop] = OrderedDict()  # the one used last is last
-        # Graphs take turns, so one pool of memory serves all of them.
-        self._pool = torch.cuda.graph_pool_handle() if captures and torch.cuda.is_available() else None
+        self._pool: Any = None  # of memory: graphs take turns, so one serves all of them
 
     def loop(self, key: Hashable, make: Callable[[], Loop], network: nn.Module) -> Loop:
         """The loop of this key, made (and captured) at its first use."""
@@ -66,11 +64,14 @@ class Session:
             loop.advance(network)
 
         kind = loop.x_t.device.type
+        if self._pool is None and kind == "cuda":
+            self._pool = torch.cuda.graph_pool_handle()
         try:
             # Weights that autocast has cast once and kept would be gone by the time of a replay.
             with torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cache_enabled=False):
                 loop.replay = capture(rehearse, lambda: loop.advance(network), loop.x_t.device, self._pool)
         except CaptureError as error:
+            self._pool = None  # torch may take it for one that is still recorded to
             _logger.warning("sample: steps are launched one kernel at a time, as there can be no CUDA graph: %s", error)
 
 
@@ -83,7 +84,8 @@ def session(
 ) -> Iterator[Session]:
     """What to sample with: on a GPU the inference form of a `UNet`, else the model, moved and cast by a copy if need be.
 
-    Where graphs are captured, all is kept for the next call with the same unchanged model, until that model is gone.
+    Where graphs are captured, all is kept for the next call with the same unchanged model on the same stream, until that
+    model is gone.
     """
     on_gpu = device.type in DEVICE_TYPES
     reason = why_not_frozen(model) if on_gpu else None
@@ -93,7 +95,8 @@ def session(
     # Of other models nobody knows whether they compute the same from the same memory each time.
     captures = on_gpu and (freezes or type(model) is FrozenUNet if cuda_graph is None else cuda_graph)
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        state = (device, dtype, num_timesteps, _weights(model)) if captures else None
+        # On another stream nothing would keep what is freed here, or overwritten, from being in use there.
+        state = (device, _stream(device), dtype, num_timesteps, freezes, _weights(model)) if captures else None
         kept = _KEPT.pop(model, None)  # out of reach of other threads while it is in use
         if kept is not None and kept.state != state:
             kept = None  # before another takes memory
@@ -103,12 +106,13 @@ def session(
             else:
                 network = placed(model, device, dtype)
             kept = Session(state, None if network is model else network, captures)
-        if kept.done is not None:
-            torch.cuda.current_stream().wait_event(kept.done)
         yield kept
         if captures:
-            kept.done = torch.cuda.current_stream().record_event() if device.type == "cuda" else None
             _KEPT[model] = kept
+
+
+def _stream(device: torch.device) -> Hashable:
+    return torch.cuda.current_stream(device) if device.type == "cuda" else None
 
 
 def _weights(model: nn.Module) -> Hashable:
@@ -155,7 +159,8 @@ def capture(rehearse: Callable[[], None], advance: Callable[[], None], device: t
                 rehearse()
                 try:
                     _refuse_waiting(rehearse)
-                    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                    record = torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local")
+                    with _own_workspaces(), record:
                         advance()
                 except CaptureError:
                     raise
@@ -169,10 +174,24 @@ def capture(rehearse: Callable[[], None], advance: Callable[[], None], device: t
 
 
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """Always the same: memory of a pool, and the workspaces of cuBLAS, serve one stream each."""
+    """Always the same: memory of a pool serves one stream."""
     if device not in _CAPTURE_STREAMS:
         _CAPTURE_STREAMS[device] = torch.cuda.Stream(device)
     return _CAPTURE_STREAMS[device]
+
+
+@contextmanager
+def _own_workspaces() -> Iterator[None]:
+    """Has cuBLAS take its workspaces from the memory of the graph that is captured.
+
+    Else they are those of the stream, which torch frees although graphs use them: where it makes graphs of compiled code, and
+    after version 2.11 where any graph goes that was captured on the stream (pytorch/pytorch#193402).
+    """
+    torch._C._cuda_clearCublasWorkspaces()
+    try:
+        yield
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()  # not for others, who would use the graph's memory
 
 
 def _refuse_waiting(run: Callable[[], None]) -> None:

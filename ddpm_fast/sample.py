@@ -77,9 +77,9 @@ def sample(
     Image i is a function of (seed, i), the model and the plan. Its noise is the same to the last bit whatever num_samples,
     batch_size, the device and the thread count; the image is the same up to the rounding of the network's convolutions.
 
-    On a GPU a `UNet` runs in its inference form (see `freeze`), in bfloat16 by default, and each step is one CUDA graph: the
-    host waits for nothing, so the images are ready when the GPU is. Inference form and graphs, and the memory they take, are
-    kept for the next call as long as the model lives and does not change.
+    On a GPU a `UNet` runs in its inference form (see `freeze`), in bfloat16 by default, and each step is one CUDA graph: from
+    the first step on the host waits for nothing, so the images are ready when the GPU is. Inference form and graphs, and the
+    memory they take, are kept for the next call on the same stream as long as the model lives and its weights do not change.
 
     Args:
         model: called as model(x_t, t), or model(x_t, t, class_labels) if it has classes, with x_t [N, C, H, W] and t int64
