@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import common
 import peers
@@ -35,7 +36,7 @@ def contestant(call: Call, case: Case, by: str) -> Contestant:
     if by in FAMILIES:
 
         def op(**tensors: Tensor) -> Tensor:
-            return replace(call, arguments={**call.arguments, **tensors})(by)[0]
+            return replace(call, arguments=_replaced(call.arguments, tensors))(by)[0]
 
         return op
     if by == "apex":
@@ -47,6 +48,17 @@ def contestant(call: Call, case: Case, by: str) -> Contestant:
         torch._dynamo.reset()
         return torch.compile(idiom, dynamic=False)
     return idiom
+
+
+def _replaced(arguments: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """The arguments with tensors instead, by the names that `Call.tensors` gives them."""
+
+    def each(name: str, value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(each(f"{name}.{i}", part) for i, part in enumerate(value))
+        return tensors.get(name, value)
+
+    return {name: each(name, value) for name, value in arguments.items()}
 
 
 def others(case: Case, channels_last: bool) -> list[str]:

@@ -24,12 +24,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    import torch
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 LOGS = ROOT / "build" / "gpu_check"
 TOTAL_SECONDS = 590.0
+BEGAN = time.monotonic()
 sys.path.insert(0, str(ROOT))  # the package need not be installed
 
 # What the package cannot do without, and what is left out where something is missing.
@@ -73,6 +77,7 @@ class Check:
 
     out: Path
     capability: tuple[int, int]
+    began: float = BEGAN
     clock: Callable[[], float] = time.monotonic
     background: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
@@ -161,8 +166,17 @@ def why_no_kernels() -> str | None:
     return reason
 
 
+def why_old() -> str | None:
+    """A source that has changed since the native module was built."""
+    modules = [path.stat().st_mtime for path in (ROOT / "ddpm_fast").glob("_native*.so")]
+    sources = [ROOT / "CMakeLists.txt", *(path for path in (ROOT / "csrc").rglob("*") if path.is_file())]
+    newest = max(sources, key=lambda path: path.stat().st_mtime)
+    is_old = bool(modules) and newest.stat().st_mtime > max(modules)
+    return f"{newest.relative_to(ROOT)} is newer than the module" if is_old else None
+
+
 def build(check: Check, seconds: float) -> Outcome:
-    reason = why_no_kernels()
+    reason = why_no_kernels() or why_old()
     if reason is None:
         return Outcome("skipped", "the module has kernels for this card")
     if program("nvcc") is None:
@@ -171,7 +185,7 @@ def build(check: Check, seconds: float) -> Outcome:
     architecture = f"{major}{minor}{'a' if (major, minor) == (9, 0) else ''}-real"
     print(f"building for sm_{architecture.removesuffix('-real')}, because: {reason}")
     log = LOGS / "build.log"
-    command = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", ROOT]
+    command = [sys.executable, "-m", "pip", "install", "--no-index", "--no-build-isolation", "--no-deps", "-e", ROOT]
     if not installed("pip"):
         command = [sys.executable, "setup.py", "build_ext", "--inplace"]
     path = os.pathsep.join([os.environ["PATH"], str(Path(str(program("nvcc"))).parent)])
@@ -186,13 +200,13 @@ def build(check: Check, seconds: float) -> Outcome:
 
 
 def test_jobs(ops: Sequence[str]) -> dict[str, str]:
-    """name -> pytest's -k: the suite on device cuda in parts, for Triton compiles every kernel that it runs."""
-    jobs = {"native": "cuda and not triton"}
+    """name -> pytest's -k: the tests that run on a GPU in parts, for Triton compiles every kernel that it runs."""
+    jobs = {"native": "not triton"}
     taken: list[str] = []
     for op in reversed(ops):  # "noise", which other ops' cases are named after too, comes last
-        jobs[f"triton {op}"] = " and ".join(["cuda and triton", op, *(f"not {other}" for other in taken)])
+        jobs[f"triton {op}"] = " and ".join(["triton", op, *(f"not {other}" for other in taken)])
         taken.append(op)
-    jobs["triton"] = " and ".join(["cuda and triton", *(f"not {op}" for op in ops)])
+    jobs["triton"] = " and ".join(["triton", *(f"not {op}" for op in ops)])
     return jobs
 
 
@@ -202,20 +216,27 @@ def tests(check: Check, seconds: float) -> Outcome:
     from ddpm_fast.ops.backend import OPS
 
     # pytest-benchmark, which the project's own options name, may be missing.
-    options = ["-v", "-p", "no:cacheprovider", "-o", "addopts=-ra --strict-markers --strict-config -m 'not slow'"]
+    options = ["-v", "-p", "no:cacheprovider", "-o", "addopts=-ra --strict-markers --strict-config -m 'gpu and not slow'"]
     jobs = test_jobs(OPS)
     logs = {name: LOGS / f"tests-{name.replace(' ', '-')}.log" for name in jobs}
     run = [sys.executable, "-m", "pytest", *options, "-k"]
     processes = [start([*run, k], logs[name], {"OMP_NUM_THREADS": "2"}) for name, k in jobs.items()]
     compile_in_background(check)  # the tests are not timed
     statuses = dict(zip(jobs, finish(processes, seconds, check.clock), strict=True))
+    return verdict(statuses, logs)
+
+
+def verdict(statuses: dict[str, int | None], logs: dict[str, Path]) -> Outcome:
+    """What the exit statuses and logs of pytest's jobs amount to."""
     counts: dict[str, int] = {}
     failed: list[str] = []
     for name, log in logs.items():
         text = log.read_text(encoding="utf-8", errors="replace")
-        for word in re.findall(r"^\S+::.* (PASSED|FAILED|ERROR|SKIPPED|XFAIL)\b", text, re.MULTILINE):
-            counts[word.lower()] = counts.get(word.lower(), 0) + 1
+        # The summary has why a test failed, but not where pytest was stopped.
         failed += re.findall(r"^(?:FAILED|ERROR) .*", text, re.MULTILINE)
+        for test, word in re.findall(r"^(\S+::.*) (PASSED|FAILED|ERROR|SKIPPED|XFAIL)\b", text, re.MULTILINE):
+            counts[word.lower()] = counts.get(word.lower(), 0) + 1
+            failed += [f"{word} {test}"] if word in ("FAILED", "ERROR") else []
         if statuses[name] not in (0, 5, None):  # 5: there is no such test
             print(f"--- {name}\n{tail(log, 30)}")
     note = ", ".join(f"{count} {word}" for word, count in sorted(counts.items()))
@@ -235,19 +256,19 @@ def sanitizer(check: Check, seconds: float) -> Outcome:
         return Outcome("skipped", "there are no native kernels")
     log = LOGS / "sanitizer.log"
     every = [sys.executable, Path(__file__).resolve(), "--launch-every-op"]
-    command = [found, "--tool", "memcheck", "--error-exitcode", "9", *every]
+    # Of calls that fail, torch's own among them, it is for the callers to say something.
+    command = [found, "--tool", "memcheck", "--report-api-errors", "no", "--error-exitcode", "9", *every]
     # Without torch's own caching, every tensor is an allocation whose ends are known.
     (status,) = finish([start(command, log, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})], seconds, check.clock)
-    launched = len(re.findall(r"^launched ", log.read_text(encoding="utf-8", errors="replace"), re.MULTILINE))
-    if status is None:
-        return Outcome("out of time", f"memcheck: {launched} calls without an error")
-    if status == 0:
-        return Outcome("passed", f"memcheck: {launched} calls without an error")
-    print(tail(log, 40))
-    return Outcome("failed", f"memcheck: exit status {status}; see {log}")
+    text = log.read_text(encoding="utf-8", errors="replace")
+    launched, errors = (len(re.findall(start, text, re.MULTILINE)) for start in (r"^launched ", r"^=+ (Invalid|Misaligned) "))
+    if errors or status not in (0, None):
+        print(tail(log, 40))
+        return Outcome("failed", f"memcheck: {errors} errors, exit status {status}; see {log}")
+    return Outcome("passed" if status == 0 else "out of time", f"memcheck: {launched} calls without an error")
 
 
-def launch_every_op() -> None:
+def launch_every_op(device: torch.device) -> None:
     """Every case's native kernels once, forward and backward, a line each: what compute-sanitizer watches."""
     import contestants
     import torch
@@ -255,7 +276,6 @@ def launch_every_op() -> None:
     from ddpm_fast.ops.backend import why_not
     from ddpm_fast.testing import CASES, make_call
 
-    device = torch.device("cuda", 0)
     for case in CASES:
         if case.benchmark or why_not("native", case.op, device) is not None:
             continue
@@ -266,7 +286,8 @@ def launch_every_op() -> None:
                 contestants.forward(function, call)()
                 if case.op in ("group_norm_silu", "denoising_loss"):
                     contestants.backward(function, call)()
-                torch.cuda.synchronize()
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
                 print(f"launched {case} {dtype} {'channels_last' if channels_last else 'contiguous'}")
 
 
@@ -327,7 +348,7 @@ def allowed(phase: Phase, later: Sequence[Phase], left: float) -> float:
 
 def run(check: Check, phases: Sequence[Phase], keep: Callable[[list[dict[str, object]]], None]) -> list[dict[str, object]]:
     """Runs the phases and keeps what became of them after each."""
-    end = check.clock() + TOTAL_SECONDS
+    end = check.began + TOTAL_SECONDS
     rows: list[dict[str, object]] = []
     try:
         for place, phase in enumerate(phases):
@@ -407,12 +428,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"gpu-check: there is no GPU here: {reason}.\nOn a machine with one it would, within ten minutes:")
         print(f"{describe(phases)}\nand write benchmarks/results/<card>.json. Nothing was run or written.")
         return 2
+    import torch
+
     if args.launch_every_op:
-        launch_every_op()
+        launch_every_op(torch.device("cuda", 0))
         return 0
 
     import common
-    import torch
+
+    for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: no process of ours stays behind
+        signal.signal(number, lambda *_: sys.exit("gpu-check: stopped"))
 
     out = args.out or common.default_output("cuda")
     machine: dict[str, Any] = common.machine("cuda")

@@ -26,10 +26,7 @@ def _nan_filled_buffers():
     torch.use_deterministic_algorithms(False)
 
 
-DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-
-
-@pytest.fixture(params=DEVICES)
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else ["cpu"])
 def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -21,7 +24,7 @@ import torch
 from gpu_check import Check, Outcome, Phase
 
 from ddpm_fast.ops.backend import OPS
-from ddpm_fast.testing import Case
+from ddpm_fast.testing import CASES, Case
 
 
 class Clock:
@@ -49,7 +52,8 @@ PASSED, FAILED = Outcome("passed", ""), Outcome("failed", "")
 
 def run(clock: Clock, phases: Sequence[Phase]) -> tuple[list[dict[str, object]], list[int]]:
     kept: list[int] = []
-    rows = gpu_check.run(Check(Path("unused"), (9, 0), clock), phases, lambda rows: kept.append(len(rows)))
+    check = Check(Path("unused"), (9, 0), clock(), clock)
+    rows = gpu_check.run(check, phases, lambda rows: kept.append(len(rows)))
     return rows, kept
 
 
@@ -138,6 +142,57 @@ def test_a_process_is_stopped_with_its_children(tmp_path: Path) -> None:
         time.sleep(0.05)
 
 
+def test_time_before_the_first_phase_counts() -> None:
+    clock = Clock()
+    check = Check(Path("unused"), (9, 0), clock() - 20, clock)
+    rows = gpu_check.run(check, [phase("a", 0, clock, 10, PASSED, greedy=True)], lambda rows: None)
+    assert rows[0]["note"] == f"{gpu_check.TOTAL_SECONDS - 20:.0f}"
+
+
+def test_nothing_stays_behind_when_it_is_stopped(tmp_path: Path) -> None:
+    """A child is the first phase: SIGTERM has to reach it, which is in a group of its own."""
+    child, log = "import os, time; print(os.getpid(), flush=True); time.sleep(60)", tmp_path / "log"
+    script = f"""
+import sys, types
+from pathlib import Path
+import common, gpu_check, torch
+gpu_check.why_no_gpu = lambda: None
+gpu_check.missing = lambda: []
+common.machine = lambda device: {{}}
+torch.cuda.get_device_capability = lambda: (9, 0)
+
+def run(check, seconds):
+    gpu_check.finish([gpu_check.start([sys.executable, "-c", {child!r}], Path({str(log)!r}))], seconds, check.clock)
+
+gpu_check.PHASES = [gpu_check.Phase("a", 60, False, "", run)]
+gpu_check.main(["--out", {str(tmp_path / "out.json")!r}])
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(gpu_check.HERE), str(gpu_check.ROOT)])}
+    process = subprocess.Popen([sys.executable, "-c", script], env=environment)
+    deadline = time.monotonic() + 60
+    while not (log.exists() and log.read_text().endswith("\n")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(20) != 0
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(log.read_text()), 0)
+
+
+def test_a_module_older_than_its_sources_is_built_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
+    for age, name in enumerate(("ddpm_fast/_native.so", "csrc/cuda/noise.cu", "CMakeLists.txt")):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (100 - age, 100 - age))
+    assert gpu_check.why_old() is None
+    os.utime(tmp_path / "csrc/cuda/noise.cu", (101, 101))
+    assert gpu_check.why_old() == "csrc/cuda/noise.cu is newer than the module"
+    (tmp_path / "ddpm_fast/_native.so").unlink()
+    assert gpu_check.why_old() is None  # it is absent: another reason
+
+
 def test_what_a_stopped_benchmark_had_measured_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     body = "import sys, time; open(sys.argv[-1], 'w').write('{}'); print('half', flush=True); time.sleep(60)"
     (tmp_path / "slow.py").write_text(body)
@@ -152,9 +207,52 @@ def test_what_a_stopped_benchmark_had_measured_is_kept(tmp_path: Path, monkeypat
     assert gpu_check.script(check, "slow", seconds=20).status == "failed"
 
 
+LOGS = {
+    "passed": "tests/a.py::test[cuda-x y] PASSED [ 50%]\ntests/a.py::test_b SKIPPED (no GPU) [100%]\n",
+    "failed": "tests/a.py::test_c FAILED [ 50%]\nFAILED tests/a.py::test_c - assert 0\n",
+    "stopped": "tests/a.py::test_d PASSED [ 10%]\ntests/a.py::test_e ",
+    "failed and stopped": "tests/a.py::test_f FAILED [ 10%]\ntests/a.py::test_g ",
+    "crashed": "tests/a.py::test_h Fatal Python error\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("jobs", "outcome"),
+    [
+        ({"passed": 0}, ("passed", "1 passed, 1 skipped")),
+        ({"passed": 5}, ("passed", "1 passed, 1 skipped")),
+        ({"passed": 0, "stopped": None}, ("out of time", "2 passed, 1 skipped; stopped: stopped")),
+        ({"failed": 1}, ("failed", "1 failed; first: FAILED tests/a.py::test_c - assert 0")),
+        ({"failed and stopped": None}, ("failed", "1 failed; first: FAILED tests/a.py::test_f")),
+        ({"crashed": -11}, ("failed", f"; first: see {gpu_check.LOGS}")),
+    ],
+)
+def test_what_the_tests_came_to(jobs: dict[str, int | None], outcome: tuple[str, str], tmp_path: Path) -> None:
+    logs = {name: tmp_path / name for name in jobs}
+    for name, log in logs.items():
+        log.write_text(LOGS[name])
+    assert gpu_check.verdict(jobs, logs) == outcome
+
+
+def test_tests_that_run_on_a_gpu_are_marked() -> None:
+    """Those with device cuda, and those that need one."""
+    script = """
+import sys, pytest, torch
+torch.cuda.is_available = lambda: True
+options = ["--collect-only", "-q", "-p", "no:cacheprovider", "-m", "gpu"]
+sys.exit(pytest.main([*options, "tests/test_graph.py", "tests/ops/test_noise.py"]))
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=gpu_check.ROOT, check=True, capture_output=True, text=True)
+    tests = set(re.findall(r"::(\w+)", done.stdout))
+    assert {"test_captured_steps_give_the_bits_of_eager_ones", "test_more_than_2_31_elements"} <= tests
+    assert "test_the_loop_runs_on_the_cuda_kernels" not in tests  # emulated ones
+    assert "[cuda" in done.stdout
+    assert "[cpu" not in done.stdout
+
+
 def test_every_test_is_in_one_job() -> None:
     names = [f"test_parity[cuda-{op}-odd-sizes-{family}-float32]" for op in OPS for family in ("native", "triton")]
-    names += ["test_parity[cuda-q_sample-given-noise-triton]", "test_graph[cuda]", "test_triton_grid[cuda]", "test_noise[cuda]"]
+    names += ["test_parity[cuda-q_sample-given-noise-triton]", "test_graph[cuda]", "test_triton_grid", "test_noise[cuda]"]
     for name in names:
         matching = [
             job
@@ -162,6 +260,40 @@ def test_every_test_is_in_one_job() -> None:
             if all((part.removeprefix("not ") in name) != part.startswith("not ") for part in expression.split(" and "))
         ]
         assert len(matching) == 1, (name, matching)
+
+
+SANITIZER = """#!/bin/sh
+echo ========= COMPUTE-SANITIZER
+echo launched noise-odd-sizes
+{}
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "outcome"),
+    [
+        ("exit 0", Outcome("passed", "memcheck: 1 calls without an error")),
+        ("sleep 60", Outcome("out of time", "memcheck: 1 calls without an error")),
+        ("echo ========= Invalid __global__ read of size 16 bytes; sleep 60", Outcome("failed", "memcheck: 1 errors")),
+        ("exit 9", Outcome("failed", "memcheck: 0 errors, exit status 9")),
+    ],
+)
+def test_what_the_sanitizer_found(body: str, outcome: Outcome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sanitizer = tmp_path / "compute-sanitizer"
+    sanitizer.write_text(SANITIZER.format(body))
+    sanitizer.chmod(0o755)
+    monkeypatch.setattr(gpu_check, "LOGS", tmp_path)
+    monkeypatch.setattr(gpu_check, "program", lambda _: str(sanitizer))
+    monkeypatch.setattr(gpu_check, "why_no_kernels", lambda: None)
+    got = gpu_check.sanitizer(Check(tmp_path / "out.json", (9, 0)), 1)
+    assert got.status == outcome.status
+    assert got.note.startswith(outcome.note)
+
+
+def test_every_case_can_be_launched_for_the_sanitizer(capsys: Any) -> None:
+    gpu_check.launch_every_op(torch.device("cpu"))
+    launched = set(re.findall(r"^launched (\S+)", capsys.readouterr().out, re.MULTILINE))
+    assert launched == {str(case) for case in CASES if not case.benchmark}
 
 
 # -------------------------------------------------------------------------------------------------- the benchmarks it runs

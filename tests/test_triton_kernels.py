@@ -24,6 +24,8 @@ from ddpm_fast.triton_kernels.noise import noise
 from ddpm_fast.triton_kernels.q_sample import q_sample
 from ddpm_fast.triton_kernels.reverse_step import reverse_step
 
+pytestmark = pytest.mark.gpu
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SEEDS = torch.tensor([0, -1, 2**62 + 12345], device=DEVICE)
 Layout = Callable[[Tensor], Tensor]

@@ -8,7 +8,7 @@ import torch
 from ddpm_fast import ddpm_plan, noise, q_sample, reference, reverse_step, sample_seeds
 from ddpm_fast.testing import SCHEDULE
 
-on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 def test_philox_words_equal_random123() -> None:
@@ -74,7 +74,8 @@ def test_ops_draw_what_noise_draws(device: torch.device) -> None:
     assert torch.equal(reverse_step(x, x, 7, plan, seeds=seeds), reverse_step(x, x, 7, plan, noise=z))
 
 
-@on_a_gpu
+@pytest.mark.gpu
+@needs_gpu
 def test_many_normals_of_a_gpu_have_the_bits_of_the_cpus() -> None:
     """Its approximate reciprocal square root is known only there."""
     shape, seeds = (64, 1 << 20), sample_seeds(12, 64)
@@ -82,7 +83,8 @@ def test_many_normals_of_a_gpu_have_the_bits_of_the_cpus() -> None:
         assert torch.equal(noise(shape, seeds.cuda(), stream=stream).cpu(), noise(shape, seeds, stream=stream))
 
 
-@on_a_gpu
+@pytest.mark.gpu
+@needs_gpu
 def test_more_than_2_31_elements() -> None:
     last, n = 4096, (1 << 31) + 4096
     if torch.cuda.mem_get_info()[0] < 4 * n:
