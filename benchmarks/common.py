@@ -14,6 +14,7 @@ import platform
 import re
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -26,8 +27,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ddpm_fast import graph
 from ddpm_fast.ops import backend
 from ddpm_fast.run_folder import write_json
+from ddpm_fast.schedule import numbered
 
 ROOT = Path(__file__).resolve().parent
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
@@ -151,29 +154,18 @@ def _time(function: Callable[[], object], calls: int, device: torch.device) -> f
     return (time.perf_counter() - began) / calls
 
 
-_capture_streams: dict[torch.device, Any] = {}
-
-
-def capture_stream(device: torch.device | str) -> Any:
-    """The stream that `graphed` records on. A backward pass runs on the stream of its forward pass: let that be this one."""
-    device = torch.device(device)
-    if device not in _capture_streams:
-        _capture_streams[device] = torch.cuda.Stream(device)
-    return _capture_streams[device]
-
-
 def graphed(function: Callable[[], object], device: torch.device | str, calls: int = 1) -> Callable[[], object]:
-    """Replays `calls` calls in a row, recorded as a CUDA graph: the time is the GPU's alone, however slow the host."""
-    stream = capture_stream(device)
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            function()
-    torch.cuda.synchronize(device)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
+    """Replays `calls` calls in a row, recorded as a CUDA graph: the time is the GPU's alone, however slow the host.
+
+    Raises:
+        CaptureError: they cannot be recorded.
+    """
+
+    def run() -> None:
         for _ in range(calls):
             function()
-    return graph.replay
+
+    return graph.capture(run, run, numbered(device), torch.cuda.graph_pool_handle())
 
 
 def host_seconds(function: Callable[[], object], calls: int = 100) -> float:
@@ -322,6 +314,16 @@ def record(
     write_json(path, results)
     if not quiet:
         print(f"\nwritten: {path}")
+
+
+def finish(message: str, failures: Sequence[str]) -> None:
+    """The last words of a benchmark that goes on where something fails; then its exit status is 1."""
+    for failure in failures:
+        print(f"failed: {failure}")
+    if failures:
+        print(f"{message}; {len(failures)} failed, first: {failures[0].splitlines()[0]}")
+        sys.exit(1)
+    print(message)
 
 
 def _json(row: Mapping[str, object]) -> dict[str, object]:

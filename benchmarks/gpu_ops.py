@@ -29,9 +29,10 @@ import torch
 from torch import Tensor
 from unet_norms import EPS, GROUPS, sites
 
-from ddpm_fast import ddpm_plan
+from ddpm_fast import ddpm_plan, graph
 from ddpm_fast.nn import CIFAR10_32, HO_256, UNet
 from ddpm_fast.ops.backend import why_not
+from ddpm_fast.schedule import numbered
 from ddpm_fast.testing import SCHEDULE, Call, Case, bytes_moved, make_call
 
 FAMILIES = ("native", "triton")
@@ -115,43 +116,48 @@ def inputs(work: Work, device: str, samples: int) -> tuple[Case, Call]:
     return case, replace(call, arguments=arguments | ({"shape": case.shape} if "shape" in arguments else {}))
 
 
-def measure(work: Work, device: str, seconds: float = 0.15) -> list[dict[str, object]]:
-    """A row for every contestant; parity comes first."""
-    case, dtype = work.case, common.DTYPES[work.dtype]
+def measure(work: Work, device: str, seconds: float = 0.15) -> tuple[list[dict[str, object]], list[str]]:
+    """A row for every contestant, parity comes first; and what went wrong with those that are left out."""
     on_gpu = torch.device(device).type == "cuda"
     beyond = beyond_l2(work.moved, device)
-    small, small_call = inputs(work, device, FEW)
-    case, call = inputs(work, device, case.shape[0])
-    names = [family for family in FAMILIES if why_not(family, case.op, torch.device(device), dtype) is None]
-    names += [*contestants.PEERS, *contestants.others(case, work.channels_last)]
     run = contestants.forward if work.direction == "forward" else contestants.backward
+    failures: list[str] = []
     calls: dict[str, Callable[[], object]] = {}
     host: dict[str, float] = {}
     timed: dict[str, str] = {}
     warm: dict[str, Callable[[], object]] = {}
-    with torch.cuda.stream(common.capture_stream(device) if on_gpu else None), warnings.catch_warnings():
+    # A backward pass runs on the stream of its forward pass: that has to be the one that graphs are captured on.
+    stream = graph.capture_stream(numbered(device)) if on_gpu else None
+    with torch.cuda.stream(stream), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the compiler's own
-        for name in names:
-            if name != "compile":  # it compiles what was checked as "eager"
-                contestants.check(contestants.contestant(small_call, small, name), small_call, small, name, work.direction)
-            calls[name] = run(contestants.contestant(call, case, name), call)
+        small, small_call = inputs(work, device, FEW)
+        case, call = inputs(work, device, work.case.shape[0])
+        names = [f for f in FAMILIES if why_not(f, case.op, torch.device(device), common.DTYPES[work.dtype]) is None]
+        for name in (*names, *contestants.PEERS, *contestants.others(case, work.channels_last)):
+            try:
+                if name != "compile":  # it compiles what was checked as "eager"
+                    contestants.check(contestants.contestant(small_call, small, name), small_call, small, name, work.direction)
+                function = run(contestants.contestant(call, case, name), call)
+                function()
+                calls[name] = function
+            except Exception as error:  # whatever it is, the others go on
+                failures.append(f"{work} by {name}: {type(error).__name__}: {error}")
         calls["copy"] = common.copy_of(work.moved, device)
         for name, function in calls.items():
             timed[name] = "calls"
             if not on_gpu:
                 continue
-            function()
             host[name] = 1e6 * common.host_seconds(function, 20)
             try:
                 calls[name] = common.graphed(function, device)
                 timed[name] = "graph"
                 if not beyond:
                     warm[name] = common.graphed(function, device, CALLS_IN_GRAPH)
-            except RuntimeError as error:
+            except graph.CaptureError as error:
                 print(f"{work} by {name}: no graph, timed call by call: {error}")
     times = common.compare(calls, device, seconds=seconds)
     many = common.compare(warm, device, seconds=seconds) if warm else {}
-    return [
+    rows: list[dict[str, object]] = [
         {
             "op": case.op,
             "case": case.name,
@@ -171,6 +177,7 @@ def measure(work: Work, device: str, seconds: float = 0.15) -> list[dict[str, ob
         }
         for name, taken in times.items()
     ]
+    return rows, failures
 
 
 LISTS: dict[str, Callable[[], Iterator[Work]]] = {"elementwise": elementwise, "norms": norms}
@@ -203,18 +210,24 @@ def main() -> None:
     machine = common.machine(args.device)
     out = args.out or common.default_output(args.device)
     rows: list[dict[str, object]] = []
+    failures: list[str] = []
     done = 0
     for work in works:
         if time.monotonic() > deadline:
             break
-        rows += measure(work, args.device)
+        try:
+            measured, failed = measure(work, args.device)
+        except Exception as error:
+            measured, failed = [], [f"{work}: {type(error).__name__}: {error}"]
+        rows += measured
+        failures += failed
         common.record(out, f"gpu_ops {args.what}", machine, rows, quiet=True)
         done += 1
         gc.collect()
         torch.cuda.empty_cache()
     if rows:
         common.print_table("median [quartiles], cold L2", rows)
-    print(f"{done} of {len(works)} comparisons made; written: {out}")
+    common.finish(f"{done} of {len(works)} comparisons made; written: {out}", failures)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ import copy
 import gc
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +199,15 @@ def main() -> None:
     rows: list[dict[str, object]] = []
     settings: dict[tuple[str, int], tuple[int, str]] = {}
 
+    failures: list[str] = []
+
+    @contextmanager
+    def failing(what: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # whatever it is, the other comparisons go on
+            failures.append(f"{what}: {type(error).__name__}: {error}")
+
     def keep(times: dict[str, common.Times], *setting: Any) -> None:
         rows.extend(rows_of(times, *setting))
         common.record(out, "gpu_sampling", machine, rows, quiet=True)
@@ -205,31 +215,35 @@ def main() -> None:
     for name, batch in chosen:  # eager first: it needs no compiler
         if time.monotonic() > deadline:
             break
-        network = _network(networks, name, args.device)
-        memory_format = network.choose_format(batch)
-        eager = network.sample_peer(batch)
-        steps = choose_steps(eager, args.device)
-        settings[name, batch] = steps, memory_format
-        ours = network.sample_ours(batch)
-        times = compare({OURS: ours, f"{network.peer_name}, eager": eager}, steps, args.device)
-        keep(times, name, batch, steps, memory_format)
-        if steps < FULL and times[OURS].spread.median * FULL / steps < 5:
-            keep(compare({OURS: ours}, FULL, args.device, rounds=1), name, batch, FULL, memory_format)
+        with failing(f"{name}, batch {batch}, eager"):
+            network = _network(networks, name, args.device)
+            memory_format = network.choose_format(batch)
+            eager = network.sample_peer(batch)
+            steps = choose_steps(eager, args.device)
+            ours = network.sample_ours(batch)
+            times = compare({OURS: ours, f"{network.peer_name}, eager": eager}, steps, args.device)
+            keep(times, name, batch, steps, memory_format)
+            settings[name, batch] = steps, memory_format
+            if steps < FULL and times[OURS].spread.median * FULL / steps < 5:
+                keep(compare({OURS: ours}, FULL, args.device, rounds=1), name, batch, FULL, memory_format)
         gc.collect()
         torch.cuda.empty_cache()
     for (name, batch), (steps, memory_format) in settings.items():
         for label, mode in MODES.items():
             if time.monotonic() > deadline:
                 break
-            network = networks[name]
-            network.set_format(memory_format)
-            contestants = {OURS: network.sample_ours(batch), f"{network.peer_name}, {label}": network.sample_peer(batch, mode)}
-            times = compare(contestants, steps, args.device)
-            keep(times, name, batch, steps, memory_format)
+            with failing(f"{name}, batch {batch}, {label}"):
+                network = networks[name]
+                network.set_format(memory_format)
+                contestants = {
+                    OURS: network.sample_ours(batch),
+                    f"{network.peer_name}, {label}": network.sample_peer(batch, mode),
+                }
+                keep(compare(contestants, steps, args.device), name, batch, steps, memory_format)
     if rows:
         common.print_table("ancestral sampling, bf16: median [quartiles]", rows)
     compared = sum(row["sampler"] != OURS for row in rows)
-    print(f"{compared} of {len(chosen) * (1 + len(MODES))} comparisons made; written: {out}")
+    common.finish(f"{compared} of {len(chosen) * (1 + len(MODES))} comparisons made; written: {out}", failures)
 
 
 if __name__ == "__main__":

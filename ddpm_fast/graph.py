@@ -150,7 +150,7 @@ def capture(rehearse: Callable[[], None], advance: Callable[[], None], device: t
     """
     graph = torch.cuda.CUDAGraph()
     with _ONE_CAPTURE:
-        caller, stream = torch.cuda.current_stream(device), _capture_stream(device)
+        caller, stream = torch.cuda.current_stream(device), capture_stream(device)
         stream.wait_stream(caller)
         try:
             # torch.cuda.graph would leave its stream the current one where a capture fails. Ordinary tensors, because torch
@@ -173,7 +173,7 @@ def capture(rehearse: Callable[[], None], advance: Callable[[], None], device: t
     return graph.replay
 
 
-def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+def capture_stream(device: torch.device) -> torch.cuda.Stream:
     """Always the same: memory of a pool serves one stream."""
     if device not in _CAPTURE_STREAMS:
         _CAPTURE_STREAMS[device] = torch.cuda.Stream(device)

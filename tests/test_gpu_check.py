@@ -312,7 +312,7 @@ def test_ops_are_measured_and_kept_one_by_one(tmp_path: Path, monkeypatch: pytes
     measure = gpu_ops.measure
     sections: list[int] = []
 
-    def measure_and_look(work: gpu_ops.Work, device: str) -> list[dict[str, object]]:
+    def measure_and_look(work: gpu_ops.Work, device: str) -> tuple[list[dict[str, object]], list[str]]:
         sections.append(len(json.loads(out.read_text())["gpu_ops some"]["rows"]) if out.is_file() else 0)
         return measure(work, device, 0.001)
 
@@ -328,6 +328,36 @@ def test_ops_are_measured_and_kept_one_by_one(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--seconds", "0"])
     gpu_ops.main()
     assert "0 of 3 comparisons made" in capsys.readouterr().out
+
+
+def test_what_fails_is_left_out_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    works = [gpu_ops.Work(Case("q_sample", name, (2, 3, 8, 8)), "float32") for name in ("first", "second")]
+    contestant, inputs = contestants.contestant, gpu_ops.inputs
+
+    def wrong_inputs(work: gpu_ops.Work, device: str, samples: int) -> Any:
+        return 1 / 0 if work.case.name == "first" else inputs(work, device, samples)
+
+    def wrong(call: Any, case: Case, by: str) -> Any:
+        function = contestant(call, case, by)
+        return (lambda **tensors: 1.01 * function(**tensors)) if by == "native" else function
+
+    monkeypatch.setattr(contestants, "PEERS", ("eager",))
+    monkeypatch.setattr(contestants, "contestant", wrong)
+    monkeypatch.setattr(gpu_ops, "FAMILIES", ("native",))
+    monkeypatch.setattr(gpu_ops, "LISTS", {"some": lambda: iter(works)})
+    monkeypatch.setattr(gpu_ops, "inputs", wrong_inputs)
+    monkeypatch.setattr(common, "machine", lambda device: {"device": "none"})
+    out = tmp_path / "out.json"
+    monkeypatch.setattr(sys, "argv", ["gpu_ops.py", "some", "--device", "cpu", "--out", str(out)])
+    with pytest.raises(SystemExit, match="1"):
+        gpu_ops.main()
+    rows = json.loads(out.read_text())["gpu_ops some"]["rows"]
+    assert [row["by"] for row in rows] == ["eager", "copy"]
+    assert {row["native is faster by"] for row in rows} == {None}
+    said = capsys.readouterr().out
+    assert "by native: AssertionError: q_sample-second by native: error" in said
+    assert "2 of 2 comparisons made; written: " in said
+    assert "; 2 failed, first: q_sample-first 2x3x8x8 float32 contiguous forward: ZeroDivisionError" in said.splitlines()[-1]
 
 
 def test_more_samples_are_copies() -> None:
@@ -381,6 +411,42 @@ def test_sampling_is_compared_and_scaled(tmp_path: Path, monkeypatch: pytest.Mon
     assert rows[0]["1000 steps, s"] == pytest.approx(rows[0]["ms a step"]["median"], rel=2e-3)
     assert rows[0]["ddpm_fast is faster by"]["median"] == 1
     assert "1 of 1 comparisons made" in capsys.readouterr().out
+
+
+class PretendNetwork:
+    peer_name = "a peer"
+
+    def __init__(self, name: str, device: str) -> None: ...
+
+    def choose_format(self, batch: int) -> str:
+        return "contiguous"
+
+    def set_format(self, name: str) -> None: ...
+
+    def sample_ours(self, batch: int) -> gpu_sampling.Sampler:
+        return lambda steps: None
+
+    def sample_peer(self, batch: int, mode: str | None = "eager") -> gpu_sampling.Sampler:
+        return lambda steps: 1 / (batch - (1 if mode == "eager" else 2))
+
+
+def test_samplers_that_fail_do_not_stop_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(gpu_sampling, "NETWORKS", {"tiny": TINY})
+    monkeypatch.setattr(gpu_sampling, "CONFIGURATIONS", [("tiny", 1), ("tiny", 2), ("tiny", 3)])
+    monkeypatch.setattr(gpu_sampling, "MODES", {"compiled": None})
+    monkeypatch.setattr(gpu_sampling, "Network", PretendNetwork)
+    monkeypatch.setattr(common, "machine", lambda device: {"device": "none"})
+    out = tmp_path / "out.json"
+    monkeypatch.setattr(sys, "argv", ["gpu_sampling.py", "--device", "cpu", "--out", str(out)])
+    with pytest.raises(SystemExit, match="1"):
+        gpu_sampling.main()
+    rows = json.loads(out.read_text())["gpu_sampling"]["rows"]
+    compared = [(row["batch"], row["sampler"]) for row in rows if row["sampler"] != "ddpm_fast"]
+    assert compared == [(2, "a peer, eager"), (3, "a peer, eager"), (3, "a peer, compiled")]
+    said = capsys.readouterr().out
+    assert "failed: tiny, batch 2, compiled: ZeroDivisionError" in said
+    assert "3 of 6 comparisons made" in said
+    assert said.splitlines()[-1].endswith("2 failed, first: tiny, batch 1, eager: ZeroDivisionError: division by zero")
 
 
 def spread(value: float) -> dict[str, float]:
