@@ -4,7 +4,9 @@ import contextlib
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -204,3 +206,29 @@ def test_a_build_without_cuda_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend.native(), "build_info", lambda: {"cuda_why_not": "it was built where there was no nvcc"})
     reason = backend.why_not("native", "noise", torch.device("cuda", 0))
     assert reason == "it has no kernels for cuda tensors: it was built where there was no nvcc"
+
+
+def test_a_tensor_s_gpu_is_the_current_one_while_kernels_are_asked_and_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They read off the current card how to cut the work up: of two unlike ones, the workspace would fit the wrong one."""
+    current, calls = [0], []
+
+    @contextlib.contextmanager
+    def device(of: torch.device) -> Iterator[None]:
+        before, current[0] = current[0], of.index
+        yield
+        current[0] = before
+
+    def workspace(*arguments: int) -> int:
+        calls.append((current[0], *arguments))
+        return 0
+
+    kernels = SimpleNamespace(op=lambda *arguments: calls.append((current[0], *arguments)), op_workspace=workspace)
+    monkeypatch.setitem(backend.KERNELS, "cuda", kernels)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 70 + index, raising=False)
+    for index in (0, 1):
+        assert backend.workspace("op", torch.device("cuda", index), 5) is None
+        backend.launch("op", torch.device("cuda", index), 6)
+    assert calls == [(0, 5), (0, 6, 70), (1, 5), (1, 6, 71)]
+    assert current == [0]

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import os
 import warnings
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, Final
 
@@ -126,23 +127,26 @@ def choose(op: str, backend: str | None, device: torch.device, dtype: torch.dtyp
 
 def launch(op: str, device: torch.device, *arguments: Any) -> None:
     """Runs a native kernel: with torch's number of threads, or on the device's current stream."""
-    kernel = getattr(KERNELS[device.type], op)
-    if device.type != "cuda":
-        kernel(*arguments, torch.get_num_threads())
-    elif device.index == torch.cuda.current_device():
-        kernel(*arguments, torch._C._cuda_getCurrentRawStream(device.index))
-    else:
-        with torch.cuda.device(device):
-            kernel(*arguments, torch._C._cuda_getCurrentRawStream(device.index))
+    on_gpu = device.type == "cuda"
+    run_on = torch._C._cuda_getCurrentRawStream(device.index) if on_gpu else torch.get_num_threads()
+    _on(device, getattr(KERNELS[device.type], op), *arguments, run_on)
 
 
 def workspace(op: str, device: torch.device, *arguments: Any) -> torch.Tensor | None:
-    """The scratch memory that a native kernel wants for these sizes; the CPU's want none."""
+    """The scratch memory that a native kernel wants for these sizes, on this card; the CPU's want none."""
     size = vars(KERNELS[device.type]).get(op + "_workspace")
     if size is None:
         return None
-    wanted = size(*arguments)
+    wanted = _on(device, size, *arguments)
     return torch.empty(wanted, dtype=torch.uint8, device=device) if wanted else None
+
+
+def _on(device: torch.device, function: Callable[..., Any], *arguments: Any) -> Any:
+    """function(*arguments), with `device` the current one if it is a GPU: kernels ask no other what it can do."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return function(*arguments)
+    with torch.cuda.device(device):
+        return function(*arguments)
 
 
 def native_error() -> str | None:
