@@ -369,7 +369,7 @@ ELEMENTWISE = (
 CLUSTER = run("group_norm_silu", (2, 2, 64, 64), groups=1)  # contiguous, four blocks each
 SHARED = run("group_norm_silu", (1, 64, 8, 8), groups=8, channels_last=True)
 SPLIT = run("group_norm_silu", (1, 4, 128, 72), groups=1)  # two kernels, where there are no clusters
-BEGIN = "  const Tiling& tiling = p.tiling;\n"
+BEGIN = "  const SliceTiling& tiling = p.tiling;\n"
 ARRIVE = "if (pass == Pass::kResident && tiling.parts > 1) cluster_arrive();"
 WAIT = "cluster_wait();  // the others have started"
 

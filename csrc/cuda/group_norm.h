@@ -26,7 +26,6 @@
 
 namespace ddpm_fast::cuda {
 
-constexpr int kWarp = 32;
 constexpr int kSmallThreads = 256;
 constexpr int kUsualThreads = 512;  // with 64 registers each, two blocks fit on a multiprocessor
 constexpr int kMaxThreads = 1024;
@@ -40,7 +39,7 @@ struct Limits {
   int few, many, channels_last_threads;
 };
 
-struct Tiling {
+struct SliceTiling {
   int slice_channels, slice_groups, slices;  // of a sample; the last slice may have fewer
   int parts, part_length;  // in pixels; contiguous: in vectors of each channel. The last part may have fewer.
   int tiles;               // of a part, one after the other (contiguous: 1)
@@ -55,9 +54,6 @@ struct Tiling {
     return dim3(lanes, rows, small ? 4 : 1);
   }
 };
-
-constexpr std::int64_t divide_up(std::int64_t value, std::int64_t by) { return (value + by - 1) / by; }
-constexpr std::int64_t round_up(std::int64_t value, std::int64_t unit) { return divide_up(value, unit) * unit; }
 
 // Of a contiguous block: the largest slices take all that a block can have.
 constexpr int contiguous_threads(int items, const Limits& limits) {
@@ -75,11 +71,11 @@ class TilingRules {
         limits_(limits),
         cluster_(cluster) {}
 
-  // None: the tensor is not made of whole vectors, or too wide, or its groups are single values. Another kernel takes
-  // such ones.
-  std::optional<Tiling> tiling() const {
+  // None: the tensor is not made of whole vectors, or too large for 32 bits, or its groups are single values. Another
+  // kernel takes such ones.
+  std::optional<SliceTiling> tiling() const {
     constexpr std::int64_t kMost = 1 << 30, kMostSlices = 65535;  // the latter: along a grid's second dimension
-    if (groups_ > kMostSlices) return {};
+    if (groups_ > kMostSlices || shape_.n * groups_ > INT_MAX) return {};
     if (shape_.n == 0 || group_channels_ * shape_.hw <= 1 || shape_.hw > kMost || shape_.c > kMost) return {};
     return shape_.channels_last ? channels_last() : contiguous();
   }
@@ -97,7 +93,7 @@ class TilingRules {
 
   // -------------------------------------------------------------------------------------------------- contiguous
 
-  std::optional<Tiling> contiguous() const {
+  std::optional<SliceTiling> contiguous() const {
     // Offsets in a group have 32 bits.
     if (shape_.hw % width_ != 0 || group_channels_ > kMaxThreads || group_channels_ * shape_.hw > INT_MAX) return {};
     const auto fit = [&](int parts, int threads) { return contiguous_part(parts, threads); };
@@ -105,8 +101,8 @@ class TilingRules {
             smallest(fit, shape_.n * groups_, group_channels_ * shape_.hw * element_, kUsualThreads, kMaxThreads)) {
       return resident;
     }
-    Tiling split = contiguous_grid(limits_.many, 1, false);
-    for (Tiling wider = split;
+    SliceTiling split = contiguous_grid(limits_.many, 1, false);
+    for (SliceTiling wider = split;
          (wider = contiguous_grid(limits_.many, 2 * split.lanes, false)).threads() <= kUsualThreads;) {
       split = wider;
     }
@@ -115,7 +111,7 @@ class TilingRules {
     return split;
   }
 
-  std::optional<Tiling> contiguous_part(int parts, int threads) const {
+  std::optional<SliceTiling> contiguous_part(int parts, int threads) const {
     const std::int64_t length = shape_.hw / width_, part_length = divide_up(length, parts);
     if ((parts - 1) * part_length >= length) return {};
     for (const int items : {limits_.few, limits_.many}) {
@@ -123,7 +119,7 @@ class TilingRules {
       int lanes = 1;
       while (lanes * items < part_length) lanes *= 2;
       while (lanes < part_length && contiguous_grid(items, 2 * lanes, true).threads() <= kSmallThreads) lanes *= 2;
-      Tiling tiling = contiguous_grid(items, lanes, true);
+      SliceTiling tiling = contiguous_grid(items, lanes, true);
       tiling.parts = parts;
       tiling.part_length = static_cast<int>(part_length);
       if (tiling.threads() <= (items == limits_.few ? kUsualThreads : threads)) return tiling;
@@ -131,7 +127,7 @@ class TilingRules {
     return {};
   }
 
-  Tiling contiguous_grid(int items, int lanes, bool resident) const {
+  SliceTiling contiguous_grid(int items, int lanes, bool resident) const {
     const std::int64_t rows = round_up(group_channels_, std::max(1, kWarp / lanes));
     return {static_cast<int>(group_channels_),
             1,
@@ -147,22 +143,22 @@ class TilingRules {
 
   // ------------------------------------------------------------------------------------------------ channels_last
 
-  std::optional<Tiling> channels_last() const {
+  std::optional<SliceTiling> channels_last() const {
     constexpr std::int64_t kMostChannels = 1 << 18;  // offsets in a tile have 32 bits
     if (shape_.c % width_ != 0 || shape_.c > kMostChannels) return {};
     // A row of a cache line; a narrower one where that makes the slice fit, or more blocks of a small tensor.
     const int threads = limits_.channels_last_threads;
-    std::optional<Tiling> resident;
+    std::optional<SliceTiling> resident;
     for (const int row_bytes : {128, 64, 32}) {
       if (row_bytes == 32 && !resident) break;
       if (resident && blocks(*resident) >= kFewBlocks) break;
-      const Tiling row = channels_last_row(row_bytes);
+      const SliceTiling row = channels_last_row(row_bytes);
       const auto fit = [&](int parts, int threads) { return channels_last_part(row, parts, threads); };
       const std::int64_t slice_bytes = shape_.hw * row.slice_channels * element_;
       if (auto found = smallest(fit, shape_.n * row.slices, slice_bytes, threads, threads)) resident = found;
     }
     if (resident) return resident;
-    Tiling split = channels_last_row(128);
+    SliceTiling split = channels_last_row(128);
     split.items = limits_.many;
     split.rows = std::max(split.rows, kSmallThreads / split.threads() * split.rows);
     if (split.threads() > kSmallThreads) return {};
@@ -173,13 +169,13 @@ class TilingRules {
     }
   }
 
-  std::optional<Tiling> channels_last_part(const Tiling& row, int parts, int threads) const {
+  std::optional<SliceTiling> channels_last_part(const SliceTiling& row, int parts, int threads) const {
     const std::int64_t part_length = divide_up(shape_.hw, parts);
     if ((parts - 1) * part_length >= shape_.hw) return {};
     for (const int items : {limits_.few, limits_.many}) {
       const std::int64_t rows = round_up(divide_up(part_length, items), row.rows);
       if (rows * row.lanes > threads) continue;
-      Tiling tiling = row;
+      SliceTiling tiling = row;
       tiling.parts = parts;
       tiling.part_length = static_cast<int>(part_length);
       tiling.items = items;
@@ -195,7 +191,7 @@ class TilingRules {
 
   // The slice whose row is so many bytes at least: whole groups, vectors and 32-byte sectors. As few rows as fill warps
   // and are a multiple of a vector's elements: what so many threads know of a channel is merged by one of them.
-  Tiling channels_last_row(int bytes) const {
+  SliceTiling channels_last_row(int bytes) const {
     constexpr std::int64_t kSector = 32;
     const std::int64_t unit = std::lcm(group_channels_, kSector / element_);
     const std::int64_t channels = std::min(shape_.c, round_up(bytes / element_, unit)), lanes = channels / width_;
@@ -214,13 +210,13 @@ class TilingRules {
 
   // -------------------------------------------------------------------------------------------------------- either
 
-  std::int64_t blocks(const Tiling& tiling) const { return shape_.n * tiling.slices * tiling.parts; }
+  std::int64_t blocks(const SliceTiling& tiling) const { return shape_.n * tiling.slices * tiling.parts; }
 
   // The cluster with the fewest blocks that fits, or a larger one where blocks would be few and not small. Blocks so
   // large that a multiprocessor holds only one are the last resort, and no more than the portable number of them.
   template <class Fit>
-  std::optional<Tiling> smallest(Fit fit, std::int64_t slices, std::int64_t slice_bytes, int threads,
-                                 int most_threads) const {
+  std::optional<SliceTiling> smallest(Fit fit, std::int64_t slices, std::int64_t slice_bytes, int threads,
+                                      int most_threads) const {
     for (int parts = 1; parts <= cluster_; parts *= 2) {
       if (parts > kCluster) {
         if (auto found = fit(kCluster, most_threads)) return found;
@@ -387,15 +383,7 @@ DDPM_FAST_DEVICE float sigmoid(float z) {
   }
 }
 
-// ----------------------------------------------------------------------------------------------------------- dispatch
-
-// Calls body(T{}).
-template <class Body>
-void with_type(DType dtype, Body body) {
-  if (dtype == DType::kFloat32) return body(float{});
-  if (dtype == DType::kFloat16) return body(Float16{});
-  body(BFloat16{});
-}
+// ----------------------------------------------------------------------------------------------------------- launches
 
 // Sizes that kernels reckon with in 32 bits. A tensor may still have any number of elements.
 inline int to_int(const char* op, std::int64_t size) {

@@ -27,7 +27,7 @@ struct Forward {
   int first_sample, c, hw, groups, group_channels;
   float eps;
   bool silu, channels_last;
-  Tiling tiling;
+  SliceTiling tiling;
 };
 
 // What is done to the values of a channel: act((x + shift - mean) a + b). shift and mean are folded into b except for
@@ -73,7 +73,7 @@ template <class T, int items, Pass pass>
 __global__ void __launch_bounds__(contiguous_threads(items, kLimits)) contiguous_kernel(const Forward p) {
   __shared__ Moments of_warp[kMaxThreads / kWarp];
   __shared__ float2 of_part[kMaxParts];
-  const Tiling& tiling = p.tiling;
+  const SliceTiling& tiling = p.tiling;
   if (pass == Pass::kResident && tiling.parts > 1) cluster_arrive();
   constexpr bool kBackwards = pass == Pass::kApply;
   const int part = block_index<kBackwards>(blockIdx.x, gridDim.x);
@@ -197,7 +197,7 @@ struct Layout {
   int total;
 };
 
-__host__ __device__ inline Layout layout(const Tiling& tiling, int width, Pass pass) {
+__host__ __device__ inline Layout layout(const SliceTiling& tiling, int width, Pass pass) {
   const int channels = tiling.slice_channels, elements = tiling.rows * tiling.lanes * width;
   Layout at{};
   at.merged = pass == Pass::kApply ? 0 : (2 * elements + 3) / 4 * 4;
@@ -213,7 +213,7 @@ __global__ void __launch_bounds__(pass == Pass::kResident ? kLimits.channels_las
                                   pass == Pass::kResident ? 2 : 3) channels_last_kernel(const Forward p) {
   extern __shared__ float4 shared[];
   constexpr int kEach = kPerWord<T>;
-  const Tiling& tiling = p.tiling;
+  const SliceTiling& tiling = p.tiling;
   const Layout at = layout(tiling, kWidth<T>, pass);
   float* const memory = reinterpret_cast<float*>(shared);
   float2* const moments = reinterpret_cast<float2*>(memory + at.moments);
@@ -484,13 +484,13 @@ __global__ void __launch_bounds__(kScalarThreads) scalar_kernel(const Forward p)
 
 // ----------------------------------------------------------------------------------------------------------- launches
 
-std::optional<Tiling> tiling_of(DType dtype, const Shape& shape, std::int64_t groups) {
-  return TilingRules(dtype, shape, groups, kLimits, card(kOp).cluster).tiling();
+std::optional<SliceTiling> tiling_of(DType dtype, const Shape& shape, std::int64_t groups) {
+  return TilingRules(dtype, shape, groups, kLimits, largest_cluster(kOp)).tiling();
 }
 
 template <class T, int items, Pass pass>
 void launch_pass(Forward p, std::int64_t samples, void* stream) {
-  const Tiling& tiling = p.tiling;
+  const SliceTiling& tiling = p.tiling;
   Dims dims;
   dims.block = tiling.block(p.channels_last, kLimits);
   dims.grid.x = static_cast<unsigned>(tiling.parts);

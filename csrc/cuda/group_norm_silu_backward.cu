@@ -47,7 +47,7 @@ struct Backward {
   int first_sample, c, hw, groups, group_channels;
   bool deviations;  // whether sums of d are made; without them they count as 0
   bool silu, channels_last;
-  Tiling tiling;
+  SliceTiling tiling;
 };
 
 // d = x + shift - mean and z = d a + b. But for float32 shift is part of mean; there it is added first, as in the
@@ -118,7 +118,7 @@ template <class T, int items, Pass pass>
 __global__ void __launch_bounds__(contiguous_threads(items, kLimits)) contiguous_kernel(const Backward p) {
   extern __shared__ float4 shared[];
   __shared__ Sums of_part[kMaxParts];
-  const Tiling& tiling = p.tiling;
+  const SliceTiling& tiling = p.tiling;
   if (pass == Pass::kResident && tiling.parts > 1) cluster_arrive();
   constexpr bool kBackwards = pass == Pass::kApply;
   const int part = block_index<kBackwards>(blockIdx.x, gridDim.x);
@@ -271,7 +271,7 @@ struct Layout {
   int total;
 };
 
-__host__ __device__ inline Layout layout(const Tiling& tiling, int width, Pass pass) {
+__host__ __device__ inline Layout layout(const SliceTiling& tiling, int width, Pass pass) {
   const int channels = tiling.slice_channels, elements = tiling.rows * tiling.lanes * width;
   Layout at{};
   at.centers = 4 * tiling.lanes * width;
@@ -287,7 +287,7 @@ __global__ void __launch_bounds__(kLimits.channels_last_threads, kChannelsLastBl
     channels_last_kernel(const Backward p) {
   extern __shared__ float4 shared[];
   constexpr int kEach = kPerWord<T>;
-  const Tiling& tiling = p.tiling;
+  const SliceTiling& tiling = p.tiling;
   const Layout at = layout(tiling, kWidth<T>, pass);
   float* const memory = reinterpret_cast<float*>(shared);
   float4* const lines = shared;
@@ -626,15 +626,15 @@ __global__ void __launch_bounds__(kWarp* kSamples) small_gradients_kernel(const 
 
 // ----------------------------------------------------------------------------------------------------------- launches
 
-std::optional<Tiling> tiling_of(DType dtype, const Shape& shape, std::int64_t groups) {
-  return TilingRules(dtype, shape, groups, kLimits, card(kOp).cluster).tiling();
+std::optional<SliceTiling> tiling_of(DType dtype, const Shape& shape, std::int64_t groups) {
+  return TilingRules(dtype, shape, groups, kLimits, largest_cluster(kOp)).tiling();
 }
 
 // The parts of the workspace, in bytes from its start.
 struct Workspace {
   std::int64_t slopes, partial, sums, total;
 
-  Workspace(const std::optional<Tiling>& tiling, const Shape& shape, std::int64_t groups) : slopes(0) {
+  Workspace(const std::optional<SliceTiling>& tiling, const Shape& shape, std::int64_t groups) : slopes(0) {
     const std::int64_t parts = tiling ? tiling->parts : 1;
     const std::int64_t slice_groups = tiling ? tiling->slice_channels / (shape.c / groups) : 0;
     partial = slopes + shape.n * groups * static_cast<std::int64_t>(sizeof(Slope));
@@ -648,7 +648,7 @@ struct Workspace {
 
 template <class T, int items, Pass pass>
 void launch_pass(Backward p, std::int64_t samples, void* stream) {
-  const Tiling& tiling = p.tiling;
+  const SliceTiling& tiling = p.tiling;
   Dims dims;
   dims.block = tiling.block(p.channels_last, kLimits);
   dims.grid.x = static_cast<unsigned>(tiling.parts);

@@ -143,22 +143,6 @@ DDPM_FAST_DEVICE std::uint32_t with_low_byte(std::uint32_t word, std::uint32_t b
 // ------------------------------------------------------------------------------------------------------ clusters
 // A launch without a cluster, and every launch before compute capability 9.0, is a cluster of one block.
 
-DDPM_FAST_DEVICE unsigned cluster_rank() {
-  unsigned rank = 0;
-#if __CUDA_ARCH__ >= 900
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-#endif
-  return rank;
-}
-
-DDPM_FAST_DEVICE unsigned cluster_size() {
-  unsigned size = 1;
-#if __CUDA_ARCH__ >= 900
-  asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
-#endif
-  return size;
-}
-
 // All threads of all blocks of the cluster meet; what they wrote before is seen after.
 DDPM_FAST_DEVICE void cluster_sync() {
 #if __CUDA_ARCH__ >= 900

@@ -3,38 +3,37 @@
 
 #include <cuda_runtime.h>
 
-#include <array>
+#include <cstdint>
 #include <stdexcept>
 #include <string>
 
+#include "common/dtype.h"
+
 namespace ddpm_fast::cuda {
+
+constexpr int kWarp = 32;
+
+constexpr std::int64_t divide_up(std::int64_t value, std::int64_t unit) { return (value + unit - 1) / unit; }
+constexpr std::int64_t round_up(std::int64_t value, std::int64_t unit) { return divide_up(value, unit) * unit; }
 
 inline void check(const char* op, cudaError_t status) {
   if (status != cudaSuccess) throw std::runtime_error(std::string(op) + ": CUDA: " + cudaGetErrorString(status));
 }
 
-// What the launchers have to know of a card. Not its number of multiprocessors: results must not depend on that.
-struct Card {
-  int cluster;       // blocks of a cluster, which share their shared memory, at most; 1 before compute capability 9.0
-  int shared_bytes;  // at most, for a block that asks for it
-};
-
-// The current device's.
-inline const Card& card(const char* op) {
-  constexpr int kMaxDevices = 64;
-  static std::array<Card, kMaxDevices> cards;  // shared_bytes == 0: not asked yet
-  int device = 0;
+// Of the current device.
+inline int attribute(const char* op, cudaDeviceAttr which) {
+  int device = 0, value = 0;
   check(op, cudaGetDevice(&device));
-  if (device >= kMaxDevices) throw std::runtime_error(std::string(op) + ": CUDA: more than 64 devices");
-  Card& known = cards[device];
-  if (known.shared_bytes == 0) {
-    int major = 0, shared_bytes = 0;
-    check(op, cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-    check(op, cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-    // 8 is what every card with clusters has; 9 and 10 are the large chips, and have 16.
-    known = {major < 9 ? 1 : major <= 10 ? 16 : 8, shared_bytes};
-  }
-  return known;
+  check(op, cudaDeviceGetAttribute(&value, which, device));
+  return value;
+}
+
+// Blocks of a cluster, which share their shared memory, at most; 1 before compute capability 9.0. Nothing else of a
+// card decides how work is cut, above all not its number of multiprocessors: results must not depend on that.
+inline int largest_cluster(const char* op) {
+  const int major = attribute(op, cudaDevAttrComputeCapabilityMajor);
+  // 8 is what every card with clusters has; 9 and 10 are the large chips, and have 16.
+  return major < 9 ? 1 : major <= 10 ? 16 : 8;
 }
 
 struct Dims {
@@ -51,8 +50,9 @@ void launch(const char* op, void (*kernel)(Parameters...), const Dims& dims, voi
     check(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
   }
   if (dims.shared_bytes > kDefaultShared) {
+    // All that there is, and not what this launch needs: another thread may be launching the kernel with more.
     check(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                   static_cast<int>(dims.shared_bytes)));
+                                   attribute(op, cudaDevAttrMaxSharedMemoryPerBlockOptin)));
   }
   cudaLaunchConfig_t config = {};
   config.gridDim = dims.grid;
@@ -66,6 +66,19 @@ void launch(const char* op, void (*kernel)(Parameters...), const Dims& dims, voi
   config.attrs = &cluster;
   config.numAttrs = dims.cluster > 1 ? 1 : 0;
   check(op, cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
+}
+
+// Calls body with a zero of the type that the code stands for.
+template <class Body>
+void with_type(DType dtype, Body body) {
+  switch (dtype) {
+    case DType::kFloat16:
+      return body(Float16{});
+    case DType::kBFloat16:
+      return body(BFloat16{});
+    default:
+      return body(float{});
+  }
 }
 
 }  // namespace ddpm_fast::cuda

@@ -18,13 +18,10 @@
 
 namespace ddpm_fast::cuda {
 
-constexpr int kWarp = 32, kMostThreads = 256;
+constexpr int kMostThreads = 256;
 constexpr int kPerThread = 16;
 constexpr int kStagedVectors = 2;  // that a thread reads before it handles the first of them
 constexpr int kMostInTile = kPerThread * kMostThreads;
-
-constexpr std::int64_t divide_up(std::int64_t value, std::int64_t unit) { return (value + unit - 1) / unit; }
-constexpr std::int64_t round_up(std::int64_t value, std::int64_t unit) { return divide_up(value, unit) * unit; }
 
 // ----------------------------------------------------------------------------------------------------------- tiling
 
@@ -272,21 +269,6 @@ DDPM_FAST_DEVICE void run(const Tiling& tiling, const Tile& tile, Op& op) {
     }
   } else {
     run_in_registers<width>(tile, op);
-  }
-}
-
-// -------------------------------------------------------------------------------------------------------------- dtypes
-
-// Calls body with a zero of the type that the code stands for.
-template <class Body>
-void with_type(DType dtype, Body body) {
-  switch (dtype) {
-    case DType::kFloat16:
-      return body(Float16{});
-    case DType::kBFloat16:
-      return body(BFloat16{});
-    default:
-      return body(float{});
   }
 }
 

@@ -85,8 +85,6 @@ void block_barrier(Source);
 std::uint64_t warp_op(WarpOp, unsigned mask, std::uint64_t value, int argument, int width, Source);
 void cluster_arrive(Source, bool release);  // release: what was written before is seen by who has waited
 void cluster_wait(Source);
-unsigned cluster_rank();
-unsigned cluster_size();
 void* map_to_rank(const void* shared, unsigned rank, Source);
 // A copy that the compiler would expand without calling the checks (see memcpy below).
 void check_read(const void*, std::size_t);

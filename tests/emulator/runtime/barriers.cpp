@@ -93,9 +93,6 @@ void cluster_wait(Source here) {
   if (thread.cluster_release) thread.cluster_seen = thread.cluster_waits;
 }
 
-unsigned cluster_rank() { return machine.current->block->rank; }
-unsigned cluster_size() { return machine.ranks(); }
-
 void* map_to_rank(const void* shared, unsigned rank, Source here) {
   const std::size_t offset = reinterpret_cast<Address>(shared) - reinterpret_cast<Address>(shared_memory());
   if (offset >= image().shared_size) {

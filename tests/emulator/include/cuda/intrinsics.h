@@ -89,9 +89,6 @@ DDPM_FAST_DEVICE std::uint32_t with_low_byte(std::uint32_t word, std::uint32_t b
 // ------------------------------------------------------------------------------------------------------ clusters
 // On the emulated card without clusters a launch is always a cluster of one block.
 
-DDPM_FAST_DEVICE unsigned cluster_rank() { return emulator::cluster_rank(); }
-DDPM_FAST_DEVICE unsigned cluster_size() { return emulator::cluster_size(); }
-
 DDPM_FAST_DEVICE void cluster_sync(EMULATOR_HERE) {
   emulator::cluster_arrive(EMULATOR_SOURCE, true);
   emulator::cluster_wait(EMULATOR_SOURCE);
