@@ -465,7 +465,7 @@ GROUP_NORM = (
     Bug(
         "a cluster on a card without",
         "launch",
-        (("group_norm_silu.cu", "card(kOp).cluster)", "BUG ? 8 : card(kOp).cluster)"),),
+        (("group_norm_silu.cu", "largest_cluster(kOp))", "BUG ? 8 : largest_cluster(kOp))"),),
         CLUSTER,
         says="a card that has none",
     ),

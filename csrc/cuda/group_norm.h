@@ -285,6 +285,12 @@ DDPM_FAST_DEVICE float warp_sum(float value) {
   return value;
 }
 
+// a / b, good to half a unit in the last place and a little.
+DDPM_FAST_DEVICE float quotient(float a, float b) {
+  const float reciprocal = reciprocal_approx(b), first = a * reciprocal;
+  return fmaf(fmaf(-b, first, a), reciprocal, first);
+}
+
 // Number of values, their mean, and the sum of squared deviations from it. Merged as in Chan, Golub and LeVeque 1983.
 struct Moments {
   float count, mean, m2;
@@ -298,7 +304,7 @@ DDPM_FAST_DEVICE Moments merge(const Moments& a, const Moments& b) {
 // Of all lanes of a warp.
 DDPM_FAST_DEVICE Moments warp_merge(const Moments& own) {
   const float count = warp_sum(own.count);
-  const float mean = warp_sum(own.count * own.mean) * reciprocal_approx(fmaxf(count, 1));
+  const float mean = quotient(warp_sum(own.count * own.mean), fmaxf(count, 1));
   const float delta = own.mean - mean;
   return {count, mean, warp_sum(fmaf(own.count * delta, delta, own.m2))};
 }

@@ -26,7 +26,7 @@ DDPM_FAST_DEVICE float approximate(double exact, float argument, double error) {
 
 // The errors that the PTX manual allows.
 DDPM_FAST_DEVICE float exp2_approx(float x) { return approximate(std::exp2(double{flush_subnormal(x)}), x, 0x1p-22); }
-DDPM_FAST_DEVICE float reciprocal_approx(float x) { return approximate(1.0 / flush_subnormal(x), x, 0); }
+DDPM_FAST_DEVICE float reciprocal_approx(float x) { return approximate(1.0 / flush_subnormal(x), x, 0x1p-25); }
 DDPM_FAST_DEVICE float rsqrt_approx(float x) {
   return approximate(1.0 / std::sqrt(double{flush_subnormal(x)}), x, 0x1.8p-23);  // 2^-22.4
 }
