@@ -10,7 +10,7 @@ import ddpm_fast
 from ddpm_fast import ddpm_plan, denoising_loss, group_norm_silu, noise, q_sample, reverse_step, sample_seeds
 from ddpm_fast.testing import SCHEDULE
 
-X = torch.zeros(2, 4, 3, 3)
+X, WIDE = torch.zeros(2, 4, 3, 3), torch.zeros(2, 8, 3, 3)
 SEEDS = sample_seeds(0, 2)
 PLAN = ddpm_plan(SCHEDULE, 10)
 LEARNED = ddpm_plan(SCHEDULE, 10, variance="learned")
@@ -91,6 +91,11 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
         lambda: reverse_step(X[:1], X[:1], 0, PLAN, seeds=SEEDS[:1], out=X.flatten()[4:40].view(1, 4, 3, 3)),
         ValueError,
         "reverse_step: expected out to be x_t itself or apart from it in memory, got a partial overlap",
+    ),
+    (
+        lambda: reverse_step(X, WIDE, 0, LEARNED, seeds=SEEDS, out=WIDE.flatten()[:72].view(2, 4, 3, 3)),
+        ValueError,
+        "reverse_step: expected out to be model_output itself or apart from it in memory, got a partial overlap",
     ),
     (lambda: reverse_step(X, X, 0, SCHEDULE, seeds=SEEDS), TypeError, "reverse_step: expected plan to be a SamplingPlan"),
     (
