@@ -189,12 +189,26 @@ class TilingRules {
     return {};
   }
 
-  // The slice whose row is so many bytes at least: whole groups, vectors and 32-byte sectors. As few rows as fill warps
-  // and are a multiple of a vector's elements: what so many threads know of a channel is merged by one of them.
+  // The slice whose row is so many bytes at least, in the smallest block that has all its channels: where the number of
+  // its vectors is odd, or nearly so, with lanes that have nothing to do, or not in whole 32-byte sectors.
   SliceTiling channels_last_row(int bytes) const {
-    constexpr std::int64_t kSector = 32;
-    const std::int64_t unit = std::lcm(group_channels_, kSector / element_);
-    const std::int64_t channels = std::min(shape_.c, round_up(bytes / element_, unit)), lanes = channels / width_;
+    constexpr int kSector = 32;
+    SliceTiling row{};
+    for (const int aligned : {kSector, kVectorBytes}) {
+      for (const int lanes : {1, 2, 4, 8}) {
+        row = channels_last_row(bytes, aligned, lanes);
+        if (row.threads() <= kSmallThreads) return row;
+      }
+    }
+    return row;
+  }
+
+  // Whole groups and vectors, with bytes that are a multiple of `aligned`. As few rows as fill warps and are a multiple
+  // of a vector's elements: what so many threads know of a channel is merged by one of them.
+  SliceTiling channels_last_row(int bytes, int aligned, int lanes_unit) const {
+    const std::int64_t unit = std::lcm(group_channels_, aligned / element_);
+    const std::int64_t channels = std::min(shape_.c, round_up(bytes / element_, unit));
+    const std::int64_t lanes = round_up(channels / width_, lanes_unit);
     const std::int64_t rows = std::lcm<std::int64_t>(width_, kWarp / std::gcd<std::int64_t>(lanes, kWarp));
     return {static_cast<int>(channels),
             static_cast<int>(channels / group_channels_),

@@ -128,6 +128,16 @@ def test_the_largest_cluster(emulated: ModuleType) -> None:
     assert max(launch["cluster"] for launch in emulated.take_launches()) == 16
 
 
+# Vectors of a slice that fill warps badly: an odd number of them, or 2 times one. Those of bfloat16 and of float32.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=_name)
+@pytest.mark.parametrize("group_channels", [15, 18, 30, 36, 42])
+def test_groups_of_any_channels_are_read_in_vectors(emulated: ModuleType, group_channels: int, dtype: torch.dtype) -> None:
+    case = Case("group_norm_silu", "awkward", (1, 8 * group_channels, 10, 13), {"groups": 8, "shift": True})
+    emulated.take_launches()
+    _check(emulated, case, dtype, True, orders=(ORDERS[0], ORDERS[2]))
+    assert not [launch for launch in emulated.take_launches() if "scalar" in launch["kernel"]]
+
+
 def _unaligned(x: torch.Tensor) -> torch.Tensor:
     """A copy whose address is no multiple of more than an element."""
     return x.new_empty(x.numel() + 1)[1:].as_strided(x.shape, x.stride()).copy_(x)
