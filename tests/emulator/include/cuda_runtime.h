@@ -76,13 +76,13 @@ struct Source {
 #define EMULATOR_HERE const char *file = __builtin_FILE(), int line = __builtin_LINE()
 #define EMULATOR_SOURCE (::emulator::Source{file, line})
 
-enum class WarpOp { kSync, kShuffle, kShuffleUp, kShuffleDown, kShuffleXor, kBallot };
+enum class WarpOp { kSync, kShuffleXor };
 
 // Which of the bugs that a test has planted in the sources is there (tests/test_emulator.py); 0: none.
 extern int planted;
 
 void block_barrier(Source);
-std::uint64_t warp_op(WarpOp, unsigned mask, std::uint64_t value, int argument, int width, Source);
+std::uint64_t warp_op(WarpOp, unsigned mask, std::uint64_t value, int argument, Source);
 void cluster_arrive(Source, bool release);  // release: what was written before is seen by who has waited
 void cluster_wait(Source);
 void* map_to_rank(const void* shared, unsigned rank, Source);
@@ -91,11 +91,11 @@ void check_read(const void*, std::size_t);
 void check_write(void*, std::size_t);
 
 template <class T>
-T shuffle(WarpOp op, unsigned mask, T value, int argument, int width, Source source) {
+T shuffle(WarpOp op, unsigned mask, T value, int argument, Source source) {
   static_assert(sizeof(T) <= 8 && std::is_trivially_copyable_v<T>);
   std::uint64_t bits = 0;
   __builtin_memcpy(&bits, &value, sizeof value);
-  bits = warp_op(op, mask, bits, argument, width, source);
+  bits = warp_op(op, mask, bits, argument, source);
   __builtin_memcpy(&value, &bits, sizeof value);
   return value;
 }
@@ -104,39 +104,13 @@ T shuffle(WarpOp op, unsigned mask, T value, int argument, int width, Source sou
 
 inline void __syncthreads(EMULATOR_HERE) { emulator::block_barrier(EMULATOR_SOURCE); }
 inline void __syncwarp(unsigned mask = 0xFFFFFFFF, EMULATOR_HERE) {
-  emulator::warp_op(emulator::WarpOp::kSync, mask, 0, 0, 32, EMULATOR_SOURCE);
+  emulator::warp_op(emulator::WarpOp::kSync, mask, 0, 0, EMULATOR_SOURCE);
 }
 template <class T>
-T __shfl_sync(unsigned mask, T value, int lane, int width = 32, EMULATOR_HERE) {
-  return emulator::shuffle(emulator::WarpOp::kShuffle, mask, value, lane, width, EMULATOR_SOURCE);
-}
-template <class T>
-T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32, EMULATOR_HERE) {
-  return emulator::shuffle(emulator::WarpOp::kShuffleUp, mask, value, static_cast<int>(delta), width, EMULATOR_SOURCE);
-}
-template <class T>
-T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32, EMULATOR_HERE) {
-  return emulator::shuffle(emulator::WarpOp::kShuffleDown, mask, value, static_cast<int>(delta), width,
-                           EMULATOR_SOURCE);
-}
-template <class T>
-T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = 32, EMULATOR_HERE) {
-  return emulator::shuffle(emulator::WarpOp::kShuffleXor, mask, value, lanes, width, EMULATOR_SOURCE);
-}
-inline unsigned __ballot_sync(unsigned mask, int predicate, EMULATOR_HERE) {
-  return static_cast<unsigned>(
-      emulator::warp_op(emulator::WarpOp::kBallot, mask, predicate != 0, 0, 32, EMULATOR_SOURCE));
-}
-inline int __any_sync(unsigned mask, int predicate, EMULATOR_HERE) {
-  return __ballot_sync(mask, predicate, file, line) != 0;
-}
-inline int __all_sync(unsigned mask, int predicate, EMULATOR_HERE) {
-  return __ballot_sync(mask, !predicate, file, line) == 0;
+T __shfl_xor_sync(unsigned mask, T value, int lanes, EMULATOR_HERE) {
+  return emulator::shuffle(emulator::WarpOp::kShuffleXor, mask, value, lanes, EMULATOR_SOURCE);
 }
 
-inline unsigned __umulhi(unsigned a, unsigned b) {
-  return static_cast<unsigned>(static_cast<std::uint64_t>(a) * b >> 32);
-}
 inline float __uint_as_float(unsigned bits) {
   float value;
   __builtin_memcpy(&value, &bits, sizeof value);
@@ -147,9 +121,6 @@ inline unsigned __float_as_uint(float value) {
   __builtin_memcpy(&bits, &value, sizeof bits);
   return bits;
 }
-inline float __int_as_float(int bits) { return __uint_as_float(static_cast<unsigned>(bits)); }
-inline int __float_as_int(float value) { return static_cast<int>(__float_as_uint(value)); }
-
 #define EMULATOR_MIN_MAX(T)                        \
   inline T min(T a, T b) { return b < a ? b : a; } \
   inline T max(T a, T b) { return a < b ? b : a; }
@@ -191,19 +162,12 @@ enum cudaError_t {
   cudaSuccess = 0,
   cudaErrorInvalidValue = 1,
   cudaErrorInvalidConfiguration = 9,
-  cudaErrorInvalidDevice = 101,
   cudaErrorLaunchFailure = 719,
   cudaErrorInvalidClusterSize = 912,
 };
 enum cudaDeviceAttr {
-  cudaDevAttrMaxThreadsPerBlock = 1,
-  cudaDevAttrMaxSharedMemoryPerBlock = 8,
-  cudaDevAttrWarpSize = 10,
-  cudaDevAttrMultiProcessorCount = 16,
   cudaDevAttrComputeCapabilityMajor = 75,
-  cudaDevAttrComputeCapabilityMinor = 76,
   cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
-  cudaDevAttrClusterLaunch = 120,
 };
 enum cudaFuncAttribute {
   cudaFuncAttributeMaxDynamicSharedMemorySize = 8,
@@ -219,9 +183,7 @@ struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
   cudaLaunchAttributeValue val;
 };
-struct cudaFuncAttributes {
-  int maxThreadsPerBlock;
-};
+struct cudaFuncAttributes {};
 using cudaStream_t = struct CUstream_st*;
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
@@ -231,14 +193,11 @@ struct cudaLaunchConfig_t {
   unsigned numAttrs;
 };
 
-cudaError_t cudaGetDeviceCount(int* count);
 cudaError_t cudaGetDevice(int* device);
-cudaError_t cudaSetDevice(int device);
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int device);
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int value);
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void* kernel);
 cudaError_t cudaGetLastError();
-cudaError_t cudaPeekAtLastError();
 const char* cudaGetErrorString(cudaError_t);
 
 template <class... P>

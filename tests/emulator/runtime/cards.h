@@ -8,17 +8,13 @@
 namespace emulator {
 
 struct Card {
-  const char* name;
-  int major, minor;
+  int major;         // compute capability
   int shared_bytes;  // at most, for a block that asks for it
   bool clusters;
-  int multiprocessors;
 };
 
 constexpr int kCards = 2;
-const Card& card(int device);
 const Card& current_card();
-int current_device();
 void set_current_device(int device);
 
 // cudaSuccess, or what the runtime would say; a report explains it.

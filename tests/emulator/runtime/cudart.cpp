@@ -18,8 +18,8 @@ namespace emulator {
 namespace {
 
 constexpr Card kCardList[kCards] = {
-    {"emulated sm_80", 8, 0, 163 << 10, false, 108},
-    {"emulated sm_90", 9, 0, 227 << 10, true, 132},
+    {8, 163 << 10, false},
+    {9, 227 << 10, true},
 };
 constexpr int kDefaultShared = 48 << 10;  // dynamic shared memory that needs no asking
 constexpr unsigned kPortableCluster = 8;
@@ -53,9 +53,7 @@ cudaError_t reject(cudaError_t status, const std::string& why) {
 
 }  // namespace
 
-const Card& card(int device) { return kCardList[device]; }
 const Card& current_card() { return kCardList[device_in_use]; }
-int current_device() { return device_in_use; }
 void set_current_device(int device) { device_in_use = device; }
 
 cudaError_t check_launch(const cudaLaunchConfig_t& config, const dim3& cluster, const void* kernel,
@@ -102,51 +100,14 @@ cudaError_t check_launch(const cudaLaunchConfig_t& config, const dim3& cluster, 
 
 using namespace emulator;
 
-cudaError_t cudaGetDeviceCount(int* count) {
-  *count = kCards;
-  return cudaSuccess;
-}
-
 cudaError_t cudaGetDevice(int* device) {
   *device = device_in_use;
   return cudaSuccess;
 }
 
-cudaError_t cudaSetDevice(int device) {
-  if (device < 0 || device >= kCards) return last_error = cudaErrorInvalidDevice;
-  device_in_use = device;
-  return cudaSuccess;
-}
-
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
-  if (device < 0 || device >= kCards) return last_error = cudaErrorInvalidDevice;
-  const Card& asked = card(device);
-  switch (attribute) {
-    case cudaDevAttrMaxThreadsPerBlock:
-      *value = kMaxBlockSize;
-      break;
-    case cudaDevAttrMaxSharedMemoryPerBlock:
-      *value = kDefaultShared;
-      break;
-    case cudaDevAttrWarpSize:
-      *value = kWarpSize;
-      break;
-    case cudaDevAttrMultiProcessorCount:
-      *value = asked.multiprocessors;
-      break;
-    case cudaDevAttrComputeCapabilityMajor:
-      *value = asked.major;
-      break;
-    case cudaDevAttrComputeCapabilityMinor:
-      *value = asked.minor;
-      break;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-      *value = asked.shared_bytes;
-      break;
-    case cudaDevAttrClusterLaunch:
-      *value = asked.clusters;
-      break;
-  }
+  const Card& asked = kCardList[device];
+  *value = attribute == cudaDevAttrComputeCapabilityMajor ? asked.major : asked.shared_bytes;
   return cudaSuccess;
 }
 
@@ -162,13 +123,8 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute
   return cudaSuccess;
 }
 
-cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* kernel) {
-  const unsigned bound = launch_bounds(kernel);
-  attributes->maxThreadsPerBlock = static_cast<int>(bound != 0 ? bound : kMaxBlockSize);
-  return cudaSuccess;
-}
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) { return cudaSuccess; }
 
-cudaError_t cudaPeekAtLastError() { return last_error; }
 cudaError_t cudaGetLastError() { return std::exchange(last_error, cudaSuccess); }
 
 const char* cudaGetErrorString(cudaError_t status) {
@@ -179,8 +135,6 @@ const char* cudaGetErrorString(cudaError_t status) {
       return "invalid argument";
     case cudaErrorInvalidConfiguration:
       return "invalid configuration argument";
-    case cudaErrorInvalidDevice:
-      return "invalid device ordinal";
     case cudaErrorLaunchFailure:
       return "unspecified launch failure";
     case cudaErrorInvalidClusterSize:

@@ -43,7 +43,7 @@ struct Thread {
   // The warp operation that it is in.
   WarpOp op;
   unsigned mask;
-  int argument, width;
+  int argument;
   std::uint64_t value, result;
 
   unsigned lane() const { return number % kWarpSize; }

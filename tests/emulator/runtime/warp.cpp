@@ -1,4 +1,4 @@
-// Shuffles, votes and __syncwarp: operations that the lanes named by a mask perform together.
+// Shuffles and __syncwarp: operations that the lanes named by a mask perform together.
 
 #include <algorithm>
 
@@ -7,23 +7,7 @@
 namespace emulator {
 namespace {
 
-const char* name(WarpOp op) {
-  switch (op) {
-    case WarpOp::kSync:
-      return "__syncwarp";
-    case WarpOp::kShuffle:
-      return "__shfl_sync";
-    case WarpOp::kShuffleUp:
-      return "__shfl_up_sync";
-    case WarpOp::kShuffleDown:
-      return "__shfl_down_sync";
-    case WarpOp::kShuffleXor:
-      return "__shfl_xor_sync";
-    case WarpOp::kBallot:
-      return "vote";
-  }
-  return "";
-}
+const char* name(WarpOp op) { return op == WarpOp::kSync ? "__syncwarp" : "__shfl_xor_sync"; }
 
 std::string describe(const Thread& thread) {
   char mask[16];
@@ -44,36 +28,11 @@ Warp warp_of(const Thread& thread) {
 
 bool named(unsigned mask, unsigned lane) { return mask >> lane & 1; }
 
-// The lane that a shuffle reads; its own where the other would be outside the part of `width` lanes.
-unsigned source_lane(const Thread& thread) {
-  const int lane = static_cast<int>(thread.lane()), first = lane & ~(thread.width - 1), end = first + thread.width;
-  int source = lane;
-  switch (thread.op) {
-    case WarpOp::kShuffle:
-      return static_cast<unsigned>(first + (thread.argument & (thread.width - 1)));
-    case WarpOp::kShuffleUp:
-      source = lane - thread.argument;
-      break;
-    case WarpOp::kShuffleDown:
-      source = lane + thread.argument;
-      break;
-    case WarpOp::kShuffleXor:
-      source = lane ^ thread.argument;
-      break;
-    default:
-      break;
-  }
-  const bool below = thread.op == WarpOp::kShuffleUp && source < first;
-  return static_cast<unsigned>(below || source >= end ? lane : source);
-}
-
 void complete(const Warp& warp, unsigned mask) {
   std::array<std::uint16_t, kWarpSize> latest{};
-  unsigned ballot = 0;
   bool reported = false;
   for (unsigned lane = 0; lane < kWarpSize; ++lane) {
     if (!named(mask, lane)) continue;
-    if (warp[lane]->value & 1) ballot |= 1u << lane;
     for (unsigned i = 0; i < kWarpSize; ++i) latest[i] = std::max(latest[i], warp[lane]->warp_clock[i]);
     ++latest[lane];
   }
@@ -81,11 +40,9 @@ void complete(const Warp& warp, unsigned mask) {
     if (!named(mask, lane)) continue;
     Thread& thread = *warp[lane];
     if (thread.op == WarpOp::kSync) {
-      thread.warp_clock = latest;  // shuffles and votes exchange registers: they order no memory
-    } else if (thread.op == WarpOp::kBallot) {
-      thread.result = ballot;
+      thread.warp_clock = latest;  // a shuffle exchanges registers: it orders no memory
     } else {
-      const unsigned source = source_lane(thread);
+      const unsigned source = (lane ^ static_cast<unsigned>(thread.argument)) % kWarpSize;
       if (!named(mask, source)) {
         if (!reported) {
           report("warp mask", 0, "%s: lane %u reads lane %u, which takes no part", describe(thread).c_str(), lane,
@@ -141,19 +98,15 @@ void check_complete(const Thread& thread) {
 
 }  // namespace
 
-std::uint64_t warp_op(WarpOp op, unsigned mask, std::uint64_t value, int argument, int width, Source here) {
+std::uint64_t warp_op(WarpOp op, unsigned mask, std::uint64_t value, int argument, Source here) {
   Thread& thread = *machine.current;
   thread.op = op;
   thread.mask = mask;
   thread.value = value;
   thread.argument = argument;
-  thread.width = width;
   thread.waits_at = here;
   if (!named(mask, thread.lane())) {
     fail("warp mask", 0, "%s: it does not name lane %u, which calls it", describe(thread).c_str(), thread.lane());
-  }
-  if (width < 1 || width > 32 || (width & (width - 1))) {
-    fail("warp mask", 0, "%s: a width of %d", describe(thread).c_str(), width);
   }
   thread.state = State::kInWarpOp;
   check_complete(thread);
