@@ -85,19 +85,20 @@ def roofline(results: Results, path: Path) -> None:
 
     rows = [*rows_of(results, "gpu_ops elementwise"), *rows_of(results, "gpu_ops norms")]
     points: dict[str, list[tuple[float, float]]] = {}
+    roof: dict[float, float] = {}  # of each size, the fastest copy
     for row in rows:
-        moved = row["GB/s"] * _median(row["ms"]) / 1e3  # GB
+        moved = float(f"{row['GB/s'] * _median(row['ms']) / 1e3:.3g}")  # GB, from rounded numbers
         if row["by"] == "copy":
-            points.setdefault("copy", []).append((moved, row["GB/s"]))
+            roof[moved] = max(row["GB/s"], roof.get(moved, 0))
         elif row["by"] in ("native", "eager", "compile"):
             kind = row["op"] if row["by"] == "native" else {"eager": "eager PyTorch", "compile": "torch.compile"}[row["by"]]
             points.setdefault(kind, []).append((moved, row["GB/s"]))
     figure, axes = pyplot.subplots(figsize=(9, 6), layout="constrained")
+    if roof:
+        axes.plot(*zip(*sorted(roof.items()), strict=True), color="black", label="copy of as many bytes: the roof")
     for kind, values in points.items():
-        x, y = zip(*sorted(values), strict=True)
-        if kind == "copy":
-            axes.plot(x, y, color="black", label="copy of as many bytes: the roof")
-        elif kind in ("eager PyTorch", "torch.compile"):
+        x, y = zip(*values, strict=True)
+        if kind in ("eager PyTorch", "torch.compile"):
             axes.scatter(x, y, s=10, color="tab:gray" if kind == "torch.compile" else "lightgray", label=kind)
         else:
             axes.scatter(x, y, s=24, label=f"{kind}, native")

@@ -275,6 +275,7 @@ echo launched noise-odd-sizes
         ("exit 0", Outcome("passed", "memcheck: 1 calls without an error")),
         ("sleep 60", Outcome("out of time", "memcheck: 1 calls without an error")),
         ("echo ========= Invalid __global__ read of size 16 bytes; sleep 60", Outcome("failed", "memcheck: 1 errors")),
+        ("echo ========= Error: Device not supported; exit 1", Outcome("skipped", "compute-sanitizer does not support")),
         ("exit 9", Outcome("failed", "memcheck: 0 errors, exit status 9")),
     ],
 )
