@@ -20,7 +20,7 @@ class Loop:
     every batch.
 
     Args:
-        no_label: the class that stands for none; None: the network has no classes.
+        label: of every sample until `start` sets others, and of the second half with guidance; None: the network gets none.
         guidance_scale: None: no guidance. Else the network evaluates 2 n, the second half without labels.
 
     Attributes:
@@ -37,7 +37,7 @@ class Loop:
         network_dtype: torch.dtype,
         memory_format: torch.memory_format,
         device: torch.device,
-        no_label: int | None,
+        label: int | None,
         guidance_scale: float | None,
     ) -> None:
         self._plan, self._network_dtype, self._guidance_scale = plan, network_dtype, guidance_scale
@@ -46,8 +46,7 @@ class Loop:
             self.x_t = torch.zeros(shape, dtype=state_dtype, device=device).contiguous(memory_format=memory_format)
             self._x_0 = torch.zeros_like(self.x_t) if plan.needs_x_0_prev else None
             self._seeds = torch.zeros(n, dtype=torch.int64, device=device)
-            # With guidance, the second half stays without a label.
-            self._labels = None if no_label is None else torch.full((halves * n,), no_label, device=device)
+            self._labels = None if label is None else torch.full((halves * n,), label, device=device)
             self._step = torch.zeros((), dtype=torch.int64, device=device)
             self._timesteps = plan.timesteps.to(device)
             plan.table(device)  # in place before a capture looks

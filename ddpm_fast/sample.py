@@ -157,7 +157,7 @@ def sample(
             network_dtype=dtype,
             memory_format=_memory_format(network, shape),
             device=device,
-            no_label=no_label if labels is not None else None,
+            label=None if labels is None else no_label or 0,
             guidance_scale=guidance_scale if guided else None,
         )
         chunks = [slice(i, i + (batch_size or num_samples)) for i in range(0, num_samples, batch_size or num_samples)]
@@ -166,7 +166,7 @@ def sample(
         with bar, evaluation_mode(network), torch.inference_mode():
             for chunk in chunks:
                 n = len(images[chunk])
-                key = (n, shape, guidance_scale if guided else None, _rows(plan))
+                key = (n, shape, labels is not None, guidance_scale if guided else None, _rows(plan))
                 loop = running.loop(key, partial(make, (n, *shape)), network)
                 loop.start(seeds[chunk], None if labels is None else labels[chunk])
                 for i in range(plan.num_steps):

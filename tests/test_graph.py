@@ -226,6 +226,20 @@ def test_other_models_are_captured_only_on_demand(captures: Captures, device: to
     assert captures.made == 1
 
 
+def test_labels_reach_a_model_without_a_config(captures: Captures, device: torch.device) -> None:
+    class Labelled(Recording):
+        def forward(self, x_t: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
+            return super().forward(x_t, t) * (1 if class_labels is None else class_labels[:, None, None, None] / 8)
+
+    model = Labelled().to(device)
+    for cuda_graph in (False, True):
+        arguments: dict[str, Any] = {"shape": (1, 4, 4), "cuda_graph": cuda_graph}
+        plain, labelled = (draw(model, class_labels=labels, **arguments) for labels in (None, [8, 4]))
+        assert torch.equal(plain[0], labelled[0])
+        assert not torch.equal(plain[1], labelled[1])
+    assert captures.made == 2
+
+
 def test_a_network_with_layers_of_another_make_runs_as_it_is(
     captures: Captures, device: torch.device, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -328,7 +342,7 @@ def test_nothing_in_the_steps_waits_for_the_gpu(captures: Captures, device: torc
             arguments: dict[str, Any] = {"state_dtype": torch.float32, "memory_format": torch.channels_last}
             plan, network = ddpm_plan(SCHEDULE), session.network
             arguments |= {"network_dtype": network.conv_in.weight.dtype, "device": device_of(model)}
-            make = lambda: Loop(plan, (2, 1, 8, 8), no_label=3, guidance_scale=2.0, **arguments)  # noqa: B023, E731
+            make = lambda: Loop(plan, (2, 1, 8, 8), label=3, guidance_scale=2.0, **arguments)  # noqa: B023, E731
             loop = session.loop("key", make, network)
             seeds, labels = torch.zeros(2, dtype=torch.int64, device=device), torch.ones(2, dtype=torch.int64, device=device)
             with warnings.catch_warnings():
@@ -365,7 +379,7 @@ def test_no_step_reads_a_tensor_on_the_host(case: str, monkeypatch: pytest.Monke
         network_dtype=torch.float32,
         memory_format=torch.channels_last,
         device=torch.device("cpu"),
-        no_label=3 if labels else None,
+        label=3 if labels else None,
         guidance_scale=arguments.get("guidance_scale"),
     )
     loop.start(torch.arange(2), torch.zeros(2, dtype=torch.int64) if labels else None)
