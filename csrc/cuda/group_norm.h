@@ -10,7 +10,8 @@
 // channels of a contiguous tensor, pixels of a channels_last one. So a thread has to do with one channel, or with the
 // same few channels.
 //
-// How work is cut, and with it the order of every sum, follows from the shape and from whether the card has clusters.
+// How work is cut, and with it the order of every sum, follows from the shape, the dtype, whether the tensors are
+// aligned and the largest cluster that cards of this generation have.
 #pragma once
 
 #include <algorithm>
@@ -43,7 +44,7 @@ struct SliceTiling {
   int slice_channels, slice_groups, slices;  // of a sample; the last slice may have fewer
   int parts, part_length;  // in pixels; contiguous: in vectors of each channel. The last part may have fewer.
   int tiles;               // of a part, one after the other (contiguous: 1)
-  int lanes, rows;         // of threads; rows * lanes fills warps
+  int lanes, rows;         // of threads; rows * lanes fills warps. Lanes without a vector have nothing to do.
   int items;               // vectors that a thread holds of a tile, at most
   bool resident;
 

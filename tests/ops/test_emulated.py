@@ -138,6 +138,12 @@ def test_groups_of_any_channels_are_read_in_vectors(emulated: ModuleType, group_
     assert not [launch for launch in emulated.take_launches() if "scalar" in launch["kernel"]]
 
 
+@pytest.mark.slow
+def test_more_samples_than_a_grid_is_deep(emulated: ModuleType) -> None:
+    case = Case("group_norm_silu", "many", (65535 + 2, 8, 1, 2), {"groups": 1, "shift": True})
+    _check(emulated, case, torch.bfloat16, True, orders=ORDERS[:1])
+
+
 def _unaligned(x: torch.Tensor) -> torch.Tensor:
     """A copy whose address is no multiple of more than an element."""
     return x.new_empty(x.numel() + 1)[1:].as_strided(x.shape, x.stride()).copy_(x)
