@@ -257,6 +257,7 @@ CASES: tuple[Case, ...] = (
     Case("group_norm_silu", "one-channel", (3, 1, 6, 5), {"groups": 1}),
     Case("group_norm_silu", "small-spread-far-from-0", (2, 16, 8, 8), {"groups": 4, "offset": 100.0, "spread": 0.1}),
     Case("group_norm_silu", "empty-batch", (0, 8, 4, 4), {"groups": 2}),
+    Case("group_norm_silu", "empty-map", (2, 8, 0, 4), {"groups": 2, "shift": True, "scale_shift": True}),
     Case("group_norm_silu", "384-channels", (1, 384, 9, 9), {"shift": True}),
     Case("group_norm_silu", "cifar-block", (2, 128, 32, 32), {"shift": True}, benchmark=True),
     Case("group_norm_silu", "cifar-middle", (16, 256, 8, 8), benchmark=True),

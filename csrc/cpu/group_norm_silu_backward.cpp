@@ -90,10 +90,10 @@ struct Backward {
   // The saved mean is rounded, by much where it is large beside the deviations; s3 tells by how much, and what follows
   // from d is set right.
   void finish(Index group) {
-    const Real rstd = rstd_of(group);
+    const Real rstd = hw == 0 ? 0 : rstd_of(group);  // of no values it is NaN, and every sum is 0
     const Index first = group * group_channels, end = first + group_channels;
     const bool alone = group_channels * hw == 1;  // such a value does not change the result
-    const double share = 1 / static_cast<double>(group_channels * hw);
+    const double share = hw == 0 ? 0 : 1 / static_cast<double>(group_channels * hw);
     double m0 = 0, m1 = 0, m2 = 0;
     for (Index i = first; i < end; ++i) m0 += s3[i];
     m0 *= share;
