@@ -185,9 +185,8 @@ def build(check: Check, seconds: float) -> Outcome:
     architecture = f"{major}{minor}{'a' if (major, minor) == (9, 0) else ''}-real"
     print(f"building for sm_{architecture.removesuffix('-real')}, because: {reason}")
     log = LOGS / "build.log"
-    command = [sys.executable, "-m", "pip", "install", "--no-index", "--no-build-isolation", "--no-deps", "-e", ROOT]
-    if not installed("pip"):
-        command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    # In place, and nothing is installed: whose Python this is does not matter.
+    command = [sys.executable, "setup.py", "build_ext", "--inplace", "--build-temp", LOGS.parent / "gpu_check_native"]
     path = os.pathsep.join([os.environ["PATH"], str(Path(str(program("nvcc"))).parent)])
     (status,) = finish([start(command, log, {"DDPM_FAST_CUDA_ARCHS": architecture, "PATH": path})], seconds, check.clock)
     reason = why_no_kernels() if status == 0 else None
