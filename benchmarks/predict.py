@@ -225,7 +225,8 @@ def measured(folder: Path) -> dict[tuple[str, str], float]:
         results = json.loads(path.read_text(encoding="utf-8"))
         for benchmark in ("gpu_ops elementwise", "gpu_ops norms"):
             section: dict[str, Any] = results.get(benchmark, {"machine": {"device": ""}, "rows": []})
-            cards = [card.name for card in CARDS if card.name.lower() in section["machine"]["device"].lower()]
+            device = section["machine"]["device"]
+            cards = [card.name for card in CARDS if re.search(rf"\b{card.name}\b", device)]  # a GH200 is another card
             for row in section["rows"]:
                 if cards and row["by"] == "native":
                     found[cards[0], _key(row)] = 1e3 * row["ms"]["median"]

@@ -86,6 +86,8 @@ def test_measurements_stand_beside_predictions(tmp_path: Path) -> None:
     results = {"gpu_ops elementwise": {"machine": machine, "rows": [row, row | {"by": "eager"}]}}
     (tmp_path / "nvidia-h100.json").write_text(json.dumps(results))
     (tmp_path / "a-cpu.json").write_text(json.dumps({"train_speed": {"rows": []}}))
+    other = {"gpu_ops elementwise": {"machine": {"device": "NVIDIA GH200 480GB"}, "rows": [row]}}
+    (tmp_path / "nvidia-gh200.json").write_text(json.dumps(other))
     found = predict.measured(tmp_path)
     assert list(found.values()) == [200.0]
     ((card, key),) = found
