@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -112,8 +113,7 @@ def compare(
         warm: all is warmed up already, and a call takes long: no more than `min_rounds` calls are made.
     """
     device = torch.device(device)
-    names = list(contestants)
-    calls = dict.fromkeys(names, 1)
+    calls = dict.fromkeys(contestants, 1)
     rounds = min_rounds
     if not warm:
         expected = 0.0
@@ -123,16 +123,23 @@ def compare(
             calls[name] = 1 if device.type == "cuda" else math.ceil(1e-3 / estimate)
             expected += calls[name] * estimate
         rounds = int(min(max(seconds / expected, min_rounds), max_rounds))
-    times: dict[str, list[float]] = {name: [] for name in names}
     gc.collect()
     gc.disable()
     try:
-        for i in range(rounds):
-            turn = i % len(names)
-            for name in names[turn:] + names[:turn]:
-                times[name].append(_time(contestants[name], calls[name], device))
+        timers = {name: partial(_time, function, calls[name], device) for name, function in contestants.items()}
+        return take_turns(timers, rounds)
     finally:
         gc.enable()
+
+
+def take_turns(timers: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, Times]:
+    """What every contestant says it took, once a round, in an order that rotates."""
+    names = list(timers)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for i in range(rounds):
+        turn = i % len(names)
+        for name in names[turn:] + names[:turn]:
+            times[name].append(timers[name]())
     return {name: Times(tuple(values)) for name, values in times.items()}
 
 
@@ -221,11 +228,27 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def instruction_set() -> str:
+    """Of the native kernels; without them, of PyTorch's."""
+    isa: str = (
+        backend.native().build_info()["isa"] if backend.native_error() is None else torch.backends.cpu.get_cpu_capability()
+    )
+    return isa.lower()
+
+
+def has_bf16() -> bool:
+    """Whether this CPU has instructions that multiply bf16 (Linux)."""
+    with suppress(OSError):
+        words = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
+        return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(words)
+    return False
+
+
 def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
     """What a figure depends on."""
     missing = backend.native_error()
     libraries = {}
-    for name in ("torch", "triton", "diffusers"):
+    for name in ("torch", "triton", "diffusers", "openvino", "onnxruntime"):
         with suppress(PackageNotFoundError):
             libraries[name] = version(name)
     bandwidth = {"256 MB": 2 << 27, "1 MB": 1 << 20}
@@ -233,7 +256,8 @@ def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
         "device": device_name(device),
         "cpu_cores": cores(),
         "threads": torch.get_num_threads(),
-        "instruction_set": missing or backend.native().build_info()["isa"],
+        "instruction_set": instruction_set(),
+        **({"no native kernels": missing} if missing else {}),
         **(_card(device) if torch.device(device).type == "cuda" else {}),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
@@ -274,8 +298,10 @@ def commit() -> str:
 
 
 def default_output(device: torch.device | str) -> Path:
-    """benchmarks/results/<device>.json."""
-    name = device_name(device) if torch.device(device).type == "cuda" else f"{device_name(device)} {cores()} cores"
+    """benchmarks/results/<device>.json; a CPU goes by its model, its cores, and the instruction set that is used."""
+    name = device_name(device)
+    if torch.device(device).type == "cpu":
+        name = f"{name} {cores()} cores {instruction_set()}"
     words = re.findall(r"[a-z0-9.]+", re.sub(r"\((r|tm)\)|@.*?ghz", " ", name.lower()))
     return ROOT / "results" / f"{'-'.join(words)}.json"
 
@@ -314,6 +340,16 @@ def record(
     write_json(path, results)
     if not quiet:
         print(f"\nwritten: {path}")
+
+
+def save_picture(figure: Any, path: Path) -> None:
+    """Of matplotlib's pyplot, which forgets it."""
+    from matplotlib import pyplot
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+    print(f"written: {path}")
 
 
 def finish(message: str, failures: Sequence[str]) -> None:

@@ -17,6 +17,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -132,12 +133,7 @@ def compare(samplers: dict[str, Sampler], steps: int, device: str, rounds: int =
     """Turns of whole runs, after one of each that is not timed (it captures, tunes and compiles)."""
     for sampler in samplers.values():
         sampler(steps)
-    times: dict[str, list[float]] = {name: [] for name in samplers}
-    names = list(samplers)
-    for i in range(rounds):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
-            times[name].append(seconds_of(samplers[name], steps, device))
-    return {name: common.Times(tuple(values)) for name, values in times.items()}
+    return common.take_turns({name: partial(seconds_of, sampler, steps, device) for name, sampler in samplers.items()}, rounds)
 
 
 def rows_of(

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import common
 import peers
+import runtimes
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -66,16 +67,16 @@ class Meter:
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # proc(5): the peak becomes what is resident
 
     def now(self) -> int:
-        return torch.cuda.memory_allocated() if self.cuda else self._status("VmRSS")
+        return torch.cuda.memory_allocated() if self.cuda else _bytes("VmRSS")
 
     def peak(self) -> int:
-        return torch.cuda.max_memory_allocated() if self.cuda else self._status("VmHWM")
+        return torch.cuda.max_memory_allocated() if self.cuda else _bytes("VmHWM")
 
-    def _status(self, key: str) -> int:
-        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-            if line.startswith(f"{key}:"):
-                return 1024 * int(line.split()[1])
-        raise AssertionError(f"/proc/self/status has no {key}")
+
+def _bytes(key: str) -> int:
+    number = runtimes.proc_status(key)
+    assert number is not None
+    return number
 
 
 def measure(way: str, shape: tuple[int, ...], device: str) -> dict[str, float]:

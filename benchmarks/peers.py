@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
-import os
 import tempfile
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
+import runtimes
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -126,7 +124,9 @@ def have_diffusers() -> bool:
 
 def diffusers_scheduler(schedule: NoiseSchedule, num_steps: int | None = None) -> Any:
     """diffusers' DDPMScheduler for the same betas."""
-    scheduler = _diffusers().DDPMScheduler(num_train_timesteps=schedule.num_timesteps, trained_betas=schedule.betas.tolist())
+    scheduler = runtimes.diffusers().DDPMScheduler(
+        num_train_timesteps=schedule.num_timesteps, trained_betas=schedule.betas.tolist()
+    )
     scheduler.set_timesteps(num_steps or schedule.num_timesteps)
     return scheduler
 
@@ -135,20 +135,11 @@ def diffusers_unet(model: UNet) -> Any:
     """diffusers' UNet2DModel with the same weights."""
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        return _diffusers().UNet2DModel.from_pretrained(folder)
+        return runtimes.diffusers().UNet2DModel.from_pretrained(folder)
 
 
 def diffusers_pipeline(network: Any, schedule: NoiseSchedule) -> Any:
     """diffusers' DDPMPipeline, without its progress bar."""
-    pipeline = _diffusers().DDPMPipeline(unet=network, scheduler=diffusers_scheduler(schedule))
+    pipeline = runtimes.diffusers().DDPMPipeline(unet=network, scheduler=diffusers_scheduler(schedule))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-@functools.cache
-def _diffusers() -> ModuleType:
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched
-    import diffusers
-
-    diffusers.utils.logging.set_verbosity_error()
-    return diffusers

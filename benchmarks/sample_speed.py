@@ -184,10 +184,7 @@ def plot(path: Path, rows: list[dict[str, object]], title: str) -> None:
     axes.set_title(title, fontsize="medium")
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.15)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
-    print(f"written: {path}")
+    common.save_picture(figure, path)
 
 
 def main() -> None:
