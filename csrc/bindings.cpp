@@ -24,6 +24,7 @@ py::dict build_info() {
   info["compiler"] = __VERSION__;
   info["isa"] = isa_in_use();
   info["isas"] = compiled_isas();
+  info["amx_bf16"] = has_amx_bf16();
   info["cuda_archs"] = py::str(DDPM_FAST_CUDA_ARCHS).attr("split")();
   info["cuda_why_not"] = DDPM_FAST_CUDA_WHY_NOT;
 #ifdef _OPENMP

@@ -20,6 +20,64 @@ struct Pointer {
   }
 };
 
+// What only the CPU has.
+inline void bind_inference_ops(pybind11::module_& m, const Kernels& kernels) {
+  const auto nogil = pybind11::call_guard<pybind11::gil_scoped_release>();
+
+  m.attr("panel") = kernels.panel;
+  m.def(
+      "group_norm_lines",
+      [run = kernels.group_norm_lines](
+          int dtype, Address lines, Address x, Address skip, Address weight, int weight_dtype, Address bias,
+          int bias_dtype, Address shift, int shift_dtype, Address scale, int scale_dtype, Address scale_shift,
+          int scale_shift_dtype, std::int64_t n, std::int64_t channels, std::int64_t skip_channels, std::int64_t hw,
+          std::int64_t groups, double eps, bool silu, std::intptr_t run_on) {
+        run({Pointer{lines},
+             Pointer{skip},
+             skip_channels,
+             {DType{dtype},
+              nullptr,
+              nullptr,
+              nullptr,
+              Pointer{x},
+              {Pointer{weight}, DType{weight_dtype}},
+              {Pointer{bias}, DType{bias_dtype}},
+              {Pointer{shift}, DType{shift_dtype}},
+              {Pointer{scale}, DType{scale_dtype}},
+              {Pointer{scale_shift}, DType{scale_shift_dtype}},
+              {n, channels + skip_channels, hw, true},
+              groups,
+              eps,
+              silu,
+              nullptr,
+              {run_on}}});
+      },
+      nogil);
+  const auto def_conv = [&](const char* name, void (*run)(const ConvArgs&)) {
+    m.def(
+        name,
+        [run](int dtype, Address y, Address x, Address skip, Address lines, bool silu, Address weights, Address bias,
+              Address added, std::int64_t n, std::int64_t height, std::int64_t width, std::int64_t channels,
+              std::int64_t skip_channels, std::int64_t out_height, std::int64_t out_width, std::int64_t out_channels,
+              int kernel, int stride, int padding, bool upsample, std::intptr_t run_on) {
+          run({DType{dtype},     Pointer{y},
+               Pointer{x},       Pointer{skip},
+               Pointer{lines},   silu,
+               Pointer{weights}, Pointer{bias},
+               Pointer{added},   n,
+               height,           width,
+               channels,         skip_channels,
+               out_height,       out_width,
+               out_channels,     kernel,
+               stride,           padding,
+               upsample,         {run_on}});
+        },
+        nogil);
+  };
+  def_conv("conv_direct", kernels.conv_direct);
+  def_conv("conv_winograd", kernels.conv_winograd);
+}
+
 inline void bind_ops(pybind11::module_& m, const Kernels& kernels) {
   const auto nogil = pybind11::call_guard<pybind11::gil_scoped_release>();
 
@@ -170,6 +228,7 @@ inline void bind_ops(pybind11::module_& m, const Kernels& kernels) {
              {run_on}});
       },
       nogil);
+  if (kernels.conv_direct != nullptr) bind_inference_ops(m, kernels);
   if (kernels.denoising_loss_workspace != nullptr) {
     m.def("denoising_loss_workspace",
           [bytes = kernels.denoising_loss_workspace](std::int64_t n, std::int64_t c, std::int64_t hw) {

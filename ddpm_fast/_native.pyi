@@ -13,6 +13,7 @@ class BuildInfo(TypedDict):
     compiler: str
     isa: str  # the instruction set in use
     isas: list[str]  # those compiled, worst first
+    amx_bf16: bool  # whether the CPU has matrix units for bfloat16
     cuda_archs: list[str]
     cuda_why_not: str  # empty where cuda_archs is not
     openmp: bool
@@ -166,6 +167,87 @@ class Kernels(Protocol):
         /,
     ) -> None: ...
 
+class CpuKernels(Kernels, Protocol):
+    panel: int  # output channels of a panel of packed weights
+    def group_norm_lines(
+        self,
+        dtype: int,
+        lines: int,
+        x: int,
+        skip: int,
+        weight: int,
+        weight_dtype: int,
+        bias: int,
+        bias_dtype: int,
+        shift: int,
+        shift_dtype: int,
+        scale: int,
+        scale_dtype: int,
+        scale_shift: int,
+        scale_shift_dtype: int,
+        n: int,
+        channels: int,
+        skip_channels: int,
+        hw: int,
+        groups: int,
+        eps: float,
+        silu: int,
+        run_on: int,
+        /,
+    ) -> None: ...
+    def conv_direct(
+        self,
+        dtype: int,
+        y: int,
+        x: int,
+        skip: int,
+        lines: int,
+        silu: int,
+        weights: int,
+        bias: int,
+        added: int,
+        n: int,
+        height: int,
+        width: int,
+        channels: int,
+        skip_channels: int,
+        out_height: int,
+        out_width: int,
+        out_channels: int,
+        kernel: int,
+        stride: int,
+        padding: int,
+        upsample: int,
+        run_on: int,
+        /,
+    ) -> None: ...
+    def conv_winograd(
+        self,
+        dtype: int,
+        y: int,
+        x: int,
+        skip: int,
+        lines: int,
+        silu: int,
+        weights: int,
+        bias: int,
+        added: int,
+        n: int,
+        height: int,
+        width: int,
+        channels: int,
+        skip_channels: int,
+        out_height: int,
+        out_width: int,
+        out_channels: int,
+        kernel: int,
+        stride: int,
+        padding: int,
+        upsample: int,
+        run_on: int,
+        /,
+    ) -> None: ...
+
 class CudaKernels(Kernels, Protocol):
     # Bytes of scratch memory that the op of that name wants.
     def denoising_loss_workspace(self, n: int, c: int, hw: int, /) -> int: ...
@@ -175,5 +257,5 @@ class CudaKernels(Kernels, Protocol):
     ) -> int: ...
     def why_not(self) -> str: ...  # why they cannot run on the current device; empty where they can
 
-cpu: Kernels
+cpu: CpuKernels
 cuda: CudaKernels  # absent where build_info()["cuda_archs"] is empty

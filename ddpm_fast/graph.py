@@ -1,4 +1,4 @@
-"""Sampling on a GPU: networks in their inference form, steps captured into CUDA graphs, and both kept from call to call."""
+"""What sampling runs, kept from call to call: networks in their inference form; on a GPU, steps captured into CUDA graphs."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ import torch
 from torch import nn
 
 from .loop import Loop
-from .networks import placed
+from .networks import device_and_dtype, placed
 from .nn.freeze import FrozenUNet, freeze, why_not_frozen
 from .nn.unet import UNet
 
-DEVICE_TYPES: Final = ("cuda",)  # where networks are frozen and steps captured
+DEVICE_TYPES: Final = ("cuda",)  # where steps are captured
 MAX_LOOPS: Final = 4  # kept for a model: batch sizes, plans, scales
 
 _logger = logging.getLogger(__name__)
@@ -82,21 +82,24 @@ _KEPT: WeakKeyDictionary[nn.Module, Session] = WeakKeyDictionary()
 def session(
     model: nn.Module, device: torch.device, dtype: torch.dtype | None, num_timesteps: int, cuda_graph: bool | None
 ) -> Iterator[Session]:
-    """What to sample with: on a GPU the inference form of a `UNet`, else the model, moved and cast by a copy if need be.
+    """What to sample with: the inference form of a `UNet`, or another model, moved and cast by a copy if need be.
 
-    Where graphs are captured, all is kept for the next call with the same unchanged model on the same stream, until that
-    model is gone.
+    All is kept for the next call with the same unchanged model on the same stream, until that model is gone, where graphs are
+    captured or, by default, the network was frozen.
     """
     on_gpu = device.type in DEVICE_TYPES
-    reason = why_not_frozen(model) if on_gpu else None
+    reason = why_not_frozen(model) if on_gpu or device.type == "cpu" else f"it is on {device.type}"
     if reason is not None and isinstance(model, UNet):
         _logger.info("sample: the network is not frozen, as %s", reason)
-    freezes = on_gpu and reason is None
+    freezes = reason is None
+    if freezes and dtype is None and device.type == "cpu":
+        _, dtype = device_and_dtype(model)  # not another one, as `freeze` would choose it
     # Of other models nobody knows whether they compute the same from the same memory each time.
     captures = on_gpu and (freezes or type(model) is FrozenUNet if cuda_graph is None else cuda_graph)
+    keeps = captures or (freezes and cuda_graph is None)
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         # On another stream nothing would keep what is freed here, or overwritten, from being in use there.
-        state = (device, _stream(device), dtype, num_timesteps, freezes, _weights(model)) if captures else None
+        state = (device, _stream(device), dtype, num_timesteps, freezes, _weights(model)) if keeps else None
         kept = _KEPT.pop(model, None)  # out of reach of other threads while it is in use
         if kept is not None and kept.state != state:
             kept = None  # before another takes memory
@@ -107,7 +110,7 @@ def session(
                 network = placed(model, device, dtype)
             kept = Session(state, None if network is model else network, captures)
         yield kept
-        if captures:
+        if keeps:
             _KEPT[model] = kept
 
 

@@ -29,9 +29,10 @@ def placed(model: nn.Module, device: torch.device | str | None = None, dtype: to
 
 
 def device_and_dtype(model: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Those of the model's first floating parameter; the CPU and float32 if it has none."""
+    """Those of the model's first floating parameter, unless it names a dtype itself; the CPU and float32 if it has neither."""
     parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    return parameter.device, parameter.dtype
+    dtype = getattr(model, "dtype", None)
+    return parameter.device, dtype if isinstance(dtype, torch.dtype) else parameter.dtype
 
 
 @contextmanager

@@ -77,9 +77,10 @@ def sample(
     Image i is a function of (seed, i), the model and the plan. Its noise is the same to the last bit whatever num_samples,
     batch_size, the device and the thread count; the image is the same up to the rounding of the network's convolutions.
 
-    On a GPU a `UNet` runs in its inference form (see `freeze`), in bfloat16 by default, and each step is one CUDA graph: from
-    the first step on the host waits for nothing, so the images are ready when the GPU is. Inference form and graphs, and the
-    memory they take, are kept for the next call on the same stream as long as the model lives and its weights do not change.
+    A `UNet` runs in its inference form (see `freeze`). On a GPU that is in bfloat16 by default, and each step is one CUDA
+    graph: from the first step on the host waits for nothing, so the images are ready when the GPU is. Inference form and
+    graphs, and the memory they take, are kept for the next call (on the same stream) as long as the model lives and its
+    weights do not change.
 
     Args:
         model: called as model(x_t, t), or model(x_t, t, class_labels) if it has classes, with x_t [N, C, H, W] and t int64
@@ -101,7 +102,7 @@ def sample(
             a GPU (float16 where the GPU has no bfloat16): dtype=torch.float32 keeps it float32.
         shape: (C, H, W) of an image; None: `in_channels` and `sample_size` of the model's config.
         cuda_graph: None: on a GPU, for a `UNet` or its inference form. True: for any model; it must compute the same from the
-            same memory whenever it is called, without asking the host. False: for none, and nothing is kept after the call.
+            same memory whenever it is called, without asking the host. False: for none; then nothing is kept after the call.
             Where a graph cannot be made, a warning is logged and the steps are launched one kernel at a time.
 
     Returns:

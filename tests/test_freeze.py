@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -109,14 +110,18 @@ def test_an_empty_batch_gives_an_empty_batch() -> None:
 
 
 @pytest.mark.parametrize("has_bfloat16", [True, False])
-def test_a_gpu_takes_half_precision_by_default(has_bfloat16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_dtype_is_one_that_the_device_is_fast_at(has_bfloat16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bfloat16 or including_emulation)
     gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
     assert default_dtype(torch.float32, gpu) == (torch.bfloat16 if has_bfloat16 else torch.float16)
     for dtype in (torch.float64, torch.float16, torch.bfloat16):  # somebody chose it
         assert default_dtype(dtype, gpu) == dtype
-    assert default_dtype(torch.float32, cpu) == torch.float32
+    module = importlib.import_module("ddpm_fast.nn.freeze")  # the package's own name for it is the function's
+    for fast in (True, False):
+        monkeypatch.setattr(module, "has_fast_bfloat16", lambda fast=fast: fast)
+        assert default_dtype(torch.float32, cpu) == (torch.bfloat16 if fast else torch.float32)
+        assert default_dtype(torch.float64, cpu) == torch.float64
 
 
 # ------------------------------------------------------------------------------------------------------------------ errors

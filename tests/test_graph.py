@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import gc
+import importlib
 import logging
 import sys
 import warnings
@@ -23,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm_fast import SamplingPlan, ddim_plan, ddpm_plan, freeze, graph, sample
 from ddpm_fast.loop import Loop
+from ddpm_fast.nn import FrozenUNet
 
 
 class Captures:
@@ -270,9 +272,20 @@ def test_a_network_that_gets_hooks_is_captured_anew(captures: Captures, device: 
 def test_graphs_are_refused_on_a_cpu() -> None:
     with pytest.raises(ValueError, match="expected cuda_graph to be None or False on cpu, got True"):
         draw(tiny_unet(), cuda_graph=True)
+
+
+def test_a_cpu_keeps_the_inference_form_in_the_models_dtype() -> None:
     model = tiny_unet()
-    draw(model)
+    draw(model, cuda_graph=False)
     assert model not in graph._KEPT
+    first = draw(model)
+    frozen = graph._KEPT[model].network
+    assert isinstance(frozen, FrozenUNet)
+    assert frozen.dtype == torch.float32
+    assert torch.equal(draw(model), first)
+    assert graph._KEPT[model].network is frozen
+    draw(model, dtype=torch.bfloat16)
+    assert graph._KEPT[model].network is not frozen
 
 
 # ------------------------------------------------------------------------------------------------------------------ failure
@@ -511,7 +524,8 @@ def test_an_error_of_the_model_is_the_models_own(cuda: PretendCuda) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_loop_runs_on_the_cuda_kernels(case: str, emulated: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The emulated ones, with the CPU's convolutions and matrix products."""
+    """The emulated ones, with PyTorch's convolutions and matrix products."""
+    monkeypatch.setattr(importlib.import_module("ddpm_fast.nn.freeze"), "why_not_packed", lambda *_: "a test wants PyTorch's")
     network, plan, arguments = CASES[case]
     model, arguments = tiny_unet(**network), arguments | {"progress": False}
     networks = [freeze(model, dtype, num_timesteps=20) for dtype in (torch.float32, torch.bfloat16)]

@@ -129,4 +129,34 @@ struct GroupNormSiluBackwardArgs {
   RunOn run_on;
 };
 
+// The inference form of a network on the CPU: maps are channels_last, float32 or bfloat16, and "x and skip" are one map
+// of channels + skip_channels channels.
+
+// What a convolution then applies to its input, x -> act((x - center) slope + intercept), with the statistics of
+// group_norm_silu.
+struct GroupNormLinesArgs {
+  float* lines;  // [n, 3, channels + skip_channels]: center, slope and intercept
+  const void* skip;
+  std::int64_t skip_channels;
+  GroupNormSiluArgs norm;  // of x and skip: shape.c is the sum of their channels. No y, mean or rstd
+};
+
+// y = convolution(act(x and skip)) + bias + added, with the weights that ddpm_fast/nn/packed.py packs.
+struct ConvArgs {
+  DType dtype;
+  void* y;               // [n, out_height, out_width, out_channels]
+  const void *x, *skip;  // [n, height, width, channels], [n, height, width, skip_channels]; skip may be absent
+  const float* lines;    // of group_norm_lines; absent: the input as it is
+  bool silu;             // with lines
+  const float* weights;  // panels: see cpu/product.h
+  const float* bias;     // [out_channels rounded up to whole panels]
+  const void* added;     // as y; may be absent
+  std::int64_t n, height, width, channels, skip_channels, out_height, out_width, out_channels;
+  // Of conv_direct. conv_winograd: 3, 1, 1, false.
+  int kernel, stride;  // 1 or 3; 1 or 2
+  int padding;         // zeros above and to the left; below and to the right there are as many as the output asks for
+  bool upsample;       // of every pixel twice in both directions, before the convolution
+  RunOn run_on;
+};
+
 }  // namespace ddpm_fast

@@ -17,6 +17,12 @@
   OP(group_norm_silu, GroupNormSiluArgs)                 \
   OP(group_norm_silu_backward, GroupNormSiluBackwardArgs)
 
+// What only the CPU has: the parts of a frozen network (ddpm_fast/nn/packed.py).
+#define DDPM_FAST_CPU_OPS(OP)              \
+  OP(group_norm_lines, GroupNormLinesArgs) \
+  OP(conv_direct, ConvArgs)                \
+  OP(conv_winograd, ConvArgs)
+
 namespace ddpm_fast {
 
 struct Kernels {
@@ -27,6 +33,11 @@ struct Kernels {
   std::int64_t (*denoising_loss_workspace)(const Shape&) = nullptr;
   std::int64_t (*group_norm_silu_workspace)(DType, const Shape&, std::int64_t groups) = nullptr;
   std::int64_t (*group_norm_silu_backward_workspace)(DType, const Shape&, std::int64_t groups) = nullptr;
+  // Absent on other devices than the CPU.
+#define OP(name, Args) void (*name)(const Args&) = nullptr;
+  DDPM_FAST_CPU_OPS(OP)
+#undef OP
+  std::int64_t panel = 0;  // output channels of a panel of packed weights
 };
 
 }  // namespace ddpm_fast

@@ -10,10 +10,14 @@
 namespace ddpm_fast {
 
 #define OP(name, Args) void name(const Args&);
-#define KERNELS(isa)                                \
-  namespace isa {                                   \
-  DDPM_FAST_OPS(OP)                                 \
-  const Kernels kernels = {DDPM_FAST_OPS(ADDRESS)}; \
+#define KERNELS(isa)                                                                                                 \
+  namespace isa {                                                                                                    \
+  extern const std::int64_t panel;                                                                                   \
+  DDPM_FAST_OPS(OP)                                                                                                  \
+  DDPM_FAST_CPU_OPS(OP)                                                                                              \
+  Kernels kernels() {                                                                                                \
+    return {DDPM_FAST_OPS(ADDRESS) /* no workspaces */ nullptr, nullptr, nullptr, DDPM_FAST_CPU_OPS(ADDRESS) panel}; \
+  }                                                                                                                  \
   }
 #define ADDRESS(name, Args) &name,
 KERNELS(baseline)
@@ -31,7 +35,7 @@ namespace {
 struct Isa {
   const char* name;
   bool supported;
-  const Kernels* kernels;
+  Kernels (*kernels)();
 };
 
 #ifdef DDPM_FAST_X86
@@ -75,7 +79,20 @@ const Isa& best() {
 
 }  // namespace
 
-const Kernels& cpu_kernels() { return *best().kernels; }
+bool has_amx_bf16() {
+#ifdef DDPM_FAST_X86
+  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;  // of leaf 7; older compilers have no names for them
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 && (edx & kAmxBf16) != 0 && (edx & kAmxTile) != 0;
+#else
+  return false;
+#endif
+}
+
+const Kernels& cpu_kernels() {
+  static const Kernels kernels = best().kernels();
+  return kernels;
+}
 
 std::string isa_in_use() { return best().name; }
 

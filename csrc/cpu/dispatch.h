@@ -13,5 +13,6 @@ namespace ddpm_fast {
 const Kernels& cpu_kernels();
 std::string isa_in_use();                  // the best set that this processor has; DDPM_FAST_ISA caps it
 std::vector<std::string> compiled_isas();  // worst first
+bool has_amx_bf16();                       // matrix units for bfloat16, which oneDNN uses and the kernels here do not
 
 }  // namespace ddpm_fast

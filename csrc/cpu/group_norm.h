@@ -86,6 +86,14 @@ void widen_input(const ChannelInput& input, Index first, Index count, Real absen
   }
 }
 
+// (x - center) slope + intercept is the activation's argument; with SiLU, times -log2(e) (see silu.h).
+template <class T, bool silu_, class V>
+DDPM_FAST_INLINE V apply(V x, V center, V slope, V intercept) {
+  const V z = fma(x - center, slope, intercept);
+  if constexpr (silu_) return silu<T>(z);
+  return z;
+}
+
 // Calls body(T{}, true_type or false_type for SiLU).
 template <class Body>
 void with_types(DType dtype, bool silu, Body body) {

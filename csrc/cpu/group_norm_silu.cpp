@@ -14,6 +14,8 @@
 //   the groups' statistics finished together, no division for each             3.1 / 5.5
 // The units that do vector arithmetic are busy for 2.8 of the 3.1: SiLU 1.9 (the reciprocal alone 0.5), narrowing 0.3,
 // statistics 0.6. In float32 it is 4.0 from the second cache, and memory decides beyond it.
+#include <cstring>
+
 #include "cpu/group_norm.h"
 
 namespace ddpm_fast::DDPM_FAST_ISA {
@@ -156,14 +158,6 @@ void channel_moments(const T* x, Index hw, Index row_stride, Index channels, Rea
 
 // ------------------------------------------------------------------------------------------------------------ apply
 
-// (x - center) slope + intercept is the activation's argument; with SiLU, times -log2(e) (see silu.h).
-template <class T, bool silu_, class V>
-DDPM_FAST_INLINE V apply(V x, V center, V slope, V intercept) {
-  const V z = fma(x - center, slope, intercept);
-  if constexpr (silu_) return silu<T>(z);
-  return z;
-}
-
 // `count` neighbours of one channel.
 template <class T, bool silu_, class Source>
 DDPM_FAST_INLINE void apply_channel(T* y, const Source* x, Index count, RealOf<T> center, RealOf<T> slope,
@@ -214,6 +208,7 @@ struct Forward {
 
   const GroupNormSiluArgs& a;
   const Slice& slice;
+  const GroupNormLinesArgs* lines;  // what is wanted instead of y; or absent
   const Index hw = a.shape.hw, group_channels = a.shape.c / a.groups;
   const Real* shift = nullptr;              // the input, or none
   Real *gain, *offset, *slope, *intercept;  // one value a channel of the slice
@@ -221,7 +216,8 @@ struct Forward {
   double* mean;    // of a group
   Real* variance;  // of a group; then rstd
 
-  Forward(const GroupNormSiluArgs& args, const Slice& the_slice) : a(args), slice(the_slice) {
+  Forward(const GroupNormSiluArgs& args, const Slice& the_slice, const GroupNormLinesArgs* the_lines = nullptr)
+      : a(args), slice(the_slice), lines(the_lines) {
     const Index channels = slice.channels, group_size = group_channels * hw;
     const Index batch = groups_in_batch(slice.groups, group_size);
     const bool shifted_copy = a.shift.data != nullptr && !a.shape.channels_last;
@@ -234,7 +230,11 @@ struct Forward {
     load_inputs(room.take<Real>(channels));
     if (a.shape.channels_last) {
       double* channel_mean = room.take<double>(channels);
-      channels_last(channel_mean, room.take<Real>(channels), room.take<Real>(channels), room.take<Real>(channels));
+      Real *pivot = room.take<Real>(channels), *sum = room.take<Real>(channels), *squares = room.take<Real>(channels);
+      moments(pivot, sum, squares);
+      merge_channels(channel_mean, pivot, sum, squares);
+      finish(0, slice.groups, shift);
+      lines == nullptr ? apply_channels_last() : write_lines();
     } else {
       Real* shifted = shifted_copy ? room.take<Real>(batch * group_size) : nullptr;
       for (Index first = 0; first < slice.groups; first += batch) {
@@ -323,13 +323,36 @@ struct Forward {
     if (const int left = static_cast<int>(hw - i); left > 0) store(to + i, load(x + i, left) + value, left);
   }
 
-  void channels_last(double* channel_mean, Real* pivot, Real* sum, Real* squares) {
+  // Of the channels of a channels_last slice, those of x and those of skip.
+  void moments(Real* pivot, Real* sum, Real* squares) {
+    const Index skip_channels = lines == nullptr ? 0 : lines->skip_channels, channels = a.shape.c - skip_channels;
+    const Index first = slice.first_channel, end = first + slice.channels, seam = smaller(larger(first, channels), end);
+    const Index row = slice.sample * hw;
+    if (first < seam) {
+      channel_moments(static_cast<const T*>(a.x) + row * channels + first, hw, channels, seam - first, pivot, sum,
+                      squares);
+    }
+    if (seam < end) {
+      const Index done = seam - first;
+      channel_moments(static_cast<const T*>(lines->skip) + row * skip_channels + seam - channels, hw, skip_channels,
+                      end - seam, pivot + done, sum + done, squares + done);
+    }
+  }
+
+  void write_lines() {
+    if constexpr (std::is_same_v<Real, float>) {
+      float* to = lines->lines + slice.sample * 3 * a.shape.c + slice.first_channel;
+      for (const Real* from : {center, slope, intercept}) {
+        std::memcpy(to, from, static_cast<std::size_t>(slice.channels) * sizeof(float));
+        to += a.shape.c;
+      }
+    }
+  }
+
+  void apply_channels_last() {
     const Index stride = a.shape.c, start = slice.sample * hw * stride + slice.first_channel;
     const T* x = static_cast<const T*>(a.x) + start;
     T* y = static_cast<T*>(a.y) + start;
-    channel_moments(x, hw, stride, slice.channels, pivot, sum, squares);
-    merge_channels(channel_mean, pivot, sum, squares);
-    finish(0, slice.groups, shift);
     for (Index row = 0; row < hw; row += kTile) {
       const Index rows = smaller(kTile, hw - row);
       Index i = 0;
@@ -379,6 +402,16 @@ void group_norm_silu(const GroupNormSiluArgs& args) {
     if (a.shape.hw == 1) a.shape.channels_last = true;  // the same memory, and vectors across channels
     const Cut cut(a.shape, a.groups, sizeof(T), 2 * sizeof(T), a.run_on.threads());
     cut.run(a.shape, a.groups, kGrain, a.run_on.threads(), [&](const Slice& slice) { Forward<T, silu()>(a, slice); });
+  });
+}
+
+void group_norm_lines(const GroupNormLinesArgs& args) {
+  const GroupNormSiluArgs& a = args.norm;
+  with_types(a.dtype, a.silu, [&](auto type, auto silu) {
+    using T = decltype(type);
+    const Cut cut(a.shape, a.groups, sizeof(T), sizeof(T), a.run_on.threads());
+    cut.run(a.shape, a.groups, kGrain, a.run_on.threads(),
+            [&](const Slice& slice) { Forward<T, silu()>(a, slice, &args); });
   });
 }
 

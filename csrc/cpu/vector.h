@@ -58,8 +58,29 @@ typedef std::uint16_t HalfWords __attribute__((vector_size(kVectorSize / 2)));
 
 // ------------------------------------------------------------------------------------------------------- arithmetic
 
-DDPM_FAST_INLINE Floats broadcast(float value) { return Floats{} + value; }
-DDPM_FAST_INLINE Doubles broadcast(double value) { return Doubles{} + value; }
+// Not as a sum with zeros, which the compiler would have to carry out.
+DDPM_FAST_INLINE Floats broadcast(float value) {
+#if defined(__AVX512F__)
+  return _mm512_set1_ps(value);
+#elif defined(__AVX2__)
+  return _mm256_set1_ps(value);
+#else
+  Floats v;
+  for (int i = 0; i < kWidth<float>; ++i) v[i] = value;
+  return v;
+#endif
+}
+DDPM_FAST_INLINE Doubles broadcast(double value) {
+#if defined(__AVX512F__)
+  return _mm512_set1_pd(value);
+#elif defined(__AVX2__)
+  return _mm256_set1_pd(value);
+#else
+  Doubles v;
+  for (int i = 0; i < kWidth<double>; ++i) v[i] = value;
+  return v;
+#endif
+}
 
 // a * b + c, rounded once where the instruction set can.
 DDPM_FAST_INLINE Floats fma(Floats a, Floats b, Floats c) {

@@ -10,7 +10,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import Attention, Downsample, GroupNormSiLU, ResnetBlock, TimeEmbedding, Upsample, timestep_embedding
+from .layers import (
+    Attention,
+    Downsample,
+    GroupNormSiLU,
+    ResnetBlock,
+    TimeEmbedding,
+    Upsample,
+    rescaled_in_place,
+    timestep_embedding,
+)
+from .packed import (
+    PackedAttention,
+    PackedConv,
+    PackedResnetBlock,
+    has_fast_bfloat16,
+    packed_downsample,
+    packed_upsample,
+    why_not_packed,
+)
 from .unet import DownBlock, MidBlock, UNet, UpBlock, checked_timesteps, through_layers
 
 # What a UNet is built of. A layer that something else has taken the place of (an adapter, say) would be lost in the copy.
@@ -29,15 +47,17 @@ def freeze(
 ) -> FrozenUNet:
     """The inference form of a U-Net: called like it, with its outputs up to the rounding of dtype, and without gradients.
 
-    Weights are cast once, to channels_last. The projections of the time embedding, one for every residual block, are tables
-    over the timesteps, computed in float64 (for a network with classes the embedding is such a table, and all projections are
-    one product). Attention makes its queries, keys and values in one product; biases and the shortcuts of residual blocks
-    join their neighbours; dropout is gone. Norms keep float32 parameters.
+    On a CPU, convolutions and matrix products are this package's own: weights are packed for them at the first use, and they
+    norm and activate their input as they read it, read skip connections where those are, and add residuals as they write.
+    Elsewhere weights are cast once, to channels_last. The projections of the time embedding, one for every residual block, are
+    tables over the timesteps, computed in float64 (for a network with classes the embedding is such a table, and all
+    projections are one product). Attention makes its queries, keys and values in one product; biases and the shortcuts of
+    residual blocks join their neighbours; dropout is gone. Norms keep float32 parameters.
 
     Args:
         model: left as it is. What happens to its weights later does not show in the inference form.
-        dtype: of weights and activations. None: the model's, but for a float32 model on a GPU bfloat16, or float16 where the
-            GPU has no bfloat16.
+        dtype: of weights and activations. None: the model's, but for a float32 model bfloat16 where the device is fast at it,
+            and on another GPU float16.
         device: None: where the model is.
         num_timesteps: T; timesteps are integers in 0..T-1. None: `num_train_timesteps` of the config, or 1000.
 
@@ -59,8 +79,10 @@ def freeze(
 
 def default_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """What `freeze` makes of a model of this dtype on this device."""
-    if device.type != "cuda" or dtype != torch.float32:
+    if dtype != torch.float32 or device.type not in ("cpu", "cuda"):
         return dtype
+    if device.type == "cpu":
+        return torch.bfloat16 if has_fast_bfloat16() else torch.float32
     with torch.cuda.device(device):
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
@@ -84,24 +106,37 @@ class FrozenUNet(nn.Module):
     Attributes:
         config: the model's.
         num_timesteps: T.
+        dtype: of weights and activations.
+        why_not_packed: the reason why convolutions are PyTorch's; None where they are this package's own, on a CPU.
     """
 
     def __init__(self, model: UNet, dtype: torch.dtype, device: torch.device, num_timesteps: int) -> None:
         super().__init__()
         self._config = model._config
         self.config: dict[str, Any] = dict(model.config)
-        self.num_timesteps = num_timesteps
+        self.num_timesteps, self.dtype = num_timesteps, dtype
+        self.why_not_packed = why_not_packed(device, dtype)
+        packed = self.why_not_packed is None
         model = copy.deepcopy(model).eval().to(device)
-        self.conv_in = model.conv_in
+        self.conv_in: nn.Module = model.conv_in
         self.down_blocks, self.mid_block, self.up_blocks = model.down_blocks, model.mid_block, model.up_blocks
-        self.conv_norm_out, self.conv_out = model.conv_norm_out, model.conv_out
+        self.conv_norm_out: nn.Module = model.conv_norm_out
+        self.conv_out: nn.Module = model.conv_out
         projections: list[tuple[Tensor, Tensor]] = []
         for block in (*self.down_blocks, self.mid_block, *self.up_blocks):
             for i, resnet in enumerate(block.resnets):
                 place = len(projections)
                 projections += _time_projections(resnet)
-                block.resnets[i] = FrozenResnetBlock(resnet, place)
-            block.attentions = nn.ModuleList([FrozenAttention(attention) for attention in block.attentions])
+                block.resnets[i] = PackedResnetBlock(resnet, place, dtype) if packed else FrozenResnetBlock(resnet, place)
+            block.attentions = nn.ModuleList(
+                [PackedAttention(attention, dtype) if packed else FrozenAttention(attention) for attention in block.attentions]
+            )
+            if packed:
+                _pack_samplers(block, dtype)
+        if packed:
+            self.conv_in = PackedConv(model.conv_in, dtype=dtype)
+            self.conv_norm_out = nn.Identity()
+            self.conv_out = PackedConv(model.conv_out, model.conv_norm_out, dtype=dtype)
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 module.to(dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -122,9 +157,16 @@ class FrozenUNet(nn.Module):
         t = checked_timesteps(self._config, x, t, class_labels)
         if t.is_floating_point():
             raise TypeError(f"FrozenUNet: expected integer timesteps, got {t.dtype}")
-        x = x.to(self.conv_in.weight.dtype, memory_format=torch.channels_last)
+        x = x.to(self.dtype, memory_format=torch.channels_last)
         with torch.autocast(x.device.type, enabled=False):  # every layer has its dtype
             return through_layers(self, x, self.modulations(t, class_labels))
+
+
+def _pack_samplers(block: nn.Module, dtype: torch.dtype) -> None:
+    for name, pack in (("downsamplers", packed_downsample), ("upsamplers", packed_upsample)):
+        layers = getattr(block, name, ())
+        if layers:
+            setattr(block, name, nn.ModuleList([pack(layer, dtype) for layer in layers]))
 
 
 class Modulations(nn.Module):
@@ -192,7 +234,9 @@ class FrozenResnetBlock(nn.Module):
             self.shortcut.weight = nn.Parameter(block.conv_shortcut.weight.flatten(1))
             self.conv2.bias = nn.Parameter(_sum(block.conv2.bias, block.conv_shortcut.bias))
 
-    def forward(self, x: Tensor, modulations: list[Tensor]) -> Tensor:
+    def forward(self, x: Tensor, modulations: list[Tensor], skip: Tensor | None = None) -> Tensor:
+        if skip is not None:
+            x = torch.cat((x, skip), dim=1)
         h = self.conv1(self.norm1(x))
         if self.scale_shift:
             h = self.norm2(h, scale_shift=(modulations[self.place], modulations[self.place + 1]))
@@ -207,7 +251,7 @@ class FrozenResnetBlock(nn.Module):
             pixels = h.permute(0, 2, 3, 1).reshape(n * height * width, c)  # views, where h and x are channels_last
             pixels.addmm_(x.permute(0, 2, 3, 1).reshape(n * height * width, x.shape[1]), self.shortcut.weight.t())
             h = pixels.view(n, height, width, c).permute(0, 3, 1, 2)
-        return _rescaled_in_place(h, self.output_scale_factor)
+        return rescaled_in_place(h, self.output_scale_factor)
 
 
 class FrozenAttention(nn.Module):
@@ -217,10 +261,7 @@ class FrozenAttention(nn.Module):
         super().__init__()
         self.num_heads, self.output_scale_factor = attention.num_heads, attention.output_scale_factor
         self.group_norm = attention.group_norm
-        projections = (attention.to_q, attention.to_k, attention.to_v)
-        self.to_qkv = nn.Linear(attention.to_q.in_features, 3 * attention.to_q.out_features)
-        self.to_qkv.weight = nn.Parameter(torch.cat([linear.weight for linear in projections]))
-        self.to_qkv.bias = nn.Parameter(torch.cat([linear.bias for linear in projections]))
+        self.to_qkv = attention.joined_projections()
         self.to_out = attention.to_out[0]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -232,11 +273,7 @@ class FrozenAttention(nn.Module):
         h = F.scaled_dot_product_attention(q, k, v)
         h = self.to_out(h.transpose(1, 2).flatten(2)).transpose(1, 2).view(n, c, height, width)
         h += x
-        return _rescaled_in_place(h, self.output_scale_factor)
-
-
-def _rescaled_in_place(x: Tensor, factor: float) -> Tensor:
-    return x if factor == 1 else x.div_(factor)
+        return rescaled_in_place(h, self.output_scale_factor)
 
 
 def _time_projections(block: ResnetBlock) -> list[tuple[Tensor, Tensor]]:

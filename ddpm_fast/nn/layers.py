@@ -95,7 +95,10 @@ class ResnetBlock(nn.Module):
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, skip: Tensor | None = None) -> Tensor:
+        """skip: further channels of x, [N, S, H, W]; in_channels counts them."""
+        if skip is not None:
+            x = torch.cat((x, skip), dim=1)
         h = self.conv1(self.norm1(x))
         time = self.time_emb_proj(emb)  # [N, out_channels] or [N, 2 * out_channels]
         h = self.norm2(h, scale_shift=time.chunk(2, dim=1)) if self.scale_shift else self.norm2(h, shift=time)
@@ -127,6 +130,14 @@ class Attention(nn.Module):
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def joined_projections(self) -> nn.Linear:
+        """Queries, keys and values as one layer: a copy."""
+        projections = (self.to_q, self.to_k, self.to_v)
+        joined = nn.Linear(self.to_q.in_features, 3 * self.to_q.out_features, device="meta")
+        joined.weight = nn.Parameter(torch.cat([linear.weight for linear in projections]))
+        joined.bias = nn.Parameter(torch.cat([linear.bias for linear in projections]))
+        return joined
 
     def forward(self, x: Tensor) -> Tensor:
         n, c, height, width = x.shape
@@ -168,3 +179,7 @@ class Upsample(nn.Module):
 
 def _rescaled(x: Tensor, factor: float) -> Tensor:
     return x if factor == 1 else x / factor
+
+
+def rescaled_in_place(x: Tensor, factor: float) -> Tensor:
+    return x if factor == 1 else x.div_(factor)

@@ -262,7 +262,7 @@ class UpBlock(nn.Module):
     def forward(self, x: Tensor, emb: Tensor, skips: list[Tensor]) -> Tensor:
         """[N, C, H, W] -> [N, channels, 2 H, 2 W] (H, W without upsampling); takes one of `skips` per layer, from the end."""
         for i, resnet in enumerate(self.resnets):
-            x = resnet(torch.cat((x, skips.pop()), dim=1), emb)
+            x = resnet(x, emb, skips.pop())
             if self.attentions:
                 x = self.attentions[i](x)
         for upsample in self.upsamplers:

@@ -105,6 +105,11 @@ def dtype_code(x: Tensor | None) -> int:
     return 0 if x is None else _CODES[x.dtype]
 
 
+def typed(x: Tensor | None) -> tuple[int, int]:
+    """Address and dtype code of a small input; zeros where it is absent."""
+    return (0, 0) if x is None else (x.data_ptr(), dtype_code(x))
+
+
 # ---------------------------------------------------------------------------------------------------------------- checks
 
 

@@ -20,6 +20,7 @@ from ._library import (
     no_second_derivative,
     pointer,
     sizes,
+    typed,
 )
 from .backend import choose, launch, workspace
 
@@ -176,7 +177,7 @@ def _native_forward(
         x.device,
         code,
         *(y.data_ptr(), pointer(mean), pointer(rstd), x.data_ptr()),
-        *(*_typed(weight), *_typed(bias), *_typed(shift), *_typed(scale), *_typed(scale_shift)),
+        *(*typed(weight), *typed(bias), *typed(shift), *typed(scale), *typed(scale_shift)),
         *(n, c, hw, num_groups, eps, int(silu), channels_last, pointer(scratch)),
     )
     return y
@@ -257,7 +258,7 @@ def _gradients(
             code,
             *[0 if grad is None else grad.data_ptr() for grad in grads],
             *(grad_y.data_ptr(), x.data_ptr(), mean.data_ptr(), rstd.data_ptr()),
-            *(*_typed(weight), *_typed(bias), *_typed(shift), *_typed(scale), *_typed(scale_shift)),
+            *(*typed(weight), *typed(bias), *typed(shift), *typed(scale), *typed(scale_shift)),
             *(n, c, hw, num_groups, int(silu), channels_last, pointer(scratch)),
         )
     else:
@@ -291,11 +292,6 @@ def _backward_fake(
 
 def _contiguous(x: Tensor | None) -> Tensor | None:
     return x if x is None or x.is_contiguous() else x.contiguous()
-
-
-def _typed(x: Tensor | None) -> tuple[int, int]:
-    """Address and dtype code of a small input; zeros where it is absent."""
-    return (0, 0) if x is None else (x.data_ptr(), dtype_code(x))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -1,0 +1,310 @@
+"""Layers of the inference form on a CPU: convolutions with packed weights, whose input is normed and activated as it is read.
+
+Maps are channels_last. A skip connection is read where it is: "x and skip" are the channels of x and then those of skip.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops._library import define, dtype_code, is_plain, pointer, typed
+from ..ops.backend import native, native_error
+from .layers import Attention, Downsample, GroupNormSiLU, ResnetBlock, Upsample, rescaled_in_place
+
+DTYPES: Final = (torch.float32, torch.bfloat16)
+
+# G of Winograd's F(2x2, 3x3): weights of a transformed tile are G g G^T (Lavin and Gray 2015).
+_WINOGRAD: Final = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], dtype=torch.float64)
+# Of a row of the output after upsampling by 2, even or odd: which taps of three fall on which of two pixels.
+_UPSAMPLED: Final = torch.tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], dtype=torch.float64)
+# 2x2 tiles of a batch that are worth reading 16/9 of the weights.
+_WINOGRAD_TILES: Final = 8
+
+
+def why_not_packed(device: torch.device, dtype: torch.dtype) -> str | None:
+    """The reason why a network of this dtype is not frozen to the layers of this module; None where it is."""
+    if device.type != "cpu":
+        return f"they run on the CPU, not on {device.type}"
+    if native_error() is not None:
+        return f"the compiled module did not load: {native_error()}"
+    if dtype not in DTYPES:
+        return f"they compute in float32 and bfloat16, not in {dtype}"
+    if not hasattr(native().cpu, "conv_winograd"):
+        return "the compiled module is older than this source and lacks them: build it again"
+    if native().build_info()["isa"] == "baseline":
+        return "this CPU has neither AVX2 nor AVX-512"
+    if dtype == torch.bfloat16 and native().build_info()["amx_bf16"]:
+        return "this CPU has matrix units for bfloat16, which oneDNN uses and they do not"
+    return None
+
+
+def has_fast_bfloat16() -> bool:
+    """Whether this CPU multiplies in bfloat16, and is asked to."""
+    return native_error() is None and (native().build_info()["isa"] == "avx512_bf16" or native().build_info()["amx_bf16"])
+
+
+class PackedConv(nn.Module):
+    """A convolution, with the norm and activation before it and the addition after it: conv(act(norm(x and skip))) + added.
+
+    Weights are packed at the first use, for the method that the size of the map asks for.
+
+    Args:
+        conv: 3x3 or 1x1, of stride 1 or 2; a linear layer is a 1x1 convolution.
+        norm: None: of the input as it is.
+        upsample: of every pixel twice in both directions before the convolution.
+        asymmetric: pads by one to the right and below.
+    """
+
+    def __init__(
+        self,
+        conv: nn.Conv2d | nn.Linear,
+        norm: GroupNormSiLU | None = None,
+        *,
+        dtype: torch.dtype,
+        upsample: bool = False,
+        asymmetric: bool = False,
+    ) -> None:
+        super().__init__()
+        self.norm = norm
+        weight = conv.weight[:, :, None, None] if isinstance(conv, nn.Linear) else conv.weight
+        self.weight = nn.Parameter(weight, requires_grad=False)  # [out, in, kernel, kernel], as it came
+        self.dtype = dtype  # of maps and packed weights
+        channels = len(weight)
+        bias = torch.zeros(channels) if conv.bias is None else conv.bias.float()
+        self.bias = nn.Parameter(F.pad(bias, (0, -channels % native().cpu.panel)), requires_grad=False)
+        self.kernel = weight.shape[-1]
+        self.stride = conv.stride[0] if isinstance(conv, nn.Conv2d) else 1
+        self.padding = 0 if asymmetric else self.kernel // 2
+        self.upsample, self.asymmetric = upsample, asymmetric
+        self._packed: dict[str, Tensor] = {}  # by method
+
+    def forward(
+        self,
+        x: Tensor,
+        skip: Tensor | None = None,
+        *,
+        shift: Tensor | None = None,
+        scale_shift: tuple[Tensor, Tensor] | None = None,
+        added: Tensor | None = None,
+    ) -> Tensor:
+        """[N, C, H, W] and perhaps [N, S, H, W] -> [N, out, H', W'], channels_last.
+
+        shift, scale_shift: of the norm, as in `group_norm_silu`. added: as the output.
+        """
+        x = x.contiguous(memory_format=torch.channels_last)
+        skip = None if skip is None else skip.contiguous(memory_format=torch.channels_last)
+        norm_lines, convolve = (_norm_lines, _conv) if is_plain(x) else _REGISTERED
+        lines, silu = None, False
+        if self.norm is not None:
+            norm, silu = self.norm, self.norm.activation == "silu"
+            scale, shift_2 = (None, None) if scale_shift is None else scale_shift
+            small = (norm.weight, norm.bias, shift, scale, shift_2)
+            lines = norm_lines(x, skip, *small, norm.num_groups, norm.eps, silu)
+        n, _, height, width = x.shape
+        if self.upsample:
+            method, height, width = "upsample", 2 * height, 2 * width
+        else:
+            tiles = n * ((height + 1) // 2) * ((width + 1) // 2)
+            method = "winograd" if self.kernel == 3 and self.stride == 1 and tiles >= _WINOGRAD_TILES else "direct"
+            both = 1 if self.asymmetric else 2 * self.padding
+            height, width = [(size + both - self.kernel) // self.stride + 1 for size in (height, width)]
+        out: Tensor = convolve(
+            *(x, skip, lines, silu, self._weights(method), self.bias, added, method),
+            *(self.weight.shape[0], height, width, self.kernel, self.stride, self.padding),
+        )
+        return out
+
+    def _weights(self, method: str) -> Tensor:
+        if method not in self._packed:
+            self._packed[method] = pack(self.weight, method, self.dtype)
+        return self._packed[method]
+
+
+def pack(weight: Tensor, method: str, dtype: torch.dtype) -> Tensor:
+    """Weights [out, in, k, k] in the order in which a kernel reads them: [panels, taps, in / step, panel, step].
+
+    A panel is some output channels, as many as sums fit into registers; a step is what a multiply-add takes, two input channels
+    in bfloat16. What is missing to whole panels and steps is 0.
+
+    Args:
+        method: "direct": taps are the k k pixels. "winograd": the 16 positions of a transformed tile. "upsample": for each
+            pixel of a 2x2 square of the output, the 4 pixels of the small map that it is made of.
+    """
+    wide = weight.double()
+    if method == "winograd":
+        taps = torch.einsum("ak,bl,oikl->abio", _WINOGRAD, _WINOGRAD, wide).flatten(0, 1)
+    elif method == "upsample":
+        taps = torch.einsum("pak,qbl,oikl->pqabio", _UPSAMPLED, _UPSAMPLED, wide).flatten(0, 3)
+    else:
+        taps = wide.permute(2, 3, 1, 0).flatten(0, 1)
+    panel, step = native().cpu.panel, 2 if dtype == torch.bfloat16 else 1
+    taps = F.pad(taps, (0, -taps.shape[2] % panel, 0, -taps.shape[1] % step)).to(dtype)  # [taps, in, out]
+    panels = taps.view(len(taps), taps.shape[1] // step, step, -1, panel)
+    return panels.permute(3, 0, 1, 4, 2).contiguous()
+
+
+class PackedResnetBlock(nn.Module):
+    """`FrozenResnetBlock` with packed convolutions; see there for `place`."""
+
+    def __init__(self, block: ResnetBlock, place: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.place, self.scale_shift = place, block.scale_shift
+        self.output_scale_factor = block.output_scale_factor
+        if not self.scale_shift:
+            block.conv1.bias = None  # it is part of the shift
+        self.conv1 = PackedConv(block.conv1, block.norm1, dtype=dtype)
+        self.conv2 = PackedConv(block.conv2, block.norm2, dtype=dtype)
+        self.shortcut = None if block.conv_shortcut is None else PackedConv(block.conv_shortcut, dtype=dtype)
+
+    def forward(self, x: Tensor, modulations: list[Tensor], skip: Tensor | None = None) -> Tensor:
+        h: Tensor = self.conv1(x, skip)
+        added = x if self.shortcut is None else self.shortcut(x, skip)
+        if self.scale_shift:
+            scale_shift = (modulations[self.place], modulations[self.place + 1])
+            h = self.conv2(h, scale_shift=scale_shift, added=added)
+        else:
+            h = self.conv2(h, shift=modulations[self.place], added=added)
+        return rescaled_in_place(h, self.output_scale_factor)
+
+
+class PackedAttention(nn.Module):
+    """`FrozenAttention` with packed products."""
+
+    def __init__(self, attention: Attention, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.num_heads, self.output_scale_factor = attention.num_heads, attention.output_scale_factor
+        self.to_qkv = PackedConv(attention.joined_projections(), attention.group_norm, dtype=dtype)
+        to_out = attention.to_out[0]
+        assert isinstance(to_out, nn.Linear)
+        self.to_out = PackedConv(to_out, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, height, width = x.shape
+        qkv: Tensor = self.to_qkv(x).permute(0, 2, 3, 1)  # [N, H, W, 3 C], contiguous
+        q, k, v = qkv.view(n, height * width, 3, self.num_heads, c // self.num_heads).permute(2, 0, 3, 1, 4)
+        h: Tensor = F.scaled_dot_product_attention(q, k, v)  # [N, heads, HW, C / heads]
+        h = h.transpose(1, 2).reshape(n, height, width, c).permute(0, 3, 1, 2)
+        h = self.to_out(h, added=x.contiguous(memory_format=torch.channels_last))
+        return rescaled_in_place(h, self.output_scale_factor)
+
+
+def packed_downsample(downsample: Downsample, dtype: torch.dtype) -> PackedConv:
+    return PackedConv(downsample.conv, dtype=dtype, asymmetric=downsample.asymmetric)
+
+
+def packed_upsample(upsample: Upsample, dtype: torch.dtype) -> PackedConv:
+    return PackedConv(upsample.conv, dtype=dtype, upsample=True)
+
+
+# -------------------------------------------------------------------------------------------------------------------- ops
+
+
+def _norm_lines(
+    x: Tensor,
+    skip: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    scale_shift: Tensor | None,
+    num_groups: int,
+    eps: float,
+    silu: bool,
+) -> Tensor:
+    """What the norm of x and skip does to each channel of each sample, [N, 3, C]: center, slope and intercept."""
+    n, channels, height, width = x.shape
+    skip_channels = 0 if skip is None else skip.shape[1]
+    lines = torch.empty(n, 3, channels + skip_channels)
+    native().cpu.group_norm_lines(
+        *(dtype_code(x), lines.data_ptr(), x.data_ptr(), pointer(skip)),
+        *(*typed(weight), *typed(bias), *typed(shift), *typed(scale), *typed(scale_shift)),
+        *(n, channels, skip_channels, height * width, num_groups, eps, silu, torch.get_num_threads()),
+    )
+    return lines
+
+
+def _norm_lines_fake(
+    x: Tensor,
+    skip: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    scale_shift: Tensor | None,
+    num_groups: int,
+    eps: float,
+    silu: bool,
+) -> Tensor:
+    return torch.empty(x.shape[0], 3, len(weight), device=x.device)
+
+
+def _conv(
+    x: Tensor,
+    skip: Tensor | None,
+    lines: Tensor | None,
+    silu: bool,
+    weights: Tensor,
+    bias: Tensor,
+    added: Tensor | None,
+    method: str,
+    out_channels: int,
+    out_height: int,
+    out_width: int,
+    kernel: int,
+    stride: int,
+    padding: int,
+) -> Tensor:
+    """A convolution with the weights that `pack` packs for this method."""
+    n, channels, height, width = x.shape
+    y = _conv_fake(
+        x, skip, lines, silu, weights, bias, added, method, out_channels, out_height, out_width, kernel, stride, padding
+    )
+    kernels = native().cpu
+    run = kernels.conv_winograd if method == "winograd" else kernels.conv_direct
+    run(
+        *(dtype_code(x), y.data_ptr(), x.data_ptr(), pointer(skip), pointer(lines), silu, weights.data_ptr()),
+        *(bias.data_ptr(), pointer(added), n, height, width, channels, 0 if skip is None else skip.shape[1]),
+        *(out_height, out_width, out_channels, kernel, stride, padding, method == "upsample", torch.get_num_threads()),
+    )
+    return y
+
+
+def _conv_fake(
+    x: Tensor,
+    skip: Tensor | None,
+    lines: Tensor | None,
+    silu: bool,
+    weights: Tensor,
+    bias: Tensor,
+    added: Tensor | None,
+    method: str,
+    out_channels: int,
+    out_height: int,
+    out_width: int,
+    kernel: int,
+    stride: int,
+    padding: int,
+) -> Tensor:
+    shape = (x.shape[0], out_channels, out_height, out_width)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+define(
+    "norm_lines",
+    "(Tensor x, Tensor? skip, Tensor weight, Tensor bias, Tensor? shift, Tensor? scale, Tensor? scale_shift, "
+    "int num_groups, float eps, bool silu) -> Tensor",
+    _norm_lines,
+    _norm_lines_fake,
+)
+define(
+    "conv",
+    "(Tensor x, Tensor? skip, Tensor? lines, bool silu, Tensor weights, Tensor bias, Tensor? added, str method, "
+    "int out_channels, SymInt out_height, SymInt out_width, int kernel, int stride, int padding) -> Tensor",
+    _conv,
+    _conv_fake,
+)
+_REGISTERED: Final = (torch.ops.ddpm_fast.norm_lines, torch.ops.ddpm_fast.conv)

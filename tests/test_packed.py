@@ -1,0 +1,199 @@
+"""Convolutions with packed weights: what they compute, in every method, size and instruction set."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from small_unets import relative_error
+from torch import Tensor, nn
+
+from ddpm_fast.nn import packed
+from ddpm_fast.nn.layers import GroupNormSiLU
+from ddpm_fast.nn.packed import PackedConv
+from ddpm_fast.ops import backend
+
+pytestmark = pytest.mark.skipif(backend.native_error() is not None, reason="there is no compiled module")
+
+# n, channels of x and of skip, output channels, height, width: panels and vectors that are not full, maps of one pixel, more
+# columns than a strip, several samples in a block, blocks of several samples.
+SHAPES = [
+    (1, 5, 0, 9, 1, 1),
+    (2, 3, 0, 70, 6, 8),
+    (1, 32, 20, 40, 5, 7),
+    (2, 16, 0, 3, 4, 150),
+    (3, 24, 8, 64, 4, 4),
+    (5, 130, 0, 33, 2, 6),
+    (1, 64, 0, 130, 20, 18),
+]
+# kernel, stride, asymmetric padding, upsampling.
+CONVOLUTIONS = {
+    "3x3": (3, 1, False, False),
+    "1x1": (1, 1, False, False),
+    "strided": (3, 2, False, False),
+    "strided, padded behind": (3, 2, True, False),
+    "upsampled": (3, 1, False, True),
+}
+
+
+def dense(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def expected(layer: PackedConv, x: Tensor, norm: bool, added: Tensor | None, **small: Tensor) -> Tensor:
+    """In x's dtype, layer by layer."""
+    if norm:
+        assert layer.norm is not None
+        x = layer.norm.to(x.dtype)(x, **small)
+    if layer.upsample:
+        x = F.interpolate(x, scale_factor=2.0)
+    if layer.asymmetric:
+        x = F.pad(x, (0, 1, 0, 1))
+    weight, bias = layer.weight.to(x.dtype), layer.bias[: len(layer.weight)].to(x.dtype)
+    out = F.conv2d(x, weight, bias, layer.stride, layer.padding)
+    return out if added is None else out + added
+
+
+def check(convolution: str, shape: tuple[int, ...], dtype: torch.dtype, norm: bool, methods: tuple[str, ...] = ()) -> None:
+    kernel, stride, asymmetric, upsample = CONVOLUTIONS[convolution]
+    n, channels, skip_channels, out_channels, height, width = shape
+    if asymmetric and min(height, width) == 1:
+        return
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator)
+
+    total = channels + skip_channels
+    conv = nn.Conv2d(total, out_channels, kernel, stride, 0 if asymmetric else kernel // 2)
+    group_norm = GroupNormSiLU(1 if total % 4 else 4, total, 1e-5)
+    with torch.no_grad():
+        conv.weight.copy_(randn(*conv.weight.shape) / conv.weight[0].numel() ** 0.5)
+        assert conv.bias is not None
+        conv.bias.copy_(randn(out_channels))
+        group_norm.weight.copy_(randn(total))
+        group_norm.bias.copy_(randn(total))
+    conv.weight.data = conv.weight.to(dtype).float()  # what is compared is the arithmetic, not the rounding of weights
+    layer = PackedConv(conv, group_norm if norm else None, dtype=dtype, upsample=upsample, asymmetric=asymmetric)
+    x = dense(randn(n, total, height, width).to(dtype))
+    skip = dense(x[:, channels:]) if skip_channels else None
+    small = {"shift": randn(n, total)} if norm else {}
+    with torch.no_grad():
+        truth = expected(layer, x.double(), norm, None, **{name: value.double() for name, value in small.items()})
+        added = dense(randn(*truth.shape).to(dtype))
+        truth = truth + added.double()
+        if layer.norm is not None:
+            layer.norm.float()
+        out = layer(dense(x[:, :channels]), skip, added=added, **small)
+        allowed = relative_error(expected(layer, x, norm, added, **{k: v.to(dtype) for k, v in small.items()}), truth)
+    assert (out.shape, out.dtype) == (truth.shape, dtype)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    # Long sums in another order, or in tiles, are as good as PyTorch's up to a factor; never better than rounding allows.
+    unit = torch.finfo(dtype).eps / 2
+    assert relative_error(out, truth) <= max(2 * allowed, 4 * unit)
+    if methods:
+        assert set(layer._packed) <= set(methods)
+
+
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("dtype", packed.DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("convolution", CONVOLUTIONS)
+def test_is_norm_activation_convolution_and_addition(
+    convolution: str, shape: tuple[int, ...], dtype: torch.dtype, norm: bool
+) -> None:
+    check(convolution, shape, dtype, norm)
+
+
+@pytest.mark.parametrize("method", ["winograd", "direct"])
+@pytest.mark.parametrize("dtype", packed.DTYPES)
+def test_either_method_serves_a_3x3_convolution(method: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "_WINOGRAD_TILES", 0 if method == "winograd" else 10**9)
+    for shape in SHAPES:
+        for norm in (True, False):
+            check("3x3", shape, dtype, norm, methods=(method,))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+def test_threads_change_no_bit(threads: int) -> None:
+    torch.manual_seed(0)
+    x = dense(torch.randn(2, 64, 12, 12))
+    layers = [
+        PackedConv(nn.Conv2d(64, 96, 3, padding=1), GroupNormSiLU(8, 64, 1e-5), dtype=torch.float32),
+        PackedConv(nn.Conv2d(64, 96, 3, 2, padding=1), dtype=torch.float32),
+        PackedConv(nn.Conv2d(64, 96, 3, padding=1), dtype=torch.float32, upsample=True),
+        PackedConv(nn.Linear(64, 192), GroupNormSiLU(8, 64, 1e-5), dtype=torch.float32),
+    ]
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = [layer(x) for layer in layers]
+        torch.set_num_threads(threads)
+        for layer, out in zip(layers, alone, strict=True):
+            for _ in range(2):
+                assert torch.equal(layer(x), out)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_an_image_does_not_depend_on_the_others() -> None:
+    """But for the method, which the number of tiles decides."""
+    torch.manual_seed(0)
+    x = dense(torch.randn(5, 32, 8, 8))
+    for layer in (
+        PackedConv(nn.Conv2d(32, 40, 3, padding=1), GroupNormSiLU(8, 32, 1e-5), dtype=torch.float32),
+        PackedConv(nn.Conv2d(32, 40, 3, 2, padding=1), dtype=torch.float32),
+    ):
+        assert torch.equal(layer(x)[3:4], layer(x[3:4]))
+
+
+def test_an_empty_batch() -> None:
+    layer = PackedConv(nn.Conv2d(8, 16, 3, padding=1), GroupNormSiLU(4, 8, 1e-5), dtype=torch.float32)
+    assert layer(torch.empty(0, 8, 6, 6)).shape == (0, 16, 6, 6)
+
+
+def test_reasons_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+
+    class Module:
+        def __init__(self, **info: object) -> None:
+            self.cpu, self.info = type("cpu", (), {"conv_winograd": None, "panel": 16}), info
+
+        def build_info(self) -> dict[str, object]:
+            return self.info
+
+    assert packed.why_not_packed(torch.device("cuda", 0), torch.float32) == "they run on the CPU, not on cuda"
+    assert packed.why_not_packed(cpu, torch.float64) == "they compute in float32 and bfloat16, not in torch.float64"
+    for isa, amx, dtype, reason in (
+        ("avx2", False, torch.bfloat16, None),
+        ("avx512_bf16", True, torch.float32, None),
+        ("avx512_bf16", True, torch.bfloat16, "matrix units for bfloat16"),
+        ("baseline", False, torch.float32, "neither AVX2 nor AVX-512"),
+    ):
+        monkeypatch.setattr(packed, "native", lambda isa=isa, amx=amx: Module(isa=isa, amx_bf16=amx))
+        got = packed.why_not_packed(cpu, dtype)
+        assert got is None if reason is None else reason in str(got)
+        assert packed.has_fast_bfloat16() == (isa == "avx512_bf16")
+    monkeypatch.setattr(packed, "native_error", lambda: "gone")
+    assert packed.why_not_packed(cpu, torch.float32) == "the compiled module did not load: gone"
+    assert not packed.has_fast_bfloat16()
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_lesser_instruction_sets(isa: str) -> None:
+    """The kernels of other sets, with other vectors and panels, in a process of their own."""
+    if isa not in backend.native().build_info()["isas"] or isa == backend.native().build_info()["isa"]:
+        pytest.skip(f"{isa} is not compiled, or is what the other tests run")
+    tests = ["test_is_norm_activation_convolution_and_addition", "test_either_method_serves_a_3x3_convolution"]
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *[f"{Path(__file__)}::{name}" for name in tests]],
+        env=os.environ | {"DDPM_FAST_ISA": isa},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout[-3000:]
