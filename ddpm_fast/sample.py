@@ -17,6 +17,7 @@ from .loop import Loop
 from .networks import device_and_dtype, evaluation_mode, model_config
 from .nn.freeze import FrozenUNet
 from .ops import sample_seeds
+from .ops._library import check_number
 from .plan import SamplingPlan
 
 _TRAJECTORY_FRAMES = 51
@@ -122,6 +123,7 @@ def sample(
     shape = _image_shape(model, plan, shape)
     seeds = resolve_seeds("sample", seed, num_samples)
     labels, no_label = resolve_labels("sample", model, class_labels, num_samples)
+    check_number("sample", "guidance_scale", 1 if guidance_scale is None else guidance_scale)
     if guidance_scale is not None and not math.isfinite(guidance_scale):
         raise ValueError(f"sample: expected guidance_scale to be finite or None, got {guidance_scale}")
     guided = guidance_scale is not None and guidance_scale != 1
@@ -257,11 +259,13 @@ def resolve_labels(
         return (None if no_label is None else torch.full((num_samples,), no_label)), no_label
     if config and num_classes is None:
         raise ValueError(f"{caller}: expected class_labels to be None, as the model has no classes, got {class_labels}")
-    labels = torch.as_tensor(class_labels)
+    wanted = f"{caller}: expected class_labels to be an int or {num_samples} ints"
+    try:
+        labels = torch.as_tensor(class_labels)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{wanted}, got {class_labels!r}") from None
     if labels.is_floating_point() or labels.shape not in ((), (num_samples,)):
-        raise ValueError(
-            f"{caller}: expected class_labels to be an int or {num_samples} ints, got {labels.dtype} {list(labels.shape)}"
-        )
+        raise ValueError(f"{wanted}, got {labels.dtype} {list(labels.shape)}")
     if num_classes is not None and (labels.min() < 0 or labels.max() >= num_classes):
         raise ValueError(f"{caller}: expected class_labels to be in 0..{num_classes - 1}, got {class_labels}")
     return labels.to(torch.int64).expand(num_samples), no_label

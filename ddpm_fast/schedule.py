@@ -27,10 +27,10 @@ class NoiseSchedule:
             got = f"{betas.dtype} {list(betas.shape)}"
             raise ValueError(f"NoiseSchedule: expected betas to be a floating tensor of shape [T], T >= 1, got {got}")
         betas = betas.detach().to("cpu", torch.float64, copy=True)
-        if not bool(((betas > 0) & (betas <= 1)).all()):
-            raise ValueError(
-                f"NoiseSchedule: expected every beta in (0, 1], got values from {betas.min():.6g} to {betas.max():.6g}"
-            )
+        outside = ~((betas > 0) & (betas <= 1))  # NaN included
+        if outside.any():
+            first = int(outside.nonzero()[0])
+            raise ValueError(f"NoiseSchedule: expected every beta in (0, 1], got {betas[first]:.6g} at index {first}")
         self.betas = betas
         self.name = name
         self._parameters = dict(parameters or {})

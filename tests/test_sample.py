@@ -430,6 +430,8 @@ def test_progress_counts_steps(capsys: pytest.CaptureFixture[str]) -> None:
         ({"class_labels": 4}, ValueError, r"expected class_labels to be in 0\.\.3, got 4"),
         ({"class_labels": [0, 1, 2, -1]}, ValueError, r"expected class_labels to be in 0\.\.3"),
         ({"class_labels": [0, 1]}, ValueError, r"expected class_labels to be an int or 4 ints, got torch.int64 \[2\]"),
+        ({"class_labels": "boot"}, TypeError, "expected class_labels to be an int or 4 ints, got 'boot'"),
+        ({"class_labels": [[0], [1, 2]]}, TypeError, r"expected class_labels to be an int or 4 ints, got \[\[0\], \[1, 2\]\]"),
         ({"class_labels": 0.5}, ValueError, "expected class_labels to be an int or 4 ints, got torch.float32"),
         (
             {"model": tiny_unet(), "class_labels": 1},
@@ -438,6 +440,7 @@ def test_progress_counts_steps(capsys: pytest.CaptureFixture[str]) -> None:
         ),
         ({"model": freeze(tiny_unet(), num_timesteps=19)}, ValueError, "expected a plan of timesteps below 19, got 19"),
         ({"class_labels": 1, "guidance_scale": math.nan}, ValueError, "guidance_scale to be finite or None, got nan"),
+        ({"class_labels": 1, "guidance_scale": "2"}, TypeError, "sample: expected guidance_scale to be a number, got str"),
         ({"guidance_scale": 2.0}, ValueError, "expected guidance_scale to be None or 1, as class_labels is None, got 2.0"),
     ],
 )

@@ -92,10 +92,10 @@ def test_tables_are_kept_by_the_number_of_the_gpu(monkeypatch: pytest.MonkeyPatc
         (lambda: NoiseSchedule.linear(0), "NoiseSchedule.linear: expected num_timesteps to be at least 1, got 0"),
         (
             lambda: NoiseSchedule.from_betas([0.1, 1.5]),
-            "NoiseSchedule: expected every beta in .0, 1., got values from 0.1 to 1.5",
+            "NoiseSchedule: expected every beta in .0, 1., got 1.5 at index 1",
         ),
         (lambda: NoiseSchedule.from_betas([0.0]), "NoiseSchedule: expected every beta in"),
-        (lambda: NoiseSchedule.from_betas([math.nan]), "NoiseSchedule: expected every beta in"),
+        (lambda: NoiseSchedule.from_betas([0.1, math.nan, 2]), "expected every beta in .0, 1., got nan at index 1"),
         (lambda: NoiseSchedule.from_betas([]), r"NoiseSchedule: expected betas .*shape \[T\]"),
         (lambda: NoiseSchedule.from_config({"name": "exp"}), "from_config: expected name to be one of .*, got 'exp'"),
         (lambda: NoiseSchedule.linear(1).rescale_zero_terminal_snr(), "expected a schedule of at least 2 timesteps, got 1"),

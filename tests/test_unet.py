@@ -204,7 +204,12 @@ def test_bad_inputs_are_named() -> None:
     plain, conditional = UNet(**SMALL), UNet(**SMALL | {"num_class_embeds": 3})
     x = torch.zeros(2, 2, 16, 16)
     labels = torch.zeros(2, dtype=torch.int64)
-    for network, arguments, message in [
+    for network, arguments, message, *error in [
+        (plain, ("x", 0), "x to be a tensor, got str", TypeError),
+        (plain, (x, "a"), "t to be an int or a tensor, got str", TypeError),
+        (conditional, (x, 0, [0, 1]), r"class_labels to be int64 \[2\], got list", TypeError),
+        (conditional, (x, 0, labels + 3), r"class_labels in 0\.\.2, got values from 3 to 3"),
+        (conditional, (x, 0, labels - 1), r"class_labels in 0\.\.2, got values from -1 to -1"),
         (plain, (x[0], 0), r"x to be \[N, 2, H, W\], got \(2, 16, 16\)"),
         (plain, (x[:, :1], 0), r"x to be \[N, 2, H, W\]"),
         (plain, (x[..., :15], 0), "x to have H and W that are multiples of 4"),
@@ -214,5 +219,5 @@ def test_bad_inputs_are_named() -> None:
         (conditional, (x, 0, labels[:1]), r"class_labels to be int64 \[2\], got torch.int64 \(1,\)"),
         (conditional, (x, 0, labels.float()), r"class_labels to be int64 \[2\], got torch.float32"),
     ]:
-        with pytest.raises(ValueError, match=f"UNet: expected {message}"):
+        with pytest.raises(error[0] if error else ValueError, match=f"UNet: expected {message}"):
             network(*arguments)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from numbers import Number
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops._library import check_range, is_plain
 from .checkpoint import load_checkpoint, save_checkpoint
 from .config import UNetConfig
 from .layers import (
@@ -95,13 +97,15 @@ class UNet(nn.Module):
             x: x_t, shape [N, in_channels, H, W], contiguous or channels_last; H and W multiples of
                 2^(len(block_out_channels) - 1). Cast to the weights' dtype.
             t: timestep 0..T-1: an int, a tensor without dimensions, or shape [N].
-            class_labels: int64 [N], required by (and only by) a network with `num_class_embeds`.
+            class_labels: int64 [N], required by (and only by) a network with `num_class_embeds`. A label out of range is an
+                error on a CPU; on a GPU, which a check would stall, its range is the caller's promise.
 
         Returns:
             [N, out_channels, H, W] in the weights' dtype (under autocast: the autocast dtype).
 
         Raises:
-            ValueError: a shape does not fit, or labels are missing or unexpected.
+            ValueError: a shape does not fit, or labels are missing, unexpected or out of range.
+            TypeError: x is not a tensor, or t neither a number nor a tensor.
         """
         cfg = self._config
         t = checked_timesteps(cfg, x, t, class_labels)
@@ -158,6 +162,8 @@ class UNet(nn.Module):
 def checked_timesteps(config: UNetConfig, x: Tensor, t: Tensor | int, class_labels: Tensor | None) -> Tensor:
     """Raises what `UNet.forward` documents; returns t as [N] on x's device."""
     multiple = 2 ** (len(config.block_out_channels) - 1)
+    if not isinstance(x, Tensor):
+        raise TypeError(f"UNet: expected x to be a tensor, got {type(x).__name__}")
     if x.ndim != 4 or x.shape[1] != config.in_channels:
         raise ValueError(f"UNet: expected x to be [N, {config.in_channels}, H, W], got {tuple(x.shape)}")
     if x.shape[2] % multiple or x.shape[3] % multiple:
@@ -170,11 +176,17 @@ def checked_timesteps(config: UNetConfig, x: Tensor, t: Tensor | int, class_labe
             raise ValueError(
                 f"UNet: expected class_labels to be int64 [N] (num_class_embeds is {config.num_class_embeds}), got None"
             )
+        if not isinstance(class_labels, Tensor):
+            raise TypeError(f"UNet: expected class_labels to be int64 [{n}], got {type(class_labels).__name__}")
         if class_labels.shape != (n,) or class_labels.dtype != torch.int64:
             raise ValueError(
                 f"UNet: expected class_labels to be int64 [{n}], got {class_labels.dtype} {tuple(class_labels.shape)}"
             )
+        if is_plain(class_labels):  # torch.compile and the like cannot ask for a value
+            check_range("UNet", "class_labels", class_labels, config.num_class_embeds)
     if not isinstance(t, Tensor):
+        if not isinstance(t, Number):
+            raise TypeError(f"UNet: expected t to be an int or a tensor, got {type(t).__name__}")
         return torch.full((n,), t, device=x.device)
     if t.shape not in ((), (n,)):
         raise ValueError(f"UNet: expected t to be an int or of shape [] or [{n}], got {tuple(t.shape)}")

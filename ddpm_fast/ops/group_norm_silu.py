@@ -64,7 +64,9 @@ def group_norm_silu(
     op = "group_norm_silu"
     check_float(op, "x", x, min_dim=2)
     n, channels = x.shape[:2]
-    if not isinstance(num_groups, int) or num_groups < 1 or channels % num_groups:
+    if not isinstance(num_groups, int | torch.SymInt) or isinstance(num_groups, bool):
+        raise TypeError(f"{op}: expected num_groups to be an int, got {type(num_groups).__name__}")
+    if num_groups < 1 or channels % num_groups:
         raise ValueError(f"{op}: expected num_groups to divide the {channels} channels of x, got {num_groups}")
     check_number(op, "eps", eps)
     if not eps > 0:

@@ -107,6 +107,7 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: group_norm_silu(X, 2, scale_shift=torch.ones(2, 4)), TypeError, "expected scale_shift to be a pair of tensors"),
     (lambda: group_norm_silu(torch.zeros(1, 4097), 1, backend="triton"), ddpm_fast.BackendUnavailable, "4096 channels"),
     (lambda: group_norm_silu(X, 3), ValueError, "group_norm_silu: expected num_groups to divide the 4 channels of x, got 3"),
+    (lambda: group_norm_silu(X, 2.0), TypeError, "group_norm_silu: expected num_groups to be an int, got float"),
     (lambda: group_norm_silu(X, 0), ValueError, "group_norm_silu: expected num_groups .*got 0"),
     (lambda: group_norm_silu(X[0, 0, 0], 1), ValueError, "group_norm_silu: expected x to have at least 2 dimensions"),
     (
