@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from . import ops
-from .networks import device_and_dtype, evaluation_mode, placed, predict
+from . import graph, ops
+from .networks import device_and_dtype, evaluation_mode, predict
 from .plan import COLUMNS, Prediction, Variance, ddpm_plan
 from .sample import resolve_labels, resolve_seeds
 from .schedule import NoiseSchedule
@@ -84,7 +84,8 @@ def variational_bound(
         exact_cdf: the normal distribution function in L_0; False takes the tanh approximation that published figures use.
         batch_size: images at a time; None: all.
         progress: show a progress bar.
-        device, dtype: as in `sample`. What comes after the network is computed in float64.
+        device, dtype: as in `sample`, but None is the dtype of the model on a GPU too. What comes after the network is computed
+            in float64.
 
     Returns:
         Every term, an image.
@@ -103,7 +104,6 @@ def variational_bound(
     seeds = resolve_seeds("variational_bound", seed, total)
     weights = ddpm_plan(schedule, prediction=prediction, variance=variance, clip=clip).coefficients.flip(0)  # row t
 
-    model = placed(model, device, dtype)
     model_device, model_dtype = device_and_dtype(model)
     device, dtype = torch.device(device or model_device), dtype or model_dtype
     x_0 = x_0.detach().to(device, torch.float64 if dtype == torch.float64 else torch.float32)
@@ -113,7 +113,11 @@ def variational_bound(
     chunks = [slice(i, i + (batch_size or total)) for i in range(0, total, batch_size or total)]
     timesteps = range(schedule.num_timesteps - 1, -1, -1)
 
-    with evaluation_mode(model), torch.inference_mode():
+    with (
+        graph.session(model, device, dtype, schedule.num_timesteps, cuda_graph=False) as running,
+        evaluation_mode(network := model if running.network is None else running.network),
+        torch.inference_mode(),
+    ):
         for t in tqdm(timesteps, desc="variational bound", unit="timestep", disable=not progress):
             epsilon = None if noise is None else noise(t).to(x_0)
             for chunk in chunks:
@@ -121,7 +125,7 @@ def variational_bound(
                 drawn = ops.noise(x.shape, seeds[chunk], stream=t, dtype=x.dtype) if epsilon is None else epsilon[chunk]
                 x_t = ops.q_sample(x, t, schedule, noise=drawn)
                 step = torch.full((len(x),), t, device=device)
-                output = predict(model, x_t.to(dtype), step, None if labels is None else labels[chunk]).double()
+                output = predict(network, x_t.to(dtype), step, None if labels is None else labels[chunk]).double()
                 m, log_variance = _split(output, x.shape[1], t, schedule, variance)
                 p, q, clip_at = (float(weights[t, COLUMNS.index(name)]) for name in ("p", "q", "clip"))
                 x_0_hat = (p * x_t.double() + q * m).clamp(-clip_at, clip_at)

@@ -124,6 +124,19 @@ def test_the_default_dtype_is_one_that_the_device_is_fast_at(has_bfloat16: bool,
         assert default_dtype(torch.float64, cpu) == torch.float64
 
 
+def test_packed_weights_stay_where_they_are() -> None:
+    model, config = make()
+    frozen, inputs = freeze(model, torch.float32), make_inputs(config, 2)
+    if frozen.why_not_packed is not None:
+        pytest.skip(frozen.why_not_packed)
+    out = frozen(*inputs)
+    assert torch.equal(copy.deepcopy(frozen).to("cpu", torch.float32)(*inputs), out)
+    for change in (lambda: frozen.half(), lambda: frozen.to("meta"), lambda: frozen.double()):
+        with pytest.raises(TypeError, match=r"expected to stay on cpu in torch\.float32, for which its weights are packed"):
+            change()
+    assert torch.equal(frozen(*inputs), out)
+
+
 # ------------------------------------------------------------------------------------------------------------------ errors
 
 

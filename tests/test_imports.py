@@ -28,7 +28,7 @@ ALLOWED = {
     "loop": {"reference", "plan", "ops", "networks"},
     "graph": {"nn", "networks", "loop"},
     "sample": {"plan", "ops", "nn", "images", "networks", "loop", "graph"},
-    "evaluate": {"schedule", "plan", "ops", "networks", "sample"},
+    "evaluate": {"schedule", "plan", "ops", "networks", "graph", "sample"},
     "builtin": {"schedule", "plan", "nn", "run_folder"},
     "train": {"version", "atomic", "schedule", "plan", "ops", "nn", "data", "images", "run_folder", "draws", "sample"},
     "__init__": {"version", "schedule", "plan", "ops", "nn", "images", "sample", "evaluate", "builtin", "train"},

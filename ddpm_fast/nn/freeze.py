@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,9 @@ from .packed import (
     why_not_packed,
 )
 from .unet import DownBlock, MidBlock, UNet, UpBlock, checked_timesteps, through_layers
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # Python 3.11 has it in typing
 
 # What a UNet is built of. A layer that something else has taken the place of (an adapter, say) would be lost in the copy.
 _LAYERS = (
@@ -144,6 +147,17 @@ class FrozenUNet(nn.Module):
                 module.to(_wide(dtype))
         self.modulations = Modulations(model, num_timesteps, projections, dtype)
         self.requires_grad_(False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Of `to`, `half`, `cuda`, ...: packed weights stay what they are."""
+        changed = fn(torch.empty(0, dtype=self.dtype))
+        if self.why_not_packed is None and (changed.dtype, changed.device.type) != (self.dtype, "cpu"):
+            raise TypeError(
+                f"FrozenUNet: expected to stay on cpu in {self.dtype}, for which its weights are packed, got "
+                f"{changed.device.type} and {changed.dtype}: freeze the model again"
+            )
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     @torch.no_grad()
     def forward(self, x: Tensor, t: Tensor | int, class_labels: Tensor | None = None) -> Tensor:

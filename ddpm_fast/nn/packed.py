@@ -172,7 +172,10 @@ class PackedResnetBlock(nn.Module):
 
 
 class PackedAttention(nn.Module):
-    """`FrozenAttention` with packed products."""
+    """`FrozenAttention` with packed products.
+
+    Softmax and its two products are PyTorch's: kernels of our own, with keys and values packed like weights, took as long.
+    """
 
     def __init__(self, attention: Attention, dtype: torch.dtype) -> None:
         super().__init__()

@@ -29,6 +29,12 @@ def _load_native() -> ModuleType | str:
         return str(error)
 
 
+def _constant(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compiler.assume_constant_result, which would import the whole compiler, for a second or two, to set this."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 # Found out once, at import, so that torch.compile sees constants.
 _NATIVE: Final = _load_native()
 # The compiled kernels for tensors of a kind of device.
@@ -71,7 +77,7 @@ def _why_not_native(op: str, device: torch.device, dtype: torch.dtype) -> str | 
     return None
 
 
-@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
+@_constant
 def _built_without() -> str:
     """The reason why the compiled module has no CUDA kernels."""
     return str(native().build_info()["cuda_why_not"])
@@ -80,7 +86,7 @@ def _built_without() -> str:
 _CUDA_REASONS: dict[torch.device, str | None] = {}  # asked once: it starts the driver
 
 
-@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
+@_constant
 def _why_not_cuda(device: torch.device) -> str | None:
     """The CUDA runtime's word, where the compiled kernels cannot run on this card."""
     if device not in _CUDA_REASONS:
