@@ -118,7 +118,7 @@ def _train_option(declaration: str, help: str, **settings: Any) -> Callable[[_Co
 @_train_option("--progress/--no-progress", "Show a progress bar.")
 @click.pass_context
 def train_command(ctx: click.Context, /, run_dir: Path, resume: bool, progress: bool, **options: Any) -> None:
-    """Train a network on images; RUN_DIR receives checkpoints, logs and samples.
+    """Train a network on images. RUN_DIR receives checkpoints, logs and samples.
 
     Ctrl-C stops after the current step and saves; the same command with --resume goes on as if nothing had happened.
     """
@@ -143,7 +143,7 @@ def _is_given(ctx: click.Context, name: str) -> bool:
 @click.argument("out_dir", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--dtype", type=click.Choice(["float16", "bfloat16", "float32"]), default="float16", show_default=True)
 def export_command(run_dir: Path, out_dir: Path, dtype: str) -> None:
-    """Write the averaged network of the run in RUN_DIR to OUT_DIR, to sample from or to share."""
+    """Write the averaged network of a run to a folder. OUT_DIR is then a model to sample from or to share."""
     with _refusing():
         click.echo(export_checkpoint(run_dir, out_dir, getattr(torch, dtype)))
 
@@ -231,7 +231,7 @@ def sample_command(
     device: torch.device,
     quiet: bool,
 ) -> None:
-    """Draw images; by default 16 from the built-in model, by all steps of ancestral sampling."""
+    """Draw images from a model. By default 16 from the built-in model, by all steps of ancestral sampling."""
     with _refusing(), logging_redirect_tqdm():
         for path in filter(None, (out, gif)):
             image_format(path)
@@ -319,7 +319,7 @@ def evaluate_command(
     device: torch.device,
     quiet: bool,
 ) -> None:
-    """Bound the bits a dimension that the model needs for test images: L_T, L_{T-1} + ... + L_1, L_0 and their sum."""
+    """Bound the bits a dimension that test images need. Prints L_T, L_{T-1} + ... + L_1, L_0 and their sum."""
     with _refusing():
         dtype = dtype or "float32"
         loaded = load_folder(folder, device, getattr(torch, dtype))
@@ -381,5 +381,5 @@ def evaluate_command(
 
 @main.command("info")
 def info_command() -> None:
-    """Say what is installed, and what runs on this machine, and what does not and why."""
+    """Say what is installed, what runs here, and why the rest does not."""
     click.echo(info())

@@ -40,6 +40,7 @@ def test_help_lists_the_commands() -> None:
     commands = run("--help")
     for command in ("train", "export"):
         assert re.search(rf"^  {command} ", commands, re.MULTILINE)
+    assert "..." not in commands.partition("Commands:")[2]  # no description is cut
 
 
 # ------------------------------------------------------------------------------------------------------------------ train
