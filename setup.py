@@ -12,6 +12,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
@@ -56,6 +57,7 @@ class CMakeBuild(build_ext):
         commands = [
             [
                 programs["cmake"],
+                *([] if (build / "build.ninja").exists() else ["--fresh"]),  # what failed is not remembered
                 *("-S", Path(__file__).resolve().parent, "-B", build, "-G", "Ninja"),
                 f"-DCMAKE_MAKE_PROGRAM={programs['ninja']}",
                 f"-DPython_EXECUTABLE={sys.executable}",
@@ -68,7 +70,10 @@ class CMakeBuild(build_ext):
         for command in commands:
             if subprocess.run(command).returncode != 0:
                 sys.exit(FAILED)
+        Path(self.get_ext_fullpath(ext.name)).touch()  # newer than its sources, also where none of them changed a byte of it
 
 
+if int(setuptools.__version__.split(".")[0]) < 77:  # pip brings a newer one; in place it is the environment's
+    sys.exit(f"error: ddpm_fast needs setuptools 77 or later to be built, and found {setuptools.__version__}")
 native = [] if os.environ.get("DDPM_FAST_NO_NATIVE") == "1" else [Extension("ddpm_fast._native", sources=[])]
 setup(ext_modules=native, cmdclass={"build_ext": CMakeBuild})

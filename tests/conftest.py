@@ -55,6 +55,13 @@ def emulated(emulated_module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Mo
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    import gpu_check
+
+    why_old = gpu_check.why_old()
+    if why_old is not None:
+        terminalreporter.write_line(
+            f"The native module was not built from these sources: {why_old}. Run `make build`.", red=True
+        )
     if _EMULATED in config.stash:
         ran = ", ".join(f"{count} {what}" for what, count in config.stash[_EMULATED].items())
         terminalreporter.write_line(f"On the emulator: {ran}")

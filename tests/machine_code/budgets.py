@@ -22,6 +22,7 @@ import triton_cases
 from figures import Figures
 
 FILE = Path(__file__).with_name("budgets.json")
+UPDATE = "python tests/machine_code/budgets.py --update"
 SLACK = {"registers": 2, "instructions": 0.03, "mufu": 0.03, "wide": 2}  # whole numbers absolute, fractions relative
 ANOTHER_COMPILER = 0.25  # that a figure may be worse by
 
@@ -65,9 +66,9 @@ def _compare(what: str, figure: float, budget: float, name: str, same_compiler: 
     worse, better = (budget, figure) if name == "wide" else (figure, budget)
     allowance = 0 if same_compiler else ANOTHER_COMPILER * budget
     if worse > better + allowance:
-        yield f"{what}: {figure}, worse than the budget of {budget}"
+        yield f"{what}: {figure}, worse than the budget of {budget} (where that is meant: {UPDATE})"
     elif same_compiler and better - worse > slack:
-        yield f"{what}: {figure}, better than the budget of {budget}: tighten it (budgets.py --update)"
+        yield f"{what}: {figure}, better than the budget of {budget}: tighten it ({UPDATE})"
 
 
 # ---------------------------------------------------------------------------------------------------------------- command
@@ -123,6 +124,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--update", action="store_true", help="write budgets.json")
     args = parser.parse_args()
+    sys.path.insert(0, str(FILE.parents[2] / "benchmarks"))
+    import gpu_check
+
+    why_old = gpu_check.why_old()
+    if why_old is not None:
+        sys.exit(f"{why_old}: make build")
     families = everything()
     for family, (compiler, found) in families.items():
         print(f"### {family}: {len(found)} kernels, {compiler}\n\n{markdown(found)}\n")

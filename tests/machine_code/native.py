@@ -24,7 +24,8 @@ def module() -> Path | str:
         return f"the compiled module has no CUDA kernels: {backend.native().build_info()['cuda_why_not']}"
     missing = [name for name in ("cuobjdump", "c++filt") if sass.tool(name) is None]
     if missing:
-        return f"no {' and no '.join(missing)} to read machine code with"
+        where = f": {sass.CUOBJDUMP_IS_IN}" if "cuobjdump" in missing else ""
+        return f"no {' and no '.join(missing)} to read machine code with{where}"
     return Path(str(backend.native().__file__))
 
 

@@ -26,6 +26,9 @@ from typing import NamedTuple
 WIDE = 16  # bytes of the widest access that all architectures have
 
 
+CUOBJDUMP_IS_IN = "the CUDA toolkit and Triton's wheel, which the extra `test` brings, have it"
+
+
 def tool(name: str) -> Path | None:
     """A program of the CUDA toolkit: from the PATH, the toolkit's folder, or Triton's wheel."""
     on_path = shutil.which(name)
@@ -361,7 +364,7 @@ def kernels(file: Path) -> Iterator[Kernel]:
     """Every kernel for every architecture in a cubin or a library."""
     cuobjdump = tool("cuobjdump")
     if cuobjdump is None:
-        raise FileNotFoundError("cuobjdump: neither on the PATH, nor in CUDA_HOME, nor in an installed triton")
+        raise FileNotFoundError(f"cuobjdump: neither on the PATH nor in CUDA_HOME ({CUOBJDUMP_IS_IN})")
     text = subprocess.run([cuobjdump, "-sass", "-res-usage", file], capture_output=True, text=True, check=True).stdout
     # Of every architecture: the kernels' resources, the line "code for sm_...", the kernels' listings.
     parts = re.split(r"^[ \t]*code for (sm_\w+)$", text, flags=re.MULTILINE)

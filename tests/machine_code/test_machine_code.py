@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import budgets
+import gpu_check
 import native
 import pytest
 import sass
@@ -23,6 +24,9 @@ def check(found: budgets.Found, budget: budgets.Budgets, same_compiler: bool) ->
 
 
 def test_cuda_kernels() -> None:
+    why_old = gpu_check.why_old()
+    if why_old is not None:
+        pytest.fail(f"{why_old}: make build", pytrace=False)
     module = native.module()
     if not isinstance(module, Path):
         pytest.skip(module)
@@ -35,7 +39,7 @@ def test_cuda_kernels() -> None:
 def check_triton(names: tuple[str, ...]) -> None:
     triton = pytest.importorskip("triton")
     if sass.tool("cuobjdump") is None:
-        pytest.skip("no cuobjdump to read machine code with")
+        pytest.skip(f"no cuobjdump to read machine code with: {sass.CUOBJDUMP_IS_IN}")
     compiler, budget = budgets.load("triton")
     found = triton_cases.compiled(names)
     assert {kernel.split()[0] for kernel in found} == set(names)
