@@ -21,7 +21,11 @@ namespace {
 py::dict build_info() {
   py::dict info;
   info["version"] = DDPM_FAST_VERSION;
-  info["compiler"] = __VERSION__;
+#ifdef __clang__
+  info["compiler"] = __VERSION__;  // names itself
+#else
+  info["compiler"] = "g++ " __VERSION__;
+#endif
   info["isa"] = isa_in_use();
   info["isas"] = compiled_isas();
   info["amx_bf16"] = has_amx_bf16();

@@ -1,5 +1,7 @@
 """`ddpm-fast info`."""
 
+import re
+
 import pytest
 import torch
 from click.testing import CliRunner
@@ -16,6 +18,7 @@ def _rows(text: str) -> dict[str, list[str]]:
 
 def test_the_table_says_what_runs() -> None:
     text = info.info()
+    assert re.search(r"compiler (g\+\+|.*[Cc]lang) \d+\.", text)
     assert _rows(text).keys() == set(backend.OPS)
     for cells in _rows(text).values():
         # Native is built; the tests run Triton's interpreter where there is no GPU.
