@@ -124,6 +124,19 @@ def test_the_default_dtype_is_one_that_the_device_is_fast_at(has_bfloat16: bool,
         assert default_dtype(torch.float64, cpu) == torch.float64
 
 
+@pytest.mark.parametrize("variant", ["heads", "class-conditional"])
+def test_a_large_batch_goes_in_parts(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, config = make(variant)
+    frozen, inputs = freeze(model, torch.float64), make_inputs(config, 7)
+    whole, widths = frozen(*inputs), []
+    frozen.conv_in.register_forward_hook(lambda _, arguments, out: widths.append(len(out)))
+    monkeypatch.setattr(importlib.import_module("ddpm_fast.nn.freeze"), "_CACHED_BYTES", 3 * whole[0, 0].numel() * 16 * 8)
+    out = frozen(*inputs)
+    assert widths == [3, 3, 1]
+    assert relative_error(out, whole) <= 1e-14
+    assert out.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_packed_weights_stay_where_they_are() -> None:
     model, config = make()
     frozen, inputs = freeze(model, torch.float32), make_inputs(config, 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,8 @@ from .packed import (
     why_not_packed,
 )
 from .unet import DownBlock, MidBlock, UNet, UpBlock, checked_timesteps, through_layers
+
+_CACHED_BYTES = 8 << 20  # of a map that is a batch's largest: 16 images of the CIFAR-10 network in float32
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # Python 3.11 has it in typing
@@ -173,7 +176,21 @@ class FrozenUNet(nn.Module):
             raise TypeError(f"FrozenUNet: expected integer timesteps, got {t.dtype}")
         x = x.to(self.dtype, memory_format=torch.channels_last)
         with torch.autocast(x.device.type, enabled=False):  # every layer has its dtype
-            return through_layers(self, x, self.modulations(t, class_labels))
+            parts = [tensor.split(self._images_at_once(x)) for tensor in (x, t, class_labels) if tensor is not None]
+            outs = [
+                through_layers(self, x, self.modulations(t, labels[0] if labels else None))
+                for x, t, *labels in zip(*parts, strict=True)
+            ]
+            return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+    def _images_at_once(self, x: Tensor) -> int:
+        """On a CPU a large batch goes in parts whose maps the cache holds from one layer to the next."""
+        n, _, height, width = x.shape
+        bytes_an_image = self._config.block_out_channels[0] * height * width * x.element_size()
+        if x.device.type != "cpu" or n * bytes_an_image <= _CACHED_BYTES:
+            return max(n, 1)
+        parts = math.ceil(n * bytes_an_image / _CACHED_BYTES)
+        return math.ceil(n / parts)
 
 
 def _pack_samplers(block: nn.Module, dtype: torch.dtype) -> None:
