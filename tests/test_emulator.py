@@ -581,6 +581,22 @@ def test_a_planted_bug_is_found(
         assert re.search(pattern, str(finding.value), re.MULTILINE), f"{order}:\n{finding.value}"
 
 
+def test_the_example_of_its_document_runs(emulated: ModuleType) -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", (build.HERE / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    draw = """
+import ddpm_fast
+
+ddpm_fast.noise((2, 3, 16, 16), ddpm_fast.sample_seeds(0, 2), backend="native")
+assert emulated.take_launches()
+"""
+    process = subprocess.run([sys.executable, "-c", example + draw], cwd=build.ROOT, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+
+
+def test_a_finding_s_name_is_short(emulated: ModuleType) -> None:
+    assert f"{emulated.Finding.__module__}.{emulated.Finding.__qualname__}" == "emulated.Finding"
+
+
 @pytest.mark.parametrize("planted", range(len(ADDRESS) + 1), ids=["none", *map(str, ADDRESS)])
 def test_address_sanitizer(planted: int, modules: dict[str, ModuleType]) -> None:
     path = build.build("address", edits=_edits(ADDRESS), sources=("noise.cu",))
