@@ -21,7 +21,7 @@ struct Pointer {
 };
 
 // What only the CPU has.
-inline void bind_inference_ops(pybind11::module_& m, const Kernels& kernels) {
+inline void bind_cpu_ops(pybind11::module_& m, const Kernels& kernels) {
   const auto nogil = pybind11::call_guard<pybind11::gil_scoped_release>();
 
   m.attr("panel") = kernels.panel;
@@ -76,6 +76,40 @@ inline void bind_inference_ops(pybind11::module_& m, const Kernels& kernels) {
   };
   def_conv("conv_direct", kernels.conv_direct);
   def_conv("conv_winograd", kernels.conv_winograd);
+  m.def(
+      "pack_winograd",
+      [run = kernels.pack_winograd](int dtype, Address packed, Address weights, std::int64_t out_channels,
+                                    std::int64_t channels, std::int64_t out_stride, std::int64_t stride,
+                                    std::int64_t row_stride, std::int64_t column_stride, std::intptr_t run_on) {
+        run({DType{dtype},
+             Pointer{packed},
+             Pointer{weights},
+             out_channels,
+             channels,
+             out_stride,
+             stride,
+             row_stride,
+             column_stride,
+             {run_on}});
+      },
+      nogil);
+  m.def(
+      "conv_winograd_weights",
+      [run = kernels.conv_winograd_weights](Address dweight, Address dbias, Address x, Address dy, std::int64_t n,
+                                            std::int64_t height, std::int64_t width, std::int64_t channels,
+                                            std::int64_t out_channels, std::intptr_t run_on) {
+        run({Pointer{dweight},
+             Pointer{dbias},
+             Pointer{x},
+             Pointer{dy},
+             n,
+             height,
+             width,
+             channels,
+             out_channels,
+             {run_on}});
+      },
+      nogil);
 }
 
 inline void bind_ops(pybind11::module_& m, const Kernels& kernels) {
@@ -228,7 +262,7 @@ inline void bind_ops(pybind11::module_& m, const Kernels& kernels) {
              {run_on}});
       },
       nogil);
-  if (kernels.conv_direct != nullptr) bind_inference_ops(m, kernels);
+  if (kernels.conv_direct != nullptr) bind_cpu_ops(m, kernels);
   if (kernels.denoising_loss_workspace != nullptr) {
     m.def("denoising_loss_workspace",
           [bytes = kernels.denoising_loss_workspace](std::int64_t n, std::int64_t c, std::int64_t hw) {

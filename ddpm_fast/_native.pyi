@@ -247,6 +247,34 @@ class CpuKernels(Kernels, Protocol):
         run_on: int,
         /,
     ) -> None: ...
+    def pack_winograd(
+        self,
+        dtype: int,
+        packed: int,
+        weights: int,
+        out_channels: int,
+        channels: int,
+        out_stride: int,
+        stride: int,
+        row_stride: int,
+        column_stride: int,
+        run_on: int,
+        /,
+    ) -> None: ...
+    def conv_winograd_weights(
+        self,
+        dweight: int,
+        dbias: int,
+        x: int,
+        dy: int,
+        n: int,
+        height: int,
+        width: int,
+        channels: int,
+        out_channels: int,
+        run_on: int,
+        /,
+    ) -> None: ...
 
 class CudaKernels(Kernels, Protocol):
     # Bytes of scratch memory that the op of that name wants.

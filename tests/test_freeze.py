@@ -178,7 +178,7 @@ def _hooked(model: UNet) -> None:
     ("change", "reason"),
     [
         (_adapted, "mid_block.attentions.0.to_q is a Adapter of another make"),
-        (_overridden, "conv_out is a Conv2d of another make"),
+        (_overridden, "conv_out is a Conv3x3 of another make"),
         (_hooked, "mid_block has forward hooks"),
     ],
 )

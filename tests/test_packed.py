@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from small_unets import relative_error
 from torch import Tensor, nn
 
-from ddpm_fast.nn import packed
+from ddpm_fast.nn import conv, packed
 from ddpm_fast.nn.layers import GroupNormSiLU
 from ddpm_fast.nn.packed import PackedConv
 from ddpm_fast.ops import backend
@@ -70,16 +70,16 @@ def check(convolution: str, shape: tuple[int, ...], dtype: torch.dtype, norm: bo
         return torch.randn(size, generator=generator)
 
     total = channels + skip_channels
-    conv = nn.Conv2d(total, out_channels, kernel, stride, 0 if asymmetric else kernel // 2)
+    plain = nn.Conv2d(total, out_channels, kernel, stride, 0 if asymmetric else kernel // 2)
     group_norm = GroupNormSiLU(1 if total % 4 else 4, total, 1e-5)
     with torch.no_grad():
-        conv.weight.copy_(randn(*conv.weight.shape) / conv.weight[0].numel() ** 0.5)
-        assert conv.bias is not None
-        conv.bias.copy_(randn(out_channels))
+        plain.weight.copy_(randn(*plain.weight.shape) / plain.weight[0].numel() ** 0.5)
+        assert plain.bias is not None
+        plain.bias.copy_(randn(out_channels))
         group_norm.weight.copy_(randn(total))
         group_norm.bias.copy_(randn(total))
-    conv.weight.data = conv.weight.to(dtype).float()  # what is compared is the arithmetic, not the rounding of weights
-    layer = PackedConv(conv, group_norm if norm else None, dtype=dtype, upsample=upsample, asymmetric=asymmetric)
+    plain.weight.data = plain.weight.to(dtype).float()  # what is compared is the arithmetic, not the rounding of weights
+    layer = PackedConv(plain, group_norm if norm else None, dtype=dtype, upsample=upsample, asymmetric=asymmetric)
     x = dense(randn(n, total, height, width).to(dtype))
     skip = dense(x[:, channels:]) if skip_channels else None
     small = {"shift": randn(n, total)} if norm else {}
@@ -101,7 +101,7 @@ def check(convolution: str, shape: tuple[int, ...], dtype: torch.dtype, norm: bo
 
 
 @pytest.mark.parametrize("norm", [True, False])
-@pytest.mark.parametrize("dtype", packed.DTYPES)
+@pytest.mark.parametrize("dtype", conv.DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("convolution", CONVOLUTIONS)
 def test_is_norm_activation_convolution_and_addition(
@@ -111,9 +111,9 @@ def test_is_norm_activation_convolution_and_addition(
 
 
 @pytest.mark.parametrize("method", ["winograd", "direct"])
-@pytest.mark.parametrize("dtype", packed.DTYPES)
+@pytest.mark.parametrize("dtype", conv.DTYPES)
 def test_either_method_serves_a_3x3_convolution(method: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed, "_WINOGRAD_TILES", 0 if method == "winograd" else 10**9)
+    monkeypatch.setattr(packed, "WINOGRAD_TILES", 0 if method == "winograd" else 10**9)
     for shape in SHAPES:
         for norm in (True, False):
             check("3x3", shape, dtype, norm, methods=(method,))
@@ -162,26 +162,26 @@ def test_reasons_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
 
     class Module:
         def __init__(self, **info: object) -> None:
-            self.cpu, self.info = type("cpu", (), {"conv_winograd": None, "panel": 16}), info
+            self.cpu, self.info = type("cpu", (), {"pack_winograd": None, "panel": 16}), info
 
         def build_info(self) -> dict[str, object]:
             return self.info
 
-    assert packed.why_not_packed(torch.device("cuda", 0), torch.float32) == "they run on the CPU, not on cuda"
-    assert packed.why_not_packed(cpu, torch.float64) == "they compute in float32 and bfloat16, not in torch.float64"
+    assert conv.why_not_packed(torch.device("cuda", 0), torch.float32) == "they run on the CPU, not on cuda"
+    assert conv.why_not_packed(cpu, torch.float64) == "they compute in float32 and bfloat16, not in torch.float64"
     for isa, amx, dtype, reason in (
         ("avx2", False, torch.bfloat16, None),
         ("avx512_bf16", True, torch.float32, None),
         ("avx512_bf16", True, torch.bfloat16, "matrix units for bfloat16"),
         ("baseline", False, torch.float32, "neither AVX2 nor AVX-512"),
     ):
-        monkeypatch.setattr(packed, "native", lambda isa=isa, amx=amx: Module(isa=isa, amx_bf16=amx))
-        got = packed.why_not_packed(cpu, dtype)
+        monkeypatch.setattr(conv, "native", lambda isa=isa, amx=amx: Module(isa=isa, amx_bf16=amx))
+        got = conv.why_not_packed(cpu, dtype)
         assert got is None if reason is None else reason in str(got)
-        assert packed.has_fast_bfloat16() == (isa == "avx512_bf16")
-    monkeypatch.setattr(packed, "native_error", lambda: "gone")
-    assert packed.why_not_packed(cpu, torch.float32) == "the compiled module did not load: gone"
-    assert not packed.has_fast_bfloat16()
+        assert conv.has_fast_bfloat16() == (isa == "avx512_bf16")
+    monkeypatch.setattr(conv, "native_error", lambda: "gone")
+    assert conv.why_not_packed(cpu, torch.float32) == "the compiled module did not load: gone"
+    assert not conv.has_fast_bfloat16()
 
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])

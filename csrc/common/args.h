@@ -149,13 +149,32 @@ struct ConvArgs {
   const float* lines;    // of group_norm_lines; absent: the input as it is
   bool silu;             // with lines
   const float* weights;  // panels: see cpu/product.h
-  const float* bias;     // [out_channels rounded up to whole panels]
+  const float* bias;     // [out_channels rounded up to whole panels]; may be absent
   const void* added;     // as y; may be absent
   std::int64_t n, height, width, channels, skip_channels, out_height, out_width, out_channels;
   // Of conv_direct. conv_winograd: 3, 1, 1, false.
   int kernel, stride;  // 1 or 3; 1 or 2
   int padding;         // zeros above and to the left; below and to the right there are as many as the output asks for
   bool upsample;       // of every pixel twice in both directions, before the convolution
+  RunOn run_on;
+};
+
+// Weights for conv_winograd: G g G^T in panels.
+struct PackWinogradArgs {
+  DType dtype;           // float32 or bfloat16, of the packed ones
+  float* packed;         // panels, 16 positions of a tile each: see cpu/product.h
+  const float* weights;  // of output channel 0, input channel 0, and the first tap; negative strides flip a kernel
+  std::int64_t out_channels, channels, out_stride, stride, row_stride, column_stride;
+  RunOn run_on;
+};
+
+// Gradients of the weights and bias of a 3x3 convolution of stride 1 and padding 1, channels_last, in float32.
+struct ConvWinogradWeightsArgs {
+  float* dweight;   // [out_channels, 3, 3, channels]
+  float* dbias;     // [out_channels]; may be absent
+  const float* x;   // [n, height, width, channels]
+  const float* dy;  // [n, height, width, out_channels]
+  std::int64_t n, height, width, channels, out_channels;
   RunOn run_on;
 };
 

@@ -17,11 +17,14 @@
   OP(group_norm_silu, GroupNormSiluArgs)                 \
   OP(group_norm_silu_backward, GroupNormSiluBackwardArgs)
 
-// What only the CPU has: the parts of a frozen network (ddpm_fast/nn/packed.py).
+// What only the CPU has: the parts of a frozen network (ddpm_fast/nn/packed.py), and of the gradient of a convolution
+// (ddpm_fast/nn/conv.py).
 #define DDPM_FAST_CPU_OPS(OP)              \
   OP(group_norm_lines, GroupNormLinesArgs) \
   OP(conv_direct, ConvArgs)                \
-  OP(conv_winograd, ConvArgs)
+  OP(conv_winograd, ConvArgs)              \
+  OP(pack_winograd, PackWinogradArgs)      \
+  OP(conv_winograd_weights, ConvWinogradWeightsArgs)
 
 namespace ddpm_fast {
 

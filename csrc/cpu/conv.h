@@ -82,7 +82,9 @@ class Output {
         added_(a.added == nullptr ? nullptr : static_cast<const T*>(a.added) + panel * kPanel),
         channels_(a.out_channels),
         lanes_(a.out_channels - panel * kPanel) {
-    for (int v = 0; v < kPanelVectors; ++v) bias_[v] = load(a.bias + panel * kPanel + v * kWidth<float>);
+    for (int v = 0; v < kPanelVectors; ++v) {
+      bias_[v] = a.bias == nullptr ? Floats{} : load(a.bias + panel * kPanel + v * kWidth<float>);
+    }
   }
 
   // sum + bias + added, at the pixel of this number.

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .conv import Conv3x3, has_fast_bfloat16, why_not_packed
 from .layers import (
     Attention,
     Downsample,
@@ -25,10 +26,8 @@ from .packed import (
     PackedAttention,
     PackedConv,
     PackedResnetBlock,
-    has_fast_bfloat16,
     packed_downsample,
     packed_upsample,
-    why_not_packed,
 )
 from .unet import DownBlock, MidBlock, UNet, UpBlock, checked_timesteps, through_layers
 
@@ -40,7 +39,7 @@ if TYPE_CHECKING:
 # What a UNet is built of. A layer that something else has taken the place of (an adapter, say) would be lost in the copy.
 _LAYERS = (
     *(UNet, DownBlock, MidBlock, UpBlock, ResnetBlock, Attention, GroupNormSiLU, Downsample, Upsample, TimeEmbedding),
-    *(nn.ModuleList, nn.Conv2d, nn.Linear, nn.Embedding),
+    *(nn.ModuleList, Conv3x3, nn.Conv2d, nn.Linear, nn.Embedding),
 )
 
 

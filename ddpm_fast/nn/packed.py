@@ -12,39 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops._library import define, dtype_code, is_plain, pointer, typed
-from ..ops.backend import native, native_error
+from ..ops.backend import native
+from .conv import WINOGRAD_TILES, pack_winograd, winograd_tiles
 from .layers import Attention, Downsample, GroupNormSiLU, ResnetBlock, Upsample, rescaled_in_place
 
-DTYPES: Final = (torch.float32, torch.bfloat16)
-
-# G of Winograd's F(2x2, 3x3): weights of a transformed tile are G g G^T (Lavin and Gray 2015).
-_WINOGRAD: Final = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], dtype=torch.float64)
 # Of a row of the output after upsampling by 2, even or odd: which taps of three fall on which of two pixels.
 _UPSAMPLED: Final = torch.tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], dtype=torch.float64)
-# 2x2 tiles of a batch that are worth reading 16/9 of the weights.
-_WINOGRAD_TILES: Final = 8
-
-
-def why_not_packed(device: torch.device, dtype: torch.dtype) -> str | None:
-    """The reason why a network of this dtype is not frozen to the layers of this module; None where it is."""
-    if device.type != "cpu":
-        return f"they run on the CPU, not on {device.type}"
-    if native_error() is not None:
-        return f"the compiled module did not load: {native_error()}"
-    if dtype not in DTYPES:
-        return f"they compute in float32 and bfloat16, not in {dtype}"
-    if not hasattr(native().cpu, "conv_winograd"):
-        return "the compiled module is older than this source and lacks them: build it again"
-    if native().build_info()["isa"] == "baseline":
-        return "this CPU has neither AVX2 nor AVX-512"
-    if dtype == torch.bfloat16 and native().build_info()["amx_bf16"]:
-        return "this CPU has matrix units for bfloat16, which oneDNN uses and they do not"
-    return None
-
-
-def has_fast_bfloat16() -> bool:
-    """Whether this CPU multiplies in bfloat16, and is asked to."""
-    return native_error() is None and (native().build_info()["isa"] == "avx512_bf16" or native().build_info()["amx_bf16"])
 
 
 class PackedConv(nn.Module):
@@ -108,8 +81,8 @@ class PackedConv(nn.Module):
         if self.upsample:
             method, height, width = "upsample", 2 * height, 2 * width
         else:
-            tiles = n * ((height + 1) // 2) * ((width + 1) // 2)
-            method = "winograd" if self.kernel == 3 and self.stride == 1 and tiles >= _WINOGRAD_TILES else "direct"
+            worth = winograd_tiles(n, height, width) >= WINOGRAD_TILES
+            method = "winograd" if self.kernel == 3 and self.stride == 1 and worth else "direct"
             both = 1 if self.asymmetric else 2 * self.padding
             height, width = [(size + both - self.kernel) // self.stride + 1 for size in (height, width)]
         out: Tensor = convolve(
@@ -134,10 +107,10 @@ def pack(weight: Tensor, method: str, dtype: torch.dtype) -> Tensor:
         method: "direct": taps are the k k pixels. "winograd": the 16 positions of a transformed tile. "upsample": for each
             pixel of a 2x2 square of the output, the 4 pixels of the small map that it is made of.
     """
-    wide = weight.double()
     if method == "winograd":
-        taps = torch.einsum("ak,bl,oikl->abio", _WINOGRAD, _WINOGRAD, wide).flatten(0, 1)
-    elif method == "upsample":
+        return pack_winograd(weight, dtype)
+    wide = weight.double()
+    if method == "upsample":
         taps = torch.einsum("pak,qbl,oikl->pqabio", _UPSAMPLED, _UPSAMPLED, wide).flatten(0, 3)
     else:
         taps = wide.permute(2, 3, 1, 0).flatten(0, 1)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..ops._library import check_range, is_plain
 from .checkpoint import load_checkpoint, save_checkpoint
 from .config import UNetConfig
+from .conv import Conv3x3
 from .layers import (
     Attention,
     Downsample,
@@ -45,7 +46,7 @@ class UNet(nn.Module):
         channels = list(cfg.block_out_channels)
         emb_dim = cfg.time_embedding_dim or 4 * channels[0]
 
-        self.conv_in = nn.Conv2d(cfg.in_channels, channels[0], 3, padding=1)
+        self.conv_in = Conv3x3(cfg.in_channels, channels[0])
         self.time_embedding = TimeEmbedding(channels[0], emb_dim)
         self.class_embedding = None if cfg.num_class_embeds is None else nn.Embedding(cfg.num_class_embeds, emb_dim)
 
@@ -70,7 +71,7 @@ class UNet(nn.Module):
             width = out
 
         self.conv_norm_out = GroupNormSiLU(cfg.norm_num_groups, channels[0], cfg.norm_eps)
-        self.conv_out = nn.Conv2d(channels[0], cfg.out_channels, 3, padding=1)
+        self.conv_out = Conv3x3(channels[0], cfg.out_channels)
         self.reset_parameters()
 
     @torch.no_grad()

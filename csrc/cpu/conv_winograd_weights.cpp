@@ -1,0 +1,243 @@
+// The weights of conv_winograd: packed for it, and their gradient.
+#include "cpu/winograd.h"
+
+namespace ddpm_fast::DDPM_FAST_ISA {
+
+namespace {
+
+// G g: 3 values to 4.
+DDPM_FAST_INLINE void transform_weights(const Floats (&g)[3], Floats (&out)[4]) {
+  const Floats outer = g[0] + g[2];
+  out[0] = g[0];
+  out[1] = (outer + g[1]) * 0.5f;
+  out[2] = (outer - g[1]) * 0.5f;
+  out[3] = g[2];
+}
+
+// G^T m: 4 values to 3.
+DDPM_FAST_INLINE void transform_weights_back(const Floats (&m)[4], Floats (&out)[3]) {
+  const Floats sum = (m[1] + m[2]) * 0.5f;
+  out[0] = m[0] + sum;
+  out[1] = (m[1] - m[2]) * 0.5f;
+  out[2] = sum + m[3];
+}
+
+// A y: 2 values to 4.
+DDPM_FAST_INLINE void transform_output_back(Floats y_0, Floats y_1, Floats (&out)[4]) {
+  out[0] = y_0;
+  out[1] = y_0 + y_1;
+  out[2] = y_0 - y_1;
+  out[3] = -y_1;
+}
+
+DDPM_FAST_INLINE Words widened_bits(Floats v) { return __builtin_convertvector(narrow(v, BFloat16{}), Words); }
+
+// A step of a panel, of its channels `values`.
+DDPM_FAST_INLINE void store_step(float* to, int v, const Floats (&values)[1]) {
+  store(to + v * kWidth<float>, values[0]);
+}
+DDPM_FAST_INLINE void store_step(float* to, int v, const Floats (&values)[2]) {
+  const Words pairs = widened_bits(values[0]) | widened_bits(values[1]) << 16;
+  std::memcpy(to + v * kWidth<float>, &pairs, sizeof(pairs));
+}
+
+template <class T>
+void pack(const PackWinogradArgs& a) {
+  constexpr Index kChannelsAtOnce = 32;
+  const Index panels = (a.out_channels + kPanel - 1) / kPanel, size = panel_size<T>(a.channels);
+  const Index chunks = (a.channels + kChannelsAtOnce - 1) / kChannelsAtOnce;
+  parallel_for(panels * chunks, 4, a.run_on.threads(), [&](Index i) {
+    const Index first_out = i / chunks * kPanel, first = i % chunks * kChannelsAtOnce;
+    const Index end = smaller(a.channels, first + kChannelsAtOnce), outs = smaller(kPanel, a.out_channels - first_out);
+    float* panel = a.packed + i / chunks * kPositions * size;
+    for (Index c = first; c < end; c += kStep<T>) {
+      float taps[kStep<T>][9][kPanel] = {};
+      for (Index s = 0; s < smaller(kStep<T>, end - c); ++s) {
+        const float* from = a.weights + (c + s) * a.stride + first_out * a.out_stride;
+        for (int tap = 0; tap < 9; ++tap) {
+          const float* at = from + tap / 3 * a.row_stride + tap % 3 * a.column_stride;
+          if (a.out_stride == 1) {
+            std::memcpy(taps[s][tap], at, static_cast<std::size_t>(outs) * sizeof(float));
+          } else {
+            for (Index o = 0; o < outs; ++o) taps[s][tap][o] = at[o * a.out_stride];
+          }
+        }
+      }
+      for (int v = 0; v < kPanelVectors; ++v) {
+        Floats all[kStep<T>][3][4];  // [step][column of the kernel][row of the tile]
+        for (int s = 0; s < kStep<T>; ++s) {
+          for (int j = 0; j < 3; ++j) {
+            Floats column[3];
+            for (int k = 0; k < 3; ++k) column[k] = load(taps[s][3 * k + j] + v * kWidth<float>);
+            transform_weights(column, all[s][j]);
+          }
+        }
+        for (int row = 0; row < 4; ++row) {
+          Floats out[kStep<T>][4];
+          for (int s = 0; s < kStep<T>; ++s) {
+            const Floats values[3] = {all[s][0][row], all[s][1][row], all[s][2][row]};
+            transform_weights(values, out[s]);
+          }
+          for (int column = 0; column < 4; ++column) {
+            Floats values[kStep<T>];
+            for (int s = 0; s < kStep<T>; ++s) values[s] = out[s][column];
+            store_step(panel + (4 * row + column) * size + c / kStep<T> * kPanel, v, values);
+          }
+        }
+      }
+    }
+  });
+}
+
+// sums of products over tiles: rows of `gradients`, channels of one tile and `apart` elements further of the next one,
+// times a panel of inputs.
+template <int rows>
+DDPM_FAST_INLINE void multiply_over_tiles(Sums<rows>& sums, const float* gradients, Index apart, const float* panel,
+                                          Index tiles) {
+  Sums<rows> local{};  // in registers
+  for (Index tile = 0; tile < tiles; ++tile, gradients += apart, panel += kPanel) {
+    Floats inputs[kPanelVectors];
+    for (int v = 0; v < kPanelVectors; ++v) inputs[v] = load(panel + v * kWidth<float>);
+    for (int r = 0; r < rows; ++r) {
+      const Floats gradient = broadcast(gradients[r]);
+      for (int v = 0; v < kPanelVectors; ++v) local.of[r][v] = fma(gradient, inputs[v], local.of[r][v]);
+    }
+  }
+  sums = local;
+}
+
+}  // namespace
+
+void pack_winograd(const PackWinogradArgs& a) { a.dtype == DType::kBFloat16 ? pack<BFloat16>(a) : pack<float>(a); }
+
+// The convolution is linear in its transformed weights, so their gradient is a product over all tiles, for each of the
+// 16 positions, of the transformed input, B^T d B, and the gradient of the sums, A dy A^T; G^T m G makes it that of the
+// weights. A block of tiles is transformed, then all threads multiply it: whichever does what, each sum is made of the
+// same terms in the same order.
+void conv_winograd_weights(const ConvWinogradWeightsArgs& a) {
+  const auto map_of = [&](const float* x, Index channels) {
+    ConvArgs map{};
+    map.x = x, map.channels = channels, map.n = a.n;
+    map.height = map.out_height = a.height, map.width = map.out_width = a.width;
+    return map;
+  };
+  const ConvArgs input = map_of(a.x, a.channels), gradient = map_of(a.dy, a.out_channels);
+  const Tiles tiles(input);
+  const int threads = a.run_on.threads();
+  constexpr Index kTilesInBlock = 128;  // a panel of them stays in the first cache
+  const Index strips = a.n * tiles.segments * tiles.down;
+  const Index strips_in_block = larger(1, kTilesInBlock / larger(1, tiles.in_strip)),
+              most = strips_in_block * tiles.in_strip;
+  const Index depth = round_up(a.channels, kPanel), panels = depth / kPanel;
+  const Index wide = round_up(a.out_channels, kWidth<float>), apart = wide + kApart;
+  const Index products = kPositions * a.out_channels * depth;
+
+  Room room(RoomFor::kCall, Room::bytes<float>(kPositions * most * depth) +
+                                Room::bytes<float>(kPositions * most * apart) + Room::bytes<float>(products) +
+                                Room::bytes<float>(wide));
+  float* inputs = room.take<float>(kPositions * most * depth);     // [position, panel, tile, channel of the panel]
+  float* gradients = room.take<float>(kPositions * most * apart);  // [position, tile, output channel]
+  float* product = room.take<float>(products);                     // [position, panel, output channel, channel]
+  float* bias = room.take<float>(wide);
+  std::memset(product, 0, static_cast<std::size_t>(products) * sizeof(float));
+  std::memset(bias, 0, static_cast<std::size_t>(wide) * sizeof(float));
+
+  const auto transform_input_strip = [&](const Strip& strip, Index first_tile) {
+    Room rows_room(RoomFor::kSlice, Room::bytes<float>(Ring<float>::size(tiles, depth)));
+    Ring<float> ring(input, tiles, depth, rows_room.take<float>(Ring<float>::size(tiles, depth)));
+    ring.move_to(strip);
+    for (Index tile = 0; tile < strip.tiles; ++tile) {
+      const float* const rows[4] = {ring.pixel(0, tile), ring.pixel(1, tile), ring.pixel(2, tile), ring.pixel(3, tile)};
+      transform_tile(rows, depth, [&](int position, Index c, Floats v) {
+        store(inputs + ((position * panels + c / kPanel) * most + first_tile + tile) * kPanel + c % kPanel, v);
+      });
+    }
+  };
+  const auto transform_gradient_strip = [&](const Strip& strip, Index first_tile) {
+    const Index row_size = 2 * strip.tiles * wide + kApart;
+    Room rows_room(RoomFor::kSlice, Room::bytes<float>(2 * row_size));
+    float* rows = rows_room.take<float>(2 * row_size);
+    for (Index i = 0; i < 2; ++i) {
+      input_row<float>(gradient, strip.sample, 2 * strip.down + i, 2 * strip.first, 2 * strip.tiles,
+                       rows + i * row_size, wide);
+    }
+    for (Index tile = 0; tile < strip.tiles; ++tile) {
+      float* to = gradients + (first_tile + tile) * apart;
+      for (Index c = 0; c < wide; c += kWidth<float>) {
+        Floats half[2][4];  // [column][row]
+        for (int j = 0; j < 2; ++j) {
+          const float* pixel = rows + (2 * tile + j) * wide + c;
+          transform_output_back(load(pixel), load(pixel + row_size), half[j]);
+        }
+        for (int i = 0; i < 4; ++i) {
+          Floats out[4];
+          transform_output_back(half[0][i], half[1][i], out);
+          for (int j = 0; j < 4; ++j) store(to + (4 * i + j) * most * apart + c, out[j]);
+        }
+      }
+    }
+  };
+
+  for (Index first = 0; first < strips; first += strips_in_block) {
+    const Index end = smaller(strips, first + strips_in_block);
+    const auto tiles_before = [&](Index number) {
+      Index count = 0;
+      for (Index s = first; s < number; ++s) count += Strip(tiles, s).tiles;
+      return count;
+    };
+    parallel_for(2 * (end - first), 1, threads, [&](Index i) {
+      const Index number = first + i / 2;
+      const Strip strip(tiles, number);
+      i % 2 == 0 ? transform_input_strip(strip, tiles_before(number))
+                 : transform_gradient_strip(strip, tiles_before(number));
+    });
+    const Index count = tiles_before(end);
+    parallel_for(kPositions * panels, 1, threads, [&](Index i) {
+      const float* panel = inputs + i * most * kPanel;
+      const float* from = gradients + i / panels * most * apart;
+      float* to = product + i * a.out_channels * kPanel;
+      over_rows(0, a.out_channels, [&](Index out, auto rows) {
+        Sums<rows()> sums;
+        multiply_over_tiles(sums, from + out, apart, panel, count);
+        for (int r = 0; r < rows(); ++r) {
+          for (int v = 0; v < kPanelVectors; ++v) {
+            float* at = to + (out + r) * kPanel + v * kWidth<float>;
+            store(at, load(at) + sums.of[r][v]);
+          }
+        }
+      });
+    });
+    // At position (1, 1) a transformed gradient is the sum of its tile.
+    const float* tile_sums = gradients + 5 * most * apart;
+    for (Index c = 0; c < wide; c += kWidth<float>) {
+      Floats sum{};
+      for (Index tile = 0; tile < count; ++tile) sum += load(tile_sums + tile * apart + c);
+      store(bias + c, load(bias + c) + sum);
+    }
+  }
+
+  if (a.dbias != nullptr) std::memcpy(a.dbias, bias, static_cast<std::size_t>(a.out_channels) * sizeof(float));
+  parallel_for(a.out_channels, 8, threads, [&](Index out) {
+    for (Index c = 0; c < a.channels; c += kWidth<float>) {
+      const float* from = product + (c / kPanel * a.out_channels + out) * kPanel + c % kPanel;
+      Floats half[4][3];  // [column of the tile][row of the kernel]
+      for (int j = 0; j < 4; ++j) {
+        Floats m[4];
+        for (int i = 0; i < 4; ++i) m[i] = load(from + (4 * i + j) * panels * a.out_channels * kPanel);
+        transform_weights_back(m, half[j]);
+      }
+      for (int i = 0; i < 3; ++i) {
+        const Floats row[4] = {half[0][i], half[1][i], half[2][i], half[3][i]};
+        Floats g[3];
+        transform_weights_back(row, g);
+        for (int j = 0; j < 3; ++j) {
+          float* to = a.dweight + (out * 9 + 3 * i + j) * a.channels + c;
+          const Index lanes = a.channels - c;
+          lanes >= kWidth<float> ? store(to, g[j]) : store(to, g[j], static_cast<int>(lanes));
+        }
+      }
+    }
+  });
+}
+
+}  // namespace ddpm_fast::DDPM_FAST_ISA

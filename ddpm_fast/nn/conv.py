@@ -1,0 +1,164 @@
+"""`Conv3x3`, whose training step on a CPU is this package's own, and the packed weights that the inference form has, too."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops._library import define, dtype_code, is_plain, pointer
+from ..ops.backend import native, native_error
+
+DTYPES: Final = (torch.float32, torch.bfloat16)
+
+# 2x2 tiles of a batch that are worth reading 16/9 of the weights.
+WINOGRAD_TILES: Final = 8
+
+
+def why_not_packed(device: torch.device, dtype: torch.dtype) -> str | None:
+    """The reason why convolutions of this dtype are not this package's own; None where they are."""
+    if device.type != "cpu":
+        return f"they run on the CPU, not on {device.type}"
+    if native_error() is not None:
+        return f"the compiled module did not load: {native_error()}"
+    if dtype not in DTYPES:
+        return f"they compute in float32 and bfloat16, not in {dtype}"
+    if not hasattr(native().cpu, "pack_winograd"):
+        return "the compiled module is older than this source and lacks them: build it again"
+    if native().build_info()["isa"] == "baseline":
+        return "this CPU has neither AVX2 nor AVX-512"
+    if dtype == torch.bfloat16 and native().build_info()["amx_bf16"]:
+        return "this CPU has matrix units for bfloat16, which oneDNN uses and they do not"
+    return None
+
+
+def has_fast_bfloat16() -> bool:
+    """Whether this CPU multiplies in bfloat16, and is asked to."""
+    return native_error() is None and (native().build_info()["isa"] == "avx512_bf16" or native().build_info()["amx_bf16"])
+
+
+def winograd_tiles(n: int, height: int, width: int) -> int:
+    """2x2 tiles of n maps."""
+    return n * ((height + 1) // 2) * ((width + 1) // 2)
+
+
+def pack_winograd(weight: Tensor, dtype: torch.dtype, *, flipped: bool = False) -> Tensor:
+    """G g G^T of 3x3 weights [out, in, 3, 3] in the order in which the kernel reads them: [panels, 16, in / step, panel, step].
+
+    Args:
+        dtype: of the result. See `ddpm_fast.nn.packed.pack` for panels and steps.
+        flipped: for the convolution that takes the output's gradient to the input's: in and out exchanged, taps from the last.
+    """
+    pack = _pack if is_plain(weight) else torch.ops.ddpm_fast.pack_winograd
+    packed: Tensor = pack(weight.detach().float(), dtype, flipped)
+    return packed
+
+
+def _pack(weight: Tensor, dtype: torch.dtype, flipped: bool) -> Tensor:
+    packed = _pack_fake(weight, dtype, flipped)
+    (out_channels, channels), (out_stride, stride, *taps) = weight.shape[:2], weight.stride()
+    start = weight.data_ptr()
+    if flipped:
+        out_channels, channels, out_stride, stride = channels, out_channels, stride, out_stride
+        start, taps = start + 2 * sum(taps) * weight.element_size(), [-stride for stride in taps]
+    native().cpu.pack_winograd(
+        *(dtype_code(packed), packed.data_ptr(), start, out_channels, channels, out_stride, stride, *taps),
+        torch.get_num_threads(),
+    )
+    return packed
+
+
+def _pack_fake(weight: Tensor, dtype: torch.dtype, flipped: bool) -> Tensor:
+    out_channels, channels = weight.shape[1::-1] if flipped else weight.shape[:2]
+    panel, step = native().cpu.panel, 2 if dtype == torch.bfloat16 else 1
+    return weight.new_empty(-(-out_channels // panel), 16, -(-channels // step), panel, step, dtype=dtype)
+
+
+define("pack_winograd", "(Tensor weight, ScalarType dtype, bool flipped) -> Tensor", _pack, _pack_fake)
+
+
+class Conv3x3(nn.Conv2d):
+    """A 3x3 convolution of stride 1 and padding 1: [N, in_channels, H, W] -> [N, out_channels, H, W].
+
+    Where gradients are recorded on a CPU, in float32 and channels_last, output and gradients are by Winograd's F(2x2, 3x3), in
+    this package's kernels; elsewhere, and for second derivatives, they are PyTorch's.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 3, padding=1)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if _is_trained_here(input, self.weight, self.bias):
+            out: Tensor = _Winograd.apply(input, self.weight, self.bias)  # type: ignore[no-untyped-call]
+            return out
+        return super().forward(input)
+
+
+def _is_trained_here(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    return (
+        torch.is_grad_enabled()
+        and (x.requires_grad or weight.requires_grad)
+        and is_plain(x, weight, bias)
+        and all(t is None or (t.dtype == torch.float32 and t.device == x.device) for t in (x, weight, bias))
+        and why_not_packed(x.device, x.dtype) is None
+        and not torch.is_autocast_enabled("cpu")
+        and x.dim() == 4
+        and x.shape[1] == weight.shape[1]
+        and winograd_tiles(x.shape[0], *x.shape[2:]) >= WINOGRAD_TILES
+        and (_is_channels_last(x) or _is_channels_last(weight))  # what PyTorch's output then is, too
+    )
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+class _Winograd(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.bias_sizes = None if bias is None else list(bias.shape)
+        return _convolve(x, pack_winograd(weight, x.dtype), bias, len(weight))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        needed = ctx.needs_input_grad
+        if torch.is_grad_enabled() or not is_plain(grad, x, weight):  # has a derivative
+            gradients: tuple[Tensor | None, ...] = torch.ops.aten.convolution_backward(
+                *(grad, x, weight, ctx.bias_sizes, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, needed)
+            )
+            return gradients
+        grad_x = grad_weight = grad_bias = None
+        if needed[0]:
+            grad_x = _convolve(grad, pack_winograd(weight, x.dtype, flipped=True), None, x.shape[1])
+        if needed[1] or needed[2]:
+            grad_weight, grad_bias = _weight_gradients(x, grad, ctx.bias_sizes is not None)
+        return grad_x, grad_weight, grad_bias
+
+
+def _convolve(x: Tensor, packed: Tensor, bias: Tensor | None, out_channels: int) -> Tensor:
+    x = x.contiguous(memory_format=torch.channels_last)
+    if bias is not None:
+        bias = F.pad(bias, (0, -out_channels % native().cpu.panel)).contiguous()
+    n, channels, height, width = x.shape
+    y = torch.empty(n, out_channels, height, width, memory_format=torch.channels_last)
+    native().cpu.conv_winograd(
+        *(dtype_code(x), y.data_ptr(), x.data_ptr(), 0, 0, False, packed.data_ptr(), pointer(bias), 0),
+        *(n, height, width, channels, 0, height, width, out_channels, 3, 1, 1, False, torch.get_num_threads()),
+    )
+    return y
+
+
+def _weight_gradients(x: Tensor, grad: Tensor, has_bias: bool) -> tuple[Tensor, Tensor | None]:
+    x, grad = (t.contiguous(memory_format=torch.channels_last) for t in (x, grad))
+    (n, channels, height, width), out_channels = x.shape, grad.shape[1]
+    grad_weight = torch.empty(out_channels, channels, 3, 3, memory_format=torch.channels_last)
+    grad_bias = torch.empty(out_channels) if has_bias else None
+    native().cpu.conv_winograd_weights(
+        *(grad_weight.data_ptr(), pointer(grad_bias), x.data_ptr(), grad.data_ptr()),
+        *(n, height, width, channels, out_channels, torch.get_num_threads()),
+    )
+    return grad_weight, grad_bias

@@ -1,0 +1,232 @@
+"""`Conv3x3` in training on a CPU: outputs and gradients by Winograd's algorithm, and everything that stays PyTorch's."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from small_unets import relative_error
+from torch import Tensor, nn
+
+from ddpm_fast.nn import CIFAR10_32, UNet, conv
+from ddpm_fast.nn.conv import Conv3x3
+from ddpm_fast.ops import backend
+
+pytestmark = pytest.mark.skipif(backend.native_error() is not None, reason="there is no compiled module")
+
+CHANNELS_LAST = torch.channels_last
+# n, channels, output channels, height, width: panels and vectors that are not full, odd sides, maps of one pixel, more columns
+# than a strip, several blocks of tiles, one block of several samples.
+SHAPES = [
+    (9, 5, 9, 1, 1),
+    (2, 3, 70, 7, 9),
+    (8, 16, 3, 2, 1),
+    (3, 24, 40, 5, 150),
+    (2, 130, 33, 31, 18),
+    (5, 64, 64, 4, 4),
+]
+# The kernels on any instruction set; `Conv3x3` uses them on some.
+serves = pytest.mark.skipif(
+    conv.why_not_packed(torch.device("cpu"), torch.float32) is not None, reason="convolutions are PyTorch's on this machine"
+)
+
+
+def convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.conv2d(x, weight, bias, padding=1)
+
+
+def ours(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    out: Tensor = conv._Winograd.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+    return out
+
+
+def case(shape: tuple[int, ...], seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x, weight, bias and the output's gradient, channels_last."""
+    n, channels, out_channels, height, width = shape
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator)
+
+    weight = randn(out_channels, channels, 3, 3) / (9 * channels) ** 0.5
+    maps = (randn(n, channels, height, width), weight, randn(n, out_channels, height, width))
+    x, weight, grad = (t.contiguous(memory_format=CHANNELS_LAST) for t in maps)
+    return x, weight, randn(out_channels), grad
+
+
+def output_and_gradients(
+    function: Callable[[Tensor, Tensor, Tensor | None], Tensor], tensors: tuple[Tensor, ...], dtype: torch.dtype
+) -> list[Tensor]:
+    *inputs, grad = (t.to(dtype) for t in tensors)
+    inputs = [t.requires_grad_() for t in inputs]
+    y = function(*inputs)
+    return [y.detach(), *torch.autograd.grad(y, inputs, grad)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_output_and_gradients_are_as_right_as_pytorchs(shape: tuple[int, ...]) -> None:
+    tensors = case(shape)
+    truth = output_and_gradients(convolution, tensors, torch.float64)
+    plain = output_and_gradients(convolution, tensors, torch.float32)
+    for got, allowed, exact in zip(output_and_gradients(ours, tensors, torch.float32), plain, truth, strict=True):
+        assert (got.shape, got.dtype) == (exact.shape, torch.float32)
+        unit = torch.finfo(torch.float32).eps / 2
+        assert relative_error(got, exact) <= max(2 * relative_error(allowed, exact), 4 * unit)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, CHANNELS_LAST])
+@pytest.mark.parametrize("flipped", [False, True])
+@pytest.mark.parametrize("dtype", conv.DTYPES)
+def test_weights_are_transformed_and_laid_in_panels(
+    dtype: torch.dtype, flipped: bool, memory_format: torch.memory_format
+) -> None:
+    weight = torch.randn(37, 21, 3, 3, generator=torch.Generator().manual_seed(0)).contiguous(memory_format=memory_format)
+    packed = conv.pack_winograd(weight, dtype, flipped=flipped)
+    used = weight.transpose(0, 1).flip(2, 3) if flipped else weight
+    g = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], dtype=torch.float64)
+    taps = torch.einsum("ak,bl,oikl->abio", g, g, used.double()).flatten(0, 1)  # [16, in, out]
+    panels, _, steps, panel, step = packed.shape
+    assert (panel, step) == (backend.native().cpu.panel, 2 if dtype == torch.bfloat16 else 1)
+    full = packed.permute(1, 2, 4, 0, 3).reshape(16, steps * step, panels * panel)  # in the order of `taps`
+    torch.testing.assert_close(full[:, : taps.shape[1], : taps.shape[2]].double(), taps, rtol=torch.finfo(dtype).eps, atol=5e-7)
+    assert not full[:, taps.shape[1] :].any()
+    assert not full[:, :, taps.shape[2] :].any()
+
+
+@pytest.mark.parametrize("threads", [2, 3, 5])
+def test_threads_change_no_bit(threads: int) -> None:
+    tensors = case((3, 40, 33, 21, 70))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = output_and_gradients(ours, tensors, torch.float32)
+        torch.set_num_threads(threads)
+        for _ in range(2):
+            assert all(map(torch.equal, output_and_gradients(ours, tensors, torch.float32), alone))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_only_what_is_needed_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, bias, grad = case((2, 8, 12, 6, 6))
+    y = ours(x, weight.requires_grad_(), None)
+    monkeypatch.setattr(conv, "_convolve", None)  # no gradient of x
+    (grad_weight,) = torch.autograd.grad(y, weight, grad)
+    torch.testing.assert_close(grad_weight, torch.autograd.grad(convolution(x, weight, None), weight, grad)[0])
+    monkeypatch.undo()
+    monkeypatch.setattr(conv, "_weight_gradients", None)
+    x, weight = x.requires_grad_(), weight.detach()
+    (grad_x,) = torch.autograd.grad(ours(x, weight, bias), x, grad)
+    torch.testing.assert_close(grad_x, torch.autograd.grad(convolution(x, weight, bias), x, grad)[0])
+
+
+def test_second_derivatives_are_pytorchs() -> None:
+    def second(function: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> tuple[Tensor, ...]:
+        x, weight, bias, _ = case((2, 4, 6, 5, 7))
+        inputs = (x.requires_grad_(), weight.requires_grad_(), bias.requires_grad_())
+        first = torch.autograd.grad(function(*inputs).tanh().sum(), inputs, create_graph=True)
+        return torch.autograd.grad(sum((g.square().sum() for g in first), torch.zeros(())), inputs)
+
+    for got, expected in zip(second(ours), second(convolution), strict=True):
+        assert relative_error(got, expected.double()) < 1e-5
+
+
+class TestWhereItServes:
+    @pytest.fixture
+    def calls(self, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+        calls: list[str] = []
+        run = conv._convolve
+        monkeypatch.setattr(conv, "_convolve", lambda *args: calls.append("ours") or run(*args))
+        return calls
+
+    @pytest.fixture
+    def layer(self) -> Conv3x3:
+        torch.manual_seed(0)
+        return Conv3x3(8, 12).to(memory_format=CHANNELS_LAST)  # type: ignore[call-overload, no-any-return]
+
+    @serves
+    def test_a_recorded_gradient(self, layer: Conv3x3, calls: list[str]) -> None:
+        x = torch.randn(4, 8, 6, 6)  # contiguous, as PyTorch's the output is channels_last where the weights are
+        y = layer(x)
+        assert calls == ["ours"]
+        assert y.is_contiguous(memory_format=CHANNELS_LAST)
+        torch.testing.assert_close(y, convolution(x, layer.weight, layer.bias), rtol=1e-4, atol=1e-5)
+        y.sum().backward()
+        assert calls == ["ours"]  # x needs no gradient
+        assert layer.weight.grad is not None
+        assert layer.weight.grad.stride() == layer.weight.stride()
+
+    def test_what_is_pytorchs(self, layer: Conv3x3, calls: list[str]) -> None:
+        x = torch.randn(4, 8, 6, 6).contiguous(memory_format=CHANNELS_LAST)
+        with torch.no_grad():
+            layer(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer(x).dtype == torch.bfloat16
+        layer(x[:1, :, :2, :2])  # too few tiles
+        copy.deepcopy(layer).to(memory_format=torch.contiguous_format)(x.contiguous())
+        copy.deepcopy(layer).double()(x.double())
+        torch.compile(layer, backend="eager", fullgraph=True)(x)
+        torch.func.vmap(lambda one: torch.func.functional_call(layer, dict(layer.named_parameters()), one))(x[:, None])
+        copy.deepcopy(layer).to("meta")(x.to("meta"))
+        assert not calls
+
+    def test_wrong_input_is_pytorchs_error(self, layer: Conv3x3) -> None:
+        with pytest.raises(RuntimeError, match="channels"):
+            layer(torch.randn(4, 7, 6, 6))
+
+    @serves
+    def test_hooks_and_copies(self, layer: Conv3x3) -> None:
+        assert set(layer.state_dict()) == set(nn.Conv2d(8, 12, 3).state_dict())
+        seen: list[str] = []
+        layer.register_forward_hook(lambda *_: seen.append("forward"))
+        layer.register_full_backward_hook(lambda *_: seen.append("backward"))
+        x = torch.randn(4, 8, 6, 6, requires_grad=True)
+        layer(x).sum().backward()
+        assert seen == ["forward", "backward"]
+        assert torch.equal(copy.deepcopy(layer)(x), layer(x))
+
+
+@serves
+def test_a_networks_gradient_is_pytorchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = UNet(
+        **CIFAR10_32
+        | {"block_out_channels": [32, 64], "norm_num_groups": 8, "sample_size": 16, "dropout": 0.0}
+        | {"down_block_types": ["DownBlock2D", "AttnDownBlock2D"], "up_block_types": ["AttnUpBlock2D", "UpBlock2D"]}
+    )
+    for parameter in model.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.02)
+    x, t = torch.randn(4, 3, 16, 16), torch.tensor([0, 10, 500, 999])
+
+    def gradient(model: UNet) -> Tensor:
+        gradients = torch.autograd.grad(model(x.to(model.conv_in.weight.dtype), t).square().mean(), list(model.parameters()))
+        return torch.cat([g.flatten() for g in gradients])
+
+    truth = gradient(copy.deepcopy(model).double())
+    model = model.to(memory_format=CHANNELS_LAST)  # type: ignore[call-overload]
+    got = gradient(model)
+    monkeypatch.setattr(conv, "why_not_packed", lambda *_: "a test wants PyTorch's")
+    assert relative_error(got, truth) <= 2 * relative_error(gradient(model), truth)
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_lesser_instruction_sets(isa: str) -> None:
+    """The kernels of other sets, with other vectors and panels, in a process of their own."""
+    if isa not in backend.native().build_info()["isas"] or isa == backend.native().build_info()["isa"]:
+        pytest.skip(f"{isa} is not compiled, or is what the other tests run")
+    tests = ["test_output_and_gradients_are_as_right_as_pytorchs", "test_weights_are_transformed_and_laid_in_panels"]
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *[f"{Path(__file__)}::{name}" for name in tests]],
+        env=os.environ | {"DDPM_FAST_ISA": isa},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout[-3000:]
