@@ -46,13 +46,14 @@ class Session:
         self._pool: Any = None  # of memory: graphs take turns, so one serves all of them
 
     def loop(self, key: Hashable, make: Callable[[], Loop], network: nn.Module) -> Loop:
-        """The loop of this key, made (and captured) at its first use."""
+        """The loop of this key, made and captured at its first use; one that is not captured, which is soon made, each time."""
+        if not self._captures:
+            return make()
         key = (key, _settings())
         loop = self._loops.pop(key, None)
         if loop is None:
             loop = make()
-            if self._captures:
-                self._capture(loop, network)
+            self._capture(loop, network)
             if len(self._loops) == MAX_LOOPS:
                 self._loops.popitem(last=False)
         self._loops[key] = loop
@@ -100,7 +101,7 @@ def session(
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         # On another stream nothing would keep what is freed here, or overwritten, from being in use there.
         state = (device, _stream(device), dtype, num_timesteps, freezes, _weights(model)) if keeps else None
-        kept = _KEPT.pop(model, None)  # out of reach of other threads while it is in use
+        kept = _KEPT.pop(model, None) if keeps else None  # out of reach of other threads while it is in use
         if kept is not None and kept.state != state:
             kept = None  # before another takes memory
         if kept is None:
@@ -112,6 +113,11 @@ def session(
         yield kept
         if keeps:
             _KEPT[model] = kept
+
+
+def forget(model: nn.Module) -> None:
+    """Lets go of what is kept for this model."""
+    _KEPT.pop(model, None)
 
 
 def _stream(device: torch.device) -> Hashable:

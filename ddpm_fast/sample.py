@@ -78,10 +78,10 @@ def sample(
     Image i is a function of (seed, i), the model and the plan. Its noise is the same to the last bit whatever num_samples,
     batch_size, the device and the thread count; the image is the same up to the rounding of the network's convolutions.
 
-    A `UNet` runs in its inference form (see `freeze`). On a GPU that is in bfloat16 by default, and each step is one CUDA
-    graph: from the first step on the host waits for nothing, so the images are ready when the GPU is. Inference form and
-    graphs, and the memory they take, are kept for the next call (on the same stream) as long as the model lives and its
-    weights do not change.
+    A `UNet` runs in its inference form (see `freeze`), which autocast does not change. On a GPU that is in bfloat16 by default,
+    and each step is one CUDA graph: from the first step on the host waits for nothing, so the images are ready when the GPU
+    is. Inference form and graphs, and the memory they take, are kept for the next call (on the same stream) as long as the
+    model lives and its weights do not change.
 
     Args:
         model: called as model(x_t, t), or model(x_t, t, class_labels) if it has classes, with x_t [N, C, H, W] and t int64
@@ -136,6 +136,8 @@ def sample(
     device = _device(model, device)
     if cuda_graph and device.type not in graph.DEVICE_TYPES:
         raise ValueError(f"sample: expected cuda_graph to be None or False on {device.type}, got True")
+    if cuda_graph is False:
+        graph.forget(model)
     with graph.session(model, device, dtype, plan.schedule.num_timesteps, cuda_graph) as running:
         network = model if running.network is None else running.network
         _, dtype = device_and_dtype(network)

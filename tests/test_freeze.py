@@ -144,6 +144,10 @@ def test_packed_weights_stay_where_they_are() -> None:
         pytest.skip(frozen.why_not_packed)
     out = frozen(*inputs)
     assert torch.equal(copy.deepcopy(frozen).to("cpu", torch.float32)(*inputs), out)
+    half = freeze(model, torch.bfloat16)
+    if half.why_not_packed is None:
+        with pytest.raises(TypeError, match=r"expected to stay on cpu in torch\.bfloat16"):
+            half.to(torch.bfloat16)
     for change in (lambda: frozen.half(), lambda: frozen.to("meta"), lambda: frozen.double()):
         with pytest.raises(TypeError, match=r"expected to stay on cpu in torch\.float32, for which its weights are packed"):
             change()

@@ -22,7 +22,7 @@ from test_sample import SCHEDULE, Recording, tiny_unet
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ddpm_fast import SamplingPlan, ddim_plan, ddpm_plan, freeze, graph, sample
+from ddpm_fast import SamplingPlan, ddim_plan, ddpm_plan, freeze, graph, sample, variational_bound
 from ddpm_fast.loop import Loop
 from ddpm_fast.nn import FrozenUNet
 
@@ -284,6 +284,9 @@ def test_a_cpu_keeps_the_inference_form_in_the_models_dtype() -> None:
     assert frozen.dtype == torch.float32
     assert torch.equal(draw(model), first)
     assert graph._KEPT[model].network is frozen
+    variational_bound(model, torch.zeros(1, 1, 8, 8), SCHEDULE, progress=False)
+    assert graph._KEPT[model].network is frozen
+    assert not graph._KEPT[model]._loops  # states of whole batches
     draw(model, dtype=torch.bfloat16)
     assert graph._KEPT[model].network is not frozen
 

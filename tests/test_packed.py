@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,8 @@ SHAPES = [
     (1, 32, 20, 40, 5, 7),
     (2, 16, 0, 3, 4, 150),
     (3, 24, 8, 64, 4, 4),
+    (2, 10, 6, 12, 4, 6),
+    (1, 12, 20, 24, 3, 3),
     (5, 130, 0, 33, 2, 6),
     (1, 64, 0, 130, 20, 18),
 ]
@@ -152,9 +155,46 @@ def test_an_image_does_not_depend_on_the_others() -> None:
         assert torch.equal(layer(x)[3:4], layer(x[3:4]))
 
 
-def test_an_empty_batch() -> None:
-    layer = PackedConv(nn.Conv2d(8, 16, 3, padding=1), GroupNormSiLU(4, 8, 1e-5), dtype=torch.float32)
-    assert layer(torch.empty(0, 8, 6, 6)).shape == (0, 16, 6, 6)
+def make_layer() -> PackedConv:
+    torch.manual_seed(0)
+    return PackedConv(nn.Conv2d(8, 20, 3, padding=1), GroupNormSiLU(4, 8, 1e-5), dtype=torch.float32)
+
+
+def test_empty_batches_and_maps() -> None:
+    layer = make_layer()
+    assert layer(torch.empty(0, 8, 6, 6)).shape == (0, 20, 6, 6)
+    assert PackedConv(nn.Conv2d(8, 20, 3, padding=1), dtype=torch.float32)(torch.empty(1, 8, 0, 4)).shape == (1, 20, 0, 4)
+
+
+def test_inputs_in_other_layouts_and_dtypes() -> None:
+    layer, x, added, shift = make_layer(), torch.randn(2, 8, 6, 6), torch.randn(2, 20, 6, 6), torch.randn(2, 16)
+    out = layer(dense(x), added=dense(added), shift=shift[:, 8:].contiguous())
+    assert torch.equal(layer(x, added=added, shift=shift[:, 8:]), out)
+    with pytest.raises(TypeError, match=r"PackedConv: expected x to be torch\.float32, got torch\.bfloat16"):
+        layer(x.bfloat16())
+
+
+def test_default_dtype_and_device_do_not_matter() -> None:
+    layer, x = make_layer(), torch.randn(2, 8, 6, 6)
+    out = layer(x)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            assert torch.equal(layer(x), out)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_weights_that_are_loaded_are_packed_anew() -> None:
+    layer, other, x = make_layer(), make_layer(), torch.randn(2, 8, 6, 6)
+    with torch.no_grad():
+        other.weight.mul_(2)
+    layer(x)
+    layer.load_state_dict(other.state_dict())
+    assert torch.equal(layer(x), other(x))
+    copied = pickle.loads(pickle.dumps(layer))
+    assert copied._packed == {}
+    assert torch.equal(copied(x), layer(x))
 
 
 def test_reasons_why_not(monkeypatch: pytest.MonkeyPatch) -> None:

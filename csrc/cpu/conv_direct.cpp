@@ -42,7 +42,7 @@ void run(const ConvArgs& a) {
   const Index depth = round_up(a.channels + a.skip_channels, kStep<T>);
   const Index taps = a.upsample ? 4 : a.kernel * a.kernel;
   // Strips of a block are rows of one segment of one sample.
-  const Index most_rows = smaller(height, larger(1, kPixelsInBlock / larger(1, segment)));
+  const Index most_rows = larger(1, smaller(height, kPixelsInBlock / larger(1, segment)));
   const Work work(a.n * segments * height, most_rows, a.out_channels, threads);
   if (work.strips == 0) return;
   const Index most = work.largest_block();

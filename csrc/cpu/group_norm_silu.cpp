@@ -221,7 +221,9 @@ struct Forward {
     const Index channels = slice.channels, group_size = group_channels * hw;
     const Index batch = groups_in_batch(slice.groups, group_size);
     const bool shifted_copy = a.shift.data != nullptr && !a.shape.channels_last;
-    const Index extra = a.shape.channels_last ? 4 * Room::bytes<double>(channels)
+    // Moments of a skip connection end up to a vector later: they begin where those of x end, within one.
+    const Index moment_channels = channels + kWidth<T>;
+    const Index extra = a.shape.channels_last ? Room::bytes<double>(channels) + 3 * Room::bytes<Real>(moment_channels)
                                               : Room::bytes<Real>(shifted_copy ? batch * group_size : 0);
     Room room(RoomFor::kSlice, 6 * Room::bytes<Real>(channels) + 2 * Room::bytes<double>(slice.groups) + extra);
     for (Real** piece : {&gain, &offset, &slope, &intercept, &center}) *piece = room.take<Real>(channels);
@@ -230,7 +232,8 @@ struct Forward {
     load_inputs(room.take<Real>(channels));
     if (a.shape.channels_last) {
       double* channel_mean = room.take<double>(channels);
-      Real *pivot = room.take<Real>(channels), *sum = room.take<Real>(channels), *squares = room.take<Real>(channels);
+      Real *pivot = room.take<Real>(moment_channels), *sum = room.take<Real>(moment_channels);
+      Real* squares = room.take<Real>(moment_channels);
       moments(pivot, sum, squares);
       merge_channels(channel_mean, pivot, sum, squares);
       finish(0, slice.groups, shift);

@@ -35,8 +35,10 @@ def why_not_packed(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def has_fast_bfloat16() -> bool:
-    """Whether this CPU multiplies in bfloat16, and is asked to."""
-    return native_error() is None and (native().build_info()["isa"] == "avx512_bf16" or native().build_info()["amx_bf16"])
+    """Whether this CPU multiplies in bfloat16."""
+    return native_error() is None and (
+        native().build_info()["isa"] == "avx512_bf16" or native().build_info().get("amx_bf16", False)
+    )
 
 
 def winograd_tiles(n: int, height: int, width: int) -> int:
@@ -144,7 +146,7 @@ def _convolve(x: Tensor, packed: Tensor, bias: Tensor | None, out_channels: int)
     if bias is not None:
         bias = F.pad(bias, (0, -out_channels % native().cpu.panel)).contiguous()
     n, channels, height, width = x.shape
-    y = torch.empty(n, out_channels, height, width, memory_format=torch.channels_last)
+    y = torch.empty((n, out_channels, height, width), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     native().cpu.conv_winograd(
         *(dtype_code(x), y.data_ptr(), x.data_ptr(), 0, 0, False, packed.data_ptr(), pointer(bias), 0),
         *(n, height, width, channels, 0, height, width, out_channels, 3, 1, 1, False, torch.get_num_threads()),
@@ -155,8 +157,8 @@ def _convolve(x: Tensor, packed: Tensor, bias: Tensor | None, out_channels: int)
 def _weight_gradients(x: Tensor, grad: Tensor, has_bias: bool) -> tuple[Tensor, Tensor | None]:
     x, grad = (t.contiguous(memory_format=torch.channels_last) for t in (x, grad))
     (n, channels, height, width), out_channels = x.shape, grad.shape[1]
-    grad_weight = torch.empty(out_channels, channels, 3, 3, memory_format=torch.channels_last)
-    grad_bias = torch.empty(out_channels) if has_bias else None
+    grad_weight = torch.empty((out_channels, channels, 3, 3), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    grad_bias = x.new_empty(out_channels) if has_bias else None
     native().cpu.conv_winograd_weights(
         *(grad_weight.data_ptr(), pointer(grad_bias), x.data_ptr(), grad.data_ptr()),
         *(n, height, width, channels, out_channels, torch.get_num_threads()),

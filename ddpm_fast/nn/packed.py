@@ -5,7 +5,7 @@ Maps are channels_last. A skip connection is read where it is: "x and skip" are 
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
@@ -46,14 +46,13 @@ class PackedConv(nn.Module):
         weight = conv.weight[:, :, None, None] if isinstance(conv, nn.Linear) else conv.weight
         self.weight = nn.Parameter(weight, requires_grad=False)  # [out, in, kernel, kernel], as it came
         self.dtype = dtype  # of maps and packed weights
-        channels = len(weight)
-        bias = torch.zeros(channels) if conv.bias is None else conv.bias.float()
-        self.bias = nn.Parameter(F.pad(bias, (0, -channels % native().cpu.panel)), requires_grad=False)
+        bias = weight.new_zeros(len(weight)) if conv.bias is None else conv.bias
+        self.bias = nn.Parameter(bias.float(), requires_grad=False)
         self.kernel = weight.shape[-1]
         self.stride = conv.stride[0] if isinstance(conv, nn.Conv2d) else 1
         self.padding = 0 if asymmetric else self.kernel // 2
         self.upsample, self.asymmetric = upsample, asymmetric
-        self._packed: dict[str, Tensor] = {}  # by method
+        self._packed: dict[str, tuple[Tensor, Tensor]] = {}  # weights and bias, by method
 
     def forward(
         self,
@@ -68,13 +67,16 @@ class PackedConv(nn.Module):
 
         shift, scale_shift: of the norm, as in `group_norm_silu`. added: as the output.
         """
+        if x.dtype != self.dtype:
+            raise TypeError(f"PackedConv: expected x to be {self.dtype}, got {x.dtype}")
         x = x.contiguous(memory_format=torch.channels_last)
-        skip = None if skip is None else skip.contiguous(memory_format=torch.channels_last)
+        skip, added = [None if m is None else m.contiguous(memory_format=torch.channels_last) for m in (skip, added)]
         norm_lines, convolve = (_norm_lines, _conv) if is_plain(x) else _REGISTERED
         lines, silu = None, False
         if self.norm is not None:
             norm, silu = self.norm, self.norm.activation == "silu"
             scale, shift_2 = (None, None) if scale_shift is None else scale_shift
+            shift, scale, shift_2 = [None if value is None else value.contiguous() for value in (shift, scale, shift_2)]
             small = (norm.weight, norm.bias, shift, scale, shift_2)
             lines = norm_lines(x, skip, *small, norm.num_groups, norm.eps, silu)
         n, _, height, width = x.shape
@@ -86,15 +88,24 @@ class PackedConv(nn.Module):
             both = 1 if self.asymmetric else 2 * self.padding
             height, width = [(size + both - self.kernel) // self.stride + 1 for size in (height, width)]
         out: Tensor = convolve(
-            *(x, skip, lines, silu, self._weights(method), self.bias, added, method),
+            *(x, skip, lines, silu, *self._weights(method), added, method),
             *(self.weight.shape[0], height, width, self.kernel, self.stride, self.padding),
         )
         return out
 
-    def _weights(self, method: str) -> Tensor:
+    def _weights(self, method: str) -> tuple[Tensor, Tensor]:
         if method not in self._packed:
-            self._packed[method] = pack(self.weight, method, self.dtype)
+            bias = F.pad(self.bias, (0, -len(self.bias) % native().cpu.panel))
+            self._packed[method] = (pack(self.weight, method, self.dtype), bias)
         return self._packed[method]
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        self._packed.clear()
+        super()._load_from_state_dict(*arguments)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is packed for this CPU."""
+        return self.__dict__ | {"_packed": {}}
 
 
 def pack(weight: Tensor, method: str, dtype: torch.dtype) -> Tensor:
@@ -164,7 +175,7 @@ class PackedAttention(nn.Module):
         q, k, v = qkv.view(n, height * width, 3, self.num_heads, c // self.num_heads).permute(2, 0, 3, 1, 4)
         h: Tensor = F.scaled_dot_product_attention(q, k, v)  # [N, heads, HW, C / heads]
         h = h.transpose(1, 2).reshape(n, height, width, c).permute(0, 3, 1, 2)
-        h = self.to_out(h, added=x.contiguous(memory_format=torch.channels_last))
+        h = self.to_out(h, added=x)
         return rescaled_in_place(h, self.output_scale_factor)
 
 
@@ -194,10 +205,11 @@ def _norm_lines(
     """What the norm of x and skip does to each channel of each sample, [N, 3, C]: center, slope and intercept."""
     n, channels, height, width = x.shape
     skip_channels = 0 if skip is None else skip.shape[1]
-    lines = torch.empty(n, 3, channels + skip_channels)
+    lines = torch.empty(n, 3, channels + skip_channels, dtype=torch.float32, device=x.device)
+    small = [word for value in (shift, scale, scale_shift) for word in typed(value)]
     native().cpu.group_norm_lines(
         *(dtype_code(x), lines.data_ptr(), x.data_ptr(), pointer(skip)),
-        *(*typed(weight), *typed(bias), *typed(shift), *typed(scale), *typed(scale_shift)),
+        *(*typed(weight), *typed(bias), *small),
         *(n, channels, skip_channels, height * width, num_groups, eps, silu, torch.get_num_threads()),
     )
     return lines
@@ -215,7 +227,7 @@ def _norm_lines_fake(
     eps: float,
     silu: bool,
 ) -> Tensor:
-    return torch.empty(x.shape[0], 3, len(weight), device=x.device)
+    return torch.empty(x.shape[0], 3, len(weight), dtype=torch.float32, device=x.device)
 
 
 def _conv(
