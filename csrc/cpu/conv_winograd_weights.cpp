@@ -124,7 +124,7 @@ void conv_winograd_weights(const ConvWinogradWeightsArgs& a) {
   const ConvArgs input = map_of(a.x, a.channels), gradient = map_of(a.dy, a.out_channels);
   const Tiles tiles(input);
   const int threads = a.run_on.threads();
-  constexpr Index kTilesInBlock = 128;  // a panel of them stays in the first cache
+  constexpr Index kTilesInBlock = 64;  // few terms a sum, and a panel of them stays in the first cache
   const Index strips = a.n * tiles.segments * tiles.down;
   const Index strips_in_block = larger(1, kTilesInBlock / larger(1, tiles.in_strip)),
               most = strips_in_block * tiles.in_strip;
