@@ -31,7 +31,10 @@ ALLOWED = {
     "evaluate": {"schedule", "plan", "ops", "networks", "graph", "sample"},
     "builtin": {"schedule", "plan", "nn", "run_folder"},
     "train": {"version", "atomic", "schedule", "plan", "ops", "nn", "data", "images", "run_folder", "draws", "sample"},
-    "__init__": {"version", "schedule", "plan", "ops", "nn", "images", "sample", "evaluate", "builtin", "train"},
+    "integrations": {"reference", "schedule", "plan", "ops", "nn", "networks", "loop", "graph", "sample", "integrations"},
+    "__init__": {
+        *("version", "schedule", "plan", "ops", "nn", "images", "sample", "evaluate", "builtin", "train", "integrations"),
+    },
     "cli": {"version", "plan", "info", "data", "images", "run_folder", "sample", "evaluate", "builtin", "train"},
     "__main__": {"cli"},
 }
