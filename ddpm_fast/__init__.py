@@ -3,6 +3,7 @@
 from .builtin import load_builtin
 from .evaluate import VariationalBound, variational_bound
 from .images import image_grid, save_grid, save_trajectory, to_uint8
+from .integrations.fuse import FuseReport, fuse, unfuse
 from .nn import UNet, freeze
 from .ops import BackendUnavailable, denoising_loss, group_norm_silu, noise, q_sample, reverse_step, sample_seeds
 from .plan import SamplingPlan, ddim_plan, ddpm_plan
@@ -13,6 +14,7 @@ from .version import __version__ as __version__
 
 __all__ = [
     "BackendUnavailable",
+    "FuseReport",
     "NoiseSchedule",
     "SamplingPlan",
     "TrainResult",
@@ -23,6 +25,7 @@ __all__ = [
     "denoising_loss",
     "export_checkpoint",
     "freeze",
+    "fuse",
     "group_norm_silu",
     "image_grid",
     "load_builtin",
@@ -35,5 +38,6 @@ __all__ = [
     "save_trajectory",
     "to_uint8",
     "train",
+    "unfuse",
     "variational_bound",
 ]

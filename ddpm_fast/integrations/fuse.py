@@ -1,0 +1,467 @@
+"""`fuse`: GroupNorm, its modulation and SiLU in one pass over memory, in models of other libraries."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops import group_norm_silu
+from .class_swap import Swapped, swap, unswap
+
+_PLAIN = "GroupNorm, SiLU"
+_SHIFTED = "time added, GroupNorm, SiLU"
+_MODULATED = "GroupNorm, scale and shift of time, SiLU"
+
+
+@dataclass(frozen=True)
+class FuseReport:
+    """What `fuse` did; printed, a summary.
+
+    Attributes:
+        fused: name of every group norm that is fused -> the class that it is in, and what is one pass now.
+        left: name of every other group norm -> the reason.
+    """
+
+    fused: dict[str, str]
+    left: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.fused)} of {len(self.fused) + len(self.left)} group norms fused with the SiLU that follows"]
+        for names, title in ((self.fused, ""), (self.left, "left: ")):
+            for reason in dict.fromkeys(names.values()):
+                of_it = [name for name, value in names.items() if value == reason]
+                more = f", ... ({len(of_it)})" if len(of_it) > 2 else ""
+                lines.append(f"  {title}{reason}: {', '.join(of_it[:2])}{more}")
+        return "\n".join(lines)
+
+
+def fuse(model: nn.Module) -> FuseReport:
+    """Has every GroupNorm of the model that SiLU follows computed with it by `ddpm_fast.group_norm_silu`, in place.
+
+    What is known: `ResnetBlock2D` and the heads `conv_norm_out`, `conv_act` of diffusers (so `UNet2DModel`,
+    `UNet2DConditionModel`, `AutoencoderKL`, ...); `ResBlock` of guided-diffusion, improved-diffusion and what descends from
+    them; `UNetBlock` of EDM; and any `nn.Sequential` with the one after the other. Blocks take the time embedding into the
+    same pass, as a shift before the norm or a scale and a shift after it.
+
+    Outputs and gradients are the same to rounding (half precision: statistics, modulation and SiLU in float32, rounded once).
+    Parameters, buffers, names and modules stay what they are, so state dicts, optimizers, training, autocast, checkpointing,
+    `torch.compile`, `deepcopy` and pickle go on as before. Gradients exist once: a gradient penalty needs `unfuse`.
+
+    How: a block, or a `Sequential`, becomes an instance of a class derived from its own that has the same name and another
+    `forward`; `unfuse` gives it its class back. Only in a diffusers head, which is part of a large `forward`, the norm itself
+    computes SiLU and the activation passes it on. Blocks are recognised by the name of their class and what they hold; since
+    copies of these classes are all over the field, with changes, a block is only taken if it gives the same outputs in both
+    ways, on a copy with random weights. Modules with hooks that would no longer be called are left alone; hooks that are set
+    on the norms and activations of a fused block later are not called.
+
+    Args:
+        model: any module, on any device; a second call starts anew.
+
+    Raises:
+        TypeError: `model` is not an `nn.Module`.
+    """
+    unfuse(model)
+    modules = dict(model.named_modules())
+    names = {id(module): name for name, module in modules.items()}
+    fused: dict[int, str] = {}
+    reasons: dict[int, str] = {}
+    verdicts: dict[object, str | None] = {}
+    for module in modules.values():
+        for site in (*_block_sites(module), *_head_sites(model, module), *_sequential_sites(module)):
+            news = {id(norm): f"{type(module).__name__}: {what}" for norm, what in site.norms.items() if id(norm) not in fused}
+            if not news:
+                continue
+            reason = site.why_not or _why_not_same(site, verdicts)
+            if reason is None:
+                for target, mixin in site.swaps:
+                    swap(target, mixin)
+                fused |= news
+            else:
+                reasons |= dict.fromkeys(news, reason)
+    left = {
+        id(module): reasons.get(id(module)) or _why_not_found(model, module)
+        for module in modules.values()
+        if id(module) not in fused and (isinstance(module, nn.GroupNorm) or _is_group_norm(module))
+    }
+    return FuseReport(*({names[key]: value for key, value in of.items()} for of in (fused, left)))
+
+
+def unfuse(model: nn.Module) -> None:
+    """Undoes `fuse`: every module of the model is of its own class again. The model's tensors are as they are now.
+
+    Raises:
+        TypeError: `model` is not an `nn.Module`.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"fuse: expected model to be an nn.Module, got {type(model).__name__}")
+    for module in model.modules():
+        if isinstance(module, _Fused):
+            unswap(module)
+
+
+# --------------------------------------------------------------------------------------------------------- what is computed
+
+
+class _Fused(Swapped):
+    """What `fuse` makes of a module."""
+
+
+class _NormSiLU(_Fused):
+    """A norm that computes the activation after it, too."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return _norm_silu(self, input)
+
+
+class _Passed(_Fused):
+    """An activation that the norm before it has computed."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input
+
+
+class _Sequential(_Fused):
+    """A `Sequential` that computes a norm and the SiLU after it at once. A slice of it does the same."""
+
+    def forward(self: Any, input: Any) -> Any:
+        layers = list(self)
+        done = False
+        for layer, following in zip(layers, [*layers[1:], None], strict=True):
+            if done:  # with the norm
+                done = False
+                continue
+            done = _is_group_norm(layer) and _is_silu(following)
+            input = _norm_silu(layer, input) if done else layer(input)
+        return input
+
+
+class _Block(_Fused):
+    """A residual block: norm, SiLU, convolution, norm with the time embedding, SiLU, convolution.
+
+    Attributes:
+        known_as: the class's name.
+        method: what a class of that name computes it in.
+        bypassed: children that are not called any more; the norms are the first two.
+        activations: those that have to be SiLU.
+    """
+
+    known_as: ClassVar[str]
+    method: ClassVar[str] = "forward"
+    bypassed: ClassVar[tuple[str, ...]]
+    activations: ClassVar[tuple[str, ...]] = ()
+
+    @staticmethod
+    def modulates(block: Any) -> bool:
+        """Whether time is a scale and a shift after the norm; else it is added before."""
+        raise NotImplementedError
+
+    @staticmethod
+    def input_shapes(block: Any) -> list[tuple[int, ...] | None]:
+        """Of inputs to try the block with."""
+        raise NotImplementedError
+
+
+class _ResnetBlock2D(_Block):
+    """diffusers/models/resnet.py"""
+
+    known_as = "ResnetBlock2D"
+    bypassed = ("norm1", "norm2", "nonlinearity")
+    activations = ("nonlinearity",)
+
+    @staticmethod
+    def modulates(block: Any) -> bool:
+        return bool(block.time_embedding_norm == "scale_shift")
+
+    @staticmethod
+    def input_shapes(block: Any) -> list[tuple[int, ...] | None]:
+        emb = None if block.time_emb_proj is None else (2, block.time_emb_proj.in_features)
+        return [(2, _channels(block.norm1), 8, 8), emb]
+
+    def forward(self: Any, input_tensor: Tensor, temb: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+        if args or kwargs or (temb is None) != (self.time_emb_proj is None):  # deprecated or wrong: diffusers says so
+            return super().forward(input_tensor, temb, *args, **kwargs)  # type: ignore[no-any-return, misc]
+        x, h = input_tensor, _norm_silu(self.norm1, input_tensor)
+        if self.upsample is not None:
+            if len(x) >= 64:  # PyTorch's nearest interpolation of large channels_last batches was wrong, so diffusers does this
+                x, h = x.contiguous(), h.contiguous()
+            x, h = self.upsample(x), self.upsample(h)
+        elif self.downsample is not None:
+            x, h = self.downsample(x), self.downsample(h)
+        h = self.conv1(h)
+        if temb is not None:
+            temb = self.time_emb_proj(temb if self.skip_time_act else F.silu(temb))
+        h = _norm_silu(self.norm2, h, temb, modulates=self.time_embedding_norm == "scale_shift")
+        h = self.conv2(self.dropout(h))
+        if self.conv_shortcut is not None:
+            # In training as diffusers does it, for DistributedDataParallel warns of gradients in another layout.
+            x = self.conv_shortcut(x.contiguous() if self.training else x)
+        return (x + h) / self.output_scale_factor  # type: ignore[no-any-return]
+
+
+class _ResBlock(_Block):
+    """openai/guided-diffusion, guided_diffusion/unet.py; openai/improved-diffusion has it without resampling."""
+
+    known_as = "ResBlock"
+    method = "_forward"  # `forward` wraps it in checkpointing
+    bypassed = ("in_layers.0", "out_layers.0", "in_layers.1", "out_layers.1", "in_layers", "out_layers")
+    activations = ("in_layers.1", "out_layers.1")
+
+    @staticmethod
+    def modulates(block: Any) -> bool:
+        return bool(block.use_scale_shift_norm)
+
+    @staticmethod
+    def input_shapes(block: Any) -> list[tuple[int, ...] | None]:
+        space = (8,) * (block.in_layers[-1].weight.dim() - 2)
+        return [(2, _channels(block.in_layers[0]), *space), (2, block.emb_layers[-1].in_features)]
+
+    def _forward(self: Any, x: Tensor, emb: Tensor) -> Tensor:
+        norm, _, conv = self.in_layers
+        h = _norm_silu(norm, x)
+        if getattr(self, "updown", False):
+            x, h = self.x_upd(x), self.h_upd(h)
+        h = conv(h)
+        norm, _, *layers = self.out_layers
+        h = _norm_silu(norm, h, self.emb_layers(emb), modulates=self.use_scale_shift_norm)
+        for layer in layers:
+            h = layer(h)
+        return self.skip_connection(x) + h  # type: ignore[no-any-return]
+
+
+class _UNetBlock(_Block):
+    """NVlabs/edm, training/networks.py"""
+
+    known_as = "UNetBlock"
+    bypassed = ("norm0", "norm1")
+
+    @staticmethod
+    def modulates(block: Any) -> bool:
+        return bool(block.adaptive_scale)
+
+    @staticmethod
+    def input_shapes(block: Any) -> list[tuple[int, ...] | None]:
+        return [(2, _channels(block.norm0), 8, 8), (2, block.affine.in_features)]
+
+    def forward(self: Any, x: Tensor, emb: Tensor) -> Tensor:
+        h = self.conv0(_norm_silu(self.norm0, x))
+        h = _norm_silu(self.norm1, h, self.affine(emb), modulates=self.adaptive_scale)
+        h = self.conv1(F.dropout(h, self.dropout, self.training))
+        x = (h + (x if self.skip is None else self.skip(x))) * self.skip_scale
+        return self._attend(x) if self.num_heads else x
+
+    def _attend(self: Any, x: Tensor) -> Tensor:
+        n, c, height, width = x.shape
+        qkv = self.qkv(self.norm2(x)).reshape(n * self.num_heads, c // self.num_heads, 3, height * width)
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # each [N heads, HW, C / heads]
+        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, c, height, width)
+        return (self.proj(h) + x) * self.skip_scale  # type: ignore[no-any-return]
+
+
+_BLOCKS = (_ResnetBlock2D, _ResBlock, _UNetBlock)
+
+
+def _norm_silu(norm: Any, x: Tensor, time: Tensor | None = None, *, modulates: bool = False) -> Tensor:
+    """time: [N, C] or [1, C], added before the norm; or, if it modulates it, a scale and a shift, [N, 2 C] or [1, 2 C]."""
+    time = None if time is None else _fitting(time, x).expand(len(x), -1)
+    return group_norm_silu(
+        x,
+        norm.num_groups,
+        _fitting(norm.weight, x),
+        _fitting(norm.bias, x),
+        norm.eps,
+        shift=None if modulates else time,
+        scale_shift=time.chunk(2, dim=1) if modulates and time is not None else None,
+    )
+
+
+def _fitting(value: Any, x: Tensor) -> Any:
+    """In a dtype that the op takes beside x."""
+    return value if value is None or value.dtype in (x.dtype, torch.float32) else value.to(x.dtype)
+
+
+# -------------------------------------------------------------------------------------------------------- what is recognised
+
+
+@dataclass(frozen=True)
+class _Site:
+    """A place where something can be fused.
+
+    Attributes:
+        norms: those in it -> what is one pass with each.
+        swaps: what has to become what.
+        proofs: what has to give the same outputs as before, of inputs of which shapes.
+        why_not: the reason against it that can be seen.
+    """
+
+    norms: dict[nn.Module, str]
+    swaps: list[tuple[nn.Module, type[_Fused]]]
+    proofs: list[tuple[nn.Module, type[_Fused], list[tuple[int, ...] | None]]]
+    why_not: str | None
+
+
+def _block_sites(block: nn.Module) -> Iterator[_Site]:
+    for mixin in _BLOCKS:
+        known = next((cls for cls in type(block).__mro__ if cls.__name__ == mixin.known_as), None)
+        if known is None:
+            continue
+        try:
+            children = {name: block.get_submodule(name) for name in mixin.bypassed}
+            shapes = mixin.input_shapes(block)
+            second = _MODULATED if mixin.modulates(block) else _SHIFTED if shapes[1] is not None else _PLAIN
+        except AttributeError:
+            continue  # another class of that name
+        yield _Site(
+            norms=dict(zip(list(children.values())[:2], (_PLAIN, second), strict=True)),
+            swaps=[(block, mixin)],
+            proofs=[(block, mixin, shapes)],
+            why_not=_why_not_block(block, mixin, known, children),
+        )
+
+
+def _why_not_block(block: nn.Module, mixin: type[_Block], known: type, children: dict[str, nn.Module]) -> str | None:
+    kind = type(block).__name__
+    if getattr(type(block), mixin.method) is not getattr(known, mixin.method):
+        return f"{kind} has a {mixin.method} of its own"
+    if mixin.method in vars(block):
+        return f"a {kind} whose {mixin.method} is patched"
+    for name in mixin.bypassed[:2]:
+        if not _is_group_norm(children[name]):
+            return f"{kind}.{name} is a {type(children[name]).__name__}"
+    for name in mixin.activations:
+        if not _is_silu(children[name]):
+            return f"{kind}.{name} is {type(children[name]).__name__}, not SiLU"
+    reasons = (_why_called(f"{kind}.{name}", child) for name, child in children.items())
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def _head_sites(model: nn.Module, module: nn.Module) -> Iterator[_Site]:
+    """diffusers computes conv_out(conv_act(conv_norm_out(x))) wherever it has these."""
+    norm, activation = getattr(module, "conv_norm_out", None), getattr(module, "conv_act", None)
+    if not (isinstance(norm, nn.Module) and isinstance(activation, nn.Module)):
+        return
+    forward = type(module).forward
+    if not forward.__module__.startswith("diffusers."):
+        return
+    kind = type(module).__name__
+    uses = sum(child is activation for parent in model.modules() for child in parent.children())
+    if type(norm) is not nn.GroupNorm:
+        why_not: str | None = f"{kind}.conv_norm_out is a {type(norm).__name__}"
+    elif type(activation) is not nn.SiLU:
+        why_not = f"{kind}.conv_act is {type(activation).__name__}, not SiLU"
+    elif uses > 1:
+        why_not = f"{kind}.conv_act is used elsewhere, too"
+    else:
+        why_not = _why_called(f"{kind}.conv_norm_out", norm) or _why_called(f"{kind}.conv_act", activation)
+    yield _Site({norm: _PLAIN}, [(norm, _NormSiLU), (activation, _Passed)], [], why_not)
+
+
+def _sequential_sites(module: nn.Module) -> Iterator[_Site]:
+    if not isinstance(module, nn.Sequential):
+        return
+    pairs = [(norm, silu) for norm, silu in pairwise(module) if _is_group_norm(norm) and _is_silu(silu)]
+    if not pairs:
+        return
+    kind = type(module).__name__
+    if type(module).forward is not nn.Sequential.forward:
+        why_not: str | None = f"{kind} has a forward of its own"
+    elif "forward" in vars(module):
+        why_not = f"a {kind} whose forward is patched"
+    else:
+        reasons = (_why_called(f"the {type(layer).__name__} in a {kind}", layer) for pair in pairs for layer in pair)
+        why_not = next((reason for reason in reasons if reason is not None), None)
+    others = [(norm, silu) for norm, silu in pairs if (type(norm), type(silu)) != (nn.GroupNorm, nn.SiLU)]
+    yield _Site(
+        norms={norm: _PLAIN for norm, _ in pairs},
+        swaps=[(module, _Sequential)],
+        proofs=[(nn.Sequential(norm, silu), _Sequential, [(2, _channels(norm), 8, 8)]) for norm, silu in others],
+        why_not=why_not,
+    )
+
+
+def _is_group_norm(module: Any) -> bool:
+    """nn.GroupNorm, or one of the same meaning: guided-diffusion's GroupNorm32 and EDM's GroupNorm."""
+    named = type(module).__name__ in ("GroupNorm", "GroupNorm32")
+    return named and all(hasattr(module, name) for name in ("num_groups", "eps", "weight", "bias"))
+
+
+def _is_silu(module: Any) -> bool:
+    """nn.SiLU, or improved-diffusion's."""
+    return type(module).__name__ == "SiLU"
+
+
+def _channels(norm: Any) -> int:
+    return int(norm.num_channels) if isinstance(norm, nn.GroupNorm) else len(norm.weight)
+
+
+def _why_called(name: str, module: nn.Module) -> str | None:
+    """The reason why a module has to be called, and its values taken, by its parent."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    if any(hooks):
+        return f"{name} has hooks"
+    return f"{name} has a patched forward" if "forward" in vars(module) else None
+
+
+def _why_not_same(site: _Site, verdicts: dict[object, str | None]) -> str | None:
+    for module, mixin, shapes in site.proofs:
+        kind = _structure(module)
+        if kind not in verdicts:
+            verdicts[kind] = _why_not_equal(module, mixin, shapes)
+        if verdicts[kind] is not None:
+            return verdicts[kind]
+    return None
+
+
+def _structure(module: nn.Module) -> object:
+    """Equal for modules that compute the same function of their sizes and weights."""
+    return tuple(
+        (
+            name,
+            type(child),
+            *((key, value) for key, value in vars(child).items() if value is None or type(value) in (bool, str)),
+        )
+        for name, child in module.named_modules()
+    )
+
+
+def _why_not_equal(module: nn.Module, mixin: type[_Fused], shapes: list[tuple[int, ...] | None]) -> str | None:
+    """Tries both ways on a copy with random weights: as they are, a last layer may be zero and hide what comes before it."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(shape: tuple[int, ...] | torch.Size) -> Tensor:
+        return torch.rand(shape, generator=generator) * 2 - 1
+
+    instead: dict[int, Any] = {id(p): nn.Parameter(random(p.shape)) for p in module.parameters()}
+    instead |= {id(b): random(b.shape) for b in module.buffers()}
+    kind = type(module).__name__
+    try:
+        twin = copy.deepcopy(module, instead).eval()
+        for child in twin.modules():
+            child._forward_hooks.clear()
+            child._forward_pre_hooks.clear()
+        inputs = [None if shape is None else random(shape) for shape in shapes]
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            expected = twin(*(x if x is None else x.clone() for x in inputs))
+            swap(twin, mixin)
+            error = float((twin(*inputs) - expected).norm() / expected.norm())
+    except Exception as failure:  # of code that nobody here has seen
+        return f"{kind} could not be tried: {type(failure).__name__}: {str(failure).partition(chr(10))[0]}"
+    return None if error < 1e-4 else f"{kind} computes something else than the class known by that name"
+
+
+def _why_not_found(model: nn.Module, norm: nn.Module) -> str:
+    """The reason for a norm that is in none of the sites."""
+    parent = next((module for module in model.modules() if any(child is norm for child in module.children())), None)
+    if parent is None:
+        return "the norm is the whole model"
+    if isinstance(parent, nn.Sequential):
+        layers = list(parent)
+        following = layers[layers.index(norm) + 1 :]
+        return f"{type(following[0]).__name__} follows it" if following else f"it is the last of a {type(parent).__name__}"
+    return f"nothing is known of a SiLU after it in {type(parent).__name__}"

@@ -1,0 +1,436 @@
+"""`fuse`: other libraries' models compute the same with one kernel for GroupNorm, modulation and SiLU."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import small_unets
+import torch
+from other_blocks import EDMUNet, GroupNorm32, GuidedUNet, ResBlock, SiLU, UNetBlock
+from small_unets import randomise
+from torch import Tensor, nn
+
+from ddpm_fast import fuse, unfuse
+from ddpm_fast.integrations.class_swap import Swapped
+
+diffusers = pytest.importorskip("diffusers")
+from diffusers.models.resnet import ResnetBlock2D  # noqa: E402
+
+UNET_2D: dict[str, Any] = {
+    "sample_size": 8,
+    "block_out_channels": (16, 32),
+    "norm_num_groups": 8,
+    "layers_per_block": 1,
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+}
+
+
+def unet_2d(**changes: Any) -> nn.Module:
+    return diffusers.UNet2DModel(**(UNET_2D | changes))
+
+
+def unet_2d_condition() -> nn.Module:
+    blocks = {
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "cross_attention_dim": 12,
+    }
+    return diffusers.UNet2DConditionModel(**(UNET_2D | blocks))
+
+
+def autoencoder() -> nn.Module:
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    return diffusers.AutoencoderKL(**(UNET_2D | blocks))
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(3))
+
+
+def with_time(channels: int) -> tuple[Tensor, ...]:
+    return normal(2, channels, 8, 8), torch.tensor([3, 800])
+
+
+X_AND_EMB = (normal(2, 3, 8, 8), normal(2, 12))
+# name -> the network, its inputs, and how many of its norms can be fused, of all.
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...], int, int]] = {
+    "UNet2DModel": (unet_2d, with_time(3), 17, 21),
+    "scale-shift": (lambda: unet_2d(resnet_time_scale_shift="scale_shift"), with_time(3), 17, 20),
+    "resnet resampling": (lambda: unet_2d(downsample_type="resnet", upsample_type="resnet"), with_time(3), 19, 23),
+    "UNet2DConditionModel": (unet_2d_condition, (*with_time(4), normal(2, 5, 12)), 17, 21),
+    "AutoencoderKL": (autoencoder, (normal(2, 3, 8, 8),), 22, 24),
+    "guided-diffusion": (lambda: GuidedUNet(use_scale_shift_norm=True), X_AND_EMB, 7, 7),
+    "guided-diffusion, shift": (lambda: GuidedUNet(use_scale_shift_norm=False), X_AND_EMB, 7, 7),
+    "improved-diffusion": (lambda: GuidedUNet(use_scale_shift_norm=True, silu=SiLU), X_AND_EMB, 7, 7),
+    "EDM": (lambda: EDMUNet(adaptive_scale=True), X_AND_EMB, 8, 9),
+    "EDM, shift": (lambda: EDMUNet(adaptive_scale=False), X_AND_EMB, 8, 9),
+}
+
+
+def make(name: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    network, inputs, _, _ = NETWORKS[name]
+    torch.manual_seed(0)
+    model = network().eval()
+    randomise(model)
+    return model, inputs
+
+
+def output(model: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
+    result = model(*inputs)
+    return result if isinstance(result, Tensor) else result.sample
+
+
+def cast(inputs: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    return tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs)
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    return small_unets.relative_error(actual.detach(), expected.detach())
+
+
+def gradients(model: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
+    """Of every parameter."""
+    loss = output(model, inputs).square().mean()
+    grads = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+    return torch.cat([grad.flatten() for grad in grads if grad is not None])
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_norm_before_a_silu_is_fused(name: str) -> None:
+    model, inputs = make(name)
+    report = fuse(model)
+    fused, norms = NETWORKS[name][2:]
+    assert len(report.fused) == fused
+    assert len(report.fused) + len(report.left) == norms
+    # None of the names is made up, and what is fused is not computed on its own any more.
+    called = []
+    for path in (*report.fused, *report.left):
+        model.get_submodule(path).register_forward_hook(lambda *_, path=path: called.append(path))
+    with torch.no_grad():
+        output(model, inputs)
+    assert {path for path in called if not path.endswith("conv_norm_out")} == set(report.left)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_outputs_and_gradients_are_as_right_as_before(name: str, dtype: torch.dtype) -> None:
+    model, inputs = make(name)
+    exact_model = copy.deepcopy(model).double()
+    if "diffusion" in name:  # GroupNorm32 is float32, whatever comes
+        for module in exact_model.modules():
+            if type(module) is GroupNorm32:
+                module.__class__ = nn.GroupNorm
+    exact, exact_gradients = (f(exact_model, cast(inputs, torch.float64)) for f in (output, gradients))
+    model, inputs = model.to(dtype), cast(inputs, dtype)
+    if "diffusion" in name:  # its norms stay float32: GroupNorm32 has no other
+        for module in model.modules():
+            if isinstance(module, nn.GroupNorm):
+                module.float()
+    before = output(model, inputs), gradients(model, inputs)
+    assert fuse(model).fused
+    after = output(model, inputs), gradients(model, inputs)
+    for truth, old, new in zip((exact, exact_gradients), before, after, strict=True):
+        assert new.dtype == old.dtype
+        # Of the same number of roundings some sums are luckier than others: twice is the project's rule.
+        assert relative_error(new, truth) <= 2 * relative_error(old, truth)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_unfuse_leaves_no_trace(name: str) -> None:
+    model, inputs = make(name)
+
+    def traces() -> list[tuple[type, dict[str, Any]]]:
+        return [(type(module), dict(vars(module))) for module in model.modules()]
+
+    before, state = traces(), model.state_dict(keep_vars=True)
+    expected = output(model, inputs)
+    fuse(model)
+    fused_state = model.state_dict(keep_vars=True)
+    assert list(fused_state) == list(state)
+    assert all(fused_state[key] is value for key, value in state.items())
+    assert any(isinstance(module, Swapped) for module in model.modules())
+    unfuse(model)
+    assert traces() == before
+    assert torch.equal(output(model, inputs), expected)
+
+
+def test_fusing_again_changes_nothing() -> None:
+    model, inputs = make("UNet2DModel")
+    report = fuse(model)
+    expected = output(model, inputs)
+    assert fuse(model) == report
+    assert torch.equal(output(model, inputs), expected)
+
+
+@pytest.mark.parametrize("name", ["UNet2DModel", "guided-diffusion", "EDM"])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"])
+def test_copies_are_fused_and_apart(name: str, copied: Callable[[nn.Module], nn.Module]) -> None:
+    model, inputs = make(name)
+    report = fuse(model)
+    expected = output(model, inputs)
+    twin = copied(model)
+    assert [type(module) for module in twin.modules()] == [type(module) for module in model.modules()]
+    unfuse(model)
+    for parameter in model.parameters():
+        nn.init.zeros_(parameter)
+    assert torch.equal(output(twin, inputs), expected)
+    assert fuse(twin) == report
+
+
+@pytest.mark.parametrize("name", ["UNet2DModel", "AutoencoderKL", "EDM"])
+def test_compiles_whole(name: str) -> None:
+    model, inputs = make(name)
+    fuse(model)
+    with torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        assert relative_error(output(compiled, inputs), output(model, inputs)) < 1e-6
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_autocast(name: str) -> None:
+    model, inputs = make(name)
+    exact = output(copy.deepcopy(model), inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        before = output(model, inputs)
+        fuse(model)
+        after = output(model, inputs)
+    assert after.dtype == before.dtype
+    assert relative_error(after, exact) <= 2 * relative_error(before, exact)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_training_goes_on_as_before(checkpointing: bool) -> None:
+    """With dropout, whose masks are the same, and steps of an optimizer that was made before."""
+    inputs = with_time(3)
+
+    def losses(fused: bool) -> list[float]:
+        torch.manual_seed(0)
+        model = unet_2d(dropout=0.3).train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        if fused:
+            fuse(model)
+        values = []
+        for _ in range(4):
+            loss = (output(model, inputs) - inputs[0]).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            values.append(loss.item())
+        return values
+
+    before = losses(False)
+    assert before[-1] < before[0]
+    assert losses(True) == pytest.approx(before, rel=1e-4)
+
+
+def test_classes_keep_their_names_and_relatives() -> None:
+    """Adapters and offloading find modules by the names of their classes."""
+    model, _ = make("UNet2DModel")
+    shown = repr(model)
+    fuse(model)
+    block = model.mid_block.resnets[0]
+    assert isinstance(block, ResnetBlock2D)
+    assert (type(block).__name__, type(block).__module__) == (ResnetBlock2D.__name__, ResnetBlock2D.__module__)
+    assert repr(model) == shown
+
+
+def test_what_was_done_can_be_read() -> None:
+    text = str(fuse(make("UNet2DModel")[0]))
+    assert text.startswith("17 of 21 group norms fused")
+    assert (
+        "ResnetBlock2D: time added, GroupNorm, SiLU: down_blocks.0.resnets.0.norm2, down_blocks.1.resnets.0.norm2, ... (8)"
+        in text
+    )
+    assert "left: nothing is known of a SiLU after it in Attention" in text
+
+
+# ---------------------------------------------------------------------------------------------------------- nn.Sequential
+
+
+@pytest.mark.parametrize("dims", [0, 1, 2, 3])
+def test_any_sequential(dims: int) -> None:
+    conv = [nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d][dims]
+    size = () if dims == 0 else (1,)
+    layers = [conv(8, 8, *size), nn.GroupNorm(2, 8), nn.SiLU(), nn.Dropout(0.5), nn.GroupNorm(4, 8, affine=False), nn.SiLU()]
+    model = nn.Sequential(*layers, nn.GroupNorm(2, 8)).eval()
+    randomise(model)
+    x = normal(3, 8, *(5,) * dims)
+    expected, slice_of_it = model(x), model[1:3](x)
+    report = fuse(model)
+    assert report.fused.keys() == {"1", "4"}
+    assert report.left == {"6": "it is the last of a Sequential"}
+    torch.testing.assert_close(model(x), expected)
+    torch.testing.assert_close(model[1:3](x), slice_of_it)
+    torch.testing.assert_close(model[2:](model[:2](x)), expected)  # cut between norm and SiLU
+
+
+def test_modules_of_a_sequential_still_serve_alone() -> None:
+    """As guided-diffusion takes them apart, in blocks of whatever name."""
+
+    class Unknown(ResBlock):
+        def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
+            return super()._forward(x, emb)
+
+    model = Unknown(16, 12, out_channels=16, use_scale_shift_norm=True).eval()
+    randomise(model)
+    inputs = normal(2, 16, 8, 8), normal(2, 12)
+    expected = model(*inputs)
+    report = fuse(model)
+    assert report.fused == {"in_layers.0": "Sequential: GroupNorm, SiLU", "out_layers.0": "Sequential: GroupNorm, SiLU"}
+    torch.testing.assert_close(model(*inputs), expected)
+
+
+# ------------------------------------------------------------------------------------------------------- what is left, why
+
+
+def hooked(path: str, register: str) -> Callable[[nn.Module], Any]:
+    return lambda model: getattr(model.get_submodule(path), register)(lambda *args: None)
+
+
+def patched(path: str, method: str = "forward") -> Callable[[nn.Module], Any]:
+    def patch(model: nn.Module) -> None:
+        module = model.get_submodule(path)
+        setattr(module, method, getattr(module, method))
+
+    return patch
+
+
+def replaced(path: str, by: nn.Module) -> Callable[[nn.Module], Any]:
+    return lambda model: model.set_submodule(path, by)
+
+
+def shared(model: Any) -> None:
+    model.mid_block.again = model.conv_act
+
+
+MID, GUIDED, EDM = "mid_block.resnets.0", "blocks.1.0", "blocks.1"
+LEFT: list[tuple[str, Callable[[nn.Module], Any], str, str]] = [
+    ("UNet2DModel", hooked(f"{MID}.norm1", "register_forward_hook"), f"{MID}.norm2", "ResnetBlock2D.norm1 has hooks"),
+    ("UNet2DModel", hooked(f"{MID}.norm2", "register_forward_pre_hook"), f"{MID}.norm1", "ResnetBlock2D.norm2 has hooks"),
+    (
+        "UNet2DModel",
+        hooked(f"{MID}.nonlinearity", "register_full_backward_hook"),
+        f"{MID}.norm1",
+        "ResnetBlock2D.nonlinearity has hooks",
+    ),
+    ("UNet2DModel", patched(MID), f"{MID}.norm1", "a ResnetBlock2D whose forward is patched"),
+    ("UNet2DModel", patched(f"{MID}.norm1"), f"{MID}.norm1", "ResnetBlock2D.norm1 has a patched forward"),
+    ("UNet2DModel", replaced(f"{MID}.nonlinearity", nn.Mish()), f"{MID}.norm2", "ResnetBlock2D.nonlinearity is Mish, not SiLU"),
+    ("UNet2DModel", replaced(f"{MID}.norm2", nn.BatchNorm2d(32)), f"{MID}.norm1", "ResnetBlock2D.norm2 is a BatchNorm2d"),
+    ("UNet2DModel", hooked("conv_norm_out", "register_forward_hook"), "conv_norm_out", "UNet2DModel.conv_norm_out has hooks"),
+    ("UNet2DModel", hooked("conv_act", "register_forward_hook"), "conv_norm_out", "UNet2DModel.conv_act has hooks"),
+    ("UNet2DModel", replaced("conv_act", nn.GELU()), "conv_norm_out", "UNet2DModel.conv_act is GELU, not SiLU"),
+    (
+        "UNet2DModel",
+        replaced("conv_norm_out", GroupNorm32(2, 16)),
+        "conv_norm_out",
+        "UNet2DModel.conv_norm_out is a GroupNorm32",
+    ),
+    ("UNet2DModel", shared, "conv_norm_out", "UNet2DModel.conv_act is used elsewhere, too"),
+    ("guided-diffusion", hooked("out.1", "register_forward_hook"), "out.0", "the SiLU in a Sequential has hooks"),
+    ("guided-diffusion", patched("out"), "out.0", "a Sequential whose forward is patched"),
+    ("guided-diffusion", replaced("out.1", nn.Dropout(0.1)), "out.0", "Dropout follows it"),
+    ("EDM", hooked(f"{EDM}.norm0", "register_forward_hook"), f"{EDM}.norm1", "UNetBlock.norm0 has hooks"),
+    ("EDM", patched(EDM), f"{EDM}.norm1", "a UNetBlock whose forward is patched"),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "norm", "reason"), LEFT, ids=[f"{case[0]}: {case[3]}" for case in LEFT])
+def test_what_cannot_be_fused_is_left_with_the_reason(
+    name: str, change: Callable[[nn.Module], Any], norm: str, reason: str
+) -> None:
+    model, inputs = make(name)
+    change(model)
+    model.eval()
+    expected = output(model, inputs)
+    report = fuse(model)
+    assert report.left[norm] == reason
+    assert report.fused  # the rest
+    assert relative_error(output(model, inputs), expected) < 1e-5
+
+
+class Inheriting(ResBlock):
+    """Nothing of its own."""
+
+
+class Overriding(UNetBlock):
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        return super().forward(x, emb)
+
+
+class SiLULookalike(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+SiLULookalike.__name__ = "SiLU"
+
+
+def other_modulation(self: Any, x: Tensor, emb: Tensor) -> Tensor:
+    """scale, not 1 + scale, as in a fork of guided-diffusion that nobody knows."""
+    scale, shift = self.emb_layers(emb)[:, :, None, None].chunk(2, dim=1)
+    h = self.out_layers[1:](self.out_layers[0](self.in_layers(x)) * scale + shift)
+    return self.skip_connection(x) + h
+
+
+def further_argument(self: Any, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
+    return ResBlock._forward(self, x, emb) + context
+
+
+def test_subclasses_are_taken_if_they_inherit_the_forward() -> None:
+    inheriting = Inheriting(16, 12, out_channels=16, use_scale_shift_norm=True)
+    assert set(fuse(inheriting).fused.values()) == {
+        "Inheriting: GroupNorm, SiLU",
+        "Inheriting: GroupNorm, scale and shift of time, SiLU",
+    }
+    overriding = Overriding(16, 16, 12, adaptive_scale=True)
+    assert fuse(overriding).left == dict.fromkeys(("norm0", "norm1"), "Overriding has a forward of its own")
+
+
+@pytest.mark.parametrize("forward", [other_modulation, further_argument])
+def test_a_class_that_only_has_the_name_and_the_parts_is_found_out(forward: Callable[..., Tensor]) -> None:
+    """Also where its last layer is zero, as in a new block, which hides everything before it."""
+    block = ResBlock(16, 12, out_channels=16, use_scale_shift_norm=True)
+    block.__class__ = type("ResBlock", (ResBlock,), {"_forward": forward})
+    model = nn.ModuleList([block])
+    report = fuse(model)
+    assert type(block).__name__ == "ResBlock"
+    assert not isinstance(block, Swapped)
+    # Its two Sequentials are what they seem.
+    assert report.fused.keys() == {"0.in_layers.0", "0.out_layers.0"}
+    patched("0.in_layers")(model)
+    patched("0.out_layers")(model)
+    assert fuse(model).left == dict.fromkeys(report.fused, "a Sequential whose forward is patched")
+
+
+def test_an_activation_that_only_has_the_name_is_found_out() -> None:
+    model = nn.Sequential(nn.GroupNorm(2, 8), SiLULookalike())
+    assert fuse(model).left == {"0": "Sequential computes something else than the class known by that name"}
+
+
+def test_trying_a_block_has_no_side_effects() -> None:
+    """Neither on hooks, nor on random numbers, nor on the model, which may have no memory at all."""
+    with torch.device("meta"):
+        model = unet_2d(dropout=0.5).train()
+    called = []
+    model.mid_block.resnets[0].conv1.register_forward_hook(lambda *args: called.append(args))
+    state = torch.get_rng_state()
+    assert len(fuse(model).fused) == 17
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not called
+    assert all(module.training for module in model.modules())
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("function", [fuse, unfuse])
+def test_anything_but_a_module_is_refused(function: Callable[[Any], object]) -> None:
+    with pytest.raises(TypeError, match=re.escape("fuse: expected model to be an nn.Module, got dict")):
+        function({})
