@@ -18,13 +18,6 @@ from .schedule import NoiseSchedule
 BUILTIN: Final = Path(__file__).parent / "builtin"
 """Folder of the built-in model: class-conditional, trained by `ddpm-fast train` on Fashion-MNIST padded to 32x32."""
 
-_SCHEDULES: Final = {  # diffusers' beta_schedule -> our builder
-    "linear": "linear",
-    "scaled_linear": "scaled_linear",
-    "squaredcos_cap_v2": "cosine",
-    "sigmoid": "sigmoid_betas",
-}
-
 
 @dataclass(frozen=True)
 class Pretrained:
@@ -91,11 +84,13 @@ def load_folder(
     elif (folder / "classes.json").is_file():
         classes = tuple(read_json(folder / "classes.json").get("classes", ()))
     config = _read_scheduler_config(folder)
+    if config.get("thresholding", False):
+        raise ValueError("load_folder: expected the scheduler's thresholding to be false, got true")
     model = UNet.from_pretrained(network, dtype=dtype, device=device)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's types leave it out
     return Pretrained(
         model=model,
-        schedule=schedule_from_diffusers(config),
+        schedule=schedule_from_config(config),
         prediction=cast(Prediction, config.get("prediction_type", "epsilon")),
         variance=cast(Variance, config.get("variance_type", "fixed_small")),
         clip=float(config.get("clip_sample_range", 1.0)) if config.get("clip_sample", True) else None,
@@ -103,28 +98,11 @@ def load_folder(
     )
 
 
-def schedule_from_diffusers(config: Mapping[str, Any]) -> NoiseSchedule:
-    """The noise schedule that a diffusers scheduler's configuration describes; what it leaves out has diffusers' default.
-
-    Where this package wrote the configuration, its own description, under the key "ddpm_fast", is taken.
-    """
-    if config.get("thresholding", False):
-        raise ValueError("schedule_from_diffusers: expected thresholding to be false, got true")
+def schedule_from_config(config: Mapping[str, Any]) -> NoiseSchedule:
+    """The noise schedule that scheduler_config.json describes: where this package wrote it, by the key "ddpm_fast"."""
     if "ddpm_fast" in config:
         return NoiseSchedule.from_config(config["ddpm_fast"])
-    if config.get("trained_betas") is not None:
-        schedule = NoiseSchedule.from_betas(config["trained_betas"])
-    else:
-        name = config.get("beta_schedule", "linear")
-        if name not in _SCHEDULES:
-            raise ValueError(
-                f"schedule_from_diffusers: expected beta_schedule to be one of {', '.join(_SCHEDULES)}, got {name!r}"
-            )
-        parameters: dict[str, Any] = {"num_timesteps": config.get("num_train_timesteps", 1000)}
-        if name != "squaredcos_cap_v2":
-            parameters |= {key: config[key] for key in ("beta_start", "beta_end") if key in config}
-        schedule = NoiseSchedule.from_config({"name": _SCHEDULES[name], **parameters})
-    return schedule.rescale_zero_terminal_snr() if config.get("rescale_betas_zero_snr", False) else schedule
+    return NoiseSchedule.from_diffusers(config)
 
 
 def _read_scheduler_config(folder: Path) -> dict[str, Any]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Final, Literal
+from typing import Final, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,7 +18,7 @@ Prediction = Literal["epsilon", "sample", "v_prediction"]
 Variance = Literal["fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range"]
 
 COLUMNS: Final = ("p", "q", "k0", "k1", "k2", "k3", "sigma", "log_beta", "log_beta_tilde", "clip")
-_FIXED_VARIANCES: Final = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log")
+VARIANCE_TYPES: Final[tuple[str, ...]] = get_args(Variance)
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +29,8 @@ class SamplingPlan:
 
     Attributes:
         schedule: the noise schedule that the plan samples from.
-        timesteps: int64 [S] on the CPU, strictly descending: what the model is given as t.
+        timesteps: int64 [S] on the CPU: what the model is given as t. Strictly descending, unless `previous` says where each
+            step arrives.
         coefficients: float64 [S, 10] on the CPU, columns COLUMNS: x_0^ = clip(p x_t + q m), then
             x_{t-1} = k0 x_0^ + k1 x_t + k2 m + k3 x_0_prev + std z. `clip` is infinite where there is none.
         prediction: what the model's output m is: "epsilon", "sample" (x_0) or "v_prediction".
@@ -99,6 +101,7 @@ def ddpm_plan(
     num_steps: int | None = None,
     *,
     spacing: Spacing | Sequence[int] = "leading",
+    previous: Sequence[int] | None = None,
     prediction: Prediction = "epsilon",
     variance: Variance = "fixed_small",
     clip: float | None = 1.0,
@@ -113,6 +116,8 @@ def ddpm_plan(
             diffusers; "trailing" starts from T - 1 whatever S is.
         spacing: which timesteps: "leading", "trailing" or "linspace" (as in Lin et al. 2023, Table 2), or a strictly
             descending sequence of them.
+        previous: for steps that are no chain, with a sequence as `spacing`, in any order: the timestep at which each of its
+            steps arrives, below the one it starts from; -1 is x_0. None: at the next of the sequence.
         prediction: what the model predicts.
         variance: sigma^2 is beta~ ("fixed_small"), beta ("fixed_large"), or the model's ("learned", "learned_range"). The
             forms with "_log" are the same numbers.
@@ -121,10 +126,9 @@ def ddpm_plan(
     Raises:
         ValueError: an argument out of its range, or epsilon prediction on a schedule with zero terminal SNR.
     """
-    if variance not in (*_FIXED_VARIANCES, "learned", "learned_range"):
-        known = ", ".join((*_FIXED_VARIANCES, "learned", "learned_range"))
-        raise ValueError(f"ddpm_plan: expected variance to be one of {known}, got {variance!r}")
-    path = _Path("ddpm_plan", schedule, num_steps, spacing, prediction, clip)
+    if variance not in VARIANCE_TYPES:
+        raise ValueError(f"ddpm_plan: expected variance to be one of {', '.join(VARIANCE_TYPES)}, got {variance!r}")
+    path = _Path("ddpm_plan", schedule, num_steps, spacing, previous, prediction, clip)
     k0 = path.abar_prev.sqrt() * path.beta / (1 - path.abar)
     k1 = path.alpha.sqrt() * (1 - path.abar_prev) / (1 - path.abar)
     beta_tilde = (1 - path.abar_prev) / (1 - path.abar) * path.beta
@@ -134,7 +138,7 @@ def ddpm_plan(
         sigma = path.beta.sqrt()
     else:
         sigma = torch.ones_like(path.beta)
-    sigma[-1] = 0
+    sigma[path.previous < 0] = 0
     kind: Literal["fixed", "learned", "learned_range"]
     kind = "learned" if variance == "learned" else "learned_range" if variance == "learned_range" else "fixed"
     return path.plan(k0=k0, k1=k1, k2=torch.zeros_like(k0), sigma=sigma, beta_tilde=beta_tilde, variance=kind)
@@ -145,22 +149,27 @@ def ddim_plan(
     num_steps: int | None = 50,
     *,
     spacing: Spacing | Sequence[int] = "leading",
+    previous: Sequence[int] | None = None,
     prediction: Prediction = "epsilon",
     eta: float = 0.0,
     clip: float | None = 1.0,
     use_clipped_model_output: bool = False,
+    final_alpha_bar: float = 1.0,
 ) -> SamplingPlan:
     """DDIM (Song et al. 2021, eq. 12 and 16): deterministic for eta = 0, the variance of ancestral sampling for eta = 1.
 
     Args:
-        num_steps, spacing, prediction, clip: as in `ddpm_plan`.
+        num_steps, spacing, previous, prediction, clip: as in `ddpm_plan`.
         eta: scales sigma; at least 0.
         use_clipped_model_output: derive epsilon again from the clipped x_0^ (guided-diffusion's way) rather than take the
             model's own (diffusers' default). The same thing without a clip.
+        final_alpha_bar: abar where the last step arrives: 1 is x_0; latent diffusion has abar_0 ("set_alpha_to_one": false).
     """
     if not eta >= 0:
         raise ValueError(f"ddim_plan: expected eta to be at least 0, got {eta}")
-    path = _Path("ddim_plan", schedule, num_steps, spacing, prediction, clip)
+    if not 0 < final_alpha_bar <= 1:
+        raise ValueError(f"ddim_plan: expected final_alpha_bar in (0, 1], got {final_alpha_bar}")
+    path = _Path("ddim_plan", schedule, num_steps, spacing, previous, prediction, clip, final_alpha_bar)
     beta_tilde = (1 - path.abar_prev) / (1 - path.abar) * path.beta
     sigma = eta * beta_tilde.sqrt()
     if bool((sigma.square() > 1 - path.abar_prev).any()):
@@ -185,17 +194,23 @@ class _Path:
         schedule: NoiseSchedule,
         num_steps: int | None,
         spacing: Spacing | Sequence[int],
+        previous: Sequence[int] | None,
         prediction: Prediction,
         clip: float | None,
+        final_alpha_bar: float = 1.0,
     ) -> None:
         if prediction not in PREDICTIONS:
             raise ValueError(f"{caller}: expected prediction to be one of {', '.join(PREDICTIONS)}, got {prediction!r}")
         if clip is not None and not clip > 0:
             raise ValueError(f"{caller}: expected clip to be positive or None, got {clip}")
         self.schedule, self.prediction, self.clip = schedule, prediction, clip
-        self.timesteps = _timesteps(caller, schedule.num_timesteps, num_steps, spacing)
+        self.timesteps = _timesteps(caller, schedule.num_timesteps, num_steps, spacing, previous is None)
+        if previous is None:
+            self.previous = torch.cat([self.timesteps[1:], torch.tensor([-1])])
+        else:
+            self.previous = _previous(caller, self.timesteps, previous)
         self.abar = schedule.alpha_bars[self.timesteps]
-        self.abar_prev = torch.cat([self.abar[1:], torch.ones(1, dtype=torch.float64)])
+        self.abar_prev = torch.cat([schedule.alpha_bars, torch.tensor([final_alpha_bar], dtype=torch.float64)])[self.previous]
         self.alpha = self.abar / self.abar_prev
         self.beta = 1 - self.alpha
         self.signal, self.noise = self.abar.sqrt(), (1 - self.abar).sqrt()  # x_t = signal x_0 + noise epsilon
@@ -232,38 +247,53 @@ class _Path:
             # k1 = 1 / sqrt(alpha), k2 = -beta / (sqrt(alpha) sqrt(1 - abar)): eq. 13, free of p's cancellation at large t.
             k0, k1, k2 = torch.zeros_like(k0), k1 + k0 * p, k2 + k0 * q
         clip = torch.full_like(k0, torch.inf if self.clip is None else self.clip)
-        log_beta, log_beta_tilde = self.beta.log(), beta_tilde.clamp(min=1e-20).log()
+        log_beta, log_beta_tilde = (variance_.clamp(min=1e-20).log() for variance_ in (self.beta, beta_tilde))
         columns = [p, q, k0, k1, k2, torch.zeros_like(k0), sigma, log_beta, log_beta_tilde, clip]
         return SamplingPlan(self.schedule, self.timesteps, torch.stack(columns, dim=1), self.prediction, variance)
 
 
-def _timesteps(caller: str, total: int, num_steps: int | None, spacing: Spacing | Sequence[int]) -> Tensor:
-    """int64 [S], strictly descending; the three named spacings round as diffusers does."""
-    if not isinstance(spacing, str):
-        timesteps = torch.as_tensor(spacing)
-        descending = timesteps.dim() == 1 and timesteps.numel() > 0 and bool((timesteps.diff() < 0).all())
-        if not descending or timesteps.is_floating_point() or timesteps[0] >= total or timesteps[-1] < 0:
-            raise ValueError(
-                f"{caller}: expected spacing to be strictly descending timesteps in 0..{total - 1}, got {timesteps.tolist()}"
-            )
-        if num_steps not in (None, timesteps.numel()):
-            raise ValueError(
-                f"{caller}: expected num_steps to be None or {timesteps.numel()}, as spacing lists, got {num_steps}"
-            )
-        return timesteps.to("cpu", torch.int64)
-    if num_steps is None:
-        num_steps = total
-    if not isinstance(num_steps, int) or not 1 <= num_steps <= total:
+def spaced_timesteps(caller: str, total: int, num_steps: int, spacing: Spacing) -> Tensor:
+    """int64 [num_steps], strictly descending in 0..total-1: one of the named spacings, to the last bit as diffusers rounds it.
+
+    Only where diffusers' "trailing" goes on to timestep -1, as it does for some counts, is it left out.
+    """
+    if not isinstance(num_steps, int) or isinstance(num_steps, bool) or not 1 <= num_steps <= total:
         raise ValueError(f"{caller}: expected num_steps to be an integer in 1..{total}, got {num_steps!r}")
-    count = torch.arange(num_steps, dtype=torch.float64)
     if spacing == "leading":
-        ascending = count * (total // num_steps)
+        descending = np.arange(num_steps)[::-1] * (total // num_steps)
     elif spacing == "trailing":
-        ascending = (total - count * (total / num_steps)).round().flip(0) - 1
+        descending = np.arange(total, 0, -total / num_steps)[:num_steps].round() - 1
     elif spacing == "linspace":
-        ascending = torch.linspace(0, total - 1, num_steps, dtype=torch.float64).round()
+        descending = np.linspace(0, total - 1, num_steps).round()[::-1]
     else:
         raise ValueError(
             f'{caller}: expected spacing to be "leading", "trailing", "linspace" or a sequence of timesteps, got {spacing!r}'
         )
-    return ascending.flip(0).to(torch.int64)
+    return torch.from_numpy(descending.astype(np.int64))
+
+
+def _timesteps(caller: str, total: int, num_steps: int | None, spacing: Spacing | Sequence[int], must_descend: bool) -> Tensor:
+    """int64 [S]: those listed, or those of a named spacing."""
+    if isinstance(spacing, str):
+        return spaced_timesteps(caller, total, total if num_steps is None else num_steps, spacing)
+    timesteps = torch.as_tensor(spacing)
+    usable = timesteps.dim() == 1 and timesteps.numel() > 0 and not timesteps.is_floating_point()
+    usable = usable and int(timesteps.min()) >= 0 and int(timesteps.max()) < total
+    if not usable or (must_descend and not bool((timesteps.diff() < 0).all())):
+        kind = "strictly descending timesteps" if must_descend else "timesteps"
+        raise ValueError(f"{caller}: expected spacing to be {kind} in 0..{total - 1}, got {timesteps.tolist()}")
+    if num_steps not in (None, timesteps.numel()):
+        raise ValueError(f"{caller}: expected num_steps to be None or {timesteps.numel()}, as spacing lists, got {num_steps}")
+    return timesteps.to("cpu", torch.int64)
+
+
+def _previous(caller: str, timesteps: Tensor, previous: Sequence[int]) -> Tensor:
+    """int64 [S]: where each step arrives, as given."""
+    arrivals = torch.as_tensor(previous)
+    usable = arrivals.shape == timesteps.shape and not arrivals.is_floating_point()
+    if not usable or bool((arrivals >= timesteps).any()) or bool((arrivals < -1).any()):
+        raise ValueError(
+            f"{caller}: expected previous to be {timesteps.numel()} timesteps, each at least -1 and below the one that its "
+            f"step starts from, got {arrivals.tolist()}"
+        )
+    return arrivals.to("cpu", torch.int64)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 class NoiseSchedule:
     """beta_0 .. beta_{T-1} and what derives from them, as float64 tensors of length T on the CPU, to be left as they are.
 
-    The paper counts t = 1..T, the code t = 0..T-1. Build one with `linear`, `scaled_linear`, `cosine`, `sigmoid`,
+    The paper counts t = 1..T, the code t = 0..T-1. Build one with `linear`, `scaled_linear`, `cosine`, `sigmoid`, `laplace`,
     `sigmoid_betas` or `from_betas`. Equations are those of the derivation in the README; Ho et al. 2020 in brackets.
 
     Attributes:
@@ -107,9 +107,47 @@ class NoiseSchedule:
         return cls(ramp * (beta_end - beta_start) + beta_start, "sigmoid_betas", parameters)
 
     @classmethod
+    def laplace(cls, num_timesteps: int = 1000, max_beta: float = 0.999) -> NoiseSchedule:
+        """abar(u) = sqrt(snr / (1 + snr)), ln snr falling in u as a Laplace variable's quantiles: "laplace" in diffusers.
+
+        The quantiles are those of Hang et al. 2024 (location 0, scale 1/2), who have abar(u) = snr / (1 + snr); diffusers takes
+        the square root, and models trained with it did.
+        """
+        _check_num_timesteps("laplace", num_timesteps)
+
+        def alpha_bar(u: Tensor) -> Tensor:
+            side = torch.where(u <= 0.5, 1.0, -1.0)
+            log_snr = -0.5 * side * torch.log(1 - 2 * (0.5 - u).abs() + 1e-6)
+            return torch.sigmoid(log_snr).sqrt()
+
+        parameters = {"num_timesteps": num_timesteps, "max_beta": max_beta}
+        return cls(_betas_from_alpha_bar(alpha_bar, num_timesteps, max_beta), "laplace", parameters)
+
+    @classmethod
     def from_betas(cls, betas: Tensor | Sequence[float]) -> NoiseSchedule:
         """Any betas in (0, 1], T of them."""
         return cls(torch.as_tensor(betas, dtype=torch.float64))
+
+    @classmethod
+    def from_diffusers(cls, config: Mapping[str, Any]) -> NoiseSchedule:
+        """The schedule of a diffusers scheduler's configuration; what it leaves out has diffusers' default.
+
+        Read are num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas and rescale_betas_zero_snr.
+        ValueError for a beta_schedule that diffusers' DDPMScheduler does not have.
+        """
+        if config.get("trained_betas") is not None:
+            schedule = cls.from_betas(config["trained_betas"])
+        else:
+            name = config.get("beta_schedule", "linear")
+            if name not in _DIFFUSERS_BUILDERS:
+                known = ", ".join(_DIFFUSERS_BUILDERS)
+                raise ValueError(f"NoiseSchedule.from_diffusers: expected beta_schedule to be one of {known}, got {name!r}")
+            parameters: dict[str, Any] = {"num_timesteps": config.get("num_train_timesteps", 1000)}
+            if name not in ("squaredcos_cap_v2", "laplace"):
+                parameters |= {key: config[key] for key in ("beta_start", "beta_end") if key in config}
+            builder: Callable[..., NoiseSchedule] = getattr(cls, _DIFFUSERS_BUILDERS[name])
+            schedule = builder(**parameters)
+        return schedule.rescale_zero_terminal_snr() if config.get("rescale_betas_zero_snr", False) else schedule
 
     def rescale_zero_terminal_snr(self) -> NoiseSchedule:
         """sqrt(abar) shifted and scaled so that abar_{T-1} = 0 and abar_0 stays (Lin et al. 2023, Algorithm 1).
@@ -227,7 +265,14 @@ class NoiseSchedule:
         return hash((self.num_timesteps, float(self.betas[0]), float(self.betas[-1])))
 
 
-BUILDERS = ("linear", "scaled_linear", "cosine", "sigmoid", "sigmoid_betas", "from_betas")
+BUILDERS = ("linear", "scaled_linear", "cosine", "sigmoid", "laplace", "sigmoid_betas", "from_betas")
+_DIFFUSERS_BUILDERS = {  # diffusers' beta_schedule -> builder
+    "linear": "linear",
+    "scaled_linear": "scaled_linear",
+    "squaredcos_cap_v2": "cosine",
+    "laplace": "laplace",
+    "sigmoid": "sigmoid_betas",
+}
 
 
 def numbered(device: torch.device | str) -> torch.device:
@@ -237,8 +282,8 @@ def numbered(device: torch.device | str) -> torch.device:
 
 
 def _check_num_timesteps(builder: str, num_timesteps: int) -> None:
-    if num_timesteps < 1:
-        raise ValueError(f"NoiseSchedule.{builder}: expected num_timesteps to be at least 1, got {num_timesteps}")
+    if not isinstance(num_timesteps, int) or num_timesteps < 1:
+        raise ValueError(f"NoiseSchedule.{builder}: expected num_timesteps to be at least 1, got {num_timesteps!r}")
 
 
 def _betas_from_alpha_bar(alpha_bar: Callable[[Tensor], Tensor], num_timesteps: int, max_beta: float) -> Tensor:

@@ -139,6 +139,40 @@ def test_explicit_timesteps() -> None:
     assert ddpm_plan(SCHEDULE, spacing=[999, 500, 3], variance="fixed_large").coefficients[0, 6] == (1 - alpha).sqrt()
 
 
+@pytest.mark.parametrize("build", [ddpm_plan, ddim_plan])
+def test_steps_that_are_no_chain(build: Any) -> None:
+    """Each row is that of a chain with the same two timesteps one after the other."""
+    plan = build(SCHEDULE, None, spacing=[30, 999, 7, 8], previous=[7, 500, -1, 0])
+    for row, chain in enumerate(([30, 7], [999, 500], [7], [8, 0])):
+        assert torch.equal(plan.coefficients[row], build(SCHEDULE, None, spacing=chain).coefficients[0])
+
+
+def test_a_last_step_to_the_first_timestep() -> None:
+    abar = SCHEDULE.alpha_bars
+    plan = ddim_plan(SCHEDULE, None, spacing=[500, 1], clip=None, prediction="sample", final_alpha_bar=float(abar[0]))
+    x_0, epsilon = torch.randn(2, 1, 3, 4, 4, dtype=torch.float64)
+    x_t = abar[1].sqrt() * x_0 + (1 - abar[1]).sqrt() * epsilon
+    expected = abar[0].sqrt() * x_0 + (1 - abar[0]).sqrt() * epsilon
+    torch.testing.assert_close(reverse_step(x_t, x_0, 1, plan), expected, rtol=1e-6, atol=1e-6)
+    stays = ddim_plan(SCHEDULE, None, spacing=[0], clip=None, final_alpha_bar=float(abar[0]))
+    torch.testing.assert_close(reverse_step(x_t, epsilon, 0, stays), x_t, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_timesteps_are_those_of_diffusers(spacing: Any) -> None:
+    """For every number of steps, ties and all. diffusers' "trailing" goes on to -1 for some, to 29 of 100 for one."""
+    diffusers = pytest.importorskip("diffusers")
+    theirs = diffusers.DDPMScheduler(num_train_timesteps=100, timestep_spacing=spacing)
+    schedule = NoiseSchedule.linear(100)
+    beyond = []
+    for num_steps in range(1, 101):
+        theirs.set_timesteps(num_steps)
+        expected = theirs.timesteps[theirs.timesteps >= 0]
+        assert torch.equal(ddpm_plan(schedule, num_steps, spacing=spacing).timesteps, expected)
+        beyond += [num_steps] if len(expected) < len(theirs.timesteps) else []
+    assert (29 in beyond) == (spacing == "trailing")
+
+
 def test_zero_terminal_snr_needs_another_prediction_than_epsilon() -> None:
     schedule = SCHEDULE.rescale_zero_terminal_snr()
     for build in (ddpm_plan, ddim_plan):
@@ -160,6 +194,11 @@ def test_zero_terminal_snr_needs_another_prediction_than_epsilon() -> None:
         (lambda: ddpm_plan(SCHEDULE, prediction="eps"), "ddpm_plan: expected prediction .*got 'eps'"),
         (lambda: ddpm_plan(SCHEDULE, variance="small"), "ddpm_plan: expected variance .*got 'small'"),
         (lambda: ddpm_plan(SCHEDULE, clip=0.0), "ddpm_plan: expected clip to be positive or None, got 0.0"),
+        (lambda: ddpm_plan(SCHEDULE, True), "ddpm_plan: expected num_steps .*got True"),
+        (lambda: ddpm_plan(SCHEDULE, spacing=[-1], previous=[-2]), r"expected spacing to be timesteps in 0..999, got \[-1\]"),
+        (lambda: ddpm_plan(SCHEDULE, spacing=[5, 2], previous=[5, 1]), r"expected previous .*below.*got \[5, 1\]"),
+        (lambda: ddpm_plan(SCHEDULE, spacing=[5, 2], previous=[1]), r"expected previous to be 2 timesteps.*got \[1\]"),
+        (lambda: ddim_plan(SCHEDULE, final_alpha_bar=0.0), "ddim_plan: expected final_alpha_bar in .*got 0.0"),
         (lambda: ddim_plan(SCHEDULE, eta=-1.0), "ddim_plan: expected eta to be at least 0, got -1.0"),
         (lambda: ddim_plan(SCHEDULE, eta=9.0), "ddim_plan: expected eta to leave sigma.*got 9.0"),
     ],

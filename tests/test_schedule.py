@@ -8,7 +8,7 @@ import torch
 from ddpm_fast import NoiseSchedule
 from ddpm_fast.schedule import numbered
 
-BUILDERS = ("linear", "scaled_linear", "cosine", "sigmoid", "sigmoid_betas")
+BUILDERS = ("linear", "scaled_linear", "cosine", "sigmoid", "laplace", "sigmoid_betas")
 
 
 @pytest.mark.parametrize("num_timesteps", [1, 2, 100, 1000])
@@ -31,7 +31,10 @@ def test_identities_of_the_derivation(builder: str, num_timesteps: int) -> None:
 
 @pytest.mark.parametrize(
     ("ours", "theirs"),
-    [("linear", "linear"), ("scaled_linear", "scaled_linear"), ("cosine", "squaredcos_cap_v2"), ("sigmoid_betas", "sigmoid")],
+    [
+        *(("linear", "linear"), ("scaled_linear", "scaled_linear"), ("cosine", "squaredcos_cap_v2")),
+        *(("laplace", "laplace"), ("sigmoid_betas", "sigmoid")),
+    ],
 )
 def test_betas_equal_diffusers(ours: str, theirs: str) -> None:
     diffusers = pytest.importorskip("diffusers")

@@ -1,0 +1,589 @@
+"""DDPMScheduler and DDIMScheduler in place of diffusers' own: the same results where diffusers is right, and what it is not."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import ddpm_fast
+from ddpm_fast.reference import STREAM_X_T
+
+diffusers = pytest.importorskip("diffusers")
+
+from diffusers.schedulers import scheduling_ddim, scheduling_ddpm  # noqa: E402
+
+from ddpm_fast.integrations.diffusers import DDIMScheduler, DDPMScheduler  # noqa: E402
+
+THEIRS = {DDPMScheduler: diffusers.DDPMScheduler, DDIMScheduler: diffusers.DDIMScheduler}
+EPS = torch.finfo(torch.float32).eps
+SHAPE = (3, 3, 6, 6)
+
+
+def normals(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def in_float64(theirs: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """diffusers' scheduler as it would be without rounding: float64 tables, and float32 noise for samples in float64."""
+    schedule = ddpm_fast.NoiseSchedule.from_diffusers(theirs.config)
+    theirs.alphas_cumprod = schedule.alpha_bars
+    theirs.one = torch.tensor(1.0, dtype=torch.float64)
+    if not theirs.config.get("set_alpha_to_one", True):
+        theirs.final_alpha_cumprod = schedule.alpha_bars[0]
+    draw = diffusers.utils.torch_utils.randn_tensor
+
+    def drawn(shape: Any, generator: Any = None, device: Any = None, dtype: Any = None) -> Tensor:
+        return draw(shape, generator=generator, device=device, dtype=torch.float32).to(dtype)
+
+    for module in (scheduling_ddpm, scheduling_ddim):
+        monkeypatch.setattr(module, "randn_tensor", drawn)
+    return theirs
+
+
+def model(scheduler: Any, x_t: Tensor, t: Any) -> Tensor:
+    """Near what the best model says of images that are noise; nonlinear, and some of its x_0 is beyond the clip."""
+    abar = scheduler.alphas_cumprod[int(t)].to(x_t.dtype)
+    error = 0.1 * torch.sin(3 * x_t.roll(1, -1))
+    best = {"epsilon": (1 - abar).sqrt() * x_t, "sample": abar.sqrt() * x_t, "v_prediction": torch.zeros_like(x_t)}
+    m = best[scheduler.config.prediction_type] + error * (1 - abar).sqrt()
+    if scheduler.config.get("variance_type") in ("learned", "learned_range"):
+        m = torch.cat([m, torch.cos(2 * x_t)], dim=1)
+    return m
+
+
+def loop(scheduler: Any, dtype: torch.dtype = torch.float32, **options: Any) -> Tensor:
+    x = normals(*SHAPE, dtype=dtype)
+    generator = torch.Generator().manual_seed(5)
+    for t in scheduler.timesteps:
+        x = scheduler.step(model(scheduler, x, t), t, x, generator=generator, **options).prev_sample
+    assert torch.isfinite(x).all()
+    return torch.cat([x.flatten(), torch.randn(4, generator=generator).to(dtype)])  # as many numbers were drawn
+
+
+GRID: list[tuple[type, dict[str, Any], dict[str, Any]]] = [
+    *(
+        (DDPMScheduler, {"beta_schedule": s}, {})
+        for s in ("linear", "scaled_linear", "squaredcos_cap_v2", "laplace", "sigmoid")
+    ),
+    *((DDPMScheduler, {"timestep_spacing": s}, {}) for s in ("linspace", "trailing")),
+    *((DDPMScheduler, {"prediction_type": p, "clip_sample": c}, {}) for p in ("sample", "v_prediction") for c in (True, False)),
+    *((DDPMScheduler, {"variance_type": v}, {}) for v in ("fixed_small_log", "fixed_large", "learned_range", "other")),
+    (DDPMScheduler, {"clip_sample_range": 0.5}, {}),
+    (DDPMScheduler, {"clip_sample": False}, {}),
+    *((DDPMScheduler, {"thresholding": True, "sample_max_value": v}, {}) for v in (1.0, 1.5)),
+    (DDPMScheduler, {"thresholding": True, "variance_type": "learned_range", "sample_max_value": 2.0}, {}),
+    (DDPMScheduler, {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "timestep_spacing": "trailing"}, {}),
+    (DDPMScheduler, {"trained_betas": [0.01, 0.02, 0.05, 0.1, 0.2] * 8, "num_train_timesteps": 40}, {}),
+    *((DDIMScheduler, {"prediction_type": p}, {"eta": e}) for p in ("epsilon", "sample", "v_prediction") for e in (0.0, 1.0)),
+    (DDIMScheduler, {}, {"eta": 0.5, "use_clipped_model_output": True}),
+    (DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1, "beta_schedule": "scaled_linear"}, {}),
+    (DDIMScheduler, {"set_alpha_to_one": False}, {"eta": 1.0}),
+    (DDIMScheduler, {"timestep_spacing": "trailing", "clip_sample_range": 2.0}, {"eta": 1.0}),
+    *((DDIMScheduler, {"thresholding": True, "sample_max_value": 1.5}, {"use_clipped_model_output": u}) for u in (True, False)),
+    (DDIMScheduler, {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "timestep_spacing": "trailing"}, {}),
+]
+
+
+@pytest.mark.parametrize("steps", [1000, 20])
+@pytest.mark.parametrize(("kind", "config", "options"), GRID, ids=str)
+def test_the_same_seed_gives_the_same_image(
+    kind: type, config: dict[str, Any], options: dict[str, Any], steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As near to diffusers without rounding as diffusers is."""
+    ours, theirs = kind(**config), THEIRS[kind](**config)
+    steps = min(steps, 40 if "trained_betas" in config else 125 if steps > 20 else 20)
+    ours.set_timesteps(steps)
+    theirs.set_timesteps(steps)
+    assert torch.equal(ours.timesteps, theirs.timesteps)
+    got, rounded = loop(ours, **options), loop(theirs, **options)
+    exact = loop(in_float64(theirs, monkeypatch), torch.float64, **options)
+    torch.testing.assert_close(got.double(), exact, rtol=0, atol=2 * float((rounded - exact).abs().max()) + 4 * EPS)
+
+
+# ------------------------------------------------------------------------------------------- configuration, files, classes
+
+
+def test_they_are_schedulers_of_diffusers(tmp_path: Path) -> None:
+    for kind in (DDPMScheduler, DDIMScheduler):
+        ours = kind(num_train_timesteps=50, beta_schedule="scaled_linear", steps_offset=1)
+        assert isinstance(ours, THEIRS[kind])
+        ours.save_pretrained(tmp_path)
+        for loaded in (kind.from_pretrained(tmp_path), THEIRS[kind].from_pretrained(tmp_path)):
+            config = {key: value for key, value in ours.config.items() if key != "_use_default_values"}
+            assert dict(loaded.config) == config
+        saved = json.loads((tmp_path / "scheduler_config.json").read_text(encoding="utf-8"))
+        theirs = json.loads(
+            THEIRS[kind](num_train_timesteps=50, beta_schedule="scaled_linear", steps_offset=1).to_json_string()
+        )
+        assert saved == theirs
+    assert DDIMScheduler.from_config(DDPMScheduler(beta_schedule="sigmoid").config).config.beta_schedule == "sigmoid"
+
+
+@pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # NumPy's, of diffusers' other schedulers
+@pytest.mark.parametrize("kind", THEIRS)
+def test_configurations_go_to_every_compatible_scheduler_and_back(kind: Any) -> None:
+    ours = kind(beta_end=0.03, prediction_type="v_prediction")
+    for other in THEIRS[kind]().compatibles:
+        try:
+            there = other.from_config(ours.config)
+        except ImportError:  # DPMSolverSDEScheduler wants a package of its own
+            continue
+        back = kind.from_config(there.config)
+        assert (back.config.beta_end, back.config.prediction_type) == (0.03, "v_prediction")
+        assert set(back.config) >= set(ours.config)
+
+
+def test_signatures_are_those_of_diffusers() -> None:
+    """Names, order and defaults of the constructor and of every public method; `sampling_plan` is ours."""
+    import inspect
+
+    for kind, theirs in THEIRS.items():
+        for name in ("__init__", "set_timesteps", "step", "add_noise", "get_velocity", "scale_model_input", "__len__"):
+            ours_parameters = inspect.signature(getattr(kind, name)).parameters
+            theirs_parameters = inspect.signature(getattr(theirs, name)).parameters
+            assert [(p.name, p.default) for p in ours_parameters.values()] == [
+                (p.name, p.default) for p in theirs_parameters.values()
+            ]
+        for name in ("betas", "alphas", "alphas_cumprod", "timesteps", "init_noise_sigma", "num_inference_steps"):
+            torch.testing.assert_close(getattr(kind(), name), getattr(theirs(), name), rtol=1e-6, atol=0)
+    assert set(vars(diffusers.DDPMScheduler())) - {"timesteps"} <= set(vars(DDPMScheduler()))
+    assert set(vars(diffusers.DDIMScheduler())) - {"timesteps"} <= set(vars(DDIMScheduler()))
+
+
+def test_a_configuration_that_changes_changes_the_steps() -> None:
+    scheduler = DDPMScheduler()
+    x_t, m = normals(2, *SHAPE)
+    scheduler.step(m, 500, x_t)
+    scheduler.register_to_config(prediction_type="sample", clip_sample=False)
+    assert torch.equal(scheduler.step(m, 500, x_t).pred_original_sample, m)
+
+
+def test_timesteps_may_be_assigned() -> None:
+    scheduler, listed = DDPMScheduler(), DDPMScheduler()
+    scheduler.set_timesteps(10)
+    scheduler.timesteps = torch.tensor([500, 300, 20])
+    listed.set_timesteps(timesteps=[500, 300, 20])
+    x_t, m = normals(2, *SHAPE)
+    results = [s.step(m, 500, x_t, torch.Generator().manual_seed(1), return_dict=False)[0] for s in (scheduler, listed)]
+    assert torch.equal(*results)
+    assert scheduler.previous_timestep(300) == 20
+
+
+def test_a_copy_is_a_scheduler_of_its_own() -> None:
+    scheduler = DDPMScheduler()
+    scheduler.set_timesteps(10)
+    other = copy.deepcopy(scheduler)
+    other.set_timesteps(5)
+    assert (len(scheduler.timesteps), len(other.timesteps)) == (10, 5)
+    assert scheduler.sampling_plan().num_steps == 10
+
+
+# ------------------------------------------------------------------------------------------------------------- timesteps
+
+
+@pytest.mark.parametrize("kind", THEIRS)
+def test_a_timestep_for_each_sample(kind: Any) -> None:
+    scheduler = kind(num_train_timesteps=100)
+    scheduler.set_timesteps(10)
+    x_t, m = normals(2, *SHAPE)
+    noise = {} if kind is DDPMScheduler else {"eta": 1.0}
+    timesteps = torch.tensor([90, 10, 0])
+    generator = torch.Generator().manual_seed(3)
+    together = scheduler.step(m, timesteps, x_t, generator=generator, **noise)
+    scheduler.seeds = ddpm_fast.sample_seeds(0, 3)
+    seeded = scheduler.step(m, timesteps, x_t, **noise).prev_sample
+    drawn = torch.randn(SHAPE, generator=torch.Generator().manual_seed(3))
+    for i, t in enumerate(timesteps.tolist()):
+        plan = scheduler.sampling_plan(**noise)
+        row = plan.timesteps.tolist().index(t)
+        alone = ddpm_fast.reverse_step(x_t[i : i + 1], m[i : i + 1], row, plan, noise=drawn[i : i + 1])
+        torch.testing.assert_close(together.prev_sample[i : i + 1], alone, rtol=0, atol=0)
+        alone = ddpm_fast.reverse_step(x_t[i : i + 1], m[i : i + 1], row, plan, seeds=scheduler.seeds[i : i + 1])
+        torch.testing.assert_close(seeded[i : i + 1], alone, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("make", [int, torch.tensor, lambda t: torch.tensor([t], dtype=torch.int32), np.int64])
+def test_every_form_of_a_timestep(make: Callable[[int], Any]) -> None:
+    x_t, m = normals(2, *SHAPE)
+    for kind in THEIRS:
+        scheduler = kind()
+        scheduler.set_timesteps(10)
+        expected = scheduler.step(m, 300, x_t, generator=torch.Generator().manual_seed(0)).prev_sample
+        got = scheduler.step(m, make(300), x_t, generator=torch.Generator().manual_seed(0)).prev_sample
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("kind", THEIRS)
+@pytest.mark.parametrize("config", [{}, {"thresholding": True}])
+def test_a_timestep_on_a_device_is_not_read_by_the_host(kind: Any, config: dict[str, Any]) -> None:
+    """Tensors on "meta" have shapes and no values: what would wait for a GPU's fails."""
+    scheduler = kind(**config)
+    scheduler.set_timesteps(10, device="meta")
+    x_t = torch.empty(SHAPE, device="meta")
+    options = {} if kind is DDPMScheduler else {"eta": 1.0}
+    for t in (scheduler.timesteps[0], scheduler.timesteps[:3], scheduler.timesteps[:1].int()):
+        out = scheduler.step(x_t, t, x_t, **options)
+        assert (out.prev_sample.shape, out.pred_original_sample.shape) == (SHAPE, SHAPE)
+    assert scheduler.add_noise(x_t, x_t, scheduler.timesteps[:3]).shape == SHAPE
+
+
+@pytest.mark.parametrize("kind", THEIRS)
+@pytest.mark.parametrize("config", [{}, {"thresholding": True}])
+def test_compiled_in_one_graph(kind: Any, config: dict[str, Any]) -> None:
+    """And not again for another timestep."""
+    scheduler = kind(num_train_timesteps=100, **config)
+    scheduler.set_timesteps(10)
+    options = {} if kind is DDPMScheduler else {"eta": 1.0}
+    x_t, m = normals(2, *SHAPE)
+    scheduler.seeds = ddpm_fast.sample_seeds(0, len(x_t))
+    scheduler.step(m, 90, x_t, **options)
+    torch._dynamo.reset()
+
+    def step(m: Tensor, t: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor]:
+        stepped: tuple[Tensor, Tensor] = scheduler.step(m, t, x_t, return_dict=False, **options)
+        return stepped
+
+    compiled = torch.compile(step, fullgraph=True, backend="eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for t in scheduler.timesteps:
+            for got, expected in zip(compiled(m, t, x_t), step(m, t, x_t), strict=True):
+                torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kind", THEIRS)
+def test_on_a_gpu_nothing_waits_and_one_graph_serves_every_step(kind: Any) -> None:
+    scheduler = kind(num_train_timesteps=100)
+    scheduler.set_timesteps(10, device="cuda")
+    options = {} if kind is DDPMScheduler else {"eta": 1.0}
+    x_t, m = normals(2, *SHAPE).cuda()
+    scheduler.seeds = ddpm_fast.sample_seeds(0, len(x_t))
+    expected = [scheduler.step(m, t, x_t, return_dict=False, **options)[0] for t in scheduler.timesteps]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        got = [scheduler.step(m, t, x_t, return_dict=False, **options)[0] for t in scheduler.timesteps]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(map(torch.equal, got, expected))
+    static, graph = scheduler.timesteps[0].clone(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        x_prev = scheduler.step(m, static, x_t, return_dict=False, **options)[0]
+    for t, wanted in zip(scheduler.timesteps, expected, strict=True):
+        static.copy_(t)
+        graph.replay()
+        assert torch.equal(x_prev, wanted)
+
+
+# ----------------------------------------------------------------------------------------------------------------- seeds
+
+
+@pytest.mark.parametrize("kind", THEIRS)
+def test_with_seeds_a_loop_is_what_sample_draws(kind: Any) -> None:
+    """And sample 2 is the same in a batch and alone."""
+    options = {} if kind is DDPMScheduler else {"eta": 1.0}
+    scheduler = kind(num_train_timesteps=50)
+    scheduler.set_timesteps(10)
+
+    def network(x_t: Tensor, t: Tensor) -> Tensor:
+        return 0.5 * x_t + 0.01 * t.reshape(-1, 1, 1, 1)
+
+    def draw(seeds: Tensor) -> Tensor:
+        scheduler.seeds = seeds
+        x = ddpm_fast.noise((len(seeds), 3, 4, 4), seeds, stream=STREAM_X_T)
+        for t in scheduler.timesteps:
+            x = scheduler.step(network(x, t), t, x, **options).prev_sample
+        return x
+
+    seeds = ddpm_fast.sample_seeds(0, 4)
+    module = torch.nn.Module()
+    module.forward = network  # type: ignore[method-assign]
+    module.register_parameter("weight", torch.nn.Parameter(torch.zeros(1)))
+    plan = scheduler.sampling_plan(**options)
+    expected = ddpm_fast.sample(module, plan, 4, seed=0, shape=(3, 4, 4), progress=False)
+    images = draw(seeds)
+    assert torch.equal(images, expected)
+    assert torch.equal(draw(seeds[2:3]), images[2:3])
+
+
+def test_seeds_leave_the_generator_alone() -> None:
+    scheduler = DDPMScheduler()
+    scheduler.seeds = ddpm_fast.sample_seeds(0, 3)
+    generator = torch.Generator().manual_seed(0)
+    before = generator.get_state()
+    x_t, m = normals(2, *SHAPE)
+    scheduler.step(m, 500, x_t, generator)
+    assert torch.equal(generator.get_state(), before)
+    assert "seeds" not in scheduler.config
+    scheduler.seeds = None
+    scheduler.step(m, 500, x_t, generator)
+    assert not torch.equal(generator.get_state(), before)
+
+
+# ----------------------------------------------------------------------------------------------------------------- dtypes
+
+
+@pytest.mark.parametrize("kind", THEIRS)
+@pytest.mark.parametrize("x", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("m", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_dtypes_meet_as_in_diffusers(kind: Any, x: torch.dtype, m: torch.dtype) -> None:
+    ours, theirs = kind(), THEIRS[kind]()
+    results = []
+    for scheduler in (ours, theirs):
+        scheduler.set_timesteps(10)
+        options = {} if kind is DDPMScheduler else {"eta": 1.0}
+        generator = torch.Generator().manual_seed(0)
+        args = normals(*SHAPE, dtype=m), 300, normals(*SHAPE, seed=1, dtype=x)
+        results.append(scheduler.step(*args, generator=generator, **options).prev_sample)
+    assert results[0].dtype == results[1].dtype == torch.promote_types(x, m)
+    coarse = max(torch.finfo(m).eps, torch.finfo(x).eps)
+    torch.testing.assert_close(*results, rtol=0, atol=16 * max(coarse, EPS))
+
+
+@pytest.mark.parametrize("kind", THEIRS)
+def test_gradients_flow(kind: Any) -> None:
+    scheduler = kind(clip_sample=False)
+    scheduler.set_timesteps(10)
+    x_t, m = (x.requires_grad_() for x in normals(2, *SHAPE))
+    out = scheduler.step(m, 300, x_t)
+    (out.prev_sample.sum() + out.pred_original_sample.sum()).backward()
+    plan = scheduler.sampling_plan()
+    p, q, _, k1, k2 = plan.coefficients[plan.timesteps.tolist().index(300), :5].tolist()
+    torch.testing.assert_close(x_t.grad, torch.full(SHAPE, p + k1))
+    torch.testing.assert_close(m.grad, torch.full(SHAPE, q + k2))
+
+
+# -------------------------------------------------------------------------------------------------------- forward process
+
+
+@pytest.mark.parametrize("method", ["add_noise", "get_velocity"])
+def test_forward_process_equals_diffusers(method: str) -> None:
+    ours, theirs = DDPMScheduler(), diffusers.DDPMScheduler()
+    x_0, noise = normals(2, *SHAPE)
+    for t in (torch.tensor([0, 500, 999]), torch.tensor([7]), torch.tensor(7), torch.tensor([1, 2, 3], dtype=torch.int32)):
+        torch.testing.assert_close(getattr(ours, method)(x_0, noise, t), getattr(theirs, method)(x_0, noise, t))
+    one = x_0[:1]
+    t = torch.tensor([0, 500, 999])
+    torch.testing.assert_close(getattr(ours, method)(one, noise, t), getattr(theirs, method)(one, noise, t))
+    torch.testing.assert_close(getattr(ours, method)(one, noise[:1], t), getattr(theirs, method)(one, noise[:1], t))
+    wide = getattr(ours, method)(x_0.half(), noise, t)
+    assert wide.dtype == getattr(theirs, method)(x_0.half(), noise, t).dtype == torch.float32
+
+
+# --------------------------------------------------------------------------------------------- where diffusers is not right
+
+
+@pytest.mark.parametrize("variance", ["fixed_large_log", "learned"])
+def test_variances_that_are_not_a_number_in_diffusers(variance: str) -> None:
+    """It takes the square root of a logarithm."""
+    x_t, m = normals(2, *SHAPE)
+    log_variance = torch.full_like(m, math.log(0.01))
+    noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+    output = torch.cat([m, log_variance], dim=1) if variance == "learned" else m
+    theirs = diffusers.DDPMScheduler(variance_type=variance).step(output, 500, x_t)
+    assert theirs.prev_sample.isnan().all()
+    got = DDPMScheduler(variance_type=variance).step(output, 500, x_t, torch.Generator().manual_seed(0)).prev_sample
+    plain = DDPMScheduler().step(m, 500, x_t, torch.Generator().manual_seed(0)).prev_sample
+    std = 0.1 if variance == "learned" else float(DDPMScheduler().schedule.betas[500].sqrt())
+    small = float(DDPMScheduler().schedule.posterior_variance[500].sqrt())
+    torch.testing.assert_close(got, plain + (std - small) * noise, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("spacing", "steps", "wrong"), [("trailing", 30, 10), ("linspace", 50, 19), ("leading", 30, 0)])
+def test_ddim_arrives_at_the_next_timestep(spacing: str, steps: int, wrong: int) -> None:
+    """diffusers' DDIM steps to t - T // S, which is not the next one in these spacings: steps overlap or leave gaps."""
+    ours = DDIMScheduler(timestep_spacing=spacing, prediction_type="sample", clip_sample=False)
+    theirs = diffusers.DDIMScheduler(timestep_spacing=spacing, prediction_type="sample", clip_sample=False)
+    ours.set_timesteps(steps)
+    theirs.set_timesteps(steps)
+    abar = torch.cat([ours.schedule.alpha_bars, torch.ones(1)])
+    x_0, epsilon = normals(2, *SHAPE, dtype=torch.float64)
+    chain, different = [*ours.timesteps.tolist(), -1], 0
+    for t, s in itertools.pairwise(chain):
+        x_t, expected = (abar[i].sqrt() * x_0 + (1 - abar[i]).sqrt() * epsilon for i in (t, s))
+        torch.testing.assert_close(ours.step(x_0, t, x_t).prev_sample, expected, rtol=0, atol=1e-5)
+        different += not torch.allclose(theirs.step(x_0, t, x_t).prev_sample, expected, rtol=0, atol=1e-5)
+    assert different == wrong
+
+
+def test_trailing_timesteps_end_above_minus_one() -> None:
+    """For some counts diffusers' list has one more, -1, at which it takes the last abar for the first."""
+    theirs, ours = (
+        kind(num_train_timesteps=100, timestep_spacing="trailing") for kind in (diffusers.DDPMScheduler, DDPMScheduler)
+    )
+    for scheduler in (theirs, ours):
+        scheduler.set_timesteps(29)
+    assert theirs.timesteps.tolist() == [*ours.timesteps.tolist(), -1]
+
+
+@pytest.mark.parametrize("variance", ["fixed_large", "learned_range"])
+def test_the_last_step_has_no_noise_wherever_it_starts(variance: str) -> None:
+    """Ho et al. 2020, Algorithm 2. diffusers leaves it out at t = 0 only: "trailing" ends elsewhere, and so may a list."""
+    x_t, m = normals(2, *SHAPE)
+    output = torch.cat([m, torch.ones_like(m)], dim=1) if variance == "learned_range" else m
+    ours, theirs = (
+        kind(timestep_spacing="trailing", variance_type=variance) for kind in (DDPMScheduler, diffusers.DDPMScheduler)
+    )
+    generators = [torch.Generator().manual_seed(0) for _ in range(2)]
+    for scheduler in (ours, theirs):
+        scheduler.set_timesteps(10)
+    got, noisy = (s.step(output, 99, x_t, g) for s, g in zip((ours, theirs), generators, strict=True))
+    torch.testing.assert_close(got.prev_sample, got.pred_original_sample, rtol=0, atol=1e-6)
+    assert float((noisy.prev_sample - noisy.pred_original_sample).std()) > 0.2
+    assert torch.equal(generators[0].get_state(), generators[1].get_state())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_noise_at_small_timesteps_in_half_precision(dtype: torch.dtype) -> None:
+    """diffusers rounds abar to the dtype before it subtracts it from 1: at t = 0 it adds no noise at all."""
+    noise, t = normals(*SHAPE).to(dtype), torch.tensor([0])
+    expected = (math.sqrt(1e-4) * noise.double()).to(dtype)
+    assert (diffusers.DDPMScheduler().add_noise(torch.zeros_like(noise), noise, t) == 0).all()
+    torch.testing.assert_close(
+        DDPMScheduler().add_noise(torch.zeros_like(noise), noise, t), expected, rtol=torch.finfo(dtype).eps, atol=0
+    )
+    v = DDPMScheduler().get_velocity(noise, torch.zeros_like(noise), t)
+    torch.testing.assert_close(v, -expected, rtol=torch.finfo(dtype).eps, atol=0)
+
+
+@pytest.mark.parametrize("kind", THEIRS)
+def test_adding_noise_leaves_the_scheduler_as_it_was(kind: Any) -> None:
+    """diffusers moves its table to the samples' device, where `step` then reads it number by number."""
+    x_0 = torch.empty(SHAPE, device="meta")
+    t = torch.tensor([5], device="meta")
+    ours, theirs = kind(), THEIRS[kind]()
+    for scheduler in (ours, theirs):
+        scheduler.add_noise(x_0, x_0, t)
+        scheduler.get_velocity(x_0, x_0, t)
+    assert (ours.alphas_cumprod.device.type, theirs.alphas_cumprod.device.type) == ("cpu", "meta")
+
+
+def test_zero_terminal_snr_with_epsilon_prediction() -> None:
+    """The noise alone does not tell x_0: diffusers divides by 0, and clips what comes of it."""
+    x_t, m = normals(2, *SHAPE)
+    config = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    theirs = diffusers.DDPMScheduler(**config, clip_sample=False)
+    assert not theirs.step(m, 999, x_t).prev_sample.isfinite().any()
+    for kind in THEIRS:
+        with pytest.raises(ValueError, match=r"at timestep 999 \(abar = 0\) with prediction 'epsilon'"):
+            kind(**config).set_timesteps(10)
+        kind(**config, prediction_type="v_prediction").set_timesteps(10)
+        kind(**{**config, "timestep_spacing": "leading"}).set_timesteps(10)  # which has no timestep 999
+    scheduler = DDPMScheduler(**config)  # and to train with it is no mistake
+    assert torch.equal(scheduler.add_noise(x_t, m, torch.tensor([999])), m)
+    assert scheduler.step(m, 998, x_t).prev_sample.isfinite().all()
+    with pytest.raises(ValueError, match=r"DDPMScheduler.step: expected prediction_type .* at timestep 999"):
+        scheduler.step(m, 999, x_t)
+
+
+# ---------------------------------------------------------------------------------------------------------------- errors
+
+
+X = torch.zeros(SHAPE)
+
+
+def _set(kind: Any = DDPMScheduler, steps: Any = 10, **config: Any) -> Any:
+    scheduler = kind(**config)
+    scheduler.set_timesteps(steps)
+    return scheduler
+
+
+BAD: list[tuple[Callable[[], Any], str]] = [
+    (lambda: DDPMScheduler(beta_schedule="exp"), "expected beta_schedule to be one of linear, .*, got 'exp'"),
+    (lambda: DDPMScheduler(beta_end=2.0), r"expected every beta in \(0, 1\], got 1.00\d+ at index 500"),
+    (lambda: DDPMScheduler(trained_betas=[0.1, 0.0]), r"expected every beta in \(0, 1\], got 0 at index 1"),
+    (lambda: DDPMScheduler(trained_betas=[]), r"expected betas to be a floating tensor of shape \[T\], T >= 1"),
+    (lambda: DDPMScheduler(num_train_timesteps=0), "expected num_timesteps to be at least 1, got 0"),
+    (
+        lambda: DDPMScheduler(prediction_type="eps"),
+        "DDPMScheduler: expected prediction_type to be one of epsilon, .* got 'eps'",
+    ),
+    (
+        lambda: DDIMScheduler(timestep_spacing="even"),
+        "DDIMScheduler: expected timestep_spacing to be one of linspace, .*'even'",
+    ),
+    (lambda: DDPMScheduler(clip_sample_range=-1.0), "DDPMScheduler: expected clip_sample_range to be positive, got -1.0"),
+    (lambda: DDPMScheduler(thresholding=True, sample_max_value=0.0), "expected sample_max_value to be positive, got 0.0"),
+    (
+        lambda: DDPMScheduler(thresholding=True, dynamic_thresholding_ratio=2.0),
+        "dynamic_thresholding_ratio to be in 0..1, got 2",
+    ),
+    (lambda: _set(steps=0), "DDPMScheduler.set_timesteps: expected num_inference_steps to be in 1..1000 .*, got 0"),
+    (lambda: _set(DDIMScheduler, -3), "DDIMScheduler.set_timesteps: expected num_inference_steps to be in 1..1000 .*, got -3"),
+    (lambda: _set(steps=1001), "expected num_inference_steps to be in 1..1000 .*, got 1001"),
+    (lambda: _set(steps=10.0), "expected num_inference_steps to be an int, got 10.0"),
+    (lambda: _set(steps=None), "expected exactly one of num_inference_steps and timesteps, got neither"),
+    (lambda: _set(DDIMScheduler, None), "expected num_inference_steps to be an int, got None"),
+    (
+        lambda: DDPMScheduler().set_timesteps(3, timesteps=[2, 1, 0]),
+        "exactly one of num_inference_steps and timesteps, got both",
+    ),
+    (lambda: DDPMScheduler().set_timesteps(timesteps=[3, 3]), r"strictly descending integers in 0..999, got \[3, 3\]"),
+    (lambda: DDPMScheduler().set_timesteps(timesteps=[1000, 3]), r"strictly descending integers in 0..999, got \[1000, 3\]"),
+    (lambda: DDPMScheduler().set_timesteps(timesteps=[3, -1]), r"strictly descending integers in 0..999, got \[3, -1\]"),
+    (lambda: DDPMScheduler().set_timesteps(timesteps=[]), r"strictly descending integers in 0..999, got \[\]"),
+    (lambda: DDPMScheduler().set_timesteps(timesteps=[2.5, 1]), r"strictly descending integers in 0..999, got \[2.5, 1\]"),
+    (
+        lambda: _set(steps=1000, steps_offset=1),
+        "expected steps_offset to keep the timesteps in 0..999, got 1, .* from 1000 to 1",
+    ),
+    (
+        lambda: _set(steps=1, trained_betas=[0.1, 0.3]),
+        "expected num_train_timesteps to be 2, as many as trained_betas, got 1000",
+    ),
+    (lambda: DDIMScheduler().step(X, 0, X), "DDIMScheduler.step: expected set_timesteps to have been called"),
+    (lambda: DDIMScheduler().sampling_plan(), "DDIMScheduler.sampling_plan: expected set_timesteps to have been called"),
+    (lambda: _set().step(X, 899, X), "DDPMScheduler.step: expected timestep to be one of the 10 of set_timesteps, got 899"),
+    (lambda: DDPMScheduler().step(X, 1000, X), "DDPMScheduler.step: expected timestep to be in 0..999, got 1000"),
+    (lambda: _set(DDIMScheduler).step(X, -1, X), "DDIMScheduler.step: expected timestep to be in 0..999, got -1"),
+    (lambda: _set().step(X, 900.0, X), "expected timestep to be an int or an integer tensor, got 900.0"),
+    (lambda: _set().step(X, torch.tensor(900.0), X), "expected timestep to be an int or an integer tensor, got torch.float32"),
+    (lambda: _set().step(X, torch.tensor([900, 0]), X), r"expected timestep to have 1 or 3 elements, got shape \[2\]"),
+    (lambda: _set().step(X[:, :2], 900, X), r"expected model_output to have shape \[3, 3, 6, 6\], got \[3, 2, 6, 6\]"),
+    (
+        lambda: _set(variance_type="learned_range").step(X, 900, X),
+        r"model_output to have shape \[3, 6, 6, 6\] \(twice the channels",
+    ),
+    (lambda: _set(DDIMScheduler).step(X, 900, X, eta=-0.1), "expected eta to be at least 0, got -0.1"),
+    (lambda: _set(DDIMScheduler).step(X, 900, X, eta=9.0), "expected eta to leave sigma.* got 9.0"),
+    (
+        lambda: _set(DDIMScheduler).step(X, 900, X, eta=1.0, generator=torch.Generator(), variance_noise=X),
+        "DDIMScheduler.step: expected at most one of generator and variance_noise, got both",
+    ),
+    (lambda: setattr(DDPMScheduler(), "seeds", 3), r"DDPMScheduler: expected seeds to be int64 \[N\] .* or None, got 3"),
+    (
+        lambda: _set(thresholding=True).sampling_plan(),
+        "DDPMScheduler.sampling_plan: expected thresholding to be false, got true",
+    ),
+    (
+        lambda: DDPMScheduler().add_noise(X, X, torch.tensor([1000])),
+        "q_sample: expected t in 0..999, got values from 1000 to 1000",
+    ),
+    (lambda: DDPMScheduler().add_noise(X, X, torch.tensor([-1])), "q_sample: expected t in 0..999, got values from -1 to -1"),
+    (
+        lambda: DDPMScheduler().add_noise(X, X, torch.tensor([0.5])),
+        "expected t to be an int or an int64 tensor, got torch.float32",
+    ),
+]
+
+
+@pytest.mark.parametrize(("make", "message"), BAD)
+def test_errors(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        make()
+
+
+def test_an_unknown_variance_is_taken_for_fixed_small_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    """As in diffusers, whose own tests ask for it."""
+    assert DDPMScheduler(variance_type="other").sampling_plan().variance == "fixed"
+    assert "expected variance_type to be one of fixed_small, " in caplog.text
