@@ -77,6 +77,13 @@ inline void bind_cpu_ops(pybind11::module_& m, const Kernels& kernels) {
   def_conv("conv_direct", kernels.conv_direct);
   def_conv("conv_winograd", kernels.conv_winograd);
   m.def(
+      "attention",
+      [run = kernels.attention](int dtype, Address y, Address qkv, std::int64_t n, std::int64_t heads,
+                                std::int64_t pixels, std::int64_t channels, float scale, std::intptr_t run_on) {
+        run({DType{dtype}, Pointer{y}, Pointer{qkv}, n, heads, pixels, channels, scale, {run_on}});
+      },
+      nogil);
+  m.def(
       "pack_winograd",
       [run = kernels.pack_winograd](int dtype, Address packed, Address weights, std::int64_t out_channels,
                                     std::int64_t channels, std::int64_t out_stride, std::int64_t stride,

@@ -247,6 +247,9 @@ class CpuKernels(Kernels, Protocol):
         run_on: int,
         /,
     ) -> None: ...
+    def attention(
+        self, dtype: int, y: int, qkv: int, n: int, heads: int, pixels: int, channels: int, scale: float, run_on: int, /
+    ) -> None: ...
     def pack_winograd(
         self,
         dtype: int,

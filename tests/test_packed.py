@@ -1,7 +1,8 @@
-"""Convolutions with packed weights: what they compute, in every method, size and instruction set."""
+"""Convolutions with packed weights, and attention: what they compute, in every method, size and instruction set."""
 
 from __future__ import annotations
 
+import copy
 import os
 import pickle
 import subprocess
@@ -15,8 +16,8 @@ from small_unets import relative_error
 from torch import Tensor, nn
 
 from ddpm_fast.nn import conv, packed
-from ddpm_fast.nn.layers import GroupNormSiLU
-from ddpm_fast.nn.packed import PackedConv
+from ddpm_fast.nn.layers import Attention, GroupNormSiLU
+from ddpm_fast.nn.packed import PackedAttention, PackedConv
 from ddpm_fast.ops import backend
 
 pytestmark = pytest.mark.skipif(backend.native_error() is not None, reason="there is no compiled module")
@@ -122,6 +123,47 @@ def test_either_method_serves_a_3x3_convolution(method: str, dtype: torch.dtype,
             check("3x3", shape, dtype, norm, methods=(method,))
 
 
+# n, heads, height, width, channels of a head: one pixel, panels and vectors that are not full, more keys than a sum takes.
+ATTENTIONS = [(1, 1, 1, 1, 2), (2, 3, 5, 1, 6), (1, 2, 8, 8, 40), (2, 1, 7, 9, 130), (1, 1, 19, 31, 32), (3, 4, 4, 4, 16)]
+
+
+@pytest.mark.parametrize("dtype", conv.DTYPES)
+@pytest.mark.parametrize("shape", ATTENTIONS)
+def test_attention(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    n, heads, height, width, channels = shape
+    generator = torch.Generator().manual_seed(0)
+    qkv = dense(torch.randn(n, 3 * heads * channels, height, width, generator=generator).to(dtype))
+
+    def expected(qkv: Tensor) -> Tensor:
+        q, k, v = qkv.view(n, 3, heads, channels, height * width).transpose(-1, -2).unbind(1)
+        return F.scaled_dot_product_attention(q, k, v, scale=0.3).transpose(-1, -2).reshape(n, -1, height, width)
+
+    truth = expected(qkv.double())
+    for attend in (packed._attention, torch.ops.ddpm_fast.attention):
+        out = attend(qkv, heads, 0.3)
+        assert (out.shape, out.dtype) == (truth.shape, dtype)
+        assert out.is_contiguous(memory_format=torch.channels_last)
+        unit = torch.finfo(dtype).eps / 2
+        assert relative_error(out, truth) <= max(2 * relative_error(expected(qkv), truth), 4 * unit)
+
+
+def test_attention_to_scores_far_apart() -> None:
+    """The largest takes all, and its exponential does not overflow."""
+    qkv = dense(torch.randn(1, 3 * 16, 1, 20, generator=torch.Generator().manual_seed(0)))
+    qkv[:, :32] *= 1e3
+    index = torch.einsum("cq,ck->qk", qkv[0, :16, 0], qkv[0, 16:32, 0]).argmax(1)
+    assert torch.equal(packed._attention(qkv, 1, 1.0)[0, :, 0], qkv[0, 32:, 0, index])
+
+
+def test_attention_of_heads_of_an_odd_width() -> None:
+    torch.manual_seed(0)
+    plain = Attention(12, head_dim=3, num_groups=4, eps=1e-5).requires_grad_(False)
+    x = dense(torch.randn(2, 12, 4, 5).bfloat16())
+    truth = copy.deepcopy(plain).double()(x.double())
+    allowed = relative_error(copy.deepcopy(plain).bfloat16()(x), truth)
+    assert relative_error(PackedAttention(plain, torch.bfloat16)(x), truth) <= 2 * allowed
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])
 def test_threads_change_no_bit(threads: int) -> None:
     torch.manual_seed(0)
@@ -131,6 +173,7 @@ def test_threads_change_no_bit(threads: int) -> None:
         PackedConv(nn.Conv2d(64, 96, 3, 2, padding=1), dtype=torch.float32),
         PackedConv(nn.Conv2d(64, 96, 3, padding=1), dtype=torch.float32, upsample=True),
         PackedConv(nn.Linear(64, 192), GroupNormSiLU(8, 64, 1e-5), dtype=torch.float32),
+        PackedAttention(Attention(64, head_dim=16, num_groups=8, eps=1e-5), torch.float32),
     ]
     before = torch.get_num_threads()
     try:
@@ -229,7 +272,11 @@ def test_lesser_instruction_sets(isa: str) -> None:
     """The kernels of other sets, with other vectors and panels, in a process of their own."""
     if isa not in backend.native().build_info()["isas"] or isa == backend.native().build_info()["isa"]:
         pytest.skip(f"{isa} is not compiled, or is what the other tests run")
-    tests = ["test_is_norm_activation_convolution_and_addition", "test_either_method_serves_a_3x3_convolution"]
+    tests = [
+        "test_is_norm_activation_convolution_and_addition",
+        "test_either_method_serves_a_3x3_convolution",
+        "test_attention",
+    ]
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *[f"{Path(__file__)}::{name}" for name in tests]],
         env=os.environ | {"DDPM_FAST_ISA": isa},

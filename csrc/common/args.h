@@ -159,6 +159,16 @@ struct ConvArgs {
   RunOn run_on;
 };
 
+// y = softmax(q k^T scale) v, for each head of each sample.
+struct AttentionArgs {
+  DType dtype;
+  void* y;                                  // [n, pixels, heads, channels]
+  const void* qkv;                          // [n, pixels, 3, heads, channels]
+  std::int64_t n, heads, pixels, channels;  // of a head, in bfloat16 an even number
+  float scale;
+  RunOn run_on;
+};
+
 // Weights for conv_winograd: G g G^T in panels.
 struct PackWinogradArgs {
   DType dtype;           // float32 or bfloat16, of the packed ones

@@ -23,6 +23,7 @@
   OP(group_norm_lines, GroupNormLinesArgs) \
   OP(conv_direct, ConvArgs)                \
   OP(conv_winograd, ConvArgs)              \
+  OP(attention, AttentionArgs)             \
   OP(pack_winograd, PackWinogradArgs)      \
   OP(conv_winograd_weights, ConvWinogradWeightsArgs)
 

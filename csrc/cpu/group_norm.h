@@ -13,9 +13,6 @@
 
 namespace ddpm_fast::DDPM_FAST_ISA {
 
-constexpr Index smaller(Index a, Index b) { return a < b ? a : b; }
-constexpr Index larger(Index a, Index b) { return a > b ? a : b; }
-
 // A thread takes whole groups of one sample. No sum crosses a group but those over samples, which come last: the cut
 // changes no result.
 struct Slice {

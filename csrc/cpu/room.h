@@ -11,6 +11,8 @@ namespace ddpm_fast::DDPM_FAST_ISA {
 
 using Index = std::int64_t;
 
+constexpr Index smaller(Index a, Index b) { return a < b ? a : b; }
+constexpr Index larger(Index a, Index b) { return a > b ? a : b; }
 constexpr Index round_up(Index value, Index unit) { return (value + unit - 1) / unit * unit; }
 
 // Room that a thread keeps from call to call where it is small (fresh pages would cost more than the kernel), handed

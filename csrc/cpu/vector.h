@@ -127,6 +127,22 @@ DDPM_FAST_INLINE Vector<T> sums_of_lanes(const Vector<T>* v) {
   }
 }
 
+// Rows become columns: neighbours in ever larger squares change places, a row's lanes with its partner's.
+template <int size, class V, int... i>
+DDPM_FAST_INLINE void exchange(V& a, V& b, std::integer_sequence<int, i...>) {
+  constexpr int count = sizeof...(i);
+  const V first = shuffle<(i & size ? count + i - size : i)...>(a, b);
+  b = shuffle<(i & size ? count + i : i + size)...>(a, b);
+  a = first;
+}
+template <int size = 1, class V, int count>
+DDPM_FAST_INLINE void transpose(V (&rows)[count]) {
+  for (int i = 0; i < count; ++i) {
+    if (!(i & size)) exchange<size>(rows[i], rows[i + size], std::make_integer_sequence<int, count>{});
+  }
+  if constexpr (2 * size < count) transpose<2 * size>(rows);
+}
+
 // ------------------------------------------------------------------------------------------------------ conversions
 
 DDPM_FAST_INLINE Floats widen(const Floats& raw, float) { return raw; }

@@ -41,6 +41,11 @@ def has_fast_bfloat16() -> bool:
     )
 
 
+def step_of(dtype: torch.dtype) -> int:
+    """Input channels that a multiply-add takes."""
+    return 2 if dtype == torch.bfloat16 else 1
+
+
 def winograd_tiles(n: int, height: int, width: int) -> int:
     """2x2 tiles of n maps."""
     return n * ((height + 1) // 2) * ((width + 1) // 2)
@@ -74,7 +79,7 @@ def _pack(weight: Tensor, dtype: torch.dtype, flipped: bool) -> Tensor:
 
 def _pack_fake(weight: Tensor, dtype: torch.dtype, flipped: bool) -> Tensor:
     out_channels, channels = weight.shape[1::-1] if flipped else weight.shape[:2]
-    panel, step = native().cpu.panel, 2 if dtype == torch.bfloat16 else 1
+    panel, step = native().cpu.panel, step_of(dtype)
     return weight.new_empty(-(-out_channels // panel), 16, -(-channels // step), panel, step, dtype=dtype)
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops._library import is_plain
+from . import packed
 from .conv import Conv3x3, has_fast_bfloat16, why_not_packed
 from .layers import (
     Attention,
@@ -29,7 +31,8 @@ from .packed import (
     packed_downsample,
     packed_upsample,
 )
-from .unet import DownBlock, MidBlock, UNet, UpBlock, checked_timesteps, through_layers
+from .replay import Recordings
+from .unet import DownBlock, MidBlock, UNet, UpBlock, centered, checked_timesteps, through_layers
 
 _CACHED_BYTES = 8 << 20  # of a map that is a batch's largest: 16 images of the CIFAR-10 network in float32
 
@@ -122,7 +125,7 @@ class FrozenUNet(nn.Module):
         self.config: dict[str, Any] = dict(model.config)
         self.num_timesteps, self.dtype = num_timesteps, dtype
         self.why_not_packed = why_not_packed(device, dtype)
-        packed = self.why_not_packed is None
+        packs = self.why_not_packed is None
         model = copy.deepcopy(model).eval().to(device)
         self.conv_in: nn.Module = model.conv_in
         self.down_blocks, self.mid_block, self.up_blocks = model.down_blocks, model.mid_block, model.up_blocks
@@ -133,13 +136,13 @@ class FrozenUNet(nn.Module):
             for i, resnet in enumerate(block.resnets):
                 place = len(projections)
                 projections += _time_projections(resnet)
-                block.resnets[i] = PackedResnetBlock(resnet, place, dtype) if packed else FrozenResnetBlock(resnet, place)
+                block.resnets[i] = PackedResnetBlock(resnet, place, dtype) if packs else FrozenResnetBlock(resnet, place)
             block.attentions = nn.ModuleList(
-                [PackedAttention(attention, dtype) if packed else FrozenAttention(attention) for attention in block.attentions]
+                [PackedAttention(attention, dtype) if packs else FrozenAttention(attention) for attention in block.attentions]
             )
-            if packed:
+            if packs:
                 _pack_samplers(block, dtype)
-        if packed:
+        if packs:
             self.conv_in = PackedConv(model.conv_in, dtype=dtype)
             self.conv_norm_out = nn.Identity()
             self.conv_out = PackedConv(model.conv_out, model.conv_norm_out, dtype=dtype)
@@ -149,6 +152,7 @@ class FrozenUNet(nn.Module):
             elif isinstance(module, GroupNormSiLU):
                 module.to(_wide(dtype))
         self.modulations = Modulations(model, num_timesteps, projections, dtype)
+        self._recordings = Recordings()
         self.requires_grad_(False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -160,6 +164,7 @@ class FrozenUNet(nn.Module):
                 f"{changed.device.type} and {changed.dtype}: freeze the model again"
             )
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._recordings = Recordings()
         return self
 
     @torch.no_grad()
@@ -174,14 +179,20 @@ class FrozenUNet(nn.Module):
         t = checked_timesteps(self._config, x, t, class_labels)
         if t.is_floating_point():
             raise TypeError(f"FrozenUNet: expected integer timesteps, got {t.dtype}")
-        x = x.to(self.dtype, memory_format=torch.channels_last)
+        x = centered(self._config, x.to(self.dtype)).contiguous(memory_format=torch.channels_last)
         with torch.autocast(x.device.type, enabled=False):  # every layer has its dtype
             parts = [tensor.split(self._images_at_once(x)) for tensor in (x, t, class_labels) if tensor is not None]
-            outs = [
-                through_layers(self, x, self.modulations(t, labels[0] if labels else None))
-                for x, t, *labels in zip(*parts, strict=True)
-            ]
+            outs = [self._part(x, t, *labels) for x, t, *labels in zip(*parts, strict=True)]
             return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+    def _part(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        inputs = (x, *self.modulations(t, class_labels))
+        if self.why_not_packed is None and is_plain(*inputs):
+            return self._recordings.run(self._layers, inputs, packed.loads)
+        return self._layers(*inputs)
+
+    def _layers(self, x: Tensor, *stacks: Tensor) -> Tensor:
+        return through_layers(self, x, self.modulations.of_blocks(stacks))
 
     def _images_at_once(self, x: Tensor) -> int:
         """On a CPU a large batch goes in parts whose maps the cache holds from one layer to the next."""
@@ -201,7 +212,7 @@ def _pack_samplers(block: nn.Module, dtype: torch.dtype) -> None:
 
 
 class Modulations(nn.Module):
-    """What time (and class) add to the residual blocks: [N, channels] for each projection, in the order of `projections`.
+    """What time (and class) add to the residual blocks: [N, channels] for each projection.
 
     Projections of the same width are stacked: one lookup, or with classes one batched product, makes all of a width, each
     contiguous as the norms take it.
@@ -234,15 +245,18 @@ class Modulations(nn.Module):
         self.has_classes = model.class_embedding is not None
 
     def forward(self, t: Tensor, class_labels: Tensor | None) -> list[Tensor]:
+        """The stacks: [B, N, W] each."""
         if class_labels is None:
-            stacks = [table.index_select(1, t) for table in self.tables]  # [B, N, W]
-        else:
-            time, classes = self.embeddings
-            emb = F.silu(time.index_select(0, t) + classes.index_select(0, class_labels)).to(self.weights[0].dtype)
-            stacks = [
-                torch.baddbmm(bias, emb.expand(len(weight), *emb.shape), weight)
-                for weight, bias in zip(self.weights, self.biases, strict=True)
-            ]
+            return [table.index_select(1, t) for table in self.tables]
+        time, classes = self.embeddings
+        emb = F.silu(time.index_select(0, t) + classes.index_select(0, class_labels)).to(self.weights[0].dtype)
+        return [
+            torch.baddbmm(bias, emb.expand(len(weight), *emb.shape), weight)
+            for weight, bias in zip(self.weights, self.biases, strict=True)
+        ]
+
+    def of_blocks(self, stacks: Sequence[Tensor]) -> list[Tensor]:
+        """[N, W] of each projection, in their order."""
         rows = [stack.unbind() for stack in stacks]
         return [rows[stack][row] for stack, row in self._places]
 

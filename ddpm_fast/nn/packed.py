@@ -13,11 +13,14 @@ from torch import Tensor, nn
 
 from ..ops._library import define, dtype_code, is_plain, pointer, typed
 from ..ops.backend import native
-from .conv import WINOGRAD_TILES, pack_winograd, winograd_tiles
-from .layers import Attention, Downsample, GroupNormSiLU, ResnetBlock, Upsample, rescaled_in_place
+from .conv import WINOGRAD_TILES, pack_winograd, step_of, winograd_tiles
+from .layers import Attention, Downsample, GroupNormSiLU, ResnetBlock, Upsample
+from .replay import call, empty
 
 # Of a row of the output after upsampling by 2, even or odd: which taps of three fall on which of two pixels.
 _UPSAMPLED: Final = torch.tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], dtype=torch.float64)
+
+loads = 0  # of weights into layers that are packed: a recording of calls from before has the weights from before
 
 
 class PackedConv(nn.Module):
@@ -100,6 +103,8 @@ class PackedConv(nn.Module):
         return self._packed[method]
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
+        global loads
+        loads += 1
         self._packed.clear()
         super()._load_from_state_dict(*arguments)
 
@@ -125,7 +130,7 @@ def pack(weight: Tensor, method: str, dtype: torch.dtype) -> Tensor:
         taps = torch.einsum("pak,qbl,oikl->pqabio", _UPSAMPLED, _UPSAMPLED, wide).flatten(0, 3)
     else:
         taps = wide.permute(2, 3, 1, 0).flatten(0, 1)
-    panel, step = native().cpu.panel, 2 if dtype == torch.bfloat16 else 1
+    panel, step = native().cpu.panel, step_of(dtype)
     taps = F.pad(taps, (0, -taps.shape[2] % panel, 0, -taps.shape[1] % step)).to(dtype)  # [taps, in, out]
     panels = taps.view(len(taps), taps.shape[1] // step, step, -1, panel)
     return panels.permute(3, 0, 1, 4, 2).contiguous()
@@ -152,31 +157,43 @@ class PackedResnetBlock(nn.Module):
             h = self.conv2(h, scale_shift=scale_shift, added=added)
         else:
             h = self.conv2(h, shift=modulations[self.place], added=added)
-        return rescaled_in_place(h, self.output_scale_factor)
+        return _rescaled(h, self.output_scale_factor)
 
 
 class PackedAttention(nn.Module):
-    """`FrozenAttention` with packed products.
-
-    Softmax and its two products are PyTorch's: kernels of our own, with keys and values packed like weights, took as long.
-    """
+    """`FrozenAttention` with packed products."""
 
     def __init__(self, attention: Attention, dtype: torch.dtype) -> None:
         super().__init__()
         self.num_heads, self.output_scale_factor = attention.num_heads, attention.output_scale_factor
-        self.to_qkv = PackedConv(attention.joined_projections(), attention.group_norm, dtype=dtype)
-        to_out = attention.to_out[0]
-        assert isinstance(to_out, nn.Linear)
-        self.to_out = PackedConv(to_out, dtype=dtype)
+        qkv, out = attention.joined_projections(), attention.to_out[0]
+        assert isinstance(out, nn.Linear)
+        self.scale = (out.in_features / self.num_heads) ** -0.5
+        _fill_heads(qkv, out, self.num_heads, step_of(dtype))
+        self.to_qkv = PackedConv(qkv, attention.group_norm, dtype=dtype)
+        self.to_out = PackedConv(out, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        n, c, height, width = x.shape
-        qkv: Tensor = self.to_qkv(x).permute(0, 2, 3, 1)  # [N, H, W, 3 C], contiguous
-        q, k, v = qkv.view(n, height * width, 3, self.num_heads, c // self.num_heads).permute(2, 0, 3, 1, 4)
-        h: Tensor = F.scaled_dot_product_attention(q, k, v)  # [N, heads, HW, C / heads]
-        h = h.transpose(1, 2).reshape(n, height, width, c).permute(0, 3, 1, 2)
-        h = self.to_out(h, added=x)
-        return rescaled_in_place(h, self.output_scale_factor)
+        attend = _attention if is_plain(x) else torch.ops.ddpm_fast.attention
+        h: Tensor = self.to_out(attend(self.to_qkv(x), self.num_heads, self.scale), added=x)
+        return _rescaled(h, self.output_scale_factor)
+
+
+def _fill_heads(qkv: nn.Linear, out: nn.Linear, heads: int, step: int) -> None:
+    """To whole steps of channels, with zeros, which change no product."""
+    missing = -(out.in_features // heads) % step
+    if missing:
+        qkv.weight = nn.Parameter(F.pad(qkv.weight.unflatten(0, (3 * heads, -1)), (0, 0, 0, missing)).flatten(0, 1))
+        qkv.bias = nn.Parameter(F.pad(qkv.bias.view(3 * heads, -1), (0, missing)).flatten())
+        out.weight = nn.Parameter(F.pad(out.weight.unflatten(1, (heads, -1)), (0, missing)).flatten(1))
+
+
+def _rescaled(x: Tensor, factor: float) -> Tensor:
+    if factor != 1 and is_plain(x):
+        call(x.div_, factor)
+    elif factor != 1:
+        x.div_(factor)
+    return x
 
 
 def packed_downsample(downsample: Downsample, dtype: torch.dtype) -> PackedConv:
@@ -205,12 +222,14 @@ def _norm_lines(
     """What the norm of x and skip does to each channel of each sample, [N, 3, C]: center, slope and intercept."""
     n, channels, height, width = x.shape
     skip_channels = 0 if skip is None else skip.shape[1]
-    lines = torch.empty(n, 3, channels + skip_channels, dtype=torch.float32, device=x.device)
+    lines = empty((n, 3, channels + skip_channels), torch.float32, x.device)
     small = [word for value in (shift, scale, scale_shift) for word in typed(value)]
-    native().cpu.group_norm_lines(
+    call(
+        native().cpu.group_norm_lines,
         *(dtype_code(x), lines.data_ptr(), x.data_ptr(), pointer(skip)),
         *(*typed(weight), *typed(bias), *small),
         *(n, channels, skip_channels, height * width, num_groups, eps, silu, torch.get_num_threads()),
+        reads=(weight, bias),
     )
     return lines
 
@@ -227,7 +246,7 @@ def _norm_lines_fake(
     eps: float,
     silu: bool,
 ) -> Tensor:
-    return torch.empty(x.shape[0], 3, len(weight), dtype=torch.float32, device=x.device)
+    return empty((x.shape[0], 3, len(weight)), torch.float32, x.device)
 
 
 def _conv(
@@ -253,10 +272,12 @@ def _conv(
     )
     kernels = native().cpu
     run = kernels.conv_winograd if method == "winograd" else kernels.conv_direct
-    run(
+    call(
+        run,
         *(dtype_code(x), y.data_ptr(), x.data_ptr(), pointer(skip), pointer(lines), silu, weights.data_ptr()),
         *(bias.data_ptr(), pointer(added), n, height, width, channels, 0 if skip is None else skip.shape[1]),
         *(out_height, out_width, out_channels, kernel, stride, padding, method == "upsample", torch.get_num_threads()),
+        reads=(weights, bias),
     )
     return y
 
@@ -277,10 +298,24 @@ def _conv_fake(
     stride: int,
     padding: int,
 ) -> Tensor:
-    shape = (x.shape[0], out_channels, out_height, out_width)
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    return empty((x.shape[0], out_channels, out_height, out_width), x.dtype, x.device)
 
 
+def _attention(qkv: Tensor, num_heads: int, scale: float) -> Tensor:
+    """softmax(q k^T scale) v, of every pixel to all: [N, 3 C, H, W] of q, k and v, channels_last -> [N, C, H, W]."""
+    h = _attention_fake(qkv, num_heads, scale)
+    n, channels, height, width = h.shape
+    arguments = (h.data_ptr(), qkv.data_ptr(), n, num_heads, height * width, channels // num_heads, scale)
+    call(native().cpu.attention, dtype_code(qkv), *arguments, torch.get_num_threads())
+    return h
+
+
+def _attention_fake(qkv: Tensor, num_heads: int, scale: float) -> Tensor:
+    n, channels, height, width = qkv.shape
+    return empty((n, channels // 3, height, width), qkv.dtype, qkv.device)
+
+
+define("attention", "(Tensor qkv, int num_heads, float scale) -> Tensor", _attention, _attention_fake)
 define(
     "norm_lines",
     "(Tensor x, Tensor? skip, Tensor weight, Tensor bias, Tensor? shift, Tensor? scale, Tensor? scale_shift, "

@@ -117,7 +117,7 @@ class UNet(nn.Module):
         if self.class_embedding is not None:
             emb = emb + self.class_embedding(class_labels)
         emb = F.silu(emb)  # once, instead of in every block
-        return through_layers(self, x.to(dtype), emb)
+        return through_layers(self, centered(self._config, x.to(dtype)), emb)
 
     @classmethod
     def from_pretrained(
@@ -194,10 +194,12 @@ def checked_timesteps(config: UNetConfig, x: Tensor, t: Tensor | int, class_labe
     return t.to(x.device).expand(n)
 
 
+def centered(config: UNetConfig, x: Tensor) -> Tensor:
+    return 2 * x - 1 if config.center_input_sample else x
+
+
 def through_layers(net: Any, x: Tensor, emb: Any) -> Tensor:
     """The way down, through the middle and up of a `UNet` or its inference form; every residual block is given `emb`."""
-    if net.config["center_input_sample"]:
-        x = 2 * x - 1
     x = net.conv_in(x)
     skips = [x]
     for down_block in net.down_blocks:

@@ -1,0 +1,117 @@
+"""On a CPU, what a graph is on a GPU: a network's calls of kernels, recorded once, then made again on the same memory."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Final
+from weakref import finalize
+
+import torch
+from torch import Tensor
+
+MAX_RECORDINGS: Final = 4  # kept for a network: batch sizes, numbers of threads
+
+_thread = threading.local()  # .recording: what the thread is recording, if anything
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor for `call` to write, channels_last if it has four dimensions."""
+    recording: Recording | None = getattr(_thread, "recording", None)
+    if recording is not None:
+        return recording.empty(shape, dtype)
+    memory_format = torch.channels_last if len(shape) == 4 else torch.contiguous_format
+    return torch.empty(tuple(shape), dtype=dtype, device=device, memory_format=memory_format)
+
+
+def call(function: Callable[..., object], *arguments: Any, reads: Sequence[Tensor | None] = ()) -> None:
+    """Calls function(*arguments).
+
+    Args:
+        reads: tensors, besides those of `empty`, whose addresses are among the arguments.
+    """
+    function(*arguments)
+    recording: Recording | None = getattr(_thread, "recording", None)
+    if recording is not None:
+        recording.calls.append((function, arguments))
+        recording.kept += reads
+
+
+class Recording:
+    """The calls that a function makes for its inputs. All that it does to their values has to go through `empty` and `call`."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Callable[..., object], tuple[Any, ...]]] = []
+        self.kept: list[Tensor | None] = []  # alive as long as the calls
+        self._free: list[Tensor] = []  # bytes that no tensor of `empty` is in, at this point of the recording
+
+    def record(self, function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Tensor:
+        # Tensors of inference mode could not be written outside of it.
+        with torch.inference_mode(False), torch.no_grad():
+            self._inputs = [x.clone(memory_format=torch.preserve_format) for x in inputs]
+            _thread.recording = self
+            try:
+                self._output = function(*self._inputs)
+            finally:
+                _thread.recording = None
+        return self._output.clone()
+
+    def replay(self, inputs: Sequence[Tensor]) -> Tensor:
+        for own, x in zip(self._inputs, inputs, strict=True):
+            own.copy_(x)
+        for function, arguments in self.calls:
+            function(*arguments)
+        return self._output.clone()
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """In memory that no tensor is in any more, where a piece of it is large enough and not much too large."""
+        n, *rest = shape
+        strides = torch.empty(tuple(shape), device="meta").stride()
+        if len(shape) == 4:
+            channels, height, width = rest
+            strides = (channels * height * width, 1, channels * width, channels)
+        size = n * strides[0] * dtype.itemsize
+        fitting = [i for i, memory in enumerate(self._free) if size <= len(memory) <= 2 * size]
+        if fitting:
+            memory = self._free.pop(min(fitting, key=lambda i: len(self._free[i])))
+        else:
+            memory = torch.empty(size, dtype=torch.uint8, device="cpu")
+            self.kept.append(memory)
+        tensor = torch.empty(0, dtype=dtype, device="cpu").set_(memory.untyped_storage(), 0, tuple(shape), strides)
+        finalize(tensor, self._free.append, memory).atexit = False
+        return tensor
+
+
+class Recordings:
+    """Recordings of a function, one for each state and inputs of other shapes."""
+
+    def __init__(self) -> None:
+        self._recordings: OrderedDict[Hashable, Recording] = OrderedDict()  # the one used last is last
+        self._one = threading.Lock()  # at a time
+
+    def run(self, function: Callable[..., Tensor], inputs: Sequence[Tensor], state: Hashable) -> Tensor:
+        """function(*inputs), which are dense.
+
+        Args:
+            state: what the function computes with besides them.
+        """
+        if not self._one.acquire(blocking=False):
+            return function(*inputs)
+        try:
+            key = (state, torch.get_num_threads(), *((x.shape, x.stride(), x.dtype) for x in inputs))
+            recording = self._recordings.pop(key, None)
+            if recording is not None:
+                output = recording.replay(inputs)
+            else:
+                recording = Recording()
+                output = recording.record(function, inputs)
+                if len(self._recordings) == MAX_RECORDINGS:
+                    self._recordings.popitem(last=False)
+            self._recordings[key] = recording
+            return output
+        finally:
+            self._one.release()
+
+    def __reduce__(self) -> tuple[type[Recordings], tuple[()]]:
+        return Recordings, ()  # a copy records for itself
