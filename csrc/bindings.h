@@ -102,10 +102,11 @@ inline void bind_cpu_ops(pybind11::module_& m, const Kernels& kernels) {
       nogil);
   m.def(
       "conv_winograd_weights",
-      [run = kernels.conv_winograd_weights](Address dweight, Address dbias, Address x, Address dy, std::int64_t n,
-                                            std::int64_t height, std::int64_t width, std::int64_t channels,
-                                            std::int64_t out_channels, std::intptr_t run_on) {
-        run({Pointer{dweight},
+      [run = kernels.conv_winograd_weights](int dtype, Address dweight, Address dbias, Address x, Address dy,
+                                            std::int64_t n, std::int64_t height, std::int64_t width,
+                                            std::int64_t channels, std::int64_t out_channels, std::intptr_t run_on) {
+        run({DType{dtype},
+             Pointer{dweight},
              Pointer{dbias},
              Pointer{x},
              Pointer{dy},

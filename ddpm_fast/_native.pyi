@@ -266,6 +266,7 @@ class CpuKernels(Kernels, Protocol):
     ) -> None: ...
     def conv_winograd_weights(
         self,
+        dtype: int,
         dweight: int,
         dbias: int,
         x: int,

@@ -127,7 +127,8 @@ def _stream(device: torch.device) -> Hashable:
 def _weights(model: nn.Module) -> Hashable:
     """Differs where the model's weights are elsewhere, or have changed.
 
-    A write through `.data`, as some moving averages do it, leaves no trace but the values: hence the sums of their bits.
+    A write through `.data`, as some moving averages do it, leaves no trace but the values: hence the sums of their bits. Such
+    a write that only moves values about is not seen.
     """
     tensors = [*model.parameters(), *model.buffers()]
     places = [(tensor.data_ptr(), tensor.dtype, 0 if tensor.is_inference() else tensor._version) for tensor in tensors]

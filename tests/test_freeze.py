@@ -146,12 +146,24 @@ def test_packed_weights_stay_where_they_are() -> None:
     assert torch.equal(copy.deepcopy(frozen).to("cpu", torch.float32)(*inputs), out)
     half = freeze(model, torch.bfloat16)
     if half.why_not_packed is None:
-        with pytest.raises(TypeError, match=r"expected to stay on cpu in torch\.bfloat16"):
-            half.to(torch.bfloat16)
+        out_of_half = half(*inputs)
+        assert torch.equal(copy.deepcopy(half).to(torch.bfloat16)(*inputs), out_of_half)
+        with pytest.raises(TypeError, match=r"expected to stay on cpu in torch\.bfloat16, .* got cpu and torch\.float32"):
+            half.float()
+        assert torch.equal(half(*inputs), out_of_half)
     for change in (lambda: frozen.half(), lambda: frozen.to("meta"), lambda: frozen.double()):
         with pytest.raises(TypeError, match=r"expected to stay on cpu in torch\.float32, for which its weights are packed"):
             change()
     assert torch.equal(frozen(*inputs), out)
+
+
+def test_what_is_not_packed_is_cast() -> None:
+    model, config = make()
+    frozen, inputs = freeze(model, torch.float64), make_inputs(config, 2)
+    out = frozen(*inputs)
+    cast = frozen.float()
+    assert cast(*inputs).dtype == torch.float32
+    assert relative_error(cast(*inputs), out) < 1e-5
 
 
 # ------------------------------------------------------------------------------------------------------------------ errors
@@ -174,6 +186,10 @@ def _overridden(model: UNet) -> None:
     model.conv_out.forward = lambda x: x  # type: ignore[method-assign]
 
 
+def _circular(model: UNet) -> None:
+    model.conv_in.padding_mode = "circular"
+
+
 def _hooked(model: UNet) -> None:
     model.mid_block.register_forward_hook(lambda *_: None)
 
@@ -183,6 +199,7 @@ def _hooked(model: UNet) -> None:
     [
         (_adapted, "mid_block.attentions.0.to_q is a Adapter of another make"),
         (_overridden, "conv_out is a Conv3x3 of another make"),
+        (_circular, "conv_in pads with circular values"),
         (_hooked, "mid_block has forward hooks"),
     ],
 )

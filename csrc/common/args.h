@@ -178,12 +178,13 @@ struct PackWinogradArgs {
   RunOn run_on;
 };
 
-// Gradients of the weights and bias of a 3x3 convolution of stride 1 and padding 1, channels_last, in float32.
+// Gradients of the weights and bias of a 3x3 convolution of stride 1 and padding 1, channels_last.
 struct ConvWinogradWeightsArgs {
-  float* dweight;   // [out_channels, 3, 3, channels]
-  float* dbias;     // [out_channels]; may be absent
-  const float* x;   // [n, height, width, channels]
-  const float* dy;  // [n, height, width, out_channels]
+  DType dtype;     // of x and dy: float32 or bfloat16
+  float* dweight;  // [out_channels, 3, 3, channels]
+  float* dbias;    // [out_channels]; may be absent
+  const void* x;   // [n, height, width, channels]
+  const void* dy;  // [n, height, width, out_channels]
   std::int64_t n, height, width, channels, out_channels;
   RunOn run_on;
 };

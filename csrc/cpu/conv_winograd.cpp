@@ -63,7 +63,11 @@ void run(const ConvArgs& a) {
         const float* const rows[4] = {ring.pixel(0, tile), ring.pixel(1, tile), ring.pixel(2, tile),
                                       ring.pixel(3, tile)};
         T* to = transformed + count * wide;
-        transform_tile(rows, wide, [&](int position, Index c, Floats v) { store(to + position * apart + c, v); });
+        for (Index c = 0; c < wide; c += kWidth<float>) {
+          Floats values[kPositions];
+          transform_tile(rows, wide, c, values);
+          for (int p = 0; p < kPositions; ++p) store(to + p * apart + c, values[p]);
+        }
       }
     }
     for (Index panel = first_panel; panel < end_panel; ++panel) {

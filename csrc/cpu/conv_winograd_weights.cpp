@@ -89,33 +89,31 @@ void pack(const PackWinogradArgs& a) {
   });
 }
 
-// sums of products over tiles: rows of `gradients`, channels of one tile and `apart` elements further of the next one,
-// times a panel of inputs.
-template <int rows>
+// sums of products over tiles: rows of `gradients`, channels of a step of tiles and `apart` words further of the next
+// one, times a panel of inputs.
+template <class T, int rows>
 DDPM_FAST_INLINE void multiply_over_tiles(Sums<rows>& sums, const float* gradients, Index apart, const float* panel,
-                                          Index tiles) {
+                                          Index steps) {
   Sums<rows> local{};  // in registers
-  for (Index tile = 0; tile < tiles; ++tile, gradients += apart, panel += kPanel) {
+  for (Index step = 0; step < steps; ++step, gradients += apart, panel += kPanel) {
     Floats inputs[kPanelVectors];
     for (int v = 0; v < kPanelVectors; ++v) inputs[v] = load(panel + v * kWidth<float>);
     for (int r = 0; r < rows; ++r) {
-      const Floats gradient = broadcast(gradients[r]);
-      for (int v = 0; v < kPanelVectors; ++v) local.of[r][v] = fma(gradient, inputs[v], local.of[r][v]);
+      const T* gradient = reinterpret_cast<const T*>(gradients + r);
+      for (int v = 0; v < kPanelVectors; ++v) local.of[r][v] = multiply_add(gradient, inputs[v], local.of[r][v]);
     }
   }
   sums = local;
 }
 
-}  // namespace
-
-void pack_winograd(const PackWinogradArgs& a) { a.dtype == DType::kBFloat16 ? pack<BFloat16>(a) : pack<float>(a); }
-
 // The convolution is linear in its transformed weights, so their gradient is a product over all tiles, for each of the
 // 16 positions, of the transformed input, B^T d B, and the gradient of the sums, A dy A^T; G^T m G makes it that of the
 // weights. A block of tiles is transformed, then all threads multiply it: whichever does what, each sum is made of the
-// same terms in the same order.
-void conv_winograd_weights(const ConvWinogradWeightsArgs& a) {
-  const auto map_of = [&](const float* x, Index channels) {
+// same terms in the same order. In bfloat16 a multiply-add takes two neighbouring tiles of a strip; a strip's last may
+// have none beside it, and zeros there.
+template <class T>
+void weight_gradients(const ConvWinogradWeightsArgs& a) {
+  const auto map_of = [&](const void* x, Index channels) {
     ConvArgs map{};
     map.x = x, map.channels = channels, map.n = a.n;
     map.height = map.out_height = a.height, map.width = map.out_width = a.width;
@@ -124,81 +122,97 @@ void conv_winograd_weights(const ConvWinogradWeightsArgs& a) {
   const ConvArgs input = map_of(a.x, a.channels), gradient = map_of(a.dy, a.out_channels);
   const Tiles tiles(input);
   const int threads = a.run_on.threads();
-  constexpr Index kTilesInBlock = 64;  // few terms a sum, and a panel of them stays in the first cache
-  const Index strips = a.n * tiles.segments * tiles.down;
+  constexpr Index kTilesInBlock = 64 * kStep<T>;  // few terms a sum, and a panel of them stays in the first cache
+  const Index strips = a.n * tiles.segments * tiles.down, steps_in_strip = (tiles.in_strip + kStep<T> - 1) / kStep<T>;
   const Index strips_in_block = larger(1, kTilesInBlock / larger(1, tiles.in_strip)),
-              most = strips_in_block * tiles.in_strip;
+              most = strips_in_block * steps_in_strip;
   const Index depth = round_up(a.channels, kPanel), panels = depth / kPanel;
   const Index wide = round_up(a.out_channels, kWidth<float>), apart = wide + kApart;
   const Index products = kPositions * a.out_channels * depth;
 
   Room room(RoomFor::kCall, Room::bytes<float>(kPositions * most * depth) +
                                 Room::bytes<float>(kPositions * most * apart) + Room::bytes<float>(products) +
-                                Room::bytes<float>(wide));
-  float* inputs = room.take<float>(kPositions * most * depth);     // [position, panel, tile, channel of the panel]
-  float* gradients = room.take<float>(kPositions * most * apart);  // [position, tile, output channel]
+                                Room::bytes<float>((strips_in_block + 1) * wide));
+  float* inputs = room.take<float>(kPositions * most * depth);     // [position, panel, step, channel of the panel]
+  float* gradients = room.take<float>(kPositions * most * apart);  // [position, step, output channel]
   float* product = room.take<float>(products);                     // [position, panel, output channel, channel]
-  float* bias = room.take<float>(wide);
+  float* bias = room.take<float>((strips_in_block + 1) * wide);    // in all, and of each strip
   std::memset(product, 0, static_cast<std::size_t>(products) * sizeof(float));
   std::memset(bias, 0, static_cast<std::size_t>(wide) * sizeof(float));
 
-  const auto transform_input_strip = [&](const Strip& strip, Index first_tile) {
-    Room rows_room(RoomFor::kSlice, Room::bytes<float>(Ring<float>::size(tiles, depth)));
-    Ring<float> ring(input, tiles, depth, rows_room.take<float>(Ring<float>::size(tiles, depth)));
+  const auto transform_input_strip = [&](const Strip& strip, Index first_step) {
+    Room rows_room(RoomFor::kSlice, Room::bytes<float>(Ring<T>::size(tiles, depth)));
+    Ring<T> ring(input, tiles, depth, rows_room.take<float>(Ring<T>::size(tiles, depth)));
     ring.move_to(strip);
-    for (Index tile = 0; tile < strip.tiles; ++tile) {
-      const float* const rows[4] = {ring.pixel(0, tile), ring.pixel(1, tile), ring.pixel(2, tile), ring.pixel(3, tile)};
-      transform_tile(rows, depth, [&](int position, Index c, Floats v) {
-        store(inputs + ((position * panels + c / kPanel) * most + first_tile + tile) * kPanel + c % kPanel, v);
-      });
-    }
-  };
-  const auto transform_gradient_strip = [&](const Strip& strip, Index first_tile) {
-    const Index row_size = 2 * strip.tiles * wide + kApart;
-    Room rows_room(RoomFor::kSlice, Room::bytes<float>(2 * row_size));
-    float* rows = rows_room.take<float>(2 * row_size);
-    for (Index i = 0; i < 2; ++i) {
-      input_row<float>(gradient, strip.sample, 2 * strip.down + i, 2 * strip.first, 2 * strip.tiles,
-                       rows + i * row_size, wide);
-    }
-    for (Index tile = 0; tile < strip.tiles; ++tile) {
-      float* to = gradients + (first_tile + tile) * apart;
-      for (Index c = 0; c < wide; c += kWidth<float>) {
-        Floats half[2][4];  // [column][row]
-        for (int j = 0; j < 2; ++j) {
-          const float* pixel = rows + (2 * tile + j) * wide + c;
-          transform_output_back(load(pixel), load(pixel + row_size), half[j]);
+    for (Index step = 0; step < steps_in_strip; ++step) {
+      for (Index c = 0; c < depth; c += kWidth<float>) {
+        Floats values[kStep<T>][kPositions] = {};
+        for (Index s = 0; s < smaller(kStep<T>, strip.tiles - step * kStep<T>); ++s) {
+          const Index tile = step * kStep<T> + s;
+          const float* const rows[4] = {ring.pixel(0, tile), ring.pixel(1, tile), ring.pixel(2, tile),
+                                        ring.pixel(3, tile)};
+          transform_tile(rows, depth, c, values[s]);
         }
-        for (int i = 0; i < 4; ++i) {
-          Floats out[4];
-          transform_output_back(half[0][i], half[1][i], out);
-          for (int j = 0; j < 4; ++j) store(to + (4 * i + j) * most * apart + c, out[j]);
+        float* to = inputs + (c / kPanel * most + first_step + step) * kPanel + c % kPanel;
+        for (int p = 0; p < kPositions; ++p) {
+          Floats neighbours[kStep<T>];
+          for (int s = 0; s < kStep<T>; ++s) neighbours[s] = values[s][p];
+          store_step(to + p * panels * most * kPanel, 0, neighbours);
         }
       }
     }
   };
+  const auto transform_gradient_strip = [&](const Strip& strip, Index first_step, float* sums) {
+    const Index row_size = 2 * strip.tiles * wide + kApart;
+    Room rows_room(RoomFor::kSlice, Room::bytes<float>(2 * row_size));
+    float* rows = rows_room.take<float>(2 * row_size);
+    for (Index i = 0; i < 2; ++i) {
+      input_row<T>(gradient, strip.sample, 2 * strip.down + i, 2 * strip.first, 2 * strip.tiles, rows + i * row_size,
+                   wide);
+    }
+    for (Index c = 0; c < wide; c += kWidth<float>) {
+      Floats sum{};
+      for (Index step = 0; step < steps_in_strip; ++step) {
+        Floats values[kStep<T>][kPositions] = {};
+        for (Index s = 0; s < smaller(kStep<T>, strip.tiles - step * kStep<T>); ++s) {
+          Floats half[2][4];  // [column][row]
+          for (int j = 0; j < 2; ++j) {
+            const float* pixel = rows + (2 * (step * kStep<T> + s) + j) * wide + c;
+            transform_output_back(load(pixel), load(pixel + row_size), half[j]);
+          }
+          sum += half[0][1] + half[1][1];
+          for (int i = 0; i < 4; ++i) {
+            Floats out[4];
+            transform_output_back(half[0][i], half[1][i], out);
+            for (int j = 0; j < 4; ++j) values[s][4 * i + j] = out[j];
+          }
+        }
+        float* to = gradients + (first_step + step) * apart + c;
+        for (int p = 0; p < kPositions; ++p) {
+          Floats neighbours[kStep<T>];
+          for (int s = 0; s < kStep<T>; ++s) neighbours[s] = values[s][p];
+          store_step(to + p * most * apart, 0, neighbours);
+        }
+      }
+      store(sums + c, sum);
+    }
+  };
 
   for (Index first = 0; first < strips; first += strips_in_block) {
-    const Index end = smaller(strips, first + strips_in_block);
-    const auto tiles_before = [&](Index number) {
-      Index count = 0;
-      for (Index s = first; s < number; ++s) count += Strip(tiles, s).tiles;
-      return count;
-    };
-    parallel_for(2 * (end - first), 1, threads, [&](Index i) {
-      const Index number = first + i / 2;
-      const Strip strip(tiles, number);
-      i % 2 == 0 ? transform_input_strip(strip, tiles_before(number))
-                 : transform_gradient_strip(strip, tiles_before(number));
+    const Index count = smaller(strips_in_block, strips - first);
+    parallel_for(2 * count, 1, threads, [&](Index i) {
+      const Strip strip(tiles, first + i / 2);
+      const Index first_step = i / 2 * steps_in_strip;
+      i % 2 == 0 ? transform_input_strip(strip, first_step)
+                 : transform_gradient_strip(strip, first_step, bias + (1 + i / 2) * wide);
     });
-    const Index count = tiles_before(end);
     parallel_for(kPositions * panels, 1, threads, [&](Index i) {
       const float* panel = inputs + i * most * kPanel;
       const float* from = gradients + i / panels * most * apart;
       float* to = product + i * a.out_channels * kPanel;
       over_rows(0, a.out_channels, [&](Index out, auto rows) {
         Sums<rows()> sums;
-        multiply_over_tiles(sums, from + out, apart, panel, count);
+        multiply_over_tiles<T>(sums, from + out, apart, panel, count * steps_in_strip);
         for (int r = 0; r < rows(); ++r) {
           for (int v = 0; v < kPanelVectors; ++v) {
             float* at = to + (out + r) * kPanel + v * kWidth<float>;
@@ -207,12 +221,8 @@ void conv_winograd_weights(const ConvWinogradWeightsArgs& a) {
         }
       });
     });
-    // At position (1, 1) a transformed gradient is the sum of its tile.
-    const float* tile_sums = gradients + 5 * most * apart;
-    for (Index c = 0; c < wide; c += kWidth<float>) {
-      Floats sum{};
-      for (Index tile = 0; tile < count; ++tile) sum += load(tile_sums + tile * apart + c);
-      store(bias + c, load(bias + c) + sum);
+    for (Index strip = 1; strip <= count; ++strip) {
+      for (Index c = 0; c < wide; c += kWidth<float>) store(bias + c, load(bias + c) + load(bias + strip * wide + c));
     }
   }
 
@@ -238,6 +248,16 @@ void conv_winograd_weights(const ConvWinogradWeightsArgs& a) {
       }
     }
   });
+}
+
+}  // namespace
+
+void pack_winograd(const PackWinogradArgs& a) {
+  with_conv_type(a.dtype, [&](auto type) { pack<decltype(type)>(a); });
+}
+
+void conv_winograd_weights(const ConvWinogradWeightsArgs& a) {
+  with_conv_type(a.dtype, [&](auto type) { weight_gradients<decltype(type)>(a); });
 }
 
 }  // namespace ddpm_fast::DDPM_FAST_ISA

@@ -11,7 +11,7 @@
 
 namespace ddpm_fast::DDPM_FAST_ISA {
 
-constexpr Index kPositions = 16;
+constexpr int kPositions = 16;
 constexpr Index kMaxTilesInStrip = 32;
 constexpr Index kApart = 16;  // floats that keep neighbours in memory out of the same set of a cache
 
@@ -20,7 +20,7 @@ struct Tiles {
 
   explicit Tiles(const ConvArgs& a) : down((a.out_height + 1) / 2), across((a.out_width + 1) / 2) {
     segments = (across + kMaxTilesInStrip - 1) / kMaxTilesInStrip;
-    in_strip = (across + segments - 1) / larger(segments, 1);
+    in_strip = segments == 0 ? 0 : (across + segments - 1) / segments;
   }
 };
 
@@ -74,22 +74,19 @@ class Ring {
   Index sample_ = -1, first_ = -1, top_ = -1;
 };
 
-// The transformed input of a tile, all channels: put(position, channel, values) is called with the 16 of each.
-template <class Put>
-DDPM_FAST_INLINE void transform_tile(const float* const (&rows)[4], Index depth, Put put) {
-  for (Index c = 0; c < depth; c += kWidth<float>) {
-    Floats half[4][4];  // [column][row]
-    for (int j = 0; j < 4; ++j) {
-      Floats column[4];
-      for (int i = 0; i < 4; ++i) column[i] = load(rows[i] + j * depth + c);
-      transform_input(column, half[j]);
-    }
-    for (int i = 0; i < 4; ++i) {
-      const Floats row[4] = {half[0][i], half[1][i], half[2][i], half[3][i]};
-      Floats out[4];
-      transform_input(row, out);
-      for (int j = 0; j < 4; ++j) put(4 * i + j, c, out[j]);
-    }
+// The transformed input of a tile, kWidth<float> channels from c on.
+DDPM_FAST_INLINE void transform_tile(const float* const (&rows)[4], Index depth, Index c, Floats (&out)[kPositions]) {
+  Floats half[4][4];  // [column][row]
+  for (int j = 0; j < 4; ++j) {
+    Floats column[4];
+    for (int i = 0; i < 4; ++i) column[i] = load(rows[i] + j * depth + c);
+    transform_input(column, half[j]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    const Floats row[4] = {half[0][i], half[1][i], half[2][i], half[3][i]};
+    Floats values[4];
+    transform_input(row, values);
+    for (int j = 0; j < 4; ++j) out[4 * i + j] = values[j];
   }
 }
 

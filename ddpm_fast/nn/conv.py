@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops._library import define, dtype_code, is_plain, pointer
-from ..ops.backend import native, native_error
+from ..ops.backend import BUILD, native, native_error
+from .replay import call, empty
 
 DTYPES: Final = (torch.float32, torch.bfloat16)
 
@@ -27,18 +28,16 @@ def why_not_packed(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"they compute in float32 and bfloat16, not in {dtype}"
     if not hasattr(native().cpu, "pack_winograd"):
         return "the compiled module is older than this source and lacks them: build it again"
-    if native().build_info()["isa"] == "baseline":
+    if BUILD["isa"] == "baseline":
         return "this CPU has neither AVX2 nor AVX-512"
-    if dtype == torch.bfloat16 and native().build_info()["amx_bf16"]:
+    if dtype == torch.bfloat16 and BUILD["amx_bf16"]:
         return "this CPU has matrix units for bfloat16, which oneDNN uses and they do not"
     return None
 
 
 def has_fast_bfloat16() -> bool:
     """Whether this CPU multiplies in bfloat16."""
-    return native_error() is None and (
-        native().build_info()["isa"] == "avx512_bf16" or native().build_info().get("amx_bf16", False)
-    )
+    return native_error() is None and (BUILD["isa"] == "avx512_bf16" or BUILD.get("amx_bf16", False))
 
 
 def step_of(dtype: torch.dtype) -> int:
@@ -87,30 +86,40 @@ define("pack_winograd", "(Tensor weight, ScalarType dtype, bool flipped) -> Tens
 
 
 class Conv3x3(nn.Conv2d):
-    """A 3x3 convolution of stride 1 and padding 1: [N, in_channels, H, W] -> [N, out_channels, H, W].
+    """nn.Conv2d, for convolutions 3x3 of stride 1 and padding 1: [N, in_channels, H, W] -> [N, out_channels, H, W].
 
-    Where gradients are recorded on a CPU, in float32 and channels_last, output and gradients are by Winograd's F(2x2, 3x3), in
-    this package's kernels; elsewhere, and for second derivatives, they are PyTorch's.
+    Where gradients are recorded on a CPU, in channels_last and a dtype that it is fast at (float32, or bfloat16, by autocast
+    too), output and gradients are by Winograd's F(2x2, 3x3), in this package's kernels; elsewhere, and for second
+    derivatives, they are PyTorch's. What an infinity reaches may be NaN where PyTorch has an infinity.
     """
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(in_channels, out_channels, 3, padding=1)
-
     def forward(self, input: Tensor) -> Tensor:
-        if _is_trained_here(input, self.weight, self.bias):
-            out: Tensor = _Winograd.apply(input, self.weight, self.bias)  # type: ignore[no-untyped-call]
+        by_autocast = torch.is_autocast_enabled("cpu")
+        dtype = torch.get_autocast_dtype("cpu") if by_autocast else input.dtype
+        if _is_trained_here(self, input, dtype, by_autocast):
+            out: Tensor = _Winograd.apply(input.to(dtype), self.weight, self.bias)  # type: ignore[no-untyped-call]
             return out
         return super().forward(input)
 
 
-def _is_trained_here(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+def _is_usual(conv: nn.Conv2d) -> bool:
+    """3x3, of stride 1 and padding 1, with zeros."""
+    geometry = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
+    return geometry == ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")
+
+
+def _is_trained_here(conv: Conv3x3, x: Tensor, dtype: torch.dtype, by_autocast: bool) -> bool:
+    weight = conv.weight
+    given = [tensor for tensor in (x, weight, conv.bias) if tensor is not None]
     return (
         torch.is_grad_enabled()
-        and (x.requires_grad or weight.requires_grad)
-        and is_plain(x, weight, bias)
-        and all(t is None or (t.dtype == torch.float32 and t.device == x.device) for t in (x, weight, bias))
-        and why_not_packed(x.device, x.dtype) is None
-        and not torch.is_autocast_enabled("cpu")
+        and any(tensor.requires_grad for tensor in given)
+        and is_plain(*given)
+        and all(tensor.device == x.device and tensor.dtype in DTYPES for tensor in given)
+        and (by_autocast or all(tensor.dtype == dtype for tensor in given))
+        and why_not_packed(x.device, dtype) is None
+        and (dtype == torch.float32 or has_fast_bfloat16())
+        and _is_usual(conv)
         and x.dim() == 4
         and x.shape[1] == weight.shape[1]
         and winograd_tiles(x.shape[0], *x.shape[2:]) >= WINOGRAD_TILES
@@ -135,7 +144,7 @@ class _Winograd(torch.autograd.Function):
         needed = ctx.needs_input_grad
         if torch.is_grad_enabled() or not is_plain(grad, x, weight):  # has a derivative
             gradients: tuple[Tensor | None, ...] = torch.ops.aten.convolution_backward(
-                *(grad, x, weight, ctx.bias_sizes, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, needed)
+                *(grad, x, weight.to(x.dtype), ctx.bias_sizes, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, needed)
             )
             return gradients
         grad_x = grad_weight = grad_bias = None
@@ -147,25 +156,58 @@ class _Winograd(torch.autograd.Function):
 
 
 def _convolve(x: Tensor, packed: Tensor, bias: Tensor | None, out_channels: int) -> Tensor:
-    x = x.contiguous(memory_format=torch.channels_last)
-    if bias is not None:
-        bias = F.pad(bias, (0, -out_channels % native().cpu.panel)).contiguous()
-    n, channels, height, width = x.shape
-    y = torch.empty((n, out_channels, height, width), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    native().cpu.conv_winograd(
-        *(dtype_code(x), y.data_ptr(), x.data_ptr(), 0, 0, False, packed.data_ptr(), pointer(bias), 0),
-        *(n, height, width, channels, 0, height, width, out_channels, 3, 1, 1, False, torch.get_num_threads()),
-    )
-    return y
+    x, padded = x.contiguous(memory_format=torch.channels_last), None if bias is None else padded_bias(bias.detach())
+    height, width = x.shape[2:]
+    return convolve(x, None, None, False, packed, padded, None, "winograd", out_channels, height, width, 3, 1, 1)
 
 
 def _weight_gradients(x: Tensor, grad: Tensor, has_bias: bool) -> tuple[Tensor, Tensor | None]:
+    """In float32, whatever the dtype of the maps."""
     x, grad = (t.contiguous(memory_format=torch.channels_last) for t in (x, grad))
     (n, channels, height, width), out_channels = x.shape, grad.shape[1]
-    grad_weight = torch.empty((out_channels, channels, 3, 3), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    grad_bias = x.new_empty(out_channels) if has_bias else None
+    shape = (out_channels, channels, 3, 3)
+    grad_weight = torch.empty(shape, dtype=torch.float32, device=x.device, memory_format=torch.channels_last)
+    grad_bias = x.new_empty(out_channels, dtype=torch.float32) if has_bias else None
     native().cpu.conv_winograd_weights(
-        *(grad_weight.data_ptr(), pointer(grad_bias), x.data_ptr(), grad.data_ptr()),
+        *(dtype_code(x), grad_weight.data_ptr(), pointer(grad_bias), x.data_ptr(), grad.data_ptr()),
         *(n, height, width, channels, out_channels, torch.get_num_threads()),
     )
     return grad_weight, grad_bias
+
+
+# ---------------------------------------------------------------------------------------------------- the kernels' own form
+
+
+def padded_bias(bias: Tensor) -> Tensor:
+    """float32, to whole panels."""
+    return F.pad(bias.float(), (0, -len(bias) % native().cpu.panel)).contiguous()
+
+
+def convolve(
+    x: Tensor,
+    skip: Tensor | None,
+    lines: Tensor | None,
+    silu: bool,
+    weights: Tensor,
+    bias: Tensor | None,
+    added: Tensor | None,
+    method: str,
+    out_channels: int,
+    out_height: int,
+    out_width: int,
+    kernel: int,
+    stride: int,
+    padding: int,
+) -> Tensor:
+    """A convolution of channels_last maps, with the weights that `ddpm_fast.nn.packed.pack` packs for this method."""
+    n, channels, height, width = x.shape
+    y = empty((n, out_channels, out_height, out_width), x.dtype, x.device)
+    kernels = native().cpu
+    call(
+        kernels.conv_winograd if method == "winograd" else kernels.conv_direct,
+        *(dtype_code(x), y.data_ptr(), x.data_ptr(), pointer(skip), pointer(lines), silu, weights.data_ptr()),
+        *(pointer(bias), pointer(added), n, height, width, channels, 0 if skip is None else skip.shape[1]),
+        *(out_height, out_width, out_channels, kernel, stride, padding, method == "upsample", torch.get_num_threads()),
+        reads=(weights, bias),
+    )
+    return y

@@ -104,13 +104,16 @@ def why_not_frozen(model: nn.Module) -> str | None:
         where = name or "the model"
         if type(module) not in _LAYERS or "forward" in vars(module):
             return f"{where} is a {type(module).__name__} of another make"
+        if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
+            return f"{where} pads with {module.padding_mode} values"
         if module._forward_hooks or module._forward_pre_hooks:
             return f"{where} has forward hooks"
     return None
 
 
 class FrozenUNet(nn.Module):
-    """See `freeze`.
+    """See `freeze`. Weights are packed, and on a CPU calls of kernels recorded, at the first call: what is written to
+    parameters later counts where `load_state_dict` writes it, and hooks of layers see the first call of a shape alone.
 
     Attributes:
         config: the model's.
@@ -157,12 +160,16 @@ class FrozenUNet(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Of `to`, `half`, `cuda`, ...: packed weights stay what they are."""
-        changed = fn(torch.empty(0, dtype=torch.float32, device="cpu"))
-        if self.why_not_packed is None and (changed.dtype, changed.device.type) != (torch.float32, "cpu"):
+        changed = fn(torch.empty(0, dtype=self.dtype, device="cpu"))
+        if self.why_not_packed is not None:
+            self.dtype = changed.dtype
+        elif (changed.dtype, changed.device.type) != (self.dtype, "cpu"):
             raise TypeError(
                 f"FrozenUNet: expected to stay on cpu in {self.dtype}, for which its weights are packed, got "
                 f"{changed.device.type} and {changed.dtype}: freeze the model again"
             )
+        elif fn(torch.empty(0, dtype=torch.float32, device="cpu")).dtype != torch.float32:
+            return self  # it is in that dtype, and what is float32 beside it stays so
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._recordings = Recordings()
         return self

@@ -90,10 +90,10 @@ class ResnetBlock(nn.Module):
         self.dropout = dropout
         self.output_scale_factor = output_scale_factor
         self.norm1 = GroupNormSiLU(num_groups, in_channels, eps)
-        self.conv1 = Conv3x3(in_channels, out_channels)
+        self.conv1 = Conv3x3(in_channels, out_channels, 3, padding=1)
         self.time_emb_proj = nn.Linear(emb_dim, 2 * out_channels if self.scale_shift else out_channels)
         self.norm2 = GroupNormSiLU(num_groups, out_channels, eps)
-        self.conv2 = Conv3x3(out_channels, out_channels)
+        self.conv2 = Conv3x3(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: Tensor, emb: Tensor, skip: Tensor | None = None) -> Tensor:
@@ -171,7 +171,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = Conv3x3(channels, channels)
+        self.conv = Conv3x3(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from ..ops._library import define, dtype_code, is_plain, pointer, typed
 from ..ops.backend import native
-from .conv import WINOGRAD_TILES, pack_winograd, step_of, winograd_tiles
+from .conv import WINOGRAD_TILES, convolve, pack_winograd, padded_bias, step_of, winograd_tiles
 from .layers import Attention, Downsample, GroupNormSiLU, ResnetBlock, Upsample
 from .replay import call, empty
 
 # Of a row of the output after upsampling by 2, even or odd: which taps of three fall on which of two pixels.
-_UPSAMPLED: Final = torch.tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], dtype=torch.float64)
+_UPSAMPLED: Final = torch.tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], dtype=torch.float64, device="cpu")
 
 loads = 0  # of weights into layers that are packed: a recording of calls from before has the weights from before
 
@@ -26,10 +26,11 @@ loads = 0  # of weights into layers that are packed: a recording of calls from b
 class PackedConv(nn.Module):
     """A convolution, with the norm and activation before it and the addition after it: conv(act(norm(x and skip))) + added.
 
-    Weights are packed at the first use, for the method that the size of the map asks for.
+    Weights are packed at the first use, for the method that the size of the map asks for, and anew where others are loaded;
+    what is written to them otherwise is not seen.
 
     Args:
-        conv: 3x3 or 1x1, of stride 1 or 2; a linear layer is a 1x1 convolution.
+        conv: 3x3 or 1x1, of stride 1 or 2, padded with zeros to as many pixels; a linear layer is a 1x1 convolution.
         norm: None: of the input as it is.
         upsample: of every pixel twice in both directions before the convolution.
         asymmetric: pads by one to the right and below.
@@ -52,6 +53,11 @@ class PackedConv(nn.Module):
         bias = weight.new_zeros(len(weight)) if conv.bias is None else conv.bias
         self.bias = nn.Parameter(bias.float(), requires_grad=False)
         self.kernel = weight.shape[-1]
+        if isinstance(conv, nn.Conv2d):
+            padding = (0 if asymmetric else self.kernel // 2,) * 2
+            geometry = (conv.kernel_size, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
+            if geometry != ((self.kernel,) * 2, padding, (1, 1), 1, "zeros") or self.kernel not in (1, 3):
+                raise ValueError(f"PackedConv: expected conv to be 1x1 or 3x3, padded with zeros to as many pixels, got {conv}")
         self.stride = conv.stride[0] if isinstance(conv, nn.Conv2d) else 1
         self.padding = 0 if asymmetric else self.kernel // 2
         self.upsample, self.asymmetric = upsample, asymmetric
@@ -74,7 +80,7 @@ class PackedConv(nn.Module):
             raise TypeError(f"PackedConv: expected x to be {self.dtype}, got {x.dtype}")
         x = x.contiguous(memory_format=torch.channels_last)
         skip, added = [None if m is None else m.contiguous(memory_format=torch.channels_last) for m in (skip, added)]
-        norm_lines, convolve = (_norm_lines, _conv) if is_plain(x) else _REGISTERED
+        norm_lines, conv = (_norm_lines, convolve) if is_plain(x) else _REGISTERED
         lines, silu = None, False
         if self.norm is not None:
             norm, silu = self.norm, self.norm.activation == "silu"
@@ -90,7 +96,7 @@ class PackedConv(nn.Module):
             method = "winograd" if self.kernel == 3 and self.stride == 1 and worth else "direct"
             both = 1 if self.asymmetric else 2 * self.padding
             height, width = [(size + both - self.kernel) // self.stride + 1 for size in (height, width)]
-        out: Tensor = convolve(
+        out: Tensor = conv(
             *(x, skip, lines, silu, *self._weights(method), added, method),
             *(self.weight.shape[0], height, width, self.kernel, self.stride, self.padding),
         )
@@ -98,8 +104,7 @@ class PackedConv(nn.Module):
 
     def _weights(self, method: str) -> tuple[Tensor, Tensor]:
         if method not in self._packed:
-            bias = F.pad(self.bias, (0, -len(self.bias) % native().cpu.panel))
-            self._packed[method] = (pack(self.weight, method, self.dtype), bias)
+            self._packed[method] = (pack(self.weight, method, self.dtype), padded_bias(self.bias))
         return self._packed[method]
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
@@ -249,39 +254,6 @@ def _norm_lines_fake(
     return empty((x.shape[0], 3, len(weight)), torch.float32, x.device)
 
 
-def _conv(
-    x: Tensor,
-    skip: Tensor | None,
-    lines: Tensor | None,
-    silu: bool,
-    weights: Tensor,
-    bias: Tensor,
-    added: Tensor | None,
-    method: str,
-    out_channels: int,
-    out_height: int,
-    out_width: int,
-    kernel: int,
-    stride: int,
-    padding: int,
-) -> Tensor:
-    """A convolution with the weights that `pack` packs for this method."""
-    n, channels, height, width = x.shape
-    y = _conv_fake(
-        x, skip, lines, silu, weights, bias, added, method, out_channels, out_height, out_width, kernel, stride, padding
-    )
-    kernels = native().cpu
-    run = kernels.conv_winograd if method == "winograd" else kernels.conv_direct
-    call(
-        run,
-        *(dtype_code(x), y.data_ptr(), x.data_ptr(), pointer(skip), pointer(lines), silu, weights.data_ptr()),
-        *(bias.data_ptr(), pointer(added), n, height, width, channels, 0 if skip is None else skip.shape[1]),
-        *(out_height, out_width, out_channels, kernel, stride, padding, method == "upsample", torch.get_num_threads()),
-        reads=(weights, bias),
-    )
-    return y
-
-
 def _conv_fake(
     x: Tensor,
     skip: Tensor | None,
@@ -327,7 +299,7 @@ define(
     "conv",
     "(Tensor x, Tensor? skip, Tensor? lines, bool silu, Tensor weights, Tensor bias, Tensor? added, str method, "
     "int out_channels, SymInt out_height, SymInt out_width, int kernel, int stride, int padding) -> Tensor",
-    _conv,
+    convolve,
     _conv_fake,
 )
 _REGISTERED: Final = (torch.ops.ddpm_fast.norm_lines, torch.ops.ddpm_fast.conv)

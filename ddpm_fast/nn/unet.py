@@ -46,7 +46,7 @@ class UNet(nn.Module):
         channels = list(cfg.block_out_channels)
         emb_dim = cfg.time_embedding_dim or 4 * channels[0]
 
-        self.conv_in = Conv3x3(cfg.in_channels, channels[0])
+        self.conv_in = Conv3x3(cfg.in_channels, channels[0], 3, padding=1)
         self.time_embedding = TimeEmbedding(channels[0], emb_dim)
         self.class_embedding = None if cfg.num_class_embeds is None else nn.Embedding(cfg.num_class_embeds, emb_dim)
 
@@ -71,7 +71,7 @@ class UNet(nn.Module):
             width = out
 
         self.conv_norm_out = GroupNormSiLU(cfg.norm_num_groups, channels[0], cfg.norm_eps)
-        self.conv_out = Conv3x3(channels[0], cfg.out_channels)
+        self.conv_out = Conv3x3(channels[0], cfg.out_channels, 3, padding=1)
         self.reset_parameters()
 
     @torch.no_grad()

@@ -50,10 +50,14 @@ def is_plain(*tensors: Tensor | None) -> bool:
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
         or torch._C._get_tracing_state() is not None
     ):
         return False
-    return all(t is None or type(t) is Tensor or type(t) is torch.nn.Parameter for t in tensors)
+    return all(
+        t is None or (type(t) in (Tensor, torch.nn.Parameter) and not torch._C._functorch.is_legacy_batchedtensor(t))
+        for t in tensors
+    )
 
 
 def is_plain_inference(*tensors: Tensor | None) -> bool:
