@@ -128,14 +128,19 @@ def variational_bound(
                 output = predict(network, x_t.to(dtype), step, None if labels is None else labels[chunk]).double()
                 m, log_variance = _split(output, x.shape[1], t, schedule, variance)
                 p, q, clip_at = (float(weights[t, COLUMNS.index(name)]) for name in ("p", "q", "clip"))
-                x_0_hat = (p * x_t.double() + q * m).clamp(-clip_at, clip_at)
+                unclipped = p * x_t.double() + q * m
+                x_0_hat = unclipped.clamp(-clip_at, clip_at)
                 x_0_mse[chunk, t] = (x_0_hat - x).square().flatten(1).mean(dim=1)
+                # The mean of p(x_{t-1} | x_t) is mu~(x_t, of_mean): a model that gives the mean itself is not clipped.
+                of_mean = unclipped if prediction == "previous_sample" else x_0_hat
                 if t > 0:
-                    terms[chunk, t] = _transition(x, x_0_hat, log_variance, t, schedule)
+                    # The two means have the same x_t part (eq. 7): they differ by the weight of x_0.
+                    distance = schedule.posterior_mean_coef_x_0[t] * (x.double() - of_mean)
+                    terms[chunk, t] = transition_bits(distance, schedule.posterior_log_variance[t], log_variance)
                 else:
-                    # mu~_1's weights of x_0 and x_t are 1 and 0: the mean of the decoder is x_0^.
-                    terms[chunk, t] = _reconstruction(x, x_0_hat, log_variance, exact_cdf)
-    prior = _prior(x_0, schedule).cpu()
+                    # mu~_1's weights of x_0 and x_t are 1 and 0.
+                    terms[chunk, t] = reconstruction_bits(x.double(), of_mean, log_variance, exact_cdf=exact_cdf)
+    prior = prior_bits(x_0, schedule).cpu()
     x_0_mse = x_0_mse.cpu()
     return VariationalBound(prior, terms.cpu(), x_0_mse, x_0_mse * schedule.snr)
 
@@ -155,32 +160,28 @@ def _split(output: Tensor, channels: int, t: int, schedule: NoiseSchedule, varia
     return m, f * upper + (1 - f) * lower
 
 
-def _prior(x_0: Tensor, schedule: NoiseSchedule) -> Tensor:
-    """L_T = KL(q(x_T | x_0) || N(0, I)), bits per dimension: [N, ...] -> [N]."""
+def prior_bits(x_0: Tensor, schedule: NoiseSchedule) -> Tensor:
+    """L_T = KL(q(x_T | x_0) || N(0, I)), bits per dimension: [N, ...] -> float64 [N]."""
     variance = 1 - schedule.alpha_bars[-1]
     mean = schedule.sqrt_alpha_bars[-1] * x_0.double()
     return _bits(0.5 * (mean.square() + variance - 1 - variance.log()))
 
 
-def _transition(x_0: Tensor, x_0_hat: Tensor, log_variance: Tensor, t: int, schedule: NoiseSchedule) -> Tensor:
-    """L_t = KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), code's t: [N, ...] -> [N].
-
-    The two means have the same x_t part (eq. 7), so they differ by x_0 - x_0^ times the weight of x_0.
-    """
-    distance = schedule.posterior_mean_coef_x_0[t] * (x_0.double() - x_0_hat)
-    log_ratio = schedule.posterior_log_variance[t] - log_variance
-    return _bits(0.5 * (distance.square() * torch.exp(-log_variance) + log_ratio.exp() - 1 - log_ratio))
+def transition_bits(distance: Tensor, log_variance_q: Tensor, log_variance_p: Tensor) -> Tensor:
+    """L_{t-1} = KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), `distance` between their means: [N, ...] -> [N]."""
+    log_ratio = log_variance_q - log_variance_p
+    return _bits(0.5 * (distance.square() * torch.exp(-log_variance_p) + torch.expm1(log_ratio) - log_ratio))
 
 
-def _reconstruction(x_0: Tensor, mean: Tensor, log_variance: Tensor, exact_cdf: bool) -> Tensor:
+def reconstruction_bits(x_0: Tensor, mean: Tensor, log_variance: Tensor, *, exact_cdf: bool = False) -> Tensor:
     """L_0 = -log of the Gaussian's mass in the grey level of x_0 (Ho et al. eq. 13): [N, ...] -> [N].
 
     The outermost levels reach to infinity. The mass is taken as at least 1e-12.
     """
     cdf = torch.special.ndtr if exact_cdf else _tanh_cdf
-    x, inverse_std = x_0.double(), torch.exp(-0.5 * log_variance)
-    above = torch.where(x > 0.999, 1.0, cdf((x - mean + _BIN / 2) * inverse_std))
-    below = torch.where(x < -0.999, 0.0, cdf((x - mean - _BIN / 2) * inverse_std))
+    inverse_std = torch.exp(-0.5 * log_variance)
+    above = torch.where(x_0 > 0.999, 1.0, cdf((x_0 - mean + _BIN / 2) * inverse_std))
+    below = torch.where(x_0 < -0.999, 0.0, cdf((x_0 - mean - _BIN / 2) * inverse_std))
     return _bits(-(above - below).clamp(min=1e-12).log())
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final, Literal, get_args
 
 import numpy as np
@@ -14,11 +14,12 @@ from .reference import PREDICTIONS, VARIANCES
 from .schedule import NoiseSchedule, numbered
 
 Spacing = Literal["leading", "trailing", "linspace"]
-Prediction = Literal["epsilon", "sample", "v_prediction"]
+Prediction = Literal["epsilon", "sample", "v_prediction", "previous_sample"]
 Variance = Literal["fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range"]
 
 COLUMNS: Final = ("p", "q", "k0", "k1", "k2", "k3", "sigma", "log_beta", "log_beta_tilde", "clip")
 VARIANCE_TYPES: Final[tuple[str, ...]] = get_args(Variance)
+_PREDICTIONS: Final = (*PREDICTIONS, "previous_sample")
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,10 +31,11 @@ class SamplingPlan:
     Attributes:
         schedule: the noise schedule that the plan samples from.
         timesteps: int64 [S] on the CPU: what the model is given as t. Strictly descending, unless `previous` says where each
-            step arrives.
+            step arrives, and but for `ddim_inversion_plan`.
         coefficients: float64 [S, 10] on the CPU, columns COLUMNS: x_0^ = clip(p x_t + q m), then
             x_{t-1} = k0 x_0^ + k1 x_t + k2 m + k3 x_0_prev + std z. `clip` is infinite where there is none.
-        prediction: what the model's output m is: "epsilon", "sample" (x_0) or "v_prediction".
+        prediction: what the model's output m is: "epsilon", "sample" (x_0), "v_prediction" or "previous_sample" (the mean of
+            x_{t-1}, the previous timestep being the plan's).
         variance: "fixed" (std is sigma) or "learned", "learned_range" (m has variance channels, see `reverse_step`).
         is_random: whether any step draws noise.
         needs_x_0_prev: whether any step weighs the previous step's x_0^ (multistep samplers).
@@ -49,9 +51,9 @@ class SamplingPlan:
     _on_device: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.prediction not in PREDICTIONS:
+        if self.prediction not in _PREDICTIONS:
             raise ValueError(
-                f"SamplingPlan: expected prediction to be one of {', '.join(PREDICTIONS)}, got {self.prediction!r}"
+                f"SamplingPlan: expected prediction to be one of {', '.join(_PREDICTIONS)}, got {self.prediction!r}"
             )
         if self.variance not in VARIANCES:
             raise ValueError(f"SamplingPlan: expected variance to be one of {', '.join(VARIANCES)}, got {self.variance!r}")
@@ -78,6 +80,12 @@ class SamplingPlan:
     def num_steps(self) -> int:
         """S."""
         return self.timesteps.numel()
+
+    def mean(self) -> SamplingPlan:
+        """The same plan without noise: its steps give the mean of x_{t-1}."""
+        coefficients = self.coefficients.clone()
+        coefficients[:, COLUMNS.index("sigma")] = 0
+        return replace(self, coefficients=coefficients)
 
     def table(self, device: torch.device | str = "cpu") -> Tensor:
         """`coefficients` rounded once to float32, [S, 10], kept per device."""
@@ -129,11 +137,13 @@ def ddpm_plan(
     if variance not in VARIANCE_TYPES:
         raise ValueError(f"ddpm_plan: expected variance to be one of {', '.join(VARIANCE_TYPES)}, got {variance!r}")
     path = _Path("ddpm_plan", schedule, num_steps, spacing, previous, prediction, clip)
-    k0 = path.abar_prev.sqrt() * path.beta / (1 - path.abar)
-    k1 = path.alpha.sqrt() * (1 - path.abar_prev) / (1 - path.abar)
-    beta_tilde = (1 - path.abar_prev) / (1 - path.abar) * path.beta
+    zero = torch.zeros_like(path.beta)
+    if prediction == "previous_sample":  # m is the mean, whatever the clip does to x_0^
+        k0, k1, k2 = zero, zero, torch.ones_like(zero)
+    else:
+        k0, k1, k2 = path.from_x_0, path.from_x_t, zero
     if variance in ("fixed_small", "fixed_small_log"):
-        sigma = beta_tilde.sqrt()
+        sigma = path.beta_tilde.sqrt()
     elif variance in ("fixed_large", "fixed_large_log"):
         sigma = path.beta.sqrt()
     else:
@@ -141,7 +151,8 @@ def ddpm_plan(
     sigma[path.previous < 0] = 0
     kind: Literal["fixed", "learned", "learned_range"]
     kind = "learned" if variance == "learned" else "learned_range" if variance == "learned_range" else "fixed"
-    return path.plan(k0=k0, k1=k1, k2=torch.zeros_like(k0), sigma=sigma, beta_tilde=beta_tilde, variance=kind)
+    log_variances = (path.beta.clamp(min=1e-20).log(), path.beta_tilde.clamp(min=1e-20).log())
+    return path.plan(k0=k0, k1=k1, k2=k2, sigma=sigma, log_variances=log_variances, variance=kind)
 
 
 def ddim_plan(
@@ -155,6 +166,7 @@ def ddim_plan(
     clip: float | None = 1.0,
     use_clipped_model_output: bool = False,
     final_alpha_bar: float = 1.0,
+    learned_variance: bool = False,
 ) -> SamplingPlan:
     """DDIM (Song et al. 2021, eq. 12 and 16): deterministic for eta = 0, the variance of ancestral sampling for eta = 1.
 
@@ -164,25 +176,37 @@ def ddim_plan(
         use_clipped_model_output: derive epsilon again from the clipped x_0^ (guided-diffusion's way) rather than take the
             model's own (diffusers' default). The same thing without a clip.
         final_alpha_bar: abar where the last step arrives: 1 is x_0; latent diffusion has abar_0 ("set_alpha_to_one": false).
+        learned_variance: the model's output has variance channels, which DDIM leaves aside.
     """
     if not eta >= 0:
         raise ValueError(f"ddim_plan: expected eta to be at least 0, got {eta}")
     if not 0 < final_alpha_bar <= 1:
         raise ValueError(f"ddim_plan: expected final_alpha_bar in (0, 1], got {final_alpha_bar}")
     path = _Path("ddim_plan", schedule, num_steps, spacing, previous, prediction, clip, final_alpha_bar)
-    beta_tilde = (1 - path.abar_prev) / (1 - path.abar) * path.beta
-    sigma = eta * beta_tilde.sqrt()
+    sigma = eta * path.beta_tilde.sqrt()
     if bool((sigma.square() > 1 - path.abar_prev).any()):
         raise ValueError(f"ddim_plan: expected eta to leave sigma_t^2 at most 1 - abar_prev at every step, got {eta}")
-    direction = (1 - path.abar_prev - sigma.square()).sqrt()  # the weight of epsilon^ in x_prev
-    if use_clipped_model_output:  # epsilon^ = (x_t - sqrt(abar) x_0^) / sqrt(1 - abar)
-        k0 = path.abar_prev.sqrt() - direction * path.signal / path.noise
-        k1, k2 = direction / path.noise, torch.zeros_like(direction)
-    else:
-        k0 = path.abar_prev.sqrt()
-        from_x_t, from_m = path.epsilon_weights()
-        k1, k2 = direction * from_x_t, direction * from_m
-    return path.plan(k0=k0, k1=k1, k2=k2, sigma=sigma, beta_tilde=beta_tilde, variance="fixed")
+    return path.ddim(path.abar_prev, sigma, use_clipped_model_output, learned_variance)
+
+
+def ddim_inversion_plan(
+    schedule: NoiseSchedule,
+    num_steps: int | None = 50,
+    *,
+    spacing: Spacing | Sequence[int] = "leading",
+    prediction: Prediction = "epsilon",
+    clip: float | None = 1.0,
+    learned_variance: bool = False,
+) -> SamplingPlan:
+    """DDIM with eta = 0 backwards: from an image to the x_T that it comes from (Song et al. 2021, section 4.3).
+
+    Step i leads from the plan's i-th timestep, counted from the smallest, to the next larger; the last one to abar = 0.
+    epsilon^ is derived again from the clipped x_0^. Arguments are those of `ddim_plan`.
+    """
+    path = _Path("ddim_inversion_plan", schedule, num_steps, spacing, None, prediction, clip)
+    zero = torch.zeros_like(path.abar)
+    plan = path.ddim(torch.cat([zero[:1], path.abar[:-1]]), zero, True, learned_variance)
+    return replace(plan, timesteps=plan.timesteps.flip(0), coefficients=plan.coefficients.flip(0))
 
 
 class _Path:
@@ -199,8 +223,8 @@ class _Path:
         clip: float | None,
         final_alpha_bar: float = 1.0,
     ) -> None:
-        if prediction not in PREDICTIONS:
-            raise ValueError(f"{caller}: expected prediction to be one of {', '.join(PREDICTIONS)}, got {prediction!r}")
+        if prediction not in _PREDICTIONS:
+            raise ValueError(f"{caller}: expected prediction to be one of {', '.join(_PREDICTIONS)}, got {prediction!r}")
         if clip is not None and not clip > 0:
             raise ValueError(f"{caller}: expected clip to be positive or None, got {clip}")
         self.schedule, self.prediction, self.clip = schedule, prediction, clip
@@ -213,14 +237,19 @@ class _Path:
         self.abar_prev = torch.cat([schedule.alpha_bars, torch.tensor([final_alpha_bar], dtype=torch.float64)])[self.previous]
         self.alpha = self.abar / self.abar_prev
         self.beta = 1 - self.alpha
+        self.beta_tilde = (1 - self.abar_prev) / (1 - self.abar) * self.beta
         self.signal, self.noise = self.abar.sqrt(), (1 - self.abar).sqrt()  # x_t = signal x_0 + noise epsilon
+        self.from_x_0 = self.abar_prev.sqrt() * self.beta / (1 - self.abar)  # mu~ = from_x_0 x_0 + from_x_t x_t
+        self.from_x_t = self.alpha.sqrt() * (1 - self.abar_prev) / (1 - self.abar)
 
     def x_0_weights(self) -> tuple[Tensor, Tensor]:
-        """p and q of x_0^ = p x_t + q m: derivation eq. 3 solved for x_0."""
+        """p and q of x_0^ = p x_t + q m: derivation eq. 3, or for the mean of x_{t-1} eq. 7, solved for x_0."""
         if self.prediction == "epsilon":
             return 1 / self.signal, -self.noise / self.signal
         if self.prediction == "sample":
             return torch.zeros_like(self.signal), torch.ones_like(self.signal)
+        if self.prediction == "previous_sample":
+            return -self.from_x_t / self.from_x_0, 1 / self.from_x_0
         return self.signal, -self.noise
 
     def epsilon_weights(self) -> tuple[Tensor, Tensor]:
@@ -229,7 +258,25 @@ class _Path:
             return torch.zeros_like(self.signal), torch.ones_like(self.signal)
         if self.prediction == "sample":
             return 1 / self.noise, -self.signal / self.noise
+        if self.prediction == "previous_sample":
+            p, q = self.x_0_weights()
+            return (1 - self.signal * p) / self.noise, -self.signal * q / self.noise
         return self.noise, self.signal
+
+    def ddim(self, abar_next: Tensor, sigma: Tensor, rederive: bool, learned_variance: bool) -> SamplingPlan:
+        """Steps to the noise level `abar_next` along epsilon^: the model's own, or derived again from the clipped x_0^."""
+        direction = (1 - abar_next - sigma.square()).sqrt()  # the weight of epsilon^
+        if rederive:  # epsilon^ = (x_t - sqrt(abar) x_0^) / sqrt(1 - abar)
+            k0 = abar_next.sqrt() - direction * self.signal / self.noise
+            k1, k2 = direction / self.noise, torch.zeros_like(direction)
+        else:
+            k0 = abar_next.sqrt()
+            from_x_t, from_m = self.epsilon_weights()
+            k1, k2 = direction * from_x_t, direction * from_m
+        # A learned variance between e^0 and e^0 leaves sigma what it is.
+        log_variances = (torch.zeros_like(sigma), torch.zeros_like(sigma))
+        variance: Literal["fixed", "learned_range"] = "learned_range" if learned_variance else "fixed"
+        return self.plan(k0=k0, k1=k1, k2=k2, sigma=sigma, log_variances=log_variances, variance=variance)
 
     def plan(
         self,
@@ -238,7 +285,7 @@ class _Path:
         k1: Tensor,
         k2: Tensor,
         sigma: Tensor,
-        beta_tilde: Tensor,
+        log_variances: tuple[Tensor, Tensor],
         variance: Literal["fixed", "learned", "learned_range"],
     ) -> SamplingPlan:
         p, q = self.x_0_weights()
@@ -247,8 +294,7 @@ class _Path:
             # k1 = 1 / sqrt(alpha), k2 = -beta / (sqrt(alpha) sqrt(1 - abar)): eq. 13, free of p's cancellation at large t.
             k0, k1, k2 = torch.zeros_like(k0), k1 + k0 * p, k2 + k0 * q
         clip = torch.full_like(k0, torch.inf if self.clip is None else self.clip)
-        log_beta, log_beta_tilde = (variance_.clamp(min=1e-20).log() for variance_ in (self.beta, beta_tilde))
-        columns = [p, q, k0, k1, k2, torch.zeros_like(k0), sigma, log_beta, log_beta_tilde, clip]
+        columns = [p, q, k0, k1, k2, torch.zeros_like(k0), sigma, *log_variances, clip]
         return SamplingPlan(self.schedule, self.timesteps, torch.stack(columns, dim=1), self.prediction, variance)
 
 

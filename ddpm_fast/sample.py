@@ -131,8 +131,8 @@ def sample(
         reason = "class_labels is None" if class_labels is None else "the model's config has no num_class_embeds"
         raise ValueError(f"sample: expected guidance_scale to be None or 1, as {reason}, got {guidance_scale}")
 
-    if isinstance(model, FrozenUNet) and plan.timesteps[0] >= model.num_timesteps:
-        raise ValueError(f"sample: expected a plan of timesteps below {model.num_timesteps}, got {int(plan.timesteps[0])}")
+    if isinstance(model, FrozenUNet) and plan.timesteps.max() >= model.num_timesteps:
+        raise ValueError(f"sample: expected a plan of timesteps below {model.num_timesteps}, got {int(plan.timesteps.max())}")
     device = _device(model, device)
     if cuda_graph and device.type not in graph.DEVICE_TYPES:
         raise ValueError(f"sample: expected cuda_graph to be None or False on {device.type}, got True")

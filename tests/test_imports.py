@@ -31,7 +31,9 @@ ALLOWED = {
     "evaluate": {"schedule", "plan", "ops", "networks", "graph", "sample"},
     "builtin": {"schedule", "plan", "nn", "run_folder"},
     "train": {"version", "atomic", "schedule", "plan", "ops", "nn", "data", "images", "run_folder", "draws", "sample"},
-    "integrations": {"reference", "schedule", "plan", "ops", "nn", "networks", "loop", "graph", "sample", "integrations"},
+    "integrations": {
+        *("reference", "schedule", "plan", "ops", "nn", "networks", "loop", "graph", "sample", "evaluate", "integrations"),
+    },
     "__init__": {
         *("version", "schedule", "plan", "ops", "nn", "images", "sample", "evaluate", "builtin", "train", "integrations"),
     },

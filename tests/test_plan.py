@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ddpm_fast import NoiseSchedule, SamplingPlan, ddim_plan, ddpm_plan, reverse_step
-from ddpm_fast.plan import COLUMNS
+from ddpm_fast.plan import COLUMNS, ddim_inversion_plan
 
 SCHEDULE = NoiseSchedule.linear()
 SPACINGS = ("leading", "trailing", "linspace")
@@ -130,6 +130,36 @@ def test_predictions_of_the_same_x_0_give_the_same_step() -> None:
         results.append(reverse_step(x_t, m, 20, plan, noise=torch.zeros_like(x_0)))
     torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(results[2], results[0], rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_of_the_mean_gives_the_steps_of_one_of_x_0() -> None:
+    """The mean of x_{t-1} is linear in x_0 (eq. 7)."""
+    x_t, x_0, noise = torch.randn(3, 2, 3, 4, 4, dtype=torch.float64)
+    for build in (ddpm_plan, ddim_plan):
+        by_x_0, by_mean = (build(SCHEDULE, 50, prediction=p, clip=None) for p in ("sample", "previous_sample"))
+        means = ddpm_plan(SCHEDULE, 50, prediction="sample", clip=None).mean()
+        assert not means.is_random
+        for step in (0, 20, 49):
+            expected = reverse_step(x_t, x_0, step, by_x_0, noise=noise, return_x_0=True)
+            got = reverse_step(x_t, reverse_step(x_t, x_0, step, means), step, by_mean, noise=noise, return_x_0=True)
+            torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
+
+
+def test_ddim_leaves_learned_variance_aside() -> None:
+    x_t, m, v, noise = torch.randn(4, 2, 3, 4, 4, dtype=torch.float64)
+    with_variance, without = (ddim_plan(SCHEDULE, 50, eta=1.0, learned_variance=learned) for learned in (True, False))
+    expected = reverse_step(x_t, m, 20, without, noise=noise)
+    assert torch.equal(reverse_step(x_t, torch.cat([m, v], dim=1), 20, with_variance, noise=noise), expected)
+
+
+def test_ddim_walks_its_inversion_back() -> None:
+    """With a model that knows epsilon whatever it is given, each step back undoes one step."""
+    forth, back = ddim_plan(SCHEDULE, 50, clip=None), ddim_inversion_plan(SCHEDULE, 50, clip=None)
+    assert torch.equal(back.timesteps, forth.timesteps.flip(0))
+    x, epsilon = torch.randn(2, 2, 3, 4, 4, dtype=torch.float64)
+    for step in range(49):
+        noisier = reverse_step(x, epsilon, step, back)
+        torch.testing.assert_close(reverse_step(noisier, epsilon, 48 - step, forth), x, rtol=1e-5, atol=1e-5)
 
 
 def test_explicit_timesteps() -> None:

@@ -1,0 +1,810 @@
+"""guided-diffusion's and improved-diffusion's `GaussianDiffusion` and `SpacedDiffusion` on this package's kernels.
+
+Names, arguments, defaults and results are those of openai/guided-diffusion (Nichol and Dhariwal 2021; Dhariwal and Nichol
+2021), and improved-diffusion's are a part of them. A step of sampling is one `reverse_step`. Noise comes from torch's global
+generator, drawn where the original draws it, so that a seed gives the original's images; or, with `seeds=`, it is drawn in the
+kernels: see `ddpm_fast.noise`.
+
+Computation is in float32, for half precision too, whose results are float32 as with the original; in float64 for float64.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from itertools import accumulate, repeat
+from typing import Any, Final, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..evaluate import prior_bits, reconstruction_bits, transition_bits
+from ..ops import denoising_loss, q_sample, reverse_step
+from ..ops import noise as counter_based_noise
+from ..ops._library import check_device, check_float, check_like, check_noise_or_seeds, check_range, check_seeds
+from ..plan import Prediction, SamplingPlan, Variance, ddim_inversion_plan, ddim_plan, ddpm_plan
+from ..reference import STREAM_X_T, opmath, per_sample
+from ..schedule import NoiseSchedule
+
+__all__ = [
+    "GaussianDiffusion",
+    "LossType",
+    "ModelMeanType",
+    "ModelVarType",
+    "SpacedDiffusion",
+    "create_gaussian_diffusion",
+    "get_named_beta_schedule",
+    "space_timesteps",
+]
+
+Array: TypeAlias = npt.NDArray[np.float64]
+Model: TypeAlias = Callable[..., Tensor]
+Kwargs: TypeAlias = Mapping[str, Any] | None
+Sampler: TypeAlias = Literal["ddpm", "mean", "ddim", "inversion"]
+
+_HALF: Final = (torch.float16, torch.bfloat16)
+
+
+class ModelMeanType(enum.Enum):
+    """What the model's output is: the mean of x_{t-1}, x_0, or epsilon."""
+
+    PREVIOUS_X = enum.auto()
+    START_X = enum.auto()
+    EPSILON = enum.auto()
+
+
+class ModelVarType(enum.Enum):
+    """The variance of p(x_{t-1} | x_t): beta~, beta, the model's, or the model's choice between the two (its logarithm)."""
+
+    LEARNED = enum.auto()
+    FIXED_SMALL = enum.auto()
+    FIXED_LARGE = enum.auto()
+    LEARNED_RANGE = enum.auto()
+
+
+class LossType(enum.Enum):
+    """Mean squared error, with the bound's term for a learned variance (RESCALED_: T / 1000 of it); or the bound's term alone
+    (RESCALED_: T times that)."""
+
+    MSE = enum.auto()
+    RESCALED_MSE = enum.auto()
+    KL = enum.auto()
+    RESCALED_KL = enum.auto()
+
+    def is_vb(self) -> bool:
+        """Whether the loss is the bound's term alone."""
+        return self in (LossType.KL, LossType.RESCALED_KL)
+
+
+_PREDICTIONS: Final[dict[ModelMeanType, Prediction]] = {
+    ModelMeanType.PREVIOUS_X: "previous_sample",
+    ModelMeanType.START_X: "sample",
+    ModelMeanType.EPSILON: "epsilon",
+}
+_VARIANCES: Final[dict[ModelVarType, Variance]] = {
+    ModelVarType.LEARNED: "learned",
+    ModelVarType.FIXED_SMALL: "fixed_small",
+    ModelVarType.FIXED_LARGE: "fixed_large",
+    ModelVarType.LEARNED_RANGE: "learned_range",
+}
+
+
+def get_named_beta_schedule(schedule_name: str, num_diffusion_timesteps: int) -> Array:
+    """Betas, float64 [T]: "linear" (Ho et al. 2020, the ends scaled by 1000 / T) or "cosine" (Nichol and Dhariwal 2021)."""
+    if schedule_name == "linear":
+        schedule = NoiseSchedule.linear(num_diffusion_timesteps, scale_to_num_timesteps=True)
+    elif schedule_name == "cosine":
+        schedule = NoiseSchedule.cosine(num_diffusion_timesteps)
+    else:
+        raise NotImplementedError(
+            f'get_named_beta_schedule: expected schedule_name to be "linear" or "cosine", got {schedule_name!r}'
+        )
+    return _array(schedule.betas)
+
+
+def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> set[int]:
+    """Timesteps to sample with: of T, in as many sections of equal size as there are counts, so many, evenly spaced, in each.
+
+    Args:
+        num_timesteps: T.
+        section_counts: ints, or a string of them ("250", "10,10,10"); or "ddimN": N timesteps, 0 among them, an integer apart.
+
+    Raises:
+        ValueError: a section is smaller than its count, or no integer stride gives N timesteps.
+    """
+    op = "space_timesteps"
+    if isinstance(section_counts, str) and section_counts.startswith("ddim"):
+        wanted = _count(op, section_counts, section_counts.removeprefix("ddim"))
+        strides = (stride for stride in range(1, num_timesteps) if len(range(0, num_timesteps, stride)) == wanted)
+        stride = next(strides, None)
+        if stride is None:
+            raise ValueError(
+                f"{op}: expected ddimN with an N that an integer stride through {num_timesteps} timesteps gives, "
+                f"got {section_counts!r}"
+            )
+        return set(range(0, num_timesteps, stride))
+    if isinstance(section_counts, str):
+        counts = [_count(op, section_counts, count) for count in section_counts.split(",")]
+    elif isinstance(section_counts, Sequence):
+        counts = [_count(op, section_counts, count) for count in section_counts]
+    else:
+        raise TypeError(f"{op}: expected section_counts to be a string or a sequence of ints, got {section_counts!r}")
+    if not counts:
+        raise ValueError(f"{op}: expected section_counts to have at least one count, got {section_counts!r}")
+    timesteps: set[int] = set()
+    start = 0
+    for i, count in enumerate(counts):
+        size = num_timesteps // len(counts) + (i < num_timesteps % len(counts))
+        if size < count:
+            raise ValueError(f"{op}: expected counts of at most {size}, the size of section {i}, got {count}")
+        stride_ = (size - 1) / (count - 1) if count > 1 else 1.0
+        # Added up rather than multiplied: the rounding decides some ties, and this is the published models' one.
+        offsets = accumulate(repeat(stride_, count - 1), initial=0.0) if count else ()
+        timesteps |= {start + round(offset) for offset in offsets}
+        start += size
+    return timesteps
+
+
+def _count(op: str, section_counts: object, count: object) -> int:
+    try:
+        number = int(count)  # type: ignore[call-overload]
+    except (TypeError, ValueError):
+        number = -1
+    if number < 0:
+        raise ValueError(
+            f'{op}: expected section_counts to be "ddimN" or counts like "250" or "10,10,10", got {section_counts!r}'
+        )
+    return int(number)
+
+
+class GaussianDiffusion:
+    """The diffusion process, what a model's output means in it, and what it is trained for.
+
+    Timesteps t are int64 [N], each sample's own, in 0..T-1 (on a GPU, which a check would stall, the range is the caller's
+    promise). A model is called as model(x, t, **model_kwargs) and gives [N, C, ...], or [N, 2 C, ...] with the variance's
+    channels last.
+
+    Args:
+        betas: [T], each in (0, 1].
+        model_mean_type, model_var_type, loss_type: see there.
+        rescale_timesteps: the model is given t * 1000 / T, float32.
+
+    Attributes:
+        schedule: the `NoiseSchedule` of the betas.
+        timestep_map: which timesteps of the model's training these are; here 0..T-1.
+        original_num_steps: of how many.
+        num_timesteps: T. The coefficients (`betas`, `alphas_cumprod`, `posterior_variance`, ...) are float64 arrays [T].
+    """
+
+    def __init__(
+        self,
+        *,
+        betas: Any,
+        model_mean_type: ModelMeanType,
+        model_var_type: ModelVarType,
+        loss_type: LossType,
+        rescale_timesteps: bool = False,
+    ) -> None:
+        for name, value, kind in (
+            ("model_mean_type", model_mean_type, ModelMeanType),
+            ("model_var_type", model_var_type, ModelVarType),
+            ("loss_type", loss_type, LossType),
+        ):
+            if not isinstance(value, kind):
+                where = f"ddpm_fast.integrations.guided_diffusion.{kind.__name__}"
+                raise TypeError(f"{type(self).__name__}: expected {name} to be a {where}, got {value!r}")
+        self.model_mean_type, self.model_var_type, self.loss_type = model_mean_type, model_var_type, loss_type
+        self.rescale_timesteps = rescale_timesteps
+        self.schedule = schedule = NoiseSchedule.from_betas(torch.as_tensor(np.asarray(betas, dtype=np.float64)))
+        self.num_timesteps = self.original_num_steps = schedule.num_timesteps
+        self.timestep_map = list(range(self.num_timesteps))
+
+        self.betas = _array(schedule.betas)
+        self.alphas_cumprod = _array(schedule.alpha_bars)
+        self.alphas_cumprod_prev = _array(schedule.alpha_bars_prev)
+        self.alphas_cumprod_next = np.append(self.alphas_cumprod[1:], 0.0)
+        self.sqrt_alphas_cumprod = _array(schedule.sqrt_alpha_bars)
+        self.sqrt_one_minus_alphas_cumprod = _array(schedule.sqrt_one_minus_alpha_bars)
+        self._one_minus_alphas_cumprod = 1 - self.alphas_cumprod
+        self.log_one_minus_alphas_cumprod = np.log(self._one_minus_alphas_cumprod)
+        self.sqrt_recip_alphas_cumprod = _array(schedule.alpha_bars.rsqrt())
+        self.sqrt_recipm1_alphas_cumprod = _array((1 / schedule.alpha_bars - 1).sqrt())
+        self.posterior_variance = _array(schedule.posterior_variance)
+        self.posterior_log_variance_clipped = _array(schedule.posterior_log_variance)
+        self.posterior_mean_coef1 = _array(schedule.posterior_mean_coef_x_0)
+        self.posterior_mean_coef2 = _array(schedule.posterior_mean_coef_x_t)
+        # Of p(x_{t-1} | x_t): beta at t = 0 would put L_0 off, where beta~_1 is the better decoder (Ho et al.'s code).
+        large = np.append(np.exp(self.posterior_log_variance_clipped[:1]), self.betas[1:])
+        self._variances = {
+            ModelVarType.FIXED_LARGE: (large, np.log(large)),
+            ModelVarType.FIXED_SMALL: (self.posterior_variance, self.posterior_log_variance_clipped),
+        }
+        self._log_betas = np.log(self.betas)
+        self._score_weights = self._one_minus_alphas_cumprod / self.sqrt_alphas_cumprod
+        self._plans: dict[tuple[object, ...], SamplingPlan] = {}
+        self._tables: dict[tuple[int, torch.device], tuple[Array, Tensor]] = {}
+
+    # ------------------------------------------------------------------------------------------------- forward process
+
+    def q_mean_variance(self, x_start: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, variance and log variance of q(x_t | x_0), derivation eq. 3, each like x_start."""
+        x_start, t = self._checked("q_mean_variance", "x_start", x_start, t)
+        mean = self._at(self.sqrt_alphas_cumprod, t, x_start) * x_start
+        variance = self._at(self._one_minus_alphas_cumprod, t, x_start).expand_as(x_start)
+        return mean, variance, self._at(self.log_one_minus_alphas_cumprod, t, x_start).expand_as(x_start)
+
+    def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None, *, seeds: Tensor | None = None) -> Tensor:
+        """x_t ~ q(x_t | x_0), derivation eq. 3. noise: like x_start; seeds: int64 [N]; neither: torch's generator draws it."""
+        x_start, t = self._checked("q_sample", "x_start", x_start, t)
+        if noise is None and seeds is None:
+            noise = torch.randn_like(x_start)
+        return q_sample(x_start, t, self.schedule, noise=None if noise is None else _wide(noise), seeds=seeds)
+
+    def q_posterior_mean_variance(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, variance and (at t = 0 that of t = 1) log variance of q(x_{t-1} | x_t, x_0), derivation eq. 6-8."""
+        x_t, t = self._checked("q_posterior_mean_variance", "x_t", x_t, t)
+        x_start = _wide(x_start)
+        check_like("q_posterior_mean_variance", "x_start", x_start, "x_t", x_t)
+        mean, _ = self._step(self._plan("mean", "sample", None, "fixed_small"), x_t, x_start, t)
+        variance = self._at(self.posterior_variance, t, x_t).expand_as(x_t)
+        return mean, variance, self._at(self.posterior_log_variance_clipped, t, x_t).expand_as(x_t)
+
+    # ------------------------------------------------------------------------------------------------- reverse process
+
+    def p_mean_variance(
+        self,
+        model: Model,
+        x: Tensor,
+        t: Tensor,
+        clip_denoised: bool = True,
+        denoised_fn: Callable[[Tensor], Tensor] | None = None,
+        model_kwargs: Kwargs = None,
+    ) -> dict[str, Tensor]:
+        """p(x_{t-1} | x_t), and the x_0 that the model predicts.
+
+        Args:
+            x: x_t, [N, C, ...].
+            clip_denoised: clamp the prediction to [-1, 1].
+            denoised_fn: applied to the prediction before the clamp.
+
+        Returns:
+            "mean", "variance", "log_variance" and "pred_xstart", each like x.
+        """
+        wide, t = self._checked("p_mean_variance", "x", x, t)
+        return self._p_mean_variance(self._output(model, x, t, model_kwargs), wide, t, clip_denoised, denoised_fn)
+
+    def _p_mean_variance(
+        self, output: Tensor, x: Tensor, t: Tensor, clip: bool, denoised_fn: Callable[[Tensor], Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        prediction = _PREDICTIONS[self.model_mean_type]
+        plan = self._plan("mean", prediction, 1.0 if clip and denoised_fn is None else None)
+        mean, x_0 = self._step(plan, x, output, t)
+        if denoised_fn is not None:
+            x_0 = denoised_fn(x_0)
+            x_0 = x_0.clamp(-1, 1) if clip else x_0
+            if prediction != "previous_sample":
+                mean = self.q_posterior_mean_variance(x_0, x, t)[0]
+        if self._learned:
+            log_variance = output[:, x.shape[1] :].to(x.dtype)
+            if self.model_var_type == ModelVarType.LEARNED_RANGE:
+                low, high = self._at(self.posterior_log_variance_clipped, t, x), self._at(self._log_betas, t, x)
+                fraction = (log_variance + 1) / 2
+                log_variance = fraction * high + (1 - fraction) * low
+            variance = log_variance.exp()
+        else:
+            variance, log_variance = (self._at(v, t, x).expand_as(x) for v in self._variances[self.model_var_type])
+        return {"mean": mean, "variance": variance, "log_variance": log_variance, "pred_xstart": x_0}
+
+    def condition_mean(
+        self, cond_fn: Model, p_mean_var: Mapping[str, Tensor], x: Tensor, t: Tensor, model_kwargs: Kwargs = None
+    ) -> Tensor:
+        """The mean, moved by variance * cond_fn(x, t), a gradient of log p(y | x_t) (Dhariwal and Nichol 2021, Algorithm 1)."""
+        gradient = cond_fn(x, self._scale_timesteps(t), **(model_kwargs or {}))
+        return p_mean_var["mean"] + p_mean_var["variance"] * gradient.to(p_mean_var["mean"].dtype)
+
+    def condition_score(
+        self, cond_fn: Model, p_mean_var: Mapping[str, Tensor], x: Tensor, t: Tensor, model_kwargs: Kwargs = None
+    ) -> dict[str, Tensor]:
+        """`p_mean_var` with its score moved by cond_fn(x, t) (Dhariwal and Nichol 2021, Algorithm 2): x_0^ by (1 - abar) /
+        sqrt(abar) times that."""
+        x, t = self._checked("condition_score", "x", x, t)
+        gradient = cond_fn(x, self._scale_timesteps(t), **(model_kwargs or {}))
+        x_0 = p_mean_var["pred_xstart"] + self._at(self._score_weights, t, x) * gradient.to(x.dtype)
+        return {**p_mean_var, "pred_xstart": x_0, "mean": self.q_posterior_mean_variance(x_0, x, t)[0]}
+
+    def p_sample(
+        self,
+        model: Model,
+        x: Tensor,
+        t: Tensor,
+        clip_denoised: bool = True,
+        denoised_fn: Callable[[Tensor], Tensor] | None = None,
+        cond_fn: Model | None = None,
+        model_kwargs: Kwargs = None,
+        *,
+        seeds: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """One step of ancestral sampling, derivation eq. 13: "sample", x_{t-1}, and "pred_xstart", each like x.
+
+        Args:
+            x, clip_denoised, denoised_fn: as in `p_mean_variance`.
+            cond_fn: for guidance, see `condition_mean`; called as the model is.
+            seeds: int64 [N], each sample's; the noise's stream is the number of steps before this one. None: torch's generator
+                draws the noise.
+        """
+        if denoised_fn is None and cond_fn is None and self._is_plain:
+            x_wide, t = self._checked("p_sample", "x", x, t)
+            output = self._output(model, x, t, model_kwargs)
+            noise = torch.randn_like(x) if seeds is None else None
+            plan = self._plan("ddpm", _PREDICTIONS[self.model_mean_type], 1.0 if clip_denoised else None)
+            sample, x_0 = self._step(plan, x_wide, output, t, noise, seeds)
+            return {"sample": sample, "pred_xstart": x_0}
+        out = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
+        noise = torch.randn_like(x) if seeds is None else None  # before cond_fn, which may draw too
+        if cond_fn is not None:
+            out["mean"] = self.condition_mean(cond_fn, out, x, t, model_kwargs=model_kwargs)
+        mean, variance = out["mean"], _VARIANCES[self.model_var_type]
+        if self._learned:
+            mean, variance = torch.cat([mean, out["log_variance"]], dim=1), "learned"
+        plan = self._plan("ddpm", "previous_sample", None, variance)
+        return {"sample": self._step(plan, _wide(x), mean, t, noise, seeds)[0], "pred_xstart": out["pred_xstart"]}
+
+    def ddim_sample(
+        self,
+        model: Model,
+        x: Tensor,
+        t: Tensor,
+        clip_denoised: bool = True,
+        denoised_fn: Callable[[Tensor], Tensor] | None = None,
+        cond_fn: Model | None = None,
+        model_kwargs: Kwargs = None,
+        eta: float = 0.0,
+        *,
+        seeds: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """One step of DDIM (Song et al. 2021, eq. 12), else as `p_sample`; cond_fn as in `condition_score`."""
+        return self._ddim("ddim", model, x, t, clip_denoised, denoised_fn, cond_fn, model_kwargs, eta, seeds)
+
+    def ddim_reverse_sample(
+        self,
+        model: Model,
+        x: Tensor,
+        t: Tensor,
+        clip_denoised: bool = True,
+        denoised_fn: Callable[[Tensor], Tensor] | None = None,
+        model_kwargs: Kwargs = None,
+        eta: float = 0.0,
+    ) -> dict[str, Tensor]:
+        """One step of DDIM towards noise: "sample" is x_{t+1}. eta must be 0."""
+        if eta != 0:
+            raise ValueError(f"ddim_reverse_sample: expected eta to be 0, as only that path can be walked back, got {eta}")
+        return self._ddim("inversion", model, x, t, clip_denoised, denoised_fn, None, model_kwargs, 0.0, None)
+
+    def _ddim(
+        self,
+        sampler: Literal["ddim", "inversion"],
+        model: Model,
+        x: Tensor,
+        t: Tensor,
+        clip: bool,
+        denoised_fn: Callable[[Tensor], Tensor] | None,
+        cond_fn: Model | None,
+        model_kwargs: Kwargs,
+        eta: float,
+        seeds: Tensor | None,
+    ) -> dict[str, Tensor]:
+        variance: Variance = "fixed_small"  # of an output without variance channels
+        if denoised_fn is None and cond_fn is None and self._is_plain:
+            wide, t = self._checked("ddim_sample" if sampler == "ddim" else "ddim_reverse_sample", "x", x, t)
+            output = self._output(model, x, t, model_kwargs)
+            prediction, bound, variance = _PREDICTIONS[self.model_mean_type], 1.0 if clip else None, self._variance
+        else:
+            out = self.p_mean_variance(model, x, t, clip, denoised_fn, model_kwargs)
+            if cond_fn is not None:
+                out = self.condition_score(cond_fn, out, x, t, model_kwargs=model_kwargs)
+            wide, output, prediction, bound = _wide(x), out["pred_xstart"], "sample", None
+        # For eta = 0 too, where it is not used: the generator goes on as the original's.
+        noise = torch.randn_like(x) if seeds is None and sampler == "ddim" else None
+        plan = self._plan(sampler, prediction, bound, variance, eta)
+        at = t if sampler == "ddim" else self.num_timesteps - 1 - t  # an inversion's rows begin at the other end
+        sample, x_0 = self._step(plan, wide, output, at, noise, seeds)
+        return {"sample": sample, "pred_xstart": x_0}
+
+    # -------------------------------------------------------------------------------------------------- sampling loops
+
+    def p_sample_loop(self, model: Model, shape: Sequence[int], *args: Any, **kwargs: Any) -> Tensor:
+        """The last "sample" of `p_sample_loop_progressive`, which has the arguments: x_0, [N, C, ...]."""
+        return _last(self.p_sample_loop_progressive(model, shape, *args, **kwargs))
+
+    def p_sample_loop_progressive(
+        self,
+        model: Model,
+        shape: Sequence[int],
+        noise: Tensor | None = None,
+        clip_denoised: bool = True,
+        denoised_fn: Callable[[Tensor], Tensor] | None = None,
+        cond_fn: Model | None = None,
+        model_kwargs: Kwargs = None,
+        device: torch.device | str | None = None,
+        progress: bool = False,
+        *,
+        seeds: Tensor | None = None,
+    ) -> Iterator[dict[str, Tensor]]:
+        """Ancestral sampling: what `p_sample` gives for t = T-1, ..., 0. The next step goes on from the "sample" in that dict.
+
+        Args:
+            shape: (N, C, ...).
+            noise: x_T, of this shape; None: drawn.
+            clip_denoised, denoised_fn, cond_fn, model_kwargs: as in `p_sample`.
+            device: None: where the noise is, or the model's first parameter.
+            progress: show a progress bar.
+            seeds: int64 [N]: image i depends on seeds[i] alone, and is what `ddpm_fast.sample` makes of `sampling_plan()`.
+        """
+        options: dict[str, Any] = {"clip_denoised": clip_denoised, "denoised_fn": denoised_fn, "cond_fn": cond_fn}
+        options |= {"model_kwargs": model_kwargs}
+        return self._loop("p_sample_loop", self.p_sample, model, shape, noise, device, progress, seeds, options)
+
+    def ddim_sample_loop(self, model: Model, shape: Sequence[int], *args: Any, **kwargs: Any) -> Tensor:
+        """The last "sample" of `ddim_sample_loop_progressive`, which has the arguments: x_0, [N, C, ...]."""
+        return _last(self.ddim_sample_loop_progressive(model, shape, *args, **kwargs))
+
+    def ddim_sample_loop_progressive(
+        self,
+        model: Model,
+        shape: Sequence[int],
+        noise: Tensor | None = None,
+        clip_denoised: bool = True,
+        denoised_fn: Callable[[Tensor], Tensor] | None = None,
+        cond_fn: Model | None = None,
+        model_kwargs: Kwargs = None,
+        device: torch.device | str | None = None,
+        progress: bool = False,
+        eta: float = 0.0,
+        *,
+        seeds: Tensor | None = None,
+    ) -> Iterator[dict[str, Tensor]]:
+        """DDIM: what `ddim_sample` gives for t = T-1, ..., 0; else as `p_sample_loop_progressive`."""
+        self._plan("ddim", _PREDICTIONS[self.model_mean_type], 1.0 if clip_denoised else None, eta=eta)  # raises for a bad eta
+        options: dict[str, Any] = {"clip_denoised": clip_denoised, "denoised_fn": denoised_fn, "cond_fn": cond_fn}
+        options |= {"model_kwargs": model_kwargs, "eta": eta}
+        return self._loop("ddim_sample_loop", self.ddim_sample, model, shape, noise, device, progress, seeds, options)
+
+    def _loop(
+        self,
+        op: str,
+        step: Callable[..., dict[str, Tensor]],
+        model: Model,
+        shape: Sequence[int],
+        x_t: Tensor | None,
+        device: torch.device | str | None,
+        progress: bool,
+        seeds: Tensor | None,
+        options: dict[str, Any],
+    ) -> Iterator[dict[str, Tensor]]:
+        if not isinstance(shape, (tuple, list)) or len(shape) < 2:
+            raise ValueError(f"{op}: expected shape to be a tuple or list (N, C, ...), got {shape!r}")
+        if x_t is not None:
+            check_float(op, "noise", x_t)
+            if list(x_t.shape) != list(shape):
+                raise ValueError(f"{op}: expected noise of the given shape {list(shape)}, got {list(x_t.shape)}")
+        if device is None:
+            parameter = next(model.parameters(), None) if isinstance(model, torch.nn.Module) else None
+            like = x_t if x_t is not None else parameter
+            if like is None:
+                raise ValueError(f"{op}: expected device or noise to be given, as the model has no parameters, got neither")
+            device = like.device
+        if x_t is not None and x_t.device.type != torch.device(device).type:
+            raise ValueError(f"{op}: expected noise on {device}, got it on {x_t.device}")
+        if seeds is not None:
+            seeds = check_seeds(op, seeds, shape[0], torch.device(device))
+            options["seeds"] = seeds
+        return self._steps(step, model, shape, x_t, torch.device(device), progress, options)
+
+    def _steps(
+        self,
+        step: Callable[..., dict[str, Tensor]],
+        model: Model,
+        shape: Sequence[int],
+        x_t: Tensor | None,
+        device: torch.device,
+        progress: bool,
+        options: dict[str, Any],
+    ) -> Iterator[dict[str, Tensor]]:
+        if x_t is None and "seeds" in options:
+            x_t = counter_based_noise(shape, options["seeds"], stream=STREAM_X_T, device=device)
+        elif x_t is None:
+            x_t = torch.randn(*shape, device=device)
+        for i in tqdm(range(self.num_timesteps - 1, -1, -1), disable=not progress):
+            t = torch.full((shape[0],), i, device=device)
+            with torch.no_grad():
+                out = step(model, x_t, t, **options)
+            yield out
+            x_t = out["sample"]
+
+    def sampling_plan(self, *, eta: float | None = None, clip_denoised: bool = True) -> SamplingPlan:
+        """These steps for `ddpm_fast.sample`, which freezes a `UNet` and replays them as a CUDA graph.
+
+        Args:
+            eta: None: ancestral sampling, as `p_sample_loop`; else DDIM, as `ddim_sample_loop`.
+
+        Raises:
+            ValueError: the model expects rescaled timesteps, which are not the integers that a plan has.
+        """
+        if self.rescale_timesteps and self.original_num_steps != 1000:
+            raise ValueError(
+                "sampling_plan: expected rescale_timesteps to be False or the model to be trained with 1000 timesteps, "
+                f"got True and {self.original_num_steps}"
+            )
+        sampler: Sampler = "ddpm" if eta is None else "ddim"
+        return self._plan(sampler, _PREDICTIONS[self.model_mean_type], 1.0 if clip_denoised else None, eta=eta or 0.0)
+
+    # ------------------------------------------------------------------------------------------------ training, the bound
+
+    def training_losses(
+        self,
+        model: Model,
+        x_start: Tensor,
+        t: Tensor,
+        model_kwargs: Kwargs = None,
+        noise: Tensor | None = None,
+        *,
+        seeds: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """The loss of each sample at its timestep, for `loss_type` (derivation eq. 12; Nichol and Dhariwal 2021, section 3.1).
+
+        Args:
+            x_start: x_0, [N, C, ...].
+            noise, seeds: as in `q_sample`; with seeds no tensor holds the noise.
+
+        Returns:
+            "loss" [N]; with MSE losses its parts "mse" and, for a learned variance, "vb".
+        """
+        x_start, t = self._checked("training_losses", "x_start", x_start, t)
+        if noise is None and seeds is None:
+            noise = torch.randn_like(x_start)
+        check_noise_or_seeds("training_losses", noise, seeds)
+        noise = None if noise is None else _wide(noise)
+        x_t = self.q_sample(x_start, t, noise, seeds=seeds)
+        if self.loss_type.is_vb():
+            loss = self._vb_terms_bpd(model, x_start, x_t, t, clip_denoised=False, model_kwargs=model_kwargs)["output"]
+            return {"loss": loss * self.num_timesteps if self.loss_type == LossType.RESCALED_KL else loss}
+        output = self._output(model, x_t, t, model_kwargs)
+        terms = {}
+        m = output
+        if self._learned:
+            m, v = output.split(x_t.shape[1], dim=1)
+            # The bound trains the variance; the mean is left to the squared error.
+            out = self._p_mean_variance(torch.cat([m.detach(), v], dim=1), x_t, t, clip=False)
+            rescaled = self.num_timesteps / 1000 if self.loss_type == LossType.RESCALED_MSE else 1.0
+            terms["vb"] = self._bits(out, x_start, x_t, t) * rescaled
+        target, prediction = x_start, _PREDICTIONS[self.model_mean_type]
+        if prediction == "previous_sample":
+            target, prediction = self.q_posterior_mean_variance(x_start, x_t, t)[0], "sample"
+        terms["mse"] = denoising_loss(
+            m, target, t, self.schedule, prediction=prediction, noise=noise, seeds=seeds, reduction="none"
+        )
+        terms["loss"] = terms["mse"] + terms["vb"] if self._learned else terms["mse"]
+        return terms
+
+    def calc_bpd_loop(
+        self,
+        model: Model,
+        x_start: Tensor,
+        clip_denoised: bool = True,
+        model_kwargs: Kwargs = None,
+        *,
+        seeds: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """The variational bound, derivation eq. 9-11, in bits per dimension (see also `ddpm_fast.variational_bound`).
+
+        Args:
+            x_start: images of 256 grey levels in [-1, 1], [N, C, ...].
+            seeds: int64 [N]; timestep t is the stream. None: noise is drawn from torch's generator, for t = T-1, ..., 0.
+
+        Returns:
+            "total_bpd" and "prior_bpd" [N]; "vb", "xstart_mse" and "mse" (of epsilon) [N, T], the columns t = T-1, ..., 0.
+        """
+        op = "calc_bpd_loop"
+        check_float(op, "x_start", x_start, min_dim=2)
+        x_start = _wide(x_start)
+        n, device = x_start.shape[0], x_start.device
+        if seeds is not None:
+            seeds = check_seeds(op, seeds, n, device)
+        columns: dict[str, list[Tensor]] = {"vb": [], "xstart_mse": [], "mse": []}
+        for i in range(self.num_timesteps - 1, -1, -1):
+            t = torch.full((n,), i, device=device)
+            if seeds is None:
+                epsilon = torch.randn_like(x_start)
+            else:
+                epsilon = counter_based_noise(x_start.shape, seeds, stream=i, dtype=x_start.dtype, device=device)
+            x_t = self.q_sample(x_start, t, epsilon)
+            with torch.no_grad():
+                out = self._vb_terms_bpd(model, x_start, x_t, t, clip_denoised=clip_denoised, model_kwargs=model_kwargs)
+            x_0_mse = (out["pred_xstart"] - x_start).square().flatten(1).mean(dim=1)
+            columns["vb"].append(out["output"])
+            columns["xstart_mse"].append(x_0_mse)
+            # x_t is exact, so an error in x_0^ is one in epsilon^, times sqrt(abar / (1 - abar)).
+            columns["mse"].append(x_0_mse * float(self.schedule.snr[i]))
+        results = {name: torch.stack(values, dim=1) for name, values in columns.items()}
+        prior = prior_bits(x_start, self.schedule).to(x_start.dtype)
+        return {"total_bpd": results["vb"].sum(dim=1) + prior, "prior_bpd": prior, **results}
+
+    def _vb_terms_bpd(
+        self, model: Model, x_start: Tensor, x_t: Tensor, t: Tensor, clip_denoised: bool = True, model_kwargs: Kwargs = None
+    ) -> dict[str, Tensor]:
+        out = self.p_mean_variance(model, x_t, t, clip_denoised=clip_denoised, model_kwargs=model_kwargs)
+        return {"output": self._bits(out, x_start, x_t, t), "pred_xstart": out["pred_xstart"]}
+
+    def _bits(self, out: Mapping[str, Tensor], x_start: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The bound's term of each sample at its timestep, [N]."""
+        mean, _, log_variance = self.q_posterior_mean_variance(x_start, x_t, t)
+        transition = transition_bits(mean - out["mean"], log_variance, out["log_variance"])
+        return torch.where(t == 0, reconstruction_bits(x_start, out["mean"], out["log_variance"]), transition)
+
+    # ------------------------------------------------------------------------------------------------------------ parts
+
+    @property
+    def _learned(self) -> bool:
+        return self.model_var_type in (ModelVarType.LEARNED, ModelVarType.LEARNED_RANGE)
+
+    @property
+    def _variance(self) -> Variance:
+        return _VARIANCES[self.model_var_type]
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether a subclass leaves `p_mean_variance` as it is, so that a step can be one kernel."""
+        return getattr(self.p_mean_variance, "__func__", None) is GaussianDiffusion.p_mean_variance
+
+    def _scale_timesteps(self, t: Tensor) -> Tensor:
+        """What the model is given as its timesteps."""
+        return t.float() * (1000.0 / self.original_num_steps) if self.rescale_timesteps else t
+
+    def _output(self, model: Model, x: Tensor, t: Tensor, model_kwargs: Kwargs) -> Tensor:
+        """What the model gives, [N, C or 2 C, ...], in a dtype that `reverse_step` takes beside x."""
+        output = model(x, self._scale_timesteps(t), **(model_kwargs or {}))
+        shape = [x.shape[0], x.shape[1] * (2 if self._learned else 1), *x.shape[2:]]
+        if not isinstance(output, Tensor) or list(output.shape) != shape:
+            why = f", for model_var_type {self.model_var_type.name}"
+            got = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            raise ValueError(f"{type(self).__name__}: expected the model to give a tensor of shape {shape}{why}, got {got}")
+        return output if x.dtype != torch.float64 and output.dtype in _HALF else output.to(opmath(x.dtype))
+
+    def _plan(
+        self, sampler: Sampler, prediction: Prediction, clip: float | None, variance: Variance | None = None, eta: float = 0.0
+    ) -> SamplingPlan:
+        """Every timestep of this process, in the timesteps of the model's training."""
+        variance = variance or self._variance
+        key = (sampler, prediction, clip, variance, eta)
+        if key not in self._plans:
+            steps: dict[str, Any] = {"spacing": self.timestep_map[::-1], "prediction": prediction, "clip": clip}
+            learned = variance in ("learned", "learned_range")
+            if sampler in ("ddpm", "mean"):
+                plan = ddpm_plan(self._original_schedule, variance=variance, **steps)
+                plan = plan.mean() if sampler == "mean" else plan
+            elif sampler == "inversion":
+                plan = ddim_inversion_plan(self._original_schedule, None, learned_variance=learned, **steps)
+            else:
+                steps |= {"eta": eta, "use_clipped_model_output": True, "learned_variance": learned}
+                plan = ddim_plan(self._original_schedule, None, **steps)
+            self._plans[key] = plan
+        return self._plans[key]
+
+    @property
+    def _original_schedule(self) -> NoiseSchedule:
+        """That of the model's training."""
+        return self.schedule
+
+    def _step(
+        self,
+        plan: SamplingPlan,
+        x: Tensor,
+        output: Tensor,
+        t: Tensor,
+        noise: Tensor | None = None,
+        seeds: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The plan's step at timestep t: the new x, and x_0^."""
+        rows = self.num_timesteps - 1 - t
+        noise = None if noise is None else _wide(noise)
+        stepped = reverse_step(x, output, rows, plan, noise=noise, seeds=seeds, return_x_0=True)
+        assert isinstance(stepped, tuple)
+        return stepped
+
+    def _at(self, values: Array, t: Tensor, like: Tensor) -> Tensor:
+        """values[t], rounded to float32, in a shape that broadcasts over `like`."""
+        key = (id(values), t.device)
+        if key not in self._tables:
+            self._tables[key] = (values, torch.from_numpy(values).to(t.device, torch.float32))
+        return per_sample(self._tables[key][1][t], like)
+
+    def _checked(self, op: str, name: str, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """x, at least float32, and t."""
+        check_float(op, name, x, min_dim=2)
+        if not isinstance(t, Tensor) or t.dtype != torch.int64 or t.shape != x.shape[:1]:
+            got = f"{t.dtype} {list(t.shape)}" if isinstance(t, Tensor) else type(t).__name__
+            raise ValueError(f"{op}: expected t to be int64 [{x.shape[0]}], one a sample, got {got}")
+        check_device(op, "t", t, name, x)
+        check_range(op, "t", t, self.num_timesteps)
+        return _wide(x), t
+
+
+class SpacedDiffusion(GaussianDiffusion):
+    """The process on some timesteps of a model's training: t = 0..T-1 counts them, the model and cond_fn get the original.
+
+    Args:
+        use_timesteps: timesteps of the process with these betas, as `space_timesteps` makes them.
+        kwargs: of `GaussianDiffusion`, for the process of the model's training.
+    """
+
+    def __init__(self, use_timesteps: Collection[int], *, betas: Any, **kwargs: Any) -> None:
+        original = NoiseSchedule.from_betas(torch.as_tensor(np.asarray(betas, dtype=np.float64)))
+        self.use_timesteps = set(use_timesteps)
+        timesteps = sorted(self.use_timesteps)
+        if not timesteps or timesteps[0] < 0 or timesteps[-1] >= original.num_timesteps:
+            raise ValueError(
+                f"SpacedDiffusion: expected use_timesteps to be timesteps in 0..{original.num_timesteps - 1}, at least one, "
+                f"got {f'{timesteps[0]}..{timesteps[-1]}' if timesteps else 'none'}"
+            )
+        abar = original.alpha_bars[timesteps]
+        super().__init__(betas=1 - abar / torch.cat([torch.ones(1, dtype=abar.dtype), abar[:-1]]), **kwargs)
+        self._schedule_of_training = original
+        self.timestep_map, self.original_num_steps = timesteps, original.num_timesteps
+        self._maps: dict[torch.device, Tensor] = {}
+
+    @property
+    def _original_schedule(self) -> NoiseSchedule:
+        return self._schedule_of_training
+
+    def _scale_timesteps(self, t: Tensor) -> Tensor:
+        if t.device not in self._maps:
+            self._maps[t.device] = torch.tensor(self.timestep_map, device=t.device)
+        return super()._scale_timesteps(self._maps[t.device][t])
+
+
+def create_gaussian_diffusion(
+    *,
+    steps: int = 1000,
+    learn_sigma: bool = False,
+    sigma_small: bool = False,
+    noise_schedule: str = "linear",
+    use_kl: bool = False,
+    predict_xstart: bool = False,
+    rescale_timesteps: bool = False,
+    rescale_learned_sigmas: bool = False,
+    timestep_respacing: str | Sequence[int] = "",
+) -> SpacedDiffusion:
+    """The process that script_util's flags describe.
+
+    Args:
+        steps: T of the model's training.
+        timestep_respacing: as `space_timesteps` takes it; empty: every timestep.
+    """
+    loss_type = LossType.RESCALED_MSE if rescale_learned_sigmas else LossType.MSE
+    fixed = ModelVarType.FIXED_SMALL if sigma_small else ModelVarType.FIXED_LARGE
+    return SpacedDiffusion(
+        use_timesteps=space_timesteps(steps, timestep_respacing or [steps]),
+        betas=get_named_beta_schedule(noise_schedule, steps),
+        model_mean_type=ModelMeanType.START_X if predict_xstart else ModelMeanType.EPSILON,
+        model_var_type=ModelVarType.LEARNED_RANGE if learn_sigma else fixed,
+        loss_type=LossType.RESCALED_KL if use_kl else loss_type,
+        rescale_timesteps=rescale_timesteps,
+    )
+
+
+def _array(values: Tensor) -> Array:
+    return np.array(values.numpy(), dtype=np.float64)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """x, in float32 where it is half precision."""
+    return x.float() if x.dtype in _HALF else x
+
+
+def _last(outs: Iterator[dict[str, Tensor]]) -> Tensor:
+    for out in outs:
+        final = out
+    return final["sample"]
