@@ -51,11 +51,10 @@ def in_float64(theirs: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def model(scheduler: Any, x_t: Tensor, t: Any) -> Tensor:
-    """Near what the best model says of images that are noise; nonlinear, and some of its x_0 is beyond the clip."""
+    """Near what the best model says of images that are noise; amplifies no difference, and has some x_0 beyond the clip."""
     abar = scheduler.alphas_cumprod[int(t)].to(x_t.dtype)
-    error = 0.1 * torch.sin(3 * x_t.roll(1, -1))
     best = {"epsilon": (1 - abar).sqrt() * x_t, "sample": abar.sqrt() * x_t, "v_prediction": torch.zeros_like(x_t)}
-    m = best[scheduler.config.prediction_type] + error * (1 - abar).sqrt()
+    m = 0.9 * best[scheduler.config.prediction_type] + 0.1 * (1 - abar).sqrt() * torch.sin(x_t.roll(1, -1))
     if scheduler.config.get("variance_type") in ("learned", "learned_range"):
         m = torch.cat([m, torch.cos(2 * x_t)], dim=1)
     return m
@@ -188,6 +187,48 @@ def test_a_copy_is_a_scheduler_of_its_own() -> None:
     assert scheduler.sampling_plan().num_steps == 10
 
 
+# ------------------------------------------------------------------------------------------------------------- pipelines
+
+
+def _tiny_unet() -> Any:
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (8,)}
+    return diffusers.UNet2DModel(sample_size=8, in_channels=3, out_channels=3, norm_num_groups=4, layers_per_block=1, **blocks)
+
+
+def _images(pipeline: Any, **options: Any) -> Tensor:
+    pipeline.set_progress_bar_config(disable=True)
+    images: Tensor = pipeline(batch_size=2, num_inference_steps=10, output_type="pt", **options).images
+    return images
+
+
+def test_a_pipeline_of_diffusers_takes_them_and_saves_them(tmp_path: Path) -> None:
+    unet = _tiny_unet()
+    theirs = diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler())
+    ours = diffusers.DDPMPipeline(unet, DDPMScheduler())
+    expected = _images(theirs, generator=torch.Generator().manual_seed(1))
+    images = _images(ours, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(images, expected, rtol=0, atol=1e-5)
+    ours.save_pretrained(tmp_path)
+    loaded = diffusers.DDPMPipeline.from_pretrained(tmp_path)
+    assert isinstance(loaded.scheduler, DDPMScheduler)
+    assert torch.equal(_images(loaded, generator=torch.Generator().manual_seed(1)), images)
+    generators = [torch.Generator().manual_seed(i) for i in range(2)]
+    first = _images(ours, generator=generators)[0]
+    alone = ours(batch_size=1, generator=torch.Generator().manual_seed(0), num_inference_steps=10, output_type="pt").images[0]
+    torch.testing.assert_close(first, alone, rtol=0, atol=1e-5)
+
+
+def test_ddim_pipeline_is_given_the_scheduler_after_it_is_made() -> None:
+    """Its constructor makes a scheduler of diffusers from the configuration of the one it gets."""
+    pipeline = diffusers.DDIMPipeline(_tiny_unet(), DDIMScheduler())
+    assert not isinstance(pipeline.scheduler, DDIMScheduler)
+    expected = _images(pipeline, generator=torch.Generator().manual_seed(1), eta=0.5)
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    images = _images(pipeline, generator=torch.Generator().manual_seed(1), eta=0.5)
+    torch.testing.assert_close(images, expected, rtol=0, atol=1e-5)
+
+
 # ------------------------------------------------------------------------------------------------------------- timesteps
 
 
@@ -258,6 +299,23 @@ def test_compiled_in_one_graph(kind: Any, config: dict[str, Any]) -> None:
         for t in scheduler.timesteps:
             for got, expected in zip(compiled(m, t, x_t), step(m, t, x_t), strict=True):
                 torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+def test_compiled_once_for_any_number_of_steps_and_any_form() -> None:
+    scheduler = DDPMScheduler(num_train_timesteps=100)
+    x_t, m = normals(2, *SHAPE)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda m, t, x_t: scheduler.step(m, t, x_t).prev_sample, fullgraph=True, backend="eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for steps in (10, 10, 20):
+            scheduler.set_timesteps(steps)
+            for t in scheduler.timesteps:
+                assert compiled(m, t, x_t).shape == SHAPE
+        assert torch.equal(compiled(m, torch.tensor(0), x_t), scheduler.step(m, 0, x_t).prev_sample)
+    ddim = _set(DDIMScheduler)
+    compiled = torch.compile(lambda: ddim.step(m, torch.tensor(0), x_t, eta=0.3), fullgraph=True, backend="eager")
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="expected a first step outside"):
+        compiled()
 
 
 @pytest.mark.gpu
@@ -352,8 +410,10 @@ def test_dtypes_meet_as_in_diffusers(kind: Any, x: torch.dtype, m: torch.dtype) 
 
 @pytest.mark.parametrize("kind", THEIRS)
 def test_gradients_flow(kind: Any) -> None:
+    """Also where the tables were made in inference mode."""
     scheduler = kind(clip_sample=False)
-    scheduler.set_timesteps(10)
+    with torch.inference_mode():
+        scheduler.set_timesteps(10)
     x_t, m = (x.requires_grad_() for x in normals(2, *SHAPE))
     out = scheduler.step(m, 300, x_t)
     (out.prev_sample.sum() + out.pred_original_sample.sum()).backward()
@@ -546,6 +606,8 @@ BAD: list[tuple[Callable[[], Any], str]] = [
     (lambda: _set().step(X, 899, X), "DDPMScheduler.step: expected timestep to be one of the 10 of set_timesteps, got 899"),
     (lambda: DDPMScheduler().step(X, 1000, X), "DDPMScheduler.step: expected timestep to be in 0..999, got 1000"),
     (lambda: _set(DDIMScheduler).step(X, -1, X), "DDIMScheduler.step: expected timestep to be in 0..999, got -1"),
+    (lambda: _set().step(None, 900, X), "DDPMScheduler.step: expected model_output to be a tensor, got NoneType"),
+    (lambda: _set().step(X, 900, X.int()), "DDPMScheduler.step: expected sample to be float32, .*, got torch.int32"),
     (lambda: _set().step(X, 900.0, X), "expected timestep to be an int or an integer tensor, got 900.0"),
     (lambda: _set().step(X, torch.tensor(900.0), X), "expected timestep to be an int or an integer tensor, got torch.float32"),
     (lambda: _set().step(X, torch.tensor([900, 0]), X), r"expected timestep to have 1 or 3 elements, got shape \[2\]"),

@@ -16,6 +16,7 @@ from typing import Any, cast
 import diffusers
 import numpy as np
 import torch
+from diffusers import SchedulerMixin as SchedulerMixin  # DiffusionPipeline.from_pretrained looks for it beside a scheduler
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
@@ -23,6 +24,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ..ops import q_sample, reverse_step
+from ..ops._library import check_float
 from ..plan import COLUMNS, VARIANCE_TYPES, SamplingPlan, ddim_plan, ddpm_plan, spaced_timesteps
 from ..reference import PREDICTIONS, opmath, per_sample
 from ..schedule import NoiseSchedule, numbered
@@ -148,6 +150,11 @@ class _PlanScheduler:
 
     def _steps(self, *arguments: Any) -> _Steps:
         if arguments not in self._kept:
+            if torch.compiler.is_compiling():
+                raise RuntimeError(
+                    f"{type(self).__name__}.step: expected a first step outside torch.compile, which makes the plan, got none "
+                    f"since set_timesteps with {arguments}"
+                )
             plan = self._chain_plan(*arguments)
             chain = frozenset(plan.timesteps.tolist())
             between = self._has_step()
@@ -192,9 +199,15 @@ class _PlanScheduler:
         noise: Tensor = randn_tensor(sample.shape, generator=generator, device=model_output.device, dtype=model_output.dtype)
         return noise
 
-    def _known(self, timestep: Any, n: int) -> list[int] | None:
-        """The timesteps of a step, where the host knows them: not those on a device, which it would have to wait for."""
+    def _known(self, timestep: Any, model_output: Tensor, sample: Tensor) -> list[int] | None:
+        """The timesteps of a step, where the host knows them: not those on a device, which it would have to wait for.
+
+        Checks the arguments besides, as far as `reverse_step` will not.
+        """
         name = f"{type(self).__name__}.step"
+        check_float(name, "model_output", model_output)
+        check_float(name, "sample", sample)
+        n = sample.shape[0]
         if isinstance(timestep, Tensor):
             if timestep.is_floating_point() or timestep.is_complex() or timestep.dtype == torch.bool:
                 raise TypeError(f"{name}: expected timestep to be an int or an integer tensor, got {timestep.dtype}")
@@ -241,9 +254,9 @@ class _PlanScheduler:
         return cast(Tensor, x_prev), x_0
 
     def _threshold_sample(self, sample: Tensor) -> Tensor:
-        """Dynamic thresholding (Saharia et al. 2022, section 2.3): x_0^ clamped to +-s and divided by s, a quantile of its size.
+        """Dynamic thresholding (Saharia et al. 2022, section 2.3): x_0^ is clamped to +-s and divided by s.
 
-        s is each sample's own, and clamped to 1..sample_max_value. Half precision is thresholded in float32.
+        s is a quantile of each sample's |x_0^|, clamped to 1..sample_max_value. Half precision is thresholded in float32.
         """
         config, wide = self.config, sample.to(opmath(sample.dtype))
         s = torch.quantile(wide.abs().flatten(1), config.dynamic_thresholding_ratio, dim=1)
@@ -316,8 +329,9 @@ class _Steps:
         device = numbered(device)
         if device not in self._on_device:
             self.plan.table(device)
-            total = self.plan.schedule.num_timesteps
-            self._on_device[device] = torch.tensor([self.rows.get(t, 0) for t in range(total)], device=device)
+            rows = [self.rows.get(t, 0) for t in range(self.plan.schedule.num_timesteps)]
+            with torch.inference_mode(False):  # kept for all callers
+                self._on_device[device] = torch.tensor(rows, device=device)
         return self._on_device[device]
 
     def find(self, timestep: int | Tensor, device: torch.device) -> Tensor:
@@ -436,7 +450,7 @@ class DDPMScheduler(_PlanScheduler, diffusers.DDPMScheduler):
         Raises:
             ValueError, TypeError: an argument that is not as above; a timestep, known to the host, that is not in the chain.
         """
-        known = self._known(timestep, len(sample))
+        known = self._known(timestep, model_output, sample)
         steps = self._steps()
         if known is not None and (self.custom_timesteps or self.num_inference_steps is not None):
             missing = [t for t in known if t not in steps.chain]
@@ -553,7 +567,7 @@ class DDIMScheduler(_PlanScheduler, diffusers.DDIMScheduler):
             ValueError, TypeError: an argument that is not as above; set_timesteps was not called.
         """
         self._check_set("step")
-        known = self._known(timestep, len(sample))
+        known = self._known(timestep, model_output, sample)
         steps = self._steps(float(eta), bool(use_clipped_model_output))
         noise = None
         if eta > 0:

@@ -1,0 +1,52 @@
+"""diffusers' loop with this package's schedulers: the same image from the same generator, and noise of each sample's own.
+
+Needs diffusers; the network is the built-in one, which diffusers reads as a folder of its own. Writes diffusers_scheduler.png.
+"""
+
+import diffusers
+import torch
+
+import ddpm_fast
+from ddpm_fast.builtin import BUILTIN
+from ddpm_fast.integrations.diffusers import DDIMScheduler, DDPMScheduler
+from ddpm_fast.reference import STREAM_X_T
+
+unet = diffusers.UNet2DModel.from_pretrained(BUILTIN / "unet", low_cpu_mem_usage=False).eval()
+boot = torch.tensor([9])
+
+
+@torch.no_grad()
+def draw(scheduler, x_t, generator=None):
+    """The loop of every pipeline."""
+    scheduler.set_timesteps(25)
+    for t in scheduler.timesteps:
+        m = unet(x_t, t, class_labels=boot.expand(len(x_t))).sample
+        x_t = scheduler.step(m, t, x_t, generator=generator).prev_sample
+    return x_t
+
+
+# 1. Only the import changes, and the image stays.
+x_T = torch.randn(4, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+theirs = draw(diffusers.DDPMScheduler(), x_T, torch.Generator().manual_seed(1))
+ours = draw(DDPMScheduler(), x_T, torch.Generator().manual_seed(1))
+print(f"largest difference to diffusers: {(ours - theirs).abs().max():.1e}")
+
+# 2. With seeds, an image is its own seed's: the second of four is the same alone.
+scheduler = DDPMScheduler()
+seeds = ddpm_fast.sample_seeds(0, 4)
+
+
+def from_seeds(seeds):
+    scheduler.seeds = seeds
+    return draw(scheduler, ddpm_fast.noise((len(seeds), 1, 32, 32), seeds, stream=STREAM_X_T))
+
+
+images = from_seeds(seeds)
+print(f"the second alone differs by {(from_seeds(seeds[1:2])[0] - images[1]).abs().max():.1e}")
+
+# 3. Any configuration of diffusers becomes one of these schedulers, and its chain a plan for `ddpm_fast.sample`.
+ddim = DDIMScheduler.from_config(scheduler.config, timestep_spacing="trailing")
+ddim.set_timesteps(25)
+model, _ = ddpm_fast.load_builtin()
+fast = ddpm_fast.sample(model, ddim.sampling_plan(), 4, seed=0, class_labels=9, progress=False)
+ddpm_fast.save_grid(torch.cat([ours, images, fast]), "diffusers_scheduler.png", columns=4)
