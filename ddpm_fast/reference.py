@@ -17,6 +17,7 @@ from torch import Tensor
 STREAM_X_T: Final = 0xFFFFFFFF  # the initial x_T of a sampler
 STREAM_Q_SAMPLE: Final = 0xFFFFFFFE  # the epsilon of q_sample and denoising_loss
 STREAM_SEEDS: Final = 0xFFFFFFFD  # sample_seeds
+STREAM_OFFSET: Final = 0xFFFFFFFC  # offset noise: a normal for each channel
 
 # What a model predicts, and how it gives the variance of a reverse step: the integer codes that kernels take.
 PREDICTIONS: Final = ("epsilon", "sample", "v_prediction")

@@ -66,6 +66,25 @@ def save_checkpoint(path: str | os.PathLike[str], config: UNetConfig, weights: M
             temporary.write_text(text + "\n", encoding="utf-8")
 
 
+def check_weights(
+    caller: str, path: str | os.PathLike[str], owner: str, expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]
+) -> None:
+    """ValueError where names or shapes of the weights read from `path` are not those that their owner expects."""
+    missing, unexpected = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
+    for kind, names in (("missing", missing), ("unexpected", unexpected)):
+        if names:
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            raise ValueError(
+                f"{caller}: expected the weights in {os.fspath(path)!r} to fit {owner}, got {kind} {', '.join(names[:5])}{more}"
+            )
+    for name, tensor in expected.items():
+        if weights[name].shape != tensor.shape:
+            raise ValueError(
+                f"{caller}: expected {name} to have shape {list(tensor.shape)} (by {owner}), "
+                f"got {list(weights[name].shape)} in {os.fspath(path)!r}"
+            )
+
+
 def _read_config(folder: Path) -> UNetConfig:
     file = folder / _CONFIG
     if not file.is_file():

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops._library import check_range, is_plain
-from .checkpoint import load_checkpoint, save_checkpoint
+from .checkpoint import check_weights, load_checkpoint, save_checkpoint
 from .config import UNetConfig
 from .conv import Conv3x3
 from .layers import (
@@ -143,7 +143,7 @@ class UNet(nn.Module):
         with torch.device("meta"):
             model = cls(**config.to_dict())
         expected = model.state_dict()
-        _check_weights(path, expected, weights)
+        check_weights("from_pretrained", path, "its config.json", expected, weights)
         dtype = torch.float32 if dtype is None else dtype
         model.load_state_dict({name: weights[name].to(device, dtype) for name in expected}, assign=True)
         return model.eval()
@@ -302,20 +302,3 @@ def _resnet(
 
 def _attention(cfg: UNetConfig, channels: int) -> Attention:
     return Attention(channels, head_dim=cfg.attention_head_dim, num_groups=cfg.norm_num_groups, eps=cfg.norm_eps)
-
-
-def _check_weights(path: str | os.PathLike[str], expected: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
-    missing, unexpected = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
-    for kind, names in (("missing", missing), ("unexpected", unexpected)):
-        if names:
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            raise ValueError(
-                f"from_pretrained: expected the weights in {os.fspath(path)!r} to fit its config.json, "
-                f"got {kind} {', '.join(names[:5])}{more}"
-            )
-    for name, tensor in expected.items():
-        if weights[name].shape != tensor.shape:
-            raise ValueError(
-                f"from_pretrained: expected {name} to have shape {list(tensor.shape)} (by config.json), "
-                f"got {list(weights[name].shape)} in {os.fspath(path)!r}"
-            )

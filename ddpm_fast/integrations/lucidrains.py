@@ -1,0 +1,692 @@
+"""denoising-diffusion-pytorch on this package's kernels: `GaussianDiffusion` of its version 2.x, and its Trainer's files."""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import re
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any, Final, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .. import graph
+from ..networks import device_and_dtype, evaluation_mode, model_config
+from ..nn.checkpoint import check_weights
+from ..ops import denoising_loss, q_sample, reverse_step
+from ..ops import noise as draw_noise
+from ..ops._library import check_float, check_like, check_number, check_seeds
+from ..plan import Prediction, SamplingPlan, ddim_plan, ddpm_plan
+from ..reference import STREAM_OFFSET, STREAM_Q_SAMPLE, STREAM_X_T
+from ..sample import resolve_seeds
+from ..schedule import NoiseSchedule
+
+_PREDICTIONS: Final[dict[str, Prediction]] = {"pred_noise": "epsilon", "pred_x0": "sample", "pred_v": "v_prediction"}
+_SCHEDULE_KWARGS: Final = {"linear": (), "cosine": ("s",), "sigmoid": ("start", "end", "tau", "clamp_min")}
+
+
+class ModelPrediction(NamedTuple):
+    """Both [N, C, H, W]."""
+
+    pred_noise: Tensor
+    pred_x_start: Tensor
+
+
+class GaussianDiffusion(nn.Module):
+    """Trains a model, called, and samples from it: the interface and the state_dict of denoising-diffusion-pytorch 2.x.
+
+    Images are in [0, 1], inside in [-1, 1] (unless auto_normalize is off). With the same state of torch's global generator
+    (and, for self-conditioning in training, of Python's) the draws are the original's, in its order. With `seed` or `seeds`
+    image i's noise depends on its own seed alone, is drawn inside the kernels, and leaves the generators as they are.
+
+    Sampling takes one kernel a step, from the model's output to x_{t-1} (`reverse_step`), and a constant amount of memory. The
+    model is in eval mode for it. A `UNet` of this package runs in its inference form, in its own dtype.
+
+    Args:
+        model: called as model(x_t, t, x_self_cond) with x_t [N, C, H, W], t int64 [N] and x_self_cond like x_t or None. It has
+            the attributes `channels` and `out_dim`, equal to each other, and may have `self_condition`, as the original's
+            `Unet`; or a config with in_channels and out_channels, as a `UNet` of this package or of diffusers.
+        image_size: of an image: H = W, or (H, W).
+        timesteps: T.
+        sampling_timesteps: S of `sample`: below T it is DDIM. None: T, ancestral sampling (Ho et al. 2020, Algorithm 2).
+        objective: what the model predicts: "pred_noise", "pred_x0" or "pred_v" (Salimans and Ho 2022).
+        beta_schedule: "linear", with the ends times 1000 / T; "cosine" (Nichol and Dhariwal 2021) or "sigmoid" (Jabri et al.
+            2022).
+        schedule_fn_kwargs: "cosine": s; "sigmoid": start, end, tau (and clamp_min, which the original ignores too).
+        ddim_sampling_eta: 0 is deterministic; see `ddim_plan`.
+        auto_normalize: map images from [0, 1] to [-1, 1], and back.
+        offset_noise_strength: of one more normal a channel in the noise of training; at least 0.
+        min_snr_loss_weight, min_snr_gamma: losses are weighted as if the signal-to-noise ratio were at most gamma (Hang et al.
+            2023).
+        immiscible: assign noise to the images of a batch that are near (Li et al. 2024); needs SciPy.
+
+    Attributes:
+        schedule: the `NoiseSchedule`. A state_dict that is loaded brings its own, as its buffers have it.
+        betas, alphas_cumprod, ..., loss_weight: 13 buffers, float32 [T], with the original's names.
+
+    Raises:
+        ValueError, TypeError: an argument that is not as above, or a schedule with betas outside (0, 1].
+    """
+
+    betas: Tensor
+    alphas_cumprod: Tensor
+    alphas_cumprod_prev: Tensor
+    sqrt_alphas_cumprod: Tensor
+    sqrt_one_minus_alphas_cumprod: Tensor
+    log_one_minus_alphas_cumprod: Tensor
+    sqrt_recip_alphas_cumprod: Tensor
+    sqrt_recipm1_alphas_cumprod: Tensor
+    posterior_variance: Tensor
+    posterior_log_variance_clipped: Tensor
+    posterior_mean_coef1: Tensor
+    posterior_mean_coef2: Tensor
+    loss_weight: Tensor
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        image_size: int | Sequence[int],
+        timesteps: int = 1000,
+        sampling_timesteps: int | None = None,
+        objective: Literal["pred_noise", "pred_x0", "pred_v"] = "pred_v",
+        beta_schedule: Literal["linear", "cosine", "sigmoid"] = "sigmoid",
+        schedule_fn_kwargs: Mapping[str, float] | None = None,
+        ddim_sampling_eta: float = 0.0,
+        auto_normalize: bool = True,
+        offset_noise_strength: float = 0.0,
+        min_snr_loss_weight: bool = False,
+        min_snr_gamma: float = 5,
+        immiscible: bool = False,
+    ) -> None:
+        super().__init__()
+        self.channels, self.self_condition = _checked_model(model)
+        self.image_size = _checked_size(image_size)
+        _check(_is_int(timesteps) and timesteps >= 1, "timesteps to be a positive integer", timesteps)
+        sampling_timesteps = timesteps if sampling_timesteps is None else sampling_timesteps
+        in_range = _is_int(sampling_timesteps) and 1 <= sampling_timesteps <= timesteps
+        _check(in_range, f"sampling_timesteps to be an integer in 1..{timesteps} or None", sampling_timesteps)
+        _check(objective in _PREDICTIONS, f"objective to be one of {', '.join(_PREDICTIONS)}", objective)
+        for name, value in (
+            ("ddim_sampling_eta", ddim_sampling_eta),
+            ("offset_noise_strength", offset_noise_strength),
+            ("min_snr_gamma", min_snr_gamma),
+        ):
+            check_number("GaussianDiffusion", name, value)
+        _check(0 <= ddim_sampling_eta < math.inf, "ddim_sampling_eta to be at least 0", ddim_sampling_eta)
+        _check(0 <= offset_noise_strength < math.inf, "offset_noise_strength to be at least 0", offset_noise_strength)
+        _check(min_snr_gamma > 0, "min_snr_gamma to be positive", min_snr_gamma)
+
+        self.model = model
+        self.objective = objective
+        self.num_timesteps = timesteps
+        self.sampling_timesteps, self.ddim_sampling_eta = sampling_timesteps, ddim_sampling_eta
+        self.is_ddim_sampling = sampling_timesteps < timesteps
+        self.auto_normalize = auto_normalize
+        self.offset_noise_strength = offset_noise_strength
+        self.immiscible = immiscible
+        self.schedule = _schedule(beta_schedule, timesteps, schedule_fn_kwargs or {})
+        for name, buffer in _buffers(self.schedule).items():
+            self.register_buffer(name, buffer.to(torch.float32))
+        gamma = min_snr_gamma if min_snr_loss_weight else math.inf
+        self.register_buffer("loss_weight", _loss_weight(self.schedule, objective, gamma).to(torch.float32))
+        self.plan  # noqa: B018  # raises where the schedule and the objective, or eta, do not go together
+
+    @property
+    def device(self) -> torch.device:
+        """Where the buffers are."""
+        return self.betas.device
+
+    @property
+    def plan(self) -> SamplingPlan:
+        """What `sample` follows, by the present values of sampling_timesteps and the like; `ddpm_fast.sample` takes it too."""
+        return self._ddim_plan() if self.is_ddim_sampling else self._ddpm_plan()
+
+    def _ddpm_plan(self) -> SamplingPlan:
+        return _ancestral(self.schedule, _PREDICTIONS[self.objective])
+
+    def _ddim_plan(self) -> SamplingPlan:
+        return _implicit(self.schedule, self.sampling_timesteps, _PREDICTIONS[self.objective], self.ddim_sampling_eta)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        betas = self.betas.detach().to("cpu", torch.float64)
+        if not torch.allclose(betas, self.schedule.betas, rtol=1e-6, atol=0):  # another schedule's, not other roundings
+            try:
+                self.schedule = NoiseSchedule.from_betas(betas)
+            except ValueError as error:
+                args[-1].append(str(error))  # the errors that load_state_dict raises together
+
+    # -------------------------------------------------------------------------------------------------------- formulas
+
+    def predict_start_from_noise(self, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """x_0 = (x_t - sqrt(1 - abar_t) epsilon) / sqrt(abar_t): derivation eq. 3. t: int64 [N], as in all methods."""
+        return _at(self.sqrt_recip_alphas_cumprod, t, x_t) * x_t - _at(self.sqrt_recipm1_alphas_cumprod, t, x_t) * noise
+
+    def predict_noise_from_start(self, x_t: Tensor, t: Tensor, x0: Tensor) -> Tensor:
+        """epsilon = (x_t - sqrt(abar_t) x_0) / sqrt(1 - abar_t): derivation eq. 3."""
+        return (_at(self.sqrt_recip_alphas_cumprod, t, x_t) * x_t - x0) / _at(self.sqrt_recipm1_alphas_cumprod, t, x_t)
+
+    def predict_v(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """v = sqrt(abar_t) epsilon - sqrt(1 - abar_t) x_0 (Salimans and Ho 2022, appendix D)."""
+        signal, sigma = (_at(table, t, x_start) for table in (self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod))
+        return signal * noise - sigma * x_start
+
+    def predict_start_from_v(self, x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
+        """x_0 = sqrt(abar_t) x_t - sqrt(1 - abar_t) v."""
+        return _at(self.sqrt_alphas_cumprod, t, x_t) * x_t - _at(self.sqrt_one_minus_alphas_cumprod, t, x_t) * v
+
+    def q_posterior(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, variance and log-variance of q(x_{t-1} | x_t, x_0), the last two [N, 1, 1, 1]: derivation eq. 6-8."""
+        mean = _at(self.posterior_mean_coef1, t, x_t) * x_start + _at(self.posterior_mean_coef2, t, x_t) * x_t
+        return mean, _at(self.posterior_variance, t, x_t), _at(self.posterior_log_variance_clipped, t, x_t)
+
+    def model_predictions(
+        self,
+        x: Tensor,
+        t: Tensor,
+        x_self_cond: Tensor | None = None,
+        clip_x_start: bool = False,
+        rederive_pred_noise: bool = False,
+    ) -> ModelPrediction:
+        """The model's epsilon and x_0 for x_t.
+
+        Args:
+            clip_x_start: clamp x_0 to [-1, 1].
+            rederive_pred_noise: have epsilon follow from the clamped x_0 for "pred_noise" too, as for the other objectives.
+        """
+        output = _evaluate(self.model, x, t, x_self_cond)
+        if self.objective == "pred_noise":
+            x_start = self.predict_start_from_noise(x, t, output)
+        else:
+            x_start = output if self.objective == "pred_x0" else self.predict_start_from_v(x, t, output)
+        if clip_x_start:
+            x_start = x_start.clamp(-1, 1)
+        if self.objective == "pred_noise" and not (clip_x_start and rederive_pred_noise):
+            return ModelPrediction(output, x_start)
+        return ModelPrediction(self.predict_noise_from_start(x, t, x_start), x_start)
+
+    def p_mean_variance(
+        self, x: Tensor, t: Tensor, x_self_cond: Tensor | None = None, clip_denoised: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Mean, variance and log-variance of p(x_{t-1} | x_t), and the x_0 (clamped by clip_denoised) that they follow from."""
+        x_start = self.model_predictions(x, t, x_self_cond, clip_x_start=clip_denoised).pred_x_start
+        return *self.q_posterior(x_start, x, t), x_start
+
+    # -------------------------------------------------------------------------------------------------------- sampling
+
+    @torch.no_grad()
+    def p_sample(
+        self, x: Tensor, t: int, x_self_cond: Tensor | None = None, *, seeds: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """One step of ancestral sampling, x_t to x_{t-1}: derivation eq. 13.
+
+        Args:
+            x: x_t, [N, C, H, W].
+            t: 0..T-1.
+            seeds: int64 [N]; None: torch's global generator, which is asked where t > 0.
+
+        Returns:
+            x_{t-1} and the x_0, in [-1, 1], that it follows from.
+        """
+        check_float("p_sample", "x", x, min_dim=4)
+        self._check_t("p_sample", t)
+        if x_self_cond is not None:
+            check_like("p_sample", "x_self_cond", x_self_cond, "x", x)
+        if seeds is not None:
+            seeds = check_seeds("p_sample", seeds, x.shape[0], x.device)
+        stepped = self._step(self.model, x, self.num_timesteps - 1 - t, self._ddpm_plan(), x_self_cond, seeds, return_x_0=True)
+        assert isinstance(stepped, tuple)
+        return stepped
+
+    def p_sample_loop(
+        self,
+        shape: Sequence[int],
+        return_all_timesteps: bool = False,
+        *,
+        seed: int | Tensor | None = None,
+        progress: bool = True,
+    ) -> Tensor:
+        """Ancestral sampling in T steps (Ho et al. 2020, Algorithm 2), whatever sampling_timesteps is.
+
+        Args:
+            shape: (N, C, H, W).
+            return_all_timesteps: give x_T and the states after every step too.
+            seed: an int, or int64 [N], a seed an image; None: torch's global generator.
+            progress: show a progress bar.
+
+        Returns:
+            [N, C, H, W]; with return_all_timesteps [N, S + 1, C, H, W], x_T first. On `device`, in float32 (float64 for a
+            float64 model), in [0, 1] with auto_normalize, else in [-1, 1]; x_T and other noisy states exceed that.
+        """
+        return self._sample("p_sample_loop", self._ddpm_plan(), shape, return_all_timesteps, seed, progress)
+
+    def ddim_sample(
+        self,
+        shape: Sequence[int],
+        return_all_timesteps: bool = False,
+        *,
+        seed: int | Tensor | None = None,
+        progress: bool = True,
+    ) -> Tensor:
+        """DDIM (Song et al. 2021) in sampling_timesteps steps, epsilon following from the clamped x_0. See `p_sample_loop`."""
+        return self._sample("ddim_sample", self._ddim_plan(), shape, return_all_timesteps, seed, progress)
+
+    def sample(
+        self,
+        batch_size: int = 16,
+        return_all_timesteps: bool = False,
+        *,
+        seed: int | Tensor | None = None,
+        progress: bool = True,
+    ) -> Tensor:
+        """Draws images: `ddim_sample` where sampling_timesteps is below T, else `p_sample_loop`, which has the arguments.
+
+        With a seed, image i is that of `ddpm_fast.sample(model, diffusion.plan, batch_size, seed=seed)`, but in [0, 1].
+        """
+        _check(_is_int(batch_size) and batch_size >= 1, "batch_size to be a positive integer", batch_size, "sample")
+        loop = self.ddim_sample if self.is_ddim_sampling else self.p_sample_loop
+        return loop((batch_size, self.channels, *self.image_size), return_all_timesteps, seed=seed, progress=progress)
+
+    @torch.no_grad()
+    def interpolate(
+        self,
+        x1: Tensor,
+        x2: Tensor,
+        t: int | None = None,
+        lam: float | Tensor = 0.5,
+        *,
+        seed: int | Tensor | None = None,
+        progress: bool = True,
+    ) -> Tensor:
+        """Between two batches: both noised to t and mixed, then ancestral steps from t - 1 on (as the original has it).
+
+        Args:
+            x1, x2: [N, C, H, W] in [-1, 1]: this method maps no images, as the original does not.
+            t: 0..T-1; None: T - 1.
+            lam: the share of x2: a number, or a tensor that broadcasts, so [N, 1, 1, 1] gives each pair its own.
+            seed: as in `p_sample_loop`; x1 and x2 get different noise.
+
+        Returns:
+            [N, C, H, W], in [-1, 1].
+        """
+        where = "interpolate"
+        check_float(where, "x1", x1, min_dim=4)
+        check_like(where, "x2", x2, "x1", x1)
+        t = self.num_timesteps - 1 if t is None else t
+        self._check_t(where, t)
+        if not isinstance(lam, Tensor):
+            check_number(where, "lam", lam)
+        seeds = None if seed is None else resolve_seeds(where, seed, len(x1)).to(x1.device)
+        noise_2 = None if seeds is None else draw_noise(x2.shape, seeds, stream=STREAM_X_T, dtype=x2.dtype)
+        times = torch.full((len(x1),), t, device=x1.device)
+        x_t_1, x_t_2 = self.q_sample(x1, times, seeds=seeds), self.q_sample(x2, times, noise_2)
+        x_t = (1 - lam) * x_t_1 + lam * x_t_2
+        return self._reverse(self._ddpm_plan(), x_t, seeds, progress, first=self.num_timesteps - t)
+
+    @torch.no_grad()
+    def _sample(
+        self,
+        where: str,
+        plan: SamplingPlan,
+        shape: Sequence[int],
+        return_all_timesteps: bool,
+        seed: int | Tensor | None,
+        progress: bool,
+    ) -> Tensor:
+        wanted = f"shape to be (N, {self.channels}, H, W), positive integers"
+        ints = isinstance(shape, Sequence) and len(shape) == 4 and all(_is_int(size) and size >= 1 for size in shape)
+        _check(ints and shape[1] == self.channels, wanted, shape, where)
+        shape = tuple(shape)
+        seeds = None if seed is None else resolve_seeds(where, seed, shape[0]).to(self.device)
+        _, dtype = device_and_dtype(self.model)
+        dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        if seeds is None:
+            x_t = torch.randn(shape, device=self.device, dtype=dtype)
+        else:
+            x_t = draw_noise(shape, seeds, stream=STREAM_X_T, dtype=dtype)
+        states = None
+        if return_all_timesteps:
+            states = x_t.new_empty((shape[0], plan.num_steps + 1, *shape[1:]))
+        x_0 = self._reverse(plan, x_t, seeds, progress, states=states)
+        images = x_0 if states is None else states
+        return images.add_(1).mul_(0.5) if self.auto_normalize else images
+
+    def _reverse(
+        self,
+        plan: SamplingPlan,
+        x_t: Tensor,
+        seeds: Tensor | None,
+        progress: bool,
+        *,
+        first: int = 0,
+        states: Tensor | None = None,
+    ) -> Tensor:
+        """Takes x_t through the plan from row `first` on, in place; `states` gets it before and after every step."""
+        if states is not None:
+            states[:, 0] = x_t
+        _, dtype = device_and_dtype(self.model)
+        with graph.session(self.model, x_t.device, dtype, self.num_timesteps, None) as running:
+            network = self.model if running.network is None else running.network
+            x_0 = None  # of the step before
+            with evaluation_mode(network):
+                for step in tqdm(range(first, plan.num_steps), desc="sampling", unit="step", disable=not progress):
+                    stepped = self._step(network, x_t, step, plan, x_0, seeds, return_x_0=self.self_condition, out=x_t)
+                    if isinstance(stepped, tuple):
+                        x_0 = stepped[1]
+                    if states is not None:
+                        states[:, step + 1] = x_t
+        return x_t
+
+    def _step(
+        self,
+        network: nn.Module,
+        x_t: Tensor,
+        step: int,
+        plan: SamplingPlan,
+        x_self_cond: Tensor | None,
+        seeds: Tensor | None,
+        *,
+        return_x_0: bool,
+        out: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        t = torch.full((len(x_t),), int(plan.timesteps[step]), device=x_t.device)
+        output = _evaluate(network, x_t, t, x_self_cond)
+        z = None
+        if seeds is None:
+            # The last step draws nothing. Others do even where eta is 0: the generator ends in the state the original leaves.
+            z = torch.randn_like(x_t) if step < plan.num_steps - 1 else torch.zeros_like(x_t)
+        return reverse_step(x_t, output, step, plan, noise=z, seeds=seeds, return_x_0=return_x_0, out=out)
+
+    def _check_t(self, where: str, t: int) -> None:
+        _check(_is_int(t) and 0 <= t < self.num_timesteps, f"t to be an integer in 0..{self.num_timesteps - 1}", t, where)
+
+    # -------------------------------------------------------------------------------------------------------- training
+
+    @torch.no_grad()
+    def noise_assignment(self, x_start: Tensor, noise: Tensor) -> Tensor:
+        """The permutation of the noise with the least sum of distances to the images (Li et al. 2024): int64 [N].
+
+        ImportError: SciPy is missing.
+        """
+        try:
+            from scipy.optimize import linear_sum_assignment
+        except ImportError as error:
+            raise ImportError("noise_assignment: immiscible noise needs SciPy (pip install scipy)") from error
+        check_float("noise_assignment", "x_start", x_start)
+        check_like("noise_assignment", "noise", noise, "x_start", x_start)
+        distances = torch.cdist(x_start.flatten(1), noise.flatten(1))
+        return torch.from_numpy(linear_sum_assignment(distances.cpu().numpy())[1]).to(x_start.device)
+
+    def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None, *, seeds: Tensor | None = None) -> Tensor:
+        """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) epsilon: derivation eq. 3. See `p_losses`."""
+        noise, seeds = self._epsilon("q_sample", x_start, noise, seeds, offset_strength=0)
+        return q_sample(x_start, t, self.schedule, noise=noise, seeds=seeds)
+
+    def p_losses(
+        self,
+        x_start: Tensor,
+        t: Tensor,
+        noise: Tensor | None = None,
+        offset_noise_strength: float | None = None,
+        loss_reduction: Literal["mean", "none"] = "mean",
+        *,
+        seeds: Tensor | None = None,
+    ) -> Tensor:
+        """The loss: derivation eq. 12 and its x_0 and v forms, weighted by `loss_weight`.
+
+        With self-conditioning, half of the calls, by Python's `random`, first have the model predict the x_0 it is given.
+
+        Args:
+            x_start: [N, C, H, W], floating, in [-1, 1].
+            t: int64 [N].
+            noise: epsilon, like x_start; or
+            seeds: int64 [N]: epsilon is drawn in the kernels, forward and backward, and never stored, unless it is assigned or
+                offset. None of both: torch's global generator.
+            offset_noise_strength: None: that of the constructor.
+            loss_reduction: "mean", or "none": [N].
+        """
+        where = "p_losses"
+        check_float(where, "x_start", x_start, min_dim=4)
+        times = t.shape == x_start.shape[:1] if isinstance(t, Tensor) else False
+        _check(
+            times, f"t to be an int64 tensor of shape [{len(x_start)}]", list(t.shape) if isinstance(t, Tensor) else t, where
+        )
+        _check(loss_reduction in ("mean", "none"), 'loss_reduction to be "mean" or "none"', loss_reduction, where)
+        strength = self.offset_noise_strength if offset_noise_strength is None else offset_noise_strength
+        check_number(where, "offset_noise_strength", strength)
+        _check(0 <= strength < math.inf, "offset_noise_strength to be at least 0", strength, where)
+        noise, seeds = self._epsilon(where, x_start, noise, seeds, strength)
+        x_t = q_sample(x_start, t, self.schedule, noise=noise, seeds=seeds)
+        x_self_cond = None
+        if self.self_condition and random.random() < 0.5:
+            with torch.no_grad():
+                x_self_cond = self.model_predictions(x_t, t).pred_x_start
+        return denoising_loss(
+            _evaluate(self.model, x_t, t, x_self_cond),
+            x_start,
+            t,
+            self.schedule,
+            prediction=_PREDICTIONS[self.objective],
+            noise=noise,
+            seeds=seeds,
+            weight=self.loss_weight[t],
+            reduction=loss_reduction,
+        )
+
+    def random_times(self, batch_size: int) -> Tensor:
+        """Timesteps, uniform in 0..T-1, from torch's global generator: int64 [batch_size]."""
+        return torch.randint(0, self.num_timesteps, (batch_size,), device=self.device)
+
+    def forward(
+        self,
+        img: Tensor,
+        noise: Tensor | None = None,
+        offset_noise_strength: float | None = None,
+        *,
+        times: Tensor | None = None,
+        loss_reduction: Literal["mean", "none"] = "mean",
+        seeds: Tensor | None = None,
+    ) -> Tensor:
+        """The loss of a batch of images. See `p_losses`.
+
+        Args:
+            img: [N, C, H, W], floating, in [0, 1] (with auto_normalize).
+            times: int64 [N]; None: `random_times`.
+        """
+        where = "GaussianDiffusion"
+        check_float(where, "img", img, min_dim=4)
+        if tuple(img.shape[1:]) != (self.channels, *self.image_size):
+            wanted = ", ".join(str(size) for size in (self.channels, *self.image_size))
+            raise ValueError(f"{where}: expected img to have shape [N, {wanted}], got {list(img.shape)}")
+        times = self.random_times(len(img)) if times is None else times
+        x_start = img * 2 - 1 if self.auto_normalize else img
+        return self.p_losses(x_start, times, noise, offset_noise_strength, loss_reduction, seeds=seeds)
+
+    def _epsilon(
+        self, where: str, x_start: Tensor, noise: Tensor | None, seeds: Tensor | None, offset_strength: float
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """noise and seeds as the ops of training take them: seeds where the kernels can draw all of it by themselves."""
+        if noise is not None and seeds is not None:
+            raise ValueError(f"{where}: expected at most one of noise and seeds, got both")
+        if seeds is not None:
+            seeds = check_seeds(where, seeds, len(x_start), x_start.device)
+            if offset_strength == 0 and not self.immiscible:
+                return None, seeds
+            noise = draw_noise(x_start.shape, seeds, stream=STREAM_Q_SAMPLE, dtype=x_start.dtype)
+        elif noise is None:
+            noise = torch.randn_like(x_start)
+        check_like(where, "noise", noise, "x_start", x_start)
+        if offset_strength > 0:
+            shape, dtype = x_start.shape[:2], x_start.dtype
+            if seeds is None:
+                offset = torch.randn(shape, device=x_start.device, dtype=dtype)
+            else:
+                offset = draw_noise(shape, seeds, stream=STREAM_OFFSET, dtype=dtype)
+            noise = noise + offset_strength * offset[:, :, None, None]
+        if self.immiscible:
+            noise = noise[self.noise_assignment(x_start, noise)]
+        return noise, None
+
+
+def load_checkpoint(
+    diffusion: GaussianDiffusion, path: str | os.PathLike[str], *, weights: Literal["ema", "model"] = "ema"
+) -> int:
+    """Reads a checkpoint that denoising-diffusion-pytorch's Trainer saved (model-N.pt), without running code it might hold.
+
+    Args:
+        diffusion: for a model like the one that was trained. Left as it is where the checkpoint does not fit.
+        path: the file.
+        weights: "ema", the moving average of the weights, which the Trainer samples with; or "model", the weights themselves.
+
+    Returns:
+        The step of training.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, holds objects that only code can rebuild (pickle), is no checkpoint of the Trainer, or its
+            names or shapes do not fit.
+    """
+    where = "load_checkpoint"
+    _check(weights in ("ema", "model"), 'weights to be "ema" or "model"', weights, where)
+    if not isinstance(diffusion, GaussianDiffusion):
+        raise TypeError(
+            f"{where}: expected diffusion to be a GaussianDiffusion of this package, got {type(diffusion).__name__}"
+        )
+    path = os.fspath(path)
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{where}: expected path to be a file, got {path!r}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of many kinds, as the unpickler takes the bytes as they come
+        needed = re.search(r"GLOBAL (\S+)", str(error))
+        if needed is not None:
+            raise ValueError(
+                f"{where}: expected {path!r} to hold tensors and plain values, got a {needed[1]}, which needs pickle, and "
+                "pickle may run any code: if you trust the file, load it by torch.load(weights_only=False) and save its "
+                "step, model and ema"
+            ) from error
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        raise ValueError(f"{where}: expected {path!r} to be a whole file of torch.save, got {reason}") from error
+    content = checkpoint if isinstance(checkpoint, dict) else {}
+    step, state = content.get("step"), content.get(weights)
+    if not isinstance(step, int) or not isinstance(state, dict):
+        got = f"one with {', '.join(map(str, content)) or 'no names'}"
+        raise ValueError(f"{where}: expected {path!r} to be a Trainer's checkpoint, with step, model and ema, got {got}")
+    if weights == "ema":
+        prefix = "ema_model."
+        state = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    check_weights(where, path, "the model", diffusion.state_dict(), state)
+    diffusion.load_state_dict(state)
+    return step
+
+
+# ---------------------------------------------------------------------------------------------------------------- details
+
+
+def _at(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
+    """table[t], [N], shaped so that it broadcasts over `like` [N, ...]."""
+    return table[t].reshape(-1, *[1] * (like.dim() - 1))
+
+
+def _evaluate(model: nn.Module, x_t: Tensor, t: Tensor, x_self_cond: Tensor | None) -> Tensor:
+    """The model's output, also where it comes inside an object with the field `sample`, as diffusers' models give it."""
+    _, dtype = device_and_dtype(model)
+    output = model(x_t.to(dtype), t, None if x_self_cond is None else x_self_cond.to(dtype))
+    tensor: Tensor = getattr(output, "sample", output)
+    if tensor.shape != x_t.shape:
+        raise ValueError(
+            f"GaussianDiffusion: expected the model's output to have the shape of x_t, {list(x_t.shape)}, "
+            f"got {list(tensor.shape)}"
+        )
+    return tensor
+
+
+def _schedule(name: str, timesteps: int, kwargs: Mapping[str, float]) -> NoiseSchedule:
+    _check(name in _SCHEDULE_KWARGS, f"beta_schedule to be one of {', '.join(_SCHEDULE_KWARGS)}", name)
+    unknown = sorted(kwargs.keys() - set(_SCHEDULE_KWARGS[name]))
+    known = ", ".join(_SCHEDULE_KWARGS[name]) or "nothing"
+    _check(not unknown, f'schedule_fn_kwargs to have {known} for beta_schedule "{name}"', ", ".join(unknown))
+    for key, value in kwargs.items():
+        check_number("GaussianDiffusion", f"schedule_fn_kwargs[{key!r}]", value)
+    given = {key: value for key, value in kwargs.items() if key != "clamp_min"}
+    if name == "linear":
+        return NoiseSchedule.linear(timesteps, scale_to_num_timesteps=True)
+    if name == "cosine":
+        return NoiseSchedule.cosine(timesteps, **given)
+    return NoiseSchedule.sigmoid(timesteps, **given, float32_ends=True)
+
+
+def _buffers(schedule: NoiseSchedule) -> dict[str, Tensor]:
+    """float64 [T], under the original's names."""
+    return {
+        "betas": schedule.betas,
+        "alphas_cumprod": schedule.alpha_bars,
+        "alphas_cumprod_prev": schedule.alpha_bars_prev,
+        "sqrt_alphas_cumprod": schedule.sqrt_alpha_bars,
+        "sqrt_one_minus_alphas_cumprod": schedule.sqrt_one_minus_alpha_bars,
+        "log_one_minus_alphas_cumprod": (1 - schedule.alpha_bars).log(),
+        "sqrt_recip_alphas_cumprod": (1 / schedule.alpha_bars).sqrt(),
+        "sqrt_recipm1_alphas_cumprod": (1 / schedule.alpha_bars - 1).sqrt(),
+        "posterior_variance": schedule.posterior_variance,
+        "posterior_log_variance_clipped": schedule.posterior_variance.clamp(min=1e-20).log(),
+        "posterior_mean_coef1": schedule.posterior_mean_coef_x_0,
+        "posterior_mean_coef2": schedule.posterior_mean_coef_x_t,
+    }
+
+
+def _loss_weight(schedule: NoiseSchedule, objective: str, gamma: float) -> Tensor:
+    """The weight of each timestep's loss: for "pred_x0" the signal-to-noise ratio, at most gamma (Hang et al. 2023)."""
+    clamped = schedule.snr.clamp(max=gamma)
+    if objective == "pred_noise":
+        return (gamma / schedule.snr).clamp(max=1)  # min(snr, gamma) / snr, also where snr is 0
+    return clamped if objective == "pred_x0" else clamped / (schedule.snr + 1)
+
+
+@lru_cache(maxsize=8)
+def _ancestral(schedule: NoiseSchedule, prediction: Prediction) -> SamplingPlan:
+    return ddpm_plan(schedule, prediction=prediction)
+
+
+@lru_cache(maxsize=8)
+def _implicit(schedule: NoiseSchedule, num_steps: int, prediction: Prediction, eta: float) -> SamplingPlan:
+    # The original's timesteps, to the roundings of their float32.
+    edges = torch.linspace(-1, schedule.num_timesteps - 1, num_steps + 1, dtype=torch.float32).to(torch.int64)
+    spacing = edges[1:].flip(0).tolist()
+    return ddim_plan(schedule, None, spacing=spacing, prediction=prediction, eta=eta, use_clipped_model_output=True)
+
+
+def _checked_model(model: nn.Module) -> tuple[int, bool]:
+    """Channels of its images, and whether it conditions on its own x_0."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"GaussianDiffusion: expected model to be a torch.nn.Module, got {type(model).__name__}")
+    config = model_config(model)
+    channels: Any = getattr(model, "channels", config.get("in_channels"))
+    out_dim = getattr(model, "out_dim", config.get("out_channels"))
+    wanted = "model to have the attributes channels and out_dim, or a config with in_channels and out_channels"
+    _check(_is_int(channels) and _is_int(out_dim), wanted, type(model).__name__)
+    _check(channels == out_dim, "a model with as many channels out as in", f"channels {channels}, out_dim {out_dim}")
+    fourier = getattr(model, "random_or_learned_sinusoidal_cond", False)
+    _check(not fourier, "a model without random or learned sinusoidal embeddings of t", "random_or_learned_sinusoidal_cond")
+    _check(config.get("num_class_embeds") is None, "a model without classes", "num_class_embeds in its config")
+    return channels, bool(getattr(model, "self_condition", False))
+
+
+def _checked_size(size: int | Sequence[int]) -> tuple[int, int]:
+    pair = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, Sequence) else ()
+    fits = len(pair) == 2 and all(_is_int(side) and side >= 1 for side in pair)
+    _check(fits, "image_size to be a positive integer or two, (H, W)", size)
+    return pair[0], pair[1]
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check(holds: bool, wanted: str, got: object, where: str = "GaussianDiffusion") -> None:
+    if not holds:
+        raise ValueError(f"{where}: expected {wanted}, got {got!r}")
