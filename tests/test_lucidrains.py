@@ -798,9 +798,7 @@ def test_files_that_are_no_checkpoints(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match='load_checkpoint: expected weights to be "ema" or "model", got \'average\''):
         load_checkpoint(make(), file, weights=wrong)
     model: Any = Net()
-    with pytest.raises(
-        TypeError, match="load_checkpoint: expected diffusion to be a GaussianDiffusion .*, got Net"
-    ):
+    with pytest.raises(TypeError, match=r"load_checkpoint: expected diffusion to be a GaussianDiffusion .*, got Net"):
         load_checkpoint(model, file)
 
 

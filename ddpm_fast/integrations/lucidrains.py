@@ -20,12 +20,13 @@ from ..nn.checkpoint import check_weights
 from ..ops import denoising_loss, q_sample, reverse_step
 from ..ops import noise as draw_noise
 from ..ops._library import check_float, check_like, check_number, check_seeds
-from ..plan import Prediction, SamplingPlan, ddim_plan, ddpm_plan
+from ..plan import SamplingPlan, ddim_plan, ddpm_plan
 from ..reference import STREAM_OFFSET, STREAM_Q_SAMPLE, STREAM_X_T
 from ..sample import resolve_seeds
 from ..schedule import NoiseSchedule
 
-_PREDICTIONS: Final[dict[str, Prediction]] = {"pred_noise": "epsilon", "pred_x0": "sample", "pred_v": "v_prediction"}
+_Prediction = Literal["epsilon", "sample", "v_prediction"]
+_PREDICTIONS: Final[dict[str, _Prediction]] = {"pred_noise": "epsilon", "pred_x0": "sample", "pred_v": "v_prediction"}
 _SCHEDULE_KWARGS: Final = {"linear": (), "cosine": ("s",), "sigmoid": ("start", "end", "tau", "clamp_min")}
 
 
@@ -648,12 +649,12 @@ def _loss_weight(schedule: NoiseSchedule, objective: str, gamma: float) -> Tenso
 
 
 @lru_cache(maxsize=8)
-def _ancestral(schedule: NoiseSchedule, prediction: Prediction) -> SamplingPlan:
+def _ancestral(schedule: NoiseSchedule, prediction: _Prediction) -> SamplingPlan:
     return ddpm_plan(schedule, prediction=prediction)
 
 
 @lru_cache(maxsize=8)
-def _implicit(schedule: NoiseSchedule, num_steps: int, prediction: Prediction, eta: float) -> SamplingPlan:
+def _implicit(schedule: NoiseSchedule, num_steps: int, prediction: _Prediction, eta: float) -> SamplingPlan:
     # The original's timesteps, to the roundings of their float32.
     edges = torch.linspace(-1, schedule.num_timesteps - 1, num_steps + 1, dtype=torch.float32).to(torch.int64)
     spacing = edges[1:].flip(0).tolist()
