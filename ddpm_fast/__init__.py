@@ -3,6 +3,7 @@
 from .builtin import load_builtin
 from .evaluate import VariationalBound, variational_bound
 from .images import image_grid, save_grid, save_trajectory, to_uint8
+from .integrations.accelerate import accelerate, restore
 from .integrations.fuse import FuseReport, fuse, unfuse
 from .nn import UNet, freeze
 from .ops import BackendUnavailable, denoising_loss, group_norm_silu, noise, q_sample, reverse_step, sample_seeds
@@ -20,6 +21,7 @@ __all__ = [
     "TrainResult",
     "UNet",
     "VariationalBound",
+    "accelerate",
     "ddim_plan",
     "ddpm_plan",
     "denoising_loss",
@@ -31,6 +33,7 @@ __all__ = [
     "load_builtin",
     "noise",
     "q_sample",
+    "restore",
     "reverse_step",
     "sample",
     "sample_seeds",
