@@ -1,6 +1,7 @@
 """The loss of training with ddpm_fast beside diffusers': the CIFAR-10 network of Ho et al., the same weights, images and noise.
 
     python benchmarks/loss_curve.py
+    python benchmarks/loss_curve.py --precision bf16
 
 Two runs that compute the same up to rounding stay together at first; then rounding grows from step to step, but the mean stays.
 Images are scikit-learn's digits, 32x32.
@@ -35,14 +36,14 @@ def batches(steps: int, n: int) -> list[train_speed.Batch]:
     return result
 
 
-def curve(name: str, model: nn.Module, data: list[train_speed.Batch]) -> list[float]:
+def curve(name: str, model: nn.Module, data: list[train_speed.Batch], autocast: bool) -> list[float]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-4, fused=True)
     losses = []
     for step, batch in enumerate(data):
         if name == train_speed.OURS:
-            loss = train_speed.loss_ours(model, batch, False)
+            loss = train_speed.loss_ours(model, batch, autocast)
         else:
-            loss = train_speed.loss_diffusers(model, batch, False, batch.epsilon())
+            loss = train_speed.loss_diffusers(model, batch, autocast, batch.epsilon())
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -52,7 +53,7 @@ def curve(name: str, model: nn.Module, data: list[train_speed.Batch]) -> list[fl
     return losses
 
 
-def picture(losses: dict[str, list[float]], path: Path) -> None:
+def picture(losses: dict[str, list[float]], precision: str, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -61,7 +62,7 @@ def picture(losses: dict[str, list[float]], path: Path) -> None:
     figure, (above, below) = pyplot.subplots(2, figsize=(6.4, 4.8), sharex=True, layout="constrained")
     for (name, values), style in zip(losses.items(), ("-", "--"), strict=True):
         above.plot(values, style, label=name, linewidth=1.5)
-    above.set(ylabel="loss", yscale="log", title="cifar10-32, float32: the same weights, images and noise")
+    above.set(ylabel="loss", yscale="log", title=f"cifar10-32, {precision}: the same weights, images and noise")
     above.legend()
     ours, theirs = losses[train_speed.OURS], losses[train_speed.DIFFUSERS]
     below.plot([abs(a - b) / b for a, b in zip(ours, theirs, strict=True)], color="black", linewidth=1)
@@ -73,6 +74,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--precision", choices=train_speed.PRECISIONS, default="float32")
     parser.add_argument(
         "--out", type=Path, help="JSON file; default: benchmarks/results/<device>.json; the picture lies beside it"
     )
@@ -85,7 +87,10 @@ def main() -> None:
     models = {train_speed.DIFFUSERS: train_speed.peers.diffusers_unet(ours), train_speed.OURS: ours}
     data = batches(args.steps, args.batch)
     losses = {
-        name: curve(name, model.train().to(memory_format=torch.channels_last), data)  # type: ignore[call-overload]
+        name: curve(
+            *(name, model.train().to(memory_format=torch.channels_last), data),  # type: ignore[call-overload]
+            train_speed.PRECISIONS[args.precision],
+        )
         for name, model in models.items()
     }
     pairs = list(zip(losses[train_speed.OURS], losses[train_speed.DIFFUSERS], strict=True))
@@ -94,6 +99,7 @@ def main() -> None:
         {
             "training": name,
             "batch": args.batch,
+            "precision": args.precision,
             "steps": args.steps,
             "mean loss": sum(values) / len(values),
             "of the last quarter": sum(values[last]) / len(values[last]),
@@ -104,8 +110,8 @@ def main() -> None:
     ]
     common.print_table("loss of training", rows)
     output = args.out or common.default_output("cpu")
-    common.record(output, "loss_curve", machine, rows)
-    picture(losses, output.with_name(f"{output.stem}_loss_curve.png"))
+    common.record(output, f"loss_curve {args.precision}", machine, rows)
+    picture(losses, args.precision, output.with_name(f"{output.stem}_loss_curve_{args.precision}.png"))
 
 
 if __name__ == "__main__":
