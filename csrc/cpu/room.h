@@ -49,7 +49,7 @@ class Room {
   }
 
  private:
-  static constexpr Index kMostKept = 4 << 20;
+  static constexpr Index kMostKept = 32 << 20;
 
   struct Kept {
     char* start = nullptr;
