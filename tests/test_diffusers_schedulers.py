@@ -69,6 +69,14 @@ def loop(scheduler: Any, dtype: torch.dtype = torch.float32, **options: Any) -> 
     return torch.cat([x.flatten(), torch.randn(4, generator=generator).to(dtype)])  # as many numbers were drawn
 
 
+def assert_same_image(ours: Any, theirs: Any, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
+    """From the same seed, and as near to that of diffusers without rounding as diffusers is."""
+    assert torch.equal(ours.timesteps, theirs.timesteps)
+    got, rounded = loop(ours, **options), loop(theirs, **options)
+    exact = loop(in_float64(theirs, monkeypatch), torch.float64, **options)
+    torch.testing.assert_close(got.double(), exact, rtol=0, atol=2 * float((rounded - exact).abs().max()) + 4 * EPS)
+
+
 GRID: list[tuple[type, dict[str, Any], dict[str, Any]]] = [
     *(
         (DDPMScheduler, {"beta_schedule": s}, {})
@@ -98,15 +106,44 @@ GRID: list[tuple[type, dict[str, Any], dict[str, Any]]] = [
 def test_the_same_seed_gives_the_same_image(
     kind: type, config: dict[str, Any], options: dict[str, Any], steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As near to diffusers without rounding as diffusers is."""
     ours, theirs = kind(**config), THEIRS[kind](**config)
     steps = min(steps, 40 if "trained_betas" in config else 125 if steps > 20 else 20)
     ours.set_timesteps(steps)
     theirs.set_timesteps(steps)
-    assert torch.equal(ours.timesteps, theirs.timesteps)
-    got, rounded = loop(ours, **options), loop(theirs, **options)
-    exact = loop(in_float64(theirs, monkeypatch), torch.float64, **options)
-    torch.testing.assert_close(got.double(), exact, rtol=0, atol=2 * float((rounded - exact).abs().max()) + 4 * EPS)
+    assert_same_image(ours, theirs, monkeypatch, **options)
+
+
+@pytest.mark.parametrize(
+    "config", [{}, {"variance_type": "learned_range", "timestep_spacing": "trailing"}, {"clip_sample": False}], ids=str
+)
+def test_a_list_of_timesteps(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = DDPMScheduler(**config), diffusers.DDPMScheduler(**config)
+    for scheduler in (ours, theirs):
+        scheduler.set_timesteps(timesteps=[999, 990, 700, 500, 499, 100, 20, 3, 2, 0])
+    assert ours.custom_timesteps
+    assert_same_image(ours, theirs, monkeypatch)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", THEIRS)
+def test_half_precision_is_rounded_once_a_step(kind: Any, dtype: torch.dtype) -> None:
+    """The float32 step of the same noise, rounded; diffusers rounds after every operation."""
+    options = {} if kind is DDPMScheduler else {"eta": 1.0}
+    ours, theirs = kind(), THEIRS[kind]()
+    errors = {}
+    for scheduler in (ours, theirs):
+        scheduler.set_timesteps(50)
+        errors[scheduler] = 0.0
+        for t in scheduler.timesteps[::7]:
+            x_t, m = normals(*SHAPE, seed=1).to(dtype), normals(*SHAPE, seed=2).to(dtype)
+            got = scheduler.step(m, t, x_t, generator=torch.Generator().manual_seed(0), **options).prev_sample
+            noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0), dtype=dtype)
+            plan = ours.sampling_plan(**options)
+            row = plan.timesteps.tolist().index(int(t))
+            exact = ddpm_fast.reverse_step(x_t.double(), m.double(), row, plan, noise=noise.double())
+            assert got.dtype == dtype
+            errors[scheduler] = max(errors[scheduler], float(((got - exact) / exact.abs().clamp(min=0.1)).abs().max()))
+    assert errors[ours] <= torch.finfo(dtype).eps < errors[theirs]
 
 
 # ------------------------------------------------------------------------------------------- configuration, files, classes
@@ -176,6 +213,19 @@ def test_timesteps_may_be_assigned() -> None:
     results = [s.step(m, 500, x_t, torch.Generator().manual_seed(1), return_dict=False)[0] for s in (scheduler, listed)]
     assert torch.equal(*results)
     assert scheduler.previous_timestep(300) == 20
+
+
+def test_every_step_may_have_an_eta_of_its_own() -> None:
+    ours, theirs = _set(DDIMScheduler), _set(diffusers.DDIMScheduler)
+    results = []
+    for scheduler in (ours, theirs):
+        x, generator = normals(*SHAPE), torch.Generator().manual_seed(0)
+        for i, t in enumerate(scheduler.timesteps):
+            x = scheduler.step(model(scheduler, x, t), t, x, eta=i / 10, generator=generator).prev_sample
+        results.append(x)
+    torch.testing.assert_close(*results, rtol=0, atol=1e-4)
+    ours.set_timesteps(20)
+    assert ours.sampling_plan(eta=0.9).num_steps == 20
 
 
 def test_a_copy_is_a_scheduler_of_its_own() -> None:
@@ -599,8 +649,9 @@ BAD: list[tuple[Callable[[], Any], str]] = [
     ),
     (
         lambda: _set(steps=1, trained_betas=[0.1, 0.3]),
-        "expected num_train_timesteps to be 2, as many as trained_betas, got 1000",
+        "expected num_train_timesteps to be 2, .* got 1000",
     ),
+    (lambda: DDPMScheduler(trained_betas=[0.1, 0.3]).step(X, 0, X), "expected num_train_timesteps to be 2, .* got 1000"),
     (lambda: DDIMScheduler().step(X, 0, X), "DDIMScheduler.step: expected set_timesteps to have been called"),
     (lambda: DDIMScheduler().sampling_plan(), "DDIMScheduler.sampling_plan: expected set_timesteps to have been called"),
     (lambda: _set().step(X, 899, X), "DDPMScheduler.step: expected timestep to be one of the 10 of set_timesteps, got 899"),

@@ -31,6 +31,7 @@ from ..schedule import NoiseSchedule, numbered
 
 _log = logging.getLogger("ddpm_fast")
 
+_MAX_KEPT = 8  # an eta of its own at every step, and nothing is kept for ever
 _SPACINGS = ("linspace", "leading", "trailing")
 _Betas = np.ndarray[Any, Any] | Sequence[float] | None
 
@@ -107,12 +108,6 @@ class _PlanScheduler:
 
     def _set_chain(self, timesteps: Tensor, num_inference_steps: int | None, device: torch.device | str | None) -> None:
         """Makes this chain of timesteps the current one and puts its tables on the device."""
-        total = self.schedule.num_timesteps
-        if total != self.config.num_train_timesteps:
-            raise ValueError(
-                f"{type(self).__name__}.set_timesteps: expected num_train_timesteps to be {total}, as many as trained_betas, "
-                f"got {self.config.num_train_timesteps}"
-            )
         kinds = [*self._kept] or [self._plan_arguments()]
         same = not self._is_default and num_inference_steps == self.num_inference_steps and torch.equal(timesteps, self._chain)
         if not same:
@@ -138,7 +133,12 @@ class _PlanScheduler:
 
     def _chain_plan(self, *arguments: Any) -> SamplingPlan:
         """A row for each of `timesteps`."""
-        chain = self._chain
+        total, chain = self.schedule.num_timesteps, self._chain
+        if total != self.config.num_train_timesteps:
+            raise ValueError(
+                f"{type(self).__name__}: expected num_train_timesteps to be {total}, the number of trained_betas, "
+                f"got {self.config.num_train_timesteps}"
+            )
         if self._is_default:  # every timestep from which there is a step
             chain = chain[self._has_step()[chain]]
         return self._plan(chain.tolist(), None, *arguments)
@@ -169,6 +169,8 @@ class _PlanScheduler:
                 )
             if self.config.thresholding:
                 plan = _with_given_x_0(plan)
+            if len(self._kept) == _MAX_KEPT:
+                del self._kept[next(iter(self._kept))]
             self._kept[arguments] = _Steps(plan, chain)
         return self._kept[arguments]
 
