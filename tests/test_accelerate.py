@@ -207,6 +207,16 @@ def test_dropout_goes_by_the_mode_of_the_network_that_is_not_frozen() -> None:
     assert torch.equal(images(pipe), expected)
 
 
+def test_a_copy_is_accelerated_and_apart() -> None:
+    pipe = accelerate(make())
+    expected = images(pipe)
+    twin = copy.deepcopy(pipe)
+    for parameter in pipe.unet.parameters():
+        parameter.data.zero_()
+    assert torch.equal(images(twin), expected)
+    assert_same(images(restore(twin)), expected)
+
+
 def test_restore_undoes_it() -> None:
     pipe = make()
     unet, scheduler, kind, state, names = pipe.unet, pipe.scheduler, type(pipe), set(vars(pipe)), set(vars(pipe.unet))

@@ -15,7 +15,7 @@ from other_blocks import EDMUNet, GroupNorm32, GuidedUNet, ResBlock, SiLU, UNetB
 from small_unets import randomise
 from torch import Tensor, nn
 
-from ddpm_fast import fuse, unfuse
+from ddpm_fast import UNet, fuse, unfuse
 from ddpm_fast.integrations.class_swap import Swapped
 
 diffusers = pytest.importorskip("diffusers")
@@ -231,6 +231,14 @@ def test_training_goes_on_as_before(checkpointing: bool) -> None:
     assert losses(True) == pytest.approx(before, rel=1e-4)
 
 
+def test_our_own_network_has_nothing_left_to_fuse() -> None:
+    report = fuse(
+        UNet(block_out_channels=[8], down_block_types=["DownBlock2D"], up_block_types=["UpBlock2D"], norm_num_groups=4)
+    )
+    assert not report.fused
+    assert set(report.left.values()) == {"it is one of this package's, which are fused"}
+
+
 def test_classes_keep_their_names_and_relatives() -> None:
     """Adapters and offloading find modules by the names of their classes."""
     model, _ = make("UNet2DModel")
@@ -416,16 +424,28 @@ def test_an_activation_that_only_has_the_name_is_found_out() -> None:
     assert fuse(model).left == {"0": "Sequential computes something else than the class known by that name"}
 
 
+class Uncopyable:
+    """What hooks may belong to."""
+
+    times = 0
+
+    def hook(self, *args: Any) -> None:
+        self.times += 1
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        raise AssertionError
+
+
 def test_trying_a_block_has_no_side_effects() -> None:
     """Neither on hooks, nor on random numbers, nor on the model, which may have no memory at all."""
     with torch.device("meta"):
         model = unet_2d(dropout=0.5).train()
-    called = []
-    model.mid_block.resnets[0].conv1.register_forward_hook(lambda *args: called.append(args))
+    called = Uncopyable()
+    model.mid_block.resnets[0].conv1.register_forward_hook(called.hook)
     state = torch.get_rng_state()
     assert len(fuse(model).fused) == 17
     assert torch.equal(torch.get_rng_state(), state)
-    assert not called
+    assert not called.times
     assert all(module.training for module in model.modules())
     assert all(parameter.is_meta for parameter in model.parameters())
 
