@@ -9,7 +9,7 @@ import torch
 from small_unets import SMALL, VARIANTS, make_inputs, randomise, relative_error
 from torch import Tensor
 
-from ddpm_fast.nn import CIFAR10_32, HO_256, UNet, UNetConfig
+from ddpm_fast.nn import CIFAR10_32, HO_256, UNet, UNetConfig, freeze
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -22,10 +22,28 @@ def make_pair(config: dict[str, Any], dtype: torch.dtype = torch.float32) -> tup
     return model, peer
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+# Networks that halve and double in residual blocks, as Dhariwal and Nichol (2021): no inference form is made of them.
+RESAMPLING: dict[str, dict[str, Any]] = {
+    "default": {
+        "down_block_types": ["ResnetDownsampleBlock2D", "AttnDownBlock2D", "DownBlock2D"],
+        "up_block_types": ["ResnetUpsampleBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+        "downsample_type": "resnet",
+    },
+    "scale-shift": {
+        "down_block_types": ["ResnetDownsampleBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D"],
+        "up_block_types": ["ResnetUpsampleBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"],
+        "downsample_type": "resnet",
+        "upsample_type": "resnet",
+        "resnet_time_scale_shift": "scale_shift",
+        "attn_norm_num_groups": 8,
+    },
+}
+
+
+@pytest.mark.parametrize("variant", [*VARIANTS, *(f"resampling {name}" for name in RESAMPLING)])
 def test_outputs_and_gradients_are_those_of_diffusers(variant: str) -> None:
     # In float64 a wrong constant or a lost term cannot hide in rounding.
-    config = SMALL | VARIANTS[variant]
+    config = SMALL | (RESAMPLING[variant.split()[1]] if " " in variant else VARIANTS[variant])
     model, peer = make_pair(config, torch.float64)
     x, t, labels = make_inputs(config, 3, torch.float64)
     weight = torch.randn(3, 3, 16, 16, dtype=torch.float64)
@@ -56,6 +74,27 @@ def test_networks_of_ho_et_al(config: dict[str, Any], n: int, parameters: int) -
     x, t, _ = make_inputs(config, n)
     with torch.no_grad():
         assert relative_error(model(x, t), peer(x, t).sample) <= 1e-5
+
+
+def test_an_own_number_of_heads_and_width_of_sinusoids() -> None:
+    """Beside diffusers' keys: the same as those, where those can say it."""
+    config = SMALL | {"attention_head_dim": 8, "add_attention": False}  # the attentions are 32 wide
+    model, other = UNet(**config), UNet(**config | {"num_attention_heads": 4, "time_input_dim": 16})
+    randomise(model)
+    other.load_state_dict(model.state_dict())
+    x, t, _ = make_inputs(config, 2)
+    assert torch.equal(model(x, t), other(x, t))
+    assert other.down_blocks[1].attentions[0].num_heads == 4
+    wide = UNet(**config | {"time_input_dim": 24})
+    assert wide.time_embedding.linear_1.in_features == 24
+    with torch.no_grad():
+        assert relative_error(freeze(other, torch.float32)(x, t), model(x, t)) <= 1e-5
+
+
+def test_residual_blocks_that_resample_have_no_inference_form() -> None:
+    model = UNet(**SMALL | RESAMPLING["scale-shift"])
+    with pytest.raises(TypeError, match=r"down_blocks.0.downsamplers.0 is a residual block that resamples"):
+        freeze(model)
 
 
 def test_channels_last_gives_the_same_and_stays_channels_last() -> None:
@@ -172,8 +211,9 @@ def test_config_round_trip_and_bookkeeping_keys() -> None:
         ("colour", "blue", "unknown configuration key 'colour'"),
         ("time_embedding_type", "fourier", "'positional'"),
         ("mid_block_type", None, "'UNetMidBlock2D'"),
-        ("downsample_type", "resnet", "'conv'"),
-        ("upsample_type", "resnet", "'conv'"),
+        ("downsample_type", "pool", "'conv' or 'resnet'"),
+        ("num_attention_heads", 5, "None or a divisor"),
+        ("time_input_dim", 33, "even first"),
         ("downsample_padding", 2, "0 or 1"),
         ("act_fn", "gelu", "'silu' or 'swish'"),
         ("resnet_time_scale_shift", "spatial", "'default' or 'scale_shift'"),

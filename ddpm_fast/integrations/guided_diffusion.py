@@ -28,6 +28,7 @@ from ..ops._library import check_device, check_float, check_like, check_noise_or
 from ..plan import Prediction, SamplingPlan, Variance, ddim_inversion_plan, ddim_plan, ddpm_plan
 from ..reference import STREAM_X_T, opmath, per_sample
 from ..schedule import NoiseSchedule
+from .guided_diffusion_unet import load_guided_diffusion
 
 __all__ = [
     "GaussianDiffusion",
@@ -37,6 +38,7 @@ __all__ = [
     "SpacedDiffusion",
     "create_gaussian_diffusion",
     "get_named_beta_schedule",
+    "load_guided_diffusion",
     "space_timesteps",
 ]
 

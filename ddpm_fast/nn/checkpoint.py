@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..atomic import replacing
-from .config import UNetConfig
+from .config import OWN_KEYS, UNetConfig
 
 _CONFIG = "config.json"
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -62,7 +62,8 @@ def save_checkpoint(path: str | os.PathLike[str], config: UNetConfig, weights: M
         safetensors.torch.save_file(tensors, temporary, metadata={"format": "pt"})
     if new:
         with replacing(folder / _CONFIG) as temporary:
-            text = json.dumps({"_class_name": _CLASS_NAME} | config.to_dict(), indent=2)
+            values = {key: value for key, value in config.to_dict().items() if key not in OWN_KEYS or value is not None}
+            text = json.dumps({"_class_name": _CLASS_NAME} | values, indent=2)
             temporary.write_text(text + "\n", encoding="utf-8")
 
 

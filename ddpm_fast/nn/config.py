@@ -26,30 +26,34 @@ HO_256: dict[str, Any] = CIFAR10_32 | {
     "up_block_types": ["UpBlock2D", "AttnUpBlock2D"] + ["UpBlock2D"] * 4,
 }
 
+# Keys that diffusers does not have. They stand in a config.json only where they are not None.
+OWN_KEYS: tuple[str, ...] = ("num_attention_heads", "time_input_dim")
+
 # Keys of which only these values are supported. The rest of what diffusers offers here is not part of a DDPM's U-Net.
 _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "time_embedding_type": ("positional",),
     "mid_block_type": ("UNetMidBlock2D",),
     "downsample_padding": (0, 1),
-    "downsample_type": ("conv",),
-    "upsample_type": ("conv",),
+    "downsample_type": ("conv", "resnet"),
+    "upsample_type": ("conv", "resnet"),
     "act_fn": ("silu", "swish"),
     "resnet_time_scale_shift": ("default", "scale_shift"),
     "class_embed_type": (None,),
 }
-_DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D")
-_UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D")
+_DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")
+_UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UNetConfig:
-    """A checked configuration; names, meanings and defaults are those of diffusers' `UNet2DModel`."""
+    """A checked configuration; names, meanings and defaults are those of diffusers' `UNet2DModel`, but for OWN_KEYS."""
 
     sample_size: int | Sequence[int] | None = None  # height and width the network was made for; not enforced
     in_channels: int = 3
     out_channels: int = 3  # 2 * in_channels where the variance is learned
     center_input_sample: bool = False  # the input is in [0, 1]: map it to [-1, 1] first
     time_embedding_type: str = "positional"
+    time_input_dim: int | None = None  # of the sinusoidal embedding; None: block_out_channels[0]
     time_embedding_dim: int | None = None  # None: 4 * block_out_channels[0]
     freq_shift: int = 0  # Ho et al.: 1
     flip_sin_to_cos: bool = True  # the embedding is (cos, sin); Ho et al.: False
@@ -60,11 +64,12 @@ class UNetConfig:
     layers_per_block: int = 2  # on the way down; one more on the way up
     mid_block_scale_factor: float = 1.0  # divides the output of every layer of the middle block
     downsample_padding: int = 1  # 0: pad the right and the bottom only, as Ho et al.
-    downsample_type: str = "conv"
+    downsample_type: str = "conv"  # of AttnDownBlock2D; "resnet": a residual block, as ResnetDownsampleBlock2D always has
     upsample_type: str = "conv"
     dropout: float = 0.0
     act_fn: str = "silu"
     attention_head_dim: int | None = 8  # channels of one head; None: a single head, as Ho et al.
+    num_attention_heads: int | None = None  # of every attention, whatever its width; None: as attention_head_dim has it
     norm_num_groups: int = 32
     attn_norm_num_groups: int | None = None  # middle block's attention; None: norm_num_groups, or no norm in scale_shift
     norm_eps: float = 1e-5  # Ho et al.: 1e-6
@@ -97,7 +102,7 @@ class UNetConfig:
             _expect(self, key, getattr(self, key) in supported, " or ".join(map(repr, supported)))
         for key in ("in_channels", "out_channels", "layers_per_block", "norm_num_groups"):
             _expect(self, key, _is_positive_int(getattr(self, key)), "a positive int")
-        for key in ("time_embedding_dim", "attention_head_dim", "attn_norm_num_groups", "num_class_embeds"):
+        for key in (*OWN_KEYS, "time_embedding_dim", "attention_head_dim", "attn_norm_num_groups", "num_class_embeds"):
             value = getattr(self, key)
             _expect(self, key, value is None or _is_positive_int(value), "None or a positive int")
         _expect(self, "dropout", 0 <= self.dropout < 1, "in [0, 1)")
@@ -107,8 +112,9 @@ class UNetConfig:
         channels = self.block_out_channels
         sequence = isinstance(channels, tuple) and len(channels) > 0
         _expect(self, "block_out_channels", sequence and all(map(_is_positive_int, channels)), "a list of positive ints")
-        _expect(self, "block_out_channels", channels[0] % 2 == 0, "even first (sine and cosine halves)")
-        _expect(self, "freq_shift", self.freq_shift < channels[0] // 2, f"below {channels[0] // 2}")
+        sinusoids = "block_out_channels" if self.time_input_dim is None else "time_input_dim"
+        _expect(self, sinusoids, self.sinusoid_dim % 2 == 0, "even first (sine and cosine halves)")
+        _expect(self, "freq_shift", self.freq_shift < self.sinusoid_dim // 2, f"below {self.sinusoid_dim // 2}")
         divisible = all(c % self.norm_num_groups == 0 for c in channels)
         _expect(self, "block_out_channels", divisible, f"multiples of norm_num_groups = {self.norm_num_groups}")
         if (groups := self.attn_norm_num_groups) is not None:
@@ -117,12 +123,22 @@ class UNetConfig:
             types = getattr(self, key)
             _expect(self, key, all(t in supported for t in types), f"made of {' and '.join(supported)}")
             _expect(self, key, len(types) == len(channels), f"{len(channels)} types, one per block_out_channels")
-        if self.attention_head_dim is not None:
+        heads = "attention_head_dim" if self.num_attention_heads is None else "num_attention_heads"
+        if (divisor := getattr(self, heads)) is not None:
             attended = {c for c, t in zip(channels, self.down_block_types, strict=True) if t == "AttnDownBlock2D"}
             attended |= {c for c, t in zip(channels[::-1], self.up_block_types, strict=True) if t == "AttnUpBlock2D"}
             attended |= {channels[-1]} if self.add_attention else set()
-            divides = all(c % self.attention_head_dim == 0 for c in attended)
-            _expect(self, "attention_head_dim", divides, f"None or a divisor of every attention width {sorted(attended)}")
+            divides = all(c % divisor == 0 for c in attended)
+            _expect(self, heads, divides, f"None or a divisor of every attention width {sorted(attended)}")
+
+    @property
+    def sinusoid_dim(self) -> int:
+        """Width of the sinusoidal embedding of the timestep."""
+        return self.time_input_dim or self.block_out_channels[0]
+
+    def head_dim(self, channels: int) -> int | None:
+        """Channels of one head of an attention of this width; None: all."""
+        return channels // self.num_attention_heads if self.num_attention_heads else self.attention_head_dim
 
 
 def _is_positive_int(value: object) -> bool:

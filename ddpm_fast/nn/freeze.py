@@ -104,6 +104,8 @@ def why_not_frozen(model: nn.Module) -> str | None:
         where = name or "the model"
         if type(module) not in _LAYERS or "forward" in vars(module):
             return f"{where} is a {type(module).__name__} of another make"
+        if isinstance(module, ResnetBlock) and module.resample is not None:
+            return f"{where} is a residual block that resamples, of which there is no inference form"
         if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
             return f"{where} pads with {module.padding_mode} values"
         if module._forward_hooks or module._forward_pre_hooks:
@@ -232,7 +234,7 @@ class Modulations(nn.Module):
         super().__init__()
         cfg, device = model._config, model.conv_in.weight.device
         t = torch.arange(num_timesteps, device=device)
-        emb = timestep_embedding(t, cfg.block_out_channels[0], flip_sin_to_cos=cfg.flip_sin_to_cos, freq_shift=cfg.freq_shift)
+        emb = timestep_embedding(t, cfg.sinusoid_dim, flip_sin_to_cos=cfg.flip_sin_to_cos, freq_shift=cfg.freq_shift)
         emb = model.time_embedding.double()(emb.double())  # [T, E]
         widths = [len(bias) for _, bias in projections]
         distinct = sorted(set(widths))

@@ -71,6 +71,10 @@ class ResnetBlock(nn.Module):
 
     Time enters as a shift before the second norm ("default", Ho et al.) or as a scale and a shift after it
     ("scale_shift", Nichol & Dhariwal 2021).
+
+    Args:
+        resample: halve ("down", the mean of 2x2 pixels) or double ("up", every pixel twice) height and width, of the input and
+            before the first convolution (Song et al. 2021; BigGAN).
     """
 
     def __init__(
@@ -84,11 +88,13 @@ class ResnetBlock(nn.Module):
         dropout: float,
         time_scale_shift: str,
         output_scale_factor: float = 1.0,
+        resample: Literal["down", "up"] | None = None,
     ) -> None:
         super().__init__()
         self.scale_shift = time_scale_shift == "scale_shift"
         self.dropout = dropout
         self.output_scale_factor = output_scale_factor
+        self.resample = resample
         self.norm1 = GroupNormSiLU(num_groups, in_channels, eps)
         self.conv1 = Conv3x3(in_channels, out_channels, 3, padding=1)
         self.time_emb_proj = nn.Linear(emb_dim, 2 * out_channels if self.scale_shift else out_channels)
@@ -100,7 +106,12 @@ class ResnetBlock(nn.Module):
         """skip: further channels of x, [N, S, H, W]; in_channels counts them."""
         if skip is not None:
             x = torch.cat((x, skip), dim=1)
-        h = self.conv1(self.norm1(x))
+        h = self.norm1(x)
+        if self.resample == "down":
+            x, h = F.avg_pool2d(x, 2), F.avg_pool2d(h, 2)
+        elif self.resample == "up":
+            x, h = _doubled(x), _doubled(h)
+        h = self.conv1(h)
         time = self.time_emb_proj(emb)  # [N, out_channels] or [N, 2 * out_channels]
         h = self.norm2(h, scale_shift=time.chunk(2, dim=1)) if self.scale_shift else self.norm2(h, shift=time)
         if self.dropout > 0:
@@ -174,8 +185,13 @@ class Upsample(nn.Module):
         self.conv = Conv3x3(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        out: Tensor = self.conv(_doubled(x))
         return out
+
+
+def _doubled(x: Tensor) -> Tensor:
+    """Every pixel twice in both directions."""
+    return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
 def _rescaled(x: Tensor, factor: float) -> Tensor:

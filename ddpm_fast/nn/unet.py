@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from numbers import Number
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +47,7 @@ class UNet(nn.Module):
         emb_dim = cfg.time_embedding_dim or 4 * channels[0]
 
         self.conv_in = Conv3x3(cfg.in_channels, channels[0], 3, padding=1)
-        self.time_embedding = TimeEmbedding(channels[0], emb_dim)
+        self.time_embedding = TimeEmbedding(cfg.sinusoid_dim, emb_dim)
         self.class_embedding = None if cfg.num_class_embeds is None else nn.Embedding(cfg.num_class_embeds, emb_dim)
 
         # Widths of the skip connections in the order they are made; the way up takes them from the end.
@@ -56,7 +56,7 @@ class UNet(nn.Module):
         for i, block_type in enumerate(cfg.down_block_types):
             last = i == len(channels) - 1
             ins = [channels[max(i - 1, 0)]] + [channels[i]] * (cfg.layers_per_block - 1)
-            self.down_blocks.append(DownBlock(cfg, ins, channels[i], emb_dim, block_type == "AttnDownBlock2D", not last))
+            self.down_blocks.append(DownBlock(cfg, block_type, ins, channels[i], emb_dim, not last))
             skips += [channels[i]] * (cfg.layers_per_block + (not last))
 
         self.mid_block = MidBlock(cfg, channels[-1], emb_dim)
@@ -67,7 +67,7 @@ class UNet(nn.Module):
             last = i == len(channels) - 1
             out = channels[-1 - i]
             ins = [w + skips.pop() for w in [width] + [out] * cfg.layers_per_block]
-            self.up_blocks.append(UpBlock(cfg, ins, out, emb_dim, block_type == "AttnUpBlock2D", not last))
+            self.up_blocks.append(UpBlock(cfg, block_type, ins, out, emb_dim, not last))
             width = out
 
         self.conv_norm_out = GroupNormSiLU(cfg.norm_num_groups, channels[0], cfg.norm_eps)
@@ -112,7 +112,7 @@ class UNet(nn.Module):
         t = checked_timesteps(cfg, x, t, class_labels)
         dtype = self.conv_in.weight.dtype
 
-        emb = timestep_embedding(t, cfg.block_out_channels[0], flip_sin_to_cos=cfg.flip_sin_to_cos, freq_shift=cfg.freq_shift)
+        emb = timestep_embedding(t, cfg.sinusoid_dim, flip_sin_to_cos=cfg.flip_sin_to_cos, freq_shift=cfg.freq_shift)
         emb = self.time_embedding(emb.to(dtype))  # [N, emb_dim]
         if self.class_embedding is not None:
             emb = emb + self.class_embedding(class_labels)
@@ -212,15 +212,23 @@ def through_layers(net: Any, x: Tensor, emb: Any) -> Tensor:
 
 
 class DownBlock(nn.Module):
-    """Residual blocks (with attention after each, if `attention`), then a downsampling convolution if `downsample`."""
+    """Residual blocks (in an AttnDownBlock2D with attention after each), then, if `downsample`, a convolution or residual block
+    of half the height and width."""
 
     def __init__(
-        self, cfg: UNetConfig, in_channels: list[int], channels: int, emb_dim: int, attention: bool, downsample: bool
+        self, cfg: UNetConfig, block_type: str, in_channels: list[int], channels: int, emb_dim: int, downsample: bool
     ) -> None:
         super().__init__()
+        attention = block_type == "AttnDownBlock2D"
+        by_resnet = block_type == "ResnetDownsampleBlock2D" or (attention and cfg.downsample_type == "resnet")
+        downsampler: nn.Module
+        if by_resnet:
+            downsampler = _resnet(cfg, channels, channels, emb_dim, resample="down")
+        else:
+            downsampler = Downsample(channels, cfg.downsample_padding)
         self.resnets = nn.ModuleList([_resnet(cfg, width, channels, emb_dim) for width in in_channels])
         self.attentions = nn.ModuleList([_attention(cfg, channels) for _ in in_channels if attention])
-        self.downsamplers = nn.ModuleList([Downsample(channels, cfg.downsample_padding)] if downsample else [])
+        self.downsamplers = nn.ModuleList([downsampler] if downsample else [])
 
     def forward(self, x: Tensor, emb: Tensor, skips: list[Tensor]) -> Tensor:
         """[N, C, H, W] -> [N, channels, H / 2, W / 2] (H, W without downsampling); appends every layer's output to `skips`."""
@@ -230,7 +238,7 @@ class DownBlock(nn.Module):
                 x = self.attentions[i](x)
             skips.append(x)
         for downsample in self.downsamplers:
-            x = downsample(x)
+            x = downsample(x, emb) if isinstance(downsample, ResnetBlock) else downsample(x)
             skips.append(x)
         return x
 
@@ -247,7 +255,7 @@ class MidBlock(nn.Module):
             groups = cfg.norm_num_groups
         attention = Attention(
             channels,
-            head_dim=cfg.attention_head_dim,
+            head_dim=cfg.head_dim(channels),
             num_groups=groups,
             eps=cfg.norm_eps,
             output_scale_factor=factor,
@@ -264,15 +272,19 @@ class MidBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """Residual blocks on (input, skip), with attention after each if `attention`, then upsampling if `upsample`."""
+    """Residual blocks on (input, skip), in an AttnUpBlock2D with attention after each, then, if `upsample`, a convolution or
+    residual block of twice the height and width."""
 
     def __init__(
-        self, cfg: UNetConfig, in_channels: list[int], channels: int, emb_dim: int, attention: bool, upsample: bool
+        self, cfg: UNetConfig, block_type: str, in_channels: list[int], channels: int, emb_dim: int, upsample: bool
     ) -> None:
         super().__init__()
+        attention = block_type == "AttnUpBlock2D"
+        by_resnet = block_type == "ResnetUpsampleBlock2D" or (attention and cfg.upsample_type == "resnet")
+        upsampler = _resnet(cfg, channels, channels, emb_dim, resample="up") if by_resnet else Upsample(channels)
         self.resnets = nn.ModuleList([_resnet(cfg, width, channels, emb_dim) for width in in_channels])
         self.attentions = nn.ModuleList([_attention(cfg, channels) for _ in in_channels if attention])
-        self.upsamplers = nn.ModuleList([Upsample(channels)] if upsample else [])
+        self.upsamplers = nn.ModuleList([upsampler] if upsample else [])
 
     def forward(self, x: Tensor, emb: Tensor, skips: list[Tensor]) -> Tensor:
         """[N, C, H, W] -> [N, channels, 2 H, 2 W] (H, W without upsampling); takes one of `skips` per layer, from the end."""
@@ -281,12 +293,17 @@ class UpBlock(nn.Module):
             if self.attentions:
                 x = self.attentions[i](x)
         for upsample in self.upsamplers:
-            x = upsample(x)
+            x = upsample(x, emb) if isinstance(upsample, ResnetBlock) else upsample(x)
         return x
 
 
 def _resnet(
-    cfg: UNetConfig, in_channels: int, out_channels: int, emb_dim: int, output_scale_factor: float = 1.0
+    cfg: UNetConfig,
+    in_channels: int,
+    out_channels: int,
+    emb_dim: int,
+    output_scale_factor: float = 1.0,
+    resample: Literal["down", "up"] | None = None,
 ) -> ResnetBlock:
     return ResnetBlock(
         in_channels,
@@ -297,8 +314,9 @@ def _resnet(
         dropout=cfg.dropout,
         time_scale_shift=cfg.resnet_time_scale_shift,
         output_scale_factor=output_scale_factor,
+        resample=resample,
     )
 
 
 def _attention(cfg: UNetConfig, channels: int) -> Attention:
-    return Attention(channels, head_dim=cfg.attention_head_dim, num_groups=cfg.norm_num_groups, eps=cfg.norm_eps)
+    return Attention(channels, head_dim=cfg.head_dim(channels), num_groups=cfg.norm_num_groups, eps=cfg.norm_eps)
