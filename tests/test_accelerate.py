@@ -144,6 +144,38 @@ def test_the_network_has_the_same_parameters() -> None:
 
 
 @pytest.mark.parametrize("freeze", [True, False])
+def test_an_accelerated_network_trains(freeze: bool) -> None:
+    """Where gradients are recorded, in the network and in its input, it is no inference form."""
+    unet = make_unet()
+    gradients = []
+    for network in (unet, accelerate(make(unet=unet), freeze=freeze).unet):
+        x = torch.linspace(-1, 1, 1024).reshape(2, 2, 16, 16).requires_grad_()
+        unet.zero_grad()
+        network(x, 3).sample.square().mean().backward()
+        gradients.append([x.grad, *(parameter.grad.clone() for parameter in unet.parameters())])
+    for actual, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_pipelines_may_share_an_accelerated_network() -> None:
+    first = accelerate(make("DDPM"))
+    shared = first.unet
+    second = diffusers.DDIMPipeline(**first.components)
+    expected = images(second)
+    assert_same(images(accelerate(second)), expected)
+    assert restore(second).unet is shared
+    assert first.unet is shared
+
+
+def test_timesteps_between_those_of_the_schedule() -> None:
+    pipe = make()
+    x, t = torch.ones(2, 2, 16, 16), torch.tensor([3.5, 700.25])
+    with torch.no_grad():
+        expected = pipe.unet(x, t).sample
+        assert_same(accelerate(pipe).unet(x, t).sample, expected)
+
+
+@pytest.mark.parametrize("freeze", [True, False])
 @pytest.mark.parametrize("write", ["optimizer", "data", "replaced", "load_state_dict"])
 def test_what_happens_to_the_weights_later_counts(write: str, freeze: bool) -> None:
     pipe = make()
@@ -186,6 +218,7 @@ def test_the_frozen_network_is_kept_from_call_to_call(monkeypatch: pytest.Monkey
     assert len(frozen) == 2
 
 
+@torch.no_grad()
 def test_the_network_may_be_called_by_itself() -> None:
     """In a loop of the user's own, with class labels, and without an object around the result."""
     unet = make_unet("class-conditional")

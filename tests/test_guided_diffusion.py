@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Callable
@@ -434,6 +435,17 @@ def test_flags_of_script_util() -> None:
     assert (plain.num_timesteps, plain.model_mean_type) == (1000, gd.ModelMeanType.START_X)
     assert (plain.model_var_type, plain.loss_type) == (gd.ModelVarType.FIXED_LARGE, gd.LossType.RESCALED_KL)
     assert gd.create_gaussian_diffusion(sigma_small=True).model_var_type == gd.ModelVarType.FIXED_SMALL
+
+
+def test_a_copy_has_tables_of_its_own() -> None:
+    """Also where one of its arrays is at the address that one of the first had."""
+    diffusion = gd.create_gaussian_diffusion()
+    x_0, t = torch.ones(2, 3, 4, 4), torch.tensor([0, 500])
+    diffusion.q_mean_variance(x_0, t)
+    twin = copy.deepcopy(diffusion)
+    twin.sqrt_alphas_cumprod = diffusion.sqrt_alphas_cumprod
+    twin.sqrt_alphas_cumprod[:] = 0
+    assert not twin.q_mean_variance(x_0, t)[0].any()
 
 
 def test_unit_betas_and_one_timestep() -> None:

@@ -957,3 +957,21 @@ def test_immiscible_noise_without_scipy(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(__import__("sys").modules, "scipy.optimize", None)
     with pytest.raises(ImportError, match=r"noise_assignment: immiscible noise needs SciPy \(pip install scipy\)"):
         make(immiscible=True)(X)
+
+
+def test_the_schedule_is_not_rounded_with_a_module_in_bfloat16() -> None:
+    diffusion = make(Net())
+    schedule, saved = diffusion.schedule, copy.deepcopy(diffusion.state_dict())
+    diffusion.to(torch.bfloat16).load_state_dict(saved)
+    assert diffusion.schedule is schedule
+    diffusion.load_state_dict(diffusion.state_dict())
+    assert diffusion.schedule is schedule
+
+
+@pytest.mark.parametrize("auto", [True, False])
+def test_images_are_mapped_as_the_original_maps_them(original: ModuleType, auto: bool) -> None:
+    options = {"image_size": SHAPE[2:], "auto_normalize": auto}
+    expected, actual = (cls(net(), **options) for cls in (original.GaussianDiffusion, GaussianDiffusion))
+    x = torch.rand(SHAPE)
+    assert torch.equal(actual.normalize(x), expected.normalize(x))
+    assert torch.equal(actual.unnormalize(x), expected.unnormalize(x))

@@ -42,7 +42,8 @@ def accelerate(
             drawn from its generator, or derived (`ddpm_fast.sample_seeds`) from one number of the generator that all have in
             common; then an image is the same in any batch and on any device, and the noise of the steps is never stored.
         freeze: evaluate the network in its inference form (`ddpm_fast.freeze`), which is kept from call to call as long as the
-            weights do not change. It has no dropout. Else a `ddpm_fast.UNet` that is in the mode that the network is in.
+            weights do not change. It has no dropout and no gradients. Where these are recorded, and with False, a
+            `ddpm_fast.UNet` in the mode that the network is in.
 
     Returns:
         pipe.
@@ -92,7 +93,8 @@ def accelerate(
 
     engine = _Engine(dtype, freeze, scheduler.config.num_train_timesteps)
     view = copy.copy(unet)  # another object, with the same parameters and layers in the same containers
-    swap(view, _View)
+    if not isinstance(view, _View):  # as that of another accelerated pipeline is
+        swap(view, _View)
     view.engine = engine
     pipe.parts = _Parts(noise, engine, own={"unet": unet, "scheduler": scheduler}, faster={"unet": view, "scheduler": faster})
     pipe.parts.put_in(pipe, pipe.parts.faster)
@@ -164,7 +166,8 @@ class _Engine:
         self._dtype, self._freezes, self._num_timesteps = dtype, freezes, num_timesteps
         self._model: UNet | None = None  # on the parameters of the network that it stands for
         self._call: ExitStack | None = None
-        self._evaluates: nn.Module | None = None
+        self._evaluates: UNet | None = None
+        self._frozen: nn.Module | None = None
 
     @contextmanager
     def call(self) -> Iterator[None]:
@@ -176,18 +179,19 @@ class _Engine:
             try:
                 yield
             finally:
-                self._call = self._evaluates = None
+                self._call = self._evaluates = self._frozen = None
 
-    def network(self, unet: Any, device: torch.device) -> nn.Module:
+    def network(self, unet: Any, device: torch.device, freezable: bool) -> nn.Module:
         """What computes `unet` on this device. During a call."""
         assert self._call is not None
         if self._evaluates is None:
-            model = self._standing_for(unet)
-            self._evaluates = model
-            if self._freezes:
-                kept = session(model, device, self._dtype or unet.dtype, self._num_timesteps, None)
-                self._evaluates = self._call.enter_context(kept).network or model
-        return self._evaluates
+            self._evaluates = self._standing_for(unet)
+        if not (self._freezes and freezable):
+            return self._evaluates
+        if self._frozen is None:
+            kept = session(self._evaluates, device, self._dtype or unet.dtype, self._num_timesteps, None)
+            self._frozen = self._call.enter_context(kept).network or self._evaluates
+        return self._frozen
 
     def _standing_for(self, unet: Any) -> UNet:
         _check_network("the accelerated pipeline", unet)
@@ -209,11 +213,17 @@ class _View(Swapped):
     def forward(
         self, sample: Tensor, timestep: Tensor | float, class_labels: Tensor | None = None, return_dict: bool = True
     ) -> Any:
-        """As `UNet2DModel.forward`; the output has the dtype of `sample`."""
+        """As `UNet2DModel.forward`; the output has the dtype of `sample`.
+
+        An inference form has no gradients and knows the timesteps of the schedule alone: elsewhere it is a `ddpm_fast.UNet`.
+        """
         from diffusers.models.unets.unet_2d import UNet2DOutput
 
+        fractional = timestep.is_floating_point() if isinstance(timestep, Tensor) else isinstance(timestep, float)
+        freezable = not (torch.is_grad_enabled() or fractional)
         with self.engine.call():
-            out = self.engine.network(self, sample.device)(sample, timestep, class_labels).to(sample.dtype)
+            network = self.engine.network(self, sample.device, freezable)
+            out = network(sample, timestep, class_labels).to(sample.dtype)
         return UNet2DOutput(sample=out) if return_dict else (out,)
 
 

@@ -69,6 +69,8 @@ def fuse(model: nn.Module) -> FuseReport:
     Raises:
         TypeError: `model` is not an `nn.Module`.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"fuse: expected model to be an nn.Module, got {type(model).__name__}")
     unfuse(model)
     modules = dict(model.named_modules())
     names = {id(module): name for name, module in modules.items()}
@@ -102,7 +104,7 @@ def unfuse(model: nn.Module) -> None:
         TypeError: `model` is not an `nn.Module`.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"fuse: expected model to be an nn.Module, got {type(model).__name__}")
+        raise TypeError(f"unfuse: expected model to be an nn.Module, got {type(model).__name__}")
     for module in model.modules():
         if isinstance(module, _Fused):
             unswap(module)

@@ -719,9 +719,10 @@ class GaussianDiffusion:
     def _at(self, values: Array, t: Tensor, like: Tensor) -> Tensor:
         """values[t], rounded to float32, in a shape that broadcasts over `like`."""
         key = (id(values), t.device)
-        if key not in self._tables:
-            self._tables[key] = (values, torch.from_numpy(values).to(t.device, torch.float32))
-        return per_sample(self._tables[key][1][t], like)
+        kept = self._tables.get(key)
+        if kept is None or kept[0] is not values:  # in a copy of this object an array has another id, or another's
+            kept = self._tables[key] = (values, torch.from_numpy(values).to(t.device, torch.float32))
+        return per_sample(kept[1][t], like)
 
     def _checked(self, op: str, name: str, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """x, at least float32, and t."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..nn import UNet
+from ..nn.checkpoint import check_weights, load_tensors
 
 # Of script_util, by image size: widths in units of num_channels, one for each halving of the resolution.
 _CHANNEL_MULT: Final[dict[int, tuple[float, ...]]] = {
@@ -122,11 +122,10 @@ def load_guided_diffusion(
         model = UNet(**config)
     blocks = _blocks(attended, num_res_blocks)
     renamed: dict[str, Tensor] = {}
-    unknown: list[str] = []
     for name, weight in weights.items():
         match = _NAME.fullmatch(name)
         if match is None or match[1] not in blocks:
-            unknown.append(name)
+            renamed[name] = weight  # of another network: see check_weights
             continue
         block, layer = blocks[match[1]], match[2]
         if layer in ("qkv.weight", "qkv.bias"):
@@ -140,7 +139,9 @@ def load_guided_diffusion(
             renamed[f"{block}.{_INNER.get(inner, inner)}.{kind}"] = (
                 weight.flatten(1) if inner == "proj_out" and kind == "weight" else weight
             )
-    _check(model.state_dict(), renamed, unknown)
+    path = path_or_state_dict if isinstance(path_or_state_dict, str | os.PathLike) else "path_or_state_dict"
+    owner = "a UNetModel with the given flags, which must be those of its training"
+    check_weights(op, path, owner, model.state_dict(), renamed)
     dtype = torch.float32 if dtype is None else dtype
     model.load_state_dict({name: renamed[name].to(device, dtype) for name in model.state_dict()}, assign=True)
     return model.eval()
@@ -220,16 +221,11 @@ def _attended(attention_resolutions: str, image_size: int) -> list[int]:
 
 def _read(path_or_state_dict: str | os.PathLike[str] | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     weights: Any = path_or_state_dict
-    where = "path_or_state_dict"
     if isinstance(path_or_state_dict, str | os.PathLike):
-        where = repr(os.fspath(path_or_state_dict))
-        try:
-            weights = torch.load(path_or_state_dict, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            raise ValueError(f"load_guided_diffusion: expected {where} to be a whole file of weights, got: {error}") from error
+        weights = load_tensors("load_guided_diffusion", path_or_state_dict)
     if not isinstance(weights, Mapping) or not weights or not all(isinstance(v, Tensor) for v in weights.values()):
         raise ValueError(
-            f"load_guided_diffusion: expected {where} to be or to hold tensors by name, got {type(weights).__name__}"
+            f"load_guided_diffusion: expected path_or_state_dict to be or to hold tensors by name, got {type(weights).__name__}"
         )
     return weights
 
@@ -238,16 +234,3 @@ def _size(weights: Mapping[str, Tensor], name: str, dim: int) -> int:
     if name not in weights:
         raise ValueError(f"load_guided_diffusion: expected weights of a UNetModel with the given flags, got none named {name}")
     return weights[name].shape[dim]
-
-
-def _check(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor], unknown: Sequence[str]) -> None:
-    hint = "load_guided_diffusion: expected weights of a UNetModel with the given flags, which must be those of its training, "
-    missing = sorted(expected.keys() - weights.keys())
-    unexpected = sorted({*unknown, *(weights.keys() - expected.keys())})
-    for kind, names in (("unexpected", unexpected), ("missing", missing)):
-        if names:
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            raise ValueError(f"{hint}got {kind} {', '.join(names[:5])}{more}")
-    for name, tensor in expected.items():
-        if weights[name].shape != tensor.shape:
-            raise ValueError(f"{hint}got {name} of shape {list(weights[name].shape)} instead of {list(tensor.shape)}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import random
-import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Final, Literal, NamedTuple
@@ -16,7 +15,7 @@ from tqdm.auto import tqdm
 
 from .. import graph
 from ..networks import device_and_dtype, evaluation_mode, model_config
-from ..nn.checkpoint import check_weights
+from ..nn.checkpoint import check_weights, load_tensors
 from ..ops import denoising_loss, q_sample, reverse_step
 from ..ops import noise as draw_noise
 from ..ops._library import check_float, check_like, check_number, check_seeds
@@ -155,14 +154,23 @@ class GaussianDiffusion(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
-        betas = self.betas.detach().to("cpu", torch.float64)
-        if not torch.allclose(betas, self.schedule.betas, rtol=1e-6, atol=0):  # another schedule's, not other roundings
+        betas = state_dict.get(prefix + "betas", self.betas).detach().cpu()  # those of a module in bfloat16 are rounded to it
+        known = self.schedule.betas.to(betas.dtype)
+        if betas.shape == known.shape and not torch.allclose(betas, known, rtol=1e-6, atol=0):  # no other roundings
             try:
-                self.schedule = NoiseSchedule.from_betas(betas)
+                self.schedule = NoiseSchedule.from_betas(betas.double())
             except ValueError as error:
                 args[-1].append(str(error))  # the errors that load_state_dict raises together
 
     # -------------------------------------------------------------------------------------------------------- formulas
+
+    def normalize(self, img: Tensor) -> Tensor:
+        """[0, 1] to [-1, 1] with auto_normalize, else as it is."""
+        return img * 2 - 1 if self.auto_normalize else img
+
+    def unnormalize(self, t: Tensor) -> Tensor:
+        """[-1, 1] to [0, 1] with auto_normalize, else as it is."""
+        return (t + 1) * 0.5 if self.auto_normalize else t
 
     def predict_start_from_noise(self, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x_0 = (x_t - sqrt(1 - abar_t) epsilon) / sqrt(abar_t): derivation eq. 3. t: int64 [N], as in all methods."""
@@ -505,8 +513,7 @@ class GaussianDiffusion(nn.Module):
             wanted = ", ".join(str(size) for size in (self.channels, *self.image_size))
             raise ValueError(f"{where}: expected img to have shape [N, {wanted}], got {list(img.shape)}")
         times = self.random_times(len(img)) if times is None else times
-        x_start = img * 2 - 1 if self.auto_normalize else img
-        return self.p_losses(x_start, times, noise, offset_noise_strength, loss_reduction, seeds=seeds)
+        return self.p_losses(self.normalize(img), times, noise, offset_noise_strength, loss_reduction, seeds=seeds)
 
     def _epsilon(
         self, where: str, x_start: Tensor, noise: Tensor | None, seeds: Tensor | None, offset_strength: float
@@ -558,26 +565,14 @@ def load_checkpoint(
         raise TypeError(
             f"{where}: expected diffusion to be a GaussianDiffusion of this package, got {type(diffusion).__name__}"
         )
-    path = os.fspath(path)
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{where}: expected path to be a file, got {path!r}")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of many kinds, as the unpickler takes the bytes as they come
-        needed = re.search(r"GLOBAL (\S+)", str(error))
-        if needed is not None:
-            raise ValueError(
-                f"{where}: expected {path!r} to hold tensors and plain values, got a {needed[1]}, which needs pickle, and "
-                "pickle may run any code: if you trust the file, load it by torch.load(weights_only=False) and save its "
-                "step, model and ema"
-            ) from error
-        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        raise ValueError(f"{where}: expected {path!r} to be a whole file of torch.save, got {reason}") from error
+    checkpoint = load_tensors(where, path)
     content = checkpoint if isinstance(checkpoint, dict) else {}
     step, state = content.get("step"), content.get(weights)
     if not isinstance(step, int) or not isinstance(state, dict):
         got = f"one with {', '.join(map(str, content)) or 'no names'}"
-        raise ValueError(f"{where}: expected {path!r} to be a Trainer's checkpoint, with step, model and ema, got {got}")
+        raise ValueError(
+            f"{where}: expected {os.fspath(path)!r} to be a Trainer's checkpoint, with step, model and ema, got {got}"
+        )
     if weights == "ema":
         prefix = "ema_model."
         state = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -67,6 +68,28 @@ def save_checkpoint(path: str | os.PathLike[str], config: UNetConfig, weights: M
             temporary.write_text(text + "\n", encoding="utf-8")
 
 
+def load_tensors(caller: str, path: str | os.PathLike[str]) -> Any:
+    """What torch.save wrote to a file, tensors and plain values on the CPU, without running code that it might hold.
+
+    Raises:
+        FileNotFoundError: there is no such file. ValueError: it is damaged, or holds objects that only code can rebuild.
+    """
+    path = os.fspath(path)
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{caller}: expected path to be a file, got {path!r}")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of many kinds, as the unpickler takes the bytes as they come
+        needed = re.search(r"GLOBAL (\S+)", str(error))
+        if needed is not None:
+            raise ValueError(
+                f"{caller}: expected {path!r} to hold tensors and plain values, got a {needed[1]}, which needs pickle, and "
+                "pickle may run any code: if you trust the file, load it by torch.load(weights_only=False) and save its tensors"
+            ) from error
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        raise ValueError(f"{caller}: expected {path!r} to be a whole file of torch.save, got {reason}") from error
+
+
 def check_weights(
     caller: str, path: str | os.PathLike[str], owner: str, expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]
 ) -> None:
@@ -109,8 +132,8 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
             weights = safetensors.torch.load_file(file)
         except safetensors.SafetensorError as error:
             raise ValueError(f"from_pretrained: expected {os.fspath(file)!r} to be whole, got: {error}") from error
-    elif (folder / _LEGACY_WEIGHTS).is_file():
-        weights = torch.load(folder / _LEGACY_WEIGHTS, map_location="cpu", weights_only=True)
+    elif (file := folder / _LEGACY_WEIGHTS).is_file():
+        weights = load_tensors("from_pretrained", file)
     else:
         raise FileNotFoundError(
             f"from_pretrained: expected {_WEIGHTS} or {_LEGACY_WEIGHTS} in {os.fspath(folder)!r}, which has neither"
