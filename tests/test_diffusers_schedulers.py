@@ -192,8 +192,8 @@ def test_signatures_are_those_of_diffusers() -> None:
             ]
         for name in ("betas", "alphas", "alphas_cumprod", "timesteps", "init_noise_sigma", "num_inference_steps"):
             torch.testing.assert_close(getattr(kind(), name), getattr(theirs(), name), rtol=1e-6, atol=0)
-    assert set(vars(diffusers.DDPMScheduler())) - {"timesteps"} <= set(vars(DDPMScheduler()))
-    assert set(vars(diffusers.DDIMScheduler())) - {"timesteps"} <= set(vars(DDIMScheduler()))
+    for kind, theirs in THEIRS.items():
+        assert set(vars(theirs())) - {"timesteps", "alphas_cumprod"} <= set(vars(kind()))  # those are properties
 
 
 def test_a_configuration_that_changes_changes_the_steps() -> None:
@@ -700,3 +700,16 @@ def test_an_unknown_variance_is_taken_for_fixed_small_with_a_warning(caplog: pyt
     """As in diffusers, whose own tests ask for it."""
     assert DDPMScheduler(variance_type="other").sampling_plan().variance == "fixed"
     assert "expected variance_type to be one of fixed_small, " in caplog.text
+
+
+@pytest.mark.parametrize("kind", [DDPMScheduler, DDIMScheduler])
+def test_another_alphas_cumprod_is_no_silent_mistake(kind: type[Any]) -> None:
+    """Scripts put it on a device, and some assign one of another schedule, which diffusers' steps then follow."""
+    scheduler = kind()
+    for dtype in (torch.float64, torch.float16, torch.bfloat16):
+        scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(dtype)
+        assert scheduler.alphas_cumprod.dtype == dtype
+    other = kind(beta_schedule="squaredcos_cap_v2").alphas_cumprod
+    for given in (other, other[:10]):
+        with pytest.raises(ValueError, match=f"{kind.__name__}: expected alphas_cumprod to be that of the configuration"):
+            scheduler.alphas_cumprod = given

@@ -73,6 +73,22 @@ class _PlanScheduler:
         super().register_to_config(**kwargs)  # type: ignore[misc]  # of diffusers' ConfigMixin
         self._kept: dict[tuple[Any, ...], _Steps] = {}
 
+    @property
+    def alphas_cumprod(self) -> Tensor:
+        """abar, [T]: to be read. It can be put on another device, as training scripts do; the steps never look at it."""
+        return self._alphas_cumprod
+
+    @alphas_cumprod.setter
+    def alphas_cumprod(self, alphas_cumprod: Tensor) -> None:
+        own = self.schedule.alpha_bars
+        given = alphas_cumprod.detach().to("cpu", torch.float64)
+        if given.shape != own.shape or not torch.allclose(given, own, rtol=1e-2, atol=1e-6):  # half precision is the same
+            raise ValueError(
+                f"{type(self).__name__}: expected alphas_cumprod to be that of the configuration, on any device and in any "
+                "dtype, got other values: pass trained_betas instead"
+            )
+        self._alphas_cumprod = alphas_cumprod
+
     # --------------------------------------------------------------------------------------------------------- timesteps
 
     @property
