@@ -223,6 +223,11 @@ class _Path:
         clip: float | None,
         final_alpha_bar: float = 1.0,
     ) -> None:
+        if not isinstance(schedule, NoiseSchedule):
+            raise TypeError(
+                f"{caller}: expected schedule to be a NoiseSchedule (NoiseSchedule.from_diffusers(scheduler.config)), "
+                f"got {type(schedule).__name__}"
+            )
         if prediction not in _PREDICTIONS:
             raise ValueError(f"{caller}: expected prediction to be one of {', '.join(_PREDICTIONS)}, got {prediction!r}")
         if clip is not None and not clip > 0:

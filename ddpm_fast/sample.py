@@ -215,7 +215,9 @@ def _image_shape(model: nn.Module, plan: SamplingPlan, shape: Sequence[int] | No
     if shape is None:
         channels, size = config.get("in_channels"), config.get("sample_size")
         if channels is None or size is None:
-            raise ValueError("sample: expected shape to be given, as the model has no config with in_channels and sample_size")
+            raise ValueError(
+                "sample: expected shape (C, H, W) to be given, as the model has no config with in_channels and sample_size"
+            )
         shape = (channels, size, size) if isinstance(size, int) else (channels, *size)
     if len(shape) == 0 or min(shape) < 1:
         raise ValueError(f"sample: expected shape to be positive integers (C, H, W), got {tuple(shape)}")

@@ -212,7 +212,9 @@ def test_what_would_be_lost_is_refused(change: Callable[[UNet], None], reason: s
 
 def test_bad_arguments_are_named() -> None:
     model, config = make()
-    with pytest.raises(TypeError, match="freeze: expected a UNet with its own layers, got one where the model is a Conv2d"):
+    with pytest.raises(
+        TypeError, match=r"freeze: expected model to be a ddpm_fast\.UNet \(UNet\.from_pretrained\), got a Conv2d"
+    ):
         freeze(nn.Conv2d(1, 1, 1))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"freeze: expected dtype to be a floating dtype, got torch\.int8"):
         freeze(model, torch.int8)

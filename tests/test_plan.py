@@ -236,3 +236,10 @@ def test_zero_terminal_snr_needs_another_prediction_than_epsilon() -> None:
 def test_errors(make, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_scheduler_is_no_schedule() -> None:
+    with pytest.raises(
+        TypeError, match=r"ddim_plan: expected schedule to be a NoiseSchedule \(.*from_diffusers.*\), got object"
+    ):
+        ddim_plan(object())  # type: ignore[arg-type]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..graph import session
 from ..nn import UNet, UNetConfig
 from ..ops import sample_seeds
+from . import require_diffusers
 from .class_swap import Swapped, own_class, swap, unswap
 
 # What a UNet2DModel is built of. What something else has taken the place of (an adapter, say) would not be computed.
@@ -52,8 +53,7 @@ def accelerate(
         TypeError: `pipe`, its network or its scheduler is of another class. ValueError: an argument out of range; a network
             that `ddpm_fast.UNet` cannot stand for, or a scheduler that is not supported. The message says which part and why.
     """
-    import diffusers
-
+    diffusers = require_diffusers()
     from . import diffusers as ours
 
     if noise not in ("torch", "philox"):
@@ -71,7 +71,9 @@ def accelerate(
         )
     unet, scheduler = pipe.unet, pipe.scheduler
     if own_class(unet) is not diffusers.UNet2DModel:
-        raise TypeError(f"accelerate: expected pipe.unet to be a UNet2DModel, got {type(unet).__name__}")
+        raise TypeError(
+            f"accelerate: expected pipe.unet to be a UNet2DModel, got {type(unet).__name__}; ddpm_fast.fuse takes any"
+        )
     _check_network("accelerate", unet)
     if not freeze and dtype not in (None, unet.dtype):
         raise ValueError(
@@ -120,8 +122,7 @@ def restore(pipe: Any) -> Any:
 
 
 def _check_pipeline(caller: str, pipe: Any) -> None:
-    import diffusers
-
+    diffusers = require_diffusers()
     if not isinstance(pipe, (diffusers.DDPMPipeline, diffusers.DDIMPipeline)):
         raise TypeError(f"{caller}: expected pipe to be a DDPMPipeline or a DDIMPipeline, got {type(pipe).__name__}")
 

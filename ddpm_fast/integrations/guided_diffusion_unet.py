@@ -65,13 +65,15 @@ def load_guided_diffusion(
     dropout: float = 0.0,
     resblock_updown: bool = False,
     use_new_attention_order: bool = False,
+    use_checkpoint: bool = False,
+    use_fp16: bool = False,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> UNet:
     """A `UNet` with the weights of a model of guided-diffusion or improved-diffusion, in eval mode.
 
-    The keywords are script_util's flags of the model, with its defaults; those of the training must be given. Flags of memory
-    (use_fp16, use_checkpoint) have no counterpart: see dtype.
+    The keywords are script_util's flags of the model, with its defaults; those of the training must be given. `use_fp16` and
+    `use_checkpoint`, which are about memory, change nothing: see dtype.
 
     Args:
         path_or_state_dict: a .pt file, read without running code that it might hold, or what is in one.

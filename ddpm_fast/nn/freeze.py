@@ -73,6 +73,8 @@ def freeze(
     Raises:
         TypeError: the model is not a `UNet` made of this package's layers alone. ValueError: a dtype that is not floating.
     """
+    if not isinstance(model, UNet):
+        raise TypeError(f"freeze: expected model to be a ddpm_fast.UNet (UNet.from_pretrained), got a {type(model).__name__}")
     reason = why_not_frozen(model)
     if reason is not None:
         raise TypeError(f"freeze: expected a UNet with its own layers, got one where {reason}")
