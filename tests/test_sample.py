@@ -422,7 +422,7 @@ def test_progress_counts_steps(capsys: pytest.CaptureFixture[str]) -> None:
         ({"return_trajectory": -1}, ValueError, "expected return_trajectory to be a positive integer, got -1"),
         ({"plan": SCHEDULE}, TypeError, "expected plan to be a SamplingPlan, got NoiseSchedule"),
         ({"dtype": torch.int64}, TypeError, "expected dtype to be a floating dtype, got torch.int64"),
-        ({"model": Recording()}, ValueError, "expected shape to be given"),
+        ({"model": Recording()}, ValueError, r"expected shape \(C, H, W\) to be given"),
         ({"shape": (0, 8, 8)}, ValueError, r"expected shape to be positive integers .* got \(0, 8, 8\)"),
         ({"plan": ddpm_plan(SCHEDULE, variance="learned")}, ValueError, "model with 2 output channels.*got out_channels 1"),
         ({"seed": torch.zeros(2)}, ValueError, r"expected seed to be an int or int64 \[4\], got torch.float32 \[2\]"),
