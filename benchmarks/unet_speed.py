@@ -171,9 +171,9 @@ def plot(path: Path, rows: Sequence[dict[str, Any]], title: str) -> None:
         axes.set_xlabel("batch size")
         axes.set_title(f"{title}, {dtype}", fontsize="medium")
         axes.spines[["top", "right"]].set_visible(False)
-        axes.set_ylim(bottom=0)
+    panels[0][0].set_ylim(bottom=0)  # of all panels, which have been drawn
     panels[0][0].set_ylabel("images per second and step (median, quartiles)")
-    panels[0][-1].legend(frameon=False)
+    panels[0][0].legend(frameon=False)  # float32, which all have
     common.save_picture(figure, path)
 
 
