@@ -146,15 +146,15 @@ def test_the_network_has_the_same_parameters() -> None:
 @pytest.mark.parametrize("freeze", [True, False])
 def test_an_accelerated_network_trains(freeze: bool) -> None:
     """Where gradients are recorded, in the network and in its input, it is no inference form."""
-    unet = make_unet()
+    unet = make_unet().double()
     gradients = []
     for network in (unet, accelerate(make(unet=unet), freeze=freeze).unet):
-        x = torch.linspace(-1, 1, 1024).reshape(2, 2, 16, 16).requires_grad_()
+        x = torch.linspace(-1, 1, 1024, dtype=torch.float64).reshape(2, 2, 16, 16).requires_grad_()
         unet.zero_grad()
         network(x, 3).sample.square().mean().backward()
         gradients.append([x.grad, *(parameter.grad.clone() for parameter in unet.parameters())])
     for actual, expected in zip(*gradients, strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(actual, expected)
 
 
 def test_pipelines_may_share_an_accelerated_network() -> None:

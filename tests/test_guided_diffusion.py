@@ -212,6 +212,16 @@ def test_each_sample_has_its_own_timestep() -> None:
             assert torch.equal(together["sample"][i], alone["sample"][0])
 
 
+def test_few_plans_are_kept() -> None:
+    d, network, x = diffusion(), Network(gd.ModelVarType.FIXED_SMALL), draws()
+    t = torch.tensor([0, 7, 14])
+    first = d.ddim_sample(network, x, t, eta=0.0, seeds=sample_seeds(0, 3))["sample"]
+    for i in range(2 * gd._MAX_PLANS):
+        d.ddim_sample(network, x, t, eta=i / 20, seeds=sample_seeds(0, 3))
+        assert len(d._plans) <= gd._MAX_PLANS
+    assert torch.equal(d.ddim_sample(network, x, t, eta=0.0, seeds=sample_seeds(0, 3))["sample"], first)
+
+
 @pytest.mark.parametrize("eta", [None, 0.0, 1.0])
 def test_loops_are_their_steps_from_the_same_generator(eta: float | None) -> None:
     d, network = diffusion(var=gd.ModelVarType.LEARNED_RANGE), Network(gd.ModelVarType.LEARNED_RANGE)

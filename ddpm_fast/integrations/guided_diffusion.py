@@ -48,6 +48,7 @@ Kwargs: TypeAlias = Mapping[str, Any] | None
 Sampler: TypeAlias = Literal["ddpm", "mean", "ddim", "inversion"]
 
 _HALF: Final = (torch.float16, torch.bfloat16)
+_MAX_PLANS: Final = 8  # kept of a process: with an eta of its own at every step, nothing is kept for ever
 
 
 class ModelMeanType(enum.Enum):
@@ -692,6 +693,8 @@ class GaussianDiffusion:
             else:
                 steps |= {"eta": eta, "use_clipped_model_output": True, "learned_variance": learned}
                 plan = ddim_plan(self._original_schedule, None, **steps)
+            if len(self._plans) == _MAX_PLANS:
+                del self._plans[next(iter(self._plans))]
             self._plans[key] = plan
         return self._plans[key]
 
