@@ -13,13 +13,13 @@ from tqdm.auto import tqdm
 from . import graph, ops
 from .networks import device_and_dtype, evaluation_mode, predict
 from .plan import COLUMNS, Prediction, Variance, ddpm_plan
-from .sample import resolve_labels, resolve_seeds
+from .sample import check_images, resolve_labels, resolve_seeds
 from .schedule import NoiseSchedule
 
 _BIN = 2 / 255  # width of one of the 256 grey levels in [-1, 1]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class VariationalBound:
     """-log p(x_0) <= L_T + L_{T-1} + ... + L_1 + L_0, in bits per dimension: float64 tensors on the CPU, one row an image.
 
@@ -34,6 +34,11 @@ class VariationalBound:
     terms: Tensor
     x_0_mse: Tensor
     epsilon_mse: Tensor
+
+    def __repr__(self) -> str:
+        names = ("total", "prior", "transitions", "reconstruction")
+        means = ", ".join(f"{name} {getattr(self, name).mean():.4f}" for name in names)
+        return f"VariationalBound(N = {len(self.prior)}, T = {self.terms.shape[1]}; mean bits per dimension: {means})"
 
     @property
     def transitions(self) -> Tensor:
@@ -99,6 +104,7 @@ def variational_bound(
         raise ValueError(f"variational_bound: expected x_0 in [-1, 1], got values from {x_0.min():.4g} to {x_0.max():.4g}")
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"variational_bound: expected batch_size to be a positive integer, got {batch_size}")
+    check_images("variational_bound", "x_0", model, x_0.shape)
     total = len(x_0)
     labels, _ = resolve_labels("variational_bound", model, class_labels, total)
     seeds = resolve_seeds("variational_bound", seed, total)

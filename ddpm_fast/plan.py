@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final, Literal, get_args
@@ -185,7 +186,12 @@ def ddim_plan(
     path = _Path("ddim_plan", schedule, num_steps, spacing, previous, prediction, clip, final_alpha_bar)
     sigma = eta * path.beta_tilde.sqrt()
     if bool((sigma.square() > 1 - path.abar_prev).any()):
-        raise ValueError(f"ddim_plan: expected eta to leave sigma_t^2 at most 1 - abar_prev at every step, got {eta}")
+        noisy = path.beta_tilde > 0
+        largest = float(((1 - path.abar_prev) / path.beta_tilde)[noisy].min().sqrt())
+        raise ValueError(
+            f"ddim_plan: expected eta to be at most {math.floor(largest * 1e4) / 1e4}, which leaves sigma_t^2 at most "
+            f"1 - abar_prev at every step, got {eta}"
+        )
     return path.ddim(path.abar_prev, sigma, use_clipped_model_output, learned_variance)
 
 

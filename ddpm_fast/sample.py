@@ -15,7 +15,7 @@ from . import graph
 from .images import evenly_spaced
 from .loop import Loop
 from .networks import device_and_dtype, evaluation_mode, model_config
-from .nn.freeze import FrozenUNet
+from .nn import FrozenUNet, UNet, UNetConfig
 from .ops import sample_seeds
 from .ops._library import check_number
 from .plan import SamplingPlan
@@ -121,6 +121,7 @@ def sample(
     if dtype is not None and not dtype.is_floating_point:
         raise TypeError(f"sample: expected dtype to be a floating dtype, got {dtype}")
     shape = _image_shape(model, plan, shape)
+    check_images("sample", "images", model, (num_samples, *shape))
     seeds = resolve_seeds("sample", seed, num_samples)
     labels, no_label = resolve_labels("sample", model, class_labels, num_samples)
     check_number("sample", "guidance_scale", 1 if guidance_scale is None else guidance_scale)
@@ -236,6 +237,12 @@ def _memory_format(model: nn.Module, shape: Sequence[int]) -> torch.memory_forma
     if len(shape) == 3 and any(p.is_contiguous(memory_format=torch.channels_last) for p in weights):
         return torch.channels_last
     return torch.contiguous_format
+
+
+def check_images(caller: str, name: str, model: nn.Module, shape: Sequence[int]) -> None:
+    """Raises what a `UNet` would raise of images of this shape, [N, C, H, W]; of another model nobody knows."""
+    if isinstance(model, UNet | FrozenUNet):
+        UNetConfig.from_dict(model.config).check_images(caller, name, shape)
 
 
 def resolve_seeds(caller: str, seed: int | Tensor, num_samples: int) -> Tensor:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner
+from small_unets import SMALL
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
@@ -268,6 +270,11 @@ def test_progress_counts_timesteps(capsys: pytest.CaptureFixture[str]) -> None:
         ({"x_0": torch.zeros(0, 1, 4, 4)}, "expected x_0 to be floating"),
         ({"x_0": torch.full((1, 1, 2, 2), 255.0)}, r"expected x_0 in \[-1, 1\], got values from 255 to 255"),
         ({"x_0": torch.tensor([0.0, math.nan]).reshape(1, 1, 1, 2)}, r"expected x_0 in \[-1, 1\], got values from nan"),
+        (
+            {"model": UNet(**SMALL)},
+            r"variational_bound: expected x_0 to have H and W that are multiples of 4, got \(3, 2, 5, 5\)",
+        ),
+        ({"model": UNet(**SMALL), "x_0": torch.zeros(1, 1, 8, 8)}, r"expected x_0 to be \[N, 2, H, W\], got \(1, 1, 8, 8\)"),
         ({"batch_size": 0}, "expected batch_size to be a positive integer, got 0"),
         ({"prediction": "noise"}, "expected prediction to be one of"),
         ({"variance": "fixed"}, "expected variance to be one of"),
@@ -276,11 +283,22 @@ def test_progress_counts_timesteps(capsys: pytest.CaptureFixture[str]) -> None:
         ({"class_labels": [0, 1]}, "variational_bound: expected class_labels to be an int or 3 ints"),
     ],
 )
-def test_bad_arguments_are_refused_before_any_work(changes: dict[str, Any], message: str) -> None:
-    model = Formula()
-    model.forward = None  # type: ignore[assignment]  # not to be called
+def test_bad_arguments_are_refused_before_any_work(
+    changes: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = {"model": Formula(), "x_0": images(), "schedule": SCHEDULE} | changes
+    arguments["model"].forward = None  # not to be called
     with pytest.raises(ValueError, match=message):
-        variational_bound(**{"model": model, "x_0": images(), "schedule": SCHEDULE, "progress": False} | changes)
+        variational_bound(**arguments)
+    assert capsys.readouterr().err == ""  # of a progress bar
+
+
+def test_repr_is_a_line_of_means() -> None:
+    bound = variational_bound(Formula(), images(), SCHEDULE, progress=False)
+    figures = [float(figure) for figure in re.findall(r"\d+\.\d+", repr(bound))]
+    parts = (bound.total, bound.prior, bound.transitions, bound.reconstruction)
+    assert figures == pytest.approx([float(part.mean()) for part in parts], abs=6e-5)
+    assert repr(bound).startswith(f"VariationalBound(N = 3, T = {T}; mean bits per dimension: total ")
 
 
 def test_command_prints_the_parts(tmp_path: Path) -> None:

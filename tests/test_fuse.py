@@ -453,3 +453,30 @@ def test_trying_a_block_has_no_side_effects() -> None:
 def test_anything_but_a_module_is_refused(function: Callable[[Any], object]) -> None:
     with pytest.raises(TypeError, match=f"^{function.__name__}: expected model to be an nn.Module, got dict"):
         function({})
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch imports its own for jvp
+def test_transforms_of_torch_func_go_through_a_fused_model() -> None:
+    """Gradients, a sample's own gradients, and forward-mode derivatives, which are those of the model before."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(4, 8), nn.SiLU(), nn.Conv2d(8, 2, 3)).double()
+    parameters, x = dict(model.named_parameters()), torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    tangents = {name: torch.randn_like(parameter) for name, parameter in parameters.items()}
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(model, parameters, (x[None],)).square().sum()
+
+    def results() -> list[Any]:
+        per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+        _, forward = torch.func.jvp(lambda p: loss(p, x[0]), (parameters,), (tangents,))
+        return [torch.func.grad(loss)(parameters, x[0]), per_sample, forward]
+
+    expected = results()
+    assert fuse(model).fused
+    torch.testing.assert_close(results(), expected)
+
+
+@pytest.mark.parametrize("function", [fuse, unfuse])
+def test_of_a_pipeline_the_error_names_its_network(function: Callable[[Any], object]) -> None:
+    pipe = diffusers.DDPMPipeline(unet=unet_2d(), scheduler=diffusers.DDPMScheduler())
+    with pytest.raises(TypeError, match=f"^{function.__name__}: .* got DDPMPipeline, whose network is pipe.unet$"):
+        function(pipe)

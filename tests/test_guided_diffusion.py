@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 import math
 from collections.abc import Callable
@@ -210,6 +211,14 @@ def test_each_sample_has_its_own_timestep() -> None:
         for i in range(3):
             alone = step(network, x[i : i + 1], t[i : i + 1], seeds=noise[i : i + 1])
             assert torch.equal(together["sample"][i], alone["sample"][0])
+
+
+@pytest.mark.parametrize("name", ["p_sample_loop", "ddim_sample_loop"])
+def test_loops_show_their_arguments(name: str) -> None:
+    loop, progressive = (inspect.signature(getattr(gd.SpacedDiffusion, name + end)) for end in ("", "_progressive"))
+    assert {"clip_denoised", "cond_fn", "seeds"} < loop.parameters.keys()
+    assert loop.parameters == progressive.parameters
+    assert loop.return_annotation == "Tensor"
 
 
 def test_few_plans_are_kept() -> None:

@@ -1,6 +1,7 @@
 """Plans against the derivation and against diffusers' and guided-diffusion's samplers."""
 
 import math
+import re
 from typing import Any
 
 import pytest
@@ -230,12 +231,22 @@ def test_zero_terminal_snr_needs_another_prediction_than_epsilon() -> None:
         (lambda: ddpm_plan(SCHEDULE, spacing=[5, 2], previous=[1]), r"expected previous to be 2 timesteps.*got \[1\]"),
         (lambda: ddim_plan(SCHEDULE, final_alpha_bar=0.0), "ddim_plan: expected final_alpha_bar in .*got 0.0"),
         (lambda: ddim_plan(SCHEDULE, eta=-1.0), "ddim_plan: expected eta to be at least 0, got -1.0"),
-        (lambda: ddim_plan(SCHEDULE, eta=9.0), "ddim_plan: expected eta to leave sigma.*got 9.0"),
+        (lambda: ddim_plan(SCHEDULE, eta=9.0), r"ddim_plan: expected eta to be at most \d.*got 9.0"),
     ],
 )
 def test_errors(make, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("options", [{"spacing": "trailing"}, {"final_alpha_bar": float(SCHEDULE.alpha_bars[0])}])
+def test_the_largest_eta_that_the_error_names_is_admissible_and_no_larger(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="expected eta to be at most") as raised:
+        ddim_plan(SCHEDULE, 20, eta=9.0, **options)
+    largest = float(re.findall(r"at most ([\d.]+),", str(raised.value))[0])
+    assert ddim_plan(SCHEDULE, 20, eta=largest, **options).is_random
+    with pytest.raises(ValueError, match=f"at most {largest},"):
+        ddim_plan(SCHEDULE, 20, eta=largest + 2e-4, **options)
 
 
 def test_a_scheduler_is_no_schedule() -> None:

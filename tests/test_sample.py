@@ -424,6 +424,11 @@ def test_progress_counts_steps(capsys: pytest.CaptureFixture[str]) -> None:
         ({"dtype": torch.int64}, TypeError, "expected dtype to be a floating dtype, got torch.int64"),
         ({"model": Recording()}, ValueError, r"expected shape \(C, H, W\) to be given"),
         ({"shape": (0, 8, 8)}, ValueError, r"expected shape to be positive integers .* got \(0, 8, 8\)"),
+        (
+            {"shape": (1, 8, 7)},
+            ValueError,
+            r"sample: expected images to have H and W that are multiples of 2, got \(4, 1, 8, 7\)",
+        ),
         ({"plan": ddpm_plan(SCHEDULE, variance="learned")}, ValueError, "model with 2 output channels.*got out_channels 1"),
         ({"seed": torch.zeros(2)}, ValueError, r"expected seed to be an int or int64 \[4\], got torch.float32 \[2\]"),
         ({"seed": 1 << 65}, ValueError, "seed"),

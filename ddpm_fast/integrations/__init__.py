@@ -1,16 +1,14 @@
 """Other libraries' interfaces on this package's kernels. Their libraries are imported on use only."""
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
-def require_diffusers() -> Any:
-    """The library.
-
-    Raises:
-        ModuleNotFoundError: it is not installed; says how to.
-    """
+@contextmanager
+def needs_extra(name: str) -> Iterator[None]:
+    """Around imports: where a library is missing, the error names the extra that brings it."""
     try:
-        import diffusers
+        yield
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"{error.name} is missing: install it with pip install 'ddpm_fast[diffusers]'") from error
-    return diffusers
+        message = f"{error.name} is missing: install it with pip install 'ddpm_fast[{name}]'"
+        raise ModuleNotFoundError(message, name=error.name) from error

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..graph import session
 from ..nn import UNet, UNetConfig
 from ..ops import sample_seeds
-from . import require_diffusers
+from . import needs_extra
 from .class_swap import Swapped, own_class, swap, unswap
 
 # What a UNet2DModel is built of. What something else has taken the place of (an adapter, say) would not be computed.
@@ -53,9 +53,6 @@ def accelerate(
         TypeError: `pipe`, its network or its scheduler is of another class. ValueError: an argument out of range; a network
             that `ddpm_fast.UNet` cannot stand for, or a scheduler that is not supported. The message says which part and why.
     """
-    diffusers = require_diffusers()
-    from . import diffusers as ours
-
     if noise not in ("torch", "philox"):
         raise ValueError(f'accelerate: expected noise to be "torch" or "philox", got {noise!r}')
     if not isinstance(freeze, bool):
@@ -63,6 +60,10 @@ def accelerate(
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"accelerate: expected dtype to be None or a floating dtype, got {dtype!r}")
     _check_pipeline("accelerate", pipe)
+    import diffusers
+
+    from . import diffusers as ours
+
     restore(pipe)
     if noise == "philox" and not {"batch_size", "generator"} <= inspect.signature(pipe.__call__).parameters.keys():
         raise ValueError(
@@ -122,7 +123,8 @@ def restore(pipe: Any) -> Any:
 
 
 def _check_pipeline(caller: str, pipe: Any) -> None:
-    diffusers = require_diffusers()
+    with needs_extra("diffusers"):
+        import diffusers
     if not isinstance(pipe, (diffusers.DDPMPipeline, diffusers.DDIMPipeline)):
         raise TypeError(f"{caller}: expected pipe to be a DDPMPipeline or a DDIMPipeline, got {type(pipe).__name__}")
 

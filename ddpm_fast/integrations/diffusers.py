@@ -13,14 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
-import diffusers
 import numpy as np
 import torch
-from diffusers import SchedulerMixin as SchedulerMixin  # DiffusionPipeline.from_pretrained looks for it beside a scheduler
-from diffusers.configuration_utils import register_to_config
-from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
-from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ..ops import q_sample, reverse_step
@@ -28,6 +22,15 @@ from ..ops._library import check_float
 from ..plan import COLUMNS, VARIANCE_TYPES, SamplingPlan, ddim_plan, ddpm_plan, spaced_timesteps
 from ..reference import PREDICTIONS, opmath, per_sample
 from ..schedule import NoiseSchedule, numbered
+from . import needs_extra
+
+with needs_extra("diffusers"):
+    import diffusers
+    from diffusers import SchedulerMixin as SchedulerMixin  # DiffusionPipeline.from_pretrained looks for it beside a scheduler
+    from diffusers.configuration_utils import register_to_config
+    from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
+    from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
+    from diffusers.utils.torch_utils import randn_tensor
 
 _log = logging.getLogger("ddpm_fast")
 

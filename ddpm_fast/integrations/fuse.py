@@ -69,8 +69,7 @@ def fuse(model: nn.Module) -> FuseReport:
     Raises:
         TypeError: `model` is not an `nn.Module`.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"fuse: expected model to be an nn.Module, got {type(model).__name__}")
+    _check_model("fuse", model)
     unfuse(model)
     modules = dict(model.named_modules())
     names = {id(module): name for name, module in modules.items()}
@@ -103,11 +102,16 @@ def unfuse(model: nn.Module) -> None:
     Raises:
         TypeError: `model` is not an `nn.Module`.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"unfuse: expected model to be an nn.Module, got {type(model).__name__}")
+    _check_model("unfuse", model)
     for module in model.modules():
         if isinstance(module, _Fused):
             unswap(module)
+
+
+def _check_model(caller: str, model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        hint = ", whose network is pipe.unet" if isinstance(getattr(model, "unet", None), nn.Module) else ""
+        raise TypeError(f"{caller}: expected model to be an nn.Module, got {type(model).__name__}{hint}")
 
 
 # --------------------------------------------------------------------------------------------------------- what is computed

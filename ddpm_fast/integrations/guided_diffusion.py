@@ -11,9 +11,10 @@ Computation is in float32, for half precision too, whose results are float32 as 
 from __future__ import annotations
 
 import enum
+import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import accumulate, repeat
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Final, Literal, ParamSpec, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -45,6 +46,7 @@ __all__ = [
 Array: TypeAlias = npt.NDArray[np.float64]
 Model: TypeAlias = Callable[..., Tensor]
 Kwargs: TypeAlias = Mapping[str, Any] | None
+_P = ParamSpec("_P")
 Sampler: TypeAlias = Literal["ddpm", "mean", "ddim", "inversion"]
 
 _HALF: Final = (torch.float16, torch.bfloat16)
@@ -161,6 +163,16 @@ def _count(op: str, section_counts: object, count: object) -> int:
             f'{op}: expected section_counts to be "ddimN" or counts like "250" or "10,10,10", got {section_counts!r}'
         )
     return int(number)
+
+
+def _arguments_of(other: Callable[_P, object]) -> Callable[[Callable[..., Tensor]], Callable[_P, Tensor]]:
+    """Decorates a method that passes its arguments on to another: they are the other's for type checkers and `help`, too."""
+
+    def decorate(method: Callable[..., Tensor]) -> Callable[_P, Tensor]:
+        method.__signature__ = inspect.signature(other).replace(return_annotation="Tensor")  # type: ignore[attr-defined]
+        return method
+
+    return decorate
 
 
 class GaussianDiffusion:
@@ -418,10 +430,6 @@ class GaussianDiffusion:
 
     # -------------------------------------------------------------------------------------------------- sampling loops
 
-    def p_sample_loop(self, model: Model, shape: Sequence[int], *args: Any, **kwargs: Any) -> Tensor:
-        """The last "sample" of `p_sample_loop_progressive`, which has the arguments: x_0, [N, C, ...]."""
-        return _last(self.p_sample_loop_progressive(model, shape, *args, **kwargs))
-
     def p_sample_loop_progressive(
         self,
         model: Model,
@@ -450,9 +458,10 @@ class GaussianDiffusion:
         options |= {"model_kwargs": model_kwargs}
         return self._loop("p_sample_loop", self.p_sample, model, shape, noise, device, progress, seeds, options)
 
-    def ddim_sample_loop(self, model: Model, shape: Sequence[int], *args: Any, **kwargs: Any) -> Tensor:
-        """The last "sample" of `ddim_sample_loop_progressive`, which has the arguments: x_0, [N, C, ...]."""
-        return _last(self.ddim_sample_loop_progressive(model, shape, *args, **kwargs))
+    @_arguments_of(p_sample_loop_progressive)
+    def p_sample_loop(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The last "sample" of `p_sample_loop_progressive`, which has the arguments: x_0, [N, C, ...]."""
+        return _last(self.p_sample_loop_progressive(*args, **kwargs))
 
     def ddim_sample_loop_progressive(
         self,
@@ -474,6 +483,11 @@ class GaussianDiffusion:
         options: dict[str, Any] = {"clip_denoised": clip_denoised, "denoised_fn": denoised_fn, "cond_fn": cond_fn}
         options |= {"model_kwargs": model_kwargs, "eta": eta}
         return self._loop("ddim_sample_loop", self.ddim_sample, model, shape, noise, device, progress, seeds, options)
+
+    @_arguments_of(ddim_sample_loop_progressive)
+    def ddim_sample_loop(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The last "sample" of `ddim_sample_loop_progressive`, which has the arguments: x_0, [N, C, ...]."""
+        return _last(self.ddim_sample_loop_progressive(*args, **kwargs))
 
     def _loop(
         self,

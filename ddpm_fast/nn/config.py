@@ -136,6 +136,14 @@ class UNetConfig:
         """Width of the sinusoidal embedding of the timestep."""
         return self.time_input_dim or self.block_out_channels[0]
 
+    def check_images(self, caller: str, name: str, shape: Sequence[int]) -> None:
+        """ValueError unless this is the shape of a network's input."""
+        multiple = 2 ** (len(self.block_out_channels) - 1)
+        if len(shape) != 4 or shape[1] != self.in_channels:
+            raise ValueError(f"{caller}: expected {name} to be [N, {self.in_channels}, H, W], got {tuple(shape)}")
+        if shape[2] % multiple or shape[3] % multiple:
+            raise ValueError(f"{caller}: expected {name} to have H and W that are multiples of {multiple}, got {tuple(shape)}")
+
     def head_dim(self, channels: int) -> int | None:
         """Channels of one head of an attention of this width; None: all."""
         return channels // self.num_attention_heads if self.num_attention_heads else self.attention_head_dim

@@ -162,13 +162,9 @@ class UNet(nn.Module):
 
 def checked_timesteps(config: UNetConfig, x: Tensor, t: Tensor | int, class_labels: Tensor | None) -> Tensor:
     """Raises what `UNet.forward` documents; returns t as [N] on x's device."""
-    multiple = 2 ** (len(config.block_out_channels) - 1)
     if not isinstance(x, Tensor):
         raise TypeError(f"UNet: expected x to be a tensor, got {type(x).__name__}")
-    if x.ndim != 4 or x.shape[1] != config.in_channels:
-        raise ValueError(f"UNet: expected x to be [N, {config.in_channels}, H, W], got {tuple(x.shape)}")
-    if x.shape[2] % multiple or x.shape[3] % multiple:
-        raise ValueError(f"UNet: expected x to have H and W that are multiples of {multiple}, got {tuple(x.shape)}")
+    config.check_images("UNet", "x", x.shape)
     n = x.shape[0]
     if config.num_class_embeds is None and class_labels is not None:
         raise ValueError("UNet: expected class_labels to be None (num_class_embeds is None), got a tensor")

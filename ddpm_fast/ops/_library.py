@@ -44,13 +44,17 @@ def no_second_derivative(op: str) -> Callable[..., Any]:
     return backward
 
 
+def is_transformed() -> bool:
+    """Whether a transform of torch.func, or forward-mode differentiation, is at work. Not to be asked by compiled code."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
 def is_plain(*tensors: Tensor | None) -> bool:
     """Whether an op may be computed past the dispatcher: eager mode, plain tensors, and nothing that watches the calls."""
     if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.autograd.forward_ad._current_level >= 0
+        or is_transformed()
         or torch._C._get_tracing_state() is not None
     ):
         return False

@@ -17,6 +17,7 @@ from ._library import (
     dense_like,
     dtype_code,
     is_plain,
+    is_transformed,
     no_second_derivative,
     pointer,
     sizes,
@@ -52,7 +53,8 @@ def group_norm_silu(
         shift: [N, C], added before the statistics (the time embedding of Ho et al.'s blocks), in x's dtype or float32.
         scale_shift: two [N, C] (adaptive group norm, Dhariwal and Nichol 2021), in x's dtype or float32.
         activation: "silu" or None.
-        backend: "native", "triton" or "reference"; by default the first that can run.
+        backend: "native", "triton" or "reference"; by default the first that can run, and "reference" inside transforms of
+            torch.func (grad, vmap, jvp, ...) and forward-mode differentiation, which the kernels do not take part in.
 
     Returns:
         y, with the shape, dtype and memory format of x. Differentiable once in every tensor (backend="reference": any
@@ -85,10 +87,13 @@ def group_norm_silu(
     unfit = ("triton", f"it takes at most {_TRITON_MAX_CHANNELS_PER_GROUP} channels in a group") if too_wide else None
     family = choose(op, backend, x.device, x.dtype, unfit)
     arguments = (x, num_groups, weight, bias, eps, shift, scale, scale_shift_, activation == "silu")
-    if family == "reference":
+    plain = is_plain(x, weight, bias, shift, scale, scale_shift_)
+    # In a transform the definition serves, of which PyTorch knows every derivative.
+    transformed = not plain and backend is None and not torch.compiler.is_compiling() and is_transformed()
+    if family == "reference" or transformed:
         return reference.group_norm_silu(*arguments)[0]
     y: Tensor
-    if not is_plain(x, weight, bias, shift, scale, scale_shift_):
+    if not plain:
         y = torch.ops.ddpm_fast.group_norm_silu(*arguments, family)[0]
     elif torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, weight, bias, shift, scale, scale_shift_)
