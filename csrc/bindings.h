@@ -80,7 +80,24 @@ inline void bind_cpu_ops(pybind11::module_& m, const Kernels& kernels) {
       "attention",
       [run = kernels.attention](int dtype, Address y, Address qkv, std::int64_t n, std::int64_t heads,
                                 std::int64_t pixels, std::int64_t channels, float scale, std::intptr_t run_on) {
-        run({DType{dtype}, Pointer{y}, Pointer{qkv}, n, heads, pixels, channels, scale, {run_on}});
+        run({DType{dtype}, Pointer{y}, nullptr, Pointer{qkv}, n, heads, pixels, channels, scale, {run_on}});
+      },
+      nogil);
+  m.def(
+      "attention_forward",
+      [run = kernels.attention](int dtype, Address y, Address softmax, Address qkv, std::int64_t n, std::int64_t heads,
+                                std::int64_t pixels, std::int64_t channels, float scale, std::intptr_t run_on) {
+        run({DType{dtype}, Pointer{y}, Pointer{softmax}, Pointer{qkv}, n, heads, pixels, channels, scale, {run_on}});
+      },
+      nogil);
+  m.def(
+      "attention_backward",
+      [run = kernels.attention_backward](int dtype, Address dqkv, Address dy, Address y, Address softmax, Address qkv,
+                                         std::int64_t n, std::int64_t heads, std::int64_t pixels, std::int64_t channels,
+                                         float scale, std::intptr_t run_on) {
+        run({Pointer{dqkv},
+             Pointer{dy},
+             {DType{dtype}, Pointer{y}, Pointer{softmax}, Pointer{qkv}, n, heads, pixels, channels, scale, {run_on}}});
       },
       nogil);
   m.def(

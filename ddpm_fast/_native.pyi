@@ -250,6 +250,36 @@ class CpuKernels(Kernels, Protocol):
     def attention(
         self, dtype: int, y: int, qkv: int, n: int, heads: int, pixels: int, channels: int, scale: float, run_on: int, /
     ) -> None: ...
+    def attention_forward(
+        self,
+        dtype: int,
+        y: int,
+        softmax: int,
+        qkv: int,
+        n: int,
+        heads: int,
+        pixels: int,
+        channels: int,
+        scale: float,
+        run_on: int,
+        /,
+    ) -> None: ...
+    def attention_backward(
+        self,
+        dtype: int,
+        dqkv: int,
+        dy: int,
+        y: int,
+        softmax: int,
+        qkv: int,
+        n: int,
+        heads: int,
+        pixels: int,
+        channels: int,
+        scale: float,
+        run_on: int,
+        /,
+    ) -> None: ...
     def pack_winograd(
         self,
         dtype: int,

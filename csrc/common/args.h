@@ -163,10 +163,18 @@ struct ConvArgs {
 struct AttentionArgs {
   DType dtype;
   void* y;                                  // [n, pixels, heads, channels]
+  float* softmax;                           // [n, heads, 2, pixels]: of a query's scores the largest, and one over the
+                                            // sum of exp((score - largest) scale); may be absent
   const void* qkv;                          // [n, pixels, 3, heads, channels]
   std::int64_t n, heads, pixels, channels;  // of a head, in bfloat16 an even number
   float scale;
   RunOn run_on;
+};
+
+struct AttentionBackwardArgs {
+  void* dqkv;             // as qkv
+  const void* dy;         // as y
+  AttentionArgs forward;  // with y and softmax as it left them
 };
 
 // Weights for conv_winograd: G g G^T in panels.

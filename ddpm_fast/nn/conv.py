@@ -40,6 +40,23 @@ def has_fast_bfloat16() -> bool:
     return native_error() is None and (BUILD["isa"] == "avx512_bf16" or BUILD.get("amx_bf16", False))
 
 
+def trained_dtype(x: Tensor, *parameters: Tensor | None) -> torch.dtype | None:
+    """The dtype of a layer's training step in this package's kernels; None where it is PyTorch's, or none is recorded."""
+    by_autocast = torch.is_autocast_enabled("cpu")
+    dtype = torch.get_autocast_dtype("cpu") if by_autocast else x.dtype
+    given = [tensor for tensor in (x, *parameters) if tensor is not None]
+    serves = (
+        torch.is_grad_enabled()
+        and any(tensor.requires_grad for tensor in given)
+        and is_plain(*given)
+        and all(tensor.device == x.device and tensor.dtype in DTYPES for tensor in given)
+        and (by_autocast or all(tensor.dtype == dtype for tensor in given))
+        and why_not_packed(x.device, dtype) is None
+        and (dtype == torch.float32 or has_fast_bfloat16())
+    )
+    return dtype if serves else None
+
+
 def step_of(dtype: torch.dtype) -> int:
     """Input channels that a multiply-add takes."""
     return 2 if dtype == torch.bfloat16 else 1
@@ -94,9 +111,8 @@ class Conv3x3(nn.Conv2d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        by_autocast = torch.is_autocast_enabled("cpu")
-        dtype = torch.get_autocast_dtype("cpu") if by_autocast else input.dtype
-        if _is_trained_here(self, input, dtype, by_autocast):
+        dtype = trained_dtype(input, self.weight, self.bias)
+        if dtype is not None and _is_for_winograd(self, input):
             out: Tensor = _Winograd.apply(input.to(dtype), self.weight, self.bias)  # type: ignore[no-untyped-call]
             return out
         return super().forward(input)
@@ -108,18 +124,10 @@ def _is_usual(conv: nn.Conv2d) -> bool:
     return geometry == ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")
 
 
-def _is_trained_here(conv: Conv3x3, x: Tensor, dtype: torch.dtype, by_autocast: bool) -> bool:
+def _is_for_winograd(conv: Conv3x3, x: Tensor) -> bool:
     weight = conv.weight
-    given = [tensor for tensor in (x, weight, conv.bias) if tensor is not None]
     return (
-        torch.is_grad_enabled()
-        and any(tensor.requires_grad for tensor in given)
-        and is_plain(*given)
-        and all(tensor.device == x.device and tensor.dtype in DTYPES for tensor in given)
-        and (by_autocast or all(tensor.dtype == dtype for tensor in given))
-        and why_not_packed(x.device, dtype) is None
-        and (dtype == torch.float32 or has_fast_bfloat16())
-        and _is_usual(conv)
+        _is_usual(conv)
         and x.dim() == 4
         and x.shape[1] == weight.shape[1]
         and winograd_tiles(x.shape[0], *x.shape[2:]) >= WINOGRAD_TILES

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import group_norm_silu
+from .attention import attention, is_trained_here
 from .conv import Conv3x3
 
 
@@ -143,12 +144,18 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(channels, channels)
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
+    def _projections(self) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
+        return self.to_q, self.to_k, self.to_v
+
+    def _joined(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias of queries, keys and values as one product."""
+        projections = self._projections()
+        return torch.cat([linear.weight for linear in projections]), torch.cat([linear.bias for linear in projections])
+
     def joined_projections(self) -> nn.Linear:
         """Queries, keys and values as one layer: a copy."""
-        projections = (self.to_q, self.to_k, self.to_v)
         joined = nn.Linear(self.to_q.in_features, 3 * self.to_q.out_features, device="meta")
-        joined.weight = nn.Parameter(torch.cat([linear.weight for linear in projections]))
-        joined.bias = nn.Parameter(torch.cat([linear.bias for linear in projections]))
+        joined.weight, joined.bias = map(nn.Parameter, self._joined())
         return joined
 
     def forward(self, x: Tensor) -> Tensor:
@@ -156,11 +163,14 @@ class Attention(nn.Module):
         h = x if self.group_norm is None else self.group_norm(x)
         h = h.flatten(2).transpose(1, 2)  # [N, HW, C]; a view when x is channels_last
 
-        def heads(projected: Tensor) -> Tensor:
-            return projected.view(n, height * width, self.num_heads, -1).transpose(1, 2)  # [N, heads, HW, C / heads]
-
-        h = F.scaled_dot_product_attention(heads(self.to_q(h)), heads(self.to_k(h)), heads(self.to_v(h)))
-        h = self.to_out[0](h.transpose(1, 2).flatten(2))  # [N, HW, C]
+        if is_trained_here(h, self._projections(), self.num_heads):
+            h = attention(F.linear(h, *self._joined()), self.num_heads)
+        else:
+            q, k, v = (
+                linear(h).view(n, height * width, self.num_heads, -1).transpose(1, 2) for linear in self._projections()
+            )  # each [N, heads, HW, C / heads]
+            h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        h = self.to_out[0](h)  # [N, HW, C]
         return _rescaled(x + h.transpose(1, 2).view(n, c, height, width), self.output_scale_factor)
 
 

@@ -1,0 +1,174 @@
+// The gradient of attention, a head of a sample after the other.
+//
+// With weights w = softmax(q k^T scale) and D = rowsum(dy y), which is the sum of w dw over a query's keys:
+//   dv = w^T dy    dw = dy v^T    ds = w (dw - D)    dq = ds k scale    dk = ds^T q scale
+// A few keys at a time meet all queries: w^T and ds^T are computed as such, keys down and queries across, as the two
+// products want them whose sums are over queries. Only ds is transposed, for the third.
+#include "cpu/attention.h"
+
+namespace ddpm_fast::DDPM_FAST_ISA {
+
+namespace {
+
+constexpr Index kKeys = 64;  // a divisor of kTermsInSum, and whole vectors
+
+template <class T>
+float sum_of_products(const T* a, const T* b, Index count) {
+  Floats sums{};
+  Index i = 0;
+  for (; i + kWidth<T> <= count; i += kWidth<T>) sums = fma(load(a + i), load(b + i), sums);
+  if (i < count) {
+    const int rest = static_cast<int>(count - i);
+    sums = fma(load(a + i, rest), load(b + i, rest), sums);
+  }
+  float sum = 0;
+  for (int lane = 0; lane < kWidth<T>; ++lane) sum += sums[lane];
+  return sum;
+}
+
+// A row for each of `columns` columns, a multiple of a vector, of `rows` rows; zeros after them to a whole vector.
+template <class T>
+void transpose_matrix(T* to, Index to_stride, const T* from, Index from_stride, Index rows, Index columns) {
+  constexpr int width = kWidth<T>;
+  for (Index row = 0; row < rows; row += width) {
+    for (Index column = 0; column < columns; column += width) {
+      Floats square[width];
+      for (int i = 0; i < width; ++i) {
+        square[i] = row + i < rows ? load(from + (row + i) * from_stride + column) : Floats{};
+      }
+      transpose(square);
+      for (int i = 0; i < width; ++i) store(to + (column + i) * to_stride + row, square[i]);
+    }
+  }
+}
+
+template <class T>
+void gradients_of_head(const AttentionBackwardArgs& args, Index head) {
+  const AttentionArgs& a = args.forward;
+  const auto q = rows_of_qkv<T>(a, a.qkv, head, 0), k = rows_of_qkv<T>(a, a.qkv, head, 1),
+             v = rows_of_qkv<T>(a, a.qkv, head, 2), dy = rows_of_y<T>(a, args.dy, head);
+  const auto dq = rows_of_qkv<T>(a, args.dqkv, head, 0), dk = rows_of_qkv<T>(a, args.dqkv, head, 1),
+             dv = rows_of_qkv<T>(a, args.dqkv, head, 2);
+  const auto y = rows_of_y<T>(a, static_cast<const void*>(a.y), head);
+
+  const Index pixel_panels = panels_of(a.pixels), channel_panels = panels_of(a.channels);
+  const Index across = pixel_panels * kPanel, wide = channel_panels * kPanel;
+  const Index over_channels = panel_size<T>(a.channels), over_pixels = panel_size<T>(a.pixels);
+  const Index sums_size = a.pixels > kTermsInSum ? a.pixels * wide : 0;
+  Room room(RoomFor::kSlice, 2 * Room::bytes<float>(pixel_panels * over_channels) +
+                                 3 * Room::bytes<float>(channel_panels * over_pixels) + 3 * Room::bytes<float>(across) +
+                                 2 * Room::bytes<T>(kKeys * across) + Room::bytes<T>(across * kTermsInSum) +
+                                 Room::bytes<float>(sums_size));
+  float* q_pixels = room.take<float>(pixel_panels * over_channels);
+  float* dy_pixels = room.take<float>(pixel_panels * over_channels);
+  float* q_channels = room.take<float>(channel_panels * over_pixels);
+  float* dy_channels = room.take<float>(channel_panels * over_pixels);
+  float* k_channels = room.take<float>(channel_panels * over_pixels);
+  float* largest = room.take<float>(across);             // of a query; 0 for what fills the last panel,
+  float* shares = room.take<float>(across);              // whose weights are 0 for the sake of this 0
+  float* totals = room.take<float>(across);              // D
+  T* weights = room.take<T>(kKeys * across);             // [key, query]
+  T* dscores = room.take<T>(kKeys * across);             // [key, query]
+  T* dscores_down = room.take<T>(across * kTermsInSum);  // [query, key]
+  float* dq_sums = room.take<float>(sums_size);
+
+  for (Index panel = 0; panel < pixel_panels; ++panel) {
+    pack_pixels<T>(q, panel, q_pixels + panel * over_channels);
+    pack_pixels<T>(dy, panel, dy_pixels + panel * over_channels);
+  }
+  pack_channels<T>(q, 0, a.pixels, q_channels);
+  pack_channels<T>(dy, 0, a.pixels, dy_channels);
+  pack_channels<T>(k, 0, a.pixels, k_channels);
+  const float* softmax = a.softmax + 2 * head * a.pixels;
+  for (Index query = 0; query < across; ++query) {
+    const bool is_one = query < a.pixels;
+    largest[query] = is_one ? softmax[query] : 0;
+    shares[query] = is_one ? softmax[a.pixels + query] : 0;
+    totals[query] = is_one ? sum_of_products(dy[query], y[query], a.channels) : 0;
+  }
+
+  const Floats factor = broadcast(a.scale * kLog2E);
+  const auto weights_and_dscores = [&](Index first, Index count) {
+    for (Index panel = 0; panel < pixel_panels; ++panel) {
+      over_rows(0, count, [&](Index key, auto rows) {
+        const T *keys[rows()], *values[rows()];
+        for (int r = 0; r < rows(); ++r) keys[r] = k[first + key + r], values[r] = v[first + key + r];
+        Sums<rows()> scores{}, dweights{};
+        multiply(scores, keys, q_pixels + panel * over_channels, a.channels);
+        multiply(dweights, values, dy_pixels + panel * over_channels, a.channels);
+        for (int r = 0; r < rows(); ++r) {
+          for (int i = 0; i < kPanelVectors; ++i) {
+            const Index query = panel * kPanel + i * kWidth<float>, at = (key + r) * across + query;
+            const Floats exponential = exp2<T>((scores.of[r][i] - load(largest + query)) * factor);
+            const Floats weight = exponential * load(shares + query);
+            store(weights + at, weight);
+            store(dscores + at, weight * (dweights.of[r][i] - load(totals + query)));
+          }
+        }
+      });
+    }
+  };
+  // [key, query] times [query, channel]
+  const auto sum_over_queries = [&](const Rows<T>& out, Index first, Index count, const T* from, const float* packed,
+                                    float scale) {
+    for (Index panel = 0; panel < channel_panels; ++panel) {
+      over_rows(0, count, [&](Index key, auto rows) {
+        const T* inputs[rows()];
+        for (int r = 0; r < rows(); ++r) inputs[r] = from + (key + r) * across;
+        const Sums<rows()> sums = product(inputs, packed + panel * over_pixels, round_up(a.pixels, kStep<T>));
+        for (int r = 0; r < rows(); ++r) {
+          store_channels(out[first + key + r] + panel * kPanel, sums.of[r], scale, a.channels - panel * kPanel);
+        }
+      });
+    }
+  };
+  // [query, key] times [key, channel], for keys from `first` to `end`
+  const auto sum_over_keys = [&](Index first, Index end) {
+    for (Index panel = 0; panel < channel_panels; ++panel) {
+      over_rows(0, a.pixels, [&](Index query, auto rows) {
+        const T* inputs[rows()];
+        for (int r = 0; r < rows(); ++r) inputs[r] = dscores_down + (query + r) * kTermsInSum;
+        Sums<rows()> sums{};
+        multiply(sums, inputs, k_channels + panel * over_pixels + panel_size<T>(first),
+                 round_up(end - first, kStep<T>));
+        for (int r = 0; r < rows(); ++r) {
+          float* before = dq_sums + (query + r) * wide + panel * kPanel;
+          for (int i = 0; i < kPanelVectors; ++i) {
+            if (first > 0) sums.of[r][i] += load(before + i * kWidth<float>);
+            if (end < a.pixels) store(before + i * kWidth<float>, sums.of[r][i]);
+          }
+          if (end == a.pixels) {
+            store_channels(dq[query + r] + panel * kPanel, sums.of[r], a.scale, a.channels - panel * kPanel);
+          }
+        }
+      });
+    }
+  };
+
+  for (Index first = 0; first < a.pixels; first += kTermsInSum) {
+    const Index end = smaller(first + kTermsInSum, a.pixels);
+    for (Index key = first; key < end; key += kKeys) {
+      const Index count = smaller(kKeys, end - key);
+      weights_and_dscores(key, count);
+      sum_over_queries(dv, key, count, weights, dy_channels, 1);
+      sum_over_queries(dk, key, count, dscores, q_channels, a.scale);
+      transpose_matrix(dscores_down + key - first, kTermsInSum, dscores, across, count, across);
+    }
+    sum_over_keys(first, end);
+  }
+}
+
+template <class T>
+void run(const AttentionBackwardArgs& args) {
+  const AttentionArgs& a = args.forward;
+  if (a.pixels == 0) return;
+  parallel_for(a.n * a.heads, 1, threads_for(a, 5), [&](Index head) { gradients_of_head<T>(args, head); });
+}
+
+}  // namespace
+
+void attention_backward(const AttentionBackwardArgs& a) {
+  a.forward.dtype == DType::kBFloat16 ? run<BFloat16>(a) : run<float>(a);
+}
+
+}  // namespace ddpm_fast::DDPM_FAST_ISA
