@@ -261,7 +261,6 @@ class TestWhereItServes:
 
     @pytest.mark.filterwarnings("ignore:.*jit.script.*:DeprecationWarning")  # which PyTorch's own forward mode calls
     def test_forward_derivatives_are_pytorchs(self, layer: Attention, x: Tensor, calls: list[str]) -> None:
-        layer.group_norm = None  # which has none
         math = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
         with torch.autograd.forward_ad.dual_level(), math:
             dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
