@@ -13,8 +13,10 @@ import argparse
 from pathlib import Path
 
 import common
+import peers
 import torch
-import train_speed
+import training
+from runtimes import DTYPES
 from torch import nn
 
 from ddpm_fast import sample_seeds
@@ -22,28 +24,28 @@ from ddpm_fast.data import load_dataset, to_unit_range
 from ddpm_fast.nn import CIFAR10_32, UNet
 
 
-def batches(steps: int, n: int) -> list[train_speed.Batch]:
+def batches(steps: int, n: int) -> list[training.Batch]:
     dataset = load_dataset("digits", image_size=CIFAR10_32["sample_size"])
     generator = torch.Generator().manual_seed(0)
     result = []
     for step in range(steps):
-        batch = train_speed.Batch(n, "cpu")
+        batch = training.Batch(n, "cpu")
         images, _ = dataset[torch.randint(len(dataset), (n,), generator=generator)]
         batch.x_0 = to_unit_range(images).expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
-        batch.t = torch.randint(train_speed.SCHEDULE.num_timesteps, (n,), generator=generator)
+        batch.t = torch.randint(training.SCHEDULE.num_timesteps, (n,), generator=generator)
         batch.seeds = sample_seeds(step, n)
         result.append(batch)
     return result
 
 
-def curve(name: str, model: nn.Module, data: list[train_speed.Batch], autocast: bool) -> list[float]:
+def curve(name: str, model: nn.Module, data: list[training.Batch], autocast: bool) -> list[float]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-4, fused=True)
     losses = []
     for step, batch in enumerate(data):
-        if name == train_speed.OURS:
-            loss = train_speed.loss_ours(model, batch, autocast)
+        if name == training.OURS:
+            loss = training.loss_ours(model, batch, autocast)
         else:
-            loss = train_speed.loss_diffusers(model, batch, autocast, batch.epsilon())
+            loss = training.loss_diffusers(model, batch, autocast, batch.epsilon())
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -64,7 +66,7 @@ def picture(losses: dict[str, list[float]], precision: str, path: Path) -> None:
         above.plot(values, style, label=name, linewidth=1.5)
     above.set(ylabel="loss", yscale="log", title=f"cifar10-32, {precision}: the same weights, images and noise")
     above.legend()
-    ours, theirs = losses[train_speed.OURS], losses[train_speed.DIFFUSERS]
+    ours, theirs = losses[training.OURS], losses[training.DIFFUSERS]
     below.plot([abs(a - b) / b for a, b in zip(ours, theirs, strict=True)], color="black", linewidth=1)
     below.set(xlabel="step", ylabel="relative difference", yscale="log")
     common.save_picture(figure, path)
@@ -74,7 +76,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--precision", choices=train_speed.PRECISIONS, default="float32")
+    parser.add_argument("--precision", choices=DTYPES, default="float32")
     parser.add_argument(
         "--out", type=Path, help="JSON file; default: benchmarks/results/<device>.json; the picture lies beside it"
     )
@@ -84,16 +86,16 @@ def main() -> None:
     common.print_machine(machine)
     torch.manual_seed(0)
     ours = UNet(**CIFAR10_32 | {"dropout": 0.0})  # the same dropout is not to be had
-    models = {train_speed.DIFFUSERS: train_speed.peers.diffusers_unet(ours), train_speed.OURS: ours}
+    models = {training.DIFFUSERS: peers.diffusers_unet(ours), training.OURS: ours}
     data = batches(args.steps, args.batch)
     losses = {
         name: curve(
             *(name, model.train().to(memory_format=torch.channels_last), data),  # type: ignore[call-overload]
-            train_speed.PRECISIONS[args.precision],
+            args.precision == "bf16",
         )
         for name, model in models.items()
     }
-    pairs = list(zip(losses[train_speed.OURS], losses[train_speed.DIFFUSERS], strict=True))
+    pairs = list(zip(losses[training.OURS], losses[training.DIFFUSERS], strict=True))
     last = slice(-args.steps // 4, None)
     rows: list[dict[str, object]] = [
         {

@@ -14,11 +14,11 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
@@ -36,8 +36,10 @@ class Job:
         folder: holds the network, in `network/`, and what is made of it.
         batch, size: images, and their pixels a side.
         dtype: one of DTYPES.
+        program: what a contestant's process runs; it calls `serve`.
     """
 
+    program: ClassVar[str] = __file__
     folder: str
     batch: int
     size: int
@@ -410,7 +412,7 @@ def export(name: str, job: Job) -> None:
 
 
 def _start(name: str, job: Job, errors: Path, *mode: str) -> subprocess.Popen[str]:
-    command = [sys.executable, __file__, name, json.dumps(asdict(job)), *mode]
+    command = [sys.executable, job.program, name, json.dumps(asdict(job)), *mode]
     # What inductor compiled for others would be found in its usual folder: first calls would not be first ones.
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(Path(job.folder, "inductor"))}
     with errors.open("w", encoding="utf-8") as said:
@@ -431,16 +433,16 @@ def proc_status(key: str) -> int | None:
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
 
 
-def main() -> None:
+def serve(contestants: Mapping[str, Runtime], job_type: type[Job]) -> None:
     """A contestant's process: replies are lines of JSON."""
-    name, job, mode = sys.argv[1], Job(**json.loads(sys.argv[2])), sys.argv[3:]
+    name, job, mode = sys.argv[1], job_type(**json.loads(sys.argv[2])), sys.argv[3:]
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print is no reply
 
     def reply(**values: Any) -> None:
         print(json.dumps(values), file=replies, flush=True)
 
-    runtime = RUNTIMES[name]
+    runtime = contestants[name]
     if mode == ["export"]:
         assert runtime.suffix is not None
         assert runtime.export is not None
@@ -467,4 +469,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    serve(RUNTIMES, Job)

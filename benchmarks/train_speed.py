@@ -2,96 +2,50 @@
 
     python benchmarks/train_speed.py
 
-One step is Algorithm 1: noise, x_t, the network, the loss, the gradient, fused AdamW. The peers do it with torch.randn,
-DDPMScheduler.add_noise, UNet2DModel and F.mse_loss. Weights, images, timesteps and optimizer are the same, and each network
-is in the memory format that is the faster for it.
+Each contestant is a process of its own (training.py), in the memory format that is the faster for it; they take
+turns. On a CPU each is there twice: as it comes, and with the memory that a step frees kept for the next one
+(`kept_memory`). `ddpm-fast train` keeps it; for the peers it is what their users could gain by the same means.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
-from collections.abc import Callable
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import common
 import peers
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from runtimes import DTYPES, Process
+from torch import nn
+from training import (
+    COMPILED,
+    DIFFUSERS,
+    FORMATS,
+    OURS,
+    Batch,
+    Contestant,
+    TrainingJob,
+    loss_diffusers,
+    loss_ours,
+)
 
-from ddpm_fast import NoiseSchedule, denoising_loss, noise, q_sample, sample_seeds
 from ddpm_fast.nn import CIFAR10_32
-from ddpm_fast.reference import STREAM_Q_SAMPLE
 
-FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-SCHEDULE = NoiseSchedule.linear()
-DIFFUSERS, COMPILED, OURS = "diffusers + eager PyTorch", "diffusers + torch.compile", "ddpm_fast"
-PRECISIONS = {"float32": False, "bf16": True}  # by autocast
+TRIAL = 3  # steps in each memory format, to choose by
 
 
-class Batch:
-    """Images, timesteps, and the seeds of the noise; reproducible."""
-
-    def __init__(self, n: int, device: str) -> None:
-        generator = torch.Generator().manual_seed(0)
-        size = CIFAR10_32["sample_size"]
-        self.x_0 = (torch.rand(n, 3, size, size, generator=generator) * 2 - 1).to(device)
-        self.t = torch.randint(SCHEDULE.num_timesteps, (n,), generator=generator).to(device)
-        self.seeds = sample_seeds(0, n).to(device)
-
-    def epsilon(self) -> Tensor:
-        """The noise that the seeds stand for."""
-        return noise(self.x_0.shape, self.seeds, stream=STREAM_Q_SAMPLE, device=self.x_0.device)
-
-
-def loss_ours(model: nn.Module, batch: Batch, autocast: bool) -> Tensor:
-    x_t = q_sample(batch.x_0, batch.t, SCHEDULE, seeds=batch.seeds)
-    with torch.autocast(x_t.device.type, torch.bfloat16, enabled=autocast):
-        output = model(x_t, batch.t)
-    return denoising_loss(output.float(), batch.x_0, batch.t, SCHEDULE, seeds=batch.seeds)
-
-
-def loss_diffusers(model: nn.Module, batch: Batch, autocast: bool, epsilon: Tensor | None = None) -> Tensor:
-    epsilon = torch.randn_like(batch.x_0) if epsilon is None else epsilon
-    x_t = _scheduler.add_noise(batch.x_0, epsilon, batch.t)
-    with torch.autocast(x_t.device.type, torch.bfloat16, enabled=autocast):
-        output = model(x_t, batch.t).sample
-    return F.mse_loss(output.float(), epsilon)
-
-
-_scheduler = peers.diffusers_scheduler(SCHEDULE)
-
-
-def train_step(
-    loss: Callable[[nn.Module, Batch, bool], Tensor], model: nn.Module, batch: Batch, autocast: bool
-) -> Callable[[], float]:
-    """A step of training, which returns its loss."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-4, fused=True)
-
-    def step() -> float:
-        value = loss(model, batch, autocast)
-        value.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return value.item()
-
-    return step
-
-
-def networks(device: str) -> dict[str, nn.Module]:
-    ours = peers.cifar10_unet()
-    return {DIFFUSERS: peers.diffusers_unet(ours).to(device).train(), OURS: ours.to(device).train()}
-
-
-def check(models: dict[str, nn.Module], device: str) -> None:
+def check(device: str) -> None:
     """The same noise gives the same loss and gradient, in float32 and the memory format that has convolutions of our own."""
+    ours: nn.Module = peers.cifar10_unet()
     batch = Batch(2, device)
     gradients, losses = {}, {}
-    for name, model in models.items():
-        ours = name == OURS
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        loss = loss_ours(model, batch, False) if ours else loss_diffusers(model, batch, False, batch.epsilon())
+    for name, model in ((DIFFUSERS, peers.diffusers_unet(ours)), (OURS, ours)):
+        model.to(device, memory_format=torch.channels_last).train()
+        loss = loss_ours(model, batch, False) if name == OURS else loss_diffusers(model, batch, False, batch.epsilon())
         parameters = dict(sorted(model.named_parameters()))
         gradients[name] = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(parameters.values()))])
         losses[name] = loss.item()
@@ -102,26 +56,61 @@ def check(models: dict[str, nn.Module], device: str) -> None:
     print(f"parity: loss equal to {loss_error:.1g}, gradient to {error:.1g} (relative, float32)")
 
 
-def fastest_format(name: str, model: nn.Module, batch: Batch, autocast: bool) -> tuple[str, Callable[[], float]]:
-    """The memory format that suits the contestant, and its step in it, warmed up."""
-    candidates = {}
-    for key, memory_format in FORMATS.items():
-        candidate = copy.deepcopy(model).to(memory_format=memory_format)  # type: ignore[call-overload]
-        placed = copy.copy(batch)
-        placed.x_0 = batch.x_0.contiguous(memory_format=memory_format)
-        network = torch.compile(candidate) if name == COMPILED else candidate
-        candidates[key] = train_step(loss_ours if name == OURS else loss_diffusers, network, placed, autocast)
-        for _ in range(2):
-            candidates[key]()
-    trial = common.compare(candidates, batch.x_0.device, warm=True, min_rounds=3)
-    best = min(trial, key=lambda key: trial[key].ms)
-    return best, candidates[best]
+def start(libraries: Sequence[str], job: TrainingJob, stack: ExitStack) -> dict[Contestant, Process]:
+    """The contestants, warmed up; each library in the memory format that was faster for it as its users have it."""
+
+    def started(contestant: Contestant) -> Process:
+        process = Process(contestant.name, job)
+        stack.callback(process.close)
+        return process
+
+    processes = {}
+    on_cpu = job.device == "cpu"
+    for library in libraries:
+        usual = on_cpu and library == OURS
+        trial = {contestant: started(contestant) for contestant in (Contestant(library, usual, each) for each in FORMATS)}
+        times = common.take_turns({each: partial(process.seconds, 1) for each, process in trial.items()}, TRIAL)
+        best = min(times, key=lambda each: times[each].ms)
+        for contestant, process in trial.items():
+            if contestant != best:
+                process.close()
+        processes[best] = trial[best]
+        if on_cpu:
+            other = best._replace(kept=not usual)
+            processes[other] = started(other)
+    return dict(sorted(processes.items(), key=lambda item: (libraries.index(item[0].library), item[0].kept)))
+
+
+def compare(libraries: Sequence[str], job: TrainingJob, rounds: int) -> list[dict[str, object]]:
+    """The table's rows of one precision."""
+    with ExitStack() as stack:
+        processes = start(libraries, job, stack)
+        times = common.take_turns({each: partial(process.seconds, 1) for each, process in processes.items()}, rounds)
+        peaks = {each: process.peak() for each, process in processes.items()}
+    return [
+        {
+            "training step": each.library,
+            "memory kept": "yes" if each.kept else "no",
+            "batch": job.batch,
+            "precision": "bf16 autocast" if job.dtype == "bf16" else job.dtype,
+            "memory format": each.memory_format,
+            "seconds": taken.spread,
+            "images/s": taken.per_second(job.batch).median,
+            "peak memory, MB": "" if (peak := peaks[each]) is None else round(peak / 1e6),
+            **{
+                f"times {peer.library}{', memory kept' if peer.kept else ''}": taken.speedup_over(times[peer])
+                for peer in times
+                if peer.library != OURS
+            },
+        }
+        for each, taken in times.items()
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--precision", choices=PRECISIONS, nargs="+", default=list(PRECISIONS))
+    parser.add_argument("--precision", choices=DTYPES, nargs="+", default=list(DTYPES), help="bf16: by autocast")
     parser.add_argument("--rounds", type=int, default=15, help="timed steps of each, in turns")
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile, which takes minutes to warm up")
     parser.add_argument("--device", default="cpu")
@@ -130,30 +119,15 @@ def main() -> None:
 
     machine = common.machine(args.device)
     common.print_machine(machine)
-    models = networks(args.device)
-    check(models, args.device)
-    contestants = [DIFFUSERS, *([] if args.no_compile else [COMPILED]), OURS]
+    check(args.device)
+    libraries = [DIFFUSERS, *([] if args.no_compile else [COMPILED]), OURS]
+    output = args.out or common.default_output(args.device)
     for precision in args.precision:
-        steps, formats = {}, {}
-        for name in contestants:
-            model = models[OURS if name == OURS else DIFFUSERS]
-            batch = Batch(args.batch, args.device)
-            formats[name], steps[name] = fastest_format(name, model, batch, PRECISIONS[precision])
-        times = common.compare(steps, args.device, warm=True, min_rounds=args.rounds)
-        rows: list[dict[str, object]] = [
-            {
-                "training step": name,
-                "batch": args.batch,
-                "precision": "bf16 autocast" if PRECISIONS[precision] else precision,
-                "memory format": formats[name],
-                "seconds": taken.spread,
-                "images/s": taken.per_second(args.batch).median,
-                **{f"times {peer}": taken.speedup_over(times[peer]) for peer in contestants if peer != OURS},
-            }
-            for name, taken in times.items()
-        ]
+        with tempfile.TemporaryDirectory() as folder:
+            threads = torch.get_num_threads()
+            job = TrainingJob(folder, args.batch, CIFAR10_32["sample_size"], precision, threads, device=args.device)
+            rows = compare(libraries, job, args.rounds)
         common.print_table("cifar10-32, 35.7 M parameters: median [quartiles]", rows)
-        output = args.out or common.default_output(args.device)
         common.record(output, f"train_speed {precision}", machine, rows)
 
 

@@ -5,6 +5,7 @@ from .evaluate import VariationalBound, variational_bound
 from .images import image_grid, save_grid, save_trajectory, to_uint8
 from .integrations.accelerate import accelerate, restore
 from .integrations.fuse import FuseReport, fuse, unfuse
+from .memory import kept_memory
 from .nn import UNet, freeze
 from .ops import BackendUnavailable, denoising_loss, group_norm_silu, noise, q_sample, reverse_step, sample_seeds
 from .plan import SamplingPlan, ddim_plan, ddpm_plan
@@ -30,6 +31,7 @@ __all__ = [
     "fuse",
     "group_norm_silu",
     "image_grid",
+    "kept_memory",
     "load_builtin",
     "noise",
     "q_sample",

@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -31,6 +32,7 @@ from .atomic import replacing
 from .data import ImageDataset, load_dataset, to_unit_range
 from .draws import TrainingDraws
 from .images import save_grid
+from .memory import kept_memory
 from .nn import UNet
 from .ops import denoising_loss, q_sample
 from .plan import ddim_plan
@@ -127,7 +129,7 @@ def train(
         run_dir: must be new or empty, unless `resume` is true. The layout is described in `ddpm_fast.run_folder`.
 
     Ctrl-C and SIGTERM end the run after the current step, with a checkpoint. A process that is killed loses the steps
-    since the last checkpoint.
+    since the last checkpoint. On a CPU the run keeps the memory that a step frees for the next one (`kept_memory`).
 
     Raises:
         ValueError: an option is out of range, or differs from the one that the resumed run was started with.
@@ -149,74 +151,8 @@ def train(
         draws=TrainingDraws(seed, batch_size),
         device=_device(device),
     )
-    state = _State.initial(
-        task
-    )  # first, as it refuses options that make no network: a folder would be in the way of the next try
-    run = RunFolder(run_dir)
-    config = task.config()
-    if resume:
-        _check_same(run, config)
-        run.write_config(config)  # with the options that were changed
-    else:
-        run.create(config)
-    if resume and (checkpoint := run.latest_checkpoint()):
-        state.load(checkpoint)
-        _log.info("resuming %s at step %d", run.path, state.step)
-    run.remove_leftovers()
-    run.cut_log(state.step)
-
-    writer = _tensorboard(run, state.step) if tensorboard else None
-    bar = tqdm(
-        total=steps,
-        initial=state.step,
-        unit="step",
-        disable=not progress,
-        mininterval=0.5 if sys.stderr.isatty() else 30,  # a log file needs fewer lines than a terminal
-    )
-    generators = torch.random.fork_rng([task.device] if task.device.type == "cuda" else [])  # the caller's stay as they are
-    stopped_by: str | None = None
-    began = last_checkpoint = time.monotonic()
-    logged_step, logged_seconds = state.step, state.seconds
-    mark = time.perf_counter()  # end of the last stretch that is counted in state.seconds
-    with _StopSignals() as signals, generators, bar:
-        while state.step < steps and stopped_by is None:
-            grad_norm, rate = _step(task, state)
-            bar.update()
-
-            if state.step % log_every == 0 or state.step == steps:
-                loss = _finite_loss(state, grad_norm)
-                state.losses.clear()
-                mark = state.count_time(mark)
-                speed = (state.step - logged_step) * batch_size / (state.seconds - logged_seconds)
-                logged_step, logged_seconds = state.step, state.seconds
-                row = (state.step, state.step * batch_size, loss, float(grad_norm), rate, speed, state.seconds)
-                run.append_log(row)
-                bar.set_postfix_str(f"loss {loss:.4f}, {speed:.1f} images/s", refresh=False)
-                if writer:
-                    for name, value in zip(LOG_COLUMNS[2:6], row[2:6], strict=True):
-                        writer.add_scalar(f"train/{name}", value, state.step)
-            if sample_every and state.step % sample_every == 0:
-                mark = state.count_time(mark)
-                _draw_samples(run, task, state, writer)
-                mark = time.perf_counter()
-
-            if signals.received is not None:
-                stopped_by = signals.received
-            elif max_minutes is not None and time.monotonic() - began > 60 * max_minutes:
-                stopped_by = "max_minutes"
-            due = bool(checkpoint_every) and state.step % checkpoint_every == 0
-            due |= bool(checkpoint_minutes) and time.monotonic() - last_checkpoint > 60 * checkpoint_minutes
-            if due or stopped_by is not None or state.step == steps:
-                _finite_loss(state, grad_norm)  # a spoilt state must not replace a good one
-                mark = state.count_time(mark)
-                _save_checkpoint(run, task, state)
-                last_checkpoint = time.monotonic()
-                mark = time.perf_counter()
-    if writer:
-        writer.close()
-    if stopped_by:
-        _log.info("stopped by %s at step %d of %d; checkpoint saved", stopped_by, state.step, steps)
-    return TrainResult(state.step, state.mean_loss(), state.seconds, stopped_by)
+    with kept_memory() if task.device.type == "cpu" else nullcontext():
+        return _run(run_dir, task, resume=resume, max_minutes=max_minutes, progress=progress)
 
 
 def export_checkpoint(
@@ -252,6 +188,84 @@ def export_checkpoint(
     write_json(out / "classes.json", {"classes": config["dataset"]["classes"]})
     (out / "training_log.csv").write_text(run.log_until(state["step"]), encoding="utf-8")
     return out
+
+
+# -------------------------------------------------------------------------------------------------------------------- run
+
+
+def _run(
+    run_dir: str | os.PathLike[str], task: _Task, *, resume: bool, max_minutes: float | None, progress: bool
+) -> TrainResult:
+    """The run, or the rest of it; all that it needs in memory is gone when it returns."""
+    options = task.options
+    steps, batch_size = options["steps"], options["batch_size"]
+    checkpoint_every, checkpoint_minutes = options["checkpoint_every"], options["checkpoint_minutes"]
+    state = _State.initial(task)  # first, as it refuses options that make no network: a folder would be in the next try's way
+    run = RunFolder(run_dir)
+    config = task.config()
+    if resume:
+        _check_same(run, config)
+        run.write_config(config)  # with the options that were changed
+    else:
+        run.create(config)
+    if resume and (checkpoint := run.latest_checkpoint()):
+        state.load(checkpoint)
+        _log.info("resuming %s at step %d", run.path, state.step)
+    run.remove_leftovers()
+    run.cut_log(state.step)
+
+    writer = _tensorboard(run, state.step) if options["tensorboard"] else None
+    bar = tqdm(
+        total=steps,
+        initial=state.step,
+        unit="step",
+        disable=not progress,
+        mininterval=0.5 if sys.stderr.isatty() else 30,  # a log file needs fewer lines than a terminal
+    )
+    generators = torch.random.fork_rng([task.device] if task.device.type == "cuda" else [])  # the caller's stay as they are
+    stopped_by: str | None = None
+    began = last_checkpoint = time.monotonic()
+    logged_step, logged_seconds = state.step, state.seconds
+    mark = time.perf_counter()  # end of the last stretch that is counted in state.seconds
+    with _StopSignals() as signals, generators, bar:
+        while state.step < steps and stopped_by is None:
+            grad_norm, rate = _step(task, state)
+            bar.update()
+
+            if state.step % options["log_every"] == 0 or state.step == steps:
+                loss = _finite_loss(state, grad_norm)
+                state.losses.clear()
+                mark = state.count_time(mark)
+                speed = (state.step - logged_step) * batch_size / (state.seconds - logged_seconds)
+                logged_step, logged_seconds = state.step, state.seconds
+                row = (state.step, state.step * batch_size, loss, float(grad_norm), rate, speed, state.seconds)
+                run.append_log(row)
+                bar.set_postfix_str(f"loss {loss:.4f}, {speed:.1f} images/s", refresh=False)
+                if writer:
+                    for name, value in zip(LOG_COLUMNS[2:6], row[2:6], strict=True):
+                        writer.add_scalar(f"train/{name}", value, state.step)
+            if options["sample_every"] and state.step % options["sample_every"] == 0:
+                mark = state.count_time(mark)
+                _draw_samples(run, task, state, writer)
+                mark = time.perf_counter()
+
+            if signals.received is not None:
+                stopped_by = signals.received
+            elif max_minutes is not None and time.monotonic() - began > 60 * max_minutes:
+                stopped_by = "max_minutes"
+            due = bool(checkpoint_every) and state.step % checkpoint_every == 0
+            due |= bool(checkpoint_minutes) and time.monotonic() - last_checkpoint > 60 * checkpoint_minutes
+            if due or stopped_by is not None or state.step == steps:
+                _finite_loss(state, grad_norm)  # a spoilt state must not replace a good one
+                mark = state.count_time(mark)
+                _save_checkpoint(run, task, state)
+                last_checkpoint = time.monotonic()
+                mark = time.perf_counter()
+    if writer:
+        writer.close()
+    if stopped_by:
+        _log.info("stopped by %s at step %d of %d; checkpoint saved", stopped_by, state.step, steps)
+    return TrainResult(state.step, state.mean_loss(), state.seconds, stopped_by)
 
 
 # ------------------------------------------------------------------------------------------------------------------ state

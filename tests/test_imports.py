@@ -12,6 +12,7 @@ PACKAGE = Path(ddpm_fast.__file__).parent
 ALLOWED = {
     "version": set(),
     "atomic": set(),
+    "memory": set(),
     "reference": set(),
     "schedule": set(),
     "plan": {"reference", "schedule"},
@@ -30,12 +31,15 @@ ALLOWED = {
     "sample": {"plan", "ops", "nn", "images", "networks", "loop", "graph"},
     "evaluate": {"schedule", "plan", "ops", "networks", "graph", "sample"},
     "builtin": {"schedule", "plan", "nn", "run_folder"},
-    "train": {"version", "atomic", "schedule", "plan", "ops", "nn", "data", "images", "run_folder", "draws", "sample"},
+    "train": {
+        *("version", "atomic", "memory", "schedule", "plan", "ops", "nn", "data", "images", "run_folder", "draws", "sample"),
+    },
     "integrations": {
         *("reference", "schedule", "plan", "ops", "nn", "networks", "loop", "graph", "sample", "evaluate", "integrations"),
     },
     "__init__": {
-        *("version", "schedule", "plan", "ops", "nn", "images", "sample", "evaluate", "builtin", "train", "integrations"),
+        *("version", "memory", "schedule", "plan", "ops", "nn", "images", "sample", "evaluate", "builtin", "train"),
+        "integrations",
     },
     "cli": {"version", "plan", "info", "data", "images", "run_folder", "sample", "evaluate", "builtin", "train"},
     "__main__": {"cli"},

@@ -111,8 +111,7 @@ class Fake:
     def seconds(self, calls):
         self.calls += calls
         return float(self.calls)
-runtimes.RUNTIMES["fake"] = runtimes.Runtime(lambda job: Fake())
-runtimes.main()
+runtimes.serve({"fake": runtimes.Runtime(lambda job: Fake())}, runtimes.Job)
 """
 
 
