@@ -49,15 +49,15 @@ void run(const ConvArgs& a) {
   const Index columns = (segment - 1) * a.stride + a.kernel, most_input_rows = (most - 1) * a.stride + a.kernel;
   const double multiplications =
       static_cast<double>(work.strips * segment * phases * taps) * static_cast<double>(depth * a.out_channels);
-  work.run(multiplications, threads, [&](Index first_strip, Index end_strip, Index first_panel, Index end_panel) {
+  work.run(multiplications, threads, [&](const Work::Share& share) {
     Room room(RoomFor::kSlice, Room::bytes<T>(most_input_rows * columns * depth) +
                                    Room::bytes<const T*>(most * segment) + Room::bytes<Index>(most * segment));
     T* input = room.take<T>(most_input_rows * columns * depth);
     const T** inputs = room.take<const T*>(most * segment);
     Index* pixels = room.take<Index>(most * segment);
     // A block may reach over the end of a segment: what lies on either side is done in turn.
-    for (Index begin = first_strip; begin < end_strip;) {
-      const Index top = begin % height, rows = smaller(end_strip - begin, height - top);
+    for (Index begin = share.first_strip; begin < share.end_strip;) {
+      const Index top = begin % height, rows = smaller(share.end_strip - begin, height - top);
       const Index sample = begin / height / segments, left = begin / height % segments * segment;
       const Index across = smaller(segment, width - left);
       for (Index i = 0; i < (rows - 1) * a.stride + a.kernel; ++i) {
@@ -72,7 +72,7 @@ void run(const ConvArgs& a) {
           pixels[count] = (sample * a.out_height + (top + y) * scale) * a.out_width + (left + x) * scale;
         }
       }
-      for (Index p = first_panel; p < end_panel; ++p) {
+      for (Index p = share.first_panel; p < share.end_panel; ++p) {
         const Output<T> output(a, p);
         for (int phase = 0; phase < phases; ++phase) {
           const Taps at = taps_of(a, phase, columns, depth);

@@ -31,6 +31,22 @@ DDPM_FAST_INLINE void transform_output(const ConvArgs& a, const Output<T>& outpu
   }
 }
 
+// Asks for the part of a share's output that belongs to a position: one after the other they ask for all of it, while
+// the products are made.
+template <class T>
+void prefetch(const ConvArgs& a, const Output<T>& output, const Tiles& tiles, const Work::Share& share,
+              Index position) {
+  const Index rows = 2 * (share.end_strip - share.first_strip);
+  for (Index i = position * rows / kPositions; i < (position + 1) * rows / kPositions; ++i) {
+    const Strip strip(tiles, share.first_strip + i / 2);
+    const Index row = 2 * strip.down + i % 2, left = 2 * strip.first;
+    if (row == a.out_height) continue;
+    const Index first = (strip.sample * a.out_height + row) * a.out_width + left;
+    const Index end = first + smaller(2 * strip.tiles, a.out_width - left);
+    for (Index pixel = first; pixel < end; ++pixel) output.prefetch(pixel);
+  }
+}
+
 template <class T>
 void run(const ConvArgs& a) {
   const Tiles tiles(a);
@@ -40,7 +56,7 @@ void run(const ConvArgs& a) {
   const Index tile_bytes = kPositions * wide * static_cast<Index>(sizeof(T));
   // Many tiles for each weight that is read, few enough for the second cache.
   constexpr Index kTransformedBytes = 1 << 20;
-  const Index tiles_in_block = smaller(128, larger(24, kTransformedBytes / tile_bytes));
+  const Index tiles_in_block = smaller(64, larger(24, kTransformedBytes / tile_bytes));
   const Work work(a.n * tiles.segments * tiles.down, larger(1, tiles_in_block / larger(1, tiles.in_strip)),
                   a.out_channels, threads);
   if (work.strips == 0) return;
@@ -48,7 +64,8 @@ void run(const ConvArgs& a) {
   constexpr Index kSums = kPositions * kPanel + kApart;  // of a tile
   const double multiplications =
       static_cast<double>(work.strips * tiles.in_strip) * kPositions * static_cast<double>(depth * a.out_channels);
-  work.run(multiplications, threads, [&](Index first_strip, Index end_strip, Index first_panel, Index end_panel) {
+
+  work.run(multiplications, threads, [&](const Work::Share& share) {
     Room room(RoomFor::kSlice, Room::bytes<float>(Ring<T>::size(tiles, wide)) + Room::bytes<T>(kPositions * apart) +
                                    Room::bytes<float>(most * kSums));
     Ring<T> ring(a, tiles, wide, room.take<float>(Ring<T>::size(tiles, wide)));
@@ -56,23 +73,19 @@ void run(const ConvArgs& a) {
     float* sums = room.take<float>(most * kSums);
 
     Index count = 0;
-    for (Index s = first_strip; s < end_strip; ++s) {
+    for (Index s = share.first_strip; s < share.end_strip; ++s) {
       const Strip strip(tiles, s);
       ring.move_to(strip);
-      for (Index tile = 0; tile < strip.tiles; ++tile, ++count) {
-        const float* const rows[4] = {ring.pixel(0, tile), ring.pixel(1, tile), ring.pixel(2, tile),
-                                      ring.pixel(3, tile)};
-        T* to = transformed + count * wide;
-        for (Index c = 0; c < wide; c += kWidth<float>) {
-          Floats values[kPositions];
-          transform_tile(rows, wide, c, values);
-          for (int p = 0; p < kPositions; ++p) store(to + p * apart + c, values[p]);
-        }
-      }
+      transform_tiles<1>(ring, strip.tiles, wide, [&](Index tile, Index c, int position, const Floats(&values)[1]) {
+        store(transformed + position * apart + (count + tile) * wide + c, values[0]);
+      });
+      count += strip.tiles;
     }
-    for (Index panel = first_panel; panel < end_panel; ++panel) {
+    for (Index panel = share.first_panel; panel < share.end_panel; ++panel) {
+      const Output<T> output(a, panel);
       const float* weights = a.weights + panel * kPositions * panel_size<T>(depth);
       for (Index position = 0; position < kPositions; ++position, weights += panel_size<T>(depth)) {
+        prefetch(a, output, tiles, share, position);
         over_rows(0, count, [&](Index tile, auto rows) {
           const T* inputs[rows()];
           for (int r = 0; r < rows(); ++r) inputs[r] = transformed + position * apart + (tile + r) * wide;
@@ -84,9 +97,8 @@ void run(const ConvArgs& a) {
           }
         });
       }
-      const Output<T> output(a, panel);
       const float* from = sums;
-      for (Index s = first_strip; s < end_strip; ++s) {
+      for (Index s = share.first_strip; s < share.end_strip; ++s) {
         const Strip strip(tiles, s);
         for (Index tile = 0; tile < strip.tiles; ++tile, from += kSums) {
           transform_output(a, output, from, strip.sample, 2 * strip.down, 2 * (strip.first + tile));

@@ -30,14 +30,12 @@ DDPM_FAST_INLINE void transform_output_back(Floats y_0, Floats y_1, Floats (&out
   out[3] = -y_1;
 }
 
-DDPM_FAST_INLINE Words widened_bits(Floats v) { return __builtin_convertvector(narrow(v, BFloat16{}), Words); }
-
 // A step of a panel, of its channels `values`.
 DDPM_FAST_INLINE void store_step(float* to, int v, const Floats (&values)[1]) {
   store(to + v * kWidth<float>, values[0]);
 }
 DDPM_FAST_INLINE void store_step(float* to, int v, const Floats (&values)[2]) {
-  const Words pairs = widened_bits(values[0]) | widened_bits(values[1]) << 16;
+  const Words pairs = pairs_of(values[0], values[1]);
   std::memcpy(to + v * kWidth<float>, &pairs, sizeof(pairs));
 }
 
@@ -128,87 +126,79 @@ void weight_gradients(const ConvWinogradWeightsArgs& a) {
               most = strips_in_block * steps_in_strip;
   const Index depth = round_up(a.channels, kPanel), panels = depth / kPanel;
   const Index wide = round_up(a.out_channels, kWidth<float>), apart = wide + kApart;
+  const Index inputs_size = most * depth + kApart, gradients_size = most * apart + kApart;  // of a position
   const Index products = kPositions * a.out_channels * depth;
 
-  Room room(RoomFor::kCall, Room::bytes<float>(kPositions * most * depth) +
-                                Room::bytes<float>(kPositions * most * apart) + Room::bytes<float>(products) +
+  Room room(RoomFor::kCall, Room::bytes<float>(kPositions * inputs_size) +
+                                Room::bytes<float>(kPositions * gradients_size) + Room::bytes<float>(products) +
                                 Room::bytes<float>((strips_in_block + 1) * wide));
-  float* inputs = room.take<float>(kPositions * most * depth);     // [position, panel, step, channel of the panel]
-  float* gradients = room.take<float>(kPositions * most * apart);  // [position, step, output channel]
-  float* product = room.take<float>(products);                     // [position, panel, output channel, channel]
-  float* bias = room.take<float>((strips_in_block + 1) * wide);    // in all, and of each strip
+  float* inputs = room.take<float>(kPositions * inputs_size);        // [position, panel, step, channel of the panel]
+  float* gradients = room.take<float>(kPositions * gradients_size);  // [position, step, output channel]
+  float* product = room.take<float>(products);                       // [position, panel, output channel, channel]
+  float* bias = room.take<float>((strips_in_block + 1) * wide);      // in all, and of each strip
   std::memset(product, 0, static_cast<std::size_t>(products) * sizeof(float));
   std::memset(bias, 0, static_cast<std::size_t>(wide) * sizeof(float));
 
-  const auto transform_input_strip = [&](const Strip& strip, Index first_step) {
-    Room rows_room(RoomFor::kSlice, Room::bytes<float>(Ring<T>::size(tiles, depth)));
-    Ring<T> ring(input, tiles, depth, rows_room.take<float>(Ring<T>::size(tiles, depth)));
-    ring.move_to(strip);
-    for (Index step = 0; step < steps_in_strip; ++step) {
-      for (Index c = 0; c < depth; c += kWidth<float>) {
-        Floats values[kStep<T>][kPositions] = {};
-        for (Index s = 0; s < smaller(kStep<T>, strip.tiles - step * kStep<T>); ++s) {
-          const Index tile = step * kStep<T> + s;
-          const float* const rows[4] = {ring.pixel(0, tile), ring.pixel(1, tile), ring.pixel(2, tile),
-                                        ring.pixel(3, tile)};
-          transform_tile(rows, depth, c, values[s]);
-        }
-        float* to = inputs + (c / kPanel * most + first_step + step) * kPanel + c % kPanel;
-        for (int p = 0; p < kPositions; ++p) {
-          Floats neighbours[kStep<T>];
-          for (int s = 0; s < kStep<T>; ++s) neighbours[s] = values[s][p];
-          store_step(to + p * panels * most * kPanel, 0, neighbours);
-        }
-      }
+  // Strips begin.. of a block, to the steps from 0 on.
+  const auto transform_inputs = [&](Index block, Index begin, Index end) {
+    Room room_for_rows(RoomFor::kSlice, Room::bytes<float>(Ring<T>::size(tiles, depth)));
+    Ring<T> ring(input, tiles, depth, room_for_rows.take<float>(Ring<T>::size(tiles, depth)));
+    for (Index s = begin; s < end; ++s) {
+      const Strip strip(tiles, block + s);
+      ring.move_to(strip);
+      constexpr int step = kStep<T>;
+      transform_tiles<step>(ring, strip.tiles, depth, [&](Index tile, Index c, int p, const Floats(&values)[step]) {
+        float* to = inputs + (c / kPanel * most + s * steps_in_strip + tile / step) * kPanel + c % kPanel;
+        store_step(to + p * inputs_size, 0, values);
+      });
     }
   };
-  const auto transform_gradient_strip = [&](const Strip& strip, Index first_step, float* sums) {
-    const Index row_size = 2 * strip.tiles * wide + kApart;
-    Room rows_room(RoomFor::kSlice, Room::bytes<float>(2 * row_size));
-    float* rows = rows_room.take<float>(2 * row_size);
-    for (Index i = 0; i < 2; ++i) {
-      input_row<T>(gradient, strip.sample, 2 * strip.down + i, 2 * strip.first, 2 * strip.tiles, rows + i * row_size,
-                   wide);
-    }
-    for (Index c = 0; c < wide; c += kWidth<float>) {
-      Floats sum{};
-      for (Index step = 0; step < steps_in_strip; ++step) {
-        Floats values[kStep<T>][kPositions] = {};
-        for (Index s = 0; s < smaller(kStep<T>, strip.tiles - step * kStep<T>); ++s) {
-          Floats half[2][4];  // [column][row]
-          for (int j = 0; j < 2; ++j) {
-            const float* pixel = rows + (2 * (step * kStep<T> + s) + j) * wide + c;
-            transform_output_back(load(pixel), load(pixel + row_size), half[j]);
-          }
-          sum += half[0][1] + half[1][1];
-          for (int i = 0; i < 4; ++i) {
-            Floats out[4];
-            transform_output_back(half[0][i], half[1][i], out);
-            for (int j = 0; j < 4; ++j) values[s][4 * i + j] = out[j];
-          }
-        }
-        float* to = gradients + (first_step + step) * apart + c;
-        for (int p = 0; p < kPositions; ++p) {
-          Floats neighbours[kStep<T>];
-          for (int s = 0; s < kStep<T>; ++s) neighbours[s] = values[s][p];
-          store_step(to + p * most * apart, 0, neighbours);
-        }
+  const auto transform_gradients = [&](Index block, Index begin, Index end) {
+    const Index row_size = 2 * tiles.in_strip * wide + kApart;
+    Room room_for_rows(RoomFor::kSlice, Room::bytes<float>(2 * row_size));
+    float* rows = room_for_rows.take<float>(2 * row_size);
+    for (Index s = begin; s < end; ++s) {
+      const Strip strip(tiles, block + s);
+      for (Index i = 0; i < 2; ++i) {
+        input_row<T>(gradient, strip.sample, 2 * strip.down + i, 2 * strip.first, 2 * strip.tiles, rows + i * row_size,
+                     wide);
       }
-      store(sums + c, sum);
+      for (Index c = 0; c < wide; c += kWidth<float>) {
+        Floats sum{};
+        for (Index step = 0; step < steps_in_strip; ++step) {
+          Floats half[kStep<T>][2][4] = {};  // [tile][column][row]
+          for (Index i = 0; i < smaller(kStep<T>, strip.tiles - step * kStep<T>); ++i) {
+            for (int j = 0; j < 2; ++j) {
+              const float* pixel = rows + (2 * (step * kStep<T> + i) + j) * wide + c;
+              transform_output_back(load(pixel), load(pixel + row_size), half[i][j]);
+            }
+            sum += half[i][0][1] + half[i][1][1];
+          }
+          float* to = gradients + (s * steps_in_strip + step) * apart + c;
+          for (int row = 0; row < 4; ++row) {
+            Floats values[kStep<T>][4];
+            for (int i = 0; i < kStep<T>; ++i) transform_output_back(half[i][0][row], half[i][1][row], values[i]);
+            for (int column = 0; column < 4; ++column) {
+              Floats neighbours[kStep<T>];
+              for (int i = 0; i < kStep<T>; ++i) neighbours[i] = values[i][column];
+              store_step(to + (4 * row + column) * gradients_size, 0, neighbours);
+            }
+          }
+        }
+        store(bias + (1 + s) * wide + c, sum);
+      }
     }
   };
 
   for (Index first = 0; first < strips; first += strips_in_block) {
-    const Index count = smaller(strips_in_block, strips - first);
-    parallel_for(2 * count, 1, threads, [&](Index i) {
-      const Strip strip(tiles, first + i / 2);
-      const Index first_step = i / 2 * steps_in_strip;
-      i % 2 == 0 ? transform_input_strip(strip, first_step)
-                 : transform_gradient_strip(strip, first_step, bias + (1 + i / 2) * wide);
+    const Index count = smaller(strips_in_block, strips - first), chunks = smaller(count, threads);
+    parallel_for(2 * chunks, 1, threads, [&](Index i) {
+      const Index chunk = i / 2, begin = chunk * count / chunks, end = (chunk + 1) * count / chunks;
+      i % 2 == 0 ? transform_inputs(first, begin, end) : transform_gradients(first, begin, end);
     });
     parallel_for(kPositions * panels, 1, threads, [&](Index i) {
-      const float* panel = inputs + i * most * kPanel;
-      const float* from = gradients + i / panels * most * apart;
+      const float* panel = inputs + i / panels * inputs_size + i % panels * most * kPanel;
+      const float* from = gradients + i / panels * gradients_size;
       float* to = product + i * a.out_channels * kPanel;
       over_rows(0, a.out_channels, [&](Index out, auto rows) {
         Sums<rows()> sums;

@@ -25,7 +25,7 @@ constexpr int kPanel = kPanelVectors * kWidth<float>;
 
 // Steps by which weights are asked for ahead of their use: at batch 1 they come from memory, by pages that the
 // processor does not look beyond by itself.
-constexpr Index kAhead = 32;
+constexpr Index kAhead = 64;
 
 // Input channels that a multiply-add takes.
 template <class T>
@@ -59,7 +59,7 @@ template <class T, int rows>
 DDPM_FAST_INLINE void multiply(Sums<rows>& sums, const T* const (&inputs)[rows], const float* panel, Index depth) {
   Sums<rows> local = sums;  // in registers
   for (Index k = 0; k < depth; k += kStep<T>, panel += kPanel) {
-    __builtin_prefetch(panel + kAhead * kPanel);
+    for (int v = 0; v < kPanelVectors; ++v) __builtin_prefetch(panel + kAhead * kPanel + v * kWidth<float>);
     Floats weights[kPanelVectors];
     for (int v = 0; v < kPanelVectors; ++v) weights[v] = load(panel + v * kWidth<float>);
     for (int r = 0; r < rows; ++r) {

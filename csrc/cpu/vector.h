@@ -169,6 +169,20 @@ DDPM_FAST_INLINE HalfWords narrow(Floats v, BFloat16) {
 #endif
 }
 
+// Rounded to bfloat16, in each lane a below and b above.
+DDPM_FAST_INLINE Words pairs_of(Floats a, Floats b) {
+#if defined(__AVX512BF16__)
+  const __m512i both = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b, a));  // all of a, then all of b
+  const __m512i interleaved =
+      _mm512_set_epi32(0x1F000F, 0x1E000E, 0x1D000D, 0x1C000C, 0x1B000B, 0x1A000A, 0x190009, 0x180008, 0x170007,
+                       0x160006, 0x150005, 0x140004, 0x130003, 0x120002, 0x110001, 0x100000);
+  return reinterpret_cast<Words>(_mm512_permutexvar_epi16(interleaved, both));
+#else
+  return __builtin_convertvector(narrow(a, BFloat16{}), Words) | __builtin_convertvector(narrow(b, BFloat16{}), Words)
+                                                                     << 16;
+#endif
+}
+
 DDPM_FAST_INLINE Floats widen(HalfWords raw, Float16) {
 #if defined(__AVX512F__)
   return _mm512_cvtph_ps(reinterpret_cast<__m256i>(raw));

@@ -63,10 +63,10 @@ class Ring {
   }
 
   // Of row i of a tile, its first pixel.
-  const float* pixel(Index i, Index tile) { return row(top_ + i) + 2 * tile * depth_; }
+  const float* pixel(Index i, Index tile) const { return row(top_ + i) + 2 * tile * depth_; }
 
  private:
-  float* row(Index number) { return rows_ + (number + 1) % 4 * row_size_; }
+  float* row(Index number) const { return rows_ + (number + 1) % 4 * row_size_; }
 
   const ConvArgs& a_;
   Index depth_, row_size_;
@@ -74,19 +74,42 @@ class Ring {
   Index sample_ = -1, first_ = -1, top_ = -1;
 };
 
-// The transformed input of a tile, kWidth<float> channels from c on.
-DDPM_FAST_INLINE void transform_tile(const float* const (&rows)[4], Index depth, Index c, Floats (&out)[kPositions]) {
-  Floats half[4][4];  // [column][row]
-  for (int j = 0; j < 4; ++j) {
-    Floats column[4];
-    for (int i = 0; i < 4; ++i) column[i] = load(rows[i] + j * depth + c);
-    transform_input(column, half[j]);
-  }
-  for (int i = 0; i < 4; ++i) {
-    const Floats row[4] = {half[0][i], half[1][i], half[2][i], half[3][i]};
-    Floats values[4];
-    transform_input(row, values);
-    for (int j = 0; j < 4; ++j) out[4 * i + j] = values[j];
+// The transformed input of a strip, `at_once` neighbouring tiles at a time, kWidth<float> channels: calls
+// put(tile, channel, position, values of each tile; a tile beyond the strip has zeros). Neighbours share two columns.
+template <int at_once, class T, class Put>
+DDPM_FAST_INLINE void transform_tiles(const Ring<T>& ring, Index tiles, Index depth, Put put) {
+  const float* const rows[4] = {ring.pixel(0, 0), ring.pixel(1, 0), ring.pixel(2, 0), ring.pixel(3, 0)};
+  for (Index c = 0; c < depth; c += kWidth<float>) {
+    Floats half[2 * at_once + 2][4];  // [column][row]
+    const auto transform_column = [&](Index column, Floats(&out)[4]) {
+      Floats pixels[4];
+      for (int i = 0; i < 4; ++i) pixels[i] = load(rows[i] + column * depth + c);
+      transform_input(pixels, out);
+    };
+    for (int j = 0; j < 2; ++j) transform_column(j, half[2 * at_once + j]);
+    for (Index tile = 0; tile < tiles; tile += at_once) {
+      const Index present = smaller(at_once, tiles - tile);
+      for (int j = 0; j < 2; ++j) {
+        for (int i = 0; i < 4; ++i) half[j][i] = half[2 * at_once + j][i];
+      }
+      for (int s = 0; s < at_once; ++s) {
+        if (s >= present) break;
+        for (int j = 2; j < 4; ++j) transform_column(2 * (tile + s) + j, half[2 * s + j]);
+      }
+      for (int i = 0; i < 4; ++i) {
+        Floats values[at_once][4] = {};
+        for (int s = 0; s < at_once; ++s) {
+          if (s >= present) break;
+          const Floats row[4] = {half[2 * s][i], half[2 * s + 1][i], half[2 * s + 2][i], half[2 * s + 3][i]};
+          transform_input(row, values[s]);
+        }
+        for (int j = 0; j < 4; ++j) {
+          Floats neighbours[at_once];
+          for (int s = 0; s < at_once; ++s) neighbours[s] = values[s][j];
+          put(tile, c, 4 * i + j, neighbours);
+        }
+      }
+    }
   }
 }
 
