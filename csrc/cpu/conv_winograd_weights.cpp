@@ -39,34 +39,50 @@ DDPM_FAST_INLINE void store_step(float* to, int v, const Floats (&values)[2]) {
   std::memcpy(to + v * kWidth<float>, &pairs, sizeof(pairs));
 }
 
+// kWidth<float> input channels from `first` on of a panel of output channels, of which there are `outs`; 0 where there
+// are no more channels.
+using Taps = float[kWidth<float>][9][kPanel];
+void read_taps(const PackWinogradArgs& a, Index first, Index first_out, Index outs, Taps& taps) {
+  const Index channels = smaller(kWidth<float>, a.channels - first);
+  std::memset(taps, 0, sizeof(taps));
+  for (int tap = 0; tap < 9; ++tap) {
+    const float* from =
+        a.weights + first * a.stride + first_out * a.out_stride + tap / 3 * a.row_stride + tap % 3 * a.column_stride;
+    if (a.stride == 1 && channels == kWidth<float>) {
+      for (Index o = 0; o < outs; o += kWidth<float>) {
+        Floats square[kWidth<float>] = {};
+        for (Index i = 0; i < smaller(kWidth<float>, outs - o); ++i) square[i] = load(from + (o + i) * a.out_stride);
+        transpose(square);
+        for (int c = 0; c < kWidth<float>; ++c) store(taps[c][tap] + o, square[c]);
+      }
+      continue;
+    }
+    for (Index c = 0; c < channels; ++c, from += a.stride) {
+      if (a.out_stride == 1) {
+        std::memcpy(taps[c][tap], from, static_cast<std::size_t>(outs) * sizeof(float));
+      } else {
+        for (Index o = 0; o < outs; ++o) taps[c][tap][o] = from[o * a.out_stride];
+      }
+    }
+  }
+}
+
 template <class T>
 void pack(const PackWinogradArgs& a) {
-  constexpr Index kChannelsAtOnce = 32;
   const Index panels = (a.out_channels + kPanel - 1) / kPanel, size = panel_size<T>(a.channels);
-  const Index chunks = (a.channels + kChannelsAtOnce - 1) / kChannelsAtOnce;
-  parallel_for(panels * chunks, 4, a.run_on.threads(), [&](Index i) {
-    const Index first_out = i / chunks * kPanel, first = i % chunks * kChannelsAtOnce;
-    const Index end = smaller(a.channels, first + kChannelsAtOnce), outs = smaller(kPanel, a.out_channels - first_out);
+  const Index chunks = (a.channels + kWidth<float> - 1) / kWidth<float>;
+  parallel_for(panels * chunks, 8, a.run_on.threads(), [&](Index i) {
+    const Index first_out = i / chunks * kPanel, first = i % chunks * kWidth<float>;
+    Taps taps;
+    read_taps(a, first, first_out, smaller(kPanel, a.out_channels - first_out), taps);
     float* panel = a.packed + i / chunks * kPositions * size;
-    for (Index c = first; c < end; c += kStep<T>) {
-      float taps[kStep<T>][9][kPanel] = {};
-      for (Index s = 0; s < smaller(kStep<T>, end - c); ++s) {
-        const float* from = a.weights + (c + s) * a.stride + first_out * a.out_stride;
-        for (int tap = 0; tap < 9; ++tap) {
-          const float* at = from + tap / 3 * a.row_stride + tap % 3 * a.column_stride;
-          if (a.out_stride == 1) {
-            std::memcpy(taps[s][tap], at, static_cast<std::size_t>(outs) * sizeof(float));
-          } else {
-            for (Index o = 0; o < outs; ++o) taps[s][tap][o] = at[o * a.out_stride];
-          }
-        }
-      }
+    for (Index c = 0; c < smaller(kWidth<float>, round_up(a.channels - first, kStep<T>)); c += kStep<T>) {
       for (int v = 0; v < kPanelVectors; ++v) {
         Floats all[kStep<T>][3][4];  // [step][column of the kernel][row of the tile]
         for (int s = 0; s < kStep<T>; ++s) {
           for (int j = 0; j < 3; ++j) {
             Floats column[3];
-            for (int k = 0; k < 3; ++k) column[k] = load(taps[s][3 * k + j] + v * kWidth<float>);
+            for (int k = 0; k < 3; ++k) column[k] = load(taps[c + s][3 * k + j] + v * kWidth<float>);
             transform_weights(column, all[s][j]);
           }
         }
@@ -79,7 +95,7 @@ void pack(const PackWinogradArgs& a) {
           for (int column = 0; column < 4; ++column) {
             Floats values[kStep<T>];
             for (int s = 0; s < kStep<T>; ++s) values[s] = out[s][column];
-            store_step(panel + (4 * row + column) * size + c / kStep<T> * kPanel, v, values);
+            store_step(panel + (4 * row + column) * size + (first + c) / kStep<T> * kPanel, v, values);
           }
         }
       }
