@@ -9,11 +9,11 @@ namespace ddpm_fast::DDPM_FAST_ISA {
 namespace {
 
 // The sums of a tile, kPanelVectors vectors for each position, to its pixels.
-template <class T>
+template <int vectors, class T>
 DDPM_FAST_INLINE void transform_output(const ConvArgs& a, const Output<T>& output, const float* sums, Index sample,
                                        Index row, Index column) {
   const Index pixel = (sample * a.out_height + row) * a.out_width + column;
-  for (int v = 0; v < kPanelVectors; ++v) {
+  for (int v = 0; v < vectors; ++v) {
     Floats half[2][4];
     for (int j = 0; j < 4; ++j) {
       Floats m[4];
@@ -82,28 +82,30 @@ void run(const ConvArgs& a) {
       count += strip.tiles;
     }
     for (Index panel = share.first_panel; panel < share.end_panel; ++panel) {
-      const Output<T> output(a, panel);
-      const float* weights = a.weights + panel * kPositions * panel_size<T>(depth);
-      for (Index position = 0; position < kPositions; ++position, weights += panel_size<T>(depth)) {
-        prefetch(a, output, tiles, share, position);
-        over_rows(0, count, [&](Index tile, auto rows) {
-          const T* inputs[rows()];
-          for (int r = 0; r < rows(); ++r) inputs[r] = transformed + position * apart + (tile + r) * wide;
-          Sums<rows()> product{};
-          multiply(product, inputs, weights, depth);
-          for (int r = 0; r < rows(); ++r) {
-            float* to = sums + (tile + r) * kSums + position * kPanel;
-            for (int v = 0; v < kPanelVectors; ++v) store(to + v * kWidth<float>, product.of[r][v]);
-          }
-        });
-      }
-      const float* from = sums;
-      for (Index s = share.first_strip; s < share.end_strip; ++s) {
-        const Strip strip(tiles, s);
-        for (Index tile = 0; tile < strip.tiles; ++tile, from += kSums) {
-          transform_output(a, output, from, strip.sample, 2 * strip.down, 2 * (strip.first + tile));
+      with_vectors(a.out_channels - panel * kPanel, [&](auto vectors) {
+        const Output<T> output(a, panel);
+        const float* weights = a.weights + panel * kPositions * panel_size<T>(depth);
+        for (Index position = 0; position < kPositions; ++position, weights += panel_size<T>(depth)) {
+          prefetch(a, output, tiles, share, position);
+          over_rows(0, count, [&](Index tile, auto rows) {
+            const T* inputs[rows()];
+            for (int r = 0; r < rows(); ++r) inputs[r] = transformed + position * apart + (tile + r) * wide;
+            Sums<rows(), vectors()> product{};
+            multiply(product, inputs, weights, depth);
+            for (int r = 0; r < rows(); ++r) {
+              float* to = sums + (tile + r) * kSums + position * kPanel;
+              for (int v = 0; v < vectors(); ++v) store(to + v * kWidth<float>, product.of[r][v]);
+            }
+          });
         }
-      }
+        const float* from = sums;
+        for (Index s = share.first_strip; s < share.end_strip; ++s) {
+          const Strip strip(tiles, s);
+          for (Index tile = 0; tile < strip.tiles; ++tile, from += kSums) {
+            transform_output<vectors()>(a, output, from, strip.sample, 2 * strip.down, 2 * (strip.first + tile));
+          }
+        }
+      });
     }
   });
 }

@@ -143,7 +143,11 @@ void channel_moments(const T* x, Index hw, Index row_stride, Index channels, Rea
   over_tiles(0, hw, [&](Index row, auto tile_rows) {
     const auto column = [&](Index i, auto partial, int lanes) {
       V tile[tile_rows()];
-      for (int r = 0; r < tile_rows(); ++r) tile[r] = load<partial()>(x + (row + r) * row_stride + i, lanes);
+      for (int r = 0; r < tile_rows(); ++r) {
+        const T* from = x + (row + r) * row_stride + i;
+        __builtin_prefetch(from + tile_rows() * row_stride);
+        tile[r] = load<partial()>(from, lanes);
+      }
       Moments<V> state = {load(pivot + i), load(sum + i), load(squares + i)};
       absorb(state, row, tile);
       store(pivot + i, state.pivot);

@@ -31,10 +31,10 @@ constexpr Index kAhead = 64;
 template <class T>
 constexpr int kStep = std::is_same_v<T, BFloat16> ? 2 : 1;
 
-// Sums of `rows` rows.
-template <int rows>
+// Sums of `rows` rows, for a panel or its first vectors.
+template <int rows, int vectors = kPanelVectors>
 struct Sums {
-  Floats of[rows][kPanelVectors];
+  Floats of[rows][vectors];
 };
 
 // sum + a b over the step's channels: `a` is where the row's are, in every lane the same.
@@ -55,18 +55,28 @@ DDPM_FAST_INLINE Floats multiply_add(const BFloat16* a, Floats b, Floats sum) {
 }
 
 // sums += rows of inputs times a panel of weights. depth: input channels, a multiple of kStep<T>.
-template <class T, int rows>
-DDPM_FAST_INLINE void multiply(Sums<rows>& sums, const T* const (&inputs)[rows], const float* panel, Index depth) {
-  Sums<rows> local = sums;  // in registers
+template <class T, int rows, int vectors>
+DDPM_FAST_INLINE void multiply(Sums<rows, vectors>& sums, const T* const (&inputs)[rows], const float* panel,
+                               Index depth) {
+  Sums<rows, vectors> local = sums;  // in registers
   for (Index k = 0; k < depth; k += kStep<T>, panel += kPanel) {
-    for (int v = 0; v < kPanelVectors; ++v) __builtin_prefetch(panel + kAhead * kPanel + v * kWidth<float>);
-    Floats weights[kPanelVectors];
-    for (int v = 0; v < kPanelVectors; ++v) weights[v] = load(panel + v * kWidth<float>);
+    Floats weights[vectors];
+    for (int v = 0; v < vectors; ++v) {
+      __builtin_prefetch(panel + kAhead * kPanel + v * kWidth<float>);
+      weights[v] = load(panel + v * kWidth<float>);
+    }
     for (int r = 0; r < rows; ++r) {
-      for (int v = 0; v < kPanelVectors; ++v) local.of[r][v] = multiply_add(inputs[r] + k, weights[v], local.of[r][v]);
+      for (int v = 0; v < vectors; ++v) local.of[r][v] = multiply_add(inputs[r] + k, weights[v], local.of[r][v]);
     }
   }
   sums = local;
+}
+
+// Calls body(integral_constant<int, vectors>): as many of a panel's vectors as `outs` output channels, or more, want.
+template <class Body>
+DDPM_FAST_INLINE void with_vectors(Index outs, Body body) {
+  if (outs <= kWidth<float>) return body(std::integral_constant<int, 1>{});
+  body(std::integral_constant<int, kPanelVectors>{});
 }
 
 // Calls body(row, integral_constant<int, rows>) for all of `count` rows, as many as kRows at a time.
