@@ -1,9 +1,14 @@
 // A table of kernels as functions of a Python module. Tensors cross as addresses (0: absent); Python checks shapes.
 #pragma once
 
+#include <pybind11/functional.h>
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <functional>
+#include <type_traits>
+#include <utility>
+#include <vector>
 
 #include "common/ops.h"
 
@@ -20,11 +25,43 @@ struct Pointer {
   }
 };
 
+// Calls of the kernels that a network's inference form is made of, to be made again: what a graph is on a GPU.
+struct Calls {
+  std::vector<std::function<void()>> all;
+};
+inline thread_local Calls* recording = nullptr;  // where this thread's go, too
+
+template <class Args>
+void call(void (*run)(const Args&), const std::type_identity_t<Args>& args) {
+  run(args);
+  if (recording != nullptr) recording->all.push_back([run, args] { run(args); });
+}
+
 // What only the CPU has.
 inline void bind_cpu_ops(pybind11::module_& m, const Kernels& kernels) {
   const auto nogil = pybind11::call_guard<pybind11::gil_scoped_release>();
 
   m.attr("panel") = kernels.panel;
+  pybind11::class_<Calls>(m, "Calls", "Calls of kernels, as `record` returns them; to call is to make them again.")
+      .def(
+          "__call__",
+          [](const Calls& calls) {
+            for (const auto& one : calls.all) one();
+          },
+          nogil)
+      .def("__len__", [](const Calls& calls) { return calls.all.size(); });
+  m.def(
+      "record",
+      [](const std::function<void()>& function) {
+        struct Recording {
+          Calls calls;
+          Recording() { recording = &calls; }
+          ~Recording() { recording = nullptr; }
+        } now;
+        function();
+        return std::move(now.calls);
+      },
+      "Calls function(), and returns the calls of inference kernels that it makes on this thread.");
   m.def(
       "group_norm_lines",
       [run = kernels.group_norm_lines](
@@ -32,45 +69,57 @@ inline void bind_cpu_ops(pybind11::module_& m, const Kernels& kernels) {
           int bias_dtype, Address shift, int shift_dtype, Address scale, int scale_dtype, Address scale_shift,
           int scale_shift_dtype, std::int64_t n, std::int64_t channels, std::int64_t skip_channels, std::int64_t hw,
           std::int64_t groups, double eps, bool silu, std::intptr_t run_on) {
-        run({Pointer{lines},
-             Pointer{skip},
-             skip_channels,
-             {DType{dtype},
-              nullptr,
-              nullptr,
-              nullptr,
-              Pointer{x},
-              {Pointer{weight}, DType{weight_dtype}},
-              {Pointer{bias}, DType{bias_dtype}},
-              {Pointer{shift}, DType{shift_dtype}},
-              {Pointer{scale}, DType{scale_dtype}},
-              {Pointer{scale_shift}, DType{scale_shift_dtype}},
-              {n, channels + skip_channels, hw, true},
-              groups,
-              eps,
-              silu,
-              nullptr,
-              {run_on}}});
+        call(run, {Pointer{lines},
+                   Pointer{skip},
+                   skip_channels,
+                   {DType{dtype},
+                    nullptr,
+                    nullptr,
+                    nullptr,
+                    Pointer{x},
+                    {Pointer{weight}, DType{weight_dtype}},
+                    {Pointer{bias}, DType{bias_dtype}},
+                    {Pointer{shift}, DType{shift_dtype}},
+                    {Pointer{scale}, DType{scale_dtype}},
+                    {Pointer{scale_shift}, DType{scale_shift_dtype}},
+                    {n, channels + skip_channels, hw, true},
+                    groups,
+                    eps,
+                    silu,
+                    nullptr,
+                    {run_on}}});
       },
       nogil);
   const auto def_conv = [&](const char* name, void (*run)(const ConvArgs&)) {
     m.def(
         name,
         [run](int dtype, Address y, Address x, Address skip, Address lines, bool silu, Address weights, Address bias,
-              Address added, std::int64_t n, std::int64_t height, std::int64_t width, std::int64_t channels,
-              std::int64_t skip_channels, std::int64_t out_height, std::int64_t out_width, std::int64_t out_channels,
-              int kernel, int stride, int padding, bool upsample, std::intptr_t run_on) {
-          run({DType{dtype},     Pointer{y},
-               Pointer{x},       Pointer{skip},
-               Pointer{lines},   silu,
-               Pointer{weights}, Pointer{bias},
-               Pointer{added},   n,
-               height,           width,
-               channels,         skip_channels,
-               out_height,       out_width,
-               out_channels,     kernel,
-               stride,           padding,
-               upsample,         {run_on}});
+              Address added, float divisor, std::int64_t n, std::int64_t height, std::int64_t width,
+              std::int64_t channels, std::int64_t skip_channels, std::int64_t out_height, std::int64_t out_width,
+              std::int64_t out_channels, int kernel, int stride, int padding, bool upsample, std::intptr_t run_on) {
+          call(run, {DType{dtype},
+                     Pointer{y},
+                     Pointer{x},
+                     Pointer{skip},
+                     Pointer{lines},
+                     silu,
+                     Pointer{weights},
+                     Pointer{bias},
+                     Pointer{added},
+                     divisor,
+                     n,
+                     height,
+                     width,
+                     channels,
+                     skip_channels,
+                     out_height,
+                     out_width,
+                     out_channels,
+                     kernel,
+                     stride,
+                     padding,
+                     upsample,
+                     {run_on}});
         },
         nogil);
   };
@@ -78,16 +127,10 @@ inline void bind_cpu_ops(pybind11::module_& m, const Kernels& kernels) {
   def_conv("conv_winograd", kernels.conv_winograd);
   m.def(
       "attention",
-      [run = kernels.attention](int dtype, Address y, Address qkv, std::int64_t n, std::int64_t heads,
-                                std::int64_t pixels, std::int64_t channels, float scale, std::intptr_t run_on) {
-        run({DType{dtype}, Pointer{y}, nullptr, Pointer{qkv}, n, heads, pixels, channels, scale, {run_on}});
-      },
-      nogil);
-  m.def(
-      "attention_forward",
       [run = kernels.attention](int dtype, Address y, Address softmax, Address qkv, std::int64_t n, std::int64_t heads,
                                 std::int64_t pixels, std::int64_t channels, float scale, std::intptr_t run_on) {
-        run({DType{dtype}, Pointer{y}, Pointer{softmax}, Pointer{qkv}, n, heads, pixels, channels, scale, {run_on}});
+        call(run,
+             {DType{dtype}, Pointer{y}, Pointer{softmax}, Pointer{qkv}, n, heads, pixels, channels, scale, {run_on}});
       },
       nogil);
   m.def(
@@ -95,9 +138,10 @@ inline void bind_cpu_ops(pybind11::module_& m, const Kernels& kernels) {
       [run = kernels.attention_backward](int dtype, Address dqkv, Address dy, Address y, Address softmax, Address qkv,
                                          std::int64_t n, std::int64_t heads, std::int64_t pixels, std::int64_t channels,
                                          float scale, std::intptr_t run_on) {
-        run({Pointer{dqkv},
-             Pointer{dy},
-             {DType{dtype}, Pointer{y}, Pointer{softmax}, Pointer{qkv}, n, heads, pixels, channels, scale, {run_on}}});
+        call(run,
+             {Pointer{dqkv},
+              Pointer{dy},
+              {DType{dtype}, Pointer{y}, Pointer{softmax}, Pointer{qkv}, n, heads, pixels, channels, scale, {run_on}}});
       },
       nogil);
   m.def(

@@ -5,7 +5,7 @@ its memory is [n, hw, c]. run_on: on the CPU a number of threads, on CUDA a stre
 each argument is.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol, TypedDict
 
 class BuildInfo(TypedDict):
@@ -167,7 +167,15 @@ class Kernels(Protocol):
         /,
     ) -> None: ...
 
+class Calls(Protocol):
+    """Recorded calls of kernels; to call is to make them again."""
+
+    def __call__(self) -> None: ...
+    def __len__(self) -> int: ...
+
 class CpuKernels(Kernels, Protocol):
+    def record(self, function: Callable[[], None], /) -> Calls: ...  # of the kernels up to `attention`, on this thread
+
     panel: int  # output channels of a panel of packed weights
     def group_norm_lines(
         self,
@@ -206,6 +214,7 @@ class CpuKernels(Kernels, Protocol):
         weights: int,
         bias: int,
         added: int,
+        divisor: float,
         n: int,
         height: int,
         width: int,
@@ -232,6 +241,7 @@ class CpuKernels(Kernels, Protocol):
         weights: int,
         bias: int,
         added: int,
+        divisor: float,
         n: int,
         height: int,
         width: int,
@@ -248,9 +258,6 @@ class CpuKernels(Kernels, Protocol):
         /,
     ) -> None: ...
     def attention(
-        self, dtype: int, y: int, qkv: int, n: int, heads: int, pixels: int, channels: int, scale: float, run_on: int, /
-    ) -> None: ...
-    def attention_forward(
         self,
         dtype: int,
         y: int,

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ddpm_fast import freeze
 from ddpm_fast.nn import UNet, replay
-from ddpm_fast.nn.conv import why_not_packed
+from ddpm_fast.nn.conv import convolve, why_not_packed
 from ddpm_fast.nn.freeze import FrozenUNet
+from ddpm_fast.nn.packed import pack
 
 pytestmark = pytest.mark.skipif(
     why_not_packed(torch.device("cpu"), torch.float32) is not None, reason="there are no kernels to record"
@@ -74,25 +75,37 @@ def test_memory_is_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_view_keeps_its_memory() -> None:
-    recording = replay.Recording()
+    weights = pack(torch.eye(4)[:, :, None, None], "direct", torch.float32)
+
+    def copied(x: Tensor) -> Tensor:
+        return convolve(x, None, None, False, weights, None, None, 1.0, "direct", 4, 2, 3, 1, 1, 0)
 
     def function(x: Tensor) -> Tensor:
-        first = replay.empty((2, 3), torch.float32, x.device)
-        replay.call(first.copy_, x)
-        view = first.t()
+        first = copied(x)
+        view = first[:]
         del first
-        second = replay.empty((2, 3), torch.float32, x.device)
+        second = copied(x)
         assert second.data_ptr() != view.data_ptr()
         address = second.data_ptr()
         del second
-        third = replay.empty((3, 2), torch.float32, x.device)
+        third = copied(view)
         assert third.data_ptr() == address
-        replay.call(third.copy_, view)
         return third
 
-    x = torch.randn(2, 3)
-    assert torch.equal(recording.record(function, [x]), x.t())
-    assert torch.equal(recording.replay([2 * x]), 2 * x.t())
+    x = torch.randn(1, 4, 2, 3).contiguous(memory_format=torch.channels_last)
+    recording = replay.Recording()
+    assert torch.equal(recording.record(function, [x]), x)
+    assert torch.equal(recording.replay([2 * x]), 2 * x)
+
+
+def test_packing_is_not_recorded() -> None:
+    frozen, config = make()
+    inputs = make_inputs(config, 2)
+    frozen(*inputs)
+    (recording,) = frozen._recordings._recordings.values()
+    fresh = replay.Recording()
+    fresh.record(frozen._layers, recording._inputs)  # everything is packed by now
+    assert len(fresh._calls) == len(recording._calls) > 0
 
 
 def test_inference_mode_and_others_take_turns() -> None:

@@ -141,7 +141,7 @@ struct GroupNormLinesArgs {
   GroupNormSiluArgs norm;  // of x and skip: shape.c is the sum of their channels. No y, mean or rstd
 };
 
-// y = convolution(act(x and skip)) + bias + added, with the weights that ddpm_fast/nn/packed.py packs.
+// y = (convolution(act(x and skip)) + bias + added) / divisor, with the weights that ddpm_fast/nn/packed.py packs.
 struct ConvArgs {
   DType dtype;
   void* y;               // [n, out_height, out_width, out_channels]
@@ -151,6 +151,7 @@ struct ConvArgs {
   const float* weights;  // panels: see cpu/product.h
   const float* bias;     // [out_channels rounded up to whole panels]; may be absent
   const void* added;     // as y; may be absent
+  float divisor;
   std::int64_t n, height, width, channels, skip_channels, out_height, out_width, out_channels;
   // Of conv_direct. conv_winograd: 3, 1, 1, false.
   int kernel, stride;  // 1 or 3; 1 or 2

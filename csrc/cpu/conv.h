@@ -80,6 +80,7 @@ class Output {
   Output(const ConvArgs& a, Index panel)
       : y_(static_cast<T*>(a.y) + panel * kPanel),
         added_(a.added == nullptr ? nullptr : static_cast<const T*>(a.added) + panel * kPanel),
+        divisor_(a.divisor),
         channels_(a.out_channels),
         lanes_(a.out_channels - panel * kPanel) {
     for (int v = 0; v < kPanelVectors; ++v) {
@@ -87,17 +88,17 @@ class Output {
     }
   }
 
-  // sum + bias + added, at the pixel of this number.
+  // (sum + bias + added) / divisor, at the pixel of this number.
   DDPM_FAST_INLINE void write(Index pixel, int v, Floats sum) const {
     const Index at = pixel * channels_ + v * kWidth<float>;
     const Index lanes = lanes_ - v * kWidth<float>;
     Floats value = sum + bias_[v];
     if (lanes >= kWidth<float>) {
       if (added_ != nullptr) value += load(added_ + at);
-      store(y_ + at, value);
+      store(y_ + at, divided(value));
     } else if (lanes > 0) {
       if (added_ != nullptr) value += load(added_ + at, static_cast<int>(lanes));
-      store(y_ + at, value, static_cast<int>(lanes));
+      store(y_ + at, divided(value), static_cast<int>(lanes));
     }
   }
 
@@ -111,8 +112,11 @@ class Output {
   }
 
  private:
+  DDPM_FAST_INLINE Floats divided(Floats value) const { return divisor_ == 1 ? value : value / divisor_; }
+
   T* y_;
   const T* added_;
+  float divisor_;
   Index channels_, lanes_;
   Floats bias_[kPanelVectors];
 };

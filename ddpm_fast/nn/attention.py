@@ -54,7 +54,7 @@ class _Attention(torch.autograd.Function):
         n, pixels, channels = _sizes(qkv)
         y = qkv.new_empty(n, pixels, channels)
         softmax = qkv.new_empty(n, num_heads, 2, pixels, dtype=torch.float32)
-        native().cpu.attention_forward(
+        native().cpu.attention(
             *(dtype_code(qkv), y.data_ptr(), softmax.data_ptr(), qkv.data_ptr()), *_arguments(qkv, num_heads)
         )
         ctx.save_for_backward(qkv, y, softmax)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..ops._library import define, dtype_code, is_plain, pointer
 from ..ops.backend import BUILD, native, native_error
-from .replay import call, empty
+from .replay import empty, keep
 
 DTYPES: Final = (torch.float32, torch.bfloat16)
 
@@ -26,7 +26,7 @@ def why_not_packed(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"the compiled module did not load: {native_error()}"
     if dtype not in DTYPES:
         return f"they compute in float32 and bfloat16, not in {dtype}"
-    if not hasattr(native().cpu, "pack_winograd"):
+    if not hasattr(native().cpu, "record"):
         return "the compiled module is older than this source and lacks them: build it again"
     if BUILD["isa"] == "baseline":
         return "this CPU has neither AVX2 nor AVX-512"
@@ -166,7 +166,7 @@ class _Winograd(torch.autograd.Function):
 def _convolve(x: Tensor, packed: Tensor, bias: Tensor | None, out_channels: int) -> Tensor:
     x, padded = x.contiguous(memory_format=torch.channels_last), None if bias is None else padded_bias(bias.detach())
     height, width = x.shape[2:]
-    return convolve(x, None, None, False, packed, padded, None, "winograd", out_channels, height, width, 3, 1, 1)
+    return convolve(x, None, None, False, packed, padded, None, 1.0, "winograd", out_channels, height, width, 3, 1, 1)
 
 
 def _weight_gradients(x: Tensor, grad: Tensor, has_bias: bool) -> tuple[Tensor, Tensor | None]:
@@ -199,6 +199,7 @@ def convolve(
     weights: Tensor,
     bias: Tensor | None,
     added: Tensor | None,
+    divisor: float,
     method: str,
     out_channels: int,
     out_height: int,
@@ -211,11 +212,11 @@ def convolve(
     n, channels, height, width = x.shape
     y = empty((n, out_channels, out_height, out_width), x.dtype, x.device)
     kernels = native().cpu
-    call(
-        kernels.conv_winograd if method == "winograd" else kernels.conv_direct,
+    run = kernels.conv_winograd if method == "winograd" else kernels.conv_direct
+    run(
         *(dtype_code(x), y.data_ptr(), x.data_ptr(), pointer(skip), pointer(lines), silu, weights.data_ptr()),
-        *(pointer(bias), pointer(added), n, height, width, channels, 0 if skip is None else skip.shape[1]),
+        *(pointer(bias), pointer(added), divisor, n, height, width, channels, 0 if skip is None else skip.shape[1]),
         *(out_height, out_width, out_channels, kernel, stride, padding, method == "upsample", torch.get_num_threads()),
-        reads=(weights, bias),
     )
+    keep(weights, bias)
     return y

@@ -16,7 +16,7 @@ from ..ops._library import define, dtype_code, is_plain, pointer, typed
 from ..ops.backend import native
 from .conv import WINOGRAD_TILES, convolve, pack_winograd, padded_bias, step_of, winograd_tiles
 from .layers import Attention, Downsample, GroupNormSiLU, ResnetBlock, Upsample
-from .replay import call, empty
+from .replay import empty, keep
 
 # Of a row of the output after upsampling by 2, even or odd: which taps of three fall on which of two pixels.
 _UPSAMPLED: Final = torch.tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], dtype=torch.float64, device="cpu")
@@ -27,7 +27,7 @@ loads = 0  # of weights into layers that are packed: a recording of calls from b
 
 
 class PackedConv(nn.Module):
-    """A convolution, with the norm and activation before it and the addition after it: conv(act(norm(x and skip))) + added.
+    """A convolution, with the norm and activation before it and what follows: (conv(act(norm(x and skip))) + added) / divisor.
 
     Weights are packed at the first use, for the method that the size of the map asks for, and anew where others are loaded;
     what is written to them otherwise is not seen.
@@ -74,6 +74,7 @@ class PackedConv(nn.Module):
         shift: Tensor | None = None,
         scale_shift: tuple[Tensor, Tensor] | None = None,
         added: Tensor | None = None,
+        divisor: float = 1.0,
     ) -> Tensor:
         """[N, C, H, W] and perhaps [N, S, H, W] -> [N, out, H', W'], channels_last.
 
@@ -100,7 +101,7 @@ class PackedConv(nn.Module):
             both = 1 if self.asymmetric else 2 * self.padding
             height, width = [(size + both - self.kernel) // self.stride + 1 for size in (height, width)]
         out: Tensor = conv(
-            *(x, skip, lines, silu, *self._weights(method), added, method),
+            *(x, skip, lines, silu, *self._weights(method), added, divisor, method),
             *(self.weight.shape[0], height, width, self.kernel, self.stride, self.padding),
         )
         return out
@@ -178,10 +179,11 @@ class PackedResnetBlock(nn.Module):
         added = x if self.shortcut is None else self.shortcut(x, skip)
         if self.scale_shift:
             scale_shift = (modulations[self.place], modulations[self.place + 1])
-            h = self.conv2(h, scale_shift=scale_shift, added=added)
+            modulation: dict[str, Any] = {"scale_shift": scale_shift}
         else:
-            h = self.conv2(h, shift=modulations[self.place], added=added)
-        return _rescaled(h, self.output_scale_factor)
+            modulation = {"shift": modulations[self.place]}
+        h = self.conv2(h, added=added, divisor=self.output_scale_factor, **modulation)
+        return h
 
 
 class PackedAttention(nn.Module):
@@ -199,8 +201,9 @@ class PackedAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         attend = _attention if is_plain(x) else torch.ops.ddpm_fast.attention
-        h: Tensor = self.to_out(attend(self.to_qkv(x), self.num_heads, self.scale), added=x)
-        return _rescaled(h, self.output_scale_factor)
+        h: Tensor = attend(self.to_qkv(x), self.num_heads, self.scale)
+        out: Tensor = self.to_out(h, added=x, divisor=self.output_scale_factor)
+        return out
 
 
 def _fill_heads(qkv: nn.Linear, out: nn.Linear, heads: int, step: int) -> None:
@@ -210,14 +213,6 @@ def _fill_heads(qkv: nn.Linear, out: nn.Linear, heads: int, step: int) -> None:
         qkv.weight = nn.Parameter(F.pad(qkv.weight.unflatten(0, (3 * heads, -1)), (0, 0, 0, missing)).flatten(0, 1))
         qkv.bias = nn.Parameter(F.pad(qkv.bias.view(3 * heads, -1), (0, missing)).flatten())
         out.weight = nn.Parameter(F.pad(out.weight.unflatten(1, (heads, -1)), (0, missing)).flatten(1))
-
-
-def _rescaled(x: Tensor, factor: float) -> Tensor:
-    if factor != 1 and is_plain(x):
-        call(x.div_, factor)
-    elif factor != 1:
-        x.div_(factor)
-    return x
 
 
 def packed_downsample(downsample: Downsample, dtype: torch.dtype) -> PackedConv:
@@ -248,13 +243,12 @@ def _norm_lines(
     skip_channels = 0 if skip is None else skip.shape[1]
     lines = empty((n, 3, channels + skip_channels), torch.float32, x.device)
     small = [word for value in (shift, scale, scale_shift) for word in typed(value)]
-    call(
-        native().cpu.group_norm_lines,
+    native().cpu.group_norm_lines(
         *(dtype_code(x), lines.data_ptr(), x.data_ptr(), pointer(skip)),
         *(*typed(weight), *typed(bias), *small),
         *(n, channels, skip_channels, height * width, num_groups, eps, silu, torch.get_num_threads()),
-        reads=(weight, bias),
     )
+    keep(weight, bias)
     return lines
 
 
@@ -281,6 +275,7 @@ def _conv_fake(
     weights: Tensor,
     bias: Tensor,
     added: Tensor | None,
+    divisor: float,
     method: str,
     out_channels: int,
     out_height: int,
@@ -296,8 +291,8 @@ def _attention(qkv: Tensor, num_heads: int, scale: float) -> Tensor:
     """softmax(q k^T scale) v, of every pixel to all: [N, 3 C, H, W] of q, k and v, channels_last -> [N, C, H, W]."""
     h = _attention_fake(qkv, num_heads, scale)
     n, channels, height, width = h.shape
-    arguments = (h.data_ptr(), qkv.data_ptr(), n, num_heads, height * width, channels // num_heads, scale)
-    call(native().cpu.attention, dtype_code(qkv), *arguments, torch.get_num_threads())
+    sizes = (n, num_heads, height * width, channels // num_heads)
+    native().cpu.attention(dtype_code(qkv), h.data_ptr(), 0, qkv.data_ptr(), *sizes, scale, torch.get_num_threads())
     return h
 
 
@@ -316,8 +311,8 @@ define(
 )
 define(
     "conv",
-    "(Tensor x, Tensor? skip, Tensor? lines, bool silu, Tensor weights, Tensor bias, Tensor? added, str method, "
-    "int out_channels, SymInt out_height, SymInt out_width, int kernel, int stride, int padding) -> Tensor",
+    "(Tensor x, Tensor? skip, Tensor? lines, bool silu, Tensor weights, Tensor bias, Tensor? added, float divisor, "
+    "str method, int out_channels, SymInt out_height, SymInt out_width, int kernel, int stride, int padding) -> Tensor",
     convolve,
     _conv_fake,
 )

@@ -5,11 +5,13 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, Final
+from typing import Final
 from weakref import finalize
 
 import torch
 from torch import Tensor
+
+from ..ops.backend import native
 
 MAX_RECORDINGS: Final = 4  # kept for a network: batch sizes, numbers of threads
 
@@ -17,7 +19,7 @@ _thread = threading.local()  # .recording: what the thread is recording, if anyt
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor for `call` to write, channels_last if it has four dimensions."""
+    """A tensor for kernels to write, channels_last if it has four dimensions."""
     recording: Recording | None = getattr(_thread, "recording", None)
     if recording is not None:
         return recording.empty(shape, dtype)
@@ -25,24 +27,18 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
     return torch.empty(tuple(shape), dtype=dtype, device=device, memory_format=memory_format)
 
 
-def call(function: Callable[..., object], *arguments: Any, reads: Sequence[Tensor | None] = ()) -> None:
-    """Calls function(*arguments).
-
-    Args:
-        reads: tensors, besides those of `empty`, whose addresses are among the arguments.
-    """
-    function(*arguments)
+def keep(*tensors: Tensor | None) -> None:
+    """Tensors, besides those of `empty`, whose addresses a kernel was called with."""
     recording: Recording | None = getattr(_thread, "recording", None)
     if recording is not None:
-        recording.calls.append((function, arguments))
-        recording.kept += reads
+        recording.kept += tensors
 
 
 class Recording:
-    """The calls that a function makes for its inputs. All that it does to their values has to go through `empty` and `call`."""
+    """The calls that a function makes for its inputs. All that it does to their values has to be done by kernels of the
+    compiled module, in tensors of `empty`."""
 
     def __init__(self) -> None:
-        self.calls: list[tuple[Callable[..., object], tuple[Any, ...]]] = []
         self.kept: list[Tensor | None] = []  # alive as long as the calls
         self._free: list[Tensor] = []  # bytes that no tensor of `empty` is in, at this point of the recording
 
@@ -50,9 +46,13 @@ class Recording:
         # Tensors of inference mode could not be written outside of it.
         with torch.inference_mode(False), torch.no_grad():
             self._inputs = [x.clone(memory_format=torch.preserve_format) for x in inputs]
+
+            def run() -> None:
+                self._output = function(*self._inputs)
+
             _thread.recording = self
             try:
-                self._output = function(*self._inputs)
+                self._calls = native().cpu.record(run)
             finally:
                 _thread.recording = None
         return self._output.clone()
@@ -60,8 +60,7 @@ class Recording:
     def replay(self, inputs: Sequence[Tensor]) -> Tensor:
         for own, x in zip(self._inputs, inputs, strict=True):
             own.copy_(x)
-        for function, arguments in self.calls:
-            function(*arguments)
+        self._calls()
         return self._output.clone()
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
