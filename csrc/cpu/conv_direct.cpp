@@ -14,6 +14,7 @@ const std::int64_t panel = kPanel;
 namespace {
 
 constexpr int kMaxTaps = 9;
+constexpr Index kMaxSmallMap = 64;  // pixels of the output
 
 // What makes the sums of an output pixel: elements from its first input pixel to each tap's. With upsampling four of
 // them, one for each place in the square.
@@ -30,6 +31,43 @@ Taps taps_of(const ConvArgs& a, int phase, Index columns, Index depth) {
     for (int j = 0; j < size; ++j) taps.offset[taps.count++] = (start + i * columns + j) * depth;
   }
   return taps;
+}
+
+// Sums of all pixels of a small map, made tap by tap, each of those pixels alone that have it inside of the map: of a
+// map of 4x4 that is 100 of 144. input: of the rows from
+// `top` on of the output, `columns` of pixels wide.
+template <class T>
+void sum_inside(const ConvArgs& a, const T* input, Index columns, Index top, Index rows, const float* weights,
+                Index depth, float* sums) {
+  constexpr Index kMost = kMaxSmallMap;
+  std::memset(sums, 0, static_cast<std::size_t>(rows * a.out_width * kPanel) * sizeof(float));
+  for (Index tap = 0; tap < 9; ++tap, weights += panel_size<T>(depth)) {
+    const T* from[kMost];
+    float* to[kMost];
+    Index count = 0;
+    for (Index y = 0; y < rows; ++y) {
+      const Index row = (top + y) * a.stride - a.padding + tap / 3;
+      if (row < 0 || row >= a.height) continue;
+      for (Index x = 0; x < a.out_width; ++x) {
+        const Index column = x * a.stride - a.padding + tap % 3;
+        if (column < 0 || column >= a.width) continue;
+        from[count] = input + ((y * a.stride + tap / 3) * columns + x * a.stride + tap % 3) * depth;
+        to[count++] = sums + (y * a.out_width + x) * kPanel;
+      }
+    }
+    over_rows(0, count, [&](Index first, auto at_once) {
+      Sums<at_once()> some;
+      const T* inputs[at_once()];
+      for (int r = 0; r < at_once(); ++r) {
+        inputs[r] = from[first + r];
+        for (int v = 0; v < kPanelVectors; ++v) some.of[r][v] = load(to[first + r] + v * kWidth<float>);
+      }
+      multiply(some, inputs, weights, depth);
+      for (int r = 0; r < at_once(); ++r) {
+        for (int v = 0; v < kPanelVectors; ++v) store(to[first + r] + v * kWidth<float>, some.of[r][v]);
+      }
+    });
+  }
 }
 
 template <class T>
@@ -50,11 +88,14 @@ void run(const ConvArgs& a) {
   const double multiplications =
       static_cast<double>(work.strips * segment * phases * taps) * static_cast<double>(depth * a.out_channels);
   work.run(multiplications, threads, [&](const Work::Share& share) {
+    const bool small = a.kernel == 3 && !a.upsample && height * width <= kMaxSmallMap;
     Room room(RoomFor::kSlice, Room::bytes<T>(most_input_rows * columns * depth) +
-                                   Room::bytes<const T*>(most * segment) + Room::bytes<Index>(most * segment));
+                                   Room::bytes<const T*>(most * segment) + Room::bytes<Index>(most * segment) +
+                                   Room::bytes<float>(small ? kMaxSmallMap * kPanel : 0));
     T* input = room.take<T>(most_input_rows * columns * depth);
     const T** inputs = room.take<const T*>(most * segment);
     Index* pixels = room.take<Index>(most * segment);
+    float* small_sums = room.take<float>(small ? kMaxSmallMap * kPanel : 0);
     // A block may reach over the end of a segment: what lies on either side is done in turn.
     for (Index begin = share.first_strip; begin < share.end_strip;) {
       const Index top = begin % height, rows = smaller(share.end_strip - begin, height - top);
@@ -74,6 +115,15 @@ void run(const ConvArgs& a) {
       }
       for (Index p = share.first_panel; p < share.end_panel; ++p) {
         const Output<T> output(a, p);
+        if (small) {
+          sum_inside(a, input, columns, top, rows, a.weights + p * taps * panel_size<T>(depth), depth, small_sums);
+          for (Index i = 0; i < count; ++i) {
+            for (int v = 0; v < kPanelVectors; ++v) {
+              output.write(pixels[i], v, load(small_sums + i * kPanel + v * kWidth<float>));
+            }
+          }
+          continue;
+        }
         for (int phase = 0; phase < phases; ++phase) {
           const Taps at = taps_of(a, phase, columns, depth);
           const float* weights = a.weights + (p * phases + phase) * taps * panel_size<T>(depth);
