@@ -54,9 +54,12 @@ void run(const ConvArgs& a) {
   // Whole vectors, in the buffers alone.
   const Index depth = round_up(a.channels + a.skip_channels, kStep<T>), wide = round_up(depth, kWidth<float>);
   const Index tile_bytes = kPositions * wide * static_cast<Index>(sizeof(T));
-  // Many tiles for each weight that is read, few enough for the second cache.
-  constexpr Index kTransformedBytes = 1 << 20;
-  const Index tiles_in_block = smaller(64, larger(24, kTransformedBytes / tile_bytes));
+  // Many tiles for each weight that is read, few enough for the second cache, and for every thread its own where there
+  // are enough.
+  constexpr Index kTransformedBytes = 1 << 20, kFewest = 24;
+  const Index share = a.n * tiles.segments * tiles.down * tiles.in_strip / threads;
+  Index tiles_in_block = smaller(64, larger(kFewest, kTransformedBytes / tile_bytes));
+  if (share >= kFewest) tiles_in_block = smaller(tiles_in_block, share);
   const Work work(a.n * tiles.segments * tiles.down, larger(1, tiles_in_block / larger(1, tiles.in_strip)),
                   a.out_channels, threads);
   if (work.strips == 0) return;
