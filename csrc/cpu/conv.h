@@ -102,15 +102,6 @@ class Output {
     }
   }
 
-  // Asks for the pixel's part of y and added, which do not follow each other in memory.
-  DDPM_FAST_INLINE void prefetch(Index pixel) const {
-    constexpr Index kLine = 64 / static_cast<Index>(sizeof(T));
-    for (Index i = 0; i < kPanel; i += kLine) {
-      __builtin_prefetch(y_ + pixel * channels_ + i, 1, 2);
-      if (added_ != nullptr) __builtin_prefetch(added_ + pixel * channels_ + i, 0, 2);
-    }
-  }
-
  private:
   DDPM_FAST_INLINE Floats divided(Floats value) const { return divisor_ == 1 ? value : value / divisor_; }
 

@@ -31,22 +31,6 @@ DDPM_FAST_INLINE void transform_output(const ConvArgs& a, const Output<T>& outpu
   }
 }
 
-// Asks for the part of a share's output that belongs to a position: one after the other they ask for all of it, while
-// the products are made.
-template <class T>
-void prefetch(const ConvArgs& a, const Output<T>& output, const Tiles& tiles, const Work::Share& share,
-              Index position) {
-  const Index rows = 2 * (share.end_strip - share.first_strip);
-  for (Index i = position * rows / kPositions; i < (position + 1) * rows / kPositions; ++i) {
-    const Strip strip(tiles, share.first_strip + i / 2);
-    const Index row = 2 * strip.down + i % 2, left = 2 * strip.first;
-    if (row == a.out_height) continue;
-    const Index first = (strip.sample * a.out_height + row) * a.out_width + left;
-    const Index end = first + smaller(2 * strip.tiles, a.out_width - left);
-    for (Index pixel = first; pixel < end; ++pixel) output.prefetch(pixel);
-  }
-}
-
 template <class T>
 void run(const ConvArgs& a) {
   const Tiles tiles(a);
@@ -89,7 +73,6 @@ void run(const ConvArgs& a) {
         const Output<T> output(a, panel);
         const float* weights = a.weights + panel * kPositions * panel_size<T>(depth);
         for (Index position = 0; position < kPositions; ++position, weights += panel_size<T>(depth)) {
-          prefetch(a, output, tiles, share, position);
           over_rows(0, count, [&](Index tile, auto rows) {
             const T* inputs[rows()];
             for (int r = 0; r < rows(); ++r) inputs[r] = transformed + position * apart + (tile + r) * wide;

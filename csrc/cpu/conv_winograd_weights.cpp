@@ -152,7 +152,7 @@ void weight_gradients(const ConvWinogradWeightsArgs& a) {
   float* gradients = room.take<float>(kPositions * gradients_size);  // [position, step, output channel]
   float* product = room.take<float>(products);                       // [position, panel, output channel, channel]
   float* bias = room.take<float>((strips_in_block + 1) * wide);      // in all, and of each strip
-  std::memset(product, 0, static_cast<std::size_t>(products) * sizeof(float));
+  if (strips == 0) std::memset(product, 0, static_cast<std::size_t>(products) * sizeof(float));
   std::memset(bias, 0, static_cast<std::size_t>(wide) * sizeof(float));
 
   // Strips begin.. of a block, to the steps from 0 on.
@@ -222,7 +222,7 @@ void weight_gradients(const ConvWinogradWeightsArgs& a) {
         for (int r = 0; r < rows(); ++r) {
           for (int v = 0; v < kPanelVectors; ++v) {
             float* at = to + (out + r) * kPanel + v * kWidth<float>;
-            store(at, load(at) + sums.of[r][v]);
+            store(at, first == 0 ? sums.of[r][v] : load(at) + sums.of[r][v]);
           }
         }
       });
