@@ -55,8 +55,8 @@ inline void bind_cpu_ops(pybind11::module_& m, const Kernels& kernels) {
       [](const std::function<void()>& function) {
         struct Recording {
           Calls calls;
-          Recording() { recording = &calls; }
-          ~Recording() { recording = nullptr; }
+          Calls* outer = std::exchange(recording, &calls);
+          ~Recording() { recording = outer; }
         } now;
         function();
         return std::move(now.calls);

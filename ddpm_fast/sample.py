@@ -121,7 +121,7 @@ def sample(
     if dtype is not None and not dtype.is_floating_point:
         raise TypeError(f"sample: expected dtype to be a floating dtype, got {dtype}")
     shape = _image_shape(model, plan, shape)
-    check_images("sample", "images", model, (num_samples, *shape))
+    check_images("sample", "num_samples and shape", model, (num_samples, *shape))
     seeds = resolve_seeds("sample", seed, num_samples)
     labels, no_label = resolve_labels("sample", model, class_labels, num_samples)
     check_number("sample", "guidance_scale", 1 if guidance_scale is None else guidance_scale)

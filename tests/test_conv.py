@@ -28,6 +28,7 @@ SHAPES = [
     (3, 24, 40, 5, 150),
     (2, 130, 33, 31, 18),
     (5, 64, 64, 4, 4),
+    (1, 24, 40, 4, 146),  # a row of tiles in parts of two sizes
 ]
 # The kernels on any instruction set; `Conv3x3` uses them on some.
 serves = pytest.mark.skipif(
@@ -77,6 +78,15 @@ def test_output_and_gradients_are_as_right_as_pytorchs(shape: tuple[int, ...], d
         assert (got.shape, got.dtype) == (exact.shape, dtype)
         unit = torch.finfo(dtype).eps / 2
         assert relative_error(got, exact) <= max(2 * relative_error(allowed, exact), 4 * unit)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_an_earlier_call_left_in_memory_does_not_matter(dtype: torch.dtype) -> None:
+    x, _, _, grad = (tensor.to(dtype) for tensor in case((1, 24, 40, 4, 146)))
+    exact, _ = conv._weight_gradients(x, grad, False)
+    spoilt = torch.full((1, 64, 8, 256), torch.nan, dtype=dtype).contiguous(memory_format=CHANNELS_LAST)
+    conv._weight_gradients(spoilt, spoilt, False)
+    assert torch.equal(conv._weight_gradients(x, grad, False)[0], exact)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -95,9 +95,11 @@ def test_autocast_changes_nothing() -> None:
         assert torch.equal(frozen(*inputs), expected)
 
 
-@pytest.mark.parametrize("variant", ["heads", "class-conditional"])
-def test_compiles_whole(variant: str) -> None:
-    model, config = make(variant)
+@pytest.mark.parametrize(
+    ("variant", "changes"), [("heads", {}), ("class-conditional", {}), ("heads", {"block_out_channels": (128, 160)})]
+)
+def test_compiles_whole(variant: str, changes: dict[str, Any]) -> None:
+    model, config = make(variant, **changes)
     frozen, inputs = freeze(model), make_inputs(config, 2)
     compiled = torch.compile(frozen, fullgraph=True, backend="eager")
     assert torch.equal(compiled(*inputs), frozen(*inputs))

@@ -21,8 +21,10 @@ from ddpm_fast.train import train
 needs_glibc = pytest.mark.skipif(memory._glibc() is None, reason="no glibc")
 
 # The setting is the process's, and others' settings of it would be in the way: where pages are counted, the process is new.
+# Huge pages would be fewer faults.
 COUNT = """
-import resource, sys, torch
+import ctypes, resource, sys, torch
+ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE
 from contextlib import nullcontext
 from ddpm_fast import kept_memory
 

@@ -169,7 +169,13 @@ def test_copies_record_for_themselves_and_few_recordings_are_kept() -> None:
 def test_a_failure_leaves_no_recording() -> None:
     frozen, config = make()
     inputs = make_inputs(config, 2)
-    layers, frozen._layers = frozen._layers, lambda *_: 1 / 0  # type: ignore[method-assign]
+    layers = frozen._layers
+
+    def fail(*stacks: Tensor) -> Tensor:
+        layers(*stacks)
+        raise ZeroDivisionError
+
+    frozen._layers = fail  # type: ignore[method-assign]
     with pytest.raises(ZeroDivisionError):
         frozen(*inputs)
     frozen._layers = layers  # type: ignore[method-assign]

@@ -12,7 +12,7 @@ struct Softmax {
   float largest, share;  // of the scores; one over the sum of the exponentials
 };
 
-// Scores of a query to exp((score - largest) scale). to: may be scores.
+// Scores of a query to exp((score - largest) scale).
 template <class T>
 Softmax exponentials(T* to, const float* scores, Index count, float scale) {
   constexpr int width = kWidth<float>;

@@ -26,7 +26,7 @@ float sum_of_products(const T* a, const T* b, Index count) {
   return sum;
 }
 
-// A row for each of `columns` columns, a multiple of a vector, of `rows` rows; zeros after them to a whole vector.
+// to: the columns of from [rows, columns] as rows, with zeros after them to a whole vector. columns: whole vectors.
 template <class T>
 void transpose_matrix(T* to, Index to_stride, const T* from, Index from_stride, Index rows, Index columns) {
   constexpr int width = kWidth<T>;

@@ -33,17 +33,16 @@ Taps taps_of(const ConvArgs& a, int phase, Index columns, Index depth) {
   return taps;
 }
 
-// Sums of all pixels of a small map, made tap by tap, each of those pixels alone that have it inside of the map: of a
-// map of 4x4 that is 100 of 144. input: of the rows from
-// `top` on of the output, `columns` of pixels wide.
+// Sums of a small map's pixels, made tap by tap, each of those pixels alone that have it inside of the map: on a map of
+// 4x4 that is 100 of 144 times. They are of `rows` rows of the output from `top` on; a row of `input` has `columns`
+// pixels.
 template <class T>
 void sum_inside(const ConvArgs& a, const T* input, Index columns, Index top, Index rows, const float* weights,
                 Index depth, float* sums) {
-  constexpr Index kMost = kMaxSmallMap;
   std::memset(sums, 0, static_cast<std::size_t>(rows * a.out_width * kPanel) * sizeof(float));
-  for (Index tap = 0; tap < 9; ++tap, weights += panel_size<T>(depth)) {
-    const T* from[kMost];
-    float* to[kMost];
+  for (Index tap = 0; tap < kMaxTaps; ++tap, weights += panel_size<T>(depth)) {
+    const T* from[kMaxSmallMap];
+    float* to[kMaxSmallMap];
     Index count = 0;
     for (Index y = 0; y < rows; ++y) {
       const Index row = (top + y) * a.stride - a.padding + tap / 3;

@@ -41,9 +41,9 @@ void run(const ConvArgs& a) {
   // Many tiles for each weight that is read, few enough for the second cache, and for every thread its own where there
   // are enough.
   constexpr Index kTransformedBytes = 1 << 20, kFewest = 24;
-  const Index share = a.n * tiles.segments * tiles.down * tiles.in_strip / threads;
+  const Index tiles_a_thread = a.n * tiles.segments * tiles.down * tiles.in_strip / threads;
   Index tiles_in_block = smaller(64, larger(kFewest, kTransformedBytes / tile_bytes));
-  if (share >= kFewest) tiles_in_block = smaller(tiles_in_block, share);
+  if (tiles_a_thread >= kFewest) tiles_in_block = smaller(tiles_in_block, tiles_a_thread);
   const Work work(a.n * tiles.segments * tiles.down, larger(1, tiles_in_block / larger(1, tiles.in_strip)),
                   a.out_channels, threads);
   if (work.strips == 0) return;
@@ -63,9 +63,10 @@ void run(const ConvArgs& a) {
     for (Index s = share.first_strip; s < share.end_strip; ++s) {
       const Strip strip(tiles, s);
       ring.move_to(strip);
-      transform_tiles<1>(ring, strip.tiles, wide, [&](Index tile, Index c, int position, const Floats(&values)[1]) {
-        store(transformed + position * apart + (count + tile) * wide + c, values[0]);
-      });
+      transform_tiles<1>(ring, strip, strip.tiles, wide,
+                         [&](Index tile, Index c, int position, const Floats(&values)[1]) {
+                           store(transformed + position * apart + (count + tile) * wide + c, values[0]);
+                         });
       count += strip.tiles;
     }
     for (Index panel = share.first_panel; panel < share.end_panel; ++panel) {

@@ -163,10 +163,11 @@ void weight_gradients(const ConvWinogradWeightsArgs& a) {
       const Strip strip(tiles, block + s);
       ring.move_to(strip);
       constexpr int step = kStep<T>;
-      transform_tiles<step>(ring, strip.tiles, depth, [&](Index tile, Index c, int p, const Floats(&values)[step]) {
-        float* to = inputs + (c / kPanel * most + s * steps_in_strip + tile / step) * kPanel + c % kPanel;
-        store_step(to + p * inputs_size, 0, values);
-      });
+      transform_tiles<step>(
+          ring, strip, tiles.in_strip, depth, [&](Index tile, Index c, int p, const Floats(&values)[step]) {
+            float* to = inputs + (c / kPanel * most + s * steps_in_strip + tile / step) * kPanel + c % kPanel;
+            store_step(to + p * inputs_size, 0, values);
+          });
     }
   };
   const auto transform_gradients = [&](Index block, Index begin, Index end) {

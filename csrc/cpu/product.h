@@ -72,7 +72,7 @@ DDPM_FAST_INLINE void multiply(Sums<rows, vectors>& sums, const T* const (&input
   sums = local;
 }
 
-// Calls body(integral_constant<int, vectors>): as many of a panel's vectors as `outs` output channels, or more, want.
+// Calls body(integral_constant<int, vectors>): one vector of a panel if `outs` output channels need no more, else all.
 template <class Body>
 DDPM_FAST_INLINE void with_vectors(Index outs, Body body) {
   if (outs <= kWidth<float>) return body(std::integral_constant<int, 1>{});

@@ -74,10 +74,11 @@ class Ring {
   Index sample_ = -1, first_ = -1, top_ = -1;
 };
 
-// The transformed input of a strip, `at_once` neighbouring tiles at a time, kWidth<float> channels: calls
-// put(tile, channel, position, values of each tile; a tile beyond the strip has zeros). Neighbours share two columns.
+// The transformed input of `count` tiles from the strip's first on, `at_once` neighbours at a time, kWidth<float>
+// channels: calls put(tile, channel, position, values of each tile; a tile beyond the strip has zeros). Neighbours
+// share two columns.
 template <int at_once, class T, class Put>
-DDPM_FAST_INLINE void transform_tiles(const Ring<T>& ring, Index tiles, Index depth, Put put) {
+DDPM_FAST_INLINE void transform_tiles(const Ring<T>& ring, const Strip& strip, Index count, Index depth, Put put) {
   const float* const rows[4] = {ring.pixel(0, 0), ring.pixel(1, 0), ring.pixel(2, 0), ring.pixel(3, 0)};
   for (Index c = 0; c < depth; c += kWidth<float>) {
     Floats half[2 * at_once + 2][4];  // [column][row]
@@ -87,8 +88,8 @@ DDPM_FAST_INLINE void transform_tiles(const Ring<T>& ring, Index tiles, Index de
       transform_input(pixels, out);
     };
     for (int j = 0; j < 2; ++j) transform_column(j, half[2 * at_once + j]);
-    for (Index tile = 0; tile < tiles; tile += at_once) {
-      const Index present = smaller(at_once, tiles - tile);
+    for (Index tile = 0; tile < count; tile += at_once) {
+      const Index present = smaller(at_once, strip.tiles - tile);
       for (int j = 0; j < 2; ++j) {
         for (int i = 0; i < 4; ++i) half[j][i] = half[2 * at_once + j][i];
       }

@@ -23,12 +23,7 @@ def is_trained_here(h: Tensor, projections: Sequence[nn.Module], num_heads: int)
     if not all(_is_plain_linear(layer, channels) for layer in projections):
         return False
     dtype = trained_dtype(h, *(parameter for layer in projections for parameter in layer.parameters()))
-    return (
-        dtype is not None
-        and hasattr(native().cpu, "attention_backward")  # an older compiled module lacks it
-        and channels // num_heads % step_of(dtype) == 0
-        and h.shape[1] >= FEWEST_PIXELS[dtype]
-    )
+    return dtype is not None and channels // num_heads % step_of(dtype) == 0 and h.shape[1] >= FEWEST_PIXELS[dtype]
 
 
 def _is_plain_linear(layer: nn.Module, channels: int) -> bool:

@@ -24,6 +24,7 @@ from .layers import (
     rescaled_in_place,
     timestep_embedding,
 )
+from .onednn import OneDnnConv, has_prepacked
 from .packed import (
     PackedAttention,
     PackedConv,
@@ -56,7 +57,8 @@ def freeze(
     """The inference form of a U-Net: called like it, with its outputs up to the rounding of dtype, and without gradients.
 
     On a CPU, convolutions and matrix products are this package's own: weights are packed for them at the first use, and they
-    norm and activate their input as they read it, read skip connections where those are, and add residuals as they write.
+    norm and activate their input as they read it, read skip connections where those are, and add residuals as they write. For
+    bfloat16 on a CPU with AMX, convolutions are oneDNN's, with weights that are reordered once.
     Elsewhere weights are cast once, to channels_last. The projections of the time embedding, one for every residual block, are
     tables over the timesteps, computed in float64 (for a network with classes the embedding is such a table, and all
     projections are one product). Attention makes its queries, keys and values in one product; biases and the shortcuts of
@@ -123,7 +125,7 @@ class FrozenUNet(nn.Module):
         config: the model's.
         num_timesteps: T.
         dtype: of weights and activations.
-        why_not_packed: the reason why convolutions are PyTorch's; None where they are this package's own, on a CPU.
+        why_not_packed: the reason why convolutions are PyTorch's or oneDNN's; None where they are this package's own, on a CPU.
     """
 
     def __init__(self, model: UNet, dtype: torch.dtype, device: torch.device, num_timesteps: int) -> None:
@@ -158,6 +160,8 @@ class FrozenUNet(nn.Module):
                 module.to(dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
             elif isinstance(module, GroupNormSiLU):
                 module.to(_wide(dtype))
+        if not packs and device.type == "cpu" and has_prepacked(dtype):
+            _use_onednn(self)
         self.modulations = Modulations(model, num_timesteps, projections, dtype)
         self._recordings = Recordings()
         self.requires_grad_(False)
@@ -213,6 +217,14 @@ class FrozenUNet(nn.Module):
             return max(n, 1)
         parts = math.ceil(n * bytes_an_image / _CACHED_BYTES)
         return math.ceil(n / parts)
+
+
+def _use_onednn(module: nn.Module) -> None:
+    for name, child in module.named_children():
+        if isinstance(child, nn.Conv2d):
+            setattr(module, name, OneDnnConv(child))
+        else:
+            _use_onednn(child)
 
 
 def _pack_samplers(block: nn.Module, dtype: torch.dtype) -> None:
@@ -298,6 +310,9 @@ class FrozenResnetBlock(nn.Module):
             h = self.norm2(h, scale_shift=(modulations[self.place], modulations[self.place + 1]))
         else:
             h = self.norm2(h, shift=modulations[self.place])
+        if isinstance(self.conv2, OneDnnConv):
+            added = x if self.shortcut is None else self.shortcut(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+            return rescaled_in_place(self.conv2(h, added), self.output_scale_factor)
         h = self.conv2(h)
         if self.shortcut is None:
             h += x

@@ -149,12 +149,12 @@ def pack(weight: Tensor, method: str, dtype: torch.dtype) -> Tensor:
 def _in_huge_pages(tensor: Tensor) -> Tensor:
     """A copy in pages of 2 MB where Linux lends them and it is worth it: at batch 1 a network's weights come from memory, and
     looking up pages of 4 KB takes longer than reading them."""
-    if tensor.nbytes < _HUGE_PAGE // 2 or not hasattr(mmap, "MADV_HUGEPAGE"):
+    if tensor.nbytes < _HUGE_PAGE // 2 or not is_plain(tensor) or not hasattr(mmap, "MADV_HUGEPAGE"):
         return tensor
-    memory = mmap.mmap(-1, tensor.nbytes + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     try:
+        memory = mmap.mmap(-1, tensor.nbytes + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         memory.madvise(mmap.MADV_HUGEPAGE)
-    except OSError:  # a kernel without them
+    except OSError:  # a kernel without them, or no room for a copy
         return tensor
     room = torch.frombuffer(memory, dtype=torch.uint8)
     start = -room.data_ptr() % _HUGE_PAGE

@@ -35,8 +35,8 @@ def keep(*tensors: Tensor | None) -> None:
 
 
 class Recording:
-    """The calls that a function makes for its inputs. All that it does to their values has to be done by kernels of the
-    compiled module, in tensors of `empty`."""
+    """The calls that a function makes for its inputs. All that it does to their values has to be done by kernels that
+    the compiled module's `record` notes, in tensors of `empty`."""
 
     def __init__(self) -> None:
         self.kept: list[Tensor | None] = []  # alive as long as the calls

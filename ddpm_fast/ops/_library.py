@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backend import FLOATS
+from .backend import FLOATS, is_transformed
 
 LIBRARY = torch.library.Library("ddpm_fast", "DEF")
 
@@ -42,11 +42,6 @@ def no_second_derivative(op: str) -> Callable[..., Any]:
         )
 
     return backward
-
-
-def is_transformed() -> bool:
-    """Whether a transform of torch.func, or forward-mode differentiation, is at work. Not to be asked by compiled code."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
 def is_plain(*tensors: Tensor | None) -> bool:
@@ -207,8 +202,9 @@ def index_tensor(op: str, name: str, index: int | Tensor, bound: int, n: int, de
 
 
 def check_range(op: str, name: str, index: Tensor, bound: int) -> None:
-    """Every value of a CPU tensor in 0..bound-1: the kernels read tables by it."""
-    if index.device.type == "cpu" and index.numel():
+    """Every value of a CPU tensor in 0..bound-1: the kernels read tables by it. In a transform of torch.func nothing may
+    ask for values."""
+    if index.device.type == "cpu" and index.numel() and not torch._C._functorch.is_functorch_wrapped_tensor(index):
         low, high = torch.aminmax(index)
         if low < 0 or high >= bound:
             raise ValueError(f"{op}: expected {name} in 0..{bound - 1}, got values from {int(low)} to {int(high)}")

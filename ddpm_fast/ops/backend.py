@@ -108,12 +108,19 @@ def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     return f"it has no kernels for {device.type} tensors"
 
 
+def is_transformed() -> bool:
+    """Whether a transform of torch.func, or forward-mode differentiation, is at work. Not to be asked by compiled code."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
 def choose(op: str, backend: str | None, device: torch.device, dtype: torch.dtype, unfit: tuple[str, str] | None = None) -> str:
     """The family that computes `op`: the one named, or the first that can.
 
     unfit: a family that cannot take these arguments, and the reason.
 
-    Triton's interpreter is for tests: on CPU tensors that family runs only by name.
+    Triton's interpreter is for tests: on CPU tensors that family runs only by name. Inside transforms of torch.func (grad,
+    vmap, jvp, ...) and forward-mode differentiation, which kernels do not take part in, the reference serves unless another is
+    named: PyTorch knows every derivative of it.
 
     Raises:
         BackendUnavailable: the family named cannot run. Nothing else is tried.
@@ -124,6 +131,8 @@ def choose(op: str, backend: str | None, device: torch.device, dtype: torch.dtyp
         if reason is not None:
             raise BackendUnavailable(f'{op}: backend "{backend}" cannot run: {reason}')
         return backend
+    if not torch.compiler.is_compiling() and is_transformed():
+        return "reference"
     for family in FAMILIES:
         if (family == "triton" and device.type == "cpu") or (unfit is not None and family == unfit[0]):
             continue

@@ -54,7 +54,8 @@ def denoising_loss(
         prediction: what the model predicts.
         weight: [N], each sample's weight.
         reduction: over the N losses, each the mean over a sample's elements: "mean", "sum", or "none" for all of them.
-        backend: "native", "triton" or "reference"; by default the first that can run.
+        backend: "native", "triton" or "reference"; by default the first that can run, and "reference" inside transforms of
+            torch.func and forward-mode differentiation.
 
     Returns:
         A scalar, or [N] for "none"; float32, or float64 for float64 inputs. Differentiable once in model_output, x_0, noise

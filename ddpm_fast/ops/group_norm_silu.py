@@ -17,7 +17,6 @@ from ._library import (
     dense_like,
     dtype_code,
     is_plain,
-    is_transformed,
     no_second_derivative,
     pointer,
     sizes,
@@ -54,7 +53,7 @@ def group_norm_silu(
         scale_shift: two [N, C] (adaptive group norm, Dhariwal and Nichol 2021), in x's dtype or float32.
         activation: "silu" or None.
         backend: "native", "triton" or "reference"; by default the first that can run, and "reference" inside transforms of
-            torch.func (grad, vmap, jvp, ...) and forward-mode differentiation, which the kernels do not take part in.
+            torch.func and forward-mode differentiation.
 
     Returns:
         y, with the shape, dtype and memory format of x. Differentiable once in every tensor (backend="reference": any
@@ -87,13 +86,10 @@ def group_norm_silu(
     unfit = ("triton", f"it takes at most {_TRITON_MAX_CHANNELS_PER_GROUP} channels in a group") if too_wide else None
     family = choose(op, backend, x.device, x.dtype, unfit)
     arguments = (x, num_groups, weight, bias, eps, shift, scale, scale_shift_, activation == "silu")
-    plain = is_plain(x, weight, bias, shift, scale, scale_shift_)
-    # In a transform the definition serves, of which PyTorch knows every derivative.
-    transformed = not plain and backend is None and not torch.compiler.is_compiling() and is_transformed()
-    if family == "reference" or transformed:
+    if family == "reference":
         return reference.group_norm_silu(*arguments)[0]
     y: Tensor
-    if not plain:
+    if not is_plain(x, weight, bias, shift, scale, scale_shift_):
         y = torch.ops.ddpm_fast.group_norm_silu(*arguments, family)[0]
     elif torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, weight, bias, shift, scale, scale_shift_)

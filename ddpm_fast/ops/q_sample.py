@@ -47,7 +47,8 @@ def q_sample(
         noise: epsilon, like x_t; or
         seeds: int64 [N]: epsilon is `noise(x_0.shape, seeds, stream=STREAM_Q_SAMPLE)`, and `denoising_loss` draws the same.
         dtype: of x_t, for an x_0 of uint8 (float32 by default); a floating x_0 keeps its own.
-        backend: "native", "triton" or "reference"; by default the first that can run.
+        backend: "native", "triton" or "reference"; by default the first that can run, and "reference" inside transforms of
+            torch.func and forward-mode differentiation.
 
     Returns:
         x_t, with the shape and memory format of x_0, in its dtype where that is floating. Differentiable in x_0 and noise.

@@ -59,7 +59,8 @@ def reverse_step(
             torch.compile takes as a constant: each new one compiles again.
         return_x_0: also return x_0^.
         out: where to write x_{t-1}: like x_t, and may be x_t itself, but not overlap an input otherwise. Not differentiable.
-        backend: "native", "triton" or "reference"; by default the first that can run.
+        backend: "native", "triton" or "reference"; by default the first that can run, and "reference" inside transforms of
+            torch.func and forward-mode differentiation.
 
     Returns:
         x_{t-1} with the shape, dtype and memory format of x_t; with return_x_0, (x_{t-1}, x_0^). Differentiable in x_t,

@@ -1,0 +1,82 @@
+"""Convolutions of oneDNN with weights in the order that it wants: for CPUs where it is faster than this package's kernels."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any, Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops._library import is_plain
+from .conv import DTYPES
+
+MAX_ORDERS: Final = 4  # of the weights kept for a layer: shapes of its input
+
+
+def has_prepacked(dtype: torch.dtype) -> bool:
+    """Whether this PyTorch lends oneDNN's convolutions with reordered weights, on this CPU. They are what torch.compile
+    calls, and no public API."""
+    if not torch.backends.mkldnn.is_available() or dtype not in DTYPES:
+        return False
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
+    try:
+        conv = OneDnnConv(nn.Conv2d(1, 1, 1).to(dtype))
+        x = torch.zeros(1, 1, 1, 1, dtype=dtype)
+        conv(x, conv(x))
+    except (AttributeError, RuntimeError):  # of another version
+        return False
+    return True
+
+
+class OneDnnConv(nn.Module):
+    """An nn.Conv2d for inference, and the addition after it: [N, C, H, W] -> conv(x) + added.
+
+    In eager mode PyTorch has oneDNN reorder the weights at every call. Here they are reordered at the first call of a shape,
+    and anew where others are loaded or cast; what is written to them otherwise is not seen.
+    """
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        assert isinstance(conv.padding, tuple)
+        self.weight, self.bias = conv.weight, conv.bias
+        self.geometry = (list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups)
+        self._reordered: OrderedDict[torch.Size, Tensor] = OrderedDict()
+
+    def forward(self, x: Tensor, added: Tensor | None = None) -> Tensor:
+        padding, stride, dilation, groups = self.geometry
+        if x.device.type != "cpu" or x.dtype not in DTYPES or 0 in x.shape or not is_plain(x, added):
+            out: Tensor = F.conv2d(x, self.weight, self.bias, stride, padding, dilation, groups)
+            return out if added is None else out + added
+        ops = torch.ops.mkldnn
+        arguments = (self._weight_for(x.shape), self.bias, padding, stride, dilation, groups)
+        if added is None:
+            out = ops._convolution_pointwise(x, *arguments, "none", [], "")
+        else:
+            out = ops._convolution_pointwise.binary(x, added, *arguments, "add", None, None, [], None)
+        return out
+
+    def _weight_for(self, shape: torch.Size) -> Tensor:
+        weight = self._reordered.get(shape)
+        if weight is None:
+            reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight  # torch's stub has not all of its arguments
+            weight = reorder(self.weight.detach().to_mkldnn(), *self.geometry, list(shape))
+            if len(self._reordered) == MAX_ORDERS:
+                self._reordered.popitem(last=False)
+            self._reordered[shape] = weight
+        return weight
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        self._reordered.clear()
+        super()._load_from_state_dict(*arguments)
+
+    def _apply(self, *arguments: Any, **options: Any) -> OneDnnConv:
+        self._reordered.clear()
+        applied: OneDnnConv = super()._apply(*arguments, **options)  # type: ignore[no-untyped-call]
+        return applied
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is reordered for this CPU."""
+        return self.__dict__ | {"_reordered": OrderedDict()}
