@@ -427,7 +427,7 @@ def test_progress_counts_steps(capsys: pytest.CaptureFixture[str]) -> None:
         (
             {"shape": (1, 8, 7)},
             ValueError,
-            r"sample: expected images to have H and W that are multiples of 2, got \(4, 1, 8, 7\)",
+            r"sample: expected num_samples and shape to have H and W that are multiples of 2, got \(4, 1, 8, 7\)",
         ),
         ({"plan": ddpm_plan(SCHEDULE, variance="learned")}, ValueError, "model with 2 output channels.*got out_channels 1"),
         ({"seed": torch.zeros(2)}, ValueError, r"expected seed to be an int or int64 \[4\], got torch.float32 \[2\]"),
