@@ -138,10 +138,9 @@ inline void bind_cpu_ops(pybind11::module_& m, const Kernels& kernels) {
       [run = kernels.attention_backward](int dtype, Address dqkv, Address dy, Address y, Address softmax, Address qkv,
                                          std::int64_t n, std::int64_t heads, std::int64_t pixels, std::int64_t channels,
                                          float scale, std::intptr_t run_on) {
-        call(run,
-             {Pointer{dqkv},
-              Pointer{dy},
-              {DType{dtype}, Pointer{y}, Pointer{softmax}, Pointer{qkv}, n, heads, pixels, channels, scale, {run_on}}});
+        run({Pointer{dqkv},
+             Pointer{dy},
+             {DType{dtype}, Pointer{y}, Pointer{softmax}, Pointer{qkv}, n, heads, pixels, channels, scale, {run_on}}});
       },
       nogil);
   m.def(

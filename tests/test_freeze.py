@@ -107,6 +107,16 @@ def test_compiles_whole(variant: str, changes: dict[str, Any]) -> None:
     assert torch.equal(compiled(*inputs), frozen(*inputs))
 
 
+@pytest.mark.parametrize("packed", [True, False])
+def test_freezing_draws_no_random_numbers(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not packed:
+        monkeypatch.setattr(importlib.import_module("ddpm_fast.nn.freeze"), "why_not_packed", lambda *_: "as on a GPU")
+    model, _ = make()
+    before = torch.get_rng_state()
+    freeze(model, torch.float32)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_an_empty_batch_gives_an_empty_batch() -> None:
     model, config = make()
     x, t, _ = make_inputs(config, 2)

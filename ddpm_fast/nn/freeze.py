@@ -298,7 +298,7 @@ class FrozenResnetBlock(nn.Module):
         self.shortcut: nn.Linear | None = None
         if block.conv_shortcut is not None:
             channels, in_channels = block.conv_shortcut.weight.shape[:2]
-            self.shortcut = nn.Linear(in_channels, channels, bias=False)
+            self.shortcut = nn.Linear(in_channels, channels, bias=False, device="meta")  # draws no weights
             self.shortcut.weight = nn.Parameter(block.conv_shortcut.weight.flatten(1))
             self.conv2.bias = nn.Parameter(_sum(block.conv2.bias, block.conv_shortcut.bias))
 

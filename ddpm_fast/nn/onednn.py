@@ -20,11 +20,12 @@ def has_prepacked(dtype: torch.dtype) -> bool:
     calls, and no public API."""
     if not torch.backends.mkldnn.is_available() or dtype not in DTYPES:
         return False
-    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return False
     try:
-        conv = OneDnnConv(nn.Conv2d(1, 1, 1).to(dtype))
-        x = torch.zeros(1, 1, 1, 1, dtype=dtype)
+        if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return False
+        # Without the initial values, which would be drawn from the generator of whoever calls.
+        conv = OneDnnConv(nn.utils.skip_init(nn.Conv2d, 1, 1, 1, device="cpu", dtype=dtype))
+        x = torch.zeros(1, 1, 1, 1, dtype=dtype, device="cpu")
         conv(x, conv(x))
     except (AttributeError, RuntimeError):  # of another version
         return False
