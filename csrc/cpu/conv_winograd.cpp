@@ -33,7 +33,7 @@ DDPM_FAST_INLINE void transform_output(const ConvArgs& a, const Output<T>& outpu
 
 template <class T>
 void run(const ConvArgs& a) {
-  const Tiles tiles(a);
+  const Tiles tiles(a.out_height, a.out_width);
   const int threads = a.run_on.threads();
   // Whole vectors, in the buffers alone.
   const Index depth = round_up(a.channels + a.skip_channels, kStep<T>), wide = round_up(depth, kWidth<float>);

@@ -22,14 +22,6 @@ DDPM_FAST_INLINE void transform_weights_back(const Floats (&m)[4], Floats (&out)
   out[2] = sum + m[3];
 }
 
-// A y: 2 values to 4.
-DDPM_FAST_INLINE void transform_output_back(Floats y_0, Floats y_1, Floats (&out)[4]) {
-  out[0] = y_0;
-  out[1] = y_0 + y_1;
-  out[2] = y_0 - y_1;
-  out[3] = -y_1;
-}
-
 // A step of a panel, of its channels `values`.
 DDPM_FAST_INLINE void store_step(float* to, int v, const Floats (&values)[1]) {
   store(to + v * kWidth<float>, values[0]);
@@ -104,156 +96,302 @@ void pack(const PackWinogradArgs& a) {
 }
 
 // sums of products over tiles: rows of `gradients`, channels of a step of tiles and `apart` words further of the next
-// one, times a panel of inputs.
-template <class T, int rows>
-DDPM_FAST_INLINE void multiply_over_tiles(Sums<rows>& sums, const float* gradients, Index apart, const float* panel,
-                                          Index steps) {
-  Sums<rows> local{};  // in registers
+// one, times the first vectors of a panel of inputs.
+template <class T, int rows, int vectors>
+DDPM_FAST_INLINE void multiply_over_tiles(Sums<rows, vectors>& sums, const float* gradients, Index apart,
+                                          const float* panel, Index steps) {
+  Sums<rows, vectors> local{};  // in registers
   for (Index step = 0; step < steps; ++step, gradients += apart, panel += kPanel) {
-    Floats inputs[kPanelVectors];
-    for (int v = 0; v < kPanelVectors; ++v) inputs[v] = load(panel + v * kWidth<float>);
+    Floats inputs[vectors];
+    for (int v = 0; v < vectors; ++v) inputs[v] = load(panel + v * kWidth<float>);
     for (int r = 0; r < rows; ++r) {
       const T* gradient = reinterpret_cast<const T*>(gradients + r);
-      for (int v = 0; v < kPanelVectors; ++v) local.of[r][v] = multiply_add(gradient, inputs[v], local.of[r][v]);
+      for (int v = 0; v < vectors; ++v) local.of[r][v] = multiply_add(gradient, inputs[v], local.of[r][v]);
     }
   }
   sums = local;
 }
 
-// The convolution is linear in its transformed weights, so their gradient is a product over all tiles, for each of the
-// 16 positions, of the transformed input, B^T d B, and the gradient of the sums, A dy A^T; G^T m G makes it that of the
-// weights. A block of tiles is transformed, then all threads multiply it: whichever does what, each sum is made of the
-// same terms in the same order. In bfloat16 a multiply-add takes two neighbouring tiles of a strip; a strip's last may
-// have none beside it, and zeros there.
+// What is transformed: a channels_last map, and some of its channels.
 template <class T>
-void weight_gradients(const ConvWinogradWeightsArgs& a) {
-  const auto map_of = [&](const void* x, Index channels) {
-    ConvArgs map{};
-    map.x = x, map.channels = channels, map.n = a.n;
-    map.height = map.out_height = a.height, map.width = map.out_width = a.width;
-    return map;
-  };
-  const ConvArgs input = map_of(a.x, a.channels), gradient = map_of(a.dy, a.out_channels);
-  const Tiles tiles(input);
-  const int threads = a.run_on.threads();
-  constexpr Index kTilesInBlock = 64 * kStep<T>;  // few terms a sum, and a panel of them stays in the first cache
-  const Index strips = a.n * tiles.segments * tiles.down, steps_in_strip = (tiles.in_strip + kStep<T> - 1) / kStep<T>;
-  const Index strips_in_block = larger(1, kTilesInBlock / larger(1, tiles.in_strip)),
-              most = strips_in_block * steps_in_strip;
-  const Index depth = round_up(a.channels, kPanel), panels = depth / kPanel;
-  const Index wide = round_up(a.out_channels, kWidth<float>), apart = wide + kApart;
-  const Index inputs_size = most * depth + kApart, gradients_size = most * apart + kApart;  // of a position
-  const Index products = kPositions * a.out_channels * depth;
+struct Map {
+  const T* pixels;
+  Index height, width, all_channels;
+  Index first_channel, channels;  // a task's
+};
 
-  Room room(RoomFor::kCall, Room::bytes<float>(kPositions * inputs_size) +
-                                Room::bytes<float>(kPositions * gradients_size) + Room::bytes<float>(products) +
-                                Room::bytes<float>((strips_in_block + 1) * wide));
-  float* inputs = room.take<float>(kPositions * inputs_size);        // [position, panel, step, channel of the panel]
-  float* gradients = room.take<float>(kPositions * gradients_size);  // [position, step, output channel]
-  float* product = room.take<float>(products);                       // [position, panel, output channel, channel]
-  float* bias = room.take<float>((strips_in_block + 1) * wide);      // in all, and of each strip
-  if (strips == 0) std::memset(product, 0, static_cast<std::size_t>(products) * sizeof(float));
-  std::memset(bias, 0, static_cast<std::size_t>(wide) * sizeof(float));
+// One row of the transform of a strip's tiles, before that of their columns: the sum or difference of two rows of the
+// map. Either may be none, or lie outside; there are zeros.
+template <class T>
+class TwoRows {
+ public:
+  static constexpr Index kNone = -1;
 
-  // Strips begin.. of a block, to the steps from 0 on.
-  const auto transform_inputs = [&](Index block, Index begin, Index end) {
-    Room room_for_rows(RoomFor::kSlice, Room::bytes<float>(Ring<T>::size(tiles, depth)));
-    Ring<T> ring(input, tiles, depth, room_for_rows.take<float>(Ring<T>::size(tiles, depth)));
-    for (Index s = begin; s < end; ++s) {
-      const Strip strip(tiles, block + s);
-      ring.move_to(strip);
-      constexpr int step = kStep<T>;
-      transform_tiles<step>(
-          ring, strip, tiles.in_strip, depth, [&](Index tile, Index c, int p, const Floats(&values)[step]) {
-            float* to = inputs + (c / kPanel * most + s * steps_in_strip + tile / step) * kPanel + c % kPanel;
-            store_step(to + p * inputs_size, 0, values);
-          });
-    }
-  };
-  const auto transform_gradients = [&](Index block, Index begin, Index end) {
-    const Index row_size = 2 * tiles.in_strip * wide + kApart;
-    Room room_for_rows(RoomFor::kSlice, Room::bytes<float>(2 * row_size));
-    float* rows = room_for_rows.take<float>(2 * row_size);
-    for (Index s = begin; s < end; ++s) {
-      const Strip strip(tiles, block + s);
-      for (Index i = 0; i < 2; ++i) {
-        input_row<T>(gradient, strip.sample, 2 * strip.down + i, 2 * strip.first, 2 * strip.tiles, rows + i * row_size,
-                     wide);
-      }
-      for (Index c = 0; c < wide; c += kWidth<float>) {
-        Floats sum{};
-        for (Index step = 0; step < steps_in_strip; ++step) {
-          Floats half[kStep<T>][2][4] = {};  // [tile][column][row]
-          for (Index i = 0; i < smaller(kStep<T>, strip.tiles - step * kStep<T>); ++i) {
-            for (int j = 0; j < 2; ++j) {
-              const float* pixel = rows + (2 * (step * kStep<T> + i) + j) * wide + c;
-              transform_output_back(load(pixel), load(pixel + row_size), half[i][j]);
-            }
-            sum += half[i][0][1] + half[i][1][1];
-          }
-          float* to = gradients + (s * steps_in_strip + step) * apart + c;
-          for (int row = 0; row < 4; ++row) {
-            Floats values[kStep<T>][4];
-            for (int i = 0; i < kStep<T>; ++i) transform_output_back(half[i][0][row], half[i][1][row], values[i]);
-            for (int column = 0; column < 4; ++column) {
-              Floats neighbours[kStep<T>];
-              for (int i = 0; i < kStep<T>; ++i) neighbours[i] = values[i][column];
-              store_step(to + (4 * row + column) * gradients_size, 0, neighbours);
-            }
-          }
-        }
-        store(bias + (1 + s) * wide + c, sum);
-      }
+  TwoRows(const Map<T>& map, Index sample, Index plus, Index other, float sign)
+      : plus_(map, sample, plus), other_(map, sample, other), width_(map.width), sign_(sign) {}
+
+  // Channels from c on.
+  TwoRows from(Index c) const {
+    TwoRows rows = *this;
+    if (plus_.apart != 0) rows.plus_.start += c;
+    if (other_.apart != 0) rows.other_.start += c;
+    return rows;
+  }
+
+  // All lanes of a column, or the first ones; `inside`: the column is.
+  template <bool inside, bool partial>
+  DDPM_FAST_INLINE Floats at(Index column, int lanes) const {
+    if (!inside && (column < 0 || column >= width_)) return Floats{};
+    const T *plus = plus_.start + column * plus_.apart, *other = other_.start + column * other_.apart;
+    __builtin_prefetch(plus + 2 * width_ * plus_.apart);  // what the next strip needs
+    __builtin_prefetch(other + 2 * width_ * other_.apart);
+    return load<partial>(plus, lanes) + sign_ * load<partial>(other, lanes);
+  }
+
+ private:
+  struct Row {
+    const T* start;
+    Index apart;  // elements from column to column
+
+    Row(const Map<T>& map, Index sample, Index number) {
+      alignas(kVectorSize) static const T zeros[kWidth<float>] = {};
+      const bool inside = number >= 0 && number < map.height;
+      start = inside ? map.pixels + (sample * map.height + number) * map.width * map.all_channels + map.first_channel
+                     : zeros;
+      apart = inside ? map.all_channels : 0;
     }
   };
 
-  for (Index first = 0; first < strips; first += strips_in_block) {
-    const Index count = smaller(strips_in_block, strips - first), chunks = smaller(count, threads);
-    parallel_for(2 * chunks, 1, threads, [&](Index i) {
-      const Index chunk = i / 2, begin = chunk * count / chunks, end = (chunk + 1) * count / chunks;
-      i % 2 == 0 ? transform_inputs(first, begin, end) : transform_gradients(first, begin, end);
+  Row plus_, other_;
+  Index width_;
+  float sign_;
+};
+
+// Calls body(channel, whether the vector is partial, lanes) for the vectors of some channels.
+template <class Body>
+DDPM_FAST_INLINE void over_channels(Index channels, Body body) {
+  Index c = 0;
+  for (; c + kWidth<float> <= channels; c += kWidth<float>) body(c, std::false_type{}, 0);
+  if (c < channels) body(c, std::true_type{}, static_cast<int>(channels - c));
+}
+
+// Calls body(step, whether all that it reads is inside of the map and all of its tiles are there) for the steps of a
+// strip, whose tiles read two columns each, of so many.
+template <int at_once, class Body>
+DDPM_FAST_INLINE void over_steps(const Strip& strip, Index steps, Index columns, Body body) {
+  const Index inside = smaller(strip.tiles, columns / 2) / at_once;
+  Index step = 0;
+  for (; step < smaller(inside, steps); ++step) body(step, std::true_type{});
+  for (; step < steps; ++step) body(step, std::false_type{});
+}
+
+// Calls put(column, values of a step's tiles).
+template <int tiles, class Put>
+DDPM_FAST_INLINE void put_columns(const Floats (&values)[tiles][4], Put put) {
+  for (int j = 0; j < 4; ++j) {
+    Floats neighbours[tiles];
+    for (int s = 0; s < tiles; ++s) neighbours[s] = values[s][j];
+    put(j, neighbours);
+  }
+}
+
+// Row `row` of B^T d B, of a strip's tiles: calls put(step, channel, column, values of its tiles).
+template <class T, class Put>
+void transform_inputs(const Map<T>& map, const Strip& strip, int row, Index steps, Put put) {
+  constexpr int plus[4] = {0, 1, 2, 1}, other[4] = {2, 2, 1, 3}, at_once = kStep<T>;
+  const Index top = 2 * strip.down - 1, left = 2 * strip.first - 1;
+  const TwoRows<T> rows(map, strip.sample, top + plus[row], top + other[row], row == 1 ? 1.f : -1.f);
+  over_channels(map.channels, [&](Index c, auto partial, int lanes) {
+    const TwoRows<T> from = rows.from(c);
+    Floats columns[2 * at_once + 2];  // tiles share two with their neighbours
+    for (int j = 0; j < 2; ++j) columns[2 * at_once + j] = from.template at<false, partial()>(left + j, lanes);
+    over_steps<at_once>(strip, steps, map.width - left - 2, [&](Index step, auto inside) {
+      for (int j = 0; j < 2; ++j) columns[j] = columns[2 * at_once + j];
+      for (int j = 2; j < 2 * at_once + 2; ++j) {
+        columns[j] = from.template at<inside(), partial()>(left + 2 * step * at_once + j, lanes);
+      }
+      Floats values[at_once][4] = {};
+      for (int s = 0; s < at_once; ++s) {
+        if (!inside() && step * at_once + s >= strip.tiles) break;
+        const Floats tile[4] = {columns[2 * s], columns[2 * s + 1], columns[2 * s + 2], columns[2 * s + 3]};
+        transform_input(tile, values[s]);
+      }
+      put_columns(values, [&](int j, const auto& neighbours) { put(step, c, j, neighbours); });
     });
-    parallel_for(kPositions * panels, 1, threads, [&](Index i) {
-      const float* panel = inputs + i / panels * inputs_size + i % panels * most * kPanel;
-      const float* from = gradients + i / panels * gradients_size;
-      float* to = product + i * a.out_channels * kPanel;
-      over_rows(0, a.out_channels, [&](Index out, auto rows) {
-        Sums<rows()> sums;
-        multiply_over_tiles<T>(sums, from + out, apart, panel, count * steps_in_strip);
-        for (int r = 0; r < rows(); ++r) {
-          for (int v = 0; v < kPanelVectors; ++v) {
-            float* at = to + (out + r) * kPanel + v * kWidth<float>;
-            store(at, first == 0 ? sums.of[r][v] : load(at) + sums.of[r][v]);
-          }
-        }
-      });
+  });
+}
+
+// Row `row` of A dy A^T; and sum(channel, sum over the strip of its row 1: over all of its pixels).
+template <class T, class Put, class Sum>
+void transform_gradients(const Map<T>& map, const Strip& strip, int row, Index steps, Put put, Sum sum) {
+  constexpr int at_once = kStep<T>;
+  const Index top = 2 * strip.down, left = 2 * strip.first;
+  const TwoRows<T> rows(map, strip.sample, row < 3 ? top : TwoRows<T>::kNone, row > 0 ? top + 1 : TwoRows<T>::kNone,
+                        row < 2 ? 1.f : -1.f);
+  over_channels(map.channels, [&](Index c, auto partial, int lanes) {
+    const TwoRows<T> from = rows.from(c);
+    Floats total{};
+    over_steps<at_once>(strip, steps, map.width - left, [&](Index step, auto inside) {
+      Floats values[at_once][4] = {};
+      for (int s = 0; s < at_once; ++s) {
+        const Index tile = step * at_once + s;
+        if (!inside() && tile >= strip.tiles) break;
+        const Floats y_0 = from.template at<inside(), partial()>(left + 2 * tile, lanes),
+                     y_1 = from.template at<inside(), partial()>(left + 2 * tile + 1, lanes);
+        values[s][0] = y_0, values[s][1] = y_0 + y_1, values[s][2] = y_0 - y_1, values[s][3] = -y_1;
+        total += values[s][1];
+      }
+      put_columns(values, [&](int j, const auto& neighbours) { put(step, c, j, neighbours); });
     });
-    for (Index strip = 1; strip <= count; ++strip) {
-      for (Index c = 0; c < wide; c += kWidth<float>) store(bias + c, load(bias + c) + load(bias + strip * wide + c));
+    sum(c, total);
+  });
+}
+
+// Channels of a task: the most, or fewer where threads would wait for others.
+struct Cut {
+  Index in_size = 128, out_size = 256;  // 512 KB of sums
+  Index in_parts, out_parts, tasks;
+
+  Cut(Index channels, Index out_channels, int threads) {
+    for (;;) {
+      even_out(channels, in_size, in_parts, kPanel);
+      even_out(out_channels, out_size, out_parts, kWidth<float>);
+      tasks = 4 * in_parts * out_parts;
+      if (4 * round_up(tasks, threads) <= 5 * tasks) break;
+      if (out_size > in_size || (in_size == kPanel && out_size > kWidth<float>)) {
+        out_size /= 2;
+      } else if (in_size > kPanel) {
+        in_size /= 2;
+      } else {
+        break;
+      }
     }
   }
 
-  if (a.dbias != nullptr) std::memcpy(a.dbias, bias, static_cast<std::size_t>(a.out_channels) * sizeof(float));
-  parallel_for(a.out_channels, 8, threads, [&](Index out) {
-    for (Index c = 0; c < a.channels; c += kWidth<float>) {
-      const float* from = product + (c / kPanel * a.out_channels + out) * kPanel + c % kPanel;
-      Floats half[4][3];  // [column of the tile][row of the kernel]
-      for (int j = 0; j < 4; ++j) {
-        Floats m[4];
-        for (int i = 0; i < 4; ++i) m[i] = load(from + (4 * i + j) * panels * a.out_channels * kPanel);
-        transform_weights_back(m, half[j]);
+ private:
+  static Index divided(Index a, Index b) { return larger(1, (a + b - 1) / b); }
+
+  static void even_out(Index channels, Index& size, Index& parts, Index unit) {
+    size = round_up(divided(channels, divided(channels, size)), unit);
+    parts = divided(channels, size);
+  }
+};
+
+// The convolution is linear in its transformed weights, so their gradient is a product over all tiles, for each of the
+// 16 positions, of the transformed input, B^T d B, and the gradient of the sums, A dy A^T; G^T m G makes it that of the
+// weights.
+//
+// A task has four positions, a row of the transforms, and some input and output channels: so few that its sums stay in
+// the second cache while it goes through all tiles, block after block. Threads share nothing until the end. How many
+// they are decides how the channels are cut, but not which terms a sum is made of, nor their order. In bfloat16 a
+// multiply-add takes two neighbouring tiles of a strip; a strip's last may have none beside it, and zeros there.
+template <class T>
+void weight_gradients(const ConvWinogradWeightsArgs& a) {
+  constexpr Index kStepsInBlock = 64;  // few terms a sum, and a panel of them stays in the first cache
+  const int threads = a.run_on.threads();
+  const Tiles tiles(a.height, a.width);
+  const Index strips = a.n * tiles.segments * tiles.down, steps_in_strip = (tiles.in_strip + kStep<T> - 1) / kStep<T>;
+  const Index strips_in_block = larger(1, kStepsInBlock / larger(1, steps_in_strip)),
+              most = strips_in_block * steps_in_strip;
+  const Index depth = round_up(a.channels, kWidth<float>);
+
+  const Cut cut(a.channels, a.out_channels, threads);
+  const Index panels = (cut.in_size + kPanel - 1) / kPanel, apart = cut.out_size + kApart;
+  const Index inputs_size = panels * most * kPanel + kApart, gradients_size = most * apart;  // of a position
+  const Index product_size = panels * cut.out_size * kPanel;
+
+  Room room(RoomFor::kCall, Room::bytes<float>(12 * a.out_channels * depth) + Room::bytes<float>(a.out_channels));
+  float* sums =
+      room.take<float>(12 * a.out_channels * depth);  // [row of the tile, column of the kernel, output, input]
+  float* bias = room.take<float>(a.out_channels);
+
+  parallel_for(cut.tasks, 1, threads, [&](Index task) {
+    const int row = static_cast<int>(task / (cut.in_parts * cut.out_parts));
+    const Index in_part = task % cut.in_parts, out_part = task / cut.in_parts % cut.out_parts;
+    const auto map_of = [&](const void* x, Index channels, Index part, Index size) {
+      return Map<T>{
+          static_cast<const T*>(x), a.height, a.width, channels, part * size, smaller(size, channels - part * size)};
+    };
+    const Map<T> input = map_of(a.x, a.channels, in_part, cut.in_size),
+                 gradient = map_of(a.dy, a.out_channels, out_part, cut.out_size);
+
+    Room pieces(RoomFor::kSlice, Room::bytes<float>(4 * inputs_size) + Room::bytes<float>(4 * gradients_size) +
+                                     Room::bytes<float>(4 * product_size) + Room::bytes<float>(cut.out_size));
+    float* inputs = pieces.take<float>(4 * inputs_size);        // [position, panel, step, channel of the panel]
+    float* gradients = pieces.take<float>(4 * gradients_size);  // [position, step, output channel]
+    float* product = pieces.take<float>(4 * product_size);      // [position, panel, output channel, channel]
+    float* total = pieces.take<float>(cut.out_size);            // of the output's gradient
+    if (input.channels % kPanel != 0) {                         // lanes that count for nothing, but take part
+      std::memset(inputs, 0, static_cast<std::size_t>(4 * inputs_size) * sizeof(float));
+    }
+    std::memset(product, 0, static_cast<std::size_t>(4 * product_size) * sizeof(float));
+    std::memset(total, 0, static_cast<std::size_t>(cut.out_size) * sizeof(float));
+
+    for (Index first = 0; first < strips; first += strips_in_block) {
+      const Index count = smaller(strips_in_block, strips - first);
+      for (Index s = 0; s < count; ++s) {
+        const Strip strip(tiles, first + s);
+        transform_inputs(input, strip, row, steps_in_strip, [&](Index step, Index c, int j, const auto& values) {
+          const Index at = (c / kPanel * most + s * steps_in_strip + step) * kPanel + c % kPanel;
+          store_step(inputs + j * inputs_size + at, 0, values);
+        });
+        transform_gradients(
+            gradient, strip, row, steps_in_strip,
+            [&](Index step, Index c, int j, const auto& values) {
+              store_step(gradients + j * gradients_size + (s * steps_in_strip + step) * apart + c, 0, values);
+            },
+            [&](Index c, Floats sum) { store(total + c, load(total + c) + sum); });
       }
-      for (int i = 0; i < 3; ++i) {
-        const Floats row[4] = {half[0][i], half[1][i], half[2][i], half[3][i]};
-        Floats g[3];
-        transform_weights_back(row, g);
-        for (int j = 0; j < 3; ++j) {
-          float* to = a.dweight + (out * 9 + 3 * i + j) * a.channels + c;
-          const Index lanes = a.channels - c;
-          lanes >= kWidth<float> ? store(to, g[j]) : store(to, g[j], static_cast<int>(lanes));
+      for (int j = 0; j < 4; ++j) {
+        for (Index panel = 0; panel * kPanel < input.channels; ++panel) {
+          with_vectors(input.channels - panel * kPanel, [&](auto vectors) {
+            over_rows(0, gradient.channels, [&](Index out, auto rows) {
+              float* to = product + j * product_size + (panel * cut.out_size + out) * kPanel;
+              Sums<rows(), vectors()> terms;
+              multiply_over_tiles<T>(terms, gradients + j * gradients_size + out, apart,
+                                     inputs + j * inputs_size + panel * most * kPanel, count * steps_in_strip);
+              for (int r = 0; r < rows(); ++r) {
+                for (int v = 0; v < vectors(); ++v) {
+                  float* at = to + r * kPanel + v * kWidth<float>;
+                  store(at, load(at) + terms.of[r][v]);
+                }
+              }
+            });
+          });
         }
       }
     }
+
+    for (Index out = 0; out < gradient.channels; ++out) {
+      for (Index c = 0; c < input.channels; c += kWidth<float>) {
+        Floats m[4], g[3];
+        const Index at = (c / kPanel * cut.out_size + out) * kPanel + c % kPanel;
+        for (int j = 0; j < 4; ++j) m[j] = load(product + j * product_size + at);
+        transform_weights_back(m, g);
+        for (int j = 0; j < 3; ++j) {
+          store(
+              sums + ((3 * row + j) * a.out_channels + gradient.first_channel + out) * depth + input.first_channel + c,
+              g[j]);
+        }
+      }
+    }
+    if (row == 1 && in_part == 0) {
+      std::memcpy(bias + gradient.first_channel, total, static_cast<std::size_t>(gradient.channels) * sizeof(float));
+    }
+  });
+
+  if (a.dbias != nullptr) std::memcpy(a.dbias, bias, static_cast<std::size_t>(a.out_channels) * sizeof(float));
+  parallel_for(a.out_channels, 8, threads, [&](Index out) {
+    over_channels(a.channels, [&](Index c, auto partial, int lanes) {
+      for (int j = 0; j < 3; ++j) {
+        Floats m[4], g[3];
+        for (int i = 0; i < 4; ++i) m[i] = load(sums + ((3 * i + j) * a.out_channels + out) * depth + c);
+        transform_weights_back(m, g);
+        for (int i = 0; i < 3; ++i) {
+          store<partial()>(a.dweight + (out * 9 + 3 * i + j) * a.channels + c, g[i], lanes);
+        }
+      }
+    });
   });
 }
 

@@ -18,7 +18,7 @@ constexpr Index kApart = 16;  // floats that keep neighbours in memory out of th
 struct Tiles {
   Index down, across, segments, in_strip;  // in_strip: at most
 
-  explicit Tiles(const ConvArgs& a) : down((a.out_height + 1) / 2), across((a.out_width + 1) / 2) {
+  Tiles(Index height, Index width) : down((height + 1) / 2), across((width + 1) / 2) {
     segments = (across + kMaxTilesInStrip - 1) / kMaxTilesInStrip;
     in_strip = segments == 0 ? 0 : (across + segments - 1) / segments;
   }
