@@ -149,7 +149,7 @@ struct ConvArgs {
   const float* lines;    // of group_norm_lines; absent: the input as it is
   bool silu;             // with lines
   const float* weights;  // panels: see cpu/product.h
-  const float* bias;     // [out_channels rounded up to whole panels]; may be absent
+  const float* bias;     // [out_channels]; may be absent
   const void* added;     // as y; may be absent
   float divisor;
   std::int64_t n, height, width, channels, skip_channels, out_height, out_width, out_channels;

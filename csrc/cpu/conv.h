@@ -84,7 +84,11 @@ class Output {
         channels_(a.out_channels),
         lanes_(a.out_channels - panel * kPanel) {
     for (int v = 0; v < kPanelVectors; ++v) {
-      bias_[v] = a.bias == nullptr ? Floats{} : load(a.bias + panel * kPanel + v * kWidth<float>);
+      const Index lanes = lanes_ - v * kWidth<float>;
+      const float* bias = a.bias + panel * kPanel + v * kWidth<float>;
+      bias_[v] = Floats{};
+      if (a.bias == nullptr || lanes <= 0) continue;
+      bias_[v] = lanes >= kWidth<float> ? load(bias) : load(bias, static_cast<int>(lanes));
     }
   }
 

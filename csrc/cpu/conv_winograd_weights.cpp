@@ -36,6 +36,7 @@ DDPM_FAST_INLINE void store_step(float* to, int v, const Floats (&values)[2]) {
 using Taps = float[kWidth<float>][9][kPanel];
 void read_taps(const PackWinogradArgs& a, Index first, Index first_out, Index outs, Taps& taps) {
   const Index channels = smaller(kWidth<float>, a.channels - first);
+  const Index next = first + kWidth<float> < a.channels ? kWidth<float> * a.stride : 0;  // what is read then
   std::memset(taps, 0, sizeof(taps));
   for (int tap = 0; tap < 9; ++tap) {
     const float* from =
@@ -43,7 +44,10 @@ void read_taps(const PackWinogradArgs& a, Index first, Index first_out, Index ou
     if (a.stride == 1 && channels == kWidth<float>) {
       for (Index o = 0; o < outs; o += kWidth<float>) {
         Floats square[kWidth<float>] = {};
-        for (Index i = 0; i < smaller(kWidth<float>, outs - o); ++i) square[i] = load(from + (o + i) * a.out_stride);
+        for (Index i = 0; i < smaller(kWidth<float>, outs - o); ++i) {
+          square[i] = load(from + (o + i) * a.out_stride);
+          __builtin_prefetch(from + (o + i) * a.out_stride + next);
+        }
         transpose(square);
         for (int c = 0; c < kWidth<float>; ++c) store(taps[c][tap] + o, square[c]);
       }
@@ -51,6 +55,7 @@ void read_taps(const PackWinogradArgs& a, Index first, Index first_out, Index ou
     }
     for (Index c = 0; c < channels; ++c, from += a.stride) {
       if (a.out_stride == 1) {
+        for (Index o = 0; o < outs; o += kWidth<float>) __builtin_prefetch(from + next + o);
         std::memcpy(taps[c][tap], from, static_cast<std::size_t>(outs) * sizeof(float));
       } else {
         for (Index o = 0; o < outs; ++o) taps[c][tap][o] = from[o * a.out_stride];
@@ -249,10 +254,12 @@ void transform_gradients(const Map<T>& map, const Strip& strip, int row, Index s
 
 // Channels of a task: the most, or fewer where threads would wait for others.
 struct Cut {
-  Index in_size = 128, out_size = 256;  // 512 KB of sums
-  Index in_parts, out_parts, tasks;
+  static constexpr Index kMost = 1 << 15;  // inputs times outputs: 512 KB of sums
+  Index in_size, out_size = 256, in_parts, out_parts, tasks;
 
   Cut(Index channels, Index out_channels, int threads) {
+    even_out(out_channels, out_size, out_parts, kWidth<float>);
+    in_size = smaller(256, kMost / out_size);
     for (;;) {
       even_out(channels, in_size, in_parts, kPanel);
       even_out(out_channels, out_size, out_parts, kWidth<float>);
@@ -324,7 +331,7 @@ void weight_gradients(const ConvWinogradWeightsArgs& a) {
     if (input.channels % kPanel != 0) {                         // lanes that count for nothing, but take part
       std::memset(inputs, 0, static_cast<std::size_t>(4 * inputs_size) * sizeof(float));
     }
-    std::memset(product, 0, static_cast<std::size_t>(4 * product_size) * sizeof(float));
+    if (strips == 0) std::memset(product, 0, static_cast<std::size_t>(4 * product_size) * sizeof(float));
     std::memset(total, 0, static_cast<std::size_t>(cut.out_size) * sizeof(float));
 
     for (Index first = 0; first < strips; first += strips_in_block) {
@@ -353,7 +360,7 @@ void weight_gradients(const ConvWinogradWeightsArgs& a) {
               for (int r = 0; r < rows(); ++r) {
                 for (int v = 0; v < vectors(); ++v) {
                   float* at = to + r * kPanel + v * kWidth<float>;
-                  store(at, load(at) + terms.of[r][v]);
+                  store(at, first == 0 ? terms.of[r][v] : load(at) + terms.of[r][v]);
                 }
               }
             });

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, Final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops._library import define, dtype_code, is_plain, pointer
@@ -164,9 +163,9 @@ class _Winograd(torch.autograd.Function):
 
 
 def _convolve(x: Tensor, packed: Tensor, bias: Tensor | None, out_channels: int) -> Tensor:
-    x, padded = x.contiguous(memory_format=torch.channels_last), None if bias is None else padded_bias(bias.detach())
+    x, bias = x.contiguous(memory_format=torch.channels_last), None if bias is None else plain_bias(bias)
     height, width = x.shape[2:]
-    return convolve(x, None, None, False, packed, padded, None, 1.0, "winograd", out_channels, height, width, 3, 1, 1)
+    return convolve(x, None, None, False, packed, bias, None, 1.0, "winograd", out_channels, height, width, 3, 1, 1)
 
 
 def _weight_gradients(x: Tensor, grad: Tensor, has_bias: bool) -> tuple[Tensor, Tensor | None]:
@@ -186,9 +185,9 @@ def _weight_gradients(x: Tensor, grad: Tensor, has_bias: bool) -> tuple[Tensor, 
 # ---------------------------------------------------------------------------------------------------- the kernels' own form
 
 
-def padded_bias(bias: Tensor) -> Tensor:
-    """float32, to whole panels."""
-    return F.pad(bias.float(), (0, -len(bias) % native().cpu.panel)).contiguous()
+def plain_bias(bias: Tensor) -> Tensor:
+    """As the kernels read it."""
+    return bias.detach().float().contiguous()
 
 
 def convolve(
