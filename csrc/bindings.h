@@ -125,6 +125,7 @@ inline void bind_cpu_ops(pybind11::module_& m, const Kernels& kernels) {
   };
   def_conv("conv_direct", kernels.conv_direct);
   def_conv("conv_winograd", kernels.conv_winograd);
+  def_conv("conv_winograd_upsampled_gradient", kernels.conv_winograd_upsampled_gradient);
   m.def(
       "attention",
       [run = kernels.attention](int dtype, Address y, Address softmax, Address qkv, std::int64_t n, std::int64_t heads,
@@ -147,7 +148,8 @@ inline void bind_cpu_ops(pybind11::module_& m, const Kernels& kernels) {
       "pack_winograd",
       [run = kernels.pack_winograd](int dtype, Address packed, Address weights, std::int64_t out_channels,
                                     std::int64_t channels, std::int64_t out_stride, std::int64_t stride,
-                                    std::int64_t row_stride, std::int64_t column_stride, std::intptr_t run_on) {
+                                    std::int64_t row_stride, std::int64_t column_stride, bool upsample,
+                                    std::intptr_t run_on) {
         run({DType{dtype},
              Pointer{packed},
              Pointer{weights},
@@ -157,14 +159,15 @@ inline void bind_cpu_ops(pybind11::module_& m, const Kernels& kernels) {
              stride,
              row_stride,
              column_stride,
+             upsample,
              {run_on}});
       },
       nogil);
   m.def(
       "conv_winograd_weights",
-      [run = kernels.conv_winograd_weights](int dtype, Address dweight, Address dbias, Address x, Address dy,
-                                            std::int64_t n, std::int64_t height, std::int64_t width,
-                                            std::int64_t channels, std::int64_t out_channels, std::intptr_t run_on) {
+      [run = kernels.conv_winograd_weights](
+          int dtype, Address dweight, Address dbias, Address x, Address dy, std::int64_t n, std::int64_t height,
+          std::int64_t width, std::int64_t channels, std::int64_t out_channels, bool upsample, std::intptr_t run_on) {
         run({DType{dtype},
              Pointer{dweight},
              Pointer{dbias},
@@ -175,6 +178,7 @@ inline void bind_cpu_ops(pybind11::module_& m, const Kernels& kernels) {
              width,
              channels,
              out_channels,
+             upsample,
              {run_on}});
       },
       nogil);

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ddpm_fast.nn import CIFAR10_32, UNet, conv
 from ddpm_fast.nn.conv import Conv3x3
+from ddpm_fast.nn.layers import Upsample
 from ddpm_fast.ops import backend
 
 pytestmark = pytest.mark.skipif(backend.native_error() is not None, reason="there is no compiled module")
@@ -36,65 +37,87 @@ serves = pytest.mark.skipif(
 )
 
 
+Convolution = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+with_upsampling = pytest.mark.parametrize("upsample", [False, True], ids=["plain", "upsampled"])
+
+
 def convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.conv2d(x, weight, bias, padding=1)
 
 
 def ours(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    out: Tensor = conv._Winograd.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+    out: Tensor = conv._Winograd.apply(x, weight, bias, False)  # type: ignore[no-untyped-call]
     return out
 
 
-def case(shape: tuple[int, ...], seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def upsampled_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return convolution(x.repeat_interleave(2, 2).repeat_interleave(2, 3), weight, bias)
+
+
+def ours_upsampled(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    out: Tensor = conv._Winograd.apply(x, weight, bias, True)  # type: ignore[no-untyped-call]
+    return out
+
+
+def functions(upsample: bool) -> tuple[Convolution, Convolution]:
+    """Ours and PyTorch's."""
+    return (ours_upsampled, upsampled_convolution) if upsample else (ours, convolution)
+
+
+def case(shape: tuple[int, ...], upsample: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x, weight, bias and the output's gradient, channels_last."""
     n, channels, out_channels, height, width = shape
-    generator = torch.Generator().manual_seed(seed)
+    scale = 2 if upsample else 1
+    generator = torch.Generator().manual_seed(0)
 
     def randn(*size: int) -> Tensor:
         return torch.randn(size, generator=generator)
 
     weight = randn(out_channels, channels, 3, 3) / (9 * channels) ** 0.5
-    maps = (randn(n, channels, height, width), weight, randn(n, out_channels, height, width))
+    maps = (randn(n, channels, height, width), weight, randn(n, out_channels, scale * height, scale * width))
     x, weight, grad = (t.contiguous(memory_format=CHANNELS_LAST) for t in maps)
     return x, weight, randn(out_channels), grad
 
 
-def output_and_gradients(
-    function: Callable[[Tensor, Tensor, Tensor | None], Tensor], tensors: tuple[Tensor, ...], dtype: torch.dtype
-) -> list[Tensor]:
+def output_and_gradients(function: Convolution, tensors: tuple[Tensor, ...], dtype: torch.dtype) -> list[Tensor]:
     *inputs, grad = (t.to(dtype) for t in tensors)
     inputs = [t.requires_grad_() for t in inputs]
     y = function(*inputs)
     return [y.detach(), *torch.autograd.grad(y, inputs, grad)]
 
 
+@with_upsampling
 @pytest.mark.parametrize("dtype", conv.DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_output_and_gradients_are_as_right_as_pytorchs(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    tensors = tuple(tensor.to(dtype) for tensor in case(shape))
-    truth = output_and_gradients(convolution, tensors, torch.float64)
-    plain = output_and_gradients(convolution, tensors, dtype)
-    for got, allowed, exact in zip(output_and_gradients(ours, tensors, dtype), plain, truth, strict=True):
+def test_output_and_gradients_are_as_right_as_pytorchs(shape: tuple[int, ...], dtype: torch.dtype, upsample: bool) -> None:
+    own, pytorchs = functions(upsample)
+    tensors = tuple(tensor.to(dtype) for tensor in case(shape, upsample))
+    truth = output_and_gradients(pytorchs, tensors, torch.float64)
+    plain = output_and_gradients(pytorchs, tensors, dtype)
+    for got, allowed, exact in zip(output_and_gradients(own, tensors, dtype), plain, truth, strict=True):
         assert (got.shape, got.dtype) == (exact.shape, dtype)
         unit = torch.finfo(dtype).eps / 2
         assert relative_error(got, exact) <= max(2 * relative_error(allowed, exact), 4 * unit)
 
 
+@with_upsampling
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_an_earlier_call_left_in_memory_does_not_matter(dtype: torch.dtype) -> None:
-    x, _, _, grad = (tensor.to(dtype) for tensor in case((1, 24, 40, 4, 146)))
-    exact, _ = conv._weight_gradients(x, grad, False)
+def test_what_an_earlier_call_left_in_memory_does_not_matter(dtype: torch.dtype, upsample: bool) -> None:
+    x, _, _, grad = (tensor.to(dtype) for tensor in case((1, 24, 40, 4, 146), upsample))
+    exact, _ = conv._weight_gradients(x, grad, False, upsample)
     spoilt = torch.full((1, 64, 8, 256), torch.nan, dtype=dtype).contiguous(memory_format=CHANNELS_LAST)
-    conv._weight_gradients(spoilt, spoilt, False)
-    assert torch.equal(conv._weight_gradients(x, grad, False)[0], exact)
+    conv._weight_gradients(spoilt, spoilt, False, False)
+    assert torch.equal(conv._weight_gradients(x, grad, False, upsample)[0], exact)
 
 
+@with_upsampling
 @pytest.mark.parametrize("shape", SHAPES)
-def test_gradients_of_weights_are_float32_to_the_last(shape: tuple[int, ...]) -> None:
+def test_gradients_of_weights_are_float32_to_the_last(shape: tuple[int, ...], upsample: bool) -> None:
     """In bfloat16 transformed maps are rounded; sums are not, and the bias's are of what is not transformed."""
-    x, weight, bias, grad = (tensor.bfloat16() for tensor in case(shape))
-    exact = output_and_gradients(convolution, (x, weight, bias, grad), torch.float64)[2:]
-    weights, biases = conv._weight_gradients(x, grad, True)
+    x, weight, bias, grad = (tensor.bfloat16() for tensor in case(shape, upsample))
+    exact = output_and_gradients(functions(upsample)[1], (x, weight, bias, grad), torch.float64)[2:]
+    weights, biases = conv._weight_gradients(x, grad, True, upsample)
     assert biases is not None
     assert weights.dtype == biases.dtype == torch.float32
     assert relative_error(weights, exact[0]) <= 2 * torch.finfo(torch.bfloat16).eps / 2
@@ -102,19 +125,25 @@ def test_gradients_of_weights_are_float32_to_the_last(shape: tuple[int, ...]) ->
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, CHANNELS_LAST])
+@with_upsampling
 @pytest.mark.parametrize("flipped", [False, True])
 @pytest.mark.parametrize("dtype", conv.DTYPES)
 def test_weights_are_transformed_and_laid_in_panels(
-    dtype: torch.dtype, flipped: bool, memory_format: torch.memory_format
+    dtype: torch.dtype, flipped: bool, upsample: bool, memory_format: torch.memory_format
 ) -> None:
     weight = torch.randn(37, 21, 3, 3, generator=torch.Generator().manual_seed(0)).contiguous(memory_format=memory_format)
-    packed = conv.pack_winograd(weight, dtype, flipped=flipped)
+    packed = conv.pack_winograd(weight, dtype, flipped=flipped, upsample=upsample)
     used = weight.transpose(0, 1).flip(2, 3) if flipped else weight
-    g = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], dtype=torch.float64)
-    taps = torch.einsum("ak,bl,oikl->abio", g, g, used.double()).flatten(0, 1)  # [16, in, out]
+    g = torch.tensor(
+        [[[1, 0, 0], [1, 1, 1], [0, 1, 1]], [[1, 1, 0], [1, 1, 1], [0, 0, 1]]]
+        if upsample
+        else [[[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]]],
+        dtype=torch.float64,
+    )  # [phase, row, tap]
+    taps = torch.einsum("pak,qbl,oikl->pqabio", g, g, used.double()).flatten(0, 3)  # [positions, in, out]
     panels, _, steps, panel, step = packed.shape
     assert (panel, step) == (backend.native().cpu.panel, 2 if dtype == torch.bfloat16 else 1)
-    full = packed.permute(1, 2, 4, 0, 3).reshape(16, steps * step, panels * panel)  # in the order of `taps`
+    full = packed.permute(1, 2, 4, 0, 3).reshape(len(taps), steps * step, panels * panel)  # in the order of `taps`
     # Four sums of three, each of which rounds; what cancels leaves the error of its terms.
     error = full[:, : taps.shape[1], : taps.shape[2]].double() - taps
     assert (
@@ -124,16 +153,17 @@ def test_weights_are_transformed_and_laid_in_panels(
     assert not full[:, :, taps.shape[2] :].any()
 
 
-@pytest.mark.parametrize("threads", [2, 3, 5])
-def test_threads_change_no_bit(threads: int) -> None:
-    tensors = case((3, 40, 33, 21, 70))
+@with_upsampling
+@pytest.mark.parametrize("threads", [2, 3, 5, 16])
+def test_threads_change_no_bit(threads: int, upsample: bool) -> None:
+    own, tensors = functions(upsample)[0], case((3, 140, 33, 21, 70), upsample)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        alone = output_and_gradients(ours, tensors, torch.float32)
+        alone = output_and_gradients(own, tensors, torch.float32)
         torch.set_num_threads(threads)
         for _ in range(2):
-            assert all(map(torch.equal, output_and_gradients(ours, tensors, torch.float32), alone))
+            assert all(map(torch.equal, output_and_gradients(own, tensors, torch.float32), alone))
     finally:
         torch.set_num_threads(before)
 
@@ -154,27 +184,29 @@ def test_only_what_is_needed_is_computed(monkeypatch: pytest.MonkeyPatch) -> Non
     torch.testing.assert_close(grad_x, torch.autograd.grad(convolution(x, weight, bias), x, grad)[0])
 
 
-def test_second_derivatives_are_pytorchs() -> None:
-    def second(function: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> tuple[Tensor, ...]:
+@with_upsampling
+def test_second_derivatives_are_pytorchs(upsample: bool) -> None:
+    def second(function: Convolution) -> tuple[Tensor, ...]:
         x, weight, bias, _ = case((2, 4, 6, 5, 7))
         inputs = (x.requires_grad_(), weight.requires_grad_(), bias.requires_grad_())
         first = torch.autograd.grad(function(*inputs).tanh().sum(), inputs, create_graph=True)
         return torch.autograd.grad(sum((g.square().sum() for g in first), torch.zeros(())), inputs)
 
-    for got, expected in zip(second(ours), second(convolution), strict=True):
+    for got, expected in zip(*map(second, functions(upsample)), strict=True):
         assert relative_error(got, expected.double()) <= 32 * torch.finfo(torch.float32).eps
 
 
-def test_transformed_gradients_are_pytorchs() -> None:
+@with_upsampling
+def test_transformed_gradients_are_pytorchs(upsample: bool) -> None:
     """Of several output gradients at once, by the vmap that autograd itself uses."""
-    x, weight, bias, grad = case((2, 4, 6, 5, 7))
+    x, weight, bias, grad = case((2, 4, 6, 5, 7), upsample)
     grads = torch.stack((grad, 2 * grad, grad * grad))
 
-    def batched(function: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> tuple[Tensor, ...]:
+    def batched(function: Convolution) -> tuple[Tensor, ...]:
         inputs = tuple(tensor.detach().requires_grad_() for tensor in (x, weight, bias))
         return torch.autograd.grad(function(*inputs), inputs, grads, is_grads_batched=True)
 
-    for got, expected in zip(batched(ours), batched(convolution), strict=True):
+    for got, expected in zip(*map(batched, functions(upsample)), strict=True):
         assert relative_error(got, expected.double()) <= 32 * torch.finfo(torch.float32).eps
 
 
@@ -244,6 +276,18 @@ class TestWhereItServes:
             tangent = torch.autograd.forward_ad.unpack_dual(layer(torch.autograd.forward_ad.make_dual(x, x))).tangent
         assert not calls
         torch.testing.assert_close(tangent, convolution(x, layer.weight, None))
+
+    @serves
+    def test_after_an_upsampling(self, calls: list[str]) -> None:
+        layer = Upsample(8).to(memory_format=CHANNELS_LAST)  # type: ignore[call-overload]
+        x = torch.randn(4, 8, 6, 6, requires_grad=True)
+        y = layer(x)
+        assert calls == ["ours"]
+        torch.testing.assert_close(y, upsampled_convolution(x, layer.conv.weight, layer.conv.bias))
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x), y)
+        layer.conv = nn.Sequential(layer.conv)  # such as an adapter, which knows of no upsampling
+        torch.testing.assert_close(layer(x), y)
 
     def test_wrong_input_is_pytorchs_error(self, layer: Conv3x3) -> None:
         with pytest.raises(RuntimeError, match="channels"):

@@ -153,7 +153,7 @@ struct ConvArgs {
   const void* added;     // as y; may be absent
   float divisor;
   std::int64_t n, height, width, channels, skip_channels, out_height, out_width, out_channels;
-  // Of conv_direct. conv_winograd: 3, 1, 1, false.
+  // conv_winograd: 3, 1 and 1.
   int kernel, stride;  // 1 or 3; 1 or 2
   int padding;         // zeros above and to the left; below and to the right there are as many as the output asks for
   bool upsample;       // of every pixel twice in both directions, before the convolution
@@ -181,20 +181,22 @@ struct AttentionBackwardArgs {
 // Weights for conv_winograd: G g G^T in panels.
 struct PackWinogradArgs {
   DType dtype;           // float32 or bfloat16, of the packed ones
-  float* packed;         // panels, 16 positions of a tile each: see cpu/product.h
+  float* packed;         // panels, of 16 matrices each, with upsampling 36: see cpu/winograd.h and product.h
   const float* weights;  // of output channel 0, input channel 0, and the first tap; negative strides flip a kernel
   std::int64_t out_channels, channels, out_stride, stride, row_stride, column_stride;
+  bool upsample;  // before the convolution
   RunOn run_on;
 };
 
-// Gradients of the weights and bias of a 3x3 convolution of stride 1 and padding 1, channels_last.
+// Gradients of the weights and bias of conv_winograd.
 struct ConvWinogradWeightsArgs {
   DType dtype;     // of x and dy: float32 or bfloat16
   float* dweight;  // [out_channels, 3, 3, channels]
   float* dbias;    // [out_channels]; may be absent
   const void* x;   // [n, height, width, channels]
-  const void* dy;  // [n, height, width, out_channels]
+  const void* dy;  // [n, height, width, out_channels]; with upsampling [n, 2 height, 2 width, out_channels]
   std::int64_t n, height, width, channels, out_channels;
+  bool upsample;
   RunOn run_on;
 };
 

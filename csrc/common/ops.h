@@ -19,13 +19,14 @@
 
 // What only the CPU has: the parts of a frozen network (ddpm_fast/nn/packed.py), and of the gradients of convolutions
 // and attention (ddpm_fast/nn/conv.py, attention.py).
-#define DDPM_FAST_CPU_OPS(OP)                   \
-  OP(group_norm_lines, GroupNormLinesArgs)      \
-  OP(conv_direct, ConvArgs)                     \
-  OP(conv_winograd, ConvArgs)                   \
-  OP(attention, AttentionArgs)                  \
-  OP(attention_backward, AttentionBackwardArgs) \
-  OP(pack_winograd, PackWinogradArgs)           \
+#define DDPM_FAST_CPU_OPS(OP)                    \
+  OP(group_norm_lines, GroupNormLinesArgs)       \
+  OP(conv_direct, ConvArgs)                      \
+  OP(conv_winograd, ConvArgs)                    \
+  OP(conv_winograd_upsampled_gradient, ConvArgs) \
+  OP(attention, AttentionArgs)                   \
+  OP(attention_backward, AttentionBackwardArgs)  \
+  OP(pack_winograd, PackWinogradArgs)            \
   OP(conv_winograd_weights, ConvWinogradWeightsArgs)
 
 namespace ddpm_fast {

@@ -5,7 +5,7 @@ namespace ddpm_fast::DDPM_FAST_ISA {
 
 namespace {
 
-// G g: 3 values to 4.
+// G g.
 DDPM_FAST_INLINE void transform_weights(const Floats (&g)[3], Floats (&out)[4]) {
   const Floats outer = g[0] + g[2];
   out[0] = g[0];
@@ -14,12 +14,32 @@ DDPM_FAST_INLINE void transform_weights(const Floats (&g)[3], Floats (&out)[4]) 
   out[3] = g[2];
 }
 
-// G^T m: 4 values to 3.
+// Of the two phases: their two taps, and between them the sum, which is that of all three.
+DDPM_FAST_INLINE void transform_weights(const Floats (&g)[3], Floats (&out)[6]) {
+  const Floats first = g[0] + g[1], last = g[1] + g[2], sum = first + g[2];
+  out[0] = g[0], out[1] = sum, out[2] = last;
+  out[3] = first, out[4] = sum, out[5] = g[2];
+}
+
+// Where the weights of a row and a column of the transform are among the matrices of a panel.
+template <int side>
+constexpr int position_of(int row, int column) {
+  if (side == 4) return side * row + column;
+  return 9 * (row / 3 * 2 + column / 3) + row % 3 * 3 + column % 3;  // phase after phase
+}
+
+// G^T m.
 DDPM_FAST_INLINE void transform_weights_back(const Floats (&m)[4], Floats (&out)[3]) {
   const Floats sum = (m[1] + m[2]) * 0.5f;
   out[0] = m[0] + sum;
   out[1] = (m[1] - m[2]) * 0.5f;
   out[2] = sum + m[3];
+}
+DDPM_FAST_INLINE void transform_weights_back(const Floats (&m)[6], Floats (&out)[3]) {
+  const Floats sum = m[1] + m[4];
+  out[0] = m[0] + m[3] + sum;
+  out[1] = m[2] + m[3] + sum;
+  out[2] = m[2] + m[5] + sum;
 }
 
 // A step of a panel, of its channels `values`.
@@ -64,7 +84,8 @@ void read_taps(const PackWinogradArgs& a, Index first, Index first_out, Index ou
   }
 }
 
-template <class T>
+// side: of the square of transformed weights.
+template <class T, int side>
 void pack(const PackWinogradArgs& a) {
   const Index panels = (a.out_channels + kPanel - 1) / kPanel, size = panel_size<T>(a.channels);
   const Index chunks = (a.channels + kWidth<float> - 1) / kWidth<float>;
@@ -72,10 +93,10 @@ void pack(const PackWinogradArgs& a) {
     const Index first_out = i / chunks * kPanel, first = i % chunks * kWidth<float>;
     Taps taps;
     read_taps(a, first, first_out, smaller(kPanel, a.out_channels - first_out), taps);
-    float* panel = a.packed + i / chunks * kPositions * size;
+    float* panel = a.packed + i / chunks * side * side * size;
     for (Index c = 0; c < smaller(kWidth<float>, round_up(a.channels - first, kStep<T>)); c += kStep<T>) {
       for (int v = 0; v < kPanelVectors; ++v) {
-        Floats all[kStep<T>][3][4];  // [step][column of the kernel][row of the tile]
+        Floats all[kStep<T>][3][side];  // [step][column of the kernel][row]
         for (int s = 0; s < kStep<T>; ++s) {
           for (int j = 0; j < 3; ++j) {
             Floats column[3];
@@ -83,16 +104,17 @@ void pack(const PackWinogradArgs& a) {
             transform_weights(column, all[s][j]);
           }
         }
-        for (int row = 0; row < 4; ++row) {
-          Floats out[kStep<T>][4];
+        for (int row = 0; row < side; ++row) {
+          Floats out[kStep<T>][side];
           for (int s = 0; s < kStep<T>; ++s) {
             const Floats values[3] = {all[s][0][row], all[s][1][row], all[s][2][row]};
             transform_weights(values, out[s]);
           }
-          for (int column = 0; column < 4; ++column) {
+          for (int column = 0; column < side; ++column) {
             Floats values[kStep<T>];
             for (int s = 0; s < kStep<T>; ++s) values[s] = out[s][column];
-            store_step(panel + (4 * row + column) * size + (first + c) / kStep<T> * kPanel, v, values);
+            float* to = panel + position_of<side>(row, column) * size;
+            store_step(to + (first + c) / kStep<T> * kPanel, v, values);
           }
         }
       }
@@ -132,8 +154,13 @@ class TwoRows {
  public:
   static constexpr Index kNone = -1;
 
-  TwoRows(const Map<T>& map, Index sample, Index plus, Index other, float sign)
-      : plus_(map, sample, plus), other_(map, sample, other), width_(map.width), sign_(sign) {}
+  // rows_to_next: further down, the next strip will want the same.
+  TwoRows(const Map<T>& map, Index sample, Index plus, Index other, float sign, Index rows_to_next)
+      : plus_(map, sample, plus),
+        other_(map, sample, other),
+        width_(map.width),
+        to_next_(rows_to_next * map.width),
+        sign_(sign) {}
 
   // Channels from c on.
   TwoRows from(Index c) const {
@@ -148,8 +175,8 @@ class TwoRows {
   DDPM_FAST_INLINE Floats at(Index column, int lanes) const {
     if (!inside && (column < 0 || column >= width_)) return Floats{};
     const T *plus = plus_.start + column * plus_.apart, *other = other_.start + column * other_.apart;
-    __builtin_prefetch(plus + 2 * width_ * plus_.apart);  // what the next strip needs
-    __builtin_prefetch(other + 2 * width_ * other_.apart);
+    __builtin_prefetch(plus + to_next_ * plus_.apart);
+    __builtin_prefetch(other + to_next_ * other_.apart);
     return load<partial>(plus, lanes) + sign_ * load<partial>(other, lanes);
   }
 
@@ -168,7 +195,7 @@ class TwoRows {
   };
 
   Row plus_, other_;
-  Index width_;
+  Index width_, to_next_;
   float sign_;
 };
 
@@ -181,41 +208,106 @@ DDPM_FAST_INLINE void over_channels(Index channels, Body body) {
 }
 
 // Calls body(step, whether all that it reads is inside of the map and all of its tiles are there) for the steps of a
-// strip, whose tiles read two columns each, of so many.
+// strip, `inside` of whose tiles read nothing else.
 template <int at_once, class Body>
-DDPM_FAST_INLINE void over_steps(const Strip& strip, Index steps, Index columns, Body body) {
-  const Index inside = smaller(strip.tiles, columns / 2) / at_once;
+DDPM_FAST_INLINE void over_steps(const Strip& strip, Index steps, Index inside, Body body) {
+  inside = smaller(strip.tiles, larger(0, inside)) / at_once;
   Index step = 0;
   for (; step < smaller(inside, steps); ++step) body(step, std::true_type{});
   for (; step < steps; ++step) body(step, std::false_type{});
 }
 
 // Calls put(column, values of a step's tiles).
-template <int tiles, class Put>
-DDPM_FAST_INLINE void put_columns(const Floats (&values)[tiles][4], Put put) {
-  for (int j = 0; j < 4; ++j) {
+template <int tiles, int columns, class Put>
+DDPM_FAST_INLINE void put_columns(const Floats (&values)[tiles][columns], Put put) {
+  for (int j = 0; j < columns; ++j) {
     Floats neighbours[tiles];
     for (int s = 0; s < tiles; ++s) neighbours[s] = values[s][j];
     put(j, neighbours);
   }
 }
 
+// What a row of the transforms is made of, rows of a tile of the input and of the output's gradient: one plus or minus
+// another. kInputs: transformed values of a row of inputs; kSide: of gradients, and of weights, where column j's input
+// is the one at input_of(j). kMostOutputs, kMostSums: sizes of tasks, for 512 KB of sums.
+struct Plain {
+  static constexpr int kSide = 4, kInputs = 4, kScale = 1;
+  static constexpr Index kMostOutputs = 256, kMostSums = 1 << 15;
+  static constexpr int input_of(int j) { return j; }
+
+  template <class T>
+  static TwoRows<T> input_rows(const Map<T>& map, const Strip& strip, int row) {
+    constexpr int plus[kSide] = {0, 1, 2, 1}, other[kSide] = {2, 2, 1, 3};
+    const Index top = 2 * strip.down - 1;
+    return {map, strip.sample, top + plus[row], top + other[row], row == 1 ? 1.f : -1.f, 2};
+  }
+
+  template <class T>
+  static TwoRows<T> gradient_rows(const Map<T>& map, const Strip& strip, int row) {
+    constexpr Index none = TwoRows<T>::kNone;
+    const Index top = 2 * strip.down;
+    return {map, strip.sample, row < 3 ? top : none, row > 0 ? top + 1 : none, row < 2 ? 1.f : -1.f, 2};
+  }
+
+  // A y of a row of a tile.
+  static DDPM_FAST_INLINE void transform_gradient(const Floats (&y)[2], Floats (&out)[kSide]) {
+    out[0] = y[0], out[1] = y[0] + y[1], out[2] = y[0] - y[1], out[3] = -y[1];
+  }
+
+  // Of its row in which there is the sum of all rows, the sum of all columns.
+  static constexpr bool is_sum(int row) { return row == 1; }
+  static DDPM_FAST_INLINE Floats sum(const Floats (&values)[kSide]) { return values[1]; }
+};
+
+// Of a phase, the first, the sum and the last.
+struct Upsampled {
+  static constexpr int kSide = 6, kInputs = 5, kScale = 2;
+  static constexpr Index kMostOutputs = 128, kMostSums = 1 << 14;
+  static constexpr int input_of(int j) { return j / 3 * 2 + j % 3; }
+
+  template <class T>
+  static TwoRows<T> input_rows(const Map<T>& map, const Strip& strip, int row) {
+    constexpr int plus[kInputs] = {0, 1, 1, 2, 2}, other[kInputs] = {1, -1, 2, -1, 3};
+    const Index top = 2 * strip.down - 1;
+    const int i = input_of(row);
+    return {map, strip.sample, top + plus[i], other[i] < 0 ? TwoRows<T>::kNone : top + other[i], -1, 2};
+  }
+
+  template <class T>
+  static TwoRows<T> gradient_rows(const Map<T>& map, const Strip& strip, int row) {
+    constexpr Index none = TwoRows<T>::kNone;
+    const Index top = 4 * strip.down + row / 3;
+    return {map, strip.sample, row % 3 < 2 ? top : none, row % 3 > 0 ? top + 2 : none, row % 3 < 2 ? 1.f : -1.f, 4};
+  }
+
+  static DDPM_FAST_INLINE void transform_gradient(const Floats (&y)[4], Floats (&out)[kSide]) {
+    for (int phase = 0; phase < 2; ++phase) {
+      out[3 * phase] = y[phase];
+      out[3 * phase + 1] = y[phase] + y[phase + 2];
+      out[3 * phase + 2] = -y[phase + 2];
+    }
+  }
+
+  static constexpr bool is_sum(int row) { return row % 3 == 1; }
+  static DDPM_FAST_INLINE Floats sum(const Floats (&values)[kSide]) { return values[1] + values[4]; }
+};
+
 // Row `row` of B^T d B, of a strip's tiles: calls put(step, channel, column, values of its tiles).
-template <class T, class Put>
+template <class Kind, class T, class Put>
 void transform_inputs(const Map<T>& map, const Strip& strip, int row, Index steps, Put put) {
-  constexpr int plus[4] = {0, 1, 2, 1}, other[4] = {2, 2, 1, 3}, at_once = kStep<T>;
-  const Index top = 2 * strip.down - 1, left = 2 * strip.first - 1;
-  const TwoRows<T> rows(map, strip.sample, top + plus[row], top + other[row], row == 1 ? 1.f : -1.f);
+  constexpr int at_once = kStep<T>;
+  const Index left = 2 * strip.first - 1;
+  const TwoRows<T> rows = Kind::input_rows(map, strip, row);
   over_channels(map.channels, [&](Index c, auto partial, int lanes) {
     const TwoRows<T> from = rows.from(c);
     Floats columns[2 * at_once + 2];  // tiles share two with their neighbours
     for (int j = 0; j < 2; ++j) columns[2 * at_once + j] = from.template at<false, partial()>(left + j, lanes);
-    over_steps<at_once>(strip, steps, map.width - left - 2, [&](Index step, auto inside) {
+    over_steps<at_once>(strip, steps, (map.width - left - 2) / 2, [&](Index step, auto inside) {
       for (int j = 0; j < 2; ++j) columns[j] = columns[2 * at_once + j];
       for (int j = 2; j < 2 * at_once + 2; ++j) {
         columns[j] = from.template at<inside(), partial()>(left + 2 * step * at_once + j, lanes);
       }
-      Floats values[at_once][4] = {};
+      Floats values[at_once][Kind::kInputs] = {};
       for (int s = 0; s < at_once; ++s) {
         if (!inside() && step * at_once + s >= strip.tiles) break;
         const Floats tile[4] = {columns[2 * s], columns[2 * s + 1], columns[2 * s + 2], columns[2 * s + 3]};
@@ -226,25 +318,26 @@ void transform_inputs(const Map<T>& map, const Strip& strip, int row, Index step
   });
 }
 
-// Row `row` of A dy A^T; and sum(channel, sum over the strip of its row 1: over all of its pixels).
-template <class T, class Put, class Sum>
+// Row `row` of A dy A^T; and sum(channel, sum over the strip of what `Kind::sum` says).
+template <class Kind, class T, class Put, class Sum>
 void transform_gradients(const Map<T>& map, const Strip& strip, int row, Index steps, Put put, Sum sum) {
-  constexpr int at_once = kStep<T>;
-  const Index top = 2 * strip.down, left = 2 * strip.first;
-  const TwoRows<T> rows(map, strip.sample, row < 3 ? top : TwoRows<T>::kNone, row > 0 ? top + 1 : TwoRows<T>::kNone,
-                        row < 2 ? 1.f : -1.f);
+  constexpr int at_once = kStep<T>, pixels = 2 * Kind::kScale;  // of a row of a tile
+  const Index left = pixels * strip.first;
+  const TwoRows<T> rows = Kind::gradient_rows(map, strip, row);
   over_channels(map.channels, [&](Index c, auto partial, int lanes) {
     const TwoRows<T> from = rows.from(c);
     Floats total{};
-    over_steps<at_once>(strip, steps, map.width - left, [&](Index step, auto inside) {
-      Floats values[at_once][4] = {};
+    over_steps<at_once>(strip, steps, (map.width - left) / pixels, [&](Index step, auto inside) {
+      Floats values[at_once][Kind::kSide] = {};
       for (int s = 0; s < at_once; ++s) {
         const Index tile = step * at_once + s;
         if (!inside() && tile >= strip.tiles) break;
-        const Floats y_0 = from.template at<inside(), partial()>(left + 2 * tile, lanes),
-                     y_1 = from.template at<inside(), partial()>(left + 2 * tile + 1, lanes);
-        values[s][0] = y_0, values[s][1] = y_0 + y_1, values[s][2] = y_0 - y_1, values[s][3] = -y_1;
-        total += values[s][1];
+        Floats y[pixels];
+        for (int j = 0; j < pixels; ++j) {
+          y[j] = from.template at<inside(), partial()>(left + pixels * tile + j, lanes);
+        }
+        Kind::transform_gradient(y, values[s]);
+        total += Kind::sum(values[s]);
       }
       put_columns(values, [&](int j, const auto& neighbours) { put(step, c, j, neighbours); });
     });
@@ -253,17 +346,17 @@ void transform_gradients(const Map<T>& map, const Strip& strip, int row, Index s
 }
 
 // Channels of a task: the most, or fewer where threads would wait for others.
+template <class Kind>
 struct Cut {
-  static constexpr Index kMost = 1 << 15;  // inputs times outputs: 512 KB of sums
-  Index in_size, out_size = 256, in_parts, out_parts, tasks;
+  Index in_size, out_size = Kind::kMostOutputs, in_parts, out_parts, tasks;
 
   Cut(Index channels, Index out_channels, int threads) {
     even_out(out_channels, out_size, out_parts, kWidth<float>);
-    in_size = smaller(256, kMost / out_size);
+    in_size = smaller(256, Kind::kMostSums / out_size);
     for (;;) {
       even_out(channels, in_size, in_parts, kPanel);
       even_out(out_channels, out_size, out_parts, kWidth<float>);
-      tasks = 4 * in_parts * out_parts;
+      tasks = Kind::kSide * in_parts * out_parts;
       if (4 * round_up(tasks, threads) <= 5 * tasks) break;
       if (out_size > in_size || (in_size == kPanel && out_size > kWidth<float>)) {
         out_size /= 2;
@@ -284,79 +377,82 @@ struct Cut {
   }
 };
 
-// The convolution is linear in its transformed weights, so their gradient is a product over all tiles, for each of the
-// 16 positions, of the transformed input, B^T d B, and the gradient of the sums, A dy A^T; G^T m G makes it that of the
-// weights.
+// The convolution is linear in its transformed weights, so their gradient is a product over all tiles, for each
+// position of the transform, of the transformed input, B^T d B, and the gradient of the sums, A dy A^T; G^T m G makes
+// it that of the weights.
 //
-// A task has four positions, a row of the transforms, and some input and output channels: so few that its sums stay in
-// the second cache while it goes through all tiles, block after block. Threads share nothing until the end. How many
-// they are decides how the channels are cut, but not which terms a sum is made of, nor their order. In bfloat16 a
-// multiply-add takes two neighbouring tiles of a strip; a strip's last may have none beside it, and zeros there.
-template <class T>
+// A task has a row of the transforms, and some input and output channels: so few that its sums stay in the second cache
+// while it goes through all tiles, block after block. Threads share nothing until the end. How many they are decides
+// how the channels are cut, but not which terms a sum is made of, nor their order. In bfloat16 a multiply-add takes two
+// neighbouring tiles of a strip; a strip's last may have none beside it, and zeros there.
+template <class T, class Kind>
 void weight_gradients(const ConvWinogradWeightsArgs& a) {
+  constexpr int side = Kind::kSide;
   constexpr Index kStepsInBlock = 64;  // few terms a sum, and a panel of them stays in the first cache
   const int threads = a.run_on.threads();
   const Tiles tiles(a.height, a.width);
   const Index strips = a.n * tiles.segments * tiles.down, steps_in_strip = (tiles.in_strip + kStep<T> - 1) / kStep<T>;
   const Index strips_in_block = larger(1, kStepsInBlock / larger(1, steps_in_strip)),
               most = strips_in_block * steps_in_strip;
-  const Index depth = round_up(a.channels, kWidth<float>);
+  const Index depth = round_up(a.channels, kWidth<float>), wide = round_up(a.out_channels, kWidth<float>);
 
-  const Cut cut(a.channels, a.out_channels, threads);
+  const Cut<Kind> cut(a.channels, a.out_channels, threads);
   const Index panels = (cut.in_size + kPanel - 1) / kPanel, apart = cut.out_size + kApart;
   const Index inputs_size = panels * most * kPanel + kApart, gradients_size = most * apart;  // of a position
   const Index product_size = panels * cut.out_size * kPanel;
 
-  Room room(RoomFor::kCall, Room::bytes<float>(12 * a.out_channels * depth) + Room::bytes<float>(a.out_channels));
-  float* sums =
-      room.take<float>(12 * a.out_channels * depth);  // [row of the tile, column of the kernel, output, input]
-  float* bias = room.take<float>(a.out_channels);
+  Room room(RoomFor::kCall, Room::bytes<float>(side * 3 * a.out_channels * depth) + Room::bytes<float>(side * wide));
+  float* sums = room.take<float>(side * 3 * a.out_channels * depth);  // [row, column of the kernel, output, input]
+  float* bias = room.take<float>(side * wide);                        // [row, output]
 
   parallel_for(cut.tasks, 1, threads, [&](Index task) {
     const int row = static_cast<int>(task / (cut.in_parts * cut.out_parts));
     const Index in_part = task % cut.in_parts, out_part = task / cut.in_parts % cut.out_parts;
-    const auto map_of = [&](const void* x, Index channels, Index part, Index size) {
-      return Map<T>{
-          static_cast<const T*>(x), a.height, a.width, channels, part * size, smaller(size, channels - part * size)};
+    const auto map_of = [&](const void* x, Index scale, Index channels, Index part, Index size) {
+      const Index first = part * size;
+      return Map<T>{static_cast<const T*>(x),       scale * a.height, scale * a.width, channels, first,
+                    smaller(size, channels - first)};
     };
-    const Map<T> input = map_of(a.x, a.channels, in_part, cut.in_size),
-                 gradient = map_of(a.dy, a.out_channels, out_part, cut.out_size);
+    const Map<T> input = map_of(a.x, 1, a.channels, in_part, cut.in_size),
+                 gradient = map_of(a.dy, Kind::kScale, a.out_channels, out_part, cut.out_size);
 
-    Room pieces(RoomFor::kSlice, Room::bytes<float>(4 * inputs_size) + Room::bytes<float>(4 * gradients_size) +
-                                     Room::bytes<float>(4 * product_size) + Room::bytes<float>(cut.out_size));
-    float* inputs = pieces.take<float>(4 * inputs_size);        // [position, panel, step, channel of the panel]
-    float* gradients = pieces.take<float>(4 * gradients_size);  // [position, step, output channel]
-    float* product = pieces.take<float>(4 * product_size);      // [position, panel, output channel, channel]
-    float* total = pieces.take<float>(cut.out_size);            // of the output's gradient
-    if (input.channels % kPanel != 0) {                         // lanes that count for nothing, but take part
-      std::memset(inputs, 0, static_cast<std::size_t>(4 * inputs_size) * sizeof(float));
+    Room pieces(RoomFor::kSlice, Room::bytes<float>(Kind::kInputs * inputs_size) +
+                                     Room::bytes<float>(side * gradients_size) +
+                                     Room::bytes<float>(side * product_size) + Room::bytes<float>(cut.out_size));
+    float* inputs = pieces.take<float>(Kind::kInputs * inputs_size);  // [column, panel, step, channel of the panel]
+    float* gradients = pieces.take<float>(side * gradients_size);     // [column, step, output channel]
+    float* product = pieces.take<float>(side * product_size);         // [column, panel, output channel, channel]
+    float* total = pieces.take<float>(cut.out_size);                  // of the output's gradient
+    if (input.channels % kPanel != 0) {                               // lanes that count for nothing, but take part
+      std::memset(inputs, 0, static_cast<std::size_t>(Kind::kInputs * inputs_size) * sizeof(float));
     }
-    if (strips == 0) std::memset(product, 0, static_cast<std::size_t>(4 * product_size) * sizeof(float));
+    if (strips == 0) std::memset(product, 0, static_cast<std::size_t>(side * product_size) * sizeof(float));
     std::memset(total, 0, static_cast<std::size_t>(cut.out_size) * sizeof(float));
 
     for (Index first = 0; first < strips; first += strips_in_block) {
       const Index count = smaller(strips_in_block, strips - first);
       for (Index s = 0; s < count; ++s) {
         const Strip strip(tiles, first + s);
-        transform_inputs(input, strip, row, steps_in_strip, [&](Index step, Index c, int j, const auto& values) {
+        transform_inputs<Kind>(input, strip, row, steps_in_strip, [&](Index step, Index c, int j, const auto& values) {
           const Index at = (c / kPanel * most + s * steps_in_strip + step) * kPanel + c % kPanel;
           store_step(inputs + j * inputs_size + at, 0, values);
         });
-        transform_gradients(
+        transform_gradients<Kind>(
             gradient, strip, row, steps_in_strip,
             [&](Index step, Index c, int j, const auto& values) {
               store_step(gradients + j * gradients_size + (s * steps_in_strip + step) * apart + c, 0, values);
             },
             [&](Index c, Floats sum) { store(total + c, load(total + c) + sum); });
       }
-      for (int j = 0; j < 4; ++j) {
+      for (int j = 0; j < side; ++j) {
         for (Index panel = 0; panel * kPanel < input.channels; ++panel) {
+          const float* inputs_here = inputs + Kind::input_of(j) * inputs_size + panel * most * kPanel;
           with_vectors(input.channels - panel * kPanel, [&](auto vectors) {
             over_rows(0, gradient.channels, [&](Index out, auto rows) {
               float* to = product + j * product_size + (panel * cut.out_size + out) * kPanel;
               Sums<rows(), vectors()> terms;
-              multiply_over_tiles<T>(terms, gradients + j * gradients_size + out, apart,
-                                     inputs + j * inputs_size + panel * most * kPanel, count * steps_in_strip);
+              multiply_over_tiles<T>(terms, gradients + j * gradients_size + out, apart, inputs_here,
+                                     count * steps_in_strip);
               for (int r = 0; r < rows(); ++r) {
                 for (int v = 0; v < vectors(); ++v) {
                   float* at = to + r * kPanel + v * kWidth<float>;
@@ -371,45 +467,53 @@ void weight_gradients(const ConvWinogradWeightsArgs& a) {
 
     for (Index out = 0; out < gradient.channels; ++out) {
       for (Index c = 0; c < input.channels; c += kWidth<float>) {
-        Floats m[4], g[3];
+        Floats m[side], g[3];
         const Index at = (c / kPanel * cut.out_size + out) * kPanel + c % kPanel;
-        for (int j = 0; j < 4; ++j) m[j] = load(product + j * product_size + at);
+        for (int j = 0; j < side; ++j) m[j] = load(product + j * product_size + at);
         transform_weights_back(m, g);
-        for (int j = 0; j < 3; ++j) {
-          store(
-              sums + ((3 * row + j) * a.out_channels + gradient.first_channel + out) * depth + input.first_channel + c,
-              g[j]);
-        }
+        float* to = sums + (3 * row * a.out_channels + gradient.first_channel + out) * depth + input.first_channel + c;
+        for (int j = 0; j < 3; ++j) store(to + j * a.out_channels * depth, g[j]);
       }
     }
-    if (row == 1 && in_part == 0) {
-      std::memcpy(bias + gradient.first_channel, total, static_cast<std::size_t>(gradient.channels) * sizeof(float));
+    if (in_part == 0) {
+      std::memcpy(bias + row * wide + gradient.first_channel, total,
+                  static_cast<std::size_t>(gradient.channels) * sizeof(float));
     }
   });
 
-  if (a.dbias != nullptr) std::memcpy(a.dbias, bias, static_cast<std::size_t>(a.out_channels) * sizeof(float));
   parallel_for(a.out_channels, 8, threads, [&](Index out) {
     over_channels(a.channels, [&](Index c, auto partial, int lanes) {
       for (int j = 0; j < 3; ++j) {
-        Floats m[4], g[3];
-        for (int i = 0; i < 4; ++i) m[i] = load(sums + ((3 * i + j) * a.out_channels + out) * depth + c);
+        Floats m[side], g[3];
+        for (int i = 0; i < side; ++i) m[i] = load(sums + ((3 * i + j) * a.out_channels + out) * depth + c);
         transform_weights_back(m, g);
         for (int i = 0; i < 3; ++i) {
           store<partial()>(a.dweight + (out * 9 + 3 * i + j) * a.channels + c, g[i], lanes);
         }
       }
     });
+    if (a.dbias != nullptr) {
+      float sum = 0;
+      for (int row = 0; row < side; ++row) sum += Kind::is_sum(row) ? bias[row * wide + out] : 0;
+      a.dbias[out] = sum;
+    }
   });
 }
 
 }  // namespace
 
 void pack_winograd(const PackWinogradArgs& a) {
-  with_conv_type(a.dtype, [&](auto type) { pack<decltype(type)>(a); });
+  with_conv_type(a.dtype, [&](auto type) {
+    using T = decltype(type);
+    a.upsample ? pack<T, 6>(a) : pack<T, 4>(a);
+  });
 }
 
 void conv_winograd_weights(const ConvWinogradWeightsArgs& a) {
-  with_conv_type(a.dtype, [&](auto type) { weight_gradients<decltype(type)>(a); });
+  with_conv_type(a.dtype, [&](auto type) {
+    using T = decltype(type);
+    a.upsample ? weight_gradients<T, Upsampled>(a) : weight_gradients<T, Plain>(a);
+  });
 }
 
 }  // namespace ddpm_fast::DDPM_FAST_ISA

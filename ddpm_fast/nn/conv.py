@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Final
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops._library import define, dtype_code, is_plain, pointer
@@ -66,20 +68,21 @@ def winograd_tiles(n: int, height: int, width: int) -> int:
     return n * ((height + 1) // 2) * ((width + 1) // 2)
 
 
-def pack_winograd(weight: Tensor, dtype: torch.dtype, *, flipped: bool = False) -> Tensor:
+def pack_winograd(weight: Tensor, dtype: torch.dtype, *, flipped: bool = False, upsample: bool = False) -> Tensor:
     """G g G^T of 3x3 weights [out, in, 3, 3] in the order in which the kernel reads them: [panels, 16, in / step, panel, step].
 
     Args:
         dtype: of the result. See `ddpm_fast.nn.packed.pack` for panels and steps.
         flipped: for the convolution that takes the output's gradient to the input's: in and out exchanged, taps from the last.
+        upsample: for the convolution after an upsampling by 2, whose four phases have 9 matrices each: 36 instead of 16.
     """
     pack = _pack if is_plain(weight) else torch.ops.ddpm_fast.pack_winograd
-    packed: Tensor = pack(weight.detach().float(), dtype, flipped)
+    packed: Tensor = pack(weight.detach().float(), dtype, flipped, upsample)
     return packed
 
 
-def _pack(weight: Tensor, dtype: torch.dtype, flipped: bool) -> Tensor:
-    packed = _pack_fake(weight, dtype, flipped)
+def _pack(weight: Tensor, dtype: torch.dtype, flipped: bool, upsample: bool) -> Tensor:
+    packed = _pack_fake(weight, dtype, flipped, upsample)
     (out_channels, channels), (out_stride, stride, *taps) = weight.shape[:2], weight.stride()
     start = weight.data_ptr()
     if flipped:
@@ -87,18 +90,18 @@ def _pack(weight: Tensor, dtype: torch.dtype, flipped: bool) -> Tensor:
         start, taps = start + 2 * sum(taps) * weight.element_size(), [-stride for stride in taps]
     native().cpu.pack_winograd(
         *(dtype_code(packed), packed.data_ptr(), start, out_channels, channels, out_stride, stride, *taps),
-        torch.get_num_threads(),
+        *(upsample, torch.get_num_threads()),
     )
     return packed
 
 
-def _pack_fake(weight: Tensor, dtype: torch.dtype, flipped: bool) -> Tensor:
+def _pack_fake(weight: Tensor, dtype: torch.dtype, flipped: bool, upsample: bool) -> Tensor:
     out_channels, channels = weight.shape[1::-1] if flipped else weight.shape[:2]
     panel, step = native().cpu.panel, step_of(dtype)
-    return weight.new_empty(-(-out_channels // panel), 16, -(-channels // step), panel, step, dtype=dtype)
+    return weight.new_empty(-(-out_channels // panel), 36 if upsample else 16, -(-channels // step), panel, step, dtype=dtype)
 
 
-define("pack_winograd", "(Tensor weight, ScalarType dtype, bool flipped) -> Tensor", _pack, _pack_fake)
+define("pack_winograd", "(Tensor weight, ScalarType dtype, bool flipped, bool upsample) -> Tensor", _pack, _pack_fake)
 
 
 class Conv3x3(nn.Conv2d):
@@ -109,12 +112,21 @@ class Conv3x3(nn.Conv2d):
     derivatives, they are PyTorch's. What an infinity reaches may be NaN where PyTorch has an infinity.
     """
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, upsample: bool = False) -> Tensor:
+        """upsample: of every pixel twice in both directions before the convolution: [N, in, H, W] -> [N, out, 2 H, 2 W].
+
+        In training, where this package's kernels serve, that is four convolutions 2x2 of the small map.
+        """
         dtype = trained_dtype(input, self.weight, self.bias)
         if dtype is not None and _is_for_winograd(self, input):
-            out: Tensor = _Winograd.apply(input.to(dtype), self.weight, self.bias)  # type: ignore[no-untyped-call]
+            out: Tensor = _Winograd.apply(input.to(dtype), self.weight, self.bias, upsample)  # type: ignore[no-untyped-call]
             return out
-        return super().forward(input)
+        return super().forward(doubled(input) if upsample else input)
+
+
+def doubled(x: Tensor) -> Tensor:
+    """Every pixel twice in both directions."""
+    return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
 def _is_usual(conv: nn.Conv2d) -> bool:
@@ -140,35 +152,50 @@ def _is_channels_last(x: Tensor) -> bool:
 
 class _Winograd(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, upsample: bool) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.bias_sizes = None if bias is None else list(bias.shape)
-        return _convolve(x, pack_winograd(weight, x.dtype), bias, len(weight))
+        ctx.bias_sizes, ctx.upsample = None if bias is None else list(bias.shape), upsample
+        scale = 2 if upsample else 1
+        (height, width), packed = x.shape[2:], pack_winograd(weight, x.dtype, upsample=upsample)
+        return _convolve(x, packed, bias, "winograd", upsample, len(weight), scale * height, scale * width)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        needed = ctx.needs_input_grad
+        needed = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled() or not is_plain(grad, x, weight):  # has a derivative
-            gradients: tuple[Tensor | None, ...] = torch.ops.aten.convolution_backward(
-                *(grad, x, weight.to(x.dtype), ctx.bias_sizes, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, needed)
-            )
-            return gradients
+            return *_plain_gradients(x, weight, grad, ctx.bias_sizes, ctx.upsample, needed), None
         grad_x = grad_weight = grad_bias = None
         if needed[0]:
-            grad_x = _convolve(grad, pack_winograd(weight, x.dtype, flipped=True), None, x.shape[1])
+            packed = pack_winograd(weight, x.dtype, flipped=True, upsample=ctx.upsample)
+            method = "winograd, upsampled input's gradient" if ctx.upsample else "winograd"
+            grad_x = _convolve(grad, packed, None, method, False, *x.shape[1:])
         if needed[1] or needed[2]:
-            grad_weight, grad_bias = _weight_gradients(x, grad, ctx.bias_sizes is not None)
-        return grad_x, grad_weight, grad_bias
+            grad_weight, grad_bias = _weight_gradients(x, grad, ctx.bias_sizes is not None, ctx.upsample)
+        return grad_x, grad_weight, grad_bias, None
 
 
-def _convolve(x: Tensor, packed: Tensor, bias: Tensor | None, out_channels: int) -> Tensor:
+def _plain_gradients(
+    x: Tensor, weight: Tensor, grad: Tensor, bias_sizes: list[int] | None, upsample: bool, needed: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """By PyTorch's operators."""
+    grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+        *(grad, doubled(x) if upsample else x, weight.to(x.dtype), bias_sizes),
+        *([1, 1], [1, 1], [1, 1], False, [0, 0], 1, list(needed)),
+    )
+    if upsample and grad_x is not None:
+        grad_x = 4 * F.avg_pool2d(grad_x, 2)
+    return grad_x, grad_weight, grad_bias
+
+
+def _convolve(
+    x: Tensor, packed: Tensor, bias: Tensor | None, method: str, upsample: bool, out_channels: int, height: int, width: int
+) -> Tensor:
     x, bias = x.contiguous(memory_format=torch.channels_last), None if bias is None else plain_bias(bias)
-    height, width = x.shape[2:]
-    return convolve(x, None, None, False, packed, bias, None, 1.0, "winograd", out_channels, height, width, 3, 1, 1)
+    return convolve(x, None, None, False, packed, bias, None, 1.0, method, upsample, out_channels, height, width, 3, 1, 1)
 
 
-def _weight_gradients(x: Tensor, grad: Tensor, has_bias: bool) -> tuple[Tensor, Tensor | None]:
+def _weight_gradients(x: Tensor, grad: Tensor, has_bias: bool, upsample: bool) -> tuple[Tensor, Tensor | None]:
     """In float32, whatever the dtype of the maps."""
     x, grad = (t.contiguous(memory_format=torch.channels_last) for t in (x, grad))
     (n, channels, height, width), out_channels = x.shape, grad.shape[1]
@@ -177,12 +204,20 @@ def _weight_gradients(x: Tensor, grad: Tensor, has_bias: bool) -> tuple[Tensor, 
     grad_bias = x.new_empty(out_channels, dtype=torch.float32) if has_bias else None
     native().cpu.conv_winograd_weights(
         *(dtype_code(x), grad_weight.data_ptr(), pointer(grad_bias), x.data_ptr(), grad.data_ptr()),
-        *(n, height, width, channels, out_channels, torch.get_num_threads()),
+        *(n, height, width, channels, out_channels, upsample, torch.get_num_threads()),
     )
     return grad_weight, grad_bias
 
 
 # ---------------------------------------------------------------------------------------------------- the kernels' own form
+
+
+# The kernels.
+METHODS: Final = {
+    "direct": "conv_direct",
+    "winograd": "conv_winograd",
+    "winograd, upsampled input's gradient": "conv_winograd_upsampled_gradient",
+}
 
 
 def plain_bias(bias: Tensor) -> Tensor:
@@ -200,6 +235,7 @@ def convolve(
     added: Tensor | None,
     divisor: float,
     method: str,
+    upsample: bool,
     out_channels: int,
     out_height: int,
     out_width: int,
@@ -207,15 +243,16 @@ def convolve(
     stride: int,
     padding: int,
 ) -> Tensor:
-    """A convolution of channels_last maps, with the weights that `ddpm_fast.nn.packed.pack` packs for this method."""
+    """A convolution of channels_last maps, with the weights that `ddpm_fast.nn.packed.pack` packs for this method.
+
+    method: one of METHODS. upsample: before the convolution.
+    """
     n, channels, height, width = x.shape
     y = empty((n, out_channels, out_height, out_width), x.dtype, x.device)
-    kernels = native().cpu
-    run = kernels.conv_winograd if method == "winograd" else kernels.conv_direct
-    run(
+    getattr(native().cpu, METHODS[method])(
         *(dtype_code(x), y.data_ptr(), x.data_ptr(), pointer(skip), pointer(lines), silu, weights.data_ptr()),
         *(pointer(bias), pointer(added), divisor, n, height, width, channels, 0 if skip is None else skip.shape[1]),
-        *(out_height, out_width, out_channels, kernel, stride, padding, method == "upsample", torch.get_num_threads()),
+        *(out_height, out_width, out_channels, kernel, stride, padding, upsample, torch.get_num_threads()),
     )
     keep(weights, bias)
     return y

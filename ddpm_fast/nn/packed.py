@@ -93,22 +93,19 @@ class PackedConv(nn.Module):
             small = (norm.weight, norm.bias, shift, scale, shift_2)
             lines = norm_lines(x, skip, *small, norm.num_groups, norm.eps, silu)
         n, _, height, width = x.shape
-        if self.upsample:
-            method, height, width = "upsample", 2 * height, 2 * width
-        else:
-            worth = winograd_tiles(n, height, width) >= WINOGRAD_TILES
-            method = "winograd" if self.kernel == 3 and self.stride == 1 and worth else "direct"
-            both = 1 if self.asymmetric else 2 * self.padding
-            height, width = [(size + both - self.kernel) // self.stride + 1 for size in (height, width)]
+        worth = winograd_tiles(n, height, width) >= WINOGRAD_TILES
+        method = "winograd" if self.kernel == 3 and self.stride == 1 and worth else "direct"
+        both, doubling = 1 if self.asymmetric else 2 * self.padding, 2 if self.upsample else 1
+        height, width = [(doubling * size + both - self.kernel) // self.stride + 1 for size in (height, width)]
         out: Tensor = conv(
-            *(x, skip, lines, silu, *self._weights(method), added, divisor, method),
+            *(x, skip, lines, silu, *self._weights(method), added, divisor, method, self.upsample),
             *(self.weight.shape[0], height, width, self.kernel, self.stride, self.padding),
         )
         return out
 
     def _weights(self, method: str) -> tuple[Tensor, Tensor]:
         if method not in self._packed:
-            packed = _in_huge_pages(pack(self.weight, method, self.dtype))
+            packed = _in_huge_pages(pack(self.weight, method, self.dtype, upsample=self.upsample))
             self._packed[method] = (packed, plain_bias(self.bias))
         return self._packed[method]
 
@@ -123,20 +120,20 @@ class PackedConv(nn.Module):
         return self.__dict__ | {"_packed": {}}
 
 
-def pack(weight: Tensor, method: str, dtype: torch.dtype) -> Tensor:
+def pack(weight: Tensor, method: str, dtype: torch.dtype, *, upsample: bool = False) -> Tensor:
     """Weights [out, in, k, k] in the order in which a kernel reads them: [panels, taps, in / step, panel, step].
 
     A panel is some output channels, as many as sums fit into registers; a step is what a multiply-add takes, two input channels
     in bfloat16. What is missing to whole panels and steps is 0.
 
     Args:
-        method: "direct": taps are the k k pixels. "winograd": the 16 positions of a transformed tile. "upsample": for each
-            pixel of a 2x2 square of the output, the 4 pixels of the small map that it is made of.
+        method: "direct": taps are the k k pixels; with upsampling, for each pixel of a 2x2 square of the output, the 4 pixels
+            of the small map that it is made of. "winograd": what `pack_winograd` has in their place.
     """
     if method == "winograd":
-        return pack_winograd(weight, dtype)
+        return pack_winograd(weight, dtype, upsample=upsample)
     wide = weight.double()
-    if method == "upsample":
+    if upsample:
         taps = torch.einsum("pak,qbl,oikl->pqabio", _UPSAMPLED, _UPSAMPLED, wide).flatten(0, 3)
     else:
         taps = wide.permute(2, 3, 1, 0).flatten(0, 1)
@@ -277,6 +274,7 @@ def _conv_fake(
     added: Tensor | None,
     divisor: float,
     method: str,
+    upsample: bool,
     out_channels: int,
     out_height: int,
     out_width: int,
@@ -312,7 +310,8 @@ define(
 define(
     "conv",
     "(Tensor x, Tensor? skip, Tensor? lines, bool silu, Tensor weights, Tensor bias, Tensor? added, float divisor, "
-    "str method, int out_channels, SymInt out_height, SymInt out_width, int kernel, int stride, int padding) -> Tensor",
+    "str method, bool upsample, int out_channels, SymInt out_height, SymInt out_width, int kernel, int stride, int padding) "
+    "-> Tensor",
     convolve,
     _conv_fake,
 )
