@@ -56,7 +56,7 @@ def expected(layer: PackedConv, x: Tensor, norm: bool, added: Tensor | None, **s
         x = F.interpolate(x, scale_factor=2.0)
     if layer.asymmetric:
         x = F.pad(x, (0, 1, 0, 1))
-    weight, bias = layer.weight.to(x.dtype), layer.bias[: len(layer.weight)].to(x.dtype)
+    weight, bias = layer.weight.to(x.dtype), layer.bias.to(x.dtype)
     out = F.conv2d(x, weight, bias, layer.stride, layer.padding)
     return out if added is None else out + added
 
@@ -114,11 +114,14 @@ def test_is_norm_activation_convolution_and_addition(
 
 @pytest.mark.parametrize("method", ["winograd", "direct"])
 @pytest.mark.parametrize("dtype", conv.DTYPES)
-def test_either_method_serves_a_3x3_convolution(method: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("convolution", ["3x3", "upsampled"])
+def test_either_method_serves_a_3x3_convolution(
+    convolution: str, method: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(packed, "WINOGRAD_TILES", 0 if method == "winograd" else 10**9)
     for shape in SHAPES:
         for norm in (True, False):
-            check("3x3", shape, dtype, norm, methods=(method,))
+            check(convolution, shape, dtype, norm, methods=(method,))
 
 
 # n, heads, height, width, channels of a head: one pixel, panels and vectors that are not full, more keys than a sum takes.

@@ -78,7 +78,7 @@ def test_a_view_keeps_its_memory() -> None:
     weights = pack(torch.eye(4)[:, :, None, None], "direct", torch.float32)
 
     def copied(x: Tensor) -> Tensor:
-        return convolve(x, None, None, False, weights, None, None, 1.0, "direct", 4, 2, 3, 1, 1, 0)
+        return convolve(x, None, None, False, weights, None, None, 1.0, "direct", False, 4, 2, 3, 1, 1, 0)
 
     def function(x: Tensor) -> Tensor:
         first = copied(x)

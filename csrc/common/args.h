@@ -153,7 +153,8 @@ struct ConvArgs {
   const void* added;     // as y; may be absent
   float divisor;
   std::int64_t n, height, width, channels, skip_channels, out_height, out_width, out_channels;
-  // conv_winograd: 3, 1 and 1.
+  // conv_winograd: 3, 1 and 1. conv_winograd_upsampled_gradient: of y's gradient x, as high and wide as twice
+  // out_height and out_width, to the gradient of the small map y, with flipped weights; 3, 1, 1 and false.
   int kernel, stride;  // 1 or 3; 1 or 2
   int padding;         // zeros above and to the left; below and to the right there are as many as the output asks for
   bool upsample;       // of every pixel twice in both directions, before the convolution

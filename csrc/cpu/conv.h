@@ -85,9 +85,9 @@ class Output {
         lanes_(a.out_channels - panel * kPanel) {
     for (int v = 0; v < kPanelVectors; ++v) {
       const Index lanes = lanes_ - v * kWidth<float>;
-      const float* bias = a.bias + panel * kPanel + v * kWidth<float>;
       bias_[v] = Floats{};
       if (a.bias == nullptr || lanes <= 0) continue;
+      const float* bias = a.bias + panel * kPanel + v * kWidth<float>;
       bias_[v] = lanes >= kWidth<float> ? load(bias) : load(bias, static_cast<int>(lanes));
     }
   }

@@ -1,5 +1,5 @@
 // Convolutions as sums over taps of matrix products, without a matrix of patches: where Winograd's does not apply (1x1,
-// stride 2), where a map is so small that reading weights is what takes time, and after upsampling.
+// stride 2), and where a map is so small that reading weights is what takes time.
 //
 // A nearest-neighbour upsampling by 2 and a 3x3 convolution are four 2x2 convolutions of the small map, one for each
 // place in a 2x2 square of the output: every tap falls on one of 2x2 pixels, and those that fall on the same are summed

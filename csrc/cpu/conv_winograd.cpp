@@ -46,7 +46,7 @@ class Ring {
     sample_ = strip.sample, first_ = strip.first, top_ = top;
   }
 
-  // Its first pixel.
+  // The first pixel of row i of the strip's tiles.
   const float* row_of_tiles(Index i) const { return row(top_ + i); }
 
  private:
@@ -176,7 +176,8 @@ void run(const ConvArgs& a) {
             over_rows(0, count, [&](Index tile, auto rows) {
               Sums<rows(), vectors()> product{};
               for (int term = 0; term < Kind::kTerms; ++term) {
-                const T *first = inputs_of(phase + term, position) + tile * wide, *inputs[rows()];
+                const T* first = inputs_of(phase + term, position) + tile * wide;
+                const T* inputs[rows()];
                 for (int r = 0; r < rows(); ++r) inputs[r] = first + r * wide;
                 multiply(product, inputs, weights + term * positions * panel_size<T>(depth), depth);
               }

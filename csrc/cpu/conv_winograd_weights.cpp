@@ -24,7 +24,7 @@ DDPM_FAST_INLINE void transform_weights(const Floats (&g)[3], Floats (&out)[6]) 
 // Where the weights of a row and a column of the transform are among the matrices of a panel.
 template <int side>
 constexpr int position_of(int row, int column) {
-  if (side == 4) return side * row + column;
+  if constexpr (side == 4) return side * row + column;
   return 9 * (row / 3 * 2 + column / 3) + row % 3 * 3 + column % 3;  // phase after phase
 }
 
@@ -229,10 +229,11 @@ DDPM_FAST_INLINE void put_columns(const Floats (&values)[tiles][columns], Put pu
 
 // What a row of the transforms is made of, rows of a tile of the input and of the output's gradient: one plus or minus
 // another. kInputs: transformed values of a row of inputs; kSide: of gradients, and of weights, where column j's input
-// is the one at input_of(j). kMostOutputs, kMostSums: sizes of tasks, for 512 KB of sums.
+// is the one at input_of(j). kScale: of the output's side to the input's. kMostInputs, kMostOutputs and kMostSums, the
+// product of both: channels of a task, for 512 or 384 KB of sums.
 struct Plain {
   static constexpr int kSide = 4, kInputs = 4, kScale = 1;
-  static constexpr Index kMostOutputs = 256, kMostSums = 1 << 15;
+  static constexpr Index kMostInputs = 256, kMostOutputs = 256, kMostSums = 1 << 15;
   static constexpr int input_of(int j) { return j; }
 
   template <class T>
@@ -262,7 +263,7 @@ struct Plain {
 // Of a phase, the first, the sum and the last.
 struct Upsampled {
   static constexpr int kSide = 6, kInputs = 5, kScale = 2;
-  static constexpr Index kMostOutputs = 128, kMostSums = 1 << 14;
+  static constexpr Index kMostInputs = 256, kMostOutputs = 128, kMostSums = 1 << 14;
   static constexpr int input_of(int j) { return j / 3 * 2 + j % 3; }
 
   template <class T>
@@ -352,7 +353,7 @@ struct Cut {
 
   Cut(Index channels, Index out_channels, int threads) {
     even_out(out_channels, out_size, out_parts, kWidth<float>);
-    in_size = smaller(256, Kind::kMostSums / out_size);
+    in_size = smaller(Kind::kMostInputs, Kind::kMostSums / out_size);
     for (;;) {
       even_out(channels, in_size, in_parts, kPanel);
       even_out(out_channels, out_size, out_parts, kWidth<float>);

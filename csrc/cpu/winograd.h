@@ -61,14 +61,14 @@ DDPM_FAST_INLINE void transform_input(const V (&d)[4], V (&out)[5]) {
   out[4] = d[2] - d[3];
 }
 
-// Of the gradient of an upsampled convolution's output: those of its second phase, which the first pixel is of, and of
-// its first. (From a pixel's neighbour it is the other way round: hence the order in which weights are packed.)
+// Of the gradient of an upsampled convolution's output. Pixel 0 is one before the tile, of the second phase; a kernel
+// that is flipped changes phases, so flipped weights are in this order, too.
 template <class V>
 DDPM_FAST_INLINE void transform_input(const V (&d)[6], V (&out)[6]) {
-  for (int phase = 0; phase < 2; ++phase) {
-    out[3 * phase] = d[phase] - d[phase + 2];
-    out[3 * phase + 1] = d[phase + 2];
-    out[3 * phase + 2] = d[phase + 2] - d[phase + 4];
+  for (int i = 0; i < 2; ++i) {
+    out[3 * i] = d[i] - d[i + 2];
+    out[3 * i + 1] = d[i + 2];
+    out[3 * i + 2] = d[i + 2] - d[i + 4];
   }
 }
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..ops._library import dtype_code, is_plain
 from ..ops.backend import native
-from .conv import step_of, trained_dtype
+from .conv import is_untouched, step_of, trained_dtype
 
 # Pixels of a map from which a layer's step is faster than with PyTorch's attention. Of 256 channels in one head, batch 16, two
 # cores with AVX-512 BF16: in bfloat16 0.75 of its time at 16x16, 0.8 at 8x8 and 4x4; in float32 0.9 at 16x16, 1.1 at 8x8.
@@ -27,9 +27,8 @@ def is_trained_here(h: Tensor, projections: Sequence[nn.Module], num_heads: int)
 
 
 def _is_plain_linear(layer: nn.Module, channels: int) -> bool:
-    """A product and nothing else: of this very class, and nobody watches its calls."""
-    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    if type(layer) is not nn.Linear or "forward" in vars(layer) or any(hooks):
+    """A product and nothing else."""
+    if not isinstance(layer, nn.Linear) or not is_untouched(layer, nn.Linear):
         return False
     return layer.weight.shape == (channels, channels) and layer.bias is not None
 

@@ -15,7 +15,7 @@ from .replay import empty, keep
 
 DTYPES: Final = (torch.float32, torch.bfloat16)
 
-# 2x2 tiles of a batch that are worth reading 16/9 of the weights.
+# 2x2 tiles of a batch that are worth reading 16/9 of the weights; after an upsampling, of the small maps, 36/16 of them.
 WINOGRAD_TILES: Final = 8
 
 
@@ -27,7 +27,7 @@ def why_not_packed(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"the compiled module did not load: {native_error()}"
     if dtype not in DTYPES:
         return f"they compute in float32 and bfloat16, not in {dtype}"
-    if not hasattr(native().cpu, "record"):
+    if not hasattr(native().cpu, "conv_winograd_upsampled_gradient"):
         return "the compiled module is older than this source and lacks them: build it again"
     if BUILD["isa"] == "baseline":
         return "this CPU has neither AVX2 nor AVX-512"
@@ -112,16 +112,36 @@ class Conv3x3(nn.Conv2d):
     derivatives, they are PyTorch's. What an infinity reaches may be NaN where PyTorch has an infinity.
     """
 
-    def forward(self, input: Tensor, upsample: bool = False) -> Tensor:
-        """upsample: of every pixel twice in both directions before the convolution: [N, in, H, W] -> [N, out, 2 H, 2 W].
+    def forward(self, input: Tensor) -> Tensor:
+        out = _trained(self, input, upsample=False)
+        return super().forward(input) if out is None else out
 
-        In training, where this package's kernels serve, that is four convolutions 2x2 of the small map.
-        """
-        dtype = trained_dtype(input, self.weight, self.bias)
-        if dtype is not None and _is_for_winograd(self, input):
-            out: Tensor = _Winograd.apply(input.to(dtype), self.weight, self.bias, upsample)  # type: ignore[no-untyped-call]
-            return out
-        return super().forward(doubled(input) if upsample else input)
+
+def upsampled(conv: nn.Module, x: Tensor) -> Tensor:
+    """conv of x with every pixel twice in both directions: [N, in, H, W] -> [N, out, 2 H, 2 W].
+
+    In training it is by F(2x2, 2x2) of the small map where `Conv3x3` would be this package's, and is what it was made: what
+    stands in its place or watches it gets the large map.
+    """
+    out = _trained(conv, x, upsample=True) if isinstance(conv, Conv3x3) and is_untouched(conv, Conv3x3) else None
+    if out is None:
+        out = conv(doubled(x))
+    return out
+
+
+def is_untouched(layer: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether it does what this very class does, and nobody watches its calls."""
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    return type(layer) is kind and "forward" not in vars(layer) and not any(hooks)
+
+
+def _trained(conv: Conv3x3, x: Tensor, *, upsample: bool) -> Tensor | None:
+    """The convolution of x, whose gradients this package's kernels make; None where they do not."""
+    dtype = trained_dtype(x, conv.weight, conv.bias)
+    if dtype is None or not _is_for_winograd(conv, x):
+        return None
+    out: Tensor = _Winograd.apply(x.to(dtype), conv.weight, conv.bias, upsample)  # type: ignore[no-untyped-call]
+    return out
 
 
 def doubled(x: Tensor) -> Tensor:
@@ -164,21 +184,20 @@ class _Winograd(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         needed = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled() or not is_plain(grad, x, weight):  # has a derivative
-            return *_plain_gradients(x, weight, grad, ctx.bias_sizes, ctx.upsample, needed), None
+            return *_pytorchs_gradients(x, weight, grad, ctx.bias_sizes, ctx.upsample, needed), None
         grad_x = grad_weight = grad_bias = None
         if needed[0]:
             packed = pack_winograd(weight, x.dtype, flipped=True, upsample=ctx.upsample)
-            method = "winograd, upsampled input's gradient" if ctx.upsample else "winograd"
+            method = "winograd_upsampled_gradient" if ctx.upsample else "winograd"
             grad_x = _convolve(grad, packed, None, method, False, *x.shape[1:])
         if needed[1] or needed[2]:
             grad_weight, grad_bias = _weight_gradients(x, grad, ctx.bias_sizes is not None, ctx.upsample)
         return grad_x, grad_weight, grad_bias, None
 
 
-def _plain_gradients(
+def _pytorchs_gradients(
     x: Tensor, weight: Tensor, grad: Tensor, bias_sizes: list[int] | None, upsample: bool, needed: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """By PyTorch's operators."""
     grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
         *(grad, doubled(x) if upsample else x, weight.to(x.dtype), bias_sizes),
         *([1, 1], [1, 1], [1, 1], False, [0, 0], 1, list(needed)),
@@ -191,7 +210,7 @@ def _plain_gradients(
 def _convolve(
     x: Tensor, packed: Tensor, bias: Tensor | None, method: str, upsample: bool, out_channels: int, height: int, width: int
 ) -> Tensor:
-    x, bias = x.contiguous(memory_format=torch.channels_last), None if bias is None else plain_bias(bias)
+    x, bias = x.contiguous(memory_format=torch.channels_last), None if bias is None else float_bias(bias)
     return convolve(x, None, None, False, packed, bias, None, 1.0, method, upsample, out_channels, height, width, 3, 1, 1)
 
 
@@ -212,15 +231,7 @@ def _weight_gradients(x: Tensor, grad: Tensor, has_bias: bool, upsample: bool) -
 # ---------------------------------------------------------------------------------------------------- the kernels' own form
 
 
-# The kernels.
-METHODS: Final = {
-    "direct": "conv_direct",
-    "winograd": "conv_winograd",
-    "winograd, upsampled input's gradient": "conv_winograd_upsampled_gradient",
-}
-
-
-def plain_bias(bias: Tensor) -> Tensor:
+def float_bias(bias: Tensor) -> Tensor:
     """As the kernels read it."""
     return bias.detach().float().contiguous()
 
@@ -243,13 +254,17 @@ def convolve(
     stride: int,
     padding: int,
 ) -> Tensor:
-    """A convolution of channels_last maps, with the weights that `ddpm_fast.nn.packed.pack` packs for this method.
+    """A convolution of channels_last maps.
 
-    method: one of METHODS. upsample: before the convolution.
+    Args:
+        weights: as `ddpm_fast.nn.packed.pack` packs them for this method.
+        method: "direct" or "winograd"; or "winograd_upsampled_gradient", of the gradient of the output of an upsampled
+            convolution, with weights of `pack_winograd(flipped=True, upsample=True)`, to that of its input.
+        upsample: of every pixel twice in both directions before the convolution.
     """
     n, channels, height, width = x.shape
     y = empty((n, out_channels, out_height, out_width), x.dtype, x.device)
-    getattr(native().cpu, METHODS[method])(
+    getattr(native().cpu, f"conv_{method}")(
         *(dtype_code(x), y.data_ptr(), x.data_ptr(), pointer(skip), pointer(lines), silu, weights.data_ptr()),
         *(pointer(bias), pointer(added), divisor, n, height, width, channels, 0 if skip is None else skip.shape[1]),
         *(out_height, out_width, out_channels, kernel, stride, padding, upsample, torch.get_num_threads()),

@@ -310,11 +310,10 @@ class FrozenResnetBlock(nn.Module):
             h = self.norm2(h, scale_shift=(modulations[self.place], modulations[self.place + 1]))
         else:
             h = self.norm2(h, shift=modulations[self.place])
-        conv2: nn.Module = self.conv2
-        if isinstance(conv2, OneDnnConv):
+        if isinstance(self.conv2, OneDnnConv):
             added = x if self.shortcut is None else self.shortcut(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-            return rescaled_in_place(conv2(h, added), self.output_scale_factor)
-        h = conv2(h)
+            return rescaled_in_place(self.conv2(h, added), self.output_scale_factor)
+        h = self.conv2(h)
         if self.shortcut is None:
             h += x
         else:

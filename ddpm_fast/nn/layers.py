@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..ops import group_norm_silu
 from .attention import attention, is_trained_here
-from .conv import Conv3x3, doubled
+from .conv import Conv3x3, doubled, upsampled
 
 
 def timestep_embedding(t: Tensor, dim: int, *, flip_sin_to_cos: bool = False, freq_shift: int = 1) -> Tensor:
@@ -108,11 +108,11 @@ class ResnetBlock(nn.Module):
         if skip is not None:
             x = torch.cat((x, skip), dim=1)
         h = self.norm1(x)
-        if self.resample == "down":
-            x, h = F.avg_pool2d(x, 2), self.conv1(F.avg_pool2d(h, 2))
-        elif self.resample == "up":
-            x, h = doubled(x), _upsampled(self.conv1, h)
+        if self.resample == "up":
+            x, h = doubled(x), upsampled(self.conv1, h)
         else:
+            if self.resample == "down":
+                x, h = F.avg_pool2d(x, 2), F.avg_pool2d(h, 2)
             h = self.conv1(h)
         time = self.time_emb_proj(emb)  # [N, out_channels] or [N, 2 * out_channels]
         h = self.norm2(h, scale_shift=time.chunk(2, dim=1)) if self.scale_shift else self.norm2(h, shift=time)
@@ -196,13 +196,7 @@ class Upsample(nn.Module):
         self.conv = Conv3x3(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _upsampled(self.conv, x)
-
-
-def _upsampled(conv: nn.Module, x: Tensor) -> Tensor:
-    """conv of x with every pixel twice in both directions. It may be what was put in a Conv3x3's place, such as an adapter."""
-    out: Tensor = conv(x, upsample=True) if type(conv) is Conv3x3 else conv(doubled(x))
-    return out
+        return upsampled(self.conv, x)
 
 
 def _rescaled(x: Tensor, factor: float) -> Tensor:

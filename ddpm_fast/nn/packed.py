@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..ops._library import define, dtype_code, is_plain, pointer, typed
 from ..ops.backend import native
-from .conv import WINOGRAD_TILES, convolve, pack_winograd, plain_bias, step_of, winograd_tiles
+from .conv import WINOGRAD_TILES, convolve, float_bias, pack_winograd, step_of, winograd_tiles
 from .layers import Attention, Downsample, GroupNormSiLU, ResnetBlock, Upsample
 from .replay import empty, keep
 
@@ -106,7 +106,7 @@ class PackedConv(nn.Module):
     def _weights(self, method: str) -> tuple[Tensor, Tensor]:
         if method not in self._packed:
             packed = _in_huge_pages(pack(self.weight, method, self.dtype, upsample=self.upsample))
-            self._packed[method] = (packed, plain_bias(self.bias))
+            self._packed[method] = (packed, float_bias(self.bias).clone())
         return self._packed[method]
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
