@@ -232,6 +232,8 @@ def test_bad_arguments_are_named() -> None:
         freeze(nn.Conv2d(1, 1, 1))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"freeze: expected dtype to be a floating dtype, got torch\.int8"):
         freeze(model, torch.int8)
+    with pytest.raises(TypeError, match=r"freeze: expected dtype to be a torch\.dtype, got 'bfloat16'"):
+        freeze(model, "bfloat16")  # type: ignore[arg-type]
     frozen = freeze(model, num_timesteps=10)
     x, t, _ = make_inputs(config, 2)
     with pytest.raises(ValueError, match=r"expected t in 0\.\.9, got 10"):

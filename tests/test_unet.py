@@ -119,6 +119,13 @@ def test_timesteps_may_be_an_int_a_scalar_or_one_per_sample() -> None:
         assert not torch.allclose(model(x, torch.tensor([7, 8])), expected)
 
 
+def test_of_no_images_nothing_comes() -> None:
+    config = SMALL | {"attention_head_dim": 4}
+    model, x, t = UNet(**config), torch.empty(0, 2, 16, 16), torch.empty(0, dtype=torch.int64)
+    assert any("attentions" in name for name, _ in model.named_modules())
+    assert model(x, t).shape == freeze(model, torch.float32)(x, t).shape == (0, 3, 16, 16)
+
+
 @pytest.mark.parametrize("mode", ["autocast", "weights"])
 def test_bfloat16_error_is_that_of_diffusers(mode: str) -> None:
     config = SMALL | VARIANTS["class-conditional"]

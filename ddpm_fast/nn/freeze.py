@@ -73,7 +73,8 @@ def freeze(
         num_timesteps: T; timesteps are integers in 0..T-1. None: `num_train_timesteps` of the config, or 1000.
 
     Raises:
-        TypeError: the model is not a `UNet` made of this package's layers alone. ValueError: a dtype that is not floating.
+        TypeError: the model is not a `UNet` made of this package's layers alone, or dtype not a torch.dtype. ValueError: a
+            dtype that is not floating.
     """
     if not isinstance(model, UNet):
         raise TypeError(f"freeze: expected model to be a ddpm_fast.UNet (UNet.from_pretrained), got a {type(model).__name__}")
@@ -83,6 +84,8 @@ def freeze(
     weight = model.conv_in.weight
     device = weight.device if device is None else torch.device(device)
     dtype = default_dtype(weight.dtype, device) if dtype is None else dtype
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"freeze: expected dtype to be a torch.dtype, got {dtype!r}")
     if not dtype.is_floating_point:
         raise ValueError(f"freeze: expected dtype to be a floating dtype, got {dtype}")
     num_timesteps = num_timesteps or model.config["num_train_timesteps"] or 1000

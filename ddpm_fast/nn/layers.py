@@ -168,7 +168,7 @@ class Attention(nn.Module):
             h = attention(F.linear(h, *self._joined()), self.num_heads)
         else:
             q, k, v = (
-                linear(h).view(n, height * width, self.num_heads, -1).transpose(1, 2) for linear in self._projections()
+                linear(h).unflatten(2, (self.num_heads, c // self.num_heads)).transpose(1, 2) for linear in self._projections()
             )  # each [N, heads, HW, C / heads]
             h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         h = self.to_out[0](h)  # [N, HW, C]
