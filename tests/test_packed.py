@@ -119,9 +119,17 @@ def test_either_method_serves_a_3x3_convolution(
     convolution: str, method: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(packed, "WINOGRAD_TILES", 0 if method == "winograd" else 10**9)
+    monkeypatch.setattr(packed, "WINOGRAD_CHANNELS", 0)
     for shape in SHAPES:
         for norm in (True, False):
             check(convolution, shape, dtype, norm, methods=(method,))
+
+
+@pytest.mark.parametrize("channels", [(3, 64), (64, 3), (64, 64)])
+def test_few_channels_are_summed_directly(channels: tuple[int, int]) -> None:
+    layer = PackedConv(nn.Conv2d(*channels, 3, padding=1), dtype=torch.float32)
+    layer(dense(torch.randn(1, channels[0], 16, 16)))
+    assert list(layer._packed) == ["winograd" if channels == (64, 64) else "direct"]
 
 
 # n, heads, height, width, channels of a head: one pixel, panels and vectors that are not full, more keys than a sum takes.

@@ -127,16 +127,18 @@ void run(const ConvArgs& a) {
           const Taps at = taps_of(a, phase, columns, depth);
           const float* weights = a.weights + (p * phases + phase) * taps * panel_size<T>(depth);
           const Index place = phase / 2 * a.out_width + phase % 2;
-          over_rows(0, count, [&](Index pixel, auto rows_at_once) {
-            Sums<rows_at_once()> sums{};
-            for (int tap = 0; tap < at.count; ++tap) {
-              const T* from[rows_at_once()];
-              for (int r = 0; r < rows_at_once(); ++r) from[r] = inputs[pixel + r] + at.offset[tap];
-              multiply(sums, from, weights + tap * panel_size<T>(depth), depth);
-            }
-            for (int r = 0; r < rows_at_once(); ++r) {
-              for (int v = 0; v < kPanelVectors; ++v) output.write(pixels[pixel + r] + place, v, sums.of[r][v]);
-            }
+          with_vectors(a.out_channels - p * kPanel, [&](auto vectors) {
+            over_rows(0, count, [&](Index pixel, auto rows_at_once) {
+              Sums<rows_at_once(), vectors()> sums{};
+              for (int tap = 0; tap < at.count; ++tap) {
+                const T* from[rows_at_once()];
+                for (int r = 0; r < rows_at_once(); ++r) from[r] = inputs[pixel + r] + at.offset[tap];
+                multiply(sums, from, weights + tap * panel_size<T>(depth), depth);
+              }
+              for (int r = 0; r < rows_at_once(); ++r) {
+                for (int v = 0; v < vectors(); ++v) output.write(pixels[pixel + r] + place, v, sums.of[r][v]);
+              }
+            });
           });
         }
       }
