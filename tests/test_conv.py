@@ -280,10 +280,12 @@ class TestWhereItServes:
         torch.testing.assert_close(tangent, convolution(x, layer.weight, None))
 
     @serves
-    def test_after_an_upsampling(self, calls: list[str]) -> None:
+    def test_after_an_upsampling(self, calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         layer = Upsample(8).to(memory_format=CHANNELS_LAST)  # type: ignore[call-overload]
         x = torch.randn(4, 8, 6, 6, requires_grad=True)
-        y = layer(x)
+        with monkeypatch.context() as patch:
+            patch.setattr(conv, "doubled", None)  # there is no large map
+            y = layer(x)
         assert calls == ["ours"]
         torch.testing.assert_close(y, upsampled_convolution(x, layer.conv.weight, layer.conv.bias))
         with torch.no_grad():
@@ -308,9 +310,11 @@ class TestWhereItServes:
         torch.testing.assert_close(layer(x), y)
         assert seen == [(4, 8, 12, 12)]
 
-    def test_wrong_input_is_pytorchs_error(self, layer: Conv3x3) -> None:
+    def test_wrong_input_is_an_error(self, layer: Conv3x3) -> None:
         with pytest.raises(RuntimeError, match="channels"):
             layer(torch.randn(4, 7, 6, 6))
+        with pytest.raises(ValueError, match=r"upsampling: expected x to be \[N, C, H, W\], got shape \(8, 6, 6\)"):
+            Upsample(8)(torch.randn(8, 6, 6))
 
     @serves
     def test_hooks_and_copies(self, layer: Conv3x3) -> None:

@@ -105,9 +105,11 @@ def test_where_pytorch_lends_none_its_own_convolutions_serve(monkeypatch: pytest
 
     config = SMALL | VARIANTS["heads"]
     model = UNet(**config).eval()
+    randomise(model)  # a new network's output is 0
     inputs = make_inputs(config, 2)
     with monkeypatch.context() as patch:
         patch.setattr(OneDnnConv, "forward", missing)
         frozen: FrozenUNet = freeze(model, torch.float32)
     assert not any(isinstance(module, OneDnnConv) for module in frozen.modules())
-    torch.testing.assert_close(frozen(*inputs), model(*inputs), rtol=1e-4, atol=1e-5)
+    exact = copy.deepcopy(model).double()(*inputs)
+    assert relative_error(frozen(*inputs), exact) <= 2 * relative_error(model(*inputs), exact)

@@ -28,9 +28,7 @@ def is_trained_here(h: Tensor, projections: Sequence[nn.Module], num_heads: int)
 
 def _is_plain_linear(layer: nn.Module, channels: int) -> bool:
     """A product and nothing else."""
-    if not isinstance(layer, nn.Linear) or not is_untouched(layer, nn.Linear):
-        return False
-    return layer.weight.shape == (channels, channels) and layer.bias is not None
+    return is_untouched(layer, nn.Linear) and layer.weight.shape == (channels, channels) and layer.bias is not None
 
 
 def attention(qkv: Tensor, num_heads: int) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, Final, TypeGuard, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from ..ops._library import define, dtype_code, is_plain, pointer
 from ..ops.backend import BUILD, native, native_error
 from .replay import empty, keep
+
+Layer = TypeVar("Layer", bound=nn.Module)
 
 DTYPES: Final = (torch.float32, torch.bfloat16)
 
@@ -123,13 +125,13 @@ def upsampled(conv: nn.Module, x: Tensor) -> Tensor:
     In training it is by F(2x2, 2x2) of the small map where `Conv3x3` would be this package's, and is what it was made: what
     stands in its place or watches it gets the large map.
     """
-    out = _trained(conv, x, upsample=True) if isinstance(conv, Conv3x3) and is_untouched(conv, Conv3x3) else None
+    out = _trained(conv, x, upsample=True) if is_untouched(conv, Conv3x3) else None
     if out is None:
         out = conv(doubled(x))
     return out
 
 
-def is_untouched(layer: nn.Module, kind: type[nn.Module]) -> bool:
+def is_untouched(layer: nn.Module, kind: type[Layer]) -> TypeGuard[Layer]:
     """Whether it does what this very class does, and nobody watches its calls."""
     hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
     return type(layer) is kind and "forward" not in vars(layer) and not any(hooks)
@@ -145,7 +147,9 @@ def _trained(conv: Conv3x3, x: Tensor, *, upsample: bool) -> Tensor | None:
 
 
 def doubled(x: Tensor) -> Tensor:
-    """Every pixel twice in both directions."""
+    """Every pixel twice in both directions: [N, C, H, W] -> [N, C, 2 H, 2 W]."""
+    if x.dim() != 4:  # of [C, H, W] PyTorch would double the width alone
+        raise ValueError(f"upsampling: expected x to be [N, C, H, W], got shape {tuple(x.shape)}")
     return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
@@ -232,7 +236,7 @@ def _weight_gradients(x: Tensor, grad: Tensor, has_bias: bool, upsample: bool) -
 
 
 def float_bias(bias: Tensor) -> Tensor:
-    """As the kernels read it."""
+    """As the kernels read it: float32 [out], without a gradient. It may be the bias's own memory."""
     return bias.detach().float().contiguous()
 
 
