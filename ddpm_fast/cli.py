@@ -90,9 +90,16 @@ def _train_option(declaration: str, help: str, **settings: Any) -> Callable[[_Co
 @_train_option("--dropout", "Probability of dropout in the residual blocks.")
 @_train_option("--conditional/--unconditional", "Give the network the class.")
 @_train_option("--label-dropout", "Probability of training without the class, for guidance.")
+@_train_option("--init", "Start from the weights in this folder: a model's, a run's or a checkpoint's.", type=click.Path())
 @_train_option("--num-timesteps", "T, the length of the forward process.")
 @_train_option("--schedule", "Noise schedule.", type=click.Choice(["linear", "scaled_linear", "cosine", "sigmoid"]))
 @_train_option("--prediction", "What is predicted.", type=click.Choice(["epsilon", "sample", "v_prediction"]))
+@_train_option(
+    "--loss-weight",
+    "Weight the loss of each timestep.  [default: equal weights, eq. 12]",
+    type=click.Choice(["min-snr"]),
+    callback=lambda ctx, option, value: value and value.replace("-", "_"),
+)
 @_train_option("--steps", "Optimizer steps, counted from the run's beginning.")
 @_train_option("--batch-size", "Images a step.")
 @_train_option("--lr", "Learning rate after warm-up.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -243,6 +243,44 @@ class NoiseSchedule:
     def snr(self) -> Tensor:
         """Signal-to-noise ratio abar_t / (1 - abar_t) (Kingma et al. 2021)."""
         return self.alpha_bars / (1 - self.alpha_bars)
+
+    def loss_weight(
+        self, kind: Literal["min_snr"], prediction: Literal["epsilon", "sample", "v_prediction"], gamma: float = 5.0
+    ) -> Tensor:
+        """Return the weight of each timestep's loss, measured on the prediction itself.
+
+        "min_snr" (Hang et al. 2023) bounds the weight of the loss on x_0 by `gamma`. With S = `snr`:
+
+            epsilon         min(S, gamma) / S, and 1 where S = 0
+            sample          min(S, gamma)
+            v_prediction    min(S, gamma) / (S + 1)
+
+        Args:
+            kind: "min_snr".
+            prediction: What the network predicts: "epsilon", "sample" or "v_prediction".
+            gamma: The bound, positive and finite.
+
+        Returns:
+            float64 [T] on the CPU. Pass `weights[t].float()` as the `weight` of `denoising_loss`.
+
+        Raises:
+            ValueError: An argument is not one of the above.
+        """
+        if kind != "min_snr":
+            raise ValueError(f'NoiseSchedule.loss_weight: expected kind to be "min_snr", got {kind!r}')
+        if not 0 < gamma < math.inf:
+            raise ValueError(f"NoiseSchedule.loss_weight: expected gamma to be positive and finite, got {gamma!r}")
+        snr = self.snr
+        bounded = snr.clamp(max=gamma)
+        if prediction == "epsilon":
+            return torch.where(snr > 0, bounded / snr, 1.0)
+        if prediction == "sample":
+            return bounded
+        if prediction == "v_prediction":
+            return bounded / (snr + 1)
+        raise ValueError(
+            f"NoiseSchedule.loss_weight: expected prediction to be epsilon, sample or v_prediction, got {prediction!r}"
+        )
 
     def coefficients(self, device: torch.device | str = "cpu") -> Tensor:
         """The table that `q_sample` and `denoising_loss` gather from: float32 [T, 2] of sqrt(abar_t), sqrt(1 - abar_t).

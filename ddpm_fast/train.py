@@ -33,7 +33,7 @@ from .data import ImageDataset, load_dataset, to_unit_range
 from .draws import TrainingDraws
 from .images import save_grid
 from .memory import kept_memory
-from .nn import UNet
+from .nn import UNet, UNetConfig
 from .ops import denoising_loss, q_sample
 from .plan import ddim_plan
 from .run_folder import LOG_COLUMNS, RunFolder, write_json
@@ -52,6 +52,9 @@ CHANGEABLE: Final = frozenset(
 
 # Arguments that concern one call and are not part of the run's configuration.
 THIS_CALL: Final = frozenset({"run_dir", "max_minutes", "resume", "progress"})
+
+# Keys of a network's configuration that its weights do not depend on.
+_NOT_IN_WEIGHTS: Final = frozenset({"sample_size", "dropout", "num_train_timesteps"})
 
 _log = logging.getLogger("ddpm_fast")
 
@@ -90,10 +93,12 @@ def train(
     dropout: float = 0.0,  # probability
     conditional: bool = True,  # give the network the class, where the data set has more than one
     label_dropout: float = 0.1,  # probability of training without the class, for guidance
+    init: str | None = None,  # start from the weights in this folder: a model's, a run's or a checkpoint's
     # diffusion
     num_timesteps: int = 1000,  # T
     schedule: Literal["linear", "scaled_linear", "cosine", "sigmoid"] = "linear",  # betas
     prediction: Literal["epsilon", "sample", "v_prediction"] = "epsilon",  # what the network predicts
+    loss_weight: Literal["min_snr"] | None = None,  # weight of each timestep's loss; None: 1 (eq. 12)
     # optimisation
     steps: int = 20_000,  # optimizer steps, counted from the run's beginning
     batch_size: int = 64,  # images a step
@@ -147,7 +152,8 @@ def train(
         options=options,
         dataset=dataset,
         labelled=conditional and len(dataset.classes) > 1,
-        schedule=getattr(NoiseSchedule, schedule)(num_timesteps),
+        schedule=(noise_schedule := getattr(NoiseSchedule, schedule)(num_timesteps)),
+        loss_weight=None if loss_weight is None else noise_schedule.loss_weight(loss_weight, prediction).float(),
         draws=TrainingDraws(seed, batch_size),
         device=_device(device),
     )
@@ -202,13 +208,16 @@ def _run(
     checkpoint_every, checkpoint_minutes = options["checkpoint_every"], options["checkpoint_minutes"]
     state = _State.initial(task)  # first, as it refuses options that make no network: a folder would be in the next try's way
     run = RunFolder(run_dir)
+    checkpoint = run.latest_checkpoint() if resume else None
+    if options["init"] is not None and checkpoint is None:
+        state.load_weights(options["init"])
     config = task.config()
     if resume:
         _check_same(run, config)
         run.write_config(config)  # with the options that were changed
     else:
         run.create(config)
-    if resume and (checkpoint := run.latest_checkpoint()):
+    if checkpoint is not None:
         state.load(checkpoint)
         _log.info("resuming %s at step %d", run.path, state.step)
     run.remove_leftovers()
@@ -279,6 +288,7 @@ class _Task:
     dataset: ImageDataset
     labelled: bool  # the network is given the class
     schedule: NoiseSchedule
+    loss_weight: Tensor | None  # float32 [T]
     draws: TrainingDraws
     device: torch.device
 
@@ -340,6 +350,21 @@ class _State:
         with replacing(folder / "optimizer.safetensors") as temporary:
             safetensors.torch.save_file(tensors, temporary)
 
+    def load_weights(self, init: str) -> None:
+        """Load the weights and their moving average from a folder that another training wrote."""
+        network, average = _weight_folders(Path(init))
+        wanted = UNetConfig.from_dict(self.model.config).to_dict()
+        for model, folder in ((self.model, network), (self.ema, average)):
+            source = UNet.from_pretrained(folder)
+            found = UNetConfig.from_dict(source.config).to_dict()
+            differing = [key for key in wanted if key not in _NOT_IN_WEIGHTS and wanted[key] != found[key]]
+            if differing:
+                raise ValueError(
+                    f"train: expected init to hold a network as the options describe it, got {init!r}, in which "
+                    + ", ".join(f"{key} is {found[key]!r} instead of {wanted[key]!r}" for key in differing)
+                )
+            model.load_state_dict(source.state_dict())
+
     def load(self, folder: Path) -> None:
         self.model.load_state_dict(UNet.from_pretrained(folder / "unet").state_dict())
         self.ema.load_state_dict(UNet.from_pretrained(folder / "unet_ema").state_dict())
@@ -375,7 +400,8 @@ def _step(task: _Task, state: _State) -> tuple[Tensor, float]:
     x_t = q_sample(x_0, t, task.schedule, seeds=seeds)
     with torch.autocast(task.device.type, torch.bfloat16, enabled=options["precision"] == "bf16"):
         output = state.model(x_t, t, labels if task.labelled else None)
-    loss = denoising_loss(output.float(), x_0, t, task.schedule, prediction=options["prediction"], seeds=seeds)
+    weight = None if task.loss_weight is None else task.loss_weight.to(task.device)[t]
+    loss = denoising_loss(output.float(), x_0, t, task.schedule, prediction=options["prediction"], seeds=seeds, weight=weight)
     loss.backward()
     parameters: list[Tensor] = list(state.model.parameters())
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, options["clip_grad"] or math.inf, foreach=True)
@@ -387,7 +413,9 @@ def _step(task: _Task, state: _State) -> tuple[Tensor, float]:
         group["lr"] = rate
     state.optimizer.step()
     state.optimizer.zero_grad()
-    decay = min(options["ema_decay"], (1 + step) / (10 + step))
+    decay = options["ema_decay"]
+    if options["init"] is None:  # the first weights are random: forget them soon
+        decay = min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(state.ema.parameters()), parameters, 1 - decay)
     state.losses.append(loss.detach())
     state.step += 1
@@ -462,6 +490,7 @@ def _check_options(options: Mapping[str, Any]) -> None:
     }
     for name, allowed in choices.items():
         expect(name, options[name] in allowed, f"one of {', '.join(allowed)}")
+    expect("loss_weight", options["loss_weight"] in (None, "min_snr"), '"min_snr" or None')
     for name in ("layers", "num_timesteps", "steps", "batch_size", "log_every", "sample_steps", "keep"):
         expect(name, options[name] >= 1, "at least 1")
     for name in ("warmup_steps", "lr_decay_steps", "weight_decay", "clip_grad", "sample_every", "checkpoint_every"):
@@ -473,6 +502,20 @@ def _check_options(options: Mapping[str, Any]) -> None:
     expect("checkpoint_minutes", options["checkpoint_minutes"] >= 0, "at least 0")
     expect("channels", len(options["channels"]) > 0, "at least one number")
     expect("threads", options["threads"] is None or options["threads"] >= 1, "at least 1 or None")
+
+
+def _weight_folders(init: Path) -> tuple[Path, Path]:
+    """Return the folders of the weights and of their moving average; one folder serves as both if it has no average."""
+    run = RunFolder(init)
+    folder: Path | None = init
+    if run.checkpoints.is_dir():
+        folder = run.latest_checkpoint()
+    if folder is None or not folder.is_dir():
+        raise FileNotFoundError(
+            "train: expected init to be the folder of a model, of a run with a checkpoint, or of a checkpoint, "
+            f"got {str(init)!r}"
+        )
+    return (folder / "unet", folder / "unet_ema") if (folder / "unet_ema").is_dir() else (folder, folder)
 
 
 def _device(name: str | None) -> torch.device:

@@ -92,6 +92,21 @@ def test_table_is_rounded_once_from_float64() -> None:
     assert schedule.coefficients() is table
 
 
+@pytest.mark.parametrize("make", [NoiseSchedule.linear, lambda: NoiseSchedule.cosine().rescale_zero_terminal_snr()])
+def test_min_snr_weights_are_one_bound_on_the_loss_on_x_0(make) -> None:
+    """The three weights differ by the factor between the squared errors of epsilon, x_0 and v: S, 1 and 1 / (S + 1)."""
+    schedule = make()
+    bounded = schedule.snr.clamp(max=5.0)
+    torch.testing.assert_close(schedule.loss_weight("min_snr", "sample"), bounded, rtol=0, atol=0)
+    torch.testing.assert_close(schedule.loss_weight("min_snr", "v_prediction") * (schedule.snr + 1), bounded)
+    epsilon = schedule.loss_weight("min_snr", "epsilon")
+    torch.testing.assert_close(epsilon * schedule.snr, bounded)
+    assert epsilon.isfinite().all()
+    assert float(epsilon.min()) < 0.01
+    assert epsilon[schedule.snr <= 5].eq(1).all()
+    assert schedule.loss_weight("min_snr", "sample", gamma=1.0).max() == 1.0
+
+
 def test_tables_are_kept_by_the_number_of_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """As tensors name their device; "cuda" is another one when the current GPU changes."""
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
@@ -112,6 +127,9 @@ def test_tables_are_kept_by_the_number_of_the_gpu(monkeypatch: pytest.MonkeyPatc
         (lambda: NoiseSchedule.from_betas([0.1, math.nan, 2]), "expected every beta in .0, 1., got nan at index 1"),
         (lambda: NoiseSchedule.from_betas([]), r"NoiseSchedule: expected betas .*shape \[T\]"),
         (lambda: NoiseSchedule.from_config({"name": "exp"}), "from_config: expected name to be one of .*, got 'exp'"),
+        (lambda: NoiseSchedule.linear().loss_weight("p2", "epsilon"), "expected kind to be \"min_snr\", got 'p2'"),
+        (lambda: NoiseSchedule.linear().loss_weight("min_snr", "mean"), "expected prediction to be epsilon, .*, got 'mean'"),
+        (lambda: NoiseSchedule.linear().loss_weight("min_snr", "sample", 0), "expected gamma to be positive and finite, got 0"),
         (lambda: NoiseSchedule.linear(1).rescale_zero_terminal_snr(), "expected a schedule of at least 2 timesteps, got 1"),
     ],
 )

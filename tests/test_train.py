@@ -197,6 +197,7 @@ def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
     ("option", "value", "wanted"),
     [
         ("schedule", "exponential", "one of linear, scaled_linear"),
+        ("loss_weight", "p2", '"min_snr" or None'),
         ("precision", "fp8", "one of float32, bf16"),
         ("steps", 0, "at least 1"),
         ("lr_decay_steps", -1, "at least 0"),
@@ -214,6 +215,56 @@ def test_bad_options_are_refused_before_anything_is_written(option: str, value: 
     with pytest.raises(ValueError, match=f"train: expected {option} to be {wanted}"):
         train(tmp_path / "run", **QUIET | {option: value})
     assert not (tmp_path / "run").exists()
+
+
+def test_init_starts_from_the_weights_of_a_run_a_checkpoint_or_a_model(tmp_path: Path) -> None:
+    first = tmp_path / "first"
+    train(first, **QUIET, steps=4)
+    checkpoint = RunFolder(first).latest_checkpoint()
+    assert checkpoint is not None
+    export_checkpoint(first, tmp_path / "model", torch.float32)
+    sources = {"run": first, "checkpoint": checkpoint, "model": tmp_path / "model"}
+    for name, source in sources.items():
+        train(tmp_path / f"from-{name}", **QUIET | {"lr": 1e-12}, init=str(source), steps=1)
+        new, old = weights(tmp_path / f"from-{name}"), weights(first)
+        for network in ("unet", "unet_ema"):
+            expected = "unet_ema" if name == "model" else network  # a model's folder has the average alone
+            for key in (key.removeprefix("unet.") for key in old if key.startswith("unet.")):
+                torch.testing.assert_close(new[f"{network}.{key}"], old[f"{expected}.{key}"], rtol=1e-4, atol=1e-6)
+        assert not torch.equal(new["unet.conv_in.weight"], new["unet_ema.conv_in.weight"]) or name == "model"
+        assert all(value == 1 for key, value in new.items() if ".step." in key)  # the optimizer starts afresh
+
+
+def test_init_keeps_the_average_from_the_first_step(tmp_path: Path) -> None:
+    train(tmp_path / "first", **QUIET, steps=2)
+    options = QUIET | {"lr": 10.0, "warmup_steps": 0, "ema_decay": 0.9999}
+    train(tmp_path / "next", **options, init=str(tmp_path / "first"), steps=1)
+    new, old = weights(tmp_path / "next"), weights(tmp_path / "first")
+    key = "unet_ema.conv_in.weight"
+    assert 0 < (new[key] - old[key]).abs().max() < 0.01  # the weights themselves have moved by 10
+
+
+def test_init_that_does_not_fit_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    train(tmp_path / "first", **QUIET, steps=1)
+    with pytest.raises(
+        ValueError, match=r"expected init to hold a network as the options .* layers_per_block is 1 instead of 2"
+    ):
+        train(tmp_path / "next", **QUIET | {"layers": 2}, init=str(tmp_path / "first"))
+    with pytest.raises(FileNotFoundError, match=r"expected init to be the folder of a model, .*, got '.*nowhere'"):
+        train(tmp_path / "next", **QUIET, init=str(tmp_path / "nowhere"))
+    assert not (tmp_path / "next").exists()
+
+
+def test_loss_weight_scales_each_samples_loss(tmp_path: Path) -> None:
+    losses = {}
+    for name in (None, "min_snr"):
+        train(tmp_path / str(name), **QUIET | {"batch_size": 64}, steps=1, loss_weight=name)
+        losses[name] = float(log_rows(tmp_path / str(name))[0]["loss"])
+    schedule = NoiseSchedule.linear(1000)
+    factors = schedule.loss_weight("min_snr", "epsilon")[TrainingDraws(0, 64).timesteps(0, 1000)]
+    # A new network's output is 0 and its loss about 1 at every timestep.
+    assert float(factors.mean()) < 0.95
+    assert losses["min_snr"] == pytest.approx(losses[None] * float(factors.mean()), rel=0.02)
 
 
 def test_options_that_make_no_network_leave_no_folder(tmp_path: Path) -> None:
