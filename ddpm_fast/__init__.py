@@ -9,9 +9,9 @@ from .memory import kept_memory
 from .nn import UNet, freeze
 from .ops import BackendUnavailable, denoising_loss, group_norm_silu, noise, q_sample, reverse_step, sample_seeds
 from .plan import SamplingPlan, ddim_plan, ddpm_plan
-from .sample import sample
+from .sampling import sample
 from .schedule import NoiseSchedule
-from .train import TrainResult, export_checkpoint, train
+from .training import TrainResult, export_checkpoint, train
 from .version import __version__ as __version__
 
 __all__ = [

@@ -26,8 +26,8 @@ from .images import image_format, save_grid, save_trajectory
 from .info import info
 from .plan import SamplingPlan, ddim_plan, ddpm_plan
 from .run_folder import RunFolder, write_json
-from .sample import sample
-from .train import export_checkpoint, train
+from .sampling import sample
+from .training import export_checkpoint, train
 from .version import __version__
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])

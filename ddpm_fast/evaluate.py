@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from . import graph, ops
 from .networks import device_and_dtype, evaluation_mode, predict
 from .plan import COLUMNS, Prediction, Variance, ddpm_plan
-from .sample import check_images, resolve_labels, resolve_seeds
+from .sampling import check_images, resolve_labels, resolve_seeds
 from .schedule import NoiseSchedule
 
 _BIN = 2 / 255  # width of one of the 256 grey levels in [-1, 1]

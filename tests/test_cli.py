@@ -15,7 +15,7 @@ from click.testing import CliRunner
 
 import ddpm_fast
 from ddpm_fast.cli import main, train_command
-from ddpm_fast.train import train
+from ddpm_fast.training import train
 
 TINY = [
     "--channels=16,32",

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from small_unets import relative_error
-from test_sample import SCHEDULE, Recording, tiny_unet
+from test_sampling import SCHEDULE, Recording, tiny_unet
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

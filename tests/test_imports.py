@@ -28,20 +28,20 @@ ALLOWED = {
     "networks": set(),
     "loop": {"reference", "plan", "ops", "networks"},
     "graph": {"nn", "networks", "loop"},
-    "sample": {"plan", "ops", "nn", "images", "networks", "loop", "graph"},
-    "evaluate": {"schedule", "plan", "ops", "networks", "graph", "sample"},
+    "sampling": {"plan", "ops", "nn", "images", "networks", "loop", "graph"},
+    "evaluate": {"schedule", "plan", "ops", "networks", "graph", "sampling"},
     "builtin": {"schedule", "plan", "nn", "run_folder"},
-    "train": {
-        *("version", "atomic", "memory", "schedule", "plan", "ops", "nn", "data", "images", "run_folder", "draws", "sample"),
+    "training": {
+        *("version", "atomic", "memory", "schedule", "plan", "ops", "nn", "data", "images", "run_folder", "draws", "sampling"),
     },
     "integrations": {
-        *("reference", "schedule", "plan", "ops", "nn", "networks", "loop", "graph", "sample", "evaluate", "integrations"),
+        *("reference", "schedule", "plan", "ops", "nn", "networks", "loop", "graph", "sampling", "evaluate", "integrations"),
     },
     "__init__": {
-        *("version", "memory", "schedule", "plan", "ops", "nn", "images", "sample", "evaluate", "builtin", "train"),
+        *("version", "memory", "schedule", "plan", "ops", "nn", "images", "sampling", "evaluate", "builtin", "training"),
         "integrations",
     },
-    "cli": {"version", "plan", "info", "data", "images", "run_folder", "sample", "evaluate", "builtin", "train"},
+    "cli": {"version", "plan", "info", "data", "images", "run_folder", "sampling", "evaluate", "builtin", "training"},
     "__main__": {"cli"},
 }
 

@@ -21,7 +21,7 @@ from ..ops import noise as draw_noise
 from ..ops._library import check_float, check_like, check_number, check_seeds
 from ..plan import SamplingPlan, ddim_plan, ddpm_plan
 from ..reference import STREAM_OFFSET, STREAM_Q_SAMPLE, STREAM_X_T
-from ..sample import resolve_seeds
+from ..sampling import resolve_seeds
 from ..schedule import NoiseSchedule
 
 _Prediction = Literal["epsilon", "sample", "v_prediction"]

@@ -37,7 +37,7 @@ from .nn import UNet, UNetConfig
 from .ops import denoising_loss, q_sample
 from .plan import ddim_plan
 from .run_folder import LOG_COLUMNS, RunFolder, write_json
-from .sample import sample
+from .sampling import sample
 from .schedule import NoiseSchedule
 from .version import __version__
 

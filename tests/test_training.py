@@ -30,7 +30,7 @@ from ddpm_fast.ops import noise
 from ddpm_fast.reference import STREAM_Q_SAMPLE
 from ddpm_fast.run_folder import RunFolder
 from ddpm_fast.schedule import NoiseSchedule
-from ddpm_fast.train import TrainResult, _lr_factor, export_checkpoint, train
+from ddpm_fast.training import TrainResult, _lr_factor, export_checkpoint, train
 
 # A network of two levels on 8x8 digits: milliseconds a step.
 TINY: dict[str, Any] = {
