@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: check setup build lint test test-slow bench gpu-check format clean
+.PHONY: check setup build lint test test-slow bench gpu-check docs format clean
 
 check: setup lint test  ## all that a change has to pass, from a fresh clone
 
@@ -35,6 +35,14 @@ bench:  ## images/s of sampling, and every op beside its peers
 
 gpu-check:  ## on a machine with an NVIDIA GPU: build, test and measure in ten minutes
 	$(if $(wildcard $(RUN)),$(RUN),$(PYTHON)) benchmarks/gpu_check.py
+
+# Only docs/hooks.py and the docstrings are read, so nothing is compiled.
+docs:  ## the documentation, in build/docs; fails on a broken link or a public name without a page
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -c "import mkdocs, material, mkdocstrings, latex2mathml" 2>/dev/null || \
+		DDPM_FAST_NO_NATIVE=1 $(RUN) -m pip install --quiet -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
+	@echo "the documentation is in build/docs/index.html"
 
 format:  ## rewrites the sources in the project's style
 	$(RUN) -m ruff check --fix .
