@@ -39,7 +39,7 @@ gpu-check:  ## on a machine with an NVIDIA GPU: build, test and measure in ten m
 # Only docs/hooks.py and the docstrings are read, so nothing is compiled.
 docs:  ## the documentation, in build/docs; fails on a broken link or a public name without a page
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	$(RUN) -c "import mkdocs, material, mkdocstrings, latex2mathml" 2>/dev/null || \
+	$(RUN) -c "import mkdocs, material, mkdocstrings, ziamath" 2>/dev/null || \
 		DDPM_FAST_NO_NATIVE=1 $(RUN) -m pip install --quiet -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
 	@echo "the documentation is in build/docs/index.html"

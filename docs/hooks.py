@@ -14,7 +14,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import griffe
-import latex2mathml.converter
+import ziamath
 from markdown import Markdown
 from markdown.extensions import Extension
 from markdown.inlinepatterns import InlineProcessor
@@ -22,7 +22,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parent.parent
-LANGUAGES = {".py": "python", ".json": "json", ".csv": "text", ".toml": "toml"}
+CODE = {".py": "python"}  # files shown as pages; others are copied as they are
 
 # Modules whose public names have to be in the API reference: those in `__all__`, else the classes and functions defined there.
 PUBLIC_MODULES = (
@@ -45,19 +45,24 @@ log = logging.getLogger("mkdocs.hooks")
 # ----------------------------------------------------------------------------------------------------------- equations
 
 
-def mathml(latex: str, display: str) -> str:
-    """Convert LaTeX to MathML, which browsers render without a script."""
-    return latex2mathml.converter.convert(latex, display=display)
+ziamath.config.precision = 2  # digits of a coordinate: pages stay small
+
+
+def svg(latex: str, *, inline: bool) -> str:
+    """Draw LaTeX as an SVG in the colour of the text. It needs neither a script nor a font where it is read."""
+    drawn = ziamath.Latex(latex, size=17 if inline else 19, color="currentColor", inline=inline)
+    style = f"vertical-align: {drawn.getyofst():.2f}px"
+    return f'<span class="math" role="img" aria-label="{html.escape(latex)}" style="{style}">{drawn.svg()}</span>'
 
 
 def equation(source: str, *_: Any, **__: Any) -> str:
-    r"""Render a ```math block. `\tag{3}` numbers it, and links reach it as `#eq-3`."""
+    r"""Draw a ```math block. `\tag{3}` numbers it, and links reach it as `#eq-3`."""
     number = re.search(r"\\tag\{([^}]*)\}", source)
-    rendered = mathml(source.replace(number[0], "") if number else source, "block")
+    drawn = svg((source.replace(number[0], "") if number else source).strip(), inline=False)
     if number is None:
-        return f'<div class="equation">{rendered}</div>'
+        return f'<div class="equation">{drawn}</div>'
     label = html.escape(number[1])
-    return f'<div class="equation" id="eq-{label}">{rendered}<span class="equation-number">({label})</span></div>'
+    return f'<div class="equation" id="eq-{label}">{drawn}<span class="equation-number">({label})</span></div>'
 
 
 class InlineMath(InlineProcessor):
@@ -65,7 +70,7 @@ class InlineMath(InlineProcessor):
 
     def handleMatch(self, m: re.Match[str], data: str) -> tuple[ElementTree.Element | str, int, int]:  # type: ignore[override]
         assert self.md is not None
-        return self.md.htmlStash.store(mathml(m[1], "inline")), m.start(0), m.end(0)
+        return self.md.htmlStash.store(svg(m[1], inline=True)), m.start(0), m.end(0)
 
 
 class InlineMathExtension(Extension):
@@ -82,6 +87,12 @@ def on_config(config: Any) -> Any:
     return config
 
 
+def on_page_content(html: str, page: Page, config: Any, files: Files) -> None:
+    """Tell MkDocs of the equations' anchors, so that it checks links to them."""
+    assert page.present_anchor_ids is not None
+    page.present_anchor_ids |= set(re.findall(r'id="(eq-[^"]+)"', html))
+
+
 # --------------------------------------------------------------------------------------------------- links out of docs/
 
 
@@ -95,7 +106,7 @@ def target_in_site(path: str) -> str:
     """Return the source URI under which MkDocs knows a file of the repository."""
     if path.startswith("docs/"):
         return path.removeprefix("docs/")
-    return f"repository/{path}" + (".page.md" if Path(path).suffix in LANGUAGES else "")
+    return f"repository/{path}" + (".page.md" if Path(path).suffix in CODE else "")
 
 
 def _links(text: str) -> list[re.Match[str]]:
@@ -107,9 +118,9 @@ def _add(files: Files, config: Any, path: str) -> None:
     uri = target_in_site(path)
     if uri in files.src_uris or not (ROOT / path).is_file():
         return
-    if Path(path).suffix in LANGUAGES:
+    if Path(path).suffix in CODE:
         text = (ROOT / path).read_text(encoding="utf-8")
-        content = f"# {path}\n\n````{LANGUAGES[Path(path).suffix]}\n{text}\n````\n"
+        content = f"# {path}\n\n````{CODE[Path(path).suffix]}\n{text}\n````\n"
         files.append(File.generated(config, uri, content=content))
         return
     files.append(File.generated(config, uri, abs_src_path=str(ROOT / path)))
@@ -133,6 +144,7 @@ def on_files(files: Files, config: Any) -> Files:
 def on_page_markdown(markdown: str, page: Page, config: Any, files: Files) -> str:
     """Rewrite links between files of the repository into links between pages of the site."""
     folder = posixpath.dirname(home(page))
+    markdown = re.sub(r"^<!-- test: .*?-->\n", "", markdown, flags=re.MULTILINE | re.DOTALL)  # for tests/test_documents.py
 
     def rewritten(link: re.Match[str]) -> str:
         if "://" in link[2]:
