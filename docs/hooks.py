@@ -18,6 +18,7 @@ import ziamath
 from markdown import Markdown
 from markdown.extensions import Extension
 from markdown.inlinepatterns import InlineProcessor
+from markdown.util import ETX, STX
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
@@ -73,15 +74,24 @@ class InlineMath(InlineProcessor):
         return self.md.htmlStash.store(svg(m[1], inline=True)), m.start(0), m.end(0)
 
 
-class InlineMathExtension(Extension):
-    """Renders `$...$` after code spans and before backslash escapes are read."""
+class Underscore(InlineProcessor):
+    """An underscore that stays one: in a docstring, `x_0 + x_t` is no emphasis."""
+
+    def handleMatch(self, m: re.Match[str], data: str) -> tuple[str, int, int]:  # type: ignore[override]
+        return f"{STX}{ord('_')}{ETX}", m.start(0), m.end(0)  # as Markdown keeps what a backslash escapes
+
+
+class MathExtension(Extension):
+    """Text with formulas: `$...$` is drawn, and `_` is never emphasis."""
 
     def extendMarkdown(self, md: Markdown) -> None:
+        # Code spans have priority 190, backslash escapes 180, HTML 90, emphasis 60.
         md.inlinePatterns.register(InlineMath(r"\$(?=\S)([^$\n]+?)(?<=\S)\$", md), "inline_math", 185)
+        md.inlinePatterns.register(Underscore("_", md), "underscore", 65)
 
 
 def on_config(config: Any) -> Any:
-    config.markdown_extensions.append(InlineMathExtension())
+    config.markdown_extensions.append(MathExtension())
     fences = config.mdx_configs.setdefault("pymdownx.superfences", {}).setdefault("custom_fences", [])
     fences.append({"name": "math", "class": "equation", "format": equation})
     return config
@@ -176,7 +186,8 @@ def public_objects(package: griffe.Object | griffe.Alias) -> dict[str, griffe.Ob
             else:
                 public = not (name.startswith("_") or member.is_alias) and (member.is_class or member.is_function)
             if public and f"{path}.{name}" not in INTERNAL:
-                found[f"{path}.{name}"] = member
+                # Griffe takes ddpm_fast.noise for the module ops/noise.py; what one imports is the function in it.
+                found[f"{path}.{name}"] = member[name] if member.is_module else member
     return found
 
 
