@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from . import graph, ops
 from .networks import device_and_dtype, evaluation_mode, predict
@@ -124,6 +123,8 @@ def variational_bound(
         evaluation_mode(network := model if running.network is None else running.network),
         torch.inference_mode(),
     ):
+        from tqdm.auto import tqdm
+
         for t in tqdm(timesteps, desc="variational bound", unit="timestep", disable=not progress):
             epsilon = None if noise is None else noise(t).to(x_0)
             for chunk in chunks:

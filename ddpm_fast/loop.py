@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from .networks import predict
-from .ops import noise, reverse_step
+from .ops import initial_noise, reverse_step
 from .plan import SamplingPlan
-from .reference import STREAM_X_T
 
 
 class Loop:
@@ -59,7 +58,7 @@ class Loop:
         if self._labels is not None and labels is not None:
             self._labels[: len(labels)] = labels
         x_t = self.x_t
-        x_t.copy_(noise(x_t.shape, self._seeds, stream=STREAM_X_T, dtype=x_t.dtype, device=x_t.device))
+        x_t.copy_(initial_noise(x_t.shape, self._seeds, dtype=x_t.dtype, device=x_t.device))
         if self._x_0 is not None:
             self._x_0.zero_()
 

@@ -9,7 +9,6 @@ from typing import Literal, overload
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from . import graph
 from .images import evenly_spaced
@@ -167,6 +166,8 @@ def sample(
             guidance_scale=guidance_scale if guided else None,
         )
         chunks = [slice(i, i + (batch_size or num_samples)) for i in range(0, num_samples, batch_size or num_samples)]
+        from tqdm.auto import tqdm
+
         # On a GPU the bar counts the steps handed over: to know how many are done, the host would have to wait for them.
         bar = tqdm(total=len(chunks) * plan.num_steps, desc="sampling", unit="step", disable=not progress)
         with bar, evaluation_mode(network), torch.inference_mode():

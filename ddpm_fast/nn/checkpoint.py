@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -59,6 +58,8 @@ def save_checkpoint(path: str | os.PathLike[str], config: UNetConfig, weights: M
             f"got {os.fspath(path)!r} which differs in {changed}"
         )
     with replacing(folder / _WEIGHTS) as temporary:
+        import safetensors.torch
+
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
         safetensors.torch.save_file(tensors, temporary, metadata={"format": "pt"})
     if new:
@@ -128,6 +129,8 @@ def _read_config(folder: Path) -> UNetConfig:
 def _read_weights(folder: Path) -> dict[str, Tensor]:
     weights: dict[str, Tensor]
     if (file := folder / _WEIGHTS).is_file():
+        import safetensors.torch
+
         try:
             weights = safetensors.torch.load_file(file)
         except safetensors.SafetensorError as error:
