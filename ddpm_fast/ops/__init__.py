@@ -1,4 +1,4 @@
-"""The ops: pure functions on tensors, each computed by one of three families (reference, native, triton)."""
+"""Ops: pure functions on tensors, each computed by one of three backends (native, triton, reference)."""
 
 from .backend import BackendUnavailable
 from .denoising_loss import denoising_loss
