@@ -54,11 +54,7 @@ class BackendUnavailable(RuntimeError):
 def why_not(family: str, op: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
     """Return why a backend cannot compute `op` for this device and dtype, or None if it can.
 
-    Args:
-        family: "native", "triton" or "reference".
-        op: Name of an op.
-        device: Device of the tensors.
-        dtype: Dtype of the tensors.
+    The first argument is the backend: "native", "triton" or "reference".
 
     Raises:
         ValueError: The backend or the op is unknown.
