@@ -85,7 +85,7 @@ def load_guided_diffusion(
         attention_resolutions: Heights at which blocks have attention.
         num_heads: Heads of every attention layer.
         num_head_channels: Channels per head. -1: num_heads counts.
-        num_heads_upsample: Heads on the way up. -1: num_heads.
+        num_heads_upsample: Must be -1 or num_heads, unless num_head_channels is set.
         use_scale_shift_norm: Time is a scale and a shift after the norm.
         dropout: Dropout probability.
         resblock_updown: Residual blocks resample.
