@@ -134,7 +134,7 @@ def train(
 
 
 def _json(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options as config.json gives them back: tuples as lists."""
+    """Return the options as config.json gives them back: tuples as lists."""
     result: dict[str, Any] = json.loads(json.dumps(options))
     return result
 
