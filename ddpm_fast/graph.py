@@ -94,8 +94,8 @@ def session(
     """Yield a session to sample with.
 
     A `UNet` is frozen. Any other model is used as it is, or copied to another device or dtype. The session
-    is kept for the next call with the same unchanged model on the same stream, until the model is deleted.
-    This applies if graphs are captured, or if the network was frozen by default.
+    is kept if graphs are captured, or if the network was frozen by default. The next call uses it if the
+    model is unchanged and the stream the same. It is released with the model.
 
     Args:
         model: Model to sample with.
@@ -213,8 +213,8 @@ def capture_stream(device: torch.device) -> torch.cuda.Stream:
 def _own_workspaces() -> Iterator[None]:
     """Make cuBLAS allocate its workspaces in the memory of the captured graph.
 
-    Otherwise graphs use the stream's workspaces, which torch frees too early. It does so when it graphs
-    compiled code, and after version 2.11 when any graph captured on the stream is deleted
+    Otherwise graphs use the stream's workspaces, which torch frees too early. It frees them when it
+    captures compiled code. After version 2.11 it also does when any graph of the stream is deleted
     (pytorch/pytorch#193402).
     """
     torch._C._cuda_clearCublasWorkspaces()

@@ -16,7 +16,7 @@ class Loop:
     """Memory for sampling n images at a time.
 
     `start` fills it. Each `advance` applies one step of the plan. `advance` reads the step's index from
-    device memory and never synchronizes, so one CUDA graph serves every step of every batch.
+    device memory and never synchronizes. One CUDA graph therefore serves every step of every batch.
 
     Args:
         plan: Plan of the sampler.

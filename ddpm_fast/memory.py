@@ -33,16 +33,17 @@ def kept_memory() -> Iterator[None]:
             for images in data:
                 ...  # forward, backward, optimizer step
 
-    By default glibc returns a step's memory to the system and requests it again, page by page and
-    cleared, in the next step. This took 3 to 18 % of a step's time in our measurements. `train` on a CPU
-    uses this context by itself. The process then keeps its peak memory until the context exits, also by
-    an exception. Results do not change. The context can be nested and used as a decorator.
+    By default glibc returns a step's memory to the system. The next step requests it again, page by page
+    and cleared. This took 3 to 18 % of a step's time in our measurements. `train` on a CPU uses this
+    context by itself. The process keeps its peak memory until the context exits, also by an exception.
+    Results do not change. The context can be nested and used as a decorator.
 
     It changes malloc's settings for the whole process and has full effect on the main thread. Some memory
-    of other threads still returns to the system. On exit, the thresholds are set to those that glibc
-    adapts to, whatever the environment set before: blocks of 32 MiB and more are separate mappings, and
-    64 MiB may stay free at the end of the heap. It has no effect without glibc (macOS, Windows, musl) or
+    of other threads still returns to the system. It has no effect without glibc (macOS, Windows, musl) or
     with another allocator.
+
+    On exit, malloc's thresholds become those that glibc adapts to, also if the environment has set others.
+    Blocks of 32 MiB and more are then separate mappings, and 64 MiB may stay free at the end of the heap.
     """
     libc = _glibc()
     if libc is None:

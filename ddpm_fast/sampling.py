@@ -83,7 +83,7 @@ def sample(
     A `UNet` runs in its inference form (see `freeze`), which ignores autocast. On a GPU it is bfloat16 by
     default and each step is one CUDA graph. The call does not wait for the GPU, so the images are complete
     only when the GPU is done. Inference form and graphs are kept in memory for the next call on the same
-    stream, while the model exists and its weights do not change.
+    stream. They are released with the model, or if its weights change.
 
     Args:
         model: Called as model(x_t, t), or model(x_t, t, class_labels) if it has classes, with x_t

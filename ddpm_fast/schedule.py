@@ -241,7 +241,7 @@ class NoiseSchedule:
     def rescale_zero_terminal_snr(self) -> NoiseSchedule:
         """Return this schedule with zero terminal SNR (Lin et al. 2023, Algorithm 1).
 
-        sqrt(abar) is shifted and scaled, so that abar_{T-1} becomes 0 and abar_0 stays. x_T then holds no
+        sqrt(abar) is shifted and scaled. abar_{T-1} becomes 0 and abar_0 stays. Then x_T holds no
         signal, so predicted noise does not determine x_0. Plans for such a schedule need prediction "sample"
         or "v_prediction".
 

@@ -45,7 +45,7 @@ def accelerate(
         noise: "torch" draws from the generator in diffusers' order. "philox" gives each image its own seed.
             The seed comes from the image's generator. If all images share one generator, seeds are
             derived (`ddpm_fast.sample_seeds`) from one number of it. An image is then the same in
-            any batch and on any device, and the noise of the steps is never stored.
+            any batch and on any device. Noise of the steps is never stored.
         freeze: Evaluate the network in its inference form (`ddpm_fast.freeze`), kept between calls until the
             weights change. It has no dropout and no gradients. If gradients are recorded, or with
             False, a `ddpm_fast.UNet` in the network's mode runs instead.

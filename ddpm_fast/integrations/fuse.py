@@ -352,7 +352,7 @@ def _block_sites(block: nn.Module) -> Iterator[_Site]:
 def _why_not_block(block: nn.Module, mixin: type[_Block], known: type, children: dict[str, nn.Module]) -> str | None:
     kind = type(block).__name__
     if getattr(type(block), mixin.method) is not getattr(known, mixin.method):
-        return f"{kind} has a {mixin.method} of its own"
+        return f"{kind} overrides {mixin.method}"
     if mixin.method in vars(block):
         return f"a {kind} whose {mixin.method} is patched"
     for name in mixin.bypassed[:2]:
@@ -394,7 +394,7 @@ def _sequential_sites(module: nn.Module) -> Iterator[_Site]:
         return
     kind = type(module).__name__
     if type(module).forward is not nn.Sequential.forward:
-        why_not: str | None = f"{kind} has a forward of its own"
+        why_not: str | None = f"{kind} overrides forward"
     elif "forward" in vars(module):
         why_not = f"a {kind} whose forward is patched"
     else:
@@ -469,7 +469,7 @@ def _why_not_equal(module: nn.Module, mixin: type[_Fused], shapes: list[tuple[in
 
     instead: dict[int, Any] = {id(p): nn.Parameter(random(p.shape)) for p in module.parameters()}
     instead |= {id(b): random(b.shape) for b in module.buffers()}
-    instead |= {id(hooks): OrderedDict() for child in module.modules() for hooks in _hooks(child)}  # nobody's business
+    instead |= {id(hooks): OrderedDict() for child in module.modules() for hooks in _hooks(child)}  # no hooks
     kind = type(module).__name__
     try:
         twin = copy.deepcopy(module, instead).eval()
@@ -478,9 +478,9 @@ def _why_not_equal(module: nn.Module, mixin: type[_Fused], shapes: list[tuple[in
             expected = twin(*(x if x is None else x.clone() for x in inputs))
             swap(twin, mixin)
             error = float((twin(*inputs) - expected).norm() / expected.norm())
-    except Exception as failure:  # of code that nobody here has seen
+    except Exception as failure:  # foreign code may raise anything
         return f"{kind} could not be tried: {type(failure).__name__}: {str(failure).partition(chr(10))[0]}"
-    return None if error < 1e-4 else f"{kind} computes something else than the class known by that name"
+    return None if error < 1e-4 else f"{kind} computes something else than the known class of that name"
 
 
 def _why_not_found(model: nn.Module, norm: nn.Module) -> str:

@@ -795,7 +795,7 @@ class GaussianDiffusion:
 
     @property
     def _is_plain(self) -> bool:
-        """Whether `p_mean_variance` is not overridden, so that a step can be one kernel."""
+        """True if `p_mean_variance` is not overridden, so that a step can be one kernel."""
         return getattr(self.p_mean_variance, "__func__", None) is GaussianDiffusion.p_mean_variance
 
     def _scale_timesteps(self, t: Tensor) -> Tensor:

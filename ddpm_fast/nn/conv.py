@@ -119,8 +119,8 @@ class Conv3x3(nn.Conv2d):
     """nn.Conv2d for 3x3 convolutions with stride 1 and padding 1.
 
     Training steps on a CPU use this package's Winograd F(2x2, 3x3) kernels, forward and backward. They need
-    channels_last maps or weights in float32, or in bfloat16 on a CPU with AVX-512 BF16 and no AMX. autocast
-    selects the dtype as usual. PyTorch computes all other calls and second derivatives. With infinite
+    channels_last maps or weights in float32, or in bfloat16 on a CPU with AVX-512 BF16 and no AMX. The
+    dtype may come from autocast. PyTorch computes all other calls and second derivatives. With infinite
     inputs the kernels may return NaN where PyTorch returns infinities.
     """
 

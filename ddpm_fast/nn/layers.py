@@ -38,7 +38,12 @@ def timestep_embedding(t: Tensor, dim: int, *, flip_sin_to_cos: bool = False, fr
 
 
 class TimeEmbedding(nn.Module):
-    """Two-layer perceptron on the sinusoidal embedding."""
+    """Two-layer perceptron on the sinusoidal embedding.
+
+    Args:
+        in_dim: Width of the sinusoidal embedding.
+        out_dim: Width of the time embedding.
+    """
 
     def __init__(self, in_dim: int, out_dim: int) -> None:
         super().__init__()
@@ -52,7 +57,14 @@ class TimeEmbedding(nn.Module):
 
 
 class GroupNormSiLU(nn.GroupNorm):
-    """Group normalization with modulation and SiLU in one pass; see `ddpm_fast.group_norm_silu`."""
+    """Group normalization with modulation and SiLU in one pass; see `ddpm_fast.group_norm_silu`.
+
+    Args:
+        num_groups: Number of groups, a divisor of num_channels.
+        num_channels: Channels of the input.
+        eps: Added to the variance.
+        activation: "silu" or None.
+    """
 
     def __init__(self, num_groups: int, num_channels: int, eps: float, activation: Literal["silu"] | None = "silu") -> None:
         super().__init__(num_groups, num_channels, eps)
@@ -207,7 +219,12 @@ class Attention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """3x3 convolution of stride 2. Padding 0 adds one row below and one column on the right."""
+    """3x3 convolution of stride 2.
+
+    Args:
+        channels: Channels of input and output.
+        padding: Padding on each side. 0 pads one row below and one column on the right instead.
+    """
 
     def __init__(self, channels: int, padding: int) -> None:
         super().__init__()
@@ -221,7 +238,11 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Upsampling by 2 (nearest), then a 3x3 convolution."""
+    """Upsampling by 2 (nearest), then a 3x3 convolution.
+
+    Args:
+        channels: Channels of input and output.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()

@@ -46,7 +46,7 @@ def no_second_derivative(op: str) -> Callable[..., Any]:
 
     def backward(ctx: Any, *grads: Tensor) -> None:
         raise NotImplementedError(
-            f'{op}: the fused backward has no derivative of its own; for second derivatives call it with backend="reference"'
+            f'{op}: the fused backward is not differentiable; for second derivatives pass backend="reference"'
         )
 
     return backward
