@@ -106,7 +106,7 @@ def variational_bound(
         Every term of every image.
 
     Raises:
-        ValueError: An argument is out of range or does not fit the model. Nothing has been computed.
+        ValueError: An argument is out of range or does not fit the model. Checked before any computation.
         TypeError: An argument has an unsupported type.
     """
     if not x_0.is_floating_point() or x_0.dim() < 2 or x_0.numel() == 0:

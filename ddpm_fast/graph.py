@@ -111,7 +111,7 @@ def session(
     freezes = reason is None
     if freezes and dtype is None and device.type == "cpu":
         _, dtype = device_and_dtype(model)  # not another one, as `freeze` would choose it
-    # Of other models nobody knows whether they compute the same from the same memory each time.
+    # Other models may not compute the same from the same memory each time.
     captures = on_gpu and (freezes or type(model) is FrozenUNet if cuda_graph is None else cuda_graph)
     keeps = captures or (freezes and cuda_graph is None)
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():

@@ -15,7 +15,7 @@ M_TRIM_THRESHOLD: Final = -1
 M_MMAP_MAX: Final = -4
 M_MMAP_THRESHOLD: Final = -3
 
-# Nothing is a mapping of its own, which goes back to the system when it is freed, and the heap's end never shrinks.
+# No block is a separate mapping, which would return to the system when freed, and the heap never shrinks.
 KEEP: Final = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: -1}
 # glibc starts with thresholds of 128 KiB and raises them, as large blocks are freed, up to these, until a program sets any:
 # it does not go back to raising them. So they are set to where it would have ended; the first ones would be slower than ever.

@@ -20,7 +20,7 @@ STREAM_Q_SAMPLE: Final = 0xFFFFFFFE  # the epsilon of q_sample and denoising_los
 STREAM_SEEDS: Final = 0xFFFFFFFD  # sample_seeds
 STREAM_OFFSET: Final = 0xFFFFFFFC  # offset noise: a normal for each channel
 
-# What a model predicts, and how it gives the variance of a reverse step: the integer codes that kernels take.
+# Kernels take the index: of the model's prediction, and of the variance of a reverse step.
 PREDICTIONS: Final = ("epsilon", "sample", "v_prediction")
 VARIANCES: Final = ("fixed", "learned", "learned_range")
 

@@ -118,7 +118,7 @@ def sample(
         clips. With return_trajectory also [frames, num_samples, C, H, W] on the CPU, from x_T to x_0.
 
     Raises:
-        ValueError: An argument is out of range or does not fit the model. Nothing has been computed.
+        ValueError: An argument is out of range or does not fit the model. Checked before any computation.
         TypeError: An argument has an unsupported type.
     """
     _check_positive("num_samples", num_samples)

@@ -18,7 +18,7 @@ from ..ops import sample_seeds
 from . import needs_extra
 from .class_swap import Swapped, own_class, swap, unswap
 
-# What a UNet2DModel is built of. What something else has taken the place of (an adapter, say) would not be computed.
+# Layers of a UNet2DModel. A layer that replaces one of them (an adapter, say) would not be computed.
 _LAYERS = (
     *("UNet2DModel", "DownBlock2D", "AttnDownBlock2D", "UNetMidBlock2D", "UpBlock2D", "AttnUpBlock2D", "ResnetBlock2D"),
     *("Attention", "Downsample2D", "Upsample2D", "Timesteps", "TimestepEmbedding"),
@@ -159,7 +159,7 @@ def _why_other(name: str, module: Any) -> str | None:
         return f"is a {kind.__name__}"
     if "forward" in vars(module):
         return "has a patched forward (offloading does that)"
-    # Those of the network as a whole are called as ever.
+    # Hooks of the network itself still run.
     if name and (module._forward_hooks or module._forward_pre_hooks):
         return "has forward hooks"
     if kind.__name__ == "Attention" and type(module.processor).__name__ not in _PROCESSORS:

@@ -220,7 +220,7 @@ class _ResnetBlock2D(_Block):
         h = _norm_silu(self.norm2, h, temb, modulates=self.time_embedding_norm == "scale_shift")
         h = self.conv2(self.dropout(h))
         if self.conv_shortcut is not None:
-            # In training as diffusers does it, for DistributedDataParallel warns of gradients in another layout.
+            # contiguous in training, as in diffusers: DistributedDataParallel warns of gradients in another memory format
             x = self.conv_shortcut(x.contiguous() if self.training else x)
         return (x + h) / self.output_scale_factor  # type: ignore[no-any-return]
 

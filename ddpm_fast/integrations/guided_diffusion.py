@@ -51,7 +51,7 @@ _P = ParamSpec("_P")
 Sampler: TypeAlias = Literal["ddpm", "mean", "ddim", "inversion"]
 
 _HALF: Final = (torch.float16, torch.bfloat16)
-_MAX_PLANS: Final = 8  # kept of a process: with an eta of its own at every step, nothing is kept for ever
+_MAX_PLANS: Final = 8  # kept per process: eta may differ at every step, so old plans are dropped
 
 
 class ModelMeanType(enum.Enum):
@@ -252,7 +252,7 @@ class GaussianDiffusion:
         self.posterior_log_variance_clipped = _array(schedule.posterior_log_variance)
         self.posterior_mean_coef1 = _array(schedule.posterior_mean_coef_x_0)
         self.posterior_mean_coef2 = _array(schedule.posterior_mean_coef_x_t)
-        # Of p(x_{t-1} | x_t): beta at t = 0 would put L_0 off, where beta~_1 is the better decoder (Ho et al.'s code).
+        # Variance of p(x_{t-1} | x_t). At t = 0 beta would distort L_0: beta~_1 is the better decoder (Ho et al.'s code).
         large = np.append(np.exp(self.posterior_log_variance_clipped[:1]), self.betas[1:])
         self._variances = {
             ModelVarType.FIXED_LARGE: (large, np.log(large)),

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..nn import UNet
 from ..nn.checkpoint import check_weights, load_tensors
 
-# Of script_util, by image size: widths in units of num_channels, one for each halving of the resolution.
+# script_util's widths by image size, in units of num_channels, one per resolution.
 _CHANNEL_MULT: Final[dict[int, tuple[float, ...]]] = {
     512: (0.5, 1, 1, 2, 2, 4, 4),
     256: (1, 1, 2, 2, 4, 4),

@@ -17,7 +17,7 @@ Layer = TypeVar("Layer", bound=nn.Module)
 
 DTYPES: Final = (torch.float32, torch.bfloat16)
 
-# 2x2 tiles of a batch that are worth reading 16/9 of the weights; after an upsampling, of the small maps, 36/16 of them.
+# Fewest 2x2 tiles of a batch for which reading 16/9 of the weights pays (36/16 after an upsampling, of the small maps).
 WINOGRAD_TILES: Final = 8
 
 
@@ -120,7 +120,7 @@ class Conv3x3(nn.Conv2d):
 
     Training steps on a CPU use this package's Winograd F(2x2, 3x3) kernels, forward and backward. They need
     channels_last maps or weights in float32, or in bfloat16 on a CPU with AVX-512 BF16 and no AMX. The
-    dtype may come from autocast. PyTorch computes all other calls and second derivatives. With infinite
+    dtype may come from autocast. A batch must have at least `WINOGRAD_TILES` 2x2 tiles. PyTorch computes all other calls and second derivatives. With infinite
     inputs the kernels may return NaN where PyTorch returns infinities.
     """
 

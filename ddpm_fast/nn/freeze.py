@@ -40,7 +40,7 @@ _CACHED_BYTES = 8 << 20  # of a map that is a batch's largest: 16 images of the 
 if TYPE_CHECKING:
     from typing_extensions import Self  # Python 3.11 has it in typing
 
-# What a UNet is built of. A layer that something else has taken the place of (an adapter, say) would be lost in the copy.
+# Layers of a UNet. A layer that replaces one of them (an adapter, say) would be lost in the copy.
 _LAYERS = (
     *(UNet, DownBlock, MidBlock, UpBlock, ResnetBlock, Attention, GroupNormSiLU, Downsample, Upsample, TimeEmbedding),
     *(nn.ModuleList, Conv3x3, nn.Conv2d, nn.Linear, nn.Embedding),
@@ -283,7 +283,7 @@ class Modulations(nn.Module):
         emb = model.time_embedding.double()(emb.double())  # [T, E]
         widths = [len(bias) for _, bias in projections]
         distinct = sorted(set(widths))
-        # Of each projection: its stack, and its row there.
+        # Stack and row of each projection.
         self._places = [(distinct.index(width), widths[:i].count(width)) for i, width in enumerate(widths)]
         stacks = []
         for width in distinct:

@@ -30,7 +30,7 @@ def timestep_embedding(t: Tensor, dim: int, *, flip_sin_to_cos: bool = False, fr
         float32 [N, dim]. Half precision cannot hold t * frequency for t near 1000.
     """
     half = dim // 2
-    # In this order of roundings, published networks see the bits they were trained on: an error in a frequency grows with t.
+    # The order of roundings is that of published networks: an error in a frequency grows with t.
     exponents = -math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=t.device) / (half - freq_shift)
     angles = t.float()[:, None] * exponents.exp()  # [N, dim / 2]
     sin, cos = angles.sin(), angles.cos()

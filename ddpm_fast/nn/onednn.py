@@ -25,7 +25,7 @@ def has_prepacked(dtype: torch.dtype) -> bool:
     try:
         if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             return False
-        # Without the initial values, which would be drawn from the generator of whoever calls.
+        # skip_init: initial values would be drawn from the caller's generator.
         conv = OneDnnConv(nn.utils.skip_init(nn.Conv2d, 1, 1, 1, device="cpu", dtype=dtype))
         x = torch.zeros(1, 1, 1, 1, dtype=dtype, device="cpu")
         conv(x, conv(x))

@@ -19,7 +19,7 @@ from .conv import WINOGRAD_TILES, convolve, float_bias, pack_winograd, step_of, 
 from .layers import Attention, Downsample, GroupNormSiLU, ResnetBlock, Upsample
 from .replay import empty, keep
 
-# Of a row of the output after upsampling by 2, even or odd: which taps of three fall on which of two pixels.
+# After upsampling by 2, the three taps of an even or odd output row fall on two input rows in these ways.
 _UPSAMPLED: Final = torch.tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], dtype=torch.float64, device="cpu")
 
 # With fewer on either side, as in a network's first and last convolution, the direct sum serves: of the network of Ho et al. it

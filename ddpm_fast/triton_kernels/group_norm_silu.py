@@ -69,7 +69,7 @@ def _zero_padding(value, mask, PADDED: tl.constexpr):
     return tl.where(mask, value, 0.0) if PADDED else value
 
 
-# What belongs to a group is a scalar where GROUPS == 1, else [GROUPS].
+# Values per group are scalars if GROUPS == 1, else [GROUPS].
 
 
 @triton.jit

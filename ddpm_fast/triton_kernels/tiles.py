@@ -60,7 +60,7 @@ def draw(
     crosses a channel.
     """
     if CHANNELS == 0:
-        # What is joined first becomes the outer of the new axes. A thread owns all that is joined: nothing is exchanged.
+        # Values joined first become the outer of the new axes. A thread owns all joined values, so none is exchanged.
         if VECTOR == 4:
             z0, z1, z2, z3 = normal_quad(seed, stream, tile * (PIXELS // 4) + tl.arange(0, PIXELS // 4))
             z = tl.join(tl.join(z0, z2), tl.join(z1, z3))
