@@ -214,7 +214,7 @@ def _own_workspaces() -> Iterator[None]:
     """Make cuBLAS allocate its workspaces in the memory of the captured graph.
 
     Otherwise graphs use the stream's workspaces, which torch frees too early. It frees them when it
-    captures compiled code. After version 2.11 it also does when any graph of the stream is deleted
+    captures compiled code. After version 2.11 it also frees them when any graph of the stream is deleted
     (pytorch/pytorch#193402).
     """
     torch._C._cuda_clearCublasWorkspaces()

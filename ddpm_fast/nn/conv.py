@@ -120,8 +120,10 @@ class Conv3x3(nn.Conv2d):
 
     Training steps on a CPU use this package's Winograd F(2x2, 3x3) kernels, forward and backward. They need
     channels_last maps or weights in float32, or in bfloat16 on a CPU with AVX-512 BF16 and no AMX. The
-    dtype may come from autocast. A batch must have at least `WINOGRAD_TILES` 2x2 tiles. PyTorch computes all other calls and second derivatives. With infinite
-    inputs the kernels may return NaN where PyTorch returns infinities.
+    dtype may come from autocast. A batch must have at least `WINOGRAD_TILES` 2x2 tiles.
+
+    PyTorch computes all other calls and second derivatives. With infinite inputs the kernels may return NaN
+    where PyTorch returns infinities.
     """
 
     def forward(self, input: Tensor) -> Tensor:

@@ -185,7 +185,13 @@ class FrozenUNet(nn.Module):
         self.requires_grad_(False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Apply `to`, `half`, `cuda`, ... to everything but packed weights."""
+        """Apply `to`, `half`, `cuda`, ...
+
+        Packed weights keep their dtype and stay on the CPU.
+
+        Raises:
+            TypeError: Packed weights would have to change.
+        """
         changed = fn(torch.empty(0, dtype=self.dtype, device="cpu"))
         if self.why_not_packed is not None:
             self.dtype = changed.dtype

@@ -48,8 +48,8 @@ class Recording:
         self._free: list[Tensor] = []  # bytes that no tensor of `empty` is in, at this point of the recording
 
     def record(self, function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Tensor:
-        # Tensors of inference mode could not be written outside of it.
         """Call the function, record its kernel calls and return its output."""
+        # Tensors of inference mode could not be written outside of it.
         with torch.inference_mode(False), torch.no_grad():
             self._inputs = [x.clone(memory_format=torch.preserve_format) for x in inputs]
 
