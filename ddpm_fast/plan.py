@@ -165,7 +165,7 @@ def ddim_plan(
     prediction: Prediction = "epsilon",
     eta: float = 0.0,
     clip: float | None = 1.0,
-    use_clipped_model_output: bool = False,
+    use_clipped_model_output: bool = True,
     final_alpha_bar: float = 1.0,
     learned_variance: bool = False,
 ) -> SamplingPlan:
@@ -174,8 +174,9 @@ def ddim_plan(
     Args:
         num_steps, spacing, previous, prediction, clip: as in `ddpm_plan`.
         eta: scales sigma; at least 0.
-        use_clipped_model_output: derive epsilon again from the clipped x_0^ (guided-diffusion's way) rather than take the
-            model's own (diffusers' default). The same thing without a clip.
+        use_clipped_model_output: derive epsilon again from the clipped x_0^, as guided-diffusion does. False keeps the
+            model's epsilon, as diffusers does by default: noise then stays in images that the clip changes. Without a clip
+            both are the same.
         final_alpha_bar: abar where the last step arrives: 1 is x_0; latent diffusion has abar_0 ("set_alpha_to_one": false).
         learned_variance: the model's output has variance channels, which DDIM leaves aside.
     """
@@ -192,7 +193,9 @@ def ddim_plan(
             f"ddim_plan: expected eta to be at most {math.floor(largest * 1e4) / 1e4}, which leaves sigma_t^2 at most "
             f"1 - abar_prev at every step, got {eta}"
         )
-    return path.ddim(path.abar_prev, sigma, use_clipped_model_output, learned_variance)
+    # Without a clip both epsilons are equal. The model's own needs no division by sqrt(1 - abar).
+    rederive = use_clipped_model_output and clip is not None
+    return path.ddim(path.abar_prev, sigma, rederive, learned_variance)
 
 
 def ddim_inversion_plan(
