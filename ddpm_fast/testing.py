@@ -224,7 +224,7 @@ _UNCLIPPED = ddpm_plan(SCHEDULE, clip=None)
 _VELOCITY = ddpm_plan(SCHEDULE, 50, prediction="v_prediction")
 _LEARNED = ddpm_plan(SCHEDULE, 50, variance="learned")
 _RANGE = ddpm_plan(SCHEDULE, 50, variance="learned_range")
-_DDIM = ddim_plan(SCHEDULE, 50)
+_DDIM = ddim_plan(SCHEDULE, 50, use_clipped_model_output=False)  # the form that uses k2
 
 CASES: tuple[Case, ...] = (
     # noise: the tail of a block of four; one element; nothing; several vectors with a tail; no layout; a network's shape
