@@ -9,6 +9,7 @@ import html
 import logging
 import posixpath
 import re
+import sys
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -23,6 +24,9 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+import ddpm_fast  # noqa: E402  # from this folder; it imports PyTorch only where that is used
+
 CODE = {".py": "python"}  # files shown as pages; others are copied as they are
 
 # Modules whose public names have to be in the API reference: those in `__all__`, else the classes and functions defined there.
@@ -175,20 +179,29 @@ def on_page_markdown(markdown: str, page: Page, config: Any, files: Files) -> st
 # -------------------------------------------------------------------------------------------------- the API's coverage
 
 
+def public_names(path: str, module: griffe.Object | griffe.Alias) -> list[str]:
+    """Return the public names of a module: `__all__` if it has one, else the classes and functions that it defines."""
+    if path == "ddpm_fast":
+        return ddpm_fast.__all__  # computed, so Griffe cannot read it
+    if module.exports is not None:
+        return [str(name) for name in module.exports]
+    own = [member for member in module.members.values() if not member.is_alias and (member.is_class or member.is_function)]
+    return [member.name for member in own if not member.name.startswith("_")]
+
+
 def public_objects(package: griffe.Object | griffe.Alias) -> dict[str, griffe.Object | griffe.Alias]:
-    """Return the public names, and the object behind each."""
+    """Return the full public names, and the object behind each."""
     found = {}
     for path in PUBLIC_MODULES:
         module = package[path.removeprefix("ddpm_fast.")] if path != "ddpm_fast" else package
-        for name, member in module.members.items():
-            if module.exports is not None:
-                public = name in module.exports
-            else:
-                public = not (name.startswith("_") or member.is_alias) and (member.is_class or member.is_function)
-            if public and f"{path}.{name}" not in INTERNAL:
-                # Griffe takes ddpm_fast.noise for the module ops/noise.py; what one imports is the function in it.
-                found[f"{path}.{name}"] = member[name] if member.is_module else member
-    return found
+        names = public_names(path, module)
+        if not names:
+            log.warning("%s has no public names, or the check does not find them", path)
+        for name in names:
+            # Griffe takes ddpm_fast.noise for the module ops/noise.py; what one imports is the function in it.
+            member = module.members[name]
+            found[f"{path}.{name}"] = member[name] if member.is_module else member
+    return {name: member for name, member in found.items() if name not in INTERNAL}
 
 
 def undocumented_members(name: str, member: griffe.Object | griffe.Alias) -> list[str]:
