@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Hashable, Sequence
 from functools import partial
 from typing import Literal, overload
@@ -178,7 +179,9 @@ def sample(
         from tqdm.auto import tqdm
 
         # On a GPU the bar counts the steps handed over: to know how many are done, the host would have to wait for them.
-        bar = tqdm(total=len(chunks) * plan.num_steps, desc="sampling", unit="step", disable=not progress)
+        interval = 0.1 if sys.stderr.isatty() else 10  # seconds; a log file needs fewer lines than a terminal
+        total = len(chunks) * plan.num_steps
+        bar = tqdm(total=total, desc="sampling", unit="step", disable=not progress, mininterval=interval)
         with bar, evaluation_mode(network), torch.inference_mode():
             for chunk in chunks:
                 n = len(images[chunk])
