@@ -110,7 +110,7 @@ void gradients_of_head(const AttentionBackwardArgs& args, Index head) {
   };
   // [key, query] times [query, channel]
   const auto sum_over_queries = [&](const Rows<T>& out, Index first, Index count, const T* from, const float* packed,
-                                    float scale) {
+                                    float scale) DDPM_FAST_NOINLINE {
     for (Index panel = 0; panel < channel_panels; ++panel) {
       over_rows(0, count, [&](Index key, auto rows) {
         const T* inputs[rows()];

@@ -155,10 +155,4 @@ struct Work {
   }
 };
 
-// Calls body(T{}) for the dtypes that networks are frozen to.
-template <class Body>
-void with_conv_type(DType dtype, Body body) {
-  dtype == DType::kBFloat16 ? body(BFloat16{}) : body(float{});
-}
-
 }  // namespace ddpm_fast::DDPM_FAST_ISA

@@ -100,10 +100,11 @@ DDPM_FAST_INLINE void transform_sums(const Floats (&m)[3], Floats (&out)[2]) {
 
 // The sums of a tile in a phase, kPanelVectors vectors for each position, to its pixels: `rows` by `columns` of them,
 // from this one on.
-template <class Kind, int vectors, class T>
-DDPM_FAST_INLINE void transform_output(const ConvArgs& a, const Output<T>& output, const float* sums, Index pixel,
-                                       Index rows, Index columns) {
+template <class Kind, class T>
+DDPM_FAST_INLINE void transform_output(const ConvArgs& a, const Output<T>& output, const float* sums, int vectors,
+                                       Index pixel, Index rows, Index columns) {
   constexpr int side = Kind::kSumsSide, scale = Kind::kScale;
+#pragma GCC unroll 1
   for (int v = 0; v < vectors; ++v) {
     Floats half[2][side];
     for (int j = 0; j < side; ++j) {
@@ -120,6 +121,34 @@ DDPM_FAST_INLINE void transform_output(const ConvArgs& a, const Output<T>& outpu
       if (columns > 1) output.write(pixel + i * scale * a.out_width + scale, v, y[1]);
     }
   }
+}
+
+// Of `count` tiles, the sums at a position of the transform: the products of `terms` inputs and weights.
+template <class T>
+struct Products {
+  const T* inputs[4];  // of each term, `input_apart` from tile to tile
+  Index input_apart, count, depth;
+  int terms;
+  const float* weights;  // of the first term
+  Index weights_apart;
+  float* sums;
+  Index sums_apart;  // from tile to tile
+};
+
+template <int vectors, class T>
+DDPM_FAST_NOINLINE void multiply_tiles(const Products<T>& p) {
+  over_rows(0, p.count, [&](Index tile, auto rows) {
+    Sums<rows(), vectors> product{};
+    for (int term = 0; term < p.terms; ++term) {
+      const T* inputs[rows()];
+      for (int r = 0; r < rows(); ++r) inputs[r] = p.inputs[term] + (tile + r) * p.input_apart;
+      multiply(product, inputs, p.weights + term * p.weights_apart, p.depth);
+    }
+    for (int r = 0; r < rows(); ++r) {
+      float* to = p.sums + (tile + r) * p.sums_apart;
+      for (int v = 0; v < vectors; ++v) store(to + v * kWidth<float>, product.of[r][v]);
+    }
+  });
 }
 
 template <class T, class Kind>
@@ -168,37 +197,35 @@ void run(const ConvArgs& a) {
       return transformed + (row * Kind::kSide + column) * apart;
     };
     for (Index panel = share.first_panel; panel < share.end_panel; ++panel) {
-      with_vectors(a.out_channels - panel * kPanel, [&](auto vectors) {
-        const Output<T> output(a, panel);
-        for (int phase = 0; phase < Kind::kOutputs; ++phase) {
-          const float* weights = a.weights + (panel * kMatrices + phase * positions) * panel_size<T>(depth);
-          for (int position = 0; position < positions; ++position, weights += panel_size<T>(depth)) {
-            over_rows(0, count, [&](Index tile, auto rows) {
-              Sums<rows(), vectors()> product{};
-              for (int term = 0; term < Kind::kTerms; ++term) {
-                const T* first = inputs_of(phase + term, position) + tile * wide;
-                const T* inputs[rows()];
-                for (int r = 0; r < rows(); ++r) inputs[r] = first + r * wide;
-                multiply(product, inputs, weights + term * positions * panel_size<T>(depth), depth);
-              }
-              for (int r = 0; r < rows(); ++r) {
-                float* to = sums + (tile + r) * kSums + position * kPanel;
-                for (int v = 0; v < vectors(); ++v) store(to + v * kWidth<float>, product.of[r][v]);
-              }
-            });
-          }
-          const float* from = sums;
-          for (Index s = share.first_strip; s < share.end_strip; ++s) {
-            const Strip strip(tiles, s);
-            const Index top = 2 * strip.down, row = strip.sample * a.out_height + top * Kind::kScale + phase / 2;
-            for (Index tile = 0; tile < strip.tiles; ++tile, from += kSums) {
-              const Index left = 2 * (strip.first + tile);
-              transform_output<Kind, vectors()>(a, output, from, row * a.out_width + left * Kind::kScale + phase % 2,
-                                                a.out_height / Kind::kScale - top, a.out_width / Kind::kScale - left);
-            }
+      const bool one_vector = a.out_channels - panel * kPanel <= kWidth<float>;
+      const Output<T> output(a, panel);
+      for (int phase = 0; phase < Kind::kOutputs; ++phase) {
+        const float* weights = a.weights + (panel * kMatrices + phase * positions) * panel_size<T>(depth);
+        for (int position = 0; position < positions; ++position, weights += panel_size<T>(depth)) {
+          Products<T> products{{},
+                               wide,
+                               count,
+                               depth,
+                               Kind::kTerms,
+                               weights,
+                               positions * panel_size<T>(depth),
+                               sums + position * kPanel,
+                               kSums};
+          for (int term = 0; term < Kind::kTerms; ++term) products.inputs[term] = inputs_of(phase + term, position);
+          one_vector ? multiply_tiles<1>(products) : multiply_tiles<kPanelVectors>(products);
+        }
+        const float* from = sums;
+        for (Index s = share.first_strip; s < share.end_strip; ++s) {
+          const Strip strip(tiles, s);
+          const Index top = 2 * strip.down, row = strip.sample * a.out_height + top * Kind::kScale + phase / 2;
+          for (Index tile = 0; tile < strip.tiles; ++tile, from += kSums) {
+            const Index left = 2 * (strip.first + tile);
+            transform_output<Kind>(a, output, from, one_vector ? 1 : kPanelVectors,
+                                   row * a.out_width + left * Kind::kScale + phase % 2,
+                                   a.out_height / Kind::kScale - top, a.out_width / Kind::kScale - left);
           }
         }
-      });
+      }
     }
   });
 }

@@ -139,6 +139,25 @@ DDPM_FAST_INLINE void multiply_over_tiles(Sums<rows, vectors>& sums, const float
   sums = local;
 }
 
+// Of a block of tiles, the products of the gradients of `outs` channels and a panel of inputs. They are added to the
+// product so far, unless the block is the first.
+template <int vectors, class T>
+DDPM_FAST_NOINLINE void add_products(float* product, const T* gradients, Index apart, Index outs, const float* panel,
+                                     Index steps, bool first) {
+  const float* words = reinterpret_cast<const float*>(gradients);
+  over_rows(0, outs, [&](Index out, auto rows) {
+    float* to = product + out * kPanel;
+    Sums<rows(), vectors> terms;
+    multiply_over_tiles<T>(terms, words + out, apart, panel, steps);
+    for (int r = 0; r < rows(); ++r) {
+      for (int v = 0; v < vectors; ++v) {
+        float* at = to + r * kPanel + v * kWidth<float>;
+        store(at, first ? terms.of[r][v] : load(at) + terms.of[r][v]);
+      }
+    }
+  });
+}
+
 // What is transformed: a channels_last map, and some of its channels.
 template <class T>
 struct Map {
@@ -449,18 +468,9 @@ void weight_gradients(const ConvWinogradWeightsArgs& a) {
         for (Index panel = 0; panel * kPanel < input.channels; ++panel) {
           const float* inputs_here = inputs + Kind::input_of(j) * inputs_size + panel * most * kPanel;
           with_vectors(input.channels - panel * kPanel, [&](auto vectors) {
-            over_rows(0, gradient.channels, [&](Index out, auto rows) {
-              float* to = product + j * product_size + (panel * cut.out_size + out) * kPanel;
-              Sums<rows(), vectors()> terms;
-              multiply_over_tiles<T>(terms, gradients + j * gradients_size + out, apart, inputs_here,
-                                     count * steps_in_strip);
-              for (int r = 0; r < rows(); ++r) {
-                for (int v = 0; v < vectors(); ++v) {
-                  float* at = to + r * kPanel + v * kWidth<float>;
-                  store(at, first == 0 ? terms.of[r][v] : load(at) + terms.of[r][v]);
-                }
-              }
-            });
+            add_products<vectors(), T>(product + j * product_size + panel * cut.out_size * kPanel,
+                                       reinterpret_cast<const T*>(gradients + j * gradients_size), apart,
+                                       gradient.channels, inputs_here, count * steps_in_strip, first == 0);
           });
         }
       }

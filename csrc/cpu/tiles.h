@@ -134,7 +134,7 @@ inline const A* load_as(const T* from, const Place& at, const Tile& tile, A* buf
 // A tile of `tensor` in the type A that arithmetic runs in (float, or double for float64), dense: in place or in
 // `buffer`.
 template <class A>
-inline const A* load(const void* tensor, DType dtype, const Place& at, const Tile& tile, A* buffer) {
+DDPM_FAST_NOINLINE const A* load(const void* tensor, DType dtype, const Place& at, const Tile& tile, A* buffer) {
   if (dtype == DType::kUInt8) return load_as(static_cast<const std::uint8_t*>(tensor), at, tile, buffer);
   if constexpr (std::is_same_v<A, double>) {
     return load_as(static_cast<const double*>(tensor), at, tile, buffer);
@@ -164,7 +164,7 @@ inline void store_as(const A* values, T* to, const Place& at, const Tile& tile) 
 
 // The inverse: rounds a tile's values once, to the tensor's dtype.
 template <class A>
-inline void store(const A* values, void* tensor, DType dtype, const Place& at, const Tile& tile) {
+DDPM_FAST_NOINLINE void store(const A* values, void* tensor, DType dtype, const Place& at, const Tile& tile) {
   if constexpr (std::is_same_v<A, double>) {
     store_as(values, static_cast<double*>(tensor), at, tile);
   } else {
