@@ -7,6 +7,7 @@ Environment variables:
     CXX: the C++ compiler.
 """
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -56,6 +57,19 @@ def toolchain() -> str:
     return "\n".join(lines)
 
 
+def pybind11_headers(build: Path) -> Path:
+    """Copy pybind11's headers to the build folder. pip's isolated environments change their path, which would recompile."""
+    import pybind11  # a build requirement, which is absent if only metadata is asked for
+
+    copy = build / f"pybind11-{pybind11.__version__}"
+    if not copy.exists():
+        part = copy.with_suffix(".part")
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.copytree(pybind11.get_include(), part)
+        part.rename(copy)
+    return copy
+
+
 class CMakeBuild(build_ext):
     """Runs CMake, which owns the sources and the flags, and copies the library to where setuptools expects it."""
 
@@ -64,8 +78,8 @@ class CMakeBuild(build_ext):
         scripts = sysconfig.get_path("scripts")  # of an environment that is used without being activated
         path = os.environ["PATH"] + os.pathsep + scripts
         programs = {name: shutil.which(name, path=path) for name in ("cmake", "ninja")}
-        if None in programs.values():
-            sys.exit("error: ddpm_fast needs cmake and ninja to be built: pip install cmake ninja")
+        if None in programs.values() or importlib.util.find_spec("pybind11") is None:
+            sys.exit("error: ddpm_fast needs cmake, ninja and pybind11 to be built: pip install cmake ninja pybind11")
 
         build = self.build_folder()
         target = Path(self.get_ext_fullpath(ext.name))
@@ -76,6 +90,7 @@ class CMakeBuild(build_ext):
                 *("-S", ROOT, "-B", build, "-G", "Ninja"),
                 f"-DCMAKE_MAKE_PROGRAM={programs['ninja']}",
                 f"-DPython_EXECUTABLE={sys.executable}",
+                f"-DPYBIND11_INCLUDE={pybind11_headers(build)}",
                 f"-DDDPM_FAST_VERSION={self.distribution.get_version()}",
                 f"-DDDPM_FAST_LIBRARY={target.name}",
             ],

@@ -24,11 +24,9 @@ using namespace ddpm_fast;
 
 namespace {
 
-PyObject* finding_type;  // the exception's type in Python
-
 // One report a line, each beginning with its kind.
-struct Finding : PythonError {
-  explicit Finding(const std::string& reports) : PythonError(finding_type, reports) {}
+struct Finding : std::runtime_error {
+  using std::runtime_error::runtime_error;
 };
 
 std::mutex one_at_a_time;
@@ -284,9 +282,8 @@ void set_order(const std::string& order, std::uint64_t seed, unsigned preempt) {
 }  // namespace
 
 PYBIND11_MODULE(emulated, m) {
-  finding_type = PyErr_NewException("emulated.Finding", PyExc_RuntimeError, nullptr);
-  m.attr("Finding") = py::handle(finding_type);
-  bind_ops(m.ptr(), emulated_kernels());
+  py::register_local_exception<Finding>(m, "Finding", PyExc_RuntimeError);
+  bind_ops(m, emulated_kernels());
   m.def("why_not", &cuda::why_not);
   m.def("set_order", &set_order, py::arg("order") = "natural", py::arg("seed") = 0, py::arg("preempt") = 0,
         "In which order blocks and threads take turns; with preempt, an access to memory ends a turn with probability "
