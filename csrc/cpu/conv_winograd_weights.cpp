@@ -397,9 +397,11 @@ struct Cut {
   }
 };
 
-// The convolution is linear in its transformed weights, so their gradient is a product over all tiles, for each
-// position of the transform, of the transformed input, B^T d B, and the gradient of the sums, A dy A^T; G^T m G makes
-// it that of the weights.
+// The convolution is linear in its transformed weights. So their gradient m is a product over all tiles, for each
+// position of the transform:
+//   B^T d B   is the transformed input.
+//   A dy A^T  is the gradient of the sums.
+//   G^T m G   is the gradient of the weights.
 //
 // A task has a row of the transforms, and some input and output channels: so few that its sums stay in the second cache
 // while it goes through all tiles, block after block. Threads share nothing until the end. How many they are decides
