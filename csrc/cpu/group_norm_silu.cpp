@@ -1,10 +1,11 @@
-// y = act(GroupNorm(x + shift) (1 + scale) + scale_shift), forward; the backward pass is in
-// group_norm_silu_backward.cpp.
+// The forward pass of group_norm_silu; the backward pass is in group_norm_silu_backward.cpp.
+//   y = act(GroupNorm(x + shift) (1 + scale) + scale_shift)
 //
 // A thread takes a slice: some groups of one sample. x is read twice, the second time from cache: once for mean and
-// variance, once for y. What follows the statistics is one multiply-add per channel, y = act((x - center) slope +
-// intercept): the center stays apart, because folding it into the intercept would cancel where |mean| is large beside
-// the deviations, and the part of it that float32 cannot hold goes into the intercept.
+// variance, once for y. What follows the statistics is one multiply-add per channel:
+//   y = act((x - center) slope + intercept)
+// The center stays apart, because folding it into the intercept would cancel where |mean| is large beside the
+// deviations. The part of it that float32 cannot hold goes into the intercept.
 //
 // What was tried, in ns per 16 values, bfloat16, channels_last, one image of [128, 32, 32] / [256, 4, 4], on one core
 // with AVX-512 BF16 at 3.7 GHz:
@@ -254,7 +255,9 @@ struct Forward {
     }
   }
 
-  // y = act(x_hat gain + offset): gain = weight (1 + scale), offset = bias (1 + scale) + scale_shift.
+  //   gain   = weight (1 + scale)
+  //   offset = bias (1 + scale) + scale_shift
+  //   y      = act(x_hat gain + offset)
   void load_inputs(Real* room_for_shift) {
     const Index channels = slice.channels, row = slice.sample * a.shape.c + slice.first_channel;
     widen_input<Real>(a.weight, slice.first_channel, channels, 1, gain);

@@ -1,12 +1,23 @@
 // Gradients of group_norm_silu.
 //
-// With h = x + shift, x_hat = (h - mean) rstd, t = x_hat gain + offset, gain = weight (1 + scale), offset = bias (1 +
-// scale)
-// + scale_shift, y = act(t), and g = dy act'(t):
-//   S1 = sum of g, S2 = sum of g x_hat, per sample and channel
-//   dscale_shift = S1, dscale = weight S2 + bias S1, dweight = sum over samples of (1 + scale) S2, dbias of (1 + scale)
-//   S1 m1, m2 = sum of gain S1, gain S2 over the group's channels, by its number of values dx = rstd (gain g - m1 -
-//   x_hat m2), dshift = sum of dx
+// The forward pass:
+//   h      = x + shift
+//   x_hat  = (h - mean) rstd
+//   gain   = weight (1 + scale)
+//   offset = bias (1 + scale) + scale_shift
+//   t      = x_hat gain + offset
+//   y      = act(t)
+// The backward pass, with g = dy act'(t):
+//   S1 = sum of g, for each sample and channel
+//   S2 = sum of g x_hat, for each sample and channel
+//   m1 = (sum of gain S1 over the group's channels) / (number of the group's values)
+//   m2 = (sum of gain S2 over the group's channels) / (number of the group's values)
+//   dx           = rstd (gain g - m1 - x_hat m2)
+//   dshift       = sum of dx
+//   dscale       = weight S2 + bias S1
+//   dscale_shift = S1
+//   dweight      = sum over samples of (1 + scale) S2
+//   dbias        = sum over samples of (1 + scale) S1
 // A thread takes a slice as in the forward pass. The first sweep makes S1 and S2 and keeps g, in float32, where it fits
 // in cache, since making it again costs more than writing and reading it there; the second makes dx.
 #include "cpu/group_norm.h"
@@ -92,7 +103,10 @@ struct Backward {
     return dy;
   }
 
-  // From the sums over a group's channels s1 of g, s2 of g d and s3 of d, d = x + shift - center: S2, p, q and r.
+  // Computes S2, p, q and r from the sums of a group's channels, with d = x + shift - center:
+  //   s1 = sum of g
+  //   s2 = sum of g d
+  //   s3 = sum of d
   // The saved mean is rounded, by much where it is large beside the deviations; s3 tells by how much, and what follows
   // from d is set right.
   DDPM_FAST_NOINLINE void finish(Index group) {
