@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import budgets
-import gpu_check
+import build_age
 import native
 import pytest
 import sass
@@ -24,7 +24,7 @@ def check(found: budgets.Found, budget: budgets.Budgets, same_compiler: bool) ->
 
 
 def test_cuda_kernels() -> None:
-    why_old = gpu_check.why_old()
+    why_old = build_age.why_old()
     if why_old is not None:
         pytest.fail(f"{why_old}: make build", pytrace=False)
     module = native.module()
