@@ -2,17 +2,42 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
+JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
+SOURCES = find csrc tests/emulator -name "*.h" -o -name "*.c??" -o -name "*.cu"
+# The tests' other settings are in pyproject.toml and tests/environment.py.
+PYTEST := $(RUN) -m pytest -n $(JOBS) --dist worksteal
 
-.PHONY: check setup build lint test test-slow bench gpu-check format clean
+.PHONY: check check-all check-lowest setup build lint test test-all bench gpu-check format clean
 
-check: setup lint test  ## all that a change has to pass, from a fresh clone
+# ------------------------------------------------------------------------------------------------- what a change has to pass
+# Each check works in a copy of the tree, with an environment and a build of its own: yours stay as they are.
+
+check:  ## all that a change has to pass, in five minutes; for the CPU alone
+	$(PYTHON) .ci/copy_tree.py build/check
+	DDPM_FAST_CUDA_ARCHS=none $(MAKE) -C build/check setup lint test
+
+check-all: check-lowest  ## everything: CUDA kernels and their machine code, slow tests, full products, benchmarks' tests, docs
+	$(PYTHON) .ci/copy_tree.py build/check-all
+	FORCE_CUDA=1 DDPM_FAST_CUDA_ARCHS="80;90a;100" $(MAKE) -C build/check-all setup lint test-all docs
+
+check-lowest:  ## the tests with the lowest versions that pyproject.toml allows (downloads 4 GB the first time)
+	$(PYTHON) .ci/copy_tree.py build/check-lowest
+	DDPM_FAST_CUDA_ARCHS=none $(MAKE) -C build/check-lowest setup-lowest test
+
+# ------------------------------------------------------------------------------------------------------------ its single parts
 
 setup: build  ## a virtual environment with the package (editable) and what the tests need
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --upgrade pip
-	DDPM_FAST_NO_NATIVE=1 $(RUN) -m pip install --quiet -e '.[test]'
+	DDPM_FAST_NO_NATIVE=1 $(RUN) -m pip install --quiet --disable-pip-version-check -e '.[test]'
 	touch $@
+
+setup-lowest:  ## the same with the lowest versions
+	test -e $(VENV)/installed || $(PYTHON) -m venv $(VENV)
+	$(PYTHON) .ci/lowest.py test > build/lowest.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r build/lowest.txt
+	touch $(VENV)/installed
+	$(MAKE) build
 
 build: $(VENV)/installed  ## compiles what has changed of the native module, in place; build/ keeps the rest
 	$(RUN) setup.py -q build_ext --inplace
@@ -21,13 +46,13 @@ lint:  ## style and types
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
-	find csrc tests/emulator -name "*.h" -o -name "*.c??" -o -name "*.cu" | xargs $(VENV)/bin/clang-format --dry-run --Werror
+	$(SOURCES) | xargs $(VENV)/bin/clang-format --dry-run --Werror
 
-test:  ## the test suite
-	$(RUN) -m pytest
+test:  ## the tests that `make check` runs
+	$(PYTEST)
 
-test-slow:  ## the tests that take minutes
-	$(RUN) -m pytest -m slow
+test-all:  ## all tests: slow ones, full products of parameters, and those of the benchmarks
+	$(PYTEST) --full tests benchmarks/tests
 
 bench:  ## images/s of sampling, and every op beside its peers
 	$(RUN) benchmarks/sample_speed.py
@@ -39,7 +64,7 @@ gpu-check:  ## on a machine with an NVIDIA GPU: build, test and measure in ten m
 format:  ## rewrites the sources in the project's style
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
-	find csrc tests/emulator -name "*.h" -o -name "*.c??" -o -name "*.cu" | xargs $(VENV)/bin/clang-format -i
+	$(SOURCES) | xargs $(VENV)/bin/clang-format -i
 
 clean:
 	rm -rf build $(VENV) ddpm_fast/_native*.so

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from pairwise import pairwise
 from record_guided_diffusion import recorded
 from torch import Tensor, nn
 
@@ -161,8 +162,7 @@ def close(actual: Tensor, expected: Tensor, s: Statement, t: int) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-6, atol=scale * torch.finfo(torch.float32).eps)
 
 
-@pytest.mark.parametrize("hooks", HOOKS)
-@pytest.mark.parametrize(("mean", "var"), BOTH)
+@pairwise(mean=MEANS, var=VARS, hooks=list(HOOKS))
 def test_every_step_is_the_mathematics(mean: gd.ModelMeanType, var: gd.ModelVarType, hooks: str) -> None:
     d, network, y = diffusion(mean, var), Network(var), torch.tensor([0.1, 0.2, 0.3])
     s, options = Statement(d), HOOKS[hooks]
@@ -308,8 +308,7 @@ def test_models_are_given_the_timesteps_they_were_trained_with(steps: int, space
         torch.testing.assert_close(t, expected)
 
 
-@pytest.mark.parametrize("loss", list(gd.LossType))
-@pytest.mark.parametrize(("mean", "var"), BOTH)
+@pairwise(mean=MEANS, var=VARS, loss=list(gd.LossType))
 def test_losses_and_their_gradients(mean: gd.ModelMeanType, var: gd.ModelVarType, loss: gd.LossType) -> None:
     d, network = diffusion(mean, var, loss, kept=None), Network(var)
     s, x_0, noise, t = Statement(d), images(), draws(1), torch.tensor([0, 20, T - 1])
@@ -357,8 +356,7 @@ def test_without_noise_losses_draw_from_the_generator() -> None:
     assert torch.equal(losses, d.training_losses(network, images(), t, noise=torch.randn_like(images()))["loss"])
 
 
-@pytest.mark.parametrize("clip", [True, False])
-@pytest.mark.parametrize(("mean", "var"), BOTH)
+@pairwise(mean=MEANS, var=VARS, clip=[True, False])
 def test_the_bound(mean: gd.ModelMeanType, var: gd.ModelVarType, clip: bool) -> None:
     """Against the statement, and against `variational_bound`, which works in float64 and another way."""
     d, network, x_0 = diffusion(mean, var, kept="5"), Network(var), images()
@@ -606,8 +604,7 @@ def bounds(d: Any, var: gd.ModelVarType) -> dict[str, Tensor]:
     return d.calc_bpd_loop(Network(var).float(), images().float())
 
 
-@pytest.mark.parametrize("hooks", HOOKS)
-@pytest.mark.parametrize(("mean", "var"), BOTH)
+@pairwise(mean=MEANS, var=VARS, hooks=list(HOOKS))
 def test_trajectories_are_the_originals(mean: gd.ModelMeanType, var: gd.ModelVarType, hooks: str) -> None:
     d = diffusion(mean, var)
     for eta in ETAS:
@@ -622,8 +619,7 @@ def of_the_original(suffix: str, names: Iterable[str]) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize("loss", list(gd.LossType))
-@pytest.mark.parametrize(("mean", "var"), BOTH)
+@pairwise(mean=MEANS, var=VARS, loss=list(gd.LossType))
 def test_losses_are_the_originals(mean: gd.ModelMeanType, var: gd.ModelVarType, loss: gd.LossType) -> None:
     ours = losses(diffusion(mean, var, loss), var)
     theirs = of_the_original(f"{mean.name} {var.name} {loss.name}", ours)
