@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip install --quiet --disable-pip-version-check --no-compile  # Python compiles what it imports, which is less
 JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 SOURCES = find csrc tests/emulator -name "*.h" -o -name "*.c??" -o -name "*.cu"
 # The tests' other settings are in pyproject.toml and tests/environment.py.
@@ -14,32 +15,41 @@ PYTEST := $(RUN) -m pytest -n $(JOBS) --dist worksteal
 
 check:  ## all that a change has to pass, in five minutes; for the CPU alone
 	$(PYTHON) .ci/copy_tree.py build/check
-	DDPM_FAST_CUDA_ARCHS=none $(MAKE) -C build/check setup lint test
+	DDPM_FAST_CUDA_ARCHS=none $(MAKE) -C build/check -j 2 setup  # it compiles while pip installs
+	$(MAKE) -C build/check lint test
 
 check-all: check-lowest  ## everything: CUDA kernels and their machine code, slow tests, full products, benchmarks' tests, docs
 	$(PYTHON) .ci/copy_tree.py build/check-all
-	FORCE_CUDA=1 DDPM_FAST_CUDA_ARCHS="80;90a;100" $(MAKE) -C build/check-all setup lint test-all docs
+	FORCE_CUDA=1 DDPM_FAST_CUDA_ARCHS="80;90a;100" $(MAKE) -C build/check-all -j 2 setup
+	$(MAKE) -C build/check-all lint test-all docs
 
 check-lowest:  ## the tests with the lowest versions that pyproject.toml allows (downloads 4 GB the first time)
 	$(PYTHON) .ci/copy_tree.py build/check-lowest
-	DDPM_FAST_CUDA_ARCHS=none $(MAKE) -C build/check-lowest setup-lowest test
+	DDPM_FAST_CUDA_ARCHS=none $(MAKE) -C build/check-lowest setup-lowest
+	$(MAKE) -C build/check-lowest test
 
 # ------------------------------------------------------------------------------------------------------------ its single parts
 
-setup: build  ## a virtual environment with the package (editable) and what the tests need
-$(VENV)/installed: pyproject.toml
+setup: $(VENV)/installed build  ## a virtual environment with the package (editable) and what the tests need
+
+$(VENV)/tools:
 	$(PYTHON) -m venv $(VENV)
-	DDPM_FAST_NO_NATIVE=1 $(RUN) -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	$(PIP) setuptools cmake ninja pybind11
 	touch $@
 
-setup-lowest:  ## the same with the lowest versions
-	test -e $(VENV)/installed || $(PYTHON) -m venv $(VENV)
+$(VENV)/installed: pyproject.toml $(VENV)/tools
+	DDPM_FAST_NO_NATIVE=1 $(PIP) --no-build-isolation -e '.[test]'
+	touch $@
+
+setup-lowest: $(VENV)/tools  ## the same with the lowest versions; Triton beside the older one that torch asks for
 	$(PYTHON) .ci/lowest.py test > build/lowest.txt
-	$(RUN) -m pip install --quiet --disable-pip-version-check -r build/lowest.txt
+	grep -v ^triton build/lowest.txt | xargs $(PIP)
+	grep ^triton build/lowest.txt | xargs $(PIP) --no-deps
+	DDPM_FAST_NO_NATIVE=1 $(PIP) --no-build-isolation --no-deps -e .
 	touch $(VENV)/installed
 	$(MAKE) build
 
-build: $(VENV)/installed  ## compiles what has changed of the native module, in place; build/ keeps the rest
+build: $(VENV)/tools  ## compiles what has changed of the native module, in place; build/ keeps the rest
 	$(RUN) setup.py -q build_ext --inplace
 
 lint:  ## style and types
