@@ -132,6 +132,18 @@ def compare(
         gc.enable()
 
 
+def warn_if_unsteady(times: Mapping[str, Times]) -> bool:
+    """Say so if the quartiles of any contestant are far apart: medians of different rounds then contradict the ratios."""
+    spreads = {name: taken.spread for name, taken in times.items()}
+    unsteady = [name for name, spread in spreads.items() if spread.high > 1.3 * spread.low]
+    if unsteady:
+        print(
+            f"\nThese times are unsteady ({', '.join(unsteady)}): another program probably used the machine. "
+            "Close it and repeat. The ratios, taken round by round, are more reliable than the speeds."
+        )
+    return bool(unsteady)
+
+
 def take_turns(timers: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, Times]:
     """What every contestant says it took, once a round, in an order that rotates."""
     names = list(timers)

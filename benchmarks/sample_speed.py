@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -221,8 +222,12 @@ def main() -> None:
         for name, taken in times.items()
     ]
     common.print_table("ancestral sampling: median [quartiles]", rows)
+    common.warn_if_unsteady(times)
     out = args.out or common.default_output(args.device)
     common.record(out, f"sample_speed {args.model} {args.dtype} batch {args.batch}", machine, rows)
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no picture: matplotlib is missing (pip install -e '.[bench]')")
+        return
     title = f"{args.model}, {args.steps} steps, batch {args.batch}, {args.dtype}, {machine['device']}"
     plot(args.plot or out.with_name(f"{out.stem}_sample_speed.png"), rows, title)
 

@@ -1,48 +1,50 @@
-"""Denoising diffusion probabilistic models (Ho et al. 2020), fast, exact and reproducible."""
+"""Fused kernels for denoising diffusion probabilistic models (Ho et al. 2020) in PyTorch.
 
-from .builtin import load_builtin
-from .evaluate import VariationalBound, variational_bound
-from .images import image_grid, save_grid, save_trajectory, to_uint8
-from .integrations.accelerate import accelerate, restore
-from .integrations.fuse import FuseReport, fuse, unfuse
-from .memory import kept_memory
-from .nn import UNet, freeze
-from .ops import BackendUnavailable, denoising_loss, group_norm_silu, noise, q_sample, reverse_step, sample_seeds
-from .plan import SamplingPlan, ddim_plan, ddpm_plan
-from .sampling import sample
-from .schedule import NoiseSchedule
-from .training import TrainResult, export_checkpoint, train
+The public names below are imported when they are first used, so that `ddpm-fast --help` need not wait for PyTorch.
+"""
+
+from importlib import import_module
+from typing import Any
+
 from .version import __version__ as __version__
 
-__all__ = [
-    "BackendUnavailable",
-    "FuseReport",
-    "NoiseSchedule",
-    "SamplingPlan",
-    "TrainResult",
-    "UNet",
-    "VariationalBound",
-    "accelerate",
-    "ddim_plan",
-    "ddpm_plan",
-    "denoising_loss",
-    "export_checkpoint",
-    "freeze",
-    "fuse",
-    "group_norm_silu",
-    "image_grid",
-    "kept_memory",
-    "load_builtin",
-    "noise",
-    "q_sample",
-    "restore",
-    "reverse_step",
-    "sample",
-    "sample_seeds",
-    "save_grid",
-    "save_trajectory",
-    "to_uint8",
-    "train",
-    "unfuse",
-    "variational_bound",
-]
+_NAMES_BY_MODULE = {
+    "builtin": ("load_builtin",),
+    "evaluate": ("VariationalBound", "variational_bound"),
+    "images": ("image_grid", "save_grid", "save_trajectory", "to_uint8"),
+    "integrations.accelerate": ("accelerate", "restore"),
+    "integrations.fuse": ("FuseReport", "fuse", "unfuse"),
+    "memory": ("kept_memory",),
+    "nn": ("UNet", "freeze"),
+    "ops": (
+        *("BackendUnavailable", "denoising_loss", "group_norm_silu", "initial_noise", "noise"),
+        *("q_sample", "reverse_step", "sample_seeds"),
+    ),
+    "plan": ("SamplingPlan", "ddim_plan", "ddpm_plan"),
+    "reference": ("STREAM_OFFSET", "STREAM_Q_SAMPLE", "STREAM_SEEDS", "STREAM_X_T"),
+    "sampling": ("sample",),
+    "schedule": ("NoiseSchedule",),
+    "training": ("train",),
+    "training_loop": ("TrainResult", "export_checkpoint"),
+}
+_MODULE_BY_NAME = {name: module for module, names in _NAMES_BY_MODULE.items() for name in names}
+
+__all__ = sorted(_MODULE_BY_NAME)
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name, or a submodule, when it is first used."""
+    if name in _MODULE_BY_NAME:
+        value = getattr(import_module(f".{_MODULE_BY_NAME[name]}", __name__), name)
+        globals()[name] = value
+        return value
+    try:
+        return import_module(f".{name}", __name__)
+    except ModuleNotFoundError as error:
+        if error.name != f"{__name__}.{name}":
+            raise
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
+
+
+def __dir__() -> list[str]:
+    return __all__

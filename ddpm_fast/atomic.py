@@ -1,4 +1,4 @@
-"""Files that are replaced in one step."""
+"""Atomic replacement of files."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Gives a temporary name to write to; on leaving, what was written takes the place of `path` in one step.
+    """Yield a temporary name to write to. On exit, rename it to `path` in one step.
 
-    Whenever the process or the machine stops, `path` holds all of the old or all of the new bytes.
+    `path` holds either all old or all new bytes, even after a crash.
+
+    Args:
+        path: File to replace.
     """
     temporary = path.with_name(f".{path.name}.tmp")  # one name: what a killed process left is overwritten
     try:

@@ -1,4 +1,4 @@
-"""Models on disk with all that sampling needs to know, the built-in one among them."""
+"""Trained models on disk, including the built-in one."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ BUILTIN: Final = Path(__file__).parent / "builtin"
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A trained model and how it was meant to be sampled.
+    """A trained model with its sampling settings.
 
     Attributes:
-        model: the network, in eval mode, its weights channels_last.
-        schedule: the noise schedule that it was trained with.
-        prediction: what it predicts.
-        variance: of the reverse steps, as `ddpm_plan` takes it.
-        clip: bound on x_0^, or None.
-        classes: names of the classes in the order of the labels; empty if there are none on record.
+        model: The network in eval mode, with channels_last weights.
+        schedule: The noise schedule of the training.
+        prediction: What the network predicts, as `ddpm_plan` takes it.
+        variance: Variance of the reverse steps, as `ddpm_plan` takes it.
+        clip: Bound on x_0^, or None.
+        classes: Names of the classes in the order of their labels, empty if unknown.
     """
 
     model: UNet
@@ -41,14 +41,17 @@ class Pretrained:
 
 
 def load_builtin(device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> tuple[UNet, NoiseSchedule]:
-    """The built-in model, which predicts epsilon, and its noise schedule. Needs no network.
+    """Load the built-in model and its noise schedule. No internet access is needed.
 
-    It draws 32x32 grey garments. Its labels 0..9 are T-shirt, trouser, pullover, dress, coat, sandal, shirt, sneaker, bag
-    and ankle boot; 10 is "no label".
+    The model predicts epsilon for 32x32 grey images of garments. Labels 0..9 are T-shirt, trouser,
+    pullover, dress, coat, sandal, shirt, sneaker, bag and ankle boot. Label 10 is "no label".
 
     Args:
-        device: None: the CPU.
-        dtype: of the weights; None: float32.
+        device: Device of the weights. None: the CPU.
+        dtype: Dtype of the weights. None: float32.
+
+    Returns:
+        The network in eval mode, and its noise schedule.
     """
     loaded = load_folder(BUILTIN, device, dtype)
     return loaded.model, loaded.schedule
@@ -57,17 +60,17 @@ def load_builtin(device: torch.device | str | None = None, dtype: torch.dtype | 
 def load_folder(
     path: str | os.PathLike[str], device: torch.device | str | None = None, dtype: torch.dtype | None = None
 ) -> Pretrained:
-    """Reads a model.
+    """Load a trained model from a folder.
 
     Args:
-        path: a folder in diffusers' layout, with unet/ and scheduler/ (or the files of both at its root); or the folder of a
-            training run, of which the averaged network of the newest checkpoint is taken.
-        device: None: the CPU.
-        dtype: of the weights; None: float32.
+        path: A folder in diffusers' layout, with unet/ and scheduler/ or the files of both at its root.
+            Or the folder of a training run: the averaged network of the newest checkpoint is loaded.
+        device: Device of the weights. None: the CPU.
+        dtype: Dtype of the weights. None: float32.
 
     Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: the files describe what this package does not support.
+        FileNotFoundError: A file is missing.
+        ValueError: The files describe a model that is not supported.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -99,7 +102,13 @@ def load_folder(
 
 
 def schedule_from_config(config: Mapping[str, Any]) -> NoiseSchedule:
-    """The noise schedule that scheduler_config.json describes: where this package wrote it, by the key "ddpm_fast"."""
+    """Return the noise schedule that a scheduler_config.json describes.
+
+    Files written by this package describe it under the key "ddpm_fast".
+
+    Args:
+        config: The file's keys and values.
+    """
     if "ddpm_fast" in config:
         return NoiseSchedule.from_config(config["ddpm_fast"])
     return NoiseSchedule.from_diffusers(config)

@@ -1,9 +1,10 @@
-"""Images to train on. A data set is an `ImageDataset`: uint8 images and integer labels, read by index."""
+"""Data sets to train on: uint8 images and integer labels, read by index."""
 
 from __future__ import annotations
 
 import gzip
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,7 +14,6 @@ from typing import Final
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional
 
@@ -42,11 +42,12 @@ class ImageDataset:
     """Images of one size, with labels.
 
     Attributes:
-        name: what `load_dataset` was asked for.
-        read: maps int64 indices [B] to uint8 images [B, C, H, W].
+        name: The name that `load_dataset` was given.
+        read: A function from int64 indices [B] to uint8 images [B, C, H, W].
         shape: (C, H, W).
         labels: int64 [N], 0..len(classes)-1.
-        classes: names of the classes; a single one where the images carry no labels.
+        classes: Names of the classes; a single one if the images carry no labels.
+        preparation: What was done to the images' size, in words.
     """
 
     name: str
@@ -54,12 +55,13 @@ class ImageDataset:
     shape: tuple[int, int, int]
     labels: Tensor
     classes: tuple[str, ...]
+    preparation: str = "as they are"
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Images, uint8 [B, C, H, W], and labels, int64 [B], at the int64 indices [B]."""
+        """Return images, uint8 [B, C, H, W], and labels, int64 [B], at the int64 indices [B]."""
         return self.read(indices), self.labels[indices]
 
 
@@ -69,17 +71,17 @@ def load_dataset(
     """Load a data set by name.
 
     Args:
-        name: "digits" (scikit-learn's 8x8 digits: no download), "fashion-mnist" (28x28, padded with black to 32x32),
-            "cifar10", or the path of a folder of images, in which each sub-folder is a class.
-        data_dir: where the files of fashion-mnist or cifar10 are, or are downloaded to by torchvision. By default the
-            files of Debian's package dataset-fashion-mnist where installed, else a folder in the user's cache.
-        split: "train" or "test". A folder of images has no split: it is read whole.
-        image_size: height and width in pixels. Images of another size are resized (and those of a folder centre-cropped
-            to a square). Default: the data set's own; 32 for a folder.
+        name: "digits" (scikit-learn's 8x8 digits, no download), "fashion-mnist" (28x28, padded with black to 32x32),
+            "cifar10" (32x32), or the path of a folder of images. A folder's sub-folders are its classes.
+        data_dir: Folder that holds the files of fashion-mnist or cifar10, or receives torchvision's download. By default
+            the files of Debian's package dataset-fashion-mnist if installed, else a folder in the user's cache.
+        split: "train" or "test". A folder of images has no split: all of it is read.
+        image_size: Height and width in pixels. Images of another size are resized. Those of a folder are first cropped to
+            their central square. By default nothing is resized, and a folder's images must be squares of one size.
 
     Raises:
-        ValueError: unknown name or split, bad size, no image found, damaged file.
-        ImportError: a package of the `train` extra is missing.
+        ValueError: The name, split or size is unknown, the images' sizes differ, no image was found, or a file is damaged.
+        ImportError: A package of the `train` extra is missing.
     """
     if split not in ("train", "test"):
         raise ValueError(f'load_dataset: expected split to be "train" or "test", got {split!r}')
@@ -91,29 +93,39 @@ def load_dataset(
     if name == "fashion-mnist":
         images, labels = _read_fashion_mnist(root, split)
         padding = 2 if image_size != 28 else 0  # 32 = 2^5: a U-Net halves the size several times
-        return _in_memory(name, functional.pad(images, [padding] * 4), labels, FASHION_MNIST_CLASSES, image_size)
+        padded = functional.pad(images, [padding] * 4)
+        preparation = "padded with black from 28x28" if padding else "as they are"
+        return _in_memory(name, padded, labels, FASHION_MNIST_CLASSES, image_size, preparation)
     if name == "cifar10":
         return _in_memory(name, *_read_cifar10(root, split), image_size)
     if Path(name).is_dir():
-        return _open_folder(name, image_size or 32)
+        return _open_folder(name, image_size)
     raise ValueError(f"load_dataset: expected name to be one of {', '.join(DATASETS)} or a folder, got {name!r}")
 
 
 def to_unit_range(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Map uint8 0..255 to -1..1, the range the model works in; black is -1."""
+    """Map uint8 0..255 to -1..1, the range of x_0. Black is -1."""
     return images.to(dtype) * (2 / 255) - 1.0
 
 
 # --------------------------------------------------------------------------------------------------------------- sources
 
 
-def _in_memory(name: str, images: Tensor, labels: Tensor, classes: tuple[str, ...], image_size: int | None) -> ImageDataset:
-    """A data set that holds its images, uint8 [N, C, H, W]."""
+def _in_memory(
+    name: str,
+    images: Tensor,
+    labels: Tensor,
+    classes: tuple[str, ...],
+    image_size: int | None,
+    preparation: str = "as they are",
+) -> ImageDataset:
+    """Return a data set that holds its images, uint8 [N, C, H, W], resized if another size is wanted."""
     if image_size is not None and tuple(images.shape[-2:]) != (image_size, image_size):
+        preparation = f"resized from {images.shape[3]}x{images.shape[2]}"
         resized = functional.interpolate(images.float(), (image_size, image_size), mode="bilinear", antialias=True)
         images = resized.round().to(torch.uint8)
     channels, height, width = images.shape[1:]
-    return ImageDataset(name, images.__getitem__, (channels, height, width), labels, classes)
+    return ImageDataset(name, images.__getitem__, (channels, height, width), labels, classes, preparation)
 
 
 def _read_digits(split: str) -> tuple[Tensor, Tensor]:
@@ -148,22 +160,49 @@ def _read_cifar10(root: Path | None, split: str) -> tuple[Tensor, Tensor, tuple[
     return images, torch.tensor(downloaded.targets), tuple(downloaded.classes)
 
 
-def _open_folder(name: str, image_size: int) -> ImageDataset:
-    """A folder of images, decoded when first read and kept."""
+def _open_folder(name: str, image_size: int | None) -> ImageDataset:
+    """Return the images of a folder. They are decoded when first read, and kept."""
     root = Path(name)
     files = sorted(path for path in root.rglob("*") if path.suffix.lower() in _IMAGE_SUFFIXES and path.is_file())
     if not files:
         raise ValueError(f"load_dataset: expected {root} to hold images ({', '.join(sorted(_IMAGE_SUFFIXES))}), got none")
-    # The class of an image is the first folder on the way to it; images that lie in `root` itself share one class.
+    preparation = "cropped to squares and resized"
+    if image_size is None:
+        image_size, preparation = _common_size(root, files), "as they are"
+    # The class of an image is the first folder on the way to it. Images in `root` itself share one class.
     names = [path.relative_to(root).parts[0] if path.parent != root else "" for path in files]
     classes = tuple(sorted(set(names)))
     labels = torch.tensor([classes.index(name) for name in names])
     reader = _FolderReader(files, image_size)
-    return ImageDataset(name, reader, (3, image_size, image_size), labels, classes)
+    return ImageDataset(name, reader, (3, image_size, image_size), labels, classes, preparation)
+
+
+def _common_size(root: Path, files: Sequence[Path]) -> int:
+    """Return the side of the squares that all images are. Raise ValueError, with the sizes, if they are not."""
+    from PIL import Image
+
+    def size(file: Path) -> tuple[int, int]:
+        with Image.open(file) as image:  # reads the header alone
+            return image.width, image.height
+
+    with ThreadPoolExecutor() as pool:
+        sizes = Counter(pool.map(size, files))
+    (width, height), _ = sizes.most_common(1)[0]
+    if len(sizes) == 1 and width == height:
+        return width
+    listed = ", ".join(f"{width}x{height} ({count})" for (width, height), count in sizes.most_common(5))
+    more = f" and {len(sizes) - 5} other sizes" if len(sizes) > 5 else ""
+    raise ValueError(
+        f"load_dataset: expected image_size, as the images in {root} are not squares of one size, got None with sizes "
+        f"{listed}{more}; image_size=64 (--image-size 64) crops each to its central square and resizes it to 64x64"
+    )
 
 
 class _FolderReader:
-    """Decodes images in threads (Pillow releases the interpreter's lock) and keeps them: each file is opened once."""
+    """A reader that decodes images in threads and keeps them, so that each file is decoded once.
+
+    Pillow releases the interpreter's lock while it decodes.
+    """
 
     def __init__(self, files: Sequence[Path], image_size: int) -> None:
         self._files, self._size = files, image_size
@@ -179,12 +218,14 @@ class _FolderReader:
         return self._images[indices]
 
     def _decode(self, index: int) -> Tensor:
-        """The largest centred square of a file, resized: uint8 [3, size, size]."""
+        """Return the largest centred square of a file, resized to uint8 [3, size, size]."""
+        from PIL import Image, ImageOps
+
         with Image.open(self._files[index]) as file:
             image = ImageOps.exif_transpose(file).convert("RGB")
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
-        # Cropped first: `resize(box=...)` mixes in pixels from outside the box.
+        # Crop first, as `resize(box=...)` mixes in pixels from outside the box.
         square = image.crop((left, top, left + side, top + side))
         square = square.resize((self._size, self._size), Image.Resampling.LANCZOS)
         return torch.from_numpy(np.array(square)).permute(2, 0, 1)

@@ -1,4 +1,4 @@
-"""The variational bound: derivation eq. 9-11, term by term (Ho et al. 2020, eq. 5)."""
+"""The variational bound, term by term (eq. 9-11, Ho et al. 2020, eq. 5)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from . import graph, ops
 from .networks import device_and_dtype, evaluation_mode, predict
@@ -21,13 +20,17 @@ _BIN = 2 / 255  # width of one of the 256 grey levels in [-1, 1]
 
 @dataclass(frozen=True, repr=False)
 class VariationalBound:
-    """-log p(x_0) <= L_T + L_{T-1} + ... + L_1 + L_0, in bits per dimension: float64 tensors on the CPU, one row an image.
+    """Upper bound on -log p(x_0) in bits per dimension, term by term.
+
+        -log p(x_0) <= L_T + L_{T-1} + ... + L_1 + L_0
+
+    Tensors are float64 on the CPU, one row per image.
 
     Attributes:
-        prior: L_T [N]: KL(q(x_T | x_0) || N(0, I)). It depends on the schedule only.
-        terms: [N, T]: column t is L_t, and column 0 the reconstruction -log p(x_0 | x_1).
-        x_0_mse: [N, T]: mean squared error of the (clipped) prediction x_0^ at timestep t of the code.
-        epsilon_mse: [N, T]: the same of the epsilon^ that goes with x_0^: SNR_t x_0_mse.
+        prior: L_T [N], KL(q(x_T | x_0) || N(0, I)). It depends on the schedule and x_0 only.
+        terms: [N, T]. Column t is L_t. Column 0 is the reconstruction -log p(x_0 | x_1).
+        x_0_mse: [N, T]. Mean squared error of the (clipped) x_0^ at timestep t of the code.
+        epsilon_mse: [N, T]. Mean squared error of the epsilon^ that belongs to x_0^, SNR_t x_0_mse.
     """
 
     prior: Tensor
@@ -42,17 +45,17 @@ class VariationalBound:
 
     @property
     def transitions(self) -> Tensor:
-        """L_{T-1} + ... + L_1 [N]."""
+        """Sum of the transition terms, L_{T-1} + ... + L_1, [N]."""
         return self.terms[:, 1:].sum(dim=1)
 
     @property
     def reconstruction(self) -> Tensor:
-        """L_0 [N]."""
+        """Reconstruction term L_0, [N]."""
         return self.terms[:, 0]
 
     @property
     def total(self) -> Tensor:
-        """The bound [N]."""
+        """The bound, [N]."""
         return self.prior + self.terms.sum(dim=1)
 
 
@@ -73,30 +76,38 @@ def variational_bound(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> VariationalBound:
-    """Bounds how many bits a dimension the model needs to store images, one network evaluation an image and timestep.
+    """Compute the variational bound in bits per dimension on test images.
 
-    Each term is estimated with one draw of x_t, independent from term to term. At t = 0, where beta~ is 0, the log variance
-    is that of t = 1 ("fixed_small", "fixed_large", and the lower end of "learned_range"), as in Ho et al.'s code.
+    This takes one network evaluation per image and timestep. Each term is estimated from one independent
+    draw of x_t. At t = 0 beta~ is 0, and its log variance is replaced by that of t = 1, as in the code of
+    Ho et al. This applies to "fixed_small", "fixed_large" and the lower end of "learned_range". Source:
+    derivation eq. 9-11 (Ho et al. 2020, eq. 5).
 
     Args:
-        model: called as in `sample`.
-        x_0: images of 256 grey levels mapped to [-1, 1], floating [N, C, H, W].
-        prediction, variance, clip: what the model's output means, the reverse steps' variance, and the bound on x_0^, as in
-            `ddpm_plan`.
-        class_labels: as in `sample`.
-        seed: an int, or int64 [N]: image i has its own seed, and timestep t is its stream.
-        noise: instead of seed: noise(t) is the epsilon of timestep t, shaped like x_0; called once for T-1, ..., 0.
-        exact_cdf: the normal distribution function in L_0; False takes the tanh approximation that published figures use.
-        batch_size: images at a time; None: all.
-        progress: show a progress bar.
-        device, dtype: as in `sample`, but None is the dtype of the model on a GPU too. What comes after the network is computed
-            in float64.
+        model: Network, called as in `sample`.
+        x_0: Images of 256 grey levels mapped to [-1, 1], floating [N, C, H, W].
+        schedule: Noise schedule of the training.
+        prediction: Meaning of the model's output, as in `ddpm_plan`.
+        variance: Variance of the reverse steps, as in `ddpm_plan`.
+        clip: Bound on x_0^, or None, as in `ddpm_plan`.
+        class_labels: As in `sample`.
+        seed: An int, or int64 [N] with a seed per image. The stream of timestep t is t.
+        noise: Replaces `seed`. noise(t) returns epsilon of timestep t, shaped like x_0. It is called once
+            for each t = T-1, ..., 0.
+        exact_cdf: Use the exact normal distribution function in L_0. False: its tanh approximation, on
+            which published figures are based.
+        batch_size: Images per network evaluation. None: all.
+        progress: Show a progress bar.
+        device: Device to run on. None: the model's device.
+        dtype: Dtype of the network. None: the model's dtype, on a GPU too. Everything after the network is
+            float64.
 
     Returns:
-        Every term, an image.
+        Every term of every image.
 
     Raises:
-        ValueError, TypeError: before any work, for an argument that is out of range or does not fit the model.
+        ValueError: An argument is out of range or does not fit the model. Checked before any computation.
+        TypeError: An argument has an unsupported type.
     """
     if not x_0.is_floating_point() or x_0.dim() < 2 or x_0.numel() == 0:
         raise ValueError(f"variational_bound: expected x_0 to be floating [N, C, ...], got {x_0.dtype} {list(x_0.shape)}")
@@ -124,6 +135,8 @@ def variational_bound(
         evaluation_mode(network := model if running.network is None else running.network),
         torch.inference_mode(),
     ):
+        from tqdm.auto import tqdm
+
         for t in tqdm(timesteps, desc="variational bound", unit="timestep", disable=not progress):
             epsilon = None if noise is None else noise(t).to(x_0)
             for chunk in chunks:
@@ -152,7 +165,10 @@ def variational_bound(
 
 
 def _split(output: Tensor, channels: int, t: int, schedule: NoiseSchedule, variance: Variance) -> tuple[Tensor, Tensor]:
-    """The prediction, and the log variance of p(x_{t-1} | x_t): a 0-d tensor, or one for every dimension if it is learned."""
+    """Return the prediction, and the log variance of p(x_{t-1} | x_t).
+
+    The log variance is a 0-d tensor, or shaped like the prediction if it is learned.
+    """
     lower = schedule.posterior_log_variance[t]
     upper = schedule.betas[t].log()
     if variance in ("fixed_small", "fixed_small_log"):
@@ -167,22 +183,49 @@ def _split(output: Tensor, channels: int, t: int, schedule: NoiseSchedule, varia
 
 
 def prior_bits(x_0: Tensor, schedule: NoiseSchedule) -> Tensor:
-    """L_T = KL(q(x_T | x_0) || N(0, I)), bits per dimension: [N, ...] -> float64 [N]."""
+    """Return L_T = KL(q(x_T | x_0) || N(0, I)) in bits per dimension.
+
+    Args:
+        x_0: [N, ...].
+        schedule: Noise schedule.
+
+    Returns:
+        float64 [N].
+    """
     variance = 1 - schedule.alpha_bars[-1]
     mean = schedule.sqrt_alpha_bars[-1] * x_0.double()
     return _bits(0.5 * (mean.square() + variance - 1 - variance.log()))
 
 
 def transition_bits(distance: Tensor, log_variance_q: Tensor, log_variance_p: Tensor) -> Tensor:
-    """L_{t-1} = KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), `distance` between their means: [N, ...] -> [N]."""
+    """Return L_{t-1} = KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) in bits per dimension.
+
+    Args:
+        distance: Difference of the two means, [N, ...].
+        log_variance_q: Log variance of q, broadcastable over `distance`.
+        log_variance_p: Log variance of p, broadcastable over `distance`.
+
+    Returns:
+        [N].
+    """
     log_ratio = log_variance_q - log_variance_p
     return _bits(0.5 * (distance.square() * torch.exp(-log_variance_p) + torch.expm1(log_ratio) - log_ratio))
 
 
 def reconstruction_bits(x_0: Tensor, mean: Tensor, log_variance: Tensor, *, exact_cdf: bool = False) -> Tensor:
-    """L_0 = -log of the Gaussian's mass in the grey level of x_0 (Ho et al. eq. 13): [N, ...] -> [N].
+    """Return L_0 in bits per dimension (Ho et al. eq. 13).
 
-    The outermost levels reach to infinity. The mass is taken as at least 1e-12.
+    L_0 is -log of the Gaussian's mass in the grey level of x_0. The outermost levels extend to infinity.
+    The mass is clamped to at least 1e-12.
+
+    Args:
+        x_0: Images of 256 grey levels in [-1, 1], [N, ...].
+        mean: Mean of the Gaussian, like x_0.
+        log_variance: Its log variance, broadcastable over x_0.
+        exact_cdf: Use the exact normal distribution function, not its tanh approximation.
+
+    Returns:
+        [N].
     """
     cdf = torch.special.ndtr if exact_cdf else _tanh_cdf
     inverse_std = torch.exp(-0.5 * log_variance)
@@ -192,10 +235,10 @@ def reconstruction_bits(x_0: Tensor, mean: Tensor, log_variance: Tensor, *, exac
 
 
 def _tanh_cdf(x: Tensor) -> Tensor:
-    """The standard normal distribution function, to 3e-4 (Page 1977)."""
+    """Return the standard normal distribution function with an error of 3e-4 (Page 1977)."""
     return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
 def _bits(nats: Tensor) -> Tensor:
-    """[N, ...] nats a dimension -> [N] mean bits."""
+    """Return the mean of nats per dimension [N, ...] in bits, [N]."""
     return nats.flatten(1).mean(dim=1) / math.log(2)

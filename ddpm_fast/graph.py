@@ -1,4 +1,4 @@
-"""What sampling runs, kept from call to call: networks in their inference form; on a GPU, steps captured into CUDA graphs."""
+"""Sessions of `sample`: frozen networks and captured CUDA graphs, kept between calls."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ _CAPTURE_STREAMS: dict[torch.device, torch.cuda.Stream] = {}
 
 
 class CaptureError(RuntimeError):
-    """No CUDA graph can be made; the message says why. CUDA is as usable as before."""
+    """Error for a CUDA graph that cannot be captured. The message has the reason. CUDA stays usable."""
 
 
 class Session:
-    """A network to sample with, and the loops that ran with it.
+    """A network to sample with, and its loops.
 
     Args:
-        state: what all this is made from, and for.
-        network: to evaluate; None: the model itself, which a session that is kept must not keep alive.
-        captures: whether loops are captured.
+        state: Everything that the session depends on. A different state invalidates it.
+        network: Network to evaluate. None: the model itself, which a kept session must not reference.
+        captures: Whether loops are captured as CUDA graphs.
     """
 
     def __init__(self, state: Hashable, network: nn.Module | None, captures: bool) -> None:
@@ -46,7 +46,15 @@ class Session:
         self._pool: Any = None  # of memory: graphs take turns, so one serves all of them
 
     def loop(self, key: Hashable, make: Callable[[], Loop], network: nn.Module) -> Loop:
-        """The loop of this key, made and captured at its first use; one that is not captured, which is soon made, each time."""
+        """Return the loop of `key`, creating and capturing it at first use.
+
+        Without capture a new loop is created at every call, which is cheap.
+
+        Args:
+            key: Everything that the loop depends on.
+            make: Creates the loop.
+            network: Network to evaluate.
+        """
         if not self._captures:
             return make()
         key = (key, _settings())
@@ -83,10 +91,18 @@ _KEPT: WeakKeyDictionary[nn.Module, Session] = WeakKeyDictionary()
 def session(
     model: nn.Module, device: torch.device, dtype: torch.dtype | None, num_timesteps: int, cuda_graph: bool | None
 ) -> Iterator[Session]:
-    """What to sample with: the inference form of a `UNet`, or another model, moved and cast by a copy if need be.
+    """Yield a session to sample with.
 
-    All is kept for the next call with the same unchanged model on the same stream, until that model is gone, where graphs are
-    captured or, by default, the network was frozen.
+    A `UNet` is frozen. Any other model is used as it is, or copied to another device or dtype. The session
+    is kept if graphs are captured, or if the network was frozen by default. The next call uses it if the
+    model is unchanged and the stream the same. It is released with the model.
+
+    Args:
+        model: Model to sample with.
+        device: Device to run on.
+        dtype: Dtype of the network. None: chosen by `freeze`, or the model's.
+        num_timesteps: T.
+        cuda_graph: Capture graphs. None: on a GPU, for a `UNet` or its inference form.
     """
     on_gpu = device.type in DEVICE_TYPES
     reason = why_not_frozen(model) if on_gpu or device.type == "cpu" else f"it is on {device.type}"
@@ -95,7 +111,7 @@ def session(
     freezes = reason is None
     if freezes and dtype is None and device.type == "cpu":
         _, dtype = device_and_dtype(model)  # not another one, as `freeze` would choose it
-    # Of other models nobody knows whether they compute the same from the same memory each time.
+    # Other models may not compute the same from the same memory each time.
     captures = on_gpu and (freezes or type(model) is FrozenUNet if cuda_graph is None else cuda_graph)
     keeps = captures or (freezes and cuda_graph is None)
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
@@ -116,7 +132,7 @@ def session(
 
 
 def forget(model: nn.Module) -> None:
-    """Lets go of what is kept for this model."""
+    """Release what is kept for this model."""
     _KEPT.pop(model, None)
 
 
@@ -125,10 +141,10 @@ def _stream(device: torch.device) -> Hashable:
 
 
 def _weights(model: nn.Module) -> Hashable:
-    """Differs where the model's weights are elsewhere, or have changed.
+    """Return a value that changes if the model's weights move or change.
 
-    A write through `.data`, as some moving averages do it, leaves no trace but the values: hence the sums of their bits. Such
-    a write that only moves values about is not seen.
+    A write through `.data`, as in some moving averages, changes only the values. Sums of the values' bits
+    detect it, unless it only permutes values.
     """
     tensors = [*model.parameters(), *model.buffers()]
     places = [(tensor.data_ptr(), tensor.dtype, 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
@@ -139,7 +155,7 @@ def _weights(model: nn.Module) -> Hashable:
 
 
 def _settings() -> Hashable:
-    """Of torch, which decide what kernels a step launches."""
+    """Return the torch settings that decide which kernels a step launches."""
     cudnn: Any = torch.backends.cudnn
     precisions = (torch.backends.cuda.matmul.fp32_precision, cudnn.conv.fp32_precision)
     autocast = (torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"))
@@ -148,15 +164,18 @@ def _settings() -> Hashable:
 
 
 def capture(rehearse: Callable[[], None], advance: Callable[[], None], device: torch.device, pool: Any) -> Callable[[], None]:
-    """Has the GPU record what `advance` launches, and returns what launches all of it at once.
+    """Capture the launches of `advance` as a CUDA graph and return its replay function.
 
     Args:
-        rehearse: does what `advance` does, without consequences. The first run compiles kernels and fills caches; what it
-            raises is the model's own error. The second finds out whether anything waits for the GPU: a capture would fail.
-        pool: of the memory for what lives during a step.
+        rehearse: Does the same as `advance`, without lasting effects. Its first run compiles kernels and
+            fills caches; an error there is the model's own. Its second run detects whether a step
+            waits for the GPU, which a capture does not allow.
+        advance: Launches one step.
+        device: GPU to capture on.
+        pool: Memory pool for tensors that exist during a step.
 
     Raises:
-        CaptureError: something cannot be recorded.
+        CaptureError: A step cannot be captured.
     """
     graph = torch.cuda.CUDAGraph()
     with _ONE_CAPTURE:
@@ -184,7 +203,7 @@ def capture(rehearse: Callable[[], None], advance: Callable[[], None], device: t
 
 
 def capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """Always the same: memory of a pool serves one stream."""
+    """Return the capture stream of a device, always the same. Memory of a pool serves one stream."""
     if device not in _CAPTURE_STREAMS:
         _CAPTURE_STREAMS[device] = torch.cuda.Stream(device)
     return _CAPTURE_STREAMS[device]
@@ -192,10 +211,11 @@ def capture_stream(device: torch.device) -> torch.cuda.Stream:
 
 @contextmanager
 def _own_workspaces() -> Iterator[None]:
-    """Has cuBLAS take its workspaces from the memory of the graph that is captured.
+    """Make cuBLAS allocate its workspaces in the memory of the captured graph.
 
-    Else they are those of the stream, which torch frees although graphs use them: where it makes graphs of compiled code, and
-    after version 2.11 where any graph goes that was captured on the stream (pytorch/pytorch#193402).
+    Otherwise graphs use the stream's workspaces, which torch frees too early. It frees them when it
+    captures compiled code. After version 2.11 it also frees them when any graph of the stream is deleted
+    (pytorch/pytorch#193402).
     """
     torch._C._cuda_clearCublasWorkspaces()
     try:
@@ -205,7 +225,7 @@ def _own_workspaces() -> Iterator[None]:
 
 
 def _refuse_waiting(run: Callable[[], None]) -> None:
-    """Runs it; CaptureError if it waited for the GPU."""
+    """Call `run`, and raise a CaptureError if it waited for the GPU."""
     before = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
@@ -220,7 +240,10 @@ def _refuse_waiting(run: Callable[[], None]) -> None:
 
 
 def _clean_up(device: torch.device, stream: torch.cuda.Stream, pool: Any) -> None:
-    """Ends a capture for the allocator and the random numbers too, which torch forgets where CUDA has given the capture up."""
+    """End a failed capture for the allocator and the random number generator.
+
+    If CUDA has aborted the capture, torch does not do this.
+    """
     with suppress(Exception):  # it had not: the allocator knows
         torch._C._cuda_endAllocateToPool(device.index, pool)
         torch._C._cuda_releasePool(device.index, pool)

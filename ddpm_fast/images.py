@@ -1,4 +1,4 @@
-"""Images out: tensors in [-1, 1] to 8 bits, grids and animations on disk."""
+"""Image files: 8-bit pixels, grids and animations of tensors in [-1, 1]."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from .atomic import replacing
@@ -18,13 +17,13 @@ _ANIMATED = ("GIF", "WEBP")
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """The inverse of x = 2 u / 255 - 1, rounded to nearest; values outside [-1, 1] saturate.
+    """Map [-1, 1] to 0..255, rounded to nearest: the inverse of x = 2 u / 255 - 1. Values outside saturate.
 
     Args:
-        images: any shape and floating dtype.
+        images: Any shape and floating dtype.
 
     Returns:
-        uint8, same shape and device.
+        uint8 of the same shape, on the same device.
     """
     return images.detach().float().add(1).mul(127.5).round_().clamp_(0, 255).to(torch.uint8)
 
@@ -32,24 +31,28 @@ def to_uint8(images: Tensor) -> Tensor:
 def image_grid(
     images: Tensor, *, columns: int | None = None, padding: int = 2, scale: int = 1, background: int = 255
 ) -> Tensor:
-    """Tiles images into one picture, row by row.
+    """Tile images into one picture, row by row.
 
     Args:
-        images: [N, C, H, W] in [-1, 1], N >= 1; C is 1 (grey), 3 (RGB) or 4 (RGBA).
-        columns: images a row; None: the smallest square that holds all.
-        padding: pixels between the images and around them.
-        scale: every pixel of an image becomes scale x scale pixels.
-        background: grey value 0..255 of the padding and of the cells left over.
+        images: [N, C, H, W] in [-1, 1], N >= 1. C is 1 (grey), 3 (RGB) or 4 (RGBA).
+        columns: Images a row. By default the grid is full and nearly square; if N allows no such grid, the cells that
+            are left over are grey.
+        padding: Pixels between the images and around them.
+        scale: Draw every pixel of an image as scale x scale pixels.
+        background: Grey value of the padding, 0..255.
 
     Returns:
         uint8 [height, width, C] on the CPU.
+
+    Raises:
+        ValueError: An argument is out of range, or the images are not finite.
     """
     _check_images("image_grid", images)
     for name, value, least in (("columns", columns, 1), ("padding", padding, 0), ("scale", scale, 1)):
         if value is not None and value < least:
             raise ValueError(f"image_grid: expected {name} to be at least {least}, got {value}")
     n, channels, height, width = images.shape
-    columns = min(n, columns or math.ceil(math.sqrt(n)))
+    columns = min(n, columns or _columns(n))
     rows = math.ceil(n / columns)
     step_y, step_x = height * scale + padding, width * scale + padding
     grid = torch.full((rows * step_y + padding, columns * step_x + padding, channels), background, dtype=torch.uint8)
@@ -57,7 +60,17 @@ def image_grid(
     for i, image in enumerate(pixels):
         y, x = padding + i // columns * step_y, padding + i % columns * step_x
         grid[y : y + height * scale, x : x + width * scale] = image.permute(1, 2, 0)
+    for i in range(n, rows * columns):
+        y, x = padding + i // columns * step_y, padding + i % columns * step_x
+        grid[y : y + height * scale, x : x + width * scale] = 128
     return grid
+
+
+def _columns(n: int) -> int:
+    """Return the columns of a full grid of n images that is at most three times as wide as high, else of a square one."""
+    square = math.ceil(math.sqrt(n))
+    fitting = (columns for columns in range(square, n + 1) if n % columns == 0 and (columns * columns <= 3 * n or n <= 3))
+    return next(fitting, square)
 
 
 def save_grid(
@@ -68,17 +81,22 @@ def save_grid(
     padding: int = 2,
     scale: int = 1,
 ) -> Path:
-    """Writes images, tiled as `image_grid` does, to one file; folders on the way are made.
+    """Write images to one file, tiled by `image_grid`. Missing folders are made.
 
     The file appears whole or not at all.
 
     Args:
         images: [N, C, H, W] in [-1, 1].
-        path: its ending chooses the format (.png, .webp, .jpg, ...).
-        columns, padding, scale: as in `image_grid`.
+        path: File to write. Its ending chooses the format (.png, .webp, .jpg, ...).
+        columns: See `image_grid`.
+        padding: See `image_grid`.
+        scale: See `image_grid`.
 
     Returns:
         The path.
+
+    Raises:
+        ValueError: An argument is out of range, or Pillow cannot write the format.
     """
     kind = image_format(path)
     return _write(path, kind, [image_grid(images, columns=columns, padding=padding, scale=scale)])
@@ -94,17 +112,23 @@ def save_trajectory(
     padding: int = 2,
     scale: int = 1,
 ) -> Path:
-    """Shows how images come out of noise: an animation (.gif, .webp), or a strip (.png, ...) with one row an image.
+    """Write an animation (.gif, .webp) of images coming out of noise, or a strip (.png, ...) with one row an image.
 
     Args:
-        trajectory: [F, N, C, H, W]: x_T first, x_0 last, as `sample(..., return_trajectory=True)` gives it.
-        path: its ending chooses the form.
-        frames: take this many of the F, evenly spaced, first and last among them; None: all for an animation, 11 for a strip.
-        seconds: length of an animation, which then rests on x_0 for a third of that.
-        columns: images a row of an animation; as padding and scale, see `image_grid`.
+        trajectory: [F, N, C, H, W], x_T first and x_0 last, from `sample(..., return_trajectory=True)`.
+        path: File to write. Its ending chooses the form.
+        frames: Show this many of the F states, evenly spaced, including the first and the last. By default an animation
+            shows all of them and a strip 11.
+        seconds: Length of an animation. It then rests on x_0 for a third of that time.
+        columns: Images a row of an animation. See `image_grid`.
+        padding: See `image_grid`.
+        scale: See `image_grid`.
 
     Returns:
         The path.
+
+    Raises:
+        ValueError: An argument is out of range, or Pillow cannot write the format.
     """
     kind = image_format(path)
     if trajectory.dim() != 5 or trajectory.shape[0] == 0:
@@ -126,14 +150,16 @@ def save_trajectory(
 
 
 def evenly_spaced(total: int, count: int) -> list[int]:
-    """At most `count` different indices of 0 .. total - 1, evenly spaced, first and last among them (count 1: the last)."""
+    """Return at most `count` indices of 0 .. total - 1, evenly spaced, with the first and the last (count 1: the last)."""
     if count == 1:
         return [total - 1]
     return sorted({round(i * (total - 1) / (count - 1)) for i in range(count)})
 
 
 def image_format(path: str | os.PathLike[str]) -> str:
-    """Pillow's name of the format that the path's ending stands for; ValueError if Pillow cannot write it."""
+    """Return Pillow's name for the format of the path's ending. Raise ValueError if Pillow cannot write it."""
+    from PIL import Image
+
     ending = Path(path).suffix.lower()
     kind = Image.registered_extensions().get(ending)
     if kind is None or kind not in Image.SAVE:
@@ -154,7 +180,9 @@ def _check_images(function: str, images: Tensor) -> None:
 def _write(
     path: str | os.PathLike[str], kind: str, pictures: Sequence[Tensor], milliseconds: float = 0, rest: float = 0
 ) -> Path:
-    """Writes uint8 [height, width, C] pictures: one, or an endless animation whose last picture stays `rest` longer."""
+    """Write uint8 [height, width, C] pictures: one, or an endless animation whose last picture stays `rest` ms longer."""
+    from PIL import Image
+
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     first, *others = (Image.fromarray(np.asarray(p.squeeze(2) if p.shape[2] == 1 else p)) for p in pictures)

@@ -1,4 +1,4 @@
-"""What is here and what runs on it: the text of `ddpm-fast info`."""
+"""Versions, devices and available backends: the text of `ddpm-fast info`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _version(distribution: str) -> str:
 
 
 def _processor() -> str:
-    """The name on Linux's first `model name` line; elsewhere what Python knows."""
+    """Return the processor's name from /proc/cpuinfo, or Python's name for it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -63,7 +63,7 @@ def _native_lines() -> Iterator[str]:
 
 
 def _table(device: torch.device) -> Iterator[str]:
-    """One row an op, one column a family: yes, or the number of a reason below."""
+    """Yield one row per op and one column per backend: yes, or the number of a reason below."""
     width = max(map(len, OPS))
     yield " " * width + "".join(f"  {family:<9}" for family in FAMILIES)
     reasons: list[str] = []
@@ -80,7 +80,10 @@ def _table(device: torch.device) -> Iterator[str]:
 
 
 def info() -> str:
-    """Versions, devices, the native module, and for every op which family runs on each device, or why it does not."""
+    """Return versions, devices, the native module, and the backends of every op on every device as text.
+
+    If a backend cannot run, the text has the reason.
+    """
     sections = [("Versions", _versions()), ("Devices", _device_lines()), ("Native module", _native_lines())]
     sections += [(f"Ops on {device}", _table(device)) for device in _devices()]
     return "\n\n".join("\n".join([title, *(f"  {line}" for line in lines)]) for title, lines in sections)

@@ -1,4 +1,4 @@
-"""The sampling loop as a device sees it: the same launches on the same memory at every step."""
+"""The sampling loop on a device: the same launches on the same memory at every step."""
 
 from __future__ import annotations
 
@@ -8,24 +8,31 @@ import torch
 from torch import Tensor, nn
 
 from .networks import predict
-from .ops import noise, reverse_step
+from .ops import initial_noise, reverse_step
 from .plan import SamplingPlan
-from .reference import STREAM_X_T
 
 
 class Loop:
-    """What sampling n images at a time works on. `start` fills it; each `advance` takes it one step of the plan further.
+    """Memory for sampling n images at a time.
 
-    `advance` reads which step it is from device memory and waits for nothing, so a CUDA graph of it serves every step of
-    every batch.
+    `start` fills it. Each `advance` applies one step of the plan. `advance` reads the step's index from
+    device memory and never synchronizes. One CUDA graph therefore serves every step of every batch.
 
     Args:
-        label: of every sample until `start` sets others, and of the second half with guidance; None: the network gets none.
-        guidance_scale: None: no guidance. Else the network evaluates 2 n, the second half without labels.
+        plan: Plan of the sampler.
+        shape: [n, C, H, W].
+        state_dtype: Dtype of x_t.
+        network_dtype: Dtype of the network's input.
+        memory_format: Memory format of x_t.
+        device: Device to run on.
+        label: Label of every sample until `start` sets others, and of the unconditional half with
+            guidance. None: the network gets no labels.
+        guidance_scale: None: no guidance. Otherwise the network evaluates 2 n samples, the second half
+            without labels.
 
     Attributes:
-        x_t: [n, C, H, W], stepped in place: x_T after `start`, x_0 after the last step.
-        replay: what does the same as `advance` at once, where it has been captured.
+        x_t: [n, C, H, W], updated in place: x_T after `start`, x_0 after the last step.
+        replay: Replays a captured `advance`, or None.
     """
 
     def __init__(
@@ -53,22 +60,27 @@ class Loop:
         self.replay: Callable[[], None] | None = None
 
     def start(self, seeds: Tensor, labels: Tensor | None) -> None:
-        """Draws x_T. seeds, labels: int64 [n], on the device."""
+        """Draw x_T and return to the first step.
+
+        Args:
+            seeds: int64 [n] on the device.
+            labels: int64 [n] on the device, or None.
+        """
         self.rewind()
         self._seeds.copy_(seeds)
         if self._labels is not None and labels is not None:
             self._labels[: len(labels)] = labels
         x_t = self.x_t
-        x_t.copy_(noise(x_t.shape, self._seeds, stream=STREAM_X_T, dtype=x_t.dtype, device=x_t.device))
+        x_t.copy_(initial_noise(x_t.shape, self._seeds, dtype=x_t.dtype, device=x_t.device))
         if self._x_0 is not None:
             self._x_0.zero_()
 
     def rewind(self) -> None:
-        """Back to the first step, whatever x_t holds."""
+        """Return to the first step without changing x_t."""
         self._step.zero_()
 
     def advance(self, network: nn.Module) -> None:
-        """One evaluation of the network and one `reverse_step`."""
+        """Evaluate the network once and apply one `reverse_step`."""
         x_t, plan = self.x_t, self._plan
         x_in = x_t.to(self._network_dtype)
         if self._guidance_scale is not None:

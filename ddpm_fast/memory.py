@@ -1,4 +1,4 @@
-"""Memory that is freed stays with the process, so that the next step of training gets it back without asking the system."""
+"""Memory allocation for CPU training: freed memory stays with the process between steps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ M_TRIM_THRESHOLD: Final = -1
 M_MMAP_MAX: Final = -4
 M_MMAP_THRESHOLD: Final = -3
 
-# Nothing is a mapping of its own, which goes back to the system when it is freed, and the heap's end never shrinks.
+# No block is a separate mapping, which would return to the system when freed, and the heap never shrinks.
 KEEP: Final = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: -1}
 # glibc starts with thresholds of 128 KiB and raises them, as large blocks are freed, up to these, until a program sets any:
 # it does not go back to raising them. So they are set to where it would have ended; the first ones would be slower than ever.
@@ -27,21 +27,23 @@ _inside = 0  # how many are inside of kept_memory
 
 @contextmanager
 def kept_memory() -> Iterator[None]:
-    """Inside of it, memory that is freed on the CPU stays with the process: for a loop of training on a CPU.
+    """Keep freed CPU memory in the process, for training loops on a CPU.
 
         with ddpm_fast.kept_memory():
             for images in data:
-                ...  # the network, its gradient, the optimizer's step
+                ...  # forward, backward, optimizer step
 
-    glibc gives what a step of training frees back to the system, and gets it anew in the next step, page by page, cleared:
-    3 to 18 % of the step's time, where it was measured. `train` on a CPU does this by itself. The price is that the process
-    keeps the most memory that it ever had inside. On the way out, also by an exception, what is free goes back to the system.
-    It can be nested, and used as a decorator; results are the same.
+    By default glibc returns a step's memory to the system. The next step requests it again, page by page
+    and cleared. This took 3 to 18 % of a step's time in our measurements. `train` on a CPU uses this
+    context by itself. The process keeps its peak memory until the context exits, also by an exception.
+    Results do not change. The context can be nested and used as a decorator.
 
-    It is a setting of the whole process. It acts in full on what the main thread allocates; of other threads' memory some still
-    goes back. Afterwards malloc's thresholds are those that glibc's own adjustment tends to (blocks of 32 MiB and more are
-    mappings of their own, 64 MiB may stay free at the heap's end), whatever the environment set before. Nothing happens where
-    the C library is not glibc, as on macOS, Windows and musl, or where another allocator took malloc's place.
+    It changes malloc's settings for the whole process and has full effect on the main thread. Some memory
+    of other threads still returns to the system. It has no effect without glibc (macOS, Windows, musl) or
+    with another allocator.
+
+    On exit, malloc's thresholds become those that glibc adapts to, also if the environment has set others.
+    Blocks of 32 MiB and more are then separate mappings, and 64 MiB may stay free at the end of the heap.
     """
     libc = _glibc()
     if libc is None:
@@ -64,7 +66,7 @@ def kept_memory() -> Iterator[None]:
 
 @functools.cache
 def _glibc() -> Any:
-    """The C library of this process, if that is glibc."""
+    """Return this process's C library if it is glibc, else None."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     return libc if hasattr(libc, "gnu_get_libc_version") else None
 

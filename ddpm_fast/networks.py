@@ -1,4 +1,4 @@
-"""Networks as sampling and evaluation take them: anything that is called as model(x_t, t) or model(x_t, t, class_labels)."""
+"""Networks for sampling and evaluation: any model(x_t, t) or model(x_t, t, class_labels)."""
 
 from __future__ import annotations
 
@@ -12,14 +12,29 @@ from torch import Tensor, nn
 
 
 def predict(model: nn.Module, x_t: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:
-    """The model's output, also where it comes inside an object with the field `sample`, as diffusers' models give it."""
+    """Return the model's output as a tensor.
+
+    Models of diffusers return an object whose field `sample` is the tensor.
+
+    Args:
+        model: The model.
+        x_t: [N, C, H, W].
+        t: int64 [N].
+        class_labels: int64 [N], or None for a model without classes.
+    """
     output = model(x_t, t) if class_labels is None else model(x_t, t, class_labels)
     tensor: Tensor = getattr(output, "sample", output)
     return tensor
 
 
 def placed(model: nn.Module, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> nn.Module:
-    """The model if it is on this device in this dtype (None: wherever it is, as it is), else a copy of it that is."""
+    """Return the model if it has this device and dtype, else a copy that does.
+
+    Args:
+        model: The model.
+        device: None: the model's device.
+        dtype: None: the model's dtype.
+    """
     model_device, model_dtype = device_and_dtype(model)
     device, dtype = torch.device(device or model_device), dtype or model_dtype
     same_device = device.type == model_device.type and device.index in (None, model_device.index)
@@ -29,7 +44,10 @@ def placed(model: nn.Module, device: torch.device | str | None = None, dtype: to
 
 
 def device_and_dtype(model: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Those of the model's first floating parameter, unless it names a dtype itself; the CPU and float32 if it has neither."""
+    """Return the device and dtype of the model's first floating parameter.
+
+    An attribute `dtype` of the model has priority. Without parameters the result is the CPU and float32.
+    """
     parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     dtype = getattr(model, "dtype", None)
     return parameter.device, dtype if isinstance(dtype, torch.dtype) else parameter.dtype
@@ -37,7 +55,7 @@ def device_and_dtype(model: nn.Module) -> tuple[torch.device, torch.dtype]:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Puts every module in eval mode; on leaving, those that were training train again."""
+    """Put every module in eval mode. On exit, restore the modules that were training."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -48,6 +66,6 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def model_config(model: nn.Module) -> Mapping[str, Any]:
-    """The model's configuration in diffusers' keys; empty if it has none."""
+    """Return the model's configuration in diffusers' keys, empty if it has none."""
     config = getattr(model, "config", None)
     return config if isinstance(config, Mapping) else {}

@@ -1,4 +1,7 @@
-"""A sampler as a table: one row of coefficients a step. A new sampler is a new table, never a new kernel."""
+"""Samplers as tables of coefficients.
+
+A plan has one row for each step. `reverse_step` applies one row in one kernel. A new sampler is a new table, not a new kernel.
+"""
 
 from __future__ import annotations
 
@@ -19,27 +22,37 @@ Prediction = Literal["epsilon", "sample", "v_prediction", "previous_sample"]
 Variance = Literal["fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range"]
 
 COLUMNS: Final = ("p", "q", "k0", "k1", "k2", "k3", "sigma", "log_beta", "log_beta_tilde", "clip")
+"""The columns of `SamplingPlan.coefficients`, in order."""
 VARIANCE_TYPES: Final[tuple[str, ...]] = get_args(Variance)
+"""The values of `ddpm_plan`'s argument `variance`."""
 _PREDICTIONS: Final = (*PREDICTIONS, "previous_sample")
 
 
 @dataclass(frozen=True, eq=False)
 class SamplingPlan:
-    """What `reverse_step` does at each step of a sampler. Build one with `ddpm_plan` or `ddim_plan`.
+    """A sampler as a table of coefficients.
 
-    Row 0 is the first step executed, from the largest timestep.
+    `ddpm_plan` and `ddim_plan` build plans. Row 0 is the first step to run. A step computes, from x_t and the model's output m:
+
+        x_0^    = clip(p x_t + q m)
+        x_{t-1} = k0 x_0^ + k1 x_t + k2 m + k3 x_0_prev + std z
+
+    Here x_0_prev is the x_0^ of the step before, and z is standard normal noise.
 
     Attributes:
-        schedule: the noise schedule that the plan samples from.
-        timesteps: int64 [S] on the CPU: what the model is given as t. Strictly descending, unless `previous` says where each
-            step arrives, and but for `ddim_inversion_plan`.
-        coefficients: float64 [S, 10] on the CPU, columns COLUMNS: x_0^ = clip(p x_t + q m), then
-            x_{t-1} = k0 x_0^ + k1 x_t + k2 m + k3 x_0_prev + std z. `clip` is infinite where there is none.
-        prediction: what the model's output m is: "epsilon", "sample" (x_0), "v_prediction" or "previous_sample" (the mean of
-            x_{t-1}, the previous timestep being the plan's).
-        variance: "fixed" (std is sigma) or "learned", "learned_range" (m has variance channels, see `reverse_step`).
-        is_random: whether any step draws noise.
-        needs_x_0_prev: whether any step weighs the previous step's x_0^ (multistep samplers).
+        schedule: The noise schedule to sample from.
+        timesteps: The model's t for each step: int64 [S] on the CPU, in 0..T-1. They strictly descend, with two exceptions:
+            plans with `previous`, and plans by `ddim_inversion_plan`.
+        coefficients: float64 [S, 10] on the CPU. COLUMNS names the columns. An infinite `clip` disables the clip.
+        prediction: The meaning of m: "epsilon", "sample" (x_0), "v_prediction" or "previous_sample". The last is the mean of
+            x_{t-1}, for the previous timestep of this plan.
+        variance: "fixed", "learned" or "learned_range". If "fixed", std is the column sigma. Otherwise m has variance
+            channels, see `reverse_step`.
+        is_random: True if any step draws noise.
+        needs_x_0_prev: True if any step uses x_0_prev, as multistep samplers do.
+
+    Raises:
+        ValueError: An unknown prediction or variance, coefficients of another shape, or a coefficient that is not finite.
     """
 
     schedule: NoiseSchedule
@@ -52,6 +65,7 @@ class SamplingPlan:
     _on_device: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
+        """Check the fields, and derive `is_random` and `needs_x_0_prev`."""
         if self.prediction not in _PREDICTIONS:
             raise ValueError(
                 f"SamplingPlan: expected prediction to be one of {', '.join(_PREDICTIONS)}, got {self.prediction!r}"
@@ -72,34 +86,40 @@ class SamplingPlan:
             )
         object.__setattr__(self, "is_random", self._uses("sigma"))
         object.__setattr__(self, "needs_x_0_prev", self._uses("k3"))
-        self.table()  # in place before torch.compile looks
+        self.table()  # torch.compile must find the CPU's table ready
 
     def _uses(self, column: str) -> bool:
+        """Return True if any row of `column` is nonzero."""
         return bool((self.coefficients[:, COLUMNS.index(column)] != 0).any())
 
     @property
     def num_steps(self) -> int:
-        """S."""
+        """The number of steps S."""
         return self.timesteps.numel()
 
     def mean(self) -> SamplingPlan:
-        """The same plan without noise: its steps give the mean of x_{t-1}."""
+        """Return the same plan without noise. Its steps give the mean of x_{t-1}."""
         coefficients = self.coefficients.clone()
         coefficients[:, COLUMNS.index("sigma")] = 0
         return replace(self, coefficients=coefficients)
 
     def table(self, device: torch.device | str = "cpu") -> Tensor:
-        """`coefficients` rounded once to float32, [S, 10], kept per device."""
+        """Return `coefficients` in float32, [S, 10], rounded once. The tensor is cached for each device."""
         return self._tensors(device)[0]
 
     def steps(self, device: torch.device | str = "cpu") -> Tensor:
-        """int64 [S] = 0 .. S - 1, kept per device: `steps(device)[i]` is a step that needs no copy from the host."""
+        """Return the steps 0..S-1, int64 [S]. The tensor is cached for each device.
+
+        `steps(device)[i]` is a step on the device, without a copy from the host.
+        """
         return self._tensors(device)[1]
 
     def _tensors(self, device: torch.device | str) -> tuple[Tensor, Tensor]:
+        """Return the table and the steps on `device`, from the cache if they are there."""
         device = numbered(device)
         if device not in self._on_device:
-            with torch.inference_mode(False):  # kept for all callers: one that trains could not save an inference tensor
+            # The cache serves all callers. Autograd cannot save an inference tensor, so make ordinary ones.
+            with torch.inference_mode(False):
                 steps = torch.arange(self.num_steps, device=device)
                 self._on_device[device] = (self.coefficients.to(device, torch.float32), steps)
         return self._on_device[device]
@@ -115,25 +135,35 @@ def ddpm_plan(
     variance: Variance = "fixed_small",
     clip: float | None = 1.0,
 ) -> SamplingPlan:
-    """Ancestral sampling: derivation eq. 13 (Ho et al. 2020, Algorithm 2), through the posterior of eq. 6-8.
+    """Build a plan for ancestral sampling (Ho et al. 2020, Algorithm 2; derivation eq. 13).
 
-    Between timesteps t and s < t of a strided plan alpha = abar_t / abar_s and beta = 1 - alpha (Nichol and Dhariwal 2021,
-    section 4), s being the true previous timestep of the plan. The last step gives the mean, without noise.
+    Each step uses the posterior of derivation eq. 6-8. A step of a strided plan goes from t to the plan's next timestep s < t
+    (Nichol and Dhariwal 2021, section 4):
+
+        alpha = abar_t / abar_s
+        beta  = 1 - alpha
+
+    The last step gives the mean, without noise.
 
     Args:
-        num_steps: S, at most T; None takes every timestep. With "leading" and "linspace" a single step is timestep 0, as in
-            diffusers; "trailing" starts from T - 1 whatever S is.
-        spacing: which timesteps: "leading", "trailing" or "linspace" (as in Lin et al. 2023, Table 2), or a strictly
-            descending sequence of them.
-        previous: for steps that are no chain, with a sequence as `spacing`, in any order: the timestep at which each of its
-            steps arrives, below the one it starts from; -1 is x_0. None: at the next of the sequence.
-        prediction: what the model predicts.
-        variance: sigma^2 is beta~ ("fixed_small"), beta ("fixed_large"), or the model's ("learned", "learned_range"). The
-            forms with "_log" are the same numbers.
-        clip: x_0^ is clamped to [-clip, clip]; None leaves it, and then a step is eq. 13 to the letter.
+        schedule: The noise schedule, with T timesteps.
+        num_steps: The number of steps S, in 1..T. None takes every timestep. A single step is timestep 0 with "leading" and
+            "linspace", as in diffusers. It is T - 1 with "trailing".
+        spacing: The timesteps: "leading", "trailing" or "linspace" (Lin et al. 2023, Table 2), or a strictly descending
+            sequence in 0..T-1.
+        previous: The timestep where each step arrives, below the one where it starts. -1 is x_0. It needs a sequence as
+            `spacing`, which may then have any order. None steps to the next timestep of `spacing`.
+        prediction: The meaning of the model's output, see `SamplingPlan`.
+        variance: The choice of sigma^2: beta~ ("fixed_small"), beta ("fixed_large") or the model's ("learned",
+            "learned_range"). The names with "_log" are synonyms.
+        clip: Clamp x_0^ to [-clip, clip]. None disables the clip, and a step is then exactly eq. 13.
+
+    Returns:
+        The plan, with S rows.
 
     Raises:
-        ValueError: an argument out of its range, or epsilon prediction on a schedule with zero terminal SNR.
+        TypeError: `schedule` is not a NoiseSchedule.
+        ValueError: An argument is out of range, or the model predicts epsilon where abar is 0.
     """
     if variance not in VARIANCE_TYPES:
         raise ValueError(f"ddpm_plan: expected variance to be one of {', '.join(VARIANCE_TYPES)}, got {variance!r}")
@@ -165,19 +195,37 @@ def ddim_plan(
     prediction: Prediction = "epsilon",
     eta: float = 0.0,
     clip: float | None = 1.0,
-    use_clipped_model_output: bool = False,
+    use_clipped_model_output: bool = True,
     final_alpha_bar: float = 1.0,
     learned_variance: bool = False,
 ) -> SamplingPlan:
-    """DDIM (Song et al. 2021, eq. 12 and 16): deterministic for eta = 0, the variance of ancestral sampling for eta = 1.
+    """Build a plan for DDIM (Song et al. 2021, eq. 12 and 16).
+
+    The sampler is deterministic if eta is 0. It has the variance of ancestral sampling if eta is 1. With a clip, epsilon
+    follows from the clipped x_0^:
+
+        epsilon^ = (x_t - sqrt(abar_t) x_0^) / sqrt(1 - abar_t)
 
     Args:
-        num_steps, spacing, previous, prediction, clip: as in `ddpm_plan`.
-        eta: scales sigma; at least 0.
-        use_clipped_model_output: derive epsilon again from the clipped x_0^ (guided-diffusion's way) rather than take the
-            model's own (diffusers' default). The same thing without a clip.
-        final_alpha_bar: abar where the last step arrives: 1 is x_0; latent diffusion has abar_0 ("set_alpha_to_one": false).
-        learned_variance: the model's output has variance channels, which DDIM leaves aside.
+        schedule: The noise schedule, with T timesteps.
+        num_steps: The number of steps S, as in `ddpm_plan`.
+        spacing: The timesteps, as in `ddpm_plan`.
+        previous: The timestep where each step arrives, as in `ddpm_plan`.
+        prediction: The meaning of the model's output, see `SamplingPlan`.
+        eta: The scale of sigma, at least 0. An eta that is too large for a step is an error that names the largest one.
+        clip: Clamp x_0^ to [-clip, clip]. None disables the clip.
+        use_clipped_model_output: Derive epsilon again from the clipped x_0^, as guided-diffusion does. False keeps the
+            model's own epsilon, which is diffusers' default and leaves noise in the images. Both agree without a clip.
+        final_alpha_bar: abar after the last step, in (0, 1]. The default 1 arrives at x_0. Latent diffusion uses abar_0
+            ("set_alpha_to_one": false in diffusers).
+        learned_variance: True if the model's output has variance channels. DDIM ignores them.
+
+    Returns:
+        The plan, with S rows.
+
+    Raises:
+        TypeError: `schedule` is not a NoiseSchedule.
+        ValueError: An argument is out of range, or the model predicts epsilon where abar is 0.
     """
     if not eta >= 0:
         raise ValueError(f"ddim_plan: expected eta to be at least 0, got {eta}")
@@ -192,7 +240,9 @@ def ddim_plan(
             f"ddim_plan: expected eta to be at most {math.floor(largest * 1e4) / 1e4}, which leaves sigma_t^2 at most "
             f"1 - abar_prev at every step, got {eta}"
         )
-    return path.ddim(path.abar_prev, sigma, use_clipped_model_output, learned_variance)
+    # Without a clip both epsilons are equal. The model's own needs no division by sqrt(1 - abar).
+    rederive = use_clipped_model_output and clip is not None
+    return path.ddim(path.abar_prev, sigma, rederive, learned_variance)
 
 
 def ddim_inversion_plan(
@@ -204,10 +254,25 @@ def ddim_inversion_plan(
     clip: float | None = 1.0,
     learned_variance: bool = False,
 ) -> SamplingPlan:
-    """DDIM with eta = 0 backwards: from an image to the x_T that it comes from (Song et al. 2021, section 4.3).
+    """Build a plan for DDIM inversion, from an image to its x_T (Song et al. 2021, section 4.3).
 
-    Step i leads from the plan's i-th timestep, counted from the smallest, to the next larger; the last one to abar = 0.
-    epsilon^ is derived again from the clipped x_0^. Arguments are those of `ddim_plan`.
+    The plan runs DDIM with eta = 0 backwards. The timesteps ascend, and each step goes to the next larger one. The last step
+    goes to abar = 0. Epsilon is derived again from the clipped x_0^.
+
+    Args:
+        schedule: The noise schedule, with T timesteps.
+        num_steps: The number of steps S, as in `ddpm_plan`.
+        spacing: The timesteps, as in `ddpm_plan`. A sequence descends here too.
+        prediction: The meaning of the model's output, see `SamplingPlan`.
+        clip: Clamp x_0^ to [-clip, clip]. None disables the clip.
+        learned_variance: True if the model's output has variance channels. DDIM ignores them.
+
+    Returns:
+        The plan, with S rows.
+
+    Raises:
+        TypeError: `schedule` is not a NoiseSchedule.
+        ValueError: An argument is out of range, or the model predicts epsilon where abar is 0.
     """
     path = _Path("ddim_inversion_plan", schedule, num_steps, spacing, None, prediction, clip)
     zero = torch.zeros_like(path.abar)
@@ -216,7 +281,23 @@ def ddim_inversion_plan(
 
 
 class _Path:
-    """The timesteps of a plan and what every sampler needs at each: float64 [S] tensors, in the order of execution."""
+    """The timesteps of a plan, with the quantities that samplers share.
+
+    Tensors are float64 [S] unless stated otherwise. Their order is that of the steps.
+
+    Attributes:
+        timesteps: The start of each step, int64 [S].
+        previous: The timestep where each step arrives, int64 [S]. -1 is x_0.
+        abar: abar at the start.
+        abar_prev: abar on arrival.
+        alpha: abar / abar_prev.
+        beta: 1 - alpha.
+        beta_tilde: The variance of the posterior, derivation eq. 8.
+        signal: sqrt(abar), the weight of x_0 in x_t.
+        noise: sqrt(1 - abar), the weight of epsilon in x_t.
+        from_x_0: The weight of x_0 in the posterior's mean, derivation eq. 7.
+        from_x_t: The weight of x_t in the posterior's mean, derivation eq. 7.
+    """
 
     def __init__(
         self,
@@ -229,6 +310,22 @@ class _Path:
         clip: float | None,
         final_alpha_bar: float = 1.0,
     ) -> None:
+        """Check the arguments of a plan and compute what samplers share.
+
+        Args:
+            caller: The function that error messages name.
+            schedule: The noise schedule.
+            num_steps: The number of steps, as in `ddpm_plan`.
+            spacing: The timesteps, as in `ddpm_plan`.
+            previous: The timestep where each step arrives, as in `ddpm_plan`.
+            prediction: The meaning of the model's output.
+            clip: The bound on x_0^, positive, or None.
+            final_alpha_bar: abar on arrival at x_0.
+
+        Raises:
+            TypeError: `schedule` is not a NoiseSchedule.
+            ValueError: An argument is out of range.
+        """
         if not isinstance(schedule, NoiseSchedule):
             raise TypeError(
                 f"{caller}: expected schedule to be a NoiseSchedule (NoiseSchedule.from_diffusers(scheduler.config)), "
@@ -254,7 +351,10 @@ class _Path:
         self.from_x_t = self.alpha.sqrt() * (1 - self.abar_prev) / (1 - self.abar)
 
     def x_0_weights(self) -> tuple[Tensor, Tensor]:
-        """p and q of x_0^ = p x_t + q m: derivation eq. 3, or for the mean of x_{t-1} eq. 7, solved for x_0."""
+        """Return p and q of x_0^ = p x_t + q m, float64 [S] each.
+
+        They solve derivation eq. 3 for x_0, or eq. 7 if m is the mean of x_{t-1}.
+        """
         if self.prediction == "epsilon":
             return 1 / self.signal, -self.noise / self.signal
         if self.prediction == "sample":
@@ -264,7 +364,7 @@ class _Path:
         return self.signal, -self.noise
 
     def epsilon_weights(self) -> tuple[Tensor, Tensor]:
-        """The weights of x_t and m in epsilon^."""
+        """Return the weights of x_t and m in epsilon^, float64 [S] each."""
         if self.prediction == "epsilon":
             return torch.zeros_like(self.signal), torch.ones_like(self.signal)
         if self.prediction == "sample":
@@ -275,16 +375,24 @@ class _Path:
         return self.noise, self.signal
 
     def ddim(self, abar_next: Tensor, sigma: Tensor, rederive: bool, learned_variance: bool) -> SamplingPlan:
-        """Steps to the noise level `abar_next` along epsilon^: the model's own, or derived again from the clipped x_0^."""
+        """Build the plan of DDIM steps to given noise levels.
+
+        Args:
+            abar_next: abar on arrival, float64 [S].
+            sigma: The standard deviation of the noise, float64 [S].
+            rederive: Derive epsilon^ again from the clipped x_0^. False uses the model's own.
+            learned_variance: True if the model's output has variance channels.
+        """
         direction = (1 - abar_next - sigma.square()).sqrt()  # the weight of epsilon^
-        if rederive:  # epsilon^ = (x_t - sqrt(abar) x_0^) / sqrt(1 - abar)
+        if rederive:
+            # epsilon^ = (x_t - sqrt(abar) x_0^) / sqrt(1 - abar)
             k0 = abar_next.sqrt() - direction * self.signal / self.noise
             k1, k2 = direction / self.noise, torch.zeros_like(direction)
         else:
             k0 = abar_next.sqrt()
             from_x_t, from_m = self.epsilon_weights()
             k1, k2 = direction * from_x_t, direction * from_m
-        # A learned variance between e^0 and e^0 leaves sigma what it is.
+        # "learned_range" multiplies sigma by a value between e^0 and e^0, so sigma is unchanged.
         log_variances = (torch.zeros_like(sigma), torch.zeros_like(sigma))
         variance: Literal["fixed", "learned_range"] = "learned_range" if learned_variance else "fixed"
         return self.plan(k0=k0, k1=k1, k2=k2, sigma=sigma, log_variances=log_variances, variance=variance)
@@ -299,10 +407,22 @@ class _Path:
         log_variances: tuple[Tensor, Tensor],
         variance: Literal["fixed", "learned", "learned_range"],
     ) -> SamplingPlan:
+        """Build a plan from its columns.
+
+        Args:
+            k0: The weight of x_0^, float64 [S].
+            k1: The weight of x_t, float64 [S].
+            k2: The weight of the model's output, float64 [S].
+            sigma: The standard deviation of the noise, float64 [S].
+            log_variances: The columns log_beta and log_beta_tilde, float64 [S] each.
+            variance: The kind of variance, see `SamplingPlan`.
+        """
         p, q = self.x_0_weights()
         if self.clip is None:
-            # Nothing nonlinear stands between m and x_prev: fold x_0^ away in float64. For DDPM this gives
-            # k1 = 1 / sqrt(alpha), k2 = -beta / (sqrt(alpha) sqrt(1 - abar)): eq. 13, free of p's cancellation at large t.
+            # Without a clip, x_prev is linear in x_t and m: eliminate x_0^ in float64. For DDPM this gives eq. 13,
+            #   k1 = 1 / sqrt(alpha)
+            #   k2 = -beta / (sqrt(alpha) sqrt(1 - abar))
+            # and avoids the cancellation that p causes at large t.
             k0, k1, k2 = torch.zeros_like(k0), k1 + k0 * p, k2 + k0 * q
         clip = torch.full_like(k0, torch.inf if self.clip is None else self.clip)
         columns = [p, q, k0, k1, k2, torch.zeros_like(k0), sigma, *log_variances, clip]
@@ -310,9 +430,21 @@ class _Path:
 
 
 def spaced_timesteps(caller: str, total: int, num_steps: int, spacing: Spacing) -> Tensor:
-    """int64 [num_steps], strictly descending in 0..total-1: one of the named spacings, to the last bit as diffusers rounds it.
+    """Return the timesteps of a named spacing, rounded as diffusers rounds them.
 
-    Only where diffusers' "trailing" goes on to timestep -1, as it does for some counts, is it left out.
+    For some counts diffusers' "trailing" adds timestep -1. This function omits it.
+
+    Args:
+        caller: The function that error messages name.
+        total: The number of timesteps T.
+        num_steps: The number of steps S, in 1..T.
+        spacing: "leading", "trailing" or "linspace".
+
+    Returns:
+        int64 [S], strictly descending in 0..T-1.
+
+    Raises:
+        ValueError: `num_steps` is out of range, or `spacing` is unknown.
     """
     if not isinstance(num_steps, int) or isinstance(num_steps, bool) or not 1 <= num_steps <= total:
         raise ValueError(f"{caller}: expected num_steps to be an integer in 1..{total}, got {num_steps!r}")
@@ -330,7 +462,21 @@ def spaced_timesteps(caller: str, total: int, num_steps: int, spacing: Spacing) 
 
 
 def _timesteps(caller: str, total: int, num_steps: int | None, spacing: Spacing | Sequence[int], must_descend: bool) -> Tensor:
-    """int64 [S]: those listed, or those of a named spacing."""
+    """Return the timesteps of a named spacing, or the listed ones after a check.
+
+    Args:
+        caller: The function that error messages name.
+        total: The number of timesteps T.
+        num_steps: The number of steps S. None takes every timestep, or the length of the list.
+        spacing: A named spacing, or a sequence of timesteps.
+        must_descend: Require that listed timesteps strictly descend.
+
+    Returns:
+        int64 [S] on the CPU, in 0..T-1.
+
+    Raises:
+        ValueError: An argument is out of range.
+    """
     if isinstance(spacing, str):
         return spaced_timesteps(caller, total, total if num_steps is None else num_steps, spacing)
     timesteps = torch.as_tensor(spacing)
@@ -345,7 +491,19 @@ def _timesteps(caller: str, total: int, num_steps: int | None, spacing: Spacing 
 
 
 def _previous(caller: str, timesteps: Tensor, previous: Sequence[int]) -> Tensor:
-    """int64 [S]: where each step arrives, as given."""
+    """Return where each step arrives, as given, after a check.
+
+    Args:
+        caller: The function that error messages name.
+        timesteps: The start of each step, int64 [S].
+        previous: The arrival of each step. At least -1, and below the start.
+
+    Returns:
+        int64 [S] on the CPU.
+
+    Raises:
+        ValueError: Another number of steps, or an arrival out of range.
+    """
     arrivals = torch.as_tensor(previous)
     usable = arrivals.shape == timesteps.shape and not arrivals.is_floating_point()
     if not usable or bool((arrivals >= timesteps).any()) or bool((arrivals < -1).any()):

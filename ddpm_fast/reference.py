@@ -1,8 +1,9 @@
-"""Every op of the package as plain PyTorch: the specification that the kernels are tested against.
+"""Reference backend: every op as plain PyTorch. It specifies the kernels, and tests compare them with it.
 
-Arithmetic is in float32 for float32 and half inputs, in float64 for float64 inputs, and is rounded once to the input's dtype at
-the end. Tables come from `NoiseSchedule.coefficients` and `SamplingPlan.table`. Equation numbers are those of the derivation in
-the README; Ho et al. 2020 is https://arxiv.org/abs/2006.11239.
+Arithmetic is in float64 for float64 inputs and in float32 for all others. Results are rounded once, at
+the end, to the input's dtype. Tables come from `NoiseSchedule.coefficients` and `SamplingPlan.table`.
+Equation numbers are those of the derivation in the documentation. Ho et al. 2020 is
+https://arxiv.org/abs/2006.11239.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ STREAM_Q_SAMPLE: Final = 0xFFFFFFFE  # the epsilon of q_sample and denoising_los
 STREAM_SEEDS: Final = 0xFFFFFFFD  # sample_seeds
 STREAM_OFFSET: Final = 0xFFFFFFFC  # offset noise: a normal for each channel
 
-# What a model predicts, and how it gives the variance of a reverse step: the integer codes that kernels take.
+# Kernels take the index: of the model's prediction, and of the variance of a reverse step.
 PREDICTIONS: Final = ("epsilon", "sample", "v_prediction")
 VARIANCES: Final = ("fixed", "learned", "learned_range")
 
@@ -28,15 +29,16 @@ VARIANCES: Final = ("fixed", "learned", "learned_range")
 
 
 def philox(seeds: Tensor, stream: int, first_block: int, num_blocks: int) -> Tensor:
-    """Random words of Philox4x32-10 (Salmon et al. 2011), keyed by sample.
+    """Return random words of Philox4x32-10 (Salmon et al. 2011).
 
     Args:
-        seeds: int64 [N]; the 64 bits of each are a key.
-        stream: 0..2^32-1, the second word of the counter.
-        first_block, num_blocks: blocks first_block .. first_block + num_blocks - 1, the first word of the counter.
+        seeds: int64 [N]. The 64 bits of a seed are the key of its sample.
+        stream: Second word of the counter, 0..2^32-1.
+        first_block: First word of the counter for the first block.
+        num_blocks: Number B of consecutive blocks.
 
     Returns:
-        int64 [N, num_blocks, 4] with values 0..2^32-1. Equal to `tl.randint4x(seed, block + (stream << 32))`.
+        int64 [N, B, 4] with values 0..2^32-1, equal to `tl.randint4x(seed, block + (stream << 32))`.
     """
     mask = 0xFFFFFFFF
     k0, k1 = (seeds & mask)[:, None], ((seeds >> 32) & mask)[:, None]  # [N, 1]
@@ -55,10 +57,10 @@ def philox(seeds: Tensor, stream: int, first_block: int, num_blocks: int) -> Ten
 
 
 def _fma(a: Tensor, b: Tensor | float, c: Tensor | float) -> Tensor:
-    """a * b + c in float32 with one rounding, as the processor's fused multiply-add does it.
+    """Return a * b + c in float32 with one rounding, like a fused multiply-add instruction.
 
-    The product is exact in float64. The sum is rounded to odd there (TwoSum gives its error), so that rounding it
-    to float32 afterwards rounds the exact value (Boldo and Melquiond 2008).
+    The product is exact in float64. The sum is rounded to odd there, and TwoSum gives its error. Rounding
+    it to float32 afterwards therefore rounds the exact value (Boldo and Melquiond 2008).
     """
     product = a.double() * torch.as_tensor(b, dtype=torch.float32, device=a.device)  # constants are float32 too
     addend = torch.as_tensor(c, dtype=torch.float32, device=a.device).double()
@@ -72,10 +74,12 @@ def _fma(a: Tensor, b: Tensor | float, c: Tensor | float) -> Tensor:
 
 
 def _normal_pair(w0: Tensor, w1: Tensor) -> tuple[Tensor, Tensor]:
-    """Box-Muller: two words (int64, 0..2^32-1) to two float32 normals; every kernel repeats these operations in this order.
+    """Return two float32 normals from two random words by Box-Muller.
 
-    The radius comes from w0, the angle from w1. Each line is one correctly rounded float32 operation a value, so all
-    families agree to the last bit. The polynomials are minimax fits, good to 4e-8 relative.
+    The words are int64 in 0..2^32-1. The radius comes from w0, the angle from w1. Every line is one
+    correctly rounded float32 operation per value, and every kernel repeats these operations in this order.
+    All backends therefore agree to the last bit. The polynomials are minimax fits with a relative error
+    of 4e-8.
     """
     # u in (0, 1]: 32 random bits; the half step keeps it off 0.
     u = _fma(w0.float(), 2.0**-32, 2.0**-33)
@@ -110,23 +114,33 @@ def _normal_pair(w0: Tensor, w1: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sample_seeds(seed: int, n: int, start: int = 0) -> Tensor:
-    """Seeds of samples start .. start + n - 1: words 0 and 1 of Philox block `start + i` under key `seed`. int64 [n]."""
+    """Return the seeds of samples start .. start + n - 1.
+
+    Args:
+        seed: Seed of the run, -2^63 .. 2^64 - 1.
+        n: Number of seeds.
+        start: Index of the first sample.
+
+    Returns:
+        int64 [n]. Element i is words 0 and 1 of Philox block `start + i` under the key `seed`.
+    """
     key = torch.tensor([seed - (1 << 64) if seed >= 1 << 63 else seed])
     words = philox(key, STREAM_SEEDS, start, n)[0]  # [n, 4]
     return words[:, 0] | (words[:, 1] << 32)
 
 
 def noise(shape: Sequence[int], seeds: Tensor, stream: int, dtype: torch.dtype) -> Tensor:
-    """Standard normals; sample i is a function of (seeds[i], stream) alone.
+    """Draw standard normals. Sample i is a function of (seeds[i], stream) alone.
 
     Args:
-        shape: [N, ...], N = number of seeds.
+        shape: [N, ...] with N the number of seeds.
         seeds: int64 [N].
         stream: 0..2^32-1.
-        dtype: a floating dtype; the float32 value is rounded to it.
+        dtype: A floating dtype. The float32 values are rounded to it.
 
     Returns:
-        Contiguous [N, ...]. Element k of a sample, in C, H, W order, comes from word k % 4 of block k // 4.
+        Contiguous [N, ...]. Element k of a sample, in C, H, W order, comes from word k % 4 of
+        block k // 4.
     """
     numel = 1
     for size in shape[1:]:
@@ -142,17 +156,25 @@ def noise(shape: Sequence[int], seeds: Tensor, stream: int, dtype: torch.dtype) 
 
 
 def opmath(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that arithmetic runs in: float64 for float64, else float32."""
+    """Return the dtype of intermediate results: float64 for float64, float32 for all others."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:
-    """[N] (or a scalar) shaped so that it broadcasts over `like` [N, ...], in the dtype that arithmetic runs in."""
+    """Return `values`, one per sample, shaped to broadcast over `like`.
+
+    Args:
+        values: [N] or a scalar.
+        like: [N, ...].
+
+    Returns:
+        [N, 1, ...] in the dtype of intermediate results.
+    """
     return values.reshape(-1, *[1] * (like.dim() - 1)).to(opmath(like.dtype))
 
 
 def _epsilon(like: Tensor, noise_: Tensor | None, seeds: Tensor | None, stream: int) -> Tensor:
-    """The given noise, or the one that the seeds stand for, in the dtype that arithmetic runs in."""
+    """Return the given noise or draw it from the seeds, in the dtype of intermediate results."""
     if noise_ is not None:
         return noise_.to(opmath(like.dtype))
     assert seeds is not None
@@ -167,12 +189,18 @@ def q_sample(
     seeds: Tensor | None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """x_t ~ q(x_t | x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I): derivation eq. 3 (Ho et al. eq. 4).
+    """Draw x_t ~ q(x_t | x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I) (eq. 3, Ho et al. eq. 4).
 
     Args:
-        x_0: [N, ...]; t: int64 [N]; table: float32 [T, 2] of sqrt(abar_t), sqrt(1 - abar_t).
-        dtype: of x_t, where x_0 is uint8: 0..255 stand for -1..1.
-        noise: epsilon, shaped like x_0; or None, and then seeds: int64 [N] draws it (stream STREAM_Q_SAMPLE).
+        x_0: [N, ...], floating, or uint8 with 0..255 for -1..1.
+        t: int64 [N].
+        table: float32 [T, 2]: sqrt(abar_t) and sqrt(1 - abar_t).
+        noise: epsilon, shaped like x_0. None: drawn from `seeds`.
+        seeds: int64 [N], used with stream STREAM_Q_SAMPLE.
+        dtype: Dtype of x_t for a uint8 x_0. None: that of x_0.
+
+    Returns:
+        x_t, shaped like x_0.
     """
     dtype = dtype or x_0.dtype
     if x_0.dtype == torch.uint8:
@@ -191,15 +219,23 @@ def denoising_loss(
     seeds: Tensor | None,
     prediction: int,
 ) -> Tensor:
-    """|| target - model_output ||^2 averaged over each sample: derivation eq. 12 (Ho et al. eq. 14) and its x_0 and v forms.
+    """Return the mean squared error of each sample's prediction (eq. 12, Ho et al. eq. 14).
+
+        || target - model_output ||^2 / number of elements
+
+    The target is epsilon, x_0, or v = sqrt(abar_t) epsilon - sqrt(1 - abar_t) x_0 (Salimans and Ho 2022).
 
     Args:
-        model_output, x_0: [N, ...]; t, table, noise, seeds: as in `q_sample`.
-        prediction: index into PREDICTIONS. The target is epsilon, x_0, or v = sqrt(abar_t) epsilon - sqrt(1 - abar_t) x_0
-            (Salimans and Ho 2022).
+        model_output: [N, ...].
+        x_0: [N, ...].
+        t: int64 [N].
+        table: float32 [T, 2]: sqrt(abar_t) and sqrt(1 - abar_t).
+        noise: epsilon, shaped like x_0. None: drawn from `seeds`.
+        seeds: int64 [N], used with stream STREAM_Q_SAMPLE.
+        prediction: Index into PREDICTIONS, which selects the target.
 
     Returns:
-        [N], in the dtype that arithmetic runs in.
+        [N] in the dtype of intermediate results.
     """
     wide = opmath(x_0.dtype)
     if PREDICTIONS[prediction] == "sample":
@@ -227,20 +263,30 @@ def reverse_step(
     guidance_scale: float | None,
     variance: int,
 ) -> tuple[Tensor, Tensor]:
-    """One step of any sampler: derivation eq. 13 (Ho et al. eq. 11, Algorithm 2) for the plan `ddpm_plan` without a clip.
+    """Advance x_t by one step of any sampler.
 
-    x_0^ = clip(p x_t + q m),  x_{t-1} = k0 x_0^ + k1 x_t + k2 m + k3 x_0_prev + std z, with one row of the plan's table:
-    p, q, k0, k1, k2, k3, sigma, log beta, log beta~, clip.
+    With one row (p, q, k0, k1, k2, k3, sigma, log beta, log beta~, clip) of the plan's table:
+
+        x_0^    = clip(p x_t + q m)
+        x_{t-1} = k0 x_0^ + k1 x_t + k2 m + k3 x_0_prev + std z
+
+    For a plan of `ddpm_plan` without a clip this is eq. 13 (Ho et al. eq. 11, Algorithm 2).
 
     Args:
         x_t: [N, C, ...].
-        model_output: m, shaped like x_t; twice the channels where the variance is learned (prediction first); twice the
-            samples with guidance (conditional half first): m = m_u + guidance_scale (m_c - m_u) (Ho and Salimans 2022).
-        table: float32 [S, 10]; steps: int64, [N] or one element.
-        noise: z, shaped like x_t; or seeds: int64 [N], drawn with stream = step; may both be None where every sigma is 0.
-        x_0_prev: the previous step's x_0^, for multistep samplers.
-        variance: index into VARIANCES: std is sigma; or sigma exp(v / 2) with v the second half of the channels; or, with
-            f = (v + 1) / 2, sigma exp((f log beta + (1 - f) log beta~) / 2) (Nichol and Dhariwal 2021 eq. 15).
+        model_output: m, shaped like x_t. With learned variance it has twice the channels, the
+            prediction first. With guidance it has twice the samples, the conditional half first, and
+            m = m_u + guidance_scale (m_c - m_u) (Ho and Salimans 2022).
+        table: float32 [S, 10].
+        steps: int64, [N] or one element.
+        noise: z, shaped like x_t.
+        seeds: int64 [N]. They draw z with stream = step. `noise` and `seeds` may both be None if every
+            sigma is 0.
+        x_0_prev: x_0^ of the previous step, for multistep samplers.
+        guidance_scale: None: no guidance.
+        variance: Index into VARIANCES. "fixed": std = sigma. "learned": std = sigma exp(v / 2), with v
+            the second half of the channels. "learned_range": with f = (v + 1) / 2,
+            std = sigma exp((f log beta + (1 - f) log beta~) / 2) (Nichol and Dhariwal 2021, eq. 15).
 
     Returns:
         x_{t-1} and x_0^, both in x_t's dtype.
@@ -288,14 +334,24 @@ def group_norm_silu(
     scale_shift: Tensor | None,
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """act(GroupNorm(x + shift) (1 + scale) + scale_shift), act = SiLU or nothing (Wu and He 2018; Dhariwal and Nichol 2021).
+    """Return act(GroupNorm(x + shift) (1 + scale) + scale_shift), with act SiLU or the identity.
+
+    Sources: Wu and He 2018; Dhariwal and Nichol 2021.
 
     Args:
-        x: [N, C, ...]; num_groups divides C; weight, bias: [C]; shift, scale, scale_shift: [N, C].
+        x: [N, C, ...].
+        num_groups: Number of groups G, a divisor of C.
+        weight: [C] or None.
+        bias: [C] or None.
+        eps: Added to the variance.
+        shift: [N, C] or None, added before the statistics.
+        scale: [N, C] or None.
+        scale_shift: [N, C] or None, added after the scale.
+        silu: Apply SiLU.
 
     Returns:
-        y shaped like x in its dtype; mean and 1 / sqrt(variance + eps), each [N, num_groups] in the dtype that arithmetic
-        runs in.
+        y, shaped like x in its dtype; the mean; and 1 / sqrt(variance + eps). The last two are [N, G] in
+        the dtype of intermediate results.
     """
     n, channels = x.shape[:2]
     wide = opmath(x.dtype)

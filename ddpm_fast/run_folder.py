@@ -1,20 +1,20 @@
-"""A training run on disk: its configuration, its log, and checkpoints that are always whole.
+"""A training run on disk: its configuration, its log and its checkpoints.
 
     RUN/
-      config.json                       what was asked for; checked when the run is resumed
+      config.json                       options of the run, checked when it is resumed
       log.csv                           one row every `log_every` steps
-      samples/step-00001000.png         grids drawn while training
-      tensorboard/                      event files, where TensorBoard is installed
+      samples/step-00001000.png         grids drawn during training
+      tensorboard/                      event files, if TensorBoard is installed
       checkpoints/
-        latest -> step-00001000         for people and scripts; resuming looks for the newest whole checkpoint itself
+        latest -> step-00001000         for people and scripts; resuming finds the newest complete one itself
         step-00001000/
           unet/, unet_ema/              the network and its moving average, as diffusers folders, float32
           scheduler/                    scheduler_config.json
           optimizer.safetensors         the optimizer's state, `<key>.<parameter>`
           state.json                    step, log state, and the size of every other file
 
-A checkpoint is written under a temporary name, flushed to the disk and only then renamed, so a name that begins with
-"step-" is a whole checkpoint, whenever the process or the machine stopped. Nothing is pickled.
+A checkpoint is written under a temporary name, flushed to disk and then renamed. A name that begins with
+"step-" is therefore a complete checkpoint, even after a crash. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -37,7 +37,11 @@ _log = logging.getLogger("ddpm_fast")
 
 
 class RunFolder:
-    """Reads and writes the folder of a training run; see the module's text for the layout."""
+    """The folder of a training run. The module's docstring has the layout.
+
+    Args:
+        path: The folder.
+    """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
@@ -50,7 +54,14 @@ class RunFolder:
     # ---------------------------------------------------------------------------------------------------- configuration
 
     def create(self, config: Mapping[str, Any]) -> None:
-        """Start a new run. Raises FileExistsError if the folder holds anything."""
+        """Start a new run.
+
+        Args:
+            config: Options for config.json.
+
+        Raises:
+            FileExistsError: The folder is not empty.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
         if any(entry.name != f".{self.config_file.name}.tmp" for entry in self.path.iterdir()):
             raise FileExistsError(
@@ -59,15 +70,15 @@ class RunFolder:
         self.write_config(config)
 
     def write_config(self, config: Mapping[str, Any]) -> None:
-        """Write the configuration in place of what is there."""
+        """Replace the configuration."""
         write_json(self.config_file, {"format": FORMAT, **config})
 
     def read_config(self) -> dict[str, Any]:
-        """The configuration that the run was started with.
+        """Return the configuration with which the run was started.
 
         Raises:
-            FileNotFoundError: there is no run.
-            ValueError: the file is not such a configuration.
+            FileNotFoundError: There is no run.
+            ValueError: The file is not such a configuration.
         """
         if not self.config_file.is_file():
             raise FileNotFoundError(f"train: expected a run to resume in {self.path}, which has no {self.config_file.name}")
@@ -82,7 +93,7 @@ class RunFolder:
     # ------------------------------------------------------------------------------------------------------ checkpoints
 
     def latest_checkpoint(self) -> Path | None:
-        """The newest whole checkpoint, or None."""
+        """Return the newest complete checkpoint, or None."""
         for folder in sorted(self.checkpoints.glob("step-*"), reverse=True):
             if _is_whole(folder):
                 return folder
@@ -90,13 +101,16 @@ class RunFolder:
         return None
 
     def save_checkpoint(self, step: int, state: Mapping[str, Any], write: Callable[[Path], None], keep: int) -> Path:
-        """Write a checkpoint, then remove the damaged ones, and of the whole ones all but this and the newest others.
+        """Write a checkpoint, then remove damaged and old ones.
 
         Args:
-            step: steps done.
-            state: what goes to state.json, as JSON types.
-            write: writes the other files into the folder that it is given.
-            keep: how many stay, this one included; at least 1.
+            step: Number of finished steps.
+            state: Contents of state.json, as JSON types.
+            write: Writes the other files into the folder that it gets.
+            keep: Number of newest checkpoints to keep, this one included, at least 1.
+
+        Returns:
+            The checkpoint's folder.
         """
         final = self.checkpoints / f"step-{step:08d}"
         if not _is_whole(final):
@@ -141,7 +155,7 @@ class RunFolder:
     # ---------------------------------------------------------------------------------------------------------- the log
 
     def append_log(self, row: Sequence[int | float]) -> None:
-        """Add one row of `LOG_COLUMNS`."""
+        """Append one row of `LOG_COLUMNS` to log.csv."""
         new = not self.log_file.exists()
         with self.log_file.open("a", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
@@ -150,7 +164,7 @@ class RunFolder:
             writer.writerow([format(value, ".6g") if isinstance(value, float) else value for value in row])
 
     def log_until(self, step: int) -> str:
-        """The text of log.csv without the rows after `step`, and without a row that was cut short."""
+        """Return the text of log.csv up to row `step`, without a truncated last row."""
         if not self.log_file.exists():
             return ""
         text = self.log_file.read_text(encoding="utf-8")
@@ -166,7 +180,14 @@ class RunFolder:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises ValueError, with the file's name, if there is none."""
+    """Return the object in a JSON file.
+
+    Args:
+        path: The file.
+
+    Raises:
+        ValueError: The file holds no JSON object. The message names the file.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -177,13 +198,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON file in one step: whenever the process stops, the file is the old or the new one."""
+    """Write a JSON file atomically."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def _is_whole(checkpoint: Path) -> bool:
-    """Whether every file that was written is there with its size."""
+    """Return whether every file of the checkpoint exists with its recorded size."""
     try:
         sizes = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["files"]
         return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
@@ -196,7 +217,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _flush(folder: Path) -> None:
-    """Have every file and folder under `folder` on the disk."""
+    """Flush every file and folder under `folder` to disk."""
     for file in _files(folder):
         with file.open("rb") as opened:
             os.fsync(opened.fileno())
@@ -206,7 +227,7 @@ def _flush(folder: Path) -> None:
 
 
 def _flush_entry(folder: Path) -> None:
-    """Have the names in a folder on the disk; only POSIX systems can."""
+    """Flush the names in a folder to disk. Only POSIX systems can."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:

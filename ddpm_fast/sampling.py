@@ -1,15 +1,15 @@
-"""Sampling: Algorithm 2 of Ho et al. 2020, and any other sampler that a `SamplingPlan` describes."""
+"""Sampling: Algorithm 2 of Ho et al. 2020, and every other sampler that is a `SamplingPlan`."""
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Hashable, Sequence
 from functools import partial
 from typing import Literal, overload
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from . import graph
 from .images import evenly_spaced
@@ -73,45 +73,54 @@ def sample(
     shape: Sequence[int] | None = None,
     cuda_graph: bool | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Draws images: x_T ~ N(0, I), then one network evaluation and one `reverse_step` for every row of the plan.
+    """Draw images from a model.
 
-    Image i is a function of (seed, i), the model and the plan. Its noise is the same to the last bit whatever num_samples,
-    batch_size, the device and the thread count; the image is the same up to the rounding of the network's convolutions.
+    x_T is drawn from N(0, I). Each row of the plan then takes one network evaluation and one `reverse_step`
+    (derivation eq. 13; Ho et al. 2020, Algorithm 2).
 
-    A `UNet` runs in its inference form (see `freeze`), which autocast does not change. On a GPU that is in bfloat16 by default,
-    and each step is one CUDA graph: from the first step on the host waits for nothing, so the images are ready when the GPU
-    is. Inference form and graphs, and the memory they take, are kept for the next call (on the same stream) as long as the
-    model lives and its weights do not change.
+    Image i is a function of (seed, i), the model and the plan. Noise is bit-identical across batch sizes,
+    devices and thread counts. Images match up to floating-point rounding in the network.
+
+    A `UNet` runs in its inference form (see `freeze`), which ignores autocast. On a GPU it is bfloat16 by
+    default and each step is one CUDA graph. The call does not wait for the GPU, so the images are complete
+    only when the GPU is done. Inference form and graphs are kept in memory for the next call on the same
+    stream. They are released with the model, or if its weights change.
 
     Args:
-        model: called as model(x_t, t), or model(x_t, t, class_labels) if it has classes, with x_t [N, C, H, W] and t int64
-            [N]; gives what the plan's `prediction` says (or an object with that as `.sample`). Used in eval mode and left
-            as it was. If its weights are channels_last, so is x_t.
-        plan: from `ddpm_plan`, `ddim_plan`, ...
-        num_samples: images to draw.
-        seed: an int; or int64 [num_samples], a seed an image: `sample_seeds(0, 16)[5:6]` draws image 5 of seed 0 alone.
-        class_labels: one class for all, or one an image. None, for a model that has classes: its "no label" class
-            (the last of the `num_class_embeds` in its config).
-        guidance_scale: classifier-free guidance: m = m_u + guidance_scale (m_c - m_u), where m_u is for "no label". None or
-            1 is the conditional model alone, at half the cost.
-        batch_size: images at a time; None: all.
-        return_trajectory: give the states on the way too: True for 51 of them, an int for that many, evenly spaced, 0 for none.
-        progress: show a progress bar.
-        device: where to run; None: where the model is.
-        dtype: of the network. The state x_t stays float32 (float64 for a float64 network). Where device or dtype differ from
-            the model's, a copy of the model is made. None: as the model is, except that a float32 `UNet` runs in bfloat16 on
-            a GPU (float16 where the GPU has no bfloat16): dtype=torch.float32 keeps it float32.
-        shape: (C, H, W) of an image; None: `in_channels` and `sample_size` of the model's config.
-        cuda_graph: None: on a GPU, for a `UNet` or its inference form. True: for any model; it must compute the same from the
-            same memory whenever it is called, without asking the host. False: for none; then nothing is kept after the call.
-            Where a graph cannot be made, a warning is logged and the steps are launched one kernel at a time.
+        model: Called as model(x_t, t), or model(x_t, t, class_labels) if it has classes, with x_t
+            [N, C, H, W] and t int64 [N]. It returns what the plan's `prediction` says, as a tensor or as
+            `.sample` of an object. It runs in eval mode and is not modified. If its weights are
+            channels_last, so is x_t.
+        plan: From `ddpm_plan`, `ddim_plan`, ...
+        num_samples: Number of images.
+        seed: An int, or int64 [num_samples] with a seed per image: `sample_seeds(0, 16)[5:6]` draws image 5
+            of seed 0 alone.
+        class_labels: One class for all images, or one per image. None, for a model with classes: its
+            "no label" class, the last of `num_class_embeds` in its config.
+        guidance_scale: Scale w of classifier-free guidance, m = m_u + w (m_c - m_u), with m_u the prediction
+            for "no label". None or 1: the conditional prediction alone, at half the cost.
+        batch_size: Images per network evaluation. None: all.
+        return_trajectory: Also return intermediate states. True: 51 of them. An int: that many, evenly
+            spaced. False or 0: none.
+        progress: Show a progress bar.
+        device: Device to run on. None: the model's device.
+        dtype: Dtype of the network. x_t stays float32 (float64 for a float64 network). If device or dtype
+            differ from the model's, a copy of the model is used. None: the model's dtype, but a float32
+            `UNet` runs in bfloat16 on a GPU, or in float16 without bfloat16 support. Pass torch.float32
+            to keep float32.
+        shape: (C, H, W) of an image. None: `in_channels` and `sample_size` of the model's config.
+        cuda_graph: Capture each step as a CUDA graph. None: on a GPU, for a `UNet` or its inference form.
+            True: for any model. It must then compute the same from the same memory at each call and
+            never wait for the GPU. False: never, and nothing is kept after the call. If capture fails,
+            a warning is logged and kernels are launched one by one.
 
     Returns:
-        float32 (float64) [num_samples, C, H, W] on the device, in [-1, 1] if the plan clips. With return_trajectory also
-        [frames, num_samples, C, H, W] on the CPU, x_T first and x_0 last.
+        float32 (float64 for a float64 network) [num_samples, C, H, W] on the device, in [-1, 1] if the plan
+        clips. With return_trajectory also [frames, num_samples, C, H, W] on the CPU, from x_T to x_0.
 
     Raises:
-        ValueError, TypeError: before any work, for an argument that is out of range or does not fit the model.
+        ValueError: An argument is out of range or does not fit the model. Checked before any computation.
+        TypeError: An argument has an unsupported type.
     """
     _check_positive("num_samples", num_samples)
     _check_positive("batch_size", num_samples if batch_size is None else batch_size)
@@ -167,8 +176,12 @@ def sample(
             guidance_scale=guidance_scale if guided else None,
         )
         chunks = [slice(i, i + (batch_size or num_samples)) for i in range(0, num_samples, batch_size or num_samples)]
+        from tqdm.auto import tqdm
+
         # On a GPU the bar counts the steps handed over: to know how many are done, the host would have to wait for them.
-        bar = tqdm(total=len(chunks) * plan.num_steps, desc="sampling", unit="step", disable=not progress)
+        interval = 0.1 if sys.stderr.isatty() else 10  # seconds; a log file needs fewer lines than a terminal
+        total = len(chunks) * plan.num_steps
+        bar = tqdm(total=total, desc="sampling", unit="step", disable=not progress, mininterval=interval)
         with bar, evaluation_mode(network), torch.inference_mode():
             for chunk in chunks:
                 n = len(images[chunk])
@@ -194,12 +207,12 @@ def sample(
 
 
 def _rows(plan: SamplingPlan) -> Hashable:
-    """Equal for plans that do the same at every step."""
+    """Return a key that is equal for plans with the same steps."""
     return plan.timesteps.numpy().tobytes(), plan.coefficients.numpy().tobytes(), plan.prediction, plan.variance
 
 
 def _device(model: nn.Module, device: torch.device | str | None) -> torch.device:
-    """Where to run, with the device's number; "cuda" is the GPU that the model is on, if it is on one."""
+    """Return the device to run on, with its index. "cuda" is the GPU that holds the model, if any."""
     model_device, _ = device_and_dtype(model)
     if device is None or torch.device(device) == torch.device(model_device.type):
         return model_device
@@ -232,7 +245,7 @@ def _image_shape(model: nn.Module, plan: SamplingPlan, shape: Sequence[int] | No
 
 
 def _memory_format(model: nn.Module, shape: Sequence[int]) -> torch.memory_format:
-    """channels_last for images and a model whose convolutions have their weights so, else contiguous."""
+    """Return channels_last for images if the model's convolution weights are, else contiguous_format."""
     weights = (p for p in model.parameters() if p.dim() == 4 and not p.is_contiguous())
     if len(shape) == 3 and any(p.is_contiguous(memory_format=torch.channels_last) for p in weights):
         return torch.channels_last
@@ -240,13 +253,29 @@ def _memory_format(model: nn.Module, shape: Sequence[int]) -> torch.memory_forma
 
 
 def check_images(caller: str, name: str, model: nn.Module, shape: Sequence[int]) -> None:
-    """Raises what a `UNet` would raise of images of this shape, [N, C, H, W]; of another model nobody knows."""
+    """Raise a ValueError if a `UNet` cannot take images of this shape. Other models are not checked.
+
+    Args:
+        caller: Name of the calling function for error messages.
+        name: Name of the checked argument for error messages.
+        model: The model.
+        shape: [N, C, H, W].
+    """
     if isinstance(model, UNet | FrozenUNet):
         UNetConfig.from_dict(model.config).check_images(caller, name, shape)
 
 
 def resolve_seeds(caller: str, seed: int | Tensor, num_samples: int) -> Tensor:
-    """int64 [num_samples]: the given seeds, or those that an int stands for."""
+    """Return the seeds of the samples, int64 [num_samples].
+
+    Args:
+        caller: Name of the calling function for error messages.
+        seed: An int, or int64 [num_samples].
+        num_samples: Number of samples.
+
+    Raises:
+        ValueError: `seed` has another dtype or shape.
+    """
     if not isinstance(seed, Tensor):
         return sample_seeds(seed, num_samples)
     if seed.dtype != torch.int64 or seed.shape != (num_samples,):
@@ -257,11 +286,19 @@ def resolve_seeds(caller: str, seed: int | Tensor, num_samples: int) -> Tensor:
 def resolve_labels(
     caller: str, model: nn.Module, class_labels: int | Sequence[int] | Tensor | None, num_samples: int
 ) -> tuple[Tensor | None, int | None]:
-    """A class for each sample, int64 [num_samples], and the "no label" class; None for what the model does not have.
+    """Return the class of each sample, int64 [num_samples], and the "no label" class.
+
+    Both are None for a model without classes.
 
     Args:
-        caller: name of the function that the errors speak for.
-        class_labels: one class, one a sample, or None: "no label".
+        caller: Name of the calling function for error messages.
+        model: The model.
+        class_labels: One class, one per sample, or None for "no label".
+        num_samples: Number of samples.
+
+    Raises:
+        ValueError: Labels are out of range, have another shape, or the model has no classes.
+        TypeError: Labels are not integers.
     """
     config = model_config(model)
     num_classes = config.get("num_class_embeds")  # "no label" included

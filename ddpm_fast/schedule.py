@@ -1,4 +1,4 @@
-"""The noise schedule: betas in float64, and every coefficient of the derivation that follows from them."""
+"""Noise schedules: betas in float64, and every coefficient that the derivation computes from them."""
 
 from __future__ import annotations
 
@@ -12,14 +12,24 @@ from torch import Tensor
 
 
 class NoiseSchedule:
-    """beta_0 .. beta_{T-1} and what derives from them, as float64 tensors of length T on the CPU, to be left as they are.
+    """The betas of a diffusion process and the coefficients derived from them.
 
-    The paper counts t = 1..T, the code t = 0..T-1. Build one with `linear`, `scaled_linear`, `cosine`, `sigmoid`, `laplace`,
-    `sigmoid_betas` or `from_betas`. Equations are those of the derivation in the README; Ho et al. 2020 in brackets.
+    All coefficients are float64 [T] on the CPU. Do not modify them. The paper counts t = 1..T, the code
+    t = 0..T-1. Build a schedule with `linear`, `scaled_linear`, `cosine`, `sigmoid`, `laplace`,
+    `sigmoid_betas` or `from_betas`. Equation numbers are those of the derivation in the documentation;
+    those of Ho et al. 2020 follow where they differ.
+
+    Args:
+        betas: Floating [T] with T >= 1, each in (0, 1].
+        name: The builder's name, for `to_config`.
+        parameters: The builder's arguments, for `to_config`.
 
     Attributes:
-        betas: variances of the forward steps q(x_t | x_{t-1}), each in (0, 1]: eq. 1 (Ho et al. eq. 2).
-        name: what built it; `to_config` has the parameters.
+        betas: Variances of the forward steps q(x_t | x_{t-1}), each in (0, 1] (eq. 1, Ho et al. eq. 2).
+        name: The builder's name. `to_config` has its arguments.
+
+    Raises:
+        ValueError: `betas` has another dtype or shape, or a value outside (0, 1].
     """
 
     def __init__(self, betas: Tensor, name: str = "from_betas", parameters: dict[str, Any] | None = None) -> None:
@@ -48,11 +58,15 @@ class NoiseSchedule:
         *,
         scale_to_num_timesteps: bool = False,
     ) -> NoiseSchedule:
-        """Evenly spaced betas (Ho et al. 2020, section 4).
+        """Return a schedule of evenly spaced betas (Ho et al. 2020, section 4).
 
         Args:
-            scale_to_num_timesteps: multiply both ends by 1000 / T, as improved-diffusion does, so that x_T is noise for
-                any T. Off, the ends are taken as they are, as diffusers does; then a T far below 1000 leaves signal in x_T.
+            num_timesteps: T, at least 1.
+            beta_start: First beta, before scaling.
+            beta_end: The last beta.
+            scale_to_num_timesteps: Multiply both ends by 1000 / T, as improved-diffusion does. Then x_T is
+                nearly pure noise for every T. By default the ends are used as given, as in diffusers, and
+                a T far below 1000 leaves signal in x_T.
         """
         _check_num_timesteps("linear", num_timesteps)
         scale = 1000 / num_timesteps if scale_to_num_timesteps else 1.0
@@ -67,7 +81,15 @@ class NoiseSchedule:
 
     @classmethod
     def scaled_linear(cls, num_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> NoiseSchedule:
-        """Evenly spaced square roots of beta ("quad" in Ho et al.'s code; latent diffusion)."""
+        """Return a schedule whose betas have evenly spaced square roots.
+
+        This is "quad" in the code of Ho et al., and the schedule of latent diffusion.
+
+        Args:
+            num_timesteps: T, at least 1.
+            beta_start: First beta, before scaling.
+            beta_end: The last beta.
+        """
         _check_num_timesteps("scaled_linear", num_timesteps)
         betas = torch.linspace(beta_start**0.5, beta_end**0.5, num_timesteps, dtype=torch.float64).square()
         parameters = {"num_timesteps": num_timesteps, "beta_start": beta_start, "beta_end": beta_end}
@@ -75,7 +97,17 @@ class NoiseSchedule:
 
     @classmethod
     def cosine(cls, num_timesteps: int = 1000, s: float = 0.008, max_beta: float = 0.999) -> NoiseSchedule:
-        """abar(u) = cos^2((u + s) / (1 + s) pi / 2), u = t / T (Nichol and Dhariwal 2021, eq. 17); betas capped at max_beta."""
+        """Return the cosine schedule (Nichol and Dhariwal 2021, eq. 17).
+
+        With u = t / T:
+
+            abar(u) = cos^2((u + s) / (1 + s) pi / 2)
+
+        Args:
+            num_timesteps: T, at least 1.
+            s: Offset that keeps the first betas from vanishing.
+            max_beta: Upper bound on every beta.
+        """
         _check_num_timesteps("cosine", num_timesteps)
 
         def alpha_bar(u: Tensor) -> Tensor:
@@ -95,11 +127,19 @@ class NoiseSchedule:
         *,
         float32_ends: bool = False,
     ) -> NoiseSchedule:
-        """abar falls along a sigmoid from 1 to 0 (Jabri et al. 2022; denoising-diffusion-pytorch's default).
+        """Return a schedule whose abar falls along a sigmoid from 1 to 0 (Jabri et al. 2022).
+
+        This is the default of denoising-diffusion-pytorch.
 
         Args:
-            float32_ends: take the sigmoids of both ends in float32, as denoising-diffusion-pytorch does: its betas to float64
-                rounding. They differ from the formula's by up to 1.3e-5 (relative, T = 1000).
+            num_timesteps: T, at least 1.
+            start: Argument of the sigmoid at t = 0, before the division by `tau`.
+            end: Argument of the sigmoid at t = T, before the division by `tau`.
+            tau: Temperature of the sigmoid.
+            max_beta: Upper bound on every beta.
+            float32_ends: Compute the sigmoids of both ends in float32, as denoising-diffusion-pytorch does.
+                Its betas are then matched up to float64 rounding. They differ from the formula's by up to
+                1.3e-5 (relative, T = 1000).
         """
         _check_num_timesteps("sigmoid", num_timesteps)
         dtype = torch.float32 if float32_ends else torch.float64
@@ -120,7 +160,15 @@ class NoiseSchedule:
 
     @classmethod
     def sigmoid_betas(cls, num_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> NoiseSchedule:
-        """The betas themselves rise along a sigmoid from -6 to 6 (GeoDiff, Xu et al. 2022; "sigmoid" in diffusers)."""
+        """Return a schedule whose betas rise along a sigmoid from -6 to 6 (GeoDiff, Xu et al. 2022).
+
+        This is "sigmoid" in diffusers.
+
+        Args:
+            num_timesteps: T, at least 1.
+            beta_start: Lower limit of the betas.
+            beta_end: Upper limit of the betas.
+        """
         _check_num_timesteps("sigmoid_betas", num_timesteps)
         ramp = torch.linspace(-6, 6, num_timesteps, dtype=torch.float64).sigmoid()
         parameters = {"num_timesteps": num_timesteps, "beta_start": beta_start, "beta_end": beta_end}
@@ -128,10 +176,19 @@ class NoiseSchedule:
 
     @classmethod
     def laplace(cls, num_timesteps: int = 1000, max_beta: float = 0.999) -> NoiseSchedule:
-        """abar(u) = sqrt(snr / (1 + snr)), ln snr falling in u as a Laplace variable's quantiles: "laplace" in diffusers.
+        """Return the schedule that diffusers calls "laplace".
 
-        The quantiles are those of Hang et al. 2024 (location 0, scale 1/2), who have abar(u) = snr / (1 + snr); diffusers takes
-        the square root, and models trained with it did.
+        With u = t / T:
+
+            abar(u) = sqrt(snr / (1 + snr))
+
+        ln snr falls with u like the quantiles of a Laplace variable with location 0 and scale 1/2 (Hang et al.
+        2024). Hang et al. have abar(u) = snr / (1 + snr). diffusers takes the square root, and models trained
+        with diffusers need it.
+
+        Args:
+            num_timesteps: T, at least 1.
+            max_beta: Upper bound on every beta.
         """
         _check_num_timesteps("laplace", num_timesteps)
 
@@ -145,15 +202,27 @@ class NoiseSchedule:
 
     @classmethod
     def from_betas(cls, betas: Tensor | Sequence[float]) -> NoiseSchedule:
-        """Any betas in (0, 1], T of them."""
+        """Return a schedule of the given betas.
+
+        Args:
+            betas: T values in (0, 1].
+
+        Raises:
+            ValueError: A beta is outside (0, 1].
+        """
         return cls(torch.as_tensor(betas, dtype=torch.float64))
 
     @classmethod
     def from_diffusers(cls, config: Mapping[str, Any]) -> NoiseSchedule:
-        """The schedule of a diffusers scheduler's configuration; what it leaves out has diffusers' default.
+        """Return the schedule that the configuration of a diffusers scheduler describes.
 
-        Read are num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas and rescale_betas_zero_snr.
-        ValueError for a beta_schedule that diffusers' DDPMScheduler does not have.
+        Args:
+            config: Keys of a scheduler's configuration. Missing keys have diffusers' defaults. The keys
+                read are num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas and
+                rescale_betas_zero_snr.
+
+        Raises:
+            ValueError: diffusers' DDPMScheduler does not have this beta_schedule.
         """
         if config.get("trained_betas") is not None:
             schedule = cls.from_betas(config["trained_betas"])
@@ -170,9 +239,14 @@ class NoiseSchedule:
         return schedule.rescale_zero_terminal_snr() if config.get("rescale_betas_zero_snr", False) else schedule
 
     def rescale_zero_terminal_snr(self) -> NoiseSchedule:
-        """sqrt(abar) shifted and scaled so that abar_{T-1} = 0 and abar_0 stays (Lin et al. 2023, Algorithm 1).
+        """Return this schedule with zero terminal SNR (Lin et al. 2023, Algorithm 1).
 
-        x_T then holds no signal, so the noise cannot tell x_0: plans for it need prediction "sample" or "v_prediction".
+        sqrt(abar) is shifted and scaled. abar_{T-1} becomes 0 and abar_0 stays. Then x_T holds no
+        signal, so predicted noise does not determine x_0. Plans for such a schedule need prediction "sample"
+        or "v_prediction".
+
+        Raises:
+            ValueError: The schedule has one timestep.
         """
         first, last = self.sqrt_alpha_bars[0], self.sqrt_alpha_bars[-1]
         if first == last:
@@ -185,57 +259,75 @@ class NoiseSchedule:
 
     @property
     def num_timesteps(self) -> int:
-        """T."""
+        """Number of timesteps T."""
         return self.betas.numel()
 
     @cached_property
     def alphas(self) -> Tensor:
-        """alpha_t = 1 - beta_t: eq. 2."""
+        """Signal kept by each forward step: alpha_t = 1 - beta_t (eq. 2)."""
         return 1 - self.betas
 
     @cached_property
     def alpha_bars(self) -> Tensor:
-        """abar_t = prod_{s <= t} alpha_s: eq. 2, used in eq. 3."""
+        """Signal kept up to step t: abar_t = prod_{s <= t} alpha_s (eq. 2)."""
         return self.alphas.cumprod(0)
 
     @cached_property
     def alpha_bars_prev(self) -> Tensor:
-        """abar_{t-1}, and 1 at t = 0: eq. 6-8."""
+        """abar_{t-1}, and 1 at t = 0 (eq. 6-8)."""
         return torch.cat([torch.ones(1, dtype=torch.float64), self.alpha_bars[:-1]])
 
     @cached_property
     def sqrt_alpha_bars(self) -> Tensor:
-        """sqrt(abar_t), the weight of x_0 in x_t: eq. 3 (Ho et al. eq. 4)."""
+        """Weight of x_0 in x_t: sqrt(abar_t) (eq. 3, Ho et al. eq. 4)."""
         return self.alpha_bars.sqrt()
 
     @cached_property
     def sqrt_one_minus_alpha_bars(self) -> Tensor:
-        """sqrt(1 - abar_t), the weight of epsilon in x_t: eq. 3 (Ho et al. eq. 4)."""
+        """Weight of epsilon in x_t: sqrt(1 - abar_t) (eq. 3, Ho et al. eq. 4)."""
         return (1 - self.alpha_bars).sqrt()
 
     @cached_property
     def sqrt_recip_alphas(self) -> Tensor:
-        """1 / sqrt(alpha_t): eq. 13 (Ho et al. eq. 11)."""
+        """1 / sqrt(alpha_t) (eq. 13, Ho et al. eq. 11)."""
         return self.alphas.rsqrt()
 
     @cached_property
     def posterior_mean_coef_x_0(self) -> Tensor:
-        """sqrt(abar_{t-1}) beta_t / (1 - abar_t), the weight of x_0 in mu~_t: eq. 7 (Ho et al. eq. 7)."""
+        """Weight of x_0 in mu~_t.
+
+            sqrt(abar_{t-1}) beta_t / (1 - abar_t)
+
+        See eq. 7 (Ho et al. eq. 7).
+        """
         return self.alpha_bars_prev.sqrt() * self.betas / (1 - self.alpha_bars)
 
     @cached_property
     def posterior_mean_coef_x_t(self) -> Tensor:
-        """sqrt(alpha_t) (1 - abar_{t-1}) / (1 - abar_t), the weight of x_t in mu~_t: eq. 7 (Ho et al. eq. 7)."""
+        """Weight of x_t in mu~_t.
+
+            sqrt(alpha_t) (1 - abar_{t-1}) / (1 - abar_t)
+
+        See eq. 7 (Ho et al. eq. 7).
+        """
         return self.alphas.sqrt() * (1 - self.alpha_bars_prev) / (1 - self.alpha_bars)
 
     @cached_property
     def posterior_variance(self) -> Tensor:
-        """beta~_t = (1 - abar_{t-1}) / (1 - abar_t) beta_t, 0 at t = 0: eq. 8 (Ho et al. eq. 7)."""
+        """Posterior variance beta~_t, 0 at t = 0.
+
+            beta~_t = (1 - abar_{t-1}) / (1 - abar_t) beta_t
+
+        See eq. 8 (Ho et al. eq. 7).
+        """
         return (1 - self.alpha_bars_prev) / (1 - self.alpha_bars) * self.betas
 
     @cached_property
     def posterior_log_variance(self) -> Tensor:
-        """ln beta~_t, with t = 0, where beta~ is 0, given the value of t = 1 (Nichol and Dhariwal 2021's code)."""
+        """Logarithm of beta~_t, with the value of t = 1 at t = 0.
+
+        beta~_0 is 0 and has no logarithm. The code of Nichol and Dhariwal 2021 replaces it in the same way.
+        """
         variance = self.posterior_variance
         return torch.cat([variance[1:2] if self.num_timesteps > 1 else self.betas[:1], variance[1:]]).log()
 
@@ -283,9 +375,13 @@ class NoiseSchedule:
         )
 
     def coefficients(self, device: torch.device | str = "cpu") -> Tensor:
-        """The table that `q_sample` and `denoising_loss` gather from: float32 [T, 2] of sqrt(abar_t), sqrt(1 - abar_t).
+        """Return the table that `q_sample` and `denoising_loss` read.
 
-        Computed in float64, rounded once, kept per device.
+        Args:
+            device: Device of the table. Each device's table is computed once and kept.
+
+        Returns:
+            float32 [T, 2]: sqrt(abar_t) and sqrt(1 - abar_t), computed in float64 and rounded once.
         """
         device = numbered(device)
         if device not in self._coefficients:
@@ -297,14 +393,21 @@ class NoiseSchedule:
     # ----------------------------------------------------------------------------------------------------------- files
 
     def to_config(self) -> dict[str, Any]:
-        """What `from_config` needs to build this schedule again, as JSON types."""
+        """Return the JSON values from which `from_config` builds an equal schedule."""
         if self.name == "from_betas":
             return {"name": self.name, "betas": self.betas.tolist()}
         return {"name": self.name, **self._parameters}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> NoiseSchedule:
-        """The schedule that `to_config` described. ValueError for a name that is not a builder of this class."""
+        """Return the schedule that `to_config` described.
+
+        Args:
+            config: "name" is a builder of this class. The other keys are its arguments.
+
+        Raises:
+            ValueError: "name" is not a builder of this class.
+        """
         parameters = dict(config)
         name = parameters.pop("name", None)
         if name not in BUILDERS:
@@ -334,7 +437,7 @@ _DIFFUSERS_BUILDERS = {  # diffusers' beta_schedule -> builder
 
 
 def numbered(device: torch.device | str) -> torch.device:
-    """The device that tensors there say they are on: "cuda" has the number of the current GPU."""
+    """Return `device` with its index, as tensors report it: "cuda" becomes the current GPU."""
     device = torch.device(device)
     return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
 
@@ -345,6 +448,6 @@ def _check_num_timesteps(builder: str, num_timesteps: int) -> None:
 
 
 def _betas_from_alpha_bar(alpha_bar: Callable[[Tensor], Tensor], num_timesteps: int, max_beta: float) -> Tensor:
-    """beta_t = 1 - abar((t + 1) / T) / abar(t / T), at most max_beta."""
+    """Return float64 betas [T] of a continuous abar(u): min(1 - abar((t + 1) / T) / abar(t / T), max_beta)."""
     edges = alpha_bar(torch.linspace(0, 1, num_timesteps + 1, dtype=torch.float64))  # [T + 1]
     return (1 - edges[1:] / edges[:-1]).clamp(max=max_beta)

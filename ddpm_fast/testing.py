@@ -1,7 +1,8 @@
-"""CASES: how to exercise each op, once, for the tests and the benchmarks alike.
+"""CASES: inputs for each op, shared by tests and benchmarks.
 
-An entry switches on: parity of values and gradients in every family, dtype and layout; opcheck; compilation; the benchmark.
-Each case has a reason, in its name; there are no cross products.
+An entry switches on parity of values and gradients (every backend, dtype and memory format), opcheck,
+compilation and the benchmark. Each case is named after its purpose. There are no full products of
+parameters.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ class Case:
     """One way to call an op.
 
     Attributes:
-        op: its name in `ddpm_fast.ops`.
-        name: what is special about the case.
-        shape: of the main tensor, [N, ...].
-        options: what the op's input builder below understands.
-        benchmark: a shape that a network really has, worth timing.
+        op: Name of the op in `ddpm_fast.ops`.
+        name: Purpose of the case.
+        shape: Shape of the main tensor, [N, ...].
+        options: Options of the op's input builder.
+        benchmark: Whether the shape is from a real network and worth timing.
     """
 
     op: str
@@ -46,17 +47,24 @@ class Case:
 
 @dataclass(frozen=True)
 class Call:
-    """An op with its arguments: `call(backend)` runs it; `tensors` are the floating inputs, by name."""
+    """An op with its arguments. `call(backend)` runs it.
+
+    Attributes:
+        function: The op.
+        arguments: Its keyword arguments.
+    """
 
     function: Callable[..., Any]
     arguments: dict[str, Any]
 
     def __call__(self, backend: str | None = None) -> tuple[Tensor, ...]:
+        """Run the op and return its outputs as a tuple."""
         result = self.function(**self.arguments, backend=backend)
         return result if isinstance(result, tuple) else (result,)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
+        """Floating inputs by name."""
         flat = {}
         for name, value in self.arguments.items():
             for i, part in enumerate(value if isinstance(value, tuple) else (value,)):
@@ -65,7 +73,7 @@ class Call:
         return flat
 
     def map(self, convert: Callable[[Tensor], Tensor]) -> Call:
-        """The same call with every floating input (and a dtype argument) converted."""
+        """Return the same call with every floating input (and a dtype argument) converted."""
 
         def each(value: Any) -> Any:
             if isinstance(value, tuple):
@@ -82,7 +90,14 @@ class Call:
 def make_call(
     case: Case, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", *, channels_last: bool = False
 ) -> Call:
-    """Reproducible inputs for a case. `channels_last` is for 4-D shapes."""
+    """Return reproducible inputs for a case.
+
+    Args:
+        case: The case.
+        dtype: Dtype of floating inputs.
+        device: Device of the inputs.
+        channels_last: Make 4-D inputs channels_last.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -197,7 +212,7 @@ _BUILDERS: dict[str, Callable[..., dict[str, Any]]] = {
 
 
 def _multistep(plan: SamplingPlan) -> SamplingPlan:
-    """A plan that also weighs the previous step's x_0^, as multistep samplers do."""
+    """Return a plan that also uses the previous step's x_0^, as multistep samplers do."""
     coefficients = plan.coefficients.clone()
     coefficients[:, COLUMNS.index("k3")] = 0.25
     return SamplingPlan(plan.schedule, plan.timesteps, coefficients, plan.prediction, plan.variance)
@@ -209,7 +224,7 @@ _UNCLIPPED = ddpm_plan(SCHEDULE, clip=None)
 _VELOCITY = ddpm_plan(SCHEDULE, 50, prediction="v_prediction")
 _LEARNED = ddpm_plan(SCHEDULE, 50, variance="learned")
 _RANGE = ddpm_plan(SCHEDULE, 50, variance="learned_range")
-_DDIM = ddim_plan(SCHEDULE, 50)
+_DDIM = ddim_plan(SCHEDULE, 50, use_clipped_model_output=False)  # the form that uses k2
 
 CASES: tuple[Case, ...] = (
     # noise: the tail of a block of four; one element; nothing; several vectors with a tail; no layout; a network's shape
@@ -273,7 +288,15 @@ CASES: tuple[Case, ...] = (
 
 
 def bytes_moved(case: Case, dtype: torch.dtype, *, backward: bool = False) -> int:
-    """Bytes that a fused kernel has to read and write, each big tensor once: the floor that a benchmark is measured against."""
+    """Return the bytes that a fused kernel must read and write, each large tensor once.
+
+    It is the lower bound that benchmarks compare with.
+
+    Args:
+        case: The case.
+        dtype: Dtype of floating inputs.
+        backward: Count the backward pass instead of the forward pass.
+    """
     elements = math.prod(case.shape)
     source = 1 if case.options.get("source") == "noise" else 0  # drawn noise costs no traffic
     if case.op == "noise":

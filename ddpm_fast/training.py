@@ -1,478 +1,140 @@
-"""Training: Algorithm 1 of Ho et al. (2020) on `q_sample` and `denoising_loss`.
-
-The noise of a step is drawn twice, in the two ops, from the seeds of its samples, and is never stored. Every draw is a
-function of (seed, step), so a checkpoint holds no generator state, and a run that was stopped and resumed ends with the
-same weights, bit for bit, as one that was not (same machine, same number of threads).
-"""
+"""The public function `train` and its options. PyTorch is imported when a run begins, so help texts come at once."""
 
 from __future__ import annotations
 
-import copy
 import json
-import logging
-import math
 import os
-import signal
-import sys
-import threading
-import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field
-from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
-import safetensors.torch
-import torch
-from torch import Tensor
-from tqdm import tqdm
-
-from .atomic import replacing
-from .data import ImageDataset, load_dataset, to_unit_range
-from .draws import TrainingDraws
-from .images import save_grid
-from .memory import kept_memory
-from .nn import UNet, UNetConfig
-from .ops import denoising_loss, q_sample
-from .plan import ddim_plan
-from .run_folder import LOG_COLUMNS, RunFolder, write_json
-from .sampling import sample
-from .schedule import NoiseSchedule
-from .version import __version__
-
-# Options that a resumed run may change: they decide how long, where and with what records, not what is trained.
-# `steps` and the learning rate's decay are among them so that a run can be prolonged, or brought to its end.
-CHANGEABLE: Final = frozenset(
-    {
-        *("data_dir", "steps", "lr_decay", "lr_decay_steps", "channels_last", "device", "threads", "log_every"),
-        *("sample_every", "sample_steps", "checkpoint_every", "checkpoint_minutes", "keep", "tensorboard"),
-    }
-)
+if TYPE_CHECKING:
+    from .training_loop import TrainResult
 
 # Arguments that concern one call and are not part of the run's configuration.
 THIS_CALL: Final = frozenset({"run_dir", "max_minutes", "resume", "progress"})
 
-# Keys of a network's configuration that its weights do not depend on.
-_NOT_IN_WEIGHTS: Final = frozenset({"sample_size", "dropout", "num_train_timesteps"})
-
-_log = logging.getLogger("ddpm_fast")
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """How a call of `train` ended.
-
-    Attributes:
-        step: steps done since the run began.
-        loss: mean loss since the last row of the log; NaN if no step was done since.
-        seconds: time spent in steps since the run began.
-        stopped_by: "SIGINT", "SIGTERM", "max_minutes", or None when all steps are done.
-    """
-
-    step: int
-    loss: float
-    seconds: float
-    stopped_by: str | None
-
 
 def train(
-    run_dir: str | os.PathLike[str],  # folder of the run: configuration, log, samples, checkpoints
+    run_dir: str | os.PathLike[str],
     *,
     # data
-    data: str = "digits",  # digits | fashion-mnist | cifar10 | a folder of images
-    data_dir: str | None = None,  # where the data set's files are or go; None: Debian's package or the user's cache
-    image_size: int | None = None,  # pixels; None: the data set's own, 32 for a folder
-    flip: bool = False,  # mirror half of the images left to right
+    data: str = "digits",
+    data_dir: str | None = None,
+    image_size: int | None = None,
+    flip: bool = False,
     # network
-    channels: Sequence[int] = (64, 128, 128),  # of each level; each has half the resolution of the one before
-    layers: int = 2,  # residual blocks a level, on the way down; one more on the way up
-    attention: Sequence[int] = (16,),  # resolutions with self-attention, in pixels (the middle block always has it)
-    head_dim: int | None = None,  # channels of an attention head; None: a single head
-    scale_shift: bool = False,  # the time scales and shifts the second norm, instead of being added before it
-    dropout: float = 0.0,  # probability
-    conditional: bool = True,  # give the network the class, where the data set has more than one
-    label_dropout: float = 0.1,  # probability of training without the class, for guidance
-    init: str | None = None,  # start from the weights in this folder: a model's, a run's or a checkpoint's
+    channels: Sequence[int] = (64, 128, 128),
+    layers: int = 2,
+    attention: Sequence[int] = (16,),
+    head_dim: int | None = None,
+    scale_shift: bool = False,
+    dropout: float = 0.0,
+    conditional: bool = True,
+    label_dropout: float = 0.1,
+    init: str | None = None,
     # diffusion
-    num_timesteps: int = 1000,  # T
-    schedule: Literal["linear", "scaled_linear", "cosine", "sigmoid"] = "linear",  # betas
-    prediction: Literal["epsilon", "sample", "v_prediction"] = "epsilon",  # what the network predicts
-    loss_weight: Literal["min_snr"] | None = None,  # weight of each timestep's loss; None: 1 (eq. 12)
+    num_timesteps: int = 1000,
+    schedule: Literal["linear", "scaled_linear", "cosine", "sigmoid"] = "linear",
+    prediction: Literal["epsilon", "sample", "v_prediction"] = "epsilon",
+    loss_weight: Literal["min_snr"] | None = None,
     # optimisation
-    steps: int = 20_000,  # optimizer steps, counted from the run's beginning
-    batch_size: int = 64,  # images a step
-    lr: float = 2e-4,  # learning rate after warm-up
-    warmup_steps: int = 500,  # steps over which the learning rate rises from 0
-    lr_decay: Literal["linear", "cosine"] = "linear",  # form of the fall to 0 at the end of the run
-    lr_decay_steps: int = 0,  # how many of the last steps the fall takes; 0: none
-    weight_decay: float = 0.0,  # of AdamW; 0: Adam
-    clip_grad: float = 1.0,  # largest norm of the gradient; 0: not clipped
-    ema_decay: float = 0.9999,  # of the moving average of the weights; rises to it as (1 + step) / (10 + step)
-    precision: Literal["float32", "bf16"] = "float32",  # bf16: autocast; weights and loss stay float32
-    channels_last: bool = True,  # memory format of images and weights
-    seed: int = 0,  # of everything random
+    steps: int = 20_000,
+    batch_size: int = 64,
+    lr: float = 2e-4,
+    warmup_steps: int = 500,
+    lr_decay: Literal["linear", "cosine"] = "linear",
+    lr_decay_steps: int = 0,
+    weight_decay: float = 0.0,
+    clip_grad: float = 1.0,
+    ema_decay: float = 0.9999,
+    precision: Literal["float32", "bf16"] = "float32",
+    channels_last: bool = True,
+    seed: int = 0,
     # machine
-    device: str | None = None,  # None: a GPU if there is one
-    threads: int | None = None,  # CPU threads; None: torch's choice
+    device: str | None = None,
+    threads: int | None = None,
     # records
-    log_every: int = 50,  # steps between rows of log.csv
-    sample_every: int = 1000,  # steps between grids of samples; 0: none
-    sample_steps: int = 50,  # DDIM steps of those
-    checkpoint_every: int = 0,  # steps between checkpoints; 0: by time alone
-    checkpoint_minutes: float = 5.0,  # minutes between checkpoints; 0: by steps alone
-    keep: int = 2,  # checkpoints kept
-    tensorboard: bool = True,  # write event files too, if TensorBoard is installed
+    log_every: int = 50,
+    sample_every: int = 1000,
+    sample_steps: int = 50,
+    checkpoint_every: int = 0,
+    checkpoint_minutes: float = 5.0,
+    keep: int = 2,
+    tensorboard: bool = True,
     # this call
-    max_minutes: float | None = None,  # stop, with a checkpoint, after this time
-    resume: bool = False,  # continue the run in `run_dir`, from its newest checkpoint
-    progress: bool = True,  # show a progress bar
+    max_minutes: float | None = None,
+    resume: bool = False,
+    progress: bool = True,
 ) -> TrainResult:
-    """Train a network on images; the signature is the table of options.
+    """Train a network on images (Algorithm 1 of Ho et al. 2020).
+
+    The run's folder receives the configuration, the log, grids of samples and checkpoints. Its layout is in
+    `ddpm_fast.run_folder`. Ctrl-C and SIGTERM end the run after the current step and save a checkpoint. A process that is
+    killed loses only the steps since the last checkpoint. On a CPU the run keeps freed memory for its next step
+    (`kept_memory`).
 
     Args:
-        run_dir: must be new or empty, unless `resume` is true. The layout is described in `ddpm_fast.run_folder`.
+        run_dir: Write to this folder. It must be new or empty unless `resume` is true.
+        data: Train on digits, fashion-mnist, cifar10, or a folder of images whose sub-folders are classes.
+        data_dir: Read the data set from this folder, or download it there.
+        image_size: Crop images to squares and resize them to this many pixels. By default they stay as they are.
+        flip: Mirror half of the images left to right.
+        channels: Give each level this many channels. Each level halves the resolution.
+        layers: Use this many residual blocks a level on the way down, and one more on the way up.
+        attention: Attend at these resolutions, in pixels, and in the middle block.
+        head_dim: Give an attention head this many channels. By default there is a single head.
+        scale_shift: Let the time embedding scale and shift the second norm instead of adding to its input.
+        dropout: Drop activations in residual blocks with this probability.
+        conditional: Give the network the class if the data set has more than one.
+        label_dropout: Train without the class with this probability, which guidance needs.
+        init: Start from the weights in this folder: a model's, a run's or a checkpoint's.
+        num_timesteps: Set T, the number of steps of the forward process.
+        schedule: Choose the noise schedule.
+        prediction: Choose what the network predicts.
+        loss_weight: Weight the loss of each timestep. By default all weights are 1 (eq. 12).
+        steps: Stop after this many optimizer steps, counted from the run's beginning.
+        batch_size: Use this many images a step.
+        lr: Set the learning rate after warm-up.
+        warmup_steps: Raise the learning rate from 0 over this many steps.
+        lr_decay: Choose the form of the learning rate's fall to 0.
+        lr_decay_steps: Let the learning rate fall over this many last steps; 0: it stays.
+        weight_decay: Set AdamW's weight decay.
+        clip_grad: Bound the norm of the gradient; 0: no bound.
+        ema_decay: Set the decay of the weights' moving average. Without `init` it rises as (1 + step) / (10 + step).
+        precision: Run the network in float32, or in bfloat16 by autocast. Weights and loss stay float32.
+        channels_last: Store images and weights in channels_last memory format.
+        seed: Seed everything random.
+        device: Train on this device: cpu, cuda, cuda:1, ... By default a GPU if there is one.
+        threads: Use this many CPU threads. By default as many as PyTorch chooses.
+        log_every: Write a row of log.csv every this many steps.
+        sample_every: Draw a grid of samples every this many steps; 0: never.
+        sample_steps: Draw those samples in this many steps of DDIM.
+        checkpoint_every: Save a checkpoint every this many steps; 0: by time alone.
+        checkpoint_minutes: Save a checkpoint every this many minutes; 0: by steps alone.
+        keep: Keep this many checkpoints.
+        tensorboard: Write TensorBoard's event files if TensorBoard is installed.
+        max_minutes: Stop after this many minutes, with a checkpoint.
+        resume: Continue the run in `run_dir` from its newest checkpoint.
+        progress: Show a progress bar.
 
-    Ctrl-C and SIGTERM end the run after the current step, with a checkpoint. A process that is killed loses the steps
-    since the last checkpoint. On a CPU the run keeps the memory that a step frees for the next one (`kept_memory`).
+    Returns:
+        How the call ended.
 
     Raises:
-        ValueError: an option is out of range, or differs from the one that the resumed run was started with.
+        ValueError: An option is out of range, or differs from the one that the resumed run was started with.
         FileExistsError: `run_dir` is not empty and `resume` is false.
-        FileNotFoundError: there is no run to resume.
-        FloatingPointError: the loss is no longer finite.
+        FileNotFoundError: There is no run to resume, or no model in `init`.
+        FloatingPointError: The loss is no longer finite.
     """
     options = _json({name: value for name, value in locals().items() if name not in THIS_CALL})
     _check_options(options)
-    if threads is not None:
-        torch.set_num_threads(threads)
+    from .training_loop import run_training
 
-    dataset = load_dataset(data, data_dir, image_size=image_size)
-    task = _Task(
-        options=options,
-        dataset=dataset,
-        labelled=conditional and len(dataset.classes) > 1,
-        schedule=(noise_schedule := getattr(NoiseSchedule, schedule)(num_timesteps)),
-        loss_weight=None if loss_weight is None else noise_schedule.loss_weight(loss_weight, prediction).float(),
-        draws=TrainingDraws(seed, batch_size),
-        device=_device(device),
-    )
-    with kept_memory() if task.device.type == "cpu" else nullcontext():
-        return _run(run_dir, task, resume=resume, max_minutes=max_minutes, progress=progress)
-
-
-def export_checkpoint(
-    run_dir: str | os.PathLike[str], out_dir: str | os.PathLike[str], dtype: torch.dtype = torch.float16
-) -> Path:
-    """Write the averaged network of a run's newest checkpoint for sampling, with the record of its training.
-
-    Args:
-        run_dir: folder of a run.
-        out_dir: folder to write: unet/ and scheduler/ in diffusers' layout, training.json (the run's configuration and
-            the step), training_log.csv, and classes.json (names of the classes, in the order of the labels).
-        dtype: dtype of the weights in the file.
-
-    Returns:
-        `out_dir`.
-
-    Raises:
-        FileNotFoundError: there is no run, or it has no checkpoint.
-        ValueError: `out_dir` is the run's folder.
-    """
-    run, out = RunFolder(run_dir), Path(out_dir)
-    if out.resolve() == run.path.resolve():
-        raise ValueError(f"export_checkpoint: expected out_dir to be another folder than run_dir, got {out} for both")
-    config = run.read_config()
-    checkpoint = run.latest_checkpoint()
-    if checkpoint is None:
-        raise FileNotFoundError(f"export_checkpoint: expected a checkpoint in {run.checkpoints}, got none")
-    state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-    UNet.from_pretrained(checkpoint / "unet_ema").to(dtype).save_pretrained(out / "unet")
-    prediction = config["options"]["prediction"]
-    _write_scheduler(out / "scheduler", NoiseSchedule.from_config(config["schedule"]), prediction)
-    write_json(out / "training.json", {**config, "step": state["step"], "seconds": state["seconds"]})
-    write_json(out / "classes.json", {"classes": config["dataset"]["classes"]})
-    (out / "training_log.csv").write_text(run.log_until(state["step"]), encoding="utf-8")
-    return out
-
-
-# -------------------------------------------------------------------------------------------------------------------- run
-
-
-def _run(
-    run_dir: str | os.PathLike[str], task: _Task, *, resume: bool, max_minutes: float | None, progress: bool
-) -> TrainResult:
-    """The run, or the rest of it; all that it needs in memory is gone when it returns."""
-    options = task.options
-    steps, batch_size = options["steps"], options["batch_size"]
-    checkpoint_every, checkpoint_minutes = options["checkpoint_every"], options["checkpoint_minutes"]
-    state = _State.initial(task)  # first, as it refuses options that make no network: a folder would be in the next try's way
-    run = RunFolder(run_dir)
-    checkpoint = run.latest_checkpoint() if resume else None
-    if options["init"] is not None and checkpoint is None:
-        state.load_weights(options["init"])
-    config = task.config()
-    if resume:
-        _check_same(run, config)
-        run.write_config(config)  # with the options that were changed
-    else:
-        run.create(config)
-    if checkpoint is not None:
-        state.load(checkpoint)
-        _log.info("resuming %s at step %d", run.path, state.step)
-    run.remove_leftovers()
-    run.cut_log(state.step)
-
-    writer = _tensorboard(run, state.step) if options["tensorboard"] else None
-    bar = tqdm(
-        total=steps,
-        initial=state.step,
-        unit="step",
-        disable=not progress,
-        mininterval=0.5 if sys.stderr.isatty() else 30,  # a log file needs fewer lines than a terminal
-    )
-    generators = torch.random.fork_rng([task.device] if task.device.type == "cuda" else [])  # the caller's stay as they are
-    stopped_by: str | None = None
-    began = last_checkpoint = time.monotonic()
-    logged_step, logged_seconds = state.step, state.seconds
-    mark = time.perf_counter()  # end of the last stretch that is counted in state.seconds
-    with _StopSignals() as signals, generators, bar:
-        while state.step < steps and stopped_by is None:
-            grad_norm, rate = _step(task, state)
-            bar.update()
-
-            if state.step % options["log_every"] == 0 or state.step == steps:
-                loss = _finite_loss(state, grad_norm)
-                state.losses.clear()
-                mark = state.count_time(mark)
-                speed = (state.step - logged_step) * batch_size / (state.seconds - logged_seconds)
-                logged_step, logged_seconds = state.step, state.seconds
-                row = (state.step, state.step * batch_size, loss, float(grad_norm), rate, speed, state.seconds)
-                run.append_log(row)
-                bar.set_postfix_str(f"loss {loss:.4f}, {speed:.1f} images/s", refresh=False)
-                if writer:
-                    for name, value in zip(LOG_COLUMNS[2:6], row[2:6], strict=True):
-                        writer.add_scalar(f"train/{name}", value, state.step)
-            if options["sample_every"] and state.step % options["sample_every"] == 0:
-                mark = state.count_time(mark)
-                _draw_samples(run, task, state, writer)
-                mark = time.perf_counter()
-
-            if signals.received is not None:
-                stopped_by = signals.received
-            elif max_minutes is not None and time.monotonic() - began > 60 * max_minutes:
-                stopped_by = "max_minutes"
-            due = bool(checkpoint_every) and state.step % checkpoint_every == 0
-            due |= bool(checkpoint_minutes) and time.monotonic() - last_checkpoint > 60 * checkpoint_minutes
-            if due or stopped_by is not None or state.step == steps:
-                _finite_loss(state, grad_norm)  # a spoilt state must not replace a good one
-                mark = state.count_time(mark)
-                _save_checkpoint(run, task, state)
-                last_checkpoint = time.monotonic()
-                mark = time.perf_counter()
-    if writer:
-        writer.close()
-    if stopped_by:
-        _log.info("stopped by %s at step %d of %d; checkpoint saved", stopped_by, state.step, steps)
-    return TrainResult(state.step, state.mean_loss(), state.seconds, stopped_by)
-
-
-# ------------------------------------------------------------------------------------------------------------------ state
-
-
-@dataclass(frozen=True)
-class _Task:
-    """What stays the same during a call of `train`."""
-
-    options: Mapping[str, Any]  # the arguments of `train`, less those of `THIS_CALL`
-    dataset: ImageDataset
-    labelled: bool  # the network is given the class
-    schedule: NoiseSchedule
-    loss_weight: Tensor | None  # float32 [T]
-    draws: TrainingDraws
-    device: torch.device
-
-    @property
-    def memory_format(self) -> torch.memory_format:
-        return torch.channels_last if self.options["channels_last"] else torch.contiguous_format
-
-    def config(self) -> dict[str, Any]:
-        """What config.json holds."""
-        dataset = self.dataset
-        return {
-            "options": self.options,
-            "unet": _unet_config(self.options, dataset, self.labelled),
-            "schedule": self.schedule.to_config(),
-            "dataset": {"images": len(dataset), "shape": list(dataset.shape), "classes": list(dataset.classes)},
-            "versions": {"ddpm_fast": __version__, "torch": torch.__version__},
-        }
-
-
-@dataclass
-class _State:
-    """What changes from step to step, and is all that a checkpoint holds."""
-
-    model: UNet
-    ema: UNet  # moving average of the weights
-    optimizer: torch.optim.Optimizer
-    step: int = 0  # steps done
-    seconds: float = 0.0  # spent in steps
-    losses: list[Tensor] = field(default_factory=list)  # since the last row of the log; 0-d, on the device
-
-    @classmethod
-    def initial(cls, task: _Task) -> _State:
-        """Before the first step: weights drawn from the seed."""
-        with torch.random.fork_rng([]):
-            torch.manual_seed(task.draws.weights_seed)
-            model = UNet(**_unet_config(task.options, task.dataset, task.labelled))
-        model = model.to(device=task.device, memory_format=task.memory_format)  # type: ignore[call-overload]
-        lr, weight_decay = task.options["lr"], task.options["weight_decay"]
-        optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
-        return cls(model, copy.deepcopy(model).requires_grad_(False).eval(), optimizer)
-
-    def mean_loss(self) -> float:
-        return float(torch.stack(self.losses).mean()) if self.losses else math.nan
-
-    def count_time(self, since: float) -> float:
-        """Add the time since `since` to `seconds`; returns now."""
-        now = time.perf_counter()
-        self.seconds += now - since
-        return now
-
-    def write(self, folder: Path) -> None:
-        self.model.save_pretrained(folder / "unet")
-        self.ema.save_pretrained(folder / "unet_ema")
-        tensors = {
-            f"{key}.{name}": value.detach().cpu().contiguous()
-            for name, parameter in self.model.named_parameters()
-            for key, value in self.optimizer.state[parameter].items()
-        }
-        with replacing(folder / "optimizer.safetensors") as temporary:
-            safetensors.torch.save_file(tensors, temporary)
-
-    def load_weights(self, init: str) -> None:
-        """Load the weights and their moving average from a folder that another training wrote."""
-        network, average = _weight_folders(Path(init))
-        wanted = UNetConfig.from_dict(self.model.config).to_dict()
-        for model, folder in ((self.model, network), (self.ema, average)):
-            source = UNet.from_pretrained(folder)
-            found = UNetConfig.from_dict(source.config).to_dict()
-            differing = [key for key in wanted if key not in _NOT_IN_WEIGHTS and wanted[key] != found[key]]
-            if differing:
-                raise ValueError(
-                    f"train: expected init to hold a network as the options describe it, got {init!r}, in which "
-                    + ", ".join(f"{key} is {found[key]!r} instead of {wanted[key]!r}" for key in differing)
-                )
-            model.load_state_dict(source.state_dict())
-
-    def load(self, folder: Path) -> None:
-        self.model.load_state_dict(UNet.from_pretrained(folder / "unet").state_dict())
-        self.ema.load_state_dict(UNet.from_pretrained(folder / "unet_ema").state_dict())
-        tensors = safetensors.torch.load_file(folder / "optimizer.safetensors")
-        for name, parameter in self.model.named_parameters():
-            moments = {
-                # The parameter's memory format: fused optimizers walk through the storage.
-                key: torch.empty_like(parameter).copy_(tensors[f"{key}.{name}"])
-                for key in ("exp_avg", "exp_avg_sq")
-            }
-            self.optimizer.state[parameter] = {"step": tensors[f"step.{name}"].to(parameter.device), **moments}
-        entries = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        self.step, self.seconds = entries["step"], entries["seconds"]
-        device = next(self.model.parameters()).device
-        self.losses = [torch.tensor(loss, dtype=torch.float32, device=device) for loss in entries["losses"]]
-
-
-def _step(task: _Task, state: _State) -> tuple[Tensor, float]:
-    """One step of Algorithm 1. Returns the gradient's norm before clipping, 0-d, and the learning rate."""
-    options, draws, step = task.options, task.draws, state.step
-    # The batch.
-    images, labels = task.dataset[draws.indices(step, len(task.dataset))]
-    x_0 = to_unit_range(images.to(task.device))  # [B, C, H, W]
-    if options["flip"]:
-        x_0 = torch.where(draws.is_flipped(step).to(task.device)[:, None, None, None], x_0.flip(-1), x_0)
-    x_0 = x_0.contiguous(memory_format=task.memory_format)
-    t = draws.timesteps(step, task.schedule.num_timesteps).to(task.device)
-    seeds = draws.noise_seeds(step).to(task.device)
-    no_label = len(task.dataset.classes)  # the last embedding
-    labels = labels.masked_fill(draws.label_is_dropped(step, options["label_dropout"]), no_label).to(task.device)
-    # Its gradient.
-    torch.manual_seed(draws.dropout_seed(step))
-    x_t = q_sample(x_0, t, task.schedule, seeds=seeds)
-    with torch.autocast(task.device.type, torch.bfloat16, enabled=options["precision"] == "bf16"):
-        output = state.model(x_t, t, labels if task.labelled else None)
-    weight = None if task.loss_weight is None else task.loss_weight.to(task.device)[t]
-    loss = denoising_loss(output.float(), x_0, t, task.schedule, prediction=options["prediction"], seeds=seeds, weight=weight)
-    loss.backward()
-    parameters: list[Tensor] = list(state.model.parameters())
-    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, options["clip_grad"] or math.inf, foreach=True)
-    # The update.
-    rate = options["lr"] * _lr_factor(
-        step, options["steps"], options["warmup_steps"], options["lr_decay"], options["lr_decay_steps"]
-    )
-    for group in state.optimizer.param_groups:
-        group["lr"] = rate
-    state.optimizer.step()
-    state.optimizer.zero_grad()
-    decay = options["ema_decay"]
-    if options["init"] is None:  # the first weights are random: forget them soon
-        decay = min(decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(state.ema.parameters()), parameters, 1 - decay)
-    state.losses.append(loss.detach())
-    state.step += 1
-    return grad_norm, rate
-
-
-def _finite_loss(state: _State, grad_norm: Tensor) -> float:
-    """The mean loss since the last row of the log. Raises FloatingPointError if it or the gradient is not finite."""
-    loss = state.mean_loss()
-    if math.isinf(loss) or (math.isnan(loss) and state.losses) or not math.isfinite(grad_norm):
-        raise FloatingPointError(
-            f"train: the loss became {loss} and its gradient's norm {float(grad_norm)} by step {state.step}; "
-            "resume with what was saved, or start again with a smaller lr or precision float32"
-        )
-    return loss
-
-
-def _save_checkpoint(run: RunFolder, task: _Task, state: _State) -> None:
-    def write(folder: Path) -> None:
-        state.write(folder)
-        _write_scheduler(folder / "scheduler", task.schedule, task.options["prediction"])
-
-    entries = {"seconds": state.seconds, "losses": [float(loss) for loss in state.losses]}
-    run.save_checkpoint(state.step, entries, write, task.options["keep"])
-
-
-class _StopSignals:
-    """Turns the first SIGINT or SIGTERM into a note; the second acts as ever. Only the main thread receives signals."""
-
-    def __init__(self) -> None:
-        self.received: str | None = None
-        self._previous: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> _StopSignals:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._receive)
-        return self
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number).name
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous.clear()
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        self._restore()
-
-
-# ---------------------------------------------------------------------------------------------------------------- options
+    return run_training(run_dir, options, resume=resume, max_minutes=max_minutes, progress=progress)
 
 
 def _json(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options as config.json gives them back: tuples as lists."""
+    """Return the options as config.json gives them back: tuples as lists."""
     result: dict[str, Any] = json.loads(json.dumps(options))
     return result
 
@@ -502,136 +164,3 @@ def _check_options(options: Mapping[str, Any]) -> None:
     expect("checkpoint_minutes", options["checkpoint_minutes"] >= 0, "at least 0")
     expect("channels", len(options["channels"]) > 0, "at least one number")
     expect("threads", options["threads"] is None or options["threads"] >= 1, "at least 1 or None")
-
-
-def _weight_folders(init: Path) -> tuple[Path, Path]:
-    """Return the folders of the weights and of their moving average; one folder serves as both if it has no average."""
-    run = RunFolder(init)
-    folder: Path | None = init
-    if run.checkpoints.is_dir():
-        folder = run.latest_checkpoint()
-    if folder is None or not folder.is_dir():
-        raise FileNotFoundError(
-            "train: expected init to be the folder of a model, of a run with a checkpoint, or of a checkpoint, "
-            f"got {str(init)!r}"
-        )
-    return (folder / "unet", folder / "unet_ema") if (folder / "unet_ema").is_dir() else (folder, folder)
-
-
-def _device(name: str | None) -> torch.device:
-    """The device of that name, or the best there is; ValueError where nothing can be computed on it."""
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.zeros((), device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"train: expected device to be one of this machine, got {name!r}: {reason}") from error
-    return device
-
-
-def _check_same(run: RunFolder, config: Mapping[str, Any]) -> None:
-    """Refuse to resume a run as something else than it was started as."""
-    stored = run.read_config()
-    for section in ("options", "dataset"):
-        for name, value in config[section].items():
-            if name not in CHANGEABLE and stored[section].get(name) != value:
-                raise ValueError(
-                    f"train: expected {name} to be {stored[section].get(name)!r}, as the run in {run.path} was started, "
-                    f"got {value!r}"
-                )
-
-
-def _unet_config(options: Mapping[str, Any], dataset: ImageDataset, labelled: bool) -> dict[str, Any]:
-    channels, height, width = dataset.shape
-    widths = options["channels"]
-    factor = 2 ** (len(widths) - 1)
-    if height % factor or width % factor:
-        raise ValueError(
-            f"train: expected images whose sides are multiples of {factor} for {len(widths)} levels of channels, "
-            f"got {height}x{width}; choose image_size or fewer channels"
-        )
-    attended = [height >> level in options["attention"] for level in range(len(widths))]
-    return {
-        "sample_size": height,
-        "in_channels": channels,
-        "out_channels": channels,
-        "block_out_channels": widths,
-        "layers_per_block": options["layers"],
-        "down_block_types": ["AttnDownBlock2D" if a else "DownBlock2D" for a in attended],
-        "up_block_types": ["AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attended)],
-        "attention_head_dim": options["head_dim"],
-        "norm_num_groups": math.gcd(32, *widths),
-        "dropout": options["dropout"],
-        "resnet_time_scale_shift": "scale_shift" if options["scale_shift"] else "default",
-        "num_class_embeds": len(dataset.classes) + 1 if labelled else None,
-        # As in Ho et al.
-        "downsample_padding": 0,
-        "flip_sin_to_cos": False,
-        "freq_shift": 1,
-        "norm_eps": 1e-6,
-    }
-
-
-def _lr_factor(step: int, steps: int, warmup_steps: int, decay: str, decay_steps: int) -> float:
-    """The learning rate of step 0.. as a share of `lr`: it rises linearly, stays, and falls over the last steps."""
-    rise = min(1.0, (step + 1) / (warmup_steps + 1))
-    left = min(1.0, (steps - step) / (decay_steps + 1))  # 1 until the fall begins
-    return rise * (left if decay == "linear" else 0.5 - 0.5 * math.cos(math.pi * left))
-
-
-# ---------------------------------------------------------------------------------------------------------------- records
-
-
-def _write_scheduler(folder: Path, schedule: NoiseSchedule, prediction: str) -> None:
-    """Write scheduler_config.json as diffusers' DDPMScheduler reads it; the key "ddpm_fast" has our own form."""
-    config = schedule.to_config()
-    diffusers_names = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
-    if schedule.name in diffusers_names:
-        betas: dict[str, Any] = {"beta_schedule": diffusers_names[schedule.name]}
-        betas |= {key: config[key] for key in ("beta_start", "beta_end") if key in config}
-    else:
-        betas = {"trained_betas": schedule.betas.tolist()}
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(
-        folder / "scheduler_config.json",
-        {
-            "_class_name": "DDPMScheduler",
-            "num_train_timesteps": schedule.num_timesteps,
-            **betas,
-            "prediction_type": prediction,
-            "variance_type": "fixed_small",
-            "clip_sample": True,
-            "clip_sample_range": 1.0,
-            "timestep_spacing": "leading",
-            "ddpm_fast": config,
-        },
-    )
-
-
-def _tensorboard(run: RunFolder, step: int) -> Any:
-    """A SummaryWriter, or None where TensorBoard is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        _log.info("TensorBoard is not installed: no event files (pip install 'ddpm_fast[train]')")
-        return None
-    return SummaryWriter(run.tensorboard, purge_step=step + 1)
-
-
-def _draw_samples(run: RunFolder, task: _Task, state: _State, writer: Any) -> None:
-    """Draw a grid with the averaged weights: one column a class, or 8 columns."""
-    options = task.options
-    columns = min(len(task.dataset.classes), 16) if task.labelled else 8
-    labels = torch.arange(4 * columns) % columns if task.labelled else None
-    plan = ddim_plan(task.schedule, options["sample_steps"], prediction=options["prediction"])
-    images = sample(
-        *(state.ema, plan, 4 * columns),
-        seed=options["seed"],
-        class_labels=labels,
-        progress=False,
-        cuda_graph=False,  # keep no memory of the GPU while training
-    )
-    run.samples.mkdir(exist_ok=True)
-    save_grid(images, run.samples / f"step-{state.step:08d}.png", columns=columns)
-    if writer:
-        writer.add_images("samples", images.clamp(-1, 1) / 2 + 0.5, state.step)

@@ -64,6 +64,15 @@ def test_the_same_seed_gives_the_same_images(kind: str, freeze: bool) -> None:
     assert_same(images(pipe, 3, **arguments), expected)
 
 
+@pytest.mark.parametrize("clipped", [None, False, True])
+def test_a_ddim_pipeline_derives_epsilon_again_only_if_asked(clipped: bool | None) -> None:
+    pipe = make("DDIM")
+    arguments = {} if clipped is None else {"use_clipped_model_output": clipped}
+    expected, other = images(pipe, **arguments), images(pipe, use_clipped_model_output=not clipped)
+    assert_same(images(accelerate(pipe), **arguments), expected)
+    assert (other - expected).abs().max() > 1e-2  # the clip acts: the two ways differ
+
+
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "class-conditional"])
 def test_any_network_that_the_package_knows(variant: str) -> None:
     pipe = make(unet=make_unet(variant))

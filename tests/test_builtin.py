@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import socket
 from pathlib import Path
@@ -14,7 +15,7 @@ from PIL import Image
 
 from ddpm_fast import NoiseSchedule, ddim_plan, load_builtin, sample
 from ddpm_fast.builtin import BUILTIN, load_folder, schedule_from_config
-from ddpm_fast.cli import main
+from ddpm_fast.cli import _plan, main
 from ddpm_fast.data import FASHION_MNIST_CLASSES
 from ddpm_fast.nn import UNet
 from ddpm_fast.run_folder import RunFolder
@@ -182,6 +183,15 @@ def test_the_command_samples_the_builtin_model_without_a_network(tmp_path: Path,
     monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(main, ["sample", "--steps", "2"], catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    assert result.stdout.startswith("samples.png: 16 images, 2 steps, ")
+    assert result.stdout.startswith("samples.png: 16 images of 2 steps (ddpm) in ")
+    assert result.stdout.endswith(" --steps 1000 gives better images.\n")
     with Image.open(tmp_path / "samples.png") as image:
         assert (image.size, image.mode) == ((4 * 130 + 2, 4 * 130 + 2), "L")
+
+
+def test_default_number_of_steps_is_quick_and_within_the_schedule() -> None:
+    loaded = load_folder(BUILTIN)
+    assert _plan(loaded, "ddpm", None, None, "leading", None).num_steps == 100
+    assert _plan(loaded, "ddim", None, None, "leading", None).num_steps == 50
+    short = dataclasses.replace(loaded, schedule=NoiseSchedule.linear(30))
+    assert _plan(short, "ddpm", None, None, "leading", None).num_steps == 30

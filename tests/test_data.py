@@ -93,9 +93,22 @@ def test_folder_is_cropped_resized_and_labelled_by_sub_folder(tmp_path: Path) ->
 
 
 def test_images_without_sub_folders_share_one_class(tmp_path: Path) -> None:
-    Image.new("RGB", (4, 6)).save(tmp_path / "a.png")
+    Image.new("RGB", (6, 6)).save(tmp_path / "a.png")
     dataset = load_dataset(str(tmp_path))
-    assert (dataset.shape, dataset.classes, dataset.labels.tolist()) == ((3, 32, 32), ("",), [0])
+    assert (dataset.shape, dataset.classes, dataset.labels.tolist()) == ((3, 6, 6), ("",), [0])
+    assert dataset.preparation == "as they are"
+
+
+def test_a_folder_of_other_sizes_needs_image_size(tmp_path: Path) -> None:
+    for i, size in enumerate([(4, 6), (4, 6), (8, 8)]):
+        Image.new("RGB", size).save(tmp_path / f"{i}.png")
+    with pytest.raises(ValueError, match=r"expected image_size, .* got None with sizes 4x6 \(2\), 8x8 \(1\); .*--image-size"):
+        load_dataset(str(tmp_path))
+    dataset = load_dataset(str(tmp_path), image_size=4)
+    assert (dataset.shape, dataset.preparation) == ((3, 4, 4), "cropped to squares and resized")
+    (tmp_path / "2.png").unlink()
+    with pytest.raises(ValueError, match=r"with sizes 4x6 \(2\);"):  # one size, but no squares
+        load_dataset(str(tmp_path))
 
 
 def test_bad_requests_are_refused(tmp_path: Path) -> None:

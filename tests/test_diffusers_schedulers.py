@@ -241,6 +241,32 @@ def test_every_step_may_have_an_eta_of_its_own() -> None:
     assert ours.sampling_plan(eta=0.9).num_steps == 20
 
 
+def test_ddim_keeps_the_models_epsilon_by_default() -> None:
+    """As diffusers does, though `ddim_plan` derives epsilon again. Coefficients recorded before it did."""
+    scheduler = _set(DDIMScheduler, 50)
+    plan = scheduler.sampling_plan()
+    assert plan.prediction == "epsilon"
+    recorded = {
+        0: [130.1475419882165, -130.1437001378652, 0.009349494847880077, 0.0, 0.9999562925178727],
+        25: [3.2466728723592606, -3.0888322615696584, 0.33876251182687483, 0.0, 0.9408719150770452],
+        48: [1.003147079786928, -0.07939813401485595, 0.9999499987499375, 0.0, 0.009999999999999449],
+    }
+    for row, expected in recorded.items():
+        torch.testing.assert_close(plan.coefficients[row, :5].tolist(), expected, rtol=1e-12, atol=0)
+    kept, derived = (
+        ddpm_fast.ddim_plan(scheduler.schedule, 50, use_clipped_model_output=clipped).coefficients for clipped in (False, True)
+    )
+    assert torch.equal(plan.coefficients, kept)
+    assert torch.equal(scheduler.sampling_plan(use_clipped_model_output=True).coefficients, derived)
+    x_t, m = normals(2, *SHAPE)
+    default, explicit, rederived = (
+        scheduler.step(m, 500, x_t, **options).prev_sample
+        for options in ({}, {"use_clipped_model_output": False}, {"use_clipped_model_output": True})
+    )
+    assert torch.equal(default, explicit)
+    assert not torch.equal(default, rederived)
+
+
 def test_a_copy_is_a_scheduler_of_its_own() -> None:
     scheduler = DDPMScheduler()
     scheduler.set_timesteps(10)

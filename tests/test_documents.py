@@ -1,24 +1,119 @@
-"""Links in the documents lead to files that are there."""
+"""Documents: links lead to files that are there, Python blocks run, and commands exist."""
 
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
+import click
 import pytest
+import torch
+
+from ddpm_fast import cli
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted(path for path in ROOT.glob("**/*.md") if not {".venv", "build"} & set(path.relative_to(ROOT).parts))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+# A comment above a Python block says how it is run here: `<!-- test: 1000 -> 2 -->` replaces text, `<!-- test: skip: why -->`
+# leaves the block out. `<!-- test: run`, lines of Python and `-->` run what a reader need not see.
+_BLOCK = re.compile(r"^<!-- test: (?P<marker>.*?)\s*-->$|^```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def links(text: str) -> list[str]:
-    """Targets within the repository, and what is in backquotes and looks like a Markdown file."""
+    """Return targets within the repository, and what is in backquotes and looks like a Markdown file."""
     targets = re.findall(r"\]\(([^)#\s]+)", text)
     return [target for target in targets if "://" not in target] + re.findall(r"`([\w/]+\.md)`", text)
 
 
+def python_blocks(text: str) -> list[tuple[int, str]]:
+    """Return the Python to run, in order, and the line on which each block starts."""
+    blocks = []
+    replacements: list[tuple[str, str]] = []
+    skip = False
+    for match in _BLOCK.finditer(text):
+        marker = match["marker"]
+        if marker is None:
+            code = match["code"]
+            for old, new in replacements:
+                assert old in code, f"expected {old!r} in the block below its marker, got\n{code}"
+                code = code.replace(old, new)
+            if not skip:
+                blocks.append((text.count("\n", 0, match.start("code")) + 1, code))
+            replacements, skip = [], False
+        elif marker.startswith("run\n"):
+            blocks.append((text.count("\n", 0, match.start("marker")) + 2, marker.removeprefix("run\n")))
+        elif marker.startswith("skip"):
+            assert re.fullmatch(r"skip: .+", marker), f"expected a reason after skip:, got {marker!r}"
+            skip = True
+        else:
+            old, arrow, new = marker.partition(" -> ")
+            assert arrow, f"expected run, skip: or a replacement, got {marker!r}"
+            replacements.append((old, new))
+    assert not replacements, "expected a Python block below every marker"
+    assert not skip, "expected a Python block below every marker"
+    return blocks
+
+
+def commands(text: str) -> list[list[str]]:
+    """Return the words of every command in the shell blocks, without comments and variables in front."""
+    found = []
+    for block in re.findall(r"^```sh\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            for part in re.split(r"&&|;|\|", line):
+                words = shlex.split(part, comments=True)
+                while words and re.match(r"\w+=", words[0]):
+                    words = words[1:]
+                if words:
+                    found.append(words)
+    return found
+
+
+def parse(arguments: list[str]) -> None:
+    """Raise click's error unless `ddpm-fast` has the command, its options and their values. Paths need not exist."""
+    context = click.Context(cli.main)
+    if arguments[0].startswith("-"):
+        cli.main.make_parser(context).parse_args(list(arguments))
+        return
+    command = cli.main.get_command(context, arguments[0])
+    assert command is not None, f"ddpm-fast has no command {arguments[0]!r}"
+    context = click.Context(command, info_name=arguments[0])
+    values, extra, _ = command.make_parser(context).parse_args(arguments[1:])
+    assert not extra, f"{arguments[0]} takes no {extra}"
+    for parameter in command.params:
+        value = values.get(parameter.name)
+        if parameter.required:
+            assert isinstance(value, str), f"{arguments[0]} needs {parameter.human_readable_name}"
+        if isinstance(value, str) and not isinstance(parameter.type, click.Path):
+            parameter.type.convert(value, parameter, context)
+
+
 def test_links_are_found() -> None:
     assert links("[a](b/c.md#d), ![](e.png), [f](https://g.org), [h](#i), `j/k.md`, `l.py`") == ["b/c.md", "e.png", "j/k.md"]
+
+
+def test_python_blocks_are_found() -> None:
+    text = "a\n```python\nb\n```\n<!-- test: c -> d -->\n```python\nc\n```\n<!-- test: skip: e -->\n```python\nf\n```\n"
+    assert python_blocks(text) == [(3, "b\n"), (7, "d\n")]
+    assert python_blocks("<!-- test: run\na\nb\n-->\n") == [(2, "a\nb")]
+
+
+@pytest.mark.parametrize("marker", ["skip", "skip:", "faster", "a -> b"])
+def test_bad_markers_are_found(marker: str) -> None:
+    with pytest.raises(AssertionError, match="expected"):
+        python_blocks(f"<!-- test: {marker} -->\n```python\nc\n```\n")
+
+
+def test_commands_are_found() -> None:
+    text = "```sh\nA=1 make b  # c\nd -e 'f g' \\\n    h && i\n```\n```python\nj\n```\n"
+    assert commands(text) == [["make", "b"], ["d", "-e", "f g", "h"], ["i"]]
+
+
+@pytest.mark.parametrize("line", ["paint", "sample --colour 3", "sample --num two", "sample a", "export runs/a", "--paint"])
+def test_bad_commands_are_found(line: str) -> None:
+    with pytest.raises((AssertionError, click.UsageError)):
+        parse(line.split())
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
@@ -26,3 +121,28 @@ def test_links_lead_to_files(document: Path) -> None:
     targets = links(document.read_text(encoding="utf-8"))
     missing = [target for target in targets if not any((folder / target).exists() for folder in (document.parent, ROOT))]
     assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    names = {"__name__": page.stem}
+    for line, code in python_blocks(page.read_text(encoding="utf-8")):
+        exec(compile("\n" * (line - 1) + code, page, "exec"), names)  # a traceback shows the page's line
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_commands_exist(page: Path) -> None:
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    extras = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+    for words in commands(page.read_text(encoding="utf-8")):
+        if words[0] == "ddpm-fast":
+            parse(words[1:])
+        elif words[0] == "make":
+            assert set(words[1:]) <= set(targets)
+        elif words[0] == "python" and words[1].endswith(".py"):
+            assert (ROOT / words[1]).is_file()
+        elif words[:2] == ["pip", "install"]:
+            named = [name for group in re.findall(r"\.\[([\w,]+)\]", " ".join(words)) for name in group.split(",")]
+            assert set(named) <= set(extras)

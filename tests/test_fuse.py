@@ -399,7 +399,7 @@ def test_subclasses_are_taken_if_they_inherit_the_forward() -> None:
         "Inheriting: GroupNorm, scale and shift of time, SiLU",
     }
     overriding = Overriding(16, 16, 12, adaptive_scale=True)
-    assert fuse(overriding).left == dict.fromkeys(("norm0", "norm1"), "Overriding has a forward of its own")
+    assert fuse(overriding).left == dict.fromkeys(("norm0", "norm1"), "Overriding overrides forward")
 
 
 @pytest.mark.parametrize("forward", [other_modulation, further_argument])
@@ -420,7 +420,7 @@ def test_a_class_that_only_has_the_name_and_the_parts_is_found_out(forward: Call
 
 def test_an_activation_that_only_has_the_name_is_found_out() -> None:
     model = nn.Sequential(nn.GroupNorm(2, 8), SiLULookalike())
-    assert fuse(model).left == {"0": "Sequential computes something else than the class known by that name"}
+    assert fuse(model).left == {"0": "Sequential computes something else than the known class of that name"}
 
 
 class Uncopyable:

@@ -44,7 +44,17 @@ def test_image_grid_puts_every_image_in_its_place() -> None:
             for dx in range(2):  # every pixel became 2 x 2
                 assert torch.equal(grid[y + dy : y + 8 : 2, x + dx : x + 12 : 2], image.permute(1, 2, 0))
         seen[y : y + 8, x : x + 12] = True
-    assert (grid[~seen] == 7).all()
+    left_over = torch.zeros_like(seen)
+    left_over[10:18, 27:39] = True  # the sixth cell of five images
+    assert (grid[left_over] == 128).all()
+    assert (grid[~seen & ~left_over] == 7).all()
+
+
+@pytest.mark.parametrize(("n", "shape"), [(1, (1, 1)), (3, (1, 3)), (8, (2, 4)), (10, (2, 5)), (16, (4, 4)), (24, (4, 6))])
+def test_default_grids_are_full(n: int, shape: tuple[int, int]) -> None:
+    rows, columns = shape
+    assert image_grid(levels(n, 1, 2, 2), padding=0).shape == (2 * rows, 2 * columns, 1)
+    assert image_grid(levels(7, 1, 2, 2), padding=0).shape == (6, 6, 1)  # no full grid is nearly square
 
 
 @pytest.mark.parametrize(("n", "side"), [(1, 1), (4, 2), (5, 3), (16, 4)])

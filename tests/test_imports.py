@@ -1,6 +1,9 @@
 """Imports point one way: each module may use those listed before it, so that a reader can start at the top."""
 
 import ast
+import importlib
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,17 +34,18 @@ ALLOWED = {
     "sampling": {"plan", "ops", "nn", "images", "networks", "loop", "graph"},
     "evaluate": {"schedule", "plan", "ops", "networks", "graph", "sampling"},
     "builtin": {"schedule", "plan", "nn", "run_folder"},
-    "training": {
+    "training_loop": {
         *("version", "atomic", "memory", "schedule", "plan", "ops", "nn", "data", "images", "run_folder", "draws", "sampling"),
     },
+    "training": {"training_loop"},
     "integrations": {
         *("reference", "schedule", "plan", "ops", "nn", "networks", "loop", "graph", "sampling", "evaluate", "integrations"),
     },
-    "__init__": {
-        *("version", "memory", "schedule", "plan", "ops", "nn", "images", "sampling", "evaluate", "builtin", "training"),
-        "integrations",
+    "__init__": {"version"},  # and what __init__.pyi imports, when a name is first used
+    "cli": {
+        *("version", "plan", "info", "data", "images", "run_folder", "sampling", "evaluate", "builtin", "training"),
+        "training_loop",
     },
-    "cli": {"version", "plan", "info", "data", "images", "run_folder", "sampling", "evaluate", "builtin", "training"},
     "__main__": {"cli"},
 }
 
@@ -96,12 +100,37 @@ def test_imports_point_one_way() -> None:
         assert not extra, f"{file.relative_to(PACKAGE)} imports {extra}"
 
 
-def test_importing_the_package_needs_neither_triton_nor_optional_packages() -> None:
-    """In a fresh interpreter, importing ddpm_fast leaves heavy and optional packages alone."""
-    import subprocess
-    import sys
+def test_public_names_are_those_of_the_stub() -> None:
+    """`__init__.pyi`, which type checkers read, imports every public name from the module that holds it."""
+    tree = ast.parse((PACKAGE / "__init__.pyi").read_text())
+    imports = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+    stub = {alias.name: node.module for node in imports for alias in node.names if alias.name != "__version__"}
+    assert stub == ddpm_fast._MODULE_BY_NAME
+    assert dir(ddpm_fast) == sorted(stub)
+    for name, module in stub.items():
+        assert getattr(ddpm_fast, name) is getattr(importlib.import_module(f"ddpm_fast.{module}"), name)
 
-    optional = ("triton", "diffusers", "torchvision", "sklearn", "matplotlib", "tensorboard")
-    script = f"import sys, ddpm_fast; print(*sorted({set(optional)} & set(sys.modules)))"
+
+def test_unknown_names_are_attribute_errors() -> None:
+    with pytest.raises(AttributeError, match="module 'ddpm_fast' has no attribute 'nothing'"):
+        ddpm_fast.nothing  # noqa: B018
+    assert ddpm_fast.nn.UNet is ddpm_fast.UNet  # submodules are found too
+
+
+def _loaded(statement: str) -> set[str]:
+    """The top-level modules in a fresh interpreter after a statement."""
+    script = f"{statement}; import sys; print(*{{name.partition('.')[0] for name in sys.modules}})"
     result = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=True)
-    assert result.stdout.split() in ([], ["triton"])  # torch itself imports triton where it is installed
+    return set(result.stdout.split())
+
+
+def test_help_texts_need_no_torch() -> None:
+    assert not {"torch", "numpy", "tqdm", "PIL", "safetensors"} & _loaded("import ddpm_fast.cli")
+
+
+def test_every_public_name_needs_torch_and_numpy_alone() -> None:
+    """Every other dependency is imported by the function that uses it, whatever its absence would break otherwise."""
+    others = ("PIL", "click", "tqdm", "safetensors", "diffusers", "torchvision", "sklearn", "matplotlib", "tensorboard")
+    without = f"import sys; sys.modules.update(dict.fromkeys({others})); "
+    loaded = _loaded(without + "import ddpm_fast; [getattr(ddpm_fast, name) for name in dir(ddpm_fast)]")
+    assert "torch" in loaded

@@ -107,6 +107,36 @@ def test_ddim_steps_equal_diffusers(num_steps: int, spacing: Any, prediction: An
         _assert_same_step(reverse_step(x_t, m, step, plan, noise=noise), expected, t)
 
 
+@pytest.mark.parametrize("eta", [0.0, 0.7])
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
+def test_ddim_rederives_epsilon_after_the_clip_as_guided_diffusion(prediction: Any, eta: float) -> None:
+    """guided-diffusion's ddim_sample, in float64: epsilon is `_predict_eps_from_xstart` of the clipped x_0^."""
+    plan = ddim_plan(SCHEDULE, 50, prediction=prediction, eta=eta)
+    for step in (0, 1, 25, 48, 49):
+        t = int(plan.timesteps[step])
+        abar = SCHEDULE.alpha_bars[t]
+        abar_prev = SCHEDULE.alpha_bars[t - 20] if t else torch.tensor(1.0, dtype=torch.float64)
+        x_t, m, noise = torch.randn(3, 2, 3, 8, 8, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+        x_0 = {
+            "epsilon": (1 / abar).sqrt() * x_t - (1 / abar - 1).sqrt() * m,
+            "sample": m,
+            "v_prediction": abar.sqrt() * x_t - (1 - abar).sqrt() * m,
+        }[prediction]
+        clipped = x_0.clamp(-1, 1)
+        assert not torch.equal(clipped, x_0)
+        epsilon = ((1 / abar).sqrt() * x_t - clipped) / (1 / abar - 1).sqrt()
+        sigma = eta * ((1 - abar_prev) / (1 - abar)).sqrt() * (1 - abar / abar_prev).sqrt()
+        expected = clipped * abar_prev.sqrt() + (1 - abar_prev - sigma**2).sqrt() * epsilon + sigma * noise
+        _assert_same_step(reverse_step(x_t, m, step, plan, noise=noise), expected, t)
+
+
+def test_without_a_clip_both_epsilons_are_the_same_bits() -> None:
+    for prediction in ("epsilon", "sample", "v_prediction", "previous_sample"):
+        options: dict[str, Any] = {"prediction": prediction, "eta": 0.5, "clip": None}
+        default, kept = ddim_plan(SCHEDULE, **options), ddim_plan(SCHEDULE, use_clipped_model_output=False, **options)
+        assert torch.equal(default.coefficients, kept.coefficients)
+
+
 def test_the_last_step_gives_x_0_exactly() -> None:
     for plan in (ddpm_plan(SCHEDULE), ddpm_plan(SCHEDULE, 50, spacing="trailing"), ddim_plan(SCHEDULE)):
         x_t, m = torch.randn(2, 2, 3, 4, 4)

@@ -23,6 +23,7 @@ import torch
 from PIL import Image
 
 from ddpm_fast.builtin import load_folder
+from ddpm_fast.cli import _argument_texts
 from ddpm_fast.data import load_dataset, to_unit_range
 from ddpm_fast.draws import TrainingDraws
 from ddpm_fast.nn import UNet
@@ -30,7 +31,8 @@ from ddpm_fast.ops import noise
 from ddpm_fast.reference import STREAM_Q_SAMPLE
 from ddpm_fast.run_folder import RunFolder
 from ddpm_fast.schedule import NoiseSchedule
-from ddpm_fast.training import TrainResult, _lr_factor, export_checkpoint, train
+from ddpm_fast.training import train
+from ddpm_fast.training_loop import TrainResult, _duration, _lr_factor, export_checkpoint
 
 # A network of two levels on 8x8 digits: milliseconds a step.
 TINY: dict[str, Any] = {
@@ -403,10 +405,54 @@ def test_unlabelled_images_train_an_unconditional_network(tmp_path: Path) -> Non
 
 
 def test_every_option_is_documented() -> None:
-    """The signature is the table of options: each line has its meaning beside it."""
-    source = inspect.getsource(train).split(") -> TrainResult")[0]
-    for name in inspect.signature(train).parameters:
-        assert any(line.strip().startswith(f"{name}:") and "  # " in line for line in source.splitlines()), name
+    """The command line shows the same texts, so each begins with a verb and is one or two sentences."""
+    texts = _argument_texts(train)
+    assert list(texts) == list(inspect.signature(train).parameters)
+    assert all(text[0].isupper() and text.endswith((".", "...")) and len(text) < 130 for text in texts.values())
+
+
+def test_a_run_opens_with_a_summary(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="ddpm_fast"):
+        train(tmp_path / "run", **QUIET, steps=14)
+    text = "\n".join(record.getMessage() for record in caplog.records)
+    for part in (
+        f"Training {tmp_path / 'run'}",
+        "data     digits: 1500 images, 10 classes",
+        "images   8x8 pixels, 1 channel, as they are",
+        "million parameters, class-conditional",
+        "float32 on cpu, 1 thread",
+        "14 of 6 images: 0.056 epochs",
+        "log.csv every 4 steps",
+        "time     about 0 seconds",
+    ):
+        assert part in text
+    caplog.clear()
+    with caplog.at_level(logging.INFO, logger="ddpm_fast"):
+        train(tmp_path / "run", **QUIET, steps=15, resume=True)
+    assert f"Resuming {tmp_path / 'run'} at step 14" in caplog.text
+
+
+def test_durations_read_well() -> None:
+    assert [_duration(s) for s in (3, 100, 130, 7100, 7300)] == [
+        "3 seconds",
+        "100 seconds",
+        "2 minutes",
+        "118 minutes",
+        "2 hours",
+    ]
+
+
+def test_a_run_of_a_folder_that_began_without_image_size_goes_on(tmp_path: Path) -> None:
+    """Earlier versions resized such a folder to 32x32 without a word, and recorded the shape."""
+    (tmp_path / "images").mkdir()
+    for i in range(3):
+        Image.new("RGB", (40 + i, 40)).save(tmp_path / "images" / f"{i}.png")
+    options = QUIET | {"data": str(tmp_path / "images"), "batch_size": 2}
+    train(tmp_path / "run", **options, image_size=32, steps=1)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config["options"]["image_size"] = None
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    assert train(tmp_path / "run", **options, steps=2, resume=True).step == 2
 
 
 # ---------------------------------------------------------------------------------------------------------------- stopping

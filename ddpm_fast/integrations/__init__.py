@@ -1,4 +1,4 @@
-"""Other libraries' interfaces on this package's kernels. Their libraries are imported on use only."""
+"""Drop-ins for other libraries. Each library is imported only when it is used."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,7 +6,11 @@ from contextlib import contextmanager
 
 @contextmanager
 def needs_extra(name: str) -> Iterator[None]:
-    """Around imports: where a library is missing, the error names the extra that brings it."""
+    """Wrap imports, so that a ModuleNotFoundError names the extra that installs the library.
+
+    Args:
+        name: Name of the extra.
+    """
     try:
         yield
     except ModuleNotFoundError as error:

@@ -1,4 +1,4 @@
-"""`accelerate`: a diffusers pipeline with this package's network and scheduler in it, and otherwise as it was."""
+"""`accelerate`: run a diffusers pipeline with this package's network and scheduler."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..ops import sample_seeds
 from . import needs_extra
 from .class_swap import Swapped, own_class, swap, unswap
 
-# What a UNet2DModel is built of. What something else has taken the place of (an adapter, say) would not be computed.
+# Layers of a UNet2DModel. A layer that replaces one of them (an adapter, say) would not be computed.
 _LAYERS = (
     *("UNet2DModel", "DownBlock2D", "AttnDownBlock2D", "UNetMidBlock2D", "UpBlock2D", "AttnUpBlock2D", "ResnetBlock2D"),
     *("Attention", "Downsample2D", "Upsample2D", "Timesteps", "TimestepEmbedding"),
@@ -30,28 +30,33 @@ _PROCESSORS = ("AttnProcessor", "AttnProcessor2_0", "SlicedAttnProcessor", "XFor
 def accelerate(
     pipe: Any, *, dtype: torch.dtype | None = None, noise: Literal["torch", "philox"] = "torch", freeze: bool = True
 ) -> Any:
-    """Has a diffusers `DDPMPipeline` or `DDIMPipeline` compute its network and its steps with this package's kernels.
+    """Make a diffusers `DDPMPipeline` or `DDIMPipeline` use this package's kernels.
 
-    The call, its arguments, its progress bar and its results stay the same, and from the same generator come the same images
-    up to the rounding of the network. `pipe.unet` is still a `UNet2DModel` with the same parameters, which are not copied, and
-    what happens to them later counts. `pipe.save_pretrained` writes what it would have written before; `restore` undoes all.
+    The call, its arguments, its progress bar and its results stay the same. The same generator gives the
+    same images up to rounding in the network. `pipe.unet` is still a `UNet2DModel` with the same
+    parameters, which are not copied. Later changes of its weights take effect. `pipe.save_pretrained`
+    writes the same files as before. `restore` reverts everything.
 
     Args:
-        pipe: changed in place. Its network may be on any device, in any floating dtype, and trained between calls.
-        dtype: of the frozen network. None: the pipeline's. The images between the steps keep the pipeline's dtype anyway.
-        noise: "torch": the generator's, in the order in which diffusers draws it. "philox": each image has a seed of its own,
-            drawn from its generator, or derived (`ddpm_fast.sample_seeds`) from one number of the generator that all have in
-            common; then an image is the same in any batch and on any device, and the noise of the steps is never stored.
-        freeze: evaluate the network in its inference form (`ddpm_fast.freeze`), which is kept from call to call as long as the
-            weights do not change. It has no dropout and no gradients. Where these are recorded, and with False, a
-            `ddpm_fast.UNet` in the mode that the network is in.
+        pipe: Pipeline, modified in place. Its network may be on any device, in any floating dtype, and may
+            be trained between calls.
+        dtype: Dtype of the frozen network. None: the pipeline's. Images between steps keep the
+            pipeline's dtype.
+        noise: "torch" draws from the generator in diffusers' order. "philox" gives each image its own seed.
+            The seed comes from the image's generator. If all images share one generator, seeds are
+            derived (`ddpm_fast.sample_seeds`) from one number of it. An image is then the same in
+            any batch and on any device. Noise of the steps is never stored.
+        freeze: Evaluate the network in its inference form (`ddpm_fast.freeze`), kept between calls until the
+            weights change. It has no dropout and no gradients. If gradients are recorded, or with
+            False, a `ddpm_fast.UNet` in the network's mode runs instead.
 
     Returns:
-        pipe.
+        `pipe`.
 
     Raises:
-        TypeError: `pipe`, its network or its scheduler is of another class. ValueError: an argument out of range; a network
-            that `ddpm_fast.UNet` cannot stand for, or a scheduler that is not supported. The message says which part and why.
+        TypeError: `pipe`, its network or its scheduler is of another class.
+        ValueError: An argument is out of range, or the network or scheduler is not supported. The message
+            names the part and the reason.
     """
     if noise not in ("torch", "philox"):
         raise ValueError(f'accelerate: expected noise to be "torch" or "philox", got {noise!r}')
@@ -106,13 +111,19 @@ def accelerate(
 
 
 def restore(pipe: Any) -> Any:
-    """Undoes `accelerate`: the pipeline has its own network and scheduler again, unless others were put in meanwhile.
+    """Undo `accelerate`.
+
+    The pipeline gets its own network and scheduler back, unless others were assigned meanwhile. A pipeline
+    that is not accelerated is not modified.
+
+    Args:
+        pipe: The pipeline.
 
     Returns:
-        pipe. One that is not accelerated stays as it is.
+        `pipe`.
 
     Raises:
-        TypeError: not a pipeline that `accelerate` takes.
+        TypeError: `accelerate` does not support the pipeline.
     """
     _check_pipeline("restore", pipe)
     if isinstance(pipe, _Pipeline):
@@ -130,7 +141,7 @@ def _check_pipeline(caller: str, pipe: Any) -> None:
 
 
 def _check_network(caller: str, unet: Any) -> None:
-    """Raises a ValueError that says what of a UNet2DModel a `UNet` would not compute."""
+    """Raise a ValueError that says what of a UNet2DModel `UNet` does not support."""
     reason = None
     try:
         UNetConfig.from_dict(unet.config)
@@ -148,7 +159,7 @@ def _why_other(name: str, module: Any) -> str | None:
         return f"is a {kind.__name__}"
     if "forward" in vars(module):
         return "has a patched forward (offloading does that)"
-    # Those of the network as a whole are called as ever.
+    # Hooks of the network itself still run.
     if name and (module._forward_hooks or module._forward_pre_hooks):
         return "has forward hooks"
     if kind.__name__ == "Attention" and type(module.processor).__name__ not in _PROCESSORS:
@@ -157,11 +168,11 @@ def _why_other(name: str, module: Any) -> str | None:
 
 
 class _Engine:
-    """What evaluates an accelerated network.
+    """Evaluator of an accelerated network.
 
     Args:
-        dtype: None: the network's.
-        freezes: whether in the inference form.
+        dtype: Dtype of the frozen network. None: the network's.
+        freezes: Whether to use the inference form.
         num_timesteps: T.
     """
 
@@ -174,7 +185,7 @@ class _Engine:
 
     @contextmanager
     def call(self) -> Iterator[None]:
-        """During it, weights do not change: they are looked at once."""
+        """Compare the weights once. They must not change until the context exits."""
         if self._call is not None:
             yield
             return
@@ -185,7 +196,7 @@ class _Engine:
                 self._call = self._evaluates = self._frozen = None
 
     def network(self, unet: Any, device: torch.device, freezable: bool) -> nn.Module:
-        """What computes `unet` on this device. During a call."""
+        """Return the module that computes `unet` on this device. Valid during a `call`."""
         assert self._call is not None
         if self._evaluates is None:
             self._evaluates = self._standing_for(unet)
@@ -216,9 +227,10 @@ class _View(Swapped):
     def forward(
         self, sample: Tensor, timestep: Tensor | float, class_labels: Tensor | None = None, return_dict: bool = True
     ) -> Any:
-        """As `UNet2DModel.forward`; the output has the dtype of `sample`.
+        """Evaluate as `UNet2DModel.forward` does. The output has the dtype of `sample`.
 
-        An inference form has no gradients and knows the timesteps of the schedule alone: elsewhere it is a `ddpm_fast.UNet`.
+        The inference form has no gradients and supports only the schedule's timesteps. In other cases a
+        `ddpm_fast.UNet` runs.
         """
         from diffusers.models.unets.unet_2d import UNet2DOutput
 
@@ -232,11 +244,11 @@ class _View(Swapped):
 
 @dataclass
 class _Parts:
-    """What `accelerate` has done to a pipeline.
+    """Changes that `accelerate` made to a pipeline.
 
     Attributes:
-        own: the pipeline's parts by name.
-        faster: what takes their places.
+        own: The pipeline's own parts by name.
+        faster: Their replacements.
     """
 
     noise: str
@@ -245,7 +257,7 @@ class _Parts:
     faster: dict[str, Any]
 
     def put_in(self, pipe: Any, parts: dict[str, Any]) -> None:
-        """Leaves alone what somebody else has put in."""
+        """Assign parts, except where others were assigned meanwhile."""
         for name, part in parts.items():
             if any(getattr(pipe, name) is known for known in (self.own[name], self.faster[name])):
                 setattr(pipe, name, part)
@@ -273,7 +285,7 @@ class _Pipeline(Swapped):
                 self.scheduler.seeds = None
 
     def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """As the pipeline was, so that diffusers alone reads it."""
+        """Save the pipeline with its own parts, so that diffusers alone can read it."""
         self.parts.put_in(self, self.parts.own)
         try:
             return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
@@ -282,7 +294,10 @@ class _Pipeline(Swapped):
 
 
 def _seeds(generator: Any, n: int) -> Tensor:
-    """int64 [n]: one a generator, or all from a number of the only one (None: torch's)."""
+    """Return seeds int64 [n], one per generator, or derived from a number of the only generator.
+
+    None is torch's global generator.
+    """
     if isinstance(generator, list) and len(generator) == 1:
         (generator,) = generator
 

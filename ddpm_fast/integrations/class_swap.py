@@ -1,7 +1,8 @@
-"""Other people's objects with methods of ours: an object's class is exchanged for one derived from it, and back.
+"""Methods for other libraries' objects: an object's class is replaced by a subclass, and restored.
 
-An object that is patched instead (`block.forward = ...`) takes its method along where it should not go: replicas call the
-original's, and pickles cannot hold it. A class has none of that, and leaves nothing in the object.
+A patched method (`block.forward = ...`) is copied to places where it does not belong. Replicas would
+call the original's method, and pickle cannot store it. A class has neither problem and leaves nothing
+in the object.
 """
 
 from __future__ import annotations
@@ -12,32 +13,35 @@ from typing import Any, cast
 
 
 class Swapped:
-    """The first base of a class that `swap` makes; the object's own class is the second, and lends it its name.
+    """First base of a class made by `swap`. The object's own class is the second base and gives the name.
 
-    Names stay because libraries go by them: for adapters, for offloading, for what they write to configurations.
+    Names stay the same, because libraries depend on them for adapters, offloading and configurations.
     """
 
     swapped_from: type
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """Of pickle and deepcopy: the object as its own class makes it, then swapped. No module has the swapped class."""
+        """Pickle and copy the object as its own class does, then swap the copy.
+
+        The swapped class is in no module, so pickle cannot find it.
+        """
         make, arguments, *state = cast(tuple[Any, ...], super().__reduce_ex__(protocol))
         mixin, own, swapped = type(self).__mro__[1], self.swapped_from, type(self)
         return (_remake, (mixin, make, tuple(own if argument is swapped else argument for argument in arguments)), *state)
 
 
 def swap(thing: Any, mixin: type[Swapped]) -> None:
-    """Has `mixin`'s methods go before those of the object's class."""
+    """Give `mixin`'s methods priority over those of the object's class."""
     thing.__class__ = _swapped_class(mixin, type(thing))
 
 
 def unswap(thing: Any) -> None:
-    """Gives an object that `swap` has changed its own class back."""
+    """Restore the class of an object that `swap` has changed."""
     thing.__class__ = thing.swapped_from
 
 
 def own_class(thing: Any) -> type:
-    """The object's class, whether `swap` has changed it or not."""
+    """Return the object's class before `swap`."""
     return thing.swapped_from if isinstance(thing, Swapped) else type(thing)
 
 

@@ -1,8 +1,9 @@
 """diffusers' DDPMScheduler and DDIMScheduler on this package's kernels.
 
-They are subclasses of diffusers' own, with the same arguments, configuration, files, attributes and methods. A step is one
-`reverse_step` by a row of a `SamplingPlan`, `add_noise` and `get_velocity` are one `q_sample`. Random numbers come from
-torch.Generator as in diffusers, or, with `scheduler.seeds`, from each sample's own seed. docs/migrating.md has the differences.
+Both are subclasses of diffusers' own classes, with the same arguments, configuration, files, attributes
+and methods. A step is one `reverse_step` with a row of a `SamplingPlan`. `add_noise` and
+`get_velocity` are one `q_sample`. Noise comes from torch.Generator as in diffusers, or from each
+sample's own seed with `scheduler.seeds`. docs/migrating.md lists the differences.
 """
 
 from __future__ import annotations
@@ -40,17 +41,18 @@ _Betas = np.ndarray[Any, Any] | Sequence[float] | None
 
 
 class _PlanScheduler:
-    """What both schedulers share. Mixed in before a scheduler of diffusers, whose attributes it sets.
+    """Common part of both schedulers, a mixin before diffusers' class.
 
     Attributes:
-        schedule: the noise schedule of the configuration, in float64; betas, alphas and alphas_cumprod are it in float32.
+        schedule: The configuration's noise schedule in float64. betas, alphas and alphas_cumprod are
+            its float32 values.
     """
 
     config: Any
     num_inference_steps: int | None
 
     def _set_up(self) -> None:
-        """The constructor's part that both share: checks the configuration and sets diffusers' attributes."""
+        """Check the configuration and set diffusers' attributes."""
         config, name = self.config, type(self).__name__
         for key, known in (("prediction_type", PREDICTIONS), ("timestep_spacing", _SPACINGS)):
             if config[key] not in known:
@@ -72,13 +74,16 @@ class _PlanScheduler:
         self._is_default = True
 
     def register_to_config(self, **kwargs: Any) -> None:
-        """Records arguments in the configuration; what was derived from it is derived anew."""
+        """Record arguments in the configuration and reset what was derived from it."""
         super().register_to_config(**kwargs)  # type: ignore[misc]  # of diffusers' ConfigMixin
         self._kept: dict[tuple[Any, ...], _Steps] = {}
 
     @property
     def alphas_cumprod(self) -> Tensor:
-        """abar, [T]: to be read. It can be put on another device, as training scripts do; the steps never look at it."""
+        """abar, float32 [T], read-only.
+
+        Training scripts may move it to another device. Steps do not use it.
+        """
         return self._alphas_cumprod
 
     @alphas_cumprod.setter
@@ -96,7 +101,7 @@ class _PlanScheduler:
 
     @property
     def timesteps(self) -> Tensor:
-        """int64 [S]: what to give the model and `step`, in this order."""
+        """Timesteps for the model and `step`, int64 [S], in this order."""
         return self._timesteps
 
     @timesteps.setter
@@ -106,7 +111,7 @@ class _PlanScheduler:
         self._kept = {}
 
     def _spaced(self, num_inference_steps: Any) -> Tensor:
-        """int64 [num_inference_steps] in the configuration's spacing."""
+        """Return int64 [num_inference_steps] in the configuration's spacing."""
         name, total = f"{type(self).__name__}.set_timesteps", self.config.num_train_timesteps
         if isinstance(num_inference_steps, bool) or not isinstance(num_inference_steps, int | np.integer):
             raise TypeError(f"{name}: expected num_inference_steps to be an int, got {num_inference_steps!r}")
@@ -126,7 +131,7 @@ class _PlanScheduler:
         return timesteps
 
     def _set_chain(self, timesteps: Tensor, num_inference_steps: int | None, device: torch.device | str | None) -> None:
-        """Makes this chain of timesteps the current one and puts its tables on the device."""
+        """Make this chain of timesteps the current one and move its tables to the device."""
         kinds = [*self._kept] or [self._plan_arguments()]
         same = not self._is_default and num_inference_steps == self.num_inference_steps and torch.equal(timesteps, self._chain)
         if not same:
@@ -139,19 +144,19 @@ class _PlanScheduler:
     # ------------------------------------------------------------------------------------------------------------- plans
 
     def _plan_arguments(self) -> tuple[Any, ...]:
-        """The default arguments of `_plan` besides the timesteps."""
+        """Return the default arguments of `_plan` after the timesteps."""
         raise NotImplementedError
 
     def _plan(self, timesteps: Sequence[int], previous: Sequence[int] | None, *arguments: Any) -> SamplingPlan:
-        """The plan of steps from `timesteps` to `previous`; by default each to the next."""
+        """Return the plan of steps from `timesteps` to `previous`, by default each to the next."""
         raise NotImplementedError
 
     def _between(self, timesteps: Tensor) -> Tensor:
-        """Where steps from timesteps between those of the chain arrive. int64 tensors."""
+        """Return where steps arrive that start between timesteps of the chain, int64."""
         raise NotImplementedError
 
     def _chain_plan(self, *arguments: Any) -> SamplingPlan:
-        """A row for each of `timesteps`."""
+        """Return a plan with a row for each of `timesteps`."""
         total, chain = self.schedule.num_timesteps, self._chain
         if total != self.config.num_train_timesteps:
             raise ValueError(
@@ -163,7 +168,10 @@ class _PlanScheduler:
         return self._plan(chain.tolist(), None, *arguments)
 
     def _has_step(self) -> Tensor:
-        """bool [T]: where abar is 0, the noise does not tell x_0."""
+        """Return which timesteps have a step, bool [T].
+
+        With abar = 0, predicted noise does not determine x_0.
+        """
         has_step: Tensor = (self.schedule.alpha_bars > 0) | (self.config.prediction_type != "epsilon")
         return has_step
 
@@ -197,10 +205,11 @@ class _PlanScheduler:
 
     @property
     def seeds(self) -> Tensor | None:
-        """int64 [N], one a sample (see `ddpm_fast.sample_seeds`), or None. No part of the configuration.
+        """Seeds of the samples, int64 [N], or None. See `ddpm_fast.sample_seeds`.
 
-        With seeds, the noise of step i is `ddpm_fast.noise(sample.shape, seeds, stream=i)`: each sample's own, the same bits in
-        any batch and on any device, and the same as `ddpm_fast.sample` draws. `step` then leaves its generator alone.
+        With seeds, the noise of step i is `ddpm_fast.noise(sample.shape, seeds, stream=i)`. It is bit-identical
+        in any batch and on any device, and equals the noise of `ddpm_fast.sample`. `step` then does not use
+        its generator. Seeds are not part of the configuration.
         """
         return self._seeds
 
@@ -214,16 +223,17 @@ class _PlanScheduler:
     _seeds: Tensor | None = None
 
     def _noise(self, generator: Any, model_output: Tensor, sample: Tensor) -> Tensor | None:
-        """What diffusers draws for a step, in the same dtype; None where there are seeds."""
+        """Return the noise that diffusers draws for a step, in the same dtype, or None with seeds."""
         if self._seeds is not None:
             return None
         noise: Tensor = randn_tensor(sample.shape, generator=generator, device=model_output.device, dtype=model_output.dtype)
         return noise
 
     def _known(self, timestep: Any, model_output: Tensor, sample: Tensor) -> list[int] | None:
-        """The timesteps of a step, where the host knows them: not those on a device, which it would have to wait for.
+        """Return the timesteps of a step if they are on the host, else None.
 
-        Checks the arguments besides, as far as `reverse_step` will not.
+        Reading timesteps from a device would synchronize. The arguments that `reverse_step` does not check are
+        checked here.
         """
         name = f"{type(self).__name__}.step"
         check_float(name, "model_output", model_output)
@@ -253,7 +263,7 @@ class _PlanScheduler:
         sample: Tensor,
         noise: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """x_{t-1} and x_0^."""
+        """Return x_{t-1} and x_0^."""
         row = steps.find(timestep, sample.device) if known is None else self._find(steps, known, sample.device)
         x_t = sample.to(torch.promote_types(sample.dtype, model_output.dtype))
         if model_output.dtype != x_t.dtype and x_t.dtype != torch.float32:
@@ -275,9 +285,10 @@ class _PlanScheduler:
         return cast(Tensor, x_prev), x_0
 
     def _threshold_sample(self, sample: Tensor) -> Tensor:
-        """Dynamic thresholding (Saharia et al. 2022, section 2.3): x_0^ is clamped to +-s and divided by s.
+        """Apply dynamic thresholding to x_0^ (Saharia et al. 2022, section 2.3): clamp to +-s and divide by s.
 
-        s is a quantile of each sample's |x_0^|, clamped to 1..sample_max_value. Half precision is thresholded in float32.
+        s is a quantile of each sample's |x_0^|, clamped to 1..sample_max_value. Half precision is thresholded
+        in float32.
         """
         config, wide = self.config, sample.to(opmath(sample.dtype))
         s = torch.quantile(wide.abs().flatten(1), config.dynamic_thresholding_ratio, dim=1)
@@ -285,7 +296,7 @@ class _PlanScheduler:
         return (wide.clamp(-s, s) / s).to(sample.dtype)
 
     def _find(self, steps: _Steps, known: list[int], device: torch.device) -> int | Tensor:
-        """The rows of timesteps that the host knows."""
+        """Return the rows of timesteps that are on the host."""
         rows = [steps.rows.get(t, -1) for t in known]
         if -1 in rows:
             t = known[rows.index(-1)]
@@ -301,17 +312,27 @@ class _PlanScheduler:
     # ---------------------------------------------------------------------------------------------------- forward process
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: int | Tensor) -> Tensor:
-        """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise: one `q_sample`, rounded once, in whatever dtype.
+        """Return x_t for noise and timesteps: one `q_sample`, rounded once, in any floating dtype.
+
+            x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise
 
         Args:
             original_samples: x_0, [N, ...], floating.
-            noise: broadcastable with it.
-            timesteps: an int, or an integer tensor with 1 or N elements.
+            noise: Broadcastable with x_0.
+            timesteps: An int, or an integer tensor with 1 or N elements.
         """
         return self._q_sample(original_samples, noise, timesteps)
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: int | Tensor) -> Tensor:
-        """v = sqrt(abar_t) noise - sqrt(1 - abar_t) x_0 (Salimans and Ho 2022): one `q_sample`. Arguments as in `add_noise`."""
+        """Return the velocity of a sample: one `q_sample` (Salimans and Ho 2022).
+
+            v = sqrt(abar_t) noise - sqrt(1 - abar_t) x_0
+
+        Args:
+            sample: x_0, [N, ...], floating.
+            noise: Broadcastable with x_0.
+            timesteps: An int, or an integer tensor with 1 or N elements.
+        """
         return self._q_sample(noise, -sample, timesteps)
 
     def _q_sample(self, x_0: Tensor, noise: Tensor, t: int | Tensor) -> Tensor:
@@ -328,12 +349,12 @@ class _PlanScheduler:
 
 @dataclass(frozen=True, eq=False)
 class _Steps:
-    """What a scheduler does at each timestep.
+    """A scheduler's step at each timestep.
 
     Attributes:
-        plan: the rows of the scheduler's chain, in its order, then those of the timesteps between.
-        chain: the timesteps of the chain.
-        rows: timestep -> row, for those that have one.
+        plan: Rows of the scheduler's chain in order, then rows of the timesteps between.
+        chain: Timesteps of the chain.
+        rows: Row of each timestep that has one.
     """
 
     plan: SamplingPlan
@@ -346,7 +367,7 @@ class _Steps:
         self.prepare("cpu")
 
     def prepare(self, device: torch.device | str) -> Tensor:
-        """`rows` as int64 [T], kept per device as the plan's table is; a timestep that has none has that of the first step."""
+        """Return `rows` as int64 [T], kept per device. A timestep without a row has that of the first step."""
         device = numbered(device)
         if device not in self._on_device:
             self.plan.table(device)
@@ -356,14 +377,14 @@ class _Steps:
         return self._on_device[device]
 
     def find(self, timestep: int | Tensor, device: torch.device) -> Tensor:
-        """int64 [1 or N] on the device: the rows of timesteps, looked up where these are, without a wait for either."""
+        """Return the rows of timesteps, int64 [1 or N] on the device, without synchronization."""
         if not isinstance(timestep, Tensor):
             timestep = torch.full((1,), timestep, device=device)
         return self.prepare(timestep.device).index_select(0, timestep.reshape(-1)).to(device)
 
 
 def _with_given_x_0(plan: SamplingPlan) -> SamplingPlan:
-    """The same steps with x_0^ not computed but given, as `reverse_step`'s x_0_prev."""
+    """Return the same steps with x_0^ given as `reverse_step`'s x_0_prev instead of computed."""
     coefficients = plan.coefficients.clone()
     k0, k3, clip = (COLUMNS.index(name) for name in ("k0", "k3", "clip"))
     coefficients[:, k3], coefficients[:, k0], coefficients[:, clip] = coefficients[:, k0], 0, torch.inf
@@ -371,10 +392,10 @@ def _with_given_x_0(plan: SamplingPlan) -> SamplingPlan:
 
 
 class DDPMScheduler(_PlanScheduler, diffusers.DDPMScheduler):
-    """Ancestral sampling (Ho et al. 2020, Algorithm 2): `diffusers.DDPMScheduler`, whose arguments these are.
+    """Ancestral sampling (Ho et al. 2020, Algorithm 2) with the arguments of `diffusers.DDPMScheduler`.
 
     Raises:
-        ValueError: an argument out of its range; a beta outside (0, 1].
+        ValueError: An argument is out of range, or a beta is outside (0, 1].
     """
 
     @register_to_config  # type: ignore[untyped-decorator]
@@ -412,15 +433,18 @@ class DDPMScheduler(_PlanScheduler, diffusers.DDPMScheduler):
         device: torch.device | str | None = None,
         timesteps: Sequence[int] | None = None,
     ) -> None:
-        """Chooses the timesteps of the chain.
+        """Set the timesteps of the chain.
 
         Args:
-            num_inference_steps: how many, in the configuration's spacing; or
-            timesteps: which, strictly descending.
-            device: where `self.timesteps` is to be. On a GPU `step` does not wait for it.
+            num_inference_steps: Number of timesteps, in the configuration's spacing. Pass this or
+                `timesteps`.
+            device: Device of `self.timesteps`. On a GPU `step` does not wait for it.
+            timesteps: Strictly descending timesteps.
 
         Raises:
-            ValueError, TypeError: both or neither given; out of range; epsilon prediction at a timestep where abar is 0.
+            ValueError: Both or neither are given, a value is out of range, or the prediction is epsilon at a
+                timestep with abar = 0.
+            TypeError: An argument has an unsupported type.
         """
         name, total = f"{type(self).__name__}.set_timesteps", self.config.num_train_timesteps
         if (num_inference_steps is None) == (timesteps is None):
@@ -440,10 +464,12 @@ class DDPMScheduler(_PlanScheduler, diffusers.DDPMScheduler):
         self._set_chain(chain.to("cpu", torch.int64), num_inference_steps, device)
 
     def sampling_plan(self) -> SamplingPlan:
-        """The chain as a plan: what `step` does at each of `self.timesteps`, for `ddpm_fast.sample` and `reverse_step`.
+        """Return the chain as a plan for `ddpm_fast.sample` and `reverse_step`.
+
+        Row i is what `step` does at `self.timesteps[i]`.
 
         Raises:
-            ValueError: with thresholding, which looks at a whole image and is no row of coefficients.
+            ValueError: Thresholding is on. It depends on a whole image, so no row of coefficients has it.
         """
         _refuse_thresholding(self)
         return self._chain_plan()
@@ -456,20 +482,24 @@ class DDPMScheduler(_PlanScheduler, diffusers.DDPMScheduler):
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
     ) -> DDPMSchedulerOutput | tuple[Tensor, Tensor]:
-        """From x_t to the previous timestep of the chain.
+        """Return the sample at the previous timestep of the chain.
 
         Args:
-            model_output: like sample, or with twice the channels for a learned variance, the prediction first.
-            timestep: an int, or an integer tensor with one element or one a sample. On a GPU it is read there: the host
-                waits for nothing, and a CUDA graph of a step serves every step.
+            model_output: Like sample. With learned variance it has twice the channels, the prediction first.
+            timestep: An int, or an integer tensor with 1 or N elements. A tensor on a GPU is read there,
+                without synchronization, so a CUDA graph of a step serves every step.
             sample: x_t, [N, ...], floating.
-            generator: draws the noise, unless there are `seeds`.
+            generator: Draws the noise. With `seeds` it is not used.
+            return_dict: Return a DDPMSchedulerOutput, else a tuple.
 
         Returns:
-            prev_sample and pred_original_sample (x_0^), in the wider dtype of model_output and sample. Differentiable.
+            prev_sample and pred_original_sample (x_0^), in the wider dtype of model_output and sample.
+            Differentiable.
 
         Raises:
-            ValueError, TypeError: an argument that is not as above; a timestep, known to the host, that is not in the chain.
+            ValueError: An argument has an unsupported value or shape, or a timestep on the host is not in the
+                chain.
+            TypeError: An argument has an unsupported type or dtype.
         """
         known = self._known(timestep, model_output, sample)
         steps = self._steps()
@@ -502,16 +532,18 @@ class DDPMScheduler(_PlanScheduler, diffusers.DDPMScheduler):
         )
 
     def _between(self, timesteps: Tensor) -> Tensor:
-        """The next of the chain below."""
+        """Return the next timestep of the chain below each timestep."""
         ascending = torch.cat([torch.tensor([-1]), self._chain.flip(0)])
         return ascending[torch.searchsorted(ascending, timesteps) - 1]
 
 
 class DDIMScheduler(_PlanScheduler, diffusers.DDIMScheduler):
-    """DDIM (Song et al. 2021): `diffusers.DDIMScheduler`, whose arguments these are; all beta schedules of DDPMScheduler.
+    """DDIM (Song et al. 2021) with the arguments of `diffusers.DDIMScheduler`.
+
+    It supports all beta schedules of DDPMScheduler.
 
     Raises:
-        ValueError: an argument out of its range; a beta outside (0, 1].
+        ValueError: An argument is out of range, or a beta is outside (0, 1].
     """
 
     @register_to_config  # type: ignore[untyped-decorator]
@@ -537,22 +569,30 @@ class DDIMScheduler(_PlanScheduler, diffusers.DDIMScheduler):
         self.final_alpha_cumprod = torch.tensor(1.0) if set_alpha_to_one else self.alphas_cumprod[0]
 
     def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
-        """Chooses the timesteps of the chain.
+        """Set the timesteps of the chain.
 
         Args:
-            num_inference_steps: how many, in the configuration's spacing.
-            device: where `self.timesteps` is to be. On a GPU `step` does not wait for it.
+            num_inference_steps: Number of timesteps, in the configuration's spacing.
+            device: Device of `self.timesteps`. On a GPU `step` does not wait for it.
 
         Raises:
-            ValueError, TypeError: out of range; epsilon prediction at a timestep where abar is 0.
+            ValueError: A value is out of range, or the prediction is epsilon at a timestep with abar = 0.
+            TypeError: An argument has an unsupported type.
         """
         self._set_chain(self._spaced(num_inference_steps), int(num_inference_steps), device)
 
     def sampling_plan(self, eta: float = 0.0, use_clipped_model_output: bool = False) -> SamplingPlan:
-        """The chain as a plan: what `step` does at each of `self.timesteps`, for `ddpm_fast.sample` and `reverse_step`.
+        """Return the chain as a plan for `ddpm_fast.sample` and `reverse_step`.
+
+        Row i is what `step` does at `self.timesteps[i]`.
+
+        Args:
+            eta: As in `step`.
+            use_clipped_model_output: As in `step`.
 
         Raises:
-            ValueError: before set_timesteps; with thresholding, which looks at a whole image and is no row of coefficients.
+            ValueError: set_timesteps was not called, or thresholding is on. Thresholding depends on a whole
+                image, so no row of coefficients has it.
         """
         self._check_set("sampling_plan")
         _refuse_thresholding(self)
@@ -569,23 +609,28 @@ class DDIMScheduler(_PlanScheduler, diffusers.DDIMScheduler):
         variance_noise: Tensor | None = None,
         return_dict: bool = True,
     ) -> DDIMSchedulerOutput | tuple[Tensor, Tensor]:
-        """From x_t to the previous timestep of the chain; from a timestep that is not in it, by T // num_inference_steps.
+        """Return the sample at the previous timestep of the chain.
+
+        A timestep that is not in the chain moves down by T // num_inference_steps.
 
         Args:
-            model_output: like sample.
-            timestep: an int, or an integer tensor with one element or one a sample. On a GPU it is read there: the host
-                waits for nothing, and a CUDA graph of a step serves every step.
+            model_output: Like sample.
+            timestep: An int, or an integer tensor with 1 or N elements. A tensor on a GPU is read there,
+                without synchronization, so a CUDA graph of a step serves every step.
             sample: x_t, [N, ...], floating.
-            eta: scales the noise: 0 is deterministic, 1 has the variance of DDPM.
-            use_clipped_model_output: derive epsilon again from the clipped x_0^.
-            generator: draws the noise for eta > 0, unless there are `seeds`; or
-            variance_noise: is the noise, like sample.
+            eta: Scale of the noise. 0 is deterministic, 1 has the variance of DDPM.
+            use_clipped_model_output: Re-derive epsilon from the clipped x_0^.
+            generator: Draws the noise if eta > 0. With `seeds` it is not used.
+            variance_noise: The noise itself, like sample, instead of a generator.
+            return_dict: Return a DDIMSchedulerOutput, else a tuple.
 
         Returns:
-            prev_sample and pred_original_sample (x_0^), in the wider dtype of model_output and sample. Differentiable.
+            prev_sample and pred_original_sample (x_0^), in the wider dtype of model_output and sample.
+            Differentiable.
 
         Raises:
-            ValueError, TypeError: an argument that is not as above; set_timesteps was not called.
+            ValueError: An argument has an unsupported value or shape, or set_timesteps was not called.
+            TypeError: An argument has an unsupported type or dtype.
         """
         self._check_set("step")
         known = self._known(timestep, model_output, sample)
@@ -620,13 +665,16 @@ class DDIMScheduler(_PlanScheduler, diffusers.DDIMScheduler):
         )
 
     def _between(self, timesteps: Tensor) -> Tensor:
-        """As far below as T / S steps are apart, as in diffusers."""
+        """Return timesteps lower by T / S, as in diffusers."""
         apart: int = self.config.num_train_timesteps // self.num_inference_steps
         return (timesteps - apart).clamp(min=-1)
 
 
 def _clip(config: Any) -> float | None:
-    """The bound on x_0^ in a plan. One that `_with_given_x_0` changes has any, so that x_0^ keeps a weight of its own."""
+    """Return the bound on x_0^ for a plan, or None.
+
+    Plans for `_with_given_x_0` always have a bound, so that x_0^ keeps its own weight.
+    """
     if config.thresholding:
         return 1.0
     return config.clip_sample_range if config.clip_sample else None

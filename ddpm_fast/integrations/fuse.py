@@ -1,4 +1,4 @@
-"""`fuse`: GroupNorm, its modulation and SiLU in one pass over memory, in models of other libraries."""
+"""`fuse`: GroupNorm with modulation and SiLU in one pass, in models of other libraries."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _MODULATED = "GroupNorm, scale and shift of time, SiLU"
 
 @dataclass(frozen=True)
 class FuseReport:
-    """What `fuse` did; printed, a summary.
+    """Result of `fuse`. Printing it gives a summary.
 
     Attributes:
-        fused: name of every group norm that is fused -> the class that it is in, and what is one pass now.
-        left: name of every other group norm -> the reason.
+        fused: Class and fused operations, by the name of each fused group norm.
+        left: Reason, by the name of each other group norm.
     """
 
     fused: dict[str, str]
@@ -45,26 +45,35 @@ class FuseReport:
 
 
 def fuse(model: nn.Module) -> FuseReport:
-    """Has every GroupNorm of the model that SiLU follows computed with it by `ddpm_fast.group_norm_silu`, in place.
+    """Replace every GroupNorm followed by SiLU with `ddpm_fast.group_norm_silu`, in place.
 
-    What is known: `ResnetBlock2D` and the heads `conv_norm_out`, `conv_act` of diffusers (so `UNet2DModel`,
-    `UNet2DConditionModel`, `AutoencoderKL`, ...); `ResBlock` of guided-diffusion, improved-diffusion and what descends from
-    them; `UNetBlock` of EDM; and any `nn.Sequential` with the one after the other. Blocks take the time embedding into the
-    same pass, as a shift before the norm or a scale and a shift after it.
+    Supported modules:
 
-    Outputs and gradients are the same to rounding (half precision: statistics, modulation and SiLU in float32, rounded once).
-    Parameters, buffers, names and modules stay what they are, so state dicts, optimizers, training, autocast, checkpointing,
-    `torch.compile`, `deepcopy` and pickle go on as before. Gradients exist once: a gradient penalty needs `unfuse`.
+    - diffusers: `ResnetBlock2D` and the heads `conv_norm_out`, `conv_act`, and so `UNet2DModel`,
+      `UNet2DConditionModel`, `AutoencoderKL`, ...
+    - `ResBlock` of guided-diffusion, improved-diffusion and their descendants.
+    - `UNetBlock` of EDM.
+    - Any `nn.Sequential` with the two layers in a row.
 
-    How: a block, or a `Sequential`, becomes an instance of a class derived from its own that has the same name and another
-    `forward`; `unfuse` gives it its class back. Only in a diffusers head, which is part of a large `forward`, the norm itself
-    computes SiLU and the activation passes it on. Blocks are recognised by the name of their class and what they hold; since
-    copies of these classes are all over the field, with changes, a block is only taken if it gives the same outputs in both
-    ways, on a copy with random weights. Modules with hooks that would no longer be called are left alone; hooks that are set
-    on the norms and activations of a fused block later are not called.
+    Blocks fuse the time embedding too, as a shift before the norm or as a scale and a shift after it.
+
+    Outputs and gradients are equal up to rounding. In half precision, statistics, modulation and SiLU are
+    float32 and rounded once. Parameters, buffers, names and modules do not change. State dicts, optimizers,
+    training, autocast, checkpointing, `torch.compile`, `deepcopy` and pickle work as before. Fused modules
+    are differentiable once. Call `unfuse` before using a gradient penalty.
+
+    A fused block or `Sequential` becomes an instance of a subclass with the same name and another
+    `forward`. In a diffusers head the norm itself computes SiLU, and the activation returns its input.
+    Blocks are recognized by class name and contents. Many projects contain changed copies of these
+    classes. A block is therefore fused only if a copy with random weights gives the same outputs both ways.
+    Modules are left alone if fusing would skip their hooks. Hooks added later to norms and activations of a
+    fused block are not called.
 
     Args:
-        model: any module, on any device; a second call starts anew.
+        model: Any module, on any device. A second call starts again from the unfused model.
+
+    Returns:
+        Report of fused and unfused group norms.
 
     Raises:
         TypeError: `model` is not an `nn.Module`.
@@ -97,7 +106,10 @@ def fuse(model: nn.Module) -> FuseReport:
 
 
 def unfuse(model: nn.Module) -> None:
-    """Undoes `fuse`: every module of the model is of its own class again. The model's tensors are as they are now.
+    """Undo `fuse`: restore the class of every module. The model's tensors do not change.
+
+    Args:
+        model: The model.
 
     Raises:
         TypeError: `model` is not an `nn.Module`.
@@ -118,11 +130,11 @@ def _check_model(caller: str, model: Any) -> None:
 
 
 class _Fused(Swapped):
-    """What `fuse` makes of a module."""
+    """Base of fused modules."""
 
 
 class _NormSiLU(_Fused):
-    """A norm that computes the activation after it, too."""
+    """A norm that also computes the activation after it."""
 
     def forward(self, input: Tensor) -> Tensor:
         return _norm_silu(self, input)
@@ -136,7 +148,7 @@ class _Passed(_Fused):
 
 
 class _Sequential(_Fused):
-    """A `Sequential` that computes a norm and the SiLU after it at once. A slice of it does the same."""
+    """A `Sequential` that computes a norm and the SiLU after it at once. Its slices do the same."""
 
     def forward(self: Any, input: Any) -> Any:
         layers = list(self)
@@ -154,10 +166,10 @@ class _Block(_Fused):
     """A residual block: norm, SiLU, convolution, norm with the time embedding, SiLU, convolution.
 
     Attributes:
-        known_as: the class's name.
-        method: what a class of that name computes it in.
-        bypassed: children that are not called any more; the norms are the first two.
-        activations: those that have to be SiLU.
+        known_as: Name of the class.
+        method: Method that computes the block.
+        bypassed: Children that are no longer called. The norms are the first two.
+        activations: Children that must be SiLU.
     """
 
     known_as: ClassVar[str]
@@ -167,17 +179,17 @@ class _Block(_Fused):
 
     @staticmethod
     def modulates(block: Any) -> bool:
-        """Whether time is a scale and a shift after the norm; else it is added before."""
+        """Return whether time is a scale and a shift after the norm. Otherwise it is added before the norm."""
         raise NotImplementedError
 
     @staticmethod
     def input_shapes(block: Any) -> list[tuple[int, ...] | None]:
-        """Of inputs to try the block with."""
+        """Return shapes of inputs for trying the block."""
         raise NotImplementedError
 
 
 class _ResnetBlock2D(_Block):
-    """diffusers/models/resnet.py"""
+    """Block of diffusers, diffusers/models/resnet.py."""
 
     known_as = "ResnetBlock2D"
     bypassed = ("norm1", "norm2", "nonlinearity")
@@ -208,13 +220,13 @@ class _ResnetBlock2D(_Block):
         h = _norm_silu(self.norm2, h, temb, modulates=self.time_embedding_norm == "scale_shift")
         h = self.conv2(self.dropout(h))
         if self.conv_shortcut is not None:
-            # In training as diffusers does it, for DistributedDataParallel warns of gradients in another layout.
+            # contiguous in training, as in diffusers: DistributedDataParallel warns of gradients in another memory format
             x = self.conv_shortcut(x.contiguous() if self.training else x)
         return (x + h) / self.output_scale_factor  # type: ignore[no-any-return]
 
 
 class _ResBlock(_Block):
-    """openai/guided-diffusion, guided_diffusion/unet.py; openai/improved-diffusion has it without resampling."""
+    """Block of openai/guided-diffusion, guided_diffusion/unet.py. improved-diffusion's has no resampling."""
 
     known_as = "ResBlock"
     method = "_forward"  # `forward` wraps it in checkpointing
@@ -244,7 +256,7 @@ class _ResBlock(_Block):
 
 
 class _UNetBlock(_Block):
-    """NVlabs/edm, training/networks.py"""
+    """Block of NVlabs/edm, training/networks.py."""
 
     known_as = "UNetBlock"
     bypassed = ("norm0", "norm1")
@@ -276,7 +288,11 @@ _BLOCKS = (_ResnetBlock2D, _ResBlock, _UNetBlock)
 
 
 def _norm_silu(norm: Any, x: Tensor, time: Tensor | None = None, *, modulates: bool = False) -> Tensor:
-    """time: [N, C] or [1, C], added before the norm; or, if it modulates it, a scale and a shift, [N, 2 C] or [1, 2 C]."""
+    """Return SiLU(norm(x)) with the time embedding.
+
+    `time` is [N, C] or [1, C], added before the norm. With `modulates` it is a scale and a shift after the
+    norm, [N, 2 C] or [1, 2 C].
+    """
     time = None if time is None else _fitting(time, x).expand(len(x), -1)
     return group_norm_silu(
         x,
@@ -290,7 +306,7 @@ def _norm_silu(norm: Any, x: Tensor, time: Tensor | None = None, *, modulates: b
 
 
 def _fitting(value: Any, x: Tensor) -> Any:
-    """In a dtype that the op takes beside x."""
+    """Return `value` in a dtype that the op accepts beside x."""
     return value if value is None or value.dtype in (x.dtype, torch.float32) else value.to(x.dtype)
 
 
@@ -302,10 +318,10 @@ class _Site:
     """A place where something can be fused.
 
     Attributes:
-        norms: those in it -> what is one pass with each.
-        swaps: what has to become what.
-        proofs: what has to give the same outputs as before, of inputs of which shapes.
-        why_not: the reason against it that can be seen.
+        norms: Fused operations, by norm.
+        swaps: Modules and their new classes.
+        proofs: Modules whose outputs must not change, and the shapes of their inputs.
+        why_not: Reason against fusing that needs no trial, or None.
     """
 
     norms: dict[nn.Module, str]
@@ -336,7 +352,7 @@ def _block_sites(block: nn.Module) -> Iterator[_Site]:
 def _why_not_block(block: nn.Module, mixin: type[_Block], known: type, children: dict[str, nn.Module]) -> str | None:
     kind = type(block).__name__
     if getattr(type(block), mixin.method) is not getattr(known, mixin.method):
-        return f"{kind} has a {mixin.method} of its own"
+        return f"{kind} overrides {mixin.method}"
     if mixin.method in vars(block):
         return f"a {kind} whose {mixin.method} is patched"
     for name in mixin.bypassed[:2]:
@@ -350,7 +366,7 @@ def _why_not_block(block: nn.Module, mixin: type[_Block], known: type, children:
 
 
 def _head_sites(model: nn.Module, module: nn.Module) -> Iterator[_Site]:
-    """diffusers computes conv_out(conv_act(conv_norm_out(x))) wherever it has these."""
+    """Yield sites of diffusers heads: conv_out(conv_act(conv_norm_out(x)))."""
     norm, activation = getattr(module, "conv_norm_out", None), getattr(module, "conv_act", None)
     if not (isinstance(norm, nn.Module) and isinstance(activation, nn.Module)):
         return
@@ -378,7 +394,7 @@ def _sequential_sites(module: nn.Module) -> Iterator[_Site]:
         return
     kind = type(module).__name__
     if type(module).forward is not nn.Sequential.forward:
-        why_not: str | None = f"{kind} has a forward of its own"
+        why_not: str | None = f"{kind} overrides forward"
     elif "forward" in vars(module):
         why_not = f"a {kind} whose forward is patched"
     else:
@@ -394,13 +410,13 @@ def _sequential_sites(module: nn.Module) -> Iterator[_Site]:
 
 
 def _is_group_norm(module: Any) -> bool:
-    """nn.GroupNorm, or one of the same meaning: guided-diffusion's GroupNorm32 and EDM's GroupNorm."""
+    """Return whether a module is nn.GroupNorm, guided-diffusion's GroupNorm32 or EDM's GroupNorm."""
     named = type(module).__name__ in ("GroupNorm", "GroupNorm32")
     return named and all(hasattr(module, name) for name in ("num_groups", "eps", "weight", "bias"))
 
 
 def _is_silu(module: Any) -> bool:
-    """nn.SiLU, or improved-diffusion's."""
+    """Return whether a module is nn.SiLU or improved-diffusion's."""
     return type(module).__name__ == "SiLU"
 
 
@@ -409,7 +425,7 @@ def _channels(norm: Any) -> int:
 
 
 def _why_called(name: str, module: nn.Module) -> str | None:
-    """The reason why a module has to be called, and its values taken, by its parent."""
+    """Return why the parent must call this module, or None."""
     if any(_hooks(module)):
         return f"{name} has hooks"
     return f"{name} has a patched forward" if "forward" in vars(module) else None
@@ -430,7 +446,7 @@ def _why_not_same(site: _Site, verdicts: dict[object, str | None]) -> str | None
 
 
 def _structure(module: nn.Module) -> object:
-    """Equal for modules that compute the same function of their sizes and weights."""
+    """Return a key that is equal for modules with the same function of their sizes and weights."""
     return tuple(
         (
             name,
@@ -442,7 +458,10 @@ def _structure(module: nn.Module) -> object:
 
 
 def _why_not_equal(module: nn.Module, mixin: type[_Fused], shapes: list[tuple[int, ...] | None]) -> str | None:
-    """Tries both ways on a copy with random weights: as they are, a last layer may be zero and hide what comes before it."""
+    """Return why the two ways differ on a copy with random weights, or None.
+
+    The model's own weights may contain a last layer of zeros, which would hide the layers before it.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def random(shape: tuple[int, ...] | torch.Size) -> Tensor:
@@ -450,7 +469,7 @@ def _why_not_equal(module: nn.Module, mixin: type[_Fused], shapes: list[tuple[in
 
     instead: dict[int, Any] = {id(p): nn.Parameter(random(p.shape)) for p in module.parameters()}
     instead |= {id(b): random(b.shape) for b in module.buffers()}
-    instead |= {id(hooks): OrderedDict() for child in module.modules() for hooks in _hooks(child)}  # nobody's business
+    instead |= {id(hooks): OrderedDict() for child in module.modules() for hooks in _hooks(child)}  # no hooks
     kind = type(module).__name__
     try:
         twin = copy.deepcopy(module, instead).eval()
@@ -459,13 +478,13 @@ def _why_not_equal(module: nn.Module, mixin: type[_Fused], shapes: list[tuple[in
             expected = twin(*(x if x is None else x.clone() for x in inputs))
             swap(twin, mixin)
             error = float((twin(*inputs) - expected).norm() / expected.norm())
-    except Exception as failure:  # of code that nobody here has seen
+    except Exception as failure:  # foreign code may raise anything
         return f"{kind} could not be tried: {type(failure).__name__}: {str(failure).partition(chr(10))[0]}"
-    return None if error < 1e-4 else f"{kind} computes something else than the class known by that name"
+    return None if error < 1e-4 else f"{kind} computes something else than the known class of that name"
 
 
 def _why_not_found(model: nn.Module, norm: nn.Module) -> str:
-    """The reason for a norm that is in none of the sites."""
+    """Return why a norm is in none of the sites."""
     if isinstance(norm, GroupNormSiLU):
         return "it is one of this package's, which are fused"
     parent = next((module for module in model.modules() if any(child is norm for child in module.children())), None)

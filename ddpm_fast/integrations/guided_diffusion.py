@@ -1,11 +1,12 @@
-"""guided-diffusion's and improved-diffusion's `GaussianDiffusion` and `SpacedDiffusion` on this package's kernels.
+"""guided-diffusion's `GaussianDiffusion` and `SpacedDiffusion` on this package's kernels.
 
-Names, arguments, defaults and results are those of openai/guided-diffusion (Nichol and Dhariwal 2021; Dhariwal and Nichol
-2021), and improved-diffusion's are a part of them. A step of sampling is one `reverse_step`. Noise comes from torch's global
-generator, drawn where the original draws it, so that a seed gives the original's images; or, with `seeds=`, it is drawn in the
-kernels: see `ddpm_fast.noise`.
+Names, arguments, defaults and results are those of openai/guided-diffusion (Nichol and Dhariwal 2021;
+Dhariwal and Nichol 2021). improved-diffusion has a part of them. A sampling step is one `reverse_step`.
+Noise comes from torch's global generator at the same places as in the original, so a seed gives the
+original's images. With `seeds=` it is drawn in the kernels; see `ddpm_fast.noise`.
 
-Computation is in float32, for half precision too, whose results are float32 as with the original; in float64 for float64.
+float64 inputs are computed in float64, all others in float32. Results of half-precision inputs are
+float32, as in the original.
 """
 
 from __future__ import annotations
@@ -50,11 +51,11 @@ _P = ParamSpec("_P")
 Sampler: TypeAlias = Literal["ddpm", "mean", "ddim", "inversion"]
 
 _HALF: Final = (torch.float16, torch.bfloat16)
-_MAX_PLANS: Final = 8  # kept of a process: with an eta of its own at every step, nothing is kept for ever
+_MAX_PLANS: Final = 8  # kept per process: eta may differ at every step, so old plans are dropped
 
 
 class ModelMeanType(enum.Enum):
-    """What the model's output is: the mean of x_{t-1}, x_0, or epsilon."""
+    """Meaning of the model's output: the mean of x_{t-1}, x_0, or epsilon."""
 
     PREVIOUS_X = enum.auto()
     START_X = enum.auto()
@@ -62,7 +63,11 @@ class ModelMeanType(enum.Enum):
 
 
 class ModelVarType(enum.Enum):
-    """The variance of p(x_{t-1} | x_t): beta~, beta, the model's, or the model's choice between the two (its logarithm)."""
+    """Variance of p(x_{t-1} | x_t).
+
+    LEARNED is the model's log variance. FIXED_SMALL is beta~, FIXED_LARGE beta. LEARNED_RANGE is the
+    model's interpolation between their logarithms.
+    """
 
     LEARNED = enum.auto()
     FIXED_SMALL = enum.auto()
@@ -71,8 +76,11 @@ class ModelVarType(enum.Enum):
 
 
 class LossType(enum.Enum):
-    """Mean squared error, with the bound's term for a learned variance (RESCALED_: T / 1000 of it); or the bound's term alone
-    (RESCALED_: T times that)."""
+    """Training loss.
+
+    MSE is the mean squared error, plus the bound's term if the variance is learned. RESCALED_MSE weights
+    that term by T / 1000. KL is the bound's term alone, and RESCALED_KL is T times KL.
+    """
 
     MSE = enum.auto()
     RESCALED_MSE = enum.auto()
@@ -80,7 +88,7 @@ class LossType(enum.Enum):
     RESCALED_KL = enum.auto()
 
     def is_vb(self) -> bool:
-        """Whether the loss is the bound's term alone."""
+        """Return whether the loss is the bound's term alone."""
         return self in (LossType.KL, LossType.RESCALED_KL)
 
 
@@ -98,7 +106,13 @@ _VARIANCES: Final[dict[ModelVarType, Variance]] = {
 
 
 def get_named_beta_schedule(schedule_name: str, num_diffusion_timesteps: int) -> Array:
-    """Betas, float64 [T]: "linear" (Ho et al. 2020, the ends scaled by 1000 / T) or "cosine" (Nichol and Dhariwal 2021)."""
+    """Return the betas of a named schedule, float64 [T].
+
+    Args:
+        schedule_name: "linear" (Ho et al. 2020, with ends scaled by 1000 / T) or "cosine" (Nichol and
+            Dhariwal 2021).
+        num_diffusion_timesteps: T.
+    """
     if schedule_name == "linear":
         schedule = NoiseSchedule.linear(num_diffusion_timesteps, scale_to_num_timesteps=True)
     elif schedule_name == "cosine":
@@ -111,14 +125,18 @@ def get_named_beta_schedule(schedule_name: str, num_diffusion_timesteps: int) ->
 
 
 def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> set[int]:
-    """Timesteps to sample with: of T, in as many sections of equal size as there are counts, so many, evenly spaced, in each.
+    """Return the timesteps to sample with.
+
+    The T timesteps are split into sections of equal size. Each section contributes as many evenly spaced
+    timesteps as its count.
 
     Args:
         num_timesteps: T.
-        section_counts: ints, or a string of them ("250", "10,10,10"); or "ddimN": N timesteps, 0 among them, an integer apart.
+        section_counts: Ints, or a string of them ("250", "10,10,10"). Or "ddimN" for N timesteps with an
+            integer stride, starting from 0.
 
     Raises:
-        ValueError: a section is smaller than its count, or no integer stride gives N timesteps.
+        ValueError: A section is smaller than its count, or no integer stride gives N timesteps.
     """
     op = "space_timesteps"
     if isinstance(section_counts, str) and section_counts.startswith("ddim"):
@@ -166,7 +184,7 @@ def _count(op: str, section_counts: object, count: object) -> int:
 
 
 def _arguments_of(other: Callable[_P, object]) -> Callable[[Callable[..., Tensor]], Callable[_P, Tensor]]:
-    """Decorates a method that passes its arguments on to another: they are the other's for type checkers and `help`, too."""
+    """Decorate a method that passes its arguments on to `other`, for type checkers and `help`."""
 
     def decorate(method: Callable[..., Tensor]) -> Callable[_P, Tensor]:
         method.__signature__ = inspect.signature(other).replace(return_annotation="Tensor")  # type: ignore[attr-defined]
@@ -176,22 +194,25 @@ def _arguments_of(other: Callable[_P, object]) -> Callable[[Callable[..., Tensor
 
 
 class GaussianDiffusion:
-    """The diffusion process, what a model's output means in it, and what it is trained for.
+    """A diffusion process, the meaning of the model's output, and the training loss.
 
-    Timesteps t are int64 [N], each sample's own, in 0..T-1 (on a GPU, which a check would stall, the range is the caller's
-    promise). A model is called as model(x, t, **model_kwargs) and gives [N, C, ...], or [N, 2 C, ...] with the variance's
-    channels last.
+    Timesteps t are int64 [N], one per sample, in 0..T-1. On a GPU a check would synchronize with the host,
+    so the caller must keep them in range. A model is called as model(x, t, **model_kwargs). It returns
+    [N, C, ...], or [N, 2 C, ...] with the variance in the last C channels.
 
     Args:
         betas: [T], each in (0, 1].
-        model_mean_type, model_var_type, loss_type: see there.
-        rescale_timesteps: the model is given t * 1000 / T, float32.
+        model_mean_type: Meaning of the model's output.
+        model_var_type: Variance of the reverse steps.
+        loss_type: Training loss.
+        rescale_timesteps: Pass t * 1000 / T (float32) to the model.
 
     Attributes:
-        schedule: the `NoiseSchedule` of the betas.
-        timestep_map: which timesteps of the model's training these are; here 0..T-1.
-        original_num_steps: of how many.
-        num_timesteps: T. The coefficients (`betas`, `alphas_cumprod`, `posterior_variance`, ...) are float64 arrays [T].
+        schedule: The `NoiseSchedule` of the betas.
+        timestep_map: The process's timesteps among those of the model's training, here 0..T-1.
+        original_num_steps: Number of timesteps of the model's training.
+        num_timesteps: T.
+        betas: float64 array [T]. alphas_cumprod, posterior_variance and the others are alike.
     """
 
     def __init__(
@@ -231,7 +252,7 @@ class GaussianDiffusion:
         self.posterior_log_variance_clipped = _array(schedule.posterior_log_variance)
         self.posterior_mean_coef1 = _array(schedule.posterior_mean_coef_x_0)
         self.posterior_mean_coef2 = _array(schedule.posterior_mean_coef_x_t)
-        # Of p(x_{t-1} | x_t): beta at t = 0 would put L_0 off, where beta~_1 is the better decoder (Ho et al.'s code).
+        # Variance of p(x_{t-1} | x_t). At t = 0 beta would distort L_0: beta~_1 is the better decoder (Ho et al.'s code).
         large = np.append(np.exp(self.posterior_log_variance_clipped[:1]), self.betas[1:])
         self._variances = {
             ModelVarType.FIXED_LARGE: (large, np.log(large)),
@@ -245,21 +266,31 @@ class GaussianDiffusion:
     # ------------------------------------------------------------------------------------------------- forward process
 
     def q_mean_variance(self, x_start: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean, variance and log variance of q(x_t | x_0), derivation eq. 3, each like x_start."""
+        """Return mean, variance and log variance of q(x_t | x_0), each like x_start (eq. 3)."""
         x_start, t = self._checked("q_mean_variance", "x_start", x_start, t)
         mean = self._at(self.sqrt_alphas_cumprod, t, x_start) * x_start
         variance = self._at(self._one_minus_alphas_cumprod, t, x_start).expand_as(x_start)
         return mean, variance, self._at(self.log_one_minus_alphas_cumprod, t, x_start).expand_as(x_start)
 
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None, *, seeds: Tensor | None = None) -> Tensor:
-        """x_t ~ q(x_t | x_0), derivation eq. 3. noise: like x_start; seeds: int64 [N]; neither: torch's generator draws it."""
+        """Draw x_t ~ q(x_t | x_0) (eq. 3).
+
+        Args:
+            x_start: x_0, [N, C, ...].
+            t: int64 [N].
+            noise: epsilon, like x_start. Without noise and seeds, torch's generator draws it.
+            seeds: int64 [N], for noise drawn in the kernel.
+        """
         x_start, t = self._checked("q_sample", "x_start", x_start, t)
         if noise is None and seeds is None:
             noise = torch.randn_like(x_start)
         return q_sample(x_start, t, self.schedule, noise=None if noise is None else _wide(noise), seeds=seeds)
 
     def q_posterior_mean_variance(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean, variance and (at t = 0 that of t = 1) log variance of q(x_{t-1} | x_t, x_0), derivation eq. 6-8."""
+        """Return mean, variance and log variance of q(x_{t-1} | x_t, x_0) (eq. 6-8).
+
+        The log variance at t = 0 is that of t = 1.
+        """
         x_t, t = self._checked("q_posterior_mean_variance", "x_t", x_t, t)
         x_start = _wide(x_start)
         check_like("q_posterior_mean_variance", "x_start", x_start, "x_t", x_t)
@@ -278,12 +309,15 @@ class GaussianDiffusion:
         denoised_fn: Callable[[Tensor], Tensor] | None = None,
         model_kwargs: Kwargs = None,
     ) -> dict[str, Tensor]:
-        """p(x_{t-1} | x_t), and the x_0 that the model predicts.
+        """Return p(x_{t-1} | x_t) and the predicted x_0.
 
         Args:
+            model: The model.
             x: x_t, [N, C, ...].
-            clip_denoised: clamp the prediction to [-1, 1].
-            denoised_fn: applied to the prediction before the clamp.
+            t: int64 [N].
+            clip_denoised: Clamp the predicted x_0 to [-1, 1].
+            denoised_fn: Applied to the predicted x_0 before the clamp.
+            model_kwargs: Further keywords of the model.
 
         Returns:
             "mean", "variance", "log_variance" and "pred_xstart", each like x.
@@ -316,15 +350,20 @@ class GaussianDiffusion:
     def condition_mean(
         self, cond_fn: Model, p_mean_var: Mapping[str, Tensor], x: Tensor, t: Tensor, model_kwargs: Kwargs = None
     ) -> Tensor:
-        """The mean, moved by variance * cond_fn(x, t), a gradient of log p(y | x_t) (Dhariwal and Nichol 2021, Algorithm 1)."""
+        """Return the mean shifted by variance * cond_fn(x, t) (Dhariwal and Nichol 2021, Algorithm 1).
+
+        cond_fn returns the gradient of log p(y | x_t).
+        """
         gradient = cond_fn(x, self._scale_timesteps(t), **(model_kwargs or {}))
         return p_mean_var["mean"] + p_mean_var["variance"] * gradient.to(p_mean_var["mean"].dtype)
 
     def condition_score(
         self, cond_fn: Model, p_mean_var: Mapping[str, Tensor], x: Tensor, t: Tensor, model_kwargs: Kwargs = None
     ) -> dict[str, Tensor]:
-        """`p_mean_var` with its score moved by cond_fn(x, t) (Dhariwal and Nichol 2021, Algorithm 2): x_0^ by (1 - abar) /
-        sqrt(abar) times that."""
+        """Return `p_mean_var` with its score shifted by cond_fn(x, t) (Dhariwal and Nichol 2021, Algorithm 2).
+
+        x_0^ moves by (1 - abar) / sqrt(abar) times cond_fn(x, t).
+        """
         x, t = self._checked("condition_score", "x", x, t)
         gradient = cond_fn(x, self._scale_timesteps(t), **(model_kwargs or {}))
         x_0 = p_mean_var["pred_xstart"] + self._at(self._score_weights, t, x) * gradient.to(x.dtype)
@@ -342,13 +381,21 @@ class GaussianDiffusion:
         *,
         seeds: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """One step of ancestral sampling, derivation eq. 13: "sample", x_{t-1}, and "pred_xstart", each like x.
+        """Apply one step of ancestral sampling (eq. 13).
 
         Args:
-            x, clip_denoised, denoised_fn: as in `p_mean_variance`.
-            cond_fn: for guidance, see `condition_mean`; called as the model is.
-            seeds: int64 [N], each sample's; the noise's stream is the number of steps before this one. None: torch's generator
-                draws the noise.
+            model: The model.
+            x: x_t, [N, C, ...].
+            t: int64 [N].
+            clip_denoised: As in `p_mean_variance`.
+            denoised_fn: As in `p_mean_variance`.
+            cond_fn: Guidance, see `condition_mean`. Called like the model.
+            model_kwargs: Further keywords of the model and cond_fn.
+            seeds: int64 [N], one per sample. The stream is the number of steps before this one. None: torch's
+                generator draws the noise.
+
+        Returns:
+            "sample" (x_{t-1}) and "pred_xstart", each like x.
         """
         if denoised_fn is None and cond_fn is None and self._is_plain:
             x_wide, t = self._checked("p_sample", "x", x, t)
@@ -380,7 +427,22 @@ class GaussianDiffusion:
         *,
         seeds: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """One step of DDIM (Song et al. 2021, eq. 12), else as `p_sample`; cond_fn as in `condition_score`."""
+        """Apply one step of DDIM (Song et al. 2021, eq. 12).
+
+        Args:
+            model: The model.
+            x: x_t, [N, C, ...].
+            t: int64 [N].
+            clip_denoised: As in `p_mean_variance`.
+            denoised_fn: As in `p_mean_variance`.
+            cond_fn: Guidance, see `condition_score`. Called like the model.
+            model_kwargs: Further keywords of the model and cond_fn.
+            eta: Scale of the noise. 0 is deterministic.
+            seeds: As in `p_sample`.
+
+        Returns:
+            "sample" (x_{t-1}) and "pred_xstart", each like x.
+        """
         return self._ddim("ddim", model, x, t, clip_denoised, denoised_fn, cond_fn, model_kwargs, eta, seeds)
 
     def ddim_reverse_sample(
@@ -393,7 +455,20 @@ class GaussianDiffusion:
         model_kwargs: Kwargs = None,
         eta: float = 0.0,
     ) -> dict[str, Tensor]:
-        """One step of DDIM towards noise: "sample" is x_{t+1}. eta must be 0."""
+        """Apply one step of DDIM towards noise.
+
+        Args:
+            model: The model.
+            x: x_t, [N, C, ...].
+            t: int64 [N].
+            clip_denoised: As in `p_mean_variance`.
+            denoised_fn: As in `p_mean_variance`.
+            model_kwargs: Further keywords of the model.
+            eta: Must be 0.
+
+        Returns:
+            "sample" (x_{t+1}) and "pred_xstart", each like x.
+        """
         if eta != 0:
             raise ValueError(f"ddim_reverse_sample: expected eta to be 0, as only that path can be walked back, got {eta}")
         return self._ddim("inversion", model, x, t, clip_denoised, denoised_fn, None, model_kwargs, 0.0, None)
@@ -444,15 +519,25 @@ class GaussianDiffusion:
         *,
         seeds: Tensor | None = None,
     ) -> Iterator[dict[str, Tensor]]:
-        """Ancestral sampling: what `p_sample` gives for t = T-1, ..., 0. The next step goes on from the "sample" in that dict.
+        """Yield the result of `p_sample` for t = T-1, ..., 0.
+
+        The next step starts from "sample" in the yielded dict, which the caller may replace.
 
         Args:
+            model: The model.
             shape: (N, C, ...).
-            noise: x_T, of this shape; None: drawn.
-            clip_denoised, denoised_fn, cond_fn, model_kwargs: as in `p_sample`.
-            device: None: where the noise is, or the model's first parameter.
-            progress: show a progress bar.
-            seeds: int64 [N]: image i depends on seeds[i] alone, and is what `ddpm_fast.sample` makes of `sampling_plan()`.
+            noise: x_T of this shape. None: drawn.
+            clip_denoised: As in `p_sample`.
+            denoised_fn: As in `p_sample`.
+            cond_fn: As in `p_sample`.
+            model_kwargs: As in `p_sample`.
+            device: None: the device of the noise, or of the model's first parameter.
+            progress: Show a progress bar.
+            seeds: int64 [N]. Image i depends on seeds[i] alone and equals that of `ddpm_fast.sample` with
+                `sampling_plan()`.
+
+        Yields:
+            Results of `p_sample`.
         """
         options: dict[str, Any] = {"clip_denoised": clip_denoised, "denoised_fn": denoised_fn, "cond_fn": cond_fn}
         options |= {"model_kwargs": model_kwargs}
@@ -460,7 +545,10 @@ class GaussianDiffusion:
 
     @_arguments_of(p_sample_loop_progressive)
     def p_sample_loop(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The last "sample" of `p_sample_loop_progressive`, which has the arguments: x_0, [N, C, ...]."""
+        """Return the last "sample" of `p_sample_loop_progressive`: x_0, [N, C, ...].
+
+        Arguments are those of `p_sample_loop_progressive`.
+        """
         return _last(self.p_sample_loop_progressive(*args, **kwargs))
 
     def ddim_sample_loop_progressive(
@@ -478,7 +566,24 @@ class GaussianDiffusion:
         *,
         seeds: Tensor | None = None,
     ) -> Iterator[dict[str, Tensor]]:
-        """DDIM: what `ddim_sample` gives for t = T-1, ..., 0; else as `p_sample_loop_progressive`."""
+        """Yield the result of `ddim_sample` for t = T-1, ..., 0.
+
+        Args:
+            model: The model.
+            shape: (N, C, ...).
+            noise: x_T of this shape. None: drawn.
+            clip_denoised: As in `ddim_sample`.
+            denoised_fn: As in `ddim_sample`.
+            cond_fn: As in `ddim_sample`.
+            model_kwargs: As in `ddim_sample`.
+            device: None: the device of the noise, or of the model's first parameter.
+            progress: Show a progress bar.
+            eta: As in `ddim_sample`.
+            seeds: As in `p_sample_loop_progressive`.
+
+        Yields:
+            Results of `ddim_sample`.
+        """
         self._plan("ddim", _PREDICTIONS[self.model_mean_type], 1.0 if clip_denoised else None, eta=eta)  # raises for a bad eta
         options: dict[str, Any] = {"clip_denoised": clip_denoised, "denoised_fn": denoised_fn, "cond_fn": cond_fn}
         options |= {"model_kwargs": model_kwargs, "eta": eta}
@@ -486,7 +591,10 @@ class GaussianDiffusion:
 
     @_arguments_of(ddim_sample_loop_progressive)
     def ddim_sample_loop(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The last "sample" of `ddim_sample_loop_progressive`, which has the arguments: x_0, [N, C, ...]."""
+        """Return the last "sample" of `ddim_sample_loop_progressive`: x_0, [N, C, ...].
+
+        Arguments are those of `ddim_sample_loop_progressive`.
+        """
         return _last(self.ddim_sample_loop_progressive(*args, **kwargs))
 
     def _loop(
@@ -542,13 +650,16 @@ class GaussianDiffusion:
             x_t = out["sample"]
 
     def sampling_plan(self, *, eta: float | None = None, clip_denoised: bool = True) -> SamplingPlan:
-        """These steps for `ddpm_fast.sample`, which freezes a `UNet` and replays them as a CUDA graph.
+        """Return these steps as a plan for `ddpm_fast.sample`.
+
+        `ddpm_fast.sample` freezes a `UNet` and replays the steps as a CUDA graph.
 
         Args:
-            eta: None: ancestral sampling, as `p_sample_loop`; else DDIM, as `ddim_sample_loop`.
+            eta: None: ancestral sampling, as in `p_sample_loop`. A number: DDIM, as in `ddim_sample_loop`.
+            clip_denoised: Clamp the predicted x_0 to [-1, 1].
 
         Raises:
-            ValueError: the model expects rescaled timesteps, which are not the integers that a plan has.
+            ValueError: The model expects rescaled timesteps. A plan has integers only.
         """
         if self.rescale_timesteps and self.original_num_steps != 1000:
             raise ValueError(
@@ -570,14 +681,18 @@ class GaussianDiffusion:
         *,
         seeds: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """The loss of each sample at its timestep, for `loss_type` (derivation eq. 12; Nichol and Dhariwal 2021, section 3.1).
+        """Return each sample's loss at its timestep (eq. 12; Nichol and Dhariwal 2021, section 3.1).
 
         Args:
+            model: The model.
             x_start: x_0, [N, C, ...].
-            noise, seeds: as in `q_sample`; with seeds no tensor holds the noise.
+            t: int64 [N].
+            model_kwargs: Further keywords of the model.
+            noise: As in `q_sample`.
+            seeds: As in `q_sample`. The noise is then never stored.
 
         Returns:
-            "loss" [N]; with MSE losses its parts "mse" and, for a learned variance, "vb".
+            "loss" [N]. MSE losses also return "mse" and, for a learned variance, "vb".
         """
         x_start, t = self._checked("training_losses", "x_start", x_start, t)
         if noise is None and seeds is None:
@@ -615,14 +730,21 @@ class GaussianDiffusion:
         *,
         seeds: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """The variational bound, derivation eq. 9-11, in bits per dimension (see also `ddpm_fast.variational_bound`).
+        """Compute the variational bound in bits per dimension (eq. 9-11).
+
+        See also `ddpm_fast.variational_bound`.
 
         Args:
-            x_start: images of 256 grey levels in [-1, 1], [N, C, ...].
-            seeds: int64 [N]; timestep t is the stream. None: noise is drawn from torch's generator, for t = T-1, ..., 0.
+            model: The model.
+            x_start: Images of 256 grey levels in [-1, 1], [N, C, ...].
+            clip_denoised: Clamp the predicted x_0 to [-1, 1].
+            model_kwargs: Further keywords of the model.
+            seeds: int64 [N]. The stream of timestep t is t. None: torch's generator draws noise for
+                t = T-1, ..., 0.
 
         Returns:
-            "total_bpd" and "prior_bpd" [N]; "vb", "xstart_mse" and "mse" (of epsilon) [N, T], the columns t = T-1, ..., 0.
+            "total_bpd" and "prior_bpd", [N]. "vb", "xstart_mse" and "mse" (of epsilon), [N, T] with the columns
+            t = T-1, ..., 0.
         """
         op = "calc_bpd_loop"
         check_float(op, "x_start", x_start, min_dim=2)
@@ -656,7 +778,7 @@ class GaussianDiffusion:
         return {"output": self._bits(out, x_start, x_t, t), "pred_xstart": out["pred_xstart"]}
 
     def _bits(self, out: Mapping[str, Tensor], x_start: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The bound's term of each sample at its timestep, [N]."""
+        """Return the bound's term of each sample at its timestep, [N]."""
         mean, _, log_variance = self.q_posterior_mean_variance(x_start, x_t, t)
         transition = transition_bits(mean - out["mean"], log_variance, out["log_variance"])
         return torch.where(t == 0, reconstruction_bits(x_start, out["mean"], out["log_variance"]), transition)
@@ -673,15 +795,15 @@ class GaussianDiffusion:
 
     @property
     def _is_plain(self) -> bool:
-        """Whether a subclass leaves `p_mean_variance` as it is, so that a step can be one kernel."""
+        """True if `p_mean_variance` is not overridden, so that a step can be one kernel."""
         return getattr(self.p_mean_variance, "__func__", None) is GaussianDiffusion.p_mean_variance
 
     def _scale_timesteps(self, t: Tensor) -> Tensor:
-        """What the model is given as its timesteps."""
+        """Return the timesteps that the model gets."""
         return t.float() * (1000.0 / self.original_num_steps) if self.rescale_timesteps else t
 
     def _output(self, model: Model, x: Tensor, t: Tensor, model_kwargs: Kwargs) -> Tensor:
-        """What the model gives, [N, C or 2 C, ...], in a dtype that `reverse_step` takes beside x."""
+        """Return the model's output [N, C or 2 C, ...] in a dtype that `reverse_step` accepts beside x."""
         output = model(x, self._scale_timesteps(t), **(model_kwargs or {}))
         shape = [x.shape[0], x.shape[1] * (2 if self._learned else 1), *x.shape[2:]]
         if not isinstance(output, Tensor) or list(output.shape) != shape:
@@ -693,7 +815,7 @@ class GaussianDiffusion:
     def _plan(
         self, sampler: Sampler, prediction: Prediction, clip: float | None, variance: Variance | None = None, eta: float = 0.0
     ) -> SamplingPlan:
-        """Every timestep of this process, in the timesteps of the model's training."""
+        """Return a plan of every timestep of this process, in the timesteps of the model's training."""
         variance = variance or self._variance
         key = (sampler, prediction, clip, variance, eta)
         if key not in self._plans:
@@ -714,7 +836,7 @@ class GaussianDiffusion:
 
     @property
     def _original_schedule(self) -> NoiseSchedule:
-        """That of the model's training."""
+        """Noise schedule of the model's training."""
         return self.schedule
 
     def _step(
@@ -726,7 +848,7 @@ class GaussianDiffusion:
         noise: Tensor | None = None,
         seeds: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The plan's step at timestep t: the new x, and x_0^."""
+        """Return the new x and x_0^ of the plan's step at timestep t."""
         rows = self.num_timesteps - 1 - t
         noise = None if noise is None else _wide(noise)
         stepped = reverse_step(x, output, rows, plan, noise=noise, seeds=seeds, return_x_0=True)
@@ -734,7 +856,7 @@ class GaussianDiffusion:
         return stepped
 
     def _at(self, values: Array, t: Tensor, like: Tensor) -> Tensor:
-        """values[t], rounded to float32, in a shape that broadcasts over `like`."""
+        """Return values[t] rounded to float32, shaped to broadcast over `like`."""
         key = (id(values), t.device)
         kept = self._tables.get(key)
         if kept is None or kept[0] is not values:  # in a copy of this object an array has another id, or another's
@@ -742,7 +864,7 @@ class GaussianDiffusion:
         return per_sample(kept[1][t], like)
 
     def _checked(self, op: str, name: str, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """x, at least float32, and t."""
+        """Return x, in float32 or wider, and t, or raise."""
         check_float(op, name, x, min_dim=2)
         if not isinstance(t, Tensor) or t.dtype != torch.int64 or t.shape != x.shape[:1]:
             got = f"{t.dtype} {list(t.shape)}" if isinstance(t, Tensor) else type(t).__name__
@@ -753,11 +875,13 @@ class GaussianDiffusion:
 
 
 class SpacedDiffusion(GaussianDiffusion):
-    """The process on some timesteps of a model's training: t = 0..T-1 counts them, the model and cond_fn get the original.
+    """A diffusion process on some timesteps of a model's training.
+
+    t = 0..T-1 counts these timesteps. The model and cond_fn get the original ones.
 
     Args:
-        use_timesteps: timesteps of the process with these betas, as `space_timesteps` makes them.
-        kwargs: of `GaussianDiffusion`, for the process of the model's training.
+        use_timesteps: Timesteps of the training, as from `space_timesteps`.
+        **kwargs: Arguments of `GaussianDiffusion` for the process of the training.
     """
 
     def __init__(self, use_timesteps: Collection[int], *, betas: Any, **kwargs: Any) -> None:
@@ -797,11 +921,18 @@ def create_gaussian_diffusion(
     rescale_learned_sigmas: bool = False,
     timestep_respacing: str | Sequence[int] = "",
 ) -> SpacedDiffusion:
-    """The process that script_util's flags describe.
+    """Return the process that script_util's flags describe.
 
     Args:
         steps: T of the model's training.
-        timestep_respacing: as `space_timesteps` takes it; empty: every timestep.
+        learn_sigma: The model has variance channels (LEARNED_RANGE).
+        sigma_small: Fixed variance beta~ instead of beta.
+        noise_schedule: As in `get_named_beta_schedule`.
+        use_kl: Use the loss RESCALED_KL.
+        predict_xstart: The model predicts x_0 instead of epsilon.
+        rescale_timesteps: As in `GaussianDiffusion`.
+        rescale_learned_sigmas: Use the loss RESCALED_MSE.
+        timestep_respacing: As in `space_timesteps`. Empty: every timestep.
     """
     loss_type = LossType.RESCALED_MSE if rescale_learned_sigmas else LossType.MSE
     fixed = ModelVarType.FIXED_SMALL if sigma_small else ModelVarType.FIXED_LARGE
@@ -820,7 +951,7 @@ def _array(values: Tensor) -> Array:
 
 
 def _wide(x: Tensor) -> Tensor:
-    """x, in float32 where it is half precision."""
+    """Return x, converted to float32 if it is half precision."""
     return x.float() if x.dtype in _HALF else x
 
 

@@ -1,4 +1,4 @@
-"""Weights of guided-diffusion's and improved-diffusion's `UNetModel`, read into this package's `UNet`."""
+"""Weights of guided-diffusion's and improved-diffusion's `UNetModel`, loaded into `UNet`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from ..nn import UNet
 from ..nn.checkpoint import check_weights, load_tensors
 
-# Of script_util, by image size: widths in units of num_channels, one for each halving of the resolution.
+# script_util's widths by image size, in units of num_channels, one per resolution.
 _CHANNEL_MULT: Final[dict[int, tuple[float, ...]]] = {
     512: (0.5, 1, 1, 2, 2, 4, 4),
     256: (1, 1, 2, 2, 4, 4),
@@ -70,27 +70,39 @@ def load_guided_diffusion(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> UNet:
-    """A `UNet` with the weights of a model of guided-diffusion or improved-diffusion, in eval mode.
+    """Load a model of guided-diffusion or improved-diffusion as a `UNet` in eval mode.
 
-    The keywords are script_util's flags of the model, with its defaults; those of the training must be given. `use_fp16` and
-    `use_checkpoint`, which are about memory, change nothing: see dtype.
+    Keywords are script_util's flags of the model with their defaults. Pass the flags of the training.
 
     Args:
-        path_or_state_dict: a .pt file, read without running code that it might hold, or what is in one.
-        channel_mult: widths in units of num_channels; empty: the table of the image size.
-        attention_resolutions: heights at which the blocks have attention.
-        num_heads, num_head_channels: heads of every attention, or their channels where that is not -1.
-        use_new_attention_order: whether a model of guided-diffusion lists queries, keys and values before heads.
-        dtype: of the weights; None: float32, whatever the file holds.
-        device: None: the CPU.
+        path_or_state_dict: A .pt file, read without running code from it, or its contents.
+        image_size: Height and width of the images.
+        num_channels: Channels at the highest resolution.
+        num_res_blocks: Residual blocks per resolution.
+        channel_mult: Channels per resolution in units of num_channels. Empty: the default of the image size.
+        learn_sigma: The output has variance channels.
+        class_cond: The model has classes.
+        attention_resolutions: Heights at which blocks have attention.
+        num_heads: Heads of every attention layer.
+        num_head_channels: Channels per head. -1: num_heads counts.
+        num_heads_upsample: Must be -1 or num_heads, unless num_head_channels is set.
+        use_scale_shift_norm: Time is a scale and a shift after the norm.
+        dropout: Dropout probability.
+        resblock_updown: Residual blocks resample.
+        use_new_attention_order: guided-diffusion's projections list queries, keys and values before heads.
+        use_checkpoint: Ignored, it saves memory only.
+        use_fp16: Ignored, see dtype.
+        dtype: Dtype of the weights. None: float32, whatever the file holds.
+        device: Device of the weights. None: the CPU.
 
     Returns:
-        The network: called as model(x, t) or, if class_cond, model(x, t, class_labels) with all classes of the weights (no "no
-        label" among them). Super-resolution models take the upsampled image as further channels of x.
+        The network, called as model(x, t) or, with class_cond, model(x, t, class_labels). It has the classes
+        of the weights and no "no label" class. Super-resolution models take the upsampled image as
+        further channels of x.
 
     Raises:
-        FileNotFoundError: there is no such file. ValueError: a flag is out of its range, the file is no state dict, or names or
-        shapes of the weights are not those of a network with these flags.
+        FileNotFoundError: The file does not exist.
+        ValueError: A flag is out of range, the file is no state dict, or the weights do not fit the flags.
     """
     op = "load_guided_diffusion"
     if num_head_channels == -1 and num_heads_upsample not in (-1, num_heads):
@@ -150,7 +162,7 @@ def load_guided_diffusion(
 
 
 def _blocks(attended: Sequence[bool], num_res_blocks: int) -> dict[str, str]:
-    """Names of layers and blocks there, and here."""
+    """Return this package's names of layers and blocks, by the original's."""
     names = dict(_OUTER)
     place = 1
     for i, attention in enumerate(attended):
@@ -175,7 +187,7 @@ def _blocks(attended: Sequence[bool], num_res_blocks: int) -> dict[str, str]:
 
 
 def _queries_keys_values(weight: Tensor, heads: int, new_order: bool) -> list[Tensor]:
-    """The rows of a joined projection that make queries, keys and values, in each of them one head after another."""
+    """Return the rows of queries, keys and values in a joined projection, heads one after another."""
     channels = weight.shape[0] // 3
     if weight.shape[0] % (3 * heads):
         raise ValueError(
@@ -209,7 +221,7 @@ def _mults(channel_mult: str | Sequence[float], image_size: int) -> tuple[float,
 
 
 def _attended(attention_resolutions: str, image_size: int) -> list[int]:
-    """By how much the image is reduced where there is attention."""
+    """Return the reductions of the image size at which there is attention."""
     try:
         resolutions = [int(resolution) for resolution in attention_resolutions.split(",")]
     except (AttributeError, ValueError):

@@ -1,4 +1,4 @@
-"""denoising-diffusion-pytorch on this package's kernels: `GaussianDiffusion` of its version 2.x, and its Trainer's files."""
+"""denoising-diffusion-pytorch 2.x on this package's kernels: `GaussianDiffusion`, and its Trainer's files."""
 
 from __future__ import annotations
 
@@ -30,46 +30,52 @@ _SCHEDULE_KWARGS: Final = {"linear": (), "cosine": ("s",), "sigmoid": ("start", 
 
 
 class ModelPrediction(NamedTuple):
-    """Both [N, C, H, W]."""
+    """A model's epsilon and x_0, both [N, C, H, W]."""
 
     pred_noise: Tensor
     pred_x_start: Tensor
 
 
 class GaussianDiffusion(nn.Module):
-    """Trains a model, called, and samples from it: the interface and the state_dict of denoising-diffusion-pytorch 2.x.
+    """Training and sampling with the interface and state_dict of denoising-diffusion-pytorch 2.x.
 
-    Images are in [0, 1], inside in [-1, 1] (unless auto_normalize is off). With the same state of torch's global generator
-    (and, for self-conditioning in training, of Python's) the draws are the original's, in its order. With `seed` or `seeds`
-    image i's noise depends on its own seed alone, is drawn inside the kernels, and leaves the generators as they are.
+    Calling the module returns the training loss. Images are in [0, 1] outside and [-1, 1] inside, unless
+    auto_normalize is False. Draws from torch's global generator (and from Python's, for self-conditioning)
+    are the original's, in its order. With `seed` or `seeds` an image's noise depends on its own seed alone.
+    It is drawn in the kernels, and the generators do not change.
 
-    Sampling takes one kernel a step, from the model's output to x_{t-1} (`reverse_step`), and a constant amount of memory. The
-    model is in eval mode for it. A `UNet` of this package runs in its inference form, in its own dtype.
+    Each sampling step is one kernel from the model's output to x_{t-1} (`reverse_step`). Memory is constant.
+    The model runs in eval mode. A `UNet` of this package runs in its inference form, in its own dtype.
 
     Args:
-        model: called as model(x_t, t, x_self_cond) with x_t [N, C, H, W], t int64 [N] and x_self_cond like x_t or None. It has
-            the attributes `channels` and `out_dim`, equal to each other, and may have `self_condition`, as the original's
-            `Unet`; or a config with in_channels and out_channels, as a `UNet` of this package or of diffusers.
-        image_size: of an image: H = W, or (H, W).
+        model: Called as model(x_t, t, x_self_cond) with x_t [N, C, H, W], t int64 [N] and x_self_cond like
+            x_t or None. It has equal attributes `channels` and `out_dim`, and optionally
+            `self_condition`, like the original's `Unet`. Or it has a config with in_channels and
+            out_channels, like a `UNet` of this package or of diffusers.
+        image_size: H = W, or (H, W).
         timesteps: T.
-        sampling_timesteps: S of `sample`: below T it is DDIM. None: T, ancestral sampling (Ho et al. 2020, Algorithm 2).
-        objective: what the model predicts: "pred_noise", "pred_x0" or "pred_v" (Salimans and Ho 2022).
-        beta_schedule: "linear", with the ends times 1000 / T; "cosine" (Nichol and Dhariwal 2021) or "sigmoid" (Jabri et al.
-            2022).
-        schedule_fn_kwargs: "cosine": s; "sigmoid": start, end, tau (and clamp_min, which the original ignores too).
-        ddim_sampling_eta: 0 is deterministic; see `ddim_plan`.
-        auto_normalize: map images from [0, 1] to [-1, 1], and back.
-        offset_noise_strength: of one more normal a channel in the noise of training; at least 0.
-        min_snr_loss_weight, min_snr_gamma: losses are weighted as if the signal-to-noise ratio were at most gamma (Hang et al.
-            2023).
-        immiscible: assign noise to the images of a batch that are near (Li et al. 2024); needs SciPy.
+        sampling_timesteps: Steps S of `sample`. S < T is DDIM. None: T, ancestral sampling (Ho et al. 2020,
+            Algorithm 2).
+        objective: What the model predicts: "pred_noise", "pred_x0" or "pred_v" (Salimans and Ho 2022).
+        beta_schedule: "linear" with the ends times 1000 / T, "cosine" (Nichol and Dhariwal 2021) or "sigmoid"
+            (Jabri et al. 2022).
+        schedule_fn_kwargs: s for "cosine". start, end and tau for "sigmoid"; clamp_min is accepted and
+            ignored, as in the original.
+        ddim_sampling_eta: Scale of the noise in DDIM, see `ddim_plan`. 0 is deterministic.
+        auto_normalize: Map images from [0, 1] to [-1, 1] and back.
+        offset_noise_strength: Scale of an additional normal per channel in training noise, at least 0.
+        min_snr_loss_weight: Weight losses as if the signal-to-noise ratio were at most min_snr_gamma (Hang et
+            al. 2023).
+        min_snr_gamma: Bound on the signal-to-noise ratio.
+        immiscible: Assign noise to nearby images of the batch (Li et al. 2024). Needs SciPy.
 
     Attributes:
-        schedule: the `NoiseSchedule`. A state_dict that is loaded brings its own, as its buffers have it.
-        betas, alphas_cumprod, ..., loss_weight: 13 buffers, float32 [T], with the original's names.
+        schedule: The `NoiseSchedule`. Loading a state_dict replaces it.
+        betas: float32 [T]. This and 12 more buffers, up to `loss_weight`, have the original's names.
 
     Raises:
-        ValueError, TypeError: an argument that is not as above, or a schedule with betas outside (0, 1].
+        ValueError: An argument has an unsupported value, or a beta is outside (0, 1].
+        TypeError: An argument has an unsupported type.
     """
 
     betas: Tensor
@@ -138,12 +144,12 @@ class GaussianDiffusion(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the buffers are."""
+        """Device of the buffers."""
         return self.betas.device
 
     @property
     def plan(self) -> SamplingPlan:
-        """What `sample` follows, by the present values of sampling_timesteps and the like; `ddpm_fast.sample` takes it too."""
+        """Plan of `sample` for the current sampling_timesteps and the like. `ddpm_fast.sample` accepts it."""
         return self._ddim_plan() if self.is_ddim_sampling else self._ddpm_plan()
 
     def _ddpm_plan(self) -> SamplingPlan:
@@ -165,32 +171,35 @@ class GaussianDiffusion(nn.Module):
     # -------------------------------------------------------------------------------------------------------- formulas
 
     def normalize(self, img: Tensor) -> Tensor:
-        """[0, 1] to [-1, 1] with auto_normalize, else as it is."""
+        """Map [0, 1] to [-1, 1] with auto_normalize, else return `img`."""
         return img * 2 - 1 if self.auto_normalize else img
 
     def unnormalize(self, t: Tensor) -> Tensor:
-        """[-1, 1] to [0, 1] with auto_normalize, else as it is."""
+        """Map [-1, 1] to [0, 1] with auto_normalize, else return `t`."""
         return (t + 1) * 0.5 if self.auto_normalize else t
 
     def predict_start_from_noise(self, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """x_0 = (x_t - sqrt(1 - abar_t) epsilon) / sqrt(abar_t): derivation eq. 3. t: int64 [N], as in all methods."""
+        """Return x_0 = (x_t - sqrt(1 - abar_t) epsilon) / sqrt(abar_t) (eq. 3). t is int64 [N]."""
         return _at(self.sqrt_recip_alphas_cumprod, t, x_t) * x_t - _at(self.sqrt_recipm1_alphas_cumprod, t, x_t) * noise
 
     def predict_noise_from_start(self, x_t: Tensor, t: Tensor, x0: Tensor) -> Tensor:
-        """epsilon = (x_t - sqrt(abar_t) x_0) / sqrt(1 - abar_t): derivation eq. 3."""
+        """Return epsilon = (x_t - sqrt(abar_t) x_0) / sqrt(1 - abar_t) (eq. 3). t is int64 [N]."""
         return (_at(self.sqrt_recip_alphas_cumprod, t, x_t) * x_t - x0) / _at(self.sqrt_recipm1_alphas_cumprod, t, x_t)
 
     def predict_v(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """v = sqrt(abar_t) epsilon - sqrt(1 - abar_t) x_0 (Salimans and Ho 2022, appendix D)."""
+        """Return v = sqrt(abar_t) epsilon - sqrt(1 - abar_t) x_0 (Salimans and Ho 2022, appendix D)."""
         signal, sigma = (_at(table, t, x_start) for table in (self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod))
         return signal * noise - sigma * x_start
 
     def predict_start_from_v(self, x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
-        """x_0 = sqrt(abar_t) x_t - sqrt(1 - abar_t) v."""
+        """Return x_0 = sqrt(abar_t) x_t - sqrt(1 - abar_t) v. t is int64 [N]."""
         return _at(self.sqrt_alphas_cumprod, t, x_t) * x_t - _at(self.sqrt_one_minus_alphas_cumprod, t, x_t) * v
 
     def q_posterior(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean, variance and log-variance of q(x_{t-1} | x_t, x_0), the last two [N, 1, 1, 1]: derivation eq. 6-8."""
+        """Return mean, variance and log variance of q(x_{t-1} | x_t, x_0) (eq. 6-8).
+
+        Variance and log variance are [N, 1, 1, 1].
+        """
         mean = _at(self.posterior_mean_coef1, t, x_t) * x_start + _at(self.posterior_mean_coef2, t, x_t) * x_t
         return mean, _at(self.posterior_variance, t, x_t), _at(self.posterior_log_variance_clipped, t, x_t)
 
@@ -202,11 +211,15 @@ class GaussianDiffusion(nn.Module):
         clip_x_start: bool = False,
         rederive_pred_noise: bool = False,
     ) -> ModelPrediction:
-        """The model's epsilon and x_0 for x_t.
+        """Return the model's epsilon and x_0 for x_t.
 
         Args:
-            clip_x_start: clamp x_0 to [-1, 1].
-            rederive_pred_noise: have epsilon follow from the clamped x_0 for "pred_noise" too, as for the other objectives.
+            x: x_t, [N, C, H, W].
+            t: int64 [N].
+            x_self_cond: x_0 for self-conditioning, like x, or None.
+            clip_x_start: Clamp x_0 to [-1, 1].
+            rederive_pred_noise: Derive epsilon from the clamped x_0 for "pred_noise" too, as for the other
+                objectives.
         """
         output = _evaluate(self.model, x, t, x_self_cond)
         if self.objective == "pred_noise":
@@ -222,7 +235,14 @@ class GaussianDiffusion(nn.Module):
     def p_mean_variance(
         self, x: Tensor, t: Tensor, x_self_cond: Tensor | None = None, clip_denoised: bool = True
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Mean, variance and log-variance of p(x_{t-1} | x_t), and the x_0 (clamped by clip_denoised) that they follow from."""
+        """Return mean, variance and log variance of p(x_{t-1} | x_t), and x_0.
+
+        Args:
+            x: x_t, [N, C, H, W].
+            t: int64 [N].
+            x_self_cond: x_0 for self-conditioning, like x, or None.
+            clip_denoised: Clamp x_0 to [-1, 1].
+        """
         x_start = self.model_predictions(x, t, x_self_cond, clip_x_start=clip_denoised).pred_x_start
         return *self.q_posterior(x_start, x, t), x_start
 
@@ -232,15 +252,16 @@ class GaussianDiffusion(nn.Module):
     def p_sample(
         self, x: Tensor, t: int, x_self_cond: Tensor | None = None, *, seeds: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """One step of ancestral sampling, x_t to x_{t-1}: derivation eq. 13.
+        """Apply one step of ancestral sampling (eq. 13).
 
         Args:
             x: x_t, [N, C, H, W].
             t: 0..T-1.
-            seeds: int64 [N]; None: torch's global generator, which is asked where t > 0.
+            x_self_cond: x_0 for self-conditioning, like x, or None.
+            seeds: int64 [N]. None: torch's global generator, used if t > 0.
 
         Returns:
-            x_{t-1} and the x_0, in [-1, 1], that it follows from.
+            x_{t-1}, and x_0 in [-1, 1].
         """
         check_float("p_sample", "x", x, min_dim=4)
         self._check_t("p_sample", t)
@@ -260,17 +281,18 @@ class GaussianDiffusion(nn.Module):
         seed: int | Tensor | None = None,
         progress: bool = True,
     ) -> Tensor:
-        """Ancestral sampling in T steps (Ho et al. 2020, Algorithm 2), whatever sampling_timesteps is.
+        """Draw images by ancestral sampling in T steps (Ho et al. 2020, Algorithm 2).
 
         Args:
             shape: (N, C, H, W).
-            return_all_timesteps: give x_T and the states after every step too.
-            seed: an int, or int64 [N], a seed an image; None: torch's global generator.
-            progress: show a progress bar.
+            return_all_timesteps: Also return x_T and the state after every step.
+            seed: An int, or int64 [N] with a seed per image. None: torch's global generator.
+            progress: Show a progress bar.
 
         Returns:
-            [N, C, H, W]; with return_all_timesteps [N, S + 1, C, H, W], x_T first. On `device`, in float32 (float64 for a
-            float64 model), in [0, 1] with auto_normalize, else in [-1, 1]; x_T and other noisy states exceed that.
+            [N, C, H, W], or [N, S + 1, C, H, W] from x_T on with return_all_timesteps. It is on `device`, in
+            float32 (float64 for a float64 model), in [0, 1] with auto_normalize, else in [-1, 1]. Noisy
+            states exceed this range.
         """
         return self._sample("p_sample_loop", self._ddpm_plan(), shape, return_all_timesteps, seed, progress)
 
@@ -282,7 +304,10 @@ class GaussianDiffusion(nn.Module):
         seed: int | Tensor | None = None,
         progress: bool = True,
     ) -> Tensor:
-        """DDIM (Song et al. 2021) in sampling_timesteps steps, epsilon following from the clamped x_0. See `p_sample_loop`."""
+        """Draw images by DDIM (Song et al. 2021) in sampling_timesteps steps.
+
+        epsilon is derived from the clamped x_0. Arguments and results are those of `p_sample_loop`.
+        """
         return self._sample("ddim_sample", self._ddim_plan(), shape, return_all_timesteps, seed, progress)
 
     def sample(
@@ -293,9 +318,16 @@ class GaussianDiffusion(nn.Module):
         seed: int | Tensor | None = None,
         progress: bool = True,
     ) -> Tensor:
-        """Draws images: `ddim_sample` where sampling_timesteps is below T, else `p_sample_loop`, which has the arguments.
+        """Draw images by `ddim_sample` if sampling_timesteps < T, else by `p_sample_loop`.
 
-        With a seed, image i is that of `ddpm_fast.sample(model, diffusion.plan, batch_size, seed=seed)`, but in [0, 1].
+        With a seed, image i is that of `ddpm_fast.sample(model, diffusion.plan, batch_size, seed=seed)`,
+        mapped to [0, 1].
+
+        Args:
+            batch_size: Number of images N.
+            return_all_timesteps: As in `p_sample_loop`.
+            seed: As in `p_sample_loop`.
+            progress: Show a progress bar.
         """
         _check(_is_int(batch_size) and batch_size >= 1, "batch_size to be a positive integer", batch_size, "sample")
         loop = self.ddim_sample if self.is_ddim_sampling else self.p_sample_loop
@@ -312,16 +344,20 @@ class GaussianDiffusion(nn.Module):
         seed: int | Tensor | None = None,
         progress: bool = True,
     ) -> Tensor:
-        """Between two batches: both noised to t and mixed, then ancestral steps from t - 1 on (as the original has it).
+        """Interpolate two batches: noise both to t, mix them, and denoise by ancestral sampling.
+
+        The first step is at t - 1, as in the original.
 
         Args:
-            x1, x2: [N, C, H, W] in [-1, 1]: this method maps no images, as the original does not.
-            t: 0..T-1; None: T - 1.
-            lam: the share of x2: a number, or a tensor that broadcasts, so [N, 1, 1, 1] gives each pair its own.
-            seed: as in `p_sample_loop`; x1 and x2 get different noise.
+            x1: [N, C, H, W] in [-1, 1]. This method does not normalize, as in the original.
+            x2: Like x1.
+            t: 0..T-1. None: T - 1.
+            lam: Share of x2: a number, or a tensor that broadcasts, such as [N, 1, 1, 1].
+            seed: As in `p_sample_loop`. x1 and x2 get different noise.
+            progress: Show a progress bar.
 
         Returns:
-            [N, C, H, W], in [-1, 1].
+            [N, C, H, W] in [-1, 1].
         """
         where = "interpolate"
         check_float(where, "x1", x1, min_dim=4)
@@ -375,7 +411,10 @@ class GaussianDiffusion(nn.Module):
         first: int = 0,
         states: Tensor | None = None,
     ) -> Tensor:
-        """Takes x_t through the plan from row `first` on, in place; `states` gets it before and after every step."""
+        """Advance x_t in place through the plan from row `first` on.
+
+        `states` gets x_t before the first step and after every step.
+        """
         if states is not None:
             states[:, 0] = x_t
         _, dtype = device_and_dtype(self.model)
@@ -418,9 +457,17 @@ class GaussianDiffusion(nn.Module):
 
     @torch.no_grad()
     def noise_assignment(self, x_start: Tensor, noise: Tensor) -> Tensor:
-        """The permutation of the noise with the least sum of distances to the images (Li et al. 2024): int64 [N].
+        """Return the permutation of noise with the least sum of distances to the images (Li et al. 2024).
 
-        ImportError: SciPy is missing.
+        Args:
+            x_start: Images, [N, C, H, W].
+            noise: Like x_start.
+
+        Returns:
+            int64 [N].
+
+        Raises:
+            ImportError: SciPy is missing.
         """
         try:
             from scipy.optimize import linear_sum_assignment
@@ -432,7 +479,7 @@ class GaussianDiffusion(nn.Module):
         return torch.from_numpy(linear_sum_assignment(distances.cpu().numpy())[1]).to(x_start.device)
 
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None, *, seeds: Tensor | None = None) -> Tensor:
-        """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) epsilon: derivation eq. 3. See `p_losses`."""
+        """Draw x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) epsilon (eq. 3). Arguments are those of `p_losses`."""
         noise, seeds = self._epsilon("q_sample", x_start, noise, seeds, offset_strength=0)
         return q_sample(x_start, t, self.schedule, noise=noise, seeds=seeds)
 
@@ -446,18 +493,19 @@ class GaussianDiffusion(nn.Module):
         *,
         seeds: Tensor | None = None,
     ) -> Tensor:
-        """The loss: derivation eq. 12 and its x_0 and v forms, weighted by `loss_weight`.
+        """Return the loss, weighted by `loss_weight` (eq. 12 and its x_0 and v forms).
 
-        With self-conditioning, half of the calls, by Python's `random`, first have the model predict the x_0 it is given.
+        With self-conditioning, half of the calls first make the model predict the x_0 that it then gets.
+        Python's `random` selects these calls.
 
         Args:
             x_start: [N, C, H, W], floating, in [-1, 1].
             t: int64 [N].
-            noise: epsilon, like x_start; or
-            seeds: int64 [N]: epsilon is drawn in the kernels, forward and backward, and never stored, unless it is assigned or
-                offset. None of both: torch's global generator.
-            offset_noise_strength: None: that of the constructor.
-            loss_reduction: "mean", or "none": [N].
+            noise: epsilon, like x_start. Without noise and seeds, torch's global generator draws it.
+            offset_noise_strength: As in the constructor. None: the constructor's value.
+            loss_reduction: "mean", or "none" for [N].
+            seeds: int64 [N]. The forward and backward kernels draw epsilon. It is stored only if noise is
+                assigned (immiscible) or offset.
         """
         where = "p_losses"
         check_float(where, "x_start", x_start, min_dim=4)
@@ -488,7 +536,7 @@ class GaussianDiffusion(nn.Module):
         )
 
     def random_times(self, batch_size: int) -> Tensor:
-        """Timesteps, uniform in 0..T-1, from torch's global generator: int64 [batch_size]."""
+        """Draw timesteps uniform in 0..T-1 from torch's global generator, int64 [batch_size]."""
         return torch.randint(0, self.num_timesteps, (batch_size,), device=self.device)
 
     def forward(
@@ -501,11 +549,15 @@ class GaussianDiffusion(nn.Module):
         loss_reduction: Literal["mean", "none"] = "mean",
         seeds: Tensor | None = None,
     ) -> Tensor:
-        """The loss of a batch of images. See `p_losses`.
+        """Return the loss of a batch of images. See `p_losses`.
 
         Args:
-            img: [N, C, H, W], floating, in [0, 1] (with auto_normalize).
-            times: int64 [N]; None: `random_times`.
+            img: [N, C, H, W], floating, in [0, 1] with auto_normalize.
+            noise: As in `p_losses`.
+            offset_noise_strength: As in `p_losses`.
+            times: int64 [N]. None: `random_times`.
+            loss_reduction: As in `p_losses`.
+            seeds: As in `p_losses`.
         """
         where = "GaussianDiffusion"
         check_float(where, "img", img, min_dim=4)
@@ -518,7 +570,7 @@ class GaussianDiffusion(nn.Module):
     def _epsilon(
         self, where: str, x_start: Tensor, noise: Tensor | None, seeds: Tensor | None, offset_strength: float
     ) -> tuple[Tensor | None, Tensor | None]:
-        """noise and seeds as the ops of training take them: seeds where the kernels can draw all of it by themselves."""
+        """Return noise and seeds for the training ops: seeds if the kernels can draw all of the noise."""
         if noise is not None and seeds is not None:
             raise ValueError(f"{where}: expected at most one of noise and seeds, got both")
         if seeds is not None:
@@ -544,20 +596,19 @@ class GaussianDiffusion(nn.Module):
 def load_checkpoint(
     diffusion: GaussianDiffusion, path: str | os.PathLike[str], *, weights: Literal["ema", "model"] = "ema"
 ) -> int:
-    """Reads a checkpoint that denoising-diffusion-pytorch's Trainer saved (model-N.pt), without running code it might hold.
+    """Load a checkpoint of denoising-diffusion-pytorch's Trainer (model-N.pt) without running its code.
 
     Args:
-        diffusion: for a model like the one that was trained. Left as it is where the checkpoint does not fit.
-        path: the file.
-        weights: "ema", the moving average of the weights, which the Trainer samples with; or "model", the weights themselves.
+        diffusion: Process with a model like the trained one. It is not modified if loading fails.
+        path: The file.
+        weights: "ema", the weights' moving average, with which the Trainer samples; or "model", the weights.
 
     Returns:
         The step of training.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged, holds objects that only code can rebuild (pickle), is no checkpoint of the Trainer, or its
-            names or shapes do not fit.
+        FileNotFoundError: The file does not exist.
+        ValueError: The file is damaged, needs pickle, is no checkpoint of the Trainer, or does not fit.
     """
     where = "load_checkpoint"
     _check(weights in ("ema", "model"), 'weights to be "ema" or "model"', weights, where)
@@ -585,12 +636,12 @@ def load_checkpoint(
 
 
 def _at(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
-    """table[t], [N], shaped so that it broadcasts over `like` [N, ...]."""
+    """Return table[t], [N], shaped to broadcast over `like` [N, ...]."""
     return table[t].reshape(-1, *[1] * (like.dim() - 1))
 
 
 def _evaluate(model: nn.Module, x_t: Tensor, t: Tensor, x_self_cond: Tensor | None) -> Tensor:
-    """The model's output, also where it comes inside an object with the field `sample`, as diffusers' models give it."""
+    """Return the model's output as a tensor. diffusers' models return it as `.sample`."""
     _, dtype = device_and_dtype(model)
     output = model(x_t.to(dtype), t, None if x_self_cond is None else x_self_cond.to(dtype))
     tensor: Tensor = getattr(output, "sample", output)
@@ -618,7 +669,7 @@ def _schedule(name: str, timesteps: int, kwargs: Mapping[str, float]) -> NoiseSc
 
 
 def _buffers(schedule: NoiseSchedule) -> dict[str, Tensor]:
-    """float64 [T], under the original's names."""
+    """Return the schedule's buffers, float64 [T], by the original's names."""
     return {
         "betas": schedule.betas,
         "alphas_cumprod": schedule.alpha_bars,
@@ -636,7 +687,7 @@ def _buffers(schedule: NoiseSchedule) -> dict[str, Tensor]:
 
 
 def _loss_weight(schedule: NoiseSchedule, objective: str, gamma: float) -> Tensor:
-    """The weight of each timestep's loss: for "pred_x0" the signal-to-noise ratio, at most gamma (Hang et al. 2023)."""
+    """Return the weight of each timestep's loss: for "pred_x0" min(SNR, gamma) (Hang et al. 2023)."""
     clamped = schedule.snr.clamp(max=gamma)
     if objective == "pred_noise":
         return (gamma / schedule.snr).clamp(max=1)  # min(snr, gamma) / snr, also where snr is 0
@@ -657,7 +708,7 @@ def _implicit(schedule: NoiseSchedule, num_steps: int, prediction: _Prediction, 
 
 
 def _checked_model(model: nn.Module) -> tuple[int, bool]:
-    """Channels of its images, and whether it conditions on its own x_0."""
+    """Return the model's image channels, and whether it uses self-conditioning, or raise."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"GaussianDiffusion: expected model to be a torch.nn.Module, got {type(model).__name__}")
     config = model_config(model)

@@ -1,4 +1,4 @@
-"""The U-Net: layers on top of the package's ops, and its checkpoints."""
+"""The U-Net: layers built on the package's ops, and checkpoints."""
 
 from .config import CIFAR10_32, HO_256, UNetConfig
 from .freeze import FrozenUNet, freeze

@@ -1,4 +1,4 @@
-"""Attention's training step on a CPU, in this package's kernels."""
+"""Attention with a native training step on the CPU."""
 
 from __future__ import annotations
 
@@ -18,7 +18,13 @@ FEWEST_PIXELS: Final = {torch.bfloat16: 0, torch.float32: 256}
 
 
 def is_trained_here(h: Tensor, projections: Sequence[nn.Module], num_heads: int) -> bool:
-    """Whether `attention` serves for queries, keys and values of these layers, as one product of h, [N, HW, C]."""
+    """Return whether `attention` supports the training step of these layers.
+
+    Args:
+        h: Input of the projections, [N, HW, C].
+        projections: The layers of queries, keys and values.
+        num_heads: Number of heads.
+    """
     channels = h.shape[-1]
     if not all(_is_plain_linear(layer, channels) for layer in projections):
         return False
@@ -27,14 +33,21 @@ def is_trained_here(h: Tensor, projections: Sequence[nn.Module], num_heads: int)
 
 
 def _is_plain_linear(layer: nn.Module, channels: int) -> bool:
-    """A product and nothing else."""
+    """Return whether `layer` is an unmodified square nn.Linear with a bias."""
     return is_untouched(layer, nn.Linear) and layer.weight.shape == (channels, channels) and layer.bias is not None
 
 
 def attention(qkv: Tensor, num_heads: int) -> Tensor:
-    """softmax(q k^T / sqrt(C / heads)) v, of every pixel to all: [N, HW, 3 C] of q, k and v, heads within -> [N, HW, C].
+    """Return softmax(q k^T / sqrt(C / heads)) v over all pixels.
 
-    Second derivatives are PyTorch's.
+    First derivatives use this package's kernels, second derivatives PyTorch's.
+
+    Args:
+        qkv: [N, HW, 3 C]: q, k and v in this order, the heads of each one after another.
+        num_heads: Number of heads, a divisor of C.
+
+    Returns:
+        [N, HW, C] in the dtype of qkv.
     """
     out: Tensor = _Attention.apply(qkv.contiguous(), num_heads)  # type: ignore[no-untyped-call]
     return out
@@ -81,7 +94,7 @@ def _arguments(qkv: Tensor, num_heads: int) -> tuple[int, int, int, int, float, 
 
 
 def _gradient(qkv: Tensor, grad: Tensor, num_heads: int) -> Tensor:
-    """Of qkv, in PyTorch's operations."""
+    """Return the gradient of qkv, computed by differentiable PyTorch operations."""
     n, pixels, channels = _sizes(qkv)
     scale, shape = _scale(qkv, num_heads), (n, pixels, 3, num_heads, channels // num_heads)
     q, k, v = qkv.view(shape).permute(2, 0, 3, 1, 4).unbind(0)  # each [N, heads, HW, C / heads]

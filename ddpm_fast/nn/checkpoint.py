@@ -1,4 +1,4 @@
-"""Networks on disk, in diffusers' folder layout: config.json and diffusion_pytorch_model.safetensors."""
+"""Networks on disk in diffusers' folder layout: config.json and diffusion_pytorch_model.safetensors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -27,13 +26,18 @@ _LEGACY_PATTERN = re.compile(r"(\.attentions\.\d+\.)(query|key|value|proj_attn)(
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> tuple[UNetConfig, dict[str, Tensor]]:
-    """Reads a network's configuration and weights, without running any code that the files might hold.
+    """Read a network's configuration and weights without running code from the files.
 
     Args:
-        path: a network's folder, or a pipeline's folder that holds it in unet/ or at its root.
+        path: A network's folder, or a pipeline's folder that holds it in unet/ or at its root.
 
     Returns:
-        The configuration, and the weights on the CPU in their stored dtype under their present names.
+        The configuration, and the weights by their current names. Weights are on the CPU in their stored
+        dtype.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+        ValueError: A file is damaged, or the configuration is not supported.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -47,7 +51,18 @@ def load_checkpoint(path: str | os.PathLike[str]) -> tuple[UNetConfig, dict[str,
 
 
 def save_checkpoint(path: str | os.PathLike[str], config: UNetConfig, weights: Mapping[str, Tensor]) -> None:
-    """Writes a network's folder; `load_checkpoint` finds what was there before or what is written now, never a mixture."""
+    """Write a network's folder atomically.
+
+    At any time `load_checkpoint` finds the old or the new network, never a mixture.
+
+    Args:
+        path: Folder to write, created if needed.
+        config: Configuration for config.json.
+        weights: Tensors by name.
+
+    Raises:
+        ValueError: The folder holds a network with another configuration.
+    """
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     # Two files cannot be replaced at once: a configuration, once there, stays, and only the weights are replaced.
@@ -59,6 +74,8 @@ def save_checkpoint(path: str | os.PathLike[str], config: UNetConfig, weights: M
             f"got {os.fspath(path)!r} which differs in {changed}"
         )
     with replacing(folder / _WEIGHTS) as temporary:
+        import safetensors.torch
+
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
         safetensors.torch.save_file(tensors, temporary, metadata={"format": "pt"})
     if new:
@@ -69,10 +86,18 @@ def save_checkpoint(path: str | os.PathLike[str], config: UNetConfig, weights: M
 
 
 def load_tensors(caller: str, path: str | os.PathLike[str]) -> Any:
-    """What torch.save wrote to a file, tensors and plain values on the CPU, without running code that it might hold.
+    """Read tensors and plain values that torch.save wrote, without running code from the file.
+
+    Args:
+        caller: Name of the calling function for error messages.
+        path: File to read.
+
+    Returns:
+        The saved object, with tensors on the CPU.
 
     Raises:
-        FileNotFoundError: there is no such file. ValueError: it is damaged, or holds objects that only code can rebuild.
+        FileNotFoundError: The file does not exist.
+        ValueError: The file is damaged or holds objects that need pickle.
     """
     path = os.fspath(path)
     if not os.path.isfile(path):
@@ -93,7 +118,15 @@ def load_tensors(caller: str, path: str | os.PathLike[str]) -> Any:
 def check_weights(
     caller: str, path: str | os.PathLike[str], owner: str, expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]
 ) -> None:
-    """ValueError where names or shapes of the weights read from `path` are not those that their owner expects."""
+    """Raise a ValueError unless weights have the expected names and shapes.
+
+    Args:
+        caller: Name of the calling function for error messages.
+        path: Origin of the weights for error messages.
+        owner: Owner of the expected names for error messages.
+        expected: Tensors with the expected names and shapes.
+        weights: Tensors to check.
+    """
     missing, unexpected = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
     for kind, names in (("missing", missing), ("unexpected", unexpected)):
         if names:
@@ -128,6 +161,8 @@ def _read_config(folder: Path) -> UNetConfig:
 def _read_weights(folder: Path) -> dict[str, Tensor]:
     weights: dict[str, Tensor]
     if (file := folder / _WEIGHTS).is_file():
+        import safetensors.torch
+
         try:
             weights = safetensors.torch.load_file(file)
         except safetensors.SafetensorError as error:

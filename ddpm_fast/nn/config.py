@@ -1,4 +1,4 @@
-"""What a U-Net is made of: diffusers' `UNet2DModel` configuration keys, their defaults, and what is supported."""
+"""Configuration of the U-Net: the keys and defaults of diffusers' `UNet2DModel`, and the supported values."""
 
 from __future__ import annotations
 
@@ -46,7 +46,10 @@ _UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UNetConfig:
-    """A checked configuration; names, meanings and defaults are those of diffusers' `UNet2DModel`, but for OWN_KEYS."""
+    """A validated U-Net configuration.
+
+    Names, meanings and defaults are those of diffusers' `UNet2DModel`. Only OWN_KEYS are this package's.
+    """
 
     sample_size: int | Sequence[int] | None = None  # height and width the network was made for; not enforced
     in_channels: int = 3
@@ -81,7 +84,14 @@ class UNetConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> UNetConfig:
-        """Reads the keys of a config.json; those that begin with "_" are diffusers' bookkeeping and are left out."""
+        """Return the configuration that the keys of a config.json describe.
+
+        Args:
+            values: Keys and values. Keys that begin with "_" are diffusers' bookkeeping and are ignored.
+
+        Raises:
+            ValueError: A key is unknown, or a value is not supported.
+        """
         known = [field.name for field in dataclasses.fields(cls)]
         values = {key: value for key, value in values.items() if not key.startswith("_")}
         for key in values:
@@ -90,7 +100,7 @@ class UNetConfig:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """Every key, as JSON types."""
+        """Return every key with its value as JSON types."""
         values = dataclasses.asdict(self)
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
@@ -137,7 +147,14 @@ class UNetConfig:
         return self.time_input_dim or self.block_out_channels[0]
 
     def check_images(self, caller: str, name: str, shape: Sequence[int]) -> None:
-        """ValueError unless this is the shape of a network's input."""
+        """Raise a ValueError unless `shape` is a valid shape of the network's input.
+
+        Args:
+            caller: Name of the calling function for error messages.
+            name: Name of the checked argument for error messages.
+            shape: Shape to check. Valid is [N, in_channels, H, W] with H and W multiples of
+                2^(number of levels - 1).
+        """
         multiple = 2 ** (len(self.block_out_channels) - 1)
         if len(shape) != 4 or shape[1] != self.in_channels:
             raise ValueError(f"{caller}: expected {name} to be [N, {self.in_channels}, H, W], got {tuple(shape)}")
@@ -145,7 +162,7 @@ class UNetConfig:
             raise ValueError(f"{caller}: expected {name} to have H and W that are multiples of {multiple}, got {tuple(shape)}")
 
     def head_dim(self, channels: int) -> int | None:
-        """Channels of one head of an attention of this width; None: all."""
+        """Return the channels per head of an attention layer of this width, or None for a single head."""
         return channels // self.num_attention_heads if self.num_attention_heads else self.attention_head_dim
 
 

@@ -1,4 +1,4 @@
-"""`Conv3x3`, whose training step on a CPU is this package's own, and the packed weights that the inference form has, too."""
+"""3x3 convolutions: `Conv3x3` with a native training step on the CPU, and packed weights for kernels."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ Layer = TypeVar("Layer", bound=nn.Module)
 
 DTYPES: Final = (torch.float32, torch.bfloat16)
 
-# 2x2 tiles of a batch that are worth reading 16/9 of the weights; after an upsampling, of the small maps, 36/16 of them.
+# Fewest 2x2 tiles of a batch for which reading 16/9 of the weights pays (36/16 after an upsampling, of the small maps).
 WINOGRAD_TILES: Final = 8
 
 
 def why_not_packed(device: torch.device, dtype: torch.dtype) -> str | None:
-    """The reason why convolutions of this dtype are not this package's own; None where they are."""
+    """Return why convolutions of this dtype do not use this package's kernels, or None if they do."""
     if device.type != "cpu":
         return f"they run on the CPU, not on {device.type}"
     if native_error() is not None:
@@ -39,12 +39,15 @@ def why_not_packed(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def has_fast_bfloat16() -> bool:
-    """Whether this CPU multiplies in bfloat16."""
+    """Return whether this CPU has bfloat16 multiply instructions."""
     return native_error() is None and (BUILD["isa"] == "avx512_bf16" or BUILD.get("amx_bf16", False))
 
 
 def trained_dtype(x: Tensor, *parameters: Tensor | None) -> torch.dtype | None:
-    """The dtype of a layer's training step in this package's kernels; None where it is PyTorch's, or none is recorded."""
+    """Return the dtype of a layer's training step in this package's kernels.
+
+    None if PyTorch computes the step, or if no gradient is recorded.
+    """
     by_autocast = torch.is_autocast_enabled("cpu")
     dtype = torch.get_autocast_dtype("cpu") if by_autocast else x.dtype
     given = [tensor for tensor in (x, *parameters) if tensor is not None]
@@ -61,22 +64,28 @@ def trained_dtype(x: Tensor, *parameters: Tensor | None) -> torch.dtype | None:
 
 
 def step_of(dtype: torch.dtype) -> int:
-    """Input channels that a multiply-add takes."""
+    """Return the number of input channels per multiply-add: 2 in bfloat16, 1 in float32."""
     return 2 if dtype == torch.bfloat16 else 1
 
 
 def winograd_tiles(n: int, height: int, width: int) -> int:
-    """2x2 tiles of n maps."""
+    """Return the number of 2x2 tiles in n feature maps."""
     return n * ((height + 1) // 2) * ((width + 1) // 2)
 
 
 def pack_winograd(weight: Tensor, dtype: torch.dtype, *, flipped: bool = False, upsample: bool = False) -> Tensor:
-    """G g G^T of 3x3 weights [out, in, 3, 3] in the order in which the kernel reads them: [panels, 16, in / step, panel, step].
+    """Return 3x3 weights transformed by Winograd's G and packed for the kernel.
+
+        G g G^T,  packed as [panels, 16, in / step, panel, step]
+
+    `ddpm_fast.nn.packed.pack` explains panels and steps.
 
     Args:
-        dtype: of the result. See `ddpm_fast.nn.packed.pack` for panels and steps.
-        flipped: for the convolution that takes the output's gradient to the input's: in and out exchanged, taps from the last.
-        upsample: for the convolution after an upsampling by 2, whose four phases have 9 matrices each: 36 instead of 16.
+        weight: [out, in, 3, 3].
+        dtype: Dtype of the result.
+        flipped: Pack for the input's gradient: in and out exchanged, taps in reverse order.
+        upsample: Pack for the convolution after an upsampling by 2. Its four phases have 9 matrices
+            each, so the second dimension is 36 instead of 16.
     """
     pack = _pack if is_plain(weight) else torch.ops.ddpm_fast.pack_winograd
     packed: Tensor = pack(weight.detach().float(), dtype, flipped, upsample)
@@ -107,23 +116,31 @@ define("pack_winograd", "(Tensor weight, ScalarType dtype, bool flipped, bool up
 
 
 class Conv3x3(nn.Conv2d):
-    """nn.Conv2d, for convolutions 3x3 of stride 1 and padding 1: [N, in_channels, H, W] -> [N, out_channels, H, W].
+    """nn.Conv2d for 3x3 convolutions with stride 1 and padding 1.
 
-    Where gradients are recorded on a CPU, in channels_last and a dtype that it is fast at (float32, or bfloat16, by autocast
-    too), output and gradients are by Winograd's F(2x2, 3x3), in this package's kernels; elsewhere, and for second
-    derivatives, they are PyTorch's. What an infinity reaches may be NaN where PyTorch has an infinity.
+    Training steps on a CPU use this package's Winograd F(2x2, 3x3) kernels, forward and backward. They need
+    channels_last maps or weights in float32, or in bfloat16 on a CPU with AVX-512 BF16 and no AMX. The
+    dtype may come from autocast. A batch must have at least `WINOGRAD_TILES` 2x2 tiles.
+
+    PyTorch computes all other calls and second derivatives. With infinite inputs the kernels may return NaN
+    where PyTorch returns infinities.
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        """Return the convolution of input: [N, in_channels, H, W] -> [N, out_channels, H, W]."""
         out = _trained(self, input, upsample=False)
         return super().forward(input) if out is None else out
 
 
 def upsampled(conv: nn.Module, x: Tensor) -> Tensor:
-    """conv of x with every pixel twice in both directions: [N, in, H, W] -> [N, out, 2 H, 2 W].
+    """Return `conv` of x upsampled by 2 (nearest): [N, in, H, W] -> [N, out, 2 H, 2 W].
 
-    In training it is by F(2x2, 2x2) of the small map where `Conv3x3` would be this package's, and is what it was made: what
-    stands in its place or watches it gets the large map.
+    Training steps of an unmodified `Conv3x3` use Winograd F(2x2, 2x2) on the small map, under the
+    conditions given there. Any other module, or one with hooks, is called with the upsampled map.
+
+    Args:
+        conv: A convolution.
+        x: [N, in, H, W].
     """
     out = _trained(conv, x, upsample=True) if is_untouched(conv, Conv3x3) else None
     if out is None:
@@ -132,13 +149,13 @@ def upsampled(conv: nn.Module, x: Tensor) -> Tensor:
 
 
 def is_untouched(layer: nn.Module, kind: type[Layer]) -> TypeGuard[Layer]:
-    """Whether it does what this very class does, and nobody watches its calls."""
+    """Return whether `layer` is an unmodified `kind` without hooks."""
     hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
     return type(layer) is kind and "forward" not in vars(layer) and not any(hooks)
 
 
 def _trained(conv: Conv3x3, x: Tensor, *, upsample: bool) -> Tensor | None:
-    """The convolution of x, whose gradients this package's kernels make; None where they do not."""
+    """Return the convolution of x with gradients by this package's kernels, or None if they do not apply."""
     dtype = trained_dtype(x, conv.weight, conv.bias)
     if dtype is None or not _is_for_winograd(conv, x):
         return None
@@ -147,14 +164,14 @@ def _trained(conv: Conv3x3, x: Tensor, *, upsample: bool) -> Tensor | None:
 
 
 def doubled(x: Tensor) -> Tensor:
-    """Every pixel twice in both directions: [N, C, H, W] -> [N, C, 2 H, 2 W]."""
+    """Upsample by 2 (nearest): [N, C, H, W] -> [N, C, 2 H, 2 W]."""
     if x.dim() != 4:  # of [C, H, W] PyTorch would double the width alone
         raise ValueError(f"upsampling: expected x to be [N, C, H, W], got shape {tuple(x.shape)}")
     return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
 def _is_usual(conv: nn.Conv2d) -> bool:
-    """3x3, of stride 1 and padding 1, with zeros."""
+    """Return whether `conv` is 3x3 with stride 1, padding 1 and zero padding."""
     geometry = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
     return geometry == ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")
 
@@ -219,7 +236,7 @@ def _convolve(
 
 
 def _weight_gradients(x: Tensor, grad: Tensor, has_bias: bool, upsample: bool) -> tuple[Tensor, Tensor | None]:
-    """In float32, whatever the dtype of the maps."""
+    """Return the gradients of weight and bias in float32."""
     x, grad = (t.contiguous(memory_format=torch.channels_last) for t in (x, grad))
     (n, channels, height, width), out_channels = x.shape, grad.shape[1]
     shape = (out_channels, channels, 3, 3)
@@ -236,7 +253,7 @@ def _weight_gradients(x: Tensor, grad: Tensor, has_bias: bool, upsample: bool) -
 
 
 def float_bias(bias: Tensor) -> Tensor:
-    """As the kernels read it: float32 [out], without a gradient. It may be the bias's own memory."""
+    """Return the bias as contiguous float32 [out], detached. May share memory with `bias`."""
     return bias.detach().float().contiguous()
 
 
@@ -258,13 +275,32 @@ def convolve(
     stride: int,
     padding: int,
 ) -> Tensor:
-    """A convolution of channels_last maps.
+    """Convolve channels_last feature maps, with the operations before and after fused.
+
+        (conv(act(norm(x and skip))) + bias + added) / divisor
 
     Args:
-        weights: as `ddpm_fast.nn.packed.pack` packs them for this method.
-        method: "direct" or "winograd"; or "winograd_upsampled_gradient", of the gradient of the output of an upsampled
-            convolution, with weights of `pack_winograd(flipped=True, upsample=True)`, to that of its input.
-        upsample: of every pixel twice in both directions before the convolution.
+        x: [N, C, H, W], channels_last.
+        skip: Further input channels [N, S, H, W], or None.
+        lines: Affine coefficients of the norm, [N, 3, C + S], or None for no norm.
+        silu: Apply SiLU after the norm.
+        weights: Packed by `ddpm_fast.nn.packed.pack` for this method.
+        bias: float32 [out_channels], or None.
+        added: Residual, shaped like the output, or None.
+        divisor: Divides the sum.
+        method: "direct", "winograd" or "winograd_upsampled_gradient". The last one maps the gradient of
+            an upsampled convolution's output to that of its input. Its weights come from
+            `pack_winograd(flipped=True, upsample=True)`.
+        upsample: Upsample the input by 2 (nearest) before the convolution.
+        out_channels: Channels of the output.
+        out_height: Height of the output.
+        out_width: Width of the output.
+        kernel: Kernel size, 1 or 3.
+        stride: Stride, 1 or 2.
+        padding: Zeros on each side.
+
+    Returns:
+        [N, out_channels, out_height, out_width] in x's dtype, channels_last.
     """
     n, channels, height, width = x.shape
     y = empty((n, out_channels, out_height, out_width), x.dtype, x.device)

@@ -1,4 +1,4 @@
-"""`freeze`: the inference form of a U-Net, which gives the same outputs with less to do at every step."""
+"""Inference form of the U-Net: the same outputs with less work at every step."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _CACHED_BYTES = 8 << 20  # of a map that is a batch's largest: 16 images of the 
 if TYPE_CHECKING:
     from typing_extensions import Self  # Python 3.11 has it in typing
 
-# What a UNet is built of. A layer that something else has taken the place of (an adapter, say) would be lost in the copy.
+# Layers of a UNet. A layer that replaces one of them (an adapter, say) would be lost in the copy.
 _LAYERS = (
     *(UNet, DownBlock, MidBlock, UpBlock, ResnetBlock, Attention, GroupNormSiLU, Downsample, Upsample, TimeEmbedding),
     *(nn.ModuleList, Conv3x3, nn.Conv2d, nn.Linear, nn.Embedding),
@@ -54,27 +54,38 @@ def freeze(
     device: torch.device | str | None = None,
     num_timesteps: int | None = None,
 ) -> FrozenUNet:
-    """The inference form of a U-Net: called like it, with its outputs up to the rounding of dtype, and without gradients.
+    """Return the inference form of a U-Net.
 
-    On a CPU, convolutions and matrix products are this package's own: weights are packed for them at the first use, and they
-    norm and activate their input as they read it, read skip connections where those are, and add residuals as they write. For
-    bfloat16 on a CPU with AMX, convolutions are oneDNN's, with weights that are reordered once.
-    Elsewhere weights are cast once, to channels_last. The projections of the time embedding, one for every residual block, are
-    tables over the timesteps, computed in float64 (for a network with classes the embedding is such a table, and all
-    projections are one product). Attention makes its queries, keys and values in one product; biases and the shortcuts of
-    residual blocks join their neighbours; dropout is gone. Norms keep float32 parameters. On a CPU the packed weights
-    take two to four times the memory of the model's.
+    It is called like the model and has no gradients. Outputs are equal up to the rounding of `dtype`.
+
+    On a CPU, in float32 and bfloat16, convolutions and matrix products use this package's kernels:
+
+    - Weights are packed at first use. Packed weights need 2-4x the model's memory.
+    - Norms and activations are applied while a convolution reads its input.
+    - Skip connections are read in place, and residuals are added while the output is written.
+    - In bfloat16 on a CPU with AMX, oneDNN computes the convolutions from weights reordered once.
+
+    On a GPU, and in other dtypes, weights are cast once and stored channels_last.
+
+    In every case:
+
+    - The projections of the time embedding become tables over the timesteps, computed in float64. A
+      network with classes has such a table for the embedding, and one product for all projections.
+    - Queries, keys and values are one product.
+    - Biases and shortcuts are merged into neighbouring layers, and dropout is removed.
+    - Norm parameters stay float32.
 
     Args:
-        model: left as it is. What happens to its weights later does not show in the inference form.
-        dtype: of weights and activations. None: the model's, but for a float32 model bfloat16 where the device is fast at it,
-            and on another GPU float16.
-        device: None: where the model is.
-        num_timesteps: T; timesteps are integers in 0..T-1. None: `num_train_timesteps` of the config, or 1000.
+        model: U-Net, not modified. Later changes of its weights do not affect the result.
+        dtype: Dtype of weights and activations. None: the model's dtype. A float32 model becomes bfloat16
+            on devices with fast bfloat16, and float16 on other GPUs.
+        device: None: the model's device.
+        num_timesteps: T. Timesteps must be integers in 0..T-1. None: `num_train_timesteps` of the
+            config, or 1000.
 
     Raises:
-        TypeError: the model is not a `UNet` made of this package's layers alone, or dtype not a torch.dtype. ValueError: a
-            dtype that is not floating.
+        TypeError: `model` is not a `UNet` of unmodified layers, or `dtype` is not a torch.dtype.
+        ValueError: `dtype` is not floating.
     """
     if not isinstance(model, UNet):
         raise TypeError(f"freeze: expected model to be a ddpm_fast.UNet (UNet.from_pretrained), got a {type(model).__name__}")
@@ -94,7 +105,7 @@ def freeze(
 
 
 def default_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """What `freeze` makes of a model of this dtype on this device."""
+    """Return the dtype that `freeze` chooses for a model of this dtype on this device."""
     if dtype != torch.float32 or device.type not in ("cpu", "cuda"):
         return dtype
     if device.type == "cpu":
@@ -104,7 +115,7 @@ def default_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def why_not_frozen(model: nn.Module) -> str | None:
-    """What `freeze` would not carry over; None for a `UNet` that is as this package builds it."""
+    """Return why `model` cannot be frozen, or None if it can."""
     if type(model) is not UNet:
         return f"the model is a {type(model).__name__}"
     for name, module in model.named_modules():
@@ -121,14 +132,18 @@ def why_not_frozen(model: nn.Module) -> str | None:
 
 
 class FrozenUNet(nn.Module):
-    """See `freeze`. Weights are packed, and on a CPU calls of kernels recorded, at the first call: what is written to
-    parameters later counts where `load_state_dict` writes it, and hooks of layers see the first call of a shape alone.
+    """Inference form of a `UNet`; see `freeze`.
+
+    On a CPU, the first call with a new input shape packs weights and records the kernel calls. Later calls
+    replay the recording. Replays use new weights only if `load_state_dict` wrote them. Hooks of layers run
+    only in the first call of a shape.
 
     Attributes:
-        config: the model's.
+        config: The model's configuration.
         num_timesteps: T.
-        dtype: of weights and activations.
-        why_not_packed: the reason why convolutions are PyTorch's or oneDNN's; None where they are this package's own, on a CPU.
+        dtype: Dtype of weights and activations.
+        why_not_packed: The reason why PyTorch or oneDNN computes the convolutions. None if this package's
+            CPU kernels do.
     """
 
     def __init__(self, model: UNet, dtype: torch.dtype, device: torch.device, num_timesteps: int) -> None:
@@ -170,7 +185,13 @@ class FrozenUNet(nn.Module):
         self.requires_grad_(False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Of `to`, `half`, `cuda`, ...: packed weights stay what they are."""
+        """Apply `to`, `half`, `cuda`, ...
+
+        Packed weights keep their dtype and stay on the CPU.
+
+        Raises:
+            TypeError: Packed weights would have to change.
+        """
         changed = fn(torch.empty(0, dtype=self.dtype, device="cpu"))
         if self.why_not_packed is not None:
             self.dtype = changed.dtype
@@ -187,10 +208,20 @@ class FrozenUNet(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Tensor, t: Tensor | int, class_labels: Tensor | None = None) -> Tensor:
-        """As `UNet.forward`, with integer timesteps in 0..T-1; the output is channels_last.
+        """Evaluate the network as `UNet.forward` does.
 
-        A tensor of timesteps out of that range is an error on a CPU; on a GPU, which a check would stall, its range is
-        the caller's promise.
+        Args:
+            x: x_t, [N, in_channels, H, W].
+            t: Integer timesteps in 0..T-1: an int, a 0-d tensor, or [N]. A tensor is checked on the CPU. On
+                a GPU a check would synchronize with the host, so the caller must keep it in range.
+            class_labels: int64 [N], for networks with classes.
+
+        Returns:
+            [N, out_channels, H, W] in `dtype`, channels_last.
+
+        Raises:
+            ValueError: A shape does not fit, or a timestep or label is out of range.
+            TypeError: Timesteps are not integers.
         """
         if isinstance(t, int) and not 0 <= t < self.num_timesteps:
             raise ValueError(f"FrozenUNet: expected t in 0..{self.num_timesteps - 1}, got {t}")
@@ -213,7 +244,7 @@ class FrozenUNet(nn.Module):
         return through_layers(self, x, self.modulations.of_blocks(stacks))
 
     def _images_at_once(self, x: Tensor) -> int:
-        """On a CPU a large batch goes in parts whose maps the cache holds from one layer to the next."""
+        """Return the number of images per pass, chosen so that feature maps stay in the CPU's cache."""
         n, _, height, width = x.shape
         bytes_an_image = self._config.block_out_channels[0] * height * width * x.element_size()
         if x.device.type != "cpu" or n * bytes_an_image <= _CACHED_BYTES:
@@ -238,13 +269,16 @@ def _pack_samplers(block: nn.Module, dtype: torch.dtype) -> None:
 
 
 class Modulations(nn.Module):
-    """What time (and class) add to the residual blocks: [N, channels] for each projection.
+    """Time (and class) terms of all residual blocks: one [N, channels] tensor per projection.
 
-    Projections of the same width are stacked: one lookup, or with classes one batched product, makes all of a width, each
-    contiguous as the norms take it.
+    Projections of the same width are stacked. One lookup computes each stack, or one batched product if
+    there are classes. Every term is contiguous, as the norms need it.
 
     Args:
-        projections: weight [W, E] and bias [W] of each, on the embedding after its SiLU.
+        model: The U-Net.
+        num_timesteps: T.
+        projections: Weight [W, E] and bias [W] of each projection, applied after the embedding's SiLU.
+        dtype: Dtype of weights and activations.
     """
 
     def __init__(self, model: UNet, num_timesteps: int, projections: list[tuple[Tensor, Tensor]], dtype: torch.dtype) -> None:
@@ -255,7 +289,7 @@ class Modulations(nn.Module):
         emb = model.time_embedding.double()(emb.double())  # [T, E]
         widths = [len(bias) for _, bias in projections]
         distinct = sorted(set(widths))
-        # Of each projection: its stack, and its row there.
+        # Stack and row of each projection.
         self._places = [(distinct.index(width), widths[:i].count(width)) for i, width in enumerate(widths)]
         stacks = []
         for width in distinct:
@@ -271,7 +305,7 @@ class Modulations(nn.Module):
         self.has_classes = model.class_embedding is not None
 
     def forward(self, t: Tensor, class_labels: Tensor | None) -> list[Tensor]:
-        """The stacks: [B, N, W] each."""
+        """Return the stacks, [B, N, W] each, for timesteps [N] and labels [N] or None."""
         if class_labels is None:
             return [table.index_select(1, t) for table in self.tables]
         time, classes = self.embeddings
@@ -282,13 +316,13 @@ class Modulations(nn.Module):
         ]
 
     def of_blocks(self, stacks: Sequence[Tensor]) -> list[Tensor]:
-        """[N, W] of each projection, in their order."""
+        """Return the term [N, W] of each projection in order, as views of the stacks."""
         rows = [stack.unbind() for stack in stacks]
         return [rows[stack][row] for stack, row in self._places]
 
 
 class FrozenResnetBlock(nn.Module):
-    """`ResnetBlock`, given the list that `Modulations` makes: its own begins at `place`."""
+    """`ResnetBlock` whose time terms come from `Modulations`, at index `place` of its list."""
 
     def __init__(self, block: ResnetBlock, place: int) -> None:
         super().__init__()
@@ -306,6 +340,7 @@ class FrozenResnetBlock(nn.Module):
             self.conv2.bias = nn.Parameter(_sum(block.conv2.bias, block.conv_shortcut.bias))
 
     def forward(self, x: Tensor, modulations: list[Tensor], skip: Tensor | None = None) -> Tensor:
+        """Return the block's output: [N, C, H, W] -> [N, out_channels, H, W]."""
         if skip is not None:
             x = torch.cat((x, skip), dim=1)
         h = self.conv1(self.norm1(x))
@@ -329,7 +364,7 @@ class FrozenResnetBlock(nn.Module):
 
 
 class FrozenAttention(nn.Module):
-    """`Attention` with a single product for queries, keys and values."""
+    """`Attention` with one product for queries, keys and values."""
 
     def __init__(self, attention: Attention) -> None:
         super().__init__()
@@ -339,6 +374,7 @@ class FrozenAttention(nn.Module):
         self.to_out = attention.to_out[0]
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the layer's output: [N, C, H, W] -> [N, C, H, W]."""
         n, c, height, width = x.shape
         h = x if self.group_norm is None else self.group_norm(x)
         h = self.to_qkv(h.flatten(2).transpose(1, 2))  # [N, HW, 3 C]
@@ -351,7 +387,7 @@ class FrozenAttention(nn.Module):
 
 
 def _time_projections(block: ResnetBlock) -> list[tuple[Tensor, Tensor]]:
-    """Weight and bias of what a residual block makes of the embedding: its shift, or its scale and its shift."""
+    """Return weight and bias of a block's time terms: its shift, or its scale and its shift."""
     weight, bias = block.time_emb_proj.weight, block.time_emb_proj.bias
     if block.scale_shift:
         return list(zip(weight.chunk(2), bias.chunk(2), strict=True))
@@ -360,7 +396,7 @@ def _time_projections(block: ResnetBlock) -> list[tuple[Tensor, Tensor]]:
 
 
 def _sum(bias: Tensor | None, other: Tensor | None) -> Tensor:
-    """Of two biases, which every layer here has; not rounded before the result is cast."""
+    """Return the sum of two biases in float64. Every layer here has a bias."""
     assert bias is not None
     assert other is not None
     return bias.double() + other.double()

@@ -1,4 +1,7 @@
-"""The U-Net's layers. Parameter names are diffusers'; `emb` is the time (and class) embedding *after* its SiLU."""
+"""Layers of the U-Net.
+
+Parameter names are diffusers'. `emb` is the time (and class) embedding *after* its SiLU.
+"""
 
 from __future__ import annotations
 
@@ -15,19 +18,19 @@ from .conv import Conv3x3, doubled, upsampled
 
 
 def timestep_embedding(t: Tensor, dim: int, *, flip_sin_to_cos: bool = False, freq_shift: int = 1) -> Tensor:
-    """Sinusoidal position embedding of the timestep (Ho et al. 2020, appendix B; Vaswani et al. 2017).
+    """Return the sinusoidal embedding of timesteps (Ho et al. 2020, appendix B; Vaswani et al. 2017).
 
     Args:
-        t: timesteps, any real dtype, shape [N].
-        dim: width of the embedding, even.
-        flip_sin_to_cos: cosines first.
-        freq_shift: the lowest frequency is 10000^-((dim/2 - 1) / (dim/2 - freq_shift)).
+        t: Timesteps [N] of any real dtype.
+        dim: Width of the embedding, even.
+        flip_sin_to_cos: Put the cosines first.
+        freq_shift: Sets the lowest frequency, 10000^-((dim/2 - 1) / (dim/2 - freq_shift)).
 
     Returns:
-        float32 [N, dim]: half precision cannot hold t * frequency for t ~ 1000.
+        float32 [N, dim]. Half precision cannot hold t * frequency for t near 1000.
     """
     half = dim // 2
-    # In this order of roundings, published networks see the bits they were trained on: an error in a frequency grows with t.
+    # The order of roundings is that of published networks: an error in a frequency grows with t.
     exponents = -math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=t.device) / (half - freq_shift)
     angles = t.float()[:, None] * exponents.exp()  # [N, dim / 2]
     sin, cos = angles.sin(), angles.cos()
@@ -35,7 +38,12 @@ def timestep_embedding(t: Tensor, dim: int, *, flip_sin_to_cos: bool = False, fr
 
 
 class TimeEmbedding(nn.Module):
-    """Two-layer perceptron on the sinusoidal embedding: [N, in_dim] -> [N, out_dim]."""
+    """Two-layer perceptron on the sinusoidal embedding.
+
+    Args:
+        in_dim: Width of the sinusoidal embedding.
+        out_dim: Width of the time embedding.
+    """
 
     def __init__(self, in_dim: int, out_dim: int) -> None:
         super().__init__()
@@ -43,18 +51,27 @@ class TimeEmbedding(nn.Module):
         self.linear_2 = nn.Linear(out_dim, out_dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the time embedding: [N, in_dim] -> [N, out_dim]."""
         out: Tensor = self.linear_2(F.silu(self.linear_1(x)))
         return out
 
 
 class GroupNormSiLU(nn.GroupNorm):
-    """Group normalisation and what surrounds it in a U-Net, in one pass over memory: see `ddpm_fast.group_norm_silu`."""
+    """Group normalization with modulation and SiLU in one pass; see `ddpm_fast.group_norm_silu`.
+
+    Args:
+        num_groups: Number of groups, a divisor of num_channels.
+        num_channels: Channels of the input.
+        eps: Added to the variance.
+        activation: "silu" or None.
+    """
 
     def __init__(self, num_groups: int, num_channels: int, eps: float, activation: Literal["silu"] | None = "silu") -> None:
         super().__init__(num_groups, num_channels, eps)
         self.activation: Literal["silu"] | None = activation
 
     def forward(self, input: Tensor, shift: Tensor | None = None, scale_shift: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Return the normalized input. Arguments are those of `ddpm_fast.group_norm_silu`."""
         return group_norm_silu(
             input,
             self.num_groups,
@@ -68,14 +85,22 @@ class GroupNormSiLU(nn.GroupNorm):
 
 
 class ResnetBlock(nn.Module):
-    """norm, SiLU, conv, + time, norm, SiLU, conv, + input: [N, in_channels, H, W] -> [N, out_channels, H, W].
+    """Residual block: norm, SiLU, conv, time, norm, SiLU, dropout, conv, plus the input.
 
-    Time enters as a shift before the second norm ("default", Ho et al.) or as a scale and a shift after it
-    ("scale_shift", Nichol & Dhariwal 2021).
+    Time is a shift before the second norm ("default", Ho et al. 2020), or a scale and a shift after it
+    ("scale_shift", Nichol and Dhariwal 2021).
 
     Args:
-        resample: halve ("down", the mean of 2x2 pixels) or double ("up", every pixel twice) height and width, of the input and
-            before the first convolution (Song et al. 2021; BigGAN).
+        in_channels: Channels of the input, those of `skip` included.
+        out_channels: Channels of the output.
+        emb_dim: Width of the time embedding.
+        num_groups: Groups of both norms.
+        eps: Epsilon of both norms.
+        dropout: Dropout probability before the second convolution.
+        time_scale_shift: "default" or "scale_shift".
+        output_scale_factor: Divides the output.
+        resample: Resample the input, and the activation before the first convolution: "down" by the mean
+            of 2x2 pixels, "up" by nearest neighbour (Song et al. 2021; BigGAN). None: keep the size.
     """
 
     def __init__(
@@ -104,7 +129,16 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: Tensor, emb: Tensor, skip: Tensor | None = None) -> Tensor:
-        """skip: further channels of x, [N, S, H, W]; in_channels counts them."""
+        """Return the block's output.
+
+        Args:
+            x: [N, C, H, W].
+            emb: [N, emb_dim].
+            skip: Further input channels [N, S, H, W] with C + S = in_channels, or None.
+
+        Returns:
+            [N, out_channels, H', W'] with H', W' the resampled size.
+        """
         if skip is not None:
             x = torch.cat((x, skip), dim=1)
         h = self.norm1(x)
@@ -125,7 +159,15 @@ class ResnetBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over the pixels, with a residual connection: [N, C, H, W] -> [N, C, H, W]."""
+    """Self-attention over all pixels with a residual connection.
+
+    Args:
+        channels: Channels C of the input.
+        head_dim: Channels per head. None: a single head.
+        num_groups: Groups of the norm. None: no norm.
+        eps: Epsilon of the norm.
+        output_scale_factor: Divides the output.
+    """
 
     def __init__(
         self,
@@ -149,17 +191,18 @@ class Attention(nn.Module):
         return self.to_q, self.to_k, self.to_v
 
     def _joined(self) -> tuple[Tensor, Tensor]:
-        """Weight and bias of queries, keys and values as one product."""
+        """Return weight and bias of queries, keys and values as one product."""
         projections = self._projections()
         return torch.cat([linear.weight for linear in projections]), torch.cat([linear.bias for linear in projections])
 
     def joined_projections(self) -> nn.Linear:
-        """Queries, keys and values as one layer: a copy."""
+        """Return queries, keys and values as one nn.Linear, a copy."""
         joined = nn.Linear(self.to_q.in_features, 3 * self.to_q.out_features, device="meta")
         joined.weight, joined.bias = map(nn.Parameter, self._joined())
         return joined
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the layer's output: [N, C, H, W] -> [N, C, H, W]."""
         n, c, height, width = x.shape
         h = x if self.group_norm is None else self.group_norm(x)
         h = h.flatten(2).transpose(1, 2)  # [N, HW, C]; a view when x is channels_last
@@ -176,7 +219,12 @@ class Attention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """3x3 convolution of stride 2: [N, C, H, W] -> [N, C, H / 2, W / 2]; padding 0 pads right and bottom by one."""
+    """3x3 convolution of stride 2.
+
+    Args:
+        channels: Channels of input and output.
+        padding: Padding on each side. 0 pads one row below and one column on the right instead.
+    """
 
     def __init__(self, channels: int, padding: int) -> None:
         super().__init__()
@@ -184,18 +232,24 @@ class Downsample(nn.Module):
         self.asymmetric = padding == 0
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return x at half the size: [N, C, H, W] -> [N, C, H / 2, W / 2]."""
         out: Tensor = self.conv(F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x)
         return out
 
 
 class Upsample(nn.Module):
-    """Every pixel twice in both directions, then a 3x3 convolution: [N, C, H, W] -> [N, C, 2 H, 2 W]."""
+    """Upsampling by 2 (nearest), then a 3x3 convolution.
+
+    Args:
+        channels: Channels of input and output.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = Conv3x3(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return x at twice the size: [N, C, H, W] -> [N, C, 2 H, 2 W]."""
         return upsampled(self.conv, x)
 
 
@@ -204,4 +258,5 @@ def _rescaled(x: Tensor, factor: float) -> Tensor:
 
 
 def rescaled_in_place(x: Tensor, factor: float) -> Tensor:
+    """Divide x by `factor` in place and return it."""
     return x if factor == 1 else x.div_(factor)

@@ -1,4 +1,4 @@
-"""Convolutions of oneDNN with weights in the order that it wants: for CPUs where it is faster than this package's kernels."""
+"""oneDNN convolutions with prepacked weights, for CPUs on which they beat this package's kernels."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ MAX_ORDERS: Final = 4  # of the weights kept for a layer: shapes of its input
 
 
 def has_prepacked(dtype: torch.dtype) -> bool:
-    """Whether this PyTorch lends oneDNN's convolutions with reordered weights, on this CPU. They are what torch.compile
-    calls, and no public API."""
+    """Return whether this PyTorch build has oneDNN convolutions with reordered weights for this CPU.
+
+    torch.compile calls them. They are not a public API.
+    """
     if not torch.backends.mkldnn.is_available() or dtype not in DTYPES:
         return False
     try:
         if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             return False
-        # Without the initial values, which would be drawn from the generator of whoever calls.
+        # skip_init: initial values would be drawn from the caller's generator.
         conv = OneDnnConv(nn.utils.skip_init(nn.Conv2d, 1, 1, 1, device="cpu", dtype=dtype))
         x = torch.zeros(1, 1, 1, 1, dtype=dtype, device="cpu")
         conv(x, conv(x))
@@ -33,10 +35,11 @@ def has_prepacked(dtype: torch.dtype) -> bool:
 
 
 class OneDnnConv(nn.Module):
-    """An nn.Conv2d for inference, and the addition after it: [N, C, H, W] -> conv(x) + added.
+    """An nn.Conv2d for inference, followed by an addition.
 
-    In eager mode PyTorch has oneDNN reorder the weights at every call. Here they are reordered at the first call of a shape,
-    and anew where others are loaded or cast; what is written to them otherwise is not seen.
+    In eager mode PyTorch reorders the weights at every call. Here they are reordered at the first call
+    with an input shape, and again after weights are loaded or cast. Other writes to the weights have no
+    effect.
     """
 
     def __init__(self, conv: nn.Conv2d) -> None:
@@ -47,6 +50,7 @@ class OneDnnConv(nn.Module):
         self._reordered: OrderedDict[torch.Size, Tensor] = OrderedDict()
 
     def forward(self, x: Tensor, added: Tensor | None = None) -> Tensor:
+        """Return conv(x) + added: [N, C, H, W] -> [N, out, H', W']."""
         padding, stride, dilation, groups = self.geometry
         if x.device.type != "cpu" or x.dtype not in DTYPES or 0 in x.shape or not is_plain(x, added):
             out: Tensor = F.conv2d(x, self.weight, self.bias, stride, padding, dilation, groups)
@@ -79,5 +83,5 @@ class OneDnnConv(nn.Module):
         return applied
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what is reordered for this CPU."""
+        """Return the state without the weights that were reordered for this CPU."""
         return self.__dict__ | {"_reordered": OrderedDict()}

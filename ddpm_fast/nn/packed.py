@@ -1,6 +1,7 @@
-"""Layers of the inference form on a CPU: convolutions with packed weights, whose input is normed and activated as it is read.
+"""Layers of the inference form on a CPU: convolutions with packed weights and fused norms.
 
-Maps are channels_last. A skip connection is read where it is: "x and skip" are the channels of x and then those of skip.
+A norm and its activation are applied while a convolution reads its input. Feature maps are
+channels_last. "x and skip" are the channels of x followed by those of skip, each read in place.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from .conv import WINOGRAD_TILES, convolve, float_bias, pack_winograd, step_of, 
 from .layers import Attention, Downsample, GroupNormSiLU, ResnetBlock, Upsample
 from .replay import empty, keep
 
-# Of a row of the output after upsampling by 2, even or odd: which taps of three fall on which of two pixels.
+# After upsampling by 2, the three taps of an even or odd output row fall on two input rows in these ways.
 _UPSAMPLED: Final = torch.tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], dtype=torch.float64, device="cpu")
 
 # With fewer on either side, as in a network's first and last convolution, the direct sum serves: of the network of Ho et al. it
@@ -31,16 +32,23 @@ loads = 0  # of weights into layers that are packed: a recording of calls from b
 
 
 class PackedConv(nn.Module):
-    """A convolution, with the norm and activation before it and what follows: (conv(act(norm(x and skip))) + added) / divisor.
+    """A convolution with the operations around it fused.
 
-    Weights are packed at the first use, for the method that the size of the map asks for, and anew where others are loaded;
-    what is written to them otherwise is not seen.
+        (conv(act(norm(x and skip))) + added) / divisor
+
+    Weights are packed at first use, for the method that suits the map's size. They are packed again after
+    `load_state_dict`. Other writes to the weights have no effect.
 
     Args:
-        conv: 3x3 or 1x1, of stride 1 or 2, padded with zeros to as many pixels; a linear layer is a 1x1 convolution.
-        norm: None: of the input as it is.
-        upsample: of every pixel twice in both directions before the convolution.
-        asymmetric: pads by one to the right and below.
+        conv: 3x3 or 1x1 convolution of stride 1 or 2 with zero padding that keeps the size. A linear layer is
+            a 1x1 convolution.
+        norm: Norm and activation of the input, or None.
+        dtype: Dtype of feature maps and packed weights, float32 or bfloat16.
+        upsample: Upsample the input by 2 (nearest) before the convolution.
+        asymmetric: Pad one row below and one column on the right only.
+
+    Raises:
+        ValueError: `conv` is of another geometry.
     """
 
     def __init__(
@@ -80,9 +88,21 @@ class PackedConv(nn.Module):
         added: Tensor | None = None,
         divisor: float = 1.0,
     ) -> Tensor:
-        """[N, C, H, W] and perhaps [N, S, H, W] -> [N, out, H', W'], channels_last.
+        """Return the convolution's output, channels_last.
 
-        shift, scale_shift: of the norm, as in `group_norm_silu`. added: as the output.
+        Args:
+            x: [N, C, H, W] in `dtype`.
+            skip: Further input channels [N, S, H, W], or None.
+            shift: [N, C + S] of the norm, as in `group_norm_silu`.
+            scale_shift: Two [N, C + S] of the norm, as in `group_norm_silu`.
+            added: Residual, shaped like the output, or None.
+            divisor: Divides the sum.
+
+        Returns:
+            [N, out, H', W'] in `dtype`.
+
+        Raises:
+            TypeError: x has another dtype.
         """
         if x.dtype != self.dtype:
             raise TypeError(f"PackedConv: expected x to be {self.dtype}, got {x.dtype}")
@@ -120,19 +140,22 @@ class PackedConv(nn.Module):
         super()._load_from_state_dict(*arguments)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what is packed for this CPU."""
+        """Return the state without the weights that were packed for this CPU."""
         return self.__dict__ | {"_packed": {}}
 
 
 def pack(weight: Tensor, method: str, dtype: torch.dtype, *, upsample: bool = False) -> Tensor:
-    """Weights [out, in, k, k] in the order in which a kernel reads them: [panels, taps, in / step, panel, step].
+    """Return weights in the order in which a kernel reads them: [panels, taps, in / step, panel, step].
 
-    A panel is some output channels, as many as sums fit into registers; a step is what a multiply-add takes, two input channels
-    in bfloat16. What is missing to whole panels and steps is 0.
+    A panel is as many output channels as there are sums in registers. A step is the number of input
+    channels per multiply-add, 2 in bfloat16. Incomplete panels and steps are filled with 0.
 
     Args:
-        method: "direct": taps are the k k pixels; with upsampling, for each pixel of a 2x2 square of the output, the 4 pixels
-            of the small map that it is made of. "winograd": what `pack_winograd` has in their place.
+        weight: [out, in, k, k].
+        method: "direct": taps are the k k pixels of the kernel. With `upsample`, they are the 4 pixels of the
+            small map behind each pixel of a 2x2 output square. "winograd": see `pack_winograd`.
+        dtype: Dtype of the result.
+        upsample: Pack for a convolution after an upsampling by 2.
     """
     if method == "winograd":
         return pack_winograd(weight, dtype, upsample=upsample)
@@ -148,8 +171,11 @@ def pack(weight: Tensor, method: str, dtype: torch.dtype, *, upsample: bool = Fa
 
 
 def _in_huge_pages(tensor: Tensor) -> Tensor:
-    """A copy in pages of 2 MB where Linux lends them and it is worth it: at batch 1 a network's weights come from memory, and
-    looking up pages of 4 KB takes longer than reading them."""
+    """Return a copy in 2 MB pages if Linux provides them and the tensor is large, else the tensor.
+
+    At batch 1 a network's weights are read from memory, and address translation of 4 KB pages takes longer
+    than reading them.
+    """
     if tensor.nbytes < _HUGE_PAGE // 2 or not is_plain(tensor) or not hasattr(mmap, "MADV_HUGEPAGE"):
         return tensor
     try:
@@ -163,7 +189,7 @@ def _in_huge_pages(tensor: Tensor) -> Tensor:
 
 
 class PackedResnetBlock(nn.Module):
-    """`FrozenResnetBlock` with packed convolutions; see there for `place`."""
+    """`FrozenResnetBlock` with packed convolutions. `place` has the same meaning."""
 
     def __init__(self, block: ResnetBlock, place: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -176,6 +202,7 @@ class PackedResnetBlock(nn.Module):
         self.shortcut = None if block.conv_shortcut is None else PackedConv(block.conv_shortcut, dtype=dtype)
 
     def forward(self, x: Tensor, modulations: list[Tensor], skip: Tensor | None = None) -> Tensor:
+        """Return the block's output: [N, C, H, W] -> [N, out_channels, H, W]."""
         h: Tensor = self.conv1(x, skip)
         added = x if self.shortcut is None else self.shortcut(x, skip)
         if self.scale_shift:
@@ -201,6 +228,7 @@ class PackedAttention(nn.Module):
         self.to_out = PackedConv(out, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the layer's output: [N, C, H, W] -> [N, C, H, W]."""
         attend = _attention if is_plain(x) else torch.ops.ddpm_fast.attention
         h: Tensor = attend(self.to_qkv(x), self.num_heads, self.scale)
         out: Tensor = self.to_out(h, added=x, divisor=self.output_scale_factor)
@@ -208,7 +236,7 @@ class PackedAttention(nn.Module):
 
 
 def _fill_heads(qkv: nn.Linear, out: nn.Linear, heads: int, step: int) -> None:
-    """To whole steps of channels, with zeros, which change no product."""
+    """Pad each head with zero channels to whole steps. Zeros change no product."""
     missing = -(out.in_features // heads) % step
     if missing:
         qkv.weight = nn.Parameter(F.pad(qkv.weight.unflatten(0, (3 * heads, -1)), (0, 0, 0, missing)).flatten(0, 1))
@@ -217,10 +245,12 @@ def _fill_heads(qkv: nn.Linear, out: nn.Linear, heads: int, step: int) -> None:
 
 
 def packed_downsample(downsample: Downsample, dtype: torch.dtype) -> PackedConv:
+    """Return `downsample` as a packed convolution."""
     return PackedConv(downsample.conv, dtype=dtype, asymmetric=downsample.asymmetric)
 
 
 def packed_upsample(upsample: Upsample, dtype: torch.dtype) -> PackedConv:
+    """Return `upsample` as a packed convolution."""
     return PackedConv(upsample.conv, dtype=dtype, upsample=True)
 
 
@@ -239,7 +269,7 @@ def _norm_lines(
     eps: float,
     silu: bool,
 ) -> Tensor:
-    """What the norm of x and skip does to each channel of each sample, [N, 3, C]: center, slope and intercept."""
+    """Return the norm of x and skip as affine coefficients, [N, 3, C]: center, slope and intercept."""
     n, channels, height, width = x.shape
     skip_channels = 0 if skip is None else skip.shape[1]
     lines = empty((n, 3, channels + skip_channels), torch.float32, x.device)
@@ -290,7 +320,7 @@ def _conv_fake(
 
 
 def _attention(qkv: Tensor, num_heads: int, scale: float) -> Tensor:
-    """softmax(q k^T scale) v, of every pixel to all: [N, 3 C, H, W] of q, k and v, channels_last -> [N, C, H, W]."""
+    """Return softmax(q k^T scale) v over all pixels: [N, 3 C, H, W] -> [N, C, H, W], channels_last."""
     h = _attention_fake(qkv, num_heads, scale)
     n, channels, height, width = h.shape
     sizes = (n, num_heads, height * width, channels // num_heads)

@@ -1,4 +1,7 @@
-"""On a CPU, what a graph is on a GPU: a network's calls of kernels, recorded once, then made again on the same memory."""
+"""Recorded kernel calls on a CPU, the counterpart of CUDA graphs.
+
+A network's kernel calls are recorded once and replayed on the same memory.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ _thread = threading.local()  # .recording: what the thread is recording, if anyt
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor for kernels to write, channels_last if it has four dimensions."""
+    """Return an uninitialized tensor for kernels to write, channels_last if it has four dimensions."""
     recording: Recording | None = getattr(_thread, "recording", None)
     if recording is not None:
         return recording.empty(shape, dtype)
@@ -28,21 +31,24 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
 
 
 def keep(*tensors: Tensor | None) -> None:
-    """Tensors, besides those of `empty`, whose addresses a kernel was called with."""
+    """Keep tensors alive whose addresses a recorded kernel call holds. Tensors of `empty` need no call."""
     recording: Recording | None = getattr(_thread, "recording", None)
     if recording is not None:
         recording.kept += tensors
 
 
 class Recording:
-    """The calls that a function makes for its inputs. All that it does to their values has to be done by kernels that
-    the compiled module's `record` notes, in tensors of `empty`."""
+    """The kernel calls that a function makes for its inputs.
+
+    Only kernels noted by the compiled module's `record` may compute values, and only in tensors of `empty`.
+    """
 
     def __init__(self) -> None:
         self.kept: list[Tensor | None] = []  # alive as long as the calls
         self._free: list[Tensor] = []  # bytes that no tensor of `empty` is in, at this point of the recording
 
     def record(self, function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Tensor:
+        """Call the function, record its kernel calls and return its output."""
         # Tensors of inference mode could not be written outside of it.
         with torch.inference_mode(False), torch.no_grad():
             self._inputs = [x.clone(memory_format=torch.preserve_format) for x in inputs]
@@ -58,13 +64,14 @@ class Recording:
         return self._output.clone()
 
     def replay(self, inputs: Sequence[Tensor]) -> Tensor:
+        """Repeat the recorded calls for new inputs and return the output."""
         for own, x in zip(self._inputs, inputs, strict=True):
             own.copy_(x)
         self._calls()
         return self._output.clone()
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """In memory that no tensor is in any more, where a piece of it is large enough and not much too large."""
+        """Return a tensor in memory that is free at this point, if a piece of suitable size exists."""
         n, *rest = shape
         strides = torch.empty(tuple(shape), device="meta").stride()
         if len(shape) == 4:
@@ -83,17 +90,19 @@ class Recording:
 
 
 class Recordings:
-    """Recordings of a function, one for each state and inputs of other shapes."""
+    """Recordings of one function, one per state and input shapes."""
 
     def __init__(self) -> None:
         self._recordings: OrderedDict[Hashable, Recording] = OrderedDict()  # the one used last is last
         self._one = threading.Lock()  # at a time
 
     def run(self, function: Callable[..., Tensor], inputs: Sequence[Tensor], state: Hashable) -> Tensor:
-        """function(*inputs), which are dense.
+        """Return function(*inputs), recorded or replayed.
 
         Args:
-            state: what the function computes with besides them.
+            function: Function to run.
+            inputs: Dense tensors.
+            state: Everything else that the result depends on.
         """
         if not self._one.acquire(blocking=False):
             return function(*inputs)

@@ -1,4 +1,4 @@
-"""The U-Net of Ho et al. (2020): `UNet`, with the configuration keys and parameter names of diffusers' `UNet2DModel`."""
+"""`UNet`, the network of Ho et al. (2020), with diffusers' `UNet2DModel` configuration and parameter names."""
 
 from __future__ import annotations
 
@@ -26,17 +26,22 @@ from .layers import (
 
 
 class UNet(nn.Module):
-    """Predicts the noise in x_t (or x_0, or v): eps_theta(x_t, t) of derivation eq. 12 and 13.
+    """U-Net that predicts the noise in x_t (or x_0, or v): eps_theta(x_t, t) of eq. 12 and 13.
 
-    The keywords are diffusers' `UNet2DModel` configuration keys with diffusers' defaults, listed in `UNetConfig`; an unknown
-    key or an unsupported value raises a ValueError that names it. `CIFAR10_32` and `HO_256` are the networks of Ho et al.:
-    `UNet(**CIFAR10_32)`.
+    Keywords are the configuration keys of diffusers' `UNet2DModel` with its defaults; `UNetConfig` lists
+    them. `CIFAR10_32` and `HO_256` configure the networks of Ho et al.: `UNet(**CIFAR10_32)`.
 
-    Weights start as in Ho et al.: Glorot uniform, biases zero, and zero for the last layer of every residual branch and for
-    the output convolution, so that a new network computes the identity along its skips and predicts 0.
+    Weights are initialized as by Ho et al.: Glorot uniform, and zero for biases, for the last layer of every
+    residual branch and for the output convolution. A new network therefore predicts 0.
+
+    Args:
+        **config: Configuration keys.
 
     Attributes:
-        config: every configuration key, JSON types.
+        config: Every configuration key, as JSON types.
+
+    Raises:
+        ValueError: A key is unknown, or a value is not supported. The message names it.
     """
 
     def __init__(self, **config: Any) -> None:
@@ -76,7 +81,7 @@ class UNet(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draws new weights (see the class)."""
+        """Reset all weights to their initial distribution; see the class."""
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 nn.init.xavier_uniform_(module.weight)
@@ -92,21 +97,22 @@ class UNet(nn.Module):
             nn.init.zeros_(weight)
 
     def forward(self, x: Tensor, t: Tensor | int, class_labels: Tensor | None = None) -> Tensor:
-        """Evaluates the network.
+        """Evaluate the network.
 
         Args:
-            x: x_t, shape [N, in_channels, H, W], contiguous or channels_last; H and W multiples of
-                2^(len(block_out_channels) - 1). Cast to the weights' dtype.
-            t: timestep 0..T-1: an int, a tensor without dimensions, or shape [N].
-            class_labels: int64 [N], required by (and only by) a network with `num_class_embeds`. A label out of range is an
-                error on a CPU; on a GPU, which a check would stall, its range is the caller's promise.
+            x: x_t, [N, in_channels, H, W], contiguous or channels_last. H and W must be multiples of
+                2^(len(block_out_channels) - 1). It is cast to the weights' dtype.
+            t: Timestep, 0..T-1: an int, a 0-d tensor, or [N].
+            class_labels: int64 [N]. Required if the network has `num_class_embeds`, else forbidden. Labels
+                are range-checked on the CPU. On a GPU a check would synchronize with the host, so the
+                caller must keep them in range.
 
         Returns:
-            [N, out_channels, H, W] in the weights' dtype (under autocast: the autocast dtype).
+            [N, out_channels, H, W] in the weights' dtype, or in the autocast dtype.
 
         Raises:
-            ValueError: a shape does not fit, or labels are missing, unexpected or out of range.
-            TypeError: x is not a tensor, or t neither a number nor a tensor.
+            ValueError: A shape does not fit, or labels are missing, unexpected or out of range.
+            TypeError: x is not a tensor, or t is neither a number nor a tensor.
         """
         cfg = self._config
         t = checked_timesteps(cfg, x, t, class_labels)
@@ -127,17 +133,18 @@ class UNet(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> UNet:
-        """Reads a network from a folder in diffusers' layout, in eval mode.
+        """Load a network from a folder in diffusers' layout, in eval mode.
 
         Args:
-            path: a folder with config.json and diffusion_pytorch_model.safetensors (or .bin, read without unpickling code),
-                or a pipeline's folder that holds them in unet/ or at its root. Attention's legacy names are understood.
-            dtype: of the weights; None: float32, whatever the file holds.
-            device: None: the CPU.
+            path: Folder with config.json and diffusion_pytorch_model.safetensors, or a pipeline's folder that
+                holds them in unet/ or at its root. A .bin file is read without unpickling code. Legacy names
+                of attention weights are supported.
+            dtype: Dtype of the weights. None: float32, whatever the file holds.
+            device: Device of the weights. None: the CPU.
 
         Raises:
-            FileNotFoundError: a file is missing.
-            ValueError: a file is damaged, the configuration is not supported, or names or shapes of the weights do not fit it.
+            FileNotFoundError: A file is missing.
+            ValueError: A file is damaged, the configuration is not supported, or the weights do not fit it.
         """
         config, weights = load_checkpoint(path)
         with torch.device("meta"):
@@ -149,19 +156,21 @@ class UNet(nn.Module):
         return model.eval()
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
-        """Writes config.json and diffusion_pytorch_model.safetensors, which diffusers reads too, into the folder `path`.
+        """Write config.json and diffusion_pytorch_model.safetensors in diffusers' layout.
 
-        Each file appears whole or not at all, even if the process is killed meanwhile. A folder that already holds weights
-        of a network with another configuration is left alone.
+        Each file is written atomically. Weights of a network with another configuration are not overwritten.
+
+        Args:
+            path: Folder to write, created if needed.
 
         Raises:
-            ValueError: `path` holds another network.
+            ValueError: The folder holds another network.
         """
         save_checkpoint(path, self._config, self.state_dict())
 
 
 def checked_timesteps(config: UNetConfig, x: Tensor, t: Tensor | int, class_labels: Tensor | None) -> Tensor:
-    """Raises what `UNet.forward` documents; returns t as [N] on x's device."""
+    """Return t as [N] on x's device, or raise what `UNet.forward` documents."""
     if not isinstance(x, Tensor):
         raise TypeError(f"UNet: expected x to be a tensor, got {type(x).__name__}")
     config.check_images("UNet", "x", x.shape)
@@ -191,11 +200,18 @@ def checked_timesteps(config: UNetConfig, x: Tensor, t: Tensor | int, class_labe
 
 
 def centered(config: UNetConfig, x: Tensor) -> Tensor:
+    """Return x, mapped from [0, 1] to [-1, 1] if the configuration has `center_input_sample`."""
     return 2 * x - 1 if config.center_input_sample else x
 
 
 def through_layers(net: Any, x: Tensor, emb: Any) -> Tensor:
-    """The way down, through the middle and up of a `UNet` or its inference form; every residual block is given `emb`."""
+    """Return the output of all layers of a `UNet` or its inference form.
+
+    Args:
+        net: A `UNet` or a `FrozenUNet`.
+        x: [N, in_channels, H, W].
+        emb: Passed to every residual block.
+    """
     x = net.conv_in(x)
     skips = [x]
     for down_block in net.down_blocks:
@@ -208,8 +224,11 @@ def through_layers(net: Any, x: Tensor, emb: Any) -> Tensor:
 
 
 class DownBlock(nn.Module):
-    """Residual blocks (in an AttnDownBlock2D with attention after each), then, if `downsample`, a convolution or residual block
-    of half the height and width."""
+    """One resolution on the way down.
+
+    Residual blocks, each followed by attention in an AttnDownBlock2D. With `downsample`, a convolution or
+    residual block then halves height and width.
+    """
 
     def __init__(
         self, cfg: UNetConfig, block_type: str, in_channels: list[int], channels: int, emb_dim: int, downsample: bool
@@ -227,7 +246,16 @@ class DownBlock(nn.Module):
         self.downsamplers = nn.ModuleList([downsampler] if downsample else [])
 
     def forward(self, x: Tensor, emb: Tensor, skips: list[Tensor]) -> Tensor:
-        """[N, C, H, W] -> [N, channels, H / 2, W / 2] (H, W without downsampling); appends every layer's output to `skips`."""
+        """Return the block's output, and append every layer's output to `skips`.
+
+        Args:
+            x: [N, C, H, W].
+            emb: [N, emb_dim].
+            skips: List of skip connections.
+
+        Returns:
+            [N, channels, H / 2, W / 2], or [N, channels, H, W] without downsampling.
+        """
         for i, resnet in enumerate(self.resnets):
             x = resnet(x, emb)
             if self.attentions:
@@ -240,7 +268,7 @@ class DownBlock(nn.Module):
 
 
 class MidBlock(nn.Module):
-    """Residual block, attention, residual block at the lowest resolution."""
+    """Residual block, attention and residual block at the lowest resolution."""
 
     def __init__(self, cfg: UNetConfig, channels: int, emb_dim: int) -> None:
         super().__init__()
@@ -259,7 +287,7 @@ class MidBlock(nn.Module):
         self.attentions = nn.ModuleList([attention] if cfg.add_attention else [])
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """[N, channels, H, W] -> [N, channels, H, W]."""
+        """Return the block's output: [N, channels, H, W] -> [N, channels, H, W]."""
         x = self.resnets[0](x, emb)
         for attention in self.attentions:
             x = attention(x)
@@ -268,8 +296,11 @@ class MidBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """Residual blocks on (input, skip), in an AttnUpBlock2D with attention after each, then, if `upsample`, a convolution or
-    residual block of twice the height and width."""
+    """One resolution on the way up.
+
+    Residual blocks on input and skip connection, each followed by attention in an AttnUpBlock2D. With
+    `upsample`, a convolution or residual block then doubles height and width.
+    """
 
     def __init__(
         self, cfg: UNetConfig, block_type: str, in_channels: list[int], channels: int, emb_dim: int, upsample: bool
@@ -283,7 +314,16 @@ class UpBlock(nn.Module):
         self.upsamplers = nn.ModuleList([upsampler] if upsample else [])
 
     def forward(self, x: Tensor, emb: Tensor, skips: list[Tensor]) -> Tensor:
-        """[N, C, H, W] -> [N, channels, 2 H, 2 W] (H, W without upsampling); takes one of `skips` per layer, from the end."""
+        """Return the block's output, and pop one of `skips` per layer.
+
+        Args:
+            x: [N, C, H, W].
+            emb: [N, emb_dim].
+            skips: List of skip connections, used from its end.
+
+        Returns:
+            [N, channels, 2 H, 2 W], or [N, channels, H, W] without upsampling.
+        """
         for i, resnet in enumerate(self.resnets):
             x = resnet(x, emb, skips.pop())
             if self.attentions:

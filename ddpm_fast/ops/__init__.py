@@ -1,10 +1,19 @@
-"""The ops: pure functions on tensors, each computed by one of three families (reference, native, triton)."""
+"""Ops: pure functions on tensors, each computed by one of three backends (native, triton, reference)."""
 
 from .backend import BackendUnavailable
 from .denoising_loss import denoising_loss
 from .group_norm_silu import group_norm_silu
-from .noise import noise, sample_seeds
+from .noise import initial_noise, noise, sample_seeds
 from .q_sample import q_sample
 from .reverse_step import reverse_step
 
-__all__ = ["BackendUnavailable", "denoising_loss", "group_norm_silu", "noise", "q_sample", "reverse_step", "sample_seeds"]
+__all__ = [
+    "BackendUnavailable",
+    "denoising_loss",
+    "group_norm_silu",
+    "initial_noise",
+    "noise",
+    "q_sample",
+    "reverse_step",
+    "sample_seeds",
+]

@@ -1,4 +1,4 @@
-"""What the ops share: the torch.library handle, dense layouts, and argument checks."""
+"""Shared parts of the ops: registration with torch.library, dense memory formats and argument checks."""
 
 from __future__ import annotations
 
@@ -21,9 +21,17 @@ def define(
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., Any] | None = None,
 ) -> None:
-    """Registers torch.ops.ddpm_fast.<name>: the schema, one implementation for every device, its fake and its gradient.
+    """Register torch.ops.ddpm_fast.<name>.
 
-    `define` and `impl` rather than `custom_op`: a call costs a third as much.
+    `Library.define` and `Library.impl` replace `custom_op`, because a call then costs a third as much.
+
+    Args:
+        name: Name of the op.
+        schema: Arguments and results in torch.library's syntax.
+        impl: Implementation for every device.
+        fake: Fake implementation for tracing.
+        backward: Gradient, or None for an op without one.
+        setup_context: Saves what `backward` needs.
     """
     LIBRARY.define(name + schema, tags=[torch.Tag.pt2_compliant_tag])
     LIBRARY.impl(name, impl, "CompositeExplicitAutograd")
@@ -34,18 +42,21 @@ def define(
 
 
 def no_second_derivative(op: str) -> Callable[..., Any]:
-    """The gradient of a backward op: an error that says what to do instead."""
+    """Return the gradient of a backward op: a function that raises an error naming the remedy."""
 
     def backward(ctx: Any, *grads: Tensor) -> None:
         raise NotImplementedError(
-            f'{op}: the fused backward has no derivative of its own; for second derivatives call it with backend="reference"'
+            f'{op}: the fused backward is not differentiable; for second derivatives pass backend="reference"'
         )
 
     return backward
 
 
 def is_plain(*tensors: Tensor | None) -> bool:
-    """Whether an op may be computed past the dispatcher: eager mode, plain tensors, and nothing that watches the calls."""
+    """Return whether an op may bypass the dispatcher.
+
+    True in eager mode for plain tensors, if no transform, tracer or dispatch mode is active.
+    """
     if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
@@ -60,7 +71,10 @@ def is_plain(*tensors: Tensor | None) -> bool:
 
 
 def is_plain_inference(*tensors: Tensor | None) -> bool:
-    """Whether, besides, no gradient is recorded: then an op is its implementation, and the dispatcher's 10 us are saved."""
+    """Return whether an op may bypass the dispatcher and needs no gradient.
+
+    Then calling its implementation directly saves the 10 us of the dispatcher.
+    """
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return False
     return is_plain(*tensors)
@@ -70,24 +84,24 @@ def is_plain_inference(*tensors: Tensor | None) -> bool:
 
 
 def dense(x: Tensor) -> Tensor:
-    """x in a layout that kernels take: contiguous, or channels_last for [N, C, H, W]; copied only where it is neither."""
+    """Return x as a contiguous or channels_last tensor, copying only if it is neither."""
     if x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)):
         return x
     return x.contiguous()
 
 
 def dense_like(x: Tensor, like: Tensor) -> Tensor:
-    """x in the memory order of `like`, a dense tensor of as many dimensions."""
+    """Return x in the memory format of `like`, a dense tensor with as many dimensions."""
     return x.contiguous(memory_format=memory_format(like))
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
-    """Of a dense tensor."""
+    """Return the memory format of a dense tensor."""
     return torch.contiguous_format if x.is_contiguous() else torch.channels_last
 
 
 def sizes(x: Tensor) -> tuple[int, int, int, int]:
-    """n, c, hw and channels_last (0 or 1) of a dense tensor, as the native module takes them."""
+    """Return n, c, hw and channels_last (0 or 1) of a dense tensor for the native module."""
     n = x.shape[0]
     if x.is_contiguous():
         c = x.shape[1] if x.dim() > 1 else 1
@@ -99,17 +113,17 @@ _CODES = {dtype: code for code, dtype in enumerate((*FLOATS, torch.uint8))}
 
 
 def pointer(x: Tensor | None) -> int:
-    """The address for the native module; 0 where the tensor is absent."""
+    """Return the address of a tensor for the native module, or 0 for None."""
     return 0 if x is None else x.data_ptr()
 
 
 def dtype_code(x: Tensor | None) -> int:
-    """The native module's code; 0 where the tensor is absent."""
+    """Return the native module's code of a tensor's dtype, or 0 for None."""
     return 0 if x is None else _CODES[x.dtype]
 
 
 def typed(x: Tensor | None) -> tuple[int, int]:
-    """Address and dtype code of a small input; zeros where it is absent."""
+    """Return the address and dtype code of a small input, or zeros for None."""
     return (0, 0) if x is None else (x.data_ptr(), dtype_code(x))
 
 
@@ -120,17 +134,22 @@ _NUMBERS = (float, int, torch.SymFloat, torch.SymInt)
 
 
 def check_type(op: str, name: str, value: Any, kind: type) -> None:
+    """Raise a TypeError unless `value` is a `kind`."""
     if not isinstance(value, kind):
         raise TypeError(f"{op}: expected {name} to be a {kind.__name__}, got {type(value).__name__}")
 
 
 def check_number(op: str, name: str, value: Any) -> None:
+    """Raise a TypeError unless `value` is a number and not a bool."""
     if not isinstance(value, _NUMBERS) or isinstance(value, bool):
         raise TypeError(f"{op}: expected {name} to be a number, got {type(value).__name__}")
 
 
 def check_no_partial_overlap(op: str, out: Tensor, name: str, x: Tensor | None) -> None:
-    """Element by element in place is fine; shifted in memory, a kernel would read what it has overwritten."""
+    """Raise a ValueError if `out` and `x` overlap in memory without being the same elements.
+
+    An elementwise kernel may run in place. With an offset it would read elements that it has overwritten.
+    """
     if x is None or out.device.type == "meta" or torch.compiler.is_compiling():
         return
     if x.data_ptr() == out.data_ptr() and x.dtype == out.dtype and x.shape[1:] == out.shape[1:]:
@@ -141,7 +160,7 @@ def check_no_partial_overlap(op: str, out: Tensor, name: str, x: Tensor | None) 
 
 
 def check_float(op: str, name: str, x: Tensor, min_dim: int = 1) -> None:
-    """A floating tensor of at least min_dim dimensions."""
+    """Raise a TypeError or ValueError unless x is a floating tensor of at least min_dim dimensions."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: expected {name} to be a tensor, got {type(x).__name__}")
     if x.dtype not in FLOATS:
@@ -151,7 +170,7 @@ def check_float(op: str, name: str, x: Tensor, min_dim: int = 1) -> None:
 
 
 def check_like(op: str, name: str, x: Tensor, like_name: str, like: Tensor, shape: tuple[int, ...] | None = None) -> None:
-    """x with the dtype and device of `like`, and its shape (or the one given)."""
+    """Raise unless x has the dtype and device of `like`, and the shape of `like` or the one given."""
     wanted = tuple(like.shape) if shape is None else shape
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: expected {name} to be a tensor, got {type(x).__name__}")
@@ -163,12 +182,13 @@ def check_like(op: str, name: str, x: Tensor, like_name: str, like: Tensor, shap
 
 
 def check_device(op: str, name: str, x: Tensor, like_name: str, like: Tensor) -> None:
+    """Raise a ValueError unless x is on the device of `like`."""
     if x.device != like.device:
         raise ValueError(f"{op}: expected {name} on the device of {like_name}, {like.device}, got {x.device}")
 
 
 def check_seeds(op: str, seeds: Tensor, n: int, device: torch.device) -> Tensor:
-    """int64 [n], moved to the device."""
+    """Return int64 seeds [n] on the device, or raise."""
     if not isinstance(seeds, Tensor) or seeds.dtype != torch.int64:
         got = seeds.dtype if isinstance(seeds, Tensor) else type(seeds).__name__
         raise TypeError(f"{op}: expected seeds to be an int64 tensor (see sample_seeds), got {got}")
@@ -178,15 +198,17 @@ def check_seeds(op: str, seeds: Tensor, n: int, device: torch.device) -> Tensor:
 
 
 def check_noise_or_seeds(op: str, noise: Tensor | None, seeds: Tensor | None) -> None:
+    """Raise a ValueError unless exactly one of noise and seeds is given."""
     if (noise is None) == (seeds is None):
         raise ValueError(f"{op}: expected exactly one of noise and seeds, got {'neither' if noise is None else 'both'}")
 
 
 def index_tensor(op: str, name: str, index: int | Tensor, bound: int, n: int, device: torch.device) -> Tensor:
-    """Timesteps of the samples: an int, or int64 [n] (or one element), as int64 [n] on the device.
+    """Return the samples' timesteps as int64 [n] on the device.
 
-    An int is checked here, a tensor on the CPU by `check_range` when the op runs; on a GPU a check would stall it, so
-    there the range is the caller's promise.
+    `index` is an int, or int64 with one or n elements. An int is checked here. A CPU tensor is checked by
+    `check_range` when the op runs. A GPU tensor is not checked, because that would synchronize with the
+    host: the caller must keep it in range.
     """
     if isinstance(index, Tensor):
         if index.dtype != torch.int64:
@@ -202,8 +224,11 @@ def index_tensor(op: str, name: str, index: int | Tensor, bound: int, n: int, de
 
 
 def check_range(op: str, name: str, index: Tensor, bound: int) -> None:
-    """Every value of a CPU tensor in 0..bound-1: the kernels read tables by it. In a transform of torch.func nothing may
-    ask for values."""
+    """Raise a ValueError if a CPU tensor has a value outside 0..bound-1.
+
+    Kernels read tables at these indices. Inside torch.func transforms values are not available, and
+    nothing is checked.
+    """
     if index.device.type == "cpu" and index.numel() and not torch._C._functorch.is_functorch_wrapped_tensor(index):
         low, high = torch.aminmax(index)
         if low < 0 or high >= bound:

@@ -1,4 +1,4 @@
-"""Who computes an op: the three families, and why one of them cannot."""
+"""Backends: availability of native, triton and reference, and the reason if one cannot run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FLOATS: Final = (torch.float32, torch.float64, torch.float16, torch.bfloat16)  #
 
 
 def _load_native() -> ModuleType | str:
-    """The compiled module, or why it is absent."""
+    """Return the compiled module, or the reason why it is absent."""
     try:
         # torch is imported above, so its OpenMP runtime is the one that the module's -lgomp resolves to.
         return importlib.import_module("ddpm_fast._native")
@@ -30,14 +30,17 @@ def _load_native() -> ModuleType | str:
 
 
 def _constant(function: Callable[..., Any]) -> Callable[..., Any]:
-    """torch.compiler.assume_constant_result, which would import the whole compiler, for a second or two, to set this."""
+    """Mark a function as torch.compiler.assume_constant_result does.
+
+    Calling assume_constant_result would import the whole compiler, which takes one to two seconds.
+    """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
 # Found out once, at import, so that torch.compile sees constants.
 _NATIVE: Final = _load_native()
-BUILD: Final[dict[str, Any]] = {} if isinstance(_NATIVE, str) else _NATIVE.build_info()  # anew it asks the CPU, at 40 us
+BUILD: Final[dict[str, Any]] = {} if isinstance(_NATIVE, str) else _NATIVE.build_info()  # kept: a call takes 40 us
 # The compiled kernels for tensors of a kind of device.
 KERNELS: Final[dict[str, Any]] = {kind: getattr(_NATIVE, kind) for kind in ("cpu", "cuda") if hasattr(_NATIVE, kind)}
 _TRITON_INSTALLED: Final = importlib.util.find_spec("triton") is not None
@@ -45,14 +48,16 @@ _TRITON_INTERPRETED: Final = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 class BackendUnavailable(RuntimeError):
-    """A family was asked for by name and cannot run; the message says why."""
+    """Error for a backend that was requested by name and cannot run. The message has the reason."""
 
 
 def why_not(family: str, op: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
-    """The reason why `family` cannot compute `op` for tensors of this device and dtype; None where it can.
+    """Return why a backend cannot compute `op` for this device and dtype, or None if it can.
+
+    The first argument is the backend: "native", "triton" or "reference".
 
     Raises:
-        ValueError: an unknown family or op.
+        ValueError: The backend or the op is unknown.
     """
     if family not in FAMILIES:
         raise ValueError(f"backend: expected one of {', '.join(FAMILIES)}, got {family!r}")
@@ -80,7 +85,7 @@ def _why_not_native(op: str, device: torch.device, dtype: torch.dtype) -> str | 
 
 @_constant
 def _built_without() -> str:
-    """The reason why the compiled module has no CUDA kernels."""
+    """Return why the compiled module has no CUDA kernels."""
     return str(native().build_info()["cuda_why_not"])
 
 
@@ -89,7 +94,7 @@ _CUDA_REASONS: dict[torch.device, str | None] = {}  # asked once: it starts the 
 
 @_constant
 def _why_not_cuda(device: torch.device) -> str | None:
-    """The CUDA runtime's word, where the compiled kernels cannot run on this card."""
+    """Return the CUDA runtime's reason why the compiled kernels cannot run on this GPU, or None."""
     if device not in _CUDA_REASONS:
         with torch.cuda.device(device):
             _CUDA_REASONS[device] = native().cuda.why_not() or None
@@ -109,22 +114,30 @@ def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def is_transformed() -> bool:
-    """Whether a transform of torch.func, or forward-mode differentiation, is at work. Not to be asked by compiled code."""
+    """Return whether a torch.func transform or forward-mode differentiation is active.
+
+    Do not call this from compiled code.
+    """
     return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
 def choose(op: str, backend: str | None, device: torch.device, dtype: torch.dtype, unfit: tuple[str, str] | None = None) -> str:
-    """The family that computes `op`: the one named, or the first that can.
+    """Return the backend that computes `op`: the one named, or the first that can run.
 
-    unfit: a family that cannot take these arguments, and the reason.
+    Triton's interpreter is for tests, so CPU tensors use "triton" only by name. Kernels do not support
+    transforms of torch.func (grad, vmap, jvp, ...) or forward-mode differentiation. There the default is
+    "reference", which PyTorch differentiates to any order.
 
-    Triton's interpreter is for tests: on CPU tensors that family runs only by name. Inside transforms of torch.func (grad,
-    vmap, jvp, ...) and forward-mode differentiation, which kernels do not take part in, the reference serves unless another is
-    named: PyTorch knows every derivative of it.
+    Args:
+        op: Name of the op.
+        backend: "native", "triton", "reference", or None for the first that can run.
+        device: Device of the tensors.
+        dtype: Dtype of the tensors.
+        unfit: A backend that cannot take these arguments, and the reason.
 
     Raises:
-        BackendUnavailable: the family named cannot run. Nothing else is tried.
-        ValueError: an unknown family.
+        BackendUnavailable: The named backend cannot run. No other is tried.
+        ValueError: The named backend is unknown.
     """
     if backend is not None:
         reason = unfit[1] if unfit is not None and unfit[0] == backend else why_not(backend, op, device, dtype)
@@ -138,18 +151,21 @@ def choose(op: str, backend: str | None, device: torch.device, dtype: torch.dtyp
             continue
         if why_not(family, op, device, dtype) is None:
             return family
-    raise AssertionError("unreachable: the reference family always runs")
+    raise AssertionError("unreachable: the reference backend always runs")
 
 
 def launch(op: str, device: torch.device, *arguments: Any) -> None:
-    """Runs a native kernel: with torch's number of threads, or on the device's current stream."""
+    """Run a native kernel on torch's number of threads, or on the device's current stream."""
     on_gpu = device.type == "cuda"
     run_on = torch._C._cuda_getCurrentRawStream(device.index) if on_gpu else torch.get_num_threads()
     _on(device, getattr(KERNELS[device.type], op), *arguments, run_on)
 
 
 def workspace(op: str, device: torch.device, *arguments: Any) -> torch.Tensor | None:
-    """The scratch memory that a native kernel wants for these sizes, on this card; the CPU's want none."""
+    """Return the scratch buffer of a native kernel for these sizes on this GPU.
+
+    CPU kernels and some GPU kernels need none; the result is then None.
+    """
     size = vars(KERNELS[device.type]).get(op + "_workspace")
     if size is None:
         return None
@@ -158,7 +174,10 @@ def workspace(op: str, device: torch.device, *arguments: Any) -> torch.Tensor | 
 
 
 def _on(device: torch.device, function: Callable[..., Any], *arguments: Any) -> Any:
-    """function(*arguments), with `device` the current one if it is a GPU: kernels ask no other what it can do."""
+    """Return function(*arguments), called with a GPU `device` as the current device.
+
+    Kernels query the current device for its properties.
+    """
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return function(*arguments)
     with torch.cuda.device(device):
@@ -166,11 +185,11 @@ def _on(device: torch.device, function: Callable[..., Any], *arguments: Any) -> 
 
 
 def native_error() -> str | None:
-    """Why the compiled module is absent, or None."""
+    """Return why the compiled module is absent, or None if it is loaded."""
     return _NATIVE if isinstance(_NATIVE, str) else None
 
 
 def native() -> ModuleType:
-    """The compiled module. `choose` has made sure of it."""
+    """Return the compiled module. Call it only after `choose` has selected it."""
     assert not isinstance(_NATIVE, str), _NATIVE
     return _NATIVE

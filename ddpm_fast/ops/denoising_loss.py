@@ -1,4 +1,4 @@
-"""denoising_loss: the noise-prediction loss, its noise regenerated rather than stored. Derivation eq. 12 (Ho et al. eq. 14)."""
+"""denoising_loss: the denoising loss with noise regenerated in the kernel (eq. 12, Ho et al. eq. 14)."""
 
 from __future__ import annotations
 
@@ -42,27 +42,35 @@ def denoising_loss(
     reduction: Literal["mean", "sum", "none"] = "mean",
     backend: str | None = None,
 ) -> Tensor:
-    """Mean squared error between the model's output and what it should predict for x_t = q_sample(x_0, t, ...).
+    """Return the mean squared error between the model's output and its target.
 
-    The target is epsilon, x_0, or v = sqrt(abar_t) epsilon - sqrt(1 - abar_t) x_0 (Salimans and Ho 2022). With seeds,
-    epsilon is drawn again in forward and in backward: no tensor ever holds it.
+    The target for x_t = q_sample(x_0, t, ...) is epsilon, x_0, or
+    v = sqrt(abar_t) epsilon - sqrt(1 - abar_t) x_0 (Salimans and Ho 2022). With `seeds`, epsilon is drawn
+    again in the forward and the backward kernel and is never stored. Source: derivation eq. 12 (Ho et al.
+    2020, eq. 14).
 
     Args:
-        model_output: [N, ...], floating; cast to x_0's dtype where it differs (autocast).
-        x_0: like model_output.
-        t, schedule, noise, seeds: as given to `q_sample`.
-        prediction: what the model predicts.
-        weight: [N], each sample's weight.
-        reduction: over the N losses, each the mean over a sample's elements: "mean", "sum", or "none" for all of them.
-        backend: "native", "triton" or "reference"; by default the first that can run, and "reference" inside transforms of
-            torch.func and forward-mode differentiation.
+        model_output: [N, ...], floating. Cast to x_0's dtype if it differs, as under autocast.
+        x_0: Shape of model_output, floating.
+        t: Timestep, 0..T-1: an int, or int64 [N]. The same as passed to `q_sample`.
+        schedule: Noise schedule. The same as passed to `q_sample`.
+        prediction: Target: "epsilon", "sample" (x_0) or "v_prediction".
+        noise: epsilon, like x_0. Pass either `noise` or `seeds`.
+        seeds: int64 [N]. The same as passed to `q_sample`.
+        weight: [N], factor of each sample's loss, such as `NoiseSchedule.loss_weight`. None: 1.
+        reduction: "mean" or "sum" of the N losses, or "none" for all of them. Each loss is the mean over
+            a sample's elements.
+        backend: "native", "triton" or "reference". None: the first that can run, and "reference" inside
+            torch.func transforms and forward-mode differentiation.
 
     Returns:
-        A scalar, or [N] for "none"; float32, or float64 for float64 inputs. Differentiable once in model_output, x_0, noise
-        and weight (backend="reference": any number of times).
+        A scalar, or [N] for "none". float64 for float64 inputs, float32 for all others. Differentiable
+        once in model_output, x_0, noise and weight, and any number of times with backend="reference".
 
     Raises:
-        ValueError, TypeError: an argument that is not as above. BackendUnavailable: the family named cannot run.
+        ValueError: An argument has an unsupported value, shape or device.
+        TypeError: An argument has an unsupported type or dtype.
+        BackendUnavailable: The named backend cannot run.
     """
     op = "denoising_loss"
     check_float(op, "x_0", x_0)

@@ -1,4 +1,4 @@
-"""group_norm_silu: GroupNorm, its modulation and SiLU in one pass, saving only mean and rstd (Wu and He 2018)."""
+"""group_norm_silu: GroupNorm, its modulation and SiLU in one pass (Wu and He 2018)."""
 
 from __future__ import annotations
 
@@ -39,28 +39,36 @@ def group_norm_silu(
     activation: Literal["silu"] | None = "silu",
     backend: str | None = None,
 ) -> Tensor:
-    """act(GroupNorm(x + shift)), or act(GroupNorm(x + shift) (1 + scale) + shift_2) with scale_shift = (scale, shift_2).
+    """Return GroupNorm of x with its modulation and SiLU, computed in one pass.
 
-    Statistics are taken in float32 (float64 for float64) by deviations from the mean, and results are the same bits from run
-    to run and for any number of threads. Under autocast x keeps its dtype.
+        act(GroupNorm(x + shift))                              by default
+        act(GroupNorm(x + shift) (1 + scale) + shift_2)        with scale_shift = (scale, shift_2)
+
+    Statistics are float32 (float64 for float64 inputs) and use deviations from the mean. Results are
+    bit-identical from run to run and for any number of threads. Under autocast x keeps its dtype. Only the
+    mean and 1 / sqrt(variance + eps) are saved for the backward pass.
 
     Args:
-        x: [N, C, ...], floating; contiguous and channels_last are both native.
-        num_groups: G, divides C.
-        weight, bias: [C], in x's dtype or float32.
-        eps: added to the variance; positive.
-        shift: [N, C], added before the statistics (the time embedding of Ho et al.'s blocks), in x's dtype or float32.
-        scale_shift: two [N, C] (adaptive group norm, Dhariwal and Nichol 2021), in x's dtype or float32.
+        x: [N, C, ...], floating. Kernels read contiguous and channels_last tensors without a copy.
+        num_groups: Number of groups, a divisor of C.
+        weight: [C], in x's dtype or float32. None: 1.
+        bias: [C], in x's dtype or float32. None: 0.
+        eps: Added to the variance, positive.
+        shift: [N, C], in x's dtype or float32, added before the statistics. The blocks of Ho et al. add
+            the time embedding here.
+        scale_shift: Two [N, C], in x's dtype or float32 (adaptive group norm, Dhariwal and Nichol 2021).
         activation: "silu" or None.
-        backend: "native", "triton" or "reference"; by default the first that can run, and "reference" inside transforms of
-            torch.func and forward-mode differentiation.
+        backend: "native", "triton" or "reference". None: the first that can run, and "reference" inside
+            torch.func transforms and forward-mode differentiation.
 
     Returns:
-        y, with the shape, dtype and memory format of x. Differentiable once in every tensor (backend="reference": any
-        number of times).
+        Tensor with the shape, dtype and memory format of x. Differentiable once in every tensor, and any
+        number of times with backend="reference".
 
     Raises:
-        ValueError, TypeError: an argument that is not as above. BackendUnavailable: the family named cannot run.
+        ValueError: An argument has an unsupported value, shape or device.
+        TypeError: An argument has an unsupported type or dtype.
+        BackendUnavailable: The named backend cannot run.
     """
     op = "group_norm_silu"
     check_float(op, "x", x, min_dim=2)
@@ -103,8 +111,11 @@ def group_norm_silu(
 
 
 class _Eager(torch.autograd.Function):
-    """The op for plain tensors, past the dispatcher. A U-Net has some fifty group norms, and on its small maps a call through
-    torch.ops takes longer than the kernel."""
+    """The op for plain tensors, bypassing the dispatcher.
+
+    A U-Net has some fifty group norms. On its small feature maps, a call through torch.ops takes longer
+    than the kernel.
+    """
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
@@ -168,7 +179,7 @@ def _native_forward(
     mean: Tensor | None = None,
     rstd: Tensor | None = None,
 ) -> Tensor:
-    """y; the statistics go to mean and rstd where somebody wants them."""
+    """Return y, and write the statistics to `mean` and `rstd` if they are given."""
     x = dense(x)
     weight, bias, shift, scale, scale_shift = [_contiguous(s) for s in (weight, bias, shift, scale, scale_shift)]
     y = torch.empty_like(x)
@@ -241,7 +252,10 @@ def _gradients(
     silu: bool,
     family: str,
 ) -> _Gradients:
-    """The gradient of x in its dtype; those of the small inputs in the dtype that arithmetic runs in, None where absent."""
+    """Return the gradients: of x in its dtype, of the small inputs in the dtype of the statistics.
+
+    Absent inputs have None.
+    """
     x = dense(x)
     grad_y = dense_like(grad_y, x)
     weight, bias, shift, scale, scale_shift = [_contiguous(s) for s in (weight, bias, shift, scale, scale_shift)]
@@ -285,7 +299,7 @@ def _backward_fake(
     silu: bool,
     family: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradient of x in its dtype; those of the small inputs in the dtype that arithmetic runs in, empty where absent."""
+    """Return empty gradients of the right shapes: absent inputs have a tensor of size 0."""
     grad_weight, grad_bias, grad_shift, grad_scale, grad_scale_shift = (
         x.new_empty(0 if value is None else value.shape, dtype=mean.dtype)
         for value in (weight, bias, shift, scale, scale_shift)

@@ -1,4 +1,4 @@
-"""noise and sample_seeds: standard normals from a counter, so that each sample's noise depends on its own seed alone."""
+"""Standard normals from a counter (Philox4x32-10): each sample's noise depends on its own seed and a stream alone."""
 
 from __future__ import annotations
 
@@ -14,14 +14,22 @@ from .backend import FLOATS, choose, launch
 
 
 def sample_seeds(seed: int, n: int, start: int = 0) -> Tensor:
-    """Seeds for samples start .. start + n - 1 of a run, derived by Philox so that runs with neighbouring seeds share nothing.
+    """Return the seeds of samples start .. start + n - 1 of a run.
+
+    Philox derives them from the run's seed, so runs with neighbouring seeds share none. A loop that needs new noise each
+    time asks for new samples: `sample_seeds(seed, batch_size, start=step * batch_size)`.
 
     Args:
-        seed: the run's seed, -2^63 .. 2^64 - 1.
-        n, start: at least 0; start + n at most 2^32.
+        seed: The run's seed, -2^63 .. 2^64 - 1.
+        n: The number of seeds, at least 0.
+        start: The number of the first sample, at least 0; start + n is at most 2^32.
 
     Returns:
         int64 [n] on the CPU.
+
+    Raises:
+        TypeError: An argument is not an int.
+        ValueError: An argument is out of range.
     """
     for name, value, low, high in (
         ("seed", seed, -(1 << 63), (1 << 64) - 1),
@@ -47,23 +55,40 @@ def noise(
     memory_format: torch.memory_format = torch.contiguous_format,
     backend: str | None = None,
 ) -> Tensor:
-    """Standard normals. Sample i depends on (seeds[i], stream) only: not on the batch, the device, the layout or the threads.
+    """Draw standard normals. Sample i depends on (seeds[i], stream) alone, in C, H, W order.
 
-    The float32 values are the same bits from every family; other dtypes hold them rounded (or widened).
+    The float32 values are the same bits from every backend, for every batch size, device, memory format and number of
+    threads. Other dtypes hold them rounded or widened.
+
+    Equal (seed, stream) is equal noise. These streams are taken:
+
+        0 .. S - 1         `reverse_step` at row 0 .. S - 1 of a plan
+        STREAM_X_T         `initial_noise`, the x_T of a sampler
+        STREAM_Q_SAMPLE    the epsilon of `q_sample` and `denoising_loss`
+        STREAM_SEEDS       `sample_seeds`
+        STREAM_OFFSET      offset noise of the denoising-diffusion-pytorch drop-in
+
+    So `noise(shape, seeds)` as x_T would collide with a sampler's step 0: take `initial_noise`. And the same seeds in each
+    step of a loop would draw the same noise each time: take new seeds from `sample_seeds`.
 
     Args:
         shape: [N, ...].
-        seeds: int64 [N], one a sample: see `sample_seeds`.
-        stream: 0..2^32-1; another stream is other noise for the same seeds.
+        seeds: int64 [N], one seed a sample, from `sample_seeds`.
+        stream: 0 .. 2^32 - 1. Another stream is independent noise for the same seeds.
         dtype: float32, float64, float16 or bfloat16.
-        device: where to draw; by default where the seeds are.
+        device: Where to draw. By default where the seeds are.
         memory_format: torch.contiguous_format or, for [N, C, H, W], torch.channels_last.
-        backend: "native", "triton" or "reference"; by default the first that can run.
+        backend: "native", "triton" or "reference". By default the first that can run.
+
+    Returns:
+        Standard normals of the given shape, dtype, device and memory format.
 
     Raises:
-        ValueError, TypeError: an argument that is not as above. BackendUnavailable: the family named cannot run.
+        TypeError: An argument has the wrong type.
+        ValueError: An argument is out of range.
+        BackendUnavailable: The named backend cannot run.
 
-    Source: Philox4x32-10 (Salmon et al. 2011) and Box-Muller; README, "Noise".
+    Source: Philox4x32-10 (Salmon et al. 2011) and Box-Muller.
     """
     if not isinstance(shape, Sequence) or not all(isinstance(size, int | torch.SymInt) for size in shape):
         raise TypeError(f"noise: expected shape to be a sequence of ints, got {shape!r}")
@@ -92,6 +117,36 @@ def noise(
     run = _impl if is_plain_inference(seeds) else torch.ops.ddpm_fast.noise
     drawn: Tensor = run(shape, seeds, stream, dtype, channels_last, family)
     return drawn
+
+
+def initial_noise(
+    shape: Sequence[int],
+    seeds: Tensor,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> Tensor:
+    """Draw x_T ~ N(0, I), the start of a sampler: the same bits from which `sample` starts (eq. 4).
+
+    The noise has a stream of its own, STREAM_X_T, so it shares nothing with the noise of any step.
+
+    Args:
+        shape: [N, C, H, W], or any [N, ...].
+        seeds: int64 [N], one seed a sample, from `sample_seeds`.
+        dtype: float32, float64, float16 or bfloat16.
+        device: Where to draw. By default where the seeds are.
+        memory_format: torch.contiguous_format or, for [N, C, H, W], torch.channels_last.
+
+    Returns:
+        x_T of the given shape, dtype, device and memory format.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: An argument is out of range.
+    """
+    stream = reference.STREAM_X_T
+    return noise(shape, seeds, stream=stream, dtype=dtype, device=device, memory_format=memory_format)
 
 
 def _impl(shape: Sequence[int], seeds: Tensor, stream: int, dtype: torch.dtype, channels_last: bool, family: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""q_sample: noise x_0 to timestep t in one pass. Derivation eq. 3 (Ho et al. 2020, eq. 4)."""
+"""q_sample: noise x_0 to timestep t in one pass (eq. 3, Ho et al. 2020, eq. 4)."""
 
 from __future__ import annotations
 
@@ -38,23 +38,32 @@ def q_sample(
     dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) epsilon, with epsilon given or drawn in the kernel and never stored.
+    """Draw x_t ~ q(x_t | x_0).
+
+        x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) epsilon
+
+    With `seeds`, epsilon is drawn in the kernel and never stored. Source: derivation eq. 3 (Ho et al. 2020,
+    eq. 4).
 
     Args:
-        x_0: [N, ...], floating; or uint8, images as they are stored: 0..255 stand for -1..1, and no float copy is made.
-        t: the timestep, 0..T-1: an int, or int64 [N].
-        schedule: gives abar.
-        noise: epsilon, like x_t; or
-        seeds: int64 [N]: epsilon is `noise(x_0.shape, seeds, stream=STREAM_Q_SAMPLE)`, and `denoising_loss` draws the same.
-        dtype: of x_t, for an x_0 of uint8 (float32 by default); a floating x_0 keeps its own.
-        backend: "native", "triton" or "reference"; by default the first that can run, and "reference" inside transforms of
-            torch.func and forward-mode differentiation.
+        x_0: [N, ...], floating, or uint8 images. Values 0..255 of uint8 stand for -1..1, and no floating
+            copy of them is made.
+        t: Timestep, 0..T-1: an int, or int64 [N]. Values on a GPU are not checked.
+        schedule: Noise schedule, which has abar.
+        noise: epsilon, shaped like x_t. Pass either `noise` or `seeds`.
+        seeds: int64 [N]. epsilon is `noise(x_0.shape, seeds, stream=STREAM_Q_SAMPLE)`, which
+            `denoising_loss` draws too.
+        dtype: Dtype of x_t for a uint8 x_0. None: float32. A floating x_0 keeps its dtype.
+        backend: "native", "triton" or "reference". None: the first that can run, and "reference" inside
+            torch.func transforms and forward-mode differentiation.
 
     Returns:
-        x_t, with the shape and memory format of x_0, in its dtype where that is floating. Differentiable in x_0 and noise.
+        x_t with the shape and memory format of x_0, differentiable in x_0 and noise.
 
     Raises:
-        ValueError, TypeError: an argument that is not as above. BackendUnavailable: the family named cannot run.
+        ValueError: An argument has an unsupported value, shape or device.
+        TypeError: An argument has an unsupported type or dtype.
+        BackendUnavailable: The named backend cannot run.
     """
     dtype = _checked_dtype(x_0, dtype)
     check_noise_or_seeds("q_sample", noise, seeds)
@@ -75,7 +84,7 @@ def q_sample(
 
 
 def _checked_dtype(x_0: Tensor, dtype: torch.dtype | None) -> torch.dtype:
-    """The dtype of x_t."""
+    """Return the dtype of x_t, or raise."""
     if isinstance(x_0, Tensor) and x_0.dtype == torch.uint8 and x_0.dim() >= 1:
         if dtype is not None and dtype not in FLOATS:
             raise TypeError(f"q_sample: expected dtype to be float32, float64, float16 or bfloat16, got {dtype}")

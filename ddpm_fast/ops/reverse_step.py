@@ -1,4 +1,4 @@
-"""reverse_step: one step of any sampler in one pass. Derivation eq. 13 (Ho et al. 2020, eq. 11 and Algorithm 2)."""
+"""reverse_step: one step of any sampler in one pass (eq. 13, Ho et al. 2020, eq. 11 and Algorithm 2)."""
 
 from __future__ import annotations
 
@@ -43,31 +43,45 @@ def reverse_step(
     out: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """x_0^ = clip(p x_t + q m), then x_{t-1} = k0 x_0^ + k1 x_t + k2 m + k3 x_0_prev + std z, by row `step` of the plan.
+    """Advance x_t by one step of a sampler.
+
+    With row `step` (p, q, k0, k1, k2, k3, sigma, ..., clip) of the plan, std = sigma unless the variance is
+    learned:
+
+        x_0^    = clip(p x_t + q m)
+        x_{t-1} = k0 x_0^ + k1 x_t + k2 m + k3 x_0_prev + std z
+
+    Source: derivation eq. 13 (Ho et al. 2020, eq. 11 and Algorithm 2).
 
     Args:
         x_t: [N, C, ...], floating.
-        model_output: m, like x_t; half precision is taken beside a float32 x_t. With learned variance it has 2 C channels,
-            the prediction first. With guidance it has 2 N samples, the conditional half first.
-        step: 0..S-1, counted from the first step of the sampler (the largest timestep): an int, a 0-d int64 tensor on x_t's
-            device (read there: no synchronisation, so a captured CUDA graph serves every step), or int64 [N].
-        plan: from `ddpm_plan`, `ddim_plan`.
-        noise: z, like x_t; or
-        seeds: int64 [N]: z is `noise(x_t.shape, seeds, stream=step)`. A plan without randomness (DDIM) needs neither.
-        x_0_prev: the previous step's x_0^, like x_t, for plans with k3.
-        guidance_scale: w of classifier-free guidance (Ho and Salimans 2022): m = m_u + w (m_c - m_u). A number that
-            torch.compile takes as a constant: each new one compiles again.
-        return_x_0: also return x_0^.
-        out: where to write x_{t-1}: like x_t, and may be x_t itself, but not overlap an input otherwise. Not differentiable.
-        backend: "native", "triton" or "reference"; by default the first that can run, and "reference" inside transforms of
-            torch.func and forward-mode differentiation.
+        model_output: m, shaped like x_t, in x_t's dtype. Half precision is allowed beside float32. With
+            learned variance it has 2 C channels, the prediction first. With guidance it has 2 N samples,
+            the conditional half first.
+        step: 0..S-1, counted from the first step executed (the largest timestep): an int, a 0-d int64
+            tensor on x_t's device, or int64 [N]. A tensor is read on the device, without
+            synchronization. One captured CUDA graph therefore serves every step.
+        plan: Plan of the sampler, from `ddpm_plan`, `ddim_plan`, ...
+        noise: z, like x_t. Pass at most one of `noise` and `seeds`.
+        seeds: int64 [N]. z is `noise(x_t.shape, seeds, stream=step)`. A plan without randomness (DDIM)
+            needs neither.
+        x_0_prev: x_0^ of the previous step, like x_t, for plans that use k3.
+        guidance_scale: Scale w of classifier-free guidance, m = m_u + w (m_c - m_u) (Ho and Salimans
+            2022). torch.compile treats the number as a constant and recompiles for each new value.
+        return_x_0: Also return x_0^.
+        out: Destination of x_{t-1}, like x_t. It may be x_t itself but must not overlap an input in
+            another way. Not differentiable.
+        backend: "native", "triton" or "reference". None: the first that can run, and "reference" inside
+            torch.func transforms and forward-mode differentiation.
 
     Returns:
-        x_{t-1} with the shape, dtype and memory format of x_t; with return_x_0, (x_{t-1}, x_0^). Differentiable in x_t,
-        model_output, noise and x_0_prev.
+        x_{t-1} with the shape, dtype and memory format of x_t. With return_x_0, (x_{t-1}, x_0^).
+        Differentiable in x_t, model_output, noise and x_0_prev.
 
     Raises:
-        ValueError, TypeError: an argument that is not as above. BackendUnavailable: the family named cannot run.
+        ValueError: An argument has an unsupported value, shape or device.
+        TypeError: An argument has an unsupported type or dtype.
+        BackendUnavailable: The named backend cannot run.
     """
     op = "reverse_step"
     check_float(op, "x_t", x_t)
@@ -171,7 +185,7 @@ def _launch(
     return_x_0: bool,
     family: str,
 ) -> Tensor:
-    """Writes x_{t-1} to `out` and returns x_0^, empty where it is not wanted."""
+    """Write x_{t-1} to `out` and return x_0^, or an empty tensor if it is not requested."""
     check_range("reverse_step", "step", steps, table.shape[0])
     steps = steps.contiguous()
     model_output = dense_like(model_output, x_t)
@@ -278,7 +292,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, grad_x_prev: Tensor, grad_x_0: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The step is linear but for the clip (whose gradient is 0 where it acts) and the learned std."""
+    """Return the gradients of a step.
+
+    The step is linear except for the clip, which has gradient 0 where it acts, and the learned std.
+    """
     x_t, model_output, table, steps, noise, seeds, x_0_prev = ctx.saved_tensors
     wide = reference.opmath(x_t.dtype)
     rows = table[steps]
@@ -333,7 +350,10 @@ def _backward(ctx: Any, grad_x_prev: Tensor, grad_x_0: Tensor | None) -> tuple[T
 
 
 def _draw(x_t: Tensor, table: Tensor, steps: Tensor, seeds: Tensor, family: str) -> Tensor:
-    """The noise that the forward pass drew: a step whose only coefficient is sigma = 1 is the noise itself."""
+    """Draw the noise of the forward pass again.
+
+    A step whose only nonzero coefficient is sigma = 1 returns the noise itself.
+    """
     unit = torch.zeros_like(table)
     unit[:, COLUMNS.index("sigma")] = 1
     zero = torch.zeros_like(x_t)

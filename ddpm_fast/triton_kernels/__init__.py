@@ -1,5 +1,6 @@
-"""The Triton family: one module an op, with its kernels and a launcher of the op's name that `ddpm_fast.ops` calls.
+"""Triton backend: one module per op, with its kernels and a launcher named like the op.
 
-Launchers take preallocated, dense outputs and read the layout (contiguous or channels_last) off the strides. They check nothing
-that `ddpm_fast.ops` has checked. Kernels use no inline assembly and no libdevice, so that Triton's interpreter runs them too.
+Launchers expect preallocated dense outputs and read the memory format (contiguous or channels_last) from
+the strides. `ddpm_fast.ops` has checked their arguments. Kernels use no inline assembly and no libdevice
+call, so Triton's interpreter runs them too.
 """

@@ -1,7 +1,7 @@
-"""The denoising loss of each sample and its gradient: `ddpm_fast.reference.denoising_loss`, derivation eq. 12.
+"""Denoising loss per sample and its gradient (`ddpm_fast.reference.denoising_loss`, eq. 12).
 
-The noise is drawn again wherever it is needed, forward and backward, and never stored. Sums run in an order that the size of
-a sample fixes: no atomics, the same bits every time.
+The forward and the backward kernel draw the noise again, so it is never stored. Sums run in an order
+that depends only on a sample's size, without atomics. Results are bit-identical from run to run.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
@@ -27,7 +27,7 @@ def _difference(
     PREDICTION: tl.constexpr,
     C: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, VECTOR: tl.constexpr, QUADS: tl.constexpr,
 ):  # fmt: skip
-    """model_output - target of a tile, its offsets and which elements exist."""
+    """Return model_output - target of a tile, the tile's offsets and its mask."""
     offset, mask = locate(tile, hw, C, PIXELS, CHANNELS, C)
     first = sample * hw * C
     m = tl.load(model_output + first + offset, mask).to(tl.float32)
@@ -97,12 +97,17 @@ def denoising_loss(
     seeds: Tensor | None,
     prediction: int,
 ) -> None:
-    """loss[i] = mean over sample i of (model_output - target)^2.
+    """Write the loss of each sample, the mean of (model_output - target)^2.
 
     Args:
-        loss: float32 [N].
-        model_output, x_0, noise: [N, C, ...], all contiguous or all channels_last.
-        t, table, noise, seeds: as in `q_sample`; prediction: index into `reference.PREDICTIONS`.
+        loss: float32 [N], written.
+        model_output: [N, C, ...], contiguous or channels_last.
+        x_0: Like model_output, in the same memory format.
+        t: int64 [N].
+        table: float32 [T, 2]: sqrt(abar_t) and sqrt(1 - abar_t).
+        noise: epsilon, like x_0, or None.
+        seeds: int64 [N] if noise is None.
+        prediction: Index into `reference.PREDICTIONS`.
     """
     if model_output.numel() == 0:
         loss.fill_(float("nan"))  # the mean of nothing
@@ -132,7 +137,12 @@ def denoising_loss_backward(
     seeds: Tensor | None,
     prediction: int,
 ) -> None:
-    """grad_model_output = 2 grad_loss (model_output - target) / elements of a sample; arguments as in `denoising_loss`."""
+    """Write the gradient of the loss.
+
+        grad_model_output = 2 grad_loss (model_output - target) / elements of a sample
+
+    The other arguments are those of `denoising_loss`.
+    """
     if model_output.numel() == 0:
         return
     n = grad_loss.shape[0]

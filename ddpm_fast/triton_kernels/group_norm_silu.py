@@ -1,12 +1,15 @@
-"""GroupNorm, its modulation and SiLU, forward and backward: `ddpm_fast.reference.group_norm_silu`.
+"""GroupNorm with modulation and SiLU, forward and backward (`ddpm_fast.reference.group_norm_silu`).
 
-A tile holds the pixels (all, or a chunk of them) of GROUPS whole groups: [channels, pixels] of a contiguous tensor,
-[pixels, channels] of a channels_last one, where several groups make a row long enough for wide accesses. Groups are padded
-to WIDTH channels, a power of two. Where the tile that holds all pixels fits in a program's registers, x is read once
-("resident"). Where not, a first kernel leaves partial results, one of each chunk, and a later one merges them and applies.
+A tile covers GROUPS whole groups and all pixels, or one chunk of them. It is [channels, pixels] for
+contiguous tensors and [pixels, channels] for channels_last ones. In channels_last, several groups make
+a row long enough for wide accesses. Groups are padded to WIDTH channels, a power of two.
 
-Statistics are the mean, then the mean square deviation from it; partial ones are merged as in Chan et al. 1983. Every sum
-has an order that the shape of x alone fixes, and there are no atomics: the same bits every time.
+If a tile with all pixels fits into a program's registers, x is read once ("resident"). Otherwise a
+first kernel writes partial results of each chunk, and a second kernel merges and applies them.
+
+Statistics are the mean, then the mean square deviation from it. Partial statistics are merged as in
+Chan et al. 1983. The order of every sum depends only on the shape of x, and there are no atomics.
+Results are bit-identical from run to run.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
@@ -37,7 +40,7 @@ SPLIT_ROW_BYTES = 64
 
 @triton.jit
 def _channels(group_tile, groups, CPG: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr):
-    """Of each channel of the tile, [GROUPS * WIDTH]: its index, its group, and whether it exists."""
+    """Return index, group and mask of each channel in the tile, [GROUPS * WIDTH]."""
     k = tl.arange(0, GROUPS * WIDTH)
     group = group_tile * GROUPS + k // WIDTH
     channel = group_tile * (GROUPS * WIDTH) + k if CPG == WIDTH else group * CPG + k % WIDTH
@@ -46,7 +49,7 @@ def _channels(group_tile, groups, CPG: tl.constexpr, WIDTH: tl.constexpr, GROUPS
 
 @triton.jit
 def _offsets(channel, pixel, c, hw, LAST: tl.constexpr):
-    """Offsets of the tile's elements from the sample's first."""
+    """Return offsets of the tile's elements from the sample's first element."""
     return pixel[:, None] * c + channel[None, :] if LAST else channel[:, None] * hw + pixel[None, :]
 
 
@@ -57,7 +60,7 @@ def _mask(channel_exists, pixel, hw, LAST: tl.constexpr):
 
 @triton.jit
 def _tile(per_channel, LAST: tl.constexpr):
-    """[channels] so that it broadcasts over the tile."""
+    """Reshape [channels] to broadcast over the tile."""
     return per_channel[None, :] if LAST else per_channel[:, None]
 
 
@@ -66,12 +69,12 @@ def _zero_padding(value, mask, PADDED: tl.constexpr):
     return tl.where(mask, value, 0.0) if PADDED else value
 
 
-# What belongs to a group is a scalar where GROUPS == 1, else [GROUPS].
+# Values per group are scalars if GROUPS == 1, else [GROUPS].
 
 
 @triton.jit
 def _spread(per_group, WIDTH: tl.constexpr, GROUPS: tl.constexpr):
-    """To the channels of the tile, [GROUPS * WIDTH]; a scalar stays one."""
+    """Expand a value per group to the tile's channels, [GROUPS * WIDTH]. A scalar stays a scalar."""
     if GROUPS == 1:
         return per_group
     else:
@@ -80,19 +83,19 @@ def _spread(per_group, WIDTH: tl.constexpr, GROUPS: tl.constexpr):
 
 @triton.jit
 def _spread_tile(per_group, LAST: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr):
-    """So that it broadcasts over the tile."""
+    """Expand a value per group to broadcast over the tile."""
     return per_group if GROUPS == 1 else _tile(_spread(per_group, WIDTH, GROUPS), LAST)
 
 
 @triton.jit
 def _sum_channels(per_channel, WIDTH: tl.constexpr, GROUPS: tl.constexpr):
-    """The sum over each group's channels."""
+    """Return the sum over each group's channels."""
     return tl.sum(per_channel, 0) if GROUPS == 1 else tl.sum(tl.reshape(per_channel, [GROUPS, WIDTH]), 1)
 
 
 @triton.jit
 def _sum_tile(value, LAST: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr):
-    """The sum over each group's channels and pixels."""
+    """Return the sum over each group's channels and pixels."""
     if GROUPS == 1:  # all at once: a thread's own elements first, whatever their channel
         return tl.sum(value)
     else:
@@ -101,7 +104,7 @@ def _sum_tile(value, LAST: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constex
 
 @triton.jit
 def _rows(sample, group_tile, groups, GROUPS: tl.constexpr):
-    """Where the tile's groups are in [N, groups], and whether they exist."""
+    """Return offsets of the tile's groups in [N, groups], and their mask."""
     if GROUPS == 1:
         return sample * groups + group_tile, group_tile < groups
     else:
@@ -111,7 +114,7 @@ def _rows(sample, group_tile, groups, GROUPS: tl.constexpr):
 
 @triton.jit
 def _load_channels(values, index, mask, default: tl.constexpr):
-    """A [C] or [N, C] input as float32 [channels]; `default` where it is absent."""
+    """Load a [C] or [N, C] input as float32 [channels], or `default` if it is absent."""
     if values is not None:
         return tl.load(values + index, mask, other=default).to(tl.float32)
     else:
@@ -120,7 +123,7 @@ def _load_channels(values, index, mask, default: tl.constexpr):
 
 @triton.jit
 def _affine(weight, bias, scale, scale_shift, channel, modulation, exists):
-    """a and b of y = act(a xhat + b)."""
+    """Return the affine coefficients a and b of y = act(a xhat + b)."""
     a = _load_channels(weight, channel, exists, 1.0)
     b = _load_channels(bias, channel, exists, 0.0)
     if scale is not None:
@@ -134,20 +137,24 @@ def _affine(weight, bias, scale, scale_shift, channel, modulation, exists):
 
 @triton.jit
 def _load_tile(pointer, mask, PADDED: tl.constexpr):
-    """As float32, zero in the padding."""
+    """Load a tile as float32, with zeros in the padding."""
     return (tl.load(pointer, mask, other=0.0) if PADDED else tl.load(pointer)).to(tl.float32)
 
 
 @triton.jit
 def _load_h(x, shift, mask, LAST: tl.constexpr, HAS_SHIFT: tl.constexpr, PADDED: tl.constexpr):
-    """x + shift as float32, zero in the padding."""
+    """Load x + shift as float32, with zeros in the padding."""
     h = _load_tile(x, mask, PADDED)
     return _zero_padding(h + _tile(shift, LAST), mask, PADDED) if HAS_SHIFT else h
 
 
 @triton.jit
 def _sigmoid(z, FAST: tl.constexpr):
-    """FAST, for half types: good to 3e-7, two instructions for what a division takes eight (1/x = (x^-1/2)^2)."""
+    """Return sigmoid(z).
+
+    FAST is for half precision. It has a relative error of 3e-7 and computes 1/x as (x^-1/2)^2, which takes two
+    instructions instead of a division's eight.
+    """
     z = tl.maximum(z, -87.0)  # exp(-z) stays finite
     if FAST:
         root = tl.rsqrt(1.0 + tl.exp2(z * -1.4426950408889634))
@@ -161,7 +168,10 @@ def _sigmoid(z, FAST: tl.constexpr):
 
 @triton.jit
 def _pivots(x, shift, sample, group_tile, groups, hw, LAST: tl.constexpr, CPG: tl.constexpr, GROUPS: tl.constexpr):
-    """The first element of each group. Relative to it numbers are about as small as their spread, and sums lose nothing."""
+    """Return the first element of each group, the pivot of its statistics.
+
+    Values relative to the pivot are about as small as their spread, so sums lose no precision.
+    """
     group = group_tile if GROUPS == 1 else group_tile * GROUPS + tl.arange(0, GROUPS)
     channel = (sample * groups + group) * CPG
     offset = sample * groups * CPG * hw + group * CPG if LAST else channel * hw
@@ -176,7 +186,7 @@ def _statistics(
     h, pivot, mask, count,
     PADDED: tl.constexpr, LAST: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """Of each group the mean, relative to the pivot, and the sum of squared deviations; and the tile of deviations."""
+    """Return each group's mean relative to the pivot, its sum of squared deviations, and the deviations."""
     relative = _zero_padding(h - _spread_tile(pivot, LAST, WIDTH, GROUPS), mask, PADDED)
     mean = tl.div_rn(_sum_tile(relative, LAST, WIDTH, GROUPS), count)
     deviation = _zero_padding(relative - _spread_tile(mean, LAST, WIDTH, GROUPS), mask, PADDED)
@@ -224,7 +234,7 @@ def _partial_statistics_kernel(
     PADDED: tl.constexpr,
     LAST: tl.constexpr, CPG: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
-    """Relative mean and sum of squared deviations of one chunk of pixels: [N, groups, chunks]."""
+    """Write relative mean and sum of squared deviations of one chunk of pixels: [N, groups, chunks]."""
     sample = current_sample()
     if sample >= n:
         return
@@ -263,7 +273,10 @@ def _apply_kernel(
     SILU: tl.constexpr, FAST: tl.constexpr, PADDED: tl.constexpr, CHUNKS: tl.constexpr,
     LAST: tl.constexpr, CPG: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
-    """Merge the chunks' statistics and normalize one chunk. What was read last is taken first: it may still be in the cache."""
+    """Merge the chunks' statistics and normalize one chunk.
+
+    Chunks are visited in reverse order, because the last one read may still be in the cache.
+    """
     sample = n - 1 - current_sample()
     if sample < 0:
         return
@@ -323,7 +336,7 @@ def _load_gradient(
     HAS_SHIFT: tl.constexpr, SILU: tl.constexpr, FAST: tl.constexpr, PADDED: tl.constexpr,
     LAST: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of dz and xhat, zero in the padding."""
+    """Load tiles of dz and xhat, with zeros in the padding."""
     h = _load_h(x, shift, mask, LAST, HAS_SHIFT, PADDED)
     xhat = (h - _spread_tile(mu, LAST, WIDTH, GROUPS)) * _spread_tile(r, LAST, WIDTH, GROUPS)
     xhat = _zero_padding(xhat, mask, PADDED)
@@ -341,7 +354,7 @@ def _small_gradients(
     dz_sums, dz_xhat_sums, xhat_sums, r, a, channel, modulation, exists, hw,
     CPG: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """Write what the sums of each channel give of one sample; return m1 and m2 of each group."""
+    """Write one sample's small gradients from the sums of each channel, and return m1 and m2 of each group."""
     count = 1.0 * CPG * hw
     m1 = tl.div_rn(_sum_channels(a * dz_sums, WIDTH, GROUPS), count)
     m2 = tl.div_rn(_sum_channels(a * dz_xhat_sums, WIDTH, GROUPS), count)
@@ -405,7 +418,7 @@ def _partial_sums_kernel(
     XHAT_SUMS: tl.constexpr, SILU: tl.constexpr, FAST: tl.constexpr, PADDED: tl.constexpr,
     LAST: tl.constexpr, CPG: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
-    """Sums over one chunk of pixels of dz, dz xhat and xhat: [3, N, chunks, C]."""
+    """Write sums of dz, dz xhat and xhat over one chunk of pixels: [3, N, chunks, C]."""
     sample = current_sample()
     if sample >= n:
         return
@@ -448,7 +461,7 @@ def _merge_sums_kernel(
     means, sum_dz, sum_dz_xhat, dshift, dscale, dscale_shift, partial, rstd, weight, bias, scale, n, groups, hw, chunks,
     CPG: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Add up one group's chunks; write its m1 and m2, [2, N, groups], and its small gradients."""
+    """Add up one group's chunks, and write m1 and m2, [2, N, groups], and the small gradients."""
     sample = current_sample()
     if sample >= n:
         return
@@ -482,7 +495,7 @@ def _apply_backward_kernel(
     SILU: tl.constexpr, FAST: tl.constexpr, PADDED: tl.constexpr,
     LAST: tl.constexpr, CPG: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
-    """dx of one chunk of pixels, from m1 and m2; in reverse order, as in the forward pass."""
+    """Write dx of one chunk of pixels from m1 and m2, in reverse order as in the forward pass."""
     sample = n - 1 - current_sample()
     if sample < 0:
         return
@@ -512,7 +525,13 @@ def _apply_backward_kernel(
 def _parameter_gradients_kernel(
     dweight, dbias, sum_dz, sum_dz_xhat, scale, n, c, SAMPLES: tl.constexpr, CHANNELS: tl.constexpr
 ):
-    """Sum over the samples: dweight[c] = sum_n (1 + scale) sum dz xhat, dbias[c] = sum_n (1 + scale) sum dz."""
+    """Write the parameters' gradients, summed over the samples.
+
+        dweight[c] = sum_n (1 + scale) sum dz xhat
+        dbias[c]   = sum_n (1 + scale) sum dz
+
+    Sums have a fixed order.
+    """
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
     weight_sums = tl.zeros([SAMPLES, CHANNELS], tl.float32)
     bias_sums = tl.zeros([SAMPLES, CHANNELS], tl.float32)
@@ -533,7 +552,10 @@ def _parameter_gradients_kernel(
 
 
 class _Tiling(NamedTuple):
-    """Programs for each sample, and what a kernel is told about them. chunks = 1 and no `split`: resident."""
+    """Programs per sample, and a kernel's arguments about them.
+
+    Tiles are resident if chunks = 1 and `split` is false.
+    """
 
     group_tiles: int
     chunks: int
@@ -597,12 +619,21 @@ def group_norm_silu(
     eps: float,
     silu: bool,
 ) -> None:
-    """y = act(GroupNorm(x + shift) (1 + scale) + scale_shift).
+    """Write act(GroupNorm(x + shift) (1 + scale) + scale_shift).
 
     Args:
-        y, x: [N, C, ...] of one dtype, both contiguous or both channels_last.
-        mean, rstd: float32 [N, groups], written.
-        weight, bias: [C]; shift, scale, scale_shift: [N, C]; contiguous, of any floating dtype.
+        y: Like x, in the same memory format, written.
+        mean: float32 [N, groups], written.
+        rstd: float32 [N, groups], 1 / sqrt(variance + eps), written.
+        x: [N, C, ...], contiguous or channels_last.
+        weight: [C], contiguous, of any floating dtype, or None.
+        bias: [C], as `weight`.
+        shift: [N, C], as `weight`.
+        scale: [N, C], as `weight`.
+        scale_shift: [N, C], as `weight`.
+        groups: Number of groups, a divisor of C.
+        eps: Added to the variance.
+        silu: Apply SiLU.
     """
     if x.numel() == 0:
         return
@@ -642,11 +673,26 @@ def group_norm_silu_backward(
     groups: int,
     silu: bool,
 ) -> None:
-    """Gradients of `group_norm_silu`.
+    """Write the gradients of `group_norm_silu`.
 
     Args:
-        dx: laid out like x. dweight, dbias: float32 [C]; dshift, dscale, dscale_shift: float32 [N, C]; None: not wanted.
-        dy: laid out like x. mean, rstd: as the forward pass wrote them. The others: as in `group_norm_silu`.
+        dx: Like x, in the same memory format, written.
+        dweight: float32 [C], written, or None.
+        dbias: float32 [C], written, or None.
+        dshift: float32 [N, C], written, or None.
+        dscale: float32 [N, C], written, or None.
+        dscale_shift: float32 [N, C], written, or None.
+        dy: Like x, in the same memory format.
+        x: As in `group_norm_silu`.
+        mean: As the forward pass wrote it.
+        rstd: As the forward pass wrote it.
+        weight: As in `group_norm_silu`.
+        bias: As in `group_norm_silu`.
+        shift: As in `group_norm_silu`.
+        scale: As in `group_norm_silu`.
+        scale_shift: As in `group_norm_silu`.
+        groups: As in `group_norm_silu`.
+        silu: As in `group_norm_silu`.
     """
     if x.numel() == 0:
         for gradient in (dweight, dbias, dshift, dscale, dscale_shift):

@@ -1,4 +1,4 @@
-"""Standard normals of given seeds: `ddpm_fast.reference.noise`."""
+"""Standard normals from seeds (`ddpm_fast.reference.noise`)."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
@@ -26,7 +26,13 @@ def _noise_kernel(
 
 
 def noise(out: Tensor, seeds: Tensor, stream: int) -> None:
-    """Fill `out` [N, C, ...] (contiguous or channels_last) with the normals of `seeds` (int64 [N]) and `stream` (0..2^32-1)."""
+    """Fill `out` with the normals of `seeds` and `stream`.
+
+    Args:
+        out: [N, C, ...], contiguous or channels_last.
+        seeds: int64 [N].
+        stream: 0..2^32-1.
+    """
     if out.numel() == 0:
         return
     n = out.shape[0]

@@ -1,9 +1,9 @@
-"""Philox4x32-10 words and the normals made from them, as functions that every drawing kernel calls.
+"""Philox4x32-10 words and Box-Muller normals for kernels.
 
-`normal_pair` repeats `ddpm_fast.reference._normal_pair` operation by operation. It holds no transcendental function and no
-libdevice call: what it needs is exact everywhere (integer operations, fma, a correctly rounded square root), so that the
-normals have the same bits on every GPU and in the interpreter. Kernels that draw must be launched with
-`enable_fp_fusion=False`, or the compiler contracts a * b + c on its own.
+`normal_pair` repeats `ddpm_fast.reference._normal_pair` operation by operation. It uses only operations
+that are exact everywhere: integers, fma and a correctly rounded square root. It needs no transcendental
+function and no libdevice call. Normals are therefore bit-identical on every GPU and in the interpreter.
+Launch kernels that draw noise with `enable_fp_fusion=False`. Otherwise the compiler contracts a * b + c.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
@@ -16,9 +16,10 @@ import triton.language as tl
 
 @triton.jit
 def philox(seed, stream, block):
-    """The four words (uint32) of each block of a stream: `tl.randint4x(seed, block + (stream << 32))` bit for bit.
+    """Return the four words (uint32) of each block of a stream.
 
-    Written with 64-bit products, since the compiler makes one instruction of each (IMAD.WIDE.U32) and two of `tl.philox`'s.
+    They equal `tl.randint4x(seed, block + (stream << 32))` bit for bit. 64-bit products compile to one
+    instruction each (IMAD.WIDE.U32), those of `tl.philox` to two.
     """
     key = seed.to(tl.uint64)
     k0 = key.to(tl.uint32)
@@ -41,9 +42,10 @@ def philox(seed, stream, block):
 
 @triton.jit
 def normal_pair(w0, w1):
-    """Two words (uint32) to two float32 normals by Box-Muller: the radius from w0, the angle from w1.
+    """Return two float32 normals from two words (uint32) by Box-Muller: radius from w0, angle from w1.
 
-    Next to the reference some values are scaled by powers of two, which changes no rounding and saves operations.
+    Some values are scaled by powers of two, compared with the reference. This changes no rounding and saves
+    operations.
     """
     u = w0.to(tl.float32) + 0.5  # 2^32 u, u in (0, 1]
     bits = u.to(tl.int32, bitcast=True)
@@ -76,7 +78,7 @@ def normal_pair(w0, w1):
 
 @triton.jit
 def normal_quad(seed, stream, block):
-    """The four normals of each Philox block: four neighbours within the sample."""
+    """Return the four normals of each Philox block, four neighbours within the sample."""
     w0, w1, w2, w3 = philox(seed, stream, block)
     z0, z1 = normal_pair(w0, w1)
     z2, z3 = normal_pair(w2, w3)
@@ -85,7 +87,10 @@ def normal_quad(seed, stream, block):
 
 @triton.jit
 def normal_at(seed, stream, index):
-    """The normals of single elements, where a tile does not hold whole blocks: four times the work of `normal_quad`."""
+    """Return the normals of single elements, for tiles that do not hold whole blocks.
+
+    This is four times the work of `normal_quad`.
+    """
     w0, w1, w2, w3 = philox(seed, stream, index >> 2)
     second = (index & 2) != 0
     even, odd = normal_pair(tl.where(second, w2, w0), tl.where(second, w3, w1))

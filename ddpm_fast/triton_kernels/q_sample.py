@@ -1,4 +1,4 @@
-"""x_t ~ q(x_t | x_0) in one pass: `ddpm_fast.reference.q_sample`, derivation eq. 3."""
+"""x_t ~ q(x_t | x_0) in one pass (`ddpm_fast.reference.q_sample`, eq. 3)."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
@@ -36,12 +36,15 @@ def _q_sample_kernel(
 
 
 def q_sample(out: Tensor, x_0: Tensor, t: Tensor, table: Tensor, noise: Tensor | None, seeds: Tensor | None) -> None:
-    """out = sqrt(abar_t) x_0 + sqrt(1 - abar_t) epsilon.
+    """Write x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) epsilon.
 
     Args:
-        out, x_0: [N, C, ...], both contiguous or both channels_last; x_0 may be uint8, 0..255 for -1..1.
-        t: int64 [N]; table: float32 [T, 2] of sqrt(abar_t), sqrt(1 - abar_t).
-        noise: epsilon, laid out like x_0; or None, and then seeds: int64 [N].
+        out: x_t, [N, C, ...], contiguous or channels_last, written.
+        x_0: Shaped like out, in the same memory format. uint8 values 0..255 stand for -1..1.
+        t: int64 [N].
+        table: float32 [T, 2]: sqrt(abar_t) and sqrt(1 - abar_t).
+        noise: epsilon, in the memory format of x_0, or None.
+        seeds: int64 [N] if noise is None.
     """
     if out.numel() == 0:
         return

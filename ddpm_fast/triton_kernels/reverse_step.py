@@ -1,4 +1,4 @@
-"""One step of any sampler in one pass: `ddpm_fast.reference.reverse_step`, derivation eq. 13."""
+"""One step of any sampler in one pass (`ddpm_fast.reference.reverse_step`, eq. 13)."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
@@ -75,13 +75,21 @@ def reverse_step(
     guidance_scale: float | None,
     variance: int,
 ) -> None:
-    """out = x_{t-1}, x_0_out = the clipped x_0^.
+    """Write x_{t-1} to `out` and x_0^ to `x_0_out`.
 
     Args:
-        out, x_0_out, x_t, noise, x_0_prev: [N, C, ...], all contiguous or all channels_last; out may be x_t itself.
-        model_output: the same layout; twice the channels with learned variance, twice the samples with guidance.
-        table: float32 [S, 10]; steps: int64, one element or [N]; seeds: int64 [N].
-        variance: index into `reference.VARIANCES`.
+        out: [N, C, ...], contiguous or channels_last, written. It may be x_t itself.
+        x_0_out: Like out, in the same memory format, written, or None.
+        x_t: Like out, in the same memory format.
+        model_output: In the same memory format. It has twice the channels with learned variance, and
+            twice the samples with guidance.
+        table: float32 [S, 10].
+        steps: int64, one element or [N].
+        noise: Like out, in the same memory format, or None.
+        seeds: int64 [N], or None.
+        x_0_prev: Like out, in the same memory format, or None.
+        guidance_scale: None: no guidance.
+        variance: Index into `reference.VARIANCES`.
     """
     if out.numel() == 0:
         return

@@ -1,8 +1,9 @@
-"""How the elementwise kernels cut samples into tiles, and how a tile gets its noise.
+"""Tiles of the elementwise kernels, and their noise.
 
-A program handles one tile of one sample, so that what depends on the sample (t, seed, coefficients) is a scalar. A contiguous
-sample is a line of `hw` elements (`hw` = C x H x W then, and CHANNELS = 0); a channels_last one is `hw` rows of C channels, and
-its tiles are PIXELS x CHANNELS. Either way a tile holds whole Philox blocks: four neighbours in C, H, W order.
+A program handles one tile of one sample, so t, seed and coefficients are scalars. A contiguous sample is
+a line of `hw` elements, with `hw` = C x H x W and CHANNELS = 0. A channels_last sample is `hw` rows of C
+channels, and its tiles are PIXELS x CHANNELS. Both kinds of tile hold whole Philox blocks, which are
+four neighbours in C, H, W order.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
@@ -28,13 +29,16 @@ MAX_GRID_Y = 65535
 
 @triton.jit
 def current_sample():
-    """Index of the program's sample (int64); the last ones of a `grid` may not exist."""
+    """Return the index (int64) of the program's sample. The last indices of a `grid` may be >= N."""
     return tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
 
 
 @triton.jit
 def locate(tile, hw, C: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr):
-    """Offsets of the tile's elements from the sample's first (int32), and which of them exist. WIDTH: channels in a row."""
+    """Return offsets (int32) of the tile's elements from the sample's first element, and their mask.
+
+    WIDTH is the number of channels in a row.
+    """
     if CHANNELS == 0:
         offset = tile * PIXELS + tl.arange(0, PIXELS)
         return offset, offset < hw
@@ -50,12 +54,13 @@ def draw(
     seed, stream, tile, hw,
     C: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, VECTOR: tl.constexpr, QUADS: tl.constexpr,
 ):  # fmt: skip
-    """The tile's normals (float32), shaped like its offsets.
+    """Return the tile's normals (float32), shaped like its offsets.
 
-    VECTOR: neighbours that a thread should own, 4 or 8. QUADS: hw % 4 == 0, so blocks do not cross from channel to channel.
+    VECTOR is the number of neighbours per thread, 4 or 8. QUADS is hw % 4 == 0: no Philox block then
+    crosses a channel.
     """
     if CHANNELS == 0:
-        # What is joined first becomes the outer of the new axes. A thread owns all that is joined: nothing is exchanged.
+        # Values joined first become the outer of the new axes. A thread owns all joined values, so none is exchanged.
         if VECTOR == 4:
             z0, z1, z2, z3 = normal_quad(seed, stream, tile * (PIXELS // 4) + tl.arange(0, PIXELS // 4))
             z = tl.join(tl.join(z0, z2), tl.join(z1, z3))
@@ -86,7 +91,7 @@ def epsilon(
     noise, seeds, sample, stream, tile, offset, mask, hw,
     C: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, VECTOR: tl.constexpr, QUADS: tl.constexpr,
 ):  # fmt: skip
-    """The tile of the given noise, or the one that the seed stands for (float32)."""
+    """Return the tile of the given noise, or draw it from the seed (float32)."""
     if noise is not None:
         return tl.load(noise + sample * hw * C + offset, mask).to(tl.float32)
     else:
@@ -95,7 +100,10 @@ def epsilon(
 
 @triton.jit
 def rounded(value, dtype: tl.constexpr):
-    """float32 to `dtype`, to nearest even. The interpreter would cut float32 to bfloat16, so there it is done on the bits."""
+    """Round float32 to `dtype`, to nearest even.
+
+    The interpreter truncates float32 to bfloat16, so there the bits are rounded explicitly.
+    """
     if INTERPRETED and dtype == tl.bfloat16:
         bits = value.to(tl.uint32, bitcast=True)
         return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
@@ -104,13 +112,13 @@ def rounded(value, dtype: tl.constexpr):
 
 
 def tiling(*tensors: Tensor | None, ordered: bool) -> tuple[int, dict[str, Any]]:
-    """Tiles in a sample, and the keyword arguments that describe them to a kernel.
+    """Return the number of tiles per sample, and the keyword arguments that describe them to a kernel.
 
     Args:
-        tensors: what the kernel reads and writes, [N, C, ...] and dense, all contiguous or all channels_last; None: absent.
-            The first one's channels count; a half type anywhere makes threads own 8 neighbours.
-        ordered: whether the kernel depends on the C, H, W order (it draws, or finds channels); if not, a sample is a line of
-            elements whatever its layout.
+        *tensors: Inputs and outputs of the kernel, dense [N, C, ...] in one memory format, or None. The
+            first one sets the channels. With any half-precision tensor a thread handles 8 neighbours.
+        ordered: Whether the kernel depends on the C, H, W order because it draws noise or needs channels.
+            If not, a sample is a line of elements in any memory format.
     """
     present = [tensor for tensor in tensors if tensor is not None]
     first = present[0]
@@ -135,10 +143,13 @@ def tiling(*tensors: Tensor | None, ordered: bool) -> tuple[int, dict[str, Any]]
 
 
 def grid(n: int, programs: int) -> tuple[int, int, int]:
-    """`programs` programs for each of n samples. Programs of samples >= n, which the rounding up makes, must return."""
+    """Return a grid with `programs` programs for each of n samples.
+
+    Rounding up creates programs with samples >= n, which must return at once.
+    """
     return programs, min(n, MAX_GRID_Y), triton.cdiv(n, MAX_GRID_Y)
 
 
 def device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device: make it the tensor's."""
+    """Return a context that makes the tensor's device current. Triton launches on the current device."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

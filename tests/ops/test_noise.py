@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ddpm_fast import ddpm_plan, noise, q_sample, reference, reverse_step, sample_seeds
+from ddpm_fast import STREAM_X_T, ddpm_plan, initial_noise, noise, q_sample, reference, reverse_step, sample, sample_seeds
 from ddpm_fast.testing import SCHEDULE
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -97,3 +97,19 @@ def test_more_than_2_31_elements() -> None:
     del long
     many = noise((3, 1 << 30), seeds.cuda(), dtype=torch.bfloat16)
     assert torch.equal(many[2:], noise((1, 1 << 30), seeds[2:].cuda(), dtype=torch.bfloat16))
+
+
+def test_initial_noise_is_what_sample_starts_from_and_no_steps_noise() -> None:
+    seeds, shape = sample_seeds(4, 2), (2, 1, 8, 8)
+    x_T = initial_noise(shape, seeds)
+    assert torch.equal(x_T, noise(shape, seeds, stream=STREAM_X_T))
+    plan = ddpm_plan(SCHEDULE, 3)
+    model = torch.nn.Conv2d(1, 1, 1)
+
+    class Network(torch.nn.Module):
+        def forward(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            return model(x_t)
+
+    _, trajectory = sample(Network(), plan, 2, seed=4, shape=(1, 8, 8), return_trajectory=4, progress=False)
+    assert torch.equal(trajectory[0], x_T)
+    assert not any(torch.equal(x_T, noise(shape, seeds, stream=step)) for step in range(plan.num_steps))

@@ -1,0 +1,372 @@
+"""Measure sample quality on Fashion-MNIST: class accuracy and a Frechet distance, in a small classifier.
+
+    python benchmarks/benchmark_quality.py
+    python benchmarks/benchmark_quality.py --model RUN --samplers ddpm:100 ddim:50 --dtype bf16
+
+The script trains the classifier once, in minutes, from a fixed recipe. Later runs read it from the user's cache.
+Two figures describe each sampler. Both use the images as 8-bit pixels:
+
+- accuracy: the share of images that the classifier assigns to the class that was asked for.
+- Frechet distance (classifier features): between Gaussians fitted to the classifier's 64 penultimate features.
+  The reference is 9,000 test images, 900 of each class. This is not FID, which uses Inception's features.
+
+The row of real images is the other 1,000 test images, 100 of each class. The classifier has seen neither set.
+The Frechet distance depends on N and on the classifier: compare figures of one N and one classifier file only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import common
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm.auto import tqdm
+
+from ddpm_fast import SamplingPlan, ddim_plan, ddpm_plan, sample, save_grid
+from ddpm_fast.atomic import replacing
+from ddpm_fast.builtin import BUILTIN, Pretrained, load_folder
+from ddpm_fast.data import FASHION_MNIST_CLASSES, load_dataset, to_unit_range
+from ddpm_fast.images import to_uint8
+from ddpm_fast.nn.checkpoint import check_weights
+
+RECIPE: Final[dict[str, Any]] = {
+    "version": 1,
+    "data": "fashion-mnist, 32x32",
+    "channels": [24, 48, 96],
+    "features": 64,
+    "epochs": 4,
+    "batch": 128,
+    "optimizer": "AdamW",
+    "peak_learning_rate": 4e-3,
+    "weight_decay": 0.05,
+    "seed": 0,
+}
+"""Everything that decides the classifier's weights, up to rounding. It is stored in the classifier's file."""
+
+LEAST_ACCURACY: Final = 0.91
+"""The least accuracy on the 10,000 test images with which a classifier is accepted."""
+
+CLASSES: Final = len(FASHION_MNIST_CLASSES)
+REAL_PER_CLASS: Final = 100
+DISTANCE: Final = "Frechet distance (classifier features)"
+SAMPLERS: Final = ("ddpm:100", "ddim-model-epsilon:50", "ddim-model-epsilon:100", "ddim:50", "ddim:100")
+METHODS: Final = {
+    "ddpm": "ancestral (eq. 13)",
+    "ddim": "DDIM, epsilon re-derived after the clip",
+    "ddim-model-epsilon": "DDIM, the model's epsilon",
+}
+
+
+# --------------------------------------------------------------------------------------------------------- classifier
+
+
+class Classifier(nn.Module):
+    """A small CNN for grey 32x32 images in [-1, 1]."""
+
+    def __init__(self) -> None:
+        """Build the layers that RECIPE names, with PyTorch's default initialization."""
+        super().__init__()
+        layers: list[nn.Module] = []
+        before = 1
+        for channels in RECIPE["channels"]:
+            layers += [
+                nn.Conv2d(before, channels, 3, padding=1, bias=False),
+                nn.BatchNorm2d(channels),
+                nn.ReLU(),
+                nn.MaxPool2d(2),
+            ]
+            before = channels
+        self.body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(before * 4 * 4, RECIPE["features"]), nn.ReLU())
+        self.head = nn.Linear(RECIPE["features"], CLASSES)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute class logits.
+
+        Args:
+            images: Grey images, float32 [N, 1, 32, 32] in [-1, 1].
+
+        Returns:
+            Logits [N, 10] and penultimate features [N, 64].
+        """
+        features = self.body(images)
+        return self.head(features), features
+
+
+class Measured(NamedTuple):
+    """The classifier's output for a set of images.
+
+    Attributes:
+        predicted: The predicted classes, int64 [N].
+        features: The penultimate features, float64 [N, 64].
+    """
+
+    predicted: Tensor
+    features: Tensor
+
+    def accuracy(self, labels: Tensor) -> float:
+        """Return the share of images that are predicted as `labels`, int64 [N]."""
+        return float((self.predicted == labels).double().mean())
+
+
+def measure(classifier: Classifier, images: Tensor, batch: int = 500) -> Measured:
+    """Apply the classifier to uint8 images [N, 1, 32, 32]."""
+    classifier.eval()
+    with torch.inference_mode():
+        parts = [classifier(to_unit_range(chunk)) for chunk in images.split(batch)]
+    return Measured(torch.cat([logits.argmax(1) for logits, _ in parts]), torch.cat([f for _, f in parts]).double())
+
+
+def train_classifier(images: Tensor, labels: Tensor, recipe: Mapping[str, Any] = RECIPE) -> Classifier:
+    """Train a classifier by the recipe.
+
+    Args:
+        images: Training images, uint8 [N, 1, 32, 32].
+        labels: Their classes, int64 [N] in 0..9.
+        recipe: RECIPE, or the same keys: epochs, batch, learning rate, weight decay and seed.
+    """
+    batch, epochs = recipe["batch"], recipe["epochs"]
+    generator = torch.Generator().manual_seed(recipe["seed"])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe["seed"])
+        classifier = Classifier().train()
+    rate = recipe["peak_learning_rate"]
+    optimizer = torch.optim.AdamW(classifier.parameters(), rate, weight_decay=recipe["weight_decay"])
+    steps = epochs * (len(images) // batch)
+    decay = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
+    with tqdm(total=steps, desc="training the classifier", unit="step") as bar:
+        for _ in range(epochs):
+            order = torch.randperm(len(images), generator=generator)
+            for indices in order[: len(images) // batch * batch].split(batch):
+                logits, _ = classifier(to_unit_range(images[indices]))
+                loss = functional.cross_entropy(logits, labels[indices])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                decay.step()
+                bar.update()
+    return classifier.eval()
+
+
+def save_classifier(path: Path, classifier: Classifier) -> None:
+    """Write a classifier and its recipe as safetensors, in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        weights = {name: tensor.contiguous() for name, tensor in classifier.state_dict().items()}
+        safetensors.torch.save_file(weights, temporary, metadata={"recipe": json.dumps(RECIPE, sort_keys=True)})
+
+
+def load_classifier(path: Path) -> Classifier:
+    """Read a classifier that `save_classifier` wrote.
+
+    Raises:
+        ValueError: The file is damaged, or holds no classifier of this recipe.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            recipe = (file.metadata() or {}).get("recipe")
+        weights = safetensors.torch.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"benchmark_quality: expected {str(path)!r} to be a whole safetensors file, got: {error}") from error
+    if recipe != json.dumps(RECIPE, sort_keys=True):
+        raise ValueError(
+            f"benchmark_quality: expected {str(path)!r} to hold a classifier of this script's recipe, got recipe {recipe}; "
+            "name another --classifier, or remove the file to train it again"
+        )
+    classifier = Classifier()
+    check_weights("benchmark_quality", path, "the classifier", classifier.state_dict(), weights)
+    classifier.load_state_dict(weights)
+    return classifier.eval()
+
+
+def default_classifier() -> Path:
+    """Return the classifier's place in the user's cache. Another recipe has another name."""
+    digest = hashlib.sha256(json.dumps(RECIPE, sort_keys=True).encode()).hexdigest()[:8]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "ddpm_fast" / f"fashion-mnist-classifier-{digest}.safetensors"
+
+
+def check_accuracy(accuracy: float, path: Path) -> None:
+    """Raise a ValueError if a classifier is too weak to measure with."""
+    if not accuracy >= LEAST_ACCURACY:
+        raise ValueError(
+            f"benchmark_quality: expected the classifier's accuracy on test images to be at least {LEAST_ACCURACY}, "
+            f"got {accuracy:.4f} from {str(path)!r}"
+        )
+
+
+# ------------------------------------------------------------------------------------------------------------ distance
+
+
+def frechet_distance(a: Tensor, b: Tensor) -> float:
+    """Compute the Frechet distance between Gaussians fitted to two sets of features.
+
+    |mean_a - mean_b|^2 + tr(cov_a + cov_b - 2 (cov_a cov_b)^(1/2)), in float64 (Heusel et al. 2017, eq. 6).
+
+    Args:
+        a: Features [N, D]. N is above D, so that the covariance can have full rank.
+        b: Features [M, D]. M is above D too.
+
+    Raises:
+        ValueError: The shapes do not fit, or there are too few rows.
+    """
+    if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) <= a.shape[1]:
+        raise ValueError(
+            "frechet_distance: expected features [N, D] and [M, D] with N and M above D, "
+            f"got {list(a.shape)} and {list(b.shape)}"
+        )
+    a, b = a.double(), b.double()
+    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
+    # tr (cov_a cov_b)^(1/2) is the sum of the roots of the eigenvalues of the symmetric r cov_b r, r = cov_a^(1/2).
+    values, vectors = torch.linalg.eigh(cov_a)
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    overlap = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
+    means = (a.mean(0) - b.mean(0)).square().sum()
+    return max(0.0, float(means + cov_a.trace() + cov_b.trace() - 2 * overlap))
+
+
+def split_real(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Split test images into the first 100 of each class and the others.
+
+    Args:
+        labels: Classes of the test images, int64 [N] in 0..9.
+
+    Returns:
+        Indices of the real images to measure, and of the reference. Both int64, ascending, disjoint.
+    """
+    chosen = torch.zeros(len(labels), dtype=torch.bool)
+    for label in range(CLASSES):
+        chosen[(labels == label).nonzero().flatten()[:REAL_PER_CLASS]] = True
+    return chosen.nonzero().flatten(), (~chosen).nonzero().flatten()
+
+
+# ------------------------------------------------------------------------------------------------------------ samplers
+
+
+def build_plan(loaded: Pretrained, sampler: str) -> SamplingPlan:
+    """Build the plan of a sampler that is named METHOD:STEPS.
+
+    Raises:
+        ValueError: The method is unknown, or the steps are out of range.
+    """
+    method, _, steps = sampler.partition(":")
+    if method not in METHODS or not steps.isdecimal():
+        raise ValueError(
+            f"benchmark_quality: expected a sampler to be METHOD:STEPS, METHOD of {', '.join(METHODS)}, got {sampler!r}"
+        )
+    common_options: dict[str, Any] = {"prediction": loaded.prediction, "clip": loaded.clip}
+    if method == "ddpm":
+        return ddpm_plan(loaded.schedule, int(steps), variance=loaded.variance, **common_options)
+    learned = loaded.variance in ("learned", "learned_range")
+    rederive = method == "ddim"
+    return ddim_plan(loaded.schedule, int(steps), use_clipped_model_output=rederive, learned_variance=learned, **common_options)
+
+
+def load_model(name: str, device: str) -> Pretrained:
+    """Load the built-in model, or one from a folder, and check that it draws Fashion-MNIST's classes.
+
+    Raises:
+        ValueError: The model has other images or classes.
+    """
+    loaded = load_folder(BUILTIN if name == "builtin" else name, device)
+    config = loaded.model.config
+    got = (config["in_channels"], config["sample_size"], loaded.classes)
+    if got != (1, 32, FASHION_MNIST_CLASSES):
+        raise ValueError(
+            f"benchmark_quality: expected a model of 1x32x32 images with Fashion-MNIST's {CLASSES} classes, "
+            f"got {got[0]} channels, size {got[1]}, classes {', '.join(got[2]) or 'none'}"
+        )
+    return loaded
+
+
+def main() -> None:
+    """Run the benchmark on the command line's arguments."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="builtin", help="take builtin (default) or a model's or training run's folder")
+    methods = "; ".join(f"{name}: {text}" for name, text in METHODS.items())
+    parser.add_argument("--samplers", nargs="+", default=SAMPLERS, metavar="METHOD:STEPS", help=f"measure these. {methods}")
+    parser.add_argument("--num", type=int, default=1000, help="draw this many images with each sampler (1000)")
+    parser.add_argument("--batch", type=int, default=50, help="draw this many images at once (50)")
+    parser.add_argument("--seed", type=int, default=0, help="seed the noise of the images (0)")
+    parser.add_argument("--dtype", choices=common.DTYPES, default="float32", help="run the network in this dtype (float32)")
+    parser.add_argument("--device", default="cpu", help="sample on this device (cpu)")
+    parser.add_argument("--threads", type=int, help="use this many CPU threads")
+    parser.add_argument("--classifier", type=Path, help="read this classifier, or train it into this file if absent")
+    parser.add_argument("--grids", type=Path, help="save the first 100 images of each sampler into this folder, as PNG")
+    parser.add_argument("--out", type=Path, help="write this JSON file (benchmarks/results/<device>.json)")
+    args = parser.parse_args()
+    if args.num <= RECIPE["features"]:
+        parser.error(f"--num: expected more images than the {RECIPE['features']} features, got {args.num}")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+
+    loaded = load_model(args.model, args.device)
+    plans = {sampler: build_plan(loaded, sampler) for sampler in args.samplers}
+    path = args.classifier or default_classifier()
+    if path.is_file():
+        classifier = load_classifier(path)
+    else:
+        train = load_dataset("fashion-mnist")
+        classifier = train_classifier(*train[torch.arange(len(train))])
+    test = load_dataset("fashion-mnist", split="test")
+    images, labels = test[torch.arange(len(test))]
+    of_test = measure(classifier, images)
+    check_accuracy(of_test.accuracy(labels), path)
+    if not path.is_file():
+        save_classifier(path, classifier)
+
+    machine = common.machine(args.device)
+    machine["classifier"] = {
+        "test accuracy": round(of_test.accuracy(labels), 4),
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "recipe": RECIPE,
+    }
+    common.print_machine(machine)
+    real, others = split_real(labels)
+    reference = of_test.features[others]
+
+    def row(name: str, steps: int | None, measured: Measured, wanted: Tensor, seed: int | None) -> dict[str, object]:
+        return {
+            "images": name,
+            "steps": steps,
+            "N": len(wanted),
+            "seed": seed,
+            "accuracy": measured.accuracy(wanted),
+            DISTANCE: frechet_distance(measured.features, reference),
+        }
+
+    rows = [row("real images", None, Measured(of_test.predicted[real], of_test.features[real]), labels[real], None)]
+    wanted = torch.arange(args.num) % CLASSES
+    out = args.out or common.default_output(args.device)
+    name = args.model if args.model == "builtin" else Path(args.model).name
+    section = f"benchmark_quality {name} {args.dtype} N={args.num} seed {args.seed}"
+    for sampler, plan in plans.items():
+        print(f"\n{sampler}, {args.num} images", flush=True)
+        drawn = sample(
+            *(loaded.model, plan, args.num),
+            seed=args.seed,
+            class_labels=wanted,
+            batch_size=args.batch,
+            dtype=common.DTYPES[args.dtype],
+        ).cpu()
+        if args.grids:
+            save_grid(drawn[:100], args.grids / f"{name}_{sampler.replace(':', '_')}_seed{args.seed}.png", columns=CLASSES)
+        method = METHODS[sampler.partition(":")[0]]
+        rows.append(row(method, plan.num_steps, measure(classifier, to_uint8(drawn)), wanted, args.seed))
+        common.record(out, section, machine, rows, quiet=True)  # a run that is stopped keeps what is done
+    title = f"{name}, {args.dtype}: N={args.num} images a row, reference: {len(reference)} test images"
+    common.print_table(title, [{key: "" if value is None else value for key, value in row.items()} for row in rows])
+    print(f"\nwritten: {out}")
+
+
+if __name__ == "__main__":
+    main()
