@@ -39,7 +39,7 @@ build: $(VENV)/tools  ## compile what has changed of the native module, in place
 
 $(VENV)/tools:
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) setuptools cmake ninja pybind11
+	$(PIP) --upgrade setuptools cmake ninja pybind11
 	touch $@
 
 $(VENV)/installed: pyproject.toml $(VENV)/tools
