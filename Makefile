@@ -1,53 +1,89 @@
-# One word for each thing that one does here; CI says the same words.
+# One word for each task. CI uses the same words.
 PYTHON ?= python3
 VENV ?= .venv
+EXTRAS ?= test
+JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 RUN := $(VENV)/bin/python
+# --no-compile: Python compiles the modules that it imports. pip would compile every module of every package.
+PIP := $(RUN) -m pip install --quiet --disable-pip-version-check --no-compile
+# pyproject.toml and tests/environment.py have the other settings of the tests.
+PYTEST := $(RUN) -m pytest -n $(JOBS) --dist worksteal
+SOURCES := find csrc tests/emulator -name "*.h" -o -name "*.c??" -o -name "*.cu"
 
-.PHONY: check setup build lint test test-slow bench gpu-check docs format clean
+.PHONY: check check-all check-lowest setup setup-lowest build lint test test-all bench gpu-check docs format clean
 
-check: setup lint test  ## all that a change has to pass, from a fresh clone
+# Each check works in a copy of the tree, in build/. It has its own environment and build, and leaves yours as they are.
+# -j 2: the kernels compile while pip installs.
 
-setup: build  ## a virtual environment with the package (editable) and what the tests need
-$(VENV)/installed: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --upgrade pip
-	DDPM_FAST_NO_NATIVE=1 $(RUN) -m pip install --quiet -e '.[test]'
-	touch $@
+check:  ## run what a change has to pass, for the CPU alone, in less than five minutes
+	$(PYTHON) .ci/copy_tree.py build/check
+	DDPM_FAST_CUDA_ARCHS=none $(MAKE) -C build/check -j 2 setup
+	$(MAKE) -C build/check lint test
 
-build: $(VENV)/installed  ## compiles what has changed of the native module, in place; build/ keeps the rest
+check-all: check-lowest  ## run everything: CUDA builds, machine code, slow tests, full products, benchmarks/tests, docs
+	$(PYTHON) .ci/copy_tree.py build/check-all
+	FORCE_CUDA=1 DDPM_FAST_CUDA_ARCHS="80;90a;100" $(MAKE) -C build/check-all -j 2 setup EXTRAS=test,bench,docs
+	$(MAKE) -C build/check-all lint test-all docs
+
+check-lowest:  ## run the tests with the lowest versions that pyproject.toml allows (downloads 4 GB the first time)
+	$(PYTHON) .ci/copy_tree.py build/check-lowest
+	DDPM_FAST_CUDA_ARCHS=none $(MAKE) -C build/check-lowest -j 2 setup-lowest
+	$(MAKE) -C build/check-lowest test
+
+setup: $(VENV)/installed build  ## make an environment with the package (editable) and what the tests need
+
+setup-lowest: $(VENV)/lowest build  ## make the same environment with the lowest versions
+
+build: $(VENV)/tools  ## compile what has changed of the native module, in place; build/ keeps the rest
 	$(RUN) setup.py -q build_ext --inplace
 
-lint:  ## style and types
+$(VENV)/tools:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade setuptools cmake ninja pybind11
+	touch $@
+
+$(VENV)/installed: pyproject.toml $(VENV)/tools
+	DDPM_FAST_NO_NATIVE=1 $(PIP) --no-build-isolation -e '.[$(EXTRAS)]'
+	touch $@
+
+# torch 2.9 asks for an older Triton than the tests need, so Triton goes in without dependencies.
+$(VENV)/lowest: pyproject.toml $(VENV)/tools
+	$(PIP) $$($(PYTHON) .ci/lowest.py test | grep -v ^triton=)
+	$(PIP) --no-deps $$($(PYTHON) .ci/lowest.py test | grep ^triton=)
+	DDPM_FAST_NO_NATIVE=1 $(PIP) --no-build-isolation --no-deps -e .
+	touch $@
+
+lint:  ## check style and types
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
-	find csrc tests/emulator -name "*.h" -o -name "*.c??" -o -name "*.cu" | xargs $(VENV)/bin/clang-format --dry-run --Werror
+	$(SOURCES) | xargs $(VENV)/bin/clang-format --dry-run --Werror
 
-test:  ## the test suite
-	$(RUN) -m pytest
+test:  ## run the tests of `make check`
+	$(PYTEST)
 
-test-slow:  ## the tests that take minutes
-	$(RUN) -m pytest -m slow
+test-all:  ## run all tests: slow ones, full products of parameters, benchmarks/tests
+	$(PYTEST) --full tests benchmarks/tests
 
-bench:  ## images/s of sampling, and every op beside its peers
+bench:  ## measure sampling, and every op beside its peers
 	$(RUN) benchmarks/sample_speed.py
 	$(RUN) -m pytest benchmarks/test_ops.py --benchmark-enable
 
-gpu-check:  ## on a machine with an NVIDIA GPU: build, test and measure in ten minutes
+gpu-check:  ## build, test and measure on a machine with an NVIDIA GPU, in ten minutes
 	$(if $(wildcard $(RUN)),$(RUN),$(PYTHON)) benchmarks/gpu_check.py
 
 # Only docs/hooks.py and the docstrings are read, so nothing is compiled.
-docs:  ## the documentation, in build/docs; fails on a broken link or a public name without a page
+docs:  ## build the documentation in build/docs; fail on a broken link or a public name without a page
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(RUN) -c "import mkdocs, material, mkdocstrings, ziamath" 2>/dev/null || \
 		DDPM_FAST_NO_NATIVE=1 $(RUN) -m pip install --quiet -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
 	@echo "the documentation is in build/docs/index.html"
 
-format:  ## rewrites the sources in the project's style
+format:  ## rewrite the sources in the project's style
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
-	find csrc tests/emulator -name "*.h" -o -name "*.c??" -o -name "*.cu" | xargs $(VENV)/bin/clang-format -i
+	$(SOURCES) | xargs $(VENV)/bin/clang-format -i
 
 clean:
 	rm -rf build $(VENV) ddpm_fast/_native*.so

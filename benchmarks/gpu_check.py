@@ -33,7 +33,6 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 LOGS = ROOT / "build" / "gpu_check"
 TOTAL_SECONDS = 590.0
-BEGAN = time.monotonic()
 sys.path.insert(0, str(ROOT))  # the package need not be installed
 
 # What the package cannot do without, and what is left out where something is missing.
@@ -77,7 +76,7 @@ class Check:
 
     out: Path
     capability: tuple[int, int]
-    began: float = BEGAN
+    began: float = field(default_factory=time.monotonic)  # when the ten minutes began
     clock: Callable[[], float] = time.monotonic
     background: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
@@ -168,11 +167,10 @@ def why_no_kernels() -> str | None:
 
 def why_old() -> str | None:
     """A source that has changed since the native module was built."""
-    modules = [path.stat().st_mtime for path in (ROOT / "ddpm_fast").glob("_native*.so")]
-    sources = [ROOT / "CMakeLists.txt", *(path for path in (ROOT / "csrc").rglob("*") if path.is_file())]
-    newest = max(sources, key=lambda path: path.stat().st_mtime)
-    is_old = bool(modules) and newest.stat().st_mtime > max(modules)
-    return f"{newest.relative_to(ROOT)} is newer than the module" if is_old else None
+    sys.path.insert(0, str(HERE.parent / "tests"))
+    import build_age
+
+    return build_age.why_old(ROOT)
 
 
 def build(check: Check, seconds: float) -> Outcome:
@@ -215,7 +213,14 @@ def tests(check: Check, seconds: float) -> Outcome:
     from ddpm_fast.ops.backend import OPS
 
     # pytest-benchmark, which the project's own options name, may be missing.
-    options = ["-v", "-p", "no:cacheprovider", "-o", "addopts=-ra --strict-markers --strict-config -m 'gpu and not slow'"]
+    options = [
+        "-v",
+        "--full",
+        "-p",
+        "no:cacheprovider",
+        "-o",
+        "addopts=-ra --strict-markers --strict-config -m 'gpu and not slow'",
+    ]
     jobs = test_jobs(OPS)
     logs = {name: LOGS / f"tests-{name.replace(' ', '-')}.log" for name in jobs}
     run = [sys.executable, "-m", "pytest", *options, "-k"]
@@ -414,6 +419,7 @@ def describe(phases: Sequence[Phase]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    began = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=[phase.name for phase in PHASES], help="these phases")
     parser.add_argument("--out", type=Path, help="JSON file; default: benchmarks/results/<card>.json")
@@ -446,7 +452,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     common.print_machine(machine)
     for line in machine["missing"]:
         print(f"{line}")
-    check = Check(out.resolve(), torch.cuda.get_device_capability())
+    check = Check(out.resolve(), torch.cuda.get_device_capability(), began)
     rows = run(check, phases, lambda rows: common.record(out, "gpu_check", machine, rows, quiet=True))
     common.print_table(f"gpu-check on {machine['device']}", rows)
     print(f"\nwritten: {out}")

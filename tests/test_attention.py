@@ -8,7 +8,6 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from instruction_sets import run_with_isa
 from small_unets import relative_error
 from torch import Tensor, nn
 
@@ -263,8 +262,3 @@ class TestWhereItServes:
             dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
             assert torch.autograd.forward_ad.unpack_dual(layer(dual)).tangent is not None
         assert not calls
-
-
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_lesser_instruction_sets(isa: str) -> None:
-    run_with_isa(isa, test_output_and_gradients_are_as_right_as_pytorchs, test_scores_far_apart)

@@ -8,7 +8,6 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from instruction_sets import run_with_isa
 from small_unets import relative_error
 from torch import Tensor, nn
 
@@ -350,8 +349,3 @@ def test_a_networks_gradient_is_pytorchs(monkeypatch: pytest.MonkeyPatch) -> Non
     got = gradient(model)
     monkeypatch.setattr(conv, "why_not_packed", lambda *_: "a test wants PyTorch's")
     assert relative_error(got, truth) <= 2 * relative_error(gradient(model), truth)
-
-
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_lesser_instruction_sets(isa: str) -> None:
-    run_with_isa(isa, test_output_and_gradients_are_as_right_as_pytorchs, test_weights_are_transformed_and_laid_in_panels)

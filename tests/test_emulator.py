@@ -562,6 +562,7 @@ def modules() -> dict[str, ModuleType]:
     return {group: build.load(build.build(edits=_edits(bugs), sources=sources)) for group, (bugs, sources) in GROUPS.items()}
 
 
+@pytest.mark.slow  # it compiles kernels of its own
 @pytest.mark.parametrize(("group", "number"), _ALL)
 def test_a_planted_bug_is_found(
     modules: dict[str, ModuleType], group: str, number: int, monkeypatch: pytest.MonkeyPatch
@@ -597,6 +598,7 @@ def test_a_finding_s_name_is_short(emulated: ModuleType) -> None:
     assert f"{emulated.Finding.__module__}.{emulated.Finding.__qualname__}" == "emulated.Finding"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("planted", range(len(ADDRESS) + 1), ids=["none", *map(str, ADDRESS)])
 def test_address_sanitizer(planted: int, modules: dict[str, ModuleType]) -> None:
     path = build.build("address", edits=_edits(ADDRESS), sources=("noise.cu",))
@@ -620,6 +622,7 @@ print(_draw(emulated), end="")
         assert f"AddressSanitizer: {ADDRESS[planted - 1].kind}" in process.stderr, process.stderr
 
 
+@pytest.mark.slow
 def test_only_address_sanitizer_sees_pointers_into_local_arrays(modules: dict[str, ModuleType]) -> None:
     emulated = build.load(build.build(edits=_edits(ADDRESS), sources=("noise.cu",)))
     emulated.set_planted(1)
@@ -629,7 +632,7 @@ def test_only_address_sanitizer_sees_pointers_into_local_arrays(modules: dict[st
 @pytest.mark.slow
 def test_every_case_with_address_sanitizer() -> None:
     tests = Path(__file__).parent / "ops" / "test_emulated.py"
-    process = _with_address_sanitizer("-m", "pytest", "-q", str(tests), DDPM_FAST_EMULATOR="address")
+    process = _with_address_sanitizer("-m", "pytest", "-q", "--full", str(tests), DDPM_FAST_EMULATOR="address")
     assert process.returncode == 0, process.stdout + process.stderr
 
 

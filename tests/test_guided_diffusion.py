@@ -1,4 +1,4 @@
-"""guided-diffusion's classes: against the mathematics in plain float64, and against the original where that is installed."""
+"""guided-diffusion's classes: against the mathematics in plain float64, and against recorded values of the original."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import copy
 import inspect
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
 import torch
+from pairwise import pairwise
+from record_guided_diffusion import recorded
 from torch import Tensor, nn
 
 import ddpm_fast
@@ -160,8 +162,7 @@ def close(actual: Tensor, expected: Tensor, s: Statement, t: int) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-6, atol=scale * torch.finfo(torch.float32).eps)
 
 
-@pytest.mark.parametrize("hooks", HOOKS)
-@pytest.mark.parametrize(("mean", "var"), BOTH)
+@pairwise(mean=MEANS, var=VARS, hooks=list(HOOKS))
 def test_every_step_is_the_mathematics(mean: gd.ModelMeanType, var: gd.ModelVarType, hooks: str) -> None:
     d, network, y = diffusion(mean, var), Network(var), torch.tensor([0.1, 0.2, 0.3])
     s, options = Statement(d), HOOKS[hooks]
@@ -307,8 +308,7 @@ def test_models_are_given_the_timesteps_they_were_trained_with(steps: int, space
         torch.testing.assert_close(t, expected)
 
 
-@pytest.mark.parametrize("loss", list(gd.LossType))
-@pytest.mark.parametrize(("mean", "var"), BOTH)
+@pairwise(mean=MEANS, var=VARS, loss=list(gd.LossType))
 def test_losses_and_their_gradients(mean: gd.ModelMeanType, var: gd.ModelVarType, loss: gd.LossType) -> None:
     d, network = diffusion(mean, var, loss, kept=None), Network(var)
     s, x_0, noise, t = Statement(d), images(), draws(1), torch.tensor([0, 20, T - 1])
@@ -356,8 +356,7 @@ def test_without_noise_losses_draw_from_the_generator() -> None:
     assert torch.equal(losses, d.training_losses(network, images(), t, noise=torch.randn_like(images()))["loss"])
 
 
-@pytest.mark.parametrize("clip", [True, False])
-@pytest.mark.parametrize(("mean", "var"), BOTH)
+@pairwise(mean=MEANS, var=VARS, clip=[True, False])
 def test_the_bound(mean: gd.ModelMeanType, var: gd.ModelVarType, clip: bool) -> None:
     """Against the statement, and against `variational_bound`, which works in float64 and another way."""
     d, network, x_0 = diffusion(mean, var, kept="5"), Network(var), images()
@@ -582,46 +581,52 @@ def test_errors(call: Callable[..., Any], error: type[Exception], message: str) 
         call(diffusion(), Network(gd.ModelVarType.FIXED_SMALL).float())
 
 
-# ----------------------------------------------------------------------------------- beside the original, where it is installed
+# --------------------------------------------------------------- beside the original: record_guided_diffusion.py has its values
 
 
-def _theirs(d: gd.GaussianDiffusion) -> Any:
-    """The original's object for the same process."""
-    original = pytest.importorskip("guided_diffusion.gaussian_diffusion")
-    respace = pytest.importorskip("guided_diffusion.respace")
-    return respace.SpacedDiffusion(
-        use_timesteps=respace.space_timesteps(T, KEPT),
-        betas=BETAS,
-        model_mean_type=original.ModelMeanType[d.model_mean_type.name],
-        model_var_type=original.ModelVarType[d.model_var_type.name],
-        loss_type=original.LossType[d.loss_type.name],
-    )
+ETAS = (None, 0.0, 1.0)  # None: p_sample_loop
 
 
-@pytest.mark.parametrize("hooks", HOOKS)
-@pytest.mark.parametrize(("mean", "var"), BOTH)
+def trajectory(d: Any, var: gd.ModelVarType, hooks: str, eta: float | None) -> Tensor:
+    """The last image of a loop of `d`, which may be the original's."""
+    torch.manual_seed(0)
+    loop, options = (d.p_sample_loop, {}) if eta is None else (d.ddim_sample_loop, {"eta": eta})
+    return loop(Network(var).float(), SHAPE, model_kwargs={}, **options, **HOOKS[hooks])
+
+
+def losses(d: Any, var: gd.ModelVarType) -> dict[str, Tensor]:
+    t = torch.tensor([0, 7, 14])
+    return d.training_losses(Network(var).float(), images().float(), t, noise=draws(1).float())
+
+
+def bounds(d: Any, var: gd.ModelVarType) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    return d.calc_bpd_loop(Network(var).float(), images().float())
+
+
+@pairwise(mean=MEANS, var=VARS, hooks=list(HOOKS))
 def test_trajectories_are_the_originals(mean: gd.ModelMeanType, var: gd.ModelVarType, hooks: str) -> None:
-    d, network = diffusion(mean, var), Network(var).float()
-    for eta in (None, 0.0, 1.0):
-        finals = []
-        for side in (d, _theirs(d)):
-            torch.manual_seed(0)
-            loop = side.p_sample_loop if eta is None else side.ddim_sample_loop
-            options = {} if eta is None else {"eta": eta}
-            finals.append(loop(network, SHAPE, model_kwargs={}, **options, **HOOKS[hooks]))
-        torch.testing.assert_close(finals[0], finals[1], rtol=2e-4, atol=2e-4)  # float32 along 15 steps, on both sides
+    d = diffusion(mean, var)
+    for eta in ETAS:
+        expected = recorded()[f"trajectory {mean.name} {var.name} {hooks} {eta}"]
+        torch.testing.assert_close(trajectory(d, var, hooks, eta), expected, rtol=2e-4, atol=2e-4)  # float32 along 15 steps
 
 
-@pytest.mark.parametrize("loss", list(gd.LossType))
-@pytest.mark.parametrize(("mean", "var"), BOTH)
-def test_losses_and_bounds_are_the_originals(mean: gd.ModelMeanType, var: gd.ModelVarType, loss: gd.LossType) -> None:
-    d, network, t = diffusion(mean, var, loss), Network(var).float(), torch.tensor([0, 7, 14])
-    x_0 = images().float()
-    theirs = _theirs(d).training_losses(network, x_0, t, noise=draws(1).float())
-    ours = d.training_losses(network, x_0, t, noise=draws(1).float())
+def of_the_original(suffix: str, names: Iterable[str]) -> dict[str, Tensor]:
+    """The recorded tensors of these names; all that the original gives."""
+    found = {name: x for key, x in recorded().items() for name, _, rest in [key.partition(" ")] if rest == suffix}
+    assert found.keys() == set(names)
+    return found
+
+
+@pairwise(mean=MEANS, var=VARS, loss=list(gd.LossType))
+def test_losses_are_the_originals(mean: gd.ModelMeanType, var: gd.ModelVarType, loss: gd.LossType) -> None:
+    ours = losses(diffusion(mean, var, loss), var)
+    theirs = of_the_original(f"{mean.name} {var.name} {loss.name}", ours)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=5e-5 if loss == gd.LossType.RESCALED_KL else 1e-6)
-    bounds = []
-    for side in (d, _theirs(d)):
-        torch.manual_seed(0)
-        bounds.append(side.calc_bpd_loop(network, x_0))
-    torch.testing.assert_close(bounds[0], bounds[1], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("mean", "var"), BOTH)
+def test_bounds_are_the_originals(mean: gd.ModelMeanType, var: gd.ModelVarType) -> None:
+    ours = bounds(diffusion(mean, var), var)
+    torch.testing.assert_close(ours, of_the_original(f"{mean.name} {var.name}", ours), rtol=1e-4, atol=1e-6)

@@ -1,4 +1,4 @@
-"""Weights of guided-diffusion's U-Nets: against that network as a function of its weights, and the original if it is there."""
+"""Weights of guided-diffusion's U-Nets: against that network as a function of its weights, and recorded outputs of it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from record_guided_diffusion import layout, recorded, recorded_layouts
 from torch import Tensor
 
 from ddpm_fast import freeze
@@ -282,24 +283,10 @@ def test_a_damaged_file_is_a_value_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_outputs_are_the_originals(case: str) -> None:
-    unet = pytest.importorskip("guided_diffusion.unet")
     flags = FLAGS | CASES[case]
-    mults = flags["channel_mult"]
-    peer = unet.UNetModel(
-        image_size=16,
-        in_channels=3,
-        model_channels=flags["num_channels"],
-        out_channels=6 if flags.get("learn_sigma") else 3,
-        num_res_blocks=flags["num_res_blocks"],
-        attention_resolutions=tuple(16 // int(r) for r in flags["attention_resolutions"].split(",")),
-        channel_mult=tuple(int(m) for m in mults.split(",")) if isinstance(mults, str) else mults,
-        num_classes=10 if flags.get("class_cond") else None,
-        **{k: flags[k] for k in ("num_heads", "num_head_channels", "use_scale_shift_norm") if k in flags},
-        **{k: flags[k] for k in ("resblock_updown", "use_new_attention_order") if k in flags},
-    )
     weights = Original(flags).weights
-    peer.load_state_dict(weights)  # strict: its names and shapes
+    assert layout(weights) == recorded_layouts()[f"unet {case}"]  # its names and shapes
     x, t, y = inputs(flags)
     with torch.no_grad():
-        expected = peer.eval()(x.float(), t, y)
-        torch.testing.assert_close(load_guided_diffusion(weights, **flags)(x, t, y), expected, rtol=1e-4, atol=1e-4)
+        got = load_guided_diffusion(weights, **flags)(x, t, y)
+    torch.testing.assert_close(got, recorded()[f"unet {case}"], rtol=1e-4, atol=1e-4)

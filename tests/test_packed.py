@@ -9,7 +9,6 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from instruction_sets import run_with_isa
 from small_unets import relative_error
 from torch import Tensor, nn
 
@@ -284,13 +283,6 @@ def test_reasons_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conv, "native_error", lambda: "gone")
     assert conv.why_not_packed(cpu, torch.float32) == "the compiled module did not load: gone"
     assert not conv.has_fast_bfloat16()
-
-
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_lesser_instruction_sets(isa: str) -> None:
-    run_with_isa(
-        *(isa, test_is_norm_activation_convolution_and_addition, test_either_method_serves_a_3x3_convolution, test_attention)
-    )
 
 
 def test_large_weights_lie_in_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -423,9 +424,9 @@ def test_a_run_opens_with_a_summary(tmp_path: Path, caplog: pytest.LogCaptureFix
         "float32 on cpu, 1 thread",
         "14 of 6 images: 0.056 epochs",
         "log.csv every 4 steps",
-        "time     about 0 seconds",
     ):
         assert part in text
+    assert re.search(r"time     about \d+ seconds", text)
     caplog.clear()
     with caplog.at_level(logging.INFO, logger="ddpm_fast"):
         train(tmp_path / "run", **QUIET, steps=15, resume=True)
@@ -476,8 +477,10 @@ def test_sigterm_saves_and_ends_the_run(tmp_path: Path) -> None:
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def kill_and_resume(run_dir: Path, kills: int, seed: int) -> tuple[list[int], int]:
+def kill_and_resume(run_dir: Path, kills: int, within_writes: int, seed: int) -> tuple[list[int], int]:
     """Train with a checkpoint every step, SIGKILL the process at random moments of checkpoint writes, and resume.
+
+    At least `kills` times, and until as many as `within_writes` of them were within a write: a busy machine may be late.
 
     Returns:
         The step of the newest whole checkpoint after each kill, and how many kills left a half written one behind.
@@ -489,8 +492,8 @@ def kill_and_resume(run_dir: Path, kills: int, seed: int) -> tuple[list[int], in
     run = RunFolder(run_dir)
     steps: list[int] = []
     interrupted = 0
-    for attempt in range(kills):
-        arguments = ["--resume"] if attempt else [*flags, "--attention=none", "--no-tensorboard", "--steps=1000000"]
+    while len(steps) < kills or interrupted < within_writes:
+        arguments = ["--resume"] if steps else [*flags, "--attention=none", "--no-tensorboard", "--steps=1000000"]
         process = subprocess.Popen([*command, *arguments, "--no-progress"], stderr=subprocess.PIPE, text=True)
         # Wait for this process's second checkpoint, then for the next write to be under way, then for a random moment of it.
         start = steps[-1] if steps else 0
@@ -514,9 +517,8 @@ def kill_and_resume(run_dir: Path, kills: int, seed: int) -> tuple[list[int], in
 
 
 def check_killed_run(run_dir: Path, kills: int, within_writes: int) -> None:
-    steps, interrupted = kill_and_resume(run_dir, kills, seed=kills)
-    print(f"{kills} kills, {interrupted} of them within a write; whole checkpoints after them: {steps}")
-    assert interrupted >= within_writes
+    steps, interrupted = kill_and_resume(run_dir, kills, within_writes, seed=kills)
+    print(f"{len(steps)} kills, {interrupted} of them within a write; whole checkpoints after them: {steps}")
     options = json.loads((run_dir / "config.json").read_text())["options"]
     # The last resume, and a run that was never killed.
     final = options | {"steps": steps[-1] + 2}

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from pairwise import pairwise
 from torch import Tensor
 
 from ddpm_fast import reference
@@ -39,7 +40,8 @@ def channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-LAYOUTS = pytest.mark.parametrize("layout", [contiguous, channels_last])
+LAYOUTS = (contiguous, channels_last)
+in_both_layouts = pytest.mark.parametrize("layout", LAYOUTS)
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -63,9 +65,7 @@ def assert_close(actual: Tensor, exact: Tensor, roundings: int = 8) -> None:
 SHAPES = [(3, 2), (3, 1, 13), (3, 3, 20, 20), (3, 3, 5, 7), (3, 1, 6, 6), (3, 70, 2, 2)]
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@LAYOUTS
+@pairwise(shape=SHAPES, dtype=[torch.float32, torch.bfloat16], layout=LAYOUTS)
 def test_normals_have_the_bits_of_the_reference(shape: tuple[int, ...], dtype: torch.dtype, layout: Layout) -> None:
     out = torch.full(shape, torch.nan, dtype=dtype, device=DEVICE)
     if len(shape) == 4:
@@ -75,7 +75,7 @@ def test_normals_have_the_bits_of_the_reference(shape: tuple[int, ...], dtype: t
     assert torch.equal(out, reference.noise(shape, SEEDS, stream, dtype))
 
 
-@LAYOUTS
+@in_both_layouts
 def test_every_kernel_draws_the_same_normals(layout: Layout) -> None:
     """Also where a grid has programs for samples that do not exist, as it has beyond 65535 samples."""
     x = layout(torch.zeros(3, 3, 8, 8, device=DEVICE))
@@ -95,7 +95,7 @@ def test_every_kernel_draws_the_same_normals(layout: Layout) -> None:
     assert torch.equal(out, torch.cat(expected))
 
 
-@LAYOUTS
+@in_both_layouts
 def test_more_samples_than_a_grid_has_rows(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "MAX_GRID_Y", 2)  # 3 samples: 2 x 2 programs
     test_every_kernel_draws_the_same_normals(layout)
@@ -105,9 +105,7 @@ def test_more_samples_than_a_grid_has_rows(layout: Layout, monkeypatch: pytest.M
 # ---------------------------------------------------------------------------------------------------------- the launchers
 
 
-@LAYOUTS
-@pytest.mark.parametrize("drawn", [False, True], ids=["noise", "seeds"])
-@pytest.mark.parametrize("prediction", [0, 1, 2])
+@pairwise(prediction=[0, 1, 2], drawn={"noise": False, "seeds": True}, layout=LAYOUTS)
 def test_loss_of_many_tiles(prediction: int, drawn: bool, layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss_module, "TILES_PER_PROGRAM", 1)  # 2 partial sums a sample
     x, m, z = (layout(randn(3, 3, 20, 21, seed=seed)) for seed in range(3))
@@ -136,9 +134,7 @@ def plan_table() -> Tensor:
 
 
 # Channels: one, where a channels_last state is contiguous too but the two-channel model output is not; three; two tiles.
-@LAYOUTS
-@pytest.mark.parametrize("channels", [1, 3, 70])
-@pytest.mark.parametrize("variance", [0, 1, 2])
+@pairwise(variance=[0, 1, 2], channels=[1, 3, 70], layout=LAYOUTS)
 def test_reverse_step_with_guidance_and_learned_variance(variance: int, channels: int, layout: Layout) -> None:
     x, x_0_prev = (layout(randn(3, channels, 4, 6, seed=seed)) for seed in range(2))
     m = layout(randn(6, channels if variance == 0 else 2 * channels, 4, 6, seed=2)).bfloat16()
@@ -200,9 +196,7 @@ def norm_inputs(n: int, c: int, h: int, w: int, layout: Layout) -> tuple[Tensor,
 
 
 # Groups: 2 of 8 channels, nothing is padded; 3 of 6 in 9 x 5 pixels, padded in every way.
-@LAYOUTS
-@pytest.mark.parametrize("groups", [2, 3])
-@pytest.mark.parametrize("silu", [True, False], ids=["silu", "linear"])
+@pairwise(groups=[2, 3], silu={"silu": True, "linear": False}, layout=LAYOUTS)
 def test_group_norm_in_one_tile_and_in_chunks(layout: Layout, groups: int, silu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     x, dy, small = norm_inputs(3, 18, 9, 5, layout) if groups == 3 else norm_inputs(3, 16, 8, 8, layout)
     exact = exact_norm(x, dy, small, groups, silu)
@@ -232,7 +226,7 @@ def count_launches(module: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> l
     return launched
 
 
-@LAYOUTS
+@in_both_layouts
 @pytest.mark.parametrize("resident", [True, False], ids=["resident", "chunks"])
 def test_group_norm_far_from_zero(resident: bool, layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
     """Deviations of a hundredth around a thousand: E[x^2] - E[x]^2 has no digit right, nor has a mean summed carelessly."""
@@ -248,7 +242,7 @@ def test_group_norm_far_from_zero(resident: bool, layout: Layout, monkeypatch: p
     assert_close(y, exact, roundings=32)
 
 
-@LAYOUTS
+@in_both_layouts
 def test_group_norm_of_a_sample_does_not_depend_on_its_batch(layout: Layout) -> None:
     x, dy, small = norm_inputs(3, 16, 8, 8, layout)
     weight, bias, *modulation = small

@@ -18,6 +18,7 @@ import sysconfig
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -114,6 +115,7 @@ def address_environment() -> dict[str, str]:
     return {"LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"}
 
 
+@cache
 def load(path: Path) -> ModuleType:
     """The module at `path`. Builds do not share state, so they have to differ in their full names."""
     spec = importlib.util.spec_from_file_location(f"{path.parent.name}.emulated", path)

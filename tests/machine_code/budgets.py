@@ -124,10 +124,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--update", action="store_true", help="write budgets.json")
     args = parser.parse_args()
-    sys.path.insert(0, str(FILE.parents[2] / "benchmarks"))
-    import gpu_check
+    sys.path.insert(0, str(FILE.parents[1]))
+    import build_age
 
-    why_old = gpu_check.why_old()
+    why_old = build_age.why_old()
     if why_old is not None:
         sys.exit(f"{why_old}: make build")
     families = everything()

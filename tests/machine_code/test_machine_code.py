@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import budgets
-import gpu_check
+import build_age
 import native
 import pytest
 import sass
@@ -23,8 +23,9 @@ def check(found: budgets.Found, budget: budgets.Budgets, same_compiler: bool) ->
         pytest.fail("\n".join(said), pytrace=False)
 
 
+@pytest.mark.slow
 def test_cuda_kernels() -> None:
-    why_old = gpu_check.why_old()
+    why_old = build_age.why_old()
     if why_old is not None:
         pytest.fail(f"{why_old}: make build", pytrace=False)
     module = native.module()
@@ -47,6 +48,7 @@ def check_triton(names: tuple[str, ...]) -> None:
     check(found, of_these, f"triton {triton.__version__}" == compiler)
 
 
+@pytest.mark.slow
 def test_triton_kernels() -> None:
     check_triton(triton_cases.QUICK)
 

@@ -16,6 +16,7 @@ __global__ void root(float* x) { *x = sqrtf(*x); }
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90a", "sm_100"])
 def test_square_root_is_sqrtf_for_ordinary_arguments(tmp_path: Path, architecture: str) -> None:
     nvcc = sass.tool("nvcc")

@@ -10,6 +10,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from pairwise import covering
 from parity import Expected, Results, evaluate
 
 import ddpm_fast
@@ -32,11 +33,15 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _parameters(cases: Sequence[Case], dtypes: Sequence[torch.dtype] = DTYPES):
-    for case in cases:
-        for dtype in dtypes:
-            for channels_last in (False, True) if len(case.shape) == 4 else (False,):
-                layout = "channels_last" if channels_last else "contiguous"
-                yield pytest.param(case, dtype, channels_last, id=f"{case}-{_name(dtype)}-{layout}")
+    rows = (
+        (case, dtype, channels_last)
+        for case in cases
+        for dtype in dtypes
+        for channels_last in ((False, True) if len(case.shape) == 4 else (False,))
+    )
+    for case, dtype, channels_last in covering(rows):
+        layout = "channels_last" if channels_last else "contiguous"
+        yield pytest.param(case, dtype, channels_last, id=f"{case}-{_name(dtype)}-{layout}")
 
 
 def _assert_identical(got: Results, expected: Results, how: str) -> None:

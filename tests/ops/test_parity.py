@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from pairwise import covering
 from parity import Expected, evaluate
 
 from ddpm_fast.ops.backend import FLOATS, why_not
@@ -12,12 +13,16 @@ SELECTED = [case for case in CASES if not case.benchmark]
 
 
 def _parameters():
-    for case in SELECTED:
-        for family in ("native", "triton"):
-            for dtype in DTYPES if family == "native" else (torch.float32, torch.bfloat16):
-                for channels_last in (False, True) if len(case.shape) == 4 else (False,):
-                    layout = "channels_last" if channels_last else "contiguous"
-                    yield pytest.param(case, family, dtype, channels_last, id=f"{case}-{family}-{DTYPES[dtype]}-{layout}")
+    for family, dtypes in (("native", tuple(DTYPES)), ("triton", (torch.float32, torch.bfloat16))):
+        rows = (
+            (case, dtype, channels_last)
+            for case in SELECTED
+            for dtype in dtypes
+            for channels_last in ((False, True) if len(case.shape) == 4 else (False,))
+        )
+        for case, dtype, channels_last in covering(rows):
+            layout = "channels_last" if channels_last else "contiguous"
+            yield pytest.param(case, family, dtype, channels_last, id=f"{case}-{family}-{DTYPES[dtype]}-{layout}")
 
 
 @pytest.mark.parametrize(("case", "family", "dtype", "channels_last"), list(_parameters()))

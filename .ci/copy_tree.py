@@ -1,0 +1,38 @@
+"""Copy the working tree, as git would commit it, to a folder: python3 .ci/copy_tree.py FOLDER
+
+Files that are new, changed or gone are copied or removed; what was built in the folder stays. Files keep their times, so an
+unchanged source is not compiled again.
+"""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def state(path: Path) -> tuple[int, int]:
+    return path.stat().st_mtime_ns, path.stat().st_size
+
+
+def main() -> None:
+    target = Path(sys.argv[1])
+    listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(listing, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0")
+    wanted = {name for name in names if name and (ROOT / name).is_file()}
+    record = target / "build" / "copied"  # what the last copy had
+    before = set(record.read_text().split("\0")) if record.exists() else set()
+    for name in before - wanted:
+        (target / name).unlink(missing_ok=True)
+    for name in wanted:
+        source, copy = ROOT / name, target / name
+        if not copy.exists() or state(copy) != state(source):
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source, copy)
+    record.parent.mkdir(parents=True, exist_ok=True)
+    record.write_text("\0".join(sorted(wanted)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,9 @@
+"""Tests of the benchmarks, with the settings, fixtures and small networks of tests/."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
+
+import environment  # noqa: F401
+from fixtures import _nan_filled_buffers, emulated_module  # noqa: F401

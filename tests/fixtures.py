@@ -1,0 +1,53 @@
+"""Fixtures of all tests, for the conftest of each folder of tests to import."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from types import ModuleType
+
+import pytest
+import torch
+from emulator import build
+
+from ddpm_fast.ops import backend
+
+EMULATED: pytest.StashKey[Counter[str]] = pytest.StashKey()  # what has run on the emulator
+
+
+@pytest.fixture(autouse=True)
+def _nan_filled_buffers() -> Iterator[None]:
+    """An output that a kernel leaves unwritten is NaN, not luck."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else ["cpu"])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.param)
+
+
+@pytest.fixture(scope="session")
+def emulated_module(pytestconfig: pytest.Config) -> Iterator[ModuleType]:
+    """The CUDA kernels on a CPU, with the names and arguments of ddpm_fast._native.cuda. See tests/emulator/README.md."""
+    reason = build.why_not()
+    if reason is not None:
+        pytest.skip(reason)
+    module = build.load(build.build(os.environ.get("DDPM_FAST_EMULATOR", "thread")))
+    yield module
+    counts = module.counters()
+    pytestconfig.stash[EMULATED] = Counter(counts)
+    if hasattr(pytestconfig, "workeroutput"):  # a process of pytest-xdist, which tells the one that prints
+        pytestconfig.workeroutput["emulated"] = counts
+
+
+@pytest.fixture
+def emulated(emulated_module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The native kernels of CPU tensors, for a test, are the emulated ones."""
+    emulated_module.set_device(0)
+    emulated_module.set_order()
+    monkeypatch.setitem(backend.KERNELS, "cpu", emulated_module)
+    return emulated_module

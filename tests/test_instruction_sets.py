@@ -1,0 +1,49 @@
+"""The CPU's kernels on the instruction sets that this processor has besides its best: other vectors, other panels."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ddpm_fast.ops import backend
+
+pytestmark = pytest.mark.skipif(backend.native_error() is not None, reason="there is no compiled module")
+
+TESTS = (
+    "test_conv.py::test_output_and_gradients_are_as_right_as_pytorchs",
+    "test_conv.py::test_weights_are_transformed_and_laid_in_panels",
+    "test_attention.py::test_output_and_gradients_are_as_right_as_pytorchs",
+    "test_attention.py::test_scores_far_apart",
+    "test_packed.py::test_is_norm_activation_convolution_and_addition",
+    "test_packed.py::test_either_method_serves_a_3x3_convolution",
+    "test_packed.py::test_attention",
+)
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_lesser_instruction_sets(isa: str, pytestconfig: pytest.Config) -> None:
+    """In one process for each set: starting it takes most of the time."""
+    build = backend.native().build_info()
+    if isa not in build["isas"] or isa == build["isa"]:
+        pytest.skip(f"{isa} is not compiled, or is what the other tests run")
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        *(["--full"] if pytestconfig.option.full else []),
+    ]
+    run = subprocess.run(
+        [*command, *TESTS],
+        cwd=Path(__file__).parent,
+        env=os.environ | {"DDPM_FAST_ISA": isa},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout[-3000:]
