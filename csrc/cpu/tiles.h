@@ -174,6 +174,7 @@ template <class A, class T>
 inline void store_as(const A* values, T* to, const Place& at, const Tile& tile) {
   to += at.offset;
   if (at.stride == tile.cols) {
+    if constexpr (std::is_same_v<A, T>) return narrow_run(values, tile.count(), to);
     narrow_dense(values, tile.count(), to);
   } else {
     narrow_rows(values, tile.rows, tile.cols, to, at.stride);
