@@ -54,7 +54,8 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
   m.def("philox4x32", &philox4x32);
   m.def(
       "philox",
-      [](std::int64_t seed, std::uint32_t stream, std::uint32_t first_block, std::int64_t n_blocks, Address out) {
+      [](std::int64_t seed, std::uint32_t stream, std::uint32_t first_block, std::int64_t n_blocks,
+         std::uintptr_t out) {
         auto* words = reinterpret_cast<std::uint32_t*>(out);
         for (std::int64_t i = 0; i < n_blocks; ++i) {
           philox_block(static_cast<std::uint64_t>(seed), stream, static_cast<std::uint32_t>(first_block + i),

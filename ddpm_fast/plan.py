@@ -215,7 +215,7 @@ def ddim_plan(
         eta: The scale of sigma, at least 0. An eta that is too large for a step is an error that names the largest one.
         clip: Clamp x_0^ to [-clip, clip]. None disables the clip.
         use_clipped_model_output: Derive epsilon again from the clipped x_0^, as guided-diffusion does. False keeps the
-            model's own epsilon, which is diffusers' default and leaves noise in the images. Both agree without a clip.
+            model's own epsilon, which is diffusers' default. It tends to leave more noise. Both agree without a clip.
         final_alpha_bar: abar after the last step, in (0, 1]. The default 1 arrives at x_0. Latent diffusion uses abar_0
             ("set_alpha_to_one": false in diffusers).
         learned_variance: True if the model's output has variance channels. DDIM ignores them.

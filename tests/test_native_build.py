@@ -2,8 +2,10 @@
 
 import contextlib
 import os
+import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -203,9 +205,92 @@ def test_cuda_kernels_load_anywhere_and_say_why_they_cannot_run(monkeypatch: pyt
 
 def test_a_build_without_cuda_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(backend.KERNELS, "cuda", raising=False)
-    monkeypatch.setattr(backend.native(), "build_info", lambda: {"cuda_why_not": "it was built where there was no nvcc"})
+    monkeypatch.setattr(backend.native(), "build_info", lambda: {"cuda_why_not": "no GPU was visible when it was built"})
     reason = backend.why_not("native", "noise", torch.device("cuda", 0))
-    assert reason == "it has no kernels for cuda tensors: it was built where there was no nvcc"
+    assert reason == "it has no kernels for cuda tensors: no GPU was visible when it was built"
+
+
+def test_a_cuda_tensor_met_by_a_build_without_cuda_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(backend.KERNELS, "cuda", raising=False)
+    monkeypatch.setattr(backend.native(), "build_info", lambda: {"cuda_why_not": "no GPU was visible when it was built"})
+    monkeypatch.setattr(backend, "_WARNED", set())
+    device = torch.device("cuda", 0)
+    assert backend.choose("noise", "reference", device, torch.float32) == "reference"  # asked for by name: nothing to tell
+    with pytest.warns(RuntimeWarning, match=r"no GPU was visible when it was built.*FORCE_CUDA=1 pip install"):
+        backend.choose("noise", None, device, torch.float32)
+    backend.choose("noise", None, device, torch.float32)  # a second warning would be an error
+
+
+# -------------------------------------------------------------------------------------- which CUDA kernels are compiled
+
+
+def _configure(tmp_path: Path, gpus: str = "", **variables: str) -> tuple[int, str]:
+    """Return CMake's exit status and output, with a nvidia-smi that prints `gpus` and an nvcc that fails."""
+    programs = tmp_path / "bin"
+    programs.mkdir(exist_ok=True)
+    scripts = {"nvidia-smi": f'#!/bin/sh\nprintf "{gpus}"\n', "nvcc": "#!/bin/sh\nexit 1\n"}
+    for name, text in scripts.items():
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    names = ("FORCE_CUDA", "DDPM_FAST_CUDA_ARCHS", "CUDACXX")
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    environment |= {"PATH": f"{programs}{os.pathsep}{os.environ['PATH']}", "CUDACXX": str(programs / "nvcc")} | variables
+    cmake = shutil.which("cmake", path=os.environ["PATH"] + os.pathsep + sysconfig.get_path("scripts"))
+    if cmake is None:
+        pytest.skip("needs cmake")
+    command = [cmake, "--fresh", "-S", str(ROOT), "-B", str(tmp_path / "build"), "-DDDPM_FAST_VERSION=0"]
+    command += [f"-DPython_EXECUTABLE={sys.executable}", "-DDDPM_FAST_LIBRARY=_native.so"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    return result.returncode, " ".join((result.stdout + result.stderr).split())
+
+
+def test_without_a_visible_gpu_no_cuda_is_compiled_and_one_line_says_how_to_get_it(tmp_path: Path) -> None:
+    status, said = _configure(tmp_path)
+    assert status == 0, said
+    assert said.count("no GPU was visible when it was built") == 1
+    assert "To compile the CUDA kernels as well: FORCE_CUDA=1 pip install" in said
+
+
+def test_a_gpu_that_is_too_old_is_named(tmp_path: Path) -> None:
+    status, said = _configure(tmp_path, gpus="7.5\n")
+    assert status == 0, said
+    assert "a GPU of compute capability 7.5, and its CUDA kernels need 8.0" in said
+
+
+def test_a_visible_gpu_without_nvcc_leaves_the_cuda_kernels_out(tmp_path: Path) -> None:
+    status, said = _configure(tmp_path, gpus="9.0\n", CUDACXX="")
+    if "CUDA kernels for" in said:
+        pytest.skip("CMake finds another nvcc")
+    assert status == 0, said
+    assert "no nvcc was found when it was built" in said
+
+
+@pytest.mark.parametrize("variables", [{"FORCE_CUDA": "1"}, {"DDPM_FAST_CUDA_ARCHS": "80"}], ids=str)
+def test_asking_for_cuda_without_nvcc_is_an_error(tmp_path: Path, variables: dict[str, str]) -> None:
+    status, said = _configure(tmp_path, **variables)
+    assert status != 0
+    (request,) = (f"{name}={value}" for name, value in variables.items())
+    assert f"{request}: expected nvcc 12.0 or later, but no nvcc was found" in said
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="asks nvcc which compiler it is")
+@pytest.mark.parametrize(
+    ("gpus", "variables", "expected"),
+    [
+        ("9.0\n9.0\n", {}, "90a-real"),
+        ("8.6\n7.5\n", {}, "86-real"),
+        ("8.0\n", {"DDPM_FAST_CUDA_ARCHS": "90a"}, "90a"),
+        ("", {"FORCE_CUDA": "1"}, "80-real;90a-real;100"),
+        ("9.0\n", {"FORCE_CUDA": "1", "DDPM_FAST_CUDA_ARCHS": "none"}, None),
+    ],
+)
+def test_which_architectures_are_compiled(tmp_path: Path, gpus: str, variables: dict[str, str], expected: str | None) -> None:
+    status, said = _configure(tmp_path, gpus=gpus, **{"CUDACXX": str(shutil.which("nvcc"))} | variables)
+    assert status == 0, said
+    if expected is None:
+        assert "it was built with DDPM_FAST_CUDA_ARCHS=none" in said
+    else:
+        assert f"CPU kernels, and CUDA kernels for {expected} " in said
 
 
 def test_a_tensor_s_gpu_is_the_current_one_while_kernels_are_asked_and_launched(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,8 @@ DDPM_FAST_FN float fma(float a, float b, float c) { return ::fmaf(a, b, c); }
 //
 // A Real is a float, or several floats with which the same is done.
 
-// w0 as u in (0, 1], with ln u = e ln 2 + ln(1 + f) and 1 + f in [sqrt(1/2), sqrt(2)): 2^23 e and 2 (1 + f).
+// w0 as u in (0, 1]. The results are 2^23 e and 2 (1 + f), with 1 + f in [sqrt(1/2), sqrt(2)) and
+//   ln u = e ln 2 + ln(1 + f)
 DDPM_FAST_FN void split_uniform(std::uint32_t w0, float& exponent, float& mantissa) {
   constexpr std::uint32_t kUnit = 1u << 23;       // of a float's exponent
   const float u = static_cast<float>(w0) + 0.5f;  // 2^32 u; the half step keeps it off 0
@@ -50,8 +51,8 @@ DDPM_FAST_FN Real twice_logarithm(Real exponent, Real mantissa) {
   return fma(exponent, 0.6931472f * 0x1p-22f, fma(f * f, p, f));
 }
 
-// The angle is w1 / 2^32 of a turn: (quadrant + g) quarter turns with g in [-1/2, 1/2), which is in the low 30 bits as
-// a signed number. 2^32 g:
+// The angle is w1 / 2^32 of a turn: (quadrant + g) quarter turns with g in [-1/2, 1/2). The low 30 bits hold g as a
+// signed number. The result is 2^32 g.
 DDPM_FAST_FN float in_quarter_turn(std::uint32_t w1) { return static_cast<float>(static_cast<std::int32_t>(w1 << 2)); }
 
 // sin(pi/2 g) and cos(pi/2 g) from 2^32 g.

@@ -1,7 +1,13 @@
 // The gradient of attention, a head of a sample after the other.
 //
-// With weights w = softmax(q k^T scale) and D = rowsum(dy y), which is the sum of w dw over a query's keys:
-//   dv = w^T dy    dw = dy v^T    ds = w (dw - D)    dq = ds k scale    dk = ds^T q scale
+// With the weights w and with D, which is the sum of w dw over a query's keys:
+//   w  = softmax(q k^T scale)
+//   D  = rowsum(dy y)
+//   dv = w^T dy
+//   dw = dy v^T
+//   ds = w (dw - D)
+//   dq = ds k scale
+//   dk = ds^T q scale
 // A few keys at a time meet all queries: w^T and ds^T are computed as such, keys down and queries across, as the two
 // products want them whose sums are over queries. Only ds is transposed, for the third.
 #include "cpu/attention.h"
@@ -110,7 +116,7 @@ void gradients_of_head(const AttentionBackwardArgs& args, Index head) {
   };
   // [key, query] times [query, channel]
   const auto sum_over_queries = [&](const Rows<T>& out, Index first, Index count, const T* from, const float* packed,
-                                    float scale) {
+                                    float scale) DDPM_FAST_NOINLINE {
     for (Index panel = 0; panel < channel_panels; ++panel) {
       over_rows(0, count, [&](Index key, auto rows) {
         const T* inputs[rows()];

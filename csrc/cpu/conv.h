@@ -10,8 +10,7 @@
 
 namespace ddpm_fast::DDPM_FAST_ISA {
 
-// ----------------------------------------------------------------------------------------------------------- input
-// rows
+// --------------------------------------------------------------------------------------------------------- input rows
 
 // `pixels` pixels of some channels, `channels` of them, from memory with from_stride channels a pixel to memory with
 // to_stride; lines: the center of the first channel, slopes and intercepts `line_stride` further each.
@@ -70,8 +69,7 @@ void input_row(const ConvArgs& a, Index sample, Index row, Index first, Index co
   if (a.skip != nullptr) part(a.skip, a.channels, a.skip_channels);
 }
 
-// ---------------------------------------------------------------------------------------------------------------
-// output
+// ------------------------------------------------------------------------------------------------------------- output
 
 // A panel of output channels.
 template <class T>
@@ -116,8 +114,7 @@ class Output {
   Floats bias_[kPanelVectors];
 };
 
-// -----------------------------------------------------------------------------------------------------------------
-// work
+// --------------------------------------------------------------------------------------------------------------- work
 
 // Strips (of rows of the output) make blocks, which a thread takes one at a time, for all panels of the output or,
 // where there are fewer blocks than threads, for some of them: then each reads its own part of the weights.
@@ -154,11 +151,5 @@ struct Work {
     });
   }
 };
-
-// Calls body(T{}) for the dtypes that networks are frozen to.
-template <class Body>
-void with_conv_type(DType dtype, Body body) {
-  dtype == DType::kBFloat16 ? body(BFloat16{}) : body(float{});
-}
 
 }  // namespace ddpm_fast::DDPM_FAST_ISA

@@ -122,6 +122,42 @@ DDPM_FAST_INLINE void transform_output(const ConvArgs& a, const Output<T>& outpu
   }
 }
 
+// Of `count` tiles, the sums of a phase at all positions: the products of `terms` inputs and weights.
+template <class T, int terms>
+struct Products {
+  const T* inputs[terms];  // of each term, at the first position
+  Index row_apart, apart,
+      tile_apart;  // elements from row to row of the positions, from column to column, from tile to tile
+  Index count, depth;
+  int side;              // of the square of positions
+  const float* weights;  // of the first term, a matrix for each position
+  float* sums;           // a panel for each position
+  Index sums_apart;      // from tile to tile
+};
+
+// Compiled once for all kinds of tiles.
+template <int vectors, class T, int terms>
+DDPM_FAST_NOINLINE void multiply_tiles(const Products<T, terms>& products) {
+  const Products<T, terms> p = products;  // which no store can change
+  const Index matrix = panel_size<T>(p.depth), term_apart = p.side * p.side * matrix;
+  for (int position = 0; position < p.side * p.side; ++position) {
+    const Index at = position / p.side * p.row_apart + position % p.side * p.apart;
+    const float* weights = p.weights + position * matrix;
+    over_rows(0, p.count, [&](Index tile, auto rows) {
+      Sums<rows(), vectors> product{};
+      for (int term = 0; term < terms; ++term) {
+        const T* inputs[rows()];
+        for (int r = 0; r < rows(); ++r) inputs[r] = p.inputs[term] + at + (tile + r) * p.tile_apart;
+        multiply(product, inputs, weights + term * term_apart, p.depth);
+      }
+      for (int r = 0; r < rows(); ++r) {
+        float* to = p.sums + (tile + r) * p.sums_apart + position * kPanel;
+        for (int v = 0; v < vectors; ++v) store(to + v * kWidth<float>, product.of[r][v]);
+      }
+    });
+  }
+}
+
 template <class T, class Kind>
 void run(const ConvArgs& a) {
   constexpr int positions = Kind::kSumsSide * Kind::kSumsSide;
@@ -162,31 +198,18 @@ void run(const ConvArgs& a) {
       });
       count += strip.tiles;
     }
-    const auto inputs_of = [&](int phase, int position) {
-      const int row = phase / 2 * Kind::kPhaseApart + position / Kind::kSumsSide,
-                column = phase % 2 * Kind::kPhaseApart + position % Kind::kSumsSide;
-      return transformed + (row * Kind::kSide + column) * apart;
+    const auto inputs_of = [&](int phase) {
+      return transformed + (phase / 2 * Kind::kSide + phase % 2) * Kind::kPhaseApart * apart;
     };
     for (Index panel = share.first_panel; panel < share.end_panel; ++panel) {
       with_vectors(a.out_channels - panel * kPanel, [&](auto vectors) {
         const Output<T> output(a, panel);
         for (int phase = 0; phase < Kind::kOutputs; ++phase) {
           const float* weights = a.weights + (panel * kMatrices + phase * positions) * panel_size<T>(depth);
-          for (int position = 0; position < positions; ++position, weights += panel_size<T>(depth)) {
-            over_rows(0, count, [&](Index tile, auto rows) {
-              Sums<rows(), vectors()> product{};
-              for (int term = 0; term < Kind::kTerms; ++term) {
-                const T* first = inputs_of(phase + term, position) + tile * wide;
-                const T* inputs[rows()];
-                for (int r = 0; r < rows(); ++r) inputs[r] = first + r * wide;
-                multiply(product, inputs, weights + term * positions * panel_size<T>(depth), depth);
-              }
-              for (int r = 0; r < rows(); ++r) {
-                float* to = sums + (tile + r) * kSums + position * kPanel;
-                for (int v = 0; v < vectors(); ++v) store(to + v * kWidth<float>, product.of[r][v]);
-              }
-            });
-          }
+          Products<T, Kind::kTerms> products{{},    Kind::kSide * apart, apart,   wide, count,
+                                             depth, Kind::kSumsSide,     weights, sums, kSums};
+          for (int term = 0; term < Kind::kTerms; ++term) products.inputs[term] = inputs_of(phase + term);
+          multiply_tiles<vectors()>(products);
           const float* from = sums;
           for (Index s = share.first_strip; s < share.end_strip; ++s) {
             const Strip strip(tiles, s);

@@ -139,6 +139,25 @@ DDPM_FAST_INLINE void multiply_over_tiles(Sums<rows, vectors>& sums, const float
   sums = local;
 }
 
+// Of a block of tiles, the products of the gradients of `outs` channels and a panel of inputs. They are added to the
+// product so far, unless the block is the first.
+template <bool first, int vectors, class T>
+DDPM_FAST_NOINLINE void add_products(float* product, const T* gradients, Index apart, Index outs, const float* panel,
+                                     Index steps) {
+  const float* words = reinterpret_cast<const float*>(gradients);
+  over_rows(0, outs, [&](Index out, auto rows) {
+    float* to = product + out * kPanel;
+    Sums<rows(), vectors> terms;
+    multiply_over_tiles<T>(terms, words + out, apart, panel, steps);
+    for (int r = 0; r < rows(); ++r) {
+      for (int v = 0; v < vectors; ++v) {
+        float* at = to + r * kPanel + v * kWidth<float>;
+        store(at, first ? terms.of[r][v] : load(at) + terms.of[r][v]);
+      }
+    }
+  });
+}
+
 // What is transformed: a channels_last map, and some of its channels.
 template <class T>
 struct Map {
@@ -378,9 +397,11 @@ struct Cut {
   }
 };
 
-// The convolution is linear in its transformed weights, so their gradient is a product over all tiles, for each
-// position of the transform, of the transformed input, B^T d B, and the gradient of the sums, A dy A^T; G^T m G makes
-// it that of the weights.
+// The convolution is linear in its transformed weights. So their gradient m is a product over all tiles, for each
+// position of the transform:
+//   B^T d B   is the transformed input.
+//   A dy A^T  is the gradient of the sums.
+//   G^T m G   is the gradient of the weights.
 //
 // A task has a row of the transforms, and some input and output channels: so few that its sums stay in the second cache
 // while it goes through all tiles, block after block. Threads share nothing until the end. How many they are decides
@@ -449,18 +470,10 @@ void weight_gradients(const ConvWinogradWeightsArgs& a) {
         for (Index panel = 0; panel * kPanel < input.channels; ++panel) {
           const float* inputs_here = inputs + Kind::input_of(j) * inputs_size + panel * most * kPanel;
           with_vectors(input.channels - panel * kPanel, [&](auto vectors) {
-            over_rows(0, gradient.channels, [&](Index out, auto rows) {
-              float* to = product + j * product_size + (panel * cut.out_size + out) * kPanel;
-              Sums<rows(), vectors()> terms;
-              multiply_over_tiles<T>(terms, gradients + j * gradients_size + out, apart, inputs_here,
-                                     count * steps_in_strip);
-              for (int r = 0; r < rows(); ++r) {
-                for (int v = 0; v < vectors(); ++v) {
-                  float* at = to + r * kPanel + v * kWidth<float>;
-                  store(at, first == 0 ? terms.of[r][v] : load(at) + terms.of[r][v]);
-                }
-              }
-            });
+            const auto add = first == 0 ? &add_products<true, vectors(), T> : &add_products<false, vectors(), T>;
+            add(product + j * product_size + panel * cut.out_size * kPanel,
+                reinterpret_cast<const T*>(gradients + j * gradients_size), apart, gradient.channels, inputs_here,
+                count * steps_in_strip);
           });
         }
       }

@@ -12,7 +12,9 @@ struct Buffers {
   alignas(64) A m[kMaxDraw], x_0[kMaxDraw], difference[kMaxDraw];
 };
 
-// difference = model output - target: epsilon, x_0, or v = sqrt(abar_t) epsilon - sqrt(1 - abar_t) x_0.
+//   difference = model output - target
+// The target is epsilon, x_0, or v:
+//   v = sqrt(abar_t) epsilon - sqrt(1 - abar_t) x_0
 template <class A>
 void subtract_target(const DenoisingLossArgs& a, const Tiling& tiling, const Tile& tile, Buffers<A>& buffers) {
   const Place at = place(tiling, tile);

@@ -59,7 +59,7 @@ inline Index groups_in_batch(Index groups, Index group_size) {
 
 // Channels first .. first + count - 1 of a small input, or `absent` where there is none. `to` has whole vectors.
 template <class Real>
-void widen_input(const ChannelInput& input, Index first, Index count, Real absent, Real* to) {
+DDPM_FAST_NOINLINE void widen_input(const ChannelInput& input, Index first, Index count, Real absent, Real* to) {
   const auto copy = [&](auto* from) {
     using T = std::remove_cv_t<std::remove_reference_t<decltype(*from)>>;
     if constexpr (std::is_same_v<RealOf<T>, Real>) {
@@ -91,23 +91,25 @@ DDPM_FAST_INLINE V apply(V x, V center, V slope, V intercept) {
   return z;
 }
 
-// Calls body(T{}, true_type or false_type for SiLU).
+// Calls body(T{}).
 template <class Body>
-void with_types(DType dtype, bool silu, Body body) {
-  const auto with_silu = [&](auto type) {
-    if (silu) return body(type, std::true_type{});
-    body(type, std::false_type{});
-  };
+void with_type(DType dtype, Body body) {
   switch (dtype) {
     case DType::kFloat32:
-      return with_silu(float{});
+      return body(float{});
     case DType::kFloat64:
-      return with_silu(double{});
+      return body(double{});
     case DType::kFloat16:
-      return with_silu(Float16{});
+      return body(Float16{});
     default:  // kBFloat16: images of kUInt8 are not normed
-      return with_silu(BFloat16{});
+      return body(BFloat16{});
   }
+}
+
+// Calls body(T{}) for the dtypes that networks are frozen to.
+template <class Body>
+void with_conv_type(DType dtype, Body body) {
+  dtype == DType::kBFloat16 ? body(BFloat16{}) : body(float{});
 }
 
 }  // namespace ddpm_fast::DDPM_FAST_ISA

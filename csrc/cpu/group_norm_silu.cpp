@@ -1,10 +1,11 @@
-// y = act(GroupNorm(x + shift) (1 + scale) + scale_shift), forward; the backward pass is in
-// group_norm_silu_backward.cpp.
+// The forward pass of group_norm_silu; the backward pass is in group_norm_silu_backward.cpp.
+//   y = act(GroupNorm(x + shift) (1 + scale) + scale_shift)
 //
 // A thread takes a slice: some groups of one sample. x is read twice, the second time from cache: once for mean and
-// variance, once for y. What follows the statistics is one multiply-add per channel, y = act((x - center) slope +
-// intercept): the center stays apart, because folding it into the intercept would cancel where |mean| is large beside
-// the deviations, and the part of it that float32 cannot hold goes into the intercept.
+// variance, once for y. What follows the statistics is one multiply-add per channel:
+//   y = act((x - center) slope + intercept)
+// The center stays apart, because folding it into the intercept would cancel where |mean| is large beside the
+// deviations. The part of it that float32 cannot hold goes into the intercept.
 //
 // What was tried, in ns per 16 values, bfloat16, channels_last, one image of [128, 32, 32] / [256, 4, 4], on one core
 // with AVX-512 BF16 at 3.7 GHz:
@@ -108,7 +109,7 @@ DDPM_FAST_INLINE void over_tiles(Index row, Index rows, Body body) {
 
 // Of `count` neighbours in memory.
 template <class T>
-Statistics statistics_of(const T* x, Index count) {
+DDPM_FAST_NOINLINE Statistics statistics_of(const T* x, Index count) {
   using Real = RealOf<T>;
   using V = Vector<T>;
   constexpr int kLanes = kWidth<T>;
@@ -137,8 +138,8 @@ Statistics statistics_of(const T* x, Index count) {
 
 // Sums of each of `channels` channels of x [hw, row_stride].
 template <class T>
-void channel_moments(const T* x, Index hw, Index row_stride, Index channels, RealOf<T>* pivot, RealOf<T>* sum,
-                     RealOf<T>* squares) {
+DDPM_FAST_NOINLINE void channel_moments(const T* x, Index hw, Index row_stride, Index channels, RealOf<T>* pivot,
+                                        RealOf<T>* sum, RealOf<T>* squares) {
   using V = Vector<T>;
   over_tiles(0, hw, [&](Index row, auto tile_rows) {
     const auto column = [&](Index i, auto partial, int lanes) {
@@ -206,7 +207,7 @@ DDPM_FAST_INLINE void apply_rows(T* y, const T* x, Index rows, Index row_stride,
 inline float reciprocal_root(float v) { return 1 / __builtin_sqrtf(v); }
 inline double reciprocal_root(double v) { return 1 / __builtin_sqrt(v); }
 
-template <class T, bool silu_>
+template <class T>
 struct Forward {
   using Real = RealOf<T>;
 
@@ -241,7 +242,11 @@ struct Forward {
       moments(pivot, sum, squares);
       merge_channels(channel_mean, pivot, sum, squares);
       finish(0, slice.groups, shift);
-      lines == nullptr ? apply_channels_last() : write_lines();
+      if (lines != nullptr) {
+        write_lines();
+      } else {
+        a.silu ? apply_channels_last<true>() : apply_channels_last<false>();
+      }
     } else {
       Real* shifted = shifted_copy ? room.take<Real>(batch * group_size) : nullptr;
       for (Index first = 0; first < slice.groups; first += batch) {
@@ -250,7 +255,9 @@ struct Forward {
     }
   }
 
-  // y = act(x_hat gain + offset): gain = weight (1 + scale), offset = bias (1 + scale) + scale_shift.
+  //   gain   = weight (1 + scale)
+  //   offset = bias (1 + scale) + scale_shift
+  //   y      = act(x_hat gain + offset)
   void load_inputs(Real* room_for_shift) {
     const Index channels = slice.channels, row = slice.sample * a.shape.c + slice.first_channel;
     widen_input<Real>(a.weight, slice.first_channel, channels, 1, gain);
@@ -273,7 +280,7 @@ struct Forward {
   // their channels. `added`: to x when it is read for the statistics only.
   void finish(Index first, Index groups, const Real* added) {
     const Index at = slice.sample * a.groups + slice.first_group;
-    const Real factor = silu_ ? static_cast<Real>(kNegLog2EDouble) : 1, eps = static_cast<Real>(a.eps);
+    const Real factor = a.silu ? static_cast<Real>(kNegLog2EDouble) : 1, eps = static_cast<Real>(a.eps);
     for (Index g = first; g < first + groups; ++g) {
       variance[g] = reciprocal_root(variance[g] + eps);
       if (a.mean == nullptr) continue;
@@ -319,9 +326,13 @@ struct Forward {
       variance[first_group + g] = static_cast<Real>(statistics.m2 * share);
     }
     finish(first_group, groups, nullptr);
-    for (Index i = 0; i < groups * group_channels; ++i) {
-      const Index channel = first_group * group_channels + i;
-      apply_channel<T, silu_>(y + i * hw, x + i * hw, hw, center[channel], slope[channel], intercept[channel]);
+    const Index first = first_group * group_channels, channels = groups * group_channels;
+    a.silu ? apply_channels<true>(first, channels, x, y) : apply_channels<false>(first, channels, x, y);
+  }
+  template <bool silu_, class Source>
+  void apply_channels(Index first, Index channels, const Source* x, T* y) {
+    for (Index i = 0; i < channels; ++i) {
+      apply_channel<T, silu_>(y + i * hw, x + i * hw, hw, center[first + i], slope[first + i], intercept[first + i]);
     }
   }
   void add(Real* to, const T* x, Real value) {
@@ -356,6 +367,7 @@ struct Forward {
     }
   }
 
+  template <bool silu_>
   void apply_channels_last() {
     const Index stride = a.shape.c, start = slice.sample * hw * stride + slice.first_channel;
     const T* x = static_cast<const T*>(a.x) + start;
@@ -403,22 +415,21 @@ struct Forward {
 }  // namespace
 
 void group_norm_silu(const GroupNormSiluArgs& args) {
-  with_types(args.dtype, args.silu, [&](auto type, auto silu) {
+  with_type(args.dtype, [&](auto type) {
     using T = decltype(type);
     GroupNormSiluArgs a = args;
     if (a.shape.hw == 1) a.shape.channels_last = true;  // the same memory, and vectors across channels
     const Cut cut(a.shape, a.groups, sizeof(T), 2 * sizeof(T), a.run_on.threads());
-    cut.run(a.shape, a.groups, kGrain, a.run_on.threads(), [&](const Slice& slice) { Forward<T, silu()>(a, slice); });
+    cut.run(a.shape, a.groups, kGrain, a.run_on.threads(), [&](const Slice& slice) { Forward<T>(a, slice); });
   });
 }
 
 void group_norm_lines(const GroupNormLinesArgs& args) {
   const GroupNormSiluArgs& a = args.norm;
-  with_types(a.dtype, a.silu, [&](auto type, auto silu) {
+  with_conv_type(a.dtype, [&](auto type) {
     using T = decltype(type);
     const Cut cut(a.shape, a.groups, sizeof(T), sizeof(T), a.run_on.threads());
-    cut.run(a.shape, a.groups, kGrain, a.run_on.threads(),
-            [&](const Slice& slice) { Forward<T, silu()>(a, slice, &args); });
+    cut.run(a.shape, a.groups, kGrain, a.run_on.threads(), [&](const Slice& slice) { Forward<T>(a, slice, &args); });
   });
 }
 

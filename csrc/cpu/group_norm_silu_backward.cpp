@@ -1,12 +1,23 @@
 // Gradients of group_norm_silu.
 //
-// With h = x + shift, x_hat = (h - mean) rstd, t = x_hat gain + offset, gain = weight (1 + scale), offset = bias (1 +
-// scale)
-// + scale_shift, y = act(t), and g = dy act'(t):
-//   S1 = sum of g, S2 = sum of g x_hat, per sample and channel
-//   dscale_shift = S1, dscale = weight S2 + bias S1, dweight = sum over samples of (1 + scale) S2, dbias of (1 + scale)
-//   S1 m1, m2 = sum of gain S1, gain S2 over the group's channels, by its number of values dx = rstd (gain g - m1 -
-//   x_hat m2), dshift = sum of dx
+// The forward pass:
+//   h      = x + shift
+//   x_hat  = (h - mean) rstd
+//   gain   = weight (1 + scale)
+//   offset = bias (1 + scale) + scale_shift
+//   t      = x_hat gain + offset
+//   y      = act(t)
+// The backward pass, with g = dy act'(t):
+//   S1 = sum of g, for each sample and channel
+//   S2 = sum of g x_hat, for each sample and channel
+//   m1 = (sum of gain S1 over the group's channels) / (number of the group's values)
+//   m2 = (sum of gain S2 over the group's channels) / (number of the group's values)
+//   dx           = rstd (gain g - m1 - x_hat m2)
+//   dshift       = sum of dx
+//   dscale       = weight S2 + bias S1
+//   dscale_shift = S1
+//   dweight      = sum over samples of (1 + scale) S2
+//   dbias        = sum over samples of (1 + scale) S1
 // A thread takes a slice as in the forward pass. The first sweep makes S1 and S2 and keeps g, in float32, where it fits
 // in cache, since making it again costs more than writing and reading it there; the second makes dx.
 #include "cpu/group_norm.h"
@@ -19,7 +30,7 @@ constexpr Index kGrain = 8192;         // below 3 us of work, waking a thread ta
 constexpr Index kKeptBytes = 1 << 20;  // g of a larger slice is made again
 constexpr Index kBlock = 16;           // values that a lane adds up before they join the sum of the others
 
-template <class T, bool silu_>
+template <class T>
 struct Backward {
   using Real = RealOf<T>;
   using V = Vector<T>;
@@ -37,7 +48,7 @@ struct Backward {
     const bool last = a.shape.channels_last;
     const Index batch = groups_in_batch(slice.groups, group_channels * hw);
     const Index values = hw * (last ? round_up(channels, kLanes) : batch * group_channels);
-    const bool keep = silu_ && values * static_cast<Index>(sizeof(Real)) <= kKeptBytes;
+    const bool keep = a.silu && values * static_cast<Index>(sizeof(Real)) <= kKeptBytes;
     Room room(RoomFor::kSlice, 15 * Room::bytes<Real>(channels) + Room::bytes<Real>(keep ? values : 0));
     for (Real** piece :
          {&weight, &bias, &scale_1, &gain, &shift, &center, &slope, &intercept, &s1, &s2, &s3, &dx_sum, &p, &q, &r}) {
@@ -49,12 +60,17 @@ struct Backward {
                              : (slice.sample * a.shape.c + slice.first_channel) * hw;
     const T *x = static_cast<const T*>(a.x) + start, *dy = static_cast<const T*>(a.dy) + start;
     T* dx = static_cast<T*>(a.dx) + start;
-    if (last) {
-      keep ? channels_last<true>(x, dy, dx, kept) : channels_last<false>(x, dy, dx, kept);
+    if (!a.silu) {
+      sweep<false, false>(last, x, dy, dx, kept);
     } else {
-      keep ? contiguous<true>(x, dy, dx, kept) : contiguous<false>(x, dy, dx, kept);
+      keep ? sweep<true, true>(last, x, dy, dx, kept) : sweep<true, false>(last, x, dy, dx, kept);
     }
     save();
+  }
+
+  template <bool silu_, bool keep>
+  void sweep(bool last, const T* x, const T* dy, T* dx, Real* kept) {
+    last ? channels_last<silu_, keep>(x, dy, dx, kept) : contiguous<silu_, keep>(x, dy, dx, kept);
   }
 
   void load_inputs() {
@@ -64,7 +80,7 @@ struct Backward {
     widen_input<Real>(a.scale, row, channels, 0, scale_1);
     widen_input<Real>(a.shift, row, channels, 0, shift);
     widen_input<Real>(a.scale_shift, row, channels, 0, intercept);
-    const Real factor = silu_ ? static_cast<Real>(kNegLog2EDouble) : 1;
+    const Real factor = a.silu ? static_cast<Real>(kNegLog2EDouble) : 1;
     for (Index group = 0; group < slice.groups; ++group) {
       const Real rstd = rstd_of(group);
       for (Index i = group * group_channels; i < (group + 1) * group_channels; ++i) {
@@ -81,15 +97,19 @@ struct Backward {
   Index statistic(Index group) const { return slice.sample * a.groups + slice.first_group + group; }
 
   // dL/dt.
+  template <bool silu_>
   static DDPM_FAST_INLINE V gradient(V dy, V deviation, V slope, V intercept) {
     if constexpr (silu_) return dy * silu_derivative(fma(deviation, slope, intercept));
     return dy;
   }
 
-  // From the sums over a group's channels s1 of g, s2 of g d and s3 of d, d = x + shift - center: S2, p, q and r.
+  // Computes S2, p, q and r from the sums of a group's channels, with d = x + shift - center:
+  //   s1 = sum of g
+  //   s2 = sum of g d
+  //   s3 = sum of d
   // The saved mean is rounded, by much where it is large beside the deviations; s3 tells by how much, and what follows
   // from d is set right.
-  void finish(Index group) {
+  DDPM_FAST_NOINLINE void finish(Index group) {
     const Real rstd = hw == 0 ? 0 : rstd_of(group);  // of no values it is NaN, and every sum is 0
     const Index first = group * group_channels, end = first + group_channels;
     const bool alone = group_channels * hw == 1;  // such a value does not change the result
@@ -137,7 +157,7 @@ struct Backward {
 
   // ---------------------------------------------------------------------------------------------------- contiguous
 
-  template <bool keep>
+  template <bool silu_, bool keep>
   void contiguous(const T* x, const T* dy, T* dx, Real* kept) {
     const Index batch = groups_in_batch(slice.groups, group_channels * hw);
     for (Index group = 0; group < slice.groups; group += batch) {
@@ -146,14 +166,15 @@ struct Backward {
       over_channels(
           first, end,
           [&](Index i, V sums[3]) {
-            sum_channel<keep>(x + i * hw, dy + i * hw, kept + (keep ? (i - first) * hw : 0), i, sums);
+            sum_channel<silu_, keep>(x + i * hw, dy + i * hw, kept + (keep ? (i - first) * hw : 0), i, sums);
           },
           s1, s2, s3);
       for (Index g = group; g < end_group; ++g) finish(g);
       over_channels(
           first, end,
           [&](Index i, V sums[1]) {
-            dx_channel<keep>(x + i * hw, dy + i * hw, dx + i * hw, kept + (keep ? (i - first) * hw : 0), i, sums);
+            dx_channel<silu_, keep>(x + i * hw, dy + i * hw, dx + i * hw, kept + (keep ? (i - first) * hw : 0), i,
+                                    sums);
           },
           dx_sum);
     }
@@ -194,14 +215,14 @@ struct Backward {
     if (i < hw) step(i, std::true_type{}, static_cast<int>(hw - i), sums);
   }
 
-  template <bool keep>
+  template <bool silu_, bool keep>
   DDPM_FAST_INLINE void sum_channel(const T* x, const T* dy, Real* kept, Index channel, V* sums) {
     const V h = broadcast(shift[channel]), c = broadcast(center[channel]);
     const V s = broadcast(slope[channel]), b = broadcast(intercept[channel]);
     over_values<3>(sums, [&](Index i, auto partial, int lanes, V* block) {
       V deviation = load<partial()>(x + i, lanes) + h - c;
       if constexpr (partial()) deviation = first_lanes<T>(deviation, lanes);
-      const V g = gradient(load<partial()>(dy + i, lanes), deviation, s, b);
+      const V g = gradient<silu_>(load<partial()>(dy + i, lanes), deviation, s, b);
       if constexpr (keep) store<partial()>(kept + i, g, lanes);
       block[0] += g;
       block[1] = fma(g, deviation, block[1]);
@@ -210,7 +231,7 @@ struct Backward {
   }
 
   // The sum is that of dx before it is rounded.
-  template <bool keep>
+  template <bool silu_, bool keep>
   DDPM_FAST_INLINE void dx_channel(const T* x, const T* dy, T* dx, const Real* kept, Index channel, V* sums) {
     const V h = broadcast(shift[channel]), c = broadcast(center[channel]);
     const V s = broadcast(slope[channel]), b = broadcast(intercept[channel]);
@@ -221,7 +242,7 @@ struct Backward {
       if constexpr (keep) {
         g = load<partial()>(kept + i, lanes);
       } else {
-        g = gradient(load<partial()>(dy + i, lanes), deviation, s, b);
+        g = gradient<silu_>(load<partial()>(dy + i, lanes), deviation, s, b);
       }
       V value = fma(g, pp, fma(deviation, qq, rr));
       store<partial()>(dx + i, value, lanes);
@@ -232,7 +253,7 @@ struct Backward {
 
   // ------------------------------------------------------------------------------------------------- channels_last
 
-  template <bool keep>
+  template <bool silu_, bool keep>
   void channels_last(const T* x, const T* dy, T* dx, Real* kept) {
     const Index pitch = round_up(channels, kLanes);
     for (Index i = 0; i < channels; i += kLanes) {
@@ -243,12 +264,12 @@ struct Backward {
     }
     over_tiles([&](Index row, Index rows, Index i, auto partial, int lanes) {
       const Index at = row * a.shape.c + i;
-      sum_rows<keep, partial()>(x + at, dy + at, kept + (keep ? row * pitch + i : 0), rows, i, lanes);
+      sum_rows<silu_, keep, partial()>(x + at, dy + at, kept + (keep ? row * pitch + i : 0), rows, i, lanes);
     });
     for (Index group = 0; group < slice.groups; ++group) finish(group);
     over_tiles([&](Index row, Index rows, Index i, auto partial, int lanes) {
       const Index at = row * a.shape.c + i;
-      dx_rows<keep, partial()>(x + at, dy + at, dx + at, kept + (keep ? row * pitch + i : 0), rows, i, lanes);
+      dx_rows<silu_, keep, partial()>(x + at, dy + at, dx + at, kept + (keep ? row * pitch + i : 0), rows, i, lanes);
     });
   }
 
@@ -264,14 +285,14 @@ struct Backward {
     }
   }
 
-  template <bool keep, bool partial>
+  template <bool silu_, bool keep, bool partial>
   DDPM_FAST_INLINE void sum_rows(const T* x, const T* dy, Real* kept, Index rows, Index i, int lanes) {
     const Index stride = a.shape.c, pitch = round_up(channels, kLanes);
     const V h = load(shift + i), c = load(center + i), s = load(slope + i), b = load(intercept + i);
     V block_1{}, block_2{}, block_3{};
     for (; rows > 0; --rows, x += stride, dy += stride) {
       const V deviation = load<partial>(x, lanes) + h - c;
-      const V g = gradient(load<partial>(dy, lanes), deviation, s, b);
+      const V g = gradient<silu_>(load<partial>(dy, lanes), deviation, s, b);
       if constexpr (keep) {
         store(kept, g);
         kept += pitch;
@@ -285,7 +306,7 @@ struct Backward {
     store(s3 + i, load(s3 + i) + block_3);
   }
 
-  template <bool keep, bool partial>
+  template <bool silu_, bool keep, bool partial>
   DDPM_FAST_INLINE void dx_rows(const T* x, const T* dy, T* dx, const Real* kept, Index rows, Index i, int lanes) {
     const Index stride = a.shape.c, pitch = round_up(channels, kLanes);
     const V h = load(shift + i), c = load(center + i), s = load(slope + i), b = load(intercept + i);
@@ -298,7 +319,7 @@ struct Backward {
         g = load(kept);
         kept += pitch;
       } else {
-        g = gradient(load<partial>(dy, lanes), deviation, s, b);
+        g = gradient<silu_>(load<partial>(dy, lanes), deviation, s, b);
       }
       const V value = fma(g, pp, fma(deviation, qq, rr));
       store<partial>(dx, value, lanes);
@@ -325,7 +346,7 @@ void sum_samples(const Real* sums, Index n, Index c, Real* out) {
 }  // namespace
 
 void group_norm_silu_backward(const GroupNormSiluBackwardArgs& args) {
-  with_types(args.dtype, args.silu, [&](auto type, auto silu) {
+  with_type(args.dtype, [&](auto type) {
     using T = decltype(type);
     using Real = RealOf<T>;
     GroupNormSiluBackwardArgs a = args;
@@ -337,7 +358,7 @@ void group_norm_silu_backward(const GroupNormSiluBackwardArgs& args) {
     Real* sum_2 = parameters ? room.take<Real>(sums) : nullptr;
     const Cut cut(a.shape, a.groups, sizeof(T), 3 * sizeof(T) + sizeof(Real), a.run_on.threads());
     cut.run(a.shape, a.groups, kGrain, a.run_on.threads(),
-            [&](const Slice& slice) { Backward<T, silu()>(a, slice, sum_1, sum_2); });
+            [&](const Slice& slice) { Backward<T>(a, slice, sum_1, sum_2); });
     if (a.dweight != nullptr) sum_samples(sum_2, a.shape.n, a.shape.c, static_cast<Real*>(a.dweight));
     if (a.dbias != nullptr) sum_samples(sum_1, a.shape.n, a.shape.c, static_cast<Real*>(a.dbias));
   });

@@ -17,8 +17,9 @@ struct ModelPlaces {
   Place prediction, variance;
 };
 
-// x_0^ = clip(p x_t + q m) and x_{t-1} = k0 x_0^ + k1 x_t + k2 m + k3 x_0_prev + std z: derivation eq. 13 where nothing
-// is clipped. The terms are added in the order of reference.py.
+//   x_0^    = clip(p x_t + q m)
+//   x_{t-1} = k0 x_0^ + k1 x_t + k2 m + k3 x_0_prev + std z
+// This is derivation eq. 13 where nothing is clipped. The terms are added in the order of reference.py.
 template <class A>
 void run(const ReverseStepArgs& a) {
   const Tiling tiling(a.shape);

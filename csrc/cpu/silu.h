@@ -3,7 +3,9 @@
 // The argument comes as z = -t log2(e): the caller folds the factor into its own multiplication, and 2^z needs no more
 // than the integer part of z (an exponent) and a polynomial in its fractional part. Polynomials on [0, 1): smallest
 // largest relative error with p(0) = 1, rounded to float32:
-//   degree 3: 8.6e-5 (bfloat16, half a unit: 2.0e-3)   degree 4: 3.0e-6 (float16, 2.4e-4)   degree 6: 6.4e-8 (float32)
+//   degree 3: 8.6e-5 (bfloat16, half a unit: 2.0e-3)
+//   degree 4: 3.0e-6 (float16, half a unit: 2.4e-4)
+//   degree 6: 6.4e-8 (float32)
 // z is x scaled and shifted with one rounding, so that no longer reduction would make exp(-t) more accurate than t is.
 //
 // Tried and not taken (AVX-512, one core, ns per 16 values with load and store): a division 0.8 more than vrcp14ps; the
@@ -85,7 +87,8 @@ DDPM_FAST_INLINE Floats silu(Floats z) {
   return z * reciprocal<T>(fma(exp2<T>(z), factor, factor));  // z / ((1 + 2^z) -log2(e)) = t / (1 + exp(-t))
 }
 
-// s (1 + t (1 - s)), s = 1 / (1 + exp(-t)). As accurate as float32, because sums of it are kept in float32.
+//   s (1 + t (1 - s)), with s = 1 / (1 + exp(-t))
+// As accurate as float32, because sums of it are kept in float32.
 DDPM_FAST_INLINE Floats silu_derivative(Floats z) {
   z = limit<float>(z);
   const Floats s = reciprocal<float>(exp2<float>(z) + 1.0f);

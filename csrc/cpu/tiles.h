@@ -117,16 +117,36 @@ inline void narrow_run(const T* from, std::int64_t count, T* to) {
   memcpy(to, from, count * sizeof(T));
 }
 
+// The loops of loads and stores are compiled once, and not once for each tensor of each op.
+template <class A, class T>
+DDPM_FAST_NOINLINE void widen_dense(const T* from, std::int64_t count, A* to) {
+  widen_run(from, count, to);
+}
+template <class A, class T>
+DDPM_FAST_NOINLINE void widen_rows(const T* from, std::int64_t stride, std::int64_t rows, std::int64_t cols, A* to) {
+  const auto widen_all = [&](auto width) {
+    for (std::int64_t row = 0; row < rows; ++row) widen_run(from + row * stride, width, to + row * width);
+  };
+  if (cols == 3) return widen_all(std::integral_constant<std::int64_t, 3>{});  // images
+  widen_all(cols);
+}
+template <class A, class T>
+DDPM_FAST_NOINLINE void narrow_dense(const A* from, std::int64_t count, T* to) {
+  narrow_run(from, count, to);
+}
+template <class A, class T>
+DDPM_FAST_NOINLINE void narrow_rows(const A* from, std::int64_t rows, std::int64_t cols, T* to, std::int64_t stride) {
+  for (std::int64_t row = 0; row < rows; ++row) narrow_run(from + row * cols, cols, to + row * stride);
+}
+
 template <class A, class T>
 inline const A* load_as(const T* from, const Place& at, const Tile& tile, A* buffer) {
   from += at.offset;
   if (at.stride == tile.cols) {
     if constexpr (std::is_same_v<A, T>) return from;
-    widen_run(from, tile.count(), buffer);
+    widen_dense(from, tile.count(), buffer);
   } else {
-    for (std::int64_t row = 0; row < tile.rows; ++row) {
-      widen_run(from + row * at.stride, tile.cols, buffer + row * tile.cols);
-    }
+    widen_rows(from, at.stride, tile.rows, tile.cols, buffer);
   }
   return buffer;
 }
@@ -154,11 +174,9 @@ template <class A, class T>
 inline void store_as(const A* values, T* to, const Place& at, const Tile& tile) {
   to += at.offset;
   if (at.stride == tile.cols) {
-    narrow_run(values, tile.count(), to);
+    narrow_dense(values, tile.count(), to);
   } else {
-    for (std::int64_t row = 0; row < tile.rows; ++row) {
-      narrow_run(values + row * tile.cols, tile.cols, to + row * at.stride);
-    }
+    narrow_rows(values, tile.rows, tile.cols, to, at.stride);
   }
 }
 

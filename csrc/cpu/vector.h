@@ -19,6 +19,13 @@
 
 #define DDPM_FAST_INLINE inline __attribute__((always_inline))
 
+// For a function whose body is long beside the cost of a call. Copies of it would only take time to compile.
+#ifdef __clang__
+#define DDPM_FAST_NOINLINE __attribute__((noinline))
+#else
+#define DDPM_FAST_NOINLINE __attribute__((noinline, noclone))
+#endif
+
 namespace ddpm_fast::DDPM_FAST_ISA {
 
 template <class T>

@@ -1,9 +1,12 @@
 // What Winograd's minimal filtering is made of, for convolutions 3x3 of stride 1 and for the gradient of their weights,
 // as Lavin and Gray (2015) have it.
 //
-// F(2x2, 3x3): each 2x2 tile of the output comes of a 4x4 tile of the input: transformed, B^T d B, it is 16 values;
-// each is multiplied with its own matrix of transformed weights, G g G^T, summed over the input channels; and the 16
-// sums become 4, A^T m A. That is 4/9 of the multiplications.
+// F(2x2, 3x3): each 2x2 tile of the output comes of a 4x4 tile of the input, in three steps:
+//   B^T d B  transforms the tile to 16 values.
+//   G g G^T  are the transformed weights. Each value is multiplied with its own matrix of them, and summed over the
+//            input channels.
+//   A^T m A  transforms the 16 sums to 4.
+// That is 4/9 of the multiplications.
 //
 // After a nearest-neighbour upsampling by 2, the convolution is four convolutions 2x2 of the small map, one for each
 // place in a 2x2 square of the output (its phase): of the three taps of a row, two fall on the same pixel and are

@@ -5,7 +5,8 @@ namespace ddpm_fast::cuda {
 
 namespace {
 
-// Model output - target: epsilon, x_0, or v = sqrt(abar_t) epsilon - sqrt(1 - abar_t) x_0.
+// Model output - target, which is epsilon, x_0, or v:
+//   v = sqrt(abar_t) epsilon - sqrt(1 - abar_t) x_0
 template <class T>
 struct Difference {
   Noise<T> source;

@@ -1,12 +1,23 @@
 // Gradients of group_norm_silu; group_norm.h says how the work is cut.
 //
-// With h = x + shift, x_hat = (h - mean) rstd, z = x_hat gain + offset, gain = weight (1 + scale), offset = bias (1 +
-// scale) + scale_shift, y = act(z) and g = dy act'(z):
-//   S1 = sum of g, S2 = sum of g x_hat, for each sample and channel
-//   dscale_shift = S1, dscale = weight S2 + bias S1
-//   dweight = sum over samples of (1 + scale) S2, dbias = sum over samples of (1 + scale) S1
-//   m1, m2 = sum of gain S1, gain S2 over the group's channels, by its number of values
-//   dx = rstd (gain g - m1 - x_hat m2), dshift = sum of dx
+// The forward pass:
+//   h      = x + shift
+//   x_hat  = (h - mean) rstd
+//   gain   = weight (1 + scale)
+//   offset = bias (1 + scale) + scale_shift
+//   z      = x_hat gain + offset
+//   y      = act(z)
+// The backward pass, with g = dy act'(z):
+//   S1 = sum of g, for each sample and channel
+//   S2 = sum of g x_hat, for each sample and channel
+//   m1 = (sum of gain S1 over the group's channels) / (number of the group's values)
+//   m2 = (sum of gain S2 over the group's channels) / (number of the group's values)
+//   dx           = rstd (gain g - m1 - x_hat m2)
+//   dshift       = sum of dx
+//   dscale       = weight S2 + bias S1
+//   dscale_shift = S1
+//   dweight      = sum over samples of (1 + scale) S2
+//   dbias        = sum over samples of (1 + scale) S1
 // x and dy stay in registers, packed as they came, where a slice fits; g is made twice, which takes no room. The sums
 // are of g d and d with d = h - mean; that of d is not 0, since the saved mean is rounded, and sets right what follows
 // from d. A last kernel makes the gradients of the small inputs from the sums of every sample, part and channel.
@@ -50,7 +61,9 @@ struct Backward {
   SliceTiling tiling;
 };
 
-// d = x + shift - mean and z = d a + b. But for float32 shift is part of mean; there it is added first, as in the
+//   d = x + shift - mean
+//   z = d a + b
+// But for float32 shift is part of mean; there it is added first, as in the
 // reference: a rounding error of a whole channel would be magnified by its gain twice.
 struct Channel {
   float mean, shift, a, b;

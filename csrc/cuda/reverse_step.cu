@@ -14,9 +14,10 @@ struct Model {
   float guidance_scale;
 };
 
-// x_0^ = clip(p x_t + q m) and x_{t-1} = k0 x_0^ + k1 x_t + k2 m + k3 x_0_prev + std z: derivation eq. 13 where nothing
-// is clipped. M: the type of the model's output, T: of everything else. plain: without x_0^, x_0_prev, guidance and
-// learned variance.
+//   x_0^    = clip(p x_t + q m)
+//   x_{t-1} = k0 x_0^ + k1 x_t + k2 m + k3 x_0_prev + std z
+// This is derivation eq. 13 where nothing is clipped. M: the type of the model's output, T: of everything else.
+// plain: without x_0^, x_0_prev, guidance and learned variance.
 template <class T, class M, bool plain>
 struct ReverseStep {
   Noise<T> source;

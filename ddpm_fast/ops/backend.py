@@ -89,6 +89,22 @@ def _built_without() -> str:
     return str(native().build_info()["cuda_why_not"])
 
 
+_WARNED: set[str] = set()
+
+
+def _warn_without_cuda() -> None:
+    """Warn once that CUDA tensors cannot use the compiled kernels. Compiled code does not warn."""
+    if _WARNED or torch.compiler.is_compiling():
+        return
+    _WARNED.add("cuda")
+    warnings.warn(
+        f"ddpm_fast has no compiled CUDA kernels: {_built_without()}. CUDA tensors use Triton or PyTorch instead. "
+        "To compile the kernels: FORCE_CUDA=1 pip install --force-reinstall --no-deps ...",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
 _CUDA_REASONS: dict[torch.device, str | None] = {}  # asked once: it starts the driver
 
 
@@ -146,6 +162,8 @@ def choose(op: str, backend: str | None, device: torch.device, dtype: torch.dtyp
         return backend
     if not torch.compiler.is_compiling() and is_transformed():
         return "reference"
+    if device.type == "cuda" and "cuda" not in KERNELS and native_error() is None:
+        _warn_without_cuda()
     for family in FAMILIES:
         if (family == "triton" and device.type == "cpu") or (unfit is not None and family == unfit[0]):
             continue
