@@ -1,14 +1,15 @@
 """Test-wide settings."""
 
-import environment  # noqa: F401, I001 (first: torch and triton read the variables that it sets)
+from __future__ import annotations
 
 from collections import Counter
 from typing import Any
 
 import build_age
+import environment  # noqa: F401 (before fixtures: torch and triton read the variables that it sets)
 import pairwise
 import pytest
-from fixtures import EMULATED, _nan_filled_buffers, device, emulated, emulated_module  # noqa: F401
+from fixtures import EMULATED, _nan_filled_buffers, _seeded, device, emulated, emulated_module  # noqa: F401
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

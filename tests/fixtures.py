@@ -17,6 +17,12 @@ EMULATED: pytest.StashKey[Counter[str]] = pytest.StashKey()  # what has run on t
 
 
 @pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """torch's random numbers do not depend on the tests before."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
 def _nan_filled_buffers() -> Iterator[None]:
     """An output that a kernel leaves unwritten is NaN, not luck."""
     torch.use_deterministic_algorithms(True)

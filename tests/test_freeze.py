@@ -95,13 +95,13 @@ def test_autocast_changes_nothing() -> None:
         assert torch.equal(frozen(*inputs), expected)
 
 
-# The last has weights of more than a megabyte.
+# The last has weights of more than a megabyte. Two levels have every kind of layer, and compile in half the time of three.
 @pytest.mark.parametrize(
-    ("variant", "changes"),
-    [("heads", {}), ("class-conditional", {}), ("heads", {"block_out_channels": [16, 32, 192]})],
+    ("variant", "channels"), [("heads", [16, 32]), ("class-conditional", [16, 32]), ("heads", [16, 192])], ids=str
 )
-def test_compiles_whole(variant: str, changes: dict[str, Any]) -> None:
-    model, config = make(variant, **changes)
+def test_compiles_whole(variant: str, channels: list[int]) -> None:
+    blocks = {"down_block_types": ["DownBlock2D", "AttnDownBlock2D"], "up_block_types": ["AttnUpBlock2D", "UpBlock2D"]}
+    model, config = make(variant, block_out_channels=channels, **blocks)
     frozen, inputs = freeze(model), make_inputs(config, 2)
     compiled = torch.compile(frozen, fullgraph=True, backend="eager")
     assert torch.equal(compiled(*inputs), frozen(*inputs))

@@ -487,7 +487,7 @@ def expected(images: Tensor, path: Path) -> np.ndarray:
 def test_command_draws_16_images_by_default(folder: Path, tmp_path: Path) -> None:
     result = run(folder, tmp_path / "samples.png")
     assert result.exit_code == 0, result.output
-    assert f"{tmp_path / 'samples.png'}: 16 images, 20 steps, " in result.output
+    assert f"{tmp_path / 'samples.png'}: 16 images of 20 steps (ddpm) in " in result.output
     assert "images/s" in result.output
     plan = ddpm_plan(SCHEDULE, variance="fixed_large")
     images = sample(load_folder(folder).model, plan, 16, class_labels=[i % 3 for i in range(16)], progress=False)

@@ -529,7 +529,7 @@ def check_killed_run(run_dir: Path, kills: int, within_writes: int) -> None:
 
 
 def test_killed_during_checkpoint_writes(tmp_path: Path) -> None:
-    check_killed_run(tmp_path / "run", kills=2, within_writes=0)
+    check_killed_run(tmp_path / "run", kills=1, within_writes=0)
 
 
 @pytest.mark.slow
