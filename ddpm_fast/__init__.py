@@ -9,7 +9,7 @@ from typing import Any
 from .version import __version__ as __version__
 
 _NAMES_BY_MODULE = {
-    "builtin": ("load_builtin",),
+    "builtin": ("Pretrained", "load_builtin", "load_folder"),
     "evaluate": ("VariationalBound", "variational_bound"),
     "images": ("image_grid", "save_grid", "save_trajectory", "to_uint8"),
     "integrations.accelerate": ("accelerate", "restore"),

@@ -1,6 +1,8 @@
 """Public names for type checkers. `__init__.py` imports each from the same module when it is first used."""
 
+from .builtin import Pretrained as Pretrained
 from .builtin import load_builtin as load_builtin
+from .builtin import load_folder as load_folder
 from .evaluate import VariationalBound as VariationalBound
 from .evaluate import variational_bound as variational_bound
 from .images import image_grid as image_grid

@@ -138,7 +138,7 @@ def _train_option(declaration: str, **settings: Any) -> Callable[[_Command], _Co
 def train_command(ctx: click.Context, /, run_dir: Path, resume: bool, progress: bool, **options: Any) -> None:
     """Train a network on images. RUN_DIR receives checkpoints, logs and samples.
 
-    Ctrl-C stops after the current step and saves. The same command with --resume continues the run exactly.
+    Stop with Ctrl-C, which saves a checkpoint. Continue exactly with --resume.
     """
     from .run_folder import RunFolder
 
@@ -171,7 +171,7 @@ def _is_given(ctx: click.Context, name: str) -> bool:
     help="Store the weights in this precision.",
 )
 def export_command(run_dir: Path, out_dir: Path, dtype: str) -> None:
-    """Write a run's averaged network to a folder. OUT_DIR is then a model to sample from or to share."""
+    """Write a run's averaged network to OUT_DIR, in diffusers' layout."""
     import torch
 
     from .training_loop import export_checkpoint
@@ -208,8 +208,8 @@ def _device(ctx: click.Context, param: click.Parameter, value: str | None) -> to
 _VARIANCES = ("fixed_small", "fixed_large", "learned", "learned_range")
 
 
-def _model_options(command: _Command) -> _Command:
-    """Add the options that say which model runs, and how."""
+def _model_options(dtype_help: str) -> Callable[[_Command], _Command]:
+    """Return a decorator that adds the options that say which model runs, and how."""
     options = [
         click.option(
             "--model",
@@ -224,19 +224,23 @@ def _model_options(command: _Command) -> _Command:
         click.option(
             "--dtype",
             type=click.Choice(["float32", "bfloat16", "float16", "float64"]),
-            help="Run the network in this precision.  [default: float32; on a GPU to sample: bfloat16, or float16]",
+            help=dtype_help,
         ),
         click.option("--device", callback=_device, help="Run on cpu, cuda, cuda:1, ...  [default: a GPU if there is one]"),
         click.option("--quiet", is_flag=True, help="Print errors only."),
     ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+
+    def add(command: _Command) -> _Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
 
 
 @main.command("sample")
 @click.option("--num", type=click.IntRange(1), default=16, show_default=True, help="Draw this many images.")
-@click.option("--steps", type=click.IntRange(1), help="Take this many steps an image.  [default: 100; 50 with ddim]")
+@click.option("--steps", type=click.IntRange(1), help="Take this many steps per image.  [default: 100 with ddpm, 50 with ddim]")
 @click.option(
     "--sampler",
     type=click.Choice(["ddpm", "ddim"]),
@@ -250,11 +254,11 @@ def _model_options(command: _Command) -> _Command:
     type=click.Choice(["leading", "trailing", "linspace"]),
     default="leading",
     show_default=True,
-    help="Choose how the steps are spread over the timesteps.",
+    help="Choose the spacing of the timesteps.",
 )
 @click.option("--variance", type=click.Choice(_VARIANCES), help="Choose the variance of ddpm's steps.  [default: the model's]")
-@click.option("--classes", help="Take these names or numbers, separated by commas, in turn; none: no label.  [default: all]")
-@click.option("--guidance", type=float, help="Scale classifier-free guidance.  [default: 1, no guidance]")
+@click.option("--classes", help="Draw these classes in turn: names or numbers with commas, or none for no label.  [default: all]")
+@click.option("--guidance", type=float, help="Set the scale of classifier-free guidance; above 1 doubles the cost.  [default: 1]")
 @click.option(
     "--out",
     type=click.Path(dir_okay=False, path_type=Path),
@@ -265,9 +269,9 @@ def _model_options(command: _Command) -> _Command:
 @click.option(
     "--gif",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Also show the images coming out of noise: .gif, .webp, or a .png strip.",
+    help="Write the denoising here: an animation (.gif, .webp) or a strip (.png).  [default: none]",
 )
-@_model_options
+@_model_options("Run the network in this dtype.  [default: float32 on a CPU; bfloat16 or float16 on a GPU]")
 def sample_command(
     num: int,
     steps: int | None,
@@ -286,7 +290,7 @@ def sample_command(
     device: torch.device,
     quiet: bool,
 ) -> None:
-    """Draw images from a model. By default 16 from the built-in model, in 100 steps of eq. 13."""
+    """Draw images from a model and write them as one grid."""
     import torch
 
     from .builtin import BUILTIN, load_folder
@@ -369,15 +373,15 @@ def _labels(loaded: Pretrained, classes: str | None, num: int) -> list[int] | No
 
 
 @main.command("evaluate")
-@click.option("--num", type=click.IntRange(1), default=256, show_default=True, help="Take this many images, from the first.")
-@click.option("--data", default="fashion-mnist", show_default=True, help="Take the test images of this data set, as `train`.")
+@click.option("--num", type=click.IntRange(1), default=256, show_default=True, help="Evaluate this many images, from the first.")
+@click.option("--data", default="fashion-mnist", show_default=True, help="Evaluate the test images of digits, fashion-mnist or cifar10, or all of a folder.")
 @click.option("--data-dir", type=click.Path(), help="Read the data set from this folder, or download it there.")
 @click.option("--variance", type=click.Choice(_VARIANCES), help="Choose the reverse steps' variance.  [default: the model's]")
 @click.option("--labels/--no-labels", default=True, show_default=True, help="Give the network the class of each image.")
 @click.option(
-    "--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Also write the figures to this file."
+    "--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures to this JSON file.  [default: none]"
 )
-@_model_options
+@_model_options("Run the network in this dtype.  [default: float32]")
 def evaluate_command(
     num: int,
     data: str,
@@ -394,7 +398,7 @@ def evaluate_command(
 ) -> None:
     """Compute the variational bound of test images.
 
-    Prints the bits per dimension of L_T, L_{T-1} + ... + L_1, L_0 and their sum (eq. 9-11).
+    Print L_T, L_{T-1} + ... + L_1, L_0 and their sum in bits per dimension (eq. 9-11).
     """
     import torch
 
@@ -467,7 +471,7 @@ def evaluate_command(
 def info_command() -> None:
     """Show what is installed and what runs here.
 
-    Says for every op and device which backends run, and why the others do not.
+    List the backends of each op and device, with reasons for those that cannot run.
     """
     from .info import info
 

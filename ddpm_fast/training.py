@@ -76,45 +76,45 @@ def train(
     Args:
         run_dir: Write to this folder. It must be new or empty unless `resume` is true.
         data: Train on digits, fashion-mnist, cifar10, or a folder of images whose sub-folders are classes.
-        data_dir: Read the data set from this folder, or download it there.
-        image_size: Crop images to squares and resize them to this many pixels. By default they stay as they are.
+        data_dir: Read the data set from this folder, or download it there. Default: a folder in the user's cache.
+        image_size: Crop images to squares of this many pixels, resized. Required if their sizes differ. Default: as they are.
         flip: Mirror half of the images left to right.
         channels: Give each level this many channels. Each level halves the resolution.
-        layers: Use this many residual blocks a level on the way down, and one more on the way up.
-        attention: Attend at these resolutions, in pixels, and in the middle block.
-        head_dim: Give an attention head this many channels. By default there is a single head.
-        scale_shift: Let the time embedding scale and shift the second norm instead of adding to its input.
+        layers: Use this many residual blocks per level, and one more on the way up.
+        attention: Use self-attention at these resolutions, in pixels, and in the middle block.
+        head_dim: Give each attention head this many channels. Default: a single head.
+        scale_shift: Use the time embedding to scale and shift the second norm instead of adding to its input.
         dropout: Drop activations in residual blocks with this probability.
-        conditional: Give the network the class if the data set has more than one.
-        label_dropout: Train without the class with this probability, which guidance needs.
-        init: Start from the weights in this folder: a model's, a run's or a checkpoint's.
+        conditional: Condition on the class if the data set has more than one.
+        label_dropout: Drop the class with this probability, to allow guidance.
+        init: Start from the weights of a model folder, a run or a checkpoint. Default: random weights.
         num_timesteps: Set T, the number of steps of the forward process.
         schedule: Choose the noise schedule.
         prediction: Choose what the network predicts.
-        loss_weight: Weight the loss of each timestep. By default all weights are 1 (eq. 12).
+        loss_weight: Weight the loss per timestep. Default: 1 for all (eq. 12).
         steps: Stop after this many optimizer steps, counted from the run's beginning.
-        batch_size: Use this many images a step.
+        batch_size: Use this many images per step.
         lr: Set the learning rate after warm-up.
         warmup_steps: Raise the learning rate from 0 over this many steps.
-        lr_decay: Choose the form of the learning rate's fall to 0.
-        lr_decay_steps: Let the learning rate fall over this many last steps; 0: it stays.
+        lr_decay: Choose the shape of the final learning rate decay.
+        lr_decay_steps: Decay the learning rate to 0 over this many last steps; 0 keeps it constant.
         weight_decay: Set AdamW's weight decay.
-        clip_grad: Bound the norm of the gradient; 0: no bound.
-        ema_decay: Set the decay of the weights' moving average. Without `init` it rises as (1 + step) / (10 + step).
-        precision: Run the network in float32, or in bfloat16 by autocast. Weights and loss stay float32.
+        clip_grad: Clip the gradient norm to this value; 0 disables.
+        ema_decay: Set the decay of the weights' moving average, which new weights reach after a warm-up.
+        precision: Run the network in float32, or in bfloat16 by autocast.
         channels_last: Store images and weights in channels_last memory format.
         seed: Seed everything random.
-        device: Train on this device: cpu, cuda, cuda:1, ... By default a GPU if there is one.
-        threads: Use this many CPU threads. By default as many as PyTorch chooses.
+        device: Train on cpu, cuda, cuda:1, ... Default: a GPU if there is one.
+        threads: Use this many CPU threads. Default: PyTorch's choice.
         log_every: Write a row of log.csv every this many steps.
-        sample_every: Draw a grid of samples every this many steps; 0: never.
-        sample_steps: Draw those samples in this many steps of DDIM.
-        checkpoint_every: Save a checkpoint every this many steps; 0: by time alone.
-        checkpoint_minutes: Save a checkpoint every this many minutes; 0: by steps alone.
+        sample_every: Draw a grid of samples every this many steps; 0 disables.
+        sample_steps: Use this many DDIM steps for the grids of samples.
+        checkpoint_every: Save a checkpoint every this many steps; 0 disables.
+        checkpoint_minutes: Save a checkpoint every this many minutes; 0 disables.
         keep: Keep this many checkpoints.
         tensorboard: Write TensorBoard's event files if TensorBoard is installed.
-        max_minutes: Stop after this many minutes, with a checkpoint.
-        resume: Continue the run in `run_dir` from its newest checkpoint.
+        max_minutes: Stop with a checkpoint after this many minutes. Default: no limit.
+        resume: Continue the run from its newest checkpoint.
         progress: Show a progress bar.
 
     Returns:
