@@ -317,3 +317,32 @@ def test_a_tensor_s_gpu_is_the_current_one_while_kernels_are_asked_and_launched(
         backend.launch("op", torch.device("cuda", index), 6)
     assert calls == [(0, 5), (0, 6, 70), (1, 5), (1, 6, 71)]
     assert current == [0]
+
+
+# ---------------------------------------------------------------------------------------------- what a second build does
+
+
+def _build_folder(tmp_path: Path, **variables: str) -> "subprocess.CompletedProcess[str]":
+    """Run setup.py's choice of a build folder for an editable install, with a copy of setup.py."""
+    shutil.copy(ROOT / "setup.py", tmp_path / "setup.py")
+    script = """
+import runpy, setuptools, sys
+setuptools.setup = lambda **arguments: None
+module = runpy.run_path("setup.py")
+command = module["CMakeBuild"](setuptools.Distribution())
+command.build_temp, command.editable_mode = sys.argv[1], True
+print(command.build_folder())
+"""
+    command = [sys.executable, "-c", script, str(tmp_path / "temporary")]
+    environment = os.environ | variables
+    return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+
+
+def test_an_editable_install_keeps_its_objects_until_the_compiler_changes(tmp_path: Path) -> None:
+    folder = Path(_build_folder(tmp_path).stdout.strip())
+    assert folder.is_relative_to(tmp_path / "build")  # and not in the temporary folder, which setuptools removes
+    (folder / "object.o").touch()
+    assert Path(_build_folder(tmp_path).stdout.strip()) == folder
+    assert (folder / "object.o").exists()
+    _build_folder(tmp_path, CXXFLAGS="-g")
+    assert not (folder / "object.o").exists()
