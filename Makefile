@@ -15,20 +15,20 @@ SOURCES := find csrc tests/emulator -name "*.h" -o -name "*.c??" -o -name "*.cu"
 # Each check works in a copy of the tree, in build/. It has its own environment and build, and leaves yours as they are.
 # -j 2: the kernels compile while pip installs.
 
-check:  ## run what a change has to pass, for the CPU alone, in less than five minutes
+check:  ## run what a change has to pass, for the CPU alone, in about four minutes
 	$(PYTHON) .ci/copy_tree.py build/check
-	DDPM_FAST_CUDA_ARCHS=none $(MAKE) -C build/check -j 2 setup
-	$(MAKE) -C build/check lint test
+	DDPM_FAST_CUDA_ARCHS=none $(MAKE) -C build/check VENV=.venv -j 2 setup
+	$(MAKE) -C build/check VENV=.venv lint test
 
 check-all: check-lowest  ## run everything: CUDA builds, machine code, slow tests, full products, benchmarks/tests, docs
 	$(PYTHON) .ci/copy_tree.py build/check-all
-	FORCE_CUDA=1 DDPM_FAST_CUDA_ARCHS="80;90a;100" $(MAKE) -C build/check-all -j 2 setup EXTRAS=test,bench,docs
-	$(MAKE) -C build/check-all lint test-all docs
+	FORCE_CUDA=1 DDPM_FAST_CUDA_ARCHS="80;90a;100" $(MAKE) -C build/check-all VENV=.venv -j 2 setup EXTRAS=test,bench,docs
+	$(MAKE) -C build/check-all VENV=.venv lint test-all docs
 
 check-lowest:  ## run the tests with the lowest versions that pyproject.toml allows (downloads 4 GB the first time)
 	$(PYTHON) .ci/copy_tree.py build/check-lowest
-	DDPM_FAST_CUDA_ARCHS=none $(MAKE) -C build/check-lowest -j 2 setup-lowest
-	$(MAKE) -C build/check-lowest test
+	DDPM_FAST_CUDA_ARCHS=none $(MAKE) -C build/check-lowest VENV=.venv -j 2 setup-lowest
+	$(MAKE) -C build/check-lowest VENV=.venv test
 
 setup: $(VENV)/installed build  ## make an environment with the package (editable) and what the tests need
 
@@ -69,7 +69,7 @@ bench:  ## measure sampling, and every op beside its peers
 	$(RUN) benchmarks/sample_speed.py
 	$(RUN) -m pytest benchmarks/test_ops.py --benchmark-enable
 
-gpu-check:  ## build, test and measure on a machine with an NVIDIA GPU, in ten minutes
+gpu-check:  ## build, test and measure on a machine with an NVIDIA GPU, written to take ten minutes
 	$(if $(wildcard $(RUN)),$(RUN),$(PYTHON)) benchmarks/gpu_check.py
 
 # Only docs/hooks.py and the docstrings are read, so nothing is compiled.

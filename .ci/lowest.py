@@ -7,7 +7,10 @@ import re
 import sys
 from pathlib import Path
 
-import tomllib
+if sys.version_info >= (3, 11):
+    import tomllib
+else:  # pip has its own copy
+    from pip._vendor import tomli as tomllib
 
 TOOLS = ("ruff", "mypy", "clang-format", "setuptools", "cmake", "ninja", "pybind11", "pre-commit")
 

@@ -1,4 +1,4 @@
-"""Who computes a case of `ddpm_fast.testing`: the families and their peers, each as a function of the case's tensors.
+"""Who computes a case of `ddpm_fast.testing`: the backends and their peers, each as a function of the case's tensors.
 
 Peers: "eager", the PyTorch that people write; "compile", torch.compile of it; and for group norm, where they are installed,
 "apex" (channels_last only) and "liger" (contiguous only).
@@ -32,7 +32,7 @@ Contestant = Callable[..., Tensor]
 
 
 def contestant(call: Call, case: Case, by: str) -> Contestant:
-    """A function of the case's floating tensors, by name: an op in one family, or a peer's idiom for it."""
+    """A function of the case's floating tensors, by name: an op in one backend, or a peer's idiom for it."""
     if by in FAMILIES:
 
         def op(**tensors: Tensor) -> Tensor:
@@ -166,7 +166,7 @@ def backward(function: Contestant, call: Call) -> Callable[[], tuple[Tensor, ...
 
 
 def check(function: Contestant, call: Call, case: Case, by: str, direction: str) -> None:
-    """Families, and the idiom given their noise, are compared with float64; a compiled idiom draws noise like no other."""
+    """Backends, and the idiom given their noise, are compared with float64; a compiled idiom draws noise like no other."""
     wide = call.map(lambda x: x.double())
     epsilon = None
     if case.op != "group_norm_silu":

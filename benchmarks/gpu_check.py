@@ -38,7 +38,7 @@ sys.path.insert(0, str(ROOT))  # the package need not be installed
 # What the package cannot do without, and what is left out where something is missing.
 NEEDED = ("torch", "numpy", "safetensors", "PIL", "click", "tqdm")
 OPTIONAL = {
-    "triton": "no Triton family",
+    "triton": "no Triton backend",
     "pytest": "no tests",
     "diffusers": "sampling is compared with eager PyTorch written by hand",
     "matplotlib": "no roofline picture",
@@ -334,7 +334,7 @@ def report(check: Check, seconds: float) -> Outcome:
 
 PHASES = (
     Phase("build", 110, False, "build the native module for this card, where it lacks it", build),
-    Phase("tests", 140, False, "run the test suite on device cuda, native and triton families", tests),
+    Phase("tests", 140, False, "run the test suite on device cuda, native and triton backends", tests),
     Phase("sanitizer", 30, False, "run every case's native kernels under compute-sanitizer", sanitizer),
     Phase("elementwise", 50, True, "time the elementwise ops beside eager PyTorch and torch.compile", elementwise),
     Phase("norms", 120, True, "time group_norm_silu over both networks' shapes beside them, apex and Liger", norms),

@@ -1,4 +1,4 @@
-"""The ops on a GPU in every family, beside eager PyTorch, torch.compile and, where installed, apex and Liger.
+"""The ops on a GPU in every backend, beside eager PyTorch, torch.compile and, where installed, apex and Liger.
 
     python benchmarks/gpu_ops.py elementwise
     python benchmarks/gpu_ops.py norms --seconds 120

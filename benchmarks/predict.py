@@ -1,4 +1,4 @@
-"""Predicted time of every op of the native family on four cards, from bytes and instructions: predicted, not measured.
+"""Predicted time of every op of the native backend on four cards, from bytes and instructions: predicted, not measured.
 
     python benchmarks/predict.py            prints the tables and writes predicted.md and predicted.json
 
@@ -219,7 +219,7 @@ def works() -> list[Work]:
 
 
 def measured(folder: Path) -> dict[tuple[str, str], float]:
-    """(card, comparison) -> microseconds of the native family, from what gpu_ops.py left in the results."""
+    """(card, comparison) -> microseconds of the native backend, from what gpu_ops.py left in the results."""
     found = {}
     for path in sorted(folder.glob("*.json")):
         results = json.loads(path.read_text(encoding="utf-8"))
@@ -275,7 +275,7 @@ def markdown(table: Sequence[Mapping[str, Any]], compiler: str) -> str:
     lines = [
         "# Predicted, not measured",
         "",
-        "Microseconds of the native family's ops, by `python benchmarks/predict.py`, which says how: predicted from bytes and",
+        "Microseconds of the native backend's ops, by `python benchmarks/predict.py`, which says how: predicted from bytes and",
         f"from the instructions that {compiler} made of the kernels. A figure that was measured says so. After it: what binds",
         "(memory, the issue of instructions, MUFU: the special-function unit, or the launch); where the kernel has to read its",
         "input twice; and (L2) where everything fits into that cache: the figure is for a cold one, and warm it is less.",

@@ -1,4 +1,4 @@
-"""Every benchmark case of `ddpm_fast.testing` in every family, beside eager PyTorch and torch.compile, under pytest-benchmark.
+"""Every benchmark case of `ddpm_fast.testing` in every backend, beside eager PyTorch and torch.compile, under pytest-benchmark.
 
     pytest benchmarks/test_ops.py --benchmark-enable
     pytest benchmarks/test_ops.py --benchmark-enable --benchmark-json=ops.json -k "group_norm_silu and bf16"

@@ -38,7 +38,7 @@ class Arguments {
     return reinterpret_cast<T*>(next<std::uintptr_t>());
   }
 
-  // To be called before the arguments are used: were all of them taken?
+  // Raises TypeError unless every argument was taken. Call it before you use them.
   void check() const {
     if (taken_ != all_.size()) refuse("expected " + std::to_string(taken_) + " arguments");
   }

@@ -38,6 +38,8 @@ def __getattr__(name: str) -> Any:
         value = getattr(import_module(f".{_MODULE_BY_NAME[name]}", __name__), name)
         globals()[name] = value
         return value
+    if not name.isidentifier() or name.startswith("__"):  # such as __path__, or __main__, which runs the command line
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
         return import_module(f".{name}", __name__)
     except ModuleNotFoundError as error:

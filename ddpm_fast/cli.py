@@ -257,8 +257,12 @@ def _model_options(dtype_help: str) -> Callable[[_Command], _Command]:
     help="Choose the spacing of the timesteps.",
 )
 @click.option("--variance", type=click.Choice(_VARIANCES), help="Choose the variance of ddpm's steps.  [default: the model's]")
-@click.option("--classes", help="Draw these classes in turn: names or numbers with commas, or none for no label.  [default: all]")
-@click.option("--guidance", type=float, help="Set the scale of classifier-free guidance; above 1 doubles the cost.  [default: 1]")
+@click.option(
+    "--classes", help="Draw these classes in turn: names or numbers with commas, or none for no label.  [default: all]"
+)
+@click.option(
+    "--guidance", type=float, help="Set the scale of classifier-free guidance; above 1 doubles the cost.  [default: 1]"
+)
 @click.option(
     "--out",
     type=click.Path(dir_okay=False, path_type=Path),
@@ -373,13 +377,23 @@ def _labels(loaded: Pretrained, classes: str | None, num: int) -> list[int] | No
 
 
 @main.command("evaluate")
-@click.option("--num", type=click.IntRange(1), default=256, show_default=True, help="Evaluate this many images, from the first.")
-@click.option("--data", default="fashion-mnist", show_default=True, help="Evaluate the test images of digits, fashion-mnist or cifar10, or all of a folder.")
+@click.option(
+    "--num", type=click.IntRange(1), default=256, show_default=True, help="Evaluate this many images, from the first."
+)
+@click.option(
+    "--data",
+    default="fashion-mnist",
+    show_default=True,
+    help="Evaluate the test images of digits, fashion-mnist or cifar10, or all of a folder.",
+)
 @click.option("--data-dir", type=click.Path(), help="Read the data set from this folder, or download it there.")
 @click.option("--variance", type=click.Choice(_VARIANCES), help="Choose the reverse steps' variance.  [default: the model's]")
 @click.option("--labels/--no-labels", default=True, show_default=True, help="Give the network the class of each image.")
 @click.option(
-    "--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures to this JSON file.  [default: none]"
+    "--json",
+    "json_path",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write the figures to this JSON file.  [default: none]",
 )
 @_model_options("Run the network in this dtype.  [default: float32]")
 def evaluate_command(

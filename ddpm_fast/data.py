@@ -33,6 +33,8 @@ FASHION_MNIST_CLASSES: Final = (
 )
 FASHION_MNIST_DEBIAN: Final = Path("/usr/share/datasets/fashion-mnist")  # Debian's package dataset-fashion-mnist
 
+RESIZED: Final = "cropped to squares and resized"  # the preparation of a folder's images with image_size
+
 _DOWNLOADS: Final = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddpm_fast"
 _IMAGE_SUFFIXES: Final = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 
@@ -166,7 +168,7 @@ def _open_folder(name: str, image_size: int | None) -> ImageDataset:
     files = sorted(path for path in root.rglob("*") if path.suffix.lower() in _IMAGE_SUFFIXES and path.is_file())
     if not files:
         raise ValueError(f"load_dataset: expected {root} to hold images ({', '.join(sorted(_IMAGE_SUFFIXES))}), got none")
-    preparation = "cropped to squares and resized"
+    preparation = RESIZED
     if image_size is None:
         image_size, preparation = _common_size(root, files), "as they are"
     # The class of an image is the first folder on the way to it. Images in `root` itself share one class.

@@ -69,7 +69,7 @@ def image_grid(
 def _columns(n: int) -> int:
     """Return the columns of a full grid of n images that is at most three times as wide as high, else of a square one."""
     square = math.ceil(math.sqrt(n))
-    fitting = (columns for columns in range(square, n + 1) if n % columns == 0 and (columns * columns <= 3 * n or n <= 3))
+    fitting = (columns for columns in range(square, n + 1) if n % columns == 0 and columns * columns <= 3 * n)
     return next(fitting, square)
 
 

@@ -18,8 +18,8 @@ def train(
     run_dir: str | os.PathLike[str],
     *,
     # data
-    data: str = "digits",
-    data_dir: str | None = None,
+    data: str | os.PathLike[str] = "digits",
+    data_dir: str | os.PathLike[str] | None = None,
     image_size: int | None = None,
     flip: bool = False,
     # network
@@ -31,7 +31,7 @@ def train(
     dropout: float = 0.0,
     conditional: bool = True,
     label_dropout: float = 0.1,
-    init: str | None = None,
+    init: str | os.PathLike[str] | None = None,
     # diffusion
     num_timesteps: int = 1000,
     schedule: Literal["linear", "scaled_linear", "cosine", "sigmoid"] = "linear",
@@ -77,7 +77,7 @@ def train(
         run_dir: Write to this folder. It must be new or empty unless `resume` is true.
         data: Train on digits, fashion-mnist, cifar10, or a folder of images whose sub-folders are classes.
         data_dir: Read the data set from this folder, or download it there. Default: a folder in the user's cache.
-        image_size: Crop images to squares of this many pixels, resized. Required if their sizes differ. Default: as they are.
+        image_size: Crop images to squares and resize them to this many pixels. Required unless all are squares of one size.
         flip: Mirror half of the images left to right.
         channels: Give each level this many channels. Each level halves the resolution.
         layers: Use this many residual blocks per level, and one more on the way up.
@@ -91,7 +91,7 @@ def train(
         num_timesteps: Set T, the number of steps of the forward process.
         schedule: Choose the noise schedule.
         prediction: Choose what the network predicts.
-        loss_weight: Weight the loss per timestep. Default: 1 for all (eq. 12).
+        loss_weight: Weight the loss per timestep: min-SNR limits the weight of little noise. Default: 1 for all (eq. 12).
         steps: Stop after this many optimizer steps, counted from the run's beginning.
         batch_size: Use this many images per step.
         lr: Set the learning rate after warm-up.
@@ -126,6 +126,7 @@ def train(
         FileNotFoundError: There is no run to resume, or no model in `init`.
         FloatingPointError: The loss is no longer finite.
     """
+    data, data_dir, init = os.fspath(data), data_dir and os.fspath(data_dir), init and os.fspath(init)
     options = _json({name: value for name, value in locals().items() if name not in THIS_CALL})
     _check_options(options)
     from .training_loop import run_training

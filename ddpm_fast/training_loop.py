@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from .atomic import replacing
-from .data import ImageDataset, load_dataset, to_unit_range
+from .data import RESIZED, ImageDataset, load_dataset, to_unit_range
 from .draws import TrainingDraws
 from .images import save_grid
 from .memory import kept_memory
@@ -40,11 +40,12 @@ from .schedule import NoiseSchedule
 from .version import __version__
 
 # Options that a resumed run may change: they decide how long, where and with what records, not what is trained.
-# `steps` and the learning rate's decay are among them so that a run can be prolonged, or brought to its end.
+# `steps` and the learning rate's decay are among them so that a run can be prolonged, or brought to its end. The data set's
+# `preparation` is not compared, as older runs did not record it. Its shape is.
 CHANGEABLE: Final = frozenset(
     {
         *("data_dir", "steps", "lr_decay", "lr_decay_steps", "channels_last", "device", "threads", "log_every"),
-        *("sample_every", "sample_steps", "checkpoint_every", "checkpoint_minutes", "keep", "tensorboard"),
+        *("sample_every", "sample_steps", "checkpoint_every", "checkpoint_minutes", "keep", "tensorboard", "preparation"),
     }
 )
 
@@ -82,20 +83,26 @@ def run_training(
     """Run `train` with options that are checked and complete."""
     if options["threads"] is not None:
         torch.set_num_threads(options["threads"])
-    image_size = options["image_size"]
-    if resume and image_size is None:  # the size that the run began with, which was 32 for a folder in earlier versions
-        image_size = RunFolder(run_dir).read_config()["dataset"]["shape"][-1]
-    dataset = load_dataset(options["data"], options["data_dir"], image_size=image_size)
+    try:
+        dataset = load_dataset(options["data"], options["data_dir"], image_size=options["image_size"])
+    except ValueError:
+        if not resume or options["image_size"] is not None:
+            raise
+        # Earlier versions resized a folder's images of several sizes without being asked. Such a run goes on.
+        stored = RunFolder(run_dir).read_config()["dataset"]
+        if stored.get("preparation", RESIZED) != RESIZED:
+            raise
+        dataset = load_dataset(options["data"], options["data_dir"], image_size=stored["shape"][-1])
     schedule: NoiseSchedule = getattr(NoiseSchedule, options["schedule"])(options["num_timesteps"])
-    weight = options["loss_weight"]
+    weight, device = options["loss_weight"], _device(options["device"])
     task = _Task(
         options=options,
         dataset=dataset,
         labelled=options["conditional"] and len(dataset.classes) > 1,
         schedule=schedule,
-        loss_weight=None if weight is None else schedule.loss_weight(weight, options["prediction"]).float(),
+        loss_weight=None if weight is None else schedule.loss_weight(weight, options["prediction"]).to(device, torch.float32),
         draws=TrainingDraws(options["seed"], options["batch_size"]),
-        device=_device(options["device"]),
+        device=device,
     )
     with kept_memory() if task.device.type == "cpu" else nullcontext():
         return _run(run_dir, task, resume=resume, max_minutes=max_minutes, progress=progress)
@@ -130,7 +137,8 @@ def export_checkpoint(
     UNet.from_pretrained(checkpoint / "unet_ema").to(dtype).save_pretrained(out / "unet")
     prediction = config["options"]["prediction"]
     _write_scheduler(out / "scheduler", NoiseSchedule.from_config(config["schedule"]), prediction)
-    write_json(out / "training.json", {**config, "step": state["step"], "seconds": state["seconds"]})
+    options = {name: value for name, value in config["options"].items() if name not in ("init", "data_dir")}  # paths
+    write_json(out / "training.json", {**config, "options": options, "step": state["step"], "seconds": state["seconds"]})
     write_json(out / "classes.json", {"classes": config["dataset"]["classes"]})
     (out / "training_log.csv").write_text(run.log_until(state["step"]), encoding="utf-8")
     return out
@@ -176,7 +184,7 @@ def _run(
     generators = torch.random.fork_rng([task.device] if task.device.type == "cuda" else [])  # the caller's stay as they are
     stopped_by: str | None = None
     began = last_checkpoint = time.monotonic()
-    forecast = _Forecast(steps)
+    forecast = _Forecast(steps, task.device)
     logged_step, logged_seconds = state.step, state.seconds
     mark = time.perf_counter()  # end of the last stretch that is counted in state.seconds
     with _StopSignals() as signals, generators, bar:
@@ -232,7 +240,7 @@ class _Task:
     dataset: ImageDataset
     labelled: bool  # the network is given the class
     schedule: NoiseSchedule
-    loss_weight: Tensor | None  # float32 [T]
+    loss_weight: Tensor | None  # float32 [T], on the device
     draws: TrainingDraws
     device: torch.device
 
@@ -247,7 +255,12 @@ class _Task:
             "options": self.options,
             "unet": _unet_config(self.options, dataset, self.labelled),
             "schedule": self.schedule.to_config(),
-            "dataset": {"images": len(dataset), "shape": list(dataset.shape), "classes": list(dataset.classes)},
+            "dataset": {
+                "images": len(dataset),
+                "shape": list(dataset.shape),
+                "preparation": dataset.preparation,
+                "classes": list(dataset.classes),
+            },
             "versions": {"ddpm_fast": __version__, "torch": torch.__version__},
         }
 
@@ -348,7 +361,7 @@ def _step(task: _Task, state: _State) -> tuple[Tensor, float]:
     x_t = q_sample(x_0, t, task.schedule, seeds=seeds)
     with torch.autocast(task.device.type, torch.bfloat16, enabled=options["precision"] == "bf16"):
         output = state.model(x_t, t, labels if task.labelled else None)
-    weight = None if task.loss_weight is None else task.loss_weight.to(task.device)[t]
+    weight = None if task.loss_weight is None else task.loss_weight[t]
     loss = denoising_loss(output.float(), x_0, t, task.schedule, prediction=options["prediction"], seeds=seeds, weight=weight)
     loss.backward()
     parameters: list[Tensor] = list(state.model.parameters())
@@ -510,7 +523,7 @@ def _summary(run: RunFolder, task: _Task, state: _State) -> str:
     if task.device.type == "cpu":
         threads = torch.get_num_threads()
         machine += f", {threads} thread" + ("s" if threads > 1 else "")
-    images = options["steps"] * options["batch_size"]
+    epochs = options["steps"] * options["batch_size"] / len(dataset)
     records = [f"log.csv every {options['log_every']} steps"]
     if options["sample_every"]:
         records.append(f"samples/ every {options['sample_every']} steps")
@@ -525,7 +538,9 @@ def _summary(run: RunFolder, task: _Task, state: _State) -> str:
         + ("class-conditional" if task.labelled else "unconditional")
         + (f", started from {options['init']}" if options["init"] else ""),
         "machine": machine,
-        "steps": f"{options['steps']} of {options['batch_size']} images: {images / len(dataset):.3g} epochs",
+        "steps": f"{options['steps']} of {options['batch_size']} images: {epochs:,.0f} epochs"
+        if epochs >= 100
+        else f"{options['steps']} of {options['batch_size']} images: {epochs:.2g} epochs",
         "records": f"{run.path}/: {', '.join(records)}",
     }
     title = f"Resuming {run.path} at step {state.step}" if state.step else f"Training {run.path}"
@@ -537,12 +552,14 @@ class _Forecast:
 
     _FIRST, _LAST = 3, 13  # the first steps of a call are slower
 
-    def __init__(self, steps: int) -> None:
-        self._steps, self._done, self._began = steps, 0, 0.0
+    def __init__(self, steps: int, device: torch.device) -> None:
+        self._steps, self._device, self._done, self._began = steps, device, 0, 0.0
 
     def after_step(self, step: int) -> None:
         """Count a step of this call, and write the line once the speed is known."""
         self._done += 1
+        if self._done in (self._FIRST, self._LAST) and self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
         if self._done == self._FIRST:
             self._began = time.perf_counter()
         elif self._done == self._LAST:

@@ -23,7 +23,7 @@ def covering(rows: Iterable[Sequence[Any]]) -> list[Sequence[Any]]:
     part of a product: combinations that make no sense are left out of it.
     """
     rows = list(rows)
-    if full:
+    if full or len(rows) < 2 or len(rows[0]) < 2:
         return rows
     numbers: list[dict[Any, int]] = [{} for _ in rows[0]]
     keys = [tuple(seen.setdefault(_key(value), len(seen)) for seen, value in zip(numbers, row, strict=True)) for row in rows]

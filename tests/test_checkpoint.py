@@ -139,12 +139,12 @@ for trial in range(1, 11):
             fill(value)
             model.save_pretrained(folder)
             os.write(writes, b".")
-    os.read(written, 1)  # the first write is finished: a later one is killed
+    os.close(writes)
+    assert os.read(written, 1), "the child died"  # its first write is finished: a later one is killed
     time.sleep(random.uniform(0, 0.02))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     os.close(written)
-    os.close(writes)
     values = {float(v) for p in UNet.from_pretrained(folder).parameters() for v in (p.min(), p.max())}
     assert len(values) == 1, values
     assert values.pop() % 100 == trial % 100  # this child's

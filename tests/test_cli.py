@@ -105,7 +105,7 @@ def test_ctrl_c_saves_and_ends_with_130(tmp_path: Path) -> None:
     while process.poll() is None and not (tmp_path / "run" / "log.csv").exists():
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate()
+    _, errors = process.communicate(timeout=600)  # only against hanging
     assert process.returncode == 130, errors
     saved = re.search(r"stopped by SIGINT at step (\d+) of 1000000; checkpoint saved", errors)
     assert saved, errors

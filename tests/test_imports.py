@@ -115,6 +115,8 @@ def test_unknown_names_are_attribute_errors() -> None:
     with pytest.raises(AttributeError, match="module 'ddpm_fast' has no attribute 'nothing'"):
         ddpm_fast.nothing  # noqa: B018
     assert ddpm_fast.nn.UNet is ddpm_fast.UNet  # submodules are found too
+    assert not hasattr(ddpm_fast, "__main__")  # which would run the command line
+    assert not hasattr(ddpm_fast, "no.module")
 
 
 def _loaded(statement: str) -> set[str]:

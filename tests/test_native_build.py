@@ -205,15 +205,15 @@ def test_cuda_kernels_load_anywhere_and_say_why_they_cannot_run(monkeypatch: pyt
 
 def test_a_build_without_cuda_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(backend.KERNELS, "cuda", raising=False)
-    monkeypatch.setattr(backend.native(), "build_info", lambda: {"cuda_why_not": "no GPU was visible when it was built"})
+    monkeypatch.setitem(backend.BUILD, "cuda_why_not", "no GPU was visible when it was built")
     reason = backend.why_not("native", "noise", torch.device("cuda", 0))
     assert reason == "it has no kernels for cuda tensors: no GPU was visible when it was built"
 
 
 def test_a_cuda_tensor_met_by_a_build_without_cuda_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(backend.KERNELS, "cuda", raising=False)
-    monkeypatch.setattr(backend.native(), "build_info", lambda: {"cuda_why_not": "no GPU was visible when it was built"})
-    monkeypatch.setattr(backend, "_WARNED", set())
+    monkeypatch.setitem(backend.BUILD, "cuda_why_not", "no GPU was visible when it was built")
+    backend._warn_without_cuda.cache_clear()
     device = torch.device("cuda", 0)
     assert backend.choose("noise", "reference", device, torch.float32) == "reference"  # asked for by name: nothing to tell
     with pytest.warns(RuntimeWarning, match=r"no GPU was visible when it was built.*FORCE_CUDA=1 pip install"):

@@ -452,8 +452,20 @@ def test_a_run_of_a_folder_that_began_without_image_size_goes_on(tmp_path: Path)
     train(tmp_path / "run", **options, image_size=32, steps=1)
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     config["options"]["image_size"] = None
+    del config["dataset"]["preparation"]
     (tmp_path / "run" / "config.json").write_text(json.dumps(config))
-    assert train(tmp_path / "run", **options, steps=2, resume=True).step == 2
+    for steps in (2, 3):
+        assert train(tmp_path / "run", **options, steps=steps, resume=True).step == steps
+
+
+def test_images_of_other_sizes_stop_a_run_instead_of_being_resized(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "images" / "a.png")
+    options = QUIET | {"data": tmp_path / "images", "batch_size": 2}
+    train(tmp_path / "run", **options, steps=1)
+    Image.new("RGB", (60, 40)).save(tmp_path / "images" / "a.png")
+    with pytest.raises(ValueError, match=r"expected image_size, .* with sizes 60x40"):
+        train(tmp_path / "run", **options, steps=2, resume=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------- stopping

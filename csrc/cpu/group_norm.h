@@ -109,7 +109,7 @@ void with_type(DType dtype, Body body) {
 // Calls body(T{}) for the dtypes that networks are frozen to.
 template <class Body>
 void with_conv_type(DType dtype, Body body) {
-  dtype == DType::kBFloat16 ? body(BFloat16{}) : body(float{});
+  dtype == DType::kBFloat16 ? body(BFloat16{}) : body(float{});  // Python passes these two alone
 }
 
 }  // namespace ddpm_fast::DDPM_FAST_ISA

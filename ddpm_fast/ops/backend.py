@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -74,7 +75,7 @@ def _why_not_native(op: str, device: torch.device, dtype: torch.dtype) -> str | 
     if native_error() is not None:
         return f"the compiled module did not load: {native_error()}"
     if device.type not in KERNELS:
-        without = _built_without() if device.type == "cuda" else ""
+        without = BUILD.get("cuda_why_not", "") if device.type == "cuda" else ""
         return f"it has no kernels for {device.type} tensors" + (f": {without}" if without else "")
     if not hasattr(KERNELS[device.type], op):
         return f"the compiled module is older than this source and lacks {op}: build it again"
@@ -83,25 +84,14 @@ def _why_not_native(op: str, device: torch.device, dtype: torch.dtype) -> str | 
     return None
 
 
-@_constant
-def _built_without() -> str:
-    """Return why the compiled module has no CUDA kernels."""
-    return str(native().build_info()["cuda_why_not"])
-
-
-_WARNED: set[str] = set()
-
-
+@functools.cache
 def _warn_without_cuda() -> None:
-    """Warn once that CUDA tensors cannot use the compiled kernels. Compiled code does not warn."""
-    if _WARNED or torch.compiler.is_compiling():
-        return
-    _WARNED.add("cuda")
+    """Warn once that CUDA tensors cannot use the compiled kernels."""
     warnings.warn(
-        f"ddpm_fast has no compiled CUDA kernels: {_built_without()}. CUDA tensors use Triton or PyTorch instead. "
+        f"ddpm_fast has no compiled CUDA kernels: {BUILD['cuda_why_not']}. CUDA tensors use Triton or PyTorch instead. "
         "To compile the kernels: FORCE_CUDA=1 pip install --force-reinstall --no-deps ...",
         RuntimeWarning,
-        stacklevel=2,
+        stacklevel=4,  # the caller of the op
     )
 
 
@@ -162,7 +152,7 @@ def choose(op: str, backend: str | None, device: torch.device, dtype: torch.dtyp
         return backend
     if not torch.compiler.is_compiling() and is_transformed():
         return "reference"
-    if device.type == "cuda" and "cuda" not in KERNELS and native_error() is None:
+    if device.type == "cuda" and "cuda" not in KERNELS and native_error() is None and not torch.compiler.is_compiling():
         _warn_without_cuda()
     for family in FAMILIES:
         if (family == "triton" and device.type == "cpu") or (unfit is not None and family == unfit[0]):
