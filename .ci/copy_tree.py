@@ -19,12 +19,16 @@ def state(path: Path) -> tuple[int, int]:
 def main() -> None:
     target = Path(sys.argv[1])
     listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    names = subprocess.run(listing, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0")
+    names = subprocess.run(listing, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout.split("\0")
     wanted = {name for name in names if name and (ROOT / name).is_file()}
     record = target / "build" / "copied"  # what the last copy had
     before = set(record.read_text().split("\0")) if record.exists() else set()
     for name in before - wanted:
         (target / name).unlink(missing_ok=True)
+        for folder in (target / name).parents:
+            if folder == target or not folder.is_dir() or any(folder.iterdir()):
+                break
+            folder.rmdir()
     for name in wanted:
         source, copy = ROOT / name, target / name
         if not copy.exists() or state(copy) != state(source):

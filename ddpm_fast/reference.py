@@ -15,10 +15,14 @@ import torch
 from torch import Tensor
 
 # Streams of the noise: the second word of the Philox counter. `reverse_step` draws with stream = its row of the plan.
-STREAM_X_T: Final = 0xFFFFFFFF  # the initial x_T of a sampler
-STREAM_Q_SAMPLE: Final = 0xFFFFFFFE  # the epsilon of q_sample and denoising_loss
-STREAM_SEEDS: Final = 0xFFFFFFFD  # sample_seeds
-STREAM_OFFSET: Final = 0xFFFFFFFC  # offset noise: a normal for each channel
+STREAM_X_T: Final = 0xFFFFFFFF
+"""Stream of `initial_noise`, the x_T of a sampler."""
+STREAM_Q_SAMPLE: Final = 0xFFFFFFFE
+"""Stream of the epsilon of `q_sample` and `denoising_loss`."""
+STREAM_SEEDS: Final = 0xFFFFFFFD
+"""Stream of `sample_seeds`."""
+STREAM_OFFSET: Final = 0xFFFFFFFC
+"""Stream of offset noise, a normal for each channel."""
 
 # Kernels take the index: of the model's prediction, and of the variance of a reverse step.
 PREDICTIONS: Final = ("epsilon", "sample", "v_prediction")

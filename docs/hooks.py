@@ -221,5 +221,7 @@ def on_post_build(config: Any) -> None:
     for name, member in public_objects(package).items():
         if member.canonical_path not in documented:
             log.warning("%s is public and is not in the API reference: add it to a page of docs/api/", name)
+        if not member.has_docstring:
+            log.warning("%s is public and has no docstring", name)
         for method in undocumented_members(name, member):
             log.warning("%s is public and has no docstring", method)

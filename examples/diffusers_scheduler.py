@@ -9,7 +9,6 @@ import torch
 import ddpm_fast
 from ddpm_fast.builtin import BUILTIN
 from ddpm_fast.integrations.diffusers import DDIMScheduler, DDPMScheduler
-from ddpm_fast.reference import STREAM_X_T
 
 unet = diffusers.UNet2DModel.from_pretrained(BUILTIN / "unet", low_cpu_mem_usage=False).eval()
 boot = torch.tensor([9])
@@ -38,7 +37,7 @@ seeds = ddpm_fast.sample_seeds(0, 4)
 
 def from_seeds(seeds):
     scheduler.seeds = seeds
-    return draw(scheduler, ddpm_fast.noise((len(seeds), 1, 32, 32), seeds, stream=STREAM_X_T))
+    return draw(scheduler, ddpm_fast.initial_noise((len(seeds), 1, 32, 32), seeds))
 
 
 images = from_seeds(seeds)

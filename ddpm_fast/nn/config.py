@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# Ho et al. (2020), appendix B: the CIFAR-10 network (35,746,307 parameters), attention at 16x16.
 CIFAR10_32: dict[str, Any] = {
     "sample_size": 32,
     "block_out_channels": [128, 256, 256, 256],
@@ -18,13 +17,14 @@ CIFAR10_32: dict[str, Any] = {
     "attention_head_dim": None,
     "norm_eps": 1e-6,
 }
-# The network of the same paper for 256x256 CelebA-HQ and LSUN (113,673,219 parameters), attention at 16x16.
+"""Arguments of the CIFAR-10 network of Ho et al. (2020), appendix B: 35,746,307 parameters, attention at 16x16."""
 HO_256: dict[str, Any] = CIFAR10_32 | {
     "sample_size": 256,
     "block_out_channels": [128, 128, 256, 256, 512, 512],
     "down_block_types": ["DownBlock2D"] * 4 + ["AttnDownBlock2D", "DownBlock2D"],
     "up_block_types": ["UpBlock2D", "AttnUpBlock2D"] + ["UpBlock2D"] * 4,
 }
+"""Arguments of the network of the same paper for 256x256 images: 113,673,219 parameters, attention at 16x16."""
 
 # Keys that diffusers does not have. They stand in a config.json only where they are not None.
 OWN_KEYS: tuple[str, ...] = ("num_attention_heads", "time_input_dim")
