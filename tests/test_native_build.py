@@ -279,10 +279,11 @@ def test_asking_for_cuda_without_nvcc_is_an_error(tmp_path: Path, variables: dic
     ("gpus", "variables", "expected"),
     [
         ("9.0\n9.0\n", {}, "90a-real"),
-        ("8.6\n7.5\n", {}, "86-real"),
-        ("9.0\n99.9\n", {}, r"90a-real;\d+-virtual"),  # newer than nvcc
-        ("8.0\n", {"DDPM_FAST_CUDA_ARCHS": "90a"}, "90a"),
-        ("", {"FORCE_CUDA": "1"}, "80-real;90a-real;100"),
+        # CMake asks nvcc for seconds, so the others are slow.
+        pytest.param("8.6\n7.5\n", {}, "86-real", marks=pytest.mark.slow),
+        pytest.param("9.0\n99.9\n", {}, r"90a-real;\d+-virtual", marks=pytest.mark.slow),  # newer than nvcc
+        pytest.param("8.0\n", {"DDPM_FAST_CUDA_ARCHS": "90a"}, "90a", marks=pytest.mark.slow),
+        pytest.param("", {"FORCE_CUDA": "1"}, "80-real;90a-real;100", marks=pytest.mark.slow),
         ("9.0\n", {"FORCE_CUDA": "1", "DDPM_FAST_CUDA_ARCHS": "none"}, None),
     ],
 )
