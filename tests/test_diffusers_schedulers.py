@@ -368,7 +368,16 @@ def test_a_timestep_on_a_device_is_not_read_by_the_host(kind: Any, config: dict[
 
 
 @pytest.mark.parametrize("kind", THEIRS)
-@pytest.mark.parametrize("config", [{}, {"thresholding": True}])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        pytest.param(
+            {"thresholding": True},
+            marks=pytest.mark.skipif(torch.__version__ < "2.10", reason="torch 2.9 compiles no torch.quantile in one graph"),
+        ),
+    ],
+)
 def test_compiled_in_one_graph(kind: Any, config: dict[str, Any]) -> None:
     """And not again for another timestep."""
     scheduler = kind(num_train_timesteps=100, **config)

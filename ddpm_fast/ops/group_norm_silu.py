@@ -73,7 +73,7 @@ def group_norm_silu(
     op = "group_norm_silu"
     check_float(op, "x", x, min_dim=2)
     n, channels = x.shape[:2]
-    if not isinstance(num_groups, int | torch.SymInt) or isinstance(num_groups, bool):
+    if not isinstance(num_groups, (int, torch.SymInt)) or isinstance(num_groups, bool):
         raise TypeError(f"{op}: expected num_groups to be an int, got {type(num_groups).__name__}")
     if num_groups < 1 or channels % num_groups:
         raise ValueError(f"{op}: expected num_groups to divide the {channels} channels of x, got {num_groups}")
@@ -82,7 +82,7 @@ def group_norm_silu(
         raise ValueError(f"{op}: expected eps to be positive, got {eps}")
     if activation not in ("silu", None):
         raise ValueError(f'{op}: expected activation to be "silu" or None, got {activation!r}')
-    if scale_shift is not None and not (isinstance(scale_shift, tuple | list) and len(scale_shift) == 2):
+    if scale_shift is not None and not (isinstance(scale_shift, (tuple, list)) and len(scale_shift) == 2):
         raise TypeError(f"{op}: expected scale_shift to be a pair of tensors, got {type(scale_shift).__name__}")
     scale, scale_shift_ = (None, None) if scale_shift is None else scale_shift
     _check_modulation("weight", weight, (channels,), x)

@@ -90,7 +90,7 @@ def noise(
 
     Source: Philox4x32-10 (Salmon et al. 2011) and Box-Muller.
     """
-    if not isinstance(shape, Sequence) or not all(isinstance(size, int | torch.SymInt) for size in shape):
+    if not isinstance(shape, Sequence) or not all(isinstance(size, (int, torch.SymInt)) for size in shape):
         raise TypeError(f"noise: expected shape to be a sequence of ints, got {shape!r}")
     shape = tuple(shape)
     if len(shape) < 1 or any(size < 0 for size in shape):

@@ -28,6 +28,9 @@ def op_functions(**backend: str) -> dict[str, Callable[[Tensor], Tensor]]:
 
 
 NAMES = tuple(op_functions())
+# torch 2.9 does not read numbers from a tensor inside torch.func.grad or jvp, and the reference needs the step for its noise.
+reads_no_step = pytest.mark.skipif(torch.__version__ < "2.10", reason="torch 2.9 reads no numbers inside torch.func")
+DIFFERENTIATED = [pytest.param(name, marks=[reads_no_step] if name == "reverse_step" else []) for name in NAMES]
 
 
 @pytest.fixture
@@ -35,7 +38,7 @@ def x() -> Tensor:
     return torch.randn(3, 2, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", DIFFERENTIATED)
 def test_gradient(name: str, x: Tensor) -> None:
     function, definition = op_functions()[name], op_functions(backend="reference")[name]
     leaf = x.clone().requires_grad_()
@@ -45,7 +48,7 @@ def test_gradient(name: str, x: Tensor) -> None:
     assert found.abs().max() > 0
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", DIFFERENTIATED)
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch imports its own for jvp
 def test_forward_mode(name: str, x: Tensor) -> None:
     function, definition = op_functions()[name], op_functions(backend="reference")[name]
