@@ -10,6 +10,9 @@ PIP := $(RUN) -m pip install --quiet --disable-pip-version-check --no-compile
 PYTEST := $(RUN) -m pytest -n $(JOBS) --dist worksteal
 SOURCES := find csrc tests/emulator -name "*.h" -o -name "*.c??" -o -name "*.cu"
 
+# Some machines switch bytecode files off. Each process would then compile every module that it imports.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: check check-all check-lowest setup setup-lowest build lint test test-all bench gpu-check docs format clean
 
 # Each check works in a copy of the tree, in build/. It has its own environment and build, and leaves yours as they are.
