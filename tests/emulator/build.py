@@ -100,7 +100,7 @@ def build(sanitizer: str = "thread", edits: tuple[Edit, ...] = (), sources: tupl
     own_flags = [*FLAGS, "-O2", "-DEMULATOR_RUNTIME", own_headers, f"-I{csrc}", f"-I{HERE}"]
     python = ["-isystem", sysconfig.get_path("include"), "-isystem", _pybind11_include()]
     poison = SANITIZERS["address"] if sanitizer == "address" else []
-    own = [_Own(HERE / "module.cpp", [*own_flags, *python, "-O0"], salt)]  # it only copies and calls
+    own = [_Own(HERE / "module.cpp", [*own_flags, *python], salt)]
     own += [_Own(path, [*own_flags, *poison], salt) for path in sorted((HERE / "runtime").glob("*.cpp"))]
     objects = _compile_all([*kernels, *own])
     return _link(objects[: len(kernels)], objects[len(kernels) :], sanitizer)
