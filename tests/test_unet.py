@@ -169,6 +169,7 @@ def test_compiles_whole_and_once() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # inductor's own imports
 def test_inductor_gives_the_same() -> None:
     config = SMALL | VARIANTS["class-conditional"]
     model, _ = make_pair(config)
