@@ -334,9 +334,9 @@ def sample_command(
         images_drawn = "1 image" if num == 1 else f"{num} images"
         steps_taken = "1 step" if plan.num_steps == 1 else f"{plan.num_steps} steps"
         all_steps = loaded.schedule.num_timesteps
-        better = f" --steps {all_steps} gives better images." if sampler == "ddpm" and plan.num_steps < all_steps else ""
+        finer = f" For finer images, try --steps {all_steps}." if sampler == "ddpm" and plan.num_steps < all_steps else ""
         click.echo(
-            f"{names}: {images_drawn} of {steps_taken} ({sampler}) in {seconds:.1f} s, {num / seconds:.3g} images/s.{better}"
+            f"{names}: {images_drawn} of {steps_taken} ({sampler}) in {seconds:.1f} s, {num / seconds:.3g} images/s.{finer}"
         )
 
 

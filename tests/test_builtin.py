@@ -184,7 +184,7 @@ def test_the_command_samples_the_builtin_model_without_a_network(tmp_path: Path,
     result = CliRunner().invoke(main, ["sample", "--steps", "2"], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     assert result.stdout.startswith("samples.png: 16 images of 2 steps (ddpm) in ")
-    assert result.stdout.endswith(" --steps 1000 gives better images.\n")
+    assert result.stdout.endswith(" For finer images, try --steps 1000.\n")
     with Image.open(tmp_path / "samples.png") as image:
         assert (image.size, image.mode) == ((4 * 130 + 2, 4 * 130 + 2), "L")
 
