@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 import socket
@@ -156,9 +157,17 @@ def test_the_builtin_model_is_what_its_record_says() -> None:
     assert (loaded.classes, loaded.prediction) == (FASHION_MNIST_CLASSES, "epsilon")
     assert sum(file.stat().st_size for file in BUILTIN.rglob("*") if file.is_file()) <= 8e6
     record = json.loads((BUILTIN / "training.json").read_text(encoding="utf-8"))
-    assert (record["options"]["data"], record["dataset"]["images"]) == ("fashion-mnist", 60_000)
-    log = (BUILTIN / "training_log.csv").read_text(encoding="utf-8").splitlines()
-    assert record["step"] - int(log[-1].split(",")[0]) <= record["options"]["log_every"]
+    assert record["dataset"]["images"] == 60_000
+    with (BUILTIN / "training_log.csv").open(newline="", encoding="utf-8") as file:
+        log = list(csv.DictReader(file))
+    for number, segment in enumerate(record["segments"], 1):  # each starts from the weights that the one before left
+        assert segment.keys() == {"commit", "steps", "images", "seconds", "versions", "options"}
+        assert segment["options"]["data"] == "fashion-mnist"
+        assert segment["images"] == segment["steps"] * segment["options"]["batch_size"]
+        steps = [int(row["step"]) for row in log if int(row["segment"]) == number]
+        assert steps == sorted(steps)
+        assert 0 <= segment["steps"] - steps[-1] <= segment["options"]["log_every"]
+    assert {int(row["segment"]) for row in log} == set(range(1, len(record["segments"]) + 1))
 
 
 def test_the_builtin_model_draws_garments() -> None:
