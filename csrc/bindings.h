@@ -18,7 +18,7 @@ namespace py = pybind11;
 
 // The arguments of a call, in order. An `Arguments` converts to the next one, in the type that is wanted:
 //   NoiseArgs args = {arguments, arguments, ...};
-// One function type for all ops: pybind11 compiles each signature of 20 arguments for half a second.
+// All ops share one function type, because separate signatures of 20 arguments take longer to compile.
 class Arguments {
  public:
   explicit Arguments(const py::args& all) : all_(all) {}
@@ -94,7 +94,7 @@ void def_op(py::module_& m, const char* name, void (*run)(const Args&), Args (*p
 
 // --------------------------------------------------------------------------------------------------------------- ops
 
-// What only the CPU has.
+// Binds the kernels that only the CPU has.
 inline void bind_cpu_ops(py::module_& m, const Kernels& kernels) {
   m.attr("panel") = kernels.panel;
   py::class_<Calls>(m, "Calls", "Calls of kernels, as `record` returns them. A call repeats them.")

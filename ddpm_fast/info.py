@@ -59,7 +59,9 @@ def _native_lines() -> Iterator[str]:
     yield f"version {build['version']}, compiler {build['compiler']}, OpenMP {'yes' if build['openmp'] else 'no'}"
     yield f"instruction set {build['isa']}, of {', '.join(build['isas'])} (DDPM_FAST_ISA caps it)"
     archs = ", ".join(f"sm_{arch}" for arch in build["cuda_archs"])
-    yield f"CUDA {archs}" if archs else f"no CUDA kernels: {build['cuda_why_not']} (FORCE_CUDA=1 pip install ... compiles them)"
+    yield (
+        f"CUDA {archs}" if archs else f"no CUDA kernels: {build['cuda_why_not']} (set FORCE_CUDA=1, unset DDPM_FAST_CUDA_ARCHS)"
+    )
 
 
 def _table(device: torch.device) -> Iterator[str]:

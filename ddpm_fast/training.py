@@ -91,7 +91,7 @@ def train(
         num_timesteps: Set T, the number of steps of the forward process.
         schedule: Choose the noise schedule.
         prediction: Choose what the network predicts.
-        loss_weight: Weight the loss per timestep: min-SNR limits the weight of little noise. Default: 1 for all (eq. 12).
+        loss_weight: Weight the loss per timestep. min-SNR bounds it where there is little noise. Default: 1 for all (eq. 12).
         steps: Stop after this many optimizer steps, counted from the run's beginning.
         batch_size: Use this many images per step.
         lr: Set the learning rate after warm-up.

@@ -137,7 +137,8 @@ def export_checkpoint(
     UNet.from_pretrained(checkpoint / "unet_ema").to(dtype).save_pretrained(out / "unet")
     prediction = config["options"]["prediction"]
     _write_scheduler(out / "scheduler", NoiseSchedule.from_config(config["schedule"]), prediction)
-    options = {name: value for name, value in config["options"].items() if name not in ("init", "data_dir")}  # paths
+    options = dict(config["options"], data_dir=None)  # a model that is shared names folders, but not where they were
+    options |= {name: Path(options[name]).name for name in ("data", "init") if options.get(name) is not None}
     write_json(out / "training.json", {**config, "options": options, "step": state["step"], "seconds": state["seconds"]})
     write_json(out / "classes.json", {"classes": config["dataset"]["classes"]})
     (out / "training_log.csv").write_text(run.log_until(state["step"]), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What the documentation needs beyond MkDocs: equations, links out of docs/, and a check of the API reference.
+"""MkDocs hooks: equations, links out of docs/, and a check of the API reference.
 
 MkDocs calls the functions named `on_*`. `make docs` builds in strict mode, where every warning from here is an error.
 """

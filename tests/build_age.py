@@ -1,4 +1,4 @@
-"""Whether the native module is as new as its sources."""
+"""The age of the native module, compared with its sources."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def covering(rows: Iterable[Sequence[Any]]) -> list[Sequence[Any]]:
     numbers: list[dict[Any, int]] = [{} for _ in rows[0]]
     keys = [tuple(seen.setdefault(_key(value), len(seen)) for seen, value in zip(numbers, row, strict=True)) for row in rows]
     pairs = [set(itertools.combinations(enumerate(key), 2)) for key in keys]
-    # Of rows with as many new pairs not always the first: it has the same first values each time.
+    # Rows with equally many new pairs are taken in a shuffled order. In order, the first values would always repeat.
     order = sorted(range(len(rows)), key=lambda i: zlib.crc32(repr(keys[i]).encode()))
     left = set().union(*pairs)
     taken = []

@@ -352,7 +352,8 @@ def test_export_is_a_model_folder(tmp_path: Path) -> None:
     assert (run.classes, exported.classes) == (tuple("0123456789"),) * 2
     for (name, half), full in zip(exported.model.state_dict().items(), run.model.state_dict().values(), strict=True):
         torch.testing.assert_close(half.float(), full.half().float(), rtol=0, atol=0, msg=name)
-    assert json.loads((out / "training.json").read_text())["step"] == 4
+    record = json.loads((out / "training.json").read_text())
+    assert (record["step"], record["options"]["data"], record["options"]["init"]) == (4, "digits", None)
     assert [line.split(",")[0] for line in (out / "training_log.csv").read_text().splitlines()] == ["step", "4"]
 
 

@@ -122,7 +122,8 @@ DDPM_FAST_INLINE void transform_output(const ConvArgs& a, const Output<T>& outpu
   }
 }
 
-// Of `count` tiles, the sums of a phase at all positions: the products of `terms` inputs and weights.
+// The arguments of multiply_tiles. For `count` tiles it computes the sums of a phase at all positions, each the sum of
+// `terms` products of inputs and weights.
 template <class T, int terms>
 struct Products {
   const T* inputs[terms];  // of each term, at the first position

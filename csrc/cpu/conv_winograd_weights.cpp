@@ -139,8 +139,8 @@ DDPM_FAST_INLINE void multiply_over_tiles(Sums<rows, vectors>& sums, const float
   sums = local;
 }
 
-// Of a block of tiles, the products of the gradients of `outs` channels and a panel of inputs. They are added to the
-// product so far, unless the block is the first.
+// Multiplies the gradients of `outs` channels by a panel of inputs, over a block of tiles. Adds the result to `product`,
+// or stores it there if the block is the first.
 template <bool first, int vectors, class T>
 DDPM_FAST_NOINLINE void add_products(float* product, const T* gradients, Index apart, Index outs, const float* panel,
                                      Index steps) {

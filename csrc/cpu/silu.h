@@ -88,7 +88,7 @@ DDPM_FAST_INLINE Floats silu(Floats z) {
 }
 
 //   s (1 + t (1 - s)), with s = 1 / (1 + exp(-t))
-// As accurate as float32, because sums of it are kept in float32.
+// It is as accurate as float32, because sums of it are kept in float32.
 DDPM_FAST_INLINE Floats silu_derivative(Floats z) {
   z = limit<float>(z);
   const Floats s = reciprocal<float>(exp2<float>(z) + 1.0f);
