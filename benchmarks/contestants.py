@@ -18,7 +18,7 @@ import torch._functorch.config
 from torch import Tensor
 
 from ddpm_fast import SamplingPlan
-from ddpm_fast.ops.backend import FAMILIES
+from ddpm_fast.ops import BACKENDS
 from ddpm_fast.reference import STREAM_Q_SAMPLE
 from ddpm_fast.reference import noise as reference_noise
 from ddpm_fast.testing import SCHEDULE, Call, Case
@@ -33,7 +33,7 @@ Contestant = Callable[..., Tensor]
 
 def contestant(call: Call, case: Case, by: str) -> Contestant:
     """A function of the case's floating tensors, by name: an op in one backend, or a peer's idiom for it."""
-    if by in FAMILIES:
+    if by in BACKENDS:
 
         def op(**tensors: Tensor) -> Tensor:
             return replace(call, arguments=_replaced(call.arguments, tensors))(by)[0]

@@ -155,7 +155,7 @@ def script(check: Check, name: str, *arguments: object, seconds: float) -> Outco
 def why_no_kernels() -> str | None:
     """Why the native module cannot run on this card; None where it can. Asked in a process of its own: it may be rebuilt."""
     code = (
-        "import json, torch; from ddpm_fast.ops.backend import why_not; "
+        "import json, torch; from ddpm_fast.ops import why_not; "
         "print(json.dumps(why_not('native', 'q_sample', torch.device('cuda', 0))))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=surroundings())
@@ -210,7 +210,7 @@ def test_jobs(ops: Sequence[str]) -> dict[str, str]:
 def tests(check: Check, seconds: float) -> Outcome:
     if not installed("pytest"):
         return Outcome("skipped", "pytest is not installed")
-    from ddpm_fast.ops.backend import OPS
+    from ddpm_fast.ops import OPS
 
     # pytest-benchmark, which the project's own options name, may be missing.
     options = [
@@ -279,7 +279,7 @@ def launch_every_op(device: torch.device) -> None:
     import contestants
     import torch
 
-    from ddpm_fast.ops.backend import why_not
+    from ddpm_fast.ops import why_not
     from ddpm_fast.testing import CASES, make_call
 
     for case in CASES:

@@ -31,11 +31,11 @@ from unet_norms import EPS, GROUPS, sites
 
 from ddpm_fast import ddpm_plan, graph
 from ddpm_fast.nn import CIFAR10_32, HO_256, UNet
-from ddpm_fast.ops.backend import why_not
+from ddpm_fast.ops import why_not
 from ddpm_fast.schedule import numbered
 from ddpm_fast.testing import SCHEDULE, Call, Case, bytes_moved, make_call
 
-FAMILIES = ("native", "triton")
+BACKENDS = ("native", "triton")
 CALLS_IN_GRAPH = 20
 
 
@@ -132,7 +132,7 @@ def measure(work: Work, device: str, seconds: float = 0.15) -> tuple[list[dict[s
         warnings.simplefilter("ignore")  # the compiler's own
         small, small_call = inputs(work, device, FEW)
         case, call = inputs(work, device, work.case.shape[0])
-        names = [f for f in FAMILIES if why_not(f, case.op, torch.device(device), common.DTYPES[work.dtype]) is None]
+        names = [f for f in BACKENDS if why_not(f, case.op, torch.device(device), common.DTYPES[work.dtype]) is None]
         for name in (*names, *contestants.PEERS, *contestants.others(case, work.channels_last)):
             try:
                 if name != "compile":  # it compiles what was checked as "eager"

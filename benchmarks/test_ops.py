@@ -20,7 +20,7 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from ddpm_fast.ops.backend import FAMILIES, why_not
+from ddpm_fast.ops import BACKENDS, why_not
 from ddpm_fast.testing import CASES, Case, bytes_moved, make_call
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -33,8 +33,8 @@ def _parameters() -> Iterator[Any]:
         for dtype in common.DTYPES:
             for layout in LAYOUTS.get(case.op, ("contiguous",)):
                 for direction in ("forward", "backward") if case.op in BACKWARD else ("forward",):
-                    families = [f for f in FAMILIES if why_not(f, case.op, DEVICE, common.DTYPES[dtype]) is None]
-                    for by in (*families, *contestants.PEERS):
+                    backends = [f for f in BACKENDS if why_not(f, case.op, DEVICE, common.DTYPES[dtype]) is None]
+                    for by in (*backends, *contestants.PEERS):
                         words = (str(case), dtype, *((layout,) if case.op in LAYOUTS else ()), direction, by)
                         yield pytest.param(case, dtype, layout, direction, by, id="-".join(words))
 

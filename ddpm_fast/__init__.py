@@ -17,8 +17,8 @@ _NAMES_BY_MODULE = {
     "memory": ("kept_memory",),
     "nn": ("UNet", "freeze"),
     "ops": (
-        *("BackendUnavailable", "denoising_loss", "group_norm_silu", "initial_noise", "noise"),
-        *("q_sample", "reverse_step", "sample_seeds"),
+        *("BackendUnavailable", "attention", "conv3x3", "denoising_loss", "group_norm_affine", "group_norm_silu"),
+        *("initial_noise", "noise", "q_sample", "reverse_step", "sample_seeds"),
     ),
     "plan": ("SamplingPlan", "ddim_plan", "ddpm_plan"),
     "reference": ("STREAM_OFFSET", "STREAM_Q_SAMPLE", "STREAM_SEEDS", "STREAM_X_T"),

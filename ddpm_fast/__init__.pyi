@@ -18,7 +18,10 @@ from .memory import kept_memory as kept_memory
 from .nn import UNet as UNet
 from .nn import freeze as freeze
 from .ops import BackendUnavailable as BackendUnavailable
+from .ops import attention as attention
+from .ops import conv3x3 as conv3x3
 from .ops import denoising_loss as denoising_loss
+from .ops import group_norm_affine as group_norm_affine
 from .ops import group_norm_silu as group_norm_silu
 from .ops import initial_noise as initial_noise
 from .ops import noise as noise

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from .ops.backend import FAMILIES, OPS, native, native_error, why_not
+from .ops import BACKENDS, OPS
+from .ops.backend import native, native_error
 from .version import __version__
 
 
@@ -67,16 +68,16 @@ def _native_lines() -> Iterator[str]:
 def _table(device: torch.device) -> Iterator[str]:
     """Yield one row per op and one column per backend: yes, or the number of a reason below."""
     width = max(map(len, OPS))
-    yield " " * width + "".join(f"  {family:<9}" for family in FAMILIES)
+    yield " " * width + "".join(f"  {backend:<9}" for backend in BACKENDS)
     reasons: list[str] = []
-    for op in OPS:
+    for op in OPS.values():
         cells = []
-        for family in FAMILIES:
-            reason = why_not(family, op, device)
+        for backend in BACKENDS:
+            reason = op.why_not(backend, device)
             if reason is not None and reason not in reasons:
                 reasons.append(reason)
             cells.append("yes" if reason is None else f"no ({reasons.index(reason) + 1})")
-        yield (f"{op:<{width}}" + "".join(f"  {cell:<9}" for cell in cells)).rstrip()
+        yield (f"{op.name:<{width}}" + "".join(f"  {cell:<9}" for cell in cells)).rstrip()
     for number, reason in enumerate(reasons, 1):
         yield f"({number}) {reason}"
 

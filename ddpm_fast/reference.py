@@ -382,3 +382,121 @@ def group_norm_silu(
     if silu:
         y = torch.nn.functional.silu(y)
     return y.to(x.dtype), mean, rstd
+
+
+def group_norm_affine(
+    x: Tensor,
+    skip: Tensor | None,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    scale_shift: Tensor | None,
+) -> Tensor:
+    """Return the group norm of x and skip as an affine map of each channel.
+
+        GroupNorm(cat(x, skip) + shift) (1 + scale) + scale_shift = (cat(x, skip) - center) slope + intercept
+
+    Args:
+        x: [N, C, H, W].
+        skip: Further channels [N, S, H, W], or None.
+        num_groups: Number of groups, a divisor of C + S.
+        weight: [C + S] or None.
+        bias: [C + S] or None.
+        eps: Added to the variance.
+        shift: [N, C + S] or None.
+        scale: [N, C + S] or None.
+        scale_shift: [N, C + S] or None.
+
+    Returns:
+        [N, 3, C + S] in the dtype of intermediate results: center, slope and intercept.
+    """
+    if skip is not None:
+        x = torch.cat((x, skip), dim=1)
+    channels, wide = x.shape[1], opmath(x.dtype)
+    _, mean, rstd = group_norm_silu(x, num_groups, None, None, eps, shift, None, None, False)
+    center, slope = (value.repeat_interleave(channels // num_groups, dim=1) for value in (mean, rstd))  # [N, C + S]
+    intercept = torch.zeros_like(slope)
+    if shift is not None:
+        center = center - shift.to(wide)
+    if weight is not None:
+        slope = slope * weight.to(wide)
+    if bias is not None:
+        intercept = intercept + bias.to(wide)
+    if scale is not None:
+        slope, intercept = slope * (1 + scale.to(wide)), intercept * (1 + scale.to(wide))
+    if scale_shift is not None:
+        intercept = intercept + scale_shift.to(wide)
+    return torch.stack((center, slope, intercept), dim=1)
+
+
+# ------------------------------------------------------------------------------------------------ convolution, attention
+
+
+def conv3x3(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    skip: Tensor | None,
+    affine: Tensor | None,
+    silu: bool,
+    residual: Tensor | None,
+    divisor: float,
+    upsample: bool,
+) -> Tensor:
+    """Return (conv(up(act((cat(x, skip) - center) slope + intercept))) + bias + residual) / divisor.
+
+    Args:
+        x: [N, C, H, W].
+        weight: [out, C + S, 3, 3].
+        bias: [out] or None.
+        skip: Further input channels [N, S, H, W], or None.
+        affine: [N, 3, C + S]: center, slope and intercept. None: no affine map.
+        silu: Apply SiLU before the convolution.
+        residual: Added to the output, shaped like it, or None.
+        divisor: Divides the sum.
+        upsample: Upsample by 2 (nearest neighbour) before the convolution.
+
+    Returns:
+        [N, out, H, W], or twice as high and wide with `upsample`, in x's dtype.
+    """
+    dtype = x.dtype
+    if skip is not None:
+        x = torch.cat((x, skip), dim=1)
+    if affine is not None or silu:
+        h = x.to(opmath(dtype))
+        if affine is not None:
+            center, slope, intercept = affine[..., None, None].unbind(1)
+            h = (h - center) * slope + intercept
+        x = (torch.nn.functional.silu(h) if silu else h).to(dtype)
+    if upsample:
+        x = torch.nn.functional.interpolate(x, scale_factor=2.0, mode="nearest")
+    bias = None if bias is None else bias.to(dtype)
+    y = torch.nn.functional.conv2d(x, weight.to(dtype), bias, padding=1)
+    if residual is not None:
+        y = y + residual
+    return y if divisor == 1 else y / divisor
+
+
+def attention(qkv: Tensor, num_heads: int, scale: float, *, fused: bool = True) -> Tensor:
+    """Return softmax(q k^T scale) v over all pixels.
+
+    Args:
+        qkv: [N, L, 3 C]: q, k and v in this order, the heads of each one after another.
+        num_heads: Number of heads, a divisor of C.
+        scale: Factor of the scores.
+        fused: Use PyTorch's fused attention. Without it every step is differentiable any number of times.
+
+    Returns:
+        [N, L, C] in the dtype of qkv.
+    """
+    n, pixels, channels = qkv.shape
+    parts = qkv.reshape(n, pixels, 3, num_heads, channels // (3 * num_heads))
+    q, k, v = parts.permute(2, 0, 3, 1, 4).unbind(0)  # each [N, heads, L, C / heads]
+    if fused:
+        y = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale)
+    else:
+        y = (q @ k.transpose(2, 3) * scale).softmax(3) @ v
+    return y.transpose(1, 2).flatten(2)

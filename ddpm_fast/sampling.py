@@ -17,7 +17,7 @@ from .loop import Loop
 from .networks import device_and_dtype, evaluation_mode, model_config
 from .nn import FrozenUNet, UNet, UNetConfig
 from .ops import sample_seeds
-from .ops._library import check_number
+from .ops.checks import check_number
 from .plan import SamplingPlan
 
 _TRAJECTORY_FRAMES = 51

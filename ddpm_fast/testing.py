@@ -202,12 +202,58 @@ def _group_norm_silu(
     return arguments
 
 
+def _group_norm_affine(
+    case: Case, normal: Normal, timesteps: Any, device: torch.device | str, dtype: torch.dtype
+) -> dict[str, Any]:
+    n, channels, *size = case.shape
+    skip_channels = case.options.get("skip", 0)
+    wide = replace(case, shape=(n, channels + skip_channels, *size))
+    arguments = _group_norm_silu(wide, normal, timesteps, device, dtype)
+    arguments["x"] = arguments["x"][:, :channels].contiguous()
+    del arguments["activation"]
+    if skip_channels:
+        arguments["skip"] = normal(n, skip_channels, *size)
+    return arguments
+
+
+def _conv3x3(case: Case, normal: Normal, timesteps: Any, device: torch.device | str, dtype: torch.dtype) -> dict[str, Any]:
+    n, channels, height, width = case.shape
+    options = case.options
+    all_channels, out_channels = channels + options.get("skip", 0), options["out"]
+    scale = 2 if options.get("upsample") else 1
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    arguments: dict[str, Any] = {
+        "x": normal(*case.shape),
+        "weight": normal(out_channels, all_channels, 3, 3) * (9 * all_channels) ** -0.5,
+        "upsample": scale == 2,
+        "activation": options.get("activation"),
+        "divisor": options.get("divisor", 1.0),
+    }
+    if options.get("bias", True):
+        arguments["bias"] = normal(out_channels)
+    if "skip" in options:
+        arguments["skip"] = normal(n, options["skip"], height, width)
+    if options.get("affine"):
+        arguments["affine"] = normal(n, 3, all_channels, dtype=wide) * 0.5 + 0.5
+    if options.get("residual"):
+        arguments["residual"] = normal(n, out_channels, scale * height, scale * width)
+    return arguments
+
+
+def _attention(case: Case, normal: Normal, timesteps: Any, device: torch.device | str, dtype: torch.dtype) -> dict[str, Any]:
+    n, pixels, channels = case.shape
+    return {"qkv": normal(n, pixels, 3 * channels), "num_heads": case.options.get("heads", 1)}
+
+
 _BUILDERS: dict[str, Callable[..., dict[str, Any]]] = {
     "noise": _noise,
     "q_sample": _q_sample,
     "reverse_step": _reverse_step,
     "group_norm_silu": _group_norm_silu,
     "denoising_loss": _denoising_loss,
+    "group_norm_affine": _group_norm_affine,
+    "conv3x3": _conv3x3,
+    "attention": _attention,
 }
 
 
@@ -284,6 +330,28 @@ CASES: tuple[Case, ...] = (
     Case("denoising_loss", "numbers", (5,), {"reduction": "none"}),
     Case("denoising_loss", "strided", (2, 3, 4, 5), {"prediction": "v_prediction", "strided": True, "source": "noise"}),
     Case("denoising_loss", "cifar-batch", (16, 3, 32, 32), benchmark=True),
+    Case("group_norm_affine", "odd-sizes", (2, 6, 5, 7), {"groups": 2}),
+    Case("group_norm_affine", "skip-shift", (2, 8, 4, 5), {"groups": 5, "skip": 7, "shift": True}),
+    Case("group_norm_affine", "scale-shift", (2, 16, 3, 5), {"groups": 4, "scale_shift": True, "skip": 16}),
+    Case("group_norm_affine", "cifar-block", (16, 128, 32, 32), benchmark=True),
+    # conv3x3: channels that fill no vector; direct sums, for few tiles; each operation that is fused, and all of them
+    Case("conv3x3", "odd-sizes", (2, 5, 7, 9), {"out": 9}),
+    Case("conv3x3", "few-tiles", (1, 12, 3, 3), {"out": 20, "bias": False}),
+    Case("conv3x3", "upsample", (2, 12, 5, 6), {"out": 20, "upsample": True}),
+    Case("conv3x3", "norm-skip", (2, 6, 5, 7), {"out": 8, "skip": 5, "affine": True, "activation": "silu"}),
+    Case("conv3x3", "affine", (2, 6, 4, 4), {"out": 8, "affine": True}),
+    Case("conv3x3", "activation", (2, 6, 4, 4), {"out": 8, "activation": "silu"}),
+    Case("conv3x3", "residual", (2, 8, 6, 5), {"out": 8, "residual": True, "divisor": 2.0}),
+    Case(
+        *("conv3x3", "everything", (2, 6, 4, 6)),
+        {"out": 8, "skip": 3, "affine": True, "activation": "silu", "residual": True, "divisor": 1.5, "upsample": True},
+    ),
+    Case("conv3x3", "empty-batch", (0, 4, 4, 4), {"out": 4}),
+    Case("conv3x3", "cifar-block", (16, 128, 32, 32), {"out": 128}, benchmark=True),
+    Case("attention", "one-head", (2, 35, 16)),
+    Case("attention", "heads", (3, 20, 24), {"heads": 3}),
+    Case("attention", "one-pixel", (2, 1, 8), {"heads": 2}),
+    Case("attention", "cifar-16x16", (16, 256, 256), benchmark=True),
 )
 
 
@@ -313,6 +381,14 @@ def bytes_moved(case: Case, dtype: torch.dtype, *, backward: bool = False) -> in
         plan: SamplingPlan = case.options["plan"]
         model = (1 if plan.variance == "fixed" else 2) * (1 if case.options.get("guidance_scale") is None else 2)
         tensors = 2 + model + source + int(plan.needs_x_0_prev) + int(case.options.get("return_x_0", False))
+    elif case.op == "group_norm_affine":
+        tensors = 1
+    elif case.op == "conv3x3":
+        channels, out_channels = case.shape[1], case.options["out"]
+        moved = elements * (1 + out_channels / channels * (4 if case.options.get("upsample") else 1))
+        return int(moved * (2 if backward else 1)) * dtype.itemsize
+    elif case.op == "attention":
+        tensors = 8 if backward else 4  # q, k, v and y; backward reads them and grad_y, and writes three gradients
     else:
         tensors = 3 if backward else 2
     return tensors * elements * dtype.itemsize

@@ -110,7 +110,7 @@ def test_compiles_whole(variant: str, channels: list[int]) -> None:
 @pytest.mark.parametrize("packed", [True, False])
 def test_freezing_draws_no_random_numbers(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not packed:
-        monkeypatch.setattr(importlib.import_module("ddpm_fast.nn.freeze"), "why_not_packed", lambda *_: "as on a GPU")
+        monkeypatch.setattr(importlib.import_module("ddpm_fast.nn.freeze"), "why_not_matrix_kernels", lambda *_: "as on a GPU")
     model, _ = make()
     before = torch.get_rng_state()
     freeze(model, torch.float32)

@@ -529,7 +529,9 @@ def test_an_error_of_the_model_is_the_models_own(cuda: PretendCuda) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_the_loop_runs_on_the_cuda_kernels(case: str, emulated: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """The emulated ones, with PyTorch's convolutions and matrix products."""
-    monkeypatch.setattr(importlib.import_module("ddpm_fast.nn.freeze"), "why_not_packed", lambda *_: "a test wants PyTorch's")
+    monkeypatch.setattr(
+        importlib.import_module("ddpm_fast.nn.freeze"), "why_not_matrix_kernels", lambda *_: "a test wants PyTorch's"
+    )
     network, plan, arguments = CASES[case]
     model, arguments = tiny_unet(**network), arguments | {"progress": False}
     networks = [freeze(model, dtype, num_timesteps=20) for dtype in (torch.float32, torch.bfloat16)]

@@ -7,19 +7,19 @@ import torch
 from click.testing import CliRunner
 
 from ddpm_fast import cli, info
-from ddpm_fast.ops import backend
+from ddpm_fast.ops import OPS, backend
 
 
 def _rows(text: str) -> dict[str, list[str]]:
     """The cells of the CPU's table, by op."""
     table = text.partition("Ops on cpu\n")[2].partition("\n\n")[0]
-    return {op: line.split()[1:] for line in table.splitlines() for op in backend.OPS if line.split()[:1] == [op]}
+    return {op: line.split()[1:] for line in table.splitlines() for op in OPS if line.split()[:1] == [op]}
 
 
 def test_the_table_says_what_runs() -> None:
     text = info.info()
     assert re.search(r"compiler (g\+\+|.*[Cc]lang) \d+\.", text)
-    assert _rows(text).keys() == set(backend.OPS)
+    assert _rows(text).keys() == set(OPS)
     for cells in _rows(text).values():
         # Native is built; the tests run Triton's interpreter where there is no GPU.
         assert cells == (["yes", "no", "(1)", "yes"] if torch.cuda.is_available() else ["yes", "yes", "yes"])
@@ -27,7 +27,7 @@ def test_the_table_says_what_runs() -> None:
 
 def test_the_table_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     reason = "it is a test"
-    monkeypatch.setattr(info, "why_not", lambda family, op, device: reason if family == "native" else None)
+    monkeypatch.setattr(info, "why_not", lambda backend, op, device: reason if backend == "native" else None)
     text = info.info()
     for cells in _rows(text).values():
         assert cells == ["no", "(1)", "yes", "yes"]

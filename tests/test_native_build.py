@@ -16,7 +16,7 @@ import torch
 
 import ddpm_fast
 from ddpm_fast import _native, reference
-from ddpm_fast.ops import backend
+from ddpm_fast.ops import OPS, backend, why_not
 
 ROOT = Path(__file__).parent.parent
 
@@ -189,25 +189,25 @@ def test_no_native_builds_nothing(tmp_path: Path) -> None:
 @pytest.mark.skipif(not _native.build_info()["cuda_archs"], reason=f"no CUDA: {_native.build_info()['cuda_why_not']}")
 def test_cuda_kernels_load_anywhere_and_say_why_they_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """cudart is linked statically: the module loads without a driver, and its CPU half runs."""
-    assert set(backend.OPS) < set(vars(_native.cuda))
+    assert set(OPS) < set(vars(_native.cuda))
     x = torch.randn(2, 8, 4, 4)
     assert torch.isfinite(ddpm_fast.group_norm_silu(x, 4, backend="native")).all()
     device = torch.device("cuda", 0)
     if torch.cuda.is_available():
-        assert backend.why_not("native", "noise", device) is None
+        assert why_not("native", "noise", device) is None
         return
     reason = _native.cuda.why_not()
     assert "CUDA" in reason
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())  # this torch may have no CUDA at all
     monkeypatch.setattr(backend, "_CUDA_REASONS", {})
-    assert backend.why_not("native", "noise", device) == reason
-    assert "float64" in str(backend.why_not("native", "noise", device, torch.float64))
+    assert why_not("native", "noise", device) == reason
+    assert "float64" in str(why_not("native", "noise", device, torch.float64))
 
 
 def test_a_build_without_cuda_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(backend.KERNELS, "cuda", raising=False)
     monkeypatch.setitem(backend.BUILD, "cuda_why_not", "no GPU was visible when it was built")
-    reason = backend.why_not("native", "noise", torch.device("cuda", 0))
+    reason = why_not("native", "noise", torch.device("cuda", 0))
     assert reason == "it has no kernels for cuda tensors: no GPU was visible when it was built"
 
 

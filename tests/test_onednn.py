@@ -23,7 +23,9 @@ pytestmark = pytest.mark.skipif(not DTYPES, reason="this PyTorch, or this CPU, l
 @pytest.fixture
 def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a CPU where oneDNN is the faster."""
-    monkeypatch.setattr(importlib.import_module("ddpm_fast.nn.freeze"), "why_not_packed", lambda *_: "oneDNN is the faster")
+    monkeypatch.setattr(
+        importlib.import_module("ddpm_fast.nn.freeze"), "why_not_matrix_kernels", lambda *_: "oneDNN is the faster"
+    )
 
 
 def images(n: int, channels: int, dtype: torch.dtype = torch.float32) -> Tensor:

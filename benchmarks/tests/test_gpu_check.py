@@ -23,7 +23,7 @@ import pytest
 import torch
 from gpu_check import Check, Outcome, Phase
 
-from ddpm_fast.ops.backend import OPS
+from ddpm_fast.ops import OPS
 from ddpm_fast.testing import CASES, Case
 
 
@@ -267,7 +267,7 @@ sys.exit(pytest.main([*options, "tests/test_graph.py", "tests/ops/test_noise.py"
 
 
 def test_every_test_is_in_one_job() -> None:
-    names = [f"test_parity[cuda-{op}-odd-sizes-{family}-float32]" for op in OPS for family in ("native", "triton")]
+    names = [f"test_parity[cuda-{op}-odd-sizes-{backend}-float32]" for op in OPS for backend in ("native", "triton")]
     names += ["test_parity[cuda-q_sample-given-noise-triton]", "test_graph[cuda]", "test_triton_grid", "test_noise[cuda]"]
     for name in names:
         matching = [
@@ -326,7 +326,7 @@ def test_ops_are_measured_and_kept_one_by_one(tmp_path: Path, monkeypatch: pytes
         gpu_ops.Work(Case("group_norm_silu", "small", (2, 64, 4, 4), {"shift": True}), "float32", True, "backward"),
     ]
     monkeypatch.setattr(contestants, "PEERS", ("eager",))  # compilation takes seconds
-    monkeypatch.setattr(gpu_ops, "FAMILIES", ("native",))  # and so does Triton's interpreter
+    monkeypatch.setattr(gpu_ops, "BACKENDS", ("native",))  # and so does Triton's interpreter
     monkeypatch.setattr(gpu_ops, "LISTS", {"some": lambda: iter(works)})
     monkeypatch.setattr(common, "machine", lambda device: {"device": "none"})
     measure = gpu_ops.measure
@@ -363,7 +363,7 @@ def test_what_fails_is_left_out_and_said(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(contestants, "PEERS", ("eager",))
     monkeypatch.setattr(contestants, "contestant", wrong)
-    monkeypatch.setattr(gpu_ops, "FAMILIES", ("native",))
+    monkeypatch.setattr(gpu_ops, "BACKENDS", ("native",))
     monkeypatch.setattr(gpu_ops, "LISTS", {"some": lambda: iter(works)})
     monkeypatch.setattr(gpu_ops, "inputs", wrong_inputs)
     monkeypatch.setattr(common, "machine", lambda device: {"device": "none"})

@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..ops import q_sample, reverse_step
-from ..ops._library import check_float
+from ..ops.checks import check_float
+from ..ops.q_sample import q_sample
+from ..ops.reverse_step import reverse_step
 from ..plan import COLUMNS, VARIANCE_TYPES, SamplingPlan, ddim_plan, ddpm_plan, spaced_timesteps
 from ..reference import PREDICTIONS, opmath, per_sample
 from ..schedule import NoiseSchedule, numbered

@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from ..evaluate import prior_bits, reconstruction_bits, transition_bits
 from ..ops import denoising_loss, q_sample, reverse_step
 from ..ops import noise as counter_based_noise
-from ..ops._library import check_device, check_float, check_like, check_noise_or_seeds, check_range, check_seeds
+from ..ops.checks import check_device, check_float, check_like, check_noise_or_seeds, check_range, check_seeds
 from ..plan import Prediction, SamplingPlan, Variance, ddim_inversion_plan, ddim_plan, ddpm_plan
 from ..reference import STREAM_X_T, opmath, per_sample
 from ..schedule import NoiseSchedule

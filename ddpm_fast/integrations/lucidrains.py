@@ -18,7 +18,7 @@ from ..networks import device_and_dtype, evaluation_mode, model_config
 from ..nn.checkpoint import check_weights, load_tensors
 from ..ops import denoising_loss, q_sample, reverse_step
 from ..ops import noise as draw_noise
-from ..ops._library import check_float, check_like, check_number, check_seeds
+from ..ops.checks import check_float, check_like, check_number, check_seeds
 from ..plan import SamplingPlan, ddim_plan, ddpm_plan
 from ..reference import STREAM_OFFSET, STREAM_Q_SAMPLE, STREAM_X_T
 from ..sampling import resolve_seeds

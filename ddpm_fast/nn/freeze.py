@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops._library import is_plain
+from ..ops._op import is_eager, is_plain
+from ..ops.backend import has_fast_bfloat16, why_not_matrix_kernels
 from . import packed
-from .conv import Conv3x3, has_fast_bfloat16, why_not_packed
+from .conv import Conv3x3
 from .layers import (
     Attention,
     Downsample,
@@ -151,7 +152,7 @@ class FrozenUNet(nn.Module):
         self._config = model._config
         self.config: dict[str, Any] = dict(model.config)
         self.num_timesteps, self.dtype = num_timesteps, dtype
-        self.why_not_packed = why_not_packed(device, dtype)
+        self.why_not_packed = why_not_matrix_kernels(device, dtype)
         packs = self.why_not_packed is None
         model = copy.deepcopy(model).eval().to(device)
         self.conv_in: nn.Module = model.conv_in
@@ -236,7 +237,7 @@ class FrozenUNet(nn.Module):
 
     def _part(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
         inputs = (x, *self.modulations(t, class_labels))
-        if self.why_not_packed is None and is_plain(*inputs):
+        if self.why_not_packed is None and is_eager() and all(is_plain(tensor) for tensor in inputs):
             return self._recordings.run(self._layers, inputs, packed.loads)
         return self._layers(*inputs)
 

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import group_norm_silu
-from .attention import attention, is_trained_here
-from .conv import Conv3x3, doubled, upsampled
+from ..ops.attention import attention, is_attention_native
+from ..ops.group_norm_silu import group_norm_silu
+from .conv import Conv3x3, doubled, is_untouched, upsampled
 
 
 def timestep_embedding(t: Tensor, dim: int, *, flip_sin_to_cos: bool = False, freq_shift: int = 1) -> Tensor:
@@ -195,6 +195,13 @@ class Attention(nn.Module):
         projections = self._projections()
         return torch.cat([linear.weight for linear in projections]), torch.cat([linear.bias for linear in projections])
 
+    def _can_join(self, channels: int) -> bool:
+        """Return whether the projections are unmodified square nn.Linear layers with a bias."""
+        return all(
+            is_untouched(linear, nn.Linear) and linear.weight.shape == (channels, channels) and linear.bias is not None
+            for linear in self._projections()
+        )
+
     def joined_projections(self) -> nn.Linear:
         """Return queries, keys and values as one nn.Linear, a copy."""
         joined = nn.Linear(self.to_q.in_features, 3 * self.to_q.out_features, device="meta")
@@ -207,7 +214,8 @@ class Attention(nn.Module):
         h = x if self.group_norm is None else self.group_norm(x)
         h = h.flatten(2).transpose(1, 2)  # [N, HW, C]; a view when x is channels_last
 
-        if is_trained_here(h, self._projections(), self.num_heads):
+        parameters = [parameter for linear in self._projections() for parameter in linear.parameters()]
+        if self._can_join(c) and is_attention_native(h, self.num_heads, *parameters):
             h = attention(F.linear(h, *self._joined()), self.num_heads)
         else:
             q, k, v = (

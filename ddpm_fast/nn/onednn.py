@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops._library import is_plain
-from .conv import DTYPES
+from ..ops._op import is_eager, is_plain
+from ..ops.backend import MATRIX_DTYPES
 
 MAX_ORDERS: Final = 4  # of the weights kept for a layer: shapes of its input
 
@@ -20,7 +20,7 @@ def has_prepacked(dtype: torch.dtype) -> bool:
 
     torch.compile calls them. They are not a public API.
     """
-    if not torch.backends.mkldnn.is_available() or dtype not in DTYPES:
+    if not torch.backends.mkldnn.is_available() or dtype not in MATRIX_DTYPES:
         return False
     try:
         if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
@@ -52,7 +52,8 @@ class OneDnnConv(nn.Module):
     def forward(self, x: Tensor, added: Tensor | None = None) -> Tensor:
         """Return conv(x) + added: [N, C, H, W] -> [N, out, H', W']."""
         padding, stride, dilation, groups = self.geometry
-        if x.device.type != "cpu" or x.dtype not in DTYPES or 0 in x.shape or not is_plain(x, added):
+        plain = is_eager() and is_plain(x) and (added is None or is_plain(added))
+        if x.device.type != "cpu" or x.dtype not in MATRIX_DTYPES or 0 in x.shape or not plain:
             out: Tensor = F.conv2d(x, self.weight, self.bias, stride, padding, dilation, groups)
             return out if added is None else out + added
         ops = torch.ops.mkldnn

@@ -13,14 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops._library import define, dtype_code, is_plain, pointer, typed
-from ..ops.backend import native
-from .conv import WINOGRAD_TILES, convolve, float_bias, pack_winograd, step_of, winograd_tiles
+from ..ops._op import FusedOp, is_eager, is_plain
+from ..ops.attention import attention_op
+from ..ops.conv3x3 import WINOGRAD_TILES, conv_kernels, float_bias, pack_weights, step_of, winograd_tiles
+from ..ops.group_norm_affine import affine_op
 from .layers import Attention, Downsample, GroupNormSiLU, ResnetBlock, Upsample
 from .replay import empty, keep
-
-# After upsampling by 2, the three taps of an even or odd output row fall on two input rows in these ways.
-_UPSAMPLED: Final = torch.tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], dtype=torch.float64, device="cpu")
 
 # With fewer on either side, as in a network's first and last convolution, the direct sum serves: of the network of Ho et al. it
 # takes 0.05 ms more at batch 1, of 19, and in bfloat16 the whole network's error is smaller by a twentieth.
@@ -108,28 +106,29 @@ class PackedConv(nn.Module):
             raise TypeError(f"PackedConv: expected x to be {self.dtype}, got {x.dtype}")
         x = x.contiguous(memory_format=torch.channels_last)
         skip, added = [None if m is None else m.contiguous(memory_format=torch.channels_last) for m in (skip, added)]
-        norm_lines, conv = (_norm_lines, convolve) if is_plain(x) else _REGISTERED
-        lines, silu = None, False
+        n, _, height, width = x.shape
+        affine, silu = None, False
+        arguments: tuple[Any, ...]
         if self.norm is not None:
             norm, silu = self.norm, self.norm.activation == "silu"
             scale, shift_2 = (None, None) if scale_shift is None else scale_shift
-            shift, scale, shift_2 = [None if value is None else value.contiguous() for value in (shift, scale, shift_2)]
-            small = (norm.weight, norm.bias, shift, scale, shift_2)
-            lines = norm_lines(x, skip, *small, norm.num_groups, norm.eps, silu)
-        n, _, height, width = x.shape
+            arguments = (x, skip, norm.num_groups, norm.weight, norm.bias, norm.eps, shift, scale, shift_2)
+            affine = run_kernel(
+                affine_op, arguments, (n, 3, self.weight.shape[1]), torch.float32, constants=(norm.weight, norm.bias)
+            )
         worth = winograd_tiles(n, height, width) >= WINOGRAD_TILES and min(self.weight.shape[:2]) >= WINOGRAD_CHANNELS
         method = "winograd" if self.kernel == 3 and self.stride == 1 and worth else "direct"
         both, doubling = 1 if self.asymmetric else 2 * self.padding, 2 if self.upsample else 1
         height, width = [(doubling * size + both - self.kernel) // self.stride + 1 for size in (height, width)]
-        out: Tensor = conv(
-            *(x, skip, lines, silu, *self._weights(method), added, divisor, method, self.upsample),
-            *(self.weight.shape[0], height, width, self.kernel, self.stride, self.padding),
-        )
-        return out
+        packed, bias = self._weights(method)
+        shape = (self.weight.shape[0], height, width)
+        geometry = (*shape, self.kernel, self.stride, self.padding)
+        arguments = (x, skip, affine, silu, packed, bias, added, divisor, self.upsample, *geometry)
+        return run_kernel(conv_kernels[method], arguments, (n, *shape), x.dtype, constants=(packed, bias))
 
     def _weights(self, method: str) -> tuple[Tensor, Tensor]:
         if method not in self._packed:
-            packed = _in_huge_pages(pack(self.weight, method, self.dtype, upsample=self.upsample))
+            packed = _in_huge_pages(pack_weights(self.weight, method, self.dtype, upsample=self.upsample))
             self._packed[method] = (packed, float_bias(self.bias).clone())
         return self._packed[method]
 
@@ -144,30 +143,31 @@ class PackedConv(nn.Module):
         return self.__dict__ | {"_packed": {}}
 
 
-def pack(weight: Tensor, method: str, dtype: torch.dtype, *, upsample: bool = False) -> Tensor:
-    """Return weights in the order in which a kernel reads them: [panels, taps, in / step, panel, step].
-
-    A panel is as many output channels as there are sums in registers. A step is the number of input
-    channels per multiply-add, 2 in bfloat16. Incomplete panels and steps are filled with 0.
+def run_kernel(
+    op: FusedOp,
+    arguments: tuple[Any, ...],
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    *,
+    constants: tuple[Tensor, ...] = (),
+) -> Tensor:
+    """Return the result of a kernel, in memory that a recording plans.
 
     Args:
-        weight: [out, in, k, k].
-        method: "direct": taps are the k k pixels of the kernel. With `upsample`, they are the 4 pixels of the
-            small map behind each pixel of a 2x2 output square. "winograd": see `pack_winograd`.
+        op: The kernel.
+        arguments: Its arguments.
+        shape: Shape of the result.
         dtype: Dtype of the result.
-        upsample: Pack for a convolution after an upsampling by 2.
+        constants: Arguments that a recording has to keep alive.
     """
-    if method == "winograd":
-        return pack_winograd(weight, dtype, upsample=upsample)
-    wide = weight.double()
-    if upsample:
-        taps = torch.einsum("pak,qbl,oikl->pqabio", _UPSAMPLED, _UPSAMPLED, wide).flatten(0, 3)
-    else:
-        taps = wide.permute(2, 3, 1, 0).flatten(0, 1)
-    panel, step = native().cpu.panel, step_of(dtype)
-    taps = F.pad(taps, (0, -taps.shape[2] % panel, 0, -taps.shape[1] % step)).to(dtype)  # [taps, in, out]
-    panels = taps.view(len(taps), taps.shape[1] // step, step, -1, panel)
-    return panels.permute(3, 0, 1, 4, 2).contiguous()
+    tensors = [value for value in arguments if isinstance(value, Tensor)]
+    if not (is_eager() and all(is_plain(tensor) for tensor in tensors)):
+        result: Tensor = op(*arguments, backend="native")
+        return result
+    out = empty(shape, dtype, tensors[0].device)
+    op.run("native", arguments, saves=False, out=out)
+    keep(*constants)
+    return out
 
 
 def _in_huge_pages(tensor: Tensor) -> Tensor:
@@ -176,7 +176,7 @@ def _in_huge_pages(tensor: Tensor) -> Tensor:
     At batch 1 a network's weights are read from memory, and address translation of 4 KB pages takes longer
     than reading them.
     """
-    if tensor.nbytes < _HUGE_PAGE // 2 or not is_plain(tensor) or not hasattr(mmap, "MADV_HUGEPAGE"):
+    if tensor.nbytes < _HUGE_PAGE // 2 or not (is_eager() and is_plain(tensor)) or not hasattr(mmap, "MADV_HUGEPAGE"):
         return tensor
     try:
         memory = mmap.mmap(-1, tensor.nbytes + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -229,8 +229,10 @@ class PackedAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output: [N, C, H, W] -> [N, C, H, W]."""
-        attend = _attention if is_plain(x) else torch.ops.ddpm_fast.attention
-        h: Tensor = attend(self.to_qkv(x), self.num_heads, self.scale)
+        n, _, height, width = x.shape
+        qkv = self.to_qkv(x).permute(0, 2, 3, 1).flatten(1, 2)  # [N, H W, 3 C], a view
+        h = run_kernel(attention_op, (qkv, self.num_heads, self.scale), (n, height * width, qkv.shape[2] // 3), x.dtype)
+        h = h.view(n, height, width, -1).permute(0, 3, 1, 2)
         out: Tensor = self.to_out(h, added=x, divisor=self.output_scale_factor)
         return out
 
@@ -252,101 +254,3 @@ def packed_downsample(downsample: Downsample, dtype: torch.dtype) -> PackedConv:
 def packed_upsample(upsample: Upsample, dtype: torch.dtype) -> PackedConv:
     """Return `upsample` as a packed convolution."""
     return PackedConv(upsample.conv, dtype=dtype, upsample=True)
-
-
-# -------------------------------------------------------------------------------------------------------------------- ops
-
-
-def _norm_lines(
-    x: Tensor,
-    skip: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    shift: Tensor | None,
-    scale: Tensor | None,
-    scale_shift: Tensor | None,
-    num_groups: int,
-    eps: float,
-    silu: bool,
-) -> Tensor:
-    """Return the norm of x and skip as affine coefficients, [N, 3, C]: center, slope and intercept."""
-    n, channels, height, width = x.shape
-    skip_channels = 0 if skip is None else skip.shape[1]
-    lines = empty((n, 3, channels + skip_channels), torch.float32, x.device)
-    small = [word for value in (shift, scale, scale_shift) for word in typed(value)]
-    native().cpu.group_norm_lines(
-        *(dtype_code(x), lines.data_ptr(), x.data_ptr(), pointer(skip)),
-        *(*typed(weight), *typed(bias), *small),
-        *(n, channels, skip_channels, height * width, num_groups, eps, silu, torch.get_num_threads()),
-    )
-    keep(weight, bias)
-    return lines
-
-
-def _norm_lines_fake(
-    x: Tensor,
-    skip: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    shift: Tensor | None,
-    scale: Tensor | None,
-    scale_shift: Tensor | None,
-    num_groups: int,
-    eps: float,
-    silu: bool,
-) -> Tensor:
-    return empty((x.shape[0], 3, len(weight)), torch.float32, x.device)
-
-
-def _conv_fake(
-    x: Tensor,
-    skip: Tensor | None,
-    lines: Tensor | None,
-    silu: bool,
-    weights: Tensor,
-    bias: Tensor,
-    added: Tensor | None,
-    divisor: float,
-    method: str,
-    upsample: bool,
-    out_channels: int,
-    out_height: int,
-    out_width: int,
-    kernel: int,
-    stride: int,
-    padding: int,
-) -> Tensor:
-    return empty((x.shape[0], out_channels, out_height, out_width), x.dtype, x.device)
-
-
-def _attention(qkv: Tensor, num_heads: int, scale: float) -> Tensor:
-    """Return softmax(q k^T scale) v over all pixels: [N, 3 C, H, W] -> [N, C, H, W], channels_last."""
-    h = _attention_fake(qkv, num_heads, scale)
-    n, channels, height, width = h.shape
-    sizes = (n, num_heads, height * width, channels // num_heads)
-    native().cpu.attention(dtype_code(qkv), h.data_ptr(), 0, qkv.data_ptr(), *sizes, scale, torch.get_num_threads())
-    return h
-
-
-def _attention_fake(qkv: Tensor, num_heads: int, scale: float) -> Tensor:
-    n, channels, height, width = qkv.shape
-    return empty((n, channels // 3, height, width), qkv.dtype, qkv.device)
-
-
-define("attention", "(Tensor qkv, int num_heads, float scale) -> Tensor", _attention, _attention_fake)
-define(
-    "norm_lines",
-    "(Tensor x, Tensor? skip, Tensor weight, Tensor bias, Tensor? shift, Tensor? scale, Tensor? scale_shift, "
-    "int num_groups, float eps, bool silu) -> Tensor",
-    _norm_lines,
-    _norm_lines_fake,
-)
-define(
-    "conv",
-    "(Tensor x, Tensor? skip, Tensor? lines, bool silu, Tensor weights, Tensor bias, Tensor? added, float divisor, "
-    "str method, bool upsample, int out_channels, SymInt out_height, SymInt out_width, int kernel, int stride, int padding) "
-    "-> Tensor",
-    convolve,
-    _conv_fake,
-)
-_REGISTERED: Final = (torch.ops.ddpm_fast.norm_lines, torch.ops.ddpm_fast.conv)

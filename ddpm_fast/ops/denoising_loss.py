@@ -9,7 +9,8 @@ from torch import Tensor
 
 from .. import reference
 from ..schedule import NoiseSchedule
-from ._library import (
+from ._op import FusedOp, gradients_of
+from .checks import (
     check_device,
     check_float,
     check_like,
@@ -17,16 +18,8 @@ from ._library import (
     check_range,
     check_seeds,
     check_type,
-    define,
-    dense,
-    dense_like,
-    dtype_code,
     index_tensor,
-    no_second_derivative,
-    pointer,
-    sizes,
 )
-from .backend import choose, launch, workspace
 
 
 def denoising_loss(
@@ -65,7 +58,7 @@ def denoising_loss(
 
     Returns:
         A scalar, or [N] for "none". float64 for float64 inputs, float32 for all others. Differentiable
-        once in model_output, x_0, noise and weight, and any number of times with backend="reference".
+        any number of times in model_output, x_0, noise and weight.
 
     Raises:
         ValueError: An argument has an unsupported value, shape or device.
@@ -96,13 +89,7 @@ def denoising_loss(
         seeds = check_seeds(op, seeds, n, x_0.device)
     table = schedule.coefficients(x_0.device)
     code = reference.PREDICTIONS.index(prediction)
-    family = choose(op, backend, x_0.device, x_0.dtype)
-    losses: Tensor  # [N]
-    if family == "reference":
-        check_range(op, "t", t, table.shape[0])
-        losses = reference.denoising_loss(model_output, x_0, t, table, noise, seeds, code)
-    else:
-        losses = torch.ops.ddpm_fast.denoising_loss(model_output, x_0, t, table, noise, seeds, code, family)
+    losses: Tensor = _losses(model_output, x_0, t, table, noise, seeds, code, backend=backend)  # [N]
     if weight is not None:
         losses = losses * weight.to(losses.dtype)
     if reduction == "none":
@@ -110,142 +97,61 @@ def denoising_loss(
     return losses.mean() if reduction == "mean" else losses.sum()
 
 
-def _impl(
-    model_output: Tensor,
-    x_0: Tensor,
-    t: Tensor,
-    table: Tensor,
-    noise: Tensor | None,
-    seeds: Tensor | None,
-    prediction: int,
-    family: str,
-) -> Tensor:
-    check_range("denoising_loss", "t", t, table.shape[0])
-    model_output = dense(model_output)
-    x_0 = dense_like(x_0, model_output)
-    noise = None if noise is None else dense_like(noise, model_output)
-    losses = _fake(model_output, x_0, t, table, noise, seeds, prediction, family)
-    if family == "native":
-        scratch = workspace("denoising_loss", x_0.device, *sizes(model_output)[:3])
-        launch(
-            "denoising_loss",
-            x_0.device,
-            dtype_code(x_0),
-            *(pointer(p) for p in (losses, model_output, x_0, t, table, noise, seeds)),
-            prediction,
-            *sizes(model_output),
-            pointer(scratch),
-        )
-    else:
-        from ..triton_kernels.denoising_loss import denoising_loss as run
-
-        run(losses, model_output, x_0, t, table, noise, seeds, prediction)
-    return losses
+def _check(arguments: Any) -> None:
+    check_range("denoising_loss", "t", arguments.t, arguments.table.shape[0])
 
 
-def _fake(
-    model_output: Tensor,
-    x_0: Tensor,
-    t: Tensor,
-    table: Tensor,
-    noise: Tensor | None,
-    seeds: Tensor | None,
-    prediction: int,
-    family: str,
-) -> Tensor:
-    return model_output.new_empty(model_output.shape[0], dtype=reference.opmath(model_output.dtype))
+def _gradient_by_reference(grad_losses: Tensor, model_output: Tensor, *arguments: Any) -> Tensor | None:
+    return gradients_of(lambda m: reference.denoising_loss(m, *arguments), (model_output,), grad_losses)[0]
 
 
-def _backward_impl(
-    grad_losses: Tensor,
-    model_output: Tensor,
-    x_0: Tensor,
-    t: Tensor,
-    table: Tensor,
-    noise: Tensor | None,
-    seeds: Tensor | None,
-    prediction: int,
-    family: str,
-) -> Tensor:
-    check_range("denoising_loss", "t", t, table.shape[0])
-    model_output = dense(model_output)
-    x_0 = dense_like(x_0, model_output)
-    noise = None if noise is None else dense_like(noise, model_output)
-    grad_losses = grad_losses.contiguous()
-    grad_model_output = torch.empty_like(model_output)
-    if family == "native":
-        launch(
-            "denoising_loss_backward",
-            x_0.device,
-            dtype_code(x_0),
-            *(pointer(p) for p in (grad_model_output, grad_losses, model_output, x_0, t, table, noise, seeds)),
-            prediction,
-            *sizes(model_output),
-        )
-    else:
-        from ..triton_kernels.denoising_loss import denoising_loss_backward as run
-
-        run(grad_model_output, grad_losses, model_output, x_0, t, table, noise, seeds, prediction)
-    return grad_model_output
-
-
-def _backward_fake(
-    grad_losses: Tensor,
-    model_output: Tensor,
-    x_0: Tensor,
-    t: Tensor,
-    table: Tensor,
-    noise: Tensor | None,
-    seeds: Tensor | None,
-    prediction: int,
-    family: str,
-) -> Tensor:
-    return torch.empty_like(dense(model_output))
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    model_output, x_0, t, table, noise, seeds, ctx.prediction, ctx.family = inputs
-    ctx.save_for_backward(model_output, x_0, t, table, noise, seeds)
-
-
-def _backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
-    model_output, x_0, t, table, noise, seeds = ctx.saved_tensors
-    grad: Tensor = torch.ops.ddpm_fast.denoising_loss_backward(
-        grad_losses, model_output, x_0, t, table, noise, seeds, ctx.prediction, ctx.family
-    )
-    # The loss sees output - target, so the target's inputs get -grad times their weight in the target.
-    grad_x_0 = grad_noise = None
-    prediction = reference.PREDICTIONS[ctx.prediction]
-    if ctx.needs_input_grad[1]:
-        if prediction == "sample":
-            grad_x_0 = -grad
-        elif prediction == "v_prediction":
-            grad_x_0 = (reference.per_sample(table[t, 1], grad) * grad).to(grad.dtype)
-        else:
-            grad_x_0 = torch.zeros_like(x_0)
-    if ctx.needs_input_grad[4]:
-        if prediction == "epsilon":
-            grad_noise = -grad
-        elif prediction == "v_prediction":
-            grad_noise = (-reference.per_sample(table[t, 0], grad) * grad).to(grad.dtype)
-        else:
-            grad_noise = torch.zeros_like(noise)
-    return grad, grad_x_0, None, None, grad_noise, None, None, None
-
-
-_ARGUMENTS = "Tensor model_output, Tensor x_0, Tensor t, Tensor table, Tensor? noise, Tensor? seeds, int prediction, str family"
-define(
-    "denoising_loss",
-    f"({_ARGUMENTS}) -> Tensor",
-    _impl,
-    _fake,
-    _backward,
-    _setup_context,
-)
-define(
+_ARGUMENTS = "Tensor model_output, Tensor x_0, Tensor t, Tensor table, Tensor? noise, Tensor? seeds, int prediction"
+_losses_backward = FusedOp(
     "denoising_loss_backward",
-    f"(Tensor grad_losses, {_ARGUMENTS}) -> Tensor",
-    _backward_impl,
-    _backward_fake,
-    no_second_derivative("denoising_loss"),
+    f"Tensor grad_losses, {_ARGUMENTS}",
+    outputs={"grad_model_output": lambda a: torch.empty_like(a.model_output)},
+    reference=_gradient_by_reference,
+    dense=("model_output", "x_0", "noise"),
+    has_triton=True,
+    check=_check,
+)
+
+
+def _backward(arguments: Any, results: Any, grads: Any, needs: Any) -> dict[str, Tensor | None]:
+    """Return gradients: the loss sees output - target, so inputs of the target get -grad times their coefficient."""
+    a = arguments
+    grad: Tensor = _losses_backward(
+        grads[0], a.model_output, a.x_0, a.t, a.table, a.noise, a.seeds, a.prediction, backend=a.backend
+    )
+    gradients: dict[str, Tensor | None] = {"model_output": grad}
+    prediction = reference.PREDICTIONS[a.prediction]
+    if needs.x_0:
+        if prediction == "sample":
+            gradients["x_0"] = -grad
+        elif prediction == "v_prediction":
+            gradients["x_0"] = (reference.per_sample(a.table[a.t, 1], grad) * grad).to(grad.dtype)
+        else:
+            gradients["x_0"] = torch.zeros_like(a.x_0)
+    if needs.noise:
+        if prediction == "epsilon":
+            gradients["noise"] = -grad
+        elif prediction == "v_prediction":
+            gradients["noise"] = (-reference.per_sample(a.table[a.t, 0], grad) * grad).to(grad.dtype)
+        else:
+            gradients["noise"] = torch.zeros_like(a.noise)
+    return gradients
+
+
+_losses = FusedOp(
+    "denoising_loss",
+    _ARGUMENTS,
+    outputs={
+        "losses": lambda a: a.model_output.new_empty(a.model_output.shape[0], dtype=reference.opmath(a.model_output.dtype)),
+    },
+    reference=reference.denoising_loss,
+    dense=("model_output", "x_0", "noise"),
+    has_triton=True,
+    backward=_backward,
+    check=_check,
+    is_public=True,
 )

@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from .. import reference
-from ._library import (
-    check_device,
-    check_float,
-    check_number,
-    define,
-    dense,
-    dense_like,
-    dtype_code,
-    is_plain,
-    no_second_derivative,
-    pointer,
-    sizes,
-    typed,
-)
-from .backend import choose, launch, workspace
+from ._op import FusedOp, gradients_of
+from .checks import check_device, check_float, check_number
 
 _TRITON_MAX_CHANNELS_PER_GROUP = 4096  # a tile of its kernels holds whole groups
 
@@ -62,17 +50,39 @@ def group_norm_silu(
             torch.func transforms and forward-mode differentiation.
 
     Returns:
-        Tensor with the shape, dtype and memory format of x. Differentiable once in every tensor, and any
-        number of times with backend="reference".
+        Tensor with the shape, dtype and memory format of x. Differentiable any number of
+        times in every tensor.
 
     Raises:
         ValueError: An argument has an unsupported value, shape or device.
         TypeError: An argument has an unsupported type or dtype.
         BackendUnavailable: The named backend cannot run.
     """
-    op = "group_norm_silu"
+    if activation not in ("silu", None):
+        raise ValueError(f'group_norm_silu: expected activation to be "silu" or None, got {activation!r}')
+    scale, shift_2 = check_norm("group_norm_silu", x, num_groups, weight, bias, eps, shift, scale_shift)
+    y: Tensor = _group_norm_silu(
+        *(x, num_groups, weight, bias, eps, shift, scale, shift_2, activation == "silu"), backend=backend
+    )
+    return y
+
+
+def check_norm(
+    op: str,
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    shift: Tensor | None,
+    scale_shift: tuple[Tensor, Tensor] | None,
+    *,
+    more_channels: int = 0,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the two tensors of `scale_shift`, or raise if an argument of a norm does not fit."""
     check_float(op, "x", x, min_dim=2)
     n, channels = x.shape[:2]
+    channels += more_channels
     if not isinstance(num_groups, (int, torch.SymInt)) or isinstance(num_groups, bool):
         raise TypeError(f"{op}: expected num_groups to be an int, got {type(num_groups).__name__}")
     if num_groups < 1 or channels % num_groups:
@@ -80,58 +90,20 @@ def group_norm_silu(
     check_number(op, "eps", eps)
     if not eps > 0:
         raise ValueError(f"{op}: expected eps to be positive, got {eps}")
-    if activation not in ("silu", None):
-        raise ValueError(f'{op}: expected activation to be "silu" or None, got {activation!r}')
     if scale_shift is not None and not (isinstance(scale_shift, (tuple, list)) and len(scale_shift) == 2):
         raise TypeError(f"{op}: expected scale_shift to be a pair of tensors, got {type(scale_shift).__name__}")
-    scale, scale_shift_ = (None, None) if scale_shift is None else scale_shift
-    _check_modulation("weight", weight, (channels,), x)
-    _check_modulation("bias", bias, (channels,), x)
-    _check_modulation("shift", shift, (n, channels), x)
-    _check_modulation("scale_shift[0]", scale, (n, channels), x)
-    _check_modulation("scale_shift[1]", scale_shift_, (n, channels), x)
-    too_wide = channels // num_groups > _TRITON_MAX_CHANNELS_PER_GROUP
-    unfit = ("triton", f"it takes at most {_TRITON_MAX_CHANNELS_PER_GROUP} channels in a group") if too_wide else None
-    family = choose(op, backend, x.device, x.dtype, unfit)
-    arguments = (x, num_groups, weight, bias, eps, shift, scale, scale_shift_, activation == "silu")
-    if family == "reference":
-        return reference.group_norm_silu(*arguments)[0]
-    y: Tensor
-    if not is_plain(x, weight, bias, shift, scale, scale_shift_):
-        y = torch.ops.ddpm_fast.group_norm_silu(*arguments, family)[0]
-    elif torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, weight, bias, shift, scale, scale_shift_)
-    ):
-        y = _Eager.apply(*arguments, family)  # type: ignore[no-untyped-call]
-    elif family == "native":
-        y = _native_forward(*arguments)
-    else:
-        y = _impl(*arguments, family)[0]
-    return y
+    scale, shift_2 = (None, None) if scale_shift is None else scale_shift
+    _check_modulation(op, "weight", weight, (channels,), x)
+    _check_modulation(op, "bias", bias, (channels,), x)
+    _check_modulation(op, "shift", shift, (n, channels), x)
+    _check_modulation(op, "scale_shift[0]", scale, (n, channels), x)
+    _check_modulation(op, "scale_shift[1]", shift_2, (n, channels), x)
+    return scale, shift_2
 
 
-class _Eager(torch.autograd.Function):
-    """The op for plain tensors, bypassing the dispatcher.
-
-    A U-Net has some fifty group norms. On its small feature maps, a call through torch.ops takes longer
-    than the kernel.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensor:
-        y, mean, rstd = _impl(*arguments)
-        _save(ctx, arguments, mean, rstd)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        return _backward(ctx, grad_y)
-
-
-def _check_modulation(name: str, value: Tensor | None, shape: tuple[int, ...], x: Tensor) -> None:
+def _check_modulation(op: str, name: str, value: Tensor | None, shape: tuple[int, ...], x: Tensor) -> None:
     if value is None:
         return
-    op = "group_norm_silu"
     check_float(op, name, value)
     if tuple(value.shape) != shape:
         raise ValueError(f"{op}: expected {name} to have shape {list(shape)}, got {list(value.shape)}")
@@ -140,214 +112,72 @@ def _check_modulation(name: str, value: Tensor | None, shape: tuple[int, ...], x
     check_device(op, name, value, "x", x)
 
 
-def _impl(
-    x: Tensor,
-    num_groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    shift: Tensor | None,
-    scale: Tensor | None,
-    scale_shift: Tensor | None,
-    silu: bool,
-    family: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    wide = reference.opmath(x.dtype)
-    mean, rstd = x.new_empty((x.shape[0], num_groups), dtype=wide), x.new_empty((x.shape[0], num_groups), dtype=wide)
-    if family == "native":
-        y = _native_forward(x, num_groups, weight, bias, eps, shift, scale, scale_shift, silu, mean, rstd)
-    else:
-        from ..triton_kernels.group_norm_silu import group_norm_silu as run
-
-        x = dense(x)
-        y = torch.empty_like(x)
-        weight, bias, shift, scale, scale_shift = [_contiguous(s) for s in (weight, bias, shift, scale, scale_shift)]
-        run(y, mean, rstd, x, weight, bias, shift, scale, scale_shift, num_groups, eps, silu)
-    return y, mean, rstd
+def _unfit(backend: str, arguments: Any) -> str | None:
+    if backend == "triton" and arguments.x.shape[1] // arguments.num_groups > _TRITON_MAX_CHANNELS_PER_GROUP:
+        return f"it takes at most {_TRITON_MAX_CHANNELS_PER_GROUP} channels in a group"
+    return None
 
 
-def _native_forward(
-    x: Tensor,
-    num_groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    shift: Tensor | None,
-    scale: Tensor | None,
-    scale_shift: Tensor | None,
-    silu: bool,
-    mean: Tensor | None = None,
-    rstd: Tensor | None = None,
-) -> Tensor:
-    """Return y, and write the statistics to `mean` and `rstd` if they are given."""
-    x = dense(x)
-    weight, bias, shift, scale, scale_shift = [_contiguous(s) for s in (weight, bias, shift, scale, scale_shift)]
-    y = torch.empty_like(x)
-    n, c, hw, channels_last = sizes(x)
-    code = dtype_code(x)
-    scratch = workspace("group_norm_silu", x.device, code, n, c, hw, num_groups, channels_last)
-    launch(
-        "group_norm_silu",
-        x.device,
-        code,
-        *(y.data_ptr(), pointer(mean), pointer(rstd), x.data_ptr()),
-        *(*typed(weight), *typed(bias), *typed(shift), *typed(scale), *typed(scale_shift)),
-        *(n, c, hw, num_groups, eps, int(silu), channels_last, pointer(scratch)),
-    )
-    return y
+def _statistic(arguments: Any) -> Tensor:
+    x: Tensor = arguments.x
+    return x.new_empty((x.shape[0], arguments.num_groups), dtype=reference.opmath(x.dtype))
 
 
-def _fake(
-    x: Tensor,
-    num_groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    shift: Tensor | None,
-    scale: Tensor | None,
-    scale_shift: Tensor | None,
-    silu: bool,
-    family: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    wide = reference.opmath(x.dtype)
-    statistics = (x.shape[0], num_groups)
-    return torch.empty_like(dense(x)), x.new_empty(statistics, dtype=wide), x.new_empty(statistics, dtype=wide)
+_SMALL = ("weight", "bias", "shift", "scale", "scale_shift")
 
 
-def _backward_impl(
-    grad_y: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    num_groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    shift: Tensor | None,
-    scale: Tensor | None,
-    scale_shift: Tensor | None,
-    silu: bool,
-    family: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    grad_x, *grads = _gradients(grad_y, x, mean, rstd, num_groups, weight, bias, shift, scale, scale_shift, silu, family)
-    grad_weight, grad_bias, grad_shift, grad_scale, grad_scale_shift = (
-        mean.new_empty(0) if grad is None else grad for grad in grads
-    )
-    return grad_x, grad_weight, grad_bias, grad_shift, grad_scale, grad_scale_shift
+def _gradient_of(name: str) -> Callable[[Any], Tensor | None]:
+    """Return a function that allocates the gradient of a small input, in the dtype of the statistics."""
+
+    def allocate(arguments: Any) -> Tensor | None:
+        value = getattr(arguments, name)
+        return None if value is None else torch.empty_like(value, dtype=arguments.mean.dtype)
+
+    return allocate
 
 
-_Gradients = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+def _gradients_by_reference(grad_y: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor | None, ...]:
+    _, _, num_groups, weight, bias, eps, shift, scale, scale_shift, silu = arguments
+
+    def norm(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor, scale: Tensor, scale_shift: Tensor) -> Tensor:
+        return reference.group_norm_silu(x, num_groups, weight, bias, eps, shift, scale, scale_shift, silu)[0]
+
+    return gradients_of(norm, (x, weight, bias, shift, scale, scale_shift), grad_y)
 
 
-def _gradients(
-    grad_y: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    num_groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    shift: Tensor | None,
-    scale: Tensor | None,
-    scale_shift: Tensor | None,
-    silu: bool,
-    family: str,
-) -> _Gradients:
-    """Return the gradients: of x in its dtype, of the small inputs in the dtype of the statistics.
-
-    Absent inputs have None.
-    """
-    x = dense(x)
-    grad_y = dense_like(grad_y, x)
-    weight, bias, shift, scale, scale_shift = [_contiguous(s) for s in (weight, bias, shift, scale, scale_shift)]
-    small = (weight, bias, shift, scale, scale_shift)
-    wide = mean.dtype
-    grad_weight, grad_bias, grad_shift, grad_scale, grad_scale_shift = [
-        None if value is None else torch.empty_like(value, dtype=wide) for value in small
-    ]
-    grads = (torch.empty_like(x), grad_weight, grad_bias, grad_shift, grad_scale, grad_scale_shift)
-    if family == "native":
-        n, c, hw, channels_last = sizes(x)
-        code = dtype_code(x)
-        scratch = workspace("group_norm_silu_backward", x.device, code, n, c, hw, num_groups, channels_last)
-        launch(
-            "group_norm_silu_backward",
-            x.device,
-            code,
-            *[0 if grad is None else grad.data_ptr() for grad in grads],
-            *(grad_y.data_ptr(), x.data_ptr(), mean.data_ptr(), rstd.data_ptr()),
-            *(*typed(weight), *typed(bias), *typed(shift), *typed(scale), *typed(scale_shift)),
-            *(n, c, hw, num_groups, int(silu), channels_last, pointer(scratch)),
-        )
-    else:
-        from ..triton_kernels.group_norm_silu import group_norm_silu_backward as run
-
-        run(*grads, grad_y, x, mean, rstd, *small, num_groups, silu)
-    return grads
-
-
-def _backward_fake(
-    grad_y: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    num_groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    shift: Tensor | None,
-    scale: Tensor | None,
-    scale_shift: Tensor | None,
-    silu: bool,
-    family: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return empty gradients of the right shapes: absent inputs have a tensor of size 0."""
-    grad_weight, grad_bias, grad_shift, grad_scale, grad_scale_shift = (
-        x.new_empty(0 if value is None else value.shape, dtype=mean.dtype)
-        for value in (weight, bias, shift, scale, scale_shift)
-    )
-    return torch.empty_like(dense(x)), grad_weight, grad_bias, grad_shift, grad_scale, grad_scale_shift
-
-
-def _contiguous(x: Tensor | None) -> Tensor | None:
-    return x if x is None or x.is_contiguous() else x.contiguous()
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    _, mean, rstd = output
-    ctx.mark_non_differentiable(mean, rstd)
-    _save(ctx, inputs, mean, rstd)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], mean: Tensor, rstd: Tensor) -> None:
-    x, ctx.num_groups, weight, bias, _, shift, scale, scale_shift, ctx.silu, ctx.family = inputs
-    ctx.save_for_backward(x, mean, rstd, weight, bias, shift, scale, scale_shift)
-
-
-def _backward(ctx: Any, grad_y: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    x, mean, rstd, *small = ctx.saved_tensors
-    # With create_graph the op itself has to be on the graph: its own derivative is the error that says what to do.
-    direct = not torch.is_grad_enabled() and is_plain(grad_y, x)
-    run: Any = _gradients if direct else torch.ops.ddpm_fast.group_norm_silu_backward
-    grad_x, *grads = run(grad_y, x, mean, rstd, ctx.num_groups, *small, ctx.silu, ctx.family)
-    weight, bias, shift, scale, scale_shift = [
-        None if value is None else grad.to(value.dtype) for grad, value in zip(grads, small, strict=True)
-    ]
-    return grad_x, None, weight, bias, None, shift, scale, scale_shift, None, None
-
-
-_SMALL = "Tensor? shift, Tensor? scale, Tensor? scale_shift, bool silu, str family"
-define(
-    "group_norm_silu",
-    f"(Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, {_SMALL}) -> (Tensor, Tensor, Tensor)",
-    _impl,
-    _fake,
-    _backward,
-    _setup_context,
-)
-define(
+_backward_op = FusedOp(
     "group_norm_silu_backward",
-    f"(Tensor grad_y, Tensor x, Tensor mean, Tensor rstd, int num_groups, Tensor? weight, Tensor? bias, {_SMALL}) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _backward_impl,
-    _backward_fake,
-    no_second_derivative("group_norm_silu"),
+    "Tensor grad_y, Tensor x, Tensor mean, Tensor rstd, int num_groups, Tensor? weight, Tensor? bias, float eps, "
+    "Tensor? shift, Tensor? scale, Tensor? scale_shift, bool silu",
+    outputs={"grad_x": lambda a: torch.empty_like(a.x)} | {f"grad_{name}": _gradient_of(name) for name in _SMALL},
+    reference=_gradients_by_reference,
+    dense=("x", "grad_y"),
+    has_triton=True,
+    host_only=("eps",),
+)
+
+
+def _backward(arguments: Any, results: Any, grads: Any, needs: Any) -> dict[str, Tensor | None]:
+    a = arguments
+    gradients = _backward_op(
+        *(grads[0], a.x, results.mean, results.rstd, a.num_groups, a.weight, a.bias, a.eps, a.shift, a.scale, a.scale_shift),
+        *(a.silu,),
+        backend=a.backend,
+    )
+    present = {name: grad for name, grad in zip(_SMALL, gradients[1:], strict=True) if getattr(a, name) is not None}
+    return {"x": gradients[0]} | present
+
+
+_group_norm_silu = FusedOp(
+    "group_norm_silu",
+    "Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, Tensor? shift, Tensor? scale, Tensor? scale_shift, "
+    "bool silu",
+    outputs={"y": lambda a: torch.empty_like(a.x)},
+    reference=reference.group_norm_silu,
+    saved={"mean": _statistic, "rstd": _statistic},
+    dense=("x",),
+    has_triton=True,
+    backward=_backward,
+    unfit=_unfit,
+    is_public=True,
 )

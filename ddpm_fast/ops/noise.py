@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import reference
-from ._library import check_seeds, define, dtype_code, is_plain_inference, pointer, sizes
-from .backend import FLOATS, choose, launch
+from ._op import FusedOp
+from .backend import FLOATS
+from .checks import check_seeds
 
 
 def sample_seeds(seed: int, n: int, start: int = 0) -> Tensor:
@@ -111,11 +113,7 @@ def noise(
         )
     device = torch.device(device) if device is not None else getattr(seeds, "device", torch.device("cpu"))
     seeds = check_seeds("noise", seeds, shape[0], device)
-    family = choose("noise", backend, device, dtype)
-    if family == "reference":
-        return reference.noise(shape, seeds, stream, dtype).contiguous(memory_format=memory_format)
-    run = _impl if is_plain_inference(seeds) else torch.ops.ddpm_fast.noise
-    drawn: Tensor = run(shape, seeds, stream, dtype, channels_last, family)
+    drawn: Tensor = _noise(shape, seeds, stream, dtype, channels_last, backend=backend)
     return drawn
 
 
@@ -149,25 +147,22 @@ def initial_noise(
     return noise(shape, seeds, stream=stream, dtype=dtype, device=device, memory_format=memory_format)
 
 
-def _impl(shape: Sequence[int], seeds: Tensor, stream: int, dtype: torch.dtype, channels_last: bool, family: str) -> Tensor:
-    out = _fake(shape, seeds, stream, dtype, channels_last, family)
-    if family == "native":
-        launch("noise", out.device, dtype_code(out), pointer(out), pointer(seeds), stream, *sizes(out))
-    else:
-        from ..triton_kernels.noise import noise as run
-
-        run(out, seeds, stream)
-    return out
+def _output(arguments: Any) -> Tensor:
+    layout = torch.channels_last if arguments.channels_last else torch.contiguous_format
+    return torch.empty(tuple(arguments.shape), dtype=arguments.dtype, device=arguments.seeds.device, memory_format=layout)
 
 
-def _fake(shape: Sequence[int], seeds: Tensor, stream: int, dtype: torch.dtype, channels_last: bool, family: str) -> Tensor:
+def _reference(shape: Sequence[int], seeds: Tensor, stream: int, dtype: torch.dtype, channels_last: bool) -> Tensor:
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty(tuple(shape), dtype=dtype, device=seeds.device, memory_format=layout)
+    return reference.noise(shape, seeds, stream, dtype).contiguous(memory_format=layout)
 
 
-define(
+_noise = FusedOp(
     "noise",
-    "(SymInt[] shape, Tensor seeds, int stream, ScalarType dtype, bool channels_last, str family) -> Tensor",
-    _impl,
-    _fake,
+    "SymInt[] shape, Tensor seeds, int stream, ScalarType dtype, bool channels_last",
+    outputs={"out": _output},
+    reference=_reference,
+    has_triton=True,
+    host_only=("shape",),
+    is_public=True,
 )

@@ -9,23 +9,18 @@ from torch import Tensor
 
 from .. import reference
 from ..schedule import NoiseSchedule
-from ._library import (
+from ._op import FusedOp, dtype_code
+from .backend import FLOATS
+from .checks import (
     check_float,
     check_like,
     check_noise_or_seeds,
     check_range,
     check_seeds,
+    check_strided,
     check_type,
-    define,
-    dense,
-    dense_like,
-    dtype_code,
     index_tensor,
-    is_plain_inference,
-    pointer,
-    sizes,
 )
-from .backend import FLOATS, choose, launch
 
 
 def q_sample(
@@ -74,18 +69,14 @@ def q_sample(
     if seeds is not None:
         seeds = check_seeds("q_sample", seeds, x_0.shape[0], x_0.device)
     table = schedule.coefficients(x_0.device)
-    family = choose("q_sample", backend, x_0.device, dtype)
-    if family == "reference":
-        check_range("q_sample", "t", t, table.shape[0])
-        return reference.q_sample(x_0, t, table, noise, seeds, dtype)
-    run = _impl if is_plain_inference(x_0, t, noise, seeds) else torch.ops.ddpm_fast.q_sample
-    x_t: Tensor = run(x_0, t, table, noise, seeds, dtype, family)
+    x_t: Tensor = _q_sample(x_0, t, table, noise, seeds, dtype, backend=backend)
     return x_t
 
 
 def _checked_dtype(x_0: Tensor, dtype: torch.dtype | None) -> torch.dtype:
     """Return the dtype of x_t, or raise."""
     if isinstance(x_0, Tensor) and x_0.dtype == torch.uint8 and x_0.dim() >= 1:
+        check_strided("q_sample", "x_0", x_0)
         if dtype is not None and dtype not in FLOATS:
             raise TypeError(f"q_sample: expected dtype to be float32, float64, float16 or bfloat16, got {dtype}")
         return dtype or torch.float32
@@ -95,67 +86,26 @@ def _checked_dtype(x_0: Tensor, dtype: torch.dtype | None) -> torch.dtype:
     return x_0.dtype
 
 
-def _impl(
-    x_0: Tensor,
-    t: Tensor,
-    table: Tensor,
-    noise: Tensor | None,
-    seeds: Tensor | None,
-    dtype: torch.dtype,
-    family: str,
-) -> Tensor:
-    check_range("q_sample", "t", t, table.shape[0])
-    x_0 = dense(x_0)
-    noise = None if noise is None else dense_like(noise, x_0)
-    out = torch.empty_like(x_0, dtype=dtype)
-    if family == "native":
-        launch(
-            "q_sample",
-            x_0.device,
-            dtype_code(out),
-            *(pointer(out), pointer(x_0), dtype_code(x_0)),
-            *(pointer(p) for p in (t, table, noise, seeds)),
-            *sizes(x_0),
-        )
-    else:
-        from ..triton_kernels.q_sample import q_sample as run
+def _backward(arguments: Any, results: Any, grads: Any, needs: Any) -> dict[str, Tensor | None]:
+    (grad,), t, table = grads, arguments.t, arguments.table
 
-        run(out, x_0, t, table, noise, seeds)
-    return out
+    def scaled(column: int) -> Tensor:
+        scaled: Tensor = (reference.per_sample(table[t, column], grad) * grad).to(grad.dtype)
+        return scaled
+
+    return {"x_0": scaled(0) if needs.x_0 else None, "noise": scaled(1) if needs.noise else None}
 
 
-def _fake(
-    x_0: Tensor,
-    t: Tensor,
-    table: Tensor,
-    noise: Tensor | None,
-    seeds: Tensor | None,
-    dtype: torch.dtype,
-    family: str,
-) -> Tensor:
-    return torch.empty_like(dense(x_0), dtype=dtype)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, t, table, *_ = inputs
-    ctx.save_for_backward(t, table)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    t, table = ctx.saved_tensors
-    grad_x_0 = grad_noise = None
-    if ctx.needs_input_grad[0]:
-        grad_x_0 = (reference.per_sample(table[t, 0], grad) * grad).to(grad.dtype)
-    if ctx.needs_input_grad[3]:
-        grad_noise = (reference.per_sample(table[t, 1], grad) * grad).to(grad.dtype)
-    return grad_x_0, None, None, grad_noise, None, None, None
-
-
-define(
+_q_sample = FusedOp(
     "q_sample",
-    "(Tensor x_0, Tensor t, Tensor table, Tensor? noise, Tensor? seeds, ScalarType dtype, str family) -> Tensor",
-    _impl,
-    _fake,
-    _backward,
-    _setup_context,
+    "Tensor x_0, Tensor t, Tensor table, Tensor? noise, Tensor? seeds, ScalarType dtype",
+    outputs={"x_t": lambda a: torch.empty_like(a.x_0, dtype=a.dtype)},
+    reference=reference.q_sample,
+    dense=("x_0", "noise"),
+    has_triton=True,
+    backward=_backward,
+    reads=("t", "table"),
+    derived={"dtype": lambda a: dtype_code(a.dtype)},  # x_0 may be uint8
+    check=lambda a: check_range("q_sample", "t", a.t, a.table.shape[0]),
+    is_public=True,
 )

@@ -9,24 +9,8 @@ from torch import Tensor
 
 from .. import reference
 from ..plan import COLUMNS, SamplingPlan
-from ._library import (
-    check_device,
-    check_float,
-    check_like,
-    check_no_partial_overlap,
-    check_number,
-    check_range,
-    check_seeds,
-    check_type,
-    define,
-    dense,
-    dense_like,
-    dtype_code,
-    is_plain_inference,
-    pointer,
-    sizes,
-)
-from .backend import choose, launch
+from ._op import FusedOp, dense
+from .checks import check_device, check_float, check_like, check_number, check_range, check_seeds, check_type
 
 
 def reverse_step(
@@ -115,9 +99,6 @@ def reverse_step(
         raise ValueError(f"{op}: expected x_0_prev, which the plan weighs by k3, got None")
     table = plan.table(x_t.device)
     variance = reference.VARIANCES.index(plan.variance)
-    family = choose(op, backend, x_t.device, x_t.dtype)
-    plain = is_plain_inference(x_t, model_output, steps, noise, seeds, x_0_prev)
-
     if out is not None:
         check_like(op, "out", out, "x_t", x_t)
         if torch.is_grad_enabled() and any(
@@ -128,22 +109,11 @@ def reverse_step(
             )
         if out.stride() != x_t.stride() or dense(out) is not out:
             raise ValueError(f"{op}: expected out to be dense, with the strides of x_t, {x_t.stride()}, got {out.stride()}")
-    if family == "reference":
-        check_range(op, "step", steps, plan.num_steps)
-        x_prev, x_0 = reference.reverse_step(x_t, model_output, table, steps, noise, seeds, x_0_prev, guidance_scale, variance)
-        if out is not None:
-            x_prev = out.copy_(x_prev)
-    elif out is not None:
-        for name, tensor in (("x_t", x_t), ("model_output", model_output), ("noise", noise), ("x_0_prev", x_0_prev)):
-            check_no_partial_overlap(op, out, name, tensor)
-        run_out = _out_impl if plain and is_plain_inference(out) else torch.ops.ddpm_fast.reverse_step_out
-        x_0 = run_out(
-            out, x_t, model_output, table, steps, noise, seeds, x_0_prev, guidance_scale, variance, return_x_0, family
-        )
-        x_prev = out
-    else:
-        run = _impl if plain else torch.ops.ddpm_fast.reverse_step
-        x_prev, x_0 = run(x_t, model_output, table, steps, noise, seeds, x_0_prev, guidance_scale, variance, return_x_0, family)
+    x_prev, x_0 = _reverse_step(
+        *(x_t, model_output, table, steps, noise, seeds, x_0_prev, guidance_scale, variance, return_x_0),
+        backend=backend,
+        out=out,
+    )
     return (x_prev, x_0) if return_x_0 else x_prev
 
 
@@ -171,144 +141,26 @@ def _check_model_output(x_t: Tensor, model_output: Tensor, plan: SamplingPlan, g
     check_device(op, "model_output", model_output, "x_t", x_t)
 
 
-def _launch(
-    out: Tensor,
-    x_t: Tensor,
-    model_output: Tensor,
-    table: Tensor,
-    steps: Tensor,
-    noise: Tensor | None,
-    seeds: Tensor | None,
-    x_0_prev: Tensor | None,
-    guidance_scale: float | None,
-    variance: int,
-    return_x_0: bool,
-    family: str,
-) -> Tensor:
-    """Write x_{t-1} to `out` and return x_0^, or an empty tensor if it is not requested."""
-    check_range("reverse_step", "step", steps, table.shape[0])
-    steps = steps.contiguous()
-    model_output = dense_like(model_output, x_t)
-    noise = None if noise is None else dense_like(noise, x_t)
-    x_0_prev = None if x_0_prev is None else dense_like(x_0_prev, x_t)
-    x_0 = torch.empty_like(x_t) if return_x_0 else x_t.new_empty(0)
-    x_0_out = x_0 if return_x_0 else None
-    if family == "native":
-        launch(
-            "reverse_step",
-            x_t.device,
-            dtype_code(x_t),
-            dtype_code(model_output),
-            *(pointer(p) for p in (out, x_0_out, x_t, model_output, table, steps)),
-            int(steps.numel() > 1),
-            *(pointer(p) for p in (noise, seeds, x_0_prev)),
-            int(guidance_scale is not None),
-            guidance_scale or 0.0,
-            variance,
-            *sizes(x_t),
-        )
-    else:
-        from ..triton_kernels.reverse_step import reverse_step as run
-
-        run(out, x_0_out, x_t, model_output, table, steps, noise, seeds, x_0_prev, guidance_scale, variance)
-    return x_0
-
-
-def _out_impl(
-    out: Tensor,
-    x_t: Tensor,
-    model_output: Tensor,
-    table: Tensor,
-    steps: Tensor,
-    noise: Tensor | None,
-    seeds: Tensor | None,
-    x_0_prev: Tensor | None,
-    guidance_scale: float | None,
-    variance: int,
-    return_x_0: bool,
-    family: str,
-) -> Tensor:
-    x_0 = _launch(out, x_t, model_output, table, steps, noise, seeds, x_0_prev, guidance_scale, variance, return_x_0, family)
-    torch.autograd.graph.increment_version(out)  # the kernel wrote behind autograd's back
-    return x_0
-
-
-def _impl(
-    x_t: Tensor,
-    model_output: Tensor,
-    table: Tensor,
-    steps: Tensor,
-    noise: Tensor | None,
-    seeds: Tensor | None,
-    x_0_prev: Tensor | None,
-    guidance_scale: float | None,
-    variance: int,
-    return_x_0: bool,
-    family: str,
-) -> tuple[Tensor, Tensor]:
-    x_t = dense(x_t)
-    out = torch.empty_like(x_t)
-    x_0 = _launch(out, x_t, model_output, table, steps, noise, seeds, x_0_prev, guidance_scale, variance, return_x_0, family)
-    return out, x_0
-
-
-def _fake(
-    x_t: Tensor,
-    model_output: Tensor,
-    table: Tensor,
-    steps: Tensor,
-    noise: Tensor | None,
-    seeds: Tensor | None,
-    x_0_prev: Tensor | None,
-    guidance_scale: float | None,
-    variance: int,
-    return_x_0: bool,
-    family: str,
-) -> tuple[Tensor, Tensor]:
-    like = dense(x_t)
-    return torch.empty_like(like), torch.empty_like(like) if return_x_0 else x_t.new_empty(0)
-
-
-def _out_fake(
-    out: Tensor,
-    x_t: Tensor,
-    model_output: Tensor,
-    table: Tensor,
-    steps: Tensor,
-    noise: Tensor | None,
-    seeds: Tensor | None,
-    x_0_prev: Tensor | None,
-    guidance_scale: float | None,
-    variance: int,
-    return_x_0: bool,
-    family: str,
-) -> Tensor:
-    return torch.empty_like(x_t) if return_x_0 else x_t.new_empty(0)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x_t, model_output, table, steps, noise, seeds, x_0_prev, ctx.guidance_scale, ctx.variance, _, ctx.family = inputs
-    ctx.save_for_backward(x_t, model_output, table, steps, noise, seeds, x_0_prev)
-
-
-def _backward(ctx: Any, grad_x_prev: Tensor, grad_x_0: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(arguments: Any, results: Any, grads: Any, needs: Any) -> dict[str, Tensor | None]:
     """Return the gradients of a step.
 
     The step is linear except for the clip, which has gradient 0 where it acts, and the learned std.
     """
-    x_t, model_output, table, steps, noise, seeds, x_0_prev = ctx.saved_tensors
+    x_t, model_output, table, steps = arguments.x_t, arguments.model_output, arguments.table, arguments.steps
+    noise, seeds, scale = arguments.noise, arguments.seeds, arguments.guidance_scale
+    grad_x_prev, grad_x_0 = grads
     wide = reference.opmath(x_t.dtype)
     rows = table[steps]
     p, q, k0, k1, k2, k3, sigma, log_beta, log_beta_tilde, clip = (reference.per_sample(r, x_t) for r in rows.unbind(1))
     x, m = x_t.to(wide), model_output.to(wide)
-    grad = grad_x_prev.to(wide)
+    grad = torch.zeros_like(x_t, dtype=wide) if grad_x_prev is None else grad_x_prev.to(wide)
     channels = x.shape[1] if x.dim() > 1 else 1
-    scale = ctx.guidance_scale
     conditional = m
     if scale is not None:
         conditional, unconditional = m.chunk(2)
         m = unconditional + scale * (conditional - unconditional)
-    learned = reference.VARIANCES[ctx.variance] != "fixed"
+    variance = reference.VARIANCES[arguments.variance]
+    learned = variance != "fixed"
     if learned:
         m = m[:, :channels]
 
@@ -321,14 +173,14 @@ def _backward(ctx: Any, grad_x_prev: Tensor, grad_x_0: Tensor | None) -> tuple[T
     std, grad_v = sigma, None
     if learned:
         v, slope = conditional[:, channels:], torch.ones_like(sigma)
-        if reference.VARIANCES[ctx.variance] == "learned_range":
+        if variance == "learned_range":
             f = (v + 1) / 2
             v, slope = f * log_beta + (1 - f) * log_beta_tilde, (log_beta - log_beta_tilde) / 2
         std = sigma * torch.exp(0.5 * v)
         if noise is None and seeds is None:  # every sigma is 0
             grad_v = torch.zeros_like(grad)
         else:
-            z = noise if noise is not None else _draw(x_t, table, steps, seeds, ctx.family)
+            z = noise if noise is not None else _draw(x_t, table, steps, seeds, arguments.backend)
             grad_v = grad * z.to(wide) * std * 0.5 * slope
     if scale is not None:  # the variance is the conditional one
         halves = [scale * grad_m, (1 - scale) * grad_m]
@@ -337,19 +189,15 @@ def _backward(ctx: Any, grad_x_prev: Tensor, grad_x_0: Tensor | None) -> tuple[T
         grad_m = torch.cat(halves)
     elif grad_v is not None:
         grad_m = torch.cat([grad_m, grad_v], dim=1)
-    return (
-        grad_x_t.to(x_t.dtype),
-        grad_m.to(model_output.dtype),
-        None,
-        None,
-        (std * grad).to(x_t.dtype) if noise is not None else None,
-        None,
-        (k3 * grad).to(x_t.dtype) if x_0_prev is not None else None,
-        *[None] * 4,
-    )
+    return {
+        "x_t": grad_x_t.to(x_t.dtype),
+        "model_output": grad_m.to(model_output.dtype),
+        "noise": (std * grad).to(x_t.dtype) if needs.noise else None,
+        "x_0_prev": (k3 * grad).to(x_t.dtype) if needs.x_0_prev else None,
+    }
 
 
-def _draw(x_t: Tensor, table: Tensor, steps: Tensor, seeds: Tensor, family: str) -> Tensor:
+def _draw(x_t: Tensor, table: Tensor, steps: Tensor, seeds: Tensor, backend: str | None) -> Tensor:
     """Draw the noise of the forward pass again.
 
     A step whose only nonzero coefficient is sigma = 1 returns the noise itself.
@@ -357,13 +205,29 @@ def _draw(x_t: Tensor, table: Tensor, steps: Tensor, seeds: Tensor, family: str)
     unit = torch.zeros_like(table)
     unit[:, COLUMNS.index("sigma")] = 1
     zero = torch.zeros_like(x_t)
-    drawn: Tensor = torch.ops.ddpm_fast.reverse_step(zero, zero, unit, steps, None, seeds, None, None, 0, False, family)[0]
+    drawn: Tensor = _reverse_step(zero, zero, unit, steps, None, seeds, None, None, 0, False, backend=backend)[0]
     return drawn
 
 
-_ARGUMENTS = (
+_reverse_step = FusedOp(
+    "reverse_step",
     "Tensor x_t, Tensor model_output, Tensor table, Tensor steps, Tensor? noise, Tensor? seeds, Tensor? x_0_prev, "
-    "float? guidance_scale, int variance, bool return_x_0, str family"
+    "float? guidance_scale, int variance, bool return_x_0",
+    outputs={
+        "x_prev": lambda a: torch.empty_like(a.x_t),
+        "x_0": lambda a: torch.empty_like(a.x_t) if a.return_x_0 else None,
+    },
+    reference=lambda *arguments: reference.reverse_step(*arguments[:-1]),
+    dense=("x_t", "model_output", "noise", "x_0_prev"),
+    has_triton=True,
+    backward=_backward,
+    derived={
+        "step_stride": lambda a: a.steps.numel() > 1,
+        "has_guidance": lambda a: a.guidance_scale is not None,
+        "guidance_scale": lambda a: a.guidance_scale or 0.0,
+    },
+    host_only=("return_x_0",),
+    check=lambda a: check_range("reverse_step", "step", a.steps, a.table.shape[0]),
+    in_place=True,
+    is_public=True,
 )
-define("reverse_step", f"({_ARGUMENTS}) -> (Tensor, Tensor)", _impl, _fake, _backward, _setup_context)
-define("reverse_step_out", f"(Tensor(a!) out, {_ARGUMENTS}) -> Tensor", _out_impl, _out_fake)

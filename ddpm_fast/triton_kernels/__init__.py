@@ -1,6 +1,6 @@
 """Triton backend: one module per op, with its kernels and a launcher named like the op.
 
-Launchers expect preallocated dense outputs and read the memory format (contiguous or channels_last) from
-the strides. `ddpm_fast.ops` has checked their arguments. Kernels use no inline assembly and no libdevice
+A launcher takes the results and the arguments of its op by name, as `ddpm_fast.ops._op.FusedOp` prepares them: dense,
+in one memory format, which it reads from the strides. Kernels use no inline assembly and no libdevice
 call, so Triton's interpreter runs them too.
 """

@@ -8,10 +8,11 @@ that depends only on a sample's size, without atomics. Results are bit-identical
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ..reference import STREAM_Q_SAMPLE
 from .tiles import current_sample, device_of, epsilon, grid, locate, rounded, tiling
@@ -87,68 +88,40 @@ def _denoising_loss_backward_kernel(
     tl.store(grad + sample * hw * C + offset, rounded(factor * difference, grad.dtype.element_ty), mask)
 
 
-def denoising_loss(
-    loss: Tensor,
-    model_output: Tensor,
-    x_0: Tensor,
-    t: Tensor,
-    table: Tensor,
-    noise: Tensor | None,
-    seeds: Tensor | None,
-    prediction: int,
-) -> None:
-    """Write the loss of each sample, the mean of (model_output - target)^2.
-
-    Args:
-        loss: float32 [N], written.
-        model_output: [N, C, ...], contiguous or channels_last.
-        x_0: Like model_output, in the same memory format.
-        t: int64 [N].
-        table: float32 [T, 2]: sqrt(abar_t) and sqrt(1 - abar_t).
-        noise: epsilon, like x_0, or None.
-        seeds: int64 [N] if noise is None.
-        prediction: Index into `reference.PREDICTIONS`.
-    """
-    if model_output.numel() == 0:
-        loss.fill_(float("nan"))  # the mean of nothing
+def denoising_loss(results: Any, a: Any) -> None:
+    """Launch the kernels for results and arguments of `ddpm_fast.ops.denoising_loss`."""
+    losses, x_0 = results.losses, a.x_0
+    if x_0.numel() == 0:
+        losses.fill_(float("nan"))  # the mean of nothing
         return
-    n = loss.shape[0]
-    tiles, arguments = tiling(x_0, model_output, noise, ordered=noise is None)
+    n = losses.shape[0]
+    tiles, arguments = tiling(x_0, a.model_output, a.noise, ordered=a.noise is None)
     tiles_per_program = max(TILES_PER_PROGRAM, triton.cdiv(tiles, MAX_PARTIALS))
     partials = triton.cdiv(tiles, tiles_per_program)
-    partial = loss if partials == 1 else torch.empty(n, partials, device=loss.device)
-    with device_of(loss):
+    partial = losses if partials == 1 else torch.empty(n, partials, device=losses.device)
+    with device_of(losses):
         _denoising_loss_kernel[grid(n, partials)](
-            partial, model_output, x_0, t, table, noise, seeds, n, tiles, tiles_per_program, n / x_0.numel(),
-            PREDICTION=prediction, **arguments,
+            partial, a.model_output, x_0, a.t, a.table, a.noise, a.seeds, n, tiles, tiles_per_program, n / x_0.numel(),
+            PREDICTION=a.prediction, **arguments,
         )  # fmt: skip
         if partials > 1:
-            _sum_kernel[(n,)](loss, partial, partials, PARTIALS=triton.next_power_of_2(partials), num_warps=1)
+            _sum_kernel[(n,)](losses, partial, partials, PARTIALS=triton.next_power_of_2(partials), num_warps=1)
 
 
-def denoising_loss_backward(
-    grad_model_output: Tensor,
-    grad_loss: Tensor,
-    model_output: Tensor,
-    x_0: Tensor,
-    t: Tensor,
-    table: Tensor,
-    noise: Tensor | None,
-    seeds: Tensor | None,
-    prediction: int,
-) -> None:
-    """Write the gradient of the loss.
+def denoising_loss_backward(results: Any, a: Any) -> None:
+    """Launch the kernel of the gradient for results and arguments of `ddpm_fast.ops.denoising_loss`.
 
-        grad_model_output = 2 grad_loss (model_output - target) / elements of a sample
+        grad_model_output = 2 grad_losses (model_output - target) / elements of a sample
 
-    The other arguments are those of `denoising_loss`.
+    The target depends on the prediction: see `ddpm_fast.reference.denoising_loss`.
     """
-    if model_output.numel() == 0:
+    grad, x_0 = results.grad_model_output, a.x_0
+    if x_0.numel() == 0:
         return
-    n = grad_loss.shape[0]
-    tiles, arguments = tiling(x_0, model_output, noise, grad_model_output, ordered=noise is None)
-    with device_of(grad_loss):
+    n = a.grad_losses.shape[0]
+    tiles, arguments = tiling(x_0, a.model_output, a.noise, grad, ordered=a.noise is None)
+    with device_of(grad):
         _denoising_loss_backward_kernel[grid(n, tiles)](
-            grad_model_output, grad_loss, model_output, x_0, t, table, noise, seeds, n, 2 * n / x_0.numel(),
-            PREDICTION=prediction, **arguments,
+            grad, a.grad_losses, a.model_output, x_0, a.t, a.table, a.noise, a.seeds, n, 2 * n / x_0.numel(),
+            PREDICTION=a.prediction, **arguments,
         )  # fmt: skip

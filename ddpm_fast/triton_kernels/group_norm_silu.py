@@ -605,124 +605,62 @@ def _tiling(x: Tensor, groups: int, backward: bool) -> _Tiling:
     return _Tiling(triton.cdiv(groups, tile_groups), chunks, arguments, split)
 
 
-def group_norm_silu(
-    y: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    shift: Tensor | None,
-    scale: Tensor | None,
-    scale_shift: Tensor | None,
-    groups: int,
-    eps: float,
-    silu: bool,
-) -> None:
-    """Write act(GroupNorm(x + shift) (1 + scale) + scale_shift).
-
-    Args:
-        y: Like x, in the same memory format, written.
-        mean: float32 [N, groups], written.
-        rstd: float32 [N, groups], 1 / sqrt(variance + eps), written.
-        x: [N, C, ...], contiguous or channels_last.
-        weight: [C], contiguous, of any floating dtype, or None.
-        bias: [C], as `weight`.
-        shift: [N, C], as `weight`.
-        scale: [N, C], as `weight`.
-        scale_shift: [N, C], as `weight`.
-        groups: Number of groups, a divisor of C.
-        eps: Added to the variance.
-        silu: Apply SiLU.
-    """
+def group_norm_silu(results: Any, a: Any) -> None:
+    """Launch the kernels for results and arguments of `ddpm_fast.ops.group_norm_silu`."""
+    x, groups = a.x, a.num_groups
     if x.numel() == 0:
         return
     n = x.shape[0]
+    # The kernels write the statistics in any case.
+    mean, rstd = torch.empty(2, n, groups, device=x.device) if results.mean is None else (results.mean, results.rstd)
     group_tiles, chunks, arguments, split = _tiling(x, groups, backward=False)
-    small = (weight, bias, shift, scale, scale_shift)
-    activation = {"SILU": silu, "FAST": x.element_size() == 2}
+    small = (a.weight, a.bias, a.shift, a.scale, a.scale_shift)
+    activation = {"SILU": a.silu, "FAST": x.element_size() == 2}
     with device_of(x):
         if not split:
-            _forward_kernel[grid(n, group_tiles)](y, mean, rstd, x, *small, n, eps=eps, **activation, **arguments)
+            _forward_kernel[grid(n, group_tiles)](results.y, mean, rstd, x, *small, n, eps=a.eps, **activation, **arguments)
             return
         partial_mean, partial_squares = torch.empty(2, n, groups, chunks, device=x.device)
         programs = grid(n, group_tiles * chunks)
-        _partial_statistics_kernel[programs](partial_mean, partial_squares, x, shift, n, **split, **arguments)
+        _partial_statistics_kernel[programs](partial_mean, partial_squares, x, a.shift, n, **split, **arguments)
         _apply_kernel[programs](
-            y, mean, rstd, x, *small, partial_mean, partial_squares, n,
-            eps=eps, **activation, CHUNKS=triton.next_power_of_2(chunks), **split, **arguments,
+            results.y, mean, rstd, x, *small, partial_mean, partial_squares, n,
+            eps=a.eps, **activation, CHUNKS=triton.next_power_of_2(chunks), **split, **arguments,
         )  # fmt: skip
 
 
-def group_norm_silu_backward(
-    dx: Tensor,
-    dweight: Tensor | None,
-    dbias: Tensor | None,
-    dshift: Tensor | None,
-    dscale: Tensor | None,
-    dscale_shift: Tensor | None,
-    dy: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    shift: Tensor | None,
-    scale: Tensor | None,
-    scale_shift: Tensor | None,
-    groups: int,
-    silu: bool,
-) -> None:
-    """Write the gradients of `group_norm_silu`.
-
-    Args:
-        dx: Like x, in the same memory format, written.
-        dweight: float32 [C], written, or None.
-        dbias: float32 [C], written, or None.
-        dshift: float32 [N, C], written, or None.
-        dscale: float32 [N, C], written, or None.
-        dscale_shift: float32 [N, C], written, or None.
-        dy: Like x, in the same memory format.
-        x: As in `group_norm_silu`.
-        mean: As the forward pass wrote it.
-        rstd: As the forward pass wrote it.
-        weight: As in `group_norm_silu`.
-        bias: As in `group_norm_silu`.
-        shift: As in `group_norm_silu`.
-        scale: As in `group_norm_silu`.
-        scale_shift: As in `group_norm_silu`.
-        groups: As in `group_norm_silu`.
-        silu: As in `group_norm_silu`.
-    """
+def group_norm_silu_backward(results: Any, a: Any) -> None:
+    """Launch the kernels of the gradients. Those of absent inputs are None."""
+    x = a.x
+    dx, dweight, dbias, dshift, dscale, dscale_shift = results
     if x.numel() == 0:
         for gradient in (dweight, dbias, dshift, dscale, dscale_shift):
             if gradient is not None:
                 gradient.zero_()
         return
     n, c = x.shape[:2]
-    group_tiles, chunks, arguments, split = _tiling(x, groups, backward=True)
+    group_tiles, chunks, arguments, split = _tiling(x, a.num_groups, backward=True)
     sum_dz, sum_dz_xhat = (None, None) if dweight is None and dbias is None else torch.empty(2, n, c, device=x.device)
     small_gradients = (sum_dz, sum_dz_xhat, dshift, dscale, dscale_shift)
-    small = (weight, bias, shift, scale, scale_shift)
-    activation = {"SILU": silu, "FAST": x.element_size() == 2}
+    small = (a.weight, a.bias, a.shift, a.scale, a.scale_shift)
+    inputs = (a.grad_y, x, a.mean, a.rstd)
+    activation = {"SILU": a.silu, "FAST": x.element_size() == 2}
     with device_of(x):
         if not split:
-            _backward_kernel[grid(n, group_tiles)](
-                dx, *small_gradients, dy, x, mean, rstd, *small, n, **activation, **arguments
-            )  # fmt: skip
+            _backward_kernel[grid(n, group_tiles)](dx, *small_gradients, *inputs, *small, n, **activation, **arguments)
         else:
             partial = torch.empty(2 if dshift is None else 3, n, chunks, c, device=x.device)
-            means = torch.empty(2, n, groups, device=x.device)
+            means = torch.empty(2, n, a.num_groups, device=x.device)
             programs = grid(n, group_tiles * chunks)
             _partial_sums_kernel[programs](
-                partial, dy, x, mean, rstd, *small, n, XHAT_SUMS=dshift is not None, **activation, **split, **arguments
+                partial, *inputs, *small, n, XHAT_SUMS=dshift is not None, **activation, **split, **arguments
             )  # fmt: skip
-            _merge_sums_kernel[grid(n, groups)](
-                means, *small_gradients, partial, rstd, weight, bias, scale, n, groups, arguments["hw"], chunks,
+            _merge_sums_kernel[grid(n, a.num_groups)](
+                means, *small_gradients, partial, a.rstd, a.weight, a.bias, a.scale, n, a.num_groups, arguments["hw"], chunks,
                 CPG=arguments["CPG"], WIDTH=arguments["WIDTH"], num_warps=1, enable_fp_fusion=True,
             )  # fmt: skip
-            _apply_backward_kernel[programs](dx, dy, x, mean, rstd, means, *small, n, **activation, **split, **arguments)
+            _apply_backward_kernel[programs](dx, *inputs, means, *small, n, **activation, **split, **arguments)
         if sum_dz is not None:
             _parameter_gradients_kernel[(triton.cdiv(c, 32),)](
-                dweight, dbias, sum_dz, sum_dz_xhat, scale, n, c, SAMPLES=32, CHANNELS=32, num_warps=4, enable_fp_fusion=True
+                dweight, dbias, sum_dz, sum_dz_xhat, a.scale, n, c, SAMPLES=32, CHANNELS=32, num_warps=4, enable_fp_fusion=True
             )  # fmt: skip

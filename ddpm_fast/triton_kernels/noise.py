@@ -4,9 +4,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from .tiles import current_sample, device_of, draw, grid, locate, rounded, tiling
 
@@ -25,17 +26,12 @@ def _noise_kernel(
     tl.store(out + sample * hw * C + offset, rounded(z, out.dtype.element_ty), mask)
 
 
-def noise(out: Tensor, seeds: Tensor, stream: int) -> None:
-    """Fill `out` with the normals of `seeds` and `stream`.
-
-    Args:
-        out: [N, C, ...], contiguous or channels_last.
-        seeds: int64 [N].
-        stream: 0..2^32-1.
-    """
+def noise(results: Any, a: Any) -> None:
+    """Launch the kernels for results and arguments of `ddpm_fast.ops.noise`."""
+    out = results.out
     if out.numel() == 0:
         return
     n = out.shape[0]
     tiles, arguments = tiling(out, ordered=True)
     with device_of(out):
-        _noise_kernel[grid(n, tiles)](out, seeds, n, stream, **arguments)
+        _noise_kernel[grid(n, tiles)](out, a.seeds, n, a.stream, **arguments)

@@ -4,9 +4,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ..reference import STREAM_Q_SAMPLE
 from .tiles import current_sample, device_of, epsilon, grid, locate, rounded, tiling
@@ -35,20 +36,12 @@ def _q_sample_kernel(
     tl.store(out + first + offset, rounded(tl.fma(sigma, z, signal * x), out.dtype.element_ty), mask)
 
 
-def q_sample(out: Tensor, x_0: Tensor, t: Tensor, table: Tensor, noise: Tensor | None, seeds: Tensor | None) -> None:
-    """Write x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) epsilon.
-
-    Args:
-        out: x_t, [N, C, ...], contiguous or channels_last, written.
-        x_0: Shaped like out, in the same memory format. uint8 values 0..255 stand for -1..1.
-        t: int64 [N].
-        table: float32 [T, 2]: sqrt(abar_t) and sqrt(1 - abar_t).
-        noise: epsilon, in the memory format of x_0, or None.
-        seeds: int64 [N] if noise is None.
-    """
-    if out.numel() == 0:
+def q_sample(results: Any, a: Any) -> None:
+    """Launch the kernels for results and arguments of `ddpm_fast.ops.q_sample`."""
+    x_t = results.x_t
+    if x_t.numel() == 0:
         return
-    n = out.shape[0]
-    tiles, arguments = tiling(x_0, out, noise, ordered=noise is None)
-    with device_of(out):
-        _q_sample_kernel[grid(n, tiles)](out, x_0, t, table, noise, seeds, n, **arguments)
+    n = x_t.shape[0]
+    tiles, arguments = tiling(a.x_0, x_t, a.noise, ordered=a.noise is None)
+    with device_of(x_t):
+        _q_sample_kernel[grid(n, tiles)](x_t, a.x_0, a.t, a.table, a.noise, a.seeds, n, **arguments)

@@ -4,9 +4,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from .tiles import current_sample, device_of, epsilon, grid, locate, rounded, tiling
 
@@ -62,41 +63,15 @@ def _reverse_step_kernel(
         tl.store(x_0_out + first + offset, rounded(x_0, x_0_out.dtype.element_ty), mask)
 
 
-def reverse_step(
-    out: Tensor,
-    x_0_out: Tensor | None,
-    x_t: Tensor,
-    model_output: Tensor,
-    table: Tensor,
-    steps: Tensor,
-    noise: Tensor | None,
-    seeds: Tensor | None,
-    x_0_prev: Tensor | None,
-    guidance_scale: float | None,
-    variance: int,
-) -> None:
-    """Write x_{t-1} to `out` and x_0^ to `x_0_out`.
-
-    Args:
-        out: [N, C, ...], contiguous or channels_last, written. It may be x_t itself.
-        x_0_out: Like out, in the same memory format, written, or None.
-        x_t: Like out, in the same memory format.
-        model_output: In the same memory format. It has twice the channels with learned variance, and
-            twice the samples with guidance.
-        table: float32 [S, 10].
-        steps: int64, one element or [N].
-        noise: Like out, in the same memory format, or None.
-        seeds: int64 [N], or None.
-        x_0_prev: Like out, in the same memory format, or None.
-        guidance_scale: None: no guidance.
-        variance: Index into `reference.VARIANCES`.
-    """
-    if out.numel() == 0:
+def reverse_step(results: Any, a: Any) -> None:
+    """Launch the kernels for results and arguments of `ddpm_fast.ops.reverse_step`. x_prev may be x_t itself."""
+    x_prev, x_0 = results.x_prev, results.x_0
+    if x_prev.numel() == 0:
         return
-    n = out.shape[0]
-    tiles, arguments = tiling(x_t, model_output, out, x_0_out, noise, x_0_prev, ordered=seeds is not None or variance != 0)
-    with device_of(out):
+    n, ordered = x_prev.shape[0], a.seeds is not None or a.variance != 0
+    tiles, arguments = tiling(a.x_t, a.model_output, x_prev, x_0, a.noise, a.x_0_prev, ordered=ordered)
+    with device_of(x_prev):
         _reverse_step_kernel[grid(n, tiles)](
-            out, x_0_out, x_t, model_output, table, steps, noise, seeds, x_0_prev, guidance_scale, n,
-            PER_SAMPLE=steps.numel() > 1, VARIANCE=variance, **arguments,
+            x_prev, x_0, a.x_t, a.model_output, a.table, a.steps, a.noise, a.seeds, a.x_0_prev, a.guidance_scale, n,
+            PER_SAMPLE=a.steps.numel() > 1, VARIANCE=a.variance, **arguments,
         )  # fmt: skip

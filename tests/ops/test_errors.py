@@ -153,11 +153,11 @@ def test_bad_input(call: Callable[[], Any], kind: type[Exception], message: str)
         call()
 
 
-def test_a_named_family_that_cannot_run_says_why_and_nothing_else_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_named_backend_that_cannot_run_says_why_and_nothing_else_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ddpm_fast.ops.backend.native_error", lambda: "no such file")
     with pytest.raises(ddpm_fast.BackendUnavailable, match=r'noise: backend "native" cannot run: .*no such file'):
         noise((2, 3), SEEDS, backend="native")
-    assert noise((2, 3), SEEDS).shape == (2, 3)  # without a name, the next family
+    assert noise((2, 3), SEEDS).shape == (2, 3)  # without a name, the next backend
 
 
 def test_triton_has_no_float64() -> None:

@@ -9,8 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ddpm_fast
-from ddpm_fast.ops import backend
-from ddpm_fast.ops.backend import FAMILIES, why_not
+from ddpm_fast.ops import BACKENDS, backend, why_not
 from ddpm_fast.testing import CASES, SCHEDULE, Case, make_call
 
 # One case an op and code path; opcheck is slow and repeats what test_parity shows of values.
@@ -98,14 +97,14 @@ def test_sampling_loop_body_compiles_once_for_every_step(device: torch.device) -
     assert counter.frame_count == 1
 
 
-def test_a_build_without_cuda_does_not_keep_the_other_families_from_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_build_without_cuda_does_not_keep_the_other_backends_from_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its reason comes from compiled code, which torch.compile does not see through."""
     monkeypatch.delitem(backend.KERNELS, "cuda", raising=False)
     torch._dynamo.reset()
 
     @torch.compile(fullgraph=True, backend="eager")
     def doubled(x: Tensor) -> Tensor:
-        return x if backend.why_not("native", "noise", torch.device("cuda", 0)) is None else 2 * x
+        return x if why_not("native", "noise", torch.device("cuda", 0)) is None else 2 * x
 
     assert doubled(torch.ones(1)).item() == 2
 
@@ -174,13 +173,13 @@ def test_gradcheck_of_the_kernels_in_float64() -> None:
 def test_writing_to_out_is_seen_by_autograd(device: torch.device) -> None:
     """A tensor that a graph has saved and `out=` overwrites is an error in backward, not a wrong gradient."""
     plan = ddpm_fast.ddpm_plan(SCHEDULE)
-    families = [family for family in FAMILIES if why_not(family, "reverse_step", device) is None]
-    assert "native" in families
-    for family in families:
+    backends = [name for name in BACKENDS if why_not(name, "reverse_step", device) is None]
+    assert "native" in backends
+    for name in backends:
         x, w = torch.randn(2, 3, 4, 4, device=device), torch.randn(2, 3, 4, 4, device=device, requires_grad=True)
         y = (x * w).sum()
         with torch.no_grad():
-            ddpm_fast.reverse_step(x, x.clone(), 3, plan, seeds=SEEDS, out=x, backend=family)
+            ddpm_fast.reverse_step(x, x.clone(), 3, plan, seeds=SEEDS, out=x, backend=name)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             y.backward()
 
@@ -200,8 +199,8 @@ def test_expanded_gradients(backend: str, device: torch.device) -> None:
         pytest.skip("beside a GPU Triton's interpreter is off")
     x = torch.randn(2, 8, 5, 3, device=device).contiguous(memory_format=torch.channels_last)
     grads = []
-    for family in (backend, "reference"):
+    for name in (backend, "reference"):
         leaf = x.clone().requires_grad_()
-        ddpm_fast.group_norm_silu(leaf, 4, backend=family).sum().backward()
+        ddpm_fast.group_norm_silu(leaf, 4, backend=name).sum().backward()
         grads.append(leaf.grad)
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-5, atol=1e-6)

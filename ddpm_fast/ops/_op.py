@@ -1,0 +1,573 @@
+"""FusedOp: one declaration an op. Dispatch, registration, autograd, transforms and checks are here, once for all ops."""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from operator import itemgetter
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from .backend import BACKENDS, FLOATS, KERNELS, BackendUnavailable, warn_without_cuda, why_not_native, why_not_triton
+from .checks import check_apart, check_strided
+
+Outputs = tuple[Tensor | None, ...]
+LIBRARY: Final = torch.library.Library("ddpm_fast", "DEF")
+OPS: Final[dict[str, FusedOp]] = {}  # public ops by name
+
+_DTYPE_CODES: Final = {dtype: code for code, dtype in enumerate((*FLOATS, torch.uint8))}
+_PLAIN_TYPES: Final = (Tensor, torch.nn.Parameter)
+_NOT_BY_KERNELS: Final = (
+    "kernels have neither forward mode nor higher derivatives, which torch.func transforms and forward-mode differentiation "
+    'need: leave backend out or pass "reference"'
+)
+_BUILD_AGAIN: Final = "build it again (pip install -e . or make build)"
+_SHAPE: Final = ("dtype", "n", "c", "hw", "channels_last")  # fields that the main tensor fills
+_LAUNCH: Final = ("workspace", "stream_or_threads")
+
+
+class FusedOp:
+    """An op, its backends and its gradient.
+
+    A call chooses the backend and takes one of these ways:
+
+    1. The reference is called as it is, so PyTorch differentiates and compiles it.
+    2. Plain tensors in eager mode bypass the dispatcher, which takes longer than a small kernel.
+    3. Every other call goes through `torch.ops.ddpm_fast.<name>`: compilation, tensor subclasses, dispatch modes, lazy
+       negation.
+
+    Inside torch.func transforms and forward-mode differentiation the reference computes the op, eager and compiled.
+
+    Functions given to the constructor read arguments and results by name: `arguments.x`. The arguments end with
+    `backend`, the backend that was chosen.
+
+    Args:
+        name: Name of the op, its native kernel, its Triton module and its launcher.
+        schema: Arguments in torch.library's syntax. `backend` is added to them.
+        outputs: Result -> function(arguments) that allocates it, or returns None if it is not wanted. The fake
+            implementation calls the same functions.
+        reference: Definition in plain PyTorch, of the same arguments. It returns the results, then those of `saved`
+            if it has them.
+        saved: Like `outputs`, for results that only the backward pass reads. A call does not return them.
+        dense: The large tensors. The first one sets shape and dtype for the kernel, and the memory format of all.
+            Tensors that are not listed are made contiguous or channels_last, each by itself.
+        layout: Memory format of the large tensors. None: that of the first one.
+        native: Function(results, arguments) that computes the results. None: the kernel of the op's name.
+        has_triton: Whether there is a Triton launcher of the op's name.
+        backward: Function(arguments, results, grads, needs) that returns gradients by argument name. `needs` says by
+            name whether a gradient is needed. None: a call that needs a gradient uses the reference.
+        reads: Arguments and results that `backward` reads, besides those of `saved`. None: all tensor arguments. The
+            other tensors are None there.
+        derived: Field of the kernel -> function(arguments) that computes it. Other fields take the argument or the
+            result of their name. `<name>_dtype`, the sizes and the threads need no entry.
+        host_only: Arguments that are no field of the kernel.
+        check: Function(arguments) that raises for values out of range. It runs before a kernel or the reference.
+        unfit: Function(backend, arguments) that returns why a backend cannot take the arguments, or None.
+        limits: Function(device, dtype) that returns why native kernels cannot run, or None. It adds to what all ops
+            require.
+        is_default: Function(arguments) that returns whether native kernels are the default for them. None: always.
+        in_place: Define `<name>_out` too, which writes the first result to a given tensor.
+        is_public: Add the op to `OPS`.
+
+    Raises:
+        ImportError: The fields of the kernel are not those that the schema gives.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        schema: str,
+        *,
+        outputs: Mapping[str, Callable[[Any], Tensor | None]],
+        reference: Callable[..., Any] | None = None,
+        saved: Mapping[str, Callable[[Any], Tensor]] | None = None,
+        dense: tuple[str, ...] = (),
+        layout: torch.memory_format | None = None,
+        native: Callable[[Any, Any], None] | None = None,
+        has_triton: bool = False,
+        backward: Callable[[Any, Any, Any, Any], dict[str, Tensor | None]] | None = None,
+        reads: tuple[str, ...] | None = None,
+        derived: Mapping[str, Callable[[Any], Any]] | None = None,
+        host_only: tuple[str, ...] = (),
+        check: Callable[[Any], None] | None = None,
+        unfit: Callable[[str, Any], str | None] | None = None,
+        limits: Callable[[torch.device, torch.dtype], str | None] | None = None,
+        is_default: Callable[[Any], bool] | None = None,
+        in_place: bool = False,
+        is_public: bool = False,
+    ) -> None:
+        self.name, self.reference, self.backward = name, reference, backward
+        self.has_triton, self.in_place = has_triton, in_place
+        self._native, self._check, self._unfit, self._limits = native, check, unfit, limits
+        self._layout, self._is_default = layout, is_default
+        kinds, names = zip(*(part.split() for part in schema.split(", ")), strict=True)
+        saved = saved or {}
+        self.Arguments, self.Results = _named("Arguments", *names, "backend"), _named("Results", *outputs, *saved)
+        self._num_results, self._num_saved = len(outputs), len(saved)
+        self._allocate = (*outputs.values(), *saved.values())
+        self._tensors = [i for i, kind in enumerate(kinds) if kind.startswith("Tensor")]
+        self._dense = [names.index(each) for each in dense]
+        self._small = [i for i in self._tensors if i not in self._dense]
+        self._dtype_argument = names.index("dtype") if "dtype" in names else None
+        self._read = [i for i in self._tensors if reads is None or names[i] in reads]
+        self._read_results = [i for i, result in enumerate(self.Results._fields) if result in saved or result in (reads or ())]
+        if native is None:
+            self._plan_launch(names, derived or {}, host_only)
+        self._define(schema)
+        if is_public:
+            OPS[name] = self
+
+    def __repr__(self) -> str:
+        return f"FusedOp({self.name})"
+
+    # -------------------------------------------------------------------------------------------------------- dispatch
+
+    def __call__(self, *arguments: Any, backend: str | None = None, out: Tensor | None = None) -> Any:
+        """Compute the op.
+
+        Args:
+            arguments: Those of the schema, in order.
+            backend: Name of the backend. None: the first that can run.
+            out: Tensor for the first result, for an op with `in_place`.
+
+        Returns:
+            The result, or a tuple if there are several. One that is not wanted is None or has no elements.
+        """
+        main = arguments[self._dense[0]] if self._dense else arguments[self._tensors[0]]
+        dtype = main.dtype if self._dtype_argument is None else arguments[self._dtype_argument]
+        chosen = self.choose(backend, main.device, dtype, arguments)
+        if chosen == "reference":
+            return self._by_reference(arguments, out)
+        if torch.compiler.is_compiling() or not is_eager():
+            return self._by_dispatcher(arguments, backend, out)
+        requires_grad = False
+        for i in self._tensors:
+            tensor = arguments[i]
+            if tensor is not None:
+                if not is_plain(tensor):
+                    return self._by_dispatcher(arguments, backend, out)
+                requires_grad = requires_grad or tensor.requires_grad
+        if requires_grad and out is None and torch.is_grad_enabled():
+            if self.backward is not None:
+                return _Function.apply(self, self.run, chosen, *arguments)  # type: ignore[no-untyped-call]
+            if self.reference is not None:
+                return self._by_reference(arguments, out)
+        results = self.run(chosen, arguments, saves=False, out=out)
+        return results[0] if self._num_results == 1 else results[: self._num_results]
+
+    def choose(self, backend: str | None, device: torch.device, dtype: torch.dtype, arguments: tuple[Any, ...] = ()) -> str:
+        """Return the backend that computes the op: the one named, or the first that can run.
+
+        Triton's interpreter is for tests, so CPU tensors use "triton" only by name.
+
+        Raises:
+            BackendUnavailable: The named backend cannot run. No other is tried.
+            ValueError: The named backend is unknown.
+        """
+        in_transform = not torch.compiler.is_compiling() and is_transformed()
+        if backend is not None:
+            reason = self.why_not(backend, device, dtype, arguments)
+            if reason is None and in_transform and backend != "reference":
+                reason = _NOT_BY_KERNELS
+            if reason is not None:
+                raise BackendUnavailable(f'{self.name}: backend "{backend}" cannot run: {reason}')
+            return backend
+        if in_transform and self.reference is not None:
+            return "reference"
+        if device.type == "cuda":
+            warn_without_cuda()
+        for name in BACKENDS:
+            if name == "triton" and device.type == "cpu":
+                continue
+            if name == "native" and self._is_default is not None and not self._is_default(self.Arguments(*arguments, name)):
+                continue
+            if self.why_not(name, device, dtype, arguments) is None:
+                return name
+        raise BackendUnavailable(f"{self.name}: no backend can run on {device} in {dtype}")
+
+    def why_not(
+        self, backend: str, device: torch.device, dtype: torch.dtype = torch.float32, arguments: tuple[Any, ...] = ()
+    ) -> str | None:
+        """Return why a backend cannot compute the op, or None if it can.
+
+        Raises:
+            ValueError: The backend is unknown.
+        """
+        if backend == "reference":
+            return None if self.reference is not None else "it has no reference"
+        if backend == "native":
+            reason = self._limits(device, dtype) if self._limits is not None else None
+            reason = reason or why_not_native(device, dtype)
+        elif backend == "triton":
+            reason = why_not_triton(device, dtype) if self.has_triton else "there is no Triton kernel"
+        else:
+            raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+        if reason is None and self._unfit is not None and arguments:
+            reason = self._unfit(backend, self.Arguments(*arguments, backend))
+        return reason
+
+    def _by_reference(self, arguments: tuple[Any, ...], out: Tensor | None = None) -> Any:
+        assert self.reference is not None
+        if self._check is not None:
+            self._check(self.Arguments(*arguments, "reference"))
+        results = self.reference(*arguments)
+        if out is not None:
+            results = (out.copy_(results[0]), *results[1:])
+        if isinstance(results, Tensor):
+            return results
+        return results[0] if self._num_results == 1 else results[: self._num_results]
+
+    def _by_dispatcher(self, arguments: tuple[Any, ...], backend: str | None, out: Tensor | None) -> Any:
+        if out is not None:
+            return (out, *_as_tuple(self._overload_out(out, *arguments, backend)))
+        results = _as_tuple(self._overload(*arguments, backend))
+        return results[0] if self._num_results == 1 else results[: self._num_results]
+
+    # ------------------------------------------------------------------------------------------------------------- run
+
+    def run(self, backend: str, arguments: tuple[Any, ...], *, saves: bool = True, out: Tensor | None = None) -> Any:
+        """Compute the op by kernels, outside autograd and the dispatcher.
+
+        Args:
+            backend: "native" or "triton".
+            arguments: Those of the schema, in order. Tensors must be plain.
+            saves: Also compute the results that the backward pass reads. Otherwise they are None.
+            out: Tensor for the first result.
+
+        Returns:
+            All results, by name.
+        """
+        a = self._prepared(arguments, backend)
+        if self._check is not None:
+            self._check(a)
+        results = self._allocated(a, saves, out)
+        if out is not None:
+            check_apart(self.name, out, a._asdict())
+        if backend == "triton":
+            for i in self._tensors:
+                if a[i] is not None and a[i].data_ptr() == 0 and a[i].numel() != 0:
+                    raise ValueError(
+                        f"{self.name}: expected {a._fields[i]} to have memory, got a tensor whose storage was freed"
+                    )
+            self._launcher()(results, a)
+        elif self._native is not None:
+            self._native(results, a)
+        else:
+            main = a[self._dense[0]] if self._dense else results[0]
+            values = [*results, *a, dtype_code(main.dtype), *sizes(main), None, torch.get_num_threads()]
+            values += [0 if a[i] is None else dtype_code(a[i].dtype) for i in self._typed]
+            values += [derive(a) for derive in self._derived]
+            if main.is_cpu:
+                getattr(KERNELS["cpu"], self.name)(*self._pick(values))
+            else:
+                self._launch_on_gpu(self._pick(values), main.device)
+        if out is not None:
+            torch.autograd.graph.increment_version(out)  # autograd does not see what a kernel writes
+        return results
+
+    def _prepared(self, arguments: tuple[Any, ...], backend: str) -> Any:
+        """Return the arguments by name, each tensor in a memory layout that kernels read."""
+        values = [*arguments, backend]
+        if self._dense:
+            layout = self._layout
+            if layout is None:
+                first = self._dense[0]
+                values[first] = dense(values[first])
+                layout = memory_format(values[first])
+            for i in self._dense:
+                if values[i] is not None:
+                    values[i] = values[i].contiguous(memory_format=layout)
+        for i in self._small:
+            if values[i] is not None:
+                values[i] = dense(values[i])
+        return self.Arguments._make(values)
+
+    def _allocated(self, arguments: Any, saves: bool = True, out: Tensor | None = None) -> Any:
+        results = [
+            out if out is not None and i == 0 else allocate(arguments) if saves or i < self._num_results else None
+            for i, allocate in enumerate(self._allocate)
+        ]
+        return self.Results._make(results)
+
+    def _launcher(self) -> Callable[[Any, Any], None]:
+        launcher: Callable[[Any, Any], None] = getattr(
+            import_module(f"ddpm_fast.triton_kernels.{self.name.removesuffix('_backward')}"), self.name
+        )
+        return launcher
+
+    def _plan_launch(
+        self, names: tuple[str, ...], derived: Mapping[str, Callable[[Any], Any]], host_only: tuple[str, ...]
+    ) -> None:
+        """Find the value of each field of the kernel, in the order of the compiled module.
+
+        Raises:
+            ImportError: A field has no value, or an argument or a result has no field.
+        """
+        modules = [getattr(module, "fields", {}) for module in KERNELS.values()]
+        fields = next((fields[self.name] for fields in modules if self.name in fields), None)
+        self._derived, self._typed = (
+            tuple(derived.values()),
+            [i for i in self._tensors if f"{names[i]}_dtype" in (fields or ())],
+        )
+        typed = (f"{names[i]}_dtype" for i in self._typed)
+        given = (*self.Results._fields, *names, "backend", *_SHAPE, *_LAUNCH, *typed, *derived)
+        if not modules:
+            return  # there is no compiled module
+        if fields is None:
+            raise ImportError(f"ddpm_fast: the compiled module is older than this source and lacks {self.name}: {_BUILD_AGAIN}")
+        without_value = [field for field in fields if field not in given]
+        needed = {*self.Results._fields, *names, *derived, "dtype", "stream_or_threads"} - {*host_only}
+        without_field = [each for each in given if each in needed and each not in fields]
+        if without_value or without_field:
+            raise ImportError(
+                f"ddpm_fast: the compiled module does not fit this source: {self.name} has fields without a value: "
+                f"{without_value or 'none'}, and values without a field: {without_field or 'none'}: {_BUILD_AGAIN}"
+            )
+        # The last value of a name counts: a derived one replaces the argument.
+        self._pick = itemgetter(*(len(given) - 1 - given[::-1].index(field) for field in fields))
+        self._fields = fields
+
+    def _launch_on_gpu(self, values: Sequence[Any], device: torch.device) -> None:
+        """Launch the kernel on the current stream of a GPU, with the scratch buffer that it wants."""
+        by_field = dict(zip(self._fields, values, strict=True))
+        by_field["stream_or_threads"] = torch._C._cuda_getCurrentRawStream(device.index)
+        kernels = KERNELS["cuda"]
+        with torch.cuda.device(device):  # kernels ask the current device for its properties
+            wanted = getattr(kernels, f"{self.name}_workspace", None)
+            size = 0 if wanted is None else wanted(*by_field.values())
+            if size:
+                by_field["workspace"] = torch.empty(size, dtype=torch.uint8, device=device)
+            getattr(kernels, self.name)(*by_field.values())
+
+    # ---------------------------------------------------------------------------------------------------- torch.library
+
+    def _define(self, schema: str) -> None:
+        """Register torch.ops.ddpm_fast.<name>.
+
+        `Library.define` and `Library.impl` replace `custom_op`, because a call then costs a third as much.
+        """
+        count = len(self._allocate)
+        self._register(self.name, f"({schema}, str? backend)", count, self._compute, self._fake)
+        LIBRARY.impl(self.name, self._autograd, "Autograd", with_keyset=True)
+        if self.reference is not None:
+            torch.library.register_vmap(f"ddpm_fast::{self.name}", self._vmap, lib=LIBRARY)
+        self._overload = getattr(torch.ops.ddpm_fast, self.name).default
+        if self.in_place:
+            name = f"{self.name}_out"
+            arguments = f"(Tensor(a!) out, {schema}, str? backend)"
+            self._register(name, arguments, count - 1, self._compute_out, self._fake_out)
+            self._overload_out = getattr(torch.ops.ddpm_fast, name).default
+
+    def _register(self, name: str, arguments: str, count: int, compute: Callable[..., Any], fake: Callable[..., Any]) -> None:
+        returns = "Tensor" if count == 1 else f"({', '.join(['Tensor'] * count)})"
+        LIBRARY.define(f"{name}{arguments} -> {returns}", tags=[torch.Tag.pt2_compliant_tag])
+        LIBRARY.impl(name, compute, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"ddpm_fast::{name}", fake, lib=LIBRARY)
+
+    def _compute(self, *values: Any) -> Any:
+        *arguments, backend = values
+        return _unwrapped(self._results(tuple(arguments), backend))
+
+    def _compute_out(self, out: Tensor, *values: Any) -> Any:
+        *arguments, backend = values
+        return _unwrapped(self._results(tuple(arguments), backend, out)[1:])
+
+    def _results(self, arguments: tuple[Any, ...], backend: str | None, out: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Return all results as the dispatcher takes them: a tensor without elements for one that is absent."""
+        for i in self._tensors:
+            if arguments[i] is not None:
+                check_strided(self.name, self.Arguments._fields[i], arguments[i])
+        main = arguments[self._dense[0]] if self._dense else arguments[self._tensors[0]]
+        dtype = main.dtype if self._dtype_argument is None else arguments[self._dtype_argument]
+        chosen = self.choose(backend, main.device, dtype, arguments)
+        if chosen == "reference":
+            return self._all_by_reference(arguments, out)
+        return self._present(self.run(chosen, arguments, out=out), main)
+
+    def _all_by_reference(self, arguments: tuple[Any, ...], out: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Return the reference's results. One that only a kernel's backward pass reads has no elements."""
+        assert self.reference is not None
+        results = _as_tuple(self.reference(*arguments))
+        if out is not None:
+            results = (out.copy_(results[0]), *results[1:])
+        results += (None,) * (len(self._allocate) - len(results))
+        return self._present(results, arguments[self._tensors[0]])
+
+    def _present(self, results: Outputs, like: Tensor) -> tuple[Tensor, ...]:
+        return tuple(like.new_empty(0) if result is None else result for result in results)
+
+    def _fake(self, *values: Any) -> Any:
+        *arguments, backend = values
+        a = self._prepared(tuple(arguments), backend)
+        return _unwrapped(self._present(self._allocated(a), a[self._tensors[0]]))
+
+    def _fake_out(self, out: Tensor, *values: Any) -> Any:
+        *arguments, backend = values
+        a = self._prepared(tuple(arguments), backend)
+        check_apart(self.name, out, a._asdict())
+        return _unwrapped(self._present(self._allocated(a, out=out), a[self._tensors[0]])[1:])
+
+    # ------------------------------------------------------------------------------------------------- differentiation
+
+    def _autograd(self, keys: torch._C.DispatchKeySet, *values: Any) -> Any:
+        """Compute the op for tensors that autograd or a transform watches."""
+        *arguments, backend = values
+        tensors = [arguments[i] for i in self._tensors if arguments[i] is not None]
+        needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        if self.reference is not None and (is_transformed() or (needs_grad and self.backward is None)):
+            if is_transformed() and backend not in (None, "reference"):
+                raise BackendUnavailable(f'{self.name}: backend "{backend}" cannot run: {_NOT_BY_KERNELS}')
+            return _unwrapped(self._all_by_reference(tuple(arguments)))
+
+        def below_autograd(backend: str | None, arguments: tuple[Any, ...]) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                return self._overload.redispatch(keys & torch._C._after_autograd_keyset, *arguments, backend)
+
+        if needs_grad and self.backward is not None:
+            return _Function.apply(self, below_autograd, backend, *arguments)  # type: ignore[no-untyped-call]
+        return below_autograd(backend, tuple(arguments))
+
+    def _vmap(self, info: Any, in_dims: tuple[Any, ...], *values: Any) -> tuple[Any, Any]:
+        """Compute the op for a batch of arguments by the reference."""
+        results = torch.vmap(lambda *values: self._all_by_reference(values[:-1]), in_dims)(*values)
+        return _unwrapped(results), _unwrapped((0,) * len(results))
+
+    def _save(self, ctx: Any, arguments: tuple[Any, ...], results: Outputs) -> None:
+        ctx.save_for_backward(*(arguments[i] for i in self._read), *(results[i] for i in self._read_results))
+        ctx.others = [None if i in self._tensors else value for i, value in enumerate(arguments)]
+
+    def _saved(self, ctx: Any) -> tuple[Any, Any]:
+        """Return the arguments and results that `_save` kept."""
+        tensors, count = ctx.saved_tensors, len(self._read)
+        arguments = [*ctx.others, ctx.backend]
+        for i, tensor in zip(self._read, tensors[:count], strict=True):
+            arguments[i] = tensor
+        results = [None] * len(self._allocate)
+        for i, tensor in zip(self._read_results, tensors[count:], strict=True):
+            results[i] = tensor
+        return self.Arguments._make(arguments), self.Results._make(results)
+
+
+def why_not(backend: str, op: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
+    """Return why a backend cannot compute an op for this device and dtype, or None if it can.
+
+    Raises:
+        ValueError: The backend or the op is unknown.
+    """
+    if op not in OPS:
+        raise ValueError(f"why_not: expected op to be one of {', '.join(OPS)}, got {op!r}")
+    return OPS[op].why_not(backend, device, dtype)
+
+
+class _Function(torch.autograd.Function):
+    """The derivative of a FusedOp for eager mode and for the dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, op: FusedOp, run: Callable[..., Any], backend: str | None, *arguments: Any) -> Any:
+        results = _as_tuple(run(backend, arguments))
+        ctx.op, ctx.backend = op, backend
+        op._save(ctx, arguments, results)
+        if run == op.run:
+            results = results[: op._num_results]
+        else:
+            ctx.mark_non_differentiable(*results[op._num_results :])
+        return _unwrapped(results)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        op: FusedOp = ctx.op
+        assert op.backward is not None
+        arguments, results = op._saved(ctx)
+        needs = op.Arguments(*ctx.needs_input_grad[3:], False)
+        gradients = op.backward(arguments, results, grads[: op._num_results], needs)
+        return (None, None, None, *(gradients.get(name) for name in op.Arguments._fields[:-1]))
+
+
+def _named(kind: str, *names: str) -> Any:
+    """Return a tuple type whose fields have these names."""
+    return namedtuple(kind, names)
+
+
+def _as_tuple(results: Any) -> tuple[Any, ...]:
+    return (results,) if isinstance(results, Tensor) else tuple(results or ())
+
+
+def _unwrapped(results: tuple[Any, ...]) -> Any:
+    """Return results as a Python implementation of an op does: none, one, or a tuple."""
+    return results[0] if len(results) == 1 else results or None
+
+
+def gradients_of(function: Callable[..., Tensor], inputs: Sequence[Tensor | None], grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Return the gradients of function(*inputs), differentiable if autograd records. Those of absent inputs are None."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        leaves = [
+            value if value is None or (create_graph and value.requires_grad) else value.detach().requires_grad_()
+            for value in inputs
+        ]
+        result = function(*leaves)
+        present = [leaf for leaf in leaves if leaf is not None]
+        grads = iter(torch.autograd.grad(result, present, grad, create_graph=create_graph))
+    return tuple(None if leaf is None else next(grads) for leaf in leaves)
+
+
+# ------------------------------------------------------------------------------------------------------------ conditions
+
+
+def is_transformed() -> bool:
+    """Return whether a torch.func transform or forward-mode differentiation is active.
+
+    Do not call this from compiled code.
+    """
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
+def is_eager() -> bool:
+    """Return whether no tracer, transform or dispatch mode is active."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or is_transformed()
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Return whether a kernel may read the memory of a tensor as it is."""
+    return (
+        type(tensor) in _PLAIN_TYPES
+        and tensor.layout is torch.strided
+        and not (tensor.is_neg() or tensor.is_nested or torch._C._functorch.is_legacy_batchedtensor(tensor))
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------- memory
+
+
+def dtype_code(dtype: torch.dtype) -> int:
+    """Return the native module's code of a dtype."""
+    return _DTYPE_CODES[dtype]
+
+
+def dense(x: Tensor) -> Tensor:
+    """Return x as a contiguous or channels_last tensor, copying only if it is neither."""
+    if x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)):
+        return x
+    return x.contiguous()
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """Return the memory format of a dense tensor."""
+    return torch.contiguous_format if x.is_contiguous() else torch.channels_last
+
+
+def sizes(x: Tensor) -> tuple[int, int, int, int]:
+    """Return n, c, hw and channels_last (0 or 1) of a dense tensor."""
+    n = x.shape[0]
+    if x.is_contiguous():
+        c = x.shape[1] if x.dim() > 1 else 1
+        return n, c, x.numel() // max(1, n * c), 0
+    return n, x.shape[1], x.shape[2] * x.shape[3], 1

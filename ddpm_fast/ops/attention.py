@@ -1,0 +1,132 @@
+"""attention: softmax(q k^T scale) v over all pixels of a feature map."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ._op import FusedOp, gradients_of
+from .backend import why_not_matrix_kernels
+from .checks import autocast, check_float, check_number
+from .conv3x3 import is_trained_natively, step_of
+
+# Pixels of a map from which a layer's training step is faster than with PyTorch's attention. Of 256 channels in one head,
+# batch 16, two cores with AVX-512 BF16: in bfloat16 0.75 of its time at 16x16, 0.8 at 8x8 and 4x4; in float32 0.9 at
+# 16x16, 1.1 at 8x8.
+FEWEST_PIXELS: Final = {torch.bfloat16: 0, torch.float32: 256}
+
+
+def attention(qkv: Tensor, num_heads: int, *, scale: float | None = None, backend: str | None = None) -> Tensor:
+    """Return the self-attention of all pixels, softmax(q k^T scale) v (Vaswani et al. 2017).
+
+    The scores are never stored for the backward pass, which computes them again. The reference is PyTorch's
+    scaled_dot_product_attention. Under autocast qkv is cast.
+
+    Args:
+        qkv: [N, L, 3 C], floating: q, k and v of L pixels in this order, the heads of each one after another.
+        num_heads: Number of heads, a divisor of C.
+        scale: Factor of the scores. None: 1 / sqrt(C / num_heads).
+        backend: "native" or "reference". None: "native" for a training step on a CPU in bfloat16, or in
+            float32 with 256 pixels or more, else "reference". Native kernels take float32 and bfloat16, the
+            latter with an even number of channels in a head.
+
+    Returns:
+        [N, L, C] in the dtype of qkv, contiguous. Differentiable any number of times.
+
+    Raises:
+        ValueError: An argument has an unsupported value or shape.
+        TypeError: An argument has an unsupported type or dtype.
+        BackendUnavailable: The named backend cannot run.
+    """
+    op = "attention"
+    check_float(op, "qkv", qkv)
+    if not isinstance(num_heads, (int, torch.SymInt)) or isinstance(num_heads, bool):
+        raise TypeError(f"{op}: expected num_heads to be an int, got {type(num_heads).__name__}")
+    if qkv.dim() != 3 or num_heads < 1 or qkv.shape[2] % (3 * num_heads):
+        raise ValueError(f"{op}: expected qkv to be [N, L, 3 C] with C a multiple of {num_heads} heads, got {list(qkv.shape)}")
+    if scale is None:
+        scale = float(max(qkv.shape[2] // (3 * num_heads), 1) ** -0.5)
+    check_number(op, "scale", scale)
+    (qkv,) = autocast(qkv)
+    y: Tensor = attention_op(qkv, num_heads, scale, backend=backend)
+    return y
+
+
+def is_attention_native(h: Tensor, num_heads: int, *parameters: Tensor | None) -> bool:
+    """Return whether native kernels are the default for the training step of an attention layer.
+
+    Args:
+        h: Input of the projections, [N, L, C].
+        num_heads: Number of heads.
+        parameters: Weights and biases of the projections.
+    """
+    in_autocast = torch.is_autocast_enabled(h.device.type)
+    dtype = torch.get_autocast_dtype(h.device.type) if in_autocast else h.dtype
+    same = in_autocast or all(parameter is None or parameter.dtype == dtype for parameter in parameters)
+    return same and is_trained_natively(dtype, h, *parameters) and _suits(dtype, h.shape[1], h.shape[2] // num_heads)
+
+
+def _suits(dtype: torch.dtype, pixels: int, head_channels: int) -> bool:
+    return pixels >= FEWEST_PIXELS[dtype] and head_channels % step_of(dtype) == 0
+
+
+def _head_channels(arguments: Any) -> Any:
+    return arguments.qkv.shape[2] // (3 * arguments.num_heads)
+
+
+def _unfit(backend: str, arguments: Any) -> str | None:
+    if backend == "native" and _head_channels(arguments) % step_of(arguments.qkv.dtype):
+        return f"in bfloat16 it takes an even number of channels in a head, got {_head_channels(arguments)}"
+    return None
+
+
+def _output(arguments: Any) -> Tensor:
+    n, pixels, channels = arguments.qkv.shape
+    y: Tensor = arguments.qkv.new_empty(n, pixels, channels // 3)
+    return y
+
+
+def _softmax(arguments: Any) -> Tensor:
+    """Allocate the largest score of each query, and one over the sum of exp((score - largest) scale)."""
+    n, pixels, _ = arguments.qkv.shape
+    statistics: Tensor = arguments.qkv.new_empty(n, arguments.num_heads, 2, pixels, dtype=torch.float32)
+    return statistics
+
+
+def _gradient_by_reference(grad_y: Tensor, y: Tensor, softmax: Tensor, qkv: Tensor, num_heads: int, scale: float) -> Any:
+    # Written out, because PyTorch's attention has no second derivative on every device.
+    return gradients_of(lambda qkv: reference.attention(qkv, num_heads, scale, fused=False), (qkv,), grad_y)[0]
+
+
+_SIZES: Final = {"pixels": lambda a: a.qkv.shape[1], "head_dim": _head_channels}
+_backward_op = FusedOp(
+    "attention_backward",
+    "Tensor grad_y, Tensor y, Tensor softmax, Tensor qkv, int num_heads, float scale",
+    outputs={"grad_qkv": lambda a: torch.empty_like(a.qkv)},
+    reference=_gradient_by_reference,
+    derived=_SIZES,
+    limits=why_not_matrix_kernels,
+)
+
+
+def _backward(a: Any, results: Any, grads: Any, needs: Any) -> dict[str, Tensor | None]:
+    return {"qkv": _backward_op(grads[0], results.y, results.softmax, a.qkv, a.num_heads, a.scale, backend=a.backend)}
+
+
+attention_op = FusedOp(
+    "attention",
+    "Tensor qkv, int num_heads, float scale",
+    outputs={"y": _output},
+    saved={"softmax": _softmax},
+    reference=reference.attention,
+    backward=_backward,
+    reads=("qkv", "y"),
+    derived=_SIZES,
+    unfit=_unfit,
+    limits=why_not_matrix_kernels,
+    is_default=lambda a: is_trained_natively(a.qkv.dtype, a.qkv) and _suits(a.qkv.dtype, a.qkv.shape[1], _head_channels(a)),
+    is_public=True,
+)

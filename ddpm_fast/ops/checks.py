@@ -1,0 +1,151 @@
+"""Checks of arguments: errors name the op, the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from .backend import FLOATS
+
+_NUMBERS = (float, int, torch.SymFloat, torch.SymInt)
+
+
+def check_type(op: str, name: str, value: Any, kind: type) -> None:
+    """Raise a TypeError unless `value` is a `kind`."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{op}: expected {name} to be a {kind.__name__}, got {type(value).__name__}")
+
+
+def check_number(op: str, name: str, value: Any) -> None:
+    """Raise a TypeError unless `value` is a number and not a bool."""
+    if not isinstance(value, _NUMBERS) or isinstance(value, bool):
+        raise TypeError(f"{op}: expected {name} to be a number, got {type(value).__name__}")
+
+
+def check_apart(op: str, out: Tensor, inputs: Mapping[str, Any]) -> None:
+    """Raise a ValueError if `out` overlaps an input in memory without being the same elements.
+
+    An elementwise kernel may run in place. With an offset it would read elements that it has overwritten.
+
+    Args:
+        op: Name of the op.
+        out: A dense tensor.
+        inputs: Dense tensors by name. Other values are ignored.
+    """
+    out_begin, out_end = _extent(out)
+    for name, x in inputs.items():
+        if not isinstance(x, Tensor):
+            continue
+        begin, end = _extent(x)
+        if begin == out_begin and x.dtype == out.dtype and x.shape[1:] == out.shape[1:]:
+            continue
+        if begin < out_end and out_begin < end:
+            raise ValueError(f"{op}: expected out to be {name} itself or apart from it in memory, got a partial overlap")
+
+
+def _extent(x: Tensor) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
+    """Return begin and end of a dense tensor in memory. Extents of different storages compare as apart."""
+    if isinstance(x, FakeTensor) or x.is_meta:
+        storage, begin = x.untyped_storage()._cdata, x.storage_offset() * x.element_size()
+    else:
+        storage, begin = 0, x.data_ptr()
+    return (storage, begin), (storage, begin + x.nbytes)
+
+
+def check_strided(op: str, name: str, x: Tensor) -> None:
+    """Raise a TypeError for a sparse, nested or mkldnn tensor."""
+    if x.layout != torch.strided or x.is_nested:
+        got = "a nested tensor" if x.is_nested else f"a tensor of layout {x.layout}"
+        raise TypeError(f"{op}: expected {name} to be a dense tensor, got {got}")
+
+
+def check_float(op: str, name: str, x: Tensor, min_dim: int = 1) -> None:
+    """Raise a TypeError or ValueError unless x is a floating tensor of at least min_dim dimensions."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: expected {name} to be a tensor, got {type(x).__name__}")
+    check_strided(op, name, x)
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{op}: expected {name} to be float32, float64, float16 or bfloat16, got {x.dtype}")
+    if x.dim() < min_dim:
+        raise ValueError(f"{op}: expected {name} to have at least {min_dim} dimensions [N, ...], got shape {list(x.shape)}")
+
+
+def check_like(op: str, name: str, x: Tensor, like_name: str, like: Tensor, shape: tuple[int, ...] | None = None) -> None:
+    """Raise unless x has the dtype and device of `like`, and the shape of `like` or the one given."""
+    wanted = tuple(like.shape) if shape is None else shape
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: expected {name} to be a tensor, got {type(x).__name__}")
+    check_strided(op, name, x)
+    if tuple(x.shape) != wanted:
+        raise ValueError(f"{op}: expected {name} to have shape {list(wanted)}, got {list(x.shape)}")
+    if x.dtype != like.dtype:
+        raise TypeError(f"{op}: expected {name} to have the dtype of {like_name}, {like.dtype}, got {x.dtype}")
+    check_device(op, name, x, like_name, like)
+
+
+def check_device(op: str, name: str, x: Tensor, like_name: str, like: Tensor) -> None:
+    """Raise a ValueError unless x is on the device of `like`."""
+    if x.device != like.device:
+        raise ValueError(f"{op}: expected {name} on the device of {like_name}, {like.device}, got {x.device}")
+
+
+def check_seeds(op: str, seeds: Tensor, n: int, device: torch.device) -> Tensor:
+    """Return int64 seeds [n] on the device, or raise."""
+    if not isinstance(seeds, Tensor) or seeds.dtype != torch.int64:
+        got = seeds.dtype if isinstance(seeds, Tensor) else type(seeds).__name__
+        raise TypeError(f"{op}: expected seeds to be an int64 tensor (see sample_seeds), got {got}")
+    if seeds.shape != (n,):
+        raise ValueError(f"{op}: expected seeds to have shape [{n}], one a sample, got {list(seeds.shape)}")
+    return seeds.to(device).contiguous()
+
+
+def check_noise_or_seeds(op: str, noise: Tensor | None, seeds: Tensor | None) -> None:
+    """Raise a ValueError unless exactly one of noise and seeds is given."""
+    if (noise is None) == (seeds is None):
+        raise ValueError(f"{op}: expected exactly one of noise and seeds, got {'neither' if noise is None else 'both'}")
+
+
+def index_tensor(op: str, name: str, index: int | Tensor, bound: int, n: int, device: torch.device) -> Tensor:
+    """Return the samples' timesteps as int64 [n] on the device.
+
+    `index` is an int, or int64 with one or n elements. An int is checked here. A CPU tensor is checked by
+    `check_range` when the op runs. A GPU tensor is not checked, because that would synchronize with the
+    host: the caller must keep it in range.
+    """
+    if isinstance(index, Tensor):
+        if index.dtype != torch.int64:
+            raise TypeError(f"{op}: expected {name} to be an int or an int64 tensor, got {index.dtype}")
+        if index.numel() != 1 and index.shape != (n,):
+            raise ValueError(f"{op}: expected {name} to be an int or of shape [{n}], got {list(index.shape)}")
+        return index.to(device).reshape(-1).expand(n).contiguous()
+    if not isinstance(index, int) or isinstance(index, bool):
+        raise TypeError(f"{op}: expected {name} to be an int or an int64 tensor, got {type(index).__name__}")
+    if not 0 <= index < bound:
+        raise ValueError(f"{op}: expected {name} in 0..{bound - 1}, got {index}")
+    return torch.full((n,), index, dtype=torch.int64, device=device)
+
+
+def check_range(op: str, name: str, index: Tensor, bound: int) -> None:
+    """Raise a ValueError if a CPU tensor has a value outside 0..bound-1.
+
+    Kernels read tables at these indices. Inside torch.func transforms values are not available, and
+    nothing is checked. Compiled code checks when its kernel runs.
+    """
+    if torch.compiler.is_compiling():
+        return
+    if index.device.type == "cpu" and index.numel() and not torch._C._functorch.is_functorch_wrapped_tensor(index):
+        low, high = torch.aminmax(index)
+        if low < 0 or high >= bound:
+            raise ValueError(f"{op}: expected {name} in 0..{bound - 1}, got values from {int(low)} to {int(high)}")
+
+
+def autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
+    """Return the tensors in autocast's dtype if autocast is on for x's device. float64 is not cast."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return x, *others
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, *others))

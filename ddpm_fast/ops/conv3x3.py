@@ -1,0 +1,338 @@
+"""conv3x3: a 3x3 convolution with the operations before and after it, in one pass.
+
+On CPUs the kernels are direct sums or Winograd's F(2x2, 3x3) (Lavin and Gray 2016), on packed weights. The frozen network
+calls the same kernels, with weights that are packed once.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import reference
+from ._op import FusedOp, gradients_of, is_eager, is_plain
+from .backend import MATRIX_DTYPES, has_fast_bfloat16, native, why_not_matrix_kernels
+from .checks import autocast, check_device, check_float, check_like, check_number
+
+# Fewest 2x2 tiles of a batch for which reading 16/9 of the weights pays (36/16 after an upsampling, of the small maps).
+WINOGRAD_TILES: Final = 8
+
+_CHANNELS_LAST: Final = torch.channels_last
+# The three taps of an even or odd output row fall on two input rows in these ways after upsampling by 2.
+_UPSAMPLED: Final = torch.tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], dtype=torch.float64, device="cpu")
+
+
+def conv3x3(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    skip: Tensor | None = None,
+    affine: Tensor | None = None,
+    activation: Literal["silu"] | None = None,
+    residual: Tensor | None = None,
+    divisor: float = 1.0,
+    upsample: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """Convolve x with 3x3 weights, stride 1 and one pixel of zero padding.
+
+        h = act((cat(x, skip) - center) slope + intercept)       act and the affine map only if they are given
+        y = (conv(up(h)) + bias + residual) / divisor            up only with `upsample`
+
+    Under autocast x, skip and residual are cast. The reference is PyTorch's convolution: oneDNN on CPUs,
+    cuDNN on NVIDIA GPUs.
+
+    Args:
+        x: [N, C, H, W], floating. Kernels compute in channels_last and convert contiguous maps.
+        weight: [out, C + S, 3, 3], in x's dtype or float32.
+        bias: [out], in x's dtype or float32, or None.
+        skip: Further input channels [N, S, H, W], in x's dtype, or None.
+        affine: float32 [N, 3, C + S]: center, slope and intercept of each channel, as `group_norm_affine`
+            returns them for a preceding group norm. None: no affine map. float64 for a float64 x.
+        activation: "silu" or None, applied before the convolution.
+        residual: Added to the output, shaped like it, in x's dtype, or None.
+        divisor: Divides the sum. Not 0.
+        upsample: Upsample h by 2 (nearest neighbour) before the convolution.
+        backend: "native" or "reference". None: "native" for a training step on a CPU whose maps or weights
+            are channels_last, else "reference". Native kernels take float32 and bfloat16.
+
+    Returns:
+        [N, out, H, W], or [N, out, 2 H, 2 W] with `upsample`, in x's dtype: channels_last if x or weight
+        is, else contiguous. Differentiable any number of times in every tensor.
+
+    Raises:
+        ValueError: An argument has an unsupported value, shape or device.
+        TypeError: An argument has an unsupported type or dtype.
+        BackendUnavailable: The named backend cannot run.
+    """
+    op = "conv3x3"
+    check_float(op, "x", x)
+    if x.dim() != 4:
+        raise ValueError(f"{op}: expected x to be [N, C, H, W], got shape {list(x.shape)}")
+    x, skip, residual = autocast(x, skip, residual)
+    n, channels, height, width = x.shape
+    if skip is not None:
+        check_like(op, "skip", skip, "x", x, (n, skip.shape[1] if skip.dim() == 4 else 0, height, width))
+        channels += skip.shape[1]
+    _check_small("weight", weight, x)
+    if weight.dim() != 4 or tuple(weight.shape[1:]) != (channels, 3, 3):
+        raise ValueError(f"{op}: expected weight to have shape [out, {channels}, 3, 3], got {list(weight.shape)}")
+    out_channels = weight.shape[0]
+    if bias is not None:
+        _check_small("bias", bias, x)
+        if tuple(bias.shape) != (out_channels,):
+            raise ValueError(f"{op}: expected bias to have shape [{out_channels}], got {list(bias.shape)}")
+    if affine is not None:
+        wide = reference.opmath(x.dtype)
+        check_like(op, "affine", affine, "the statistics", x.new_empty(0, dtype=wide), (n, 3, channels))
+    if activation not in ("silu", None):
+        raise ValueError(f'{op}: expected activation to be "silu" or None, got {activation!r}')
+    check_number(op, "divisor", divisor)
+    if divisor == 0:
+        raise ValueError(f"{op}: expected divisor to be another number than 0, got {divisor}")
+    if not isinstance(upsample, bool):
+        raise TypeError(f"{op}: expected upsample to be a bool, got {type(upsample).__name__}")
+    if residual is not None:
+        scale = 2 if upsample else 1
+        check_like(op, "residual", residual, "x", x, (n, out_channels, scale * height, scale * width))
+    silu = activation == "silu"
+    y: Tensor = _conv3x3(x, weight, bias, skip, affine, silu, residual, float(divisor), upsample, backend=backend)
+    return y
+
+
+def _check_small(name: str, value: Tensor, x: Tensor) -> None:
+    check_float("conv3x3", name, value)
+    if value.dtype not in (x.dtype, torch.float32):
+        raise TypeError(f"conv3x3: expected {name} to be float32 or of x's dtype, {x.dtype}, got {value.dtype}")
+    check_device("conv3x3", name, value, "x", x)
+
+
+def winograd_tiles(n: int, height: int, width: int) -> int:
+    """Return the number of 2x2 tiles in n feature maps."""
+    return n * ((height + 1) // 2) * ((width + 1) // 2)
+
+
+# --------------------------------------------------------------------------------------------------------- packed weights
+
+
+def step_of(dtype: torch.dtype) -> int:
+    """Return the number of input channels per multiply-add: 2 in bfloat16, 1 in float32."""
+    return 2 if dtype == torch.bfloat16 else 1
+
+
+def pack_weights(weight: Tensor, method: str, dtype: torch.dtype, *, upsample: bool = False) -> Tensor:
+    """Return weights in the order in which a kernel reads them: [panels, taps, in / step, panel, step].
+
+    A panel is as many output channels as there are sums in registers. A step is the number of input
+    channels per multiply-add, 2 in bfloat16. Incomplete panels and steps are filled with 0.
+
+    Args:
+        weight: [out, in, k, k].
+        method: "direct": taps are the k k pixels of the kernel. With `upsample`, they are the 4 pixels of the
+            small map behind each pixel of a 2x2 output square. "winograd": G g G^T for k = 3, in 16 taps.
+            With `upsample`, 36: four phases of 9.
+        dtype: Dtype of the result, float32 or bfloat16.
+        upsample: Pack for a convolution after an upsampling by 2.
+    """
+    if method == "winograd":
+        packed: Tensor = pack_winograd(weight.detach().float(), dtype, False, upsample)
+        return packed
+    wide = weight.detach().double()
+    if upsample:
+        taps = torch.einsum("pak,qbl,oikl->pqabio", _UPSAMPLED, _UPSAMPLED, wide).flatten(0, 3)
+    else:
+        taps = wide.permute(2, 3, 1, 0).flatten(0, 1)
+    panel, step = native().cpu.panel, step_of(dtype)
+    taps = F.pad(taps, (0, -taps.shape[2] % panel, 0, -taps.shape[1] % step)).to(dtype)  # [taps, in, out]
+    panels = taps.view(len(taps), taps.shape[1] // step, step, -1, panel)
+    return panels.permute(3, 0, 1, 4, 2).contiguous()
+
+
+def float_bias(bias: Tensor) -> Tensor:
+    """Return the bias as contiguous float32 [out], detached. May share memory with `bias`."""
+    return bias.detach().float().contiguous()
+
+
+def _packed(arguments: Any) -> Tensor:
+    weight: Tensor = arguments.weight
+    out_channels, channels = weight.shape[1::-1] if arguments.flipped else weight.shape[:2]
+    panel, step = native().cpu.panel, step_of(arguments.dtype)
+    shape = (-(-out_channels // panel), 36 if arguments.upsample else 16, -(-channels // step), panel, step)
+    return weight.new_empty(shape, dtype=arguments.dtype)
+
+
+# Flipped weights are those of the input's gradient: in and out exchanged, taps in reverse order.
+pack_winograd = FusedOp(
+    "pack_winograd",
+    "Tensor weight, ScalarType dtype, bool flipped, bool upsample",
+    outputs={"packed": _packed},
+    derived={
+        "out_channels": lambda a: a.weight.shape[0],
+        "channels": lambda a: a.weight.shape[1],
+        "out_stride": lambda a: a.weight.stride(0),
+        "stride": lambda a: a.weight.stride(1),
+        "row_stride": lambda a: a.weight.stride(2),
+        "column_stride": lambda a: a.weight.stride(3),
+    },
+    limits=why_not_matrix_kernels,
+)
+
+# ---------------------------------------------------------------------------------------------------------------- kernels
+
+
+def _empty_map(x: Tensor, channels: int, height: int, width: int) -> Tensor:
+    return torch.empty((x.shape[0], channels, height, width), dtype=x.dtype, device=x.device, memory_format=_CHANNELS_LAST)
+
+
+def _kernel(method: str) -> FusedOp:
+    """Return the kernel of a method as an op on channels_last maps and packed weights."""
+    return FusedOp(
+        f"conv_{method}",
+        "Tensor x, Tensor? skip, Tensor? affine, bool silu, Tensor packed, Tensor? bias, Tensor? residual, float divisor, "
+        "bool upsample, int out_channels, SymInt out_height, SymInt out_width, int kernel, int stride, int padding",
+        outputs={"y": lambda a: _empty_map(a.x, a.out_channels, a.out_height, a.out_width)},
+        derived={
+            "height": lambda a: a.x.shape[2],
+            "width": lambda a: a.x.shape[3],
+            "channels": lambda a: a.x.shape[1],
+            "skip_channels": lambda a: 0 if a.skip is None else a.skip.shape[1],
+        },
+        dense=("x", "skip", "residual"),
+        layout=_CHANNELS_LAST,
+        limits=why_not_matrix_kernels,
+    )
+
+
+# "direct" takes kernels of 1x1 and 3x3 and strides 1 and 2, "winograd" 3x3 and stride 1. The third maps the gradient of an
+# upsampled convolution's output to that of its small input. Its weights are packed flipped, with `upsample`.
+METHODS: Final = ("direct", "winograd", "winograd_upsampled_gradient")
+conv_kernels: Final = {method: _kernel(method) for method in METHODS}
+
+_weight_gradients = FusedOp(
+    "conv_winograd_weight_gradient",
+    "Tensor x, Tensor grad_y, bool has_bias, bool upsample",
+    outputs={
+        "grad_weight": lambda a: torch.empty(
+            (a.grad_y.shape[1], a.x.shape[1], 3, 3), dtype=torch.float32, device=a.x.device, memory_format=_CHANNELS_LAST
+        ),
+        "grad_bias": lambda a: a.x.new_empty(a.grad_y.shape[1], dtype=torch.float32) if a.has_bias else None,
+    },
+    derived={
+        "height": lambda a: a.x.shape[2],
+        "width": lambda a: a.x.shape[3],
+        "channels": lambda a: a.x.shape[1],
+        "out_channels": lambda a: a.grad_y.shape[1],
+    },
+    dense=("x", "grad_y"),
+    layout=_CHANNELS_LAST,
+    host_only=("has_bias",),
+    limits=why_not_matrix_kernels,
+)
+
+
+# -------------------------------------------------------------------------------------------------------------------- op
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=_CHANNELS_LAST) and not x.is_contiguous()
+
+
+def _output(arguments: Any) -> Tensor:
+    x, weight = arguments.x, arguments.weight
+    scale = 2 if arguments.upsample else 1
+    layout = _CHANNELS_LAST if _is_channels_last(x) or _is_channels_last(weight) else torch.contiguous_format
+    shape = (x.shape[0], weight.shape[0], scale * x.shape[2], scale * x.shape[3])
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+
+
+def _native(results: Any, a: Any) -> None:
+    x, affine = a.x, a.affine
+    if a.silu and affine is None:  # kernels apply SiLU after an affine map
+        channels = a.weight.shape[1]
+        affine = torch.tensor([0.0, 1.0, 0.0], device=x.device)[None, :, None].expand(len(x), 3, channels).contiguous()
+    method = "winograd" if winograd_tiles(x.shape[0], *x.shape[2:]) >= WINOGRAD_TILES else "direct"
+    packed = pack_weights(a.weight, method, x.dtype, upsample=a.upsample)
+    bias = None if a.bias is None else float_bias(a.bias)
+    out = results.y if results.y.is_contiguous(memory_format=_CHANNELS_LAST) else None
+    y = conv_kernels[method].run(
+        "native",
+        (x, a.skip, affine, a.silu, packed, bias, a.residual, a.divisor, a.upsample, *results.y.shape[1:], 3, 1, 1),
+        out=out,
+    )[0]
+    if out is None:
+        results.y.copy_(y)
+
+
+def _backward(a: Any, results: Any, grads: Any, needs: Any) -> dict[str, Tensor | None]:
+    """Return gradients by Winograd's kernels.
+
+    PyTorch computes them if an operation precedes the convolution, and if they are differentiated again.
+    """
+    (grad,) = grads
+    if torch.is_grad_enabled() or a.skip is not None or a.affine is not None or a.silu:
+        return _gradients_by_reference(a, grad)
+    if a.divisor != 1:
+        grad = grad / a.divisor
+    gradients: dict[str, Tensor | None] = {"residual": grad if needs.residual else None}
+    if needs.x:
+        packed = pack_winograd(a.weight.detach().float(), a.x.dtype, True, a.upsample)
+        kernel = conv_kernels["winograd_upsampled_gradient" if a.upsample else "winograd"]
+        gradients["x"] = kernel(grad, None, None, False, packed, None, None, 1.0, False, *a.x.shape[1:], 3, 1, 1)
+    if needs.weight or needs.bias:
+        gradients["weight"], bias = _weight_gradients(a.x, grad, a.bias is not None, a.upsample)
+        gradients["bias"] = bias if a.bias is not None else None
+    return gradients
+
+
+def _gradients_by_reference(a: Any, grad: Tensor) -> dict[str, Tensor | None]:
+    names = ("x", "weight", "bias", "skip", "affine", "residual")
+
+    def convolution(*tensors: Tensor) -> Tensor:
+        return reference.conv3x3(*a._replace(**dict(zip(names, tensors, strict=True)))[:-1])
+
+    return dict(zip(names, gradients_of(convolution, [getattr(a, name) for name in names], grad), strict=True))
+
+
+def is_trained_natively(dtype: torch.dtype, *tensors: Tensor | None) -> bool:
+    """Return whether native kernels are the default for a training step in this dtype of a layer with these tensors.
+
+    PyTorch computes layers without gradients, whose weights would be packed at every call: freeze the network instead. It
+    computes bfloat16 on CPUs without instructions for it, and everything under torch.compile.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not is_eager():
+        return False
+    given = [tensor for tensor in tensors if tensor is not None]
+    return (
+        any(tensor.requires_grad for tensor in given)
+        and all(is_plain(tensor) and tensor.is_cpu and tensor.dtype in MATRIX_DTYPES for tensor in given)
+        and why_not_matrix_kernels(given[0].device, dtype) is None
+        and (dtype == torch.float32 or has_fast_bfloat16())
+    )
+
+
+def _is_default(a: Any) -> bool:
+    tensors = (a.x, a.weight, a.bias, a.skip, a.affine, a.residual)
+    return (
+        (_is_channels_last(a.x) or _is_channels_last(a.weight))
+        and winograd_tiles(a.x.shape[0], *a.x.shape[2:]) >= WINOGRAD_TILES
+        and is_trained_natively(a.x.dtype, *tensors)
+    )
+
+
+_conv3x3 = FusedOp(
+    "conv3x3",
+    "Tensor x, Tensor weight, Tensor? bias, Tensor? skip, Tensor? affine, bool silu, Tensor? residual, float divisor, "
+    "bool upsample",
+    outputs={"y": _output},
+    reference=reference.conv3x3,
+    dense=("x", "skip", "residual"),
+    native=_native,
+    backward=_backward,
+    limits=why_not_matrix_kernels,
+    is_default=_is_default,
+    is_public=True,
+)

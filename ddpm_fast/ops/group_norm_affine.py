@@ -1,0 +1,90 @@
+"""group_norm_affine: a group norm as an affine map of each channel, which `conv3x3` applies to its input."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ._op import FusedOp
+from .backend import why_not_matrix_kernels
+from .checks import check_like
+from .group_norm_silu import check_norm
+
+
+def group_norm_affine(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    skip: Tensor | None = None,
+    shift: Tensor | None = None,
+    scale_shift: tuple[Tensor, Tensor] | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Return the group norm of x and skip as center, slope and intercept of each channel.
+
+        norm(cat(x, skip)) = (cat(x, skip) - center) slope + intercept
+
+    `conv3x3(x, ..., skip=skip, affine=...)` applies it while it reads its input, so the normalized map is
+    never stored. Statistics are those of `group_norm_silu`.
+
+    Args:
+        x: [N, C, H, W], floating.
+        num_groups: Number of groups, a divisor of C + S.
+        weight: [C + S], in x's dtype or float32. None: 1.
+        bias: [C + S], in x's dtype or float32. None: 0.
+        eps: Added to the variance, positive.
+        skip: Further channels [N, S, H, W], in x's dtype, or None.
+        shift: [N, C + S], in x's dtype or float32, added before the statistics.
+        scale_shift: Two [N, C + S], in x's dtype or float32.
+        backend: "native" or "reference". None: the first that can run, and "reference" if a gradient is needed.
+
+    Returns:
+        [N, 3, C + S] in float32, or float64 for a float64 x. Differentiable any number of times in every tensor.
+
+    Raises:
+        ValueError: An argument has an unsupported value, shape or device.
+        TypeError: An argument has an unsupported type or dtype.
+        BackendUnavailable: The named backend cannot run.
+    """
+    op = "group_norm_affine"
+    channels = 0
+    if isinstance(skip, Tensor) and isinstance(x, Tensor) and x.dim() == skip.dim() == 4:
+        channels = skip.shape[1]
+        check_like(op, "skip", skip, "x", x, (x.shape[0], channels, *x.shape[2:]))
+    elif skip is not None:
+        raise ValueError(f"{op}: expected skip to be [N, S, H, W] beside x [N, C, H, W]")
+    scale, shift_2 = check_norm(op, x, num_groups, weight, bias, eps, shift, scale_shift, more_channels=channels)
+    if x.dim() != 4:
+        raise ValueError(f"{op}: expected x to be [N, C, H, W], got shape {list(x.shape)}")
+    affine: Tensor = affine_op(x, skip, num_groups, weight, bias, eps, shift, scale, shift_2, backend=backend)
+    return affine
+
+
+def _output(arguments: Any) -> Tensor:
+    x, skip = arguments.x, arguments.skip
+    channels = x.shape[1] + (0 if skip is None else skip.shape[1])
+    affine: Tensor = x.new_empty((x.shape[0], 3, channels), dtype=reference.opmath(x.dtype))
+    return affine
+
+
+affine_op = FusedOp(
+    "group_norm_affine",
+    "Tensor x, Tensor? skip, int num_groups, Tensor? weight, Tensor? bias, float eps, Tensor? shift, Tensor? scale, "
+    "Tensor? scale_shift",
+    outputs={"affine": _output},
+    reference=reference.group_norm_affine,
+    dense=("x", "skip"),
+    layout=torch.channels_last,
+    derived={
+        "channels": lambda a: a.x.shape[1],
+        "skip_channels": lambda a: 0 if a.skip is None else a.skip.shape[1],
+    },
+    limits=why_not_matrix_kernels,
+    is_public=True,
+)
