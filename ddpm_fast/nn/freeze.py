@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops._op import is_eager, is_plain
+from ..ops._op import runs_eagerly
 from ..ops.backend import has_fast_bfloat16, why_not_matrix_kernels
 from . import packed
 from .conv import Conv3x3
@@ -237,7 +237,7 @@ class FrozenUNet(nn.Module):
 
     def _part(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
         inputs = (x, *self.modulations(t, class_labels))
-        if self.why_not_packed is None and is_eager() and all(is_plain(tensor) for tensor in inputs):
+        if self.why_not_packed is None and runs_eagerly(*inputs):
             return self._recordings.run(self._layers, inputs, packed.loads)
         return self._layers(*inputs)
 

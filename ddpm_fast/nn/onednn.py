@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops._op import is_eager, is_plain
+from ..ops._op import runs_eagerly
 from ..ops.backend import MATRIX_DTYPES
 
 MAX_ORDERS: Final = 4  # of the weights kept for a layer: shapes of its input
@@ -52,8 +52,7 @@ class OneDnnConv(nn.Module):
     def forward(self, x: Tensor, added: Tensor | None = None) -> Tensor:
         """Return conv(x) + added: [N, C, H, W] -> [N, out, H', W']."""
         padding, stride, dilation, groups = self.geometry
-        plain = is_eager() and is_plain(x) and (added is None or is_plain(added))
-        if x.device.type != "cpu" or x.dtype not in MATRIX_DTYPES or 0 in x.shape or not plain:
+        if x.device.type != "cpu" or x.dtype not in MATRIX_DTYPES or 0 in x.shape or not runs_eagerly(x, added):
             out: Tensor = F.conv2d(x, self.weight, self.bias, stride, padding, dilation, groups)
             return out if added is None else out + added
         ops = torch.ops.mkldnn

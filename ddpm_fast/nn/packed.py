@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops._op import FusedOp, is_eager, is_plain
+from ..ops._op import FusedOp, runs_eagerly
 from ..ops.attention import attention_op
 from ..ops.conv3x3 import WINOGRAD_TILES, conv_kernels, float_bias, pack_weights, step_of, winograd_tiles
 from ..ops.group_norm_affine import affine_op
@@ -161,7 +161,7 @@ def run_kernel(
         constants: Arguments that a recording has to keep alive.
     """
     tensors = [value for value in arguments if isinstance(value, Tensor)]
-    if not (is_eager() and all(is_plain(tensor) for tensor in tensors)):
+    if not runs_eagerly(*tensors):
         result: Tensor = op(*arguments, backend="native")
         return result
     out = empty(shape, dtype, tensors[0].device)
@@ -176,7 +176,7 @@ def _in_huge_pages(tensor: Tensor) -> Tensor:
     At batch 1 a network's weights are read from memory, and address translation of 4 KB pages takes longer
     than reading them.
     """
-    if tensor.nbytes < _HUGE_PAGE // 2 or not (is_eager() and is_plain(tensor)) or not hasattr(mmap, "MADV_HUGEPAGE"):
+    if tensor.nbytes < _HUGE_PAGE // 2 or not runs_eagerly(tensor) or not hasattr(mmap, "MADV_HUGEPAGE"):
         return tensor
     try:
         memory = mmap.mmap(-1, tensor.nbytes + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

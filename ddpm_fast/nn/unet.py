@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops._op import is_eager, is_plain
+from ..ops._op import runs_eagerly
 from ..ops.checks import check_range
 from .checkpoint import check_weights, load_checkpoint, save_checkpoint
 from .config import UNetConfig
@@ -189,7 +189,7 @@ def checked_timesteps(config: UNetConfig, x: Tensor, t: Tensor | int, class_labe
             raise ValueError(
                 f"UNet: expected class_labels to be int64 [{n}], got {class_labels.dtype} {tuple(class_labels.shape)}"
             )
-        if is_eager() and is_plain(class_labels):  # torch.compile and the like cannot ask for a value
+        if runs_eagerly(class_labels):  # torch.compile and the like cannot ask for a value
             check_range("UNet", "class_labels", class_labels, config.num_class_embeds)
     if not isinstance(t, Tensor):
         if not isinstance(t, Number):

@@ -20,6 +20,7 @@ OPS: Final[dict[str, FusedOp]] = {}  # public ops by name
 
 _DTYPE_CODES: Final = {dtype: code for code, dtype in enumerate((*FLOATS, torch.uint8))}
 _PLAIN_TYPES: Final = (Tensor, torch.nn.Parameter)
+_VMAP_OF_GRADIENTS: Any = torch._C._parse_dispatch_key("VmapMode")  # torch.autograd.grad(..., is_grads_batched=True)
 _NOT_BY_KERNELS: Final = (
     "kernels have neither forward mode nor higher derivatives, which torch.func transforms and forward-mode differentiation "
     'need: leave backend out or pass "reference"'
@@ -65,7 +66,7 @@ class FusedOp:
             result of their name. `<name>_dtype`, the sizes and the threads need no entry.
         host_only: Arguments that are no field of the kernel.
         check: Function(arguments) that raises for values out of range. It runs before a kernel or the reference.
-        unfit: Function(backend, arguments) that returns why a backend cannot take the arguments, or None.
+        unfit: Backend -> function(arguments) that returns why it cannot take them, or None.
         limits: Function(device, dtype) that returns why native kernels cannot run, or None. It adds to what all ops
             require.
         is_default: Function(arguments) that returns whether native kernels are the default for them. None: always.
@@ -93,7 +94,7 @@ class FusedOp:
         derived: Mapping[str, Callable[[Any], Any]] | None = None,
         host_only: tuple[str, ...] = (),
         check: Callable[[Any], None] | None = None,
-        unfit: Callable[[str, Any], str | None] | None = None,
+        unfit: Mapping[str, Callable[[Any], str | None]] | None = None,
         limits: Callable[[torch.device, torch.dtype], str | None] | None = None,
         is_default: Callable[[Any], bool] | None = None,
         in_place: bool = False,
@@ -101,7 +102,7 @@ class FusedOp:
     ) -> None:
         self.name, self.reference, self.backward = name, reference, backward
         self.has_triton, self.in_place = has_triton, in_place
-        self._native, self._check, self._unfit, self._limits = native, check, unfit, limits
+        self._native, self._check, self._unfit, self._limits = native, check, unfit or {}, limits
         self._layout, self._is_default = layout, is_default
         kinds, names = zip(*(part.split() for part in schema.split(", ")), strict=True)
         saved = saved or {}
@@ -109,7 +110,9 @@ class FusedOp:
         self._num_results, self._num_saved = len(outputs), len(saved)
         self._allocate = (*outputs.values(), *saved.values())
         self._tensors = [i for i, kind in enumerate(kinds) if kind.startswith("Tensor")]
+        self._constants = [i for i in range(len(names)) if i not in self._tensors]
         self._dense = [names.index(each) for each in dense]
+        self._main = (self._dense or self._tensors)[0]
         self._small = [i for i in self._tensors if i not in self._dense]
         self._dtype_argument = names.index("dtype") if "dtype" in names else None
         self._read = [i for i in self._tensors if reads is None or names[i] in reads]
@@ -136,29 +139,33 @@ class FusedOp:
         Returns:
             The result, or a tuple if there are several. One that is not wanted is None or has no elements.
         """
-        main = arguments[self._dense[0]] if self._dense else arguments[self._tensors[0]]
+        main = arguments[self._main]
         dtype = main.dtype if self._dtype_argument is None else arguments[self._dtype_argument]
-        chosen = self.choose(backend, main.device, dtype, arguments)
+        compiling = torch.compiler.is_compiling()
+        transformed = not compiling and is_transformed()
+        chosen = self._choose(backend, main.device, dtype, arguments, transformed)
         if chosen == "reference":
             return self._by_reference(arguments, out)
-        if torch.compiler.is_compiling() or not is_eager():
+        if compiling or is_traced():
             return self._by_dispatcher(arguments, backend, out)
-        requires_grad = False
+        records, needs_grad = torch.is_grad_enabled(), False
         for i in self._tensors:
             tensor = arguments[i]
             if tensor is not None:
-                if not is_plain(tensor):
+                if type(tensor) not in _PLAIN_TYPES or tensor.is_neg():
                     return self._by_dispatcher(arguments, backend, out)
-                requires_grad = requires_grad or tensor.requires_grad
-        if requires_grad and out is None and torch.is_grad_enabled():
+                needs_grad = needs_grad or (records and tensor.requires_grad)
+        if needs_grad and out is None:
             if self.backward is not None:
-                return _Function.apply(self, self.run, chosen, *arguments)  # type: ignore[no-untyped-call]
+                return _Function.apply(self, None, chosen, *arguments)  # type: ignore[no-untyped-call]
             if self.reference is not None:
                 return self._by_reference(arguments, out)
         results = self.run(chosen, arguments, saves=False, out=out)
         return results[0] if self._num_results == 1 else results[: self._num_results]
 
-    def choose(self, backend: str | None, device: torch.device, dtype: torch.dtype, arguments: tuple[Any, ...] = ()) -> str:
+    def _choose(
+        self, backend: str | None, device: torch.device, dtype: torch.dtype, arguments: tuple[Any, ...], transformed: bool
+    ) -> str:
         """Return the backend that computes the op: the one named, or the first that can run.
 
         Triton's interpreter is for tests, so CPU tensors use "triton" only by name.
@@ -167,26 +174,26 @@ class FusedOp:
             BackendUnavailable: The named backend cannot run. No other is tried.
             ValueError: The named backend is unknown.
         """
-        in_transform = not torch.compiler.is_compiling() and is_transformed()
         if backend is not None:
             reason = self.why_not(backend, device, dtype, arguments)
-            if reason is None and in_transform and backend != "reference":
+            if reason is None and transformed and backend != "reference":
                 reason = _NOT_BY_KERNELS
             if reason is not None:
                 raise BackendUnavailable(f'{self.name}: backend "{backend}" cannot run: {reason}')
             return backend
-        if in_transform and self.reference is not None:
+        if transformed and self.reference is not None:
             return "reference"
+        if (self._is_default is None or self._is_default(self.Arguments(*arguments, "native"))) and (
+            self.why_not("native", device, dtype, arguments) is None
+        ):
+            return "native"
         if device.type == "cuda":
             warn_without_cuda()
-        for name in BACKENDS:
-            if name == "triton" and device.type == "cpu":
-                continue
-            if name == "native" and self._is_default is not None and not self._is_default(self.Arguments(*arguments, name)):
-                continue
-            if self.why_not(name, device, dtype, arguments) is None:
-                return name
-        raise BackendUnavailable(f"{self.name}: no backend can run on {device} in {dtype}")
+            if self.why_not("triton", device, dtype, arguments) is None:
+                return "triton"
+        if self.reference is None:
+            raise BackendUnavailable(f"{self.name}: no backend can run on {device} in {dtype}")
+        return "reference"
 
     def why_not(
         self, backend: str, device: torch.device, dtype: torch.dtype = torch.float32, arguments: tuple[Any, ...] = ()
@@ -205,8 +212,8 @@ class FusedOp:
             reason = why_not_triton(device, dtype) if self.has_triton else "there is no Triton kernel"
         else:
             raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
-        if reason is None and self._unfit is not None and arguments:
-            reason = self._unfit(backend, self.Arguments(*arguments, backend))
+        if reason is None and arguments and backend in self._unfit:
+            reason = self._unfit[backend](self.Arguments(*arguments, backend))
         return reason
 
     def _by_reference(self, arguments: tuple[Any, ...], out: Tensor | None = None) -> Any:
@@ -228,7 +235,7 @@ class FusedOp:
 
     # ------------------------------------------------------------------------------------------------------------- run
 
-    def run(self, backend: str, arguments: tuple[Any, ...], *, saves: bool = True, out: Tensor | None = None) -> Any:
+    def run(self, backend: str | None, arguments: tuple[Any, ...], *, saves: bool = True, out: Tensor | None = None) -> Any:
         """Compute the op by kernels, outside autograd and the dispatcher.
 
         Args:
@@ -256,7 +263,7 @@ class FusedOp:
         elif self._native is not None:
             self._native(results, a)
         else:
-            main = a[self._dense[0]] if self._dense else results[0]
+            main = a[self._main] if self._dense else results[0]
             values = [*results, *a, dtype_code(main.dtype), *sizes(main), None, torch.get_num_threads()]
             values += [0 if a[i] is None else dtype_code(a[i].dtype) for i in self._typed]
             values += [derive(a) for derive in self._derived]
@@ -268,28 +275,27 @@ class FusedOp:
             torch.autograd.graph.increment_version(out)  # autograd does not see what a kernel writes
         return results
 
-    def _prepared(self, arguments: tuple[Any, ...], backend: str) -> Any:
+    def _prepared(self, arguments: tuple[Any, ...], backend: str | None) -> Any:
         """Return the arguments by name, each tensor in a memory layout that kernels read."""
         values = [*arguments, backend]
         if self._dense:
             layout = self._layout
             if layout is None:
-                first = self._dense[0]
-                values[first] = dense(values[first])
-                layout = memory_format(values[first])
+                main = values[self._main] = dense(values[self._main])
+                layout = memory_format(main)
             for i in self._dense:
-                if values[i] is not None:
+                if values[i] is not None and (i != self._main or self._layout is not None):
                     values[i] = values[i].contiguous(memory_format=layout)
         for i in self._small:
-            if values[i] is not None:
+            if values[i] is not None and not values[i].is_contiguous():
                 values[i] = dense(values[i])
         return self.Arguments._make(values)
 
     def _allocated(self, arguments: Any, saves: bool = True, out: Tensor | None = None) -> Any:
-        results = [
-            out if out is not None and i == 0 else allocate(arguments) if saves or i < self._num_results else None
-            for i, allocate in enumerate(self._allocate)
-        ]
+        results: list[Tensor | None] = [] if out is None else [out]
+        results += [allocate(arguments) for allocate in self._allocate[len(results) : None if saves else self._num_results]]
+        if not saves:
+            results += [None] * self._num_saved
         return self.Results._make(results)
 
     def _launcher(self) -> Callable[[Any, Any], None]:
@@ -380,9 +386,9 @@ class FusedOp:
         for i in self._tensors:
             if arguments[i] is not None:
                 check_strided(self.name, self.Arguments._fields[i], arguments[i])
-        main = arguments[self._dense[0]] if self._dense else arguments[self._tensors[0]]
+        main = arguments[self._main]
         dtype = main.dtype if self._dtype_argument is None else arguments[self._dtype_argument]
-        chosen = self.choose(backend, main.device, dtype, arguments)
+        chosen = self._choose(backend, main.device, dtype, arguments, is_transformed())
         if chosen == "reference":
             return self._all_by_reference(arguments, out)
         return self._present(self.run(chosen, arguments, out=out), main)
@@ -422,13 +428,13 @@ class FusedOp:
                 raise BackendUnavailable(f'{self.name}: backend "{backend}" cannot run: {_NOT_BY_KERNELS}')
             return _unwrapped(self._all_by_reference(tuple(arguments)))
 
-        def below_autograd(backend: str | None, arguments: tuple[Any, ...]) -> Any:
-            with torch._C._AutoDispatchBelowAutograd():
-                return self._overload.redispatch(keys & torch._C._after_autograd_keyset, *arguments, backend)
-
         if needs_grad and self.backward is not None:
-            return _Function.apply(self, below_autograd, backend, *arguments)  # type: ignore[no-untyped-call]
-        return below_autograd(backend, tuple(arguments))
+            return _Function.apply(self, keys, backend, *arguments)  # type: ignore[no-untyped-call]
+        return self._below_autograd(keys, *values)
+
+    def _below_autograd(self, keys: torch._C.DispatchKeySet, *values: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return self._overload.redispatch(keys & torch._C._after_autograd_keyset, *values)
 
     def _vmap(self, info: Any, in_dims: tuple[Any, ...], *values: Any) -> tuple[Any, Any]:
         """Compute the op for a batch of arguments by the reference."""
@@ -437,12 +443,14 @@ class FusedOp:
 
     def _save(self, ctx: Any, arguments: tuple[Any, ...], results: Outputs) -> None:
         ctx.save_for_backward(*(arguments[i] for i in self._read), *(results[i] for i in self._read_results))
-        ctx.others = [None if i in self._tensors else value for i, value in enumerate(arguments)]
+        ctx.constants = [arguments[i] for i in self._constants]
 
     def _saved(self, ctx: Any) -> tuple[Any, Any]:
         """Return the arguments and results that `_save` kept."""
         tensors, count = ctx.saved_tensors, len(self._read)
-        arguments = [*ctx.others, ctx.backend]
+        arguments = [*(None for _ in self._constants), *(None for _ in self._tensors), ctx.backend]
+        for i, value in zip(self._constants, ctx.constants, strict=True):
+            arguments[i] = value
         for i, tensor in zip(self._read, tensors[:count], strict=True):
             arguments[i] = tensor
         results = [None] * len(self._allocate)
@@ -466,24 +474,26 @@ class _Function(torch.autograd.Function):
     """The derivative of a FusedOp for eager mode and for the dispatcher."""
 
     @staticmethod
-    def forward(ctx: Any, op: FusedOp, run: Callable[..., Any], backend: str | None, *arguments: Any) -> Any:
-        results = _as_tuple(run(backend, arguments))
+    def forward(ctx: Any, op: FusedOp, keys: torch._C.DispatchKeySet | None, backend: str | None, *arguments: Any) -> Any:
+        """Run the op, or its overload below autograd if the dispatcher calls with `keys`."""
         ctx.op, ctx.backend = op, backend
-        op._save(ctx, arguments, results)
-        if run == op.run:
-            results = results[: op._num_results]
+        if keys is None:
+            results = op.run(backend, arguments)
+            returned = results[: op._num_results]
         else:
+            results = returned = _as_tuple(op._below_autograd(keys, *arguments, backend))
             ctx.mark_non_differentiable(*results[op._num_results :])
-        return _unwrapped(results)
+        op._save(ctx, arguments, results)
+        return _unwrapped(returned)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         op: FusedOp = ctx.op
         assert op.backward is not None
         arguments, results = op._saved(ctx)
-        needs = op.Arguments(*ctx.needs_input_grad[3:], False)
+        needs = op.Arguments._make((*ctx.needs_input_grad[3:], False))
         gradients = op.backward(arguments, results, grads[: op._num_results], needs)
-        return (None, None, None, *(gradients.get(name) for name in op.Arguments._fields[:-1]))
+        return (None, None, None, *[gradients.get(name) for name in op.Arguments._fields[:-1]])
 
 
 def _named(kind: str, *names: str) -> Any:
@@ -525,23 +535,20 @@ def is_transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
-def is_eager() -> bool:
-    """Return whether no tracer, transform or dispatch mode is active."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or is_transformed()
+def is_traced() -> bool:
+    """Return whether torch.jit, a dispatch mode or the vmap of batched gradients watches the operations."""
+    return bool(
+        torch._C._len_torch_dispatch_stack()
         or torch._C._get_tracing_state() is not None
+        or torch._C._dispatch_tls_is_dispatch_key_included(_VMAP_OF_GRADIENTS)
     )
 
 
-def is_plain(tensor: Tensor) -> bool:
-    """Return whether a kernel may read the memory of a tensor as it is."""
-    return (
-        type(tensor) in _PLAIN_TYPES
-        and tensor.layout is torch.strided
-        and not (tensor.is_neg() or tensor.is_nested or torch._C._functorch.is_legacy_batchedtensor(tensor))
-    )
+def runs_eagerly(*tensors: Tensor | None) -> bool:
+    """Return whether kernels may be called directly: plain tensors, and no compiler, tracer, mode or transform."""
+    if torch.compiler.is_compiling() or is_transformed() or is_traced():
+        return False
+    return all(tensor is None or (type(tensor) in _PLAIN_TYPES and not tensor.is_neg()) for tensor in tensors)
 
 
 # ---------------------------------------------------------------------------------------------------------------- memory

@@ -77,8 +77,8 @@ def _head_channels(arguments: Any) -> Any:
     return arguments.qkv.shape[2] // (3 * arguments.num_heads)
 
 
-def _unfit(backend: str, arguments: Any) -> str | None:
-    if backend == "native" and _head_channels(arguments) % step_of(arguments.qkv.dtype):
+def _unfit(arguments: Any) -> str | None:
+    if _head_channels(arguments) % step_of(arguments.qkv.dtype):
         return f"in bfloat16 it takes an even number of channels in a head, got {_head_channels(arguments)}"
     return None
 
@@ -125,7 +125,7 @@ attention_op = FusedOp(
     backward=_backward,
     reads=("qkv", "y"),
     derived=_SIZES,
-    unfit=_unfit,
+    unfit={"native": _unfit},
     limits=why_not_matrix_kernels,
     is_default=lambda a: is_trained_natively(a.qkv.dtype, a.qkv) and _suits(a.qkv.dtype, a.qkv.shape[1], _head_channels(a)),
     is_public=True,

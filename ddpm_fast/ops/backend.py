@@ -56,10 +56,11 @@ def why_not_native(device: torch.device, dtype: torch.dtype) -> str | None:
     """Return why native kernels cannot run for this device and dtype, or None if they can."""
     if native_error() is not None:
         return f"the compiled module did not load: {native_error()}"
-    if device.type not in KERNELS:
-        without = BUILD.get("cuda_why_not", "") if device.type == "cuda" else ""
-        return f"it has no kernels for {device.type} tensors" + (f": {without}" if without else "")
-    if device.type == "cuda":
+    kind = device.type
+    if kind not in KERNELS:
+        without = BUILD.get("cuda_why_not", "") if kind == "cuda" else ""
+        return f"it has no kernels for {kind} tensors" + (f": {without}" if without else "")
+    if kind == "cuda":
         return "it has no float64 kernels for CUDA tensors" if dtype == torch.float64 else _why_not_cuda(device)
     return None
 

@@ -67,7 +67,8 @@ def check_float(op: str, name: str, x: Tensor, min_dim: int = 1) -> None:
     """Raise a TypeError or ValueError unless x is a floating tensor of at least min_dim dimensions."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: expected {name} to be a tensor, got {type(x).__name__}")
-    check_strided(op, name, x)
+    if x.layout is not torch.strided or x.is_nested:
+        check_strided(op, name, x)
     if x.dtype not in FLOATS:
         raise TypeError(f"{op}: expected {name} to be float32, float64, float16 or bfloat16, got {x.dtype}")
     if x.dim() < min_dim:
@@ -79,7 +80,8 @@ def check_like(op: str, name: str, x: Tensor, like_name: str, like: Tensor, shap
     wanted = tuple(like.shape) if shape is None else shape
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: expected {name} to be a tensor, got {type(x).__name__}")
-    check_strided(op, name, x)
+    if x.layout is not torch.strided or x.is_nested:
+        check_strided(op, name, x)
     if tuple(x.shape) != wanted:
         raise ValueError(f"{op}: expected {name} to have shape {list(wanted)}, got {list(x.shape)}")
     if x.dtype != like.dtype:

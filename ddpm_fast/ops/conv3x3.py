@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from ._op import FusedOp, gradients_of, is_eager, is_plain
+from ._op import FusedOp, gradients_of, runs_eagerly
 from .backend import MATRIX_DTYPES, has_fast_bfloat16, native, why_not_matrix_kernels
 from .checks import autocast, check_device, check_float, check_like, check_number
 
@@ -303,12 +303,12 @@ def is_trained_natively(dtype: torch.dtype, *tensors: Tensor | None) -> bool:
     PyTorch computes layers without gradients, whose weights would be packed at every call: freeze the network instead. It
     computes bfloat16 on CPUs without instructions for it, and everything under torch.compile.
     """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not is_eager():
-        return False
     given = [tensor for tensor in tensors if tensor is not None]
     return (
-        any(tensor.requires_grad for tensor in given)
-        and all(is_plain(tensor) and tensor.is_cpu and tensor.dtype in MATRIX_DTYPES for tensor in given)
+        runs_eagerly(*given)
+        and torch.is_grad_enabled()
+        and any(tensor.requires_grad for tensor in given)
+        and all(tensor.is_cpu and tensor.dtype in MATRIX_DTYPES for tensor in given)
         and why_not_matrix_kernels(given[0].device, dtype) is None
         and (dtype == torch.float32 or has_fast_bfloat16())
     )
@@ -317,9 +317,9 @@ def is_trained_natively(dtype: torch.dtype, *tensors: Tensor | None) -> bool:
 def _is_default(a: Any) -> bool:
     tensors = (a.x, a.weight, a.bias, a.skip, a.affine, a.residual)
     return (
-        (_is_channels_last(a.x) or _is_channels_last(a.weight))
+        is_trained_natively(a.x.dtype, *tensors)
+        and (_is_channels_last(a.x) or _is_channels_last(a.weight))
         and winograd_tiles(a.x.shape[0], *a.x.shape[2:]) >= WINOGRAD_TILES
-        and is_trained_natively(a.x.dtype, *tensors)
     )
 
 

@@ -112,8 +112,8 @@ def _check_modulation(op: str, name: str, value: Tensor | None, shape: tuple[int
     check_device(op, name, value, "x", x)
 
 
-def _unfit(backend: str, arguments: Any) -> str | None:
-    if backend == "triton" and arguments.x.shape[1] // arguments.num_groups > _TRITON_MAX_CHANNELS_PER_GROUP:
+def _unfit_for_triton(arguments: Any) -> str | None:
+    if arguments.x.shape[1] // arguments.num_groups > _TRITON_MAX_CHANNELS_PER_GROUP:
         return f"it takes at most {_TRITON_MAX_CHANNELS_PER_GROUP} channels in a group"
     return None
 
@@ -178,6 +178,6 @@ _group_norm_silu = FusedOp(
     dense=("x",),
     has_triton=True,
     backward=_backward,
-    unfit=_unfit,
+    unfit={"triton": _unfit_for_triton},
     is_public=True,
 )
