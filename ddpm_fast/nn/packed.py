@@ -231,8 +231,9 @@ class PackedAttention(nn.Module):
         """Return the layer's output: [N, C, H, W] -> [N, C, H, W]."""
         n, _, height, width = x.shape
         qkv = self.to_qkv(x).permute(0, 2, 3, 1).flatten(1, 2)  # [N, H W, 3 C], a view
-        h = run_kernel(attention_op, (qkv, self.num_heads, self.scale), (n, height * width, qkv.shape[2] // 3), x.dtype)
-        h = h.view(n, height, width, -1).permute(0, 3, 1, 2)
+        channels = qkv.shape[2] // 3
+        h = run_kernel(attention_op, (qkv, self.num_heads, self.scale), (n, height * width, channels), x.dtype)
+        h = h.view(n, height, width, channels).permute(0, 3, 1, 2)
         out: Tensor = self.to_out(h, added=x, divisor=self.output_scale_factor)
         return out
 

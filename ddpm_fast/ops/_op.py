@@ -359,7 +359,7 @@ class FusedOp:
         self._register(self.name, f"({schema}, str? backend)", count, self._compute, self._fake)
         LIBRARY.impl(self.name, self._autograd, "Autograd", with_keyset=True)
         if self.reference is not None:
-            torch.library.register_vmap(f"ddpm_fast::{self.name}", self._vmap, lib=LIBRARY)
+            LIBRARY.impl(self.name, self._batched, "FuncTorchBatchedDecomposition")
         self._overload = getattr(torch.ops.ddpm_fast, self.name).default
         if self.in_place:
             name = f"{self.name}_out"
@@ -369,7 +369,7 @@ class FusedOp:
 
     def _register(self, name: str, arguments: str, count: int, compute: Callable[..., Any], fake: Callable[..., Any]) -> None:
         returns = "Tensor" if count == 1 else f"({', '.join(['Tensor'] * count)})"
-        LIBRARY.define(f"{name}{arguments} -> {returns}", tags=[torch.Tag.pt2_compliant_tag])
+        LIBRARY.define(f"{name}{arguments} -> {returns}", tags=[torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides])
         LIBRARY.impl(name, compute, "CompositeExplicitAutograd")
         torch.library.register_fake(f"ddpm_fast::{name}", fake, lib=LIBRARY)
 
@@ -436,10 +436,9 @@ class FusedOp:
         with torch._C._AutoDispatchBelowAutograd():
             return self._overload.redispatch(keys & torch._C._after_autograd_keyset, *values)
 
-    def _vmap(self, info: Any, in_dims: tuple[Any, ...], *values: Any) -> tuple[Any, Any]:
-        """Compute the op for a batch of arguments by the reference."""
-        results = torch.vmap(lambda *values: self._all_by_reference(values[:-1]), in_dims)(*values)
-        return _unwrapped(results), _unwrapped((0,) * len(results))
+    def _batched(self, *values: Any) -> Any:
+        """Compute the op for tensors of torch.vmap by the reference."""
+        return _unwrapped(self._all_by_reference(values[:-1]))
 
     def _save(self, ctx: Any, arguments: tuple[Any, ...], results: Outputs) -> None:
         ctx.save_for_backward(*(arguments[i] for i in self._read), *(results[i] for i in self._read_results))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ._op import FusedOp, gradients_of
+from ._op import FusedOp, gradients_of, is_transformed
 from .backend import why_not_matrix_kernels
 from .checks import autocast, check_float, check_number
 from .conv3x3 import is_trained_natively, step_of
@@ -96,8 +96,14 @@ def _softmax(arguments: Any) -> Tensor:
     return statistics
 
 
+def _reference(qkv: Tensor, num_heads: int, scale: float) -> Tensor:
+    # PyTorch's fused attention has no forward mode.
+    fused = torch.compiler.is_compiling() or not is_transformed()
+    return reference.attention(qkv, num_heads, scale, fused=fused)
+
+
 def _gradient_by_reference(grad_y: Tensor, y: Tensor, softmax: Tensor, qkv: Tensor, num_heads: int, scale: float) -> Any:
-    # Written out, because PyTorch's attention has no second derivative on every device.
+    # Nor has it second derivatives on every device.
     return gradients_of(lambda qkv: reference.attention(qkv, num_heads, scale, fused=False), (qkv,), grad_y)[0]
 
 
@@ -121,7 +127,7 @@ attention_op = FusedOp(
     "Tensor qkv, int num_heads, float scale",
     outputs={"y": _output},
     saved={"softmax": _softmax},
-    reference=reference.attention,
+    reference=_reference,
     backward=_backward,
     reads=("qkv", "y"),
     derived=_SIZES,
