@@ -13,7 +13,7 @@ SOURCES := find csrc tests/emulator -name "*.h" -o -name "*.c??" -o -name "*.cu"
 # Some machines switch bytecode files off. Each process would then compile every module that it imports.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: check check-all check-lowest setup setup-lowest build lint test test-all bench gpu-check docs format clean
+.PHONY: check check-all check-lowest setup setup-lowest build lint test test-all bench gpu-check docs format stub clean
 
 # Each check works in a copy of the tree, in build/. It has its own environment and build, and leaves yours as they are.
 # -j 2: the kernels compile while pip installs.
@@ -87,6 +87,10 @@ format:  ## rewrite the sources in the project's style
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 	$(SOURCES) | xargs $(VENV)/bin/clang-format -i
+
+stub: build  ## write ddpm_fast/_native.pyi after a change of csrc/common/args.h
+	$(RUN) tests/native_stub.py > build/_native.pyi
+	mv build/_native.pyi ddpm_fast/_native.pyi
 
 clean:
 	rm -rf build $(VENV) ddpm_fast/_native*.so

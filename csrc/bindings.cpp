@@ -65,10 +65,10 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
       nogil);
 
   py::module_ cpu = m.def_submodule("cpu", "The ops on CPU tensors.");
-  bind_ops(cpu, cpu_kernels());
+  bind_kernels(cpu, cpu_kernels());
 #ifdef DDPM_FAST_CUDA
   py::module_ cuda = m.def_submodule("cuda", "The ops on CUDA tensors.");
-  bind_ops(cuda, cuda_kernels());
+  bind_kernels(cuda, cuda_kernels());
   cuda.def("why_not", &cuda::why_not);
 #endif
 }

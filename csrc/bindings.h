@@ -1,102 +1,220 @@
-// A table of kernels as functions of a Python module. Tensors cross as addresses (0: absent). Python checks shapes.
+// A table of kernels as functions of a Python module.
+//
+// Each kernel takes one positional value per field of its Args (see common/args.h): an object with data_ptr(), such as a
+// tensor, or None for a pointer, and a number otherwise. The module's dict `fields` holds the names of the fields.
+// Python checks shapes, dtypes and devices.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
 #include <functional>
+#include <limits>
+#include <new>
+#include <span>
 #include <string>
 #include <type_traits>
 #include <utility>
 #include <vector>
 
+#include "common/fields.h"
 #include "common/ops.h"
 
 namespace ddpm_fast {
 
 namespace py = pybind11;
 
-// The arguments of a call, in order. An `Arguments` converts to the next one, in the type that is wanted:
-//   NoiseArgs args = {arguments, arguments, ...};
-// All ops share one function type, because separate signatures of 20 arguments take longer to compile.
-class Arguments {
+using Values = std::span<PyObject* const>;
+
+// ------------------------------------------------------------------------------------------------- values to arguments
+
+// Reads the fields of a kernel's Args from the values of a call.
+class Reader {
  public:
-  explicit Arguments(const py::args& all) : all_(all) {}
-
-  template <class T>
-    requires(std::is_arithmetic_v<T>)
-  operator T() {
-    return next<T>();
-  }
-  template <class T>
-    requires(std::is_enum_v<T>)
-  operator T() {
-    return static_cast<T>(next<int>());
-  }
-  template <class T>
-  operator T*() {
-    return reinterpret_cast<T*>(next<std::uintptr_t>());
+  Reader(const std::string& kernel, const std::vector<std::string>& fields, Values values)
+      : kernel_(kernel), fields_(fields), values_(values) {
+    if (values.size() != fields.size()) {
+      throw py::type_error(kernel + ": expected " + std::to_string(fields.size()) + " arguments, got " +
+                           std::to_string(values.size()));
+    }
   }
 
-  // Raises TypeError unless every argument was taken. Call it before you use them.
-  void check() const {
-    if (taken_ != all_.size()) refuse("expected " + std::to_string(taken_) + " arguments");
+  // Reads the next value.
+  template <class Field>
+  void operator()(Field& field) {
+    PyObject* const value = values_[next_];
+    if constexpr (std::is_pointer_v<Field>) {
+      field = static_cast<Field>(address(value));
+    } else if constexpr (std::is_same_v<Field, StreamOrThreads>) {
+      field.value = static_cast<std::intptr_t>(integer(value, INTPTR_MIN, INTPTR_MAX));
+    } else if constexpr (std::is_floating_point_v<Field>) {
+      field = static_cast<Field>(real(value));
+    } else if constexpr (std::is_enum_v<Field>) {
+      field = static_cast<Field>(integer(value, 0, INT32_MAX));
+    } else if constexpr (std::is_same_v<Field, bool>) {
+      field = integer(value, 0, 1) != 0;
+    } else {
+      using Limits = std::numeric_limits<Field>;
+      field = static_cast<Field>(integer(value, Limits::min(), Limits::max()));
+    }
+    ++next_;
   }
 
  private:
-  template <class T>
-  T next() {
-    if (taken_ == all_.size()) refuse("expected more arguments");
-    try {
-      return all_[taken_++].template cast<T>();
-    } catch (const py::cast_error&) {
-      refuse("expected argument " + std::to_string(taken_) + " to be a number in range");
+  long long integer(PyObject* value, long long smallest, long long largest) const {
+    const long long number = PyLong_AsLongLong(value);
+    if (number == -1 && PyErr_Occurred() != nullptr) refuse_number(value);
+    if (number < smallest || number > largest) refuse_number(value);
+    return number;
+  }
+
+  double real(PyObject* value) const {
+    const double number = PyFloat_AsDouble(value);
+    if (number == -1 && PyErr_Occurred() != nullptr) refuse_number(value);
+    return number;
+  }
+
+  void* address(PyObject* value) const {
+    if (value == Py_None) return nullptr;
+    static PyObject* const data_ptr = PyUnicode_InternFromString("data_ptr");
+    PyObject* const result = PyObject_CallMethodNoArgs(value, data_ptr);
+    if (result == nullptr) {
+      if (!PyErr_ExceptionMatches(PyExc_AttributeError)) throw py::error_already_set();
+      PyErr_Clear();
+      throw py::type_error(kernel_ + ": expected " + fields_[next_] + " to be a tensor or None, got " +
+                           Py_TYPE(value)->tp_name);
     }
+    void* const start = PyLong_AsVoidPtr(result);
+    Py_DECREF(result);
+    if (PyErr_Occurred() != nullptr) throw py::error_already_set();
+    if (start == nullptr) check_empty(value);
+    return start;
   }
 
-  [[noreturn]] void refuse(const std::string& wanted) const {
-    throw py::type_error(wanted + ", got " + py::repr(all_).cast<std::string>());
+  // An empty tensor has no memory. A tensor with elements needs some.
+  void check_empty(PyObject* value) const {
+    const auto elements = py::handle(value).attr("numel")().cast<std::int64_t>();
+    if (elements == 0) return;
+    throw py::value_error(kernel_ + ": expected " + fields_[next_] + " to have memory, got a tensor of " +
+                          std::to_string(elements) +
+                          " elements without (its storage was freed, or it is a zero tensor)");
   }
 
-  const py::args& all_;
-  std::size_t taken_ = 0;
+  [[noreturn]] void refuse_number(PyObject* value) const {
+    PyErr_Clear();
+    throw py::type_error(kernel_ + ": expected " + fields_[next_] + " to be a number in range, got " +
+                         py::repr(value).cast<std::string>());
+  }
+
+  const std::string& kernel_;
+  const std::vector<std::string>& fields_;
+  Values values_;
+  std::size_t next_ = 0;
 };
 
-// Calls of the kernels that a network's inference form is made of, to be made again: what a graph is on a GPU.
-struct Calls {
-  std::vector<std::function<void()>> all;
-};
-inline thread_local Calls* recording = nullptr;  // where this thread's go, too
-
-// Adds a function to a module.
-inline void def(py::module_& m, const char* name, std::function<py::object(Arguments&)> function) {
-  m.def(name, [function = std::move(function)](const py::args& all) {
-    Arguments arguments(all);
-    return function(arguments);
+template <class Args>
+std::string signature(const std::string& name, const std::vector<std::string>& fields, const std::string& result) {
+  std::string text = name + "(";
+  std::size_t next = 0;
+  Args args{};
+  for_each_field(args, [&]<class Field>(Field&) {
+    const char* type = std::is_pointer_v<Field>          ? "Tensor | None"
+                       : std::is_floating_point_v<Field> ? "float"
+                       : std::is_same_v<Field, bool>     ? "bool"
+                                                         : "int";
+    text += (next == 0 ? "" : ", ") + fields[next] + ": " + type;
+    ++next;
   });
+  return text + ", /) -> " + result;
 }
 
-// Adds a kernel that takes the arguments that `parse` makes of a call's.
-template <class Args>
-void def_op(py::module_& m, const char* name, void (*run)(const Args&), Args (*parse)(Arguments&),
-            bool recorded = false) {
-  def(m, name, [run, parse, recorded](Arguments& arguments) -> py::object {
-    const Args args = parse(arguments);
-    arguments.check();
-    {
-      const py::gil_scoped_release released;
-      run(args);
-    }
-    if (recorded && recording != nullptr) recording->all.push_back([run, args] { run(args); });
+// ----------------------------------------------------------------------------------------------------------- functions
+
+// A Python function of positional arguments. pybind11 would make a tuple of them, which takes longer than small kernels.
+struct Function {
+  std::string name, doc;
+  std::function<py::object(Values)> body;
+  PyMethodDef method;
+};
+
+inline PyObject* call_function(PyObject* self, PyObject* const* values, Py_ssize_t count) {
+  const auto* function = static_cast<const Function*>(PyCapsule_GetPointer(self, nullptr));
+  try {
+    return function->body(Values(values, static_cast<std::size_t>(count))).release().ptr();
+  } catch (py::error_already_set& error) {
+    error.restore();
+  } catch (const py::builtin_exception& error) {
+    error.set_error();
+  } catch (const std::bad_alloc&) {
+    PyErr_NoMemory();
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+  }
+  return nullptr;
+}
+
+inline void def(py::module_& m, std::string name, std::string doc, std::function<py::object(Values)> body) {
+  auto* function = new Function{std::move(name), std::move(doc), std::move(body), {}};
+  function->method = {function->name.c_str(), reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&call_function)),
+                      METH_FASTCALL, function->doc.c_str()};
+  const py::capsule self(function, [](void* pointer) { delete static_cast<Function*>(pointer); });
+  const py::object module_name = m.attr("__name__");
+  m.attr(function->name.c_str()) =
+      py::reinterpret_steal<py::object>(PyCFunction_NewEx(&function->method, self.ptr(), module_name.ptr()));
+}
+
+// Adds the kernel `name`. run(args, values) runs it.
+template <class Args, class Run>
+void def_kernel(py::module_& m, const std::string& name, Run run) {
+  const std::vector<std::string> fields = field_names<Args>();
+  py::tuple names(fields.size());
+  for (std::size_t i = 0; i < fields.size(); ++i) names[i] = fields[i];
+  m.attr("fields")[name.c_str()] = names;
+  def(m, name, signature<Args>(name, fields, "None"), [name, fields, run](Values values) -> py::object {
+    Args args{};
+    for_each_field(args, Reader(name, fields, values));
+    run(args, values);
     return py::none();
   });
 }
 
-// --------------------------------------------------------------------------------------------------------------- ops
+// Adds the function that returns the size of a kernel's workspace. It takes the kernel's values.
+template <class Args>
+void def_workspace(py::module_& m, const std::string& name, std::int64_t (*bytes)(const Args&)) {
+  const std::vector<std::string> fields = field_names<Args>();
+  const std::string function = name + "_workspace";
+  def(m, function, signature<Args>(function, fields, "int"), [name, fields, bytes](Values values) -> py::object {
+    Args args{};
+    for_each_field(args, Reader(name, fields, values));
+    return py::int_(bytes(args));
+  });
+}
 
-// Binds the kernels that only the CPU has.
-inline void bind_cpu_ops(py::module_& m, const Kernels& kernels) {
-  m.attr("panel") = kernels.panel;
+// -------------------------------------------------------------------------------------------------------------- kernels
+
+// Kernel calls of a network's inference form, which can be repeated like a CUDA graph.
+struct Calls {
+  std::vector<std::function<void()>> all;
+};
+inline thread_local Calls* recording = nullptr;  // receives the calls of this thread
+
+// Returns a function that runs a kernel without Python's global lock, and records the call.
+template <class Args>
+auto without_lock(void (*kernel)(const Args&)) {
+  return [kernel](const Args& args, Values) {
+    {
+      const py::gil_scoped_release released;
+      kernel(args);
+    }
+    constexpr bool is_inference = std::is_same_v<Args, GroupNormAffineArgs> || std::is_same_v<Args, ConvArgs> ||
+                                  std::is_same_v<Args, AttentionArgs>;
+    if constexpr (is_inference) {
+      if (recording != nullptr) recording->all.push_back([kernel, args] { kernel(args); });
+    }
+  };
+}
+
+inline void bind_recording(py::module_& m) {
   py::class_<Calls>(m, "Calls", "Calls of kernels, as `record` returns them. A call repeats them.")
       .def(
           "__call__",
@@ -117,113 +235,22 @@ inline void bind_cpu_ops(py::module_& m, const Kernels& kernels) {
         return std::move(now.calls);
       },
       "Call function() and return the calls of inference kernels that it makes on this thread.");
-
-  def_op<GroupNormLinesArgs>(
-      m, "group_norm_lines", kernels.group_norm_lines,
-      [](Arguments& a) {
-        GroupNormLinesArgs args{};
-        GroupNormSiluArgs& norm = args.norm;
-        norm.dtype = a;
-        args.lines = a;
-        norm.x = a;
-        args.skip = a;
-        for (ChannelInput* input : {&norm.weight, &norm.bias, &norm.shift, &norm.scale, &norm.scale_shift}) {
-          *input = ChannelInput{a, a};
-        }
-        norm.shape.n = a;
-        norm.shape.c = a;
-        args.skip_channels = a;
-        norm.shape.c += args.skip_channels;
-        norm.shape.hw = a;
-        norm.shape.channels_last = true;
-        norm.groups = a;
-        norm.eps = a;
-        norm.silu = a;
-        norm.run_on = RunOn{a};
-        return args;
-      },
-      true);
-  const auto def_conv = [&m](const char* name, void (*run)(const ConvArgs&)) {
-    def_op<ConvArgs>(
-        m, name, run,
-        [](Arguments& a) { return ConvArgs{a, a, a, a, a, a, a, a, a, a, a, a, a, a, a, a, a, a, a, a, a, a, {a}}; },
-        true);
-  };
-  def_conv("conv_direct", kernels.conv_direct);
-  def_conv("conv_winograd", kernels.conv_winograd);
-  def_conv("conv_winograd_upsampled_gradient", kernels.conv_winograd_upsampled_gradient);
-  def_op<AttentionArgs>(
-      m, "attention", kernels.attention, [](Arguments& a) { return AttentionArgs{a, a, a, a, a, a, a, a, a, {a}}; },
-      true);
-  def_op<AttentionBackwardArgs>(m, "attention_backward", kernels.attention_backward, [](Arguments& a) {
-    AttentionBackwardArgs args{};
-    args.forward.dtype = a;
-    args.dqkv = a;
-    args.dy = a;
-    args.forward = {args.forward.dtype, a, a, a, a, a, a, a, a, {a}};
-    return args;
-  });
-  def_op<PackWinogradArgs>(m, "pack_winograd", kernels.pack_winograd,
-                           [](Arguments& a) { return PackWinogradArgs{a, a, a, a, a, a, a, a, a, a, {a}}; });
-  def_op<ConvWinogradWeightsArgs>(m, "conv_winograd_weights", kernels.conv_winograd_weights, [](Arguments& a) {
-    return ConvWinogradWeightsArgs{a, a, a, a, a, a, a, a, a, a, a, {a}};
-  });
 }
 
-inline void bind_ops(py::module_& m, const Kernels& kernels) {
-  def_op<NoiseArgs>(m, "noise", kernels.noise, [](Arguments& a) { return NoiseArgs{a, a, a, a, {a, a, a, a}, {a}}; });
-  def_op<QSampleArgs>(m, "q_sample", kernels.q_sample,
-                      [](Arguments& a) { return QSampleArgs{a, a, a, a, a, a, a, a, {a, a, a, a}, {a}}; });
-  def_op<ReverseStepArgs>(m, "reverse_step", kernels.reverse_step, [](Arguments& a) {
-    return ReverseStepArgs{a, a, a, a, a, a, a, a, a, a, a, a, a, a, a, {a, a, a, a}, {a}};
-  });
-  def_op<DenoisingLossArgs>(m, "denoising_loss", kernels.denoising_loss, [](Arguments& a) {
-    return DenoisingLossArgs{a, a, a, a, a, a, a, a, a, {a, a, a, a}, a, {a}};
-  });
-  def_op<DenoisingLossBackwardArgs>(m, "denoising_loss_backward", kernels.denoising_loss_backward, [](Arguments& a) {
-    DenoisingLossBackwardArgs args{};
-    args.forward.dtype = a;
-    args.grad_model_output = a;
-    args.forward = {args.forward.dtype, a, a, a, a, a, a, a, a, {a, a, a, a}, nullptr, {a}};
-    return args;
-  });
-  def_op<GroupNormSiluArgs>(m, "group_norm_silu", kernels.group_norm_silu, [](Arguments& a) {
-    GroupNormSiluArgs args = {a, a, a, a,       a, {a, a}, {a, a}, {a, a}, {a, a}, {a, a}, {a, a, a, false},
-                              a, a, a, nullptr, {}};
-    args.shape.channels_last = a;
-    args.workspace = a;
-    args.run_on = RunOn{a};
-    return args;
-  });
-  def_op<GroupNormSiluBackwardArgs>(m, "group_norm_silu_backward", kernels.group_norm_silu_backward, [](Arguments& a) {
-    GroupNormSiluBackwardArgs args = {
-        a, a, a, a, a, a, a, a, a, a, a, {a, a}, {a, a}, {a, a}, {a, a}, {a, a}, {a, a, a, false}, a, a, nullptr, {}};
-    args.shape.channels_last = a;
-    args.workspace = a;
-    args.run_on = RunOn{a};
-    return args;
-  });
-  if (kernels.conv_direct != nullptr) bind_cpu_ops(m, kernels);
-
-  const auto def_workspace = [&m](const char* name, auto* bytes, auto parse) {
-    if (bytes == nullptr) return;
-    def(m, name, [bytes, parse](Arguments& arguments) -> py::object { return py::int_(parse(bytes, arguments)); });
-  };
-  def_workspace("denoising_loss_workspace", kernels.denoising_loss_workspace, [](auto* bytes, Arguments& a) {
-    const Shape shape = {a, a, a, false};
-    a.check();
-    return bytes(shape);
-  });
-  const auto of_norm = [](auto* bytes, Arguments& a) {
-    const DType dtype = a;
-    Shape shape = {a, a, a, false};
-    const std::int64_t groups = a;
-    shape.channels_last = a;
-    a.check();
-    return bytes(dtype, shape, groups);
-  };
-  def_workspace("group_norm_silu_workspace", kernels.group_norm_silu_workspace, of_norm);
-  def_workspace("group_norm_silu_backward_workspace", kernels.group_norm_silu_backward_workspace, of_norm);
+inline void bind_kernels(py::module_& m, const Kernels& kernels) {
+  m.attr("fields") = py::dict();
+#define OP(name, Args) \
+  if (kernels.name != nullptr) def_kernel<Args>(m, #name, without_lock(kernels.name));
+  DDPM_FAST_OPS(OP)
+  DDPM_FAST_CPU_OPS(OP)
+#undef OP
+#define OP(name, Args) \
+  if (kernels.name##_workspace != nullptr) def_workspace<Args>(m, #name, kernels.name##_workspace);
+  DDPM_FAST_WORKSPACES(OP)
+#undef OP
+  if (kernels.panel == 0) return;
+  m.attr("panel") = kernels.panel;
+  bind_recording(m);
 }
 
 }  // namespace ddpm_fast

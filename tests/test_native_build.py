@@ -10,7 +10,9 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import native_stub
 import pytest
 import torch
 
@@ -48,15 +50,23 @@ def test_philox_blocks_equal_the_reference() -> None:
 # The module is loaded by its path: it needs neither torch nor the rest of the package.
 DRAW = """
 import array, importlib.util, sys
+
+class Tensor:
+    def __init__(self, code, values):
+        self.values = array.array(code, values)
+
+    def data_ptr(self):
+        return self.values.buffer_info()[0]
+
 spec = importlib.util.spec_from_file_location("_native", sys.argv[1])
 native = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(native)
 n, c, hw = map(int, sys.argv[2:5])
-seeds, out = array.array("q", [5, -7]), array.array("f", [0]) * (n * c * hw)
+seeds, out = Tensor("q", [5, -7]), Tensor("f", bytes(4 * n * c * hw))
 print(native.build_info()["isa"])
 for channels_last, threads in ((0, 1), (1, 2)):
-    native.cpu.noise(0, out.buffer_info()[0], seeds.buffer_info()[0], 9, n, c, hw, channels_last, threads)
-    print(out.tobytes().hex())
+    native.cpu.noise(0, out, seeds, 9, n, c, hw, channels_last, threads)
+    print(out.values.tobytes().hex())
 """
 
 
@@ -95,6 +105,63 @@ def test_build_info() -> None:
     assert build["isas"][0] == "baseline"
     assert build["isa"] in build["isas"]
     assert bool(build["cuda_archs"]) != bool(build["cuda_why_not"])
+
+
+# --------------------------------------------------------------------------------------------------- values of a call
+
+
+def test_the_stub_is_current() -> None:
+    stub = Path(ddpm_fast.__file__).with_name("_native.pyi").read_text(encoding="utf-8")
+    assert stub == native_stub.stub(), "run `make stub`"
+
+
+def test_nested_structs_are_fields_of_their_kernel() -> None:
+    fields = _native.cpu.fields
+    assert fields["noise"] == ("dtype", "out", "seeds", "stream", "n", "c", "hw", "channels_last", "stream_or_threads")
+    assert fields["group_norm_affine"][4:8] == ("weight", "weight_dtype", "bias", "bias_dtype")
+
+
+NOISE: dict[str, Any] = {"dtype": 0, "out": None, "seeds": None, "stream": 0, "n": 0, "c": 1, "hw": 4, "channels_last": False}
+NOISE |= {"stream_or_threads": 1}
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "error"),
+    [
+        ("out", 5, "noise: expected out to be a tensor or None, got int"),
+        ("seeds", "x", "noise: expected seeds to be a tensor or None, got str"),
+        ("stream", -1, "noise: expected stream to be a number in range, got -1"),
+        ("stream", 2**32, "noise: expected stream to be a number in range, got 4294967296"),
+        ("n", 2**63, "noise: expected n to be a number in range, got 9223372036854775808"),
+        ("c", 1.0, "noise: expected c to be a number in range, got 1.0"),
+        ("hw", None, "noise: expected hw to be a number in range, got None"),
+        ("channels_last", 2, "noise: expected channels_last to be a number in range, got 2"),
+    ],
+    ids=str,
+)
+def test_a_value_that_does_not_fit_its_field(field: str, value: object, error: str) -> None:
+    values = NOISE | {field: value}
+    assert tuple(values) == _native.cpu.fields["noise"]
+    with pytest.raises((TypeError, ValueError), match=re.escape(error)):
+        _native.cpu.noise(*values.values())
+
+
+def test_a_tensor_without_memory() -> None:
+    freed = torch.empty(4)
+    freed.untyped_storage().resize_(0)
+    for out in (freed, torch._efficientzerotensor(4)):
+        with pytest.raises(ValueError, match="noise: expected out to have memory, got a tensor of 4 elements without"):
+            _native.cpu.noise(*(NOISE | {"out": out}).values())
+
+
+def test_values_of_every_kind() -> None:
+    _native.cpu.noise(*NOISE.values())
+    _native.cpu.noise(*(NOISE | {"out": torch.empty(0), "channels_last": 1}).values())
+    with pytest.raises(TypeError, match="noise: expected 9 arguments, got 2"):
+        _native.cpu.noise(0, None)  # type: ignore[call-arg]
+
+
+# ------------------------------------------------------------------------------------------------------------- processes
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/maps")

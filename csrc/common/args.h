@@ -1,30 +1,40 @@
-// What crosses from the bindings to the kernels: one struct per op, filled by position in csrc/bindings.cpp.
+// The arguments of the kernels: one struct per kernel.
 //
-// A big tensor is dense, logically [n, c, hw]; channels_last: in memory [n, hw, c]. An absent tensor is a null pointer.
+// Each struct lists its fields once more in DDPM_FAST_FIELDS. The Python binding, the emulator and _native.pyi are made
+// from that list. Python passes one value per field, in the order of the list. See common/fields.h.
+//
+// Tensors are dense. Shape says how a tensor [n, c, hw] lies in memory. An absent tensor is a null pointer.
 #pragma once
 
 #include <cstdint>
+#include <tuple>
 
 #include "common/dtype.h"
 
+#define DDPM_FAST_FIELDS(...)                                   \
+  static constexpr const char* names() { return #__VA_ARGS__; } \
+  auto fields() { return std::tie(__VA_ARGS__); }
+
 namespace ddpm_fast {
 
-// The stream of the noise of q_sample and denoising_loss, as in ddpm_fast/reference.py.
+// The noise stream of q_sample and denoising_loss. ddpm_fast/reference.py has the same number.
 constexpr std::uint32_t kStreamQSample = 0xFFFFFFFE;
 
+// A contiguous tensor is [n, c, hw] in memory. A channels_last tensor is [n, hw, c] in memory.
 struct Shape {
   std::int64_t n, c, hw;
   bool channels_last;
+  DDPM_FAST_FIELDS(n, c, hw, channels_last)
 };
 
-// What runs an op: on the CPU a number of threads, on CUDA a stream (a cudaStream_t).
-struct RunOn {
+// An op runs on a number of threads (CPU) or on a stream (CUDA, a cudaStream_t).
+struct StreamOrThreads {
   std::intptr_t value;
   int threads() const { return static_cast<int>(value); }
   void* stream() const { return reinterpret_cast<void*>(value); }
 };
 
-// What a model predicts, and how it gives the variance of a reverse step: PREDICTIONS and VARIANCES of reference.py.
+// PREDICTIONS and VARIANCES of ddpm_fast/reference.py.
 enum class Prediction : int { kEpsilon, kSample, kVelocity };
 enum class Variance : int { kFixed, kLearned, kLearnedRange };
 
@@ -34,20 +44,22 @@ struct NoiseArgs {
   const std::int64_t* seeds;  // [n]
   std::uint32_t stream;
   Shape shape;
-  RunOn run_on;
+  StreamOrThreads stream_or_threads;
+  DDPM_FAST_FIELDS(dtype, out, seeds, stream, shape, stream_or_threads)
 };
 
 struct QSampleArgs {
   DType dtype;
-  void* out;
+  void* x_t;
   const void* x_0;
   DType x_0_dtype;            // dtype, or kUInt8: 0..255 stand for -1..1
   const std::int64_t* t;      // [n]
   const float* table;         // [T, 2]: sqrt(abar_t), sqrt(1 - abar_t)
-  const void* noise;          // this or seeds
+  const void* noise;          // exactly one of noise and seeds is present
   const std::int64_t* seeds;  // [n]
   Shape shape;
-  RunOn run_on;
+  StreamOrThreads stream_or_threads;
+  DDPM_FAST_FIELDS(dtype, x_t, x_0, x_0_dtype, t, table, noise, seeds, shape, stream_or_threads)
 };
 
 // A row of a sampling plan's table.
@@ -56,27 +68,47 @@ struct PlanRow {
 };
 
 struct ReverseStepArgs {
-  DType dtype, model_dtype;
-  void* out;      // may be x_t
-  void* x_0_out;  // may be absent
+  DType dtype, model_output_dtype;
+  void* x_prev;  // may be x_t
+  void* x_0;     // may be absent
   const void* x_t;
-  const void* model_output;   // [n * (1 + guidance), c * (1 + learned variance), hw]
+  const void* model_output;   // [n * (1 + has_guidance), c * (1 + learned variance), hw]
   const PlanRow* table;       // [S]
   const std::int64_t* steps;  // sample i is at row steps[i * step_stride]
   std::int64_t step_stride;   // 0 or 1
-  const void* noise;          // this, or seeds, or neither where every sigma is 0
+  const void* noise;          // noise or seeds; neither if every sigma is 0
   const std::int64_t* seeds;
   const void* x_0_prev;  // may be absent
-  bool guidance;
+  bool has_guidance;
   double guidance_scale;
   Variance variance;
   Shape shape;
-  RunOn run_on;
+  StreamOrThreads stream_or_threads;
+  DDPM_FAST_FIELDS(dtype, model_output_dtype, x_prev, x_0, x_t, model_output, table, steps, step_stride, noise, seeds,
+                   x_0_prev, has_guidance, guidance_scale, variance, shape, stream_or_threads)
 };
 
 struct DenoisingLossArgs {
   DType dtype;
-  void* loss;  // [n], float64 for float64 and float32 for every other dtype
+  void* losses;  // [n], float64 for float64 and float32 for other dtypes
+  const void* model_output;
+  const void* x_0;
+  const std::int64_t* t;
+  const float* table;
+  const void* noise;  // exactly one of noise and seeds is present
+  const std::int64_t* seeds;
+  Prediction prediction;
+  Shape shape;
+  void* workspace;  // denoising_loss_workspace says how many bytes
+  StreamOrThreads stream_or_threads;
+  DDPM_FAST_FIELDS(dtype, losses, model_output, x_0, t, table, noise, seeds, prediction, shape, workspace,
+                   stream_or_threads)
+};
+
+struct DenoisingLossBackwardArgs {
+  DType dtype;
+  void* grad_model_output;
+  const void* grad_losses;  // [n], the dtype of losses
   const void* model_output;
   const void* x_0;
   const std::int64_t* t;
@@ -85,120 +117,146 @@ struct DenoisingLossArgs {
   const std::int64_t* seeds;
   Prediction prediction;
   Shape shape;
-  void* workspace;  // as many bytes as denoising_loss_workspace wants; the backward pass wants none
-  RunOn run_on;
+  StreamOrThreads stream_or_threads;
+  DDPM_FAST_FIELDS(dtype, grad_model_output, grad_losses, model_output, x_0, t, table, noise, seeds, prediction, shape,
+                   stream_or_threads)
 };
 
-struct DenoisingLossBackwardArgs {
-  void* grad_model_output;
-  DenoisingLossArgs forward;  // with loss: the gradient of the loss, [n]
-};
-
-// One value a channel: [c] for weight and bias, [n, c] for the others.
+// One value per channel. weight and bias are [c]. The other inputs are [n, c]. Python passes two values: the tensor
+// under the name of the field, and its dtype under that name and "_dtype".
 struct ChannelInput {
   const void* data;  // may be absent
   DType dtype;
+  DDPM_FAST_FIELDS(data, dtype)
 };
 
 struct GroupNormSiluArgs {
   DType dtype;
   void* y;
-  void *mean, *rstd;  // [n, groups], float64 for float64 and float32 for every other dtype; both may be absent
+  void *mean, *rstd;  // [n, num_groups], float64 for float64 and float32 for other dtypes; both may be absent
   const void* x;
   ChannelInput weight, bias, shift, scale, scale_shift;
   Shape shape;
-  std::int64_t groups;
+  std::int64_t num_groups;
   double eps;
   bool silu;
-  void* workspace;  // as many bytes as group_norm_silu_workspace wants
-  RunOn run_on;
+  void* workspace;  // group_norm_silu_workspace says how many bytes
+  StreamOrThreads stream_or_threads;
+  DDPM_FAST_FIELDS(dtype, y, mean, rstd, x, weight, bias, shift, scale, scale_shift, shape, num_groups, eps, silu,
+                   workspace, stream_or_threads)
 };
 
 struct GroupNormSiluBackwardArgs {
   DType dtype;
-  void* dx;
-  // Of mean's dtype; each may be absent.
-  void *dweight, *dbias;                 // [c]
-  void *dshift, *dscale, *dscale_shift;  // [n, c]
-  const void *dy, *x, *mean, *rstd;
+  void* grad_x;
+  // The gradients of the small inputs have the dtype of mean. Each may be absent.
+  void *grad_weight, *grad_bias;                     // [c]
+  void *grad_shift, *grad_scale, *grad_scale_shift;  // [n, c]
+  const void *grad_y, *x, *mean, *rstd;
   ChannelInput weight, bias, shift, scale, scale_shift;
   Shape shape;
-  std::int64_t groups;
+  std::int64_t num_groups;
   bool silu;
-  void* workspace;  // as many bytes as group_norm_silu_backward_workspace wants
-  RunOn run_on;
+  void* workspace;  // group_norm_silu_backward_workspace says how many bytes
+  StreamOrThreads stream_or_threads;
+  DDPM_FAST_FIELDS(dtype, grad_x, grad_weight, grad_bias, grad_shift, grad_scale, grad_scale_shift, grad_y, x, mean,
+                   rstd, weight, bias, shift, scale, scale_shift, shape, num_groups, silu, workspace, stream_or_threads)
 };
 
-// The inference form of a network on the CPU: maps are channels_last, float32 or bfloat16, and "x and skip" are one map
-// of channels + skip_channels channels.
+// The kernels below exist on the CPU only. Feature maps are channels_last, in float32 or bfloat16. "x and skip" is the
+// concatenation of x [n, hw, channels] and skip [n, hw, skip_channels] along the channels. skip may be absent.
 
-// What a convolution then applies to its input, x -> act((x - center) slope + intercept), with the statistics of
-// group_norm_silu.
-struct GroupNormLinesArgs {
-  float* lines;  // [n, 3, channels + skip_channels]: center, slope and intercept
-  const void* skip;
-  std::int64_t skip_channels;
-  GroupNormSiluArgs norm;  // of x and skip: shape.c is the sum of their channels. No y, mean or rstd
+// The affine coefficients of group_norm_silu, for a convolution that applies them to its input:
+//   norm(x) = (x - center) slope + intercept
+struct GroupNormAffineArgs {
+  DType dtype;
+  float* affine;  // [n, 3, channels + skip_channels]: center, slope, intercept
+  const void *x, *skip;
+  ChannelInput weight, bias, shift, scale, scale_shift;
+  std::int64_t n, channels, skip_channels, hw, num_groups;
+  double eps;
+  StreamOrThreads stream_or_threads;
+  DDPM_FAST_FIELDS(dtype, affine, x, skip, weight, bias, shift, scale, scale_shift, n, channels, skip_channels, hw,
+                   num_groups, eps, stream_or_threads)
 };
 
-// y = (convolution(act(x and skip)) + bias + added) / divisor, with the weights that ddpm_fast/nn/packed.py packs.
+//   y = (convolution(act(norm(x and skip))) + bias + residual) / divisor
 struct ConvArgs {
   DType dtype;
   void* y;               // [n, out_height, out_width, out_channels]
-  const void *x, *skip;  // [n, height, width, channels], [n, height, width, skip_channels]; skip may be absent
-  const float* lines;    // of group_norm_lines; absent: the input as it is
-  bool silu;             // with lines
-  const float* weights;  // panels: see cpu/product.h
+  const void *x, *skip;  // [n, height, width, channels], [n, height, width, skip_channels]
+  const float* affine;   // the result of group_norm_affine; if absent, there is no norm and no act
+  bool silu;             // act is SiLU; it needs affine
+  const float* packed;   // weights in panels: see cpu/product.h
   const float* bias;     // [out_channels]; may be absent
-  const void* added;     // as y; may be absent
+  const void* residual;  // [n, out_height, out_width, out_channels]; may be absent
   float divisor;
   std::int64_t n, height, width, channels, skip_channels, out_height, out_width, out_channels;
-  // conv_winograd: 3, 1 and 1. conv_winograd_upsampled_gradient: of y's gradient x, as high and wide as twice
-  // out_height and out_width, to the gradient of the small map y, with flipped weights; 3, 1, 1 and false.
+  // conv_winograd needs kernel 3, stride 1 and padding 1. conv_winograd_upsampled_gradient takes x, the gradient of an
+  // upsampled convolution's output, to the gradient of the small map, y. It needs 3, 1, 1, upsample false and flipped
+  // weights, and x has twice the height and width of y.
   int kernel, stride;  // 1 or 3; 1 or 2
-  int padding;         // zeros above and to the left; below and to the right there are as many as the output asks for
-  bool upsample;       // of every pixel twice in both directions, before the convolution
-  RunOn run_on;
+  int padding;         // zeros above and to the left; the size of the output decides those below and to the right
+  bool upsample;       // repeat each pixel twice in both directions before the convolution
+  StreamOrThreads stream_or_threads;
+  DDPM_FAST_FIELDS(dtype, y, x, skip, affine, silu, packed, bias, residual, divisor, n, height, width, channels,
+                   skip_channels, out_height, out_width, out_channels, kernel, stride, padding, upsample,
+                   stream_or_threads)
 };
 
-// y = softmax(q k^T scale) v, for each head of each sample.
+// For each head of each sample:
+//   y = softmax(q k^T scale) v
 struct AttentionArgs {
   DType dtype;
-  void* y;                                  // [n, pixels, heads, channels]
-  float* softmax;                           // [n, heads, 2, pixels]: of a query's scores the largest, and one over the
-                                            // sum of exp((score - largest) scale); may be absent
-  const void* qkv;                          // [n, pixels, 3, heads, channels]
-  std::int64_t n, heads, pixels, channels;  // of a head, in bfloat16 an even number
+  void* y;          // [n, pixels, num_heads, head_dim]
+  float* softmax;   // [n, num_heads, 2, pixels]: the largest score of a query, and 1 / sum of exp((score - largest)
+                    // scale); may be absent
+  const void* qkv;  // [n, pixels, 3, num_heads, head_dim]
+  std::int64_t n, num_heads, pixels, head_dim;  // head_dim is even in bfloat16
   float scale;
-  RunOn run_on;
+  StreamOrThreads stream_or_threads;
+  DDPM_FAST_FIELDS(dtype, y, softmax, qkv, n, num_heads, pixels, head_dim, scale, stream_or_threads)
 };
 
 struct AttentionBackwardArgs {
-  void* dqkv;             // as qkv
-  const void* dy;         // as y
-  AttentionArgs forward;  // with y and softmax as it left them
+  DType dtype;
+  void* grad_qkv;      // [n, pixels, 3, num_heads, head_dim]
+  const void* grad_y;  // [n, pixels, num_heads, head_dim]
+  const void* y;       // the results of the forward pass
+  const float* softmax;
+  const void* qkv;
+  std::int64_t n, num_heads, pixels, head_dim;
+  float scale;
+  StreamOrThreads stream_or_threads;
+  DDPM_FAST_FIELDS(dtype, grad_qkv, grad_y, y, softmax, qkv, n, num_heads, pixels, head_dim, scale, stream_or_threads)
 };
 
-// Weights for conv_winograd: G g G^T in panels.
+// Weights packed for conv_winograd:
+//   G g G^T
 struct PackWinogradArgs {
-  DType dtype;           // float32 or bfloat16, of the packed ones
-  float* packed;         // panels, of 16 matrices each, with upsampling 36: see cpu/winograd.h and product.h
-  const float* weights;  // of output channel 0, input channel 0, and the first tap; negative strides flip a kernel
+  DType dtype;          // the dtype of packed: float32 or bfloat16
+  float* packed;        // panels of 16 matrices, or 36 with upsample: see cpu/winograd.h
+  const float* weight;  // [out_channels, channels, 3, 3], with these strides in elements:
   std::int64_t out_channels, channels, out_stride, stride, row_stride, column_stride;
-  bool upsample;  // before the convolution
-  RunOn run_on;
+  bool flipped;   // pack for the gradient of the input: exchange in and out, reverse the taps
+  bool upsample;  // pack for a convolution after an upsampling by 2
+  StreamOrThreads stream_or_threads;
+  DDPM_FAST_FIELDS(dtype, packed, weight, out_channels, channels, out_stride, stride, row_stride, column_stride,
+                   flipped, upsample, stream_or_threads)
 };
 
-// Gradients of the weights and bias of conv_winograd.
-struct ConvWinogradWeightsArgs {
-  DType dtype;     // of x and dy: float32 or bfloat16
-  float* dweight;  // [out_channels, 3, 3, channels]
-  float* dbias;    // [out_channels]; may be absent
-  const void* x;   // [n, height, width, channels]
-  const void* dy;  // [n, height, width, out_channels]; with upsampling [n, 2 height, 2 width, out_channels]
+// The gradients of the weights and the bias of conv_winograd.
+struct ConvWinogradWeightGradientArgs {
+  DType dtype;         // the dtype of x and grad_y: float32 or bfloat16
+  float* grad_weight;  // [out_channels, 3, 3, channels]
+  float* grad_bias;    // [out_channels]; may be absent
+  const void* x;       // [n, height, width, channels]
+  const void* grad_y;  // [n, height, width, out_channels]; with upsample [n, 2 height, 2 width, out_channels]
   std::int64_t n, height, width, channels, out_channels;
   bool upsample;
-  RunOn run_on;
+  StreamOrThreads stream_or_threads;
+  DDPM_FAST_FIELDS(dtype, grad_weight, grad_bias, x, grad_y, n, height, width, channels, out_channels, upsample,
+                   stream_or_threads)
 };
 
 }  // namespace ddpm_fast

@@ -46,11 +46,11 @@ Softmax exponentials(T* to, const float* scores, Index count, float scale) {
 
 template <class T>
 void run(const AttentionArgs& a) {
-  const Index all_heads = a.n * a.heads;
+  const Index all_heads = a.n * a.num_heads;
   if (all_heads * a.pixels == 0) return;
   const int threads = threads_for(a, 2);
-  const Index key_panels = panels_of(a.pixels), value_panels = panels_of(a.channels);
-  const Index keys_bytes = Room::bytes<float>(key_panels * panel_size<T>(a.channels)),
+  const Index key_panels = panels_of(a.pixels), value_panels = panels_of(a.head_dim);
+  const Index keys_bytes = Room::bytes<float>(key_panels * panel_size<T>(a.head_dim)),
               values_bytes = Room::bytes<float>(value_panels * panel_size<T>(a.pixels));
   Room room(RoomFor::kCall, all_heads * (keys_bytes + values_bytes));
   float* all_keys = room.take<float>(all_heads * keys_bytes / 4);
@@ -58,7 +58,7 @@ void run(const AttentionArgs& a) {
   parallel_for(all_heads * key_panels, 1, threads, [&](Index i) {
     const Index head = i / key_panels, panel = i % key_panels, first = panel * kPanel;
     pack_pixels<T>(rows_of_qkv<T>(a, a.qkv, head, 1), panel,
-                   all_keys + head * keys_bytes / 4 + panel * panel_size<T>(a.channels));
+                   all_keys + head * keys_bytes / 4 + panel * panel_size<T>(a.head_dim));
     pack_channels<T>(rows_of_qkv<T>(a, a.qkv, head, 2), first, smaller(first + kPanel, a.pixels),
                      all_values + head * values_bytes / 4);
   });
@@ -77,12 +77,12 @@ void run(const AttentionArgs& a) {
     T* weights = block_room.take<T>(most * row_size);
     float* shares = block_room.take<float>(most);
     const float* keys = all_keys + head * keys_bytes / 4;
-    for (Index panel = 0; panel < key_panels; ++panel, keys += panel_size<T>(a.channels)) {
+    for (Index panel = 0; panel < key_panels; ++panel, keys += panel_size<T>(a.head_dim)) {
       over_rows(0, count, [&](Index query, auto rows) {
         const T* inputs[rows()];
         for (int r = 0; r < rows(); ++r) inputs[r] = queries[first + query + r];
         Sums<rows()> sums{};
-        multiply(sums, inputs, keys, a.channels);
+        multiply(sums, inputs, keys, a.head_dim);
         for (int r = 0; r < rows(); ++r) {
           float* to = scores + (query + r) * row_size + panel * kPanel;
           for (int v = 0; v < kPanelVectors; ++v) store(to + v * kWidth<float>, sums.of[r][v]);
@@ -108,7 +108,7 @@ void run(const AttentionArgs& a) {
         const Sums<rows()> sums = product(inputs, values, round_up(a.pixels, kStep<T>));
         for (int r = 0; r < rows(); ++r) {
           store_channels(outputs[first + query + r] + panel * kPanel, sums.of[r], shares[query + r],
-                         a.channels - panel * kPanel);
+                         a.head_dim - panel * kPanel);
         }
       });
     }

@@ -24,21 +24,21 @@ struct Rows {
 };
 
 // Of a head of a sample, in a tensor laid out as qkv: queries (0), keys (1) or values (2).
-template <class T, class Address>
-auto rows_of_qkv(const AttentionArgs& a, Address* qkv, Index head, int which) {
-  const Index width = a.heads * a.channels, pixel = head / a.heads * a.pixels;
+template <class T, class Args, class Address>
+auto rows_of_qkv(const Args& a, Address* qkv, Index head, int which) {
+  const Index width = a.num_heads * a.head_dim, pixel = head / a.num_heads * a.pixels;
   using Element = std::conditional_t<std::is_const_v<Address>, const T, T>;
-  return Rows<Element>{static_cast<Element*>(qkv) + (pixel * 3 + which) * width + head % a.heads * a.channels,
-                       3 * width, a.pixels, a.channels};
+  return Rows<Element>{static_cast<Element*>(qkv) + (pixel * 3 + which) * width + head % a.num_heads * a.head_dim,
+                       3 * width, a.pixels, a.head_dim};
 }
 
 // In a tensor laid out as y.
-template <class T, class Address>
-auto rows_of_y(const AttentionArgs& a, Address* y, Index head) {
-  const Index width = a.heads * a.channels, pixel = head / a.heads * a.pixels;
+template <class T, class Args, class Address>
+auto rows_of_y(const Args& a, Address* y, Index head) {
+  const Index width = a.num_heads * a.head_dim, pixel = head / a.num_heads * a.pixels;
   using Element = std::conditional_t<std::is_const_v<Address>, const T, T>;
-  return Rows<Element>{static_cast<Element*>(y) + pixel * width + head % a.heads * a.channels, width, a.pixels,
-                       a.channels};
+  return Rows<Element>{static_cast<Element*>(y) + pixel * width + head % a.num_heads * a.head_dim, width, a.pixels,
+                       a.head_dim};
 }
 
 // A panel whose lanes are pixels, for sums over channels.
@@ -118,11 +118,12 @@ DDPM_FAST_INLINE void store_channels(T* to, const Floats (&sums)[kPanelVectors],
 }
 
 // Threads that are worth waking for `products` products of all queries with all keys.
-inline int threads_for(const AttentionArgs& a, int products) {
+template <class Args>
+int threads_for(const Args& a, int products) {
   constexpr double kWorthAThread = 1 << 18;
   const double pixels = static_cast<double>(a.pixels);
-  const double multiplications = products * static_cast<double>(a.n * a.heads * a.channels) * pixels * pixels;
-  return multiplications < 2 * kWorthAThread ? 1 : a.run_on.threads();
+  const double multiplications = products * static_cast<double>(a.n * a.num_heads * a.head_dim) * pixels * pixels;
+  return multiplications < 2 * kWorthAThread ? 1 : a.stream_or_threads.threads();
 }
 
 }  // namespace ddpm_fast::DDPM_FAST_ISA

@@ -49,17 +49,16 @@ void transpose_matrix(T* to, Index to_stride, const T* from, Index from_stride, 
 }
 
 template <class T>
-void gradients_of_head(const AttentionBackwardArgs& args, Index head) {
-  const AttentionArgs& a = args.forward;
+void gradients_of_head(const AttentionBackwardArgs& a, Index head) {
   const auto q = rows_of_qkv<T>(a, a.qkv, head, 0), k = rows_of_qkv<T>(a, a.qkv, head, 1),
-             v = rows_of_qkv<T>(a, a.qkv, head, 2), dy = rows_of_y<T>(a, args.dy, head);
-  const auto dq = rows_of_qkv<T>(a, args.dqkv, head, 0), dk = rows_of_qkv<T>(a, args.dqkv, head, 1),
-             dv = rows_of_qkv<T>(a, args.dqkv, head, 2);
-  const auto y = rows_of_y<T>(a, static_cast<const void*>(a.y), head);
+             v = rows_of_qkv<T>(a, a.qkv, head, 2), dy = rows_of_y<T>(a, a.grad_y, head);
+  const auto dq = rows_of_qkv<T>(a, a.grad_qkv, head, 0), dk = rows_of_qkv<T>(a, a.grad_qkv, head, 1),
+             dv = rows_of_qkv<T>(a, a.grad_qkv, head, 2);
+  const auto y = rows_of_y<T>(a, a.y, head);
 
-  const Index pixel_panels = panels_of(a.pixels), channel_panels = panels_of(a.channels);
+  const Index pixel_panels = panels_of(a.pixels), channel_panels = panels_of(a.head_dim);
   const Index across = pixel_panels * kPanel, wide = channel_panels * kPanel;
-  const Index over_channels = panel_size<T>(a.channels), over_pixels = panel_size<T>(a.pixels);
+  const Index over_channels = panel_size<T>(a.head_dim), over_pixels = panel_size<T>(a.pixels);
   const Index sums_size = a.pixels > kTermsInSum ? a.pixels * wide : 0;
   Room room(RoomFor::kSlice, 2 * Room::bytes<float>(pixel_panels * over_channels) +
                                  3 * Room::bytes<float>(channel_panels * over_pixels) + 3 * Room::bytes<float>(across) +
@@ -90,7 +89,7 @@ void gradients_of_head(const AttentionBackwardArgs& args, Index head) {
     const bool is_one = query < a.pixels;
     largest[query] = is_one ? softmax[query] : 0;
     shares[query] = is_one ? softmax[a.pixels + query] : 0;
-    totals[query] = is_one ? sum_of_products(dy[query], y[query], a.channels) : 0;
+    totals[query] = is_one ? sum_of_products(dy[query], y[query], a.head_dim) : 0;
   }
 
   const Floats factor = broadcast(a.scale * kLog2E);
@@ -100,8 +99,8 @@ void gradients_of_head(const AttentionBackwardArgs& args, Index head) {
         const T *keys[rows()], *values[rows()];
         for (int r = 0; r < rows(); ++r) keys[r] = k[first + key + r], values[r] = v[first + key + r];
         Sums<rows()> scores{}, dweights{};
-        multiply(scores, keys, q_pixels + panel * over_channels, a.channels);
-        multiply(dweights, values, dy_pixels + panel * over_channels, a.channels);
+        multiply(scores, keys, q_pixels + panel * over_channels, a.head_dim);
+        multiply(dweights, values, dy_pixels + panel * over_channels, a.head_dim);
         for (int r = 0; r < rows(); ++r) {
           for (int i = 0; i < kPanelVectors; ++i) {
             const Index query = panel * kPanel + i * kWidth<float>, at = (key + r) * across + query;
@@ -123,7 +122,7 @@ void gradients_of_head(const AttentionBackwardArgs& args, Index head) {
         for (int r = 0; r < rows(); ++r) inputs[r] = from + (key + r) * across;
         const Sums<rows()> sums = product(inputs, packed + panel * over_pixels, round_up(a.pixels, kStep<T>));
         for (int r = 0; r < rows(); ++r) {
-          store_channels(out[first + key + r] + panel * kPanel, sums.of[r], scale, a.channels - panel * kPanel);
+          store_channels(out[first + key + r] + panel * kPanel, sums.of[r], scale, a.head_dim - panel * kPanel);
         }
       });
     }
@@ -144,7 +143,7 @@ void gradients_of_head(const AttentionBackwardArgs& args, Index head) {
             if (end < a.pixels) store(before + i * kWidth<float>, sums.of[r][i]);
           }
           if (end == a.pixels) {
-            store_channels(dq[query + r] + panel * kPanel, sums.of[r], a.scale, a.channels - panel * kPanel);
+            store_channels(dq[query + r] + panel * kPanel, sums.of[r], a.scale, a.head_dim - panel * kPanel);
           }
         }
       });
@@ -165,16 +164,15 @@ void gradients_of_head(const AttentionBackwardArgs& args, Index head) {
 }
 
 template <class T>
-void run(const AttentionBackwardArgs& args) {
-  const AttentionArgs& a = args.forward;
+void run(const AttentionBackwardArgs& a) {
   if (a.pixels == 0) return;
-  parallel_for(a.n * a.heads, 1, threads_for(a, 5), [&](Index head) { gradients_of_head<T>(args, head); });
+  parallel_for(a.n * a.num_heads, 1, threads_for(a, 5), [&](Index head) { gradients_of_head<T>(a, head); });
 }
 
 }  // namespace
 
 void attention_backward(const AttentionBackwardArgs& a) {
-  a.forward.dtype == DType::kBFloat16 ? run<BFloat16>(a) : run<float>(a);
+  a.dtype == DType::kBFloat16 ? run<BFloat16>(a) : run<float>(a);
 }
 
 }  // namespace ddpm_fast::DDPM_FAST_ISA

@@ -13,16 +13,20 @@ namespace ddpm_fast::DDPM_FAST_ISA {
 // --------------------------------------------------------------------------------------------------------- input rows
 
 // `pixels` pixels of some channels, `channels` of them, from memory with from_stride channels a pixel to memory with
-// to_stride; lines: the center of the first channel, slopes and intercepts `line_stride` further each.
+// to_stride. affine: the center of the first channel; slopes and intercepts follow `affine_stride` further each.
 template <class T, class To, bool normed, bool silu_>
 void copy_pixels(To* to, Index to_stride, const T* from, Index from_stride, Index pixels, Index channels,
-                 const float* lines, Index line_stride) {
+                 const float* affine, Index affine_stride) {
   const auto column = [&](Index c, auto partial, int lanes) {
     Floats center{}, slope{}, intercept{};
     if constexpr (normed) {
-      center = load<partial()>(lines + c, lanes);
-      slope = load<partial()>(lines + line_stride + c, lanes);
-      intercept = load<partial()>(lines + 2 * line_stride + c, lanes);
+      center = load<partial()>(affine + c, lanes);
+      slope = load<partial()>(affine + affine_stride + c, lanes);
+      intercept = load<partial()>(affine + 2 * affine_stride + c, lanes);
+    }
+    if constexpr (silu_) {  // see silu.h
+      slope *= broadcast(kNegLog2E);
+      intercept *= broadcast(kNegLog2E);
     }
     for (Index i = 0; i < pixels; ++i) {
       Floats v = load<partial()>(from + i * from_stride + c, lanes);
@@ -56,13 +60,13 @@ void input_row(const ConvArgs& a, Index sample, Index row, Index first, Index co
   const auto part = [&](const void* from, Index first_channel, Index channels) {
     const T* start = static_cast<const T*>(from) + at * channels;
     To* target = to + first_channel;
-    const float* lines = a.lines == nullptr ? nullptr : a.lines + sample * 3 * total + first_channel;
-    if (lines == nullptr) {
+    const float* affine = a.affine == nullptr ? nullptr : a.affine + sample * 3 * total + first_channel;
+    if (affine == nullptr) {
       copy_pixels<T, To, false, false>(target, stride, start, channels, pixels, channels, nullptr, 0);
     } else if (a.silu) {
-      copy_pixels<T, To, true, true>(target, stride, start, channels, pixels, channels, lines, total);
+      copy_pixels<T, To, true, true>(target, stride, start, channels, pixels, channels, affine, total);
     } else {
-      copy_pixels<T, To, true, false>(target, stride, start, channels, pixels, channels, lines, total);
+      copy_pixels<T, To, true, false>(target, stride, start, channels, pixels, channels, affine, total);
     }
   };
   part(a.x, 0, a.channels);
@@ -77,7 +81,7 @@ class Output {
  public:
   Output(const ConvArgs& a, Index panel)
       : y_(static_cast<T*>(a.y) + panel * kPanel),
-        added_(a.added == nullptr ? nullptr : static_cast<const T*>(a.added) + panel * kPanel),
+        residual_(a.residual == nullptr ? nullptr : static_cast<const T*>(a.residual) + panel * kPanel),
         divisor_(a.divisor),
         channels_(a.out_channels),
         lanes_(a.out_channels - panel * kPanel) {
@@ -90,16 +94,16 @@ class Output {
     }
   }
 
-  // (sum + bias + added) / divisor, at the pixel of this number.
+  // (sum + bias + residual) / divisor, at the pixel of this number.
   DDPM_FAST_INLINE void write(Index pixel, int v, Floats sum) const {
     const Index at = pixel * channels_ + v * kWidth<float>;
     const Index lanes = lanes_ - v * kWidth<float>;
     Floats value = sum + bias_[v];
     if (lanes >= kWidth<float>) {
-      if (added_ != nullptr) value += load(added_ + at);
+      if (residual_ != nullptr) value += load(residual_ + at);
       store(y_ + at, divided(value));
     } else if (lanes > 0) {
-      if (added_ != nullptr) value += load(added_ + at, static_cast<int>(lanes));
+      if (residual_ != nullptr) value += load(residual_ + at, static_cast<int>(lanes));
       store(y_ + at, divided(value), static_cast<int>(lanes));
     }
   }
@@ -108,7 +112,7 @@ class Output {
   DDPM_FAST_INLINE Floats divided(Floats value) const { return divisor_ == 1 ? value : value / divisor_; }
 
   T* y_;
-  const T* added_;
+  const T* residual_;
   float divisor_;
   Index channels_, lanes_;
   Floats bias_[kPanelVectors];

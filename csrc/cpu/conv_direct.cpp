@@ -71,7 +71,7 @@ void sum_inside(const ConvArgs& a, const T* input, Index columns, Index top, Ind
 
 template <class T>
 void run(const ConvArgs& a) {
-  const int threads = a.run_on.threads(), phases = a.upsample ? 4 : 1;
+  const int threads = a.stream_or_threads.threads(), phases = a.upsample ? 4 : 1;
   // Pixels that sums are made for: of the small map with upsampling.
   const Index height = a.upsample ? a.height : a.out_height, width = a.upsample ? a.width : a.out_width;
   constexpr Index kMaxStrip = 64, kPixelsInBlock = 96;
@@ -115,7 +115,7 @@ void run(const ConvArgs& a) {
       for (Index p = share.first_panel; p < share.end_panel; ++p) {
         const Output<T> output(a, p);
         if (small) {
-          sum_inside(a, input, columns, top, rows, a.weights + p * taps * panel_size<T>(depth), depth, small_sums);
+          sum_inside(a, input, columns, top, rows, a.packed + p * taps * panel_size<T>(depth), depth, small_sums);
           for (Index i = 0; i < count; ++i) {
             for (int v = 0; v < kPanelVectors; ++v) {
               output.write(pixels[i], v, load(small_sums + i * kPanel + v * kWidth<float>));
@@ -125,7 +125,7 @@ void run(const ConvArgs& a) {
         }
         for (int phase = 0; phase < phases; ++phase) {
           const Taps at = taps_of(a, phase, columns, depth);
-          const float* weights = a.weights + (p * phases + phase) * taps * panel_size<T>(depth);
+          const float* weights = a.packed + (p * phases + phase) * taps * panel_size<T>(depth);
           const Index place = phase / 2 * a.out_width + phase % 2;
           with_vectors(a.out_channels - p * kPanel, [&](auto vectors) {
             over_rows(0, count, [&](Index pixel, auto rows_at_once) {

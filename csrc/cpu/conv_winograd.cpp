@@ -164,7 +164,7 @@ void run(const ConvArgs& a) {
   constexpr int positions = Kind::kSumsSide * Kind::kSumsSide;
   constexpr Index transformed_values = Kind::kSide * Kind::kSide;
   const Tiles tiles(a.out_height / Kind::kScale, a.out_width / Kind::kScale);
-  const int threads = a.run_on.threads();
+  const int threads = a.stream_or_threads.threads();
   // Whole vectors, in the buffers alone.
   const Index depth = round_up(a.channels + a.skip_channels, kStep<T>), wide = round_up(depth, kWidth<float>);
   const Index tile_bytes = transformed_values * wide * static_cast<Index>(sizeof(T));
@@ -206,7 +206,7 @@ void run(const ConvArgs& a) {
       with_vectors(a.out_channels - panel * kPanel, [&](auto vectors) {
         const Output<T> output(a, panel);
         for (int phase = 0; phase < Kind::kOutputs; ++phase) {
-          const float* weights = a.weights + (panel * kMatrices + phase * positions) * panel_size<T>(depth);
+          const float* weights = a.packed + (panel * kMatrices + phase * positions) * panel_size<T>(depth);
           Products<T, Kind::kTerms> products{{},    Kind::kSide * apart, apart,   wide, count,
                                              depth, Kind::kSumsSide,     weights, sums, kSums};
           for (int term = 0; term < Kind::kTerms; ++term) products.inputs[term] = inputs_of(phase + term);

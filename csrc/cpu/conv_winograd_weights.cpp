@@ -60,7 +60,7 @@ void read_taps(const PackWinogradArgs& a, Index first, Index first_out, Index ou
   std::memset(taps, 0, sizeof(taps));
   for (int tap = 0; tap < 9; ++tap) {
     const float* from =
-        a.weights + first * a.stride + first_out * a.out_stride + tap / 3 * a.row_stride + tap % 3 * a.column_stride;
+        a.weight + first * a.stride + first_out * a.out_stride + tap / 3 * a.row_stride + tap % 3 * a.column_stride;
     if (a.stride == 1 && channels == kWidth<float>) {
       for (Index o = 0; o < outs; o += kWidth<float>) {
         Floats square[kWidth<float>] = {};
@@ -89,7 +89,7 @@ template <class T, int side>
 void pack(const PackWinogradArgs& a) {
   const Index panels = (a.out_channels + kPanel - 1) / kPanel, size = panel_size<T>(a.channels);
   const Index chunks = (a.channels + kWidth<float> - 1) / kWidth<float>;
-  parallel_for(panels * chunks, 8, a.run_on.threads(), [&](Index i) {
+  parallel_for(panels * chunks, 8, a.stream_or_threads.threads(), [&](Index i) {
     const Index first_out = i / chunks * kPanel, first = i % chunks * kWidth<float>;
     Taps taps;
     read_taps(a, first, first_out, smaller(kPanel, a.out_channels - first_out), taps);
@@ -408,10 +408,10 @@ struct Cut {
 // how the channels are cut, but not which terms a sum is made of, nor their order. In bfloat16 a multiply-add takes two
 // neighbouring tiles of a strip; a strip's last may have none beside it, and zeros there.
 template <class T, class Kind>
-void weight_gradients(const ConvWinogradWeightsArgs& a) {
+void weight_gradients(const ConvWinogradWeightGradientArgs& a) {
   constexpr int side = Kind::kSide;
   constexpr Index kStepsInBlock = 64;  // few terms a sum, and a panel of them stays in the first cache
-  const int threads = a.run_on.threads();
+  const int threads = a.stream_or_threads.threads();
   const Tiles tiles(a.height, a.width);
   const Index strips = a.n * tiles.segments * tiles.down, steps_in_strip = (tiles.in_strip + kStep<T> - 1) / kStep<T>;
   const Index strips_in_block = larger(1, kStepsInBlock / larger(1, steps_in_strip)),
@@ -436,7 +436,7 @@ void weight_gradients(const ConvWinogradWeightsArgs& a) {
                     smaller(size, channels - first)};
     };
     const Map<T> input = map_of(a.x, 1, a.channels, in_part, cut.in_size),
-                 gradient = map_of(a.dy, Kind::kScale, a.out_channels, out_part, cut.out_size);
+                 gradient = map_of(a.grad_y, Kind::kScale, a.out_channels, out_part, cut.out_size);
 
     Room pieces(RoomFor::kSlice, Room::bytes<float>(Kind::kInputs * inputs_size) +
                                      Room::bytes<float>(side * gradients_size) +
@@ -502,28 +502,36 @@ void weight_gradients(const ConvWinogradWeightsArgs& a) {
         for (int i = 0; i < side; ++i) m[i] = load(sums + ((3 * i + j) * a.out_channels + out) * depth + c);
         transform_weights_back(m, g);
         for (int i = 0; i < 3; ++i) {
-          store<partial()>(a.dweight + (out * 9 + 3 * i + j) * a.channels + c, g[i], lanes);
+          store<partial()>(a.grad_weight + (out * 9 + 3 * i + j) * a.channels + c, g[i], lanes);
         }
       }
     });
-    if (a.dbias != nullptr) {
+    if (a.grad_bias != nullptr) {
       float sum = 0;
       for (int row = 0; row < side; ++row) sum += Kind::is_sum(row) ? bias[row * wide + out] : 0;
-      a.dbias[out] = sum;
+      a.grad_bias[out] = sum;
     }
   });
 }
 
 }  // namespace
 
-void pack_winograd(const PackWinogradArgs& a) {
+void pack_winograd(const PackWinogradArgs& args) {
+  PackWinogradArgs a = args;
+  if (a.flipped) {
+    std::swap(a.out_channels, a.channels);
+    std::swap(a.out_stride, a.stride);
+    a.weight += 2 * (a.row_stride + a.column_stride);  // the last tap
+    a.row_stride = -a.row_stride;
+    a.column_stride = -a.column_stride;
+  }
   with_conv_type(a.dtype, [&](auto type) {
     using T = decltype(type);
     a.upsample ? pack<T, 6>(a) : pack<T, 4>(a);
   });
 }
 
-void conv_winograd_weights(const ConvWinogradWeightsArgs& a) {
+void conv_winograd_weight_gradient(const ConvWinogradWeightGradientArgs& a) {
   with_conv_type(a.dtype, [&](auto type) {
     using T = decltype(type);
     a.upsample ? weight_gradients<T, Upsampled>(a) : weight_gradients<T, Plain>(a);

@@ -15,8 +15,8 @@ struct Buffers {
 //   difference = model output - target
 // The target is epsilon, x_0, or v:
 //   v = sqrt(abar_t) epsilon - sqrt(1 - abar_t) x_0
-template <class A>
-void subtract_target(const DenoisingLossArgs& a, const Tiling& tiling, const Tile& tile, Buffers<A>& buffers) {
+template <class A, class Args>
+void subtract_target(const Args& a, const Tiling& tiling, const Tile& tile, Buffers<A>& buffers) {
   const Place at = place(tiling, tile);
   const std::int64_t count = tile.count();
   A* difference = buffers.difference;
@@ -57,7 +57,10 @@ A sum_of_squares(A* difference, std::int64_t count) {
   return difference[0];
 }
 
-bool draws(const DenoisingLossArgs& a) { return a.noise == nullptr && a.prediction != Prediction::kSample; }
+template <class Args>
+bool draws(const Args& a) {
+  return a.noise == nullptr && a.prediction != Prediction::kSample;
+}
 
 template <class A>
 void forward(const DenoisingLossArgs& a) {
@@ -65,7 +68,7 @@ void forward(const DenoisingLossArgs& a) {
   const std::int64_t tiles = tiling.tiles_per_sample();
   Room room(RoomFor::kCall, Room::bytes<double>(a.shape.n * tiles));
   double* sums = room.take<double>(a.shape.n * tiles);  // a tile each, so that threads do not matter
-  for_each_tile(tiling, a.shape.n, draws(a), a.run_on.threads(), [&](std::int64_t index, const Tile& tile) {
+  for_each_tile(tiling, a.shape.n, draws(a), a.stream_or_threads.threads(), [&](std::int64_t index, const Tile& tile) {
     Buffers<A> buffers;
     subtract_target(a, tiling, tile, buffers);
     sums[index] = sum_of_squares(buffers.difference, tile.count());
@@ -73,23 +76,22 @@ void forward(const DenoisingLossArgs& a) {
   for (std::int64_t n = 0; n < a.shape.n; ++n) {
     double sum = 0;
     for (std::int64_t i = 0; i < tiles; ++i) sum += sums[n * tiles + i];
-    static_cast<A*>(a.loss)[n] = static_cast<A>(sum / static_cast<double>(tiling.numel()));
+    static_cast<A*>(a.losses)[n] = static_cast<A>(sum / static_cast<double>(tiling.numel()));
   }
 }
 
 template <class A>
-void backward(const DenoisingLossBackwardArgs& b) {
-  const DenoisingLossArgs& a = b.forward;
+void backward(const DenoisingLossBackwardArgs& a) {
   const Tiling tiling(a.shape);
-  for_each_tile(tiling, a.shape.n, draws(a), a.run_on.threads(), [&](std::int64_t, const Tile& tile) {
+  for_each_tile(tiling, a.shape.n, draws(a), a.stream_or_threads.threads(), [&](std::int64_t, const Tile& tile) {
     Buffers<A> buffers;
     const Place at = place(tiling, tile);
-    buffers.noise.prefetch(b.grad_model_output, a.dtype, at, tile);
+    buffers.noise.prefetch(a.grad_model_output, a.dtype, at, tile);
     subtract_target(a, tiling, tile, buffers);
-    const A factor = 2 * static_cast<const A*>(a.loss)[tile.sample] / static_cast<A>(tiling.numel());
+    const A factor = 2 * static_cast<const A*>(a.grad_losses)[tile.sample] / static_cast<A>(tiling.numel());
 #pragma omp simd
     for (std::int64_t i = 0; i < tile.count(); ++i) buffers.difference[i] *= factor;
-    store(buffers.difference, b.grad_model_output, a.dtype, at, tile);
+    store(buffers.difference, a.grad_model_output, a.dtype, at, tile);
   });
 }
 
@@ -97,8 +99,8 @@ void backward(const DenoisingLossBackwardArgs& b) {
 
 void denoising_loss(const DenoisingLossArgs& a) { a.dtype == DType::kFloat64 ? forward<double>(a) : forward<float>(a); }
 
-void denoising_loss_backward(const DenoisingLossBackwardArgs& b) {
-  b.forward.dtype == DType::kFloat64 ? backward<double>(b) : backward<float>(b);
+void denoising_loss_backward(const DenoisingLossBackwardArgs& a) {
+  a.dtype == DType::kFloat64 ? backward<double>(a) : backward<float>(a);
 }
 
 }  // namespace ddpm_fast::DDPM_FAST_ISA

@@ -9,26 +9,24 @@
 
 namespace ddpm_fast {
 
-#define OP(name, Args) void name(const Args&);
-#define KERNELS(isa)                                                                                                 \
-  namespace isa {                                                                                                    \
-  extern const std::int64_t panel;                                                                                   \
-  DDPM_FAST_OPS(OP)                                                                                                  \
-  DDPM_FAST_CPU_OPS(OP)                                                                                              \
-  Kernels kernels() {                                                                                                \
-    return {DDPM_FAST_OPS(ADDRESS) /* no workspaces */ nullptr, nullptr, nullptr, DDPM_FAST_CPU_OPS(ADDRESS) panel}; \
-  }                                                                                                                  \
+#define DECLARE(name, Args) void name(const Args&);
+#define ADDRESS(name, Args) .name = &name,
+#define KERNELS(isa)                                                                              \
+  namespace isa {                                                                                 \
+  extern const std::int64_t panel;                                                                \
+  DDPM_FAST_OPS(DECLARE)                                                                          \
+  DDPM_FAST_CPU_OPS(DECLARE)                                                                      \
+  Kernels kernels() { return {DDPM_FAST_OPS(ADDRESS) DDPM_FAST_CPU_OPS(ADDRESS).panel = panel}; } \
   }
-#define ADDRESS(name, Args) &name,
 KERNELS(baseline)
 #ifdef DDPM_FAST_X86
 KERNELS(avx2)
 KERNELS(avx512)
 KERNELS(avx512_bf16)
 #endif
-#undef ADDRESS
 #undef KERNELS
-#undef OP
+#undef ADDRESS
+#undef DECLARE
 
 namespace {
 

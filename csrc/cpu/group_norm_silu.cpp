@@ -213,16 +213,16 @@ struct Forward {
 
   const GroupNormSiluArgs& a;
   const Slice& slice;
-  const GroupNormLinesArgs* lines;  // what is wanted instead of y; or absent
-  const Index hw = a.shape.hw, group_channels = a.shape.c / a.groups;
+  const GroupNormAffineArgs* affine;  // coefficients to write instead of y; may be absent
+  const Index hw = a.shape.hw, group_channels = a.shape.c / a.num_groups;
   const Real* shift = nullptr;              // the input, or none
   Real *gain, *offset, *slope, *intercept;  // one value a channel of the slice
   Real* center;
   double* mean;    // of a group
   Real* variance;  // of a group; then rstd
 
-  Forward(const GroupNormSiluArgs& args, const Slice& the_slice, const GroupNormLinesArgs* the_lines = nullptr)
-      : a(args), slice(the_slice), lines(the_lines) {
+  Forward(const GroupNormSiluArgs& args, const Slice& the_slice, const GroupNormAffineArgs* the_affine = nullptr)
+      : a(args), slice(the_slice), affine(the_affine) {
     const Index channels = slice.channels, group_size = group_channels * hw;
     const Index batch = groups_in_batch(slice.groups, group_size);
     const bool shifted_copy = a.shift.data != nullptr && !a.shape.channels_last;
@@ -242,8 +242,8 @@ struct Forward {
       moments(pivot, sum, squares);
       merge_channels(channel_mean, pivot, sum, squares);
       finish(0, slice.groups, shift);
-      if (lines != nullptr) {
-        write_lines();
+      if (affine != nullptr) {
+        write_affine();
       } else {
         a.silu ? apply_channels_last<true>() : apply_channels_last<false>();
       }
@@ -279,7 +279,7 @@ struct Forward {
   // From mean and variance of groups first .. first + groups - 1: what is saved, and center, slope and intercept of
   // their channels. `added`: to x when it is read for the statistics only.
   void finish(Index first, Index groups, const Real* added) {
-    const Index at = slice.sample * a.groups + slice.first_group;
+    const Index at = slice.sample * a.num_groups + slice.first_group;
     const Real factor = a.silu ? static_cast<Real>(kNegLog2EDouble) : 1, eps = static_cast<Real>(a.eps);
     for (Index g = first; g < first + groups; ++g) {
       variance[g] = reciprocal_root(variance[g] + eps);
@@ -343,7 +343,7 @@ struct Forward {
 
   // Of the channels of a channels_last slice, those of x and those of skip.
   void moments(Real* pivot, Real* sum, Real* squares) {
-    const Index skip_channels = lines == nullptr ? 0 : lines->skip_channels, channels = a.shape.c - skip_channels;
+    const Index skip_channels = affine == nullptr ? 0 : affine->skip_channels, channels = a.shape.c - skip_channels;
     const Index first = slice.first_channel, end = first + slice.channels, seam = smaller(larger(first, channels), end);
     const Index row = slice.sample * hw;
     if (first < seam) {
@@ -352,14 +352,14 @@ struct Forward {
     }
     if (seam < end) {
       const Index done = seam - first;
-      channel_moments(static_cast<const T*>(lines->skip) + row * skip_channels + seam - channels, hw, skip_channels,
+      channel_moments(static_cast<const T*>(affine->skip) + row * skip_channels + seam - channels, hw, skip_channels,
                       end - seam, pivot + done, sum + done, squares + done);
     }
   }
 
-  void write_lines() {
+  void write_affine() {
     if constexpr (std::is_same_v<Real, float>) {
-      float* to = lines->lines + slice.sample * 3 * a.shape.c + slice.first_channel;
+      float* to = affine->affine + slice.sample * 3 * a.shape.c + slice.first_channel;
       for (const Real* from : {center, slope, intercept}) {
         std::memcpy(to, from, static_cast<std::size_t>(slice.channels) * sizeof(float));
         to += a.shape.c;
@@ -419,17 +419,26 @@ void group_norm_silu(const GroupNormSiluArgs& args) {
     using T = decltype(type);
     GroupNormSiluArgs a = args;
     if (a.shape.hw == 1) a.shape.channels_last = true;  // the same memory, and vectors across channels
-    const Cut cut(a.shape, a.groups, sizeof(T), 2 * sizeof(T), a.run_on.threads());
-    cut.run(a.shape, a.groups, kGrain, a.run_on.threads(), [&](const Slice& slice) { Forward<T>(a, slice); });
+    const Cut cut(a.shape, a.num_groups, sizeof(T), 2 * sizeof(T), a.stream_or_threads.threads());
+    cut.run(a.shape, a.num_groups, kGrain, a.stream_or_threads.threads(),
+            [&](const Slice& slice) { Forward<T>(a, slice); });
   });
 }
 
-void group_norm_lines(const GroupNormLinesArgs& args) {
-  const GroupNormSiluArgs& a = args.norm;
+void group_norm_affine(const GroupNormAffineArgs& args) {
+  GroupNormSiluArgs a{};
+  a.dtype = args.dtype;
+  a.x = args.x;
+  a.weight = args.weight, a.bias = args.bias;
+  a.shift = args.shift, a.scale = args.scale, a.scale_shift = args.scale_shift;
+  a.shape = {args.n, args.channels + args.skip_channels, args.hw, true};
+  a.num_groups = args.num_groups;
+  a.eps = args.eps;
+  const int threads = args.stream_or_threads.threads();
   with_conv_type(a.dtype, [&](auto type) {
     using T = decltype(type);
-    const Cut cut(a.shape, a.groups, sizeof(T), sizeof(T), a.run_on.threads());
-    cut.run(a.shape, a.groups, kGrain, a.run_on.threads(), [&](const Slice& slice) { Forward<T>(a, slice, &args); });
+    const Cut cut(a.shape, a.num_groups, sizeof(T), sizeof(T), threads);
+    cut.run(a.shape, a.num_groups, kGrain, threads, [&](const Slice& slice) { Forward<T>(a, slice, &args); });
   });
 }
 

@@ -39,7 +39,7 @@ struct Backward {
   const GroupNormSiluBackwardArgs& a;
   const Slice& slice;
   Real *sum_1, *sum_2;  // [n, c]: (1 + scale) S1 and (1 + scale) S2
-  const Index hw = a.shape.hw, channels = slice.channels, group_channels = a.shape.c / a.groups;
+  const Index hw = a.shape.hw, channels = slice.channels, group_channels = a.shape.c / a.num_groups;
   // One value a channel of the slice. dx = g p + (x + shift - center) q + r.
   Real *weight, *bias, *scale_1, *gain, *shift, *center, *slope, *intercept, *s1, *s2, *s3, *dx_sum, *p, *q, *r;
 
@@ -58,8 +58,8 @@ struct Backward {
     load_inputs();
     const Index start = last ? slice.sample * hw * a.shape.c + slice.first_channel
                              : (slice.sample * a.shape.c + slice.first_channel) * hw;
-    const T *x = static_cast<const T*>(a.x) + start, *dy = static_cast<const T*>(a.dy) + start;
-    T* dx = static_cast<T*>(a.dx) + start;
+    const T *x = static_cast<const T*>(a.x) + start, *dy = static_cast<const T*>(a.grad_y) + start;
+    T* dx = static_cast<T*>(a.grad_x) + start;
     if (!a.silu) {
       sweep<false, false>(last, x, dy, dx, kept);
     } else {
@@ -94,7 +94,7 @@ struct Backward {
   }
   Real mean_of(Index group) const { return static_cast<const Real*>(a.mean)[statistic(group)]; }
   Real rstd_of(Index group) const { return static_cast<const Real*>(a.rstd)[statistic(group)]; }
-  Index statistic(Index group) const { return slice.sample * a.groups + slice.first_group + group; }
+  Index statistic(Index group) const { return slice.sample * a.num_groups + slice.first_group + group; }
 
   // dL/dt.
   template <bool silu_>
@@ -135,15 +135,15 @@ struct Backward {
   // The sums of the slice's channels to where they are wanted. s1 and s2 are used up.
   void save() {
     const Index at = slice.sample * a.shape.c + slice.first_channel;
-    if (a.dshift != nullptr) {
+    if (a.grad_shift != nullptr) {
       if (group_channels == 1) {  // what is added to all of a group does not matter
         for (Index i = 0; i < channels; ++i) dx_sum[i] = 0;
       }
-      copy(dx_sum, static_cast<Real*>(a.dshift) + at);
+      copy(dx_sum, static_cast<Real*>(a.grad_shift) + at);
     }
-    if (a.dscale_shift != nullptr) copy(s1, static_cast<Real*>(a.dscale_shift) + at);
-    if (a.dscale != nullptr) {
-      Real* dscale = static_cast<Real*>(a.dscale) + at;
+    if (a.grad_scale_shift != nullptr) copy(s1, static_cast<Real*>(a.grad_scale_shift) + at);
+    if (a.grad_scale != nullptr) {
+      Real* dscale = static_cast<Real*>(a.grad_scale) + at;
       for (Index i = 0; i < channels; ++i) dscale[i] = weight[i] * s2[i] + bias[i] * s1[i];
     }
     if (sum_1 != nullptr) {
@@ -352,15 +352,15 @@ void group_norm_silu_backward(const GroupNormSiluBackwardArgs& args) {
     GroupNormSiluBackwardArgs a = args;
     if (a.shape.hw == 1) a.shape.channels_last = true;  // the same memory, and vectors across channels
     const Index sums = a.shape.n * a.shape.c;
-    const bool parameters = a.dweight != nullptr || a.dbias != nullptr;
+    const bool parameters = a.grad_weight != nullptr || a.grad_bias != nullptr;
     Room room(RoomFor::kCall, parameters ? 2 * Room::bytes<Real>(sums) : 0);
     Real* sum_1 = parameters ? room.take<Real>(sums) : nullptr;
     Real* sum_2 = parameters ? room.take<Real>(sums) : nullptr;
-    const Cut cut(a.shape, a.groups, sizeof(T), 3 * sizeof(T) + sizeof(Real), a.run_on.threads());
-    cut.run(a.shape, a.groups, kGrain, a.run_on.threads(),
+    const Cut cut(a.shape, a.num_groups, sizeof(T), 3 * sizeof(T) + sizeof(Real), a.stream_or_threads.threads());
+    cut.run(a.shape, a.num_groups, kGrain, a.stream_or_threads.threads(),
             [&](const Slice& slice) { Backward<T>(a, slice, sum_1, sum_2); });
-    if (a.dweight != nullptr) sum_samples(sum_2, a.shape.n, a.shape.c, static_cast<Real*>(a.dweight));
-    if (a.dbias != nullptr) sum_samples(sum_1, a.shape.n, a.shape.c, static_cast<Real*>(a.dbias));
+    if (a.grad_weight != nullptr) sum_samples(sum_2, a.shape.n, a.shape.c, static_cast<Real*>(a.grad_weight));
+    if (a.grad_bias != nullptr) sum_samples(sum_1, a.shape.n, a.shape.c, static_cast<Real*>(a.grad_bias));
   });
 }
 

@@ -25,7 +25,7 @@ void run(const ReverseStepArgs& a) {
   const Tiling tiling(a.shape);
   const bool learned = a.variance != Variance::kFixed;
   const bool draws = a.noise == nullptr && a.seeds != nullptr;
-  for_each_tile(tiling, a.shape.n, draws, a.run_on.threads(), [&](std::int64_t, const Tile& tile) {
+  for_each_tile(tiling, a.shape.n, draws, a.stream_or_threads.threads(), [&](std::int64_t, const Tile& tile) {
     alignas(64) A x_buffer[kMaxDraw], m_buffer[kMaxDraw], guided[kMaxDraw], x_0[kMaxDraw], x_prev[kMaxDraw];
     const std::int64_t count = tile.count(), step = a.steps[tile.sample * a.step_stride];
     const PlanRow row = a.table[step];
@@ -36,17 +36,17 @@ void run(const ReverseStepArgs& a) {
     const A* z = nullptr;
     if (row.sigma != 0 && (a.noise != nullptr || a.seeds != nullptr)) {
       noise.prefetch(a.x_t, a.dtype, at, tile);
-      noise.prefetch(a.model_output, a.model_dtype, model.prediction, tile);
-      noise.prefetch(a.out, a.dtype, at, tile);
+      noise.prefetch(a.model_output, a.model_output_dtype, model.prediction, tile);
+      noise.prefetch(a.x_prev, a.dtype, at, tile);
       noise.prefetch(a.x_0_prev, a.dtype, at, tile);
-      noise.prefetch(a.x_0_out, a.dtype, at, tile);
+      noise.prefetch(a.x_0, a.dtype, at, tile);
       z = noise.given_or_drawn(a.noise, a.dtype, a.seeds, static_cast<std::uint32_t>(step), tiling, tile);
     }
     const A* x = load(a.x_t, a.dtype, at, tile, x_buffer);
-    const A* m = load(a.model_output, a.model_dtype, model.prediction, tile, m_buffer);
-    if (a.guidance) {
+    const A* m = load(a.model_output, a.model_output_dtype, model.prediction, tile, m_buffer);
+    if (a.has_guidance) {
       const ModelPlaces second(tiling, tile, a.shape.n + tile.sample, a.shape.channels_last, learned);
-      const A* unconditional = load(a.model_output, a.model_dtype, second.prediction, tile, guided);
+      const A* unconditional = load(a.model_output, a.model_output_dtype, second.prediction, tile, guided);
       const A scale = static_cast<A>(a.guidance_scale);
 #pragma omp simd
       for (std::int64_t i = 0; i < count; ++i) guided[i] = unconditional[i] + scale * (m[i] - unconditional[i]);
@@ -65,7 +65,7 @@ void run(const ReverseStepArgs& a) {
       for (std::int64_t i = 0; i < count; ++i) x_prev[i] += row.k3 * x_0_prev[i];
     }
     if (z != nullptr && learned) {
-      const A* v = load(a.model_output, a.model_dtype, model.variance, tile, m_buffer);
+      const A* v = load(a.model_output, a.model_output_dtype, model.variance, tile, m_buffer);
       const bool range = a.variance == Variance::kLearnedRange;
 #pragma omp simd
       for (std::int64_t i = 0; i < count; ++i) {
@@ -77,8 +77,8 @@ void run(const ReverseStepArgs& a) {
 #pragma omp simd
       for (std::int64_t i = 0; i < count; ++i) x_prev[i] += row.sigma * z[i];
     }
-    store(x_prev, a.out, a.dtype, at, tile);
-    if (a.x_0_out != nullptr) store(x_0, a.x_0_out, a.dtype, at, tile);
+    store(x_prev, a.x_prev, a.dtype, at, tile);
+    if (a.x_0 != nullptr) store(x_0, a.x_0, a.dtype, at, tile);
   });
 }
 

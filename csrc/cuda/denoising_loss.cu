@@ -21,7 +21,8 @@ struct Difference {
     Packed<T, width> m, x_0;  // x_0 where the target has it
   };
 
-  __device__ Difference(const DenoisingLossArgs& a, const Tile& tile)
+  template <class Args>
+  __device__ Difference(const Args& a, const Tile& tile)
       : source(a.prediction == Prediction::kSample ? nullptr : a.noise,
                a.prediction == Prediction::kSample ? nullptr : a.seeds, kStreamQSample),
         model_output(static_cast<const T*>(a.model_output)),
@@ -106,7 +107,7 @@ __global__ void __launch_bounds__(kMostThreads)
   float sum = 0;
   for (unsigned warp = 0; warp < blockDim.x / kWarp; ++warp) sum += sums[warp];
   if (gridDim.x == 1) {
-    static_cast<float*>(a.loss)[tile.sample] = static_cast<float>(sum * reciprocal_of_count);
+    static_cast<float*>(a.losses)[tile.sample] = static_cast<float>(sum * reciprocal_of_count);
   } else {
     static_cast<float*>(a.workspace)[std::int64_t{tile.sample} * gridDim.x + blockIdx.x] = sum;
   }
@@ -114,13 +115,13 @@ __global__ void __launch_bounds__(kMostThreads)
 
 // The losses from the sums of the tiles, a warp for each sample.
 __global__ void __launch_bounds__(kMostThreads)
-    add_tiles_kernel(float* loss, const float* sums, std::int64_t n, std::int64_t tiles, double reciprocal_of_count) {
+    add_tiles_kernel(float* losses, const float* sums, std::int64_t n, std::int64_t tiles, double reciprocal_of_count) {
   const std::int64_t sample = std::int64_t{blockIdx.x} * (kMostThreads / kWarp) + threadIdx.x / kWarp;
   if (sample >= n) return;
   double sum = 0;
   for (std::int64_t tile = threadIdx.x % kWarp; tile < tiles; tile += kWarp) sum += sums[sample * tiles + tile];
   sum = sum_of_warp(sum);
-  if (threadIdx.x % kWarp == 0) loss[sample] = static_cast<float>(sum * reciprocal_of_count);
+  if (threadIdx.x % kWarp == 0) losses[sample] = static_cast<float>(sum * reciprocal_of_count);
 }
 
 // -------------------------------------------------------------------------------------------------------- backward
@@ -132,10 +133,10 @@ struct Gradient : Difference<T> {
   double reciprocal_of_count;
   float factor;  // 2 / count times the gradient of the loss
 
-  __device__ Gradient(const DenoisingLossBackwardArgs& b, const Tile& tile, double reciprocal_of_count)
-      : Difference<T>(b.forward, tile),
-        grad_model_output(static_cast<T*>(b.grad_model_output)),
-        grad_loss(static_cast<const float*>(b.forward.loss) + tile.sample),
+  __device__ Gradient(const DenoisingLossBackwardArgs& a, const Tile& tile, double reciprocal_of_count)
+      : Difference<T>(a, tile),
+        grad_model_output(static_cast<T*>(a.grad_model_output)),
+        grad_loss(static_cast<const float*>(a.grad_losses) + tile.sample),
         reciprocal_of_count(reciprocal_of_count) {}
 
   __device__ void start() {
@@ -155,10 +156,10 @@ struct Gradient : Difference<T> {
 
 template <class T, bool staged>
 __global__ void __launch_bounds__(kMostThreads)
-    denoising_loss_backward_kernel(const DenoisingLossBackwardArgs b, const Tiling tiling, double reciprocal_of_count) {
+    denoising_loss_backward_kernel(const DenoisingLossBackwardArgs a, const Tiling tiling, double reciprocal_of_count) {
   const Tile tile = current_tile<staged>(tiling);
   if (tile.sample >= tiling.n) return;
-  Gradient<T> op(b, tile, reciprocal_of_count);
+  Gradient<T> op(a, tile, reciprocal_of_count);
   run<staged, kWidth<T>>(tiling, tile, op);
 }
 
@@ -166,8 +167,8 @@ __global__ void __launch_bounds__(kMostThreads)
 
 double reciprocal_of_count(const Shape& shape) { return 1 / static_cast<double>(shape.c * shape.hw); }
 
-template <class T>
-Tiling tiling_of(const DenoisingLossArgs& a, const void* grad_model_output = nullptr) {
+template <class T, class Args>
+Tiling tiling_of(const Args& a, const void* grad_model_output = nullptr) {
   constexpr int kVector = kWidth<T>;
   const bool draws = a.noise == nullptr && a.prediction != Prediction::kSample;
   return {a.shape, draws, kVector,
@@ -177,14 +178,10 @@ Tiling tiling_of(const DenoisingLossArgs& a, const void* grad_model_output = nul
 
 }  // namespace
 
-std::int64_t denoising_loss_workspace(const Shape& shape) {
-  if (shape.c * shape.hw == 0) return 0;
-  // The layout is not known, and either way of cutting a sample may be the one with more tiles.
-  const auto tiles = [&](bool channels_last) {
-    return Tiling({shape.n, shape.c, shape.hw, channels_last}, true, 1, true).tiles_per_sample();
-  };
-  const std::int64_t most = tiles(false) > tiles(true) ? tiles(false) : tiles(true);
-  return most == 1 ? 0 : shape.n * most * static_cast<std::int64_t>(sizeof(float));
+std::int64_t denoising_loss_workspace(const DenoisingLossArgs& a) {
+  if (a.shape.c * a.shape.hw == 0) return 0;
+  const std::int64_t tiles = tiling_of<float>(a).tiles_per_sample();  // the same for every type
+  return tiles == 1 ? 0 : a.shape.n * tiles * static_cast<std::int64_t>(sizeof(float));
 }
 
 void denoising_loss(const DenoisingLossArgs& a) {
@@ -196,25 +193,24 @@ void denoising_loss(const DenoisingLossArgs& a) {
       const Tiling tiling = tiling_of<T>(a);
       tiles = tiling.tiles_per_sample();
       launch("denoising_loss", tiling.staged ? denoising_loss_kernel<T, true> : denoising_loss_kernel<T, false>,
-             tiling.dims(), a.run_on.stream(), a, tiling, reciprocal_of_count(a.shape));
+             tiling.dims(), a.stream_or_threads.stream(), a, tiling, reciprocal_of_count(a.shape));
     });
   }
   if (tiles == 1) return;
   constexpr std::int64_t kSamples = kMostThreads / kWarp;
   const Dims dims = {.grid = dim3(static_cast<unsigned>(divide_up(a.shape.n, kSamples))), .block = dim3(kMostThreads)};
-  launch("denoising_loss", add_tiles_kernel, dims, a.run_on.stream(), static_cast<float*>(a.loss),
+  launch("denoising_loss", add_tiles_kernel, dims, a.stream_or_threads.stream(), static_cast<float*>(a.losses),
          static_cast<const float*>(a.workspace), a.shape.n, tiles, reciprocal_of_count(a.shape));
 }
 
-void denoising_loss_backward(const DenoisingLossBackwardArgs& b) {
-  const DenoisingLossArgs& a = b.forward;
+void denoising_loss_backward(const DenoisingLossBackwardArgs& a) {
   if (a.shape.n * a.shape.c * a.shape.hw == 0) return;
   with_type(a.dtype, [&](auto zero) {
     using T = decltype(zero);
-    const Tiling tiling = tiling_of<T>(a, b.grad_model_output);
+    const Tiling tiling = tiling_of<T>(a, a.grad_model_output);
     launch("denoising_loss_backward",
            tiling.staged ? denoising_loss_backward_kernel<T, true> : denoising_loss_backward_kernel<T, false>,
-           tiling.dims(), a.run_on.stream(), b, tiling, reciprocal_of_count(a.shape));
+           tiling.dims(), a.stream_or_threads.stream(), a, tiling, reciprocal_of_count(a.shape));
   });
 }
 

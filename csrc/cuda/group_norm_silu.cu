@@ -513,11 +513,11 @@ void launch_pass(Forward p, std::int64_t samples, void* stream) {
 
 }  // namespace
 
-std::int64_t group_norm_silu_workspace(DType dtype, const Shape& shape, std::int64_t groups) {
-  const auto tiling = tiling_of(dtype, shape, groups);
+std::int64_t group_norm_silu_workspace(const GroupNormSiluArgs& a) {
+  const auto tiling = tiling_of(a.dtype, a.shape, a.num_groups);
   if (!tiling || tiling->resident) return 0;
-  const std::int64_t slice_groups = tiling->slice_channels / (shape.c / groups);
-  return shape.n * tiling->slices * tiling->parts * slice_groups * static_cast<std::int64_t>(sizeof(float2));
+  const std::int64_t slice_groups = tiling->slice_channels / (a.shape.c / a.num_groups);
+  return a.shape.n * tiling->slices * tiling->parts * slice_groups * static_cast<std::int64_t>(sizeof(float2));
 }
 
 void group_norm_silu(const GroupNormSiluArgs& a) {
@@ -531,17 +531,17 @@ void group_norm_silu(const GroupNormSiluArgs& a) {
   p.partial = static_cast<float2*>(a.workspace);
   p.c = to_int(kOp, a.shape.c);
   p.hw = to_int(kOp, a.shape.hw);
-  p.groups = static_cast<int>(a.groups);
+  p.groups = static_cast<int>(a.num_groups);
   p.group_channels = p.c / p.groups;
   p.eps = static_cast<float>(a.eps);
   p.silu = a.silu;
   p.channels_last = a.shape.channels_last;
-  const auto tiling = tiling_of(a.dtype, a.shape, a.groups);
+  const auto tiling = tiling_of(a.dtype, a.shape, a.num_groups);
   with_type(a.dtype, [&](auto type) {
     using T = decltype(type);
-    void* stream = a.run_on.stream();
+    void* stream = a.stream_or_threads.stream();
     if (!tiling || !is_aligned({a.x, a.y})) {
-      launch(kOp, scalar_kernel<T>, {grid(kOp, a.shape.n * a.groups), dim3(kScalarThreads)}, stream, p);
+      launch(kOp, scalar_kernel<T>, {grid(kOp, a.shape.n * a.num_groups), dim3(kScalarThreads)}, stream, p);
       return;
     }
     p.tiling = *tiling;

@@ -686,22 +686,22 @@ void launch_pass(Backward p, std::int64_t samples, void* stream) {
 
 }  // namespace
 
-std::int64_t group_norm_silu_backward_workspace(DType dtype, const Shape& shape, std::int64_t groups) {
-  return Workspace(tiling_of(dtype, shape, groups), shape, groups).total;
+std::int64_t group_norm_silu_backward_workspace(const GroupNormSiluBackwardArgs& a) {
+  return Workspace(tiling_of(a.dtype, a.shape, a.num_groups), a.shape, a.num_groups).total;
 }
 
 void group_norm_silu_backward(const GroupNormSiluBackwardArgs& a) {
   if (a.shape.c == 0) return;
-  const auto tiling = tiling_of(a.dtype, a.shape, a.groups);
-  const Workspace workspace(tiling, a.shape, a.groups);
+  const auto tiling = tiling_of(a.dtype, a.shape, a.num_groups);
+  const Workspace workspace(tiling, a.shape, a.num_groups);
   const auto at = [&](std::int64_t offset) { return static_cast<char*>(a.workspace) + offset; };
-  const bool small = a.dweight != nullptr || a.dbias != nullptr || a.dshift != nullptr || a.dscale != nullptr ||
-                     a.dscale_shift != nullptr;
-  void* stream = a.run_on.stream();
-  const bool vectors = tiling && is_aligned({a.dy, a.x, a.dx});
+  const bool small = a.grad_weight != nullptr || a.grad_bias != nullptr || a.grad_shift != nullptr ||
+                     a.grad_scale != nullptr || a.grad_scale_shift != nullptr;
+  void* stream = a.stream_or_threads.stream();
+  const bool vectors = tiling && is_aligned({a.grad_y, a.x, a.grad_x});
   Backward p = {};
-  p.dx = a.dx;
-  p.dy = a.dy;
+  p.dx = a.grad_x;
+  p.dy = a.grad_y;
   p.x = a.x;
   p.mean = static_cast<const float*>(a.mean);
   p.rstd = static_cast<const float*>(a.rstd);
@@ -711,16 +711,16 @@ void group_norm_silu_backward(const GroupNormSiluBackwardArgs& a) {
   p.partial = reinterpret_cast<Sums*>(at(workspace.partial));
   p.c = to_int(kOp, a.shape.c);
   p.hw = to_int(kOp, a.shape.hw);
-  p.groups = static_cast<int>(a.groups);
+  p.groups = static_cast<int>(a.num_groups);
   p.group_channels = p.c / p.groups;
-  p.deviations = a.dtype == DType::kFloat32 || a.dshift != nullptr;
+  p.deviations = a.dtype == DType::kFloat32 || a.grad_shift != nullptr;
   p.silu = a.silu;
   p.channels_last = a.shape.channels_last;
   if (a.shape.n * a.shape.hw > 0) {
     with_type(a.dtype, [&](auto type) {
       using T = decltype(type);
       if (!vectors) {
-        launch(kOp, scalar_kernel<T>, {grid(kOp, a.shape.n * a.groups), dim3(kScalarThreads)}, stream, p);
+        launch(kOp, scalar_kernel<T>, {grid(kOp, a.shape.n * a.num_groups), dim3(kScalarThreads)}, stream, p);
         return;
       }
       p.tiling = *tiling;
@@ -735,11 +735,11 @@ void group_norm_silu_backward(const GroupNormSiluBackwardArgs& a) {
     });
   }
   if (!small) return;
-  const SmallGradients gradients = {static_cast<float*>(a.dweight),
-                                    static_cast<float*>(a.dbias),
-                                    static_cast<float*>(a.dshift),
-                                    static_cast<float*>(a.dscale),
-                                    static_cast<float*>(a.dscale_shift),
+  const SmallGradients gradients = {static_cast<float*>(a.grad_weight),
+                                    static_cast<float*>(a.grad_bias),
+                                    static_cast<float*>(a.grad_shift),
+                                    static_cast<float*>(a.grad_scale),
+                                    static_cast<float*>(a.grad_scale_shift),
                                     p.rstd,
                                     p.inputs,
                                     p.sums,

@@ -1,4 +1,4 @@
-// The CUDA kernels. Each csrc/cuda/<op>.cu holds an op's kernels and the function that launches them on a stream.
+// The CUDA kernels. Each csrc/cuda/<op>.cu holds the kernels of an op and the function that launches them on a stream.
 #pragma once
 
 #include <string>
@@ -12,18 +12,19 @@ namespace cuda {
 #define OP(name, Args) void name(const Args&);
 DDPM_FAST_OPS(OP)
 #undef OP
-std::int64_t denoising_loss_workspace(const Shape& shape);
-std::int64_t group_norm_silu_workspace(DType dtype, const Shape& shape, std::int64_t groups);
-std::int64_t group_norm_silu_backward_workspace(DType dtype, const Shape& shape, std::int64_t groups);
+#define OP(name, Args) std::int64_t name##_workspace(const Args&);
+DDPM_FAST_WORKSPACES(OP)
+#undef OP
 
-std::string why_not();  // the reason why nothing here runs on the current device; empty where it does
+std::string why_not();  // why the kernels cannot run on the current device; empty if they can
 
 }  // namespace cuda
 
 inline const Kernels& cuda_kernels() {
-#define ADDRESS(name, Args) &cuda::name,
-  static const Kernels kernels = {DDPM_FAST_OPS(ADDRESS) & cuda::denoising_loss_workspace,
-                                  &cuda::group_norm_silu_workspace, &cuda::group_norm_silu_backward_workspace};
+#define ADDRESS(name, Args) .name = &cuda::name,
+#define WORKSPACE(name, Args) .name##_workspace = &cuda::name##_workspace,
+  static const Kernels kernels = {DDPM_FAST_OPS(ADDRESS) DDPM_FAST_WORKSPACES(WORKSPACE)};
+#undef WORKSPACE
 #undef ADDRESS
   return kernels;
 }

@@ -44,8 +44,8 @@ void noise(const NoiseArgs& a) {
   with_type(a.dtype, [&](auto zero) {
     using T = decltype(zero);
     const Tiling tiling(a.shape, true, kWidth<T>, aligned<T>(a.out, kWidth<T>));
-    launch("noise", tiling.staged ? noise_kernel<T, true> : noise_kernel<T, false>, tiling.dims(), a.run_on.stream(), a,
-           tiling);
+    launch("noise", tiling.staged ? noise_kernel<T, true> : noise_kernel<T, false>, tiling.dims(),
+           a.stream_or_threads.stream(), a, tiling);
   });
 }
 

@@ -20,7 +20,7 @@ struct QSample {
 
   __device__ QSample(const QSampleArgs& a, const Tile& tile)
       : source(a.noise, a.seeds, kStreamQSample),
-        out(static_cast<T*>(a.out)),
+        out(static_cast<T*>(a.x_t)),
         x_0(static_cast<const X*>(a.x_0)),
         table(a.table),
         t(a.t[tile.sample]) {}
@@ -57,10 +57,10 @@ __global__ void __launch_bounds__(kMostThreads) q_sample_kernel(const QSampleArg
 template <class T, class X>
 void run_with(const QSampleArgs& a) {
   constexpr int kVector = kWidth<T>;
-  const bool whole = aligned<T>(a.out, kVector) && aligned<X>(a.x_0, kVector) && aligned<T>(a.noise, kVector);
+  const bool whole = aligned<T>(a.x_t, kVector) && aligned<X>(a.x_0, kVector) && aligned<T>(a.noise, kVector);
   const Tiling tiling(a.shape, a.noise == nullptr, kVector, whole);
   launch("q_sample", tiling.staged ? q_sample_kernel<T, X, true> : q_sample_kernel<T, X, false>, tiling.dims(),
-         a.run_on.stream(), a, tiling);
+         a.stream_or_threads.stream(), a, tiling);
 }
 
 }  // namespace

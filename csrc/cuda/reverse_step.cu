@@ -39,8 +39,8 @@ struct ReverseStep {
 
   __device__ ReverseStep(const ReverseStepArgs& a, const Model& model, const Tile& tile)
       : source(a.noise, a.seeds, 0),
-        out(static_cast<T*>(a.out)),
-        x_0_out(static_cast<T*>(a.x_0_out)),
+        out(static_cast<T*>(a.x_prev)),
+        x_0_out(static_cast<T*>(a.x_0)),
         x_t(static_cast<const T*>(a.x_t)),
         x_0_prev(static_cast<const T*>(a.x_0_prev)),
         prediction(static_cast<const M*>(a.model_output)),
@@ -127,8 +127,8 @@ void run_with(const ReverseStepArgs& a) {
   const bool learned = a.variance != Variance::kFixed;
   // In channels_last a pixel has the channels of the prediction, and then those of the variance.
   const bool interleaved = learned && a.shape.channels_last && a.shape.hw > 1;
-  const bool plain = !learned && !a.guidance && a.x_0_out == nullptr && a.x_0_prev == nullptr;
-  const bool whole = aligned<T>(a.out, kVector) && aligned<T>(a.x_0_out, kVector) && aligned<T>(a.x_t, kVector) &&
+  const bool plain = !learned && !a.has_guidance && a.x_0 == nullptr && a.x_0_prev == nullptr;
+  const bool whole = aligned<T>(a.x_prev, kVector) && aligned<T>(a.x_0, kVector) && aligned<T>(a.x_t, kVector) &&
                      aligned<M>(a.model_output, kVector) && aligned<T>(a.noise, kVector) &&
                      aligned<T>(a.x_0_prev, kVector);
   const bool draws = a.noise == nullptr && a.seeds != nullptr;
@@ -140,13 +140,13 @@ void run_with(const ReverseStepArgs& a) {
       .variance = !learned      ? 0
                   : interleaved ? tiling.cols
                                 : sample,
-      .unconditional = a.guidance ? a.shape.n * (learned ? 2 * sample : sample) : 0,
+      .unconditional = a.has_guidance ? a.shape.n * (learned ? 2 * sample : sample) : 0,
       .guidance_scale = static_cast<float>(a.guidance_scale),
   };
   const auto kernel = tiling.staged ? reverse_step_kernel<T, M, false, true>
                       : plain       ? reverse_step_kernel<T, M, true, false>
                                     : reverse_step_kernel<T, M, false, false>;
-  launch("reverse_step", kernel, tiling.dims(), a.run_on.stream(), a, model, tiling);
+  launch("reverse_step", kernel, tiling.dims(), a.stream_or_threads.stream(), a, model, tiling);
 }
 
 }  // namespace
@@ -155,9 +155,10 @@ void reverse_step(const ReverseStepArgs& a) {
   if (a.shape.n * a.shape.c * a.shape.hw == 0) return;
   with_type(a.dtype, [&](auto zero) {
     using T = decltype(zero);
-    if (a.model_dtype == a.dtype) return run_with<T, T>(a);
+    if (a.model_output_dtype == a.dtype) return run_with<T, T>(a);
     // The state of the loop stays in float32 where the model computes in less.
-    if constexpr (sizeof(T) == 4) a.model_dtype == DType::kFloat16 ? run_with<T, Float16>(a) : run_with<T, BFloat16>(a);
+    if constexpr (sizeof(T) == 4)
+      a.model_output_dtype == DType::kFloat16 ? run_with<T, Float16>(a) : run_with<T, BFloat16>(a);
   });
 }
 

@@ -1,8 +1,7 @@
-// The emulated kernels as a Python module, with the ops and arguments of ddpm_fast._native.cuda, for tensors of the
-// CPU.
+// The emulated kernels as a Python module. It has the functions of ddpm_fast._native.cuda, for CPU tensors.
 //
-// Every tensor is copied into a buffer of exactly its size in the emulator's global memory; an output's holds poison.
-// After the kernels have run, outputs are copied back. What was found on the way raises Finding.
+// Each tensor gets a buffer of its exact size in the emulator's global memory. Inputs are copied there. Outputs hold
+// poison until a kernel writes them, and are copied back afterwards. Finding is raised if the emulator found a bug.
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
@@ -24,58 +23,77 @@ using namespace ddpm_fast;
 
 namespace {
 
-// One report a line, each beginning with its kind.
-struct Finding : std::runtime_error {
-  using std::runtime_error::runtime_error;
-};
+py::handle finding;  // the exception; its text has one report per line, which begins with the kind
 
 std::mutex one_at_a_time;
 
+// Returns the bytes of each tensor among the values of a call. Tensors are dense.
+std::vector<std::int64_t> sizes_of(Values values) {
+  std::vector<std::int64_t> sizes;
+  for (PyObject* value : values) sizes.push_back(py::getattr(value, "nbytes", py::int_(0)).cast<std::int64_t>());
+  return sizes;
+}
+
+// The bytes of a kernel's workspace.
+template <class Args>
+std::int64_t workspace(const Args&) {
+  return 0;
+}
+#define OP(name, Args)                       \
+  template <>                                \
+  std::int64_t workspace(const Args& args) { \
+    return cuda::name##_workspace(args);     \
+  }
+DDPM_FAST_WORKSPACES(OP)
+#undef OP
+
+// The tensors of one call, in the emulator's global memory.
 class Staging {
  public:
-  explicit Staging(const char* op) : op_(op) {}
+  explicit Staging(std::string kernel) : kernel_(std::move(kernel)) {}
   ~Staging() { emulator::free_all_global(); }
 
-  template <class T>
-  void input(T*& pointer, std::int64_t size, const char* name) {
-    if (pointer == nullptr) return;
-    Tensor& tensor = place(pointer, size, name);
-    std::memcpy(tensor.device, tensor.host, tensor.size);
-    emulator::set_initialised(tensor.device, tensor.size);
-    pointer = static_cast<T*>(tensor.device);
-  }
-
-  // After the inputs: it may be one of them.
-  template <class T>
-  void output(T*& pointer, std::int64_t size, const char* name) {
-    if (pointer == nullptr) return;
-    const auto same =
-        std::find_if(tensors_.begin(), tensors_.end(), [&](const Tensor& t) { return t.host == pointer; });
-    Tensor& tensor = same != tensors_.end() ? *same : place(pointer, size, name);
-    tensor.output = true;
-    pointer = static_cast<T*>(tensor.device);
-  }
-
-  void scratch(void*& pointer, std::int64_t size) {
-    if (size == 0 || pointer == nullptr) return;
-    pointer = emulator::allocate_global(static_cast<std::size_t>(size), 0, "workspace");
-  }
-
+  // Replaces each pointer of `args`. A pointer to const is an input. Any other pointer is an output or the workspace.
   template <class Args>
-  void run(void (*kernels)(const Args&), const Args& args) {
+  void stage(Args& args, const std::vector<std::string>& names, const std::vector<std::int64_t>& sizes) {
+    const std::int64_t scratch = workspace(args);
+    // Inputs come first, because an output may be one of them.
+    for (const bool outputs : {false, true}) {
+      std::size_t next = 0;
+      for_each_field(args, [&]<class Field>(Field& field) {
+        const std::size_t i = next++;
+        if constexpr (std::is_pointer_v<Field>) {
+          constexpr bool is_output = !std::is_const_v<std::remove_pointer_t<Field>>;
+          if (is_output != outputs || field == nullptr) return;
+          if (names[i] == "workspace") {
+            if (scratch > 0) field = static_cast<Field>(allocate_scratch(scratch));
+          } else if constexpr (is_output) {
+            field = static_cast<Field>(output(field, sizes[i], names[i]));
+          } else {
+            field = static_cast<Field>(input(field, sizes[i], names[i]));
+          }
+        }
+      });
+    }
+  }
+
+  // Runs the kernel and returns the reports.
+  template <class Args>
+  std::string run(void (*kernel)(const Args&), const Args& args) {
     std::string error;
     try {
-      kernels(args);
+      kernel(args);
     } catch (const std::runtime_error& thrown) {
       error = thrown.what();
     }
-    emulator::machine.kernel = op_;
+    emulator::machine.kernel = kernel_.c_str();
     if (emulator::reports().empty()) finish();
     std::string text;
     for (const auto& report : emulator::reports()) text += report.text + "\n";
     emulator::clear_reports();
-    if (!text.empty()) throw Finding(text + error);
+    if (!text.empty()) return text + error;
     if (!error.empty()) throw std::runtime_error(error);
+    return "";
   }
 
  private:
@@ -86,9 +104,27 @@ class Staging {
     bool output = false;
   };
 
-  Tensor& place(const void* host, std::int64_t size, const char* name) {
+  static void* allocate_scratch(std::int64_t size) {
+    return emulator::allocate_global(static_cast<std::size_t>(size), 0, "workspace");
+  }
+
+  void* input(const void* host, std::int64_t size, const std::string& name) {
+    const Tensor& tensor = allocate(host, size, name);
+    std::memcpy(tensor.device, tensor.host, tensor.size);
+    emulator::set_initialised(tensor.device, tensor.size);
+    return tensor.device;
+  }
+
+  void* output(void* host, std::int64_t size, const std::string& name) {
+    const auto same = std::find_if(tensors_.begin(), tensors_.end(), [&](const Tensor& t) { return t.host == host; });
+    Tensor& tensor = same != tensors_.end() ? *same : allocate(host, size, name);
+    tensor.output = true;
+    return tensor.device;
+  }
+
+  Tensor& allocate(const void* host, std::int64_t size, const std::string& name) {
     const auto bytes = static_cast<std::size_t>(size);
-    // A view's address may be no multiple of a vector; the CPU's allocator gives multiples of 64.
+    // A view's address may be no multiple of a vector. The CPU's allocator returns multiples of 64.
     const std::size_t phase = reinterpret_cast<std::uintptr_t>(host) % 64;
     void* device = emulator::allocate_global(bytes, phase, name);
     return tensors_.emplace_back(Tensor{const_cast<void*>(host), device, bytes, name});
@@ -109,158 +145,36 @@ class Staging {
     }
   }
 
-  const char* op_;
+  std::string kernel_;
   std::vector<Tensor> tensors_;
 };
 
-std::int64_t elements(const Shape& shape) { return shape.n * shape.c * shape.hw; }
-
-std::int64_t bytes_of(DType dtype) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return 4;
-    case DType::kFloat64:
-      return 8;
-    case DType::kFloat16:
-    case DType::kBFloat16:
-      return 2;
-    case DType::kUInt8:
-      return 1;
-  }
-  throw std::invalid_argument("no such dtype");
-}
-
-std::int64_t bytes_of(DType dtype, const Shape& shape) { return bytes_of(dtype) * elements(shape); }
-
-// Rows of a table up to the last that is used.
-std::int64_t rows(const std::int64_t* indices, std::int64_t count) {
-  return count == 0 ? 0 : *std::max_element(indices, indices + count) + 1;
-}
-
-constexpr std::int64_t kIndexBytes = sizeof(std::int64_t);
-
-void noise(const NoiseArgs& host) {
-  NoiseArgs args = host;
-  Staging staging("noise");
-  staging.input(args.seeds, args.shape.n * kIndexBytes, "seeds");
-  staging.output(args.out, bytes_of(args.dtype, args.shape), "out");
-  staging.run(cuda_kernels().noise, args);
-}
-
-void q_sample(const QSampleArgs& host) {
-  QSampleArgs args = host;
-  Staging staging("q_sample");
-  staging.input(args.x_0, bytes_of(args.x_0_dtype, args.shape), "x_0");
-  staging.input(args.t, args.shape.n * kIndexBytes, "t");
-  staging.input(args.table, rows(host.t, args.shape.n) * 2 * sizeof(float), "table");
-  staging.input(args.noise, bytes_of(args.dtype, args.shape), "noise");
-  staging.input(args.seeds, args.shape.n * kIndexBytes, "seeds");
-  staging.output(args.out, bytes_of(args.dtype, args.shape), "out");
-  staging.run(cuda_kernels().q_sample, args);
-}
-
-void reverse_step(const ReverseStepArgs& host) {
-  ReverseStepArgs args = host;
-  Staging staging("reverse_step");
-  const std::int64_t size = bytes_of(args.dtype, args.shape), n = args.shape.n;
-  const std::int64_t steps = args.step_stride == 0 ? std::min<std::int64_t>(n, 1) : n;
-  const std::int64_t halves = (args.guidance ? 2 : 1) * (args.variance == Variance::kFixed ? 1 : 2);
-  staging.input(args.x_t, size, "x_t");
-  staging.input(args.model_output, bytes_of(args.model_dtype, args.shape) * halves, "model_output");
-  staging.input(args.table, rows(host.steps, steps) * static_cast<std::int64_t>(sizeof(PlanRow)), "table");
-  staging.input(args.steps, steps * kIndexBytes, "steps");
-  staging.input(args.noise, size, "noise");
-  staging.input(args.seeds, n * kIndexBytes, "seeds");
-  staging.input(args.x_0_prev, size, "x_0_prev");
-  staging.output(args.out, size, "out");
-  staging.output(args.x_0_out, size, "x_0_out");
-  staging.run(cuda_kernels().reverse_step, args);
-}
-
-void stage_loss_inputs(Staging& staging, DenoisingLossArgs& args) {
-  const std::int64_t size = bytes_of(args.dtype, args.shape), n = args.shape.n;
-  staging.input(args.model_output, size, "model_output");
-  staging.input(args.x_0, size, "x_0");
-  staging.input(args.table, rows(args.t, n) * 2 * static_cast<std::int64_t>(sizeof(float)), "table");
-  staging.input(args.t, n * kIndexBytes, "t");
-  staging.input(args.noise, size, "noise");
-  staging.input(args.seeds, n * kIndexBytes, "seeds");
-}
-
-void denoising_loss(const DenoisingLossArgs& host) {
-  DenoisingLossArgs args = host;
-  Staging staging("denoising_loss");
-  stage_loss_inputs(staging, args);
-  staging.output(args.loss, args.shape.n * static_cast<std::int64_t>(sizeof(float)), "loss");
-  staging.scratch(args.workspace, cuda::denoising_loss_workspace(args.shape));
-  staging.run(cuda_kernels().denoising_loss, args);
-}
-
-void denoising_loss_backward(const DenoisingLossBackwardArgs& host) {
-  DenoisingLossBackwardArgs args = host;
-  Staging staging("denoising_loss_backward");
-  stage_loss_inputs(staging, args.forward);
-  staging.input(args.forward.loss, args.forward.shape.n * static_cast<std::int64_t>(sizeof(float)), "grad_loss");
-  staging.output(args.grad_model_output, bytes_of(args.forward.dtype, args.forward.shape), "grad_model_output");
-  staging.run(cuda_kernels().denoising_loss_backward, args);
-}
-
+// Returns a function that runs a kernel on staged tensors.
 template <class Args>
-void stage_channel_inputs(Staging& staging, Args& args) {
-  const std::int64_t c = args.shape.c, nc = args.shape.n * args.shape.c;
-  staging.input(args.weight.data, c * bytes_of(args.weight.dtype), "weight");
-  staging.input(args.bias.data, c * bytes_of(args.bias.dtype), "bias");
-  staging.input(args.shift.data, nc * bytes_of(args.shift.dtype), "shift");
-  staging.input(args.scale.data, nc * bytes_of(args.scale.dtype), "scale");
-  staging.input(args.scale_shift.data, nc * bytes_of(args.scale_shift.dtype), "scale_shift");
+auto emulated(const std::string& name, void (*kernel)(const Args&)) {
+  return [name, names = field_names<Args>(), kernel](Args& args, Values values) {
+    const std::vector<std::int64_t> sizes = sizes_of(values);
+    std::string reports;
+    {
+      const py::gil_scoped_release released;
+      const std::lock_guard lock(one_at_a_time);
+      Staging staging(name);
+      staging.stage(args, names, sizes);
+      reports = staging.run(kernel, args);
+    }
+    if (reports.empty()) return;
+    py::set_error(finding, reports.c_str());
+    throw py::error_already_set();
+  };
 }
 
-void group_norm_silu(const GroupNormSiluArgs& host) {
-  GroupNormSiluArgs args = host;
-  Staging staging("group_norm_silu");
-  const std::int64_t size = bytes_of(args.dtype, args.shape);
-  const std::int64_t statistics = args.shape.n * args.groups * static_cast<std::int64_t>(sizeof(float));
-  staging.input(args.x, size, "x");
-  stage_channel_inputs(staging, args);
-  staging.output(args.y, size, "y");
-  staging.output(args.mean, statistics, "mean");
-  staging.output(args.rstd, statistics, "rstd");
-  staging.scratch(args.workspace, cuda::group_norm_silu_workspace(args.dtype, args.shape, args.groups));
-  staging.run(cuda_kernels().group_norm_silu, args);
-}
-
-void group_norm_silu_backward(const GroupNormSiluBackwardArgs& host) {
-  GroupNormSiluBackwardArgs args = host;
-  Staging staging("group_norm_silu_backward");
-  const auto number = static_cast<std::int64_t>(sizeof(float));
-  const std::int64_t size = bytes_of(args.dtype, args.shape), c = args.shape.c * number, nc = args.shape.n * c;
-  const std::int64_t statistics = args.shape.n * args.groups * number;
-  staging.input(args.dy, size, "dy");
-  staging.input(args.x, size, "x");
-  staging.input(args.mean, statistics, "mean");
-  staging.input(args.rstd, statistics, "rstd");
-  stage_channel_inputs(staging, args);
-  staging.output(args.dx, size, "dx");
-  staging.output(args.dweight, c, "dweight");
-  staging.output(args.dbias, c, "dbias");
-  staging.output(args.dshift, nc, "dshift");
-  staging.output(args.dscale, nc, "dscale");
-  staging.output(args.dscale_shift, nc, "dscale_shift");
-  staging.scratch(args.workspace, cuda::group_norm_silu_backward_workspace(args.dtype, args.shape, args.groups));
-  staging.run(cuda_kernels().group_norm_silu_backward, args);
-}
-
-// The same op for whoever calls it, one at a time.
-template <auto op, class Args>
-void locked(const Args& args) {
-  const std::lock_guard lock(one_at_a_time);
-  op(args);
-}
-
-Kernels emulated_kernels() {
-#define OP(name, Args) &locked<&name, Args>,
-  return {DDPM_FAST_OPS(OP) & cuda::denoising_loss_workspace, &cuda::group_norm_silu_workspace,
-          &cuda::group_norm_silu_backward_workspace};
+void bind_emulated_kernels(py::module_& m) {
+  m.attr("fields") = py::dict();
+#define OP(name, Args) def_kernel<Args>(m, #name, emulated<Args>(#name, &cuda::name));
+  DDPM_FAST_OPS(OP)
+#undef OP
+#define OP(name, Args) def_workspace<Args>(m, #name, &cuda::name##_workspace);
+  DDPM_FAST_WORKSPACES(OP)
 #undef OP
 }
 
@@ -282,8 +196,10 @@ void set_order(const std::string& order, std::uint64_t seed, unsigned preempt) {
 }  // namespace
 
 PYBIND11_MODULE(emulated, m) {
-  py::register_local_exception<Finding>(m, "Finding", PyExc_RuntimeError);
-  bind_ops(m, emulated_kernels());
+  m.attr("Finding") = py::reinterpret_steal<py::object>(
+      PyErr_NewException((m.attr("__name__").cast<std::string>() + ".Finding").c_str(), PyExc_RuntimeError, nullptr));
+  finding = m.attr("Finding").ptr();
+  bind_emulated_kernels(m);
   m.def("why_not", &cuda::why_not);
   m.def("set_order", &set_order, py::arg("order") = "natural", py::arg("seed") = 0, py::arg("preempt") = 0,
         "In which order blocks and threads take turns; with preempt, an access to memory ends a turn with probability "
