@@ -15,7 +15,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
@@ -639,16 +638,12 @@ def test_every_case_with_address_sanitizer() -> None:
 
 def _draw(emulated: ModuleType) -> str:
     """What STAGED draws, without torch, which takes long to start."""
-
-    class Tensor:
-        def __init__(self, values: "ctypes.Array[Any]") -> None:
-            self.values, self.nbytes = values, ctypes.sizeof(values)
-
-        def data_ptr(self) -> int:
-            return ctypes.addressof(self.values)
+    from functools import partial  # the source of this function runs by itself, too
+    from types import SimpleNamespace
 
     seeds, out = (ctypes.c_int64 * 2)(1, 2), (ctypes.c_float * 210)()
-    emulated.noise(0, Tensor(out), Tensor(seeds), 0, 2, 3, 35, False, 0)
+    tensors = [SimpleNamespace(data_ptr=partial(ctypes.addressof, x), nbytes=ctypes.sizeof(x)) for x in (out, seeds)]
+    emulated.noise(0, *tensors, 0, 2, 3, 35, False, 0)
     return repr(list(out))
 
 
