@@ -169,7 +169,7 @@ ELEMENTWISE = (
     Bug(
         "a workspace that is too small",
         "out of bounds",
-        (("denoising_loss.cu", "return most == 1 ? 0 :", "return most == 1 ? 0 : BUG ? 4 :"),),
+        (("denoising_loss.cu", "return tiles == 1 ? 0 :", "return tiles == 1 ? 0 : BUG ? 4 :"),),
         TILES,
         says=r"workspace \(4 bytes\)",
     ),
@@ -209,7 +209,7 @@ ELEMENTWISE = (
                 "const Tiling tiling(",
                 "std::int64_t here[2] = {};\n    NoiseArgs b = a;\n    if (BUG) b.seeds = here;\n    const Tiling tiling(",
             ),
-            ("noise.cu", "a.run_on.stream(), a,", "a.run_on.stream(), b,"),
+            ("noise.cu", "a.stream_or_threads.stream(), a,", "a.stream_or_threads.stream(), b,"),
         ),
         STAGED,
     ),
