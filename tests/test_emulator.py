@@ -76,18 +76,18 @@ VECTORS = run("noise", (2, 3, 16, 16))  # draws into registers
 LOSS = run("denoising_loss", (2, 3, 16, 16))  # two warps
 TILES = run("denoising_loss", (2, 3, 40, 40))  # two blocks a sample
 
-ROOM = "alignas(kVectorBytes) __shared__ float room[kMostInTile];"
+STAGED_NOISE = "alignas(kVectorBytes) __shared__ float staged_noise[kMostInTile];"
 SUMS = "__shared__ float sums[kMostThreads / kWarp];"
 STORE = "store(out + at.offset, x);"
-DRAW = "  Draw<T> op("
+OP = "  Normals<T> op("
 
 ELEMENTWISE = (
     Bug(
         "no barrier between writing and reading shared memory",
         "race",
-        (("tiles.h", "room);\n      __syncthreads();", "room);\n      if (!BUG) __syncthreads();"),),
+        (("tiles.h", "staged_noise);\n      __syncthreads();", "staged_noise);\n      if (!BUG) __syncthreads();"),),
         STAGED,
-        says="shared .*room",
+        says="shared .*staged_noise",
     ),
     Bug(
         "a barrier of warps instead of the block",
@@ -176,9 +176,15 @@ ELEMENTWISE = (
     Bug(
         "writes past the end of a shared array",
         "out of bounds",
-        (("tiles.h", "float* const to = room +", "float* const to = (BUG ? room + kMostInTile : room) +"),),
+        (
+            (
+                "tiles.h",
+                "float* const to = staged_noise +",
+                "float* const to = (BUG ? staged_noise + kMostInTile : staged_noise) +",
+            ),
+        ),
         STAGED,
-        says=r"shared .*room \(16384 bytes\), byte 16",
+        says=r"shared .*staged_noise \(16384 bytes\), byte 16",
     ),
     Bug(
         "an index past a shared array",
@@ -222,7 +228,7 @@ ELEMENTWISE = (
     Bug(
         "vectors of shared memory that are not aligned",
         "misaligned",
-        (("tiles.h", "load(room + first +", "load(room + (BUG ? 1 : 0) + first +"),),
+        (("tiles.h", "load(staged_noise + first +", "load(staged_noise + (BUG ? 1 : 0) + first +"),),
         STAGED_VECTORS,
     ),
     Bug(
@@ -231,8 +237,8 @@ ELEMENTWISE = (
         (
             (
                 "noise.cu",
-                DRAW,
-                f"  if (BUG) [[maybe_unused]] volatile int product = (static_cast<int>(threadIdx.x) + 3) * 0x30000000;\n{DRAW}",
+                OP,
+                f"  if (BUG) [[maybe_unused]] volatile int product = (static_cast<int>(threadIdx.x) + 3) * 0x30000000;\n{OP}",
             ),
         ),
         STAGED,
@@ -241,21 +247,21 @@ ELEMENTWISE = (
     Bug(
         "a shift by too much",
         "undefined",
-        (("noise.cu", DRAW, f"  if (BUG && 1 << (threadIdx.x + 32) == 1) return;\n{DRAW}"),),
+        (("noise.cu", OP, f"  if (BUG && 1 << (threadIdx.x + 32) == 1) return;\n{OP}"),),
         STAGED,
         says="shift",
     ),
     Bug(
         "a division by zero",
         "undefined",
-        (("noise.cu", DRAW, f"  if (BUG && tile.rows / static_cast<int>(threadIdx.x / 1024) == 1) return;\n{DRAW}"),),
+        (("noise.cu", OP, f"  if (BUG && tile.rows / static_cast<int>(threadIdx.x / 1024) == 1) return;\n{OP}"),),
         STAGED,
         says="division by zero",
     ),
     Bug(
         "a barrier for half of a block",
         "divergent barrier",
-        (("tiles.h", ROOM, f"{ROOM}\n    if (BUG && threadIdx.x < 16) __syncthreads();"),),
+        (("tiles.h", STAGED_NOISE, f"{STAGED_NOISE}\n    if (BUG && threadIdx.x < 16) __syncthreads();"),),
         STAGED,
     ),
     Bug(
@@ -525,7 +531,13 @@ ADDRESS = (
     Bug(
         "a pointer that leaves a local array",
         "stack-buffer-overflow",
-        (("noise.cu", DRAW, f"  if (BUG) {{\n    float few[4];\n    float* volatile to = few;\n    to[4] = 0;\n  }}\n{DRAW}"),),
+        (
+            (
+                "noise.cu",
+                OP,
+                f"  if (BUG) {{\n    float few[4];\n    float* volatile to = few;\n    to[4] = 0;\n  }}\n{OP}",
+            ),
+        ),
         STAGED,
     ),
     Bug(
@@ -537,7 +549,13 @@ ADDRESS = (
     Bug(
         "writes past the end of a shared array",
         "use-after-poison",
-        (("tiles.h", "float* const to = room +", "float* const to = (BUG ? room + kMostInTile : room) +"),),
+        (
+            (
+                "tiles.h",
+                "float* const to = staged_noise +",
+                "float* const to = (BUG ? staged_noise + kMostInTile : staged_noise) +",
+            ),
+        ),
         STAGED,
     ),
 )
