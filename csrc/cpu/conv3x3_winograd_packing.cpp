@@ -36,7 +36,8 @@ void read_taps(const PackWinogradArgs& a, Index first, Index first_out, Index ou
       if (a.out_stride == 1) {
         for (Index o = 0; o < outs; o += kWidth<float>) __builtin_prefetch(from + next + o);
         std::memcpy(taps[c][tap], from, static_cast<std::size_t>(outs) * sizeof(float));
-      } else {
+      } else {  // unrolled, because the time of the short loop depends on its position in the code
+#pragma GCC unroll 4
         for (Index o = 0; o < outs; ++o) taps[c][tap][o] = from[o * a.out_stride];
       }
     }
