@@ -132,7 +132,7 @@ struct Products {
   // Elements from row to row of the positions, from column to column, and from tile to tile.
   Index row_apart, apart, tile_apart;
   Index count, depth;
-  int side;              // of the square of positions
+  int side;              // side of the square of positions
   const float* weights;  // the first term's; each position has a matrix
   float* sums;           // a panel for each position
   Index sums_apart;      // from tile to tile
@@ -182,7 +182,7 @@ void run(const ConvArgs& a) {
   if (partition.strips == 0) return;
   const Index most = largest_block(partition) * tiles.in_strip, apart = most * wide + kApart;
   constexpr Index kSums = positions * kPanel + kApart;                    // per tile
-  constexpr Index kMatrices = Kind::kOutputs * Kind::kTerms * positions;  // of weights, per panel
+  constexpr Index kMatrices = Kind::kOutputs * Kind::kTerms * positions;  // matrices of weights per panel
   const double multiplications = static_cast<double>(partition.strips * tiles.in_strip) *
                                  static_cast<double>(kMatrices) * static_cast<double>(depth * a.out_channels);
 

@@ -44,7 +44,7 @@ void read_taps(const PackWinogradArgs& a, Index first, Index first_out, Index ou
   }
 }
 
-// side: rows and columns of the transformed weights of a tap matrix.
+// side: side of the square of transformed weights.
 template <class T, int side>
 void pack(const PackWinogradArgs& a) {
   const Index panels = (a.out_channels + kPanel - 1) / kPanel, size = panel_size<T>(a.channels);

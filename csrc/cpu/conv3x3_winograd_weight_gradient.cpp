@@ -245,7 +245,7 @@ void transform_inputs(const Map<T>& map, const Strip& strip, int row, Index step
 // the strip).
 template <class Kind, class T, class Put, class Sum>
 void transform_gradients(const Map<T>& map, const Strip& strip, int row, Index steps, Put put, Sum sum) {
-  constexpr int at_once = kStep<T>, pixels = 2 * Kind::kScale;  // of a row of a tile
+  constexpr int at_once = kStep<T>, pixels = 2 * Kind::kScale;  // pixels of a row of a tile
   const Index left = pixels * strip.first;
   const TwoRows<T> rows = Kind::gradient_rows(map, strip, row);
   over_channels(map.channels, [&](Index c, auto partial, int lanes) {

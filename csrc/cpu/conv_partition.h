@@ -10,7 +10,7 @@ namespace ddpm_fast::DDPM_FAST_ISA {
 // some of the panels, and so reads its own part of the weights. A block consists of strips: rows of the output.
 struct ConvPartition {
   Index strips, blocks, panels;
-  Index parts;  // of the panels
+  Index parts;  // parts of the panels
 };
 
 inline ConvPartition partition_strips(Index strips, Index strips_in_block, Index out_channels, int threads) {

@@ -84,7 +84,7 @@ struct Tile {
   std::uint32_t sample;
   std::int64_t row, col;
   int rows, cols;
-  std::int64_t offset;  // of the first element, in a tensor of the tiling's shape
+  std::int64_t offset;  // offset of the first element in a tensor of the tiling's shape
 };
 
 // Returns the tile of this block. The sample may not exist. The block then has nothing to do.
@@ -147,7 +147,7 @@ DDPM_FAST_DEVICE void stage(const Tiling& tiling, const Tile& tile, std::uint64_
 #pragma unroll 1
   for (int first = static_cast<int>(threadIdx.x); first < blocks_of_columns; first += kInFlight * threads) {
     float normals[kInFlight][4];
-    int row[kInFlight], col[kInFlight];  // of the first normal, in the tile
+    int row[kInFlight], col[kInFlight];  // position of the first normal in the tile
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
       const int block = tiling.row_of(first + i * threads);
