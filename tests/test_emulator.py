@@ -115,7 +115,7 @@ ELEMENTWISE = (
         "race",
         (("tiles.h", "at = {tile.offset + index, 0};", "at = {tile.offset + (BUG ? index / 2 * 2 : index), 0};"),),
         run("q_sample", (2, 3, 5, 7), torch.bfloat16),
-        says=r"out \(",
+        says=r"x_t \(",
     ),
     Bug(
         "warps that nobody has added up",
@@ -129,14 +129,14 @@ ELEMENTWISE = (
         "uninitialised",
         (("q_sample.cu", "widen(input, x);", "widen(input, x);\n    if (BUG) cuda::load(out + at.offset, x);"),),
         run("q_sample", (2, 3, 5, 7)),
-        says=r"out \(",
+        says=r"x_t \(",
     ),
     Bug(
         "an element left out",
         "unwritten",
         (("q_sample.cu", STORE, f"if (!(BUG && at.offset == 0)) {STORE}"),),
         run("q_sample", (2, 3, 5, 7)),
-        says=r"byte 0 of out",
+        says=r"byte 0 of x_t",
     ),
     Bug(
         "an input changed",
@@ -156,8 +156,8 @@ ELEMENTWISE = (
         "reads past the end of a table",
         "out of bounds",
         (("q_sample.cu", "table[2 * t];", "table[2 * t + (BUG ? 2 : 0)];"),),
-        run("q_sample", (1, 3, 5, 7), t=9),
-        says=r"table \(80 bytes\), byte 80",
+        run("q_sample", (1, 3, 5, 7), t=999),
+        says=r"table \(8000 bytes\), byte 8000",
     ),
     Bug(
         "reads past the end of the seeds",
