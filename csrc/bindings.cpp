@@ -1,4 +1,4 @@
-// The pybind11 module: this file and bindings.h alone know Python.
+// The pybind11 module. Only this file and bindings.h use Python.
 #include "bindings.h"
 
 #include <pybind11/pybind11.h>
@@ -22,7 +22,7 @@ py::dict build_info() {
   py::dict info;
   info["version"] = DDPM_FAST_VERSION;
 #ifdef __clang__
-  info["compiler"] = __VERSION__;  // names itself
+  info["compiler"] = __VERSION__;  // it begins with the name of the compiler
 #else
   info["compiler"] = "g++ " __VERSION__;
 #endif
@@ -49,7 +49,7 @@ std::array<std::uint32_t, 4> philox4x32(std::array<std::uint32_t, 4> counter, st
 PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
   const auto nogil = py::call_guard<py::gil_scoped_release>();
 
-  isa_in_use();  // reports a wrong DDPM_FAST_ISA at import
+  isa_in_use();  // raises at import if DDPM_FAST_ISA is wrong
   m.def("build_info", &build_info);
   m.def("philox4x32", &philox4x32);
   m.def(

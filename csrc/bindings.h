@@ -1,7 +1,7 @@
 // A table of kernels as functions of a Python module.
 //
-// Each kernel takes one positional value per field of its Args (see common/args.h): an object with data_ptr(), such as a
-// tensor, or None for a pointer, and a number otherwise. The module's dict `fields` holds the names of the fields.
+// Each kernel takes one positional value per field of its Args (see common/args.h): an object with data_ptr(), such as
+// a tensor, or None for a pointer, and a number otherwise. The module's dict `fields` holds the names of the fields.
 // Python checks shapes, dtypes and devices.
 #pragma once
 
@@ -130,7 +130,8 @@ std::string signature(const std::string& name, const std::vector<std::string>& f
 
 // ----------------------------------------------------------------------------------------------------------- functions
 
-// A Python function of positional arguments. pybind11 would make a tuple of them, which takes longer than small kernels.
+// A Python function of positional arguments. pybind11 would make a tuple of them, which takes longer than small
+// kernels.
 struct Function {
   std::string name, doc;
   std::function<py::object(Values)> body;
@@ -192,7 +193,7 @@ void def_workspace(py::module_& m, const std::string& name, std::int64_t (*bytes
 
 // -------------------------------------------------------------------------------------------------------------- kernels
 
-// Kernel calls of a network's inference form, which can be repeated like a CUDA graph.
+// Recorded kernel calls, which can be repeated like a CUDA graph.
 struct Calls {
   std::vector<std::function<void()>> all;
 };

@@ -76,18 +76,18 @@ VECTORS = run("noise", (2, 3, 16, 16))  # draws into registers
 LOSS = run("denoising_loss", (2, 3, 16, 16))  # two warps
 TILES = run("denoising_loss", (2, 3, 40, 40))  # two blocks a sample
 
-ROOM = "alignas(kVectorBytes) __shared__ float room[kMostInTile];"
+STAGED_NOISE = "alignas(kVectorBytes) __shared__ float staged_noise[kMostInTile];"
 SUMS = "__shared__ float sums[kMostThreads / kWarp];"
 STORE = "store(out + at.offset, x);"
-DRAW = "  Draw<T> op("
+OP = "  Normals<T> op("
 
 ELEMENTWISE = (
     Bug(
         "no barrier between writing and reading shared memory",
         "race",
-        (("tiles.h", "room);\n      __syncthreads();", "room);\n      if (!BUG) __syncthreads();"),),
+        (("tiles.h", "staged_noise);\n      __syncthreads();", "staged_noise);\n      if (!BUG) __syncthreads();"),),
         STAGED,
-        says="shared .*room",
+        says="shared .*staged_noise",
     ),
     Bug(
         "a barrier of warps instead of the block",
@@ -115,7 +115,7 @@ ELEMENTWISE = (
         "race",
         (("tiles.h", "at = {tile.offset + index, 0};", "at = {tile.offset + (BUG ? index / 2 * 2 : index), 0};"),),
         run("q_sample", (2, 3, 5, 7), torch.bfloat16),
-        says=r"out \(",
+        says=r"x_t \(",
     ),
     Bug(
         "warps that nobody has added up",
@@ -129,14 +129,14 @@ ELEMENTWISE = (
         "uninitialised",
         (("q_sample.cu", "widen(input, x);", "widen(input, x);\n    if (BUG) cuda::load(out + at.offset, x);"),),
         run("q_sample", (2, 3, 5, 7)),
-        says=r"out \(",
+        says=r"x_t \(",
     ),
     Bug(
         "an element left out",
         "unwritten",
         (("q_sample.cu", STORE, f"if (!(BUG && at.offset == 0)) {STORE}"),),
         run("q_sample", (2, 3, 5, 7)),
-        says=r"byte 0 of out",
+        says=r"byte 0 of x_t",
     ),
     Bug(
         "an input changed",
@@ -156,8 +156,8 @@ ELEMENTWISE = (
         "reads past the end of a table",
         "out of bounds",
         (("q_sample.cu", "table[2 * t];", "table[2 * t + (BUG ? 2 : 0)];"),),
-        run("q_sample", (1, 3, 5, 7), t=9),
-        says=r"table \(80 bytes\), byte 80",
+        run("q_sample", (1, 3, 5, 7), t=999),
+        says=r"table \(8000 bytes\), byte 8000",
     ),
     Bug(
         "reads past the end of the seeds",
@@ -169,16 +169,22 @@ ELEMENTWISE = (
     Bug(
         "a workspace that is too small",
         "out of bounds",
-        (("denoising_loss.cu", "return most == 1 ? 0 :", "return most == 1 ? 0 : BUG ? 4 :"),),
+        (("denoising_loss.cu", "return tiles == 1 ? 0 :", "return tiles == 1 ? 0 : BUG ? 4 :"),),
         TILES,
         says=r"workspace \(4 bytes\)",
     ),
     Bug(
         "writes past the end of a shared array",
         "out of bounds",
-        (("tiles.h", "float* const to = room +", "float* const to = (BUG ? room + kMostInTile : room) +"),),
+        (
+            (
+                "tiles.h",
+                "float* const to = staged_noise +",
+                "float* const to = (BUG ? staged_noise + kMostInTile : staged_noise) +",
+            ),
+        ),
         STAGED,
-        says=r"shared .*room \(16384 bytes\), byte 16",
+        says=r"shared .*staged_noise \(16384 bytes\), byte 16",
     ),
     Bug(
         "an index past a shared array",
@@ -209,7 +215,7 @@ ELEMENTWISE = (
                 "const Tiling tiling(",
                 "std::int64_t here[2] = {};\n    NoiseArgs b = a;\n    if (BUG) b.seeds = here;\n    const Tiling tiling(",
             ),
-            ("noise.cu", "a.run_on.stream(), a,", "a.run_on.stream(), b,"),
+            ("noise.cu", "a.stream_or_threads.stream(), a,", "a.stream_or_threads.stream(), b,"),
         ),
         STAGED,
     ),
@@ -222,7 +228,7 @@ ELEMENTWISE = (
     Bug(
         "vectors of shared memory that are not aligned",
         "misaligned",
-        (("tiles.h", "load(room + first +", "load(room + (BUG ? 1 : 0) + first +"),),
+        (("tiles.h", "load(staged_noise + first +", "load(staged_noise + (BUG ? 1 : 0) + first +"),),
         STAGED_VECTORS,
     ),
     Bug(
@@ -231,8 +237,8 @@ ELEMENTWISE = (
         (
             (
                 "noise.cu",
-                DRAW,
-                f"  if (BUG) [[maybe_unused]] volatile int product = (static_cast<int>(threadIdx.x) + 3) * 0x30000000;\n{DRAW}",
+                OP,
+                f"  if (BUG) [[maybe_unused]] volatile int product = (static_cast<int>(threadIdx.x) + 3) * 0x30000000;\n{OP}",
             ),
         ),
         STAGED,
@@ -241,21 +247,21 @@ ELEMENTWISE = (
     Bug(
         "a shift by too much",
         "undefined",
-        (("noise.cu", DRAW, f"  if (BUG && 1 << (threadIdx.x + 32) == 1) return;\n{DRAW}"),),
+        (("noise.cu", OP, f"  if (BUG && 1 << (threadIdx.x + 32) == 1) return;\n{OP}"),),
         STAGED,
         says="shift",
     ),
     Bug(
         "a division by zero",
         "undefined",
-        (("noise.cu", DRAW, f"  if (BUG && tile.rows / static_cast<int>(threadIdx.x / 1024) == 1) return;\n{DRAW}"),),
+        (("noise.cu", OP, f"  if (BUG && tile.rows / static_cast<int>(threadIdx.x / 1024) == 1) return;\n{OP}"),),
         STAGED,
         says="division by zero",
     ),
     Bug(
         "a barrier for half of a block",
         "divergent barrier",
-        (("tiles.h", ROOM, f"{ROOM}\n    if (BUG && threadIdx.x < 16) __syncthreads();"),),
+        (("tiles.h", STAGED_NOISE, f"{STAGED_NOISE}\n    if (BUG && threadIdx.x < 16) __syncthreads();"),),
         STAGED,
     ),
     Bug(
@@ -525,7 +531,13 @@ ADDRESS = (
     Bug(
         "a pointer that leaves a local array",
         "stack-buffer-overflow",
-        (("noise.cu", DRAW, f"  if (BUG) {{\n    float few[4];\n    float* volatile to = few;\n    to[4] = 0;\n  }}\n{DRAW}"),),
+        (
+            (
+                "noise.cu",
+                OP,
+                f"  if (BUG) {{\n    float few[4];\n    float* volatile to = few;\n    to[4] = 0;\n  }}\n{OP}",
+            ),
+        ),
         STAGED,
     ),
     Bug(
@@ -537,7 +549,13 @@ ADDRESS = (
     Bug(
         "writes past the end of a shared array",
         "use-after-poison",
-        (("tiles.h", "float* const to = room +", "float* const to = (BUG ? room + kMostInTile : room) +"),),
+        (
+            (
+                "tiles.h",
+                "float* const to = staged_noise +",
+                "float* const to = (BUG ? staged_noise + kMostInTile : staged_noise) +",
+            ),
+        ),
         STAGED,
     ),
 )

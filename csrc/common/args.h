@@ -187,7 +187,7 @@ struct ConvArgs {
   const void *x, *skip;  // [n, height, width, channels], [n, height, width, skip_channels]
   const float* affine;   // the result of group_norm_affine; if absent, there is no norm and no act
   bool silu;             // act is SiLU; it needs affine
-  const float* packed;   // weights in panels: see cpu/product.h
+  const float* packed;   // weights in panels: see cpu/panel_product.h
   const float* bias;     // [out_channels]; may be absent
   const void* residual;  // [n, out_height, out_width, out_channels]; may be absent
   float divisor;
@@ -235,7 +235,7 @@ struct AttentionBackwardArgs {
 //   G g G^T
 struct PackWinogradArgs {
   DType dtype;          // the dtype of packed: float32 or bfloat16
-  float* packed;        // panels of 16 matrices, or 36 with upsample: see cpu/winograd.h
+  float* packed;        // panels of 16 matrices, or 36 with upsample: see cpu/winograd_transforms.h
   const float* weight;  // [out_channels, channels, 3, 3], with these strides in elements:
   std::int64_t out_channels, channels, out_stride, stride, row_stride, column_stride;
   bool flipped;   // pack for the gradient of the input: exchange in and out, reverse the taps

@@ -1,4 +1,4 @@
-// 16-bit floating formats as the bits they are stored in. Conversions to them round to nearest, ties to even.
+// Storage types. Conversions to 16 bits round to nearest, ties to even.
 #pragma once
 
 #include <cstdint>
@@ -27,8 +27,7 @@ DDPM_FAST_FN BFloat16 narrow_to_bfloat16(float value) {
 }
 
 DDPM_FAST_FN float widen(Float16 value) {
-  // Shifted into place, the exponent is short of float32's bias by 112; the multiplication adds that, subnormals
-  // included.
+  // After the shift, the exponent is 112 less than float32 needs. The multiplication adds 112, also for subnormals.
   const std::uint32_t magnitude = (value.bits & 0x7FFFu) << 13;
   const float scaled = bit_cast<float>(magnitude) * 0x1p112f;
   const std::uint32_t special = magnitude >= 0x7C00u << 13 ? 0x7F800000u : 0;  // infinity and NaN
@@ -39,8 +38,8 @@ DDPM_FAST_FN float widen(Float16 value) {
 DDPM_FAST_FN Float16 narrow_to_float16(float value) {
   const auto bits = bit_cast<std::uint32_t>(value);
   const std::uint32_t magnitude = bits & 0x7FFFFFFFu;
-  // Normal results: round in the integer. Subnormal ones: adding 1/2 makes the float32 addition round at their last
-  // place.
+  // A normal result is rounded by an integer addition. For a subnormal result, adding 1/2 makes the float32 addition
+  // round at its last bit.
   const std::uint32_t normal = (magnitude - (112u << 23) + 0xFFF + (magnitude >> 13 & 1)) >> 13;
   const std::uint32_t subnormal = bit_cast<std::uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3F000000u;
   std::uint32_t result = magnitude < 113u << 23 ? subnormal : normal;

@@ -1,7 +1,7 @@
 // DDPM_FAST_FN marks a function that both the CPU and the CUDA sources use.
 //
-// It is forced inline because CPU sources are compiled once per instruction set: an out-of-line copy would be shared
-// between the sets by the linker, and a processor without AVX-512 could then run AVX-512 code.
+// It is always inlined. CPU sources are compiled once per instruction set, and the linker would keep one out-of-line
+// copy for all sets: a processor without AVX-512 could run AVX-512 code.
 #pragma once
 
 #ifdef __CUDACC__

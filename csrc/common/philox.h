@@ -9,9 +9,9 @@ namespace ddpm_fast {
 
 constexpr int kPhiloxRounds = 10;
 constexpr std::uint32_t kPhiloxM0 = 0xD2511F53, kPhiloxM1 = 0xCD9E8D57;  // multipliers
-constexpr std::uint32_t kPhiloxW0 = 0x9E3779B9, kPhiloxW1 = 0xBB67AE85;  // what a round adds to the key
+constexpr std::uint32_t kPhiloxW0 = 0x9E3779B9, kPhiloxW1 = 0xBB67AE85;  // added to the key in each round
 
-// Four random words, from a counter of four words and a key of two; `words` holds the counter on entry.
+// Computes four random words from a counter of four words and a key of two. `words` holds the counter on entry.
 DDPM_FAST_FN void philox(std::uint32_t words[4], std::uint32_t key_0, std::uint32_t key_1) {
   for (int round = 0; round < kPhiloxRounds; ++round) {
     const std::uint64_t product_0 = std::uint64_t{kPhiloxM0} * words[0];
@@ -25,7 +25,7 @@ DDPM_FAST_FN void philox(std::uint32_t words[4], std::uint32_t key_0, std::uint3
   }
 }
 
-// The four words of block `block` of the stream `stream` of the sample whose seed is `seed`.
+// Computes the four words of a block. The key is the seed of a sample.
 DDPM_FAST_FN void philox_block(std::uint64_t seed, std::uint32_t stream, std::uint32_t block, std::uint32_t words[4]) {
   words[0] = block;
   words[1] = stream;

@@ -1,18 +1,20 @@
-// Attention of every pixel of a map to all pixels: softmax(q k^T scale) v.
+// Attention of every pixel of a map to all pixels:
+//   y = softmax(q k^T scale) v
 //
-// Keys and values are packed like the weights of a convolution; then queries go in blocks whose scores stay in cache.
-// The division by the sum of a query's exponentials waits until their product with the values is there.
-#include "cpu/attention.h"
+// Keys and values are packed like the weights of a convolution. Queries are processed in blocks whose scores stay in
+// cache. The division by the sum of a query's exponentials follows their product with the values.
+#include "cpu/attention_packing.h"
 
 namespace ddpm_fast::DDPM_FAST_ISA {
 
 namespace {
 
 struct Softmax {
-  float largest, share;  // of the scores; one over the sum of the exponentials
+  float largest, share;  // the largest score, and 1 / sum of the exponentials
 };
 
-// Scores of a query to exp((score - largest) scale).
+// Computes the exponentials of the scores of a query:
+//   exp((score - largest) scale)
 template <class T>
 Softmax exponentials(T* to, const float* scores, Index count, float scale) {
   constexpr int width = kWidth<float>;
@@ -50,11 +52,11 @@ void run(const AttentionArgs& a) {
   if (all_heads * a.pixels == 0) return;
   const int threads = threads_for(a, 2);
   const Index key_panels = panels_of(a.pixels), value_panels = panels_of(a.head_dim);
-  const Index keys_bytes = Room::bytes<float>(key_panels * panel_size<T>(a.head_dim)),
-              values_bytes = Room::bytes<float>(value_panels * panel_size<T>(a.pixels));
-  Room room(RoomFor::kCall, all_heads * (keys_bytes + values_bytes));
-  float* all_keys = room.take<float>(all_heads * keys_bytes / 4);
-  float* all_values = room.take<float>(all_heads * values_bytes / 4);
+  const Index keys_bytes = Scratch::bytes<float>(key_panels * panel_size<T>(a.head_dim)),
+              values_bytes = Scratch::bytes<float>(value_panels * panel_size<T>(a.pixels));
+  Scratch scratch(ScratchUse::kCall, all_heads * (keys_bytes + values_bytes));
+  float* all_keys = scratch.take<float>(all_heads * keys_bytes / 4);
+  float* all_values = scratch.take<float>(all_heads * values_bytes / 4);
   parallel_for(all_heads * key_panels, 1, threads, [&](Index i) {
     const Index head = i / key_panels, panel = i % key_panels, first = panel * kPanel;
     pack_pixels<T>(rows_of_qkv<T>(a, a.qkv, head, 1), panel,
@@ -71,11 +73,11 @@ void run(const AttentionArgs& a) {
     const Index head = i / blocks, first = i % blocks * most, count = smaller(most, a.pixels - first);
     const auto queries = rows_of_qkv<T>(a, a.qkv, head, 0);
     const auto outputs = rows_of_y<T>(a, a.y, head);
-    Room block_room(RoomFor::kSlice,
-                    Room::bytes<float>(most * row_size) + Room::bytes<T>(most * row_size) + Room::bytes<float>(most));
-    float* scores = block_room.take<float>(most * row_size);
-    T* weights = block_room.take<T>(most * row_size);
-    float* shares = block_room.take<float>(most);
+    Scratch block_scratch(ScratchUse::kSlice, Scratch::bytes<float>(most * row_size) +
+                                                  Scratch::bytes<T>(most * row_size) + Scratch::bytes<float>(most));
+    float* scores = block_scratch.take<float>(most * row_size);
+    T* weights = block_scratch.take<T>(most * row_size);
+    float* shares = block_scratch.take<float>(most);
     const float* keys = all_keys + head * keys_bytes / 4;
     for (Index panel = 0; panel < key_panels; ++panel, keys += panel_size<T>(a.head_dim)) {
       over_rows(0, count, [&](Index query, auto rows) {

@@ -1,6 +1,6 @@
-// The gradient of attention, a head of a sample after the other.
+// The gradient of attention, one head of one sample at a time.
 //
-// With the weights w and with D, which is the sum of w dw over a query's keys:
+// w are the weights. D is the sum of w dw over a query's keys.
 //   w  = softmax(q k^T scale)
 //   D  = rowsum(dy y)
 //   dv = w^T dy
@@ -8,15 +8,15 @@
 //   ds = w (dw - D)
 //   dq = ds k scale
 //   dk = ds^T q scale
-// A few keys at a time meet all queries: w^T and ds^T are computed as such, keys down and queries across, as the two
-// products want them whose sums are over queries. Only ds is transposed, for the third.
-#include "cpu/attention.h"
+// A few keys are processed at a time, with all queries. w^T and ds^T are computed directly, with keys as rows, because
+// dv and dk sum over queries. Only ds is transposed, for dq.
+#include "cpu/attention_packing.h"
 
 namespace ddpm_fast::DDPM_FAST_ISA {
 
 namespace {
 
-constexpr Index kKeys = 64;  // a divisor of kTermsInSum, and whole vectors
+constexpr Index kKeys = 64;  // a divisor of kTermsInSum and a multiple of a vector
 
 template <class T>
 float sum_of_products(const T* a, const T* b, Index count) {
@@ -32,7 +32,7 @@ float sum_of_products(const T* a, const T* b, Index count) {
   return sum;
 }
 
-// to: the columns of from [rows, columns] as rows, with zeros after them to a whole vector. columns: whole vectors.
+// Transposes `from` [rows, columns]. Rows of `to` end with zeros up to a whole vector. columns: a multiple of a vector.
 template <class T>
 void transpose_matrix(T* to, Index to_stride, const T* from, Index from_stride, Index rows, Index columns) {
   constexpr int width = kWidth<T>;
@@ -60,22 +60,22 @@ void gradients_of_head(const AttentionBackwardArgs& a, Index head) {
   const Index across = pixel_panels * kPanel, wide = channel_panels * kPanel;
   const Index over_channels = panel_size<T>(a.head_dim), over_pixels = panel_size<T>(a.pixels);
   const Index sums_size = a.pixels > kTermsInSum ? a.pixels * wide : 0;
-  Room room(RoomFor::kSlice, 2 * Room::bytes<float>(pixel_panels * over_channels) +
-                                 3 * Room::bytes<float>(channel_panels * over_pixels) + 3 * Room::bytes<float>(across) +
-                                 2 * Room::bytes<T>(kKeys * across) + Room::bytes<T>(across * kTermsInSum) +
-                                 Room::bytes<float>(sums_size));
-  float* q_pixels = room.take<float>(pixel_panels * over_channels);
-  float* dy_pixels = room.take<float>(pixel_panels * over_channels);
-  float* q_channels = room.take<float>(channel_panels * over_pixels);
-  float* dy_channels = room.take<float>(channel_panels * over_pixels);
-  float* k_channels = room.take<float>(channel_panels * over_pixels);
-  float* largest = room.take<float>(across);             // of a query; 0 for what fills the last panel,
-  float* shares = room.take<float>(across);              // whose weights are 0 for the sake of this 0
-  float* totals = room.take<float>(across);              // D
-  T* weights = room.take<T>(kKeys * across);             // [key, query]
-  T* dscores = room.take<T>(kKeys * across);             // [key, query]
-  T* dscores_down = room.take<T>(across * kTermsInSum);  // [query, key]
-  float* dq_sums = room.take<float>(sums_size);
+  Scratch scratch(ScratchUse::kSlice, 2 * Scratch::bytes<float>(pixel_panels * over_channels) +
+                                          3 * Scratch::bytes<float>(channel_panels * over_pixels) +
+                                          3 * Scratch::bytes<float>(across) + 2 * Scratch::bytes<T>(kKeys * across) +
+                                          Scratch::bytes<T>(across * kTermsInSum) + Scratch::bytes<float>(sums_size));
+  float* q_pixels = scratch.take<float>(pixel_panels * over_channels);
+  float* dy_pixels = scratch.take<float>(pixel_panels * over_channels);
+  float* q_channels = scratch.take<float>(channel_panels * over_pixels);
+  float* dy_channels = scratch.take<float>(channel_panels * over_pixels);
+  float* k_channels = scratch.take<float>(channel_panels * over_pixels);
+  float* largest = scratch.take<float>(across);  // per query; 0 beyond the last query
+  float* shares = scratch.take<float>(across);   // per query; 0 beyond the last query, which makes its weights 0
+  float* totals = scratch.take<float>(across);   // D
+  T* weights = scratch.take<T>(kKeys * across);  // [key, query]
+  T* dscores = scratch.take<T>(kKeys * across);  // [key, query]
+  T* dscores_down = scratch.take<T>(across * kTermsInSum);  // [query, key]
+  float* dq_sums = scratch.take<float>(sums_size);
 
   for (Index panel = 0; panel < pixel_panels; ++panel) {
     pack_pixels<T>(q, panel, q_pixels + panel * over_channels);
@@ -113,7 +113,7 @@ void gradients_of_head(const AttentionBackwardArgs& a, Index head) {
       });
     }
   };
-  // [key, query] times [query, channel]
+  //   out [key, channel] = from [key, query] packed [query, channel]
   const auto sum_over_queries = [&](const Rows<T>& out, Index first, Index count, const T* from, const float* packed,
                                     float scale) DDPM_FAST_NOINLINE {
     for (Index panel = 0; panel < channel_panels; ++panel) {
@@ -127,7 +127,8 @@ void gradients_of_head(const AttentionBackwardArgs& a, Index head) {
       });
     }
   };
-  // [query, key] times [key, channel], for keys from `first` to `end`
+  // Sums over keys first .. end - 1:
+  //   dq [query, channel] = ds [query, key] k [key, channel]
   const auto sum_over_keys = [&](Index first, Index end) {
     for (Index panel = 0; panel < channel_panels; ++panel) {
       over_rows(0, a.pixels, [&](Index query, auto rows) {

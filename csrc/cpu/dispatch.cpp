@@ -37,7 +37,7 @@ struct Isa {
 };
 
 #ifdef DDPM_FAST_X86
-// A name that __builtin_cpu_supports of older compilers does not know.
+// Older compilers do not know "f16c" in __builtin_cpu_supports.
 bool has_f16c() {
   unsigned eax, ebx, ecx, edx;
   return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
@@ -79,7 +79,7 @@ const Isa& best() {
 
 bool has_amx_bf16() {
 #ifdef DDPM_FAST_X86
-  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;  // of leaf 7; older compilers have no names for them
+  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;  // leaf 7; older compilers have no names for these bits
   unsigned eax, ebx, ecx, edx;
   return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 && (edx & kAmxBf16) != 0 && (edx & kAmxTile) != 0;
 #else

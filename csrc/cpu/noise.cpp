@@ -1,5 +1,5 @@
 #include "common/args.h"
-#include "cpu/tiles.h"
+#include "cpu/elementwise_tiles.h"
 
 namespace ddpm_fast::DDPM_FAST_ISA {
 
@@ -10,9 +10,9 @@ void run(const NoiseArgs& a) {
   const Tiling tiling(a.shape);
   for_each_tile(tiling, a.shape.n, true, a.stream_or_threads.threads(), [&](std::int64_t, const Tile& tile) {
     NoiseTile<A> noise;
-    const Place at = place(tiling, tile);
+    const Location at = location(tiling, tile);
     noise.prefetch(a.out, a.dtype, at, tile);
-    store(noise.draw(a.seeds[tile.sample], a.stream, tiling, tile), a.out, a.dtype, at, tile);
+    store(noise.generate(a.seeds[tile.sample], a.stream, tiling, tile), a.out, a.dtype, at, tile);
   });
 }
 

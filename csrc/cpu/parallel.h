@@ -1,4 +1,4 @@
-// Threads.
+// A loop that runs on several threads.
 #pragma once
 
 #include <cstdint>
@@ -10,9 +10,9 @@
 
 namespace ddpm_fast::DDPM_FAST_ISA {
 
-// Runs body(i) for i in [0, count) on up to `threads` threads. A thread is worth waking for `grain` items or more.
-// Memory that a thread lacks is an error of the caller's thread: an exception that left the parallel loop would end the
-// process.
+// Runs body(i) for i in [0, count) on up to `threads` threads. A thread gets at least `grain` items, because waking it
+// costs time. The calling thread throws std::bad_alloc if any thread ran out of memory: an exception that left the
+// parallel region would end the process.
 template <class Body>
 inline void parallel_for(std::int64_t count, [[maybe_unused]] std::int64_t grain, [[maybe_unused]] int threads,
                          Body body) {

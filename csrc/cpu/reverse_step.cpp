@@ -1,36 +1,37 @@
 #include "common/args.h"
 #include "common/exp.h"
-#include "cpu/tiles.h"
+#include "cpu/elementwise_tiles.h"
 
 namespace ddpm_fast::DDPM_FAST_ISA {
 
 namespace {
 
-// The prediction's part of a tile of the model's output, and the variance's.
-struct ModelPlaces {
-  ModelPlaces(const Tiling& tiling, const Tile& tile, std::int64_t sample, bool channels_last, bool learned) {
-    const std::int64_t channels = learned ? 2 : 1;  // for each one of x_t
+// The locations of a tile of the model's output: the prediction and the variance.
+struct ModelLocations {
+  ModelLocations(const Tiling& tiling, const Tile& tile, std::int64_t sample, bool channels_last, bool learned) {
+    const std::int64_t channels = learned ? 2 : 1;  // per channel of x_t
     const std::int64_t stride = channels_last ? tiling.cols() * channels : 1;
     prediction = {sample * tiling.numel() * channels + tile.row * stride + tile.col, stride};
     variance = {prediction.offset + (channels_last ? tiling.cols() : tiling.numel()), stride};
   }
-  Place prediction, variance;
+  Location prediction, variance;
 };
 
+// Without clipping this is derivation eq. 13:
 //   x_0^    = clip(p x_t + q m)
 //   x_{t-1} = k0 x_0^ + k1 x_t + k2 m + k3 x_0_prev + std z
-// This is derivation eq. 13 where nothing is clipped. The terms are added in the order of reference.py.
+// The terms are added in the order of reference.py.
 template <class A>
 void run(const ReverseStepArgs& a) {
   const Tiling tiling(a.shape);
   const bool learned = a.variance != Variance::kFixed;
-  const bool draws = a.noise == nullptr && a.seeds != nullptr;
-  for_each_tile(tiling, a.shape.n, draws, a.stream_or_threads.threads(), [&](std::int64_t, const Tile& tile) {
-    alignas(64) A x_buffer[kMaxDraw], m_buffer[kMaxDraw], guided[kMaxDraw], x_0[kMaxDraw], x_prev[kMaxDraw];
+  const bool generates = a.noise == nullptr && a.seeds != nullptr;
+  for_each_tile(tiling, a.shape.n, generates, a.stream_or_threads.threads(), [&](std::int64_t, const Tile& tile) {
+    alignas(64) A x_buffer[kMaxTile], m_buffer[kMaxTile], guided[kMaxTile], x_0[kMaxTile], x_prev[kMaxTile];
     const std::int64_t count = tile.count(), step = a.steps[tile.sample * a.step_stride];
     const PlanRow row = a.table[step];
-    const Place at = place(tiling, tile);
-    const ModelPlaces model(tiling, tile, tile.sample, a.shape.channels_last, learned);
+    const Location at = location(tiling, tile);
+    const ModelLocations model(tiling, tile, tile.sample, a.shape.channels_last, learned);
 
     NoiseTile<A> noise;
     const A* z = nullptr;
@@ -40,12 +41,12 @@ void run(const ReverseStepArgs& a) {
       noise.prefetch(a.x_prev, a.dtype, at, tile);
       noise.prefetch(a.x_0_prev, a.dtype, at, tile);
       noise.prefetch(a.x_0, a.dtype, at, tile);
-      z = noise.given_or_drawn(a.noise, a.dtype, a.seeds, static_cast<std::uint32_t>(step), tiling, tile);
+      z = noise.given_or_generated(a.noise, a.dtype, a.seeds, static_cast<std::uint32_t>(step), tiling, tile);
     }
     const A* x = load(a.x_t, a.dtype, at, tile, x_buffer);
     const A* m = load(a.model_output, a.model_output_dtype, model.prediction, tile, m_buffer);
     if (a.has_guidance) {
-      const ModelPlaces second(tiling, tile, a.shape.n + tile.sample, a.shape.channels_last, learned);
+      const ModelLocations second(tiling, tile, a.shape.n + tile.sample, a.shape.channels_last, learned);
       const A* unconditional = load(a.model_output, a.model_output_dtype, second.prediction, tile, guided);
       const A scale = static_cast<A>(a.guidance_scale);
 #pragma omp simd

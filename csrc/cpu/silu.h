@@ -1,15 +1,19 @@
-// SiLU(t) = t / (1 + exp(-t)) and its derivative, on vectors, SiLU as accurate as the storage type T can show.
+// SiLU and its derivative on vectors:
+//   SiLU(t) = t / (1 + exp(-t))
+// The error of SiLU is below the rounding error of the storage type T.
 //
-// The argument comes as z = -t log2(e): the caller folds the factor into its own multiplication, and 2^z needs no more
-// than the integer part of z (an exponent) and a polynomial in its fractional part. Polynomials on [0, 1): smallest
-// largest relative error with p(0) = 1, rounded to float32:
+// The functions take z instead of t:
+//   z = -t log2(e)
+// The caller folds this factor into its own multiplication. Then 2^z takes an exponent, the integer part of z, and a
+// polynomial in the fractional part. The polynomials minimize the largest relative error on [0, 1) with p(0) = 1:
 //   degree 3: 8.6e-5 (bfloat16, half a unit: 2.0e-3)
 //   degree 4: 3.0e-6 (float16, half a unit: 2.4e-4)
 //   degree 6: 6.4e-8 (float32)
-// z is x scaled and shifted with one rounding, so that no longer reduction would make exp(-t) more accurate than t is.
+// z itself is rounded once, so a longer range reduction would not make exp(-t) more accurate.
 //
-// Tried and not taken (AVX-512, one core, ns per 16 values with load and store): a division 0.8 more than vrcp14ps; the
-// integer part by adding 1.5 * 2^23 and shifting into the exponent, no faster than vreduceps + vscalefps.
+// Alternatives that were measured (AVX-512, one core, ns per 16 values with load and store):
+//   division instead of vrcp14ps: 0.8 slower
+//   adding 1.5 * 2^23 and shifting, instead of vreduceps and vscalefps: no faster
 #pragma once
 
 #include <type_traits>
@@ -41,11 +45,12 @@ DDPM_FAST_INLINE Floats exp2_fraction(Floats r) {
   return fma(p, r, broadcast(1.0f));
 }
 
-// z where 2^z and 1 / 2^z are ordinary numbers; a NaN stays one. Below t = -86, SiLU stops shrinking at 2e-36.
+// Returns z limited to where 2^z and 1 / 2^z are normal numbers. NaN stays NaN. SiLU is constant, -2e-36, below t =
+// -86.
 template <class T>
 DDPM_FAST_INLINE Floats limit(Floats z) {
 #if defined(__AVX512F__)
-  // float16 and bfloat16 need no refined reciprocal, and 1 / infinity = 0 does for them.
+  // float16 and bfloat16 need no refined reciprocal, so 1 / infinity = 0 is good enough.
   if constexpr (sizeof(T) == 4) z = _mm512_min_ps(broadcast(125.0f), z);
   return z;
 #else
@@ -53,7 +58,7 @@ DDPM_FAST_INLINE Floats limit(Floats z) {
 #endif
 }
 
-// 2^z, for z from limit(). Below the normal numbers it may be a power of two too large, or 0.
+// 2^z, for z from limit(). A subnormal result may be twice too large, or 0.
 template <class T>
 DDPM_FAST_INLINE Floats exp2(Floats z) {
 #if defined(__AVX512DQ__)
@@ -61,7 +66,7 @@ DDPM_FAST_INLINE Floats exp2(Floats z) {
   return _mm512_scalef_ps(exp2_fraction<T>(r), z);              // times 2^floor(z)
 #else
   z = z < -125.0f ? broadcast(-125.0f) : z;
-  const Floats magic = broadcast(0x1.8p23f);  // a sum with it has the rounded integer in its low bits
+  const Floats magic = broadcast(0x1.8p23f);  // the low bits of a sum with it are the rounded integer
   const Floats shifted = (z - 0.5f) + magic;
   const Words exponent = reinterpret_cast<Words>(shifted) << 23;
   return reinterpret_cast<Floats>(reinterpret_cast<Words>(exp2_fraction<T>(z - (shifted - magic))) + exponent);
@@ -87,15 +92,17 @@ DDPM_FAST_INLINE Floats silu(Floats z) {
   return z * reciprocal<T>(fma(exp2<T>(z), factor, factor));  // z / ((1 + 2^z) -log2(e)) = t / (1 + exp(-t))
 }
 
-//   s (1 + t (1 - s)), with s = 1 / (1 + exp(-t))
-// It is as accurate as float32, because sums of it are kept in float32.
+// The derivative of SiLU:
+//   s = 1 / (1 + exp(-t))
+//   SiLU'(t) = s (1 + t (1 - s))
+// It has the accuracy of float32 for every storage type, because its sums are float32.
 DDPM_FAST_INLINE Floats silu_derivative(Floats z) {
   z = limit<float>(z);
   const Floats s = reciprocal<float>(exp2<float>(z) + 1.0f);
   return fma(z * s, fma(s, broadcast(kLn2), broadcast(-kLn2)), s);
 }
 
-// float64, for checks of gradients: right, not fast.
+// float64 is for gradient checks: accurate, not fast.
 constexpr double kNegLog2EDouble = -1.4426950408889634;
 
 DDPM_FAST_INLINE Doubles sigmoid(Doubles z) {

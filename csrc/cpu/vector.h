@@ -1,9 +1,9 @@
-// Vectors of float32 or float64 as wide as the instruction set has them, and the four storage types that they are
-// loaded from and stored to. Arithmetic is the compiler's own (GCC's vector extensions: a * b + c works, and rounds
-// twice); what those lack is here.
+// Vectors of float32 or float64 in the width of the instruction set, and conversions from and to the storage types.
 //
-// Everything is inline in the namespace of its instruction set. Kernels use no templates of the standard library, whose
-// instances the linker would share between the sets.
+// Arithmetic uses GCC's vector extensions: a * b + c works, and rounds twice. This header adds what they lack.
+//
+// Everything is inline in the namespace of its instruction set. Kernels use no function templates of the standard
+// library, because the linker would share their instances between the instruction sets.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +19,7 @@
 
 #define DDPM_FAST_INLINE inline __attribute__((always_inline))
 
-// For a function whose body is long beside the cost of a call. Copies of it would only take time to compile.
+// For long functions: inlined copies would take time to compile and gain nothing.
 #ifdef __clang__
 #define DDPM_FAST_NOINLINE __attribute__((noinline))
 #else
@@ -36,7 +36,7 @@ template <>
 struct Arithmetic<double> {
   using type = double;
 };
-// The type that arithmetic on a T runs in.
+// The type of arithmetic on a T.
 template <class T>
 using RealOf = typename Arithmetic<T>::type;
 
@@ -65,7 +65,7 @@ typedef std::uint16_t HalfWords __attribute__((vector_size(kVectorSize / 2)));
 
 // ------------------------------------------------------------------------------------------------------- arithmetic
 
-// Not as a sum with zeros, which the compiler would have to carry out.
+// Sets all lanes. `Floats{} + value` would compute a sum.
 DDPM_FAST_INLINE Floats broadcast(float value) {
 #if defined(__AVX512F__)
   return _mm512_set1_ps(value);
@@ -89,7 +89,7 @@ DDPM_FAST_INLINE Doubles broadcast(double value) {
 #endif
 }
 
-// a * b + c, rounded once where the instruction set can.
+// a * b + c, rounded once if the instruction set has fused multiply-add.
 DDPM_FAST_INLINE Floats fma(Floats a, Floats b, Floats c) {
 #if defined(__AVX512F__)
   return _mm512_fmadd_ps(a, b, c);
@@ -109,17 +109,17 @@ DDPM_FAST_INLINE Doubles fma(Doubles a, Doubles b, Doubles c) {
 #endif
 }
 
-// The lanes of a and then b, by number.
+// Selects lanes by number. The lanes of b follow those of a.
 template <int... lanes, class V>
 DDPM_FAST_INLINE V shuffle(V a, V b) {
 #ifdef __clang__
   return __builtin_shufflevector(a, b, lanes...);
-#else  // GCC has had that one since version 12
+#else  // GCC has __builtin_shufflevector since version 12
   return __builtin_shuffle(a, b, decltype(a < b){lanes...});
 #endif
 }
 
-// Lane i: the sum of the lanes of v[i].
+// Returns a vector whose lane i is the sum of the lanes of v[i].
 template <class V, int... i>
 DDPM_FAST_INLINE V sum_neighbours(V a, V b, std::integer_sequence<int, i...>) {
   return shuffle<2 * i...>(a, b) + shuffle<2 * i + 1 ...>(a, b);
@@ -134,7 +134,7 @@ DDPM_FAST_INLINE Vector<T> sums_of_lanes(const Vector<T>* v) {
   }
 }
 
-// Rows become columns: neighbours in ever larger squares change places, a row's lanes with its partner's.
+// Transposes a square. Each pass exchanges the off-diagonal blocks of squares of twice the size.
 template <int size, class V, int... i>
 DDPM_FAST_INLINE void exchange(V& a, V& b, std::integer_sequence<int, i...>) {
   constexpr int count = sizeof...(i);
@@ -157,7 +157,7 @@ DDPM_FAST_INLINE Doubles widen(const Doubles& raw, double) { return raw; }
 
 DDPM_FAST_INLINE Floats widen(HalfWords raw, BFloat16) {
 #if defined(__AVX512BW__)
-  // Word j becomes the high half of lane j: one instruction, where widening and shifting are two.
+  // One permutation makes word j the high half of lane j. Widening and shifting would be two instructions.
   const __m512i from = _mm512_slli_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), 16);
   const __m512i wide = _mm512_castsi256_si512(reinterpret_cast<__m256i>(raw));
   return _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xAAAAAAAA, from, wide));
@@ -169,14 +169,14 @@ DDPM_FAST_INLINE HalfWords narrow(Floats v, BFloat16) {
 #if defined(__AVX512BF16__)
   return reinterpret_cast<HalfWords>(_mm512_cvtneps_pbh(v));
 #else
-  // To nearest, ties to even: half a unit is added, less one where the result is even already. A NaN stays one.
+  // Round to nearest, ties to even: add half a unit, less one if the result is even already. NaN stays NaN.
   const Words bits = reinterpret_cast<Words>(v);
   const Words rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
   return __builtin_convertvector(v == v ? rounded : bits >> 16 | 0x40, HalfWords);
 #endif
 }
 
-// Rounded to bfloat16, in each lane a below and b above.
+// Rounds to bfloat16. Each 32-bit lane holds a in its low half and b in its high half.
 DDPM_FAST_INLINE Words pairs_of(Floats a, Floats b) {
 #if defined(__AVX512BF16__)
   const __m512i both = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b, a));  // all of a, then all of b
@@ -197,8 +197,8 @@ DDPM_FAST_INLINE Floats widen(HalfWords raw, Float16) {
   return _mm256_cvtph_ps(reinterpret_cast<__m128i>(raw));
 #else
   const Words bits = __builtin_convertvector(raw, Words), sign = (bits & 0x8000) << 16;
-  // The fields moved to their places in a float32, whose exponent is larger by 112; a multiplication sets subnormals
-  // right.
+  // Shift the fields to those of a float32, whose exponent is larger by 112. The multiplication corrects the exponent,
+  // also of subnormals.
   const Words magnitude = reinterpret_cast<Words>(reinterpret_cast<Floats>((bits & 0x7FFF) << 13) * 0x1p112f);
   return reinterpret_cast<Floats>(sign | ((bits & 0x7C00) == 0x7C00 ? magnitude | 0x7F800000 : magnitude));
 #endif
@@ -211,7 +211,7 @@ DDPM_FAST_INLINE HalfWords narrow(Floats v, Float16) {
 #else
   const Words bits = reinterpret_cast<Words>(v), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7FFFFFFF;
   const Words normal = (magnitude + 0xC8000FFF + (magnitude >> 13 & 1)) >> 13;
-  // Below 2^-14: at 1/2, the last bit of a float32 is worth what the last bit of a float16 is.
+  // Below 2^-14, add 1/2: the last bit of the float32 sum has the value of the last bit of a float16.
   const Words subnormal = reinterpret_cast<Words>(reinterpret_cast<Floats>(magnitude) + 0.5f) - 0x3F000000;
   Words half = magnitude < 0x38800000 ? subnormal : normal;
   half = magnitude >= 0x477FF000 ? Words{} + 0x7C00 : half;
@@ -252,11 +252,11 @@ DDPM_FAST_INLINE void store(T* to, Vector<T> v) {
   }
 }
 
-// Two neighbouring vectors.
+// Stores two neighbouring vectors.
 template <class T>
 DDPM_FAST_INLINE void store(T* to, Vector<T> first, Vector<T> second) {
 #if defined(__AVX512BF16__)
-  if constexpr (std::is_same_v<T, BFloat16>) {  // costs as much as narrowing one
+  if constexpr (std::is_same_v<T, BFloat16>) {  // narrows two vectors by one instruction
     const auto raw = _mm512_cvtne2ps_pbh(second, first);
     std::memcpy(to, &raw, sizeof(raw));
     return;
@@ -266,7 +266,7 @@ DDPM_FAST_INLINE void store(T* to, Vector<T> first, Vector<T> second) {
   store(to + kWidth<T>, second);
 }
 
-// The first `count` lanes, fewer than a vector's; the others are 0.
+// Loads the first `count` lanes, fewer than a vector has. The other lanes are 0.
 template <class T>
 DDPM_FAST_INLINE Vector<T> load(const T* from, int count) {
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
@@ -281,9 +281,9 @@ DDPM_FAST_INLINE Vector<T> load(const T* from, int count) {
   }
   return widen(raw, T{});
 #else
-  T room[kWidth<T>] = {};
-  for (int i = 0; i < count; ++i) room[i] = from[i];
-  return load(room);
+  T buffer[kWidth<T>] = {};
+  for (int i = 0; i < count; ++i) buffer[i] = from[i];
+  return load(buffer);
 #endif
 }
 
@@ -299,21 +299,21 @@ DDPM_FAST_INLINE void store(T* to, Vector<T> v, int count) {
     _mm512_mask_storeu_pd(to, static_cast<__mmask8>(lanes), v);
   }
 #else
-  T room[kWidth<T>];
-  store(room, v);
-  for (int i = 0; i < count; ++i) to[i] = room[i];
+  T buffer[kWidth<T>];
+  store(buffer, v);
+  for (int i = 0; i < count; ++i) to[i] = buffer[i];
 #endif
 }
 
-// v with 0 in the lanes from `count` on.
+// Returns v with 0 in the lanes from `count` on.
 template <class T>
 DDPM_FAST_INLINE Vector<T> first_lanes(Vector<T> v, int count) {
-  RealOf<T> room[kWidth<T>];
-  std::memcpy(room, &v, sizeof(v));
-  return load(room, count);
+  RealOf<T> buffer[kWidth<T>];
+  std::memcpy(buffer, &v, sizeof(v));
+  return load(buffer, count);
 }
 
-// Whole vectors and the last one by one name: `partial` is a compile-time choice.
+// Load and store a whole vector, or the first `count` lanes if `partial`.
 template <bool partial, class T>
 DDPM_FAST_INLINE Vector<T> load(const T* from, int count) {
   if constexpr (partial) return load(from, count);

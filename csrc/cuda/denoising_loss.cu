@@ -32,7 +32,7 @@ struct Difference {
         prediction(a.prediction) {}
 
   template <int width>
-  __device__ Inputs<width> load(const Place& at) const {
+  __device__ Inputs<width> load(const Location& at) const {
     Inputs<width> inputs;
     inputs.m = cuda::load<width>(model_output + at.offset);
     if (prediction != Prediction::kEpsilon) inputs.x_0 = cuda::load<width>(x_0 + at.offset);
@@ -73,7 +73,7 @@ struct SumOfSquares : Difference<T> {
   using Difference<T>::Difference;
 
   template <int width>
-  __device__ void finish(const Place&, const typename Difference<T>::template Inputs<width>& inputs,
+  __device__ void finish(const Location&, const typename Difference<T>::template Inputs<width>& inputs,
                          const float (&epsilon)[width]) {
     float difference[width];
     this->subtract(inputs, epsilon, difference);
@@ -145,7 +145,7 @@ struct Gradient : Difference<T> {
   }
 
   template <int width>
-  __device__ void finish(const Place& at, const typename Difference<T>::template Inputs<width>& inputs,
+  __device__ void finish(const Location& at, const typename Difference<T>::template Inputs<width>& inputs,
                          const float (&epsilon)[width]) const {
     float difference[width];
     this->subtract(inputs, epsilon, difference);
@@ -170,8 +170,8 @@ double reciprocal_of_count(const Shape& shape) { return 1 / static_cast<double>(
 template <class T, class Args>
 Tiling tiling_of(const Args& a, const void* grad_model_output = nullptr) {
   constexpr int kVector = kWidth<T>;
-  const bool draws = a.noise == nullptr && a.prediction != Prediction::kSample;
-  return {a.shape, draws, kVector,
+  const bool generates = a.noise == nullptr && a.prediction != Prediction::kSample;
+  return {a.shape, generates, kVector,
           aligned<T>(a.model_output, kVector) && aligned<T>(a.x_0, kVector) && aligned<T>(a.noise, kVector) &&
               aligned<T>(grad_model_output, kVector)};
 }

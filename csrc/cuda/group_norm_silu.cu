@@ -32,13 +32,13 @@ struct Forward {
 
 // What is done to the values of a channel: act((x + shift - mean) a + b). shift and mean are folded into b except for
 // float32, whose precision that would spoil where the mean is large beside the deviations.
-struct Line {
+struct Coefficients {
   float a, b, shift, mean;
 };
 
 // `moments`: the group's, relative to `pivot`.
 template <class T>
-DDPM_FAST_DEVICE Line line(const Affine& affine, const Moments& moments, float pivot, float rstd) {
+DDPM_FAST_DEVICE Coefficients coefficients_of(const Affine& affine, const Moments& moments, float pivot, float rstd) {
   const float mean = pivot + moments.mean, rest = moments.mean - (mean - pivot);  // rest: what rounding took from mean
   const float a = affine.gain * rstd, b = fmaf(-rest, a, affine.offset);
   if constexpr (sizeof(T) == 4) return {a, b, affine.shift, mean};
@@ -47,7 +47,7 @@ DDPM_FAST_DEVICE Line line(const Affine& affine, const Moments& moments, float p
 
 // What shared memory holds for the channels of a word: a and b of two, or all of one.
 template <class T>
-DDPM_FAST_DEVICE void read_lines(const float4& word, Line* to) {
+DDPM_FAST_DEVICE void read_coefficients(const float4& word, Coefficients* to) {
   if constexpr (kPerWord<T> == 2) {
     to[0] = {word.x, word.y, 0, 0};
     to[1] = {word.z, word.w, 0, 0};
@@ -57,8 +57,8 @@ DDPM_FAST_DEVICE void read_lines(const float4& word, Line* to) {
 }
 
 template <class T, bool silu>
-DDPM_FAST_DEVICE float apply(float x, const Line& line) {
-  const float z = fmaf(sizeof(T) == 4 ? x + line.shift - line.mean : x, line.a, line.b);
+DDPM_FAST_DEVICE float apply(float x, const Coefficients& of_channel) {
+  const float z = fmaf(sizeof(T) == 4 ? x + of_channel.shift - of_channel.mean : x, of_channel.a, of_channel.b);
   if constexpr (silu) return z * sigmoid<T>(z);
   return z;
 }
@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(contiguous_threads(items, kLimits)) contiguous
       p.mean[slab] = pivot + moments.mean;
       p.rstd[slab] = rstd;
     }
-    const Line of_channel = line<T>(small, moments, pivot, rstd);
+    const Coefficients of_channel = coefficients_of<T>(small, moments, pivot, rstd);
     T* y = static_cast<T*>(p.y) + at_group + at_thread;
     with_silu(p.silu, [&](auto silu) {
 #pragma unroll
@@ -189,11 +189,11 @@ __global__ void __launch_bounds__(contiguous_threads(items, kLimits)) contiguous
 // Shared memory, as offsets in floats. Elements of a vector lie apart, so that neighbouring threads have neighbouring
 // addresses.
 struct Layout {
-  int moments;  // [elements, rows, lanes]: mean and m2 of a thread's channels
-  int merged;   // [channels, chunks] Moments, with room for a fourth
-  int small;    // [channels]: gain, offset, shift, pivot
-  int lines;    // [words, lanes]: a and b of two channels, or a Line of one
-  int of_part;  // [parts, groups]: mean and m2
+  int moments;       // [elements, rows, lanes]: mean and m2 of a thread's channels
+  int merged;        // [channels, chunks] Moments, padded to four floats
+  int small;         // [channels]: gain, offset, shift, pivot
+  int coefficients;  // [words, lanes]: a and b of two channels, or a Coefficients of one
+  int of_part;       // [parts, groups]: mean and m2
   int total;
 };
 
@@ -202,8 +202,8 @@ __host__ __device__ inline Layout layout(const SliceTiling& tiling, int width, P
   Layout at{};
   at.merged = pass == Pass::kApply ? 0 : (2 * elements + 3) / 4 * 4;
   at.small = at.merged + (pass == Pass::kApply ? 0 : 4 * channels * (tiling.rows / width));
-  at.lines = at.small + 4 * channels;
-  at.of_part = at.lines + 4 * kWords * tiling.lanes;
+  at.coefficients = at.small + 4 * channels;
+  at.of_part = at.coefficients + 4 * kWords * tiling.lanes;
   at.total = at.of_part + (pass == Pass::kResident ? 2 * tiling.parts * tiling.slice_groups : 0);
   return at;
 }
@@ -219,7 +219,7 @@ __global__ void __launch_bounds__(pass == Pass::kResident ? kLimits.channels_las
   float2* const moments = reinterpret_cast<float2*>(memory + at.moments);
   float4* const merged = reinterpret_cast<float4*>(memory + at.merged);
   float4* const small = reinterpret_cast<float4*>(memory + at.small);
-  float4* const lines = reinterpret_cast<float4*>(memory + at.lines);
+  float4* const coefficients = reinterpret_cast<float4*>(memory + at.coefficients);
   float2* const of_part = reinterpret_cast<float2*>(memory + at.of_part);
   if (pass == Pass::kResident && tiling.parts > 1) cluster_arrive();
 
@@ -260,7 +260,7 @@ __global__ void __launch_bounds__(pass == Pass::kResident ? kLimits.channels_las
   }
   __syncthreads();
 
-  // From a group's merged moments on: what is saved, and its channels' lines. By a warp.
+  // From a group's merged moments on: what is saved, and its channels' coefficients. By a warp.
   const auto finish = [&](int group, const Moments& of_group) {
     const float rstd = rstd_of(of_group, p.eps), pivot = small[group * p.group_channels].w;
     if (p.mean != nullptr && part == 0 && thread % kWarp == 0) {
@@ -272,8 +272,8 @@ __global__ void __launch_bounds__(pass == Pass::kResident ? kLimits.channels_las
     for (int i = thread % kWarp; i < p.group_channels; i += kWarp) {
       const int channel = group * p.group_channels + i, element = channel % kWidth<T>;
       const float4 of = small[channel];
-      const Line of_channel = line<T>({of.x, of.y, of.z}, of_group, pivot, rstd);
-      float4* to = lines + element / kEach * tiling.lanes + channel / kWidth<T>;
+      const Coefficients of_channel = coefficients_of<T>({of.x, of.y, of.z}, of_group, pivot, rstd);
+      float4* to = coefficients + element / kEach * tiling.lanes + channel / kWidth<T>;
       if constexpr (kEach == 2) {
         reinterpret_cast<float2*>(to)[element % 2] = {of_channel.a, of_channel.b};
       } else {
@@ -411,10 +411,10 @@ __global__ void __launch_bounds__(pass == Pass::kResident ? kLimits.channels_las
     for (int tile = 0; tile < tiles; ++tile) {
       const int first = row + tile * tile_pixels;
       if (first < end) {
-        Line of[kWidth<T>];
+        Coefficients of[kWidth<T>];
 #pragma unroll
         for (int w = 0; w < kWords; ++w) {
-          read_lines<T>(lines[w * tiling.lanes + lane], of + w * kEach);
+          read_coefficients<T>(coefficients[w * tiling.lanes + lane], of + w * kEach);
         }
         T* y = static_cast<T*>(p.y) + at_part + std::int64_t{tile * tile_pixels} * p.c + at_thread;
         // Some vectors at a time: with all of them the compiler would run out of registers.
@@ -475,7 +475,7 @@ __global__ void __launch_bounds__(kScalarThreads) scalar_kernel(const Forward p)
   }
   T* const y = static_cast<T*>(p.y) + origin;
   over_values([&](std::int64_t channel, std::int64_t at) {
-    const Line of_channel = line<T>(small(channel), moments, pivot, rstd);
+    const Coefficients of_channel = coefficients_of<T>(small(channel), moments, pivot, rstd);
     const float value = widen(x[at]);
     const float result[] = {p.silu ? apply<T, true>(value, of_channel) : apply<T, false>(value, of_channel)};
     store<1>(y + at, result);

@@ -18,9 +18,10 @@
 //   dscale_shift = S1
 //   dweight      = sum over samples of (1 + scale) S2
 //   dbias        = sum over samples of (1 + scale) S1
-// x and dy stay in registers, packed as they came, where a slice fits; g is made twice, which takes no room. The sums
-// are of g d and d with d = h - mean; that of d is not 0, since the saved mean is rounded, and sets right what follows
-// from d. A last kernel makes the gradients of the small inputs from the sums of every sample, part and channel.
+// x and dy stay in registers, packed as they came, if a slice fits; g is computed twice, which takes no registers. The
+// sums are of g d and d with d = h - mean; that of d is not 0, since the saved mean is rounded, and sets right what
+// follows from d. A last kernel makes the gradients of the small inputs from the sums of every sample, part and
+// channel.
 #include "cuda/group_norm.h"
 #include "cuda/kernels.h"
 
@@ -89,20 +90,20 @@ DDPM_FAST_DEVICE float gradient(float dy, float d, float a, float b) {
 }
 
 // dx = g a + d q + r. But for float32 mean is folded into b and r, and d is x.
-struct Line {
+struct Coefficients {
   float a, b, q, r;
 };
 
 template <class T>
-DDPM_FAST_DEVICE Line line(const Channel& channel, const Slope& slope) {
+DDPM_FAST_DEVICE Coefficients coefficients_of(const Channel& channel, const Slope& slope) {
   if constexpr (sizeof(T) == 4) return {channel.a, channel.b, slope.q, slope.r};
   return {channel.a, fmaf(-channel.mean, channel.a, channel.b), slope.q, fmaf(-channel.mean, slope.q, slope.r)};
 }
 
 template <class T, bool silu>
-DDPM_FAST_DEVICE float dx(float x, float dy, const Channel& channel, const Line& line) {
+DDPM_FAST_DEVICE float dx(float x, float dy, const Channel& channel, const Coefficients& of_channel) {
   const float d = sizeof(T) == 4 ? deviation<T>(x, channel) : x;
-  return fmaf(gradient<T, silu>(dy, d, line.a, line.b), line.a, fmaf(d, line.q, line.r));
+  return fmaf(gradient<T, silu>(dy, d, of_channel.a, of_channel.b), of_channel.a, fmaf(d, of_channel.q, of_channel.r));
 }
 
 // `total`: of gain g, gain g d and d over a group of `count` values.
@@ -166,7 +167,7 @@ __global__ void __launch_bounds__(contiguous_threads(items, kLimits)) contiguous
     const float count = static_cast<float>(length) * static_cast<float>(p.group_channels * kWidth<T>);
     const Slope slope = slope_of(total, count, rstd);
     if (p.sums != nullptr && part == 0 && thread == 0 && exists) p.slopes[slab] = slope;
-    const Line of_channel = line<T>(channel, slope);
+    const Coefficients of_channel = coefficients_of<T>(channel, slope);
     with_silu(p.silu, [&](auto silu) {
 #pragma unroll
       for (int i = 0; i < items; ++i) {
@@ -276,11 +277,11 @@ __global__ void __launch_bounds__(contiguous_threads(items, kLimits)) contiguous
 // Shared memory, as offsets in floats. Elements of a vector lie apart, so that neighbouring threads have neighbouring
 // addresses.
 struct Layout {
-  int lines;    // [elements, lanes] Line; before the sums are known: a, b and gain
-  int centers;  // [elements, lanes]: mean and shift
-  int sums;     // [elements, rows, lanes]: g and g d; then as many d
-  int merged;   // [channels, chunks] Sums
-  int of_part;  // [parts, groups] Sums
+  int coefficients;  // [elements, lanes] Coefficients; before the sums are known: a, b and gain
+  int centers;       // [elements, lanes]: mean and shift
+  int sums;          // [elements, rows, lanes]: g and g d; then as many d
+  int merged;        // [channels, chunks] Sums
+  int of_part;       // [parts, groups] Sums
   int total;
 };
 
@@ -303,7 +304,7 @@ __global__ void __launch_bounds__(kLimits.channels_last_threads, kChannelsLastBl
   const SliceTiling& tiling = p.tiling;
   const Layout at = layout(tiling, kWidth<T>, pass);
   float* const memory = reinterpret_cast<float*>(shared);
-  float4* const lines = shared;
+  float4* const coefficients = shared;
   float2* const centers = reinterpret_cast<float2*>(memory + at.centers);
   float2* const sums_of_g = reinterpret_cast<float2*>(memory + at.sums);
   float* const sums_of_d = memory + at.sums + 2 * tiling.rows * tiling.lanes * kWidth<T>;
@@ -347,15 +348,15 @@ __global__ void __launch_bounds__(kLimits.channels_last_threads, kChannelsLastBl
     const int slab = first_slab + i / p.group_channels;
     const Affine of = affine(p.inputs, first_channel + i, std::int64_t{sample} * p.c + first_channel + i);
     const Channel channel = channel_of<T>(of, p.mean[slab], p.rstd[slab]);
-    lines[slot_of(i)] = {channel.a, channel.b, of.gain, 0};
+    coefficients[slot_of(i)] = {channel.a, channel.b, of.gain, 0};
     centers[slot_of(i)] = {channel.mean, channel.shift};
   }
   const auto channel_at = [&](int slot) {
-    return Channel{centers[slot].x, centers[slot].y, lines[slot].x, lines[slot].y};
+    return Channel{centers[slot].x, centers[slot].y, coefficients[slot].x, coefficients[slot].y};
   };
   const auto line_at = [&](int slot) {
-    const float4 of = lines[slot];
-    return Line{of.x, of.y, of.z, of.w};
+    const float4 of = coefficients[slot];
+    return Coefficients{of.x, of.y, of.z, of.w};
   };
   __syncthreads();
 
@@ -455,7 +456,7 @@ __global__ void __launch_bounds__(kLimits.channels_last_threads, kChannelsLastBl
           to[p.c] = sums.gd;
           to[2 * p.c] = sums.d;
         }
-        const float gain = lines[slot_of(of)].z;
+        const float gain = coefficients[slot_of(of)].z;
         return Sums{sums.g * gain, sums.gd * gain, sums.d};
       });
       if constexpr (pass == Pass::kSums) {
@@ -485,8 +486,8 @@ __global__ void __launch_bounds__(kLimits.channels_last_threads, kChannelsLastBl
 #pragma unroll 1
     for (int i = thread % kWarp; i < p.group_channels; i += kWarp) {
       const int slot = slot_of(group * p.group_channels + i);
-      const Line of_channel = line<T>(channel_at(slot), slope);
-      lines[slot] = {of_channel.a, of_channel.b, of_channel.q, of_channel.r};
+      const Coefficients of_channel = coefficients_of<T>(channel_at(slot), slope);
+      coefficients[slot] = {of_channel.a, of_channel.b, of_channel.q, of_channel.r};
     }
   }
   __syncthreads();
@@ -499,7 +500,7 @@ __global__ void __launch_bounds__(kLimits.channels_last_threads, kChannelsLastBl
 #pragma unroll
         for (int w = 0; w < kWords; ++w) {
           Channel channel[kEach];
-          Line of_channel[kEach];
+          Coefficients of_channel[kEach];
 #pragma unroll
           for (int e = 0; e < kEach; ++e) {
             const int slot = (w * kEach + e) * tiling.lanes + lane;

@@ -6,17 +6,17 @@ namespace ddpm_fast::cuda {
 namespace {
 
 template <class T>
-struct Draw {
+struct Normals {
   Noise<T> source;
   T* out;
 
   template <int width>
   struct Inputs {};
 
-  __device__ explicit Draw(const NoiseArgs& a) : source(nullptr, a.seeds, a.stream), out(static_cast<T*>(a.out)) {}
+  __device__ explicit Normals(const NoiseArgs& a) : source(nullptr, a.seeds, a.stream), out(static_cast<T*>(a.out)) {}
 
   template <int width>
-  __device__ Inputs<width> load(const Place&) const {
+  __device__ Inputs<width> load(const Location&) const {
     return {};
   }
 
@@ -24,7 +24,7 @@ struct Draw {
   __device__ void start() const {}
 
   template <int width>
-  __device__ void finish(const Place& at, const Inputs<width>&, const float (&normals)[width]) {
+  __device__ void finish(const Location& at, const Inputs<width>&, const float (&normals)[width]) {
     store(out + at.offset, normals);
   }
 };
@@ -33,7 +33,7 @@ template <class T, bool staged>
 __global__ void __launch_bounds__(kMostThreads) noise_kernel(const NoiseArgs a, const Tiling tiling) {
   const Tile tile = current_tile<staged>(tiling);
   if (tile.sample >= tiling.n) return;
-  Draw<T> op(a);
+  Normals<T> op(a);
   run<staged, kWidth<T>>(tiling, tile, op);
 }
 

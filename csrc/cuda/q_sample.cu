@@ -5,7 +5,8 @@ namespace ddpm_fast::cuda {
 
 namespace {
 
-// x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) epsilon: derivation eq. 3. X: the type of x_0, T: of everything else.
+// Derivation eq. 3, with x_0 of type X and everything else of type T:
+//   x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) epsilon
 template <class T, class X>
 struct QSample {
   Noise<T> source;
@@ -26,7 +27,7 @@ struct QSample {
         t(a.t[tile.sample]) {}
 
   template <int width>
-  __device__ Inputs<width> load(const Place& at) const {
+  __device__ Inputs<width> load(const Location& at) const {
     return cuda::load<width>(x_0 + at.offset);
   }
 
@@ -38,7 +39,7 @@ struct QSample {
   }
 
   template <int width>
-  __device__ void finish(const Place& at, const Inputs<width>& input, const float (&epsilon)[width]) const {
+  __device__ void finish(const Location& at, const Inputs<width>& input, const float (&epsilon)[width]) const {
     float x[width];
     widen(input, x);
     for (int i = 0; i < width; ++i) x[i] = fma(sigma, epsilon[i], signal * x[i]);

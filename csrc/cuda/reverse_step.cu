@@ -57,27 +57,27 @@ struct ReverseStep {
   }
 
   template <int width>
-  __device__ Packed<M, width> load_model(const M* part, const Place& at) const {
+  __device__ Packed<M, width> load_model(const M* part, const Location& at) const {
     return cuda::load<width>(part + at.offset + (plain ? 0 : at.row * more_in_row));
   }
 
   template <int width>
-  __device__ Inputs<width> load(const Place& at) const {
+  __device__ Inputs<width> load(const Location& at) const {
     return {cuda::load<width>(x_t + at.offset), load_model<width>(prediction, at)};
   }
 
   __device__ Noise<T> noise() {
     row = table[step];
     source.stream = static_cast<std::uint32_t>(step);
-    if (row.sigma == 0) source.given = nullptr, source.drawn = false;
-    if (source.given == nullptr && !source.drawn) variance = nullptr;
+    if (row.sigma == 0) source.given = nullptr, source.generated = false;
+    if (source.given == nullptr && !source.generated) variance = nullptr;
     return source;
   }
 
   __device__ void start() const {}
 
   template <int width>
-  __device__ void finish(const Place& at, const Inputs<width>& inputs, const float (&z)[width]) const {
+  __device__ void finish(const Location& at, const Inputs<width>& inputs, const float (&z)[width]) const {
     float x[width], m[width], x_0[width], std[width];
     widen(inputs.x, x);
     widen(inputs.m, m);
@@ -131,8 +131,8 @@ void run_with(const ReverseStepArgs& a) {
   const bool whole = aligned<T>(a.x_prev, kVector) && aligned<T>(a.x_0, kVector) && aligned<T>(a.x_t, kVector) &&
                      aligned<M>(a.model_output, kVector) && aligned<T>(a.noise, kVector) &&
                      aligned<T>(a.x_0_prev, kVector);
-  const bool draws = a.noise == nullptr && a.seeds != nullptr;
-  const Tiling tiling(a.shape, draws || interleaved, kVector, whole, interleaved);
+  const bool generates = a.noise == nullptr && a.seeds != nullptr;
+  const Tiling tiling(a.shape, generates || interleaved, kVector, whole, interleaved);
   const std::int64_t sample = a.shape.c * a.shape.hw;
   const Model model = {
       .more_in_sample = learned ? sample : 0,

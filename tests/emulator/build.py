@@ -26,7 +26,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 CACHE = ROOT / "build" / "emulator"
 
-DYNAMIC_SHARED_ROOM = 232448  # runtime/dynamic_shared.h says the same
+DYNAMIC_SHARED_BYTES = 232448  # runtime/dynamic_shared.h says the same
 FENCE = 1024  # bytes behind every __shared__ variable
 
 FLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-g1", "-Wall", "-Wextra"]
@@ -219,9 +219,9 @@ def _dynamic_shared(kernels: Iterable[Path]) -> str:
     text = '\t.section .tbss,"awT",@nobits\n\t.balign 1024\n'
     for name in ["emulator_dynamic_shared", *sorted(names)]:
         text += (
-            f"\t.globl {name}\n\t.hidden {name}\n\t.type {name}, @tls_object\n\t.size {name}, {DYNAMIC_SHARED_ROOM}\n{name}:\n"
+            f"\t.globl {name}\n\t.hidden {name}\n\t.type {name}, @tls_object\n\t.size {name}, {DYNAMIC_SHARED_BYTES}\n{name}:\n"
         )
-    return text + f"\t.zero {DYNAMIC_SHARED_ROOM}\n\t.zero {FENCE}\n"
+    return text + f"\t.zero {DYNAMIC_SHARED_BYTES}\n\t.zero {FENCE}\n"
 
 
 def _assemble(target: Path, text: str) -> None:

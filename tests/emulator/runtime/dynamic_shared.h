@@ -4,7 +4,7 @@
 
 #include <cstddef>
 
-constexpr std::size_t kDynamicSharedRoom = 232448;  // build.py says the same
+constexpr std::size_t kDynamicSharedBytes = 232448;  // build.py says the same
 
 extern "C" {
 extern thread_local char emulator_shared_begin[];

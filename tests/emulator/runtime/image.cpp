@@ -104,7 +104,7 @@ Image read_image() {
   for (const auto& variable : thread_local_symbols) {
     const std::size_t offset = variable.offset - shared_begin;
     if (offset >= image.shared_size || variable.size == 0) continue;
-    const bool dynamic = variable.size == kDynamicSharedRoom;
+    const bool dynamic = variable.size == kDynamicSharedBytes;
     image.shared.push_back(
         {offset, variable.size, dynamic ? "dynamic shared memory" : shortened(demangled(variable.symbol)), dynamic});
   }

@@ -14,7 +14,7 @@ std::size_t size_now(const SharedVariable& variable) {
   return variable.dynamic ? machine.dynamic_shared : variable.size;
 }
 
-// AddressSanitizer puts no fences around thread-local variables. We do: build.py has left room behind each.
+// AddressSanitizer puts no fences around thread-local variables. We put them there: build.py leaves space behind each variable.
 void fence_variables(char* bytes) {
   forbid(bytes, image().shared_size);
   for (const auto& variable : image().shared) allow(bytes + variable.offset, size_now(variable));

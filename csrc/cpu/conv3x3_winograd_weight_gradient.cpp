@@ -1,129 +1,29 @@
-// The weights of conv_winograd: packed for it, and their gradient.
-#include "cpu/winograd.h"
+// The gradient of the weights and the bias of conv_winograd.
+//
+// The convolution is linear in its transformed weights. So their gradient m is a product over all tiles, for each
+// position of the transform:
+//   B^T d B   is the transformed input.
+//   A dy A^T  is the gradient of the sums.
+//   G^T m G   is the gradient of the weights.
+//
+// A task has one row of the transforms, and few enough input and output channels that its sums stay in the second-level
+// cache while it goes through all tiles. Threads share nothing until the end. The number of threads decides the
+// partition of the channels, but neither the terms of a sum nor their order.
+//
+// A multiply-add takes two neighbouring tiles of a strip in bfloat16. The last tile of a strip may be paired with
+// zeros.
+#include "common/args.h"
+#include "cpu/panel_product.h"
+#include "cpu/parallel.h"
+#include "cpu/winograd_transforms.h"
+#include "cpu/with_type.h"
 
 namespace ddpm_fast::DDPM_FAST_ISA {
 
 namespace {
 
-// G g.
-DDPM_FAST_INLINE void transform_weights(const Floats (&g)[3], Floats (&out)[4]) {
-  const Floats outer = g[0] + g[2];
-  out[0] = g[0];
-  out[1] = (outer + g[1]) * 0.5f;
-  out[2] = (outer - g[1]) * 0.5f;
-  out[3] = g[2];
-}
-
-// Of the two phases: their two taps, and between them the sum, which is that of all three.
-DDPM_FAST_INLINE void transform_weights(const Floats (&g)[3], Floats (&out)[6]) {
-  const Floats first = g[0] + g[1], last = g[1] + g[2], sum = first + g[2];
-  out[0] = g[0], out[1] = sum, out[2] = last;
-  out[3] = first, out[4] = sum, out[5] = g[2];
-}
-
-// Where the weights of a row and a column of the transform are among the matrices of a panel.
-template <int side>
-constexpr int position_of(int row, int column) {
-  if constexpr (side == 4) return side * row + column;
-  return 9 * (row / 3 * 2 + column / 3) + row % 3 * 3 + column % 3;  // phase after phase
-}
-
-// G^T m.
-DDPM_FAST_INLINE void transform_weights_back(const Floats (&m)[4], Floats (&out)[3]) {
-  const Floats sum = (m[1] + m[2]) * 0.5f;
-  out[0] = m[0] + sum;
-  out[1] = (m[1] - m[2]) * 0.5f;
-  out[2] = sum + m[3];
-}
-DDPM_FAST_INLINE void transform_weights_back(const Floats (&m)[6], Floats (&out)[3]) {
-  const Floats sum = m[1] + m[4];
-  out[0] = m[0] + m[3] + sum;
-  out[1] = m[2] + m[3] + sum;
-  out[2] = m[2] + m[5] + sum;
-}
-
-// A step of a panel, of its channels `values`.
-DDPM_FAST_INLINE void store_step(float* to, int v, const Floats (&values)[1]) {
-  store(to + v * kWidth<float>, values[0]);
-}
-DDPM_FAST_INLINE void store_step(float* to, int v, const Floats (&values)[2]) {
-  const Words pairs = pairs_of(values[0], values[1]);
-  std::memcpy(to + v * kWidth<float>, &pairs, sizeof(pairs));
-}
-
-// kWidth<float> input channels from `first` on of a panel of output channels, of which there are `outs`; 0 where there
-// are no more channels.
-using Taps = float[kWidth<float>][9][kPanel];
-void read_taps(const PackWinogradArgs& a, Index first, Index first_out, Index outs, Taps& taps) {
-  const Index channels = smaller(kWidth<float>, a.channels - first);
-  const Index next = first + kWidth<float> < a.channels ? kWidth<float> * a.stride : 0;  // what is read then
-  std::memset(taps, 0, sizeof(taps));
-  for (int tap = 0; tap < 9; ++tap) {
-    const float* from =
-        a.weight + first * a.stride + first_out * a.out_stride + tap / 3 * a.row_stride + tap % 3 * a.column_stride;
-    if (a.stride == 1 && channels == kWidth<float>) {
-      for (Index o = 0; o < outs; o += kWidth<float>) {
-        Floats square[kWidth<float>] = {};
-        for (Index i = 0; i < smaller(kWidth<float>, outs - o); ++i) {
-          square[i] = load(from + (o + i) * a.out_stride);
-          __builtin_prefetch(from + (o + i) * a.out_stride + next);
-        }
-        transpose(square);
-        for (int c = 0; c < kWidth<float>; ++c) store(taps[c][tap] + o, square[c]);
-      }
-      continue;
-    }
-    for (Index c = 0; c < channels; ++c, from += a.stride) {
-      if (a.out_stride == 1) {
-        for (Index o = 0; o < outs; o += kWidth<float>) __builtin_prefetch(from + next + o);
-        std::memcpy(taps[c][tap], from, static_cast<std::size_t>(outs) * sizeof(float));
-      } else {
-        for (Index o = 0; o < outs; ++o) taps[c][tap][o] = from[o * a.out_stride];
-      }
-    }
-  }
-}
-
-// side: of the square of transformed weights.
-template <class T, int side>
-void pack(const PackWinogradArgs& a) {
-  const Index panels = (a.out_channels + kPanel - 1) / kPanel, size = panel_size<T>(a.channels);
-  const Index chunks = (a.channels + kWidth<float> - 1) / kWidth<float>;
-  parallel_for(panels * chunks, 8, a.stream_or_threads.threads(), [&](Index i) {
-    const Index first_out = i / chunks * kPanel, first = i % chunks * kWidth<float>;
-    Taps taps;
-    read_taps(a, first, first_out, smaller(kPanel, a.out_channels - first_out), taps);
-    float* panel = a.packed + i / chunks * side * side * size;
-    for (Index c = 0; c < smaller(kWidth<float>, round_up(a.channels - first, kStep<T>)); c += kStep<T>) {
-      for (int v = 0; v < kPanelVectors; ++v) {
-        Floats all[kStep<T>][3][side];  // [step][column of the kernel][row]
-        for (int s = 0; s < kStep<T>; ++s) {
-          for (int j = 0; j < 3; ++j) {
-            Floats column[3];
-            for (int k = 0; k < 3; ++k) column[k] = load(taps[c + s][3 * k + j] + v * kWidth<float>);
-            transform_weights(column, all[s][j]);
-          }
-        }
-        for (int row = 0; row < side; ++row) {
-          Floats out[kStep<T>][side];
-          for (int s = 0; s < kStep<T>; ++s) {
-            const Floats values[3] = {all[s][0][row], all[s][1][row], all[s][2][row]};
-            transform_weights(values, out[s]);
-          }
-          for (int column = 0; column < side; ++column) {
-            Floats values[kStep<T>];
-            for (int s = 0; s < kStep<T>; ++s) values[s] = out[s][column];
-            float* to = panel + position_of<side>(row, column) * size;
-            store_step(to + (first + c) / kStep<T> * kPanel, v, values);
-          }
-        }
-      }
-    }
-  });
-}
-
-// sums of products over tiles: rows of `gradients`, channels of a step of tiles and `apart` words further of the next
-// one, times the first vectors of a panel of inputs.
+// Sums products over tiles: rows of `gradients` times the first vectors of a panel of inputs. A row is an output
+// channel. Steps of tiles are `apart` words from each other.
 template <class T, int rows, int vectors>
 DDPM_FAST_INLINE void multiply_over_tiles(Sums<rows, vectors>& sums, const float* gradients, Index apart,
                                           const float* panel, Index steps) {
@@ -139,7 +39,7 @@ DDPM_FAST_INLINE void multiply_over_tiles(Sums<rows, vectors>& sums, const float
   sums = local;
 }
 
-// Multiplies the gradients of `outs` channels by a panel of inputs, over a block of tiles. Adds the result to `product`,
+// Multiplies the gradients of `outs` channels by a panel of inputs over a block of tiles. Adds the result to `product`,
 // or stores it there if the block is the first.
 template <bool first, int vectors, class T>
 DDPM_FAST_NOINLINE void add_products(float* product, const T* gradients, Index apart, Index outs, const float* panel,
@@ -158,22 +58,22 @@ DDPM_FAST_NOINLINE void add_products(float* product, const T* gradients, Index a
   });
 }
 
-// What is transformed: a channels_last map, and some of its channels.
+// Some channels of a channels_last map.
 template <class T>
 struct Map {
   const T* pixels;
   Index height, width, all_channels;
-  Index first_channel, channels;  // a task's
+  Index first_channel, channels;  // those of a task
 };
 
-// One row of the transform of a strip's tiles, before that of their columns: the sum or difference of two rows of the
-// map. Either may be none, or lie outside; there are zeros.
+// The sum or difference of two rows of a map: one row of the transform of a strip's tiles, before that of their
+// columns. A row may be kNone or lie outside the map. It is then zero.
 template <class T>
 class TwoRows {
  public:
   static constexpr Index kNone = -1;
 
-  // rows_to_next: further down, the next strip will want the same.
+  // rows_to_next: rows from here to those of the next strip, which are prefetched.
   TwoRows(const Map<T>& map, Index sample, Index plus, Index other, float sign, Index rows_to_next)
       : plus_(map, sample, plus),
         other_(map, sample, other),
@@ -181,7 +81,7 @@ class TwoRows {
         to_next_(rows_to_next * map.width),
         sign_(sign) {}
 
-  // Channels from c on.
+  // Returns the rows from channel c on.
   TwoRows from(Index c) const {
     TwoRows rows = *this;
     if (plus_.apart != 0) rows.plus_.start += c;
@@ -189,7 +89,7 @@ class TwoRows {
     return rows;
   }
 
-  // All lanes of a column, or the first ones; `inside`: the column is.
+  // Returns a column: all lanes, or the first ones if `partial`. inside: the column is in the map.
   template <bool inside, bool partial>
   DDPM_FAST_INLINE Floats at(Index column, int lanes) const {
     if (!inside && (column < 0 || column >= width_)) return Floats{};
@@ -218,7 +118,7 @@ class TwoRows {
   float sign_;
 };
 
-// Calls body(channel, whether the vector is partial, lanes) for the vectors of some channels.
+// Calls body(channel, whether the vector is partial, lanes) for vectors of channels.
 template <class Body>
 DDPM_FAST_INLINE void over_channels(Index channels, Body body) {
   Index c = 0;
@@ -226,8 +126,8 @@ DDPM_FAST_INLINE void over_channels(Index channels, Body body) {
   if (c < channels) body(c, std::true_type{}, static_cast<int>(channels - c));
 }
 
-// Calls body(step, whether all that it reads is inside of the map and all of its tiles are there) for the steps of a
-// strip, `inside` of whose tiles read nothing else.
+// Calls body(step, is_inside) for the steps of a strip. is_inside is a compile-time constant: whether the step reads
+// only pixels of the map and has all of its tiles. The first `inside` tiles of the strip do.
 template <int at_once, class Body>
 DDPM_FAST_INLINE void over_steps(const Strip& strip, Index steps, Index inside, Body body) {
   inside = smaller(strip.tiles, larger(0, inside)) / at_once;
@@ -236,7 +136,7 @@ DDPM_FAST_INLINE void over_steps(const Strip& strip, Index steps, Index inside, 
   for (; step < steps; ++step) body(step, std::false_type{});
 }
 
-// Calls put(column, values of a step's tiles).
+// Calls put(column, values of the tiles of a step).
 template <int tiles, int columns, class Put>
 DDPM_FAST_INLINE void put_columns(const Floats (&values)[tiles][columns], Put put) {
   for (int j = 0; j < columns; ++j) {
@@ -246,10 +146,12 @@ DDPM_FAST_INLINE void put_columns(const Floats (&values)[tiles][columns], Put pu
   }
 }
 
-// What a row of the transforms is made of, rows of a tile of the input and of the output's gradient: one plus or minus
-// another. kInputs: transformed values of a row of inputs; kSide: of gradients, and of weights, where column j's input
-// is the one at input_of(j). kScale: of the output's side to the input's. kMostInputs, kMostOutputs and kMostSums, the
-// product of both: channels of a task, for 512 or 384 KB of sums.
+// The rows of the transforms. A row of a transform is one row of a tile, plus or minus another.
+//   kSide: values of a row of gradients and of weights
+//   kInputs: values of a row of inputs; column j of the weights has the input input_of(j)
+//   kScale: pixels of the output's side per pixel of the input's
+//   kMostInputs, kMostOutputs: most channels of a task
+//   kMostSums: most input channels times output channels of a task, for 512 or 384 KB of sums
 struct Plain {
   static constexpr int kSide = 4, kInputs = 4, kScale = 1;
   static constexpr Index kMostInputs = 256, kMostOutputs = 256, kMostSums = 1 << 15;
@@ -269,17 +171,18 @@ struct Plain {
     return {map, strip.sample, row < 3 ? top : none, row > 0 ? top + 1 : none, row < 2 ? 1.f : -1.f, 2};
   }
 
-  // A y of a row of a tile.
+  // Multiplies a row of a tile by A:
+  //   A y
   static DDPM_FAST_INLINE void transform_gradient(const Floats (&y)[2], Floats (&out)[kSide]) {
     out[0] = y[0], out[1] = y[0] + y[1], out[2] = y[0] - y[1], out[3] = -y[1];
   }
 
-  // Of its row in which there is the sum of all rows, the sum of all columns.
+  // The sum of a tile is in one row of the transform, the one that sums all rows.
   static constexpr bool is_sum(int row) { return row == 1; }
   static DDPM_FAST_INLINE Floats sum(const Floats (&values)[kSide]) { return values[1]; }
 };
 
-// Of a phase, the first, the sum and the last.
+// Each phase has three rows: its first, the sum and its last.
 struct Upsampled {
   static constexpr int kSide = 6, kInputs = 5, kScale = 2;
   static constexpr Index kMostInputs = 256, kMostOutputs = 128, kMostSums = 1 << 14;
@@ -312,7 +215,7 @@ struct Upsampled {
   static DDPM_FAST_INLINE Floats sum(const Floats (&values)[kSide]) { return values[1] + values[4]; }
 };
 
-// Row `row` of B^T d B, of a strip's tiles: calls put(step, channel, column, values of its tiles).
+// Computes row `row` of B^T d B for the tiles of a strip. Calls put(step, channel, column, values of the step's tiles).
 template <class Kind, class T, class Put>
 void transform_inputs(const Map<T>& map, const Strip& strip, int row, Index steps, Put put) {
   constexpr int at_once = kStep<T>;
@@ -338,10 +241,11 @@ void transform_inputs(const Map<T>& map, const Strip& strip, int row, Index step
   });
 }
 
-// Row `row` of A dy A^T; and sum(channel, sum over the strip of what `Kind::sum` says).
+// Computes row `row` of A dy A^T for the tiles of a strip. Calls put as above, and sum(channel, sum of Kind::sum over
+// the strip).
 template <class Kind, class T, class Put, class Sum>
 void transform_gradients(const Map<T>& map, const Strip& strip, int row, Index steps, Put put, Sum sum) {
-  constexpr int at_once = kStep<T>, pixels = 2 * Kind::kScale;  // of a row of a tile
+  constexpr int at_once = kStep<T>, pixels = 2 * Kind::kScale;  // pixels of a row of a tile
   const Index left = pixels * strip.first;
   const TwoRows<T> rows = Kind::gradient_rows(map, strip, row);
   over_channels(map.channels, [&](Index c, auto partial, int lanes) {
@@ -365,52 +269,45 @@ void transform_gradients(const Map<T>& map, const Strip& strip, int row, Index s
   });
 }
 
-// Channels of a task: the most, or fewer where threads would wait for others.
-template <class Kind>
-struct Cut {
-  Index in_size, out_size = Kind::kMostOutputs, in_parts, out_parts, tasks;
-
-  Cut(Index channels, Index out_channels, int threads) {
-    even_out(out_channels, out_size, out_parts, kWidth<float>);
-    in_size = smaller(Kind::kMostInputs, Kind::kMostSums / out_size);
-    for (;;) {
-      even_out(channels, in_size, in_parts, kPanel);
-      even_out(out_channels, out_size, out_parts, kWidth<float>);
-      tasks = Kind::kSide * in_parts * out_parts;
-      if (4 * round_up(tasks, threads) <= 5 * tasks) break;
-      if (out_size > in_size || (in_size == kPanel && out_size > kWidth<float>)) {
-        out_size /= 2;
-      } else if (in_size > kPanel) {
-        in_size /= 2;
-      } else {
-        break;
-      }
-    }
-  }
-
- private:
-  static Index divided(Index a, Index b) { return larger(1, (a + b - 1) / b); }
-
-  static void even_out(Index channels, Index& size, Index& parts, Index unit) {
-    size = round_up(divided(channels, divided(channels, size)), unit);
-    parts = divided(channels, size);
-  }
+// The partition of the channels into tasks.
+struct ChannelPartition {
+  Index in_size, out_size, in_parts, out_parts, tasks;
 };
 
-// The convolution is linear in its transformed weights. So their gradient m is a product over all tiles, for each
-// position of the transform:
-//   B^T d B   is the transformed input.
-//   A dy A^T  is the gradient of the sums.
-//   G^T m G   is the gradient of the weights.
-//
-// A task has a row of the transforms, and some input and output channels: so few that its sums stay in the second cache
-// while it goes through all tiles, block after block. Threads share nothing until the end. How many they are decides
-// how the channels are cut, but not which terms a sum is made of, nor their order. In bfloat16 a multiply-add takes two
-// neighbouring tiles of a strip; a strip's last may have none beside it, and zeros there.
+inline Index divided(Index a, Index b) { return larger(1, (a + b - 1) / b); }
+
+// Makes parts of about the same size, which is a multiple of `unit`.
+inline void even_out(Index channels, Index& size, Index& parts, Index unit) {
+  size = round_up(divided(channels, divided(channels, size)), unit);
+  parts = divided(channels, size);
+}
+
+// A task gets the most channels, or fewer if threads would wait for others.
+template <class Kind>
+ChannelPartition partition_channels(Index channels, Index out_channels, int threads) {
+  ChannelPartition p{};
+  p.out_size = Kind::kMostOutputs;
+  even_out(out_channels, p.out_size, p.out_parts, kWidth<float>);
+  p.in_size = smaller(Kind::kMostInputs, Kind::kMostSums / p.out_size);
+  for (;;) {
+    even_out(channels, p.in_size, p.in_parts, kPanel);
+    even_out(out_channels, p.out_size, p.out_parts, kWidth<float>);
+    p.tasks = Kind::kSide * p.in_parts * p.out_parts;
+    if (4 * round_up(p.tasks, threads) <= 5 * p.tasks) return p;
+    if (p.out_size > p.in_size || (p.in_size == kPanel && p.out_size > kWidth<float>)) {
+      p.out_size /= 2;
+    } else if (p.in_size > kPanel) {
+      p.in_size /= 2;
+    } else {
+      return p;
+    }
+  }
+}
+
 template <class T, class Kind>
 void weight_gradients(const ConvWinogradWeightGradientArgs& a) {
   constexpr int side = Kind::kSide;
-  constexpr Index kStepsInBlock = 64;  // few terms a sum, and a panel of them stays in the first cache
+  constexpr Index kStepsInBlock = 64;  // few terms per sum, and a panel of them stays in the first-level cache
   const int threads = a.stream_or_threads.threads();
   const Tiles tiles(a.height, a.width);
   const Index strips = a.n * tiles.segments * tiles.down, steps_in_strip = (tiles.in_strip + kStep<T> - 1) / kStep<T>;
@@ -418,38 +315,41 @@ void weight_gradients(const ConvWinogradWeightGradientArgs& a) {
               most = strips_in_block * steps_in_strip;
   const Index depth = round_up(a.channels, kWidth<float>), wide = round_up(a.out_channels, kWidth<float>);
 
-  const Cut<Kind> cut(a.channels, a.out_channels, threads);
-  const Index panels = (cut.in_size + kPanel - 1) / kPanel, apart = cut.out_size + kApart;
-  const Index inputs_size = panels * most * kPanel + kApart, gradients_size = most * apart;  // of a position
-  const Index product_size = panels * cut.out_size * kPanel;
+  const ChannelPartition partition = partition_channels<Kind>(a.channels, a.out_channels, threads);
+  const Index panels = (partition.in_size + kPanel - 1) / kPanel, apart = partition.out_size + kApart;
+  const Index inputs_size = panels * most * kPanel + kApart, gradients_size = most * apart;  // per position
+  const Index product_size = panels * partition.out_size * kPanel;
 
-  Room room(RoomFor::kCall, Room::bytes<float>(side * 3 * a.out_channels * depth) + Room::bytes<float>(side * wide));
-  float* sums = room.take<float>(side * 3 * a.out_channels * depth);  // [row, column of the kernel, output, input]
-  float* bias = room.take<float>(side * wide);                        // [row, output]
+  Scratch scratch(ScratchUse::kCall,
+                  Scratch::bytes<float>(side * 3 * a.out_channels * depth) + Scratch::bytes<float>(side * wide));
+  float* sums = scratch.take<float>(side * 3 * a.out_channels * depth);  // [row, column of the kernel, output, input]
+  float* bias = scratch.take<float>(side * wide);                        // [row, output]
 
-  parallel_for(cut.tasks, 1, threads, [&](Index task) {
-    const int row = static_cast<int>(task / (cut.in_parts * cut.out_parts));
-    const Index in_part = task % cut.in_parts, out_part = task / cut.in_parts % cut.out_parts;
+  parallel_for(partition.tasks, 1, threads, [&](Index task) {
+    const int row = static_cast<int>(task / (partition.in_parts * partition.out_parts));
+    const Index in_part = task % partition.in_parts, out_part = task / partition.in_parts % partition.out_parts;
     const auto map_of = [&](const void* x, Index scale, Index channels, Index part, Index size) {
       const Index first = part * size;
       return Map<T>{static_cast<const T*>(x),       scale * a.height, scale * a.width, channels, first,
                     smaller(size, channels - first)};
     };
-    const Map<T> input = map_of(a.x, 1, a.channels, in_part, cut.in_size),
-                 gradient = map_of(a.grad_y, Kind::kScale, a.out_channels, out_part, cut.out_size);
+    const Map<T> input = map_of(a.x, 1, a.channels, in_part, partition.in_size),
+                 gradient = map_of(a.grad_y, Kind::kScale, a.out_channels, out_part, partition.out_size);
 
-    Room pieces(RoomFor::kSlice, Room::bytes<float>(Kind::kInputs * inputs_size) +
-                                     Room::bytes<float>(side * gradients_size) +
-                                     Room::bytes<float>(side * product_size) + Room::bytes<float>(cut.out_size));
-    float* inputs = pieces.take<float>(Kind::kInputs * inputs_size);  // [column, panel, step, channel of the panel]
-    float* gradients = pieces.take<float>(side * gradients_size);     // [column, step, output channel]
-    float* product = pieces.take<float>(side * product_size);         // [column, panel, output channel, channel]
-    float* total = pieces.take<float>(cut.out_size);                  // of the output's gradient
-    if (input.channels % kPanel != 0) {                               // lanes that count for nothing, but take part
+    Scratch task_scratch(ScratchUse::kSlice, Scratch::bytes<float>(Kind::kInputs * inputs_size) +
+                                                 Scratch::bytes<float>(side * gradients_size) +
+                                                 Scratch::bytes<float>(side * product_size) +
+                                                 Scratch::bytes<float>(partition.out_size));
+    float* inputs =
+        task_scratch.take<float>(Kind::kInputs * inputs_size);           // [column, panel, step, channel of the panel]
+    float* gradients = task_scratch.take<float>(side * gradients_size);  // [column, step, output channel]
+    float* product = task_scratch.take<float>(side * product_size);      // [column, panel, output channel, channel]
+    float* total = task_scratch.take<float>(partition.out_size);         // sum of the output's gradient
+    if (input.channels % kPanel != 0) {  // unused lanes, which take part in the products
       std::memset(inputs, 0, static_cast<std::size_t>(Kind::kInputs * inputs_size) * sizeof(float));
     }
     if (strips == 0) std::memset(product, 0, static_cast<std::size_t>(side * product_size) * sizeof(float));
-    std::memset(total, 0, static_cast<std::size_t>(cut.out_size) * sizeof(float));
+    std::memset(total, 0, static_cast<std::size_t>(partition.out_size) * sizeof(float));
 
     for (Index first = 0; first < strips; first += strips_in_block) {
       const Index count = smaller(strips_in_block, strips - first);
@@ -471,7 +371,7 @@ void weight_gradients(const ConvWinogradWeightGradientArgs& a) {
           const float* inputs_here = inputs + Kind::input_of(j) * inputs_size + panel * most * kPanel;
           with_vectors(input.channels - panel * kPanel, [&](auto vectors) {
             const auto add = first == 0 ? &add_products<true, vectors(), T> : &add_products<false, vectors(), T>;
-            add(product + j * product_size + panel * cut.out_size * kPanel,
+            add(product + j * product_size + panel * partition.out_size * kPanel,
                 reinterpret_cast<const T*>(gradients + j * gradients_size), apart, gradient.channels, inputs_here,
                 count * steps_in_strip);
           });
@@ -482,7 +382,7 @@ void weight_gradients(const ConvWinogradWeightGradientArgs& a) {
     for (Index out = 0; out < gradient.channels; ++out) {
       for (Index c = 0; c < input.channels; c += kWidth<float>) {
         Floats m[side], g[3];
-        const Index at = (c / kPanel * cut.out_size + out) * kPanel + c % kPanel;
+        const Index at = (c / kPanel * partition.out_size + out) * kPanel + c % kPanel;
         for (int j = 0; j < side; ++j) m[j] = load(product + j * product_size + at);
         transform_weights_back(m, g);
         float* to = sums + (3 * row * a.out_channels + gradient.first_channel + out) * depth + input.first_channel + c;
@@ -515,21 +415,6 @@ void weight_gradients(const ConvWinogradWeightGradientArgs& a) {
 }
 
 }  // namespace
-
-void pack_winograd(const PackWinogradArgs& args) {
-  PackWinogradArgs a = args;
-  if (a.flipped) {
-    std::swap(a.out_channels, a.channels);
-    std::swap(a.out_stride, a.stride);
-    a.weight += 2 * (a.row_stride + a.column_stride);  // the last tap
-    a.row_stride = -a.row_stride;
-    a.column_stride = -a.column_stride;
-  }
-  with_conv_type(a.dtype, [&](auto type) {
-    using T = decltype(type);
-    a.upsample ? pack<T, 6>(a) : pack<T, 4>(a);
-  });
-}
 
 void conv_winograd_weight_gradient(const ConvWinogradWeightGradientArgs& a) {
   with_conv_type(a.dtype, [&](auto type) {

@@ -1,10 +1,12 @@
-// Convolutions as sums over taps of matrix products, without a matrix of patches: where Winograd's does not apply (1x1,
-// stride 2), and where a map is so small that reading weights is what takes time.
+// 3x3 and 1x1 convolutions as sums over taps of matrix products, without a matrix of patches. They serve what
+// conv_winograd does not: 1x1, stride 2, and maps so small that reading the weights takes most of the time.
 //
-// A nearest-neighbour upsampling by 2 and a 3x3 convolution are four 2x2 convolutions of the small map, one for each
-// place in a 2x2 square of the output: every tap falls on one of 2x2 pixels, and those that fall on the same are summed
-// beforehand.
-#include "cpu/conv.h"
+// A 3x3 convolution after a nearest-neighbour upsampling by 2 is four 2x2 convolutions of the small map, one for each
+// phase: one pixel of each 2x2 square of the output. Taps that fall on the same pixel are summed beforehand.
+#include "cpu/conv_input.h"
+#include "cpu/conv_output.h"
+#include "cpu/conv_partition.h"
+#include "cpu/with_type.h"
 
 namespace ddpm_fast::DDPM_FAST_ISA {
 
@@ -16,8 +18,8 @@ namespace {
 constexpr int kMaxTaps = 9;
 constexpr Index kMaxSmallMap = 64;  // pixels of the output
 
-// What makes the sums of an output pixel: elements from its first input pixel to each tap's. With upsampling four of
-// them, one for each place in the square.
+// The offset in elements of each tap from the first input pixel of an output pixel. With upsampling each phase has its
+// own taps.
 struct Taps {
   int count = 0;
   Index offset[kMaxTaps];
@@ -33,9 +35,8 @@ Taps taps_of(const ConvArgs& a, int phase, Index columns, Index depth) {
   return taps;
 }
 
-// Sums of a small map's pixels, made tap by tap, each of those pixels alone that have it inside of the map: on a map of
-// 4x4 that is 100 of 144 times. They are of `rows` rows of the output from `top` on; a row of `input` has `columns`
-// pixels.
+// Computes the sums of `rows` rows of a small map, from row `top` on, tap by tap. A tap counts only for pixels that
+// have it inside the map: on a 4x4 map these are 100 of 144. A row of `input` has `columns` pixels.
 template <class T>
 void sum_inside(const ConvArgs& a, const T* input, Index columns, Index top, Index rows, const float* weights,
                 Index depth, float* sums) {
@@ -72,30 +73,31 @@ void sum_inside(const ConvArgs& a, const T* input, Index columns, Index top, Ind
 template <class T>
 void run(const ConvArgs& a) {
   const int threads = a.stream_or_threads.threads(), phases = a.upsample ? 4 : 1;
-  // Pixels that sums are made for: of the small map with upsampling.
+  // The map whose pixels have sums: the small map with upsampling, the output otherwise.
   const Index height = a.upsample ? a.height : a.out_height, width = a.upsample ? a.width : a.out_width;
   constexpr Index kMaxStrip = 64, kPixelsInBlock = 96;
   const Index segments = (width + kMaxStrip - 1) / kMaxStrip, segment = (width + segments - 1) / larger(segments, 1);
   const Index depth = round_up(a.channels + a.skip_channels, kStep<T>);
   const Index taps = a.upsample ? 4 : a.kernel * a.kernel;
-  // Strips of a block are rows of one segment of one sample.
+  // A strip is a row of one segment of one sample.
   const Index most_rows = larger(1, smaller(height, kPixelsInBlock / larger(1, segment)));
-  const Work work(a.n * segments * height, most_rows, a.out_channels, threads);
-  if (work.strips == 0) return;
-  const Index most = work.largest_block();
+  const ConvPartition partition = partition_strips(a.n * segments * height, most_rows, a.out_channels, threads);
+  if (partition.strips == 0) return;
+  const Index most = largest_block(partition);
   const Index columns = (segment - 1) * a.stride + a.kernel, most_input_rows = (most - 1) * a.stride + a.kernel;
   const double multiplications =
-      static_cast<double>(work.strips * segment * phases * taps) * static_cast<double>(depth * a.out_channels);
-  work.run(multiplications, threads, [&](const Work::Share& share) {
+      static_cast<double>(partition.strips * segment * phases * taps) * static_cast<double>(depth * a.out_channels);
+  for_each_share(partition, multiplications, threads, [&](const ConvShare& share) {
     const bool small = a.kernel == 3 && !a.upsample && height * width <= kMaxSmallMap;
-    Room room(RoomFor::kSlice, Room::bytes<T>(most_input_rows * columns * depth) +
-                                   Room::bytes<const T*>(most * segment) + Room::bytes<Index>(most * segment) +
-                                   Room::bytes<float>(small ? kMaxSmallMap * kPanel : 0));
-    T* input = room.take<T>(most_input_rows * columns * depth);
-    const T** inputs = room.take<const T*>(most * segment);
-    Index* pixels = room.take<Index>(most * segment);
-    float* small_sums = room.take<float>(small ? kMaxSmallMap * kPanel : 0);
-    // A block may reach over the end of a segment: what lies on either side is done in turn.
+    Scratch scratch(ScratchUse::kSlice, Scratch::bytes<T>(most_input_rows * columns * depth) +
+                                            Scratch::bytes<const T*>(most * segment) +
+                                            Scratch::bytes<Index>(most * segment) +
+                                            Scratch::bytes<float>(small ? kMaxSmallMap * kPanel : 0));
+    T* input = scratch.take<T>(most_input_rows * columns * depth);
+    const T** inputs = scratch.take<const T*>(most * segment);
+    Index* pixels = scratch.take<Index>(most * segment);
+    float* small_sums = scratch.take<float>(small ? kMaxSmallMap * kPanel : 0);
+    // A block may cross the end of a segment. Each side is computed in turn.
     for (Index begin = share.first_strip; begin < share.end_strip;) {
       const Index top = begin % height, rows = smaller(share.end_strip - begin, height - top);
       const Index sample = begin / height / segments, left = begin / height % segments * segment;
@@ -126,7 +128,7 @@ void run(const ConvArgs& a) {
         for (int phase = 0; phase < phases; ++phase) {
           const Taps at = taps_of(a, phase, columns, depth);
           const float* weights = a.packed + (p * phases + phase) * taps * panel_size<T>(depth);
-          const Index place = phase / 2 * a.out_width + phase % 2;
+          const Index offset = phase / 2 * a.out_width + phase % 2;
           with_vectors(a.out_channels - p * kPanel, [&](auto vectors) {
             over_rows(0, count, [&](Index pixel, auto rows_at_once) {
               Sums<rows_at_once(), vectors()> sums{};
@@ -136,7 +138,7 @@ void run(const ConvArgs& a) {
                 multiply(sums, from, weights + tap * panel_size<T>(depth), depth);
               }
               for (int r = 0; r < rows_at_once(); ++r) {
-                for (int v = 0; v < vectors(); ++v) output.write(pixels[pixel + r] + place, v, sums.of[r][v]);
+                for (int v = 0; v < vectors(); ++v) output.write(pixels[pixel + r] + offset, v, sums.of[r][v]);
               }
             });
           });
@@ -151,7 +153,7 @@ void run(const ConvArgs& a) {
 
 void conv_direct(const ConvArgs& args) {
   ConvArgs a = args;
-  if (a.kernel == 1 && a.stride == 1) {  // a map of one row
+  if (a.kernel == 1 && a.stride == 1) {  // as a map of one row
     a.width *= a.height;
     a.out_width *= a.out_height;
     a.height = a.out_height = 1;

@@ -1,4 +1,4 @@
-// Memory to work in.
+// Scratch buffers.
 #pragma once
 
 #include <cstdint>
@@ -15,13 +15,14 @@ constexpr Index smaller(Index a, Index b) { return a < b ? a : b; }
 constexpr Index larger(Index a, Index b) { return a > b ? a : b; }
 constexpr Index round_up(Index value, Index unit) { return (value + unit - 1) / unit * unit; }
 
-// Room that a thread keeps from call to call where it is small (fresh pages would cost more than the kernel), handed
-// out in pieces: one for a call, of its calling thread, and one for a slice.
-enum class RoomFor { kCall, kSlice };
+// A thread has one buffer for a call, and one for a slice of the work.
+enum class ScratchUse { kCall, kSlice };
 
-class Room {
+// A scratch buffer of one thread, handed out in pieces. A small buffer is kept from call to call, because fresh pages
+// would cost more than the kernel.
+class Scratch {
  public:
-  Room(RoomFor use, Index bytes) : kept_(rooms()[static_cast<int>(use)]) {
+  Scratch(ScratchUse use, Index bytes) : kept_(buffers()[static_cast<int>(use)]) {
     if (kept_.bytes < bytes) {
       kept_.release();
       kept_.start = static_cast<char*>(std::aligned_alloc(kVectorSize, round_up(bytes, kVectorSize)));
@@ -30,13 +31,13 @@ class Room {
     }
     next_ = kept_.start;
   }
-  ~Room() {
+  ~Scratch() {
     if (kept_.bytes > kMostKept) kept_.release();
   }
-  Room(const Room&) = delete;
-  Room& operator=(const Room&) = delete;
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
 
-  // `count` values, and up to a whole vector.
+  // Returns the next piece. It holds `count` values, rounded up to whole vectors.
   template <class Real>
   Real* take(Index count) {
     Real* piece = reinterpret_cast<Real*>(next_);
@@ -61,7 +62,7 @@ class Room {
     }
     ~Kept() { release(); }
   };
-  static Kept* rooms() {
+  static Kept* buffers() {
     static thread_local Kept kept[2];
     return kept;
   }

@@ -1,20 +1,20 @@
-// What attention and its gradient share: the rows of a head, packed either way, and products with them.
+// The rows of an attention head, packed into panels in either direction, and products with them.
 #pragma once
 
 #include "common/args.h"
+#include "cpu/panel_product.h"
 #include "cpu/parallel.h"
-#include "cpu/product.h"
-#include "cpu/room.h"
+#include "cpu/scratch.h"
 #include "cpu/silu.h"
 
 namespace ddpm_fast::DDPM_FAST_ISA {
 
 constexpr float kLog2E = -kNegLog2E;
-constexpr Index kTermsInSum = 256;  // rounding errors of longer sums grow with their length
+constexpr Index kTermsInSum = 256;  // rounding errors grow with the length of a sum
 
 constexpr Index panels_of(Index lanes) { return (lanes + kPanel - 1) / kPanel; }
 
-// A row of channels for each pixel.
+// One row of channels per pixel.
 template <class T>
 struct Rows {
   T* start;
@@ -23,7 +23,7 @@ struct Rows {
   T* operator[](Index pixel) const { return start + pixel * stride; }
 };
 
-// Of a head of a sample, in a tensor laid out as qkv: queries (0), keys (1) or values (2).
+// Returns the rows of one head of one sample in a tensor like qkv: queries (0), keys (1) or values (2).
 template <class T, class Args, class Address>
 auto rows_of_qkv(const Args& a, Address* qkv, Index head, int which) {
   const Index width = a.num_heads * a.head_dim, pixel = head / a.num_heads * a.pixels;
@@ -32,7 +32,7 @@ auto rows_of_qkv(const Args& a, Address* qkv, Index head, int which) {
                        3 * width, a.pixels, a.head_dim};
 }
 
-// In a tensor laid out as y.
+// Returns the rows of one head of one sample in a tensor like y.
 template <class T, class Args, class Address>
 auto rows_of_y(const Args& a, Address* y, Index head) {
   const Index width = a.num_heads * a.head_dim, pixel = head / a.num_heads * a.pixels;
@@ -41,7 +41,7 @@ auto rows_of_y(const Args& a, Address* y, Index head) {
                        a.head_dim};
 }
 
-// A panel whose lanes are pixels, for sums over channels.
+// Packs a panel whose lanes are pixels, for sums over channels.
 template <class T>
 void pack_pixels(const Rows<const T>& rows, Index panel, float* to) {
   constexpr int width = kWidth<float>;
@@ -65,13 +65,13 @@ void pack_pixels(const Rows<const T>& rows, Index panel, float* to) {
   }
 }
 
-// A step of pixels, `rows` of them: kPanel channels for each panel.
+// Joins the rows of a step of pixels: one row, or a pair in bfloat16.
 DDPM_FAST_INLINE Floats joined(const Floats (&rows)[1]) { return rows[0]; }
 DDPM_FAST_INLINE Floats joined(const Floats (&rows)[2]) {  // a bfloat16 is the high half of its float32
   return reinterpret_cast<Floats>(reinterpret_cast<Words>(rows[0]) >> 16 | reinterpret_cast<Words>(rows[1]));
 }
 
-// Pixels from `first` to `end` of all panels whose lanes are channels, for sums over pixels.
+// Packs pixels first .. end - 1 of all panels whose lanes are channels, for sums over pixels.
 template <class T>
 void pack_channels(const Rows<const T>& rows, Index first, Index end, float* to) {
   for (Index pixel = first; pixel < end; pixel += kStep<T>) {
@@ -87,7 +87,7 @@ void pack_channels(const Rows<const T>& rows, Index first, Index end, float* to)
   }
 }
 
-// Rows times a panel, the sum of parts of kTermsInSum.
+// Multiplies rows by a panel, in partial sums of kTermsInSum terms.
 template <class T, int rows>
 DDPM_FAST_INLINE Sums<rows> product(const T* const (&inputs)[rows], const float* panel, Index depth) {
   Sums<rows> sums{};
@@ -103,7 +103,7 @@ DDPM_FAST_INLINE Sums<rows> product(const T* const (&inputs)[rows], const float*
   return sums;
 }
 
-// A panel's sums times `factor` to a row of channels, as many as it has from `to` on.
+// Stores the sums of a panel times `factor` to a row, of which `channels` channels are left from `to` on.
 template <class T>
 DDPM_FAST_INLINE void store_channels(T* to, const Floats (&sums)[kPanelVectors], float factor, Index channels) {
   for (int v = 0; v < kPanelVectors; ++v) {
@@ -117,7 +117,7 @@ DDPM_FAST_INLINE void store_channels(T* to, const Floats (&sums)[kPanelVectors],
   }
 }
 
-// Threads that are worth waking for `products` products of all queries with all keys.
+// Returns the number of threads for `products` products of all queries with all keys.
 template <class Args>
 int threads_for(const Args& a, int products) {
   constexpr double kWorthAThread = 1 << 18;

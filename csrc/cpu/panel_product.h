@@ -1,16 +1,16 @@
 // The inner loop of convolutions and matrix products: a few rows of inputs times a panel of packed weights.
 //
-// A panel holds the weights of kPanel output channels, for each input channel in turn as kPanelVectors vectors. Inputs
-// are broadcast from memory, sums stay in registers: kRows x kPanelVectors of them, as many as the instruction set has
-// room for, so that a multiply-add waits for no other and a loaded weight serves kRows of them.
+// A panel holds the weights of kPanel output channels. It has kPanelVectors vectors for each input channel in turn.
+// Inputs are broadcast from memory. Sums stay in registers. There are kRows x kPanelVectors sums, as many as the
+// registers hold: a multiply-add waits for no other, and each loaded weight is used kRows times.
 //
-// bfloat16 goes by pairs of input channels, as the instruction for it does: a weight vector has, for every output
-// channel, two neighbours in depth. Without that instruction the same is computed in float32.
+// A multiply-add takes two input channels in bfloat16: for each output channel, a weight vector holds two neighbours in
+// depth. Without AVX512_BF16 the same sums are computed in float32.
 #pragma once
 
 #include <type_traits>
 
-#include "cpu/room.h"
+#include "cpu/scratch.h"
 #include "cpu/vector.h"
 
 namespace ddpm_fast::DDPM_FAST_ISA {
@@ -23,21 +23,21 @@ constexpr int kPanelVectors = 2;  // of 16 registers: 12 sums, 2 weights, an inp
 #endif
 constexpr int kPanel = kPanelVectors * kWidth<float>;
 
-// Steps by which weights are asked for ahead of their use: at batch 1 they come from memory, by pages that the
-// processor does not look beyond by itself.
+// Steps by which weights are prefetched. At batch 1 they come from memory, and the hardware does not prefetch across
+// pages.
 constexpr Index kAhead = 64;
 
-// Input channels that a multiply-add takes.
+// Input channels of a multiply-add.
 template <class T>
 constexpr int kStep = std::is_same_v<T, BFloat16> ? 2 : 1;
 
-// Sums of `rows` rows, for a panel or its first vectors.
+// Sums of `rows` rows for the first vectors of a panel.
 template <int rows, int vectors = kPanelVectors>
 struct Sums {
   Floats of[rows][vectors];
 };
 
-// sum + a b over the step's channels: `a` is where the row's are, in every lane the same.
+// Returns sum + a b, summed over the channels of a step. `a` points to the row's channels; all lanes use the same.
 DDPM_FAST_INLINE Floats multiply_add(const float* a, Floats b, Floats sum) { return fma(broadcast(*a), b, sum); }
 DDPM_FAST_INLINE Floats multiply_add(const BFloat16* a, Floats b, Floats sum) {
   std::uint32_t pair;
@@ -46,7 +46,7 @@ DDPM_FAST_INLINE Floats multiply_add(const BFloat16* a, Floats b, Floats sum) {
   return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(pair))),
                           reinterpret_cast<__m512bh>(b));
 #else
-  // Products of two bfloat16 are exact in float32; the odd channel is added first, as that instruction does it.
+  // Products of two bfloat16 are exact in float32. The instruction adds the odd channel first, and so does this.
   const auto high = [](Words words) { return reinterpret_cast<Floats>(words & 0xFFFF0000); };
   const auto low = [](Words words) { return reinterpret_cast<Floats>(words << 16); };
   const Words pairs = Words{} + pair, weights = reinterpret_cast<Words>(b);
@@ -54,7 +54,8 @@ DDPM_FAST_INLINE Floats multiply_add(const BFloat16* a, Floats b, Floats sum) {
 #endif
 }
 
-// sums += rows of inputs times a panel of weights. depth: input channels, a multiple of kStep<T>.
+//   sums += inputs * panel
+// depth: input channels, a multiple of kStep<T>.
 template <class T, int rows, int vectors>
 DDPM_FAST_INLINE void multiply(Sums<rows, vectors>& sums, const T* const (&inputs)[rows], const float* panel,
                                Index depth) {
@@ -72,24 +73,34 @@ DDPM_FAST_INLINE void multiply(Sums<rows, vectors>& sums, const T* const (&input
   sums = local;
 }
 
-// Calls body(integral_constant<int, vectors>): one vector of a panel if `outs` output channels need no more, else all.
+// Calls body(integral_constant<int, vectors>). `vectors` is 1 if `outs` output channels fit one vector, and all vectors
+// of a panel otherwise.
 template <class Body>
 DDPM_FAST_INLINE void with_vectors(Index outs, Body body) {
   if (outs <= kWidth<float>) return body(std::integral_constant<int, 1>{});
   body(std::integral_constant<int, kPanelVectors>{});
 }
 
-// Calls body(row, integral_constant<int, rows>) for all of `count` rows, as many as kRows at a time.
+// Calls body(row, integral_constant<int, rows>) for rows row .. count - 1, up to kRows at a time.
 template <int rows = kRows, class Body>
 DDPM_FAST_INLINE void over_rows(Index row, Index count, Body body) {
   for (; row + rows <= count; row += rows) body(row, std::integral_constant<int, rows>{});
   if constexpr (rows > 1) over_rows<rows - 1>(row, count, body);
 }
 
-// Floats (32-bit words) of a panel of this depth.
+// The number of floats (32-bit words) of a panel.
 template <class T>
 constexpr Index panel_size(Index depth) {
   return round_up(depth, kStep<T>) / kStep<T> * kPanel;
+}
+
+// Stores vector v of a step of a panel. A step has one input channel, or a pair in bfloat16.
+DDPM_FAST_INLINE void store_step(float* to, int v, const Floats (&values)[1]) {
+  store(to + v * kWidth<float>, values[0]);
+}
+DDPM_FAST_INLINE void store_step(float* to, int v, const Floats (&values)[2]) {
+  const Words pairs = pairs_of(values[0], values[1]);
+  std::memcpy(to + v * kWidth<float>, &pairs, sizeof(pairs));
 }
 
 }  // namespace ddpm_fast::DDPM_FAST_ISA

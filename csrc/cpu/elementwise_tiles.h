@@ -1,8 +1,8 @@
-// Samples cut into tiles: at most kMaxDraw elements, that fit the first-level cache with all their inputs.
+// Tiles of the elementwise ops. A tile has at most kMaxTile elements, so it fits the first-level cache with all inputs.
 //
-// In memory a tile is `rows` rows of `cols` elements. Where the layout is contiguous, a row is one element and rows
-// follow in logical order; in channels_last a row is a pixel. So the noise of a tile, which follows the logical order,
-// is drawn plane by plane and interleaved, with no Philox block computed twice.
+// A tile is `rows` rows of `cols` elements in memory. A row is one element of a contiguous tensor, or a pixel in
+// channels_last. Noise follows the C, H, W order in both formats: a channels_last tile generates it plane by plane and
+// interleaves the planes, so no Philox block is computed twice.
 #pragma once
 
 #include <cstdint>
@@ -11,8 +11,8 @@
 
 #include "common/args.h"
 #include "common/dtype.h"
-#include "cpu/draw.h"
 #include "cpu/parallel.h"
+#include "cpu/philox_normal.h"
 
 #ifdef __F16C__
 #include <immintrin.h>
@@ -30,7 +30,7 @@ class Tiling {
   explicit Tiling(const Shape& shape)
       : rows_(shape.channels_last ? shape.hw : shape.c * shape.hw), cols_(shape.channels_last ? shape.c : 1) {
     tile_cols_ = cols_ < 1 ? 1 : smaller(cols_, kMaxCols);
-    tile_rows_ = kMaxDraw / tile_cols_ / 64 * 64;  // 16 blocks: whole vectors
+    tile_rows_ = kMaxTile / tile_cols_ / 64 * 64;  // 16 blocks: whole vectors
     row_tiles_ = (rows_ + tile_rows_ - 1) / tile_rows_;
     col_tiles_ = (cols_ + kMaxCols - 1) / kMaxCols;
   }
@@ -53,12 +53,12 @@ class Tiling {
   std::int64_t rows_, cols_, tile_rows_, tile_cols_, row_tiles_, col_tiles_;
 };
 
-// Where a tile lies in a tensor: `offset` is its first element, rows are `stride` elements apart.
-struct Place {
+// The location of a tile in a tensor: the first element, and the elements from row to row.
+struct Location {
   std::int64_t offset, stride;
 };
 
-inline Place place(const Tiling& tiling, const Tile& tile) {
+inline Location location(const Tiling& tiling, const Tile& tile) {
   return {tile.sample * tiling.numel() + tile.row * tiling.cols() + tile.col, tiling.cols()};
 }
 
@@ -89,7 +89,7 @@ inline void widen_run(const BFloat16* from, std::int64_t count, float* to) {
   for (std::int64_t i = 0; i < count; ++i) to[i] = widen(from[i]);
 }
 
-// 0..255 stand for -1..1.
+// Maps 0..255 to -1..1.
 template <class A>
 inline void widen_run(const std::uint8_t* from, std::int64_t count, A* to) {
 #pragma omp simd
@@ -117,7 +117,7 @@ inline void narrow_run(const T* from, std::int64_t count, T* to) {
   memcpy(to, from, count * sizeof(T));
 }
 
-// The loops of loads and stores are compiled once, and not once for each tensor of each op.
+// The loops of loads and stores are not inlined: they would be compiled once for each tensor of each op.
 template <class A, class T>
 DDPM_FAST_NOINLINE void widen_dense(const T* from, std::int64_t count, A* to) {
   widen_run(from, count, to);
@@ -140,7 +140,7 @@ DDPM_FAST_NOINLINE void narrow_rows(const A* from, std::int64_t rows, std::int64
 }
 
 template <class A, class T>
-inline const A* load_as(const T* from, const Place& at, const Tile& tile, A* buffer) {
+inline const A* load_as(const T* from, const Location& at, const Tile& tile, A* buffer) {
   from += at.offset;
   if (at.stride == tile.cols) {
     if constexpr (std::is_same_v<A, T>) return from;
@@ -151,10 +151,10 @@ inline const A* load_as(const T* from, const Place& at, const Tile& tile, A* buf
   return buffer;
 }
 
-// A tile of `tensor` in the type A that arithmetic runs in (float, or double for float64), dense: in place or in
-// `buffer`.
+// Returns a tile of `tensor` as a dense array of A, the type of arithmetic: float, or double for float64. The array is
+// the tensor's own memory if it is dense and of type A, and `buffer` otherwise.
 template <class A>
-inline const A* load(const void* tensor, DType dtype, const Place& at, const Tile& tile, A* buffer) {
+inline const A* load(const void* tensor, DType dtype, const Location& at, const Tile& tile, A* buffer) {
   if (dtype == DType::kUInt8) return load_as(static_cast<const std::uint8_t*>(tensor), at, tile, buffer);
   if constexpr (std::is_same_v<A, double>) {
     return load_as(static_cast<const double*>(tensor), at, tile, buffer);
@@ -171,7 +171,7 @@ inline const A* load(const void* tensor, DType dtype, const Place& at, const Til
 }
 
 template <class A, class T>
-inline void store_as(const A* values, T* to, const Place& at, const Tile& tile) {
+inline void store_as(const A* values, T* to, const Location& at, const Tile& tile) {
   to += at.offset;
   if (at.stride == tile.cols) {
     if constexpr (std::is_same_v<A, T>) return narrow_run(values, tile.count(), to);
@@ -181,9 +181,9 @@ inline void store_as(const A* values, T* to, const Place& at, const Tile& tile) 
   }
 }
 
-// The inverse: rounds a tile's values once, to the tensor's dtype.
+// Stores a tile, rounded once to the dtype of the tensor.
 template <class A>
-inline void store(const A* values, void* tensor, DType dtype, const Place& at, const Tile& tile) {
+inline void store(const A* values, void* tensor, DType dtype, const Location& at, const Tile& tile) {
   if constexpr (std::is_same_v<A, double>) {
     store_as(values, static_cast<double*>(tensor), at, tile);
   } else {
@@ -200,7 +200,7 @@ inline void store(const A* values, void* tensor, DType dtype, const Place& at, c
 
 // --------------------------------------------------------------------------------------------------------------- noise
 
-// planes[col][row] -> rows[row * cols + col]
+//   out[row * cols + col] = planes[col][row]
 template <int kCols>
 inline void interleave(const float* const* planes, std::int64_t rows, float* out) {
 #pragma omp simd
@@ -217,29 +217,29 @@ inline void interleave(const float* const* planes, std::int64_t rows, std::int64
   }
 }
 
-// What the noise of a tile is drawn into, and what is to arrive in the cache meanwhile.
+// The noise of a tile, and the memory to prefetch while it is computed.
 template <class A>
 class NoiseTile {
  public:
-  // Says that the tile of this tensor is wanted afterwards.
-  void prefetch(const void* tensor, DType dtype, const Place& at, const Tile& tile) {
+  // Prefetches the tile of a tensor during `generate`.
+  void prefetch(const void* tensor, DType dtype, const Location& at, const Tile& tile) {
     if (tensor == nullptr || at.stride != tile.cols) return;
     const int bytes = dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
     prefetch_.add(static_cast<const char*>(tensor) + at.offset * bytes, bytes);
   }
 
-  // The normals of the tile in the order of its memory.
-  const A* draw(std::int64_t seed, std::uint32_t stream, const Tiling& tiling, const Tile& tile) {
+  // Returns the normals of the tile in memory order.
+  const A* generate(std::int64_t seed, std::uint32_t stream, const Tiling& tiling, const Tile& tile) {
     const auto key = static_cast<std::uint64_t>(seed);
     const float* planes[Tiling::kMaxCols] = {};
-    if (tile.rows == tiling.rows()) {  // neighbouring planes follow each other
-      planes[0] = DDPM_FAST_ISA::draw(key, stream, tile.col * tiling.rows(), tile.count(), planes_, prefetch_);
+    if (tile.rows == tiling.rows()) {  // whole planes, which are neighbours
+      planes[0] = philox_normal(key, stream, tile.col * tiling.rows(), tile.count(), planes_, prefetch_);
       for (std::int64_t col = 1; col < tile.cols; ++col) planes[col] = planes[0] + col * tile.rows;
     } else {
-      float* room = planes_;
-      for (std::int64_t col = 0; col < tile.cols; ++col, room += tile.rows + kDrawRoom - kMaxDraw) {
+      float* plane = planes_;
+      for (std::int64_t col = 0; col < tile.cols; ++col, plane += tile.rows + kNormalsBuffer - kMaxTile) {
         const std::int64_t first = (tile.col + col) * tiling.rows() + tile.row;
-        planes[col] = DDPM_FAST_ISA::draw(key, stream, first, tile.rows, room, prefetch_);
+        planes[col] = philox_normal(key, stream, first, tile.rows, plane, prefetch_);
       }
     }
     const float* normals = planes[0];
@@ -255,26 +255,26 @@ class NoiseTile {
     }
   }
 
-  // The given noise, or where there is none, the drawn one.
-  const A* given_or_drawn(const void* noise, DType dtype, const std::int64_t* seeds, std::uint32_t stream,
-                          const Tiling& tiling, const Tile& tile) {
-    if (noise != nullptr) return load<A>(noise, dtype, place(tiling, tile), tile, widened_);
-    return draw(seeds[tile.sample], stream, tiling, tile);
+  // Returns the given noise, or generates it if `noise` is absent.
+  const A* given_or_generated(const void* noise, DType dtype, const std::int64_t* seeds, std::uint32_t stream,
+                              const Tiling& tiling, const Tile& tile) {
+    if (noise != nullptr) return load<A>(noise, dtype, location(tiling, tile), tile, widened_);
+    return generate(seeds[tile.sample], stream, tiling, tile);
   }
 
  private:
   Prefetch prefetch_;
-  alignas(64) float planes_[kMaxDraw + Tiling::kMaxCols * (kDrawRoom - kMaxDraw)];
-  alignas(64) float interleaved_[kMaxDraw];
-  alignas(64) A widened_[kMaxDraw];
+  alignas(64) float planes_[kMaxTile + Tiling::kMaxCols * (kNormalsBuffer - kMaxTile)];
+  alignas(64) float interleaved_[kMaxTile];
+  alignas(64) A widened_[kMaxTile];
 };
 
 // ------------------------------------------------------------------------------------------------------------- threads
 
-// Runs body(index, tile) for all tiles. Waking a thread pays from about 10 us of work: 16 tiles with their noise.
+// Runs body(index, tile) for all tiles. A thread gets at least 16 tiles with noise or 64 without, about 10 us of work.
 template <class Body>
-inline void for_each_tile(const Tiling& tiling, std::int64_t samples, bool draws, int threads, Body body) {
-  parallel_for(samples * tiling.tiles_per_sample(), draws ? 16 : 64, threads,
+inline void for_each_tile(const Tiling& tiling, std::int64_t samples, bool generates, int threads, Body body) {
+  parallel_for(samples * tiling.tiles_per_sample(), generates ? 16 : 64, threads,
                [&](std::int64_t index) { body(index, tiling.tile(index)); });
 }
 

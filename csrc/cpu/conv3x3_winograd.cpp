@@ -1,18 +1,30 @@
-// 3x3 convolution of stride 1, the same after an upsampling by 2, and what takes the gradient of the latter's output to
-// the small map, by Winograd's algorithms: see winograd.h.
+// Winograd's algorithms (see winograd_transforms.h) for three convolutions:
+//   conv_winograd: 3x3, stride 1
+//   conv_winograd with upsample: the same after an upsampling by 2
+//   conv_winograd_upsampled_gradient: from the gradient of the latter's output to the gradient of the small map
 //
-// A block of tiles is transformed into memory that stays in the second cache; the weights then pass by once, a panel of
-// output channels at a time, and the sums of a panel are still in the first cache when they become output.
-#include "cpu/winograd.h"
+// A block of tiles is transformed into a buffer that stays in the second-level cache. The weights are then read once,
+// one panel of output channels at a time. The sums of a panel are still in the first-level cache when they become
+// output.
+#include "cpu/conv_input.h"
+#include "cpu/conv_output.h"
+#include "cpu/conv_partition.h"
+#include "cpu/winograd_transforms.h"
+#include "cpu/with_type.h"
 
 namespace ddpm_fast::DDPM_FAST_ISA {
 
 namespace {
 
-// kTile: pixels of the input that a tile is made of, a side; kAdvance: from tile to tile. kSide: of the square of
-// transformed values. kSumsSide: of the square of sums that become 2x2 pixels of the output; kOutputs: squares, one for
-// each phase of the output, whose pixels are kScale apart; kTerms: products of a sum, one for each phase of the input;
-// kPhaseApart: transformed values from phase to phase.
+// The geometry of a tile. Each side is that of a square.
+//   kTile: side of a tile of the input
+//   kAdvance: pixels from tile to tile
+//   kSide: side of the transformed values
+//   kSumsSide: side of the sums, which become 2x2 pixels of the output
+//   kOutputs: phases of the output
+//   kScale: pixels from one pixel of a phase to the next
+//   kTerms: products of a sum, one for each phase of the input
+//   kPhaseApart: transformed values from phase to phase
 struct Plain {
   static constexpr int kTile = 4, kAdvance = 2, kSide = 4, kSumsSide = 4;
   static constexpr int kOutputs = 1, kScale = 1, kTerms = 1, kPhaseApart = 0;
@@ -26,12 +38,12 @@ struct UpsampledGradient {
   static constexpr int kOutputs = 1, kScale = 1, kTerms = 4, kPhaseApart = 3;
 };
 
-// The rows of input of a strip, one ring of rows for strips that follow each other downwards, which share two.
+// A ring of the rows of input of a strip. Strips that follow each other downwards share two rows.
 template <class T, class Kind>
 class Ring {
  public:
-  Ring(const ConvArgs& a, const Tiles& tiles, Index depth, float* room)
-      : a_(a), depth_(depth), row_size_(size(tiles, depth) / Kind::kTile), rows_(room) {}
+  Ring(const ConvArgs& a, const Tiles& tiles, Index depth, float* rows)
+      : a_(a), depth_(depth), row_size_(size(tiles, depth) / Kind::kTile), rows_(rows) {}
 
   static Index size(const Tiles& tiles, Index depth) {
     return Kind::kTile * ((Kind::kAdvance * tiles.in_strip + 2) * depth + kApart);
@@ -46,7 +58,7 @@ class Ring {
     sample_ = strip.sample, first_ = strip.first, top_ = top;
   }
 
-  // The first pixel of row i of the strip's tiles.
+  // Returns the first pixel of row i of the strip's tiles.
   const float* row_of_tiles(Index i) const { return row(top_ + i); }
 
  private:
@@ -58,8 +70,8 @@ class Ring {
   Index sample_ = -1, first_ = -1, top_ = -1;
 };
 
-// The transformed input of a strip: calls put(tile, channel, position, values) for vectors of channels. Neighbours
-// share two columns.
+// Transforms the input of a strip. Calls put(tile, channel, position, values) for vectors of channels. Neighbouring
+// tiles share two columns.
 template <class Kind, class T, class Put>
 DDPM_FAST_INLINE void transform_tiles(const Ring<T, Kind>& ring, const Strip& strip, Index depth, Put put) {
   constexpr int columns = Kind::kTile, side = Kind::kSide, advance = Kind::kAdvance;
@@ -88,18 +100,8 @@ DDPM_FAST_INLINE void transform_tiles(const Ring<T, Kind>& ring, const Strip& st
   }
 }
 
-// A^T m.
-DDPM_FAST_INLINE void transform_sums(const Floats (&m)[4], Floats (&out)[2]) {
-  out[0] = m[0] + m[1] + m[2];
-  out[1] = m[1] - m[2] - m[3];
-}
-DDPM_FAST_INLINE void transform_sums(const Floats (&m)[3], Floats (&out)[2]) {
-  out[0] = m[0] + m[1];
-  out[1] = m[1] - m[2];
-}
-
-// The sums of a tile in a phase, kPanelVectors vectors for each position, to its pixels: `rows` by `columns` of them,
-// from this one on.
+// Transforms the sums of a tile in one phase to its pixels: `rows` by `columns` of them, from `pixel` on. Each position
+// of the sums has kPanelVectors vectors.
 template <class Kind, int vectors, class T>
 DDPM_FAST_INLINE void transform_output(const ConvArgs& a, const Output<T>& output, const float* sums, Index pixel,
                                        Index rows, Index columns) {
@@ -122,24 +124,24 @@ DDPM_FAST_INLINE void transform_output(const ConvArgs& a, const Output<T>& outpu
   }
 }
 
-// The arguments of multiply_tiles. For `count` tiles it computes the sums of a phase at all positions, each the sum of
+// The arguments of multiply_tiles. It computes the sums of one phase for `count` tiles at all positions. A sum has
 // `terms` products of inputs and weights.
 template <class T, int terms>
 struct Products {
-  const T* inputs[terms];  // of each term, at the first position
-  Index row_apart, apart,
-      tile_apart;  // elements from row to row of the positions, from column to column, from tile to tile
+  const T* inputs[terms];  // each term's inputs at the first position
+  // Elements from row to row of the positions, from column to column, and from tile to tile.
+  Index row_apart, apart, tile_apart;
   Index count, depth;
-  int side;              // of the square of positions
-  const float* weights;  // of the first term, a matrix for each position
+  int side;              // side of the square of positions
+  const float* weights;  // the first term's; each position has a matrix
   float* sums;           // a panel for each position
   Index sums_apart;      // from tile to tile
 };
 
-// Compiled once for all kinds of tiles.
+// This function is not inlined, so that it is compiled once for all kinds of tiles.
 template <int vectors, class T, int terms>
 DDPM_FAST_NOINLINE void multiply_tiles(const Products<T, terms>& products) {
-  const Products<T, terms> p = products;  // which no store can change
+  const Products<T, terms> p = products;  // a copy, which no store can change
   const Index matrix = panel_size<T>(p.depth), term_apart = p.side * p.side * matrix;
   for (int position = 0; position < p.side * p.side; ++position) {
     const Index at = position / p.side * p.row_apart + position % p.side * p.apart;
@@ -165,30 +167,32 @@ void run(const ConvArgs& a) {
   constexpr Index transformed_values = Kind::kSide * Kind::kSide;
   const Tiles tiles(a.out_height / Kind::kScale, a.out_width / Kind::kScale);
   const int threads = a.stream_or_threads.threads();
-  // Whole vectors, in the buffers alone.
+  // Only the buffers have whole vectors.
   const Index depth = round_up(a.channels + a.skip_channels, kStep<T>), wide = round_up(depth, kWidth<float>);
   const Index tile_bytes = transformed_values * wide * static_cast<Index>(sizeof(T));
-  // Many tiles for each weight that is read, few enough for the second cache, and for every thread its own where there
-  // are enough.
+  // A block has many tiles, because each reads all weights. It has few enough for the second-level cache, and few
+  // enough for every thread to get a block.
   constexpr Index kTransformedBytes = 1 << 20, kFewest = 24;
   const Index tiles_a_thread = a.n * tiles.segments * tiles.down * tiles.in_strip / threads;
   Index tiles_in_block = smaller(64, larger(kFewest, kTransformedBytes / tile_bytes));
   if (tiles_a_thread >= kFewest) tiles_in_block = smaller(tiles_in_block, tiles_a_thread);
-  const Work work(a.n * tiles.segments * tiles.down, larger(1, tiles_in_block / larger(1, tiles.in_strip)),
-                  a.out_channels, threads);
-  if (work.strips == 0) return;
-  const Index most = work.largest_block() * tiles.in_strip, apart = most * wide + kApart;
-  constexpr Index kSums = positions * kPanel + kApart;                    // of a tile
-  constexpr Index kMatrices = Kind::kOutputs * Kind::kTerms * positions;  // of weights, for a panel
-  const double multiplications = static_cast<double>(work.strips * tiles.in_strip) * static_cast<double>(kMatrices) *
-                                 static_cast<double>(depth * a.out_channels);
+  const ConvPartition partition =
+      partition_strips(a.n * tiles.segments * tiles.down, larger(1, tiles_in_block / larger(1, tiles.in_strip)),
+                       a.out_channels, threads);
+  if (partition.strips == 0) return;
+  const Index most = largest_block(partition) * tiles.in_strip, apart = most * wide + kApart;
+  constexpr Index kSums = positions * kPanel + kApart;                    // per tile
+  constexpr Index kMatrices = Kind::kOutputs * Kind::kTerms * positions;  // matrices of weights per panel
+  const double multiplications = static_cast<double>(partition.strips * tiles.in_strip) *
+                                 static_cast<double>(kMatrices) * static_cast<double>(depth * a.out_channels);
 
-  work.run(multiplications, threads, [&](const Work::Share& share) {
-    Room room(RoomFor::kSlice, Room::bytes<float>(Ring<T, Kind>::size(tiles, wide)) +
-                                   Room::bytes<T>(transformed_values * apart) + Room::bytes<float>(most * kSums));
-    Ring<T, Kind> ring(a, tiles, wide, room.take<float>(Ring<T, Kind>::size(tiles, wide)));
-    T* transformed = room.take<T>(transformed_values * apart);
-    float* sums = room.take<float>(most * kSums);
+  for_each_share(partition, multiplications, threads, [&](const ConvShare& share) {
+    Scratch scratch(ScratchUse::kSlice, Scratch::bytes<float>(Ring<T, Kind>::size(tiles, wide)) +
+                                            Scratch::bytes<T>(transformed_values * apart) +
+                                            Scratch::bytes<float>(most * kSums));
+    Ring<T, Kind> ring(a, tiles, wide, scratch.take<float>(Ring<T, Kind>::size(tiles, wide)));
+    T* transformed = scratch.take<T>(transformed_values * apart);
+    float* sums = scratch.take<float>(most * kSums);
 
     Index count = 0;
     for (Index s = share.first_strip; s < share.end_strip; ++s) {

@@ -1,4 +1,4 @@
-// Philox words to normals, four at a time: as csrc/common does it for every processor, to the last bit.
+// Normals from Philox words, four at a time. They have the bits of csrc/common on every processor.
 #pragma once
 
 #include <cstdint>
@@ -9,11 +9,11 @@
 
 namespace ddpm_fast::cuda {
 
-using ddpm_fast::fma;  // beside that of Two
+using ddpm_fast::fma;  // beside the fma of Two
 
-// The normals of elements 4 block .. 4 block + 3 of a sample. What depends on the seed and the stream alone, the keys
-// of the rounds for one, the compiler computes once for all calls of a thread.
-DDPM_FAST_DEVICE void draw(std::uint64_t seed, std::uint32_t stream, std::uint32_t block, float* normals) {
+// Computes the normals of elements 4 block .. 4 block + 3 of a sample. The compiler computes what depends only on seed
+// and stream, such as the keys of the rounds, once for all calls of a thread.
+DDPM_FAST_DEVICE void philox_normal(std::uint64_t seed, std::uint32_t stream, std::uint32_t block, float* normals) {
   std::uint32_t words[] = {block, stream, 0, 0};
   std::uint32_t key_0 = static_cast<std::uint32_t>(seed), key_1 = static_cast<std::uint32_t>(seed >> 32);
 #pragma unroll
@@ -33,7 +33,7 @@ DDPM_FAST_DEVICE void draw(std::uint64_t seed, std::uint32_t stream, std::uint32
   split_uniform(words[2], exponent.high, mantissa.high);
   Two radius = minus_square_root(twice_logarithm(exponent, mantissa));
   sine_and_cosine(Two(in_quarter_turn(words[1]), in_quarter_turn(words[3])), sine, cosine);
-  constexpr std::uint32_t kHalfTurn = 0x80000000;  // makes up for the minus
+  constexpr std::uint32_t kHalfTurn = 0x80000000;  // corrects the sign of the radius
   turn(words[1] + kHalfTurn, cosine.low, sine.low, radius.low);
   turn(words[3] + kHalfTurn, cosine.high, sine.high, radius.high);
   const Two first = Two(cosine.low, sine.low) * radius.low, second = Two(cosine.high, sine.high) * radius.high;

@@ -1,7 +1,7 @@
-// Philox words and normals by the vector.
+// Vectors of Philox words and normals.
 //
-// A block counter fills a 64-bit lane: the multiplication that Philox needs, 32 x 32 -> 64 bits, then gives both of its
-// halves in place, and reads the low half of a lane only, so that the high halves may hold anything.
+// A block counter fills a 64-bit lane. The multiplication of Philox, 32 x 32 -> 64 bits, then leaves both halves in the
+// lane. It reads the low half of a lane only, so the high halves may hold anything.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +15,7 @@ namespace ddpm_fast::DDPM_FAST_ISA {
 typedef std::uint64_t Lanes __attribute__((vector_size(kVectorSize)));
 constexpr int kLanes = kVectorSize / 8;
 
-// The product of the low halves of the lanes and `factor`.
+// Multiplies the low halves of the lanes by `factor`.
 inline Lanes multiply(Lanes lanes, std::uint32_t factor) {
 #if defined(__AVX512F__)
   return reinterpret_cast<Lanes>(_mm512_mul_epu32(reinterpret_cast<__m512i>(lanes), _mm512_set1_epi64(factor)));
@@ -28,7 +28,7 @@ inline Lanes multiply(Lanes lanes, std::uint32_t factor) {
 #endif
 }
 
-// The words of kLanes blocks; words[0] holds the block counters on entry.
+// Computes the words of kLanes blocks. words[0] holds the block counters on entry.
 inline void philox_lanes(Lanes words[4], std::uint64_t seed, std::uint32_t stream) {
   std::uint32_t key_0 = static_cast<std::uint32_t>(seed), key_1 = static_cast<std::uint32_t>(seed >> 32);
   words[1] = Lanes{} + stream;
@@ -46,16 +46,16 @@ inline void philox_lanes(Lanes words[4], std::uint64_t seed, std::uint32_t strea
   }
 }
 
-constexpr int kGroup = 2 * kLanes;  // blocks at a time: lane i of one vector holds b + 2 i, of another b + 2 i + 1
-constexpr int kMaxDraw = 1024;      // elements that one call of `draw` gives at most
-constexpr int kDrawRoom = kMaxDraw + 4 + 4 * kGroup;  // elements that it may write
+constexpr int kGroup = 2 * kLanes;  // blocks at a time: lane i of one vector is block b + 2 i, of the other b + 2 i + 1
+constexpr int kMaxTile = 1024;      // largest number of elements of a philox_normal call
+constexpr int kNormalsBuffer = kMaxTile + 4 + 4 * kGroup;  // elements that a philox_normal call may write
 
-// Memory that a tile needs after its noise is drawn. `draw` asks for it piece by piece, so that it arrives meanwhile.
+// Memory that a tile needs after its noise. philox_normal prefetches it piece by piece while it computes.
 class Prefetch {
  public:
   void add(const void* first, int element_bytes) {
     next_[count_] = static_cast<const char*>(first);
-    bytes_[count_++] = 4 * kGroup * element_bytes;  // as many elements as are drawn at a time
+    bytes_[count_++] = 4 * kGroup * element_bytes;  // as many elements as are computed at a time
   }
 
   void advance() {
@@ -71,11 +71,11 @@ class Prefetch {
   int bytes_[6];
 };
 
-// Normals of elements first .. first + count - 1 of a sample. Returns where in `room` the first one lies.
-inline const float* draw(std::uint64_t seed, std::uint32_t stream, std::int64_t first, std::int64_t count, float* room,
-                         Prefetch& prefetch) {
+// Writes the normals of elements first .. first + count - 1 of a sample to `buffer`. Returns the first one's address.
+inline const float* philox_normal(std::uint64_t seed, std::uint32_t stream, std::int64_t first, std::int64_t count,
+                                  float* buffer, Prefetch& prefetch) {
   const std::int64_t first_block = first / 4, blocks = (first + count + 3) / 4 - first_block;
-  alignas(64) std::uint32_t words[4][kDrawRoom / 4];
+  alignas(64) std::uint32_t words[4][kNormalsBuffer / 4];
   Lanes counters;
   for (int i = 0; i < kLanes; ++i) counters[i] = static_cast<std::uint64_t>(first_block + 2 * i);
   for (std::int64_t block = 0; block < blocks; block += kGroup, counters += kGroup) {
@@ -84,20 +84,20 @@ inline const float* draw(std::uint64_t seed, std::uint32_t stream, std::int64_t 
     philox_lanes(even, seed, stream);
     philox_lanes(odd, seed, stream);
     for (int w = 0; w < 4; ++w) {
-      const Lanes both = (even[w] & 0xFFFFFFFF) | odd[w] << 32;  // 32-bit lanes in the order of the blocks
+      const Lanes both = (even[w] & 0xFFFFFFFF) | odd[w] << 32;  // 32-bit lanes in block order
       __builtin_memcpy(&words[w][block], &both, sizeof(both));
     }
   }
-  // A second loop, so that the long chain of rounds above and the square roots here do not wait for each other.
+  // This loop is separate, so that the square roots do not wait for the long chain of rounds above.
   for (std::int64_t block = 0; block < blocks; block += kGroup) {
-    float* normals = room + 4 * block;
+    float* normals = buffer + 4 * block;
 #pragma omp simd
     for (int i = 0; i < kGroup; ++i) {
       normal_pair(words[0][block + i], words[1][block + i], normals[4 * i], normals[4 * i + 1]);
       normal_pair(words[2][block + i], words[3][block + i], normals[4 * i + 2], normals[4 * i + 3]);
     }
   }
-  return room + first % 4;
+  return buffer + first % 4;
 }
 
 }  // namespace ddpm_fast::DDPM_FAST_ISA

@@ -1,0 +1,73 @@
+// The input of a convolution: rows of x and skip, normed, activated and padded.
+#pragma once
+
+#include "common/args.h"
+#include "cpu/group_norm.h"
+#include "cpu/scratch.h"
+
+namespace ddpm_fast::DDPM_FAST_ISA {
+
+// Copies `channels` channels of `pixels` pixels. from_stride and to_stride are the elements from pixel to pixel.
+//
+// affine: the coefficients of the first channel. `affine_stride` separates centers, slopes and intercepts.
+template <class T, class To, bool normed, bool silu_>
+void copy_pixels(To* to, Index to_stride, const T* from, Index from_stride, Index pixels, Index channels,
+                 const float* affine, Index affine_stride) {
+  const auto column = [&](Index c, auto partial, int lanes) {
+    Floats center{}, slope{}, intercept{};
+    if constexpr (normed) {
+      center = load<partial()>(affine + c, lanes);
+      slope = load<partial()>(affine + affine_stride + c, lanes);
+      intercept = load<partial()>(affine + 2 * affine_stride + c, lanes);
+    }
+    if constexpr (silu_) {  // see silu.h
+      slope *= broadcast(kNegLog2E);
+      intercept *= broadcast(kNegLog2E);
+    }
+    for (Index i = 0; i < pixels; ++i) {
+      Floats v = load<partial()>(from + i * from_stride + c, lanes);
+      if constexpr (normed) v = apply<T, silu_>(v, center, slope, intercept);
+      store<partial()>(to + i * to_stride + c, v, lanes);
+    }
+  };
+  Index c = 0;
+  for (; c + kWidth<T> <= channels; c += kWidth<T>) column(c, std::false_type{}, 0);
+  if (c < channels) column(c, std::true_type{}, static_cast<int>(channels - c));
+}
+
+template <class To>
+void zero_pixels(To* to, Index stride, Index pixels) {
+  std::memset(to, 0, static_cast<std::size_t>(pixels * stride) * sizeof(To));
+}
+
+// Copies `columns` pixels of a row of x and skip, from column `first` on, and applies the norm and the activation. The
+// row and the columns may lie outside the map. Zeros stand there, without norm and activation.
+//
+// stride: elements per pixel in `to`, the number of channels rounded up.
+template <class T, class To>
+void input_row(const ConvArgs& a, Index sample, Index row, Index first, Index columns, To* to, Index stride) {
+  const Index before = smaller(columns, larger(0, -first)), end = smaller(columns, a.width - first);
+  if (row < 0 || row >= a.height || end <= before) return zero_pixels(to, stride, columns);
+  zero_pixels(to, stride, before);
+  zero_pixels(to + end * stride, stride, columns - end);
+  to += before * stride;
+  const Index pixels = end - before, total = a.channels + a.skip_channels;
+  if (total < stride) zero_pixels(to, stride, pixels);
+  const Index at = (sample * a.height + row) * a.width + first + before;
+  const auto part = [&](const void* from, Index first_channel, Index channels) {
+    const T* start = static_cast<const T*>(from) + at * channels;
+    To* target = to + first_channel;
+    const float* affine = a.affine == nullptr ? nullptr : a.affine + sample * 3 * total + first_channel;
+    if (affine == nullptr) {
+      copy_pixels<T, To, false, false>(target, stride, start, channels, pixels, channels, nullptr, 0);
+    } else if (a.silu) {
+      copy_pixels<T, To, true, true>(target, stride, start, channels, pixels, channels, affine, total);
+    } else {
+      copy_pixels<T, To, true, false>(target, stride, start, channels, pixels, channels, affine, total);
+    }
+  };
+  part(a.x, 0, a.channels);
+  if (a.skip != nullptr) part(a.skip, a.channels, a.skip_channels);
+}
+
+}  // namespace ddpm_fast::DDPM_FAST_ISA

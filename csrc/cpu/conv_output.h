@@ -1,0 +1,53 @@
+// The output of a convolution: sums plus bias and residual, divided.
+#pragma once
+
+#include "common/args.h"
+#include "cpu/panel_product.h"
+
+namespace ddpm_fast::DDPM_FAST_ISA {
+
+// Writes a panel of output channels.
+template <class T>
+class Output {
+ public:
+  Output(const ConvArgs& a, Index panel)
+      : y_(static_cast<T*>(a.y) + panel * kPanel),
+        residual_(a.residual == nullptr ? nullptr : static_cast<const T*>(a.residual) + panel * kPanel),
+        divisor_(a.divisor),
+        channels_(a.out_channels),
+        lanes_(a.out_channels - panel * kPanel) {
+    for (int v = 0; v < kPanelVectors; ++v) {
+      const Index lanes = lanes_ - v * kWidth<float>;
+      bias_[v] = Floats{};
+      if (a.bias == nullptr || lanes <= 0) continue;
+      const float* bias = a.bias + panel * kPanel + v * kWidth<float>;
+      bias_[v] = lanes >= kWidth<float> ? load(bias) : load(bias, static_cast<int>(lanes));
+    }
+  }
+
+  // Writes vector v of the panel at a pixel:
+  //   (sum + bias + residual) / divisor
+  DDPM_FAST_INLINE void write(Index pixel, int v, Floats sum) const {
+    const Index at = pixel * channels_ + v * kWidth<float>;
+    const Index lanes = lanes_ - v * kWidth<float>;
+    Floats value = sum + bias_[v];
+    if (lanes >= kWidth<float>) {
+      if (residual_ != nullptr) value += load(residual_ + at);
+      store(y_ + at, divided(value));
+    } else if (lanes > 0) {
+      if (residual_ != nullptr) value += load(residual_ + at, static_cast<int>(lanes));
+      store(y_ + at, divided(value), static_cast<int>(lanes));
+    }
+  }
+
+ private:
+  DDPM_FAST_INLINE Floats divided(Floats value) const { return divisor_ == 1 ? value : value / divisor_; }
+
+  T* y_;
+  const T* residual_;
+  float divisor_;
+  Index channels_, lanes_;
+  Floats bias_[kPanelVectors];
+};
+
+}  // namespace ddpm_fast::DDPM_FAST_ISA

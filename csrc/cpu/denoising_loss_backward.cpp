@@ -1,0 +1,29 @@
+#include "cpu/denoising_loss_difference.h"
+
+namespace ddpm_fast::DDPM_FAST_ISA {
+
+namespace {
+
+template <class A>
+void backward(const DenoisingLossBackwardArgs& a) {
+  const Tiling tiling(a.shape);
+  for_each_tile(
+      tiling, a.shape.n, generates_noise(a), a.stream_or_threads.threads(), [&](std::int64_t, const Tile& tile) {
+        LossBuffers<A> buffers;
+        const Location at = location(tiling, tile);
+        buffers.noise.prefetch(a.grad_model_output, a.dtype, at, tile);
+        subtract_target(a, tiling, tile, buffers);
+        const A factor = 2 * static_cast<const A*>(a.grad_losses)[tile.sample] / static_cast<A>(tiling.numel());
+#pragma omp simd
+        for (std::int64_t i = 0; i < tile.count(); ++i) buffers.difference[i] *= factor;
+        store(buffers.difference, a.grad_model_output, a.dtype, at, tile);
+      });
+}
+
+}  // namespace
+
+void denoising_loss_backward(const DenoisingLossBackwardArgs& a) {
+  a.dtype == DType::kFloat64 ? backward<double>(a) : backward<float>(a);
+}
+
+}  // namespace ddpm_fast::DDPM_FAST_ISA
