@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .backend import BACKENDS, FLOATS, KERNELS, BackendUnavailable, warn_without_cuda, why_not_native, why_not_triton
-from .checks import check_apart, check_strided
+from .checks import check_apart, check_memory, check_strided
 
 Outputs = tuple[Tensor | None, ...]
 LIBRARY: Final = torch.library.Library("ddpm_fast", "DEF")
@@ -253,12 +253,11 @@ class FusedOp:
         results = self._allocated(a, saves, out)
         if out is not None:
             check_apart(self.name, out, a._asdict())
-        if backend == "triton":
+        if backend == "triton" or self._native is not None:  # a kernel of the compiled module checks its fields
             for i in self._tensors:
-                if a[i] is not None and a[i].data_ptr() == 0 and a[i].numel() != 0:
-                    raise ValueError(
-                        f"{self.name}: expected {a._fields[i]} to have memory, got a tensor whose storage was freed"
-                    )
+                if a[i] is not None:
+                    check_memory(self.name, a._fields[i], a[i])
+        if backend == "triton":
             self._launcher()(results, a)
         elif self._native is not None:
             self._native(results, a)
@@ -281,15 +280,21 @@ class FusedOp:
         if self._dense:
             layout = self._layout
             if layout is None:
-                main = values[self._main] = dense(values[self._main])
+                main = values[self._main]
+                if not is_dense(main):
+                    main = values[self._main] = self._copied(self._main, main, torch.contiguous_format)
                 layout = memory_format(main)
             for i in self._dense:
-                if values[i] is not None and (i != self._main or self._layout is not None):
-                    values[i] = values[i].contiguous(memory_format=layout)
+                if values[i] is not None and not values[i].is_contiguous(memory_format=layout):
+                    values[i] = self._copied(i, values[i], layout)
         for i in self._small:
-            if values[i] is not None and not values[i].is_contiguous():
-                values[i] = dense(values[i])
+            if values[i] is not None and not is_dense(values[i]):
+                values[i] = self._copied(i, values[i], torch.contiguous_format)
         return self.Arguments._make(values)
+
+    def _copied(self, i: int, value: Tensor, layout: torch.memory_format) -> Tensor:
+        check_memory(self.name, self.Arguments._fields[i], value)
+        return value.contiguous(memory_format=layout)
 
     def _allocated(self, arguments: Any, saves: bool = True, out: Tensor | None = None) -> Any:
         results: list[Tensor | None] = [] if out is None else [out]
@@ -558,11 +563,9 @@ def dtype_code(dtype: torch.dtype) -> int:
     return _DTYPE_CODES[dtype]
 
 
-def dense(x: Tensor) -> Tensor:
-    """Return x as a contiguous or channels_last tensor, copying only if it is neither."""
-    if x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)):
-        return x
-    return x.contiguous()
+def is_dense(x: Tensor) -> bool:
+    """Return whether x is contiguous or channels_last."""
+    return x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
 
 
 def memory_format(x: Tensor) -> torch.memory_format:

@@ -56,6 +56,15 @@ def _extent(x: Tensor) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
     return (storage, begin), (storage, begin + x.nbytes)
 
 
+def check_memory(op: str, name: str, x: Tensor) -> None:
+    """Raise a ValueError for a tensor whose storage was freed."""
+    if not isinstance(x, FakeTensor) and not x.is_meta and x.numel() and x.untyped_storage().nbytes() == 0:
+        raise ValueError(
+            f"{op}: expected {name} to have memory, got a tensor of {x.numel()} elements without (its storage was freed, "
+            "or it is a zero tensor)"
+        )
+
+
 def check_strided(op: str, name: str, x: Tensor) -> None:
     """Raise a TypeError for a sparse, nested or mkldnn tensor."""
     if x.layout != torch.strided or x.is_nested:
@@ -139,6 +148,7 @@ def check_range(op: str, name: str, index: Tensor, bound: int) -> None:
     """
     if torch.compiler.is_compiling():
         return
+    check_memory(op, name, index)
     if index.device.type == "cpu" and index.numel() and not torch._C._functorch.is_functorch_wrapped_tensor(index):
         low, high = torch.aminmax(index)
         if low < 0 or high >= bound:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import reference
 from ..plan import COLUMNS, SamplingPlan
-from ._op import FusedOp, dense
+from ._op import FusedOp, is_dense
 from .checks import check_device, check_float, check_like, check_number, check_range, check_seeds, check_type
 
 
@@ -107,7 +107,7 @@ def reverse_step(
             raise ValueError(
                 f"{op}: expected no gradients with out= (call under torch.no_grad()), got an input that requires one"
             )
-        if out.stride() != x_t.stride() or dense(out) is not out:
+        if out.stride() != x_t.stride() or not is_dense(out):
             raise ValueError(f"{op}: expected out to be dense, with the strides of x_t, {x_t.stride()}, got {out.stride()}")
     x_prev, x_0 = _reverse_step(
         *(x_t, model_output, table, steps, noise, seeds, x_0_prev, guidance_scale, variance, return_x_0),
