@@ -9,6 +9,8 @@ from torch import Tensor
 
 from ddpm_fast.ops._op import FusedOp
 
+MATRIX_OPS = ("group_norm_affine", "conv3x3", "attention")  # ops whose kernels are for CPUs only
+
 
 def launch(module: Any, name: str, **values: Any) -> None:
     """Call a kernel of the compiled module or of the emulator.

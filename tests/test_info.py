@@ -5,13 +5,12 @@ import re
 import pytest
 import torch
 from click.testing import CliRunner
+from kernels import MATRIX_OPS
 
 from ddpm_fast import cli, info
 from ddpm_fast.ops import OPS
 from ddpm_fast.ops._op import FusedOp
 from ddpm_fast.ops.backend import why_not_matrix_kernels
-
-MATRIX_OPS = ("group_norm_affine", "conv3x3", "attention")
 
 
 def _rows(text: str) -> dict[str, list[str]]:
