@@ -9,7 +9,16 @@ import build_age
 import environment  # noqa: F401 (before fixtures: torch and triton read the variables that it sets)
 import pairwise
 import pytest
-from fixtures import EMULATED, _nan_filled_buffers, _seeded, device, emulated, emulated_module  # noqa: F401
+from fixtures import (  # noqa: F401
+    EMULATED,
+    _nan_filled_buffers,
+    _seeded,
+    calls,
+    device,
+    emulated,
+    emulated_module,
+    matrix_kernels,
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

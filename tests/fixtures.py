@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from types import ModuleType
 
+import kernels
 import pytest
 import torch
 from emulator import build
@@ -34,6 +35,24 @@ def _nan_filled_buffers() -> Iterator[None]:
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else ["cpu"])
 def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
+
+
+@pytest.fixture
+def matrix_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the kernels of convolution and attention available on any instruction set, also where PyTorch's are faster."""
+    if backend.native_error() is None:
+        monkeypatch.setitem(backend.BUILD, "isa", "avx2")
+        monkeypatch.setitem(backend.BUILD, "amx_bf16", False)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the CPU kernels that the ops call in the test, in order."""
+    if "cpu" not in backend.KERNELS:
+        return []
+    recorder = kernels.Recorder(backend.KERNELS["cpu"])
+    monkeypatch.setitem(backend.KERNELS, "cpu", recorder)
+    return recorder.calls
 
 
 @pytest.fixture(scope="session")

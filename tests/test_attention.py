@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from importlib import import_module
 
 import pytest
 import torch
@@ -11,10 +12,13 @@ import torch.nn.functional as F
 from small_unets import relative_error
 from torch import Tensor, nn
 
-from ddpm_fast.nn import attention, conv
+import ddpm_fast
 from ddpm_fast.nn.layers import Attention
 from ddpm_fast.ops import backend
+from ddpm_fast.ops.backend import MATRIX_DTYPES, why_not_matrix_kernels
 
+conv3x3 = import_module("ddpm_fast.ops.conv3x3")  # of these names the package has the ops
+attention = import_module("ddpm_fast.ops.attention")
 pytestmark = pytest.mark.skipif(
     backend.native_error() is not None,
     reason="there is no compiled module",
@@ -26,10 +30,16 @@ SHAPES = [
     *((1, 1, 1, 2), (3, 2, 5, 8), (2, 4, 16, 64), (1, 3, 49, 100), (2, 1, 64, 256), (1, 1, 256, 256), (1, 2, 300, 8)),
     *((3, 1, 1, 256), (1, 4, 65, 2), (1, 1, 257, 100), (1, 1, 600, 64)),
 ]
+# The kernels are tested on any instruction set. `Attention` uses them on some.
+on_any_cpu = pytest.mark.usefixtures("matrix_kernels")
 serves = pytest.mark.skipif(
-    conv.why_not_packed(torch.device("cpu"), torch.float32) is not None, reason="attention is PyTorch's on this machine"
+    why_not_matrix_kernels(torch.device("cpu"), torch.float32) is not None, reason="attention is PyTorch's on this machine"
 )
-has_fast_bfloat16 = pytest.mark.skipif(not conv.has_fast_bfloat16(), reason="bfloat16 is PyTorch's on this machine")
+has_fast_bfloat16 = pytest.mark.skipif(not backend.has_fast_bfloat16(), reason="bfloat16 is PyTorch's on this machine")
+
+
+def ours(qkv: Tensor, num_heads: int) -> Tensor:
+    return ddpm_fast.attention(qkv, num_heads, backend="native")
 
 
 def pytorchs(qkv: Tensor, num_heads: int) -> Tensor:
@@ -64,32 +74,34 @@ def nans(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+@on_any_cpu
 @pytest.mark.usefixtures("nans")
-@pytest.mark.parametrize("dtype", conv.DTYPES)
+@pytest.mark.parametrize("dtype", MATRIX_DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_output_and_gradients_are_as_right_as_pytorchs(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     qkv, grad = (tensor.to(dtype) for tensor in case(shape))
     truth = output_and_gradients(pytorchs, shape[1], qkv, grad, torch.float64)
     plain = output_and_gradients(pytorchs, shape[1], qkv, grad, dtype)
-    got = output_and_gradients(attention.attention, shape[1], qkv, grad, dtype)
+    got = output_and_gradients(ours, shape[1], qkv, grad, dtype)
     margin, unit = (2 if dtype == torch.float32 else 1.1), torch.finfo(dtype).eps / 2
-    for name, ours, allowed, exact in zip("yqkv", got, plain, truth, strict=True):
-        assert (ours.shape, ours.dtype) == (exact.shape, dtype)
+    for name, one, allowed, exact in zip("yqkv", got, plain, truth, strict=True):
+        assert (one.shape, one.dtype) == (exact.shape, dtype)
         if shape[2] == 1 and name in "qk":  # 0: a difference of two sums, rounded differently
-            assert ours.norm() <= 8 * torch.finfo(torch.float32).eps * qkv.norm() * grad.norm()
+            assert one.norm() <= 8 * torch.finfo(torch.float32).eps * qkv.norm() * grad.norm()
         else:
-            assert relative_error(ours, exact) <= max(margin * relative_error(allowed, exact), 4 * unit)
+            assert relative_error(one, exact) <= max(margin * relative_error(allowed, exact), 4 * unit)
 
 
+@on_any_cpu
 @pytest.mark.usefixtures("nans")
-@pytest.mark.parametrize("dtype", conv.DTYPES)
+@pytest.mark.parametrize("dtype", MATRIX_DTYPES)
 def test_scores_far_apart(dtype: torch.dtype) -> None:
     """A query's largest weight is 1 and the others 0: then v has the gradient of its queries, and q and k have none."""
     qkv, grad = (tensor.to(dtype) for tensor in case((1, 1, 20, 16)))
     qkv[..., :32] *= 1e3
     scores = qkv[0, :, :16].double() @ qkv[0, :, 16:32].double().T
     expected = torch.zeros(20, 16, dtype=torch.float64).index_add_(0, scores.argmax(1), grad[0].double())
-    y, grad_q, grad_k, grad_v = output_and_gradients(attention.attention, 1, qkv, grad, dtype)
+    y, grad_q, grad_k, grad_v = output_and_gradients(ours, 1, qkv, grad, dtype)
     assert torch.equal(y[0], qkv[0, scores.argmax(1), 32:])
     assert relative_error(grad_v[0], expected) <= torch.finfo(dtype).eps
     # What is left of w (dw - D), a difference of equal sums, rounded differently.
@@ -97,25 +109,27 @@ def test_scores_far_apart(dtype: torch.dtype) -> None:
     assert grad_k.abs().max() <= 1e3 * 16 * torch.finfo(torch.float32).eps
 
 
+@on_any_cpu
 @pytest.mark.parametrize("threads", [2, 3, 5])
-@pytest.mark.parametrize("dtype", conv.DTYPES)
+@pytest.mark.parametrize("dtype", MATRIX_DTYPES)
 def test_threads_change_no_bit(dtype: torch.dtype, threads: int) -> None:
     qkv, grad = case((2, 2, 300, 40))
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        alone = output_and_gradients(attention.attention, 2, qkv, grad, dtype)
+        alone = output_and_gradients(ours, 2, qkv, grad, dtype)
         torch.set_num_threads(threads)
         for _ in range(2):
-            assert all(map(torch.equal, output_and_gradients(attention.attention, 2, qkv, grad, dtype), alone))
+            assert all(map(torch.equal, output_and_gradients(ours, 2, qkv, grad, dtype), alone))
     finally:
         torch.set_num_threads(before)
 
 
+@on_any_cpu
 @pytest.mark.parametrize("shape", [(0, 5, 12), (2, 0, 12)])
 def test_nothing_to_attend_to(shape: tuple[int, ...]) -> None:
     qkv = torch.zeros(shape, requires_grad=True)
-    y = attention.attention(qkv, 2)
+    y = ours(qkv, 2)
     y.sum().backward()
     assert y.shape == (*shape[:2], 4)
     assert qkv.grad is not None
@@ -129,6 +143,7 @@ def by_definition(qkv: Tensor, num_heads: int) -> Tensor:
     return (weights @ v).transpose(1, 2).flatten(2)
 
 
+@on_any_cpu
 def test_second_derivatives_are_pytorchs() -> None:
     def second(attend: Callable[[Tensor, int], Tensor], qkv: Tensor) -> Tensor:
         qkv = qkv.requires_grad_()
@@ -136,26 +151,31 @@ def test_second_derivatives_are_pytorchs() -> None:
         return torch.autograd.grad(first.square().sum(), qkv)[0]
 
     qkv = case((2, 3, 7, 4))[0]
-    assert relative_error(second(attention.attention, qkv), second(by_definition, qkv.double())) <= 1e-5
+    assert relative_error(second(ours, qkv), second(by_definition, qkv.double())) <= 1e-5
 
 
+@on_any_cpu
 def test_transformed_gradients_are_pytorchs() -> None:
     """Of several output gradients at once, by the vmap that autograd itself uses."""
     qkv, grad = case((2, 3, 7, 4))
     qkv, grads = qkv.requires_grad_(), torch.stack((grad, 2 * grad, grad * grad))
-    (got,) = torch.autograd.grad(attention.attention(qkv, 3), qkv, grads, is_grads_batched=True)
+    (got,) = torch.autograd.grad(ours(qkv, 3), qkv, grads, is_grads_batched=True)
     for one, g in zip(got, grads, strict=True):
         torch.testing.assert_close(one, torch.autograd.grad(by_definition(qkv, 3), qkv, g)[0])
 
 
+STEP = ["attention", "attention_backward"]
+
+
+def attended(calls: list[str]) -> list[str]:
+    """Return the calls without those of the norm."""
+    return [name for name in calls if name in STEP]
+
+
 class TestWhereItServes:
-    @pytest.fixture
-    def calls(self, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-        calls: list[str] = []
-        run = attention._Attention.apply
+    @pytest.fixture(autouse=True)
+    def _fewer_pixels(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(attention.FEWEST_PIXELS, torch.float32, 30)
-        monkeypatch.setattr(attention._Attention, "apply", lambda *args: calls.append("ours") or run(*args))  # type: ignore[no-untyped-call]
-        return calls
 
     @pytest.fixture
     def layer(self) -> Attention:
@@ -178,10 +198,10 @@ class TestWhereItServes:
     ) -> None:
         x = x.contiguous(memory_format=memory_format)
         got = self.gradients(layer, x)
-        assert calls == ["ours"]
-        monkeypatch.setattr(conv, "why_not_packed", lambda *_: "a test wants PyTorch's")
+        assert attended(calls) == STEP
+        monkeypatch.setattr(conv3x3, "why_not_matrix_kernels", lambda *_: "a test wants PyTorch's")
         plain = self.gradients(layer, x)
-        assert calls == ["ours"]
+        assert attended(calls) == STEP
         assert got[0].stride() == plain[0].stride()
         truth = self.gradients(copy.deepcopy(layer).double(), x.double())
         norms = [exact.norm() for exact in truth]
@@ -200,10 +220,10 @@ class TestWhereItServes:
         layer, x = (layer, x) if by_autocast else (layer.bfloat16(), x.bfloat16())
         with torch.autocast("cpu", torch.bfloat16, enabled=by_autocast):
             got = self.gradients(layer, x)
-            assert calls == ["ours"]
-            monkeypatch.setattr(conv, "why_not_packed", lambda *_: "a test wants PyTorch's")
+            assert attended(calls) == STEP
+            monkeypatch.setattr(conv3x3, "why_not_matrix_kernels", lambda *_: "a test wants PyTorch's")
             plain = self.gradients(layer, x)
-        assert calls == ["ours"]
+        assert attended(calls) == STEP
         for ours, allowed, exact in zip(got, plain, truth, strict=True):
             assert ours.dtype == allowed.dtype
             error, fair = (ours.double() - exact).norm(), (allowed.double() - exact).norm()
@@ -213,10 +233,10 @@ class TestWhereItServes:
     def test_where_only_some_gradients_are_wanted(self, layer: Attention, x: Tensor, calls: list[str]) -> None:
         layer.requires_grad_(False)
         layer(x.requires_grad_()).sum().backward()
-        assert calls == ["ours"]
+        assert attended(calls) == STEP
         layer.to_v.weight.requires_grad_(True)
         layer(x.detach()).sum().backward()
-        assert calls == ["ours"] * 2
+        assert attended(calls) == STEP * 2
         assert layer.to_v.weight.grad is not None
         assert layer.to_q.weight.grad is None
 
@@ -226,7 +246,7 @@ class TestWhereItServes:
             layer(x)
         copy.deepcopy(layer).requires_grad_(False)(x)
         layer(x[..., :5])  # too few pixels
-        for dtype in (torch.float16, *([] if conv.has_fast_bfloat16() else [torch.bfloat16])):
+        for dtype in (torch.float16, *([] if backend.has_fast_bfloat16() else [torch.bfloat16])):
             with torch.autocast("cpu", dtype):
                 layer(x)
         copy.deepcopy(layer).double()(x.double())
@@ -235,7 +255,7 @@ class TestWhereItServes:
         copy.deepcopy(layer).to("meta")(x.to("meta"))
         with torch.autocast("cpu", torch.bfloat16):  # pairs of channels are whole
             Attention(12, head_dim=3, num_groups=4, eps=1e-5)(x[:, :12])
-        assert not calls
+        assert not attended(calls)
 
     def test_projections_of_another_make(self, layer: Attention, x: Tensor, calls: list[str]) -> None:
         class Linear(nn.Linear):
@@ -253,7 +273,7 @@ class TestWhereItServes:
             change(changed)
             changed(x).sum().backward()
         assert seen == ["hook"] * 2
-        assert not calls
+        assert not attended(calls)
 
     @pytest.mark.filterwarnings("ignore:.*jit.script.*:DeprecationWarning")  # which PyTorch's own forward mode calls
     def test_forward_derivatives_are_pytorchs(self, layer: Attention, x: Tensor, calls: list[str]) -> None:
@@ -261,4 +281,4 @@ class TestWhereItServes:
         with torch.autograd.forward_ad.dual_level(), math:
             dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
             assert torch.autograd.forward_ad.unpack_dual(layer(dual)).tangent is not None
-        assert not calls
+        assert not attended(calls)

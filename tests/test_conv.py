@@ -1,9 +1,10 @@
-"""`Conv3x3` in training on a CPU: outputs and gradients by Winograd's algorithm, and everything that stays PyTorch's."""
+"""`conv3x3` and `Conv3x3` in training on a CPU: outputs and gradients by Winograd's algorithm, and what stays PyTorch's."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from importlib import import_module
 
 import pytest
 import torch
@@ -11,11 +12,15 @@ import torch.nn.functional as F
 from small_unets import relative_error
 from torch import Tensor, nn
 
-from ddpm_fast.nn import CIFAR10_32, UNet, conv
+from ddpm_fast import conv3x3
+from ddpm_fast.nn import CIFAR10_32, UNet
+from ddpm_fast.nn import conv as layers
 from ddpm_fast.nn.conv import Conv3x3
 from ddpm_fast.nn.layers import Upsample
 from ddpm_fast.ops import backend
+from ddpm_fast.ops.backend import MATRIX_DTYPES, has_fast_bfloat16, why_not_matrix_kernels
 
+conv = import_module("ddpm_fast.ops.conv3x3")  # of this name the package has the op
 pytestmark = pytest.mark.skipif(backend.native_error() is not None, reason="there is no compiled module")
 
 CHANNELS_LAST = torch.channels_last
@@ -30,9 +35,10 @@ SHAPES = [
     (5, 64, 64, 4, 4),
     (1, 24, 40, 4, 146),  # a row of tiles in parts of two sizes
 ]
-# The kernels on any instruction set; `Conv3x3` uses them on some.
+# The kernels are tested on any instruction set. `Conv3x3` uses them on some.
+on_any_cpu = pytest.mark.usefixtures("matrix_kernels")
 serves = pytest.mark.skipif(
-    conv.why_not_packed(torch.device("cpu"), torch.float32) is not None, reason="convolutions are PyTorch's on this machine"
+    why_not_matrix_kernels(torch.device("cpu"), torch.float32) is not None, reason="convolutions are PyTorch's on this machine"
 )
 
 
@@ -46,8 +52,7 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def ours(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    out: Tensor = conv._Winograd.apply(x, weight, bias, False)  # type: ignore[no-untyped-call]
-    return out
+    return conv3x3(x, weight, bias, backend="native")
 
 
 def upsampled_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -55,8 +60,12 @@ def upsampled_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Ten
 
 
 def ours_upsampled(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    out: Tensor = conv._Winograd.apply(x, weight, bias, True)  # type: ignore[no-untyped-call]
-    return out
+    return conv3x3(x, weight, bias, upsample=True, backend="native")
+
+
+def weight_gradients(x: Tensor, grad: Tensor, has_bias: bool, upsample: bool) -> tuple[Tensor, Tensor | None]:
+    gradients: tuple[Tensor, Tensor | None] = conv._weight_gradients(x, grad, has_bias, upsample, backend="native")
+    return gradients
 
 
 def functions(upsample: bool) -> tuple[Convolution, Convolution]:
@@ -86,8 +95,9 @@ def output_and_gradients(function: Convolution, tensors: tuple[Tensor, ...], dty
     return [y.detach(), *torch.autograd.grad(y, inputs, grad)]
 
 
+@on_any_cpu
 @with_upsampling
-@pytest.mark.parametrize("dtype", conv.DTYPES)
+@pytest.mark.parametrize("dtype", MATRIX_DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_output_and_gradients_are_as_right_as_pytorchs(shape: tuple[int, ...], dtype: torch.dtype, upsample: bool) -> None:
     own, pytorchs = functions(upsample)
@@ -100,38 +110,41 @@ def test_output_and_gradients_are_as_right_as_pytorchs(shape: tuple[int, ...], d
         assert relative_error(got, exact) <= max(2 * relative_error(allowed, exact), 4 * unit)
 
 
+@on_any_cpu
 @with_upsampling
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_an_earlier_call_left_in_memory_does_not_matter(dtype: torch.dtype, upsample: bool) -> None:
     x, _, _, grad = (tensor.to(dtype) for tensor in case((1, 24, 40, 4, 146), upsample))
-    exact, _ = conv._weight_gradients(x, grad, False, upsample)
+    exact, _ = weight_gradients(x, grad, False, upsample)
     spoilt = torch.full((1, 64, 8, 256), torch.nan, dtype=dtype).contiguous(memory_format=CHANNELS_LAST)
-    conv._weight_gradients(spoilt, spoilt, False, False)
-    assert torch.equal(conv._weight_gradients(x, grad, False, upsample)[0], exact)
+    weight_gradients(spoilt, spoilt, False, False)
+    assert torch.equal(weight_gradients(x, grad, False, upsample)[0], exact)
 
 
+@on_any_cpu
 @with_upsampling
 @pytest.mark.parametrize("shape", [*SHAPES, (1, 300, 280, 3, 6)])  # more channels than a task takes
 def test_gradients_of_weights_are_float32_to_the_last(shape: tuple[int, ...], upsample: bool) -> None:
     """In bfloat16 transformed maps are rounded; sums are not, and the bias's are of what is not transformed."""
     x, weight, bias, grad = (tensor.bfloat16() for tensor in case(shape, upsample))
     exact = output_and_gradients(functions(upsample)[1], (x, weight, bias, grad), torch.float64)[2:]
-    weights, biases = conv._weight_gradients(x, grad, True, upsample)
+    weights, biases = weight_gradients(x, grad, True, upsample)
     assert biases is not None
     assert weights.dtype == biases.dtype == torch.float32
     assert relative_error(weights, exact[0]) <= 2 * torch.finfo(torch.bfloat16).eps / 2
     assert relative_error(biases, exact[1]) <= 16 * torch.finfo(torch.float32).eps
 
 
+@on_any_cpu
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, CHANNELS_LAST])
 @with_upsampling
 @pytest.mark.parametrize("flipped", [False, True])
-@pytest.mark.parametrize("dtype", conv.DTYPES)
+@pytest.mark.parametrize("dtype", MATRIX_DTYPES)
 def test_weights_are_transformed_and_laid_in_panels(
     dtype: torch.dtype, flipped: bool, upsample: bool, memory_format: torch.memory_format
 ) -> None:
     weight = torch.randn(37, 21, 3, 3, generator=torch.Generator().manual_seed(0)).contiguous(memory_format=memory_format)
-    packed = conv.pack_winograd(weight, dtype, flipped=flipped, upsample=upsample)
+    packed = conv.pack_winograd(weight, dtype, flipped, upsample, backend="native")
     used = weight.transpose(0, 1).flip(2, 3) if flipped else weight
     g = torch.tensor(
         [[[1, 0, 0], [1, 1, 1], [0, 1, 1]], [[1, 1, 0], [1, 1, 1], [0, 0, 1]]]
@@ -152,6 +165,7 @@ def test_weights_are_transformed_and_laid_in_panels(
     assert not full[:, :, taps.shape[2] :].any()
 
 
+@on_any_cpu
 @with_upsampling
 @pytest.mark.parametrize("threads", [2, 3, 5, 16])
 def test_threads_change_no_bit(threads: int, upsample: bool) -> None:
@@ -167,15 +181,17 @@ def test_threads_change_no_bit(threads: int, upsample: bool) -> None:
         torch.set_num_threads(before)
 
 
+@on_any_cpu
 @with_upsampling
 def test_only_what_is_needed_is_computed(upsample: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     ours, convolution = functions(upsample)
     x, weight, bias, grad = case((2, 8, 12, 6, 6), upsample)
     y = ours(x, weight.requires_grad_(), None)
-    monkeypatch.setattr(conv, "_convolve", None)  # no gradient of x
-    (grad_weight,) = torch.autograd.grad(y, weight, grad)
+    with monkeypatch.context() as patch:
+        patch.setattr(conv, "conv_kernels", None)  # no gradient of x
+        patch.setattr(conv, "pack_winograd", None)
+        (grad_weight,) = torch.autograd.grad(y, weight, grad)
     assert relative_error(grad_weight, torch.autograd.grad(convolution(x, weight, None), weight, grad)[0].double()) < 1e-6
-    monkeypatch.undo()
     weight = weight.detach()
     (grad_bias,) = torch.autograd.grad(ours(x, weight, bias.requires_grad_()), bias, grad)
     assert relative_error(grad_bias, grad.double().sum((0, 2, 3))) < 1e-6
@@ -185,6 +201,7 @@ def test_only_what_is_needed_is_computed(upsample: bool, monkeypatch: pytest.Mon
     assert relative_error(grad_x, torch.autograd.grad(convolution(x, weight, bias), x, grad)[0].double()) < 1e-6
 
 
+@on_any_cpu
 @with_upsampling
 def test_second_derivatives_are_pytorchs(upsample: bool) -> None:
     def second(function: Convolution) -> tuple[Tensor, ...]:
@@ -197,6 +214,7 @@ def test_second_derivatives_are_pytorchs(upsample: bool) -> None:
         assert relative_error(got, expected.double()) <= 32 * torch.finfo(torch.float32).eps
 
 
+@on_any_cpu
 @with_upsampling
 def test_transformed_gradients_are_pytorchs(upsample: bool) -> None:
     """Of several output gradients at once, by the vmap that autograd itself uses."""
@@ -211,14 +229,10 @@ def test_transformed_gradients_are_pytorchs(upsample: bool) -> None:
         assert relative_error(got, expected.double()) <= 32 * torch.finfo(torch.float32).eps
 
 
-class TestWhereItServes:
-    @pytest.fixture
-    def calls(self, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-        calls: list[str] = []
-        run = conv._convolve
-        monkeypatch.setattr(conv, "_convolve", lambda *args: calls.append("ours") or run(*args))
-        return calls
+FORWARD = ["pack_winograd", "conv_winograd"]
 
+
+class TestWhereItServes:
     @pytest.fixture
     def layer(self) -> Conv3x3:
         torch.manual_seed(0)
@@ -228,22 +242,22 @@ class TestWhereItServes:
     def test_a_recorded_gradient(self, layer: Conv3x3, calls: list[str]) -> None:
         x = torch.randn(4, 8, 6, 6)  # contiguous, as PyTorch's the output is channels_last where the weights are
         y = layer(x)
-        assert calls == ["ours"]
+        assert calls == FORWARD
         assert y.is_contiguous(memory_format=CHANNELS_LAST)
         torch.testing.assert_close(y, convolution(x, layer.weight, layer.bias))
         y.sum().backward()
-        assert calls == ["ours"]  # x needs no gradient
+        assert calls == [*FORWARD, "conv_winograd_weight_gradient"]  # x needs no gradient
         assert layer.weight.grad is not None
         assert layer.weight.grad.stride() == layer.weight.stride()
 
-    @pytest.mark.skipif(not conv.has_fast_bfloat16(), reason="bfloat16 is PyTorch's on this machine")
+    @pytest.mark.skipif(not has_fast_bfloat16(), reason="bfloat16 is PyTorch's on this machine")
     @pytest.mark.parametrize("by_autocast", [True, False])
     def test_bfloat16(self, layer: Conv3x3, calls: list[str], by_autocast: bool) -> None:
         x = torch.randn(4, 8, 6, 6)
         layer, x = (layer, x) if by_autocast else (layer.bfloat16(), x.bfloat16())
         with torch.autocast("cpu", torch.bfloat16, enabled=by_autocast):
             y = layer(x)
-        assert calls == ["ours"]
+        assert calls == FORWARD
         assert y.dtype == torch.bfloat16
         y.sum().backward()
         assert layer.weight.grad is not None
@@ -254,7 +268,7 @@ class TestWhereItServes:
         with torch.no_grad():
             layer(x)
         copy.deepcopy(layer).requires_grad_(False)(x)
-        for dtype in (torch.float16, *([] if conv.has_fast_bfloat16() else [torch.bfloat16])):
+        for dtype in (torch.float16, *([] if has_fast_bfloat16() else [torch.bfloat16])):
             with torch.autocast("cpu", dtype):
                 assert layer(x).dtype == dtype
         layer(torch.randn(8, 8, 8))  # no batch
@@ -283,9 +297,9 @@ class TestWhereItServes:
         layer = Upsample(8).to(memory_format=CHANNELS_LAST)  # type: ignore[call-overload]
         x = torch.randn(4, 8, 6, 6, requires_grad=True)
         with monkeypatch.context() as patch:
-            patch.setattr(conv, "doubled", None)  # there is no large map
+            patch.setattr(layers, "doubled", None)  # there is no large map
             y = layer(x)
-        assert calls == ["ours"]
+        assert calls == FORWARD
         torch.testing.assert_close(y, upsampled_convolution(x, layer.conv.weight, layer.conv.bias))
         with torch.no_grad():
             torch.testing.assert_close(layer(x), y)
@@ -310,7 +324,7 @@ class TestWhereItServes:
         assert seen == [(4, 8, 12, 12)]
 
     def test_wrong_input_is_an_error(self, layer: Conv3x3) -> None:
-        with pytest.raises(RuntimeError, match="channels"):
+        with pytest.raises(ValueError, match=r"conv3x3: expected weight to have shape \[out, 7, 3, 3\], got \[12, 8, 3, 3\]"):
             layer(torch.randn(4, 7, 6, 6))
         with pytest.raises(ValueError, match=r"upsampling: expected x to be \[N, C, H, W\], got shape \(8, 6, 6\)"):
             Upsample(8)(torch.randn(8, 6, 6))
@@ -347,5 +361,5 @@ def test_a_networks_gradient_is_pytorchs(monkeypatch: pytest.MonkeyPatch) -> Non
     truth = gradient(copy.deepcopy(model).double())
     model = model.to(memory_format=CHANNELS_LAST)  # type: ignore[call-overload]
     got = gradient(model)
-    monkeypatch.setattr(conv, "why_not_packed", lambda *_: "a test wants PyTorch's")
+    monkeypatch.setattr(conv, "why_not_matrix_kernels", lambda *_: "a test wants PyTorch's")
     assert relative_error(got, truth) <= 2 * relative_error(gradient(model), truth)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from kernels import launch
 from torch import Tensor
 
 import ddpm_fast
@@ -47,18 +48,18 @@ def test_conversions_to_16_bits_round_like_torch() -> None:
     first = torch.tensor([0])
     for code, dtype in ((2, torch.float16), (3, torch.bfloat16)):
         zeros, narrowed = torch.zeros(values.numel(), dtype=dtype), torch.empty(values.numel(), dtype=dtype)
-        _native.cpu.reverse_step(
-            *(code, 0, narrowed.data_ptr(), 0, zeros.data_ptr(), values.data_ptr(), k2_only.data_ptr(), first.data_ptr(), 0),
-            *(0, 0, 0, 0, 0.0, 0, 1, 1, values.numel(), 0, 1),
-        )
+        common = {"dtype": code, "n": 1, "c": 1, "channels_last": False, "stream_or_threads": 1}
+        launch(
+            _native.cpu, "reverse_step", **common, x_prev=narrowed, x_t=zeros, model_output=values, model_output_dtype=0,
+            table=k2_only, steps=first, step_stride=0, has_guidance=False, guidance_scale=0.0, variance=0, hw=values.numel(),
+        )  # fmt: skip
         torch.testing.assert_close(narrowed, (values + 0.0).to(dtype), rtol=0, atol=0, equal_nan=True)
         given = halves.view(dtype)
         back = torch.empty_like(given)
-        _native.cpu.q_sample(
-            *(code, back.data_ptr(), zeros.data_ptr(), code),
-            *(first.data_ptr(), noise_only.data_ptr(), given.data_ptr(), 0),
-            *(1, 1, given.numel(), 0, 1),
-        )
+        launch(
+            _native.cpu, "q_sample", **common, x_t=back, x_0=zeros, x_0_dtype=code, t=first, table=noise_only, noise=given,
+            hw=given.numel(),
+        )  # fmt: skip
         torch.testing.assert_close(back, given + 0.0, rtol=0, atol=0, equal_nan=True)
 
 

@@ -9,15 +9,20 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from kernels import MATRIX_OPS
 from small_unets import relative_error
 from torch import Tensor, nn
 
-from ddpm_fast.nn import conv, packed
+from ddpm_fast.nn import packed
 from ddpm_fast.nn.layers import Attention, GroupNormSiLU
 from ddpm_fast.nn.packed import PackedAttention, PackedConv
-from ddpm_fast.ops import backend
+from ddpm_fast.ops import attention, backend, why_not
+from ddpm_fast.ops.backend import MATRIX_DTYPES
 
-pytestmark = pytest.mark.skipif(backend.native_error() is not None, reason="there is no compiled module")
+pytestmark = [
+    pytest.mark.skipif(backend.native_error() is not None, reason="there is no compiled module"),
+    pytest.mark.usefixtures("matrix_kernels"),
+]
 
 # n, channels of x and of skip, output channels, height, width: panels and vectors that are not full, maps of one pixel, more
 # columns than a strip, several samples in a block, blocks of several samples.
@@ -102,7 +107,7 @@ def check(convolution: str, shape: tuple[int, ...], dtype: torch.dtype, norm: bo
 
 
 @pytest.mark.parametrize("norm", [True, False])
-@pytest.mark.parametrize("dtype", conv.DTYPES)
+@pytest.mark.parametrize("dtype", MATRIX_DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("convolution", CONVOLUTIONS)
 def test_is_norm_activation_convolution_and_addition(
@@ -112,7 +117,7 @@ def test_is_norm_activation_convolution_and_addition(
 
 
 @pytest.mark.parametrize("method", ["winograd", "direct"])
-@pytest.mark.parametrize("dtype", conv.DTYPES)
+@pytest.mark.parametrize("dtype", MATRIX_DTYPES)
 @pytest.mark.parametrize("convolution", ["3x3", "upsampled"])
 def test_either_method_serves_a_3x3_convolution(
     convolution: str, method: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
@@ -135,32 +140,35 @@ def test_few_channels_are_summed_directly(channels: tuple[int, int]) -> None:
 ATTENTIONS = [(1, 1, 1, 1, 2), (2, 3, 5, 1, 6), (1, 2, 8, 8, 40), (2, 1, 7, 9, 130), (1, 1, 19, 31, 32), (3, 4, 4, 4, 16)]
 
 
-@pytest.mark.parametrize("dtype", conv.DTYPES)
+@pytest.mark.parametrize("dtype", MATRIX_DTYPES)
 @pytest.mark.parametrize("shape", ATTENTIONS)
 def test_attention(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     n, heads, height, width, channels = shape
     generator = torch.Generator().manual_seed(0)
     qkv = dense(torch.randn(n, 3 * heads * channels, height, width, generator=generator).to(dtype))
+    qkv = qkv.permute(0, 2, 3, 1).flatten(1, 2)  # [n, pixels, channels], as the kernels read a channels_last map
 
     def expected(qkv: Tensor) -> Tensor:
-        q, k, v = qkv.view(n, 3, heads, channels, height * width).transpose(-1, -2).unbind(1)
-        return F.scaled_dot_product_attention(q, k, v, scale=0.3).transpose(-1, -2).reshape(n, -1, height, width)
+        q, k, v = qkv.view(n, height * width, 3, heads, channels).permute(2, 0, 3, 1, 4).unbind(0)
+        return F.scaled_dot_product_attention(q, k, v, scale=0.3).transpose(1, 2).flatten(2)
 
     truth = expected(qkv.double())
-    for attend in (packed._attention, torch.ops.ddpm_fast.attention):
-        out = attend(qkv, heads, 0.3)
+    for out in (
+        attention(qkv, heads, scale=0.3, backend="native"),
+        torch.ops.ddpm_fast.attention(qkv, heads, 0.3, "native")[0],
+    ):
         assert (out.shape, out.dtype) == (truth.shape, dtype)
-        assert out.is_contiguous(memory_format=torch.channels_last)
+        assert out.is_contiguous()
         unit = torch.finfo(dtype).eps / 2
         assert relative_error(out, truth) <= max(2 * relative_error(expected(qkv), truth), 4 * unit)
 
 
 def test_attention_to_scores_far_apart() -> None:
     """The largest takes all, and its exponential does not overflow."""
-    qkv = dense(torch.randn(1, 3 * 16, 1, 20, generator=torch.Generator().manual_seed(0)))
-    qkv[:, :32] *= 1e3
-    index = torch.einsum("cq,ck->qk", qkv[0, :16, 0], qkv[0, 16:32, 0]).argmax(1)
-    assert torch.equal(packed._attention(qkv, 1, 1.0)[0, :, 0], qkv[0, 32:, 0, index])
+    qkv = torch.randn(1, 20, 3 * 16, generator=torch.Generator().manual_seed(0))
+    qkv[..., :32] *= 1e3
+    index = torch.einsum("qc,kc->qk", qkv[0, :, :16], qkv[0, :, 16:32]).argmax(1)
+    assert torch.equal(attention(qkv, 1, scale=1.0, backend="native")[0], qkv[0, index, 32:])
 
 
 def test_attention_of_heads_of_an_odd_width() -> None:
@@ -236,7 +244,7 @@ def test_default_dtype_and_device_do_not_matter() -> None:
         torch.set_default_dtype(torch.float32)
 
 
-def test_weights_that_are_loaded_are_packed_anew() -> None:
+def test_weights_that_are_loaded_are_packed_again() -> None:
     layer, other, x = make_layer(), make_layer(), torch.randn(2, 8, 6, 6)
     with torch.no_grad():
         other.weight.mul_(2)
@@ -268,21 +276,24 @@ def test_weights_in_half_precision_are_read_as_such(dtype: torch.dtype) -> None:
 def test_reasons_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
 
-    assert conv.why_not_packed(torch.device("cuda", 0), torch.float32) == "they run on the CPU, not on cuda"
-    assert conv.why_not_packed(cpu, torch.float64) == "they compute in float32 and bfloat16, not in torch.float64"
+    reason = "it runs on the CPU, not on cuda, where PyTorch's convolution and attention are the reference"
+    assert backend.why_not_matrix_kernels(torch.device("cuda", 0), torch.float32) == reason
+    assert backend.why_not_matrix_kernels(cpu, torch.float64) == "it computes in float32 and bfloat16, not in torch.float64"
     for isa, amx, dtype, reason in (
         ("avx2", False, torch.bfloat16, None),
         ("avx512_bf16", True, torch.float32, None),
         ("avx512_bf16", True, torch.bfloat16, "matrix units for bfloat16"),
         ("baseline", False, torch.float32, "neither AVX2 nor AVX-512"),
     ):
-        monkeypatch.setattr(conv, "BUILD", {"isa": isa, "amx_bf16": amx})
-        got = conv.why_not_packed(cpu, dtype)
+        monkeypatch.setattr(backend, "BUILD", {"isa": isa, "amx_bf16": amx})
+        got = backend.why_not_matrix_kernels(cpu, dtype)
         assert got is None if reason is None else reason in str(got)
-        assert conv.has_fast_bfloat16() == (isa == "avx512_bf16")
-    monkeypatch.setattr(conv, "native_error", lambda: "gone")
-    assert conv.why_not_packed(cpu, torch.float32) == "the compiled module did not load: gone"
-    assert not conv.has_fast_bfloat16()
+        assert backend.has_fast_bfloat16() == (isa == "avx512_bf16")
+        for op in MATRIX_OPS:
+            assert why_not("native", op, cpu, dtype) == got
+    monkeypatch.setattr(backend, "native_error", lambda: "gone")
+    assert backend.why_not_matrix_kernels(cpu, torch.float32) == "the compiled module did not load: gone"
+    assert not backend.has_fast_bfloat16()
 
 
 def test_large_weights_lie_in_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:

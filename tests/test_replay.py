@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -14,12 +15,13 @@ from torch import Tensor
 
 from ddpm_fast import freeze
 from ddpm_fast.nn import UNet, replay
-from ddpm_fast.nn.conv import convolve, why_not_packed
 from ddpm_fast.nn.freeze import FrozenUNet
-from ddpm_fast.nn.packed import pack
+from ddpm_fast.nn.packed import run_kernel
+from ddpm_fast.ops.backend import why_not_matrix_kernels
 
+conv3x3 = import_module("ddpm_fast.ops.conv3x3")  # of this name the package has the op
 pytestmark = pytest.mark.skipif(
-    why_not_packed(torch.device("cpu"), torch.float32) is not None, reason="there are no kernels to record"
+    why_not_matrix_kernels(torch.device("cpu"), torch.float32) is not None, reason="there are no kernels to record"
 )
 
 
@@ -44,7 +46,7 @@ def counted(frozen: FrozenUNet) -> int:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_what_is_replayed_is_what_is_computed(variant: str, dtype: torch.dtype) -> None:
-    if why_not_packed(torch.device("cpu"), dtype) is not None:
+    if why_not_matrix_kernels(torch.device("cpu"), dtype) is not None:
         pytest.skip("no kernels of this dtype")
     frozen, config = make(variant, dtype)
     plain = without(frozen)
@@ -75,10 +77,11 @@ def test_memory_is_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_view_keeps_its_memory() -> None:
-    weights = pack(torch.eye(4)[:, :, None, None], "direct", torch.float32)
+    weights = conv3x3.pack_weights(torch.eye(4)[:, :, None, None], "direct", torch.float32)
 
     def copied(x: Tensor) -> Tensor:
-        return convolve(x, None, None, False, weights, None, None, 1.0, "direct", False, 4, 2, 3, 1, 1, 0)
+        arguments = (x, None, None, False, weights, None, None, 1.0, False, 4, 2, 3, 1, 1, 0)
+        return run_kernel(conv3x3.conv_kernels["direct"], arguments, tuple(x.shape), x.dtype, constants=(weights,))
 
     def function(x: Tensor) -> Tensor:
         first = copied(x)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from kernels import launch_triton
 from pairwise import pairwise
 from torch import Tensor
 
@@ -21,9 +22,6 @@ pytest.importorskip("triton")
 from ddpm_fast.triton_kernels import denoising_loss as loss_module
 from ddpm_fast.triton_kernels import group_norm_silu as norm_module
 from ddpm_fast.triton_kernels import tiles
-from ddpm_fast.triton_kernels.noise import noise
-from ddpm_fast.triton_kernels.q_sample import q_sample
-from ddpm_fast.triton_kernels.reverse_step import reverse_step
 
 pytestmark = pytest.mark.gpu
 
@@ -71,7 +69,7 @@ def test_normals_have_the_bits_of_the_reference(shape: tuple[int, ...], dtype: t
     if len(shape) == 4:
         out = layout(out)
     stream = 1 if dtype == torch.float32 else reference.STREAM_X_T
-    noise(out, SEEDS, stream)
+    launch_triton("noise", {"out": out}, seeds=SEEDS, stream=stream)
     assert torch.equal(out, reference.noise(shape, SEEDS, stream, dtype))
 
 
@@ -85,12 +83,14 @@ def test_every_kernel_draws_the_same_normals(layout: Layout) -> None:
     plan = torch.zeros(8, 10, device=DEVICE)
     plan[:, 6] = 1  # x_{t-1} = z
     out = nan_like(x)
-    q_sample(out, x, t, table, None, SEEDS)
+    launch_triton("q_sample", {"x_t": out}, x_0=x, t=t, table=table, seeds=SEEDS)
     assert torch.equal(out, z)
     losses = torch.full((3,), torch.nan, device=DEVICE)
-    loss_module.denoising_loss(losses, z, x, t, table, None, SEEDS, 0)
+    arguments = {"model_output": z, "x_0": x, "t": t, "table": table, "seeds": SEEDS, "prediction": 0}
+    launch_triton("denoising_loss", {"losses": losses}, **arguments)
     assert torch.equal(losses, torch.zeros(3, device=DEVICE))
-    reverse_step(out, None, x, x, plan, torch.tensor([5, 0, 7], device=DEVICE), None, SEEDS, None, None, 0)
+    arguments = {"x_t": x, "model_output": x, "table": plan, "steps": torch.tensor([5, 0, 7], device=DEVICE), "seeds": SEEDS}
+    launch_triton("reverse_step", {"x_prev": out}, **arguments, variance=0)
     expected = [reference.noise((1, 3, 8, 8), SEEDS[i : i + 1], step, torch.float32) for i, step in enumerate((5, 0, 7))]
     assert torch.equal(out, torch.cat(expected))
 
@@ -110,17 +110,19 @@ def test_loss_of_many_tiles(prediction: int, drawn: bool, layout: Layout, monkey
     monkeypatch.setattr(loss_module, "TILES_PER_PROGRAM", 1)  # 2 partial sums a sample
     x, m, z = (layout(randn(3, 3, 20, 21, seed=seed)) for seed in range(3))
     t, table = torch.tensor([0, 2, 1], device=DEVICE), torch.rand(3, 2, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    arguments = (x, t, table, *((None, SEEDS) if drawn else (z, None)), prediction)
+    arguments = {"x_0": x, "t": t, "table": table, "noise": None, "seeds": SEEDS, "prediction": prediction}
+    if not drawn:
+        arguments |= {"noise": z, "seeds": None}
     losses = torch.full((3,), torch.nan, device=DEVICE)
-    loss_module.denoising_loss(losses, m, *arguments)
+    launch_triton("denoising_loss", {"losses": losses}, model_output=m, **arguments)
     wide = m.clone().requires_grad_()
-    exact = reference.denoising_loss(wide, *arguments)
+    exact = reference.denoising_loss(wide, **arguments)
     assert_close(losses, exact)
 
     grad_losses = randn(3)
     exact.backward(grad_losses)
     grad = nan_like(m)
-    loss_module.denoising_loss_backward(grad, grad_losses, m, *arguments)
+    launch_triton("denoising_loss_backward", {"grad_model_output": grad}, grad_losses=grad_losses, model_output=m, **arguments)
     assert wide.grad is not None
     assert_close(grad, wide.grad)
 
@@ -138,22 +140,32 @@ def plan_table() -> Tensor:
 def test_reverse_step_with_guidance_and_learned_variance(variance: int, channels: int, layout: Layout) -> None:
     x, x_0_prev = (layout(randn(3, channels, 4, 6, seed=seed)) for seed in range(2))
     m = layout(randn(6, channels if variance == 0 else 2 * channels, 4, 6, seed=2)).bfloat16()
-    arguments = (m, plan_table(), torch.tensor([0, 3, 7], device=DEVICE), None, SEEDS, x_0_prev, 3.0, variance)
-    exact, exact_0 = reference.reverse_step(x, *arguments)
+    arguments = {
+        "model_output": m,
+        "table": plan_table(),
+        "steps": torch.tensor([0, 3, 7], device=DEVICE),
+        "noise": None,
+        "seeds": SEEDS,
+        "x_0_prev": x_0_prev,
+        "guidance_scale": 3.0,
+        "variance": variance,
+    }
+    exact, exact_0 = reference.reverse_step(x, **arguments)
     out, x_0 = nan_like(x), nan_like(x)
-    reverse_step(out, x_0, x, *arguments)
+    launch_triton("reverse_step", {"x_prev": out, "x_0": x_0}, x_t=x, **arguments)
     assert_close(out, exact)
     assert_close(x_0, exact_0)
 
     in_place = x.clone(memory_format=torch.preserve_format)
-    reverse_step(in_place, None, in_place, *arguments)
+    launch_triton("reverse_step", {"x_prev": in_place}, x_t=in_place, **arguments)
     assert torch.equal(in_place, out)
 
 
 def test_a_nan_of_the_model_is_not_clipped() -> None:
     x = torch.full((1, 1, 2, 2), torch.nan, device=DEVICE)
     out, x_0 = torch.zeros_like(x), torch.zeros_like(x)
-    reverse_step(out, x_0, torch.zeros_like(x), x, plan_table(), SEEDS[:1], None, SEEDS[:1], None, None, 0)
+    arguments = {"x_t": torch.zeros_like(x), "model_output": x, "table": plan_table(), "steps": SEEDS[:1], "seeds": SEEDS[:1]}
+    launch_triton("reverse_step", {"x_prev": out, "x_0": x_0}, **arguments, variance=0)
     assert out.isnan().all()
     assert x_0.isnan().all()
 
@@ -161,15 +173,18 @@ def test_a_nan_of_the_model_is_not_clipped() -> None:
 def test_what_is_too_large_is_refused() -> None:
     x = torch.empty(1, 2**31, device="meta")
     with pytest.raises(ValueError, match="fewer than 2\\^31 elements"):
-        noise(x, SEEDS[:1], 0)
+        launch_triton("noise", {"out": x}, seeds=SEEDS[:1], stream=0)
     with pytest.raises(ValueError, match="fewer than 2\\^31 elements"):
-        norm_module.group_norm_silu(x, x, x, x, None, None, None, None, None, 1, 1e-5, True)
+        launch_triton("group_norm_silu", {"y": x, "mean": x, "rstd": x}, x=x, num_groups=1, eps=1e-5, silu=True)
     x = torch.empty(1, 5000, device="meta")
     with pytest.raises(ValueError, match="at most 4096 channels in a group"):
-        norm_module.group_norm_silu(x, x, x, x, None, None, None, None, None, 1, 1e-5, True)
+        launch_triton("group_norm_silu", {"y": x, "mean": x, "rstd": x}, x=x, num_groups=1, eps=1e-5, silu=True)
 
 
 # ---------------------------------------------------------------------------------------------------------- the group norm
+
+
+SMALL = ("weight", "bias", "shift", "scale", "scale_shift")
 
 
 def run_norm(x: Tensor, dy: Tensor, small: list[Tensor], groups: int, silu: bool) -> list[Tensor]:
@@ -177,8 +192,10 @@ def run_norm(x: Tensor, dy: Tensor, small: list[Tensor], groups: int, silu: bool
     y, dx = nan_like(x), nan_like(x)
     mean, rstd = (torch.full((x.shape[0], groups), torch.nan, device=DEVICE) for _ in range(2))
     gradients = [nan_like(value) for value in small]
-    norm_module.group_norm_silu(y, mean, rstd, x, *small, groups, 1e-5, silu)
-    norm_module.group_norm_silu_backward(dx, *gradients, dy, x, mean, rstd, *small, groups, silu)
+    arguments = {"x": x, "num_groups": groups, "eps": 1e-5, "silu": silu, **dict(zip(SMALL, small, strict=True))}
+    launch_triton("group_norm_silu", {"y": y, "mean": mean, "rstd": rstd}, **arguments)
+    results = {"grad_x": dx} | {f"grad_{name}": gradient for name, gradient in zip(SMALL, gradients, strict=True)}
+    launch_triton("group_norm_silu_backward", results, grad_y=dy, mean=mean, rstd=rstd, **arguments)
     return [y, mean, rstd, dx, *gradients]
 
 
@@ -235,7 +252,7 @@ def test_group_norm_far_from_zero(resident: bool, layout: Layout, monkeypatch: p
         monkeypatch.setattr(norm_module, "SPLIT_TILE", 512)
     x = layout(1000 + randn(2, 8, 16, 16) / 64)
     y, mean, rstd = nan_like(x), *(torch.full((2, 2), torch.nan, device=DEVICE) for _ in range(2))
-    norm_module.group_norm_silu(y, mean, rstd, x, None, None, None, None, None, 2, 1e-5, False)
+    launch_triton("group_norm_silu", {"y": y, "mean": mean, "rstd": rstd}, x=x, num_groups=2, eps=1e-5, silu=False)
     exact, exact_mean, exact_rstd = reference.group_norm_silu(x.double(), 2, None, None, 1e-5, None, None, None, False)
     assert_close(mean, exact_mean, roundings=1)
     assert_close(rstd, exact_rstd, roundings=32)
@@ -256,8 +273,8 @@ def test_group_norm_of_an_empty_batch_has_zero_gradients() -> None:
     x = torch.empty(0, 4, 2, 2, device=DEVICE)
     weight, gradient = torch.ones(4, device=DEVICE), torch.full((4,), torch.nan, device=DEVICE)
     statistics = torch.empty(0, 2, device=DEVICE)
-    norm_module.group_norm_silu(x, statistics, statistics, x, weight, None, None, None, None, 2, 1e-5, True)
-    norm_module.group_norm_silu_backward(
-        x, gradient, None, None, None, None, x, x, statistics, statistics, weight, None, None, None, None, 2, True
-    )
+    arguments = {"x": x, "num_groups": 2, "weight": weight, "eps": 1e-5, "silu": True}
+    results = {"mean": statistics, "rstd": statistics}
+    launch_triton("group_norm_silu", {"y": x, **results}, **arguments)
+    launch_triton("group_norm_silu_backward", {"grad_x": x, "grad_weight": gradient}, grad_y=x, **results, **arguments)
     assert torch.equal(gradient, torch.zeros(4, device=DEVICE))

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import reference
 from ._op import FusedOp, gradients_of, is_transformed
 from .backend import why_not_matrix_kernels
-from .checks import autocast, check_float, check_number
+from .checks import autocast, check_float, check_number, in_autocast
 from .conv3x3 import is_trained_natively, step_of
 
 # Pixels of a map from which a layer's training step is faster than with PyTorch's attention. Of 256 channels in one head,
@@ -63,9 +63,9 @@ def is_attention_native(h: Tensor, num_heads: int, *parameters: Tensor | None) -
         num_heads: Number of heads.
         parameters: Weights and biases of the projections.
     """
-    in_autocast = torch.is_autocast_enabled(h.device.type)
-    dtype = torch.get_autocast_dtype(h.device.type) if in_autocast else h.dtype
-    same = in_autocast or all(parameter is None or parameter.dtype == dtype for parameter in parameters)
+    casts = in_autocast(h)
+    dtype = torch.get_autocast_dtype(h.device.type) if casts else h.dtype
+    same = casts or all(parameter is None or parameter.dtype == dtype for parameter in parameters)
     return same and is_trained_natively(dtype, h, *parameters) and _suits(dtype, h.shape[1], h.shape[2] // num_heads)
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from kernels import MATRIX_OPS
 from pairwise import covering
 from parity import Expected, evaluate
 
@@ -11,9 +12,6 @@ from ddpm_fast.testing import CASES, Case, make_call
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float64: "float64"}
 SELECTED = [case for case in CASES if not case.benchmark]
-
-
-MATRIX_OPS = ("group_norm_affine", "conv3x3", "attention")
 
 
 def _has_kernel(op: str, backend: str, dtype: torch.dtype) -> bool:
@@ -55,7 +53,7 @@ _NOISE = [
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(("case", "channels_last"), _NOISE)
-def test_noise_is_the_same_bits_from_every_family(
+def test_noise_is_the_same_bits_from_every_backend(
     case: Case, channels_last: bool, dtype: torch.dtype, device: torch.device
 ) -> None:
     call = make_call(case, dtype, device, channels_last=channels_last)

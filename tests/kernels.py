@@ -1,0 +1,68 @@
+"""Kernels and Triton launchers, called by the names of their values."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from torch import Tensor
+
+from ddpm_fast.ops._op import FusedOp
+
+MATRIX_OPS = ("group_norm_affine", "conv3x3", "attention")  # ops whose kernels are for CPUs only
+
+
+def launch(module: Any, name: str, **values: Any) -> None:
+    """Call a kernel of the compiled module or of the emulator.
+
+    Args:
+        module: `ddpm_fast._native.cpu` or the emulator's module.
+        name: Name of the kernel.
+        values: Values by field. A tensor that is left out is absent. Numbers have no default.
+
+    Raises:
+        TypeError: A value has no field, or a number is left out.
+    """
+    fields = module.fields[name]
+    unknown = [each for each in values if each not in fields]
+    if unknown:
+        raise TypeError(f"{name}: it has the fields {', '.join(fields)}, got {', '.join(unknown)}")
+    getattr(module, name)(*(values.get(field) for field in fields))
+
+
+def launch_triton(name: str, results: dict[str, Tensor | None], **arguments: Any) -> None:
+    """Call a Triton launcher.
+
+    Args:
+        name: Name of the op.
+        results: Tensors to write, by name. One that is left out is None.
+        arguments: Arguments by name. One that is left out is None.
+
+    Raises:
+        TypeError: A result or an argument is unknown.
+    """
+    op = fused_op(name)
+    op._launcher()(
+        op.Results(**(dict.fromkeys(op.Results._fields) | results)),
+        op.Arguments(**(dict.fromkeys(op.Arguments._fields) | arguments)),
+    )
+
+
+def fused_op(name: str) -> FusedOp:
+    """Return the op or the backward op of this name."""
+    module = import_module(f"ddpm_fast.ops.{name.removesuffix('_backward')}")
+    return next(op for op in vars(module).values() if isinstance(op, FusedOp) and op.name == name)
+
+
+class Recorder:
+    """Kernels of the compiled module that note the name of each call in `calls`."""
+
+    def __init__(self, module: Any) -> None:
+        self.calls: list[str] = []
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._module, name)
+        if name not in self._module.fields:
+            return found
+        return lambda *values: self.calls.append(name) or found(*values)  # type: ignore[func-returns-value]
