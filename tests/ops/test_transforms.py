@@ -1,75 +1,287 @@
-"""Every differentiable op inside transforms of torch.func and forward-mode differentiation: there its definition serves."""
+"""Every differentiable op inside torch.func transforms and forward mode: there the reference computes, eager and compiled.
+
+A kernel has no forward derivative of its own, so a wrong dispatch shows as a tangent of 0. Each test compares with two backward
+passes of the reference in float64.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
 
+import pairwise
 import pytest
 import torch
-from torch import Tensor
+from pairwise import pairwise as every_pair
+from torch import Tensor, func
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ddpm_fast import NoiseSchedule, ddpm_plan, denoising_loss, group_norm_silu, q_sample, reverse_step, sample_seeds
+import ddpm_fast
+from ddpm_fast import freeze, q_sample
+from ddpm_fast.nn import UNet
+from ddpm_fast.testing import CASES, SCHEDULE, Case, make_call
 
-SCHEDULE = NoiseSchedule.linear(20)
-PLAN = ddpm_plan(SCHEDULE)
-SEEDS = sample_seeds(0, 3)
-T = torch.tensor([3, 0, 19])
-X_T = torch.linspace(-1, 1, 3 * 2 * 4 * 4, dtype=torch.float64).view(3, 2, 4, 4)
+# Cases of a few hundred elements. uint8 images have no gradient, and an empty batch has nothing to compare.
+CASES_BY_OP: dict[str, list[Case]] = {
+    op: list(cases)
+    for op, cases in itertools.groupby(
+        (
+            case
+            for case in CASES
+            if case.op != "noise"
+            and not case.benchmark
+            and not case.options.get("uint8")
+            and torch.Size(case.shape).numel() > 0
+        ),
+        key=lambda case: case.op,
+    )
+}
+
+pytestmark = [
+    # torch imports its own deprecated function for forward mode.
+    pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning"),
+    pytest.mark.skipif(torch.__version__ < "2.10", reason="torch 2.9 reads no numbers inside torch.func"),
+]
+
+Function = Callable[[Tensor], Tensor]
 
 
-def op_functions(**backend: str) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Of one tensor."""
-    return {
-        "q_sample": lambda x: q_sample(x, T, SCHEDULE, seeds=SEEDS, **backend),
-        "reverse_step": lambda x: reverse_step(X_T, x, 5, PLAN, seeds=SEEDS, **backend),
-        "group_norm_silu": lambda x: group_norm_silu(x, 1, **backend),
-        "denoising_loss": lambda x: denoising_loss(x, X_T, T, SCHEDULE, seeds=SEEDS, reduction="none", **backend),
-    }
+def function_of_two(case: Case, backend: str | None, dtype: torch.dtype = torch.float64) -> Function:
+    """Return a function of s [2] that moves every floating input of the case, and returns a vector of 3.
+
+    Two numbers keep Jacobians and Hessians small, and every tensor of the call has a tangent.
+    """
+    call = make_call(case, dtype)
+    generator = torch.Generator().manual_seed(2)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    inputs = list(call.tensors.values())
+    directions = [(normal(*x.shape), normal(*x.shape)) for x in inputs]
+    with torch.no_grad():
+        cotangents = [normal(3, *output.shape) for output in call("reference")]
+
+    def function(s: Tensor) -> Tensor:
+        moved = iter([x + (s[0] * u + s[1] * v).to(x.dtype) for x, (u, v) in zip(inputs, directions, strict=True)])
+        outputs = call.map(lambda _: next(moved))(backend)
+        parts = [(c * (y + y.square())).reshape(3, -1).sum(1) for y, c in zip(outputs, cotangents, strict=True)]
+        return torch.stack(parts).sum(0)
+
+    return function
 
 
-NAMES = tuple(op_functions())
-# torch 2.9 does not read numbers from a tensor inside torch.func.grad or jvp, and the reference needs the step for its noise.
-reads_no_step = pytest.mark.skipif(torch.__version__ < "2.10", reason="torch 2.9 reads no numbers inside torch.func")
-DIFFERENTIATED = [pytest.param(name, marks=[reads_no_step] if name == "reverse_step" else []) for name in NAMES]
+S, V = torch.tensor([0.1, -0.2], dtype=torch.float64), torch.tensor([1.5, 0.5], dtype=torch.float64)
 
 
-@pytest.fixture
-def x() -> Tensor:
-    return torch.randn(3, 2, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+def _jvp(f: Function) -> Function:
+    return lambda s: func.jvp(f, (s,), (V.to(s.dtype),))[1]
 
 
-@pytest.mark.parametrize("name", DIFFERENTIATED)
-def test_gradient(name: str, x: Tensor) -> None:
-    function, definition = op_functions()[name], op_functions(backend="reference")[name]
+def _dual_level(f: Function) -> Function:
+    def tangent(s: Tensor) -> Tensor:
+        with forward_ad.dual_level():
+            tangent = forward_ad.unpack_dual(f(forward_ad.make_dual(s, V.to(s.dtype)))).tangent
+        assert tangent is not None, "expected a tangent, got None"
+        return tangent
+
+    return tangent
+
+
+TRANSFORMS: dict[str, Callable[[Function], Function]] = {
+    "jvp": _jvp,
+    "dual_level": _dual_level,
+    "jacfwd": func.jacfwd,
+    "jacrev": func.jacrev,
+    "grad": lambda f: func.grad(lambda s: f(s).sum()),
+    "hessian": lambda f: func.hessian(lambda s: f(s).sum()),
+    "vmap": lambda f: func.vmap(lambda v: f(S.to(v.dtype) + v)),
+    "vmap of grad": lambda f: func.vmap(func.grad(lambda s: f(s).sum())),
+}
+
+
+def argument(transform: str) -> Tensor:
+    return torch.stack([S, V, S - V]) if transform.startswith("vmap") else S
+
+
+@sdpa_kernel(SDPBackend.MATH)  # the other attentions of PyTorch have first derivatives alone
+def expected_of(case: Case, transform: str) -> Tensor:
+    """Return the right value, from the reference and backward passes alone."""
+    f = function_of_two(case, "reference")
+    rows = argument(transform)
+    if transform == "vmap":
+        return torch.stack([f(S + row) for row in rows])
+    if transform == "hessian":
+        return torch.autograd.functional.hessian(lambda s: f(s).sum(), S)
+    if transform == "vmap of grad":
+        return torch.stack([torch.autograd.functional.jacobian(f, row).sum(0) for row in rows])
+    jacobian = torch.autograd.functional.jacobian(f, S)
+    return {"jvp": jacobian @ V, "dual_level": jacobian @ V, "grad": jacobian.sum(0)}.get(transform, jacobian)
+
+
+def assert_right(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected.to(found.dtype))
+    assert expected.abs().max() > 0, "the case tells a right value from 0"
+
+
+def rows(*others: Any) -> Iterator[Any]:
+    """Yield parameters: an op with each row of `others`, its cases in turn; with `--full`, each case with each row."""
+    for cases in CASES_BY_OP.values():
+        if pairwise.full:
+            yield from ((case, *row) for case in cases for row in itertools.product(*others))
+        else:
+            yield from ((case, *row) for case, row in zip(itertools.cycle(cases), itertools.product(*others)))
+
+
+def _id(value: Any) -> str:
+    return str(value).replace(" ", "-")
+
+
+def test_every_differentiable_op_is_here() -> None:
+    differentiable = {case.op for case in CASES if make_call(case).tensors}
+    assert CASES_BY_OP.keys() == differentiable
+
+
+@pytest.mark.parametrize(("case", "transform"), list(rows(TRANSFORMS)), ids=_id)
+def test_eager(case: Case, transform: str) -> None:
+    found = TRANSFORMS[transform](function_of_two(case, None))(argument(transform))
+    assert_right(found, expected_of(case, transform))
+
+
+@pytest.mark.parametrize(("case", "transform"), list(rows(TRANSFORMS)), ids=_id)
+def test_compiled(case: Case, transform: str) -> None:
+    """The transform is inside the compiled function."""
+    torch._dynamo.reset()
+    compiled = torch.compile(TRANSFORMS[transform](function_of_two(case, None)), backend="aot_eager")
+    found = right_or_refused(case.op, lambda: compiled(argument(transform)))
+    if found is not None:
+        assert_right(found, expected_of(case, transform))
+
+
+@pytest.mark.parametrize(("case", "transform"), list(rows(("jvp", "dual_level", "grad", "vmap"))), ids=_id)
+def test_compiled_function_inside_a_transform(case: Case, transform: str) -> None:
+    """The compiled function is inside the transform, which the compiler then does not see."""
+    torch._dynamo.reset()
+    compiled = torch.compile(function_of_two(case, None), backend="aot_eager")
+    found = right_or_refused(case.op, lambda: TRANSFORMS[transform](compiled)(argument(transform)))
+    if found is not None:
+        assert_right(found, expected_of(case, transform))
+
+
+def right_or_refused(op: str, run: Callable[[], Tensor]) -> Tensor | None:
+    """Return the result, or None for an error that names the op and the way out."""
+    try:
+        return run()
+    except Exception as error:
+        text = str(error)
+        if not (op in text and 'backend="reference"' in text):
+            raise
+        return None
+
+
+@pytest.mark.parametrize(
+    ("case", "name"),
+    [
+        pytest.param(cases[i], name, id=f"{cases[i]}-{name}")
+        for cases in CASES_BY_OP.values()
+        for i in range(len(cases) if pairwise.full else min(4, len(cases)))
+        for name in make_call(cases[i]).tensors
+    ],
+)
+def test_forward_mode_in_one_argument(case: Case, name: str) -> None:
+    """A tangent of any argument alone is enough to leave the kernels."""
+    call = make_call(case, torch.float64)
+    x = call.tensors[name]
+    tangent = torch.randn(x.shape, dtype=torch.float64).to(x.dtype)
+
+    def function(backend: str | None) -> Callable[[Tensor], tuple[Tensor, ...]]:
+        def run(value: Tensor) -> tuple[Tensor, ...]:
+            values = iter((call.tensors | {name: value}).values())
+            return call.map(lambda _: next(values))(backend)
+
+        return run
+
+    with sdpa_kernel(SDPBackend.MATH):  # the other attentions of PyTorch have first derivatives alone
+        _, expected = torch.autograd.functional.jvp(function("reference"), x, tangent)
+    _, found = func.jvp(function(None), (x,), (tangent,))
+    torch.testing.assert_close(found, expected)
+
+
+def skip_unless(backend: str, case: Case) -> None:
+    """Skip the test if a backend cannot run the case. `test_parity` fails if one that should be there is not."""
+    try:
+        make_call(case)(backend)
+    except ddpm_fast.BackendUnavailable as error:
+        pytest.skip(str(error))
+
+
+@every_pair(backend=["native", "triton"], transform=TRANSFORMS, op=list(CASES_BY_OP))
+def test_a_named_kernel_is_refused(backend: str, transform: str, op: str) -> None:
+    case = CASES_BY_OP[op][0]
+    skip_unless(backend, case)
+    f = TRANSFORMS[transform](function_of_two(case, backend, torch.float32))
+    with pytest.raises(ddpm_fast.BackendUnavailable, match=f'{op}: backend "{backend}" cannot run: '):
+        f(argument(transform).float())
+
+
+@every_pair(transform=["jvp", "grad", "vmap"], op=list(CASES_BY_OP))
+def test_a_named_kernel_is_refused_or_right_in_compiled_code(transform: str, op: str) -> None:
+    case = CASES_BY_OP[op][0]
+    skip_unless("native", case)
+    torch._dynamo.reset()
+    compiled = torch.compile(TRANSFORMS[transform](function_of_two(case, "native", torch.float32)), backend="aot_eager")
+    try:
+        found = compiled(argument(transform).float())
+    except Exception as error:
+        if f'{op}: backend "native" cannot run: ' not in str(error):
+            raise
+    else:
+        expected = expected_of(case, transform)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+
+
+def test_vmap_over_timesteps() -> None:
+    x = torch.randn(3, 2, 4, 4, dtype=torch.float64)
+    t = torch.tensor([[3, 0, 19], [19, 0, 3]])
+    found = func.vmap(lambda t: q_sample(x, t, SCHEDULE, noise=x))(t)
+    torch.testing.assert_close(found, torch.stack([q_sample(x, one, SCHEDULE, noise=x) for one in t]))
+
+
+# ------------------------------------------------------------------------------------------------------------- the network
+
+
+def network() -> UNet:
+    """Return a network without attention. PyTorch's attention for CPUs has no forward mode."""
+    blocks = {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2, "add_attention": False}
+    model = UNet(sample_size=8, block_out_channels=[8, 16], norm_num_groups=4, layers_per_block=1, **blocks)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model.double().eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_forward_mode_of_a_network(compiled: bool) -> None:
+    torch._dynamo.reset()
+    model, t = network(), torch.tensor([1, 500])
+    x, tangent, cotangent = torch.randn(3, 2, 3, 8, 8, dtype=torch.float64)
     leaf = x.clone().requires_grad_()
-    (expected,) = torch.autograd.grad(definition(leaf).square().sum(), leaf)
-    found = torch.func.grad(lambda x: function(x).square().sum())(x)
-    torch.testing.assert_close(found, expected)
-    assert found.abs().max() > 0
+    (gradient,) = torch.autograd.grad(model(leaf, t), leaf, cotangent)
+    f: Function = lambda x: func.jvp(lambda x: model(x, t), (x,), (tangent,))[1]  # noqa: E731 (compiled below)
+    found = (torch.compile(f, backend="aot_eager") if compiled else f)(x)
+    torch.testing.assert_close((found * cotangent).sum(), (gradient * tangent).sum())
 
 
-@pytest.mark.parametrize("name", DIFFERENTIATED)
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch imports its own for jvp
-def test_forward_mode(name: str, x: Tensor) -> None:
-    function, definition = op_functions()[name], op_functions(backend="reference")[name]
-    tangent = torch.randn_like(x)
-    _, expected = torch.autograd.functional.jvp(definition, x, tangent)  # by two backward passes
-    _, found = torch.func.jvp(function, (x,), (tangent,))
-    torch.testing.assert_close(found, expected)
-    assert found.abs().max() > 0
-    with torch.autograd.forward_ad.dual_level():
-        dual = function(torch.autograd.forward_ad.make_dual(x, tangent))
-        torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(dual).tangent, expected)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_vmap(name: str, x: Tensor) -> None:
-    function = op_functions()[name]
-    batch = torch.stack([x, 2 * x])
-    torch.testing.assert_close(torch.func.vmap(function)(batch), torch.stack([function(one) for one in batch]))
-
-
-def test_vmap_over_timesteps(x: Tensor) -> None:
-    t = torch.stack([T, T.flip(0)])
-    found = torch.func.vmap(lambda t: q_sample(x, t, SCHEDULE, noise=X_T))(t)
-    torch.testing.assert_close(found, torch.stack([q_sample(x, one, SCHEDULE, noise=X_T) for one in t]))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_a_frozen_network_under_vmap_is_right_or_names_itself(dtype: torch.dtype) -> None:
+    frozen, t = freeze(network().float(), dtype), torch.tensor([1, 500])
+    batch = torch.randn(3, 2, 3, 8, 8)
+    expected = torch.stack([frozen(x, t) for x in batch])
+    try:
+        found = func.vmap(lambda x: frozen(x, t))(batch)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        assert str(error).startswith("FrozenUNet: expected")  # noqa: PT017 (the right value is as good)
+    else:
+        tolerance = {torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float64: 1e-12}[dtype]
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
