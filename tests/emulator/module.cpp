@@ -64,9 +64,8 @@ class Staging {
         const std::size_t i = next++;
         if constexpr (std::is_pointer_v<Field>) {
           constexpr bool is_output = !std::is_const_v<std::remove_pointer_t<Field>>;
-          const bool is_scratch = names[i] == "workspace";  // the emulator allocates it, in its exact size
-          if (is_output != outputs || (field == nullptr && !is_scratch)) return;
-          if (is_scratch) {
+          if (is_output != outputs || field == nullptr) return;
+          if (names[i] == "workspace") {
             if (scratch > 0) field = static_cast<Field>(allocate_scratch(scratch));
           } else if constexpr (is_output) {
             field = static_cast<Field>(output(field, sizes[i], names[i]));
