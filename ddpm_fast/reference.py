@@ -32,12 +32,12 @@ VARIANCES: Final = ("fixed", "learned", "learned_range")
 # ---------------------------------------------------------------------------------------------------------------- noise
 
 
-def philox(seeds: Tensor, stream: int, first_block: int, num_blocks: int) -> Tensor:
+def philox(seeds: Tensor, stream: int | Tensor, first_block: int, num_blocks: int) -> Tensor:
     """Return random words of Philox4x32-10 (Salmon et al. 2011).
 
     Args:
         seeds: int64 [N]. The 64 bits of a seed are the key of its sample.
-        stream: Second word of the counter, 0..2^32-1.
+        stream: Second word of the counter, 0..2^32-1: an int, or int64 [N] or [1].
         first_block: First word of the counter for the first block.
         num_blocks: Number B of consecutive blocks.
 
@@ -47,7 +47,8 @@ def philox(seeds: Tensor, stream: int, first_block: int, num_blocks: int) -> Ten
     mask = 0xFFFFFFFF
     k0, k1 = (seeds & mask)[:, None], ((seeds >> 32) & mask)[:, None]  # [N, 1]
     c0 = torch.arange(first_block, first_block + num_blocks, device=seeds.device)[None]  # [1, B]
-    c1, c2, c3 = torch.full_like(c0, stream), torch.zeros_like(c0), torch.zeros_like(c0)
+    c1 = stream[:, None] if isinstance(stream, Tensor) else torch.full_like(c0, stream)
+    c2, c3 = torch.zeros_like(c0), torch.zeros_like(c0)
     for _ in range(10):
         product_0, product_1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2  # wraps modulo 2^64, which keeps all the bits that are used
         c0, c1, c2, c3 = (
@@ -133,13 +134,13 @@ def sample_seeds(seed: int, n: int, start: int = 0) -> Tensor:
     return words[:, 0] | (words[:, 1] << 32)
 
 
-def noise(shape: Sequence[int], seeds: Tensor, stream: int, dtype: torch.dtype) -> Tensor:
+def noise(shape: Sequence[int], seeds: Tensor, stream: int | Tensor, dtype: torch.dtype) -> Tensor:
     """Draw standard normals. Sample i is a function of (seeds[i], stream) alone.
 
     Args:
         shape: [N, ...] with N the number of seeds.
         seeds: int64 [N].
-        stream: 0..2^32-1.
+        stream: 0..2^32-1: an int, or int64 [N] or [1].
         dtype: A floating dtype. The float32 values are rounded to it.
 
     Returns:
@@ -177,7 +178,7 @@ def per_sample(values: Tensor, like: Tensor) -> Tensor:
     return values.reshape(-1, *[1] * (like.dim() - 1)).to(opmath(like.dtype))
 
 
-def _epsilon(like: Tensor, noise_: Tensor | None, seeds: Tensor | None, stream: int) -> Tensor:
+def _epsilon(like: Tensor, noise_: Tensor | None, seeds: Tensor | None, stream: int | Tensor) -> Tensor:
     """Return the given noise or draw it from the seeds, in the dtype of intermediate results."""
     if noise_ is not None:
         return noise_.to(opmath(like.dtype))
@@ -315,12 +316,8 @@ def reverse_step(
     x_prev = k0 * x_0 + k1 * x + k2 * m
     if x_0_prev is not None:
         x_prev = x_prev + k3 * x_0_prev.to(wide)
-    if noise is not None:
-        x_prev = x_prev + std * noise.to(wide)
-    elif seeds is not None:
-        streams = steps.reshape(-1).expand(x_t.shape[0]).tolist()
-        drawn = [_epsilon(x[i : i + 1], None, seeds[i : i + 1], stream) for i, stream in enumerate(streams)]
-        x_prev = x_prev + std * (torch.cat(drawn) if drawn else 0)
+    if noise is not None or seeds is not None:
+        x_prev = x_prev + std * _epsilon(x, noise, seeds, steps.reshape(-1))
     return x_prev.to(x_t.dtype), x_0.to(x_t.dtype)
 
 

@@ -148,8 +148,8 @@ def check_range(op: str, name: str, index: Tensor, bound: int) -> None:
     """
     if torch.compiler.is_compiling():
         return
-    check_memory(op, name, index)
     if index.device.type == "cpu" and index.numel() and not torch._C._functorch.is_functorch_wrapped_tensor(index):
+        check_memory(op, name, index)
         low, high = torch.aminmax(index)
         if low < 0 or high >= bound:
             raise ValueError(f"{op}: expected {name} in 0..{bound - 1}, got values from {int(low)} to {int(high)}")
