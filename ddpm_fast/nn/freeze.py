@@ -222,8 +222,10 @@ class FrozenUNet(nn.Module):
 
         Raises:
             ValueError: A shape does not fit, or a timestep or label is out of range.
-            TypeError: Timesteps are not integers.
+            TypeError: Timesteps are not integers, or x is batched by torch.vmap.
         """
+        if not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(x):
+            raise TypeError("FrozenUNet: expected x to be [N, C, H, W] outside torch.vmap, got a tensor batched by it")
         if isinstance(t, int) and not 0 <= t < self.num_timesteps:
             raise ValueError(f"FrozenUNet: expected t in 0..{self.num_timesteps - 1}, got {t}")
         t = checked_timesteps(self._config, x, t, class_labels)

@@ -146,7 +146,7 @@ class FusedOp:
         chosen = self._choose(backend, main.device, dtype, arguments, transformed)
         if chosen == "reference":
             return self._by_reference(arguments, out)
-        if compiling or is_traced():
+        if compiling or is_traced() or (out is not None and out.is_neg()):
             return self._by_dispatcher(arguments, backend, out)
         records, needs_grad = torch.is_grad_enabled(), False
         for i in self._tensors:
@@ -218,6 +218,8 @@ class FusedOp:
 
     def _by_reference(self, arguments: tuple[Any, ...], out: Tensor | None = None) -> Any:
         assert self.reference is not None
+        if runs_eagerly(*(arguments[i] for i in self._tensors)):
+            self._check_memory(arguments)
         if self._check is not None:
             self._check(self.Arguments(*arguments, "reference"))
         results = self.reference(*arguments)
@@ -252,11 +254,10 @@ class FusedOp:
             self._check(a)
         results = self._allocated(a, saves, out)
         if out is not None:
+            check_memory(self.name, "out", out)
             check_apart(self.name, out, a._asdict())
-        if backend == "triton" or self._native is not None:  # a kernel of the compiled module checks its fields
-            for i in self._tensors:
-                if a[i] is not None:
-                    check_memory(self.name, a._fields[i], a[i])
+        if backend == "triton" or self._native is not None:
+            self._check_memory(a)  # a kernel of the compiled module checks its fields
         if backend == "triton":
             self._launcher()(results, a)
         elif self._native is not None:
@@ -267,7 +268,10 @@ class FusedOp:
             values += [0 if a[i] is None else dtype_code(a[i].dtype) for i in self._typed]
             values += [derive(a) for derive in self._derived]
             if main.is_cpu:
-                getattr(KERNELS["cpu"], self.name)(*self._pick(values))
+                kernels, fields = KERNELS["cpu"], self._pick(values)
+                if self._workspace is not None and hasattr(kernels, self._workspace):
+                    fields = self._with_workspace(kernels, fields, main.device)
+                getattr(kernels, self.name)(*fields)
             else:
                 self._launch_on_gpu(self._pick(values), main.device)
         if out is not None:
@@ -291,6 +295,11 @@ class FusedOp:
             if values[i] is not None and not is_dense(values[i]):
                 values[i] = self._copied(i, values[i], torch.contiguous_format)
         return self.Arguments._make(values)
+
+    def _check_memory(self, arguments: Sequence[Any]) -> None:
+        for i in self._tensors:
+            if arguments[i] is not None:
+                check_memory(self.name, self.Arguments._fields[i], arguments[i])
 
     def _copied(self, i: int, value: Tensor, layout: torch.memory_format) -> Tensor:
         check_memory(self.name, self.Arguments._fields[i], value)
@@ -340,18 +349,24 @@ class FusedOp:
         # The last value of a name counts: a derived one replaces the argument.
         self._pick = itemgetter(*(len(given) - 1 - given[::-1].index(field) for field in fields))
         self._fields = fields
+        self._workspace = f"{self.name}_workspace" if "workspace" in fields else None
 
-    def _launch_on_gpu(self, values: Sequence[Any], device: torch.device) -> None:
-        """Launch the kernel on the current stream of a GPU, with the scratch buffer that it wants."""
-        by_field = dict(zip(self._fields, values, strict=True))
-        by_field["stream_or_threads"] = torch._C._cuda_getCurrentRawStream(device.index)
-        kernels = KERNELS["cuda"]
+    def _launch_on_gpu(self, fields: tuple[Any, ...], device: torch.device) -> None:
+        """Launch the kernel on the current stream of a GPU."""
+        stream, kernels = torch._C._cuda_getCurrentRawStream(device.index), KERNELS["cuda"]
+        fields = tuple(
+            stream if name == "stream_or_threads" else value for name, value in zip(self._fields, fields, strict=True)
+        )
         with torch.cuda.device(device):  # kernels ask the current device for its properties
-            wanted = getattr(kernels, f"{self.name}_workspace", None)
-            size = 0 if wanted is None else wanted(*by_field.values())
-            if size:
-                by_field["workspace"] = torch.empty(size, dtype=torch.uint8, device=device)
-            getattr(kernels, self.name)(*by_field.values())
+            if self._workspace is not None:
+                fields = self._with_workspace(kernels, fields, device)
+            getattr(kernels, self.name)(*fields)
+
+    def _with_workspace(self, kernels: Any, fields: tuple[Any, ...], device: torch.device) -> tuple[Any, ...]:
+        """Return the fields with the scratch buffer that the kernel wants for them."""
+        size = getattr(kernels, self._workspace or "")(*fields)
+        workspace = torch.empty(size, dtype=torch.uint8, device=device) if size else None
+        return tuple(workspace if name == "workspace" else value for name, value in zip(self._fields, fields, strict=True))
 
     # ---------------------------------------------------------------------------------------------------- torch.library
 

@@ -109,6 +109,7 @@ def check_seeds(op: str, seeds: Tensor, n: int, device: torch.device) -> Tensor:
     if not isinstance(seeds, Tensor) or seeds.dtype != torch.int64:
         got = seeds.dtype if isinstance(seeds, Tensor) else type(seeds).__name__
         raise TypeError(f"{op}: expected seeds to be an int64 tensor (see sample_seeds), got {got}")
+    check_strided(op, "seeds", seeds)
     if seeds.shape != (n,):
         raise ValueError(f"{op}: expected seeds to have shape [{n}], one a sample, got {list(seeds.shape)}")
     return seeds.to(device).contiguous()
@@ -128,6 +129,7 @@ def index_tensor(op: str, name: str, index: int | Tensor, bound: int, n: int, de
     host: the caller must keep it in range.
     """
     if isinstance(index, Tensor):
+        check_strided(op, name, index)
         if index.dtype != torch.int64:
             raise TypeError(f"{op}: expected {name} to be an int or an int64 tensor, got {index.dtype}")
         if index.numel() != 1 and index.shape != (n,):

@@ -73,10 +73,13 @@ def conv3x3(
     check_float(op, "x", x)
     if x.dim() != 4:
         raise ValueError(f"{op}: expected x to be [N, C, H, W], got shape {list(x.shape)}")
+    for name, value in (("skip", skip), ("residual", residual)):
+        if value is not None:
+            check_float(op, name, value, min_dim=4)
     x, skip, residual = autocast(x, skip, residual)
     n, channels, height, width = x.shape
     if skip is not None:
-        check_like(op, "skip", skip, "x", x, (n, skip.shape[1] if skip.dim() == 4 else 0, height, width))
+        check_like(op, "skip", skip, "x", x, (n, skip.shape[1], height, width))
         channels += skip.shape[1]
     _check_small("weight", weight, x)
     if weight.dim() != 4 or tuple(weight.shape[1:]) != (channels, 3, 3):

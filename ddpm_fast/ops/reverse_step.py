@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import reference
 from ..plan import COLUMNS, SamplingPlan
 from ._op import FusedOp, is_dense
-from .checks import check_device, check_float, check_like, check_number, check_range, check_seeds, check_type
+from .checks import check_device, check_float, check_like, check_number, check_range, check_seeds, check_strided, check_type
 
 
 def reverse_step(
@@ -75,6 +75,7 @@ def reverse_step(
     n = x_t.shape[0]
     _check_model_output(x_t, model_output, plan, guidance_scale)
     if isinstance(step, Tensor):
+        check_strided(op, "step", step)
         if step.dtype != torch.int64 or not (step.numel() == 1 or step.shape == (n,)):
             raise ValueError(
                 f"{op}: expected step to be an int, or int64 with 1 or {n} elements, got {step.dtype} {list(step.shape)}"

@@ -217,7 +217,7 @@ def skip_unless(backend: str, case: Case) -> None:
         pytest.skip(str(error))
 
 
-@every_pair(backend=["native", "triton"], transform=TRANSFORMS, op=list(CASES_BY_OP))
+@every_pair(backend=["native", "triton"], transform=list(TRANSFORMS), op=list(CASES_BY_OP))
 def test_a_named_kernel_is_refused(backend: str, transform: str, op: str) -> None:
     case = CASES_BY_OP[op][0]
     skip_unless(backend, case)
