@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from types import ModuleType
 
-import kernels
+import kernel_calls
 import pytest
 import torch
 from emulator import build
@@ -50,7 +50,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the CPU kernels that the ops call in the test, in order."""
     if "cpu" not in backend.KERNELS:
         return []
-    recorder = kernels.Recorder(backend.KERNELS["cpu"])
+    recorder = kernel_calls.Recorder(backend.KERNELS["cpu"])
     monkeypatch.setitem(backend.KERNELS, "cpu", recorder)
     return recorder.calls
 
