@@ -76,6 +76,7 @@ def conv3x3(
     x, skip, residual = autocast(x, skip, residual)
     n, channels, height, width = x.shape
     if skip is not None:
+        check_float(op, "skip", skip)
         check_like(op, "skip", skip, "x", x, (n, skip.shape[1] if skip.dim() == 4 else 0, height, width))
         channels += skip.shape[1]
     _check_small("weight", weight, x)

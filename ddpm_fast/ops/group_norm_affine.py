@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import reference
 from ._op import FusedOp
 from .backend import why_not_matrix_kernels
-from .checks import check_like
+from .checks import check_float, check_like
 from .group_norm_silu import check_norm
 
 
@@ -54,11 +54,14 @@ def group_norm_affine(
     """
     op = "group_norm_affine"
     channels = 0
-    if isinstance(skip, Tensor) and isinstance(x, Tensor) and x.dim() == skip.dim() == 4:
+    if skip is not None:
+        check_float(op, "x", x)
+        check_float(op, "skip", skip)
+        if x.dim() != 4 or skip.dim() != 4:
+            shapes = f"{list(skip.shape)} and {list(x.shape)}"
+            raise ValueError(f"{op}: expected skip to be [N, S, H, W] beside x [N, C, H, W], got {shapes}")
         channels = skip.shape[1]
         check_like(op, "skip", skip, "x", x, (x.shape[0], channels, *x.shape[2:]))
-    elif skip is not None:
-        raise ValueError(f"{op}: expected skip to be [N, S, H, W] beside x [N, C, H, W]")
     scale, shift_2 = check_norm(op, x, num_groups, weight, bias, eps, shift, scale_shift, more_channels=channels)
     if x.dim() != 4:
         raise ValueError(f"{op}: expected x to be [N, C, H, W], got shape {list(x.shape)}")
