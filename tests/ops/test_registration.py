@@ -42,7 +42,7 @@ def test_opcheck(case: Case, channels_last: bool, device: torch.device) -> None:
         outputs = call("native")
         if call.tensors:
             sum(output.double().square().sum() for output in outputs).backward()
-        with torch.no_grad():  # the only call of an op without a backward kernel, whose gradient is PyTorch's
+        with torch.no_grad():  # records an op without a backward kernel: PyTorch computes its gradient
             call("native")
     assert recorder.calls[-1][0].name() == f"ddpm_fast::{case.op}"
     for function, args in recorder.calls:
