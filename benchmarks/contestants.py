@@ -24,6 +24,7 @@ from ddpm_fast.reference import noise as reference_noise
 from ddpm_fast.testing import SCHEDULE, Call, Case
 
 PEERS = ("eager", "compile")
+DRAWING = ("noise", "q_sample", "reverse_step", "denoising_loss")  # ops that need noise
 
 torch._functorch.config.donated_buffer = False  # a compiled backward pass is repeated
 
@@ -127,6 +128,12 @@ def _idiom(call: Call, case: Case, epsilon: Tensor | None = None) -> Contestant:
     if case.op == "denoising_loss":  # its noise was drawn before, for x_t
         given = torch.randn_like(arguments["x_0"]) if epsilon is None else epsilon
         return lambda model_output, x_0: peers.denoising_loss(model_output, given.to(model_output.dtype))
+    if case.op != "group_norm_silu":  # the reference is what people write
+
+        def reference(**tensors: Tensor) -> Tensor:
+            return replace(call, arguments=_replaced(arguments, tensors))("reference")[0]
+
+        return reference
     fixed = {name: arguments[name] for name in ("num_groups", "eps", "activation")}
     return lambda **tensors: peers.group_norm_silu(**fixed, **tensors)
 
@@ -169,13 +176,13 @@ def check(function: Contestant, call: Call, case: Case, by: str, direction: str)
     """Backends, and the idiom given their noise, are compared with float64; a compiled idiom draws noise like no other."""
     wide = call.map(lambda x: x.double())
     epsilon = None
-    if case.op != "group_norm_silu":
+    if case.op in DRAWING:
         stream = STREAM_Q_SAMPLE
         if case.op in ("noise", "reverse_step"):
             stream = int(call.arguments["stream" if case.op == "noise" else "step"])
         epsilon = reference_noise(case.shape, call.arguments["seeds"].cpu(), stream, torch.float64).to(_device(call))
     baseline, truth = _idiom(call, case, epsilon), _idiom(wide, case, epsilon)
-    if by in PEERS and case.op != "group_norm_silu":
+    if by in PEERS and case.op in DRAWING:
         function = torch.compile(baseline, dynamic=False) if by == "compile" else baseline
     run = forward if direction == "forward" else backward
     results = [run(f, c)() for f, c in ((function, call), (baseline, call), (truth, wide))]

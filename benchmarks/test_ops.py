@@ -24,8 +24,12 @@ from ddpm_fast.ops import BACKENDS, why_not
 from ddpm_fast.testing import CASES, Case, bytes_moved, make_call
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-LAYOUTS = {"group_norm_silu": ("contiguous", "channels_last")}  # the other ops see memory as it lies
-BACKWARD = ("group_norm_silu", "denoising_loss")  # ops with a backward kernel
+LAYOUTS = {  # the other ops see memory as it lies
+    "group_norm_silu": ("contiguous", "channels_last"),
+    "group_norm_affine": ("channels_last",),
+    "conv3x3": ("channels_last",),
+}
+BACKWARD = ("group_norm_silu", "denoising_loss", "conv3x3", "attention")  # ops with a backward kernel
 
 
 def _parameters() -> Iterator[Any]:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from types import ModuleType
 
-import kernels
+import kernel_calls
 import pytest
 import torch
 from emulator import build
@@ -39,7 +39,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 @pytest.fixture
 def matrix_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make the kernels of convolution and attention available on any instruction set, also where PyTorch's are faster."""
+    """Make the kernels of convolution and attention available on any instruction set, even if PyTorch's are faster."""
     if backend.native_error() is None:
         monkeypatch.setitem(backend.BUILD, "isa", "avx2")
         monkeypatch.setitem(backend.BUILD, "amx_bf16", False)
@@ -47,10 +47,10 @@ def matrix_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the CPU kernels that the ops call in the test, in order."""
+    """Record the names of the CPU kernels that ops call, in order."""
     if "cpu" not in backend.KERNELS:
         return []
-    recorder = kernels.Recorder(backend.KERNELS["cpu"])
+    recorder = kernel_calls.Recorder(backend.KERNELS["cpu"])
     monkeypatch.setitem(backend.KERNELS, "cpu", recorder)
     return recorder.calls
 

@@ -17,7 +17,7 @@ from ddpm_fast.nn.layers import Attention
 from ddpm_fast.ops import backend
 from ddpm_fast.ops.backend import MATRIX_DTYPES, why_not_matrix_kernels
 
-conv3x3 = import_module("ddpm_fast.ops.conv3x3")  # of these names the package has the ops
+conv3x3 = import_module("ddpm_fast.ops.conv3x3")  # the attributes of these names are the ops
 attention = import_module("ddpm_fast.ops.attention")
 pytestmark = pytest.mark.skipif(
     backend.native_error() is not None,

@@ -20,7 +20,7 @@ from ddpm_fast.nn.layers import Upsample
 from ddpm_fast.ops import backend
 from ddpm_fast.ops.backend import MATRIX_DTYPES, has_fast_bfloat16, why_not_matrix_kernels
 
-conv = import_module("ddpm_fast.ops.conv3x3")  # of this name the package has the op
+conv = import_module("ddpm_fast.ops.conv3x3")  # the attribute of this name is the op
 pytestmark = pytest.mark.skipif(backend.native_error() is not None, reason="there is no compiled module")
 
 CHANNELS_LAST = torch.channels_last

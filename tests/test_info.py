@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from click.testing import CliRunner
-from kernels import MATRIX_OPS
+from kernel_calls import MATRIX_OPS
 
 from ddpm_fast import cli, info
 from ddpm_fast.ops import OPS

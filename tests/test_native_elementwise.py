@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernels import launch
+from kernel_calls import launch
 from torch import Tensor
 
 import ddpm_fast

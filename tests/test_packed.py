@@ -9,7 +9,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from kernels import MATRIX_OPS
+from kernel_calls import MATRIX_OPS
 from small_unets import relative_error
 from torch import Tensor, nn
 

@@ -19,7 +19,7 @@ from ddpm_fast.nn.freeze import FrozenUNet
 from ddpm_fast.nn.packed import run_kernel
 from ddpm_fast.ops.backend import why_not_matrix_kernels
 
-conv3x3 = import_module("ddpm_fast.ops.conv3x3")  # of this name the package has the op
+conv3x3 = import_module("ddpm_fast.ops.conv3x3")  # the attribute of this name is the op
 pytestmark = pytest.mark.skipif(
     why_not_matrix_kernels(torch.device("cpu"), torch.float32) is not None, reason="there are no kernels to record"
 )

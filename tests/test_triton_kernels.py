@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernels import launch_triton
+from kernel_calls import launch_triton
 from pairwise import pairwise
 from torch import Tensor
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import kernel_calls
 import predict
 import pytest
 from gpu_ops import Work
@@ -73,8 +74,12 @@ def test_norms_take_as_many_passes_as_the_kernels(emulated_module: ModuleType) -
         for work in predict.works():
             if (work.case.op, work.direction) == ("group_norm_silu", "forward"):
                 n, c, height, width = work.case.shape
-                arguments = ({"float32": 0, "bf16": 3}[work.dtype], n, c, height * width, 32, work.channels_last)
-                leaves = emulated_module.group_norm_silu_workspace(*arguments) > 0
+                sizes = {"n": n, "c": c, "hw": height * width, "channels_last": work.channels_last, "num_groups": 32}
+                dtypes = {f"{small}_dtype": 0 for small in ("weight", "bias", "shift", "scale", "scale_shift")}
+                others = {"eps": 1e-5, "silu": True, "stream_or_threads": 0}
+                dtype = {"float32": 0, "bf16": 3}[work.dtype]
+                kernel = (emulated_module, "group_norm_silu_workspace")
+                leaves = kernel_calls.launch(*kernel, dtype=dtype, **sizes, **dtypes, **others) > 0
                 assert len(predict.launches(work, card)) == 1 + leaves, (str(work), card.name)
 
 

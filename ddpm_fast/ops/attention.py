@@ -34,7 +34,8 @@ def attention(qkv: Tensor, num_heads: int, *, scale: float | None = None, backen
             latter with an even number of channels in a head.
 
     Returns:
-        [N, L, C] in the dtype of qkv, contiguous. Differentiable any number of times.
+        [N, L, C] in the dtype of qkv, contiguous. Differentiable; more than once by native kernels. PyTorch's
+        fused attention has no second derivative: `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)` has.
 
     Raises:
         ValueError: An argument has an unsupported value or shape.
@@ -45,7 +46,9 @@ def attention(qkv: Tensor, num_heads: int, *, scale: float | None = None, backen
     check_float(op, "qkv", qkv)
     if not isinstance(num_heads, (int, torch.SymInt)) or isinstance(num_heads, bool):
         raise TypeError(f"{op}: expected num_heads to be an int, got {type(num_heads).__name__}")
-    if qkv.dim() != 3 or num_heads < 1 or qkv.shape[2] % (3 * num_heads):
+    if num_heads < 1:
+        raise ValueError(f"{op}: expected num_heads to be positive, got {num_heads}")
+    if qkv.dim() != 3 or qkv.shape[2] % (3 * num_heads):
         raise ValueError(f"{op}: expected qkv to be [N, L, 3 C] with C a multiple of {num_heads} heads, got {list(qkv.shape)}")
     if scale is None:
         scale = float(max(qkv.shape[2] // (3 * num_heads), 1) ** -0.5)

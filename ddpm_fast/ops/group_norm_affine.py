@@ -60,8 +60,6 @@ def group_norm_affine(
         channels = skip.shape[1]
         check_like(op, "skip", skip, "x", x, (x.shape[0], channels, *x.shape[2:]))
     scale, shift_2 = check_norm(op, x, num_groups, weight, bias, eps, shift, scale_shift, more_channels=channels)
-    if x.dim() != 4:
-        raise ValueError(f"{op}: expected x to be [N, C, H, W], got shape {list(x.shape)}")
     affine: Tensor = affine_op(x, skip, num_groups, weight, bias, eps, shift, scale, shift_2, backend=backend)
     return affine
 

@@ -30,9 +30,9 @@ Found = Mapping[str, Mapping[str, Figures]]  # kernel -> architecture -> figures
 Budgets = Mapping[str, Mapping[str, Mapping[str, float]]]
 
 
-def load(family: str) -> tuple[str, Budgets]:
-    """The compiler that a family's budgets hold for, and the budgets."""
-    data = json.loads(FILE.read_text(encoding="utf-8"))[family]
+def load(backend: str) -> tuple[str, Budgets]:
+    """The compiler that a backend's budgets hold for, and the budgets."""
+    data = json.loads(FILE.read_text(encoding="utf-8"))[backend]
     return data["compiler"], data["kernels"]
 
 
@@ -78,15 +78,15 @@ def _natural(architecture: str) -> int:
     return int("".join(filter(str.isdigit, architecture)))
 
 
-def update(families: Mapping[str, tuple[str, Found]]) -> None:
-    """Writes the figures as the budgets, one line a kernel and architecture. A family that is not given keeps its own."""
+def update(backends: Mapping[str, tuple[str, Found]]) -> None:
+    """Writes the figures as the budgets, one line a kernel and architecture. A backend that is not given keeps its own."""
     data: dict[str, Any] = json.loads(FILE.read_text(encoding="utf-8")) if FILE.is_file() else {}
-    for family, (compiler, found) in families.items():
+    for backend, (compiler, found) in backends.items():
         kernels = {
             kernel: {a: {name: getattr(found[kernel][a], name) for name in SLACK} for a in sorted(found[kernel], key=_natural)}
             for kernel in sorted(found)
         }
-        data[family] = {"compiler": compiler, "kernels": kernels}
+        data[backend] = {"compiler": compiler, "kernels": kernels}
     text = json.dumps(data, indent=2)
     text = re.sub(r"\{\s+(\"registers\"[^{}]*?)\s+\}", lambda found: "{" + re.sub(r"\s+", " ", found.group(1)) + "}", text)
     FILE.write_text(text + "\n", encoding="utf-8")
@@ -107,17 +107,17 @@ def markdown(found: Found) -> str:
 
 
 def everything() -> dict[str, tuple[str, Found]]:
-    """Family -> its compiler and figures, of what this machine can read."""
+    """Backend -> its compiler and figures, of what this machine can read."""
     import triton
 
     module = native.module()
-    families: dict[str, tuple[str, Found]] = {}
+    backends: dict[str, tuple[str, Found]] = {}
     if isinstance(module, str):
         print(f"native: {module}", file=sys.stderr)
     else:
-        families["native"] = native.compiler(module), native.figures(module)
-    families["triton"] = f"triton {triton.__version__}", triton_cases.compiled(triton_cases.cases())
-    return families
+        backends["native"] = native.compiler(module), native.figures(module)
+    backends["triton"] = f"triton {triton.__version__}", triton_cases.compiled(triton_cases.cases())
+    return backends
 
 
 def main() -> None:
@@ -130,11 +130,11 @@ def main() -> None:
     why_old = build_age.why_old()
     if why_old is not None:
         sys.exit(f"{why_old}: make build")
-    families = everything()
-    for family, (compiler, found) in families.items():
-        print(f"### {family}: {len(found)} kernels, {compiler}\n\n{markdown(found)}\n")
+    backends = everything()
+    for backend, (compiler, found) in backends.items():
+        print(f"### {backend}: {len(found)} kernels, {compiler}\n\n{markdown(found)}\n")
     if args.update:
-        update(families)
+        update(backends)
 
 
 if __name__ == "__main__":

@@ -37,40 +37,59 @@ def tensor(*shape: int, dtype: torch.dtype = torch.float32, channels_last: bool 
 
 
 def cases() -> dict[str, Call]:
-    from ddpm_fast.triton_kernels.denoising_loss import denoising_loss, denoising_loss_backward
-    from ddpm_fast.triton_kernels.group_norm_silu import group_norm_silu, group_norm_silu_backward
-    from ddpm_fast.triton_kernels.noise import noise
-    from ddpm_fast.triton_kernels.q_sample import q_sample
-    from ddpm_fast.triton_kernels.reverse_step import reverse_step
+    from kernel_calls import launch_triton
 
     n = 4
     half = torch.bfloat16
     index = tensor(n, dtype=torch.int64)
-    schedule, plan, loss = tensor(1000, 2), tensor(1000, 10), tensor(n)
+    loss = tensor(n)
     x, h = tensor(n, 3, 32, 32), tensor(n, 3, 32, 32, dtype=half)
     x_last = tensor(n, 3, 32, 32, channels_last=True)
     pair = tensor(2 * n, 6, 32, 32, dtype=half)  # guidance and learned variance
+    schedule = {"t": index, "table": tensor(1000, 2)}
+    plan = {"table": tensor(1000, 10), "seeds": index}
+    drawn = {**schedule, "seeds": index, "prediction": 0}
+
+    def call(name: str, results: dict[str, Tensor], **arguments: Any) -> Call:
+        return lambda: launch_triton(name, results, **arguments)
 
     def norm(c: int, size: int, dtype: torch.dtype, last: bool) -> Call:
         a, w, m, s = tensor(n, c, size, size, dtype=dtype, channels_last=last), tensor(c), tensor(n, 32), tensor(n, c)
-        return lambda: group_norm_silu(a, m, m, a, w, w, s, None, None, 32, 1e-5, True)
+        return call(
+            "group_norm_silu",
+            {"y": a, "mean": m, "rstd": m},
+            x=a,
+            num_groups=32,
+            weight=w,
+            bias=w,
+            eps=1e-5,
+            shift=s,
+            silu=True,
+        )
 
     def norm_backward(c: int, size: int, dtype: torch.dtype, last: bool) -> Call:
         a, w, m, s = tensor(n, c, size, size, dtype=dtype, channels_last=last), tensor(c), tensor(n, 32), tensor(n, c)
-        return lambda: group_norm_silu_backward(a, w, w, s, None, None, a, a, m, m, w, w, s, None, None, 32, True)
+        results = {"grad_x": a, "grad_weight": w, "grad_bias": w, "grad_shift": s}
+        arguments = {"grad_y": a, "x": a, "mean": m, "rstd": m, "weight": w, "bias": w, "shift": s}
+        return call("group_norm_silu_backward", results, **arguments, num_groups=32, eps=1e-5, silu=True)
 
     return {
-        "noise-float32": lambda: noise(x, index, 3),
-        "q_sample-bfloat16": lambda: q_sample(h, h, index, schedule, None, index),
-        "q_sample-uint8": lambda: q_sample(h, tensor(n, 3, 32, 32, dtype=torch.uint8), index, schedule, None, index),
-        "q_sample-given-noise-channels_last": lambda: q_sample(x_last, x_last, index, schedule, x_last, None),
-        "reverse_step-float32": lambda: reverse_step(x, None, x, x, plan, index[:1], None, index, None, None, 0),
-        "reverse_step-everything": lambda: reverse_step(x, x, x, pair, plan, index, None, index, x, 3.0, 2),
-        "reverse_step-float32-channels_last": (
-            lambda: reverse_step(x_last, None, x_last, x_last, plan, index, None, index, None, None, 0)
+        "noise-float32": call("noise", {"out": x}, seeds=index, stream=3),
+        "q_sample-bfloat16": call("q_sample", {"x_t": h}, x_0=h, **schedule, seeds=index),
+        "q_sample-uint8": call("q_sample", {"x_t": h}, x_0=tensor(n, 3, 32, 32, dtype=torch.uint8), **schedule, seeds=index),
+        "q_sample-given-noise-channels_last": call("q_sample", {"x_t": x_last}, x_0=x_last, **schedule, noise=x_last),
+        "reverse_step-float32": call("reverse_step", {"x_prev": x}, x_t=x, model_output=x, **plan, steps=index[:1], variance=0),
+        "reverse_step-everything": call(
+            *("reverse_step", {"x_prev": x, "x_0": x}),
+            **{"x_t": x, "model_output": pair, **plan, "steps": index, "x_0_prev": x, "guidance_scale": 3.0, "variance": 2},
         ),
-        "denoising_loss-bfloat16": lambda: denoising_loss(loss, h, h, index, schedule, None, index, 0),
-        "denoising_loss_backward-float32": lambda: denoising_loss_backward(x, loss, x, x, index, schedule, None, index, 0),
+        "reverse_step-float32-channels_last": call(
+            "reverse_step", {"x_prev": x_last}, x_t=x_last, model_output=x_last, **plan, steps=index, variance=0
+        ),
+        "denoising_loss-bfloat16": call("denoising_loss", {"losses": loss}, model_output=h, x_0=h, **drawn),
+        "denoising_loss_backward-float32": call(
+            "denoising_loss_backward", {"grad_model_output": x}, grad_losses=loss, model_output=x, x_0=x, **drawn
+        ),
         "group_norm_silu-float32": norm(128, 32, torch.float32, False),
         "group_norm_silu-bfloat16": norm(128, 32, half, False),
         "group_norm_silu-bfloat16-channels_last": norm(512, 16, half, True),
@@ -92,25 +111,32 @@ QUICK = (
 
 def sizes_of_one() -> dict[str, Call]:
     """Triton makes constants of integers that are 1: they must compile too. Nothing here is held against a budget."""
-    from ddpm_fast.triton_kernels.denoising_loss import denoising_loss, denoising_loss_backward
-    from ddpm_fast.triton_kernels.group_norm_silu import group_norm_silu, group_norm_silu_backward
-    from ddpm_fast.triton_kernels.q_sample import q_sample
-    from ddpm_fast.triton_kernels.reverse_step import reverse_step
+    from kernel_calls import launch_triton
 
-    index, schedule, plan, one = tensor(1, dtype=torch.int64), tensor(1000, 2), tensor(1000, 10), tensor(1)
+    index, one = tensor(1, dtype=torch.int64), tensor(1)
     x, last, m = tensor(1, 1), tensor(1, 3, 1, 1).as_strided((1, 3, 1, 1), (3, 1, 4, 4)), tensor(1, 1)
     wide = tensor(1, 4096, 4, 4)  # one chunk, though not resident
+    schedule = {"t": index, "table": tensor(1000, 2), "seeds": index}
+    loss = {"model_output": x, "x_0": x, **schedule, "prediction": 2}
+    plan = {"table": tensor(1000, 10), "steps": index, "seeds": index, "variance": 0}
 
     def norm(x: Tensor) -> None:
         w, s = tensor(x.shape[1]), tensor(*x.shape[:2])
-        group_norm_silu(x, m, m, x, w, w, s, s, s, 1, 1e-5, True)
-        group_norm_silu_backward(x, w, w, s, s, s, x, x, m, m, w, w, s, s, s, 1, True)
+        small = {"weight": w, "bias": w, "shift": s, "scale": s, "scale_shift": s}
+        arguments = {"x": x, "num_groups": 1, "eps": 1e-5, "silu": True, **small}
+        launch_triton("group_norm_silu", {"y": x, "mean": m, "rstd": m}, **arguments)
+        gradients = {"grad_x": x} | {f"grad_{name}": value for name, value in small.items()}
+        launch_triton("group_norm_silu_backward", gradients, grad_y=x, mean=m, rstd=m, **arguments)
 
     return {
-        "one-q_sample": lambda: q_sample(x, x, index, schedule, None, index),
-        "one-reverse_step": lambda: reverse_step(last, last, last, last, plan, index, None, index, last, None, 0),
-        "one-denoising_loss": lambda: denoising_loss(one, x, x, index, schedule, None, index, 2),
-        "one-denoising_loss_backward": lambda: denoising_loss_backward(x, one, x, x, index, schedule, None, index, 2),
+        "one-q_sample": lambda: launch_triton("q_sample", {"x_t": x}, x_0=x, **schedule),
+        "one-reverse_step": lambda: launch_triton(
+            "reverse_step", {"x_prev": last, "x_0": last}, x_t=last, model_output=last, **plan, x_0_prev=last
+        ),
+        "one-denoising_loss": lambda: launch_triton("denoising_loss", {"losses": one}, **loss),
+        "one-denoising_loss_backward": lambda: launch_triton(
+            "denoising_loss_backward", {"grad_model_output": x}, grad_losses=one, **loss
+        ),
         "one-group_norm_silu": lambda: norm(x),
         "one-group_norm_silu-split": lambda: norm(wide),
     }
@@ -188,6 +214,7 @@ def specialize(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
 
 
 def main() -> None:
+    sys.path.insert(0, str(ROOT / "tests"))  # for kernel_calls
     names, architectures = (argument.split(",") for argument in sys.argv[1:])
     every = sizes_of_one() | cases()
     found: dict[str, dict[str, dict[str, Any]]] = {}

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from kernels import MATRIX_OPS
+from kernel_calls import MATRIX_OPS
 from pairwise import covering
 from parity import Expected, Results, evaluate
 

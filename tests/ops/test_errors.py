@@ -7,10 +7,22 @@ import pytest
 import torch
 
 import ddpm_fast
-from ddpm_fast import ddpm_plan, denoising_loss, group_norm_silu, noise, q_sample, reverse_step, sample_seeds
+from ddpm_fast import (
+    attention,
+    conv3x3,
+    ddpm_plan,
+    denoising_loss,
+    group_norm_affine,
+    group_norm_silu,
+    noise,
+    q_sample,
+    reverse_step,
+    sample_seeds,
+)
 from ddpm_fast.testing import SCHEDULE
 
 X, WIDE = torch.zeros(2, 4, 3, 3), torch.zeros(2, 8, 3, 3)
+W, QKV = torch.zeros(5, 4, 3, 3), torch.zeros(2, 6, 12)
 SEEDS = sample_seeds(0, 2)
 PLAN = ddpm_plan(SCHEDULE, 10)
 LEARNED = ddpm_plan(SCHEDULE, 10, variance="learned")
@@ -143,6 +155,129 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
         lambda: denoising_loss(X[:1], X, 3, SCHEDULE, seeds=SEEDS),
         ValueError,
         "denoising_loss: expected model_output to have shape",
+    ),
+    (lambda: conv3x3([1.0], W), TypeError, "conv3x3: expected x to be a tensor, got list"),
+    (lambda: conv3x3(X.int(), W), TypeError, "conv3x3: expected x .*got torch.int32"),
+    (lambda: conv3x3(X[0], W), ValueError, r"conv3x3: expected x to be \[N, C, H, W\], got shape \[4, 3, 3\]"),
+    (lambda: conv3x3(X, [1.0]), TypeError, "conv3x3: expected weight to be a tensor, got list"),
+    (lambda: conv3x3(X, W.double()), TypeError, "conv3x3: expected weight to be float32 or of x's dtype, torch.float32, got"),
+    (
+        lambda: conv3x3(WIDE, W),
+        ValueError,
+        r"conv3x3: expected weight to have shape \[out, 8, 3, 3\], got \[5, 4, 3, 3\]",
+    ),
+    (lambda: conv3x3(X, W[..., :1]), ValueError, r"conv3x3: expected weight to have shape .*got \[5, 4, 3, 1\]"),
+    (lambda: conv3x3(X, W.to("meta")), ValueError, "conv3x3: expected weight on the device of x, cpu, got meta"),
+    (lambda: conv3x3(X, W, torch.zeros(4)), ValueError, r"conv3x3: expected bias to have shape \[5\], got \[4\]"),
+    (lambda: conv3x3(X, W, torch.zeros(5).half()), TypeError, "conv3x3: expected bias to be float32 or of x's dtype"),
+    (lambda: conv3x3(X, W, 1.0), TypeError, "conv3x3: expected bias to be a tensor, got float"),
+    (lambda: conv3x3(X, W, skip=X[:1]), ValueError, r"conv3x3: expected skip to have shape \[2, 4, 3, 3\], got \[1, 4, 3, 3\]"),
+    (lambda: conv3x3(X, W, skip=X.double()), TypeError, "conv3x3: expected skip to have the dtype of x"),
+    (lambda: conv3x3(X, W, skip=X[0]), ValueError, "conv3x3: expected skip to have shape"),
+    (lambda: conv3x3(X, W, skip=1.0), TypeError, "conv3x3: expected skip to be a tensor, got float"),
+    (lambda: conv3x3(X, W, skip=X), ValueError, r"conv3x3: expected weight to have shape \[out, 8, 3, 3\], got \[5, 4, 3, 3\]"),
+    (
+        lambda: conv3x3(X, W, affine=torch.zeros(2, 2, 4)),
+        ValueError,
+        r"conv3x3: expected affine to have shape \[2, 3, 4\], got \[2, 2, 4\]",
+    ),
+    (lambda: conv3x3(X, W, affine=torch.zeros(2, 3, 4).half()), TypeError, "conv3x3: expected affine .*got torch.float16"),
+    (lambda: conv3x3(X, W, affine=X), ValueError, "conv3x3: expected affine to have shape"),
+    (lambda: conv3x3(X, W, activation="relu"), ValueError, "conv3x3: expected activation .*got 'relu'"),
+    (
+        lambda: conv3x3(X, W, residual=X),
+        ValueError,
+        r"conv3x3: expected residual to have shape \[2, 5, 3, 3\], got \[2, 4, 3, 3\]",
+    ),
+    (
+        lambda: conv3x3(X, W, residual=torch.zeros(2, 5, 3, 3), upsample=True),
+        ValueError,
+        r"conv3x3: expected residual to have shape \[2, 5, 6, 6\], got \[2, 5, 3, 3\]",
+    ),
+    (lambda: conv3x3(X, W, divisor=0), ValueError, "conv3x3: expected divisor to be another number than 0, got 0"),
+    (lambda: conv3x3(X, W, divisor="2"), TypeError, "conv3x3: expected divisor to be a number, got str"),
+    (lambda: conv3x3(X, W, upsample=2), TypeError, "conv3x3: expected upsample to be a bool, got int"),
+    (lambda: conv3x3(X, W, backend="cuda"), ValueError, "backend: expected one of native, triton, reference, got 'cuda'"),
+    (
+        lambda: conv3x3(X, W, backend="triton"),
+        ddpm_fast.BackendUnavailable,
+        'conv3x3: backend "triton" cannot run: there is no Triton kernel',
+    ),
+    (
+        lambda: conv3x3(X.double(), W.double(), backend="native"),
+        ddpm_fast.BackendUnavailable,
+        'conv3x3: backend "native" cannot run: it computes in float32 and bfloat16, not in torch.float64',
+    ),
+    (lambda: attention([1.0], 2), TypeError, "attention: expected qkv to be a tensor, got list"),
+    (lambda: attention(QKV.int(), 2), TypeError, "attention: expected qkv .*got torch.int32"),
+    (
+        lambda: attention(QKV[0], 2),
+        ValueError,
+        r"attention: expected qkv to be \[N, L, 3 C\] with C a multiple of 2 heads, got \[6, 12\]",
+    ),
+    (lambda: attention(QKV, 3), ValueError, r"attention: expected qkv .*C a multiple of 3 heads, got \[2, 6, 12\]"),
+    (lambda: attention(QKV, 0), ValueError, "attention: expected num_heads to be positive, got 0"),
+    (lambda: attention(QKV, 2.0), TypeError, "attention: expected num_heads to be an int, got float"),
+    (lambda: attention(QKV, True), TypeError, "attention: expected num_heads to be an int, got bool"),
+    (lambda: attention(QKV, 2, scale="1"), TypeError, "attention: expected scale to be a number, got str"),
+    (
+        lambda: attention(QKV.bfloat16(), 4, backend="native"),
+        ddpm_fast.BackendUnavailable,
+        'attention: backend "native" cannot run: in bfloat16 it takes an even number of channels in a head, got 1',
+    ),
+    (lambda: group_norm_affine([1.0], 2), TypeError, "group_norm_affine: expected x to be a tensor, got list"),
+    (lambda: group_norm_affine(X.int(), 2), TypeError, "group_norm_affine: expected x .*got torch.int32"),
+    (
+        lambda: group_norm_affine(X[:, :, 0], 2),
+        ValueError,
+        r"group_norm_affine: expected x to be \[N, C, H, W\], got shape \[2, 4, 3\]",
+    ),
+    (lambda: group_norm_affine(X, 3), ValueError, "group_norm_affine: expected num_groups to divide the 4 channels.*got 3"),
+    (
+        lambda: group_norm_affine(X, 3, skip=X),
+        ValueError,
+        "group_norm_affine: expected num_groups to divide the 8 channels.*got 3",
+    ),
+    (lambda: group_norm_affine(X, 2.0), TypeError, "group_norm_affine: expected num_groups to be an int, got float"),
+    (
+        lambda: group_norm_affine(X, 2, torch.ones(3)),
+        ValueError,
+        r"group_norm_affine: expected weight to have shape \[4\], got \[3\]",
+    ),
+    (
+        lambda: group_norm_affine(X, 2, None, torch.ones(4).half()),
+        TypeError,
+        "group_norm_affine: expected bias to be float32 or of x's dtype",
+    ),
+    (lambda: group_norm_affine(X, 2, eps=0.0), ValueError, "group_norm_affine: expected eps to be positive, got 0.0"),
+    (lambda: group_norm_affine(X, 2, eps="x"), TypeError, "group_norm_affine: expected eps to be a number, got str"),
+    (
+        lambda: group_norm_affine(X, 2, skip=X[:1]),
+        ValueError,
+        r"group_norm_affine: expected skip to have shape \[2, 4, 3, 3\], got \[1, 4, 3, 3\]",
+    ),
+    (lambda: group_norm_affine(X, 2, skip=X.half()), TypeError, "group_norm_affine: expected skip to have the dtype of x"),
+    (lambda: group_norm_affine(X, 2, skip=X[0]), ValueError, r"group_norm_affine: expected skip .*got \[4, 3, 3\] and \[2, 4,"),
+    (lambda: group_norm_affine(X, 2, skip=1.0), TypeError, "group_norm_affine: expected skip to be a tensor, got float"),
+    (
+        lambda: group_norm_affine(X, 2, shift=torch.ones(2, 3)),
+        ValueError,
+        r"group_norm_affine: expected shift to have shape \[2, 4\], got \[2, 3\]",
+    ),
+    (
+        lambda: group_norm_affine(X, 2, scale_shift=torch.ones(2, 4)),
+        TypeError,
+        "group_norm_affine: expected scale_shift to be a pair of tensors, got Tensor",
+    ),
+    (
+        lambda: group_norm_affine(X, 2, scale_shift=(torch.ones(4), torch.ones(2, 4))),
+        ValueError,
+        r"group_norm_affine: expected scale_shift\[0\] to have shape \[2, 4\], got \[4\]",
+    ),
+    (
+        lambda: group_norm_affine(X, 2, backend="triton"),
+        ddpm_fast.BackendUnavailable,
+        'group_norm_affine: backend "triton" cannot run: there is no Triton kernel',
     ),
 ]
 

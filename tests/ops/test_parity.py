@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernels import MATRIX_OPS
+from kernel_calls import MATRIX_OPS
 from pairwise import covering
 from parity import Expected, evaluate
 

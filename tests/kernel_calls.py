@@ -12,22 +12,25 @@ from ddpm_fast.ops._op import FusedOp
 MATRIX_OPS = ("group_norm_affine", "conv3x3", "attention")  # ops whose kernels are for CPUs only
 
 
-def launch(module: Any, name: str, **values: Any) -> None:
-    """Call a kernel of the compiled module or of the emulator.
+def launch(module: Any, name: str, **values: Any) -> Any:
+    """Call a kernel of the compiled module or of the emulator, or ask for the size of its scratch buffer.
 
     Args:
         module: `ddpm_fast._native.cpu` or the emulator's module.
-        name: Name of the kernel.
+        name: Name of the kernel, or that name and "_workspace".
         values: Values by field. A tensor that is left out is absent. Numbers have no default.
+
+    Returns:
+        None, or the bytes of the scratch buffer.
 
     Raises:
         TypeError: A value has no field, or a number is left out.
     """
-    fields = module.fields[name]
+    fields = module.fields[name.removesuffix("_workspace")]
     unknown = [each for each in values if each not in fields]
     if unknown:
         raise TypeError(f"{name}: it has the fields {', '.join(fields)}, got {', '.join(unknown)}")
-    getattr(module, name)(*(values.get(field) for field in fields))
+    return getattr(module, name)(*(values.get(field) for field in fields))
 
 
 def launch_triton(name: str, results: dict[str, Tensor | None], **arguments: Any) -> None:
