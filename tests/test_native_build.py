@@ -281,12 +281,15 @@ def test_a_build_without_cuda_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_cuda_tensor_met_by_a_build_without_cuda_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(backend.KERNELS, "cuda", raising=False)
     monkeypatch.setitem(backend.BUILD, "cuda_why_not", "no GPU was visible when it was built")
-    backend._warn_without_cuda.cache_clear()
-    device = torch.device("cuda", 0)
-    assert backend.choose("noise", "reference", device, torch.float32) == "reference"  # asked for by name: nothing to tell
+    backend._warn_once_without_cuda.cache_clear()
+
+    def choose(name: str | None) -> str:
+        return OPS["noise"]._choose(name, torch.device("cuda", 0), torch.float32, (), False)
+
+    assert choose("reference") == "reference"  # a backend that is asked for by name is no surprise
     with pytest.warns(RuntimeWarning, match=r"no GPU was visible when it was built.*FORCE_CUDA=1 pip install"):
-        backend.choose("noise", None, device, torch.float32)
-    backend.choose("noise", None, device, torch.float32)  # a second warning would be an error
+        choose(None)
+    choose(None)  # a second warning would be an error
 
 
 # -------------------------------------------------------------------------------------- which CUDA kernels are compiled
@@ -373,19 +376,21 @@ def test_a_tensor_s_gpu_is_the_current_one_while_kernels_are_asked_and_launched(
         yield
         current[0] = before
 
-    def workspace(*arguments: int) -> int:
-        calls.append((current[0], *arguments))
+    def workspace(*fields: object) -> int:
+        calls.append((current[0], "workspace"))
         return 0
 
-    kernels = SimpleNamespace(op=lambda *arguments: calls.append((current[0], *arguments)), op_workspace=workspace)
-    monkeypatch.setitem(backend.KERNELS, "cuda", kernels)
+    def kernel(*fields: object) -> None:
+        calls.append((current[0], fields[-1]))
+
+    op = OPS["group_norm_silu"]
+    monkeypatch.setitem(backend.KERNELS, "cuda", SimpleNamespace(group_norm_silu=kernel, group_norm_silu_workspace=workspace))
     monkeypatch.setattr(torch.cuda, "device", device)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 70 + index, raising=False)
+    fields = (None,) * len(op._fields)
     for index in (0, 1):
-        assert backend.workspace("op", torch.device("cuda", index), 5) is None
-        backend.launch("op", torch.device("cuda", index), 6)
-    assert calls == [(0, 5), (0, 6, 70), (1, 5), (1, 6, 71)]
+        op._launch_on_gpu(fields, torch.device("cuda", index))
+    assert calls == [(0, "workspace"), (0, 70), (1, "workspace"), (1, 71)]
     assert current == [0]
 
 

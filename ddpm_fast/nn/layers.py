@@ -241,11 +241,6 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x at half the size: [N, C, H, W] -> [N, C, H / 2, W / 2]."""
-        even = x.shape[-2] % 2 == 0 and x.shape[-1] % 2 == 0
-        if torch.compiler.is_compiling() and even and not self.asymmetric and is_untouched(self.conv, nn.Conv2d):
-            # The convolution of an even map never reads the padding below and on the right. Without it the compiler sees
-            # the size H // 2. For a dynamic H it fails on (H - 1) // 2 + 1 (ValueRangeError in PyTorch 2.13).
-            return F.conv2d(F.pad(x, (1, 0, 1, 0)), self.conv.weight, self.conv.bias, stride=2)
         out: Tensor = self.conv(F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x)
         return out
 

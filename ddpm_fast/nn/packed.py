@@ -176,7 +176,7 @@ def _in_huge_pages(tensor: Tensor) -> Tensor:
     At batch 1 a network's weights are read from memory, and address translation of 4 KB pages takes longer
     than reading them.
     """
-    if tensor.nbytes < _HUGE_PAGE // 2 or not runs_eagerly(tensor) or not hasattr(mmap, "MADV_HUGEPAGE"):
+    if not runs_eagerly(tensor) or tensor.nbytes < _HUGE_PAGE // 2 or not hasattr(mmap, "MADV_HUGEPAGE"):
         return tensor
     try:
         memory = mmap.mmap(-1, tensor.nbytes + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

@@ -118,6 +118,8 @@ class UNet(nn.Module):
         cfg = self._config
         t = checked_timesteps(cfg, x, t, class_labels)
         dtype = self.conv_in.weight.dtype
+        if torch.compiler.is_compiling() and torch.is_grad_enabled():
+            _fix_size(x)
 
         emb = timestep_embedding(t, cfg.sinusoid_dim, flip_sin_to_cos=cfg.flip_sin_to_cos, freq_shift=cfg.freq_shift)
         emb = self.time_embedding(emb.to(dtype))  # [N, emb_dim]
@@ -203,6 +205,16 @@ def checked_timesteps(config: UNetConfig, x: Tensor, t: Tensor | int, class_labe
 def centered(config: UNetConfig, x: Tensor) -> Tensor:
     """Return x, mapped from [0, 1] to [-1, 1] if the configuration has `center_input_sample`."""
     return 2 * x - 1 if config.center_input_sample else x
+
+
+def _fix_size(x: Tensor) -> None:
+    """Make height and width of x constants of the graph that is compiled.
+
+    Inductor fails on gradients of channels_last maps of a dynamic size (ValueRangeError in PyTorch 2.13). The
+    batch stays dynamic.
+    """
+    for size in x.shape[2:]:
+        range(size)
 
 
 def through_layers(net: Any, x: Tensor, emb: Any) -> Tensor:
