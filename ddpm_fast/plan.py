@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .reference import PREDICTIONS, VARIANCES
-from .schedule import NoiseSchedule, numbered
+from .schedule import NoiseSchedule, check_number, numbered
 
 Spacing = Literal["leading", "trailing", "linspace"]
 Prediction = Literal["epsilon", "sample", "v_prediction", "previous_sample"]
@@ -227,6 +227,8 @@ def ddim_plan(
         TypeError: `schedule` is not a NoiseSchedule.
         ValueError: An argument is out of range, or the model predicts epsilon where abar is 0.
     """
+    check_number("ddim_plan", "eta", eta)
+    check_number("ddim_plan", "final_alpha_bar", final_alpha_bar)
     if not eta >= 0:
         raise ValueError(f"ddim_plan: expected eta to be at least 0, got {eta}")
     if not 0 < final_alpha_bar <= 1:
@@ -333,8 +335,10 @@ class _Path:
             )
         if prediction not in _PREDICTIONS:
             raise ValueError(f"{caller}: expected prediction to be one of {', '.join(_PREDICTIONS)}, got {prediction!r}")
-        if clip is not None and not clip > 0:
-            raise ValueError(f"{caller}: expected clip to be positive or None, got {clip}")
+        if clip is not None:
+            check_number(caller, "clip", clip)
+            if not clip > 0:
+                raise ValueError(f"{caller}: expected clip to be positive or None, got {clip}")
         self.schedule, self.prediction, self.clip = schedule, prediction, clip
         self.timesteps = _timesteps(caller, schedule.num_timesteps, num_steps, spacing, previous is None)
         if previous is None:
@@ -479,7 +483,10 @@ def _timesteps(caller: str, total: int, num_steps: int | None, spacing: Spacing 
     """
     if isinstance(spacing, str):
         return spaced_timesteps(caller, total, total if num_steps is None else num_steps, spacing)
-    timesteps = torch.as_tensor(spacing)
+    try:
+        timesteps = torch.as_tensor(spacing)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{caller}: expected spacing to be a name or timesteps, got {spacing!r}") from error
     usable = timesteps.dim() == 1 and timesteps.numel() > 0 and not timesteps.is_floating_point()
     usable = usable and int(timesteps.min()) >= 0 and int(timesteps.max()) < total
     if not usable or (must_descend and not bool((timesteps.diff() < 0).all())):

@@ -33,6 +33,9 @@ class NoiseSchedule:
     """
 
     def __init__(self, betas: Tensor, name: str = "from_betas", parameters: dict[str, Any] | None = None) -> None:
+        if not isinstance(betas, Tensor) or betas.layout != torch.strided:
+            got = f"a tensor of layout {betas.layout}" if isinstance(betas, Tensor) else type(betas).__name__
+            raise TypeError(f"NoiseSchedule: expected betas to be a dense tensor of shape [T], got {got}")
         if betas.dim() != 1 or betas.numel() == 0 or not betas.is_floating_point():
             got = f"{betas.dtype} {list(betas.shape)}"
             raise ValueError(f"NoiseSchedule: expected betas to be a floating tensor of shape [T], T >= 1, got {got}")
@@ -69,6 +72,8 @@ class NoiseSchedule:
                 a T far below 1000 leaves signal in x_T.
         """
         _check_num_timesteps("linear", num_timesteps)
+        check_number("NoiseSchedule.linear", "beta_start", beta_start)
+        check_number("NoiseSchedule.linear", "beta_end", beta_end)
         scale = 1000 / num_timesteps if scale_to_num_timesteps else 1.0
         betas = torch.linspace(beta_start * scale, beta_end * scale, num_timesteps, dtype=torch.float64)
         parameters = {
@@ -440,6 +445,12 @@ def numbered(device: torch.device | str) -> torch.device:
     """Return `device` with its index, as tensors report it: "cuda" becomes the current GPU."""
     device = torch.device(device)
     return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
+
+
+def check_number(caller: str, name: str, value: Any) -> None:
+    """Raise a TypeError unless `value` is a number and not a bool."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{caller}: expected {name} to be a number, got {type(value).__name__}")
 
 
 def _check_num_timesteps(builder: str, num_timesteps: int) -> None:

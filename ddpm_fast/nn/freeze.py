@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..ops._op import runs_eagerly
 from ..ops.backend import has_fast_bfloat16, why_not_matrix_kernels
+from ..ops.checks import checked_device
 from . import packed
 from .conv import Conv3x3
 from .layers import (
@@ -86,7 +87,7 @@ def freeze(
 
     Raises:
         TypeError: `model` is not a `UNet` of unmodified layers, or `dtype` is not a torch.dtype.
-        ValueError: `dtype` is not floating.
+        ValueError: `dtype` is not floating, `num_timesteps` is not positive, or `device` is unknown.
     """
     if not isinstance(model, UNet):
         raise TypeError(f"freeze: expected model to be a ddpm_fast.UNet (UNet.from_pretrained), got a {type(model).__name__}")
@@ -94,13 +95,18 @@ def freeze(
     if reason is not None:
         raise TypeError(f"freeze: expected a UNet with its own layers, got one where {reason}")
     weight = model.conv_in.weight
-    device = weight.device if device is None else torch.device(device)
+    device = weight.device if device is None else checked_device("freeze", device)
     dtype = default_dtype(weight.dtype, device) if dtype is None else dtype
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"freeze: expected dtype to be a torch.dtype, got {dtype!r}")
     if not dtype.is_floating_point:
         raise ValueError(f"freeze: expected dtype to be a floating dtype, got {dtype}")
-    num_timesteps = num_timesteps or model.config["num_train_timesteps"] or 1000
+    if num_timesteps is None:
+        num_timesteps = model.config["num_train_timesteps"] or 1000
+    if not isinstance(num_timesteps, int) or isinstance(num_timesteps, bool):
+        raise TypeError(f"freeze: expected num_timesteps to be an int, got {type(num_timesteps).__name__}")
+    if num_timesteps < 1:
+        raise ValueError(f"freeze: expected num_timesteps to be at least 1, got {num_timesteps}")
     with torch.no_grad(), torch.inference_mode(False):
         return FrozenUNet(model, dtype, device, num_timesteps)
 

@@ -57,8 +57,12 @@ def _extent(x: Tensor) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
 
 
 def check_memory(op: str, name: str, x: Tensor) -> None:
-    """Raise a ValueError for a tensor whose storage was freed."""
-    if not isinstance(x, FakeTensor) and not x.is_meta and x.numel() and x.untyped_storage().nbytes() == 0:
+    """Raise a ValueError for a tensor without memory. Tensors of tracers and transforms are not checked."""
+    if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter) or x.is_meta:
+        return
+    if torch._C._functorch.is_functorch_wrapped_tensor(x) or x.layout is not torch.strided:
+        return
+    if x.data_ptr() == 0 and x.numel():
         raise ValueError(
             f"{op}: expected {name} to have memory, got a tensor of {x.numel()} elements without (its storage was freed, "
             "or it is a zero tensor)"
@@ -70,6 +74,17 @@ def check_strided(op: str, name: str, x: Tensor) -> None:
     if x.layout != torch.strided or x.is_nested:
         got = "a nested tensor" if x.is_nested else f"a tensor of layout {x.layout}"
         raise TypeError(f"{op}: expected {name} to be a dense tensor, got {got}")
+
+
+def checked_device(op: str, device: Any) -> torch.device:
+    """Return the device, or raise if it is unknown or this PyTorch cannot use it."""
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"{op}: expected device to be a torch.device or its name, got {device!r}") from error
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"{op}: expected device to be available, got {found}: PyTorch sees no GPU")
+    return found
 
 
 def check_float(op: str, name: str, x: Tensor, min_dim: int = 1) -> None:
@@ -110,6 +125,7 @@ def check_seeds(op: str, seeds: Tensor, n: int, device: torch.device) -> Tensor:
         got = seeds.dtype if isinstance(seeds, Tensor) else type(seeds).__name__
         raise TypeError(f"{op}: expected seeds to be an int64 tensor (see sample_seeds), got {got}")
     check_strided(op, "seeds", seeds)
+    check_memory(op, "seeds", seeds)
     if seeds.shape != (n,):
         raise ValueError(f"{op}: expected seeds to have shape [{n}], one a sample, got {list(seeds.shape)}")
     return seeds.to(device).contiguous()
@@ -130,6 +146,7 @@ def index_tensor(op: str, name: str, index: int | Tensor, bound: int, n: int, de
     """
     if isinstance(index, Tensor):
         check_strided(op, name, index)
+        check_memory(op, name, index)
         if index.dtype != torch.int64:
             raise TypeError(f"{op}: expected {name} to be an int or an int64 tensor, got {index.dtype}")
         if index.numel() != 1 and index.shape != (n,):

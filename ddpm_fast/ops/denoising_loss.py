@@ -14,6 +14,7 @@ from .checks import (
     check_device,
     check_float,
     check_like,
+    check_memory,
     check_noise_or_seeds,
     check_range,
     check_seeds,
@@ -80,6 +81,7 @@ def denoising_loss(
     if weight is not None:
         check_float(op, "weight", weight)
         check_device(op, "weight", weight, "x_0", x_0)
+        check_memory(op, "weight", weight)
         if weight.shape != (n,):
             raise ValueError(f"{op}: expected weight to have shape [{n}], one a sample, got {list(weight.shape)}")
     t = index_tensor(op, "t", t, schedule.num_timesteps, n, x_0.device)

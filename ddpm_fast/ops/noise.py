@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import reference
 from ._op import FusedOp
 from .backend import FLOATS
-from .checks import check_seeds
+from .checks import check_seeds, checked_device
 
 
 def sample_seeds(seed: int, n: int, start: int = 0) -> Tensor:
@@ -92,7 +92,9 @@ def noise(
 
     Source: Philox4x32-10 (Salmon et al. 2011) and Box-Muller.
     """
-    if not isinstance(shape, Sequence) or not all(isinstance(size, (int, torch.SymInt)) for size in shape):
+    if not isinstance(shape, Sequence) or not all(
+        isinstance(size, (int, torch.SymInt)) and not isinstance(size, bool) for size in shape
+    ):
         raise TypeError(f"noise: expected shape to be a sequence of ints, got {shape!r}")
     shape = tuple(shape)
     if len(shape) < 1 or any(size < 0 for size in shape):
@@ -111,7 +113,7 @@ def noise(
             f"noise: expected memory_format to be torch.contiguous_format or, for [N, C, H, W], torch.channels_last, "
             f"got {memory_format} with shape {list(shape)}"
         )
-    device = torch.device(device) if device is not None else getattr(seeds, "device", torch.device("cpu"))
+    device = checked_device("noise", device) if device is not None else getattr(seeds, "device", torch.device("cpu"))
     seeds = check_seeds("noise", seeds, shape[0], device)
     drawn: Tensor = _noise(shape, seeds, stream, dtype, channels_last, backend=backend)
     return drawn
