@@ -110,7 +110,6 @@ class FusedOp:
         self._num_results, self._num_saved = len(outputs), len(saved)
         self._allocate = (*outputs.values(), *saved.values())
         self._tensors = [i for i, kind in enumerate(kinds) if kind.startswith("Tensor")]
-        self._constants = [i for i in range(len(names)) if i not in self._tensors]
         self._dense = [names.index(each) for each in dense]
         self._main = (self._dense or self._tensors)[0]
         self._small = [i for i in self._tensors if i not in self._dense]
@@ -254,7 +253,8 @@ class FusedOp:
             self._check(a)
         results = self._allocated(a, saves, out)
         if out is not None:
-            check_memory(self.name, "out", out)
+            if out.data_ptr() == 0:
+                check_memory(self.name, "out", out)
             check_apart(self.name, out, a._asdict())
         if backend == "triton" or self._native is not None:
             self._check_memory(a)  # a kernel of the compiled module checks its fields
@@ -461,18 +461,17 @@ class FusedOp:
         return _unwrapped(self._all_by_reference(values[:-1]))
 
     def _save(self, ctx: Any, arguments: tuple[Any, ...], results: Outputs) -> None:
-        ctx.save_for_backward(*(arguments[i] for i in self._read), *(results[i] for i in self._read_results))
-        ctx.constants = [arguments[i] for i in self._constants]
+        ctx.save_for_backward(*[arguments[i] for i in self._read], *[results[i] for i in self._read_results])
+        ctx.arguments = [*arguments, ctx.backend]
+        for i in self._tensors:  # autograd holds them
+            ctx.arguments[i] = None
 
     def _saved(self, ctx: Any) -> tuple[Any, Any]:
         """Return the arguments and results that `_save` kept."""
         tensors, count = ctx.saved_tensors, len(self._read)
-        arguments = [*(None for _ in self._constants), *(None for _ in self._tensors), ctx.backend]
-        for i, value in zip(self._constants, ctx.constants, strict=True):
-            arguments[i] = value
-        for i, tensor in zip(self._read, tensors[:count], strict=True):
+        arguments, results = ctx.arguments.copy(), [None] * len(self._allocate)
+        for i, tensor in zip(self._read, tensors, strict=False):
             arguments[i] = tensor
-        results = [None] * len(self._allocate)
         for i, tensor in zip(self._read_results, tensors[count:], strict=True):
             results[i] = tensor
         return self.Arguments._make(arguments), self.Results._make(results)

@@ -75,7 +75,8 @@ def reverse_step(
     n = x_t.shape[0]
     _check_model_output(x_t, model_output, plan, guidance_scale)
     if isinstance(step, Tensor):
-        check_strided(op, "step", step)
+        if step.layout is not torch.strided:
+            check_strided(op, "step", step)
         if step.dtype != torch.int64 or not (step.numel() == 1 or step.shape == (n,)):
             raise ValueError(
                 f"{op}: expected step to be an int, or int64 with 1 or {n} elements, got {step.dtype} {list(step.shape)}"
