@@ -328,10 +328,8 @@ class FusedOp:
         """
         modules = [getattr(module, "fields", {}) for module in KERNELS.values()]
         fields = next((fields[self.name] for fields in modules if self.name in fields), None)
-        self._derived, self._typed = (
-            tuple(derived.values()),
-            [i for i in self._tensors if f"{names[i]}_dtype" in (fields or ())],
-        )
+        self._derived = tuple(derived.values())
+        self._typed = [i for i in self._tensors if f"{names[i]}_dtype" in (fields or ())]
         typed = (f"{names[i]}_dtype" for i in self._typed)
         given = (*self.Results._fields, *names, "backend", *_SHAPE, *_LAUNCH, *typed, *derived)
         if not modules:
@@ -389,7 +387,7 @@ class FusedOp:
 
     def _register(self, name: str, arguments: str, count: int, compute: Callable[..., Any], fake: Callable[..., Any]) -> None:
         returns = "Tensor" if count == 1 else f"({', '.join(['Tensor'] * count)})"
-        LIBRARY.define(f"{name}{arguments} -> {returns}", tags=[torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides])
+        LIBRARY.define(f"{name}{arguments} -> {returns}", tags=[torch.Tag.pt2_compliant_tag])
         LIBRARY.impl(name, compute, "CompositeExplicitAutograd")
         torch.library.register_fake(f"ddpm_fast::{name}", fake, lib=LIBRARY)
 
