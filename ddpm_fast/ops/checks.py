@@ -99,6 +99,13 @@ def check_float(op: str, name: str, x: Tensor, min_dim: int = 1) -> None:
         raise ValueError(f"{op}: expected {name} to have at least {min_dim} dimensions [N, ...], got shape {list(x.shape)}")
 
 
+def check_map(op: str, name: str, x: Tensor) -> None:
+    """Raise a TypeError or ValueError unless x is a floating tensor [N, C, H, W]."""
+    check_float(op, name, x)
+    if x.dim() != 4:
+        raise ValueError(f"{op}: expected {name} to be [N, C, H, W], got shape {list(x.shape)}")
+
+
 def check_like(op: str, name: str, x: Tensor, like_name: str, like: Tensor, shape: tuple[int, ...] | None = None) -> None:
     """Raise unless x has the dtype and device of `like`, and the shape of `like` or the one given."""
     wanted = tuple(like.shape) if shape is None else shape

@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import reference
 from ._op import FusedOp, gradients_of, runs_eagerly
 from .backend import MATRIX_DTYPES, has_fast_bfloat16, native, why_not_matrix_kernels
-from .checks import autocast, check_device, check_float, check_like, check_number
+from .checks import autocast, check_device, check_float, check_like, check_map, check_number
 
 # Fewest 2x2 tiles of a batch for which reading 16/9 of the weights pays (36/16 after an upsampling, of the small maps).
 WINOGRAD_TILES: Final = 8
@@ -70,12 +70,10 @@ def conv3x3(
         BackendUnavailable: The named backend cannot run.
     """
     op = "conv3x3"
-    check_float(op, "x", x)
-    if x.dim() != 4:
-        raise ValueError(f"{op}: expected x to be [N, C, H, W], got shape {list(x.shape)}")
+    check_map(op, "x", x)
     for name, value in (("skip", skip), ("residual", residual)):
         if value is not None:
-            check_float(op, name, value, min_dim=4)
+            check_map(op, name, value)
     x, skip, residual = autocast(x, skip, residual)
     n, channels, height, width = x.shape
     if skip is not None:
