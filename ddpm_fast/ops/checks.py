@@ -1,4 +1,4 @@
-"""Checks of arguments: errors name the op, the argument, what was expected and what came."""
+"""Checks of arguments: errors name the op, the argument, the expected value and the given one."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Tensors of unusual make: lazily negated, without memory, overlapping, expanded, or of a layout that no kernel reads.
+"""Unusual tensors: lazily negated, without memory, overlapping, expanded, or of a layout that no kernel reads.
 
-Each is computed right or refused by an error that names op and argument, in eager and compiled code. A kernel that reads freed
-memory ends the process.
+In eager and compiled code the op computes each correctly, or raises an error that names op and argument. A kernel that reads
+freed memory would end the process.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ def test_a_lazily_negated_out_is_written_right_or_refused() -> None:
 
 
 def freed(x: Tensor) -> Tensor:
-    """Return a tensor of x's shape whose memory was given back, as sharded training does between layers."""
+    """Return a tensor of x's shape whose memory was freed, as sharded training does between layers."""
     y = x.detach().clone()
     y.untyped_storage().resize_(0)
     assert y.data_ptr() == 0
@@ -269,7 +269,7 @@ def overlapping_calls() -> dict[str, Callable[[Tensor], Tensor]]:
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # inductor's own imports
 def test_a_partial_overlap_is_refused_or_right(name: str, mode: str) -> None:
     call, memory = overlapping_calls()[name], torch.randn(8, 4, 5, 5)
-    apart = torch.cat([memory[:3], memory[:3]])  # the input again, with memory of its own beside out
+    apart = torch.cat([memory[:3], memory[:3]])  # the input again, in memory apart from out
     expected = _without_overlap(call, apart)
     torch._dynamo.reset()
     run = torch.compile(call) if mode == "inductor" else MODES[mode](call)
@@ -327,7 +327,7 @@ def _mkldnn(x: Tensor) -> Tensor:
     return x.to_mkldnn()
 
 
-# A kind of tensor -> how to make it, and what the error calls it.
+# Kind of tensor -> function that makes one.
 ODD: dict[str, Callable[[Tensor], Tensor]] = {"sparse": _sparse, "nested": _nested, "mkldnn": _mkldnn}
 
 
@@ -429,7 +429,7 @@ def test_an_expanded_input(case: Case, name: str, mode: str) -> None:
 
 
 def test_an_expanded_gradient() -> None:
-    """The gradient that `sum` sends back has strides of 0."""
+    """The gradient of `sum` has strides of 0."""
     for case in FULLEST:
         call = make_call(case).map(lambda x: x.detach().clone().requires_grad_())
         (output, *_), inputs = call(), list(call.tensors.values())

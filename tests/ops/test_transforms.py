@@ -1,6 +1,6 @@
-"""Every differentiable op inside torch.func transforms and forward mode: there the reference computes, eager and compiled.
+"""Every differentiable op inside torch.func transforms and forward mode, where the reference computes, eager and compiled.
 
-A kernel has no forward derivative of its own, so a wrong dispatch shows as a tangent of 0. Each test compares with two backward
+A kernel has no forward derivative, so a wrong dispatch shows as a tangent of 0. Each test compares with two backward
 passes of the reference in float64.
 """
 
@@ -165,7 +165,7 @@ def test_compiled(case: Case, transform: str) -> None:
 
 @pytest.mark.parametrize(("case", "transform"), list(rows(("jvp", "dual_level", "grad", "vmap"), share=2)), ids=_id)
 def test_compiled_function_inside_a_transform(case: Case, transform: str) -> None:
-    """The compiled function is inside the transform, which the compiler then does not see."""
+    """The compiled function is inside the transform. The compiler does not see the transform."""
     torch._dynamo.reset()
     compiled = torch.compile(function_of_two(case, None), backend="aot_eager")
     found = right_or_refused(case.op, lambda: TRANSFORMS[transform](compiled)(argument(transform)))
@@ -194,7 +194,7 @@ def right_or_refused(op: str, run: Callable[[], Tensor]) -> Tensor | None:
     ],
 )
 def test_forward_mode_in_one_argument(case: Case, name: str) -> None:
-    """A tangent of any argument alone is enough to leave the kernels."""
+    """A tangent of one argument is enough to select the reference."""
     call = make_call(case, torch.float64)
     x = call.tensors[name]
     tangent = torch.randn(x.shape, dtype=torch.float64).to(x.dtype)
