@@ -71,7 +71,7 @@ class Recording:
         return self._output.clone()
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Return a tensor in memory that is free at this point, or in new memory if no free piece has a suitable size."""
+        """Return a tensor in free memory of suitable size, or in new memory."""
         n, *rest = shape
         strides = torch.empty(tuple(shape), device="meta").stride()
         if len(shape) == 4:
