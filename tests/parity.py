@@ -21,7 +21,7 @@ class Results:
 
 
 def evaluate(call: Call, backend: str, copy: Callable[[torch.Tensor], torch.Tensor] = torch.clone) -> Results:
-    """copy: makes the tensors that the op is called with."""
+    """Return outputs and gradients of a call on tensors that `copy` makes."""
     call = call.map(lambda x: copy(x.detach()).requires_grad_())
     outputs = call(backend)
     if not call.tensors:

@@ -1,7 +1,7 @@
 """torch.compile of whole networks: the values and gradients of eager mode.
 
-Inductor's C++ takes seconds a kernel to compile. By default one training step goes through inductor, and other rows through its
-decompositions and partitions alone. `--full` compiles every row both ways.
+Inductor takes seconds to compile a kernel's C++. By default it compiles one training step. Other rows stop after its
+decompositions and partitions. `--full` compiles every row both ways, and dynamic graphs of frozen networks.
 """
 
 from __future__ import annotations
@@ -71,7 +71,9 @@ def _rows() -> Iterator[Any]:
         rows = list(itertools.product(OPTIONS, (False, True), (False, True), (DECOMPOSED, "inductor")))
     for options, train, channels_last, backend in dict.fromkeys(rows):
         mode, layout = "train" if train else "eval", "channels_last" if channels_last else "contiguous"
-        yield pytest.param(options, train, channels_last, backend, id=f"{options}-{mode}-{layout}-{backend}")
+        quick = backend == "inductor" or (options == "fullgraph" and not train)
+        marks = () if quick else pytest.mark.slow
+        yield pytest.param(options, train, channels_last, backend, id=f"{options}-{mode}-{layout}-{backend}", marks=marks)
 
 
 @pytest.mark.parametrize(("options", "train", "channels_last", "backend"), list(_rows()))
@@ -88,8 +90,9 @@ def test_a_network_is_that_of_eager_mode(options: str, train: bool, channels_las
                 assert_same(compiled(*inputs), model(*inputs))
 
 
-@pytest.mark.parametrize("options", OPTIONS if pairwise.full else ["dynamic"])
-@pytest.mark.parametrize("channels_last", [False, True] if pairwise.full else [True], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("channels_last", [False, True], ids=str)
 def test_a_whole_training_step_in_one_graph(options: str, channels_last: bool) -> None:
     model = make(channels_last=channels_last, train=True)
 
@@ -104,14 +107,13 @@ def test_a_whole_training_step_in_one_graph(options: str, channels_last: bool) -
 
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
-FROZEN = list(itertools.product(OPTIONS, DTYPES))
+FROZEN = [
+    pytest.param(*row, marks=() if row == ("fullgraph", torch.float32) else pytest.mark.slow)
+    for row in itertools.product(OPTIONS, DTYPES)
+]
 
 
-@pytest.mark.parametrize(
-    ("options", "dtype"),
-    FROZEN if pairwise.full else [("dynamic", torch.float32), ("dynamic", torch.bfloat16), ("fullgraph", torch.float64)],
-    ids=str,
-)
+@pytest.mark.parametrize(("options", "dtype"), FROZEN, ids=str)
 def test_a_frozen_network_is_that_of_eager_mode(options: str, dtype: torch.dtype) -> None:
     frozen = freeze(make().eval(), dtype)
     compiled = torch.compile(frozen, backend=DECOMPOSED, **OPTIONS[options])
@@ -122,7 +124,8 @@ def test_a_frozen_network_is_that_of_eager_mode(options: str, dtype: torch.dtype
         torch.testing.assert_close(compiled(*inputs), frozen(*inputs), rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("dtype", DTYPES if pairwise.full else [torch.float32], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_frozen_network_compiles_after_its_model(dtype: torch.dtype) -> None:
     """They share code, and a graph that was made dynamic for one must not be taken for the other."""
     model = make().eval()

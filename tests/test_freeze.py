@@ -234,6 +234,12 @@ def test_bad_arguments_are_named() -> None:
         freeze(model, torch.int8)
     with pytest.raises(TypeError, match=r"freeze: expected dtype to be a torch\.dtype, got 'bfloat16'"):
         freeze(model, "bfloat16")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"freeze: expected num_timesteps to be at least 1, got -1"):
+        freeze(model, num_timesteps=-1)
+    with pytest.raises(TypeError, match=r"freeze: expected num_timesteps to be an int, got bool"):
+        freeze(model, num_timesteps=True)
+    with pytest.raises(ValueError, match=r"freeze: expected device to be a torch\.device or its name, got 'nowhere'"):
+        freeze(model, device="nowhere")
     frozen = freeze(model, num_timesteps=10)
     x, t, _ = make_inputs(config, 2)
     with pytest.raises(ValueError, match=r"expected t in 0\.\.9, got 10"):

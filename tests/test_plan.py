@@ -269,6 +269,19 @@ def test_errors(make, message: str) -> None:
         make()
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ddim_plan(SCHEDULE, eta="x"), "ddim_plan: expected eta to be a number, got str"),
+        (lambda: ddim_plan(SCHEDULE, clip="x"), "ddim_plan: expected clip to be a number, got str"),
+        (lambda: ddpm_plan(SCHEDULE, spacing=["a"]), r"ddpm_plan: expected spacing to be a name or timesteps, got \['a'\]"),
+    ],
+)
+def test_wrong_types(make, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        make()
+
+
 @pytest.mark.parametrize("options", [{"spacing": "trailing"}, {"final_alpha_bar": float(SCHEDULE.alpha_bars[0])}])
 def test_the_largest_eta_that_the_error_names_is_admissible_and_no_larger(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="expected eta to be at most") as raised:

@@ -72,7 +72,7 @@ def test_memory_is_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
     frozen, config = make()
     frozen(*make_inputs(config, 4))
     (recording,) = frozen._recordings._recordings.values()
-    kept = {tensor.data_ptr(): tensor.nbytes for tensor in recording.kept if tensor is not None and tensor.dtype == torch.uint8}
+    kept = {tensor.data_ptr(): tensor.nbytes for tensor in recording.held if tensor is not None and tensor.dtype == torch.uint8}
     assert sum(kept.values()) < sum(asked) / 2  # the skip connections are a good part of all, and needed at once
 
 

@@ -136,3 +136,15 @@ def test_tables_are_kept_by_the_number_of_the_gpu(monkeypatch: pytest.MonkeyPatc
 def test_errors(make, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: NoiseSchedule([0.1]), r"NoiseSchedule: expected betas to be a dense tensor of shape \[T\], got list"),
+        (lambda: NoiseSchedule.linear(10, "x"), r"NoiseSchedule\.linear: expected beta_start to be a number, got str"),
+    ],
+)
+def test_wrong_types(make, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        make()

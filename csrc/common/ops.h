@@ -1,4 +1,4 @@
-// The kernels of the native module, and the table of functions by which a device offers them.
+// The kernels of the native module, and the table of the functions of a device.
 //
 // To add a kernel, write its Args in common/args.h, its line here, and its function in csrc/cpu/<op>.cpp and
 // csrc/cuda/<op>.cu.
@@ -36,7 +36,7 @@
 
 namespace ddpm_fast {
 
-// A device leaves out what it does not have.
+// A function that a device does not have is null.
 struct Kernels {
 #define OP(name, Args) void (*name)(const Args&) = nullptr;
   DDPM_FAST_OPS(OP)

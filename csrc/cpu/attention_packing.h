@@ -103,7 +103,7 @@ DDPM_FAST_INLINE Sums<rows> product(const T* const (&inputs)[rows], const float*
   return sums;
 }
 
-// Stores the sums of a panel times `factor` to a row, of which `channels` channels are left from `to` on.
+// Stores the sums of a panel times `factor` to a row. `channels` is the number of channels from `to` on.
 template <class T>
 DDPM_FAST_INLINE void store_channels(T* to, const Floats (&sums)[kPanelVectors], float factor, Index channels) {
   for (int v = 0; v < kPanelVectors; ++v) {

@@ -6,9 +6,9 @@
 //   A dy A^T  is the gradient of the sums.
 //   G^T m G   is the gradient of the weights.
 //
-// A task has one row of the transforms, and few enough input and output channels that its sums stay in the second-level
-// cache while it goes through all tiles. Threads share nothing until the end. The number of threads decides the
-// partition of the channels, but neither the terms of a sum nor their order.
+// A task has one row of the transforms, for all tiles. It has few enough input and output channels for its sums to stay
+// in the second-level cache. Threads share nothing until the end. The number of threads decides the partition of the
+// channels, but neither the terms of a sum nor their order.
 //
 // A multiply-add takes two neighbouring tiles of a strip in bfloat16. The last tile of a strip may be paired with
 // zeros.

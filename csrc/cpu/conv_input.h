@@ -41,7 +41,7 @@ void zero_pixels(To* to, Index stride, Index pixels) {
 }
 
 // Copies `columns` pixels of a row of x and skip, from column `first` on, and applies the norm and the activation. The
-// row and the columns may lie outside the map. Zeros stand there, without norm and activation.
+// row and the columns may lie outside the map. Pixels outside are 0, without norm and activation.
 //
 // stride: elements per pixel in `to`, the number of channels rounded up.
 template <class T, class To>

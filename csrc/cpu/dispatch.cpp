@@ -44,7 +44,7 @@ bool has_f16c() {
 }
 #endif
 
-// Worst first.
+// Returns the compiled instruction sets from worst to best.
 std::vector<Isa> isas() {
   std::vector<Isa> sets = {{"baseline", true, &baseline::kernels}};
 #ifdef DDPM_FAST_X86

@@ -18,7 +18,7 @@
 //   dscale_shift = S1
 //   dweight      = sum over samples of (1 + scale) S2
 //   dbias        = sum over samples of (1 + scale) S1
-// A thread takes a slice as in the forward pass. The first sweep computes S1 and S2. It keeps g in float32 if g fits in
+// A thread takes a slice as in the forward pass. The first sweep computes S1 and S2. It stores g in float32 if g fits in
 // cache, because computing it again costs more than writing and reading it. The second sweep computes dx.
 #include "cpu/group_norm.h"
 

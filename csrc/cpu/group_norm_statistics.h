@@ -229,7 +229,7 @@ void finish_groups(const GroupNormSiluArgs& a, const Slice& slice, const SliceVa
 
 // ------------------------------------------------------------------------------------------------------ channels_last
 
-// Per channel of a slice.
+// The moments of each channel of a slice.
 template <class Real>
 struct ChannelMoments {
   double* mean;

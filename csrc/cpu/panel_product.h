@@ -2,7 +2,7 @@
 //
 // A panel holds the weights of kPanel output channels. It has kPanelVectors vectors for each input channel in turn.
 // Inputs are broadcast from memory. Sums stay in registers. There are kRows x kPanelVectors sums, as many as the
-// registers hold: a multiply-add waits for no other, and each loaded weight is used kRows times.
+// registers hold. So multiply-adds do not wait for each other, and each loaded weight is used kRows times.
 //
 // A multiply-add takes two input channels in bfloat16: for each output channel, a weight vector holds two neighbours in
 // depth. Without AVX512_BF16 the same sums are computed in float32.

@@ -18,8 +18,8 @@ constexpr Index round_up(Index value, Index unit) { return (value + unit - 1) / 
 // A thread has one buffer for a call, and one for a slice of the work.
 enum class ScratchUse { kCall, kSlice };
 
-// A scratch buffer of one thread, handed out in pieces. A small buffer is kept from call to call, because fresh pages
-// would cost more than the kernel.
+// A scratch buffer of one thread, handed out in pieces. A small buffer is reused by later calls, because new pages
+// would take longer than the kernel.
 class Scratch {
  public:
   Scratch(ScratchUse use, Index bytes) : kept_(buffers()[static_cast<int>(use)]) {

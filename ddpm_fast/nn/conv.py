@@ -15,13 +15,13 @@ Layer = TypeVar("Layer", bound=nn.Module)
 class Conv3x3(nn.Conv2d):
     """nn.Conv2d for 3x3 convolutions with stride 1 and padding 1, computed by `ddpm_fast.conv3x3`.
 
-    Any other geometry is PyTorch's. With infinite inputs the kernels may return NaN where PyTorch returns
+    PyTorch computes any other geometry. For infinite inputs the kernels may return NaN where PyTorch returns
     infinities.
     """
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the convolution of input: [N, in_channels, H, W] -> [N, out_channels, H, W]."""
-        if not _is_usual(self) or input.dim() != 4:
+        if not _has_fused_geometry(self) or input.dim() != 4:
             return super().forward(input)
         return conv3x3(input, self.weight, self.bias)
 
@@ -36,7 +36,7 @@ def upsampled(conv: nn.Module, x: Tensor) -> Tensor:
         conv: A convolution.
         x: [N, in, H, W].
     """
-    if is_untouched(conv, Conv3x3) and _is_usual(conv) and x.dim() == 4:
+    if is_untouched(conv, Conv3x3) and _has_fused_geometry(conv) and x.dim() == 4:
         return conv3x3(x, conv.weight, conv.bias, upsample=True)
     out: Tensor = conv(doubled(x))
     return out
@@ -50,12 +50,12 @@ def is_untouched(layer: nn.Module, kind: type[Layer]) -> TypeGuard[Layer]:
 
 def doubled(x: Tensor) -> Tensor:
     """Upsample by 2 (nearest): [N, C, H, W] -> [N, C, 2 H, 2 W]."""
-    if x.dim() != 4:  # of [C, H, W] PyTorch would double the width alone
+    if x.dim() != 4:  # PyTorch would double only the width of [C, H, W]
         raise ValueError(f"upsampling: expected x to be [N, C, H, W], got shape {tuple(x.shape)}")
     return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
-def _is_usual(conv: nn.Conv2d) -> bool:
+def _has_fused_geometry(conv: nn.Conv2d) -> bool:
     """Return whether `conv` is 3x3 with stride 1, padding 1 and zero padding."""
     geometry = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
     return geometry == ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")

@@ -37,12 +37,12 @@ from .packed import (
 from .replay import Recordings
 from .unet import DownBlock, MidBlock, UNet, UpBlock, centered, checked_timesteps, through_layers
 
-_CACHED_BYTES = 8 << 20  # of a map that is a batch's largest: 16 images of the CIFAR-10 network in float32
+_CACHED_BYTES = 8 << 20  # the largest feature map of a batch: 16 images of the CIFAR-10 network in float32
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # Python 3.11 has it in typing
 
-# Layers of a UNet. A layer that replaces one of them (an adapter, say) would be lost in the copy.
+# Layers of a UNet. The copy would lose a layer that replaces one of them, such as an adapter.
 _LAYERS = (
     *(UNet, DownBlock, MidBlock, UpBlock, ResnetBlock, Attention, GroupNormSiLU, Downsample, Upsample, TimeEmbedding),
     *(nn.ModuleList, Conv3x3, nn.Conv2d, nn.Linear, nn.Embedding),
@@ -168,9 +168,11 @@ class FrozenUNet(nn.Module):
         projections: list[tuple[Tensor, Tensor]] = []
         for block in (*self.down_blocks, self.mid_block, *self.up_blocks):
             for i, resnet in enumerate(block.resnets):
-                place = len(projections)
+                first_term = len(projections)
                 projections += _time_projections(resnet)
-                block.resnets[i] = PackedResnetBlock(resnet, place, dtype) if packs else FrozenResnetBlock(resnet, place)
+                block.resnets[i] = (
+                    PackedResnetBlock(resnet, first_term, dtype) if packs else FrozenResnetBlock(resnet, first_term)
+                )
             block.attentions = nn.ModuleList(
                 [PackedAttention(attention, dtype) if packs else FrozenAttention(attention) for attention in block.attentions]
             )
@@ -208,7 +210,7 @@ class FrozenUNet(nn.Module):
                 f"{changed.device.type} and {changed.dtype}: freeze the model again"
             )
         elif fn(torch.empty(0, dtype=torch.float32, device="cpu")).dtype != torch.float32:
-            return self  # it is in that dtype, and what is float32 beside it stays so
+            return self  # weights have that dtype already, and norms and tables stay float32
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._recordings = Recordings()
         return self
@@ -299,7 +301,7 @@ class Modulations(nn.Module):
         widths = [len(bias) for _, bias in projections]
         distinct = sorted(set(widths))
         # Stack and row of each projection.
-        self._places = [(distinct.index(width), widths[:i].count(width)) for i, width in enumerate(widths)]
+        self._rows = [(distinct.index(width), widths[:i].count(width)) for i, width in enumerate(widths)]
         stacks = []
         for width in distinct:
             weights, biases = zip(*(pair for pair in projections if len(pair[1]) == width), strict=True)
@@ -327,15 +329,15 @@ class Modulations(nn.Module):
     def of_blocks(self, stacks: Sequence[Tensor]) -> list[Tensor]:
         """Return the term [N, W] of each projection in order, as views of the stacks."""
         rows = [stack.unbind() for stack in stacks]
-        return [rows[stack][row] for stack, row in self._places]
+        return [rows[stack][row] for stack, row in self._rows]
 
 
 class FrozenResnetBlock(nn.Module):
-    """`ResnetBlock` whose time terms come from `Modulations`, at index `place` of its list."""
+    """`ResnetBlock` whose time terms come from `Modulations`. `first_term` is their index in its list."""
 
-    def __init__(self, block: ResnetBlock, place: int) -> None:
+    def __init__(self, block: ResnetBlock, first_term: int) -> None:
         super().__init__()
-        self.place = place
+        self.first_term = first_term
         self.scale_shift = block.scale_shift
         self.output_scale_factor = block.output_scale_factor
         self.norm1, self.conv1, self.norm2, self.conv2 = block.norm1, block.conv1, block.norm2, block.conv2
@@ -354,9 +356,9 @@ class FrozenResnetBlock(nn.Module):
             x = torch.cat((x, skip), dim=1)
         h = self.conv1(self.norm1(x))
         if self.scale_shift:
-            h = self.norm2(h, scale_shift=(modulations[self.place], modulations[self.place + 1]))
+            h = self.norm2(h, scale_shift=(modulations[self.first_term], modulations[self.first_term + 1]))
         else:
-            h = self.norm2(h, shift=modulations[self.place])
+            h = self.norm2(h, shift=modulations[self.first_term])
         if isinstance(self.conv2, OneDnnConv):
             added = x if self.shortcut is None else self.shortcut(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
             return rescaled_in_place(self.conv2(h, added), self.output_scale_factor)
@@ -364,9 +366,9 @@ class FrozenResnetBlock(nn.Module):
         if self.shortcut is None:
             h += x
         else:
-            # A 1x1 convolution is a product of the pixels' channels, and a product can add to what is there.
+            # A 1x1 convolution is a matrix product over channels. addmm_ adds it in place.
             n, c, height, width = h.shape
-            pixels = h.permute(0, 2, 3, 1).reshape(n * height * width, c)  # views, where h and x are channels_last
+            pixels = h.permute(0, 2, 3, 1).reshape(n * height * width, c)  # views if h and x are channels_last
             pixels.addmm_(x.permute(0, 2, 3, 1).reshape(n * height * width, x.shape[1]), self.shortcut.weight.t())
             h = pixels.view(n, height, width, c).permute(0, 3, 1, 2)
         return rescaled_in_place(h, self.output_scale_factor)

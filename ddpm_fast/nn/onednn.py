@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..ops._op import runs_eagerly
 from ..ops.backend import MATRIX_DTYPES
 
-MAX_ORDERS: Final = 4  # of the weights kept for a layer: shapes of its input
+MAX_ORDERS: Final = 4  # input shapes of a layer for which reordered weights are stored
 
 
 def has_prepacked(dtype: torch.dtype) -> bool:
@@ -29,7 +29,7 @@ def has_prepacked(dtype: torch.dtype) -> bool:
         conv = OneDnnConv(nn.utils.skip_init(nn.Conv2d, 1, 1, 1, device="cpu", dtype=dtype))
         x = torch.zeros(1, 1, 1, 1, dtype=dtype, device="cpu")
         conv(x, conv(x))
-    except (AttributeError, RuntimeError):  # of another version
+    except (AttributeError, RuntimeError):  # another version of PyTorch
         return False
     return True
 
@@ -66,7 +66,7 @@ class OneDnnConv(nn.Module):
     def _weight_for(self, shape: torch.Size) -> Tensor:
         weight = self._reordered.get(shape)
         if weight is None:
-            reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight  # torch's stub has not all of its arguments
+            reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight  # torch's stub lacks some of its arguments
             weight = reorder(self.weight.detach().to_mkldnn(), *self.geometry, list(shape))
             if len(self._reordered) == MAX_ORDERS:
                 self._reordered.popitem(last=False)

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from ..ops.backend import native
 
-MAX_RECORDINGS: Final = 4  # kept for a network: batch sizes, numbers of threads
+MAX_RECORDINGS: Final = 4  # recordings of a network: one per input shape and number of threads
 
-_thread = threading.local()  # .recording: what the thread is recording, if anything
+_thread = threading.local()  # .recording: the thread's current Recording, or None
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -30,22 +30,22 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
     return torch.empty(tuple(shape), dtype=dtype, device=device, memory_format=memory_format)
 
 
-def keep(*tensors: Tensor | None) -> None:
-    """Keep tensors alive whose addresses a recorded kernel call holds. Tensors of `empty` need no call."""
+def hold_reference(*tensors: Tensor | None) -> None:
+    """Hold references to tensors whose addresses a recorded kernel call uses. Tensors of `empty` need no call."""
     recording: Recording | None = getattr(_thread, "recording", None)
     if recording is not None:
-        recording.kept += tensors
+        recording.held += tensors
 
 
 class Recording:
     """The kernel calls that a function makes for its inputs.
 
-    Only kernels noted by the compiled module's `record` may compute values, and only in tensors of `empty`.
+    Only kernels recorded by the compiled module's `record` may compute values, and only in tensors of `empty`.
     """
 
     def __init__(self) -> None:
-        self.kept: list[Tensor | None] = []  # alive as long as the calls
-        self._free: list[Tensor] = []  # bytes that no tensor of `empty` is in, at this point of the recording
+        self.held: list[Tensor | None] = []  # tensors whose addresses the calls use
+        self._free: list[Tensor] = []  # memory that no tensor of `empty` uses at this point of the recording
 
     def record(self, function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Tensor:
         """Call the function, record its kernel calls and return its output."""
@@ -71,7 +71,7 @@ class Recording:
         return self._output.clone()
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Return a tensor in memory that is free at this point, if a piece of suitable size exists."""
+        """Return a tensor in free memory of suitable size, or in new memory."""
         n, *rest = shape
         strides = torch.empty(tuple(shape), device="meta").stride()
         if len(shape) == 4:
@@ -83,7 +83,7 @@ class Recording:
             memory = self._free.pop(min(fitting, key=lambda i: len(self._free[i])))
         else:
             memory = torch.empty(size, dtype=torch.uint8, device="cpu")
-            self.kept.append(memory)
+            self.held.append(memory)
         tensor = torch.empty(0, dtype=dtype, device="cpu").set_(memory.untyped_storage(), 0, tuple(shape), strides)
         finalize(tensor, self._free.append, memory).atexit = False
         return tensor
@@ -93,8 +93,8 @@ class Recordings:
     """Recordings of one function, one per state and input shapes."""
 
     def __init__(self) -> None:
-        self._recordings: OrderedDict[Hashable, Recording] = OrderedDict()  # the one used last is last
-        self._one = threading.Lock()  # at a time
+        self._recordings: OrderedDict[Hashable, Recording] = OrderedDict()  # in the order of last use
+        self._lock = threading.Lock()  # a recording serves one thread at a time
 
     def run(self, function: Callable[..., Tensor], inputs: Sequence[Tensor], state: Hashable) -> Tensor:
         """Return function(*inputs), recorded or replayed.
@@ -104,7 +104,7 @@ class Recordings:
             inputs: Dense tensors.
             state: Everything else that the result depends on.
         """
-        if not self._one.acquire(blocking=False):
+        if not self._lock.acquire(blocking=False):
             return function(*inputs)
         try:
             key = (state, torch.get_num_threads(), *((x.shape, x.stride(), x.dtype) for x in inputs))
@@ -119,7 +119,7 @@ class Recordings:
             self._recordings[key] = recording
             return output
         finally:
-            self._one.release()
+            self._lock.release()
 
     def __reduce__(self) -> tuple[type[Recordings], tuple[()]]:
-        return Recordings, ()  # a copy records for itself
+        return Recordings, ()  # a copy makes its own recordings

@@ -1,4 +1,4 @@
-"""FusedOp: one declaration an op. Dispatch, registration, autograd, transforms and checks are here, once for all ops."""
+"""FusedOp: one declaration per op. It does dispatch, registration, autograd, transforms and checks for all ops."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ _LAUNCH: Final = ("workspace", "stream_or_threads")
 class FusedOp:
     """An op, its backends and its gradient.
 
-    A call chooses the backend and takes one of these ways:
+    A call chooses the backend and takes one of three paths:
 
     1. The reference is called as it is, so PyTorch differentiates and compiles it.
     2. Plain tensors in eager mode bypass the dispatcher, which takes longer than a small kernel.
-    3. Every other call goes through `torch.ops.ddpm_fast.<name>`: compilation, tensor subclasses, dispatch modes, lazy
-       negation.
+    3. Every other call goes through `torch.ops.ddpm_fast.<name>`: a call that is compiled, runs in a dispatch mode, or has
+       a tensor subclass or a lazily negated tensor.
 
     Inside torch.func transforms and forward-mode differentiation the reference computes the op, eager and compiled.
 
@@ -54,7 +54,7 @@ class FusedOp:
             if it has them.
         saved: Like `outputs`, for results that only the backward pass reads. A call does not return them.
         dense: The large tensors. The first one sets shape and dtype for the kernel, and the memory format of all.
-            Tensors that are not listed are made contiguous or channels_last, each by itself.
+            Any other tensor is made contiguous if it is neither contiguous nor channels_last.
         layout: Memory format of the large tensors. None: that of the first one.
         native: Function(results, arguments) that computes the results. None: the kernel of the op's name.
         has_triton: Whether there is a Triton launcher of the op's name.
@@ -62,9 +62,9 @@ class FusedOp:
             name whether a gradient is needed. None: a call that needs a gradient uses the reference.
         reads: Arguments and results that `backward` reads, besides those of `saved`. None: all tensor arguments. The
             other tensors are None there.
-        derived: Field of the kernel -> function(arguments) that computes it. Other fields take the argument or the
-            result of their name. `<name>_dtype`, the sizes and the threads need no entry.
-        host_only: Arguments that are no field of the kernel.
+        derived: Field of the kernel -> function(arguments) that computes it. Every other field takes the argument or
+            the result of the same name. `<name>_dtype`, the sizes and the threads need no entry.
+        host_only: Arguments that are not fields of the kernel.
         check: Function(arguments) that raises for values out of range. It runs before a kernel or the reference.
         unfit: Backend -> function(arguments) that returns why it cannot take them, or None.
         limits: Function(device, dtype) that returns why native kernels cannot run, or None. It adds to what all ops
@@ -131,12 +131,12 @@ class FusedOp:
         """Compute the op.
 
         Args:
-            arguments: Those of the schema, in order.
+            arguments: Arguments of the schema, in order.
             backend: Name of the backend. None: the first that can run.
             out: Tensor for the first result, for an op with `in_place`.
 
         Returns:
-            The result, or a tuple if there are several. One that is not wanted is None or has no elements.
+            The result, or a tuple if there are several. A result that is not wanted is None or has no elements.
         """
         main = arguments[self._main]
         dtype = main.dtype if self._dtype_argument is None else arguments[self._dtype_argument]
@@ -241,7 +241,7 @@ class FusedOp:
 
         Args:
             backend: "native" or "triton".
-            arguments: Those of the schema, in order. Tensors must be plain.
+            arguments: Arguments of the schema, in order. Tensors must be plain.
             saves: Also compute the results that the backward pass reads. Otherwise they are None.
             out: Tensor for the first result.
 
@@ -344,7 +344,7 @@ class FusedOp:
                 f"ddpm_fast: the compiled module does not fit this source: {self.name} has fields without a value: "
                 f"{without_value or 'none'}, and values without a field: {without_field or 'none'}: {_BUILD_AGAIN}"
             )
-        # The last value of a name counts: a derived one replaces the argument.
+        # If a name occurs twice, the last value is taken: a derived one replaces the argument.
         self._pick = itemgetter(*(len(given) - 1 - given[::-1].index(field) for field in fields))
         self._fields = fields
         self._workspace = f"{self.name}_workspace" if "workspace" in fields else None
@@ -361,7 +361,7 @@ class FusedOp:
             getattr(kernels, self.name)(*fields)
 
     def _with_workspace(self, kernels: Any, fields: tuple[Any, ...], device: torch.device) -> tuple[Any, ...]:
-        """Return the fields with the scratch buffer that the kernel wants for them."""
+        """Return the fields with a scratch buffer of the size that the kernel asks for."""
         size = getattr(kernels, self._workspace or "")(*fields)
         workspace = torch.empty(size, dtype=torch.uint8, device=device) if size else None
         return tuple(workspace if name == "workspace" else value for name, value in zip(self._fields, fields, strict=True))
@@ -400,7 +400,7 @@ class FusedOp:
         return _unwrapped(self._results(tuple(arguments), backend, out)[1:])
 
     def _results(self, arguments: tuple[Any, ...], backend: str | None, out: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Return all results as the dispatcher takes them: a tensor without elements for one that is absent."""
+        """Return all results for the dispatcher: a tensor without elements stands for an absent one."""
         for i in self._tensors:
             if arguments[i] is not None:
                 check_strided(self.name, self.Arguments._fields[i], arguments[i])
@@ -412,7 +412,7 @@ class FusedOp:
         return self._present(self.run(chosen, arguments, out=out), main)
 
     def _all_by_reference(self, arguments: tuple[Any, ...], out: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Return the reference's results. One that only a kernel's backward pass reads has no elements."""
+        """Return the reference's results. Results that only a kernel's backward pass reads have no elements."""
         assert self.reference is not None
         results = _as_tuple(self.reference(*arguments))
         if out is not None:
@@ -437,7 +437,7 @@ class FusedOp:
     # ------------------------------------------------------------------------------------------------- differentiation
 
     def _autograd(self, keys: torch._C.DispatchKeySet, *values: Any) -> Any:
-        """Compute the op for tensors that autograd or a transform watches."""
+        """Compute the op for tensors that need a gradient or belong to a transform."""
         *arguments, backend = values
         tensors = [arguments[i] for i in self._tensors if arguments[i] is not None]
         needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
@@ -465,7 +465,7 @@ class FusedOp:
             ctx.arguments[i] = None
 
     def _saved(self, ctx: Any) -> tuple[Any, Any]:
-        """Return the arguments and results that `_save` kept."""
+        """Return the arguments and results that `_save` stored."""
         tensors, count = ctx.saved_tensors, len(self._read)
         arguments, results = ctx.arguments.copy(), [None] * len(self._allocate)
         for i, tensor in zip(self._read, tensors, strict=False):
@@ -522,12 +522,12 @@ def _as_tuple(results: Any) -> tuple[Any, ...]:
 
 
 def _unwrapped(results: tuple[Any, ...]) -> Any:
-    """Return results as a Python implementation of an op does: none, one, or a tuple."""
+    """Return None for no result, the result if there is one, or the tuple."""
     return results[0] if len(results) == 1 else results or None
 
 
 def gradients_of(function: Callable[..., Tensor], inputs: Sequence[Tensor | None], grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Return the gradients of function(*inputs), differentiable if autograd records. Those of absent inputs are None."""
+    """Return the gradients of function(*inputs), differentiable if autograd records. None stands for absent inputs."""
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         leaves = [
@@ -552,7 +552,7 @@ def is_transformed() -> bool:
 
 
 def is_traced() -> bool:
-    """Return whether torch.jit, a dispatch mode or the vmap of batched gradients watches the operations."""
+    """Return whether torch.jit, a dispatch mode or the vmap of batched gradients is active."""
     return bool(
         torch._C._len_torch_dispatch_stack()
         or torch._C._get_tracing_state() is not None
@@ -561,7 +561,10 @@ def is_traced() -> bool:
 
 
 def runs_eagerly(*tensors: Tensor | None) -> bool:
-    """Return whether kernels may be called directly: plain tensors, and no compiler, tracer, mode or transform."""
+    """Return whether kernels may be called directly.
+
+    That needs plain tensors, and no compiler, tracer, dispatch mode or transform.
+    """
     if torch.compiler.is_compiling() or is_transformed() or is_traced():
         return False
     return all(tensor is None or (type(tensor) in _PLAIN_TYPES and not tensor.is_neg()) for tensor in tensors)

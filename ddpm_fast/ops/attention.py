@@ -13,9 +13,10 @@ from .backend import why_not_matrix_kernels
 from .checks import autocast, check_float, check_number, in_autocast
 from .conv3x3 import is_trained_natively, step_of
 
-# Pixels of a map from which a layer's training step is faster than with PyTorch's attention. Of 256 channels in one head,
-# batch 16, two cores with AVX-512 BF16: in bfloat16 0.75 of its time at 16x16, 0.8 at 8x8 and 4x4; in float32 0.9 at
-# 16x16, 1.1 at 8x8.
+# Fewest pixels for which a layer's training step is faster than with PyTorch's attention. Its time relative to PyTorch's
+# (256 channels in one head, batch 16, two cores with AVX-512 BF16):
+#   bfloat16: 0.75 at 16x16, 0.8 at 8x8 and 4x4
+#   float32: 0.9 at 16x16, 1.1 at 8x8
 FEWEST_PIXELS: Final = {torch.bfloat16: 0, torch.float32: 256}
 
 
@@ -34,8 +35,9 @@ def attention(qkv: Tensor, num_heads: int, *, scale: float | None = None, backen
             latter with an even number of channels in a head.
 
     Returns:
-        [N, L, C] in the dtype of qkv, contiguous. Differentiable; more than once by native kernels. PyTorch's
-        fused attention has no second derivative: `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)` has.
+        [N, L, C] in the dtype of qkv, contiguous. Differentiable any number of times with native kernels.
+        PyTorch's fused attention has no second derivative. `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`
+        selects one that has.
 
     Raises:
         ValueError: An argument has an unsupported value or shape.

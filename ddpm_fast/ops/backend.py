@@ -15,7 +15,7 @@ import torch
 
 BACKENDS: Final = ("native", "triton", "reference")  # in the order that backend=None tries them
 FLOATS: Final = (torch.float32, torch.float64, torch.float16, torch.bfloat16)  # the index is the native module's dtype code
-MATRIX_DTYPES: Final = (torch.float32, torch.bfloat16)  # of convolution and attention kernels
+MATRIX_DTYPES: Final = (torch.float32, torch.bfloat16)  # dtypes of convolution and attention kernels
 
 
 def _load_native() -> ModuleType | str:
@@ -39,10 +39,10 @@ def _constant(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-# Found out once, at import, so that torch.compile sees constants.
+# These are set once, at import, so that torch.compile sees constants.
 _NATIVE: Final = _load_native()
-BUILD: Final[dict[str, Any]] = {} if isinstance(_NATIVE, str) else _NATIVE.build_info()  # kept: a call takes 40 us
-# The compiled kernels for tensors of a kind of device.
+BUILD: Final[dict[str, Any]] = {} if isinstance(_NATIVE, str) else _NATIVE.build_info()  # stored, because a call takes 40 us
+# Compiled kernels by type of device.
 KERNELS: Final[dict[str, Any]] = {kind: getattr(_NATIVE, kind) for kind in ("cpu", "cuda") if hasattr(_NATIVE, kind)}
 _TRITON_INSTALLED: Final = importlib.util.find_spec("triton") is not None
 _TRITON_INTERPRETED: Final = os.environ.get("TRITON_INTERPRET") == "1"
@@ -101,7 +101,7 @@ def _warn_once_without_cuda() -> None:
     )
 
 
-_CUDA_REASONS: dict[torch.device, str | None] = {}  # asked once: it starts the driver
+_CUDA_REASONS: dict[torch.device, str | None] = {}  # stored, because the question starts the driver
 
 
 @_constant

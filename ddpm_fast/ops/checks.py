@@ -1,4 +1,4 @@
-"""Checks of arguments: errors name the op, the argument, what was expected and what came."""
+"""Checks of arguments: errors name the op, the argument, the expected value and the given one."""
 
 from __future__ import annotations
 
@@ -97,6 +97,13 @@ def check_float(op: str, name: str, x: Tensor, min_dim: int = 1) -> None:
         raise TypeError(f"{op}: expected {name} to be float32, float64, float16 or bfloat16, got {x.dtype}")
     if x.dim() < min_dim:
         raise ValueError(f"{op}: expected {name} to have at least {min_dim} dimensions [N, ...], got shape {list(x.shape)}")
+
+
+def check_map(op: str, name: str, x: Tensor) -> None:
+    """Raise a TypeError or ValueError unless x is a floating tensor [N, C, H, W]."""
+    check_float(op, name, x)
+    if x.dim() != 4:
+        raise ValueError(f"{op}: expected {name} to be [N, C, H, W], got shape {list(x.shape)}")
 
 
 def check_like(op: str, name: str, x: Tensor, like_name: str, like: Tensor, shape: tuple[int, ...] | None = None) -> None:

@@ -15,13 +15,14 @@ from torch import Tensor
 from .. import reference
 from ._op import FusedOp, gradients_of, runs_eagerly
 from .backend import MATRIX_DTYPES, has_fast_bfloat16, native, why_not_matrix_kernels
-from .checks import autocast, check_device, check_float, check_like, check_number
+from .checks import autocast, check_device, check_float, check_like, check_map, check_number
 
-# Fewest 2x2 tiles of a batch for which reading 16/9 of the weights pays (36/16 after an upsampling, of the small maps).
+# Fewest 2x2 tiles of a batch for which Winograd's method is faster than the direct sum. It reads 16/9 of the weights, or
+# 36/16 after an upsampling.
 WINOGRAD_TILES: Final = 8
 
 _CHANNELS_LAST: Final = torch.channels_last
-# The three taps of an even or odd output row fall on two input rows in these ways after upsampling by 2.
+# The input row, of two, that each of three taps reads after upsampling by 2: for even and for odd output rows.
 _UPSAMPLED: Final = torch.tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], dtype=torch.float64, device="cpu")
 
 
@@ -70,12 +71,10 @@ def conv3x3(
         BackendUnavailable: The named backend cannot run.
     """
     op = "conv3x3"
-    check_float(op, "x", x)
-    if x.dim() != 4:
-        raise ValueError(f"{op}: expected x to be [N, C, H, W], got shape {list(x.shape)}")
+    check_map(op, "x", x)
     for name, value in (("skip", skip), ("residual", residual)):
         if value is not None:
-            check_float(op, name, value, min_dim=4)
+            check_map(op, name, value)
     x, skip, residual = autocast(x, skip, residual)
     n, channels, height, width = x.shape
     if skip is not None:
@@ -303,8 +302,11 @@ def _gradients_by_reference(a: Any, grad: Tensor) -> dict[str, Tensor | None]:
 def is_trained_natively(dtype: torch.dtype, *tensors: Tensor | None) -> bool:
     """Return whether native kernels are the default for a training step in this dtype of a layer with these tensors.
 
-    PyTorch computes layers without gradients, whose weights would be packed at every call: freeze the network instead. It
-    computes bfloat16 on CPUs without instructions for it, and everything under torch.compile.
+    PyTorch is the default in these cases:
+
+    - without gradients, because weights would be packed at every call (`freeze` packs them once)
+    - in bfloat16 on CPUs without instructions for it
+    - under torch.compile
     """
     given = [tensor for tensor in tensors if tensor is not None]
     return (

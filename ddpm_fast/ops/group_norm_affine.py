@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import reference
 from ._op import FusedOp
 from .backend import why_not_matrix_kernels
-from .checks import check_float, check_like
+from .checks import check_like, check_map
 from .group_norm_silu import check_norm
 
 
@@ -53,10 +53,10 @@ def group_norm_affine(
         BackendUnavailable: The named backend cannot run.
     """
     op = "group_norm_affine"
-    check_float(op, "x", x, min_dim=4)
+    check_map(op, "x", x)
     channels = 0
     if skip is not None:
-        check_float(op, "skip", skip, min_dim=4)
+        check_map(op, "skip", skip)
         channels = skip.shape[1]
         check_like(op, "skip", skip, "x", x, (x.shape[0], channels, *x.shape[2:]))
     scale, shift_2 = check_norm(op, x, num_groups, weight, bias, eps, shift, scale_shift, more_channels=channels)

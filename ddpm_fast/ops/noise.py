@@ -18,8 +18,8 @@ from .checks import check_seeds, checked_device
 def sample_seeds(seed: int, n: int, start: int = 0) -> Tensor:
     """Return the seeds of samples start .. start + n - 1 of a run.
 
-    Philox derives them from the run's seed, so runs with neighbouring seeds share none. A loop that needs new noise each
-    time asks for new samples: `sample_seeds(seed, batch_size, start=step * batch_size)`.
+    Philox derives them from the run's seed, so runs with neighbouring seeds share none. A loop that needs new
+    noise at each step takes new samples: `sample_seeds(seed, batch_size, start=step * batch_size)`.
 
     Args:
         seed: The run's seed, -2^63 .. 2^64 - 1.
@@ -59,10 +59,10 @@ def noise(
 ) -> Tensor:
     """Draw standard normals. Sample i depends on (seeds[i], stream) alone, in C, H, W order.
 
-    The float32 values are the same bits from every backend, for every batch size, device, memory format and number of
+    The float32 values are the same bits for every backend, batch size, device, memory format and number of
     threads. Other dtypes hold them rounded or widened.
 
-    Equal (seed, stream) is equal noise. These streams are taken:
+    Equal (seed, stream) gives equal noise. These streams are taken:
 
         0 .. S - 1         `reverse_step` at row 0 .. S - 1 of a plan
         STREAM_X_T         `initial_noise`, the x_T of a sampler
@@ -70,17 +70,17 @@ def noise(
         STREAM_SEEDS       `sample_seeds`
         STREAM_OFFSET      offset noise of the denoising-diffusion-pytorch drop-in
 
-    So `noise(shape, seeds)` as x_T would collide with a sampler's step 0: take `initial_noise`. And the same seeds in each
-    step of a loop would draw the same noise each time: take new seeds from `sample_seeds`.
+    `noise(shape, seeds)` as x_T would repeat the noise of a sampler's step 0: use `initial_noise`. The same
+    seeds draw the same noise at each step of a loop: take new seeds from `sample_seeds`.
 
     Args:
         shape: [N, ...].
-        seeds: int64 [N], one seed a sample, from `sample_seeds`.
-        stream: 0 .. 2^32 - 1. Another stream is independent noise for the same seeds.
+        seeds: int64 [N], one seed per sample, from `sample_seeds`.
+        stream: 0 .. 2^32 - 1. Another stream gives independent noise for the same seeds.
         dtype: float32, float64, float16 or bfloat16.
-        device: Where to draw. By default where the seeds are.
+        device: Device of the result. None: the device of the seeds.
         memory_format: torch.contiguous_format or, for [N, C, H, W], torch.channels_last.
-        backend: "native", "triton" or "reference". By default the first that can run.
+        backend: "native", "triton" or "reference". None: the first that can run.
 
     Returns:
         Standard normals of the given shape, dtype, device and memory format.
@@ -127,15 +127,15 @@ def initial_noise(
     device: torch.device | str | None = None,
     memory_format: torch.memory_format = torch.contiguous_format,
 ) -> Tensor:
-    """Draw x_T ~ N(0, I), the start of a sampler: the same bits from which `sample` starts (eq. 4).
+    """Draw x_T ~ N(0, I), the start of a sampler (eq. 4). `sample` starts from the same bits.
 
-    The noise has a stream of its own, STREAM_X_T, so it shares nothing with the noise of any step.
+    The noise uses the stream STREAM_X_T, so it shares nothing with the noise of any step.
 
     Args:
         shape: [N, C, H, W], or any [N, ...].
-        seeds: int64 [N], one seed a sample, from `sample_seeds`.
+        seeds: int64 [N], one seed per sample, from `sample_seeds`.
         dtype: float32, float64, float16 or bfloat16.
-        device: Where to draw. By default where the seeds are.
+        device: Device of the result. None: the device of the seeds.
         memory_format: torch.contiguous_format or, for [N, C, H, W], torch.channels_last.
 
     Returns:

@@ -1,6 +1,6 @@
-"""The CUDA kernels, run by the emulator: every case by the parity rule on both emulated cards, the same bits in every order.
+"""CUDA kernels in the emulator: the parity rule for every case on both emulated cards, and the same bits in every order.
 
-Whatever the emulator finds on the way (a race, a read of memory that nobody wrote, ...) is raised by the call.
+A call raises what the emulator finds, such as a race or a read of uninitialised memory.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def test_normals_are_the_reference_s_to_the_bit(
     assert torch.equal(*call("native"), *call("reference"))
 
 
-# More than a block can do: several tiles of a sample, with an end; more channels than a tile has; learned variances.
+# Cases larger than a block: several tiles of a sample and an incomplete one; more channels than a tile has.
 _LARGE = (
     Case("noise", "tiles", (2, 3, 50, 43)),
     Case("noise", "wide", (2, 600, 3, 3)),
@@ -111,7 +111,7 @@ def test_a_large_case(emulated: ModuleType, case: Case, dtype: torch.dtype, chan
     _check(emulated, case, dtype, channels_last, orders=(ORDERS[0], ORDERS[2]))
 
 
-def test_large_group_norms_take_every_way(emulated: ModuleType) -> None:
+def test_large_group_norms_run_every_kernel(emulated: ModuleType) -> None:
     case = _LARGE[-2]
     for channels_last, name in ((False, "contiguous"), (True, "channels_last")):
         call = make_call(case, torch.float32, channels_last=channels_last)
@@ -136,7 +136,7 @@ def test_the_largest_cluster(emulated: ModuleType) -> None:
     assert max(launch["cluster"] for launch in emulated.take_launches()) == 16
 
 
-# Vectors of a slice that fill warps badly: an odd number of them, or 2 times one. Those of bfloat16 and of float32.
+# Numbers of vectors in a slice that leave lanes of a warp idle: odd numbers and their doubles, in both dtypes.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=_name)
 @pytest.mark.parametrize("group_channels", [15, 18, 30, 36, 42])
 def test_groups_of_any_channels_are_read_in_vectors(emulated: ModuleType, group_channels: int, dtype: torch.dtype) -> None:
@@ -153,7 +153,7 @@ def test_more_samples_than_a_grid_is_deep(emulated: ModuleType) -> None:
 
 
 def _unaligned(x: torch.Tensor) -> torch.Tensor:
-    """A copy whose address is no multiple of more than an element."""
+    """Return a copy whose address is aligned to one element only."""
     return x.new_empty(x.numel() + 1)[1:].as_strided(x.shape, x.stride()).copy_(x)
 
 

@@ -45,6 +45,12 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     ),
     (lambda: noise((2, 2), SEEDS, stream=1.5), TypeError, "noise: expected stream to be an int, got float"),
     (lambda: noise((2, 1.5), SEEDS), TypeError, "noise: expected shape to be a sequence of ints"),
+    (lambda: noise((True, 4), SEEDS), TypeError, r"noise: expected shape to be a sequence of ints, got \(True, 4\)"),
+    (
+        lambda: noise((2, 4), SEEDS, device="nowhere"),
+        ValueError,
+        "noise: expected device to be a torch.device or its name, got 'nowhere'",
+    ),
     (lambda: noise(2, SEEDS), TypeError, "noise: expected shape to be a sequence of ints, got 2"),
     (
         lambda: q_sample(X, 3, PLAN, seeds=SEEDS),
@@ -173,7 +179,8 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: conv3x3(X, W, 1.0), TypeError, "conv3x3: expected bias to be a tensor, got float"),
     (lambda: conv3x3(X, W, skip=X[:1]), ValueError, r"conv3x3: expected skip to have shape \[2, 4, 3, 3\], got \[1, 4, 3, 3\]"),
     (lambda: conv3x3(X, W, skip=X.double()), TypeError, "conv3x3: expected skip to have the dtype of x"),
-    (lambda: conv3x3(X, W, skip=X[0]), ValueError, "conv3x3: expected skip to have shape"),
+    (lambda: conv3x3(X, W, skip=X[0]), ValueError, r"conv3x3: expected skip to be \[N, C, H, W\], got shape \[4, 3, 3\]"),
+    (lambda: conv3x3(X, W, residual=X[0]), ValueError, r"conv3x3: expected residual to be \[N, C, H, W\], got shape"),
     (lambda: conv3x3(X, W, skip=1.0), TypeError, "conv3x3: expected skip to be a tensor, got float"),
     (lambda: conv3x3(X, W, skip=X), ValueError, r"conv3x3: expected weight to have shape \[out, 8, 3, 3\], got \[5, 4, 3, 3\]"),
     (
@@ -257,7 +264,16 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
         r"group_norm_affine: expected skip to have shape \[2, 4, 3, 3\], got \[1, 4, 3, 3\]",
     ),
     (lambda: group_norm_affine(X, 2, skip=X.half()), TypeError, "group_norm_affine: expected skip to have the dtype of x"),
-    (lambda: group_norm_affine(X, 2, skip=X[0]), ValueError, r"group_norm_affine: expected skip .*got \[4, 3, 3\] and \[2, 4,"),
+    (
+        lambda: group_norm_affine(X, 2, skip=X[0]),
+        ValueError,
+        r"group_norm_affine: expected skip to be \[N, C, H, W\], got shape \[4, 3, 3\]",
+    ),
+    (
+        lambda: group_norm_affine(X[..., None], 2),
+        ValueError,
+        r"group_norm_affine: expected x to be \[N, C, H, W\], got shape \[2, 4, 3, 3, 1\]",
+    ),
     (lambda: group_norm_affine(X, 2, skip=1.0), TypeError, "group_norm_affine: expected skip to be a tensor, got float"),
     (
         lambda: group_norm_affine(X, 2, shift=torch.ones(2, 3)),

@@ -1,4 +1,4 @@
-"""What the noise promises: published words, a sample's independence of everything but its seed, and normality."""
+"""Properties of the noise: published words, dependence of a sample on its seed alone, and normality."""
 
 import math
 
@@ -77,7 +77,7 @@ def test_ops_draw_what_noise_draws(device: torch.device) -> None:
 @pytest.mark.gpu
 @needs_gpu
 def test_many_normals_of_a_gpu_have_the_bits_of_the_cpus() -> None:
-    """Its approximate reciprocal square root is known only there."""
+    """The approximate reciprocal square root of a GPU is known only on a GPU."""
     shape, seeds = (64, 1 << 20), sample_seeds(12, 64)
     for stream in range(4):
         assert torch.equal(noise(shape, seeds.cuda(), stream=stream).cpu(), noise(shape, seeds, stream=stream))

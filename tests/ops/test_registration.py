@@ -22,7 +22,7 @@ OPCHECKED = [case for case in CASES if case.name in _PATHS]
 
 
 class _Recorder(TorchDispatchMode):
-    """Keeps the calls of our ops, below autograd."""
+    """Record calls of this package's ops below autograd."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -217,7 +217,7 @@ def test_tables_first_used_in_inference_mode_serve_training() -> None:
 
 @pytest.mark.parametrize("backend", ["native", "triton"])
 def test_expanded_gradients(backend: str, device: torch.device) -> None:
-    """The gradient that `sum` sends back has no memory of its own."""
+    """The gradient of `sum` is expanded, with strides of 0."""
     if backend == "triton" and torch.cuda.is_available() and device.type == "cpu":
         pytest.skip("beside a GPU Triton's interpreter is off")
     x = torch.randn(2, 8, 5, 3, device=device).contiguous(memory_format=torch.channels_last)

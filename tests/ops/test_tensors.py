@@ -1,7 +1,7 @@
-"""Tensors of unusual make: lazily negated, without memory, overlapping, expanded, or of a layout that no kernel reads.
+"""Unusual tensors: lazily negated, without memory, overlapping, expanded, or of a layout that no kernel reads.
 
-Each is computed right or refused by an error that names op and argument, in eager and compiled code. A kernel that reads freed
-memory ends the process.
+In eager and compiled code the op computes each correctly, or raises an error that names op and argument. A kernel that reads
+freed memory would end the process.
 """
 
 from __future__ import annotations
@@ -46,11 +46,27 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 MODES = {"eager": _eager, "compiled": _compiled}
 
 
-def parameters(cases: Any, *others: Any) -> Iterator[Any]:
-    """Yield every row with `--full`, otherwise rows that hold every pair of values."""
+def parameters(cases: Any, *others: Any, quick: Callable[..., bool] | None = None) -> Iterator[Any]:
+    """Yield every row with `--full`, otherwise rows that hold every pair of values.
+
+    Rows for which `quick` returns False are marked as slow.
+    """
     for row in covering([(case, *rest) for case in cases for rest in _product(*others)]):
         values = [value for part in row for value in (part if isinstance(part, tuple) else (part,))]
-        yield pytest.param(*values, id="-".join(str(value).replace(" ", "-") for value in values))
+        marks = () if quick is None or quick(*values) else pytest.mark.slow
+        yield pytest.param(*values, id="-".join(str(value).replace(" ", "-") for value in values), marks=marks)
+
+
+def is_quick_mode(case: Case, name: str, mode: str) -> bool:
+    """Return whether the mode is eager, or the argument is the first of its op. Compilation takes long."""
+    return mode == "eager" or name == next(other for one, other in ARGUMENTS if one.op == case.op)
+
+
+def is_quick_backend(case: Case, backend: str) -> bool:
+    """Return whether the backend is not Triton, or the case is its op's smallest. Triton's interpreter takes long."""
+    return backend != "triton" or case == min(
+        (one for one in SMALL if one.op == case.op), key=lambda one: torch.Size(one.shape).numel()
+    )
 
 
 def _product(*values: Any) -> Iterator[tuple[Any, ...]]:
@@ -92,7 +108,9 @@ def negated(x: Tensor) -> Tensor:
     return y
 
 
-@pytest.mark.parametrize(("case", "backend"), list(parameters(SMALL, ["native", "triton", "reference"])))
+@pytest.mark.parametrize(
+    ("case", "backend"), list(parameters(SMALL, ["native", "triton", "reference"], quick=is_quick_backend))
+)
 def test_lazily_negated_inputs(case: Case, backend: str) -> None:
     call = make_call(case)
     skip_unless(backend, call)
@@ -102,7 +120,7 @@ def test_lazily_negated_inputs(case: Case, backend: str) -> None:
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize(("case", "name", "mode"), list(parameters(ARGUMENTS, MODES)))
+@pytest.mark.parametrize(("case", "name", "mode"), list(parameters(ARGUMENTS, MODES, quick=is_quick_mode)))
 def test_one_lazily_negated_input(case: Case, name: str, mode: str) -> None:
     call = make_call(case)
 
@@ -157,7 +175,7 @@ def test_a_lazily_negated_out_is_written_right_or_refused() -> None:
 
 
 def freed(x: Tensor) -> Tensor:
-    """Return a tensor of x's shape whose memory was given back, as sharded training does between layers."""
+    """Return a tensor of x's shape whose memory was freed, as sharded training does between layers."""
     y = x.detach().clone()
     y.untyped_storage().resize_(0)
     assert y.data_ptr() == 0
@@ -166,7 +184,7 @@ def freed(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(
     ("case", "name", "mode"),
-    list(parameters([(c, n) for c, n in ARGUMENTS if (c.op, n) != ("denoising_loss", "weight")], MODES)),
+    list(parameters([(c, n) for c, n in ARGUMENTS if (c.op, n) != ("denoising_loss", "weight")], MODES, quick=is_quick_mode)),
 )
 def test_a_freed_input_is_refused(case: Case, name: str, mode: str) -> None:
     call = make_call(case)
@@ -201,7 +219,7 @@ def test_a_freed_gradient_is_refused() -> None:
         torch.autograd.grad(y, x, freed(y))
 
 
-@pytest.mark.parametrize(("case", "name", "mode"), list(parameters(ARGUMENTS, MODES)))
+@pytest.mark.parametrize(("case", "name", "mode"), list(parameters(ARGUMENTS, MODES, quick=is_quick_mode)))
 def test_a_zero_tensor_is_right_or_refused(case: Case, name: str, mode: str) -> None:
     """Autograd's own zeros have no memory either."""
     call = make_call(case)
@@ -251,7 +269,7 @@ def overlapping_calls() -> dict[str, Callable[[Tensor], Tensor]]:
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # inductor's own imports
 def test_a_partial_overlap_is_refused_or_right(name: str, mode: str) -> None:
     call, memory = overlapping_calls()[name], torch.randn(8, 4, 5, 5)
-    apart = torch.cat([memory[:3], memory[:3]])  # the input again, with memory of its own beside out
+    apart = torch.cat([memory[:3], memory[:3]])  # the input again, in memory apart from out
     expected = _without_overlap(call, apart)
     torch._dynamo.reset()
     run = torch.compile(call) if mode == "inductor" else MODES[mode](call)
@@ -309,7 +327,7 @@ def _mkldnn(x: Tensor) -> Tensor:
     return x.to_mkldnn()
 
 
-# A kind of tensor -> how to make it, and what the error calls it.
+# Kind of tensor -> function that makes one.
 ODD: dict[str, Callable[[Tensor], Tensor]] = {"sparse": _sparse, "nested": _nested, "mkldnn": _mkldnn}
 
 
@@ -347,7 +365,7 @@ def test_other_tensors_that_are_not_dense_are_refused() -> None:
             call()
 
 
-@pytest.mark.parametrize(("case", "name", "mode"), list(parameters(ARGUMENTS, MODES)))
+@pytest.mark.parametrize(("case", "name", "mode"), list(parameters(ARGUMENTS, MODES, quick=is_quick_mode)))
 def test_a_complex_tensor_is_refused(case: Case, name: str, mode: str) -> None:
     call = make_call(case)
     x = torch.complex(call.tensors[name], call.tensors[name]).conj()
@@ -380,7 +398,15 @@ def offset(x: Tensor) -> Tensor:
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {"every-other": every_other, "permuted": permuted, "offset": offset}
 
 
-@pytest.mark.parametrize(("case", "layout", "backend"), list(parameters(FULLEST, LAYOUTS, ["native", "triton", "reference"])))
+@pytest.mark.parametrize(
+    ("case", "layout", "backend"),
+    list(
+        parameters(
+            *(FULLEST, LAYOUTS, ["native", "triton", "reference"]),
+            quick=lambda case, layout, backend: (case.op, backend) != ("group_norm_silu", "triton"),
+        )
+    ),
+)
 def test_strided_inputs(case: Case, layout: str, backend: str) -> None:
     call = make_call(case)
     skip_unless(backend, call)
@@ -389,7 +415,7 @@ def test_strided_inputs(case: Case, layout: str, backend: str) -> None:
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize(("case", "name", "mode"), list(parameters(ARGUMENTS, MODES)))
+@pytest.mark.parametrize(("case", "name", "mode"), list(parameters(ARGUMENTS, MODES, quick=is_quick_mode)))
 def test_an_expanded_input(case: Case, name: str, mode: str) -> None:
     call = make_call(case)
     one = call.tensors[name][:1]
@@ -403,7 +429,7 @@ def test_an_expanded_input(case: Case, name: str, mode: str) -> None:
 
 
 def test_an_expanded_gradient() -> None:
-    """The gradient that `sum` sends back has strides of 0."""
+    """The gradient of `sum` has strides of 0."""
     for case in FULLEST:
         call = make_call(case).map(lambda x: x.detach().clone().requires_grad_())
         (output, *_), inputs = call(), list(call.tensors.values())

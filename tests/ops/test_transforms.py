@@ -1,13 +1,13 @@
-"""Every differentiable op inside torch.func transforms and forward mode: there the reference computes, eager and compiled.
+"""Every differentiable op inside torch.func transforms and forward mode, where the reference computes, eager and compiled.
 
-A kernel has no forward derivative of its own, so a wrong dispatch shows as a tangent of 0. Each test compares with two backward
+A kernel has no forward derivative, so a wrong dispatch shows as a tangent of 0. Each test compares with two backward
 passes of the reference in float64.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pairwise
@@ -126,13 +126,16 @@ def assert_right(found: Tensor, expected: Tensor) -> None:
     assert expected.abs().max() > 0, "the case tells a right value from 0"
 
 
-def rows(*others: Any) -> Iterator[Any]:
-    """Yield parameters: an op with each row of `others`, its cases in turn; with `--full`, each case with each row."""
-    for cases in CASES_BY_OP.values():
-        if pairwise.full:
-            yield from ((case, *row) for case in cases for row in itertools.product(*others))
-        else:
-            yield from ((case, *row) for case, row in zip(itertools.cycle(cases), itertools.product(*others)))
+def rows(transforms: Iterable[str], share: int = 1) -> Iterator[Any]:
+    """Yield parameters: each op with each transform, its cases in turn. With `--full`, each case with each transform.
+
+    Only one row in `share` is not marked as slow. Each op has such rows, and together they have all transforms.
+    """
+    for number, cases in enumerate(CASES_BY_OP.values()):
+        pairs = itertools.product(cases, transforms) if pairwise.full else zip(itertools.cycle(cases), transforms)
+        for i, (case, transform) in enumerate(pairs):
+            slow = (i + number) % share != 0
+            yield pytest.param(case, transform, marks=pytest.mark.slow if slow else ())
 
 
 def _id(value: Any) -> str:
@@ -150,7 +153,7 @@ def test_eager(case: Case, transform: str) -> None:
     assert_right(found, expected_of(case, transform))
 
 
-@pytest.mark.parametrize(("case", "transform"), list(rows(TRANSFORMS)), ids=_id)
+@pytest.mark.parametrize(("case", "transform"), list(rows(TRANSFORMS, share=4)), ids=_id)
 def test_compiled(case: Case, transform: str) -> None:
     """The transform is inside the compiled function."""
     torch._dynamo.reset()
@@ -160,9 +163,9 @@ def test_compiled(case: Case, transform: str) -> None:
         assert_right(found, expected_of(case, transform))
 
 
-@pytest.mark.parametrize(("case", "transform"), list(rows(("jvp", "dual_level", "grad", "vmap"))), ids=_id)
+@pytest.mark.parametrize(("case", "transform"), list(rows(("jvp", "dual_level", "grad", "vmap"), share=2)), ids=_id)
 def test_compiled_function_inside_a_transform(case: Case, transform: str) -> None:
-    """The compiled function is inside the transform, which the compiler then does not see."""
+    """The compiled function is inside the transform. The compiler does not see the transform."""
     torch._dynamo.reset()
     compiled = torch.compile(function_of_two(case, None), backend="aot_eager")
     found = right_or_refused(case.op, lambda: TRANSFORMS[transform](compiled)(argument(transform)))
@@ -191,7 +194,7 @@ def right_or_refused(op: str, run: Callable[[], Tensor]) -> Tensor | None:
     ],
 )
 def test_forward_mode_in_one_argument(case: Case, name: str) -> None:
-    """A tangent of any argument alone is enough to leave the kernels."""
+    """A tangent of one argument is enough to select the reference."""
     call = make_call(case, torch.float64)
     x = call.tensors[name]
     tangent = torch.randn(x.shape, dtype=torch.float64).to(x.dtype)
@@ -226,16 +229,15 @@ def test_a_named_kernel_is_refused(backend: str, transform: str, op: str) -> Non
         f(argument(transform).float())
 
 
-@every_pair(transform=["jvp", "grad", "vmap"], op=list(CASES_BY_OP))
-def test_a_named_kernel_is_refused_or_right_in_compiled_code(transform: str, op: str) -> None:
-    case = CASES_BY_OP[op][0]
+@pytest.mark.parametrize(("case", "transform"), list(rows(("jvp", "grad", "vmap"), share=3)), ids=_id)
+def test_a_named_kernel_is_refused_or_right_in_compiled_code(case: Case, transform: str) -> None:
     skip_unless("native", case)
     torch._dynamo.reset()
     compiled = torch.compile(TRANSFORMS[transform](function_of_two(case, "native", torch.float32)), backend="aot_eager")
     try:
         found = compiled(argument(transform).float())
     except Exception as error:
-        if f'{op}: backend "native" cannot run: ' not in str(error):
+        if f'{case.op}: backend "native" cannot run: ' not in str(error):
             raise
     else:
         expected = expected_of(case, transform)
@@ -261,7 +263,7 @@ def network() -> UNet:
     return model.double().eval().requires_grad_(False)
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"])
 def test_forward_mode_of_a_network(compiled: bool) -> None:
     torch._dynamo.reset()
     model, t = network(), torch.tensor([1, 500])
