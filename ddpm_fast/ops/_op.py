@@ -145,7 +145,9 @@ class FusedOp:
         chosen = self._choose(backend, main.device, dtype, arguments, transformed)
         if chosen == "reference":
             return self._by_reference(arguments, out)
-        if compiling or is_traced() or (out is not None and out.is_neg()):
+        if out is not None and out.is_neg():
+            raise ValueError(f"{self.name}: expected out to be a tensor without lazy negation, got one: pass out.resolve_neg()")
+        if compiling or is_traced():
             return self._by_dispatcher(arguments, backend, out)
         records, needs_grad = torch.is_grad_enabled(), False
         for i in self._tensors:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ._op import FusedOp
+from ._op import FusedOp, gradients_of
 from .backend import why_not_matrix_kernels
 from .checks import check_like, check_map
 from .group_norm_silu import check_norm
@@ -42,7 +42,8 @@ def group_norm_affine(
         skip: Further channels [N, S, H, W], in x's dtype, or None.
         shift: [N, C + S], in x's dtype or float32, added before the statistics.
         scale_shift: Two [N, C + S], in x's dtype or float32.
-        backend: "native" or "reference". None: the first that can run, and "reference" if a gradient is needed.
+        backend: "native" or "reference". None: the first that can run. Gradients are
+            those of the reference.
 
     Returns:
         [N, 3, C + S] in float32, or float64 for a float64 x. Differentiable any number of times in every tensor.
@@ -71,6 +72,16 @@ def _output(arguments: Any) -> Tensor:
     return affine
 
 
+def _backward(a: Any, results: Any, grads: Any, needs: Any) -> dict[str, Tensor | None]:
+    """Return the gradients of the reference."""
+    names = ("x", "skip", "weight", "bias", "shift", "scale", "scale_shift")
+
+    def norm(*tensors: Tensor) -> Tensor:
+        return reference.group_norm_affine(*a._replace(**dict(zip(names, tensors, strict=True)))[:-1])
+
+    return dict(zip(names, gradients_of(norm, [getattr(a, name) for name in names], grads[0]), strict=True))
+
+
 affine_op = FusedOp(
     "group_norm_affine",
     "Tensor x, Tensor? skip, int num_groups, Tensor? weight, Tensor? bias, float eps, Tensor? shift, Tensor? scale, "
@@ -79,6 +90,7 @@ affine_op = FusedOp(
     reference=reference.group_norm_affine,
     dense=("x", "skip"),
     layout=torch.channels_last,
+    backward=_backward,
     derived={
         "channels": lambda a: a.x.shape[1],
         "skip_channels": lambda a: 0 if a.skip is None else a.skip.shape[1],
