@@ -101,6 +101,10 @@ class Reader {
   }
 
   [[noreturn]] void refuse_number(PyObject* value) const {
+    if (PyErr_Occurred() != nullptr && PyErr_ExceptionMatches(PyExc_TypeError) == 0 &&
+        PyErr_ExceptionMatches(PyExc_OverflowError) == 0) {
+      throw py::error_already_set();  // such as KeyboardInterrupt
+    }
     PyErr_Clear();
     throw py::type_error(kernel_ + ": expected " + fields_[next_] + " to be a number in range, got " +
                          py::repr(value).cast<std::string>());

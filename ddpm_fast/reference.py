@@ -267,7 +267,8 @@ def reverse_step(
     x_0_prev: Tensor | None,
     guidance_scale: float | None,
     variance: int,
-) -> tuple[Tensor, Tensor]:
+    return_x_0: bool = True,
+) -> tuple[Tensor, Tensor | None]:
     """Advance x_t by one step of any sampler.
 
     With one row (p, q, k0, k1, k2, k3, sigma, log beta, log beta~, clip) of the plan's table:
@@ -292,9 +293,10 @@ def reverse_step(
         variance: Index into VARIANCES. "fixed": std = sigma. "learned": std = sigma exp(v / 2), with v
             the second half of the channels. "learned_range": with f = (v + 1) / 2,
             std = sigma exp((f log beta + (1 - f) log beta~) / 2) (Nichol and Dhariwal 2021, eq. 15).
+        return_x_0: Also return x_0^.
 
     Returns:
-        x_{t-1} and x_0^, both in x_t's dtype.
+        x_{t-1} and x_0^ (or None), both in x_t's dtype.
     """
     wide = opmath(x_t.dtype)
     rows = table[steps.reshape(-1)]  # [N or 1, 10]
@@ -312,13 +314,13 @@ def reverse_step(
             f = (v + 1) / 2
             v = f * log_beta + (1 - f) * log_beta_tilde
         std = sigma * torch.exp(0.5 * v)
-    x_0 = torch.minimum(torch.maximum(p * x + q * m, -clip), clip)
+    x_0 = torch.clamp(p * x + q * m, -clip, clip)
     x_prev = k0 * x_0 + k1 * x + k2 * m
     if x_0_prev is not None:
         x_prev = x_prev + k3 * x_0_prev.to(wide)
     if noise is not None or seeds is not None:
         x_prev = x_prev + std * _epsilon(x, noise, seeds, steps.reshape(-1))
-    return x_prev.to(x_t.dtype), x_0.to(x_t.dtype)
+    return x_prev.to(x_t.dtype), x_0.to(x_t.dtype) if return_x_0 else None
 
 
 # ------------------------------------------------------------------------------------------------------------ group norm

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import namedtuple
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
@@ -101,10 +102,11 @@ class FusedOp:
         is_public: bool = False,
     ) -> None:
         self.name, self.reference, self.backward = name, reference, backward
-        self.has_triton, self.in_place = has_triton, in_place
+        self._has_triton = has_triton
         self._native, self._check, self._unfit, self._limits = native, check, unfit or {}, limits
         self._layout, self._is_default = layout, is_default
         kinds, names = zip(*(part.split() for part in schema.split(", ")), strict=True)
+        _check_names(name, names, reference, (*dense, *host_only))
         saved = saved or {}
         self.Arguments, self.Results = _named("Arguments", *names, "backend"), _named("Results", *outputs, *saved)
         self._num_results, self._num_saved = len(outputs), len(saved)
@@ -118,7 +120,7 @@ class FusedOp:
         self._read_results = [i for i, result in enumerate(self.Results._fields) if result in saved or result in (reads or ())]
         if native is None:
             self._plan_launch(names, derived or {}, host_only)
-        self._define(schema)
+        self._define(schema, in_place)
         if is_public:
             OPS[name] = self
 
@@ -147,7 +149,7 @@ class FusedOp:
             return self._by_reference(arguments, out)
         if out is not None and out.is_neg():
             raise ValueError(f"{self.name}: expected out to be a tensor without lazy negation, got one: pass out.resolve_neg()")
-        if compiling or is_traced():
+        if compiling or transformed or is_traced():
             return self._by_dispatcher(arguments, backend, out)
         records, needs_grad = torch.is_grad_enabled(), False
         for i in self._tensors:
@@ -158,7 +160,7 @@ class FusedOp:
                 needs_grad = needs_grad or (records and tensor.requires_grad)
         if needs_grad and out is None:
             if self.backward is not None:
-                return _Function.apply(self, None, chosen, *arguments)  # type: ignore[no-untyped-call]
+                return _Function.apply(self, None, backend, chosen, *arguments)  # type: ignore[no-untyped-call]
             if self.reference is not None:
                 return self._by_reference(arguments, out)
         results = self.run(chosen, arguments, saves=False, out=out)
@@ -210,7 +212,7 @@ class FusedOp:
             reason = self._limits(device, dtype) if self._limits is not None else None
             reason = reason or why_not_native(device, dtype)
         elif backend == "triton":
-            reason = why_not_triton(device, dtype) if self.has_triton else "there is no Triton kernel"
+            reason = why_not_triton(device, dtype) if self._has_triton else "there is no Triton kernel"
         else:
             raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
         if reason is None and arguments and backend in self._unfit:
@@ -225,6 +227,9 @@ class FusedOp:
             self._check(self.Arguments(*arguments, "reference"))
         results = self.reference(*arguments)
         if out is not None:
+            if not torch.compiler.is_compiling():
+                check_memory(self.name, "out", out)
+                check_apart(self.name, out, self.Arguments(*arguments, "reference")._asdict())
             results = (out.copy_(results[0]), *results[1:])
         if isinstance(results, Tensor):
             return results
@@ -370,7 +375,7 @@ class FusedOp:
 
     # ---------------------------------------------------------------------------------------------------- torch.library
 
-    def _define(self, schema: str) -> None:
+    def _define(self, schema: str, in_place: bool) -> None:
         """Register torch.ops.ddpm_fast.<name>.
 
         `Library.define` and `Library.impl` replace `custom_op`, because a call then costs a third as much.
@@ -381,7 +386,7 @@ class FusedOp:
         if self.reference is not None:
             LIBRARY.impl(self.name, self._batched, "FuncTorchBatchedDecomposition")
         self._overload = getattr(torch.ops.ddpm_fast, self.name).default
-        if self.in_place:
+        if in_place:
             name = f"{self.name}_out"
             arguments = f"(Tensor(a!) out, {schema}, str? backend)"
             self._register(name, arguments, count - 1, self._compute_out, self._fake_out)
@@ -419,7 +424,9 @@ class FusedOp:
         results = _as_tuple(self.reference(*arguments))
         if out is not None:
             results = (out.copy_(results[0]), *results[1:])
-        results += (None,) * (len(self._allocate) - len(results))
+        wanted = self._allocated(self.Arguments(*arguments, "reference"))
+        results += tuple(wanted[len(results) :])
+        results = tuple(None if wish is None else result for result, wish in zip(results, wanted, strict=True))
         return self._present(results, arguments[self._tensors[0]])
 
     def _present(self, results: Outputs, like: Tensor) -> tuple[Tensor, ...]:
@@ -442,19 +449,27 @@ class FusedOp:
         """Compute the op for tensors that need a gradient or belong to a transform."""
         *arguments, backend = values
         tensors = [arguments[i] for i in self._tensors if arguments[i] is not None]
+        transformed = any(is_transformed_tensor(tensor) for tensor in tensors)
+        if transformed and (backend not in (None, "reference") or self.reference is None):
+            raise BackendUnavailable(f'{self.name}: backend "{backend or "native"}" cannot run: {_NOT_BY_KERNELS}')
+        main = arguments[self._main]
+        dtype = main.dtype if self._dtype_argument is None else arguments[self._dtype_argument]
+        chosen = self._choose(backend, main.device, dtype, tuple(arguments), False)
         needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-        if self.reference is not None and (is_transformed() or (needs_grad and self.backward is None)):
-            if is_transformed() and backend not in (None, "reference"):
-                raise BackendUnavailable(f'{self.name}: backend "{backend}" cannot run: {_NOT_BY_KERNELS}')
+        has_no_backward = needs_grad and self.backward is None and self.reference is not None
+        if transformed or chosen == "reference" or has_no_backward:
             return _unwrapped(self._all_by_reference(tuple(arguments)))
-
         if needs_grad and self.backward is not None:
-            return _Function.apply(self, keys, backend, *arguments)  # type: ignore[no-untyped-call]
-        return self._below_autograd(keys, *values)
+            return _Function.apply(self, keys, backend, chosen, *arguments)  # type: ignore[no-untyped-call]
+        return self._below_autograd(keys, tuple(arguments), backend, chosen)
 
-    def _below_autograd(self, keys: torch._C.DispatchKeySet, *values: Any) -> Any:
+    def _below_autograd(
+        self, keys: torch._C.DispatchKeySet, arguments: tuple[Any, ...], backend: str | None, chosen: str
+    ) -> Any:
+        # A choice by `is_default` depends on autograd, so it is made above it. Any other is left to each call.
+        name = backend if self._is_default is None else chosen
         with torch._C._AutoDispatchBelowAutograd():
-            return self._overload.redispatch(keys & torch._C._after_autograd_keyset, *values)
+            return self._overload.redispatch(keys & torch._C._after_autograd_keyset, *arguments, name)
 
     def _batched(self, *values: Any) -> Any:
         """Compute the op for tensors of torch.vmap by the reference."""
@@ -492,14 +507,16 @@ class _Function(torch.autograd.Function):
     """The derivative of a FusedOp for eager mode and for the dispatcher."""
 
     @staticmethod
-    def forward(ctx: Any, op: FusedOp, keys: torch._C.DispatchKeySet | None, backend: str | None, *arguments: Any) -> Any:
-        """Run the op, or its overload below autograd if the dispatcher calls with `keys`."""
-        ctx.op, ctx.backend = op, backend
+    def forward(
+        ctx: Any, op: FusedOp, keys: torch._C.DispatchKeySet | None, backend: str | None, chosen: str, *arguments: Any
+    ) -> Any:
+        """Run the op on the chosen backend, or its overload below autograd if the dispatcher calls with `keys`."""
+        ctx.op, ctx.backend = op, backend  # the backward pass chooses again, because a transform may be active then
         if keys is None:
-            results = op.run(backend, arguments)
+            results = op.run(chosen, arguments)
             returned = results[: op._num_results]
         else:
-            results = returned = _as_tuple(op._below_autograd(keys, *arguments, backend))
+            results = returned = _as_tuple(op._below_autograd(keys, arguments, backend, chosen))
             ctx.mark_non_differentiable(*results[op._num_results :])
         op._save(ctx, arguments, results)
         return _unwrapped(returned)
@@ -509,9 +526,21 @@ class _Function(torch.autograd.Function):
         op: FusedOp = ctx.op
         assert op.backward is not None
         arguments, results = op._saved(ctx)
-        needs = op.Arguments._make((*ctx.needs_input_grad[3:], False))
+        needs = op.Arguments._make((*ctx.needs_input_grad[4:], False))
         gradients = op.backward(arguments, results, grads[: op._num_results], needs)
-        return (None, None, None, *[gradients.get(name) for name in op.Arguments._fields[:-1]])
+        return (None, None, None, None, *[gradients.get(name) for name in op.Arguments._fields[:-1]])
+
+
+def _check_names(op: str, names: tuple[str, ...], reference: Callable[..., Any] | None, used: tuple[str, ...]) -> None:
+    """Raise an ImportError unless the reference has the arguments of the schema, in order, and all names are known."""
+    unknown = [each for each in used if each not in names]
+    if unknown:
+        raise ImportError(f"ddpm_fast: {op} has no arguments {', '.join(unknown)} in its schema")
+    parameters = () if reference is None else inspect.signature(reference).parameters.values()
+    positional = tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
+    has_all = not any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    if reference is not None and positional != (names if has_all else names[: len(positional)]):
+        raise ImportError(f"ddpm_fast: the reference of {op} takes {positional}, and its schema has {names}")
 
 
 def _named(kind: str, *names: str) -> Any:
@@ -528,18 +557,49 @@ def _unwrapped(results: tuple[Any, ...]) -> Any:
     return results[0] if len(results) == 1 else results or None
 
 
-def gradients_of(function: Callable[..., Tensor], inputs: Sequence[Tensor | None], grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Return the gradients of function(*inputs), differentiable if autograd records. None stands for absent inputs."""
+def gradients_of(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor | None], grad: Tensor, needs: Sequence[bool] | None = None
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of function(*inputs), differentiable if autograd records.
+
+    Args:
+        function: Function of the inputs.
+        inputs: Tensors or None.
+        grad: Gradient of the function's value.
+        needs: Which gradients are needed. None: all.
+
+    Returns:
+        One gradient an input. It is None if the input is, or if it is not needed.
+    """
+    present = [i for i, value in enumerate(inputs) if value is not None]
+    if torch._C._functorch.peek_interpreter_stack() is not None:  # inside a transform, where no tensor may require a gradient
+
+        def of_present(*tensors: Tensor) -> Tensor:
+            given = dict(zip(present, tensors, strict=True))
+            return function(*(given.get(i) for i in range(len(inputs))))
+
+        pullback: Any = torch.func.vjp(of_present, *(inputs[i] for i in present))[1]
+        by_index = dict(zip(present, pullback(grad), strict=True))
+        return tuple(by_index.get(i) for i in range(len(inputs)))
     create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
+    needed = [value is not None and (needs is None or needs[i]) for i, value in enumerate(inputs)]
+    with torch.enable_grad(), torch.autocast(grad.device.type, enabled=False):
+        # One input may be a function of another. An alias has no history that would be counted a second time.
         leaves = [
-            value if value is None or (create_graph and value.requires_grad) else value.detach().requires_grad_()
-            for value in inputs
+            value
+            if value is None or not need
+            else value.view_as(value)
+            if create_graph and value.requires_grad
+            else value.detach().requires_grad_()
+            for value, need in zip(inputs, needed, strict=True)
         ]
         result = function(*leaves)
-        present = [leaf for leaf in leaves if leaf is not None]
-        grads = iter(torch.autograd.grad(result, present, grad, create_graph=create_graph))
-    return tuple(None if leaf is None else next(grads) for leaf in leaves)
+        wanted = [leaf for leaf, need in zip(leaves, needed, strict=True) if need and leaf is not None]
+        # PyTorch's backward operations have forward mode if they are recorded.
+        recorded = create_graph or is_transformed()
+        found = torch.autograd.grad(result, wanted, grad, create_graph=recorded) if wanted else ()
+    grads = iter(found if create_graph else [each.detach() for each in found])
+    return tuple(next(grads) if need else None for need in needed)
 
 
 # ------------------------------------------------------------------------------------------------------------ conditions
@@ -551,6 +611,11 @@ def is_transformed() -> bool:
     Do not call this from compiled code.
     """
     return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
+def is_transformed_tensor(tensor: Tensor) -> bool:
+    """Return whether a torch.func transform wraps a tensor, or forward mode gave it a tangent."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor) or torch._VF._unpack_dual(tensor, level=0)[1] is not None
 
 
 def is_traced() -> bool:

@@ -174,7 +174,7 @@ def check_range(op: str, name: str, index: Tensor, bound: int) -> None:
     """Raise a ValueError if a CPU tensor has a value outside 0..bound-1.
 
     Kernels read tables at these indices. Inside torch.func transforms values are not available, and
-    nothing is checked. Compiled code checks when its kernel runs.
+    nothing is checked. Compiled code checks when a kernel runs, and not for the reference.
     """
     if torch.compiler.is_compiling():
         return

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from ._op import FusedOp, gradients_of, runs_eagerly
+from ._op import FusedOp, gradients_of, is_transformed, runs_eagerly
 from .backend import MATRIX_DTYPES, has_fast_bfloat16, native, why_not_matrix_kernels
 from .checks import autocast, check_device, check_float, check_like, check_map, check_number
 
@@ -272,14 +272,15 @@ def _native(results: Any, a: Any) -> None:
 def _backward(a: Any, results: Any, grads: Any, needs: Any) -> dict[str, Tensor | None]:
     """Return gradients by Winograd's kernels.
 
-    PyTorch computes them if an operation precedes the convolution, and if they are differentiated again.
+    PyTorch computes them if an operation precedes the convolution, if they are differentiated again, and inside
+    torch.func transforms.
     """
     (grad,) = grads
-    if torch.is_grad_enabled() or a.skip is not None or a.affine is not None or a.silu:
-        return _gradients_by_reference(a, grad)
-    if a.divisor != 1:
-        grad = grad / a.divisor
-    gradients: dict[str, Tensor | None] = {"residual": grad if needs.residual else None}
+    divided = grad if a.divisor == 1 else grad / a.divisor
+    gradients: dict[str, Tensor | None] = {"residual": divided if needs.residual else None}
+    if torch.is_grad_enabled() or is_transformed() or a.skip is not None or a.affine is not None or a.silu:
+        return gradients | _gradients_by_reference(a, grad, needs)
+    grad = divided
     if needs.x:
         packed = pack_winograd(a.weight.detach().float(), a.x.dtype, True, a.upsample)
         kernel = conv_kernels["winograd_upsampled_gradient" if a.upsample else "winograd"]
@@ -290,13 +291,14 @@ def _backward(a: Any, results: Any, grads: Any, needs: Any) -> dict[str, Tensor 
     return gradients
 
 
-def _gradients_by_reference(a: Any, grad: Tensor) -> dict[str, Tensor | None]:
-    names = ("x", "weight", "bias", "skip", "affine", "residual")
+def _gradients_by_reference(a: Any, grad: Tensor, needs: Any) -> dict[str, Tensor | None]:
+    names = ("x", "weight", "bias", "skip", "affine")
 
     def convolution(*tensors: Tensor) -> Tensor:
         return reference.conv3x3(*a._replace(**dict(zip(names, tensors, strict=True)))[:-1])
 
-    return dict(zip(names, gradients_of(convolution, [getattr(a, name) for name in names], grad), strict=True))
+    inputs, needed = ([getattr(source, name) for name in names] for source in (a, needs))
+    return dict(zip(names, gradients_of(convolution, inputs, grad, needed), strict=True))
 
 
 def is_trained_natively(dtype: torch.dtype, *tensors: Tensor | None) -> bool:
@@ -320,9 +322,12 @@ def is_trained_natively(dtype: torch.dtype, *tensors: Tensor | None) -> bool:
 
 
 def _is_default(a: Any) -> bool:
-    tensors = (a.x, a.weight, a.bias, a.skip, a.affine, a.residual)
     return (
-        is_trained_natively(a.x.dtype, *tensors)
+        torch.is_grad_enabled()
+        and a.skip is None
+        and a.affine is None
+        and not a.silu  # PyTorch computes their gradients, and faster the whole
+        and is_trained_natively(a.x.dtype, a.x, a.weight, a.bias, a.residual)
         and (_is_channels_last(a.x) or _is_channels_last(a.weight))
         and winograd_tiles(a.x.shape[0], *a.x.shape[2:]) >= WINOGRAD_TILES
     )
@@ -337,6 +342,7 @@ _conv3x3 = FusedOp(
     dense=("x", "skip", "residual"),
     native=_native,
     backward=_backward,
+    reads=("x", "weight", "bias", "skip", "affine"),
     limits=why_not_matrix_kernels,
     is_default=_is_default,
     is_public=True,

@@ -79,7 +79,8 @@ def _backward(a: Any, results: Any, grads: Any, needs: Any) -> dict[str, Tensor 
     def norm(*tensors: Tensor) -> Tensor:
         return reference.group_norm_affine(*a._replace(**dict(zip(names, tensors, strict=True)))[:-1])
 
-    return dict(zip(names, gradients_of(norm, [getattr(a, name) for name in names], grads[0]), strict=True))
+    inputs, needed = ([getattr(source, name) for name in names] for source in (a, needs))
+    return dict(zip(names, gradients_of(norm, inputs, grads[0], needed), strict=True))
 
 
 affine_op = FusedOp(

@@ -219,7 +219,7 @@ _reverse_step = FusedOp(
         "x_prev": lambda a: torch.empty_like(a.x_t),
         "x_0": lambda a: torch.empty_like(a.x_t) if a.return_x_0 else None,
     },
-    reference=lambda *arguments: reference.reverse_step(*arguments[:-1]),
+    reference=reference.reverse_step,
     dense=("x_t", "model_output", "noise", "x_0_prev"),
     has_triton=True,
     backward=_backward,

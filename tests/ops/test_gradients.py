@@ -1,0 +1,136 @@
+"""Gradients where inputs depend on each other, and of backward passes that a transform or autocast watches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, func
+from torch.autograd import forward_ad
+
+from ddpm_fast import attention, conv3x3, denoising_loss, group_norm_affine, group_norm_silu, q_sample, sample_seeds
+from ddpm_fast.ops import OPS, why_not
+from ddpm_fast.testing import SCHEDULE
+
+# torch imports its own deprecated function for forward mode.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+
+X = torch.randn(2, 8, 6, 6, generator=torch.Generator().manual_seed(0)).contiguous(memory_format=torch.channels_last)
+WEIGHT = torch.randn(8, 8, 3, 3, generator=torch.Generator().manual_seed(1)) / 9
+WIDE = torch.randn(8, 16, 3, 3, generator=torch.Generator().manual_seed(2)) / 12
+SHIFT = torch.randn(2, 8, generator=torch.Generator().manual_seed(3))
+SEEDS = sample_seeds(0, 2)
+
+# Name -> function of x, weight and shift with inputs of an op that depend on each other, and a name of the op.
+DEPENDENT: dict[str, tuple[str, Callable[[Tensor, Tensor, Tensor], Tensor]]] = {
+    "residual is x": ("conv3x3", lambda x, w, s: conv3x3(x, w[:, :8], residual=x, backend="native")),
+    "residual of x": ("conv3x3", lambda x, w, s: conv3x3(x, w[:, :8], residual=x.tanh(), backend="native")),
+    "skip is x": ("conv3x3", lambda x, w, s: conv3x3(x, w, skip=x, backend="native")),
+    "norm of x": (
+        "conv3x3",
+        lambda x, w, s: conv3x3(x, w[:, :8], affine=group_norm_affine(x, 2), activation="silu", backend="native"),
+    ),
+    "tied convolutions": ("conv3x3", lambda x, w, s: conv3x3(conv3x3(x, w[:, :8]), w[:, :8])),
+    "scale is shift": ("group_norm_silu", lambda x, w, s: group_norm_silu(x, 2, scale_shift=(s, s))),
+    "shift of x": ("group_norm_silu", lambda x, w, s: group_norm_silu(x, 2, shift=s * x.mean((2, 3)))),
+    "x_0 of the output": (
+        "denoising_loss",
+        lambda x, w, s: denoising_loss(x, 0.5 * x, 5, SCHEDULE, seeds=SEEDS, prediction="v_prediction"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DEPENDENT)
+def test_inputs_that_depend_on_each_other(name: str) -> None:
+    op, function = DEPENDENT[name]
+    if why_not("native", op, torch.device("cpu")) is not None:
+        pytest.skip("native kernels cannot run here")
+    inputs = [value.clone().requires_grad_() for value in (X, WIDE, SHIFT)]
+
+    def gradients(create_graph: bool) -> list[Tensor]:
+        loss = function(*inputs).square().sum()
+        grads = torch.autograd.grad(loss, inputs, create_graph=create_graph, allow_unused=True, materialize_grads=True)
+        return list(grads)
+
+    def in_float64() -> list[Tensor]:
+        wide = [value.detach().double().requires_grad_() for value in inputs]
+        loss = _by_reference(function, wide).square().sum()
+        return list(torch.autograd.grad(loss, wide, allow_unused=True, materialize_grads=True))
+
+    for plain, again, exact in zip(gradients(False), gradients(True), in_float64(), strict=True):
+        scale = float(exact.detach().abs().max()) or 1.0
+        assert float((plain - exact).abs().max()) <= 1e-5 * scale
+        assert float((again.detach() - exact).abs().max()) <= 1e-5 * scale
+
+
+def _by_reference(function: Callable[..., Tensor], inputs: list[Tensor]) -> Tensor:
+    """Call a function with the reference for every op."""
+    with pytest.MonkeyPatch.context() as patch:
+        for op in OPS.values():
+            patch.setattr(op, "_choose", lambda *_: "reference")
+        return function(*inputs)
+
+
+OPS_OF_X: dict[str, Callable[[Tensor], Tensor]] = {
+    "group_norm_silu": lambda x: group_norm_silu(x, 2),
+    "conv3x3": lambda x: conv3x3(x, WEIGHT),
+    "q_sample": lambda x: q_sample(x, 300, SCHEDULE, seeds=SEEDS),
+    "denoising_loss": lambda x: denoising_loss(x, X, 300, SCHEDULE, seeds=SEEDS, reduction="none"),
+    "attention": lambda x: attention(x.flatten(2).transpose(1, 2).repeat(1, 8, 3), 1),
+}
+
+
+@pytest.mark.parametrize("name", OPS_OF_X)
+def test_transforms_of_a_recorded_backward_pass(name: str) -> None:
+    """The forward pass ran kernels. The reference then computes the backward pass."""
+    x = X.clone().requires_grad_()
+    y = OPS_OF_X[name](x)
+    rows = torch.randn(3, *y.shape, generator=torch.Generator().manual_seed(4))
+
+    def gradient(row: Tensor) -> Tensor:
+        return torch.autograd.grad(y, x, row, retain_graph=True)[0]
+
+    expected = torch.stack([gradient(row) for row in rows])
+    if name != "attention":  # PyTorch's fused attention, of which this one is recorded in part, has no vmap here
+        torch.testing.assert_close(func.vmap(gradient)(rows), expected, rtol=1e-4, atol=1e-5)
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(gradient(forward_ad.make_dual(rows[0], rows[1]))).tangent
+    torch.testing.assert_close(tangent, expected[1], rtol=1e-4, atol=1e-5)
+
+
+def test_autocast_of_the_backward_pass_changes_nothing() -> None:
+    x = X.clone().requires_grad_()
+    y = conv3x3(x, WEIGHT, activation="silu", backend="native" if why_not("native", "conv3x3", x.device) is None else None)
+    (expected,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        (found,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(found, expected)
+
+
+def test_the_dispatcher_s_attention_has_a_gradient() -> None:
+    """`backend` may be left out there too: forward and backward pass then take the same."""
+    qkv = torch.randn(2, 16, 48, requires_grad=True)
+    y = torch.ops.ddpm_fast.attention(qkv, 2, 0.25, None)[0]
+    (found,) = torch.autograd.grad(y.sum(), qkv)
+    (expected,) = torch.autograd.grad(attention(qkv, 2, scale=0.25, backend="reference").sum(), qkv)
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_tangent_inside_compiled_code() -> None:
+    def tangent(x: Tensor, t: Tensor) -> Tensor:
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(group_norm_silu(forward_ad.make_dual(x, t), 2)).tangent
+
+    torch._dynamo.reset()
+    x, t = torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3)
+    torch.testing.assert_close(torch.compile(tangent, backend="aot_eager", fullgraph=True)(x, t), tangent(x, t))
+
+
+def test_the_residual_is_not_kept_for_the_backward_pass() -> None:
+    if why_not("native", "conv3x3", X.device) is not None:
+        pytest.skip("native kernels cannot run here")
+    x, residual = X.clone().requires_grad_(), torch.randn(2, 8, 6, 6)
+    y = conv3x3(x, WEIGHT, residual=residual, backend="native")
+    residual.mul_(2)
+    y.sum().backward()
