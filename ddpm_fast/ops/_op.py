@@ -597,8 +597,7 @@ def gradients_of(
         wanted = [leaf for leaf, need in zip(leaves, needed, strict=True) if need and leaf is not None]
         # PyTorch's backward operations have forward mode if they are recorded.
         recorded = create_graph or is_transformed()
-        found = torch.autograd.grad(result, wanted, grad, create_graph=recorded) if wanted else ()
-    grads = iter(found if create_graph else [each.detach() for each in found])
+        grads = iter(torch.autograd.grad(result, wanted, grad, create_graph=recorded) if wanted else ())
     return tuple(next(grads) if need else None for need in needed)
 
 
