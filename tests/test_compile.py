@@ -71,7 +71,7 @@ def _rows() -> Iterator[Any]:
         rows = list(itertools.product(OPTIONS, (False, True), (False, True), (DECOMPOSED, "inductor")))
     for options, train, channels_last, backend in dict.fromkeys(rows):
         mode, layout = "train" if train else "eval", "channels_last" if channels_last else "contiguous"
-        quick = backend == "inductor" or (options == "fullgraph" and not train)
+        quick = options == "fullgraph" and not train and not channels_last
         marks = () if quick else pytest.mark.slow
         yield pytest.param(options, train, channels_last, backend, id=f"{options}-{mode}-{layout}-{backend}", marks=marks)
 
