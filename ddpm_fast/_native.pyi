@@ -110,6 +110,7 @@ class Kernels(Protocol):
     def denoising_loss_backward(
         self,
         dtype: int,
+        prediction: int,
         grad_model_output: Tensor | None,
         grad_losses: Tensor | None,
         model_output: Tensor | None,
@@ -118,7 +119,6 @@ class Kernels(Protocol):
         table: Tensor | None,
         noise: Tensor | None,
         seeds: Tensor | None,
-        prediction: int,
         n: int,
         c: int,
         hw: int,

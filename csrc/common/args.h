@@ -107,6 +107,7 @@ struct DenoisingLossArgs {
 
 struct DenoisingLossBackwardArgs {
   DType dtype;
+  Prediction prediction;
   void* grad_model_output;
   const void* grad_losses;  // [n], the dtype of losses
   const void* model_output;
@@ -115,10 +116,9 @@ struct DenoisingLossBackwardArgs {
   const float* table;
   const void* noise;
   const std::int64_t* seeds;
-  Prediction prediction;
   Shape shape;
   StreamOrThreads stream_or_threads;
-  DDPM_FAST_FIELDS(dtype, grad_model_output, grad_losses, model_output, x_0, t, table, noise, seeds, prediction, shape,
+  DDPM_FAST_FIELDS(dtype, prediction, grad_model_output, grad_losses, model_output, x_0, t, table, noise, seeds, shape,
                    stream_or_threads)
 };
 

@@ -424,9 +424,10 @@ class FusedOp:
         results = _as_tuple(self.reference(*arguments))
         if out is not None:
             results = (out.copy_(results[0]), *results[1:])
-        wanted = self._allocated(self.Arguments(*arguments, "reference"))
-        results += tuple(wanted[len(results) :])
-        results = tuple(None if wish is None else result for result, wish in zip(results, wanted, strict=True))
+        if len(self._allocate) > 1:
+            wanted = self._allocated(self.Arguments(*arguments, "reference"))
+            results += tuple(wanted[len(results) :])
+            results = tuple(None if wish is None else result for result, wish in zip(results, wanted, strict=True))
         return self._present(results, arguments[self._tensors[0]])
 
     def _present(self, results: Outputs, like: Tensor) -> tuple[Tensor, ...]:
