@@ -9,6 +9,8 @@ from .images import image_grid as image_grid
 from .images import save_grid as save_grid
 from .images import save_trajectory as save_trajectory
 from .images import to_uint8 as to_uint8
+from .inference import FrozenUNet as FrozenUNet
+from .inference import freeze as freeze
 from .integrations.accelerate import accelerate as accelerate
 from .integrations.accelerate import restore as restore
 from .integrations.fuse import FuseReport as FuseReport
@@ -16,7 +18,6 @@ from .integrations.fuse import fuse as fuse
 from .integrations.fuse import unfuse as unfuse
 from .memory import kept_memory as kept_memory
 from .nn import UNet as UNet
-from .nn import freeze as freeze
 from .ops import BackendUnavailable as BackendUnavailable
 from .ops import attention as attention
 from .ops import conv3x3 as conv3x3
@@ -35,6 +36,7 @@ from .reference import STREAM_OFFSET as STREAM_OFFSET
 from .reference import STREAM_Q_SAMPLE as STREAM_Q_SAMPLE
 from .reference import STREAM_SEEDS as STREAM_SEEDS
 from .reference import STREAM_X_T as STREAM_X_T
+from .sampling import Sampler as Sampler
 from .sampling import sample as sample
 from .schedule import NoiseSchedule as NoiseSchedule
 from .training import train as train

@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from . import graph, ops
-from .networks import device_and_dtype, evaluation_mode, predict
+from . import ops
+from .inference import inference_network
+from .networks import Model, device_and_dtype, evaluation_mode, model_config, predict
 from .plan import COLUMNS, Prediction, Variance, ddpm_plan
 from .sampling import check_images, resolve_labels, resolve_seeds
 from .schedule import NoiseSchedule
@@ -60,7 +61,7 @@ class VariationalBound:
 
 
 def variational_bound(
-    model: nn.Module,
+    model: Model,
     x_0: Tensor,
     schedule: NoiseSchedule,
     *,
@@ -117,7 +118,7 @@ def variational_bound(
         raise ValueError(f"variational_bound: expected batch_size to be a positive integer, got {batch_size}")
     check_images("variational_bound", "x_0", model, x_0.shape)
     total = len(x_0)
-    labels, _ = resolve_labels("variational_bound", model, class_labels, total)
+    labels, _ = resolve_labels("variational_bound", model_config(model), class_labels, total)
     seeds = resolve_seeds("variational_bound", seed, total)
     weights = ddpm_plan(schedule, prediction=prediction, variance=variance, clip=clip).coefficients.flip(0)  # row t
 
@@ -131,8 +132,7 @@ def variational_bound(
     timesteps = range(schedule.num_timesteps - 1, -1, -1)
 
     with (
-        graph.session(model, device, dtype, schedule.num_timesteps, cuda_graph=False) as running,
-        evaluation_mode(network := model if running.network is None else running.network),
+        evaluation_mode(network := inference_network(model, device, dtype, schedule.num_timesteps)),
         torch.inference_mode(),
     ):
         from tqdm.auto import tqdm

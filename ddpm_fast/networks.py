@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+Model: TypeAlias = Callable[..., Any]
+"""An nn.Module, or a `FrozenUNet`. Other objects need attributes `device` and `dtype`."""
 
-def predict(model: nn.Module, x_t: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:
+
+def predict(model: Model, x_t: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:
     """Return the model's output as a tensor.
 
     Models of diffusers return an object whose field `sample` is the tensor.
@@ -27,35 +30,49 @@ def predict(model: nn.Module, x_t: Tensor, t: Tensor, class_labels: Tensor | Non
     return tensor
 
 
-def placed(model: nn.Module, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> nn.Module:
+def placed(model: Model, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Model:
     """Return the model if it has this device and dtype, else a copy that does.
 
     Args:
         model: The model.
         device: None: the model's device.
         dtype: None: the model's dtype.
+
+    Raises:
+        ValueError: The model is no nn.Module and has another device or dtype.
     """
     model_device, model_dtype = device_and_dtype(model)
     device, dtype = torch.device(device or model_device), dtype or model_dtype
     same_device = device.type == model_device.type and device.index in (None, model_device.index)
     if same_device and dtype == model_dtype:
         return model
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"expected device and dtype to be those of the {type(model).__name__}, {model_device} and {model_dtype}, got "
+            f"{device} and {dtype}: freeze the model again"
+        )
     return copy.deepcopy(model).to(device=device, dtype=dtype)
 
 
-def device_and_dtype(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+def device_and_dtype(model: Model) -> tuple[torch.device, torch.dtype]:
     """Return the device and dtype of the model's first floating parameter.
 
     An attribute `dtype` of the model has priority. Without parameters the result is the CPU and float32.
     """
+    if not isinstance(model, nn.Module):
+        device: torch.device = getattr(model, "device", torch.device("cpu"))
+        return device, getattr(model, "dtype", torch.float32)
     parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     dtype = getattr(model, "dtype", None)
     return parameter.device, dtype if isinstance(dtype, torch.dtype) else parameter.dtype
 
 
 @contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(model: Model) -> Iterator[None]:
     """Put every module in eval mode. On exit, restore the modules that were training."""
+    if not isinstance(model, nn.Module):
+        yield
+        return
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -65,7 +82,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def model_config(model: nn.Module) -> Mapping[str, Any]:
+def model_config(model: Model) -> Mapping[str, Any]:
     """Return the model's configuration in diffusers' keys, empty if it has none."""
     config = getattr(model, "config", None)
     return config if isinstance(config, Mapping) else {}

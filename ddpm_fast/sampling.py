@@ -2,77 +2,292 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
-from collections.abc import Hashable, Sequence
-from functools import partial
-from typing import Literal, overload
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
-from . import graph
+from .denoising_loop import DenoisingLoop
 from .images import evenly_spaced
-from .loop import Loop
-from .networks import device_and_dtype, evaluation_mode, model_config
-from .nn import FrozenUNet, UNet, UNetConfig
+from .inference import FrozenUNet, inference_network
+from .inference import cuda_graph as graphs
+from .networks import Model, device_and_dtype, evaluation_mode, model_config
+from .nn import UNet, UNetConfig
 from .ops import sample_seeds
 from .ops.checks import check_number
 from .plan import SamplingPlan
 
-_TRAJECTORY_FRAMES = 51
+MAX_LOOPS: Final = 4  # captured loops of a Sampler: batch sizes and guidance scales
+
+_logger = logging.getLogger(__name__)
 
 
-@overload
-def sample(  # type: ignore[overload-overlap]  # False is an int too: the first that fits is meant
-    model: nn.Module,
-    plan: SamplingPlan,
-    num_samples: int,
-    *,
-    seed: int | Tensor = ...,
-    class_labels: int | Sequence[int] | Tensor | None = ...,
-    guidance_scale: float | None = ...,
-    batch_size: int | None = ...,
-    return_trajectory: Literal[False, 0] = ...,
-    progress: bool = ...,
-    device: torch.device | str | None = ...,
-    dtype: torch.dtype | None = ...,
-    shape: Sequence[int] | None = ...,
-    cuda_graph: bool | None = ...,
-) -> Tensor: ...
-@overload
+class Sampler:
+    """A network, a plan and a device, ready to draw images.
+
+        sampler = Sampler(model, ddim_plan(schedule, 50))
+        for seed in range(100):
+            images = sampler(16, seed=seed)
+
+    It does once what `sample` does at every call. A `UNet` is frozen (see `freeze`) with the weights that it
+    has now: later changes of the model have no effect. Any other model is called as it is. On a GPU each step
+    of a frozen network is captured as a CUDA graph. The four graphs used last are kept.
+
+    Threads that call a Sampler at once take turns.
+
+    Args:
+        model: Called as model(x_t, t), or model(x_t, t, class_labels) if it has classes, with x_t
+            [N, C, H, W] and t int64 [N]. It returns what the plan's `prediction` says, as a tensor or as
+            `.sample` of an object. It runs in eval mode and is not modified. If its weights are
+            channels_last, so is x_t.
+        plan: From `ddpm_plan`, `ddim_plan`, ...
+        dtype: Dtype of the network. x_t stays float32 (float64 for a float64 network). If device or dtype
+            differ from the model's, a copy of the model is used. None: the model's dtype, but a float32
+            `UNet` runs in bfloat16 on a GPU, or in float16 without bfloat16 support. Pass torch.float32
+            to keep float32.
+        device: Device to run on. None: the model's device.
+        shape: (C, H, W) of an image. None: `in_channels` and `sample_size` of the model's config.
+        cuda_graph: Capture each step as a CUDA graph. None: on a GPU, for a `UNet` or its inference form.
+            True: for any model. It must then compute the same from the same memory at each call and
+            never wait for the GPU. False: never. If capture fails, a warning is logged and kernels are
+            launched one by one.
+
+    Attributes:
+        network: The network that runs: a `FrozenUNet`, the model or a copy of it.
+        plan: The plan.
+        device: Device of the images.
+        dtype: Dtype of the network.
+        shape: (C, H, W) of an image.
+
+    Raises:
+        ValueError: An argument is out of range or does not fit the model.
+        TypeError: An argument has an unsupported type.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        plan: SamplingPlan,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        shape: Sequence[int] | None = None,
+        cuda_graph: bool | None = None,
+    ) -> None:
+        if not isinstance(plan, SamplingPlan):
+            raise TypeError(f"sample: expected plan to be a SamplingPlan, got {type(plan).__name__}")
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(f"sample: expected dtype to be a floating dtype, got {dtype!r}")
+        self.plan, self.shape = plan, _image_shape(model, plan, shape)
+        if isinstance(model, FrozenUNet) and plan.timesteps.max() >= model.num_timesteps:
+            raise ValueError(
+                f"sample: expected a plan of timesteps below {model.num_timesteps}, got {int(plan.timesteps.max())}"
+            )
+        check_images("sample", "shape", model, (1, *self.shape))
+        self.device = _device(model, device)
+        on_gpu = self.device.type in graphs.DEVICE_TYPES
+        if cuda_graph and not on_gpu:
+            raise ValueError(f"sample: expected cuda_graph to be None or False on {self.device.type}, got True")
+        with _on(self.device):
+            self.network = inference_network(model, self.device, dtype, plan.schedule.num_timesteps)
+        _, self.dtype = device_and_dtype(self.network)
+        # Other models may not compute the same from the same memory each time.
+        self._captures = on_gpu and (isinstance(self.network, FrozenUNet) if cuda_graph is None else cuda_graph)
+        self._config = model_config(model)
+        self._state_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
+        self._loops: OrderedDict[Hashable, DenoisingLoop] = OrderedDict()  # the one used last is last
+        self._stream: Any = None  # graphs are captured on one stream, with one pool of memory: they take turns
+        self._pool: Any = None
+        self._lock = threading.Lock()
+
+    def __call__(
+        self,
+        num_samples: int,
+        *,
+        seed: int | Tensor = 0,
+        batch_size: int | None = None,
+        class_labels: int | str | Sequence[int | str] | Tensor | None = None,
+        guidance_scale: float | None = None,
+        x_T: Tensor | None = None,
+        progress: bool = True,
+        callback: Callable[[int, int, Tensor], None] | None = None,
+    ) -> Tensor:
+        """Draw images. Arguments and result are those of `sample`."""
+        images, _ = self._draw(
+            num_samples, seed, batch_size, class_labels, guidance_scale, x_T, progress, callback, num_frames=0
+        )
+        return images
+
+    def trajectory(
+        self,
+        num_samples: int,
+        *,
+        num_frames: int = 51,
+        seed: int | Tensor = 0,
+        batch_size: int | None = None,
+        class_labels: int | str | Sequence[int | str] | Tensor | None = None,
+        guidance_scale: float | None = None,
+        x_T: Tensor | None = None,
+        progress: bool = True,
+        callback: Callable[[int, int, Tensor], None] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Draw images and keep the states on the way.
+
+        Args:
+            num_frames: Number of states, evenly spaced over the steps. At most the plan has steps, plus one.
+                The other arguments are those of `sample`.
+
+        Returns:
+            The images as `sample` returns them, and the states [frames, num_samples, C, H, W] on the CPU, from
+            x_T to x_0.
+        """
+        _check_positive("num_frames", num_frames)
+        images, states = self._draw(
+            num_samples, seed, batch_size, class_labels, guidance_scale, x_T, progress, callback, num_frames=num_frames
+        )
+        assert states is not None
+        return images, states
+
+    def _draw(
+        self,
+        num_samples: int,
+        seed: int | Tensor,
+        batch_size: int | None,
+        class_labels: int | str | Sequence[int | str] | Tensor | None,
+        guidance_scale: float | None,
+        x_T: Tensor | None,
+        progress: bool,
+        callback: Callable[[int, int, Tensor], None] | None,
+        *,
+        num_frames: int,
+    ) -> tuple[Tensor, Tensor | None]:
+        _check_positive("num_samples", num_samples)
+        _check_positive("batch_size", num_samples if batch_size is None else batch_size)
+        seeds = resolve_seeds("sample", seed, num_samples)
+        labels, no_label = resolve_labels("sample", self._config, class_labels, num_samples)
+        guided = _is_guided(guidance_scale, class_labels, no_label)
+        if x_T is not None:
+            _check_x_T(x_T, (num_samples, *self.shape))
+        if callback is not None and not callable(callback):
+            raise TypeError(f"sample: expected callback to be callable or None, got {type(callback).__name__}")
+        plan, device = self.plan, self.device
+        with self._lock, _on(device):
+            images = torch.empty((num_samples, *self.shape), dtype=self._state_dtype, device=device)
+            states: Tensor | None = None
+            frames: dict[int, Tensor] = {}  # states to keep, by number: 0 is x_T, num_steps is x_0
+            if num_frames:
+                kept = evenly_spaced(plan.num_steps + 1, num_frames)
+                # A GPU writes to pinned memory by itself, while the host goes on.
+                pin = device.type == "cuda"
+                states = torch.empty((len(kept), num_samples, *self.shape), dtype=self._state_dtype, pin_memory=pin)
+                frames = dict(zip(kept, states, strict=True))
+
+            # Everything that the steps need is on the device before the first: none waits for the host.
+            seeds = seeds.to(device)
+            labels = None if labels is None else labels.to(device)
+            x_T = None if x_T is None else x_T.to(device)
+            label = None if labels is None else no_label or 0
+            chunks = [slice(i, i + (batch_size or num_samples)) for i in range(0, num_samples, batch_size or num_samples)]
+            from tqdm.auto import tqdm
+
+            # On a GPU the bar counts the steps handed over: to know how many are done, the host would have to wait for them.
+            interval = 0.1 if sys.stderr.isatty() else 10  # seconds; a log file needs fewer lines than a terminal
+            total = len(chunks) * plan.num_steps
+            bar = tqdm(total=total, desc="sampling", unit="step", disable=not progress, mininterval=interval)
+            with bar, evaluation_mode(self.network), torch.inference_mode():
+                for chunk in chunks:
+                    loop = self._loop(len(images[chunk]), label, guidance_scale if guided else None)
+                    loop.start(seeds[chunk], None if labels is None else labels[chunk], None if x_T is None else x_T[chunk])
+                    for i in range(plan.num_steps):
+                        if i in frames:
+                            frames[i][chunk].copy_(loop.x_t, non_blocking=True)
+                        if loop.replay is None:
+                            loop.advance(self.network)
+                        else:
+                            loop.replay()
+                        if callback is not None:
+                            callback(i, int(plan.timesteps[i]), loop.x_t)
+                        bar.update()
+                    if plan.num_steps in frames:
+                        frames[plan.num_steps][chunk].copy_(loop.x_t, non_blocking=True)
+                    images[chunk] = loop.x_t
+        if states is not None and device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()  # the frames are on their way to the host
+        return images, states
+
+    def _loop(self, n: int, label: int | None, guidance_scale: float | None) -> DenoisingLoop:
+        """Return the loop for n images, captured if the Sampler captures."""
+
+        def make() -> DenoisingLoop:
+            return DenoisingLoop(
+                self.plan,
+                (n, *self.shape),
+                state_dtype=self._state_dtype,
+                network_dtype=self.dtype,
+                memory_format=_memory_format(self.network, self.shape),
+                device=self.device,
+                label=label,
+                guidance_scale=guidance_scale,
+            )
+
+        if not self._captures:
+            return make()
+        # On another stream nothing would keep memory that is freed or overwritten here from being in use there.
+        stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
+        key = (n, label is None, guidance_scale, graphs.settings(), stream)
+        loop = self._loops.pop(key, None)
+        if loop is None:
+            loop = make()
+            self._capture(loop)
+            if len(self._loops) == MAX_LOOPS:
+                self._loops.popitem(last=False)
+        self._loops[key] = loop
+        return loop
+
+    def _capture(self, loop: DenoisingLoop) -> None:
+        def rehearse() -> None:
+            loop.rewind()
+            loop.advance(self.network)
+
+        kind = self.device.type
+        if kind == "cuda":
+            self._stream = self._stream or torch.cuda.Stream(self.device)
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+        if isinstance(self.network, nn.Module):
+            loop.held = [*self.network.parameters(), *self.network.buffers()]  # the graph uses their addresses
+        try:
+            # Weights that autocast has cast once and kept would be gone by the time of a replay.
+            with torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cache_enabled=False):
+                loop.replay = graphs.capture(rehearse, lambda: loop.advance(self.network), self._stream, self._pool)
+        except graphs.CaptureError as error:
+            self._pool = None  # torch may take it for one that is still recorded to
+            _logger.warning("sample: steps are launched one kernel at a time, as there can be no CUDA graph: %s", error)
+
+
 def sample(
-    model: nn.Module,
-    plan: SamplingPlan,
-    num_samples: int,
-    *,
-    seed: int | Tensor = ...,
-    class_labels: int | Sequence[int] | Tensor | None = ...,
-    guidance_scale: float | None = ...,
-    batch_size: int | None = ...,
-    return_trajectory: bool | int,
-    progress: bool = ...,
-    device: torch.device | str | None = ...,
-    dtype: torch.dtype | None = ...,
-    shape: Sequence[int] | None = ...,
-    cuda_graph: bool | None = ...,
-) -> tuple[Tensor, Tensor]: ...
-def sample(
-    model: nn.Module,
+    model: Model,
     plan: SamplingPlan,
     num_samples: int,
     *,
     seed: int | Tensor = 0,
-    class_labels: int | Sequence[int] | Tensor | None = None,
-    guidance_scale: float | None = None,
     batch_size: int | None = None,
-    return_trajectory: bool | int = False,
+    class_labels: int | str | Sequence[int | str] | Tensor | None = None,
+    guidance_scale: float | None = None,
+    x_T: Tensor | None = None,
     progress: bool = True,
-    device: torch.device | str | None = None,
+    callback: Callable[[int, int, Tensor], None] | None = None,
     dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
     shape: Sequence[int] | None = None,
     cuda_graph: bool | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor:
     """Draw images from a model.
 
     x_T is drawn from N(0, I). Each row of the plan then takes one network evaluation and one `reverse_step`
@@ -81,137 +296,82 @@ def sample(
     Image i is a function of (seed, i), the model and the plan. Noise is bit-identical across batch sizes,
     devices and thread counts. Images match up to floating-point rounding in the network.
 
+    The call makes a `Sampler`, uses it and drops it. In a loop, make one `Sampler` and call it: a `UNet` is
+    then frozen once, and on a GPU a step is captured once.
+
     A `UNet` runs in its inference form (see `freeze`), which ignores autocast. On a GPU it is bfloat16 by
     default and each step is one CUDA graph. The call does not wait for the GPU, so the images are complete
-    only when the GPU is done. Inference form and graphs are kept in memory for the next call on the same
-    stream. They are released with the model, or if its weights change.
+    only when the GPU is done.
 
     Args:
-        model: Called as model(x_t, t), or model(x_t, t, class_labels) if it has classes, with x_t
-            [N, C, H, W] and t int64 [N]. It returns what the plan's `prediction` says, as a tensor or as
-            `.sample` of an object. It runs in eval mode and is not modified. If its weights are
-            channels_last, so is x_t.
+        model: See `Sampler`.
         plan: From `ddpm_plan`, `ddim_plan`, ...
         num_samples: Number of images.
         seed: An int, or int64 [num_samples] with a seed per image: `sample_seeds(0, 16)[5:6]` draws image 5
             of seed 0 alone.
-        class_labels: One class for all images, or one per image. None, for a model with classes: its
-            "no label" class, the last of `num_class_embeds` in its config.
+        batch_size: Images per network evaluation. None: all.
+        class_labels: One class for all images, or one per image: a number, or a name in the model's
+            `class_names`. None, for a model with classes: its "no label" class, the last of
+            `num_class_embeds` in its config.
         guidance_scale: Scale w of classifier-free guidance, m = m_u + w (m_c - m_u), with m_u the prediction
             for "no label". None or 1: the conditional prediction alone, at half the cost.
-        batch_size: Images per network evaluation. None: all.
-        return_trajectory: Also return intermediate states. True: 51 of them. An int: that many, evenly
-            spaced. False or 0: none.
+        x_T: Initial states [num_samples, C, H, W], floating, instead of noise drawn from the seed.
         progress: Show a progress bar.
+        callback: Called as callback(step, timestep, x_t) after each step of each batch: the number of the step
+            from 0, its timestep, and the state [n, C, H, W] after it. Clone the state to keep it. An exception
+            ends the sampling.
+        dtype: See `Sampler`.
         device: Device to run on. None: the model's device.
-        dtype: Dtype of the network. x_t stays float32 (float64 for a float64 network). If device or dtype
-            differ from the model's, a copy of the model is used. None: the model's dtype, but a float32
-            `UNet` runs in bfloat16 on a GPU, or in float16 without bfloat16 support. Pass torch.float32
-            to keep float32.
         shape: (C, H, W) of an image. None: `in_channels` and `sample_size` of the model's config.
-        cuda_graph: Capture each step as a CUDA graph. None: on a GPU, for a `UNet` or its inference form.
-            True: for any model. It must then compute the same from the same memory at each call and
-            never wait for the GPU. False: never, and nothing is kept after the call. If capture fails,
-            a warning is logged and kernels are launched one by one.
+        cuda_graph: See `Sampler`.
 
     Returns:
         float32 (float64 for a float64 network) [num_samples, C, H, W] on the device, in [-1, 1] if the plan
-        clips. With return_trajectory also [frames, num_samples, C, H, W] on the CPU, from x_T to x_0.
+        clips.
 
     Raises:
         ValueError: An argument is out of range or does not fit the model. Checked before any computation.
         TypeError: An argument has an unsupported type.
     """
-    _check_positive("num_samples", num_samples)
-    _check_positive("batch_size", num_samples if batch_size is None else batch_size)
-    _check_positive("return_trajectory", int(return_trajectory) or 1)
-    if not isinstance(plan, SamplingPlan):
-        raise TypeError(f"sample: expected plan to be a SamplingPlan, got {type(plan).__name__}")
-    if dtype is not None and not dtype.is_floating_point:
-        raise TypeError(f"sample: expected dtype to be a floating dtype, got {dtype}")
-    shape = _image_shape(model, plan, shape)
-    check_images("sample", "num_samples and shape", model, (num_samples, *shape))
-    seeds = resolve_seeds("sample", seed, num_samples)
-    labels, no_label = resolve_labels("sample", model, class_labels, num_samples)
+    sampler = Sampler(model, plan, dtype=dtype, device=device, shape=shape, cuda_graph=cuda_graph)
+    return sampler(
+        num_samples,
+        seed=seed,
+        batch_size=batch_size,
+        class_labels=class_labels,
+        guidance_scale=guidance_scale,
+        x_T=x_T,
+        progress=progress,
+        callback=callback,
+    )
+
+
+def _on(device: torch.device) -> Any:
+    """Return a context in which this GPU is the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _is_guided(guidance_scale: float | None, class_labels: Any, no_label: int | None) -> bool:
+    """Return whether guidance takes a second prediction."""
     check_number("sample", "guidance_scale", 1 if guidance_scale is None else guidance_scale)
-    if guidance_scale is not None and not math.isfinite(guidance_scale):
+    if guidance_scale is None or guidance_scale == 1:
+        return False
+    if not math.isfinite(guidance_scale):
         raise ValueError(f"sample: expected guidance_scale to be finite or None, got {guidance_scale}")
-    guided = guidance_scale is not None and guidance_scale != 1
-    if guided and (class_labels is None or no_label is None):
+    if class_labels is None or no_label is None:
         reason = "class_labels is None" if class_labels is None else "the model's config has no num_class_embeds"
         raise ValueError(f"sample: expected guidance_scale to be None or 1, as {reason}, got {guidance_scale}")
-
-    if isinstance(model, FrozenUNet) and plan.timesteps.max() >= model.num_timesteps:
-        raise ValueError(f"sample: expected a plan of timesteps below {model.num_timesteps}, got {int(plan.timesteps.max())}")
-    device = _device(model, device)
-    if cuda_graph and device.type not in graph.DEVICE_TYPES:
-        raise ValueError(f"sample: expected cuda_graph to be None or False on {device.type}, got True")
-    if cuda_graph is False:
-        graph.forget(model)
-    with graph.session(model, device, dtype, plan.schedule.num_timesteps, cuda_graph) as running:
-        network = model if running.network is None else running.network
-        _, dtype = device_and_dtype(network)
-        state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        images = torch.empty((num_samples, *shape), dtype=state_dtype, device=device)
-        trajectory: Tensor | None = None
-        frames: dict[int, Tensor] = {}  # states to keep, by number: 0 is x_T, num_steps is x_0
-        if return_trajectory:
-            kept = evenly_spaced(plan.num_steps + 1, _TRAJECTORY_FRAMES if return_trajectory is True else return_trajectory)
-            # A GPU writes to pinned memory by itself, while the host goes on.
-            pin = device.type == "cuda"
-            trajectory = torch.empty((len(kept), num_samples, *shape), dtype=state_dtype, pin_memory=pin)
-            frames = dict(zip(kept, trajectory, strict=True))
-
-        # Everything that the steps need is on the device before the first: none waits for the host.
-        seeds = seeds.to(device)
-        labels = None if labels is None else labels.to(device)
-        make = partial(
-            Loop,
-            plan,
-            state_dtype=state_dtype,
-            network_dtype=dtype,
-            memory_format=_memory_format(network, shape),
-            device=device,
-            label=None if labels is None else no_label or 0,
-            guidance_scale=guidance_scale if guided else None,
-        )
-        chunks = [slice(i, i + (batch_size or num_samples)) for i in range(0, num_samples, batch_size or num_samples)]
-        from tqdm.auto import tqdm
-
-        # On a GPU the bar counts the steps handed over: to know how many are done, the host would have to wait for them.
-        interval = 0.1 if sys.stderr.isatty() else 10  # seconds; a log file needs fewer lines than a terminal
-        total = len(chunks) * plan.num_steps
-        bar = tqdm(total=total, desc="sampling", unit="step", disable=not progress, mininterval=interval)
-        with bar, evaluation_mode(network), torch.inference_mode():
-            for chunk in chunks:
-                n = len(images[chunk])
-                key = (n, shape, labels is not None, guidance_scale if guided else None, _rows(plan))
-                loop = running.loop(key, partial(make, (n, *shape)), network)
-                loop.start(seeds[chunk], None if labels is None else labels[chunk])
-                for i in range(plan.num_steps):
-                    if i in frames:
-                        frames[i][chunk].copy_(loop.x_t, non_blocking=True)
-                    if loop.replay is None:
-                        loop.advance(network)
-                    else:
-                        loop.replay()
-                    bar.update()
-                if plan.num_steps in frames:
-                    frames[plan.num_steps][chunk].copy_(loop.x_t, non_blocking=True)
-                images[chunk] = loop.x_t
-    if trajectory is None:
-        return images
-    if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()  # the frames are on their way to the host
-    return images, trajectory
+    return True
 
 
-def _rows(plan: SamplingPlan) -> Hashable:
-    """Return a key that is equal for plans with the same steps."""
-    return plan.timesteps.numpy().tobytes(), plan.coefficients.numpy().tobytes(), plan.prediction, plan.variance
+def _check_x_T(x_T: Tensor, shape: tuple[int, ...]) -> None:
+    if not isinstance(x_T, Tensor):
+        raise TypeError(f"sample: expected x_T to be a tensor or None, got {type(x_T).__name__}")
+    if not x_T.is_floating_point() or tuple(x_T.shape) != shape:
+        raise ValueError(f"sample: expected x_T to be floating {list(shape)}, got {x_T.dtype} {list(x_T.shape)}")
 
 
-def _device(model: nn.Module, device: torch.device | str | None) -> torch.device:
+def _device(model: Model, device: torch.device | str | None) -> torch.device:
     """Return the device to run on, with its index. "cuda" is the GPU that holds the model, if any."""
     model_device, _ = device_and_dtype(model)
     if device is None or torch.device(device) == torch.device(model_device.type):
@@ -224,7 +384,7 @@ def _check_positive(name: str, value: int) -> None:
         raise ValueError(f"sample: expected {name} to be a positive integer, got {value!r}")
 
 
-def _image_shape(model: nn.Module, plan: SamplingPlan, shape: Sequence[int] | None) -> tuple[int, ...]:
+def _image_shape(model: Model, plan: SamplingPlan, shape: Sequence[int] | None) -> tuple[int, ...]:
     config = model_config(model)
     if shape is None:
         channels, size = config.get("in_channels"), config.get("sample_size")
@@ -244,15 +404,17 @@ def _image_shape(model: nn.Module, plan: SamplingPlan, shape: Sequence[int] | No
     return tuple(shape)
 
 
-def _memory_format(model: nn.Module, shape: Sequence[int]) -> torch.memory_format:
+def _memory_format(model: Model, shape: Sequence[int]) -> torch.memory_format:
     """Return channels_last for images if the model's convolution weights are, else contiguous_format."""
+    if not isinstance(model, nn.Module):
+        return torch.channels_last if isinstance(model, FrozenUNet) and len(shape) == 3 else torch.contiguous_format
     weights = (p for p in model.parameters() if p.dim() == 4 and not p.is_contiguous())
     if len(shape) == 3 and any(p.is_contiguous(memory_format=torch.channels_last) for p in weights):
         return torch.channels_last
     return torch.contiguous_format
 
 
-def check_images(caller: str, name: str, model: nn.Module, shape: Sequence[int]) -> None:
+def check_images(caller: str, name: str, model: Model, shape: Sequence[int]) -> None:
     """Raise a ValueError if a `UNet` cannot take images of this shape. Other models are not checked.
 
     Args:
@@ -284,7 +446,7 @@ def resolve_seeds(caller: str, seed: int | Tensor, num_samples: int) -> Tensor:
 
 
 def resolve_labels(
-    caller: str, model: nn.Module, class_labels: int | Sequence[int] | Tensor | None, num_samples: int
+    caller: str, config: Mapping[str, Any], class_labels: Any, num_samples: int
 ) -> tuple[Tensor | None, int | None]:
     """Return the class of each sample, int64 [num_samples], and the "no label" class.
 
@@ -292,7 +454,7 @@ def resolve_labels(
 
     Args:
         caller: Name of the calling function for error messages.
-        model: The model.
+        config: The model's configuration, empty if it has none.
         class_labels: One class, one per sample, or None for "no label".
         num_samples: Number of samples.
 
@@ -300,7 +462,6 @@ def resolve_labels(
         ValueError: Labels are out of range, have another shape, or the model has no classes.
         TypeError: Labels are not integers.
     """
-    config = model_config(model)
     num_classes = config.get("num_class_embeds")  # "no label" included
     no_label = None if num_classes is None else num_classes - 1
     if class_labels is None:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..graph import session
+session: Any = None
 from ..nn import UNet, UNetConfig
 from ..ops import sample_seeds
 from . import needs_extra

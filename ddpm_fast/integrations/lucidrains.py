@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .. import graph
-from ..networks import device_and_dtype, evaluation_mode, model_config
+from ..inference import inference_network
+from ..networks import Model, device_and_dtype, evaluation_mode, model_config
 from ..nn.checkpoint import check_weights, load_tensors
 from ..ops import denoising_loss, q_sample, reverse_step
 from ..ops import noise as draw_noise
@@ -418,21 +418,20 @@ class GaussianDiffusion(nn.Module):
         if states is not None:
             states[:, 0] = x_t
         _, dtype = device_and_dtype(self.model)
-        with graph.session(self.model, x_t.device, dtype, self.num_timesteps, None) as running:
-            network = self.model if running.network is None else running.network
-            x_0 = None  # of the step before
-            with evaluation_mode(network):
-                for step in tqdm(range(first, plan.num_steps), desc="sampling", unit="step", disable=not progress):
-                    stepped = self._step(network, x_t, step, plan, x_0, seeds, return_x_0=self.self_condition, out=x_t)
-                    if isinstance(stepped, tuple):
-                        x_0 = stepped[1]
-                    if states is not None:
-                        states[:, step + 1] = x_t
+        network = inference_network(self.model, x_t.device, dtype, self.num_timesteps)
+        x_0 = None  # of the step before
+        with evaluation_mode(network):
+            for step in tqdm(range(first, plan.num_steps), desc="sampling", unit="step", disable=not progress):
+                stepped = self._step(network, x_t, step, plan, x_0, seeds, return_x_0=self.self_condition, out=x_t)
+                if isinstance(stepped, tuple):
+                    x_0 = stepped[1]
+                if states is not None:
+                    states[:, step + 1] = x_t
         return x_t
 
     def _step(
         self,
-        network: nn.Module,
+        network: Model,
         x_t: Tensor,
         step: int,
         plan: SamplingPlan,
@@ -640,7 +639,7 @@ def _at(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
     return table[t].reshape(-1, *[1] * (like.dim() - 1))
 
 
-def _evaluate(model: nn.Module, x_t: Tensor, t: Tensor, x_self_cond: Tensor | None) -> Tensor:
+def _evaluate(model: Model, x_t: Tensor, t: Tensor, x_self_cond: Tensor | None) -> Tensor:
     """Return the model's output as a tensor. diffusers' models return it as `.sample`."""
     _, dtype = device_and_dtype(model)
     output = model(x_t.to(dtype), t, None if x_self_cond is None else x_self_cond.to(dtype))

@@ -1,7 +1,6 @@
 """The U-Net: layers built on the package's ops, and checkpoints."""
 
 from .config import CIFAR10_32, HO_256, UNetConfig
-from .freeze import FrozenUNet, freeze
 from .unet import UNet
 
-__all__ = ["CIFAR10_32", "HO_256", "FrozenUNet", "UNet", "UNetConfig", "freeze"]
+__all__ = ["CIFAR10_32", "HO_256", "UNet", "UNetConfig"]

@@ -270,20 +270,49 @@ class FusedOp:
         elif self._native is not None:
             self._native(results, a)
         else:
-            main = a[self._main] if self._dense else results[0]
-            values = [*results, *a, dtype_code(main.dtype), *sizes(main), None, torch.get_num_threads()]
-            values += [0 if a[i] is None else dtype_code(a[i].dtype) for i in self._typed]
-            values += [derive(a) for derive in self._derived]
+            main, fields = self._fields_of(results, a)
             if main.is_cpu:
-                kernels, fields = KERNELS["cpu"], self._pick(values)
+                kernels = KERNELS["cpu"]
                 if self._workspace is not None and hasattr(kernels, self._workspace):
                     fields = self._with_workspace(kernels, fields, main.device)
                 getattr(kernels, self.name)(*fields)
             else:
-                self._launch_on_gpu(self._pick(values), main.device)
+                self._launch_on_gpu(fields, main.device)
         if out is not None:
             torch.autograd.graph.increment_version(out)  # autograd does not see what a kernel writes
         return results
+
+    def native_fields(self, arguments: tuple[Any, ...], out: Tensor, workspace: Tensor | None = None) -> tuple[Any, ...]:
+        """Return the fields of the CPU kernel for a call that writes its first result to `out`.
+
+        Args:
+            arguments: Arguments of the schema, in order. Tensors must be dense, in the layout of the kernel.
+            out: Tensor for the first result. Results that only the backward pass reads are absent.
+            workspace: Scratch buffer of `native_workspace` bytes.
+        """
+        a = self.Arguments(*arguments, "native")
+        _, fields = self._fields_of(self._allocated(a, saves=False, out=out), a)
+        if self._workspace is None:
+            return fields
+        return self._replaced(fields, "workspace", workspace)
+
+    def native_workspace(self, arguments: tuple[Any, ...], out: Tensor) -> int:
+        """Return the size in bytes of the scratch buffer of this call on a CPU."""
+        if self._workspace is None:
+            return 0
+        size: int = getattr(KERNELS["cpu"], self._workspace)(*self.native_fields(arguments, out))
+        return size
+
+    def _fields_of(self, results: Any, a: Any) -> tuple[Tensor, tuple[Any, ...]]:
+        """Return the tensor that sets the kernel's shape, and the fields of the kernel."""
+        main = a[self._main] if self._dense else results[0]
+        values = [*results, *a, dtype_code(main.dtype), *sizes(main), None, torch.get_num_threads()]
+        values += [0 if a[i] is None else dtype_code(a[i].dtype) for i in self._typed]
+        values += [derive(a) for derive in self._derived]
+        return main, self._pick(values)
+
+    def _replaced(self, fields: tuple[Any, ...], name: str, value: Any) -> tuple[Any, ...]:
+        return tuple(value if each == name else field for each, field in zip(self._fields, fields, strict=True))
 
     def _prepared(self, arguments: tuple[Any, ...], backend: str | None) -> Any:
         """Return the arguments by name, each tensor in a memory layout that kernels read."""
@@ -359,9 +388,7 @@ class FusedOp:
     def _launch_on_gpu(self, fields: tuple[Any, ...], device: torch.device) -> None:
         """Launch the kernel on the current stream of a GPU."""
         stream, kernels = torch._C._cuda_getCurrentRawStream(device.index), KERNELS["cuda"]
-        fields = tuple(
-            stream if name == "stream_or_threads" else value for name, value in zip(self._fields, fields, strict=True)
-        )
+        fields = self._replaced(fields, "stream_or_threads", stream)
         with torch.cuda.device(device):  # kernels ask the current device for its properties
             if self._workspace is not None:
                 fields = self._with_workspace(kernels, fields, device)
@@ -371,7 +398,7 @@ class FusedOp:
         """Return the fields with a scratch buffer of the size that the kernel asks for."""
         size = getattr(kernels, self._workspace or "")(*fields)
         workspace = torch.empty(size, dtype=torch.uint8, device=device) if size else None
-        return tuple(workspace if name == "workspace" else value for name, value in zip(self._fields, fields, strict=True))
+        return self._replaced(fields, "workspace", workspace)
 
     # ---------------------------------------------------------------------------------------------------- torch.library
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .networks import predict
+from .networks import Model, predict
 from .ops import initial_noise, reverse_step
 from .plan import SamplingPlan
 
 
-class Loop:
+class DenoisingLoop:
     """Memory for sampling n images at a time.
 
     `start` fills it. Each `advance` applies one step of the plan. `advance` reads the step's index from
@@ -33,6 +33,7 @@ class Loop:
     Attributes:
         x_t: [n, C, H, W], updated in place: x_T after `start`, x_0 after the last step.
         replay: Replays a captured `advance`, or None.
+        held: Tensors whose memory a captured `advance` uses.
     """
 
     def __init__(
@@ -58,20 +59,22 @@ class Loop:
             self._timesteps = plan.timesteps.to(device)
             plan.table(device)  # in place before a capture looks
         self.replay: Callable[[], None] | None = None
+        self.held: list[Tensor] = []
 
-    def start(self, seeds: Tensor, labels: Tensor | None) -> None:
-        """Draw x_T and return to the first step.
+    def start(self, seeds: Tensor, labels: Tensor | None, x_T: Tensor | None = None) -> None:
+        """Set x_T and return to the first step.
 
         Args:
             seeds: int64 [n] on the device.
             labels: int64 [n] on the device, or None.
+            x_T: [n, C, H, W]. None: drawn from N(0, I) by the seeds.
         """
         self.rewind()
         self._seeds.copy_(seeds)
         if self._labels is not None and labels is not None:
             self._labels[: len(labels)] = labels
         x_t = self.x_t
-        x_t.copy_(initial_noise(x_t.shape, self._seeds, dtype=x_t.dtype, device=x_t.device))
+        x_t.copy_(initial_noise(x_t.shape, self._seeds, dtype=x_t.dtype, device=x_t.device) if x_T is None else x_T)
         if self._x_0 is not None:
             self._x_0.zero_()
 
@@ -79,7 +82,7 @@ class Loop:
         """Return to the first step without changing x_t."""
         self._step.zero_()
 
-    def advance(self, network: nn.Module) -> None:
+    def advance(self, network: Model) -> None:
         """Evaluate the network once and apply one `reverse_step`."""
         x_t, plan = self.x_t, self._plan
         x_in = x_t.to(self._network_dtype)

@@ -1,0 +1,320 @@
+"""Inference form of the U-Net: the same outputs with less work at every step."""
+
+from __future__ import annotations
+
+import math
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from ..networks import Model, placed
+from ..nn.unet import UNet, centered, checked_timesteps
+from ..ops._op import runs_eagerly
+from ..ops.backend import has_fast_bfloat16, why_not_matrix_kernels
+from ..ops.checks import checked_device
+from .network import Block, Network, Resnet, read_network, why_not_frozen
+from .packed_layers import PackedLayers
+from .program import Buffer, Builder, Call, NativeProgram, PythonProgram
+from .pytorch_layers import PyTorchLayers
+
+MAX_PROGRAMS: Final = 4  # of a network: one per input shape and number of threads
+_CACHED_BYTES: Final = 8 << 20  # the largest feature map of a batch: 16 images of the CIFAR-10 network in float32
+
+
+def freeze(
+    model: UNet,
+    dtype: torch.dtype | None = None,
+    *,
+    device: torch.device | str | None = None,
+    num_timesteps: int | None = None,
+) -> FrozenUNet:
+    """Return the inference form of a U-Net.
+
+    It is called like the model and has no gradients. Outputs are equal up to the rounding of `dtype`.
+
+    On a CPU, in float32 and bfloat16, convolutions and matrix products use this package's kernels:
+
+    - Weights are packed at first use. Packed weights need 2-4x the model's memory.
+    - Norms and activations are applied while a convolution reads its input.
+    - Skip connections are read in place, and residuals are added while the output is written.
+    - In bfloat16 on a CPU with AMX, oneDNN computes the convolutions from weights reordered once.
+
+    On a GPU, and in other dtypes, weights are cast once and stored channels_last.
+
+    In every case:
+
+    - The projections of the time embedding become tables over the timesteps, computed in float64. A
+      network with classes has such a table for the embedding, and one product for all projections.
+    - Queries, keys and values are one product.
+    - Biases and shortcuts are merged into neighbouring layers, and dropout is removed.
+    - Norm parameters stay float32.
+
+    Args:
+        model: U-Net, not modified. Later changes of it do not affect the result.
+        dtype: Dtype of weights and activations. None: the model's dtype. A float32 model becomes bfloat16
+            on devices with fast bfloat16, and float16 on other GPUs.
+        device: None: the model's device.
+        num_timesteps: T. Timesteps must be integers in 0..T-1. None: `num_train_timesteps` of the
+            config, or 1000.
+
+    Raises:
+        TypeError: `model` is not a `UNet` of unmodified layers, or `dtype` is not a torch.dtype. The message
+            names the layer and the reason.
+        ValueError: `dtype` is not floating, `num_timesteps` is not positive, or `device` is unknown.
+    """
+    if not isinstance(model, UNet):
+        raise TypeError(f"freeze: expected model to be a ddpm_fast.UNet (UNet.from_pretrained), got a {type(model).__name__}")
+    reason = why_not_frozen(model)
+    if reason is not None:
+        raise TypeError(f"freeze: expected a UNet with its own layers, got one where {reason}")
+    weight = model.conv_in.weight
+    device = weight.device if device is None else checked_device("freeze", device)
+    dtype = default_dtype(weight.dtype, device) if dtype is None else dtype
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"freeze: expected dtype to be a torch.dtype, got {dtype!r}")
+    if not dtype.is_floating_point:
+        raise ValueError(f"freeze: expected dtype to be a floating dtype, got {dtype}")
+    if num_timesteps is None:
+        num_timesteps = model.config["num_train_timesteps"] or 1000
+    if not isinstance(num_timesteps, int) or isinstance(num_timesteps, bool):
+        raise TypeError(f"freeze: expected num_timesteps to be an int, got {type(num_timesteps).__name__}")
+    if num_timesteps < 1:
+        raise ValueError(f"freeze: expected num_timesteps to be at least 1, got {num_timesteps}")
+    return FrozenUNet(model, dtype, device, num_timesteps)
+
+
+def default_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Return the dtype that `freeze` chooses for a model of this dtype on this device."""
+    if dtype != torch.float32 or device.type not in ("cpu", "cuda"):
+        return dtype
+    if device.type == "cpu":
+        return torch.bfloat16 if has_fast_bfloat16() else torch.float32
+    with torch.cuda.device(device):
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def inference_network(model: Model, device: torch.device, dtype: torch.dtype | None, num_timesteps: int) -> Model:
+    """Return the network that computes `model` fastest.
+
+    A `UNet` is frozen. Any other model is used as it is, or copied to another device or dtype. A `UNet` that
+    cannot be frozen is treated so too, with a warning that names the reason.
+
+    Args:
+        model: Model to evaluate.
+        device: Device to run on.
+        dtype: Dtype of the network. None: on a GPU the choice of `freeze`, elsewhere the model's.
+        num_timesteps: T.
+    """
+    if not isinstance(model, UNet):
+        return placed(model, device, dtype)
+    reason = why_not_frozen(model) if device.type in ("cpu", "cuda") else f"it is on {device.type}"
+    if reason is not None:
+        warnings.warn(
+            f"ddpm_fast: this UNet is not frozen, because {reason}. It runs as it is, which is slower.",
+            RuntimeWarning,
+            stacklevel=4,  # the caller of `sample` or `Sampler`
+        )
+        return placed(model, device, dtype)
+    if dtype is None and device.type == "cpu":
+        dtype = model.conv_in.weight.dtype
+    return freeze(model, dtype, device=device, num_timesteps=num_timesteps)
+
+
+class FrozenUNet:
+    """Inference form of a `UNet`; see `freeze`. It is immutable.
+
+    For each input shape and number of threads it builds a program at the first call: a list of kernel calls with
+    planned memory. It keeps the four programs used last. Threads that call it at once take turns on a CPU.
+
+    It is no nn.Module. To change dtype, device or weights, freeze the model again. To save it, save the model.
+
+    Attributes:
+        config: The model's configuration.
+        num_timesteps: T.
+        dtype: Dtype of weights and activations.
+        device: Device of weights and activations.
+        channels_last: True. Its feature maps are channels_last.
+        why_not_packed: The reason why PyTorch or oneDNN computes the convolutions. None if this package's
+            CPU kernels do.
+    """
+
+    channels_last: Final = True
+
+    def __init__(self, model: UNet, dtype: torch.dtype, device: torch.device, num_timesteps: int) -> None:
+        self._config = model._config
+        self.config: dict[str, Any] = dict(model.config)
+        self.num_timesteps, self.dtype, self.device = num_timesteps, dtype, device
+        self.why_not_packed = why_not_matrix_kernels(device, dtype)
+        # Ordinary tensors, which outlive the mode.
+        with torch.inference_mode(False), torch.no_grad(), torch.device(device):
+            self._layers = PackedLayers(dtype) if self.why_not_packed is None else PyTorchLayers(dtype, device)
+            self._network = read_network(model, dtype, device, num_timesteps, self._layers.stored)
+        self._programs: OrderedDict[Hashable, NativeProgram | PythonProgram] = OrderedDict()  # the one used last is last
+        self._lock = threading.Lock()
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor, t: Tensor | int, class_labels: Tensor | None = None) -> Tensor:
+        """Evaluate the network as `UNet.forward` does.
+
+        Args:
+            x: x_t, [N, in_channels, H, W].
+            t: Integer timesteps in 0..T-1: an int, a 0-d tensor, or [N]. A tensor is checked on the CPU. On
+                a GPU a check would synchronize with the host, so the caller must keep it in range.
+            class_labels: int64 [N], for networks with classes.
+
+        Returns:
+            [N, out_channels, H, W] in `dtype`, channels_last.
+
+        Raises:
+            ValueError: A shape or the device does not fit, or a timestep or label is out of range.
+            TypeError: Timesteps are not integers, or x is batched by torch.vmap.
+        """
+        if not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(x):
+            raise TypeError("FrozenUNet: expected x to be [N, C, H, W] outside torch.vmap, got a tensor batched by it")
+        if isinstance(t, int) and not 0 <= t < self.num_timesteps:
+            raise ValueError(f"FrozenUNet: expected t in 0..{self.num_timesteps - 1}, got {t}")
+        t = checked_timesteps(self._config, x, t, class_labels)
+        if t.is_floating_point():
+            raise TypeError(f"FrozenUNet: expected integer timesteps, got {t.dtype}")
+        if x.device != self.device:
+            raise ValueError(f"FrozenUNet: expected x on {self.device}, got {x.device}: freeze the model for that device")
+        x = centered(self._config, x.to(self.dtype)).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(x.device.type, enabled=False):  # every layer has its dtype
+            parts = [tensor.split(self._images_at_once(x)) for tensor in (x, t, class_labels) if tensor is not None]
+            outs = [self._part(x, t, *labels) for x, t, *labels in zip(*parts, strict=True)]
+            return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+    def _part(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        inputs = (x, *self._network.time_terms.stacks(t, class_labels))
+        if 0 in x.shape:
+            return x.new_empty(x.shape[0], self._config.out_channels, *x.shape[2:])
+        if not runs_eagerly(*inputs):  # compiled: the calls are traced one by one
+            return PythonProgram(*self._built(inputs))(inputs)
+        key = (torch.get_num_threads(), *(each.shape for each in inputs))
+        if self.why_not_packed is not None:
+            with self._lock:
+                program = self._program(key, inputs)
+            return program(inputs)
+        with self._lock:  # until the program has run, because its memory serves one call at a time
+            return self._program(key, inputs)(inputs)
+
+    def _program(self, key: Hashable, inputs: Sequence[Tensor]) -> NativeProgram | PythonProgram:
+        program = self._programs.pop(key, None)
+        if program is None:
+            if len(self._programs) == MAX_PROGRAMS:
+                self._programs.popitem(last=False)
+            with torch.inference_mode(False), torch.no_grad(), torch.device(self.device):
+                parts = self._built(inputs)
+                if self.why_not_packed is None:
+                    program = NativeProgram(*parts, torch.get_num_threads())
+                else:
+                    program = PythonProgram(*parts)
+        self._programs[key] = program
+        return program
+
+    def _built(self, inputs: Sequence[Tensor]) -> tuple[list[Buffer], list[Call], Buffer]:
+        """Return the inputs, the calls and the output of a program for inputs of these shapes."""
+        builder = Builder()
+        buffers = [builder.buffer(each.shape, each.dtype) for each in inputs]
+        x, *stacks = buffers
+        rows = [stack.rows() for stack in stacks]
+        terms = [rows[stack][row] for stack, row in self._network.time_terms.rows]
+        output = _through_layers(self._network, self._layers, builder, x, terms)
+        return buffers, builder.calls, output
+
+    def _images_at_once(self, x: Tensor) -> int:
+        """Return the number of images per pass, chosen so that feature maps stay in the CPU's cache."""
+        n, _, height, width = x.shape
+        bytes_an_image = self._config.block_out_channels[0] * height * width * x.element_size()
+        if x.device.type != "cpu" or n * bytes_an_image <= _CACHED_BYTES:
+            return max(n, 1)
+        parts = math.ceil(n * bytes_an_image / _CACHED_BYTES)
+        return math.ceil(n / parts)
+
+    def __copy__(self) -> FrozenUNet:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FrozenUNet:
+        return self
+
+    def __reduce__(self) -> Any:
+        raise TypeError("FrozenUNet: it cannot be pickled: save the UNet (save_pretrained), load it and freeze it again")
+
+    def __getattr__(self, name: str) -> Any:
+        """Raise an AttributeError, which says what to do in place of a method of nn.Module."""
+        message = f"'FrozenUNet' object has no attribute {name!r}"
+        if hasattr(nn.Module, name):
+            message += ": it is immutable and no nn.Module; change or save the UNet, then freeze it again"
+        raise AttributeError(message)
+
+
+# ------------------------------------------------------------------------------------------------------------ the builder
+
+
+def _through_layers(
+    network: Network, layers: PackedLayers | PyTorchLayers, builder: Builder, x: Buffer, terms: list[Buffer]
+) -> Buffer:
+    """Append the calls of all layers, in the order of `UNet.forward`.
+
+    Args:
+        network: The layers.
+        layers: Their implementation.
+        builder: Receives the calls.
+        x: [N, in_channels, H, W].
+        terms: Time terms of the residual blocks.
+    """
+
+    def resnet(block: Resnet, *maps: Buffer) -> Buffer:
+        maps = layers.joined(builder, maps)
+        h = layers.conv(builder, block.conv1, maps, norm=block.norm1, resample=block.resample)
+        shift, scale_shift = None, None
+        if len(block.terms) == 2:
+            scale_shift = (terms[block.terms[0]], terms[block.terms[1]])
+        else:
+            shift = terms[block.terms[0]]
+        return layers.conv(
+            builder,
+            block.conv2,
+            (h,),
+            norm=block.norm2,
+            shift=shift,
+            scale_shift=scale_shift,
+            residual=maps if block.resample is None else layers.resampled(builder, maps, block.resample),
+            shortcut=block.shortcut,
+            divisor=block.divisor,
+        )
+
+    def resampled(block: Block, x: Buffer, resample: str) -> Buffer:
+        if isinstance(block.resampler, Resnet):
+            return resnet(block.resampler, x)
+        assert block.resampler is not None
+        return layers.conv(builder, block.resampler, (x,), resample="up" if resample == "up" else None)
+
+    x = layers.conv(builder, network.conv_in, (x,))
+    skips = [x]
+    for block in network.down:
+        for i, layer in enumerate(block.resnets):
+            x = resnet(layer, x)
+            if block.attentions:
+                x = layers.attention(builder, block.attentions[i], x)
+            skips.append(x)
+        if block.resampler is not None:
+            x = resampled(block, x, "down")
+            skips.append(x)
+    x = resnet(network.mid.resnets[0], x)
+    for attention in network.mid.attentions:
+        x = layers.attention(builder, attention, x)
+    x = resnet(network.mid.resnets[1], x)
+    for block in network.up:
+        for i, layer in enumerate(block.resnets):
+            x = resnet(layer, x, skips.pop())
+            if block.attentions:
+                x = layers.attention(builder, block.attentions[i], x)
+        if block.resampler is not None:
+            x = resampled(block, x, "up")
+    return layers.conv(builder, network.conv_out, (x,), norm=network.norm_out)

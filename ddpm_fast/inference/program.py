@@ -1,0 +1,221 @@
+"""Programs: a list of calls on buffers, which computes a network for one input shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from ..ops._op import FusedOp
+from ..ops.backend import KERNELS
+
+_ALIGNMENT: Final = 64  # bytes, a cache line
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """A value of a program: an input, or the result of a call.
+
+    Attributes:
+        index: Number of its memory. Views of the same memory share it.
+        shape: [N, C, H, W] of a channels_last map, or the shape of a contiguous tensor.
+        dtype: Its dtype.
+        row: For a view of one row of a tensor [rows, *shape]: its number. None otherwise.
+    """
+
+    index: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    row: int | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        size = self.dtype.itemsize
+        for length in self.shape:
+            size *= length
+        return size
+
+    def rows(self) -> list[Buffer]:
+        """Return a view of each row of the first dimension."""
+        return [Buffer(self.index, self.shape[1:], self.dtype, row) for row in range(self.shape[0])]
+
+    def as_pixels(self) -> Buffer:
+        """Return a map [N, C, H, W] as [N, H W, C], on the same memory."""
+        n, channels, height, width = self.shape
+        return Buffer(self.index, (n, height * width, channels), self.dtype)
+
+    def as_map(self, height: int, width: int) -> Buffer:
+        """Return [N, H W, C] as a map [N, C, H, W], on the same memory."""
+        n, _, channels = self.shape
+        return Buffer(self.index, (n, channels, height, width), self.dtype)
+
+
+@dataclass(frozen=True)
+class Call:
+    """out = function(*arguments). Arguments may be buffers, constant tensors, numbers and None.
+
+    A `FusedOp` runs by its native kernel.
+    """
+
+    function: FusedOp | Callable[..., Tensor]
+    arguments: tuple[Any, ...]
+    out: Buffer
+
+
+class Builder:
+    """List of calls, as it grows."""
+
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+        self._count = 0
+
+    def buffer(self, shape: Sequence[int], dtype: torch.dtype) -> Buffer:
+        """Return a new buffer."""
+        self._count += 1
+        return Buffer(self._count - 1, tuple(shape), dtype)
+
+    def call(
+        self, function: FusedOp | Callable[..., Tensor], *arguments: Any, shape: Sequence[int], dtype: torch.dtype
+    ) -> Buffer:
+        """Append a call and return its result."""
+        out = self.buffer(shape, dtype)
+        self.calls.append(Call(function, arguments, out))
+        return out
+
+
+class PythonProgram:
+    """Executor that makes the calls one by one in Python.
+
+    PyTorch allocates the results. Each is released after its last use.
+
+    Args:
+        inputs: Buffers of the inputs.
+        calls: Calls in order.
+        output: Buffer of the result.
+    """
+
+    def __init__(self, inputs: Sequence[Buffer], calls: Sequence[Call], output: Buffer) -> None:
+        self._inputs, self._output = [buffer.index for buffer in inputs], output
+        last = _last_uses(calls, output)
+        self._calls = []
+        for i, call in enumerate(calls):
+            read = {value.index for value in call.arguments if isinstance(value, Buffer)}
+            self._calls.append((call, [index for index in {*read, call.out.index} if last.get(index, i) == i]))
+
+    def __call__(self, inputs: Sequence[Tensor]) -> Tensor:
+        """Return the result for these inputs. They are only read."""
+        values = dict(zip(self._inputs, inputs, strict=True))
+        for call, finished in self._calls:
+            arguments = [_viewed(values[v.index], v) if isinstance(v, Buffer) else v for v in call.arguments]
+            if isinstance(call.function, FusedOp):
+                result = call.function(*arguments, backend="native")
+            else:
+                result = call.function(*arguments)
+            values[call.out.index] = result
+            for index in finished:
+                del values[index]
+        return _viewed(values[self._output.index], self._output)
+
+
+class NativeProgram:
+    """Executor on a CPU: the compiled module makes all calls in one parallel region.
+
+    All buffers lie in one block of memory. Buffers whose lifetimes do not overlap share bytes of it. Only one
+    thread at a time may call a program.
+
+    Args:
+        inputs: Buffers of the inputs.
+        calls: Calls in order, of `FusedOp`s.
+        output: Buffer of the result.
+        threads: Number of threads.
+    """
+
+    def __init__(self, inputs: Sequence[Buffer], calls: Sequence[Call], output: Buffer, threads: int) -> None:
+        buffers = [*inputs, *(call.out for call in calls)]
+        offsets, size = plan_memory(buffers, len(inputs), _last_uses(calls, output))
+        memory = torch.empty(size, dtype=torch.uint8, device="cpu")
+
+        def tensor(value: Any) -> Any:
+            if not isinstance(value, Buffer):
+                return value
+            start = offsets[value.index] + (value.row or 0) * value.nbytes
+            flat = memory[start : start + value.nbytes].view(value.dtype)
+            if len(value.shape) != 4:
+                return flat.view(value.shape)
+            n, channels, height, width = value.shape
+            return flat.view(n, height, width, channels).permute(0, 3, 1, 2)
+
+        self._inputs, self._output = [tensor(buffer) for buffer in inputs], tensor(output)
+        kernels = []
+        for call in calls:
+            assert isinstance(call.function, FusedOp)
+            kernels.append((call.function, tuple(map(tensor, call.arguments)), tensor(call.out)))
+        # Kernels run one after the other, so they share the largest scratch buffer.
+        bytes_needed = max((op.native_workspace(arguments, out) for op, arguments, out in kernels), default=0)
+        workspace = torch.empty(bytes_needed, dtype=torch.uint8, device="cpu") if bytes_needed else None
+        fields = [(op.name, op.native_fields(arguments, out, workspace)) for op, arguments, out in kernels]
+        self._run = KERNELS["cpu"].Program(fields, threads)
+
+    def __call__(self, inputs: Sequence[Tensor]) -> Tensor:
+        """Return the result for these inputs, as a new tensor. They are only read."""
+        for own, x in zip(self._inputs, inputs, strict=True):
+            own.copy_(x)
+        self._run()
+        result: Tensor = self._output.clone()
+        return result
+
+
+def plan_memory(buffers: Sequence[Buffer], num_inputs: int, last: dict[int, int]) -> tuple[dict[int, int], int]:
+    """Place buffers in one block of memory.
+
+    The largest buffer is placed first, each at the lowest offset where it overlaps no placed buffer that is
+    alive at the same time (greedy by size, Pisarchyk and Lee 2020).
+
+    Args:
+        buffers: The inputs, then the result of each call in order.
+        num_inputs: Number of inputs. They are alive from the start.
+        last: Index of a buffer -> number of the last call that reads it.
+
+    Returns:
+        Offset of each buffer by index, and the size of the block, in bytes.
+    """
+    lifetimes = {}
+    for i, buffer in enumerate(buffers):
+        first = max(i - num_inputs, -1)
+        lifetimes[buffer.index] = (first, max(last.get(buffer.index, first), first))
+    offsets: dict[int, int] = {}
+    placed: list[tuple[int, int, int, int]] = []  # offset, end, first call, last call
+    total = 0
+    for buffer in sorted(buffers, key=lambda buffer: -buffer.nbytes):
+        first, end = lifetimes[buffer.index]
+        offset = 0
+        for start, stop, born, dead in sorted(placed):
+            if born <= end and first <= dead and offset + buffer.nbytes > start:
+                offset = max(offset, stop)
+        stop = offset + -(-buffer.nbytes // _ALIGNMENT) * _ALIGNMENT
+        offsets[buffer.index] = offset
+        placed.append((offset, stop, first, end))
+        total = max(total, stop)
+    return offsets, total
+
+
+def _last_uses(calls: Sequence[Call], output: Buffer) -> dict[int, int]:
+    """Return the number of the last call that reads each buffer. The output is read after all calls."""
+    last = {value.index: i for i, call in enumerate(calls) for value in call.arguments if isinstance(value, Buffer)}
+    last[output.index] = len(calls)
+    return last
+
+
+def _viewed(tensor: Tensor, buffer: Buffer) -> Tensor:
+    """Return the tensor as the view that `buffer` is."""
+    if buffer.row is not None:
+        return tensor[buffer.row]
+    if tensor.dim() == len(buffer.shape):
+        return tensor
+    if tensor.dim() == 4:
+        return tensor.permute(0, 2, 3, 1).flatten(1, 2)
+    return tensor.unflatten(1, buffer.shape[2:]).permute(0, 3, 1, 2)
