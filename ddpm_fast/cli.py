@@ -299,7 +299,7 @@ def sample_command(
 
     from .builtin import BUILTIN, load_folder
     from .images import image_format, save_grid, save_trajectory
-    from .sampling import sample
+    from .sampling import Sampler
 
     with _refusing():
         for path in filter(None, (out, gif)):
@@ -311,24 +311,25 @@ def sample_command(
         for path in filter(None, (out, gif)):
             _make_writable(path.parent)
         began = time.perf_counter()
-        drawn = sample(
-            loaded.model,
-            plan,
-            num,
-            seed=seed,
-            class_labels=labels,
-            guidance_scale=guidance,
-            batch_size=batch_size,
-            return_trajectory=gif is not None,
-            progress=not quiet,
-            dtype=precision,
-        )
-        images = (drawn[0] if isinstance(drawn, tuple) else drawn).cpu()  # waits for a GPU
+        arguments: dict[str, Any] = {
+            "seed": seed,
+            "class_labels": labels,
+            "guidance_scale": guidance,
+            "batch_size": batch_size,
+            "progress": not quiet,
+        }
+        draw = Sampler(loaded.model, plan, dtype=precision)
+        states = None
+        if gif is None:
+            images = draw(num, **arguments)
+        else:
+            images, states = draw.trajectory(num, **arguments)
+        images = images.cpu()  # waits for a GPU
         seconds = time.perf_counter() - began
         pixels = max(images.shape[2:])
         written = [save_grid(images, out, scale=max(1, 128 // pixels))]
-        if isinstance(drawn, tuple) and gif is not None:
-            written.append(save_trajectory(drawn[1], gif, scale=max(1, 64 // pixels)))
+        if states is not None and gif is not None:
+            written.append(save_trajectory(states, gif, scale=max(1, 64 // pixels)))
     if not quiet:
         names = ", ".join(map(str, written))
         images_drawn = "1 image" if num == 1 else f"{num} images"

@@ -25,7 +25,7 @@ def predict(model: Model, x_t: Tensor, t: Tensor, class_labels: Tensor | None) -
         t: int64 [N].
         class_labels: int64 [N], or None for a model without classes.
     """
-    output = model(x_t, t) if class_labels is None else model(x_t, t, class_labels)
+    output: Any = model(x_t, t) if class_labels is None else model(x_t, t, class_labels)
     tensor: Tensor = getattr(output, "sample", output)
     return tensor
 

@@ -623,7 +623,7 @@ def _draw_samples(run: RunFolder, task: _Task, state: _State, writer: Any) -> No
         seed=options["seed"],
         class_labels=labels,
         progress=False,
-        cuda_graph=False,  # keep no memory of the GPU while training
+        cuda_graph=False,  # a graph takes memory beside that of the training
     )
     run.samples.mkdir(exist_ok=True)
     save_grid(images, run.samples / f"step-{state.step:08d}.png", columns=columns)

@@ -140,8 +140,9 @@ class TimeTerms:
         device: torch.device,
     ) -> None:
         def linear(layer: nn.Linear, x: Tensor) -> Tensor:
-            weight, bias = (None if p is None else p.detach().to(device).double() for p in (layer.weight, layer.bias))
-            return F.linear(x, cast("Tensor", weight), bias)
+            bias = None if layer.bias is None else layer.bias.detach().to(device).double()
+            weight = layer.weight.detach().to(device).double()
+            return F.linear(x, weight, bias)
 
         cfg = model._config
         t = torch.arange(num_timesteps, device=device)
@@ -234,8 +235,8 @@ def read_network(
             return Conv(convert(torch.cat(cast("list[Tensor]", weights))[:, :, None, None]), bias)
 
         group_norm = None if layer.group_norm is None else norm(layer.group_norm)
-        qkv = linear(layer.to_q, layer.to_k, layer.to_v)
-        return SelfAttention(group_norm, qkv, linear(layer.to_out[0]), layer.num_heads, layer.output_scale_factor)
+        qkv, out = linear(layer.to_q, layer.to_k, layer.to_v), linear(cast("nn.Linear", layer.to_out[0]))
+        return SelfAttention(group_norm, qkv, out, layer.num_heads, layer.output_scale_factor)
 
     def block(layer: Any) -> Block:
         resnets, attentions = [resnet(each) for each in layer.resnets], [attention(each) for each in layer.attentions]
@@ -380,7 +381,7 @@ def _why_not_resnet(block: ResnetBlock, emb_dim: int) -> str | None:
 
 def _why_not_attention(layer: Attention) -> str | None:
     channels = len(layer.to_q.weight)
-    linears = (layer.to_q, layer.to_k, layer.to_v, layer.to_out[0])
+    linears = (layer.to_q, layer.to_k, layer.to_v, cast("nn.Linear", layer.to_out[0]))
     if any(tuple(linear.weight.shape) != (channels, channels) for linear in linears):
         return "has projections that are not square"
     if layer.group_norm is not None and layer.group_norm.num_channels != channels:
