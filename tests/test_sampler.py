@@ -288,6 +288,8 @@ def test_a_network_with_layers_of_another_make_runs_as_it_is(captures: Captures,
     with pytest.warns(RuntimeWarning, match="not frozen, because conv_out is a Doubled of another make") as warned:
         doubled = draw(model)
     assert len(warned) == 1
+    with pytest.warns(RuntimeWarning, match="conv_out") as warned:
+        Sampler(model, PLAN)
     assert warned[0].filename == __file__
     assert captures.made == 1
     assert not torch.allclose(doubled, plain, atol=1e-2)
