@@ -27,9 +27,13 @@ struct Shape {
   DDPM_FAST_FIELDS(n, c, hw, channels_last)
 };
 
-// An op runs on a number of threads (CPU) or on a stream (CUDA, a cudaStream_t).
+class TeamMember;  // cpu/team.h
+
+// An op runs on a number of threads (CPU) or on a stream (CUDA, a cudaStream_t). Inside of a program every member of a
+// team calls the kernel, each with itself in `member`. Python never sets `member`.
 struct StreamOrThreads {
   std::intptr_t value;
+  TeamMember* member = nullptr;
   int threads() const { return static_cast<int>(value); }
   void* stream() const { return reinterpret_cast<void*>(value); }
 };
@@ -214,8 +218,9 @@ struct AttentionArgs {
   const void* qkv;  // [n, pixels, 3, num_heads, head_dim]
   std::int64_t n, num_heads, pixels, head_dim;  // head_dim is even in bfloat16
   float scale;
+  void* workspace;  // attention_workspace says how many bytes
   StreamOrThreads stream_or_threads;
-  DDPM_FAST_FIELDS(dtype, y, softmax, qkv, n, num_heads, pixels, head_dim, scale, stream_or_threads)
+  DDPM_FAST_FIELDS(dtype, y, softmax, qkv, n, num_heads, pixels, head_dim, scale, workspace, stream_or_threads)
 };
 
 struct AttentionBackwardArgs {

@@ -14,8 +14,6 @@ from weakref import finalize
 import torch
 from torch import Tensor
 
-from ..ops.backend import native
-
 MAX_RECORDINGS: Final = 4  # recordings of a network: one per input shape and number of threads
 
 _thread = threading.local()  # .recording: the thread's current Recording, or None
@@ -38,37 +36,11 @@ def hold_reference(*tensors: Tensor | None) -> None:
 
 
 class Recording:
-    """The kernel calls that a function makes for its inputs.
-
-    Only kernels recorded by the compiled module's `record` may compute values, and only in tensors of `empty`.
-    """
+    """The memory of the kernel calls that a function makes."""
 
     def __init__(self) -> None:
         self.held: list[Tensor | None] = []  # tensors whose addresses the calls use
         self._free: list[Tensor] = []  # memory that no tensor of `empty` uses at this point of the recording
-
-    def record(self, function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Tensor:
-        """Call the function, record its kernel calls and return its output."""
-        # Tensors of inference mode could not be written outside of it.
-        with torch.inference_mode(False), torch.no_grad():
-            self._inputs = [x.clone(memory_format=torch.preserve_format) for x in inputs]
-
-            def run() -> None:
-                self._output = function(*self._inputs)
-
-            _thread.recording = self
-            try:
-                self._calls = native().cpu.record(run)
-            finally:
-                _thread.recording = None
-        return self._output.clone()
-
-    def replay(self, inputs: Sequence[Tensor]) -> Tensor:
-        """Repeat the recorded calls for new inputs and return the output."""
-        for own, x in zip(self._inputs, inputs, strict=True):
-            own.copy_(x)
-        self._calls()
-        return self._output.clone()
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Return a tensor in free memory of suitable size, or in new memory."""
@@ -104,22 +76,7 @@ class Recordings:
             inputs: Dense tensors.
             state: Everything else that the result depends on.
         """
-        if not self._lock.acquire(blocking=False):
-            return function(*inputs)
-        try:
-            key = (state, torch.get_num_threads(), *((x.shape, x.stride(), x.dtype) for x in inputs))
-            recording = self._recordings.pop(key, None)
-            if recording is not None:
-                output = recording.replay(inputs)
-            else:
-                recording = Recording()
-                output = recording.record(function, inputs)
-                if len(self._recordings) == MAX_RECORDINGS:
-                    self._recordings.popitem(last=False)
-            self._recordings[key] = recording
-            return output
-        finally:
-            self._lock.release()
+        return function(*inputs)
 
     def __reduce__(self) -> tuple[type[Recordings], tuple[()]]:
         return Recordings, ()  # a copy makes its own recordings
