@@ -191,7 +191,7 @@ class Kernels(Protocol):
 class CpuKernels(Kernels, Protocol):
     panel: int  # output channels of a panel of packed weights
     # A call is a kernel's name and its arguments. The kernels:
-    # group_norm_affine, conv_direct, conv_winograd, attention
+    # group_norm_affine, conv_direct, conv_winograd, resample, attention
     def Program(self, calls: Sequence[tuple[str, tuple[Any, ...]]], threads: int) -> KernelProgram: ...
     def group_norm_affine(
         self,
@@ -296,6 +296,21 @@ class CpuKernels(Kernels, Protocol):
         stride: int,
         padding: int,
         upsample: bool,
+        stream_or_threads: int,
+        /,
+    ) -> None: ...
+    def resample(
+        self,
+        dtype: int,
+        y: Tensor | None,
+        x: Tensor | None,
+        affine: Tensor | None,
+        silu: bool,
+        n: int,
+        height: int,
+        width: int,
+        channels: int,
+        up: bool,
         stream_or_threads: int,
         /,
     ) -> None: ...

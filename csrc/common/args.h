@@ -208,6 +208,20 @@ struct ConvArgs {
                    stream_or_threads)
 };
 
+// Nearest-neighbour upsampling by 2, or the mean of each 2x2 square of pixels:
+//   y = up(act(norm(x))) or mean(act(norm(x)))
+struct ResampleArgs {
+  DType dtype;
+  void* y;              // [n, 2 height, 2 width, channels] if up, else [n, height / 2, width / 2, channels]
+  const void* x;        // [n, height, width, channels]; height and width are even unless up
+  const float* affine;  // as in ConvArgs
+  bool silu;
+  std::int64_t n, height, width, channels;
+  bool up;
+  StreamOrThreads stream_or_threads;
+  DDPM_FAST_FIELDS(dtype, y, x, affine, silu, n, height, width, channels, up, stream_or_threads)
+};
+
 // For each head of each sample:
 //   y = softmax(q k^T scale) v
 struct AttentionArgs {

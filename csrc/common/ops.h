@@ -29,6 +29,7 @@
   OP(conv_direct, ConvArgs)                      \
   OP(conv_winograd, ConvArgs)                    \
   OP(conv_winograd_upsampled_gradient, ConvArgs) \
+  OP(resample, ResampleArgs)                     \
   OP(attention, AttentionArgs)                   \
   OP(attention_backward, AttentionBackwardArgs)  \
   OP(pack_winograd, PackWinogradArgs)            \
@@ -42,6 +43,7 @@
   OP(group_norm_affine, GroupNormAffineArgs) \
   OP(conv_direct, ConvArgs)                  \
   OP(conv_winograd, ConvArgs)                \
+  OP(resample, ResampleArgs)                 \
   OP(attention, AttentionArgs)
 
 namespace ddpm_fast {
