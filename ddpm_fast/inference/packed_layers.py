@@ -17,7 +17,7 @@ from ..ops._op import runs_eagerly
 from ..ops.attention import attention_op
 from ..ops.conv3x3 import WINOGRAD_TILES, conv_kernels, float_bias, pack_weights, step_of, winograd_tiles
 from ..ops.group_norm_affine import affine_op
-from ..ops.resample import resample_op
+from ..ops.resample import resample_kernel
 from .network import Conv, Norm, Resample, SelfAttention
 from .program import Buffer, Builder
 
@@ -144,7 +144,7 @@ class PackedLayers:
         (x,) = maps
         n, channels, height, width = x.shape
         size = (2 * height, 2 * width) if up else (height // 2, width // 2)
-        return builder.call(resample_op, x, affine, silu, up, shape=(n, channels, *size), dtype=self._dtype)
+        return builder.call(resample_kernel, x, affine, silu, up, shape=(n, channels, *size), dtype=self._dtype)
 
     def _weights(self, conv: Conv, method: str, upsample: bool) -> tuple[Tensor, Tensor | None]:
         key = (conv, method, upsample)
