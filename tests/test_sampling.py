@@ -463,11 +463,10 @@ def test_bad_arguments_are_refused_before_any_work(changes: dict[str, Any], erro
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that `ddpm-fast sample` can load."""
     path = tmp_path_factory.mktemp("model")
-    tiny_unet(classes=3).save_pretrained(path / "unet")
+    UNet(**tiny_unet(classes=3).config, class_names=CLASSES).save_pretrained(path / "unet")
     config = {"_class_name": "DDPMScheduler", "variance_type": "fixed_large", "ddpm_fast": SCHEDULE.to_config()}
     (path / "scheduler").mkdir()
     (path / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
-    (path / "classes.json").write_text(json.dumps({"classes": CLASSES}))
     return path
 
 
@@ -524,8 +523,8 @@ def test_command_options_do_what_they_say(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--classes hat", "expected 0..2 or one of zero, one, ankle boot, got 'hat'"),
-        ("--classes 3", "expected 0..2"),
+        ("--classes hat", "expected class_labels to be integers or names among zero, one, ankle boot, got 'hat'"),
+        ("--classes 3", "expected numbers in 0..2, got 3"),
         ("--steps 21", "expected num_steps to be an integer in 1..20, got 21"),
         ("--eta 1", "--eta goes with --sampler ddim"),
         ("--sampler ddim --variance fixed_small", "--variance goes with --sampler ddpm"),
