@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 from click.core import ParameterSource
@@ -358,22 +358,23 @@ def _plan(loaded: Pretrained, sampler: str, steps: int | None, eta: float | None
 
 def _labels(loaded: Pretrained, classes: str | None, num: int) -> list[int] | None:
     """Return a label for each image, the classes in turn. Return None for "no label" or a model without classes."""
-    embeddings = loaded.model.config["num_class_embeds"]
+    from .networks import labels_of
+
+    config = loaded.model.config
+    embeddings = config["num_class_embeds"]
     if classes == "none" or (classes is None and embeddings is None):
         return None
     if embeddings is None:
         raise ValueError(f"--classes: the model has no classes, got {classes!r}")
     count = embeddings - 1  # the last is "no label"
-    names = {name.lower(): label for label, name in enumerate(loaded.classes[:count])}
     chosen = list(range(count))
     if classes is not None:
-        chosen = []
-        for entry in (part.strip() for part in classes.split(",")):
-            label = names.get(entry.lower(), int(entry) if entry.isdecimal() else count)
-            if label >= count:
-                known = f" or one of {', '.join(loaded.classes)}" if names else ""
-                raise ValueError(f"--classes: expected 0..{count - 1}{known}, got {entry!r}")
-            chosen.append(label)
+        names = config.get("class_names", ())
+        entries = [part.strip() for part in classes.split(",")]
+        numbered = [int(entry) if entry.isdecimal() and entry not in names else entry for entry in entries]
+        chosen = cast("list[int]", labels_of("--classes", config, numbered))
+        if max(chosen) >= count:
+            raise ValueError(f"--classes: expected numbers in 0..{count - 1}, got {max(chosen)}")
     return [chosen[i % len(chosen)] for i in range(num)]
 
 

@@ -487,7 +487,7 @@ def resolve_seeds(caller: str, seed: int | Tensor, num_samples: int) -> Tensor:
 
 
 def resolve_labels(
-    caller: str, config: Mapping[str, Any], class_labels: Any, num_samples: int
+    caller: str, config: Mapping[str, Any], class_labels: ClassLabels, num_samples: int
 ) -> tuple[Tensor | None, int | None]:
     """Return the class of each sample, int64 [num_samples], and the "no label" class.
 
@@ -496,11 +496,11 @@ def resolve_labels(
     Args:
         caller: Name of the calling function for error messages.
         config: The model's configuration, empty if it has none.
-        class_labels: One class, one per sample, or None for "no label".
+        class_labels: One class, one per sample, or None for "no label". A class is a number or a name.
         num_samples: Number of samples.
 
     Raises:
-        ValueError: Labels are out of range, have another shape, or the model has no classes.
+        ValueError: Labels are out of range, have another shape, a name is unknown, or the model has no classes.
         TypeError: Labels are not integers.
     """
     num_classes = config.get("num_class_embeds")  # "no label" included
@@ -509,6 +509,7 @@ def resolve_labels(
         return (None if no_label is None else torch.full((num_samples,), no_label)), no_label
     if config and num_classes is None:
         raise ValueError(f"{caller}: expected class_labels to be None, as the model has no classes, got {class_labels}")
+    class_labels = labels_of(caller, config, class_labels)
     wanted = f"{caller}: expected class_labels to be an int or {num_samples} ints"
     try:
         labels = torch.as_tensor(class_labels)
