@@ -19,7 +19,7 @@ from .denoising_loop import DenoisingLoop
 from .images import evenly_spaced
 from .inference import FrozenUNet, inference_network
 from .inference import cuda_graph as graphs
-from .networks import Model, device_and_dtype, evaluation_mode, model_config
+from .networks import Model, device_and_dtype, evaluation_mode, labels_of, model_config
 from .nn import UNet, UNetConfig
 from .ops import sample_seeds
 from .ops.checks import check_number
