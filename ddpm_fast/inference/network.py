@@ -337,9 +337,8 @@ def _why_not_joined(model: UNet) -> str | None:
             sizes = {len(p) for p in (module.weight, module.bias) if p is not None}
             if sizes - {wanted} or module.num_groups < 1 or wanted % module.num_groups:
                 return f"{name} has {wanted} channels, {module.num_groups} groups and weights of {sorted(sizes)}"
-        elif isinstance(module, nn.Conv2d | nn.Linear):
-            if module.bias is not None and len(module.bias) != len(module.weight):
-                return f"{name} has {len(module.bias)} biases and {len(module.weight)} outputs"
+        elif isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None and len(module.bias) != len(module.weight):
+            return f"{name} has {len(module.bias)} biases and {len(module.weight)} outputs"
     emb_dim = len(model.time_embedding.linear_2.weight)
     embeddings = model.class_embedding
     if (embeddings is None) != (cfg.num_class_embeds is None):
