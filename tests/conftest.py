@@ -18,6 +18,7 @@ from fixtures import (  # noqa: F401
     emulated,
     emulated_module,
     matrix_kernels,
+    no_matrix_kernels,
 )
 
 

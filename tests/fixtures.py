@@ -46,6 +46,14 @@ def matrix_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def no_matrix_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Freeze networks without this package's kernels of convolution and attention."""
+    from ddpm_fast.inference import frozen
+
+    monkeypatch.setattr(frozen, "why_not_matrix_kernels", lambda *_: "as on a GPU")
+
+
+@pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Record the names of the CPU kernels that ops call, in order."""
     if "cpu" not in backend.KERNELS:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddpm_fast.nn import UNet
+
 SMALL: dict[str, Any] = {
     "sample_size": 16,
     "in_channels": 2,
@@ -25,6 +27,25 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "one-head-asymmetric": {"attention_head_dim": None, "downsample_padding": 0, "flip_sin_to_cos": False, "freq_shift": 1},
     "no-mid-attention": {"add_attention": False, "center_input_sample": True, "time_embedding_dim": 40, "norm_eps": 1e-3},
     "mid-scale": {"mid_block_scale_factor": 1.5, "layers_per_block": 3},
+    "attention-everywhere": {
+        "down_block_types": ["AttnDownBlock2D"] * 3,
+        "up_block_types": ["AttnUpBlock2D"] * 3,
+        "attention_head_dim": 16,
+        "layers_per_block": 1,
+    },
+    "resampling": {
+        "down_block_types": ["ResnetDownsampleBlock2D", "AttnDownBlock2D", "DownBlock2D"],
+        "up_block_types": ["ResnetUpsampleBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+        "downsample_type": "resnet",
+    },
+    "resampling-scale-shift": {  # as Dhariwal and Nichol (2021)
+        "down_block_types": ["ResnetDownsampleBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D"],
+        "up_block_types": ["ResnetUpsampleBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"],
+        "downsample_type": "resnet",
+        "upsample_type": "resnet",
+        "resnet_time_scale_shift": "scale_shift",
+        "attn_norm_num_groups": 8,
+    },
 }
 
 
@@ -36,6 +57,14 @@ def randomise(model: torch.nn.Module) -> None:
             noise = torch.randn(p.shape, generator=generator)
             norm_weight = "norm" in name and name.endswith("weight")
             p.copy_(1 + 0.3 * noise if norm_weight else noise * (0.3 if p.ndim == 1 else p[0].numel() ** -0.5))
+
+
+def make_unet(variant: str = "heads", **changes: Any) -> tuple[UNet, dict[str, Any]]:
+    """Return a network with random weights in eval mode, and its configuration."""
+    config = SMALL | VARIANTS[variant] | changes
+    model = UNet(**config).eval()
+    randomise(model)
+    return model, config
 
 
 def make_inputs(config: dict[str, Any], n: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -29,17 +29,17 @@ ALLOWED = {
     "run_folder": {"atomic"},
     "draws": {"ops"},
     "networks": set(),
-    "loop": {"reference", "plan", "ops", "networks"},
-    "graph": {"nn", "networks", "loop"},
-    "sampling": {"plan", "ops", "nn", "images", "networks", "loop", "graph"},
-    "evaluate": {"schedule", "plan", "ops", "networks", "graph", "sampling"},
+    "inference": {"ops", "nn", "networks", "inference"},
+    "denoising_loop": {"plan", "ops", "networks"},
+    "sampling": {"plan", "ops", "nn", "images", "networks", "inference", "denoising_loop"},
+    "evaluate": {"schedule", "plan", "ops", "networks", "inference", "sampling"},
     "builtin": {"schedule", "plan", "nn", "run_folder"},
     "training_loop": {
         *("version", "atomic", "memory", "schedule", "plan", "ops", "nn", "data", "images", "run_folder", "draws", "sampling"),
     },
     "training": {"training_loop"},
     "integrations": {
-        *("reference", "schedule", "plan", "ops", "nn", "networks", "loop", "graph", "sampling", "evaluate", "integrations"),
+        *("reference", "schedule", "plan", "ops", "nn", "networks", "inference", "sampling", "evaluate", "integrations"),
     },
     "__init__": {"version"},  # and what __init__.pyi imports, when a name is first used
     "cli": {

@@ -9,7 +9,8 @@ import torch
 from small_unets import SMALL, VARIANTS, make_inputs, randomise, relative_error
 from torch import Tensor
 
-from ddpm_fast.nn import CIFAR10_32, HO_256, UNet, UNetConfig, freeze
+from ddpm_fast import freeze
+from ddpm_fast.nn import CIFAR10_32, HO_256, UNet, UNetConfig
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -22,28 +23,10 @@ def make_pair(config: dict[str, Any], dtype: torch.dtype = torch.float32) -> tup
     return model, peer
 
 
-# Networks that halve and double in residual blocks, as Dhariwal and Nichol (2021): no inference form is made of them.
-RESAMPLING: dict[str, dict[str, Any]] = {
-    "default": {
-        "down_block_types": ["ResnetDownsampleBlock2D", "AttnDownBlock2D", "DownBlock2D"],
-        "up_block_types": ["ResnetUpsampleBlock2D", "AttnUpBlock2D", "UpBlock2D"],
-        "downsample_type": "resnet",
-    },
-    "scale-shift": {
-        "down_block_types": ["ResnetDownsampleBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D"],
-        "up_block_types": ["ResnetUpsampleBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"],
-        "downsample_type": "resnet",
-        "upsample_type": "resnet",
-        "resnet_time_scale_shift": "scale_shift",
-        "attn_norm_num_groups": 8,
-    },
-}
-
-
-@pytest.mark.parametrize("variant", [*VARIANTS, *(f"resampling {name}" for name in RESAMPLING)])
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_outputs_and_gradients_are_those_of_diffusers(variant: str) -> None:
     # In float64 a wrong constant or a lost term cannot hide in rounding.
-    config = SMALL | (RESAMPLING[variant.split()[1]] if " " in variant else VARIANTS[variant])
+    config = SMALL | VARIANTS[variant]
     model, peer = make_pair(config, torch.float64)
     x, t, labels = make_inputs(config, 3, torch.float64)
     weight = torch.randn(3, 3, 16, 16, dtype=torch.float64)
@@ -89,12 +72,6 @@ def test_an_own_number_of_heads_and_width_of_sinusoids() -> None:
     assert wide.time_embedding.linear_1.in_features == 24
     with torch.no_grad():
         assert relative_error(freeze(other, torch.float32)(x, t), model(x, t)) <= 1e-5
-
-
-def test_residual_blocks_that_resample_have_no_inference_form() -> None:
-    model = UNet(**SMALL | RESAMPLING["scale-shift"])
-    with pytest.raises(TypeError, match=r"down_blocks.0.downsamplers.0 is a residual block that resamples"):
-        freeze(model)
 
 
 def test_channels_last_gives_the_same_and_stays_channels_last() -> None:

@@ -1,0 +1,401 @@
+"""`why_not_frozen` and `read_network`: every attribute that a layer's forward reads takes effect, or is a reason."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from small_unets import make_inputs, make_unet, randomise, relative_error
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+from ddpm_fast import freeze
+from ddpm_fast.inference import why_not_frozen
+from ddpm_fast.nn import UNet
+from ddpm_fast.nn.conv import Conv3x3
+from ddpm_fast.nn.layers import Attention, Downsample, GroupNormSiLU, ResnetBlock, Upsample
+
+Change = Callable[[UNet], object]
+
+
+def put(path: str, value: Any) -> Change:
+    """Return a function that replaces an attribute or a layer of a model.
+
+    Args:
+        path: Its name, with dots.
+        value: The new value, or a function of the old one.
+    """
+
+    def change(model: UNet) -> None:
+        parent, _, name = path.rpartition(".")
+        owner = model.get_submodule(parent)
+        is_function = callable(value) and not isinstance(value, nn.Module)
+        setattr(owner, name, value(getattr(owner, name)) if is_function else value)
+
+    return change
+
+
+def all_of(*changes: Change) -> Change:
+    return lambda model: [change(model) for change in changes]
+
+
+def every(kind: type[nn.Module], name: str, value: Any) -> Change:
+    """Return a function that sets an attribute of all layers of a class."""
+
+    def change(model: UNet) -> None:
+        for module in model.modules():
+            if isinstance(module, kind):
+                setattr(module, name, value)
+
+    return change
+
+
+def resnet(channels: int, out_channels: int, **options: Any) -> ResnetBlock:
+    options = {"num_groups": 8, "eps": 1e-5, "dropout": 0.0, "time_scale_shift": "default"} | options
+    return ResnetBlock(channels, out_channels, 64, **options)
+
+
+def parameter(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+
+
+# ------------------------------------------------------------------------------------------------- what takes effect
+
+MID = "mid_block.resnets.0"
+ATTENTION = "mid_block.attentions.0"
+EFFECTS: dict[str, Change] = {
+    "eps of norm1": put(f"{MID}.norm1.eps", 0.5),
+    "eps of norm2": put(f"{MID}.norm2.eps", 0.5),
+    "eps of the attention's norm": put(f"{ATTENTION}.group_norm.eps", 0.5),
+    "eps of the last norm": put("conv_norm_out.eps", 0.5),
+    "groups of norm1": put(f"{MID}.norm1.num_groups", 2),
+    "groups of norm2": put(f"{MID}.norm2.num_groups", 16),
+    "groups of the attention's norm": put(f"{ATTENTION}.group_norm.num_groups", 3),
+    "groups of the last norm": put("conv_norm_out.num_groups", 1),
+    "no activation of norm1": put(f"{MID}.norm1.activation", None),
+    "no activation of norm2": put(f"{MID}.norm2.activation", None),
+    "no activation of the last norm": put("conv_norm_out.activation", None),
+    "activation of the attention's norm": put(f"{ATTENTION}.group_norm.activation", "silu"),
+    "no norm of the attention": put(f"{ATTENTION}.group_norm", None),
+    "heads": put(f"{ATTENTION}.num_heads", 4),
+    "factor of a residual block": put(f"{MID}.output_scale_factor", 3.0),
+    "negative factor of a residual block": put("up_blocks.2.resnets.0.output_scale_factor", -2),
+    "factor of the attention": put(f"{ATTENTION}.output_scale_factor", 0.5),
+    "resampling in the middle": all_of(put(f"{MID}.resample", "down"), put("mid_block.resnets.1.resample", "up")),
+    "no bias of convolutions": every(nn.Conv2d, "bias", None),
+    "no bias of linear layers": every(nn.Linear, "bias", None),
+    "no bias of queries alone": put(f"{ATTENTION}.to_q.bias", None),
+    "no bias of a shortcut alone": put("up_blocks.0.resnets.0.conv_shortcut.bias", None),
+    "no bias of conv2 alone": put("up_blocks.0.resnets.0.conv2.bias", None),
+    "no bias of conv1 alone": put(f"{MID}.conv1.bias", None),
+    "no bias of a time projection alone": put(f"{MID}.time_emb_proj.bias", None),
+    "no weights of norms": all_of(every(GroupNormSiLU, "weight", None), every(GroupNormSiLU, "bias", None)),
+    "no bias of norms": every(GroupNormSiLU, "bias", None),
+    "norms with a bias alone": every(GroupNormSiLU, "weight", None),
+    "one convolution in two places": lambda model: setattr(
+        model.mid_block.resnets[0], "conv1", model.mid_block.resnets[1].conv1
+    ),
+    "one weight in two places": lambda model: setattr(
+        model.mid_block.resnets[0].conv1, "weight", model.mid_block.resnets[1].conv2.weight
+    ),
+    "one residual block in two places": lambda model: model.mid_block.resnets.__setitem__(1, model.mid_block.resnets[0]),
+    "a plain convolution": put("conv_in", lambda _: nn.Conv2d(2, 16, 3, padding=1)),
+    "a first convolution of 1x1": put("conv_in", lambda _: nn.Conv2d(2, 16, 1)),
+    "a last convolution of 1x1": put("conv_out", lambda _: nn.Conv2d(16, 3, 1)),
+    "resampling by another layer": lambda model: model.up_blocks[0].upsamplers.__setitem__(0, resnet(48, 48, resample="up")),
+    "weights that are views": all_of(
+        put("conv_norm_out.weight", lambda _: nn.Parameter(parameter(32).detach()[::2])),
+        put("conv_out.bias", lambda _: nn.Parameter(torch.tensor([2.0]).expand(3))),
+        put("conv_out.weight", lambda old: nn.Parameter(old.detach().contiguous(memory_format=torch.channels_last))),
+        put(f"{ATTENTION}.to_q.weight", lambda old: nn.Parameter(old.detach().t())),
+    ),
+    "weights without gradients": lambda model: model.requires_grad_(False),
+    "dropout": every(ResnetBlock, "dropout", 0.9),  # forward ignores it in eval mode
+}
+UNCHANGED = ("weights without gradients", "dropout")
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "PyTorch"])
+@pytest.mark.parametrize("scale_shift", [False, True], ids=["shift", "scale and shift"])
+@pytest.mark.parametrize("name", EFFECTS)
+@torch.no_grad()
+def test_attributes_take_effect(name: str, scale_shift: bool, packed: bool, request: pytest.FixtureRequest) -> None:
+    if not packed:
+        request.getfixturevalue("no_matrix_kernels")
+    options = {"resnet_time_scale_shift": "scale_shift", "attn_norm_num_groups": 8} if scale_shift else {}
+    if scale_shift and name == "resampling by another layer":
+        pytest.skip("one kind of time projection is enough")
+    model, config = make_unet(layers_per_block=1, block_out_channels=[16, 32, 48], **options)
+    inputs = make_inputs(config, 2)
+    before = copy.deepcopy(model).double()(*inputs)
+    EFFECTS[name](model)
+    exact = copy.deepcopy(model).double()(*inputs)
+    assert (relative_error(before, exact) > 1e-3) == (name not in UNCHANGED)
+    assert relative_error(freeze(model, torch.float64)(*inputs), exact) <= 1e-12
+    assert relative_error(freeze(model, torch.float32)(*inputs), exact) <= 2 * relative_error(model(*inputs), exact)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "PyTorch"])
+@pytest.mark.parametrize("resample", ["down", "up"])
+def test_a_residual_block_that_reads_a_skip_connection_resamples_or_is_refused(
+    resample: str, packed: bool, request: pytest.FixtureRequest
+) -> None:
+    if not packed:
+        request.getfixturevalue("no_matrix_kernels")
+    model, config = make_unet()
+    model.up_blocks[2].resnets[-1].resample = resample
+    inputs = make_inputs(config, 2)
+    if why_not_frozen(model) is None:
+        exact = copy.deepcopy(model).double()(*inputs)
+        assert relative_error(freeze(model, torch.float32)(*inputs), exact) <= 2 * relative_error(model(*inputs), exact)
+
+
+@torch.no_grad()
+def test_a_model_that_torch_compiles_in_place_is_frozen() -> None:
+    model, config = make_unet()
+    inputs = make_inputs(config, 2)
+    expected = freeze(model, torch.float32)(*inputs)
+    model.compile(backend="eager")
+    assert torch.equal(freeze(model, torch.float32)(*inputs), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+@torch.no_grad()
+def test_weights_of_any_dtype_are_read(dtype: torch.dtype) -> None:
+    model, config = make_unet("class-conditional")
+    model, inputs = model.to(dtype), make_inputs(config, 2)
+    exact = copy.deepcopy(model).double()(*inputs)
+    allowed = 2 * relative_error(copy.deepcopy(model).float()(*inputs), exact)
+    assert relative_error(freeze(model, torch.float64)(*inputs), exact) <= 1e-12
+    assert relative_error(freeze(model, torch.float32)(*inputs), exact) <= allowed
+
+
+# ------------------------------------------------------------------------------------------------------ what is refused
+
+
+class Adapter(nn.Module):
+    """Replacement of a linear layer by a library for fine-tuning."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear, self.weight, self.bias = linear, linear.weight, linear.bias
+
+
+class OtherUNet(UNet):
+    """Subclass, whose forward may be another."""
+
+
+class Subclass(Tensor):
+    """Tensor that may compute something else."""
+
+
+CLASSES = {"num_class_embeds": 11}
+BAD_GEOMETRY = {
+    "padding": ("conv_in.padding", (0, 0)),
+    "stride": ("conv_in.stride", (3, 3)),
+    "kernel": ("conv_in.kernel_size", (5, 5)),
+    "dilation": ("conv_out.dilation", (2, 2)),
+    "groups": ("conv_in.groups", 2),
+    "padding of a shortcut": ("up_blocks.0.resnets.0.conv_shortcut.padding", (1, 1)),
+}
+# Name -> change, the reason, and changes of the configuration.
+REFUSALS: dict[str, tuple[Any, ...]] = {
+    "an adapter": (put(f"{ATTENTION}.to_q", Adapter), f"{ATTENTION}.to_q is a Adapter of another make"),
+    "an adapter of the time embedding": (
+        put("time_embedding.linear_1", Adapter),
+        "time_embedding.linear_1 is a Adapter of another make",
+    ),
+    "another norm": (put("conv_norm_out", lambda _: nn.GroupNorm(8, 16)), "conv_norm_out is a GroupNorm of another make"),
+    "an added layer": (lambda model: model.conv_in.add_module("extra", nn.ReLU()), "conv_in.extra is a ReLU of another make"),
+    "parametrized weights": (
+        lambda model: nn.utils.parametrizations.weight_norm(model.conv_out),
+        "conv_out is a ParametrizedConv3x3 of another make",
+    ),
+    "pruned weights": (
+        lambda model: prune.random_unstructured(model.conv_out, "weight", 0.5),
+        "conv_out has forward hooks",
+    ),
+    "a patched forward": (put("conv_out.forward", lambda _: lambda x: x), "conv_out has a patched forward"),
+    "a patched forward of the model": (put("forward", lambda old: old), "the model has a patched forward"),
+    "a patched helper": (put(f"{ATTENTION}._projections", lambda old: old), f"{ATTENTION} has a patched _projections"),
+    "a hook": (lambda model: model.mid_block.register_forward_hook(lambda *_: None), "mid_block has forward hooks"),
+    "a hook before": (lambda model: model.conv_in.register_forward_pre_hook(lambda *_: None), "conv_in has forward hooks"),
+    "a hook with keywords": (
+        lambda model: model.register_forward_hook(lambda *_: None, with_kwargs=True),
+        "the model has forward hooks",
+    ),
+    "circular padding": (put("conv_in.padding_mode", "circular"), "conv_in pads with circular values"),
+    "reflected padding of a shortcut": (
+        put("up_blocks.0.resnets.0.conv_shortcut.padding_mode", "reflect"),
+        "up_blocks.0.resnets.0.conv_shortcut pads with reflect values",
+    ),
+    **{
+        name: (put(path, value), rf"{path.rpartition('.')[0]} has kernel, stride, padding, dilation and groups")
+        for name, (path, value) in BAD_GEOMETRY.items()
+    },
+    "a kernel that the weights do not have": (
+        put("conv_in.weight", lambda _: parameter(16, 2, 1, 1)),
+        "conv_in has weights of shape",
+    ),
+    # The geometry has to suit the place.
+    "a strided last convolution without padding": (put("conv_out", lambda _: nn.Conv2d(16, 3, 3, 2)), "conv_out"),
+    "an upsampler with a 1x1 convolution": (
+        put("up_blocks.0.upsamplers.0.conv", lambda _: nn.Conv2d(48, 48, 1)),
+        "up_blocks.0.upsamplers.0",
+    ),
+    "an upsampler with a strided convolution": (
+        put("up_blocks.0.upsamplers.0.conv", lambda _: nn.Conv2d(48, 48, 3, 2, 1)),
+        "up_blocks.0.upsamplers.0",
+    ),
+    "a downsampler that pads otherwise": (
+        put("down_blocks.0.downsamplers.0.asymmetric", True),
+        "down_blocks.0.downsamplers.0",
+    ),
+    "an upsampler on the way down": (put("down_blocks.0.downsamplers.0", lambda _: Upsample(16)), "down_blocks.0.downsamplers"),
+    "a downsampler on the way up": (put("up_blocks.0.upsamplers.0", lambda _: Downsample(48, 1)), "up_blocks.0.upsamplers"),
+    "several upsamplers": (
+        lambda model: model.up_blocks[0].upsamplers.extend([Downsample(48, 1), Upsample(48)]),
+        "up_blocks.0",
+    ),
+    "another kind of layer in a place": (put("conv_in", lambda _: nn.Linear(2, 2)), "conv_in"),
+    "a block in another's place": (lambda model: setattr(model, "mid_block", model.down_blocks[2]), "mid_block"),
+    # Shapes within a layer.
+    "a norm's weight": (put(f"{MID}.norm1.weight", lambda _: parameter(40)), rf"{MID}.norm1 has 48 channels, 8 groups and"),
+    "a norm's bias": (put(f"{MID}.norm1.bias", lambda _: parameter(40)), rf"{MID}.norm1 has 48 channels, 8 groups and"),
+    "a number of groups": (put("conv_norm_out.num_groups", 3), "conv_norm_out has 16 channels, 3 groups"),
+    "no groups": (put("conv_norm_out.num_groups", 0), "conv_norm_out has 16 channels, 0 groups"),
+    "a convolution's bias": (put("conv_out.bias", lambda _: parameter(4)), "conv_out has 4 biases and 3 outputs"),
+    "a linear layer's bias": (put(f"{ATTENTION}.to_v.bias", lambda _: parameter(4)), f"{ATTENTION}.to_v has 4 biases and 48"),
+    # Shapes within a block.
+    "the stride of conv1": (put(f"{MID}.conv1.stride", (2, 2)), f"{MID} has layers that do not fit"),
+    "conv1": (put(f"{MID}.conv1", lambda _: Conv3x3(40, 48, 3, padding=1)), f"{MID} has layers that do not fit"),
+    "conv2": (put(f"{MID}.conv2", lambda _: Conv3x3(48, 40, 3, padding=1)), f"{MID} has layers that do not fit"),
+    "norm2": (put(f"{MID}.norm2", lambda _: GroupNormSiLU(8, 40, 1e-5)), f"{MID} has layers that do not fit"),
+    "a shortcut": (
+        put("up_blocks.0.resnets.0.conv_shortcut", lambda _: nn.Conv2d(48, 48, 1)),
+        "up_blocks.0.resnets.0 has layers that do not fit",
+    ),
+    "a missing shortcut": (
+        put("up_blocks.0.resnets.0.conv_shortcut", None),
+        "up_blocks.0.resnets.0 has layers that do not fit",
+    ),
+    "a time projection's outputs": (put(f"{MID}.time_emb_proj", lambda _: nn.Linear(64, 40)), f"{MID} has layers that do not"),
+    "a time projection's inputs": (put(f"{MID}.time_emb_proj", lambda _: nn.Linear(60, 48)), f"{MID} has layers that do not"),
+    "scale and shift": (put(f"{MID}.scale_shift", True), f"{MID} has layers that do not fit"),
+    "the time embedding": (
+        put("time_embedding.linear_2", lambda _: nn.Linear(60, 64)),
+        "time_embedding has layers that do not fit",
+    ),
+    "the sinusoids": (put("time_embedding.linear_1", lambda _: nn.Linear(20, 64)), "time_embedding has layers that do not fit"),
+    "projections": (put(f"{ATTENTION}.to_k", lambda _: nn.Linear(48, 24)), f"{ATTENTION} has projections that are not square"),
+    "the attention's norm": (
+        put(f"{ATTENTION}.group_norm", lambda _: GroupNormSiLU(8, 40, 1e-5)),
+        f"{ATTENTION} has a norm of another width",
+    ),
+    # Shapes of neighbours.
+    "conv_in's outputs": (put("conv_in", lambda _: Conv3x3(2, 24, 3, padding=1)), ""),
+    "conv_in's inputs": (put("conv_in", lambda _: Conv3x3(3, 16, 3, padding=1)), ""),
+    "conv_out's inputs": (put("conv_out", lambda _: Conv3x3(24, 3, 3, padding=1)), ""),
+    "conv_out's outputs": (put("conv_out", lambda _: Conv3x3(16, 4, 3, padding=1)), ""),
+    "the last norm": (put("conv_norm_out", lambda _: GroupNormSiLU(8, 24, 1e-5)), ""),
+    "a downsampler": (put("down_blocks.0.downsamplers.0.conv", lambda _: nn.Conv2d(24, 24, 3, 2, 1)), ""),
+    "an upsampler": (put("up_blocks.0.upsamplers.0.conv", lambda _: Conv3x3(24, 24, 3, padding=1)), ""),
+    "an attention": (
+        lambda model: model.mid_block.attentions.__setitem__(0, Attention(24, head_dim=8, num_groups=8, eps=1e-5)),
+        "",
+    ),
+    "a residual block": (lambda model: model.mid_block.resnets.__setitem__(0, resnet(48, 32)), ""),
+    "a residual block that reads a skip connection": (
+        lambda model: model.up_blocks[0].resnets.__setitem__(0, resnet(80, 48)),
+        "",
+    ),
+    "a missing residual block": (lambda model: model.up_blocks[0].resnets.__delitem__(0), ""),
+    "a missing downsampler": (lambda model: model.down_blocks[0].downsamplers.__delitem__(0), ""),
+    # Values.
+    "heads that do not divide": (put(f"{ATTENTION}.num_heads", 5), f"{ATTENTION} has 5 heads and 48 channels"),
+    "no heads": (put(f"{ATTENTION}.num_heads", 0), f"{ATTENTION} has 0 heads"),
+    "a factor of 0": (put(f"{MID}.output_scale_factor", 0.0), f"{MID} has the output_scale_factor 0.0"),
+    "an attention's factor of 0": (put(f"{ATTENTION}.output_scale_factor", 0), f"{ATTENTION} has the output_scale_factor 0"),
+    "a factor that is a tensor": (
+        put(f"{MID}.output_scale_factor", lambda _: torch.tensor(2.0)),
+        rf"{MID} has the output_scale_factor tensor",
+    ),
+    "an activation": (put("conv_norm_out.activation", "gelu"), "conv_norm_out has the activation 'gelu'"),
+    "a negative eps": (put("conv_norm_out.eps", -1.0), "conv_norm_out"),
+    "a resampling": (put(f"{MID}.resample", "left"), f"{MID} resamples by 'left'"),
+    # Parameters.
+    "a meta parameter": (
+        put("conv_out.weight", lambda old: nn.Parameter(old.to("meta"))),
+        "conv_out has a parameter on the meta",
+    ),
+    "a sparse parameter": (
+        put(f"{ATTENTION}.to_q.weight", lambda old: nn.Parameter(old.detach().to_sparse())),
+        rf"{ATTENTION}.to_q has a parameter that is a Parameter of torch.float32 and torch.sparse_coo",
+    ),
+    "an integer parameter": (
+        put("conv_out.weight", lambda old: nn.Parameter(old.detach().to(torch.int8), requires_grad=False)),
+        "conv_out has a parameter that is a Parameter of torch.int8",
+    ),
+    "a parameter of another class": (
+        put("conv_out.weight", lambda old: nn.Parameter(old.detach().as_subclass(Subclass))),
+        "conv_out has a parameter that is a Subclass",
+    ),
+    "a missing weight": (put("conv_out.weight", None), "conv_out"),
+    # Classes.
+    "renormalized embeddings": (put("class_embedding.max_norm", 1.0), "class_embedding renormalizes its embeddings", CLASSES),
+    "a number of classes": (
+        put("class_embedding", lambda _: nn.Embedding(12, 64)),
+        r"class_embedding has shape \[12, 64\]",
+        CLASSES,
+    ),
+    "a width of classes": (
+        put("class_embedding", lambda _: nn.Embedding(11, 60)),
+        r"class_embedding has shape \[11, 60\]",
+        CLASSES,
+    ),
+    "missing classes": (put("class_embedding", None), "class_embedding does not fit the configuration", CLASSES),
+    "unexpected classes": (put("class_embedding", lambda _: nn.Embedding(11, 64)), "class_embedding does not fit"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_reasons_name_the_layer(name: str) -> None:
+    change, reason, *options = REFUSALS[name]
+    model, _ = make_unet(layers_per_block=1, **(options[0] if options else {}))
+    assert why_not_frozen(model) is None
+    change(model)
+    if why_not_frozen(model) is None:
+        pytest.fail("it is frozen")  # a kernel might read past its memory: do not call it
+    with pytest.raises(TypeError, match=f"^freeze: expected a UNet with its own layers, got one where {reason}"):
+        freeze(model)
+
+
+@pytest.fixture
+def _no_global_hooks() -> Iterator[None]:
+    yield
+    hooks = nn.modules.module
+    hooks._global_forward_hooks.clear()
+    hooks._global_forward_pre_hooks.clear()
+
+
+@pytest.mark.usefixtures("_no_global_hooks")
+@pytest.mark.parametrize("register", ["register_module_forward_hook", "register_module_forward_pre_hook"])
+def test_global_hooks_are_a_reason(register: str) -> None:
+    model, _ = make_unet()
+    handle = getattr(nn.modules.module, register)(lambda *_: None)
+    assert why_not_frozen(model) == "torch has global forward hooks"
+    handle.remove()
+    assert why_not_frozen(model) is None
+
+
+def test_only_this_class_is_frozen() -> None:
+    model, config = make_unet()
+    other = OtherUNet(**config)
+    randomise(other)
+    assert why_not_frozen(other) == "the model is a OtherUNet"
+    assert why_not_frozen(nn.Identity()) == "the model is a Identity"
+    assert why_not_frozen(model) is None
