@@ -93,6 +93,28 @@ def test_output_and_gradients_are_as_right_as_pytorchs(shape: tuple[int, ...], d
 
 
 @on_any_cpu
+@pytest.mark.parametrize("dtype", MATRIX_DTYPES)
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, 2), (2, 3, 5, 6), (1, 2, 64, 40), (2, 1, 63, 130), (1, 1, 589, 32), (3, 4, 16, 16)]
+)
+def test_a_scale_is_applied_by_either_call(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    heads, qkv = shape[1], case(shape)[0].to(dtype)
+
+    def expected(qkv: Tensor) -> Tensor:
+        q, k, v = qkv.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+        return F.scaled_dot_product_attention(q, k, v, scale=0.3).transpose(1, 2).flatten(2)
+
+    truth, unit = expected(qkv.double()), torch.finfo(dtype).eps / 2
+    for out in (
+        ddpm_fast.attention(qkv, heads, scale=0.3, backend="native"),
+        torch.ops.ddpm_fast.attention(qkv, heads, 0.3, "native")[0],
+    ):
+        assert (out.shape, out.dtype) == (truth.shape, dtype)
+        assert out.is_contiguous()
+        assert relative_error(out, truth) <= max(2 * relative_error(expected(qkv), truth), 4 * unit)
+
+
+@on_any_cpu
 @pytest.mark.usefixtures("nans")
 @pytest.mark.parametrize("dtype", MATRIX_DTYPES)
 def test_scores_far_apart(dtype: torch.dtype) -> None:

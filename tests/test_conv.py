@@ -9,6 +9,7 @@ from importlib import import_module
 import pytest
 import torch
 import torch.nn.functional as F
+from kernel_calls import MATRIX_OPS
 from small_unets import relative_error
 from torch import Tensor, nn
 
@@ -17,7 +18,7 @@ from ddpm_fast.nn import CIFAR10_32, UNet
 from ddpm_fast.nn import conv as layers
 from ddpm_fast.nn.conv import Conv3x3
 from ddpm_fast.nn.layers import Upsample
-from ddpm_fast.ops import backend
+from ddpm_fast.ops import backend, why_not
 from ddpm_fast.ops.backend import MATRIX_DTYPES, has_fast_bfloat16, why_not_matrix_kernels
 
 conv = import_module("ddpm_fast.ops.conv3x3")  # the attribute of this name is the op
@@ -363,3 +364,26 @@ def test_a_networks_gradient_is_pytorchs(monkeypatch: pytest.MonkeyPatch) -> Non
     got = gradient(model)
     monkeypatch.setattr(conv, "why_not_matrix_kernels", lambda *_: "a test wants PyTorch's")
     assert relative_error(got, truth) <= 2 * relative_error(gradient(model), truth)
+
+
+def test_reasons_why_kernels_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+
+    reason = "it runs on the CPU, not on cuda, where PyTorch's convolution and attention are the reference"
+    assert backend.why_not_matrix_kernels(torch.device("cuda", 0), torch.float32) == reason
+    assert backend.why_not_matrix_kernels(cpu, torch.float64) == "it computes in float32 and bfloat16, not in torch.float64"
+    for isa, amx, dtype, reason in (
+        ("avx2", False, torch.bfloat16, None),
+        ("avx512_bf16", True, torch.float32, None),
+        ("avx512_bf16", True, torch.bfloat16, "matrix units for bfloat16"),
+        ("baseline", False, torch.float32, "neither AVX2 nor AVX-512"),
+    ):
+        monkeypatch.setattr(backend, "BUILD", {"isa": isa, "amx_bf16": amx})
+        got = backend.why_not_matrix_kernels(cpu, dtype)
+        assert got is None if reason is None else reason in str(got)
+        assert backend.has_fast_bfloat16() == (isa == "avx512_bf16")
+        for op in MATRIX_OPS:
+            assert why_not("native", op, cpu, dtype) == got
+    monkeypatch.setattr(backend, "native_error", lambda: "gone")
+    assert backend.why_not_matrix_kernels(cpu, torch.float32) == "the compiled module did not load: gone"
+    assert not backend.has_fast_bfloat16()

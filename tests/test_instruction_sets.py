@@ -18,9 +18,12 @@ TESTS = (
     "test_conv.py::test_weights_are_transformed_and_laid_in_panels",
     "test_attention.py::test_output_and_gradients_are_as_right_as_pytorchs",
     "test_attention.py::test_scores_far_apart",
-    "test_packed.py::test_is_norm_activation_convolution_and_addition",
-    "test_packed.py::test_either_method_serves_a_3x3_convolution",
-    "test_packed.py::test_attention",
+    "test_attention.py::test_a_scale_is_applied_by_either_call",
+    "inference/test_packed_layers.py::test_norm_activation_convolution_and_addition",
+    "inference/test_packed_layers.py::test_scale_and_shift_and_norms_without_an_activation",
+    "inference/test_packed_layers.py::test_either_method_serves_a_3x3_convolution",
+    "inference/test_packed_layers.py::test_attention",
+    "inference/test_program.py::test_both_executors_compute_the_same_bits",
 )
 
 

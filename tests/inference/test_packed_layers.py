@@ -1,0 +1,295 @@
+"""Packed layers compute norm, activation, resampling, convolution and addition, in every method and size."""
+
+from __future__ import annotations
+
+import copy
+import mmap
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+import torch.nn.functional as F
+from small_unets import relative_error
+from torch import Tensor
+
+from ddpm_fast.inference import packed_layers
+from ddpm_fast.inference.network import Conv, Norm, Resample, SelfAttention
+from ddpm_fast.inference.packed_layers import PackedLayers
+from ddpm_fast.inference.program import Buffer, Builder, NativeProgram, PythonProgram
+from ddpm_fast.nn.layers import Attention
+from ddpm_fast.ops import backend
+from ddpm_fast.ops.backend import MATRIX_DTYPES
+
+pytestmark = [
+    pytest.mark.skipif(backend.native_error() is not None, reason="there is no compiled module"),
+    pytest.mark.usefixtures("matrix_kernels"),
+]
+
+# n, channels of x and of skip, output channels, height, width: panels and vectors that are not full, maps of one pixel, more
+# columns than a strip, several samples in a block, blocks of several samples.
+SHAPES = [
+    (1, 5, 0, 9, 1, 1),
+    (2, 3, 0, 70, 6, 8),
+    (1, 32, 20, 40, 5, 7),
+    (2, 16, 0, 3, 4, 150),
+    (3, 24, 8, 64, 4, 4),
+    (2, 10, 6, 12, 4, 6),
+    (1, 12, 20, 24, 3, 3),
+    (5, 130, 0, 33, 2, 6),
+    (1, 64, 0, 130, 20, 18),
+]
+# kernel, stride, asymmetric padding, resampling.
+CONVOLUTIONS: dict[str, tuple[int, int, bool, Resample | None]] = {
+    "3x3": (3, 1, False, None),
+    "1x1": (1, 1, False, None),
+    "strided": (3, 2, False, None),
+    "strided, padded behind": (3, 2, True, None),
+    "upsampled": (3, 1, False, "up"),
+    "downsampled": (3, 1, False, "down"),
+}
+
+
+def dense(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def run(make: Callable[..., Buffer], *inputs: Tensor, threads: int | None = None) -> Tensor:
+    """Return the result of a program. `make` appends its calls, given the builder and the buffers of the inputs."""
+    builder = Builder()
+    buffers = [builder.buffer(x.shape, x.dtype) for x in inputs]
+    output = make(builder, *buffers)
+    result = NativeProgram(buffers, builder.calls, output, threads or torch.get_num_threads())(inputs)
+    assert torch.equal(result, PythonProgram(buffers, builder.calls, output)(inputs))
+    assert (result.shape, result.dtype) == (output.shape, output.dtype)
+    assert result.is_contiguous(memory_format=torch.channels_last)
+    return result
+
+
+def make_conv(in_channels: int, out_channels: int, kernel: int, *, bias: bool = True, **options: object) -> Conv:
+    generator = torch.Generator().manual_seed(in_channels + kernel)
+    weight = torch.randn(out_channels, in_channels, kernel, kernel, generator=generator) / (in_channels * kernel**2) ** 0.5
+    return Conv(weight, torch.randn(out_channels, generator=generator) if bias else None, **options)  # type: ignore[arg-type]
+
+
+def make_norm(channels: int, *, silu: bool = True) -> Norm:
+    weight, bias = torch.randn(2, channels, generator=torch.Generator().manual_seed(channels))
+    return Norm(1 if channels % 4 else 4, 1e-5, weight, bias, silu)
+
+
+def rounded(conv: Conv, dtype: torch.dtype) -> Conv:
+    """Return the convolution with weights that have this dtype's values: a test compares arithmetic, not their rounding."""
+    return Conv(conv.weight.to(dtype).float(), conv.bias, conv.stride, conv.asymmetric)
+
+
+def by_pytorch(
+    conv: Conv,
+    x: Tensor,
+    norm: Norm | None,
+    resample: str | None,
+    shift: Tensor | None = None,
+    scale_shift: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Return act(norm(x)), resampled and convolved, layer by layer in the dtype of x."""
+    if norm is not None:
+        x = x if shift is None else x + shift.to(x.dtype)[:, :, None, None]
+        weight, bias = (None if p is None else p.to(x.dtype) for p in (norm.weight, norm.bias))
+        x = F.group_norm(x, norm.num_groups, weight, bias, norm.eps)
+        if scale_shift is not None:
+            scale, added = (term.to(x.dtype)[:, :, None, None] for term in scale_shift)
+            x = x * (1 + scale) + added
+        x = F.silu(x) if norm.silu else x
+    if resample is not None:
+        x = F.interpolate(x, scale_factor=2.0) if resample == "up" else F.avg_pool2d(x, 2)
+    if conv.asymmetric:
+        x = F.pad(x, (0, 1, 0, 1))
+    bias = None if conv.bias is None else conv.bias.to(x.dtype)
+    return F.conv2d(x, conv.weight.to(x.dtype), bias, conv.stride, 0 if conv.asymmetric else conv.kernel // 2)
+
+
+def check(convolution: str, shape: tuple[int, ...], dtype: torch.dtype, norm: str | None, methods: Sequence[str] = ()) -> None:
+    kernel, stride, asymmetric, resample = CONVOLUTIONS[convolution]
+    n, channels, skip_channels, out_channels, height, width = shape
+    if resample == "down":  # of one map of an even size
+        channels, skip_channels, height, width = channels + skip_channels, 0, height + height % 2, width + width % 2
+    if asymmetric and min(height, width) == 1:
+        pytest.skip("there is no output")
+    generator = torch.Generator().manual_seed(0)
+    total = channels + skip_channels
+    conv = rounded(make_conv(total, out_channels, kernel, stride=stride, asymmetric=asymmetric), dtype)
+    layer = None if norm is None else make_norm(total, silu=norm != "linear")
+    terms = torch.randn(2, n, total, generator=generator)
+    small: dict[str, Tensor | tuple[Tensor, Tensor]] = {}
+    if norm is not None:
+        small = {"scale_shift": (terms[0], terms[1])} if norm == "scale and shift" else {"shift": terms[0]}
+    x = dense(torch.randn(n, total, height, width, generator=generator).to(dtype))
+    maps = [dense(x[:, :channels]), dense(x[:, channels:])] if skip_channels else [x]
+    truth = by_pytorch(conv, x.double(), layer, resample, **small)  # type: ignore[arg-type]
+    added = dense(torch.randn(truth.shape, generator=generator).to(dtype))
+    truth = (truth + added.double()) / 1.5
+    layers = PackedLayers(dtype)
+
+    def append(builder: Builder, added: Buffer, stack: Buffer, *maps: Buffer) -> Buffer:
+        rows = stack.rows()
+        options = {"shift": rows[0]} if "shift" in small else {"scale_shift": tuple(rows)} if small else {}
+        return layers.conv(builder, conv, maps, norm=layer, residual=(added,), divisor=1.5, resample=resample, **options)  # type: ignore[arg-type]
+
+    out = run(append, added, terms, *maps)
+    allowed = relative_error((by_pytorch(conv, x, layer, resample, **small) + added) / 1.5, truth)  # type: ignore[arg-type]
+    # Long sums in another order, or in tiles, are as good as PyTorch's up to a factor; never better than rounding allows.
+    unit = torch.finfo(dtype).eps / 2
+    assert relative_error(out, truth) <= max(2 * allowed, 4 * unit)
+    if methods:
+        assert {method for _, method, _ in layers._packed} <= set(methods)
+
+
+@pytest.mark.parametrize("norm", ["shift", None])
+@pytest.mark.parametrize("dtype", MATRIX_DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("convolution", CONVOLUTIONS)
+def test_norm_activation_convolution_and_addition(
+    convolution: str, shape: tuple[int, ...], dtype: torch.dtype, norm: str | None
+) -> None:
+    check(convolution, shape, dtype, norm)
+
+
+@pytest.mark.parametrize("norm", ["scale and shift", "linear"])
+@pytest.mark.parametrize("dtype", MATRIX_DTYPES)
+@pytest.mark.parametrize("convolution", CONVOLUTIONS)
+def test_scale_and_shift_and_norms_without_an_activation(convolution: str, dtype: torch.dtype, norm: str) -> None:
+    for shape in ((2, 10, 6, 12, 4, 6), (1, 32, 20, 40, 5, 7)):
+        check(convolution, shape, dtype, norm)
+
+
+@pytest.mark.parametrize("method", ["winograd", "direct"])
+@pytest.mark.parametrize("dtype", MATRIX_DTYPES)
+@pytest.mark.parametrize("convolution", ["3x3", "upsampled", "downsampled"])
+def test_either_method_serves_a_3x3_convolution(
+    convolution: str, method: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed_layers, "WINOGRAD_TILES", 0 if method == "winograd" else 10**9)
+    monkeypatch.setattr(packed_layers, "WINOGRAD_CHANNELS", 0)
+    for shape in SHAPES:
+        for norm in ("shift", None):
+            check(convolution, shape, dtype, norm, methods=(method,))
+
+
+@pytest.mark.parametrize("dtype", MATRIX_DTYPES)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("resample", [None, "up", "down"])
+def test_a_shortcut_multiplies_the_residual(resample: Resample | None, bias: bool, dtype: torch.dtype) -> None:
+    conv = rounded(make_conv(12, 24, 3, bias=bias), dtype)
+    shortcut = rounded(make_conv(20, 24, 1, bias=bias), dtype)
+    layers, generator = PackedLayers(dtype), torch.Generator().manual_seed(0)
+    x, first, second = (dense(torch.randn(2, c, 6, 8, generator=generator).to(dtype)) for c in (12, 14, 6))
+    maps = [first, second] if resample is None else [torch.cat([first, second], dim=1)]
+
+    def append(builder: Builder, x: Buffer, *maps: Buffer) -> Buffer:
+        residual = maps if resample is None else layers.resampled(builder, maps, resample)
+        options = {"residual": residual, "shortcut": shortcut, "divisor": -2.0}
+        return layers.conv(builder, conv, (x,), resample=resample, **options)  # type: ignore[arg-type]
+
+    def expected(dtype: torch.dtype) -> Tensor:
+        residual = torch.cat([first, second], dim=1).to(dtype)
+        return (by_pytorch(conv, x.to(dtype), None, resample) + by_pytorch(shortcut, residual, None, resample)) / -2
+
+    truth = expected(torch.float64)
+    assert relative_error(run(append, x, *maps), truth) <= 2 * relative_error(expected(dtype), truth)
+
+
+@pytest.mark.parametrize("channels", [(3, 64), (64, 3), (64, 64)])
+def test_few_channels_are_summed_directly(channels: tuple[int, int]) -> None:
+    layers, conv = PackedLayers(torch.float32), make_conv(*channels, 3)
+    run(lambda builder, x: layers.conv(builder, conv, (x,)), dense(torch.randn(1, channels[0], 16, 16)))
+    assert [method for _, method, _ in layers._packed] == ["winograd" if channels == (64, 64) else "direct"]
+
+
+def test_programs_share_packed_weights() -> None:
+    layers, conv = PackedLayers(torch.float32), make_conv(16, 16, 3)
+    for n in (1, 2, 1):
+        run(lambda builder, x: layers.conv(builder, conv, (x,)), dense(torch.randn(n, 16, 16, 16)))
+    (packed,) = layers._packed.values()
+    run(lambda builder, x: layers.conv(builder, conv, (x,)), dense(torch.randn(1, 16, 2, 2)))
+    assert {method for _, method, _ in layers._packed} == {"winograd", "direct"}
+    assert next(iter(layers._packed.values())) is packed
+
+
+# n, heads, height, width, channels of a head: one pixel, panels and vectors that are not full, odd widths.
+ATTENTIONS = [(1, 1, 1, 1, 2), (2, 3, 5, 1, 6), (1, 2, 8, 8, 40), (2, 1, 7, 9, 130), (2, 4, 4, 5, 3), (3, 4, 4, 4, 1)]
+
+
+@pytest.mark.parametrize("dtype", MATRIX_DTYPES)
+@pytest.mark.parametrize("normed", [True, False])
+@pytest.mark.parametrize("shape", ATTENTIONS)
+@torch.no_grad()
+def test_attention(shape: tuple[int, ...], normed: bool, dtype: torch.dtype) -> None:
+    n, heads, height, width, head_dim = shape
+    channels = heads * head_dim
+    options = {"head_dim": head_dim, "num_groups": 1 if normed else None, "eps": 1e-5, "output_scale_factor": 1.5}
+    plain = Attention(channels, **options)  # type: ignore[arg-type]
+    for parameter in plain.parameters():
+        parameter.copy_(parameter.to(dtype))
+    weight, bias = plain._joined()
+    out = plain.to_out[0]
+    norm = None if plain.group_norm is None else Norm(1, 1e-5, plain.group_norm.weight, plain.group_norm.bias, False)
+    qkv, projection = Conv(weight[:, :, None, None], bias), Conv(out.weight[:, :, None, None], out.bias)  # type: ignore[arg-type]
+    layer, layers = SelfAttention(norm, qkv, projection, heads, 1.5), PackedLayers(dtype)
+    x = dense(torch.randn(n, channels, height, width).to(dtype))
+    truth = copy.deepcopy(plain).double()(x.double())
+    allowed = relative_error(copy.deepcopy(plain).to(dtype)(x), truth)
+    got = run(lambda builder, x: layers.attention(builder, layer, x), x)
+    assert relative_error(got, truth) <= max(2 * allowed, 4 * torch.finfo(dtype).eps / 2)
+
+
+@pytest.mark.parametrize("threads", [2, 3, 5])
+def test_threads_change_no_bit(threads: int) -> None:
+    layers, norm = PackedLayers(torch.float32), make_norm(64)
+    x = dense(torch.randn(2, 64, 12, 12))
+    convs = (make_conv(64, 96, 3), make_conv(64, 96, 3, stride=2), make_conv(64, 96, 3), make_conv(64, 192, 1))
+    attention = SelfAttention(make_norm(64, silu=False), make_conv(64, 192, 1), make_conv(64, 64, 1), 4, 1.0)
+    for append in (
+        lambda builder, x: layers.conv(builder, convs[0], (x,), norm=norm),
+        lambda builder, x: layers.conv(builder, convs[1], (x,)),
+        lambda builder, x: layers.conv(builder, convs[2], (x,), resample="up"),
+        lambda builder, x: layers.conv(builder, convs[2], (x,), norm=norm, resample="down"),
+        lambda builder, x: layers.conv(builder, convs[3], (x,), norm=norm),
+        lambda builder, x: layers.attention(builder, attention, x),
+    ):
+        alone = run(append, x, threads=1)
+        for _ in range(2):
+            assert torch.equal(run(append, x, threads=threads), alone)
+
+
+def test_an_image_does_not_depend_on_the_others() -> None:
+    """Its method may change with the number of tiles, and then the rounding."""
+    layers, norm, x = PackedLayers(torch.float32), make_norm(32), dense(torch.randn(5, 32, 8, 8))
+    for conv, options in ((make_conv(32, 40, 3), {"norm": norm}), (make_conv(32, 40, 3, stride=2), {})):
+        whole, alone = (
+            run(lambda b, x, conv=conv, o=options: layers.conv(b, conv, (x,), **o), part)  # type: ignore[misc]
+            for part in (x, x[3:4])
+        )
+        assert torch.equal(whole[3:4], alone)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("size", [6, 2])
+def test_weights_of_any_dtype_are_read(dtype: torch.dtype, size: int) -> None:
+    conv, layers, x = make_conv(16, 20, 3), PackedLayers(torch.float32), dense(torch.randn(1, 16, size, size))
+    assert conv.bias is not None
+    conv = Conv(conv.weight.to(dtype), conv.bias.to(dtype))
+    got = run(lambda builder, x: layers.conv(builder, conv, (x,)), x)
+    torch.testing.assert_close(got, by_pytorch(conv, x, None, None))
+
+
+def test_large_weights_lie_in_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    small, large = torch.randn(100), torch.randn(300, 1000).bfloat16().repeat(4, 1)
+    assert packed_layers._in_huge_pages(small) is small
+    copied = packed_layers._in_huge_pages(large)
+    assert torch.equal(copied, large)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        assert copied.data_ptr() % (2 << 20) == 0
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("no memory")
+
+    monkeypatch.setattr(mmap, "mmap", refuse)
+    assert packed_layers._in_huge_pages(large) is large

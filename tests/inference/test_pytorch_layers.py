@@ -1,0 +1,158 @@
+"""Layers by PyTorch and by oneDNN's convolutions with weights reordered once."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from small_unets import VARIANTS, make_inputs, make_unet, relative_error
+from torch import Tensor
+
+from ddpm_fast import freeze
+from ddpm_fast.inference import pytorch_layers
+from ddpm_fast.inference.network import Conv
+from ddpm_fast.inference.program import Builder, PythonProgram
+from ddpm_fast.inference.pytorch_layers import PyTorchLayers, has_prepacked
+
+CPU = torch.device("cpu")
+DTYPES = [dtype for dtype in (torch.float32, torch.bfloat16) if has_prepacked(dtype)]
+needs_onednn = pytest.mark.skipif(not DTYPES, reason="this PyTorch, or this CPU, has no prepacked convolutions")
+
+
+def images(n: int, channels: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(n)
+    return torch.randn(n, channels, 7, 6, generator=generator).to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def run(layers: PyTorchLayers, conv: Conv, x: Tensor, added: Tensor | None = None, **options: object) -> Tensor:
+    builder = Builder()
+    inputs = [x] if added is None else [x, added]
+    buffers = [builder.buffer(each.shape, each.dtype) for each in inputs]
+    residual = None if added is None else (buffers[1],)
+    output = layers.conv(builder, conv, (buffers[0],), residual=residual, **options)  # type: ignore[arg-type]
+    program = PythonProgram(buffers, builder.calls, output)
+    before = [each.clone() for each in inputs]
+    result = program(inputs)
+    assert torch.equal(program(inputs), result)
+    assert all(map(torch.equal, inputs, before))
+    assert (result.shape, result.dtype) == (output.shape, x.dtype)
+    return result
+
+
+def make(layers: PyTorchLayers, shape: tuple[int, ...], *, bias: bool = True, **options: object) -> Conv:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(1)) / shape[1] ** 0.5
+    return Conv(layers.stored(weight), torch.linspace(-1, 1, shape[0]) if bias else None, **options)  # type: ignore[arg-type]
+
+
+def exactly(conv: Conv, x: Tensor) -> Tensor:
+    x = F.pad(x.double(), (0, 1, 0, 1)) if conv.asymmetric else x.double()
+    bias = None if conv.bias is None else conv.bias.double()
+    return F.conv2d(x, conv.weight.double(), bias, conv.stride, 0 if conv.asymmetric else conv.kernel // 2)
+
+
+CONVOLUTIONS = {
+    "3x3": ((40, 5, 3, 3), {}),
+    "strided without a bias": ((8, 16, 3, 3), {"stride": 2, "bias": False}),
+    "asymmetric": ((3, 8, 3, 3), {"stride": 2, "asymmetric": True}),
+    "1x1": ((24, 12, 1, 1), {}),
+}
+
+
+@pytest.mark.parametrize("by_onednn", [pytest.param(True, marks=needs_onednn), False], ids=["oneDNN", "PyTorch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+@torch.no_grad()
+def test_a_convolution_an_addition_and_a_shortcut(
+    name: str, dtype: torch.dtype, by_onednn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if by_onednn and dtype not in DTYPES:
+        pytest.skip("oneDNN has no such convolution")
+    if not by_onednn:
+        monkeypatch.setattr(pytorch_layers, "has_prepacked", lambda _: False)
+    shape, options = CONVOLUTIONS[name]
+    layers = PyTorchLayers(dtype, CPU)
+    conv, x = make(layers, shape, **options), images(2, shape[1], dtype)  # type: ignore[arg-type]
+    exact = exactly(conv, x)
+    tolerance = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}[dtype]
+    out = run(layers, conv, x)
+    assert relative_error(out, exact) < tolerance
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    assert relative_error(run(layers, conv, x, out), exact + out.double()) < 2 * tolerance
+    assert relative_error(run(layers, conv, x, out, divisor=4.0), (exact + out.double()) / 4) < 2 * tolerance
+    assert run(layers, conv, x[:0]).shape == (0, *exact.shape[1:])
+    for bias in (True, False):
+        shortcut = make(layers, (shape[0], 10, 1, 1), bias=bias)
+        added = torch.randn(2, 10, *exact.shape[2:]).to(dtype).contiguous(memory_format=torch.channels_last)
+        got = run(layers, conv, x, added, shortcut=shortcut, divisor=-2.0)
+        assert relative_error(got, (exact + exactly(shortcut, added)) / -2) < 2 * tolerance
+
+
+@torch.no_grad()
+def test_weights_are_cast_once_and_stored_channels_last() -> None:
+    layers = PyTorchLayers(torch.float16, CPU)
+    stored = layers.stored(torch.randn(8, 4, 3, 3))
+    assert stored.dtype == torch.float16
+    assert stored.is_contiguous(memory_format=torch.channels_last)
+    assert layers.stored(stored) is stored
+
+
+@needs_onednn
+@torch.no_grad()
+def test_weights_are_reordered_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    count = []
+    real = pytorch_layers._reordered
+    monkeypatch.setattr(pytorch_layers, "_reordered", lambda *a: count.append(1) or real(*a))  # type: ignore[func-returns-value]
+    layers = PyTorchLayers(DTYPES[0], CPU)
+    count.clear()
+    conv, x = make(layers, (8, 8, 3, 3)), images(2, 8, DTYPES[0])
+    run(layers, conv, x)  # calls the program twice
+    assert len(count) == 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.usefixtures("no_matrix_kernels")
+@torch.no_grad()
+def test_a_network_by_onednn(variant: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+    real = pytorch_layers._convolved_by_onednn
+    monkeypatch.setattr(pytorch_layers, "_convolved_by_onednn", lambda *a: called.append(1) or real(*a))  # type: ignore[func-returns-value]
+    model, config = make_unet(variant)
+    inputs = make_inputs(config, 3)
+    exact = copy.deepcopy(model).double()(*inputs)
+    frozen = freeze(model, dtype)
+    assert frozen.why_not_packed == "as on a GPU"
+    allowed = 2 * relative_error(copy.deepcopy(model).to(dtype)(*inputs), exact)
+    called.clear()
+    assert relative_error(frozen(*inputs), exact) <= allowed
+    assert len(called) > 10
+
+
+@pytest.mark.usefixtures("no_matrix_kernels")
+@pytest.mark.parametrize("missing", ["operator", "library", "bfloat16"])
+@torch.no_grad()
+def test_pytorchs_convolutions_serve_without_onednns(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> Tensor:
+        raise AttributeError("no such operator")
+
+    dtype = torch.bfloat16 if missing == "bfloat16" else torch.float32
+    with monkeypatch.context() as patch:
+        if missing == "operator":
+            patch.setattr(pytorch_layers, "_convolved_by_onednn", fail)
+        elif missing == "library":
+            patch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+        else:
+            patch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+        assert not has_prepacked(dtype)
+        model, config = make_unet("one-head-asymmetric")
+        inputs = make_inputs(config, 2)
+        got = freeze(model, dtype)(*inputs)
+    exact = copy.deepcopy(model).double()(*inputs)
+    assert relative_error(got, exact) <= 2 * relative_error(copy.deepcopy(model).to(dtype)(*inputs), exact)
+
+
+def test_other_dtypes_have_no_prepacked_convolutions() -> None:
+    assert not has_prepacked(torch.float64)
+    assert not has_prepacked(torch.float16)
