@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..inference import freeze
+from ..inference import FrozenUNet, freeze
+from ..networks import Model
 from ..nn import UNet, UNetConfig
 from ..nn.layers import ResnetBlock
 from ..ops import sample_seeds
@@ -161,7 +162,7 @@ class _Kept:
 
     verdict: tuple[Any, str | None] | None = None
     model: tuple[UNetConfig, UNet] | None = None
-    frozen: tuple[Hashable, nn.Module | None] | None = None
+    frozen: tuple[Hashable, FrozenUNet | None] | None = None
     warned: set[str] = field(default_factory=set)
     threads: threading.local = field(default_factory=threading.local)
 
@@ -181,7 +182,7 @@ class _Call:
 
     why_not: str | None
     weights: int | None = None
-    networks: dict[tuple[torch.device, bool], nn.Module] = field(default_factory=dict)
+    networks: dict[tuple[torch.device, bool], Model] = field(default_factory=dict)
 
 
 class _Engine:
@@ -215,7 +216,7 @@ class _Engine:
         finally:
             del threads.call
 
-    def network(self, device: torch.device, freezable: bool) -> nn.Module | None:
+    def network(self, device: torch.device, freezable: bool) -> Model | None:
         """Return the module that computes the network on this device. Valid during a `call`.
 
         None: diffusers must compute it.
@@ -252,7 +253,7 @@ class _Engine:
             self._kept.verdict = digest, _why_not_ours(self.unet)
         return self._kept.verdict[1]
 
-    def _frozen(self, weights: int, device: torch.device) -> nn.Module | None:
+    def _frozen(self, weights: int, device: torch.device) -> FrozenUNet | None:
         """Return the frozen network of the weights with this hash. None: there is none."""
         if device.type not in ("cpu", "cuda"):
             return None
@@ -262,7 +263,7 @@ class _Engine:
         state = (weights, UNetConfig.from_dict(self.unet.config), dtype, device, stream)
         if self._kept.frozen is None or self._kept.frozen[0] != state:
             self._kept.frozen = None  # before another takes memory
-            frozen: nn.Module | None = None
+            frozen: FrozenUNet | None = None
             try:
                 with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
                     frozen = freeze(self._model(), dtype, device=device, num_timesteps=self._num_timesteps)

@@ -65,7 +65,8 @@ def weights_hash(module: nn.Module) -> int:
             if same_as is name:
                 hasher.update(f"{_strides(name, tensor)}\n".encode())
                 hasher.update(_as_bytes(tensor))
-    return hasher.intdigest()
+    digest: int = hasher.intdigest()
+    return digest
 
 
 def attributes_digest(module: nn.Module) -> tuple[Any, ...]:
