@@ -31,8 +31,13 @@ def accelerate(
 
     The call, its arguments, its progress bar and its results stay the same. The same generator gives the
     same images up to rounding in the network. `pipe.unet` is still a `UNet2DModel` with the same
-    parameters, which are not copied. Later changes of its weights take effect. `pipe.save_pretrained`
-    writes the same files as before. `restore` reverts everything.
+    parameters, which are not copied. `pipe.save_pretrained` writes the same files as before. `restore`
+    reverts everything.
+
+    Later changes of weights, layers, hooks and the configuration take effect. Each call of the pipeline, or
+    of `pipe.unet` outside one, compares all of them once. Do not change the network during a call. If no
+    `ddpm_fast.UNet` computes the same any more, diffusers computes the network. A RuntimeWarning names the
+    reason.
 
     Args:
         pipe: Pipeline, modified in place. Its network may be on any device, in any floating dtype, and may
@@ -44,7 +49,7 @@ def accelerate(
             derived (`ddpm_fast.sample_seeds`) from one number of it. An image is then the same in
             any batch and on any device. Noise of the steps is never stored.
         freeze: Evaluate the network in its inference form (`ddpm_fast.freeze`), kept between calls until the
-            weights change. It has no dropout and no gradients. If gradients are recorded, or with
+            network changes. It has no dropout and no gradients. If gradients are recorded, or with
             False, a `ddpm_fast.UNet` in the network's mode runs instead.
 
     Returns:
@@ -62,7 +67,9 @@ def accelerate(
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"accelerate: expected dtype to be None or a floating dtype, got {dtype!r}")
     _check_pipeline("accelerate", pipe)
-    import diffusers
+    with needs_extra("diffusers"):
+        import diffusers
+        import xxhash  # noqa: F401  needed by every call
 
     from . import diffusers as ours
 
