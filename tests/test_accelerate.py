@@ -82,9 +82,16 @@ def test_a_ddim_pipeline_derives_epsilon_again_only_if_asked(clipped: bool | Non
 
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "class-conditional"])
 def test_any_network_that_the_package_knows(variant: str) -> None:
-    pipe = make(unet=make_unet(variant))
-    expected = images(pipe)
-    assert_same(images(accelerate(pipe)), expected)
+    unet = make_unet(variant)
+    x, t, _ = make_inputs(unet.config, 2)
+    with torch.no_grad():
+        exact = copy.deepcopy(unet).double()(x.double(), t).sample
+        allowed = 2 * relative_error(unet(x, t).sample, exact)
+        pipe = accelerate(make(unet=unet))
+        assert relative_error(pipe.unet(x, t).sample, exact) <= allowed
+    if not variant.startswith("resampling"):  # rounding grows more from step to step in these
+        expected = images(restore(pipe))
+        assert_same(images(accelerate(pipe)), expected)
 
 
 @pytest.mark.parametrize("settings", [{"variance_type": "fixed_large"}, {"prediction_type": "v_prediction"}], ids=str)
@@ -292,14 +299,11 @@ def test_the_frozen_network_is_kept_from_call_to_call(monkeypatch: pytest.Monkey
     assert [network.dtype for network in frozen] == [torch.float32, torch.float32, torch.float64]
 
 
-def test_what_a_refusal_of_freeze_leads_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Residual blocks that resample have no inference form."""
-    pipe = make(unet=make_unet(downsample_type="resnet"))
+@pytest.mark.parametrize("changes", [{"downsample_type": "resnet"}, {"upsample_type": "resnet"}], ids=str)
+def test_blocks_that_resample_are_frozen(changes: dict[str, str]) -> None:
+    pipe = make(unet=make_unet(**changes))
     expected = images(pipe)
-    accelerate(pipe)
-    with pytest.warns(RuntimeWarning, match=r"^the accelerated pipeline: a ddpm_fast.UNet runs, because freeze: "):
-        assert_same(images(pipe), expected)
-    assert_same(images(pipe), expected)  # without a second warning, which would be an error
+    assert_same(images(accelerate(pipe)), expected)  # a warning would be an error
 
 
 @torch.no_grad()
@@ -610,7 +614,7 @@ def test_weights_that_cannot_be_compared() -> None:
         assert_same(images(pipe), expected)
 
 
-def test_threads_compare_each_for_themselves() -> None:
+def test_threads_take_turns_and_each_compares() -> None:
     pipe = accelerate(make())
     x, t, _ = make_inputs(pipe.unet.config, 2)
     got = []
@@ -624,8 +628,8 @@ def test_threads_compare_each_for_themselves() -> None:
         pipe.unet.conv_out.weight.data.neg_()
         thread = threading.Thread(target=evaluate)
         thread.start()
-        thread.join()
         assert torch.equal(pipe.unet(x, t).sample, before)  # unsupported, but so it is
+    thread.join()
     assert relative_error(got[0], before) > 1e-2
 
 

@@ -155,28 +155,6 @@ def _why_not_ours(unet: Any) -> str | None:
     return why_layers_differ(unet)
 
 
-@dataclass(eq=False)
-class _Kept:
-    """Results that an engine keeps between calls. A copy is empty.
-
-    Attributes:
-        verdict: Digest of the network's attributes, and why diffusers must compute that network.
-        model: Configuration, and a `UNet` on the network's parameters.
-        frozen: State that the frozen network was made for, and the frozen network. None: `freeze` refused.
-        warned: Warnings that were given.
-        threads: The call in progress, by thread.
-    """
-
-    verdict: tuple[Any, str | None] | None = None
-    model: tuple[UNetConfig, UNet] | None = None
-    frozen: tuple[Hashable, FrozenUNet | None] | None = None
-    warned: set[str] = field(default_factory=set)
-    threads: threading.local = field(default_factory=threading.local)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Kept, ()
-
-
 @dataclass
 class _Call:
     """Results that hold until a call ends.
@@ -190,6 +168,32 @@ class _Call:
     why_not: str | None
     weights: int | None = None
     networks: dict[tuple[torch.device, bool], Model] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class _Kept:
+    """Results that an engine keeps between calls. A copy is empty.
+
+    Attributes:
+        verdict: Digest of the network's attributes, and why diffusers must compute that network.
+        model: Configuration, and a `UNet` on the network's parameters.
+        frozen: State that the frozen network was made for, and the frozen network.
+        warned: Warnings that were given.
+        lock: Held by the thread whose call is in progress. Others wait for their turn.
+        is_called: Whether a call is in progress.
+        call: Results of that call, once there are any.
+    """
+
+    verdict: tuple[Any, str | None] | None = None
+    model: tuple[UNetConfig, UNet] | None = None
+    frozen: tuple[Hashable, FrozenUNet] | None = None
+    warned: set[str] = field(default_factory=set)
+    lock: Any = field(default_factory=threading.RLock)
+    is_called: bool = False
+    call: _Call | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Kept, ()
 
 
 class _Engine:
@@ -213,25 +217,25 @@ class _Engine:
     @contextmanager
     def call(self) -> Iterator[None]:
         """Compare the network once. It must not change until the context exits."""
-        threads = self._kept.threads
-        if hasattr(threads, "call"):
-            yield
-            return
-        threads.call = None
-        try:
-            yield
-        finally:
-            del threads.call
+        kept = self._kept
+        with kept.lock:
+            if kept.is_called:  # by this thread
+                yield
+                return
+            kept.is_called = True
+            try:
+                yield
+            finally:
+                kept.is_called, kept.call = False, None
 
     def network(self, device: torch.device, freezable: bool) -> Model | None:
         """Return the module that computes the network on this device. Valid during a `call`.
 
         None: diffusers must compute it.
         """
-        threads = self._kept.threads
-        if threads.call is None:
-            threads.call = _Call(self._why_not())
-        call: _Call = threads.call
+        if self._kept.call is None:
+            self._kept.call = _Call(self._why_not())
+        call = self._kept.call
         key = device, freezable and self._freezes
         if call.why_not is None and key[1] and call.weights is None:
             try:
@@ -270,12 +274,8 @@ class _Engine:
         state = (weights, UNetConfig.from_dict(self.unet.config), dtype, device, stream)
         if self._kept.frozen is None or self._kept.frozen[0] != state:
             self._kept.frozen = None  # before another takes memory
-            frozen: FrozenUNet | None = None
-            try:
-                with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-                    frozen = freeze(self._model(), dtype, device=device, num_timesteps=self._num_timesteps)
-            except TypeError as error:
-                self._warn(f"the accelerated pipeline: a ddpm_fast.UNet runs, because {error}")
+            with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+                frozen = freeze(self._model(), dtype, device=device, num_timesteps=self._num_timesteps)
             self._kept.frozen = state, frozen
         return self._kept.frozen[1]
 
