@@ -132,7 +132,7 @@ def variational_bound(
     timesteps = range(schedule.num_timesteps - 1, -1, -1)
 
     with (
-        evaluation_mode(network := inference_network(model, device, dtype, schedule.num_timesteps)),
+        evaluation_mode(network := inference_network("variational_bound", model, device, dtype, schedule.num_timesteps)),
         torch.inference_mode(),
     ):
         from tqdm.auto import tqdm

@@ -30,10 +30,11 @@ def predict(model: Model, x_t: Tensor, t: Tensor, class_labels: Tensor | None) -
     return tensor
 
 
-def placed(model: Model, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Model:
+def placed(caller: str, model: Model, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Model:
     """Return the model if it has this device and dtype, else a copy that does.
 
     Args:
+        caller: Name of the calling function for error messages.
         model: The model.
         device: None: the model's device.
         dtype: None: the model's dtype.
@@ -48,8 +49,8 @@ def placed(model: Model, device: torch.device | str | None = None, dtype: torch.
         return model
     if not isinstance(model, nn.Module):
         raise ValueError(
-            f"expected device and dtype to be those of the {type(model).__name__}, {model_device} and {model_dtype}, got "
-            f"{device} and {dtype}: freeze the model again"
+            f"{caller}: expected device and dtype to be those of the {type(model).__name__}, {model_device} and {model_dtype}, "
+            f"got {device} and {dtype}: freeze the model again"
         )
     return copy.deepcopy(model).to(device=device, dtype=dtype)
 

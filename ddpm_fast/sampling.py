@@ -7,8 +7,8 @@ import math
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
@@ -22,7 +22,8 @@ from .inference import cuda_graph as graphs
 from .networks import Model, device_and_dtype, evaluation_mode, labels_of, model_config
 from .nn import UNet, UNetConfig
 from .ops import sample_seeds
-from .ops.checks import check_number
+from .ops.backend import FLOATS
+from .ops.checks import check_number, checked_device
 from .plan import SamplingPlan
 
 ClassLabels: TypeAlias = int | str | Sequence[int | str] | Tensor | None
@@ -41,8 +42,9 @@ class Sampler:
             images = sampler(16, seed=seed)
 
     It does once what `sample` does at every call. A `UNet` is frozen (see `freeze`) with the weights that it
-    has now: later changes of the model have no effect. Any other model is called as it is. On a GPU each step
-    of a frozen network is captured as a CUDA graph. The four graphs used last are kept.
+    has now: later changes of the model have no effect. Any other model, and a `UNet` that cannot be frozen, is
+    called as it is, and has to be in eval mode if several Samplers share it. On a GPU each step of a frozen
+    network is captured as a CUDA graph. The four graphs used last are kept.
 
     Threads that call a Sampler at once take turns.
 
@@ -85,8 +87,12 @@ class Sampler:
         shape: Sequence[int] | None = None,
         cuda_graph: bool | None = None,
     ) -> None:
-        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        if not callable(model) or isinstance(model, type):
+            raise TypeError(f"sample: expected model to be an nn.Module or another callable object, got {model!r}")
+        if dtype is not None and dtype not in FLOATS:
             raise TypeError(f"sample: expected dtype to be a floating dtype, got {dtype!r}")
+        if cuda_graph not in (None, True, False):
+            raise TypeError(f"sample: expected cuda_graph to be a bool or None, got {cuda_graph!r}")
         self.plan, self.shape = plan, _image_shape(model, plan, shape)
         if isinstance(model, FrozenUNet) and plan.timesteps.max() >= model.num_timesteps:
             raise ValueError(
@@ -97,16 +103,17 @@ class Sampler:
         if cuda_graph and not on_gpu:
             raise ValueError(f"sample: expected cuda_graph to be None or False on {self.device.type}, got True")
         with _on(self.device):
-            self.network = inference_network(model, self.device, dtype, plan.schedule.num_timesteps)
+            self.network = inference_network("sample", model, self.device, dtype, plan.schedule.num_timesteps)
         _, self.dtype = device_and_dtype(self.network)
         # Other models may not compute the same from the same memory each time.
         self._captures = on_gpu and (isinstance(self.network, FrozenUNet) if cuda_graph is None else cuda_graph)
         self._config = model_config(model)
         self._state_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
         self._loops: OrderedDict[Hashable, DenoisingLoop] = OrderedDict()  # the one used last is last
-        self._stream: Any = None  # graphs are captured on one stream, with one pool of memory: they take turns
-        self._pool: Any = None
+        self._capture_stream: Any = None
+        self._pools: dict[Hashable, Any] = {}  # memory of graphs by the stream that replays them, one after the other
         self._lock = threading.Lock()
+        self._owner: int | None = None  # the thread that holds the lock
 
     def __call__(
         self,
@@ -168,7 +175,9 @@ class Sampler:
     def _draw(self, request: _Request, progress: bool, num_frames: int = 0) -> tuple[Tensor, Tensor | None]:
         num_samples, batch_size, callback = request.num_samples, request.batch_size, request.callback
         plan, device = self.plan, self.device
-        with self._lock, _on(device):
+        if self._owner == threading.get_ident():
+            raise RuntimeError("Sampler: expected a call after the one in progress, got one from its callback")
+        with self._held(), _on(device):
             images = torch.empty((num_samples, *self.shape), dtype=self._state_dtype, device=device)
             states: Tensor | None = None
             frames: dict[int, Tensor] = {}  # states to keep, by number: 0 is x_T, num_steps is x_0
@@ -176,7 +185,8 @@ class Sampler:
                 kept = evenly_spaced(plan.num_steps + 1, num_frames)
                 # A GPU writes to pinned memory by itself, while the host goes on.
                 pin = device.type == "cuda"
-                states = torch.empty((len(kept), num_samples, *self.shape), dtype=self._state_dtype, pin_memory=pin)
+                shape = (len(kept), num_samples, *self.shape)
+                states = torch.empty(shape, dtype=self._state_dtype, pin_memory=pin, device="cpu")
                 frames = dict(zip(kept, states, strict=True))
 
             # Everything that the steps need is on the device before the first: none waits for the host.
@@ -210,6 +220,16 @@ class Sampler:
             torch.cuda.current_stream(device).synchronize()  # the frames are on their way to the host
         return images, states
 
+    @contextmanager
+    def _held(self) -> Iterator[None]:
+        """Hold the lock."""
+        with self._lock:
+            self._owner = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._owner = None
+
     def _loop(self, n: int, label: int | None, guidance_scale: float | None) -> DenoisingLoop:
         """Return the loop for n images, captured if the Sampler captures."""
 
@@ -227,35 +247,37 @@ class Sampler:
 
         if not self._captures:
             return make()
-        # On another stream nothing would keep memory that is freed or overwritten here from being in use there.
+        # Work on two streams may overlap, so each stream has its own loops and memory.
         stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
         key = (n, label is None, guidance_scale, graphs.settings(), stream)
         loop = self._loops.pop(key, None)
         if loop is None:
             loop = make()
-            self._capture(loop)
+            self._capture(loop, stream)
             if len(self._loops) == MAX_LOOPS:
                 self._loops.popitem(last=False)
         self._loops[key] = loop
         return loop
 
-    def _capture(self, loop: DenoisingLoop) -> None:
+    def _capture(self, loop: DenoisingLoop, stream: Hashable) -> None:
         def rehearse() -> None:
             loop.rewind()
             loop.advance(self.network)
 
         kind = self.device.type
         if kind == "cuda":
-            self._stream = self._stream or torch.cuda.Stream(self.device)
-            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            self._capture_stream = self._capture_stream or torch.cuda.Stream(self.device)
+            if stream not in self._pools:
+                self._pools[stream] = torch.cuda.graph_pool_handle()
         if isinstance(self.network, nn.Module):
             loop.held = [*self.network.parameters(), *self.network.buffers()]  # the graph uses their addresses
         try:
             # Weights that autocast has cast once and kept would be gone by the time of a replay.
             with torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cache_enabled=False):
-                loop.replay = graphs.capture(rehearse, lambda: loop.advance(self.network), self._stream, self._pool)
+                advance, pool = lambda: loop.advance(self.network), self._pools.get(stream)
+                loop.replay = graphs.capture(rehearse, advance, self._capture_stream, pool)
         except graphs.CaptureError as error:
-            self._pool = None  # torch may take it for one that is still recorded to
+            self._pools.pop(stream, None)  # torch may take it for one that is still recorded to
             _logger.warning("sample: steps are launched one kernel at a time, as there can be no CUDA graph: %s", error)
 
 
@@ -405,18 +427,23 @@ def _check_x_T(x_T: Tensor, shape: tuple[int, ...]) -> None:
         raise TypeError(f"sample: expected x_T to be a tensor or None, got {type(x_T).__name__}")
     if not x_T.is_floating_point() or tuple(x_T.shape) != shape:
         raise ValueError(f"sample: expected x_T to be floating {list(shape)}, got {x_T.dtype} {list(x_T.shape)}")
+    if x_T.is_meta or x_T.layout != torch.strided:
+        raise ValueError(f"sample: expected x_T to be a dense tensor with values, got one of {x_T.layout} on {x_T.device}")
 
 
 def _device(model: Model, device: torch.device | str | None) -> torch.device:
     """Return the device to run on, with its index. "cuda" is the GPU that holds the model, if any."""
     model_device, _ = device_and_dtype(model)
-    if device is None or torch.device(device) == torch.device(model_device.type):
+    device = model_device if device is None else checked_device("sample", device)
+    if device == torch.device(model_device.type):
         return model_device
+    if device.type == "meta":
+        raise ValueError("sample: expected device to be one that computes, got meta")
     return torch.empty(0, device=device).device
 
 
 def _check_positive(name: str, value: int) -> None:
-    if not isinstance(value, int) or value < 1:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"sample: expected {name} to be a positive integer, got {value!r}")
 
 
@@ -431,7 +458,7 @@ def _image_shape(model: Model, plan: SamplingPlan, shape: Sequence[int] | None) 
                 "sample: expected shape (C, H, W) to be given, as the model has no config with in_channels and sample_size"
             )
         shape = (channels, size, size) if isinstance(size, int) else (channels, *size)
-    if not isinstance(shape, Sequence) or not all(isinstance(size, int) for size in shape):
+    if not isinstance(shape, Sequence) or not all(isinstance(size, int) and not isinstance(size, bool) for size in shape):
         raise TypeError(f"sample: expected shape to be integers (C, H, W), got {shape!r}")
     if len(shape) == 0 or min(shape) < 1:
         raise ValueError(f"sample: expected shape to be positive integers (C, H, W), got {tuple(shape)}")
@@ -506,7 +533,7 @@ def resolve_labels(
     num_classes = config.get("num_class_embeds")  # "no label" included
     no_label = None if num_classes is None else num_classes - 1
     if class_labels is None:
-        return (None if no_label is None else torch.full((num_samples,), no_label)), no_label
+        return (None if no_label is None else torch.full((num_samples,), no_label, device="cpu")), no_label
     if config and num_classes is None:
         raise ValueError(f"{caller}: expected class_labels to be None, as the model has no classes, got {class_labels}")
     class_labels = labels_of(caller, config, class_labels)

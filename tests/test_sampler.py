@@ -22,7 +22,7 @@ from test_sampling import SCHEDULE, Recording, tiny_unet
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ddpm_fast import FrozenUNet, Sampler, SamplingPlan, ddim_plan, ddpm_plan, freeze, sample
+from ddpm_fast import FrozenUNet, Sampler, SamplingPlan, ddim_plan, ddpm_plan, freeze, sample, sample_seeds
 from ddpm_fast.denoising_loop import DenoisingLoop
 from ddpm_fast.inference import cuda_graph
 from ddpm_fast.inference import frozen as frozen_module
@@ -205,6 +205,56 @@ def test_a_call_that_fails_leaves_the_sampler_usable(captures: Captures, device:
     with pytest.raises(KeyboardInterrupt):
         sampler(2, progress=False, callback=stop)
     assert torch.equal(sampler(2, progress=False), images)
+
+
+def test_a_callback_cannot_call_its_sampler() -> None:
+    sampler = Sampler(tiny_unet(), PLAN)
+    with pytest.raises(RuntimeError, match="expected a call after the one in progress, got one from its callback"):
+        sampler(1, progress=False, callback=lambda *_: sampler(1, progress=False))
+    assert sampler(1, progress=False).shape == (1, 1, 8, 8)
+
+
+def test_captured_steps_own_what_they_read(captures: Captures, device: torch.device) -> None:
+    """The network drops the program of a shape sooner than the Sampler drops its loop."""
+    sampler = Sampler(tiny_unet().double().to(device), PLAN)  # PyTorch's layers, as on a GPU
+    assert isinstance(sampler.network, FrozenUNet)
+    sampler(1, progress=False)
+    (program,) = sampler.network._programs.values()
+    read = [
+        weakref.ref(value)
+        for call, _ in program._calls  # type: ignore[union-attr]
+        for value in call.arguments
+        if isinstance(value, Tensor)
+    ]
+    assert len(read) > 10
+    del program
+    sampler.network._programs.clear()
+    gc.collect()
+    assert all(each() is not None for each in read)
+
+
+def test_each_stream_has_its_own_loop_and_memory(
+    captures: Captures, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if device.type == "cpu":
+        pytest.skip("a CPU has no streams")
+    sampler = Sampler(tiny_unet().to(device), PLAN)
+    images = sampler(2, progress=False)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        others = sampler(2, progress=False)
+    torch.cuda.synchronize()
+    assert torch.equal(others, images)
+    assert (captures.made, len(sampler._pools)) == (2, 2)
+
+
+def test_the_default_device_does_not_matter() -> None:
+    sampler = Sampler(tiny_unet(), PLAN)
+    expected, seeds = sampler.trajectory(2, progress=False), sample_seeds(0, 2)
+    with torch.device("meta"):
+        images, states = sampler.trajectory(2, seed=seeds, progress=False)
+    assert torch.equal(images, expected[0])
+    assert torch.equal(states, expected[1])
 
 
 def test_threads_that_share_a_sampler_take_turns(captures: Captures, device: torch.device) -> None:

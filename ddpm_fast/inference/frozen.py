@@ -6,7 +6,8 @@ import math
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Final
 
 import torch
@@ -14,15 +15,16 @@ from torch import Tensor, nn
 
 from ..networks import Model, placed
 from ..nn.unet import UNet, centered, checked_timesteps
-from ..ops._op import runs_eagerly
-from ..ops.backend import has_fast_bfloat16, why_not_matrix_kernels
-from ..ops.checks import checked_device
+from ..ops._op import is_transformed_tensor, runs_eagerly
+from ..ops.backend import FLOATS, has_fast_bfloat16, why_not_matrix_kernels
+from ..ops.checks import check_range, checked_device
 from .network import Conv, Network, Resnet, read_network, why_not_frozen
 from .packed_layers import PackedLayers
 from .program import Buffer, Builder, Call, NativeProgram, PythonProgram
 from .pytorch_layers import PyTorchLayers
 
 MAX_PROGRAMS: Final = 4  # of a network: one per input shape and number of threads
+_TIMESTEP_DTYPES: Final = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _CACHED_BYTES: Final = 8 << 20  # the largest feature map of a batch: 16 images of the CIFAR-10 network in float32
 
 
@@ -39,10 +41,10 @@ def freeze(
 
     On a CPU, in float32 and bfloat16, convolutions and matrix products use this package's kernels:
 
-    - Weights are packed at first use. Packed weights need 2-4x the model's memory.
+    - Weights are packed at first use. They need 2-4x the model's memory, besides a copy of the model's weights.
     - Norms and activations are applied while a convolution reads its input.
     - Skip connections are read in place, and residuals are added while the output is written.
-    - In bfloat16 on a CPU with AMX, oneDNN computes the convolutions from weights reordered once.
+    - In bfloat16 on a CPU with AMX, oneDNN computes the convolutions. Weights are reordered once per input shape.
 
     On a GPU, and in other dtypes, weights are cast once and stored channels_last.
 
@@ -73,12 +75,14 @@ def freeze(
     if reason is not None:
         raise TypeError(f"freeze: expected a UNet with its own layers, got one where {reason}")
     weight = model.conv_in.weight
-    device = weight.device if device is None else checked_device("freeze", device)
+    device = weight.device if device is None else torch.empty(0, device=checked_device("freeze", device)).device
+    if device.type == "meta":
+        raise ValueError("freeze: expected device to be one that computes, got meta")
     dtype = default_dtype(weight.dtype, device) if dtype is None else dtype
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"freeze: expected dtype to be a torch.dtype, got {dtype!r}")
-    if not dtype.is_floating_point:
-        raise ValueError(f"freeze: expected dtype to be a floating dtype, got {dtype}")
+    if dtype not in FLOATS:
+        raise ValueError(f"freeze: expected dtype to be a floating dtype of {', '.join(map(str, FLOATS))}, got {dtype}")
     if num_timesteps is None:
         num_timesteps = model.config["num_train_timesteps"] or 1000
     if not isinstance(num_timesteps, int) or isinstance(num_timesteps, bool):
@@ -98,20 +102,21 @@ def default_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
-def inference_network(model: Model, device: torch.device, dtype: torch.dtype | None, num_timesteps: int) -> Model:
+def inference_network(caller: str, model: Model, device: torch.device, dtype: torch.dtype | None, num_timesteps: int) -> Model:
     """Return the network that computes `model` fastest.
 
     A `UNet` is frozen. Any other model is used as it is, or copied to another device or dtype. A `UNet` that
     cannot be frozen is treated so too, with a warning that names the reason.
 
     Args:
+        caller: Name of the calling function for error messages.
         model: Model to evaluate.
         device: Device to run on.
         dtype: Dtype of the network. None: on a GPU the choice of `freeze`, elsewhere the model's.
         num_timesteps: T.
     """
     if not isinstance(model, UNet):
-        return placed(model, device, dtype)
+        return placed(caller, model, device, dtype)
     reason = why_not_frozen(model) if device.type in ("cpu", "cuda") else f"it is on {device.type}"
     if reason is not None:
         warnings.warn(
@@ -119,7 +124,7 @@ def inference_network(model: Model, device: torch.device, dtype: torch.dtype | N
             RuntimeWarning,
             stacklevel=3,  # the caller of `Sampler`
         )
-        return placed(model, device, dtype)
+        return placed(caller, model, device, dtype)
     if dtype is None and device.type == "cpu":
         dtype = model.conv_in.weight.dtype
     return freeze(model, dtype, device=device, num_timesteps=num_timesteps)
@@ -138,21 +143,18 @@ class FrozenUNet:
         num_timesteps: T.
         dtype: Dtype of weights and activations.
         device: Device of weights and activations.
-        channels_last: True. Its feature maps are channels_last.
         why_not_packed: The reason why PyTorch or oneDNN computes the convolutions. None if this package's
             CPU kernels do.
     """
 
-    channels_last: Final = True
-
     def __init__(self, model: UNet, dtype: torch.dtype, device: torch.device, num_timesteps: int) -> None:
         self._config = model._config
-        self.config: dict[str, Any] = dict(model.config)
+        self.config: Mapping[str, Any] = MappingProxyType(dict(model.config))
         self.num_timesteps, self.dtype, self.device = num_timesteps, dtype, device
         self.why_not_packed = why_not_matrix_kernels(device, dtype)
-        # Ordinary tensors, which outlive the mode.
+        # Tensors of inference mode could not be used outside of it.
         with torch.inference_mode(False), torch.no_grad(), torch.device(device):
-            self._layers = PackedLayers(dtype) if self.why_not_packed is None else PyTorchLayers(dtype, device)
+            self._layers = self._new_layers()
             self._network = read_network(model, dtype, device, num_timesteps, self._layers.stored)
         self._programs: OrderedDict[Hashable, NativeProgram | PythonProgram] = OrderedDict()  # the one used last is last
         self._lock = threading.Lock()
@@ -163,8 +165,8 @@ class FrozenUNet:
 
         Args:
             x: x_t, [N, in_channels, H, W].
-            t: Integer timesteps in 0..T-1: an int, a 0-d tensor, or [N]. A tensor is checked on the CPU. On
-                a GPU a check would synchronize with the host, so the caller must keep it in range.
+            t: Integer timesteps in 0..T-1: an int, a 0-d tensor, or [N]. They are checked on the CPU. On a GPU
+                a check would synchronize with the host, so the caller must keep them in range.
             class_labels: int64 [N], for networks with classes.
 
         Returns:
@@ -172,15 +174,18 @@ class FrozenUNet:
 
         Raises:
             ValueError: A shape or the device does not fit, or a timestep or label is out of range.
-            TypeError: Timesteps are not integers, or x is batched by torch.vmap.
+            TypeError: Timesteps are not integers, or x belongs to a torch.func transform.
         """
-        if not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(x):
-            raise TypeError("FrozenUNet: expected x to be [N, C, H, W] outside torch.vmap, got a tensor batched by it")
         if isinstance(t, int) and not 0 <= t < self.num_timesteps:
             raise ValueError(f"FrozenUNet: expected t in 0..{self.num_timesteps - 1}, got {t}")
         t = checked_timesteps(self._config, x, t, class_labels)
-        if t.is_floating_point():
+        if not torch.compiler.is_compiling() and is_transformed_tensor(x):
+            raise TypeError("FrozenUNet: expected x outside of torch.func transforms, got a tensor of one: call the UNet there")
+        if t.dtype not in _TIMESTEP_DTYPES:
             raise TypeError(f"FrozenUNet: expected integer timesteps, got {t.dtype}")
+        t = t.to(torch.int64)
+        if runs_eagerly(t):
+            check_range("FrozenUNet", "t", t, self.num_timesteps)
         if x.device != self.device:
             raise ValueError(f"FrozenUNet: expected x on {self.device}, got {x.device}: freeze the model for that device")
         x = centered(self._config, x.to(self.dtype)).contiguous(memory_format=torch.channels_last)
@@ -193,8 +198,8 @@ class FrozenUNet:
         inputs = (x, *self._network.time_terms.stacks(t, class_labels))
         if 0 in x.shape:
             return x.new_empty(x.shape[0], self._config.out_channels, *x.shape[2:])
-        if not runs_eagerly(*inputs):  # compiled: the calls are traced one by one
-            return PythonProgram(*self._built(inputs))(inputs)
+        if not runs_eagerly(*inputs):  # The calls are traced one by one. What is packed belongs to the trace.
+            return PythonProgram(*self._built(self._new_layers(), inputs))(inputs)
         key = (torch.get_num_threads(), *(each.shape for each in inputs))
         if self.why_not_packed is not None:
             with self._lock:
@@ -209,7 +214,7 @@ class FrozenUNet:
             if len(self._programs) == MAX_PROGRAMS:
                 self._programs.popitem(last=False)
             with torch.inference_mode(False), torch.no_grad(), torch.device(self.device):
-                parts = self._built(inputs)
+                parts = self._built(self._layers, inputs)
                 if self.why_not_packed is None:
                     program = NativeProgram(*parts, torch.get_num_threads())
                 else:
@@ -217,14 +222,17 @@ class FrozenUNet:
         self._programs[key] = program
         return program
 
-    def _built(self, inputs: Sequence[Tensor]) -> tuple[list[Buffer], list[Call], Buffer]:
+    def _new_layers(self) -> PackedLayers | PyTorchLayers:
+        return PackedLayers(self.dtype) if self.why_not_packed is None else PyTorchLayers(self.dtype, self.device)
+
+    def _built(self, layers: PackedLayers | PyTorchLayers, inputs: Sequence[Tensor]) -> tuple[list[Buffer], list[Call], Buffer]:
         """Return the inputs, the calls and the output of a program for inputs of these shapes."""
         builder = Builder()
         buffers = [builder.buffer(each.shape, each.dtype) for each in inputs]
         x, *stacks = buffers
         rows = [stack.rows() for stack in stacks]
         terms = [rows[stack][row] for stack, row in self._network.time_terms.rows]
-        output = _through_layers(self._network, self._layers, builder, x, terms)
+        output = _through_layers(self._network, layers, builder, x, terms)
         return buffers, builder.calls, output
 
     def _images_at_once(self, x: Tensor) -> int:

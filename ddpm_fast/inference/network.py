@@ -56,9 +56,14 @@ class Conv:
         """Height and width of the kernel."""
         return self.weight.shape[-1]
 
+    @property
+    def padding(self) -> int:
+        """Zeros above and on the left."""
+        return 0 if self.asymmetric else self.kernel // 2
+
     def size(self, height: int, width: int) -> tuple[int, int]:
         """Return height and width of the output for an input of this height and width."""
-        padding = 1 if self.asymmetric else 2 * (self.kernel // 2)
+        padding = 1 if self.asymmetric else 2 * self.padding
         return (height + padding - self.kernel) // self.stride + 1, (width + padding - self.kernel) // self.stride + 1
 
 

@@ -101,11 +101,10 @@ class PackedLayers:
         packed, bias = self._weights(conv, method, upsample)
         scale = 2 if upsample else 1
         shape = (conv.weight.shape[0], *conv.size(scale * height, scale * width))
-        padding = 0 if conv.asymmetric else conv.kernel // 2
         (added,) = (None,) if residual is None else residual
         return builder.call(
             *(conv_kernels[method], x, skip, affine, silu, packed, bias, added, divisor, upsample),
-            *(*shape, conv.kernel, conv.stride, padding),
+            *(*shape, conv.kernel, conv.stride, conv.padding),
             shape=(n, *shape),
             dtype=self._dtype,
         )

@@ -5,7 +5,7 @@ They serve GPUs, dtypes without CPU kernels, and CPUs on which oneDNN beats the 
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,8 @@ class PyTorchLayers:
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self._dtype = dtype
         self._by_onednn = device.type == "cpu" and has_prepacked(dtype)
+        # A captured CUDA graph reads these as long as the network exists.
+        self._biases: dict[tuple[Conv, Conv | None], Tensor | None] = {}
 
     def stored(self, weight: Tensor) -> Tensor:
         """Return the weights of a convolution as it reads them."""
@@ -65,10 +67,7 @@ class PyTorchLayers:
         if resample is not None:
             (x,) = self.resampled(builder, (x,), resample)
         shape = (x.shape[0], len(conv.weight), *conv.size(*x.shape[2:]))
-        bias = conv.bias
-        if shortcut is not None and shortcut.bias is not None:
-            bias = shortcut.bias.double() + (0 if bias is None else bias.double())
-        bias = None if bias is None else bias.to(self._dtype)
+        bias = self._bias(conv, shortcut)
         added = None
         if residual is not None:
             (added,) = residual
@@ -79,7 +78,7 @@ class PyTorchLayers:
             weight = None if shortcut is None else shortcut.weight.flatten(1)
             return builder.call(_with_residual, h, added, weight, divisor, shape=shape, dtype=self._dtype)
         if shortcut is not None and added is not None:
-            added = builder.call(_product, added, shortcut.weight.flatten(1), None, shape=shape, dtype=self._dtype)
+            added = builder.call(_product, added, shortcut.weight.flatten(1), shape=shape, dtype=self._dtype)
         reordered = _reordered(conv, x.shape) if runs_eagerly(conv.weight) else None
         return builder.call(_convolved_by_onednn, x, added, conv, reordered, bias, divisor, shape=shape, dtype=self._dtype)
 
@@ -96,13 +95,20 @@ class PyTorchLayers:
         h = x
         if layer.norm is not None:
             h = builder.call(_normed, x, layer.norm, None, None, None, shape=x.shape, dtype=self._dtype)
-        (qkv, qkv_bias), (out, out_bias) = (
-            (conv.weight.flatten(1), None if conv.bias is None else conv.bias.to(self._dtype))
-            for conv in (layer.qkv, layer.out)
-        )
+        (qkv, qkv_bias), (out, out_bias) = ((conv.weight.flatten(1), self._bias(conv)) for conv in (layer.qkv, layer.out))
         return builder.call(
             *(_attended, h, x, qkv, qkv_bias, out, out_bias, layer.num_heads, layer.divisor), shape=x.shape, dtype=self._dtype
         )
+
+    def _bias(self, conv: Conv, shortcut: Conv | None = None) -> Tensor | None:
+        """Return the bias of a convolution, to which that of a shortcut is added."""
+        key = (conv, shortcut)
+        if key not in self._biases:
+            bias = conv.bias
+            if shortcut is not None and shortcut.bias is not None:
+                bias = shortcut.bias.double() + (0 if bias is None else bias.double())
+            self._biases[key] = None if bias is None else bias.to(self._dtype)
+        return self._biases[key]
 
 
 def _concatenated(*maps: Tensor) -> Tensor:
@@ -121,7 +127,7 @@ def _normed(x: Tensor, norm: Norm, shift: Tensor | None, scale: Tensor | None, s
 def _convolved(x: Tensor, conv: Conv, bias: Tensor | None) -> Tensor:
     if conv.asymmetric:
         x = F.pad(x, (0, 1, 0, 1))
-    return F.conv2d(x, conv.weight, bias, conv.stride, 0 if conv.asymmetric else conv.kernel // 2)
+    return F.conv2d(x, conv.weight, bias, conv.stride, conv.padding)
 
 
 def _with_residual(h: Tensor, residual: Tensor, weight: Tensor | None, divisor: float) -> Tensor:
@@ -137,9 +143,9 @@ def _with_residual(h: Tensor, residual: Tensor, weight: Tensor | None, divisor: 
     return _divided(h, divisor)
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _product(x: Tensor, weight: Tensor) -> Tensor:
     """Multiply the channels of each pixel by a matrix [out, in]."""
-    return F.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
+    return F.linear(x.permute(0, 2, 3, 1), weight).permute(0, 3, 1, 2)
 
 
 def _halved(x: Tensor) -> Tensor:
@@ -172,8 +178,6 @@ def _divided(x: Tensor, divisor: float) -> Tensor:
 
 # ---------------------------------------------------------------------------------------------------------------- oneDNN
 
-_ONE: Final = (1, 1)
-
 
 def has_prepacked(dtype: torch.dtype) -> bool:
     """Return whether this PyTorch build has oneDNN convolutions with reordered weights for this CPU.
@@ -195,8 +199,7 @@ def has_prepacked(dtype: torch.dtype) -> bool:
 
 def _geometry(conv: Conv) -> tuple[list[int], list[int], list[int], int]:
     """Return padding, stride, dilation and groups."""
-    padding = 0 if conv.asymmetric else conv.kernel // 2
-    return [padding, padding], [conv.stride, conv.stride], [*_ONE], 1
+    return [conv.padding] * 2, [conv.stride] * 2, [1, 1], 1
 
 
 def _reordered(conv: Conv, shape: tuple[int, ...]) -> Tensor:

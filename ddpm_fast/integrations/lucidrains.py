@@ -418,7 +418,7 @@ class GaussianDiffusion(nn.Module):
         if states is not None:
             states[:, 0] = x_t
         _, dtype = device_and_dtype(self.model)
-        network = inference_network(self.model, x_t.device, dtype, self.num_timesteps)
+        network = inference_network("GaussianDiffusion", self.model, x_t.device, dtype, self.num_timesteps)
         x_0 = None  # of the step before
         with evaluation_mode(network):
             for step in tqdm(range(first, plan.num_steps), desc="sampling", unit="step", disable=not progress):

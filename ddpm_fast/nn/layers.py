@@ -202,12 +202,6 @@ class Attention(nn.Module):
             for linear in self._projections()
         )
 
-    def joined_projections(self) -> nn.Linear:
-        """Return queries, keys and values as one nn.Linear, a copy."""
-        joined = nn.Linear(self.to_q.in_features, 3 * self.to_q.out_features, device="meta")
-        joined.weight, joined.bias = map(nn.Parameter, self._joined())
-        return joined
-
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output: [N, C, H, W] -> [N, C, H, W]."""
         n, c, height, width = x.shape
@@ -263,8 +257,3 @@ class Upsample(nn.Module):
 
 def _rescaled(x: Tensor, factor: float) -> Tensor:
     return x if factor == 1 else x / factor
-
-
-def rescaled_in_place(x: Tensor, factor: float) -> Tensor:
-    """Divide x by `factor` in place and return it."""
-    return x if factor == 1 else x.div_(factor)

@@ -129,7 +129,16 @@ class UNet(nn.Module):
         if self.class_embedding is not None:
             emb = emb + self.class_embedding(class_labels)
         emb = F.silu(emb)  # once, instead of in every block
-        return through_layers(self, centered(self._config, x.to(dtype)), emb)
+
+        x = self.conv_in(centered(self._config, x.to(dtype)))
+        skips = [x]
+        for down_block in self.down_blocks:
+            x = down_block(x, emb, skips)
+        x = self.mid_block(x, emb)
+        for up_block in self.up_blocks:
+            x = up_block(x, emb, skips)
+        out: Tensor = self.conv_out(self.conv_norm_out(x))
+        return out
 
     @classmethod
     def from_pretrained(
@@ -235,25 +244,6 @@ def _fix_size(x: Tensor) -> None:
     """
     for size in x.shape[2:]:
         range(size)
-
-
-def through_layers(net: Any, x: Tensor, emb: Any) -> Tensor:
-    """Return the output of all layers of a `UNet` or its inference form.
-
-    Args:
-        net: A `UNet` or a `FrozenUNet`.
-        x: [N, in_channels, H, W].
-        emb: Passed to every residual block.
-    """
-    x = net.conv_in(x)
-    skips = [x]
-    for down_block in net.down_blocks:
-        x = down_block(x, emb, skips)
-    x = net.mid_block(x, emb)
-    for up_block in net.up_blocks:
-        x = up_block(x, emb, skips)
-    out: Tensor = net.conv_out(net.conv_norm_out(x))
-    return out
 
 
 class DownBlock(nn.Module):
