@@ -279,7 +279,7 @@ def load_model(name: str, device: str) -> Pretrained:
     """
     loaded = load_folder(BUILTIN if name == "builtin" else name, device)
     config = loaded.model.config
-    got = (config["in_channels"], config["sample_size"], loaded.classes)
+    got = (config["in_channels"], config["sample_size"], tuple(config.get("class_names", ())))
     if got != (1, 32, FASHION_MNIST_CLASSES):
         raise ValueError(
             f"benchmark_quality: expected a model of 1x32x32 images with Fashion-MNIST's {CLASSES} classes, "

@@ -28,10 +28,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ddpm_fast import graph
+from ddpm_fast.inference import cuda_graph
 from ddpm_fast.ops import backend
 from ddpm_fast.run_folder import write_json
-from ddpm_fast.schedule import numbered
 
 ROOT = Path(__file__).resolve().parent
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
@@ -173,7 +172,7 @@ def _time(function: Callable[[], object], calls: int, device: torch.device) -> f
     return (time.perf_counter() - began) / calls
 
 
-def graphed(function: Callable[[], object], device: torch.device | str, calls: int = 1) -> Callable[[], object]:
+def graphed(function: Callable[[], object], stream: torch.cuda.Stream, calls: int = 1) -> Callable[[], object]:
     """Replays `calls` calls in a row, recorded as a CUDA graph: the time is the GPU's alone, however slow the host.
 
     Raises:
@@ -184,7 +183,7 @@ def graphed(function: Callable[[], object], device: torch.device | str, calls: i
         for _ in range(calls):
             function()
 
-    return graph.capture(run, run, numbered(device), torch.cuda.graph_pool_handle())
+    return cuda_graph.capture(run, run, stream, torch.cuda.graph_pool_handle())
 
 
 def host_seconds(function: Callable[[], object], calls: int = 100) -> float:

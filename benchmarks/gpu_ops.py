@@ -29,10 +29,10 @@ import torch
 from torch import Tensor
 from unet_norms import EPS, GROUPS, sites
 
-from ddpm_fast import ddpm_plan, graph
+from ddpm_fast import ddpm_plan
+from ddpm_fast.inference import cuda_graph
 from ddpm_fast.nn import CIFAR10_32, HO_256, UNet
 from ddpm_fast.ops import why_not
-from ddpm_fast.schedule import numbered
 from ddpm_fast.testing import SCHEDULE, Call, Case, bytes_moved, make_call
 
 BACKENDS = ("native", "triton")
@@ -127,7 +127,7 @@ def measure(work: Work, device: str, seconds: float = 0.15) -> tuple[list[dict[s
     timed: dict[str, str] = {}
     warm: dict[str, Callable[[], object]] = {}
     # A backward pass runs on the stream of its forward pass: that has to be the one that graphs are captured on.
-    stream = graph.capture_stream(numbered(device)) if on_gpu else None
+    stream = torch.cuda.Stream(device) if on_gpu else None
     with torch.cuda.stream(stream), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the compiler's own
         small, small_call = inputs(work, device, FEW)
@@ -145,15 +145,15 @@ def measure(work: Work, device: str, seconds: float = 0.15) -> tuple[list[dict[s
         calls["copy"] = common.copy_of(work.moved, device)
         for name, function in calls.items():
             timed[name] = "calls"
-            if not on_gpu:
+            if stream is None:
                 continue
             host[name] = 1e6 * common.host_seconds(function, 20)
             try:
-                calls[name] = common.graphed(function, device)
+                calls[name] = common.graphed(function, stream)
                 timed[name] = "graph"
                 if not beyond:
-                    warm[name] = common.graphed(function, device, CALLS_IN_GRAPH)
-            except graph.CaptureError as error:
+                    warm[name] = common.graphed(function, stream, CALLS_IN_GRAPH)
+            except cuda_graph.CaptureError as error:
                 print(f"{work} by {name}: no graph, timed call by call: {error}")
     times = common.compare(calls, device, seconds=seconds)
     many = common.compare(warm, device, seconds=seconds) if warm else {}

@@ -82,7 +82,14 @@ class Network:
         self.peer.to(memory_format=FORMATS[name])  # type: ignore[call-overload]
 
     def sample_ours(self, batch: int) -> Sampler:
-        return lambda steps: ddpm_fast.sample(self.ours, ddpm_plan(SCHEDULE, steps), batch, progress=False)
+        samplers: dict[int, ddpm_fast.Sampler] = {}
+
+        def draw(steps: int) -> Tensor:
+            if steps not in samplers:
+                samplers[steps] = ddpm_fast.Sampler(self.ours, ddpm_plan(SCHEDULE, steps))
+            return samplers[steps](batch, progress=False)
+
+        return draw
 
     def sample_peer(self, batch: int, mode: str | None = "eager") -> Sampler:
         """Timesteps are on the GPU before the loop, so nothing in it waits."""

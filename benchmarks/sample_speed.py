@@ -62,18 +62,17 @@ class Contestants:
         self.shape = (model.config["in_channels"], size, size)
         self.device = device
         self.classes: int | None = model.config["num_class_embeds"]
-        ours = ddpm_fast.freeze(model, dtype, device=device)
-        self.networks: dict[str, nn.Module] = {PLAIN: peers.plain(copy.deepcopy(model)), OURS: ours}
+        self.ours = ddpm_fast.Sampler(model, self.plan, dtype=dtype, device=device)
+        self.networks: dict[str, nn.Module] = {PLAIN: peers.plain(copy.deepcopy(model))}
         self.pipeline: Any = None
         if peers.have_diffusers():
             network = peers.diffusers_unet(model)
             if self.classes is not None:  # DDPMPipeline knows no classes
                 network.register_forward_pre_hook(self._with_labels, with_kwargs=True)
-            self.networks = {PLAIN: self.networks[PLAIN], DIFFUSERS: network, OURS: ours}
+            self.networks[DIFFUSERS] = network
             self.pipeline = peers.diffusers_pipeline(network, schedule)
-        for name, network in self.networks.items():
-            if name != OURS:
-                network.to(device, dtype).eval()
+        for network in self.networks.values():
+            network.to(device, dtype).eval()
 
     def no_label(self, n: int) -> Tensor | None:
         return None if self.classes is None else torch.full((n,), self.classes - 1, device=self.device)
@@ -91,19 +90,16 @@ class Contestants:
         samplers: dict[str, Callable[[int], Tensor]] = {
             PLAIN: lambda n: peers.sample(self.networks[PLAIN], self.plan, (n, *self.shape), self.no_label(n)),
             DIFFUSERS: with_diffusers,
-            OURS: lambda n: ddpm_fast.sample(self.networks[OURS], self.plan, n, progress=False),
+            OURS: lambda n: self.ours(n, progress=False),
         }
-        return {name: samplers[name] for name in self.networks}
+        return {name: samplers[name] for name in (*self.networks, OURS)}
 
     def choose_formats(self, batch: int) -> dict[str, str]:
         """Puts every network in the memory format in which it is the faster, by timing one evaluation each."""
         x = torch.randn(batch, *self.shape, device=self.device)
         t = torch.full((batch,), 500, device=self.device)
-        chosen = {}
+        chosen = {OURS: "channels_last"}  # always
         for name, network in self.networks.items():
-            if name == OURS:  # always
-                chosen[name] = "channels_last"
-                continue
             parameter = next(network.parameters())
             labels = () if self.classes is None or name == DIFFUSERS else (self.no_label(batch),)
             evaluations: dict[str, Callable[[], object]] = {}

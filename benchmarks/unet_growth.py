@@ -26,8 +26,8 @@ import torch
 from memory import Meter
 
 import ddpm_fast
-from ddpm_fast import NoiseSchedule, ddpm_plan
-from ddpm_fast.nn import CIFAR10_32, FrozenUNet
+from ddpm_fast import FrozenUNet, NoiseSchedule, ddpm_plan
+from ddpm_fast.nn import CIFAR10_32
 
 SIZE = CIFAR10_32["sample_size"]
 JUMP = 1.15
@@ -56,8 +56,8 @@ class Point:
 
     def call(self, model: FrozenUNet) -> Callable[[], object]:
         if self.line == "steps":
-            plan = ddpm_plan(NoiseSchedule.linear(), self.value)
-            return partial(self._run, partial(ddpm_fast.sample, model, plan, 1, progress=False))
+            sampler = ddpm_fast.Sampler(model, ddpm_plan(NoiseSchedule.linear(), self.value))
+            return partial(self._run, partial(sampler, 1, progress=False))
         x = torch.randn(self.batch, model.config["in_channels"], self.size, self.size)
         return partial(self._run, partial(model, x, torch.full((self.batch,), 500)))
 

@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <functional>
 #include <limits>
+#include <memory>
 #include <new>
 #include <span>
 #include <string>
@@ -19,6 +20,7 @@
 
 #include "common/fields.h"
 #include "common/ops.h"
+#include "cpu/team.h"
 
 namespace ddpm_fast {
 
@@ -197,49 +199,89 @@ void def_workspace(py::module_& m, const std::string& name, std::int64_t (*bytes
 
 // -------------------------------------------------------------------------------------------------------------- kernels
 
-// Recorded kernel calls, which can be repeated like a CUDA graph.
-struct Calls {
-  std::vector<std::function<void()>> all;
-};
-inline thread_local Calls* recording = nullptr;  // receives the calls of this thread
-
-// Returns a function that runs a kernel without Python's global lock, and records the call.
+// Returns a function that runs a kernel without Python's global lock.
 template <class Args>
 auto without_lock(void (*kernel)(const Args&)) {
   return [kernel](const Args& args, Values) {
-    {
-      const py::gil_scoped_release released;
-      kernel(args);
-    }
-    constexpr bool is_inference = std::is_same_v<Args, GroupNormAffineArgs> || std::is_same_v<Args, ConvArgs> ||
-                                  std::is_same_v<Args, AttentionArgs>;
-    if constexpr (is_inference) {
-      if (recording != nullptr) recording->all.push_back([kernel, args] { kernel(args); });
-    }
+    const py::gil_scoped_release released;
+    kernel(args);
   };
 }
 
-inline void bind_recording(py::module_& m) {
-  py::class_<Calls>(m, "Calls", "Calls of kernels, as `record` returns them. A call repeats them.")
-      .def(
-          "__call__",
-          [](const Calls& calls) {
-            for (const auto& one : calls.all) one();
-          },
-          py::call_guard<py::gil_scoped_release>())
-      .def("__len__", [](const Calls& calls) { return calls.all.size(); });
-  m.def(
-      "record",
-      [](const py::function& function) {
-        struct Recording {
-          Calls calls;
-          Calls* outer = std::exchange(recording, &calls);
-          ~Recording() { recording = outer; }
-        } now;
-        function();
-        return std::move(now.calls);
-      },
-      "Call function() and return the calls of inference kernels that it makes on this thread.");
+// ------------------------------------------------------------------------------------------------------------- programs
+
+// Calls of kernels that one team of threads runs in order. The team belongs to a run, so runs do not disturb each other.
+class Program {
+ public:
+  Program(const Kernels& kernels, const py::sequence& calls, int threads) : threads_(threads) {
+    if (threads < 1) {
+      throw py::value_error("Program: expected threads to be positive, got " + std::to_string(threads));
+    }
+    for (const py::handle call : calls) {
+      if (!py::isinstance<py::tuple>(call) || py::len(call) != 2) {
+        throw py::type_error("Program: expected a call to be (name, values), got " +
+                             py::repr(call).cast<std::string>());
+      }
+      const auto pair = py::reinterpret_borrow<py::tuple>(call);
+      add(kernels, py::str(pair[0]), py::tuple(pair[1]));
+    }
+  }
+
+  void run() const {
+    if (threads_ == 1 || !can_start_threads()) return run_calls(nullptr);
+    const auto run_member = [](void* program, TeamMember& member) {
+      static_cast<const Program*>(program)->run_calls(&member);
+    };
+    start_team(threads_, run_member, const_cast<Program*>(this));
+  }
+
+  std::size_t size() const { return calls_.size(); }
+
+ private:
+  void add(const Kernels& kernels, const std::string& name, const py::tuple& values) {
+    std::string names;
+#define OP(kernel, Args)                                                                     \
+  if (name == #kernel) return calls_.push_back(call_of<Args>(name, kernels.kernel, values)); \
+  names += (names.empty() ? "" : ", ") + std::string(#kernel);
+    DDPM_FAST_PROGRAM_OPS(OP)
+#undef OP
+    throw py::value_error("Program: expected a kernel to be one of " + names + ", got '" + name + "'");
+  }
+
+  template <class Args>
+  std::function<void(TeamMember*)> call_of(const std::string& name, void (*kernel)(const Args&), py::tuple values) {
+    const std::vector<std::string> fields = field_names<Args>();
+    Args args{};
+    for_each_field(args, Reader(name, fields, Values(PySequence_Fast_ITEMS(values.ptr()), values.size())));
+    args.stream_or_threads.value = threads_;
+    values_.push_back(std::move(values));
+    return [kernel, args](TeamMember* member) {
+      Args own = args;
+      own.stream_or_threads.member = member;
+      kernel(own);
+    };
+  }
+
+  void run_calls(TeamMember* member) const {
+    for (const auto& call : calls_) call(member);
+  }
+
+  int threads_;
+  std::vector<std::function<void(TeamMember*)>> calls_;
+  std::vector<py::tuple> values_;  // references to the tensors
+};
+
+inline void bind_program(py::module_& m, const Kernels& kernels) {
+  py::class_<Program>(
+      m, "Program",
+      "Calls of kernels that run in one parallel region. `calls` has a name and the values of the fields "
+      "for each. `threads` replaces their numbers of threads.")
+      .def(py::init([&kernels](const py::sequence& calls, int threads) {
+             return std::make_unique<Program>(kernels, calls, threads);
+           }),
+           py::arg("calls"), py::arg("threads"))
+      .def("__call__", &Program::run, py::call_guard<py::gil_scoped_release>())
+      .def("__len__", &Program::size);
 }
 
 inline void bind_kernels(py::module_& m, const Kernels& kernels) {
@@ -252,10 +294,11 @@ inline void bind_kernels(py::module_& m, const Kernels& kernels) {
 #define OP(name, Args) \
   if (kernels.name##_workspace != nullptr) def_workspace<Args>(m, #name, kernels.name##_workspace);
   DDPM_FAST_WORKSPACES(OP)
+  DDPM_FAST_CPU_WORKSPACES(OP)
 #undef OP
   if (kernels.panel == 0) return;
   m.attr("panel") = kernels.panel;
-  bind_recording(m);
+  bind_program(m, kernels);
 }
 
 }  // namespace ddpm_fast

@@ -6,8 +6,8 @@ dtype codes: 0 float32, 1 float64, 2 float16, 3 bfloat16, 4 uint8.
 stream_or_threads: a number of threads on the CPU, a stream on CUDA.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Protocol, TypedDict
+from collections.abc import Sequence
+from typing import Any, Protocol, TypedDict
 
 class BuildInfo(TypedDict):
     version: str
@@ -26,11 +26,11 @@ def philox(seed: int, stream: int, first_block: int, n_blocks: int, out: int, /)
 class Tensor(Protocol):
     def data_ptr(self) -> int: ...
 
-class Calls(Protocol):
-    """Recorded kernel calls. Calling it repeats them."""
+class KernelProgram(Protocol):
+    """Kernel calls. Calling it runs them in order, on one team of threads. It holds references to their tensors."""
 
     def __call__(self) -> None: ...
-    def __len__(self) -> int: ...
+    def __len__(self) -> int: ...  # the number of calls
 
 class Kernels(Protocol):
     fields: dict[str, tuple[str, ...]]  # the names of each kernel's arguments
@@ -190,7 +190,9 @@ class Kernels(Protocol):
 
 class CpuKernels(Kernels, Protocol):
     panel: int  # output channels of a panel of packed weights
-    def record(self, function: Callable[[], None], /) -> Calls: ...  # records inference kernels called on this thread
+    # A call is a kernel's name and its arguments. The kernels:
+    # group_norm_affine, conv_direct, conv_winograd, resample, attention
+    def Program(self, calls: Sequence[tuple[str, tuple[Any, ...]]], threads: int) -> KernelProgram: ...
     def group_norm_affine(
         self,
         dtype: int,
@@ -297,6 +299,21 @@ class CpuKernels(Kernels, Protocol):
         stream_or_threads: int,
         /,
     ) -> None: ...
+    def resample(
+        self,
+        dtype: int,
+        y: Tensor | None,
+        x: Tensor | None,
+        affine: Tensor | None,
+        silu: bool,
+        n: int,
+        height: int,
+        width: int,
+        channels: int,
+        up: bool,
+        stream_or_threads: int,
+        /,
+    ) -> None: ...
     def attention(
         self,
         dtype: int,
@@ -308,6 +325,7 @@ class CpuKernels(Kernels, Protocol):
         pixels: int,
         head_dim: int,
         scale: float,
+        workspace: Tensor | None,
         stream_or_threads: int,
         /,
     ) -> None: ...
@@ -359,6 +377,22 @@ class CpuKernels(Kernels, Protocol):
         stream_or_threads: int,
         /,
     ) -> None: ...
+    # The bytes of a kernel's workspace. The workspace among the arguments may be None.
+    def attention_workspace(
+        self,
+        dtype: int,
+        y: Tensor | None,
+        softmax: Tensor | None,
+        qkv: Tensor | None,
+        n: int,
+        num_heads: int,
+        pixels: int,
+        head_dim: int,
+        scale: float,
+        workspace: Tensor | None,
+        stream_or_threads: int,
+        /,
+    ) -> int: ...
 
 class CudaKernels(Kernels, Protocol):
     def why_not(self) -> str: ...  # why the kernels cannot run on the current device; empty if they can

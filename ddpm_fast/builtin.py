@@ -10,7 +10,7 @@ from typing import Any, Final, cast
 
 import torch
 
-from .nn import UNet
+from .nn.unet import UNet, name_classes
 from .plan import Prediction, Variance
 from .run_folder import RunFolder, read_json
 from .schedule import NoiseSchedule
@@ -24,12 +24,12 @@ class Pretrained:
     """A trained model with its sampling settings.
 
     Attributes:
-        model: The network in eval mode, with channels_last weights.
+        model: The network in eval mode, with channels_last weights. `model.config["class_names"]` has the names of
+            its classes in the order of their labels. The key is missing if they are unknown.
         schedule: The noise schedule of the training.
         prediction: What the network predicts, as `ddpm_plan` takes it.
         variance: Variance of the reverse steps, as `ddpm_plan` takes it.
         clip: Bound on x_0^, or None.
-        classes: Names of the classes in the order of their labels, empty if unknown.
     """
 
     model: UNet
@@ -37,7 +37,6 @@ class Pretrained:
     prediction: Prediction
     variance: Variance
     clip: float | None
-    classes: tuple[str, ...]
 
 
 def load_builtin(device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> tuple[UNet, NoiseSchedule]:
@@ -75,29 +74,29 @@ def load_folder(
     folder = Path(path)
     if not folder.is_dir():
         raise FileNotFoundError(f"load_folder: expected path to be a folder that holds a model, got {os.fspath(path)!r}")
-    classes: tuple[str, ...] = ()
+    names: list[str] = []  # older folders hold them beside the network's configuration
     network = folder
     run = RunFolder(folder)
     if run.checkpoints.is_dir():
         checkpoint = run.latest_checkpoint()
         if checkpoint is None:
             raise FileNotFoundError(f"load_folder: expected a whole checkpoint in {str(run.checkpoints)!r}, got none")
-        classes = tuple(run.read_config()["dataset"]["classes"])
+        names = run.read_config()["dataset"]["classes"]
         folder, network = checkpoint, checkpoint / "unet_ema"
     elif (folder / "classes.json").is_file():
-        classes = tuple(read_json(folder / "classes.json").get("classes", ()))
+        names = read_json(folder / "classes.json").get("classes", [])
     config = _read_scheduler_config(folder)
     if config.get("thresholding", False):
         raise ValueError("load_folder: expected the scheduler's thresholding to be false, got true")
     model = UNet.from_pretrained(network, dtype=dtype, device=device)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's types leave it out
+    name_classes(model, names)
     return Pretrained(
         model=model,
         schedule=schedule_from_config(config),
         prediction=cast(Prediction, config.get("prediction_type", "epsilon")),
         variance=cast(Variance, config.get("variance_type", "fixed_small")),
         clip=float(config.get("clip_sample_range", 1.0)) if config.get("clip_sample", True) else None,
-        classes=classes,
     )
 
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 from click.core import ParameterSource
@@ -299,7 +299,7 @@ def sample_command(
 
     from .builtin import BUILTIN, load_folder
     from .images import image_format, save_grid, save_trajectory
-    from .sampling import sample
+    from .sampling import Sampler
 
     with _refusing():
         for path in filter(None, (out, gif)):
@@ -311,24 +311,25 @@ def sample_command(
         for path in filter(None, (out, gif)):
             _make_writable(path.parent)
         began = time.perf_counter()
-        drawn = sample(
-            loaded.model,
-            plan,
-            num,
-            seed=seed,
-            class_labels=labels,
-            guidance_scale=guidance,
-            batch_size=batch_size,
-            return_trajectory=gif is not None,
-            progress=not quiet,
-            dtype=precision,
-        )
-        images = (drawn[0] if isinstance(drawn, tuple) else drawn).cpu()  # waits for a GPU
+        arguments: dict[str, Any] = {
+            "seed": seed,
+            "class_labels": labels,
+            "guidance_scale": guidance,
+            "batch_size": batch_size,
+            "progress": not quiet,
+        }
+        draw = Sampler(loaded.model, plan, dtype=precision)
+        states = None
+        if gif is None:
+            images = draw(num, **arguments)
+        else:
+            images, states = draw.trajectory(num, **arguments)
+        images = images.cpu()  # waits for a GPU
         seconds = time.perf_counter() - began
         pixels = max(images.shape[2:])
         written = [save_grid(images, out, scale=max(1, 128 // pixels))]
-        if isinstance(drawn, tuple) and gif is not None:
-            written.append(save_trajectory(drawn[1], gif, scale=max(1, 64 // pixels)))
+        if states is not None and gif is not None:
+            written.append(save_trajectory(states, gif, scale=max(1, 64 // pixels)))
     if not quiet:
         names = ", ".join(map(str, written))
         images_drawn = "1 image" if num == 1 else f"{num} images"
@@ -357,22 +358,23 @@ def _plan(loaded: Pretrained, sampler: str, steps: int | None, eta: float | None
 
 def _labels(loaded: Pretrained, classes: str | None, num: int) -> list[int] | None:
     """Return a label for each image, the classes in turn. Return None for "no label" or a model without classes."""
-    embeddings = loaded.model.config["num_class_embeds"]
+    from .networks import labels_of
+
+    config = loaded.model.config
+    embeddings = config["num_class_embeds"]
     if classes == "none" or (classes is None and embeddings is None):
         return None
     if embeddings is None:
         raise ValueError(f"--classes: the model has no classes, got {classes!r}")
     count = embeddings - 1  # the last is "no label"
-    names = {name.lower(): label for label, name in enumerate(loaded.classes[:count])}
     chosen = list(range(count))
     if classes is not None:
-        chosen = []
-        for entry in (part.strip() for part in classes.split(",")):
-            label = names.get(entry.lower(), int(entry) if entry.isdecimal() else count)
-            if label >= count:
-                known = f" or one of {', '.join(loaded.classes)}" if names else ""
-                raise ValueError(f"--classes: expected 0..{count - 1}{known}, got {entry!r}")
-            chosen.append(label)
+        names = config.get("class_names", ())
+        entries = [part.strip() for part in classes.split(",")]
+        numbered = [int(entry) if entry.isdecimal() and entry not in names else entry for entry in entries]
+        chosen = cast("list[int]", labels_of("--classes", config, numbered))
+        if max(chosen) >= count:
+            raise ValueError(f"--classes: expected numbers in 0..{count - 1}, got {max(chosen)}")
     return [chosen[i % len(chosen)] for i in range(num)]
 
 

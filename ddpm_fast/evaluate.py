@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,7 @@ from . import ops
 from .inference import inference_network
 from .networks import Model, device_and_dtype, evaluation_mode, model_config, predict
 from .plan import COLUMNS, Prediction, Variance, ddpm_plan
-from .sampling import check_images, resolve_labels, resolve_seeds
+from .sampling import ClassLabels, check_images, resolve_labels, resolve_seeds
 from .schedule import NoiseSchedule
 
 _BIN = 2 / 255  # width of one of the 256 grey levels in [-1, 1]
@@ -68,7 +68,7 @@ def variational_bound(
     prediction: Prediction = "epsilon",
     variance: Variance = "fixed_small",
     clip: float | None = 1.0,
-    class_labels: int | Sequence[int] | Tensor | None = None,
+    class_labels: ClassLabels = None,
     seed: int | Tensor = 0,
     noise: Callable[[int], Tensor] | None = None,
     exact_cdf: bool = False,

@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
+import re
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any, Final
 
 # glibc's names and numbers (malloc.h).
 M_TRIM_THRESHOLD: Final = -1
-M_MMAP_MAX: Final = -4
 M_MMAP_THRESHOLD: Final = -3
+M_MMAP_MAX: Final = -4
 
 # No block is a separate mapping, which would return to the system when freed, and the heap never shrinks.
 KEEP: Final = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: -1}
-# glibc starts with thresholds of 128 KiB and raises them, as large blocks are freed, up to these, until a program sets any:
-# it does not go back to raising them. So they are set to where it would have ended; the first ones would be slower than ever.
+# By default glibc starts with FIRST and raises the thresholds, up to these, as large blocks are freed. Setting any option
+# ends that. These are where it would have ended: FIRST would be slower than it ever was.
 USUAL: Final = {M_MMAP_MAX: 65536, M_MMAP_THRESHOLD: 32 << 20, M_TRIM_THRESHOLD: 64 << 20}
+# An environment that sets any option ends it too. The others then have these values.
+FIRST: Final = {M_MMAP_MAX: 65536, M_MMAP_THRESHOLD: 128 << 10, M_TRIM_THRESHOLD: 128 << 10}
+_NAMES: Final = {"trim_threshold": M_TRIM_THRESHOLD, "mmap_threshold": M_MMAP_THRESHOLD, "mmap_max": M_MMAP_MAX}
 
+# malloc's options belong to the process, so their users are counted for the process.
 _lock = threading.Lock()
-_inside = 0  # how many are inside of kept_memory
+_inside = 0  # number of contexts entered and not left
 
 
 @contextmanager
@@ -38,12 +44,14 @@ def kept_memory() -> Iterator[None]:
     context by itself. The process keeps its peak memory until the context exits, also by an exception.
     Results do not change. The context can be nested and used as a decorator.
 
-    It changes malloc's settings for the whole process and has full effect on the main thread. Some memory
+    It changes malloc's options for the whole process and has full effect on the main thread. Some memory
     of other threads still returns to the system. It has no effect without glibc (macOS, Windows, musl) or
-    with another allocator.
+    with another allocator. The only other state is a count of the contexts that are open.
 
-    On exit, malloc's thresholds become those that glibc adapts to, also if the environment has set others.
-    Blocks of 32 MiB and more are then separate mappings, and 64 MiB may stay free at the end of the heap.
+    On exit, malloc's options become those of the environment: `MALLOC_TRIM_THRESHOLD_`,
+    `MALLOC_MMAP_THRESHOLD_`, `MALLOC_MMAP_MAX_` or their names in `GLIBC_TUNABLES`. Without these, they
+    become the values that glibc adapts to: blocks of 32 MiB and more are separate mappings, and 64 MiB
+    may stay free at the end of the heap. Options that the program set by `mallopt` are lost.
     """
     libc = _glibc()
     if libc is None:
@@ -60,8 +68,30 @@ def kept_memory() -> Iterator[None]:
         with _lock:
             _inside -= 1
             if _inside == 0:
-                _set(libc, USUAL)
+                _set(libc, outside_options(os.environ))
                 libc.malloc_trim(0)
+
+
+def outside_options(environment: Mapping[str, str]) -> dict[int, int]:
+    """Return malloc's options outside of `kept_memory`, by their numbers.
+
+    Args:
+        environment: The environment that the process was started with.
+    """
+    tunables = dict(entry.partition("=")[::2] for entry in environment.get("GLIBC_TUNABLES", "").split(":"))
+    found = {}
+    for name in (*_NAMES, "top_pad"):
+        # GLIBC_TUNABLES has priority.
+        for text in (environment.get(f"MALLOC_{name.upper()}_", ""), tunables.get(f"glibc.malloc.{name}", "")):
+            with suppress(ValueError):
+                found[name] = _number(text)
+    return {**FIRST, **{_NAMES[name]: found[name] for name in _NAMES if name in found}} if found else USUAL
+
+
+def _number(text: str) -> int:
+    """Return the number in `text` as glibc reads it, -1 if it is too large for `mallopt`. Raise ValueError if it is none."""
+    value = int(re.sub(r"^([ \t]*[-+]?)0(?=[0-7]+$)", r"\g<1>0o", text), 0)  # a leading 0 means octal
+    return value if 0 <= value < 1 << 31 else -1  # mallopt reads -1 as the largest size
 
 
 @functools.cache
@@ -71,6 +101,6 @@ def _glibc() -> Any:
     return libc if hasattr(libc, "gnu_get_libc_version") else None
 
 
-def _set(libc: Any, options: dict[int, int]) -> None:
+def _set(libc: Any, options: Mapping[int, int]) -> None:
     for option, value in options.items():
         libc.mallopt(option, value)

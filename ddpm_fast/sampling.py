@@ -9,7 +9,8 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any, Final
+from dataclasses import dataclass
+from typing import Any, Final, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +19,14 @@ from .denoising_loop import DenoisingLoop
 from .images import evenly_spaced
 from .inference import FrozenUNet, inference_network
 from .inference import cuda_graph as graphs
-from .networks import Model, device_and_dtype, evaluation_mode, model_config
+from .networks import Model, device_and_dtype, evaluation_mode, labels_of, model_config
 from .nn import UNet, UNetConfig
 from .ops import sample_seeds
 from .ops.checks import check_number
 from .plan import SamplingPlan
+
+ClassLabels: TypeAlias = int | str | Sequence[int | str] | Tensor | None
+Callback: TypeAlias = Callable[[int, int, Tensor], None]
 
 MAX_LOOPS: Final = 4  # captured loops of a Sampler: batch sizes and guidance scales
 
@@ -81,8 +85,6 @@ class Sampler:
         shape: Sequence[int] | None = None,
         cuda_graph: bool | None = None,
     ) -> None:
-        if not isinstance(plan, SamplingPlan):
-            raise TypeError(f"sample: expected plan to be a SamplingPlan, got {type(plan).__name__}")
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise TypeError(f"sample: expected dtype to be a floating dtype, got {dtype!r}")
         self.plan, self.shape = plan, _image_shape(model, plan, shape)
@@ -90,7 +92,6 @@ class Sampler:
             raise ValueError(
                 f"sample: expected a plan of timesteps below {model.num_timesteps}, got {int(plan.timesteps.max())}"
             )
-        check_images("sample", "shape", model, (1, *self.shape))
         self.device = _device(model, device)
         on_gpu = self.device.type in graphs.DEVICE_TYPES
         if cuda_graph and not on_gpu:
@@ -113,16 +114,17 @@ class Sampler:
         *,
         seed: int | Tensor = 0,
         batch_size: int | None = None,
-        class_labels: int | str | Sequence[int | str] | Tensor | None = None,
+        class_labels: ClassLabels = None,
         guidance_scale: float | None = None,
         x_T: Tensor | None = None,
         progress: bool = True,
-        callback: Callable[[int, int, Tensor], None] | None = None,
+        callback: Callback | None = None,
     ) -> Tensor:
         """Draw images. Arguments and result are those of `sample`."""
-        images, _ = self._draw(
-            num_samples, seed, batch_size, class_labels, guidance_scale, x_T, progress, callback, num_frames=0
+        request = _checked_request(
+            self._config, self.shape, num_samples, seed, batch_size, class_labels, guidance_scale, x_T, callback
         )
+        images, _ = self._draw(request, progress)
         return images
 
     def trajectory(
@@ -132,51 +134,39 @@ class Sampler:
         num_frames: int = 51,
         seed: int | Tensor = 0,
         batch_size: int | None = None,
-        class_labels: int | str | Sequence[int | str] | Tensor | None = None,
+        class_labels: ClassLabels = None,
         guidance_scale: float | None = None,
         x_T: Tensor | None = None,
         progress: bool = True,
-        callback: Callable[[int, int, Tensor], None] | None = None,
+        callback: Callback | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Draw images and keep the states on the way.
 
         Args:
-            num_frames: Number of states, evenly spaced over the steps. At most the plan has steps, plus one.
-                The other arguments are those of `sample`.
+            num_samples: See `sample`.
+            num_frames: Number of states, evenly spaced over the steps. At most one more than the plan has steps.
+            seed: See `sample`.
+            batch_size: See `sample`.
+            class_labels: See `sample`.
+            guidance_scale: See `sample`.
+            x_T: See `sample`.
+            progress: See `sample`.
+            callback: See `sample`.
 
         Returns:
             The images as `sample` returns them, and the states [frames, num_samples, C, H, W] on the CPU, from
             x_T to x_0.
         """
         _check_positive("num_frames", num_frames)
-        images, states = self._draw(
-            num_samples, seed, batch_size, class_labels, guidance_scale, x_T, progress, callback, num_frames=num_frames
+        request = _checked_request(
+            self._config, self.shape, num_samples, seed, batch_size, class_labels, guidance_scale, x_T, callback
         )
+        images, states = self._draw(request, progress, num_frames)
         assert states is not None
         return images, states
 
-    def _draw(
-        self,
-        num_samples: int,
-        seed: int | Tensor,
-        batch_size: int | None,
-        class_labels: int | str | Sequence[int | str] | Tensor | None,
-        guidance_scale: float | None,
-        x_T: Tensor | None,
-        progress: bool,
-        callback: Callable[[int, int, Tensor], None] | None,
-        *,
-        num_frames: int,
-    ) -> tuple[Tensor, Tensor | None]:
-        _check_positive("num_samples", num_samples)
-        _check_positive("batch_size", num_samples if batch_size is None else batch_size)
-        seeds = resolve_seeds("sample", seed, num_samples)
-        labels, no_label = resolve_labels("sample", self._config, class_labels, num_samples)
-        guided = _is_guided(guidance_scale, class_labels, no_label)
-        if x_T is not None:
-            _check_x_T(x_T, (num_samples, *self.shape))
-        if callback is not None and not callable(callback):
-            raise TypeError(f"sample: expected callback to be callable or None, got {type(callback).__name__}")
+    def _draw(self, request: _Request, progress: bool, num_frames: int = 0) -> tuple[Tensor, Tensor | None]:
+        num_samples, batch_size, callback = request.num_samples, request.batch_size, request.callback
         plan, device = self.plan, self.device
         with self._lock, _on(device):
             images = torch.empty((num_samples, *self.shape), dtype=self._state_dtype, device=device)
@@ -190,11 +180,9 @@ class Sampler:
                 frames = dict(zip(kept, states, strict=True))
 
             # Everything that the steps need is on the device before the first: none waits for the host.
-            seeds = seeds.to(device)
-            labels = None if labels is None else labels.to(device)
-            x_T = None if x_T is None else x_T.to(device)
-            label = None if labels is None else no_label or 0
-            chunks = [slice(i, i + (batch_size or num_samples)) for i in range(0, num_samples, batch_size or num_samples)]
+            seeds = request.seeds.to(device)
+            labels, x_T = (None if each is None else each.to(device) for each in (request.labels, request.x_T))
+            chunks = [slice(i, i + batch_size) for i in range(0, num_samples, batch_size)]
             from tqdm.auto import tqdm
 
             # On a GPU the bar counts the steps handed over: to know how many are done, the host would have to wait for them.
@@ -203,8 +191,8 @@ class Sampler:
             bar = tqdm(total=total, desc="sampling", unit="step", disable=not progress, mininterval=interval)
             with bar, evaluation_mode(self.network), torch.inference_mode():
                 for chunk in chunks:
-                    loop = self._loop(len(images[chunk]), label, guidance_scale if guided else None)
-                    loop.start(seeds[chunk], None if labels is None else labels[chunk], None if x_T is None else x_T[chunk])
+                    loop = self._loop(len(images[chunk]), request.label, request.guidance_scale)
+                    loop.start(seeds[chunk], *(None if each is None else each[chunk] for each in (labels, x_T)))
                     for i in range(plan.num_steps):
                         if i in frames:
                             frames[i][chunk].copy_(loop.x_t, non_blocking=True)
@@ -278,11 +266,11 @@ def sample(
     *,
     seed: int | Tensor = 0,
     batch_size: int | None = None,
-    class_labels: int | str | Sequence[int | str] | Tensor | None = None,
+    class_labels: ClassLabels = None,
     guidance_scale: float | None = None,
     x_T: Tensor | None = None,
     progress: bool = True,
-    callback: Callable[[int, int, Tensor], None] | None = None,
+    callback: Callback | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     shape: Sequence[int] | None = None,
@@ -333,22 +321,70 @@ def sample(
         ValueError: An argument is out of range or does not fit the model. Checked before any computation.
         TypeError: An argument has an unsupported type.
     """
-    sampler = Sampler(model, plan, dtype=dtype, device=device, shape=shape, cuda_graph=cuda_graph)
-    return sampler(
-        num_samples,
-        seed=seed,
-        batch_size=batch_size,
-        class_labels=class_labels,
-        guidance_scale=guidance_scale,
-        x_T=x_T,
-        progress=progress,
-        callback=callback,
+    shape = _image_shape(model, plan, shape)
+    request = _checked_request(
+        model_config(model), shape, num_samples, seed, batch_size, class_labels, guidance_scale, x_T, callback
     )
+    sampler = Sampler(model, plan, dtype=dtype, device=device, shape=shape, cuda_graph=cuda_graph)
+    images, _ = sampler._draw(request, progress)
+    return images
 
 
 def _on(device: torch.device) -> Any:
     """Return a context in which this GPU is the current one."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+@dataclass(frozen=True)
+class _Request:
+    """Checked arguments of a call.
+
+    Attributes:
+        label: Label of samples without labels of their own. None: the network gets no labels.
+        guidance_scale: None: no second prediction.
+    """
+
+    num_samples: int
+    batch_size: int
+    seeds: Tensor
+    labels: Tensor | None
+    label: int | None
+    guidance_scale: float | None
+    x_T: Tensor | None
+    callback: Callback | None
+
+
+def _checked_request(
+    config: Mapping[str, Any],
+    shape: tuple[int, ...],
+    num_samples: int,
+    seed: int | Tensor,
+    batch_size: int | None,
+    class_labels: ClassLabels,
+    guidance_scale: float | None,
+    x_T: Tensor | None,
+    callback: Callback | None,
+) -> _Request:
+    """Check what `sample` documents, and resolve seeds and labels."""
+    _check_positive("num_samples", num_samples)
+    _check_positive("batch_size", num_samples if batch_size is None else batch_size)
+    seeds = resolve_seeds("sample", seed, num_samples)
+    labels, no_label = resolve_labels("sample", config, class_labels, num_samples)
+    guided = _is_guided(guidance_scale, class_labels, no_label)
+    if x_T is not None:
+        _check_x_T(x_T, (num_samples, *shape))
+    if callback is not None and not callable(callback):
+        raise TypeError(f"sample: expected callback to be callable or None, got {type(callback).__name__}")
+    return _Request(
+        num_samples,
+        batch_size or num_samples,
+        seeds,
+        labels,
+        None if labels is None else no_label or 0,
+        guidance_scale if guided else None,
+        x_T,
+        callback,
+    )
 
 
 def _is_guided(guidance_scale: float | None, class_labels: Any, no_label: int | None) -> bool:
@@ -385,6 +421,8 @@ def _check_positive(name: str, value: int) -> None:
 
 
 def _image_shape(model: Model, plan: SamplingPlan, shape: Sequence[int] | None) -> tuple[int, ...]:
+    if not isinstance(plan, SamplingPlan):
+        raise TypeError(f"sample: expected plan to be a SamplingPlan, got {type(plan).__name__}")
     config = model_config(model)
     if shape is None:
         channels, size = config.get("in_channels"), config.get("sample_size")
@@ -393,6 +431,8 @@ def _image_shape(model: Model, plan: SamplingPlan, shape: Sequence[int] | None) 
                 "sample: expected shape (C, H, W) to be given, as the model has no config with in_channels and sample_size"
             )
         shape = (channels, size, size) if isinstance(size, int) else (channels, *size)
+    if not isinstance(shape, Sequence) or not all(isinstance(size, int) for size in shape):
+        raise TypeError(f"sample: expected shape to be integers (C, H, W), got {shape!r}")
     if len(shape) == 0 or min(shape) < 1:
         raise ValueError(f"sample: expected shape to be positive integers (C, H, W), got {tuple(shape)}")
     wanted = shape[0] * (1 if plan.variance == "fixed" else 2)
@@ -401,6 +441,7 @@ def _image_shape(model: Model, plan: SamplingPlan, shape: Sequence[int] | None) 
             f"sample: expected a model with {wanted} output channels, as images have {shape[0]} and the plan's variance is "
             f"{plan.variance}, got out_channels {config['out_channels']}"
         )
+    check_images("sample", "shape", model, (1, *shape))
     return tuple(shape)
 
 
@@ -446,7 +487,7 @@ def resolve_seeds(caller: str, seed: int | Tensor, num_samples: int) -> Tensor:
 
 
 def resolve_labels(
-    caller: str, config: Mapping[str, Any], class_labels: Any, num_samples: int
+    caller: str, config: Mapping[str, Any], class_labels: ClassLabels, num_samples: int
 ) -> tuple[Tensor | None, int | None]:
     """Return the class of each sample, int64 [num_samples], and the "no label" class.
 
@@ -455,11 +496,11 @@ def resolve_labels(
     Args:
         caller: Name of the calling function for error messages.
         config: The model's configuration, empty if it has none.
-        class_labels: One class, one per sample, or None for "no label".
+        class_labels: One class, one per sample, or None for "no label". A class is a number or a name.
         num_samples: Number of samples.
 
     Raises:
-        ValueError: Labels are out of range, have another shape, or the model has no classes.
+        ValueError: Labels are out of range, have another shape, a name is unknown, or the model has no classes.
         TypeError: Labels are not integers.
     """
     num_classes = config.get("num_class_embeds")  # "no label" included
@@ -468,6 +509,7 @@ def resolve_labels(
         return (None if no_label is None else torch.full((num_samples,), no_label)), no_label
     if config and num_classes is None:
         raise ValueError(f"{caller}: expected class_labels to be None, as the model has no classes, got {class_labels}")
+    class_labels = labels_of(caller, config, class_labels)
     wanted = f"{caller}: expected class_labels to be an int or {num_samples} ints"
     try:
         labels = torch.as_tensor(class_labels)

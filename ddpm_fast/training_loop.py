@@ -32,6 +32,7 @@ from .draws import TrainingDraws
 from .images import save_grid
 from .memory import kept_memory
 from .nn import UNet, UNetConfig
+from .nn.unet import name_classes
 from .ops import denoising_loss, q_sample
 from .plan import ddim_plan
 from .run_folder import LOG_COLUMNS, RunFolder, write_json
@@ -50,7 +51,7 @@ CHANGEABLE: Final = frozenset(
 )
 
 # Keys of a network's configuration that its weights do not depend on.
-_NOT_IN_WEIGHTS: Final = frozenset({"sample_size", "dropout", "num_train_timesteps"})
+_NOT_IN_WEIGHTS: Final = frozenset({"sample_size", "dropout", "num_train_timesteps", "class_names"})
 
 _log = logging.getLogger("ddpm_fast")
 
@@ -116,7 +117,7 @@ def export_checkpoint(
     Args:
         run_dir: Folder of a run.
         out_dir: Folder to write. It receives unet/ and scheduler/ in diffusers' layout, training.json (the run's
-            configuration and its step), training_log.csv, and classes.json (class names in the order of the labels).
+            configuration and its step) and training_log.csv. The names of the classes are in unet/config.json.
         dtype: Dtype of the weights in the file.
 
     Returns:
@@ -134,13 +135,14 @@ def export_checkpoint(
     if checkpoint is None:
         raise FileNotFoundError(f"export_checkpoint: expected a checkpoint in {run.checkpoints}, got none")
     state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-    UNet.from_pretrained(checkpoint / "unet_ema").to(dtype).save_pretrained(out / "unet")
+    model = UNet.from_pretrained(checkpoint / "unet_ema").to(dtype)
+    name_classes(model, config["dataset"]["classes"])  # older checkpoints lack them
+    model.save_pretrained(out / "unet")
     prediction = config["options"]["prediction"]
     _write_scheduler(out / "scheduler", NoiseSchedule.from_config(config["schedule"]), prediction)
     options = dict(config["options"], data_dir=None)  # a model that is shared names folders, but not where they were
     options |= {name: Path(options[name]).name for name in ("data", "init") if options.get(name) is not None}
     write_json(out / "training.json", {**config, "options": options, "step": state["step"], "seconds": state["seconds"]})
-    write_json(out / "classes.json", {"classes": config["dataset"]["classes"]})
     (out / "training_log.csv").write_text(run.log_until(state["step"]), encoding="utf-8")
     return out
 
@@ -317,11 +319,12 @@ class _State:
         for model, folder in ((self.model, network), (self.ema, average)):
             source = UNet.from_pretrained(folder)
             found = UNetConfig.from_dict(source.config).to_dict()
-            differing = [key for key in wanted if key not in _NOT_IN_WEIGHTS and wanted[key] != found[key]]
+            keys = [key for key in {**wanted, **found} if key not in _NOT_IN_WEIGHTS]
+            differing = [key for key in keys if wanted.get(key) != found.get(key)]
             if differing:
                 raise ValueError(
                     f"train: expected init to hold a network as the options describe it, got {init!r}, in which "
-                    + ", ".join(f"{key} is {found[key]!r} instead of {wanted[key]!r}" for key in differing)
+                    + ", ".join(f"{key} is {found.get(key)!r} instead of {wanted.get(key)!r}" for key in differing)
                 )
             model.load_state_dict(source.state_dict())
 
@@ -496,6 +499,8 @@ def _unet_config(options: Mapping[str, Any], dataset: ImageDataset, labelled: bo
         "dropout": options["dropout"],
         "resnet_time_scale_shift": "scale_shift" if options["scale_shift"] else "default",
         "num_class_embeds": len(dataset.classes) + 1 if labelled else None,
+        # Images beside sub-folders make a class without a name.
+        **({"class_names": list(dataset.classes)} if labelled and all(dataset.classes) else {}),
         # As in Ho et al.
         "downsample_padding": 0,
         "flip_sin_to_cos": False,
@@ -623,7 +628,7 @@ def _draw_samples(run: RunFolder, task: _Task, state: _State, writer: Any) -> No
         seed=options["seed"],
         class_labels=labels,
         progress=False,
-        cuda_graph=False,  # keep no memory of the GPU while training
+        cuda_graph=False,  # a graph takes memory beside that of the training
     )
     run.samples.mkdir(exist_ok=True)
     save_grid(images, run.samples / f"step-{state.step:08d}.png", columns=columns)

@@ -15,8 +15,8 @@ dtype codes: 0 float32, 1 float64, 2 float16, 3 bfloat16, 4 uint8.
 stream_or_threads: a number of threads on the CPU, a stream on CUDA.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Protocol, TypedDict
+from collections.abc import Sequence
+from typing import Any, Protocol, TypedDict
 
 class BuildInfo(TypedDict):
     version: str
@@ -35,11 +35,11 @@ def philox(seed: int, stream: int, first_block: int, n_blocks: int, out: int, /)
 class Tensor(Protocol):
     def data_ptr(self) -> int: ...
 
-class Calls(Protocol):
-    """Recorded kernel calls. Calling it repeats them."""
+class KernelProgram(Protocol):
+    """Kernel calls. Calling it runs them in order, on one team of threads. It holds references to their tensors."""
 
     def __call__(self) -> None: ...
-    def __len__(self) -> int: ...
+    def __len__(self) -> int: ...  # the number of calls
 
 class Kernels(Protocol):
     fields: dict[str, tuple[str, ...]]  # the names of each kernel's arguments
@@ -47,13 +47,15 @@ class Kernels(Protocol):
 CPU = """
 class CpuKernels(Kernels, Protocol):
     panel: int  # output channels of a panel of packed weights
-    def record(self, function: Callable[[], None], /) -> Calls: ...  # records inference kernels called on this thread
+    # A call is a kernel's name and its arguments. The kernels:
+    # {programs}
+    def Program(self, calls: Sequence[tuple[str, tuple[Any, ...]]], threads: int) -> KernelProgram: ...
 """
 CUDA = """
 class CudaKernels(Kernels, Protocol):
     def why_not(self) -> str: ...  # why the kernels cannot run on the current device; empty if they can
-    # The bytes of a kernel's workspace. The workspace among the arguments may be None.
 """
+SIZES = "    # The bytes of a kernel's workspace. The workspace among the arguments may be None.\n"
 FOOTER = """
 cpu: CpuKernels
 cuda: CudaKernels  # absent if build_info()["cuda_archs"] is empty
@@ -70,19 +72,33 @@ def method(name: str, kernels: Any, *, workspace: bool = False) -> str:
     return f"    def {name}(\n        self,\n{lines}        /,\n    ) -> {result}: ...\n"
 
 
+def programs() -> str:
+    """Return the names of the kernels that a program may call."""
+    try:
+        _native.cpu.Program([("", ())], 1)
+    except ValueError as error:
+        found = re.fullmatch(r"Program: expected a kernel to be one of (.*), got ''", str(error))
+        assert found is not None
+    return found[1]
+
+
 def stub() -> str:
     """Return the text of _native.pyi."""
     kernels: Any = _native.cpu
     names = list(kernels.fields)
     split = names.index(CPU_ONLY)
     workspaces = [name for name in names if "workspace" in kernels.fields[name]]
+    on_cpu = [name for name in workspaces if hasattr(kernels, f"{name}_workspace")]
     return (
         HEADER
         + "".join(method(name, kernels) for name in names[:split])
-        + CPU
+        + CPU.format(programs=programs())
         + "".join(method(name, kernels) for name in names[split:])
+        + SIZES
+        + "".join(method(name, kernels, workspace=True) for name in on_cpu)
         + CUDA
-        + "".join(method(name, kernels, workspace=True) for name in workspaces)
+        + SIZES
+        + "".join(method(name, kernels, workspace=True) for name in workspaces if name not in on_cpu)
         + FOOTER
     )
 

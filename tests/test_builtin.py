@@ -22,9 +22,10 @@ from ddpm_fast.nn import UNet
 from ddpm_fast.run_folder import RunFolder
 
 
-def tiny_unet(seed: int = 0) -> UNet:
+def tiny_unet(seed: int = 0, **config: Any) -> UNet:
     torch.manual_seed(seed)
     return UNet(
+        **{"num_class_embeds": 3} | config,
         sample_size=4,
         in_channels=1,
         out_channels=1,
@@ -34,7 +35,6 @@ def tiny_unet(seed: int = 0) -> UNet:
         layers_per_block=1,
         norm_num_groups=2,
         add_attention=False,
-        num_class_embeds=3,
     )
 
 
@@ -65,7 +65,8 @@ def test_load_folder_reads_diffusers_layout(tmp_path: Path, at_the_root: bool) -
     assert not loaded.model.training
     assert loaded.model.conv_out.weight.is_contiguous(memory_format=torch.channels_last)
     assert loaded.schedule == NoiseSchedule.cosine(30)
-    assert (loaded.prediction, loaded.variance, loaded.clip, loaded.classes) == ("v_prediction", "fixed_large", 2.0, ())
+    assert (loaded.prediction, loaded.variance, loaded.clip) == ("v_prediction", "fixed_large", 2.0)
+    assert loaded.model.config == model.config  # without names of the classes
 
 
 def test_what_a_folder_leaves_out_has_diffusers_defaults(tmp_path: Path) -> None:
@@ -75,9 +76,32 @@ def test_what_a_folder_leaves_out_has_diffusers_defaults(tmp_path: Path) -> None
     loaded = load_folder(tmp_path)
     assert loaded.schedule == NoiseSchedule.linear()
     assert (loaded.prediction, loaded.variance, loaded.clip) == ("epsilon", "fixed_small", 1.0)
-    assert loaded.classes == ("cat", "dog")
+    assert loaded.model.config["class_names"] == ["cat", "dog"]
     write_scheduler(tmp_path / "scheduler", clip_sample=False)
     assert load_folder(tmp_path).clip is None
+
+
+@pytest.mark.parametrize(
+    ("config", "stored", "expected"),
+    [
+        ({}, ["cat", "dog", "cow"], ["cat", "dog"]),  # label 2 is "no label"
+        ({}, ["cat"], ["cat"]),
+        ({}, [], None),
+        ({}, ["", "dog"], None),
+        ({"num_class_embeds": None}, ["cat", "dog"], None),
+        ({"class_names": ["Katze", "Hund"]}, ["cat", "dog"], ["Katze", "Hund"]),
+    ],
+)
+def test_names_beside_the_network_are_used_if_it_has_none(
+    tmp_path: Path, config: dict[str, Any], stored: list[str], expected: list[str] | None
+) -> None:
+    tiny_unet(**config).save_pretrained(tmp_path / "unet")
+    write_scheduler(tmp_path / "scheduler")
+    (tmp_path / "classes.json").write_text(json.dumps({"classes": stored}))
+    loaded = load_folder(tmp_path).model
+    assert loaded.config.get("class_names") == expected
+    loaded.save_pretrained(tmp_path / "again")
+    assert UNet.from_pretrained(tmp_path / "again").config == loaded.config
 
 
 def test_load_folder_takes_the_newest_average_of_a_training_run(tmp_path: Path) -> None:
@@ -97,7 +121,7 @@ def test_load_folder_takes_the_newest_average_of_a_training_run(tmp_path: Path) 
     loaded = load_folder(tmp_path / "run")
     assert_same_weights(loaded.model, tiny_unet(seed=21))
     assert loaded.schedule == NoiseSchedule.linear(7)
-    assert loaded.classes == ("cat", "dog")
+    assert loaded.model.config["class_names"] == ["cat", "dog"]
 
     for checkpoint in (tmp_path / "run" / "checkpoints").glob("step-*"):
         (checkpoint / "state.json").unlink()
@@ -154,7 +178,7 @@ def test_the_builtin_model_is_what_its_record_says() -> None:
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert schedule.num_timesteps == 1000
     loaded = load_folder(BUILTIN)
-    assert (loaded.classes, loaded.prediction) == (FASHION_MNIST_CLASSES, "epsilon")
+    assert (tuple(loaded.model.config["class_names"]), loaded.prediction) == (FASHION_MNIST_CLASSES, "epsilon")
     assert sum(file.stat().st_size for file in BUILTIN.rglob("*") if file.is_file()) <= 8e6
     record = json.loads((BUILTIN / "training.json").read_text(encoding="utf-8"))
     assert record["dataset"]["images"] == 60_000

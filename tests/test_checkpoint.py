@@ -80,6 +80,33 @@ def test_diffusers_reads_what_we_write_and_we_what_it_writes(model: UNet, tmp_pa
         assert loaded.config == model.config
 
 
+def test_class_names_round_trip_and_diffusers_ignores_them(
+    model: UNet, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    named = UNet(**TINY, class_names=["cat", "dog"])
+    named.load_state_dict(model.state_dict())
+    named.save_pretrained(tmp_path / "named")
+    loaded = UNet.from_pretrained(tmp_path / "named")
+    assert loaded.config["class_names"] == ["cat", "dog"]
+    assert loaded.config == named.config
+    peer, info = diffusers.UNet2DModel.from_pretrained(tmp_path / "named", output_loading_info=True)
+    assert not any(info.values()), info
+    assert_same_weights(peer, named)
+    peer.save_pretrained(tmp_path / "theirs")
+    assert UNet.from_pretrained(tmp_path / "theirs").config == named.config  # it keeps keys that it does not know
+
+
+def test_a_network_without_names_is_written_as_before(model: UNet, tmp_path: Path) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    model.save_pretrained(tmp_path / "ours")
+    diffusers.UNet2DModel(**TINY).save_pretrained(tmp_path / "theirs")
+    ours, theirs = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("ours", "theirs"))
+    assert ours == {key: value for key, value in theirs.items() if key != "_diffusers_version"}
+    with pytest.raises(ValueError, match=r"save_pretrained: expected path .* differs in class_names$"):
+        UNet(**TINY, class_names=["cat", "dog"]).save_pretrained(tmp_path / "ours")
+
+
 def test_legacy_files_of_published_ddpms(model: UNet, tmp_path: Path) -> None:
     # As Google's: a pipeline whose network lies at its root, attention under its old names, a torch file.
     renames = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}

@@ -15,7 +15,7 @@ from small_unets import randomise
 from torch import Tensor, nn
 
 from ddpm_fast import UNet, fuse, unfuse
-from ddpm_fast.integrations.class_swap import Swapped
+from ddpm_fast.integrations.class_swap import Swapped, own_class
 
 diffusers = pytest.importorskip("diffusers")
 from diffusers.models.resnet import ResnetBlock2D  # noqa: E402
@@ -101,19 +101,30 @@ def gradients(model: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_every_norm_before_a_silu_is_fused(name: str) -> None:
+def test_every_norm_before_a_silu_is_fused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = make(name)
     report = fuse(model)
     fused, norms = NETWORKS[name][2:]
     assert len(report.fused) == fused
     assert len(report.fused) + len(report.left) == norms
-    # None of the names is made up, and what is fused is not computed on its own any more.
-    called = []
-    for path in (*report.fused, *report.left):
-        model.get_submodule(path).register_forward_hook(lambda *_, path=path: called.append(path))
+    # None of the names is made up, and what is fused is not computed on its own any more. A hook would be honoured.
+    names = {id(model.get_submodule(path)): path for path in (*report.fused, *report.left)}
+    called = set()
+
+    def watch(kind: Any) -> None:
+        forward = kind.forward
+
+        def watched(self: nn.Module, x: Tensor) -> Tensor:
+            called.add(names[id(self)])
+            return forward(self, x)
+
+        monkeypatch.setattr(kind, "forward", watched)
+
+    for kind in {own_class(model.get_submodule(path)) for path in names.values()}:
+        watch(kind)
     with torch.no_grad():
         output(model, inputs)
-    assert {path for path in called if not path.endswith("conv_norm_out")} == set(report.left)
+    assert called == set(report.left)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -362,6 +373,108 @@ def test_what_cannot_be_fused_is_left_with_the_reason(
     assert report.left[norm] == reason
     assert report.fused  # the rest
     assert relative_error(output(model, inputs), expected) < 1e-5
+
+
+# -------------------------------------------------------------------------------------------------------- what changes later
+
+
+def given(path: str, **attributes: Any) -> Callable[[nn.Module], Any]:
+    return lambda model: [setattr(model.get_submodule(path), key, value) for key, value in attributes.items()]
+
+
+def negated(path: str) -> Callable[[nn.Module], Any]:
+    return lambda model: model.get_submodule(path).register_forward_hook(lambda module, args, out: -out)
+
+
+def negated_before(path: str) -> Callable[[nn.Module], Any]:
+    return lambda model: model.get_submodule(path).register_forward_pre_hook(lambda module, args: (-args[0],))
+
+
+def negating(path: str) -> Callable[[nn.Module], Any]:
+    """A patched forward."""
+    return lambda model: setattr(model.get_submodule(path), "forward", lambda x: -x)
+
+
+LATER: dict[str, tuple[str, Callable[[nn.Module], Any]]] = {
+    "activation": ("UNet2DModel", replaced(f"{MID}.nonlinearity", nn.GELU())),
+    "activation hooked": ("UNet2DModel", negated(f"{MID}.nonlinearity")),
+    "activation patched": ("UNet2DModel", negating(f"{MID}.nonlinearity")),
+    "norm of another class": ("UNet2DModel", replaced(f"{MID}.norm1", nn.InstanceNorm2d(32))),
+    "norm without weights": ("UNet2DModel", given(f"{MID}.norm1", weight=None, bias=None)),
+    "eps": ("UNet2DModel", given(f"{MID}.norm1", eps=1.0)),
+    "groups": ("UNet2DModel", given(f"{MID}.norm2", num_groups=2)),
+    "norm hooked": ("UNet2DModel", negated(f"{MID}.norm2")),
+    "norm hooked before": ("UNet2DModel", negated_before(f"{MID}.norm2")),
+    "norm patched": ("UNet2DModel", negating(f"{MID}.norm1")),
+    "dropout": ("UNet2DModel", replaced(f"{MID}.dropout", nn.Tanh())),
+    "convolution hooked": ("UNet2DModel", negated(f"{MID}.conv1")),
+    "scale": ("UNet2DModel", given(f"{MID}", output_scale_factor=2.0)),
+    "time without SiLU": ("UNet2DModel", given(f"{MID}", skip_time_act=True)),
+    "time left out": ("UNet2DModel", given(f"{MID}", time_embedding_norm="none")),
+    "head's activation": ("UNet2DModel", replaced("conv_act", nn.GELU())),
+    "head's activation hooked": ("UNet2DModel", negated("conv_act")),
+    "head's norm": ("UNet2DModel", replaced("conv_norm_out", nn.InstanceNorm2d(16))),
+    "head's norm hooked": ("UNet2DModel", negated("conv_norm_out")),
+    "head's norm patched": ("UNet2DModel", negating("conv_norm_out")),
+    "head's eps": ("UNet2DModel", given("conv_norm_out", eps=1.0)),
+    "AutoencoderKL's activation": ("AutoencoderKL", replaced("decoder.conv_act", nn.GELU())),
+    "ResBlock's activation": ("guided-diffusion", replaced(f"{GUIDED}.in_layers.1", nn.GELU())),
+    "ResBlock's norm": ("guided-diffusion", replaced(f"{GUIDED}.out_layers.0", nn.InstanceNorm2d(32))),
+    "ResBlock's eps": ("guided-diffusion", given(f"{GUIDED}.out_layers.0", eps=1.0)),
+    "ResBlock's layers hooked": ("guided-diffusion", negated(f"{GUIDED}.in_layers")),
+    "ResBlock's layers longer": ("guided-diffusion", lambda model: model.blocks[1][0].in_layers.append(nn.Tanh())),
+    "Sequential's activation": ("guided-diffusion", replaced("out.1", nn.GELU())),
+    "Sequential's norm hooked": ("guided-diffusion", negated("out.0")),
+    "UNetBlock's norm": ("EDM", replaced(f"{EDM}.norm0", nn.InstanceNorm2d(32))),
+    "UNetBlock's norm hooked": ("EDM", negated(f"{EDM}.norm1")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", LATER)
+def test_what_changes_later_counts(what: str) -> None:
+    name, change = LATER[what]
+    model, inputs = make(name)
+    plain = copy.deepcopy(model)
+    before = output(model, inputs)
+    fuse(model)
+    for each in (model, plain):
+        change(each)
+        each.eval()
+    expected = output(plain, inputs)
+    assert relative_error(expected, before) > 1e-4  # it matters
+    assert relative_error(output(model, inputs), expected) < 1e-5
+    unfuse(model)
+    assert relative_error(output(model, inputs), expected) < 1e-5
+
+
+def test_global_hooks_see_every_layer() -> None:
+    model, inputs = make("UNet2DModel")
+    plain = copy.deepcopy(model)
+    fuse(model)
+    kinds = (nn.GroupNorm, nn.SiLU)
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, args, out: -out if isinstance(module, kinds) else None
+    )
+    try:
+        assert relative_error(output(model, inputs), output(plain, inputs)) < 1e-5
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("path", [f"{MID}.nonlinearity", "conv_act"])
+def test_compiled_code_follows_a_change(path: str) -> None:
+    model, inputs = make("UNet2DModel")
+    plain = copy.deepcopy(model)
+    fuse(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert relative_error(output(compiled, inputs), output(plain, inputs)) < 1e-5
+        for each in (model, plain):
+            replaced(path, nn.GELU())(each)
+        assert relative_error(output(compiled, inputs), output(plain, inputs)) < 1e-5
+
+
+# ------------------------------------------------------------------------------------------------------ classes of one name
 
 
 class Inheriting(ResBlock):

@@ -43,7 +43,7 @@ ALLOWED = {
     },
     "__init__": {"version"},  # and what __init__.pyi imports, when a name is first used
     "cli": {
-        *("version", "plan", "info", "data", "images", "run_folder", "sampling", "evaluate", "builtin", "training"),
+        *("version", "plan", "networks", "info", "data", "images", "run_folder", "sampling", "evaluate", "builtin", "training"),
         "training_loop",
     },
     "__main__": {"cli"},

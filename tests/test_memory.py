@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import subprocess
 import sys
 import threading
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 from ddpm_fast import memory
-from ddpm_fast.memory import KEEP, USUAL, kept_memory
+from ddpm_fast.memory import FIRST, KEEP, M_MMAP_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, USUAL, kept_memory, outside_options
 from ddpm_fast.training import train
 
 needs_glibc = pytest.mark.skipif(memory._glibc() is None, reason="no glibc")
@@ -41,10 +42,18 @@ def resident():
 """
 
 
-def run(source: str) -> list[int]:
-    """The numbers that a program prints which begins with COUNT."""
-    command = [sys.executable, "-W", "ignore", "-c", COUNT + source]
-    return [int(word) for word in subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()]
+@pytest.fixture(autouse=True)
+def _without_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment sets none of malloc's options."""
+    for name in ("GLIBC_TUNABLES", *(name for name in os.environ if name.startswith("MALLOC_"))):
+        monkeypatch.delenv(name, raising=False)
+
+
+def run(source: str, preamble: str = COUNT, **environment: str) -> list[int]:
+    """The numbers that a program prints."""
+    command = [sys.executable, "-W", "ignore", "-c", preamble + source]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | environment)
+    return [int(word) for word in done.stdout.split()]
 
 
 class FakeLibc:
@@ -142,7 +151,111 @@ print(max(pages([8, 8]) for _ in range(5)))
     assert after <= max(before, 100)
 
 
+# PyTorch allocates too, and is not needed here.
+MAPPED = """
+import ctypes
+from ddpm_fast.memory import kept_memory
+
+class Mallinfo(ctypes.Structure):  # mallinfo2(3)
+    _fields_ = [(name, ctypes.c_size_t) for name in
+                "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()]
+
+libc = ctypes.CDLL(None)
+libc.mallinfo2.restype = Mallinfo
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+MIB = 1 << 20
+
+# Blocks in use at once: how many are mappings, their MiB, and the MiB that the heap keeps when all are freed.
+def blocks(sizes):
+    libc.malloc_trim(0)
+    before = libc.mallinfo2()
+    pointers = [libc.malloc(size * MIB) for size in sizes]
+    inside = libc.mallinfo2()
+    for pointer in reversed(pointers):
+        libc.free(pointer)
+    after = libc.mallinfo2()
+    return [inside.hblks - before.hblks, (inside.hblkhd - before.hblkhd) // MIB, (after.keepcost - before.keepcost) // MIB]
+
+def behaviour():
+    return [n for sizes in ([1], [8], [20], [40], [100], [30, 30, 30], [8, 40, 8]) for n in blocks(sizes)]
+
+libc.free(libc.malloc(32 * MIB - 65536))  # glibc adapts, unless the environment sets an option
+before = behaviour()
+"""
+ENVIRONMENTS: dict[str, dict[str, str]] = {
+    "default": {},
+    "trim": {"MALLOC_TRIM_THRESHOLD_": "0x1000000"},
+    "mmap threshold": {"MALLOC_MMAP_THRESHOLD_": "16777216"},
+    "no mappings": {"MALLOC_MMAP_MAX_": "0"},
+    "one mapping": {"MALLOC_MMAP_MAX_": "1", "MALLOC_MMAP_THRESHOLD_": "04000000"},
+    "never trimmed": {"MALLOC_TRIM_THRESHOLD_": "-1"},
+    "pad": {"MALLOC_TOP_PAD_": "0"},
+    "tunables": {"GLIBC_TUNABLES": "glibc.malloc.trim_threshold=50331648:glibc.malloc.mmap_threshold=0x3000000"},
+    "all kept": {"GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=0xffffffffffffffff"},
+    "both": {"GLIBC_TUNABLES": "glibc.malloc.mmap_max=2", "MALLOC_MMAP_MAX_": "0", "MALLOC_MMAP_THRESHOLD_": "9000000"},
+    "another tunable": {"GLIBC_TUNABLES": "glibc.malloc.check=0"},
+}
+LEAVINGS = {
+    "once": """
+with kept_memory():
+    inside = behaviour()
+""",
+    "nested": """
+with kept_memory():
+    with kept_memory():
+        pass
+    inside = behaviour()
+""",
+    "by an exception": """
+try:
+    with kept_memory(), kept_memory():
+        inside = behaviour()
+        raise KeyError
+except KeyError:
+    pass
+""",
+}
+
+
+@needs_glibc
+@pytest.mark.parametrize("leaving", LEAVINGS)
+@pytest.mark.parametrize("environment", ENVIRONMENTS)
+def test_large_blocks_are_mapped_and_unmapped_as_before(environment: str, leaving: str) -> None:
+    numbers = run(f"{LEAVINGS[leaving]}print(*before, *inside, *behaviour())", MAPPED, **ENVIRONMENTS[environment])
+    before, inside, after = torch.tensor(numbers).view(3, -1, 3).tolist()
+    assert after == before
+    assert [mapped for mapped, _, _ in inside] == [0] * len(inside)
+    assert [kept for _, _, kept in inside] == pytest.approx([1, 8, 20, 40, 100, 90, 56], abs=2)
+    assert (before == inside) == (environment == "all kept")
+
+
 # ----------------------------------------------------------------------------------------------------------- the settings
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, USUAL),
+        ({"GLIBC_TUNABLES": "glibc.malloc.check=3", "MALLOC_ARENA_MAX": "1"}, USUAL),
+        ({"MALLOC_TRIM_THRESHOLD_": "100"}, {M_TRIM_THRESHOLD: 100}),
+        ({"MALLOC_TRIM_THRESHOLD_": "0x10"}, {M_TRIM_THRESHOLD: 16}),
+        ({"MALLOC_TRIM_THRESHOLD_": "010"}, {M_TRIM_THRESHOLD: 8}),
+        ({"MALLOC_TRIM_THRESHOLD_": "0"}, {M_TRIM_THRESHOLD: 0}),
+        ({"MALLOC_TRIM_THRESHOLD_": "-1"}, {M_TRIM_THRESHOLD: -1}),
+        ({"MALLOC_TRIM_THRESHOLD_": "0xffffffffffffffff"}, {M_TRIM_THRESHOLD: -1}),
+        ({"MALLOC_TRIM_THRESHOLD_": "4294967296"}, {M_TRIM_THRESHOLD: -1}),
+        ({"MALLOC_TRIM_THRESHOLD_": " 2147483647"}, {M_TRIM_THRESHOLD: 2**31 - 1}),
+        ({"MALLOC_TRIM_THRESHOLD_": "1M"}, USUAL),
+        ({"MALLOC_TRIM_THRESHOLD_": ""}, USUAL),
+        ({"MALLOC_TOP_PAD_": "1"}, FIRST),
+        ({"MALLOC_MMAP_MAX_": "7", "MALLOC_MMAP_THRESHOLD_": "9"}, {M_MMAP_MAX: 7, M_MMAP_THRESHOLD: 9}),
+        ({"GLIBC_TUNABLES": "glibc.malloc.mmap_max=7:glibc.malloc.mmap_threshold=0x9:"}, {M_MMAP_MAX: 7, M_MMAP_THRESHOLD: 9}),
+        ({"GLIBC_TUNABLES": "glibc.malloc.mmap_max=7", "MALLOC_MMAP_MAX_": "8"}, {M_MMAP_MAX: 7}),
+        ({"GLIBC_TUNABLES": "glibc.malloc.mmap_max=q", "MALLOC_MMAP_MAX_": "8"}, {M_MMAP_MAX: 8}),
+    ],
+)
+def test_options_of_the_environment(environment: dict[str, str], expected: dict[int, int]) -> None:
+    assert outside_options(environment) == (expected if expected is USUAL else FIRST | expected)
 
 
 def test_it_is_set_inside_and_reset_outside(libc: FakeLibc) -> None:
@@ -150,6 +263,13 @@ def test_it_is_set_inside_and_reset_outside(libc: FakeLibc) -> None:
         assert libc.options == KEEP
     assert libc.options == USUAL
     assert libc.told[-1] == ("trim", 0)
+
+
+def test_the_environment_is_restored(libc: FakeLibc, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "12345678")
+    with kept_memory():
+        assert libc.options == KEEP
+    assert libc.options == FIRST | {M_TRIM_THRESHOLD: 12345678}
 
 
 def test_the_outermost_decides(libc: FakeLibc) -> None:

@@ -18,7 +18,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 from torch import Tensor, nn
 
-from ddpm_fast import NoiseSchedule, ddim_plan, ddpm_plan, freeze, noise, sample, sample_seeds, save_grid
+from ddpm_fast import NoiseSchedule, Sampler, ddim_plan, ddpm_plan, freeze, noise, sample, sample_seeds, save_grid
 from ddpm_fast.builtin import load_folder
 from ddpm_fast.cli import main
 from ddpm_fast.nn import UNet
@@ -218,10 +218,9 @@ def test_an_image_is_the_same_alone_in_a_batch_and_in_chunks() -> None:
 def test_an_image_of_a_network_differs_by_the_rounding_of_its_convolutions(two_threads: None) -> None:
     model, plan = tiny_unet(), ddpm_plan(SCHEDULE, 5)
     exact = sample(model, plan, 16, progress=False, dtype=torch.float64)
-    together, on_the_way = sample(model, plan, 16, progress=False, return_trajectory=plan.num_steps + 1)
-    alone, alone_on_the_way = sample(
-        model, plan, 1, seed=sample_seeds(0, 16)[11:12], progress=False, return_trajectory=plan.num_steps + 1
-    )
+    sampler = Sampler(model, plan)
+    together, on_the_way = sampler.trajectory(16, progress=False)
+    alone, alone_on_the_way = sampler.trajectory(1, seed=sample_seeds(0, 16)[11:12], progress=False)
     torch.set_num_threads(1)
     one_thread = sample(model, plan, 16, progress=False)
     rounding = 2 * float((together - exact).abs().max())  # of float32, as the batch of 16 has it
@@ -300,7 +299,7 @@ def test_a_half_precision_network_steps_a_float32_state(dtype: torch.dtype) -> N
 
 
 def test_images_are_ordinary_tensors() -> None:
-    images, states = sample(Recording(), ddpm_plan(SCHEDULE), 2, shape=(3, 4, 4), progress=False, return_trajectory=True)
+    images, states = Sampler(Recording(), ddpm_plan(SCHEDULE), shape=(3, 4, 4)).trajectory(2, progress=False)
     for tensor in (images, states):
         assert tensor.is_contiguous()
         assert not tensor.is_inference()
@@ -380,19 +379,31 @@ def test_guidance_of_1_costs_no_second_half(scale: float | None) -> None:
 def test_the_trajectory_goes_from_x_T_to_x_0() -> None:
     plan = ddpm_plan(SCHEDULE)
     shape = (5, 2, 3, 3)
-    images, states = sample(Recording(), plan, 5, shape=shape[1:], batch_size=2, progress=False, return_trajectory=21)
+    sampler = Sampler(Recording(), plan, shape=shape[1:])
+    images, states = sampler.trajectory(5, batch_size=2, num_frames=21, progress=False)
     assert states.shape == (21, *shape)
     assert torch.equal(states[0], noise(shape, sample_seeds(0, 5), stream=STREAM_X_T))
     assert torch.equal(states[-1], images)
     assert all(not torch.equal(a, b) for a, b in itertools.pairwise(states))
-    for asked, frames in ((5, range(0, 21, 5)), (1, [20]), (True, range(21)), (1000, range(21))):
-        again, some = sample(Recording(), plan, 5, shape=shape[1:], progress=False, return_trajectory=asked)
+    for asked, frames in ((5, range(0, 21, 5)), (1, [20]), (1000, range(21)), (10**9, range(21))):
+        again, some = sampler.trajectory(5, num_frames=asked, progress=False)
         assert torch.equal(some, states[list(frames)])
         assert torch.equal(again, images)
-    none: Tensor = sample(Recording(), plan, 5, shape=shape[1:], progress=False, return_trajectory=0)
-    assert torch.equal(none, images)
+    assert torch.equal(sampler(5, progress=False), images)
     long = ddpm_plan(NoiseSchedule.linear(120))
-    assert len(sample(Recording(), long, 1, shape=(1, 2, 2), progress=False, return_trajectory=True)[1]) == 51
+    assert len(Sampler(Recording(), long, shape=(1, 2, 2)).trajectory(1, progress=False)[1]) == 51
+    with pytest.raises(ValueError, match="sample: expected num_frames to be a positive integer, got 0"):
+        sampler.trajectory(5, num_frames=0)
+
+
+def test_x_T_takes_the_place_of_noise() -> None:
+    plan, shape = ddpm_plan(SCHEDULE), (5, 2, 3, 3)
+    x_T = noise(shape, sample_seeds(0, 5), stream=STREAM_X_T)
+    images = sample(Recording(), plan, 5, shape=shape[1:], progress=False)
+    for batch_size in (None, 2):
+        again = sample(Recording(), plan, 5, shape=shape[1:], x_T=x_T, batch_size=batch_size, progress=False)
+        assert torch.equal(again, images)
+    assert not torch.equal(sample(Recording(), plan, 5, shape=shape[1:], x_T=-x_T, progress=False), images)
 
 
 def test_the_model_sees_the_timesteps_of_the_plan() -> None:
@@ -419,7 +430,11 @@ def test_progress_counts_steps(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ({"num_samples": 0}, ValueError, "expected num_samples to be a positive integer, got 0"),
         ({"batch_size": 0}, ValueError, "expected batch_size to be a positive integer, got 0"),
-        ({"return_trajectory": -1}, ValueError, "expected return_trajectory to be a positive integer, got -1"),
+        ({"x_T": torch.zeros(4, 1, 8, 7)}, ValueError, r"expected x_T to be floating \[4, 1, 8, 8\], got .* \[4, 1, 8, 7\]"),
+        ({"x_T": 0}, TypeError, "expected x_T to be a tensor or None, got int"),
+        ({"callback": 1}, TypeError, "expected callback to be callable or None, got int"),
+        ({"dtype": "x"}, TypeError, "expected dtype to be a floating dtype, got 'x'"),
+        ({"shape": 5}, TypeError, r"expected shape to be integers \(C, H, W\), got 5"),
         ({"plan": SCHEDULE}, TypeError, "expected plan to be a SamplingPlan, got NoiseSchedule"),
         ({"dtype": torch.int64}, TypeError, "expected dtype to be a floating dtype, got torch.int64"),
         ({"model": Recording()}, ValueError, r"expected shape \(C, H, W\) to be given"),
@@ -427,7 +442,7 @@ def test_progress_counts_steps(capsys: pytest.CaptureFixture[str]) -> None:
         (
             {"shape": (1, 8, 7)},
             ValueError,
-            r"sample: expected num_samples and shape to have H and W that are multiples of 2, got \(4, 1, 8, 7\)",
+            r"sample: expected shape to have H and W that are multiples of 2, got \(1, 1, 8, 7\)",
         ),
         ({"plan": ddpm_plan(SCHEDULE, variance="learned")}, ValueError, "model with 2 output channels.*got out_channels 1"),
         ({"seed": torch.zeros(2)}, ValueError, r"expected seed to be an int or int64 \[4\], got torch.float32 \[2\]"),
@@ -435,7 +450,7 @@ def test_progress_counts_steps(capsys: pytest.CaptureFixture[str]) -> None:
         ({"class_labels": 4}, ValueError, r"expected class_labels to be in 0\.\.3, got 4"),
         ({"class_labels": [0, 1, 2, -1]}, ValueError, r"expected class_labels to be in 0\.\.3"),
         ({"class_labels": [0, 1]}, ValueError, r"expected class_labels to be an int or 4 ints, got torch.int64 \[2\]"),
-        ({"class_labels": "boot"}, TypeError, "expected class_labels to be an int or 4 ints, got 'boot'"),
+        ({"class_labels": "boot"}, ValueError, "expected class_labels to be integers, as the model has no class names"),
         ({"class_labels": [[0], [1, 2]]}, TypeError, r"expected class_labels to be an int or 4 ints, got \[\[0\], \[1, 2\]\]"),
         ({"class_labels": 0.5}, ValueError, "expected class_labels to be an int or 4 ints, got torch.float32"),
         (
@@ -463,11 +478,10 @@ def test_bad_arguments_are_refused_before_any_work(changes: dict[str, Any], erro
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that `ddpm-fast sample` can load."""
     path = tmp_path_factory.mktemp("model")
-    tiny_unet(classes=3).save_pretrained(path / "unet")
+    UNet(**tiny_unet(classes=3).config, class_names=CLASSES).save_pretrained(path / "unet")
     config = {"_class_name": "DDPMScheduler", "variance_type": "fixed_large", "ddpm_fast": SCHEDULE.to_config()}
     (path / "scheduler").mkdir()
     (path / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
-    (path / "classes.json").write_text(json.dumps({"classes": CLASSES}))
     return path
 
 
@@ -524,8 +538,8 @@ def test_command_options_do_what_they_say(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--classes hat", "expected 0..2 or one of zero, one, ankle boot, got 'hat'"),
-        ("--classes 3", "expected 0..2"),
+        ("--classes hat", "expected class_labels to be integers or names among zero, one, ankle boot, got 'hat'"),
+        ("--classes 3", "expected numbers in 0..2, got 3"),
         ("--steps 21", "expected num_steps to be an integer in 1..20, got 21"),
         ("--eta 1", "--eta goes with --sampler ddim"),
         ("--sampler ddim --variance fixed_small", "--variance goes with --sampler ddpm"),

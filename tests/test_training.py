@@ -341,7 +341,6 @@ def test_export_is_a_model_folder(tmp_path: Path) -> None:
     out = export_checkpoint(tmp_path / "run", tmp_path / "out")
     run, exported = load_folder(tmp_path / "run"), load_folder(out)
     assert sorted(str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()) == [
-        "classes.json",
         "scheduler/scheduler_config.json",
         "training.json",
         "training_log.csv",
@@ -349,12 +348,55 @@ def test_export_is_a_model_folder(tmp_path: Path) -> None:
         "unet/diffusion_pytorch_model.safetensors",
     ]
     assert (exported.prediction, exported.schedule) == ("v_prediction", NoiseSchedule.cosine(20))
-    assert (run.classes, exported.classes) == (tuple("0123456789"),) * 2
+    assert run.model.config == exported.model.config
+    assert exported.model.config["class_names"] == list("0123456789")
     for (name, half), full in zip(exported.model.state_dict().items(), run.model.state_dict().values(), strict=True):
         torch.testing.assert_close(half.float(), full.half().float(), rtol=0, atol=0, msg=name)
     record = json.loads((out / "training.json").read_text())
     assert (record["step"], record["options"]["data"], record["options"]["init"]) == (4, "digits", None)
     assert [line.split(",")[0] for line in (out / "training_log.csv").read_text().splitlines()] == ["step", "4"]
+
+
+def forget_names(run: Path) -> None:
+    """Make a run's files what they were before networks had names of their classes."""
+    for file in run.rglob("config.json"):
+        config = json.loads(file.read_text())
+        config.get("unet", config).pop("class_names")
+        file.write_text(json.dumps(config))
+    for file in run.glob("checkpoints/step-*/state.json"):
+        state = json.loads(file.read_text())
+        state["files"] = {name: (file.parent / name).stat().st_size for name in state["files"]}
+        file.write_text(json.dumps(state))
+
+
+def test_older_runs_without_names_are_resumed_exported_and_started_from(tmp_path: Path) -> None:
+    train(tmp_path / "run", **QUIET, steps=2)
+    train(tmp_path / "old", **QUIET, steps=2)
+    forget_names(tmp_path / "old")
+    latest = RunFolder(tmp_path / "old").latest_checkpoint()
+    assert latest is not None
+    assert "class_names" not in UNet.from_pretrained(latest / "unet_ema").config
+    exported = export_checkpoint(tmp_path / "old", tmp_path / "out")
+    assert load_folder(exported).model.config["class_names"] == list("0123456789")
+    train(tmp_path / "next", **QUIET, steps=1, init=str(tmp_path / "old"))
+    for run in ("run", "old"):
+        train(tmp_path / run, **QUIET, steps=4, resume=True)
+    assert_same_weights(tmp_path / "run", tmp_path / "old")
+    for run in ("old", "next"):
+        assert json.loads((tmp_path / run / "config.json").read_text())["unet"]["class_names"] == list("0123456789")
+        latest = RunFolder(tmp_path / run).latest_checkpoint()
+        assert latest is not None
+        for network in ("unet", "unet_ema"):
+            assert UNet.from_pretrained(latest / network).config["class_names"] == list("0123456789")
+
+
+def test_images_beside_sub_folders_train_without_names(tmp_path: Path) -> None:
+    for i, folder in enumerate(("", "a", "b")):
+        (tmp_path / "images" / folder).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (i * 80, 0, 0)).save(tmp_path / "images" / folder / "image.png")
+    train(tmp_path / "run", **QUIET | {"data": str(tmp_path / "images"), "image_size": 8, "steps": 1})
+    config = load_folder(export_checkpoint(tmp_path / "run", tmp_path / "out")).model.config
+    assert (config["num_class_embeds"], config.get("class_names")) == (4, None)
 
 
 def test_diffusers_reads_the_exported_scheduler(tmp_path: Path) -> None:
@@ -404,6 +446,7 @@ def test_unlabelled_images_train_an_unconditional_network(tmp_path: Path) -> Non
     train(tmp_path / "run", **options | {"sample_every": 2, "sample_steps": 2})
     model = load_folder(tmp_path / "run").model
     assert (model.config["num_class_embeds"], model.config["in_channels"]) == (None, 3)
+    assert "class_names" not in model.config
 
 
 def test_every_option_is_documented() -> None:

@@ -214,6 +214,12 @@ def test_config_round_trip_and_bookkeeping_keys() -> None:
         ("attn_norm_num_groups", 7, "divisor of 48"),
         ("layers_per_block", 0, "positive int"),
         ("num_class_embeds", -1, "None or a positive int"),
+        ("class_names", "cat", "None or a list of non-empty strings"),
+        ("class_names", [], "None or a list of non-empty strings"),
+        ("class_names", ["cat", ""], "None or a list of non-empty strings"),
+        ("class_names", ["cat", 1], "None or a list of non-empty strings"),
+        ("class_names", ["cat", "cat"], "without repetitions"),
+        ("class_names", ["cat"], "None or fewer names than num_class_embeds = None"),
         ("dropout", 1.0, r"\[0, 1\)"),
         ("norm_eps", 0.0, "positive"),
         ("mid_block_scale_factor", 0.0, "positive"),
@@ -223,6 +229,14 @@ def test_unsupported_configuration_is_named(key: str, value: object, wanted: str
     with pytest.raises(ValueError, match=wanted) as error:
         UNet(**SMALL | {key: value})
     error.match(f"^UNet: .*{key}")
+
+
+def test_class_names_leave_a_label_for_no_label() -> None:
+    names = ["cat", "dog"]
+    assert UNet(**SMALL, num_class_embeds=3, class_names=names).config["class_names"] == names
+    assert "class_names" not in UNet(**SMALL, num_class_embeds=3).config
+    with pytest.raises(ValueError, match="UNet: expected class_names to be None or fewer names than num_class_embeds = 2"):
+        UNet(**SMALL, num_class_embeds=2, class_names=names)
 
 
 def test_bad_inputs_are_named() -> None:

@@ -27,9 +27,13 @@ struct Shape {
   DDPM_FAST_FIELDS(n, c, hw, channels_last)
 };
 
-// An op runs on a number of threads (CPU) or on a stream (CUDA, a cudaStream_t).
+class TeamMember;  // cpu/team.h
+
+// An op runs on a number of threads (CPU) or on a stream (CUDA, a cudaStream_t). Inside of a program every member of a
+// team calls the kernel, each with itself in `member`. Python never sets `member`.
 struct StreamOrThreads {
   std::intptr_t value;
+  TeamMember* member = nullptr;
   int threads() const { return static_cast<int>(value); }
   void* stream() const { return reinterpret_cast<void*>(value); }
 };
@@ -204,6 +208,20 @@ struct ConvArgs {
                    stream_or_threads)
 };
 
+// Nearest-neighbour upsampling by 2, or the mean of each 2x2 square of pixels:
+//   y = up(act(norm(x))) or mean(act(norm(x)))
+struct ResampleArgs {
+  DType dtype;
+  void* y;              // [n, 2 height, 2 width, channels] if up, else [n, height / 2, width / 2, channels]
+  const void* x;        // [n, height, width, channels]; height and width are even unless up
+  const float* affine;  // as in ConvArgs
+  bool silu;
+  std::int64_t n, height, width, channels;
+  bool up;
+  StreamOrThreads stream_or_threads;
+  DDPM_FAST_FIELDS(dtype, y, x, affine, silu, n, height, width, channels, up, stream_or_threads)
+};
+
 // For each head of each sample:
 //   y = softmax(q k^T scale) v
 struct AttentionArgs {
@@ -214,8 +232,9 @@ struct AttentionArgs {
   const void* qkv;  // [n, pixels, 3, num_heads, head_dim]
   std::int64_t n, num_heads, pixels, head_dim;  // head_dim is even in bfloat16
   float scale;
+  void* workspace;  // attention_workspace says how many bytes
   StreamOrThreads stream_or_threads;
-  DDPM_FAST_FIELDS(dtype, y, softmax, qkv, n, num_heads, pixels, head_dim, scale, stream_or_threads)
+  DDPM_FAST_FIELDS(dtype, y, softmax, qkv, n, num_heads, pixels, head_dim, scale, workspace, stream_or_threads)
 };
 
 struct AttentionBackwardArgs {

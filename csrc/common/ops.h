@@ -29,10 +29,22 @@
   OP(conv_direct, ConvArgs)                      \
   OP(conv_winograd, ConvArgs)                    \
   OP(conv_winograd_upsampled_gradient, ConvArgs) \
+  OP(resample, ResampleArgs)                     \
   OP(attention, AttentionArgs)                   \
   OP(attention_backward, AttentionBackwardArgs)  \
   OP(pack_winograd, PackWinogradArgs)            \
   OP(conv_winograd_weight_gradient, ConvWinogradWeightGradientArgs)
+
+#define DDPM_FAST_CPU_WORKSPACES(OP) OP(attention, AttentionArgs)
+
+// Kernels of the CPU that a program may call. Every member of a team runs the whole function, so it may write memory only
+// in the body of a parallel_for, and has no ScratchUse::kCall buffer.
+#define DDPM_FAST_PROGRAM_OPS(OP)            \
+  OP(group_norm_affine, GroupNormAffineArgs) \
+  OP(conv_direct, ConvArgs)                  \
+  OP(conv_winograd, ConvArgs)                \
+  OP(resample, ResampleArgs)                 \
+  OP(attention, AttentionArgs)
 
 namespace ddpm_fast {
 
@@ -44,6 +56,7 @@ struct Kernels {
 #undef OP
 #define OP(name, Args) std::int64_t (*name##_workspace)(const Args&) = nullptr;
   DDPM_FAST_WORKSPACES(OP)
+  DDPM_FAST_CPU_WORKSPACES(OP)
 #undef OP
   std::int64_t panel = 0;  // output channels of a panel of packed weights
 };

@@ -4,6 +4,7 @@
 // Keys and values are packed like the weights of a convolution. Queries are processed in blocks whose scores stay in
 // cache. The division by the sum of a query's exponentials follows their product with the values.
 #include "cpu/attention_packing.h"
+#include "cpu/with_type.h"
 
 namespace ddpm_fast::DDPM_FAST_ISA {
 
@@ -46,30 +47,38 @@ Softmax exponentials(T* to, const float* scores, Index count, float scale) {
   return {largest, 1 / sum};
 }
 
+// The floats of a head in the workspace.
+template <class T>
+struct PackedHead {
+  explicit PackedHead(const AttentionArgs& a)
+      : keys(panels_of(a.pixels) * panel_size<T>(a.head_dim)),
+        values(panels_of(a.head_dim) * panel_size<T>(a.pixels)) {}
+
+  Index keys, values;
+};
+
 template <class T>
 void run(const AttentionArgs& a) {
   const Index all_heads = a.n * a.num_heads;
   if (all_heads * a.pixels == 0) return;
-  const int threads = threads_for(a, 2);
   const Index key_panels = panels_of(a.pixels), value_panels = panels_of(a.head_dim);
-  const Index keys_bytes = Scratch::bytes<float>(key_panels * panel_size<T>(a.head_dim)),
-              values_bytes = Scratch::bytes<float>(value_panels * panel_size<T>(a.pixels));
-  Scratch scratch(ScratchUse::kCall, all_heads * (keys_bytes + values_bytes));
-  float* all_keys = scratch.take<float>(all_heads * keys_bytes / 4);
-  float* all_values = scratch.take<float>(all_heads * values_bytes / 4);
-  parallel_for(all_heads * key_panels, 1, threads, [&](Index i) {
+  const PackedHead<T> packed(a);
+  float* const all_keys = static_cast<float*>(a.workspace);
+  float* const all_values = all_keys + all_heads * packed.keys;
+  const Index panels = all_heads * key_panels;
+  parallel_for(panels, grain_of(a, 2, panels), a.stream_or_threads, [&](Index i) {
     const Index head = i / key_panels, panel = i % key_panels, first = panel * kPanel;
     pack_pixels<T>(rows_of_qkv<T>(a, a.qkv, head, 1), panel,
-                   all_keys + head * keys_bytes / 4 + panel * panel_size<T>(a.head_dim));
+                   all_keys + head * packed.keys + panel * panel_size<T>(a.head_dim));
     pack_channels<T>(rows_of_qkv<T>(a, a.qkv, head, 2), first, smaller(first + kPanel, a.pixels),
-                     all_values + head * values_bytes / 4);
+                     all_values + head * packed.values);
   });
 
   const Index row_size = key_panels * kPanel;
   constexpr Index kScoresBytes = 128 << 10, kQueries = 32;
   const Index most = smaller(kQueries, larger(kRows, kScoresBytes / (row_size * 4)));
   const Index blocks = (a.pixels + most - 1) / most;
-  parallel_for(all_heads * blocks, 1, threads, [&](Index i) {
+  parallel_for(all_heads * blocks, grain_of(a, 2, all_heads * blocks), a.stream_or_threads, [&](Index i) {
     const Index head = i / blocks, first = i % blocks * most, count = smaller(most, a.pixels - first);
     const auto queries = rows_of_qkv<T>(a, a.qkv, head, 0);
     const auto outputs = rows_of_y<T>(a, a.y, head);
@@ -78,7 +87,7 @@ void run(const AttentionArgs& a) {
     float* scores = block_scratch.take<float>(most * row_size);
     T* weights = block_scratch.take<T>(most * row_size);
     float* shares = block_scratch.take<float>(most);
-    const float* keys = all_keys + head * keys_bytes / 4;
+    const float* keys = all_keys + head * packed.keys;
     for (Index panel = 0; panel < key_panels; ++panel, keys += panel_size<T>(a.head_dim)) {
       over_rows(0, count, [&](Index query, auto rows) {
         const T* inputs[rows()];
@@ -102,7 +111,7 @@ void run(const AttentionArgs& a) {
         at[a.pixels] = softmax.share;
       }
     }
-    const float* values = all_values + head * values_bytes / 4;
+    const float* values = all_values + head * packed.values;
     for (Index panel = 0; panel < value_panels; ++panel, values += panel_size<T>(a.pixels)) {
       over_rows(0, count, [&](Index query, auto rows) {
         const T* inputs[rows()];
@@ -119,6 +128,17 @@ void run(const AttentionArgs& a) {
 
 }  // namespace
 
-void attention(const AttentionArgs& a) { a.dtype == DType::kBFloat16 ? run<BFloat16>(a) : run<float>(a); }
+void attention(const AttentionArgs& a) {
+  with_conv_type(a.dtype, [&](auto type) { run<decltype(type)>(a); });
+}
+
+std::int64_t attention_workspace(const AttentionArgs& a) {
+  Index floats = 0;
+  with_conv_type(a.dtype, [&](auto type) {
+    const PackedHead<decltype(type)> packed(a);
+    floats = a.n * a.num_heads * (packed.keys + packed.values);
+  });
+  return floats * static_cast<Index>(sizeof(float));
+}
 
 }  // namespace ddpm_fast::DDPM_FAST_ISA

@@ -167,7 +167,8 @@ void gradients_of_head(const AttentionBackwardArgs& a, Index head) {
 template <class T>
 void run(const AttentionBackwardArgs& a) {
   if (a.pixels == 0) return;
-  parallel_for(a.n * a.num_heads, 1, threads_for(a, 5), [&](Index head) { gradients_of_head<T>(a, head); });
+  const Index heads = a.n * a.num_heads;
+  parallel_for(heads, grain_of(a, 5, heads), a.stream_or_threads, [&](Index head) { gradients_of_head<T>(a, head); });
 }
 
 }  // namespace

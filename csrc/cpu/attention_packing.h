@@ -117,13 +117,14 @@ DDPM_FAST_INLINE void store_channels(T* to, const Floats (&sums)[kPanelVectors],
   }
 }
 
-// Returns the number of threads for `products` products of all queries with all keys.
+// Returns the grain of a loop of `count` items that share `products` products of all queries with all keys: all items,
+// which is one thread, if there is too little work for two.
 template <class Args>
-int threads_for(const Args& a, int products) {
+Index grain_of(const Args& a, int products, Index count) {
   constexpr double kWorthAThread = 1 << 18;
   const double pixels = static_cast<double>(a.pixels);
   const double multiplications = products * static_cast<double>(a.n * a.num_heads * a.head_dim) * pixels * pixels;
-  return multiplications < 2 * kWorthAThread ? 1 : a.stream_or_threads.threads();
+  return multiplications < 2 * kWorthAThread ? count : 1;
 }
 
 }  // namespace ddpm_fast::DDPM_FAST_ISA

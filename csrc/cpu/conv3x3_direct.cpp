@@ -87,7 +87,7 @@ void run(const ConvArgs& a) {
   const Index columns = (segment - 1) * a.stride + a.kernel, most_input_rows = (most - 1) * a.stride + a.kernel;
   const double multiplications =
       static_cast<double>(partition.strips * segment * phases * taps) * static_cast<double>(depth * a.out_channels);
-  for_each_share(partition, multiplications, threads, [&](const ConvShare& share) {
+  for_each_share(partition, multiplications, a.stream_or_threads, [&](const ConvShare& share) {
     const bool small = a.kernel == 3 && !a.upsample && height * width <= kMaxSmallMap;
     Scratch scratch(ScratchUse::kSlice, Scratch::bytes<T>(most_input_rows * columns * depth) +
                                             Scratch::bytes<const T*>(most * segment) +

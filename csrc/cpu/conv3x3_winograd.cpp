@@ -186,7 +186,7 @@ void run(const ConvArgs& a) {
   const double multiplications = static_cast<double>(partition.strips * tiles.in_strip) *
                                  static_cast<double>(kMatrices) * static_cast<double>(depth * a.out_channels);
 
-  for_each_share(partition, multiplications, threads, [&](const ConvShare& share) {
+  for_each_share(partition, multiplications, a.stream_or_threads, [&](const ConvShare& share) {
     Scratch scratch(ScratchUse::kSlice, Scratch::bytes<float>(Ring<T, Kind>::size(tiles, wide)) +
                                             Scratch::bytes<T>(transformed_values * apart) +
                                             Scratch::bytes<float>(most * kSums));

@@ -49,7 +49,7 @@ template <class T, int side>
 void pack(const PackWinogradArgs& a) {
   const Index panels = (a.out_channels + kPanel - 1) / kPanel, size = panel_size<T>(a.channels);
   const Index chunks = (a.channels + kWidth<float> - 1) / kWidth<float>;
-  parallel_for(panels * chunks, 8, a.stream_or_threads.threads(), [&](Index i) {
+  parallel_for(panels * chunks, 8, a.stream_or_threads, [&](Index i) {
     const Index first_out = i / chunks * kPanel, first = i % chunks * kWidth<float>;
     Taps taps;
     read_taps(a, first, first_out, smaller(kPanel, a.out_channels - first_out), taps);

@@ -325,7 +325,7 @@ void weight_gradients(const ConvWinogradWeightGradientArgs& a) {
   float* sums = scratch.take<float>(side * 3 * a.out_channels * depth);  // [row, column of the kernel, output, input]
   float* bias = scratch.take<float>(side * wide);                        // [row, output]
 
-  parallel_for(partition.tasks, 1, threads, [&](Index task) {
+  parallel_for(partition.tasks, 1, a.stream_or_threads, [&](Index task) {
     const int row = static_cast<int>(task / (partition.in_parts * partition.out_parts));
     const Index in_part = task % partition.in_parts, out_part = task / partition.in_parts % partition.out_parts;
     const auto map_of = [&](const void* x, Index scale, Index channels, Index part, Index size) {
@@ -395,7 +395,7 @@ void weight_gradients(const ConvWinogradWeightGradientArgs& a) {
     }
   });
 
-  parallel_for(a.out_channels, 8, threads, [&](Index out) {
+  parallel_for(a.out_channels, 8, a.stream_or_threads, [&](Index out) {
     over_channels(a.channels, [&](Index c, auto partial, int lanes) {
       for (int j = 0; j < 3; ++j) {
         Floats m[side], g[3];

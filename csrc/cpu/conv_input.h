@@ -7,32 +7,59 @@
 
 namespace ddpm_fast::DDPM_FAST_ISA {
 
+// The norm and the activation of a vector of channels.
+template <class T, bool normed, bool silu_>
+struct Act {
+  Floats center{}, slope{}, intercept{};
+
+  // affine: the coefficients of the first channel. `stride` separates centers, slopes and intercepts.
+  template <bool partial>
+  DDPM_FAST_INLINE void load_coefficients(const float* affine, Index stride, int lanes) {
+    if constexpr (normed) {
+      center = load<partial>(affine, lanes);
+      slope = load<partial>(affine + stride, lanes);
+      intercept = load<partial>(affine + 2 * stride, lanes);
+    }
+    if constexpr (silu_) {  // see silu.h
+      slope *= broadcast(kNegLog2E);
+      intercept *= broadcast(kNegLog2E);
+    }
+  }
+
+  DDPM_FAST_INLINE Floats operator()(Floats v) const {
+    if constexpr (normed) v = apply<T, silu_>(v, center, slope, intercept);
+    return v;
+  }
+};
+
+// Calls body(normed, silu) with two integral constants. Without affine coefficients there is no norm and no activation.
+template <class Body>
+DDPM_FAST_INLINE void with_act(const float* affine, bool silu, Body body) {
+  if (affine == nullptr) return body(std::false_type{}, std::false_type{});
+  silu ? body(std::true_type{}, std::true_type{}) : body(std::true_type{}, std::false_type{});
+}
+
+// Calls column(channel, partial, lanes) for vectors of channels.
+template <class T, class Column>
+DDPM_FAST_INLINE void over_vectors(Index channels, Column column) {
+  Index c = 0;
+  for (; c + kWidth<T> <= channels; c += kWidth<T>) column(c, std::false_type{}, 0);
+  if (c < channels) column(c, std::true_type{}, static_cast<int>(channels - c));
+}
+
 // Copies `channels` channels of `pixels` pixels. from_stride and to_stride are the elements from pixel to pixel.
 //
 // affine: the coefficients of the first channel. `affine_stride` separates centers, slopes and intercepts.
 template <class T, class To, bool normed, bool silu_>
 void copy_pixels(To* to, Index to_stride, const T* from, Index from_stride, Index pixels, Index channels,
                  const float* affine, Index affine_stride) {
-  const auto column = [&](Index c, auto partial, int lanes) {
-    Floats center{}, slope{}, intercept{};
-    if constexpr (normed) {
-      center = load<partial()>(affine + c, lanes);
-      slope = load<partial()>(affine + affine_stride + c, lanes);
-      intercept = load<partial()>(affine + 2 * affine_stride + c, lanes);
-    }
-    if constexpr (silu_) {  // see silu.h
-      slope *= broadcast(kNegLog2E);
-      intercept *= broadcast(kNegLog2E);
-    }
+  over_vectors<T>(channels, [&](Index c, auto partial, int lanes) {
+    Act<T, normed, silu_> act;
+    act.template load_coefficients<partial()>(affine + c, affine_stride, lanes);
     for (Index i = 0; i < pixels; ++i) {
-      Floats v = load<partial()>(from + i * from_stride + c, lanes);
-      if constexpr (normed) v = apply<T, silu_>(v, center, slope, intercept);
-      store<partial()>(to + i * to_stride + c, v, lanes);
+      store<partial()>(to + i * to_stride + c, act(load<partial()>(from + i * from_stride + c, lanes)), lanes);
     }
-  };
-  Index c = 0;
-  for (; c + kWidth<T> <= channels; c += kWidth<T>) column(c, std::false_type{}, 0);
-  if (c < channels) column(c, std::true_type{}, static_cast<int>(channels - c));
+  });
 }
 
 template <class To>
@@ -58,13 +85,9 @@ void input_row(const ConvArgs& a, Index sample, Index row, Index first, Index co
     const T* start = static_cast<const T*>(from) + at * channels;
     To* target = to + first_channel;
     const float* affine = a.affine == nullptr ? nullptr : a.affine + sample * 3 * total + first_channel;
-    if (affine == nullptr) {
-      copy_pixels<T, To, false, false>(target, stride, start, channels, pixels, channels, nullptr, 0);
-    } else if (a.silu) {
-      copy_pixels<T, To, true, true>(target, stride, start, channels, pixels, channels, affine, total);
-    } else {
-      copy_pixels<T, To, true, false>(target, stride, start, channels, pixels, channels, affine, total);
-    }
+    with_act(affine, a.silu, [&](auto normed, auto silu) {
+      copy_pixels<T, To, normed(), silu()>(target, stride, start, channels, pixels, channels, affine, total);
+    });
   };
   part(a.x, 0, a.channels);
   if (a.skip != nullptr) part(a.skip, a.channels, a.skip_channels);

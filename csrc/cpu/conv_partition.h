@@ -34,10 +34,10 @@ struct ConvShare {
 
 // Calls body(share) for every item. multiplications: those of the whole convolution, which decide on threads.
 template <class Body>
-void for_each_share(const ConvPartition& p, double multiplications, int threads, Body body) {
+void for_each_share(const ConvPartition& p, double multiplications, const StreamOrThreads& where, Body body) {
   constexpr double kWorthAThread = 1 << 18;
-  if (multiplications < kWorthAThread * 2) threads = 1;
-  parallel_for(p.blocks * p.parts, 1, threads, [&](Index i) {
+  const Index count = p.blocks * p.parts, grain = multiplications < kWorthAThread * 2 ? count : 1;
+  parallel_for(count, grain, where, [&](Index i) {
     const Index block = i / p.parts, part = i % p.parts;
     body(ConvShare{block * p.strips / p.blocks, (block + 1) * p.strips / p.blocks, part * p.panels / p.parts,
                    (part + 1) * p.panels / p.parts});

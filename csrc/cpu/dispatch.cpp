@@ -10,13 +10,18 @@
 namespace ddpm_fast {
 
 #define DECLARE(name, Args) void name(const Args&);
+#define DECLARE_WORKSPACE(name, Args) std::int64_t name##_workspace(const Args&);
 #define ADDRESS(name, Args) .name = &name,
-#define KERNELS(isa)                                                                              \
-  namespace isa {                                                                                 \
-  extern const std::int64_t panel;                                                                \
-  DDPM_FAST_OPS(DECLARE)                                                                          \
-  DDPM_FAST_CPU_OPS(DECLARE)                                                                      \
-  Kernels kernels() { return {DDPM_FAST_OPS(ADDRESS) DDPM_FAST_CPU_OPS(ADDRESS).panel = panel}; } \
+#define WORKSPACE(name, Args) .name##_workspace = &name##_workspace,
+#define KERNELS(isa)                                                                                              \
+  namespace isa {                                                                                                 \
+  extern const std::int64_t panel;                                                                                \
+  DDPM_FAST_OPS(DECLARE)                                                                                          \
+  DDPM_FAST_CPU_OPS(DECLARE)                                                                                      \
+  DDPM_FAST_CPU_WORKSPACES(DECLARE_WORKSPACE)                                                                     \
+  Kernels kernels() {                                                                                             \
+    return {DDPM_FAST_OPS(ADDRESS) DDPM_FAST_CPU_OPS(ADDRESS) DDPM_FAST_CPU_WORKSPACES(WORKSPACE).panel = panel}; \
+  }                                                                                                               \
   }
 KERNELS(baseline)
 #ifdef DDPM_FAST_X86
@@ -25,7 +30,9 @@ KERNELS(avx512)
 KERNELS(avx512_bf16)
 #endif
 #undef KERNELS
+#undef WORKSPACE
 #undef ADDRESS
+#undef DECLARE_WORKSPACE
 #undef DECLARE
 
 namespace {

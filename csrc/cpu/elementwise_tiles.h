@@ -273,8 +273,9 @@ class NoiseTile {
 
 // Runs body(index, tile) for all tiles. A thread gets at least 16 tiles with noise or 64 without, about 10 us of work.
 template <class Body>
-inline void for_each_tile(const Tiling& tiling, std::int64_t samples, bool generates, int threads, Body body) {
-  parallel_for(samples * tiling.tiles_per_sample(), generates ? 16 : 64, threads,
+inline void for_each_tile(const Tiling& tiling, std::int64_t samples, bool generates, const StreamOrThreads& where,
+                          Body body) {
+  parallel_for(samples * tiling.tiles_per_sample(), generates ? 16 : 64, where,
                [&](std::int64_t index) { body(index, tiling.tile(index)); });
 }
 

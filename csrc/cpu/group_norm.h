@@ -43,10 +43,11 @@ inline Partition partition_groups(const Shape& shape, Index groups, Index elemen
 
 // Calls body(slice) for every slice. A thread gets at least `grain` elements.
 template <class Body>
-void for_each_slice(const Partition& partition, const Shape& shape, Index groups, Index grain, int threads, Body body) {
+void for_each_slice(const Partition& partition, const Shape& shape, Index groups, Index grain,
+                    const StreamOrThreads& where, Body body) {
   const Index group_channels = shape.c / groups;
   const Index slice_elements = larger(1, partition.groups_per_slice * group_channels * shape.hw);
-  parallel_for(shape.n * partition.slices, (grain + slice_elements - 1) / slice_elements, threads, [&](Index i) {
+  parallel_for(shape.n * partition.slices, (grain + slice_elements - 1) / slice_elements, where, [&](Index i) {
     const Index first = i % partition.slices * partition.groups_per_slice;
     const Index count = smaller(partition.groups_per_slice, groups - first);
     body(Slice{i / partition.slices, first, count, first * group_channels, count * group_channels});

@@ -33,7 +33,7 @@ void group_norm_affine(const GroupNormAffineArgs& args) {
   with_conv_type(a.dtype, [&](auto type) {
     using T = decltype(type);
     const Partition partition = partition_groups(a.shape, a.num_groups, sizeof(T), sizeof(T), threads);
-    for_each_slice(partition, a.shape, a.num_groups, kForwardGrain, threads,
+    for_each_slice(partition, a.shape, a.num_groups, kForwardGrain, args.stream_or_threads,
                    [&](const Slice& slice) { write_affine<T>(args, a, slice); });
   });
 }

@@ -164,7 +164,7 @@ void group_norm_silu(const GroupNormSiluArgs& args) {
     if (a.shape.hw == 1) a.shape.channels_last = true;  // the same memory, and vectors across channels
     const int threads = a.stream_or_threads.threads();
     const Partition partition = partition_groups(a.shape, a.num_groups, sizeof(T), 2 * sizeof(T), threads);
-    for_each_slice(partition, a.shape, a.num_groups, kForwardGrain, threads, [&](const Slice& slice) {
+    for_each_slice(partition, a.shape, a.num_groups, kForwardGrain, a.stream_or_threads, [&](const Slice& slice) {
       a.shape.channels_last ? norm_channels_last<T>(a, slice) : norm_contiguous<T>(a, slice);
     });
   });

@@ -403,7 +403,7 @@ void group_norm_silu_backward(const GroupNormSiluBackwardArgs& args) {
     const int threads = a.stream_or_threads.threads();
     const Partition partition =
         partition_groups(a.shape, a.num_groups, sizeof(T), 3 * sizeof(T) + sizeof(Real), threads);
-    for_each_slice(partition, a.shape, a.num_groups, kBackwardGrain, threads,
+    for_each_slice(partition, a.shape, a.num_groups, kBackwardGrain, a.stream_or_threads,
                    [&](const Slice& slice) { gradients_of_slice<T>(a, slice, sum_1, sum_2); });
     if (a.grad_weight != nullptr) sum_samples(sum_2, a.shape.n, a.shape.c, static_cast<Real*>(a.grad_weight));
     if (a.grad_bias != nullptr) sum_samples(sum_1, a.shape.n, a.shape.c, static_cast<Real*>(a.grad_bias));

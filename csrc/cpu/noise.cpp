@@ -8,7 +8,7 @@ namespace {
 template <class A>
 void run(const NoiseArgs& a) {
   const Tiling tiling(a.shape);
-  for_each_tile(tiling, a.shape.n, true, a.stream_or_threads.threads(), [&](std::int64_t, const Tile& tile) {
+  for_each_tile(tiling, a.shape.n, true, a.stream_or_threads, [&](std::int64_t, const Tile& tile) {
     NoiseTile<A> noise;
     const Location at = location(tiling, tile);
     noise.prefetch(a.out, a.dtype, at, tile);

@@ -4,37 +4,62 @@
 #include <cstdint>
 #include <new>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
+#include "common/args.h"
+#include "cpu/team.h"
 
 namespace ddpm_fast::DDPM_FAST_ISA {
 
-// Runs body(i) for i in [0, count) on up to `threads` threads. A thread gets at least `grain` items, because waking it
-// costs time. The calling thread throws std::bad_alloc if any thread ran out of memory: an exception that left the
-// parallel region would end the process.
+// Returns the chunks of a loop whose threads get at least `grain` items each. A chunk has a quarter of that: a thread
+// that finishes early takes what another has not begun.
+inline Chunks chunks_of(std::int64_t count, std::int64_t grain, int threads) {
+  if (grain < 1) grain = 1;
+  const std::int64_t most = count / grain;
+  if (threads > most) threads = most < 1 ? 1 : static_cast<int>(most);
+  constexpr std::int64_t kChunksOfGrain = 4, kMostChunks = 1 << 30;
+  std::int64_t items = threads <= 1 ? count : grain / kChunksOfGrain;
+  if (items < count / kMostChunks + 1) items = count / kMostChunks + 1;
+  return {count, items, (count + items - 1) / items, threads};
+}
+
 template <class Body>
-inline void parallel_for(std::int64_t count, [[maybe_unused]] std::int64_t grain, [[maybe_unused]] int threads,
-                         Body body) {
-#ifdef _OPENMP
-  const std::int64_t useful = count / (grain < 1 ? 1 : grain);
-  if (threads > useful) threads = static_cast<int>(useful);
-  if (threads > 1) {
-    bool no_memory = false;
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (std::int64_t i = 0; i < count; ++i) {
-      try {
-        body(i);
-      } catch (const std::bad_alloc&) {
-#pragma omp atomic write
-        no_memory = true;
-      }
+inline void run_chunks(TeamMember& member, const Chunks& loop, const Body& body) {
+  Range range;
+  while (member.claim(loop, range)) {
+    try {
+      for (std::int64_t i = range.begin; i < range.end; ++i) body(i);
+    } catch (const std::bad_alloc&) {
+      member.fail();
     }
-    if (no_memory) throw std::bad_alloc();
-    return;
   }
-#endif
-  for (std::int64_t i = 0; i < count; ++i) body(i);
+}
+
+// Runs body(i) for i in [0, count). The calling thread throws std::bad_alloc if any thread ran out of memory.
+//
+// Outside of a program it starts up to `threads` threads, each of which gets at least `grain` items, because waking it
+// costs time. It starts none after a fork (see can_start_threads). Inside of a program every member of the team calls
+// this function, and it returns when all items are done.
+//
+// Which thread runs an item changes from run to run, so an item may not depend on it.
+template <class Body>
+inline void parallel_for(std::int64_t count, std::int64_t grain, const StreamOrThreads& where, const Body& body) {
+  if (count <= 0) return;
+  const Chunks loop = chunks_of(count, grain, where.threads());
+  if (where.member != nullptr) {
+    run_chunks(*where.member, loop, body);
+    where.member->finish(loop);
+  } else if (loop.threads > 1 && can_start_threads()) {
+    struct Context {
+      const Chunks& loop;
+      const Body& body;
+    } context{loop, body};
+    const auto run = [](void* of, TeamMember& member) {
+      const auto& [all, one] = *static_cast<Context*>(of);
+      run_chunks(member, all, one);
+    };
+    start_team(loop.threads, run, &context);
+  } else {
+    for (std::int64_t i = 0; i < count; ++i) body(i);
+  }
 }
 
 }  // namespace ddpm_fast::DDPM_FAST_ISA

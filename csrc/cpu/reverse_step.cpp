@@ -26,7 +26,7 @@ void run(const ReverseStepArgs& a) {
   const Tiling tiling(a.shape);
   const bool learned = a.variance != Variance::kFixed;
   const bool generates = a.noise == nullptr && a.seeds != nullptr;
-  for_each_tile(tiling, a.shape.n, generates, a.stream_or_threads.threads(), [&](std::int64_t, const Tile& tile) {
+  for_each_tile(tiling, a.shape.n, generates, a.stream_or_threads, [&](std::int64_t, const Tile& tile) {
     alignas(64) A x_buffer[kMaxTile], m_buffer[kMaxTile], guided[kMaxTile], x_0[kMaxTile], x_prev[kMaxTile];
     const std::int64_t count = tile.count(), step = a.steps[tile.sample * a.step_stride];
     const PlanRow row = a.table[step];

@@ -17,7 +17,7 @@ from ..nn.unet import UNet, centered, checked_timesteps
 from ..ops._op import runs_eagerly
 from ..ops.backend import has_fast_bfloat16, why_not_matrix_kernels
 from ..ops.checks import checked_device
-from .network import Block, Network, Resnet, read_network, why_not_frozen
+from .network import Conv, Network, Resnet, read_network, why_not_frozen
 from .packed_layers import PackedLayers
 from .program import Buffer, Builder, Call, NativeProgram, PythonProgram
 from .pytorch_layers import PyTorchLayers
@@ -117,7 +117,7 @@ def inference_network(model: Model, device: torch.device, dtype: torch.dtype | N
         warnings.warn(
             f"ddpm_fast: this UNet is not frozen, because {reason}. It runs as it is, which is slower.",
             RuntimeWarning,
-            stacklevel=4,  # the caller of `sample` or `Sampler`
+            stacklevel=3,  # the caller of `Sampler`
         )
         return placed(model, device, dtype)
     if dtype is None and device.type == "cpu":
@@ -289,11 +289,10 @@ def _through_layers(
             divisor=block.divisor,
         )
 
-    def resampled(block: Block, x: Buffer, resample: str) -> Buffer:
-        if isinstance(block.resampler, Resnet):
-            return resnet(block.resampler, x)
-        assert block.resampler is not None
-        return layers.conv(builder, block.resampler, (x,), resample="up" if resample == "up" else None)
+    def resampled(layer: Resnet | Conv, x: Buffer, *, up: bool) -> Buffer:
+        if isinstance(layer, Resnet):
+            return resnet(layer, x)
+        return layers.conv(builder, layer, (x,), resample="up" if up else None)  # a stride of 2 on the way down
 
     x = layers.conv(builder, network.conv_in, (x,))
     skips = [x]
@@ -304,7 +303,7 @@ def _through_layers(
                 x = layers.attention(builder, block.attentions[i], x)
             skips.append(x)
         if block.resampler is not None:
-            x = resampled(block, x, "down")
+            x = resampled(block.resampler, x, up=False)
             skips.append(x)
     x = resnet(network.mid.resnets[0], x)
     for attention in network.mid.attentions:
@@ -316,5 +315,5 @@ def _through_layers(
             if block.attentions:
                 x = layers.attention(builder, block.attentions[i], x)
         if block.resampler is not None:
-            x = resampled(block, x, "up")
+            x = resampled(block.resampler, x, up=True)
     return layers.conv(builder, network.conv_out, (x,), norm=network.norm_out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, Literal, cast
@@ -16,11 +17,9 @@ from ..nn.layers import (
     Downsample,
     GroupNormSiLU,
     ResnetBlock,
-    TimeEmbedding,
-    Upsample,
     timestep_embedding,
 )
-from ..nn.unet import DownBlock, MidBlock, UNet, UpBlock
+from ..nn.unet import UNet
 
 Resample = Literal["down", "up"]
 
@@ -140,8 +139,9 @@ class TimeTerms:
         device: torch.device,
     ) -> None:
         def linear(layer: nn.Linear, x: Tensor) -> Tensor:
-            weight, bias = (None if p is None else p.detach().to(device).double() for p in (layer.weight, layer.bias))
-            return F.linear(x, cast("Tensor", weight), bias)
+            bias = None if layer.bias is None else layer.bias.detach().to(device).double()
+            weight = layer.weight.detach().to(device).double()
+            return F.linear(x, weight, bias)
 
         cfg = model._config
         t = torch.arange(num_timesteps, device=device)
@@ -234,8 +234,8 @@ def read_network(
             return Conv(convert(torch.cat(cast("list[Tensor]", weights))[:, :, None, None]), bias)
 
         group_norm = None if layer.group_norm is None else norm(layer.group_norm)
-        qkv = linear(layer.to_q, layer.to_k, layer.to_v)
-        return SelfAttention(group_norm, qkv, linear(layer.to_out[0]), layer.num_heads, layer.output_scale_factor)
+        qkv, out = linear(layer.to_q, layer.to_k, layer.to_v), linear(cast("nn.Linear", layer.to_out[0]))
+        return SelfAttention(group_norm, qkv, out, layer.num_heads, layer.output_scale_factor)
 
     def block(layer: Any) -> Block:
         resnets, attentions = [resnet(each) for each in layer.resnets], [attention(each) for each in layer.attentions]
@@ -256,142 +256,98 @@ def read_network(
 
 # ----------------------------------------------------------------------------------------------- reasons not to freeze
 
-_BLOCKS: Final = (DownBlock, MidBlock, UpBlock)
-# An adapter or another layer in place of one of these would be lost.
-_LAYERS: Final = (
-    *(UNet, *_BLOCKS, ResnetBlock, Attention, GroupNormSiLU, Downsample, Upsample, TimeEmbedding),
-    *(nn.ModuleList, Conv3x3, nn.Conv2d, nn.Linear, nn.Embedding),
-)
+# Attributes that must be those of a new network of the same configuration. `read_network` reads all others that a
+# layer's forward reads.
+_FIXED: Final[dict[type[nn.Module], tuple[str, ...]]] = {
+    nn.Conv2d: ("kernel_size", "stride", "padding", "dilation", "groups"),
+    GroupNormSiLU: ("num_channels",),
+    ResnetBlock: ("scale_shift", "resample"),
+    Downsample: ("asymmetric",),
+    nn.Embedding: ("max_norm",),
+}
 
 
 def why_not_frozen(model: nn.Module) -> str | None:
     """Return why `model` cannot be frozen, or None if it can.
 
-    The inference form reads every attribute that an unmodified layer's forward reads. Anything else that would
-    change an output is a reason.
+    Layers, the shapes of their weights and their geometry must be those of a new `UNet` of the same configuration.
+    Kernels read weights without bounds, so this has to hold. Biases, norms of attention and the weights of norms
+    may be absent.
     """
     if type(model) is not UNet:
         return f"the model is a {type(model).__name__}"
     hooks = torch.nn.modules.module
     if hooks._global_forward_hooks or hooks._global_forward_pre_hooks:
         return "torch has global forward hooks"
-    for name, module in model.named_modules(remove_duplicate=False):
-        reason = _why_not(module)
+    with torch.device("meta"):
+        expected = dict(UNet(**model._config.to_dict()).named_modules())
+    layers = dict(model.named_modules(remove_duplicate=False))
+    missing = [name for name in expected if name not in layers and not name.endswith(".group_norm")]  # may be None
+    if missing:
+        return f"{missing[0]} is missing"
+    for name, layer in layers.items():
+        if name not in expected:
+            return f"{name} is not in the configuration"
+        reason = _why_not_kind(layer, expected[name]) or _why_not_weights(layer, expected[name]) or _why_not_values(layer)
         if reason is not None:
             return f"{name or 'the model'} {reason}"
-    return _why_not_joined(model)
+    return None
 
 
-def _why_not(module: nn.Module) -> str | None:
-    kind = type(module)
-    if kind not in _LAYERS:
-        return f"is a {kind.__name__} of another make"
-    patched = [name for name in vars(module) if callable(getattr(kind, name, None))]
+def _why_not_kind(layer: nn.Module, expected: nn.Module) -> str | None:
+    kind = type(expected)
+    if type(layer) is not kind and not (kind is Conv3x3 and type(layer) is nn.Conv2d):  # they compute the same
+        return f"is a {type(layer).__name__} of another make, not a {kind.__name__}"
+    patched = [name for name in vars(layer) if callable(getattr(kind, name, None))]
     if patched:
         return f"has a patched {patched[0]}"
-    if module._forward_hooks or module._forward_pre_hooks:
+    if layer._forward_hooks or layer._forward_pre_hooks:
         return "has forward hooks"
-    for parameter in module.parameters(recurse=False):
-        if (
-            type(parameter) not in (nn.Parameter, Tensor)
-            or not parameter.is_floating_point()
-            or parameter.layout != torch.strided
-        ):
-            return f"has a parameter that is a {type(parameter).__name__} of {parameter.dtype} and {parameter.layout}"
-        if parameter.is_meta:
-            return "has a parameter on the meta device, without values"
-    if isinstance(module, nn.Conv2d):
-        return _why_not_convolution(module)
-    if isinstance(module, GroupNormSiLU) and module.activation not in ("silu", None):
-        return f"has the activation {module.activation!r}"
-    if isinstance(module, nn.Embedding) and module.max_norm is not None:
-        return "renormalizes its embeddings (max_norm)"
+    if isinstance(layer, nn.Conv2d) and layer.padding_mode != "zeros":
+        return f"pads with {layer.padding_mode} values"
+    for name in (name for base, names in _FIXED.items() if issubclass(kind, base) for name in names):
+        if getattr(layer, name) != getattr(expected, name):
+            return f"has {name} {getattr(layer, name)!r}, and its configuration means {getattr(expected, name)!r}"
     return None
 
 
-def _why_not_convolution(conv: nn.Conv2d) -> str | None:
-    if conv.padding_mode != "zeros":
-        return f"pads with {conv.padding_mode} values"
-    geometry = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
-    known = (
-        *(((3, 3), stride, (1, 1), (1, 1), 1) for stride in ((1, 1), (2, 2))),
-        *(((3, 3), (2, 2), (0, 0), (1, 1), 1), ((1, 1), (1, 1), (0, 0), (1, 1), 1)),
-    )
-    if geometry not in known:
-        return f"has kernel, stride, padding, dilation and groups {geometry}"
-    if tuple(conv.weight.shape[2:]) != conv.kernel_size:
-        return f"has weights of shape {list(conv.weight.shape)} and a kernel of {conv.kernel_size}"
+def _why_not_weights(layer: nn.Module, expected: nn.Module) -> str | None:
+    for name, wanted in expected.named_parameters(recurse=False):
+        weight = getattr(layer, name)
+        if weight is None:
+            if name != "bias" and not isinstance(layer, GroupNormSiLU):
+                return f"has no {name}"
+            continue
+        if type(weight) not in (nn.Parameter, Tensor) or not weight.is_floating_point() or weight.layout != torch.strided:
+            return f"has a {name} that is a {type(weight).__name__} of {weight.dtype} and {weight.layout}"
+        if weight.is_meta:
+            return f"has a {name} on the meta device, without values"
+        if weight.shape != wanted.shape:
+            return f"has a {name} of shape {list(weight.shape)}, and its configuration means {list(wanted.shape)}"
     return None
 
 
-def _why_not_joined(model: UNet) -> str | None:
-    """Return which layers do not fit together, or None.
-
-    Kernels read weights without bounds, so the shapes of all neighbours have to agree.
-    """
-    cfg = model._config
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, GroupNormSiLU):
-            wanted: int = module.num_channels
-            sizes = {len(p) for p in (module.weight, module.bias) if p is not None}
-            if sizes - {wanted} or module.num_groups < 1 or wanted % module.num_groups:
-                return f"{name} has {wanted} channels, {module.num_groups} groups and weights of {sorted(sizes)}"
-        elif isinstance(module, nn.Conv2d | nn.Linear):
-            if module.bias is not None and len(module.bias) != len(module.weight):
-                return f"{name} has {len(module.bias)} biases and {len(module.weight)} outputs"
-    emb_dim = len(model.time_embedding.linear_2.weight)
-    embeddings = model.class_embedding
-    if (embeddings is None) != (cfg.num_class_embeds is None):
-        return "class_embedding does not fit the configuration"
-    if embeddings is not None and tuple(embeddings.weight.shape) != (cfg.num_class_embeds, emb_dim):
-        return f"class_embedding has shape {list(embeddings.weight.shape)}"
-    linear_1 = model.time_embedding.linear_1.weight
-    if linear_1.shape[1] != cfg.sinusoid_dim or model.time_embedding.linear_2.weight.shape[1] != len(linear_1):
-        return "time_embedding has layers that do not fit together"
-    for name, module in model.named_modules(remove_duplicate=False):
-        reason = None
-        if isinstance(module, ResnetBlock):
-            reason = _why_not_resnet(module, emb_dim)
-        elif isinstance(module, Attention):
-            reason = _why_not_attention(module)
-        if reason is not None:
-            return f"{name} {reason}"
+def _why_not_values(layer: nn.Module) -> str | None:
+    if isinstance(layer, GroupNormSiLU):
+        if not _is_number(layer.num_groups, int) or layer.num_groups < 1 or layer.num_channels % layer.num_groups:
+            return f"has {layer.num_channels} channels and {layer.num_groups!r} groups"
+        if not _is_number(layer.eps, int | float) or layer.eps < 0:
+            return f"has the eps {layer.eps!r}"
+        if layer.activation not in ("silu", None):
+            return f"has the activation {layer.activation!r}"
+    elif isinstance(layer, Attention):
+        channels = len(layer.to_q.weight)
+        if not _is_number(layer.num_heads, int) or layer.num_heads < 1 or channels % layer.num_heads:
+            return f"has {layer.num_heads!r} heads and {channels} channels"
+    if isinstance(layer, Attention | ResnetBlock):
+        factor = layer.output_scale_factor
+        if not _is_number(factor, int | float) or not math.isfinite(factor) or factor == 0:
+            return f"has the output_scale_factor {factor!r}"
     return None
 
 
-def _why_not_resnet(block: ResnetBlock, emb_dim: int) -> str | None:
-    out, channels = block.conv1.weight.shape[:2]
-    width = 2 * out if block.scale_shift else out
-    shortcut = block.conv_shortcut
-    fits = (
-        block.norm1.num_channels == channels
-        and block.norm2.num_channels == out
-        and tuple(block.conv2.weight.shape[:2]) == (out, out)
-        and tuple(block.time_emb_proj.weight.shape) == (width, emb_dim)
-        and (channels == out if shortcut is None else tuple(shortcut.weight.shape) == (out, channels, 1, 1))
-        and all(conv.stride == (1, 1) and conv.kernel_size == (3, 3) for conv in (block.conv1, block.conv2))
-    )
-    if not fits:
-        return "has layers that do not fit together"
-    if block.resample not in (None, "down", "up"):
-        return f"resamples by {block.resample!r}"
-    return _why_not_divisor(block.output_scale_factor)
-
-
-def _why_not_attention(layer: Attention) -> str | None:
-    channels = len(layer.to_q.weight)
-    linears = (layer.to_q, layer.to_k, layer.to_v, layer.to_out[0])
-    if any(tuple(linear.weight.shape) != (channels, channels) for linear in linears):
-        return "has projections that are not square"
-    if layer.group_norm is not None and layer.group_norm.num_channels != channels:
-        return "has a norm of another width"
-    if layer.num_heads < 1 or channels % layer.num_heads:
-        return f"has {layer.num_heads} heads and {channels} channels"
-    return _why_not_divisor(layer.output_scale_factor)
-
-
-def _why_not_divisor(divisor: float) -> str | None:
-    return None if isinstance(divisor, int | float) and divisor != 0 else f"has the output_scale_factor {divisor!r}"
+def _is_number(value: Any, kind: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -17,7 +17,7 @@ from ..ops._op import runs_eagerly
 from ..ops.attention import attention_op
 from ..ops.conv3x3 import WINOGRAD_TILES, conv_kernels, float_bias, pack_weights, step_of, winograd_tiles
 from ..ops.group_norm_affine import affine_op
-from ..ops.resample import resample_op
+from ..ops.resample import resample_kernel
 from .network import Conv, Norm, Resample, SelfAttention
 from .program import Buffer, Builder
 
@@ -90,7 +90,7 @@ class PackedLayers:
         if resample == "down":
             maps = (self._resampled(builder, maps, affine, silu, up=False),)
             affine, silu = None, False
-        x, skip = maps if len(maps) == 2 else (*maps, None)
+        x, skip = _pair(maps)
         n, _, height, width = x.shape
         upsample = resample == "up"
         if conv.kernel == 3 and conv.stride == 1:
@@ -134,7 +134,7 @@ class PackedLayers:
         shift: Buffer | None,
         scale_shift: tuple[Buffer, Buffer] | None,
     ) -> Buffer:
-        x, skip = maps if len(maps) == 2 else (*maps, None)
+        x, skip = _pair(maps)
         shape = (x.shape[0], 3, sum(each.shape[1] for each in maps))
         scale, shift_2 = (None, None) if scale_shift is None else scale_shift
         arguments = (x, skip, norm.num_groups, norm.weight, norm.bias, norm.eps, shift, scale, shift_2)
@@ -144,7 +144,7 @@ class PackedLayers:
         (x,) = maps
         n, channels, height, width = x.shape
         size = (2 * height, 2 * width) if up else (height // 2, width // 2)
-        return builder.call(resample_op, x, affine, silu, up, shape=(n, channels, *size), dtype=self._dtype)
+        return builder.call(resample_kernel, x, affine, silu, up, shape=(n, channels, *size), dtype=self._dtype)
 
     def _weights(self, conv: Conv, method: str, upsample: bool) -> tuple[Tensor, Tensor | None]:
         key = (conv, method, upsample)
@@ -152,6 +152,13 @@ class PackedLayers:
             packed = _in_huge_pages(pack_weights(conv.weight, method, self._dtype, upsample=upsample))
             self._packed[key] = (packed, None if conv.bias is None else float_bias(conv.bias))
         return self._packed[key]
+
+
+def _pair(maps: tuple[Buffer, ...]) -> tuple[Buffer, Buffer | None]:
+    """Return one or two maps as x and skip."""
+    x, *rest = maps
+    (skip,) = rest or (None,)
+    return x, skip
 
 
 def _padded_heads(qkv: Conv, out: Conv, heads: int, step: int) -> tuple[Conv, Conv]:

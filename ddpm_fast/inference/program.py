@@ -108,7 +108,7 @@ class PythonProgram:
 
     def __call__(self, inputs: Sequence[Tensor]) -> Tensor:
         """Return the result for these inputs. They are only read."""
-        values = dict(zip(self._inputs, inputs, strict=True))
+        values: dict[int, Tensor] = dict(zip(self._inputs, inputs, strict=True))
         for call, finished in self._calls:
             arguments = [_viewed(values[v.index], v) if isinstance(v, Buffer) else v for v in call.arguments]
             if isinstance(call.function, FusedOp):
@@ -218,4 +218,5 @@ def _viewed(tensor: Tensor, buffer: Buffer) -> Tensor:
         return tensor
     if tensor.dim() == 4:
         return tensor.permute(0, 2, 3, 1).flatten(1, 2)
-    return tensor.unflatten(1, buffer.shape[2:]).permute(0, 3, 1, 2)
+    pixels: Tensor = tensor.unflatten(1, buffer.shape[2:])
+    return pixels.permute(0, 3, 1, 2)

@@ -4,27 +4,24 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+import threading
+import warnings
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-session: Any = None
+from ..inference import FrozenUNet, freeze
+from ..networks import Model
 from ..nn import UNet, UNetConfig
+from ..nn.layers import ResnetBlock
 from ..ops import sample_seeds
 from . import needs_extra
 from .class_swap import Swapped, own_class, swap, unswap
-
-# Layers of a UNet2DModel. A layer that replaces one of them (an adapter, say) would not be computed.
-_LAYERS = (
-    *("UNet2DModel", "DownBlock2D", "AttnDownBlock2D", "UNetMidBlock2D", "UpBlock2D", "AttnUpBlock2D", "ResnetBlock2D"),
-    *("Attention", "Downsample2D", "Upsample2D", "Timesteps", "TimestepEmbedding"),
-    *("ModuleList", "Conv2d", "Linear", "Embedding", "GroupNorm", "SiLU", "Dropout"),
-)
-_PROCESSORS = ("AttnProcessor", "AttnProcessor2_0", "SlicedAttnProcessor", "XFormersAttnProcessor")
+from .fingerprint import attributes_digest, weights_hash, why_layers_differ
 
 
 def accelerate(
@@ -34,8 +31,13 @@ def accelerate(
 
     The call, its arguments, its progress bar and its results stay the same. The same generator gives the
     same images up to rounding in the network. `pipe.unet` is still a `UNet2DModel` with the same
-    parameters, which are not copied. Later changes of its weights take effect. `pipe.save_pretrained`
-    writes the same files as before. `restore` reverts everything.
+    parameters, which are not copied. `pipe.save_pretrained` writes the same files as before. `restore`
+    reverts everything.
+
+    Later changes of weights, layers, hooks and the configuration take effect. Each call of the pipeline, or
+    of `pipe.unet` outside one, compares all of them once. Do not change the network during a call. If no
+    `ddpm_fast.UNet` computes the same any more, diffusers computes the network. A RuntimeWarning names the
+    reason.
 
     Args:
         pipe: Pipeline, modified in place. Its network may be on any device, in any floating dtype, and may
@@ -47,7 +49,7 @@ def accelerate(
             derived (`ddpm_fast.sample_seeds`) from one number of it. An image is then the same in
             any batch and on any device. Noise of the steps is never stored.
         freeze: Evaluate the network in its inference form (`ddpm_fast.freeze`), kept between calls until the
-            weights change. It has no dropout and no gradients. If gradients are recorded, or with
+            network changes. It has no dropout and no gradients. If gradients are recorded, or with
             False, a `ddpm_fast.UNet` in the network's mode runs instead.
 
     Returns:
@@ -65,7 +67,9 @@ def accelerate(
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"accelerate: expected dtype to be None or a floating dtype, got {dtype!r}")
     _check_pipeline("accelerate", pipe)
-    import diffusers
+    with needs_extra("diffusers"):
+        import diffusers
+        import xxhash  # noqa: F401  needed by every call
 
     from . import diffusers as ours
 
@@ -80,7 +84,8 @@ def accelerate(
         raise TypeError(
             f"accelerate: expected pipe.unet to be a UNet2DModel, got {type(unet).__name__}; ddpm_fast.fuse takes any"
         )
-    _check_network("accelerate", unet)
+    if (reason := _why_not_ours(unet)) is not None:
+        raise ValueError(f"accelerate: expected pipe.unet to be one that ddpm_fast.UNet can stand for, got: {reason}")
     if not freeze and dtype not in (None, unet.dtype):
         raise ValueError(
             f"accelerate: expected dtype to be None or the network's, {unet.dtype}, with freeze=False, which shares its "
@@ -99,7 +104,8 @@ def accelerate(
     except (ValueError, NotImplementedError) as error:
         raise ValueError(f"accelerate: expected pipe.scheduler to have a supported configuration, got: {error}") from error
 
-    engine = _Engine(dtype, freeze, scheduler.config.num_train_timesteps)
+    network = unet.engine.unet if isinstance(unet, _View) else unet
+    engine = _Engine(network, dtype, freeze, scheduler.config.num_train_timesteps)
     view = copy.copy(unet)  # another object, with the same parameters and layers in the same containers
     if not isinstance(view, _View):  # as that of another accelerated pipeline is
         swap(view, _View)
@@ -140,89 +146,173 @@ def _check_pipeline(caller: str, pipe: Any) -> None:
         raise TypeError(f"{caller}: expected pipe to be a DDPMPipeline or a DDIMPipeline, got {type(pipe).__name__}")
 
 
-def _check_network(caller: str, unet: Any) -> None:
-    """Raise a ValueError that says what of a UNet2DModel `UNet` does not support."""
-    reason = None
+def _why_not_ours(unet: Any) -> str | None:
+    """Return why a `ddpm_fast.UNet` does not compute the same as this UNet2DModel, or None if it does."""
     try:
         UNetConfig.from_dict(unet.config)
     except ValueError as error:
-        reason = str(error)
-    if reason is None:
-        reason = next((f"{name or 'it'} {why}" for name, part in unet.named_modules() if (why := _why_other(name, part))), None)
-    if reason is not None:
-        raise ValueError(f"{caller}: expected pipe.unet to be one that ddpm_fast.UNet can stand for, got: {reason}")
+        return str(error)
+    return why_layers_differ(unet)
 
 
-def _why_other(name: str, module: Any) -> str | None:
-    kind = own_class(module)
-    if kind.__name__ not in _LAYERS or not kind.__module__.startswith(("diffusers.", "torch.nn.")):
-        return f"is a {kind.__name__}"
-    if "forward" in vars(module):
-        return "has a patched forward (offloading does that)"
-    # Hooks of the network itself still run.
-    if name and (module._forward_hooks or module._forward_pre_hooks):
-        return "has forward hooks"
-    if kind.__name__ == "Attention" and type(module.processor).__name__ not in _PROCESSORS:
-        return f"has a {type(module.processor).__name__}"
-    return None
+@dataclass(eq=False)
+class _Kept:
+    """Results that an engine keeps between calls. A copy is empty.
+
+    Attributes:
+        verdict: Digest of the network's attributes, and why diffusers must compute that network.
+        model: Configuration, and a `UNet` on the network's parameters.
+        frozen: State that the frozen network was made for, and the frozen network. None: `freeze` refused.
+        warned: Warnings that were given.
+        threads: The call in progress, by thread.
+    """
+
+    verdict: tuple[Any, str | None] | None = None
+    model: tuple[UNetConfig, UNet] | None = None
+    frozen: tuple[Hashable, FrozenUNet | None] | None = None
+    warned: set[str] = field(default_factory=set)
+    threads: threading.local = field(default_factory=threading.local)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Kept, ()
+
+
+@dataclass
+class _Call:
+    """Results that hold until a call ends.
+
+    Attributes:
+        why_not: Why diffusers must compute the network.
+        weights: Hash of the weights, once it is known.
+        networks: Networks by device and by whether they may be frozen.
+    """
+
+    why_not: str | None
+    weights: int | None = None
+    networks: dict[tuple[torch.device, bool], Model] = field(default_factory=dict)
 
 
 class _Engine:
     """Evaluator of an accelerated network.
 
+    Nothing about the network is trusted from one call to the next. Each call compares its attributes and,
+    for the frozen network, all bytes of its weights.
+
     Args:
+        unet: The network.
         dtype: Dtype of the frozen network. None: the network's.
         freezes: Whether to use the inference form.
         num_timesteps: T.
     """
 
-    def __init__(self, dtype: torch.dtype | None, freezes: bool, num_timesteps: int) -> None:
+    def __init__(self, unet: Any, dtype: torch.dtype | None, freezes: bool, num_timesteps: int) -> None:
+        self.unet = unet
         self._dtype, self._freezes, self._num_timesteps = dtype, freezes, num_timesteps
-        self._model: UNet | None = None  # on the parameters of the network that it stands for
-        self._call: ExitStack | None = None
-        self._evaluates: UNet | None = None
-        self._frozen: nn.Module | None = None
+        self._kept = _Kept()
 
     @contextmanager
     def call(self) -> Iterator[None]:
-        """Compare the weights once. They must not change until the context exits."""
-        if self._call is not None:
+        """Compare the network once. It must not change until the context exits."""
+        threads = self._kept.threads
+        if hasattr(threads, "call"):
             yield
             return
-        with ExitStack() as self._call:
+        threads.call = None
+        try:
+            yield
+        finally:
+            del threads.call
+
+    def network(self, device: torch.device, freezable: bool) -> Model | None:
+        """Return the module that computes the network on this device. Valid during a `call`.
+
+        None: diffusers must compute it.
+        """
+        threads = self._kept.threads
+        if threads.call is None:
+            threads.call = _Call(self._why_not())
+        call: _Call = threads.call
+        key = device, freezable and self._freezes
+        if call.why_not is None and key[1] and call.weights is None:
             try:
-                yield
-            finally:
-                self._call = self._evaluates = self._frozen = None
+                call.weights = weights_hash(self.unet)
+            except TypeError as error:
+                call.why_not = str(error)
+        if call.why_not is not None:
+            self._warn(
+                f"the accelerated pipeline: diffusers computes its network, because {call.why_not}. "
+                "Undo the change, or call ddpm_fast.restore(pipe) and ddpm_fast.fuse(pipe.unet)"
+            )
+            return None
+        if key not in call.networks:
+            frozen = None if call.weights is None or not key[1] else self._frozen(call.weights, device)
+            call.networks[key] = self._model() if frozen is None else frozen
+        return call.networks[key]
 
-    def network(self, unet: Any, device: torch.device, freezable: bool) -> nn.Module:
-        """Return the module that computes `unet` on this device. Valid during a `call`."""
-        assert self._call is not None
-        if self._evaluates is None:
-            self._evaluates = self._standing_for(unet)
-        if not (self._freezes and freezable):
-            return self._evaluates
-        if self._frozen is None:
-            kept = session(self._evaluates, device, self._dtype or unet.dtype, self._num_timesteps, None)
-            self._frozen = self._call.enter_context(kept).network or self._evaluates
-        return self._frozen
+    def _warn(self, message: str) -> None:
+        if message not in self._kept.warned:
+            self._kept.warned.add(message)
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
 
-    def _standing_for(self, unet: Any) -> UNet:
-        _check_network("the accelerated pipeline", unet)
-        weights = dict(unet.named_parameters())
-        if self._model is None or any(weights.get(name) is not weight for name, weight in self._model.named_parameters()):
+    def _why_not(self) -> str | None:
+        digest = attributes_digest(self.unet)
+        if self._kept.verdict is None or self._kept.verdict[0] != digest:
+            self._kept.verdict = digest, _why_not_ours(self.unet)
+        return self._kept.verdict[1]
+
+    def _frozen(self, weights: int, device: torch.device) -> FrozenUNet | None:
+        """Return the frozen network of the weights with this hash. None: there is none."""
+        if device.type not in ("cpu", "cuda"):
+            return None
+        dtype = self._dtype or self.unet.dtype
+        # Another stream does not wait for the weights to be written.
+        stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        state = (weights, UNetConfig.from_dict(self.unet.config), dtype, device, stream)
+        if self._kept.frozen is None or self._kept.frozen[0] != state:
+            self._kept.frozen = None  # before another takes memory
+            frozen: FrozenUNet | None = None
+            try:
+                with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+                    frozen = freeze(self._model(), dtype, device=device, num_timesteps=self._num_timesteps)
+            except TypeError as error:
+                self._warn(f"the accelerated pipeline: a ddpm_fast.UNet runs, because {error}")
+            self._kept.frozen = state, frozen
+        return self._kept.frozen[1]
+
+    def _model(self) -> UNet:
+        """Return a `UNet` on the network's parameters, in its mode."""
+        config, weights = UNetConfig.from_dict(self.unet.config), dict(self.unet.named_parameters(remove_duplicate=False))
+        if (
+            self._kept.model is None
+            or self._kept.model[0] != config
+            or any(weights[name] is not weight for name, weight in self._kept.model[1].named_parameters(remove_duplicate=False))
+        ):
             with torch.device("meta"):
-                self._model = UNet(**UNetConfig.from_dict(unet.config).to_dict())
-            for name, weight in weights.items():
+                model = UNet(**config.to_dict())
+            for name, _ in list(model.named_parameters()):
                 layer, _, leaf = name.rpartition(".")
-                setattr(self._model.get_submodule(layer), leaf, weight)
-        return self._model.train(unet.conv_in.training)  # which is shared with the caller's network, whose own mode is not
+                setattr(model.get_submodule(layer), leaf, weights[name])
+            self._kept.model = config, model
+        model = self._kept.model[1]
+        for name, layer in model.named_modules():
+            if isinstance(layer, ResnetBlock):
+                layer.training = self.unet.get_submodule(f"{name}.dropout").training
+        return model
 
 
 class _View(Swapped):
-    """A `UNet2DModel` that an engine evaluates."""
+    """A `UNet2DModel` that an engine evaluates. It shares the layers and the configuration of the engine's."""
 
     engine: _Engine
+
+    @property
+    def _internal_dict(self) -> Any:
+        """Configuration, which `register_to_config` replaces."""
+        return self.engine.unet._internal_dict
+
+    @_internal_dict.setter
+    def _internal_dict(self, config: Any) -> None:
+        self.engine.unet._internal_dict = config
 
     def forward(
         self, sample: Tensor, timestep: Tensor | float, class_labels: Tensor | None = None, return_dict: bool = True
@@ -230,14 +320,16 @@ class _View(Swapped):
         """Evaluate as `UNet2DModel.forward` does. The output has the dtype of `sample`.
 
         The inference form has no gradients and supports only the schedule's timesteps. In other cases a
-        `ddpm_fast.UNet` runs.
+        `ddpm_fast.UNet` runs. If neither computes the same as the network, its own forward runs.
         """
         from diffusers.models.unets.unet_2d import UNet2DOutput
 
         fractional = timestep.is_floating_point() if isinstance(timestep, Tensor) else isinstance(timestep, float)
         freezable = not (torch.is_grad_enabled() or fractional)
         with self.engine.call():
-            network = self.engine.network(self, sample.device, freezable)
+            network = self.engine.network(sample.device, freezable)
+            if network is None:  # not called itself, which would call the hooks that it shares twice
+                return self.engine.unet.forward(sample, timestep, class_labels, return_dict)
             out = network(sample, timestep, class_labels).to(sample.dtype)
         return UNet2DOutput(sample=out) if return_dict else (out,)
 

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+import torch.nn.modules.module as torch_module
 from torch import Tensor, nn
 
 from ..nn.layers import GroupNormSiLU
@@ -66,8 +67,11 @@ def fuse(model: nn.Module) -> FuseReport:
     `forward`. In a diffusers head the norm itself computes SiLU, and the activation returns its input.
     Blocks are recognized by class name and contents. Many projects contain changed copies of these
     classes. A block is therefore fused only if a copy with random weights gives the same outputs both ways.
-    Modules are left alone if fusing would skip their hooks. Hooks added later to norms and activations of a
-    fused block are not called.
+    Modules are left alone if fusing would skip their hooks.
+
+    Modules may be replaced, changed or given hooks later. Each call of a fused module compares what it relies
+    on: the classes of norms and activations, their hooks and patched forwards, and torch's global hooks. If
+    one does not fit, the module's own forward runs.
 
     Args:
         model: Any module, on any device. A second call starts again from the unfused model.
@@ -94,6 +98,8 @@ def fuse(model: nn.Module) -> FuseReport:
             if reason is None:
                 for target, mixin in site.swaps:
                     swap(target, mixin)
+                    if mixin in (_NormSiLU, _Passed):
+                        target._head = (module,)  # type: ignore[assignment]
                 fused |= news
             else:
                 reasons |= dict.fromkeys(news, reason)
@@ -118,6 +124,7 @@ def unfuse(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, _Fused):
             unswap(module)
+            vars(module).pop("_head", None)
 
 
 def _check_model(caller: str, model: Any) -> None:
@@ -134,17 +141,41 @@ class _Fused(Swapped):
 
 
 class _NormSiLU(_Fused):
-    """A norm that also computes the activation after it."""
+    """A norm that also computes the activation after it, in a diffusers head.
+
+    Attributes:
+        _head: The parent, in a tuple, so that it is no submodule.
+    """
+
+    _head: tuple[nn.Module]
 
     def forward(self, input: Tensor) -> Tensor:
-        return _norm_silu(self, input)
+        return _norm_silu(self, input) if _is_fused_head(*self._head) else super().forward(input)  # type: ignore[misc]
 
 
 class _Passed(_Fused):
-    """An activation that the norm before it has computed."""
+    """An activation that the norm before it has computed.
+
+    Attributes:
+        _head: The parent, in a tuple, so that it is no submodule.
+    """
+
+    _head: tuple[nn.Module]
 
     def forward(self, input: Tensor) -> Tensor:
-        return input
+        return input if _is_fused_head(*self._head) else super().forward(input)  # type: ignore[misc]
+
+
+def _is_fused_head(parent: Any) -> bool:
+    """Return whether a head's norm and activation are those that were fused, and nobody watches them."""
+    norm, activation = parent.conv_norm_out, parent.conv_act
+    return (
+        isinstance(norm, _NormSiLU)
+        and isinstance(activation, _Passed)
+        and norm._head[0] is parent
+        and activation._head[0] is parent
+        and not (_is_watched(norm) or _is_watched(activation) or "forward" in vars(parent))
+    )
 
 
 class _Sequential(_Fused):
@@ -157,7 +188,7 @@ class _Sequential(_Fused):
             if done:  # with the norm
                 done = False
                 continue
-            done = _is_group_norm(layer) and _is_silu(following)
+            done = _is_bypassable_norm(layer) and _is_bypassable_silu(following)
             input = _norm_silu(layer, input) if done else layer(input)
         return input
 
@@ -187,6 +218,10 @@ class _Block(_Fused):
         """Return shapes of inputs for trying the block."""
         raise NotImplementedError
 
+    def _is_as_fused(self) -> bool:
+        """Return whether the parts that are no longer called are still the expected ones."""
+        raise NotImplementedError
+
 
 class _ResnetBlock2D(_Block):
     """Block of diffusers, diffusers/models/resnet.py."""
@@ -204,8 +239,21 @@ class _ResnetBlock2D(_Block):
         emb = None if block.time_emb_proj is None else (2, block.time_emb_proj.in_features)
         return [(2, _channels(block.norm1), 8, 8), emb]
 
+    def _is_as_fused(self: Any) -> bool:
+        return (
+            _is_bypassable_norm(self.norm1)
+            and _is_bypassable_norm(self.norm2)
+            and _is_bypassable_silu(self.nonlinearity)
+            and (
+                self.time_embedding_norm in ("default", "scale_shift")
+                if self.time_emb_proj is not None
+                else self.time_embedding_norm != "scale_shift"  # an error, which diffusers raises
+            )
+        )
+
     def forward(self: Any, input_tensor: Tensor, temb: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
-        if args or kwargs or (temb is None) != (self.time_emb_proj is None):  # deprecated or wrong: diffusers says so
+        unusual = args or kwargs or (temb is None) != (self.time_emb_proj is None)  # deprecated or wrong: diffusers says so
+        if unusual or not self._is_as_fused():
             return super().forward(input_tensor, temb, *args, **kwargs)  # type: ignore[no-any-return, misc]
         x, h = input_tensor, _norm_silu(self.norm1, input_tensor)
         if self.upsample is not None:
@@ -242,7 +290,22 @@ class _ResBlock(_Block):
         space = (8,) * (block.in_layers[-1].weight.dim() - 2)
         return [(2, _channels(block.in_layers[0]), *space), (2, block.emb_layers[-1].in_features)]
 
+    def _is_as_fused(self: Any) -> bool:
+        return (
+            len(self.in_layers) == 3
+            and len(self.out_layers) > 2
+            and all(
+                type(layers).forward in (nn.Sequential.forward, _Sequential.forward)
+                and not _is_watched(layers)
+                and _is_bypassable_norm(layers[0])
+                and _is_bypassable_silu(layers[1])
+                for layers in (self.in_layers, self.out_layers)
+            )
+        )
+
     def _forward(self: Any, x: Tensor, emb: Tensor) -> Tensor:
+        if not self._is_as_fused():
+            return super()._forward(x, emb)  # type: ignore[no-any-return, misc]
         norm, _, conv = self.in_layers
         h = _norm_silu(norm, x)
         if getattr(self, "updown", False):
@@ -269,7 +332,12 @@ class _UNetBlock(_Block):
     def input_shapes(block: Any) -> list[tuple[int, ...] | None]:
         return [(2, _channels(block.norm0), 8, 8), (2, block.affine.in_features)]
 
+    def _is_as_fused(self: Any) -> bool:
+        return _is_bypassable_norm(self.norm0) and _is_bypassable_norm(self.norm1)
+
     def forward(self: Any, x: Tensor, emb: Tensor) -> Tensor:
+        if not self._is_as_fused():
+            return super().forward(x, emb)  # type: ignore[no-any-return, misc]
         h = self.conv0(_norm_silu(self.norm0, x))
         h = _norm_silu(self.norm1, h, self.affine(emb), modulates=self.adaptive_scale)
         h = self.conv1(F.dropout(h, self.dropout, self.training))
@@ -362,7 +430,10 @@ def _why_not_block(block: nn.Module, mixin: type[_Block], known: type, children:
         if not _is_silu(children[name]):
             return f"{kind}.{name} is {type(children[name]).__name__}, not SiLU"
     reasons = (_why_called(f"{kind}.{name}", child) for name, child in children.items())
-    return next((reason for reason in reasons if reason is not None), None)
+    reason = next((reason for reason in reasons if reason is not None), None)
+    if reason is None and not mixin._is_as_fused(block):  # type: ignore[arg-type]
+        return f"a {kind} with other parts than the known class, or torch has global hooks"
+    return reason
 
 
 def _head_sites(model: nn.Module, module: nn.Module) -> Iterator[_Site]:
@@ -422,6 +493,19 @@ def _is_silu(module: Any) -> bool:
 
 def _channels(norm: Any) -> int:
     return int(norm.num_channels) if isinstance(norm, nn.GroupNorm) else len(norm.weight)
+
+
+def _is_bypassable_norm(module: Any) -> bool:
+    return _is_group_norm(module) and not _is_watched(module)
+
+
+def _is_bypassable_silu(module: Any) -> bool:
+    return _is_silu(module) and not _is_watched(module)
+
+
+def _is_watched(module: Any) -> bool:
+    """Return whether a call of the module does more than its class's forward."""
+    return any(_hooks(module)) or "forward" in vars(module) or torch_module._has_any_global_hook()
 
 
 def _why_called(name: str, module: nn.Module) -> str | None:

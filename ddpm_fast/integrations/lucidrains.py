@@ -642,7 +642,7 @@ def _at(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
 def _evaluate(model: Model, x_t: Tensor, t: Tensor, x_self_cond: Tensor | None) -> Tensor:
     """Return the model's output as a tensor. diffusers' models return it as `.sample`."""
     _, dtype = device_and_dtype(model)
-    output = model(x_t.to(dtype), t, None if x_self_cond is None else x_self_cond.to(dtype))
+    output: Any = model(x_t.to(dtype), t, None if x_self_cond is None else x_self_cond.to(dtype))
     tensor: Tensor = getattr(output, "sample", output)
     if tensor.shape != x_t.shape:
         raise ValueError(

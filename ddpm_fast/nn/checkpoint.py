@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..atomic import replacing
-from .config import OWN_KEYS, UNetConfig
+from .config import UNetConfig
 
 _CONFIG = "config.json"
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -67,8 +67,9 @@ def save_checkpoint(path: str | os.PathLike[str], config: UNetConfig, weights: M
     folder.mkdir(parents=True, exist_ok=True)
     # Two files cannot be replaced at once: a configuration, once there, stays, and only the weights are replaced.
     new = not (folder / _CONFIG).exists()
-    if not new and (present := _read_config(folder).to_dict()) != config.to_dict():
-        changed = ", ".join(key for key, value in config.to_dict().items() if present[key] != value)
+    values = config.to_dict()
+    if not new and (present := _read_config(folder).to_dict()) != values:
+        changed = ", ".join(key for key in {**values, **present} if present.get(key) != values.get(key))
         raise ValueError(
             f"save_pretrained: expected path to be free or to hold a network of the same configuration, "
             f"got {os.fspath(path)!r} which differs in {changed}"
@@ -80,7 +81,6 @@ def save_checkpoint(path: str | os.PathLike[str], config: UNetConfig, weights: M
         safetensors.torch.save_file(tensors, temporary, metadata={"format": "pt"})
     if new:
         with replacing(folder / _CONFIG) as temporary:
-            values = {key: value for key, value in config.to_dict().items() if key not in OWN_KEYS or value is not None}
             text = json.dumps({"_class_name": _CLASS_NAME} | values, indent=2)
             temporary.write_text(text + "\n", encoding="utf-8")
 

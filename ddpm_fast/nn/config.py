@@ -27,7 +27,7 @@ HO_256: dict[str, Any] = CIFAR10_32 | {
 """Arguments of the network of the same paper for 256x256 images: 113,673,219 parameters, attention at 16x16."""
 
 # Keys that diffusers does not have. They stand in a config.json only where they are not None.
-OWN_KEYS: tuple[str, ...] = ("num_attention_heads", "time_input_dim")
+OWN_KEYS: tuple[str, ...] = ("num_attention_heads", "time_input_dim", "class_names")
 
 # Keys of which only these values are supported. The rest of what diffusers offers here is not part of a DDPM's U-Net.
 _SUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -80,6 +80,7 @@ class UNetConfig:
     add_attention: bool = True  # in the middle block
     class_embed_type: str | None = None
     num_class_embeds: int | None = None  # number of classes + 1: the last is "no label"
+    class_names: Sequence[str] | None = None  # in the order of the labels, without "no label"
     num_train_timesteps: int | None = None  # recorded only
 
     @classmethod
@@ -100,8 +101,8 @@ class UNetConfig:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return every key with its value as JSON types."""
-        values = dataclasses.asdict(self)
+        """Return every key with its value as JSON types. A key of OWN_KEYS is left out if it is None."""
+        values = {key: value for key, value in dataclasses.asdict(self).items() if key not in OWN_KEYS or value is not None}
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
     def __post_init__(self) -> None:
@@ -112,12 +113,21 @@ class UNetConfig:
             _expect(self, key, getattr(self, key) in supported, " or ".join(map(repr, supported)))
         for key in ("in_channels", "out_channels", "layers_per_block", "norm_num_groups"):
             _expect(self, key, _is_positive_int(getattr(self, key)), "a positive int")
-        for key in (*OWN_KEYS, "time_embedding_dim", "attention_head_dim", "attn_norm_num_groups", "num_class_embeds"):
+        for key in (
+            *("num_attention_heads", "time_input_dim", "time_embedding_dim", "attention_head_dim", "attn_norm_num_groups"),
+            "num_class_embeds",
+        ):
             value = getattr(self, key)
             _expect(self, key, value is None or _is_positive_int(value), "None or a positive int")
         _expect(self, "dropout", 0 <= self.dropout < 1, "in [0, 1)")
         _expect(self, "mid_block_scale_factor", self.mid_block_scale_factor > 0, "positive")
         _expect(self, "norm_eps", self.norm_eps > 0, "positive")
+        if (names := self.class_names) is not None:
+            strings = isinstance(names, tuple) and all(isinstance(name, str) and name for name in names)
+            _expect(self, "class_names", strings and len(names) > 0, "None or a list of non-empty strings")
+            _expect(self, "class_names", len(set(names)) == len(names), "without repetitions")
+            limit = self.num_class_embeds or 0
+            _expect(self, "class_names", len(names) < limit, f"None or fewer names than num_class_embeds = {limit or None}")
 
         channels = self.block_out_channels
         sequence = isinstance(channels, tuple) and len(channels) > 0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+from collections.abc import Sequence
 from numbers import Number
 from typing import Any, Literal
 
@@ -39,7 +41,8 @@ class UNet(nn.Module):
         **config: Configuration keys.
 
     Attributes:
-        config: Every configuration key, as JSON types.
+        config: Every configuration key, as JSON types. `class_names` and the other keys that diffusers does not
+            have are left out if they are None.
 
     Raises:
         ValueError: A key is unknown, or a value is not supported. The message names it.
@@ -170,6 +173,23 @@ class UNet(nn.Module):
             ValueError: The folder holds another network.
         """
         save_checkpoint(path, self._config, self.state_dict())
+
+
+def name_classes(model: UNet, names: Sequence[str]) -> None:
+    """Put names of the classes into the configuration of a class-conditional network that has none.
+
+    Args:
+        model: The network. Without classes, or with names of them, it stays as it is.
+        names: Names in the order of the labels. Names without a label are left out. If one is empty, all are.
+
+    Raises:
+        ValueError: The names are not valid `class_names`.
+    """
+    config = model._config
+    names = names[: (config.num_class_embeds or 1) - 1]  # the last is "no label"
+    if config.class_names is None and names and all(names):
+        model._config = dataclasses.replace(config, class_names=tuple(names))
+        model.config = model._config.to_dict()
 
 
 def checked_timesteps(config: UNetConfig, x: Tensor, t: Tensor | int, class_labels: Tensor | None) -> Tensor:

@@ -84,7 +84,6 @@ EFFECTS: dict[str, Change] = {
     "factor of a residual block": put(f"{MID}.output_scale_factor", 3.0),
     "negative factor of a residual block": put("up_blocks.2.resnets.0.output_scale_factor", -2),
     "factor of the attention": put(f"{ATTENTION}.output_scale_factor", 0.5),
-    "resampling in the middle": all_of(put(f"{MID}.resample", "down"), put("mid_block.resnets.1.resample", "up")),
     "no bias of convolutions": every(nn.Conv2d, "bias", None),
     "no bias of linear layers": every(nn.Linear, "bias", None),
     "no bias of queries alone": put(f"{ATTENTION}.to_q.bias", None),
@@ -103,9 +102,6 @@ EFFECTS: dict[str, Change] = {
     ),
     "one residual block in two places": lambda model: model.mid_block.resnets.__setitem__(1, model.mid_block.resnets[0]),
     "a plain convolution": put("conv_in", lambda _: nn.Conv2d(2, 16, 3, padding=1)),
-    "a first convolution of 1x1": put("conv_in", lambda _: nn.Conv2d(2, 16, 1)),
-    "a last convolution of 1x1": put("conv_out", lambda _: nn.Conv2d(16, 3, 1)),
-    "resampling by another layer": lambda model: model.up_blocks[0].upsamplers.__setitem__(0, resnet(48, 48, resample="up")),
     "weights that are views": all_of(
         put("conv_norm_out.weight", lambda _: nn.Parameter(parameter(32).detach()[::2])),
         put("conv_out.bias", lambda _: nn.Parameter(torch.tensor([2.0]).expand(3))),
@@ -126,8 +122,6 @@ def test_attributes_take_effect(name: str, scale_shift: bool, packed: bool, requ
     if not packed:
         request.getfixturevalue("no_matrix_kernels")
     options = {"resnet_time_scale_shift": "scale_shift", "attn_norm_num_groups": 8} if scale_shift else {}
-    if scale_shift and name == "resampling by another layer":
-        pytest.skip("one kind of time projection is enough")
     model, config = make_unet(layers_per_block=1, block_out_channels=[16, 32, 48], **options)
     inputs = make_inputs(config, 2)
     before = copy.deepcopy(model).double()(*inputs)
@@ -136,22 +130,6 @@ def test_attributes_take_effect(name: str, scale_shift: bool, packed: bool, requ
     assert (relative_error(before, exact) > 1e-3) == (name not in UNCHANGED)
     assert relative_error(freeze(model, torch.float64)(*inputs), exact) <= 1e-12
     assert relative_error(freeze(model, torch.float32)(*inputs), exact) <= 2 * relative_error(model(*inputs), exact)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("packed", [True, False], ids=["packed", "PyTorch"])
-@pytest.mark.parametrize("resample", ["down", "up"])
-def test_a_residual_block_that_reads_a_skip_connection_resamples_or_is_refused(
-    resample: str, packed: bool, request: pytest.FixtureRequest
-) -> None:
-    if not packed:
-        request.getfixturevalue("no_matrix_kernels")
-    model, config = make_unet()
-    model.up_blocks[2].resnets[-1].resample = resample
-    inputs = make_inputs(config, 2)
-    if why_not_frozen(model) is None:
-        exact = copy.deepcopy(model).double()(*inputs)
-        assert relative_error(freeze(model, torch.float32)(*inputs), exact) <= 2 * relative_error(model(*inputs), exact)
 
 
 @torch.no_grad()
@@ -210,7 +188,12 @@ REFUSALS: dict[str, tuple[Any, ...]] = {
         "time_embedding.linear_1 is a Adapter of another make",
     ),
     "another norm": (put("conv_norm_out", lambda _: nn.GroupNorm(8, 16)), "conv_norm_out is a GroupNorm of another make"),
-    "an added layer": (lambda model: model.conv_in.add_module("extra", nn.ReLU()), "conv_in.extra is a ReLU of another make"),
+    "a first convolution of 1x1": (put("conv_in", lambda _: nn.Conv2d(2, 16, 1)), "conv_in has kernel_size"),
+    "resampling by another layer": (
+        lambda model: model.up_blocks[0].upsamplers.__setitem__(0, resnet(48, 48, resample="up")),
+        "up_blocks.0.upsamplers.0",
+    ),
+    "an added layer": (lambda model: model.conv_in.add_module("extra", nn.ReLU()), "conv_in.extra is not in the configuration"),
     "parametrized weights": (
         lambda model: nn.utils.parametrizations.weight_norm(model.conv_out),
         "conv_out is a ParametrizedConv3x3 of another make",
@@ -234,12 +217,12 @@ REFUSALS: dict[str, tuple[Any, ...]] = {
         "up_blocks.0.resnets.0.conv_shortcut pads with reflect values",
     ),
     **{
-        name: (put(path, value), rf"{path.rpartition('.')[0]} has kernel, stride, padding, dilation and groups")
+        name: (put(path, value), rf"{path.rpartition('.')[0]} has {path.rpartition('.')[2]} ")
         for name, (path, value) in BAD_GEOMETRY.items()
     },
     "a kernel that the weights do not have": (
         put("conv_in.weight", lambda _: parameter(16, 2, 1, 1)),
-        "conv_in has weights of shape",
+        "conv_in has a weight of shape",
     ),
     # The geometry has to suit the place.
     "a strided last convolution without padding": (put("conv_out", lambda _: nn.Conv2d(16, 3, 3, 2)), "conv_out"),
@@ -264,37 +247,49 @@ REFUSALS: dict[str, tuple[Any, ...]] = {
     "another kind of layer in a place": (put("conv_in", lambda _: nn.Linear(2, 2)), "conv_in"),
     "a block in another's place": (lambda model: setattr(model, "mid_block", model.down_blocks[2]), "mid_block"),
     # Shapes within a layer.
-    "a norm's weight": (put(f"{MID}.norm1.weight", lambda _: parameter(40)), rf"{MID}.norm1 has 48 channels, 8 groups and"),
-    "a norm's bias": (put(f"{MID}.norm1.bias", lambda _: parameter(40)), rf"{MID}.norm1 has 48 channels, 8 groups and"),
-    "a number of groups": (put("conv_norm_out.num_groups", 3), "conv_norm_out has 16 channels, 3 groups"),
-    "no groups": (put("conv_norm_out.num_groups", 0), "conv_norm_out has 16 channels, 0 groups"),
-    "a convolution's bias": (put("conv_out.bias", lambda _: parameter(4)), "conv_out has 4 biases and 3 outputs"),
-    "a linear layer's bias": (put(f"{ATTENTION}.to_v.bias", lambda _: parameter(4)), f"{ATTENTION}.to_v has 4 biases and 48"),
+    "a norm's weight": (put(f"{MID}.norm1.weight", lambda _: parameter(40)), rf"{MID}.norm1 has a (weight|bias) of shape"),
+    "a norm's bias": (put(f"{MID}.norm1.bias", lambda _: parameter(40)), rf"{MID}.norm1 has a (weight|bias) of shape"),
+    "a number of groups": (put("conv_norm_out.num_groups", 3), "conv_norm_out has 16 channels and 3 groups"),
+    "no groups": (put("conv_norm_out.num_groups", 0), "conv_norm_out has 16 channels and 0 groups"),
+    "a convolution's bias": (
+        put("conv_out.bias", lambda _: parameter(4)),
+        r"conv_out has a bias of shape \[4\]",
+    ),
+    "a linear layer's bias": (put(f"{ATTENTION}.to_v.bias", lambda _: parameter(4)), f"{ATTENTION}.to_v has a bias of shape"),
     # Shapes within a block.
-    "the stride of conv1": (put(f"{MID}.conv1.stride", (2, 2)), f"{MID} has layers that do not fit"),
-    "conv1": (put(f"{MID}.conv1", lambda _: Conv3x3(40, 48, 3, padding=1)), f"{MID} has layers that do not fit"),
-    "conv2": (put(f"{MID}.conv2", lambda _: Conv3x3(48, 40, 3, padding=1)), f"{MID} has layers that do not fit"),
-    "norm2": (put(f"{MID}.norm2", lambda _: GroupNormSiLU(8, 40, 1e-5)), f"{MID} has layers that do not fit"),
+    "the stride of conv1": (put(f"{MID}.conv1.stride", (2, 2)), rf"{MID}\.?\w* has "),
+    "conv1": (put(f"{MID}.conv1", lambda _: Conv3x3(40, 48, 3, padding=1)), rf"{MID}\.?\w* has "),
+    "conv2": (put(f"{MID}.conv2", lambda _: Conv3x3(48, 40, 3, padding=1)), rf"{MID}\.?\w* has "),
+    "norm2": (put(f"{MID}.norm2", lambda _: GroupNormSiLU(8, 40, 1e-5)), rf"{MID}\.?\w* has "),
     "a shortcut": (
         put("up_blocks.0.resnets.0.conv_shortcut", lambda _: nn.Conv2d(48, 48, 1)),
-        "up_blocks.0.resnets.0 has layers that do not fit",
+        "up_blocks.0.resnets.0.conv_shortcut ",
     ),
     "a missing shortcut": (
         put("up_blocks.0.resnets.0.conv_shortcut", None),
-        "up_blocks.0.resnets.0 has layers that do not fit",
+        "up_blocks.0.resnets.0.conv_shortcut ",
     ),
-    "a time projection's outputs": (put(f"{MID}.time_emb_proj", lambda _: nn.Linear(64, 40)), f"{MID} has layers that do not"),
-    "a time projection's inputs": (put(f"{MID}.time_emb_proj", lambda _: nn.Linear(60, 48)), f"{MID} has layers that do not"),
-    "scale and shift": (put(f"{MID}.scale_shift", True), f"{MID} has layers that do not fit"),
+    "a time projection's outputs": (
+        put(f"{MID}.time_emb_proj", lambda _: nn.Linear(64, 40)),
+        f"{MID}.time_emb_proj has a weight",
+    ),
+    "a time projection's inputs": (
+        put(f"{MID}.time_emb_proj", lambda _: nn.Linear(60, 48)),
+        f"{MID}.time_emb_proj has a weight",
+    ),
+    "scale and shift": (put(f"{MID}.scale_shift", True), rf"{MID}\.?\w* has "),
     "the time embedding": (
         put("time_embedding.linear_2", lambda _: nn.Linear(60, 64)),
-        "time_embedding has layers that do not fit",
+        "time_embedding.linear_. has a weight",
     ),
-    "the sinusoids": (put("time_embedding.linear_1", lambda _: nn.Linear(20, 64)), "time_embedding has layers that do not fit"),
-    "projections": (put(f"{ATTENTION}.to_k", lambda _: nn.Linear(48, 24)), f"{ATTENTION} has projections that are not square"),
+    "the sinusoids": (
+        put("time_embedding.linear_1", lambda _: nn.Linear(20, 64)),
+        "time_embedding.linear_. has a weight",
+    ),
+    "projections": (put(f"{ATTENTION}.to_k", lambda _: nn.Linear(48, 24)), f"{ATTENTION}.to_k has a weight of shape"),
     "the attention's norm": (
         put(f"{ATTENTION}.group_norm", lambda _: GroupNormSiLU(8, 40, 1e-5)),
-        f"{ATTENTION} has a norm of another width",
+        f"{ATTENTION}.group_norm has ",
     ),
     # Shapes of neighbours.
     "conv_in's outputs": (put("conv_in", lambda _: Conv3x3(2, 24, 3, padding=1)), ""),
@@ -326,39 +321,42 @@ REFUSALS: dict[str, tuple[Any, ...]] = {
     ),
     "an activation": (put("conv_norm_out.activation", "gelu"), "conv_norm_out has the activation 'gelu'"),
     "a negative eps": (put("conv_norm_out.eps", -1.0), "conv_norm_out"),
-    "a resampling": (put(f"{MID}.resample", "left"), f"{MID} resamples by 'left'"),
+    "a resampling": (put(f"{MID}.resample", "left"), f"{MID} has resample 'left'"),
     # Parameters.
     "a meta parameter": (
         put("conv_out.weight", lambda old: nn.Parameter(old.to("meta"))),
-        "conv_out has a parameter on the meta",
+        "conv_out has a weight on the meta",
     ),
     "a sparse parameter": (
         put(f"{ATTENTION}.to_q.weight", lambda old: nn.Parameter(old.detach().to_sparse())),
-        rf"{ATTENTION}.to_q has a parameter that is a Parameter of torch.float32 and torch.sparse_coo",
+        rf"{ATTENTION}.to_q has a weight that is a Parameter of torch.float32 and torch.sparse_coo",
     ),
     "an integer parameter": (
         put("conv_out.weight", lambda old: nn.Parameter(old.detach().to(torch.int8), requires_grad=False)),
-        "conv_out has a parameter that is a Parameter of torch.int8",
+        "conv_out has a weight that is a Parameter of torch.int8",
     ),
     "a parameter of another class": (
         put("conv_out.weight", lambda old: nn.Parameter(old.detach().as_subclass(Subclass))),
-        "conv_out has a parameter that is a Subclass",
+        "conv_out has a weight that is a Subclass",
     ),
     "a missing weight": (put("conv_out.weight", None), "conv_out"),
     # Classes.
-    "renormalized embeddings": (put("class_embedding.max_norm", 1.0), "class_embedding renormalizes its embeddings", CLASSES),
+    "renormalized embeddings": (put("class_embedding.max_norm", 1.0), "class_embedding has max_norm 1.0", CLASSES),
     "a number of classes": (
         put("class_embedding", lambda _: nn.Embedding(12, 64)),
-        r"class_embedding has shape \[12, 64\]",
+        r"class_embedding has a weight of shape \[12, 64\]",
         CLASSES,
     ),
     "a width of classes": (
         put("class_embedding", lambda _: nn.Embedding(11, 60)),
-        r"class_embedding has shape \[11, 60\]",
+        r"class_embedding has a weight of shape \[11, 60\]",
         CLASSES,
     ),
-    "missing classes": (put("class_embedding", None), "class_embedding does not fit the configuration", CLASSES),
-    "unexpected classes": (put("class_embedding", lambda _: nn.Embedding(11, 64)), "class_embedding does not fit"),
+    "missing classes": (put("class_embedding", None), "class_embedding is missing", CLASSES),
+    "unexpected classes": (
+        put("class_embedding", lambda _: nn.Embedding(11, 64)),
+        "class_embedding is not in",
+    ),
 }
 
 

@@ -1,0 +1,67 @@
+"""The kernel that resamples maps by 2 after a norm and an activation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from ddpm_fast.ops import backend
+from ddpm_fast.ops.resample import resample_kernel
+
+pytestmark = [
+    pytest.mark.skipif(backend.native_error() is not None, reason="there is no compiled module"),
+    pytest.mark.usefixtures("matrix_kernels"),
+]
+
+# n, channels, height, width: vectors that are not full, one pixel or square, rows of one square, many rows.
+SHAPES = [(1, 3, 2, 2), (2, 5, 4, 6), (3, 16, 2, 8), (2, 37, 6, 2), (1, 130, 32, 32), (0, 8, 4, 4)]
+
+
+def make(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    x = torch.randn(shape).to(dtype).contiguous(memory_format=torch.channels_last)
+    return x, torch.randn(shape[0], 3, shape[1])
+
+
+@pytest.mark.parametrize("up", [False, True], ids=["mean", "up"])
+@pytest.mark.parametrize("act", ["nothing", "norm", "silu"])
+@pytest.mark.parametrize("dtype", backend.MATRIX_DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_result_is_as_right_as_pytorchs(shape: tuple[int, ...], dtype: torch.dtype, act: str, up: bool) -> None:
+    x, affine = make(shape, dtype)
+    given = None if act == "nothing" else affine
+    wide = None if given is None else given.double()
+    y = resample_kernel(x, given, act == "silu", up, backend="native")
+    exact = resample_kernel(x.double(), wide, act == "silu", up, backend="reference")
+    plain = resample_kernel(x, given, act == "silu", up, backend="reference")
+    assert (y.shape, y.dtype) == (exact.shape, dtype)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    if y.numel() == 0:
+        return
+    error, allowed = ((each.double() - exact).square().mean().sqrt() for each in (y, plain))
+    unit = torch.finfo(dtype).eps / 2
+    assert error <= max(2 * allowed, unit * exact.square().mean().sqrt())
+
+
+@pytest.mark.parametrize("dtype", backend.MATRIX_DTYPES)
+def test_upsampling_alone_changes_no_value(dtype: torch.dtype) -> None:
+    x, _ = make((2, 19, 3, 5), dtype)  # odd sizes
+    y = resample_kernel(x, None, False, True, backend="native")
+    assert torch.equal(y, x.repeat_interleave(2, 2).repeat_interleave(2, 3))
+
+
+def test_the_mean_is_rounded_once() -> None:
+    """In bfloat16 each of these sums would lose the last bit."""
+    x = torch.tensor([1.0, 1.0078125, 1.0078125, 1.015625]).view(1, 1, 2, 2).bfloat16()
+    assert resample_kernel(x, None, False, False, backend="native").item() == 1.0078125
+
+
+@pytest.mark.parametrize("up", [False, True])
+def test_nan_and_infinity_stay(up: bool) -> None:
+    x, _ = make((1, 20, 4, 4), torch.float32)
+    x[0, 3, 1, 1], x[0, 7, 2, 2] = torch.nan, torch.inf
+    y = resample_kernel(x, None, False, up, backend="native")
+    expected = resample_kernel(x, None, False, up, backend="reference")
+    torch.testing.assert_close(y, expected, equal_nan=True)
+    assert y.isnan().any()
+    assert y.isinf().any()
