@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
+import os
 import re
 import signal
 import sys
@@ -32,10 +33,18 @@ if TYPE_CHECKING:
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
+# The OpenMP runtimes' variables that say how idle threads wait.
+_WAIT_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="ddpm-fast")
 def main() -> None:
     """Train, sample and evaluate denoising diffusion probabilistic models."""
+    # Idle threads sleep instead of spinning, or programs beside this one slow it down several times. The OpenMP runtime reads
+    # the variable when PyTorch is loaded. Afterwards this is a library in somebody's process: leave its environment alone.
+    if "torch" not in sys.modules and not any(name in os.environ for name in _WAIT_VARIABLES):
+        os.environ["OMP_WAIT_POLICY"] = "passive"
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import re
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 from click.testing import CliRunner
 
 import ddpm_fast
@@ -41,6 +43,66 @@ def test_help_lists_the_commands() -> None:
     for command in ("train", "export"):
         assert re.search(rf"^  {command} ", commands, re.MULTILINE)
     assert "..." not in commands.partition("Commands:")[2]  # no description is cut
+
+
+# ------------------------------------------------------------------------------------------------------------ wait policy
+
+WAIT_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+# Prints the variables when torch is first looked for.
+ON_IMPORT = f"""
+import os, sys
+class Finder:
+    def find_spec(name, path=None, target=None):
+        if name == "torch":
+            print("at the import:", *(f"{{v}}={{os.environ[v]}}" for v in {WAIT_VARIABLES} if v in os.environ), file=sys.stderr)
+sys.meta_path.insert(0, Finder)
+"""
+
+
+def at_the_import_of_torch(source: str, **variables: str) -> str:
+    """The wait variables that a program has when it imports torch, and when it ends."""
+    environment = {name: value for name, value in os.environ.items() if name not in WAIT_VARIABLES} | variables
+    source = ON_IMPORT + source
+    command = [sys.executable, "-W", "ignore", "-c", source]
+    errors = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stderr
+    found = re.findall(r"^at the import: ?(.*)$", errors, re.MULTILINE)
+    assert len(found) == 1, errors
+    return found[0]
+
+
+@pytest.mark.parametrize("start", ["from ddpm_fast.cli import main; main(['info'])", "RUN"])
+def test_idle_threads_sleep_unless_the_user_says_otherwise(start: str) -> None:
+    run_module = "import runpy; sys.argv = ['ddpm-fast', 'info']; runpy.run_module('ddpm_fast', run_name='__main__')"
+    source = start.replace("RUN", run_module)
+    assert at_the_import_of_torch(source) == "OMP_WAIT_POLICY=passive"
+    assert at_the_import_of_torch(source, OMP_WAIT_POLICY="active") == "OMP_WAIT_POLICY=active"
+
+
+@pytest.mark.parametrize("name", WAIT_VARIABLES[1:])
+def test_other_variables_of_waiting_are_respected(name: str) -> None:
+    assert at_the_import_of_torch("from ddpm_fast.cli import main; main(['info'])", **{name: "1000"}) == f"{name}=1000"
+
+
+def test_the_library_leaves_the_environment_alone() -> None:
+    source = """
+before = dict(os.environ)
+import ddpm_fast, ddpm_fast.cli, ddpm_fast.__main__
+for name in dir(ddpm_fast):
+    getattr(ddpm_fast, name)
+ddpm_fast.load_builtin()
+os.environ.pop("TORCHINDUCTOR_CACHE_DIR", None)  # PyTorch sets it
+before.pop("TORCHINDUCTOR_CACHE_DIR", None)
+assert dict(os.environ) == before
+"""
+    assert at_the_import_of_torch(source) == ""
+
+
+def test_a_program_that_has_loaded_torch_keeps_its_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in WAIT_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    before = dict(os.environ)
+    run("info")
+    assert dict(os.environ) == before
 
 
 # ------------------------------------------------------------------------------------------------------------------ train
