@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..networks import Model, placed
+from ..nn.config import UNetConfig
 from ..nn.unet import UNet, centered, checked_timesteps
 from ..ops._op import is_transformed_tensor, runs_eagerly
 from ..ops.backend import FLOATS, has_fast_bfloat16, why_not_matrix_kernels
@@ -21,7 +22,7 @@ from ..ops.checks import check_range, checked_device
 from .network import Conv, Network, Resnet, read_network, why_not_frozen
 from .packed_layers import PackedLayers
 from .program import Buffer, Builder, Call, NativeProgram, PythonProgram
-from .pytorch_layers import PyTorchLayers
+from .pytorch_layers import PyTorchLayers, has_prepacked
 
 MAX_PROGRAMS: Final = 4  # of a network: one per input shape and number of threads
 _TIMESTEP_DTYPES: Final = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -130,6 +131,17 @@ def inference_network(caller: str, model: Model, device: torch.device, dtype: to
     return freeze(model, dtype, device=device, num_timesteps=num_timesteps)
 
 
+class _Constants(nn.Module):
+    """Holder of what torch.compile has to treat as constant.
+
+    torch.compile(dynamic=True) makes integers and tensor sizes symbolic, except in the attributes of modules.
+    """
+
+    def __init__(self, config: UNetConfig, network: Network) -> None:
+        super().__init__()
+        self.config, self.network = config, network
+
+
 class FrozenUNet:
     """Inference form of a `UNet`; see `freeze`. It is immutable.
 
@@ -148,14 +160,15 @@ class FrozenUNet:
     """
 
     def __init__(self, model: UNet, dtype: torch.dtype, device: torch.device, num_timesteps: int) -> None:
-        self._config = model._config
         self.config: Mapping[str, Any] = MappingProxyType(dict(model.config))
         self.num_timesteps, self.dtype, self.device = num_timesteps, dtype, device
         self.why_not_packed = why_not_matrix_kernels(device, dtype)
         # Tensors of inference mode could not be used outside of it.
         with torch.inference_mode(False), torch.no_grad(), torch.device(device):
+            self._by_onednn = self.why_not_packed is not None and device.type == "cpu" and has_prepacked(dtype)
             self._layers = self._new_layers()
-            self._network = read_network(model, dtype, device, num_timesteps, self._layers.stored)
+            network = read_network(model, dtype, device, num_timesteps, self._layers.stored)
+        self._constants = _Constants(model._config, network)
         self._programs: OrderedDict[Hashable, NativeProgram | PythonProgram] = OrderedDict()  # the one used last is last
         self._lock = threading.Lock()
 
@@ -178,7 +191,7 @@ class FrozenUNet:
         """
         if isinstance(t, int) and not 0 <= t < self.num_timesteps:
             raise ValueError(f"FrozenUNet: expected t in 0..{self.num_timesteps - 1}, got {t}")
-        t = checked_timesteps(self._config, x, t, class_labels)
+        t = checked_timesteps(self._constants.config, x, t, class_labels)
         if not torch.compiler.is_compiling() and is_transformed_tensor(x):
             raise TypeError("FrozenUNet: expected x outside of torch.func transforms, got a tensor of one: call the UNet there")
         if t.dtype not in _TIMESTEP_DTYPES:
@@ -188,16 +201,16 @@ class FrozenUNet:
             check_range("FrozenUNet", "t", t, self.num_timesteps)
         if x.device != self.device:
             raise ValueError(f"FrozenUNet: expected x on {self.device}, got {x.device}: freeze the model for that device")
-        x = centered(self._config, x.to(self.dtype)).contiguous(memory_format=torch.channels_last)
+        x = centered(self._constants.config, x.to(self.dtype)).contiguous(memory_format=torch.channels_last)
         with torch.autocast(x.device.type, enabled=False):  # every layer has its dtype
             parts = [tensor.split(self._images_at_once(x)) for tensor in (x, t, class_labels) if tensor is not None]
             outs = [self._part(x, t, *labels) for x, t, *labels in zip(*parts, strict=True)]
             return outs[0] if len(outs) == 1 else torch.cat(outs)
 
     def _part(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        inputs = (x, *self._network.time_terms.stacks(t, class_labels))
+        inputs = (x, *self._constants.network.time_terms.stacks(t, class_labels))
         if 0 in x.shape:
-            return x.new_empty(x.shape[0], self._config.out_channels, *x.shape[2:])
+            return x.new_empty(x.shape[0], self._constants.config.out_channels, *x.shape[2:])
         if not runs_eagerly(*inputs):  # The calls are traced one by one. What is packed belongs to the trace.
             return PythonProgram(*self._built(self._new_layers(), inputs))(inputs)
         key = (torch.get_num_threads(), *(each.shape for each in inputs))
@@ -223,7 +236,7 @@ class FrozenUNet:
         return program
 
     def _new_layers(self) -> PackedLayers | PyTorchLayers:
-        return PackedLayers(self.dtype) if self.why_not_packed is None else PyTorchLayers(self.dtype, self.device)
+        return PackedLayers(self.dtype) if self.why_not_packed is None else PyTorchLayers(self.dtype, self._by_onednn)
 
     def _built(self, layers: PackedLayers | PyTorchLayers, inputs: Sequence[Tensor]) -> tuple[list[Buffer], list[Call], Buffer]:
         """Return the inputs, the calls and the output of a program for inputs of these shapes."""
@@ -231,14 +244,14 @@ class FrozenUNet:
         buffers = [builder.buffer(each.shape, each.dtype) for each in inputs]
         x, *stacks = buffers
         rows = [stack.rows() for stack in stacks]
-        terms = [rows[stack][row] for stack, row in self._network.time_terms.rows]
-        output = _through_layers(self._network, layers, builder, x, terms)
+        terms = [rows[stack][row] for stack, row in self._constants.network.time_terms.rows]
+        output = _through_layers(self._constants.network, layers, builder, x, terms)
         return buffers, builder.calls, output
 
     def _images_at_once(self, x: Tensor) -> int:
         """Return the number of images per pass, chosen so that feature maps stay in the CPU's cache."""
         n, _, height, width = x.shape
-        bytes_an_image = self._config.block_out_channels[0] * height * width * x.element_size()
+        bytes_an_image = self._constants.config.block_out_channels[0] * height * width * x.element_size()
         if x.device.type != "cpu" or n * bytes_an_image <= _CACHED_BYTES:
             return max(n, 1)
         parts = math.ceil(n * bytes_an_image / _CACHED_BYTES)

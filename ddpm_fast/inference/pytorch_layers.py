@@ -24,12 +24,11 @@ class PyTorchLayers:
 
     Args:
         dtype: Dtype of feature maps and weights.
-        device: Device of the network.
+        by_onednn: Use oneDNN's convolutions with reordered weights; see `has_prepacked`.
     """
 
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        self._dtype = dtype
-        self._by_onednn = device.type == "cpu" and has_prepacked(dtype)
+    def __init__(self, dtype: torch.dtype, by_onednn: bool) -> None:
+        self._dtype, self._by_onednn = dtype, by_onednn
         # A captured CUDA graph reads these as long as the network exists.
         self._biases: dict[tuple[Conv, Conv | None], Tensor | None] = {}
 

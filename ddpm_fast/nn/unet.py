@@ -216,7 +216,7 @@ def checked_timesteps(config: UNetConfig, x: Tensor, t: Tensor | int, class_labe
             )
         if not isinstance(class_labels, Tensor):
             raise TypeError(f"UNet: expected class_labels to be int64 [{n}], got {type(class_labels).__name__}")
-        if class_labels.shape != (n,) or class_labels.dtype != torch.int64:
+        if class_labels.dim() != 1 or class_labels.shape[0] != n or class_labels.dtype != torch.int64:
             raise ValueError(
                 f"UNet: expected class_labels to be int64 [{n}], got {class_labels.dtype} {tuple(class_labels.shape)}"
             )
@@ -226,7 +226,7 @@ def checked_timesteps(config: UNetConfig, x: Tensor, t: Tensor | int, class_labe
         if not isinstance(t, Number):
             raise TypeError(f"UNet: expected t to be an int or a tensor, got {type(t).__name__}")
         return torch.full((n,), t, device=x.device)
-    if t.shape not in ((), (n,)):
+    if t.dim() > 1 or (t.dim() == 1 and t.shape[0] != n):  # the compiler compares symbolic sizes, not tuples of them
         raise ValueError(f"UNet: expected t to be an int or of shape [] or [{n}], got {tuple(t.shape)}")
     return t.to(x.device).expand(n)
 

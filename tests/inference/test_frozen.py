@@ -15,6 +15,7 @@ import pytest
 import torch
 from small_unets import VARIANTS, make_inputs, make_unet, relative_error
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 from ddpm_fast import FrozenUNet, NoiseSchedule, ddim_plan, freeze, sample
 from ddpm_fast.inference import frozen as frozen_module
@@ -278,6 +279,21 @@ def test_compiles_as_one_graph(variant: str, channels: list[int]) -> None:
     out = compiled(*inputs)  # before a call in eager mode packs any weights
     assert torch.equal(out, frozen(*inputs))
     assert torch.equal(compiled(*inputs), out)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, pytest.param(torch.float32, marks=pytest.mark.slow)], ids=str)
+@pytest.mark.usefixtures("no_matrix_kernels")
+def test_a_dynamic_graph_of_pytorchs_layers_serves_any_batch(dtype: torch.dtype) -> None:
+    """As on a GPU. Sizes of weights have to stay constants: symbolic ones nest, and compiling takes hours."""
+    torch._dynamo.reset()
+    blocks = {"down_block_types": ["DownBlock2D", "AttnDownBlock2D"], "up_block_types": ["AttnUpBlock2D", "UpBlock2D"]}
+    model, config = make_unet(block_out_channels=[16, 32], **blocks)
+    frozen, counter = freeze(model, dtype), CompileCounter()
+    compiled = torch.compile(frozen, fullgraph=True, dynamic=True, backend=counter)
+    for n in (2, 3, 5):
+        inputs = make_inputs(config, n)
+        torch.testing.assert_close(compiled(*inputs), frozen(*inputs))
+    assert counter.frame_count == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------- threads

@@ -202,7 +202,7 @@ def test_both_executors_compute_the_same_bits(variant: str, dtype: torch.dtype) 
     assert frozen.why_not_packed is None
     for n in (3, 1):
         x, t, labels = make_inputs(config, n, dtype)
-        inputs = (dense(x), *frozen._network.time_terms.stacks(t, labels))
+        inputs = (dense(x), *frozen._constants.network.time_terms.stacks(t, labels))
         parts = frozen._built(frozen._layers, inputs)
         native, python = NativeProgram(*parts, torch.get_num_threads()), PythonProgram(*parts)
         expected = python(inputs)

@@ -16,7 +16,6 @@ from ddpm_fast.inference.network import Conv
 from ddpm_fast.inference.program import Builder, PythonProgram
 from ddpm_fast.inference.pytorch_layers import PyTorchLayers, has_prepacked
 
-CPU = torch.device("cpu")
 DTYPES = [dtype for dtype in (torch.float32, torch.bfloat16) if has_prepacked(dtype)]
 needs_onednn = pytest.mark.skipif(not DTYPES, reason="this PyTorch, or this CPU, has no prepacked convolutions")
 
@@ -64,15 +63,11 @@ CONVOLUTIONS = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 @torch.no_grad()
-def test_a_convolution_an_addition_and_a_shortcut(
-    name: str, dtype: torch.dtype, by_onednn: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_convolution_an_addition_and_a_shortcut(name: str, dtype: torch.dtype, by_onednn: bool) -> None:
     if by_onednn and dtype not in DTYPES:
         pytest.skip("oneDNN has no such convolution")
-    if not by_onednn:
-        monkeypatch.setattr(pytorch_layers, "has_prepacked", lambda _: False)
     shape, options = CONVOLUTIONS[name]
-    layers = PyTorchLayers(dtype, CPU)
+    layers = PyTorchLayers(dtype, by_onednn)
     conv, x = make(layers, shape, **options), images(2, shape[1], dtype)  # type: ignore[arg-type]
     exact = exactly(conv, x)
     tolerance = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}[dtype]
@@ -91,7 +86,7 @@ def test_a_convolution_an_addition_and_a_shortcut(
 
 @torch.no_grad()
 def test_weights_are_cast_once_and_stored_channels_last() -> None:
-    layers = PyTorchLayers(torch.float16, CPU)
+    layers = PyTorchLayers(torch.float16, by_onednn=False)
     stored = layers.stored(torch.randn(8, 4, 3, 3))
     assert stored.dtype == torch.float16
     assert stored.is_contiguous(memory_format=torch.channels_last)
@@ -104,7 +99,7 @@ def test_weights_are_reordered_once(monkeypatch: pytest.MonkeyPatch) -> None:
     count = []
     real = pytorch_layers._reordered
     monkeypatch.setattr(pytorch_layers, "_reordered", lambda *a: count.append(1) or real(*a))  # type: ignore[func-returns-value]
-    layers = PyTorchLayers(DTYPES[0], CPU)
+    layers = PyTorchLayers(DTYPES[0], by_onednn=True)
     count.clear()
     conv, x = make(layers, (8, 8, 3, 3)), images(2, 8, DTYPES[0])
     run(layers, conv, x)  # calls the program twice
