@@ -135,6 +135,7 @@ def main() -> None:
     if missing:
         print(f"not installed: {', '.join(missing)}")
     contestants = [name for name in CONTESTANTS if name not in missing]
+    output = args.out or common.default_output("cpu")
     for network in args.network:
         for precision in args.precision:
             runs: dict[str, list[dict[str, float]]] = {name: [] for name in contestants}
@@ -142,13 +143,13 @@ def main() -> None:
                 turn = i % len(contestants)
                 for name in contestants[turn:] + contestants[:turn]:
                     runs[name].append(run(name, network, precision))
-            table = rows(runs, network, precision)
+                table = rows(runs, network, precision)  # after each round, as a run takes long and may be stopped
+                common.record(output, f"allocators {network} {precision}", machine, table, quiet=True)
             common.print_table(
                 f"{network}, {precision}: median [quartiles]",
                 [{key: value for key, value in row.items() if key != "runs"} for row in table],
             )
-            output = args.out or common.default_output("cpu")
-            common.record(output, f"allocators {network} {precision}", machine, table)
+    print(f"\nwritten: {output}")
 
 
 if __name__ == "__main__":
