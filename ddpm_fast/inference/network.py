@@ -336,7 +336,7 @@ def _why_not_values(layer: nn.Module) -> str | None:
     if isinstance(layer, GroupNormSiLU):
         if not _is_number(layer.num_groups, int) or layer.num_groups < 1 or layer.num_channels % layer.num_groups:
             return f"has {layer.num_channels} channels and {layer.num_groups!r} groups"
-        if not _is_number(layer.eps, int | float) or layer.eps < 0:
+        if not _is_number(layer.eps, int | float) or not math.isfinite(layer.eps) or layer.eps <= 0:
             return f"has the eps {layer.eps!r}"
         if layer.activation not in ("silu", None):
             return f"has the activation {layer.activation!r}"
