@@ -115,7 +115,7 @@ def save_trajectory(
     """Write an animation (.gif, .webp) of images coming out of noise, or a strip (.png, ...) with one row an image.
 
     Args:
-        trajectory: [F, N, C, H, W], x_T first and x_0 last, from `sample(..., return_trajectory=True)`.
+        trajectory: [F, N, C, H, W], x_T first and x_0 last, from `Sampler.trajectory`.
         path: File to write. Its ending chooses the form.
         frames: Show this many of the F states, evenly spaced, including the first and the last. By default an animation
             shows all of them and a strip 11.
@@ -151,6 +151,7 @@ def save_trajectory(
 
 def evenly_spaced(total: int, count: int) -> list[int]:
     """Return at most `count` indices of 0 .. total - 1, evenly spaced, with the first and the last (count 1: the last)."""
+    count = min(count, total)
     if count == 1:
         return [total - 1]
     return sorted({round(i * (total - 1) / (count - 1)) for i in range(count)})

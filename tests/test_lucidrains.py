@@ -605,7 +605,8 @@ def live_images() -> Iterator[list[int]]:
 
     def counted(self: Net, x: Tensor, t: Tensor, x_self_cond: Tensor | None) -> Tensor:
         alive = [o for o in gc.get_objects() if type(o) is Tensor and o.numel() >= math.prod(SHAPE)]
-        counts.append(len({tensor.untyped_storage().data_ptr() for tensor in alive}))
+        dense = [tensor for tensor in alive if tensor.layout == torch.strided and not tensor.is_meta]
+        counts.append(len({tensor.untyped_storage().data_ptr() for tensor in dense}))
         return forward(self, x, t, x_self_cond)
 
     Net.forward = counted  # type: ignore[method-assign]

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ddpm_fast import STREAM_X_T, ddpm_plan, initial_noise, noise, q_sample, reference, reverse_step, sample, sample_seeds
+from ddpm_fast import STREAM_X_T, Sampler, ddpm_plan, initial_noise, noise, q_sample, reference, reverse_step, sample_seeds
 from ddpm_fast.testing import SCHEDULE
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -110,6 +110,6 @@ def test_initial_noise_is_what_sample_starts_from_and_no_steps_noise() -> None:
         def forward(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
             return model(x_t)
 
-    _, trajectory = sample(Network(), plan, 2, seed=4, shape=(1, 8, 8), return_trajectory=4, progress=False)
+    _, trajectory = Sampler(Network(), plan, shape=(1, 8, 8)).trajectory(2, seed=4, num_frames=4, progress=False)
     assert torch.equal(trajectory[0], x_T)
     assert not any(torch.equal(x_T, noise(shape, seeds, stream=step)) for step in range(plan.num_steps))
