@@ -16,8 +16,8 @@ namespace {
 constexpr int kMostShares = 32;      // further members begin with the share of another one
 constexpr std::size_t kApart = 128;  // two cache lines: processors fetch them in pairs
 
-// A member looks this many times, for about 40 us, before it sleeps. Idle processors: 3 convolutions and 3 norms of 8x8 maps take
-// 1.94 ms, and 2.2 ms if members sleep at once. Busy processors: 0, 300, 2000 and 10000 make no difference.
+// A member looks this many times, for about 40 us, before it sleeps. Idle processors: 3 convolutions and 3 norms of 8x8
+// maps take 1.94 ms, and 2.2 ms if members sleep at once. Busy processors: 0, 300, 2000 and 10000 make no difference.
 constexpr int kSpins = 2000;
 
 const pid_t loaded_in = getpid();
