@@ -257,7 +257,7 @@ def test_tests_that_run_on_a_gpu_are_marked() -> None:
 import sys, pytest, torch
 torch.cuda.is_available = lambda: True
 options = ["--collect-only", "-q", "-p", "no:cacheprovider", "-m", "gpu"]
-sys.exit(pytest.main([*options, "tests/test_graph.py", "tests/ops/test_noise.py"]))
+sys.exit(pytest.main([*options, "tests/test_sampler.py", "tests/ops/test_noise.py"]))
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=gpu_check.ROOT, check=True, capture_output=True, text=True)
     tests = set(re.findall(r"::(\w+)", done.stdout))
