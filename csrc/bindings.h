@@ -257,7 +257,7 @@ class Program {
     values_.push_back(std::move(values));
     return [kernel, args](TeamMember* member) {
       Args own = args;
-      own.stream_or_threads.member = member;
+      if (member != nullptr) own.stream_or_threads.value = -reinterpret_cast<std::intptr_t>(member);
       kernel(own);
     };
   }

@@ -27,14 +27,15 @@ struct Shape {
   DDPM_FAST_FIELDS(n, c, hw, channels_last)
 };
 
-class TeamMember;  // cpu/team.h
+class TeamMember;                          // cpu/team.h
+int threads_of(const TeamMember& member);  // the threads of its team
 
 // An op runs on a number of threads (CPU) or on a stream (CUDA, a cudaStream_t). Inside of a program every member of a
-// team calls the kernel, each with itself in `member`. Python never sets `member`.
+// team calls the kernel, each with itself as the member. Python never sets a member.
 struct StreamOrThreads {
-  std::intptr_t value;
-  TeamMember* member = nullptr;
-  int threads() const { return static_cast<int>(value); }
+  std::intptr_t value;  // threads or a stream; minus the address of a member, because CUDA kernels take this struct too
+  TeamMember* member() const { return value < 0 ? reinterpret_cast<TeamMember*>(-value) : nullptr; }
+  int threads() const { return value < 0 ? threads_of(*member()) : static_cast<int>(value); }
   void* stream() const { return reinterpret_cast<void*>(value); }
 };
 

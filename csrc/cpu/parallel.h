@@ -44,9 +44,9 @@ template <class Body>
 inline void parallel_for(std::int64_t count, std::int64_t grain, const StreamOrThreads& where, const Body& body) {
   if (count <= 0) return;
   const Chunks loop = chunks_of(count, grain, where.threads());
-  if (where.member != nullptr) {
-    run_chunks(*where.member, loop, body);
-    where.member->finish(loop);
+  if (TeamMember* const member = where.member()) {
+    run_chunks(*member, loop, body);
+    member->finish(loop);
   } else if (loop.threads > 1 && can_start_threads()) {
     struct Context {
       const Chunks& loop;

@@ -63,10 +63,12 @@ struct Team {
     std::atomic<std::uint64_t> value;
   };
 
-  explicit Team(int threads) {
+  explicit Team(int all_threads) : threads(all_threads) {
     for (int i = 0; i < shares_of(threads); ++i) new (&tickets[i].value) std::atomic<std::uint64_t>(0);
   }
   ~Team() {}
+
+  const int threads;
 
   union {
     Ticket tickets[kMostShares];  // a short loop would notice the time to write those that nobody uses
@@ -77,6 +79,8 @@ struct Team {
 };
 
 TeamMember::TeamMember(Team& team, int index) : team_(team), index_(index) {}
+
+int threads_of(const TeamMember& member) { return member.team_.threads; }
 
 bool TeamMember::claim(const Chunks& loop, Range& range) {
   const int shares = shares_of(loop.threads);

@@ -37,6 +37,8 @@ class TeamMember {
   // Waits until all chunks of the current loop are done, and goes to the next loop.
   void finish(const Chunks& loop);
 
+  friend int threads_of(const TeamMember& member);
+
   // Says that a thread of the team ran out of memory. The team goes on, because its members wait for each other.
   void fail();
 
