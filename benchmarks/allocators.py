@@ -49,7 +49,7 @@ FIGURES = ("seconds", "cpu", "system", "faults", "peak")
 
 
 def measure(contestant: str, network: str, precision: str) -> dict[str, float]:
-    """What a step takes in this process: medians of seconds and CPU seconds, means of system seconds and page faults."""
+    """Return a step's seconds and CPU seconds (medians), and its system seconds and page faults (means), in this process."""
     config, batch_size, steps = NETWORKS[network]
     with kept_memory() if contestant == KEPT else nullcontext():
         torch.manual_seed(0)
@@ -85,7 +85,7 @@ def environment(contestant: str) -> dict[str, str]:
 
 
 def run(contestant: str, network: str, precision: str) -> dict[str, float]:
-    """What `measure` says in a process of its own."""
+    """Return the figures of `measure` from a new process."""
     command = [sys.executable, __file__, "--only", contestant, "--network", network, "--precision", precision]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment(contestant)).stdout
     figures: dict[str, float] = json.loads(output)

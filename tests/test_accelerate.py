@@ -268,7 +268,7 @@ def test_every_write_to_the_weights_counts(write: str) -> None:
 
 
 def frozen_networks(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Those that pipelines make from now on."""
+    """Return a list that receives the networks that pipelines freeze."""
     module = importlib.import_module("ddpm_fast.integrations.accelerate")
     made = []
 
@@ -404,7 +404,7 @@ class Doubled(AttnProcessor):  # type: ignore[misc]
 
 
 def circular(conv: nn.Conv2d) -> Callable[..., Tensor]:
-    """As some programs make textures without seams: by another method of the layer."""
+    """Replace a method of the layer, as programs for seamless textures do."""
 
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return nn.functional.conv2d(nn.functional.pad(x, (1, 1, 1, 1), mode="circular"), weight, bias)

@@ -39,7 +39,7 @@ inline void run_chunks(TeamMember& member, const Chunks& loop, const Body& body)
 // costs time. It starts none after a fork (see can_start_threads). Inside of a program every member of the team calls
 // this function, and it returns when all items are done.
 //
-// Which thread runs an item changes from run to run, so an item may not depend on it.
+// An item runs on another thread in each run, so it may not depend on its thread.
 template <class Body>
 inline void parallel_for(std::int64_t count, std::int64_t grain, const StreamOrThreads& where, const Body& body) {
   if (count <= 0) return;

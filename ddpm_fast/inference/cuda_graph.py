@@ -50,8 +50,8 @@ def capture(
         caller = torch.cuda.current_stream(device)
         stream.wait_stream(caller)
         try:
-            # torch.cuda.graph would leave its stream the current one where a capture fails. Ordinary tensors, because torch
-            # keeps one for the random numbers of all graphs, and those that others capture may be of another mode.
+            # If a capture fails, torch.cuda.graph leaves its stream the current one. The context here restores it.
+            # All graphs share one tensor for random numbers. It must not be a tensor of inference mode.
             with torch.cuda.stream(stream), torch.inference_mode(False), torch.no_grad():
                 rehearse()
                 try:
@@ -82,7 +82,7 @@ def _own_workspaces() -> Iterator[None]:
     try:
         yield
     finally:
-        torch._C._cuda_clearCublasWorkspaces()  # not for others, who would use the graph's memory
+        torch._C._cuda_clearCublasWorkspaces()  # later calls must not use the graph's memory
 
 
 def _refuse_waiting(run: Callable[[], None]) -> None:
@@ -105,10 +105,10 @@ def _clean_up(device: torch.device, stream: torch.cuda.Stream, pool: Any) -> Non
 
     If CUDA has aborted the capture, torch does not do this.
     """
-    with suppress(Exception):  # it had not: the allocator knows
+    with suppress(Exception):  # CUDA had not aborted it, so the allocator knows
         torch._C._cuda_endAllocateToPool(device.index, pool)
         torch._C._cuda_releasePool(device.index, pool)
-    # Only a capture that succeeds ends the random numbers' own: one of nothing, of which torch would warn.
+    # Only a successful capture ends that of the random numbers. This one is empty, so torch would warn.
     with suppress(Exception), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream, capture_error_mode="thread_local"):

@@ -257,6 +257,11 @@ class FrozenUNet:
         parts = math.ceil(n * bytes_an_image / _CACHED_BYTES)
         return math.ceil(n / parts)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if "_lock" in vars(self):  # the last attribute of a new object
+            raise AttributeError(f"FrozenUNet: {name} cannot be set, because it is immutable: freeze the model again")
+        super().__setattr__(name, value)
+
     def __copy__(self) -> FrozenUNet:
         return self
 
