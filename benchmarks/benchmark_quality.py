@@ -32,12 +32,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm.auto import tqdm
 
-from ddpm_fast import SamplingPlan, ddim_plan, ddpm_plan, sample, save_grid
+from ddpm_fast import SamplingPlan, ddim_plan, ddpm_plan, frechet_distance, sample, save_grid
 from ddpm_fast.atomic import replacing
-from ddpm_fast.builtin import BUILTIN, Pretrained, load_folder
-from ddpm_fast.data import FASHION_MNIST_CLASSES, load_dataset, to_unit_range
 from ddpm_fast.images import to_uint8
 from ddpm_fast.nn.checkpoint import check_weights
+from ddpm_fast.pretrained import BUILTIN, Pretrained, load_folder
+from ddpm_fast.training.data import FASHION_MNIST_CLASSES, load_dataset, to_unit_range
 
 RECIPE: Final[dict[str, Any]] = {
     "version": 1,
@@ -204,34 +204,7 @@ def check_accuracy(accuracy: float, path: Path) -> None:
         )
 
 
-# ------------------------------------------------------------------------------------------------------------ distance
-
-
-def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """Compute the Frechet distance between Gaussians fitted to two sets of features.
-
-    |mean_a - mean_b|^2 + tr(cov_a + cov_b - 2 (cov_a cov_b)^(1/2)), in float64 (Heusel et al. 2017, eq. 6).
-
-    Args:
-        a: Features [N, D]. N is above D, so that the covariance can have full rank.
-        b: Features [M, D]. M is above D too.
-
-    Raises:
-        ValueError: The shapes do not fit, or there are too few rows.
-    """
-    if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) <= a.shape[1]:
-        raise ValueError(
-            "frechet_distance: expected features [N, D] and [M, D] with N and M above D, "
-            f"got {list(a.shape)} and {list(b.shape)}"
-        )
-    a, b = a.double(), b.double()
-    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
-    # tr (cov_a cov_b)^(1/2) is the sum of the roots of the eigenvalues of the symmetric r cov_b r, r = cov_a^(1/2).
-    values, vectors = torch.linalg.eigh(cov_a)
-    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    overlap = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
-    means = (a.mean(0) - b.mean(0)).square().sum()
-    return max(0.0, float(means + cov_a.trace() + cov_b.trace() - 2 * overlap))
+# --------------------------------------------------------------------------------------------------------- real images
 
 
 def split_real(labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -28,9 +28,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ddpm_fast.atomic import write_json
 from ddpm_fast.inference import cuda_graph
 from ddpm_fast.ops import backend
-from ddpm_fast.run_folder import write_json
 
 ROOT = Path(__file__).resolve().parent
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}

@@ -20,8 +20,8 @@ from runtimes import DTYPES
 from torch import nn
 
 from ddpm_fast import sample_seeds
-from ddpm_fast.data import load_dataset, to_unit_range
 from ddpm_fast.nn import CIFAR10_32, UNet
+from ddpm_fast.training.data import load_dataset, to_unit_range
 
 
 def batches(steps: int, n: int) -> list[training.Batch]:

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import gpu_ops
 from gpu_ops import Work
 
-from ddpm_fast.run_folder import write_json
+from ddpm_fast.atomic import write_json
 
 HERE = Path(__file__).resolve().parent
 SOURCES = HERE.parent / "csrc"

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 import ddpm_fast
 from ddpm_fast import NoiseSchedule, SamplingPlan, ddpm_plan, noise, sample_seeds
-from ddpm_fast.builtin import BUILTIN, load_folder
 from ddpm_fast.nn import UNet
+from ddpm_fast.pretrained import BUILTIN, load_folder
 from ddpm_fast.reference import STREAM_X_T
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}

@@ -9,8 +9,8 @@ from typing import Any
 from .version import __version__ as __version__
 
 _NAMES_BY_MODULE = {
-    "builtin": ("Pretrained", "load_builtin", "load_folder"),
-    "evaluate": ("VariationalBound", "variational_bound"),
+    "pretrained": ("Pretrained", "load_builtin", "load_folder"),
+    "evaluation": ("VariationalBound", "frechet_distance", "variational_bound"),
     "images": ("image_grid", "save_grid", "save_trajectory", "to_uint8"),
     "integrations.accelerate": ("accelerate", "restore"),
     "integrations.fuse": ("FuseReport", "fuse", "unfuse"),
@@ -26,7 +26,8 @@ _NAMES_BY_MODULE = {
     "sampling": ("Sampler", "sample"),
     "schedule": ("NoiseSchedule",),
     "training": ("train",),
-    "training_loop": ("TrainResult", "export_checkpoint"),
+    "training.export": ("export_checkpoint",),
+    "training.loop": ("TrainResult",),
 }
 _MODULE_BY_NAME = {name: module for module, names in _NAMES_BY_MODULE.items() for name in names}
 

@@ -1,10 +1,8 @@
 """Public names for type checkers. `__init__.py` imports each from the same module when it is first used."""
 
-from .builtin import Pretrained as Pretrained
-from .builtin import load_builtin as load_builtin
-from .builtin import load_folder as load_folder
-from .evaluate import VariationalBound as VariationalBound
-from .evaluate import variational_bound as variational_bound
+from .evaluation import VariationalBound as VariationalBound
+from .evaluation import frechet_distance as frechet_distance
+from .evaluation import variational_bound as variational_bound
 from .images import image_grid as image_grid
 from .images import save_grid as save_grid
 from .images import save_trajectory as save_trajectory
@@ -32,6 +30,9 @@ from .ops import sample_seeds as sample_seeds
 from .plan import SamplingPlan as SamplingPlan
 from .plan import ddim_plan as ddim_plan
 from .plan import ddpm_plan as ddpm_plan
+from .pretrained import Pretrained as Pretrained
+from .pretrained import load_builtin as load_builtin
+from .pretrained import load_folder as load_folder
 from .reference import STREAM_OFFSET as STREAM_OFFSET
 from .reference import STREAM_Q_SAMPLE as STREAM_Q_SAMPLE
 from .reference import STREAM_SEEDS as STREAM_SEEDS
@@ -40,6 +41,6 @@ from .sampling import Sampler as Sampler
 from .sampling import sample as sample
 from .schedule import NoiseSchedule as NoiseSchedule
 from .training import train as train
-from .training_loop import TrainResult as TrainResult
-from .training_loop import export_checkpoint as export_checkpoint
+from .training.export import export_checkpoint as export_checkpoint
+from .training.loop import TrainResult as TrainResult
 from .version import __version__ as __version__

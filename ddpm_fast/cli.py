@@ -25,8 +25,8 @@ from .version import __version__
 if TYPE_CHECKING:
     import torch
 
-    from .builtin import Pretrained
     from .plan import SamplingPlan
+    from .pretrained import Pretrained
 
 # Commands import what they need when they run: help texts need not wait for PyTorch.
 
@@ -149,7 +149,7 @@ def train_command(ctx: click.Context, /, run_dir: Path, resume: bool, progress: 
 
     Stop with Ctrl-C, which saves a checkpoint. Continue exactly with --resume.
     """
-    from .run_folder import RunFolder
+    from .training.run_folder import RunFolder
 
     try:
         with _refusing():
@@ -183,7 +183,7 @@ def export_command(run_dir: Path, out_dir: Path, dtype: str) -> None:
     """Write a run's averaged network to OUT_DIR, in diffusers' layout."""
     import torch
 
-    from .training_loop import export_checkpoint
+    from .training.export import export_checkpoint
 
     with _refusing():
         folder = export_checkpoint(run_dir, out_dir, getattr(torch, dtype))
@@ -306,8 +306,8 @@ def sample_command(
     """Draw images from a model and write them as one grid."""
     import torch
 
-    from .builtin import BUILTIN, load_folder
     from .images import image_format, save_grid, save_trajectory
+    from .pretrained import BUILTIN, load_folder
     from .sampling import Sampler
 
     with _refusing():
@@ -427,10 +427,10 @@ def evaluate_command(
     """
     import torch
 
-    from .builtin import BUILTIN, load_folder
-    from .data import load_dataset, to_unit_range
-    from .evaluate import variational_bound
-    from .run_folder import write_json
+    from .atomic import write_json
+    from .evaluation import variational_bound
+    from .pretrained import BUILTIN, load_folder
+    from .training.data import load_dataset, to_unit_range
 
     with _refusing():
         dtype = dtype or "float32"

@@ -158,7 +158,7 @@ def on_files(files: Files, config: Any) -> Files:
 def on_page_markdown(markdown: str, page: Page, config: Any, files: Files) -> str:
     """Rewrite links between files of the repository into links between pages of the site."""
     folder = posixpath.dirname(home(page))
-    markdown = re.sub(r"^<!-- test: .*?-->\n", "", markdown, flags=re.MULTILINE | re.DOTALL)  # for tests/test_documents.py
+    markdown = re.sub(r"^<!-- test: .*?-->\n", "", markdown, flags=re.MULTILINE | re.DOTALL)  # for the tests
 
     def rewritten(link: re.Match[str]) -> str:
         if "://" in link[2]:

@@ -7,8 +7,8 @@ import diffusers
 import torch
 
 import ddpm_fast
-from ddpm_fast.builtin import BUILTIN
 from ddpm_fast.integrations.diffusers import DDIMScheduler, DDPMScheduler
+from ddpm_fast.pretrained import BUILTIN
 
 unet = diffusers.UNet2DModel.from_pretrained(BUILTIN / "unet", low_cpu_mem_usage=False).eval()
 boot = torch.tensor([9])

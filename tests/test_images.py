@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from ddpm_fast import image_grid, save_grid, save_trajectory, to_uint8
-from ddpm_fast.data import to_unit_range
 from ddpm_fast.images import evenly_spaced
+from ddpm_fast.training.data import to_unit_range
 
 
 def levels(*shape: int) -> torch.Tensor:

@@ -350,7 +350,7 @@ TINY: dict[str, Any] = {
 
 
 def test_training_keeps_memory_until_it_ends(libc: FakeLibc, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = importlib.import_module("ddpm_fast.training_loop")
+    module = importlib.import_module("ddpm_fast.training.loop")
     step, kept = module._step, []
 
     def watched(*arguments: Any) -> Any:
@@ -372,7 +372,7 @@ def test_training_that_fails_gives_it_back(libc: FakeLibc, tmp_path: Path) -> No
 
 def test_results_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     losses = [train(tmp_path / "kept", **TINY | {"log_every": 50})]
-    monkeypatch.setattr(importlib.import_module("ddpm_fast.training_loop"), "kept_memory", nullcontext)
+    monkeypatch.setattr(importlib.import_module("ddpm_fast.training.loop"), "kept_memory", nullcontext)
     losses.append(train(tmp_path / "not", **TINY | {"log_every": 50}))
     files = [next((tmp_path / name).rglob("unet_ema/*.safetensors")) for name in ("kept", "not")]
     assert files[0].read_bytes() == files[1].read_bytes()

@@ -19,9 +19,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ddpm_fast import NoiseSchedule, Sampler, ddim_plan, ddpm_plan, freeze, noise, sample, sample_seeds, save_grid
-from ddpm_fast.builtin import load_folder
 from ddpm_fast.cli import main
 from ddpm_fast.nn import UNet
+from ddpm_fast.pretrained import load_folder
 from ddpm_fast.reference import STREAM_X_T
 
 SCHEDULE = NoiseSchedule.linear(20, beta_start=5e-3, beta_end=0.3)

@@ -11,47 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from ddpm_fast.builtin import BUILTIN, load_folder
-
-
-def features(n: int, d: int = 4, seed: int = 0) -> torch.Tensor:
-    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def whitened(n: int, d: int = 4) -> torch.Tensor:
-    """Return features whose sample mean is 0 and whose sample covariance is the identity."""
-    x = features(n, d)
-    x = x - x.mean(0)
-    return x @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(x.T))).T
-
-
-def test_identical_sets_have_distance_0():
-    assert quality.frechet_distance(features(50), features(50)) == pytest.approx(0, abs=1e-12)
-    assert quality.frechet_distance(features(50), features(50)[torch.randperm(50)]) == pytest.approx(0, abs=1e-12)
-
-
-def test_shifted_and_scaled_gaussians_have_the_closed_form():
-    x = whitened(200)
-    shift, scale = torch.tensor([1.0, -2.0, 0.5, 0.0]), torch.tensor([1.0, 2.0, 0.5, 3.0])
-    # Commuting covariances: the distance is |shift|^2 + sum (1 - scale)^2.
-    expected = float(shift.square().sum() + (1 - scale).square().sum())
-    assert quality.frechet_distance(x, x * scale + shift) == pytest.approx(expected, rel=1e-12)
-    assert quality.frechet_distance(x * scale + shift, x) == pytest.approx(expected, rel=1e-12)
-
-
-def test_covariances_that_do_not_commute_give_scipys_matrix_root():
-    linalg = pytest.importorskip("scipy.linalg")
-    a, b = features(60) @ features(4, seed=1), features(70, seed=2) @ features(4, seed=3)
-    product = torch.cov(a.T) @ torch.cov(b.T)
-    root = float(linalg.sqrtm(product.numpy()).real.trace())
-    expected = float((a.mean(0) - b.mean(0)).square().sum() + torch.cov(a.T).trace() + torch.cov(b.T).trace()) - 2 * root
-    assert quality.frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
-
-
-@pytest.mark.parametrize(("a", "b"), [((4, 4), (50, 4)), ((50, 4), (50, 3)), ((50,), (50, 4))])
-def test_too_few_rows_and_other_shapes_are_refused(a: tuple[int, ...], b: tuple[int, ...]):
-    with pytest.raises(ValueError, match=r"frechet_distance: expected features \[N, D\] and \[M, D\]"):
-        quality.frechet_distance(torch.zeros(a), torch.zeros(b))
+from ddpm_fast.pretrained import BUILTIN, load_folder
 
 
 def test_a_classifier_comes_back_from_its_file(tmp_path: Path):

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..evaluate import prior_bits, reconstruction_bits, transition_bits
+from ..evaluation.bound import prior_bits, reconstruction_bits, transition_bits
 from ..ops import denoising_loss, q_sample, reverse_step
 from ..ops import noise as counter_based_noise
 from ..ops.checks import check_device, check_float, check_like, check_noise_or_seeds, check_range, check_seeds

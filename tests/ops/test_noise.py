@@ -12,7 +12,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 
 
 def test_philox_words_equal_random123() -> None:
-    """Random123's known answer for philox4x32-10, counter and key zero; the other two are in test_native_build."""
+    """Random123's known answer for philox4x32-10, counter and key zero; the other two are in native/test_build.py."""
     words = reference.philox(torch.tensor([0]), 0, 0, 1).flatten().tolist()
     assert words == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
 

@@ -78,7 +78,7 @@ struct Source {
 
 enum class WarpOp { kSync, kShuffleXor };
 
-// Which of the bugs that a test has planted in the sources is there (tests/test_emulator.py); 0: none.
+// Which of the bugs that a test has planted in the sources is there (tests/emulator/test_emulator.py); 0: none.
 extern int planted;
 
 void block_barrier(Source);

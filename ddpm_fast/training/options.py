@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 if TYPE_CHECKING:
-    from .training_loop import TrainResult
+    from .loop import TrainResult
 
 # Arguments that concern one call and are not part of the run's configuration.
 THIS_CALL: Final = frozenset({"run_dir", "max_minutes", "resume", "progress"})
@@ -69,9 +69,9 @@ def train(
     """Train a network on images (Algorithm 1 of Ho et al. 2020).
 
     The run's folder receives the configuration, the log, grids of samples and checkpoints. Its layout is in
-    `ddpm_fast.run_folder`. Ctrl-C and SIGTERM end the run after the current step and save a checkpoint. A process that is
-    killed loses only the steps since the last checkpoint. On a CPU the run keeps freed memory for its next step
-    (`kept_memory`).
+    `ddpm_fast.training.run_folder`. Ctrl-C and SIGTERM end the run after the current step and save a checkpoint. A
+    process that is killed loses only the steps since the last checkpoint. On a CPU the run keeps freed memory for its
+    next step (`kept_memory`).
 
     Args:
         run_dir: Write to this folder. It must be new or empty unless `resume` is true.
@@ -129,7 +129,7 @@ def train(
     data, data_dir, init = os.fspath(data), data_dir and os.fspath(data_dir), init and os.fspath(init)
     options = _json({name: value for name, value in locals().items() if name not in THIS_CALL})
     _check_options(options)
-    from .training_loop import run_training
+    from .loop import run_training
 
     return run_training(run_dir, options, resume=resume, max_minutes=max_minutes, progress=progress)
 

@@ -28,7 +28,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from .atomic import replacing
+from ..atomic import read_json, replacing, write_json
 
 FORMAT: Final = 1
 LOG_COLUMNS: Final = ("step", "samples", "loss", "grad_norm", "lr", "images_per_second", "seconds")
@@ -177,30 +177,6 @@ class RunFolder:
             text = self.log_until(step)
             with replacing(self.log_file) as temporary:
                 temporary.write_text(text, encoding="utf-8")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file.
-
-    Args:
-        path: The file.
-
-    Raises:
-        ValueError: The file holds no JSON object. The message names the file.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"expected {path} to be JSON, got: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"expected {path} to hold a JSON object, got {type(value).__name__}")
-    return value
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON file atomically."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def _is_whole(checkpoint: Path) -> bool:

@@ -23,17 +23,17 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from ddpm_fast.builtin import load_folder
 from ddpm_fast.cli import _argument_texts
-from ddpm_fast.data import load_dataset, to_unit_range
-from ddpm_fast.draws import TrainingDraws
 from ddpm_fast.nn import UNet
 from ddpm_fast.ops import noise
+from ddpm_fast.pretrained import load_folder
 from ddpm_fast.reference import STREAM_Q_SAMPLE
-from ddpm_fast.run_folder import RunFolder
 from ddpm_fast.schedule import NoiseSchedule
 from ddpm_fast.training import train
-from ddpm_fast.training_loop import TrainResult, _duration, _lr_factor, export_checkpoint
+from ddpm_fast.training.data import load_dataset, to_unit_range
+from ddpm_fast.training.loop import TrainResult, _duration, _lr_factor, export_checkpoint
+from ddpm_fast.training.rng import TrainingRng
+from ddpm_fast.training.run_folder import RunFolder
 
 # A network of two levels on 8x8 digits: milliseconds a step.
 TINY: dict[str, Any] = {
@@ -81,7 +81,7 @@ def log_rows(run_dir: Path) -> list[dict[str, str]]:
 def test_steps_follow_algorithm_1(tmp_path: Path) -> None:
     """The loss and the weights of three steps, by a loop that stores its noise in a tensor and uses torch's own Adam."""
     train(tmp_path / "run", **QUIET | {"steps": 3, "log_every": 1, "channels_last": False, "ema_decay": 0.2})
-    draws = TrainingDraws(0, 6)
+    draws = TrainingRng(0, 6)
     dataset, schedule = load_dataset("digits"), NoiseSchedule.linear()
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     torch.manual_seed(draws.weights_seed)
@@ -264,7 +264,7 @@ def test_loss_weight_scales_each_samples_loss(tmp_path: Path) -> None:
         train(tmp_path / str(name), **QUIET | {"batch_size": 64}, steps=1, loss_weight=name)
         losses[name] = float(log_rows(tmp_path / str(name))[0]["loss"])
     schedule = NoiseSchedule.linear(1000)
-    factors = schedule.loss_weight("min_snr", "epsilon")[TrainingDraws(0, 64).timesteps(0, 1000)]
+    factors = schedule.loss_weight("min_snr", "epsilon")[TrainingRng(0, 64).timesteps(0, 1000)]
     # A new network's output is 0 and its loss about 1 at every timestep.
     assert float(factors.mean()) < 0.95
     assert losses["min_snr"] == pytest.approx(losses[None] * float(factors.mean()), rel=0.02)

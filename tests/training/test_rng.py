@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import torch
 
-from ddpm_fast.draws import TrainingDraws
+from ddpm_fast.training.rng import TrainingRng
 
 
 def test_every_epoch_is_a_permutation_and_batches_run_across_its_end() -> None:
-    draws = TrainingDraws(seed=5, batch_size=4)
+    draws = TrainingRng(seed=5, batch_size=4)
     order = torch.cat([draws.indices(step, 10) for step in range(10)])  # four epochs of ten
     epochs = order.view(4, 10)
     assert epochs.sort(dim=1).values.eq(torch.arange(10)).all()
     assert len({tuple(epoch.tolist()) for epoch in epochs}) == 4
     # The global sample index decides, not how the samples are cut into batches; a batch may span several epochs.
-    assert torch.equal(TrainingDraws(seed=5, batch_size=20).indices(1, 10), order[20:])
-    assert not torch.equal(TrainingDraws(seed=6, batch_size=20).indices(1, 10), order[20:])
+    assert torch.equal(TrainingRng(seed=5, batch_size=20).indices(1, 10), order[20:])
+    assert not torch.equal(TrainingRng(seed=6, batch_size=20).indices(1, 10), order[20:])
 
 
 def test_draws_are_functions_of_seed_and_sample() -> None:
-    small, large = TrainingDraws(3, 8), TrainingDraws(3, 16)
+    small, large = TrainingRng(3, 8), TrainingRng(3, 16)
     for draw in ("noise_seeds", "is_flipped"):
         halves = torch.cat([getattr(small, draw)(step) for step in (4, 5)])
         assert torch.equal(halves, getattr(large, draw)(2)), draw
@@ -30,7 +30,7 @@ def test_draws_are_functions_of_seed_and_sample() -> None:
 
 def test_draws_have_the_distribution_they_claim() -> None:
     n = 20_000
-    draws = TrainingDraws(0, n)
+    draws = TrainingRng(0, n)
     counts = torch.bincount(draws.timesteps(0, 10), minlength=10).double()
     # Chi-square with 9 degrees of freedom: above 27.9 with probability 0.001. The draws are fixed: this passes always or never.
     assert float(((counts - n / 10) ** 2 / (n / 10)).sum()) < 27.9

@@ -15,11 +15,11 @@ from click.testing import CliRunner
 from PIL import Image
 
 from ddpm_fast import NoiseSchedule, ddim_plan, load_builtin, sample
-from ddpm_fast.builtin import BUILTIN, load_folder, schedule_from_config
 from ddpm_fast.cli import _plan, main
-from ddpm_fast.data import FASHION_MNIST_CLASSES
 from ddpm_fast.nn import UNet
-from ddpm_fast.run_folder import RunFolder
+from ddpm_fast.pretrained import BUILTIN, load_folder, schedule_from_config
+from ddpm_fast.training.data import FASHION_MNIST_CLASSES
+from ddpm_fast.training.run_folder import RunFolder
 
 
 def tiny_unet(seed: int = 0, **config: Any) -> UNet:

@@ -12,7 +12,7 @@ import torch
 
 from ddpm_fast import cli
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 # Environments and builds have thousands of files, so the search never enters them.
 FOLDERS = [path for path in ROOT.iterdir() if path.is_dir() and path.name not in {".git", ".venv", "build"}]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(path for folder in FOLDERS for path in folder.rglob("*.md"))])

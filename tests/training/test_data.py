@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpm_fast.data import FASHION_MNIST_CLASSES, load_dataset, to_unit_range
+from ddpm_fast.training.data import FASHION_MNIST_CLASSES, load_dataset, to_unit_range
 
 
 def write_idx(path: Path, values: np.ndarray) -> None:

@@ -10,10 +10,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .ops import sample_seeds
+from ..ops import sample_seeds
 
 
-class TrainingDraws:
+class TrainingRng:
     """Random draws of a training run as pure functions of seed and step.
 
     Step k with batch size B uses the global samples k B .. (k + 1) B - 1. Each method returns one row per

@@ -181,7 +181,7 @@ for trial in range(1, 11):
 @pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
 def test_killed_while_writing_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
     command = [sys.executable, "-W", "ignore", "-c", _KILLED_WRITER, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr
     assert (tmp_path / WEIGHTS).exists()
 

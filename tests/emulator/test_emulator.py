@@ -624,7 +624,7 @@ def test_address_sanitizer(planted: int, modules: dict[str, ModuleType]) -> None
 import ctypes, sys
 from pathlib import Path
 from types import ModuleType
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
 from emulator import build
 {inspect.getsource(_draw)}
 emulated = build.load(Path({str(path)!r}))
@@ -649,7 +649,7 @@ def test_only_address_sanitizer_sees_pointers_into_local_arrays(modules: dict[st
 
 @pytest.mark.slow
 def test_every_case_with_address_sanitizer() -> None:
-    tests = Path(__file__).parent / "ops" / "test_emulated.py"
+    tests = Path(__file__).parents[1] / "ops" / "test_emulated.py"
     process = _with_address_sanitizer("-m", "pytest", "-q", "--full", str(tests), DDPM_FAST_EMULATOR="address")
     assert process.returncode == 0, process.stdout + process.stderr
 

@@ -3,7 +3,7 @@
 guided-diffusion is not on PyPI, so the tests compare with recorded values. The file was made on a CPU with torch 2.13, from
 https://github.com/openai/guided-diffusion at commit 22e0df8183507e13a7813f8d38d51b072ca1e67c:
 
-    PYTHONPATH=<a clone of guided-diffusion> python tests/record_guided_diffusion.py
+    PYTHONPATH=<a clone of guided-diffusion> python tests/integrations/record_guided_diffusion.py
 
 The processes, networks and inputs are those of test_guided_diffusion.py and test_guided_diffusion_unet.py. Only the
 computation is guided-diffusion's. Record again when one of them changes.

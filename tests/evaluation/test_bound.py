@@ -17,9 +17,9 @@ from torch.distributions import Normal, kl_divergence
 
 from ddpm_fast import NoiseSchedule, noise, sample_seeds, variational_bound
 from ddpm_fast.cli import main
-from ddpm_fast.data import to_unit_range
 from ddpm_fast.nn import UNet
 from ddpm_fast.reference import philox
+from ddpm_fast.training.data import to_unit_range
 
 T = 30
 SCHEDULE = NoiseSchedule.linear(T, beta_start=2e-3, beta_end=0.35)
@@ -329,7 +329,7 @@ def test_command_prints_the_parts(tmp_path: Path) -> None:
     assert shown == pytest.approx({name: figures[key] for name, key in names.items()}, abs=1e-5)
 
     per_image = json.loads(out.read_text())["per_image"]["total"]
-    from ddpm_fast.data import load_dataset
+    from ddpm_fast.training.data import load_dataset
 
     x_0, labels = load_dataset("digits", split="test", image_size=8)[torch.arange(6)]
     bound = variational_bound(

@@ -14,11 +14,11 @@ from ddpm_fast.ops import backend
 pytestmark = pytest.mark.skipif(backend.native_error() is not None, reason="there is no compiled module")
 
 TESTS = (
-    "test_conv.py::test_output_and_gradients_are_as_right_as_pytorchs",
-    "test_conv.py::test_weights_are_transformed_and_laid_in_panels",
-    "test_attention.py::test_output_and_gradients_are_as_right_as_pytorchs",
-    "test_attention.py::test_scores_far_apart",
-    "test_attention.py::test_a_scale_is_applied_by_either_call",
+    "ops/test_conv3x3.py::test_output_and_gradients_are_as_right_as_pytorchs",
+    "ops/test_conv3x3.py::test_weights_are_transformed_and_laid_in_panels",
+    "ops/test_attention.py::test_output_and_gradients_are_as_right_as_pytorchs",
+    "ops/test_attention.py::test_scores_far_apart",
+    "ops/test_attention.py::test_a_scale_is_applied_by_either_call",
     "inference/test_packed_layers.py::test_norm_activation_convolution_and_addition",
     "inference/test_packed_layers.py::test_scale_and_shift_and_norms_without_an_activation",
     "inference/test_packed_layers.py::test_either_method_serves_a_3x3_convolution",
@@ -44,7 +44,7 @@ def test_lesser_instruction_sets(isa: str, pytestconfig: pytest.Config) -> None:
     ]
     run = subprocess.run(
         [*command, *TESTS],
-        cwd=Path(__file__).parent,
+        cwd=Path(__file__).parents[1],
         env=os.environ | {"DDPM_FAST_ISA": isa},
         capture_output=True,
         text=True,

@@ -26,7 +26,7 @@ from ddpm_fast.ops.conv3x3 import conv_kernels, pack_weights
 from ddpm_fast.ops.group_norm_affine import affine_op
 from ddpm_fast.ops.resample import resample_kernel
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 THREADS = [1, 2, 3, 5, 8]
 SAFETY_NET = 120  # seconds after which a process counts as hanging; no test takes nearly as long
 

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import ops
-from .inference import inference_network
-from .networks import Model, device_and_dtype, evaluation_mode, model_config, predict
-from .plan import COLUMNS, Prediction, Variance, ddpm_plan
-from .sampling import ClassLabels, check_images, resolve_labels, resolve_seeds
-from .schedule import NoiseSchedule
+from .. import ops
+from ..inference import inference_network
+from ..networks import Model, device_and_dtype, evaluation_mode, model_config, predict
+from ..plan import COLUMNS, Prediction, Variance, ddpm_plan
+from ..sampling import ClassLabels, check_images, resolve_labels, resolve_seeds
+from ..schedule import NoiseSchedule
 
 _BIN = 2 / 255  # width of one of the 256 grey levels in [-1, 1]
 

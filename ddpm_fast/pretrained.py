@@ -10,10 +10,11 @@ from typing import Any, Final, cast
 
 import torch
 
+from .atomic import read_json
 from .nn.unet import UNet, name_classes
 from .plan import Prediction, Variance
-from .run_folder import RunFolder, read_json
 from .schedule import NoiseSchedule
+from .training.run_folder import RunFolder
 
 BUILTIN: Final = Path(__file__).parent / "builtin"
 """Folder of the built-in model: class-conditional, trained by `ddpm-fast train` on Fashion-MNIST padded to 32x32."""

@@ -20,7 +20,7 @@ import ddpm_fast
 from ddpm_fast import _native, reference
 from ddpm_fast.ops import OPS, backend, why_not
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 # philox4x32-10 of Random123's kat_vectors: counter, key, words. Digits of pi in the last.
 KNOWN_ANSWERS = [

@@ -1,0 +1,80 @@
+"""A run's averaged network as a folder for sampling."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..atomic import write_json
+from ..nn import UNet
+from ..nn.unet import name_classes
+from ..schedule import NoiseSchedule
+from .run_folder import RunFolder
+
+
+def export_checkpoint(
+    run_dir: str | os.PathLike[str], out_dir: str | os.PathLike[str], dtype: torch.dtype = torch.float16
+) -> Path:
+    """Write the averaged network of a run's newest checkpoint for sampling, with the record of its training.
+
+    Args:
+        run_dir: Folder of a run.
+        out_dir: Folder to write. It receives unet/ and scheduler/ in diffusers' layout, training.json (the run's
+            configuration and its step) and training_log.csv. The names of the classes are in unet/config.json.
+        dtype: Dtype of the weights in the file.
+
+    Returns:
+        `out_dir`.
+
+    Raises:
+        FileNotFoundError: There is no run, or it has no checkpoint.
+        ValueError: `out_dir` is the run's folder.
+    """
+    run, out = RunFolder(run_dir), Path(out_dir)
+    if out.resolve() == run.path.resolve():
+        raise ValueError(f"export_checkpoint: expected out_dir to be another folder than run_dir, got {out} for both")
+    config = run.read_config()
+    checkpoint = run.latest_checkpoint()
+    if checkpoint is None:
+        raise FileNotFoundError(f"export_checkpoint: expected a checkpoint in {run.checkpoints}, got none")
+    state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    model = UNet.from_pretrained(checkpoint / "unet_ema").to(dtype)
+    name_classes(model, config["dataset"]["classes"])  # older checkpoints lack them
+    model.save_pretrained(out / "unet")
+    prediction = config["options"]["prediction"]
+    write_scheduler(out / "scheduler", NoiseSchedule.from_config(config["schedule"]), prediction)
+    options = dict(config["options"], data_dir=None)  # a model that is shared names folders, but not where they were
+    options |= {name: Path(options[name]).name for name in ("data", "init") if options.get(name) is not None}
+    write_json(out / "training.json", {**config, "options": options, "step": state["step"], "seconds": state["seconds"]})
+    (out / "training_log.csv").write_text(run.log_until(state["step"]), encoding="utf-8")
+    return out
+
+
+def write_scheduler(folder: Path, schedule: NoiseSchedule, prediction: str) -> None:
+    """Write scheduler_config.json as diffusers' DDPMScheduler reads it; the key "ddpm_fast" has our own form."""
+    config = schedule.to_config()
+    diffusers_names = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
+    if schedule.name in diffusers_names:
+        betas: dict[str, Any] = {"beta_schedule": diffusers_names[schedule.name]}
+        betas |= {key: config[key] for key in ("beta_start", "beta_end") if key in config}
+    else:
+        betas = {"trained_betas": schedule.betas.tolist()}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(
+        folder / "scheduler_config.json",
+        {
+            "_class_name": "DDPMScheduler",
+            "num_train_timesteps": schedule.num_timesteps,
+            **betas,
+            "prediction_type": prediction,
+            "variance_type": "fixed_small",
+            "clip_sample": True,
+            "clip_sample_range": 1.0,
+            "timestep_spacing": "leading",
+            "ddpm_fast": config,
+        },
+    )

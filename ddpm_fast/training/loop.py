@@ -1,0 +1,301 @@
+"""The training loop: Algorithm 1 of Ho et al. (2020) on `q_sample` and `denoising_loss`.
+
+Both ops draw a step's noise from the seeds of its samples, so the noise is never stored. Every draw is a function of
+(seed, step), so a checkpoint holds no generator state. A run that was stopped and resumed ends with the same weights, bit
+for bit, as one that was not. That holds on one machine with one number of threads.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from ..memory import kept_memory
+from ..ops import denoising_loss, q_sample
+from ..schedule import NoiseSchedule
+from .data import RESIZED, load_dataset, to_unit_range
+from .export import write_scheduler
+from .records import Forecast, draw_samples, summary, tensorboard_writer
+from .rng import TrainingRng
+from .run_folder import LOG_COLUMNS, RunFolder
+from .state import State, Task
+
+# Options that a resumed run may change: they decide how long, where and with what records, not what is trained.
+# `steps` and the learning rate's decay are among them so that a run can be prolonged, or brought to its end. The data set's
+# `preparation` is not compared, as older runs did not record it. Its shape is.
+CHANGEABLE: Final = frozenset(
+    {
+        *("data_dir", "steps", "lr_decay", "lr_decay_steps", "channels_last", "device", "threads", "log_every"),
+        *("sample_every", "sample_steps", "checkpoint_every", "checkpoint_minutes", "keep", "tensorboard", "preparation"),
+    }
+)
+
+_log = logging.getLogger("ddpm_fast")
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a call of `train` ended.
+
+    Attributes:
+        step: Steps since the run began.
+        loss: Mean loss since the last row of the log; NaN if no step followed that row.
+        seconds: Time spent in steps since the run began, in seconds.
+        stopped_by: "SIGINT", "SIGTERM", "max_minutes", or None if all steps are done.
+    """
+
+    step: int
+    loss: float
+    seconds: float
+    stopped_by: str | None
+
+
+def run_training(
+    run_dir: str | os.PathLike[str],
+    options: Mapping[str, Any],
+    *,
+    resume: bool,
+    max_minutes: float | None,
+    progress: bool,
+) -> TrainResult:
+    """Run `train` with options that are checked and complete."""
+    if options["threads"] is not None:
+        torch.set_num_threads(options["threads"])
+    try:
+        dataset = load_dataset(options["data"], options["data_dir"], image_size=options["image_size"])
+    except ValueError:
+        if not resume or options["image_size"] is not None:
+            raise
+        # Earlier versions resized a folder's images of several sizes without being asked. Such a run goes on.
+        stored = RunFolder(run_dir).read_config()["dataset"]
+        if stored.get("preparation", RESIZED) != RESIZED:
+            raise
+        dataset = load_dataset(options["data"], options["data_dir"], image_size=stored["shape"][-1])
+    schedule: NoiseSchedule = getattr(NoiseSchedule, options["schedule"])(options["num_timesteps"])
+    weight, device = options["loss_weight"], _device(options["device"])
+    task = Task(
+        options=options,
+        dataset=dataset,
+        labelled=options["conditional"] and len(dataset.classes) > 1,
+        schedule=schedule,
+        loss_weight=None if weight is None else schedule.loss_weight(weight, options["prediction"]).to(device, torch.float32),
+        rng=TrainingRng(options["seed"], options["batch_size"]),
+        device=device,
+    )
+    with kept_memory() if task.device.type == "cpu" else nullcontext():
+        return _run(run_dir, task, resume=resume, max_minutes=max_minutes, progress=progress)
+
+
+def _run(
+    run_dir: str | os.PathLike[str], task: Task, *, resume: bool, max_minutes: float | None, progress: bool
+) -> TrainResult:
+    """Run the task's steps from the beginning or from the newest checkpoint."""
+    options = task.options
+    steps, batch_size = options["steps"], options["batch_size"]
+    checkpoint_every, checkpoint_minutes = options["checkpoint_every"], options["checkpoint_minutes"]
+    state = State.initial(task)  # first, as it refuses options that make no network: a folder would be in the next try's way
+    run = RunFolder(run_dir)
+    checkpoint = run.latest_checkpoint() if resume else None
+    if options["init"] is not None and checkpoint is None:
+        state.load_weights(options["init"])
+    config = task.config()
+    if resume:
+        _check_same(run, config)
+        run.write_config(config)  # with the options that were changed
+    else:
+        run.create(config)
+    if checkpoint is not None:
+        state.load(checkpoint)
+    run.remove_leftovers()
+    run.cut_log(state.step)
+    _log.info("%s", summary(run, task, state))
+
+    writer = tensorboard_writer(run, state.step) if options["tensorboard"] else None
+    from tqdm import tqdm
+
+    bar = tqdm(
+        total=steps,
+        initial=state.step,
+        unit="step",
+        disable=not progress,
+        mininterval=0.5 if sys.stderr.isatty() else 30,  # a log file needs fewer lines than a terminal
+    )
+    generators = torch.random.fork_rng([task.device] if task.device.type == "cuda" else [])  # the caller's stay as they are
+    stopped_by: str | None = None
+    began = last_checkpoint = time.monotonic()
+    forecast = Forecast(steps, task.device)
+    logged_step, logged_seconds = state.step, state.seconds
+    mark = time.perf_counter()  # end of the last stretch that is counted in state.seconds
+    with _StopSignals() as signals, generators, bar:
+        while state.step < steps and stopped_by is None:
+            grad_norm, rate = _step(task, state)
+            bar.update()
+            forecast.after_step(state.step)
+
+            if state.step % options["log_every"] == 0 or state.step == steps:
+                loss = _finite_loss(state, grad_norm)
+                state.losses.clear()
+                mark = state.count_time(mark)
+                speed = (state.step - logged_step) * batch_size / (state.seconds - logged_seconds)
+                logged_step, logged_seconds = state.step, state.seconds
+                row = (state.step, state.step * batch_size, loss, float(grad_norm), rate, speed, state.seconds)
+                run.append_log(row)
+                bar.set_postfix_str(f"loss {loss:.4f}, {speed:.1f} images/s", refresh=False)
+                if writer:
+                    for name, value in zip(LOG_COLUMNS[2:6], row[2:6], strict=True):
+                        writer.add_scalar(f"train/{name}", value, state.step)
+            if options["sample_every"] and state.step % options["sample_every"] == 0:
+                mark = state.count_time(mark)
+                draw_samples(run, task, state, writer)
+                mark = time.perf_counter()
+
+            if signals.received is not None:
+                stopped_by = signals.received
+            elif max_minutes is not None and time.monotonic() - began > 60 * max_minutes:
+                stopped_by = "max_minutes"
+            due = bool(checkpoint_every) and state.step % checkpoint_every == 0
+            due |= bool(checkpoint_minutes) and time.monotonic() - last_checkpoint > 60 * checkpoint_minutes
+            if due or stopped_by is not None or state.step == steps:
+                _finite_loss(state, grad_norm)  # a spoilt state must not replace a good one
+                mark = state.count_time(mark)
+                _save_checkpoint(run, task, state)
+                last_checkpoint = time.monotonic()
+                mark = time.perf_counter()
+    if writer:
+        writer.close()
+    if stopped_by:
+        _log.info("stopped by %s at step %d of %d; checkpoint saved", stopped_by, state.step, steps)
+    return TrainResult(state.step, state.mean_loss(), state.seconds, stopped_by)
+
+
+def _step(task: Task, state: State) -> tuple[Tensor, float]:
+    """Take one step of Algorithm 1. Return the gradient's norm before clipping, 0-d, and the learning rate."""
+    options, rng, step = task.options, task.rng, state.step
+    # The batch.
+    images, labels = task.dataset[rng.indices(step, len(task.dataset))]
+    x_0 = to_unit_range(images.to(task.device))  # [B, C, H, W]
+    if options["flip"]:
+        x_0 = torch.where(rng.is_flipped(step).to(task.device)[:, None, None, None], x_0.flip(-1), x_0)
+    x_0 = x_0.contiguous(memory_format=task.memory_format)
+    t = rng.timesteps(step, task.schedule.num_timesteps).to(task.device)
+    seeds = rng.noise_seeds(step).to(task.device)
+    no_label = len(task.dataset.classes)  # the last embedding
+    labels = labels.masked_fill(rng.label_is_dropped(step, options["label_dropout"]), no_label).to(task.device)
+    # Its gradient.
+    torch.manual_seed(rng.dropout_seed(step))
+    x_t = q_sample(x_0, t, task.schedule, seeds=seeds)
+    with torch.autocast(task.device.type, torch.bfloat16, enabled=options["precision"] == "bf16"):
+        output = state.model(x_t, t, labels if task.labelled else None)
+    weight = None if task.loss_weight is None else task.loss_weight[t]
+    loss = denoising_loss(output.float(), x_0, t, task.schedule, prediction=options["prediction"], seeds=seeds, weight=weight)
+    loss.backward()
+    parameters: list[Tensor] = list(state.model.parameters())
+    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, options["clip_grad"] or math.inf, foreach=True)
+    # The update.
+    rate = options["lr"] * _lr_factor(
+        step, options["steps"], options["warmup_steps"], options["lr_decay"], options["lr_decay_steps"]
+    )
+    for group in state.optimizer.param_groups:
+        group["lr"] = rate
+    state.optimizer.step()
+    state.optimizer.zero_grad()
+    decay = options["ema_decay"]
+    if options["init"] is None:  # the first weights are random: forget them soon
+        decay = min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(state.ema.parameters()), parameters, 1 - decay)
+    state.losses.append(loss.detach())
+    state.step += 1
+    return grad_norm, rate
+
+
+def _finite_loss(state: State, grad_norm: Tensor) -> float:
+    """Return the mean loss since the last row of the log. Raise FloatingPointError if it or the gradient is not finite."""
+    loss = state.mean_loss()
+    if math.isinf(loss) or (math.isnan(loss) and state.losses) or not math.isfinite(grad_norm):
+        raise FloatingPointError(
+            f"train: the loss became {loss} and its gradient's norm {float(grad_norm)} by step {state.step}; "
+            "resume with what was saved, or start again with a smaller lr or precision float32"
+        )
+    return loss
+
+
+def _save_checkpoint(run: RunFolder, task: Task, state: State) -> None:
+    def write(folder: Path) -> None:
+        state.write(folder)
+        write_scheduler(folder / "scheduler", task.schedule, task.options["prediction"])
+
+    entries = {"seconds": state.seconds, "losses": [float(loss) for loss in state.losses]}
+    run.save_checkpoint(state.step, entries, write, task.options["keep"])
+
+
+class _StopSignals:
+    """A context that records the first SIGINT or SIGTERM. The second one acts as usual.
+
+    Only the main thread receives signals.
+    """
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> _StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.received = signal.Signals(number).name
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self._restore()
+
+
+def _device(name: str | None) -> torch.device:
+    """Return the device of that name, by default a GPU if there is one. Raise ValueError if nothing runs on it."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros((), device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"train: expected device to be one of this machine, got {name!r}: {reason}") from error
+    return device
+
+
+def _check_same(run: RunFolder, config: Mapping[str, Any]) -> None:
+    """Refuse to resume a run as something else than it was started as."""
+    stored = run.read_config()
+    for section in ("options", "dataset"):
+        for name, value in config[section].items():
+            if name not in CHANGEABLE and stored[section].get(name) != value:
+                raise ValueError(
+                    f"train: expected {name} to be {stored[section].get(name)!r}, as the run in {run.path} was started, "
+                    f"got {value!r}"
+                )
+
+
+def _lr_factor(step: int, steps: int, warmup_steps: int, decay: str, decay_steps: int) -> float:
+    """Return the learning rate of a step as a share of `lr`. It rises linearly, stays, and falls over the last steps."""
+    rise = min(1.0, (step + 1) / (warmup_steps + 1))
+    left = min(1.0, (steps - step) / (decay_steps + 1))  # 1 until the fall begins
+    return rise * (left if decay == "linear" else 0.5 - 0.5 * math.cos(math.pi * left))

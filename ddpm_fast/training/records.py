@@ -1,0 +1,108 @@
+"""Records of a training run for its user: the description at the start, a forecast, TensorBoard's files, grids of samples."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+import torch
+
+from ..images import save_grid
+from ..plan import ddim_plan
+from ..sampling import sample
+from .run_folder import RunFolder
+from .state import State, Task
+
+_log = logging.getLogger("ddpm_fast")
+
+
+def summary(run: RunFolder, task: Task, state: State) -> str:
+    """Describe what is about to be trained, on what, and where the records go."""
+    options, dataset = task.options, task.dataset
+    channels, height, width = dataset.shape
+    classes = f"{len(dataset.classes)} classes" if len(dataset.classes) > 1 else "no classes"
+    parameters = sum(parameter.numel() for parameter in state.model.parameters())
+    machine = f"{options['precision']} on {task.device}"
+    if task.device.type == "cpu":
+        threads = torch.get_num_threads()
+        machine += f", {threads} thread" + ("s" if threads > 1 else "")
+    epochs = options["steps"] * options["batch_size"] / len(dataset)
+    records = [f"log.csv every {options['log_every']} steps"]
+    if options["sample_every"]:
+        records.append(f"samples/ every {options['sample_every']} steps")
+    if options["checkpoint_every"]:
+        records.append(f"checkpoints/ every {options['checkpoint_every']} steps")
+    if options["checkpoint_minutes"]:
+        records.append(f"checkpoints/ every {options['checkpoint_minutes']:g} minutes")
+    rows = {
+        "data": f"{dataset.name}: {len(dataset)} images, {classes}",
+        "images": f"{width}x{height} pixels, {channels} channel{'s' if channels > 1 else ''}, {dataset.preparation}",
+        "network": f"{parameters / 1e6:.2f} million parameters, "
+        + ("class-conditional" if task.labelled else "unconditional")
+        + (f", started from {options['init']}" if options["init"] else ""),
+        "machine": machine,
+        "steps": f"{options['steps']} of {options['batch_size']} images: {epochs:,.0f} epochs"
+        if epochs >= 100
+        else f"{options['steps']} of {options['batch_size']} images: {epochs:.2g} epochs",
+        "records": f"{run.path}/: {', '.join(records)}",
+    }
+    title = f"Resuming {run.path} at step {state.step}" if state.step else f"Training {run.path}"
+    return "\n".join([title, *(f"  {name:<8} {text}" for name, text in rows.items())])
+
+
+class Forecast:
+    """A line of the log, soon after the start, that says how long the rest of the steps will take."""
+
+    _FIRST, _LAST = 3, 13  # the first steps of a call are slower
+
+    def __init__(self, steps: int, device: torch.device) -> None:
+        self._steps, self._device, self._done, self._began = steps, device, 0, 0.0
+
+    def after_step(self, step: int) -> None:
+        """Count a step of this call, and write the line once the speed is known."""
+        self._done += 1
+        if self._done in (self._FIRST, self._LAST) and self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        if self._done == self._FIRST:
+            self._began = time.perf_counter()
+        elif self._done == self._LAST:
+            seconds = (time.perf_counter() - self._began) / (self._LAST - self._FIRST) * (self._steps - step)
+            _log.info("  %-8s about %s", "time", _duration(seconds))
+
+
+def _duration(seconds: float) -> str:
+    """Return a rough duration in the unit that suits it."""
+    for unit, size in (("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} seconds"
+
+
+def tensorboard_writer(run: RunFolder, step: int) -> Any:
+    """Return a SummaryWriter, or None if TensorBoard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        _log.info("TensorBoard is not installed: no event files (pip install 'ddpm_fast[train]')")
+        return None
+    return SummaryWriter(run.tensorboard, purge_step=step + 1)
+
+
+def draw_samples(run: RunFolder, task: Task, state: State, writer: Any) -> None:
+    """Draw a grid with the averaged weights, with one column a class or 8 columns."""
+    options = task.options
+    columns = min(len(task.dataset.classes), 16) if task.labelled else 8
+    labels = torch.arange(4 * columns) % columns if task.labelled else None
+    plan = ddim_plan(task.schedule, options["sample_steps"], prediction=options["prediction"])
+    images = sample(
+        *(state.ema, plan, 4 * columns),
+        seed=options["seed"],
+        class_labels=labels,
+        progress=False,
+        cuda_graph=False,  # a graph takes memory beside that of the training
+    )
+    run.samples.mkdir(exist_ok=True)
+    save_grid(images, run.samples / f"step-{state.step:08d}.png", columns=columns)
+    if writer:
+        writer.add_images("samples", images.clamp(-1, 1) / 2 + 0.5, state.step)

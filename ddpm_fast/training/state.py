@@ -1,0 +1,190 @@
+"""The task of a training run, which stays, and its state, which is the content of a checkpoint."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from ..atomic import replacing
+from ..nn import UNet, UNetConfig
+from ..schedule import NoiseSchedule
+from ..version import __version__
+from .data import ImageDataset
+from .rng import TrainingRng
+from .run_folder import RunFolder
+
+# Keys of a network's configuration that its weights do not depend on.
+_NOT_IN_WEIGHTS: Final = frozenset({"sample_size", "dropout", "num_train_timesteps", "class_names"})
+
+
+@dataclass(frozen=True)
+class Task:
+    """The parts of a run that do not change from step to step."""
+
+    options: Mapping[str, Any]  # the arguments of `train` without those of `THIS_CALL`
+    dataset: ImageDataset
+    labelled: bool  # the network is given the class
+    schedule: NoiseSchedule
+    loss_weight: Tensor | None  # float32 [T], on the device
+    rng: TrainingRng
+    device: torch.device
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """Memory format of images and weights."""
+        return torch.channels_last if self.options["channels_last"] else torch.contiguous_format
+
+    def config(self) -> dict[str, Any]:
+        """Return the content of config.json."""
+        dataset = self.dataset
+        return {
+            "options": self.options,
+            "unet": unet_config(self.options, dataset, self.labelled),
+            "schedule": self.schedule.to_config(),
+            "dataset": {
+                "images": len(dataset),
+                "shape": list(dataset.shape),
+                "preparation": dataset.preparation,
+                "classes": list(dataset.classes),
+            },
+            "versions": {"ddpm_fast": __version__, "torch": torch.__version__},
+        }
+
+
+@dataclass
+class State:
+    """The parts of a run that change from step to step: the content of a checkpoint."""
+
+    model: UNet
+    ema: UNet  # moving average of the weights
+    optimizer: torch.optim.Optimizer
+    step: int = 0  # steps done
+    seconds: float = 0.0  # spent in steps
+    losses: list[Tensor] = field(default_factory=list)  # since the last row of the log; 0-d, on the device
+
+    @classmethod
+    def initial(cls, task: Task) -> State:
+        """Return the state before the first step, with weights drawn from the seed."""
+        with torch.random.fork_rng([]):
+            torch.manual_seed(task.rng.weights_seed)
+            model = UNet(**unet_config(task.options, task.dataset, task.labelled))
+        model = model.to(device=task.device, memory_format=task.memory_format)  # type: ignore[call-overload]
+        lr, weight_decay = task.options["lr"], task.options["weight_decay"]
+        optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
+        return cls(model, copy.deepcopy(model).requires_grad_(False).eval(), optimizer)
+
+    def mean_loss(self) -> float:
+        """Return the mean loss since the last row of the log, or NaN if there was no step."""
+        return float(torch.stack(self.losses).mean()) if self.losses else math.nan
+
+    def count_time(self, since: float) -> float:
+        """Add the time since `since` to `seconds`, and return the present time."""
+        now = time.perf_counter()
+        self.seconds += now - since
+        return now
+
+    def write(self, folder: Path) -> None:
+        """Write the networks and the optimizer's state into a checkpoint's folder."""
+        self.model.save_pretrained(folder / "unet")
+        self.ema.save_pretrained(folder / "unet_ema")
+        tensors = {
+            f"{key}.{name}": value.detach().cpu().contiguous()
+            for name, parameter in self.model.named_parameters()
+            for key, value in self.optimizer.state[parameter].items()
+        }
+        import safetensors.torch
+
+        with replacing(folder / "optimizer.safetensors") as temporary:
+            safetensors.torch.save_file(tensors, temporary)
+
+    def load_weights(self, init: str) -> None:
+        """Load the weights and their moving average from a folder that another training wrote."""
+        network, average = _weight_folders(Path(init))
+        wanted = UNetConfig.from_dict(self.model.config).to_dict()
+        for model, folder in ((self.model, network), (self.ema, average)):
+            source = UNet.from_pretrained(folder)
+            found = UNetConfig.from_dict(source.config).to_dict()
+            keys = [key for key in {**wanted, **found} if key not in _NOT_IN_WEIGHTS]
+            differing = [key for key in keys if wanted.get(key) != found.get(key)]
+            if differing:
+                raise ValueError(
+                    f"train: expected init to hold a network as the options describe it, got {init!r}, in which "
+                    + ", ".join(f"{key} is {found.get(key)!r} instead of {wanted.get(key)!r}" for key in differing)
+                )
+            model.load_state_dict(source.state_dict())
+
+    def load(self, folder: Path) -> None:
+        """Load a checkpoint."""
+        self.model.load_state_dict(UNet.from_pretrained(folder / "unet").state_dict())
+        self.ema.load_state_dict(UNet.from_pretrained(folder / "unet_ema").state_dict())
+        import safetensors.torch
+
+        tensors = safetensors.torch.load_file(folder / "optimizer.safetensors")
+        for name, parameter in self.model.named_parameters():
+            moments = {
+                # The parameter's memory format: fused optimizers walk through the storage.
+                key: torch.empty_like(parameter).copy_(tensors[f"{key}.{name}"])
+                for key in ("exp_avg", "exp_avg_sq")
+            }
+            self.optimizer.state[parameter] = {"step": tensors[f"step.{name}"].to(parameter.device), **moments}
+        entries = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        self.step, self.seconds = entries["step"], entries["seconds"]
+        device = next(self.model.parameters()).device
+        self.losses = [torch.tensor(loss, dtype=torch.float32, device=device) for loss in entries["losses"]]
+
+
+def _weight_folders(init: Path) -> tuple[Path, Path]:
+    """Return the folders of the weights and of their moving average; one folder serves as both if it has no average."""
+    run = RunFolder(init)
+    folder: Path | None = init
+    if run.checkpoints.is_dir():
+        folder = run.latest_checkpoint()
+    if folder is None or not folder.is_dir():
+        raise FileNotFoundError(
+            "train: expected init to be the folder of a model, of a run with a checkpoint, or of a checkpoint, "
+            f"got {str(init)!r}"
+        )
+    return (folder / "unet", folder / "unet_ema") if (folder / "unet_ema").is_dir() else (folder, folder)
+
+
+def unet_config(options: Mapping[str, Any], dataset: ImageDataset, labelled: bool) -> dict[str, Any]:
+    """Return the configuration of the network that the options describe. Raise ValueError if the images do not fit it."""
+    channels, height, width = dataset.shape
+    widths = options["channels"]
+    factor = 2 ** (len(widths) - 1)
+    if height % factor or width % factor:
+        raise ValueError(
+            f"train: expected images whose sides are multiples of {factor} for {len(widths)} levels of channels, "
+            f"got {height}x{width}; choose image_size or fewer channels"
+        )
+    attended = [height >> level in options["attention"] for level in range(len(widths))]
+    return {
+        "sample_size": height,
+        "in_channels": channels,
+        "out_channels": channels,
+        "block_out_channels": widths,
+        "layers_per_block": options["layers"],
+        "down_block_types": ["AttnDownBlock2D" if a else "DownBlock2D" for a in attended],
+        "up_block_types": ["AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attended)],
+        "attention_head_dim": options["head_dim"],
+        "norm_num_groups": math.gcd(32, *widths),
+        "dropout": options["dropout"],
+        "resnet_time_scale_shift": "scale_shift" if options["scale_shift"] else "default",
+        "num_class_embeds": len(dataset.classes) + 1 if labelled else None,
+        # Images beside sub-folders make a class without a name.
+        **({"class_names": list(dataset.classes)} if labelled and all(dataset.classes) else {}),
+        # As in Ho et al.
+        "downsample_padding": 0,
+        "flip_sin_to_cos": False,
+        "freq_shift": 1,
+        "norm_eps": 1e-6,
+    }

@@ -1,0 +1,48 @@
+"""The Frechet distance against its closed form, and against SciPy's matrix root."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ddpm_fast import frechet_distance
+
+
+def features(n: int, d: int = 4, seed: int = 0) -> torch.Tensor:
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def whitened(n: int, d: int = 4) -> torch.Tensor:
+    """Return features whose sample mean is 0 and whose sample covariance is the identity."""
+    x = features(n, d)
+    x = x - x.mean(0)
+    return x @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(x.T))).T
+
+
+def test_identical_sets_have_distance_0() -> None:
+    assert frechet_distance(features(50), features(50)) == pytest.approx(0, abs=1e-12)
+    assert frechet_distance(features(50), features(50)[torch.randperm(50)]) == pytest.approx(0, abs=1e-12)
+
+
+def test_shifted_and_scaled_gaussians_have_the_closed_form() -> None:
+    x = whitened(200)
+    shift, scale = torch.tensor([1.0, -2.0, 0.5, 0.0]), torch.tensor([1.0, 2.0, 0.5, 3.0])
+    # Commuting covariances: the distance is |shift|^2 + sum (1 - scale)^2.
+    expected = float(shift.square().sum() + (1 - scale).square().sum())
+    assert frechet_distance(x, x * scale + shift) == pytest.approx(expected, rel=1e-12)
+    assert frechet_distance(x * scale + shift, x) == pytest.approx(expected, rel=1e-12)
+
+
+def test_covariances_that_do_not_commute_give_scipys_matrix_root() -> None:
+    linalg = pytest.importorskip("scipy.linalg")
+    a, b = features(60) @ features(4, seed=1), features(70, seed=2) @ features(4, seed=3)
+    product = torch.cov(a.T) @ torch.cov(b.T)
+    root = float(linalg.sqrtm(product.numpy()).real.trace())
+    expected = float((a.mean(0) - b.mean(0)).square().sum() + torch.cov(a.T).trace() + torch.cov(b.T).trace()) - 2 * root
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize(("a", "b"), [((4, 4), (50, 4)), ((50, 4), (50, 3)), ((50,), (50, 4))])
+def test_too_few_rows_and_other_shapes_are_refused(a: tuple[int, ...], b: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"frechet_distance: expected features \[N, D\] and \[M, D\]"):
+        frechet_distance(torch.zeros(a), torch.zeros(b))
