@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .atomic import replacing
+from .checks import check_int, check_number
 
 _ANIMATED = ("GIF", "WEBP")
 
@@ -48,9 +49,10 @@ def image_grid(
         ValueError: An argument is out of range, or the images are not finite.
     """
     _check_images("image_grid", images)
-    for name, value, least in (("columns", columns, 1), ("padding", padding, 0), ("scale", scale, 1)):
-        if value is not None and value < least:
-            raise ValueError(f"image_grid: expected {name} to be at least {least}, got {value}")
+    check_int("image_grid", "columns", columns, 1, optional=True)
+    check_int("image_grid", "padding", padding, 0)
+    check_int("image_grid", "scale", scale, 1)
+    check_int("image_grid", "background", background, 0, 255)
     n, channels, height, width = images.shape
     columns = min(n, columns or _columns(n))
     rows = math.ceil(n / columns)
@@ -133,10 +135,8 @@ def save_trajectory(
     kind = image_format(path)
     if trajectory.dim() != 5 or trajectory.shape[0] == 0:
         raise ValueError(f"save_trajectory: expected trajectory to be [F, N, C, H, W], F >= 1, got {list(trajectory.shape)}")
-    if frames is not None and frames < 1:
-        raise ValueError(f"save_trajectory: expected frames to be at least 1, got {frames}")
-    if not seconds > 0:
-        raise ValueError(f"save_trajectory: expected seconds to be positive, got {seconds}")
+    check_int("save_trajectory", "frames", frames, 1, optional=True)
+    check_number("save_trajectory", "seconds", seconds, above=0, finite=True)
     total = trajectory.shape[0]
     if frames is None:
         frames = total if kind in _ANIMATED else 11

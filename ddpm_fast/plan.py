@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .checks import check_choice, check_int, check_number
 from .reference import PREDICTIONS, VARIANCES
-from .schedule import NoiseSchedule, check_number, numbered
+from .schedule import NoiseSchedule, numbered
 
 Spacing = Literal["leading", "trailing", "linspace"]
 Prediction = Literal["epsilon", "sample", "v_prediction", "previous_sample"]
@@ -66,12 +67,8 @@ class SamplingPlan:
 
     def __post_init__(self) -> None:
         """Check the fields, and derive `is_random` and `needs_x_0_prev`."""
-        if self.prediction not in _PREDICTIONS:
-            raise ValueError(
-                f"SamplingPlan: expected prediction to be one of {', '.join(_PREDICTIONS)}, got {self.prediction!r}"
-            )
-        if self.variance not in VARIANCES:
-            raise ValueError(f"SamplingPlan: expected variance to be one of {', '.join(VARIANCES)}, got {self.variance!r}")
+        check_choice("SamplingPlan", "prediction", self.prediction, _PREDICTIONS)
+        check_choice("SamplingPlan", "variance", self.variance, VARIANCES)
         if self.coefficients.shape != (self.num_steps, len(COLUMNS)):
             wanted, got = [self.num_steps, len(COLUMNS)], list(self.coefficients.shape)
             raise ValueError(f"SamplingPlan: expected coefficients of shape {wanted}, got {got}")
@@ -165,8 +162,7 @@ def ddpm_plan(
         TypeError: `schedule` is not a NoiseSchedule.
         ValueError: An argument is out of range, or the model predicts epsilon where abar is 0.
     """
-    if variance not in VARIANCE_TYPES:
-        raise ValueError(f"ddpm_plan: expected variance to be one of {', '.join(VARIANCE_TYPES)}, got {variance!r}")
+    check_choice("ddpm_plan", "variance", variance, VARIANCE_TYPES)
     path = _Path("ddpm_plan", schedule, num_steps, spacing, previous, prediction, clip)
     zero = torch.zeros_like(path.beta)
     if prediction == "previous_sample":  # m is the mean, whatever the clip does to x_0^
@@ -227,12 +223,8 @@ def ddim_plan(
         TypeError: `schedule` is not a NoiseSchedule.
         ValueError: An argument is out of range, or the model predicts epsilon where abar is 0.
     """
-    check_number("ddim_plan", "eta", eta)
-    check_number("ddim_plan", "final_alpha_bar", final_alpha_bar)
-    if not eta >= 0:
-        raise ValueError(f"ddim_plan: expected eta to be at least 0, got {eta}")
-    if not 0 < final_alpha_bar <= 1:
-        raise ValueError(f"ddim_plan: expected final_alpha_bar in (0, 1], got {final_alpha_bar}")
+    check_number("ddim_plan", "eta", eta, 0)
+    check_number("ddim_plan", "final_alpha_bar", final_alpha_bar, above=0, high=1)
     path = _Path("ddim_plan", schedule, num_steps, spacing, previous, prediction, clip, final_alpha_bar)
     sigma = eta * path.beta_tilde.sqrt()
     if bool((sigma.square() > 1 - path.abar_prev).any()):
@@ -333,12 +325,8 @@ class _Path:
                 f"{caller}: expected schedule to be a NoiseSchedule (NoiseSchedule.from_diffusers(scheduler.config)), "
                 f"got {type(schedule).__name__}"
             )
-        if prediction not in _PREDICTIONS:
-            raise ValueError(f"{caller}: expected prediction to be one of {', '.join(_PREDICTIONS)}, got {prediction!r}")
-        if clip is not None:
-            check_number(caller, "clip", clip)
-            if not clip > 0:
-                raise ValueError(f"{caller}: expected clip to be positive or None, got {clip}")
+        check_choice(caller, "prediction", prediction, _PREDICTIONS)
+        check_number(caller, "clip", clip, above=0, optional=True)
         self.schedule, self.prediction, self.clip = schedule, prediction, clip
         self.timesteps = _timesteps(caller, schedule.num_timesteps, num_steps, spacing, previous is None)
         if previous is None:
@@ -450,8 +438,7 @@ def spaced_timesteps(caller: str, total: int, num_steps: int, spacing: Spacing) 
     Raises:
         ValueError: `num_steps` is out of range, or `spacing` is unknown.
     """
-    if not isinstance(num_steps, int) or isinstance(num_steps, bool) or not 1 <= num_steps <= total:
-        raise ValueError(f"{caller}: expected num_steps to be an integer in 1..{total}, got {num_steps!r}")
+    check_int(caller, "num_steps", num_steps, 1, total)
     if spacing == "leading":
         descending = np.arange(num_steps)[::-1] * (total // num_steps)
     elif spacing == "trailing":

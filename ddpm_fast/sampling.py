@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import sys
 import threading
 from collections import OrderedDict
@@ -15,6 +14,7 @@ from typing import Any, Final, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from .checks import FLOATS, check_int, check_number, checked_device
 from .denoising_loop import DenoisingLoop
 from .images import evenly_spaced
 from .inference import FrozenUNet, inference_network
@@ -22,8 +22,6 @@ from .inference import cuda_graph as graphs
 from .networks import Model, device_and_dtype, evaluation_mode, labels_of, model_config
 from .nn import UNet, UNetConfig
 from .ops import sample_seeds
-from .ops.backend import FLOATS
-from .ops.checks import check_number, checked_device
 from .plan import SamplingPlan
 
 ClassLabels: TypeAlias = int | str | Sequence[int | str] | Tensor | None
@@ -164,7 +162,7 @@ class Sampler:
             The images as `sample` returns them, and the states [frames, num_samples, C, H, W] on the CPU, from
             x_T to x_0.
         """
-        _check_positive("num_frames", num_frames)
+        check_int("sample", "num_frames", num_frames, 1)
         request = _checked_request(
             self._config, self.shape, num_samples, seed, batch_size, class_labels, guidance_scale, x_T, callback
         )
@@ -388,8 +386,8 @@ def _checked_request(
     callback: Callback | None,
 ) -> _Request:
     """Check what `sample` documents, and resolve seeds and labels."""
-    _check_positive("num_samples", num_samples)
-    _check_positive("batch_size", num_samples if batch_size is None else batch_size)
+    check_int("sample", "num_samples", num_samples, 1)
+    check_int("sample", "batch_size", batch_size, 1, optional=True)
     seeds = resolve_seeds("sample", seed, num_samples)
     labels, no_label = resolve_labels("sample", config, class_labels, num_samples)
     guided = _is_guided(guidance_scale, class_labels, no_label)
@@ -411,11 +409,9 @@ def _checked_request(
 
 def _is_guided(guidance_scale: float | None, class_labels: Any, no_label: int | None) -> bool:
     """Return whether guidance takes a second prediction."""
-    check_number("sample", "guidance_scale", 1 if guidance_scale is None else guidance_scale)
+    check_number("sample", "guidance_scale", guidance_scale, finite=True, optional=True)
     if guidance_scale is None or guidance_scale == 1:
         return False
-    if not math.isfinite(guidance_scale):
-        raise ValueError(f"sample: expected guidance_scale to be finite or None, got {guidance_scale}")
     if class_labels is None or no_label is None:
         reason = "class_labels is None" if class_labels is None else "the model's config has no num_class_embeds"
         raise ValueError(f"sample: expected guidance_scale to be None or 1, as {reason}, got {guidance_scale}")
@@ -440,11 +436,6 @@ def _device(model: Model, device: torch.device | str | None) -> torch.device:
     if device.type == "meta":
         raise ValueError("sample: expected device to be one that computes, got meta")
     return torch.empty(0, device=device).device
-
-
-def _check_positive(name: str, value: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"sample: expected {name} to be a positive integer, got {value!r}")
 
 
 def _image_shape(model: Model, plan: SamplingPlan, shape: Sequence[int] | None) -> tuple[int, ...]:

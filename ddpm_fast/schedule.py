@@ -10,6 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .checks import check_choice, check_int, check_number
+
 
 class NoiseSchedule:
     """The betas of a diffusion process and the coefficients derived from them.
@@ -71,7 +73,7 @@ class NoiseSchedule:
                 nearly pure noise for every T. By default the ends are used as given, as in diffusers, and
                 a T far below 1000 leaves signal in x_T.
         """
-        _check_num_timesteps("linear", num_timesteps)
+        check_int("NoiseSchedule.linear", "num_timesteps", num_timesteps, 1)
         check_number("NoiseSchedule.linear", "beta_start", beta_start)
         check_number("NoiseSchedule.linear", "beta_end", beta_end)
         scale = 1000 / num_timesteps if scale_to_num_timesteps else 1.0
@@ -95,7 +97,7 @@ class NoiseSchedule:
             beta_start: First beta, before scaling.
             beta_end: The last beta.
         """
-        _check_num_timesteps("scaled_linear", num_timesteps)
+        check_int("NoiseSchedule.scaled_linear", "num_timesteps", num_timesteps, 1)
         betas = torch.linspace(beta_start**0.5, beta_end**0.5, num_timesteps, dtype=torch.float64).square()
         parameters = {"num_timesteps": num_timesteps, "beta_start": beta_start, "beta_end": beta_end}
         return cls(betas, "scaled_linear", parameters)
@@ -113,7 +115,7 @@ class NoiseSchedule:
             s: Offset that keeps the first betas from vanishing.
             max_beta: Upper bound on every beta.
         """
-        _check_num_timesteps("cosine", num_timesteps)
+        check_int("NoiseSchedule.cosine", "num_timesteps", num_timesteps, 1)
 
         def alpha_bar(u: Tensor) -> Tensor:
             return torch.cos((u + s) / (1 + s) * (math.pi / 2)).square()
@@ -146,7 +148,7 @@ class NoiseSchedule:
                 Its betas are then matched up to float64 rounding. They differ from the formula's by up to
                 1.3e-5 (relative, T = 1000).
         """
-        _check_num_timesteps("sigmoid", num_timesteps)
+        check_int("NoiseSchedule.sigmoid", "num_timesteps", num_timesteps, 1)
         dtype = torch.float32 if float32_ends else torch.float64
         first, last = (torch.tensor(v / tau, dtype=dtype).sigmoid().double() for v in (start, end))
 
@@ -174,7 +176,7 @@ class NoiseSchedule:
             beta_start: Lower limit of the betas.
             beta_end: Upper limit of the betas.
         """
-        _check_num_timesteps("sigmoid_betas", num_timesteps)
+        check_int("NoiseSchedule.sigmoid_betas", "num_timesteps", num_timesteps, 1)
         ramp = torch.linspace(-6, 6, num_timesteps, dtype=torch.float64).sigmoid()
         parameters = {"num_timesteps": num_timesteps, "beta_start": beta_start, "beta_end": beta_end}
         return cls(ramp * (beta_end - beta_start) + beta_start, "sigmoid_betas", parameters)
@@ -195,7 +197,7 @@ class NoiseSchedule:
             num_timesteps: T, at least 1.
             max_beta: Upper bound on every beta.
         """
-        _check_num_timesteps("laplace", num_timesteps)
+        check_int("NoiseSchedule.laplace", "num_timesteps", num_timesteps, 1)
 
         def alpha_bar(u: Tensor) -> Tensor:
             side = torch.where(u <= 0.5, 1.0, -1.0)
@@ -363,21 +365,17 @@ class NoiseSchedule:
         Raises:
             ValueError: An argument is not one of the above.
         """
-        if kind != "min_snr":
-            raise ValueError(f'NoiseSchedule.loss_weight: expected kind to be "min_snr", got {kind!r}')
-        if not 0 < gamma < math.inf:
-            raise ValueError(f"NoiseSchedule.loss_weight: expected gamma to be positive and finite, got {gamma!r}")
+        caller = "NoiseSchedule.loss_weight"
+        check_choice(caller, "kind", kind, ("min_snr",))
+        check_choice(caller, "prediction", prediction, ("epsilon", "sample", "v_prediction"))
+        check_number(caller, "gamma", gamma, above=0, finite=True)
         snr = self.snr
         bounded = snr.clamp(max=gamma)
         if prediction == "epsilon":
             return torch.where(snr > 0, bounded / snr, 1.0)
         if prediction == "sample":
             return bounded
-        if prediction == "v_prediction":
-            return bounded / (snr + 1)
-        raise ValueError(
-            f"NoiseSchedule.loss_weight: expected prediction to be epsilon, sample or v_prediction, got {prediction!r}"
-        )
+        return bounded / (snr + 1)
 
     def coefficients(self, device: torch.device | str = "cpu") -> Tensor:
         """Return the table that `q_sample` and `denoising_loss` read.
@@ -445,17 +443,6 @@ def numbered(device: torch.device | str) -> torch.device:
     """Return `device` with its index, as tensors report it: "cuda" becomes the current GPU."""
     device = torch.device(device)
     return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
-
-
-def check_number(caller: str, name: str, value: Any) -> None:
-    """Raise a TypeError unless `value` is a number and not a bool."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"{caller}: expected {name} to be a number, got {type(value).__name__}")
-
-
-def _check_num_timesteps(builder: str, num_timesteps: int) -> None:
-    if not isinstance(num_timesteps, int) or num_timesteps < 1:
-        raise ValueError(f"NoiseSchedule.{builder}: expected num_timesteps to be at least 1, got {num_timesteps!r}")
 
 
 def _betas_from_alpha_bar(alpha_bar: Callable[[Tensor], Tensor], num_timesteps: int, max_beta: float) -> Tensor:

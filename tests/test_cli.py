@@ -129,7 +129,7 @@ def test_train_then_resume_then_export(tmp_path: Path) -> None:
 def test_train_refuses_what_it_cannot_read(tmp_path: Path) -> None:
     assert "is not a list of whole numbers" in run("train", tmp_path / "run", "--channels", "64;128", code=2)
     assert "expected name to be one of digits" in run("train", tmp_path / "run", "--data", "mnist", code=2)
-    assert "expected threads to be at least 1" in run("train", tmp_path / "run", "--threads", 0, code=2)
+    assert "expected threads to be a positive integer or None" in run("train", tmp_path / "run", "--threads", 0, code=2)
     assert "expected device to be one of this machine" in run("train", tmp_path / "run", "--device", "xyz", code=2)
     assert "expected a run to resume" in run("train", tmp_path / "run", "--resume", code=2)
     (tmp_path / "empty").mkdir()

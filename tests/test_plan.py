@@ -255,11 +255,10 @@ def test_zero_terminal_snr_needs_another_prediction_than_epsilon() -> None:
         (lambda: ddpm_plan(SCHEDULE, prediction="eps"), "ddpm_plan: expected prediction .*got 'eps'"),
         (lambda: ddpm_plan(SCHEDULE, variance="small"), "ddpm_plan: expected variance .*got 'small'"),
         (lambda: ddpm_plan(SCHEDULE, clip=0.0), "ddpm_plan: expected clip to be positive or None, got 0.0"),
-        (lambda: ddpm_plan(SCHEDULE, True), "ddpm_plan: expected num_steps .*got True"),
         (lambda: ddpm_plan(SCHEDULE, spacing=[-1], previous=[-2]), r"expected spacing to be timesteps in 0..999, got \[-1\]"),
         (lambda: ddpm_plan(SCHEDULE, spacing=[5, 2], previous=[5, 1]), r"expected previous .*below.*got \[5, 1\]"),
         (lambda: ddpm_plan(SCHEDULE, spacing=[5, 2], previous=[1]), r"expected previous to be 2 timesteps.*got \[1\]"),
-        (lambda: ddim_plan(SCHEDULE, final_alpha_bar=0.0), "ddim_plan: expected final_alpha_bar in .*got 0.0"),
+        (lambda: ddim_plan(SCHEDULE, final_alpha_bar=0.0), "ddim_plan: expected final_alpha_bar to be positive and at most 1, got 0.0"),
         (lambda: ddim_plan(SCHEDULE, eta=-1.0), "ddim_plan: expected eta to be at least 0, got -1.0"),
         (lambda: ddim_plan(SCHEDULE, eta=9.0), r"ddim_plan: expected eta to be at most \d.*got 9.0"),
     ],
@@ -272,8 +271,9 @@ def test_errors(make, message: str) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: ddpm_plan(SCHEDULE, True), "ddpm_plan: expected num_steps .*got True"),
         (lambda: ddim_plan(SCHEDULE, eta="x"), "ddim_plan: expected eta to be a number, got str"),
-        (lambda: ddim_plan(SCHEDULE, clip="x"), "ddim_plan: expected clip to be a number, got str"),
+        (lambda: ddim_plan(SCHEDULE, clip="x"), "ddim_plan: expected clip to be a number or None, got str"),
         (lambda: ddpm_plan(SCHEDULE, spacing=["a"]), r"ddpm_plan: expected spacing to be a name or timesteps, got \['a'\]"),
     ],
 )

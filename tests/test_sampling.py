@@ -429,7 +429,7 @@ def test_progress_counts_steps(capsys: pytest.CaptureFixture[str]) -> None:
     ("changes", "error", "message"),
     [
         ({"num_samples": 0}, ValueError, "expected num_samples to be a positive integer, got 0"),
-        ({"batch_size": 0}, ValueError, "expected batch_size to be a positive integer, got 0"),
+        ({"batch_size": 0}, ValueError, "expected batch_size to be a positive integer or None, got 0"),
         ({"x_T": torch.zeros(4, 1, 8, 7)}, ValueError, r"expected x_T to be floating \[4, 1, 8, 8\], got .* \[4, 1, 8, 7\]"),
         ({"x_T": 0}, TypeError, "expected x_T to be a tensor or None, got int"),
         ({"callback": 1}, TypeError, "expected callback to be callable or None, got int"),
@@ -438,7 +438,7 @@ def test_progress_counts_steps(capsys: pytest.CaptureFixture[str]) -> None:
         ({"device": "foo"}, ValueError, "sample: expected device to be a torch.device or its name, got 'foo'"),
         ({"device": "meta"}, ValueError, "sample: expected device to be one that computes, got meta"),
         ({"dtype": torch.float8_e4m3fn}, TypeError, "expected dtype to be a floating dtype, got torch.float8_e4m3fn"),
-        ({"batch_size": True}, ValueError, "expected batch_size to be a positive integer, got True"),
+        ({"batch_size": True}, TypeError, "expected batch_size to be a positive integer or None, got True"),
         ({"dtype": "x"}, TypeError, "expected dtype to be a floating dtype, got 'x'"),
         ({"shape": 5}, TypeError, r"expected shape to be integers \(C, H, W\), got 5"),
         ({"plan": SCHEDULE}, TypeError, "expected plan to be a SamplingPlan, got NoiseSchedule"),
@@ -466,7 +466,7 @@ def test_progress_counts_steps(capsys: pytest.CaptureFixture[str]) -> None:
         ),
         ({"model": freeze(tiny_unet(), num_timesteps=19)}, ValueError, "expected a plan of timesteps below 19, got 19"),
         ({"class_labels": 1, "guidance_scale": math.nan}, ValueError, "guidance_scale to be finite or None, got nan"),
-        ({"class_labels": 1, "guidance_scale": "2"}, TypeError, "sample: expected guidance_scale to be a number, got str"),
+        ({"class_labels": 1, "guidance_scale": "2"}, TypeError, "sample: expected guidance_scale to be a number or None, got str"),
         ({"guidance_scale": 2.0}, ValueError, "expected guidance_scale to be None or 1, as class_labels is None, got 2.0"),
     ],
 )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..checks import check_int
 from ..inference import inference_network
 from ..networks import Model, device_and_dtype, evaluation_mode, model_config, predict
 from ..plan import COLUMNS, Prediction, Variance, ddpm_plan
@@ -114,8 +115,7 @@ def variational_bound(
         raise ValueError(f"variational_bound: expected x_0 to be floating [N, C, ...], got {x_0.dtype} {list(x_0.shape)}")
     if not x_0.abs().max() <= 1:  # NaN included
         raise ValueError(f"variational_bound: expected x_0 in [-1, 1], got values from {x_0.min():.4g} to {x_0.max():.4g}")
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"variational_bound: expected batch_size to be a positive integer, got {batch_size}")
+    check_int("variational_bound", "batch_size", batch_size, 1, optional=True)
     check_images("variational_bound", "x_0", model, x_0.shape)
     total = len(x_0)
     labels, _ = resolve_labels("variational_bound", model_config(model), class_labels, total)

@@ -13,12 +13,12 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from ..checks import FLOATS, check_int, check_range, checked_device
 from ..networks import Model, placed
 from ..nn.config import UNetConfig
 from ..nn.unet import UNet, centered, checked_timesteps
 from ..ops._op import is_transformed_tensor, runs_eagerly
-from ..ops.backend import FLOATS, has_fast_bfloat16, why_not_matrix_kernels
-from ..ops.checks import check_range, checked_device
+from ..ops.backend import has_fast_bfloat16, why_not_matrix_kernels
 from .network import Conv, Network, Resnet, read_network, why_not_frozen
 from .packed_layers import PackedLayers
 from .program import Buffer, Builder, Call, NativeProgram, PythonProgram
@@ -86,10 +86,7 @@ def freeze(
         raise ValueError(f"freeze: expected dtype to be a floating dtype of {', '.join(map(str, FLOATS))}, got {dtype}")
     if num_timesteps is None:
         num_timesteps = model.config["num_train_timesteps"] or 1000
-    if not isinstance(num_timesteps, int) or isinstance(num_timesteps, bool):
-        raise TypeError(f"freeze: expected num_timesteps to be an int, got {type(num_timesteps).__name__}")
-    if num_timesteps < 1:
-        raise ValueError(f"freeze: expected num_timesteps to be at least 1, got {num_timesteps}")
+    check_int("freeze", "num_timesteps", num_timesteps, 1)
     return FrozenUNet(model, dtype, device, num_timesteps)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..ops.checks import check_float
+from ..checks import check_choice, check_float, check_number
 from ..ops.q_sample import q_sample
 from ..ops.reverse_step import reverse_step
 from ..plan import COLUMNS, VARIANCE_TYPES, SamplingPlan, ddim_plan, ddpm_plan, spaced_timesteps
@@ -55,16 +55,13 @@ class _PlanScheduler:
     def _set_up(self) -> None:
         """Check the configuration and set diffusers' attributes."""
         config, name = self.config, type(self).__name__
-        for key, known in (("prediction_type", PREDICTIONS), ("timestep_spacing", _SPACINGS)):
-            if config[key] not in known:
-                raise ValueError(f"{name}: expected {key} to be one of {', '.join(known)}, got {config[key]!r}")
-        if config.clip_sample and not config.clip_sample_range > 0:
-            raise ValueError(f"{name}: expected clip_sample_range to be positive, got {config.clip_sample_range}")
-        if config.thresholding and not 0 <= config.dynamic_thresholding_ratio <= 1:
-            got = config.dynamic_thresholding_ratio
-            raise ValueError(f"{name}: expected dynamic_thresholding_ratio to be in 0..1, got {got}")
-        if config.thresholding and not config.sample_max_value > 0:
-            raise ValueError(f"{name}: expected sample_max_value to be positive, got {config.sample_max_value}")
+        check_choice(name, "prediction_type", config.prediction_type, PREDICTIONS)
+        check_choice(name, "timestep_spacing", config.timestep_spacing, _SPACINGS)
+        if config.clip_sample:
+            check_number(name, "clip_sample_range", config.clip_sample_range, above=0)
+        if config.thresholding:
+            check_number(name, "dynamic_thresholding_ratio", config.dynamic_thresholding_ratio, 0, 1)
+            check_number(name, "sample_max_value", config.sample_max_value, above=0)
         self.schedule = NoiseSchedule.from_diffusers(config)
         self.betas = self.schedule.betas.float()
         self.alphas = self.schedule.alphas.float()

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..checks import check_device, check_float, check_like, check_noise_or_seeds, check_range, check_seeds
 from ..evaluation.bound import prior_bits, reconstruction_bits, transition_bits
 from ..ops import denoising_loss, q_sample, reverse_step
 from ..ops import noise as counter_based_noise
-from ..ops.checks import check_device, check_float, check_like, check_noise_or_seeds, check_range, check_seeds
 from ..plan import Prediction, SamplingPlan, Variance, ddim_inversion_plan, ddim_plan, ddpm_plan
 from ..reference import STREAM_X_T, opmath, per_sample
 from ..schedule import NoiseSchedule

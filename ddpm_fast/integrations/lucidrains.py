@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..checks import check_choice, check_float, check_int, check_like, check_number, check_seeds
 from ..inference import inference_network
 from ..networks import Model, device_and_dtype, evaluation_mode, model_config
 from ..nn.checkpoint import check_weights, load_tensors
 from ..ops import denoising_loss, q_sample, reverse_step
 from ..ops import noise as draw_noise
-from ..ops.checks import check_float, check_like, check_number, check_seeds
 from ..plan import SamplingPlan, ddim_plan, ddpm_plan
 from ..reference import STREAM_OFFSET, STREAM_Q_SAMPLE, STREAM_X_T
 from ..sampling import resolve_seeds
@@ -112,20 +112,14 @@ class GaussianDiffusion(nn.Module):
         super().__init__()
         self.channels, self.self_condition = _checked_model(model)
         self.image_size = _checked_size(image_size)
-        _check(_is_int(timesteps) and timesteps >= 1, "timesteps to be a positive integer", timesteps)
+        caller = "GaussianDiffusion"
+        check_int(caller, "timesteps", timesteps, 1)
+        check_int(caller, "sampling_timesteps", sampling_timesteps, 1, timesteps, optional=True)
         sampling_timesteps = timesteps if sampling_timesteps is None else sampling_timesteps
-        in_range = _is_int(sampling_timesteps) and 1 <= sampling_timesteps <= timesteps
-        _check(in_range, f"sampling_timesteps to be an integer in 1..{timesteps} or None", sampling_timesteps)
-        _check(objective in _PREDICTIONS, f"objective to be one of {', '.join(_PREDICTIONS)}", objective)
-        for name, value in (
-            ("ddim_sampling_eta", ddim_sampling_eta),
-            ("offset_noise_strength", offset_noise_strength),
-            ("min_snr_gamma", min_snr_gamma),
-        ):
-            check_number("GaussianDiffusion", name, value)
-        _check(0 <= ddim_sampling_eta < math.inf, "ddim_sampling_eta to be at least 0", ddim_sampling_eta)
-        _check(0 <= offset_noise_strength < math.inf, "offset_noise_strength to be at least 0", offset_noise_strength)
-        _check(min_snr_gamma > 0, "min_snr_gamma to be positive", min_snr_gamma)
+        check_choice(caller, "objective", objective, _PREDICTIONS)
+        check_number(caller, "ddim_sampling_eta", ddim_sampling_eta, 0, finite=True)
+        check_number(caller, "offset_noise_strength", offset_noise_strength, 0, finite=True)
+        check_number(caller, "min_snr_gamma", min_snr_gamma, above=0)
 
         self.model = model
         self.objective = objective
@@ -264,7 +258,7 @@ class GaussianDiffusion(nn.Module):
             x_{t-1}, and x_0 in [-1, 1].
         """
         check_float("p_sample", "x", x, min_dim=4)
-        self._check_t("p_sample", t)
+        check_int("p_sample", "t", t, 0, self.num_timesteps - 1)
         if x_self_cond is not None:
             check_like("p_sample", "x_self_cond", x_self_cond, "x", x)
         if seeds is not None:
@@ -329,7 +323,7 @@ class GaussianDiffusion(nn.Module):
             seed: As in `p_sample_loop`.
             progress: Show a progress bar.
         """
-        _check(_is_int(batch_size) and batch_size >= 1, "batch_size to be a positive integer", batch_size, "sample")
+        check_int("sample", "batch_size", batch_size, 1)
         loop = self.ddim_sample if self.is_ddim_sampling else self.p_sample_loop
         return loop((batch_size, self.channels, *self.image_size), return_all_timesteps, seed=seed, progress=progress)
 
@@ -363,7 +357,7 @@ class GaussianDiffusion(nn.Module):
         check_float(where, "x1", x1, min_dim=4)
         check_like(where, "x2", x2, "x1", x1)
         t = self.num_timesteps - 1 if t is None else t
-        self._check_t(where, t)
+        check_int(where, "t", t, 0, self.num_timesteps - 1)
         if not isinstance(lam, Tensor):
             check_number(where, "lam", lam)
         seeds = None if seed is None else resolve_seeds(where, seed, len(x1)).to(x1.device)
@@ -449,9 +443,6 @@ class GaussianDiffusion(nn.Module):
             z = torch.randn_like(x_t) if step < plan.num_steps - 1 else torch.zeros_like(x_t)
         return reverse_step(x_t, output, step, plan, noise=z, seeds=seeds, return_x_0=return_x_0, out=out)
 
-    def _check_t(self, where: str, t: int) -> None:
-        _check(_is_int(t) and 0 <= t < self.num_timesteps, f"t to be an integer in 0..{self.num_timesteps - 1}", t, where)
-
     # -------------------------------------------------------------------------------------------------------- training
 
     @torch.no_grad()
@@ -512,10 +503,9 @@ class GaussianDiffusion(nn.Module):
         _check(
             times, f"t to be an int64 tensor of shape [{len(x_start)}]", list(t.shape) if isinstance(t, Tensor) else t, where
         )
-        _check(loss_reduction in ("mean", "none"), 'loss_reduction to be "mean" or "none"', loss_reduction, where)
+        check_choice(where, "loss_reduction", loss_reduction, ("mean", "none"))
         strength = self.offset_noise_strength if offset_noise_strength is None else offset_noise_strength
-        check_number(where, "offset_noise_strength", strength)
-        _check(0 <= strength < math.inf, "offset_noise_strength to be at least 0", strength, where)
+        check_number(where, "offset_noise_strength", strength, 0, finite=True)
         noise, seeds = self._epsilon(where, x_start, noise, seeds, strength)
         x_t = q_sample(x_start, t, self.schedule, noise=noise, seeds=seeds)
         x_self_cond = None
@@ -610,7 +600,7 @@ def load_checkpoint(
         ValueError: The file is damaged, needs pickle, is no checkpoint of the Trainer, or does not fit.
     """
     where = "load_checkpoint"
-    _check(weights in ("ema", "model"), 'weights to be "ema" or "model"', weights, where)
+    check_choice(where, "weights", weights, ("ema", "model"))
     if not isinstance(diffusion, GaussianDiffusion):
         raise TypeError(
             f"{where}: expected diffusion to be a GaussianDiffusion of this package, got {type(diffusion).__name__}"

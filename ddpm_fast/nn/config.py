@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..checks import check_int, check_number
+
 CIFAR10_32: dict[str, Any] = {
     "sample_size": 32,
     "block_out_channels": [128, 256, 256, 256],
@@ -112,16 +114,15 @@ class UNetConfig:
         for key, supported in _SUPPORTED.items():
             _expect(self, key, getattr(self, key) in supported, " or ".join(map(repr, supported)))
         for key in ("in_channels", "out_channels", "layers_per_block", "norm_num_groups"):
-            _expect(self, key, _is_positive_int(getattr(self, key)), "a positive int")
+            check_int("UNet", key, getattr(self, key), 1)
         for key in (
             *("num_attention_heads", "time_input_dim", "time_embedding_dim", "attention_head_dim", "attn_norm_num_groups"),
             "num_class_embeds",
         ):
-            value = getattr(self, key)
-            _expect(self, key, value is None or _is_positive_int(value), "None or a positive int")
-        _expect(self, "dropout", 0 <= self.dropout < 1, "in [0, 1)")
-        _expect(self, "mid_block_scale_factor", self.mid_block_scale_factor > 0, "positive")
-        _expect(self, "norm_eps", self.norm_eps > 0, "positive")
+            check_int("UNet", key, getattr(self, key), 1, optional=True)
+        check_number("UNet", "dropout", self.dropout, 0, below=1)
+        check_number("UNet", "mid_block_scale_factor", self.mid_block_scale_factor, above=0, finite=True)
+        check_number("UNet", "norm_eps", self.norm_eps, above=0, finite=True)
         if (names := self.class_names) is not None:
             strings = isinstance(names, tuple) and all(isinstance(name, str) and name for name in names)
             _expect(self, "class_names", strings and len(names) > 0, "None or a list of non-empty strings")
@@ -130,8 +131,9 @@ class UNetConfig:
             _expect(self, "class_names", len(names) < limit, f"None or fewer names than num_class_embeds = {limit or None}")
 
         channels = self.block_out_channels
-        sequence = isinstance(channels, tuple) and len(channels) > 0
-        _expect(self, "block_out_channels", sequence and all(map(_is_positive_int, channels)), "a list of positive ints")
+        _expect(self, "block_out_channels", isinstance(channels, tuple) and len(channels) > 0, "a list of positive integers")
+        for value in channels:
+            check_int("UNet", "block_out_channels", value, 1)
         sinusoids = "block_out_channels" if self.time_input_dim is None else "time_input_dim"
         _expect(self, sinusoids, self.sinusoid_dim % 2 == 0, "even first (sine and cosine halves)")
         _expect(self, "freq_shift", self.freq_shift < self.sinusoid_dim // 2, f"below {self.sinusoid_dim // 2}")
@@ -174,10 +176,6 @@ class UNetConfig:
     def head_dim(self, channels: int) -> int | None:
         """Return the channels per head of an attention layer of this width, or None for a single head."""
         return channels // self.num_attention_heads if self.num_attention_heads else self.attention_head_dim
-
-
-def _is_positive_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _expect(config: UNetConfig, key: str, holds: bool, wanted: str) -> None:

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checks import check_range
 from ..ops._op import runs_eagerly
-from ..ops.checks import check_range
 from .checkpoint import check_weights, load_checkpoint, save_checkpoint
 from .config import UNetConfig
 from .conv import Conv3x3

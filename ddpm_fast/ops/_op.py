@@ -12,8 +12,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from .backend import BACKENDS, FLOATS, KERNELS, BackendUnavailable, warn_without_cuda, why_not_native, why_not_triton
-from .checks import check_apart, check_memory, check_strided
+from ..checks import FLOATS, check_apart, check_choice, check_memory, check_strided
+from .backend import BACKENDS, KERNELS, BackendUnavailable, warn_without_cuda, why_not_native, why_not_triton
 
 Outputs = tuple[Tensor | None, ...]
 LIBRARY: Final = torch.library.Library("ddpm_fast", "DEF")
@@ -526,8 +526,7 @@ def why_not(backend: str, op: str, device: torch.device, dtype: torch.dtype = to
     Raises:
         ValueError: The backend or the op is unknown.
     """
-    if op not in OPS:
-        raise ValueError(f"why_not: expected op to be one of {', '.join(OPS)}, got {op!r}")
+    check_choice("why_not", "op", op, OPS)
     return OPS[op].why_not(backend, device, dtype)
 
 

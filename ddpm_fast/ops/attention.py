@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..checks import autocast, check_float, check_int, check_number, in_autocast
 from ._op import FusedOp, gradients_of, is_transformed
 from .backend import why_not_matrix_kernels
-from .checks import autocast, check_float, check_number, in_autocast
 from .conv3x3 import is_trained_natively, step_of
 
 # Fewest pixels for which a layer's training step is faster than with PyTorch's attention. Its time relative to PyTorch's
@@ -46,10 +46,7 @@ def attention(qkv: Tensor, num_heads: int, *, scale: float | None = None, backen
     """
     op = "attention"
     check_float(op, "qkv", qkv)
-    if not isinstance(num_heads, (int, torch.SymInt)) or isinstance(num_heads, bool):
-        raise TypeError(f"{op}: expected num_heads to be an int, got {type(num_heads).__name__}")
-    if num_heads < 1:
-        raise ValueError(f"{op}: expected num_heads to be positive, got {num_heads}")
+    check_int(op, "num_heads", num_heads, 1)
     if qkv.dim() != 3 or qkv.shape[2] % (3 * num_heads):
         raise ValueError(f"{op}: expected qkv to be [N, L, 3 C] with C a multiple of {num_heads} heads, got {list(qkv.shape)}")
     if scale is None:

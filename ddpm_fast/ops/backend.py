@@ -14,7 +14,7 @@ from typing import Any, Final
 import torch
 
 BACKENDS: Final = ("native", "triton", "reference")  # in the order that backend=None tries them
-FLOATS: Final = (torch.float32, torch.float64, torch.float16, torch.bfloat16)  # the index is the native module's dtype code
+
 MATRIX_DTYPES: Final = (torch.float32, torch.bfloat16)  # dtypes of convolution and attention kernels
 
 

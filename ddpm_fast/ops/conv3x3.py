@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
+from ..checks import autocast, check_device, check_float, check_like, check_map, check_number
 from ._op import FusedOp, gradients_of, is_transformed, runs_eagerly
 from .backend import MATRIX_DTYPES, has_fast_bfloat16, native, why_not_matrix_kernels
-from .checks import autocast, check_device, check_float, check_like, check_map, check_number
 
 # Fewest 2x2 tiles of a batch for which Winograd's method is faster than the direct sum. It reads 16/9 of the weights, or
 # 36/16 after an upsampling.

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..schedule import NoiseSchedule
-from ._op import FusedOp, gradients_of
-from .checks import (
+from ..checks import (
+    check_choice,
     check_device,
     check_float,
     check_like,
@@ -21,6 +20,8 @@ from .checks import (
     check_type,
     index_tensor,
 )
+from ..schedule import NoiseSchedule
+from ._op import FusedOp, gradients_of
 
 
 def denoising_loss(
@@ -73,10 +74,8 @@ def denoising_loss(
     check_like(op, "model_output", model_output, "x_0", x_0)
     check_noise_or_seeds(op, noise, seeds)
     check_type(op, "schedule", schedule, NoiseSchedule)
-    if prediction not in reference.PREDICTIONS:
-        raise ValueError(f"{op}: expected prediction to be one of {', '.join(reference.PREDICTIONS)}, got {prediction!r}")
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f'{op}: expected reduction to be "mean", "sum" or "none", got {reduction!r}')
+    check_choice(op, "prediction", prediction, reference.PREDICTIONS)
+    check_choice(op, "reduction", reduction, ("mean", "sum", "none"))
     n = x_0.shape[0]
     if weight is not None:
         check_float(op, "weight", weight)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..checks import check_like, check_map
 from ._op import FusedOp, gradients_of
 from .backend import why_not_matrix_kernels
-from .checks import check_like, check_map
 from .group_norm_silu import check_norm
 
 

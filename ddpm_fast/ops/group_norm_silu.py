@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..checks import check_device, check_float, check_int, check_number
 from ._op import FusedOp, gradients_of
-from .checks import check_device, check_float, check_number
 
 _TRITON_MAX_CHANNELS_PER_GROUP = 4096  # a tile of its kernels holds whole groups
 
@@ -83,13 +83,10 @@ def check_norm(
     check_float(op, "x", x, min_dim=2)
     n, channels = x.shape[:2]
     channels += more_channels
-    if not isinstance(num_groups, (int, torch.SymInt)) or isinstance(num_groups, bool):
-        raise TypeError(f"{op}: expected num_groups to be an int, got {type(num_groups).__name__}")
-    if num_groups < 1 or channels % num_groups:
+    check_int(op, "num_groups", num_groups, 1)
+    if channels % num_groups:
         raise ValueError(f"{op}: expected num_groups to divide the {channels} channels of x, got {num_groups}")
-    check_number(op, "eps", eps)
-    if not eps > 0:
-        raise ValueError(f"{op}: expected eps to be positive, got {eps}")
+    check_number(op, "eps", eps, above=0)
     if scale_shift is not None and not (isinstance(scale_shift, (tuple, list)) and len(scale_shift) == 2):
         raise TypeError(f"{op}: expected scale_shift to be a pair of tensors, got {type(scale_shift).__name__}")
     scale, shift_2 = (None, None) if scale_shift is None else scale_shift

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..checks import FLOATS, check_int, check_seeds, checked_device
 from ._op import FusedOp
-from .backend import FLOATS
-from .checks import check_seeds, checked_device
 
 
 def sample_seeds(seed: int, n: int, start: int = 0) -> Tensor:
@@ -103,10 +102,7 @@ def noise(
         raise ValueError(f"noise: expected at most 2^34 elements a sample, got {math.prod(shape[1:])}")
     if dtype not in FLOATS:
         raise TypeError(f"noise: expected dtype to be float32, float64, float16 or bfloat16, got {dtype}")
-    if not isinstance(stream, int) or isinstance(stream, bool):
-        raise TypeError(f"noise: expected stream to be an int, got {type(stream).__name__}")
-    if not 0 <= stream < 1 << 32:
-        raise ValueError(f"noise: expected stream in 0..2^32-1, got {stream}")
+    check_int("noise", "stream", stream, 0, (1 << 32) - 1)
     channels_last = memory_format == torch.channels_last
     if not (memory_format == torch.contiguous_format or (channels_last and len(shape) == 4)):
         raise ValueError(

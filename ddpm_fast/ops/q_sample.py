@@ -8,10 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..schedule import NoiseSchedule
-from ._op import FusedOp, dtype_code
-from .backend import FLOATS
-from .checks import (
+from ..checks import (
+    FLOATS,
     check_float,
     check_like,
     check_noise_or_seeds,
@@ -21,6 +19,8 @@ from .checks import (
     check_type,
     index_tensor,
 )
+from ..schedule import NoiseSchedule
+from ._op import FusedOp, dtype_code
 
 
 def q_sample(

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..checks import check_device, check_float, check_like, check_number, check_range, check_seeds, check_strided, check_type
 from ..plan import COLUMNS, SamplingPlan
 from ._op import FusedOp, is_dense
-from .checks import check_device, check_float, check_like, check_number, check_range, check_seeds, check_strided, check_type
 
 
 def reverse_step(

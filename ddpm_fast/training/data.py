@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..checks import check_choice, check_int
+
 DATASETS: Final = ("digits", "fashion-mnist", "cifar10")
 
 FASHION_MNIST_CLASSES: Final = (
@@ -85,10 +87,8 @@ def load_dataset(
         ValueError: The name, split or size is unknown, the images' sizes differ, no image was found, or a file is damaged.
         ImportError: A package of the `train` extra is missing.
     """
-    if split not in ("train", "test"):
-        raise ValueError(f'load_dataset: expected split to be "train" or "test", got {split!r}')
-    if image_size is not None and image_size < 1:
-        raise ValueError(f"load_dataset: expected image_size to be at least 1, got {image_size}")
+    check_choice("load_dataset", "split", split, ("train", "test"))
+    check_int("load_dataset", "image_size", image_size, 1, optional=True)
     root = None if data_dir is None else Path(data_dir)
     if name == "digits":
         return _in_memory(name, *_read_digits(split), tuple("0123456789"), image_size)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 if TYPE_CHECKING:
@@ -141,27 +141,27 @@ def _json(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_options(options: Mapping[str, Any]) -> None:
-    def expect(name: str, holds: bool, wanted: str) -> None:
-        if not holds:
-            raise ValueError(f"train: expected {name} to be {wanted}, got {options[name]!r}")
+    from ..checks import check_choice, check_int, check_number
 
-    choices = {
-        "schedule": ("linear", "scaled_linear", "cosine", "sigmoid"),
-        "prediction": ("epsilon", "sample", "v_prediction"),
-        "precision": ("float32", "bf16"),
-        "lr_decay": ("linear", "cosine"),
-    }
-    for name, allowed in choices.items():
-        expect(name, options[name] in allowed, f"one of {', '.join(allowed)}")
-    expect("loss_weight", options["loss_weight"] in (None, "min_snr"), '"min_snr" or None')
-    for name in ("layers", "num_timesteps", "steps", "batch_size", "log_every", "sample_steps", "keep"):
-        expect(name, options[name] >= 1, "at least 1")
-    for name in ("warmup_steps", "lr_decay_steps", "weight_decay", "clip_grad", "sample_every", "checkpoint_every"):
-        expect(name, options[name] >= 0, "at least 0")
-    for name in ("dropout", "ema_decay"):
-        expect(name, 0 <= options[name] < 1, "in [0, 1)")
-    expect("label_dropout", 0 <= options["label_dropout"] <= 1, "in [0, 1]")
-    expect("lr", options["lr"] > 0, "positive")
-    expect("checkpoint_minutes", options["checkpoint_minutes"] >= 0, "at least 0")
-    expect("channels", len(options["channels"]) > 0, "at least one number")
-    expect("threads", options["threads"] is None or options["threads"] >= 1, "at least 1 or None")
+    def each(check: Callable[..., None], names: str, *bounds: Any, **more: Any) -> None:
+        for name in names.split():
+            check("train", name, options[name], *bounds, **more)
+
+    each(check_choice, "schedule", ("linear", "scaled_linear", "cosine", "sigmoid"))
+    each(check_choice, "prediction", ("epsilon", "sample", "v_prediction"))
+    each(check_choice, "precision", ("float32", "bf16"))
+    each(check_choice, "lr_decay", ("linear", "cosine"))
+    each(check_choice, "loss_weight", (None, "min_snr"))
+    each(check_int, "layers num_timesteps steps batch_size log_every sample_steps keep", 1)
+    each(check_int, "warmup_steps lr_decay_steps sample_every checkpoint_every", 0)
+    each(check_int, "image_size head_dim threads", 1, optional=True)
+    each(check_int, "seed")
+    each(check_number, "weight_decay clip_grad checkpoint_minutes", 0, finite=True)
+    each(check_number, "lr", above=0, finite=True)
+    each(check_number, "dropout ema_decay", 0, below=1)
+    each(check_number, "label_dropout", 0, 1)
+    if not options["channels"]:
+        raise ValueError("train: expected channels to be at least one number, got none")
+    for name in ("channels", "attention"):
+        for value in options[name]:
+            check_int("train", name, value, 1)

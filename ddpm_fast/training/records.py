@@ -68,10 +68,10 @@ class Forecast:
             self._began = time.perf_counter()
         elif self._done == self._LAST:
             seconds = (time.perf_counter() - self._began) / (self._LAST - self._FIRST) * (self._steps - step)
-            _log.info("  %-8s about %s", "time", _duration(seconds))
+            _log.info("  %-8s about %s", "time", duration(seconds))
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """Return a rough duration in the unit that suits it."""
     for unit, size in (("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * size:

@@ -275,7 +275,7 @@ def test_progress_counts_timesteps(capsys: pytest.CaptureFixture[str]) -> None:
             r"variational_bound: expected x_0 to have H and W that are multiples of 4, got \(3, 2, 5, 5\)",
         ),
         ({"model": UNet(**SMALL), "x_0": torch.zeros(1, 1, 8, 8)}, r"expected x_0 to be \[N, 2, H, W\], got \(1, 1, 8, 8\)"),
-        ({"batch_size": 0}, "expected batch_size to be a positive integer, got 0"),
+        ({"batch_size": 0}, "expected batch_size to be a positive integer or None, got 0"),
         ({"prediction": "noise"}, "expected prediction to be one of"),
         ({"variance": "fixed"}, "expected variance to be one of"),
         ({"clip": 0.0}, "expected clip to be positive or None"),

@@ -430,9 +430,9 @@ def test_bad_arguments_of_freeze_are_named() -> None:
         freeze(model, torch.int8)
     with pytest.raises(TypeError, match=r"freeze: expected dtype to be a torch\.dtype, got 'bfloat16'"):
         freeze(model, "bfloat16")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"freeze: expected num_timesteps to be at least 1, got -1"):
+    with pytest.raises(ValueError, match=r"freeze: expected num_timesteps to be a positive integer, got -1"):
         freeze(model, num_timesteps=-1)
-    with pytest.raises(TypeError, match=r"freeze: expected num_timesteps to be an int, got bool"):
+    with pytest.raises(TypeError, match=r"freeze: expected num_timesteps to be a positive integer, got True"):
         freeze(model, num_timesteps=True)
     with pytest.raises(ValueError, match=r"freeze: expected device to be a torch\.device or its name, got 'nowhere'"):
         freeze(model, device="nowhere")

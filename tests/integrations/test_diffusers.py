@@ -661,7 +661,7 @@ BAD: list[tuple[Callable[[], Any], str]] = [
     (lambda: DDPMScheduler(beta_end=2.0), r"expected every beta in \(0, 1\], got 1.00\d+ at index 500"),
     (lambda: DDPMScheduler(trained_betas=[0.1, 0.0]), r"expected every beta in \(0, 1\], got 0 at index 1"),
     (lambda: DDPMScheduler(trained_betas=[]), r"expected betas to be a floating tensor of shape \[T\], T >= 1"),
-    (lambda: DDPMScheduler(num_train_timesteps=0), "expected num_timesteps to be at least 1, got 0"),
+    (lambda: DDPMScheduler(num_train_timesteps=0), "expected num_timesteps to be a positive integer, got 0"),
     (
         lambda: DDPMScheduler(prediction_type="eps"),
         "DDPMScheduler: expected prediction_type to be one of epsilon, .* got 'eps'",
@@ -674,7 +674,7 @@ BAD: list[tuple[Callable[[], Any], str]] = [
     (lambda: DDPMScheduler(thresholding=True, sample_max_value=0.0), "expected sample_max_value to be positive, got 0.0"),
     (
         lambda: DDPMScheduler(thresholding=True, dynamic_thresholding_ratio=2.0),
-        "dynamic_thresholding_ratio to be in 0..1, got 2",
+        "dynamic_thresholding_ratio to be at least 0 and at most 1, got 2",
     ),
     (lambda: _set(steps=0), "DDPMScheduler.set_timesteps: expected num_inference_steps to be in 1..1000 .*, got 0"),
     (lambda: _set(DDIMScheduler, -3), "DDIMScheduler.set_timesteps: expected num_inference_steps to be in 1..1000 .*, got -3"),

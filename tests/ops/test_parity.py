@@ -6,8 +6,9 @@ from kernel_calls import MATRIX_OPS
 from pairwise import covering
 from parity import Expected, evaluate
 
+from ddpm_fast.checks import FLOATS
 from ddpm_fast.ops import why_not
-from ddpm_fast.ops.backend import FLOATS, MATRIX_DTYPES
+from ddpm_fast.ops.backend import MATRIX_DTYPES
 from ddpm_fast.testing import CASES, Case, make_call
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float64: "float64"}

@@ -31,7 +31,9 @@ from ddpm_fast.reference import STREAM_Q_SAMPLE
 from ddpm_fast.schedule import NoiseSchedule
 from ddpm_fast.training import train
 from ddpm_fast.training.data import load_dataset, to_unit_range
-from ddpm_fast.training.loop import TrainResult, _duration, _lr_factor, export_checkpoint
+from ddpm_fast.training.export import export_checkpoint
+from ddpm_fast.training.loop import TrainResult, _lr_factor
+from ddpm_fast.training.records import duration
 from ddpm_fast.training.rng import TrainingRng
 from ddpm_fast.training.run_folder import RunFolder
 
@@ -200,15 +202,15 @@ def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
     ("option", "value", "wanted"),
     [
         ("schedule", "exponential", "one of linear, scaled_linear"),
-        ("loss_weight", "p2", '"min_snr" or None'),
+        ("loss_weight", "p2", "one of None, min_snr"),
         ("precision", "fp8", "one of float32, bf16"),
-        ("steps", 0, "at least 1"),
-        ("lr_decay_steps", -1, "at least 0"),
-        ("dropout", 1.0, r"in \[0, 1\)"),
-        ("label_dropout", 1.5, r"in \[0, 1\]"),
+        ("steps", 0, "a positive integer"),
+        ("lr_decay_steps", -1, "an integer of at least 0"),
+        ("dropout", 1.0, "at least 0 and below 1"),
+        ("label_dropout", 1.5, "at least 0 and at most 1"),
         ("lr", 0.0, "positive"),
         ("channels", [], "at least one number"),
-        ("threads", 0, "at least 1"),
+        ("threads", 0, "a positive integer or None"),
         ("device", "meta", "one of this machine, got 'meta'"),
         ("device", "nowhere", "one of this machine, got 'nowhere'"),
         ("device", "cuda:99", "one of this machine, got 'cuda:99'"),
@@ -478,7 +480,7 @@ def test_a_run_opens_with_a_summary(tmp_path: Path, caplog: pytest.LogCaptureFix
 
 
 def test_durations_read_well() -> None:
-    assert [_duration(s) for s in (3, 100, 130, 7100, 7300)] == [
+    assert [duration(s) for s in (3, 100, 130, 7100, 7300)] == [
         "3 seconds",
         "100 seconds",
         "2 minutes",

@@ -1,29 +1,108 @@
-"""Checks of arguments: errors name the op, the argument, the expected value and the given one."""
+"""Checks of arguments: errors name the caller, the argument, the expected value and the given one.
+
+A wrong type is a TypeError. A wrong value is a ValueError.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import math
+from collections.abc import Collection, Mapping
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .backend import FLOATS
+FLOATS: Final = (torch.float32, torch.float64, torch.float16, torch.bfloat16)  # the index is the native module's dtype code
 
 _NUMBERS = (float, int, torch.SymFloat, torch.SymInt)
 
 
-def check_type(op: str, name: str, value: Any, kind: type) -> None:
+# ------------------------------------------------------------------------------------------------------------ plain values
+
+
+def check_type(caller: str, name: str, value: Any, kind: type) -> None:
     """Raise a TypeError unless `value` is a `kind`."""
     if not isinstance(value, kind):
-        raise TypeError(f"{op}: expected {name} to be a {kind.__name__}, got {type(value).__name__}")
+        raise TypeError(f"{caller}: expected {name} to be a {kind.__name__}, got {type(value).__name__}")
 
 
-def check_number(op: str, name: str, value: Any) -> None:
-    """Raise a TypeError unless `value` is a number and not a bool."""
+def check_choice(caller: str, name: str, value: Any, choices: Collection[Any]) -> None:
+    """Raise a ValueError unless `value` is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{caller}: expected {name} to be one of {', '.join(map(str, choices))}, got {value!r}")
+
+
+def check_int(
+    caller: str, name: str, value: Any, low: int | None = None, high: int | None = None, *, optional: bool = False
+) -> None:
+    """Raise a TypeError unless `value` is an int, and a ValueError unless it is in low..high.
+
+    Args:
+        caller: Name of the calling function.
+        name: Name of the argument.
+        value: The argument. A bool is no int.
+        low: The least value. None: any.
+        high: The largest value. None: any.
+        optional: Accept None.
+    """
+    if optional and value is None:
+        return
+    is_int = isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+    if is_int and (low is None or value >= low) and (high is None or value <= high):
+        return
+    if high is not None:
+        wanted = f"an integer in {low}..{high}"
+    elif low is None:
+        wanted = "an integer"
+    else:
+        wanted = "a positive integer" if low == 1 else f"an integer of at least {low}"
+    message = f"{caller}: expected {name} to be {wanted}{' or None' if optional else ''}, got {value!r}"
+    raise ValueError(message) if is_int else TypeError(message)
+
+
+def check_number(
+    caller: str,
+    name: str,
+    value: Any,
+    low: float | None = None,
+    high: float | None = None,
+    *,
+    above: float | None = None,
+    below: float | None = None,
+    finite: bool = False,
+    optional: bool = False,
+) -> None:
+    """Raise a TypeError unless `value` is a number, and a ValueError unless it is within the bounds.
+
+    NaN is within no bounds.
+
+    Args:
+        caller: Name of the calling function.
+        name: Name of the argument.
+        value: The argument. A bool is no number.
+        low: The least value. None: any.
+        high: The largest value. None: any.
+        above: An excluded lower bound, instead of `low`.
+        below: An excluded upper bound, instead of `high`.
+        finite: Exclude both infinities.
+        optional: Accept None.
+    """
+    if optional and value is None:
+        return
+    or_none = " or None" if optional else ""
     if not isinstance(value, _NUMBERS) or isinstance(value, bool):
-        raise TypeError(f"{op}: expected {name} to be a number, got {type(value).__name__}")
+        raise TypeError(f"{caller}: expected {name} to be a number{or_none}, got {type(value).__name__}")
+    high_enough = (low is None or value >= low) and (above is None or value > above)
+    low_enough = (high is None or value <= high) and (below is None or value < below)
+    if not (high_enough and low_enough and (not finite or -math.inf < value < math.inf)):
+        words = {"at least": low, "above": above, "at most": high, "below": below}
+        bounds = [f"{word} {bound}" for word, bound in words.items() if bound is not None] + ["finite"] * finite
+        wanted = " and ".join(bounds).replace("above 0", "positive")
+        raise ValueError(f"{caller}: expected {name} to be {wanted}{or_none}, got {value!r}")
+
+
+# ----------------------------------------------------------------------------------------------------------------- tensors
 
 
 def check_apart(op: str, out: Tensor, inputs: Mapping[str, Any]) -> None:
