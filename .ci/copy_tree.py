@@ -1,4 +1,4 @@
-"""Copy the working tree, as git would commit it, to a folder: python3 .ci/copy_tree.py FOLDER
+"""Copy the working tree, as git would commit it, to a folder: python3 .ci/copy_tree.py FOLDER.
 
 Files that are new, changed or gone are copied or removed; what was built in the folder stays. Files keep their times, so an
 unchanged source is not compiled again.

@@ -1,4 +1,4 @@
-"""Print the lowest versions that pyproject.toml allows, as requirements for pip: python3 .ci/lowest.py [EXTRA ...]
+"""Print the lowest versions that pyproject.toml allows, as requirements for pip: python3 .ci/lowest.py [EXTRA ...].
 
 Tools that only check the sources, or build, are left out: they are no part of what a user runs.
 """

@@ -86,7 +86,8 @@ class Sampler:
         cuda_graph: bool | None = None,
     ) -> None:
         if not callable(model) or isinstance(model, type):
-            raise TypeError(f"sample: expected model to be an nn.Module or another callable object, got {model!r}")
+            got = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+            raise TypeError(f"sample: expected model to be an nn.Module or another callable object, got {got}")
         if dtype is not None and dtype not in FLOATS:
             raise TypeError(f"sample: expected dtype to be a floating dtype, got {dtype!r}")
         if cuda_graph not in (None, True, False):
@@ -169,6 +170,9 @@ class Sampler:
         images, states = self._draw(request, progress, num_frames)
         assert states is not None
         return images, states
+
+    def __reduce__(self) -> Any:
+        raise TypeError("Sampler: it cannot be copied or pickled: make a new one from the model and the plan")
 
     def _draw(self, request: _Request, progress: bool, num_frames: int = 0) -> tuple[Tensor, Tensor | None]:
         num_samples, batch_size, callback = request.num_samples, request.batch_size, request.callback
@@ -425,6 +429,8 @@ def _check_x_T(x_T: Tensor, shape: tuple[int, ...]) -> None:
         raise ValueError(f"sample: expected x_T to be floating {list(shape)}, got {x_T.dtype} {list(x_T.shape)}")
     if x_T.is_meta or x_T.layout != torch.strided:
         raise ValueError(f"sample: expected x_T to be a dense tensor with values, got one of {x_T.layout} on {x_T.device}")
+    if x_T.device.type == "cpu" and not x_T.isfinite().all():  # a GPU would have to be waited for
+        raise ValueError("sample: expected x_T to be finite, got NaN or infinity")
 
 
 def _device(model: Model, device: torch.device | str | None) -> torch.device:
@@ -497,8 +503,10 @@ def resolve_seeds(caller: str, seed: int | Tensor, num_samples: int) -> Tensor:
     Raises:
         ValueError: `seed` has another dtype or shape.
     """
-    if not isinstance(seed, Tensor):
+    if isinstance(seed, int):
         return sample_seeds(seed, num_samples)
+    if not isinstance(seed, Tensor):
+        raise TypeError(f"{caller}: expected seed to be an int or int64 [{num_samples}], got {type(seed).__name__}")
     if seed.dtype != torch.int64 or seed.shape != (num_samples,):
         raise ValueError(f"{caller}: expected seed to be an int or int64 [{num_samples}], got {seed.dtype} {list(seed.shape)}")
     return seed

@@ -16,7 +16,7 @@ boot = torch.tensor([9])
 
 @torch.no_grad()
 def draw(scheduler, x_t, generator=None):
-    """The loop of every pipeline."""
+    """Draw images as every pipeline does."""
     scheduler.set_timesteps(25)
     for t in scheduler.timesteps:
         m = unet(x_t, t, class_labels=boot.expand(len(x_t))).sample

@@ -19,7 +19,7 @@ EMULATED: pytest.StashKey[Counter[str]] = pytest.StashKey()  # what has run on t
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
-    """torch's random numbers do not depend on the tests before."""
+    """Torch's random numbers do not depend on the tests before."""
     torch.manual_seed(0)
 
 

@@ -1,5 +1,7 @@
-"""Residual blocks with the class names, attributes and arithmetic of guided-diffusion, improved-diffusion and EDM, which are on
-no package index. Written from what they compute; only what matters to a block is here."""
+"""Residual blocks with the class names, attributes and arithmetic of guided-diffusion, improved-diffusion and EDM.
+
+Those libraries are on no package index. The blocks are written from what they compute, as far as it matters to a block.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""The parity rule: a kernel's largest error, against the reference in float64, is at most twice that of the reference in the
-same dtype, or a few roundings of the largest value."""
+"""The parity rule: a kernel's error against float64 is at most twice the reference's in the same dtype.
+
+A few roundings of the largest value are always allowed. The reference computes in float64 what is true.
+"""
 
 from __future__ import annotations
 

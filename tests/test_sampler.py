@@ -5,8 +5,10 @@ Without a GPU a stand-in records the steps and replays them: all but the capture
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import gc
+import pickle
 import sys
 import warnings
 import weakref
@@ -478,3 +480,14 @@ def test_the_loop_runs_on_the_cuda_kernels(case: str, emulated: ModuleType, monk
     for images, each in zip(on_emulator, networks, strict=True):
         allowed = 2 * relative_error(sample(each, plan, 5, **arguments), exact)
         assert relative_error(images, exact) <= allowed
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_sampler_cannot_be_copied(duplicate: Callable[[Sampler], object]) -> None:
+    with pytest.raises(TypeError, match="Sampler: it cannot be copied or pickled: make a new one"):
+        duplicate(Sampler(tiny_unet(), ddpm_plan(SCHEDULE)))
+
+
+def test_a_pair_is_no_model() -> None:
+    with pytest.raises(TypeError, match=r"expected model to be an nn\.Module or another callable object, got a tuple"):
+        Sampler((tiny_unet(), SCHEDULE), ddpm_plan(SCHEDULE))  # type: ignore[arg-type]

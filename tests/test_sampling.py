@@ -448,11 +448,13 @@ def test_progress_counts_steps(capsys: pytest.CaptureFixture[str]) -> None:
         (
             {"shape": (1, 8, 7)},
             ValueError,
-            r"sample: expected shape to have H and W that are multiples of 2, got \(1, 1, 8, 7\)",
+            r"sample: expected shape to have H and W that are multiples of 2, got 8x7",
         ),
         ({"plan": ddpm_plan(SCHEDULE, variance="learned")}, ValueError, "model with 2 output channels.*got out_channels 1"),
         ({"seed": torch.zeros(2)}, ValueError, r"expected seed to be an int or int64 \[4\], got torch.float32 \[2\]"),
         ({"seed": 1 << 65}, ValueError, "seed"),
+        ({"seed": [1, 2]}, TypeError, r"expected seed to be an int or int64 \[4\], got list"),
+        ({"x_T": torch.full((4, 1, 8, 8), math.nan)}, ValueError, "expected x_T to be finite, got NaN or infinity"),
         ({"class_labels": 4}, ValueError, r"expected class_labels to be in 0\.\.3, got 4"),
         ({"class_labels": [0, 1, 2, -1]}, ValueError, r"expected class_labels to be in 0\.\.3"),
         ({"class_labels": [0, 1]}, ValueError, r"expected class_labels to be an int or 4 ints, got torch.int64 \[2\]"),
@@ -466,7 +468,7 @@ def test_progress_counts_steps(capsys: pytest.CaptureFixture[str]) -> None:
         ),
         ({"model": freeze(tiny_unet(), num_timesteps=19)}, ValueError, "expected a plan of timesteps below 19, got 19"),
         ({"class_labels": 1, "guidance_scale": math.nan}, ValueError, "guidance_scale to be finite or None, got nan"),
-        ({"class_labels": 1, "guidance_scale": "2"}, TypeError, "sample: expected guidance_scale to be a number or None, got str"),
+        ({"class_labels": 1, "guidance_scale": "2"}, TypeError, "expected guidance_scale to be a number or None, got str"),
         ({"guidance_scale": 2.0}, ValueError, "expected guidance_scale to be None or 1, as class_labels is None, got 2.0"),
     ],
 )

@@ -34,10 +34,10 @@ constexpr int kMaxParts = 16;  // of a resident slice
 
 // ------------------------------------------------------------------------------------------------------------ tiling
 
-// Of a pass: the vectors that a thread holds, where there are few and where there are many, and the threads of a
-// channels_last block, at most.
+// Limits of a pass: vectors that a thread holds in small and in large slices, and the largest number of threads of a
+// channels_last block.
 struct Limits {
-  int few, many, channels_last_threads;
+  int small_items, large_items, channels_last_threads;
 };
 
 struct SliceTiling {
@@ -51,14 +51,14 @@ struct SliceTiling {
   int threads() const { return lanes * rows; }
   // Lanes, rows, slices: contiguous ones of a warp share a block.
   dim3 block(bool channels_last, const Limits& limits) const {
-    const bool small = !channels_last && threads() == kWarp && parts == 1 && items == limits.few;
+    const bool small = !channels_last && threads() == kWarp && parts == 1 && items == limits.small_items;
     return dim3(lanes, rows, small ? 4 : 1);
   }
 };
 
 // Of a contiguous block: the largest slices take all that a block can have.
 constexpr int contiguous_threads(int items, const Limits& limits) {
-  return items == limits.many ? kMaxThreads : kUsualThreads;
+  return items == limits.large_items ? kMaxThreads : kUsualThreads;
 }
 
 class TilingRules {
@@ -102,9 +102,9 @@ class TilingRules {
             smallest(fit, shape_.n * groups_, group_channels_ * shape_.hw * element_, kUsualThreads, kMaxThreads)) {
       return resident;
     }
-    SliceTiling split = contiguous_grid(limits_.many, 1, false);
+    SliceTiling split = contiguous_grid(limits_.large_items, 1, false);
     for (SliceTiling wider = split;
-         (wider = contiguous_grid(limits_.many, 2 * split.lanes, false)).threads() <= kUsualThreads;) {
+         (wider = contiguous_grid(limits_.large_items, 2 * split.lanes, false)).threads() <= kUsualThreads;) {
       split = wider;
     }
     split.part_length = split.lanes * split.items;
@@ -115,7 +115,7 @@ class TilingRules {
   std::optional<SliceTiling> contiguous_part(int parts, int threads) const {
     const std::int64_t length = shape_.hw / width_, part_length = divide_up(length, parts);
     if ((parts - 1) * part_length >= length) return {};
-    for (const int items : {limits_.few, limits_.many}) {
+    for (const int items : {limits_.small_items, limits_.large_items}) {
       // As many threads as a small block can have, neighbours first.
       int lanes = 1;
       while (lanes * items < part_length) lanes *= 2;
@@ -123,7 +123,7 @@ class TilingRules {
       SliceTiling tiling = contiguous_grid(items, lanes, true);
       tiling.parts = parts;
       tiling.part_length = static_cast<int>(part_length);
-      if (tiling.threads() <= (items == limits_.few ? kUsualThreads : threads)) return tiling;
+      if (tiling.threads() <= (items == limits_.small_items ? kUsualThreads : threads)) return tiling;
     }
     return {};
   }
@@ -160,7 +160,7 @@ class TilingRules {
     }
     if (resident) return resident;
     SliceTiling split = channels_last_row(128);
-    split.items = limits_.many;
+    split.items = limits_.large_items;
     split.rows = std::max(split.rows, kSmallThreads / split.threads() * split.rows);
     if (split.threads() > kSmallThreads) return {};
     for (split.tiles = kTiles;; split.tiles /= 2) {
@@ -173,7 +173,7 @@ class TilingRules {
   std::optional<SliceTiling> channels_last_part(const SliceTiling& row, int parts, int threads) const {
     const std::int64_t part_length = divide_up(shape_.hw, parts);
     if ((parts - 1) * part_length >= shape_.hw) return {};
-    for (const int items : {limits_.few, limits_.many}) {
+    for (const int items : {limits_.small_items, limits_.large_items}) {
       const std::int64_t rows = round_up(divide_up(part_length, items), row.rows);
       if (rows * row.lanes > threads) continue;
       SliceTiling tiling = row;
@@ -219,7 +219,7 @@ class TilingRules {
             1,
             static_cast<int>(lanes),
             static_cast<int>(rows),
-            limits_.few,
+            limits_.small_items,
             false};
   }
 

@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(contiguous_threads(items, kLimits)) contiguous
   const int sample = p.first_sample + block_index<kBackwards>(blockIdx.z, gridDim.z);
   const int slice = block_index<kBackwards>(blockIdx.y, gridDim.y);
   const int wanted =
-      items == kLimits.few ? slice * static_cast<int>(blockDim.z) + static_cast<int>(threadIdx.z) : slice;
+      items == kLimits.small_items ? slice * static_cast<int>(blockDim.z) + static_cast<int>(threadIdx.z) : slice;
   const int group = min(wanted, p.groups - 1), first_channel = group * p.group_channels,
             slab = sample * p.groups + group;
   const int thread = thread_of_slice(), lane = static_cast<int>(threadIdx.x), row = static_cast<int>(threadIdx.y);
@@ -726,12 +726,12 @@ void group_norm_silu_backward(const GroupNormSiluBackwardArgs& a) {
       }
       p.tiling = *tiling;
       if (!tiling->resident) {
-        launch_pass<T, kLimits.many, Pass::kSums>(p, a.shape.n, stream);
-        launch_pass<T, kLimits.many, Pass::kApply>(p, a.shape.n, stream);
-      } else if (tiling->items == kLimits.many) {
-        launch_pass<T, kLimits.many, Pass::kResident>(p, a.shape.n, stream);
+        launch_pass<T, kLimits.large_items, Pass::kSums>(p, a.shape.n, stream);
+        launch_pass<T, kLimits.large_items, Pass::kApply>(p, a.shape.n, stream);
+      } else if (tiling->items == kLimits.large_items) {
+        launch_pass<T, kLimits.large_items, Pass::kResident>(p, a.shape.n, stream);
       } else {
-        launch_pass<T, kLimits.few, Pass::kResident>(p, a.shape.n, stream);
+        launch_pass<T, kLimits.small_items, Pass::kResident>(p, a.shape.n, stream);
       }
     });
   }

@@ -271,7 +271,7 @@ class FrozenUNet:
     def __getattr__(self, name: str) -> Any:
         """Raise an AttributeError, which says what to do in place of a method of nn.Module."""
         message = f"'FrozenUNet' object has no attribute {name!r}"
-        if hasattr(nn.Module, name):
+        if hasattr(nn.Module, name) or name in nn.Module.__annotations__:
             message += ": it is immutable and no nn.Module; change or save the UNet, then freeze it again"
         raise AttributeError(message)
 

@@ -171,7 +171,9 @@ class UNetConfig:
         if len(shape) != 4 or shape[1] != self.in_channels:
             raise ValueError(f"{caller}: expected {name} to be [N, {self.in_channels}, H, W], got {tuple(shape)}")
         if shape[2] % multiple or shape[3] % multiple:
-            raise ValueError(f"{caller}: expected {name} to have H and W that are multiples of {multiple}, got {tuple(shape)}")
+            raise ValueError(
+                f"{caller}: expected {name} to have H and W that are multiples of {multiple}, got {shape[2]}x{shape[3]}"
+            )
 
     def head_dim(self, channels: int) -> int | None:
         """Return the channels per head of an attention layer of this width, or None for a single head."""

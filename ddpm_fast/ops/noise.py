@@ -32,15 +32,9 @@ def sample_seeds(seed: int, n: int, start: int = 0) -> Tensor:
         TypeError: An argument is not an int.
         ValueError: An argument is out of range.
     """
-    for name, value, low, high in (
-        ("seed", seed, -(1 << 63), (1 << 64) - 1),
-        ("n", n, 0, 1 << 32),
-        ("start", start, 0, 1 << 32),
-    ):
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"sample_seeds: expected {name} to be an int, got {type(value).__name__}")
-        if not low <= value <= high:
-            raise ValueError(f"sample_seeds: expected {name} in {low}..{high}, got {value}")
+    check_int("sample_seeds", "seed", seed, -(1 << 63), (1 << 64) - 1)
+    check_int("sample_seeds", "n", n, 0, 1 << 32)
+    check_int("sample_seeds", "start", start, 0, 1 << 32)
     if start + n > 1 << 32:
         raise ValueError(f"sample_seeds: expected start + n to be at most 2^32, got {start + n}")
     return reference.sample_seeds(seed, n, start)

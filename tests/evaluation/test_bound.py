@@ -272,7 +272,7 @@ def test_progress_counts_timesteps(capsys: pytest.CaptureFixture[str]) -> None:
         ({"x_0": torch.tensor([0.0, math.nan]).reshape(1, 1, 1, 2)}, r"expected x_0 in \[-1, 1\], got values from nan"),
         (
             {"model": UNet(**SMALL)},
-            r"variational_bound: expected x_0 to have H and W that are multiples of 4, got \(3, 2, 5, 5\)",
+            r"variational_bound: expected x_0 to have H and W that are multiples of 4, got 5x5",
         ),
         ({"model": UNet(**SMALL), "x_0": torch.zeros(1, 1, 8, 8)}, r"expected x_0 to be \[N, 2, H, W\], got \(1, 1, 8, 8\)"),
         ({"batch_size": 0}, "expected batch_size to be a positive integer or None, got 0"),

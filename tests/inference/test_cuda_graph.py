@@ -91,7 +91,7 @@ def test_a_capture_is_rehearsed_twice_on_its_own_stream(cuda: PretendCuda) -> No
 
 
 def test_captures_keep_no_inference_tensor(cuda: PretendCuda) -> None:
-    """torch keeps a tensor for the random numbers of all graphs, which a capture outside of inference mode writes to."""
+    """Torch keeps a tensor for the random numbers of all graphs, which a capture outside of inference mode writes to."""
     with torch.inference_mode():
         cuda.capture()
     cuda.capture()

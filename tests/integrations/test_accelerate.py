@@ -475,7 +475,7 @@ def test_a_change_before_is_refused(what: str) -> None:
 @pytest.mark.parametrize("freeze", [True, False])
 @pytest.mark.parametrize("what", CHANGES)
 def test_a_change_afterwards_counts(what: str, freeze: bool) -> None:
-    """diffusers computes the network, and one warning says why. Without the change all is as before."""
+    """Diffusers computes the network, and one warning says why. Without the change all is as before."""
     change, reason = CHANGES[what]
     pipe = accelerate(make(), freeze=freeze)
     before = images(pipe)

@@ -47,7 +47,7 @@ def normals(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> T
 
 
 def in_float64(theirs: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """diffusers' scheduler as it would be without rounding: float64 tables, and float32 noise for samples in float64."""
+    """Diffusers' scheduler as it would be without rounding: float64 tables, and float32 noise for samples in float64."""
     schedule = ddpm_fast.NoiseSchedule.from_diffusers(theirs.config)
     theirs.alphas_cumprod = schedule.alpha_bars
     theirs.one = torch.tensor(1.0, dtype=torch.float64)
@@ -559,7 +559,7 @@ def test_variances_that_are_not_a_number_in_diffusers(variance: str) -> None:
 
 @pytest.mark.parametrize(("spacing", "steps", "wrong"), [("trailing", 30, 10), ("linspace", 50, 19), ("leading", 30, 0)])
 def test_ddim_arrives_at_the_next_timestep(spacing: str, steps: int, wrong: int) -> None:
-    """diffusers' DDIM steps to t - T // S, which is not the next one in these spacings: steps overlap or leave gaps."""
+    """Diffusers' DDIM steps to t - T // S, which is not the next one in these spacings: steps overlap or leave gaps."""
     ours = DDIMScheduler(timestep_spacing=spacing, prediction_type="sample", clip_sample=False)
     theirs = diffusers.DDIMScheduler(timestep_spacing=spacing, prediction_type="sample", clip_sample=False)
     ours.set_timesteps(steps)
@@ -603,7 +603,7 @@ def test_the_last_step_has_no_noise_wherever_it_starts(variance: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_noise_at_small_timesteps_in_half_precision(dtype: torch.dtype) -> None:
-    """diffusers rounds abar to the dtype before it subtracts it from 1: at t = 0 it adds no noise at all."""
+    """Diffusers rounds abar to the dtype before it subtracts it from 1: at t = 0 it adds no noise at all."""
     noise, t = normals(*SHAPE).to(dtype), torch.tensor([0])
     expected = (math.sqrt(1e-4) * noise.double()).to(dtype)
     assert (diffusers.DDPMScheduler().add_noise(torch.zeros_like(noise), noise, t) == 0).all()
@@ -616,7 +616,7 @@ def test_noise_at_small_timesteps_in_half_precision(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("kind", THEIRS)
 def test_adding_noise_leaves_the_scheduler_as_it_was(kind: Any) -> None:
-    """diffusers moves its table to the samples' device, where `step` then reads it number by number."""
+    """Diffusers moves its table to the samples' device, where `step` then reads it number by number."""
     x_0 = torch.empty(SHAPE, device="meta")
     t = torch.tensor([5], device="meta")
     ours, theirs = kind(), THEIRS[kind]()

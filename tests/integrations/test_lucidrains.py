@@ -440,7 +440,7 @@ def test_losses_and_gradients_equal_the_originals(original: ModuleType, objectiv
 
 
 def test_what_immiscible_noise_adds_is_what_the_model_is_asked_for() -> None:
-    """A model that finds the noise in x_t has no loss. (The original compares with the noise in its order before.)"""
+    """A model that finds the noise in x_t has no loss. (The original compares with the noise in its order before.)."""
     x_0 = torch.rand(SHAPE) * 2 - 1
 
     class Oracle(Net):
@@ -851,7 +851,7 @@ TIMES = torch.zeros(SHAPE[0], dtype=torch.int64)
         ),
         (lambda: make(ddim_sampling_eta=-1.0), ValueError, G + "ddim_sampling_eta to be at least 0 and finite, got -1.0"),
         (lambda: make(ddim_sampling_eta="1"), TypeError, G + "ddim_sampling_eta to be a number, got str"),
-        (lambda: make(offset_noise_strength=-0.1), ValueError, G + "offset_noise_strength to be at least 0 and finite, got -0.1"),
+        (lambda: make(offset_noise_strength=-0.1), ValueError, G + "offset_noise_strength to be at least 0 .*got -0.1"),
         (lambda: make(min_snr_gamma=0), ValueError, G + "min_snr_gamma to be positive, got 0"),
         # The original's tables are NaN for these.
         (
@@ -871,7 +871,7 @@ TIMES = torch.zeros(SHAPE[0], dtype=torch.int64)
             r"ddim_plan: expected eta to be at most 1\.\d+, which leaves sigma_t.2 at most 1 - abar_prev.*got 3.0",
         ),
         (lambda: make().sample(0), ValueError, "sample: expected batch_size to be a positive integer, got 0"),
-        (lambda: make().sample(2, seed=1.5), TypeError, "sample_seeds: expected seed to be an int, got float"),
+        (lambda: make().sample(2, seed=1.5), TypeError, r"p_sample_loop: expected seed to be an int or int64 \[2\], got float"),
         (lambda: make().sample(2, seed=TIMES), ValueError, r"p_sample_loop: expected seed to be an int or int64 \[2\], got"),
         (
             lambda: make().p_sample_loop((2, 3, 8, 8)),

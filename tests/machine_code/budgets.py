@@ -37,9 +37,12 @@ def load(backend: str) -> tuple[str, Budgets]:
 
 
 def complaints(found: Found, budgets: Budgets, *, same_compiler: bool = True, whole: bool = True) -> Iterator[str]:
-    """What is wrong, a sentence each.
+    """Yield what is wrong, a sentence each.
 
     Args:
+        found: Figures of what was compiled.
+        budgets: What is allowed.
+        same_compiler: The budgets were written with this compiler.
         whole: `found` has every kernel, so a budget without one is wrong too. Architectures may be missing.
     """
     for kernel, of in found.items():

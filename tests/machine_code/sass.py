@@ -386,7 +386,7 @@ def demangled(names: Sequence[str]) -> list[str]:
 
 
 def _source(mangled: str) -> str:
-    """nvcc calls a file's unnamed namespace _GLOBAL__N__, a hash, the length of the file's name, that name, another hash."""
+    """Nvcc calls a file's unnamed namespace _GLOBAL__N__, a hash, the length of the file's name, that name, another hash."""
     found = re.search(r"_GLOBAL__N__[0-9a-f]+_(\d+)_", mangled)
     return mangled[found.end() :][: int(found.group(1))].removesuffix("_cu") if found else "-"
 

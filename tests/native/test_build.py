@@ -255,7 +255,7 @@ def test_no_native_builds_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not _native.build_info()["cuda_archs"], reason=f"no CUDA: {_native.build_info()['cuda_why_not']}")
 def test_cuda_kernels_load_anywhere_and_say_why_they_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """cudart is linked statically: the module loads without a driver, and its CPU half runs."""
+    """Cudart is linked statically: the module loads without a driver, and its CPU half runs."""
     x = torch.randn(2, 8, 4, 4)
     assert torch.isfinite(ddpm_fast.group_norm_silu(x, 4, backend="native")).all()
     device = torch.device("cuda", 0)

@@ -97,7 +97,7 @@ def test_a_sample_depends_on_neither_its_batch_nor_the_threads(channels_last: bo
 @pytest.mark.parametrize("guidance_scale", [None, 3.0])
 @pytest.mark.parametrize("variance", ["fixed_small", "learned_range"])
 def test_in_place(variance: str, guidance_scale: float | None) -> None:
-    """out = x_t gives what a separate output gives."""
+    """Out = x_t gives what a separate output gives."""
     x, m, t, seeds = _inputs((4, 3, 8, 8), torch.float32, False)
     if variance == "learned_range":
         m = torch.cat([m, m.flip(0)], dim=1)

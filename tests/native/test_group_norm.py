@@ -8,7 +8,7 @@ from ddpm_fast import group_norm_silu, reference
 
 
 def _gradients(x: Tensor, small: dict[str, Tensor], groups: int, backend: str) -> dict[str, Tensor]:
-    """y and the gradient of every input."""
+    """Y and the gradient of every input."""
     leaves = {name: value.detach().clone().requires_grad_() for name, value in {"x": x, **small}.items()}
     inputs = dict(leaves)
     y = group_norm_silu(inputs.pop("x"), groups, eps=1e-6, backend=backend, **inputs)

@@ -48,7 +48,7 @@ def pytorchs(qkv: Tensor, num_heads: int) -> Tensor:
 
 
 def case(shape: tuple[int, ...], seed: int = 0) -> tuple[Tensor, Tensor]:
-    """qkv and the output's gradient."""
+    """Qkv and the output's gradient."""
     n, heads, pixels, channels = shape
     generator = torch.Generator().manual_seed(seed)
     qkv = torch.randn(n, pixels, 3 * heads * channels, generator=generator)

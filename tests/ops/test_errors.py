@@ -28,8 +28,8 @@ PLAN = ddpm_plan(SCHEDULE, 10)
 LEARNED = ddpm_plan(SCHEDULE, 10, variance="learned")
 
 BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
-    (lambda: sample_seeds(1.5, 2), TypeError, "sample_seeds: expected seed to be an int, got float"),
-    (lambda: sample_seeds(0, -1), ValueError, "sample_seeds: expected n in .*, got -1"),
+    (lambda: sample_seeds(1.5, 2), TypeError, "sample_seeds: expected seed to be an integer in .*got 1.5"),
+    (lambda: sample_seeds(0, -1), ValueError, "sample_seeds: expected n to be an integer in .*, got -1"),
     (lambda: sample_seeds(0, 10, 1 << 32), ValueError, "sample_seeds: expected start . n to be at most 2.32, got"),
     (lambda: noise((3, 2), SEEDS), ValueError, r"noise: expected seeds to have shape \[3\].*got \[2\]"),
     (lambda: noise((2, 2), SEEDS.int()), TypeError, "noise: expected seeds to be an int64 tensor.*got torch.int32"),
