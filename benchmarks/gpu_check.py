@@ -197,7 +197,7 @@ def build(check: Check, seconds: float) -> Outcome:
 
 
 def test_jobs(ops: Sequence[str]) -> dict[str, str]:
-    """name -> pytest's -k: the tests that run on a GPU in parts, for Triton compiles every kernel that it runs."""
+    """Name -> pytest's -k: the tests that run on a GPU in parts, for Triton compiles every kernel that it runs."""
     jobs = {"native": "not triton"}
     taken: list[str] = []
     for op in reversed(ops):  # "noise", which other ops' cases are named after too, comes last

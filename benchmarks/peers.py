@@ -123,7 +123,7 @@ def have_diffusers() -> bool:
 
 
 def diffusers_scheduler(schedule: NoiseSchedule, num_steps: int | None = None) -> Any:
-    """diffusers' DDPMScheduler for the same betas."""
+    """Diffusers' DDPMScheduler for the same betas."""
     scheduler = runtimes.diffusers().DDPMScheduler(
         num_train_timesteps=schedule.num_timesteps, trained_betas=schedule.betas.tolist()
     )
@@ -132,14 +132,14 @@ def diffusers_scheduler(schedule: NoiseSchedule, num_steps: int | None = None) -
 
 
 def diffusers_unet(model: UNet) -> Any:
-    """diffusers' UNet2DModel with the same weights."""
+    """Diffusers' UNet2DModel with the same weights."""
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         return runtimes.diffusers().UNet2DModel.from_pretrained(folder)
 
 
 def diffusers_pipeline(network: Any, schedule: NoiseSchedule) -> Any:
-    """diffusers' DDPMPipeline, without its progress bar."""
+    """Diffusers' DDPMPipeline, without its progress bar."""
     pipeline = runtimes.diffusers().DDPMPipeline(unet=network, scheduler=diffusers_scheduler(schedule))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -32,7 +32,7 @@ PARITY = {"float32": 1e-3}  # of pixels in 0..1: a 255th is 4e-3
 
 
 def pipeline(kind: str, device: str) -> Any:
-    """diffusers' pipeline around the CIFAR-10 network, without its progress bar."""
+    """Diffusers' pipeline around the CIFAR-10 network, without its progress bar."""
     library = runtimes.diffusers()
     scheduler = getattr(library, f"{kind}Scheduler")()
     pipe = getattr(library, f"{kind}Pipeline")(unet=peers.diffusers_unet(peers.cifar10_unet()), scheduler=scheduler)

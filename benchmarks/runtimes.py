@@ -51,7 +51,7 @@ class Job:
         return Path(self.folder, "network")
 
     def inputs(self) -> tuple[Array, Array]:
-        """x float32 [N, C, H, W] and t int64 [N]; image i and its timestep are the same in any batch."""
+        """X float32 [N, C, H, W] and t int64 [N]; image i and its timestep are the same in any batch."""
         channels = json.loads((self.network / "config.json").read_text(encoding="utf-8"))["in_channels"]
         draws = [np.random.default_rng(i) for i in range(self.batch)]
         x = np.stack([draw.standard_normal((channels, self.size, self.size), dtype=np.float32) for draw in draws])
@@ -142,7 +142,7 @@ def ours(job: Job) -> Runner:
 
 
 def eager(job: Job) -> Runner:
-    """diffusers' UNet2DModel in channels_last."""
+    """Diffusers' UNet2DModel in channels_last."""
     return _in_torch(job, _channels_last(job))
 
 

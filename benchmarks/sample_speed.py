@@ -81,7 +81,7 @@ class Contestants:
         return args, {**kwargs, "class_labels": self.no_label(len(args[0]))}
 
     def samplers(self) -> dict[str, Callable[[int], Tensor]]:
-        """name -> images in [-1, 1] for a batch size."""
+        """Name -> images in [-1, 1] for a batch size."""
 
         def with_diffusers(n: int) -> Tensor:
             images = self.pipeline(batch_size=n, num_inference_steps=self.plan.num_steps, output_type="pt").images

@@ -125,6 +125,13 @@ def test_links_lead_to_files(document: Path) -> None:
     assert not missing
 
 
+def test_contributing_names_files_that_exist() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`((?:csrc|ddpm_fast|tests|docs)/[^`<\s]*)`", text))  # not those with an <op>
+    assert len(named) > 20
+    assert not [name for name in named if not (ROOT / name).exists()]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

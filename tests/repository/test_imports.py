@@ -97,6 +97,19 @@ def test_imports_point_one_way() -> None:
         assert not extra, f"{file.relative_to(PACKAGE)} imports {extra}"
 
 
+def test_integrations_stand_on_public_ops_and_samplers() -> None:
+    """They see nothing of how ops are dispatched, of programs and graphs, or of a training run."""
+    allowed = {
+        *("checks", "plan", "reference", "schedule", "ops", "nn", "nn.checkpoint", "nn.layers", "inference", "networks"),
+        *("sampling", "evaluation.bound"),
+    }
+    for file in (PACKAGE / "integrations").glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level == 2:
+                assert node.module in allowed, f"{file.name} imports {node.module}"
+                assert not [alias.name for alias in node.names if alias.name.startswith("_")], file.name
+
+
 def test_no_function_hides_a_module() -> None:
     """Packages export no name of a module of theirs. Only `ops` does: one name finds an op in every folder."""
     for folder in [PACKAGE, *(path.parent for path in PACKAGE.rglob("__init__.py"))]:
