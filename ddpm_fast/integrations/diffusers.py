@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from ..checks import check_choice, check_float, check_number
-from ..ops import q_sample, reverse_step
+from ..ops.q_sample import q_sample
+from ..ops.reverse_step import reverse_step
 from ..plan import COLUMNS, VARIANCE_TYPES, SamplingPlan, ddim_plan, ddpm_plan, spaced_timesteps
 from ..reference import PREDICTIONS, opmath, per_sample
 from ..schedule import NoiseSchedule, numbered
