@@ -1,28 +1,36 @@
-"""Atomic replacement of files, and JSON files."""
+"""The one writer of files: whole, durable, and under a random name until it is done. JSON files on top."""
 
 from __future__ import annotations
 
 import json
 import os
+import secrets
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
+
+_PREFIX, _SUFFIX = ".ddpm_fast-", ".tmp"
+_LEFT_OVER: Final = 24 * 3600  # seconds after which a temporary file belongs to no living process
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary name to write to. On exit, rename it to `path` in one step.
+    """Yield a temporary file to write to. On exit, flush it to disk and rename it to `path` in one step.
 
-    `path` holds either all old or all new bytes, even after a crash.
+    `path` holds either all old or all new bytes, even after a crash. Of several writers the last one wins. A link at
+    `path` is replaced, not followed. If the body raises, `path` stays as it is.
 
     Args:
-        path: File to replace.
+        path: File to replace. Its folder exists.
     """
-    temporary = path.with_name(f".{path.name}.tmp")  # one name: what a killed process left is overwritten
+    # The file is made here, so that nobody can have put a link in its place.
+    temporary = path.with_name(f"{_PREFIX}{secrets.token_hex(8)}{_SUFFIX}")
+    flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0)
+    os.close(os.open(temporary, flags, 0o666))
     try:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # by the user's umask; safetensors replaces the file by one for its owner only
+        mode = temporary.stat().st_mode  # by the user's umask; safetensors makes files that only their owner can read
         yield temporary
         temporary.chmod(mode)
         with temporary.open("rb") as file:
@@ -30,18 +38,37 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    if os.name == "posix":  # the rename itself is durable once the folder is
-        folder = os.open(path.parent, os.O_RDONLY)
+    flush_names(path.parent)
+
+
+def flush_names(folder: Path) -> None:
+    """Flush the names in a folder to disk, so that a rename is durable. Only POSIX systems can."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
         try:
-            os.fsync(folder)
+            os.fsync(descriptor)
         finally:
-            os.close(folder)
+            os.close(descriptor)
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files that killed processes left in a folder a day ago or earlier.
+
+    Args:
+        folder: The folder. It need not exist.
+    """
+    with suppress(OSError):
+        for leftover in folder.glob(f"{_PREFIX}*{_SUFFIX}"):
+            with suppress(OSError):
+                if time.time() - leftover.lstat().st_mtime > _LEFT_OVER:
+                    leftover.unlink()
+
+
+def read_json(caller: str, path: Path) -> dict[str, Any]:
     """Return the object in a JSON file.
 
     Args:
+        caller: Name of the calling function for error messages.
         path: The file.
 
     Raises:
@@ -49,14 +76,19 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"expected {path} to be JSON, got: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{caller}: expected {str(path)!r} to be JSON, got: {error}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"expected {path} to hold a JSON object, got {type(value).__name__}")
+        raise ValueError(f"{caller}: expected {str(path)!r} to hold a JSON object, got {type(value).__name__}")
     return value
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON file atomically."""
+    """Replace a JSON file."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a text file."""
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")

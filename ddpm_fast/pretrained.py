@@ -85,7 +85,7 @@ def load_folder(
         names = run.read_config()["dataset"]["classes"]
         folder, network = checkpoint, checkpoint / "unet_ema"
     elif (folder / "classes.json").is_file():
-        names = read_json(folder / "classes.json").get("classes", [])
+        names = read_json("load_folder", folder / "classes.json").get("classes", [])
     config = _read_scheduler_config(folder)
     if config.get("thresholding", False):
         raise ValueError("load_folder: expected the scheduler's thresholding to be false, got true")
@@ -118,5 +118,5 @@ def _read_scheduler_config(folder: Path) -> dict[str, Any]:
     name = "scheduler_config.json"
     for file in (folder / "scheduler" / name, folder / name):
         if file.is_file():
-            return read_json(file)
+            return read_json("load_folder", file)
     raise FileNotFoundError(f"load_folder: expected scheduler/{name} or {name} in {str(folder)!r}, which has neither")

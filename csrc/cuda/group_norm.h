@@ -1,17 +1,17 @@
-// What the forward and the backward pass of group_norm_silu share: how the work is cut, statistics, small inputs.
+// Shared parts of the forward and the backward pass of group_norm_silu: tiling, statistics, small inputs.
 //
-// A slice is what has statistics of its own and is read by wide accesses: one group of a contiguous tensor; whole
-// groups, side by side, of a channels_last one. Its pixels are shared by `parts` blocks. Where the slice fits in the
-// registers of a cluster of so many blocks, it is read once ("resident"), and the blocks tell each other about their
-// parts through distributed shared memory. Where not, a first kernel leaves that in global memory, and a second one
+// A slice has its own statistics and is read by wide accesses. It is one group of a contiguous tensor, or several
+// adjacent groups of a channels_last tensor. `parts` blocks share its pixels. A slice that fits in the registers of a
+// cluster of that many blocks is read once ("resident"): the blocks exchange their partial results through distributed
+// shared memory. For a larger slice, a first kernel writes the partial results to global memory, and a second kernel
 // reads the slice again.
 //
-// The threads of a block are a grid of `rows` by `lanes`: lanes are neighbours in memory, a vector each; rows are
-// channels of a contiguous tensor, pixels of a channels_last one. So a thread has to do with one channel, or with the
-// same few channels.
+// The threads of a block form a grid of `rows` by `lanes`. Lanes are neighbours in memory, a vector each. Rows are
+// channels of a contiguous tensor, or pixels of a channels_last tensor. Each thread therefore serves one channel, or
+// the same few channels.
 //
-// How work is cut, and with it the order of every sum, follows from the shape, the dtype, whether the tensors are
-// aligned and the largest cluster that cards of this generation have.
+// The tiling decides the order of every sum. It follows from the shape, the dtype, the alignment of the tensors and the
+// largest cluster of the GPU's generation.
 #pragma once
 
 #include <algorithm>
@@ -56,7 +56,7 @@ struct SliceTiling {
   }
 };
 
-// Of a contiguous block: the largest slices take all that a block can have.
+// Return the threads of a contiguous block. The largest slices take as many as a block can have.
 constexpr int contiguous_threads(int items, const Limits& limits) {
   return items == limits.large_items ? kMaxThreads : kUsualThreads;
 }
@@ -116,7 +116,7 @@ class TilingRules {
     const std::int64_t length = shape_.hw / width_, part_length = divide_up(length, parts);
     if ((parts - 1) * part_length >= length) return {};
     for (const int items : {limits_.small_items, limits_.large_items}) {
-      // As many threads as a small block can have, neighbours first.
+      // Take as many threads as a small block can have, neighbours first.
       int lanes = 1;
       while (lanes * items < part_length) lanes *= 2;
       while (lanes < part_length && contiguous_grid(items, 2 * lanes, true).threads() <= kSmallThreads) lanes *= 2;
@@ -180,7 +180,7 @@ class TilingRules {
       tiling.parts = parts;
       tiling.part_length = static_cast<int>(part_length);
       tiling.items = items;
-      // As many threads as a small block can have.
+      // Take as many threads as a small block can have.
       const std::int64_t most =
           std::min<std::int64_t>(kSmallThreads / row.threads() * row.rows, round_up(part_length, row.rows));
       tiling.rows = static_cast<int>(std::max(rows, most));
@@ -289,7 +289,7 @@ DDPM_FAST_DEVICE int block_index(unsigned index, unsigned blocks) {
   return static_cast<int>(backwards ? blocks - 1 - index : index);
 }
 
-// Of threads in lanes and rows; slices are of whole warps.
+// Return the thread's number in lanes and rows. A slice has whole warps.
 DDPM_FAST_DEVICE int thread_of_slice() { return static_cast<int>(threadIdx.y * blockDim.x + threadIdx.x); }
 DDPM_FAST_DEVICE int warp_lane() { return thread_of_slice() % kWarp; }
 
@@ -316,7 +316,7 @@ DDPM_FAST_DEVICE Moments merge(const Moments& a, const Moments& b) {
   return {count, fmaf(delta, share, a.mean), fmaf(delta * delta, a.count * share, a.m2 + b.m2)};
 }
 
-// Of all lanes of a warp.
+// Merge the moments of all lanes of a warp.
 DDPM_FAST_DEVICE Moments warp_merge(const Moments& own) {
   const float count = warp_sum(own.count);
   const float mean = quotient(warp_sum(own.count * own.mean), fmaxf(count, 1));
@@ -324,7 +324,7 @@ DDPM_FAST_DEVICE Moments warp_merge(const Moments& own) {
   return {count, mean, warp_sum(fmaf(own.count * delta, delta, own.m2))};
 }
 
-// Of moments get(0), ..., get(number - 1), for every lane of a warp.
+// Merge get(0), ..., get(number - 1). Every lane of the warp gets the result.
 template <class Get>
 DDPM_FAST_DEVICE Moments warp_merge(int number, Get get) {
   const int lane = warp_lane();

@@ -30,8 +30,8 @@ struct Forward {
   SliceTiling tiling;
 };
 
-// What is done to the values of a channel: act((x + shift - mean) a + b). shift and mean are folded into b except for
-// float32, whose precision that would spoil where the mean is large beside the deviations.
+// Coefficients of a channel: act((x + shift - mean) a + b). b includes shift and mean except in float32, which would lose
+// precision if the mean is large beside the deviations.
 struct Coefficients {
   float a, b, shift, mean;
 };
@@ -45,7 +45,7 @@ DDPM_FAST_DEVICE Coefficients coefficients_of(const Affine& affine, const Moment
   return {a, fmaf(affine.shift - mean, a, b), 0, 0};
 }
 
-// What shared memory holds for the channels of a word: a and b of two, or all of one.
+// Read a word of shared memory: a and b of two channels, or all coefficients of one.
 template <class T>
 DDPM_FAST_DEVICE void read_coefficients(const float4& word, Coefficients* to) {
   if constexpr (kPerWord<T> == 2) {
@@ -288,7 +288,7 @@ __global__ void __launch_bounds__(pass == Pass::kResident ? kLimits.channels_las
   };
 
   if constexpr (pass != Pass::kApply) {
-    // Of the thread's channels, over the tiles.
+    // Moments of the thread's channels over the tiles.
     float before = 0;  // pixels
 #pragma unroll 1
     for (int tile = 0; tile < tiles; ++tile) {
@@ -346,7 +346,7 @@ __global__ void __launch_bounds__(pass == Pass::kResident ? kLimits.channels_las
     }
     __syncthreads();
 
-    // Of as many rows of a channel as a vector has elements: by one of their threads.
+    // One thread merges as many rows of a channel as a vector has elements.
     const int chunks = tiling.rows / kWidth<T>, chunk = row / kWidth<T>, element = row % kWidth<T>;
     const int channel = lane * kWidth<T> + element;
     if (channel < channels) {
@@ -372,7 +372,7 @@ __global__ void __launch_bounds__(pass == Pass::kResident ? kLimits.channels_las
     }
     __syncthreads();
 
-    // Of groups.
+    // Moments of groups.
     if (pass == Pass::kResident && tiling.parts > 1) cluster_wait();  // the others have started: their memory exists
 #pragma unroll 1
     for (int group = warp; group < groups; group += warps) {

@@ -38,12 +38,12 @@ enum class Pass { kResident, kSums, kApply };
 template <Pass pass>
 constexpr int kChannelsLastBlocks = pass == Pass::kResident ? 3 : 2;
 
-// Of a channel's or a group's values.
+// Sums over the values of a channel or a group.
 struct Sums {
   float g, gd, d;
 };
 
-// What follows from the sums over a group: dx = g a + d q + r; m0 is the mean of d.
+// Coefficients from the sums over a group: dx = g a + d q + r. m0 is the mean of d.
 struct Slope {
   float q, r, m0;
 };
@@ -117,7 +117,7 @@ DDPM_FAST_DEVICE Sums warp_total(const Sums& own) { return {warp_sum(own.g), war
 
 DDPM_FAST_DEVICE Sums operator+(const Sums& a, const Sums& b) { return {a.g + b.g, a.gd + b.gd, a.d + b.d}; }
 
-// Of get(0), ..., get(number - 1), for every lane of a warp.
+// Add get(0), ..., get(number - 1). Every lane of the warp gets the result.
 template <class Get>
 DDPM_FAST_DEVICE Sums warp_total(int number, Get get) {
   Sums own = {};
@@ -227,7 +227,7 @@ __global__ void __launch_bounds__(contiguous_threads(items, kLimits)) contiguous
       }
     }
   }
-  // Of the lanes of a channel that are in one warp, then of channels.
+  // Sums of a channel's lanes in one warp, then of channels.
   Sums own = {tree_sum(of_g), tree_sum(of_gd), tree_sum(of_d)};
   const int width = min(tiling.lanes, kWarp), slots_of_channel = tiling.lanes / width,
             slots = tiling.rows * slots_of_channel;
@@ -361,7 +361,7 @@ __global__ void __launch_bounds__(kLimits.channels_last_threads, kChannelsLastBl
   __syncthreads();
 
   if constexpr (pass != Pass::kApply) {
-    // Of the thread's channels, over the tiles.
+    // Sums of the thread's channels over the tiles.
 #pragma unroll 1
     for (int tile = 0; tile < tiles; ++tile) {
       const int first = row + tile * tile_pixels;
@@ -424,7 +424,7 @@ __global__ void __launch_bounds__(kLimits.channels_last_threads, kChannelsLastBl
     }
     __syncthreads();
 
-    // Of as many rows of a channel as a vector has elements: by one of their threads.
+    // One thread adds as many rows of a channel as a vector has elements.
     const int chunks = tiling.rows / kWidth<T>, chunk = row / kWidth<T>, element = row % kWidth<T>;
     const int channel = lane * kWidth<T> + element;
     if (channel < channels) {
@@ -441,7 +441,7 @@ __global__ void __launch_bounds__(kLimits.channels_last_threads, kChannelsLastBl
     }
     __syncthreads();
 
-    // Of channels and groups.
+    // Sums of channels and groups.
     if (pass == Pass::kResident && tiling.parts > 1) cluster_wait();  // the others have started: their memory exists
 #pragma unroll 1
     for (int group = warp; group < groups; group += warps) {
@@ -614,7 +614,7 @@ __global__ void __launch_bounds__(kWarp* kSamples) small_gradients_kernel(const 
       const float rstd = p.rstd[slab], a = channel_input(p.inputs.weight, channel, 1) * scale * rstd;
       g = sums.g;
       g_x_hat = (sums.gd - slope.m0 * sums.g) * rstd;
-      // What is added to all of a group does not change the result.
+      // A constant added to a whole group does not change the result.
       if (p.group_channels > 1) of_shift = fmaf(a, sums.g, fmaf(slope.q, sums.d, slope.r * static_cast<float>(p.hw)));
     }
     if (p.dshift != nullptr) p.dshift[at] = of_shift;

@@ -20,7 +20,7 @@ inline void check(const char* op, cudaError_t status) {
   if (status != cudaSuccess) throw std::runtime_error(std::string(op) + ": CUDA: " + cudaGetErrorString(status));
 }
 
-// Of the current device.
+// Return an attribute of the current device.
 inline int attribute(const char* op, cudaDeviceAttr which) {
   int device = 0, value = 0;
   check(op, cudaGetDevice(&device));

@@ -1,4 +1,4 @@
-// Whether the kernels of this library can run at all on the current device.
+// Check that the kernels of this library can run on the current device.
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..atomic import replacing
+from ..atomic import read_json, replacing, write_json
 from .config import UNetConfig
 
 _CONFIG = "config.json"
@@ -80,9 +79,7 @@ def save_checkpoint(path: str | os.PathLike[str], config: UNetConfig, weights: M
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
         safetensors.torch.save_file(tensors, temporary, metadata={"format": "pt"})
     if new:
-        with replacing(folder / _CONFIG) as temporary:
-            text = json.dumps({"_class_name": _CLASS_NAME} | values, indent=2)
-            temporary.write_text(text + "\n", encoding="utf-8")
+        write_json(folder / _CONFIG, {"_class_name": _CLASS_NAME} | values)
 
 
 def load_tensors(caller: str, path: str | os.PathLike[str]) -> Any:
@@ -146,12 +143,7 @@ def _read_config(folder: Path) -> UNetConfig:
     file = folder / _CONFIG
     if not file.is_file():
         raise FileNotFoundError(f"from_pretrained: expected {_CONFIG} in {os.fspath(folder)!r}, which has none")
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"from_pretrained: expected {os.fspath(file)!r} to be JSON, got: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"from_pretrained: expected {os.fspath(file)!r} to be a JSON object, got {type(values).__name__}")
+    values = read_json("from_pretrained", file)
     name = values.get("_class_name", _CLASS_NAME)
     if name != _CLASS_NAME:
         raise ValueError(f"from_pretrained: expected {os.fspath(file)!r} to describe a {_CLASS_NAME}, got {name!r}")

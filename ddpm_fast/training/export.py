@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..atomic import write_json
+from ..atomic import write_json, write_text
 from ..nn import UNet
 from ..nn.unet import name_classes
 from ..schedule import NoiseSchedule
@@ -50,7 +50,7 @@ def export_checkpoint(
     options = dict(config["options"], data_dir=None)  # a model that is shared names folders, but not where they were
     options |= {name: Path(options[name]).name for name in ("data", "init") if options.get(name) is not None}
     write_json(out / "training.json", {**config, "options": options, "step": state["step"], "seconds": state["seconds"]})
-    (out / "training_log.csv").write_text(run.log_until(state["step"]), encoding="utf-8")
+    write_text(out / "training_log.csv", run.log_until(state["step"]))
     return out
 
 

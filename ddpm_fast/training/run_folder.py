@@ -28,7 +28,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from ..atomic import read_json, replacing, write_json
+from ..atomic import flush_names, read_json, write_json, write_text
 
 FORMAT: Final = 1
 LOG_COLUMNS: Final = ("step", "samples", "loss", "grad_norm", "lr", "images_per_second", "seconds")
@@ -63,7 +63,7 @@ class RunFolder:
             FileExistsError: The folder is not empty.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        if any(entry.name != f".{self.config_file.name}.tmp" for entry in self.path.iterdir()):
+        if any(self.path.iterdir()):
             raise FileExistsError(
                 f"train: expected {self.path} to be new or empty; continue the run in it with --resume, or name another folder"
             )
@@ -82,7 +82,7 @@ class RunFolder:
         """
         if not self.config_file.is_file():
             raise FileNotFoundError(f"train: expected a run to resume in {self.path}, which has no {self.config_file.name}")
-        config = read_json(self.config_file)
+        config = read_json("train", self.config_file)
         if config.get("format") != FORMAT:
             raise ValueError(f"train: expected {self.config_file} to have format {FORMAT}, got {config.get('format')}")
         for section, key in (("options", "prediction"), ("schedule", "name"), ("dataset", "classes")):
@@ -124,7 +124,7 @@ class RunFolder:
             if final.exists():
                 self._remove(final)  # damaged
             temporary.rename(final)
-            _flush_entry(self.checkpoints)
+            flush_names(self.checkpoints)
         self._point_to(final)
         others = sorted((folder for folder in self.checkpoints.glob("step-*") if folder != final), reverse=True)
         kept = list(filter(_is_whole, others))[: keep - 1]
@@ -174,9 +174,7 @@ class RunFolder:
     def cut_log(self, step: int) -> None:
         """Remove the rows after `step`, which a resumed run writes again."""
         if self.log_file.exists():
-            text = self.log_until(step)
-            with replacing(self.log_file) as temporary:
-                temporary.write_text(text, encoding="utf-8")
+            write_text(self.log_file, self.log_until(step))
 
 
 def _is_whole(checkpoint: Path) -> bool:
@@ -199,14 +197,4 @@ def _flush(folder: Path) -> None:
             os.fsync(opened.fileno())
     for path in [folder, *folder.rglob("*")]:
         if path.is_dir():
-            _flush_entry(path)
-
-
-def _flush_entry(folder: Path) -> None:
-    """Flush the names in a folder to disk. Only POSIX systems can."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+            flush_names(path)

@@ -182,7 +182,7 @@ def unet_config(options: Mapping[str, Any], dataset: ImageDataset, labelled: boo
         "num_class_embeds": len(dataset.classes) + 1 if labelled else None,
         # Images beside sub-folders make a class without a name.
         **({"class_names": list(dataset.classes)} if labelled and all(dataset.classes) else {}),
-        # As in Ho et al.
+        # Ho et al.'s choices
         "downsample_padding": 0,
         "flip_sin_to_cos": False,
         "freq_shift": 1,

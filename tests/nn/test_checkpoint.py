@@ -219,7 +219,7 @@ def test_errors_name_what_is_wrong(model: UNet, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="describe a UNet2DModel, got 'UNet2DConditionModel'"):
         UNet.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(ValueError, match="to be a JSON object, got list"):
+    with pytest.raises(ValueError, match="to hold a JSON object, got list"):
         UNet.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="to be JSON"):
