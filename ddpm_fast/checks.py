@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-FLOATS: Final = (torch.float32, torch.float64, torch.float16, torch.bfloat16)  # the index is the native module's dtype code
+from .dtypes import FLOATS
 
 _NUMBERS = (float, int, torch.SymFloat, torch.SymInt)
 
@@ -205,15 +205,15 @@ def check_device(op: str, name: str, x: Tensor, like_name: str, like: Tensor) ->
         raise ValueError(f"{op}: expected {name} on the device of {like_name}, {like.device}, got {x.device}")
 
 
-def check_seeds(op: str, seeds: Tensor, n: int, device: torch.device) -> Tensor:
+def checked_seeds(op: str, seeds: Tensor, n: int, device: torch.device, name: str = "seeds") -> Tensor:
     """Return int64 seeds [n] on the device, or raise."""
     if not isinstance(seeds, Tensor) or seeds.dtype != torch.int64:
         got = seeds.dtype if isinstance(seeds, Tensor) else type(seeds).__name__
-        raise TypeError(f"{op}: expected seeds to be an int64 tensor (see sample_seeds), got {got}")
+        raise TypeError(f"{op}: expected {name} to be an int64 tensor (see sample_seeds), got {got}")
     if seeds.layout is not torch.strided:
-        check_strided(op, "seeds", seeds)
+        check_strided(op, name, seeds)
     if seeds.shape != (n,):
-        raise ValueError(f"{op}: expected seeds to have shape [{n}], one a sample, got {list(seeds.shape)}")
+        raise ValueError(f"{op}: expected {name} to have shape [{n}], one a sample, got {list(seeds.shape)}")
     return seeds.to(device).contiguous()
 
 
@@ -263,16 +263,3 @@ def check_range(op: str, name: str, index: Tensor, bound: int) -> None:
         low, high = torch.aminmax(index)
         if low < 0 or high >= bound:
             raise ValueError(f"{op}: expected {name} in 0..{bound - 1}, got values from {int(low)} to {int(high)}")
-
-
-def in_autocast(x: Tensor) -> bool:
-    """Return whether autocast is on for x's device. There is none for meta tensors."""
-    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
-
-
-def autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
-    """Return the tensors in autocast's dtype if autocast is on for x's device. float64 is not cast."""
-    if not in_autocast(x):
-        return x, *others
-    dtype = torch.get_autocast_dtype(x.device.type)
-    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, *others))

@@ -42,7 +42,8 @@ _WAIT_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 def main() -> None:
     """Train, sample and evaluate denoising diffusion probabilistic models."""
     # Idle threads sleep instead of spinning, or programs beside this one slow it down several times. The OpenMP runtime reads
-    # the variable when PyTorch is loaded. Afterwards this is a library in somebody's process: leave its environment alone.
+    # the variable when PyTorch is loaded. If torch is loaded already, another program uses this as a library, so leave its
+    # environment alone.
     if "torch" not in sys.modules and not any(name in os.environ for name in _WAIT_VARIABLES):
         os.environ["OMP_WAIT_POLICY"] = "passive"
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
@@ -367,7 +368,7 @@ def _plan(loaded: Pretrained, sampler: str, steps: int | None, eta: float | None
 
 def _labels(loaded: Pretrained, classes: str | None, num: int) -> list[int] | None:
     """Return a label for each image, the classes in turn. Return None for "no label" or a model without classes."""
-    from .networks import labels_of
+    from .requests import labels_of
 
     config = loaded.model.config
     embeddings = config["num_class_embeds"]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .networks import Model, predict
+from .models import Model, predict
 from .ops import initial_noise, reverse_step
 from .plan import SamplingPlan
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .checks import check_choice, check_int, check_number
+from .checks import check_choice, check_int, check_number, check_type
 from .reference import PREDICTIONS, VARIANCES
 from .schedule import NoiseSchedule, numbered
 
@@ -27,6 +27,7 @@ COLUMNS: Final = ("p", "q", "k0", "k1", "k2", "k3", "sigma", "log_beta", "log_be
 VARIANCE_TYPES: Final[tuple[str, ...]] = get_args(Variance)
 """The values of `ddpm_plan`'s argument `variance`."""
 _PREDICTIONS: Final = (*PREDICTIONS, "previous_sample")
+_INTEGERS: Final = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,8 +68,14 @@ class SamplingPlan:
 
     def __post_init__(self) -> None:
         """Check the fields, and derive `is_random` and `needs_x_0_prev`."""
-        check_choice("SamplingPlan", "prediction", self.prediction, _PREDICTIONS)
-        check_choice("SamplingPlan", "variance", self.variance, VARIANCES)
+        caller = "SamplingPlan"
+        _check_tensor(caller, "timesteps", self.timesteps, torch.int64)
+        _check_tensor(caller, "coefficients", self.coefficients, torch.float64)
+        total, low, high = self.schedule.num_timesteps, int(self.timesteps.min()), int(self.timesteps.max())
+        if low < 0 or high >= total:
+            raise ValueError(f"{caller}: expected timesteps in 0..{total - 1}, got values from {low} to {high}")
+        check_choice(caller, "prediction", self.prediction, _PREDICTIONS)
+        check_choice(caller, "variance", self.variance, VARIANCES)
         if self.coefficients.shape != (self.num_steps, len(COLUMNS)):
             wanted, got = [self.num_steps, len(COLUMNS)], list(self.coefficients.shape)
             raise ValueError(f"SamplingPlan: expected coefficients of shape {wanted}, got {got}")
@@ -334,6 +341,11 @@ class _Path:
         else:
             self.previous = _previous(caller, self.timesteps, previous)
         self.abar = schedule.alpha_bars[self.timesteps]
+        if (before_x_0 := self.abar[self.previous == -1]).numel() and final_alpha_bar < float(before_x_0.max()):
+            raise ValueError(
+                f"{caller}: expected final_alpha_bar to be at least abar of the last timestep, {float(before_x_0.max()):.6g}, "
+                f"got {final_alpha_bar}"
+            )
         self.abar_prev = torch.cat([schedule.alpha_bars, torch.tensor([final_alpha_bar], dtype=torch.float64)])[self.previous]
         self.alpha = self.abar / self.abar_prev
         self.beta = 1 - self.alpha
@@ -421,6 +433,14 @@ class _Path:
         return SamplingPlan(self.schedule, self.timesteps, torch.stack(columns, dim=1), self.prediction, variance)
 
 
+def _check_tensor(caller: str, name: str, value: Tensor, dtype: torch.dtype) -> None:
+    """Raise unless `value` is a tensor of this dtype on the CPU, with elements."""
+    check_type(caller, name, value, Tensor)
+    if value.dtype != dtype or value.device.type != "cpu" or value.numel() == 0:
+        got = f"{value.dtype} {list(value.shape)} on {value.device}"
+        raise ValueError(f"{caller}: expected {name} to be {dtype} on the CPU, with elements, got {got}")
+
+
 def spaced_timesteps(caller: str, total: int, num_steps: int, spacing: Spacing) -> Tensor:
     """Return the timesteps of a named spacing, rounded as diffusers rounds them.
 
@@ -474,7 +494,7 @@ def _timesteps(caller: str, total: int, num_steps: int | None, spacing: Spacing 
         timesteps = torch.as_tensor(spacing)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{caller}: expected spacing to be a name or timesteps, got {spacing!r}") from error
-    usable = timesteps.dim() == 1 and timesteps.numel() > 0 and not timesteps.is_floating_point()
+    usable = timesteps.dim() == 1 and timesteps.numel() > 0 and timesteps.dtype in _INTEGERS
     usable = usable and int(timesteps.min()) >= 0 and int(timesteps.max()) < total
     if not usable or (must_descend and not bool((timesteps.diff() < 0).all())):
         kind = "strictly descending timesteps" if must_descend else "timesteps"
@@ -498,8 +518,11 @@ def _previous(caller: str, timesteps: Tensor, previous: Sequence[int]) -> Tensor
     Raises:
         ValueError: Another number of steps, or an arrival out of range.
     """
-    arrivals = torch.as_tensor(previous)
-    usable = arrivals.shape == timesteps.shape and not arrivals.is_floating_point()
+    try:
+        arrivals = torch.as_tensor(previous)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{caller}: expected previous to be timesteps, got {previous!r}") from error
+    usable = arrivals.shape == timesteps.shape and arrivals.dtype in _INTEGERS
     if not usable or bool((arrivals >= timesteps).any()) or bool((arrivals < -1).any()):
         raise ValueError(
             f"{caller}: expected previous to be {timesteps.numel()} timesteps, each at least -1 and below the one that its "

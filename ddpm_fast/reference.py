@@ -14,6 +14,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from .dtypes import opmath
+
 # Streams of the noise: the second word of the Philox counter. `reverse_step` draws with stream = its row of the plan.
 STREAM_X_T: Final = 0xFFFFFFFF
 """Stream of `initial_noise`, the x_T of a sampler."""
@@ -158,11 +160,6 @@ def noise(shape: Sequence[int], seeds: Tensor, stream: int | Tensor, dtype: torc
 
 
 # -------------------------------------------------------------------------------------------------- forward process, loss
-
-
-def opmath(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of intermediate results: float64 for float64, float32 for all others."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:
@@ -311,8 +308,7 @@ def reverse_step(
     if VARIANCES[variance] != "fixed":
         m, v = m.chunk(2, dim=1)
         if VARIANCES[variance] == "learned_range":
-            f = (v + 1) / 2
-            v = f * log_beta + (1 - f) * log_beta_tilde
+            v = ranged_log_variance(v, log_beta, log_beta_tilde)
         std = sigma * torch.exp(0.5 * v)
     x_0 = torch.clamp(p * x + q * m, -clip, clip)
     x_prev = k0 * x_0 + k1 * x + k2 * m
@@ -321,6 +317,15 @@ def reverse_step(
     if noise is not None or seeds is not None:
         x_prev = x_prev + std * _epsilon(x, noise, seeds, steps.reshape(-1))
     return x_prev.to(x_t.dtype), x_0.to(x_t.dtype) if return_x_0 else None
+
+
+def ranged_log_variance(v: Tensor, log_beta: Tensor, log_beta_tilde: Tensor) -> Tensor:
+    """Return the log variance between log beta~ and log beta that a model's output v in [-1, 1] selects.
+
+    Source: Nichol and Dhariwal 2021, eq. 15.
+    """
+    f = (v + 1) / 2
+    return f * log_beta + (1 - f) * log_beta_tilde
 
 
 # ------------------------------------------------------------------------------------------------------------ group norm
@@ -432,6 +437,27 @@ def group_norm_affine(
 
 
 # ------------------------------------------------------------------------------------------------ convolution, attention
+
+
+def resample(x: Tensor, affine: Tensor | None, silu: bool, up: bool) -> Tensor:
+    """Return act((x - center) slope + intercept), resampled by 2.
+
+    Args:
+        x: [N, C, H, W]. H and W are even unless `up`.
+        affine: [N, 3, C]: center, slope and intercept. None: neither an affine map nor SiLU.
+        silu: Apply SiLU after the affine map.
+        up: Repeat each pixel in both directions. Otherwise take the mean of each 2x2 square.
+
+    Returns:
+        [N, C, 2 H, 2 W] or [N, C, H / 2, W / 2], in x's dtype.
+    """
+    h = x.to(opmath(x.dtype))
+    if affine is not None:
+        center, slope, intercept = affine[..., None, None].unbind(1)
+        h = (h - center) * slope + intercept
+        h = torch.nn.functional.silu(h) if silu else h
+    h = torch.nn.functional.interpolate(h, scale_factor=2.0, mode="nearest") if up else torch.nn.functional.avg_pool2d(h, 2)
+    return h.to(x.dtype)
 
 
 def conv3x3(

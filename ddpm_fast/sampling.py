@@ -14,17 +14,16 @@ from typing import Any, Final, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from .checks import FLOATS, check_int, check_number, checked_device
+from .checks import check_int, check_number, checked_device
 from .denoising_loop import DenoisingLoop
+from .dtypes import FLOATS, opmath
 from .images import evenly_spaced
 from .inference import FrozenUNet, inference_network
 from .inference import cuda_graph as graphs
-from .networks import Model, device_and_dtype, evaluation_mode, labels_of, model_config
-from .nn import UNet, UNetConfig
-from .ops import sample_seeds
+from .models import Model, device_and_dtype, evaluation_mode, model_config
 from .plan import SamplingPlan
+from .requests import ClassLabels, check_image_shape, resolve_labels, resolve_seeds
 
-ClassLabels: TypeAlias = int | str | Sequence[int | str] | Tensor | None
 Callback: TypeAlias = Callable[[int, int, Tensor], None]
 
 MAX_LOOPS: Final = 4  # captured loops of a Sampler: batch sizes and guidance scales
@@ -87,27 +86,27 @@ class Sampler:
     ) -> None:
         if not callable(model) or isinstance(model, type):
             got = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
-            raise TypeError(f"sample: expected model to be an nn.Module or another callable object, got {got}")
+            raise TypeError(f"Sampler: expected model to be an nn.Module or another callable object, got {got}")
         if dtype is not None and dtype not in FLOATS:
-            raise TypeError(f"sample: expected dtype to be a floating dtype, got {dtype!r}")
+            raise TypeError(f"Sampler: expected dtype to be a floating dtype, got {dtype!r}")
         if cuda_graph not in (None, True, False):
-            raise TypeError(f"sample: expected cuda_graph to be a bool or None, got {cuda_graph!r}")
-        self.plan, self.shape = plan, _image_shape(model, plan, shape)
+            raise TypeError(f"Sampler: expected cuda_graph to be a bool or None, got {cuda_graph!r}")
+        self.plan, self.shape = plan, _image_shape("Sampler", model, plan, shape)
         if isinstance(model, FrozenUNet) and plan.timesteps.max() >= model.num_timesteps:
             raise ValueError(
-                f"sample: expected a plan of timesteps below {model.num_timesteps}, got {int(plan.timesteps.max())}"
+                f"Sampler: expected a plan of timesteps below {model.num_timesteps}, got {int(plan.timesteps.max())}"
             )
-        self.device = _device(model, device)
+        self.device = _device("Sampler", model, device)
         on_gpu = self.device.type in graphs.DEVICE_TYPES
         if cuda_graph and not on_gpu:
-            raise ValueError(f"sample: expected cuda_graph to be None or False on {self.device.type}, got True")
+            raise ValueError(f"Sampler: expected cuda_graph to be None or False on {self.device.type}, got True")
         with _on(self.device):
-            self.network = inference_network("sample", model, self.device, dtype, plan.schedule.num_timesteps)
+            self.network = inference_network("Sampler", model, self.device, dtype, plan.schedule.num_timesteps)
         _, self.dtype = device_and_dtype(self.network)
         # Other models may not compute the same from the same memory each time.
         self._captures = on_gpu and (isinstance(self.network, FrozenUNet) if cuda_graph is None else cuda_graph)
         self._config = model_config(model)
-        self._state_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
+        self._state_dtype = opmath(self.dtype)
         self._loops: OrderedDict[Hashable, DenoisingLoop] = OrderedDict()  # the one used last is last
         self._capture_stream: Any = None
         self._pools: dict[Hashable, Any] = {}  # memory of graphs by the stream that replays them, one after the other
@@ -128,7 +127,7 @@ class Sampler:
     ) -> Tensor:
         """Draw images. Arguments and result are those of `sample`."""
         request = _checked_request(
-            self._config, self.shape, num_samples, seed, batch_size, class_labels, guidance_scale, x_T, callback
+            "Sampler", self._config, self.shape, num_samples, seed, batch_size, class_labels, guidance_scale, x_T, callback
         )
         images, _ = self._draw(request, progress)
         return images
@@ -150,7 +149,7 @@ class Sampler:
 
         Args:
             num_samples: See `sample`.
-            num_frames: Number of states, evenly spaced over the steps. At most one more than the plan has steps.
+            num_frames: Number of states, evenly spaced over the steps. A plan of S steps has at most S + 1.
             seed: See `sample`.
             batch_size: See `sample`.
             class_labels: See `sample`.
@@ -163,9 +162,9 @@ class Sampler:
             The images as `sample` returns them, and the states [frames, num_samples, C, H, W] on the CPU, from
             x_T to x_0.
         """
-        check_int("sample", "num_frames", num_frames, 1)
+        check_int("Sampler.trajectory", "num_frames", num_frames, 1)
         request = _checked_request(
-            self._config, self.shape, num_samples, seed, batch_size, class_labels, guidance_scale, x_T, callback
+            "Sampler", self._config, self.shape, num_samples, seed, batch_size, class_labels, guidance_scale, x_T, callback
         )
         images, states = self._draw(request, progress, num_frames)
         assert states is not None
@@ -345,9 +344,9 @@ def sample(
         ValueError: An argument is out of range or does not fit the model. Checked before any computation.
         TypeError: An argument has an unsupported type.
     """
-    shape = _image_shape(model, plan, shape)
+    shape = _image_shape("sample", model, plan, shape)
     request = _checked_request(
-        model_config(model), shape, num_samples, seed, batch_size, class_labels, guidance_scale, x_T, callback
+        "sample", model_config(model), shape, num_samples, seed, batch_size, class_labels, guidance_scale, x_T, callback
     )
     sampler = Sampler(model, plan, dtype=dtype, device=device, shape=shape, cuda_graph=cuda_graph)
     images, _ = sampler._draw(request, progress)
@@ -379,6 +378,7 @@ class _Request:
 
 
 def _checked_request(
+    caller: str,
     config: Mapping[str, Any],
     shape: tuple[int, ...],
     num_samples: int,
@@ -390,15 +390,15 @@ def _checked_request(
     callback: Callback | None,
 ) -> _Request:
     """Check what `sample` documents, and resolve seeds and labels."""
-    check_int("sample", "num_samples", num_samples, 1)
-    check_int("sample", "batch_size", batch_size, 1, optional=True)
-    seeds = resolve_seeds("sample", seed, num_samples)
-    labels, no_label = resolve_labels("sample", config, class_labels, num_samples)
-    guided = _is_guided(guidance_scale, class_labels, no_label)
+    check_int(caller, "num_samples", num_samples, 1)
+    check_int(caller, "batch_size", batch_size, 1, optional=True)
+    seeds = resolve_seeds(caller, seed, num_samples)
+    labels, no_label = resolve_labels(caller, config, class_labels, num_samples)
+    guided = _is_guided(caller, guidance_scale, class_labels, no_label)
     if x_T is not None:
-        _check_x_T(x_T, (num_samples, *shape))
+        _check_x_T(caller, x_T, (num_samples, *shape))
     if callback is not None and not callable(callback):
-        raise TypeError(f"sample: expected callback to be callable or None, got {type(callback).__name__}")
+        raise TypeError(f"{caller}: expected callback to be callable or None, got {type(callback).__name__}")
     return _Request(
         num_samples,
         batch_size or num_samples,
@@ -411,61 +411,61 @@ def _checked_request(
     )
 
 
-def _is_guided(guidance_scale: float | None, class_labels: Any, no_label: int | None) -> bool:
+def _is_guided(caller: str, guidance_scale: float | None, class_labels: Any, no_label: int | None) -> bool:
     """Return whether guidance takes a second prediction."""
-    check_number("sample", "guidance_scale", guidance_scale, finite=True, optional=True)
+    check_number(caller, "guidance_scale", guidance_scale, finite=True, optional=True)
     if guidance_scale is None or guidance_scale == 1:
         return False
     if class_labels is None or no_label is None:
         reason = "class_labels is None" if class_labels is None else "the model's config has no num_class_embeds"
-        raise ValueError(f"sample: expected guidance_scale to be None or 1, as {reason}, got {guidance_scale}")
+        raise ValueError(f"{caller}: expected guidance_scale to be None or 1, as {reason}, got {guidance_scale}")
     return True
 
 
-def _check_x_T(x_T: Tensor, shape: tuple[int, ...]) -> None:
+def _check_x_T(caller: str, x_T: Tensor, shape: tuple[int, ...]) -> None:
     if not isinstance(x_T, Tensor):
-        raise TypeError(f"sample: expected x_T to be a tensor or None, got {type(x_T).__name__}")
+        raise TypeError(f"{caller}: expected x_T to be a tensor or None, got {type(x_T).__name__}")
     if not x_T.is_floating_point() or tuple(x_T.shape) != shape:
-        raise ValueError(f"sample: expected x_T to be floating {list(shape)}, got {x_T.dtype} {list(x_T.shape)}")
+        raise ValueError(f"{caller}: expected x_T to be floating {list(shape)}, got {x_T.dtype} {list(x_T.shape)}")
     if x_T.is_meta or x_T.layout != torch.strided:
-        raise ValueError(f"sample: expected x_T to be a dense tensor with values, got one of {x_T.layout} on {x_T.device}")
+        raise ValueError(f"{caller}: expected x_T to be a dense tensor with values, got one of {x_T.layout} on {x_T.device}")
     if x_T.device.type == "cpu" and not x_T.isfinite().all():  # a GPU would have to be waited for
-        raise ValueError("sample: expected x_T to be finite, got NaN or infinity")
+        raise ValueError(f"{caller}: expected x_T to be finite, got NaN or infinity")
 
 
-def _device(model: Model, device: torch.device | str | None) -> torch.device:
+def _device(caller: str, model: Model, device: torch.device | str | None) -> torch.device:
     """Return the device to run on, with its index. "cuda" is the GPU that holds the model, if any."""
     model_device, _ = device_and_dtype(model)
-    device = model_device if device is None else checked_device("sample", device)
+    device = model_device if device is None else checked_device(caller, device)
     if device == torch.device(model_device.type):
         return model_device
     if device.type == "meta":
-        raise ValueError("sample: expected device to be one that computes, got meta")
+        raise ValueError(f"{caller}: expected device to be one that computes, got meta")
     return torch.empty(0, device=device).device
 
 
-def _image_shape(model: Model, plan: SamplingPlan, shape: Sequence[int] | None) -> tuple[int, ...]:
+def _image_shape(caller: str, model: Model, plan: SamplingPlan, shape: Sequence[int] | None) -> tuple[int, ...]:
     if not isinstance(plan, SamplingPlan):
-        raise TypeError(f"sample: expected plan to be a SamplingPlan, got {type(plan).__name__}")
+        raise TypeError(f"{caller}: expected plan to be a SamplingPlan, got {type(plan).__name__}")
     config = model_config(model)
     if shape is None:
         channels, size = config.get("in_channels"), config.get("sample_size")
         if channels is None or size is None:
             raise ValueError(
-                "sample: expected shape (C, H, W) to be given, as the model has no config with in_channels and sample_size"
+                f"{caller}: expected shape (C, H, W) to be given, as the model has no config with in_channels and sample_size"
             )
         shape = (channels, size, size) if isinstance(size, int) else (channels, *size)
     if not isinstance(shape, Sequence) or not all(isinstance(size, int) and not isinstance(size, bool) for size in shape):
-        raise TypeError(f"sample: expected shape to be integers (C, H, W), got {shape!r}")
+        raise TypeError(f"{caller}: expected shape to be integers (C, H, W), got {shape!r}")
     if len(shape) == 0 or min(shape) < 1:
-        raise ValueError(f"sample: expected shape to be positive integers (C, H, W), got {tuple(shape)}")
+        raise ValueError(f"{caller}: expected shape to be positive integers (C, H, W), got {tuple(shape)}")
     wanted = shape[0] * (1 if plan.variance == "fixed" else 2)
     if config.get("out_channels", wanted) != wanted:
         raise ValueError(
-            f"sample: expected a model with {wanted} output channels, as images have {shape[0]} and the plan's variance is "
+            f"{caller}: expected a model with {wanted} output channels, as images have {shape[0]} and the plan's variance is "
             f"{plan.variance}, got out_channels {config['out_channels']}"
         )
-    check_images("sample", "shape", model, (1, *shape))
+    check_image_shape(caller, "shape", model, (1, *shape))
     return tuple(shape)
 
 
@@ -477,72 +477,3 @@ def _memory_format(model: Model, shape: Sequence[int]) -> torch.memory_format:
     if len(shape) == 3 and any(p.is_contiguous(memory_format=torch.channels_last) for p in weights):
         return torch.channels_last
     return torch.contiguous_format
-
-
-def check_images(caller: str, name: str, model: Model, shape: Sequence[int]) -> None:
-    """Raise a ValueError if a `UNet` cannot take images of this shape. Other models are not checked.
-
-    Args:
-        caller: Name of the calling function for error messages.
-        name: Name of the checked argument for error messages.
-        model: The model.
-        shape: [N, C, H, W].
-    """
-    if isinstance(model, UNet | FrozenUNet):
-        UNetConfig.from_dict(model.config).check_images(caller, name, shape)
-
-
-def resolve_seeds(caller: str, seed: int | Tensor, num_samples: int) -> Tensor:
-    """Return the seeds of the samples, int64 [num_samples].
-
-    Args:
-        caller: Name of the calling function for error messages.
-        seed: An int, or int64 [num_samples].
-        num_samples: Number of samples.
-
-    Raises:
-        ValueError: `seed` has another dtype or shape.
-    """
-    if isinstance(seed, int):
-        return sample_seeds(seed, num_samples)
-    if not isinstance(seed, Tensor):
-        raise TypeError(f"{caller}: expected seed to be an int or int64 [{num_samples}], got {type(seed).__name__}")
-    if seed.dtype != torch.int64 or seed.shape != (num_samples,):
-        raise ValueError(f"{caller}: expected seed to be an int or int64 [{num_samples}], got {seed.dtype} {list(seed.shape)}")
-    return seed
-
-
-def resolve_labels(
-    caller: str, config: Mapping[str, Any], class_labels: ClassLabels, num_samples: int
-) -> tuple[Tensor | None, int | None]:
-    """Return the class of each sample, int64 [num_samples], and the "no label" class.
-
-    Both are None for a model without classes.
-
-    Args:
-        caller: Name of the calling function for error messages.
-        config: The model's configuration, empty if it has none.
-        class_labels: One class, one per sample, or None for "no label". A class is a number or a name.
-        num_samples: Number of samples.
-
-    Raises:
-        ValueError: Labels are out of range, have another shape, a name is unknown, or the model has no classes.
-        TypeError: Labels are not integers.
-    """
-    num_classes = config.get("num_class_embeds")  # "no label" included
-    no_label = None if num_classes is None else num_classes - 1
-    if class_labels is None:
-        return (None if no_label is None else torch.full((num_samples,), no_label, device="cpu")), no_label
-    if config and num_classes is None:
-        raise ValueError(f"{caller}: expected class_labels to be None, as the model has no classes, got {class_labels}")
-    class_labels = labels_of(caller, config, class_labels)
-    wanted = f"{caller}: expected class_labels to be an int or {num_samples} ints"
-    try:
-        labels = torch.as_tensor(class_labels)
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"{wanted}, got {class_labels!r}") from None
-    if labels.is_floating_point() or labels.shape not in ((), (num_samples,)):
-        raise ValueError(f"{wanted}, got {labels.dtype} {list(labels.shape)}")
-    if num_classes is not None and (labels.min() < 0 or labels.max() >= num_classes):
-        raise ValueError(f"{caller}: expected class_labels to be in 0..{num_classes - 1}, got {class_labels}")
-    return labels.to(torch.int64).expand(num_samples), no_label

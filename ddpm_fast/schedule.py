@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal
@@ -49,8 +50,8 @@ class NoiseSchedule:
         self.betas = betas
         self.name = name
         self._parameters = dict(parameters or {})
-        self._coefficients: dict[torch.device, Tensor] = {}
-        self.coefficients()  # in place before torch.compile looks
+        self._tables: dict[torch.device, Tensor] = {}
+        self.table()  # in place before torch.compile looks
 
     # ------------------------------------------------------------------------------------------------------ builders
 
@@ -73,9 +74,7 @@ class NoiseSchedule:
                 nearly pure noise for every T. By default the ends are used as given, as in diffusers, and
                 a T far below 1000 leaves signal in x_T.
         """
-        check_int("NoiseSchedule.linear", "num_timesteps", num_timesteps, 1)
-        check_number("NoiseSchedule.linear", "beta_start", beta_start)
-        check_number("NoiseSchedule.linear", "beta_end", beta_end)
+        _check_numbers("linear", num_timesteps, beta_start=beta_start, beta_end=beta_end)
         scale = 1000 / num_timesteps if scale_to_num_timesteps else 1.0
         betas = torch.linspace(beta_start * scale, beta_end * scale, num_timesteps, dtype=torch.float64)
         parameters = {
@@ -97,7 +96,10 @@ class NoiseSchedule:
             beta_start: First beta, before scaling.
             beta_end: The last beta.
         """
-        check_int("NoiseSchedule.scaled_linear", "num_timesteps", num_timesteps, 1)
+        _check_numbers("scaled_linear", num_timesteps, beta_start=beta_start, beta_end=beta_end)
+        if min(beta_start, beta_end) < 0:
+            got = f"{beta_start} and {beta_end}"
+            raise ValueError(f"NoiseSchedule.scaled_linear: expected beta_start and beta_end to be at least 0, got {got}")
         betas = torch.linspace(beta_start**0.5, beta_end**0.5, num_timesteps, dtype=torch.float64).square()
         parameters = {"num_timesteps": num_timesteps, "beta_start": beta_start, "beta_end": beta_end}
         return cls(betas, "scaled_linear", parameters)
@@ -115,7 +117,7 @@ class NoiseSchedule:
             s: Offset that keeps the first betas from vanishing.
             max_beta: Upper bound on every beta.
         """
-        check_int("NoiseSchedule.cosine", "num_timesteps", num_timesteps, 1)
+        _check_numbers("cosine", num_timesteps, s=s, max_beta=max_beta)
 
         def alpha_bar(u: Tensor) -> Tensor:
             return torch.cos((u + s) / (1 + s) * (math.pi / 2)).square()
@@ -148,7 +150,11 @@ class NoiseSchedule:
                 Its betas are then matched up to float64 rounding. They differ from the formula's by up to
                 1.3e-5 (relative, T = 1000).
         """
-        check_int("NoiseSchedule.sigmoid", "num_timesteps", num_timesteps, 1)
+        _check_numbers("sigmoid", num_timesteps, start=start, end=end, tau=tau, max_beta=max_beta)
+        if start == end or tau == 0:
+            raise ValueError(
+                f"NoiseSchedule.sigmoid: expected start unequal to end, and tau unequal to 0, got {start}, {end} and {tau}"
+            )
         dtype = torch.float32 if float32_ends else torch.float64
         first, last = (torch.tensor(v / tau, dtype=dtype).sigmoid().double() for v in (start, end))
 
@@ -176,7 +182,7 @@ class NoiseSchedule:
             beta_start: Lower limit of the betas.
             beta_end: Upper limit of the betas.
         """
-        check_int("NoiseSchedule.sigmoid_betas", "num_timesteps", num_timesteps, 1)
+        _check_numbers("sigmoid_betas", num_timesteps, beta_start=beta_start, beta_end=beta_end)
         ramp = torch.linspace(-6, 6, num_timesteps, dtype=torch.float64).sigmoid()
         parameters = {"num_timesteps": num_timesteps, "beta_start": beta_start, "beta_end": beta_end}
         return cls(ramp * (beta_end - beta_start) + beta_start, "sigmoid_betas", parameters)
@@ -197,7 +203,7 @@ class NoiseSchedule:
             num_timesteps: T, at least 1.
             max_beta: Upper bound on every beta.
         """
-        check_int("NoiseSchedule.laplace", "num_timesteps", num_timesteps, 1)
+        _check_numbers("laplace", num_timesteps, max_beta=max_beta)
 
         def alpha_bar(u: Tensor) -> Tensor:
             side = torch.where(u <= 0.5, 1.0, -1.0)
@@ -377,7 +383,7 @@ class NoiseSchedule:
             return bounded
         return bounded / (snr + 1)
 
-    def coefficients(self, device: torch.device | str = "cpu") -> Tensor:
+    def table(self, device: torch.device | str = "cpu") -> Tensor:
         """Return the table that `q_sample` and `denoising_loss` read.
 
         Args:
@@ -387,11 +393,16 @@ class NoiseSchedule:
             float32 [T, 2]: sqrt(abar_t) and sqrt(1 - abar_t), computed in float64 and rounded once.
         """
         device = numbered(device)
-        if device not in self._coefficients:
+        if device not in self._tables:
             with torch.inference_mode(False):  # kept for all callers: one that trains could not save an inference tensor
                 table = torch.stack([self.sqrt_alpha_bars, self.sqrt_one_minus_alpha_bars], dim=1)
-                self._coefficients[device] = table.to(device, torch.float32)
-        return self._coefficients[device]
+                self._tables[device] = table.to(device, torch.float32)
+        return self._tables[device]
+
+    def coefficients(self, device: torch.device | str = "cpu") -> Tensor:
+        """Return `table(device)`. Deprecated: a plan's `coefficients` are its float64 rows."""
+        warnings.warn("NoiseSchedule.coefficients is now NoiseSchedule.table", DeprecationWarning, stacklevel=2)
+        return self.table(device)
 
     # ----------------------------------------------------------------------------------------------------------- files
 
@@ -443,6 +454,13 @@ def numbered(device: torch.device | str) -> torch.device:
     """Return `device` with its index, as tensors report it: "cuda" becomes the current GPU."""
     device = torch.device(device)
     return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
+
+
+def _check_numbers(builder: str, num_timesteps: int, **values: float) -> None:
+    """Raise unless num_timesteps is a positive integer and the other values are finite numbers."""
+    check_int(f"NoiseSchedule.{builder}", "num_timesteps", num_timesteps, 1)
+    for name, value in values.items():
+        check_number(f"NoiseSchedule.{builder}", name, value, finite=True)
 
 
 def _betas_from_alpha_bar(alpha_bar: Callable[[Tensor], Tensor], num_timesteps: int, max_beta: float) -> Tensor:

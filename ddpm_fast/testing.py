@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .dtypes import opmath
 from .plan import COLUMNS, SamplingPlan, ddim_plan, ddpm_plan
 from .reference import PREDICTIONS, STREAM_X_T
 from .schedule import NoiseSchedule
@@ -221,7 +222,7 @@ def _conv3x3(case: Case, normal: Normal, timesteps: Any, device: torch.device | 
     options = case.options
     all_channels, out_channels = channels + options.get("skip", 0), options["out"]
     scale = 2 if options.get("upsample") else 1
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    wide = opmath(dtype)
     arguments: dict[str, Any] = {
         "x": normal(*case.shape),
         "weight": normal(out_channels, all_channels, 3, 3) * (9 * all_channels) ** -0.5,

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ddpm_fast.ops._op import FusedOp
+from ddpm_fast.ops.fused_op import FusedOp
 
 MATRIX_OPS = ("group_norm_affine", "conv3x3", "attention")  # ops whose kernels are for CPUs only
 

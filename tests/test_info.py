@@ -9,8 +9,8 @@ from kernel_calls import MATRIX_OPS
 
 from ddpm_fast import cli, info
 from ddpm_fast.ops import OPS
-from ddpm_fast.ops._op import FusedOp
 from ddpm_fast.ops.backend import why_not_matrix_kernels
+from ddpm_fast.ops.fused_op import FusedOp
 
 
 def _rows(text: str) -> dict[str, list[str]]:

@@ -86,10 +86,10 @@ def test_config_round_trip(builder: str) -> None:
 
 def test_table_is_rounded_once_from_float64() -> None:
     schedule = NoiseSchedule.linear()
-    table = schedule.coefficients()
+    table = schedule.table()
     assert table.dtype == torch.float32
     assert torch.equal(table[:, 1], (1 - schedule.alpha_bars).sqrt().float())
-    assert schedule.coefficients() is table
+    assert schedule.table() is table
 
 
 @pytest.mark.parametrize("make", [NoiseSchedule.linear, lambda: NoiseSchedule.cosine().rescale_zero_terminal_snr()])

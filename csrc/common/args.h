@@ -40,7 +40,7 @@ struct StreamOrThreads {
 };
 
 // PREDICTIONS and VARIANCES of ddpm_fast/reference.py.
-enum class Prediction : int { kEpsilon, kSample, kVelocity };
+enum class Prediction : int { kEpsilon, kSample, kVPrediction };
 enum class Variance : int { kFixed, kLearned, kLearnedRange };
 
 struct NoiseArgs {

@@ -27,7 +27,7 @@ void subtract_target(const Args& a, const Tiling& tiling, const Tile& tile, Loss
     for (std::int64_t i = 0; i < count; ++i) difference[i] = m[i] - x_0[i];
     return;
   }
-  const bool velocity = a.prediction == Prediction::kVelocity;
+  const bool velocity = a.prediction == Prediction::kVPrediction;
   buffers.noise.prefetch(a.model_output, a.dtype, at, tile);
   if (velocity) buffers.noise.prefetch(a.x_0, a.dtype, at, tile);
   const A* epsilon = buffers.noise.given_or_generated(a.noise, a.dtype, a.seeds, kStreamQSample, tiling, tile);

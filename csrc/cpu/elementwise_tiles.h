@@ -11,6 +11,7 @@
 
 #include "common/args.h"
 #include "common/dtype.h"
+#include "cpu/index.h"
 #include "cpu/parallel.h"
 #include "cpu/philox_normal.h"
 
@@ -49,7 +50,6 @@ class Tiling {
   static constexpr int kMaxCols = 16;
 
  private:
-  static std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
   std::int64_t rows_, cols_, tile_rows_, tile_cols_, row_tiles_, col_tiles_;
 };
 
@@ -224,7 +224,7 @@ class NoiseTile {
   // Prefetches the tile of a tensor during `generate`.
   void prefetch(const void* tensor, DType dtype, const Location& at, const Tile& tile) {
     if (tensor == nullptr || at.stride != tile.cols) return;
-    const int bytes = dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+    const int bytes = size_of(dtype);
     prefetch_.add(static_cast<const char*>(tensor) + at.offset * bytes, bytes);
   }
 

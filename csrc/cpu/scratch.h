@@ -1,19 +1,13 @@
 // Scratch buffers.
 #pragma once
 
-#include <cstdint>
 #include <cstdlib>
 #include <new>
 
+#include "cpu/index.h"
 #include "cpu/vector.h"
 
 namespace ddpm_fast::DDPM_FAST_ISA {
-
-using Index = std::int64_t;
-
-constexpr Index smaller(Index a, Index b) { return a < b ? a : b; }
-constexpr Index larger(Index a, Index b) { return a > b ? a : b; }
-constexpr Index round_up(Index value, Index unit) { return (value + unit - 1) / unit * unit; }
 
 // A thread has one buffer for a call, and one for a slice of the work.
 enum class ScratchUse { kCall, kSlice };

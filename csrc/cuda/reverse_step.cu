@@ -6,25 +6,25 @@ namespace ddpm_fast::cuda {
 
 namespace {
 
-// How the model's output is laid out, counted in elements.
+// The layout of the model's output, in elements.
 struct Model {
-  std::int64_t more_in_sample, more_in_row;  // than x_t has, where it has variances too
-  std::int64_t variance;                     // from a prediction to its variance; 0: the variance is fixed
-  std::int64_t unconditional;                // from a prediction to the one without the condition; 0: no guidance
+  std::int64_t extra_sample_stride, extra_row_stride;  // beyond x_t's strides, for the variance channels
+  std::int64_t variance;                               // from a prediction to its variance; 0: the variance is fixed
+  std::int64_t unconditional;  // from a prediction to the one without the condition; 0: no guidance
   float guidance_scale;
 };
 
 //   x_0^    = clip(p x_t + q m)
 //   x_{t-1} = k0 x_0^ + k1 x_t + k2 m + k3 x_0_prev + std z
-// This is derivation eq. 13 where nothing is clipped. M: the type of the model's output, T: of everything else.
-// plain: without x_0^, x_0_prev, guidance and learned variance.
+// Without a clip this is derivation eq. 13. M is the type of the model's output, T that of everything else.
+// plain: no x_0^, x_0_prev, guidance and learned variance.
 template <class T, class M, bool plain>
 struct ReverseStep {
   Noise<T> source;
   T *out, *x_0_out;
   const T *x_t, *x_0_prev;
   const M *prediction, *unconditional, *variance;  // the last two may be absent
-  std::int64_t more_in_row;
+  std::int64_t extra_row_stride;
   float guidance_scale;
   bool range;  // whether `variance` interpolates between the logarithms of the plan's two
   const PlanRow* table;
@@ -47,10 +47,10 @@ struct ReverseStep {
         table(a.table),
         step(a.steps[tile.sample * a.step_stride]) {
     if constexpr (!plain) {
-      prediction += tile.sample * model.more_in_sample + tile.row * model.more_in_row;
+      prediction += tile.sample * model.extra_sample_stride + tile.row * model.extra_row_stride;
       unconditional = model.unconditional == 0 ? nullptr : prediction + model.unconditional;
       variance = model.variance == 0 ? nullptr : prediction + model.variance;
-      more_in_row = model.more_in_row;
+      extra_row_stride = model.extra_row_stride;
       guidance_scale = model.guidance_scale;
       range = a.variance == Variance::kLearnedRange;
     }
@@ -58,7 +58,7 @@ struct ReverseStep {
 
   template <int width>
   __device__ Packed<M, width> load_model(const M* part, const Location& at) const {
-    return cuda::load<width>(part + at.offset + (plain ? 0 : at.row * more_in_row));
+    return cuda::load<width>(part + at.offset + (plain ? 0 : at.row * extra_row_stride));
   }
 
   template <int width>
@@ -135,8 +135,8 @@ void run_with(const ReverseStepArgs& a) {
   const Tiling tiling(a.shape, generates || interleaved, kVector, whole, interleaved);
   const std::int64_t sample = a.shape.c * a.shape.hw;
   const Model model = {
-      .more_in_sample = learned ? sample : 0,
-      .more_in_row = interleaved ? tiling.cols : 0,
+      .extra_sample_stride = learned ? sample : 0,
+      .extra_row_stride = interleaved ? tiling.cols : 0,
       .variance = !learned      ? 0
                   : interleaved ? tiling.cols
                                 : sample,

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..checks import check_int
+from ..checks import check_choice, check_float, check_int, checked_device
+from ..dtypes import FLOATS, opmath
 from ..inference import inference_network
-from ..networks import Model, device_and_dtype, evaluation_mode, model_config, predict
+from ..models import Model, device_and_dtype, evaluation_mode, model_config, predict
 from ..plan import COLUMNS, Prediction, Variance, ddpm_plan
-from ..sampling import ClassLabels, check_images, resolve_labels, resolve_seeds
+from ..reference import ranged_log_variance
+from ..requests import ClassLabels, check_image_shape, resolve_labels, resolve_seeds
 from ..schedule import NoiseSchedule
 
 _BIN = 2 / 255  # width of one of the 256 grey levels in [-1, 1]
@@ -111,20 +113,23 @@ def variational_bound(
         ValueError: An argument is out of range or does not fit the model. Checked before any computation.
         TypeError: An argument has an unsupported type.
     """
-    if not x_0.is_floating_point() or x_0.dim() < 2 or x_0.numel() == 0:
-        raise ValueError(f"variational_bound: expected x_0 to be floating [N, C, ...], got {x_0.dtype} {list(x_0.shape)}")
+    check_float("variational_bound", "x_0", x_0, min_dim=2)
+    if x_0.numel() == 0:
+        raise ValueError(f"variational_bound: expected x_0 to have elements, got shape {list(x_0.shape)}")
     if not x_0.abs().max() <= 1:  # NaN included
         raise ValueError(f"variational_bound: expected x_0 in [-1, 1], got values from {x_0.min():.4g} to {x_0.max():.4g}")
     check_int("variational_bound", "batch_size", batch_size, 1, optional=True)
-    check_images("variational_bound", "x_0", model, x_0.shape)
+    check_image_shape("variational_bound", "x_0", model, x_0.shape)
     total = len(x_0)
     labels, _ = resolve_labels("variational_bound", model_config(model), class_labels, total)
     seeds = resolve_seeds("variational_bound", seed, total)
     weights = ddpm_plan(schedule, prediction=prediction, variance=variance, clip=clip).coefficients.flip(0)  # row t
 
     model_device, model_dtype = device_and_dtype(model)
-    device, dtype = torch.device(device or model_device), dtype or model_dtype
-    x_0 = x_0.detach().to(device, torch.float64 if dtype == torch.float64 else torch.float32)
+    device = model_device if device is None else checked_device("variational_bound", device)
+    dtype = model_dtype if dtype is None else dtype
+    check_choice("variational_bound", "dtype", dtype, FLOATS)
+    x_0 = x_0.detach().to(device, opmath(dtype))
     seeds, labels = seeds.to(device), None if labels is None else labels.to(device)
     terms = torch.empty(total, schedule.num_timesteps, dtype=torch.float64, device=device)
     x_0_mse = torch.empty_like(terms)
@@ -178,8 +183,7 @@ def _split(output: Tensor, channels: int, t: int, schedule: NoiseSchedule, varia
     m, v = output.split(channels, dim=1)
     if variance == "learned":
         return m, v
-    f = (v + 1) / 2
-    return m, f * upper + (1 - f) * lower
+    return m, ranged_log_variance(v, upper, lower)
 
 
 def prior_bits(x_0: Tensor, schedule: NoiseSchedule) -> Tensor:

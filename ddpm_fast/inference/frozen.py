@@ -13,12 +13,13 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from ..checks import FLOATS, check_int, check_range, checked_device
-from ..networks import Model, placed
+from ..checks import check_int, check_range, checked_device
+from ..dtypes import FLOATS
+from ..models import Model, placed
 from ..nn.config import UNetConfig
 from ..nn.unet import UNet, centered, checked_timesteps
-from ..ops._op import is_transformed_tensor, runs_eagerly
 from ..ops.backend import has_fast_bfloat16, why_not_matrix_kernels
+from ..ops.fused_op import is_transformed_tensor, runs_eagerly
 from .network import Conv, Network, Resnet, read_network, why_not_frozen
 from .packed_layers import PackedLayers
 from .program import Buffer, Builder, Call, NativeProgram, PythonProgram

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..dtypes import opmath
 from ..nn.conv import Conv3x3
 from ..nn.layers import (
     Attention,
@@ -160,7 +161,7 @@ class TimeTerms:
         for width in distinct:
             weights, biases = zip(*(pair for pair in projections if len(pair[1]) == width), strict=True)
             stacks.append((torch.stack(weights).double().transpose(1, 2), torch.stack(biases).double()[:, None]))
-        wide = wide_dtype(dtype)
+        wide = opmath(dtype)
         if model.class_embedding is None:
             emb = F.silu(emb)
             self._tables = [(torch.matmul(emb, weight) + bias).to(wide) for weight, bias in stacks]  # [B, T, W] each
@@ -195,7 +196,7 @@ def read_network(
         convert: Function that stores the weights of a convolution. It may return its argument.
     """
     projections: list[tuple[Tensor, Tensor]] = []
-    wide = wide_dtype(dtype)
+    wide = opmath(dtype)
 
     def copied(parameter: Tensor | None) -> Tensor | None:
         return None if parameter is None else parameter.detach().to(device, copy=True)
@@ -353,8 +354,3 @@ def _why_not_values(layer: nn.Module) -> str | None:
 
 def _is_number(value: Any, kind: Any) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool)
-
-
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of norm parameters and time terms."""
-    return torch.float64 if dtype == torch.float64 else torch.float32

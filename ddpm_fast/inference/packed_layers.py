@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops._op import runs_eagerly
 from ..ops.attention import attention_op
-from ..ops.conv3x3 import WINOGRAD_TILES, conv_kernels, float_bias, pack_weights, step_of, winograd_tiles
-from ..ops.group_norm_affine import affine_op
-from ..ops.resample import resample_kernel
+from ..ops.conv3x3 import WINOGRAD_TILES, conv_ops, float_bias, pack_weights, step_of, winograd_tiles
+from ..ops.fused_op import runs_eagerly
+from ..ops.group_norm_affine import group_norm_affine_op
+from ..ops.resample import resample_op
 from .network import Conv, Norm, Resample, SelfAttention
 from .program import Buffer, Builder
 
@@ -103,7 +103,7 @@ class PackedLayers:
         shape = (conv.weight.shape[0], *conv.size(scale * height, scale * width))
         (added,) = (None,) if residual is None else residual
         return builder.call(
-            *(conv_kernels[method], x, skip, affine, silu, packed, bias, added, divisor, upsample),
+            *(conv_ops[method], x, skip, affine, silu, packed, bias, added, divisor, upsample),
             *(*shape, conv.kernel, conv.stride, conv.padding),
             shape=(n, *shape),
             dtype=self._dtype,
@@ -137,13 +137,13 @@ class PackedLayers:
         shape = (x.shape[0], 3, sum(each.shape[1] for each in maps))
         scale, shift_2 = (None, None) if scale_shift is None else scale_shift
         arguments = (x, skip, norm.num_groups, norm.weight, norm.bias, norm.eps, shift, scale, shift_2)
-        return builder.call(affine_op, *arguments, shape=shape, dtype=torch.float32)
+        return builder.call(group_norm_affine_op, *arguments, shape=shape, dtype=torch.float32)
 
     def _resampled(self, builder: Builder, maps: tuple[Buffer, ...], affine: Buffer | None, silu: bool, *, up: bool) -> Buffer:
         (x,) = maps
         n, channels, height, width = x.shape
         size = (2 * height, 2 * width) if up else (height // 2, width // 2)
-        return builder.call(resample_kernel, x, affine, silu, up, shape=(n, channels, *size), dtype=self._dtype)
+        return builder.call(resample_op, x, affine, silu, up, shape=(n, channels, *size), dtype=self._dtype)
 
     def _weights(self, conv: Conv, method: str, upsample: bool) -> tuple[Tensor, Tensor | None]:
         key = (conv, method, upsample)

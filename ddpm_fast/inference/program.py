@@ -9,8 +9,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from ..ops._op import FusedOp
 from ..ops.backend import KERNELS
+from ..ops.fused_op import FusedOp
 
 _ALIGNMENT: Final = 64  # bytes, a cache line
 

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..nn.conv import doubled
-from ..ops._op import runs_eagerly
 from ..ops.backend import MATRIX_DTYPES
+from ..ops.fused_op import runs_eagerly
 from ..ops.group_norm_silu import group_norm_silu
 from .network import Conv, Norm, Resample, SelfAttention
 from .program import Buffer, Builder

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..inference import FrozenUNet, freeze
-from ..networks import Model
+from ..models import Model
 from ..nn import UNet, UNetConfig
 from ..nn.layers import ResnetBlock
 from ..ops import sample_seeds

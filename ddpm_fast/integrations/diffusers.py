@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from ..checks import check_choice, check_float, check_number
+from ..dtypes import opmath
 from ..ops.q_sample import q_sample
 from ..ops.reverse_step import reverse_step
 from ..plan import COLUMNS, VARIANCE_TYPES, SamplingPlan, ddim_plan, ddpm_plan, spaced_timesteps
-from ..reference import PREDICTIONS, opmath, per_sample
+from ..reference import PREDICTIONS, per_sample
 from ..schedule import NoiseSchedule, numbered
 from . import needs_extra
 
@@ -36,7 +37,7 @@ with needs_extra("diffusers"):
 
 _log = logging.getLogger("ddpm_fast")
 
-_MAX_KEPT = 8  # an eta of its own at every step, and nothing is kept for ever
+_MAX_KEPT = 8  # a caller may pass another eta at every step, so old plans are dropped
 _SPACINGS = ("linspace", "leading", "trailing")
 _Betas = np.ndarray[Any, Any] | Sequence[float] | None
 

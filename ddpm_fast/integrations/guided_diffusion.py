@@ -23,12 +23,14 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..checks import check_device, check_float, check_like, check_noise_or_seeds, check_range, check_seeds
+from ..checks import check_device, check_float, check_like, check_noise_or_seeds, check_range, checked_seeds
+from ..dtypes import opmath
 from ..evaluation.bound import prior_bits, reconstruction_bits, transition_bits
+from ..models import Model
 from ..ops import denoising_loss, q_sample, reverse_step
 from ..ops import noise as counter_based_noise
 from ..plan import Prediction, SamplingPlan, Variance, ddim_inversion_plan, ddim_plan, ddpm_plan
-from ..reference import STREAM_X_T, opmath, per_sample
+from ..reference import STREAM_X_T, per_sample, ranged_log_variance
 from ..schedule import NoiseSchedule
 from .guided_diffusion_unet import load_guided_diffusion
 
@@ -45,13 +47,12 @@ __all__ = [
 ]
 
 Array: TypeAlias = npt.NDArray[np.float64]
-Model: TypeAlias = Callable[..., Tensor]
 Kwargs: TypeAlias = Mapping[str, Any] | None
 _P = ParamSpec("_P")
-Sampler: TypeAlias = Literal["ddpm", "mean", "ddim", "inversion"]
+_Kind: TypeAlias = Literal["ddpm", "mean", "ddim", "inversion"]
 
 _HALF: Final = (torch.float16, torch.bfloat16)
-_MAX_PLANS: Final = 8  # kept per process: eta may differ at every step, so old plans are dropped
+_MAX_PLANS: Final = 8  # of one process: eta may differ at every step, so old plans are dropped
 
 
 class ModelMeanType(enum.Enum):
@@ -340,8 +341,7 @@ class GaussianDiffusion:
             log_variance = output[:, x.shape[1] :].to(x.dtype)
             if self.model_var_type == ModelVarType.LEARNED_RANGE:
                 low, high = self._at(self.posterior_log_variance_clipped, t, x), self._at(self._log_betas, t, x)
-                fraction = (log_variance + 1) / 2
-                log_variance = fraction * high + (1 - fraction) * low
+                log_variance = ranged_log_variance(log_variance, high, low)
             variance = log_variance.exp()
         else:
             variance, log_variance = (self._at(v, t, x).expand_as(x) for v in self._variances[self.model_var_type])
@@ -354,7 +354,7 @@ class GaussianDiffusion:
 
         cond_fn returns the gradient of log p(y | x_t).
         """
-        gradient = cond_fn(x, self._scale_timesteps(t), **(model_kwargs or {}))
+        gradient: Tensor = cond_fn(x, self._scale_timesteps(t), **(model_kwargs or {}))
         return p_mean_var["mean"] + p_mean_var["variance"] * gradient.to(p_mean_var["mean"].dtype)
 
     def condition_score(
@@ -365,7 +365,7 @@ class GaussianDiffusion:
         x_0^ moves by (1 - abar) / sqrt(abar) times cond_fn(x, t).
         """
         x, t = self._checked("condition_score", "x", x, t)
-        gradient = cond_fn(x, self._scale_timesteps(t), **(model_kwargs or {}))
+        gradient: Tensor = cond_fn(x, self._scale_timesteps(t), **(model_kwargs or {}))
         x_0 = p_mean_var["pred_xstart"] + self._at(self._score_weights, t, x) * gradient.to(x.dtype)
         return {**p_mean_var, "pred_xstart": x_0, "mean": self.q_posterior_mean_variance(x_0, x, t)[0]}
 
@@ -624,7 +624,7 @@ class GaussianDiffusion:
         if x_t is not None and x_t.device.type != torch.device(device).type:
             raise ValueError(f"{op}: expected noise on {device}, got it on {x_t.device}")
         if seeds is not None:
-            seeds = check_seeds(op, seeds, shape[0], torch.device(device))
+            seeds = checked_seeds(op, seeds, shape[0], torch.device(device))
             options["seeds"] = seeds
         return self._steps(step, model, shape, x_t, torch.device(device), progress, options)
 
@@ -666,7 +666,7 @@ class GaussianDiffusion:
                 "sampling_plan: expected rescale_timesteps to be False or the model to be trained with 1000 timesteps, "
                 f"got True and {self.original_num_steps}"
             )
-        sampler: Sampler = "ddpm" if eta is None else "ddim"
+        sampler: _Kind = "ddpm" if eta is None else "ddim"
         return self._plan(sampler, _PREDICTIONS[self.model_mean_type], 1.0 if clip_denoised else None, eta=eta or 0.0)
 
     # ------------------------------------------------------------------------------------------------ training, the bound
@@ -751,7 +751,7 @@ class GaussianDiffusion:
         x_start = _wide(x_start)
         n, device = x_start.shape[0], x_start.device
         if seeds is not None:
-            seeds = check_seeds(op, seeds, n, device)
+            seeds = checked_seeds(op, seeds, n, device)
         columns: dict[str, list[Tensor]] = {"vb": [], "xstart_mse": [], "mse": []}
         for i in range(self.num_timesteps - 1, -1, -1):
             t = torch.full((n,), i, device=device)
@@ -813,7 +813,7 @@ class GaussianDiffusion:
         return output if x.dtype != torch.float64 and output.dtype in _HALF else output.to(opmath(x.dtype))
 
     def _plan(
-        self, sampler: Sampler, prediction: Prediction, clip: float | None, variance: Variance | None = None, eta: float = 0.0
+        self, sampler: _Kind, prediction: Prediction, clip: float | None, variance: Variance | None = None, eta: float = 0.0
     ) -> SamplingPlan:
         """Return a plan of every timestep of this process, in the timesteps of the model's training."""
         variance = variance or self._variance

@@ -13,15 +13,16 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..checks import check_choice, check_float, check_int, check_like, check_number, check_seeds
+from ..checks import check_choice, check_float, check_int, check_like, check_number, checked_seeds
+from ..dtypes import opmath
 from ..inference import inference_network
-from ..networks import Model, device_and_dtype, evaluation_mode, model_config
+from ..models import Model, device_and_dtype, evaluation_mode, model_config
 from ..nn.checkpoint import check_weights, load_tensors
 from ..ops import denoising_loss, q_sample, reverse_step
 from ..ops import noise as draw_noise
 from ..plan import SamplingPlan, ddim_plan, ddpm_plan
 from ..reference import STREAM_OFFSET, STREAM_Q_SAMPLE, STREAM_X_T
-from ..sampling import resolve_seeds
+from ..requests import resolve_seeds
 from ..schedule import NoiseSchedule
 
 _Prediction = Literal["epsilon", "sample", "v_prediction"]
@@ -262,7 +263,7 @@ class GaussianDiffusion(nn.Module):
         if x_self_cond is not None:
             check_like("p_sample", "x_self_cond", x_self_cond, "x", x)
         if seeds is not None:
-            seeds = check_seeds("p_sample", seeds, x.shape[0], x.device)
+            seeds = checked_seeds("p_sample", seeds, x.shape[0], x.device)
         stepped = self._step(self.model, x, self.num_timesteps - 1 - t, self._ddpm_plan(), x_self_cond, seeds, return_x_0=True)
         assert isinstance(stepped, tuple)
         return stepped
@@ -383,7 +384,7 @@ class GaussianDiffusion(nn.Module):
         shape = tuple(shape)
         seeds = None if seed is None else resolve_seeds(where, seed, shape[0]).to(self.device)
         _, dtype = device_and_dtype(self.model)
-        dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        dtype = opmath(dtype)
         if seeds is None:
             x_t = torch.randn(shape, device=self.device, dtype=dtype)
         else:
@@ -563,7 +564,7 @@ class GaussianDiffusion(nn.Module):
         if noise is not None and seeds is not None:
             raise ValueError(f"{where}: expected at most one of noise and seeds, got both")
         if seeds is not None:
-            seeds = check_seeds(where, seeds, len(x_start), x_start.device)
+            seeds = checked_seeds(where, seeds, len(x_start), x_start.device)
             if offset_strength == 0 and not self.immiscible:
                 return None, seeds
             noise = draw_noise(x_start.shape, seeds, stream=STREAM_Q_SAMPLE, dtype=x_start.dtype)

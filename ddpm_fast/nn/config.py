@@ -158,7 +158,7 @@ class UNetConfig:
         """Width of the sinusoidal embedding of the timestep."""
         return self.time_input_dim or self.block_out_channels[0]
 
-    def check_images(self, caller: str, name: str, shape: Sequence[int]) -> None:
+    def check_image_shape(self, caller: str, name: str, shape: Sequence[int]) -> None:
         """Raise a ValueError unless `shape` is a valid shape of the network's input.
 
         Args:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checks import check_range
-from ..ops._op import runs_eagerly
+from ..ops.fused_op import runs_eagerly
 from .checkpoint import check_weights, load_checkpoint, save_checkpoint
 from .config import UNetConfig
 from .conv import Conv3x3
@@ -205,7 +205,7 @@ def checked_timesteps(config: UNetConfig, x: Tensor, t: Tensor | int, class_labe
     """Return t as [N] on x's device, or raise what `UNet.forward` documents."""
     if not isinstance(x, Tensor):
         raise TypeError(f"UNet: expected x to be a tensor, got {type(x).__name__}")
-    config.check_images("UNet", "x", x.shape)
+    config.check_image_shape("UNet", "x", x.shape)
     n = x.shape[0]
     if config.num_class_embeds is None and class_labels is not None:
         raise ValueError("UNet: expected class_labels to be None (num_class_embeds is None), got a tensor")
@@ -223,7 +223,7 @@ def checked_timesteps(config: UNetConfig, x: Tensor, t: Tensor | int, class_labe
         if runs_eagerly(class_labels):  # torch.compile and the like cannot ask for a value
             check_range("UNet", "class_labels", class_labels, config.num_class_embeds)
     if not isinstance(t, Tensor):
-        if not isinstance(t, Number):
+        if not isinstance(t, Number) or isinstance(t, (bool, complex)):
             raise TypeError(f"UNet: expected t to be an int or a tensor, got {type(t).__name__}")
         return torch.full((n,), t, device=x.device)
     if t.dim() > 1 or (t.dim() == 1 and t.shape[0] != n):  # the compiler compares symbolic sizes, not tuples of them

@@ -1,10 +1,10 @@
 """Ops: pure functions on tensors, each computed by one of three backends (native, triton, reference)."""
 
-from ._op import OPS, why_not
 from .attention import attention
 from .backend import BACKENDS, BackendUnavailable
 from .conv3x3 import conv3x3
 from .denoising_loss import denoising_loss
+from .fused_op import OPS, why_not
 from .group_norm_affine import group_norm_affine
 from .group_norm_silu import group_norm_silu
 from .noise import initial_noise, noise, sample_seeds

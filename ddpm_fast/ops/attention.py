@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..checks import autocast, check_float, check_int, check_number, in_autocast
-from ._op import FusedOp, gradients_of, is_transformed
+from ..checks import check_float, check_int, check_number
+from .autocast import autocast, in_autocast
 from .backend import why_not_matrix_kernels
 from .conv3x3 import is_trained_natively, step_of
+from .fused_op import FusedOp, gradients_of, is_transformed
 
 # Fewest pixels for which a layer's training step is faster than with PyTorch's attention. Its time relative to PyTorch's
 # (256 channels in one head, batch 16, two cores with AVX-512 BF16):
@@ -110,7 +111,7 @@ def _gradient_by_reference(grad_y: Tensor, y: Tensor, softmax: Tensor, qkv: Tens
 
 
 _SIZES: Final = {"pixels": lambda a: a.qkv.shape[1], "head_dim": _head_channels}
-_backward_op = FusedOp(
+attention_backward_op = FusedOp(
     "attention_backward",
     "Tensor grad_y, Tensor y, Tensor softmax, Tensor qkv, int num_heads, float scale",
     outputs={"grad_qkv": lambda a: torch.empty_like(a.qkv)},
@@ -121,7 +122,7 @@ _backward_op = FusedOp(
 
 
 def _backward(a: Any, results: Any, grads: Any, needs: Any) -> dict[str, Tensor | None]:
-    return {"qkv": _backward_op(grads[0], results.y, results.softmax, a.qkv, a.num_heads, a.scale, backend=a.backend)}
+    return {"qkv": attention_backward_op(grads[0], results.y, results.softmax, a.qkv, a.num_heads, a.scale, backend=a.backend)}
 
 
 attention_op = FusedOp(

@@ -13,9 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from ..checks import autocast, check_device, check_float, check_like, check_map, check_number
-from ._op import FusedOp, gradients_of, is_transformed, runs_eagerly
+from ..checks import check_device, check_float, check_like, check_map, check_number
+from ..dtypes import opmath
+from .autocast import autocast
 from .backend import MATRIX_DTYPES, has_fast_bfloat16, native, why_not_matrix_kernels
+from .fused_op import FusedOp, gradients_of, is_transformed, runs_eagerly
 
 # Fewest 2x2 tiles of a batch for which Winograd's method is faster than the direct sum. It reads 16/9 of the weights, or
 # 36/16 after an upsampling.
@@ -89,7 +91,7 @@ def conv3x3(
         if tuple(bias.shape) != (out_channels,):
             raise ValueError(f"{op}: expected bias to have shape [{out_channels}], got {list(bias.shape)}")
     if affine is not None:
-        wide = reference.opmath(x.dtype)
+        wide = opmath(x.dtype)
         check_like(op, "affine", affine, "the statistics", x.new_empty(0, dtype=wide), (n, 3, channels))
     if activation not in ("silu", None):
         raise ValueError(f'{op}: expected activation to be "silu" or None, got {activation!r}')
@@ -102,7 +104,7 @@ def conv3x3(
         scale = 2 if upsample else 1
         check_like(op, "residual", residual, "x", x, (n, out_channels, scale * height, scale * width))
     silu = activation == "silu"
-    y: Tensor = _conv3x3(x, weight, bias, skip, affine, silu, residual, float(divisor), upsample, backend=backend)
+    y: Tensor = conv3x3_op(x, weight, bias, skip, affine, silu, residual, float(divisor), upsample, backend=backend)
     return y
 
 
@@ -141,7 +143,7 @@ def pack_weights(weight: Tensor, method: str, dtype: torch.dtype, *, upsample: b
         upsample: Pack for a convolution after an upsampling by 2.
     """
     if method == "winograd":
-        packed: Tensor = pack_winograd(weight.detach().float(), dtype, False, upsample)
+        packed: Tensor = pack_winograd_op(weight.detach().float(), dtype, False, upsample)
         return packed
     wide = weight.detach().double()
     if upsample:
@@ -168,7 +170,7 @@ def _packed(arguments: Any) -> Tensor:
 
 
 # Flipped weights are those of the input's gradient: in and out exchanged, taps in reverse order.
-pack_winograd = FusedOp(
+pack_winograd_op = FusedOp(
     "pack_winograd",
     "Tensor weight, ScalarType dtype, bool flipped, bool upsample",
     outputs={"packed": _packed},
@@ -212,9 +214,9 @@ def _kernel(method: str) -> FusedOp:
 # "direct" takes kernels of 1x1 and 3x3 and strides 1 and 2, "winograd" 3x3 and stride 1. The third maps the gradient of an
 # upsampled convolution's output to that of its small input. Its weights are packed flipped, with `upsample`.
 METHODS: Final = ("direct", "winograd", "winograd_upsampled_gradient")
-conv_kernels: Final = {method: _kernel(method) for method in METHODS}
+conv_ops: Final = {method: _kernel(method) for method in METHODS}
 
-_weight_gradients = FusedOp(
+weight_gradient_op = FusedOp(
     "conv_winograd_weight_gradient",
     "Tensor x, Tensor grad_y, bool has_bias, bool upsample",
     outputs={
@@ -260,7 +262,7 @@ def _native(results: Any, a: Any) -> None:
     packed = pack_weights(a.weight, method, x.dtype, upsample=a.upsample)
     bias = None if a.bias is None else float_bias(a.bias)
     out = results.y if results.y.is_contiguous(memory_format=_CHANNELS_LAST) else None
-    y = conv_kernels[method].run(
+    y = conv_ops[method].run(
         "native",
         (x, a.skip, affine, a.silu, packed, bias, a.residual, a.divisor, a.upsample, *results.y.shape[1:], 3, 1, 1),
         out=out,
@@ -282,11 +284,11 @@ def _backward(a: Any, results: Any, grads: Any, needs: Any) -> dict[str, Tensor 
         return gradients | _gradients_by_reference(a, grad, needs)
     grad = divided
     if needs.x:
-        packed = pack_winograd(a.weight.detach().float(), a.x.dtype, True, a.upsample)
-        kernel = conv_kernels["winograd_upsampled_gradient" if a.upsample else "winograd"]
+        packed = pack_winograd_op(a.weight.detach().float(), a.x.dtype, True, a.upsample)
+        kernel = conv_ops["winograd_upsampled_gradient" if a.upsample else "winograd"]
         gradients["x"] = kernel(grad, None, None, False, packed, None, None, 1.0, False, *a.x.shape[1:], 3, 1, 1)
     if needs.weight or needs.bias:
-        gradients["weight"], bias = _weight_gradients(a.x, grad, a.bias is not None, a.upsample)
+        gradients["weight"], bias = weight_gradient_op(a.x, grad, a.bias is not None, a.upsample)
         gradients["bias"] = bias if a.bias is not None else None
     return gradients
 
@@ -333,7 +335,7 @@ def _is_default(a: Any) -> bool:
     )
 
 
-_conv3x3 = FusedOp(
+conv3x3_op = FusedOp(
     "conv3x3",
     "Tensor x, Tensor weight, Tensor? bias, Tensor? skip, Tensor? affine, bool silu, Tensor? residual, float divisor, "
     "bool upsample",

@@ -16,12 +16,13 @@ from ..checks import (
     check_memory,
     check_noise_or_seeds,
     check_range,
-    check_seeds,
     check_type,
+    checked_seeds,
     index_tensor,
 )
+from ..dtypes import opmath
 from ..schedule import NoiseSchedule
-from ._op import FusedOp, gradients_of
+from .fused_op import FusedOp, gradients_of
 
 
 def denoising_loss(
@@ -87,10 +88,10 @@ def denoising_loss(
     if noise is not None:
         check_like(op, "noise", noise, "x_0", x_0)
     if seeds is not None:
-        seeds = check_seeds(op, seeds, n, x_0.device)
-    table = schedule.coefficients(x_0.device)
+        seeds = checked_seeds(op, seeds, n, x_0.device)
+    table = schedule.table(x_0.device)
     code = reference.PREDICTIONS.index(prediction)
-    losses: Tensor = _losses(model_output, x_0, t, table, noise, seeds, code, backend=backend)  # [N]
+    losses: Tensor = denoising_loss_op(model_output, x_0, t, table, noise, seeds, code, backend=backend)  # [N]
     if weight is not None:
         losses = losses * weight.to(losses.dtype)
     if reduction == "none":
@@ -107,7 +108,7 @@ def _gradient_by_reference(grad_losses: Tensor, model_output: Tensor, *arguments
 
 
 _ARGUMENTS = "Tensor model_output, Tensor x_0, Tensor t, Tensor table, Tensor? noise, Tensor? seeds, int prediction"
-_losses_backward = FusedOp(
+denoising_loss_backward_op = FusedOp(
     "denoising_loss_backward",
     f"Tensor grad_losses, {_ARGUMENTS}",
     outputs={"grad_model_output": lambda a: torch.empty_like(a.model_output)},
@@ -121,7 +122,7 @@ _losses_backward = FusedOp(
 def _backward(arguments: Any, results: Any, grads: Any, needs: Any) -> dict[str, Tensor | None]:
     """Return gradients: the loss sees output - target, so inputs of the target get -grad times their coefficient."""
     a = arguments
-    grad: Tensor = _losses_backward(
+    grad: Tensor = denoising_loss_backward_op(
         grads[0], a.model_output, a.x_0, a.t, a.table, a.noise, a.seeds, a.prediction, backend=a.backend
     )
     gradients: dict[str, Tensor | None] = {"model_output": grad}
@@ -143,11 +144,11 @@ def _backward(arguments: Any, results: Any, grads: Any, needs: Any) -> dict[str,
     return gradients
 
 
-_losses = FusedOp(
+denoising_loss_op = FusedOp(
     "denoising_loss",
     _ARGUMENTS,
     outputs={
-        "losses": lambda a: a.model_output.new_empty(a.model_output.shape[0], dtype=reference.opmath(a.model_output.dtype)),
+        "losses": lambda a: a.model_output.new_empty(a.model_output.shape[0], dtype=opmath(a.model_output.dtype)),
     },
     reference=reference.denoising_loss,
     dense=("model_output", "x_0", "noise"),

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from .. import reference
 from ..checks import check_like, check_map
-from ._op import FusedOp, gradients_of
+from ..dtypes import opmath
 from .backend import why_not_matrix_kernels
+from .fused_op import FusedOp, gradients_of
 from .group_norm_silu import check_norm
 
 
@@ -61,14 +62,14 @@ def group_norm_affine(
         channels = skip.shape[1]
         check_like(op, "skip", skip, "x", x, (x.shape[0], channels, *x.shape[2:]))
     scale, shift_2 = check_norm(op, x, num_groups, weight, bias, eps, shift, scale_shift, more_channels=channels)
-    affine: Tensor = affine_op(x, skip, num_groups, weight, bias, eps, shift, scale, shift_2, backend=backend)
+    affine: Tensor = group_norm_affine_op(x, skip, num_groups, weight, bias, eps, shift, scale, shift_2, backend=backend)
     return affine
 
 
 def _output(arguments: Any) -> Tensor:
     x, skip = arguments.x, arguments.skip
     channels = x.shape[1] + (0 if skip is None else skip.shape[1])
-    affine: Tensor = x.new_empty((x.shape[0], 3, channels), dtype=reference.opmath(x.dtype))
+    affine: Tensor = x.new_empty((x.shape[0], 3, channels), dtype=opmath(x.dtype))
     return affine
 
 
@@ -83,7 +84,7 @@ def _backward(a: Any, results: Any, grads: Any, needs: Any) -> dict[str, Tensor 
     return dict(zip(names, gradients_of(norm, inputs, grads[0], needed), strict=True))
 
 
-affine_op = FusedOp(
+group_norm_affine_op = FusedOp(
     "group_norm_affine",
     "Tensor x, Tensor? skip, int num_groups, Tensor? weight, Tensor? bias, float eps, Tensor? shift, Tensor? scale, "
     "Tensor? scale_shift",

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .. import reference
 from ..checks import check_device, check_float, check_int, check_number
-from ._op import FusedOp, gradients_of
+from ..dtypes import opmath
+from .fused_op import FusedOp, gradients_of
 
 _TRITON_MAX_CHANNELS_PER_GROUP = 4096  # a tile of its kernels holds whole groups
 
@@ -61,7 +62,7 @@ def group_norm_silu(
     if activation not in ("silu", None):
         raise ValueError(f'group_norm_silu: expected activation to be "silu" or None, got {activation!r}')
     scale, shift_2 = check_norm("group_norm_silu", x, num_groups, weight, bias, eps, shift, scale_shift)
-    y: Tensor = _group_norm_silu(
+    y: Tensor = group_norm_silu_op(
         *(x, num_groups, weight, bias, eps, shift, scale, shift_2, activation == "silu"), backend=backend
     )
     return y
@@ -117,7 +118,7 @@ def _unfit_for_triton(arguments: Any) -> str | None:
 
 def _statistic(arguments: Any) -> Tensor:
     x: Tensor = arguments.x
-    return x.new_empty((x.shape[0], arguments.num_groups), dtype=reference.opmath(x.dtype))
+    return x.new_empty((x.shape[0], arguments.num_groups), dtype=opmath(x.dtype))
 
 
 _SMALL = ("weight", "bias", "shift", "scale", "scale_shift")
@@ -142,7 +143,7 @@ def _gradients_by_reference(grad_y: Tensor, x: Tensor, *arguments: Any) -> tuple
     return gradients_of(norm, (x, weight, bias, shift, scale, scale_shift), grad_y)
 
 
-_backward_op = FusedOp(
+group_norm_silu_backward_op = FusedOp(
     "group_norm_silu_backward",
     "Tensor grad_y, Tensor x, Tensor mean, Tensor rstd, int num_groups, Tensor? weight, Tensor? bias, float eps, "
     "Tensor? shift, Tensor? scale, Tensor? scale_shift, bool silu",
@@ -156,7 +157,7 @@ _backward_op = FusedOp(
 
 def _backward(arguments: Any, results: Any, grads: Any, needs: Any) -> dict[str, Tensor | None]:
     a = arguments
-    gradients = _backward_op(
+    gradients = group_norm_silu_backward_op(
         *(grads[0], a.x, results.mean, results.rstd, a.num_groups, a.weight, a.bias, a.eps, a.shift, a.scale, a.scale_shift),
         *(a.silu,),
         backend=a.backend,
@@ -165,7 +166,7 @@ def _backward(arguments: Any, results: Any, grads: Any, needs: Any) -> dict[str,
     return {"x": gradients[0]} | present
 
 
-_group_norm_silu = FusedOp(
+group_norm_silu_op = FusedOp(
     "group_norm_silu",
     "Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, Tensor? shift, Tensor? scale, Tensor? scale_shift, "
     "bool silu",

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..checks import FLOATS, check_int, check_seeds, checked_device
-from ._op import FusedOp
+from ..checks import check_int, checked_device, checked_seeds
+from ..dtypes import FLOATS
+from .fused_op import FusedOp
 
 
 def sample_seeds(seed: int, n: int, start: int = 0) -> Tensor:
@@ -104,8 +105,8 @@ def noise(
             f"got {memory_format} with shape {list(shape)}"
         )
     device = checked_device("noise", device) if device is not None else getattr(seeds, "device", torch.device("cpu"))
-    seeds = check_seeds("noise", seeds, shape[0], device)
-    drawn: Tensor = _noise(shape, seeds, stream, dtype, channels_last, backend=backend)
+    seeds = checked_seeds("noise", seeds, shape[0], device)
+    drawn: Tensor = noise_op(shape, seeds, stream, dtype, channels_last, backend=backend)
     return drawn
 
 
@@ -149,7 +150,7 @@ def _reference(shape: Sequence[int], seeds: Tensor, stream: int, dtype: torch.dt
     return reference.noise(shape, seeds, stream, dtype).contiguous(memory_format=layout)
 
 
-_noise = FusedOp(
+noise_op = FusedOp(
     "noise",
     "SymInt[] shape, Tensor seeds, int stream, ScalarType dtype, bool channels_last",
     outputs={"out": _output},

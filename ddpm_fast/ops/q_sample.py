@@ -9,18 +9,18 @@ from torch import Tensor
 
 from .. import reference
 from ..checks import (
-    FLOATS,
     check_float,
     check_like,
     check_noise_or_seeds,
     check_range,
-    check_seeds,
     check_strided,
     check_type,
+    checked_seeds,
     index_tensor,
 )
+from ..dtypes import FLOATS
 from ..schedule import NoiseSchedule
-from ._op import FusedOp, dtype_code
+from .fused_op import FusedOp, dtype_code
 
 
 def q_sample(
@@ -67,9 +67,9 @@ def q_sample(
     if noise is not None:
         check_like("q_sample", "noise", noise, "x_t", x_0.new_empty(0, dtype=dtype), tuple(x_0.shape))
     if seeds is not None:
-        seeds = check_seeds("q_sample", seeds, x_0.shape[0], x_0.device)
-    table = schedule.coefficients(x_0.device)
-    x_t: Tensor = _q_sample(x_0, t, table, noise, seeds, dtype, backend=backend)
+        seeds = checked_seeds("q_sample", seeds, x_0.shape[0], x_0.device)
+    table = schedule.table(x_0.device)
+    x_t: Tensor = q_sample_op(x_0, t, table, noise, seeds, dtype, backend=backend)
     return x_t
 
 
@@ -96,7 +96,7 @@ def _backward(arguments: Any, results: Any, grads: Any, needs: Any) -> dict[str,
     return {"x_0": scaled(0) if needs.x_0 else None, "noise": scaled(1) if needs.noise else None}
 
 
-_q_sample = FusedOp(
+q_sample_op = FusedOp(
     "q_sample",
     "Tensor x_0, Tensor t, Tensor table, Tensor? noise, Tensor? seeds, ScalarType dtype",
     outputs={"x_t": lambda a: torch.empty_like(a.x_0, dtype=a.dtype)},

@@ -8,9 +8,20 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..checks import check_device, check_float, check_like, check_number, check_range, check_seeds, check_strided, check_type
+from ..checks import (
+    check_device,
+    check_float,
+    check_int,
+    check_like,
+    check_number,
+    check_range,
+    check_strided,
+    check_type,
+    checked_seeds,
+)
+from ..dtypes import opmath
 from ..plan import COLUMNS, SamplingPlan
-from ._op import FusedOp, is_dense
+from .fused_op import FusedOp, is_dense
 
 
 def reverse_step(
@@ -77,16 +88,15 @@ def reverse_step(
     if isinstance(step, Tensor):
         if step.layout is not torch.strided:
             check_strided(op, "step", step)
-        if step.dtype != torch.int64 or not (step.numel() == 1 or step.shape == (n,)):
-            raise ValueError(
-                f"{op}: expected step to be an int, or int64 with 1 or {n} elements, got {step.dtype} {list(step.shape)}"
-            )
+        if step.dtype != torch.int64:
+            raise TypeError(f"{op}: expected step to be an int or an int64 tensor, got {step.dtype}")
+        if not (step.numel() == 1 or step.shape == (n,)):
+            raise ValueError(f"{op}: expected step to be an int or to have 1 or {n} elements, got shape {list(step.shape)}")
         check_device(op, "step", step, "x_t", x_t)
         steps = step.reshape(-1)
-    elif isinstance(step, int) and not isinstance(step, bool) and 0 <= step < plan.num_steps:
-        steps = plan.steps(x_t.device)[step : step + 1]
     else:
-        raise ValueError(f"{op}: expected step to be an int in 0..{plan.num_steps - 1} or an int64 tensor, got {step!r}")
+        check_int(op, "step", step, 0, plan.num_steps - 1)
+        steps = plan.steps(x_t.device)[step : step + 1]
     if noise is not None and seeds is not None:
         raise ValueError(f"{op}: expected at most one of noise and seeds, got both")
     if noise is None and seeds is None and plan.is_random:
@@ -94,7 +104,7 @@ def reverse_step(
     if noise is not None:
         check_like(op, "noise", noise, "x_t", x_t)
     if seeds is not None:
-        seeds = check_seeds(op, seeds, n, x_t.device)
+        seeds = checked_seeds(op, seeds, n, x_t.device)
     if x_0_prev is not None:
         check_like(op, "x_0_prev", x_0_prev, "x_t", x_t)
     elif plan.needs_x_0_prev:
@@ -111,7 +121,7 @@ def reverse_step(
             )
         if out.stride() != x_t.stride() or not is_dense(out):
             raise ValueError(f"{op}: expected out to be dense, with the strides of x_t, {x_t.stride()}, got {out.stride()}")
-    x_prev, x_0 = _reverse_step(
+    x_prev, x_0 = reverse_step_op(
         *(x_t, model_output, table, steps, noise, seeds, x_0_prev, guidance_scale, variance, return_x_0),
         backend=backend,
         out=out,
@@ -151,7 +161,7 @@ def _backward(arguments: Any, results: Any, grads: Any, needs: Any) -> dict[str,
     x_t, model_output, table, steps = arguments.x_t, arguments.model_output, arguments.table, arguments.steps
     noise, seeds, scale = arguments.noise, arguments.seeds, arguments.guidance_scale
     grad_x_prev, grad_x_0 = grads
-    wide = reference.opmath(x_t.dtype)
+    wide = opmath(x_t.dtype)
     rows = table[steps]
     p, q, k0, k1, k2, k3, sigma, log_beta, log_beta_tilde, clip = (reference.per_sample(r, x_t) for r in rows.unbind(1))
     x, m = x_t.to(wide), model_output.to(wide)
@@ -176,8 +186,7 @@ def _backward(arguments: Any, results: Any, grads: Any, needs: Any) -> dict[str,
     if learned:
         v, slope = conditional[:, channels:], torch.ones_like(sigma)
         if variance == "learned_range":
-            f = (v + 1) / 2
-            v, slope = f * log_beta + (1 - f) * log_beta_tilde, (log_beta - log_beta_tilde) / 2
+            v, slope = reference.ranged_log_variance(v, log_beta, log_beta_tilde), (log_beta - log_beta_tilde) / 2
         std = sigma * torch.exp(0.5 * v)
         if noise is None and seeds is None:  # every sigma is 0
             grad_v = torch.zeros_like(grad)
@@ -207,11 +216,11 @@ def _draw(x_t: Tensor, table: Tensor, steps: Tensor, seeds: Tensor, backend: str
     unit = torch.zeros_like(table)
     unit[:, COLUMNS.index("sigma")] = 1
     zero = torch.zeros_like(x_t)
-    drawn: Tensor = _reverse_step(zero, zero, unit, steps, None, seeds, None, None, 0, False, backend=backend)[0]
+    drawn: Tensor = reverse_step_op(zero, zero, unit, steps, None, seeds, None, None, 0, False, backend=backend)[0]
     return drawn
 
 
-_reverse_step = FusedOp(
+reverse_step_op = FusedOp(
     "reverse_step",
     "Tensor x_t, Tensor model_output, Tensor table, Tensor steps, Tensor? noise, Tensor? seeds, Tensor? x_0_prev, "
     "float? guidance_scale, int variance, bool return_x_0",

@@ -106,7 +106,7 @@ def test_denoising_loss(emulated: ModuleType, shape: tuple[int, ...], channels_l
     loss, grad = run(_moved(x_0, channels_last, off), _moved(m, channels_last, off))
     expected_loss, expected_grad = run(x_0, m)
     truth = reference.denoising_loss(
-        m.double(), x_0.double(), t, SCHEDULE.coefficients(t.device), None, seeds, reference.PREDICTIONS.index(prediction)
+        m.double(), x_0.double(), t, SCHEDULE.table(t.device), None, seeds, reference.PREDICTIONS.index(prediction)
     )
     assert torch.equal(grad, expected_grad)
     for each in (loss, expected_loss):

@@ -16,8 +16,8 @@ from ddpm_fast import freeze
 from ddpm_fast.inference.program import Buffer, Builder, NativeProgram, PythonProgram, _last_uses, plan_memory
 from ddpm_fast.ops import backend
 from ddpm_fast.ops.attention import attention_op
-from ddpm_fast.ops.conv3x3 import conv_kernels, pack_weights
-from ddpm_fast.ops.group_norm_affine import affine_op
+from ddpm_fast.ops.conv3x3 import conv_ops, pack_weights
+from ddpm_fast.ops.group_norm_affine import group_norm_affine_op
 
 needs_kernels = pytest.mark.skipif(backend.native_error() is not None, reason="there is no compiled module")
 
@@ -158,17 +158,17 @@ def test_both_executors_make_calls_by_hand(dtype: torch.dtype, threads: int) -> 
     builder = Builder()
     x, stack = builder.buffer((n, channels, height, width), dtype), builder.buffer((3, n, channels), torch.float32)
     arguments = (x, None, 4, None, None, 1e-5, stack.rows()[1], None, None)
-    affine = builder.call(affine_op, *arguments, shape=(n, 3, channels), dtype=torch.float32)
+    affine = builder.call(group_norm_affine_op, *arguments, shape=(n, 3, channels), dtype=torch.float32)
     geometry = (height, width, 1, 1, 0)
     qkv = builder.call(
-        *(conv_kernels["direct"], x, None, affine, False, packed_qkv, None, None, 1.0, False, 24, *geometry),
+        *(conv_ops["direct"], x, None, affine, False, packed_qkv, None, None, 1.0, False, 24, *geometry),
         shape=(n, 24, height, width),
         dtype=dtype,
     )
     h = builder.call(attention_op, qkv.as_pixels(), 2, 0.5, shape=(n, height * width, 8), dtype=dtype)
     h = h.as_map(height, width)
     out = builder.call(
-        *(conv_kernels["direct"], h, None, None, False, packed_out, None, x, 2.0, False, 8, *geometry),
+        *(conv_ops["direct"], h, None, None, False, packed_out, None, x, 2.0, False, 8, *geometry),
         shape=x.shape,
         dtype=dtype,
     )

@@ -352,7 +352,7 @@ def test_restore_undoes_it() -> None:
     assert restore(pipe) is pipe  # nothing to undo
 
 
-def test_restore_keeps_what_somebody_else_has_put_in() -> None:
+def test_restore_keeps_parts_that_were_assigned_meanwhile() -> None:
     pipe = accelerate(make())
     unet = pipe.parts.own["unet"]
     pipe.scheduler = other = diffusers.DDIMScheduler()
@@ -361,7 +361,7 @@ def test_restore_keeps_what_somebody_else_has_put_in() -> None:
     assert pipe.unet is unet
 
 
-def test_accelerating_again_starts_anew() -> None:
+def test_accelerating_again_starts_from_the_original() -> None:
     pipe = make()
     unet = pipe.unet
     expected = images(pipe)

@@ -20,11 +20,11 @@ from torch import Tensor
 
 import ddpm_fast
 from ddpm_fast.ops import backend
-from ddpm_fast.ops._op import FusedOp
 from ddpm_fast.ops.attention import attention_op
-from ddpm_fast.ops.conv3x3 import conv_kernels, pack_weights
-from ddpm_fast.ops.group_norm_affine import affine_op
-from ddpm_fast.ops.resample import resample_kernel
+from ddpm_fast.ops.conv3x3 import conv_ops, pack_weights
+from ddpm_fast.ops.fused_op import FusedOp
+from ddpm_fast.ops.group_norm_affine import group_norm_affine_op
+from ddpm_fast.ops.resample import resample_op
 
 TESTS = Path(__file__).parents[1]
 THREADS = [1, 2, 3, 5, 8]
@@ -96,25 +96,23 @@ def network(dtype: torch.dtype = torch.float32, n: int = 3, size: int = 18, chan
 
     def compute() -> list[Tensor]:
         same, double = (channels, size, size, 3, 1, 1), (channels, 2 * size, 2 * size, 3, 1, 1)
-        affine = run(affine_op, x, None, 8, bias, bias, 1e-5, shift, None, None)
+        affine = run(group_norm_affine_op, x, None, 8, bias, bias, 1e-5, shift, None, None)
         results = [affine]
-        for method, kernel in conv_kernels.items():
+        for method, kernel in conv_ops.items():
             if method not in packed:
                 continue
             y = run(kernel, x, None, affine, True, packed[method], bias, x, 2.0, False, *same)
             up = run(kernel, y, None, None, False, packed[f"{method} up"], None, None, 1.0, True, *double)
             results += [y, up]
         half = (channels, size // 2, size // 2, 3, 2, 1)
-        strided = run(conv_kernels["direct"], y, None, None, False, packed["direct"], None, None, 1.0, False, *half)
-        both = run(affine_op, x, y, 8, None, None, 1e-5, None, None, None)
-        y = run(conv_kernels["winograd"], x, y, both, True, joined, bias, None, 1.0, False, *same)
-        heads = run(
-            conv_kernels["direct"], y, None, None, False, qkv, None, None, 1.0, False, 3 * channels, size, size, 1, 1, 0
-        )
+        strided = run(conv_ops["direct"], y, None, None, False, packed["direct"], None, None, 1.0, False, *half)
+        both = run(group_norm_affine_op, x, y, 8, None, None, 1e-5, None, None, None)
+        y = run(conv_ops["winograd"], x, y, both, True, joined, bias, None, 1.0, False, *same)
+        heads = run(conv_ops["direct"], y, None, None, False, qkv, None, None, 1.0, False, 3 * channels, size, size, 1, 1, 0)
         heads = heads.permute(0, 2, 3, 1).flatten(1, 2)
         attended = run(attention_op, heads, 4, 0.25)
-        mean = run(resample_kernel, y, affine, True, False)
-        back = run(resample_kernel, mean, affine, False, True)
+        mean = run(resample_op, y, affine, True, False)
+        back = run(resample_op, mean, affine, False, True)
         return [*results, strided, both, y, heads, attended, mean, back]
 
     return compute
@@ -183,9 +181,9 @@ def chain(stages: int) -> Callable[[], Tensor]:
         large = torch.empty(6, 64, 2, 256).contiguous(memory_format=torch.channels_last)
         affine = torch.empty(6, 3, 64)
         for _ in range(stages // 3):
-            run(affine_op, x, None, 4, None, None, 1e-5, None, None, None, out=affine)
-            run(resample_kernel, x, affine, False, True, out=large)
-            run(resample_kernel, large, tiny, True, False, out=x)
+            run(group_norm_affine_op, x, None, 4, None, None, 1e-5, None, None, None, out=affine)
+            run(resample_op, x, affine, False, True, out=large)
+            run(resample_op, large, tiny, True, False, out=x)
         return x
 
     return compute
@@ -211,8 +209,8 @@ def test_loops_of_one_item() -> None:
     def compute() -> Tensor:
         large = torch.empty(1, 1, 4, 4).contiguous(memory_format=torch.channels_last)
         for _ in range(2500):
-            run(resample_kernel, x, one, False, True, out=large)
-            run(resample_kernel, large, None, False, False, out=x)
+            run(resample_op, x, one, False, True, out=large)
+            run(resample_op, large, None, False, False, out=x)
         return x
 
     for threads in (2, 4, 8):
@@ -363,7 +361,7 @@ channels = 1 << 18
 x = torch.ones(2, channels, 1, 64).contiguous(memory_format=torch.channels_last)
 packed = torch.ones(1, 1, channels, backend.native().cpu.panel, 1)
 arguments = (x, None, None, False, packed, None, None, 1.0, False, 8, 1, 64, 1, 1, 0)
-compute = lambda: run(conv_kernels["direct"], *arguments)
+compute = lambda: run(conv_ops["direct"], *arguments)
 program, y = program_of(compute, 2)
 check_all()  # starts the threads
 used = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmSize"))

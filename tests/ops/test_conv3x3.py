@@ -65,7 +65,7 @@ def ours_upsampled(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def weight_gradients(x: Tensor, grad: Tensor, has_bias: bool, upsample: bool) -> tuple[Tensor, Tensor | None]:
-    gradients: tuple[Tensor, Tensor | None] = conv._weight_gradients(x, grad, has_bias, upsample, backend="native")
+    gradients: tuple[Tensor, Tensor | None] = conv.weight_gradient_op(x, grad, has_bias, upsample, backend="native")
     return gradients
 
 
@@ -145,7 +145,7 @@ def test_weights_are_transformed_and_laid_in_panels(
     dtype: torch.dtype, flipped: bool, upsample: bool, memory_format: torch.memory_format
 ) -> None:
     weight = torch.randn(37, 21, 3, 3, generator=torch.Generator().manual_seed(0)).contiguous(memory_format=memory_format)
-    packed = conv.pack_winograd(weight, dtype, flipped, upsample, backend="native")
+    packed = conv.pack_winograd_op(weight, dtype, flipped, upsample, backend="native")
     used = weight.transpose(0, 1).flip(2, 3) if flipped else weight
     g = torch.tensor(
         [[[1, 0, 0], [1, 1, 1], [0, 1, 1]], [[1, 1, 0], [1, 1, 1], [0, 0, 1]]]
@@ -189,14 +189,14 @@ def test_only_what_is_needed_is_computed(upsample: bool, monkeypatch: pytest.Mon
     x, weight, bias, grad = case((2, 8, 12, 6, 6), upsample)
     y = ours(x, weight.requires_grad_(), None)
     with monkeypatch.context() as patch:
-        patch.setattr(conv, "conv_kernels", None)  # no gradient of x
+        patch.setattr(conv, "conv_ops", None)  # no gradient of x
         patch.setattr(conv, "pack_winograd", None)
         (grad_weight,) = torch.autograd.grad(y, weight, grad)
     assert relative_error(grad_weight, torch.autograd.grad(convolution(x, weight, None), weight, grad)[0].double()) < 1e-6
     weight = weight.detach()
     (grad_bias,) = torch.autograd.grad(ours(x, weight, bias.requires_grad_()), bias, grad)
     assert relative_error(grad_bias, grad.double().sum((0, 2, 3))) < 1e-6
-    monkeypatch.setattr(conv, "_weight_gradients", None)
+    monkeypatch.setattr(conv, "weight_gradient_op", None)
     x, bias = x.requires_grad_(), bias.detach()
     (grad_x,) = torch.autograd.grad(ours(x, weight, bias), x, grad)
     assert relative_error(grad_x, torch.autograd.grad(convolution(x, weight, bias), x, grad)[0].double()) < 1e-6

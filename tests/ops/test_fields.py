@@ -7,7 +7,7 @@ import torch
 
 from ddpm_fast import sample_seeds
 from ddpm_fast.ops import backend
-from ddpm_fast.ops._op import OPS, FusedOp
+from ddpm_fast.ops.fused_op import OPS, FusedOp
 
 pytestmark = pytest.mark.skipif(backend.native_error() is not None, reason="there is no compiled module")
 
@@ -35,7 +35,7 @@ def test_other_fields_are_an_import_error(schema: str, output: str, message: str
 
 @pytest.mark.parametrize("fields", [{}, {"fields": {}}], ids=["before there were fields", "before the kernel"])
 def test_an_older_module_is_an_import_error(fields: dict[str, dict[str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ddpm_fast.ops._op.KERNELS", {"cpu": SimpleNamespace(**fields)})
+    monkeypatch.setattr("ddpm_fast.ops.fused_op.KERNELS", {"cpu": SimpleNamespace(**fields)})
     with pytest.raises(ImportError, match="older than this source and lacks q_sample: build it again"):
         declare(SCHEMA)
 

@@ -6,7 +6,7 @@ from kernel_calls import MATRIX_OPS
 from pairwise import covering
 from parity import Expected, evaluate
 
-from ddpm_fast.checks import FLOATS
+from ddpm_fast.dtypes import FLOATS
 from ddpm_fast.ops import why_not
 from ddpm_fast.ops.backend import MATRIX_DTYPES
 from ddpm_fast.testing import CASES, Case, make_call

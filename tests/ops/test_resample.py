@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ddpm_fast.ops import backend
-from ddpm_fast.ops.resample import resample_kernel
+from ddpm_fast.ops.resample import resample_op
 
 pytestmark = [
     pytest.mark.skipif(backend.native_error() is not None, reason="there is no compiled module"),
@@ -31,9 +31,9 @@ def test_the_result_is_as_right_as_pytorchs(shape: tuple[int, ...], dtype: torch
     x, affine = make(shape, dtype)
     given = None if act == "nothing" else affine
     wide = None if given is None else given.double()
-    y = resample_kernel(x, given, act == "silu", up, backend="native")
-    exact = resample_kernel(x.double(), wide, act == "silu", up, backend="reference")
-    plain = resample_kernel(x, given, act == "silu", up, backend="reference")
+    y = resample_op(x, given, act == "silu", up, backend="native")
+    exact = resample_op(x.double(), wide, act == "silu", up, backend="reference")
+    plain = resample_op(x, given, act == "silu", up, backend="reference")
     assert (y.shape, y.dtype) == (exact.shape, dtype)
     assert y.is_contiguous(memory_format=torch.channels_last)
     if y.numel() == 0:
@@ -46,22 +46,22 @@ def test_the_result_is_as_right_as_pytorchs(shape: tuple[int, ...], dtype: torch
 @pytest.mark.parametrize("dtype", backend.MATRIX_DTYPES)
 def test_upsampling_alone_changes_no_value(dtype: torch.dtype) -> None:
     x, _ = make((2, 19, 3, 5), dtype)  # odd sizes
-    y = resample_kernel(x, None, False, True, backend="native")
+    y = resample_op(x, None, False, True, backend="native")
     assert torch.equal(y, x.repeat_interleave(2, 2).repeat_interleave(2, 3))
 
 
 def test_the_mean_is_rounded_once() -> None:
     """In bfloat16 each of these sums would lose the last bit."""
     x = torch.tensor([1.0, 1.0078125, 1.0078125, 1.015625]).view(1, 1, 2, 2).bfloat16()
-    assert resample_kernel(x, None, False, False, backend="native").item() == 1.0078125
+    assert resample_op(x, None, False, False, backend="native").item() == 1.0078125
 
 
 @pytest.mark.parametrize("up", [False, True])
 def test_nan_and_infinity_stay(up: bool) -> None:
     x, _ = make((1, 20, 4, 4), torch.float32)
     x[0, 3, 1, 1], x[0, 7, 2, 2] = torch.nan, torch.inf
-    y = resample_kernel(x, None, False, up, backend="native")
-    expected = resample_kernel(x, None, False, up, backend="reference")
+    y = resample_op(x, None, False, up, backend="native")
+    expected = resample_op(x, None, False, up, backend="reference")
     torch.testing.assert_close(y, expected, equal_nan=True)
     assert y.isnan().any()
     assert y.isinf().any()

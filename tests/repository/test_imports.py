@@ -16,32 +16,36 @@ ALLOWED = {
     "version": set(),
     "atomic": set(),
     "memory": set(),
-    "checks": set(),
-    "reference": set(),
+    "dtypes": set(),
+    "checks": {"dtypes"},
+    "reference": {"dtypes"},
     "schedule": {"checks"},
     "plan": {"checks", "reference", "schedule"},
     "triton_kernels": {"reference", "triton_kernels"},
-    "ops": {"checks", "reference", "schedule", "plan", "triton_kernels", "ops"},
-    "testing": {"reference", "schedule", "plan", "ops"},
+    "ops": {"dtypes", "checks", "reference", "schedule", "plan", "triton_kernels", "ops"},
+    "testing": {"dtypes", "reference", "schedule", "plan", "ops"},
     "nn": {"atomic", "checks", "ops", "nn"},
     "info": {"version", "ops"},
     "images": {"atomic", "checks"},
-    "networks": set(),
-    "inference": {"checks", "ops", "nn", "networks", "inference"},
-    "denoising_loop": {"plan", "ops", "networks"},
-    "sampling": {"checks", "plan", "ops", "nn", "images", "networks", "inference", "denoising_loop"},
-    "evaluation": {"checks", "schedule", "plan", "ops", "networks", "inference", "sampling", "evaluation"},
+    "models": set(),
+    "inference": {"dtypes", "checks", "ops", "nn", "models", "inference"},
+    "requests": {"checks", "ops", "nn", "models", "inference"},
+    "denoising_loop": {"plan", "ops", "models"},
+    "sampling": {"dtypes", "checks", "plan", "images", "models", "inference", "requests", "denoising_loop"},
+    "evaluation": {
+        *("dtypes", "checks", "reference", "schedule", "plan", "ops", "models", "inference", "requests", "evaluation"),
+    },
     "training": {
         *("version", "atomic", "memory", "checks", "schedule", "plan", "ops", "nn", "images", "sampling", "training"),
     },
     "pretrained": {"atomic", "schedule", "plan", "nn", "training"},
     "integrations": {
-        *("checks", "reference", "schedule", "plan", "ops", "nn", "networks", "inference", "sampling", "evaluation"),
-        "integrations",
+        *("dtypes", "checks", "reference", "schedule", "plan", "ops", "nn", "models", "inference", "requests", "sampling"),
+        *("evaluation", "integrations"),
     },
     "__init__": {"version"},  # and what __init__.pyi imports, when a name is first used
     "cli": {
-        *("version", "atomic", "plan", "networks", "info", "images", "sampling", "evaluation", "training", "pretrained"),
+        *("version", "atomic", "plan", "info", "images", "requests", "sampling", "evaluation", "training", "pretrained"),
     },
     "__main__": {"cli"},
 }
@@ -100,8 +104,8 @@ def test_imports_point_one_way() -> None:
 def test_integrations_stand_on_public_ops_and_samplers() -> None:
     """They see nothing of how ops are dispatched, of programs and graphs, or of a training run."""
     allowed = {
-        *("checks", "plan", "reference", "schedule", "ops", "nn", "nn.checkpoint", "nn.layers", "inference", "networks"),
-        *("ops.q_sample", "ops.reverse_step", "sampling", "evaluation.bound"),
+        *("dtypes", "checks", "plan", "reference", "schedule", "ops", "ops.q_sample", "ops.reverse_step", "nn"),
+        *("nn.checkpoint", "nn.layers", "inference", "models", "requests", "sampling", "evaluation.bound"),
     }
     for file in (PACKAGE / "integrations").glob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):

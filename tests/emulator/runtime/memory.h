@@ -15,7 +15,7 @@ struct Block;
 // The state of a byte: a set of these.
 enum ByteState : std::uint8_t {
   kInside = 1,       // part of a buffer or variable
-  kInitialised = 2,  // somebody has written it
+  kInitialised = 2,  // a thread has written it
   kWritten = 4,      // a kernel has
 };
 

@@ -68,7 +68,7 @@ bool on_the_way(const Thread& thread, unsigned lane) {
 
 // Runs the operation once all the lanes it names are there; reports those that will not come.
 void check_complete(const Thread& thread) {
-  // Most often somebody is still on the way. A neighbour's turn comes next, or came last.
+  // Most often another lane is still on the way. A neighbour's turn comes next, or came last.
   for (unsigned distance = 1; distance <= kWarpSize / 2; ++distance) {
     if (on_the_way(thread, thread.lane() + distance) || on_the_way(thread, thread.lane() - distance)) return;
   }

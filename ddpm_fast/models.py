@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -81,41 +81,6 @@ def evaluation_mode(model: Model) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def labels_of(
-    caller: str, config: Mapping[str, Any], class_labels: int | str | Sequence[int | str] | Tensor | None
-) -> int | Sequence[int] | Tensor | None:
-    """Return class labels with each name of a class replaced by its number.
-
-    Upper and lower case are the same. Numbers and tensors are returned unchanged, and are not checked.
-
-    Args:
-        caller: Name of the calling function for error messages.
-        config: The model's configuration. `class_names` has the names.
-        class_labels: A number or a name, several of them, a tensor, or None.
-
-    Raises:
-        ValueError: A name is unknown, or the model has no class names.
-    """
-    if isinstance(class_labels, str):
-        return _label_of(caller, config, class_labels)
-    if isinstance(class_labels, Sequence) and any(isinstance(label, str) for label in class_labels):
-        return [_label_of(caller, config, label) if isinstance(label, str) else label for label in class_labels]
-    return cast("int | Sequence[int] | Tensor | None", class_labels)
-
-
-def _label_of(caller: str, config: Mapping[str, Any], name: str) -> int:
-    names: Sequence[str] = config.get("class_names") or ()
-    if not names:
-        raise ValueError(f"{caller}: expected class_labels to be integers, as the model has no class names, got {name!r}")
-    if name in names:  # exactly: other names may differ from it in case alone
-        return names.index(name)
-    lower = [known.lower() for known in names]
-    if name.lower() not in lower:
-        known_names = ", ".join(names)
-        raise ValueError(f"{caller}: expected class_labels to be integers or names among {known_names}, got {name!r}")
-    return lower.index(name.lower())
 
 
 def model_config(model: Model) -> Mapping[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from ddpm_fast.networks import labels_of
+from ddpm_fast.requests import labels_of
 
 CONFIG: dict[str, Any] = {"num_class_embeds": 5, "class_names": ["T-shirt", "ankle boot", "BAG", "bag"]}
 

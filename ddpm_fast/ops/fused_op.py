@@ -12,7 +12,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from ..checks import FLOATS, check_apart, check_choice, check_memory, check_strided
+from ..checks import check_apart, check_choice, check_memory, check_strided
+from ..dtypes import FLOATS
 from .backend import BACKENDS, KERNELS, BackendUnavailable, warn_without_cuda, why_not_native, why_not_triton
 
 Outputs = tuple[Tensor | None, ...]
@@ -140,8 +141,7 @@ class FusedOp:
         Returns:
             The result, or a tuple if there are several. A result that is not wanted is None or has no elements.
         """
-        main = arguments[self._main]
-        dtype = main.dtype if self._dtype_argument is None else arguments[self._dtype_argument]
+        main, dtype = self._main_and_dtype(arguments)
         compiling = torch.compiler.is_compiling()
         transformed = not compiling and is_transformed()
         chosen = self._choose(backend, main.device, dtype, arguments, transformed)
@@ -218,6 +218,11 @@ class FusedOp:
         if reason is None and arguments and backend in self._unfit:
             reason = self._unfit[backend](self.Arguments(*arguments, backend))
         return reason
+
+    def _main_and_dtype(self, arguments: Sequence[Any]) -> tuple[Tensor, torch.dtype]:
+        """Return the tensor whose device decides the backend, and the dtype that kernels compute for."""
+        main: Tensor = arguments[self._main]
+        return main, main.dtype if self._dtype_argument is None else arguments[self._dtype_argument]
 
     def _by_reference(self, arguments: tuple[Any, ...], out: Tensor | None = None) -> Any:
         assert self.reference is not None
@@ -438,8 +443,7 @@ class FusedOp:
         for i in self._tensors:
             if arguments[i] is not None:
                 check_strided(self.name, self.Arguments._fields[i], arguments[i])
-        main = arguments[self._main]
-        dtype = main.dtype if self._dtype_argument is None else arguments[self._dtype_argument]
+        main, dtype = self._main_and_dtype(arguments)
         chosen = self._choose(backend, main.device, dtype, arguments, is_transformed())
         if chosen == "reference":
             return self._all_by_reference(arguments, out)
@@ -448,13 +452,15 @@ class FusedOp:
     def _all_by_reference(self, arguments: tuple[Any, ...], out: Tensor | None = None) -> tuple[Tensor, ...]:
         """Return the reference's results. Results that only a kernel's backward pass reads have no elements."""
         assert self.reference is not None
+        if self._check is not None:
+            self._check(self.Arguments(*arguments, "reference"))
         results = _as_tuple(self.reference(*arguments))
         if out is not None:
             results = (out.copy_(results[0]), *results[1:])
         if len(self._allocate) > 1:
             wanted = self._allocated(self.Arguments(*arguments, "reference"))
             results += tuple(wanted[len(results) :])
-            results = tuple(None if wish is None else result for result, wish in zip(results, wanted, strict=True))
+            results = tuple(None if empty is None else result for result, empty in zip(results, wanted, strict=True))
         return self._present(results, arguments[self._tensors[0]])
 
     def _present(self, results: Outputs, like: Tensor) -> tuple[Tensor, ...]:
@@ -480,8 +486,7 @@ class FusedOp:
         transformed = any(is_transformed_tensor(tensor) for tensor in tensors)
         if transformed and (backend not in (None, "reference") or self.reference is None):
             raise BackendUnavailable(f'{self.name}: backend "{backend or "native"}" cannot run: {_NOT_BY_KERNELS}')
-        main = arguments[self._main]
-        dtype = main.dtype if self._dtype_argument is None else arguments[self._dtype_argument]
+        main, dtype = self._main_and_dtype(arguments)
         chosen = self._choose(backend, main.device, dtype, tuple(arguments), False)
         needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
         has_no_backward = needs_grad and self.backward is None and self.reference is not None

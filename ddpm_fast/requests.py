@@ -1,0 +1,122 @@
+"""Arguments of calls that draw or evaluate images: seeds, classes and shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias, cast
+
+import torch
+from torch import Tensor
+
+from .checks import checked_seeds
+from .inference import FrozenUNet
+from .models import Model
+from .nn import UNet, UNetConfig
+from .ops import sample_seeds
+
+ClassLabels: TypeAlias = int | str | Sequence[int | str] | Tensor | None
+
+
+def check_image_shape(caller: str, name: str, model: Model, shape: Sequence[int]) -> None:
+    """Raise a ValueError if a `UNet` cannot take images of this shape. Other models are not checked.
+
+    Args:
+        caller: Name of the calling function for error messages.
+        name: Name of the checked argument for error messages.
+        model: The model.
+        shape: [N, C, H, W].
+    """
+    if isinstance(model, UNet | FrozenUNet):
+        UNetConfig.from_dict(model.config).check_image_shape(caller, name, shape)
+
+
+def resolve_seeds(caller: str, seed: int | Tensor, num_samples: int) -> Tensor:
+    """Return the seeds of the samples, int64 [num_samples].
+
+    Args:
+        caller: Name of the calling function for error messages.
+        seed: An int, or int64 [num_samples].
+        num_samples: Number of samples.
+
+    Raises:
+        ValueError: `seed` has another shape or is out of range.
+        TypeError: `seed` is neither an int nor an int64 tensor.
+    """
+    if isinstance(seed, int):
+        return sample_seeds(seed, num_samples)
+    if not isinstance(seed, Tensor):
+        raise TypeError(f"{caller}: expected seed to be an int or int64 [{num_samples}], got {type(seed).__name__}")
+    return checked_seeds(caller, seed, num_samples, seed.device, name="seed")
+
+
+def resolve_labels(
+    caller: str, config: Mapping[str, Any], class_labels: ClassLabels, num_samples: int
+) -> tuple[Tensor | None, int | None]:
+    """Return the class of each sample, int64 [num_samples], and the "no label" class.
+
+    Both are None for a model without classes.
+
+    Args:
+        caller: Name of the calling function for error messages.
+        config: The model's configuration, empty if it has none.
+        class_labels: One class, one per sample, or None for "no label". A class is a number or a name.
+        num_samples: Number of samples.
+
+    Raises:
+        ValueError: Labels are out of range, have another shape, a name is unknown, or the model has no classes.
+        TypeError: Labels are not integers.
+    """
+    num_classes = config.get("num_class_embeds")  # "no label" included
+    no_label = None if num_classes is None else num_classes - 1
+    if class_labels is None:
+        return (None if no_label is None else torch.full((num_samples,), no_label, device="cpu")), no_label
+    if config and num_classes is None:
+        raise ValueError(f"{caller}: expected class_labels to be None, as the model has no classes, got {class_labels}")
+    class_labels = labels_of(caller, config, class_labels)
+    wanted = f"{caller}: expected class_labels to be an int or {num_samples} ints"
+    try:
+        labels = torch.as_tensor(class_labels)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{wanted}, got {class_labels!r}") from None
+    integers = not labels.is_floating_point() and not labels.is_complex() and labels.dtype != torch.bool
+    if not integers or labels.shape not in ((), (num_samples,)):
+        raise ValueError(f"{wanted}, got {labels.dtype} {list(labels.shape)}")
+    if labels.min() < 0 or (num_classes is not None and labels.max() >= num_classes):
+        allowed = "at least 0" if num_classes is None else f"in 0..{num_classes - 1}"
+        raise ValueError(f"{caller}: expected class_labels to be {allowed}, got {class_labels}")
+    return labels.to(torch.int64).expand(num_samples), no_label
+
+
+def labels_of(
+    caller: str, config: Mapping[str, Any], class_labels: int | str | Sequence[int | str] | Tensor | None
+) -> int | Sequence[int] | Tensor | None:
+    """Return class labels with each name of a class replaced by its number.
+
+    Upper and lower case are the same. Numbers and tensors are returned unchanged, and are not checked.
+
+    Args:
+        caller: Name of the calling function for error messages.
+        config: The model's configuration. `class_names` has the names.
+        class_labels: A number or a name, several of them, a tensor, or None.
+
+    Raises:
+        ValueError: A name is unknown, or the model has no class names.
+    """
+    if isinstance(class_labels, str):
+        return _label_of(caller, config, class_labels)
+    if isinstance(class_labels, Sequence) and any(isinstance(label, str) for label in class_labels):
+        return [_label_of(caller, config, label) if isinstance(label, str) else label for label in class_labels]
+    return cast("int | Sequence[int] | Tensor | None", class_labels)
+
+
+def _label_of(caller: str, config: Mapping[str, Any], name: str) -> int:
+    names: Sequence[str] = config.get("class_names") or ()
+    if not names:
+        raise ValueError(f"{caller}: expected class_labels to be integers, as the model has no class names, got {name!r}")
+    if name in names:  # exactly: other names may differ from it in case alone
+        return names.index(name)
+    lower = [known.lower() for known in names]
+    if name.lower() not in lower:
+        known_names = ", ".join(names)
+        raise ValueError(f"{caller}: expected class_labels to be integers or names among {known_names}, got {name!r}")
+    return lower.index(name.lower())
