@@ -1,4 +1,4 @@
-"""benchmarks/benchmark_quality.py: the Frechet distance, the classifier's file, the split of real images, the samplers."""
+"""The quality benchmark: the classifier and its file, the split of real images, the samplers."""
 
 from __future__ import annotations
 

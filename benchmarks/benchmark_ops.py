@@ -1,0 +1,390 @@
+"""Time the ops in every backend beside their peers, forward and backward, against a copy of the bytes that must move.
+
+    python benchmarks/benchmark_ops.py elementwise
+    python benchmarks/benchmark_ops.py norms --dtypes bf16 --peers native eager
+    python benchmarks/benchmark_ops.py deciding --device cuda
+
+cases:       the benchmark cases of ddpm_fast/testing.py
+elementwise: noise, q_sample, reverse_step, denoising_loss, and the ops of a training step together
+norms:       group_norm_silu at the norms of the networks of Ho et al.
+deciding:    the few shapes by which a GPU is judged, larger than its L2
+
+Samples of a batch are copies of a few. Results are checked at the full batch: each sample equals its copy bit for bit, and the
+reference within twice its own error. On a GPU a call is a CUDA graph, timed by events with a cold L2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import common
+import idioms
+import torch
+from peers import OPS, Function, eager_op
+from torch import Tensor, nn
+
+from ddpm_fast import ddpm_plan, denoising_loss, q_sample
+from ddpm_fast.inference import cuda_graph
+from ddpm_fast.nn import CIFAR10_32, HO_256, UNet
+from ddpm_fast.nn.layers import GroupNormSiLU
+from ddpm_fast.ops import BACKENDS, why_not
+from ddpm_fast.reference import STREAM_Q_SAMPLE, opmath
+from ddpm_fast.reference import noise as reference_noise
+from ddpm_fast.testing import CASES, SCHEDULE, Call, Case, bytes_moved, make_call
+
+DRAWING = ("noise", "q_sample", "reverse_step", "denoising_loss")  # ops that need noise
+BACKWARD = ("group_norm_silu", "denoising_loss", "conv3x3", "attention")  # ops with a backward kernel
+LAYOUTS = {
+    "group_norm_silu": ("contiguous", "channels_last"),
+    "group_norm_affine": ("channels_last",),
+    "conv3x3": ("channels_last",),
+}  # the others see memory as it lies
+ONLY = {"apex": ("group_norm_silu", "channels_last"), "liger": ("group_norm_silu", "contiguous")}
+BATCHED = ("x", "x_0", "x_t", "model_output", "shift", "t", "seeds", "qkv")
+FEW = 2  # distinct samples of a batch
+SMALL_BATCH, LARGE_BATCH = (16, 3, 32, 32), (256, 3, 256, 256)
+
+
+@dataclass(frozen=True)
+class Work:
+    """A comparison of peers at one op, shape, dtype, layout and direction."""
+
+    case: Case
+    dtype: str = "float32"
+    layout: str = "contiguous"
+    direction: str = "forward"
+    peers: tuple[str, ...] = tuple(OPS)
+
+    def __str__(self) -> str:
+        return " ".join(str(value) for value in self.columns().values())
+
+    def columns(self) -> dict[str, object]:
+        shape = "x".join(map(str, self.case.shape))
+        return {"op": self.case.op, "case": self.case.name, "shape": shape} | {
+            name: getattr(self, name) for name in ("dtype", "layout", "direction")
+        }
+
+    @property
+    def moved(self) -> int:
+        """The bytes that a fused kernel reads and writes."""
+        return bytes_moved(self.case, common.DTYPES[self.dtype], backward=self.direction == "backward")
+
+    def why_missing(self, peer: str, device: str) -> str | None:
+        """Return why a peer cannot take part, or None."""
+        if peer in BACKENDS:
+            return why_not(peer, self.case.op, torch.device(device), common.DTYPES[self.dtype])
+        if ONLY.get(peer, (self.case.op, self.layout)) != (self.case.op, self.layout):
+            return f"{peer} has no {self.case.op} in {self.layout}"
+        return OPS[peer].why_not(self.dtype)
+
+
+# ------------------------------------------------------------------------------------------------------- which ones
+
+
+def product(case_list: Iterable[Case], dtypes: Sequence[str] = tuple(common.DTYPES)) -> Iterator[Work]:
+    """Yield the comparisons of each case in its layouts and directions."""
+    for case in case_list:
+        for dtype in dtypes:
+            for layout in LAYOUTS.get(case.op, ("contiguous",)):
+                for direction in ("forward", "backward") if case.op in BACKWARD else ("forward",):
+                    yield Work(case, dtype, layout, direction)
+
+
+def elementwise_cases(shape: tuple[int, ...]) -> list[Case]:
+    name = "x".join(map(str, shape))
+    plan = {"plan": ddpm_plan(SCHEDULE)}
+    options: dict[str, dict[str, Any]] = {"reverse_step": plan, "q_sample": {}, "noise": {}, "denoising_loss": {}}
+    return [*(Case(op, name, shape, each) for op, each in options.items()), Case("q_sample", "uint8", shape, {"uint8": True})]
+
+
+def cases(device: str) -> Iterator[Work]:
+    yield from product(case for case in CASES if case.benchmark)
+
+
+def elementwise(device: str) -> Iterator[Work]:
+    for shape in (LARGE_BATCH, (128, 3, 32, 32)) if device != "cpu" else (SMALL_BATCH, (256, 3, 32, 32)):
+        for work in product(elementwise_cases(shape)):
+            yield work
+            if work.case.op == "reverse_step":
+                yield replace(work, layout="channels_last")
+
+
+def network_norms(config: dict[str, Any], name: str, batch: int) -> list[Case]:
+    """Return a network's distinct group norms, in the order of evaluation."""
+    seen: dict[str, Case] = {}
+
+    def see(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+        assert isinstance(module, GroupNormSiLU)
+        has_shift = kwargs.get("shift") is not None
+        words = [name, *(["+ time"] if has_shift else []), *([] if module.activation else ["no SiLU"])]
+        options = {"shift": has_shift, "activation": module.activation, "groups": module.num_groups}
+        case = Case("group_norm_silu", " ".join(words), (batch, *args[0].shape[1:]), options)
+        seen.setdefault(f"{case} {case.shape}", case)
+
+    with torch.device("meta"), torch.no_grad():
+        model = UNet(**config)
+        for module in model.modules():
+            if isinstance(module, GroupNormSiLU):
+                module.register_forward_pre_hook(see, with_kwargs=True)
+        model(torch.zeros(1, 3, config["sample_size"], config["sample_size"]), 0)
+    return list(seen.values())
+
+
+def norms(device: str) -> Iterator[Work]:
+    """Yield the networks' norms, the dtype and layout of sampling first."""
+    if device == "cpu":
+        found = [case for batch in (1, 16) for case in network_norms(CIFAR10_32, f"cifar10-32 batch {batch}", batch)]
+    else:
+        found = network_norms(CIFAR10_32, "cifar10-32", 64) + network_norms(HO_256, "256x256", 8)
+    yield from sorted(product(found), key=lambda work: (work.dtype != "bf16", work.layout == "contiguous"))
+
+
+def deciding(device: str, tiny: bool = False) -> Iterator[Work]:
+    """Yield the shapes that decide, larger than the L2 of any card so far. `tiny` shrinks them for a rehearsal."""
+    pictures = (4, 3, 8, 8) if tiny else LARGE_BATCH
+    maps = [(4, 32, 8, 8), (2, 64, 16, 16)] if tiny else [(256, 128, 32, 32), (8, 128, 256, 256)]
+    norm_cases = [Case("group_norm_silu", "x".join(map(str, shape)), shape, {"shift": True}) for shape in maps]
+    for work in product([*norm_cases, *elementwise_cases(pictures)], ("bf16", "float32")):
+        is_norm = work.case.op == "group_norm_silu"
+        sampled = work.dtype == "bf16" and work.layout == "channels_last"  # as in sampling; to compile takes seconds each
+        slow = ("triton", "compile", "apex") if is_norm and sampled and not tiny else ()
+        yield replace(work, peers=("native", "eager", *slow))
+        if not is_norm:  # noise is drawn in C, H, W order, which takes another kernel in channels_last
+            yield replace(work, layout="channels_last", peers=("native", "eager"))
+
+
+LISTS = {"cases": cases, "elementwise": elementwise, "norms": norms, "deciding": deciding}
+
+# --------------------------------------------------------------------------------------------------------- one of them
+
+
+def make_inputs(work: Work, device: str) -> Call:
+    """Return inputs whose samples are copies of the first few."""
+    samples = work.case.shape[0]
+    few = replace(work.case, shape=(min(FEW, samples), *work.case.shape[1:]))
+    call = make_call(few, common.DTYPES[work.dtype], device, channels_last=work.layout == "channels_last")
+    arguments = {name: _repeated(x, samples) if name in BATCHED else x for name, x in call.arguments.items()}
+    return replace(call, arguments=arguments | ({"shape": work.case.shape} if "shape" in arguments else {}))
+
+
+def _repeated(few: Tensor, samples: int) -> Tensor:
+    many = few.repeat(-(-samples // len(few)), *[1] * (few.dim() - 1))[:samples]
+    is_last = few.dim() == 4 and not few.is_contiguous()
+    return many.contiguous(memory_format=torch.channels_last if is_last else torch.contiguous_format)
+
+
+def forward(function: Function, call: Call) -> Callable[[], object]:
+    tensors = call.tensors
+
+    def run() -> Tensor:
+        with torch.no_grad():
+            return function(**tensors)
+
+    return run
+
+
+def backward(function: Function, call: Call) -> Callable[[], tuple[Tensor, ...]]:
+    """Return a call for the gradients. The forward pass is done here, once."""
+    leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in call.tensors.items() if name != "x_0"}
+    y = function(**{**call.tensors, **leaves})
+    generator = torch.Generator().manual_seed(1)
+    few = torch.randn(y.shape if y.dim() < 2 else (min(FEW, len(y)), *y.shape[1:]), generator=generator)
+    few = few.to(y.device)
+    cotangent = torch.empty_like(y).copy_(few if y.dim() < 2 else _repeated(few, len(y)))  # in the memory format of y
+    return lambda: torch.autograd.grad(y, list(leaves.values()), cotangent, retain_graph=True)
+
+
+DIRECTIONS: dict[str, Callable[[Function, Call], Callable[[], Any]]] = {"forward": forward, "backward": backward}
+
+
+def check(peer: str, function: Function, work: Work, call: Call) -> None:
+    """Raise an AssertionError unless a peer is right at the full batch.
+
+    A peer that draws noise of its own is given the kernels' noise. Its compiled form computes what was checked as eager.
+    """
+    case, samples = work.case, work.case.shape[0]
+    few, epsilon = min(FEW, samples), None
+    if case.op in DRAWING:
+        if peer == "compile":
+            return
+        stream = STREAM_Q_SAMPLE
+        if case.op in ("noise", "reverse_step"):
+            stream = int(call.arguments["stream" if case.op == "noise" else "step"])
+        seeds = call.arguments["seeds"]
+        epsilon = reference_noise((few, *case.shape[1:]), seeds[:few].cpu(), stream, torch.float64).to(seeds.device)
+        epsilon = _repeated(epsilon, samples)
+    wide = call.map(lambda x: x.double())
+    baseline, truth = eager_op(call, case, epsilon), eager_op(wide, case, epsilon)
+    run = DIRECTIONS[work.direction]
+    results = [run(f, c)() for f, c in ((baseline if peer == "eager" else function, call), (baseline, call), (truth, wide))]
+    for got, allowed, true in zip(*((r,) if isinstance(r, Tensor) else r for r in results), strict=True):
+        common.require_parity(f"{case} by {peer}", got, allowed, true)
+        if peer not in BACKENDS:
+            continue
+        # The rule of the tests: the largest error may be twice the reference's, or a few roundings.
+        error, limit = ((x.double() - true).abs().max().item() for x in (got, allowed))
+        roundings = (4 if case.op == "conv3x3" else 1) * 0.5 * torch.finfo(got.dtype).eps
+        roundings += 4 * torch.finfo(opmath(got.dtype)).eps
+        limit = max(2 * limit, roundings * true.abs().max().item())
+        assert error <= limit, f"{case} by {peer}: largest error {error:.3g}, at most {limit:.3g} expected"
+        if got.dim() > 1 and len(got) == samples:
+            assert torch.equal(got, _repeated(got[:few], samples)), f"{case} by {peer}: samples differ from their copies"
+
+
+def measure(work: Work, device: str, seconds: float, run: common.Run) -> list[dict[str, object]]:
+    """Return a row per peer that can run and is right. A failure is kept in `run`."""
+    functions: dict[str, Callable[[], object]] = {}
+    host: dict[str, float] = {}
+    on_gpu = torch.device(device).type == "cuda"
+    # A backward pass runs on the stream of its forward pass, which must be the one that graphs are captured on.
+    stream = torch.cuda.Stream(device) if on_gpu else None
+    with torch.cuda.stream(stream), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the compiler's own
+        call = make_inputs(work, device)
+        for name in work.peers:
+            if work.why_missing(name, device) is None:
+                with run.going_on(f"{work} by {name}"):
+                    function = OPS[name].build(call, work.case)
+                    check(name, function, work, call)
+                    functions[name] = DIRECTIONS[work.direction](function, call)
+                    functions[name]()
+        functions["copy"] = common.copy_of(work.moved, device)
+        for name, function in functions.items() if stream is not None else ():
+            host[name] = _host_seconds(function)
+            try:
+                functions[name] = common.graphed(function, stream)
+            except cuda_graph.CaptureError as error:
+                print(f"{work} by {name}: no graph, timed as a call: {error}")
+    times = common.compare(functions, device, seconds=seconds)
+    l2 = torch.cuda.get_device_properties(device).L2_cache_size if on_gpu else 1 << 27
+    return [
+        work.columns()
+        | {
+            "by": name,
+            "beyond L2": work.moved > 2 * l2,
+            "ms": taken.ms,
+            "GB/s": work.moved / taken.spread.median / 1e9,
+            "share of copy": taken.speedup_over(times["copy"]).median,
+            "native is faster by": times["native"].speedup_over(taken) if "native" in times else None,
+            "host us": 1e6 * host[name] if name in host else None,
+        }
+        for name, taken in times.items()
+    ]
+
+
+def _host_seconds(function: Callable[[], object], calls: int = 20) -> float:
+    """Return the host's seconds per call, without the GPU's."""
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(calls):
+        function()
+    seconds = (time.perf_counter() - began) / calls
+    torch.cuda.synchronize()
+    return seconds
+
+
+def training_ops(dtype: torch.dtype, shape: tuple[int, ...], device: str, seconds: float) -> list[dict[str, object]]:
+    """Time the ops of a training step together: x_t, the loss and its gradient, and the latter two alone."""
+    call = make_call(Case("denoising_loss", "", shape), dtype, device)
+    x_0, t, seeds, output = (call.arguments[name] for name in ("x_0", "t", "seeds", "model_output"))
+    output.requires_grad_()
+    alpha_bars = SCHEDULE.alpha_bars.float().to(device)
+    given = torch.randn_like(x_0)  # the peer's noise is drawn for x_t and read again; ours is drawn again
+
+    def gradient(loss: Callable[[], Tensor]) -> Callable[[], object]:
+        return lambda: torch.autograd.grad(loss(), output)
+
+    def ours() -> Tensor:
+        q_sample(x_0, t, SCHEDULE, seeds=seeds)
+        return denoising_loss(output, x_0, t, SCHEDULE, seeds=seeds)
+
+    def eager() -> Tensor:
+        epsilon = torch.randn_like(x_0)
+        idioms.add_noise(x_0, t, alpha_bars, epsilon)
+        return nn.functional.mse_loss(output, epsilon)
+
+    alone = lambda: denoising_loss(output, x_0, t, SCHEDULE, seeds=seeds)  # noqa: E731
+    pairs = {
+        "q_sample + denoising_loss + backward": (ours, eager),
+        "denoising_loss + backward": (alone, lambda: nn.functional.mse_loss(output, given)),
+    }
+    rows: list[dict[str, object]] = []
+    for name, losses in pairs.items():
+        functions = {by: gradient(loss) for by, loss in zip(("ddpm_fast", "eager"), losses, strict=True)}
+        times = common.compare(functions, device, seconds=seconds)
+        shown = {"op": name, "shape": "x".join(map(str, shape)), "dtype": str(dtype).removeprefix("torch.")}
+        faster = {by: times["ddpm_fast"].speedup_over(taken) for by, taken in times.items()}
+        rows += [shown | {"by": by, "ms": taken.ms, "ddpm_fast is faster by": faster[by]} for by, taken in times.items()]
+    return rows
+
+
+def means(rows: Sequence[dict[str, Any]]) -> list[dict[str, object]]:
+    """Return geometric means over the shapes of each op."""
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["by"] != "copy" and row["native is faster by"] is not None:
+            groups.setdefault(tuple(row[key] for key in ("op", "dtype", "layout", "direction", "by")), []).append(row)
+    return [
+        dict(zip(("op", "dtype", "layout", "direction", "by"), key, strict=True))
+        | {
+            "shapes": len(group),
+            "native is faster by": common.geometric_mean(row["native is faster by"].median for row in group),
+            "lowest": min(row["native is faster by"].median for row in group),
+            "share of copy": common.geometric_mean(row["share of copy"] for row in group),
+        }
+        for key, group in groups.items()
+    ]
+
+
+def run(args: argparse.Namespace) -> None:
+    deadline = time.monotonic() + args.seconds
+    result = common.Run(args.device, args.out)
+    works = [
+        replace(work, peers=tuple(name for name in work.peers if args.peers is None or name in args.peers))
+        for work in (deciding(args.device, True) if args.tiny else LISTS[args.what](args.device))
+        if work.dtype in args.dtypes
+    ]
+    rows: list[dict[str, object]] = []
+    done = 0
+    for work in works:
+        if time.monotonic() > deadline:
+            break
+        with result.going_on(str(work)):
+            rows += measure(work, args.device, args.each, result)
+            result.save(f"benchmark_ops {args.what}", rows)
+        done += 1
+        if args.device != "cpu":
+            gc.collect()
+            torch.cuda.empty_cache()
+    if rows:
+        common.print_table("median [quartiles]", rows)
+        summary = means(rows)
+        if summary:
+            result.save(f"benchmark_ops {args.what} means", summary, "geometric means")
+    if args.what == "elementwise" and time.monotonic() < deadline:
+        shape = LARGE_BATCH if args.device != "cpu" else (256, 3, 32, 32)
+        table = [row for d in args.dtypes for row in training_ops(common.DTYPES[d], shape, args.device, args.each)]
+        result.save("benchmark_ops training", table, "the ops of a training step")
+    result.finish(f"{done} of {len(works)} comparisons made")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=LISTS, help="compare these")
+    parser.add_argument("--dtypes", choices=common.DTYPES, nargs="+", default=list(common.DTYPES), help="use these (both)")
+    parser.add_argument("--peers", choices=OPS, nargs="+", help="compare these (all that are installed)")
+    parser.add_argument("--seconds", type=float, default=3600, help="begin no comparison after this many seconds (3600)")
+    parser.add_argument("--each", type=float, default=0.25, help="spend this many seconds on a comparison (0.25)")
+    parser.add_argument("--tiny", action="store_true", help="shrink the shapes of `deciding`, for a rehearsal")
+    common.add_output(parser)
+    run(parser.parse_args(arguments))
+
+
+if __name__ == "__main__":
+    main()
