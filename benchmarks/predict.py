@@ -212,7 +212,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     what = "predicted lower bounds, not measured; see benchmarks/predict.py"
     cards = [asdict(card) for card in CARDS]
-    write_json(args.out, {"what": what, "compiler": data["compiler"], "cards": cards, "rows": rows})
+    assumed = {"share of bandwidth": ATTAINABLE, "lanes per clock": ISSUED_PER_CLOCK, "seconds per launch": LAUNCH}
+    write_json(args.out, {"what": what, "assumed": assumed, "compiler": data["compiler"], "cards": cards, "rows": rows})
     print(f"written: {args.out}")
 
 
