@@ -15,12 +15,14 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import common
 import idioms
 import torch
 import torch.nn.functional as F
 from peers import DIFFUSERS, OURS, installed
+from processes import proc_status
 from torch import Tensor
 
 from ddpm_fast import denoising_loss, q_sample, sample_seeds
@@ -49,6 +51,10 @@ WAYS: dict[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
 }
 
 
+def in_use(on_gpu: bool) -> int:
+    return torch.cuda.memory_allocated() if on_gpu else proc_status("VmRSS") or 0
+
+
 def measure_ops(way: str, shape: tuple[int, ...], device: str) -> dict[str, float]:
     """Return tensors of the images' size, on top of x_0 and the output: held for the backward pass, and at the peak."""
 
@@ -59,11 +65,16 @@ def measure_ops(way: str, shape: tuple[int, ...], device: str) -> dict[str, floa
 
     WAYS[way](*inputs(1))[1].backward()  # what is loaded or allocated at the first call is not counted
     x_0, t, output = inputs(shape[0])
-    meter = common.Meter(device)
+    on_gpu = torch.device(device).type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # proc(5): the peak becomes what is resident
+    before = in_use(on_gpu)
     x_t, loss = WAYS[way](x_0, t, output)
-    held = meter.now()
+    held = in_use(on_gpu) - before
     loss.backward()
-    peak = meter.peak()
+    peak = (torch.cuda.max_memory_allocated(device) if on_gpu else proc_status("VmHWM") or 0) - before
     assert x_t.shape == x_0.shape  # alive until here
     assert output.grad is not None
     return {"held": held / x_0.nbytes, "peak": peak / x_0.nbytes}

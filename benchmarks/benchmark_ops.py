@@ -5,7 +5,7 @@
     python benchmarks/benchmark_ops.py deciding --device cuda
 
 cases:       the benchmark cases of ddpm_fast/testing.py
-elementwise: noise, q_sample, reverse_step, denoising_loss, and the ops of a training step together
+elementwise: noise, q_sample, reverse_step, denoising_loss
 norms:       group_norm_silu at the norms of the networks of Ho et al.
 deciding:    the few shapes by which a GPU is judged, larger than its L2
 
@@ -21,15 +21,16 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from statistics import geometric_mean
 from typing import Any
 
 import common
-import idioms
 import torch
 from peers import OPS, Function, eager_op
 from torch import Tensor, nn
 
-from ddpm_fast import ddpm_plan, denoising_loss, q_sample
+from ddpm_fast import ddpm_plan
 from ddpm_fast.inference import cuda_graph
 from ddpm_fast.nn import CIFAR10_32, HO_256, UNet
 from ddpm_fast.nn.layers import GroupNormSiLU
@@ -72,8 +73,9 @@ class Work:
 
     @property
     def moved(self) -> int:
-        """The bytes that a fused kernel reads and writes."""
-        return bytes_moved(self.case, common.DTYPES[self.dtype], backward=self.direction == "backward")
+        """The bytes that fused kernels read and write."""
+        passes = {"forward": [False], "backward": [True], "both": [False, True]}[self.direction]
+        return sum(bytes_moved(self.case, common.DTYPES[self.dtype], backward=each) for each in passes)
 
     def why_missing(self, peer: str, device: str) -> str | None:
         """Return why a peer cannot take part, or None."""
@@ -113,6 +115,8 @@ def elementwise(device: str) -> Iterator[Work]:
             yield work
             if work.case.op == "reverse_step":
                 yield replace(work, layout="channels_last")
+            if work.direction == "backward":
+                yield replace(work, direction="both")
 
 
 def network_norms(config: dict[str, Any], name: str, batch: int) -> list[Case]:
@@ -189,18 +193,28 @@ def forward(function: Function, call: Call) -> Callable[[], object]:
     return run
 
 
-def backward(function: Function, call: Call) -> Callable[[], tuple[Tensor, ...]]:
-    """Return a call for the gradients. The forward pass is done here, once."""
+def backward(function: Function, call: Call, *, again: bool = False) -> Callable[[], tuple[Tensor, ...]]:
+    """Return a call for the gradients. The forward pass is done here, once, or `again` in each call."""
     leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in call.tensors.items() if name != "x_0"}
-    y = function(**{**call.tensors, **leaves})
-    generator = torch.Generator().manual_seed(1)
-    few = torch.randn(y.shape if y.dim() < 2 else (min(FEW, len(y)), *y.shape[1:]), generator=generator)
+    inputs = {**call.tensors, **leaves}
+    y = function(**inputs)
+    few = torch.randn(
+        y.shape[:0] if y.dim() < 2 else (min(FEW, len(y)), *y.shape[1:]), generator=torch.Generator().manual_seed(1)
+    )
     few = few.to(y.device)
     cotangent = torch.empty_like(y).copy_(few if y.dim() < 2 else _repeated(few, len(y)))  # in the memory format of y
-    return lambda: torch.autograd.grad(y, list(leaves.values()), cotangent, retain_graph=True)
+
+    def run() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(function(**inputs) if again else y, list(leaves.values()), cotangent, retain_graph=not again)
+
+    return run
 
 
-DIRECTIONS: dict[str, Callable[[Function, Call], Callable[[], Any]]] = {"forward": forward, "backward": backward}
+DIRECTIONS: dict[str, Callable[[Function, Call], Callable[[], Any]]] = {
+    "forward": forward,
+    "backward": backward,
+    "both": partial(backward, again=True),
+}
 
 
 def check(peer: str, function: Function, work: Work, call: Call) -> None:
@@ -240,7 +254,6 @@ def check(peer: str, function: Function, work: Work, call: Call) -> None:
 def measure(work: Work, device: str, seconds: float, run: common.Run) -> list[dict[str, object]]:
     """Return a row per peer that can run and is right. A failure is kept in `run`."""
     functions: dict[str, Callable[[], object]] = {}
-    host: dict[str, float] = {}
     on_gpu = torch.device(device).type == "cuda"
     # A backward pass runs on the stream of its forward pass, which must be the one that graphs are captured on.
     stream = torch.cuda.Stream(device) if on_gpu else None
@@ -256,7 +269,6 @@ def measure(work: Work, device: str, seconds: float, run: common.Run) -> list[di
                     functions[name]()
         functions["copy"] = common.copy_of(work.moved, device)
         for name, function in functions.items() if stream is not None else ():
-            host[name] = _host_seconds(function)
             try:
                 functions[name] = common.graphed(function, stream)
             except cuda_graph.CaptureError as error:
@@ -272,74 +284,25 @@ def measure(work: Work, device: str, seconds: float, run: common.Run) -> list[di
             "GB/s": work.moved / taken.spread.median / 1e9,
             "share of copy": taken.speedup_over(times["copy"]).median,
             "native is faster by": times["native"].speedup_over(taken) if "native" in times else None,
-            "host us": 1e6 * host[name] if name in host else None,
         }
         for name, taken in times.items()
     ]
 
 
-def _host_seconds(function: Callable[[], object], calls: int = 20) -> float:
-    """Return the host's seconds per call, without the GPU's."""
-    torch.cuda.synchronize()
-    began = time.perf_counter()
-    for _ in range(calls):
-        function()
-    seconds = (time.perf_counter() - began) / calls
-    torch.cuda.synchronize()
-    return seconds
-
-
-def training_ops(dtype: torch.dtype, shape: tuple[int, ...], device: str, seconds: float) -> list[dict[str, object]]:
-    """Time the ops of a training step together: x_t, the loss and its gradient, and the latter two alone."""
-    call = make_call(Case("denoising_loss", "", shape), dtype, device)
-    x_0, t, seeds, output = (call.arguments[name] for name in ("x_0", "t", "seeds", "model_output"))
-    output.requires_grad_()
-    alpha_bars = SCHEDULE.alpha_bars.float().to(device)
-    given = torch.randn_like(x_0)  # the peer's noise is drawn for x_t and read again; ours is drawn again
-
-    def gradient(loss: Callable[[], Tensor]) -> Callable[[], object]:
-        return lambda: torch.autograd.grad(loss(), output)
-
-    def ours() -> Tensor:
-        q_sample(x_0, t, SCHEDULE, seeds=seeds)
-        return denoising_loss(output, x_0, t, SCHEDULE, seeds=seeds)
-
-    def eager() -> Tensor:
-        epsilon = torch.randn_like(x_0)
-        idioms.add_noise(x_0, t, alpha_bars, epsilon)
-        return nn.functional.mse_loss(output, epsilon)
-
-    alone = lambda: denoising_loss(output, x_0, t, SCHEDULE, seeds=seeds)  # noqa: E731
-    pairs = {
-        "q_sample + denoising_loss + backward": (ours, eager),
-        "denoising_loss + backward": (alone, lambda: nn.functional.mse_loss(output, given)),
-    }
-    rows: list[dict[str, object]] = []
-    for name, losses in pairs.items():
-        functions = {by: gradient(loss) for by, loss in zip(("ddpm_fast", "eager"), losses, strict=True)}
-        times = common.compare(functions, device, seconds=seconds)
-        shown = {"op": name, "shape": "x".join(map(str, shape)), "dtype": str(dtype).removeprefix("torch.")}
-        faster = {by: times["ddpm_fast"].speedup_over(taken) for by, taken in times.items()}
-        rows += [shown | {"by": by, "ms": taken.ms, "ddpm_fast is faster by": faster[by]} for by, taken in times.items()]
-    return rows
-
-
 def means(rows: Sequence[dict[str, Any]]) -> list[dict[str, object]]:
     """Return geometric means over the shapes of each op."""
+    keys = ("op", "dtype", "layout", "direction", "by")
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for row in rows:
         if row["by"] != "copy" and row["native is faster by"] is not None:
-            groups.setdefault(tuple(row[key] for key in ("op", "dtype", "layout", "direction", "by")), []).append(row)
-    return [
-        dict(zip(("op", "dtype", "layout", "direction", "by"), key, strict=True))
-        | {
-            "shapes": len(group),
-            "native is faster by": common.geometric_mean(row["native is faster by"].median for row in group),
-            "lowest": min(row["native is faster by"].median for row in group),
-            "share of copy": common.geometric_mean(row["share of copy"] for row in group),
-        }
-        for key, group in groups.items()
-    ]
+            groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    table: list[dict[str, object]] = []
+    for key, group in groups.items():
+        faster = [row["native is faster by"].median for row in group]
+        found = {"shapes": len(group), "native is faster by": geometric_mean(faster), "lowest": min(faster)}
+        share = geometric_mean(row["share of copy"] for row in group)
+        table.append(dict(zip(keys, key, strict=True)) | found | {"share of copy": share})
+    return table
 
 
 def run(args: argparse.Namespace) -> None:
@@ -367,10 +330,6 @@ def run(args: argparse.Namespace) -> None:
         summary = means(rows)
         if summary:
             result.save(f"benchmark_ops {args.what} means", summary, "geometric means")
-    if args.what == "elementwise" and time.monotonic() < deadline:
-        shape = LARGE_BATCH if args.device != "cpu" else (256, 3, 32, 32)
-        table = [row for d in args.dtypes for row in training_ops(common.DTYPES[d], shape, args.device, args.each)]
-        result.save("benchmark_ops training", table, "the ops of a training step")
     result.finish(f"{done} of {len(works)} comparisons made")
 
 

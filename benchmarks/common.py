@@ -19,7 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -85,7 +85,7 @@ class Times:
     def ms(self) -> Spread:
         return Spread.of([1e3 * seconds for seconds in self.rounds])
 
-    def per_second(self, things: int) -> Spread:
+    def per_second(self, things: float) -> Spread:
         """Return how many things a second calls make that each make `things`."""
         return Spread.of([things / seconds for seconds in self.rounds])
 
@@ -209,65 +209,14 @@ def copy_of(num_bytes: int, device: torch.device | str = "cpu") -> Callable[[], 
     return lambda: target.copy_(source)
 
 
-def warn_if_unsteady(times: Mapping[str, Times]) -> None:
-    """Say so if quartiles are far apart: medians of different rounds then contradict the ratios."""
-    unsteady = [name for name, taken in times.items() if taken.spread.high > 1.3 * taken.spread.low]
-    if unsteady:
-        print(
-            f"\nThese times are unsteady ({', '.join(unsteady)}): another program probably used the machine. "
-            "Close it and repeat. The ratios, taken round by round, are more reliable than the speeds."
-        )
-
-
-# ------------------------------------------------------------------------------------------------------------ memory
-
-
-def proc_status(key: str) -> int | None:
-    """Return bytes that Linux accounts for this process under `key` (VmRSS, VmHWM), or None on other systems."""
-    with suppress(OSError):
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
-    return None
-
-
-class Meter:
-    """Bytes in use since it was made, now and at the peak.
-
-    Raises:
-        OSError: The system does not tell: on a CPU this reads Linux's /proc.
-    """
-
-    def __init__(self, device: torch.device | str = "cpu") -> None:
-        self.cuda = torch.device(device).type == "cuda"
-        if self.cuda:
-            torch.cuda.reset_peak_memory_stats(device)
-        else:
-            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # proc(5): the peak becomes what is resident
-        self.before = self._bytes("VmRSS")
-
-    def now(self) -> int:
-        return self._bytes("VmRSS") - self.before
-
-    def peak(self) -> int:
-        return self._bytes("VmHWM") - self.before
-
-    def _bytes(self, key: str) -> int:
-        if self.cuda:
-            return torch.cuda.memory_allocated() if key == "VmRSS" else torch.cuda.max_memory_allocated()
-        return proc_status(key) or 0
-
-
 # ------------------------------------------------------------------------------------------------------------- record
 
 
 def device_name(device: torch.device | str) -> str:
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    model = re.search(r"^model name\s*:\s*(.*\S)", _cpuinfo(), re.MULTILINE)
+    return model[1] if model else platform.processor() or platform.machine()
 
 
 def cores() -> int:
@@ -284,10 +233,14 @@ def instruction_set() -> str:
 
 def has_bf16() -> bool:
     """Return whether this CPU has instructions that multiply bf16 (Linux)."""
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(_cpuinfo().split())
+
+
+@functools.cache
+def _cpuinfo() -> str:
     with suppress(OSError):
-        words = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
-        return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(words)
-    return False
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    return ""
 
 
 @functools.cache
@@ -469,7 +422,3 @@ def add_output(parser: argparse.ArgumentParser, *, device: bool = True) -> None:
     parser.add_argument("--out", type=Path, help="write this JSON file (benchmarks/results/<device>.json)")
     if device:
         parser.add_argument("--device", default="cpu", help="run on this device (cpu)")
-
-
-def geometric_mean(values: Iterable[float]) -> float:
-    return statistics.geometric_mean(list(values))

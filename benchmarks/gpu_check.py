@@ -19,12 +19,14 @@ import os
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,13 +35,7 @@ ROOT = HERE.parent
 TOTAL_SECONDS = 540.0  # the rest of ten minutes is for copying the results
 sys.path.insert(0, str(ROOT))  # the package need not be installed
 
-OPTIONAL = {
-    "triton": "no Triton backend",
-    "pytest": "no tests",
-    "diffusers": "sampling and training are compared with plain PyTorch",
-    "apex": "not among the peers of group_norm_silu",
-}
-PROGRAMS = {"nvcc": "the native module is not built", "compute-sanitizer": "no kernel runs under it"}
+OPTIONAL = ("triton", "pytest", "diffusers", "apex", "nvcc", "compute-sanitizer")  # phases do without, or are skipped
 SAMPLED = {"cifar10-32": 64, "256x256": 8}  # network -> batch
 
 
@@ -139,12 +135,6 @@ def script(check: Check, seconds: float, module: str, *arguments: object) -> Out
     if status is None:
         return Outcome("out of time", "stopped; what it had measured is kept")
     return Outcome("passed", tail(log)) if status == 0 else Outcome("failed", f"exit status {status}: {tail(log)}; see {log}")
-
-
-def both(first: Outcome, second: Outcome) -> Outcome:
-    """Combine the outcomes of two scripts: the worse one counts."""
-    order = ("failed", "out of time", "passed", "skipped")
-    return Outcome(min(first.status, second.status, key=order.index), f"{first.note}; {second.note}")
 
 
 # -------------------------------------------------------------------------------------------------------------- phases
@@ -334,15 +324,11 @@ def launch_every_op(device: str) -> int:
     return calls
 
 
-def sampling(check: Check, seconds: float) -> Outcome:
+def sampling(check: Check, seconds: float, network: str) -> Outcome:
+    size = ["--model", network, "--batch", SAMPLED[network], "--dtype", "bf16", "--steps", 50, "--compile", "max-autotune"]
     if check.dry_run:
-        return script(check, seconds, "sample_speed", "--model", "tiny", "--batch", 1, "--steps", 2, "--rounds", 1)
-    outcome, end = Outcome("skipped", ""), check.clock() + seconds
-    for (name, batch), share in zip(SAMPLED.items(), (0.6, 1.0), strict=True):
-        left = share * (end - check.clock())
-        words = ["--model", name, "--batch", batch, "--dtype", "bf16", "--steps", 50, "--compile", "max-autotune"]
-        outcome = both(outcome, script(check, left, "sample_speed", *words))
-    return outcome
+        size = ["--model", "tiny", "--batch", 1, "--steps", 2, "--rounds", 1]
+    return script(check, seconds, "sample_speed", *size)
 
 
 def training(check: Check, seconds: float) -> Outcome:
@@ -377,19 +363,22 @@ def goals_phase(check: Check, seconds: float) -> Outcome:
 
 def goals(results: Mapping[str, Any]) -> list[dict[str, object]]:
     """Compare results with the project's goals for an H100 or H200. On another card they say how it compares."""
-    import common
+    found: list[dict[str, object]] = []
 
     def rows(prefix: str, **wanted: object) -> list[dict[str, Any]]:
         every = [row for name, section in results.items() if name.startswith(prefix) for row in section["rows"]]
         return [row for row in every if all(row.get(key) == value for key, value in wanted.items())]
 
-    def medians(found: list[dict[str, Any]], key: str) -> list[float]:
-        return [value["median"] if isinstance(value := row[key], dict) else value for row in found if row.get(key) is not None]
+    def medians(rows: list[dict[str, Any]], *keys: str) -> list[float]:
+        values = [row[key] for key in keys for row in rows if row.get(key) is not None]
+        return [value["median"] if isinstance(value, dict) else value for value in values]
 
-    found: list[dict[str, object]] = []
+    def ratios(rows: list[dict[str, Any]], is_peer: Callable[[str], bool]) -> list[float]:
+        keys = {key for row in rows for key in row if key.startswith("times ")}
+        return medians(rows, *(key for key in sorted(keys) if is_peer(key) and "accelerated" not in key))
 
     def goal(what: str, kind: str, bound: float, values: list[float]) -> None:
-        pick = {"lowest": min, "highest": max, "geometric mean": common.geometric_mean}[kind]
+        pick = {"lowest": min, "highest": max, "geometric mean": statistics.geometric_mean}[kind]
         value = pick(values) if values else None
         is_met = value is not None and (value <= bound if kind == "highest" else value >= bound)
         wanted = f"at {'most' if kind == 'highest' else 'least'} {bound:g}"
@@ -403,17 +392,15 @@ def goals(results: Mapping[str, Any]) -> list[dict[str, object]]:
         norms = [row for row in beyond if row["op"] == "group_norm_silu" and row["direction"] == direction]
         goal(f"group_norm_silu {direction}: share of the one-pass floor", "lowest", least, medians(norms, "share of copy"))
         compiled = rows("benchmark_ops deciding", by="compile", op="group_norm_silu", direction=direction)
-        ratios = medians(compiled, "native is faster by")
-        goal(f"group_norm_silu {direction}: times faster than torch.compile", "geometric mean", 1.5, ratios)
-    peer = "diffusers" if installed("diffusers") else "plain PyTorch"
-    for what, least in (("eager", 2.0), ("torch.compile", 1.15)):
-        ours = rows("sample_speed", sampler="ddpm_fast")
-        keys = [key for row in ours for key in row if key.startswith(f"times {peer.split()[0]}")]
-        ratios = [each for key in {*keys} if ("torch.compile" in key) == (what != "eager") for each in medians(ours, key)]
-        goal(f"sampling: times faster than {peer}, {what}", "lowest", least, ratios)
-    ours = rows("train_speed", **{"training step": "ddpm_fast"})
-    ratios = [each for key in {key for row in ours for key in row if key.startswith("times ")} for each in medians(ours, key)]
-    goal(f"a training step: times faster than {peer}, eager", "lowest", 1.0, ratios)
+        faster = medians(compiled, "native is faster by")
+        goal(f"group_norm_silu {direction}: times faster than torch.compile", "geometric mean", 1.5, faster)
+    peer = "diffusers" if installed("diffusers") else "plain"
+    sampled = rows("sample_speed", sampler="ddpm_fast")
+    eager = ratios(sampled, lambda key: peer in key and "torch.compile" not in key)
+    goal(f"sampling: times faster than {peer}, eager", "lowest", 2.0, eager)
+    goal("sampling: times faster than torch.compile", "lowest", 1.15, ratios(sampled, lambda key: "torch.compile" in key))
+    trained = rows("train_speed", **{"training step": "ddpm_fast"})
+    goal("a training step: times faster than eager", "lowest", 1.0, ratios(trained, lambda key: True))
     peaks = medians(rows("memory", **{"q_sample + loss + backward": "ddpm_fast"}), "peak, tensors")
     goal("peak memory of q_sample, loss and backward, in tensors", "highest", 2.1, peaks)
     return found
@@ -439,7 +426,16 @@ PHASES = (
     Phase("ops", 95, "timed", ops, "time the ops at the few shapes that decide, and check them at the full batch"),
     Phase("tests", 110, "", tests, "run the tests on the GPU, with the native and Triton backends"),
     Phase("sanitizer", 60, "", sanitizer, "run every case's native kernels under compute-sanitizer"),
-    Phase("sampling", 100, "greedy", sampling, "time sampling beside diffusers, eager and compiled with max-autotune"),
+    *(
+        Phase(
+            f"sampling {name}",
+            50,
+            "greedy",
+            partial(sampling, network=name),
+            "time it beside diffusers, eager and max-autotune",
+        )
+        for name in SAMPLED
+    ),
     Phase("training", 40, "greedy", training, "time a training step, and its peak memory"),
     Phase("memory", 20, "timed", memory, "measure the peak memory of the ops of a training step"),
     Phase("goals", 5, "", goals_phase, "say which goals are met"),
@@ -525,9 +521,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check = Check((args.out or default).resolve(), args.dry_run, began)
     result = common.Run(check.device, check.out)
     check.since = "" if args.only == ["goals"] else result.machine["date"]
-    absent = [f"{name}: {consequence}" for name, consequence in OPTIONAL.items() if not installed(name)]
-    absent += [f"{name}: {consequence}" for name, consequence in PROGRAMS.items() if program(name) is None]
-    print(*(f"missing: {line}" for line in absent), sep="\n")
+    absent = [name for name in OPTIONAL if not installed(name) and program(name) is None]
+    print(f"\nmissing: {', '.join(absent) or 'nothing'}")
 
     def keep(rows: list[dict[str, object]]) -> None:
         result.save("gpu_check", rows, **{"missing": absent, "failed tests": check.failed_tests})

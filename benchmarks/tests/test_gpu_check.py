@@ -231,7 +231,7 @@ def results(share: float, ratio: float, peak: float) -> dict[str, Any]:
     ops = [row | {"op": "q_sample", "by": "native"}]
     for direction in ("forward", "backward"):
         ops += [row | {"op": "group_norm_silu", "direction": direction, "by": by} for by in ("native", "compile", "copy")]
-    peer = "diffusers" if peers.installed("diffusers") else "plain"
+    peer = "diffusers" if gpu_check.installed("diffusers") else "plain"
     sampled = {f"times {peer} pipeline": spread(3), f"times {peer} + torch.compile max-autotune": spread(ratio)}
     return {
         "benchmark_ops deciding": {"rows": ops},
