@@ -9,7 +9,6 @@ most of the time, are the same. A training step is forward, loss, backward and f
 
 from __future__ import annotations
 
-import argparse
 import copy
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -91,12 +90,11 @@ def check(name: str, dtype: torch.dtype, device: str) -> tuple[str, float]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__)
     parser.add_argument("--networks", choices=NETWORKS, nargs="+", default=list(NETWORKS), help="use these (all)")
     parser.add_argument("--dtypes", choices=common.DTYPES, nargs="+", default=["bf16"], help="compute in these (bf16)")
     parser.add_argument("--batch", type=int, default=8, help="use this many images a call (8)")
     parser.add_argument("--rounds", type=int, default=9, help="time this many calls of each, in turns (9)")
-    common.add_output(parser)
     args = parser.parse_args(arguments)
     run = common.Run(args.device, args.out)
     for dtype in args.dtypes:
@@ -123,16 +121,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 fuse(model)
                 after_format, after = common.fastest_format(make, args.device)
                 times = common.compare({"before": before, "after": after}, args.device, warm=True, min_rounds=args.rounds)
-                rows.append(
-                    {
-                        **{"network": name, "dtype": dtype, "batch": args.batch},
-                        **{"norms fused": fused, "largest difference": largest, "what": what},
-                        "ms before": times["before"].ms.median,
-                        "ms after": times["after"].ms.median,
-                        "times as fast": times["after"].speedup_over(times["before"]),
-                        "formats": f"{before_format}, {after_format}",
-                    }
-                )
+                row: dict[str, object] = {"network": name, "dtype": dtype, "batch": args.batch, "norms fused": fused}
+                row |= {"largest difference": largest, "what": what}
+                row |= {f"ms {side}": taken.ms.median for side, taken in times.items()}
+                row |= {"times as fast": times["after"].speedup_over(times["before"])}
+                rows.append(row | {"formats": f"{before_format}, {after_format}"})
         run.save(f"fuse_speed {dtype}", rows, "diffusers' networks before and after fuse: median [quartiles]")
     run.finish()
 

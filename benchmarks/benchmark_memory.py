@@ -81,11 +81,10 @@ def measure_ops(way: str, shape: tuple[int, ...], device: str) -> dict[str, floa
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__)
     parser.add_argument("--batch", type=int, default=64, help="use this many images (64)")
     parser.add_argument("--size", type=int, default=512, help="use images of this many pixels a side (512)")
     parser.add_argument("--only", choices=WAYS, help=argparse.SUPPRESS)  # one way, in this process
-    common.add_output(parser)
     args = parser.parse_args(arguments)
     shape = (args.batch, 3, args.size, args.size)
     if args.only:
@@ -99,15 +98,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         words = [__file__, "--only", way, "--batch", args.batch, "--size", args.size, "--device", args.device]
         command = [sys.executable, *map(str, words)]
         figures = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
-        rows.append(
-            {
-                "q_sample + loss + backward": way,
-                "shape": "x".join(map(str, shape)),
-                "a tensor, MB": 4 * args.batch * 3 * args.size**2 / 1e6,
-                "held for backward, tensors": round(figures["held"], 2),
-                "peak, tensors": round(figures["peak"], 2),
-            }
-        )
+        row: dict[str, object] = {"q_sample + loss + backward": way, "shape": "x".join(map(str, shape))}
+        row |= {"a tensor, MB": 4 * args.batch * 3 * args.size**2 / 1e6}
+        row |= {"held for backward, tensors": round(figures["held"], 2), "peak, tensors": round(figures["peak"], 2)}
+        rows.append(row)
         if way == OURS and args.size >= 512 and (figures["held"] > 1.1 or figures["peak"] > 2.1):
             run.failures.append("ddpm_fast holds more than x_t and the output's gradient: something stores the noise")
     run.save("memory", rows, "memory on top of x_0 and the network's output, in tensors of their size")

@@ -277,14 +277,9 @@ def measure(work: Work, device: str, seconds: float, run: common.Run) -> list[di
     l2 = torch.cuda.get_device_properties(device).L2_cache_size if on_gpu else 1 << 27
     return [
         work.columns()
-        | {
-            "by": name,
-            "beyond L2": work.moved > 2 * l2,
-            "ms": taken.ms,
-            "GB/s": work.moved / taken.spread.median / 1e9,
-            "share of copy": taken.speedup_over(times["copy"]).median,
-            "native is faster by": times["native"].speedup_over(taken) if "native" in times else None,
-        }
+        | {"by": name, "beyond L2": work.moved > 2 * l2, "ms": taken.ms, "GB/s": work.moved / taken.spread.median / 1e9}
+        | {"share of copy": taken.speedup_over(times["copy"]).median}
+        | {"native is faster by": times["native"].speedup_over(taken) if "native" in times else None}
         for name, taken in times.items()
     ]
 
@@ -334,14 +329,13 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__)
     parser.add_argument("what", choices=LISTS, help="compare these")
     parser.add_argument("--dtypes", choices=common.DTYPES, nargs="+", default=list(common.DTYPES), help="use these (both)")
     parser.add_argument("--peers", choices=OPS, nargs="+", help="compare these (all that are installed)")
     parser.add_argument("--seconds", type=float, default=3600, help="begin no comparison after this many seconds (3600)")
     parser.add_argument("--each", type=float, default=0.25, help="spend this many seconds on a comparison (0.25)")
     parser.add_argument("--tiny", action="store_true", help="shrink the shapes of `deciding`, for a rehearsal")
-    common.add_output(parser)
     run(parser.parse_args(arguments))
 
 

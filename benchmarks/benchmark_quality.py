@@ -16,7 +16,6 @@ The Frechet distance depends on N and on the classifier: compare figures of one 
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -243,7 +242,7 @@ def load_model(name: str, device: str) -> Pretrained:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__)
     parser.add_argument("--model", default="builtin", help="take builtin (default) or a model's or training run's folder")
     methods = "; ".join(f"{name}: {text}" for name, text in METHODS.items())
     parser.add_argument("--samplers", nargs="+", default=SAMPLERS, metavar="METHOD:STEPS", help=f"measure these. {methods}")
@@ -253,7 +252,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=common.DTYPES, default="float32", help="run the network in this dtype (float32)")
     parser.add_argument("--classifier", type=Path, help="read this classifier, or train it into this file if absent")
     parser.add_argument("--grids", type=Path, help="save the first 100 images of each sampler into this folder, as PNG")
-    common.add_output(parser)
     args = parser.parse_args(arguments)
     if args.num <= RECIPE["features"]:
         parser.error(f"--num: expected more images than the {RECIPE['features']} features, got {args.num}")

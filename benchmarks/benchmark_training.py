@@ -12,6 +12,7 @@ the mean stays. Images are scikit-learn's digits, 32x32.
 from __future__ import annotations
 
 import argparse
+import statistics
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
@@ -27,7 +28,7 @@ from processes import Job, PeerFailed, Process
 from torch import nn
 
 from ddpm_fast import sample_seeds
-from ddpm_fast.nn import CIFAR10_32, UNet
+from ddpm_fast.nn import UNet
 
 TRIAL = 3  # steps in each memory format, to choose by
 
@@ -87,30 +88,24 @@ def compare(names: Sequence[str], job: Job, args: argparse.Namespace, missing: d
         peaks = {each: process.peak() for each, process in processes.items()}
         used = {each: process.used[-args.rounds :] for each, process in processes.items()}
     return [
-        {
-            "training step": name,
-            "memory kept": "yes" if kept else "no",
-            "batch": job.batch,
-            "precision": "bf16 autocast" if job.dtype == "bf16" else job.dtype,
-            "memory format": processes[name, kept].job.memory_format,
-            "seconds": mine.spread,
-            "CPU seconds": common.Spread.of([cpu for cpu, _ in used[name, kept]]),
-            "page faults": round(common.Spread.of([faults for _, faults in used[name, kept]]).median),
-            "images/s": mine.per_second(job.batch).median,
-            "peak memory, MB": "" if (peak := peaks[name, kept]) is None else round(peak / 1e6),
-            **{
-                f"times {peer}{', memory kept' if peer_kept else ''}": mine.speedup_over(theirs)
-                for (peer, peer_kept), theirs in taken.items()
-                if peer != OURS
-            },
+        {"training step": name, "memory kept": "yes" if kept else "no", "batch": job.batch}
+        | {"precision": "bf16 autocast" if job.dtype == "bf16" else job.dtype}
+        | {"memory format": processes[name, kept].job.memory_format, "seconds": mine.spread}
+        | {"CPU seconds": common.Spread.of([cpu for cpu, _ in used[name, kept]])}
+        | {"page faults": round(common.Spread.of([faults for _, faults in used[name, kept]]).median)}
+        | {"images/s": mine.per_second(job.batch).median}
+        | {"peak memory, MB": "" if (peak := peaks[name, kept]) is None else round(peak / 1e6)}
+        | {
+            f"times {peer}{', memory kept' if peer_kept else ''}": mine.speedup_over(theirs)
+            for (peer, peer_kept), theirs in taken.items()
+            if peer != OURS
         }
         for (name, kept), mine in taken.items()
     ]
 
 
-def speed(args: argparse.Namespace) -> None:
+def speed(args: argparse.Namespace, run: common.Run) -> None:
     config = idioms.NETWORKS[args.network]
-    run = common.Run(args.device, args.out)
     check(config, args.device)
     names = args.peers or [name for name in TRAINING if name != PLAIN or not installed("diffusers")]
     for precision in args.precision:
@@ -122,20 +117,19 @@ def speed(args: argparse.Namespace) -> None:
         name = "" if args.network == "cifar10-32" else f"{args.network} "
         run.save(f"train_speed {name}{precision}", rows, "a training step: median [quartiles]", **{"left out": missing})
         run.failures += [f"{name}: {reason}" for name, reason in missing.items() if name in able]
-    run.finish()
 
 
 # --------------------------------------------------------------------------------------------------------------- loss
 
 
-def batches(steps: int, n: int) -> list[idioms.Batch]:
+def batches(steps: int, n: int, size: int) -> list[idioms.Batch]:
     from ddpm_fast.training.data import load_dataset, to_unit_range
 
-    dataset = load_dataset("digits", image_size=CIFAR10_32["sample_size"])
+    dataset = load_dataset("digits", image_size=size)
     generator = torch.Generator().manual_seed(0)
     result = []
     for step in range(steps):
-        batch = idioms.Batch(n, CIFAR10_32["sample_size"])
+        batch = idioms.Batch(n, size)
         images, _ = dataset[torch.randint(len(dataset), (n,), generator=generator)]
         batch.x_0 = to_unit_range(images).expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
         batch.t = torch.randint(idioms.SCHEDULE.num_timesteps, (n,), generator=generator)
@@ -164,7 +158,7 @@ def plot_loss(losses: dict[str, list[float]], precision: str) -> Any:
     figure, (above, below) = common.pyplot().subplots(2, figsize=(6.4, 4.8), sharex=True, layout="constrained")
     for (name, values), style in zip(losses.items(), ("-", "--"), strict=True):
         above.plot(values, style, label=name, linewidth=1.5)
-    above.set(ylabel="loss", yscale="log", title=f"cifar10-32, {precision}: the same weights, images and noise")
+    above.set(ylabel="loss", yscale="log", title=f"{precision}: the same weights, images and noise")
     above.legend()
     theirs, ours = losses.values()
     below.plot([abs(a - b) / b for a, b in zip(ours, theirs, strict=True)], color="black", linewidth=1)
@@ -172,52 +166,44 @@ def plot_loss(losses: dict[str, list[float]], precision: str) -> Any:
     return figure
 
 
-def loss_curve(args: argparse.Namespace) -> None:
-    run = common.Run(out=args.out)
-    torch.manual_seed(0)
-    ours = UNet(**CIFAR10_32 | {"dropout": 0.0})  # two libraries cannot draw the same dropout
-    models = {f"{DIFFUSERS} + eager PyTorch": idioms.diffusers_unet(ours), OURS: ours}
-    data = batches(args.steps, args.batch)
-    for precision in args.precision[:1]:
+def loss_curve(args: argparse.Namespace, run: common.Run) -> None:
+    config = idioms.NETWORKS[args.network]
+    data = batches(args.steps, args.batch, config["sample_size"])
+    for precision in args.precision:
+        torch.manual_seed(0)
+        ours = UNet(**config | {"dropout": 0.0})  # two libraries cannot draw the same dropout
+        models = {f"{DIFFUSERS} + eager PyTorch": idioms.diffusers_unet(ours), OURS: ours}
         losses = {name: curve(name, model, data, precision == "bf16") for name, model in models.items()}
         differences = [abs(a - b) for a, b in zip(*losses.values(), strict=True)]
         last = slice(-args.steps // 4, None)
         rows: list[dict[str, object]] = [
-            {
-                "training": name,
-                "batch": args.batch,
-                "precision": precision,
-                "steps": args.steps,
-                "mean loss": sum(values) / len(values),
-                "of the last quarter": sum(values[last]) / len(values[last]),
-                "largest difference": max(differences),
-                "in the first 20 steps": max(differences[:20]),
-            }
+            {"training": name, "batch": args.batch, "precision": precision, "steps": args.steps}
+            | {"mean loss": statistics.fmean(values), "of the last quarter": statistics.fmean(values[last])}
+            | {"largest difference": max(differences), "in the first 20 steps": max(differences[:20])}
             for name, values in losses.items()
         ]
         run.save(f"loss_curve {precision}", rows, "loss of training")
         run.picture(plot_loss(losses, precision), f"loss_curve_{precision}")
-    run.finish()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    commands = common.Commands(__doc__)
-    speeds = commands.add("speed", speed, "time a training step beside the peers")
-    text = "compute in these (both); bf16 is by autocast"
-    speeds.add_argument("--precision", choices=common.DTYPES, nargs="+", default=list(common.DTYPES), help=text)
-    speeds.add_argument("--batch", type=int, default=16, help="train on this many images a step (16)")
-    speeds.add_argument("--rounds", type=int, default=15, help="time this many steps of each, in turns (15)")
-    text = "compare these (all that are installed; torch.compile takes minutes to warm up)"
-    speeds.add_argument("--peers", nargs="+", choices=TRAINING, help=text)
+    parser = common.parser(__doc__)
     formats = list(common.FORMATS)
-    speeds.add_argument("--formats", nargs="+", choices=formats, default=formats, help="try these memory formats (both)")
-    text = "train this (cifar10-32)"
-    speeds.add_argument("--network", choices=idioms.NETWORKS, default="cifar10-32", help=text)
-    loss = commands.add("loss", loss_curve, "compare the loss curves of ddpm_fast and diffusers", device=False)
-    loss.add_argument("--precision", choices=common.DTYPES, nargs=1, default=["float32"], help="compute in this (float32)")
-    loss.add_argument("--batch", type=int, default=4, help="train on this many images a step (4)")
-    loss.add_argument("--steps", type=int, default=200, help="take this many steps (200)")
-    commands.run(arguments)
+    text = "compute in these (speed: both, loss: float32); bf16 is by autocast"
+    parser.add_argument("what", choices=("speed", "loss"), help="measure this")
+    parser.add_argument("--precision", choices=common.DTYPES, nargs="+", help=text)
+    parser.add_argument("--batch", type=int, default=16, help="train on this many images a step (16)")
+    parser.add_argument("--network", choices=idioms.NETWORKS, default="cifar10-32", help="train this (cifar10-32)")
+    parser.add_argument("--rounds", type=int, default=15, help="speed: time this many steps of each, in turns (15)")
+    text = "speed: compare these (all that are installed; torch.compile takes minutes to warm up)"
+    parser.add_argument("--peers", nargs="+", choices=TRAINING, help=text)
+    parser.add_argument("--formats", nargs="+", choices=formats, default=formats, help="speed: try these memory formats (both)")
+    parser.add_argument("--steps", type=int, default=200, help="loss: take this many steps (200)")
+    args = parser.parse_args(arguments)
+    args.precision = args.precision or (list(common.DTYPES) if args.what == "speed" else ["float32"])
+    run = common.Run(args.device, args.out)
+    (speed if args.what == "speed" else loss_curve)(args, run)
+    run.finish()
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from the start of the process to the end of its first evaluation. From the secon
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import math
 import tempfile
@@ -103,23 +102,13 @@ def compare(names: Sequence[str], job: Job, rounds: int, starts: int, missing: d
         peaks = {name: process.peak() for name, process in processes.items()}
     best = min((name for name in times if name != OURS), key=lambda name: times[name].ms, default=None)
     return [
-        {
-            "contestant": name,
-            "best peer": "*" if name == best else "",
-            "batch": job.batch,
-            "size": job.size,
-            "threads": job.threads,
-            "dtype": job.dtype,
-            "ms": taken.ms,
-            "images/s": taken.per_second(job.batch),
-            "32x32 pixels/s": taken.per_second(job.batch * job.size**2 / 1024).median,
-            f"{OURS} is faster by": times[OURS].speedup_over(taken) if OURS in times else "",
-            "relative error": errors[name],
-            "first image, s": common.Spread.of([process.first_image for process in started[name]]),
-            "import and load, s": processes[name].load,
-            "first call, s": processes[name].first_call,
-            "peak memory, MB": "" if (peak := peaks[name]) is None else round(peak / 1e6),
-        }
+        {"contestant": name, "best peer": "*" if name == best else "", "batch": job.batch, "size": job.size}
+        | {"threads": job.threads, "dtype": job.dtype, "ms": taken.ms, "images/s": taken.per_second(job.batch)}
+        | {"32x32 pixels/s": taken.per_second(job.batch * job.size**2 / 1024).median}
+        | {f"{OURS} is faster by": times[OURS].speedup_over(taken) if OURS in times else "", "relative error": errors[name]}
+        | {"first image, s": common.Spread.of([process.first_image for process in started[name]])}
+        | {"import and load, s": processes[name].load, "first call, s": processes[name].first_call}
+        | {"peak memory, MB": "" if (peak := peaks[name]) is None else round(peak / 1e6)}
         for name, taken in times.items()
     ]
 
@@ -155,7 +144,7 @@ def plot(rows: Sequence[dict[str, Any]], title: str) -> Any:
 def main(arguments: Sequence[str] | None = None) -> None:
     dtypes = list(common.DTYPES) if common.has_bf16() else ["float32"]
     threads = [torch.get_num_threads()]
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__, device=False)
     parser.add_argument("--peers", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="compare these (all)")
     text = "compute in these (those that this CPU has instructions for)"
     parser.add_argument("--dtypes", nargs="+", choices=common.DTYPES, default=dtypes, help=text)
@@ -167,7 +156,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, help="keep exported networks and compiled code here")
     parser.add_argument("--quick", action="store_true", help="use batches 1 and 4, 5 rounds and no torch.compile")
     parser.add_argument("--plot", action="store_true", help="draw the picture that docs/benchmarks.md shows")
-    common.add_output(parser, device=False)
     args = parser.parse_args(arguments)
     names = [name for name in args.peers if not (args.quick and name == "torch.compile")]
     batches = args.batches or ([1, 4] if args.quick else [1, 4, 16, 64])

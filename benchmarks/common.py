@@ -393,32 +393,10 @@ def pyplot() -> Any:
     return plot
 
 
-# ------------------------------------------------------------------------------------------------------- command lines
-
-Handler = Callable[[argparse.Namespace], None]
-
-
-class Commands:
-    """A command line with one sub-command per measurement."""
-
-    def __init__(self, doc: str | None) -> None:
-        self.parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-        self.commands = self.parser.add_subparsers(required=True, metavar="COMMAND")
-
-    def add(self, name: str, run: Handler, text: str, *, device: bool = True) -> argparse.ArgumentParser:
-        """Add a sub-command with --out and --device. `text` is its help."""
-        command = self.commands.add_parser(name, help=text, description=text)
-        command.set_defaults(run=run)
-        add_output(command, device=device)
-        return command
-
-    def run(self, arguments: Sequence[str] | None = None) -> None:
-        args = self.parser.parse_args(arguments)
-        args.run(args)
-
-
-def add_output(parser: argparse.ArgumentParser, *, device: bool = True) -> None:
-    """Add the options --out and --device."""
-    parser.add_argument("--out", type=Path, help="write this JSON file (benchmarks/results/<device>.json)")
+def parser(doc: str | None, *, device: bool = True) -> argparse.ArgumentParser:
+    """Return a parser with the options --out and --device."""
+    result = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.add_argument("--out", type=Path, help="write this JSON file (benchmarks/results/<device>.json)")
     if device:
-        parser.add_argument("--device", default="cpu", help="run on this device (cpu)")
+        result.add_argument("--device", default="cpu", help="run on this device (cpu)")
+    return result

@@ -209,14 +209,10 @@ def measure(name: str, samplers: Samplers, batch: int, args: argparse.Namespace,
             timers[peer] = partial(seconds_of, sampler, batch, args.device)
     times = common.take_turns(timers, args.rounds)
     rows: list[dict[str, object]] = [
-        {
-            "sampler": peer,
-            **{"model": name, "batch": batch, "steps": args.steps, "dtype": args.dtype},
-            "memory format": samplers.formats[peer],
-            "images/s": taken.per_second(batch),
-            "ms a step": 1e3 * taken.spread.median / args.steps,
-            **{f"times {other}": taken.speedup_over(times[other]) for other in times if other != OURS},
-        }
+        {"sampler": peer, "model": name, "batch": batch, "steps": args.steps, "dtype": args.dtype}
+        | {"memory format": samplers.formats[peer], "images/s": taken.per_second(batch)}
+        | {"ms a step": 1e3 * taken.spread.median / args.steps}
+        | {f"times {other}": taken.speedup_over(times[other]) for other in times if other != OURS}
         for peer, taken in times.items()
     ]
     run.save(f"sample_speed {name} {args.dtype} batch {batch}", rows, "ancestral sampling: median [quartiles]")
@@ -242,7 +238,7 @@ def plot(rows: list[dict[str, Any]], title: str) -> Any:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__)
     text = "take builtin (default), a model's folder, or random weights: cifar10-32, 256x256, small, tiny"
     parser.add_argument("--model", nargs="+", default=["builtin"], help=text)
     parser.add_argument("--batch", type=int, nargs="+", default=[16], help="sample this many images at once (16)")
@@ -252,7 +248,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--compile", nargs="*", default=[], metavar="MODE", help="compare with these modes of torch.compile")
     parser.add_argument("--seconds", type=float, default=3600, help="begin no comparison after this many seconds (3600)")
     parser.add_argument("--plot", action="store_true", help="draw the picture that docs/benchmarks.md shows")
-    common.add_output(parser)
     args = parser.parse_args(arguments)
 
     deadline = time.monotonic() + args.seconds
