@@ -48,8 +48,10 @@ def test_a_rehearsal_goes_through_all_phases(tmp_path: Path, monkeypatch: pytest
     """With torch and numpy alone, as on a machine without diffusers."""
     for module in (peers, gpu_check):
         monkeypatch.setattr(module, "installed", lambda name: name in ("torch", "pytest"))
-    monkeypatch.setattr("sample_speed.installed", lambda name: False)
-    monkeypatch.setattr("benchmark_training.installed", lambda name: False)
+    for module in ("sample_speed", "benchmark_training"):
+        monkeypatch.setattr(f"{module}.installed", lambda name: False)
+    for module in ("PIL", "click", "diffusers", "matplotlib", "safetensors", "tqdm.auto"):
+        monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.setattr(gpu_check.signal, "signal", lambda *_: None)
     out = tmp_path / "out.json"
     status = gpu_check.main(["--dry-run", "--out", str(out)])
