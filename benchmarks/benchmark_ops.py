@@ -46,7 +46,6 @@ LAYOUTS = {
     "group_norm_affine": ("channels_last",),
     "conv3x3": ("channels_last",),
 }  # the others see memory as it lies
-ONLY = {"apex": ("group_norm_silu", "channels_last"), "liger": ("group_norm_silu", "contiguous")}
 BATCHED = ("x", "x_0", "x_t", "model_output", "shift", "t", "seeds", "qkv")
 FEW = 2  # distinct samples of a batch
 SMALL_BATCH, LARGE_BATCH = (16, 3, 32, 32), (256, 3, 256, 256)
@@ -81,8 +80,6 @@ class Work:
         """Return why a peer cannot take part, or None."""
         if peer in BACKENDS:
             return why_not(peer, self.case.op, torch.device(device), common.DTYPES[self.dtype])
-        if ONLY.get(peer, (self.case.op, self.layout)) != (self.case.op, self.layout):
-            return f"{peer} has no {self.case.op} in {self.layout}"
         return OPS[peer].why_not(self.dtype)
 
 
@@ -157,7 +154,7 @@ def deciding(device: str, tiny: bool = False) -> Iterator[Work]:
     for work in product([*norm_cases, *elementwise_cases(pictures)], ("bf16", "float32")):
         is_norm = work.case.op == "group_norm_silu"
         sampled = work.dtype == "bf16" and work.layout == "channels_last"  # as in sampling; to compile takes seconds each
-        slow = ("triton", "compile", "apex") if is_norm and sampled and not tiny else ()
+        slow = ("triton", "compile") if is_norm and sampled and not tiny else ()
         yield replace(work, peers=("native", "eager", *slow))
         if not is_norm:  # noise is drawn in C, H, W order, which takes another kernel in channels_last
             yield replace(work, layout="channels_last", peers=("native", "eager"))

@@ -35,7 +35,7 @@ ROOT = HERE.parent
 TOTAL_SECONDS = 540.0  # the rest of ten minutes is for copying the results
 sys.path.insert(0, str(ROOT))  # the package need not be installed
 
-OPTIONAL = ("triton", "pytest", "diffusers", "apex", "nvcc", "compute-sanitizer")  # phases do without, or are skipped
+OPTIONAL = ("triton", "pytest", "diffusers", "nvcc", "compute-sanitizer")  # phases do without, or are skipped
 SAMPLED = {"cifar10-32": 64, "256x256": 8}  # network -> batch
 
 
@@ -171,9 +171,8 @@ def why_old_driver(nvcc: str) -> str | None:
     if toolkit is None or number.value == 0 or number.value // 1000 >= int(toolkit[1]):
         return None
     driver = f"{number.value // 1000}.{number.value % 1000 // 10}"
-    return (
-        f"the driver supports CUDA {driver}, older than the toolkit's {toolkit[1]}.{toolkit[2]}: update it or use nvcc {driver}"
-    )
+    newer = f"{toolkit[1]}.{toolkit[2]}"
+    return f"the driver supports CUDA {driver}, older than the toolkit's {newer}: update it or use nvcc {driver}"
 
 
 def build(check: Check, seconds: float) -> Outcome:
@@ -244,10 +243,8 @@ class Share:
 def run_share(first: int, step: int, device: str, log: Path) -> int:
     import pytest
 
-    selected = (
-        ["-m", "gpu and not slow", "tests"] if device == "cuda" else ["-m", "not gpu and not slow", "tests/ops/test_noise.py"]
-    )
-    options = ["--full", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", *selected]
+    marks, path = ("gpu and not slow", "tests") if device == "cuda" else ("not gpu and not slow", "tests/ops/test_noise.py")
+    options = ["--full", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", "-m", marks, path]
     status = int(pytest.main(options, plugins=[Share(first, step, log)]))
     return 0 if status == 5 else status  # 5: this share has no test
 
@@ -302,7 +299,7 @@ def sanitizer(check: Check, seconds: float) -> Outcome:
 def launch_every_op(device: str) -> int:
     """Call every case's native kernels once, forward and backward, and return how many calls there were."""
     import common
-    from benchmark_ops import BACKWARD, LAYOUTS, Work, backward, forward
+    from benchmark_ops import BACKWARD, Work, backward, forward
     from peers import OPS
 
     from ddpm_fast.testing import CASES, make_call
@@ -310,7 +307,7 @@ def launch_every_op(device: str) -> int:
     calls = 0
     for case in CASES:
         for dtype in common.DTYPES:
-            for layout in LAYOUTS.get(case.op, ("contiguous",)):
+            for layout in common.FORMATS if len(case.shape) == 4 else ("contiguous",):
                 if case.benchmark or Work(case, dtype, layout).why_missing("native", device) is not None:
                     continue
                 call = make_call(case, common.DTYPES[dtype], device, channels_last=layout == "channels_last")

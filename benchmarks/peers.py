@@ -64,10 +64,7 @@ class Peer:
 
 
 def installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ImportError:  # the package above it is missing
-        return False
+    return importlib.util.find_spec(module) is not None
 
 
 def split(table: Mapping[str, Peer], names: Iterable[str], dtype: str) -> tuple[list[str], dict[str, str]]:
@@ -145,48 +142,11 @@ def compiled(function: Callable[..., Any], mode: str | None = None) -> Callable[
     return torch.compile(function, mode=mode, dynamic=False)
 
 
-def _apex(call: Call, case: Case) -> Function:
-    """Group norm and SiLU in one kernel of apex, the shift before them in one of PyTorch. It needs channels_last."""
-    import torch
-    from apex.contrib.group_norm import GroupNorm
-
-    options = call.arguments
-    norm = GroupNorm(
-        *(options["num_groups"], options["x"].shape[1], options["eps"]),
-        device=options["x"].device,
-        act=options["activation"] or "",
-    )
-
-    def apex(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None = None) -> Tensor:
-        x = x if shift is None else x + shift[:, :, None, None]
-        y: Tensor = torch.func.functional_call(norm, {"weight": weight, "bias": bias}, (x,))
-        return y
-
-    return apex
-
-
-def _liger(call: Call, case: Case) -> Function:
-    """Group norm in one kernel of Liger, what is before and after it in PyTorch. It needs contiguous tensors."""
-    import torch
-    from liger_kernel.ops.group_norm import LigerGroupNormFunction
-
-    groups, eps, activation = (call.arguments[name] for name in ("num_groups", "eps", "activation"))
-
-    def liger(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None = None) -> Tensor:
-        x = x if shift is None else x + shift[:, :, None, None]
-        y: Tensor = LigerGroupNormFunction.apply(x, weight, bias, x.shape[1], groups, eps)
-        return y if activation is None else torch.nn.functional.silu(y)
-
-    return liger
-
-
 OPS = {
     "native": Peer(_backend("native")),
     "triton": Peer(_backend("triton"), ("triton",)),
     "eager": Peer(eager_op),
     "compile": Peer(lambda call, case: compiled(eager_op(call, case))),
-    "apex": Peer(_apex, ("apex.contrib.group_norm",)),
-    "liger": Peer(_liger, ("liger_kernel.ops.group_norm",)),
 }
 
 # ---------------------------------------------------------------------------------------------------------- networks

@@ -34,8 +34,8 @@ def test_an_image_is_the_same_in_any_batch(job: Job) -> None:
 
 
 def test_why_a_peer_is_missing() -> None:
-    table = {"a": Peer(print, ("torch", "no_such.module")), "b": Peer(print, dtypes=("float32",)), "c": Peer(print)}
-    assert peers.split(table, "abc", "bf16") == (["c"], {"a": "no_such.module not installed", "b": "has no bf16"})
+    table = {"a": Peer(print, ("torch", "no_such_module")), "b": Peer(print, dtypes=("float32",)), "c": Peer(print)}
+    assert peers.split(table, "abc", "bf16") == (["c"], {"a": "no_such_module not installed", "b": "has no bf16"})
 
 
 def test_peers_are_in_the_extra() -> None:
