@@ -70,9 +70,9 @@ test-all:  ## run all tests: slow ones, full products of parameters, benchmarks/
 
 bench:  ## measure sampling, and every op beside its peers
 	$(RUN) benchmarks/sample_speed.py
-	$(RUN) -m pytest benchmarks/test_ops.py --benchmark-enable
+	$(RUN) benchmarks/benchmark_ops.py cases
 
-gpu-check:  ## build, test and measure on a machine with an NVIDIA GPU, written to take ten minutes
+gpu-check:  ## build, test and measure on a machine with an NVIDIA GPU, in nine minutes
 	$(if $(wildcard $(RUN)),$(RUN),$(PYTHON)) benchmarks/gpu_check.py
 
 # Only docs/hooks.py and the docstrings are read, so nothing is compiled.

@@ -16,11 +16,10 @@ The Frechet distance depends on N and on the classifier: compare figures of one 
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -39,6 +38,7 @@ from ddpm_fast.nn.checkpoint import check_weights
 from ddpm_fast.pretrained import BUILTIN, Pretrained, load_folder
 from ddpm_fast.training.data import FASHION_MNIST_CLASSES, load_dataset, to_unit_range
 
+# Everything that decides the classifier's weights, up to rounding. Its file holds it, too.
 RECIPE: Final[dict[str, Any]] = {
     "version": 1,
     "data": "fashion-mnist, 32x32",
@@ -51,11 +51,7 @@ RECIPE: Final[dict[str, Any]] = {
     "weight_decay": 0.05,
     "seed": 0,
 }
-"""Everything that decides the classifier's weights, up to rounding. It is stored in the classifier's file."""
-
-LEAST_ACCURACY: Final = 0.91
-"""The least accuracy on the 10,000 test images with which a classifier is accepted."""
-
+LEAST_ACCURACY: Final = 0.91  # of a classifier, on the 10,000 test images
 CLASSES: Final = len(FASHION_MNIST_CLASSES)
 REAL_PER_CLASS: Final = 100
 DISTANCE: Final = "Frechet distance (classifier features)"
@@ -71,10 +67,9 @@ METHODS: Final = {
 
 
 class Classifier(nn.Module):
-    """A small CNN for grey 32x32 images in [-1, 1]."""
+    """A small CNN for grey 32x32 images in [-1, 1]. It returns logits [N, 10] and penultimate features [N, 64]."""
 
     def __init__(self) -> None:
-        """Build the layers that RECIPE names, with PyTorch's default initialization."""
         super().__init__()
         layers: list[nn.Module] = []
         before = 1
@@ -90,25 +85,12 @@ class Classifier(nn.Module):
         self.head = nn.Linear(RECIPE["features"], CLASSES)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute class logits.
-
-        Args:
-            images: Grey images, float32 [N, 1, 32, 32] in [-1, 1].
-
-        Returns:
-            Logits [N, 10] and penultimate features [N, 64].
-        """
         features = self.body(images)
         return self.head(features), features
 
 
 class Measured(NamedTuple):
-    """The classifier's output for a set of images.
-
-    Attributes:
-        predicted: The predicted classes, int64 [N].
-        features: The penultimate features, float64 [N, 64].
-    """
+    """Predicted classes, int64 [N], and penultimate features, float64 [N, 64], of a set of images."""
 
     predicted: Tensor
     features: Tensor
@@ -127,13 +109,7 @@ def measure(classifier: Classifier, images: Tensor, batch: int = 500) -> Measure
 
 
 def train_classifier(images: Tensor, labels: Tensor, recipe: Mapping[str, Any] = RECIPE) -> Classifier:
-    """Train a classifier by the recipe.
-
-    Args:
-        images: Training images, uint8 [N, 1, 32, 32].
-        labels: Their classes, int64 [N] in 0..9.
-        recipe: RECIPE, or the same keys: epochs, batch, learning rate, weight decay and seed.
-    """
+    """Train a classifier by the recipe on uint8 images [N, 1, 32, 32] of classes int64 [N]."""
     batch, epochs = recipe["batch"], recipe["epochs"]
     generator = torch.Generator().manual_seed(recipe["seed"])
     with torch.random.fork_rng(devices=[]):
@@ -195,27 +171,31 @@ def default_classifier() -> Path:
     return cache / "ddpm_fast" / f"fashion-mnist-classifier-{digest}.safetensors"
 
 
-def check_accuracy(accuracy: float, path: Path) -> None:
-    """Raise a ValueError if a classifier is too weak to measure with."""
+def trained_classifier(path: Path, test_images: Tensor, test_labels: Tensor) -> tuple[Classifier, Measured]:
+    """Read the classifier, or train it into the file. Return it with what it makes of the test images.
+
+    Raises:
+        ValueError: It is too weak to measure with.
+    """
+    if path.is_file():
+        classifier = load_classifier(path)
+    else:
+        train = load_dataset("fashion-mnist")
+        classifier = train_classifier(*train[torch.arange(len(train))])
+    measured = measure(classifier, test_images)
+    accuracy = measured.accuracy(test_labels)
     if not accuracy >= LEAST_ACCURACY:
         raise ValueError(
             f"benchmark_quality: expected the classifier's accuracy on test images to be at least {LEAST_ACCURACY}, "
             f"got {accuracy:.4f} from {str(path)!r}"
         )
-
-
-# --------------------------------------------------------------------------------------------------------- real images
+    if not path.is_file():
+        save_classifier(path, classifier)
+    return classifier, measured
 
 
 def split_real(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Split test images into the first 100 of each class and the others.
-
-    Args:
-        labels: Classes of the test images, int64 [N] in 0..9.
-
-    Returns:
-        Indices of the real images to measure, and of the reference. Both int64, ascending, disjoint.
-    """
+    """Return the indices of the first 100 test images of each class, which are measured, and of the others, the reference."""
     chosen = torch.zeros(len(labels), dtype=torch.bool)
     for label in range(CLASSES):
         chosen[(labels == label).nonzero().flatten()[:REAL_PER_CLASS]] = True
@@ -261,9 +241,8 @@ def load_model(name: str, device: str) -> Pretrained:
     return loaded
 
 
-def main() -> None:
-    """Run the benchmark on the command line's arguments."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = common.parser(__doc__)
     parser.add_argument("--model", default="builtin", help="take builtin (default) or a model's or training run's folder")
     methods = "; ".join(f"{name}: {text}" for name, text in METHODS.items())
     parser.add_argument("--samplers", nargs="+", default=SAMPLERS, metavar="METHOD:STEPS", help=f"measure these. {methods}")
@@ -271,74 +250,43 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=50, help="draw this many images at once (50)")
     parser.add_argument("--seed", type=int, default=0, help="seed the noise of the images (0)")
     parser.add_argument("--dtype", choices=common.DTYPES, default="float32", help="run the network in this dtype (float32)")
-    parser.add_argument("--device", default="cpu", help="sample on this device (cpu)")
-    parser.add_argument("--threads", type=int, help="use this many CPU threads")
     parser.add_argument("--classifier", type=Path, help="read this classifier, or train it into this file if absent")
     parser.add_argument("--grids", type=Path, help="save the first 100 images of each sampler into this folder, as PNG")
-    parser.add_argument("--out", type=Path, help="write this JSON file (benchmarks/results/<device>.json)")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.num <= RECIPE["features"]:
         parser.error(f"--num: expected more images than the {RECIPE['features']} features, got {args.num}")
-    if args.threads:
-        torch.set_num_threads(args.threads)
 
     loaded = load_model(args.model, args.device)
     plans = {sampler: build_plan(loaded, sampler) for sampler in args.samplers}
-    path = args.classifier or default_classifier()
-    if path.is_file():
-        classifier = load_classifier(path)
-    else:
-        train = load_dataset("fashion-mnist")
-        classifier = train_classifier(*train[torch.arange(len(train))])
     test = load_dataset("fashion-mnist", split="test")
     images, labels = test[torch.arange(len(test))]
-    of_test = measure(classifier, images)
-    check_accuracy(of_test.accuracy(labels), path)
-    if not path.is_file():
-        save_classifier(path, classifier)
-
-    machine = common.machine(args.device)
-    machine["classifier"] = {
-        "test accuracy": round(of_test.accuracy(labels), 4),
-        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-        "recipe": RECIPE,
-    }
-    common.print_machine(machine)
+    path = args.classifier or default_classifier()
+    classifier, of_test = trained_classifier(path, images, labels)
+    run = common.Run(args.device, args.out)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    about = {"test accuracy": round(of_test.accuracy(labels), 4), "sha256": digest, "recipe": RECIPE}
     real, others = split_real(labels)
-    reference = of_test.features[others]
 
     def row(name: str, steps: int | None, measured: Measured, wanted: Tensor, seed: int | None) -> dict[str, object]:
-        return {
-            "images": name,
-            "steps": steps,
-            "N": len(wanted),
-            "seed": seed,
-            "accuracy": measured.accuracy(wanted),
-            DISTANCE: frechet_distance(measured.features, reference),
-        }
+        distance = frechet_distance(measured.features, of_test.features[others])
+        found = {"accuracy": measured.accuracy(wanted), DISTANCE: distance}
+        return {"images": name, "steps": steps, "N": len(wanted), "seed": seed} | found
 
     rows = [row("real images", None, Measured(of_test.predicted[real], of_test.features[real]), labels[real], None)]
     wanted = torch.arange(args.num) % CLASSES
-    out = args.out or common.default_output(args.device)
     name = args.model if args.model == "builtin" else Path(args.model).name
-    section = f"benchmark_quality {name} {args.dtype} N={args.num} seed {args.seed}"
     for sampler, plan in plans.items():
         print(f"\n{sampler}, {args.num} images", flush=True)
-        drawn = sample(
-            *(loaded.model, plan, args.num),
-            seed=args.seed,
-            class_labels=wanted,
-            batch_size=args.batch,
-            dtype=common.DTYPES[args.dtype],
-        ).cpu()
+        options = {"class_labels": wanted, "batch_size": args.batch, "dtype": common.DTYPES[args.dtype]}
+        drawn = sample(loaded.model, plan, args.num, seed=args.seed, **options).cpu()
         if args.grids:
             save_grid(drawn[:100], args.grids / f"{name}_{sampler.replace(':', '_')}_seed{args.seed}.png", columns=CLASSES)
         method = METHODS[sampler.partition(":")[0]]
         rows.append(row(method, plan.num_steps, measure(classifier, to_uint8(drawn)), wanted, args.seed))
-        common.record(out, section, machine, rows, quiet=True)  # a run that is stopped keeps what is done
-    title = f"{name}, {args.dtype}: N={args.num} images a row, reference: {len(reference)} test images"
-    common.print_table(title, [{key: "" if value is None else value for key, value in row.items()} for row in rows])
-    print(f"\nwritten: {out}")
+        # A run that is stopped keeps what is done.
+        run.save(f"benchmark_quality {name} {args.dtype} N={args.num} seed {args.seed}", rows, classifier=about)
+    common.print_table(f"{name}, {args.dtype}: {args.num} images a row, reference: {len(others)} test images", rows)
+    run.finish()
 
 
 if __name__ == "__main__":

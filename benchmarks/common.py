@@ -1,12 +1,15 @@
-"""What the benchmarks share: parity before speed, interleaved timing, and the record of a run.
+"""Parts that all benchmarks share: parity before speed, interleaved timing, and the record of a run.
 
-Contestants take turns in one process, round by round, so that a machine that changes its speed changes it for all of them.
-What is quoted is a ratio: the median over the rounds of (peer's time / our time), with its quartiles.
+Peers take turns in one process, round by round, so a machine that changes its speed changes it for all of them.
+A reported ratio is the median over the rounds of (peer's time / our time), with its quartiles.
 """
 
 from __future__ import annotations
 
+import argparse
+import functools
 import gc
+import hashlib
 import json
 import math
 import os
@@ -16,31 +19,29 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from ddpm_fast.atomic import write_json
+from ddpm_fast.atomic import replacing, write_json
 from ddpm_fast.inference import cuda_graph
 from ddpm_fast.ops import backend
 
 ROOT = Path(__file__).resolve().parent
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
-
-
-# ------------------------------------------------------------------------------------------------------------- parity
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
 def require_parity(what: str, got: Tensor, baseline: Tensor, truth: Tensor, *, factor: float = 2) -> None:
-    """Stops the benchmark unless `got` is as right as `baseline`: no speed of wrong results.
+    """Raise an AssertionError unless `got` is as accurate as `baseline`: wrong results have no speed.
 
     The root-mean-square error against `truth` (float64) may be `factor` times the baseline's, or a rounding of the largest
     value.
@@ -72,7 +73,7 @@ class Spread(NamedTuple):
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds a call, one value a round."""
+    """Seconds per call, one value per round."""
 
     rounds: tuple[float, ...]
 
@@ -81,20 +82,34 @@ class Times:
         return Spread.of(self.rounds)
 
     @property
-    def ms(self) -> float:
-        return 1e3 * self.spread.median
+    def ms(self) -> Spread:
+        return Spread.of([1e3 * seconds for seconds in self.rounds])
 
-    def per_second(self, things: int) -> Spread:
-        """Of calls that make `things` each."""
+    def per_second(self, things: float) -> Spread:
+        """Return how many things a second calls make that each make `things`."""
         return Spread.of([things / seconds for seconds in self.rounds])
 
     def speedup_over(self, peer: Times) -> Spread:
-        """How many times faster than `peer`, from the ratio of each round."""
+        """Return how many times faster this is than `peer`, from the ratio of each round."""
         return Spread.of([theirs / ours for theirs, ours in zip(peer.rounds, self.rounds, strict=True)])
 
 
+Name = TypeVar("Name", bound=Hashable)
+
+
+def take_turns(timers: Mapping[Name, Callable[[], float]], rounds: int) -> dict[Name, Times]:
+    """Call each timer once a round, in an order that rotates."""
+    names = list(timers)
+    times: dict[Name, list[float]] = {name: [] for name in names}
+    for i in range(rounds):
+        turn = i % len(names)
+        for name in names[turn:] + names[:turn]:
+            times[name].append(timers[name]())
+    return {name: Times(tuple(values)) for name, values in times.items()}
+
+
 def compare(
-    contestants: Mapping[str, Callable[[], object]],
+    functions: Mapping[str, Callable[[], object]],
     device: torch.device | str = "cpu",
     *,
     seconds: float = 1.0,
@@ -102,21 +117,23 @@ def compare(
     max_rounds: int = 99,
     warm: bool = False,
 ) -> dict[str, Times]:
-    """Times every contestant once a round, in an order that rotates.
+    """Time every function once a round, in an order that rotates.
 
     Args:
-        contestants: name -> a call. Each is warmed up first (compilation, threads, caches).
-        device: CPU calls are repeated for about a millisecond a round, so caches are as warm as the tensors are small. CUDA
-            calls are timed singly by events, with a cold L2.
-        seconds: what all rounds should take together; there are at least `min_rounds`.
-        warm: all is warmed up already, and a call takes long: no more than `min_rounds` calls are made.
+        functions: Calls by name. Each is warmed up first.
+        device: CPU calls are repeated for about a millisecond a round, so caches are as warm as the tensors are small.
+            CUDA calls are timed one by one by events, with a cold L2.
+        seconds: Time for all rounds together.
+        min_rounds: The least number of rounds.
+        max_rounds: The largest number of rounds.
+        warm: Skip the warm-up and make `min_rounds` calls, for calls that take long.
     """
     device = torch.device(device)
-    calls = dict.fromkeys(contestants, 1)
+    calls = dict.fromkeys(functions, 1)
     rounds = min_rounds
     if not warm:
         expected = 0.0
-        for name, function in contestants.items():
+        for name, function in functions.items():
             _time(function, 1, device)
             estimate = min(_time(function, 1, device) for _ in range(4))
             calls[name] = 1 if device.type == "cuda" else math.ceil(1e-3 / estimate)
@@ -125,40 +142,26 @@ def compare(
     gc.collect()
     gc.disable()
     try:
-        timers = {name: partial(_time, function, calls[name], device) for name, function in contestants.items()}
-        return take_turns(timers, rounds)
+        return take_turns({name: partial(_time, call, calls[name], device) for name, call in functions.items()}, rounds)
     finally:
         gc.enable()
 
 
-def warn_if_unsteady(times: Mapping[str, Times]) -> bool:
-    """Say so if the quartiles of any contestant are far apart: medians of different rounds then contradict the ratios."""
-    spreads = {name: taken.spread for name, taken in times.items()}
-    unsteady = [name for name, spread in spreads.items() if spread.high > 1.3 * spread.low]
-    if unsteady:
-        print(
-            f"\nThese times are unsteady ({', '.join(unsteady)}): another program probably used the machine. "
-            "Close it and repeat. The ratios, taken round by round, are more reliable than the speeds."
-        )
-    return bool(unsteady)
-
-
-def take_turns(timers: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, Times]:
-    """What every contestant says it took, once a round, in an order that rotates."""
-    names = list(timers)
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for i in range(rounds):
-        turn = i % len(names)
-        for name in names[turn:] + names[:turn]:
-            times[name].append(timers[name]())
-    return {name: Times(tuple(values)) for name, values in times.items()}
+def fastest_format(
+    make: Callable[[torch.memory_format], Callable[[], object]], device: torch.device | str
+) -> tuple[str, Callable[[], object]]:
+    """Return the memory format in which the call that `make` returns is fastest, and that call, warmed up."""
+    candidates = {name: make(memory_format) for name, memory_format in FORMATS.items()}
+    for call in candidates.values():
+        call()
+    times = compare(candidates, device, warm=True, min_rounds=3)
+    best = min(times, key=lambda name: times[name].ms)
+    return best, candidates[best]
 
 
 def _time(function: Callable[[], object], calls: int, device: torch.device) -> float:
-    """Seconds a call, of `calls` calls in a row."""
     if device.type == "cuda":
-        # Writing a buffer larger than L2 evicts the inputs, and keeps the GPU busy while the host enqueues the call.
-        _eviction_buffer(device).zero_()
+        _evict(device)
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         for _ in range(calls):
@@ -172,54 +175,40 @@ def _time(function: Callable[[], object], calls: int, device: torch.device) -> f
     return (time.perf_counter() - began) / calls
 
 
-def graphed(function: Callable[[], object], stream: torch.cuda.Stream, calls: int = 1) -> Callable[[], object]:
-    """Replays `calls` calls in a row, recorded as a CUDA graph: the time is the GPU's alone, however slow the host.
+_eviction: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+
+def _evict(device: torch.device) -> None:
+    """Read a buffer larger than L2, which keeps the GPU busy while the host enqueues the call.
+
+    Writing it would leave dirty lines, and the timed call would pay for their write-back.
+    """
+    if device not in _eviction:
+        _eviction[device] = torch.ones(1 << 26, device=device), torch.empty((), device=device)
+    buffer, target = _eviction[device]
+    torch.sum(buffer, 0, out=target)
+
+
+def graphed(function: Callable[[], object], stream: torch.cuda.Stream) -> Callable[[], object]:
+    """Return a replay of the call as a CUDA graph: its time is the GPU's alone.
 
     Raises:
-        CaptureError: they cannot be recorded.
+        CaptureError: The call cannot be captured.
     """
-
-    def run() -> None:
-        for _ in range(calls):
-            function()
-
-    return cuda_graph.capture(run, run, stream, torch.cuda.graph_pool_handle())
+    return cuda_graph.capture(function, function, stream, torch.cuda.graph_pool_handle())
 
 
-def host_seconds(function: Callable[[], object], calls: int = 100) -> float:
-    """What the host spends on a call, the GPU aside."""
-    torch.cuda.synchronize()
-    began = time.perf_counter()
-    for _ in range(calls):
-        function()
-    seconds = (time.perf_counter() - began) / calls
-    torch.cuda.synchronize()
-    return seconds
-
-
-_eviction_buffers: dict[torch.device, Tensor] = {}
-
-
-def _eviction_buffer(device: torch.device) -> Tensor:
-    if device not in _eviction_buffers:
-        _eviction_buffers[device] = torch.empty(1 << 28, dtype=torch.uint8, device=device)
-    return _eviction_buffers[device]
+def synchronize(device: torch.device | str) -> None:
+    """Wait for the device."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def copy_of(num_bytes: int, device: torch.device | str = "cpu") -> Callable[[], object]:
-    """A call that moves `num_bytes`, half of them read and half written: the floor of an op that has to move as many."""
+    """Return a call that reads and writes `num_bytes` in all: the floor of an op that must move as many."""
     source = torch.zeros(max(1, num_bytes // 8), device=device)
     target = torch.ones_like(source)
     return lambda: target.copy_(source)
-
-
-def copy_bandwidth(num_bytes: int, device: torch.device | str = "cpu") -> float:
-    """Bytes a second of a copy that moves `num_bytes`."""
-    return num_bytes / compare({"copy": copy_of(num_bytes, device)}, device, seconds=0.2)["copy"].spread.median
-
-
-def geometric_mean(values: Iterable[float]) -> float:
-    return statistics.geometric_mean(list(values))
 
 
 # ------------------------------------------------------------------------------------------------------------- record
@@ -228,11 +217,8 @@ def geometric_mean(values: Iterable[float]) -> float:
 def device_name(device: torch.device | str) -> str:
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    model = re.search(r"^model name\s*:\s*(.*\S)", _cpuinfo(), re.MULTILINE)
+    return model[1] if model else platform.processor() or platform.machine()
 
 
 def cores() -> int:
@@ -240,7 +226,7 @@ def cores() -> int:
 
 
 def instruction_set() -> str:
-    """Of the native kernels; without them, of PyTorch's."""
+    """Return the instruction set of the native kernels, or without them of PyTorch's."""
     isa: str = (
         backend.native().build_info()["isa"] if backend.native_error() is None else torch.backends.cpu.get_cpu_capability()
     )
@@ -248,21 +234,29 @@ def instruction_set() -> str:
 
 
 def has_bf16() -> bool:
-    """Whether this CPU has instructions that multiply bf16 (Linux)."""
+    """Return whether this CPU has instructions that multiply bf16 (Linux)."""
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(_cpuinfo().split())
+
+
+@functools.cache
+def _cpuinfo() -> str:
     with suppress(OSError):
-        words = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
-        return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(words)
-    return False
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    return ""
 
 
+@functools.cache
 def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
-    """What a figure depends on."""
+    """Return what a figure depends on."""
     missing = backend.native_error()
     libraries = {}
     for name in ("torch", "triton", "diffusers", "openvino", "onnxruntime"):
         with suppress(PackageNotFoundError):
             libraries[name] = version(name)
-    bandwidth = {"256 MB": 2 << 27, "1 MB": 1 << 20}
+    bandwidth = {}
+    for name, size in {"256 MB": 2 << 27, "1 MB": 1 << 20}.items():
+        taken = compare({"copy": copy_of(size, device)}, device, seconds=0.2)["copy"]
+        bandwidth[name] = round(size / taken.spread.median / 1e9, 1)
     return {
         "device": device_name(device),
         "cpu_cores": cores(),
@@ -276,7 +270,7 @@ def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
         "commit": commit(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "load_average": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
-        "copy_gb_per_s": {name: round(copy_bandwidth(size, device) / 1e9, 1) for name, size in bandwidth.items()},
+        "copy_gb_per_s": bandwidth,
     }
 
 
@@ -297,7 +291,7 @@ def _card(device: torch.device | str) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """Of the source that runs; "+" if it was changed since (results aside)."""
+    """Return the commit of the sources, with "+" if they changed since (results aside). Without git, their digest."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", "-C", ROOT, *arguments], check=True, capture_output=True, text=True).stdout.strip()
@@ -305,11 +299,13 @@ def commit() -> str:
     try:
         return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--", "..", ":!results") else "")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        files = [path for folder in ("csrc", "ddpm_fast") for path in (ROOT.parent / folder).rglob("*")]
+        text = b"".join(path.read_bytes() for path in sorted(files) if path.suffix in {".py", ".cpp", ".cu", ".h"})
+        return f"sources {hashlib.sha256(text).hexdigest()[:12]}"
 
 
 def default_output(device: torch.device | str) -> Path:
-    """benchmarks/results/<device>.json; a CPU goes by its model, its cores, and the instruction set that is used."""
+    """Return benchmarks/results/<device>.json. A CPU goes by model, cores and instruction set."""
     name = device_name(device)
     if torch.device(device).type == "cpu":
         name = f"{name} {cores()} cores {instruction_set()}"
@@ -317,13 +313,8 @@ def default_output(device: torch.device | str) -> Path:
     return ROOT / "results" / f"{'-'.join(words)}.json"
 
 
-def print_machine(description: Mapping[str, Any]) -> None:
-    for key, value in description.items():
-        print(f"{key:>16}  {value}")
-
-
 def print_table(title: str, rows: Sequence[Mapping[str, object]]) -> None:
-    """Rows with the same keys, which head the columns."""
+    """Print rows that have the same keys, which head the columns."""
     cells = [list(rows[0])] + [[_cell(value) for value in row.values()] for row in rows]
     widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
     print(f"\n{title}")
@@ -333,50 +324,81 @@ def print_table(title: str, rows: Sequence[Mapping[str, object]]) -> None:
 
 
 def _cell(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def record(
-    path: Path,
-    benchmark: str,
-    description: Mapping[str, Any],
-    rows: Sequence[Mapping[str, object]],
-    *,
-    quiet: bool = False,
-) -> None:
-    """Puts one benchmark's table into a JSON file, beside those of the others; the file is never half written."""
-    results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    results[benchmark] = {"machine": dict(description), "rows": [_json(row) for row in rows]}
-    write_json(path, results)
-    if not quiet:
-        print(f"\nwritten: {path}")
+def _json(value: object) -> object:
+    if isinstance(value, Spread):
+        return {key: _json(number) for key, number in value._asdict().items()}
+    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
-def save_picture(figure: Any, path: Path) -> None:
-    """Of matplotlib's pyplot, which forgets it."""
-    from matplotlib import pyplot
+class Run:
+    """Results of a benchmark: the machine that they depend on, and the JSON file that holds them.
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
-    print(f"written: {path}")
+    Args:
+        device: Device that is measured.
+        out: JSON file. None: benchmarks/results/<device>.json.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu", out: Path | None = None) -> None:
+        self.machine = dict(machine(device))
+        self.path = out or default_output(device)
+        self.failures: list[str] = []
+        for key, value in self.machine.items():
+            print(f"{key:>16}  {value}")
+
+    def save(self, section: str, rows: Sequence[Mapping[str, object]], title: str = "", **more: object) -> None:
+        """Write a table beside those of other benchmarks, and print it if it has a title. `more` joins the machine's keys."""
+        results: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8")) if self.path.is_file() else {}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        rounded = [{key: _json(value) for key, value in row.items()} for row in rows]
+        results[section] = {"machine": self.machine | more, "rows": rounded}
+        write_json(self.path, results)
+        if title and rows:
+            print_table(title, rows)
+
+    @contextmanager
+    def going_on(self, what: str) -> Iterator[None]:
+        """Keep an error as a failure and go on, whatever it is."""
+        try:
+            yield
+        except Exception as error:
+            self.failures.append(f"{what}: {type(error).__name__}: {error}")
+            print(f"failed: {self.failures[-1]}", flush=True)
+
+    def finish(self, message: str = "") -> None:
+        """Print the last line, and exit with status 1 if something failed."""
+        words = [message] if message else []
+        if self.failures:
+            words.append(f"{len(self.failures)} failed, first: {self.failures[0].splitlines()[0]}")
+        print("; ".join([*words, f"results: {self.path}"]))
+        if self.failures:
+            sys.exit(1)
+
+    def picture(self, figure: Any, name: str) -> None:
+        """Write a figure of matplotlib's pyplot beside the results."""
+        path = self.path.with_name(f"{self.path.stem}_{name}.png")
+        with replacing(path) as temporary:
+            figure.savefig(temporary, dpi=150, format="png")
+        pyplot().close(figure)
+        print(f"written: {path}")
 
 
-def finish(message: str, failures: Sequence[str]) -> None:
-    """The last words of a benchmark that goes on where something fails; then its exit status is 1."""
-    for failure in failures:
-        print(f"failed: {failure}")
-    if failures:
-        print(f"{message}; {len(failures)} failed, first: {failures[0].splitlines()[0]}")
-        sys.exit(1)
-    print(message)
+def pyplot() -> Any:
+    """Return matplotlib's pyplot, which draws to files alone."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plot
+
+    return plot
 
 
-def _json(row: Mapping[str, object]) -> dict[str, object]:
-    def value(cell: object) -> object:
-        if isinstance(cell, Spread):
-            return {key: float(f"{number:.4g}") for key, number in cell._asdict().items()}
-        return float(f"{cell:.4g}") if isinstance(cell, float) else cell
-
-    return {key: value(cell) for key, cell in row.items()}
+def parser(doc: str | None, *, device: bool = True) -> argparse.ArgumentParser:
+    """Return a parser with the options --out and --device."""
+    result = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.add_argument("--out", type=Path, help="write this JSON file (benchmarks/results/<device>.json)")
+    if device:
+        result.add_argument("--device", default="cpu", help="run on this device (cpu)")
+    return result

@@ -1,51 +1,42 @@
-"""`make gpu-check`: builds for the GPU that is there, tests on it, and measures, all within ten minutes.
-
-Every phase is a process of its own with a time limit: a crash or a hang costs that phase alone. Results are written as they
-come, to benchmarks/results/<card>.json, so what was measured stays when the rest is interrupted. What is not installed is
-named and left out. The exit status is 0 where every phase passed or was left out, 1 where one failed, 2 without a GPU.
+"""Build for the GPU at hand, test on it and measure, in nine minutes: `make gpu-check`.
 
     python benchmarks/gpu_check.py
-    python benchmarks/gpu_check.py --only tests norms
+    python benchmarks/gpu_check.py --only ops goals
+    python benchmarks/gpu_check.py --dry-run          # all phases on a CPU with tiny shapes
+
+Each phase is a process with a time limit: a crash or a hang costs that phase alone. Results are written after each phase to
+benchmarks/results/<card>.json, and logs beside it. torch and numpy are enough, and no network is needed.
+The exit status is 0 if no phase failed, 1 if one did, 2 without a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib.util
 import json
 import os
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-if TYPE_CHECKING:
-    import torch
+from typing import Any, NamedTuple
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-LOGS = ROOT / "build" / "gpu_check"
-TOTAL_SECONDS = 590.0
+TOTAL_SECONDS = 540.0  # the rest of ten minutes is for copying the results
 sys.path.insert(0, str(ROOT))  # the package need not be installed
 
-# What the package cannot do without, and what is left out where something is missing.
-NEEDED = ("torch", "numpy", "safetensors", "PIL", "click", "tqdm")
-OPTIONAL = {
-    "triton": "no Triton backend",
-    "pytest": "no tests",
-    "diffusers": "sampling is compared with eager PyTorch written by hand",
-    "matplotlib": "no roofline picture",
-    "apex": "not among the peers of group_norm_silu",
-    "liger_kernel": "not among the peers of group_norm_silu",
-}
-PROGRAMS = {"nvcc": "the native module is not built", "compute-sanitizer": "no kernel runs under it"}
+OPTIONAL = ("triton", "pytest", "diffusers", "nvcc", "compute-sanitizer")  # phases do without, or are skipped
+SAMPLED = {"cifar10-32": 64, "256x256": 8}  # network -> batch
 
 
 class Outcome(NamedTuple):
@@ -53,59 +44,49 @@ class Outcome(NamedTuple):
     note: str
 
 
-@dataclass(frozen=True)
-class Phase:
-    """A step of the check.
-
-    Attributes:
-        seconds: its share of the ten minutes.
-        greedy: takes the time that earlier phases left, too.
-        what: what it does, for a reader.
-    """
-
-    name: str
-    seconds: float
-    greedy: bool
-    what: str
-    run: Callable[[Check, float], Outcome]
-
-
 @dataclass
 class Check:
-    """What the phases share."""
+    """State that the phases share.
+
+    Attributes:
+        out: JSON file of the results.
+        since: Date of the oldest section that counts.
+        began: When the nine minutes began, by `clock`.
+        background: Processes that fill torch.compile's cache while nothing is timed.
+        failed_tests: The end of each failing test's report.
+    """
 
     out: Path
-    capability: tuple[int, int]
-    began: float = field(default_factory=time.monotonic)  # when the ten minutes began
+    dry_run: bool = False
+    since: str = ""
+    began: float = field(default_factory=time.monotonic)
     clock: Callable[[], float] = time.monotonic
     background: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    failed_tests: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def device(self) -> str:
+        return "cpu" if self.dry_run else "cuda"
+
+    def log(self, name: str) -> Path:
+        return self.out.with_name(f"{self.out.stem}_logs") / name
 
 
 # ---------------------------------------------------------------------------------------------------------- processes
 
 
-def surroundings() -> dict[str, str]:
-    """This process's environment, with the package in it."""
-    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return {**os.environ, "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1"}
-
-
-def start(command: Sequence[object], log: Path, environment: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
-    """A process of its own group, so that its children end with it; its output goes to a log."""
+def start(command: Sequence[object], log: Path, environment: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
+    """Start a process in a group of its own, so that its children end with it. Its output goes to a log."""
     log.parent.mkdir(parents=True, exist_ok=True)
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    ours = {"PYTHONPATH": paths, "PYTHONUNBUFFERED": "1", "TORCHINDUCTOR_COMPILE_THREADS": "2", "OMP_NUM_THREADS": "2"}
+    words, both = [str(word) for word in command], {**os.environ, **ours, **(environment or {})}
     with log.open("wb") as output:
-        return subprocess.Popen(
-            [str(word) for word in command],
-            cwd=ROOT,
-            env=surroundings() | (environment or {}),
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        return subprocess.Popen(words, cwd=ROOT, env=both, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """With its children; one that has ended by itself has none."""
+    """Stop a process and its children."""
     if process.poll() is not None:
         return
     with suppress(ProcessLookupError):
@@ -116,49 +97,55 @@ def stop(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def finish(processes: Sequence[subprocess.Popen[bytes]], seconds: float, clock: Callable[[], float]) -> list[int | None]:
-    """Exit statuses; None for those that were stopped when the time was up."""
+def run_all(
+    starters: Iterable[Callable[[], subprocess.Popen[bytes]]], slots: int, seconds: float, clock: Callable[[], float]
+) -> list[int | None]:
+    """Run processes, at most `slots` at once. Return their exit statuses, None for those that the time did not suffice for."""
     end = clock() + seconds
-    statuses: list[int | None] = []
+    waiting = list(starters)
+    started: list[subprocess.Popen[bytes]] = []
     try:
-        for process in processes:
-            try:
-                statuses.append(process.wait(max(end - clock(), 0.1)))
-            except subprocess.TimeoutExpired:
-                statuses.append(None)
+        while clock() < end and (waiting or any(process.poll() is None for process in started)):
+            if waiting and sum(process.poll() is None for process in started) < slots:
+                started.append(waiting.pop(0)())
+            else:
+                time.sleep(0.02)
+        return [process.poll() for process in started] + [None] * len(waiting)
     finally:
-        for process in processes:
+        for process in started:
             stop(process)
-    return statuses
 
 
-def tail(log: Path, lines: int = 12) -> str:
-    return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
+def tail(log: Path, lines: int = 1) -> str:
+    return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:]) if log.is_file() else ""
 
 
-def script(check: Check, name: str, *arguments: object, seconds: float) -> Outcome:
-    """A benchmark of this folder, which watches its own time and is stopped where it does not."""
-    log = LOGS / f"{'-'.join([name, *map(str, arguments)])}.log"
-    margin = min(15.0, seconds / 3)  # for its start, and for the comparison that it is in when the time is up
-    command = [sys.executable, HERE / f"{name}.py", *arguments, "--seconds", seconds - margin, "--out", check.out]
-    (status,) = finish([start(command, log)], seconds, check.clock)
-    print(log.read_text(encoding="utf-8", errors="replace"))
-    last = tail(log, 1)
+def script(check: Check, seconds: float, module: str, *arguments: object) -> Outcome:
+    """Run a benchmark of this folder. A rehearsal runs it in this process."""
+    words = [*map(str, arguments), "--device", check.device, "--out", str(check.out)]
+    if check.dry_run:
+        try:
+            importlib.import_module(module).main(words)
+        except SystemExit as error:
+            return Outcome("failed", f"exit status {error.code}")
+        return Outcome("passed", f"{module} {words[0]}")
+    log = check.log(f"{module}-{words[0].strip('-')}-{words[1]}.log")
+    (status,) = run_all([lambda: start([sys.executable, HERE / f"{module}.py", *words], log)], 1, seconds, check.clock)
+    print(tail(log, 200))
     if status is None:
         return Outcome("out of time", "stopped; what it had measured is kept")
-    return Outcome("passed", last) if status == 0 else Outcome("failed", f"exit status {status}: {last}; see {log}")
+    return Outcome("passed", tail(log)) if status == 0 else Outcome("failed", f"exit status {status}: {tail(log)}; see {log}")
 
 
 # -------------------------------------------------------------------------------------------------------------- phases
 
 
-def why_no_kernels() -> str | None:
-    """Why the native module cannot run on this card; None where it can. Asked in a process of its own: it may be rebuilt."""
-    code = (
-        "import json, torch; from ddpm_fast.ops import why_not; "
-        "print(json.dumps(why_not('native', 'q_sample', torch.device('cuda', 0))))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=surroundings())
+def why_no_kernels(device: str) -> str | None:
+    """Return why the native module cannot run on the device. It may just have been rebuilt, so a new process answers."""
+    code = "import json, torch; from ddpm_fast.ops import why_not; "
+    code += f"print(json.dumps(why_not('native', 'q_sample', torch.device({device!r}))))"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, env=environment)
     if done.returncode != 0:
         return done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit status {done.returncode}"
     reason: str | None = json.loads(done.stdout.splitlines()[-1])
@@ -166,223 +153,312 @@ def why_no_kernels() -> str | None:
 
 
 def why_old() -> str | None:
-    """A source that has changed since the native module was built."""
-    sys.path.insert(0, str(HERE.parent / "tests"))
-    import build_age
+    """Return a source that changed since the native module was built."""
+    modules = [path.stat().st_mtime for path in (ROOT / "ddpm_fast").glob("_native*.so")]
+    sources = [ROOT / "CMakeLists.txt", *(path for path in (ROOT / "csrc").rglob("*") if path.is_file())]
+    newest = max(sources, key=lambda path: path.stat().st_mtime)
+    is_old = bool(modules) and newest.stat().st_mtime > max(modules)
+    return f"{newest.relative_to(ROOT)} is newer than the module" if is_old else None
 
-    return build_age.why_old(ROOT)
+
+def why_old_driver(nvcc: str) -> str | None:
+    """Return why the driver cannot run what the toolkit compiles: it is of an earlier CUDA generation."""
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    toolkit = re.search(r"release (\d+)\.(\d+)", said)
+    number = ctypes.c_int()
+    with suppress(OSError):
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(number))
+    if toolkit is None or number.value == 0 or number.value // 1000 >= int(toolkit[1]):
+        return None
+    driver = f"{number.value // 1000}.{number.value % 1000 // 10}"
+    newer = f"{toolkit[1]}.{toolkit[2]}"
+    return f"the driver supports CUDA {driver}, older than the toolkit's {newer}: update it or use nvcc {driver}"
 
 
 def build(check: Check, seconds: float) -> Outcome:
-    reason = why_no_kernels() or why_old()
+    reason = why_no_kernels(check.device) or why_old()
     if reason is None:
-        return Outcome("skipped", "the module has kernels for this card")
-    if program("nvcc") is None:
+        return Outcome("skipped", "the module has kernels for this device")
+    nvcc = program("nvcc")
+    if nvcc is None or check.dry_run:
         return Outcome("skipped", f"{reason}; and there is no nvcc")
-    major, minor = check.capability
+    old = why_old_driver(nvcc)
+    if old is not None:
+        return Outcome("failed", old)
+    import torch
+
+    major, minor = torch.cuda.get_device_capability()
     architecture = f"{major}{minor}{'a' if (major, minor) == (9, 0) else ''}-real"
-    print(f"building for sm_{architecture.removesuffix('-real')}, because: {reason}")
-    log = LOGS / "build.log"
+    print(f"building for {architecture}, because: {reason}")
+    log = check.log("build.log")
     # In place, and nothing is installed: whose Python this is does not matter.
-    command = [sys.executable, "setup.py", "build_ext", "--inplace", "--build-temp", LOGS.parent / "gpu_check_native"]
-    path = os.pathsep.join([os.environ["PATH"], str(Path(str(program("nvcc"))).parent)])
-    (status,) = finish([start(command, log, {"DDPM_FAST_CUDA_ARCHS": architecture, "PATH": path})], seconds, check.clock)
-    reason = why_no_kernels() if status == 0 else None
-    if status == 0 and reason is None:
-        return Outcome("passed", f"built for {architecture}")
-    print(tail(log, 40))
+    command = [sys.executable, "setup.py", "build_ext", "--inplace", "--build-temp", ROOT / "build" / "gpu_check_native"]
+    path = os.pathsep.join([os.environ["PATH"], str(Path(nvcc).parent)])
+    environment = {"DDPM_FAST_CUDA_ARCHS": architecture, "PATH": path}
+    (status,) = run_all([lambda: start(command, log, environment)], 1, seconds, check.clock)
     if status is None:
         return Outcome("out of time", f"the build took more than {seconds:.0f} s")
-    return Outcome("failed", reason or f"exit status {status}; see {log}")
+    reason = why_no_kernels(check.device) if status == 0 else f"exit status {status}; see {log}"
+    if reason is not None:
+        print(tail(log, 40))
+        return Outcome("failed", reason)
+    return Outcome("passed", f"built for {architecture}")
 
 
-def test_jobs(ops: Sequence[str]) -> dict[str, str]:
-    """Name -> pytest's -k: the tests that run on a GPU in parts, for Triton compiles every kernel that it runs."""
-    jobs = {"native": "not triton"}
-    taken: list[str] = []
-    for op in reversed(ops):  # "noise", which other ops' cases are named after too, comes last
-        jobs[f"triton {op}"] = " and ".join(["triton", op, *(f"not {other}" for other in taken)])
-        taken.append(op)
-    jobs["triton"] = " and ".join(["triton", *(f"not {op}" for op in ops)])
-    return jobs
+def ops(check: Check, seconds: float) -> Outcome:
+    tiny = ["--tiny", "--dtypes", "bf16", "--each", 0.001] if check.dry_run else []
+    return script(check, seconds, "benchmark_ops", "deciding", "--seconds", max(seconds - 15, 1), *tiny)
 
 
 def tests(check: Check, seconds: float) -> Outcome:
+    """Run the tests of the GPU in as many processes as are free, each a share of the tests."""
+    import common
+
     if not installed("pytest"):
         return Outcome("skipped", "pytest is not installed")
-    from ddpm_fast.ops import OPS
-
-    # pytest-benchmark, which the project's own options name, may be missing.
-    options = [
-        "-v",
-        "--full",
-        "-p",
-        "no:cacheprovider",
-        "-o",
-        "addopts=-ra --strict-markers --strict-config -m 'gpu and not slow'",
-    ]
-    jobs = test_jobs(OPS)
-    logs = {name: LOGS / f"tests-{name.replace(' ', '-')}.log" for name in jobs}
-    run = [sys.executable, "-m", "pytest", *options, "-k"]
-    processes = [start([*run, k], logs[name], {"OMP_NUM_THREADS": "2"}) for name, k in jobs.items()]
-    compile_in_background(check)  # the tests are not timed
-    statuses = dict(zip(jobs, finish(processes, seconds, check.clock), strict=True))
-    return verdict(statuses, logs)
+    rehearse(check)
+    slots = max(1, common.cores() - 3 * len(check.background))  # each in the background has two workers
+    shares, running = (100, 1) if check.dry_run else (slots, slots)  # a rehearsal runs a hundredth
+    logs = [check.log(f"tests-{i}.jsonl") for i in range(running)]
+    commands = [[sys.executable, HERE / "gpu_check.py", "--tests", i, shares, check.device, log] for i, log in enumerate(logs)]
+    starters = [lambda c=c, log=log: start(c, log.with_suffix(".log")) for c, log in zip(commands, logs, strict=True)]
+    return verdict(check, logs, run_all(starters, running, seconds, check.clock))
 
 
-def verdict(statuses: dict[str, int | None], logs: dict[str, Path]) -> Outcome:
-    """What the exit statuses and logs of pytest's jobs amount to."""
-    counts: dict[str, int] = {}
-    failed: list[str] = []
-    for name, log in logs.items():
-        text = log.read_text(encoding="utf-8", errors="replace")
-        # The summary has why a test failed, but not where pytest was stopped.
-        failed += re.findall(r"^(?:FAILED|ERROR) .*", text, re.MULTILINE)
-        for test, word in re.findall(r"^(\S+::.*) (PASSED|FAILED|ERROR|SKIPPED|XFAIL)\b", text, re.MULTILINE):
-            counts[word.lower()] = counts.get(word.lower(), 0) + 1
-            failed += [f"{word} {test}"] if word in ("FAILED", "ERROR") else []
-        if statuses[name] not in (0, 5, None):  # 5: there is no such test
-            print(f"--- {name}\n{tail(log, 30)}")
-    note = ", ".join(f"{count} {word}" for word, count in sorted(counts.items()))
-    late = [name for name, status in statuses.items() if status is None]
-    if failed or any(status not in (0, 5, None) for status in statuses.values()):
-        return Outcome("failed", f"{note}; first: {failed[0] if failed else 'see ' + str(LOGS)}")
-    if late:
-        return Outcome("out of time", f"{note}; stopped: {', '.join(late)}")
+class Share:
+    """A pytest plugin: every n-th test, with its outcome in a file of JSON lines."""
+
+    def __init__(self, first: int, step: int, log: Path) -> None:
+        self.first, self.step, self.log = first, step, log.open("w", encoding="utf-8", buffering=1)
+
+    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        items[:] = sorted(items, key=lambda item: item.nodeid)[self.first :: self.step]
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.when == "call" or report.outcome != "passed":
+            end = "\n".join(report.longreprtext.splitlines()[-12:]) if report.failed else ""
+            print(json.dumps({"test": report.nodeid, "outcome": report.outcome, "tail": end}), file=self.log)
+
+
+def run_share(first: int, step: int, device: str, log: Path) -> int:
+    import pytest
+
+    marks, path = ("gpu and not slow", "tests") if device == "cuda" else ("not gpu and not slow", "tests/ops/test_noise.py")
+    options = ["--full", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", "-m", marks, path]
+    status = int(pytest.main(options, plugins=[Share(first, step, log)]))
+    return 0 if status == 5 else status  # 5: this share has no test
+
+
+def verdict(check: Check, logs: Sequence[Path], statuses: Sequence[int | None]) -> Outcome:
+    """Judge what the processes of the tests wrote. `check` keeps the end of each failure."""
+    lines = [line for log in logs if log.is_file() for line in log.read_text(encoding="utf-8").splitlines()]
+    reports = [json.loads(line) for line in lines if line.endswith("}")]
+    counts = {name: sum(each["outcome"] == name for each in reports) for name in ("passed", "failed", "skipped")}
+    check.failed_tests |= {each["test"]: each["tail"] for each in reports if each["outcome"] == "failed"}
+    for log, status in zip(logs, statuses, strict=True):
+        if status not in (0, 1, None):
+            check.failed_tests[f"{log.stem} ended with status {status}"] = tail(log.with_suffix(".log"), 12)
+    note = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+    if check.failed_tests:
+        return Outcome("failed", f"{note}; first: {next(iter(check.failed_tests))}")
+    if None in statuses:
+        return Outcome("out of time", f"{note}; {sum(status is None for status in statuses)} processes were stopped")
     return Outcome("passed", note)
 
 
+def rehearse(check: Check) -> None:
+    """Fill the cache of torch.compile in the background: max-autotune takes minutes, and the tests are not timed."""
+    for name, batch in SAMPLED.items() if not check.dry_run else ():
+        words = ["--model", name, "--batch", batch, "--dtype", "bf16", "--steps", 2, "--rounds", 1, "--device", "cuda"]
+        words += ["--compile", "max-autotune", "--out", check.log(f"rehearsal-{name}.json")]
+        check.background.append(start([sys.executable, HERE / "sample_speed.py", *words], check.log(f"rehearsal-{name}.log")))
+
+
 def sanitizer(check: Check, seconds: float) -> Outcome:
+    if check.dry_run:
+        return Outcome("passed", f"{launch_every_op('cpu')} calls, without compute-sanitizer")
     found = program("compute-sanitizer")
-    if found is None:
-        return Outcome("skipped", "there is no compute-sanitizer")
-    if why_no_kernels() is not None:
-        return Outcome("skipped", "there are no native kernels")
-    log = LOGS / "sanitizer.log"
-    every = [sys.executable, Path(__file__).resolve(), "--launch-every-op"]
-    # Of calls that fail, torch's own among them, it is for the callers to say something.
-    command = [found, "--tool", "memcheck", "--report-api-errors", "no", "--error-exitcode", "9", *every]
-    # Without torch's own caching, every tensor is an allocation whose ends are known.
-    (status,) = finish([start(command, log, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})], seconds, check.clock)
+    if found is None or why_no_kernels(check.device) is not None:
+        return Outcome("skipped", "there is no compute-sanitizer" if found is None else "there are no native kernels")
+    log = check.log("sanitizer.log")
+    # Callers answer for calls of the API that fail, torch's own among them.
+    command = [found, "--tool", "memcheck", "--report-api-errors", "no", "--error-exitcode", "9"]
+    command += [sys.executable, HERE / "gpu_check.py", "--launch-every-op"]
+    # Without torch's caching, every tensor is an allocation with known ends.
+    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    (status,) = run_all([lambda: start(command, log, environment)], 1, seconds, check.clock)
     text = log.read_text(encoding="utf-8", errors="replace")
-    launched, errors = (len(re.findall(start, text, re.MULTILINE)) for start in (r"^launched ", r"^=+ (Invalid|Misaligned) "))
     if re.search(r"^=+ .*not supported", text, re.MULTILINE):  # some virtual machines
         return Outcome("skipped", "compute-sanitizer does not support this device here")
+    launched, errors = (len(re.findall(line, text, re.MULTILINE)) for line in (r"^launched ", r"^=+ (Invalid|Misaligned) "))
     if errors or status not in (0, None):
-        print(tail(log, 40))
         return Outcome("failed", f"memcheck: {errors} errors, exit status {status}; see {log}")
     return Outcome("passed" if status == 0 else "out of time", f"memcheck: {launched} calls without an error")
 
 
-def launch_every_op(device: torch.device) -> None:
-    """Every case's native kernels once, forward and backward, a line each: what compute-sanitizer watches."""
-    import contestants
-    import torch
+def launch_every_op(device: str) -> int:
+    """Call every case's native kernels once, forward and backward, and return how many calls there were."""
+    import common
+    from benchmark_ops import BACKWARD, Work, backward, forward
+    from peers import OPS
 
-    from ddpm_fast.ops import why_not
     from ddpm_fast.testing import CASES, make_call
 
+    calls = 0
     for case in CASES:
-        if case.benchmark or why_not("native", case.op, device) is not None:
-            continue
-        for dtype in (torch.float32, torch.bfloat16):
-            for channels_last in (False, True) if len(case.shape) == 4 else (False,):
-                call = make_call(case, dtype, device, channels_last=channels_last)
-                function = contestants.contestant(call, case, "native")
-                contestants.forward(function, call)()
-                if case.op in ("group_norm_silu", "denoising_loss"):
-                    contestants.backward(function, call)()
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
-                print(f"launched {case} {dtype} {'channels_last' if channels_last else 'contiguous'}")
+        for dtype in common.DTYPES:
+            for layout in common.FORMATS if len(case.shape) == 4 else ("contiguous",):
+                if case.benchmark or Work(case, dtype, layout).why_missing("native", device) is not None:
+                    continue
+                call = make_call(case, common.DTYPES[dtype], device, channels_last=layout == "channels_last")
+                function = OPS["native"].build(call, case)
+                forward(function, call)()
+                if case.op in BACKWARD and case.shape[0]:
+                    backward(function, call)()
+                common.synchronize(device)
+                calls += 1
+                print(f"launched {case} {dtype} {layout}")
+    return calls
 
 
-def compile_in_background(check: Check) -> None:
-    """Fills torch.compile's cache on disk while the GPU is not being timed."""
-    shards = 3
-    commands: dict[str, list[object]] = {
-        **{f"norms-{i}": [HERE / "gpu_ops.py", "norms", "--compile-only", i, shards] for i in range(shards)},
-        "elementwise": [HERE / "gpu_ops.py", "elementwise", "--compile-only", 0, 1],
-        "cifar10-32": [HERE / "gpu_sampling.py", "--network", "cifar10-32", "--compile-only"],
-        "256x256": [HERE / "gpu_sampling.py", "--network", "256x256", "--compile-only"],
-    }
-    check.background += [start([sys.executable, *words], LOGS / f"compile-{name}.log") for name, words in commands.items()]
+def sampling(check: Check, seconds: float, network: str) -> Outcome:
+    size = ["--model", network, "--batch", SAMPLED[network], "--dtype", "bf16", "--steps", 50, "--compile", "max-autotune"]
+    if check.dry_run:
+        size = ["--model", "tiny", "--batch", 1, "--steps", 2, "--rounds", 1]
+    return script(check, seconds, "sample_speed", *size)
 
 
-def elementwise(check: Check, seconds: float) -> Outcome:
-    return script(check, "gpu_ops", "elementwise", seconds=seconds)
+def training(check: Check, seconds: float) -> Outcome:
+    peer = "diffusers + eager PyTorch" if installed("diffusers") else "plain PyTorch"
+    size = ["--network", "tiny", "--batch", 2, "--rounds", 1] if check.dry_run else ["--batch", 128]
+    peers = ["--peers", "ddpm_fast", *([] if check.dry_run else [peer])]
+    return script(
+        check, seconds, "benchmark_training", "speed", "--precision", "bf16", *size, *peers, "--formats", "channels_last"
+    )
 
 
-def norms(check: Check, seconds: float) -> Outcome:
-    return script(check, "gpu_ops", "norms", seconds=seconds)
+def memory(check: Check, seconds: float) -> Outcome:
+    size = ["--only", "ddpm_fast", "--batch", 1, "--size", 8] if check.dry_run else ["--batch", 64]
+    return script(check, seconds, "benchmark_memory", *size)
 
 
-def sampling(check: Check, seconds: float) -> Outcome:
-    return script(check, "gpu_sampling", seconds=seconds)
+def goals_phase(check: Check, seconds: float) -> Outcome:
+    import common
 
+    from ddpm_fast.atomic import write_json
 
-def report(check: Check, seconds: float) -> Outcome:
-    import gpu_report
-
-    if not check.out.is_file():
-        return Outcome("skipped", "nothing was measured")
-    found = gpu_report.report(check.out)
-    met = sum(goal["verdict"] == "pass" for goal in found)
-    measured = sum(goal["verdict"] != "not measured" for goal in found)
+    results = json.loads(check.out.read_text(encoding="utf-8")) if check.out.is_file() else {}
+    # What an earlier run measured has no say.
+    now = {name: each for name, each in results.items() if each.get("machine", {}).get("date", "") >= check.since}
+    found = goals(now)
+    common.print_table("goals (in a rehearsal the figures mean nothing)" if check.dry_run else "goals", found)
+    if results:
+        write_json(check.out, results | {"goals": {"rows": found}})
+    met, measured = (sum(goal["is"] in words for goal in found) for words in (["met"], ["met", "NOT MET"]))
     return Outcome("passed", f"{met} of {measured} goals met, {len(found) - measured} not measured")
 
 
+def goals(results: Mapping[str, Any]) -> list[dict[str, object]]:
+    """Compare results with the project's goals for an H100 or H200. On another card they say how it compares."""
+    found: list[dict[str, object]] = []
+
+    def rows(prefix: str, **wanted: object) -> list[dict[str, Any]]:
+        every = [row for name, section in results.items() if name.startswith(prefix) for row in section["rows"]]
+        return [row for row in every if all(row.get(key) == value for key, value in wanted.items())]
+
+    def medians(rows: list[dict[str, Any]], *keys: str) -> list[float]:
+        values = [row[key] for key in keys for row in rows if row.get(key) is not None]
+        return [value["median"] if isinstance(value, dict) else value for value in values]
+
+    def ratios(rows: list[dict[str, Any]], is_peer: Callable[[str], bool]) -> list[float]:
+        keys = {key for row in rows for key in row if key.startswith("times ")}
+        return medians(rows, *(key for key in sorted(keys) if is_peer(key) and "accelerated" not in key))
+
+    def goal(what: str, kind: str, bound: float, values: list[float]) -> None:
+        pick = {"lowest": min, "highest": max, "geometric mean": statistics.geometric_mean}[kind]
+        value = pick(values) if values else None
+        is_met = value is not None and (value <= bound if kind == "highest" else value >= bound)
+        wanted = f"at {'most' if kind == 'highest' else 'least'} {bound:g}"
+        verdict = "not measured" if value is None else "met" if is_met else "NOT MET"
+        found.append({"goal": what, "wanted": wanted, "measured": value, "which is": f"{kind} of {len(values)}", "is": verdict})
+
+    beyond = rows("benchmark_ops deciding", **{"by": "native", "beyond L2": True})
+    simple = [row for row in beyond if row["op"] != "group_norm_silu" and row["dtype"] == "float32"]
+    goal("elementwise ops, float32: share of copy bandwidth", "lowest", 0.88, medians(simple, "share of copy"))
+    for direction, least in (("forward", 0.80), ("backward", 0.70)):
+        norms = [row for row in beyond if row["op"] == "group_norm_silu" and row["direction"] == direction]
+        goal(f"group_norm_silu {direction}: share of the one-pass floor", "lowest", least, medians(norms, "share of copy"))
+        compiled = rows("benchmark_ops deciding", by="compile", op="group_norm_silu", direction=direction)
+        faster = medians(compiled, "native is faster by")
+        goal(f"group_norm_silu {direction}: times faster than torch.compile", "geometric mean", 1.5, faster)
+    peer = "diffusers" if installed("diffusers") else "plain"
+    sampled = rows("sample_speed", sampler="ddpm_fast")
+    eager = ratios(sampled, lambda key: peer in key and "torch.compile" not in key)
+    goal(f"sampling: times faster than {peer}, eager", "lowest", 2.0, eager)
+    goal("sampling: times faster than torch.compile", "lowest", 1.15, ratios(sampled, lambda key: "torch.compile" in key))
+    trained = rows("train_speed", **{"training step": "ddpm_fast"})
+    goal("a training step: times faster than eager", "lowest", 1.0, ratios(trained, lambda key: True))
+    peaks = medians(rows("memory", **{"q_sample + loss + backward": "ddpm_fast"}), "peak, tensors")
+    goal("peak memory of q_sample, loss and backward, in tensors", "highest", 2.1, peaks)
+    return found
+
+
+class Phase(NamedTuple):
+    """A step of the check.
+
+    Attributes:
+        seconds: Its share of the time.
+        kind: "timed": nothing else may run. "greedy": timed, and it takes the time that earlier phases left.
+    """
+
+    name: str
+    seconds: float
+    kind: str
+    run: Callable[[Check, float], Outcome]
+    what: str
+
+
 PHASES = (
-    Phase("build", 110, False, "build the native module for this card, where it lacks it", build),
-    Phase("tests", 140, False, "run the test suite on device cuda, native and triton backends", tests),
-    Phase("sanitizer", 30, False, "run every case's native kernels under compute-sanitizer", sanitizer),
-    Phase("elementwise", 50, True, "time the elementwise ops beside eager PyTorch and torch.compile", elementwise),
-    Phase("norms", 120, True, "time group_norm_silu over both networks' shapes beside them, apex and Liger", norms),
-    Phase("sampling", 130, True, "time sampling with both networks beside diffusers, eager and compiled", sampling),
-    Phase("report", 10, False, "say which goals are met, and draw the roofline picture", report),
+    Phase("build", 110, "", build, "build the native module for this card, if it is missing or old"),
+    Phase("ops", 95, "timed", ops, "time the ops at the few shapes that decide, and check them at the full batch"),
+    Phase("tests", 110, "", tests, "run the tests on the GPU, with the native and Triton backends"),
+    Phase("sanitizer", 60, "", sanitizer, "run every case's native kernels under compute-sanitizer"),
+    Phase("sampling", 50, "greedy", partial(sampling, network="cifar10-32"), "time sampling beside diffusers and max-autotune"),
+    Phase("large sampling", 50, "greedy", partial(sampling, network="256x256"), "time it with the network for 256x256 images"),
+    Phase("training", 40, "greedy", training, "time a training step, and its peak memory"),
+    Phase("memory", 20, "timed", memory, "measure the peak memory of the ops of a training step"),
+    Phase("goals", 5, "", goals_phase, "say which goals are met"),
 )
 
 
-# --------------------------------------------------------------------------------------------------------------- plan
-
-
-def allowed(phase: Phase, later: Sequence[Phase], left: float) -> float:
-    """Seconds for a phase, when `left` are left for it and the later ones."""
-    spare = left - sum(other.seconds for other in later)
-    return max(0.0, spare if phase.greedy else min(spare, phase.seconds))
-
-
 def run(check: Check, phases: Sequence[Phase], keep: Callable[[list[dict[str, object]]], None]) -> list[dict[str, object]]:
-    """Runs the phases and keeps what became of them after each."""
+    """Run the phases, and keep their outcomes after each."""
     end = check.began + TOTAL_SECONDS
     rows: list[dict[str, object]] = []
     try:
         for place, phase in enumerate(phases):
             began = check.clock()
-            seconds = allowed(phase, phases[place + 1 :], end - began)
+            spare = end - began - sum(later.seconds for later in phases[place + 1 :])
+            seconds = max(0.0, spare if phase.kind == "greedy" else min(spare, phase.seconds))
             print(f"\n=== {phase.name}: {phase.what} (at most {seconds:.0f} s)", flush=True)
-            if phase.greedy:  # it is timed: nothing else may run
-                while check.background:
-                    stop(check.background.pop())
-            if seconds < 5:
-                outcome = Outcome("out of time", "not begun")
-            else:
-                try:
-                    outcome = phase.run(check, seconds)
-                except Exception as error:  # whatever it is, the other phases go on
-                    outcome = Outcome("failed", f"{type(error).__name__}: {error}")
-            rows.append(
-                {"phase": phase.name, "is": outcome.status, "seconds": round(check.clock() - began), "note": outcome.note}
-            )
+            if phase.kind:
+                stop_background(check)
+            try:
+                outcome = phase.run(check, seconds) if seconds >= 3 else Outcome("out of time", "not begun")
+            except Exception as error:  # whatever it is, the other phases go on
+                outcome = Outcome("failed", f"{type(error).__name__}: {error}")
+            taken = round(check.clock() - began)
+            rows.append({"phase": phase.name, "is": outcome.status, "seconds": taken, "note": outcome.note})
             print(f"=== {phase.name}: {outcome.status}: {outcome.note}", flush=True)
             keep(rows)
     finally:
-        while check.background:
-            stop(check.background.pop())
+        stop_background(check)
     return rows
 
 
-# ------------------------------------------------------------------------------------------------------------ machine
+def stop_background(check: Check) -> None:
+    while check.background:
+        stop(check.background.pop())
 
 
 def installed(module: str) -> bool:
@@ -390,72 +466,59 @@ def installed(module: str) -> bool:
 
 
 def program(name: str) -> str | None:
-    """On the PATH or in the CUDA toolkit's folder."""
+    """Return the path of a program, from PATH or the CUDA toolkit's folder."""
     folder = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")
     return shutil.which(name) or shutil.which(name, path=str(folder))
 
 
-def missing() -> Iterator[str]:
-    for module, consequence in OPTIONAL.items():
-        if not installed(module):
-            yield f"{module} is not installed: {consequence}"
-    for name, consequence in PROGRAMS.items():
-        if program(name) is None:
-            yield f"there is no {name}: {consequence}"
-
-
 def why_no_gpu() -> str | None:
+    lacking = [module for module in ("torch", "numpy") if not installed(module)]
+    if lacking:
+        return f"{' and '.join(lacking)} cannot be imported by {sys.executable}"
     import torch
 
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
-    if not torch.cuda.is_available():
-        return f"torch {torch.__version__} (CUDA {torch.version.cuda}) finds no NVIDIA GPU that it can use"
-    return None
-
-
-def describe(phases: Sequence[Phase]) -> str:
-    return "\n".join(f"  {number}. {phase.what} ({phase.seconds:.0f} s)" for number, phase in enumerate(phases, 1))
+    return None if torch.cuda.is_available() else f"torch {torch.__version__} finds no NVIDIA GPU that it can use"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     began = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=[phase.name for phase in PHASES], help="these phases")
-    parser.add_argument("--out", type=Path, help="JSON file; default: benchmarks/results/<card>.json")
-    parser.add_argument("--launch-every-op", action="store_true", help=argparse.SUPPRESS)  # what compute-sanitizer runs
+    names = [phase.name for phase in PHASES]
+    parser.add_argument("--only", nargs="+", choices=names, default=names, help="run these phases (all)")
+    parser.add_argument("--out", type=Path, help="write this JSON file (benchmarks/results/<card>.json)")
+    parser.add_argument("--dry-run", action="store_true", help="go through the phases on a CPU, with tiny shapes")
+    parser.add_argument("--launch-every-op", action="store_true", help=argparse.SUPPRESS)  # for compute-sanitizer
+    parser.add_argument("--tests", nargs=4, help=argparse.SUPPRESS)  # a share of the tests
     args = parser.parse_args(arguments)
-    phases = [phase for phase in PHASES if args.only is None or phase.name in args.only]
-    lacking = [module for module in NEEDED if not installed(module)]
-    if lacking:
-        print(f"gpu-check: ddpm_fast needs {', '.join(lacking)}, which this Python ({sys.executable}) does not have")
-        return 2
-    reason = why_no_gpu()
+    reason = None if args.dry_run or args.tests else why_no_gpu()
     if reason is not None:
-        print(f"gpu-check: there is no GPU here: {reason}.\nOn a machine with one it would, within ten minutes:")
-        print(f"{describe(phases)}\nand write benchmarks/results/<card>.json. Nothing was run or written.")
+        print(f"gpu-check: nothing was run, for there is no GPU: {reason}. `--dry-run` goes through all phases on a CPU.")
         return 2
-    import torch
-
     if args.launch_every_op:
-        launch_every_op(torch.device("cuda", 0))
-        return 0
+        return 0 if launch_every_op("cuda") else 1
+    if args.tests:
+        first, step, device, log = args.tests
+        return run_share(int(first), int(step), device, Path(log))
 
     import common
 
     for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: no process of ours stays behind
         signal.signal(number, lambda *_: sys.exit("gpu-check: stopped"))
+    default = ROOT / "build" / "gpu_check_dry_run.json" if args.dry_run else common.default_output("cuda")
+    check = Check((args.out or default).resolve(), args.dry_run, began)
+    result = common.Run(check.device, check.out)
+    check.since = "" if args.only == ["goals"] else result.machine["date"]
+    absent = [name for name in OPTIONAL if not installed(name) and program(name) is None]
+    print(f"\nmissing: {', '.join(absent) or 'nothing'}")
 
-    out = args.out or common.default_output("cuda")
-    machine: dict[str, Any] = common.machine("cuda")
-    machine["missing"] = list(missing())
-    common.print_machine(machine)
-    for line in machine["missing"]:
-        print(f"{line}")
-    check = Check(out.resolve(), torch.cuda.get_device_capability(), began)
-    rows = run(check, phases, lambda rows: common.record(out, "gpu_check", machine, rows, quiet=True))
-    common.print_table(f"gpu-check on {machine['device']}", rows)
-    print(f"\nwritten: {out}")
+    def keep(rows: list[dict[str, object]]) -> None:
+        result.save("gpu_check", rows, **{"missing": absent, "failed tests": check.failed_tests})
+
+    rows = run(check, [phase for phase in PHASES if phase.name in args.only], keep)
+    common.print_table(f"gpu-check on {result.machine['device']}", rows)
+    print(f"\nresults: {check.out}")
     return int(any(row["is"] == "failed" for row in rows))
 
 

@@ -1,145 +1,319 @@
-"""What ddpm_fast is measured against: each op in the eager PyTorch that people write, and networks and samplers made of it."""
+"""Peers: what ddpm_fast is compared with, how to build it, and why it is missing.
+
+    OPS        one op:            build(call, case) -> a function of the case's floating tensors
+    NETWORKS   one evaluation:    build(job) -> a Runner, in a process of its own
+    TRAINING   one training step: build(job) -> a Runner, in a process of its own
+
+ddpm_fast stands in each table itself. Nothing here imports torch at the top: processes.py says why.
+"""
 
 from __future__ import annotations
 
 import importlib.util
-import tempfile
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import runtimes
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from processes import Array, Job, Runner
 
-from ddpm_fast import NoiseSchedule, SamplingPlan
-from ddpm_fast.nn import CIFAR10_32, UNet
-from ddpm_fast.nn.layers import GroupNormSiLU
+if TYPE_CHECKING:
+    from torch import Tensor
 
+    from ddpm_fast.testing import Call, Case
 
-def q_sample(x_0: Tensor, t: Tensor, alpha_bars: Tensor, noise: Tensor | None = None) -> Tensor:
-    """torch.randn and `add_noise`, as in diffusers."""
-    if noise is None:
-        noise = torch.randn_like(x_0)
-    alpha_bar = alpha_bars.to(x_0.dtype)[t].view(-1, *[1] * (x_0.dim() - 1))
-    return alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * noise
+OURS, PLAIN, DIFFUSERS = "ddpm_fast", "plain PyTorch", "diffusers"
 
 
-def reverse_step(x_t: Tensor, epsilon: Tensor, row: list[float], noise: Tensor | None = None) -> Tensor:
-    """One step of ancestral sampling through a clipped x_0^ (Ho et al. 2020, eq. 7); `row` of `SamplingPlan.coefficients`."""
-    p, q, k0, k1, _, _, sigma, _, _, clip = row
-    x_0 = (p * x_t + q * epsilon).clamp(-clip, clip)
-    mean = k0 * x_0 + k1 * x_t
-    if sigma == 0:
-        return mean
-    return mean + sigma * (torch.randn_like(x_t) if noise is None else noise)
+@dataclass(frozen=True)
+class Peer:
+    """A competitor.
 
-
-def group_norm_silu(
-    x: Tensor,
-    num_groups: int,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    shift: Tensor | None = None,
-    activation: str | None = "silu",
-) -> Tensor:
-    """The time embedding added, F.group_norm, F.silu."""
-    if shift is not None:
-        x = x + shift[:, :, None, None]
-    y = F.group_norm(x, num_groups, weight, bias, eps)
-    return y if activation is None else F.silu(y)
-
-
-def denoising_loss(model_output: Tensor, noise: Tensor) -> Tensor:
-    return F.mse_loss(model_output, noise)
-
-
-class PlainGroupNormSiLU(GroupNormSiLU):
-    """The same parameters, the eager idiom."""
-
-    def forward(self, input: Tensor, shift: Tensor | None = None, scale_shift: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        if scale_shift is None:
-            arguments = (self.num_groups, self.weight, self.bias, self.eps, shift, self.activation)
-            return group_norm_silu(input, *arguments)
-        scale, scale_shift_ = (value[:, :, None, None] for value in scale_shift)
-        y = group_norm_silu(input, self.num_groups, self.weight, self.bias, self.eps, shift, None) * (1 + scale) + scale_shift_
-        return y if self.activation is None else F.silu(y)
-
-
-def plain(model: nn.Module) -> nn.Module:
-    """Makes every norm of the network the eager idiom, in place."""
-    for module in model.modules():
-        if type(module) is GroupNormSiLU:
-            module.__class__ = PlainGroupNormSiLU
-    return model
-
-
-def cifar10_unet() -> UNet:
-    """The CIFAR-10 network of Ho et al., 35.7 M parameters."""
-    return random_unet(CIFAR10_32)
-
-
-def random_unet(config: dict[str, Any]) -> UNet:
-    """With reproducible random weights.
-
-    Those that training starts from zero are random too, or its output and most of its gradients would be zero.
+    Attributes:
+        build: Make it ready to run.
+        needs: Modules that must be installed.
+        dtypes: Dtypes in which it computes.
+        suffix: Suffix of the file that it starts from, if that is not the network's folder.
+        export: Write that file.
     """
-    torch.manual_seed(0)
-    model = UNet(**config)
-    for parameter in model.parameters():
-        if parameter.dim() > 1 and not parameter.any():
-            nn.init.xavier_uniform_(parameter)
-    return model
+
+    build: Callable[..., Any]
+    needs: tuple[str, ...] = ("torch",)
+    dtypes: tuple[str, ...] = ("float32", "bf16")
+    suffix: str = ""
+    export: Callable[[Job, Path], None] | None = None
+
+    def why_not(self, dtype: str = "float32") -> str | None:
+        """Return why it cannot run, or None if it can."""
+        missing = [module for module in self.needs if not installed(module)]
+        if missing:
+            return f"{', '.join(missing)} not installed"
+        return None if dtype in self.dtypes else f"has no {dtype}"
+
+    def export_once(self, job: Job) -> None:
+        """Write the file that it starts from, unless it exists. A failure leaves no file."""
+        path = job.exported(self.suffix)
+        if self.export is None or path.is_file():
+            return
+        try:
+            self.export(job, path)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
 
 
-@torch.no_grad()
-def sample(
-    model: nn.Module,
-    plan: SamplingPlan,
-    shape: tuple[int, ...],
-    labels: Tensor | None = None,
-    *,
-    draw: Callable[[int | None, Tensor], Tensor] | None = None,
-) -> Tensor:
-    """Algorithm 2 of Ho et al. in plain PyTorch: the state stays float32 (float64 for a float64 network), as in `ddpm_fast`.
-
-    Args:
-        draw: noise for a step (None: x_T), like a tensor; by default `torch.randn_like`.
-    """
-    parameter = next(model.parameters())
-    state = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-    like = torch.empty(shape, dtype=state, device=parameter.device)
-    x = torch.randn_like(like) if draw is None else draw(None, like)
-    for step, (t, row) in enumerate(zip(plan.timesteps.tolist(), plan.coefficients.tolist(), strict=True)):
-        timesteps = torch.full((len(x),), t, device=x.device)
-        epsilon = model(x.to(parameter.dtype), timesteps, labels).to(state)
-        x = reverse_step(x, epsilon, row, None if draw is None else draw(step, x))
-    return x
+def installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
 
 
-def have_diffusers() -> bool:
-    return importlib.util.find_spec("diffusers") is not None
+def split(table: Mapping[str, Peer], names: Iterable[str], dtype: str) -> tuple[list[str], dict[str, str]]:
+    """Return the names of peers that can run, and why the others cannot."""
+    missing = {name: reason for name in names if (reason := table[name].why_not(dtype)) is not None}
+    return [name for name in names if name not in missing], missing
 
 
-def diffusers_scheduler(schedule: NoiseSchedule, num_steps: int | None = None) -> Any:
-    """Diffusers' DDPMScheduler for the same betas."""
-    scheduler = runtimes.diffusers().DDPMScheduler(
-        num_train_timesteps=schedule.num_timesteps, trained_betas=schedule.betas.tolist()
-    )
-    scheduler.set_timesteps(num_steps or schedule.num_timesteps)
-    return scheduler
+# --------------------------------------------------------------------------------------------------------------- ops
+
+Function = Callable[..., "Tensor"]
 
 
-def diffusers_unet(model: UNet) -> Any:
-    """Diffusers' UNet2DModel with the same weights."""
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        return runtimes.diffusers().UNet2DModel.from_pretrained(folder)
+def _backend(name: str) -> Callable[[Call, Case], Function]:
+    """Return how to build an op in one backend."""
+
+    def build(call: Call, case: Case) -> Function:
+        return lambda **tensors: replace(call, arguments=_replaced(call.arguments, tensors))(name)[0]
+
+    return build
 
 
-def diffusers_pipeline(network: Any, schedule: NoiseSchedule) -> Any:
-    """Diffusers' DDPMPipeline, without its progress bar."""
-    pipeline = runtimes.diffusers().DDPMPipeline(unet=network, scheduler=diffusers_scheduler(schedule))
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+def _replaced(arguments: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Replace arguments by tensors, which have the names that `Call.tensors` gives them."""
+
+    def each(name: str, value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(each(f"{name}.{i}", part) for i, part in enumerate(value))
+        return tensors.get(name, value)
+
+    return {name: each(name, value) for name, value in arguments.items()}
+
+
+def eager_op(call: Call, case: Case, epsilon: Tensor | None = None) -> Function:
+    """Return what people write in eager PyTorch. It draws its own noise unless `epsilon` is given."""
+    import idioms
+    import torch
+
+    arguments = call.arguments
+    device = next(value.device for value in arguments.values() if isinstance(value, torch.Tensor))
+
+    def like(x: Tensor) -> Tensor | None:
+        return None if epsilon is None else epsilon.to(x.dtype)
+
+    if case.op == "noise":
+        memory_format = arguments.get("memory_format", torch.contiguous_format)
+        empty = torch.empty(arguments["shape"], dtype=arguments["dtype"], device=device, memory_format=memory_format)
+        return lambda: torch.randn_like(empty) if epsilon is None else epsilon.to(empty.dtype)
+    if case.op == "q_sample":
+        dtype = arguments.get("dtype") or arguments["x_0"].dtype
+        alpha_bars = arguments["schedule"].alpha_bars.to(device, torch.float64 if dtype == torch.float64 else torch.float32)
+        if case.options.get("uint8"):
+            images, t = arguments["x_0"], arguments["t"]
+            return lambda: idioms.add_noise(x := images.to(dtype) * (2 / 255) - 1, t, alpha_bars, like(x))
+        return lambda x_0: idioms.add_noise(x_0, arguments["t"], alpha_bars, like(x_0))
+    if case.op == "reverse_step":
+        row = arguments["plan"].coefficients[int(arguments["step"])].tolist()
+        return lambda x_t, model_output: idioms.reverse_step(x_t, model_output, row, like(x_t))
+    if case.op == "denoising_loss":  # its noise was drawn before, for x_t
+        given = torch.randn_like(arguments["x_0"]) if epsilon is None else epsilon
+        return lambda model_output, x_0: torch.nn.functional.mse_loss(model_output, given.to(model_output.dtype))
+    if case.op == "group_norm_silu":
+        fixed = {name: arguments[name] for name in ("num_groups", "eps", "activation")}
+        return lambda **tensors: idioms.group_norm_silu(**fixed, **tensors)
+    return _backend("reference")(call, case)
+
+
+def compiled(function: Callable[..., Any], mode: str | None = None) -> Callable[..., Any]:
+    """Return torch.compile of a function whose backward pass may run again."""
+    import torch
+    import torch._functorch.config
+
+    torch._functorch.config.donated_buffer = False
+    torch._dynamo.reset()
+    return torch.compile(function, mode=mode, dynamic=False)
+
+
+OPS = {
+    "native": Peer(_backend("native")),
+    "triton": Peer(_backend("triton"), ("triton",)),
+    "eager": Peer(eager_op),
+    "compile": Peer(lambda call, case: compiled(eager_op(call, case))),
+}
+
+# ---------------------------------------------------------------------------------------------------------- networks
+
+
+def _from_numpy(job: Job, network: Callable[[Tensor, Tensor], Tensor]) -> Runner:
+    import torch
+
+    torch.set_num_threads(job.threads)
+    x, t = map(torch.from_numpy, job.inputs())
+
+    @torch.no_grad()
+    def call() -> Array:
+        y: Array = network(x, t).float().numpy()
+        return y
+
+    return Runner(call)
+
+
+def _dtype(job: Job) -> Any:
+    import common
+
+    return common.DTYPES[job.dtype]
+
+
+def _ours(job: Job) -> Runner:
+    import ddpm_fast
+
+    return _from_numpy(job, ddpm_fast.freeze(ddpm_fast.UNet.from_pretrained(job.network), _dtype(job)))
+
+
+def _eager(job: Job, wrap: Callable[[Any], Any] = lambda network: network) -> Runner:
+    """Run diffusers' UNet2DModel in channels_last."""
+    import torch
+
+    dtype = _dtype(job)
+    network = _diffusers_unet(job, dtype).to(memory_format=torch.channels_last)
+
+    def run(x: Tensor, t: Tensor) -> Tensor:
+        y: Tensor = network(x.to(dtype, memory_format=torch.channels_last), t, return_dict=False)[0]
+        return y
+
+    return _from_numpy(job, wrap(run))
+
+
+def _diffusers_unet(job: Job, dtype: Any) -> Any:
+    import idioms
+
+    return idioms.diffusers().UNet2DModel.from_pretrained(job.network, torch_dtype=dtype).eval()
+
+
+def _compiled(job: Job) -> Runner:
+    """Compile the same. Its weights are constants, which inductor prepacks."""
+    import torch._inductor.config
+
+    torch._inductor.config.freezing = True
+    return _eager(job, compiled)
+
+
+def _exportable(job: Job) -> tuple[Any, tuple[Tensor, Tensor]]:
+    """Return a module from tensors to a tensor, and example inputs."""
+    import torch
+
+    class Module(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = _diffusers_unet(job, torch.float32)
+
+        def forward(self, x: Tensor, t: Tensor) -> Any:
+            return self.network(x, t, return_dict=False)[0]
+
+    x, t = map(torch.from_numpy, job.inputs())
+    return Module().eval(), (x, t)
+
+
+def _export_openvino(job: Job, path: Path) -> None:
+    import openvino
+    import torch
+
+    module, inputs = _exportable(job)
+    with torch.no_grad():
+        model = openvino.convert_model(module, example_input=inputs, input=[list(each.shape) for each in inputs])
+    openvino.save_model(model, path, compress_to_fp16=False)
+
+
+def _openvino(job: Job) -> Runner:
+    import openvino
+
+    options = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": job.threads,
+        "INFERENCE_PRECISION_HINT": {"float32": "f32", "bf16": "bf16"}[job.dtype],
+    }
+    request = openvino.Core().compile_model(job.exported(".xml"), "CPU", options).create_infer_request()
+    inputs = list(job.inputs())
+    return Runner(lambda: request.infer(inputs, share_inputs=True, share_outputs=True)[0])
+
+
+def _export_onnx(job: Job, path: Path) -> None:
+    import torch
+
+    module, inputs = _exportable(job)
+    torch.onnx.export(module, inputs, path, input_names=["x", "t"], dynamo=True, verbose=False)
+
+
+def _onnx(job: Job) -> Runner:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = job.threads
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # its threads rest while others have their turn
+    session = onnxruntime.InferenceSession(job.exported(".onnx"), options, providers=["CPUExecutionProvider"])
+    x, t = job.inputs()
+    return Runner(lambda: session.run(None, {"x": x, "t": t})[0])
+
+
+_EXPORTERS = ("torch", "diffusers")
+NETWORKS = {
+    OURS: Peer(_ours),
+    DIFFUSERS: Peer(_eager, _EXPORTERS),
+    "torch.compile": Peer(_compiled, _EXPORTERS),
+    "OpenVINO": Peer(_openvino, (*_EXPORTERS, "openvino"), suffix=".xml", export=_export_openvino),
+    "ONNX Runtime": Peer(
+        _onnx, (*_EXPORTERS, "onnxruntime", "onnx", "onnxscript"), ("float32",), suffix=".onnx", export=_export_onnx
+    ),
+}
+
+# ---------------------------------------------------------------------------------------------------------- training
+
+
+def _trainer(kind: str, mode: str = "") -> Callable[[Job], Runner]:
+    """Return how to build training of the job's network: ours, diffusers' or a plain one; compiled if a mode is given."""
+
+    def build(job: Job) -> Runner:
+        import common
+        import idioms
+        import torch
+
+        import ddpm_fast
+
+        torch.set_num_threads(job.threads)
+        keeping = ddpm_fast.kept_memory() if job.kept else nullcontext()
+        keeping.__enter__()
+        memory_format = common.FORMATS[job.memory_format]
+        model: Any = idioms.random_unet(idioms.NETWORKS[job.network_name])
+        if kind == DIFFUSERS:
+            model = idioms.diffusers_unet(model)
+        elif kind == PLAIN:
+            model = idioms.plain(model)
+        model = model.to(job.device, memory_format=memory_format).train()
+        if mode:
+            model = torch.compile(model)
+        batch = idioms.Batch(job.batch, job.size, job.device, memory_format)
+        loss = idioms.loss_ours if kind == OURS else idioms.loss_peer
+        step = idioms.train_step(loss, model, job.dtype == "bf16")
+
+        def run(keeping: Any = keeping) -> None:  # memory is kept while this lives
+            step(batch)
+
+        return Runner(run)
+
+    return build
+
+
+TRAINING = {
+    f"{DIFFUSERS} + eager PyTorch": Peer(_trainer(DIFFUSERS), _EXPORTERS),
+    f"{DIFFUSERS} + torch.compile": Peer(_trainer(DIFFUSERS, "default"), _EXPORTERS),
+    PLAIN: Peer(_trainer(PLAIN)),
+    OURS: Peer(_trainer(OURS)),
+}

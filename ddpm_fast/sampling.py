@@ -194,13 +194,15 @@ class Sampler:
             seeds = request.seeds.to(device)
             labels, x_T = (None if each is None else each.to(device) for each in (request.labels, request.x_T))
             chunks = [slice(i, i + batch_size) for i in range(0, num_samples, batch_size)]
-            from tqdm.auto import tqdm
+            bar: Any = None
+            if progress:
+                from tqdm.auto import tqdm
 
-            # On a GPU the bar counts the steps handed over: to know how many are done, the host would have to wait for them.
-            interval = 0.1 if sys.stderr.isatty() else 10  # seconds; a log file needs fewer lines than a terminal
-            total = len(chunks) * plan.num_steps
-            bar = tqdm(total=total, desc="sampling", unit="step", disable=not progress, mininterval=interval)
-            with bar, evaluation_mode(self.network), torch.inference_mode():
+                # On a GPU the bar counts the steps handed over: the host would have to wait to know how many are done.
+                interval = 0.1 if sys.stderr.isatty() else 10  # seconds; a log file needs fewer lines than a terminal
+                total = len(chunks) * plan.num_steps
+                bar = tqdm(total=total, desc="sampling", unit="step", mininterval=interval)
+            with nullcontext() if bar is None else bar, evaluation_mode(self.network), torch.inference_mode():
                 for chunk in chunks:
                     loop = self._loop(len(images[chunk]), request.label, request.guidance_scale)
                     loop.start(seeds[chunk], *(None if each is None else each[chunk] for each in (labels, x_T)))
@@ -213,7 +215,8 @@ class Sampler:
                             loop.replay()
                         if callback is not None:
                             callback(i, int(plan.timesteps[i]), loop.x_t)
-                        bar.update()
+                        if bar is not None:
+                            bar.update()
                     if plan.num_steps in frames:
                         frames[plan.num_steps][chunk].copy_(loop.x_t, non_blocking=True)
                     images[chunk] = loop.x_t

@@ -1,0 +1,341 @@
+"""Time the ops in every backend beside their peers, forward and backward, against a copy of the bytes that must move.
+
+    python benchmarks/benchmark_ops.py elementwise
+    python benchmarks/benchmark_ops.py norms --dtypes bf16 --peers native eager
+    python benchmarks/benchmark_ops.py deciding --device cuda
+
+cases:       the benchmark cases of ddpm_fast/testing.py
+elementwise: noise, q_sample, reverse_step, denoising_loss
+norms:       group_norm_silu at the norms of the networks of Ho et al.
+deciding:    the few shapes by which a GPU is judged, larger than the L2 of an H100
+
+Samples of a batch are copies of a few. Results are checked at the full batch: each sample equals its copy bit for bit, and the
+reference within twice its own error. On a GPU a call is a CUDA graph, timed by events with a cold L2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from statistics import geometric_mean
+from typing import Any
+
+import common
+import torch
+from peers import OPS, Function, eager_op
+from torch import Tensor, nn
+
+from ddpm_fast import ddpm_plan
+from ddpm_fast.dtypes import opmath
+from ddpm_fast.inference import cuda_graph
+from ddpm_fast.nn import CIFAR10_32, HO_256, UNet
+from ddpm_fast.nn.layers import GroupNormSiLU
+from ddpm_fast.ops import BACKENDS, why_not
+from ddpm_fast.reference import STREAM_Q_SAMPLE
+from ddpm_fast.reference import noise as reference_noise
+from ddpm_fast.testing import CASES, SCHEDULE, Call, Case, bytes_moved, make_call
+
+DRAWING = ("noise", "q_sample", "reverse_step", "denoising_loss")  # ops that need noise
+BACKWARD = ("group_norm_silu", "denoising_loss", "conv3x3", "attention")  # ops with a backward kernel
+LAYOUTS = {
+    "group_norm_silu": ("contiguous", "channels_last"),
+    "group_norm_affine": ("channels_last",),
+    "conv3x3": ("channels_last",),
+}  # the others see memory as it lies
+BATCHED = ("x", "x_0", "x_t", "model_output", "shift", "t", "seeds", "qkv")
+FEW = 2  # distinct samples of a batch
+SMALL_BATCH, LARGE_BATCH = (16, 3, 32, 32), (256, 3, 256, 256)
+
+
+@dataclass(frozen=True)
+class Work:
+    """A comparison of peers at one op, shape, dtype, layout and direction."""
+
+    case: Case
+    dtype: str = "float32"
+    layout: str = "contiguous"
+    direction: str = "forward"
+    peers: tuple[str, ...] = tuple(OPS)
+
+    def __str__(self) -> str:
+        return " ".join(str(value) for value in self.columns().values())
+
+    def columns(self) -> dict[str, object]:
+        shape = "x".join(map(str, self.case.shape))
+        return {"op": self.case.op, "case": self.case.name, "shape": shape} | {
+            name: getattr(self, name) for name in ("dtype", "layout", "direction")
+        }
+
+    @property
+    def moved(self) -> int:
+        """The bytes that fused kernels read and write."""
+        passes = {"forward": [False], "backward": [True], "both": [False, True]}[self.direction]
+        return sum(bytes_moved(self.case, common.DTYPES[self.dtype], backward=each) for each in passes)
+
+    def why_missing(self, peer: str, device: str) -> str | None:
+        """Return why a peer cannot take part, or None."""
+        if peer in BACKENDS:
+            return why_not(peer, self.case.op, torch.device(device), common.DTYPES[self.dtype])
+        return OPS[peer].why_not(self.dtype)
+
+
+# ------------------------------------------------------------------------------------------------------- which ones
+
+
+def product(case_list: Iterable[Case], dtypes: Sequence[str] = tuple(common.DTYPES)) -> Iterator[Work]:
+    """Yield the comparisons of each case in its layouts and directions."""
+    for case in case_list:
+        for dtype in dtypes:
+            for layout in LAYOUTS.get(case.op, ("contiguous",)):
+                for direction in ("forward", "backward") if case.op in BACKWARD else ("forward",):
+                    yield Work(case, dtype, layout, direction)
+
+
+def elementwise_cases(shape: tuple[int, ...]) -> list[Case]:
+    name = "x".join(map(str, shape))
+    plan = {"plan": ddpm_plan(SCHEDULE)}
+    options: dict[str, dict[str, Any]] = {"reverse_step": plan, "q_sample": {}, "noise": {}, "denoising_loss": {}}
+    return [*(Case(op, name, shape, each) for op, each in options.items()), Case("q_sample", "uint8", shape, {"uint8": True})]
+
+
+def cases(device: str) -> Iterator[Work]:
+    yield from product(case for case in CASES if case.benchmark)
+
+
+def elementwise(device: str) -> Iterator[Work]:
+    for shape in (LARGE_BATCH, (128, 3, 32, 32)) if device != "cpu" else (SMALL_BATCH, (256, 3, 32, 32)):
+        for work in product(elementwise_cases(shape)):
+            yield work
+            if work.case.op == "reverse_step":
+                yield replace(work, layout="channels_last")
+            if work.direction == "backward":
+                yield replace(work, direction="both")
+
+
+def network_norms(config: dict[str, Any], name: str, batch: int) -> list[Case]:
+    """Return a network's distinct group norms, in the order of evaluation."""
+    seen: dict[str, Case] = {}
+
+    def see(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+        assert isinstance(module, GroupNormSiLU)
+        has_shift = kwargs.get("shift") is not None
+        words = [name, *(["+ time"] if has_shift else []), *([] if module.activation else ["no SiLU"])]
+        options = {"shift": has_shift, "activation": module.activation, "groups": module.num_groups}
+        case = Case("group_norm_silu", " ".join(words), (batch, *args[0].shape[1:]), options)
+        seen.setdefault(f"{case} {case.shape}", case)
+
+    with torch.device("meta"), torch.no_grad():
+        model = UNet(**config)
+        for module in model.modules():
+            if isinstance(module, GroupNormSiLU):
+                module.register_forward_pre_hook(see, with_kwargs=True)
+        model(torch.zeros(1, 3, config["sample_size"], config["sample_size"]), 0)
+    return list(seen.values())
+
+
+def norms(device: str) -> Iterator[Work]:
+    """Yield the networks' norms, the dtype and layout of sampling first."""
+    if device == "cpu":
+        found = [case for batch in (1, 16) for case in network_norms(CIFAR10_32, f"cifar10-32 batch {batch}", batch)]
+    else:
+        found = network_norms(CIFAR10_32, "cifar10-32", 64) + network_norms(HO_256, "256x256", 8)
+    yield from sorted(product(found), key=lambda work: (work.dtype != "bf16", work.layout == "contiguous"))
+
+
+def deciding(device: str, tiny: bool = False) -> Iterator[Work]:
+    """Yield the shapes that decide. Each moves more than twice an H100's L2. `tiny` shrinks them for a rehearsal."""
+    pictures = (4, 3, 8, 8) if tiny else (320, 3, 256, 256)
+    maps = [(4, 32, 8, 8), (2, 64, 16, 16)] if tiny else [(256, 128, 32, 32), (8, 128, 256, 256)]
+    norm_cases = [Case("group_norm_silu", "x".join(map(str, shape)), shape, {"shift": True}) for shape in maps]
+    for work in product([*norm_cases, *elementwise_cases(pictures)], ("bf16", "float32")):
+        is_norm = work.case.op == "group_norm_silu"
+        sampled = work.dtype == "bf16" and work.layout == "channels_last"  # as in sampling; to compile takes seconds each
+        slow = ("triton", "compile") if is_norm and sampled and not tiny else ()
+        yield replace(work, peers=("native", "eager", *slow))
+        if not is_norm:  # noise is drawn in C, H, W order, which takes another kernel in channels_last
+            yield replace(work, layout="channels_last", peers=("native", "eager"))
+
+
+LISTS = {"cases": cases, "elementwise": elementwise, "norms": norms, "deciding": deciding}
+
+# --------------------------------------------------------------------------------------------------------- one of them
+
+
+def make_inputs(work: Work, device: str) -> Call:
+    """Return inputs whose samples are copies of the first few."""
+    samples = work.case.shape[0]
+    few = replace(work.case, shape=(min(FEW, samples), *work.case.shape[1:]))
+    call = make_call(few, common.DTYPES[work.dtype], device, channels_last=work.layout == "channels_last")
+    arguments = {name: _repeated(x, samples) if name in BATCHED else x for name, x in call.arguments.items()}
+    return replace(call, arguments=arguments | ({"shape": work.case.shape} if "shape" in arguments else {}))
+
+
+def _repeated(few: Tensor, samples: int) -> Tensor:
+    many = few.repeat(-(-samples // len(few)), *[1] * (few.dim() - 1))[:samples]
+    is_last = few.dim() == 4 and not few.is_contiguous()
+    return many.contiguous(memory_format=torch.channels_last if is_last else torch.contiguous_format)
+
+
+def forward(function: Function, call: Call) -> Callable[[], object]:
+    tensors = call.tensors
+
+    def run() -> Tensor:
+        with torch.no_grad():
+            return function(**tensors)
+
+    return run
+
+
+def backward(function: Function, call: Call, *, again: bool = False) -> Callable[[], tuple[Tensor, ...]]:
+    """Return a call for the gradients. The forward pass is done here, once, or `again` in each call."""
+    leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in call.tensors.items() if name != "x_0"}
+    inputs = {**call.tensors, **leaves}
+    y = function(**inputs)
+    few = torch.randn(
+        y.shape[:0] if y.dim() < 2 else (min(FEW, len(y)), *y.shape[1:]), generator=torch.Generator().manual_seed(1)
+    )
+    few = few.to(y.device)
+    cotangent = torch.empty_like(y).copy_(few if y.dim() < 2 else _repeated(few, len(y)))  # in the memory format of y
+
+    def run() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(function(**inputs) if again else y, list(leaves.values()), cotangent, retain_graph=not again)
+
+    return run
+
+
+DIRECTIONS: dict[str, Callable[[Function, Call], Callable[[], Any]]] = {
+    "forward": forward,
+    "backward": backward,
+    "both": partial(backward, again=True),
+}
+
+
+def check(peer: str, function: Function, work: Work, call: Call) -> None:
+    """Raise an AssertionError unless a peer is right at the full batch.
+
+    A peer that draws noise of its own is given the kernels' noise. Its compiled form computes what was checked as eager.
+    """
+    case, samples = work.case, work.case.shape[0]
+    few, epsilon = min(FEW, samples), None
+    if case.op in DRAWING:
+        if peer == "compile":
+            return
+        stream = STREAM_Q_SAMPLE
+        if case.op in ("noise", "reverse_step"):
+            stream = int(call.arguments["stream" if case.op == "noise" else "step"])
+        seeds = call.arguments["seeds"]
+        epsilon = reference_noise((few, *case.shape[1:]), seeds[:few].cpu(), stream, torch.float64).to(seeds.device)
+        epsilon = _repeated(epsilon, samples)
+    wide = call.map(lambda x: x.double())
+    baseline, truth = eager_op(call, case, epsilon), eager_op(wide, case, epsilon)
+    run = DIRECTIONS[work.direction]
+    results = [run(f, c)() for f, c in ((baseline if peer == "eager" else function, call), (baseline, call), (truth, wide))]
+    for got, allowed, true in zip(*((r,) if isinstance(r, Tensor) else r for r in results), strict=True):
+        common.require_parity(f"{case} by {peer}", got, allowed, true)
+        if peer not in BACKENDS:
+            continue
+        # The rule of the tests: the largest error may be twice the reference's, or a few roundings.
+        error, limit = ((x.double() - true).abs().max().item() for x in (got, allowed))
+        roundings = (4 if case.op == "conv3x3" else 1) * 0.5 * torch.finfo(got.dtype).eps
+        roundings += 4 * torch.finfo(opmath(got.dtype)).eps
+        limit = max(2 * limit, roundings * true.abs().max().item())
+        assert error <= limit, f"{case} by {peer}: largest error {error:.3g}, at most {limit:.3g} expected"
+        if got.dim() > 1 and len(got) == samples:
+            assert torch.equal(got, _repeated(got[:few], samples)), f"{case} by {peer}: samples differ from their copies"
+
+
+def measure(work: Work, device: str, seconds: float, run: common.Run) -> list[dict[str, object]]:
+    """Return a row per peer that can run and is right. A failure is kept in `run`."""
+    functions: dict[str, Callable[[], object]] = {}
+    on_gpu = torch.device(device).type == "cuda"
+    # A backward pass runs on the stream of its forward pass, which must be the one that graphs are captured on.
+    stream = torch.cuda.Stream(device) if on_gpu else None
+    with torch.cuda.stream(stream), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the compiler's own
+        call = make_inputs(work, device)
+        for name in work.peers:
+            if work.why_missing(name, device) is None:
+                with run.going_on(f"{work} by {name}"):
+                    function = OPS[name].build(call, work.case)
+                    check(name, function, work, call)
+                    functions[name] = DIRECTIONS[work.direction](function, call)
+                    functions[name]()
+        functions["copy"] = common.copy_of(work.moved, device)
+        for name, function in functions.items() if stream is not None else ():
+            try:
+                functions[name] = common.graphed(function, stream)
+            except cuda_graph.CaptureError as error:
+                print(f"{work} by {name}: no graph, timed as a call: {error}")
+    times = common.compare(functions, device, seconds=seconds)
+    l2 = torch.cuda.get_device_properties(device).L2_cache_size if on_gpu else 1 << 27
+    return [
+        work.columns()
+        | {"by": name, "beyond L2": work.moved > 2 * l2, "ms": taken.ms, "GB/s": work.moved / taken.spread.median / 1e9}
+        | {"share of copy": taken.speedup_over(times["copy"]).median}
+        | {"native is faster by": times["native"].speedup_over(taken) if "native" in times else None}
+        for name, taken in times.items()
+    ]
+
+
+def means(rows: Sequence[dict[str, Any]]) -> list[dict[str, object]]:
+    """Return geometric means over the shapes of each op."""
+    keys = ("op", "dtype", "layout", "direction", "by")
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["by"] != "copy" and row["native is faster by"] is not None:
+            groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    table: list[dict[str, object]] = []
+    for key, group in groups.items():
+        faster = [row["native is faster by"].median for row in group]
+        found = {"shapes": len(group), "native is faster by": geometric_mean(faster), "lowest": min(faster)}
+        share = geometric_mean(row["share of copy"] for row in group)
+        table.append(dict(zip(keys, key, strict=True)) | found | {"share of copy": share})
+    return table
+
+
+def run(args: argparse.Namespace) -> None:
+    deadline = time.monotonic() + args.seconds
+    result = common.Run(args.device, args.out)
+    works = [
+        replace(work, peers=tuple(name for name in work.peers if args.peers is None or name in args.peers))
+        for work in (deciding(args.device, True) if args.tiny else LISTS[args.what](args.device))
+        if work.dtype in args.dtypes
+    ]
+    rows: list[dict[str, object]] = []
+    done = 0
+    for work in works:
+        if time.monotonic() > deadline:
+            break
+        with result.going_on(str(work)):
+            rows += measure(work, args.device, args.each, result)
+            result.save(f"benchmark_ops {args.what}", rows)
+        done += 1
+        if args.device != "cpu":
+            gc.collect()
+            torch.cuda.empty_cache()
+    if rows:
+        common.print_table("median [quartiles]", rows)
+        summary = means(rows)
+        if summary:
+            result.save(f"benchmark_ops {args.what} means", summary, "geometric means")
+    result.finish(f"{done} of {len(works)} comparisons made")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = common.parser(__doc__)
+    parser.add_argument("what", choices=LISTS, help="compare these")
+    parser.add_argument("--dtypes", choices=common.DTYPES, nargs="+", default=list(common.DTYPES), help="use these (both)")
+    parser.add_argument("--peers", choices=OPS, nargs="+", help="compare these (all that are installed)")
+    parser.add_argument("--seconds", type=float, default=3600, help="begin no comparison after this many seconds (3600)")
+    parser.add_argument("--each", type=float, default=0.25, help="spend this many seconds on a comparison (0.25)")
+    parser.add_argument("--tiny", action="store_true", help="shrink the shapes of `deciding`, for a rehearsal")
+    run(parser.parse_args(arguments))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""Time one evaluation of the CIFAR-10 network of Ho et al. (35.7 million parameters) on this CPU, beside its peers.
+
+    python benchmarks/benchmark_unet.py
+    python benchmarks/benchmark_unet.py --batches 1 16 --dtypes float32 --peers ddpm_fast OpenVINO
+    python benchmarks/benchmark_unet.py --batches 1 --starts 5                                # seconds to the first image
+    python benchmarks/benchmark_unet.py --batches 1 --sizes 32 64 128 256 --threads 1 2 --peers ddpm_fast      # growth
+
+Peers have the same weights, inputs and threads, each in a process of its own, and take turns. The first image takes the time
+from the start of the process to the end of its first evaluation. From the second start torch.compile finds its cache.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import common
+import idioms
+import numpy as np
+import torch
+from peers import NETWORKS, OURS, split
+from processes import Array, Job, PeerFailed, Process, export
+
+from ddpm_fast.nn import CIFAR10_32, UNet
+
+CHECKED = 4  # images whose output is compared with float64: enough, and float64 is slow
+ALLOWED = 10  # times the error of plain PyTorch in the dtype: convolutions by Winograd's algorithm round a few times more
+SIZE = CIFAR10_32["sample_size"]
+
+
+@contextmanager
+def network_folder(config: dict[str, Any], keep: Path | None = None) -> Iterator[str]:
+    """Yield a folder with a random network. It is temporary unless `keep` names one."""
+    with ExitStack() as stack:
+        folder = keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        if not (folder / "network").is_dir():
+            idioms.random_unet(config).save_pretrained(folder / "network")
+        yield str(folder)
+
+
+def start(names: Sequence[str], job: Job, starts: int, missing: dict[str, str]) -> dict[str, list[Process]]:
+    """Return the processes of peers that can run, of which the last is open. `missing` gets why others cannot."""
+    able, reasons = split(NETWORKS, names, job.dtype)
+    missing |= reasons
+    processes: dict[str, list[Process]] = {}
+    for name in able:
+        try:
+            export(name, job)
+            processes[name] = [Process(name, job)]
+            for _ in range(1, starts):
+                processes[name][-1].close()
+                processes[name].append(Process(name, job))
+        except PeerFailed as error:
+            missing[name] = str(error)
+            for process in processes.pop(name, []):
+                process.close()
+    return processes
+
+
+def outputs(job: Job, dtype: torch.dtype) -> Array:
+    """Return plain PyTorch's output for the first images."""
+    x, t = map(torch.from_numpy, replace(job, batch=min(job.batch, CHECKED)).inputs())
+    network = idioms.plain(UNet.from_pretrained(job.network, dtype=dtype))
+    with torch.no_grad():
+        return network(x, t).double().numpy()  # type: ignore[no-any-return]
+
+
+def relative_error(got: Array, truth: Array) -> float:
+    """Return the error on the images that both have, infinite if something is not a number."""
+    n = min(len(got), len(truth))
+    error = float(np.linalg.norm(got[:n].astype(np.float64) - truth[:n]) / np.linalg.norm(truth[:n]))
+    return error if math.isfinite(error) else math.inf
+
+
+def check(processes: dict[str, Process], job: Job, missing: dict[str, str]) -> dict[str, float]:
+    """Return relative errors against float64, and leave out peers that are wrong."""
+    truth = outputs(job, torch.float64)
+    limit = ALLOWED * relative_error(outputs(job, common.DTYPES[job.dtype]), truth)
+    errors = {name: relative_error(process.output(), truth) for name, process in processes.items()}
+    for name, error in errors.items():
+        if error > limit:
+            missing[name] = f"wrong: its relative error is {error:.2g}, at most {limit:.2g} was expected"
+            processes.pop(name).close()
+    return errors
+
+
+def compare(names: Sequence[str], job: Job, rounds: int, starts: int, missing: dict[str, str]) -> list[dict[str, Any]]:
+    """Return the rows of one batch size and dtype."""
+    with ExitStack() as stack:
+        started = start(names, job, starts, missing)
+        processes = {name: stack.enter_context(closing(each[-1])) for name, each in started.items()}
+        errors = check(processes, job, missing)
+        timers = {name: partial(process.seconds, process.calls_per_turn()) for name, process in processes.items()}
+        times = common.take_turns(timers, rounds)
+        peaks = {name: process.peak() for name, process in processes.items()}
+    best = min((name for name in times if name != OURS), key=lambda name: times[name].ms, default=None)
+    return [
+        {"contestant": name, "best peer": "*" if name == best else "", "batch": job.batch, "size": job.size}
+        | {"threads": job.threads, "dtype": job.dtype, "ms": taken.ms, "images/s": taken.per_second(job.batch)}
+        | {"32x32 pixels/s": taken.per_second(job.batch * job.size**2 / 1024).median}
+        | {f"{OURS} is faster by": times[OURS].speedup_over(taken) if OURS in times else "", "relative error": errors[name]}
+        | {"first image, s": common.Spread.of([process.first_image for process in started[name]])}
+        | {"import and load, s": processes[name].load, "first call, s": processes[name].first_call}
+        | {"peak memory, MB": "" if (peak := peaks[name]) is None else round(peak / 1e6)}
+        for name, taken in times.items()
+    ]
+
+
+def plot(rows: Sequence[dict[str, Any]], title: str) -> Any:
+    """Draw images per second over batch sizes, a panel per dtype."""
+    dtypes = [dtype for dtype in common.DTYPES if any(row["dtype"] == dtype for row in rows)]
+    size = {"figsize": (6 * len(dtypes), 4), "sharey": True, "squeeze": False, "layout": "constrained"}
+    figure, panels = common.pyplot().subplots(1, len(dtypes), **size)
+    for dtype, axes in zip(dtypes, panels[0], strict=True):
+        for place, name in enumerate(NETWORKS):
+            mine = [row for row in rows if (row["dtype"], row["contestant"]) == (dtype, name)]
+            if not mine:
+                continue
+            mine.sort(key=lambda row: row["batch"])
+            speeds = [row["images/s"] for row in mine]
+            error = [[s.median - s.low for s in speeds], [s.high - s.median for s in speeds]]
+            style = {"color": f"C{place}", "linewidth": 2.5 if name == OURS else 1.2}
+            style |= {"marker": "o", "markersize": 4, "capsize": 3}
+            axes.errorbar([row["batch"] for row in mine], [s.median for s in speeds], error, label=name, **style)
+        batches = sorted({row["batch"] for row in rows})
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(batches, [str(batch) for batch in batches])
+        axes.set_xlabel("batch size")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_title(f"{title}, {dtype}", fontsize="medium")
+    panels[0][0].set_ylim(bottom=0)
+    panels[0][0].set_ylabel("images per second and step (median, quartiles)")
+    panels[0][0].legend(frameon=False)
+    return figure
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    dtypes = list(common.DTYPES) if common.has_bf16() else ["float32"]
+    threads = [torch.get_num_threads()]
+    parser = common.parser(__doc__, device=False)
+    parser.add_argument("--peers", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="compare these (all)")
+    text = "compute in these (those that this CPU has instructions for)"
+    parser.add_argument("--dtypes", nargs="+", choices=common.DTYPES, default=dtypes, help=text)
+    parser.add_argument("--batches", type=int, nargs="+", help="use these batch sizes (1 4 16 64)")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[SIZE], help=f"use images of these pixels a side ({SIZE})")
+    parser.add_argument("--threads", type=int, nargs="+", default=threads, help="use these numbers of threads (PyTorch's)")
+    parser.add_argument("--rounds", type=int, help="take this many turns of each (15)")
+    parser.add_argument("--starts", type=int, default=1, help="start each peer this many times (1)")
+    parser.add_argument("--folder", type=Path, help="keep exported networks and compiled code here")
+    parser.add_argument("--quick", action="store_true", help="use batches 1 and 4, 5 rounds and no torch.compile")
+    parser.add_argument("--plot", action="store_true", help="draw the picture that docs/benchmarks.md shows")
+    args = parser.parse_args(arguments)
+    names = [name for name in args.peers if not (args.quick and name == "torch.compile")]
+    batches = args.batches or ([1, 4] if args.quick else [1, 4, 16, 64])
+    rounds = args.rounds or (5 if args.quick else 15)
+
+    run = common.Run(out=args.out)
+    everything: list[dict[str, Any]] = []
+    with network_folder(CIFAR10_32, args.folder) as folder:
+        for dtype, size, threads, batch in itertools.product(args.dtypes, args.sizes, args.threads, batches):
+            job = Job(folder, batch, size, dtype, threads)
+            missing: dict[str, str] = {}
+            words = f"{dtype} batch {batch}" + ("" if size == SIZE else f" size {size}")
+            words += "" if len(args.threads) == 1 else f" threads {threads}"
+            with run.going_on(words):
+                rows = compare(names, job, rounds, args.starts, missing)
+                run.save(f"unet_speed {words}", rows, f"cifar10-32 {words}: median [quartiles]", **{"left out": missing})
+                everything += rows
+            for name, reason in missing.items():
+                print(f"left out: {name}: {reason}")
+            if OURS in missing:
+                run.failures.append(f"{words}: {OURS}: {missing[OURS]}")
+    if everything and args.plot:
+        run.picture(plot(everything, f"cifar10-32, {run.machine['device']}"), "unet_speed")
+    run.finish()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,233 @@
+"""Run a peer in a process of its own: it loads a network, runs it once, and then times calls on request.
+
+So no peer disturbs the memory, threads and caches of another, and the time to the first image is that of a program.
+Nothing here imports torch, so peers that do without PyTorch run without it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+TURN_SECONDS = 0.1  # shorter calls are repeated
+
+
+@dataclass(frozen=True)
+class Job:
+    """A network, and how to run it.
+
+    Attributes:
+        folder: Folder with the network in `network/`, and what is exported from it.
+        batch: Images of a call.
+        size: Pixels a side.
+        dtype: A name from `common.DTYPES`.
+        kept: Keep freed memory in the process (`kept_memory`).
+        table: Module and name of the table of peers.
+        network_name: A network of `idioms.NETWORKS`, for training, which needs no folder.
+    """
+
+    folder: str
+    batch: int
+    size: int
+    dtype: str = "float32"
+    threads: int = 1
+    device: str = "cpu"
+    memory_format: str = "channels_last"
+    kept: bool = False
+    table: str = "peers.NETWORKS"
+    network_name: str = "cifar10-32"
+
+    @property
+    def network(self) -> Path:
+        return Path(self.folder, "network")
+
+    def inputs(self) -> tuple[Array, Array]:
+        """Return x float32 [N, C, H, W] and t int64 [N]. Image i and its timestep are the same in any batch."""
+        channels = json.loads((self.network / "config.json").read_text(encoding="utf-8"))["in_channels"]
+        draws = [np.random.default_rng(i) for i in range(self.batch)]
+        x = np.stack([draw.standard_normal((channels, self.size, self.size), dtype=np.float32) for draw in draws])
+        return x, np.array([draw.integers(1000) for draw in draws])
+
+    def exported(self, suffix: str) -> Path:
+        return Path(self.folder, f"{self.batch}x{self.size}{suffix}")
+
+
+@dataclass(frozen=True)
+class Runner:
+    """A network ready to run.
+
+    Attributes:
+        call: Run it once. Returns float32 [N, C, H, W], or None if there is nothing to compare.
+    """
+
+    call: Callable[[], Array | None]
+
+    def seconds(self, calls: int) -> float:
+        """Return the seconds of a call, out of `calls` in a row."""
+        began = time.perf_counter()
+        for _ in range(calls):
+            self.call()
+        return (time.perf_counter() - began) / calls
+
+
+class PeerFailed(Exception):
+    """A peer's process ended. The text is its last line."""
+
+
+class Process:
+    """A peer at work: started, loaded and run once.
+
+    Attributes:
+        first_image: Seconds from the start of the process to the end of its first call.
+        load: The seconds of it that importing and loading take.
+        first_call: The seconds of it that the first call takes.
+        used: CPU seconds of all threads and page faults per call, of each time that `seconds` was called.
+    """
+
+    def __init__(self, name: str, job: Job) -> None:
+        self.name, self.job = name, job
+        self._said = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 (`close` closes it)
+        began = time.perf_counter()
+        self._process = _start(name, job, self._said)
+        reply = self._reply()
+        self.first_image = time.perf_counter() - began
+        self.load: float = reply["load"]
+        self.first_call: float = reply["first call"]
+        self.used: list[tuple[float, float]] = []
+
+    def output(self) -> Array:
+        path = Path(self.job.folder, "output.npy")
+        self._ask(f"output {path}")
+        return np.load(path)
+
+    def seconds(self, calls: int) -> float:
+        """Return the seconds of a call, out of `calls` in a row. Several follow one that wakes threads and caches."""
+        reply = self._ask(f"time {calls}")
+        self.used.append((reply["cpu"], reply["faults"]))
+        return float(reply["seconds"])
+
+    def calls_per_turn(self) -> int:
+        return math.ceil(TURN_SECONDS / self.seconds(1))
+
+    def peak(self) -> int | None:
+        """Return the peak memory of the process so far in bytes: the GPU's if it runs on one, or else resident memory."""
+        peak: int | None = self._ask("peak")["peak"]
+        return peak
+
+    def close(self) -> None:
+        if self._process.returncode is None:
+            self._process.communicate()
+        self._said.close()
+
+    def _ask(self, words: str) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):  # then no reply will come
+            print(words, file=self._process.stdin, flush=True)
+        return self._reply()
+
+    def _reply(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            self._process.communicate()
+            with self._said:
+                raise PeerFailed(_last_line(self._said, self._process.returncode))
+        reply: dict[str, Any] = json.loads(line)
+        return reply
+
+
+def export(name: str, job: Job) -> None:
+    """Write the file that a peer starts from, in a process, unless it exists.
+
+    Raises:
+        PeerFailed: The exporter failed.
+    """
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said:
+        process = _start(name, job, said, "export")
+        process.communicate()
+        if process.returncode:
+            raise PeerFailed(_last_line(said, process.returncode))
+
+
+def _start(name: str, job: Job, said: Any, *mode: str) -> subprocess.Popen[str]:
+    command = [sys.executable, __file__, name, json.dumps(asdict(job)), *mode]
+    # In inductor's usual folder it would find what was compiled for others: first calls would not be first ones.
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(Path(job.folder, "inductor"))}
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True, env=environment)
+
+
+def _last_line(said: Any, status: int) -> str:
+    said.seek(0)
+    lines = [line.strip() for line in said if line.strip()]
+    return lines[-1] if lines else f"its process ended with status {status}"
+
+
+def serve(name: str, job: Job, mode: list[str]) -> None:
+    """Do what the parent asks, a line of JSON per reply."""
+    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what libraries print is no reply
+
+    def reply(**values: Any) -> None:
+        print(json.dumps(values), file=replies, flush=True)
+
+    module, _, table = job.table.rpartition(".")
+    peer = getattr(importlib.import_module(module), table)[name]
+    if mode == ["export"]:
+        peer.export_once(job)
+        return
+    began = time.perf_counter()
+    runner: Runner = peer.build(job)
+    loaded = time.perf_counter()
+    output = runner.call()
+    reply(**{"load": loaded - began, "first call": time.perf_counter() - loaded})
+    for line in sys.stdin:
+        command, _, argument = line.strip().partition(" ")
+        if command == "output":
+            np.save(argument, output)
+            reply()
+        elif command == "peak":
+            reply(peak=_peak(job.device))
+        else:
+            calls = int(argument)
+            if calls > 1:
+                runner.seconds(1)
+            before = resource.getrusage(resource.RUSAGE_SELF)
+            seconds = runner.seconds(calls)
+            used = resource.getrusage(resource.RUSAGE_SELF)
+            cpu = used.ru_utime - before.ru_utime + used.ru_stime - before.ru_stime
+            reply(seconds=seconds, cpu=cpu / calls, faults=(used.ru_minflt - before.ru_minflt) / calls)
+
+
+def _peak(device: str) -> int | None:
+    if device != "cpu":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device)
+    return proc_status("VmHWM")
+
+
+def proc_status(key: str) -> int | None:
+    """Return bytes that Linux accounts for this process under `key` (VmRSS, VmHWM), or None on other systems."""
+    with suppress(OSError):
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
+    return None
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1], Job(**json.loads(sys.argv[2])), sys.argv[3:])

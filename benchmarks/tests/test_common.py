@@ -1,0 +1,60 @@
+"""Parity, turns and the record of a run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import common
+import pytest
+import torch
+
+
+def test_wrong_results_have_no_speed() -> None:
+    truth = torch.linspace(1, 2, 8, dtype=torch.float64)
+    baseline = truth.float() + 1e-5
+    common.require_parity("q_sample", truth.float() + 2e-5, baseline, truth)
+    for wrong in (truth.float() + 3e-5, truth.float() * float("nan")):
+        with pytest.raises(AssertionError, match=r"q_sample: error .* no speed is reported"):
+            common.require_parity("q_sample", wrong, baseline, truth)
+
+
+def test_everybody_takes_a_turn_in_every_round() -> None:
+    order: list[str] = []
+
+    def timer(name: str) -> Any:
+        return lambda: float(len(order.append(name) or order))  # type: ignore[func-returns-value]
+
+    times = common.take_turns({name: timer(name) for name in "abc"}, 2)
+    assert order == list("abcbca")
+    assert times["a"].rounds == (1, 6)
+    assert times["b"].speedup_over(times["a"]) == pytest.approx((1, 0.75, 1.25))  # 1/2 and 6/4, round by round
+
+
+def test_results_of_a_cpu_go_by_model_and_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(common, "device_name", lambda device: "Some(R) CPU 9 @ 2.40GHz")
+    monkeypatch.setattr(common, "cores", lambda: 2)
+    monkeypatch.setattr(common, "instruction_set", lambda: "avx512_bf16")
+    assert common.default_output("cpu").name == "some-cpu-9-2-cores-avx512-bf16.json"
+
+
+def test_a_run_keeps_other_sections_and_says_what_failed(tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "new" / "out.json"
+    first, second = common.Run(out=out), common.Run(out=out)
+    first.save("a", [{"ms": common.Spread(1.23456, 1, 2)}])
+    with second.going_on("peer"):
+        raise RuntimeError("it crashed")
+    second.save("b", [], **{"left out": "x"})
+    sections = json.loads(out.read_text(encoding="utf-8"))
+    assert sections["a"]["rows"] == [{"ms": {"median": 1.235, "low": 1, "high": 2}}]
+    assert sections["b"]["machine"]["left out"] == "x"
+    with pytest.raises(SystemExit, match="1"):
+        second.finish("1 of 2 made")
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == f"1 of 2 made; 1 failed, first: peer: RuntimeError: it crashed; results: {out}"
+
+
+def test_a_commit_is_found_without_git(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert common.commit().startswith("sources ")

@@ -1,0 +1,118 @@
+"""Peers and their processes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import common
+import numpy as np
+import peers
+import processes
+import pytest
+import torch
+from benchmark_unet import network_folder
+from peers import NETWORKS, OURS, Peer
+from processes import Job, PeerFailed, Process
+from small_unets import SMALL
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    with network_folder(SMALL, tmp_path) as folder:
+        return Job(folder, 3, SMALL["sample_size"], threads=torch.get_num_threads())
+
+
+def test_an_image_is_the_same_in_any_batch(job: Job) -> None:
+    x, t = job.inputs()
+    first_x, first_t = replace(job, batch=1).inputs()
+    assert (x.dtype, x.shape) == (np.float32, (3, 2, 16, 16))
+    assert np.array_equal(x[:1], first_x)
+    assert np.array_equal(t[:1], first_t)
+
+
+def test_why_a_peer_is_missing() -> None:
+    table = {"a": Peer(print, ("torch", "no_such_module")), "b": Peer(print, dtypes=("float32",)), "c": Peer(print)}
+    assert peers.split(table, "abc", "bf16") == (["c"], {"a": "no_such_module not installed", "b": "has no bf16"})
+
+
+def test_peers_are_in_the_extra() -> None:
+    text = (common.ROOT.parent / "pyproject.toml").read_text(encoding="utf-8")
+    extra = text.partition("\nbench = [")[2].partition("\n]")[0]
+    needed = {module for peer in NETWORKS.values() for module in peer.needs} - {"torch"}
+    assert all(f'"{module}' in extra for module in needed)
+
+
+# A stand-in for peers.py, in the processes that tests start.
+FAKE = """
+import numpy
+from peers import Peer
+from processes import Runner
+
+class Counting(Runner):
+    def seconds(self, calls):
+        return float(calls)
+
+def call():
+    print("what a library prints")
+    return numpy.ones(3)
+
+def export(job, path):
+    path.write_text("half")
+    if job.batch > 1:
+        1 / 0
+
+PEERS = {
+    "right": Peer(lambda job: Counting(call), suffix=".onnx", export=export),
+    "raises": Peer(lambda job: 1 / 0),
+    "exits": Peer(lambda job: exit(3)),
+}
+"""
+
+
+@pytest.fixture
+def fake(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
+    (tmp_path / "fake.py").write_text(FAKE, encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return replace(job, table="fake.PEERS")
+
+
+def test_a_process_answers(fake: Job) -> None:
+    process = Process("right", fake)
+    assert 0 < process.load + process.first_call < process.first_image
+    assert process.output().tolist() == [1, 1, 1]
+    assert [process.seconds(calls) for calls in (1, 4)] == [1, 4]
+    assert len(process.used) == 2
+    peak = process.peak()
+    assert peak is None or peak > 1 << 20
+    process.close()
+
+
+@pytest.mark.parametrize(("name", "words"), [("raises", "ZeroDivisionError"), ("exits", "ended with status 3")])
+def test_a_process_that_fails_says_why(fake: Job, name: str, words: str) -> None:
+    with pytest.raises(PeerFailed, match=words):
+        Process(name, fake)
+
+
+def test_a_failed_export_leaves_no_file(fake: Job) -> None:
+    with pytest.raises(PeerFailed, match="ZeroDivisionError"):
+        processes.export("right", fake)
+    assert not fake.exported(".onnx").exists()
+    single = replace(fake, batch=1)
+    processes.export("right", single)
+    assert single.exported(".onnx").read_text() == "half"
+
+
+def test_peers_without_pytorch_do_not_import_it() -> None:
+    code = "import peers, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=common.ROOT).returncode == 0
+
+
+def test_training_steps_run(job: Job) -> None:
+    small = replace(job, size=8, network_name="tiny", batch=1)
+    for name in (OURS, peers.PLAIN):
+        runner = peers.TRAINING[name].build(small)
+        assert runner.call() is None
+        assert runner.seconds(1) > 0

@@ -1,0 +1,85 @@
+"""Benchmarks of the network: whose results count, and what is said about them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import benchmark_unet
+import numpy as np
+import pytest
+import torch
+from peers import NETWORKS, OURS, Peer
+from processes import Job, PeerFailed
+from small_unets import SMALL
+
+
+class FakeProcess:
+    first_image, load, first_call = 4.0, 1.0, 1.0
+
+    def __init__(self, name: str, job: Job) -> None:
+        if name == "OpenVINO":
+            raise PeerFailed("it crashed")
+        self.name, self.job = name, job
+        self.first_image = 2.0 if name == OURS else 4.0
+        self.closed = False
+
+    def output(self) -> Any:
+        right = benchmark_unet.outputs(self.job, torch.float32)
+        return right * (1.01 if self.name == "ONNX Runtime" else 1)
+
+    def calls_per_turn(self) -> int:
+        return 1
+
+    def seconds(self, calls: int) -> float:
+        return self.first_image
+
+    def peak(self) -> None:
+        return None
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.fixture
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
+    monkeypatch.setattr(benchmark_unet, "Process", FakeProcess)
+    monkeypatch.setattr(benchmark_unet, "export", lambda name, job: None)
+    for name in NETWORKS:
+        monkeypatch.setitem(NETWORKS, name, Peer(print, ("no_such_module",) if name == "torch.compile" else ()))
+    with benchmark_unet.network_folder(SMALL, tmp_path) as folder:
+        return Job(folder, 3, SMALL["sample_size"], threads=torch.get_num_threads())
+
+
+def test_peers_that_are_missing_wrong_or_crash_are_left_out(job: Job) -> None:
+    missing: dict[str, str] = {}
+    rows = benchmark_unet.compare(list(NETWORKS), job, rounds=2, starts=3, missing=missing)
+    assert [row["contestant"] for row in rows] == [OURS, "diffusers"]
+    assert [row["best peer"] for row in rows] == ["", "*"]
+    assert rows[1]["ddpm_fast is faster by"].median == 2
+    assert rows[1]["first image, s"].median == 4
+    assert missing["torch.compile"] == "no_such_module not installed"
+    assert missing["OpenVINO"] == "it crashed"
+    assert missing["ONNX Runtime"].startswith("wrong: its relative error is 0.01")
+
+
+def test_errors_are_relative_and_of_the_images_that_both_have() -> None:
+    truth = np.array([[3.0, 4.0]])
+    assert benchmark_unet.relative_error(np.array([[3.0, 4.5], [9, 9]], dtype=np.float32), truth) == pytest.approx(0.1)
+    assert benchmark_unet.relative_error(np.array([[np.nan, 4.0]]), truth) == float("inf")
+
+
+@pytest.mark.slow
+def test_peers_that_are_installed_compute_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(benchmark_unet, "CIFAR10_32", SMALL)
+    monkeypatch.setattr(benchmark_unet, "SIZE", SMALL["sample_size"])
+    names = [name for name in NETWORKS if name != "torch.compile" and NETWORKS[name].why_not() is None]
+    out = tmp_path / "results.json"
+    settings = ["--batches", "2", "--rounds", "2", "--dtypes", "float32", "--plot", "--out", str(out)]
+    benchmark_unet.main([*settings, "--peers", *names])
+    assert "left out" not in capfd.readouterr().out
+    sections = json.loads(out.read_text(encoding="utf-8"))
+    assert [row["contestant"] for row in sections["unet_speed float32 batch 2"]["rows"]] == names
+    assert out.with_name("results_unet_speed.png").is_file()
