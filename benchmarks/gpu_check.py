@@ -348,7 +348,7 @@ def goals_phase(check: Check, seconds: float) -> Outcome:
     from ddpm_fast.atomic import write_json
 
     results = json.loads(check.out.read_text(encoding="utf-8")) if check.out.is_file() else {}
-    # What an earlier run measured has no say.
+    # Measurements of earlier runs do not count.
     now = {name: each for name, each in results.items() if each.get("machine", {}).get("date", "") >= check.since}
     found = goals(now)
     common.print_table("goals (in a rehearsal the figures mean nothing)" if check.dry_run else "goals", found)

@@ -166,7 +166,7 @@ def export(name: str, job: Job) -> None:
 
 def _start(name: str, job: Job, said: Any, *mode: str) -> subprocess.Popen[str]:
     command = [sys.executable, __file__, name, json.dumps(asdict(job)), *mode]
-    # In inductor's usual folder it would find what was compiled for others: first calls would not be first ones.
+    # Inductor's usual folder would have what was compiled for others: first calls would not be first ones.
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(Path(job.folder, "inductor"))}
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True, env=environment)
 

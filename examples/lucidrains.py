@@ -39,7 +39,7 @@ again = diffusion.sample(batch_size=1, seed=sample_seeds(0, 16)[5:6])
 assert torch.allclose(again[0], images[5], atol=1e-4)
 save_grid(images * 2 - 1, "discs.png")
 
-# What the original's Trainer saves as model-N.pt loads, by default its moving average.
+# A model-N.pt of the original's Trainer loads, by default its moving average.
 weights = diffusion.state_dict()
 torch.save({"step": 60, "model": weights, "ema": {f"ema_model.{name}": w for name, w in weights.items()}}, "model-1.pt")
 print("resumed at step", load_checkpoint(diffusion, "model-1.pt"))

@@ -38,7 +38,7 @@ def evaluate(call: Call, backend: str, copy: Callable[[torch.Tensor], torch.Tens
 
 
 class Expected:
-    """What the reference makes of a call, in its dtype and in float64."""
+    """The reference's results of a call, in its dtype and in float64."""
 
     def __init__(self, case: Case, call: Call) -> None:
         self.baseline = evaluate(call, "reference")

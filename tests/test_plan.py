@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -300,3 +301,23 @@ def test_a_scheduler_is_no_schedule() -> None:
         TypeError, match=r"ddim_plan: expected schedule to be a NoiseSchedule \(.*from_diffusers.*\), got object"
     ):
         ddim_plan(object())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"timesteps": torch.tensor([5, -7])}, ValueError, r"expected timesteps in 0\.\.999, got values from -7 to 5"),
+        ({"timesteps": torch.tensor([5000, 1])}, ValueError, r"expected timesteps in 0\.\.999, got values from 1 to 5000"),
+        ({"timesteps": torch.tensor([5.0, 1.0])}, ValueError, "expected timesteps to be torch.int64 on the CPU"),
+        ({"timesteps": [5, 1]}, TypeError, "expected timesteps to be a Tensor, got list"),
+        ({"coefficients": torch.zeros(2, 10)}, ValueError, "expected coefficients to be torch.float64 on the CPU"),
+    ],
+)
+def test_plans_made_by_hand_are_checked(changes: dict[str, object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"SamplingPlan: {message}"):
+        replace(ddpm_plan(SCHEDULE, 2), **changes)  # type: ignore[arg-type]
+
+
+def test_a_final_alpha_bar_below_that_of_the_last_step_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"ddim_plan: expected final_alpha_bar to be at least abar of the last timestep"):
+        ddim_plan(SCHEDULE, 5, final_alpha_bar=0.5, spacing="leading")

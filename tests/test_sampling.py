@@ -392,7 +392,7 @@ def test_the_trajectory_goes_from_x_T_to_x_0() -> None:
     assert torch.equal(sampler(5, progress=False), images)
     long = ddpm_plan(NoiseSchedule.linear(120))
     assert len(Sampler(Recording(), long, shape=(1, 2, 2)).trajectory(1, progress=False)[1]) == 51
-    with pytest.raises(ValueError, match="sample: expected num_frames to be a positive integer, got 0"):
+    with pytest.raises(ValueError, match=r"Sampler\.trajectory: expected num_frames to be a positive integer, got 0"):
         sampler.trajectory(5, num_frames=0)
 
 
@@ -435,8 +435,8 @@ def test_progress_counts_steps(capsys: pytest.CaptureFixture[str]) -> None:
         ({"callback": 1}, TypeError, "expected callback to be callable or None, got int"),
         ({"x_T": torch.zeros(4, 1, 8, 8).to_sparse()}, ValueError, "expected x_T to be a dense tensor with values"),
         ({"cuda_graph": "no"}, TypeError, "expected cuda_graph to be a bool or None, got 'no'"),
-        ({"device": "foo"}, ValueError, "sample: expected device to be a torch.device or its name, got 'foo'"),
-        ({"device": "meta"}, ValueError, "sample: expected device to be one that computes, got meta"),
+        ({"device": "foo"}, ValueError, "Sampler: expected device to be a torch.device or its name, got 'foo'"),
+        ({"device": "meta"}, ValueError, "Sampler: expected device to be one that computes, got meta"),
         ({"dtype": torch.float8_e4m3fn}, TypeError, "expected dtype to be a floating dtype, got torch.float8_e4m3fn"),
         ({"batch_size": True}, TypeError, "expected batch_size to be a positive integer or None, got True"),
         ({"dtype": "x"}, TypeError, "expected dtype to be a floating dtype, got 'x'"),
@@ -451,7 +451,7 @@ def test_progress_counts_steps(capsys: pytest.CaptureFixture[str]) -> None:
             r"sample: expected shape to have H and W that are multiples of 2, got 8x7",
         ),
         ({"plan": ddpm_plan(SCHEDULE, variance="learned")}, ValueError, "model with 2 output channels.*got out_channels 1"),
-        ({"seed": torch.zeros(2)}, ValueError, r"expected seed to be an int or int64 \[4\], got torch.float32 \[2\]"),
+        ({"seed": torch.zeros(2)}, TypeError, r"expected seed to be an int64 tensor .*got torch.float32"),
         ({"seed": 1 << 65}, ValueError, "seed"),
         ({"seed": [1, 2]}, TypeError, r"expected seed to be an int or int64 \[4\], got list"),
         ({"x_T": torch.full((4, 1, 8, 8), math.nan)}, ValueError, "expected x_T to be finite, got NaN or infinity"),

@@ -1,6 +1,7 @@
 """The noise schedule against its definitions, against diffusers, and its errors."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -108,7 +109,7 @@ def test_min_snr_weights_are_one_bound_on_the_loss_on_x_0(make) -> None:
 
 
 def test_tables_are_kept_by_the_number_of_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As tensors name their device; "cuda" is another one when the current GPU changes."""
+    """Tensors name their device by number. "cuda" is another one when the current GPU changes."""
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     assert numbered("cuda") == torch.device("cuda", 3)
     assert numbered("cuda:1") == torch.device("cuda", 1)
@@ -148,3 +149,23 @@ def test_errors(make, message: str) -> None:
 def test_wrong_types(make, message: str) -> None:
     with pytest.raises(TypeError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: NoiseSchedule.scaled_linear(beta_start=-1.0), ValueError, "expected beta_start and beta_end to be at least 0"),
+        (lambda: NoiseSchedule.cosine(s="x"), TypeError, "NoiseSchedule.cosine: expected s to be a number, got str"),  # type: ignore[arg-type]
+        (lambda: NoiseSchedule.sigmoid(tau=0), ValueError, "expected start unequal to end, and tau unequal to 0"),
+        (lambda: NoiseSchedule.laplace(max_beta=math.nan), ValueError, "expected max_beta to be finite, got nan"),
+    ],
+)
+def test_builders_check_every_number(make: Callable[[], object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_coefficients_is_an_alias_of_table() -> None:
+    schedule = NoiseSchedule.linear(10)
+    with pytest.warns(DeprecationWarning, match="is now NoiseSchedule.table"):
+        assert schedule.coefficients() is schedule.table()

@@ -46,7 +46,7 @@ class TeamMember {
   Team& team_;
   int index_;
   std::uint32_t loop_ = 0;  // finished loops
-  // In the current loop:
+  // The current loop:
   int searched_ = 0;                           // shares without chunks that are left
   std::int64_t share_, first_ = 0, end_ = -1;  // the share from which it claims, and its chunks
   std::int64_t claimed_ = 0;                   // chunks

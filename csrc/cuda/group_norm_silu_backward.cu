@@ -542,7 +542,7 @@ __global__ void __launch_bounds__(kScalarThreads) scalar_kernel(const Backward p
   const auto affine_at = [&](std::int64_t channel) {
     return affine(p.inputs, first_channel + channel, sample * p.c + first_channel + channel);
   };
-  // In this order it is 0 for a value that is all of its group, as it should be.
+  // This order gives 0 for a value that is all of its group, as it should be.
   const auto d_of = [&](std::int64_t at, const Affine& small) { return widen(x[at]) + small.shift - mean; };
   const auto gradient_at = [&](std::int64_t at, float d, const Channel& channel) {
     const float of_y = widen(dy[at]);

@@ -128,7 +128,7 @@ DDPM_FAST_DEVICE void unpack_float16(std::uint32_t word, float& low, float& high
 
 // ------------------------------------------------------------------------------------------------------- integers
 
-// In one instruction, which a C++ product of 64-bit numbers is not always.
+// Multiply in one instruction, which a C++ product of 64-bit numbers is not always.
 DDPM_FAST_DEVICE void multiply_wide(std::uint32_t a, std::uint32_t b, std::uint32_t& low, std::uint32_t& high) {
   asm("{ .reg .u64 product; mul.wide.u32 product, %2, %3; mov.b64 {%0, %1}, product; }"
       : "=r"(low), "=r"(high)

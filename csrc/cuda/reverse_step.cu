@@ -125,7 +125,7 @@ template <class T, class M>
 void run_with(const ReverseStepArgs& a) {
   constexpr int kVector = kWidth<T>;
   const bool learned = a.variance != Variance::kFixed;
-  // In channels_last a pixel has the channels of the prediction, and then those of the variance.
+  // A channels_last pixel has the channels of the prediction, and then those of the variance.
   const bool interleaved = learned && a.shape.channels_last && a.shape.hw > 1;
   const bool plain = !learned && !a.has_guidance && a.x_0 == nullptr && a.x_0_prev == nullptr;
   const bool whole = aligned<T>(a.x_prev, kVector) && aligned<T>(a.x_0, kVector) && aligned<T>(a.x_t, kVector) &&

@@ -31,7 +31,7 @@ FENCE = 1024  # bytes behind every __shared__ variable
 
 FLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-g1", "-Wall", "-Wextra"]
 SANITIZERS = {
-    # What a load or store calls, and what undefined behaviour calls: runtime/sanitizers.cpp defines both.
+    # Calls of loads, stores and undefined behaviour: runtime/sanitizers.cpp defines both.
     "thread": [
         "-fsanitize=thread",
         "--param=tsan-instrument-func-entry-exit=0",
@@ -107,7 +107,7 @@ def build(sanitizer: str = "thread", edits: tuple[Edit, ...] = (), sources: tupl
 
 
 def address_environment() -> dict[str, str]:
-    """What a Python that loads the build with AddressSanitizer has to be started with."""
+    """Return the environment in which Python can load the build with AddressSanitizer."""
     libraries = [
         subprocess.run(["g++", f"-print-file-name={name}"], check=True, capture_output=True, text=True).stdout.strip()
         for name in ("libasan.so", "libstdc++.so")

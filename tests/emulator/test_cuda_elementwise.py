@@ -66,7 +66,7 @@ def test_q_sample(emulated: ModuleType, shape: tuple[int, ...], channels_last: b
 @pytest.mark.parametrize(("channels_last", "off"), list(_places()))
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_reverse_step(emulated: ModuleType, shape: tuple[int, ...], channels_last: bool, off: int, options: str) -> None:
-    """In place, with a model's output in bfloat16; everything: variances, guidance, x_0_prev, x_0, a step for each sample."""
+    """The step runs in place with a bfloat16 output, variances, guidance, x_0_prev, x_0 and a step for each sample."""
     n, c = shape[:2]
     every = options == "everything"
     plan = ddpm_plan(SCHEDULE, variance="learned_range" if every else "fixed_small")

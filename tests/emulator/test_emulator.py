@@ -655,7 +655,7 @@ def test_every_case_with_address_sanitizer() -> None:
 
 
 def _draw(emulated: ModuleType) -> str:
-    """What STAGED draws, without torch, which takes long to start."""
+    """Draw what STAGED draws, without torch, which takes long to start."""
     from functools import partial  # the source of this function runs by itself, too
     from types import SimpleNamespace
 

@@ -168,7 +168,7 @@ def test_the_network_has_the_same_parameters() -> None:
 
 @pytest.mark.parametrize("freeze", [True, False])
 def test_an_accelerated_network_trains(freeze: bool) -> None:
-    """Where gradients are recorded, in the network and in its input, it is no inference form."""
+    """If gradients are recorded, the network is not its inference form."""
     unet = make_unet().double()
     gradients = []
     for network in (unet, accelerate(make(unet=unet), freeze=freeze).unet):
@@ -308,7 +308,7 @@ def test_blocks_that_resample_are_frozen(changes: dict[str, str]) -> None:
 
 @torch.no_grad()
 def test_the_network_may_be_called_by_itself() -> None:
-    """In a loop of the user's own, with class labels, and without an object around the result."""
+    """A user's loop may pass class labels and take the result without an object around it."""
     unet = make_unet("class-conditional")
     x, t, labels = make_inputs(unet.config, 2)
     expected = unet(x, t, labels).sample
@@ -660,7 +660,7 @@ def test_what_is_saved_is_diffusers_own(kind: str, tmp_path: Path) -> None:
 
 
 def write_google_folder(folder: Path) -> None:
-    """As Google's DDPMs are stored: everything at the root, and attention's weights under their old names."""
+    """Write a folder like Google's DDPMs: everything at the root, and attention's weights under old names."""
     unet = make_unet(attention_head_dim=None)
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     weights = {}

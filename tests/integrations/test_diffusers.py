@@ -242,7 +242,7 @@ def test_every_step_may_have_an_eta_of_its_own() -> None:
 
 
 def test_ddim_keeps_the_models_epsilon_by_default() -> None:
-    """As diffusers does, though `ddim_plan` derives epsilon again. Coefficients recorded before it did."""
+    """Diffusers keeps it, while `ddim_plan` derives epsilon again. The coefficients were recorded earlier."""
     scheduler = _set(DDIMScheduler, 50)
     plan = scheduler.sampling_plan()
     assert plan.prediction == "epsilon"
@@ -745,7 +745,7 @@ def test_errors(make: Callable[[], Any], message: str) -> None:
 
 
 def test_an_unknown_variance_is_taken_for_fixed_small_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    """As in diffusers, whose own tests ask for it."""
+    """Diffusers does the same, and its tests ask for it."""
     assert DDPMScheduler(variance_type="other").sampling_plan().variance == "fixed"
     assert "expected variance_type to be one of fixed_small, " in caplog.text
 

@@ -94,7 +94,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 def gradients(model: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
-    """Of every parameter."""
+    """Return the gradient of every parameter."""
     loss = output(model, inputs).square().mean()
     grads = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
     return torch.cat([grad.flatten() for grad in grads if grad is not None])
@@ -147,7 +147,7 @@ def test_outputs_and_gradients_are_as_right_as_before(name: str, dtype: torch.dt
     after = output(model, inputs), gradients(model, inputs)
     for truth, old, new in zip((exact, exact_gradients), before, after, strict=True):
         assert new.dtype == old.dtype
-        # Of the same number of roundings some sums are luckier than others: twice is the project's rule.
+        # Some sums of equally many roundings are luckier than others: twice is the project's rule.
         assert relative_error(new, truth) <= 2 * relative_error(old, truth)
 
 
@@ -291,7 +291,7 @@ def test_any_sequential(dims: int) -> None:
 
 
 def test_modules_of_a_sequential_still_serve_alone() -> None:
-    """As guided-diffusion takes them apart, in blocks of whatever name."""
+    """guided-diffusion calls the modules of its Sequentials one by one."""
 
     class Unknown(ResBlock):
         def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
@@ -537,7 +537,7 @@ def test_an_activation_that_only_has_the_name_is_found_out() -> None:
 
 
 class Uncopyable:
-    """What hooks may belong to."""
+    """An owner of hooks that cannot be copied."""
 
     times = 0
 

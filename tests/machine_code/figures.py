@@ -1,4 +1,4 @@
-"""What is held against a budget: the figures of one kernel for one architecture."""
+"""Figures of one kernel for one architecture, which are compared with a budget."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import sass
 
 @dataclass(frozen=True)
 class Figures:
-    """Of a kernel's machine code.
+    """Figures of a kernel's machine code.
 
     Attributes:
         registers: a thread's.

@@ -35,7 +35,7 @@ def compiler(module: Path) -> str:
     return f"nvcc {found.group(1).decode()}" if found else "an unknown compiler"
 
 
-# What the simplest call of an elementwise kernel reads and writes, by the types in the kernel's name; noise it draws.
+# Bytes that the simplest call of an elementwise kernel reads and writes, by the types in the kernel's name; noise it draws.
 # Every option beyond that reads or writes more.
 TENSORS = {
     "noise_kernel": ((), (0,)),
@@ -47,7 +47,7 @@ TENSORS = {
 
 
 def constant(header: str, name: str) -> int:
-    """Of the kernels' sources."""
+    """Return a constant of the kernels' sources."""
     text = (Path(__file__).parents[2] / "csrc/cuda" / header).read_text(encoding="utf-8")
     found = re.search(rf"\b{name} = (\d+)", text)
     assert found is not None, f"csrc/cuda/{header} has no {name}"

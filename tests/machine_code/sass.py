@@ -56,7 +56,7 @@ class Instruction(NamedTuple):
 
     @property
     def target(self) -> int | None:
-        """Where a branch goes: its last operand, an address."""
+        """Return the target of a branch: its last operand, an address."""
         found = re.search(r"(?:^|[\s,(`])\(?0x([0-9a-f]+)\)?$", self.operands)
         return int(found.group(1), 16) if found else None
 
@@ -155,7 +155,7 @@ def control_flow(code: Sequence[Instruction]) -> dict[int, Block]:
 
 
 def _returns(code: Sequence[Instruction], target: int | None) -> bool:
-    """Whether there is a subroutine at `target`: the compiler also writes plain branches as calls."""
+    """Return whether there is a subroutine at `target`. The compiler also writes plain branches as calls."""
     ends = (i for i in code if target is not None and i.address >= target and not i.conditional)
     return next((i.matches("RET") for i in ends if i.matches(r"RET\b|EXIT")), True)
 
@@ -205,7 +205,7 @@ PHILOX_PRODUCTS = 20  # two in each of ten rounds
 
 
 class _Does(NamedTuple):
-    """What happens on a way: 16-byte accesses, and whether noise is drawn."""
+    """Events on a path: 16-byte accesses, and whether noise is drawn."""
 
     loads: int
     stores: int
@@ -295,7 +295,7 @@ class Kernel:
         return loops(self.blocks)
 
     def _own(self, header: int, what: Callable[[Block], int]) -> int:
-        """Of a loop, without the loops in it."""
+        """Return the instructions of a loop without those of inner loops."""
         body = self.loops[header]
         deeper = set().union(*(self.loops[other] for other in body - {header} if other in self.loops))
         return sum(what(self.blocks[block]) for block in body - deeper)
@@ -323,7 +323,7 @@ class Kernel:
         return _hot(self.blocks, self.loops[header], header, header, accesses)
 
     def tiled_path(self, vectors: int) -> list[Instruction]:
-        """What a thread executes for a tile of so many vectors, which it loads together and stores some at a time.
+        """Return the path of a thread for a tile of several vectors. It loads them together and stores some at a time.
 
         Once around the longest loop that loads vectors or, where a kernel has one tile, from entry to exit. A loop on the way
         that stores vectors and loads none runs until all of them are stored.
@@ -366,7 +366,7 @@ def kernels(file: Path) -> Iterator[Kernel]:
     if cuobjdump is None:
         raise FileNotFoundError(f"cuobjdump: neither on the PATH nor in CUDA_HOME ({CUOBJDUMP_IS_IN})")
     text = subprocess.run([cuobjdump, "-sass", "-res-usage", file], capture_output=True, text=True, check=True).stdout
-    # Of every architecture: the kernels' resources, the line "code for sm_...", the kernels' listings.
+    # Each architecture has the kernels' resources, the line "code for sm_...", the kernels' listings.
     parts = re.split(r"^[ \t]*code for (sm_\w+)$", text, flags=re.MULTILINE)
     for before, architecture, section in zip(parts[::2], parts[1::2], parts[2::2], strict=False):
         resources = dict(re.findall(r"^ Function (\S+):\n\s+(REG:.*)$", before, re.MULTILINE))

@@ -213,7 +213,7 @@ def test_options_that_read_or_write_are_off_where_the_accesses_are_given() -> No
 
 
 def test_the_hot_path_draws() -> None:
-    """Where there is a block of Philox, even if more would be executed without it."""
+    """The hot path has a block of Philox, even if a path without it is longer."""
     products = "\n".join(f"        /*{0x1000 + 16 * i:04x}*/    IMAD.WIDE.U32 R4, R5, R6, RZ ;" for i in range(20))
     drawn = f"        /*0000*/    @P0 BRA 0x2000 ;\n{products}\n        /*1200*/    BRA 0x3000 ;\n"
     given = "\n".join(f"        /*{0x2000 + 16 * i:04x}*/    FADD R4, R5, R6 ;" for i in range(90))

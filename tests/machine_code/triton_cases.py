@@ -186,7 +186,7 @@ def compile_case(name: str, call: Call, architectures: list[int]) -> Iterator[tu
 
 
 def specialize(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-    """What Triton would compile for a launch: constants, types, and which arguments are multiples of 16."""
+    """Return what Triton would compile for a launch: constants, types, and which arguments are multiples of 16."""
     from triton.compiler import ASTSource
 
     types = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64", torch.uint8: "*u8"}

@@ -29,7 +29,7 @@ TESTS = (
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_lesser_instruction_sets(isa: str, pytestconfig: pytest.Config) -> None:
-    """In one process for each set: starting it takes most of the time."""
+    """Each set takes one process, because starting it takes most of the time."""
     build = backend.native().build_info()
     if isa not in build["isas"] or isa == build["isa"]:
         pytest.skip(f"{isa} is not compiled, or is what the other tests run")

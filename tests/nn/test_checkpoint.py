@@ -108,7 +108,7 @@ def test_a_network_without_names_is_written_as_before(model: UNet, tmp_path: Pat
 
 
 def test_legacy_files_of_published_ddpms(model: UNet, tmp_path: Path) -> None:
-    # As Google's: a pipeline whose network lies at its root, attention under its old names, a torch file.
+    # Google's folders: a pipeline whose network lies at its root, attention under its old names, a torch file.
     renames = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     weights = model.state_dict()
     for new, old in renames.items():

@@ -25,7 +25,7 @@ def make_pair(config: dict[str, Any], dtype: torch.dtype = torch.float32) -> tup
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_outputs_and_gradients_are_those_of_diffusers(variant: str) -> None:
-    # In float64 a wrong constant or a lost term cannot hide in rounding.
+    # A wrong constant or a lost term cannot hide in the rounding of float64.
     config = SMALL | VARIANTS[variant]
     model, peer = make_pair(config, torch.float64)
     x, t, labels = make_inputs(config, 3, torch.float64)

@@ -67,7 +67,7 @@ def output_and_gradients(
 
 @pytest.fixture
 def nans(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In what the kernels are to write."""
+    """Fill what the kernels write with NaN."""
     monkeypatch.setattr(torch, "empty_like", lambda x: torch.full_like(x, torch.nan))
     monkeypatch.setattr(
         *(Tensor, "new_empty", lambda x, *size, dtype=None: torch.full(size, torch.nan, dtype=dtype or x.dtype)), raising=True
@@ -126,7 +126,7 @@ def test_scores_far_apart(dtype: torch.dtype) -> None:
     y, grad_q, grad_k, grad_v = output_and_gradients(ours, 1, qkv, grad, dtype)
     assert torch.equal(y[0], qkv[0, scores.argmax(1), 32:])
     assert relative_error(grad_v[0], expected) <= torch.finfo(dtype).eps
-    # What is left of w (dw - D), a difference of equal sums, rounded differently.
+    # The rest of w (dw - D) is a difference of equal sums, rounded differently.
     assert grad_q.abs().max() <= 1e3 * 16 * torch.finfo(torch.float32).eps
     assert grad_k.abs().max() <= 1e3 * 16 * torch.finfo(torch.float32).eps
 
@@ -159,7 +159,7 @@ def test_nothing_to_attend_to(shape: tuple[int, ...]) -> None:
 
 
 def by_definition(qkv: Tensor, num_heads: int) -> Tensor:
-    """In operations that have second derivatives, which PyTorch's fused attention on a CPU has not."""
+    """Compute attention by operations that have second derivatives. PyTorch's fused attention on a CPU has none."""
     q, k, v = qkv.unflatten(2, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
     weights = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)
     return (weights @ v).transpose(1, 2).flatten(2)
@@ -178,7 +178,7 @@ def test_second_derivatives_are_pytorchs() -> None:
 
 @on_any_cpu
 def test_transformed_gradients_are_pytorchs() -> None:
-    """Of several output gradients at once, by the vmap that autograd itself uses."""
+    """Autograd itself uses vmap for several output gradients at once."""
     qkv, grad = case((2, 3, 7, 4))
     qkv, grads = qkv.requires_grad_(), torch.stack((grad, 2 * grad, grad * grad))
     (got,) = torch.autograd.grad(ours(qkv, 3), qkv, grads, is_grads_batched=True)

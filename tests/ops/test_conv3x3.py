@@ -126,7 +126,7 @@ def test_what_an_earlier_call_left_in_memory_does_not_matter(dtype: torch.dtype,
 @with_upsampling
 @pytest.mark.parametrize("shape", [*SHAPES, (1, 300, 280, 3, 6)])  # more channels than a task takes
 def test_gradients_of_weights_are_float32_to_the_last(shape: tuple[int, ...], upsample: bool) -> None:
-    """In bfloat16 transformed maps are rounded; sums are not, and the bias's are of what is not transformed."""
+    """bfloat16 rounds transformed maps, but no sums. The bias's sums are of maps that are not transformed."""
     x, weight, bias, grad = (tensor.bfloat16() for tensor in case(shape, upsample))
     exact = output_and_gradients(functions(upsample)[1], (x, weight, bias, grad), torch.float64)[2:]
     weights, biases = weight_gradients(x, grad, True, upsample)
@@ -190,7 +190,7 @@ def test_only_what_is_needed_is_computed(upsample: bool, monkeypatch: pytest.Mon
     y = ours(x, weight.requires_grad_(), None)
     with monkeypatch.context() as patch:
         patch.setattr(conv, "conv_ops", None)  # no gradient of x
-        patch.setattr(conv, "pack_winograd", None)
+        patch.setattr(conv, "pack_winograd_op", None)
         (grad_weight,) = torch.autograd.grad(y, weight, grad)
     assert relative_error(grad_weight, torch.autograd.grad(convolution(x, weight, None), weight, grad)[0].double()) < 1e-6
     weight = weight.detach()
@@ -218,7 +218,7 @@ def test_second_derivatives_are_pytorchs(upsample: bool) -> None:
 @on_any_cpu
 @with_upsampling
 def test_transformed_gradients_are_pytorchs(upsample: bool) -> None:
-    """Of several output gradients at once, by the vmap that autograd itself uses."""
+    """Autograd itself uses vmap for several output gradients at once."""
     x, weight, bias, grad = case((2, 4, 6, 5, 7), upsample)
     grads = torch.stack((grad, 2 * grad, grad * grad))
 

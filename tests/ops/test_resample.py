@@ -51,7 +51,7 @@ def test_upsampling_alone_changes_no_value(dtype: torch.dtype) -> None:
 
 
 def test_the_mean_is_rounded_once() -> None:
-    """In bfloat16 each of these sums would lose the last bit."""
+    """Each of these sums would lose its last bit in bfloat16."""
     x = torch.tensor([1.0, 1.0078125, 1.0078125, 1.015625]).view(1, 1, 2, 2).bfloat16()
     assert resample_op(x, None, False, False, backend="native").item() == 1.0078125
 

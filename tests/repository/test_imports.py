@@ -52,7 +52,7 @@ ALLOWED = {
 
 
 def _imports(source: str, folder: tuple[str, ...] = ()) -> set[str]:
-    """What of the package a file in `folder` of it imports, first component only; "ddpm_fast" for the package as a whole."""
+    """Return the modules of the package that a file in `folder` imports. "ddpm_fast" is the package as a whole."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):

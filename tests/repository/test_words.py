@@ -7,48 +7,53 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[2]
-MODULES = sorted((ROOT / "ddpm_fast").glob("**/*.py"))
-DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-
-BEGINNINGS = re.compile(r"(?:Of|What|Where|Those|Whether|As|In)\b")
-FAMILY = re.compile(r"famil(?:y|ies)", re.IGNORECASE)
 FOLDERS = ("ddpm_fast", "csrc", "tests", "benchmarks", "docs", "examples")
 SUFFIXES = {".py", ".pyi", ".h", ".cpp", ".cu", ".md"}
 TEXTS = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.suffix in SUFFIXES]
 TEXTS = [*ROOT.glob("*.md"), *ROOT.glob("*.py"), *(path for path in TEXTS if path != Path(__file__))]
+MODULES = [path for path in TEXTS if path.suffix == ".py"]
+
+BEGINNINGS = re.compile(r"(?:Of|What|Where|Those|Whether|As|In)\b(?!\.| place)")  # "In place" is a term
+FAMILY = re.compile(r"famil(?:y|ies)", re.IGNORECASE)
+DEFINITIONS = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def docstrings(source: str) -> Iterator[tuple[str, str]]:
-    """Yield name and docstring of a module and of every public class, function and method in it."""
-
-    def walk(node: ast.Module | ast.ClassDef, prefix: str) -> Iterator[tuple[str, str]]:
-        for child in node.body:
-            if isinstance(child, DEFINITIONS) and (not child.name.startswith("_") or child.name.startswith("__")):
-                name = prefix + child.name
-                text = ast.get_docstring(child)
-                if text is not None:
-                    yield name, text
-                if isinstance(child, ast.ClassDef):
-                    yield from walk(child, f"{name}.")
-
-    module = ast.parse(source)
-    yield "module", ast.get_docstring(module) or ""
-    yield from walk(module, "")
+    """Yield name and docstring of a module and of every class and function in it."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, DEFINITIONS) and (text := ast.get_docstring(node)) is not None:
+            yield getattr(node, "name", "module"), text
 
 
-def test_docstrings_are_found() -> None:
-    source = '"""M."""\nclass A:\n  """C."""\n  def b(self):\n    """D."""\n  def _c(self):\n    """No."""\n'
-    assert dict(docstrings(source)) == {"module": "M.", "A": "C.", "A.b": "D."}
+def comments(source: str, suffix: str) -> Iterator[str]:
+    """Yield every comment that stands on lines of its own, as one string."""
+    mark = "#" if suffix == ".py" else "//"
+    for block in re.findall(rf"(?:^[ \t]*{mark} .*\n)+", source, re.MULTILINE):
+        yield " ".join(line.strip().removeprefix(mark).strip() for line in block.splitlines())
 
 
-@pytest.mark.parametrize("module", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_docstrings_begin_with_a_verb_or_a_noun(module: Path) -> None:
-    found = dict(docstrings(module.read_text(encoding="utf-8")))
-    assert found["module"], "expected a module docstring"
-    assert not [name for name, text in found.items() if BEGINNINGS.match(text)]
+def test_docstrings_and_comments_are_found() -> None:
+    source = '"""M."""\n# A\n# b.\nx = 1  # c\nclass A:\n  """C."""\n  def _b(self):\n    """D."""\n'
+    assert dict(docstrings(source)) == {"module": "M.", "A": "C.", "_b": "D."}
+    assert list(comments(source, ".py")) == ["A b."]
+
+
+def test_docstrings_and_comments_begin_with_a_verb_or_a_noun() -> None:
+    wrong = []
+    for path in TEXTS:
+        text = path.read_text(encoding="utf-8")
+        name = path.relative_to(ROOT)
+        if path.suffix == ".py":
+            wrong += [f"{name}: {where}: {begin}" for where, begin in docstrings(text) if BEGINNINGS.match(begin)]
+        if path.suffix != ".md":
+            wrong += [f"{name}: {begin[:60]}" for begin in comments(text, path.suffix) if BEGINNINGS.match(begin)]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_modules_of_the_package_are_documented() -> None:
+    for path in (ROOT / "ddpm_fast").rglob("*.py"):
+        assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), path
 
 
 def test_code_and_documents_say_backend() -> None:

@@ -163,7 +163,7 @@ def test_log_of_a_resumed_run_has_each_row_once(tmp_path: Path) -> None:
     options = QUIET | {"steps": 20, "checkpoint_every": 6}
     train(tmp_path / "whole", **options)
     train(tmp_path / "cut", **options)
-    # As if killed at step 19: rows up to 16 are there, one of them cut short, and the newest checkpoint is of step 18.
+    # A run was killed at step 19: rows up to 16 are there, one of them cut short, and the newest checkpoint is of step 18.
     RunFolder(tmp_path / "cut")._remove(tmp_path / "cut" / "checkpoints" / "step-00000020")
     with (tmp_path / "cut" / "log.csv").open("a") as file:
         file.write("24,14")

@@ -25,7 +25,7 @@
 // when another block's turn comes (runtime/shared_memory.cpp).
 #define __shared__ thread_local
 
-// As many no-ops in front of the kernel as it allows threads: a launch counts them (runtime/cudart.cpp). The zeros make
+// One no-op in front of the kernel for each thread that it allows: a launch counts them (runtime/cudart.cpp). The zeros make
 // g++ 12 evaluate a name.
 #define __launch_bounds__(threads, ...) __attribute__((patchable_function_entry(0 + (threads), 0 + (threads))))
 
@@ -72,7 +72,7 @@ struct Source {
   const char* file;
   int line;
 };
-// Where a built-in function was called: two defaulted parameters, and the argument made of them.
+// The place where a built-in function was called: two defaulted parameters, and the argument made of them.
 #define EMULATOR_HERE const char *file = __builtin_FILE(), int line = __builtin_LINE()
 #define EMULATOR_SOURCE (::emulator::Source{file, line})
 

@@ -14,7 +14,7 @@ bool same_place(Source a, Source b) { return a.line == b.line && !std::strcmp(a.
 void release_block(Block& block) {
   ++block.epoch;
   block.at_barrier = 0;
-  // What one of them knows of cluster barriers, all know now.
+  // All of them now know what one of them knew of cluster barriers.
   std::uint16_t seen = 0;
   for (const Thread& thread : block.threads) seen = std::max(seen, thread.cluster_seen);
   for (Thread& thread : block.threads) {

@@ -9,7 +9,7 @@
 #include "machine.h"
 
 extern "C" {
-// Where the compiler put the no-ops of __launch_bounds__, one address a kernel.
+// Addresses of the no-ops of __launch_bounds__, one address a kernel.
 extern const emulator::Address __start___patchable_function_entries[] __attribute__((weak, visibility("hidden")));
 extern const emulator::Address __stop___patchable_function_entries[] __attribute__((weak, visibility("hidden")));
 }
@@ -27,7 +27,7 @@ constexpr unsigned kPortableCluster = 8;
 int device_in_use = 0;
 cudaError_t last_error = cudaSuccess;
 
-// What cudaFuncSetAttribute has set, which holds for one device.
+// Values that cudaFuncSetAttribute has set, which holds for one device.
 using Attribute = std::pair<int, const void*>;
 std::map<Attribute, int> shared_allowed, large_cluster_allowed;
 

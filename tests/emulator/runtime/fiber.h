@@ -26,7 +26,7 @@ void enter(Fiber&);
 // From the fiber back to the scheduler. True where the stack was large enough so far.
 void suspend(Fiber&);
 [[noreturn]] void leave(Fiber&);
-// Whether the fiber has ever used all of its stack.
+// Returns whether the fiber has ever used all of its stack.
 bool overflowed(const Fiber&);
 
 }  // namespace emulator

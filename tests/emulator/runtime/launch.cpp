@@ -31,7 +31,7 @@ void arrange(std::vector<T>& turns) {
   if (machine.order == Order::kShuffled) std::shuffle(turns.begin(), turns.end(), machine.random);
 }
 
-// What a fiber runs: the kernel, with a copy of its arguments on the thread's own stack.
+// The entry of a fiber: the kernel, with a copy of its arguments on the thread's own stack.
 void thread_main() {
   alignas(16) char call[4096];
   std::memcpy(call, entry.call, entry.size);

@@ -32,7 +32,7 @@ struct Thread {
   State state;
   Source waits_at;  // the barrier or warp operation, unless ready
 
-  // What orders this thread's memory accesses after those of others (races.cpp).
+  // The clock that orders this thread's memory accesses after those of others (races.cpp).
   std::array<std::uint16_t, kWarpSize> warp_clock;  // __syncwarp: how far each lane had come
   // Cluster barriers: arrived at, completed by all, waited for, and seen to be behind everybody's memory accesses.
   std::uint16_t cluster_arrivals, cluster_complete, cluster_waits, cluster_seen;
@@ -108,7 +108,7 @@ extern Machine machine;
 void make_ready(Thread&);  // puts it among those that run in the next round
 // The rest is called by the thread that runs.
 void maybe_preempt();
-// What a thread's exit or barrier means for the lanes that wait for it (warp.cpp), and for the barrier (barriers.cpp).
+// Effects of a thread's exit or barrier on the lanes that wait for it (warp.cpp), and for the barrier (barriers.cpp).
 void recheck_warp(const Thread&);
 void leave_barriers(const Thread&);
 

@@ -49,7 +49,7 @@ GlobalMemory& global() {
 
 std::size_t global_offset(Address address) { return address - reinterpret_cast<Address>(global().bytes); }
 
-// Where an address is: null `state`, if it is in no memory that has one.
+// The place of an address: null `state`, if it is in no memory that has one.
 struct Place {
   std::uint8_t* state;
   CellMap* cells;
@@ -73,7 +73,7 @@ Place place_of(Address address) {
 
 void check_other_memory(Address address, std::size_t size, bool write, Address pc) {
   const char* verb = write ? "write" : "read";
-  // Where this function's own variables are below the stack, the kernel's are too.
+  // If this function's own variables are below the stack, the kernel's are too.
   if (reinterpret_cast<Address>(&size) < reinterpret_cast<Address>(machine.current->fiber.stack)) {
     fail("stack", pc, "local variables need more than the %zu bytes of an emulated thread", kStackSize);
   }

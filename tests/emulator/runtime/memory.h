@@ -1,4 +1,4 @@
-// What every load and store of a kernel is checked against: global memory with fences around each buffer, shared
+// Memory that a kernel may touch: global memory with fences around each buffer, shared
 // memory, the thread's own stack. Everything else is not memory that a kernel may touch.
 #pragma once
 
@@ -19,7 +19,7 @@ enum ByteState : std::uint8_t {
   kWritten = 4,      // a kernel has
 };
 
-// Whether accesses are announced: not in a build with AddressSanitizer.
+// True if accesses are announced: not in a build with AddressSanitizer.
 extern const bool kStatesAreKept;
 
 constexpr unsigned char kPoison = 0xFF;  // what memory holds before it is written: NaN in every floating type

@@ -14,7 +14,7 @@ namespace {
 
 constexpr std::size_t cells_for(std::size_t bytes) { return bytes / Cell::kBytes + 1; }
 
-// Whether the earlier access happened before anything that `now` does from here on.
+// Returns whether the earlier access happened before anything that `now` does from here on.
 bool ordered(const Access& earlier, const Thread& now, bool shared) {
   const Block& block = *now.block;
   if (earlier.launch != machine.launch_number) return true;

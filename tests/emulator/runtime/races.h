@@ -20,7 +20,7 @@ struct Access {
   std::uint8_t bytes;                                 // which of the cell's
 };
 
-// What is remembered of two bytes: pairs, because a race between the halves of a 4-byte word is one too.
+// The record of two bytes: pairs, because a race between the halves of a 4-byte word is one too.
 struct Cell {
   static constexpr std::size_t kBytes = 2;
   Access write, reads[2];

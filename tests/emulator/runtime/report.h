@@ -1,4 +1,4 @@
-// What the emulator found. A report has a kind, by which tests look for it, and a text for people.
+// Findings of the emulator. A report has a kind, by which tests look for it, and a text for people.
 #pragma once
 
 #include <cstdint>

@@ -58,7 +58,7 @@ void complete(const Warp& warp, unsigned mask) {
   }
 }
 
-// Whether a lane that the thread waits for can still run.
+// Returns whether a lane that the thread waits for can still run.
 bool on_the_way(const Thread& thread, unsigned lane) {
   lane %= kWarpSize;
   const auto& threads = thread.block->threads;

@@ -46,7 +46,7 @@ DDPM_FAST_DEVICE Two fma(Two a, Two b, Two c) { return {fmaf(a.low, b.low, c.low
 DDPM_FAST_DEVICE Two operator*(Two a, Two b) { return {a.low * b.low, a.high * b.high}; }
 DDPM_FAST_DEVICE Two operator-(Two a, Two b) { return {a.low - b.low, a.high - b.high}; }
 
-// As on a card: exact in spite of the approximation.
+// A card computes it the same way: exact in spite of the approximation.
 DDPM_FAST_DEVICE Two minus_square_root(Two x) {
   const Two nonzero = x - 0x1p-100f;
   const Two reciprocal = {rsqrt_approx(-nonzero.low), rsqrt_approx(-nonzero.high)};
