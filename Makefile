@@ -20,7 +20,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 check:  ## run what a change has to pass, for the CPU alone, in about four minutes
 	$(PYTHON) .ci/copy_tree.py build/check
-	DDPM_FAST_CUDA_ARCHS=none $(MAKE) -C build/check VENV=.venv -j 2 setup
+	DDPM_FAST_CUDA_ARCHS=none DDPM_FAST_COMPILED_ISAS=native $(MAKE) -C build/check VENV=.venv -j 2 setup
 	$(MAKE) -C build/check VENV=.venv lint test
 
 check-all: check-lowest  ## run everything: CUDA builds, machine code, slow tests, full products, benchmarks/tests, docs
@@ -30,7 +30,7 @@ check-all: check-lowest  ## run everything: CUDA builds, machine code, slow test
 
 check-lowest:  ## run the tests with the lowest versions that pyproject.toml allows (downloads 4 GB the first time)
 	$(PYTHON) .ci/copy_tree.py build/check-lowest
-	DDPM_FAST_CUDA_ARCHS=none $(MAKE) -C build/check-lowest VENV=.venv -j 2 setup-lowest
+	DDPM_FAST_CUDA_ARCHS=none DDPM_FAST_COMPILED_ISAS=native $(MAKE) -C build/check-lowest VENV=.venv -j 2 setup-lowest
 	$(MAKE) -C build/check-lowest VENV=.venv test
 
 setup: $(VENV)/installed build  ## make an environment with the package (editable) and what the tests need

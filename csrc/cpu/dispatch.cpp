@@ -24,9 +24,13 @@ namespace ddpm_fast {
   }                                                                                                               \
   }
 KERNELS(baseline)
-#ifdef DDPM_FAST_X86
+#ifdef DDPM_FAST_HAS_avx2
 KERNELS(avx2)
+#endif
+#ifdef DDPM_FAST_HAS_avx512
 KERNELS(avx512)
+#endif
+#ifdef DDPM_FAST_HAS_avx512_bf16
 KERNELS(avx512_bf16)
 #endif
 #undef KERNELS
@@ -55,11 +59,18 @@ bool has_f16c() {
 std::vector<Isa> isas() {
   std::vector<Isa> sets = {{"baseline", true, &baseline::kernels}};
 #ifdef DDPM_FAST_X86
-  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
-  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  [[maybe_unused]] const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
+  [[maybe_unused]] const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
+                                           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                                           __builtin_cpu_supports("avx512vl");
+#endif
+#ifdef DDPM_FAST_HAS_avx2
   sets.push_back({"avx2", has_avx2, &avx2::kernels});
+#endif
+#ifdef DDPM_FAST_HAS_avx512
   sets.push_back({"avx512", has_avx512, &avx512::kernels});
+#endif
+#ifdef DDPM_FAST_HAS_avx512_bf16
   sets.push_back({"avx512_bf16", has_avx512 && __builtin_cpu_supports("avx512bf16"), &avx512_bf16::kernels});
 #endif
   return sets;

@@ -281,7 +281,8 @@ def test_compiles_as_one_graph(variant: str, channels: list[int]) -> None:
     assert torch.equal(compiled(*inputs), out)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, pytest.param(torch.float32, marks=pytest.mark.slow)], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.usefixtures("no_matrix_kernels")
 def test_a_dynamic_graph_of_pytorchs_layers_serves_any_batch(dtype: torch.dtype) -> None:
     """GPUs use these layers. Sizes of weights have to stay constants: symbolic ones nest, and compiling takes hours."""

@@ -472,7 +472,7 @@ def test_a_change_before_is_refused(what: str) -> None:
         accelerate(pipe)
 
 
-@pytest.mark.parametrize("freeze", [True, False])
+@pytest.mark.parametrize("freeze", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("what", CHANGES)
 def test_a_change_afterwards_counts(what: str, freeze: bool) -> None:
     """Diffusers computes the network, and one warning says why. Without the change all is as before."""

@@ -193,7 +193,9 @@ def test_copies_are_fused_and_apart(name: str, copied: Callable[[nn.Module], nn.
     assert fuse(twin) == report
 
 
-@pytest.mark.parametrize("name", ["UNet2DModel", "AutoencoderKL", "EDM"])
+@pytest.mark.parametrize(
+    "name", ["UNet2DModel", *(pytest.param(name, marks=pytest.mark.slow) for name in ("AutoencoderKL", "EDM"))]
+)
 def test_compiles_whole(name: str) -> None:
     model, inputs = make(name)
     fuse(model)
@@ -461,7 +463,7 @@ def test_global_hooks_see_every_layer() -> None:
         handle.remove()
 
 
-@pytest.mark.parametrize("path", [f"{MID}.nonlinearity", "conv_act"])
+@pytest.mark.parametrize("path", [f"{MID}.nonlinearity", pytest.param("conv_act", marks=pytest.mark.slow)])
 def test_compiled_code_follows_a_change(path: str) -> None:
     model, inputs = make("UNet2DModel")
     plain = copy.deepcopy(model)

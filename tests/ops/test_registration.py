@@ -34,7 +34,9 @@ class _Recorder(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    "channels_last", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["contiguous", "channels_last"]
+)
 @pytest.mark.parametrize("case", OPCHECKED, ids=str)
 def test_opcheck(case: Case, channels_last: bool, device: torch.device) -> None:
     call = make_call(case, device=device, channels_last=channels_last).map(lambda x: x.detach().clone().requires_grad_())

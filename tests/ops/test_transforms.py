@@ -153,7 +153,7 @@ def test_eager(case: Case, transform: str) -> None:
     assert_right(found, expected_of(case, transform))
 
 
-@pytest.mark.parametrize(("case", "transform"), list(rows(TRANSFORMS, share=4)), ids=_id)
+@pytest.mark.parametrize(("case", "transform"), list(rows(TRANSFORMS, share=8)), ids=_id)
 def test_compiled(case: Case, transform: str) -> None:
     """The transform is inside the compiled function."""
     torch._dynamo.reset()
