@@ -18,10 +18,10 @@ unexport PYTHONDONTWRITEBYTECODE
 # Each check works in a copy of the tree, in build/. It has its own environment and build, and leaves yours as they are.
 # -j 2: the kernels compile while pip installs.
 
-check:  ## run what a change has to pass, for the CPU alone, in about four minutes
+check:  ## run what a change has to pass, for the CPU alone, in about five minutes
 	$(PYTHON) .ci/copy_tree.py build/check
 	DDPM_FAST_CUDA_ARCHS=none DDPM_FAST_COMPILED_ISAS=native $(MAKE) -C build/check VENV=.venv -j 2 setup
-	$(MAKE) -C build/check VENV=.venv lint test
+	$(MAKE) -C build/check VENV=.venv -j 2 lint test
 
 check-all: check-lowest  ## run everything: CUDA builds, machine code, slow tests, full products, benchmarks/tests, docs
 	$(PYTHON) .ci/copy_tree.py build/check-all

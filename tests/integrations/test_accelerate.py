@@ -28,7 +28,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor, Slice
 from ddpm_fast.integrations import diffusers as schedulers  # noqa: E402
 
 Pipeline = Any
-STEPS = 6
+STEPS = 3
 PIPELINES = ["DDPM", "DDIM"]
 NOT_FOR_UNET = "accelerate: expected pipe.unet to be one that ddpm_fast.UNet can stand for, got: "
 
