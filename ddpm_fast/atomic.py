@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
-_PREFIX, _SUFFIX = ".ddpm_fast-", ".tmp"
+PREFIX: Final = ".ddpm_fast-"  # of the names of temporary files
 _LEFT_OVER: Final = 24 * 3600  # seconds after which a temporary file belongs to no living process
 
 
@@ -26,7 +26,7 @@ def replacing(path: Path) -> Iterator[Path]:
         path: File to replace. Its folder exists.
     """
     # The file is made here, so that nobody can have put a link in its place.
-    temporary = path.with_name(f"{_PREFIX}{secrets.token_hex(8)}{_SUFFIX}")
+    temporary = path.with_name(f"{PREFIX}{secrets.token_hex(8)}.tmp")
     flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0)
     os.close(os.open(temporary, flags, 0o666))
     try:
@@ -58,7 +58,7 @@ def remove_leftovers(folder: Path) -> None:
         folder: The folder. It need not exist.
     """
     with suppress(OSError):
-        for leftover in folder.glob(f"{_PREFIX}*{_SUFFIX}"):
+        for leftover in folder.glob(f"{PREFIX}*.tmp"):
             with suppress(OSError):
                 if time.time() - leftover.lstat().st_mtime > _LEFT_OVER:
                     leftover.unlink()

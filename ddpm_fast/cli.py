@@ -143,6 +143,8 @@ def _train_option(declaration: str, **settings: Any) -> Callable[[_Command], _Co
 @_train_option("--keep")
 @_train_option("--tensorboard/--no-tensorboard")
 @_train_option("--max-minutes", type=float)
+@_train_option("--data-check", type=click.Choice(["sample", "exact", "off"]))
+@_train_option("--lock/--no-lock")
 @_train_option("--progress/--no-progress")
 @click.pass_context
 def train_command(ctx: click.Context, /, run_dir: Path, resume: bool, progress: bool, **options: Any) -> None:

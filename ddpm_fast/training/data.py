@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,8 @@ FASHION_MNIST_DEBIAN: Final = Path("/usr/share/datasets/fashion-mnist")  # Debia
 
 RESIZED: Final = "cropped to squares and resized"  # the preparation of a folder's images with image_size
 
+_SAMPLED: Final = 256  # images in a sample, at least
+
 _DOWNLOADS: Final = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddpm_fast"
 _IMAGE_SUFFIXES: Final = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 
@@ -51,6 +54,7 @@ class ImageDataset:
         shape: (C, H, W).
         labels: int64 [N], 0..len(classes)-1.
         classes: Names of the classes; a single one if the images carry no labels.
+        contents: A function that yields bytes of the images: all, or a sample.
         preparation: What was done to the images' size, in words.
     """
 
@@ -59,6 +63,7 @@ class ImageDataset:
     shape: tuple[int, int, int]
     labels: Tensor
     classes: tuple[str, ...]
+    contents: Callable[[bool], Iterator[bytes]]
     preparation: str = "as they are"
 
     def __len__(self) -> int:
@@ -67,6 +72,17 @@ class ImageDataset:
     def __getitem__(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Return images, uint8 [B, C, H, W], and labels, int64 [B], at the int64 indices [B]."""
         return self.read(indices), self.labels[indices]
+
+    def fingerprint(self, *, exact: bool = False) -> dict[str, str]:
+        """Return SHA-256 digests of the data set: "sample" of labels, names, sizes and some bytes, and "exact" of all bytes."""
+        digests = {}
+        for kind in ("sample", "exact") if exact else ("sample",):
+            digest = hashlib.sha256(f"{self.shape} {self.classes}".encode())
+            digest.update(self.labels.numpy().tobytes())
+            for content in self.contents(kind == "exact"):
+                digest.update(content)
+            digests[kind] = digest.hexdigest()
+        return digests
 
 
 def load_dataset(
@@ -127,7 +143,13 @@ def _in_memory(
         resized = functional.interpolate(images.float(), (image_size, image_size), mode="bilinear", antialias=True)
         images = resized.round().to(torch.uint8)
     channels, height, width = images.shape[1:]
-    return ImageDataset(name, images.__getitem__, (channels, height, width), labels, classes, preparation)
+
+    def contents(exact: bool) -> Iterator[bytes]:
+        step = 1 if exact else max(1, len(images) // _SAMPLED)
+        for image in images[::step]:
+            yield image.numpy().tobytes()
+
+    return ImageDataset(name, images.__getitem__, (channels, height, width), labels, classes, contents, preparation)
 
 
 def _read_digits(split: str) -> tuple[Tensor, Tensor]:
@@ -176,7 +198,14 @@ def _open_folder(name: str, image_size: int | None) -> ImageDataset:
     classes = tuple(sorted(set(names)))
     labels = torch.tensor([classes.index(name) for name in names])
     reader = _FolderReader(files, image_size)
-    return ImageDataset(name, reader, (3, image_size, image_size), labels, classes, preparation)
+
+    def contents(exact: bool) -> Iterator[bytes]:
+        for file in files:
+            yield f"{file.relative_to(root)} {file.stat().st_size}\n".encode()
+        for file in files if exact else files[:: max(1, len(files) // _SAMPLED)]:
+            yield file.read_bytes()
+
+    return ImageDataset(name, reader, (3, image_size, image_size), labels, classes, contents, preparation)
 
 
 def _common_size(root: Path, files: Sequence[Path]) -> int:

@@ -39,7 +39,7 @@ from .state import State, Task
 # `preparation` is not compared, as older runs did not record it. Its shape is.
 CHANGEABLE: Final = frozenset(
     {
-        *("data_dir", "steps", "lr_decay", "lr_decay_steps", "channels_last", "device", "threads", "log_every"),
+        *("fingerprint", "data_dir", "steps", "lr_decay", "lr_decay_steps", "channels_last", "device", "threads", "log_every"),
         *("sample_every", "sample_steps", "checkpoint_every", "checkpoint_minutes", "keep", "tensorboard", "preparation"),
     }
 )
@@ -71,6 +71,8 @@ def run_training(
     resume: bool,
     max_minutes: float | None,
     progress: bool,
+    data_check: str,
+    lock: bool,
 ) -> TrainResult:
     """Run `train` with options that are checked and complete."""
     if options["threads"] is not None:
@@ -96,25 +98,32 @@ def run_training(
         rng=TrainingRng(options["seed"], options["batch_size"]),
         device=device,
     )
-    with kept_memory() if task.device.type == "cpu" else nullcontext():
-        return _run(run_dir, task, resume=resume, max_minutes=max_minutes, progress=progress)
+    run = RunFolder(run_dir)
+    state = State.initial(task)  # first, as it refuses options that make no network: a folder would be in the next try's way
+    if resume:
+        run.read_config()  # refuses a folder without a run before a lock is written into it
+    else:
+        run.check_new()
+        if options["init"] is not None:
+            state.load_weights(options["init"])
+    with run.locked(lock), kept_memory() if task.device.type == "cpu" else nullcontext():
+        return _run(run, task, state, resume=resume, max_minutes=max_minutes, progress=progress, data_check=data_check)
 
 
 def _run(
-    run_dir: str | os.PathLike[str], task: Task, *, resume: bool, max_minutes: float | None, progress: bool
+    run: RunFolder, task: Task, state: State, *, resume: bool, max_minutes: float | None, progress: bool, data_check: str
 ) -> TrainResult:
     """Run the task's steps from the beginning or from the newest checkpoint."""
     options = task.options
     steps, batch_size = options["steps"], options["batch_size"]
     checkpoint_every, checkpoint_minutes = options["checkpoint_every"], options["checkpoint_minutes"]
-    state = State.initial(task)  # first, as it refuses options that make no network: a folder would be in the next try's way
-    run = RunFolder(run_dir)
     checkpoint = run.latest_checkpoint() if resume else None
-    if options["init"] is not None and checkpoint is None:
+    if options["init"] is not None and resume and checkpoint is None:
         state.load_weights(options["init"])
     config = task.config()
+    config["dataset"]["fingerprint"] = task.dataset.fingerprint(exact=data_check == "exact")
     if resume:
-        _check_same(run, config)
+        _check_same(run, config, data_check)
         run.write_config(config)  # with the options that were changed
     else:
         run.create(config)
@@ -170,7 +179,12 @@ def _run(
             due = bool(checkpoint_every) and state.step % checkpoint_every == 0
             due |= bool(checkpoint_minutes) and time.monotonic() - last_checkpoint > 60 * checkpoint_minutes
             if due or stopped_by is not None or state.step == steps:
-                _finite_loss(state, grad_norm)  # a spoilt state must not replace a good one
+                _finite_loss(state, grad_norm)
+                if not state.is_finite():  # a spoilt state must not replace a good one
+                    raise FloatingPointError(
+                        f"train: the weights are no longer finite after step {state.step}, so they are not saved; "
+                        f"the last good checkpoint is {run.latest_checkpoint() or 'none'}"
+                    )
                 mark = state.count_time(mark)
                 _save_checkpoint(run, task, state)
                 last_checkpoint = time.monotonic()
@@ -282,8 +296,8 @@ def _device(name: str | None) -> torch.device:
     return device
 
 
-def _check_same(run: RunFolder, config: Mapping[str, Any]) -> None:
-    """Refuse to resume a run as something else than it was started as."""
+def _check_same(run: RunFolder, config: dict[str, Any], data_check: str) -> None:
+    """Refuse to resume a run as something else than it was started as. Complete the fingerprint of its data."""
     stored = run.read_config()
     for section in ("options", "dataset"):
         for name, value in config[section].items():
@@ -292,6 +306,14 @@ def _check_same(run: RunFolder, config: Mapping[str, Any]) -> None:
                     f"train: expected {name} to be {stored[section].get(name)!r}, as the run in {run.path} was started, "
                     f"got {value!r}"
                 )
+    before, now = stored["dataset"].get("fingerprint", {}), config["dataset"]["fingerprint"]  # older runs have none
+    if data_check != "off":
+        if any(before.get(kind, digest) != digest for kind, digest in now.items()):
+            raise ValueError(
+                f"train: expected the images that the run in {run.path} was started with, got others of the same number and "
+                'size; pass data_check="off" (--data-check off) to go on with them'
+            )
+        config["dataset"]["fingerprint"] = before | now
 
 
 def _lr_factor(step: int, steps: int, warmup_steps: int, decay: str, decay_steps: int) -> float:

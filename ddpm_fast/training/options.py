@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from .loop import TrainResult
 
 # Arguments that concern one call and are not part of the run's configuration.
-THIS_CALL: Final = frozenset({"run_dir", "max_minutes", "resume", "progress"})
+THIS_CALL: Final = frozenset({"run_dir", "max_minutes", "resume", "progress", "lock", "data_check"})
 
 
 def train(
@@ -64,6 +64,8 @@ def train(
     # this call
     max_minutes: float | None = None,
     resume: bool = False,
+    data_check: Literal["sample", "exact", "off"] = "sample",
+    lock: bool = True,
     progress: bool = True,
 ) -> TrainResult:
     """Train a network on images (Algorithm 1 of Ho et al. 2020).
@@ -115,6 +117,8 @@ def train(
         tensorboard: Write TensorBoard's event files if TensorBoard is installed.
         max_minutes: Stop with a checkpoint after this many minutes. Default: no limit.
         resume: Continue the run from its newest checkpoint.
+        data_check: Compare the images of a resumed run with the earlier ones: a sample, exactly, or not (to change them).
+        lock: Lock the folder, so that no other process trains in it.
         progress: Show a progress bar.
 
     Returns:
@@ -124,14 +128,20 @@ def train(
         ValueError: An option is out of range, or differs from the one that the resumed run was started with.
         FileExistsError: `run_dir` is not empty and `resume` is false.
         FileNotFoundError: There is no run to resume, or no model in `init`.
-        FloatingPointError: The loss is no longer finite.
+        FloatingPointError: The loss or the weights are no longer finite.
+        BlockingIOError: Another process trains in `run_dir`.
     """
     data, data_dir, init = os.fspath(data), data_dir and os.fspath(data_dir), init and os.fspath(init)
     options = _json({name: value for name, value in locals().items() if name not in THIS_CALL})
     _check_options(options)
+    from ..checks import check_choice, check_number
     from .loop import run_training
 
-    return run_training(run_dir, options, resume=resume, max_minutes=max_minutes, progress=progress)
+    check_choice("train", "data_check", data_check, ("sample", "exact", "off"))
+    check_number("train", "max_minutes", max_minutes, 0, optional=True)
+    return run_training(
+        run_dir, options, resume=resume, max_minutes=max_minutes, progress=progress, data_check=data_check, lock=lock
+    )
 
 
 def _json(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,36 +2,48 @@
 
     RUN/
       config.json                       options of the run, checked when it is resumed
+      lock                              locked while a process trains, with the process's name as text
       log.csv                           one row every `log_every` steps
       samples/step-00001000.png         grids drawn during training
       tensorboard/                      event files, if TensorBoard is installed
       checkpoints/
-        latest -> step-00001000         for people and scripts; resuming finds the newest complete one itself
+        latest -> step-00001000         for people and scripts; resuming finds the newest whole one itself
         step-00001000/
           unet/, unet_ema/              the network and its moving average, as diffusers folders, float32
           scheduler/                    scheduler_config.json
           optimizer.safetensors         the optimizer's state, `<key>.<parameter>`
-          state.json                    step, log state, and the size of every other file
+          state.json                    step, log state, and the size and SHA-256 of every other file
 
 A checkpoint is written under a temporary name, flushed to disk and then renamed. A name that begins with
-"step-" is therefore a complete checkpoint, even after a crash. Nothing is pickled.
+"step-" is therefore a complete checkpoint, even after a crash. Nothing is pickled. Files, links and folders that
+no run has written are left alone. If one has a checkpoint's name, the checkpoint's name gets a number.
 """
 
 from __future__ import annotations
 
 import csv
+import hashlib
+import itertools
 import json
 import logging
 import os
+import re
+import secrets
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
+from .. import atomic
 from ..atomic import flush_names, read_json, write_json, write_text
 
-FORMAT: Final = 1
+FORMAT: Final = 1  # of config.json
+STATE_FORMAT: Final = 2  # of state.json; 1 has sizes without SHA-256
 LOG_COLUMNS: Final = ("step", "samples", "loss", "grad_norm", "lr", "images_per_second", "seconds")
+
+_CHECKPOINT: Final = re.compile(r"step-(\d{8,})(?:-(\d+))?")
 
 _log = logging.getLogger("ddpm_fast")
 
@@ -46,12 +58,63 @@ class RunFolder:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self.config_file = self.path / "config.json"
+        self.lock_file = self.path / "lock"
         self.log_file = self.path / "log.csv"
         self.samples = self.path / "samples"
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
 
     # ---------------------------------------------------------------------------------------------------- configuration
+
+    def check_new(self) -> None:
+        """Raise a FileExistsError unless the folder is missing or empty."""
+        ours = (self.lock_file.name, atomic.PREFIX)
+        if self.path.exists() and any(not entry.name.startswith(ours) for entry in self.path.iterdir()):
+            raise FileExistsError(
+                f"train: expected {self.path} to be new or empty; continue the run in it with --resume, or name another folder"
+            )
+
+    @contextmanager
+    def locked(self, wanted: bool = True) -> Iterator[None]:
+        """Hold the folder's lock, so that no other process trains in it.
+
+        The operating system releases the lock when the process ends, however that happens.
+
+        Args:
+            wanted: False: hold no lock.
+
+        Raises:
+            BlockingIOError: Another process holds the lock. The message names it.
+            OSError: The folder's file system has no locks.
+        """
+        if not wanted:
+            yield
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        descriptor = -1
+        try:
+            import fcntl
+
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+            descriptor = os.open(self.lock_file, flags, 0o666)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(descriptor, 200).decode(errors="replace").strip() or "a process without a name"
+            os.close(descriptor)
+            raise BlockingIOError(f"train: expected no other process to train in {self.path}, got {holder}") from None
+        except (ImportError, OSError) as error:
+            if descriptor >= 0:
+                os.close(descriptor)
+            raise OSError(
+                f"train: expected {str(self.lock_file)!r} to be a file that can be locked, got: {error}; "
+                "pass lock=False (--no-lock) if no other process trains there"
+            ) from error
+        try:
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+            yield
+        finally:
+            os.close(descriptor)
 
     def create(self, config: Mapping[str, Any]) -> None:
         """Start a new run.
@@ -63,10 +126,7 @@ class RunFolder:
             FileExistsError: The folder is not empty.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        if any(self.path.iterdir()):
-            raise FileExistsError(
-                f"train: expected {self.path} to be new or empty; continue the run in it with --resume, or name another folder"
-            )
+        self.check_new()
         self.write_config(config)
 
     def write_config(self, config: Mapping[str, Any]) -> None:
@@ -92,12 +152,18 @@ class RunFolder:
 
     # ------------------------------------------------------------------------------------------------------ checkpoints
 
-    def latest_checkpoint(self) -> Path | None:
-        """Return the newest complete checkpoint, or None."""
-        for folder in sorted(self.checkpoints.glob("step-*"), reverse=True):
-            if _is_whole(folder):
+    def latest_checkpoint(self, part: str = "") -> Path | None:
+        """Return the newest whole checkpoint, or None. A damaged one is left out with a warning.
+
+        Args:
+            part: Beginning of the names of the files to compare with their checksums, such as "unet_ema/".
+                Empty: all.
+        """
+        for folder in self._checkpoints():
+            why = why_damaged(folder, part)
+            if why is None:
                 return folder
-            _log.warning("%s is damaged: left out", folder)
+            _log.warning("%s is damaged and left out: %s", folder, why)
         return None
 
     def save_checkpoint(self, step: int, state: Mapping[str, Any], write: Callable[[Path], None], keep: int) -> Path:
@@ -112,45 +178,74 @@ class RunFolder:
         Returns:
             The checkpoint's folder.
         """
-        final = self.checkpoints / f"step-{step:08d}"
-        if not _is_whole(final):
-            temporary = self.checkpoints / f".{final.name}.tmp"
+        same = [folder for folder in self._checkpoints() if _numbers(folder)[0] == step]
+        final = next((folder for folder in same if why_damaged(folder) is None), None)
+        if final is None:
             self.remove_leftovers()
+            temporary = self.checkpoints / f".step-{step:08d}-{secrets.token_hex(8)}.tmp"
             temporary.mkdir(parents=True)
             write(temporary)
-            sizes = {str(file.relative_to(temporary)): file.stat().st_size for file in _files(temporary)}
-            write_json(temporary / "state.json", {"format": FORMAT, "step": step, **state, "files": sizes})
+            files = {
+                str(file.relative_to(temporary)): {"size": file.stat().st_size, "sha256": _sha256(file)}
+                for file in _files(temporary)
+            }
+            entries = {"format": STATE_FORMAT, "step": step, **state, "files": files}
+            write_json(temporary / "state.json", {**entries, "sha256": _sha256_of(entries)})
             _flush(temporary)
-            if final.exists():
-                self._remove(final)  # damaged
+            for folder in same:
+                self._remove(folder)  # damaged
+            final = self._free_name(step)
             temporary.rename(final)
             flush_names(self.checkpoints)
         self._point_to(final)
-        others = sorted((folder for folder in self.checkpoints.glob("step-*") if folder != final), reverse=True)
-        kept = list(filter(_is_whole, others))[: keep - 1]
+        others = [folder for folder in self._checkpoints() if folder != final]
+        kept = [folder for folder in others if why_damaged(folder, part=None) is None][: keep - 1]
         for folder in others:
             if folder not in kept:
                 self._remove(folder)
         return final
 
     def remove_leftovers(self) -> None:
-        """Remove what a killed process left half written or half removed."""
+        """Remove what a killed process left half written or half removed. The caller holds the lock."""
         for leftover in self.checkpoints.glob(".*.tmp"):
-            if leftover.is_symlink():
-                leftover.unlink()
-            else:
-                shutil.rmtree(leftover)
+            if re.fullmatch(r"\.(removed-)?step-.*", leftover.name) and leftover.is_dir() and not leftover.is_symlink():
+                shutil.rmtree(leftover, ignore_errors=True)
+        for folder in (self.path, self.checkpoints):
+            atomic.remove_leftovers(folder)
+
+    def _checkpoints(self) -> list[Path]:
+        """Return the folders that are named as checkpoints, newest first. Links and files are none."""
+        named = (entry for entry in self.checkpoints.glob("step-*") if _CHECKPOINT.fullmatch(entry.name))
+        return sorted((entry for entry in named if entry.is_dir() and not entry.is_symlink()), key=_numbers, reverse=True)
+
+    def _free_name(self, step: int) -> Path:
+        for number in itertools.count():
+            path = self.checkpoints / (f"step-{step:08d}-{number}" if number else f"step-{step:08d}")
+            if not os.path.lexists(path):
+                return path
+        raise AssertionError
 
     def _remove(self, checkpoint: Path) -> None:
-        hidden = checkpoint.with_name(f".removed-{checkpoint.name}.tmp")  # in one step; half a checkpoint is never seen
-        checkpoint.rename(hidden)
-        shutil.rmtree(hidden)
+        """Remove a checkpoint. A folder without a state.json is not one, and stays."""
+        if not (checkpoint / "state.json").is_file():
+            return
+        hidden = checkpoint.with_name(f".removed-{checkpoint.name}-{secrets.token_hex(8)}.tmp")  # half of one is never seen
+        try:
+            checkpoint.rename(hidden)
+        except OSError as error:
+            _log.warning("%s could not be removed: %s", checkpoint, error)
+            return
+        shutil.rmtree(hidden, ignore_errors=True)
 
     def _point_to(self, checkpoint: Path) -> None:
-        link = self.checkpoints / ".latest.tmp"
-        link.unlink(missing_ok=True)
-        link.symlink_to(checkpoint.name, target_is_directory=True)
-        link.replace(self.checkpoints / "latest")
+        """Let `latest` point to a checkpoint, unless something else has that name or the file system has no links."""
+        latest = self.checkpoints / "latest"
+        if latest.exists() and not latest.is_symlink():
+            return
+        link = self.checkpoints / f"{atomic.PREFIX}{secrets.token_hex(8)}.tmp"
+        with suppress(OSError):
+            link.symlink_to(checkpoint.name, target_is_directory=True)
+            link.replace(latest)
 
     # ---------------------------------------------------------------------------------------------------------- the log
 
@@ -169,7 +264,8 @@ class RunFolder:
             return ""
         text = self.log_file.read_text(encoding="utf-8")
         lines = text[: text.rfind("\n") + 1].splitlines(keepends=True)
-        return "".join(lines[:1] + [line for line in lines[1:] if int(line.split(",", 1)[0]) <= step])
+        rows = [line for line in lines[1:] if line.split(",", 1)[0].isdecimal()]
+        return "".join(lines[:1] + [line for line in rows if int(line.split(",", 1)[0]) <= step])
 
     def cut_log(self, step: int) -> None:
         """Remove the rows after `step`, which a resumed run writes again."""
@@ -177,13 +273,49 @@ class RunFolder:
             write_text(self.log_file, self.log_until(step))
 
 
-def _is_whole(checkpoint: Path) -> bool:
-    """Return whether every file of the checkpoint exists with its recorded size."""
+def why_damaged(checkpoint: Path, part: str | None = "") -> str | None:
+    """Return why a checkpoint is not whole, or None if it is.
+
+    Args:
+        checkpoint: Its folder.
+        part: Beginning of the names of the files whose bytes are compared with their checksums. None: no file's.
+            Sizes are compared for all files.
+    """
     try:
-        sizes = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["files"]
-        return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, KeyError):
-        return False
+        state = read_json("train", checkpoint / "state.json")
+        digest = state.pop("sha256", None)
+        if state.get("format") != 1 and digest != _sha256_of(state):
+            return "state.json has other values than were written"
+        if not isinstance(state.get("step"), int) or not isinstance(state.get("files"), dict):
+            return "state.json has no step, or no files"
+        for name, entry in state["files"].items():
+            size, sha256 = (entry["size"], entry["sha256"]) if isinstance(entry, dict) else (entry, None)
+            if (checkpoint / name).stat().st_size != size:
+                return f"{name} has another size"
+            if sha256 is not None and part is not None and name.startswith(part) and _sha256(checkpoint / name) != sha256:
+                return f"{name} has other bytes than were written"
+    except (OSError, ValueError, KeyError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _numbers(checkpoint: Path) -> tuple[int, int]:
+    """Return the step of a checkpoint, and its number among those of one step."""
+    match = _CHECKPOINT.fullmatch(checkpoint.name)
+    assert match is not None
+    return int(match[1]), int(match[2] or 0)
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as opened:
+        while block := opened.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sha256_of(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _files(folder: Path) -> list[Path]:

@@ -86,6 +86,12 @@ class State:
         """Return the mean loss since the last row of the log, or NaN if there was no step."""
         return float(torch.stack(self.losses).mean()) if self.losses else math.nan
 
+    def is_finite(self) -> bool:
+        """Return whether all weights, their average and the optimizer's moments are finite."""
+        moments = [value for values in self.optimizer.state.values() for key, value in values.items() if key != "step"]
+        norms = torch._foreach_norm([*self.model.parameters(), *self.ema.parameters(), *moments], math.inf)
+        return bool(torch.stack(norms).isfinite().all())
+
     def count_time(self, since: float) -> float:
         """Add the time since `since` to `seconds`, and return the present time."""
         now = time.perf_counter()

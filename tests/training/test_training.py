@@ -10,6 +10,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -297,11 +298,12 @@ def test_only_the_newest_checkpoints_are_kept_and_damaged_ones_left_out(
     optimizer = newest / "optimizer.safetensors"
     optimizer.write_bytes(optimizer.read_bytes()[:-1])
     (run.checkpoints / ".step-00000006.tmp" / "unet").mkdir(parents=True)  # a writer was killed
-    (run.checkpoints / "step-00000007").mkdir()  # a copy was interrupted
+    (run.checkpoints / "step-00000007").mkdir()
+    shutil.copy(newest / "state.json", run.checkpoints / "step-00000007")  # a copy was interrupted
     with caplog.at_level(logging.WARNING, logger="ddpm_fast"):
         assert run.latest_checkpoint() == run.checkpoints / "step-00000004"
-    assert [record.getMessage() for record in caplog.records] == [
-        f"{run.checkpoints / name} is damaged: left out" for name in ("step-00000007", "step-00000005")
+    assert [record.getMessage().partition(": ")[0] for record in caplog.records] == [
+        f"{run.checkpoints / name} is damaged and left out" for name in ("step-00000007", "step-00000005")
     ]
     train(tmp_path / "run", **QUIET | {"steps": 7, "checkpoint_every": 1, "keep": 2}, resume=True)
     assert sorted(p.name for p in run.checkpoints.iterdir()) == ["latest", "step-00000006", "step-00000007"]
@@ -367,6 +369,8 @@ def forget_names(run: Path) -> None:
         file.write_text(json.dumps(config))
     for file in run.glob("checkpoints/step-*/state.json"):
         state = json.loads(file.read_text())
+        state.pop("sha256")
+        state["format"] = 1
         state["files"] = {name: (file.parent / name).stat().st_size for name in state["files"]}
         file.write_text(json.dumps(state))
 

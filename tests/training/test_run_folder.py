@@ -1,0 +1,232 @@
+"""Run folders: one process at a time, checkpoints with checksums, and nothing foreign touched."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from test_training import QUIET
+from torch import Tensor
+
+from ddpm_fast.images import save_grid
+from ddpm_fast.training import train
+from ddpm_fast.training.run_folder import RunFolder, why_damaged
+
+
+def start(folder: Path, step: int = 4) -> RunFolder:
+    train(folder, **QUIET, steps=step, checkpoint_every=2)
+    return RunFolder(folder)
+
+
+def checkpoints(run: RunFolder) -> list[str]:
+    return sorted(entry.name for entry in run.checkpoints.iterdir())
+
+
+# -------------------------------------------------------------------------------------------------------------------- lock
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from ddpm_fast.training.run_folder import RunFolder
+
+with RunFolder(Path(sys.argv[1])).locked():
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> object:
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+def test_a_second_process_is_told_who_trains(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
+    with pytest.raises(BlockingIOError, match=rf"no other process to train in .*run, got process {holder.pid} on "):
+        train(tmp_path / "run", **QUIET, steps=2)
+    train(tmp_path / "run", **QUIET, steps=2, lock=False)  # knowingly
+    holder.send_signal(signal.SIGKILL)  # releases the lock
+    holder.wait()
+    assert train(tmp_path / "run", **QUIET, steps=3, resume=True).step == 3
+
+
+def test_a_lock_that_cannot_be_made_is_an_error_with_the_way_around(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fcntl
+
+    def flock(*_: object) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(OSError, match=r"to be a file that can be locked, got: .*not implemented.*--no-lock"):
+        train(tmp_path / "run", **QUIET, steps=1)
+    assert train(tmp_path / "run", **QUIET, steps=1, lock=False).step == 1
+
+
+def test_a_link_in_place_of_the_lock_is_not_followed(tmp_path: Path) -> None:
+    run = start(tmp_path / "run")
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    run.lock_file.unlink()
+    run.lock_file.symlink_to(victim)
+    with pytest.raises(OSError, match="can be locked"):
+        train(run.path, **QUIET, steps=6, resume=True)
+    assert victim.read_text() == "mine"
+
+
+# --------------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def _flip_a_byte(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def _edit_state(folder: Path, edit: Callable[[dict[str, object]], object]) -> None:
+    state = json.loads((folder / "state.json").read_text())
+    edit(state)
+    (folder / "state.json").write_text(json.dumps(state))
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "a byte of the weights": lambda f: _flip_a_byte(f / "unet" / "diffusion_pytorch_model.safetensors"),
+    "a byte of the optimizer": lambda f: _flip_a_byte(f / "optimizer.safetensors"),
+    "a missing file": lambda f: (f / "optimizer.safetensors").unlink(),
+    "a list": lambda f: (f / "state.json").write_text("[]"),
+    "a list of files": lambda f: (f / "state.json").write_text('{"files": []}'),
+    "no JSON": lambda f: (f / "state.json").write_text("{"),
+    "nested without end": lambda f: (f / "state.json").write_text("[" * 100_000),
+    "another step": lambda f: _edit_state(f, lambda state: state.update(step=3)),
+    "a text as size": lambda f: _edit_state(f, lambda state: state["files"].update({"optimizer.safetensors": "x"})),
+    "no state": lambda f: (f / "state.json").unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_falls_back_to_the_newest_whole_one(
+    damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = start(tmp_path / "run")
+    newest = run.latest_checkpoint()
+    assert newest is not None
+    assert newest.name == "step-00000004"
+    DAMAGES[damage](newest)
+    with caplog.at_level(logging.WARNING):
+        found = run.latest_checkpoint()
+    assert found is not None
+    assert found.name == "step-00000002"
+    assert "is damaged and left out" in caplog.text
+    assert train(run.path, **QUIET, steps=6, resume=True, checkpoint_every=2).step == 6
+    again = run.latest_checkpoint()
+    assert again is not None
+    assert why_damaged(again) is None
+
+
+def test_the_result_after_damage_is_that_of_a_run_without(tmp_path: Path) -> None:
+    whole, damaged = start(tmp_path / "whole"), start(tmp_path / "damaged")
+    _flip_a_byte(damaged.checkpoints / "step-00000004" / "optimizer.safetensors")
+    for run in (whole, damaged):
+        train(run.path, **QUIET, steps=6, resume=True)
+    files = [run.checkpoints / "step-00000006" / "optimizer.safetensors" for run in (whole, damaged)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_foreign_files_and_links_are_left_alone(tmp_path: Path) -> None:
+    run = start(tmp_path / "run")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "mine").write_text("mine")
+    foreign = [run.checkpoints / name for name in ("step-00000006", "step-00000008", "step-x", ".step-1.tmp", ".a.tmp")]
+    foreign[0].write_text("mine")
+    foreign[1].symlink_to(elsewhere, target_is_directory=True)
+    foreign[2].mkdir()
+    foreign[3].symlink_to(elsewhere, target_is_directory=True)
+    foreign[4].write_text("mine")
+    (run.checkpoints / "latest").unlink()
+    (run.checkpoints / "latest").mkdir()
+    assert train(run.path, **QUIET, steps=8, resume=True, checkpoint_every=2).step == 8
+    assert foreign[0].read_text() == foreign[4].read_text() == "mine"
+    assert foreign[1].is_symlink()
+    assert foreign[3].is_symlink()
+    assert (elsewhere / "mine").read_text() == "mine"
+    assert {"step-00000006-1", "step-00000008-1", "step-x", "latest"} <= set(checkpoints(run))
+    latest = run.latest_checkpoint()
+    assert latest is not None
+    assert latest.name == "step-00000008-1"
+
+
+def test_checkpoints_of_the_format_without_checksums_load(tmp_path: Path) -> None:
+    run = start(tmp_path / "run")
+    newest = run.checkpoints / "step-00000004"
+
+    def older(state: dict[str, object]) -> None:
+        files = state["files"]
+        assert isinstance(files, dict)
+        state.pop("sha256")
+        state["format"], state["files"] = 1, {name: entry["size"] for name, entry in files.items()}
+
+    _edit_state(newest, older)
+    assert run.latest_checkpoint() == newest
+    assert train(run.path, **QUIET, steps=6, resume=True).step == 6
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = start(tmp_path / "run")
+    from ddpm_fast.training import loop
+
+    step = loop._step
+
+    def spoil(task: object, state: loop.State) -> tuple[Tensor, float]:
+        result = step(task, state)  # type: ignore[arg-type]
+        with torch.no_grad():
+            next(state.model.parameters()).view(-1)[0] = float("nan")
+        return result
+
+    monkeypatch.setattr(loop, "_step", spoil)
+    with pytest.raises(FloatingPointError, match=r"no longer finite after step 5.*step-00000004"):
+        train(run.path, **QUIET, steps=5, resume=True)
+    assert checkpoints(run) == ["latest", "step-00000002", "step-00000004"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------- data
+
+
+def _images(folder: Path, seed: int) -> None:
+    for i in range(6):
+        pixels = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(seed + i)) * 2 - 1
+        save_grid(pixels, folder / f"{i}.png", columns=1, padding=0)
+
+
+@pytest.mark.parametrize("check", ["sample", "exact"])
+def test_other_images_stop_a_resumed_run(check: str, tmp_path: Path) -> None:
+    options = QUIET | {"data": str(tmp_path / "images"), "steps": 1}
+    _images(tmp_path / "images", 0)
+    train(tmp_path / "run", **options, data_check=check)
+    assert train(tmp_path / "run", **options | {"steps": 2}, resume=True, data_check=check).step == 2
+    shutil.rmtree(tmp_path / "images")
+    _images(tmp_path / "images", 10)
+    with pytest.raises(ValueError, match=r"expected the images .*, got others .*--data-check off"):
+        train(tmp_path / "run", **options | {"steps": 3}, resume=True, data_check=check)
+    assert train(tmp_path / "run", **options | {"steps": 3}, resume=True, data_check="off").step == 3
+    assert train(tmp_path / "run", **options | {"steps": 4}, resume=True, data_check=check).step == 4  # with the new ones
+
+
+def test_no_descriptor_is_left_open(tmp_path: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    start(tmp_path / "run")
+    assert len(os.listdir("/proc/self/fd")) == before
