@@ -1,4 +1,4 @@
-"""The one writer of files: whole, durable, and under a random name until it is done. JSON files on top."""
+"""The one writer of files: whole, durable, and under a random name until it is done. JSON and tensors on top."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PREFIX: Final = ".ddpm_fast-"  # of the names of temporary files
 _LEFT_OVER: Final = 24 * 3600  # seconds after which a temporary file belongs to no living process
@@ -92,3 +95,25 @@ def write_text(path: Path, text: str) -> None:
     """Replace a text file."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Replace a safetensors file.
+
+    Args:
+        path: The file.
+        tensors: Tensors by name, on any device and in any memory format.
+        metadata: Strings for the file's header.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    import safetensors
+    import safetensors.torch
+
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with replacing(path) as temporary:
+        try:
+            safetensors.torch.save_file(contiguous, temporary, metadata=dict(metadata) if metadata else None)
+        except safetensors.SafetensorError as error:  # it has no errno
+            raise OSError(f"{path} cannot be written: {error}") from error

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..atomic import read_json, replacing, write_json
+from ..atomic import read_json, write_json, write_tensors
 from .config import UNetConfig
 
 _CONFIG = "config.json"
@@ -73,11 +73,7 @@ def save_checkpoint(path: str | os.PathLike[str], config: UNetConfig, weights: M
             f"save_pretrained: expected path to be free or to hold a network of the same configuration, "
             f"got {os.fspath(path)!r} which differs in {changed}"
         )
-    with replacing(folder / _WEIGHTS) as temporary:
-        import safetensors.torch
-
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-        safetensors.torch.save_file(tensors, temporary, metadata={"format": "pt"})
+    write_tensors(folder / _WEIGHTS, weights, metadata={"format": "pt"})
     if new:
         write_json(folder / _CONFIG, {"_class_name": _CLASS_NAME} | values)
 

@@ -14,7 +14,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from ..atomic import replacing
+from ..atomic import write_tensors
 from ..nn import UNet, UNetConfig
 from ..schedule import NoiseSchedule
 from ..version import __version__
@@ -103,14 +103,11 @@ class State:
         self.model.save_pretrained(folder / "unet")
         self.ema.save_pretrained(folder / "unet_ema")
         tensors = {
-            f"{key}.{name}": value.detach().cpu().contiguous()
+            f"{key}.{name}": value
             for name, parameter in self.model.named_parameters()
             for key, value in self.optimizer.state[parameter].items()
         }
-        import safetensors.torch
-
-        with replacing(folder / "optimizer.safetensors") as temporary:
-            safetensors.torch.save_file(tensors, temporary)
+        write_tensors(folder / "optimizer.safetensors", tensors)
 
     def load_weights(self, init: str) -> None:
         """Load the weights and their moving average from a folder that another training wrote."""

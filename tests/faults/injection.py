@@ -1,0 +1,255 @@
+"""Let each system call of a task fail once, and look at what is left.
+
+    LD_PRELOAD=LIBRARY python injection.py LIBRARY FOLDER TASK,KIND,EVERY ...
+
+LIBRARY is the compiled system_calls.c. A child process does the task, so that it can be killed. KIND is the name of an errno,
+SHORT (a write takes half of its bytes) or KILL. Every EVERY-th call is tried. A line of JSON for each task has the numbers of
+its calls, of tried ones, and of children that finished or refused to.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import os
+import shutil
+import signal
+import sys
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors.torch
+import torch
+from PIL import Image
+
+from ddpm_fast import save_grid
+from ddpm_fast.atomic import PREFIX
+from ddpm_fast.nn import UNet
+from ddpm_fast.training import train
+from ddpm_fast.training.data import load_dataset
+from ddpm_fast.training.export import export_checkpoint
+from ddpm_fast.training.run_folder import RunFolder
+
+KINDS = {"KILL": -1, "SHORT": -2}
+FINISHED, REFUSED, BROKEN = 0, 3, 4  # exit statuses of a child; REFUSED: it raised an OSError
+OPTIONS: dict[str, Any] = {
+    "data": "digits",
+    "channels": [8],
+    "layers": 1,
+    "attention": [],
+    "batch_size": 2,
+    "steps": 4,
+    "threads": 1,
+    "log_every": 1,
+    "sample_every": 2,
+    "sample_steps": 1,
+    "checkpoint_every": 1,
+    "checkpoint_minutes": 0.0,
+    "tensorboard": False,
+    "progress": False,
+}
+
+
+class Task(NamedTuple):
+    """Something that writes files.
+
+    Attributes:
+        prepare: Make the folder as it is before.
+        do: Do the task, which may fail at any moment.
+        check: Raise an AssertionError unless the folder is as it should be after a failure. The argument after the folder
+            says whether the task finished.
+    """
+
+    prepare: Callable[[Path], None]
+    do: Callable[[Path], None]
+    check: Callable[[Path, bool], None]
+
+
+def run_in_child(task: Callable[[], None]) -> int:
+    """Run a task in a child process. Return its exit status, or minus the number of the signal that killed it."""
+    child = os.fork()
+    if child == 0:
+        status = BROKEN
+        try:
+            task()
+            status = FINISHED
+        except OSError:
+            status = REFUSED
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+# ------------------------------------------------------------------------------------------------------------------ tasks
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    files = sorted(folder.rglob("*.safetensors"))
+    return {f"{file.relative_to(folder)}:{name}": x for file in files for name, x in safetensors.torch.load_file(file).items()}
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def reference(folder: Path) -> Path:
+    """Return a run that nothing has disturbed, made once."""
+    run = folder.parent / "reference"
+    if not run.exists():
+        assert run_in_child(lambda: train_or_resume(run)) == FINISHED
+    return run
+
+
+def train_or_resume(run: Path) -> None:
+    train(run, **OPTIONS, resume=(run / "config.json").exists())
+
+
+def half_a_run(folder: Path) -> Path:
+    """Return a run that was stopped after two steps, made once."""
+    half = folder.parent / "half"
+    if not half.exists():
+        assert run_in_child(lambda: void(train(half, **OPTIONS | {"steps": 2}))) == FINISHED
+    return half
+
+
+def void(value: object) -> None:
+    """Drop a result."""
+
+
+def check_run(run: Path, finished: bool) -> None:
+    """Every checkpoint with a checkpoint's name is whole, and the run goes on to the undisturbed one's weights."""
+    steps = [int(path.name[5:]) for path in (run / "checkpoints").glob("step-*")]
+    latest = RunFolder(run).latest_checkpoint()
+    assert (latest is None) == (not steps)
+    assert latest is None or latest.name == f"step-{max(steps):08d}"
+    assert not finished or max(steps) == OPTIONS["steps"]
+    assert run_in_child(lambda: train_or_resume(run)) == FINISHED
+    latest, expected = RunFolder(run).latest_checkpoint(), RunFolder(reference(run)).latest_checkpoint()
+    assert latest is not None
+    assert expected is not None
+    assert_same(tensors(latest), tensors(expected))
+    rows, expected_rows = ((path / "log.csv").read_text().splitlines() for path in (run, reference(run)))
+    columns = slice(0, 5)  # the others depend on the clock
+    assert [row.split(",")[columns] for row in rows] == [row.split(",")[columns] for row in expected_rows]
+    for sample in (run / "samples").glob("*.png"):
+        Image.open(sample).load()
+    assert not list((run / "checkpoints").glob(".*step-*"))
+
+
+def prepare_model(folder: Path) -> None:
+    """Export half of a run, which the task replaces."""
+    reference(folder)
+    export_checkpoint(half_a_run(folder), folder, torch.float32)
+
+
+def check_model(folder: Path, finished: bool) -> None:
+    """The folder holds the old network or the new one."""
+    found = UNet.from_pretrained(folder).state_dict()
+    ends = [UNet.from_pretrained(latest_ema(folder.with_name(run))).state_dict() for run in ("half", "reference")]
+    matches = [all(torch.equal(found[name], end[name]) for name in end) for end in ends]
+    assert any(matches)
+    assert not finished or matches[1]
+
+
+def latest_ema(run: Path) -> Path:
+    latest = RunFolder(run).latest_checkpoint()
+    assert latest is not None
+    return latest / "unet_ema"
+
+
+IMAGES = [torch.full((4, 1, 8, 8), value) for value in (-0.5, 0.5)]
+
+
+def check_picture(folder: Path, finished: bool) -> None:
+    """The file holds the old picture or the new one, and nothing else is there."""
+    save_grid(IMAGES[0], folder.parent / "old.png")
+    save_grid(IMAGES[1], folder.parent / "new.png")
+    old, new = (folder.parent.joinpath(name).read_bytes() for name in ("old.png", "new.png"))
+    found = (folder / "a.png").read_bytes()
+    assert found in (old, new)
+    assert not finished or found == new
+
+
+def prepare_picture(folder: Path) -> None:
+    folder.mkdir()
+    save_grid(IMAGES[0], folder / "a.png")
+
+
+TASKS = {
+    "train": Task(lambda run: None, train_or_resume, check_run),
+    "resume": Task(lambda run: void(shutil.copytree(half_a_run(run), run, symlinks=True)), train_or_resume, check_run),
+    "export": Task(
+        prepare_model,
+        lambda folder: void(export_checkpoint(folder.with_name("reference"), folder, torch.float32)),
+        check_model,
+    ),
+    "picture": Task(prepare_picture, lambda folder: void(save_grid(IMAGES[1], folder / "a.png")), check_picture),
+}
+
+
+# ------------------------------------------------------------------------------------------------------------------- main
+
+
+def inject(library: ctypes.CDLL, base: Path, name: str, kind_name: str, every: int) -> dict[str, int]:
+    """Try a task once for each of the chosen calls. Return the counts."""
+    kind = KINDS.get(kind_name) or getattr(errno, kind_name)
+    task, folder = TASKS[name], base / name
+
+    def attempt(call: int) -> tuple[int, int]:
+        """Do the task with its `call`-th call failing. Return the child's exit status and the number of its calls."""
+        shutil.rmtree(folder, ignore_errors=True)
+        task.prepare(folder)
+        read, write = os.pipe()
+
+        def do() -> None:
+            library.arm(os.fsencode(folder), call, kind)
+            try:
+                task.do(folder)
+            finally:
+                os.write(write, str(library.count_calls()).encode())
+
+        status = run_in_child(do)
+        os.close(write)
+        with os.fdopen(read) as counts:
+            return status, int(counts.read() or 0)
+
+    status, calls = attempt(0)
+    assert status == FINISHED
+    task.check(folder, True)
+    ends: Counter[str] = Counter()
+    for call in range(1, calls + 1, every):
+        status, _ = attempt(call)
+        harmless = kind_name in ("EINTR", "SHORT")
+        allowed = (-signal.SIGKILL,) if kind_name == "KILL" else (FINISHED,) if harmless else (FINISHED, REFUSED)
+        assert status in allowed, f"{name}: call {call} of {calls}, {kind_name}: exit status {status}"
+        try:
+            task.check(folder, status == FINISHED)
+        except Exception as error:
+            raise AssertionError(f"{name}: call {call} of {calls}, {kind_name}: {error!r}") from error
+        leftovers = [path for path in folder.rglob(f"{PREFIX}*") if kind_name != "KILL"]
+        assert len(leftovers) <= 1, f"{name}: call {call} of {calls}, {kind_name}: {leftovers}"  # 1: its removal failed
+        ends["finished" if status == FINISHED else "refused"] += 1
+    return {"calls": calls, "tried": ends.total(), **ends}
+
+
+def main() -> None:
+    library, base = ctypes.CDLL(sys.argv[1]), Path(sys.argv[2])
+    torch.set_num_threads(1)
+    load_dataset("digits")  # these import modules once instead of in each child
+    torch.optim.AdamW([torch.zeros(1)]).zero_grad()
+    base.mkdir()
+    for argument in sys.argv[3:]:
+        name, kind, every = argument.split(",")
+        print(json.dumps({"task": name, "kind": kind} | inject(library, base, name, kind, int(every))), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""Training, export and pictures while system calls fail, are interrupted, or the process is killed in front of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).parent
+
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or shutil.which("gcc") is None, reason="the faults need Linux and a C compiler"
+)
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("library") / "system_calls.so"
+    source = HERE / "system_calls.c"
+    subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-o", str(path), str(source), "-ldl"], check=True)
+    return path
+
+
+def inject(library: Path, folder: Path, *tasks: str) -> list[dict[str, Any]]:
+    command = [sys.executable, str(HERE / "injection.py"), str(library), str(folder), *tasks]
+    environment = {**os.environ, "LD_PRELOAD": str(library)}
+    process = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert process.returncode == 0, process.stdout + process.stderr[-4000:]
+    print(process.stdout)
+    return [json.loads(line) for line in process.stdout.splitlines()]
+
+
+def test_nothing_that_was_saved_is_lost(library: Path, tmp_path: Path) -> None:
+    """The numbers say every how many of a task's calls fail."""
+    tasks = ("train,KILL,130", "resume,ENOSPC,90", "export,KILL,9", "picture,ENOSPC,2")
+    for counts in inject(library, tmp_path / "f", *tasks):
+        assert counts["tried"] >= 3
+        assert counts["refused"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["KILL", "ENOSPC", "EIO", "EINTR", "SHORT"])
+def test_nothing_that_was_saved_is_lost_by_any_fault(kind: str, library: Path, tmp_path: Path) -> None:
+    tasks = (f"train,{kind},17", f"resume,{kind},13", f"export,{kind},2", f"picture,{kind},1")
+    for counts in inject(library, tmp_path / "f", *tasks):
+        assert counts["tried"] >= 10
+        assert ("refused" in counts) == (kind not in ("EINTR", "SHORT"))
