@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 PREFIX: Final = ".ddpm_fast-"  # of the names of temporary files
 _LEFT_OVER: Final = 24 * 3600  # seconds after which a temporary file belongs to no living process
+_MAX_JSON: Final = 16 << 20  # bytes of a JSON file: a scheduler's with the most timesteps has 6 MB
+_MAX_REASON: Final = 600  # characters of an error that quotes a file's content
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -67,23 +72,34 @@ def remove_leftovers(folder: Path) -> None:
                     leftover.unlink()
 
 
-def read_json(caller: str, path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file.
+def read_json(caller: str, path: Path, parse: Callable[[dict[str, Any]], T]) -> T:
+    """Return the value that a JSON file describes.
 
     Args:
         caller: Name of the calling function for error messages.
         path: The file.
+        parse: A function from the file's object to the value. Its TypeError or ValueError says what is wrong in the object.
 
     Raises:
-        ValueError: The file holds no JSON object. The message names the file.
+        ValueError: The file is too large, holds no JSON object, or `parse` refuses the object. The message names the file.
     """
+    with path.open("rb") as file:
+        content = file.read(_MAX_JSON + 1)
+    if len(content) > _MAX_JSON:
+        raise ValueError(f"{caller}: expected {str(path)!r} to have at most {_MAX_JSON >> 20} MiB, got more")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{caller}: expected {str(path)!r} to be JSON, got: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{caller}: expected {str(path)!r} to hold a JSON object, got {type(value).__name__}")
-    return value
+    try:
+        return parse(value)
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        reason = re.sub(r"^[\w.]+: ", "", str(error))  # the function that found it, of which the file's reader knows nothing
+        if len(reason) > _MAX_REASON:
+            reason = f"{reason[: _MAX_REASON // 2]} ... {reason[-_MAX_REASON // 2 :]}"
+        raise ValueError(f"{caller}: {reason}, in {str(path)!r}") from error
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

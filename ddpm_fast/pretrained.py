@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
@@ -15,6 +15,9 @@ from .nn.unet import UNet, name_classes
 from .plan import Prediction, Variance
 from .schedule import NoiseSchedule
 from .training.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from .schemas import Scheduler
 
 BUILTIN: Final = Path(__file__).parent / "builtin"
 """Folder of the built-in model: class-conditional, trained by `ddpm-fast train` on Fashion-MNIST padded to 32x32."""
@@ -70,7 +73,7 @@ def load_folder(
 
     Raises:
         FileNotFoundError: A file is missing.
-        ValueError: The files describe a model that is not supported.
+        ValueError: A file is damaged, or describes a model that is not supported. The message names it.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -85,19 +88,17 @@ def load_folder(
         names = run.read_config()["dataset"]["classes"]
         folder, network = checkpoint, checkpoint / "unet_ema"
     elif (folder / "classes.json").is_file():
-        names = read_json("load_folder", folder / "classes.json").get("classes", [])
-    config = _read_scheduler_config(folder)
-    if config.get("thresholding", False):
-        raise ValueError("load_folder: expected the scheduler's thresholding to be false, got true")
+        names = _read_classes(folder / "classes.json")
+    schedule, scheduler = _read_scheduler(folder)
     model = UNet.from_pretrained(network, dtype=dtype, device=device)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's types leave it out
     name_classes(model, names)
     return Pretrained(
         model=model,
-        schedule=schedule_from_config(config),
-        prediction=cast(Prediction, config.get("prediction_type", "epsilon")),
-        variance=cast(Variance, config.get("variance_type", "fixed_small")),
-        clip=float(config.get("clip_sample_range", 1.0)) if config.get("clip_sample", True) else None,
+        schedule=schedule,
+        prediction=scheduler.prediction_type,
+        variance=scheduler.variance_type or "fixed_small",
+        clip=scheduler.clip_sample_range if scheduler.clip_sample else None,
     )
 
 
@@ -108,15 +109,35 @@ def schedule_from_config(config: Mapping[str, Any]) -> NoiseSchedule:
 
     Args:
         config: The file's keys and values.
+
+    Raises:
+        TypeError: A value has the wrong type.
+        ValueError: A value is out of range, or "num_train_timesteps" is not the length of the schedule.
     """
-    if "ddpm_fast" in config:
-        return NoiseSchedule.from_config(config["ddpm_fast"])
-    return NoiseSchedule.from_diffusers(config)
+    if config.get("ddpm_fast") is None:
+        return NoiseSchedule.from_diffusers(config)
+    schedule = NoiseSchedule.from_config(config["ddpm_fast"])
+    if (length := config.get("num_train_timesteps", schedule.num_timesteps)) != schedule.num_timesteps:
+        wanted = f"{schedule.num_timesteps}, as in ddpm_fast"
+        raise ValueError(f"schedule_from_config: expected num_train_timesteps to be {wanted}, got {length!r}")
+    return schedule
 
 
-def _read_scheduler_config(folder: Path) -> dict[str, Any]:
+def _read_classes(file: Path) -> list[str]:
+    from .schemas import Classes, checked
+
+    return read_json("load_folder", file, lambda values: checked(values, Classes)).classes
+
+
+def _read_scheduler(folder: Path) -> tuple[NoiseSchedule, Scheduler]:
+    from .schemas import Scheduler, checked
+
+    def parse(values: dict[str, Any]) -> tuple[NoiseSchedule, Scheduler]:
+        scheduler = checked(values, Scheduler)
+        return schedule_from_config(values), scheduler
+
     name = "scheduler_config.json"
     for file in (folder / "scheduler" / name, folder / name):
         if file.is_file():
-            return read_json("load_folder", file)
+            return read_json("load_folder", file, parse)
     raise FileNotFoundError(f"load_folder: expected scheduler/{name} or {name} in {str(folder)!r}, which has neither")

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
 
-from .checks import check_choice, check_int, check_number
+from .checks import check_choice, check_int, check_number, check_type
+
+MAX_TIMESTEPS: Final = 100_000
+"""Largest number of timesteps T. The largest in the literature is 4000."""
 
 
 class NoiseSchedule:
@@ -23,7 +27,7 @@ class NoiseSchedule:
     those of Ho et al. 2020 follow where they differ.
 
     Args:
-        betas: Floating [T] with T >= 1, each in (0, 1].
+        betas: Floating [T] with T in 1..100,000, each in (0, 1].
         name: The builder's name, for `to_config`.
         parameters: The builder's arguments, for `to_config`.
 
@@ -39,9 +43,10 @@ class NoiseSchedule:
         if not isinstance(betas, Tensor) or betas.layout != torch.strided:
             got = f"a tensor of layout {betas.layout}" if isinstance(betas, Tensor) else type(betas).__name__
             raise TypeError(f"NoiseSchedule: expected betas to be a dense tensor of shape [T], got {got}")
-        if betas.dim() != 1 or betas.numel() == 0 or not betas.is_floating_point():
+        if betas.dim() != 1 or not 1 <= betas.numel() <= MAX_TIMESTEPS or not betas.is_floating_point():
             got = f"{betas.dtype} {list(betas.shape)}"
-            raise ValueError(f"NoiseSchedule: expected betas to be a floating tensor of shape [T], T >= 1, got {got}")
+            wanted = f"a floating tensor of shape [T], T in 1..{MAX_TIMESTEPS}"
+            raise ValueError(f"NoiseSchedule: expected betas to be {wanted}, got {got}")
         betas = betas.detach().to("cpu", torch.float64, copy=True)
         outside = ~((betas > 0) & (betas <= 1))  # NaN included
         if outside.any():
@@ -67,7 +72,7 @@ class NoiseSchedule:
         """Return a schedule of evenly spaced betas (Ho et al. 2020, section 4).
 
         Args:
-            num_timesteps: T, at least 1.
+            num_timesteps: T, 1 to 100,000.
             beta_start: First beta, before scaling.
             beta_end: The last beta.
             scale_to_num_timesteps: Multiply both ends by 1000 / T, as improved-diffusion does. Then x_T is
@@ -75,6 +80,7 @@ class NoiseSchedule:
                 a T far below 1000 leaves signal in x_T.
         """
         _check_numbers("linear", num_timesteps, beta_start=beta_start, beta_end=beta_end)
+        check_type("NoiseSchedule.linear", "scale_to_num_timesteps", scale_to_num_timesteps, bool)
         scale = 1000 / num_timesteps if scale_to_num_timesteps else 1.0
         betas = torch.linspace(beta_start * scale, beta_end * scale, num_timesteps, dtype=torch.float64)
         parameters = {
@@ -92,7 +98,7 @@ class NoiseSchedule:
         This is "quad" in the code of Ho et al., and the schedule of latent diffusion.
 
         Args:
-            num_timesteps: T, at least 1.
+            num_timesteps: T, 1 to 100,000.
             beta_start: First beta, before scaling.
             beta_end: The last beta.
         """
@@ -113,7 +119,7 @@ class NoiseSchedule:
             abar(u) = cos^2((u + s) / (1 + s) pi / 2)
 
         Args:
-            num_timesteps: T, at least 1.
+            num_timesteps: T, 1 to 100,000.
             s: Offset that keeps the first betas from vanishing.
             max_beta: Upper bound on every beta.
         """
@@ -141,7 +147,7 @@ class NoiseSchedule:
         This is the default of denoising-diffusion-pytorch.
 
         Args:
-            num_timesteps: T, at least 1.
+            num_timesteps: T, 1 to 100,000.
             start: Argument of the sigmoid at t = 0, before the division by `tau`.
             end: Argument of the sigmoid at t = T, before the division by `tau`.
             tau: Temperature of the sigmoid.
@@ -151,6 +157,7 @@ class NoiseSchedule:
                 1.3e-5 (relative, T = 1000).
         """
         _check_numbers("sigmoid", num_timesteps, start=start, end=end, tau=tau, max_beta=max_beta)
+        check_type("NoiseSchedule.sigmoid", "float32_ends", float32_ends, bool)
         if start == end or tau == 0:
             raise ValueError(
                 f"NoiseSchedule.sigmoid: expected start unequal to end, and tau unequal to 0, got {start}, {end} and {tau}"
@@ -178,7 +185,7 @@ class NoiseSchedule:
         This is "sigmoid" in diffusers.
 
         Args:
-            num_timesteps: T, at least 1.
+            num_timesteps: T, 1 to 100,000.
             beta_start: Lower limit of the betas.
             beta_end: Upper limit of the betas.
         """
@@ -200,7 +207,7 @@ class NoiseSchedule:
         with diffusers need it.
 
         Args:
-            num_timesteps: T, at least 1.
+            num_timesteps: T, 1 to 100,000.
             max_beta: Upper bound on every beta.
         """
         _check_numbers("laplace", num_timesteps, max_beta=max_beta)
@@ -223,7 +230,13 @@ class NoiseSchedule:
         Raises:
             ValueError: A beta is outside (0, 1].
         """
-        return cls(torch.as_tensor(betas, dtype=torch.float64))
+        try:
+            values = torch.as_tensor(betas, dtype=torch.float64)
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise TypeError(
+                f"NoiseSchedule.from_betas: expected betas to be a tensor or a list of numbers, got: {error}"
+            ) from error
+        return cls(values)
 
     @classmethod
     def from_diffusers(cls, config: Mapping[str, Any]) -> NoiseSchedule:
@@ -235,13 +248,16 @@ class NoiseSchedule:
                 rescale_betas_zero_snr.
 
         Raises:
-            ValueError: diffusers' DDPMScheduler does not have this beta_schedule.
+            TypeError: A value has another type than in diffusers.
+            ValueError: diffusers' DDPMScheduler does not have this beta_schedule, or a value is out of range.
         """
+        rescale = config.get("rescale_betas_zero_snr", False)
+        check_type("NoiseSchedule.from_diffusers", "rescale_betas_zero_snr", rescale, bool)
         if config.get("trained_betas") is not None:
             schedule = cls.from_betas(config["trained_betas"])
         else:
             name = config.get("beta_schedule", "linear")
-            if name not in _DIFFUSERS_BUILDERS:
+            if not isinstance(name, str) or name not in _DIFFUSERS_BUILDERS:
                 known = ", ".join(_DIFFUSERS_BUILDERS)
                 raise ValueError(f"NoiseSchedule.from_diffusers: expected beta_schedule to be one of {known}, got {name!r}")
             parameters: dict[str, Any] = {"num_timesteps": config.get("num_train_timesteps", 1000)}
@@ -249,7 +265,7 @@ class NoiseSchedule:
                 parameters |= {key: config[key] for key in ("beta_start", "beta_end") if key in config}
             builder: Callable[..., NoiseSchedule] = getattr(cls, _DIFFUSERS_BUILDERS[name])
             schedule = builder(**parameters)
-        return schedule.rescale_zero_terminal_snr() if config.get("rescale_betas_zero_snr", False) else schedule
+        return schedule.rescale_zero_terminal_snr() if rescale else schedule
 
     def rescale_zero_terminal_snr(self) -> NoiseSchedule:
         """Return this schedule with zero terminal SNR (Lin et al. 2023, Algorithm 1).
@@ -413,20 +429,29 @@ class NoiseSchedule:
         return {"name": self.name, **self._parameters}
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> NoiseSchedule:
+    def from_config(cls, config: Mapping[str, Any]) -> NoiseSchedule:
         """Return the schedule that `to_config` described.
 
         Args:
             config: "name" is a builder of this class. The other keys are its arguments.
 
         Raises:
-            ValueError: "name" is not a builder of this class.
+            TypeError: `config` is no mapping, or an argument has the wrong type.
+            ValueError: "name" is not a builder of this class, or an argument is unknown, missing or out of range.
         """
+        check_type("NoiseSchedule.from_config", "config", config, Mapping)
         parameters = dict(config)
         name = parameters.pop("name", None)
         if name not in BUILDERS:
             raise ValueError(f"NoiseSchedule.from_config: expected name to be one of {', '.join(BUILDERS)}, got {name!r}")
         builder: Callable[..., NoiseSchedule] = getattr(cls, name)
+        known = inspect.signature(builder).parameters
+        required = [key for key, parameter in known.items() if parameter.default is parameter.empty]
+        if not set(required) <= parameters.keys() <= known.keys():
+            raise ValueError(
+                f"NoiseSchedule.from_config: expected the arguments of {name} to be among {', '.join(known)}, "
+                f"got {', '.join(parameters) or 'none'}"
+            )
         return builder(**parameters)
 
     def __repr__(self) -> str:
@@ -457,8 +482,9 @@ def numbered(device: torch.device | str) -> torch.device:
 
 
 def _check_numbers(builder: str, num_timesteps: int, **values: float) -> None:
-    """Raise unless num_timesteps is a positive integer and the other values are finite numbers."""
+    """Raise unless num_timesteps is an integer in range and the other values are finite numbers."""
     check_int(f"NoiseSchedule.{builder}", "num_timesteps", num_timesteps, 1)
+    check_number(f"NoiseSchedule.{builder}", "num_timesteps", num_timesteps, high=MAX_TIMESTEPS)
     for name, value in values.items():
         check_number(f"NoiseSchedule.{builder}", name, value, finite=True)
 

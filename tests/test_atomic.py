@@ -7,9 +7,11 @@ import os
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from ddpm_fast import atomic
 from ddpm_fast.atomic import read_json, remove_leftovers, replacing, write_json, write_text
 
 
@@ -23,7 +25,7 @@ def test_a_file_is_replaced_with_the_users_mode(tmp_path: Path) -> None:
     write_json(file, {"a": 2})
     umask = os.umask(0)
     os.umask(umask)
-    assert read_json("f", file) == {"a": 2}
+    assert read_json("f", file, dict) == {"a": 2}
     assert file.stat().st_mode & 0o777 == 0o666 & ~umask
     assert names(tmp_path) == ["a.json"]
 
@@ -109,4 +111,28 @@ def test_files_that_are_no_json_objects(tmp_path: Path, text: str) -> None:
     file = tmp_path / "a.json"
     file.write_bytes(text.encode("latin-1"))
     with pytest.raises(ValueError, match=r"f: expected '.*a\.json' to (be JSON|hold a JSON object), got"):
-        read_json("f", file)
+        read_json("f", file, dict)
+
+
+def test_files_beyond_the_limit_are_not_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "a.json"
+    file.write_text('{"a": "' + "x" * (1 << 20) + '"}')
+    assert len(read_json("f", file, dict)["a"]) == 1 << 20
+    monkeypatch.setattr(atomic, "_MAX_JSON", 1 << 20)
+    with pytest.raises(ValueError, match=r"^f: expected '.*a\.json' to have at most 1 MiB, got more$"):
+        read_json("f", file, dict)
+
+
+@pytest.mark.parametrize("kind", [TypeError, ValueError, OverflowError, RecursionError])
+def test_what_is_wrong_in_a_file_is_said_with_its_name(tmp_path: Path, kind: type[Exception]) -> None:
+    def parse(values: dict[str, Any]) -> None:
+        raise kind(f"Some.function: expected a to be small, got {values['a']}")
+
+    file = tmp_path / "a.json"
+    write_json(file, {"a": 3})
+    with pytest.raises(ValueError, match=r"^f: expected a to be small, got 3, in '.*a\.json'$"):
+        read_json("f", file, parse)
+    write_json(file, {"a": "x" * 10_000})
+    with pytest.raises(ValueError, match=r"^f: expected a to be small, got x+ \.\.\. x+, in '.*a\.json'$") as error:
+        read_json("f", file, parse)
+    assert len(str(error.value)) < 1000

@@ -106,7 +106,8 @@ def test_names_beside_the_network_are_used_if_it_has_none(
 
 def test_load_folder_takes_the_newest_average_of_a_training_run(tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "run")
-    run.create({"options": {"prediction": "epsilon"}, "schedule": {"name": "linear"}, "dataset": {"classes": ["cat", "dog"]}})
+    dataset = {"images": 2, "shape": [1, 4, 4], "classes": ["cat", "dog"]}
+    run.create({"options": {"prediction": "epsilon"}, "unet": {}, "schedule": {"name": "linear"}, "dataset": dataset})
     with pytest.raises(FileNotFoundError, match="expected path to be a folder that holds a model"):
         load_folder(tmp_path / "nowhere")
 
@@ -165,7 +166,41 @@ def test_our_own_description_of_a_schedule_goes_first() -> None:
 def test_thresholding_is_refused(tmp_path: Path) -> None:
     tiny_unet().save_pretrained(tmp_path / "unet")
     (tmp_path / "scheduler_config.json").write_text(json.dumps({"thresholding": True}), encoding="utf-8")
-    with pytest.raises(ValueError, match="load_folder: expected the scheduler's thresholding to be false, got true"):
+    with pytest.raises(ValueError, match=r"load_folder: expected thresholding to be false, got true, in '.*config\.json'"):
+        load_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "wanted"),
+    [
+        ({"num_train_timesteps": "x"}, "num_train_timesteps to be an integer or null, got 'x'"),
+        ({"num_train_timesteps": 8}, "num_train_timesteps to be 7, as in ddpm_fast, got 8"),
+        ({"beta_start": "x"}, "beta_start to be a number or null, got 'x'"),
+        ({"clip_sample_range": "x"}, "clip_sample_range to be a number, got 'x'"),
+        ({"ddpm_fast": 5}, "ddpm_fast to be an object or null, got 5"),
+        ({"ddpm_fast": {}}, "name to be one of linear, .*, got None"),
+        ({"ddpm_fast": {"name": "linear", "num_timesteps": 10**6}}, "num_timesteps to be at most 100000, got 1000000"),
+        ({"ddpm_fast": {"name": "from_betas", "betas": "x"}}, "betas to be a tensor or a list of numbers, got: .*"),
+        ({"ddpm_fast": None, "beta_schedule": "x"}, "beta_schedule to be one of linear, .*, got 'x'"),
+        ({"ddpm_fast": None, "beta_schedule": "linear", "beta_end": 2}, r"every beta in \(0, 1\], got .*"),
+        ({"prediction_type": "noise"}, "prediction_type to be epsilon or .*, got 'noise'"),
+    ],
+)
+def test_a_wrong_value_of_a_scheduler_is_named_with_the_file(tmp_path: Path, change: dict[str, Any], wanted: str) -> None:
+    tiny_unet().save_pretrained(tmp_path)
+    config = {"num_train_timesteps": 7, "ddpm_fast": NoiseSchedule.linear(7).to_config()}
+    write_scheduler(tmp_path, **config)
+    assert load_folder(tmp_path).schedule.num_timesteps == 7
+    write_scheduler(tmp_path, **config | change)
+    with pytest.raises(ValueError, match=rf"^load_folder: expected {wanted}, in '.*scheduler_config\.json'$"):
+        load_folder(tmp_path)
+
+
+def test_a_wrong_classes_json_is_named(tmp_path: Path) -> None:
+    tiny_unet().save_pretrained(tmp_path)
+    write_scheduler(tmp_path)
+    (tmp_path / "classes.json").write_text('{"classes": null}')
+    with pytest.raises(ValueError, match=r"^load_folder: expected classes to be a list, got None, in '.*classes\.json'$"):
         load_folder(tmp_path)
 
 

@@ -50,7 +50,7 @@ def test_a_rehearsal_goes_through_all_phases(tmp_path: Path, monkeypatch: pytest
         monkeypatch.setattr(module, "installed", lambda name: name in ("torch", "pytest"))
     for module in ("sample_speed", "benchmark_training"):
         monkeypatch.setattr(f"{module}.installed", lambda name: False)
-    for module in ("PIL", "click", "diffusers", "matplotlib", "safetensors", "tqdm.auto"):
+    for module in ("PIL", "click", "diffusers", "matplotlib", "msgspec", "safetensors", "tqdm.auto"):
         monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.setattr(gpu_check.signal, "signal", lambda *_: None)
     out = tmp_path / "out.json"

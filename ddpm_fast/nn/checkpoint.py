@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +25,15 @@ _LEGACY_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "
 _LEGACY_PATTERN = re.compile(r"(\.attentions\.\d+\.)(query|key|value|proj_attn)(?=\.(?:weight|bias)$)")
 
 
-def load_checkpoint(path: str | os.PathLike[str]) -> tuple[UNetConfig, dict[str, Tensor]]:
+def load_checkpoint(path: str | os.PathLike[str]) -> tuple[UNetConfig, dict[str, Tensor], Path]:
     """Read a network's configuration and weights without running code from the files.
 
     Args:
         path: A network's folder, or a pipeline's folder that holds it in unet/ or at its root.
 
     Returns:
-        The configuration, and the weights by their current names. Weights are on the CPU in their stored
-        dtype.
+        The configuration, the weights by their current names, and their file. Weights are on the CPU in their
+        stored dtype.
 
     Raises:
         FileNotFoundError: A file is missing.
@@ -46,7 +47,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> tuple[UNetConfig, dict[str,
         )
     if (folder / "unet").is_dir():
         folder = folder / "unet"
-    return _read_config(folder), _read_weights(folder)
+    return _read_config("from_pretrained", folder), *_read_weights(folder)
 
 
 def save_checkpoint(path: str | os.PathLike[str], config: UNetConfig, weights: Mapping[str, Tensor]) -> None:
@@ -67,7 +68,7 @@ def save_checkpoint(path: str | os.PathLike[str], config: UNetConfig, weights: M
     # Two files cannot be replaced at once: a configuration, once there, stays, and only the weights are replaced.
     new = not (folder / _CONFIG).exists()
     values = config.to_dict()
-    if not new and (present := _read_config(folder).to_dict()) != values:
+    if not new and (present := _read_config("save_pretrained", folder).to_dict()) != values:
         changed = ", ".join(key for key in {**values, **present} if present.get(key) != values.get(key))
         raise ValueError(
             f"save_pretrained: expected path to be free or to hold a network of the same configuration, "
@@ -76,6 +77,27 @@ def save_checkpoint(path: str | os.PathLike[str], config: UNetConfig, weights: M
     write_tensors(folder / _WEIGHTS, weights, metadata={"format": "pt"})
     if new:
         write_json(folder / _CONFIG, {"_class_name": _CLASS_NAME} | values)
+
+
+def load_safetensors(caller: str, path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file, on the CPU in their stored dtype.
+
+    Args:
+        caller: Name of the calling function for error messages.
+        path: The file.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    import safetensors.torch
+
+    try:
+        tensors: dict[str, Tensor] = safetensors.torch.load_file(path)
+    except OSError:
+        raise
+    except Exception as error:  # of safetensors, or of torch about a dtype
+        raise ValueError(f"{caller}: expected {str(path)!r} to be a whole safetensors file, got: {error}") from error
+    return tensors
 
 
 def load_tensors(caller: str, path: str | os.PathLike[str]) -> Any:
@@ -111,7 +133,7 @@ def load_tensors(caller: str, path: str | os.PathLike[str]) -> Any:
 def check_weights(
     caller: str, path: str | os.PathLike[str], owner: str, expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]
 ) -> None:
-    """Raise a ValueError unless weights have the expected names and shapes.
+    """Raise a ValueError unless weights are dense floating tensors of the expected names and shapes.
 
     Args:
         caller: Name of the calling function for error messages.
@@ -120,45 +142,75 @@ def check_weights(
         expected: Tensors with the expected names and shapes.
         weights: Tensors to check.
     """
-    missing, unexpected = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
+    missing, unexpected = expected.keys() - weights.keys(), weights.keys() - expected.keys()
     for kind, names in (("missing", missing), ("unexpected", unexpected)):
         if names:
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
             raise ValueError(
-                f"{caller}: expected the weights in {os.fspath(path)!r} to fit {owner}, got {kind} {', '.join(names[:5])}{more}"
+                f"{caller}: expected the weights in {os.fspath(path)!r} to fit {owner}, got {kind} {_listed(names)}"
             )
     for name, tensor in expected.items():
-        if weights[name].shape != tensor.shape:
+        weight: Any = weights[name]
+        if not isinstance(weight, Tensor) or weight.layout is not torch.strided or weight.is_meta:
+            got = f"a {weight.device.type} tensor of layout {weight.layout}" if isinstance(weight, Tensor) else repr(weight)
+            raise ValueError(f"{caller}: expected {name} to be a dense tensor, got {got} in {os.fspath(path)!r}")
+        if weight.shape != tensor.shape:
             raise ValueError(
                 f"{caller}: expected {name} to have shape {list(tensor.shape)} (by {owner}), "
-                f"got {list(weights[name].shape)} in {os.fspath(path)!r}"
+                f"got {list(weight.shape)} in {os.fspath(path)!r}"
             )
+        if tensor.is_floating_point() and not weight.is_floating_point():
+            raise ValueError(f"{caller}: expected {name} to be floating, got {weight.dtype} in {os.fspath(path)!r}")
 
 
-def _read_config(folder: Path) -> UNetConfig:
+def check_finite(caller: str, path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> None:
+    """Raise a ValueError unless tensors are finite.
+
+    Args:
+        caller: Name of the calling function for error messages.
+        path: Origin of the tensors for error messages.
+        tensors: Floating tensors of one device, none of them empty.
+    """
+    finite = torch.stack([norm.isfinite() for norm in torch._foreach_norm(list(tensors.values()), math.inf)]).tolist()
+    names = [f"{name} ({tensors[name].dtype})" for name, is_finite in zip(tensors, finite, strict=True) if not is_finite]
+    if names:
+        raise ValueError(
+            f"{caller}: expected the tensors in {os.fspath(path)!r} to be finite, got NaN or infinity in {_listed(names)}"
+        )
+
+
+def _listed(names: Collection[Any]) -> str:
+    """Return the first names, sorted, and the number of the others."""
+    listed = sorted(map(str, names))
+    return ", ".join(listed[:5]) + (f" and {len(listed) - 5} more" if len(listed) > 5 else "")
+
+
+def _read_config(caller: str, folder: Path) -> UNetConfig:
     file = folder / _CONFIG
     if not file.is_file():
-        raise FileNotFoundError(f"from_pretrained: expected {_CONFIG} in {os.fspath(folder)!r}, which has none")
-    values = read_json("from_pretrained", file)
-    name = values.get("_class_name", _CLASS_NAME)
-    if name != _CLASS_NAME:
-        raise ValueError(f"from_pretrained: expected {os.fspath(file)!r} to describe a {_CLASS_NAME}, got {name!r}")
-    return UNetConfig.from_dict(values)
+        raise FileNotFoundError(f"{caller}: expected {_CONFIG} in {os.fspath(folder)!r}, which has none")
+
+    def parse(values: dict[str, Any]) -> UNetConfig:
+        name = values.get("_class_name", _CLASS_NAME)
+        if name != _CLASS_NAME:
+            raise ValueError(f"expected _class_name to be {_CLASS_NAME}, got {name!r}")
+        config = UNetConfig.from_dict(values)
+        config.check_memory()
+        return config
+
+    return read_json(caller, file, parse)
 
 
-def _read_weights(folder: Path) -> dict[str, Tensor]:
-    weights: dict[str, Tensor]
+def _read_weights(folder: Path) -> tuple[dict[str, Tensor], Path]:
     if (file := folder / _WEIGHTS).is_file():
-        import safetensors.torch
-
-        try:
-            weights = safetensors.torch.load_file(file)
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"from_pretrained: expected {os.fspath(file)!r} to be whole, got: {error}") from error
+        weights = load_safetensors("from_pretrained", file)
     elif (file := folder / _LEGACY_WEIGHTS).is_file():
         weights = load_tensors("from_pretrained", file)
+        if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
+            got = f"names such as {_listed(weights)}" if isinstance(weights, dict) else f"a {type(weights).__name__}"
+            raise ValueError(f"from_pretrained: expected {str(file)!r} to hold a dict of tensors by name, got {got}")
     else:
         raise FileNotFoundError(
             f"from_pretrained: expected {_WEIGHTS} or {_LEGACY_WEIGHTS} in {os.fspath(folder)!r}, which has neither"
         )
-    return {_LEGACY_PATTERN.sub(lambda m: m[1] + _LEGACY_NAMES[m[2]], name): tensor for name, tensor in weights.items()}
+    named = {_LEGACY_PATTERN.sub(lambda m: m[1] + _LEGACY_NAMES[m[2]], name): tensor for name, tensor in weights.items()}
+    return named, file

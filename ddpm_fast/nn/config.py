@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from typing import Any
 
-from ..checks import check_int, check_number
+from ..checks import check_int, check_number, check_type
 
 CIFAR10_32: dict[str, Any] = {
     "sample_size": 32,
@@ -42,6 +44,10 @@ _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "resnet_time_scale_shift": ("default", "scale_shift"),
     "class_embed_type": (None,),
 }
+# Bounds beyond any network of the literature. Within them a network is built in seconds.
+_MAX_LEVELS = 16
+_MAX_LAYERS = 64
+_MAX_SIDE = 65536
 _DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")
 _UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D")
 
@@ -93,6 +99,7 @@ class UNetConfig:
             values: Keys and values. Keys that begin with "_" are diffusers' bookkeeping and are ignored.
 
         Raises:
+            TypeError: A value has the wrong type.
             ValueError: A key is unknown, or a value is not supported.
         """
         known = [field.name for field in dataclasses.fields(cls)]
@@ -112,12 +119,22 @@ class UNetConfig:
             if isinstance(value := getattr(self, field.name), list):
                 object.__setattr__(self, field.name, tuple(value))
         for key, supported in _SUPPORTED.items():
-            _expect(self, key, getattr(self, key) in supported, " or ".join(map(repr, supported)))
-        for key in ("in_channels", "out_channels", "layers_per_block", "norm_num_groups"):
+            value = getattr(self, key)
+            alike = any(type(value) is type(each) and value == each for each in supported)  # True is not 1
+            _expect(self, key, alike, " or ".join(map(repr, supported)))
+        for key in ("center_input_sample", "flip_sin_to_cos", "add_attention"):
+            check_type("UNet", key, getattr(self, key), bool)
+        for key in ("in_channels", "out_channels", "norm_num_groups"):
             check_int("UNet", key, getattr(self, key), 1)
+        check_int("UNet", "layers_per_block", self.layers_per_block, 1, _MAX_LAYERS)
+        check_int("UNet", "freq_shift", self.freq_shift, 0)
+        if isinstance(sizes := self.sample_size, tuple):
+            _expect(self, "sample_size", len(sizes) == 2, "an integer or (height, width)")
+        for value in sizes if isinstance(sizes, tuple) else (sizes,):
+            check_int("UNet", "sample_size", value, 1, _MAX_SIDE, optional=sizes is None)
         for key in (
             *("num_attention_heads", "time_input_dim", "time_embedding_dim", "attention_head_dim", "attn_norm_num_groups"),
-            "num_class_embeds",
+            *("num_class_embeds", "num_train_timesteps"),
         ):
             check_int("UNet", key, getattr(self, key), 1, optional=True)
         check_number("UNet", "dropout", self.dropout, 0, below=1)
@@ -134,6 +151,7 @@ class UNetConfig:
         _expect(self, "block_out_channels", isinstance(channels, tuple) and len(channels) > 0, "a list of positive integers")
         for value in channels:
             check_int("UNet", "block_out_channels", value, 1)
+        _expect(self, "block_out_channels", len(channels) <= _MAX_LEVELS, f"at most {_MAX_LEVELS} integers")
         sinusoids = "block_out_channels" if self.time_input_dim is None else "time_input_dim"
         _expect(self, sinusoids, self.sinusoid_dim % 2 == 0, "even first (sine and cosine halves)")
         _expect(self, "freq_shift", self.freq_shift < self.sinusoid_dim // 2, f"below {self.sinusoid_dim // 2}")
@@ -143,7 +161,8 @@ class UNetConfig:
             _expect(self, "attn_norm_num_groups", channels[-1] % groups == 0, f"a divisor of {channels[-1]}")
         for key, supported in (("down_block_types", _DOWN_BLOCKS), ("up_block_types", _UP_BLOCKS)):
             types = getattr(self, key)
-            _expect(self, key, all(t in supported for t in types), f"made of {' and '.join(supported)}")
+            known = isinstance(types, tuple) and all(t in supported for t in types)
+            _expect(self, key, known, f"a list made of {' and '.join(supported)}")
             _expect(self, key, len(types) == len(channels), f"{len(channels)} types, one per block_out_channels")
         heads = "attention_head_dim" if self.num_attention_heads is None else "num_attention_heads"
         if (divisor := getattr(self, heads)) is not None:
@@ -157,6 +176,55 @@ class UNetConfig:
     def sinusoid_dim(self) -> int:
         """Width of the sinusoidal embedding of the timestep."""
         return self.time_input_dim or self.block_out_channels[0]
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of parameters of the network, by arithmetic alone."""
+
+        def conv(ins: int, outs: int, side: int = 3) -> int:
+            return outs * (ins * side**2 + 1)
+
+        def resnet(ins: int, outs: int) -> int:
+            shift = conv(emb, 2 * outs if self.resnet_time_scale_shift == "scale_shift" else outs, 1)
+            shortcut = conv(ins, outs, 1) if ins != outs else 0
+            return 2 * ins + conv(ins, outs) + shift + 2 * outs + conv(outs, outs) + shortcut
+
+        def attention(width: int, normed: bool = True) -> int:
+            return 4 * conv(width, width, 1) + 2 * width * normed
+
+        def level(block: str, inputs: list[int], width: int, resampler: str | None) -> int:
+            attended = block.startswith("Attn")
+            total = sum(resnet(ins, width) + attention(width) * attended for ins in inputs)
+            if resampler is not None:
+                by_resnet = block.startswith("Resnet") or (attended and resampler == "resnet")
+                total += resnet(width, width) if by_resnet else conv(width, width)
+            return total
+
+        widths, more = self.block_out_channels, self.layers_per_block - 1
+        first, last = widths[0], len(widths) - 1
+        emb = self.time_embedding_dim or 4 * first
+        total = conv(self.sinusoid_dim, emb, 1) + conv(emb, emb, 1) + (self.num_class_embeds or 0) * emb
+        total += conv(self.in_channels, first) + 2 * first + conv(first, self.out_channels)
+        for i, width in enumerate(widths):
+            above, below = widths[max(i - 1, 0)], widths[min(i + 1, last)]
+            inputs = [above] + [width] * more
+            total += level(self.down_block_types[i], inputs, width, self.downsample_type if i < last else None)
+            inputs = [below + width] + [2 * width] * more + [width + above]  # beside skip connections
+            total += level(self.up_block_types[-1 - i], inputs, width, self.upsample_type if i > 0 else None)
+        normed = self.attn_norm_num_groups is not None or self.resnet_time_scale_shift == "default"
+        return total + 2 * resnet(width, width) + attention(width, normed) * self.add_attention
+
+    def check_memory(self) -> None:
+        """Raise a ValueError if the float32 weights do not fit into the machine's memory."""
+        if not hasattr(os, "sysconf"):  # Windows
+            return
+        needed, memory = 4 * self.num_parameters, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if needed > memory:
+            raise ValueError(
+                f"UNet: expected a network that fits into {memory / 1e9:.3g} GB of memory, got block_out_channels "
+                f"{list(self.block_out_channels)} and other sizes that make {Decimal(needed // 4):.3g} weights of "
+                f"{Decimal(needed) / 10**9:.3g} GB"
+            )
 
     def check_image_shape(self, caller: str, name: str, shape: Sequence[int]) -> None:
         """Raise a ValueError unless `shape` is a valid shape of the network's input.

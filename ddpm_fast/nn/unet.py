@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..checks import check_range
 from ..ops.fused_op import runs_eagerly
-from .checkpoint import check_weights, load_checkpoint, save_checkpoint
+from .checkpoint import check_finite, check_weights, load_checkpoint, save_checkpoint
 from .config import UNetConfig
 from .conv import Conv3x3
 from .layers import (
@@ -45,13 +45,15 @@ class UNet(nn.Module):
             have are left out if they are None.
 
     Raises:
-        ValueError: A key is unknown, or a value is not supported. The message names it.
+        TypeError: A value has the wrong type. The message names it.
+        ValueError: A key is unknown, a value is not supported, or the network does not fit into memory.
     """
 
     def __init__(self, **config: Any) -> None:
         super().__init__()
         self._config = cfg = UNetConfig.from_dict(config)
         self.config: dict[str, Any] = cfg.to_dict()
+        cfg.check_memory()
         channels = list(cfg.block_out_channels)
         emb_dim = cfg.time_embedding_dim or 4 * channels[0]
 
@@ -159,15 +161,18 @@ class UNet(nn.Module):
 
         Raises:
             FileNotFoundError: A file is missing.
-            ValueError: A file is damaged, the configuration is not supported, or the weights do not fit it.
+            ValueError: A file is damaged, the configuration is not supported, the weights do not fit it, or they
+                are not finite in `dtype`.
         """
-        config, weights = load_checkpoint(path)
+        config, weights, file = load_checkpoint(path)
         with torch.device("meta"):
             model = cls(**config.to_dict())
         expected = model.state_dict()
-        check_weights("from_pretrained", path, "its config.json", expected, weights)
+        check_weights("from_pretrained", file, "its config.json", expected, weights)
         dtype = torch.float32 if dtype is None else dtype
-        model.load_state_dict({name: weights[name].to(device, dtype) for name in expected}, assign=True)
+        converted = {name: weights[name].to(device, dtype) for name in expected}
+        check_finite("from_pretrained", file, converted)
+        model.load_state_dict(converted, assign=True)
         return model.eval()
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:

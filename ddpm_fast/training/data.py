@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import math
 import os
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -39,6 +41,8 @@ FASHION_MNIST_DEBIAN: Final = Path("/usr/share/datasets/fashion-mnist")  # Debia
 RESIZED: Final = "cropped to squares and resized"  # the preparation of a folder's images with image_size
 
 _SAMPLED: Final = 256  # images in a sample, at least
+
+_MAX_IDX: Final = 2 << 30  # bytes of an IDX file, unpacked; EMNIST has 0.5 GiB
 
 _DOWNLOADS: Final = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddpm_fast"
 _IMAGE_SUFFIXES: Final = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
@@ -264,14 +268,23 @@ class _FolderReader:
 
 def _read_idx(path: Path) -> Tensor:
     """Read an IDX file of unsigned bytes, gzipped or not: uint8 of the shape in its header."""
-    content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    if content[:3] != b"\0\0\x08" or len(content) < 4:  # two zeros, then the type code of unsigned bytes
-        raise ValueError(f"load_dataset: expected {path} to be an IDX file of unsigned bytes, got header {content[:4]!r}")
-    start = 4 + 4 * content[3]  # byte 3: the number of dimensions
-    shape = np.frombuffer(content[4:start], dtype=">u4").tolist()
-    if len(content) - start != np.prod(shape):
-        raise ValueError(f"load_dataset: expected {path} to hold {shape} bytes, got {len(content) - start}")
-    return torch.from_numpy(np.frombuffer(content, dtype=np.uint8, offset=start).reshape(shape).copy())
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            header = file.read(4)
+            if header[:3] != b"\0\0\x08" or len(header) < 4:  # two zeros, then the type code of unsigned bytes
+                raise ValueError(f"load_dataset: expected {path} to be an IDX file of unsigned bytes, got header {header!r}")
+            sizes = file.read(4 * header[3])  # byte 3: the number of dimensions
+            shape = [int.from_bytes(sizes[i : i + 4], "big") for i in range(0, len(sizes), 4)]
+            count = math.prod(shape)
+            if len(sizes) < 4 * header[3] or not 1 <= count <= _MAX_IDX:  # before anything of that size is read
+                raise ValueError(f"load_dataset: expected {path} to hold 1 to {_MAX_IDX} bytes, got a header of shape {shape}")
+            content = file.read(count + 1)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"load_dataset: expected {path} to be a whole gzip file, got: {error}") from error
+    if len(content) != count:
+        got = f"{count + 1} or more" if len(content) > count else len(content)
+        raise ValueError(f"load_dataset: expected {path} to hold {shape} bytes, got {got}")
+    return torch.from_numpy(np.frombuffer(content, dtype=np.uint8).reshape(shape).copy())
 
 
 def _first_file(*paths: Path) -> Path | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from ..atomic import write_json, write_text
 from ..nn import UNet
 from ..nn.unet import name_classes
 from ..schedule import NoiseSchedule
-from .run_folder import RunFolder
+from .run_folder import RunFolder, read_state
 
 
 def export_checkpoint(
@@ -41,7 +40,7 @@ def export_checkpoint(
     checkpoint = run.latest_checkpoint()
     if checkpoint is None:
         raise FileNotFoundError(f"export_checkpoint: expected a checkpoint in {run.checkpoints}, got none")
-    state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    state = read_state(checkpoint)
     model = UNet.from_pretrained(checkpoint / "unet_ema").to(dtype)
     name_classes(model, config["dataset"]["classes"])  # older checkpoints lack them
     model.save_pretrained(out / "unet")
@@ -49,8 +48,8 @@ def export_checkpoint(
     write_scheduler(out / "scheduler", NoiseSchedule.from_config(config["schedule"]), prediction)
     options = dict(config["options"], data_dir=None)  # a model that is shared names folders, but not where they were
     options |= {name: Path(options[name]).name for name in ("data", "init") if options.get(name) is not None}
-    write_json(out / "training.json", {**config, "options": options, "step": state["step"], "seconds": state["seconds"]})
-    write_text(out / "training_log.csv", run.log_until(state["step"]))
+    write_json(out / "training.json", {**config, "options": options, "step": state.step, "seconds": state.seconds})
+    write_text(out / "training_log.csv", run.log_until(state.step))
     return out
 
 

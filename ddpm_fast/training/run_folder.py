@@ -34,12 +34,15 @@ import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from .. import atomic
 from ..atomic import flush_names, read_json, write_json, write_text
 
-FORMAT: Final = 1  # of config.json
+if TYPE_CHECKING:
+    from ..schemas import Checkpoint
+
+FORMAT: Final = 1  # of config.json; the schemas say what is read
 STATE_FORMAT: Final = 2  # of state.json; 1 has sizes without SHA-256
 LOG_COLUMNS: Final = ("step", "samples", "loss", "grad_norm", "lr", "images_per_second", "seconds")
 
@@ -138,17 +141,17 @@ class RunFolder:
 
         Raises:
             FileNotFoundError: There is no run.
-            ValueError: The file is not such a configuration.
+            ValueError: The file is not such a configuration. The message names the field.
         """
         if not self.config_file.is_file():
             raise FileNotFoundError(f"train: expected a run to resume in {self.path}, which has no {self.config_file.name}")
-        config = read_json("train", self.config_file)
-        if config.get("format") != FORMAT:
-            raise ValueError(f"train: expected {self.config_file} to have format {FORMAT}, got {config.get('format')}")
-        for section, key in (("options", "prediction"), ("schedule", "name"), ("dataset", "classes")):
-            if key not in (config.get(section) or {}):
-                raise ValueError(f"train: expected {self.config_file} to have {section} with {key}, got {config.get(section)}")
-        return config
+        from ..schemas import Run, checked
+
+        def parse(values: dict[str, Any]) -> dict[str, Any]:
+            checked(values, Run)
+            return values
+
+        return read_json("train", self.config_file, parse)
 
     # ------------------------------------------------------------------------------------------------------ checkpoints
 
@@ -262,9 +265,9 @@ class RunFolder:
         """Return the text of log.csv up to row `step`, without a truncated last row."""
         if not self.log_file.exists():
             return ""
-        text = self.log_file.read_text(encoding="utf-8")
+        text = self.log_file.read_text(encoding="utf-8", errors="replace")
         lines = text[: text.rfind("\n") + 1].splitlines(keepends=True)
-        rows = [line for line in lines[1:] if line.split(",", 1)[0].isdecimal()]
+        rows = [line for line in lines[1:] if re.match(r"[0-9]{1,18},", line)]
         return "".join(lines[:1] + [line for line in rows if int(line.split(",", 1)[0]) <= step])
 
     def cut_log(self, step: int) -> None:
@@ -282,21 +285,37 @@ def why_damaged(checkpoint: Path, part: str | None = "") -> str | None:
             Sizes are compared for all files.
     """
     try:
-        state = read_json("train", checkpoint / "state.json")
-        digest = state.pop("sha256", None)
-        if state.get("format") != 1 and digest != _sha256_of(state):
-            return "state.json has other values than were written"
-        if not isinstance(state.get("step"), int) or not isinstance(state.get("files"), dict):
-            return "state.json has no step, or no files"
-        for name, entry in state["files"].items():
-            size, sha256 = (entry["size"], entry["sha256"]) if isinstance(entry, dict) else (entry, None)
-            if (checkpoint / name).stat().st_size != size:
-                return f"{name} has another size"
+        for name, entry in read_state(checkpoint).files.items():
+            size, sha256 = (entry, None) if isinstance(entry, int) else (entry.size, entry.sha256)
+            if not (checkpoint / name).is_file() or (checkpoint / name).stat().st_size != size:
+                return f"{name} is missing or has another size"
             if sha256 is not None and part is not None and name.startswith(part) and _sha256(checkpoint / name) != sha256:
                 return f"{name} has other bytes than were written"
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
     return None
+
+
+def read_state(checkpoint: Path) -> Checkpoint:
+    """Return the content of a checkpoint's state.json.
+
+    Args:
+        checkpoint: Its folder.
+
+    Raises:
+        FileNotFoundError: There is no state.json.
+        ValueError: The file is damaged.
+    """
+    from ..schemas import Checkpoint, checked
+
+    def parse(values: dict[str, Any]) -> Checkpoint:
+        state = checked(values, Checkpoint)
+        digest = values.pop("sha256", None)
+        if state.format != 1 and digest != _sha256_of(values):
+            raise ValueError(f"expected sha256 to be {_sha256_of(values)}, got {digest!r}: the file has been changed")
+        return state
+
+    return read_json("train", checkpoint / "state.json", parse)
 
 
 def _numbers(checkpoint: Path) -> tuple[int, int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 import time
 from collections.abc import Mapping
@@ -16,11 +15,12 @@ from torch import Tensor
 
 from ..atomic import write_tensors
 from ..nn import UNet, UNetConfig
+from ..nn.checkpoint import check_finite, check_weights, load_safetensors
 from ..schedule import NoiseSchedule
 from ..version import __version__
 from .data import ImageDataset
 from .rng import TrainingRng
-from .run_folder import RunFolder
+from .run_folder import RunFolder, read_state
 
 # Keys of a network's configuration that its weights do not depend on.
 _NOT_IN_WEIGHTS: Final = frozenset({"sample_size", "dropout", "num_train_timesteps", "class_names"})
@@ -126,23 +126,27 @@ class State:
             model.load_state_dict(source.state_dict())
 
     def load(self, folder: Path) -> None:
-        """Load a checkpoint."""
-        self.model.load_state_dict(UNet.from_pretrained(folder / "unet").state_dict())
-        self.ema.load_state_dict(UNet.from_pretrained(folder / "unet_ema").state_dict())
-        import safetensors.torch
-
-        tensors = safetensors.torch.load_file(folder / "optimizer.safetensors")
-        for name, parameter in self.model.named_parameters():
-            moments = {
+        """Load a checkpoint. Raise a ValueError if it is another network's, or not finite."""
+        for model, name in ((self.model, "unet"), (self.ema, "unet_ema")):
+            weights = UNet.from_pretrained(folder / name).state_dict()
+            check_weights("train", folder / name, "the options", model.state_dict(), weights)
+            model.load_state_dict(weights)
+        file = folder / "optimizer.safetensors"
+        tensors = load_safetensors("train", file)
+        parameters = dict(self.model.named_parameters())
+        moments = {f"{key}.{name}": value for name, value in parameters.items() for key in ("exp_avg", "exp_avg_sq")}
+        check_weights("train", file, "the network", moments | {f"step.{name}": torch.zeros(()) for name in parameters}, tensors)
+        check_finite("train", file, tensors)
+        for name, parameter in parameters.items():
+            self.optimizer.state[parameter] = {
+                "step": tensors[f"step.{name}"].to(parameter.device),
                 # The parameter's memory format: fused optimizers walk through the storage.
-                key: torch.empty_like(parameter).copy_(tensors[f"{key}.{name}"])
-                for key in ("exp_avg", "exp_avg_sq")
+                **{key: torch.empty_like(parameter).copy_(tensors[f"{key}.{name}"]) for key in ("exp_avg", "exp_avg_sq")},
             }
-            self.optimizer.state[parameter] = {"step": tensors[f"step.{name}"].to(parameter.device), **moments}
-        entries = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        self.step, self.seconds = entries["step"], entries["seconds"]
+        state = read_state(folder)
+        self.step, self.seconds = state.step, state.seconds
         device = next(self.model.parameters()).device
-        self.losses = [torch.tensor(loss, dtype=torch.float32, device=device) for loss in entries["losses"]]
+        self.losses = [torch.tensor(loss, dtype=torch.float32, device=device) for loss in state.losses]
 
 
 def _weight_folders(init: Path) -> tuple[Path, Path]:

@@ -210,17 +210,88 @@ def test_errors_name_what_is_wrong(model: UNet, tmp_path: Path) -> None:
 
     whole = (tmp_path / WEIGHTS).read_bytes()
     (tmp_path / WEIGHTS).write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=f"{WEIGHTS}' to be whole"):
+    with pytest.raises(ValueError, match=f"{WEIGHTS}' to be a whole safetensors file"):
         UNet.from_pretrained(tmp_path)
     (tmp_path / WEIGHTS).unlink()
     with pytest.raises(FileNotFoundError, match=f"expected {WEIGHTS} or diffusion_pytorch_model.bin"):
         UNet.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"_class_name": "UNet2DConditionModel"}')
-    with pytest.raises(ValueError, match="describe a UNet2DModel, got 'UNet2DConditionModel'"):
+    with pytest.raises(ValueError, match=r"_class_name to be UNet2DModel, got 'UNet2DConditionModel', in '.*config\.json'"):
         UNet.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ValueError, match="to hold a JSON object, got list"):
         UNet.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="to be JSON"):
+        UNet.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "wanted"),
+    [
+        ({"freq_shift": None}, "freq_shift to be an integer of at least 0, got None"),
+        ({"dropout": "x"}, "dropout to be a number, got str"),
+        ({"norm_eps": []}, "norm_eps to be a number, got tuple"),
+        ({"mid_block_scale_factor": float("nan")}, "mid_block_scale_factor to be positive and finite, got nan"),
+        ({"down_block_types": None}, "down_block_types to be a list made of .*, got None"),
+        ({"colour": "red"}, "unknown configuration key 'colour'; .*"),
+        ({"block_out_channels": [10**12] * 2}, "expected a network that fits into .* weights of .* GB"),
+    ],
+)
+def test_a_wrong_value_of_config_json_is_named_with_the_file(
+    model: UNet, tmp_path: Path, change: dict[str, Any], wanted: str
+) -> None:
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(ValueError, match=rf"^from_pretrained: (expected )?{wanted}, in '.*config\.json'$"):
+        UNet.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"^save_pretrained: (expected )?{wanted}, in '.*config\.json'$"):
+        model.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "wanted"),
+    [
+        (None, "to hold a dict of tensors by name, got a NoneType"),
+        ([torch.zeros(1)], "to hold a dict of tensors by name, got a list"),
+        (torch.zeros(1), "to hold a dict of tensors by name, got a Tensor"),
+        ({1: torch.zeros(1), "a": 2}, "to hold a dict of tensors by name, got names such as 1, a"),
+        ({"conv_in.bias": None}, r"expected conv_in\.bias to be a dense tensor, got None in"),
+        (
+            {"conv_in.bias": torch.zeros(8).to_sparse()},
+            r"to be a dense tensor, got a cpu tensor of layout torch\.sparse_coo in",
+        ),
+        ({"conv_in.bias": torch.zeros(8, device="meta")}, "to be a dense tensor, got a meta tensor of layout"),
+        ({"conv_in.bias": torch.zeros(8, dtype=torch.int64)}, r"expected conv_in\.bias to be floating, got torch\.int64 in"),
+        (
+            {"conv_in.bias": torch.full((8,), float("nan"))},
+            r"to be finite, got NaN or infinity in conv_in\.bias \(torch\.float32\)",
+        ),
+    ],
+)
+def test_a_torch_file_of_something_else_is_named(model: UNet, tmp_path: Path, content: Any, wanted: str) -> None:
+    model.save_pretrained(tmp_path)
+    (tmp_path / WEIGHTS).unlink()
+    if isinstance(content, dict) and 1 not in content:
+        content = model.state_dict() | content
+    torch.save(content, tmp_path / "diffusion_pytorch_model.bin")
+    with pytest.raises(ValueError, match=wanted) as error:
+        UNet.from_pretrained(tmp_path)
+    error.match(r"^from_pretrained: .*diffusion_pytorch_model\.bin'")
+
+
+def test_weights_that_are_not_finite_are_named(model: UNet, tmp_path: Path) -> None:
+    with torch.no_grad():
+        model.conv_in.weight[0, 0, 0, 0] = 1e5
+    model.save_pretrained(tmp_path)
+    wanted = rf"^from_pretrained: expected the tensors in '.*{WEIGHTS}' to be finite, got NaN or infinity in "
+    with pytest.raises(ValueError, match=wanted + r"conv_in\.weight \(torch\.float16\)$"):
+        UNet.from_pretrained(tmp_path, dtype=torch.float16)
+    assert UNet.from_pretrained(tmp_path).conv_in.weight.detach().max() == 1e5
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.view(-1)[-1] = -float("inf")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=wanted + r"class_embedding\.weight \(torch\.float32\), .* and \d+ more$"):
         UNet.from_pretrained(tmp_path)

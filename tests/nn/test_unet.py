@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -212,7 +213,7 @@ def test_config_round_trip_and_bookkeeping_keys() -> None:
         ("block_out_channels", [20, 32, 48], "multiples of norm_num_groups = 8"),
         ("attention_head_dim", 20, "divisor of every attention width"),
         ("attn_norm_num_groups", 7, "divisor of 48"),
-        ("layers_per_block", 0, "positive integer"),
+        ("layers_per_block", 0, "in 1..64"),
         ("num_class_embeds", -1, "a positive integer or None"),
         ("class_names", "cat", "None or a list of non-empty strings"),
         ("class_names", [], "None or a list of non-empty strings"),
@@ -223,10 +224,30 @@ def test_config_round_trip_and_bookkeeping_keys() -> None:
         ("dropout", 1.0, "at least 0 and below 1"),
         ("norm_eps", 0.0, "positive"),
         ("mid_block_scale_factor", 0.0, "positive"),
+        ("mid_block_scale_factor", None, "a number"),
+        ("norm_eps", "x", "a number"),
+        ("dropout", None, "a number"),
+        ("freq_shift", None, "an integer of at least 0"),
+        ("freq_shift", -1, "an integer of at least 0"),
+        ("layers_per_block", 65, "in 1..64"),
+        ("layers_per_block", "2", "in 1..64"),
+        ("block_out_channels", [8] * 17, "at most 16"),
+        ("block_out_channels", [8, None, 8], "a positive integer, got None"),
+        ("down_block_types", None, "a list made of DownBlock2D"),
+        ("up_block_types", "UpBlock2D", "a list made of UpBlock2D"),
+        ("up_block_types", [["UpBlock2D"]] * 3, "a list made of UpBlock2D"),
+        ("downsample_padding", True, "0 or 1, got True"),
+        ("center_input_sample", None, "a bool"),
+        ("flip_sin_to_cos", 1, "a bool"),
+        ("add_attention", "false", "a bool"),
+        ("sample_size", "32", "in 1..65536"),
+        ("sample_size", [8, 0], "in 1..65536"),
+        ("sample_size", [8], r"an integer or \(height, width\)"),
+        ("num_train_timesteps", "x", "a positive integer or None"),
     ],
 )
 def test_unsupported_configuration_is_named(key: str, value: object, wanted: str) -> None:
-    with pytest.raises(ValueError, match=wanted) as error:
+    with pytest.raises((TypeError, ValueError), match=wanted) as error:
         UNet(**SMALL | {key: value})
     error.match(f"^UNet: .*{key}")
 
@@ -237,6 +258,24 @@ def test_class_names_leave_a_label_for_no_label() -> None:
     assert "class_names" not in UNet(**SMALL, num_class_embeds=3).config
     with pytest.raises(ValueError, match="UNet: expected class_names to be None or fewer names than num_class_embeds = 2"):
         UNet(**SMALL, num_class_embeds=2, class_names=names)
+
+
+@pytest.mark.parametrize("config", [{}, CIFAR10_32, HO_256, *(SMALL | variant for variant in VARIANTS.values())])
+def test_the_number_of_parameters_is_known_before_they_exist(config: dict[str, Any]) -> None:
+    for more in ({}, {"layers_per_block": 1}, {"layers_per_block": 3}):
+        with torch.device("meta"):
+            model = UNet(**config | more)
+        assert UNetConfig.from_dict(config | more).num_parameters == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no sysconf")
+@pytest.mark.parametrize(
+    ("key", "value"), [("block_out_channels", [10**12] * 3), ("num_class_embeds", 10**13), ("in_channels", 10**400)]
+)
+def test_a_network_larger_than_the_memory_is_refused_before_it_is_built(key: str, value: Any) -> None:
+    got = r"got block_out_channels \[.*\] and other sizes that make \S+ weights of \S+ GB$"
+    with pytest.raises(ValueError, match=r"^UNet: expected a network that fits into \S+ GB of memory, " + got):
+        UNet(**SMALL | {key: value})
 
 
 def test_bad_inputs_are_named() -> None:

@@ -25,6 +25,7 @@ ALLOWED = {
     "ops": {"dtypes", "checks", "reference", "schedule", "plan", "triton_kernels", "ops"},
     "testing": {"dtypes", "reference", "schedule", "plan", "ops"},
     "nn": {"atomic", "checks", "ops", "nn"},
+    "schemas": {"plan", "schedule", "nn"},
     "info": {"version", "ops"},
     "images": {"atomic", "checks"},
     "models": set(),
@@ -36,9 +37,10 @@ ALLOWED = {
         *("dtypes", "checks", "reference", "schedule", "plan", "ops", "models", "inference", "requests", "evaluation"),
     },
     "training": {
-        *("version", "atomic", "memory", "checks", "schedule", "plan", "ops", "nn", "images", "sampling", "training"),
+        *("version", "atomic", "memory", "checks", "schedule", "plan", "ops", "nn", "schemas", "images", "sampling"),
+        "training",
     },
-    "pretrained": {"atomic", "schedule", "plan", "nn", "training"},
+    "pretrained": {"atomic", "schedule", "plan", "nn", "schemas", "training"},
     "integrations": {
         *("dtypes", "checks", "reference", "schedule", "plan", "ops", "nn", "models", "inference", "requests", "sampling"),
         *("evaluation", "integrations"),
@@ -155,7 +157,8 @@ def test_help_texts_need_no_torch() -> None:
 
 def test_every_public_name_needs_torch_and_numpy_alone() -> None:
     """Every other dependency is imported by the function that uses it, whatever its absence would break otherwise."""
-    others = ("PIL", "click", "tqdm", "safetensors", "diffusers", "torchvision", "sklearn", "matplotlib", "tensorboard")
+    others = ("PIL", "click", "tqdm", "safetensors", "msgspec", "diffusers", "torchvision", "sklearn", "matplotlib")
+    others += ("tensorboard",)
     without = f"import sys; sys.modules.update(dict.fromkeys({others})); "
     loaded = _loaded(without + "import ddpm_fast; [getattr(ddpm_fast, name) for name in dir(ddpm_fast)]")
     assert "torch" in loaded

@@ -52,6 +52,21 @@ def test_damaged_idx_file_is_refused(fashion_folder: tuple[Path, np.ndarray]) ->
     labels.write_bytes(b"\0\0\x0d" + whole[3:])
     with pytest.raises(ValueError, match="to be an IDX file of unsigned bytes"):
         load_dataset("fashion-mnist", folder)
+    labels.write_bytes(whole + b"x")
+    with pytest.raises(ValueError, match=r"to hold \[5\] bytes, got 6 or more"):
+        load_dataset("fashion-mnist", folder)
+    labels.write_bytes(b"\0\0\x08\xff" + b"\xff" * 40)
+    with pytest.raises(
+        ValueError, match=r"expected .*labels-idx1-ubyte to hold 1 to \d+ bytes, got a header of shape \[4294967295, "
+    ):
+        load_dataset("fashion-mnist", folder)
+    images = folder / "train-images-idx3-ubyte.gz"
+    packed = images.read_bytes()
+    for damaged in (packed[:-9], packed[2:], packed[:20] + b"x" + packed[21:]):
+        images.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"load_dataset: expected .*images-idx3-ubyte\.gz to (be a whole gzip file|hold)"):
+            load_dataset("fashion-mnist", folder)
+    images.write_bytes(packed)
     write_idx(labels, np.array([0, 1]))
     with pytest.raises(ValueError, match=r"expected images \[N, H, W\] and labels \[N\]"):
         load_dataset("fashion-mnist", folder)

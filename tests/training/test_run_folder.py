@@ -13,11 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from test_training import QUIET
 from torch import Tensor
 
 from ddpm_fast.images import save_grid
+from ddpm_fast.pretrained import load_folder
 from ddpm_fast.training import train
 from ddpm_fast.training.run_folder import RunFolder, why_damaged
 
@@ -113,6 +115,8 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "nested without end": lambda f: (f / "state.json").write_text("[" * 100_000),
     "another step": lambda f: _edit_state(f, lambda state: state.update(step=3)),
     "a text as size": lambda f: _edit_state(f, lambda state: state["files"].update({"optimizer.safetensors": "x"})),
+    "a device among the files": lambda f: _edit_state(f, lambda state: state["files"].update({"/dev/zero": 0})),
+    "a folder among the files": lambda f: ((f / "unet_ema" / "config.json").unlink(), (f / "unet_ema" / "config.json").mkdir()),
     "no state": lambda f: (f / "state.json").unlink(),
 }
 
@@ -135,6 +139,76 @@ def test_a_damaged_checkpoint_falls_back_to_the_newest_whole_one(
     again = run.latest_checkpoint()
     assert again is not None
     assert why_damaged(again) is None
+
+
+def test_a_checkpoint_of_another_network_is_named(tmp_path: Path) -> None:
+    run = start(tmp_path / "run", step=2)
+    other = train(tmp_path / "other", **QUIET | {"channels": [16, 16]}, steps=2)
+    assert other.step == 2
+    shutil.rmtree(run.checkpoints)
+    shutil.copytree(tmp_path / "other" / "checkpoints", run.checkpoints, symlinks=True)
+    with pytest.raises(ValueError, match=r"^train: expected the weights in '.*unet' to fit the options, got missing "):
+        train(run.path, **QUIET, steps=4, resume=True)
+
+
+def _spoil(tensors: dict[str, Tensor], kind: str) -> None:
+    name = next(name for name in tensors if name.startswith("exp_avg."))
+    if kind == "missing":
+        del tensors[name]
+    else:
+        tensors[name] = {"shape": tensors[name][:1], "dtype": tensors[name].long(), "nan": tensors[name] / 0}[kind]
+
+
+@pytest.mark.parametrize(
+    ("kind", "wanted"),
+    [
+        ("missing", r"to fit the network, got missing exp_avg\."),
+        ("shape", r"expected exp_avg\..* to have shape .* in '.*optimizer\.safetensors'"),
+        ("dtype", r"expected exp_avg\..* to be floating, got torch\.int64 in"),
+        ("nan", r"to be finite, got NaN or infinity in exp_avg\."),
+        ("header", "optimizer.safetensors' to be a whole safetensors file, got: "),
+    ],
+)
+def test_an_optimizer_that_does_not_fit_is_named(kind: str, wanted: str, tmp_path: Path) -> None:
+    run = start(tmp_path / "run", step=2)
+    folder = run.checkpoints / "step-00000002"
+    file = folder / "optimizer.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    if kind == "header":
+        file.write_bytes(file.read_bytes()[:-1])
+    else:
+        _spoil(tensors, kind)
+        safetensors.torch.save_file(tensors, file)
+    copied = tmp_path / "copied"
+    shutil.move(folder, copied)
+    (copied / "state.json").unlink()
+    run.save_checkpoint(2, {}, lambda new: shutil.copytree(copied, new, dirs_exist_ok=True), keep=1)  # with its checksums
+    with pytest.raises(ValueError, match=wanted):
+        train(run.path, **QUIET, steps=4, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "wanted"),
+    [
+        ("schedule", {"name": "linear", "num_timesteps": None}, "num_timesteps to be a positive integer, got None"),
+        ("options", [], r"options to be an object, got \[\]"),
+        ("dataset", {"classes": ["a"]}, "dataset.images to be given, got none"),
+        ("unet", {"freq_shift": "x"}, "freq_shift to be an integer of at least 0, got 'x'"),
+    ],
+)
+def test_a_wrong_configuration_is_named(field: str, value: object, wanted: str, tmp_path: Path) -> None:
+    run = start(tmp_path / "run", step=2)
+    config = json.loads(run.config_file.read_text())
+    run.config_file.write_text(json.dumps(config | {field: value}))
+    for read in (lambda: train(run.path, **QUIET, steps=4, resume=True), lambda: load_folder(run.path)):
+        with pytest.raises(ValueError, match=rf"^train: expected {wanted}, in '.*config\.json'$"):
+            read()
+
+
+def test_bytes_that_are_no_text_in_the_log_are_left_out(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.log_file.write_bytes(b"step,loss\n1,0.5\n\xff\xfe,3\n" + b"9" * 5000 + b",3\n2,0.25\n")
+    assert run.log_until(2) == "step,loss\n1,0.5\n2,0.25\n"
 
 
 def test_the_result_after_damage_is_that_of_a_run_without(tmp_path: Path) -> None:

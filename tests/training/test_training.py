@@ -195,7 +195,7 @@ def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
         export_checkpoint(tmp_path / "none", tmp_path / "out")
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     (tmp_path / "run" / "config.json").write_text(json.dumps(config | {"format": 2}))
-    with pytest.raises(ValueError, match=r"to have format 1, got 2"):
+    with pytest.raises(ValueError, match=r"train: expected format to be 1, got 2, in '.*config\.json'"):
         train(tmp_path / "run", **QUIET, resume=True)
 
 

@@ -1,0 +1,230 @@
+"""Readers of files beside the mutations of their files: python tests/fuzz/targets.py [COUNT [TARGET ...]].
+
+A reader passes if it returns, or raises a ValueError, TypeError or OSError that names the file. It has a minute.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import gzip
+import hashlib
+import json
+import resource
+import sys
+import tempfile
+import warnings
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import safetensors.torch
+import torch
+from mutations import bytes_of, json_of, safetensors_of, torch_of
+
+from ddpm_fast import NoiseSchedule
+from ddpm_fast.nn import UNet, UNetConfig
+from ddpm_fast.pretrained import _read_classes, _read_scheduler
+from ddpm_fast.training.data import _read_idx
+from ddpm_fast.training.export import write_scheduler
+from ddpm_fast.training.run_folder import RunFolder, read_state, why_damaged
+
+TINY: dict[str, Any] = {
+    "sample_size": [4, 4],
+    "in_channels": 1,
+    "out_channels": 1,
+    "block_out_channels": [4],
+    "down_block_types": ["AttnDownBlock2D"],
+    "up_block_types": ["UpBlock2D"],
+    "layers_per_block": 1,
+    "norm_num_groups": 2,
+    "attention_head_dim": 2,
+    "add_attention": False,
+    "num_class_embeds": 3,
+    "class_names": ["cat", "dog"],
+}
+WEIGHTS, CONFIG, STATE = "diffusion_pytorch_model.safetensors", "config.json", "state.json"
+MEMORY = 2 << 30  # bytes by which a target's process may grow
+
+Mutate = Callable[[Random, bytes], bytes]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A reader of a file.
+
+    Attributes:
+        write: A function that writes valid files into a folder, and returns those to mutate.
+        mutate: A function that returns mutated content.
+        read: A function that reads from the folder.
+    """
+
+    write: Callable[[Path], list[Path]]
+    mutate: Mutate
+    read: Callable[[Path], object]
+
+
+def network(folder: Path) -> list[Path]:
+    torch.manual_seed(0)
+    UNet(**TINY).save_pretrained(folder)
+    return [folder / CONFIG]
+
+
+def weights(folder: Path) -> list[Path]:
+    network(folder)
+    return [folder / WEIGHTS]
+
+
+def legacy_weights(folder: Path) -> list[Path]:
+    network(folder)
+    tensors = safetensors.torch.load_file(folder / WEIGHTS)
+    (folder / WEIGHTS).unlink()
+    torch.save(tensors, folder / "diffusion_pytorch_model.bin")
+    return [folder / "diffusion_pytorch_model.bin"]
+
+
+def scheduler(folder: Path) -> list[Path]:
+    (folder / "theirs").mkdir()
+    write_scheduler(folder / "ours", NoiseSchedule.sigmoid(5), "v_prediction")
+    config = {"num_train_timesteps": 5, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "squaredcos_cap_v2"}
+    config |= {
+        "trained_betas": None,
+        "variance_type": None,
+        "lambda_min_clipped": -float("inf"),
+        "rescale_betas_zero_snr": True,
+    }
+    files = [folder / name / "scheduler_config.json" for name in ("ours", "theirs")]
+    files[1].write_text(json.dumps(config))
+    return files
+
+
+def read_scheduler(folder: Path) -> None:
+    _read_scheduler(folder / "ours")
+    _read_scheduler(folder / "theirs")
+
+
+def classes(folder: Path) -> list[Path]:
+    (folder / "classes.json").write_text(json.dumps({"classes": ["cat", "", "dog"]}))
+    return [folder / "classes.json"]
+
+
+def run_config(folder: Path) -> list[Path]:
+    dataset = {"images": 5, "shape": [1, 4, 4], "classes": ["cat", "dog"], "preparation": "as they are"}
+    dataset["fingerprint"] = {"sample": "0" * 64, "exact": "1" * 64}
+    RunFolder(folder).create(
+        {
+            "options": {"data": "digits", "init": None, "prediction": "epsilon", "channels": [4], "lr": 1e-3},
+            "unet": UNetConfig.from_dict(TINY).to_dict(),
+            "schedule": NoiseSchedule.cosine(5).to_config(),
+            "dataset": dataset,
+            "versions": {"torch": "2.13.0"},
+        }
+    )
+    return [folder / CONFIG]
+
+
+def state(folder: Path) -> list[Path]:
+    def write(checkpoint: Path) -> None:
+        (checkpoint / "unet").mkdir()
+        (checkpoint / "unet" / "a").write_bytes(b"a" * 10)
+        (checkpoint / "b").write_bytes(b"b" * 20)
+
+    checkpoint = RunFolder(folder).save_checkpoint(7, {"seconds": 1.5, "losses": [0.5, 0.25]}, write, keep=1)
+    return [checkpoint / STATE]
+
+
+def read_checkpoint(folder: Path) -> None:
+    checkpoint = folder / "checkpoints" / "step-00000007"
+    why_damaged(checkpoint)  # says it without an error
+    read_state(checkpoint)
+
+
+def idx(folder: Path) -> list[Path]:
+    content = b"\0\0\x08\x02" + (3).to_bytes(4, "big") + (5).to_bytes(4, "big") + bytes(range(15))
+    (folder / "a-idx").write_bytes(content)
+    (folder / "b-idx.gz").write_bytes(gzip.compress(content, mtime=0))
+    return [folder / "a-idx", folder / "b-idx.gz"]
+
+
+def read_idx(folder: Path) -> None:
+    _read_idx(folder / "a-idx")
+    _read_idx(folder / "b-idx.gz")
+
+
+def mutate_json(random: Random, content: bytes) -> bytes:
+    if random.random() < 0.3:
+        return bytes_of(random, content)
+    return json_of(random, json.loads(content)).encode(errors="surrogatepass")
+
+
+def mutate_state(random: Random, content: bytes) -> bytes:
+    """Mutate it, and often sign the result, so that the checksum does not hide what comes after it."""
+    mutated = mutate_json(random, content)
+    try:
+        values = json.loads(mutated)
+        values.pop("sha256")
+        text = json.dumps(values, sort_keys=True).encode()
+    except (ValueError, RecursionError, AttributeError, KeyError, TypeError):
+        return mutated
+    signed = json.dumps({**values, "sha256": hashlib.sha256(text).hexdigest()}).encode()
+    return signed if random.random() < 0.7 else mutated
+
+
+def mutate_idx(random: Random, content: bytes) -> bytes:
+    if content[:2] == b"\x1f\x8b" and random.random() < 0.5:
+        return gzip.compress(bytes_of(random, gzip.decompress(content)), mtime=0)
+    return bytes_of(random, content)
+
+
+TARGETS: dict[str, Target] = {
+    "network-config": Target(network, mutate_json, UNet.from_pretrained),
+    "safetensors": Target(weights, safetensors_of, UNet.from_pretrained),
+    "torch-bin": Target(legacy_weights, torch_of, UNet.from_pretrained),
+    "scheduler-config": Target(scheduler, mutate_json, read_scheduler),
+    "classes": Target(classes, mutate_json, lambda folder: _read_classes(folder / "classes.json")),
+    "run-config": Target(run_config, mutate_json, lambda folder: RunFolder(folder).read_config()),
+    "state": Target(state, mutate_state, read_checkpoint),
+    "idx": Target(idx, mutate_idx, read_idx),
+}
+
+
+def fuzz(name: str, count: int, folder: Path) -> int:
+    """Read `count` mutated files. Return how many were refused; raise an AssertionError for one that fails otherwise."""
+    target = TARGETS[name]
+    files = target.write(folder)
+    contents = [file.read_bytes() for file in files]
+    target.read(folder)  # valid
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    refused = 0
+    for number in range(count):
+        random = Random(zlib.crc32(f"{name} {number}".encode()))
+        place = random.randrange(len(files))
+        files[place].write_bytes(target.mutate(random, contents[place]))
+        faulthandler.dump_traceback_later(60, exit=True, file=sys.__stderr__)
+        try:
+            target.read(folder)
+        except Exception as error:
+            if not isinstance(error, (ValueError, TypeError, OSError)) or str(folder) not in str(error):
+                raise AssertionError(f"{name} {number}: {type(error).__name__}: {str(error)[:1000]}") from error
+            refused += 1
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+        files[place].write_bytes(contents[place])
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10
+    assert grown < MEMORY, f"{name}: the process grew by {grown >> 20} MiB"
+    return refused
+
+
+def main() -> None:
+    warnings.simplefilter("error")
+    torch.set_num_threads(1)
+    count, names = int((sys.argv[1:] or ["1000"])[0]), sys.argv[2:] or list(TARGETS)
+    for name in names:
+        with tempfile.TemporaryDirectory() as folder:
+            print(f"{name}: {count} files, {fuzz(name, count, Path(folder))} refused, the others read", flush=True)
+
+
+if __name__ == "__main__":
+    main()
