@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import reprlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
 import msgspec
@@ -95,8 +95,8 @@ class Run(Struct, frozen=True):
     versions: dict[str, str] = {}
 
     def __post_init__(self) -> None:
-        UNetConfig.from_dict(self.unet)
-        NoiseSchedule.from_config(self.schedule)
+        _check_nested("unet", self.unet, UNetConfig.from_dict)
+        _check_nested("schedule", self.schedule, NoiseSchedule.from_config)
 
 
 class StoredFile(Struct, frozen=True):
@@ -119,6 +119,16 @@ class Checkpoint(Struct, frozen=True):
         for name in self.files:
             if name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name) or "\0" in name:
                 raise ValueError(f"expected files to lie in the checkpoint's folder, got {name!r}")
+
+
+def _check_nested(field: str, values: Mapping[str, Any], parse: Callable[[Mapping[str, Any]], object]) -> None:
+    """Raise a ValueError with the place of what `parse` refuses."""
+    try:
+        parse(values)
+    except (TypeError, ValueError) as error:
+        reason = re.sub(r"^[\w.]+: ", "", str(error))  # the function that found it
+        wanted = reason.removeprefix("expected ")
+        raise ValueError(f"{field}: {reason}" if wanted == reason else f"expected {field}.{wanted}") from error
 
 
 def _check_names(names: list[str]) -> None:
