@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import logging
 import math
 import os
+import warnings
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +23,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..checks import check_choice, check_int
+from ..limits import check_free_memory
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as Picture
 
 DATASETS: Final = ("digits", "fashion-mnist", "cifar10")
 
@@ -41,11 +47,17 @@ FASHION_MNIST_DEBIAN: Final = Path("/usr/share/datasets/fashion-mnist")  # Debia
 RESIZED: Final = "cropped to squares and resized"  # the preparation of a folder's images with image_size
 
 _SAMPLED: Final = 256  # images in a sample, at least
+_AT_ONCE: Final = 4096  # images whose reading is planned ahead
+_NAMED: Final = 5  # broken images that a message names
 
 _MAX_IDX: Final = 2 << 30  # bytes of an IDX file, unpacked; EMNIST has 0.5 GiB
 
 _DOWNLOADS: Final = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddpm_fast"
 _IMAGE_SUFFIXES: Final = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+
+_Read = TypeVar("_Read")
+
+_log = logging.getLogger("ddpm_fast")
 
 
 @dataclass(frozen=True)
@@ -90,9 +102,15 @@ class ImageDataset:
 
 
 def load_dataset(
-    name: str, data_dir: str | os.PathLike[str] | None = None, *, split: str = "train", image_size: int | None = None
+    name: str,
+    data_dir: str | os.PathLike[str] | None = None,
+    *,
+    split: str = "train",
+    image_size: int | None = None,
+    skip_broken: bool = False,
+    first: int | None = None,
 ) -> ImageDataset:
-    """Load a data set by name.
+    """Load a data set by name. All of its images are read, so what cannot be read is found before any work.
 
     Args:
         name: "digits" (scikit-learn's 8x8 digits, no download), "fashion-mnist" (28x28, padded with black to 32x32),
@@ -102,13 +120,18 @@ def load_dataset(
         split: "train" or "test". A folder of images has no split: all of it is read.
         image_size: Height and width in pixels. Images of another size are resized. Those of a folder are first cropped to
             their central square. By default nothing is resized, and a folder's images must be squares of one size.
+        skip_broken: Leave out images of a folder that cannot be read, and log a warning that names the first of them.
+        first: Read only this many images of a folder, from the first. By default all are read.
 
     Raises:
-        ValueError: The name, split or size is unknown, the images' sizes differ, no image was found, or a file is damaged.
+        ValueError: The name, split or size is unknown, the images' sizes differ, no image was found, a file is damaged, or
+            the images do not fit into memory.
+        OSError: A download failed.
         ImportError: A package of the `train` extra is missing.
     """
     check_choice("load_dataset", "split", split, ("train", "test"))
     check_int("load_dataset", "image_size", image_size, 1, optional=True)
+    check_int("load_dataset", "first", first, 1, optional=True)
     root = None if data_dir is None else Path(data_dir)
     if name == "digits":
         return _in_memory(name, *_read_digits(split), tuple("0123456789"), image_size)
@@ -121,7 +144,7 @@ def load_dataset(
     if name == "cifar10":
         return _in_memory(name, *_read_cifar10(root, split), image_size)
     if Path(name).is_dir():
-        return _open_folder(name, image_size)
+        return _read_folder(Path(name), image_size, skip_broken, first)
     raise ValueError(f"load_dataset: expected name to be one of {', '.join(DATASETS)} or a folder, got {name!r}")
 
 
@@ -144,8 +167,9 @@ def _in_memory(
     """Return a data set that holds its images, uint8 [N, C, H, W], resized if another size is wanted."""
     if image_size is not None and tuple(images.shape[-2:]) != (image_size, image_size):
         preparation = f"resized from {images.shape[3]}x{images.shape[2]}"
-        resized = functional.interpolate(images.float(), (image_size, image_size), mode="bilinear", antialias=True)
-        images = resized.round().to(torch.uint8)
+        needed = 2 * len(images) * images.shape[1] * image_size**2  # the parts and the whole
+        check_free_memory("load_dataset", "image_size", image_size, needed)
+        images = torch.cat([_resized(part, image_size) for part in images.split(256)])
     channels, height, width = images.shape[1:]
 
     def contents(exact: bool) -> Iterator[bytes]:
@@ -154,6 +178,11 @@ def _in_memory(
             yield image.numpy().tobytes()
 
     return ImageDataset(name, images.__getitem__, (channels, height, width), labels, classes, contents, preparation)
+
+
+def _resized(images: Tensor, size: int) -> Tensor:
+    resized = functional.interpolate(images.float(), (size, size), mode="bilinear", antialias=True)
+    return resized.round().to(torch.uint8)
 
 
 def _read_digits(split: str) -> tuple[Tensor, Tensor]:
@@ -170,58 +199,157 @@ def _read_fashion_mnist(root: Path | None, split: str) -> tuple[Tensor, Tensor]:
     found = [_first_file(folder / file, folder / f"{file}.gz") for file in files]
     if found[0] and found[1]:
         images, labels = _read_idx(found[0]), _read_idx(found[1])
-        if images.dim() != 3 or labels.shape != images.shape[:1]:
+        if images.dim() != 3 or labels.shape != images.shape[:1] or not len(labels):
             raise ValueError(
                 f"load_dataset: expected images [N, H, W] and labels [N] in {folder}, "
                 f"got {list(images.shape)} and {list(labels.shape)}"
             )
+        if labels.max() >= len(FASHION_MNIST_CLASSES):
+            raise ValueError(f"load_dataset: expected labels in 0..9 in {found[1]}, got {int(labels.max())}")
     else:
-        datasets = _import("torchvision.datasets")
-        downloaded = datasets.FashionMNIST(root or _DOWNLOADS, train=split == "train", download=True)
+        by_hand = f"put {files[0]} and {files[1]} (.gz) into a folder, or install Debian's package dataset-fashion-mnist"
+        downloaded = _downloaded("FashionMNIST", root, split, by_hand)
         images, labels = downloaded.data, downloaded.targets
     return images.unsqueeze(1), labels.long()
 
 
 def _read_cifar10(root: Path | None, split: str) -> tuple[Tensor, Tensor, tuple[str, ...]]:
-    downloaded = _import("torchvision.datasets").CIFAR10(root or _DOWNLOADS, train=split == "train", download=True)
+    downloaded = _downloaded("CIFAR10", root, split, "put cifar-10-python.tar.gz into a folder")
     images = torch.from_numpy(downloaded.data).permute(0, 3, 1, 2).contiguous()  # [N, 3, 32, 32]
     return images, torch.tensor(downloaded.targets), tuple(downloaded.classes)
 
 
-def _open_folder(name: str, image_size: int | None) -> ImageDataset:
-    """Return the images of a folder. They are decoded when first read, and kept."""
-    root = Path(name)
-    files = sorted(path for path in root.rglob("*") if path.suffix.lower() in _IMAGE_SUFFIXES and path.is_file())
+def _downloaded(name: str, root: Path | None, split: str, by_hand: str) -> Any:
+    """Return a data set of torchvision, downloaded if its files are missing. Errors say where from and what else to do."""
+    source = getattr(_import("torchvision.datasets"), name)
+    folder = root or _DOWNLOADS
+    try:
+        return source(folder, train=split == "train", download=True)
+    except (OSError, RuntimeError) as error:
+        urls = " or ".join(getattr(source, "mirrors", None) or [source.url])
+        raise OSError(
+            f"load_dataset: expected {name} in {str(folder)!r} or from {urls}, got: {error}; without that connection, "
+            f"{by_hand}; data_dir (--data-dir) names such a folder"
+        ) from error
+
+
+# ------------------------------------------------------------------------------------------------------ folders of images
+
+
+def _read_folder(root: Path, image_size: int | None, skip_broken: bool, first: int | None) -> ImageDataset:
+    """Return the images of a folder and its sub-folders, decoded."""
+    files = _image_files(root)
     if not files:
         raise ValueError(f"load_dataset: expected {root} to hold images ({', '.join(sorted(_IMAGE_SUFFIXES))}), got none")
+    classes = _class_names(root, files)
+    files = files[:first]
+    if len(files) > _AT_ONCE:
+        _log.info("reading %d images in %s", len(files), root)
+    broken: dict[Path, Exception] = {}
     preparation = RESIZED
     if image_size is None:
-        image_size, preparation = _common_size(root, files), "as they are"
-    # The class of an image is the first folder on the way to it. Images in `root` itself share one class.
-    names = [path.relative_to(root).parts[0] if path.parent != root else "" for path in files]
-    classes = tuple(sorted(set(names)))
-    labels = torch.tensor([classes.index(name) for name in names])
-    reader = _FolderReader(files, image_size)
+        sizes = _try_each(_size, files, broken)
+        _check_broken(root, files, broken, skip_broken)
+        image_size, preparation = _common_size(root, [size for size in sizes if size is not None]), "as they are"
+    needed = len(files) * 3 * image_size**2
+    check_free_memory("load_dataset", "image_size", f"{image_size} for {len(files)} images", needed)
+    images = torch.empty(len(files), 3, image_size, image_size, dtype=torch.uint8)
+    rows = {file: row for row, file in enumerate(files)}
+
+    def fill(file: Path) -> None:
+        images[rows[file]] = _decode(file, image_size)
+
+    _try_each(fill, [file for file in files if file not in broken], broken)
+    _check_broken(root, files, broken, skip_broken)
+    if broken:
+        _log.warning("%d of %d images in %s left out: %s", len(broken), len(files), root, _listed(root, broken))
+        whole = [file for file in files if file not in broken]
+        for row, file in enumerate(whole):  # in place, as there may be no memory for a second copy
+            images[row] = images[rows[file]]
+        files, images, classes = whole, images[: len(whole)], _class_names(root, whole)
+    numbers = {name: number for number, name in enumerate(classes)}
+    labels = torch.tensor([numbers[_class_name(root, file)] for file in files])
 
     def contents(exact: bool) -> Iterator[bytes]:
         for file in files:
-            yield f"{file.relative_to(root)} {file.stat().st_size}\n".encode()
+            yield os.fsencode(f"{file.relative_to(root)} {file.stat().st_size}\n")
         for file in files if exact else files[:: max(1, len(files) // _SAMPLED)]:
             yield file.read_bytes()
 
-    return ImageDataset(name, reader, (3, image_size, image_size), labels, classes, contents, preparation)
+    shape = (3, image_size, image_size)
+    return ImageDataset(str(root), images.__getitem__, shape, labels, classes, contents, preparation)
 
 
-def _common_size(root: Path, files: Sequence[Path]) -> int:
-    """Return the side of the squares that all images are. Raise ValueError, with the sizes, if they are not."""
+def _image_files(root: Path) -> list[Path]:
+    """Return the files with the endings of images, sorted. Folders, pipes and devices with such names are no images."""
+
+    def fail(error: OSError) -> None:
+        raise error  # or a folder that must not be read would be left out in silence
+
+    paths = (Path(folder, name) for folder, _, names in os.walk(root, onerror=fail) for name in names)
+    # A link to nothing is a missing image.
+    return sorted(
+        path for path in paths if path.suffix.lower() in _IMAGE_SUFFIXES and (path.is_file() or not os.path.exists(path))
+    )
+
+
+def _class_name(root: Path, file: Path) -> str:
+    """Return the first folder on the way to an image. Images in `root` itself share one class without a name."""
+    return file.relative_to(root).parts[0] if file.parent != root else ""
+
+
+def _class_names(root: Path, files: Sequence[Path]) -> tuple[str, ...]:
+    return tuple(sorted({_class_name(root, file) for file in files}))
+
+
+def _try_each(read: Callable[[Path], _Read], files: Sequence[Path], broken: dict[Path, Exception]) -> list[_Read | None]:
+    """Return what `read` returns for each file, or None and an entry in `broken` if it raises.
+
+    Pillow releases the interpreter's lock while it decodes, so threads read.
+    """
     from PIL import Image
 
-    def size(file: Path) -> tuple[int, int]:
-        with Image.open(file) as image:  # reads the header alone
-            return image.width, image.height
+    def attempt(file: Path) -> _Read | None:
+        try:
+            return read(file)
+        except MemoryError:
+            raise
+        except Exception as error:  # Pillow's formats raise errors of many types
+            broken[file] = error
+            return None
 
-    with ThreadPoolExecutor() as pool:
-        sizes = Counter(pool.map(size, files))
+    with ThreadPoolExecutor(thread_name_prefix="ddpm_fast-decode") as pool, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, about metadata
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        parts = (files[i : i + _AT_ONCE] for i in range(0, len(files), _AT_ONCE))
+        return [result for part in parts for result in pool.map(attempt, part)]
+
+
+def _check_broken(root: Path, files: Sequence[Path], broken: Mapping[Path, Exception], skip_broken: bool) -> None:
+    """Raise a ValueError if there are broken images and they must not be left out, or if there are no others."""
+    if broken and (not skip_broken or len(broken) == len(files)):
+        raise ValueError(
+            f"load_dataset: expected images that Pillow can read in {root}, got {len(broken)} of {len(files)} that it cannot: "
+            f"{_listed(root, broken)}; skip_broken=True (--skip-broken) leaves them out if others remain"
+        )
+
+
+def _listed(root: Path, broken: Mapping[Path, Exception]) -> str:
+    """Return the names of the first broken images, with reasons."""
+    texts = [f"{file.relative_to(root)} ({type(broken[file]).__name__}: {broken[file]})" for file in sorted(broken)[:_NAMED]]
+    return ", ".join(texts) + (f" and {len(broken) - _NAMED} more" if len(broken) > _NAMED else "")
+
+
+def _size(file: Path) -> tuple[int, int]:
+    from PIL import Image
+
+    with Image.open(file) as image:  # reads the header alone
+        return image.width, image.height
+
+
+def _common_size(root: Path, all_sizes: Sequence[tuple[int, int]]) -> int:
+    """Return the side of the squares that all images are. Raise ValueError, with the sizes, if they are not."""
+    sizes = Counter(all_sizes)
     (width, height), _ = sizes.most_common(1)[0]
     if len(sizes) == 1 and width == height:
         return width
@@ -233,37 +361,31 @@ def _common_size(root: Path, files: Sequence[Path]) -> int:
     )
 
 
-class _FolderReader:
-    """A reader that decodes images in threads and keeps them, so that each file is decoded once.
+def _decode(file: Path, size: int) -> Tensor:
+    """Return the largest centred square of a file, resized to uint8 [3, size, size]."""
+    from PIL import Image, ImageOps
 
-    Pillow releases the interpreter's lock while it decodes.
-    """
+    with Image.open(file) as opened:
+        image = _rgb(ImageOps.exif_transpose(opened), opened.format)
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    # Crop first, as `resize(box=...)` mixes in pixels from outside the box.
+    square = image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1)
 
-    def __init__(self, files: Sequence[Path], image_size: int) -> None:
-        self._files, self._size = files, image_size
-        self._decoded = torch.zeros(len(files), dtype=torch.bool)
-        self._images = torch.empty(len(files), 3, image_size, image_size, dtype=torch.uint8)  # paged in as it fills
-        self._pool = ThreadPoolExecutor(thread_name_prefix="ddpm_fast-decode")
 
-    def __call__(self, indices: Tensor) -> Tensor:
-        missing = indices[~self._decoded[indices]].unique()
-        for index, image in zip(missing.tolist(), self._pool.map(self._decode, missing.tolist()), strict=True):
-            self._images[index] = image
-        self._decoded[missing] = True
-        return self._images[indices]
+def _rgb(image: Picture, kind: str | None) -> Picture:
+    """Return a picture as RGB. 16 bits a channel become 8, and what is transparent lies on white."""
+    from PIL import Image
 
-    def _decode(self, index: int) -> Tensor:
-        """Return the largest centred square of a file, resized to uint8 [3, size, size]."""
-        from PIL import Image, ImageOps
-
-        with Image.open(self._files[index]) as file:
-            image = ImageOps.exif_transpose(file).convert("RGB")
-        side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        # Crop first, as `resize(box=...)` mixes in pixels from outside the box.
-        square = image.crop((left, top, left + side, top + side))
-        square = square.resize((self._size, self._size), Image.Resampling.LANCZOS)
-        return torch.from_numpy(np.array(square)).permute(2, 0, 1)
+    if image.mode.startswith("I;16") or (image.mode == "I" and kind in ("PNG", "PPM")):  # Pillow itself cuts off at 255
+        return Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError(f"expected 8 or 16 bits a channel, got pixels of mode {image.mode}, whose range is unknown")
+    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def _read_idx(path: Path) -> Tensor:

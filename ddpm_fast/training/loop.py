@@ -14,8 +14,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -24,7 +24,9 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from ..limits import check_free_memory, check_free_space, check_writable
 from ..memory import kept_memory
+from ..nn import UNet
 from ..ops import denoising_loss, q_sample
 from ..schedule import NoiseSchedule
 from .data import RESIZED, load_dataset, to_unit_range
@@ -32,7 +34,7 @@ from .export import write_scheduler
 from .records import Forecast, draw_samples, summary, tensorboard_writer
 from .rng import TrainingRng
 from .run_folder import LOG_COLUMNS, RunFolder
-from .state import State, Task
+from .state import State, Task, unet_config
 
 # Options that a resumed run may change: they decide how long, where and with what records, not what is trained.
 # `steps` and the learning rate's decay are among them so that a run can be prolonged, or brought to its end. The data set's
@@ -41,8 +43,13 @@ CHANGEABLE: Final = frozenset(
     {
         *("fingerprint", "data_dir", "steps", "lr_decay", "lr_decay_steps", "channels_last", "device", "threads", "log_every"),
         *("sample_every", "sample_steps", "checkpoint_every", "checkpoint_minutes", "keep", "tensorboard", "preparation"),
+        "skip_broken",
     }
 )
+
+_TABLES: Final = 20  # float64 tables of a schedule and of plans, per timestep
+_COPIES: Final = 5  # of each parameter in memory: it, its average, its gradient and two moments
+_SAVED: Final = 4  # of them in a checkpoint: all but the gradient
 
 _log = logging.getLogger("ddpm_fast")
 
@@ -55,7 +62,7 @@ class TrainResult:
         step: Steps since the run began.
         loss: Mean loss since the last row of the log; NaN if no step followed that row.
         seconds: Time spent in steps since the run began, in seconds.
-        stopped_by: "SIGINT", "SIGTERM", "max_minutes", or None if all steps are done.
+        stopped_by: "SIGINT", "SIGTERM", "SIGHUP", "max_minutes", or None if all steps are done.
     """
 
     step: int
@@ -75,20 +82,30 @@ def run_training(
     lock: bool,
 ) -> TrainResult:
     """Run `train` with options that are checked and complete."""
+    run = RunFolder(run_dir)
+    if resume:
+        run.read_config()  # refuses a folder without a run before a lock is written into it
+    else:
+        run.check_new()
+    check_writable("train", run.path)
+    device = _device(options["device"])
+    check_free_memory("train", "num_timesteps", options["num_timesteps"], _TABLES * 8 * options["num_timesteps"])
     if options["threads"] is not None:
         torch.set_num_threads(options["threads"])
+    skip_broken = options["skip_broken"]
     try:
-        dataset = load_dataset(options["data"], options["data_dir"], image_size=options["image_size"])
+        dataset = load_dataset(options["data"], options["data_dir"], image_size=options["image_size"], skip_broken=skip_broken)
     except ValueError:
         if not resume or options["image_size"] is not None:
             raise
         # Earlier versions resized a folder's images of several sizes without being asked. Such a run goes on.
-        stored = RunFolder(run_dir).read_config()["dataset"]
+        stored = run.read_config()["dataset"]
         if stored.get("preparation", RESIZED) != RESIZED:
             raise
-        dataset = load_dataset(options["data"], options["data_dir"], image_size=stored["shape"][-1])
+        size = stored["shape"][-1]
+        dataset = load_dataset(options["data"], options["data_dir"], image_size=size, skip_broken=skip_broken)
     schedule: NoiseSchedule = getattr(NoiseSchedule, options["schedule"])(options["num_timesteps"])
-    weight, device = options["loss_weight"], _device(options["device"])
+    weight = options["loss_weight"]
     task = Task(
         options=options,
         dataset=dataset,
@@ -98,14 +115,10 @@ def run_training(
         rng=TrainingRng(options["seed"], options["batch_size"]),
         device=device,
     )
-    run = RunFolder(run_dir)
+    _check_sizes(run, task)
     state = State.initial(task)  # first, as it refuses options that make no network: a folder would be in the next try's way
-    if resume:
-        run.read_config()  # refuses a folder without a run before a lock is written into it
-    else:
-        run.check_new()
-        if options["init"] is not None:
-            state.load_weights(options["init"])
+    if not resume and options["init"] is not None:
+        state.load_weights(options["init"])
     with run.locked(lock), kept_memory() if task.device.type == "cpu" else nullcontext():
         return _run(run, task, state, resume=resume, max_minutes=max_minutes, progress=progress, data_check=data_check)
 
@@ -149,7 +162,7 @@ def _run(
     forecast = Forecast(steps, task.device)
     logged_step, logged_seconds = state.step, state.seconds
     mark = time.perf_counter()  # end of the last stretch that is counted in state.seconds
-    with _StopSignals() as signals, generators, bar:
+    with _StopSignals() as signals, generators, bar, _saved_if_a_file_fails(run, task, state):
         while state.step < steps and stopped_by is None:
             grad_norm, rate = _step(task, state)
             bar.update()
@@ -157,12 +170,12 @@ def _run(
 
             if state.step % options["log_every"] == 0 or state.step == steps:
                 loss = _finite_loss(state, grad_norm)
-                state.losses.clear()
                 mark = state.count_time(mark)
                 speed = (state.step - logged_step) * batch_size / (state.seconds - logged_seconds)
                 logged_step, logged_seconds = state.step, state.seconds
                 row = (state.step, state.step * batch_size, loss, float(grad_norm), rate, speed, state.seconds)
                 run.append_log(row)
+                state.losses.clear()
                 bar.set_postfix_str(f"loss {loss:.4f}, {speed:.1f} images/s", refresh=False)
                 if writer:
                     for name, value in zip(LOG_COLUMNS[2:6], row[2:6], strict=True):
@@ -256,10 +269,51 @@ def _save_checkpoint(run: RunFolder, task: Task, state: State) -> None:
     run.save_checkpoint(state.step, entries, write, task.options["keep"])
 
 
-class _StopSignals:
-    """A context that records the first SIGINT or SIGTERM. The second one acts as usual.
+@contextmanager
+def _saved_if_a_file_fails(run: RunFolder, task: Task, state: State) -> Iterator[None]:
+    """Save a checkpoint, if possible, when a file cannot be written. Raise an OSError that names the last good checkpoint."""
+    try:
+        yield
+    except OSError as error:
+        run.remove_leftovers()  # they take space
+        with suppress(OSError):
+            if state.is_finite():
+                _save_checkpoint(run, task, state)
+        run.remove_leftovers()
+        raise OSError(
+            f"train: expected to write to {run.path} at step {state.step}, got: {error}; the last good checkpoint is "
+            f"{run.latest_checkpoint() or 'none'}, from which --resume continues"
+        ) from error
 
-    Only the main thread receives signals.
+
+def _check_sizes(run: RunFolder, task: Task) -> None:
+    """Raise if networks and images do not fit into memory, or checkpoints onto the disk. The estimates are low."""
+    options = task.options
+    try:
+        with torch.device("meta"):
+            model = UNet(**unet_config(options, task.dataset, task.labelled))
+    except (RuntimeError, TypeError) as error:  # sizes beyond 64 bits
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"train: expected channels to fit into memory, got {options['channels']}: {reason}") from error
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    channels, height, width = task.dataset.shape
+    per_image = channels * (1 + 4)
+    if task.device.type == "cpu":
+        check_free_memory("train", "channels", options["channels"], _COPIES * 4 * parameters)
+        # Each block keeps the inputs of two convolutions for the gradient; the widest pictures have channels[0].
+        per_image += options["channels"][0] * 4 * options["layers"] * (4 if options["precision"] == "float32" else 2)
+    check_free_memory("train", "batch_size", options["batch_size"], options["batch_size"] * per_image * height * width)
+    saves = options["steps"] if options["checkpoint_minutes"] else 1
+    if options["checkpoint_every"]:
+        saves = max(saves, math.ceil(options["steps"] / options["checkpoint_every"]))
+    more = max(0, min(options["keep"], saves) - len(list(run.checkpoints.glob("step-*"))))
+    check_free_space("train", run.path, (more + 1) * _SAVED * 4 * parameters)  # old ones are removed after the new one
+
+
+class _StopSignals:
+    """A context that records the first SIGINT, SIGTERM or SIGHUP. The second one acts as usual.
+
+    Only the main thread receives signals. A SIGHUP that is ignored, as under nohup, stays so.
     """
 
     def __init__(self) -> None:
@@ -268,8 +322,10 @@ class _StopSignals:
 
     def __enter__(self) -> _StopSignals:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._receive)
+            hangup = getattr(signal, "SIGHUP", None)  # a terminal that is closed; Windows has none
+            for number in (signal.SIGINT, signal.SIGTERM, hangup):
+                if number is not None and not (number == hangup and signal.getsignal(number) is signal.SIG_IGN):
+                    self._previous[number] = signal.signal(number, self._receive)
         return self
 
     def _receive(self, number: int, frame: FrameType | None) -> None:

@@ -102,7 +102,10 @@ def draw_samples(run: RunFolder, task: Task, state: State, writer: Any) -> None:
         progress=False,
         cuda_graph=False,  # a graph takes memory beside that of the training
     )
-    run.samples.mkdir(exist_ok=True)
-    save_grid(images, run.samples / f"step-{state.step:08d}.png", columns=columns)
+    path = run.samples / f"step-{state.step:08d}.png"
+    try:
+        save_grid(images, path, columns=columns)
+    except OSError as error:  # a run does not end for want of a picture
+        _log.warning("%s could not be written: %s", path, error)
     if writer:
         writer.add_images("samples", images.clamp(-1, 1) / 2 + 0.5, state.step)

@@ -15,6 +15,7 @@ PACKAGE = Path(ddpm_fast.__file__).parent
 ALLOWED = {
     "version": set(),
     "atomic": set(),
+    "limits": set(),
     "memory": set(),
     "dtypes": set(),
     "checks": {"dtypes"},
@@ -27,7 +28,7 @@ ALLOWED = {
     "nn": {"atomic", "checks", "ops", "nn"},
     "schemas": {"plan", "schedule", "nn"},
     "info": {"version", "ops"},
-    "images": {"atomic", "checks"},
+    "images": {"atomic", "checks", "limits"},
     "models": set(),
     "inference": {"dtypes", "checks", "ops", "nn", "models", "inference"},
     "requests": {"checks", "ops", "nn", "models", "inference"},
@@ -37,7 +38,7 @@ ALLOWED = {
         *("dtypes", "checks", "reference", "schedule", "plan", "ops", "models", "inference", "requests", "evaluation"),
     },
     "training": {
-        *("version", "atomic", "memory", "checks", "schedule", "plan", "ops", "nn", "schemas", "images", "sampling"),
+        *("version", "atomic", "limits", "memory", "checks", "schedule", "plan", "ops", "nn", "schemas", "images", "sampling"),
         "training",
     },
     "pretrained": {"atomic", "schedule", "plan", "nn", "schemas", "training"},
@@ -47,7 +48,19 @@ ALLOWED = {
     },
     "__init__": {"version"},  # and what __init__.pyi imports, when a name is first used
     "cli": {
-        *("version", "atomic", "plan", "info", "images", "requests", "sampling", "evaluation", "training", "pretrained"),
+        *(
+            "version",
+            "atomic",
+            "limits",
+            "plan",
+            "info",
+            "images",
+            "requests",
+            "sampling",
+            "evaluation",
+            "training",
+            "pretrained",
+        ),
     },
     "__main__": {"cli"},
 }

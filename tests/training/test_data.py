@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import logging
+import os
 import sys
+import urllib.error
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
+from ddpm_fast import limits
+from ddpm_fast.training import data
 from ddpm_fast.training.data import FASHION_MNIST_CLASSES, load_dataset, to_unit_range
 
 
@@ -69,6 +74,17 @@ def test_damaged_idx_file_is_refused(fashion_folder: tuple[Path, np.ndarray]) ->
     images.write_bytes(packed)
     write_idx(labels, np.array([0, 1]))
     with pytest.raises(ValueError, match=r"expected images \[N, H, W\] and labels \[N\]"):
+        load_dataset("fashion-mnist", folder)
+    write_idx(labels, np.array([3, 0, 10, 1, 1]))
+    with pytest.raises(ValueError, match=r"expected labels in 0\.\.9 in .*labels-idx1-ubyte, got 10"):
+        load_dataset("fashion-mnist", folder)
+    labels.write_bytes(b"\0\0\x08\x02\0\0")  # ends within its shape
+    with pytest.raises(ValueError, match=r"to hold .* bytes, got 0"):
+        load_dataset("fashion-mnist", folder)
+    write_idx(labels, np.array([3, 0, 9, 1, 1]))
+    images = folder / "train-images-idx3-ubyte.gz"
+    images.write_bytes(images.read_bytes()[:-20])
+    with pytest.raises(ValueError, match=r"expected .*images-idx3-ubyte\.gz to be a gzip file, got: "):
         load_dataset("fashion-mnist", folder)
 
 
@@ -143,3 +159,229 @@ def test_missing_package_names_the_extra(name: str, module: str, monkeypatch: py
     monkeypatch.delitem(sys.modules, module, raising=False)
     with pytest.raises(ImportError, match=rf"{module} is missing: install it with pip install 'ddpm_fast\[train\]'"):
         load_dataset(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "wanted"),
+    [
+        ("cifar10", "CIFAR10", r"from https://www\.cs\.toronto\.edu/.*, got: .*unreachable.*put cifar-10-python\.tar\.gz into"),
+        ("fashion-mnist", "FashionMNIST", r"from http.*, got: .*unreachable.*Debian's package dataset-fashion-mnist; data_dir"),
+    ],
+)
+def test_a_failed_download_says_where_from_and_what_else_to_do(
+    name: str, source: str, wanted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets = pytest.importorskip("torchvision.datasets")
+
+    def fail(*_: object, **__: object) -> None:
+        raise urllib.error.URLError("network is unreachable")
+
+    monkeypatch.setattr(getattr(datasets, source), "__init__", fail)
+    with pytest.raises(OSError, match=rf"load_dataset: expected {source} in '{tmp_path}' or {wanted}.*--data-dir"):
+        load_dataset(name, tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------- kinds of images
+
+
+def one_image(folder: Path) -> np.ndarray:
+    """Return the only image of a folder, [H, W, 3]."""
+    dataset = load_dataset(str(folder))
+    assert len(dataset) == 1
+    return dataset[torch.tensor([0])][0][0].permute(1, 2, 0).numpy()
+
+
+GREYS = np.array([[0, 64], [128, 255]], dtype=np.uint8)
+
+
+WRITTEN = {
+    "png": ["1", "L", "P", "RGB", "LA", "RGBA"],
+    "tif": ["1", "L", "P", "PA", "RGB", "CMYK", "YCbCr", "LAB", "LA", "RGBA"],
+    "jpg": ["L", "RGB", "CMYK", "YCbCr"],
+    "webp": ["RGB", "RGBA"],
+    "gif": ["P"],
+}
+
+
+@pytest.mark.parametrize(("ending", "mode"), [(ending, mode) for ending, modes in WRITTEN.items() for mode in modes])
+def test_colours_of_every_mode_come_out_as_rgb(ending: str, mode: str, tmp_path: Path) -> None:
+    colour = np.broadcast_to(np.array([200, 60, 60], dtype=np.uint8), (8, 8, 3))
+    image = Image.fromarray(np.ascontiguousarray(colour))
+    if mode == "LAB":
+        ImageCms = pytest.importorskip("PIL.ImageCms")
+        image = ImageCms.profileToProfile(image, *map(ImageCms.createProfile, ("sRGB", "LAB")), outputMode="LAB")
+    elif mode in ("P", "PA"):
+        image = image.convert("P", palette=Image.Palette.ADAPTIVE).convert(mode)
+    elif mode == "1":
+        image = Image.new("1", image.size, 1)
+    elif mode == "LA":
+        image = image.convert("L").convert("LA")
+    else:
+        image = image.convert(mode)
+    image.save(tmp_path / f"a.{ending}")
+    expected = {"1": 255, "L": 102, "LA": 102}.get(mode, colour)
+    np.testing.assert_allclose(one_image(tmp_path).astype(int), np.broadcast_to(expected, (8, 8, 3)), atol=4)
+
+
+@pytest.mark.parametrize("ending", ["png", "tif"])
+def test_sixteen_bits_are_scaled_to_eight(ending: str, tmp_path: Path) -> None:
+    offsets = np.array([[100, 100], [-100, -100]])
+    Image.fromarray((GREYS.astype(int) * 257 + offsets).astype(np.uint16)).save(tmp_path / f"a.{ending}")
+    np.testing.assert_array_equal(one_image(tmp_path), np.repeat(GREYS[..., None], 3, axis=2))
+
+
+def test_a_range_that_is_unknown_is_refused_with_the_name(tmp_path: Path) -> None:
+    for name, dtype in (("float", np.float32), ("int", np.int32)):
+        Image.fromarray(GREYS.astype(dtype)).save(tmp_path / f"{name}.tif")
+    wanted = (
+        r"got 2 of 2 that it cannot: float\.tif \(ValueError: expected 8 or 16 bits a channel, got pixels of mode F.*int\.tif"
+    )
+    with pytest.raises(ValueError, match=wanted):
+        load_dataset(str(tmp_path))
+
+
+def test_transparent_pixels_lie_on_white(tmp_path: Path) -> None:
+    pixels = np.zeros((1, 3, 4), dtype=np.uint8)
+    pixels[0, :, 3] = 0, 128, 255
+    tall = np.repeat(pixels, 3, axis=0)
+    Image.fromarray(tall).save(tmp_path / "a.png")
+    assert one_image(tmp_path)[0, :, 0].tolist() == [255, 127, 0]
+    palette = Image.fromarray(np.array([[0, 1]] * 2, dtype=np.uint8)).convert("P")
+    palette.putpalette([10, 20, 30, 40, 50, 60])
+    palette.save(tmp_path / "a.png", transparency=0)
+    assert one_image(tmp_path)[0].tolist() == [[255, 255, 255], [40, 50, 60]]
+    Image.fromarray(GREYS).save(tmp_path / "a.png", transparency=64)
+    assert one_image(tmp_path)[..., 0].tolist() == [[0, 255], [128, 255]]
+
+
+def test_exif_turns_an_image(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    Image.fromarray(GREYS).save(tmp_path / "a.png", exif=exif)
+    np.testing.assert_array_equal(one_image(tmp_path)[..., 0], GREYS[::-1, ::-1])
+
+
+@pytest.mark.parametrize("ending", ["gif", "png", "webp", "tif"])
+def test_an_animation_gives_its_first_frame(ending: str, tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (4, 4), (value, value, value)) for value in (200, 90, 10)]
+    frames[0].save(tmp_path / f"a.{ending}", save_all=True, append_images=frames[1:])
+    np.testing.assert_allclose(one_image(tmp_path), 200, atol=4)
+
+
+# ------------------------------------------------------------------------------------------------------------ broken images
+
+
+def break_images(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Write two good images and one of every broken kind. Return the names of the broken ones, sorted."""
+    noise = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    for name in ("good.png", "cut.png", "cut.jpg", "cut.webp", "damaged.png"):
+        Image.fromarray(noise).save(folder / name)
+    Image.fromarray(noise).save(folder / "zz_good.bmp")
+    for name in ("cut.png", "cut.jpg", "cut.webp"):
+        (folder / name).write_bytes((folder / name).read_bytes()[:-150])
+    content = bytearray((folder / "damaged.png").read_bytes())
+    content[50] ^= 255  # within the compressed pixels
+    (folder / "damaged.png").write_bytes(content)
+    (folder / "empty.png").touch()
+    (folder / "text.jpg").write_text("no image")
+    (folder / "link.png").symlink_to("nowhere")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 300)
+    Image.new("1", (17, 18)).save(folder / "bomb.png")
+    Image.new("1", (60, 60)).save(folder / "greater_bomb.png")
+    return sorted(path.name for path in folder.iterdir() if "good" not in path.name)
+
+
+@pytest.mark.parametrize("image_size", [None, 8])
+def test_broken_images_are_named_before_any_work(
+    image_size: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = break_images(tmp_path, monkeypatch)
+    with pytest.raises(
+        ValueError, match=r"expected images that Pillow can read in .*\(--skip-broken\) leaves them out"
+    ) as info:
+        load_dataset(str(tmp_path), image_size=image_size)
+    if image_size is not None:  # otherwise headers alone have been read
+        assert f"got {len(broken)} of {len(broken) + 2} that it cannot: bomb.png (Decompression" in str(info.value)
+        assert "cut.jpg (OSError: " in str(info.value)
+        assert f"and {len(broken) - 5} more" in str(info.value)
+
+
+@pytest.mark.parametrize("image_size", [None, 8])
+def test_broken_images_can_be_left_out(
+    image_size: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "class").mkdir()
+    (tmp_path / "class" / "broken.png").touch()
+    broken = break_images(tmp_path, monkeypatch)
+    with caplog.at_level(logging.WARNING):
+        dataset = load_dataset(str(tmp_path), image_size=image_size, skip_broken=True)
+    assert (len(dataset), dataset.classes, dataset.labels.tolist()) == (2, ("",), [0, 0])
+    images, _ = dataset[torch.arange(2)]
+    assert torch.equal(images[0], images[1])
+    assert images.float().std() > 10
+    assert f"{len(broken)} of {len(broken) + 2} images in {tmp_path} left out: bomb.png (Decomp" in caplog.text
+    assert caplog.text.count("left out") == 1
+    names = [content.split()[0].decode() for content in list(dataset.contents(True))[:2]]
+    assert names == ["good.png", "zz_good.bmp"]
+
+
+def test_a_folder_of_broken_images_alone_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.png").touch()
+    for image_size in (None, 8):
+        with pytest.raises(ValueError, match=r"got 1 of 1 that it cannot: a\.png \(UnidentifiedImageError: "):
+            load_dataset(str(tmp_path), image_size=image_size, skip_broken=True)
+
+
+def test_pipes_and_folders_with_names_of_images_are_none(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    (tmp_path / "folder.png").mkdir()
+    os.mkfifo(tmp_path / "pipe.png")  # opening it would wait for ever
+    assert len(load_dataset(str(tmp_path))) == 1
+
+
+def test_a_folder_that_must_not_be_read_is_no_empty_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "a" / "a.png")
+    scandir = os.scandir
+
+    def forbid(path: str) -> object:
+        if Path(path).name == "b":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", forbid)  # root may read anything
+    with pytest.raises(PermissionError, match=r"Permission denied: '.*b'"):
+        load_dataset(str(tmp_path))
+
+
+def test_names_that_are_no_text_are_read(tmp_path: Path) -> None:
+    path = os.fsencode(tmp_path) + b"/\xff.png"
+    try:
+        with open(path, "wb") as file:
+            Image.new("RGB", (4, 4)).save(file, format="PNG")
+    except OSError:
+        pytest.skip("the file system has names of text alone")
+    assert len(load_dataset(str(tmp_path)).fingerprint(exact=True)) == 2
+
+
+def test_images_that_do_not_fit_into_memory_are_refused_before_they_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    monkeypatch.setattr(limits, "free_memory", lambda: 300_000_000)
+    monkeypatch.setattr(data, "_decode", lambda *_: pytest.fail("an image was decoded"))
+    wanted = r"expected image_size to fit into memory, got 10001 for 1 images, which needs about 300\.1 MB of 300\.0 MB"
+    with pytest.raises(ValueError, match=wanted):
+        load_dataset(str(tmp_path), image_size=10001)
+    with pytest.raises(ValueError, match=r"image_size to fit into memory, got 1000, which needs about 3\.0 GB of 300\.0 MB"):
+        load_dataset("digits", image_size=1000)
+
+
+def test_only_the_first_images_are_read_but_all_classes_counted(tmp_path: Path) -> None:
+    for name in ("b", "a"):
+        (tmp_path / name).mkdir()
+    Image.new("RGB", (4, 4), "white").save(tmp_path / "a" / "0.png")
+    (tmp_path / "b" / "broken.png").touch()
+    dataset = load_dataset(str(tmp_path), first=1)
+    assert (len(dataset), dataset.classes, dataset.labels.tolist()) == (1, ("a", "b"), [0])

@@ -30,7 +30,7 @@ from ddpm_fast.ops import noise
 from ddpm_fast.pretrained import load_folder
 from ddpm_fast.reference import STREAM_Q_SAMPLE
 from ddpm_fast.schedule import NoiseSchedule
-from ddpm_fast.training import train
+from ddpm_fast.training import loop, records, train
 from ddpm_fast.training.data import load_dataset, to_unit_range
 from ddpm_fast.training.export import export_checkpoint
 from ddpm_fast.training.loop import TrainResult, _lr_factor
@@ -211,16 +211,83 @@ def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
         ("label_dropout", 1.5, "at least 0 and at most 1"),
         ("lr", 0.0, "positive"),
         ("channels", [], "at least one number"),
-        ("threads", 0, "a positive integer or None"),
+        ("threads", 0, r"an integer in 1\.\.\d+ or None"),
+        ("threads", 100_000, r"an integer in 1\.\.\d+ or None, got 100000"),
+        ("lr", math.inf, "positive and finite, got inf"),
+        ("layers", 10**9, r"an integer in 1\.\.100, got 1000000000"),
+        ("num_timesteps", 99999999999, r"to fit into memory, got 99999999999, which needs about 16,000\.0 GB of \d+"),
+        ("batch_size", 99999999999, r"to fit into memory, got 99999999999, which needs about \d[\d,.]* GB of \d+"),
+        ("channels", [10**6, 10**6], r"to fit into memory, got \[1000000, 1000000\], which needs about \d[\d,.]* GB of \d+"),
+        ("channels", [10**12, 10**12], r"to fit into memory, got \[1000000000000, 1000000000000\]: Storage size"),
+        ("channels", [10**40], "to fit into memory, got .*: empty"),
+        ("image_size", 10**6, r"to fit into memory, got 1000000, which needs about 3,000,000\.0 GB of \d+"),
         ("device", "meta", "one of this machine, got 'meta'"),
         ("device", "nowhere", "one of this machine, got 'nowhere'"),
         ("device", "cuda:99", "one of this machine, got 'cuda:99'"),
     ],
 )
 def test_bad_options_are_refused_before_anything_is_written(option: str, value: object, wanted: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=f"train: expected {option} to be {wanted}"):
+    wanted = wanted if wanted.startswith("to ") else f"to be {wanted}"
+    with pytest.raises(ValueError, match=rf"(train|load_dataset): expected {option} {wanted}"):
         train(tmp_path / "run", **QUIET | {option: value})
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "wanted"),
+    [
+        ("channels", 8, "channels to be a list, got int"),
+        ("lr", "x", "lr to be a number, got str"),
+        ("batch_size", 2.5, r"batch_size to be a positive integer, got 2\.5"),
+        ("flip", 1, "flip to be a bool, got int"),
+        ("skip_broken", "no", "skip_broken to be a bool, got str"),
+        ("lock", None, "lock to be a bool, got NoneType"),
+        ("data", None, "data to be a path, got NoneType"),
+        ("init", 5, "init to be a path, got int"),
+        ("steps", torch.tensor(3), "options of plain types, got: .*Tensor"),
+    ],
+)
+def test_options_of_wrong_types_are_refused(option: str, value: object, wanted: str, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=f"train: expected {wanted}"):
+        train(tmp_path / "run", **QUIET | {option: value})
+    assert not (tmp_path / "run").exists()
+
+
+def test_samples_cannot_take_more_steps_than_there_are(tmp_path: Path) -> None:
+    options = QUIET | {"num_timesteps": 20, "steps": 1}
+    with pytest.raises(ValueError, match=r"train: expected sample_steps to be an integer in 1\.\.20, got 50"):
+        train(tmp_path / "run", **options | {"sample_every": 10})
+    train(tmp_path / "run", **options)  # no samples are drawn
+
+
+def test_folders_that_cannot_be_written_are_refused_before_the_images_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "load_dataset", lambda *_, **__: pytest.fail("the images were read"))
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match=r"to be a folder, got '.*file', which is a file"):
+        train(tmp_path / "file" / "run", **QUIET)
+    with pytest.raises(OSError, match="File name too long"):
+        train(tmp_path / ("x" * 300), **QUIET)
+    with pytest.raises(FileExistsError, match="new or empty"):
+        train(tmp_path, **QUIET)
+
+
+def test_checkpoints_that_do_not_fit_onto_the_disk_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = QUIET | {"checkpoint_every": 1, "steps": 3}
+    train(tmp_path / "run", **options)
+    newest = RunFolder(tmp_path / "run").latest_checkpoint()
+    assert newest is not None
+    size = sum(file.stat().st_size for file in newest.rglob("*.safetensors"))
+    free = 0
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**12, 0, free))  # type: ignore[attr-defined]
+    for keep, needed in ((2, 3), (3, 4), (1000, 4)):  # three saves at most, and one more until an old one goes
+        free = int((needed - 0.5) * size)
+        with pytest.raises(OSError, match=rf"train: expected [\d.]+ MB of free space for '{tmp_path}/new', got .* free some"):
+            train(tmp_path / "new", **options | {"keep": keep})
+        assert not (tmp_path / "new").exists()
+    free = int(1.1 * size)  # the run has two already, and keeps two
+    assert train(tmp_path / "run", **options | {"steps": 4}, resume=True).step == 4
 
 
 def test_init_starts_from_the_weights_of_a_run_a_checkpoint_or_a_model(tmp_path: Path) -> None:
@@ -330,12 +397,68 @@ def test_checkpoint_that_fails_to_be_written_leaves_the_old_one(tmp_path: Path, 
         raise OSError("no space left on device")
 
     monkeypatch.setattr(safetensors.torch, "save_file", full)
-    with pytest.raises(OSError, match="no space left"):
+    wanted = r"train: expected to write to .*run at step 2, got: no space .*; the last good checkpoint is .*step-00000001"
+    with pytest.raises(OSError, match=wanted):
         train(tmp_path / "run", **QUIET | {"steps": 2}, resume=True)
     monkeypatch.undo()
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["latest", "step-00000001"]
     latest = RunFolder(tmp_path / "run").latest_checkpoint()
     assert latest is not None
     assert latest.name == "step-00000001"
+
+
+WITHIN_A_LIMIT = """
+import resource, sys
+from ddpm_fast.cli import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))  # bytes of a file; safetensors and Python meet it while they write
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no limits of files' sizes")
+def test_a_disk_that_is_full_names_the_last_good_checkpoint(tmp_path: Path) -> None:
+    """The system ends writes with an error, as a full disk does."""
+    run = tmp_path / "run"
+    train(run, **QUIET | {"steps": 2})
+    before = weights(run)
+    command = [sys.executable, "-W", "ignore", "-c", WITHIN_A_LIMIT, "train", str(run), "--resume", "--steps", "4"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    wanted = rf"Error: train: expected to write to {run} at step 4, got: .*File too large.*; the last good .*step-00000002"
+    assert re.search(wanted, result.stderr), result.stderr
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["latest", "step-00000002"]
+    after = weights(run)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    train(run, **QUIET | {"steps": 4}, resume=True)
+    train(tmp_path / "whole", **QUIET | {"steps": 4})
+    assert_same_weights(run, tmp_path / "whole")
+
+
+def test_a_log_that_cannot_be_written_ends_the_run_with_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(RunFolder, "append_log", full)
+    with pytest.raises(OSError, match=r"at step 4, got: no space .*; the last good checkpoint is .*step-00000004"):
+        train(tmp_path / "run", **QUIET | {"steps": 6})
+    monkeypatch.undo()
+    train(tmp_path / "run", **QUIET | {"steps": 6}, resume=True)
+    train(tmp_path / "whole", **QUIET | {"steps": 6})
+    assert_same_weights(tmp_path / "run", tmp_path / "whole")
+    last, whole = (log_rows(tmp_path / name)[-1] for name in ("run", "whole"))
+    assert (last["step"], whole["step"]) == ("6", "6")
+
+
+def test_a_picture_that_cannot_be_written_does_not_end_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(records, "save_grid", full)
+    assert train(tmp_path / "run", **QUIET | {"steps": 2, "sample_every": 1, "sample_steps": 1}).step == 2
+    assert re.search(r"step-00000001\.png could not be written: no space left on device", caplog.text)
 
 
 def test_export_is_a_model_folder(tmp_path: Path) -> None:
@@ -518,25 +641,67 @@ def test_images_of_other_sizes_stop_a_run_instead_of_being_resized(tmp_path: Pat
         train(tmp_path / "run", **options, steps=2, resume=True)
 
 
+def test_a_broken_image_is_named_before_anything_is_written_or_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    for i in range(3):
+        Image.new("RGB", (8, 8), (i, i, i)).save(images / f"{i}.png")
+    (images / "1.png").write_bytes((images / "1.png").read_bytes()[:-30])
+    options = QUIET | {"data": images, "batch_size": 2, "steps": 1}
+    with pytest.raises(ValueError, match=r"got 1 of 3 that it cannot: 1\.png \(.*--skip-broken"):
+        train(tmp_path / "run", **options)
+    assert not (tmp_path / "run").exists()
+    train(tmp_path / "run", **options, skip_broken=True)
+    assert "1 of 3 images in" in caplog.text
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config["options"]["skip_broken"], config["dataset"]["images"]) == (True, 2)
+    del config["options"]["skip_broken"]  # older runs have none
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    (images / "1.png").unlink()
+    assert train(tmp_path / "run", **options | {"steps": 2}, resume=True).step == 2
+
+
 # ---------------------------------------------------------------------------------------------------------------- stopping
 
 
-def test_sigterm_saves_and_ends_the_run(tmp_path: Path) -> None:
-    before = signal.getsignal(signal.SIGTERM)
+def train_and_signal(run_dir: Path, number: signal.Signals, **options: Any) -> TrainResult:
+    """Train, and send a signal to this process once it trains."""
 
     def stop_when_running() -> None:
-        while not (tmp_path / "run" / "log.csv").exists():
+        while not (run_dir / "log.csv").exists():
             time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
 
     thread = threading.Thread(target=stop_when_running)
     thread.start()
-    result = train(tmp_path / "run", **QUIET | {"steps": 100_000})
+    result = train(run_dir, **QUIET | options)
     thread.join()
+    return result
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_saves_and_ends_the_run(name: str, tmp_path: Path) -> None:
+    number = signal.Signals[name]
+    received = []
+    before = signal.signal(number, lambda *_: received.append(name))
+    try:
+        result = train_and_signal(tmp_path / "run", number, steps=100_000, max_minutes=5)
+        assert signal.getsignal(number) is not before
+    finally:
+        signal.signal(number, before)
     latest = RunFolder(tmp_path / "run").latest_checkpoint()
     assert latest is not None
-    assert (result.stopped_by, latest.name) == ("SIGTERM", f"step-{result.step:08d}")
-    assert signal.getsignal(signal.SIGTERM) == before
+    assert (result.stopped_by, latest.name, received) == (name, f"step-{result.step:08d}", [])
+
+
+def test_a_hangup_that_is_ignored_stays_so(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        assert train_and_signal(tmp_path / "run", signal.SIGHUP, steps=40, log_every=1).stopped_by is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def kill_and_resume(run_dir: Path, kills: int, within_writes: int, seed: int) -> tuple[list[int], int]:
