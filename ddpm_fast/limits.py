@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import suppress
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +66,10 @@ def existing_folder(path: Path) -> Path:
     return next(folder for folder in (path, *path.parents) if os.path.exists(folder))
 
 
-def size_text(size: float) -> str:
+def size_text(size: int) -> str:
     """Return a number of bytes as text in MB or GB."""
+    if size >= 10**18:
+        return f"{Decimal(size) / 10**9:.2g} GB"
     return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
 
 

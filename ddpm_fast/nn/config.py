@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping, Sequence
-from decimal import Decimal
 from typing import Any
 
 from ..checks import check_int, check_number, check_type
+from ..limits import check_free_memory
 
 CIFAR10_32: dict[str, Any] = {
     "sample_size": 32,
@@ -215,16 +214,8 @@ class UNetConfig:
         return total + 2 * resnet(width, width) + attention(width, normed) * self.add_attention
 
     def check_memory(self) -> None:
-        """Raise a ValueError if the float32 weights do not fit into the machine's memory."""
-        if not hasattr(os, "sysconf"):  # Windows
-            return
-        needed, memory = 4 * self.num_parameters, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        if needed > memory:
-            raise ValueError(
-                f"UNet: expected a network that fits into {memory / 1e9:.3g} GB of memory, got block_out_channels "
-                f"{list(self.block_out_channels)} and other sizes that make {Decimal(needed // 4):.3g} weights of "
-                f"{Decimal(needed) / 10**9:.3g} GB"
-            )
+        """Raise a ValueError if the float32 weights do not fit into memory."""
+        check_free_memory("UNet", "block_out_channels", list(self.block_out_channels), 4 * self.num_parameters)
 
     def check_image_shape(self, caller: str, name: str, shape: Sequence[int]) -> None:
         """Raise a ValueError unless `shape` is a valid shape of the network's input.

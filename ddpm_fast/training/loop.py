@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..limits import check_free_memory, check_free_space, check_writable
 from ..memory import kept_memory
-from ..nn import UNet
+from ..nn import UNetConfig
 from ..ops import denoising_loss, q_sample
 from ..schedule import NoiseSchedule
 from .data import RESIZED, load_dataset, to_unit_range
@@ -289,13 +289,7 @@ def _saved_if_a_file_fails(run: RunFolder, task: Task, state: State) -> Iterator
 def _check_sizes(run: RunFolder, task: Task) -> None:
     """Raise if networks and images do not fit into memory, or checkpoints onto the disk. The estimates are low."""
     options = task.options
-    try:
-        with torch.device("meta"):
-            model = UNet(**unet_config(options, task.dataset, task.labelled))
-    except (RuntimeError, TypeError) as error:  # sizes beyond 64 bits
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"train: expected channels to fit into memory, got {options['channels']}: {reason}") from error
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    parameters = UNetConfig.from_dict(unet_config(options, task.dataset, task.labelled)).num_parameters
     channels, height, width = task.dataset.shape
     per_image = channels * (1 + 4)
     if task.device.type == "cpu":

@@ -235,7 +235,10 @@ def test_errors_name_what_is_wrong(model: UNet, tmp_path: Path) -> None:
         ({"mid_block_scale_factor": float("nan")}, "mid_block_scale_factor to be positive and finite, got nan"),
         ({"down_block_types": None}, "down_block_types to be a list made of .*, got None"),
         ({"colour": "red"}, "unknown configuration key 'colour'; .*"),
-        ({"block_out_channels": [10**12] * 2}, "expected a network that fits into .* weights of .* GB"),
+        (
+            {"block_out_channels": [10**12] * 2},
+            "block_out_channels to fit into memory, got .*, which needs about .* GB of .* GB",
+        ),
     ],
 )
 def test_a_wrong_value_of_config_json_is_named_with_the_file(

@@ -18,6 +18,7 @@ WRITING = frozenset(
 # (file, function, call) -> why it may.
 ALLOWED = {
     ("cli.py", "_make_writable", "tempfile.TemporaryFile"): "a trial without a name",
+    ("images.py", "image_format", "Image.new(mode, (2, 2)).save"): "into memory",
     ("images.py", "_write", "first.save"): "into the file of `replacing`",
     ("training/records.py", "tensorboard_writer", "SummaryWriter"): "TensorBoard writes its own event files",
     ("training/run_folder.py", "_point_to", "link.replace"): "a link",
