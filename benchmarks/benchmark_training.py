@@ -167,6 +167,7 @@ def plot_loss(losses: dict[str, list[float]], precision: str) -> Any:
 
 
 def loss_curve(args: argparse.Namespace, run: common.Run) -> None:
+    common.pyplot()
     config = idioms.NETWORKS[args.network]
     data = batches(args.steps, args.batch, config["sample_size"])
     for precision in args.precision:

@@ -161,6 +161,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     batches = args.batches or ([1, 4] if args.quick else [1, 4, 16, 64])
     rounds = args.rounds or (5 if args.quick else 15)
 
+    if args.plot:
+        common.pyplot()
     run = common.Run(out=args.out)
     everything: list[dict[str, Any]] = []
     with network_folder(CIFAR10_32, args.folder) as folder:

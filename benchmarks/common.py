@@ -386,8 +386,11 @@ class Run:
 
 
 def pyplot() -> Any:
-    """Return matplotlib's pyplot, which draws to files alone."""
-    import matplotlib
+    """Return matplotlib's pyplot, which draws to files alone. Exit if it is missing: call this before long work."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise SystemExit("matplotlib is missing: install it with pip install 'ddpm_fast[bench]'") from None
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plot

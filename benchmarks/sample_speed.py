@@ -250,6 +250,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--plot", action="store_true", help="draw the picture that docs/benchmarks.md shows")
     args = parser.parse_args(arguments)
 
+    if args.plot:
+        common.pyplot()
     deadline = time.monotonic() + args.seconds
     run = common.Run(args.device, args.out)
     dtype = common.DTYPES[args.dtype]

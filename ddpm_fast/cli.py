@@ -7,18 +7,22 @@ import logging
 import math
 import os
 import re
+import secrets
 import signal
+import stat
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar, cast
 
 import click
 from click.core import ParameterSource
 
+from .atomic import remove_leftovers
+from .limits import check_free_memory, check_free_space, check_writable
 from .training import train
 from .version import __version__
 
@@ -37,7 +41,81 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 _WAIT_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+class _Refused(click.ClickException):
+    """A refusal of a command, shown on one line as click shows a bad argument."""
+
+    exit_code = 2
+
+
+class _Stopped(click.ClickException):
+    """The end of a command by Ctrl-C, with what has become of its work."""
+
+    exit_code = 128 + signal.SIGINT
+
+    def show(self, file: Any = None) -> None:
+        click.echo(self.format_message(), err=True)
+
+
+class _Forgiving:
+    """A text stream that drops what it cannot write. Work must not be lost for a progress bar on a closed terminal."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError, ValueError):
+            return self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+class _Commands(click.Group):
+    """The group of commands. Its streams may be closed or full, and Ctrl-C may come at any time.
+
+    The context's object is the list of the files that the command has written.
+    """
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        written = kwargs.setdefault("obj", [])
+        for number in range(3):
+            try:
+                os.fstat(number)
+            except OSError:  # a closed stream: the next file that is opened would receive what is meant for it
+                os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+        with ExitStack() as stack:
+            null = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            if sys.stdout is None:
+                stack.enter_context(redirect_stdout(null))
+            stack.enter_context(redirect_stderr(cast("TextIO", _Forgiving(sys.stderr or null))))
+            try:
+                return super().main(*args, **kwargs)
+            except OSError as error:
+                if not kwargs.get("standalone_mode", True):
+                    raise
+                # Files are written within `_refusing`, so this is standard output.
+                click.echo(f"Error: standard output: {error}. {_files(written)}", err=True)
+                with suppress(OSError, ValueError):
+                    os.dup2(null.fileno(), sys.stdout.fileno())  # or Python would try to write the rest when it ends
+                sys.exit(1)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise _Stopped(f"Stopped by Ctrl-C. {_files(ctx.obj)}") from None
+
+
+def _files(written: list[Path]) -> str:
+    return f"Written: {', '.join(map(str, written))}." if written else "Nothing was written."
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="ddpm-fast")
 def main() -> None:
     """Train, sample and evaluate denoising diffusion probabilistic models."""
@@ -57,22 +135,57 @@ def _numbers(ctx: click.Context, option: click.Parameter, value: str) -> list[in
         raise click.BadParameter(f"{value!r} is not a list of whole numbers separated by commas") from None
 
 
-class _Refused(click.ClickException):
-    """A refusal of a command, shown on one line as click shows a bad argument."""
+class _Finite(click.FloatRange):
+    """A type of option: a number in a range that is neither NaN nor infinite."""
 
-    exit_code = 2
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
 
 
 @contextmanager
-def _refusing() -> Iterator[None]:
-    """Turn the package's errors into refusals, and write log lines above progress bars."""
+def _refusing(options: Mapping[str, str]) -> Iterator[None]:
+    """Turn the package's errors into refusals, and write log lines above progress bars.
+
+    Args:
+        options: Option that an argument is given by, by the argument's name.
+    """
     from tqdm.contrib.logging import logging_redirect_tqdm
 
     try:
         with logging_redirect_tqdm():
             yield
-    except (ValueError, TypeError, ImportError, OSError) as error:
-        raise _Refused(str(error)) from error
+    except Exception as error:
+        text = _refusal(error)
+        if text is None:
+            raise
+        names = "|".join(options)
+        text = re.sub(rf"\bexpected ({names})\b", lambda match: f"expected {options[match[1]]}", text)
+        raise _Refused(text) from error
+
+
+def _refusal(error: Exception) -> str | None:
+    """Return what to tell the user of an error, or None for a defect of the program."""
+    import torch
+    from safetensors import SafetensorError
+
+    text = str(error)
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
+        return f"out of memory; a smaller --batch-size needs less: {text.splitlines()[0] if text else 'no reason given'}"
+    return text if isinstance(error, ValueError | TypeError | ImportError | OSError | SafetensorError) else None
+
+
+def _model_folder(ctx: click.Context, option: click.Parameter, value: Any) -> Any:
+    """Refuse a model's folder that does not exist, with a hint if it looks like a hub's id."""
+    if value is None or os.path.isdir(value):
+        return value
+    hint = ""
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(value)):
+        name = Path(value).name
+        hint = f"; models of the Hugging Face hub are downloaded first: hf download {value} --local-dir {name}"
+    raise click.BadParameter(f"expected a folder, got {str(value)!r}, which is none{hint}")
 
 
 # ------------------------------------------------------------------------------------------------------------------ train
@@ -86,6 +199,7 @@ def _argument_texts(function: Callable[..., Any]) -> dict[str, str]:
 
 
 _TRAIN_TEXTS = _argument_texts(train)
+_TRAIN_OPTIONS = {name: f"--{name.replace('_', '-')}" for name in _TRAIN_TEXTS if name != "run_dir"} | {"name": "--data"}
 
 
 def _train_option(declaration: str, **settings: Any) -> Callable[[_Command], _Command]:
@@ -105,6 +219,7 @@ def _train_option(declaration: str, **settings: Any) -> Callable[[_Command], _Co
 @_train_option("--data")
 @_train_option("--data-dir", type=click.Path())
 @_train_option("--image-size", type=int)
+@_train_option("--skip-broken/--no-skip-broken")
 @_train_option("--flip/--no-flip")
 @_train_option("--channels")
 @_train_option("--layers")
@@ -114,7 +229,7 @@ def _train_option(declaration: str, **settings: Any) -> Callable[[_Command], _Co
 @_train_option("--dropout")
 @_train_option("--conditional/--unconditional")
 @_train_option("--label-dropout")
-@_train_option("--init", type=click.Path())
+@_train_option("--init", type=click.Path(), callback=_model_folder)
 @_train_option("--num-timesteps")
 @_train_option("--schedule", type=click.Choice(["linear", "scaled_linear", "cosine", "sigmoid"]))
 @_train_option("--prediction", type=click.Choice(["epsilon", "sample", "v_prediction"]))
@@ -155,14 +270,17 @@ def train_command(ctx: click.Context, /, run_dir: Path, resume: bool, progress: 
     from .training.run_folder import RunFolder
 
     try:
-        with _refusing():
+        with _refusing(_TRAIN_OPTIONS):
             if resume:  # the run's own options, except those given now
                 given = {name: options[name] for name in options if _is_given(ctx, name)}
                 options |= RunFolder(run_dir).read_config()["options"] | given
             result = train(run_dir, **options, resume=resume, progress=progress)
     except FloatingPointError as error:
         raise click.ClickException(str(error)) from error
-    if result.stopped_by in ("SIGINT", "SIGTERM"):
+    except KeyboardInterrupt:  # before the first step, or for the second time
+        checkpoint = RunFolder(run_dir).latest_checkpoint()
+        raise _Stopped(f"Stopped by Ctrl-C. The last checkpoint of {run_dir}: {checkpoint or 'none'}.") from None
+    if result.stopped_by in ("SIGINT", "SIGTERM", "SIGHUP"):
         ctx.exit(128 + signal.Signals[result.stopped_by])  # as a shell reports a process that the signal ended
     if result.stopped_by is None:
         click.echo(f"{run_dir}: {result.step} steps done. Sample from it with: ddpm-fast sample --model {run_dir}")
@@ -188,8 +306,13 @@ def export_command(run_dir: Path, out_dir: Path, dtype: str) -> None:
 
     from .training.export import export_checkpoint
 
-    with _refusing():
-        folder = export_checkpoint(run_dir, out_dir, getattr(torch, dtype))
+    for folder in (out_dir, out_dir / "unet"):
+        remove_leftovers(folder)
+    try:
+        with _refusing({"out_dir": "OUT_DIR"}):
+            folder = export_checkpoint(run_dir, out_dir, getattr(torch, dtype))
+    except KeyboardInterrupt:
+        raise _Stopped(f"Stopped by Ctrl-C. {out_dir} may be incomplete.") from None
     size = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
     click.echo(f"{folder}: {size / 1e6:.1f} MB of {dtype} weights. Sample from it with: ddpm-fast sample --model {folder}")
 
@@ -197,11 +320,57 @@ def export_command(run_dir: Path, out_dir: Path, dtype: str) -> None:
 # ------------------------------------------------------------------------------------------------------- sample, evaluate
 
 
-def _make_writable(folder: Path) -> None:
-    """Make the folder that results will go to. Raise OSError if it cannot be made or written to."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder):
+def _check_output(option: str, path: Path) -> None:
+    """Raise if no file can be written there, as far as that can be known without writing."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise ValueError(f"{option}: expected a file, got {str(path)!r}, which is a folder or a device")
+    except (FileNotFoundError, NotADirectoryError):
         pass
+    except OSError as error:  # such as a name that is too long
+        raise OSError(f"{option}: {error}") from error
+    check_writable(option, path.parent)
+
+
+def _make_writable(option: str, folder: Path) -> None:
+    """Make the folder that results will go to. Raise OSError if it cannot be made or written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"{option}: expected {str(folder)!r} to be a folder for files, got: {error}") from error
+
+
+def _save(save: Callable[[Path], object], path: Path, failures: list[str], endings: tuple[str, ...] = ()) -> None:
+    """Save a result, or if that fails save it beside the path or in the temporary folder, and add to `failures`.
+
+    Args:
+        save: Writes the file that it is given.
+        path: The file to write.
+        failures: Receives the reason if another file had to be written, or none could be.
+        endings: Endings to try beside the path's own.
+    """
+    written: list[Path] = click.get_current_context().obj
+    try:
+        save(path)
+        written.append(path)
+        return
+    except Exception as error:  # formats raise errors of many types
+        reason = f"{path} could not be written: {error}"
+    folders = [path.parent]
+    with suppress(OSError):
+        folders.append(Path(tempfile.gettempdir()))
+    for folder in folders:
+        for ending in dict.fromkeys((path.suffix, *endings)):
+            other = folder / f"{path.stem[:100]}-{secrets.token_hex(4)}{ending}"
+            with suppress(Exception):
+                save(other)
+                written.append(other)
+                failures.append(f"{reason}. Written instead: {other}")
+                return
+    failures.append(f"{reason}. No other file could be written either: {', '.join(map(str, folders))}")
 
 
 def _device(ctx: click.Context, param: click.Parameter, value: str | None) -> torch.device:
@@ -217,6 +386,10 @@ def _device(ctx: click.Context, param: click.Parameter, value: str | None) -> to
     return device
 
 
+_MAX_GUIDANCE = 1e4  # beyond it, differences of predictions leave the range of float32 within a few steps
+_SAMPLE_OPTIONS = {"num_samples": "--num", "seed": "--seed", "num_steps": "--steps", "eta": "--eta", "variance": "--variance"}
+_EVALUATE_OPTIONS = {"name": "--data", "data_dir": "--data-dir", "seed": "--seed", "variance": "--variance"}
+_FRAMES = 51  # of an animation, at most
 _VARIANCES = ("fixed_small", "fixed_large", "learned", "learned_range")
 
 
@@ -226,7 +399,8 @@ def _model_options(dtype_help: str) -> Callable[[_Command], _Command]:
         click.option(
             "--model",
             "folder",
-            type=click.Path(exists=True, file_okay=False, path_type=Path),
+            type=click.Path(path_type=Path),
+            callback=_model_folder,
             help="Load a model's folder in diffusers' layout, or a training run's.  [default: the built-in model]",
         ),
         click.option("--seed", type=int, default=0, show_default=True, help="Seed all noise."),
@@ -260,7 +434,7 @@ def _model_options(dtype_help: str) -> Callable[[_Command], _Command]:
     show_default=True,
     help="Sample by ancestral steps (eq. 13) or by DDIM.",
 )
-@click.option("--eta", type=click.FloatRange(0), help="Scale DDIM's noise; 0 is deterministic.  [default: 0]")
+@click.option("--eta", type=_Finite(0), help="Scale DDIM's noise; 0 is deterministic.  [default: 0]")
 @click.option(
     "--spacing",
     type=click.Choice(["leading", "trailing", "linspace"]),
@@ -273,7 +447,9 @@ def _model_options(dtype_help: str) -> Callable[[_Command], _Command]:
     "--classes", help="Draw these classes in turn: names or numbers with commas, or none for no label.  [default: all]"
 )
 @click.option(
-    "--guidance", type=float, help="Set the scale of classifier-free guidance; above 1 doubles the cost.  [default: 1]"
+    "--guidance",
+    type=_Finite(-_MAX_GUIDANCE, _MAX_GUIDANCE),
+    help="Set the scale of classifier-free guidance; above 1 doubles the cost.  [default: 1]",
 )
 @click.option(
     "--out",
@@ -313,15 +489,31 @@ def sample_command(
     from .pretrained import BUILTIN, load_folder
     from .sampling import Sampler
 
-    with _refusing():
-        for path in filter(None, (out, gif)):
-            image_format(path)
+    failures: list[str] = []
+    with _refusing(_SAMPLE_OPTIONS):
+        _check_output("--out", out)
+        image_format(out, name="--out")
+        if gif is not None:
+            _check_output("--gif", gif)
+            image_format(gif, name="--gif")
+            same = out.exists() and gif.exists() and out.samefile(gif)
+            if same or str(out.resolve()).casefold() == str(gif.resolve()).casefold():  # some file systems ignore case
+                raise ValueError(f"--gif: expected another file than --out, got {str(gif)!r} and {str(out)!r}")
         precision = None if dtype is None else getattr(torch, dtype)
         loaded = load_folder(folder or BUILTIN, device, precision)
         plan = _plan(loaded, sampler, steps, eta, spacing, variance)
+        frames = 0 if gif is None else min(_FRAMES, plan.num_steps + 1)
+        config = loaded.model.config
+        pixels = config["sample_size"]
+        shape = (num, config["in_channels"], pixels, pixels)
+        scale, gif_scale = max(1, 128 // pixels), max(1, 64 // pixels)
+        _check_pictures(shape, frames, out, scale, gif, gif_scale)
         labels = _labels(loaded, classes, num)
-        for path in filter(None, (out, gif)):
-            _make_writable(path.parent)
+        if guidance not in (None, 1) and labels is None:
+            raise ValueError("--guidance: expected a model with classes and --classes other than none, got no labels")
+        _make_writable("--out", out.parent)
+        if gif is not None:
+            _make_writable("--gif", gif.parent)
         began = time.perf_counter()
         arguments: dict[str, Any] = {
             "seed": seed,
@@ -335,15 +527,21 @@ def sample_command(
         if gif is None:
             images = draw(num, **arguments)
         else:
-            images, states = draw.trajectory(num, **arguments)
+            images, states = draw.trajectory(num, num_frames=_FRAMES, **arguments)
         images = images.cpu()  # waits for a GPU
         seconds = time.perf_counter() - began
-        pixels = max(images.shape[2:])
-        written = [save_grid(images, out, scale=max(1, 128 // pixels))]
+        finite = images.flatten(1).isfinite().all(dim=1)
+        if not finite.all():
+            bad = (~finite).nonzero().flatten().tolist()
+            failures.append(f"{len(bad)} of {num} images are not finite and drawn grey, from number {bad[0]} (of 0..{num - 1})")
+            images = images.nan_to_num(0, 0, 0)
+            states = None if states is None else states.nan_to_num(0, 0, 0)
+        _save(lambda path: save_grid(images, path, scale=scale), out, failures, (".png",))
         if states is not None and gif is not None:
-            written.append(save_trajectory(states, gif, scale=max(1, 64 // pixels)))
+            trajectory = states
+            _save(lambda path: save_trajectory(trajectory, path, scale=gif_scale), gif, failures, (".png",))
     if not quiet:
-        names = ", ".join(map(str, written))
+        names = ", ".join(map(str, click.get_current_context().obj))
         images_drawn = "1 image" if num == 1 else f"{num} images"
         steps_taken = "1 step" if plan.num_steps == 1 else f"{plan.num_steps} steps"
         all_steps = loaded.schedule.num_timesteps
@@ -351,6 +549,35 @@ def sample_command(
         click.echo(
             f"{names}: {images_drawn} of {steps_taken} ({sampler}) in {seconds:.1f} s, {num / seconds:.3g} images/s.{finer}"
         )
+    if failures:
+        raise click.ClickException("; ".join(failures))
+
+
+def _check_pictures(
+    shape: tuple[int, int, int, int], frames: int, out: Path, scale: int, gif: Path | None, gif_scale: int
+) -> None:
+    """Raise unless memory, disk and formats can hold the images [N, C, H, W] that will be drawn, and their pictures."""
+    from .images import ANIMATED, STRIP, grid_shape, image_format
+
+    num, channels, *_ = shape
+    numel = math.prod(shape)
+    grid = grid_shape(shape, scale=scale)
+    size, gif_size = math.prod(grid), 0
+    needed = 12 * numel + 64 * num + 3 * size  # float32 states, labels and seeds, pictures
+    pictures = [("--out", out, grid)]
+    if gif is not None:
+        if image_format(gif, (1, 1, channels), "--gif") in ANIMATED:
+            picture, count = grid_shape(shape, scale=gif_scale), frames
+        else:
+            shown = min(STRIP, frames)
+            picture, count = grid_shape((num * shown, *shape[1:]), columns=shown, scale=gif_scale), 1
+        pictures.append(("--gif", gif, picture))
+        gif_size = count * math.prod(picture)
+        needed += 4 * frames * numel + 3 * gif_size
+    check_free_memory("sample", "--num", num, needed)
+    for option, path, picture in pictures:
+        image_format(path, picture, option)
+        check_free_space(option, path, size + gif_size)  # they may share a disk
 
 
 def _plan(loaded: Pretrained, sampler: str, steps: int | None, eta: float | None, spacing: Any, variance: Any) -> SamplingPlan:
@@ -359,6 +586,15 @@ def _plan(loaded: Pretrained, sampler: str, steps: int | None, eta: float | None
 
     common: dict[str, Any] = {"spacing": spacing, "prediction": loaded.prediction, "clip": loaded.clip}
     total = loaded.schedule.num_timesteps
+    if steps is not None and steps > total:
+        raise ValueError(f"--steps: expected a number in 1..{total}, the timesteps of the model, got {steps}")
+    config = loaded.model.config
+    learned = config["out_channels"] == 2 * config["in_channels"]
+    if variance is not None and variance.startswith("learned") != learned:
+        wanted = (
+            "learned or learned_range, as the model predicts it" if learned else "fixed_small or fixed_large for this model"
+        )
+        raise ValueError(f"--variance: expected {wanted}, got {variance}")
     if sampler == "ddim":
         if variance is not None:
             raise ValueError("--variance goes with --sampler ddpm; the noise of ddim is --eta")
@@ -435,19 +671,30 @@ def evaluate_command(
     from .pretrained import BUILTIN, load_folder
     from .training.data import load_dataset, to_unit_range
 
-    with _refusing():
+    failures: list[str] = []
+    with _refusing(_EVALUATE_OPTIONS):
+        if json_path is not None:
+            _check_output("--json", json_path)
+            if json_path.exists() and json_path.stat().st_size and "bits_per_dim" not in json_path.read_text(errors="replace"):
+                raise ValueError(f"--json: expected a new file or one of an earlier evaluation, got {str(json_path)!r}")
         dtype = dtype or "float32"
         loaded = load_folder(folder or BUILTIN, device, getattr(torch, dtype))
         variance = variance or loaded.variance
-        dataset = load_dataset(data, data_dir, split="test", image_size=loaded.model.config["sample_size"])
+        dataset = load_dataset(data, data_dir, split="test", image_size=loaded.model.config["sample_size"], first=num)
         if num > len(dataset):
             raise ValueError(f"--num: {data} has {len(dataset)} test images, got {num}")
         if dataset.shape[0] != loaded.model.config["in_channels"]:
             raise ValueError(f"--data: {data} has {dataset.shape[0]} channels, the model {loaded.model.config['in_channels']}")
         images, classes = dataset[torch.arange(num)]
-        labelled = labels and loaded.model.config["num_class_embeds"] is not None
+        embeddings = loaded.model.config["num_class_embeds"]
+        labelled = labels and embeddings is not None
+        if labelled and classes.max() >= embeddings - 1:
+            raise ValueError(
+                f"--labels: expected classes in 0..{embeddings - 2}, as the model has, got {int(classes.max())}; --no-labels "
+                "evaluates without"
+            )
         if json_path is not None:
-            _make_writable(json_path.parent)
+            _make_writable("--json", json_path.parent)
         began = time.perf_counter()
         bound = variational_bound(
             loaded.model,
@@ -469,27 +716,27 @@ def evaluate_command(
         "L_0": bound.reconstruction,
         "total": bound.total,
     }
+    if json_path is not None:
+        settings = {"data": data, "num": num, "variance": variance, "labels": labelled, "seed": seed, "dtype": dtype}
+        keys = ("prior", "transitions", "reconstruction", "total")
+        figures = dict(zip(keys, parts.values(), strict=True))
+        curves = {"terms": bound.terms, "x_0_mse": bound.x_0_mse, "epsilon_mse": bound.epsilon_mse}
+        result = {
+            **settings,
+            "bits_per_dim": {key: float(bits.mean()) for key, bits in figures.items()},
+            "per_image": {key: bits.tolist() for key, bits in figures.items()},
+            "per_timestep": {key: values.mean(dim=0).tolist() for key, values in curves.items()},
+            "seconds": seconds,
+        }
+        _save(lambda path: write_json(path, result), json_path, failures)
     if not quiet:
         counted = "1 test image" if num == 1 else f"{num} test images"
         click.echo(f"{counted} of {data}, {variance}: bits/dim (standard error of the mean), {seconds:.1f} s")
         for name, bits in parts.items():
             error = float(bits.std(correction=0)) / math.sqrt(num)
             click.echo(f"  {name:<18} {float(bits.mean()):9.5f}  ({error:.5f})")
-    if json_path is not None:
-        settings = {"data": data, "num": num, "variance": variance, "labels": labelled, "seed": seed, "dtype": dtype}
-        keys = ("prior", "transitions", "reconstruction", "total")
-        figures = dict(zip(keys, parts.values(), strict=True))
-        curves = {"terms": bound.terms, "x_0_mse": bound.x_0_mse, "epsilon_mse": bound.epsilon_mse}
-        write_json(
-            json_path,
-            {
-                **settings,
-                "bits_per_dim": {key: float(bits.mean()) for key, bits in figures.items()},
-                "per_image": {key: bits.tolist() for key, bits in figures.items()},
-                "per_timestep": {key: values.mean(dim=0).tolist() for key, values in curves.items()},
-                "seconds": seconds,
-            },
-        )
+    if failures:
+        raise click.ClickException("; ".join(failures))
 
 
 # ------------------------------------------------------------------------------------------------------------------- info

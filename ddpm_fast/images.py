@@ -205,7 +205,7 @@ def image_format(path: str | os.PathLike[str], shape: Sequence[int] = (1, 1, 1),
                 f"got {str(path)!r} for {width}x{height} pixels"
             )
     raise ValueError(
-        f"images: expected {name} to end in .png, .webp, .gif, .jpg or another format for pictures of mode {mode}, "
+        f"images: expected {name} to end in .png, .webp, .gif, .jpg or as another format for pictures of mode {mode}, "
         f"got {str(path)!r}{reason}"
     )
 

@@ -6,17 +6,27 @@ import inspect
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import safetensors.torch
+import torch
 from click.testing import CliRunner
+from PIL import Image
 
 import ddpm_fast
+from ddpm_fast import cli, images, limits
+from ddpm_fast.atomic import PREFIX
 from ddpm_fast.cli import main, train_command
+from ddpm_fast.nn import UNet
+from ddpm_fast.sampling import Sampler
 from ddpm_fast.training import train
 
 TINY = [
@@ -116,7 +126,7 @@ def test_train_then_resume_then_export(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     run("train", folder, *TINY, "--steps", 2, "--lr", 0.01)
     assert "train: expected" in run("train", folder, *TINY, code=2)
-    assert "expected lr to be 0.01, as the run in" in run("train", folder, "--resume", "--lr", 0.02, code=2)
+    assert "expected --lr to be 0.01, as the run in" in run("train", folder, "--resume", "--lr", 0.02, code=2)
     run("train", folder, "--resume", "--steps", 3)
     stored = json.loads((folder / "config.json").read_text())["options"]
     assert (stored["lr"], stored["channels"], stored["attention"], stored["steps"]) == (0.01, [16, 32], [], 3)
@@ -128,9 +138,9 @@ def test_train_then_resume_then_export(tmp_path: Path) -> None:
 
 def test_train_refuses_what_it_cannot_read(tmp_path: Path) -> None:
     assert "is not a list of whole numbers" in run("train", tmp_path / "run", "--channels", "64;128", code=2)
-    assert "expected name to be one of digits" in run("train", tmp_path / "run", "--data", "mnist", code=2)
-    assert "expected threads to be a positive integer or None" in run("train", tmp_path / "run", "--threads", 0, code=2)
-    assert "expected device to be one of this machine" in run("train", tmp_path / "run", "--device", "xyz", code=2)
+    assert "expected --data to be one of digits" in run("train", tmp_path / "run", "--data", "mnist", code=2)
+    assert "expected --threads to be an integer in 1.." in run("train", tmp_path / "run", "--threads", 0, code=2)
+    assert "expected --device to be one of this machine" in run("train", tmp_path / "run", "--device", "xyz", code=2)
     assert "expected a run to resume" in run("train", tmp_path / "run", "--resume", code=2)
     (tmp_path / "empty").mkdir()
     assert "has no config.json" in run("export", tmp_path / "empty", tmp_path / "out", code=2)
@@ -139,7 +149,7 @@ def test_train_refuses_what_it_cannot_read(tmp_path: Path) -> None:
 def test_a_run_that_is_not_one_is_refused_in_a_line(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     run("train", folder, *TINY, "--steps", 1)
-    assert "expected out_dir to be another folder" in run("export", folder, folder, code=2)
+    assert "expected OUT_DIR to be another folder" in run("export", folder, folder, code=2)
     assert not (folder / "unet").exists()
     config = json.loads((folder / "config.json").read_text())
     sections = {"options": "prediction", "schedule": "name", "dataset": "classes"}
@@ -174,3 +184,371 @@ def test_ctrl_c_saves_and_ends_with_130(tmp_path: Path) -> None:
     assert "images/s" in errors  # the progress bar
     state = json.loads((tmp_path / "run" / "checkpoints" / "latest" / "state.json").read_text())
     assert state["step"] == int(saved[1])
+
+
+# ----------------------------------------------------------------------------------------------------- checks before work
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write a model of 8x8 images in one of three classes, 20 timesteps, as a folder."""
+    folder = tmp_path_factory.mktemp("model")
+    model = UNet(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=[8],
+        down_block_types=["DownBlock2D"],
+        up_block_types=["UpBlock2D"],
+        layers_per_block=1,
+        norm_num_groups=4,
+        add_attention=False,
+        num_class_embeds=4,
+    )
+    model.save_pretrained(folder / "unet")
+    (folder / "scheduler_config.json").write_text(json.dumps({"ddpm_fast": ddpm_fast.NoiseSchedule.linear(20).to_config()}))
+    return folder
+
+
+@pytest.fixture
+def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a Sampler and a bound that begin to work fail the test."""
+    monkeypatch.setattr(Sampler, "__call__", lambda *_, **__: pytest.fail("images were drawn"))
+    monkeypatch.setattr(Sampler, "trajectory", lambda *_, **__: pytest.fail("images were drawn"))
+    monkeypatch.setattr("ddpm_fast.evaluation.variational_bound", lambda *_, **__: pytest.fail("a bound was computed"))
+
+
+@pytest.mark.usefixtures("no_work")
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (["--out", "a.xbm"], r"expected --out to end in \.png.* of mode L, got 'a\.xbm': cannot write mode L"),
+        (["--out", "a.h5"], r"expected --out to end in \.png"),
+        (["--gif", "a.palm"], r"expected --gif to end in \.png"),
+        (["--out", "x" * 300 + ".png"], "--out: .*File name too long"),
+        (["--out", "file/a.png"], "--out: expected 'file' to be a folder, got '.*file', which is a file"),
+        (["--gif", "file/a.gif"], "--gif: expected 'file' to be a folder"),
+        (["--out", "folder.png"], r"'--out': File 'folder\.png' is a directory"),
+        (["--out", "a.png", "--gif", "b/../a.png"], "--gif: expected another file than --out"),
+        (["--out", "a.png", "--gif", "A.PNG"], "--gif: expected another file than --out"),
+        (["--out", "there.png", "--gif", "link.png"], "--gif: expected another file than --out"),
+        (["--out", "there.png", "--gif", "hard.png"], "--gif: expected another file than --out"),
+        (["--guidance", "1e300"], "'--guidance': 1e.300 is not in the range"),
+        (["--guidance", "nan"], "'--guidance': nan is not a finite number"),
+        (["--sampler", "ddim", "--eta", "inf"], "'--eta': inf is not a finite number"),
+        (["--sampler", "ddim", "--eta", "1e9"], "expected --eta to be at most"),
+        (["--guidance", "2", "--classes", "none"], "--guidance: expected a model with classes and --classes other than none"),
+        (["--steps", "5000"], r"--steps: expected a number in 1\.\.20, the timesteps of the model, got 5000"),
+        (["--variance", "learned"], "--variance: expected fixed_small or fixed_large for this model, got learned"),
+        (
+            ["--num", "4000000000", "--classes", "none"],
+            r"--num to fit into memory, got 4000000000, .* about [\d,]+\.\d GB of \d",
+        ),
+        (["--num", "100000000000"], r"expected --num to fit into memory, got 100000000000, which needs about [\d,.]+ GB of \d"),
+        (
+            ["--num", "20000", "--out", "a.webp"],
+            r"expected --out to end in \.png, as pictures in WEBP have at most 16383 pixels",
+        ),
+        (["--num", "3000", "--out", "a.png", "--gif", "a.jpg"], r"expected --gif to end in \.png, as pictures in JPEG"),
+        (["--model", "org/name"], "'--model': expected a folder, got 'org/name', .* hf download org/name --local-dir name"),
+        (["--model", "name"], "'--model': expected a folder, got 'name', which is none$"),
+    ],
+)
+def test_sample_refuses_before_work(
+    arguments: list[str], wanted: str, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    Path("folder.png").mkdir()
+    Path("there.png").touch()
+    Path("link.png").symlink_to("there.png")
+    os.link("there.png", "hard.png")
+    before = sorted(tmp_path.iterdir())
+    line = run("sample", "--model", small, *arguments, code=2).splitlines()[-1]
+    assert line.startswith("Error: ")
+    assert re.search(wanted, line), line
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_seed_that_is_too_large_is_that_of_the_option(small: Path, tmp_path: Path) -> None:
+    output = run("sample", "--model", small, "--seed", "9" * 30, "--out", tmp_path / "a.png", code=2)
+    assert "expected --seed to be an integer in" in output
+
+
+@pytest.mark.usefixtures("no_work")
+def test_pictures_that_do_not_fit_onto_the_disk_are_refused(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**12, 0, 60_000))  # type: ignore[attr-defined]
+    wanted = r"--out: expected 0\.1 MB of free space for '.*a\.png', got 0\.1 MB"
+    arguments = ["sample", "--model", small, "--out", tmp_path / "new" / "a.png", "--num", 4]
+    assert re.search(wanted, run(*arguments, code=2))
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.usefixtures("no_work")
+def test_a_strips_pictures_need_memory_too(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "free_memory", lambda: 2_000_000)
+    arguments = ["sample", "--model", small, "--out", tmp_path / "a.png", "--num", 16]
+    with pytest.raises(pytest.fail.Exception, match="images were drawn"):
+        run(*arguments)
+    assert "expected --num to fit into memory" in run(*arguments, "--gif", tmp_path / "a.gif", code=2)
+
+
+@pytest.mark.usefixtures("no_work")
+def test_evaluate_refuses_before_work(small: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"a": 1}')
+    arguments = ["evaluate", "--model", small, "--data", "digits"]
+    wanted = "--json: expected a new file or one of an earlier evaluation"
+    assert wanted in run(*arguments, "--json", tmp_path / "config.json", code=2)
+    assert "--json: expected a file, got '/dev/null'" in run(*arguments, "--json", "/dev/null", code=2)
+    assert "--num: digits has 297 test images" in run(*arguments, "--num", 10**12, code=2)
+    assert "--labels: expected classes in 0..2, as the model has, got 9; --no-labels" in run(*arguments, code=2)
+    assert (tmp_path / "config.json").read_text() == '{"a": 1}'
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (["--device", "cuda:99"], "expected --device to be one of this machine, got 'cuda:99'"),
+        (["--num-timesteps", "99999999999"], "expected --num-timesteps to fit into memory, got 99999999999"),
+        (["--batch-size", "99999999999"], "expected --batch-size to fit into memory, got 99999999999"),
+        (["--threads", "100000"], "expected --threads to be an integer in 1.."),
+        (["--lr", "inf"], "expected --lr to be positive and finite, got inf"),
+        (["--image-size", "1000000"], "expected --image-size to fit into memory"),
+        (["--init", "org/name"], "hf download org/name --local-dir name"),
+    ],
+)
+def test_train_names_its_options(arguments: list[str], wanted: str, tmp_path: Path) -> None:
+    line = run("train", tmp_path / "run", *arguments, code=2).splitlines()[-1]
+    assert wanted in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_export_refuses_before_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "run"
+    run("train", folder, *TINY, "--steps", 1)
+    checkpoint = folder / "checkpoints" / "step-00000001"
+    assert "expected OUT_DIR to be apart from the run's checkpoints" in run("export", folder, checkpoint, code=2)
+    assert not (checkpoint / "training.json").exists()
+    (tmp_path / "file").touch()
+    assert "to be a folder, got" in run("export", folder, tmp_path / "file" / "out", code=2)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**12, 0, 1000))  # type: ignore[attr-defined]
+    assert re.search(r"expected 0\.\d MB of free space for '.*out'", run("export", folder, tmp_path / "out", code=2))
+    assert not (tmp_path / "out").exists()
+
+
+def test_memory_that_runs_out_in_the_work_is_an_error_of_one_line(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Sampler, "__call__", lambda *_, **__: torch.empty(1 << 60))
+    line = run("sample", "--model", small, "--out", tmp_path / "a.png", code=2).splitlines()[-1]
+    assert line.startswith("Error: out of memory; a smaller --batch-size needs less: ")
+
+
+def test_leftovers_of_killed_commands_go(small: Path, tmp_path: Path) -> None:
+    folders = [tmp_path, tmp_path / "gif", tmp_path / "out", tmp_path / "out" / "unet"]
+    old, new = ([folder / f"{PREFIX}{name}.tmp" for folder in folders] for name in ("old", "new"))
+    for path in (*old, *new):
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    for path in old:
+        os.utime(path, (0, 0))
+    run("sample", "--model", small, "--num", 1, "--steps", 1, "--out", tmp_path / "a.png", "--gif", tmp_path / "gif" / "a.gif")
+    run("train", tmp_path / "run", *TINY, "--steps", 1)
+    run("export", tmp_path / "run", tmp_path / "out")
+    assert not [path for path in old if path.exists()]
+    assert all(path.exists() for path in new)
+
+
+# --------------------------------------------------------------------------------------------------- nothing computed is lost
+
+
+def fail_for(monkeypatch: pytest.MonkeyPatch, *refused: Path) -> None:
+    """Let writing fail for these files and folders."""
+    replacing = images.replacing
+
+    def replace(path: Path) -> object:
+        if path in refused or path.parent in refused:
+            raise OSError(28, "No space left on device")
+        return replacing(path)
+
+    monkeypatch.setattr(images, "replacing", replace)
+    monkeypatch.setattr("ddpm_fast.atomic.replacing", replace)
+
+
+def test_pictures_that_cannot_be_written_are_written_elsewhere(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = ["sample", "--model", small, "--num", 2, "--steps", 3]
+    out, gif, temporary = tmp_path / "out" / "a.png", tmp_path / "gif" / "a.gif", tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    run(*draw, "--out", tmp_path / "expected.png")
+    fail_for(monkeypatch, out, gif.parent)
+    output = run(*draw, "--out", out, "--gif", gif, code=1)
+    beside, elsewhere = next(out.parent.iterdir()), next(temporary.iterdir())
+    assert re.fullmatch(r"a-\w{8}\.png", beside.name)
+    assert re.fullmatch(r"a-\w{8}\.gif", elsewhere.name)
+    assert beside.read_bytes() == (tmp_path / "expected.png").read_bytes()
+    with Image.open(elsewhere) as animation:
+        assert animation.n_frames == 4  # type: ignore[attr-defined]
+    line = output.splitlines()[-1]
+    assert line.startswith(
+        f"Error: {out} could not be written: [Errno 28] No space left on device. Written instead: {beside}; "
+    )
+    assert line.endswith(f"{gif} could not be written: [Errno 28] No space left on device. Written instead: {elsewhere}")
+
+    fail_for(monkeypatch, out, out.parent, temporary)
+    line = run(*draw, "--out", out, code=1).splitlines()[-1]
+    assert (
+        f"could not be written: [Errno 28] No space left on device. No other file could be written either: {out.parent}" in line
+    )
+
+
+def test_a_format_that_fails_gives_a_png(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OverflowError("int too big to convert")
+
+    monkeypatch.setattr("PIL.GifImagePlugin._write_single_frame", fail)
+    monkeypatch.setattr(images, "image_format", lambda path, *_, **__: "GIF" if Path(path).suffix == ".gif" else "PNG")
+    run("sample", "--model", small, "--num", 1, "--steps", 1, "--out", tmp_path / "a.gif", code=1)
+    (path,) = tmp_path.iterdir()
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+
+
+def test_a_folder_that_was_removed_is_made_again(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = Sampler.__call__
+
+    def draw(*arguments: object, **keywords: object) -> object:
+        shutil.rmtree(tmp_path / "out")
+        return call(*arguments, **keywords)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Sampler, "__call__", draw)
+    run("sample", "--model", small, "--num", 1, "--steps", 1, "--out", tmp_path / "out" / "a.png")
+    assert (tmp_path / "out" / "a.png").exists()
+
+
+def test_figures_that_cannot_be_written_are_written_elsewhere_and_shown(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "figures.json"
+    fail_for(monkeypatch, out)
+    output = run("evaluate", "--model", small, "--data", "digits", "--no-labels", "--num", 2, "--json", out, code=1)
+    (path,) = tmp_path.iterdir()
+    assert "bits_per_dim" in json.loads(path.read_text())
+    assert f"Written instead: {path}" in output
+    assert "  total  " in output
+
+
+def test_images_that_are_not_finite_cost_no_others(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = torch.linspace(-1, 1, 3 * 64).reshape(3, 1, 8, 8)
+    drawn[1, 0, 0, 0] = torch.nan
+    monkeypatch.setattr(Sampler, "__call__", lambda *_, **__: drawn.clone())
+    output = run("sample", "--model", small, "--num", 3, "--out", tmp_path / "a.png", code=1)
+    assert "Error: 1 of 3 images are not finite and drawn grey, from number 1 (of 0..2)" in output
+    expected = images.image_grid(drawn.nan_to_num(0), scale=16)[..., 0].numpy()
+    with Image.open(tmp_path / "a.png") as image:
+        assert (np.asarray(image) == expected).all()
+
+
+def test_a_safetensors_error_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run("train", tmp_path / "run", *TINY, "--steps", 1)
+
+    def full(*_: object, **__: object) -> None:
+        raise safetensors.SafetensorError("No space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    line = run("export", tmp_path / "run", tmp_path / "out", code=2).splitlines()[-1]
+    assert line == "Error: No space left on device"
+
+
+# ------------------------------------------------------------------------------------------------------ streams and Ctrl-C
+
+REDIRECTIONS = {
+    "closed stdout": (">&-", 0),
+    "closed stderr": ("2>&-", 0),
+    "all closed": ("<&- >&- 2>&-", 0),
+    "full stdout": (">/dev/full", 1),
+    "full stderr": ("2>/dev/full", 0),
+    "both full": (">/dev/full 2>/dev/full", 1),
+    "closed pipe": ("| true", None),
+}
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="the system has no /dev/full")
+@pytest.mark.parametrize("redirection", REDIRECTIONS)
+def test_images_are_saved_whatever_becomes_of_the_streams(redirection: str, small: Path, tmp_path: Path) -> None:
+    text, code = REDIRECTIONS[redirection]
+    command = f"{sys.executable} -W ignore -m ddpm_fast sample --model {small} --num 1 --steps 2 --out {tmp_path}/a.png {text}"
+    result = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert code is None or result.returncode == code
+    assert "Traceback" not in result.stderr
+    assert "Exception ignored" not in result.stderr
+    if redirection == "full stdout":
+        error = f"Error: standard output: [Errno 28] No space left on device. Written: {tmp_path}/a.png."
+        assert result.stderr.splitlines()[-1] == error
+    with Image.open(tmp_path / "a.png") as image:
+        image.load()
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="the system has no /dev/full")
+@pytest.mark.parametrize("arguments", ["--help", "info", "train --help"])
+def test_a_full_standard_output_is_an_error_of_one_line(arguments: str) -> None:
+    command = f"{sys.executable} -W ignore -m ddpm_fast {arguments} >/dev/full"
+    result = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (
+        1,
+        "Error: standard output: [Errno 28] No space left on device. Nothing was written.\n",
+    )
+
+
+def test_ctrl_c_ends_sample_and_evaluate_with_130(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    out = tmp_path / "a.png"
+    gif = ["--gif", tmp_path / "a.gif"]
+    draw = ["sample", "--model", small, "--num", 1, "--steps", 1, "--out", out]
+    with monkeypatch.context() as patch:
+        patch.setattr(images, "save_trajectory", interrupt)
+        assert run(*draw, *gif, code=130).splitlines()[-1] == f"Stopped by Ctrl-C. Written: {out}."
+    monkeypatch.setattr(Sampler, "__call__", interrupt)
+    monkeypatch.setattr("ddpm_fast.evaluation.variational_bound", interrupt)
+    evaluate = ["evaluate", "--model", small, "--data", "digits", "--num", 1]
+    for command in (draw, evaluate):
+        assert run(*command, code=130).splitlines()[-1] == "Stopped by Ctrl-C. Nothing was written."
+    monkeypatch.setattr(cli, "_device", interrupt)  # while options are read
+    monkeypatch.setattr("ddpm_fast.info.info", interrupt)
+    assert run("info", code=130).splitlines()[-1] == "Stopped by Ctrl-C. Nothing was written."
+
+
+def test_a_second_ctrl_c_names_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    folder = tmp_path / "run"
+    monkeypatch.setattr("ddpm_fast.training.loop.summary", interrupt)
+    assert run("train", folder, *TINY, code=130).endswith(f"Stopped by Ctrl-C. The last checkpoint of {folder}: none.\n")
+    monkeypatch.undo()
+    shutil.rmtree(folder)
+    run("train", folder, *TINY, "--steps", 1)
+    monkeypatch.setattr("ddpm_fast.training.loop._save_checkpoint", interrupt)
+    last = run("train", folder, "--resume", "--steps", 2, code=130).splitlines()[-1]
+    assert last.endswith(f"The last checkpoint of {folder}: {folder}/checkpoints/step-00000001.")
+
+
+def test_a_hangup_saves_and_ends_with_129(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "ddpm_fast", "train", str(tmp_path / "run"), *TINY, "--steps", "1000000", "--log-every=1"]
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    )
+    while process.poll() is None and not (tmp_path / "run" / "log.csv").exists():
+        time.sleep(0.01)
+    assert process.stderr is not None
+    process.stderr.close()  # as a terminal that is closed: nothing can be written to it any more
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=600) == 129  # only against hanging
+    assert (tmp_path / "run" / "checkpoints" / "latest" / "state.json").exists()

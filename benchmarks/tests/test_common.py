@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,17 @@ def test_everybody_takes_a_turn_in_every_round() -> None:
     assert order == list("abcbca")
     assert times["a"].rounds == (1, 6)
     assert times["b"].speedup_over(times["a"]) == pytest.approx((1, 0.75, 1.25))  # 1/2 and 6/4, round by round
+
+
+@pytest.mark.parametrize("command", ["sample_speed --plot", "benchmark_unet --plot", "benchmark_training loss"])
+def test_a_missing_matplotlib_is_said_before_any_work(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, *arguments = command.split()
+    benchmark = importlib.import_module(module)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for name in ("load_model", "network_folder", "batches"):
+        monkeypatch.setattr(benchmark, name, lambda *_: pytest.fail("work began"), raising=False)
+    with pytest.raises(SystemExit, match=r"matplotlib is missing: install it with pip install 'ddpm_fast\[bench\]'"):
+        benchmark.main([*arguments, "--out", str(tmp_path / "out.json")])
 
 
 def test_results_of_a_cpu_go_by_model_and_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:

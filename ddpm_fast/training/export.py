@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..atomic import write_json, write_text
+from ..limits import check_free_space, check_writable
 from ..nn import UNet
 from ..nn.unet import name_classes
 from ..schedule import NoiseSchedule
@@ -31,15 +32,21 @@ def export_checkpoint(
 
     Raises:
         FileNotFoundError: There is no run, or it has no checkpoint.
-        ValueError: `out_dir` is the run's folder.
+        ValueError: `out_dir` is the run's folder, or within its checkpoints.
+        OSError: `out_dir` cannot be written, or its disk has too little space.
     """
     run, out = RunFolder(run_dir), Path(out_dir)
     if out.resolve() == run.path.resolve():
         raise ValueError(f"export_checkpoint: expected out_dir to be another folder than run_dir, got {out} for both")
+    if run.checkpoints.resolve() in (out.resolve(), *out.resolve().parents):
+        raise ValueError(f"export_checkpoint: expected out_dir to be apart from the run's checkpoints, got {out}")
+    check_writable("export_checkpoint", out)
     config = run.read_config()
     checkpoint = run.latest_checkpoint()
     if checkpoint is None:
         raise FileNotFoundError(f"export_checkpoint: expected a checkpoint in {run.checkpoints}, got none")
+    weights = sum(file.stat().st_size for file in (checkpoint / "unet_ema").iterdir())  # float32
+    check_free_space("export_checkpoint", out, weights * dtype.itemsize // 4)
     state = read_state(checkpoint)
     model = UNet.from_pretrained(checkpoint / "unet_ema").to(dtype)
     name_classes(model, config["dataset"]["classes"])  # older checkpoints lack them

@@ -342,8 +342,8 @@ def test_command_prints_the_parts(tmp_path: Path) -> None:
 
     for more, message in (
         (["--num", "100000"], "--num: digits has"),
-        (["--data", "nothing"], "expected name to be one of"),
-        (["--json", str(out / "figures.json")], f"exists: '{out}'"),
+        (["--data", "nothing"], "expected --data to be one of"),
+        (["--json", str(out / "figures.json")], f"--json: expected '{out}' to be a folder"),
     ):
         result = CliRunner().invoke(main, [*arguments, *more])
         assert result.exit_code == 2

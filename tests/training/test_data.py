@@ -84,7 +84,7 @@ def test_damaged_idx_file_is_refused(fashion_folder: tuple[Path, np.ndarray]) ->
     write_idx(labels, np.array([3, 0, 9, 1, 1]))
     images = folder / "train-images-idx3-ubyte.gz"
     images.write_bytes(images.read_bytes()[:-20])
-    with pytest.raises(ValueError, match=r"expected .*images-idx3-ubyte\.gz to be a gzip file, got: "):
+    with pytest.raises(ValueError, match=r"expected .*images-idx3-ubyte\.gz to be a whole gzip file, got: "):
         load_dataset("fashion-mnist", folder)
 
 
