@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .atomic import replacing
-from .checks import check_int, check_number
+from .checks import check_float, check_int, check_number, check_path
+from .limits import check_free_memory
 
-_ANIMATED = ("GIF", "WEBP")
+ANIMATED: Final = ("GIF", "WEBP")
+STRIP: Final = 11  # images a row of a strip
+_ICONS: Final = ("ICO", "ICNS")  # Pillow would shrink the picture to an icon's size
+_LARGEST: Final = {"GIF": 65535, "JPEG": 65500, "MPO": 65500, "WEBP": 16383}  # pixels a side
+_MODES: Final = {1: "L", 3: "RGB", 4: "RGBA"}  # by the number of channels
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -26,6 +33,7 @@ def to_uint8(images: Tensor) -> Tensor:
     Returns:
         uint8 of the same shape, on the same device.
     """
+    check_float("to_uint8", "images", images, min_dim=0)
     return images.detach().float().add(1).mul(127.5).round_().clamp_(0, 255).to(torch.uint8)
 
 
@@ -48,16 +56,13 @@ def image_grid(
     Raises:
         ValueError: An argument is out of range, or the images are not finite.
     """
-    _check_images("image_grid", images)
-    check_int("image_grid", "columns", columns, 1, optional=True)
-    check_int("image_grid", "padding", padding, 0)
-    check_int("image_grid", "scale", scale, 1)
+    _check_images("image_grid", "images", images)
+    _check_layout("image_grid", images, columns, padding, scale)
     check_int("image_grid", "background", background, 0, 255)
-    n, channels, height, width = images.shape
-    columns = min(n, columns or _columns(n))
-    rows = math.ceil(n / columns)
+    n, _, height, width = images.shape
+    columns, rows = _columns_and_rows(n, columns)
     step_y, step_x = height * scale + padding, width * scale + padding
-    grid = torch.full((rows * step_y + padding, columns * step_x + padding, channels), background, dtype=torch.uint8)
+    grid = torch.full(grid_shape(images.shape, columns=columns, padding=padding, scale=scale), background, dtype=torch.uint8)
     pixels = to_uint8(images).cpu().repeat_interleave(scale, dim=2).repeat_interleave(scale, dim=3)
     for i, image in enumerate(pixels):
         y, x = padding + i // columns * step_y, padding + i % columns * step_x
@@ -68,11 +73,21 @@ def image_grid(
     return grid
 
 
-def _columns(n: int) -> int:
-    """Return the columns of a full grid of n images that is at most three times as wide as high, else of a square one."""
-    square = math.ceil(math.sqrt(n))
-    fitting = (columns for columns in range(square, n + 1) if n % columns == 0 and columns * columns <= 3 * n)
-    return next(fitting, square)
+def grid_shape(shape: Sequence[int], *, columns: int | None = None, padding: int = 2, scale: int = 1) -> tuple[int, int, int]:
+    """Return the shape [height, width, C] of the `image_grid` of images of shape [N, C, H, W]."""
+    n, channels, height, width = shape
+    columns, rows = _columns_and_rows(n, columns)
+    return rows * (height * scale + padding) + padding, columns * (width * scale + padding) + padding, channels
+
+
+def _columns_and_rows(n: int, columns: int | None) -> tuple[int, int]:
+    """Return the size of a grid of n images. By default it is full and at most three times as wide as high, or square."""
+    if columns is None:
+        square = math.isqrt(n - 1) + 1
+        fitting = (columns for columns in range(square, math.isqrt(3 * n) + 1) if n % columns == 0)
+        columns = next(fitting, square)
+    columns = min(n, columns)
+    return columns, math.ceil(n / columns)
 
 
 def save_grid(
@@ -98,10 +113,13 @@ def save_grid(
         The path.
 
     Raises:
-        ValueError: An argument is out of range, or Pillow cannot write the format.
+        ValueError: An argument is out of range, or Pillow cannot write such a picture in the format.
     """
-    kind = image_format(path)
-    return _write(path, kind, [image_grid(images, columns=columns, padding=padding, scale=scale)])
+    check_path("save_grid", "path", path)
+    _check_images("save_grid", "images", images)
+    _check_layout("save_grid", images, columns, padding, scale)
+    grid = image_grid(images, columns=columns, padding=padding, scale=scale)
+    return _write(path, image_format(path, grid.shape), [grid])
 
 
 def save_trajectory(
@@ -130,23 +148,29 @@ def save_trajectory(
         The path.
 
     Raises:
-        ValueError: An argument is out of range, or Pillow cannot write the format.
+        ValueError: An argument is out of range, or Pillow cannot write such a picture in the format.
     """
-    kind = image_format(path)
+    check_path("save_trajectory", "path", path)
+    check_float("save_trajectory", "trajectory", trajectory)
     if trajectory.dim() != 5 or trajectory.shape[0] == 0:
         raise ValueError(f"save_trajectory: expected trajectory to be [F, N, C, H, W], F >= 1, got {list(trajectory.shape)}")
     check_int("save_trajectory", "frames", frames, 1, optional=True)
     check_number("save_trajectory", "seconds", seconds, above=0, finite=True)
+    _check_images("save_trajectory", "trajectory", trajectory.flatten(0, 1))
+    _check_layout("save_trajectory", trajectory[0], columns, padding, scale)
     total = trajectory.shape[0]
+    kind = image_format(path)
     if frames is None:
-        frames = total if kind in _ANIMATED else 11
+        frames = total if kind in ANIMATED else STRIP
     picked = evenly_spaced(total, frames)
     shown = trajectory[picked]
-    if kind in _ANIMATED:
+    if kind in ANIMATED:
         grids = [image_grid(images, columns=columns, padding=padding, scale=scale) for images in shown]
+        kind = image_format(path, grids[0].shape)
         return _write(path, kind, grids, milliseconds=1000 * seconds / len(grids), rest=1000 * seconds / 3)
     strip = shown.transpose(0, 1).flatten(0, 1)  # [N * frames, C, H, W]
-    return _write(path, kind, [image_grid(strip, columns=len(picked), padding=padding, scale=scale)])
+    grid = image_grid(strip, columns=len(picked), padding=padding, scale=scale)
+    return _write(path, image_format(path, grid.shape), [grid])
 
 
 def evenly_spaced(total: int, count: int) -> list[int]:
@@ -157,25 +181,59 @@ def evenly_spaced(total: int, count: int) -> list[int]:
     return sorted({round(i * (total - 1) / (count - 1)) for i in range(count)})
 
 
-def image_format(path: str | os.PathLike[str]) -> str:
-    """Return Pillow's name for the format of the path's ending. Raise ValueError if Pillow cannot write it."""
+def image_format(path: str | os.PathLike[str], shape: Sequence[int] = (1, 1, 1), name: str = "path") -> str:
+    """Return Pillow's name for the format of the path's ending.
+
+    Args:
+        path: File to write.
+        shape: Shape [height, width, C] of the picture.
+        name: Name of the argument for error messages.
+
+    Raises:
+        ValueError: Pillow cannot write such a picture in this format. A tiny one is written to memory to find out.
+    """
     from PIL import Image
 
-    ending = Path(path).suffix.lower()
-    kind = Image.registered_extensions().get(ending)
-    if kind is None or kind not in Image.SAVE:
-        raise ValueError(f"images: expected path to end in .png, .webp, .gif, .jpg or another image format, got {str(path)!r}")
-    return kind
+    height, width, channels = shape
+    mode = _MODES[channels]
+    kind = Image.registered_extensions().get(Path(path).suffix.lower())
+    reason = ""
+    if kind in Image.SAVE and kind not in _ICONS:
+        try:
+            Image.new(mode, (2, 2)).save(io.BytesIO(), format=kind)
+        except Exception as error:  # formats raise errors of many types
+            reason = f": {error}"
+        else:
+            largest = _LARGEST.get(kind)
+            if largest is None or max(height, width) <= largest:
+                return kind
+            raise ValueError(
+                f"images: expected {name} to end in .png, as pictures in {kind} have at most {largest} pixels a side, "
+                f"got {str(path)!r} for {width}x{height} pixels"
+            )
+    raise ValueError(
+        f"images: expected {name} to end in .png, .webp, .gif, .jpg or another format for pictures of mode {mode}, "
+        f"got {str(path)!r}{reason}"
+    )
 
 
-def _check_images(function: str, images: Tensor) -> None:
-    if images.dim() != 4 or images.shape[0] == 0 or images.shape[1] not in (1, 3, 4) or not images.is_floating_point():
+def _check_images(function: str, name: str, images: Tensor) -> None:
+    check_float(function, name, images)
+    if images.dim() != 4 or images.shape[0] == 0 or images.shape[1] not in (1, 3, 4) or images.is_meta:
         raise ValueError(
-            f"{function}: expected images to be floating [N, C, H, W] with N >= 1 and C = 1, 3 or 4, "
-            f"got {images.dtype} {list(images.shape)}"
+            f"{function}: expected {name} to be floating [N, C, H, W] with values, N >= 1 and C = 1, 3 or 4, "
+            f"got {images.dtype} {list(images.shape)} on {images.device}"
         )
     if not images.isfinite().all():
-        raise ValueError(f"{function}: expected images to be finite, got NaN or infinity")
+        raise ValueError(f"{function}: expected {name} to be finite, got NaN or infinity")
+
+
+def _check_layout(function: str, images: Tensor, columns: int | None, padding: int, scale: int) -> None:
+    check_int(function, "columns", columns, 1, optional=True)
+    check_int(function, "padding", padding, 0)
+    check_int(function, "scale", scale, 1)
+    needed = math.prod(grid_shape(images.shape, columns=columns, padding=padding, scale=scale))
+    check_free_memory(function, "padding and scale", (padding, scale), needed)
 
 
 def _write(

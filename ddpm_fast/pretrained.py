@@ -11,6 +11,7 @@ from typing import Any, Final, cast
 import torch
 
 from .atomic import read_json
+from .checks import check_dtype, check_path, checked_device
 from .nn.unet import UNet, name_classes
 from .plan import Prediction, Variance
 from .schedule import NoiseSchedule
@@ -53,6 +54,7 @@ def load_builtin(device: torch.device | str | None = None, dtype: torch.dtype | 
     Returns:
         The network in eval mode, and its noise schedule.
     """
+    device = _checked_device_and_dtype("load_builtin", device, dtype)
     loaded = load_folder(BUILTIN, device, dtype)
     return loaded.model, loaded.schedule
 
@@ -72,6 +74,8 @@ def load_folder(
         FileNotFoundError: A file is missing.
         ValueError: The files describe a model that is not supported.
     """
+    check_path("load_folder", "path", path)
+    device = _checked_device_and_dtype("load_folder", device, dtype)
     folder = Path(path)
     if not folder.is_dir():
         raise FileNotFoundError(f"load_folder: expected path to be a folder that holds a model, got {os.fspath(path)!r}")
@@ -112,6 +116,11 @@ def schedule_from_config(config: Mapping[str, Any]) -> NoiseSchedule:
     if "ddpm_fast" in config:
         return NoiseSchedule.from_config(config["ddpm_fast"])
     return NoiseSchedule.from_diffusers(config)
+
+
+def _checked_device_and_dtype(caller: str, device: torch.device | str | None, dtype: torch.dtype | None) -> torch.device | None:
+    check_dtype(caller, "dtype", dtype, optional=True)
+    return None if device is None else checked_device(caller, device)
 
 
 def _read_scheduler_config(folder: Path) -> dict[str, Any]:

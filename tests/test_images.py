@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 
 from ddpm_fast import image_grid, save_grid, save_trajectory, to_uint8
-from ddpm_fast.images import evenly_spaced
+from ddpm_fast.images import evenly_spaced, grid_shape, image_format
 from ddpm_fast.training.data import to_unit_range
 
 
@@ -62,6 +63,51 @@ def test_image_grid_is_a_square_by_default(n: int, side: int) -> None:
     assert image_grid(levels(n, 1, 3, 3), padding=0).shape[1] == 3 * side
 
 
+def test_the_shape_of_a_grid_is_known_before_it_is_drawn() -> None:
+    for n in (1, 2, 5, 8, 12):
+        for options in ({}, {"columns": 3, "padding": 0, "scale": 4}, {"columns": 50}):
+            images = levels(n, 3, 4, 6)
+            assert grid_shape(images.shape, **options) == tuple(image_grid(images, **options).shape)
+    height, width, _ = grid_shape((10**12 + 39, 1, 1, 1), padding=0)  # a prime: no grid is full
+    assert (height, width) == (10**6, 10**6 + 1)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize(
+    "ending", ["xbm", "palm", "msp", "h5", "blp", "grib", "ico", "icns", "qoi", "jpg", "pcx", "eps", "png"]
+)
+def test_a_format_is_accepted_exactly_if_pillow_can_write_it(ending: str, channels: int, tmp_path: Path) -> None:
+    path = tmp_path / f"a.{ending}"
+    mode = {1: "L", 3: "RGB", 4: "RGBA"}[channels]
+    try:
+        Image.new(mode, (40, 30)).save(path)
+    except Exception:
+        writable = False
+    else:
+        writable = ending not in ("ico", "icns")  # they lose pixels
+        path.unlink()
+    images = levels(1, channels, 4, 4)
+    if writable:
+        assert save_grid(images, path).stat().st_size
+        assert image_format(path, (40, 30, channels))
+    else:
+        for call in (lambda: save_grid(images, path), lambda: image_format(path, (40, 30, channels), "--out")):
+            with pytest.raises(ValueError, match=rf"images: expected .* another format for pictures of mode {mode}, got"):
+                call()
+        assert not path.exists()
+
+
+@pytest.mark.parametrize(("ending", "largest"), [("jpg", 65500), ("webp", 16383), ("gif", 65535)])
+def test_pictures_too_large_for_a_format_are_refused(ending: str, largest: int, tmp_path: Path) -> None:
+    assert image_format(f"a.{ending}", (1, largest, 1))
+    Image.new("L", (largest, 1)).save(tmp_path / f"a.{ending}")
+    wanted = rf"expected --out to end in \.png, as pictures in \w+ have at most {largest} pixels a side, got 'a\.{ending}'"
+    with pytest.raises(ValueError, match=wanted):
+        image_format(f"a.{ending}", (largest + 1, 1, 3), "--out")
+    with pytest.raises((OSError, ValueError, struct.error)):  # Pillow's own limit
+        Image.new("L", (largest + 1, 1)).save(tmp_path / f"a.{ending}")
+
+
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_save_grid_writes_the_grid_without_loss(tmp_path: Path, channels: int) -> None:
     images = levels(4, channels, 5, 5)
@@ -74,8 +120,12 @@ def test_save_grid_keeps_the_old_file_when_writing_fails(tmp_path: Path, monkeyp
     path = save_grid(levels(1, 1, 4, 4), tmp_path / "grid.png")
     before = path.read_bytes()
 
-    def fail(self: Image.Image, file: Path, **options: object) -> None:
-        Path(file).write_bytes(b"half")
+    save = Image.Image.save
+
+    def fail(self: Image.Image, file: object, **options: object) -> None:
+        if not isinstance(file, Path):  # the tiny picture that tries the format in memory
+            return save(self, file, **options)  # type: ignore[arg-type]
+        file.write_bytes(b"half")
         raise OSError("disk full")
 
     monkeypatch.setattr(Image.Image, "save", fail)
@@ -127,15 +177,14 @@ def test_evenly_spaced_has_both_ends() -> None:
         (lambda p: save_grid(levels(1, 1, 2, 2), p / "a"), "expected path to end in"),
         (
             lambda p: save_grid(levels(1, 2, 2, 2), p / "a.png"),
-            r"image_grid: expected images .* got torch.float32 \[1, 2, 2, 2\]",
+            r"save_grid: expected images .* got torch.float32 \[1, 2, 2, 2\]",
         ),
-        (lambda p: save_grid(levels(1, 2, 2), p / "a.png"), "image_grid: expected images"),
-        (lambda p: save_grid(levels(0, 1, 2, 2), p / "a.png"), "image_grid: expected images"),
+        (lambda p: save_grid(levels(1, 2, 2), p / "a.png"), "save_grid: expected images"),
+        (lambda p: save_grid(levels(0, 1, 2, 2), p / "a.png"), "save_grid: expected images"),
         (
             lambda p: save_grid(levels(1, 1, 2, 2) / 0, p / "a.png"),
-            "image_grid: expected images to be finite, got NaN or infinity",
+            "save_grid: expected images to be finite, got NaN or infinity",
         ),
-        (lambda p: save_grid(to_uint8(levels(1, 1, 2, 2)), p / "a.png"), "image_grid: expected images .* got torch.uint8"),
         (lambda p: save_grid(levels(1, 1, 2, 2), p / "a.png", columns=0), "expected columns to be a positive .*got 0"),
         (lambda p: save_grid(levels(1, 1, 2, 2), p / "a.png", padding=-1), "expected padding .*at least 0, got -1"),
         (lambda p: save_grid(levels(1, 1, 2, 2), p / "a.png", scale=0), "expected scale to be a positive integer, got 0"),
@@ -148,3 +197,14 @@ def test_bad_arguments_are_refused_before_anything_is_written(tmp_path: Path, ca
     with pytest.raises(ValueError, match=message):
         call(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_images_that_are_already_8_bit_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"^save_grid: expected images to be float32, .*, got torch\.uint8$"):
+        save_grid(to_uint8(levels(1, 1, 2, 2)), tmp_path / "a.png")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_grid_that_does_not_fit_into_memory_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^image_grid: expected padding and scale to fit into memory, got \(2, 1000000\)"):
+        image_grid(levels(1, 1, 4, 4), scale=10**6)

@@ -21,6 +21,7 @@ def train(
     data: str | os.PathLike[str] = "digits",
     data_dir: str | os.PathLike[str] | None = None,
     image_size: int | None = None,
+    skip_broken: bool = False,
     flip: bool = False,
     # network
     channels: Sequence[int] = (64, 128, 128),
@@ -71,15 +72,16 @@ def train(
     """Train a network on images (Algorithm 1 of Ho et al. 2020).
 
     The run's folder receives the configuration, the log, grids of samples and checkpoints. Its layout is in
-    `ddpm_fast.training.run_folder`. Ctrl-C and SIGTERM end the run after the current step and save a checkpoint. A
-    process that is killed loses only the steps since the last checkpoint. On a CPU the run keeps freed memory for its
-    next step (`kept_memory`).
+    `ddpm_fast.training.run_folder`. Ctrl-C, SIGTERM and SIGHUP end the run after the current step and save a
+    checkpoint. A process that is killed loses only the steps since the last checkpoint. On a CPU the run keeps freed
+    memory for its next step (`kept_memory`).
 
     Args:
         run_dir: Write to this folder. It must be new or empty unless `resume` is true.
         data: Train on digits, fashion-mnist, cifar10, or a folder of images whose sub-folders are classes.
         data_dir: Read the data set from this folder, or download it there. Default: a folder in the user's cache.
         image_size: Crop images to squares and resize them to this many pixels. Required unless all are squares of one size.
+        skip_broken: Leave out images of a folder that cannot be read, and say how many and which.
         flip: Mirror half of the images left to right.
         channels: Give each level this many channels. Each level halves the resolution.
         layers: Use this many residual blocks per level, and one more on the way up.
@@ -125,18 +127,25 @@ def train(
         How the call ended.
 
     Raises:
-        ValueError: An option is out of range, or differs from the one that the resumed run was started with.
+        TypeError: An option has another type than its default.
+        ValueError: An option is out of range, or differs from the one that the resumed run was started with. Or memory
+            is too small for what the options ask for.
+        OSError: A file cannot be written, or there is too little space for checkpoints. The message names the last good
+            checkpoint.
         FileExistsError: `run_dir` is not empty and `resume` is false.
         FileNotFoundError: There is no run to resume, or no model in `init`.
         FloatingPointError: The loss or the weights are no longer finite.
         BlockingIOError: Another process trains in `run_dir`.
     """
-    data, data_dir, init = os.fspath(data), data_dir and os.fspath(data_dir), init and os.fspath(init)
-    options = _json({name: value for name, value in locals().items() if name not in THIS_CALL})
+    options = {name: value for name, value in locals().items() if name not in THIS_CALL}
+    options = _json(options | {name: _path(name, options[name]) for name in ("data", "data_dir", "init")})
     _check_options(options)
-    from ..checks import check_choice, check_number
+    from ..checks import check_choice, check_number, check_type
     from .loop import run_training
 
+    _path("run_dir", run_dir)
+    for name, value in (("resume", resume), ("progress", progress), ("lock", lock)):
+        check_type("train", name, value, bool)
     check_choice("train", "data_check", data_check, ("sample", "exact", "off"))
     check_number("train", "max_minutes", max_minutes, 0, optional=True)
     return run_training(
@@ -144,14 +153,28 @@ def train(
     )
 
 
+def _path(name: str, value: Any) -> str | None:
+    """Return a path as text. Raise a TypeError unless it is one, or None if the default is."""
+    if value is None and name in ("data_dir", "init"):
+        return None
+    if not isinstance(value, str | os.PathLike):
+        raise TypeError(f"train: expected {name} to be a path, got {type(value).__name__}")
+    return os.fsdecode(value)
+
+
 def _json(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options as config.json gives them back: tuples as lists."""
-    result: dict[str, Any] = json.loads(json.dumps(options))
+    result: dict[str, Any] = {}
+    for name, value in options.items():
+        try:
+            result[name] = json.loads(json.dumps(value))
+        except TypeError:
+            raise TypeError(f"train: expected {name} to be of a plain type, got {type(value).__name__}") from None
     return result
 
 
 def _check_options(options: Mapping[str, Any]) -> None:
-    from ..checks import check_choice, check_int, check_number
+    from ..checks import MAX_TIMESTEPS, check_choice, check_int, check_number, check_type, checked_device
 
     def each(check: Callable[..., None], names: str, *bounds: Any, **more: Any) -> None:
         for name in names.split():
@@ -162,14 +185,23 @@ def _check_options(options: Mapping[str, Any]) -> None:
     each(check_choice, "precision", ("float32", "bf16"))
     each(check_choice, "lr_decay", ("linear", "cosine"))
     each(check_choice, "loss_weight", (None, "min_snr"))
-    each(check_int, "layers num_timesteps steps batch_size log_every sample_steps keep", 1)
+    each(check_type, "skip_broken flip scale_shift conditional channels_last tensorboard", bool)
+    each(check_type, "channels attention", list)
+    each(check_int, "num_timesteps", 1, MAX_TIMESTEPS)
+    each(check_int, "steps batch_size log_every sample_steps keep", 1)
+    each(check_int, "layers", 1, 100)
     each(check_int, "warmup_steps lr_decay_steps sample_every checkpoint_every", 0)
-    each(check_int, "image_size head_dim threads", 1, optional=True)
+    each(check_int, "image_size head_dim", 1, 1 << 16, optional=True)
+    each(check_int, "threads", 1, max(1024, os.cpu_count() or 1), optional=True)  # far more cannot be started
     each(check_int, "seed")
     each(check_number, "weight_decay clip_grad checkpoint_minutes", 0, finite=True)
     each(check_number, "lr", above=0, finite=True)
     each(check_number, "dropout ema_decay", 0, below=1)
     each(check_number, "label_dropout", 0, 1)
+    if options["device"] is not None:
+        checked_device("train", options["device"])
+    if options["sample_every"]:
+        each(check_int, "sample_steps", 1, options["num_timesteps"])
     if not options["channels"]:
         raise ValueError("train: expected channels to be at least one number, got none")
     for name in ("channels", "attention"):

@@ -15,6 +15,7 @@ PACKAGE = Path(ddpm_fast.__file__).parent
 ALLOWED = {
     "version": set(),
     "atomic": set(),
+    "limits": set(),
     "memory": set(),
     "dtypes": set(),
     "checks": {"dtypes"},
@@ -26,26 +27,39 @@ ALLOWED = {
     "testing": {"dtypes", "reference", "schedule", "plan", "ops"},
     "nn": {"atomic", "checks", "ops", "nn"},
     "info": {"version", "ops"},
-    "images": {"atomic", "checks"},
+    "images": {"atomic", "checks", "limits"},
     "models": set(),
     "inference": {"dtypes", "checks", "ops", "nn", "models", "inference"},
     "requests": {"checks", "ops", "nn", "models", "inference"},
     "denoising_loop": {"plan", "ops", "models"},
-    "sampling": {"dtypes", "checks", "plan", "images", "models", "inference", "requests", "denoising_loop"},
+    "sampling": {"dtypes", "checks", "limits", "plan", "images", "models", "inference", "requests", "denoising_loop"},
     "evaluation": {
         *("dtypes", "checks", "reference", "schedule", "plan", "ops", "models", "inference", "requests", "evaluation"),
     },
     "training": {
-        *("version", "atomic", "memory", "checks", "schedule", "plan", "ops", "nn", "images", "sampling", "training"),
+        *("version", "atomic", "limits", "memory", "checks", "schedule", "plan", "ops", "nn", "images", "sampling"),
+        "training",
     },
-    "pretrained": {"atomic", "schedule", "plan", "nn", "training"},
+    "pretrained": {"atomic", "checks", "schedule", "plan", "nn", "training"},
     "integrations": {
         *("dtypes", "checks", "reference", "schedule", "plan", "ops", "nn", "models", "inference", "requests", "sampling"),
         *("evaluation", "integrations"),
     },
     "__init__": {"version"},  # and what __init__.pyi imports, when a name is first used
     "cli": {
-        *("version", "atomic", "plan", "info", "images", "requests", "sampling", "evaluation", "training", "pretrained"),
+        *(
+            "version",
+            "atomic",
+            "limits",
+            "plan",
+            "info",
+            "images",
+            "requests",
+            "sampling",
+            "evaluation",
+            "training",
+            "pretrained",
+        ),
     },
     "__main__": {"cli"},
 }

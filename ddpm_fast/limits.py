@@ -1,0 +1,106 @@
+"""Checks of memory and disk space: what cannot fit is refused before any work."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+
+def check_free_memory(caller: str, name: str, value: Any, needed: int) -> None:
+    """Raise a ValueError if the host has less free memory than an argument needs.
+
+    Args:
+        caller: Name of the calling function.
+        name: Name of the argument.
+        value: The argument.
+        needed: Bytes, at least.
+    """
+    free = free_memory()
+    if free is not None and needed > free:
+        raise ValueError(
+            f"{caller}: expected {name} to fit into memory, got {value}, which needs about {size_text(needed)} "
+            f"of {size_text(free)}"
+        )
+
+
+def check_free_space(caller: str, path: Path, needed: int) -> None:
+    """Raise an OSError if the disk that will hold a path has too little free space.
+
+    Args:
+        caller: Name of the calling function.
+        path: A file or folder that will be written. It need not exist.
+        needed: Bytes.
+    """
+    usage = shutil.disk_usage(existing_folder(path))
+    if usage.total and needed > usage.free:  # some network file systems report no sizes
+        raise OSError(
+            f"{caller}: expected {size_text(needed)} of free space for {str(path)!r}, got {size_text(usage.free)}; "
+            "free some, or choose another folder"
+        )
+
+
+def check_writable(caller: str, path: Path) -> None:
+    """Raise an OSError if a folder cannot be made, or files in it.
+
+    Args:
+        caller: Name of the calling function.
+        path: The folder. It need not exist, and is not made.
+    """
+    with suppress(FileNotFoundError, NotADirectoryError):
+        path.lstat()  # raises if a name is too long
+    folder = existing_folder(path)
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{caller}: expected {str(path)!r} to be a folder, got {str(folder)!r}, which is a file")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(f"{caller}: expected to be allowed to write to {str(folder)!r}, got no permission")
+
+
+def existing_folder(path: Path) -> Path:
+    """Return the path or the closest of its parents that exists."""
+    path = path.absolute()
+    return next(folder for folder in (path, *path.parents) if os.path.exists(folder))
+
+
+def size_text(size: float) -> str:
+    """Return a number of bytes as text in MB or GB."""
+    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
+
+
+def free_memory() -> int | None:
+    """Return the bytes that this process may still use, or None if the system does not say.
+
+    This is the memory that the system has available, or the limit of a container if that is lower.
+    """
+    return min((*_available(), *_limits()), default=None)
+
+
+def _available() -> Iterator[int]:
+    """Yield the memory that Linux can hand out without swapping."""
+    for line in _lines(Path("/proc/meminfo")):
+        if line.startswith("MemAvailable:"):
+            yield int(line.split()[1]) * 1024
+
+
+def _limits() -> Iterator[int]:
+    """Yield the limits of this process's control groups, version 1 or 2, and of the groups that hold them."""
+    for line in _lines(Path("/proc/self/cgroup")):
+        _, controllers, name = line.split(":", 2)
+        if controllers in ("", "memory"):
+            root, file = ("", "memory.max") if not controllers else ("memory", "memory.limit_in_bytes")
+            group = Path(name.lstrip("/"))
+            for folder in (group, *group.parents):
+                for text in _lines(Path("/sys/fs/cgroup") / root / folder / file):
+                    if text.isdecimal():  # "max" is no limit
+                        yield int(text)
+
+
+def _lines(file: Path) -> list[str]:
+    """Return the lines of a file of the system, or none if there is no such file."""
+    try:
+        return file.read_text().splitlines()
+    except OSError:
+        return []
