@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .checks import check_int, checked_seeds
 from .inference import FrozenUNet
@@ -35,6 +36,22 @@ def check_model(caller: str, model: Model) -> None:
     if not callable(model) or isinstance(model, type):
         got = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
         raise TypeError(f"{caller}: expected model to be an nn.Module or another callable object, got {got}")
+
+
+def check_takes_labels(caller: str, model: Model, class_labels: ClassLabels) -> None:
+    """Raise a ValueError if labels are given and the model's call has no third argument."""
+    if class_labels is None:
+        return
+    try:
+        signature = inspect.signature(model.forward if isinstance(model, nn.Module) else model)
+    except (TypeError, ValueError):  # a call without a signature
+        return
+    try:
+        signature.bind(None, None, None)
+    except TypeError:
+        raise ValueError(
+            f"{caller}: expected class_labels to be None, as the model takes no labels beside x_t and t, got {class_labels!r}"
+        ) from None
 
 
 def resolve_seeds(caller: str, seed: int | Tensor, num_samples: int) -> Tensor:

@@ -7,7 +7,7 @@ import math
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
@@ -33,7 +33,7 @@ from .inference import cuda_graph as graphs
 from .limits import check_free_memory
 from .models import Model, device_and_dtype, evaluation_mode, model_config
 from .plan import SamplingPlan
-from .requests import ClassLabels, check_image_shape, check_model, resolve_labels, resolve_seeds
+from .requests import ClassLabels, check_image_shape, check_model, check_takes_labels, resolve_labels, resolve_seeds
 
 Callback: TypeAlias = Callable[[int, int, Tensor], None]
 
@@ -105,7 +105,6 @@ class Sampler:
         _, self.dtype = device_and_dtype(self.network)
         # Other models may not compute the same from the same memory each time.
         self._captures = on_gpu and (isinstance(self.network, FrozenUNet) if cuda_graph is None else cuda_graph)
-        self._config = model_config(model)
         self._state_dtype = opmath(self.dtype)
         self._loops: OrderedDict[Hashable, DenoisingLoop] = OrderedDict()  # the one used last is last
         self._capture_stream: Any = None
@@ -127,7 +126,7 @@ class Sampler:
     ) -> Tensor:
         """Draw images. Arguments and result are those of `sample`."""
         request = _checked_request(
-            *("Sampler", self._config, self.shape, num_samples, seed, batch_size, class_labels),
+            *("Sampler", self.network, self.shape, num_samples, seed, batch_size, class_labels),
             *(guidance_scale, x_T, progress, callback, self.device.type == "cpu"),
         )
         images, _ = self._draw(request)
@@ -165,7 +164,7 @@ class Sampler:
         """
         check_int("Sampler.trajectory", "num_frames", num_frames, 1)
         request = _checked_request(
-            *("Sampler.trajectory", self._config, self.shape, num_samples, seed, batch_size, class_labels),
+            *("Sampler.trajectory", self.network, self.shape, num_samples, seed, batch_size, class_labels),
             *(guidance_scale, x_T, progress, callback, self.device.type == "cpu", min(num_frames, self.plan.num_steps + 1)),
         )
         images, states = self._draw(request, num_frames)
@@ -351,7 +350,7 @@ def sample(
     """
     shape, device = _checked_setup("sample", model, plan, dtype, device, shape, cuda_graph)
     request = _checked_request(
-        *("sample", model_config(model), shape, num_samples, seed, batch_size, class_labels),
+        *("sample", model, shape, num_samples, seed, batch_size, class_labels),
         *(guidance_scale, x_T, progress, callback, device.type == "cpu"),
     )
     sampler = Sampler(model, plan, dtype=dtype, device=device, shape=shape, cuda_graph=cuda_graph)
@@ -386,7 +385,7 @@ class _Request:
 
 def _checked_request(
     caller: str,
-    config: Mapping[str, Any],
+    model: Model,
     shape: tuple[int, ...],
     num_samples: int,
     seed: int | Tensor,
@@ -413,7 +412,8 @@ def _checked_request(
             check_free_memory(caller, name, value, needed)
     check_int(caller, "batch_size", batch_size, 1, optional=True)
     seeds = resolve_seeds(caller, seed, num_samples)
-    labels, no_label = resolve_labels(caller, config, class_labels, num_samples)
+    labels, no_label = resolve_labels(caller, model_config(model), class_labels, num_samples)
+    check_takes_labels(caller, model, class_labels)
     guided = _is_guided(caller, guidance_scale, class_labels, no_label)
     if x_T is not None:
         _check_x_T(caller, x_T, (num_samples, *shape))

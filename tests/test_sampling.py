@@ -489,6 +489,30 @@ def test_bad_arguments_are_refused_before_any_work(
         sample(**arguments, progress=False)
 
 
+def test_labels_for_a_model_that_takes_none_are_refused_before_any_work() -> None:
+    def predict(x_t: Tensor, t: Tensor) -> Tensor:
+        raise AssertionError("the model was called")
+
+    message = r"^sample: expected class_labels to be None, as the model takes no labels beside x_t and t, got 3$"
+    with pytest.raises(ValueError, match=message):
+        sample(predict, ddpm_plan(SCHEDULE), 2, shape=(1, 4, 4), class_labels=3, progress=False)
+
+
+def test_images_that_do_not_fit_into_memory_are_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, shape = ddpm_plan(SCHEDULE, 9), (1, 1000, 1000)  # 4 MB an image
+    sampler = Sampler(lambda x_t, t: None, plan, shape=shape)
+    with pytest.raises(ValueError, match=r"^sample: expected num_samples to fit into memory, got 4000000000, which needs"):
+        sample(tiny_unet(), plan, 4_000_000_000)
+    monkeypatch.setattr("ddpm_fast.limits.free_memory", lambda: 300_000_000)
+    with pytest.raises(
+        ValueError, match=r"^Sampler: expected num_samples to fit into memory, got 100, .* about 400\.0 MB of 3"
+    ):
+        sampler(100)
+    message = r"^Sampler\.trajectory: expected num_frames to fit into memory, got 10, which needs about 400\.0 MB of 300\.0 MB$"
+    with pytest.raises(ValueError, match=message):
+        sampler.trajectory(10, num_frames=10**9)  # x_T and 9 steps
+
+
 # ------------------------------------------------------------------------------------------------------------ command line
 
 

@@ -26,7 +26,7 @@ from ..inference import inference_network
 from ..models import Model, device_and_dtype, evaluation_mode, model_config, predict
 from ..plan import COLUMNS, VARIANCE_TYPES, Prediction, Variance, ddpm_plan
 from ..reference import ranged_log_variance
-from ..requests import ClassLabels, check_image_shape, check_model, resolve_labels, resolve_seeds
+from ..requests import ClassLabels, check_image_shape, check_model, check_takes_labels, resolve_labels, resolve_seeds
 from ..schedule import NoiseSchedule
 
 _BIN = 2 / 255  # width of one of the 256 grey levels in [-1, 1]
@@ -142,6 +142,7 @@ def variational_bound(
     check_image_shape(caller, "x_0", model, x_0.shape)
     total = len(x_0)
     labels, _ = resolve_labels(caller, model_config(model), class_labels, total)
+    check_takes_labels(caller, model, class_labels)
     seeds = resolve_seeds(caller, seed, total)
     weights = ddpm_plan(schedule, prediction=prediction, variance=variance, clip=clip).coefficients.flip(0)  # row t
 

@@ -477,6 +477,17 @@ def test_bad_arguments_of_a_call_are_named(dtype: torch.dtype) -> None:
         frozen(x.to("meta"), 1)
 
 
+@pytest.mark.parametrize("name", ["x", "t", "class_labels"])
+def test_tensors_of_transforms_are_named(name: str) -> None:
+    model, config = make_unet("class-conditional")
+    inputs = dict(zip(("x", "t", "class_labels"), make_inputs(config, 2), strict=True))
+    frozen, batched = freeze(model, torch.float32), torch.stack([inputs[name]] * 3)
+    with pytest.raises(
+        TypeError, match=rf"^FrozenUNet: expected {name} outside of torch\.func transforms, got a tensor of one"
+    ):
+        torch.vmap(lambda value: frozen(**inputs | {name: value}))(batched)
+
+
 def test_labels_out_of_range_are_named() -> None:
     model, config = make_unet("class-conditional")
     x, t, _ = make_inputs(config, 2)
