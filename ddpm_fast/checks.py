@@ -6,8 +6,9 @@ A wrong type is a TypeError. A wrong value is a ValueError.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
-from typing import Any
+import os
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -15,22 +16,68 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from .dtypes import FLOATS
 
+MAX_TIMESTEPS: Final = 100_000
+"""Largest number of timesteps T. The largest in the literature is 4000."""
+
 _NUMBERS = (float, int, torch.SymFloat, torch.SymInt)
 
 
 # ------------------------------------------------------------------------------------------------------------ plain values
 
 
-def check_type(caller: str, name: str, value: Any, kind: type) -> None:
-    """Raise a TypeError unless `value` is a `kind`."""
-    if not isinstance(value, kind):
-        raise TypeError(f"{caller}: expected {name} to be a {kind.__name__}, got {type(value).__name__}")
+def check_type(caller: str, name: str, value: Any, kind: type, *, optional: bool = False) -> None:
+    """Raise a TypeError unless `value` is a `kind`, or None with `optional`."""
+    if not isinstance(value, kind) and not (optional and value is None):
+        or_none = " or None" if optional else ""
+        raise TypeError(f"{caller}: expected {name} to be a {kind.__name__}{or_none}, got {type(value).__name__}")
+
+
+def check_callable(caller: str, name: str, value: Any) -> None:
+    """Raise a TypeError unless `value` is callable or None."""
+    if value is not None and not callable(value):
+        raise TypeError(f"{caller}: expected {name} to be callable or None, got {type(value).__name__}")
+
+
+def check_path(caller: str, name: str, value: Any) -> None:
+    """Raise a TypeError unless `value` is a str or an os.PathLike, and a ValueError if it holds a null character."""
+    if not isinstance(value, (str, os.PathLike)):
+        raise TypeError(f"{caller}: expected {name} to be a path (str or os.PathLike), got {type(value).__name__}")
+    if "\0" in str(value):
+        raise ValueError(f"{caller}: expected {name} to be a path without null characters, got {value!r}")
+
+
+def check_dtype(caller: str, name: str, value: Any, *, optional: bool = False) -> None:
+    """Raise a TypeError unless `value` is a dtype that the package computes in."""
+    if value not in FLOATS if isinstance(value, torch.dtype) else not (optional and value is None):
+        wanted = "float32, float64, float16, bfloat16 or None" if optional else "float32, float64, float16 or bfloat16"
+        raise TypeError(f"{caller}: expected {name} to be {wanted}, got {value!r}")
 
 
 def check_choice(caller: str, name: str, value: Any, choices: Collection[Any]) -> None:
-    """Raise a ValueError unless `value` is one of the choices."""
-    if value not in choices:
-        raise ValueError(f"{caller}: expected {name} to be one of {', '.join(map(str, choices))}, got {value!r}")
+    """Raise a TypeError unless `value` has the type of a choice, and a ValueError unless it is one of the choices."""
+    if type(value) is str and value in choices:
+        return
+    kinds = tuple({type(choice) for choice in choices})
+    if not isinstance(value, kinds) or value not in choices:
+        kind = ValueError if isinstance(value, kinds) else TypeError
+        raise kind(f"{caller}: expected {name} to be one of {', '.join(map(str, choices))}, got {value!r}")
+
+
+def check_ints(caller: str, name: str, value: Any, low: int, form: str) -> None:
+    """Raise a TypeError unless `value` is a sequence of ints, and a ValueError unless it has one and none is below `low`.
+
+    Args:
+        caller: Name of the calling function.
+        name: Name of the argument.
+        value: The argument. Bools are no ints, and a str or bytes is no sequence.
+        low: The least value.
+        form: Description of such a sequence.
+    """
+    is_sequence = isinstance(value, (tuple, list, Sequence)) and not isinstance(value, (str, bytes))
+    if not is_sequence or [each for each in value if not isinstance(each, (int, torch.SymInt)) or isinstance(each, bool)]:
+        raise TypeError(f"{caller}: expected {name} to be {form}, got {value!r}")
+    if len(value) == 0 or [each for each in value if each < low]:
+        raise ValueError(f"{caller}: expected {name} to be {form}, each at least {low}, got {list(value)}")
 
 
 def check_int(
@@ -91,8 +138,11 @@ def check_number(
     if optional and value is None:
         return
     or_none = " or None" if optional else ""
-    if not isinstance(value, _NUMBERS) or isinstance(value, bool):
-        raise TypeError(f"{caller}: expected {name} to be a number{or_none}, got {type(value).__name__}")
+    if type(value) is not float:
+        if not isinstance(value, _NUMBERS) or isinstance(value, bool):
+            raise TypeError(f"{caller}: expected {name} to be a number{or_none}, got {type(value).__name__}")
+        if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
+            raise ValueError(f"{caller}: expected {name} to be a number that fits in 64 bits{or_none}, got {value!r}")
     high_enough = (low is None or value >= low) and (above is None or value > above)
     low_enough = (high is None or value <= high) and (below is None or value < below)
     if not (high_enough and low_enough and (not finite or -math.inf < value < math.inf)):
@@ -157,12 +207,19 @@ def check_strided(op: str, name: str, x: Tensor) -> None:
 
 def checked_device(op: str, device: Any) -> torch.device:
     """Return the device, or raise if it is unknown or this PyTorch cannot use it."""
+    if not isinstance(device, (str, torch.device)):
+        raise TypeError(f"{op}: expected device to be a torch.device or its name, got {type(device).__name__}")
     try:
         found = torch.device(device)
-    except (RuntimeError, TypeError) as error:
+    except RuntimeError as error:
         raise ValueError(f"{op}: expected device to be a torch.device or its name, got {device!r}") from error
-    if found.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"{op}: expected device to be available, got {found}: PyTorch sees no GPU")
+    if found.type == "cuda" and (found.index or 0) >= (count := torch.cuda.device_count()):
+        raise ValueError(f"{op}: expected device to be available, got {found}: PyTorch sees {count or 'no'} GPU")
+    if found.type not in ("cpu", "cuda", "meta"):
+        try:
+            torch.empty(0, device=found)
+        except (AssertionError, RuntimeError) as error:
+            raise ValueError(f"{op}: expected device to be available, got {found}: PyTorch cannot use it") from error
     return found
 
 
@@ -212,9 +269,21 @@ def checked_seeds(op: str, seeds: Tensor, n: int, device: torch.device, name: st
         raise TypeError(f"{op}: expected {name} to be an int64 tensor (see sample_seeds), got {got}")
     if seeds.layout is not torch.strided:
         check_strided(op, name, seeds)
-    if seeds.shape != (n,):
-        raise ValueError(f"{op}: expected {name} to have shape [{n}], one a sample, got {list(seeds.shape)}")
-    return seeds.to(device).contiguous()
+    try:
+        if seeds.shape == (n,):
+            return seeds.to(device).contiguous()
+    except RuntimeError:
+        _check_values(op, name, seeds)
+        raise
+    raise ValueError(f"{op}: expected {name} to have shape [{n}], one a sample, got {list(seeds.shape)}")
+
+
+def _check_values(op: str, name: str, x: Tensor) -> None:
+    """Raise if `x` has no shape, no values or no memory, the reasons why it cannot be read or moved."""
+    check_strided(op, name, x)
+    if x.is_meta:
+        raise ValueError(f"{op}: expected {name} to have values, got a tensor on the meta device")
+    check_memory(op, name, x)
 
 
 def check_noise_or_seeds(op: str, noise: Tensor | None, seeds: Tensor | None) -> None:
@@ -235,13 +304,13 @@ def index_tensor(op: str, name: str, index: int | Tensor, bound: int, n: int, de
             check_strided(op, name, index)
         if index.dtype != torch.int64:
             raise TypeError(f"{op}: expected {name} to be an int or an int64 tensor, got {index.dtype}")
-        if index.numel() != 1 and index.shape != (n,):
-            raise ValueError(f"{op}: expected {name} to be an int or of shape [{n}], got {list(index.shape)}")
         try:
-            return index.to(device).reshape(-1).expand(n).contiguous()
+            if index.numel() == 1 or index.shape == (n,):
+                return index.to(device).reshape(-1).expand(n).contiguous()
         except RuntimeError:
-            check_memory(op, name, index)
+            _check_values(op, name, index)
             raise
+        raise ValueError(f"{op}: expected {name} to be an int or of shape [{n}], got {list(index.shape)}")
     if not isinstance(index, int) or isinstance(index, bool):
         raise TypeError(f"{op}: expected {name} to be an int or an int64 tensor, got {type(index).__name__}")
     if not 0 <= index < bound:

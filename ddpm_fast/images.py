@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from .atomic import replacing
-from .checks import check_int, check_number
+from .checks import check_float, check_int, check_number, check_path
+from .limits import check_free_memory
 
 ANIMATED: Final = ("GIF", "WEBP")
 STRIP: Final = 11  # images a row of a strip
@@ -32,6 +33,7 @@ def to_uint8(images: Tensor) -> Tensor:
     Returns:
         uint8 of the same shape, on the same device.
     """
+    check_float("to_uint8", "images", images, min_dim=0)
     return images.detach().float().add(1).mul(127.5).round_().clamp_(0, 255).to(torch.uint8)
 
 
@@ -54,10 +56,8 @@ def image_grid(
     Raises:
         ValueError: An argument is out of range, or the images are not finite.
     """
-    _check_images("image_grid", images)
-    check_int("image_grid", "columns", columns, 1, optional=True)
-    check_int("image_grid", "padding", padding, 0)
-    check_int("image_grid", "scale", scale, 1)
+    _check_images("image_grid", "images", images)
+    _check_layout("image_grid", images, columns, padding, scale)
     check_int("image_grid", "background", background, 0, 255)
     n, _, height, width = images.shape
     columns, rows = _columns_and_rows(n, columns)
@@ -115,6 +115,9 @@ def save_grid(
     Raises:
         ValueError: An argument is out of range, or Pillow cannot write such a picture in the format.
     """
+    check_path("save_grid", "path", path)
+    _check_images("save_grid", "images", images)
+    _check_layout("save_grid", images, columns, padding, scale)
     grid = image_grid(images, columns=columns, padding=padding, scale=scale)
     return _write(path, image_format(path, grid.shape), [grid])
 
@@ -147,10 +150,14 @@ def save_trajectory(
     Raises:
         ValueError: An argument is out of range, or Pillow cannot write such a picture in the format.
     """
+    check_path("save_trajectory", "path", path)
+    check_float("save_trajectory", "trajectory", trajectory)
     if trajectory.dim() != 5 or trajectory.shape[0] == 0:
         raise ValueError(f"save_trajectory: expected trajectory to be [F, N, C, H, W], F >= 1, got {list(trajectory.shape)}")
     check_int("save_trajectory", "frames", frames, 1, optional=True)
     check_number("save_trajectory", "seconds", seconds, above=0, finite=True)
+    _check_images("save_trajectory", "trajectory", trajectory.flatten(0, 1))
+    _check_layout("save_trajectory", trajectory[0], columns, padding, scale)
     total = trajectory.shape[0]
     kind = image_format(path)
     if frames is None:
@@ -210,14 +217,23 @@ def image_format(path: str | os.PathLike[str], shape: Sequence[int] = (1, 1, 1),
     )
 
 
-def _check_images(function: str, images: Tensor) -> None:
-    if images.dim() != 4 or images.shape[0] == 0 or images.shape[1] not in (1, 3, 4) or not images.is_floating_point():
+def _check_images(function: str, name: str, images: Tensor) -> None:
+    check_float(function, name, images)
+    if images.dim() != 4 or images.shape[0] == 0 or images.shape[1] not in (1, 3, 4) or images.is_meta:
         raise ValueError(
-            f"{function}: expected images to be floating [N, C, H, W] with N >= 1 and C = 1, 3 or 4, "
-            f"got {images.dtype} {list(images.shape)}"
+            f"{function}: expected {name} to be floating [N, C, H, W] with values, N >= 1 and C = 1, 3 or 4, "
+            f"got {images.dtype} {list(images.shape)} on {images.device}"
         )
     if not images.isfinite().all():
-        raise ValueError(f"{function}: expected images to be finite, got NaN or infinity")
+        raise ValueError(f"{function}: expected {name} to be finite, got NaN or infinity")
+
+
+def _check_layout(function: str, images: Tensor, columns: int | None, padding: int, scale: int) -> None:
+    check_int(function, "columns", columns, 1, optional=True)
+    check_int(function, "padding", padding, 0)
+    check_int(function, "scale", scale, 1)
+    needed = math.prod(grid_shape(images.shape, columns=columns, padding=padding, scale=scale))
+    check_free_memory(function, "padding and scale", (padding, scale), needed)
 
 
 def _write(

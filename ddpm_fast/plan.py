@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .checks import check_choice, check_int, check_number, check_type
+from .checks import check_choice, check_int, check_number, check_strided, check_type
 from .reference import PREDICTIONS, VARIANCES
 from .schedule import NoiseSchedule, numbered
 
@@ -69,8 +69,9 @@ class SamplingPlan:
     def __post_init__(self) -> None:
         """Check the fields, and derive `is_random` and `needs_x_0_prev`."""
         caller = "SamplingPlan"
-        _check_tensor(caller, "timesteps", self.timesteps, torch.int64)
-        _check_tensor(caller, "coefficients", self.coefficients, torch.float64)
+        check_type(caller, "schedule", self.schedule, NoiseSchedule)
+        _check_tensor(caller, "timesteps", self.timesteps, torch.int64, 1)
+        _check_tensor(caller, "coefficients", self.coefficients, torch.float64, 2)
         total, low, high = self.schedule.num_timesteps, int(self.timesteps.min()), int(self.timesteps.max())
         if low < 0 or high >= total:
             raise ValueError(f"{caller}: expected timesteps in 0..{total - 1}, got values from {low} to {high}")
@@ -109,18 +110,19 @@ class SamplingPlan:
 
     def table(self, device: torch.device | str = "cpu") -> Tensor:
         """Return `coefficients` in float32, [S, 10], rounded once. The tensor is cached for each device."""
-        return self._tensors(device)[0]
+        return self._tensors("SamplingPlan.table", device)[0]
 
     def steps(self, device: torch.device | str = "cpu") -> Tensor:
         """Return the steps 0..S-1, int64 [S]. The tensor is cached for each device.
 
         `steps(device)[i]` is a step on the device, without a copy from the host.
         """
-        return self._tensors(device)[1]
+        return self._tensors("SamplingPlan.steps", device)[1]
 
-    def _tensors(self, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    def _tensors(self, caller: str, device: torch.device | str) -> tuple[Tensor, Tensor]:
         """Return the table and the steps on `device`, from the cache if they are there."""
-        device = numbered(device)
+        if type(device) is not torch.device or device not in self._on_device:
+            device = numbered(caller, device)
         if device not in self._on_device:
             # The cache serves all callers. Autograd cannot save an inference tensor, so make ordinary ones.
             with torch.inference_mode(False):
@@ -232,6 +234,8 @@ def ddim_plan(
     """
     check_number("ddim_plan", "eta", eta, 0)
     check_number("ddim_plan", "final_alpha_bar", final_alpha_bar, above=0, high=1)
+    check_type("ddim_plan", "use_clipped_model_output", use_clipped_model_output, bool)
+    check_type("ddim_plan", "learned_variance", learned_variance, bool)
     path = _Path("ddim_plan", schedule, num_steps, spacing, previous, prediction, clip, final_alpha_bar)
     sigma = eta * path.beta_tilde.sqrt()
     if bool((sigma.square() > 1 - path.abar_prev).any()):
@@ -275,6 +279,7 @@ def ddim_inversion_plan(
         TypeError: `schedule` is not a NoiseSchedule.
         ValueError: An argument is out of range, or the model predicts epsilon where abar is 0.
     """
+    check_type("ddim_inversion_plan", "learned_variance", learned_variance, bool)
     path = _Path("ddim_inversion_plan", schedule, num_steps, spacing, None, prediction, clip)
     zero = torch.zeros_like(path.abar)
     plan = path.ddim(torch.cat([zero[:1], path.abar[:-1]]), zero, True, learned_variance)
@@ -433,12 +438,14 @@ class _Path:
         return SamplingPlan(self.schedule, self.timesteps, torch.stack(columns, dim=1), self.prediction, variance)
 
 
-def _check_tensor(caller: str, name: str, value: Tensor, dtype: torch.dtype) -> None:
-    """Raise unless `value` is a tensor of this dtype on the CPU, with elements."""
+def _check_tensor(caller: str, name: str, value: Tensor, dtype: torch.dtype, dim: int) -> None:
+    """Raise unless `value` is a dense tensor of this dtype and number of dimensions on the CPU, with elements."""
     check_type(caller, name, value, Tensor)
-    if value.dtype != dtype or value.device.type != "cpu" or value.numel() == 0:
+    check_strided(caller, name, value)
+    if value.dtype != dtype or value.device.type != "cpu" or value.numel() == 0 or value.dim() != dim:
         got = f"{value.dtype} {list(value.shape)} on {value.device}"
-        raise ValueError(f"{caller}: expected {name} to be {dtype} on the CPU, with elements, got {got}")
+        wanted = f"{dtype} of {dim} dimension{'s' * (dim > 1)} on the CPU, with elements"
+        raise ValueError(f"{caller}: expected {name} to be {wanted}, got {got}")
 
 
 def spaced_timesteps(caller: str, total: int, num_steps: int, spacing: Spacing) -> Tensor:
@@ -490,6 +497,7 @@ def _timesteps(caller: str, total: int, num_steps: int | None, spacing: Spacing 
     """
     if isinstance(spacing, str):
         return spaced_timesteps(caller, total, total if num_steps is None else num_steps, spacing)
+    check_int(caller, "num_steps", num_steps, 1, optional=True)
     try:
         timesteps = torch.as_tensor(spacing)
     except (TypeError, ValueError, RuntimeError) as error:

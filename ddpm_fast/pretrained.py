@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from .atomic import read_json
+from .checks import check_dtype, check_path, checked_device
 from .nn.unet import UNet, name_classes
 from .plan import Prediction, Variance
 from .schedule import NoiseSchedule
@@ -56,6 +57,7 @@ def load_builtin(device: torch.device | str | None = None, dtype: torch.dtype | 
     Returns:
         The network in eval mode, and its noise schedule.
     """
+    device = _checked_device_and_dtype("load_builtin", device, dtype)
     loaded = load_folder(BUILTIN, device, dtype)
     return loaded.model, loaded.schedule
 
@@ -75,6 +77,8 @@ def load_folder(
         FileNotFoundError: A file is missing.
         ValueError: A file is damaged, or describes a model that is not supported. The message names it.
     """
+    check_path("load_folder", "path", path)
+    device = _checked_device_and_dtype("load_folder", device, dtype)
     folder = Path(path)
     if not folder.is_dir():
         raise FileNotFoundError(f"load_folder: expected path to be a folder that holds a model, got {os.fspath(path)!r}")
@@ -121,6 +125,11 @@ def schedule_from_config(config: Mapping[str, Any]) -> NoiseSchedule:
         wanted = f"{schedule.num_timesteps}, as in ddpm_fast"
         raise ValueError(f"schedule_from_config: expected num_train_timesteps to be {wanted}, got {length!r}")
     return schedule
+
+
+def _checked_device_and_dtype(caller: str, device: torch.device | str | None, dtype: torch.dtype | None) -> torch.device | None:
+    check_dtype(caller, "dtype", dtype, optional=True)
+    return None if device is None else checked_device(caller, device)
 
 
 def _read_classes(file: Path) -> list[str]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .checks import checked_seeds
+from .checks import check_int, checked_seeds
 from .inference import FrozenUNet
 from .models import Model
 from .nn import UNet, UNetConfig
@@ -30,6 +31,29 @@ def check_image_shape(caller: str, name: str, model: Model, shape: Sequence[int]
         UNetConfig.from_dict(model.config).check_image_shape(caller, name, shape)
 
 
+def check_model(caller: str, model: Model) -> None:
+    """Raise a TypeError unless `model` is a callable object. A class is not one."""
+    if not callable(model) or isinstance(model, type):
+        got = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise TypeError(f"{caller}: expected model to be an nn.Module or another callable object, got {got}")
+
+
+def check_takes_labels(caller: str, model: Model, class_labels: ClassLabels) -> None:
+    """Raise a ValueError if labels are given and the model's call has no third argument."""
+    if class_labels is None:
+        return
+    try:
+        signature = inspect.signature(model.forward if isinstance(model, nn.Module) else model)
+    except (TypeError, ValueError):  # a call without a signature
+        return
+    try:
+        signature.bind(None, None, None)
+    except TypeError:
+        raise ValueError(
+            f"{caller}: expected class_labels to be None, as the model takes no labels beside x_t and t, got {class_labels!r}"
+        ) from None
+
+
 def resolve_seeds(caller: str, seed: int | Tensor, num_samples: int) -> Tensor:
     """Return the seeds of the samples, int64 [num_samples].
 
@@ -43,10 +67,11 @@ def resolve_seeds(caller: str, seed: int | Tensor, num_samples: int) -> Tensor:
         TypeError: `seed` is neither an int nor an int64 tensor.
     """
     if isinstance(seed, int):
+        check_int(caller, "seed", seed, -(1 << 63), (1 << 64) - 1)
         return sample_seeds(seed, num_samples)
     if not isinstance(seed, Tensor):
         raise TypeError(f"{caller}: expected seed to be an int or int64 [{num_samples}], got {type(seed).__name__}")
-    return checked_seeds(caller, seed, num_samples, seed.device, name="seed")
+    return checked_seeds(caller, seed, num_samples, torch.device("cpu") if seed.is_meta else seed.device, name="seed")
 
 
 def resolve_labels(

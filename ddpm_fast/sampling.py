@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
@@ -14,19 +15,31 @@ from typing import Any, Final, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from .checks import check_int, check_number, checked_device
+from .checks import (
+    check_callable,
+    check_dtype,
+    check_int,
+    check_ints,
+    check_number,
+    check_strided,
+    check_type,
+    checked_device,
+)
 from .denoising_loop import DenoisingLoop
-from .dtypes import FLOATS, opmath
+from .dtypes import opmath
 from .images import evenly_spaced
 from .inference import FrozenUNet, inference_network
 from .inference import cuda_graph as graphs
+from .limits import check_free_memory
 from .models import Model, device_and_dtype, evaluation_mode, model_config
 from .plan import SamplingPlan
-from .requests import ClassLabels, check_image_shape, resolve_labels, resolve_seeds
+from .requests import ClassLabels, check_image_shape, check_model, check_takes_labels, resolve_labels, resolve_seeds
 
 Callback: TypeAlias = Callable[[int, int, Tensor], None]
 
 MAX_LOOPS: Final = 4  # captured loops of a Sampler: batch sizes and guidance scales
+
+_ALWAYS_FREE: Final = 64 << 20  # bytes; asking the system for its free memory takes as long as a small network's step
 
 _logger = logging.getLogger(__name__)
 
@@ -84,28 +97,14 @@ class Sampler:
         shape: Sequence[int] | None = None,
         cuda_graph: bool | None = None,
     ) -> None:
-        if not callable(model) or isinstance(model, type):
-            got = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
-            raise TypeError(f"Sampler: expected model to be an nn.Module or another callable object, got {got}")
-        if dtype is not None and dtype not in FLOATS:
-            raise TypeError(f"Sampler: expected dtype to be a floating dtype, got {dtype!r}")
-        if cuda_graph not in (None, True, False):
-            raise TypeError(f"Sampler: expected cuda_graph to be a bool or None, got {cuda_graph!r}")
-        self.plan, self.shape = plan, _image_shape("Sampler", model, plan, shape)
-        if isinstance(model, FrozenUNet) and plan.timesteps.max() >= model.num_timesteps:
-            raise ValueError(
-                f"Sampler: expected a plan of timesteps below {model.num_timesteps}, got {int(plan.timesteps.max())}"
-            )
-        self.device = _device("Sampler", model, device)
+        self.plan = plan
+        self.shape, self.device = _checked_setup("Sampler", model, plan, dtype, device, shape, cuda_graph)
         on_gpu = self.device.type in graphs.DEVICE_TYPES
-        if cuda_graph and not on_gpu:
-            raise ValueError(f"Sampler: expected cuda_graph to be None or False on {self.device.type}, got True")
         with _on(self.device):
             self.network = inference_network("Sampler", model, self.device, dtype, plan.schedule.num_timesteps)
         _, self.dtype = device_and_dtype(self.network)
         # Other models may not compute the same from the same memory each time.
         self._captures = on_gpu and (isinstance(self.network, FrozenUNet) if cuda_graph is None else cuda_graph)
-        self._config = model_config(model)
         self._state_dtype = opmath(self.dtype)
         self._loops: OrderedDict[Hashable, DenoisingLoop] = OrderedDict()  # the one used last is last
         self._capture_stream: Any = None
@@ -127,9 +126,10 @@ class Sampler:
     ) -> Tensor:
         """Draw images. Arguments and result are those of `sample`."""
         request = _checked_request(
-            "Sampler", self._config, self.shape, num_samples, seed, batch_size, class_labels, guidance_scale, x_T, callback
+            *("Sampler", self.network, self.shape, num_samples, seed, batch_size, class_labels),
+            *(guidance_scale, x_T, progress, callback, self.device.type == "cpu"),
         )
-        images, _ = self._draw(request, progress)
+        images, _ = self._draw(request)
         return images
 
     def trajectory(
@@ -164,16 +164,17 @@ class Sampler:
         """
         check_int("Sampler.trajectory", "num_frames", num_frames, 1)
         request = _checked_request(
-            "Sampler", self._config, self.shape, num_samples, seed, batch_size, class_labels, guidance_scale, x_T, callback
+            *("Sampler.trajectory", self.network, self.shape, num_samples, seed, batch_size, class_labels),
+            *(guidance_scale, x_T, progress, callback, self.device.type == "cpu", min(num_frames, self.plan.num_steps + 1)),
         )
-        images, states = self._draw(request, progress, num_frames)
+        images, states = self._draw(request, num_frames)
         assert states is not None
         return images, states
 
     def __reduce__(self) -> Any:
         raise TypeError("Sampler: it cannot be copied or pickled: make a new one from the model and the plan")
 
-    def _draw(self, request: _Request, progress: bool, num_frames: int = 0) -> tuple[Tensor, Tensor | None]:
+    def _draw(self, request: _Request, num_frames: int = 0) -> tuple[Tensor, Tensor | None]:
         num_samples, batch_size, callback = request.num_samples, request.batch_size, request.callback
         plan, device = self.plan, self.device
         if self._owner == threading.get_ident():
@@ -195,7 +196,7 @@ class Sampler:
             labels, x_T = (None if each is None else each.to(device) for each in (request.labels, request.x_T))
             chunks = [slice(i, i + batch_size) for i in range(0, num_samples, batch_size)]
             bar: Any = None
-            if progress:
+            if request.progress:
                 from tqdm.auto import tqdm
 
                 # On a GPU the bar counts the steps handed over: the host would have to wait to know how many are done.
@@ -347,12 +348,13 @@ def sample(
         ValueError: An argument is out of range or does not fit the model. Checked before any computation.
         TypeError: An argument has an unsupported type.
     """
-    shape = _image_shape("sample", model, plan, shape)
+    shape, device = _checked_setup("sample", model, plan, dtype, device, shape, cuda_graph)
     request = _checked_request(
-        "sample", model_config(model), shape, num_samples, seed, batch_size, class_labels, guidance_scale, x_T, callback
+        *("sample", model, shape, num_samples, seed, batch_size, class_labels),
+        *(guidance_scale, x_T, progress, callback, device.type == "cpu"),
     )
     sampler = Sampler(model, plan, dtype=dtype, device=device, shape=shape, cuda_graph=cuda_graph)
-    images, _ = sampler._draw(request, progress)
+    images, _ = sampler._draw(request)
     return images
 
 
@@ -377,12 +379,13 @@ class _Request:
     label: int | None
     guidance_scale: float | None
     x_T: Tensor | None
+    progress: bool
     callback: Callback | None
 
 
 def _checked_request(
     caller: str,
-    config: Mapping[str, Any],
+    model: Model,
     shape: tuple[int, ...],
     num_samples: int,
     seed: int | Tensor,
@@ -390,18 +393,32 @@ def _checked_request(
     class_labels: ClassLabels,
     guidance_scale: float | None,
     x_T: Tensor | None,
+    progress: bool,
     callback: Callback | None,
+    on_host: bool,
+    num_frames: int = 0,
 ) -> _Request:
-    """Check what `sample` documents, and resolve seeds and labels."""
-    check_int(caller, "num_samples", num_samples, 1)
+    """Check what `sample` documents, and resolve seeds and labels.
+
+    Images on the host and `num_frames` states of each are not begun if they do not fit into its memory.
+    """
+    check_int(caller, "num_samples", num_samples, 1, 1 << 32)
+    state = 4 * num_samples * math.prod(shape)  # bytes, or twice as many for a float64 network
+    for name, value, needed in (
+        ("num_samples", num_samples, 8 * num_samples + (state if on_host else 0)),
+        ("num_frames", num_frames, num_frames * state),
+    ):
+        if needed > _ALWAYS_FREE:
+            check_free_memory(caller, name, value, needed)
     check_int(caller, "batch_size", batch_size, 1, optional=True)
     seeds = resolve_seeds(caller, seed, num_samples)
-    labels, no_label = resolve_labels(caller, config, class_labels, num_samples)
+    labels, no_label = resolve_labels(caller, model_config(model), class_labels, num_samples)
+    check_takes_labels(caller, model, class_labels)
     guided = _is_guided(caller, guidance_scale, class_labels, no_label)
     if x_T is not None:
         _check_x_T(caller, x_T, (num_samples, *shape))
-    if callback is not None and not callable(callback):
-        raise TypeError(f"{caller}: expected callback to be callable or None, got {type(callback).__name__}")
+    check_type(caller, "progress", progress, bool)
+    check_callable(caller, "callback", callback)
     return _Request(
         num_samples,
         batch_size or num_samples,
@@ -410,6 +427,7 @@ def _checked_request(
         None if labels is None else no_label or 0,
         guidance_scale if guided else None,
         x_T,
+        progress,
         callback,
     )
 
@@ -428,10 +446,11 @@ def _is_guided(caller: str, guidance_scale: float | None, class_labels: Any, no_
 def _check_x_T(caller: str, x_T: Tensor, shape: tuple[int, ...]) -> None:
     if not isinstance(x_T, Tensor):
         raise TypeError(f"{caller}: expected x_T to be a tensor or None, got {type(x_T).__name__}")
+    check_strided(caller, "x_T", x_T)
     if not x_T.is_floating_point() or tuple(x_T.shape) != shape:
         raise ValueError(f"{caller}: expected x_T to be floating {list(shape)}, got {x_T.dtype} {list(x_T.shape)}")
-    if x_T.is_meta or x_T.layout != torch.strided:
-        raise ValueError(f"{caller}: expected x_T to be a dense tensor with values, got one of {x_T.layout} on {x_T.device}")
+    if x_T.is_meta:
+        raise ValueError(f"{caller}: expected x_T to have values, got a tensor on the meta device")
     if x_T.device.type == "cpu" and not x_T.isfinite().all():  # a GPU would have to be waited for
         raise ValueError(f"{caller}: expected x_T to be finite, got NaN or infinity")
 
@@ -447,9 +466,31 @@ def _device(caller: str, model: Model, device: torch.device | str | None) -> tor
     return torch.empty(0, device=device).device
 
 
+def _checked_setup(
+    caller: str,
+    model: Model,
+    plan: SamplingPlan,
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+    shape: Sequence[int] | None,
+    cuda_graph: bool | None,
+) -> tuple[tuple[int, ...], torch.device]:
+    """Check the arguments of a Sampler. Return the shape of an image, and the device."""
+    check_model(caller, model)
+    check_dtype(caller, "dtype", dtype, optional=True)
+    check_type(caller, "cuda_graph", cuda_graph, bool, optional=True)
+    shape = _image_shape(caller, model, plan, shape)
+    if isinstance(model, FrozenUNet) and plan.timesteps.max() >= model.num_timesteps:
+        got = int(plan.timesteps.max())
+        raise ValueError(f"{caller}: expected plan to have timesteps below {model.num_timesteps}, got {got}")
+    device = _device(caller, model, device)
+    if cuda_graph and device.type not in graphs.DEVICE_TYPES:
+        raise ValueError(f"{caller}: expected cuda_graph to be None or False on {device.type}, got True")
+    return shape, device
+
+
 def _image_shape(caller: str, model: Model, plan: SamplingPlan, shape: Sequence[int] | None) -> tuple[int, ...]:
-    if not isinstance(plan, SamplingPlan):
-        raise TypeError(f"{caller}: expected plan to be a SamplingPlan, got {type(plan).__name__}")
+    check_type(caller, "plan", plan, SamplingPlan)
     config = model_config(model)
     if shape is None:
         channels, size = config.get("in_channels"), config.get("sample_size")
@@ -458,10 +499,7 @@ def _image_shape(caller: str, model: Model, plan: SamplingPlan, shape: Sequence[
                 f"{caller}: expected shape (C, H, W) to be given, as the model has no config with in_channels and sample_size"
             )
         shape = (channels, size, size) if isinstance(size, int) else (channels, *size)
-    if not isinstance(shape, Sequence) or not all(isinstance(size, int) and not isinstance(size, bool) for size in shape):
-        raise TypeError(f"{caller}: expected shape to be integers (C, H, W), got {shape!r}")
-    if len(shape) == 0 or min(shape) < 1:
-        raise ValueError(f"{caller}: expected shape to be positive integers (C, H, W), got {tuple(shape)}")
+    check_ints(caller, "shape", shape, 1, "integers (C, H, W)")
     wanted = shape[0] * (1 if plan.variance == "fixed" else 2)
     if config.get("out_channels", wanted) != wanted:
         raise ValueError(

@@ -7,15 +7,12 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from .checks import check_choice, check_int, check_number, check_type
-
-MAX_TIMESTEPS: Final = 100_000
-"""Largest number of timesteps T. The largest in the literature is 4000."""
+from .checks import MAX_TIMESTEPS, check_choice, check_int, check_number, check_strided, check_type, checked_device
 
 
 class NoiseSchedule:
@@ -40,19 +37,9 @@ class NoiseSchedule:
     """
 
     def __init__(self, betas: Tensor, name: str = "from_betas", parameters: dict[str, Any] | None = None) -> None:
-        if not isinstance(betas, Tensor) or betas.layout != torch.strided:
-            got = f"a tensor of layout {betas.layout}" if isinstance(betas, Tensor) else type(betas).__name__
-            raise TypeError(f"NoiseSchedule: expected betas to be a dense tensor of shape [T], got {got}")
-        if betas.dim() != 1 or not 1 <= betas.numel() <= MAX_TIMESTEPS or not betas.is_floating_point():
-            got = f"{betas.dtype} {list(betas.shape)}"
-            wanted = f"a floating tensor of shape [T], T in 1..{MAX_TIMESTEPS}"
-            raise ValueError(f"NoiseSchedule: expected betas to be {wanted}, got {got}")
-        betas = betas.detach().to("cpu", torch.float64, copy=True)
-        outside = ~((betas > 0) & (betas <= 1))  # NaN included
-        if outside.any():
-            first = int(outside.nonzero()[0])
-            raise ValueError(f"NoiseSchedule: expected every beta in (0, 1], got {betas[first]:.6g} at index {first}")
-        self.betas = betas
+        self.betas = _checked_betas("NoiseSchedule", betas)
+        check_choice("NoiseSchedule", "name", name, BUILDERS)
+        check_type("NoiseSchedule", "parameters", parameters, dict, optional=True)
         self.name = name
         self._parameters = dict(parameters or {})
         self._tables: dict[torch.device, Tensor] = {}
@@ -79,7 +66,8 @@ class NoiseSchedule:
                 nearly pure noise for every T. By default the ends are used as given, as in diffusers, and
                 a T far below 1000 leaves signal in x_T.
         """
-        _check_numbers("linear", num_timesteps, beta_start=beta_start, beta_end=beta_end)
+        _check_numbers("linear", num_timesteps)
+        _check_ends("linear", beta_start, beta_end)
         check_type("NoiseSchedule.linear", "scale_to_num_timesteps", scale_to_num_timesteps, bool)
         scale = 1000 / num_timesteps if scale_to_num_timesteps else 1.0
         betas = torch.linspace(beta_start * scale, beta_end * scale, num_timesteps, dtype=torch.float64)
@@ -102,10 +90,8 @@ class NoiseSchedule:
             beta_start: First beta, before scaling.
             beta_end: The last beta.
         """
-        _check_numbers("scaled_linear", num_timesteps, beta_start=beta_start, beta_end=beta_end)
-        if min(beta_start, beta_end) < 0:
-            got = f"{beta_start} and {beta_end}"
-            raise ValueError(f"NoiseSchedule.scaled_linear: expected beta_start and beta_end to be at least 0, got {got}")
+        _check_numbers("scaled_linear", num_timesteps)
+        _check_ends("scaled_linear", beta_start, beta_end)
         betas = torch.linspace(beta_start**0.5, beta_end**0.5, num_timesteps, dtype=torch.float64).square()
         parameters = {"num_timesteps": num_timesteps, "beta_start": beta_start, "beta_end": beta_end}
         return cls(betas, "scaled_linear", parameters)
@@ -123,7 +109,8 @@ class NoiseSchedule:
             s: Offset that keeps the first betas from vanishing.
             max_beta: Upper bound on every beta.
         """
-        _check_numbers("cosine", num_timesteps, s=s, max_beta=max_beta)
+        _check_numbers("cosine", num_timesteps, max_beta)
+        check_number("NoiseSchedule.cosine", "s", s, 0, finite=True)
 
         def alpha_bar(u: Tensor) -> Tensor:
             return torch.cos((u + s) / (1 + s) * (math.pi / 2)).square()
@@ -156,7 +143,9 @@ class NoiseSchedule:
                 Its betas are then matched up to float64 rounding. They differ from the formula's by up to
                 1.3e-5 (relative, T = 1000).
         """
-        _check_numbers("sigmoid", num_timesteps, start=start, end=end, tau=tau, max_beta=max_beta)
+        _check_numbers("sigmoid", num_timesteps, max_beta)
+        for name, value in (("start", start), ("end", end), ("tau", tau)):
+            check_number("NoiseSchedule.sigmoid", name, value, finite=True)
         check_type("NoiseSchedule.sigmoid", "float32_ends", float32_ends, bool)
         if start == end or tau == 0:
             raise ValueError(
@@ -189,7 +178,8 @@ class NoiseSchedule:
             beta_start: Lower limit of the betas.
             beta_end: Upper limit of the betas.
         """
-        _check_numbers("sigmoid_betas", num_timesteps, beta_start=beta_start, beta_end=beta_end)
+        _check_numbers("sigmoid_betas", num_timesteps)
+        _check_ends("sigmoid_betas", beta_start, beta_end, zero=True)
         ramp = torch.linspace(-6, 6, num_timesteps, dtype=torch.float64).sigmoid()
         parameters = {"num_timesteps": num_timesteps, "beta_start": beta_start, "beta_end": beta_end}
         return cls(ramp * (beta_end - beta_start) + beta_start, "sigmoid_betas", parameters)
@@ -210,7 +200,7 @@ class NoiseSchedule:
             num_timesteps: T, 1 to 100,000.
             max_beta: Upper bound on every beta.
         """
-        _check_numbers("laplace", num_timesteps, max_beta=max_beta)
+        _check_numbers("laplace", num_timesteps, max_beta)
 
         def alpha_bar(u: Tensor) -> Tensor:
             side = torch.where(u <= 0.5, 1.0, -1.0)
@@ -230,13 +220,13 @@ class NoiseSchedule:
         Raises:
             ValueError: A beta is outside (0, 1].
         """
-        try:
-            values = torch.as_tensor(betas, dtype=torch.float64)
-        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-            raise TypeError(
-                f"NoiseSchedule.from_betas: expected betas to be a tensor or a list of numbers, got: {error}"
-            ) from error
-        return cls(values)
+        caller = "NoiseSchedule.from_betas"
+        if not isinstance(betas, Tensor):
+            try:
+                betas = torch.as_tensor(betas, dtype=torch.float64)
+            except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+                raise TypeError(f"{caller}: expected betas to be T numbers, got {betas!r}") from error
+        return cls(_checked_betas(caller, betas))
 
     @classmethod
     def from_diffusers(cls, config: Mapping[str, Any]) -> NoiseSchedule:
@@ -251,6 +241,7 @@ class NoiseSchedule:
             TypeError: A value has another type than in diffusers.
             ValueError: diffusers' DDPMScheduler does not have this beta_schedule, or a value is out of range.
         """
+        check_type("NoiseSchedule.from_diffusers", "config", config, Mapping)
         rescale = config.get("rescale_betas_zero_snr", False)
         check_type("NoiseSchedule.from_diffusers", "rescale_betas_zero_snr", rescale, bool)
         if config.get("trained_betas") is not None:
@@ -408,7 +399,8 @@ class NoiseSchedule:
         Returns:
             float32 [T, 2]: sqrt(abar_t) and sqrt(1 - abar_t), computed in float64 and rounded once.
         """
-        device = numbered(device)
+        if type(device) is not torch.device or device not in self._tables:
+            device = numbered("NoiseSchedule.table", device)
         if device not in self._tables:
             with torch.inference_mode(False):  # kept for all callers: one that trains could not save an inference tensor
                 table = torch.stack([self.sqrt_alpha_bars, self.sqrt_one_minus_alpha_bars], dim=1)
@@ -475,18 +467,47 @@ _DIFFUSERS_BUILDERS = {  # diffusers' beta_schedule -> builder
 }
 
 
-def numbered(device: torch.device | str) -> torch.device:
-    """Return `device` with its index, as tensors report it: "cuda" becomes the current GPU."""
-    device = torch.device(device)
+def numbered(caller: str, device: torch.device | str) -> torch.device:
+    """Return `device` with its index, as tensors report it: "cuda" becomes the current GPU. Raise if it is not available."""
+    device = checked_device(caller, device)
     return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
 
 
-def _check_numbers(builder: str, num_timesteps: int, **values: float) -> None:
-    """Raise unless num_timesteps is an integer in range and the other values are finite numbers."""
-    check_int(f"NoiseSchedule.{builder}", "num_timesteps", num_timesteps, 1)
-    check_number(f"NoiseSchedule.{builder}", "num_timesteps", num_timesteps, high=MAX_TIMESTEPS)
-    for name, value in values.items():
-        check_number(f"NoiseSchedule.{builder}", name, value, finite=True)
+def _checked_betas(caller: str, betas: Tensor) -> Tensor:
+    """Return a float64 copy of betas on the CPU, or raise unless they are floating [T] in (0, 1]."""
+    if not isinstance(betas, Tensor):
+        raise TypeError(
+            f"{caller}: expected betas to be a floating tensor [T], got {type(betas).__name__}: NoiseSchedule.from_betas "
+            "takes a sequence"
+        )
+    check_strided(caller, "betas", betas)
+    if betas.dim() != 1 or not 1 <= betas.numel() <= MAX_TIMESTEPS or not betas.is_floating_point() or betas.is_meta:
+        got = f"{betas.dtype} {list(betas.shape)} on {betas.device}"
+        wanted = f"a floating tensor of shape [T] with values, T in 1..{MAX_TIMESTEPS}"
+        raise ValueError(f"{caller}: expected betas to be {wanted}, got {got}")
+    betas = betas.detach().to("cpu", torch.float64, copy=True)
+    outside = ~((betas > 0) & (betas <= 1))  # NaN included
+    if outside.any():
+        first = int(outside.nonzero()[0])
+        raise ValueError(f"{caller}: expected betas to be in (0, 1], got {betas[first]:.6g} at index {first}")
+    return betas
+
+
+def _check_numbers(builder: str, num_timesteps: int, max_beta: float = 1.0) -> None:
+    """Raise unless num_timesteps is in 1..MAX_TIMESTEPS and max_beta in (0, 1]."""
+    caller = f"NoiseSchedule.{builder}"
+    check_int(caller, "num_timesteps", num_timesteps, 1, MAX_TIMESTEPS)
+    check_number(caller, "max_beta", max_beta, above=0, high=1)
+
+
+def _check_ends(builder: str, beta_start: float, beta_end: float, *, zero: bool = False) -> None:
+    """Raise unless both betas are finite numbers in (0, 1], or in [0, 1] with `zero`."""
+    for name, value in (("beta_start", beta_start), ("beta_end", beta_end)):
+        caller = f"NoiseSchedule.{builder}"
+        if zero:
+            check_number(caller, name, value, 0, 1)
+        else:
+            check_number(caller, name, value, above=0, high=1)
 
 
 def _betas_from_alpha_bar(alpha_bar: Callable[[Tensor], Tensor], num_timesteps: int, max_beta: float) -> Tensor:

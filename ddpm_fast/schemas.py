@@ -14,9 +14,10 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 import msgspec
 from msgspec import Meta, Struct
 
+from .checks import MAX_TIMESTEPS
 from .nn.config import UNetConfig
 from .plan import Prediction, Variance
-from .schedule import MAX_TIMESTEPS, NoiseSchedule
+from .schedule import NoiseSchedule
 
 Finite = Annotated[float, Meta(ge=-sys.float_info.max, le=sys.float_info.max)]
 Size = Annotated[int, Meta(ge=0)]

@@ -7,6 +7,8 @@ from typing import Any
 
 import build_age
 import environment  # noqa: F401 (before fixtures: torch and triton read the variables that it sets)
+import hypothesis
+import hypothesis.internal.conjecture.providers
 import pairwise
 import pytest
 from fixtures import (  # noqa: F401
@@ -20,6 +22,19 @@ from fixtures import (  # noqa: F401
     matrix_kernels,
     no_matrix_kernels,
 )
+
+# The same examples in every run, without a time limit or a folder of earlier failures.
+hypothesis.settings.register_profile(
+    "fixed",
+    derandomize=True,
+    deadline=None,
+    database=None,
+    max_examples=100,
+    suppress_health_check=list(hypothesis.HealthCheck),
+)
+hypothesis.settings.load_profile("fixed")
+# Constants of loaded modules would become examples, which would then depend on the tests that ran before.
+hypothesis.internal.conjecture.providers.is_local_module_file = lambda _: False
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

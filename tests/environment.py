@@ -7,6 +7,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers share the processors
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic algorithms ask of cuBLAS
 
+os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = os.devnull  # it writes nothing
+
 import torch
 
 if not torch.cuda.is_available():

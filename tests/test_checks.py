@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from ddpm_fast.checks import check_choice, check_int, check_number, check_type
+from ddpm_fast.checks import (
+    check_callable,
+    check_choice,
+    check_dtype,
+    check_int,
+    check_ints,
+    check_number,
+    check_path,
+    check_type,
+    checked_device,
+)
 
 
 @pytest.mark.parametrize(
@@ -66,6 +79,7 @@ def test_numbers_pass(value: float | None, bounds: dict[str, Any]) -> None:
         (0, {"above": 0, "optional": True}, ValueError, "positive or None, got 0"),
         (True, {}, TypeError, "f: expected x to be a number, got bool"),
         ("1", {"optional": True}, TypeError, "f: expected x to be a number or None, got str"),
+        (1 << 63, {}, ValueError, "f: expected x to be a number that fits in 64 bits, got 9223372036854775808"),
     ],
 )
 def test_other_numbers_do_not(value: object, bounds: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -78,5 +92,49 @@ def test_choices_and_types() -> None:
     check_type("f", "x", "a", str)
     with pytest.raises(ValueError, match="f: expected x to be one of a, None, got 'b'"):
         check_choice("f", "x", "b", ("a", None))
+    with pytest.raises(TypeError, match="f: expected x to be one of a, None, got 1"):
+        check_choice("f", "x", 1, ("a", None))
+    with pytest.raises(TypeError, match=r"f: expected x to be one of 0, 1, got tensor"):
+        check_choice("f", "x", torch.ones(2), (0, 1))  # which has no truth value
+    check_type("f", "x", None, str, optional=True)
     with pytest.raises(TypeError, match="f: expected x to be a str, got int"):
         check_type("f", "x", 1, str)
+    with pytest.raises(TypeError, match="f: expected x to be a str or None, got int"):
+        check_type("f", "x", 1, str, optional=True)
+
+
+def test_other_arguments_pass() -> None:
+    check_callable("f", "x", print)
+    check_callable("f", "x", None)
+    check_path("f", "x", "a")
+    check_path("f", "x", Path("a"))
+    check_dtype("f", "x", torch.float16)
+    check_dtype("f", "x", None, optional=True)
+    for sizes in ((2, 3), [2], torch.Size([1]), range(1, 3)):
+        check_ints("f", "x", sizes, 1, "sizes")
+    for name in ("cpu", "meta", torch.device("cpu")):
+        assert checked_device("f", name) == torch.device(name)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: check_callable("f", "x", 1), TypeError, "expected x to be callable or None, got int"),
+        (lambda: check_path("f", "x", b"a"), TypeError, r"expected x to be a path \(str or os.PathLike\), got bytes"),
+        (lambda: check_path("f", "x", "a\0b"), ValueError, "expected x to be a path without null characters, got"),
+        (lambda: check_dtype("f", "x", torch.int8), TypeError, "expected x to be float32, .*or bfloat16, got torch.int8"),
+        (lambda: check_dtype("f", "x", None), TypeError, "expected x to be float32, .*or bfloat16, got None"),
+        (lambda: check_dtype("f", "x", "float32", optional=True), TypeError, "bfloat16 or None, got 'float32'"),
+        (lambda: check_ints("f", "x", (2, True), 1, "sizes"), TypeError, r"expected x to be sizes, got \(2, True\)"),
+        (lambda: check_ints("f", "x", b"ab", 1, "sizes"), TypeError, "expected x to be sizes, got b'ab'"),
+        (lambda: check_ints("f", "x", (), 1, "sizes"), ValueError, r"expected x to be sizes, each at least 1, got \[\]"),
+        (lambda: check_ints("f", "x", (2, 0), 1, "sizes"), ValueError, r"each at least 1, got \[2, 0\]"),
+        (lambda: checked_device("f", 0), TypeError, "expected device to be a torch.device or its name, got int"),
+        (lambda: checked_device("f", "gpu"), ValueError, "expected device to be a torch.device or its name, got 'gpu'"),
+        (lambda: checked_device("f", "cuda:99"), ValueError, "expected device to be available, got cuda:99: PyTorch sees"),
+        (lambda: checked_device("f", "xla"), ValueError, "expected device to be available, got xla: PyTorch cannot use it"),
+    ],
+)
+def test_other_wrong_arguments_do_not(call: Callable[[], None], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"^f: .*{message}"):
+        call()

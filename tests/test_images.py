@@ -177,15 +177,14 @@ def test_evenly_spaced_has_both_ends() -> None:
         (lambda p: save_grid(levels(1, 1, 2, 2), p / "a"), "expected path to end in"),
         (
             lambda p: save_grid(levels(1, 2, 2, 2), p / "a.png"),
-            r"image_grid: expected images .* got torch.float32 \[1, 2, 2, 2\]",
+            r"save_grid: expected images .* got torch.float32 \[1, 2, 2, 2\]",
         ),
-        (lambda p: save_grid(levels(1, 2, 2), p / "a.png"), "image_grid: expected images"),
-        (lambda p: save_grid(levels(0, 1, 2, 2), p / "a.png"), "image_grid: expected images"),
+        (lambda p: save_grid(levels(1, 2, 2), p / "a.png"), "save_grid: expected images"),
+        (lambda p: save_grid(levels(0, 1, 2, 2), p / "a.png"), "save_grid: expected images"),
         (
             lambda p: save_grid(levels(1, 1, 2, 2) / 0, p / "a.png"),
-            "image_grid: expected images to be finite, got NaN or infinity",
+            "save_grid: expected images to be finite, got NaN or infinity",
         ),
-        (lambda p: save_grid(to_uint8(levels(1, 1, 2, 2)), p / "a.png"), "image_grid: expected images .* got torch.uint8"),
         (lambda p: save_grid(levels(1, 1, 2, 2), p / "a.png", columns=0), "expected columns to be a positive .*got 0"),
         (lambda p: save_grid(levels(1, 1, 2, 2), p / "a.png", padding=-1), "expected padding .*at least 0, got -1"),
         (lambda p: save_grid(levels(1, 1, 2, 2), p / "a.png", scale=0), "expected scale to be a positive integer, got 0"),
@@ -198,3 +197,14 @@ def test_bad_arguments_are_refused_before_anything_is_written(tmp_path: Path, ca
     with pytest.raises(ValueError, match=message):
         call(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_images_that_are_already_8_bit_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"^save_grid: expected images to be float32, .*, got torch\.uint8$"):
+        save_grid(to_uint8(levels(1, 1, 2, 2)), tmp_path / "a.png")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_grid_that_does_not_fit_into_memory_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^image_grid: expected padding and scale to fit into memory, got \(2, 1000000\)"):
+        image_grid(levels(1, 1, 4, 4), scale=10**6)

@@ -428,23 +428,31 @@ def test_progress_counts_steps(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"num_samples": 0}, ValueError, "expected num_samples to be a positive integer, got 0"),
+        ({"num_samples": 0}, ValueError, "expected num_samples to be an integer in 1..4294967296, got 0"),
         ({"batch_size": 0}, ValueError, "expected batch_size to be a positive integer or None, got 0"),
         ({"x_T": torch.zeros(4, 1, 8, 7)}, ValueError, r"expected x_T to be floating \[4, 1, 8, 8\], got .* \[4, 1, 8, 7\]"),
         ({"x_T": 0}, TypeError, "expected x_T to be a tensor or None, got int"),
         ({"callback": 1}, TypeError, "expected callback to be callable or None, got int"),
-        ({"x_T": torch.zeros(4, 1, 8, 8).to_sparse()}, ValueError, "expected x_T to be a dense tensor with values"),
-        ({"cuda_graph": "no"}, TypeError, "expected cuda_graph to be a bool or None, got 'no'"),
-        ({"device": "foo"}, ValueError, "Sampler: expected device to be a torch.device or its name, got 'foo'"),
-        ({"device": "meta"}, ValueError, "Sampler: expected device to be one that computes, got meta"),
-        ({"dtype": torch.float8_e4m3fn}, TypeError, "expected dtype to be a floating dtype, got torch.float8_e4m3fn"),
+        ({"x_T": torch.zeros(4, 1, 8, 8).to_sparse()}, TypeError, "expected x_T to be a dense tensor, got a tensor of layout"),
+        ({"cuda_graph": "no"}, TypeError, "expected cuda_graph to be a bool or None, got str"),
+        ({"device": "foo"}, ValueError, "sample: expected device to be a torch.device or its name, got 'foo'"),
+        ({"device": "meta"}, ValueError, "sample: expected device to be one that computes, got meta"),
+        (
+            {"dtype": torch.float8_e4m3fn},
+            TypeError,
+            "expected dtype to be float32, .* or None, got torch.float8_e4m3fn",
+        ),
         ({"batch_size": True}, TypeError, "expected batch_size to be a positive integer or None, got True"),
-        ({"dtype": "x"}, TypeError, "expected dtype to be a floating dtype, got 'x'"),
+        ({"dtype": "x"}, TypeError, "expected dtype to be float32, .* or None, got 'x'"),
         ({"shape": 5}, TypeError, r"expected shape to be integers \(C, H, W\), got 5"),
         ({"plan": SCHEDULE}, TypeError, "expected plan to be a SamplingPlan, got NoiseSchedule"),
-        ({"dtype": torch.int64}, TypeError, "expected dtype to be a floating dtype, got torch.int64"),
+        (
+            {"dtype": torch.int64},
+            TypeError,
+            "expected dtype to be float32, .* or None, got torch.int64",
+        ),
         ({"model": Recording()}, ValueError, r"expected shape \(C, H, W\) to be given"),
-        ({"shape": (0, 8, 8)}, ValueError, r"expected shape to be positive integers .* got \(0, 8, 8\)"),
+        ({"shape": (0, 8, 8)}, ValueError, r"expected shape to be integers .*each at least 1, got \[0, 8, 8\]"),
         (
             {"shape": (1, 8, 7)},
             ValueError,
@@ -466,7 +474,7 @@ def test_progress_counts_steps(capsys: pytest.CaptureFixture[str]) -> None:
             ValueError,
             "expected class_labels to be None, as the model has no classes",
         ),
-        ({"model": freeze(tiny_unet(), num_timesteps=19)}, ValueError, "expected a plan of timesteps below 19, got 19"),
+        ({"model": freeze(tiny_unet(), num_timesteps=19)}, ValueError, "expected plan to have timesteps below 19, got 19"),
         ({"class_labels": 1, "guidance_scale": math.nan}, ValueError, "guidance_scale to be finite or None, got nan"),
         ({"class_labels": 1, "guidance_scale": "2"}, TypeError, "expected guidance_scale to be a number or None, got str"),
         ({"guidance_scale": 2.0}, ValueError, "expected guidance_scale to be None or 1, as class_labels is None, got 2.0"),
@@ -479,6 +487,30 @@ def test_bad_arguments_are_refused_before_any_work(
     monkeypatch.setattr(type(arguments["model"]), "__call__", None)  # not to be called
     with pytest.raises(error, match=message):
         sample(**arguments, progress=False)
+
+
+def test_labels_for_a_model_that_takes_none_are_refused_before_any_work() -> None:
+    def predict(x_t: Tensor, t: Tensor) -> Tensor:
+        raise AssertionError("the model was called")
+
+    message = r"^sample: expected class_labels to be None, as the model takes no labels beside x_t and t, got 3$"
+    with pytest.raises(ValueError, match=message):
+        sample(predict, ddpm_plan(SCHEDULE), 2, shape=(1, 4, 4), class_labels=3, progress=False)
+
+
+def test_images_that_do_not_fit_into_memory_are_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, shape = ddpm_plan(SCHEDULE, 9), (1, 1000, 1000)  # 4 MB an image
+    sampler = Sampler(lambda x_t, t: None, plan, shape=shape)
+    with pytest.raises(ValueError, match=r"^sample: expected num_samples to fit into memory, got 4000000000, which needs"):
+        sample(tiny_unet(), plan, 4_000_000_000)
+    monkeypatch.setattr("ddpm_fast.limits.free_memory", lambda: 300_000_000)
+    with pytest.raises(
+        ValueError, match=r"^Sampler: expected num_samples to fit into memory, got 100, .* about 400\.0 MB of 3"
+    ):
+        sampler(100)
+    message = r"^Sampler\.trajectory: expected num_frames to fit into memory, got 10, which needs about 400\.0 MB of 300\.0 MB$"
+    with pytest.raises(ValueError, match=message):
+        sampler.trajectory(10, num_frames=10**9)  # x_T and 9 steps
 
 
 # ------------------------------------------------------------------------------------------------------------ command line

@@ -5,18 +5,28 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from ..checks import check_choice, check_float, check_int, checked_device
-from ..dtypes import FLOATS, opmath
+from ..checks import (
+    check_callable,
+    check_choice,
+    check_dtype,
+    check_int,
+    check_map,
+    check_number,
+    check_type,
+    checked_device,
+)
+from ..dtypes import opmath
 from ..inference import inference_network
 from ..models import Model, device_and_dtype, evaluation_mode, model_config, predict
-from ..plan import COLUMNS, Prediction, Variance, ddpm_plan
+from ..plan import COLUMNS, VARIANCE_TYPES, Prediction, Variance, ddpm_plan
 from ..reference import ranged_log_variance
-from ..requests import ClassLabels, check_image_shape, resolve_labels, resolve_seeds
+from ..requests import ClassLabels, check_image_shape, check_model, check_takes_labels, resolve_labels, resolve_seeds
 from ..schedule import NoiseSchedule
 
 _BIN = 2 / 255  # width of one of the 256 grey levels in [-1, 1]
@@ -113,22 +123,35 @@ def variational_bound(
         ValueError: An argument is out of range or does not fit the model. Checked before any computation.
         TypeError: An argument has an unsupported type.
     """
-    check_float("variational_bound", "x_0", x_0, min_dim=2)
-    if x_0.numel() == 0:
-        raise ValueError(f"variational_bound: expected x_0 to have elements, got shape {list(x_0.shape)}")
+    caller = "variational_bound"
+    check_model(caller, model)
+    check_map(caller, "x_0", x_0)
+    if x_0.numel() == 0 or x_0.is_meta:
+        raise ValueError(f"{caller}: expected x_0 to have values, got shape {list(x_0.shape)} on {x_0.device}")
     if not x_0.abs().max() <= 1:  # NaN included
-        raise ValueError(f"variational_bound: expected x_0 in [-1, 1], got values from {x_0.min():.4g} to {x_0.max():.4g}")
-    check_int("variational_bound", "batch_size", batch_size, 1, optional=True)
-    check_image_shape("variational_bound", "x_0", model, x_0.shape)
+        raise ValueError(f"{caller}: expected x_0 in [-1, 1], got values from {x_0.min():.4g} to {x_0.max():.4g}")
+    check_type(caller, "schedule", schedule, NoiseSchedule)
+    check_choice(caller, "prediction", prediction, get_args(Prediction))
+    check_choice(caller, "variance", variance, VARIANCE_TYPES)
+    check_number(caller, "clip", clip, above=0, optional=True)
+    check_callable(caller, "noise", noise)
+    check_type(caller, "exact_cdf", exact_cdf, bool)
+    check_type(caller, "progress", progress, bool)
+    check_dtype(caller, "dtype", dtype, optional=True)
+    check_int(caller, "batch_size", batch_size, 1, optional=True)
+    check_image_shape(caller, "x_0", model, x_0.shape)
     total = len(x_0)
-    labels, _ = resolve_labels("variational_bound", model_config(model), class_labels, total)
-    seeds = resolve_seeds("variational_bound", seed, total)
+    labels, _ = resolve_labels(caller, model_config(model), class_labels, total)
+    check_takes_labels(caller, model, class_labels)
+    seeds = resolve_seeds(caller, seed, total)
     weights = ddpm_plan(schedule, prediction=prediction, variance=variance, clip=clip).coefficients.flip(0)  # row t
 
     model_device, model_dtype = device_and_dtype(model)
-    device = model_device if device is None else checked_device("variational_bound", device)
+    device = model_device if device is None else checked_device(caller, device)
+    if device.type == "meta":
+        raise ValueError(f"{caller}: expected device to be one that computes, got meta")
     dtype = model_dtype if dtype is None else dtype
-    check_choice("variational_bound", "dtype", dtype, FLOATS)
+    check_dtype(caller, "dtype", dtype)
     x_0 = x_0.detach().to(device, opmath(dtype))
     seeds, labels = seeds.to(device), None if labels is None else labels.to(device)
     terms = torch.empty(total, schedule.num_timesteps, dtype=torch.float64, device=device)
@@ -137,7 +160,7 @@ def variational_bound(
     timesteps = range(schedule.num_timesteps - 1, -1, -1)
 
     with (
-        evaluation_mode(network := inference_network("variational_bound", model, device, dtype, schedule.num_timesteps)),
+        evaluation_mode(network := inference_network(caller, model, device, dtype, schedule.num_timesteps)),
         torch.inference_mode(),
     ):
         from tqdm.auto import tqdm

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..checks import check_float
+
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
     """Compute the Frechet distance between Gaussians fitted to two sets of features.
@@ -16,11 +18,17 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
         b: Features [M, D]. M is above D too.
 
     Raises:
-        ValueError: The shapes do not fit, or there are too few rows.
+        ValueError: The shapes do not fit, there are too few rows, or a feature is not finite.
+        TypeError: An argument is not a floating tensor.
     """
+    for name, features in (("a", a), ("b", b)):
+        check_float("frechet_distance", name, features)
+        if features.is_meta or not features.isfinite().all():
+            got = "a tensor on the meta device" if features.is_meta else "NaN or infinity"
+            raise ValueError(f"frechet_distance: expected {name} to have finite values, got {got}")
     if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) <= a.shape[1]:
         raise ValueError(
-            "frechet_distance: expected features [N, D] and [M, D] with N and M above D, "
+            "frechet_distance: expected a and b to be features [N, D] and [M, D] with N and M above D, "
             f"got {list(a.shape)} and {list(b.shape)}"
         )
     a, b = a.double(), b.double()

@@ -13,8 +13,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_int, check_range, checked_device
-from ..dtypes import FLOATS
+from ..checks import MAX_TIMESTEPS, check_dtype, check_int, check_range, check_strided, checked_device
 from ..models import Model, placed
 from ..nn.config import UNetConfig
 from ..nn.unet import UNet, centered, checked_timesteps
@@ -67,9 +66,9 @@ def freeze(
             config, or 1000.
 
     Raises:
-        TypeError: `model` is not a `UNet` of unmodified layers, or `dtype` is not a torch.dtype. The message
+        TypeError: `model` is not a `UNet` of unmodified layers, or `dtype` is not a floating dtype. The message
             names the layer and the reason.
-        ValueError: `dtype` is not floating, `num_timesteps` is not positive, or `device` is unknown.
+        ValueError: `num_timesteps` is out of range, or `device` is unknown.
     """
     if not isinstance(model, UNet):
         raise TypeError(f"freeze: expected model to be a ddpm_fast.UNet (UNet.from_pretrained), got a {type(model).__name__}")
@@ -80,14 +79,12 @@ def freeze(
     device = weight.device if device is None else torch.empty(0, device=checked_device("freeze", device)).device
     if device.type == "meta":
         raise ValueError("freeze: expected device to be one that computes, got meta")
+    check_dtype("freeze", "dtype", dtype, optional=True)
     dtype = default_dtype(weight.dtype, device) if dtype is None else dtype
-    if not isinstance(dtype, torch.dtype):
-        raise TypeError(f"freeze: expected dtype to be a torch.dtype, got {dtype!r}")
-    if dtype not in FLOATS:
-        raise ValueError(f"freeze: expected dtype to be a floating dtype of {', '.join(map(str, FLOATS))}, got {dtype}")
+    check_dtype("freeze", "dtype", dtype)  # the weights may have another
     if num_timesteps is None:
         num_timesteps = model.config["num_train_timesteps"] or 1000
-    check_int("freeze", "num_timesteps", num_timesteps, 1)
+    check_int("freeze", "num_timesteps", num_timesteps, 1, MAX_TIMESTEPS)
     return FrozenUNet(model, dtype, device, num_timesteps)
 
 
@@ -187,13 +184,21 @@ class FrozenUNet:
             ValueError: A shape or the device does not fit, or a timestep or label is out of range.
             TypeError: Timesteps are not integers, or x belongs to a torch.func transform.
         """
-        if isinstance(t, int) and not 0 <= t < self.num_timesteps:
+        if not torch.compiler.is_compiling():
+            for name, value in (("x", x), ("t", t), ("class_labels", class_labels)):
+                if not isinstance(value, Tensor):
+                    continue
+                check_strided("FrozenUNet", name, value)
+                if is_transformed_tensor(value):
+                    raise TypeError(
+                        f"FrozenUNet: expected {name} outside of torch.func transforms, got a tensor of one: "
+                        "call the UNet there"
+                    )
+        if isinstance(t, int) and not isinstance(t, bool) and not 0 <= t < self.num_timesteps:
             raise ValueError(f"FrozenUNet: expected t in 0..{self.num_timesteps - 1}, got {t}")
-        t = checked_timesteps(self._constants.config, x, t, class_labels)
-        if not torch.compiler.is_compiling() and is_transformed_tensor(x):
-            raise TypeError("FrozenUNet: expected x outside of torch.func transforms, got a tensor of one: call the UNet there")
+        t = checked_timesteps("FrozenUNet", self._constants.config, x, t, class_labels)
         if t.dtype not in _TIMESTEP_DTYPES:
-            raise TypeError(f"FrozenUNet: expected integer timesteps, got {t.dtype}")
+            raise TypeError(f"FrozenUNet: expected t to be integers, got {t.dtype}")
         t = t.to(torch.int64)
         if runs_eagerly(t):
             check_range("FrozenUNet", "t", t, self.num_timesteps)

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..checks import check_choice, check_dtype, check_type
 from ..inference import FrozenUNet, freeze
 from ..models import Model
 from ..nn import UNet, UNetConfig
@@ -60,12 +61,9 @@ def accelerate(
         ValueError: An argument is out of range, or the network or scheduler is not supported. The message
             names the part and the reason.
     """
-    if noise not in ("torch", "philox"):
-        raise ValueError(f'accelerate: expected noise to be "torch" or "philox", got {noise!r}')
-    if not isinstance(freeze, bool):
-        raise TypeError(f"accelerate: expected freeze to be a bool, got {type(freeze).__name__}")
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ValueError(f"accelerate: expected dtype to be None or a floating dtype, got {dtype!r}")
+    check_choice("accelerate", "noise", noise, ("torch", "philox"))
+    check_type("accelerate", "freeze", freeze, bool)
+    check_dtype("accelerate", "dtype", dtype, optional=True)
     _check_pipeline("accelerate", pipe)
     with needs_extra("diffusers"):
         import diffusers

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checks import check_choice, check_float, check_number
+from ..checks import check_choice, check_float, check_number, check_strided, checked_device, index_tensor
 from ..dtypes import opmath
 from ..ops.q_sample import q_sample
 from ..ops.reverse_step import reverse_step
@@ -131,6 +131,8 @@ class _PlanScheduler:
 
     def _set_chain(self, timesteps: Tensor, num_inference_steps: int | None, device: torch.device | str | None) -> None:
         """Make this chain of timesteps the current one and move its tables to the device."""
+        if device is not None:
+            device = checked_device(f"{type(self).__name__}.set_timesteps", device)
         kinds = [*self._kept] or [self._plan_arguments()]
         same = not self._is_default and num_inference_steps == self.num_inference_steps and torch.equal(timesteps, self._chain)
         if not same:
@@ -248,10 +250,9 @@ class _PlanScheduler:
             return cast("list[int]", timestep.reshape(-1).tolist())
         if torch.compiler.is_compiling():
             return None
-        try:
-            return [operator.index(timestep)]
-        except TypeError:
-            raise TypeError(f"{name}: expected timestep to be an int or an integer tensor, got {timestep!r}") from None
+        if isinstance(timestep, bool) or not hasattr(timestep, "__index__"):  # NumPy's integers have it
+            raise TypeError(f"{name}: expected timestep to be an int or an integer tensor, got {timestep!r}")
+        return [operator.index(timestep)]
 
     def _advance(
         self,
@@ -320,7 +321,10 @@ class _PlanScheduler:
             noise: Broadcastable with x_0.
             timesteps: An int, or an integer tensor with 1 or N elements.
         """
-        return self._q_sample(original_samples, noise, timesteps)
+        caller = f"{type(self).__name__}.add_noise"
+        check_float(caller, "original_samples", original_samples)
+        check_float(caller, "noise", noise)
+        return self._q_sample(caller, original_samples, noise, timesteps)
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: int | Tensor) -> Tensor:
         """Return the velocity of a sample: one `q_sample` (Salimans and Ho 2022).
@@ -332,16 +336,25 @@ class _PlanScheduler:
             noise: Broadcastable with x_0.
             timesteps: An int, or an integer tensor with 1 or N elements.
         """
-        return self._q_sample(noise, -sample, timesteps)
+        caller = f"{type(self).__name__}.get_velocity"
+        check_float(caller, "sample", sample)
+        check_float(caller, "noise", noise)
+        return self._q_sample(caller, noise, -sample, timesteps)
 
-    def _q_sample(self, x_0: Tensor, noise: Tensor, t: int | Tensor) -> Tensor:
+    def _q_sample(self, caller: str, x_0: Tensor, noise: Tensor, t: int | Tensor) -> Tensor:
         if isinstance(t, Tensor):
+            check_strided(caller, "timesteps", t)
             t = t.reshape(-1)
             if not (t.is_floating_point() or t.is_complex() or t.dtype == torch.bool):
                 t = t.to(torch.int64)
-        shape = torch.broadcast_shapes(x_0.shape, noise.shape)
+        try:
+            shape = torch.broadcast_shapes(x_0.shape, noise.shape)
+        except RuntimeError:
+            got = f"{list(x_0.shape)} and {list(noise.shape)}"
+            raise ValueError(f"{caller}: expected noise to broadcast with the samples, got {got}") from None
         if isinstance(t, Tensor) and t.numel() > 1 and shape[:1] == (1,):
             shape = (t.numel(), *shape[1:])
+        t = index_tensor(caller, "timesteps", t, self.schedule.num_timesteps, shape[0], x_0.device)
         dtype = torch.promote_types(x_0.dtype, noise.dtype)
         return q_sample(x_0.to(dtype).expand(shape), t, self.schedule, noise=noise.to(dtype).expand(shape))
 
@@ -367,7 +380,7 @@ class _Steps:
 
     def prepare(self, device: torch.device | str) -> Tensor:
         """Return `rows` as int64 [T], kept per device. A timestep without a row has that of the first step."""
-        device = numbered(device)
+        device = numbered("set_timesteps", device)
         if device not in self._on_device:
             self.plan.table(device)
             rows = [self.rows.get(t, 0) for t in range(self.plan.schedule.num_timesteps)]
@@ -632,6 +645,9 @@ class DDIMScheduler(_PlanScheduler, diffusers.DDIMScheduler):
             TypeError: An argument has an unsupported type or dtype.
         """
         self._check_set("step")
+        number: Any = eta
+        if not isinstance(number, np.floating):  # float() below takes NumPy's numbers
+            check_number("DDIMScheduler.step", "eta", eta, 0, finite=True)
         known = self._known(timestep, model_output, sample)
         steps = self._steps(float(eta), bool(use_clipped_model_output))
         noise = None

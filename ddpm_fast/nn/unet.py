@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checks import check_range
+from ..checks import check_device, check_dtype, check_float, check_path, check_range, check_strided, checked_device
 from ..ops.fused_op import runs_eagerly
 from .checkpoint import check_finite, check_weights, load_checkpoint, save_checkpoint
 from .config import UNetConfig
@@ -118,10 +118,10 @@ class UNet(nn.Module):
 
         Raises:
             ValueError: A shape does not fit, or labels are missing, unexpected or out of range.
-            TypeError: x is not a tensor, or t is neither a number nor a tensor.
+            TypeError: x is not a dense floating tensor, or t is neither a number nor a tensor of numbers.
         """
         cfg = self._config
-        t = checked_timesteps(cfg, x, t, class_labels)
+        t = checked_timesteps("UNet", cfg, x, t, class_labels)
         dtype = self.conv_in.weight.dtype
         if torch.compiler.is_compiling() and torch.is_grad_enabled():
             _fix_size(x)
@@ -164,6 +164,9 @@ class UNet(nn.Module):
             ValueError: A file is damaged, the configuration is not supported, the weights do not fit it, or they
                 are not finite in `dtype`.
         """
+        check_path("from_pretrained", "path", path)
+        check_dtype("from_pretrained", "dtype", dtype, optional=True)
+        device = None if device is None else checked_device("from_pretrained", device)
         config, weights, file = load_checkpoint(path)
         with torch.device("meta"):
             model = cls(**config.to_dict())
@@ -186,6 +189,7 @@ class UNet(nn.Module):
         Raises:
             ValueError: The folder holds another network.
         """
+        check_path("save_pretrained", "path", path)
         save_checkpoint(path, self._config, self.state_dict())
 
 
@@ -206,33 +210,42 @@ def name_classes(model: UNet, names: Sequence[str]) -> None:
         model.config = model._config.to_dict()
 
 
-def checked_timesteps(config: UNetConfig, x: Tensor, t: Tensor | int, class_labels: Tensor | None) -> Tensor:
+def checked_timesteps(caller: str, config: UNetConfig, x: Tensor, t: Tensor | int, class_labels: Tensor | None) -> Tensor:
     """Return t as [N] on x's device, or raise what `UNet.forward` documents."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"UNet: expected x to be a tensor, got {type(x).__name__}")
-    config.check_image_shape("UNet", "x", x.shape)
+    check_float(caller, "x", x)
+    config.check_image_shape(caller, "x", x.shape)
     n = x.shape[0]
     if config.num_class_embeds is None and class_labels is not None:
-        raise ValueError("UNet: expected class_labels to be None (num_class_embeds is None), got a tensor")
+        got = type(class_labels).__name__
+        raise ValueError(f"{caller}: expected class_labels to be None (num_class_embeds is None), got a {got}")
     if config.num_class_embeds is not None:
         if class_labels is None:
             raise ValueError(
-                f"UNet: expected class_labels to be int64 [N] (num_class_embeds is {config.num_class_embeds}), got None"
+                f"{caller}: expected class_labels to be int64 [N] (num_class_embeds is {config.num_class_embeds}), got None"
             )
         if not isinstance(class_labels, Tensor):
-            raise TypeError(f"UNet: expected class_labels to be int64 [{n}], got {type(class_labels).__name__}")
+            raise TypeError(f"{caller}: expected class_labels to be int64 [{n}], got {type(class_labels).__name__}")
+        check_strided(caller, "class_labels", class_labels)
         if class_labels.dim() != 1 or class_labels.shape[0] != n or class_labels.dtype != torch.int64:
             raise ValueError(
-                f"UNet: expected class_labels to be int64 [{n}], got {class_labels.dtype} {tuple(class_labels.shape)}"
+                f"{caller}: expected class_labels to be int64 [{n}], got {class_labels.dtype} {tuple(class_labels.shape)}"
             )
+        check_device(caller, "class_labels", class_labels, "x", x)
         if runs_eagerly(class_labels):  # torch.compile and the like cannot ask for a value
-            check_range("UNet", "class_labels", class_labels, config.num_class_embeds)
+            check_range(caller, "class_labels", class_labels, config.num_class_embeds)
     if not isinstance(t, Tensor):
         if not isinstance(t, Number) or isinstance(t, (bool, complex)):
-            raise TypeError(f"UNet: expected t to be an int or a tensor, got {type(t).__name__}")
+            raise TypeError(f"{caller}: expected t to be an int or a tensor, got {type(t).__name__}")
+        if not 0 <= t < 1 << 53:  # NaN fails too
+            raise ValueError(f"{caller}: expected t to be at least 0 and finite, got {t}")
         return torch.full((n,), t, device=x.device)
+    check_strided(caller, "t", t)
+    if t.dtype == torch.bool or t.is_complex():
+        raise TypeError(f"{caller}: expected t to be numbers, got {t.dtype}")
     if t.dim() > 1 or (t.dim() == 1 and t.shape[0] != n):  # the compiler compares symbolic sizes, not tuples of them
-        raise ValueError(f"UNet: expected t to be an int or of shape [] or [{n}], got {tuple(t.shape)}")
+        raise ValueError(f"{caller}: expected t to be an int or of shape [] or [{n}], got {tuple(t.shape)}")
+    if t.is_meta and not x.is_meta:
+        raise ValueError(f"{caller}: expected t to have values, got a tensor on the meta device")
     return t.to(x.device).expand(n)
 
 

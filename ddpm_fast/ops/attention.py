@@ -49,10 +49,11 @@ def attention(qkv: Tensor, num_heads: int, *, scale: float | None = None, backen
     check_float(op, "qkv", qkv)
     check_int(op, "num_heads", num_heads, 1)
     if qkv.dim() != 3 or qkv.shape[2] % (3 * num_heads):
+        check_int(op, "num_heads", num_heads, 1, (1 << 31) - 1)
         raise ValueError(f"{op}: expected qkv to be [N, L, 3 C] with C a multiple of {num_heads} heads, got {list(qkv.shape)}")
     if scale is None:
         scale = float(max(qkv.shape[2] // (3 * num_heads), 1) ** -0.5)
-    check_number(op, "scale", scale)
+    check_number(op, "scale", scale, finite=True)
     (qkv,) = autocast(qkv)
     y: Tensor = attention_op(qkv, num_heads, scale, backend=backend)
     return y

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from ..checks import check_device, check_float, check_like, check_map, check_number
+from ..checks import check_choice, check_device, check_float, check_like, check_map, check_number, check_type
 from ..dtypes import opmath
 from .autocast import autocast
 from .backend import MATRIX_DTYPES, has_fast_bfloat16, native, why_not_matrix_kernels
@@ -93,13 +93,11 @@ def conv3x3(
     if affine is not None:
         wide = opmath(x.dtype)
         check_like(op, "affine", affine, "the statistics", x.new_empty(0, dtype=wide), (n, 3, channels))
-    if activation not in ("silu", None):
-        raise ValueError(f'{op}: expected activation to be "silu" or None, got {activation!r}')
-    check_number(op, "divisor", divisor)
+    check_choice(op, "activation", activation, ("silu", None))
+    check_number(op, "divisor", divisor, finite=True)
     if divisor == 0:
         raise ValueError(f"{op}: expected divisor to be another number than 0, got {divisor}")
-    if not isinstance(upsample, bool):
-        raise TypeError(f"{op}: expected upsample to be a bool, got {type(upsample).__name__}")
+    check_type(op, "upsample", upsample, bool)
     if residual is not None:
         scale = 2 if upsample else 1
         check_like(op, "residual", residual, "x", x, (n, out_channels, scale * height, scale * width))

@@ -214,7 +214,8 @@ class FusedOp:
         elif backend == "triton":
             reason = why_not_triton(device, dtype) if self._has_triton else "there is no Triton kernel"
         else:
-            raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+            kind = ValueError if isinstance(backend, str) else TypeError
+            raise kind(f"{self.name}: expected backend to be one of {', '.join(BACKENDS)} or None, got {backend!r}")
         if reason is None and arguments and backend in self._unfit:
             reason = self._unfit[backend](self.Arguments(*arguments, backend))
         return reason

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..checks import check_device, check_float, check_int, check_number
+from ..checks import check_choice, check_device, check_float, check_int, check_number
 from ..dtypes import opmath
 from .fused_op import FusedOp, gradients_of
 
@@ -59,8 +59,8 @@ def group_norm_silu(
         TypeError: An argument has an unsupported type or dtype.
         BackendUnavailable: The named backend cannot run.
     """
-    if activation not in ("silu", None):
-        raise ValueError(f'group_norm_silu: expected activation to be "silu" or None, got {activation!r}')
+    if activation != "silu":
+        check_choice("group_norm_silu", "activation", activation, ("silu", None))
     scale, shift_2 = check_norm("group_norm_silu", x, num_groups, weight, bias, eps, shift, scale_shift)
     y: Tensor = group_norm_silu_op(
         *(x, num_groups, weight, bias, eps, shift, scale, shift_2, activation == "silu"), backend=backend
@@ -87,7 +87,7 @@ def check_norm(
     check_int(op, "num_groups", num_groups, 1)
     if channels % num_groups:
         raise ValueError(f"{op}: expected num_groups to divide the {channels} channels of x, got {num_groups}")
-    check_number(op, "eps", eps, above=0)
+    check_number(op, "eps", eps, above=0, finite=True)
     if scale_shift is not None and not (isinstance(scale_shift, (tuple, list)) and len(scale_shift) == 2):
         raise TypeError(f"{op}: expected scale_shift to be a pair of tensors, got {type(scale_shift).__name__}")
     scale, shift_2 = (None, None) if scale_shift is None else scale_shift

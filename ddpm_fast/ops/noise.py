@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..checks import check_int, checked_device, checked_seeds
-from ..dtypes import FLOATS
+from ..checks import check_dtype, check_int, check_ints, checked_device, checked_seeds
 from .fused_op import FusedOp
 
 
@@ -86,26 +85,34 @@ def noise(
 
     Source: Philox4x32-10 (Salmon et al. 2011) and Box-Muller.
     """
-    if not isinstance(shape, Sequence) or not all(
-        isinstance(size, (int, torch.SymInt)) and not isinstance(size, bool) for size in shape
-    ):
-        raise TypeError(f"noise: expected shape to be a sequence of ints, got {shape!r}")
+    return _noise("noise", shape, seeds, stream, dtype, device, memory_format, backend)
+
+
+def _noise(
+    caller: str,
+    shape: Sequence[int],
+    seeds: Tensor,
+    stream: int,
+    dtype: torch.dtype,
+    device: torch.device | str | None,
+    memory_format: torch.memory_format,
+    backend: str | None = None,
+) -> Tensor:
+    check_ints(caller, "shape", shape, 0, "a sequence of ints")
     shape = tuple(shape)
-    if len(shape) < 1 or any(size < 0 for size in shape):
-        raise ValueError(f"noise: expected shape to be [N, ...] without negative sizes, got {list(shape)}")
     if not math.prod(shape[1:]) <= 1 << 34:
-        raise ValueError(f"noise: expected at most 2^34 elements a sample, got {math.prod(shape[1:])}")
-    if dtype not in FLOATS:
-        raise TypeError(f"noise: expected dtype to be float32, float64, float16 or bfloat16, got {dtype}")
-    check_int("noise", "stream", stream, 0, (1 << 32) - 1)
-    channels_last = memory_format == torch.channels_last
-    if not (memory_format == torch.contiguous_format or (channels_last and len(shape) == 4)):
-        raise ValueError(
-            f"noise: expected memory_format to be torch.contiguous_format or, for [N, C, H, W], torch.channels_last, "
-            f"got {memory_format} with shape {list(shape)}"
+        raise ValueError(f"{caller}: expected shape to have at most 2^34 elements a sample, got {math.prod(shape[1:])}")
+    check_dtype(caller, "dtype", dtype)
+    check_int(caller, "stream", stream, 0, (1 << 32) - 1)
+    channels_last = memory_format is torch.channels_last
+    if not (memory_format is torch.contiguous_format or (channels_last and len(shape) == 4)):
+        kind = ValueError if isinstance(memory_format, torch.memory_format) else TypeError
+        raise kind(
+            f"{caller}: expected memory_format to be torch.contiguous_format or, for [N, C, H, W], torch.channels_last, "
+            f"got {memory_format!r} with shape {list(shape)}"
         )
-    device = checked_device("noise", device) if device is not None else getattr(seeds, "device", torch.device("cpu"))
-    seeds = checked_seeds("noise", seeds, shape[0], device)
+    device = checked_device(caller, device) if device is not None else getattr(seeds, "device", torch.device("cpu"))
+    seeds = checked_seeds(caller, seeds, shape[0], device)
     drawn: Tensor = noise_op(shape, seeds, stream, dtype, channels_last, backend=backend)
     return drawn
 
@@ -136,8 +143,7 @@ def initial_noise(
         TypeError: An argument has the wrong type.
         ValueError: An argument is out of range.
     """
-    stream = reference.STREAM_X_T
-    return noise(shape, seeds, stream=stream, dtype=dtype, device=device, memory_format=memory_format)
+    return _noise("initial_noise", shape, seeds, reference.STREAM_X_T, dtype, device, memory_format)
 
 
 def _output(arguments: Any) -> Tensor:

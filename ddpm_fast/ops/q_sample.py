@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import reference
 from ..checks import (
+    check_dtype,
     check_float,
     check_like,
     check_noise_or_seeds,
@@ -18,7 +19,6 @@ from ..checks import (
     checked_seeds,
     index_tensor,
 )
-from ..dtypes import FLOATS
 from ..schedule import NoiseSchedule
 from .fused_op import FusedOp, dtype_code
 
@@ -77,11 +77,10 @@ def _checked_dtype(x_0: Tensor, dtype: torch.dtype | None) -> torch.dtype:
     """Return the dtype of x_t, or raise."""
     if isinstance(x_0, Tensor) and x_0.dtype == torch.uint8 and x_0.dim() >= 1:
         check_strided("q_sample", "x_0", x_0)
-        if dtype is not None and dtype not in FLOATS:
-            raise TypeError(f"q_sample: expected dtype to be float32, float64, float16 or bfloat16, got {dtype}")
+        check_dtype("q_sample", "dtype", dtype, optional=True)
         return dtype or torch.float32
     check_float("q_sample", "x_0", x_0)
-    if dtype not in (None, x_0.dtype):
+    if dtype is not None and dtype is not x_0.dtype:
         raise TypeError(f"q_sample: expected dtype to be that of x_0, {x_0.dtype}, or None, as x_0 is not uint8, got {dtype}")
     return x_0.dtype
 

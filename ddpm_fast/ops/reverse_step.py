@@ -82,7 +82,10 @@ def reverse_step(
     check_float(op, "x_t", x_t)
     check_type(op, "plan", plan, SamplingPlan)
     if guidance_scale is not None:
-        check_number(op, "guidance_scale", guidance_scale)
+        check_number(op, "guidance_scale", guidance_scale, finite=True)
+    given: Any = return_x_0
+    if type(given) is not bool:  # faster than a call of the check
+        check_type(op, "return_x_0", return_x_0, bool)
     n = x_t.shape[0]
     _check_model_output(x_t, model_output, plan, guidance_scale)
     if isinstance(step, Tensor):
@@ -90,7 +93,8 @@ def reverse_step(
             check_strided(op, "step", step)
         if step.dtype != torch.int64:
             raise TypeError(f"{op}: expected step to be an int or an int64 tensor, got {step.dtype}")
-        if not (step.numel() == 1 or step.shape == (n,)):
+        if not (step.numel() == 1 or (not step.is_nested and step.shape == (n,))):
+            check_strided(op, "step", step)
             raise ValueError(f"{op}: expected step to be an int or to have 1 or {n} elements, got shape {list(step.shape)}")
         check_device(op, "step", step, "x_t", x_t)
         steps = step.reshape(-1)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..atomic import write_json, write_text
+from ..checks import check_dtype, check_path
 from ..limits import check_free_space, check_writable
 from ..nn import UNet
 from ..nn.unet import name_classes
@@ -35,6 +36,9 @@ def export_checkpoint(
         ValueError: `out_dir` is the run's folder, or within its checkpoints.
         OSError: `out_dir` cannot be written, or its disk has too little space.
     """
+    check_path("export_checkpoint", "run_dir", run_dir)
+    check_path("export_checkpoint", "out_dir", out_dir)
+    check_dtype("export_checkpoint", "dtype", dtype)
     run, out = RunFolder(run_dir), Path(out_dir)
     if out.resolve() == run.path.resolve():
         raise ValueError(f"export_checkpoint: expected out_dir to be another folder than run_dir, got {out} for both")

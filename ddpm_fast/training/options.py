@@ -164,15 +164,17 @@ def _path(name: str, value: Any) -> str | None:
 
 def _json(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options as config.json gives them back: tuples as lists."""
-    try:
-        result: dict[str, Any] = json.loads(json.dumps(options))
-    except TypeError as error:
-        raise TypeError(f"train: expected options of plain types, got: {error}") from error
+    result: dict[str, Any] = {}
+    for name, value in options.items():
+        try:
+            result[name] = json.loads(json.dumps(value))
+        except TypeError:
+            raise TypeError(f"train: expected {name} to be of a plain type, got {type(value).__name__}") from None
     return result
 
 
 def _check_options(options: Mapping[str, Any]) -> None:
-    from ..checks import check_choice, check_int, check_number, check_type
+    from ..checks import MAX_TIMESTEPS, check_choice, check_int, check_number, check_type, checked_device
 
     def each(check: Callable[..., None], names: str, *bounds: Any, **more: Any) -> None:
         for name in names.split():
@@ -185,16 +187,19 @@ def _check_options(options: Mapping[str, Any]) -> None:
     each(check_choice, "loss_weight", (None, "min_snr"))
     each(check_type, "skip_broken flip scale_shift conditional channels_last tensorboard", bool)
     each(check_type, "channels attention", list)
-    each(check_int, "num_timesteps steps batch_size log_every sample_steps keep", 1)
+    each(check_int, "num_timesteps", 1, MAX_TIMESTEPS)
+    each(check_int, "steps batch_size log_every sample_steps keep", 1)
     each(check_int, "layers", 1, 100)
     each(check_int, "warmup_steps lr_decay_steps sample_every checkpoint_every", 0)
-    each(check_int, "image_size head_dim", 1, optional=True)
+    each(check_int, "image_size head_dim", 1, 1 << 16, optional=True)
     each(check_int, "threads", 1, max(1024, os.cpu_count() or 1), optional=True)  # far more cannot be started
     each(check_int, "seed")
     each(check_number, "weight_decay clip_grad checkpoint_minutes", 0, finite=True)
     each(check_number, "lr", above=0, finite=True)
     each(check_number, "dropout ema_decay", 0, below=1)
     each(check_number, "label_dropout", 0, 1)
+    if options["device"] is not None:
+        checked_device("train", options["device"])
     if options["sample_every"]:
         each(check_int, "sample_steps", 1, options["num_timesteps"])
     if not options["channels"]:

@@ -44,5 +44,5 @@ def test_covariances_that_do_not_commute_give_scipys_matrix_root() -> None:
 
 @pytest.mark.parametrize(("a", "b"), [((4, 4), (50, 4)), ((50, 4), (50, 3)), ((50,), (50, 4))])
 def test_too_few_rows_and_other_shapes_are_refused(a: tuple[int, ...], b: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"frechet_distance: expected features \[N, D\] and \[M, D\]"):
+    with pytest.raises(ValueError, match=r"frechet_distance: expected a and b to be features \[N, D\] and \[M, D\]"):
         frechet_distance(torch.zeros(a), torch.zeros(b))

@@ -440,13 +440,13 @@ def test_bad_arguments_of_freeze_are_named() -> None:
         TypeError, match=r"freeze: expected model to be a ddpm_fast\.UNet \(UNet\.from_pretrained\), got a Conv2d"
     ):
         freeze(nn.Conv2d(1, 1, 1))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"freeze: expected dtype to be a floating dtype of .*, got torch\.int8"):
+    with pytest.raises(TypeError, match=r"freeze: expected dtype to be float32, .* or None, got torch\.int8"):
         freeze(model, torch.int8)
-    with pytest.raises(TypeError, match=r"freeze: expected dtype to be a torch\.dtype, got 'bfloat16'"):
+    with pytest.raises(TypeError, match=r"freeze: expected dtype to be float32, .* or None, got 'bfloat16'"):
         freeze(model, "bfloat16")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"freeze: expected num_timesteps to be a positive integer, got -1"):
+    with pytest.raises(ValueError, match=r"freeze: expected num_timesteps to be an integer in 1\.\.100000, got -1"):
         freeze(model, num_timesteps=-1)
-    with pytest.raises(TypeError, match=r"freeze: expected num_timesteps to be a positive integer, got True"):
+    with pytest.raises(TypeError, match=r"freeze: expected num_timesteps to be an integer in 1\.\.100000, got True"):
         freeze(model, num_timesteps=True)
     with pytest.raises(ValueError, match=r"freeze: expected device to be a torch\.device or its name, got 'nowhere'"):
         freeze(model, device="nowhere")
@@ -463,9 +463,9 @@ def test_bad_arguments_of_a_call_are_named(dtype: torch.dtype) -> None:
             frozen(x, wrong)
         with pytest.raises(ValueError, match=r"expected t in 0\.\.9, got values from"):
             frozen(x, torch.tensor([0, wrong]))
-    with pytest.raises(TypeError, match=r"expected integer timesteps, got torch\.float32"):
+    with pytest.raises(TypeError, match=r"expected t to be integers, got torch\.float32"):
         frozen(x, t.float())
-    with pytest.raises(TypeError, match=r"expected integer timesteps, got torch\.bool"):
+    with pytest.raises(TypeError, match=r"expected t to be numbers, got torch\.bool"):
         frozen(x, t > 3)
     with pytest.raises(TypeError, match="expected x to be a tensor, got list"):
         frozen([1], 1)  # type: ignore[arg-type]
@@ -475,6 +475,17 @@ def test_bad_arguments_of_a_call_are_named(dtype: torch.dtype) -> None:
         frozen(x[..., :3], 1)
     with pytest.raises(ValueError, match="expected x on cpu, got meta: freeze the model for that device"):
         frozen(x.to("meta"), 1)
+
+
+@pytest.mark.parametrize("name", ["x", "t", "class_labels"])
+def test_tensors_of_transforms_are_named(name: str) -> None:
+    model, config = make_unet("class-conditional")
+    inputs = dict(zip(("x", "t", "class_labels"), make_inputs(config, 2), strict=True))
+    frozen, batched = freeze(model, torch.float32), torch.stack([inputs[name]] * 3)
+    with pytest.raises(
+        TypeError, match=rf"^FrozenUNet: expected {name} outside of torch\.func transforms, got a tensor of one"
+    ):
+        torch.vmap(lambda value: frozen(**inputs | {name: value}))(batched)
 
 
 def test_labels_out_of_range_are_named() -> None:

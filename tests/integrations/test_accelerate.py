@@ -748,7 +748,7 @@ ERRORS: list[tuple[str, Callable[[], Any], dict[str, Any], type[Exception], str]
         TypeError,
         "accelerate: expected pipe to be a DDPMPipeline or a DDIMPipeline, got UNet2DModel",
     ),
-    ("noise", make, {"noise": "cuda"}, ValueError, 'accelerate: expected noise to be "torch" or "philox", got \'cuda\''),
+    ("noise", make, {"noise": "cuda"}, ValueError, "accelerate: expected noise to be one of torch, philox, got 'cuda'"),
     ("freeze", make, {"freeze": 1}, TypeError, "accelerate: expected freeze to be a bool, got int"),
     (
         "dtype",

@@ -581,7 +581,7 @@ def test_a_state_dict_brings_its_schedule() -> None:
     sigmoid.load_state_dict(linear.state_dict())
     torch.testing.assert_close(sigmoid.sample(2, seed=0, progress=False), expected, rtol=0, atol=1e-5)
     broken = linear.state_dict() | {"betas": torch.full((T,), 2.0)}
-    with pytest.raises(RuntimeError, match=r"expected every beta in \(0, 1\], got 2 at index 0"):
+    with pytest.raises(RuntimeError, match=r"expected betas to be in \(0, 1\], got 2 at index 0"):
         sigmoid.load_state_dict(broken)
 
 
@@ -857,9 +857,9 @@ TIMES = torch.zeros(SHAPE[0], dtype=torch.int64)
         (
             lambda: make(beta_schedule="linear", timesteps=10),
             ValueError,
-            r"NoiseSchedule: expected every beta in \(0, 1\], got",
+            r"NoiseSchedule: expected betas to be in \(0, 1\], got",
         ),
-        (lambda: make(schedule_fn_kwargs={"tau": 0.01}), ValueError, r"NoiseSchedule: expected every beta in \(0, 1\], got"),
+        (lambda: make(schedule_fn_kwargs={"tau": 0.01}), ValueError, r"NoiseSchedule: expected betas to be in \(0, 1\], got"),
         (
             lambda: make(beta_schedule="linear", timesteps=20, objective="pred_noise"),
             ValueError,

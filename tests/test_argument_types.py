@@ -1,0 +1,314 @@
+"""Every argument of every public function refuses values of a wrong type, by an error that names the function and the argument.
+
+Each entry of CALLS has valid arguments. Every value of JUNK replaces each argument in turn, except where the argument's
+annotation or the entry says that the value is valid. Nothing may run before the error: neither a network nor a kernel.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, NoReturn
+
+import diffusers
+import pytest
+import torch
+from small_unets import make_unet
+from torch import Tensor, nn
+
+import ddpm_fast as d
+from ddpm_fast.integrations import diffusers as schedulers
+from ddpm_fast.plan import ddim_inversion_plan
+
+# Objects that functions of the package return. Users do not make them.
+RESULTS = {"BackendUnavailable", "FuseReport", "Pretrained", "TrainResult", "VariationalBound"}
+
+JUNK: dict[str, Any] = {
+    "None": None,
+    "text": "no such",
+    "bytes": b"no such",
+    "object": object(),
+    "list": [object()],
+    "empty": [],
+    "dict": {},
+    "bool": True,
+    "complex": 1j,
+    "fraction": 1.5,
+    "nan": math.nan,
+    "inf": math.inf,
+    "negative": -1,
+    "zero": 0,
+    "huge": 10**30,
+    "dtype": torch.complex64,
+    "tensor": torch.zeros(7, 1, 1, 1, 1, 1, dtype=torch.uint8),
+}
+# Part of an annotation -> the junk that is a valid value of it. Any other part has none.
+VALID = {
+    "None": "None",
+    "bool": "bool",
+    "float": "fraction",
+    "os.PathLike[str]": "text",
+    "Callable[[int], Tensor]": "",
+    "ClassLabels": "None zero",
+}
+
+
+def changed(tensor: Tensor) -> dict[str, Tensor]:
+    """Return tensors of other kinds with the values of this one."""
+    found = {
+        "complex_values": tensor.to(torch.complex64),
+        "bools": tensor.bool(),
+        "sparse": tensor.to_sparse(),
+        "nested": torch.nested.nested_tensor([tensor]),
+        "meta": tensor.to("meta"),
+        "shape": tensor[None, None],
+    }
+    if tensor.dtype == torch.float32:
+        found["mkldnn"] = tensor.to_mkldnn()
+    return found
+
+
+@dataclass
+class Entry:
+    """A public callable with valid arguments.
+
+    Attributes:
+        accepts: Labels of junk and of changed tensors that are valid too, by argument. "*": all, as its library has no check.
+        caller: Regular expression of the name in its errors. None: the name in CALLS.
+    """
+
+    call: Callable[..., Any]
+    arguments: dict[str, Any]
+    accepts: dict[str, str] = field(default_factory=dict)
+    caller: str | None = None
+
+
+class Untouched(nn.Module):
+    """A network that must not be called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, *_: Any) -> NoReturn:
+        raise AssertionError("the network was called")
+
+
+class UntouchedUNet(d.UNet):
+    forward = Untouched.forward  # type: ignore[assignment]
+
+
+X, SEEDS, TIME, ONES = torch.zeros(2, 4, 4, 4), d.sample_seeds(0, 2), torch.ones(2, 4), torch.ones(4)
+NORM = {"num_groups": 2, "weight": ONES, "bias": ONES, "shift": TIME, "scale_shift": (TIME, TIME)}
+IMAGES, FEATURES = torch.zeros(2, 3, 4, 4), torch.rand(9, 2)
+SCHEDULE = d.NoiseSchedule.linear(10)
+PLAN, NETWORK = d.ddpm_plan(SCHEDULE), Untouched()
+STEP = torch.tensor([3, 4])
+SAMPLE = {"seed": 0, "x_T": torch.zeros(2, 3, 4, 4)}
+SAMPLE_ACCEPTS = {"seed": "negative zero", "batch_size": "huge", "guidance_scale": "None"}
+DDIM = schedulers.DDIMScheduler(num_train_timesteps=10)
+DDIM.set_timesteps(5)
+DDPM = schedulers.DDPMScheduler(num_train_timesteps=10)
+
+
+@cache
+def unet() -> d.UNet:
+    return make_unet()[0]
+
+
+@cache
+def sampler() -> d.Sampler:
+    return d.Sampler(Untouched(), PLAN, shape=(3, 4, 4))
+
+
+def pipeline() -> Any:
+    model = diffusers.UNet2DModel(
+        sample_size=8,
+        block_out_channels=[8, 8],
+        norm_num_groups=4,
+        down_block_types=["DownBlock2D"] * 2,
+        up_block_types=["UpBlock2D"] * 2,
+    )
+    return diffusers.DDPMPipeline(model, diffusers.DDPMScheduler())
+
+
+def schedule(name: str, **accepts: str) -> Entry:
+    builder = getattr(d.NoiseSchedule, name)
+    return Entry(builder, {"num_timesteps": 5}, accepts, f"NoiseSchedule.{name}")
+
+
+GRID_ACCEPTS = {"columns": "huge", "padding": "zero", "background": "zero"}
+TRAIN_ACCEPTS = (
+    dict.fromkeys(("steps", "batch_size", "log_every", "keep"), "huge")
+    | dict.fromkeys(("lr_decay_steps", "warmup_steps", "sample_every", "checkpoint_every"), "zero huge")
+    | dict.fromkeys(("clip_grad", "dropout", "ema_decay", "label_dropout", "weight_decay", "checkpoint_minutes"), "zero")
+    | {"attention": "empty", "max_minutes": "zero inf", "seed": "negative zero huge"}
+)
+# diffusers takes anything for these arguments. Shapes are checked by `reverse_step`.
+UNCHECKED = ("generator", "return_dict", "use_clipped_model_output", "variance_noise")
+DROP_IN: dict[str, Any] = {
+    "accepts": {"timestep": "zero", "eta": "zero"} | dict.fromkeys(UNCHECKED, "*"),
+    "caller": r"DD.MScheduler\.step|reverse_step",
+}
+CALLS: dict[str, Callable[[], Entry]] = {
+    "FrozenUNet": lambda: Entry(
+        d.freeze(unet(), torch.float32, num_timesteps=10), {"x": torch.zeros(2, 2, 16, 16), "t": STEP}, {"t": "zero"}
+    ),
+    "FrozenUNet, int": lambda: Entry(
+        d.freeze(unet(), torch.float32, num_timesteps=10), {"x": torch.zeros(2, 2, 16, 16), "t": 3}, {"t": "zero"}
+    ),
+    "NoiseSchedule": lambda: Entry(d.NoiseSchedule, {"betas": SCHEDULE.betas, "name": "from_betas"}, {"parameters": "dict"}),
+    "NoiseSchedule.linear": lambda: schedule("linear"),
+    "NoiseSchedule.scaled_linear": lambda: schedule("scaled_linear"),
+    "NoiseSchedule.cosine": lambda: schedule("cosine", s="zero"),
+    "NoiseSchedule.sigmoid": lambda: schedule("sigmoid", start="negative zero", end="negative zero", tau="negative"),
+    "NoiseSchedule.sigmoid_betas": lambda: schedule("sigmoid_betas", beta_start="zero", beta_end="zero"),
+    "NoiseSchedule.laplace": lambda: schedule("laplace"),
+    "NoiseSchedule.from_betas": lambda: Entry(d.NoiseSchedule.from_betas, {"betas": [0.1, 0.2]}),
+    "NoiseSchedule.from_diffusers": lambda: Entry(d.NoiseSchedule.from_diffusers, {"config": {}}, {"config": "dict"}),
+    "NoiseSchedule.loss_weight": lambda: Entry(SCHEDULE.loss_weight, {"kind": "min_snr", "prediction": "epsilon"}),
+    "NoiseSchedule.table": lambda: Entry(SCHEDULE.table, {}),
+    "Sampler": lambda: Entry(d.Sampler, {"model": NETWORK, "plan": PLAN, "shape": (3, 4, 4)}),
+    "Sampler, call": lambda: Entry(sampler(), {"num_samples": 2} | SAMPLE, SAMPLE_ACCEPTS, "Sampler"),
+    "Sampler.trajectory": lambda: Entry(
+        sampler().trajectory, {"num_samples": 2} | SAMPLE, SAMPLE_ACCEPTS | {"num_frames": "huge"}
+    ),
+    "SamplingPlan": lambda: Entry(
+        d.SamplingPlan,
+        {name: getattr(PLAN, name) for name in ("schedule", "timesteps", "coefficients", "prediction", "variance")},
+    ),
+    "SamplingPlan.table": lambda: Entry(PLAN.table, {}),
+    "SamplingPlan.steps": lambda: Entry(PLAN.steps, {}),
+    "UNet": lambda: Entry(unet().forward, {"x": torch.zeros(2, 2, 16, 16), "t": STEP}, {"x": "meta", "t": "fraction zero"}),
+    "UNet.from_pretrained": lambda: Entry(d.UNet.from_pretrained, {"path": "no such"}, caller="from_pretrained"),
+    "UNet.save_pretrained": lambda: Entry(unet().save_pretrained, {"path": "no such"}, caller="save_pretrained"),
+    "accelerate": lambda: Entry(d.accelerate, {"pipe": pipeline()}),
+    "attention": lambda: Entry(
+        d.attention, {"qkv": torch.zeros(2, 6, 12), "num_heads": 2}, {"qkv": "meta", "scale": "negative zero"}
+    ),
+    "conv3x3": lambda: Entry(
+        d.conv3x3,
+        {"x": X, "weight": torch.zeros(4, 8, 3, 3), "bias": torch.zeros(4), "skip": X, "affine": torch.zeros(2, 3, 8)}
+        | {"residual": X},
+        {"divisor": "negative"},
+    ),
+    "ddim_inversion_plan": lambda: Entry(ddim_inversion_plan, {"schedule": SCHEDULE, "num_steps": 5}, {"clip": "inf"}),
+    "ddim_plan": lambda: Entry(d.ddim_plan, {"schedule": SCHEDULE, "num_steps": 5}, {"eta": "zero", "clip": "inf"}),
+    "ddpm_plan": lambda: Entry(d.ddpm_plan, {"schedule": SCHEDULE, "spacing": [5, 3], "previous": [3, -1]}, {"clip": "inf"}),
+    "denoising_loss": lambda: Entry(
+        d.denoising_loss,
+        {"model_output": X, "x_0": X, "t": STEP, "schedule": SCHEDULE, "noise": X, "weight": torch.ones(2)},
+        {"t": "zero"},
+    ),
+    "denoising_loss, seeds": lambda: Entry(
+        d.denoising_loss, {"model_output": X, "x_0": X, "t": 3, "schedule": SCHEDULE, "seeds": SEEDS}, {"t": "zero"}
+    ),
+    "export_checkpoint": lambda: Entry(d.export_checkpoint, {"run_dir": "no such", "out_dir": "no such either"}),
+    "frechet_distance": lambda: Entry(d.frechet_distance, {"a": FEATURES, "b": FEATURES}),
+    "freeze": lambda: Entry(d.freeze, {"model": unet()}),
+    "fuse": lambda: Entry(d.fuse, {"model": NETWORK}),
+    "group_norm_affine": lambda: Entry(d.group_norm_affine, {"x": X, "skip": X[:, :0]} | NORM),
+    "group_norm_silu": lambda: Entry(d.group_norm_silu, {"x": X} | NORM),
+    "image_grid": lambda: Entry(d.image_grid, {"images": IMAGES}, GRID_ACCEPTS),
+    "initial_noise": lambda: Entry(d.initial_noise, {"shape": (2, 4), "seeds": SEEDS}, {"seeds": "meta"}),
+    "kept_memory": lambda: Entry(d.kept_memory, {}),
+    "load_builtin": lambda: Entry(d.load_builtin, {}),
+    "load_folder": lambda: Entry(d.load_folder, {"path": "no such"}),
+    "noise": lambda: Entry(d.noise, {"shape": (2, 4), "seeds": SEEDS}, {"seeds": "meta", "stream": "zero"}),
+    "q_sample": lambda: Entry(
+        d.q_sample, {"x_0": X, "t": STEP, "schedule": SCHEDULE, "noise": X}, {"x_0": "tensor", "t": "zero"}
+    ),
+    "q_sample, seeds": lambda: Entry(
+        d.q_sample, {"x_0": X, "t": 3, "schedule": SCHEDULE, "seeds": SEEDS}, {"x_0": "tensor meta", "t": "zero"}
+    ),
+    "restore": lambda: Entry(d.restore, {"pipe": pipeline()}),
+    "reverse_step": lambda: Entry(
+        d.reverse_step,
+        {"x_t": X, "model_output": X, "step": STEP, "plan": PLAN, "noise": X, "x_0_prev": X, "out": X.clone()},
+        {"step": "zero", "guidance_scale": "negative zero"},
+    ),
+    "reverse_step, seeds": lambda: Entry(
+        d.reverse_step,
+        {"x_t": X, "model_output": X, "step": 3, "plan": PLAN, "seeds": SEEDS},
+        {"step": "zero", "guidance_scale": "negative zero"},
+    ),
+    "sample": lambda: Entry(
+        d.sample, {"model": NETWORK, "plan": PLAN, "num_samples": 2, "shape": (3, 4, 4)} | SAMPLE, SAMPLE_ACCEPTS
+    ),
+    "sample_seeds": lambda: Entry(d.sample_seeds, {"seed": 0, "n": 2}, {"seed": "negative zero", "n": "zero", "start": "zero"}),
+    "save_grid": lambda: Entry(d.save_grid, {"images": IMAGES, "path": "no such folder/x.png"}, GRID_ACCEPTS),
+    "save_trajectory": lambda: Entry(
+        d.save_trajectory,
+        {"trajectory": IMAGES[None], "path": "no such folder/x.png"},
+        {"columns": "huge", "padding": "zero", "frames": "huge"},
+    ),
+    "to_uint8": lambda: Entry(d.to_uint8, {"images": IMAGES}, {"images": "shape meta"}),
+    "train": lambda: Entry(d.train, {"run_dir": __file__, "progress": False}, TRAIN_ACCEPTS),
+    "unfuse": lambda: Entry(d.unfuse, {"model": NETWORK}),
+    "variational_bound": lambda: Entry(
+        d.variational_bound,
+        {"model": NETWORK, "x_0": IMAGES, "schedule": SCHEDULE},
+        {"clip": "inf", "seed": "negative zero", "batch_size": "huge"},
+    ),
+    "DDPMScheduler.set_timesteps": lambda: Entry(DDPM.set_timesteps, {"num_inference_steps": 5}),
+    "DDPMScheduler.step": lambda: Entry(
+        schedulers.DDPMScheduler(num_train_timesteps=10).step, {"model_output": X, "timestep": 3, "sample": X}, **DROP_IN
+    ),
+    "DDPMScheduler.add_noise": lambda: Entry(
+        DDPM.add_noise,
+        {"original_samples": X, "noise": X, "timesteps": STEP},
+        {"original_samples": "shape", "noise": "shape", "timesteps": "zero shape"},  # they are broadcast
+        "DDPMScheduler.add_noise|q_sample",
+    ),
+    "DDIMScheduler.set_timesteps": lambda: Entry(DDIM.set_timesteps, {"num_inference_steps": 5}),
+    "DDIMScheduler.step": lambda: Entry(DDIM.step, {"model_output": X, "timestep": 4, "sample": X}, **DROP_IN),
+}
+
+
+def test_every_public_callable_has_valid_arguments() -> None:
+    names = {name for name in d.__all__ if callable(getattr(d, name))}
+    assert names - RESULTS <= CALLS.keys()
+
+
+def wrong_values(entry: Entry, parameter: inspect.Parameter) -> Iterator[tuple[str, Any]]:
+    """Yield what a parameter must refuse."""
+    name, parts = parameter.name, str(parameter.annotation).split(" | ")
+    valid = {*entry.accepts.get(name, "").split(), *" ".join(VALID.get(part, "") for part in parts).split()}
+    if "*" in valid:
+        return
+    given = entry.arguments.get(name)
+    values = JUNK | (changed(given) if isinstance(given, Tensor) else {})
+    assert valid <= values.keys(), f"{entry.call}, {name}: {valid - values.keys()}"
+    yield from ((label, value) for label, value in values.items() if label not in valid)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("name", CALLS)
+def test_arguments_of_wrong_types_are_refused(name: str, calls: list[str]) -> None:
+    entry = CALLS[name]()
+    caller = entry.caller or name.partition(",")[0]
+    parameters = inspect.signature(entry.call).parameters
+    wrong = []
+    calls.clear()
+    for parameter in parameters.values():
+        for label, value in wrong_values(entry, parameter):
+            case = f"{parameter.name}={label}"
+            try:
+                entry.call(**entry.arguments | {parameter.name: value})
+            except (TypeError, ValueError) as error:
+                message = str(error)
+                names = parameters if label in ("shape", "meta") else (parameter.name,)
+                head = message.partition(", got ")[0]
+                if not re.match(f"(?:{caller}): expected ", message) or not any(re.search(rf"\b{n}\b", head) for n in names):
+                    wrong.append(f"{case}: {type(error).__name__}: {message[:150]}")
+            except Exception as error:
+                wrong.append(f"{case}: {type(error).__name__}: {str(error)[:150]}")
+            else:
+                wrong.append(f"{case}: no error")
+            if calls:
+                wrong.append(f"{case}: called {calls.pop()}")
+    assert not wrong, f"{name}\n" + "\n".join(wrong)

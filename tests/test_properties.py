@@ -1,0 +1,269 @@
+"""Properties that hold for any values, shapes and options. Hypothesis draws them, and shrinks what breaks one."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
+from parity import Expected, evaluate
+from torch import Tensor
+
+from ddpm_fast import (
+    NoiseSchedule,
+    SamplingPlan,
+    UNet,
+    ddim_plan,
+    ddpm_plan,
+    image_grid,
+    initial_noise,
+    noise,
+    sample,
+    sample_seeds,
+    to_uint8,
+)
+from ddpm_fast.images import grid_shape
+from ddpm_fast.nn import UNetConfig
+from ddpm_fast.ops import why_not
+from ddpm_fast.reference import PREDICTIONS
+from ddpm_fast.schedule import BUILDERS
+from ddpm_fast.testing import SCHEDULE, Case, make_call
+
+NARROW = (torch.float32, torch.bfloat16, torch.float16)  # float64 has no wider truth to compare with
+SIZES = st.integers(1, 9)
+SEEDS = st.integers(-(1 << 63), (1 << 64) - 1)
+
+
+# --------------------------------------------------------------------------------------------------------------------- ops
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    """Draw a case of one of the elementwise ops or of the norm, in any shape."""
+    op = draw(st.sampled_from(["q_sample", "reverse_step", "denoising_loss", "group_norm_silu"]))
+    groups = draw(st.integers(1, 5))
+    channels = groups * draw(st.integers(1, 6))
+    shape = (draw(st.integers(1, 4)), channels, *draw(st.lists(SIZES, max_size=3)))
+    options: dict[str, Any] = {"strided": draw(st.booleans())}
+    if op == "group_norm_silu":
+        assume(channels // groups * math.prod(shape[2:]) > 1)  # one value has no variance
+        options |= {"groups": groups, "activation": draw(st.sampled_from(["silu", None]))}
+        options |= {name: draw(st.booleans()) for name in ("affine", "shift", "scale_shift", "float32_parameters")}
+    else:
+        options["source"] = draw(st.sampled_from(["seeds", "noise"]))
+    if op == "reverse_step":
+        variance = draw(st.sampled_from(["fixed_small", "fixed_large", "learned", "learned_range"]))
+        clip = draw(st.sampled_from([None, 0.5, 1.0]))
+        options["plan"] = ddpm_plan(SCHEDULE, draw(st.integers(1, 12)), spacing="linspace", variance=variance, clip=clip)
+        options["guidance_scale"] = draw(st.sampled_from([None, 0.0, 1.0, -2.5, 7.5]))
+        options |= {"step": draw(st.sampled_from(["device", "sample"])), "return_x_0": draw(st.booleans())}
+    if op == "denoising_loss":
+        options |= {"prediction": draw(st.sampled_from(PREDICTIONS)), "weight": draw(st.booleans())}
+        options["reduction"] = draw(st.sampled_from(["mean", "sum", "none"]))
+    return Case(op, "drawn", shape, options)
+
+
+@settings(max_examples=250)
+@given(case=cases(), dtype=st.sampled_from(NARROW), channels_last=st.booleans())
+def test_kernels_agree_with_the_reference_on_any_shape(case: Case, dtype: torch.dtype, channels_last: bool) -> None:
+    reason = why_not("native", case.op, torch.device("cpu"), dtype)
+    if reason is not None:
+        pytest.skip(reason)
+    call = make_call(case, dtype, channels_last=channels_last and len(case.shape) == 4)
+    expected, got = Expected(case, call), evaluate(call, "native")
+    if case.op not in ("q_sample", "reverse_step"):
+        # Gradients of the others are sums that may cancel. Few values then make a lucky reference. test_parity has them.
+        expected.truth, got = replace(expected.truth, grads={}), replace(got, grads={})
+    expected.check(got)
+
+
+# ------------------------------------------------------------------------------------------------------------------- noise
+
+
+@given(seed=SEEDS, n=st.integers(0, 60), start=st.integers(0, (1 << 32) - 60), data=st.data())
+def test_seeds_of_a_part_are_a_part_of_the_seeds(seed: int, n: int, start: int, data: st.DataObject) -> None:
+    first = data.draw(st.integers(0, n))
+    last = data.draw(st.integers(first, n))
+    seeds = sample_seeds(seed, n, start)
+    assert torch.equal(seeds[first:last], sample_seeds(seed, last - first, start=start + first))
+    assert len(set(seeds.tolist())) == n
+
+
+@given(seed=SEEDS, sizes=st.lists(SIZES, max_size=3), stream=st.integers(0, (1 << 32) - 1), data=st.data())
+def test_noise_of_a_part_is_a_part_of_the_noise(seed: int, sizes: list[int], stream: int, data: st.DataObject) -> None:
+    cuts = sorted(data.draw(st.lists(st.integers(0, 6), max_size=3)))
+    seeds = sample_seeds(seed, 6)
+    parts = [noise((len(part), *sizes), part, stream=stream) for part in seeds.tensor_split(cuts)]
+    assert torch.equal(torch.cat(parts), noise((6, *sizes), seeds, stream=stream))
+
+
+@settings(max_examples=30)
+@given(seed=SEEDS, n=st.integers(1, 7), batch_size=st.integers(1, 9), num_steps=st.integers(1, 4), eta=st.floats(0, 1))
+def test_images_do_not_depend_on_the_batch(seed: int, n: int, batch_size: int, num_steps: int, eta: float) -> None:
+    def network(x_t: Tensor, t: Tensor) -> Tensor:
+        return x_t * 0.5 + t[:, None, None, None] / 1000
+
+    def drawn(**options: Any) -> Tensor:
+        plan = ddim_plan(SCHEDULE, num_steps, eta=eta)
+        return sample(network, plan, n, shape=(2, 3, 3), progress=False, **options)
+
+    images = drawn(seed=seed)
+    assert torch.equal(drawn(seed=seed, batch_size=batch_size), images)
+    assert torch.equal(drawn(seed=sample_seeds(seed, n)), images)
+    assert torch.equal(drawn(x_T=initial_noise((n, 2, 3, 3), sample_seeds(seed, n)), seed=seed), images)
+
+
+# ----------------------------------------------------------------------------------------------------- schedules and plans
+
+
+@st.composite
+def schedules(draw: st.DrawFn) -> NoiseSchedule:
+    name = draw(st.sampled_from(BUILDERS))
+    if name == "from_betas":
+        return NoiseSchedule.from_betas(draw(st.lists(st.floats(1e-5, 0.99), min_size=1, max_size=40)))
+    options: dict[str, Any] = {"num_timesteps": draw(st.integers(1, 300))}
+    if name in ("linear", "scaled_linear", "sigmoid_betas"):
+        options |= {"beta_start": draw(st.floats(1e-5, 0.5)), "beta_end": draw(st.floats(1e-5, 0.5))}
+    if name in ("cosine", "sigmoid", "laplace"):
+        options["max_beta"] = draw(st.floats(0.05, 0.999))
+    return getattr(NoiseSchedule, name)(**options)  # type: ignore[no-any-return]
+
+
+def assert_close(actual: Tensor, expected: Tensor | float, scale: Tensor | float = 1.0) -> None:
+    """Compare float64 values up to roundings of numbers as large as `scale`."""
+    assert bool(((actual - expected).abs() <= 1e-11 * torch.as_tensor(scale).abs().clamp(min=1)).all())
+
+
+@given(schedules())
+def test_schedules_have_the_identities_of_the_posterior(schedule: NoiseSchedule) -> None:
+    """q(x_{t-1} | x_0) follows from q(x_t | x_0) and the posterior of eq. 7-8, in mean and in variance."""
+    s, abar, before = schedule, schedule.alpha_bars, schedule.alpha_bars_prev
+    assert bool((abar.diff() < 0).all())
+    assert bool(((abar > 0) & (abar < 1)).all())
+    assert_close(s.posterior_mean_coef_x_0 + s.posterior_mean_coef_x_t * abar.sqrt(), before.sqrt())
+    assert_close(s.posterior_variance + s.posterior_mean_coef_x_t.square() * (1 - abar), 1 - before)
+    assert s.posterior_variance[0] == 0
+    assert bool((s.posterior_variance <= s.betas).all())
+    assert NoiseSchedule.from_config(json.loads(json.dumps(schedule.to_config()))) == schedule
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> tuple[SamplingPlan, bool]:
+    """Draw a plan without a clip, so that a step is linear in x_t and the prediction, and whether its sigma^2 is beta."""
+    schedule = draw(schedules())
+    options: dict[str, Any] = {"num_steps": draw(st.integers(1, schedule.num_timesteps)), "clip": None}
+    options["spacing"] = draw(st.sampled_from(["leading", "trailing", "linspace"]))
+    kind = draw(st.sampled_from(["fixed_small", "fixed_large", "ddim"]))
+    if kind == "ddim":
+        return ddim_plan(schedule, **options, eta=draw(st.floats(0, 1))), False
+    return ddpm_plan(schedule, **options, variance=kind), kind == "fixed_large"
+
+
+@given(plans())
+def test_steps_lead_from_each_noise_level_to_the_next(drawn: tuple[SamplingPlan, bool]) -> None:
+    """x_t of any x_0 and epsilon, with the true epsilon as the prediction, becomes x_s with the signal and noise of s."""
+    plan, has_beta = drawn
+    abar = plan.schedule.alpha_bars[plan.timesteps]
+    after = torch.cat([abar[1:], torch.ones(1, dtype=torch.float64)])
+    _, _, _, k1, k2, _, sigma, *_ = plan.coefficients.unbind(1)
+    from_epsilon = k1 * (1 - abar).sqrt() + k2
+    scale = k1 + k2.abs()  # the two cancel in `from_epsilon`
+    assert bool((plan.timesteps.diff() < 0).all())
+    assert_close(k1 * abar.sqrt(), after.sqrt(), scale)
+    variance = sigma.square()
+    if has_beta:  # the upper bound on the posterior's variance
+        assert_close(variance[:-1], (1 - abar / after)[:-1])
+        variance = (1 - after) / (1 - abar) * (1 - abar / after)
+    assert_close(from_epsilon.square() + variance, 1 - after, scale.square())
+    assert sigma[-1] == 0
+    assert plan.is_random == bool((sigma > 0).any())
+
+
+# ------------------------------------------------------------------------------------------------------------------ images
+
+
+@given(
+    shape=st.tuples(st.integers(1, 12), st.sampled_from([1, 3, 4]), st.integers(1, 5), st.integers(1, 5)),
+    columns=st.none() | st.integers(1, 15),
+    padding=st.integers(0, 3),
+    scale=st.integers(1, 3),
+    background=st.integers(0, 255),
+)
+@example(shape=(7, 1, 2, 2), columns=None, padding=2, scale=1, background=0)  # a prime: no grid is full
+def test_grids_hold_every_image_once_in_order(
+    shape: tuple[int, ...], columns: int | None, padding: int, scale: int, background: int
+) -> None:
+    n, channels, height, width = shape
+    images = torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    grid = image_grid(images, columns=columns, padding=padding, scale=scale, background=background)
+    assert tuple(grid.shape) == grid_shape(shape, columns=columns, padding=padding, scale=scale)
+    step_y, step_x = height * scale + padding, width * scale + padding
+    across = (grid.shape[1] - padding) // step_x
+    for i, image in enumerate(to_uint8(images)):
+        y, x = padding + i // across * step_y, padding + i % across * step_x
+        cell = grid[y : y + height * scale, x : x + width * scale]
+        assert torch.equal(cell[::scale, ::scale].permute(2, 0, 1), image)
+        assert torch.equal(cell[scale - 1 :: scale, scale - 1 :: scale], cell[::scale, ::scale])
+    assert bool((grid[:padding] == background).all())
+    assert across == min(n, columns or across)
+    assert (grid.shape[0] - padding) // step_y == math.ceil(n / across)
+    assert grid.shape[2] == channels
+
+
+# ---------------------------------------------------------------------------------------------------------- configurations
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> dict[str, Any]:
+    """Draw a configuration of a tiny network. Half of them contradict themselves."""
+    levels = draw(st.integers(1, 3))
+
+    def blocks(*kinds: str) -> list[str]:
+        return draw(st.lists(st.sampled_from(kinds), min_size=levels, max_size=levels))
+
+    small = st.none() | st.integers(1, 8)
+    return {
+        "in_channels": draw(st.integers(1, 3)),
+        "out_channels": draw(st.integers(1, 3)),
+        "layers_per_block": draw(st.integers(1, 2)),
+        "block_out_channels": draw(st.lists(st.sampled_from([4, 8, 9]), min_size=levels, max_size=levels)),
+        "down_block_types": blocks("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D"),
+        "up_block_types": blocks("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        "norm_num_groups": draw(st.sampled_from([1, 2, 4, 3])),
+        "attention_head_dim": draw(small),
+        "attn_norm_num_groups": draw(small),
+        "num_class_embeds": draw(small),
+        "time_embedding_dim": draw(small),
+        "freq_shift": draw(st.integers(0, 2)),
+        "downsample_padding": draw(st.integers(0, 1)),
+        "resnet_time_scale_shift": draw(st.sampled_from(["default", "scale_shift"])),
+        "add_attention": draw(st.booleans()),
+        "center_input_sample": draw(st.booleans()),
+    }
+
+
+@settings(max_examples=60)
+@given(configs())
+def test_configurations_are_refused_by_name_or_build_a_network(config: dict[str, Any]) -> None:
+    try:
+        parsed = UNetConfig.from_dict(config)
+    except ValueError:
+        with pytest.raises(ValueError, match=rf"^UNet: expected (?:{'|'.join(config)}) to be "):
+            UNet(**config)
+        return
+    stored = json.loads(json.dumps(parsed.to_dict()))
+    assert UNetConfig.from_dict(stored) == parsed
+    assert {key: stored[key] for key in config} == config
+    model = UNet(**config)
+    assert model.config == parsed.to_dict()
+    x = torch.randn(2, config["in_channels"], 8, 4, generator=torch.Generator().manual_seed(0))
+    labels = None if config["num_class_embeds"] is None else torch.zeros(2, dtype=torch.int64)
+    with torch.no_grad():
+        out = model(x, 3, labels)
+    assert out.shape == (2, config["out_channels"], 8, 4)
+    assert not out.any()  # a new network predicts 0
