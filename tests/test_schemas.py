@@ -98,7 +98,7 @@ def changed(kind: type, field: str, value: object) -> dict[str, Any]:
         (Run, "unet.colour", "red", "unknown configuration key 'colour'"),
         (Run, "schedule", MISSING, "schedule to be given, got none"),
         (Run, "schedule.name", "x", "name to be one of linear, "),
-        (Run, "schedule.num_timesteps", "x", "num_timesteps to be a positive integer, got 'x'"),
+        (Run, "schedule.num_timesteps", "x", "num_timesteps to be an integer in 1..100000, got 'x'"),
         (Run, "schedule.beta", 1, "the arguments of linear to be among num_timesteps, beta_start, beta_end, scale"),
         (Run, "dataset", [], "dataset to be an object, got []"),
         (Run, "dataset.images", 0, "dataset.images to be an integer >= 1, got 0"),

@@ -47,7 +47,6 @@ CHANGEABLE: Final = frozenset(
     }
 )
 
-_TABLES: Final = 20  # float64 tables of a schedule and of plans, per timestep
 _COPIES: Final = 5  # of each parameter in memory: it, its average, its gradient and two moments
 _SAVED: Final = 4  # of them in a checkpoint: all but the gradient
 
@@ -89,7 +88,6 @@ def run_training(
         run.check_new()
     check_writable("train", run.path)
     device = _device(options["device"])
-    check_free_memory("train", "num_timesteps", options["num_timesteps"], _TABLES * 8 * options["num_timesteps"])
     if options["threads"] is not None:
         torch.set_num_threads(options["threads"])
     skip_broken = options["skip_broken"]

@@ -190,7 +190,11 @@ def test_an_optimizer_that_does_not_fit_is_named(kind: str, wanted: str, tmp_pat
 @pytest.mark.parametrize(
     ("field", "value", "wanted"),
     [
-        ("schedule", {"name": "linear", "num_timesteps": None}, "schedule.num_timesteps to be a positive integer, got None"),
+        (
+            "schedule",
+            {"name": "linear", "num_timesteps": None},
+            r"schedule.num_timesteps to be an integer in 1\.\.100000, got None",
+        ),
         ("options", [], r"options to be an object, got \[\]"),
         ("dataset", {"classes": ["a"]}, "dataset.images to be given, got none"),
         ("unet", {"freq_shift": "x"}, "unet.freq_shift to be an integer of at least 0, got 'x'"),

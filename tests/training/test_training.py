@@ -215,7 +215,7 @@ def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
         ("threads", 100_000, r"an integer in 1\.\.\d+ or None, got 100000"),
         ("lr", math.inf, "positive and finite, got inf"),
         ("layers", 10**9, r"an integer in 1\.\.100, got 1000000000"),
-        ("num_timesteps", 99999999999, r"to fit into memory, got 99999999999, which needs about 16,000\.0 GB of \d+"),
+        ("num_timesteps", 99999999999, r"an integer in 1\.\.100000, got 99999999999"),
         ("batch_size", 99999999999, r"to fit into memory, got 99999999999, which needs about \d[\d,.]* GB of \d+"),
         ("channels", [10**6, 10**6], r"to fit into memory, got \[1000000, 1000000\], which needs about \d[\d,.]* GB of \d+"),
         (
@@ -224,7 +224,7 @@ def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
             r"to fit into memory, got \[1000000000000, 1000000000000\], which needs about \S+ GB of \d",
         ),
         ("channels", [10**40], r"to fit into memory, got .*, which needs about \S+ GB of \d"),
-        ("image_size", 10**6, r"to fit into memory, got 1000000, which needs about 3,000,000\.0 GB of \d+"),
+        ("image_size", 10**6, r"an integer in 1\.\.65536 or None, got 1000000"),
         ("device", "meta", "one of this machine, got 'meta'"),
         ("device", "nowhere", "one of this machine, got 'nowhere'"),
         ("device", "cuda:99", "one of this machine, got 'cuda:99'"),
@@ -248,7 +248,7 @@ def test_bad_options_are_refused_before_anything_is_written(option: str, value: 
         ("lock", None, "lock to be a bool, got NoneType"),
         ("data", None, "data to be a path, got NoneType"),
         ("init", 5, "init to be a path, got int"),
-        ("steps", torch.tensor(3), "options of plain types, got: .*Tensor"),
+        ("steps", torch.tensor(3), "steps to be of a plain type, got Tensor"),
     ],
 )
 def test_options_of_wrong_types_are_refused(option: str, value: object, wanted: str, tmp_path: Path) -> None:
