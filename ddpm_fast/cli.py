@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import io
 import logging
 import math
 import os
@@ -93,6 +94,8 @@ class _Commands(click.Group):
             if sys.stdout is None:
                 stack.enter_context(redirect_stdout(null))
             stack.enter_context(redirect_stderr(cast("TextIO", _Forgiving(sys.stderr or null))))
+            if isinstance(sys.stdout, io.TextIOWrapper):
+                sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
             try:
                 return super().main(*args, **kwargs)
             except OSError as error:

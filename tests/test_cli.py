@@ -494,6 +494,31 @@ def test_images_are_saved_whatever_becomes_of_the_streams(redirection: str, smal
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 
+def test_names_that_are_no_text_are_shown(small: Path, tmp_path: Path) -> None:
+    if sys.platform != "linux":
+        pytest.skip("the file system has names of text alone")
+    name = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.png")
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "ddpm_fast",
+        "sample",
+        "--model",
+        str(small),
+        "--num=1",
+        "--steps=1",
+        "--out",
+    ]
+    result = subprocess.run([*command, name], capture_output=True, text=True, check=False)
+    assert (result.returncode, os.path.exists(name)) == (0, True), result.stderr
+    assert "\\udcff.png: 1 image of 1 step" in result.stdout
+    result = subprocess.run([*command, name + "x"], capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stderr.startswith("Error: images: expected --out to end in")
+
+
 @pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="the system has no /dev/full")
 @pytest.mark.parametrize("arguments", ["--help", "info", "train --help"])
 def test_a_full_standard_output_is_an_error_of_one_line(arguments: str) -> None:
