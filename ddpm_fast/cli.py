@@ -172,12 +172,11 @@ def _refusing(options: Mapping[str, str]) -> Iterator[None]:
 def _refusal(error: Exception) -> str | None:
     """Return what to tell the user of an error, or None for a defect of the program."""
     import torch
-    from safetensors import SafetensorError
 
     text = str(error)
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
         return f"out of memory; a smaller --batch-size needs less: {text.splitlines()[0] if text else 'no reason given'}"
-    return text if isinstance(error, ValueError | TypeError | ImportError | OSError | SafetensorError) else None
+    return text if isinstance(error, ValueError | TypeError | ImportError | OSError) else None
 
 
 def _model_folder(ctx: click.Context, option: click.Parameter, value: Any) -> Any:

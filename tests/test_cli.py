@@ -453,7 +453,7 @@ def test_images_that_are_not_finite_cost_no_others(small: Path, tmp_path: Path, 
         assert (np.asarray(image) == expected).all()
 
 
-def test_a_safetensors_error_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_export_that_fails_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run("train", tmp_path / "run", *TINY, "--steps", 1)
 
     def full(*_: object, **__: object) -> None:
@@ -461,7 +461,8 @@ def test_a_safetensors_error_is_one_line(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(safetensors.torch, "save_file", full)
     line = run("export", tmp_path / "run", tmp_path / "out", code=2).splitlines()[-1]
-    assert line == "Error: No space left on device"
+    wanted = f"expected to write a model to {tmp_path / 'out'}, got: No space left on device; export it again"
+    assert line == f"Error: export_checkpoint: {wanted}"
 
 
 # ------------------------------------------------------------------------------------------------------ streams and Ctrl-C
