@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import io
 import logging
 import math
 import os
@@ -93,6 +94,8 @@ class _Commands(click.Group):
             if sys.stdout is None:
                 stack.enter_context(redirect_stdout(null))
             stack.enter_context(redirect_stderr(cast("TextIO", _Forgiving(sys.stderr or null))))
+            if isinstance(sys.stdout, io.TextIOWrapper):
+                sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
             try:
                 return super().main(*args, **kwargs)
             except OSError as error:
@@ -169,12 +172,11 @@ def _refusing(options: Mapping[str, str]) -> Iterator[None]:
 def _refusal(error: Exception) -> str | None:
     """Return what to tell the user of an error, or None for a defect of the program."""
     import torch
-    from safetensors import SafetensorError
 
     text = str(error)
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
         return f"out of memory; a smaller --batch-size needs less: {text.splitlines()[0] if text else 'no reason given'}"
-    return text if isinstance(error, ValueError | TypeError | ImportError | OSError | SafetensorError) else None
+    return text if isinstance(error, ValueError | TypeError | ImportError | OSError) else None
 
 
 def _model_folder(ctx: click.Context, option: click.Parameter, value: Any) -> Any:

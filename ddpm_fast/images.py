@@ -54,7 +54,7 @@ def image_grid(
         uint8 [height, width, C] on the CPU.
 
     Raises:
-        ValueError: An argument is out of range, or the images are not finite.
+        ValueError: An argument is out of range, the images are not finite, or the grid does not fit into memory.
     """
     _check_images("image_grid", "images", images)
     _check_layout("image_grid", images, columns, padding, scale)
@@ -62,7 +62,9 @@ def image_grid(
     n, _, height, width = images.shape
     columns, rows = _columns_and_rows(n, columns)
     step_y, step_x = height * scale + padding, width * scale + padding
-    grid = torch.full(grid_shape(images.shape, columns=columns, padding=padding, scale=scale), background, dtype=torch.uint8)
+    shape = grid_shape(images.shape, columns=columns, padding=padding, scale=scale)
+    check_free_memory("image_grid", "the grid", f"{shape[1]}x{shape[0]} pixels", 2 * math.prod(shape))
+    grid = torch.full(shape, background, dtype=torch.uint8)
     pixels = to_uint8(images).cpu().repeat_interleave(scale, dim=2).repeat_interleave(scale, dim=3)
     for i, image in enumerate(pixels):
         y, x = padding + i // columns * step_y, padding + i % columns * step_x

@@ -453,7 +453,7 @@ def test_images_that_are_not_finite_cost_no_others(small: Path, tmp_path: Path, 
         assert (np.asarray(image) == expected).all()
 
 
-def test_a_safetensors_error_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_export_that_fails_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run("train", tmp_path / "run", *TINY, "--steps", 1)
 
     def full(*_: object, **__: object) -> None:
@@ -461,7 +461,8 @@ def test_a_safetensors_error_is_one_line(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(safetensors.torch, "save_file", full)
     line = run("export", tmp_path / "run", tmp_path / "out", code=2).splitlines()[-1]
-    assert line.endswith(".safetensors cannot be written: No space left on device")
+    assert line.startswith(f"Error: export_checkpoint: expected to write a model to {tmp_path / 'out'}, got: ")
+    assert line.endswith(".safetensors cannot be written: No space left on device; export it again")
 
 
 # ------------------------------------------------------------------------------------------------------ streams and Ctrl-C
@@ -492,6 +493,31 @@ def test_images_are_saved_whatever_becomes_of_the_streams(redirection: str, smal
     with Image.open(tmp_path / "a.png") as image:
         image.load()
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_names_that_are_no_text_are_shown(small: Path, tmp_path: Path) -> None:
+    if sys.platform != "linux":
+        pytest.skip("the file system has names of text alone")
+    name = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.png")
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "ddpm_fast",
+        "sample",
+        "--model",
+        str(small),
+        "--num=1",
+        "--steps=1",
+        "--out",
+    ]
+    result = subprocess.run([*command, name], capture_output=True, text=True, check=False)
+    assert (result.returncode, os.path.exists(name)) == (0, True), result.stderr
+    assert "\\udcff.png: 1 image of 1 step" in result.stdout
+    result = subprocess.run([*command, name + "x"], capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stderr.startswith("Error: images: expected --out to end in")
 
 
 @pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="the system has no /dev/full")

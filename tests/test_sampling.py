@@ -587,7 +587,7 @@ def test_command_options_do_what_they_say(folder: Path, tmp_path: Path) -> None:
         ("--sampler ddim --variance fixed_small", "--variance goes with --sampler ddpm"),
         ("--variance learned", "--variance: expected fixed_small or fixed_large for this model, got learned"),
         ("--classes none --guidance 2", "--guidance: expected a model with classes and --classes other than none"),
-        ("--guidance nan", "nan is not a finite number"),
+        ("--guidance nan", "'--guidance': nan is not a finite number"),
         ("--device meta", "'meta'"),
         ("--out /dev/null/a.png", "/dev/null"),
         ("--out /proc/a.png", "/proc"),

@@ -207,19 +207,19 @@ def _read_fashion_mnist(root: Path | None, split: str) -> tuple[Tensor, Tensor]:
         if labels.max() >= len(FASHION_MNIST_CLASSES):
             raise ValueError(f"load_dataset: expected labels in 0..9 in {found[1]}, got {int(labels.max())}")
     else:
-        by_hand = f"put {files[0]} and {files[1]} (.gz) into a folder, or install Debian's package dataset-fashion-mnist"
-        downloaded = _downloaded("FashionMNIST", root, split, by_hand)
+        others = ", or install Debian's package dataset-fashion-mnist"
+        downloaded = _downloaded("FashionMNIST", root, split, f"{files[0]} and {files[1]} (.gz)", others)
         images, labels = downloaded.data, downloaded.targets
     return images.unsqueeze(1), labels.long()
 
 
 def _read_cifar10(root: Path | None, split: str) -> tuple[Tensor, Tensor, tuple[str, ...]]:
-    downloaded = _downloaded("CIFAR10", root, split, "put cifar-10-python.tar.gz into a folder")
+    downloaded = _downloaded("CIFAR10", root, split, "cifar-10-python.tar.gz")
     images = torch.from_numpy(downloaded.data).permute(0, 3, 1, 2).contiguous()  # [N, 3, 32, 32]
     return images, torch.tensor(downloaded.targets), tuple(downloaded.classes)
 
 
-def _downloaded(name: str, root: Path | None, split: str, by_hand: str) -> Any:
+def _downloaded(name: str, root: Path | None, split: str, files: str, others: str = "") -> Any:
     """Return a data set of torchvision, downloaded if its files are missing. Errors say where from and what else to do."""
     source = getattr(_import("torchvision.datasets"), name)
     folder = root or _DOWNLOADS
@@ -228,8 +228,8 @@ def _downloaded(name: str, root: Path | None, split: str, by_hand: str) -> Any:
     except (OSError, RuntimeError) as error:
         urls = " or ".join(getattr(source, "mirrors", None) or [source.url])
         raise OSError(
-            f"load_dataset: expected {name} in {str(folder)!r} or from {urls}, got: {error}; without that connection, "
-            f"{by_hand}; data_dir (--data-dir) names such a folder"
+            f"load_dataset: expected {name} in {str(folder)!r} or from {urls}, got: {' '.join(str(error).split())}; to do "
+            f"without that connection, put {files} into a folder and pass it as data_dir (--data-dir){others}"
         ) from error
 
 

@@ -54,13 +54,17 @@ def export_checkpoint(
     state = read_state(checkpoint)
     model = UNet.from_pretrained(checkpoint / "unet_ema").to(dtype)
     name_classes(model, config["dataset"]["classes"])  # older checkpoints lack them
-    model.save_pretrained(out / "unet")
-    prediction = config["options"]["prediction"]
-    write_scheduler(out / "scheduler", NoiseSchedule.from_config(config["schedule"]), prediction)
+    schedule, prediction = NoiseSchedule.from_config(config["schedule"]), config["options"]["prediction"]
     options = dict(config["options"], data_dir=None)  # a model that is shared names folders, but not where they were
     options |= {name: Path(options[name]).name for name in ("data", "init") if options.get(name) is not None}
-    write_json(out / "training.json", {**config, "options": options, "step": state.step, "seconds": state.seconds})
-    write_text(out / "training_log.csv", run.log_until(state.step))
+    record = {**config, "options": options, "step": state.step, "seconds": state.seconds}
+    try:
+        model.save_pretrained(out / "unet")
+        write_scheduler(out / "scheduler", schedule, prediction)
+        write_json(out / "training.json", record)
+        write_text(out / "training_log.csv", run.log_until(state.step))
+    except OSError as error:
+        raise OSError(f"export_checkpoint: expected to write a model to {out}, got: {error}; export it again") from error
     return out
 
 

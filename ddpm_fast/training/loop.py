@@ -160,7 +160,7 @@ def _run(
     forecast = Forecast(steps, task.device)
     logged_step, logged_seconds = state.step, state.seconds
     mark = time.perf_counter()  # end of the last stretch that is counted in state.seconds
-    with _StopSignals() as signals, generators, bar, _saved_if_a_file_fails(run, task, state):
+    with _StopSignals() as signals, generators, bar, _saved_if_a_file_fails(run, config, task, state):
         while state.step < steps and stopped_by is None:
             grad_norm, rate = _step(task, state)
             bar.update()
@@ -268,13 +268,16 @@ def _save_checkpoint(run: RunFolder, task: Task, state: State) -> None:
 
 
 @contextmanager
-def _saved_if_a_file_fails(run: RunFolder, task: Task, state: State) -> Iterator[None]:
+def _saved_if_a_file_fails(run: RunFolder, config: Mapping[str, Any], task: Task, state: State) -> Iterator[None]:
     """Save a checkpoint, if possible, when a file cannot be written. Raise an OSError that names the last good checkpoint."""
     try:
         yield
     except OSError as error:
         run.remove_leftovers()  # they take space
         with suppress(OSError):
+            if not run.config_file.exists():  # the folder was removed
+                run.path.mkdir(parents=True, exist_ok=True)
+                run.write_config(config)
             if state.is_finite():
                 _save_checkpoint(run, task, state)
         run.remove_leftovers()

@@ -454,6 +454,22 @@ def test_a_log_that_cannot_be_written_ends_the_run_with_a_checkpoint(tmp_path: P
     assert (last["step"], whole["step"]) == ("6", "6")
 
 
+def test_a_folder_that_is_removed_costs_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    append_log = RunFolder.append_log
+
+    def remove(self: RunFolder, row: Any) -> None:
+        shutil.rmtree(self.path)
+        append_log(self, row)
+
+    monkeypatch.setattr(RunFolder, "append_log", remove)
+    with pytest.raises(OSError, match=r"at step 4, got: .*No such file.*; the last good checkpoint is .*step-00000004"):
+        train(tmp_path / "run", **QUIET | {"steps": 6})
+    monkeypatch.undo()
+    train(tmp_path / "run", **QUIET | {"steps": 6}, resume=True)
+    train(tmp_path / "whole", **QUIET | {"steps": 6})
+    assert_same_weights(tmp_path / "run", tmp_path / "whole")
+
+
 def test_a_picture_that_cannot_be_written_does_not_end_a_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
