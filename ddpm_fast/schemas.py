@@ -95,8 +95,11 @@ class Run(Struct, frozen=True):
     versions: dict[str, str] = {}
 
     def __post_init__(self) -> None:
-        UNetConfig.from_dict(self.unet)
-        NoiseSchedule.from_config(self.schedule)
+        for build, section in ((UNetConfig.from_dict, "unet"), (NoiseSchedule.from_config, "schedule")):
+            try:
+                build(getattr(self, section))
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{error}, in {section}") from error
 
 
 class StoredFile(Struct, frozen=True):

@@ -145,7 +145,7 @@ def test_a_run_that_is_not_one_is_refused_in_a_line(tmp_path: Path) -> None:
     sections = {"options": "prediction", "schedule": "name", "dataset": "classes"}
     broken = [({key: value for key, value in config.items() if key != section}, section) for section in sections]
     broken += [({**config, section: {}}, section) for section in sections]
-    for content, wanted in [*broken, ({}, "format 1, got None"), ([], "a JSON object, got list")]:
+    for content, wanted in [*broken, ({}, "format to be given, got none"), ([], "a JSON object, got list")]:
         (folder / "config.json").write_text(json.dumps(content))
         for command in (["train", folder, "--resume"], ["sample", "--model", folder], ["export", folder, tmp_path / "out"]):
             lines = run(*command, code=2).splitlines()

@@ -128,6 +128,12 @@ def test_tables_are_kept_by_the_number_of_the_gpu(monkeypatch: pytest.MonkeyPatc
         (lambda: NoiseSchedule.from_betas([0.1, math.nan, 2]), "expected every beta in .0, 1., got nan at index 1"),
         (lambda: NoiseSchedule.from_betas([]), r"NoiseSchedule: expected betas .*shape \[T\]"),
         (lambda: NoiseSchedule.from_config({"name": "exp"}), "from_config: expected name to be one of .*, got 'exp'"),
+        (lambda: NoiseSchedule.from_config({"name": []}), r"from_config: expected name to be one of .*, got \[\]"),
+        (lambda: NoiseSchedule.from_config({"name": "linear", "s": 1}), "the arguments of linear to be among .*, got s"),
+        (lambda: NoiseSchedule.from_config({"name": "from_betas"}), "the arguments of from_betas to be among betas, got none"),
+        (lambda: NoiseSchedule.from_diffusers({"beta_schedule": []}), r"expected beta_schedule to be one of .*, got \[\]"),
+        (lambda: NoiseSchedule.cosine(100_001), "cosine: expected num_timesteps to be at most 100000, got 100001"),
+        (lambda: NoiseSchedule.from_betas([0.1] * 100_001), "expected the number of betas to be at most 100000, got 100001"),
         (lambda: NoiseSchedule.linear().loss_weight("p2", "epsilon"), "expected kind to be one of min_snr, got 'p2'"),
         (lambda: NoiseSchedule.linear().loss_weight("min_snr", "mean"), "expected prediction .*epsilon, .*, got 'mean'"),
         (lambda: NoiseSchedule.linear().loss_weight("min_snr", "sample", 0), "expected gamma to be positive and finite, got 0"),
@@ -144,6 +150,16 @@ def test_errors(make, message: str) -> None:
     [
         (lambda: NoiseSchedule([0.1]), r"NoiseSchedule: expected betas to be a dense tensor of shape \[T\], got list"),
         (lambda: NoiseSchedule.linear(10, "x"), r"NoiseSchedule\.linear: expected beta_start to be a number, got str"),
+        (lambda: NoiseSchedule.linear(scale_to_num_timesteps="x"), "expected scale_to_num_timesteps to be a bool, got str"),
+        (lambda: NoiseSchedule.sigmoid(float32_ends=1), "expected float32_ends to be a bool, got int"),
+        (lambda: NoiseSchedule.from_betas("x"), r"from_betas: expected betas to be a tensor or a list of numbers, got: "),
+        (
+            lambda: NoiseSchedule.from_betas([0.1, None]),
+            r"from_betas: expected betas to be a tensor or a list of numbers, got: ",
+        ),
+        (lambda: NoiseSchedule.from_config(5), "from_config: expected config to be a Mapping, got int"),
+        (lambda: NoiseSchedule.from_diffusers({"rescale_betas_zero_snr": 1}), "rescale_betas_zero_snr to be a bool, got int"),
+        (lambda: NoiseSchedule.from_diffusers({"beta_end": None}), "linear: expected beta_end to be a number, got NoneType"),
     ],
 )
 def test_wrong_types(make, message: str) -> None:

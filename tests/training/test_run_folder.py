@@ -190,10 +190,14 @@ def test_an_optimizer_that_does_not_fit_is_named(kind: str, wanted: str, tmp_pat
 @pytest.mark.parametrize(
     ("field", "value", "wanted"),
     [
-        ("schedule", {"name": "linear", "num_timesteps": None}, "num_timesteps to be a positive integer, got None"),
+        (
+            "schedule",
+            {"name": "linear", "num_timesteps": None},
+            "num_timesteps to be a positive integer, got None, in schedule",
+        ),
         ("options", [], r"options to be an object, got \[\]"),
         ("dataset", {"classes": ["a"]}, "dataset.images to be given, got none"),
-        ("unet", {"freq_shift": "x"}, "freq_shift to be an integer of at least 0, got 'x'"),
+        ("unet", {"freq_shift": "x"}, "freq_shift to be an integer of at least 0, got 'x', in unet"),
     ],
 )
 def test_a_wrong_configuration_is_named(field: str, value: object, wanted: str, tmp_path: Path) -> None:
