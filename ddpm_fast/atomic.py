@@ -81,8 +81,13 @@ def read_json(caller: str, path: Path, parse: Callable[[dict[str, Any]], T]) -> 
         parse: A function from the file's object to the value. Its TypeError or ValueError says what is wrong in the object.
 
     Raises:
+        FileNotFoundError: There is no such file, or it is a folder, a device or a pipe, which could have no end.
         ValueError: The file is too large, holds no JSON object, or `parse` refuses the object. The message names the file.
     """
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{caller}: expected {str(path)!r} to be a file, got {'something else' if path.exists() else 'none'}"
+        )
     with path.open("rb") as file:
         content = file.read(_MAX_JSON + 1)
     if len(content) > _MAX_JSON:

@@ -89,7 +89,7 @@ def load_folder(
         checkpoint = run.latest_checkpoint()
         if checkpoint is None:
             raise FileNotFoundError(f"load_folder: expected a whole checkpoint in {str(run.checkpoints)!r}, got none")
-        names = run.read_config()["dataset"]["classes"]
+        names = run.read_config("load_folder")["dataset"]["classes"]
         folder, network = checkpoint, checkpoint / "unet_ema"
     elif (folder / "classes.json").is_file():
         names = _read_classes(folder / "classes.json")

@@ -123,6 +123,17 @@ def test_files_beyond_the_limit_are_not_parsed(tmp_path: Path, monkeypatch: pyte
         read_json("f", file, dict)
 
 
+def test_what_is_no_file_is_not_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")  # would wait for a writer
+    (tmp_path / "device").symlink_to("/dev/zero")  # would never end
+    (tmp_path / "folder").mkdir()
+    for name in ("pipe", "device", "folder"):
+        with pytest.raises(FileNotFoundError, match=rf"^f: expected '.*{name}' to be a file, got something else$"):
+            read_json("f", tmp_path / name, dict)
+    with pytest.raises(FileNotFoundError, match=r"^f: expected '.*missing' to be a file, got none$"):
+        read_json("f", tmp_path / "missing", dict)
+
+
 @pytest.mark.parametrize("kind", [TypeError, ValueError, OverflowError, RecursionError])
 def test_what_is_wrong_in_a_file_is_said_with_its_name(tmp_path: Path, kind: type[Exception]) -> None:
     def parse(values: dict[str, Any]) -> None:

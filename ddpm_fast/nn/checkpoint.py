@@ -213,4 +213,7 @@ def _read_weights(folder: Path) -> tuple[dict[str, Tensor], Path]:
             f"from_pretrained: expected {_WEIGHTS} or {_LEGACY_WEIGHTS} in {os.fspath(folder)!r}, which has neither"
         )
     named = {_LEGACY_PATTERN.sub(lambda m: m[1] + _LEGACY_NAMES[m[2]], name): tensor for name, tensor in weights.items()}
+    if len(named) < len(weights):
+        twice = "one under its names before and after diffusers 0.12"
+        raise ValueError(f"from_pretrained: expected {str(file)!r} to hold each tensor once, got {twice}")
     return named, file

@@ -136,22 +136,25 @@ class RunFolder:
         """Replace the configuration."""
         write_json(self.config_file, {"format": FORMAT, **config})
 
-    def read_config(self) -> dict[str, Any]:
+    def read_config(self, caller: str = "train") -> dict[str, Any]:
         """Return the configuration with which the run was started.
+
+        Args:
+            caller: Name of the calling function for error messages.
 
         Raises:
             FileNotFoundError: There is no run.
             ValueError: The file is not such a configuration. The message names the field.
         """
         if not self.config_file.is_file():
-            raise FileNotFoundError(f"train: expected a run to resume in {self.path}, which has no {self.config_file.name}")
+            raise FileNotFoundError(f"{caller}: expected a run to resume in {self.path}, which has no {self.config_file.name}")
         from ..schemas import Run, checked
 
         def parse(values: dict[str, Any]) -> dict[str, Any]:
             checked(values, Run)
             return values
 
-        return read_json("train", self.config_file, parse)
+        return read_json(caller, self.config_file, parse)
 
     # ------------------------------------------------------------------------------------------------------ checkpoints
 

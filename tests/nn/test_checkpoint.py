@@ -118,6 +118,9 @@ def test_legacy_files_of_published_ddpms(model: UNet, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(TINY | {"_class_name": "UNet2DModel", "_diffusers_version": "0.0.4"}))
     (tmp_path / "model_index.json").write_text("{}")
     assert_same_weights(UNet.from_pretrained(tmp_path), model)
+    torch.save(weights | model.state_dict(), tmp_path / "diffusion_pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"model\.bin' to hold each tensor once, got one under its names before and after"):
+        UNet.from_pretrained(tmp_path)
 
 
 def test_a_torch_file_cannot_run_code(model: UNet, tmp_path: Path) -> None:
