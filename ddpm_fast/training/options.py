@@ -174,7 +174,7 @@ def _json(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_options(options: Mapping[str, Any]) -> None:
-    from ..checks import MAX_TIMESTEPS, check_choice, check_int, check_number, check_type, checked_device
+    from ..checks import MAX_TIMESTEPS, check_choice, check_int, check_number, check_type
 
     def each(check: Callable[..., None], names: str, *bounds: Any, **more: Any) -> None:
         for name in names.split():
@@ -198,8 +198,7 @@ def _check_options(options: Mapping[str, Any]) -> None:
     each(check_number, "lr", above=0, finite=True)
     each(check_number, "dropout ema_decay", 0, below=1)
     each(check_number, "label_dropout", 0, 1)
-    if options["device"] is not None:
-        checked_device("train", options["device"])
+    each(check_type, "device", str, optional=True)
     if options["sample_every"]:
         each(check_int, "sample_steps", 1, options["num_timesteps"])
     if not options["channels"]:
