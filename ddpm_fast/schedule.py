@@ -486,8 +486,7 @@ def _checked_betas(caller: str, betas: Tensor) -> Tensor:
 def _check_numbers(builder: str, num_timesteps: int, max_beta: float = 1.0) -> None:
     """Raise unless num_timesteps is in 1..MAX_TIMESTEPS and max_beta in (0, 1]."""
     caller = f"NoiseSchedule.{builder}"
-    check_int(caller, "num_timesteps", num_timesteps, 1)
-    check_number(caller, "num_timesteps", num_timesteps, high=MAX_TIMESTEPS)
+    check_int(caller, "num_timesteps", num_timesteps, 1, MAX_TIMESTEPS)
     check_number(caller, "max_beta", max_beta, above=0, high=1)
 
 

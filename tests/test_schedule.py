@@ -120,7 +120,7 @@ def test_tables_are_kept_by_the_number_of_the_gpu(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: NoiseSchedule.linear(0), "NoiseSchedule.linear: expected num_timesteps to be a positive integer, got 0"),
+        (lambda: NoiseSchedule.linear(0), "NoiseSchedule.linear: expected num_timesteps to be an integer in 1..100000, got 0"),
         (
             lambda: NoiseSchedule.from_betas([0.1, 1.5]),
             "NoiseSchedule.from_betas: expected betas to be in .0, 1., got 1.5 at index 1",

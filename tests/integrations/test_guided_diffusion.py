@@ -576,7 +576,7 @@ X, ONE = torch.zeros(SHAPE), torch.ones(3, dtype=torch.int64)
         (
             lambda d, m: gd.get_named_beta_schedule("linear", 0),
             ValueError,
-            "expected num_timesteps to be a positive integer, got 0",
+            "expected num_timesteps to be an integer in 1..100000, got 0",
         ),
     ],
 )
