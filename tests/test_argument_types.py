@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import ddpm_fast as d
 from ddpm_fast.integrations import diffusers as schedulers
+from ddpm_fast.integrations import guided_diffusion, lucidrains
 from ddpm_fast.plan import ddim_inversion_plan
 
 # Objects that functions of the package return. Users do not make them.
@@ -98,8 +99,11 @@ class Untouched(nn.Module):
         raise AssertionError("the network was called")
 
 
-class UntouchedUNet(d.UNet):
-    forward = Untouched.forward  # type: ignore[assignment]
+class Denoiser(Untouched):
+    """A network as denoising-diffusion-pytorch's wrapper expects it."""
+
+    channels = out_dim = 3
+    self_condition = False
 
 
 X, SEEDS, TIME, ONES = torch.zeros(2, 4, 4, 4), d.sample_seeds(0, 2), torch.ones(2, 4), torch.ones(4)
@@ -265,6 +269,27 @@ CALLS: dict[str, Callable[[], Entry]] = {
         "DDPMScheduler.add_noise|q_sample",
     ),
     "DDIMScheduler.set_timesteps": lambda: Entry(DDIM.set_timesteps, {"num_inference_steps": 5}),
+    "create_gaussian_diffusion": lambda: Entry(
+        guided_diffusion.create_gaussian_diffusion,
+        {"steps": 100},
+        {"noise_schedule": "*", "timestep_respacing": "*"},  # errors of the functions that take them, as in the library
+    ),
+    "GaussianDiffusion": lambda: Entry(
+        lucidrains.GaussianDiffusion,
+        {"model": Denoiser(), "image_size": 4, "timesteps": 10, "sampling_timesteps": 5},
+        {"image_size": "huge", "schedule_fn_kwargs": "dict", "min_snr_gamma": "inf"}
+        | {"ddim_sampling_eta": "zero", "offset_noise_strength": "zero"},
+    ),
+    "load_checkpoint": lambda: Entry(
+        lucidrains.load_checkpoint,
+        {"path": "no such", "diffusion": lucidrains.GaussianDiffusion(Denoiser(), image_size=4, timesteps=10)},
+    ),
+    "load_guided_diffusion": lambda: Entry(
+        guided_diffusion.load_guided_diffusion,
+        {"path_or_state_dict": "no such"},
+        {"path_or_state_dict": "text", "channel_mult": "list", "dropout": "zero"}
+        | dict.fromkeys(("num_head_channels", "num_heads_upsample"), "negative"),
+    ),
     "DDIMScheduler.step": lambda: Entry(DDIM.step, {"model_output": X, "timestep": 4, "sample": X}, **DROP_IN),
 }
 

@@ -23,7 +23,17 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..checks import check_device, check_float, check_like, check_noise_or_seeds, check_range, checked_seeds
+from ..checks import (
+    MAX_TIMESTEPS,
+    check_device,
+    check_float,
+    check_int,
+    check_like,
+    check_noise_or_seeds,
+    check_range,
+    check_type,
+    checked_seeds,
+)
 from ..dtypes import opmath
 from ..evaluation.bound import prior_bits, reconstruction_bits, transition_bits
 from ..models import Model
@@ -934,6 +944,13 @@ def create_gaussian_diffusion(
         rescale_learned_sigmas: Use the loss RESCALED_MSE.
         timestep_respacing: As in `space_timesteps`. Empty: every timestep.
     """
+    caller = "create_gaussian_diffusion"
+    check_int(caller, "steps", steps, 1, MAX_TIMESTEPS)
+    for name, flag in (
+        *(("learn_sigma", learn_sigma), ("sigma_small", sigma_small), ("use_kl", use_kl), ("predict_xstart", predict_xstart)),
+        *(("rescale_timesteps", rescale_timesteps), ("rescale_learned_sigmas", rescale_learned_sigmas)),
+    ):
+        check_type(caller, name, flag, bool)
     loss_type = LossType.RESCALED_MSE if rescale_learned_sigmas else LossType.MSE
     fixed = ModelVarType.FIXED_SMALL if sigma_small else ModelVarType.FIXED_LARGE
     return SpacedDiffusion(

@@ -10,6 +10,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from ..checks import check_dtype, check_int, check_number, check_type, checked_device
 from ..nn import UNet
 from ..nn.checkpoint import check_weights, load_tensors
 
@@ -105,6 +106,24 @@ def load_guided_diffusion(
         ValueError: A flag is out of range, the file is no state dict, or the weights do not fit the flags.
     """
     op = "load_guided_diffusion"
+    for name, value in (
+        *(("image_size", image_size), ("num_channels", num_channels), ("num_res_blocks", num_res_blocks)),
+        ("num_heads", num_heads),
+    ):
+        check_int(op, name, value, 1, 1 << 16)
+    check_int(op, "num_head_channels", num_head_channels, -1, 1 << 16)
+    if num_head_channels == 0:
+        raise ValueError(f"{op}: expected num_head_channels to be -1 or positive, got 0")
+    check_int(op, "num_heads_upsample", num_heads_upsample, -1, 1 << 16)
+    for name, flag in (
+        *(("learn_sigma", learn_sigma), ("class_cond", class_cond), ("use_scale_shift_norm", use_scale_shift_norm)),
+        *(("resblock_updown", resblock_updown), ("use_new_attention_order", use_new_attention_order)),
+        *(("use_checkpoint", use_checkpoint), ("use_fp16", use_fp16)),
+    ):
+        check_type(op, name, flag, bool)
+    check_number(op, "dropout", dropout, 0, below=1)
+    check_dtype(op, "dtype", dtype, optional=True)
+    device = None if device is None else checked_device(op, device)
     if num_head_channels == -1 and num_heads_upsample not in (-1, num_heads):
         raise ValueError(f"{op}: expected num_heads_upsample to be -1 or num_heads, {num_heads}, got {num_heads_upsample}")
     widths = [int(num_channels * mult) for mult in _mults(channel_mult, image_size)]
@@ -210,6 +229,8 @@ def _mults(channel_mult: str | Sequence[float], image_size: int) -> tuple[float,
             )
         return _CHANNEL_MULT[image_size]
     try:
+        if isinstance(channel_mult, bytes):
+            raise TypeError("bytes are numbers too")
         mults = tuple(float(mult) for mult in (channel_mult.split(",") if isinstance(channel_mult, str) else channel_mult))
     except (TypeError, ValueError):
         mults = ()
@@ -224,7 +245,7 @@ def _attended(attention_resolutions: str, image_size: int) -> list[int]:
     """Return the reductions of the image size at which there is attention."""
     try:
         resolutions = [int(resolution) for resolution in attention_resolutions.split(",")]
-    except (AttributeError, ValueError):
+    except (AttributeError, TypeError, ValueError, RuntimeError):
         resolutions = [0]
     if min(resolutions) < 1:
         raise ValueError(

@@ -13,7 +13,17 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..checks import check_choice, check_float, check_int, check_like, check_number, checked_seeds
+from ..checks import (
+    MAX_TIMESTEPS,
+    check_choice,
+    check_float,
+    check_int,
+    check_like,
+    check_number,
+    check_path,
+    check_type,
+    checked_seeds,
+)
 from ..dtypes import opmath
 from ..inference import inference_network
 from ..models import Model, device_and_dtype, evaluation_mode, model_config
@@ -114,13 +124,19 @@ class GaussianDiffusion(nn.Module):
         self.channels, self.self_condition = _checked_model(model)
         self.image_size = _checked_size(image_size)
         caller = "GaussianDiffusion"
-        check_int(caller, "timesteps", timesteps, 1)
+        check_int(caller, "timesteps", timesteps, 1, MAX_TIMESTEPS)
         check_int(caller, "sampling_timesteps", sampling_timesteps, 1, timesteps, optional=True)
         sampling_timesteps = timesteps if sampling_timesteps is None else sampling_timesteps
         check_choice(caller, "objective", objective, _PREDICTIONS)
         check_number(caller, "ddim_sampling_eta", ddim_sampling_eta, 0, finite=True)
         check_number(caller, "offset_noise_strength", offset_noise_strength, 0, finite=True)
         check_number(caller, "min_snr_gamma", min_snr_gamma, above=0)
+        check_type(caller, "schedule_fn_kwargs", schedule_fn_kwargs, Mapping, optional=True)
+        for name, flag in (
+            *(("auto_normalize", auto_normalize), ("min_snr_loss_weight", min_snr_loss_weight)),
+            ("immiscible", immiscible),
+        ):
+            check_type(caller, name, flag, bool)
 
         self.model = model
         self.objective = objective
@@ -601,6 +617,7 @@ def load_checkpoint(
         ValueError: The file is damaged, needs pickle, is no checkpoint of the Trainer, or does not fit.
     """
     where = "load_checkpoint"
+    check_path(where, "path", path)
     check_choice(where, "weights", weights, ("ema", "model"))
     if not isinstance(diffusion, GaussianDiffusion):
         raise TypeError(
@@ -644,7 +661,7 @@ def _evaluate(model: Model, x_t: Tensor, t: Tensor, x_self_cond: Tensor | None) 
 
 
 def _schedule(name: str, timesteps: int, kwargs: Mapping[str, float]) -> NoiseSchedule:
-    _check(name in _SCHEDULE_KWARGS, f"beta_schedule to be one of {', '.join(_SCHEDULE_KWARGS)}", name)
+    check_choice("GaussianDiffusion", "beta_schedule", name, _SCHEDULE_KWARGS)
     unknown = sorted(kwargs.keys() - set(_SCHEDULE_KWARGS[name]))
     known = ", ".join(_SCHEDULE_KWARGS[name]) or "nothing"
     _check(not unknown, f'schedule_fn_kwargs to have {known} for beta_schedule "{name}"', ", ".join(unknown))

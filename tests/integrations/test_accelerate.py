@@ -754,8 +754,8 @@ ERRORS: list[tuple[str, Callable[[], Any], dict[str, Any], type[Exception], str]
         "dtype",
         make,
         {"dtype": torch.int32},
-        ValueError,
-        "accelerate: expected dtype to be None or a floating dtype, got torch.int32",
+        TypeError,
+        "accelerate: expected dtype to be float32, float64, float16, bfloat16 or None, got torch.int32",
     ),
     (
         "dtype, not frozen",

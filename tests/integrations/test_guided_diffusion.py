@@ -544,7 +544,7 @@ X, ONE = torch.zeros(SHAPE), torch.ones(3, dtype=torch.int64)
         (
             lambda d, m: diffusion(betas=[0.1, 1.5], kept=None),
             ValueError,
-            r"expected every beta in \(0, 1\], got 1.5 at index 1",
+            r"expected betas to be in \(0, 1\], got 1.5 at index 1",
         ),
         (
             lambda d, m: diffusion(betas=[[0.1]], kept=None),
@@ -576,7 +576,7 @@ X, ONE = torch.zeros(SHAPE), torch.ones(3, dtype=torch.int64)
         (
             lambda d, m: gd.get_named_beta_schedule("linear", 0),
             ValueError,
-            "expected num_timesteps to be a positive integer, got 0",
+            "expected num_timesteps to be an integer in 1..100000, got 0",
         ),
     ],
 )
