@@ -63,7 +63,6 @@ def image_grid(
     columns, rows = _columns_and_rows(n, columns)
     step_y, step_x = height * scale + padding, width * scale + padding
     shape = grid_shape(images.shape, columns=columns, padding=padding, scale=scale)
-    check_free_memory("image_grid", "the grid", f"{shape[1]}x{shape[0]} pixels", 2 * math.prod(shape))
     grid = torch.full(shape, background, dtype=torch.uint8)
     pixels = to_uint8(images).cpu().repeat_interleave(scale, dim=2).repeat_interleave(scale, dim=3)
     for i, image in enumerate(pixels):
@@ -234,7 +233,7 @@ def _check_layout(function: str, images: Tensor, columns: int | None, padding: i
     check_int(function, "columns", columns, 1, optional=True)
     check_int(function, "padding", padding, 0)
     check_int(function, "scale", scale, 1)
-    needed = math.prod(grid_shape(images.shape, columns=columns, padding=padding, scale=scale))
+    needed = 2 * math.prod(grid_shape(images.shape, columns=columns, padding=padding, scale=scale))  # and the images' pixels
     check_free_memory(function, "padding and scale", (padding, scale), needed)
 
 

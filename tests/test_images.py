@@ -190,7 +190,7 @@ def test_evenly_spaced_has_both_ends() -> None:
         (lambda p: save_grid(levels(1, 1, 2, 2), p / "a.png", scale=0), "expected scale to be a positive integer, got 0"),
         (
             lambda p: save_grid(levels(1, 1, 2, 2), p / "a.png", scale=10**7),
-            "image_grid: expected the grid to fit into memory, got 20000004x20000004 pixels, which needs about 800,000.3 GB",
+            r"save_grid: expected padding and scale to fit into memory, got \(2, 10000000\), which needs about 800,000.3 GB",
         ),
         (lambda p: save_trajectory(levels(1, 1, 2, 2), p / "a.gif"), "save_trajectory: expected trajectory"),
         (lambda p: save_trajectory(levels(2, 1, 1, 2, 2), p / "a.gif", frames=0), "expected frames .*positive .*got 0"),

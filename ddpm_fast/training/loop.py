@@ -81,13 +81,13 @@ def run_training(
     lock: bool,
 ) -> TrainResult:
     """Run `train` with options that are checked and complete."""
+    device = _device(options["device"])
     run = RunFolder(run_dir)
     if resume:
         run.read_config()  # refuses a folder without a run before a lock is written into it
     else:
         run.check_new()
     check_writable("train", run.path)
-    device = _device(options["device"])
     if options["threads"] is not None:
         torch.set_num_threads(options["threads"])
     skip_broken = options["skip_broken"]

@@ -70,7 +70,9 @@ class RunFolder:
     # ---------------------------------------------------------------------------------------------------- configuration
 
     def check_new(self) -> None:
-        """Raise a FileExistsError unless the folder is missing or empty."""
+        """Raise a FileExistsError unless the folder is missing or empty, or a NotADirectoryError if it is a file."""
+        if self.path.exists() and not self.path.is_dir():
+            raise NotADirectoryError(f"train: expected run_dir to be a folder, got {str(self.path)!r}, which is a file")
         ours = (self.lock_file.name, atomic.PREFIX)
         if self.path.exists() and any(not entry.name.startswith(ours) for entry in self.path.iterdir()):
             raise FileExistsError(
