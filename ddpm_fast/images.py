@@ -57,12 +57,13 @@ def image_grid(
         ValueError: An argument is out of range, the images are not finite, or the grid does not fit into memory.
     """
     _check_images("image_grid", "images", images)
-    _check_layout("image_grid", images, columns, padding, scale)
+    _check_layout("image_grid", columns, padding, scale)
     check_int("image_grid", "background", background, 0, 255)
     n, _, height, width = images.shape
     columns, rows = _columns_and_rows(n, columns)
     step_y, step_x = height * scale + padding, width * scale + padding
     shape = grid_shape(images.shape, columns=columns, padding=padding, scale=scale)
+    check_free_memory("image_grid", "the grid", f"{shape[1]}x{shape[0]} pixels", 2 * math.prod(shape))
     grid = torch.full(shape, background, dtype=torch.uint8)
     pixels = to_uint8(images).cpu().repeat_interleave(scale, dim=2).repeat_interleave(scale, dim=3)
     for i, image in enumerate(pixels):
@@ -118,7 +119,7 @@ def save_grid(
     """
     check_path("save_grid", "path", path)
     _check_images("save_grid", "images", images)
-    _check_layout("save_grid", images, columns, padding, scale)
+    _check_layout("save_grid", columns, padding, scale)
     grid = image_grid(images, columns=columns, padding=padding, scale=scale)
     return _write(path, image_format(path, grid.shape), [grid])
 
@@ -158,7 +159,7 @@ def save_trajectory(
     check_int("save_trajectory", "frames", frames, 1, optional=True)
     check_number("save_trajectory", "seconds", seconds, above=0, finite=True)
     _check_images("save_trajectory", "trajectory", trajectory.flatten(0, 1))
-    _check_layout("save_trajectory", trajectory[0], columns, padding, scale)
+    _check_layout("save_trajectory", columns, padding, scale)
     total = trajectory.shape[0]
     kind = image_format(path)
     if frames is None:
@@ -229,12 +230,10 @@ def _check_images(function: str, name: str, images: Tensor) -> None:
         raise ValueError(f"{function}: expected {name} to be finite, got NaN or infinity")
 
 
-def _check_layout(function: str, images: Tensor, columns: int | None, padding: int, scale: int) -> None:
+def _check_layout(function: str, columns: int | None, padding: int, scale: int) -> None:
     check_int(function, "columns", columns, 1, optional=True)
     check_int(function, "padding", padding, 0)
     check_int(function, "scale", scale, 1)
-    needed = 2 * math.prod(grid_shape(images.shape, columns=columns, padding=padding, scale=scale))  # and the images' pixels
-    check_free_memory(function, "padding and scale", (padding, scale), needed)
 
 
 def _write(

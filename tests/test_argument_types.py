@@ -145,7 +145,8 @@ def schedule(name: str, **accepts: str) -> Entry:
     return Entry(builder, {"num_timesteps": 5}, accepts, f"NoiseSchedule.{name}")
 
 
-GRID_ACCEPTS = {"columns": "huge", "padding": "zero", "background": "zero"}
+# A picture that does not fit into memory is named "the grid".
+GRID_ACCEPTS = {"columns": "huge", "padding": "zero huge", "scale": "huge", "background": "zero"}
 TRAIN_ACCEPTS = (
     dict.fromkeys(("steps", "batch_size", "log_every", "keep"), "huge")
     | dict.fromkeys(("lr_decay_steps", "warmup_steps", "sample_every", "checkpoint_every"), "zero huge")
@@ -248,10 +249,10 @@ CALLS: dict[str, Callable[[], Entry]] = {
     "save_trajectory": lambda: Entry(
         d.save_trajectory,
         {"trajectory": IMAGES[None], "path": "no such folder/x.png"},
-        {"columns": "huge", "padding": "zero", "frames": "huge"},
+        GRID_ACCEPTS | {"frames": "huge"},
     ),
     "to_uint8": lambda: Entry(d.to_uint8, {"images": IMAGES}, {"images": "shape meta"}),
-    "train": lambda: Entry(d.train, {"run_dir": __file__, "progress": False}, TRAIN_ACCEPTS),
+    "train": lambda: Entry(d.train, {"run_dir": "no such run", "steps": 1}, TRAIN_ACCEPTS),
     "unfuse": lambda: Entry(d.unfuse, {"model": NETWORK}),
     "variational_bound": lambda: Entry(
         d.variational_bound,
