@@ -4,7 +4,7 @@
 
 LIBRARY is the compiled system_calls.c. A child process does the task, so that it can be killed. KIND is the name of an errno,
 SHORT (a write takes half of its bytes) or KILL. Every EVERY-th call is tried. A line of JSON for each task has the numbers of
-its calls, of tried ones, and of children that finished or refused to.
+its calls, of tried ones, and of children that finished or were stopped.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import click
 import safetensors.torch
 import torch
 from PIL import Image
 
 from ddpm_fast import save_grid
 from ddpm_fast.atomic import PREFIX
+from ddpm_fast.cli import main as main_command
 from ddpm_fast.nn import UNet
 from ddpm_fast.training import train
 from ddpm_fast.training.data import load_dataset
@@ -183,7 +185,35 @@ def prepare_picture(folder: Path) -> None:
     save_grid(IMAGES[0], folder / "a.png")
 
 
+def sample(folder: Path) -> None:
+    """Draw images with the command line, from half of a run."""
+    options = ["--steps=2", "--num=2", f"--out={folder / 'a.png'}", f"--gif={folder / 'a.gif'}", "--quiet"]
+    try:
+        main_command(["sample", f"--model={folder.parent / 'model'}", *options], standalone_mode=False)
+    except click.ClickException as error:  # a refusal, or results that went elsewhere
+        raise OSError(error.format_message()) from error
+
+
+def check_samples(folder: Path, finished: bool) -> None:
+    """Each picture is whole or absent, and a second call writes the same bytes as one that nothing disturbed."""
+    for picture in folder.glob("a*"):
+        Image.open(picture).load()
+    expected = folder.parent / "expected"
+    for target in [expected] * (not expected.exists()) + [folder]:
+        target.mkdir(exist_ok=True)
+        assert run_in_child(lambda target=target: sample(target)) == FINISHED
+    for name in ("a.png", "a.gif"):
+        assert (folder / name).read_bytes() == (expected / name).read_bytes()
+
+
+def prepare_model_to_sample(folder: Path) -> None:
+    if not (folder.parent / "model").exists():
+        export_checkpoint(half_a_run(folder), folder.parent / "model", torch.float32)
+    folder.mkdir()
+
+
 TASKS = {
+    "sample": Task(prepare_model_to_sample, sample, check_samples),
     "train": Task(lambda run: None, train_or_resume, check_run),
     "resume": Task(lambda run: void(shutil.copytree(half_a_run(run), run, symlinks=True)), train_or_resume, check_run),
     "export": Task(
@@ -236,7 +266,7 @@ def inject(library: ctypes.CDLL, base: Path, name: str, kind_name: str, every: i
             raise AssertionError(f"{name}: call {call} of {calls}, {kind_name}: {error!r}") from error
         leftovers = [path for path in folder.rglob(f"{PREFIX}*") if kind_name != "KILL"]
         assert len(leftovers) <= 1, f"{name}: call {call} of {calls}, {kind_name}: {leftovers}"  # 1: its removal failed
-        ends["finished" if status == FINISHED else "refused"] += 1
+        ends["finished" if status == FINISHED else "stopped"] += 1
     return {"calls": calls, "tried": ends.total(), **ends}
 
 

@@ -38,16 +38,16 @@ def inject(library: Path, folder: Path, *tasks: str) -> list[dict[str, Any]]:
 
 def test_nothing_that_was_saved_is_lost(library: Path, tmp_path: Path) -> None:
     """The numbers say every how many of a task's calls fail."""
-    tasks = ("train,KILL,130", "resume,ENOSPC,90", "export,KILL,9", "picture,ENOSPC,2")
+    tasks = ("train,KILL,130", "resume,ENOSPC,90", "export,KILL,9", "picture,ENOSPC,2", "sample,KILL,6")
     for counts in inject(library, tmp_path / "f", *tasks):
         assert counts["tried"] >= 3
-        assert counts["refused"] > 0
+        assert counts["stopped"] > 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["KILL", "ENOSPC", "EIO", "EINTR", "SHORT"])
 def test_nothing_that_was_saved_is_lost_by_any_fault(kind: str, library: Path, tmp_path: Path) -> None:
-    tasks = (f"train,{kind},17", f"resume,{kind},13", f"export,{kind},2", f"picture,{kind},1")
+    tasks = (f"train,{kind},17", f"resume,{kind},13", f"export,{kind},2", f"picture,{kind},1", f"sample,{kind},1")
     for counts in inject(library, tmp_path / "f", *tasks):
         assert counts["tried"] >= 10
-        assert ("refused" in counts) == (kind not in ("EINTR", "SHORT"))
+        assert ("stopped" in counts) == (kind not in ("EINTR", "SHORT"))
