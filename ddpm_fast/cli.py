@@ -165,7 +165,8 @@ def _refusing(options: Mapping[str, str]) -> Iterator[None]:
         if text is None:
             raise
         names = "|".join(options)
-        text = re.sub(rf"\bexpected ({names})\b", lambda match: f"expected {options[match[1]]}", text)
+        if not re.search(r", in '[^']*'$", text):  # an error in a file is about the file's own names
+            text = re.sub(rf"\bexpected ({names})(?![\w.])", lambda match: f"expected {options[match[1]]}", text)
         raise _Refused(text) from error
 
 
@@ -389,7 +390,10 @@ def _device(ctx: click.Context, param: click.Parameter, value: str | None) -> to
 
 
 _MAX_GUIDANCE = 1e4  # beyond it, differences of predictions leave the range of float32 within a few steps
-_SAMPLE_OPTIONS = {"num_samples": "--num", "seed": "--seed", "num_steps": "--steps", "eta": "--eta", "variance": "--variance"}
+_SAMPLE_OPTIONS = {
+    **{"num_samples": "--num", "seed": "--seed", "class_labels": "--classes", "num_steps": "--steps", "eta": "--eta"},
+    "variance": "--variance",
+}
 _EVALUATE_OPTIONS = {"name": "--data", "data_dir": "--data-dir", "seed": "--seed", "variance": "--variance"}
 _FRAMES = 51  # of an animation, at most
 _VARIANCES = ("fixed_small", "fixed_large", "learned", "learned_range")
@@ -506,8 +510,11 @@ def sample_command(
         plan = _plan(loaded, sampler, steps, eta, spacing, variance)
         frames = 0 if gif is None else min(_FRAMES, plan.num_steps + 1)
         config = loaded.model.config
-        pixels = config["sample_size"]
-        shape = (num, config["in_channels"], pixels, pixels)
+        size = config["sample_size"]
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        if height is None:
+            raise ValueError("--model: expected a model whose config.json has a sample_size, got null")
+        pixels, shape = max(height, width), (num, config["in_channels"], height, width)
         scale, gif_scale = max(1, 128 // pixels), max(1, 64 // pixels)
         _check_pictures(shape, frames, out, scale, gif, gif_scale)
         labels = _labels(loaded, classes, num)

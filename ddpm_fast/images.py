@@ -197,7 +197,9 @@ def image_format(path: str | os.PathLike[str], shape: Sequence[int] = (1, 1, 1),
     from PIL import Image
 
     height, width, channels = shape
-    mode = _MODES[channels]
+    mode = _MODES.get(channels)
+    if mode is None:
+        raise ValueError(f"images: expected pictures of 1, 3 or 4 channels for {name}, got {channels}")
     kind = Image.registered_extensions().get(Path(path).suffix.lower())
     reason = ""
     if kind in Image.SAVE and kind not in _ICONS:

@@ -63,7 +63,7 @@ def check_writable(caller: str, path: Path) -> None:
 def existing_folder(path: Path) -> Path:
     """Return the path or the closest of its parents that exists."""
     path = path.absolute()
-    return next(folder for folder in (path, *path.parents) if os.path.exists(folder))
+    return next((folder for folder in (path, *path.parents) if os.path.exists(folder)), path)
 
 
 def size_text(size: int) -> str:
@@ -76,7 +76,8 @@ def size_text(size: int) -> str:
 def free_memory() -> int | None:
     """Return the bytes that this process may still use, or None if the system does not say.
 
-    This is the memory that the system has available, or the limit of a container if that is lower.
+    This is the memory that the system has available, or the limit of a container if that is lower. What the container
+    uses already is not subtracted, as most of it may be cache.
     """
     return min((*_available(), *_limits()), default=None)
 

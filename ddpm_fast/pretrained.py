@@ -86,7 +86,7 @@ def load_folder(
     network = folder
     run = RunFolder(folder)
     if run.checkpoints.is_dir():
-        checkpoint = run.latest_checkpoint()
+        checkpoint = run.latest_checkpoint("unet_ema/")
         if checkpoint is None:
             raise FileNotFoundError(f"load_folder: expected a whole checkpoint in {str(run.checkpoints)!r}, got none")
         names = run.read_config("load_folder")["dataset"]["classes"]

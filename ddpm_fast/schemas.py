@@ -38,7 +38,7 @@ class Scheduler(Struct, frozen=True):
     rescale_betas_zero_snr: bool = False
     prediction_type: Prediction = "epsilon"
     variance_type: Variance | None = None  # DPM-Solver has null
-    clip_sample: bool = True
+    clip_sample: bool | None = True
     clip_sample_range: Annotated[float, Meta(gt=0, le=sys.float_info.max)] = 1.0
     thresholding: bool = False
     ddpm_fast: dict[str, Any] | None = None  # the schedule as `NoiseSchedule.from_config` checks it

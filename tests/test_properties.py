@@ -7,6 +7,8 @@ import math
 from dataclasses import replace
 from typing import Any
 
+import hypothesis
+import hypothesis.internal.conjecture.providers
 import pytest
 import torch
 from hypothesis import assume, example, given, settings
@@ -33,6 +35,19 @@ from ddpm_fast.ops import why_not
 from ddpm_fast.reference import PREDICTIONS
 from ddpm_fast.schedule import BUILDERS
 from ddpm_fast.testing import SCHEDULE, Case, make_call
+
+# The same examples in every run, without a time limit or a folder of earlier failures.
+hypothesis.settings.register_profile(
+    "fixed",
+    derandomize=True,
+    deadline=None,
+    database=None,
+    max_examples=100,
+    suppress_health_check=list(hypothesis.HealthCheck),
+)
+hypothesis.settings.load_profile("fixed")
+# Constants of loaded modules would become examples, which would then depend on the tests that ran before.
+hypothesis.internal.conjecture.providers.is_local_module_file = lambda _: False
 
 NARROW = (torch.float32, torch.bfloat16, torch.float16)  # float64 has no wider truth to compare with
 SIZES = st.integers(1, 9)

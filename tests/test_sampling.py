@@ -580,7 +580,7 @@ def test_command_options_do_what_they_say(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--classes hat", "expected class_labels to be integers or names among zero, one, ankle boot, got 'hat'"),
+        ("--classes hat", "expected --classes to be integers or names among zero, one, ankle boot, got 'hat'"),
         ("--classes 3", "expected numbers in 0..2, got 3"),
         ("--steps 21", "--steps: expected a number in 1..20, the timesteps of the model, got 21"),
         ("--eta 1", "--eta goes with --sampler ddim"),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..atomic import read_json, write_json, write_tensors
+from ..dtypes import FLOATS
 from .config import UNetConfig
 
 _CONFIG = "config.json"
@@ -158,7 +159,7 @@ def check_weights(
                 f"{caller}: expected {name} to have shape {list(tensor.shape)} (by {owner}), "
                 f"got {list(weight.shape)} in {os.fspath(path)!r}"
             )
-        if tensor.is_floating_point() and not weight.is_floating_point():
+        if tensor.is_floating_point() and weight.dtype not in FLOATS:
             raise ValueError(f"{caller}: expected {name} to be floating, got {weight.dtype} in {os.fspath(path)!r}")
 
 

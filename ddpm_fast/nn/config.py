@@ -45,7 +45,7 @@ _SUPPORTED: dict[str, tuple[Any, ...]] = {
 }
 # Bounds beyond any network of the literature. Within them a network is built in seconds.
 _MAX_LEVELS = 16
-_MAX_LAYERS = 64
+MAX_LAYERS = 64
 _MAX_SIDE = 65536
 _DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")
 _UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D")
@@ -125,7 +125,7 @@ class UNetConfig:
             check_type("UNet", key, getattr(self, key), bool)
         for key in ("in_channels", "out_channels", "norm_num_groups"):
             check_int("UNet", key, getattr(self, key), 1)
-        check_int("UNet", "layers_per_block", self.layers_per_block, 1, _MAX_LAYERS)
+        check_int("UNet", "layers_per_block", self.layers_per_block, 1, MAX_LAYERS)
         check_int("UNet", "freq_shift", self.freq_shift, 0)
         if isinstance(sizes := self.sample_size, tuple):
             _expect(self, "sample_size", len(sizes) == 2, "an integer or (height, width)")

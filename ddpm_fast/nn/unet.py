@@ -53,7 +53,8 @@ class UNet(nn.Module):
         super().__init__()
         self._config = cfg = UNetConfig.from_dict(config)
         self.config: dict[str, Any] = cfg.to_dict()
-        cfg.check_memory()
+        if torch.get_default_device().type == "cpu":  # a meta tensor has no memory
+            cfg.check_memory()
         channels = list(cfg.block_out_channels)
         emb_dim = cfg.time_embedding_dim or 4 * channels[0]
 

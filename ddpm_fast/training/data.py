@@ -165,6 +165,7 @@ def _in_memory(
     preparation: str = "as they are",
 ) -> ImageDataset:
     """Return a data set that holds its images, uint8 [N, C, H, W], resized if another size is wanted."""
+    source = images  # other machines may resize with other roundings
     if image_size is not None and tuple(images.shape[-2:]) != (image_size, image_size):
         preparation = f"resized from {images.shape[3]}x{images.shape[2]}"
         needed = 2 * len(images) * images.shape[1] * image_size**2  # the parts and the whole
@@ -173,8 +174,8 @@ def _in_memory(
     channels, height, width = images.shape[1:]
 
     def contents(exact: bool) -> Iterator[bytes]:
-        step = 1 if exact else max(1, len(images) // _SAMPLED)
-        for image in images[::step]:
+        step = 1 if exact else max(1, len(source) // _SAMPLED)
+        for image in source[::step]:
             yield image.numpy().tobytes()
 
     return ImageDataset(name, images.__getitem__, (channels, height, width), labels, classes, contents, preparation)
@@ -241,8 +242,7 @@ def _read_folder(root: Path, image_size: int | None, skip_broken: bool, first: i
     files = _image_files(root)
     if not files:
         raise ValueError(f"load_dataset: expected {root} to hold images ({', '.join(sorted(_IMAGE_SUFFIXES))}), got none")
-    classes = _class_names(root, files)
-    files = files[:first]
+    all_files, files = files, files[:first]
     if len(files) > _AT_ONCE:
         _log.info("reading %d images in %s", len(files), root)
     broken: dict[Path, Exception] = {}
@@ -266,7 +266,8 @@ def _read_folder(root: Path, image_size: int | None, skip_broken: bool, first: i
         whole = [file for file in files if file not in broken]
         for row, file in enumerate(whole):  # in place, as there may be no memory for a second copy
             images[row] = images[rows[file]]
-        files, images, classes = whole, images[: len(whole)], _class_names(root, whole)
+        files, images = whole, images[: len(whole)]
+    classes = _class_names(root, [file for file in all_files if file not in broken])
     numbers = {name: number for number, name in enumerate(classes)}
     labels = torch.tensor([numbers[_class_name(root, file)] for file in files])
 

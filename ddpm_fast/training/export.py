@@ -45,13 +45,13 @@ def export_checkpoint(
     if run.checkpoints.resolve() in (out.resolve(), *out.resolve().parents):
         raise ValueError(f"export_checkpoint: expected out_dir to be apart from the run's checkpoints, got {out}")
     check_writable("export_checkpoint", out)
-    config = run.read_config()
-    checkpoint = run.latest_checkpoint()
+    config = run.read_config("export_checkpoint")
+    checkpoint = run.latest_checkpoint("unet_ema/")
     if checkpoint is None:
         raise FileNotFoundError(f"export_checkpoint: expected a checkpoint in {run.checkpoints}, got none")
     weights = sum(file.stat().st_size for file in (checkpoint / "unet_ema").iterdir())  # float32
     check_free_space("export_checkpoint", out, weights * dtype.itemsize // 4)
-    state = read_state(checkpoint)
+    state = read_state("export_checkpoint", checkpoint)
     model = UNet.from_pretrained(checkpoint / "unet_ema").to(dtype)
     name_classes(model, config["dataset"]["classes"])  # older checkpoints lack them
     schedule, prediction = NoiseSchedule.from_config(config["schedule"]), config["options"]["prediction"]

@@ -117,7 +117,7 @@ def run_training(
     state = State.initial(task)  # first, as it refuses options that make no network: a folder would be in the next try's way
     if not resume and options["init"] is not None:
         state.load_weights(options["init"])
-    with run.locked(lock), kept_memory() if task.device.type == "cpu" else nullcontext():
+    with run.locked() if lock else nullcontext(), kept_memory() if task.device.type == "cpu" else nullcontext():
         return _run(run, task, state, resume=resume, max_minutes=max_minutes, progress=progress, data_check=data_check)
 
 
@@ -301,7 +301,7 @@ def _check_sizes(run: RunFolder, task: Task) -> None:
     saves = options["steps"] if options["checkpoint_minutes"] else 1
     if options["checkpoint_every"]:
         saves = max(saves, math.ceil(options["steps"] / options["checkpoint_every"]))
-    more = max(0, min(options["keep"], saves) - len(list(run.checkpoints.glob("step-*"))))
+    more = max(0, min(options["keep"], saves) - len(run.checkpoint_folders()))
     check_free_space("train", run.path, (more + 1) * _SAVED * 4 * parameters)  # old ones are removed after the new one
 
 

@@ -155,10 +155,11 @@ def train(
 
 def _path(name: str, value: Any) -> str | None:
     """Return a path as text. Raise a TypeError unless it is one, or None if the default is."""
+    from ..checks import check_path
+
     if value is None and name in ("data_dir", "init"):
         return None
-    if not isinstance(value, str | os.PathLike):
-        raise TypeError(f"train: expected {name} to be a path, got {type(value).__name__}")
+    check_path("train", name, value)
     return os.fsdecode(value)
 
 
@@ -175,6 +176,7 @@ def _json(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_options(options: Mapping[str, Any]) -> None:
     from ..checks import MAX_TIMESTEPS, check_choice, check_int, check_number, check_type
+    from ..nn.config import MAX_LAYERS
 
     def each(check: Callable[..., None], names: str, *bounds: Any, **more: Any) -> None:
         for name in names.split():
@@ -188,8 +190,9 @@ def _check_options(options: Mapping[str, Any]) -> None:
     each(check_type, "skip_broken flip scale_shift conditional channels_last tensorboard", bool)
     each(check_type, "channels attention", list)
     each(check_int, "num_timesteps", 1, MAX_TIMESTEPS)
-    each(check_int, "steps batch_size log_every sample_steps keep", 1)
-    each(check_int, "layers", 1, 100)
+    each(check_int, "steps batch_size sample_steps keep", 1)
+    each(check_int, "log_every", 1, 100_000)  # the losses since the last row stand in state.json
+    each(check_int, "layers", 1, MAX_LAYERS)
     each(check_int, "warmup_steps lr_decay_steps sample_every checkpoint_every", 0)
     each(check_int, "image_size head_dim", 1, 1 << 16, optional=True)
     each(check_int, "threads", 1, max(1024, os.cpu_count() or 1), optional=True)  # far more cannot be started

@@ -95,17 +95,18 @@ def draw_samples(run: RunFolder, task: Task, state: State, writer: Any) -> None:
     columns = min(len(task.dataset.classes), 16) if task.labelled else 8
     labels = torch.arange(4 * columns) % columns if task.labelled else None
     plan = ddim_plan(task.schedule, options["sample_steps"], prediction=options["prediction"])
-    images = sample(
-        *(state.ema, plan, 4 * columns),
-        seed=options["seed"],
-        class_labels=labels,
-        progress=False,
-        cuda_graph=False,  # a graph takes memory beside that of the training
-    )
     path = run.samples / f"step-{state.step:08d}.png"
     try:
+        images = sample(
+            *(state.ema, plan, 4 * columns),
+            seed=options["seed"],
+            class_labels=labels,
+            progress=False,
+            cuda_graph=False,  # a graph takes memory beside that of the training
+        )
         save_grid(images, path, columns=columns)
-    except OSError as error:  # a run does not end for want of a picture
-        _log.warning("%s could not be written: %s", path, error)
+    except (OSError, ValueError) as error:  # a run does not end for want of a picture
+        _log.warning("%s could not be drawn: %s", path, error)
+        return
     if writer:
         writer.add_images("samples", images.clamp(-1, 1) / 2 + 0.5, state.step)

@@ -73,28 +73,22 @@ class RunFolder:
         """Raise a FileExistsError unless the folder is missing or empty, or a NotADirectoryError if it is a file."""
         if self.path.exists() and not self.path.is_dir():
             raise NotADirectoryError(f"train: expected run_dir to be a folder, got {str(self.path)!r}, which is a file")
-        ours = (self.lock_file.name, atomic.PREFIX)
-        if self.path.exists() and any(not entry.name.startswith(ours) for entry in self.path.iterdir()):
+        names = [entry.name for entry in self.path.iterdir()] if self.path.exists() else []
+        if any(name != self.lock_file.name and not name.startswith(atomic.PREFIX) for name in names):
             raise FileExistsError(
                 f"train: expected {self.path} to be new or empty; continue the run in it with --resume, or name another folder"
             )
 
     @contextmanager
-    def locked(self, wanted: bool = True) -> Iterator[None]:
+    def locked(self) -> Iterator[None]:
         """Hold the folder's lock, so that no other process trains in it.
 
         The operating system releases the lock when the process ends, however that happens.
-
-        Args:
-            wanted: False: hold no lock.
 
         Raises:
             BlockingIOError: Another process holds the lock. The message names it.
             OSError: The folder's file system has no locks.
         """
-        if not wanted:
-            yield
-            return
         self.path.mkdir(parents=True, exist_ok=True)
         descriptor = -1
         try:
@@ -167,7 +161,7 @@ class RunFolder:
             part: Beginning of the names of the files to compare with their checksums, such as "unet_ema/".
                 Empty: all.
         """
-        for folder in self._checkpoints():
+        for folder in self.checkpoint_folders():
             why = why_damaged(folder, part)
             if why is None:
                 return folder
@@ -186,7 +180,7 @@ class RunFolder:
         Returns:
             The checkpoint's folder.
         """
-        same = [folder for folder in self._checkpoints() if _numbers(folder)[0] == step]
+        same = [folder for folder in self.checkpoint_folders() if _numbers(folder)[0] == step]
         final = next((folder for folder in same if why_damaged(folder) is None), None)
         if final is None:
             self.remove_leftovers()
@@ -194,7 +188,7 @@ class RunFolder:
             temporary.mkdir(parents=True)
             write(temporary)
             files = {
-                str(file.relative_to(temporary)): {"size": file.stat().st_size, "sha256": _sha256(file)}
+                file.relative_to(temporary).as_posix(): {"size": file.stat().st_size, "sha256": _sha256(file)}
                 for file in _files(temporary)
             }
             entries = {"format": STATE_FORMAT, "step": step, **state, "files": files}
@@ -206,8 +200,9 @@ class RunFolder:
             temporary.rename(final)
             flush_names(self.checkpoints)
         self._point_to(final)
-        others = [folder for folder in self._checkpoints() if folder != final]
-        kept = [folder for folder in others if why_damaged(folder, part=None) is None][: keep - 1]
+        others = [folder for folder in self.checkpoint_folders() if folder != final]
+        older = [folder for folder in others if _numbers(folder) < _numbers(final)]  # a newer one was damaged, or not used
+        kept = [folder for folder in older if why_damaged(folder, part=None) is None][: keep - 1]
         for folder in others:
             if folder not in kept:
                 self._remove(folder)
@@ -221,7 +216,7 @@ class RunFolder:
         for folder in (self.path, self.checkpoints):
             atomic.remove_leftovers(folder)
 
-    def _checkpoints(self) -> list[Path]:
+    def checkpoint_folders(self) -> list[Path]:
         """Return the folders that are named as checkpoints, newest first. Links and files are none."""
         named = (entry for entry in self.checkpoints.glob("step-*") if _CHECKPOINT.fullmatch(entry.name))
         return sorted((entry for entry in named if entry.is_dir() and not entry.is_symlink()), key=_numbers, reverse=True)
@@ -290,7 +285,7 @@ def why_damaged(checkpoint: Path, part: str | None = "") -> str | None:
             Sizes are compared for all files.
     """
     try:
-        for name, entry in read_state(checkpoint).files.items():
+        for name, entry in read_state("train", checkpoint).files.items():
             size, sha256 = (entry, None) if isinstance(entry, int) else (entry.size, entry.sha256)
             if not (checkpoint / name).is_file() or (checkpoint / name).stat().st_size != size:
                 return f"{name} is missing or has another size"
@@ -301,11 +296,12 @@ def why_damaged(checkpoint: Path, part: str | None = "") -> str | None:
     return None
 
 
-def read_state(checkpoint: Path) -> Checkpoint:
+def read_state(caller: str, checkpoint: Path) -> Checkpoint:
     """Return the content of a checkpoint's state.json.
 
     Args:
-        checkpoint: Its folder.
+        caller: Name of the calling function for error messages.
+        checkpoint: The checkpoint's folder.
 
     Raises:
         FileNotFoundError: There is no state.json.
@@ -320,7 +316,7 @@ def read_state(checkpoint: Path) -> Checkpoint:
             raise ValueError(f"expected sha256 to be {_sha256_of(values)}, got {digest!r}: the file has been changed")
         return state
 
-    return read_json("train", checkpoint / "state.json", parse)
+    return read_json(caller, checkpoint / "state.json", parse)
 
 
 def _numbers(checkpoint: Path) -> tuple[int, int]:

@@ -143,7 +143,7 @@ class State:
                 # The parameter's memory format: fused optimizers walk through the storage.
                 **{key: torch.empty_like(parameter).copy_(tensors[f"{key}.{name}"]) for key in ("exp_avg", "exp_avg_sq")},
             }
-        state = read_state(folder)
+        state = read_state("train", folder)
         self.step, self.seconds = state.step, state.seconds
         device = next(self.model.parameters()).device
         self.losses = [torch.tensor(loss, dtype=torch.float32, device=device) for loss in state.losses]

@@ -499,8 +499,8 @@ GROUP_NORM = (
         (
             (
                 "group_norm_silu.cu",
-                "    __syncthreads();\n\n    // Of as many rows",
-                "    if (!BUG) __syncthreads();\n\n    // Of as many rows",
+                "    __syncthreads();\n\n    // One thread merges as many rows",
+                "    if (!BUG) __syncthreads();\n\n    // One thread merges as many rows",
             ),
         ),
         SHARED,

@@ -138,7 +138,7 @@ def state(folder: Path) -> list[Path]:
 def read_checkpoint(folder: Path) -> None:
     checkpoint = folder / "checkpoints" / "step-00000007"
     why_damaged(checkpoint)  # says it without an error
-    read_state(checkpoint)
+    read_state("train", checkpoint)
 
 
 def idx(folder: Path) -> list[Path]:
@@ -202,7 +202,7 @@ def fuzz(name: str, count: int, folder: Path) -> int:
         random = Random(zlib.crc32(f"{name} {number}".encode()))
         place = random.randrange(len(files))
         files[place].write_bytes(target.mutate(random, contents[place]))
-        faulthandler.dump_traceback_later(60, exit=True, file=sys.__stderr__)
+        faulthandler.dump_traceback_later(600, exit=True, file=sys.__stderr__)
         try:
             target.read(folder)
         except Exception as error:

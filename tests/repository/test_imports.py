@@ -25,7 +25,7 @@ ALLOWED = {
     "triton_kernels": {"reference", "triton_kernels"},
     "ops": {"dtypes", "checks", "reference", "schedule", "plan", "triton_kernels", "ops"},
     "testing": {"dtypes", "reference", "schedule", "plan", "ops"},
-    "nn": {"atomic", "checks", "limits", "ops", "nn"},
+    "nn": {"atomic", "dtypes", "checks", "limits", "ops", "nn"},
     "schemas": {"checks", "plan", "schedule", "nn"},
     "info": {"version", "ops"},
     "images": {"atomic", "checks", "limits"},

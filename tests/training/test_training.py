@@ -214,7 +214,7 @@ def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
         ("threads", 0, r"an integer in 1\.\.\d+ or None"),
         ("threads", 100_000, r"an integer in 1\.\.\d+ or None, got 100000"),
         ("lr", math.inf, "positive and finite, got inf"),
-        ("layers", 10**9, r"an integer in 1\.\.100, got 1000000000"),
+        ("layers", 10**9, r"an integer in 1\.\.64, got 1000000000"),
         ("num_timesteps", 99999999999, r"an integer in 1\.\.100000, got 99999999999"),
         ("batch_size", 99999999999, r"to fit into memory, got 99999999999, which needs about \d[\d,.]* GB of \d+"),
         ("channels", [10**6, 10**6], r"to fit into memory, got \[1000000, 1000000\], which needs about \d[\d,.]* GB of \d+"),
@@ -246,8 +246,8 @@ def test_bad_options_are_refused_before_anything_is_written(option: str, value: 
         ("flip", 1, "flip to be a bool, got int"),
         ("skip_broken", "no", "skip_broken to be a bool, got str"),
         ("lock", None, "lock to be a bool, got NoneType"),
-        ("data", None, "data to be a path, got NoneType"),
-        ("init", 5, "init to be a path, got int"),
+        ("data", None, "data to be a path .*, got NoneType"),
+        ("init", 5, "init to be a path .*, got int"),
         ("steps", torch.tensor(3), "steps to be of a plain type, got Tensor"),
     ],
 )
@@ -478,7 +478,7 @@ def test_a_picture_that_cannot_be_written_does_not_end_a_run(
 
     monkeypatch.setattr(records, "save_grid", full)
     assert train(tmp_path / "run", **QUIET | {"steps": 2, "sample_every": 1, "sample_steps": 1}).step == 2
-    assert re.search(r"step-00000001\.png could not be written: no space left on device", caplog.text)
+    assert re.search(r"step-00000001\.png could not be drawn: no space left on device", caplog.text)
 
 
 def test_export_is_a_model_folder(tmp_path: Path) -> None:
