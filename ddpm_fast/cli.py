@@ -213,7 +213,7 @@ def _train_option(declaration: str, **settings: Any) -> Callable[[_Command], _Co
         default = ",".join(map(str, default))
         settings |= {"callback": _numbers, "metavar": "N,N,..."}
     shown = default is not None and default is not False
-    return click.option(declaration, help=_TRAIN_TEXTS[name], default=default, **({"show_default": shown} | settings))
+    return click.option(declaration, help=_TRAIN_TEXTS.get(name), default=default, **({"show_default": shown} | settings))
 
 
 @main.command("train")

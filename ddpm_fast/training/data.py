@@ -52,7 +52,6 @@ _NAMED: Final = 5  # broken images that a message names
 
 _MAX_IDX: Final = 2 << 30  # bytes of an IDX file, unpacked; EMNIST has 0.5 GiB
 
-_DOWNLOADS: Final = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddpm_fast"
 _IMAGE_SUFFIXES: Final = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 
 _Read = TypeVar("_Read")
@@ -223,7 +222,7 @@ def _read_cifar10(root: Path | None, split: str) -> tuple[Tensor, Tensor, tuple[
 def _downloaded(name: str, root: Path | None, split: str, files: str, others: str = "") -> Any:
     """Return a data set of torchvision, downloaded if its files are missing. Errors say where from and what else to do."""
     source = getattr(_import("torchvision.datasets"), name)
-    folder = root or _DOWNLOADS
+    folder = root or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddpm_fast"
     try:
         return source(folder, train=split == "train", download=True)
     except (OSError, RuntimeError) as error:

@@ -129,6 +129,8 @@ def _run(
     steps, batch_size = options["steps"], options["batch_size"]
     checkpoint_every, checkpoint_minutes = options["checkpoint_every"], options["checkpoint_minutes"]
     checkpoint = run.latest_checkpoint() if resume else None
+    if resume and checkpoint is None and run.checkpoint_folders():  # it may be the disk: nothing is replaced
+        raise ValueError(f"train: expected a whole checkpoint in {run.checkpoints}, got none that can be read")
     if options["init"] is not None and resume and checkpoint is None:
         state.load_weights(options["init"])
     config = task.config()
@@ -142,6 +144,8 @@ def _run(
         state.load(checkpoint)
     run.remove_leftovers()
     run.cut_log(state.step)
+    if run.last_row() == state.step:  # a full disk can end a run between the row and the end of the losses that it has
+        state.losses.clear()
     _log.info("%s", summary(run, task, state))
 
     writer = tensorboard_writer(run, state.step) if options["tensorboard"] else None

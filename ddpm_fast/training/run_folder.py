@@ -31,6 +31,7 @@ import re
 import secrets
 import shutil
 import socket
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -269,6 +270,11 @@ class RunFolder:
         lines = text[: text.rfind("\n") + 1].splitlines(keepends=True)
         rows = [line for line in lines[1:] if re.match(r"[0-9]{1,18},", line)]
         return "".join(lines[:1] + [line for line in rows if int(line.split(",", 1)[0]) <= step])
+
+    def last_row(self) -> int:
+        """Return the step of the last row of log.csv, or 0 if there is none."""
+        rows = self.log_until(sys.maxsize).splitlines()[1:]
+        return int(rows[-1].split(",", 1)[0]) if rows else 0
 
     def cut_log(self, step: int) -> None:
         """Remove the rows after `step`, which a resumed run writes again."""
