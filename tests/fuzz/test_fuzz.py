@@ -16,4 +16,4 @@ def test_a_mutated_file_is_read_or_refused_by_name(name: str, tmp_path: Path) ->
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TARGETS)
 def test_many_mutated_files_are_read_or_refused_by_name(name: str, tmp_path: Path) -> None:
-    assert fuzz(name, 12_500, tmp_path) > 0
+    assert fuzz(name, 1_500, tmp_path) > 0
