@@ -79,7 +79,7 @@ def changed(kind: type, field: str, value: object) -> dict[str, Any]:
         ),
         (Scheduler, "prediction_type", None, "prediction_type to be a string, got None"),
         (Scheduler, "variance_type", "x", "variance_type to be fixed_small or fixed_small_log or fixed_large or"),
-        (Scheduler, "clip_sample", "false", "clip_sample to be true or false, got 'false'"),
+        (Scheduler, "clip_sample", "false", "clip_sample to be true or false or null, got 'false'"),
         (Scheduler, "clip_sample_range", None, "clip_sample_range to be a number, got None"),
         (Scheduler, "clip_sample_range", 0, "clip_sample_range to be a number > 0.0, got 0"),
         (Scheduler, "clip_sample_range", float("inf"), "clip_sample_range to be a number that is finite, got inf"),
