@@ -46,7 +46,8 @@ static int concerns(int folder, const char* path) {
   return path[0] == '/' || folder == AT_FDCWD ? is_below(path) : is_open_below(folder);
 }
 
-// Returns whether this call fails. Interruptions and short writes happen to calls that can have them, and to no others.
+// Returns whether this call fails. Interruptions and short writes happen to calls that can have them.
+// Opening a file to read it is not interrupted on local disks, and torch does not try it again.
 static int is_next(int concerned, int can_be_interrupted, int is_write) {
   if (!concerned || ++calls != failing_call) return 0;
   if (failing_kind == KILL) kill(getpid(), SIGKILL);
@@ -59,24 +60,24 @@ static int is_next(int concerned, int can_be_interrupted, int is_write) {
 #define HAS_MODE(flags) ((flags) & O_CREAT || ((flags) & O_TMPFILE) == O_TMPFILE)
 #define NEXT(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
 
-#define OPEN(name)                                                             \
-  int name(const char* path, int flags, ...) {                                 \
-    va_list rest;                                                              \
-    va_start(rest, flags);                                                     \
-    const mode_t mode = HAS_MODE(flags) ? va_arg(rest, mode_t) : 0;            \
-    va_end(rest);                                                              \
-    return is_next(is_below(path), 1, 0) ? -1 : NEXT(name)(path, flags, mode); \
+#define OPEN(name)                                                                           \
+  int name(const char* path, int flags, ...) {                                               \
+    va_list rest;                                                                            \
+    va_start(rest, flags);                                                                   \
+    const mode_t mode = HAS_MODE(flags) ? va_arg(rest, mode_t) : 0;                          \
+    va_end(rest);                                                                            \
+    return is_next(is_below(path), flags & O_CREAT, 0) ? -1 : NEXT(name)(path, flags, mode); \
   }
 OPEN(open)
 OPEN(open64)
 
-#define OPEN_AT(name)                                                                          \
-  int name(int folder, const char* path, int flags, ...) {                                     \
-    va_list rest;                                                                              \
-    va_start(rest, flags);                                                                     \
-    const mode_t mode = HAS_MODE(flags) ? va_arg(rest, mode_t) : 0;                            \
-    va_end(rest);                                                                              \
-    return is_next(concerns(folder, path), 1, 0) ? -1 : NEXT(name)(folder, path, flags, mode); \
+#define OPEN_AT(name)                                                                                        \
+  int name(int folder, const char* path, int flags, ...) {                                                   \
+    va_list rest;                                                                                            \
+    va_start(rest, flags);                                                                                   \
+    const mode_t mode = HAS_MODE(flags) ? va_arg(rest, mode_t) : 0;                                          \
+    va_end(rest);                                                                                            \
+    return is_next(concerns(folder, path), flags & O_CREAT, 0) ? -1 : NEXT(name)(folder, path, flags, mode); \
   }
 OPEN_AT(openat)
 OPEN_AT(openat64)
