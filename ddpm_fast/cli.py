@@ -718,6 +718,9 @@ def evaluate_command(
             progress=not quiet,
         )
         seconds = time.perf_counter() - began
+        bad = int((~bound.total.isfinite()).sum())
+        if bad:
+            failures.append(f"the bound of {bad} of {num} images is not finite")
     last = loaded.schedule.num_timesteps
     parts = {
         f"L_{last}": bound.prior,
@@ -732,9 +735,9 @@ def evaluate_command(
         curves = {"terms": bound.terms, "x_0_mse": bound.x_0_mse, "epsilon_mse": bound.epsilon_mse}
         result = {
             **settings,
-            "bits_per_dim": {key: float(bits.mean()) for key, bits in figures.items()},
-            "per_image": {key: bits.tolist() for key, bits in figures.items()},
-            "per_timestep": {key: values.mean(dim=0).tolist() for key, values in curves.items()},
+            "bits_per_dim": {key: _finite(bits.mean(dim=0, keepdim=True))[0] for key, bits in figures.items()},
+            "per_image": {key: _finite(bits) for key, bits in figures.items()},
+            "per_timestep": {key: _finite(values.mean(dim=0)) for key, values in curves.items()},
             "seconds": seconds,
         }
         _save(lambda path: write_json(path, result), json_path, failures)
@@ -746,6 +749,11 @@ def evaluate_command(
             click.echo(f"  {name:<18} {float(bits.mean()):9.5f}  ({error:.5f})")
     if failures:
         raise click.ClickException("; ".join(failures))
+
+
+def _finite(values: torch.Tensor) -> list[float | None]:
+    """Return the values of a vector, with None, which JSON can hold, for those that are not finite."""
+    return [value if math.isfinite(value) else None for value in values.tolist()]
 
 
 # ------------------------------------------------------------------------------------------------------------------- info

@@ -97,11 +97,9 @@ def load_safetensors(caller: str, path: Path) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = safetensors.torch.load_file(path)
     except OSError:
         raise
-    except RuntimeError as error:
+    except Exception as error:  # safetensors' own, or torch's about a dtype
         if "unable to open file" in str(error):  # torch maps the file, and reports the system's error so
             raise OSError(f"{caller}: expected to open {str(path)!r}, got: {error}") from error
-        raise ValueError(f"{caller}: expected {str(path)!r} to be a whole safetensors file, got: {error}") from error
-    except Exception as error:  # of safetensors, or of torch about a dtype
         raise ValueError(f"{caller}: expected {str(path)!r} to be a whole safetensors file, got: {error}") from error
     return tensors
 

@@ -286,7 +286,12 @@ def _image_files(root: Path) -> list[Path]:
     def fail(error: OSError) -> None:
         raise error  # or a folder that must not be read would be left out in silence
 
-    paths = (Path(folder, name) for folder, _, names in os.walk(root, onerror=fail) for name in names)
+    paths = []
+    for folder, folders, names in os.walk(root, onerror=fail):
+        links = [name for name in folders if Path(folder, name).is_symlink()]
+        if links:  # one may lead to a folder above it
+            raise ValueError(f"load_dataset: expected folders without links in {root}, got {str(Path(folder, links[0]))!r}")
+        paths += [Path(folder, name) for name in names]
     # A link to nothing is a missing image.
     return sorted(
         path for path in paths if path.suffix.lower() in _IMAGE_SUFFIXES and (path.is_file() or not os.path.exists(path))

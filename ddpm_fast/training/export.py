@@ -44,6 +44,8 @@ def export_checkpoint(
         raise ValueError(f"export_checkpoint: expected out_dir to be another folder than run_dir, got {out} for both")
     if run.checkpoints.resolve() in (out.resolve(), *out.resolve().parents):
         raise ValueError(f"export_checkpoint: expected out_dir to be apart from the run's checkpoints, got {out}")
+    if RunFolder(out).checkpoints.is_dir():
+        raise ValueError(f"export_checkpoint: expected out_dir to be no training run, got {out}")
     check_writable("export_checkpoint", out)
     config = run.read_config("export_checkpoint")
     checkpoint = run.latest_checkpoint("unet_ema/")

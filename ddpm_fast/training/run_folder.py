@@ -31,6 +31,7 @@ import re
 import secrets
 import shutil
 import socket
+import stat
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -97,6 +98,10 @@ class RunFolder:
 
             flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
             descriptor = os.open(self.lock_file, flags, 0o666)
+            status = os.fstat(descriptor)
+            text = os.pread(descriptor, 8, 0) if stat.S_ISREG(status.st_mode) else b"?"
+            if status.st_nlink > 1 or (text and text != b"process "):
+                raise OSError("it is not a file of this package")
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = os.read(descriptor, 200).decode(errors="replace").strip() or "a process without a name"
@@ -256,7 +261,14 @@ class RunFolder:
     def append_log(self, row: Sequence[int | float]) -> None:
         """Append one row of `LOG_COLUMNS` to log.csv."""
         new = not self.log_file.exists()
-        with self.log_file.open("a", newline="", encoding="utf-8") as file:
+        without_links = getattr(os, "O_NOFOLLOW", 0)
+        with open(
+            self.log_file,
+            "a",
+            newline="",
+            encoding="utf-8",
+            opener=lambda path, flags: os.open(path, flags | without_links, 0o666),
+        ) as file:
             writer = csv.writer(file, lineterminator="\n")
             if new:
                 writer.writerow(LOG_COLUMNS)

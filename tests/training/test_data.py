@@ -274,6 +274,15 @@ def test_an_animation_gives_its_first_frame(ending: str, tmp_path: Path) -> None
     np.testing.assert_allclose(one_image(tmp_path), 200, atol=4)
 
 
+def test_a_folder_that_is_a_link_is_refused_by_name(tmp_path: Path) -> None:
+    for folder in ("data/a", "b"):
+        (tmp_path / folder).mkdir(parents=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / folder / "0.png")
+    (tmp_path / "data" / "b").symlink_to(tmp_path / "b")
+    with pytest.raises(ValueError, match=r"load_dataset: expected folders without links in .*data, got '.*data/b'"):
+        load_dataset(str(tmp_path / "data"))
+
+
 # ------------------------------------------------------------------------------------------------------------ broken images
 
 

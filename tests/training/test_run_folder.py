@@ -79,6 +79,30 @@ def test_a_lock_that_cannot_be_made_is_an_error_with_the_way_around(tmp_path: Pa
     assert train(tmp_path / "run", **QUIET, steps=1, lock=False).step == 1
 
 
+@pytest.mark.parametrize("kind", ["file", "hard link"])
+def test_a_foreign_file_in_place_of_the_lock_stays_as_it_was(kind: str, tmp_path: Path) -> None:
+    lock, precious = tmp_path / "run" / "lock", tmp_path / "precious"
+    lock.parent.mkdir()
+    precious.write_text("process of baking bread" if kind == "hard link" else "precious")
+    if kind == "file":
+        precious.rename(lock)
+    else:
+        os.link(precious, lock)
+    text = lock.read_text()
+    with pytest.raises(OSError, match="lock' to be a file that can be locked, got: it is not a file of this package"):
+        train(tmp_path / "run", **QUIET, steps=1)
+    assert lock.read_text() == text
+
+
+def test_a_link_in_place_of_the_log_is_not_followed(tmp_path: Path) -> None:
+    run = start(tmp_path / "run", step=2)
+    run.log_file.unlink()
+    run.log_file.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError, match=r"train: expected to write to .* got: .*log\.csv"):
+        train(run.path, **QUIET | {"log_every": 1}, steps=4, resume=True)
+    assert not (tmp_path / "elsewhere").exists()
+
+
 def test_a_link_in_place_of_the_lock_is_not_followed(tmp_path: Path) -> None:
     run = start(tmp_path / "run")
     victim = tmp_path / "victim"
