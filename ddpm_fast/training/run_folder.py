@@ -261,14 +261,11 @@ class RunFolder:
     def append_log(self, row: Sequence[int | float]) -> None:
         """Append one row of `LOG_COLUMNS` to log.csv."""
         new = not self.log_file.exists()
-        without_links = getattr(os, "O_NOFOLLOW", 0)
-        with open(
-            self.log_file,
-            "a",
-            newline="",
-            encoding="utf-8",
-            opener=lambda path, flags: os.open(path, flags | without_links, 0o666),
-        ) as file:
+
+        def open_itself(path: str, flags: int) -> int:
+            return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+
+        with open(self.log_file, "a", newline="", encoding="utf-8", opener=open_itself) as file:
             writer = csv.writer(file, lineterminator="\n")
             if new:
                 writer.writerow(LOG_COLUMNS)

@@ -29,7 +29,7 @@ ALLOWED = {
     ("training/run_folder.py", "_remove", "checkpoint.rename"): "a folder that is removed",
     ("training/run_folder.py", "append_log", "open"): "a row is appended",
     ("training/run_folder.py", "append_log", "os.open"): "a row is appended",
-    ("training/run_folder.py", "without_links", "os.open"): "a row is appended",
+    ("training/run_folder.py", "open_itself", "os.open"): "a row is appended",
     ("training/run_folder.py", "locked", "os.ftruncate"): "the lock's text decides nothing",
     ("training/run_folder.py", "locked", "os.open"): "the lock",
     ("training/run_folder.py", "save_checkpoint", "temporary.rename"): "a folder that is whole",
