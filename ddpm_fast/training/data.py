@@ -274,7 +274,11 @@ def _read_folder(root: Path, image_size: int | None, skip_broken: bool, first: i
         for file in files:
             yield os.fsencode(f"{file.relative_to(root)} {file.stat().st_size}\n")
         for file in files if exact else files[:: max(1, len(files) // _SAMPLED)]:
-            yield file.read_bytes()
+            with file.open("rb") as opened:
+                while block := opened.read(1 << 20):
+                    yield block
+                    if not exact:
+                        break
 
     shape = (3, image_size, image_size)
     return ImageDataset(str(root), images.__getitem__, shape, labels, classes, contents, preparation)
