@@ -21,7 +21,9 @@ _NAMES_BY_MODULE = {
         *("BackendUnavailable", "attention", "conv3x3", "denoising_loss", "group_norm_affine", "group_norm_silu"),
         *("initial_noise", "noise", "q_sample", "reverse_step", "sample_seeds"),
     ),
-    "plan": ("SamplingPlan", "ddim_plan", "ddpm_plan"),
+    "plan": (
+        *("SamplingPlan", "ddim_inversion_plan", "ddim_plan", "ddpm_plan", "dpm_solver_plan", "heun_plan", "repaint_plan"),
+    ),
     "reference": ("STREAM_OFFSET", "STREAM_Q_SAMPLE", "STREAM_SEEDS", "STREAM_X_T"),
     "sampling": ("Sampler", "sample"),
     "schedule": ("NoiseSchedule",),

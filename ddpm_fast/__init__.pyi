@@ -28,8 +28,12 @@ from .ops import q_sample as q_sample
 from .ops import reverse_step as reverse_step
 from .ops import sample_seeds as sample_seeds
 from .plan import SamplingPlan as SamplingPlan
+from .plan import ddim_inversion_plan as ddim_inversion_plan
 from .plan import ddim_plan as ddim_plan
 from .plan import ddpm_plan as ddpm_plan
+from .plan import dpm_solver_plan as dpm_solver_plan
+from .plan import heun_plan as heun_plan
+from .plan import repaint_plan as repaint_plan
 from .pretrained import Pretrained as Pretrained
 from .pretrained import load_builtin as load_builtin
 from .pretrained import load_folder as load_folder

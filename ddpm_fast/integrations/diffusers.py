@@ -194,6 +194,7 @@ class _PlanScheduler:
                     plan,
                     timesteps=torch.cat([plan.timesteps, others.timesteps]),
                     coefficients=torch.cat([plan.coefficients, others.coefficients]),
+                    alpha_bars_prev=torch.cat([plan.alpha_bars_prev, others.alpha_bars_prev]),
                 )
             if self.config.thresholding:
                 plan = _with_given_x_0(plan)

@@ -1,0 +1,161 @@
+"""DDIM and its inversion (Song et al. 2021) as plans."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
+
+import torch
+
+from ..checks import check_choice, check_number, check_type
+from ..schedule import NoiseSchedule
+from .posterior_path import PosteriorPath
+from .rows import plan_from_columns, x_0_weights
+from .sampling_plan import Prediction, SamplingPlan, builds_plan
+from .timesteps import Spacing
+
+
+@builds_plan
+def ddim_plan(
+    schedule: NoiseSchedule,
+    num_steps: int | None = 50,
+    *,
+    spacing: Spacing | Sequence[int] = "leading",
+    previous: Sequence[int] | None = None,
+    prediction: Prediction = "epsilon",
+    eta: float = 0.0,
+    clip: float | None = 1.0,
+    use_clipped_model_output: bool = True,
+    final_alpha_bar: float = 1.0,
+    learned_variance: bool = False,
+) -> SamplingPlan:
+    """Build a plan for DDIM (Song et al. 2021, eq. 12 and 16).
+
+    The sampler is deterministic if eta is 0. It has the variance of ancestral sampling if eta is 1. With a clip, epsilon
+    follows from the clipped x_0^:
+
+        epsilon^ = (x_t - sqrt(abar_t) x_0^) / sqrt(1 - abar_t)
+
+    Args:
+        schedule: The noise schedule, with T timesteps.
+        num_steps: The number of steps S, as in `ddpm_plan`.
+        spacing: The timesteps, as in `ddpm_plan`.
+        previous: The timestep where each step arrives, as in `ddpm_plan`.
+        prediction: The meaning of the model's output, see `SamplingPlan`.
+        eta: The scale of sigma, at least 0. An eta that is too large for a step is an error that names the largest one.
+        clip: Clamp x_0^ to [-clip, clip]. None disables the clip.
+        use_clipped_model_output: Derive epsilon again from the clipped x_0^, as guided-diffusion does. False keeps the
+            model's own epsilon, which is diffusers' default. It tends to leave more noise. Both agree without a clip.
+        final_alpha_bar: abar after the last step, in (0, 1]. The default 1 arrives at x_0. Latent diffusion uses abar_0
+            ("set_alpha_to_one": false in diffusers).
+        learned_variance: True if the model's output has variance channels. DDIM ignores them.
+
+    Returns:
+        The plan, with S rows.
+
+    Raises:
+        TypeError: `schedule` is not a NoiseSchedule.
+        ValueError: An argument is out of range, or the model predicts epsilon where abar is 0.
+    """
+    check_number("ddim_plan", "eta", eta, 0)
+    check_number("ddim_plan", "final_alpha_bar", final_alpha_bar, above=0, high=1)
+    check_type("ddim_plan", "use_clipped_model_output", use_clipped_model_output, bool)
+    check_type("ddim_plan", "learned_variance", learned_variance, bool)
+    path = PosteriorPath("ddim_plan", schedule, num_steps, spacing, previous, prediction, clip, final_alpha_bar)
+    sigma = eta * path.beta_tilde.sqrt()
+    if bool((sigma.square() > 1 - path.abar_prev).any()):
+        noisy = path.beta_tilde > 0
+        largest = float(((1 - path.abar_prev) / path.beta_tilde)[noisy].min().sqrt())
+        raise ValueError(
+            f"ddim_plan: expected eta to be at most {math.floor(largest * 1e4) / 1e4}, which leaves sigma_t^2 at most "
+            f"1 - abar_prev at every step, got {eta}"
+        )
+    # Without a clip both epsilons are equal. The model's own needs no division by sqrt(1 - abar).
+    rederive = use_clipped_model_output and clip is not None
+    return path.ddim(path.abar_prev, sigma, rederive, learned_variance)
+
+
+@builds_plan
+def ddim_inversion_plan(
+    schedule: NoiseSchedule,
+    num_steps: int | None = 50,
+    *,
+    told: Literal["start", "arrival"] = "start",
+    spacing: Spacing | Sequence[int] = "leading",
+    prediction: Prediction = "epsilon",
+    clip: float | None = 1.0,
+    initial_alpha_bar: float = 1.0,
+    learned_variance: bool = False,
+) -> SamplingPlan:
+    """Build a plan for DDIM inversion, from an image to its x_T (Song et al. 2021, section 4.3).
+
+    The plan runs DDIM with eta = 0 backwards. The timesteps ascend. With told="start" the image counts as x_0 at the first
+    timestep, each step goes to the next larger timestep, and the last goes to abar = 0 (guided-diffusion). With told="arrival"
+    the image is at abar = 1, each step goes to the timestep that the model is told, and the last arrives at the timestep where
+    `ddim_plan` begins (diffusers' DDIMInverseScheduler).
+
+    Args:
+        schedule: The noise schedule, with T timesteps.
+        num_steps: The number of steps S, as in `ddpm_plan`.
+        told: The timestep that the model is told: that of the state ("start"), or that where the step arrives ("arrival").
+        spacing: The timesteps, as in `ddpm_plan`. A sequence descends here too.
+        prediction: The meaning of the model's output, see `SamplingPlan`. "arrival" needs "epsilon" or "v_prediction".
+        clip: Clamp x_0^ to [-clip, clip]. None disables the clip. With "start", epsilon is derived again from the clipped
+            x_0^. With "arrival" it is the model's own, as x_0^ does not determine it at abar = 1.
+        initial_alpha_bar: abar of an image with told="arrival", in (0, 1]. Latent diffusion uses abar_0 ("set_alpha_to_one":
+            false in diffusers).
+        learned_variance: True if the model's output has variance channels. DDIM ignores them.
+
+    Returns:
+        The plan, with S rows.
+
+    Raises:
+        TypeError: `schedule` is not a NoiseSchedule.
+        ValueError: An argument is out of range, or the model predicts epsilon where abar is 0.
+    """
+    caller = "ddim_inversion_plan"
+    check_choice(caller, "told", told, ("start", "arrival"))
+    check_type(caller, "learned_variance", learned_variance, bool)
+    if told == "arrival" and prediction not in ("epsilon", "v_prediction"):
+        raise ValueError(
+            f'{caller}: expected prediction to be "epsilon" or "v_prediction" with told="arrival", as an image alone does not '
+            f"determine epsilon, got {prediction!r}"
+        )
+    check_number(caller, "initial_alpha_bar", initial_alpha_bar, above=0, high=1)
+    if told == "start" and initial_alpha_bar != 1:
+        raise ValueError(f'{caller}: expected initial_alpha_bar to be 1 with told="start", got {initial_alpha_bar}')
+    path = PosteriorPath(caller, schedule, num_steps, spacing, None, prediction, clip, initial_alpha_bar)
+    zero = torch.zeros_like(path.abar)
+    if told == "start":
+        plan = path.ddim(torch.cat([zero[:1], path.abar[:-1]]), zero, True, learned_variance)
+    else:
+        plan = _told_the_arrival(path, learned_variance)
+    return replace(
+        plan,
+        timesteps=plan.timesteps.flip(0),
+        coefficients=plan.coefficients.flip(0),
+        alpha_bars_prev=plan.alpha_bars_prev.flip(0),
+    )
+
+
+def _told_the_arrival(path: PosteriorPath, learned_variance: bool) -> SamplingPlan:
+    """Return the inversion that tells the model where a step arrives, in the order of the path."""
+    signal, noise = path.abar_prev.sqrt(), (1 - path.abar_prev).sqrt()  # a step starts at the cleaner end
+    p, q = x_0_weights(path.prediction, signal, noise)
+    from_x_t, from_m = (noise, signal) if path.prediction == "v_prediction" else (torch.zeros_like(q), torch.ones_like(q))
+    direction = path.noise  # the weight of epsilon^
+    return plan_from_columns(
+        path.schedule,
+        path.timesteps,
+        path.abar,
+        path.prediction,
+        "learned_range" if learned_variance else "fixed",
+        path.clip,
+        p=p,
+        q=q,
+        k0=path.signal,
+        k1=direction * from_x_t,
+        k2=direction * from_m,
+    )

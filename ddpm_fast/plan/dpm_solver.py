@@ -1,0 +1,130 @@
+"""DPM-Solver++ (Lu et al. 2022) as a plan."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..checks import check_choice, check_int, check_number, check_type
+from ..schedule import NoiseSchedule
+from .levels import LevelSpacing, noise_levels
+from .rows import plan_from_columns, x_0_weights
+from .sampling_plan import Prediction, SamplingPlan, builds_plan
+
+FEW_STEPS = 15  # plans with fewer steps end with a step of order 1 (`lower_order_final`)
+
+
+@builds_plan
+def dpm_solver_plan(
+    schedule: NoiseSchedule,
+    num_steps: int | None = 20,
+    *,
+    order: int = 2,
+    eta: float = 0.0,
+    solver: Literal["midpoint", "heun"] = "midpoint",
+    spacing: LevelSpacing | Sequence[int] = "linspace",
+    final: Literal["zero", "sigma_min"] = "zero",
+    lower_order_final: bool = True,
+    lambda_min: float = -math.inf,
+    start: int | None = None,
+    prediction: Prediction = "epsilon",
+    clip: float | None = 1.0,
+    learned_variance: bool = False,
+) -> SamplingPlan:
+    """Build a plan for DPM-Solver++ (Lu et al. 2022, arXiv 2211.01095).
+
+    With x = alpha x_0 + sigma epsilon and lambda = ln(alpha / sigma), a step goes from level i to level i + 1:
+
+        h   = lambda_{i+1} - lambda_i
+        phi = 1 - exp(-(1 + eta) h)
+        x   = sigma_{i+1} / sigma_i exp(-eta h) x + alpha_{i+1} phi D + sigma_{i+1} sqrt(1 - exp(-2 eta h)) z
+
+    D is x_0^ for order 1, which is DDIM if eta is 0. Order 2 extrapolates from the x_0^ of the step before, where h' is the h
+    of that step ("midpoint", algorithm 2 of the paper):
+
+        D   = x_0^ + h / (2 h') (x_0^ - x_0_prev)
+
+    The clip acts on x_0^ before it is remembered.
+
+    Args:
+        schedule: The noise schedule, with T timesteps.
+        num_steps: The number of steps S, each one network evaluation: 1..T-1, or 1..T with "trailing" and "karras". None takes
+            the length of the list in `spacing`.
+        order: 1 or 2. A step of order 2 uses x_0_prev, so the first one has order 1.
+        eta: 0 solves the ordinary differential equation, without noise. 1 solves the stochastic one ("sde-dpmsolver++").
+            Values between scale the noise.
+        solver: The estimate of D: "midpoint", or "heun", which integrates the extrapolation exactly.
+        spacing: The timesteps: "linspace", "leading" or "trailing" as in diffusers, "karras" (evenly spaced in
+            (sigma / alpha)^(1/7), Karras et al. 2022, eq. 5), or a strictly descending sequence in 0..T-1. The model's t is
+            rounded with "karras", the noise level is not.
+        final: The last level: "zero" is x_0, "sigma_min" is the level of timestep 0.
+        lower_order_final: Take order 1 in the last step of plans of fewer than 15 steps. It always is with final="zero".
+        lambda_min: Leave out timesteps with a smaller lambda. Cosine schedules need -5.1 with order 2.
+        start: Begin at this timestep of the plan instead of the first, with a step of order 1.
+        prediction: The meaning of the model's output: "epsilon", "sample" or "v_prediction".
+        clip: Clamp x_0^ to [-clip, clip]. None disables the clip.
+        learned_variance: True if the model's output has variance channels. The solver ignores them.
+
+    Returns:
+        The plan, with S rows, or those from `start` on.
+
+    Raises:
+        TypeError: An argument has an unsupported type.
+        ValueError: An argument is out of range, `start` is not a timestep of the plan, or the model predicts epsilon where abar
+            is 0.
+    """
+    caller = "dpm_solver_plan"
+    check_int(caller, "order", order, 1, 2)
+    check_number(caller, "eta", eta, 0, 1)
+    check_choice(caller, "solver", solver, ("midpoint", "heun"))
+    check_type(caller, "lower_order_final", lower_order_final, bool)
+    levels = noise_levels(
+        caller,
+        schedule,
+        num_steps,
+        spacing=spacing,
+        final=final,
+        lambda_min=lambda_min,
+        start=start,
+        prediction=prediction,
+        clip=clip,
+        learned_variance=learned_variance,
+    )
+    second = torch.full_like(levels.timesteps, order == 2, dtype=torch.bool)
+    second[0] = False
+    if final == "zero" or (lower_order_final and levels.num_steps < FEW_STEPS):
+        second[-1] = False
+    alpha, sigma = levels.alpha, levels.sigma
+    h = levels.log_snr.diff()
+    phi = -torch.expm1(-(1 + eta) * h)
+    k1, std = sigma[1:] / sigma[:-1], torch.zeros_like(h)
+    if eta > 0:
+        k1, std = k1 * torch.exp(-eta * h), sigma[1:] * (-torch.expm1(-2 * eta * h)).sqrt()
+    extrapolation = torch.where(second, alpha[1:] * _extrapolation(h, phi, eta, solver), 0.0)
+    p, q = x_0_weights(prediction, alpha[:-1], sigma[:-1])
+    return plan_from_columns(
+        schedule,
+        levels.timesteps,
+        alpha[1:].square(),
+        prediction,
+        "learned_range" if learned_variance else "fixed",
+        clip,
+        p=p,
+        q=q,
+        k0=alpha[1:] * phi + extrapolation,
+        k1=k1,
+        k3=-extrapolation,
+        sigma=std,
+    )
+
+
+def _extrapolation(h: Tensor, phi: Tensor, eta: float, solver: str) -> Tensor:
+    """Return the weight of alpha_{i+1} (x_0^ - x_0_prev) in a step of order 2, float64 [S]. The first is unused."""
+    h_prev = torch.cat([torch.ones(1, dtype=torch.float64), h[:-1]])
+    if solver == "midpoint":
+        return phi * h / (2 * h_prev)
+    return (1 - phi / ((1 + eta) * h)) * h / h_prev

@@ -1,0 +1,144 @@
+"""Noise levels of the samplers that solve the diffusion's differential equation: `dpm_solver_plan` and `heun_plan`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..checks import check_choice, check_int, check_number, check_type
+from ..reference import PREDICTIONS
+from ..schedule import NoiseSchedule
+from .timesteps import checked_timesteps
+
+LevelSpacing = Literal["linspace", "leading", "trailing", "karras"]
+
+_RHO = 7  # Karras et al. 2022, section 3 and table 1
+
+
+@dataclass(frozen=True)
+class Levels:
+    """The noise levels between which a solver steps, x = alpha x_0 + sigma epsilon.
+
+    Tensors are float64 on the CPU, from the noisiest level to the cleanest.
+
+    Attributes:
+        timesteps: The model's t at each level but the last, int64 [S].
+        alpha: The weight of x_0, [S + 1].
+        sigma: The weight of epsilon, [S + 1].
+        num_steps: The number of steps of the whole plan. A plan with a `start` has fewer.
+    """
+
+    timesteps: Tensor
+    alpha: Tensor
+    sigma: Tensor
+    num_steps: int
+
+    @property
+    def log_snr(self) -> Tensor:
+        """Half the log signal-to-noise ratio, lambda = ln(alpha / sigma), [S + 1]."""
+        return (self.alpha / self.sigma).log()
+
+
+def noise_levels(
+    caller: str,
+    schedule: NoiseSchedule,
+    num_steps: int | None,
+    *,
+    spacing: LevelSpacing | Sequence[int],
+    final: Literal["zero", "sigma_min"],
+    lambda_min: float,
+    start: int | None,
+    prediction: str,
+    clip: float | None,
+    learned_variance: bool,
+) -> Levels:
+    """Check the arguments that these solvers share, and return the levels.
+
+    `caller` is the function that error messages name. The other arguments are those of `dpm_solver_plan`.
+
+    Raises:
+        TypeError: An argument has an unsupported type.
+        ValueError: An argument is out of range.
+    """
+    check_type(caller, "schedule", schedule, NoiseSchedule)
+    check_choice(caller, "prediction", prediction, PREDICTIONS)
+    check_choice(caller, "final", final, ("zero", "sigma_min"))
+    check_number(caller, "clip", clip, above=0, optional=True)
+    check_number(caller, "lambda_min", lambda_min)
+    check_type(caller, "learned_variance", learned_variance, bool)
+    check_int(caller, "start", start, 0, optional=True)
+    ratios = ((1 - schedule.alpha_bars) / schedule.alpha_bars).sqrt()  # sigma / alpha of each timestep, ascending
+    # The timesteps 0..last - 1 have lambda >= lambda_min.
+    last = int((-ratios.log() >= lambda_min).sum())
+    if last < 2:
+        highest = -math.log(float(ratios[1])) if len(ratios) > 1 else math.nan
+        raise ValueError(f"{caller}: expected lambda_min to be at most {highest:.4g}, lambda at timestep 1, got {lambda_min}")
+    if spacing == "karras":
+        ratio, timesteps = _karras(caller, ratios[:last], num_steps)
+    else:
+        timesteps = _spaced(caller, last, num_steps, spacing)
+        ratio = ratios[timesteps]
+    end = ratios[:1] if final == "sigma_min" else torch.zeros(1, dtype=torch.float64)
+    ratio = torch.cat([ratio, end])
+    # abar = 1 / (1 + ratio^2), and the limits at ratio = inf are exact.
+    alpha = 1 / (1 + ratio.square()).sqrt()
+    sigma = torch.where(ratio.isinf(), 1.0, ratio * alpha)
+    first = 0
+    if start is not None:
+        found = (timesteps == start).nonzero()
+        if not len(found):
+            raise ValueError(f"{caller}: expected start to be one of the timesteps {timesteps.tolist()}, got {start}")
+        first = int(found[0])
+    return Levels(timesteps[first:], alpha[first:], sigma[first:], len(timesteps))
+
+
+def _spaced(caller: str, last: int, num_steps: int | None, spacing: LevelSpacing | Sequence[int]) -> Tensor:
+    """Return timesteps in 0..last - 1, int64 [S], strictly descending.
+
+    They differ from those of `ddpm_plan`: the last step ends at the final level, so no step starts at timestep 0, except with
+    "trailing" (as in diffusers).
+    """
+    if not isinstance(spacing, str):
+        return checked_timesteps(caller, last, num_steps, spacing, True)
+    check_choice(caller, "spacing", spacing, ("linspace", "leading", "trailing", "karras"))
+    num_steps = _checked_num_steps(caller, num_steps, last if spacing == "trailing" else last - 1)
+    if spacing == "trailing":
+        descending = np.arange(last, 0, -last / num_steps)[:num_steps].round() - 1
+    elif spacing == "leading":
+        descending = np.arange(num_steps, 0, -1) * (last // (num_steps + 1))
+    else:
+        descending = np.linspace(0, last - 1, num_steps + 1).round()[:0:-1]
+    return torch.from_numpy(descending.astype(np.int64))
+
+
+def _karras(caller: str, ratios: Tensor, num_steps: int | None) -> tuple[Tensor, Tensor]:
+    """Return sigma / alpha, evenly spaced after the power 1 / rho, and the nearest timesteps (Karras et al. 2022, eq. 5).
+
+    Args:
+        caller: The function that error messages name.
+        ratios: sigma / alpha of each timestep, float64 [T].
+        num_steps: The number of steps S.
+
+    Returns:
+        float64 [S] and int64 [S]. Two levels may share a timestep.
+    """
+    num_steps = _checked_num_steps(caller, num_steps, len(ratios))
+    if bool(ratios[-1].isinf()):
+        raise ValueError(f'{caller}: expected spacing other than "karras", as abar is 0 at the last timestep, got "karras"')
+    low, high = float(ratios[0]) ** (1 / _RHO), float(ratios[-1]) ** (1 / _RHO)
+    spaced = torch.linspace(0, 1, num_steps, dtype=torch.float64).mul(low - high).add(high).pow(_RHO)
+    t = np.interp(spaced.log().numpy(), ratios.log().numpy(), np.arange(len(ratios)))
+    return spaced, torch.from_numpy(t.round().astype(np.int64))
+
+
+def _checked_num_steps(caller: str, num_steps: int | None, most: int) -> int:
+    """Return the number of steps, or the error that names its range."""
+    check_int(caller, "num_steps", num_steps, 1, most)
+    assert num_steps is not None
+    return num_steps

@@ -1,0 +1,64 @@
+"""Columns of a plan's table that every sampler needs."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..schedule import NoiseSchedule
+from .sampling_plan import COLUMNS, Prediction, SamplingPlan
+
+
+def x_0_weights(prediction: Prediction, signal: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Return p and q of x_0^ = p x_t + q m, float64 [S] each.
+
+    They solve derivation eq. 3 for x_0.
+
+    Args:
+        prediction: "epsilon", "sample" or "v_prediction".
+        signal: sqrt(abar), float64 [S].
+        noise: sqrt(1 - abar), float64 [S].
+    """
+    if prediction == "epsilon":
+        return 1 / signal, -noise / signal
+    if prediction == "sample":
+        return torch.zeros_like(signal), torch.ones_like(signal)
+    return signal, -noise
+
+
+def plan_from_columns(
+    schedule: NoiseSchedule,
+    timesteps: Tensor,
+    alpha_bars_prev: Tensor,
+    prediction: Prediction,
+    variance: Literal["fixed", "learned", "learned_range"],
+    clip: float | None,
+    **columns: Tensor,
+) -> SamplingPlan:
+    """Build a plan from its columns.
+
+    Args:
+        schedule: The noise schedule.
+        timesteps: The model's t for each step, int64 [S].
+        alpha_bars_prev: abar on arrival, float64 [S].
+        prediction: The meaning of the model's output.
+        variance: The kind of variance, see `SamplingPlan`.
+        clip: The bound on x_0^, or None.
+        **columns: Columns by name, float64 [S] each, for a step that computes x_0^. Those left out are 0.
+    """
+    zero = torch.zeros_like(columns["p"])
+    columns = {name: columns.get(name, zero) for name in COLUMNS}
+    if clip is None:
+        # Without a clip, x_prev is linear in x_t and m: eliminate x_0^ in float64. For DDPM this gives eq. 13,
+        #   k1 = 1 / sqrt(alpha)
+        #   k2 = -beta / (sqrt(alpha) sqrt(1 - abar))
+        # and avoids the cancellation that p causes at large t.
+        k0 = columns["k0"]
+        columns["k0"] = zero
+        columns["k1"] = columns["k1"] + k0 * columns["p"]
+        columns["k2"] = columns["k2"] + k0 * columns["q"]
+    columns["clip"] = torch.full_like(zero, torch.inf if clip is None else clip)
+    coefficients = torch.stack([columns[name] for name in COLUMNS], dim=1)
+    return SamplingPlan(schedule, timesteps, coefficients, prediction, variance, alpha_bars_prev)

@@ -1,0 +1,275 @@
+"""`SamplingPlan`: a sampler as a table of coefficients."""
+
+from __future__ import annotations
+
+import inspect
+import reprlib
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial, wraps
+from typing import TYPE_CHECKING, Final, Literal, ParamSpec, get_args
+
+import torch
+from torch import Tensor
+
+from ..checks import check_choice, check_int, check_strided, check_type
+from ..reference import PREDICTIONS, VARIANCES
+from ..schedule import NoiseSchedule, numbered
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Prediction = Literal["epsilon", "sample", "v_prediction", "previous_sample"]
+Variance = Literal["fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range"]
+
+COLUMNS: Final = ("p", "q", "k0", "k1", "k2", "k3", "sigma", "log_beta", "log_beta_tilde", "clip")
+"""The columns of `SamplingPlan.coefficients`, in order."""
+PLAN_PREDICTIONS: Final = (*PREDICTIONS, "previous_sample")
+"""The values of `SamplingPlan.prediction`."""
+VARIANCE_TYPES: Final[tuple[str, ...]] = get_args(Variance)
+"""The values of `ddpm_plan`'s argument `variance`."""
+
+_PRINTED_ROWS: Final = 10  # of a longer plan, the first and the last
+
+
+@dataclass(frozen=True, eq=False)
+class SamplingPlan:
+    """A sampler as a table of coefficients.
+
+    `ddpm_plan`, `ddim_plan`, `dpm_solver_plan` and `heun_plan` build plans. Row 0 is the first step to run. A step computes,
+    from x_t and the model's output m:
+
+        x_0^    = clip(p x_t + q m)
+        x_{t-1} = k0 x_0^ + k1 x_t + k2 m + k3 x_0_prev + std z
+
+    Here x_0_prev is the x_0^ of the step before, and z is standard normal noise.
+
+    `print(plan)` shows a table, and `plan.plot()` draws it. `plan[10:]` is a plan of the steps from 10 on.
+
+    Attributes:
+        schedule: The noise schedule to sample from.
+        timesteps: The model's t for each step: int64 [S] on the CPU, in 0..T-1. Most samplers' descend. They ascend in
+            `ddim_inversion_plan`, jump up in `repaint_plan`, and may repeat in `heun_plan` and with Karras's levels.
+        coefficients: float64 [S, 10] on the CPU. COLUMNS names the columns. An infinite `clip` disables the clip.
+        prediction: The meaning of m: "epsilon", "sample" (x_0), "v_prediction" or "previous_sample". The last is the mean of
+            x_{t-1}, for the previous timestep of this plan.
+        variance: "fixed", "learned" or "learned_range". If "fixed", std is the column sigma. Otherwise m has variance
+            channels, see `reverse_step`.
+        alpha_bars_prev: abar of the x_{t-1} that each step gives: float64 [S] on the CPU, in 0..1. Empty: that of the
+            next step's timestep, and 1 at last.
+        is_random: True if any step draws noise.
+        needs_x_0_prev: True if any step uses x_0_prev, as multistep samplers do.
+        builder: The call that built the plan. None for a plan from coefficients.
+
+    Raises:
+        ValueError: An unknown prediction or variance, coefficients of another shape, or a coefficient that is not finite.
+    """
+
+    schedule: NoiseSchedule
+    timesteps: Tensor
+    coefficients: Tensor
+    prediction: Prediction
+    variance: Literal["fixed", "learned", "learned_range"]
+    alpha_bars_prev: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float64))
+    is_random: bool = field(init=False)
+    needs_x_0_prev: bool = field(init=False)
+    builder: partial[SamplingPlan] | None = field(default=None, init=False, repr=False)
+    _on_device: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Check the fields, and derive `is_random` and `needs_x_0_prev`."""
+        caller = "SamplingPlan"
+        check_type(caller, "schedule", self.schedule, NoiseSchedule)
+        _check_tensor(caller, "timesteps", self.timesteps, torch.int64, 1)
+        _check_tensor(caller, "coefficients", self.coefficients, torch.float64, 2)
+        total, low, high = self.schedule.num_timesteps, int(self.timesteps.min()), int(self.timesteps.max())
+        if low < 0 or high >= total:
+            raise ValueError(f"{caller}: expected timesteps in 0..{total - 1}, got values from {low} to {high}")
+        check_choice(caller, "prediction", self.prediction, PLAN_PREDICTIONS)
+        check_choice(caller, "variance", self.variance, VARIANCES)
+        if self.coefficients.shape != (self.num_steps, len(COLUMNS)):
+            wanted, got = [self.num_steps, len(COLUMNS)], list(self.coefficients.shape)
+            raise ValueError(f"SamplingPlan: expected coefficients of shape {wanted}, got {got}")
+        check_type(caller, "alpha_bars_prev", self.alpha_bars_prev, Tensor)
+        if self.alpha_bars_prev.numel() == 0:
+            following = torch.cat([self.schedule.alpha_bars[self.timesteps[1:]], torch.ones(1, dtype=torch.float64)])
+            object.__setattr__(self, "alpha_bars_prev", following)
+        _check_tensor(caller, "alpha_bars_prev", self.alpha_bars_prev, torch.float64, 1)
+        inside = (self.alpha_bars_prev >= 0) & (self.alpha_bars_prev <= 1)
+        if self.alpha_bars_prev.numel() != self.num_steps or not bool(inside.all()):
+            got = self.alpha_bars_prev.tolist()
+            raise ValueError(f"{caller}: expected alpha_bars_prev to be {self.num_steps} values in 0..1, got {got}")
+        usable = torch.isfinite(self.coefficients[:, : COLUMNS.index("clip")])
+        if not bool(usable.all()):
+            row, column = (int(i) for i in (~usable).nonzero()[0])
+            t, value = int(self.timesteps[row]), float(self.coefficients[row, column])
+            raise ValueError(
+                f"SamplingPlan: expected finite coefficients, got {COLUMNS[column]} = {value} at timestep {t} "
+                f"(abar = {float(self.schedule.alpha_bars[t]):.3g}) with prediction {self.prediction!r}; where abar is 0 the "
+                'model must predict "sample" or "v_prediction"'
+            )
+        object.__setattr__(self, "is_random", self._uses("sigma"))
+        object.__setattr__(self, "needs_x_0_prev", self._uses("k3"))
+        self.table()  # torch.compile must find the CPU's table ready
+
+    def _uses(self, column: str) -> bool:
+        """Return True if any row of `column` is nonzero."""
+        return bool((self.coefficients[:, COLUMNS.index(column)] != 0).any())
+
+    @property
+    def num_steps(self) -> int:
+        """The number of steps S."""
+        return self.timesteps.numel()
+
+    def __getitem__(self, steps: slice) -> SamplingPlan:
+        """Return a plan of consecutive steps, such as `plan[10:]`. Its noise is that of steps 0, 1, ....
+
+        Raises:
+            TypeError: `steps` is not a slice.
+            ValueError: No step or a stride is asked for, or the plan uses x_0_prev, which its first step would lack.
+        """
+        check_type("SamplingPlan", "steps", steps, slice)
+        rows = range(self.num_steps)[steps]
+        if rows.step != 1 or not rows:
+            raise ValueError(f"SamplingPlan: expected a slice of consecutive steps in 0..{self.num_steps - 1}, got {steps}")
+        if len(rows) == self.num_steps:
+            return self
+        if self.needs_x_0_prev:
+            raise ValueError(
+                "SamplingPlan: expected a whole plan, as its steps use the x_0^ of the step before, got a slice: build it with "
+                "start=, or call starting_at(timestep)"
+            )
+        some = slice(rows.start, rows.stop)
+        columns = (self.timesteps[some], self.coefficients[some], self.alpha_bars_prev[some])
+        timesteps, coefficients, alpha_bars_prev = (column.clone() for column in columns)
+        return replace(self, timesteps=timesteps, coefficients=coefficients, alpha_bars_prev=alpha_bars_prev)
+
+    def starting_at(self, timestep: int) -> SamplingPlan:
+        """Return the plan from a timestep on, for a start from x_t instead of x_T.
+
+        A multistep plan is built again with `start=timestep`, so that its first step needs no x_0_prev. Of any other plan these
+        are the rows from the first one with the timestep.
+
+        Args:
+            timestep: One of the plan's timesteps.
+
+        Raises:
+            ValueError: The plan does not have the timestep, or is a multistep plan from coefficients.
+        """
+        caller = "SamplingPlan.starting_at"
+        check_int(caller, "timestep", timestep, 0)
+        if not bool((self.timesteps == timestep).any()):
+            got = f"{timestep}, between or beside {self.timesteps.tolist()}"
+            raise ValueError(f"{caller}: expected timestep to be one of the plan's, got {got}")
+        if not self.needs_x_0_prev:
+            return self[int((self.timesteps == timestep).nonzero()[0]) :]
+        if self.builder is None:
+            raise ValueError(
+                f"{caller}: expected a plan that remembers how it was built, as its steps use the x_0^ of the step before, got "
+                "one from coefficients"
+            )
+        return self.builder(start=timestep)
+
+    def __str__(self) -> str:
+        """Return a short table: for each step its timestep, abar there and on arrival, and the noise's sigma."""
+        title = "SamplingPlan" if self.builder is None else _call(self.builder)
+        traits = [f"{self.num_steps} step{'s' * (self.num_steps != 1)}", f"the model predicts {self.prediction}"]
+        traits.append("random" if self.is_random else "deterministic")
+        if self.needs_x_0_prev:
+            traits.append("uses the x_0^ of the step before")
+        lines = [title, ", ".join(traits), f"{'step':>5} {'t':>6} {'abar':>10} {'arrives at':>10} {'sigma':>10}"]
+        shown = [*range(self.num_steps)]
+        if self.num_steps > _PRINTED_ROWS:
+            shown = shown[: _PRINTED_ROWS // 2] + shown[-(_PRINTED_ROWS // 2) :]
+        sigma = self.coefficients[:, COLUMNS.index("sigma")]
+        for before, step in zip([-1, *shown], shown, strict=False):
+            if step != before + 1:
+                lines.append("  ...")
+            t = int(self.timesteps[step])
+            numbers = (self.schedule.alpha_bars[t], self.alpha_bars_prev[step], sigma[step])
+            lines.append(f"{step:>5} {t:>6} " + " ".join(f"{float(number):>10.4g}" for number in numbers))
+        return "\n".join(lines)
+
+    def plot(self) -> Figure:
+        """Draw the timesteps, the signal and noise levels on arrival, and sigma, over the steps.
+
+        Returns:
+            A figure of three panels. `plan.plot().savefig("plan.png")` writes it.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(10, 2.8), layout="constrained")
+        levels, noise, sigmas = figure.subplots(1, 3)
+        steps = range(self.num_steps)
+        levels.plot(steps, self.timesteps, ".-")
+        levels.set(title="timestep", xlabel="step")
+        noise.plot(steps, self.alpha_bars_prev.sqrt(), ".-", label="signal")
+        noise.plot(steps, (1 - self.alpha_bars_prev).sqrt(), ".-", label="noise")
+        noise.set(title="levels on arrival", xlabel="step")
+        noise.legend()
+        sigmas.plot(steps, self.coefficients[:, COLUMNS.index("sigma")], ".-")
+        sigmas.set(title="sigma", xlabel="step")
+        return figure
+
+    def mean(self) -> SamplingPlan:
+        """Return the same plan without noise. Its steps give the mean of x_{t-1}."""
+        coefficients = self.coefficients.clone()
+        coefficients[:, COLUMNS.index("sigma")] = 0
+        return replace(self, coefficients=coefficients)
+
+    def table(self, device: torch.device | str = "cpu") -> Tensor:
+        """Return `coefficients` in float32, [S, 10], rounded once. The tensor is cached for each device."""
+        return self._tensors("SamplingPlan.table", device)[0]
+
+    def steps(self, device: torch.device | str = "cpu") -> Tensor:
+        """Return the steps 0..S-1, int64 [S]. The tensor is cached for each device.
+
+        `steps(device)[i]` is a step on the device, without a copy from the host.
+        """
+        return self._tensors("SamplingPlan.steps", device)[1]
+
+    def _tensors(self, caller: str, device: torch.device | str) -> tuple[Tensor, Tensor]:
+        """Return the table and the steps on `device`, from the cache if they are there."""
+        if type(device) is not torch.device or device not in self._on_device:
+            device = numbered(caller, device)
+        if device not in self._on_device:
+            # The cache serves all callers. Autograd cannot save an inference tensor, so make ordinary ones.
+            with torch.inference_mode(False):
+                steps = torch.arange(self.num_steps, device=device)
+                self._on_device[device] = (self.coefficients.to(device, torch.float32), steps)
+        return self._on_device[device]
+
+
+_P = ParamSpec("_P")
+
+
+def builds_plan(build: Callable[_P, SamplingPlan]) -> Callable[_P, SamplingPlan]:
+    """Make a function that builds plans record its call in `SamplingPlan.builder`."""
+
+    @wraps(build)
+    def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> SamplingPlan:
+        plan = build(*args, **kwargs)
+        arguments = inspect.signature(build).bind(*args, **kwargs).arguments
+        object.__setattr__(plan, "builder", partial(wrapped, **arguments))
+        return plan
+
+    return wrapped
+
+
+def _call(builder: partial[SamplingPlan]) -> str:
+    """Return the builder's call as text, without the schedule."""
+    given = (f"{name}={reprlib.repr(value)}" for name, value in builder.keywords.items() if name != "schedule")
+    return f"{builder.func.__name__}({', '.join(given)})"
+
+
+def _check_tensor(caller: str, name: str, value: Tensor, dtype: torch.dtype, dim: int) -> None:
+    """Raise unless `value` is a dense tensor of this dtype and number of dimensions on the CPU, with elements."""
+    check_type(caller, name, value, Tensor)
+    check_strided(caller, name, value)
+    if value.dtype != dtype or value.device.type != "cpu" or value.numel() == 0 or value.dim() != dim:
+        got = f"{value.dtype} {list(value.shape)} on {value.device}"
+        wanted = f"{dtype} of {dim} dimension{'s' * (dim > 1)} on the CPU, with elements"
+        raise ValueError(f"{caller}: expected {name} to be {wanted}, got {got}")

@@ -1,0 +1,109 @@
+"""Timesteps of a plan: named spacings, and listed ones after a check."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..checks import check_int
+
+Spacing = Literal["leading", "trailing", "linspace"]
+
+_INTEGERS: Final = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def spaced_timesteps(caller: str, total: int, num_steps: int, spacing: Spacing) -> Tensor:
+    """Return the timesteps of a named spacing, rounded as diffusers rounds them.
+
+    For some counts diffusers' "trailing" adds timestep -1. This function omits it.
+
+    Args:
+        caller: The function that error messages name.
+        total: The number of timesteps T.
+        num_steps: The number of steps S, in 1..T.
+        spacing: "leading", "trailing" or "linspace".
+
+    Returns:
+        int64 [S], strictly descending in 0..T-1.
+
+    Raises:
+        ValueError: `num_steps` is out of range, or `spacing` is unknown.
+    """
+    check_int(caller, "num_steps", num_steps, 1, total)
+    if spacing == "leading":
+        descending = np.arange(num_steps)[::-1] * (total // num_steps)
+    elif spacing == "trailing":
+        descending = np.arange(total, 0, -total / num_steps)[:num_steps].round() - 1
+    elif spacing == "linspace":
+        descending = np.linspace(0, total - 1, num_steps).round()[::-1]
+    else:
+        raise ValueError(
+            f'{caller}: expected spacing to be "leading", "trailing", "linspace" or a sequence of timesteps, got {spacing!r}'
+        )
+    return torch.from_numpy(descending.astype(np.int64))
+
+
+def checked_timesteps(
+    caller: str, total: int, num_steps: int | None, spacing: Spacing | Sequence[int], must_descend: bool
+) -> Tensor:
+    """Return the timesteps of a named spacing, or the listed ones after a check.
+
+    Args:
+        caller: The function that error messages name.
+        total: The number of timesteps T.
+        num_steps: The number of steps S. None takes every timestep, or the length of the list.
+        spacing: A named spacing, or a sequence of timesteps.
+        must_descend: Require that listed timesteps strictly descend.
+
+    Returns:
+        int64 [S] on the CPU, in 0..T-1.
+
+    Raises:
+        ValueError: An argument is out of range.
+    """
+    if isinstance(spacing, str):
+        return spaced_timesteps(caller, total, total if num_steps is None else num_steps, spacing)
+    check_int(caller, "num_steps", num_steps, 1, optional=True)
+    try:
+        timesteps = torch.as_tensor(spacing)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{caller}: expected spacing to be a name or timesteps, got {spacing!r}") from error
+    usable = timesteps.dim() == 1 and timesteps.numel() > 0 and timesteps.dtype in _INTEGERS
+    usable = usable and int(timesteps.min()) >= 0 and int(timesteps.max()) < total
+    if not usable or (must_descend and not bool((timesteps.diff() < 0).all())):
+        kind = "strictly descending timesteps" if must_descend else "timesteps"
+        raise ValueError(f"{caller}: expected spacing to be {kind} in 0..{total - 1}, got {timesteps.tolist()}")
+    if num_steps not in (None, timesteps.numel()):
+        raise ValueError(f"{caller}: expected num_steps to be None or {timesteps.numel()}, as spacing lists, got {num_steps}")
+    return timesteps.to("cpu", torch.int64)
+
+
+def checked_arrivals(caller: str, timesteps: Tensor, previous: Sequence[int]) -> Tensor:
+    """Return where each step arrives, as given, after a check.
+
+    Args:
+        caller: The function that error messages name.
+        timesteps: The start of each step, int64 [S].
+        previous: The arrival of each step. At least -1, and below the start.
+
+    Returns:
+        int64 [S] on the CPU.
+
+    Raises:
+        ValueError: Another number of steps, or an arrival out of range.
+    """
+    try:
+        arrivals = torch.as_tensor(previous)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{caller}: expected previous to be timesteps, got {previous!r}") from error
+    usable = arrivals.shape == timesteps.shape and arrivals.dtype in _INTEGERS
+    if not usable or bool((arrivals >= timesteps).any()) or bool((arrivals < -1).any()):
+        raise ValueError(
+            f"{caller}: expected previous to be {timesteps.numel()} timesteps, each at least -1 and below the one that its "
+            f"step starts from, got {arrivals.tolist()}"
+        )
+    return arrivals.to("cpu", torch.int64)

@@ -1,0 +1,148 @@
+"""What every plan offers: a table as text, a plot, slices, and starts from a timestep."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from ddpm_fast import (
+    NoiseSchedule,
+    SamplingPlan,
+    ddim_inversion_plan,
+    ddim_plan,
+    ddpm_plan,
+    dpm_solver_plan,
+    heun_plan,
+    repaint_plan,
+)
+
+SCHEDULE = NoiseSchedule.linear()
+BUILDERS = (ddpm_plan, ddim_plan, dpm_solver_plan, heun_plan, ddim_inversion_plan)
+
+
+def test_a_plan_prints_as_a_short_table() -> None:
+    text = str(dpm_solver_plan(SCHEDULE, 20, eta=1.0))
+    lines = text.split("\n")
+    assert lines[0] == "dpm_solver_plan(num_steps=20, eta=1.0)"
+    assert lines[1] == "20 steps, the model predicts epsilon, random, uses the x_0^ of the step before"
+    assert lines[2].split() == ["step", "t", "abar", "arrives", "at", "sigma"]
+    assert len(lines) == 14
+    assert lines[8] == "  ..."
+    assert [int(line.split()[1]) for line in lines[3:8]] == [999, 949, 899, 849, 799]
+    assert lines[-1].split() == ["19", "50", "0.97", "1", "0"]
+    by_hand = SamplingPlan(SCHEDULE, torch.tensor([7]), torch.ones(1, 10, dtype=torch.float64), "epsilon", "fixed")
+    assert str(by_hand).startswith("SamplingPlan\n1 step, ")
+
+
+@pytest.mark.parametrize("build", BUILDERS)
+def test_a_plan_knows_abar_on_arrival(build: Any) -> None:
+    """It is that of the next step's timestep, and x_0's in the end. Heun's Euler steps and corrections arrive at one level."""
+    plan = build(SCHEDULE, 10)
+    following = SCHEDULE.alpha_bars[plan.timesteps[1:]]
+    ascends = build is ddim_inversion_plan
+    end = 0.0 if ascends else 1.0
+    torch.testing.assert_close(plan.alpha_bars_prev[:-1], following, rtol=1e-12, atol=0)
+    assert float(plan.alpha_bars_prev[-1]) == end
+
+
+def test_alpha_bars_prev_follows_the_arguments() -> None:
+    plan = ddim_plan(SCHEDULE, None, spacing=[600, 300], previous=[500, -1], final_alpha_bar=0.9999)
+    assert plan.alpha_bars_prev.tolist() == [float(SCHEDULE.alpha_bars[500]), 0.9999]
+    with pytest.raises(ValueError, match=r"expected alpha_bars_prev to be 2 values in 0\.\.1, got \[0\.5, 1\.5\]"):
+        replace(plan, alpha_bars_prev=torch.tensor([0.5, 1.5], dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"expected alpha_bars_prev to be 2 values in 0\.\.1, got \[0\.5\]"):
+        replace(plan, alpha_bars_prev=torch.tensor([0.5], dtype=torch.float64))
+
+
+def test_a_slice_has_some_of_the_rows() -> None:
+    plan = ddpm_plan(SCHEDULE, 10)
+    part = plan[2:5]
+    assert torch.equal(part.timesteps, plan.timesteps[2:5])
+    assert torch.equal(part.coefficients, plan.coefficients[2:5])
+    assert torch.equal(part.alpha_bars_prev, plan.alpha_bars_prev[2:5])
+    assert plan[-1:].num_steps == 1
+    assert plan[:].num_steps == 10
+    for bad in (slice(3, 3), slice(0, 9, 2), slice(None, None, -1)):
+        with pytest.raises(ValueError, match="expected a slice of consecutive steps in 0..9"):
+            plan[bad]
+    with pytest.raises(TypeError, match="expected steps to be a slice, got int"):
+        plan[3]  # type: ignore[index]
+
+
+def test_a_multistep_plan_cannot_be_sliced() -> None:
+    plan = dpm_solver_plan(SCHEDULE, 10)
+    with pytest.raises(ValueError, match="start="):
+        plan[3:]
+    with pytest.raises(ValueError, match="expected a plan that remembers how it was built"):
+        replace(plan, coefficients=plan.coefficients.clone()).starting_at(int(plan.timesteps[3]))
+
+
+@pytest.mark.parametrize("build", BUILDERS)
+def test_a_plan_starts_at_each_of_its_timesteps(build: Any) -> None:
+    plan = build(SCHEDULE, 10)
+    t = int(plan.timesteps[4])
+    later = plan.starting_at(t)
+    assert int(later.timesteps[0]) == t
+    assert torch.equal(later.alpha_bars_prev, plan.alpha_bars_prev[-later.num_steps :])
+    assert torch.equal(later.timesteps, plan.timesteps[-later.num_steps :])
+    further = int(later.timesteps[-1])
+    assert int(later.starting_at(further).timesteps[0]) == further
+    with pytest.raises(ValueError, match=r"SamplingPlan.starting_at: expected timestep to be one of the plan's, got 998"):
+        plan.starting_at(998)
+
+
+def test_a_plot_has_timesteps_levels_and_sigma() -> None:
+    pytest.importorskip("matplotlib")
+    plan = dpm_solver_plan(SCHEDULE, 12, eta=1.0)
+    panels = plan.plot().axes
+    assert [panel.get_title() for panel in panels] == ["timestep", "levels on arrival", "sigma"]
+    assert panels[0].lines[0].get_ydata().tolist() == plan.timesteps.tolist()
+    signal, noise = (torch.as_tensor(line.get_ydata()) for line in panels[1].lines)
+    torch.testing.assert_close(signal.square() + noise.square(), torch.ones(12, dtype=torch.float64))
+
+
+class TestRepaint:
+    """RePaint's plan: ancestral sampling with forward jumps (Lugmayr et al. 2022, algorithm 1 and appendix B)."""
+
+    def test_without_jumps_it_is_ancestral_sampling(self) -> None:
+        plan, expected = repaint_plan(SCHEDULE, 50, jump_num_sample=1), ddpm_plan(SCHEDULE, 50)
+        assert torch.equal(plan.timesteps, expected.timesteps)
+        torch.testing.assert_close(plan.coefficients[:, :7], expected.coefficients[:, :7], rtol=1e-14, atol=1e-14)
+
+    def test_the_timesteps_are_those_of_the_paper(self) -> None:
+        """The schedule of the authors' code: single steps down, and from every tenth level up again, nine times."""
+        total, length, resamplings = 250, 10, 10
+        jumps = dict.fromkeys(range(0, total - length, length), resamplings - 1)
+        t, visited = total, []
+        while t >= 1:
+            t -= 1
+            visited.append(t)
+            if jumps.get(t, 0) > 0:
+                jumps[t] -= 1
+                for _ in range(length):
+                    t += 1
+                    visited.append(t)
+        visited.append(-1)
+        evaluated = [above for above, below in zip(visited, visited[1:], strict=False) if below < above]
+        plan = repaint_plan(SCHEDULE)
+        assert plan.num_steps == len(evaluated) == 2410
+        assert (plan.timesteps // 4).tolist() == evaluated
+
+    def test_a_jump_keeps_the_marginal(self) -> None:
+        """For normal x_0 of variance 1, x_t has variance 1 at every t. A row has to keep that, jump or not."""
+        plan = repaint_plan(SCHEDULE, 20, 3, 2, prediction="sample", clip=None)
+        abar = SCHEDULE.alpha_bars[plan.timesteps]
+        p, q, k0, k1, k2, k3, sigma = plan.coefficients[:, :7].unbind(1)
+        assert ((p == 0) & (k0 == 0) & (k3 == 0)).all()
+        # m = E[x_0 | x_t] = sqrt(abar) x_t, up to x_0's own variance 1 - abar given x_t
+        assert bool((plan.alpha_bars_prev[:-1] < abar[:-1]).any()), "no jump up"
+        variance = (k1 + k2 * abar.sqrt()).square() + k2.square() * (1 - abar) + sigma.square()
+        torch.testing.assert_close(variance, torch.ones_like(variance), rtol=1e-12, atol=0)
+
+    @pytest.mark.parametrize(
+        ("arguments", "name"), [((0,), "num_steps"), ((50, 0), "jump_length"), ((50, 5, 0), "jump_num_sample")]
+    )
+    def test_bad_arguments_are_named(self, arguments: Any, name: str) -> None:
+        with pytest.raises(ValueError, match=f"repaint_plan: expected {name} to be"):
+            repaint_plan(SCHEDULE, *arguments)

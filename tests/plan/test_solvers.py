@@ -1,0 +1,248 @@
+"""DPM-Solver++ and Heun's method against their formulas in float64, and against diffusers."""
+
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from ddpm_fast import NoiseSchedule, SamplingPlan, ddim_plan, dpm_solver_plan, heun_plan, noise, reverse_step
+from ddpm_fast.plan import COLUMNS
+from ddpm_fast.schedule import NoiseSchedule as Schedule
+
+SCHEDULES = {
+    "linear": (NoiseSchedule.linear(), -math.inf),
+    "scaled_linear": (NoiseSchedule.scaled_linear(), -math.inf),
+    "cosine": (NoiseSchedule.cosine(), -5.1),
+    "sigmoid": (NoiseSchedule.sigmoid(), -5.1),
+}
+SHAPE = (2, 3, 5, 4)
+SEEDS = torch.tensor([3, 4])
+
+
+def model(schedule: Schedule, prediction: str, x: Tensor, t: int) -> Tensor:
+    """Return what the best network for normal data of variance 1/4 would, with a bend that keeps the solvers from exactness."""
+    signal, noise_level = math.sqrt(schedule.alpha_bars[t]), math.sqrt(1 - schedule.alpha_bars[t])
+    variance = signal**2 / 4 + noise_level**2
+    slope = {
+        "epsilon": noise_level / variance,
+        "sample": signal / 4 / variance,
+        "v_prediction": signal * noise_level * 0.75 / variance,
+    }[prediction]
+    return slope * x + 0.05 * torch.sin(3 * x)
+
+
+def run(plan: SamplingPlan, x: Tensor) -> Tensor:
+    """Run a plan by `reverse_step` with the model, in x's dtype."""
+    x_0 = torch.zeros_like(x)
+    for step in range(plan.num_steps):
+        output = model(plan.schedule, plan.prediction, x, int(plan.timesteps[step]))
+        x_0_prev = x_0 if plan.needs_x_0_prev else None
+        x, x_0 = reverse_step(x, output, step, plan, seeds=SEEDS, x_0_prev=x_0_prev, return_x_0=True)
+    return x
+
+
+def run_in_float64(plan: SamplingPlan, x: Tensor) -> Tensor:
+    """Run a plan's float64 rows, which `reverse_step` rounds to float32."""
+    x_0_prev = torch.zeros_like(x)
+    for step, row in enumerate(plan.coefficients):
+        p, q, k0, k1, k2, k3, sigma, _, _, clip = row.tolist()
+        m = model(plan.schedule, plan.prediction, x, int(plan.timesteps[step]))
+        x_0 = (p * x + q * m).clamp(-clip, clip)
+        x = k0 * x_0 + k1 * x + k2 * m + k3 * x_0_prev + sigma * noise(SHAPE, SEEDS, stream=step, dtype=x.dtype)
+        x_0_prev = x_0
+    return x
+
+
+def textbook_levels(schedule: Schedule, spacing: str, num_steps: int, final: str, lambda_min: float) -> Any:
+    """Return timesteps and sigma / alpha of the levels, from the formulas, with Python's numbers."""
+    ratios = [math.sqrt((1 - abar) / abar) if abar > 0 else math.inf for abar in schedule.alpha_bars.tolist()]
+    last = sum(-math.log(ratio) >= lambda_min for ratio in ratios)
+    if spacing == "linspace":
+        t = [round(float(i)) for i in np.linspace(0, last - 1, num_steps + 1)][:0:-1]
+    elif spacing == "leading":
+        t = [i * (last // (num_steps + 1)) for i in range(num_steps, 0, -1)]
+    elif spacing == "trailing":
+        t = [round(float(i)) - 1 for i in np.arange(last, 0, -last / num_steps)[:num_steps]]  # ties round as in NumPy
+    if spacing == "karras":
+        low, high = ratios[0] ** (1 / 7), ratios[last - 1] ** (1 / 7)
+        levels = [(high + i / max(num_steps - 1, 1) * (low - high)) ** 7 for i in range(num_steps)]
+        t = [round(float(np.interp(math.log(r), [math.log(r) for r in ratios[:last]], range(last)))) for r in levels]
+    else:
+        levels = [ratios[i] for i in t]
+    return t, [*levels, 0.0 if final == "zero" else ratios[0]]
+
+
+def to_x_0(prediction: str, x: Tensor, m: Tensor, alpha: float, sigma: float, clip: float | None) -> Tensor:
+    x_0 = {"epsilon": lambda: (x - sigma * m) / alpha, "sample": lambda: m, "v_prediction": lambda: alpha * x - sigma * m}[
+        prediction
+    ]()
+    return x_0 if clip is None else x_0.clamp(-clip, clip)
+
+
+def textbook_dpm_solver(
+    schedule: Schedule,
+    levels: Any, x: Tensor, prediction: str, order: int, solver: str, eta: float, final: str, clip: float | None
+) -> Tensor:
+    """Run DPM-Solver++ in the terms of Lu et al.: D_0 and D_1 of the data prediction, one equation a case."""
+    timesteps, ratios = levels
+    alphas = [1 / math.sqrt(1 + r * r) for r in ratios]
+    sigmas = [r * a for r, a in zip(ratios, alphas, strict=True)]
+    lambdas = [-math.log(r) if r > 0 else math.inf for r in ratios]
+    before: Tensor | None = None
+    for i, t in enumerate(timesteps):
+        x_0 = to_x_0(prediction, x, model(schedule, prediction, x, t), alphas[i], sigmas[i], clip)
+        h = lambdas[i + 1] - lambdas[i]
+        grown = math.exp(-(1 + eta) * h)
+        is_last = i == len(timesteps) - 1
+        lower = i == 0 or (is_last and (final == "zero" or len(timesteps) < 15))
+        x_next = sigmas[i + 1] / sigmas[i] * (math.exp(-eta * h) if eta else 1) * x + alphas[i + 1] * (1 - grown) * x_0
+        if order == 2 and not lower:
+            assert before is not None
+            d_1 = (x_0 - before) * h / (lambdas[i] - lambdas[i - 1])
+            if solver == "midpoint":
+                x_next = x_next + 0.5 * alphas[i + 1] * (1 - grown) * d_1
+            else:
+                x_next = x_next + alphas[i + 1] * ((grown - 1) / ((1 + eta) * h) + 1) * d_1
+        if eta:
+            std = sigmas[i + 1] * math.sqrt(1 - math.exp(-2 * eta * h))
+            x_next = x_next + std * noise(SHAPE, SEEDS, stream=i, dtype=torch.float64)
+        x, before = x_next, x_0
+    return x
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
+def test_trajectories_equal_the_formulas(name: str, prediction: Any) -> None:
+    """Orders 1 and 2, both solvers, three eta, four spacings, both last levels: rows within 1e-10, the float32 kernel within 1e-5.
+
+    The errors are relative to the largest value of a result. The reference knows nothing of rows.
+    """
+    schedule, lambda_min = SCHEDULES[name]
+    x = noise(SHAPE, SEEDS, stream=99, dtype=torch.float64)
+    for spacing, (order, solver), eta, final, num_steps, clip in itertools.product(
+        ("linspace", "leading", "trailing", "karras"),
+        ((1, "midpoint"), (2, "midpoint"), (2, "heun")),
+        (0.0, 0.5, 1.0),
+        ("zero", "sigma_min"),
+        (7, 20),
+        (1.0, None),
+    ):
+        if spacing in ("trailing", "karras") and final == "sigma_min":
+            continue  # the last step goes from a level to itself, where the formula is 0 / 0
+        options: Any = {"spacing": spacing, "final": final, "lambda_min": lambda_min, "prediction": prediction, "clip": clip}
+        plan = dpm_solver_plan(schedule, num_steps, order=order, solver=solver, eta=eta, **options)  # type: ignore[arg-type]
+        levels = textbook_levels(schedule, spacing, num_steps, final, lambda_min)
+        assert plan.timesteps.tolist() == levels[0]
+        assert plan.is_random == (eta > 0)
+        assert plan.needs_x_0_prev == (order == 2)
+        expected = textbook_dpm_solver(schedule, levels, x, prediction, order, solver, eta, final, clip)
+        scale = float(expected.abs().max())
+        for got, bound in ((run_in_float64(plan, x), 1e-10), (run(plan, x.float()).double(), 1e-5)):
+            error = float((got - expected).abs().max()) / scale
+            assert error < bound, (spacing, order, solver, eta, final, num_steps, clip, error)
+
+
+@pytest.mark.parametrize("spacing", ["linspace", "trailing", "karras"])
+@pytest.mark.parametrize("clip", [1.0, None])
+def test_heun_equals_its_algorithm(spacing: Any, clip: float | None) -> None:
+    """Karras et al. 2022, Algorithm 1 in x / alpha, whose derivative by sigma / alpha is (x / alpha - x_0^) / (sigma / alpha)."""
+    schedule = NoiseSchedule.linear()
+    timesteps, ratios = textbook_levels(schedule, spacing, 6, "zero", -math.inf)
+    x = noise(SHAPE, SEEDS, stream=99, dtype=torch.float64)
+
+    def derivative(y: Tensor, level: int) -> Tensor:
+        alpha = 1 / math.sqrt(1 + ratios[level] ** 2)
+        m = model(schedule, "epsilon", alpha * y, timesteps[level])
+        return (y - to_x_0("epsilon", alpha * y, m, alpha, ratios[level] * alpha, clip)) / ratios[level]
+
+    y = x * math.sqrt(1 + ratios[0] ** 2)
+    for i in range(6):
+        step = ratios[i + 1] - ratios[i]
+        slope = derivative(y, i)
+        euler = y + step * slope
+        y = euler if i == 5 else y + step * (slope + derivative(euler, i + 1)) / 2
+    plan = heun_plan(schedule, 6, spacing=spacing, clip=clip)
+    assert plan.num_steps == 11
+    assert plan.timesteps.tolist() == [timesteps[(row + 1) // 2] for row in range(11)]
+    torch.testing.assert_close(run_in_float64(plan, x), y, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(run(plan, x.float()).double(), y, rtol=1e-5, atol=1e-5)
+
+
+def test_order_1_is_ddim() -> None:
+    """DPM-Solver++ of order 1 with eta = 0 is DDIM between the same levels (Lu et al. 2022, section 4)."""
+    schedule = NoiseSchedule.linear()
+    solver = dpm_solver_plan(schedule, order=1)
+    ddim = ddim_plan(schedule, None, spacing=solver.timesteps.tolist())
+    torch.testing.assert_close(solver.coefficients, ddim.coefficients, rtol=1e-10, atol=1e-12)
+
+
+def test_a_plan_with_a_start_begins_with_order_1() -> None:
+    plan = dpm_solver_plan(NoiseSchedule.linear(), 20, eta=1.0)
+    later = plan.starting_at(500)
+    assert torch.equal(later.timesteps, plan.timesteps[10:])
+    assert torch.equal(later.alpha_bars_prev, plan.alpha_bars_prev[10:])
+    assert torch.equal(later.coefficients[1:], plan.coefficients[11:])
+    k3 = COLUMNS.index("k3")
+    assert float(plan.coefficients[10, k3]) != 0
+    assert float(later.coefficients[0, k3]) == 0
+    assert torch.equal(later.coefficients, dpm_solver_plan(NoiseSchedule.linear(), 20, eta=1.0, start=500).coefficients)
+    # Whether the last steps are of lower order depends on the steps of the whole plan.
+    options: Any = {"final": "sigma_min", "start": 300}
+    assert float(dpm_solver_plan(NoiseSchedule.linear(), 20, **options).coefficients[-1, k3]) != 0
+    assert float(dpm_solver_plan(NoiseSchedule.linear(), 14, final="sigma_min").coefficients[-1, k3]) == 0
+
+
+def test_heun_restarts_with_a_pair_of_steps() -> None:
+    plan = heun_plan(NoiseSchedule.linear(), 5)
+    later = plan.starting_at(599)
+    assert later.timesteps.tolist() == [599, 400, 400, 200, 200]
+    assert torch.equal(later.coefficients, plan.coefficients[4:])
+
+
+def test_zero_terminal_snr_begins_from_pure_noise() -> None:
+    """Where abar is 0, the first step of order 1 has a finite row if the model predicts x_0 or v."""
+    schedule = NoiseSchedule.linear().rescale_zero_terminal_snr()
+    for eta in (0.0, 1.0):
+        plan = dpm_solver_plan(schedule, 10, eta=eta, prediction="v_prediction")
+        assert float(schedule.alpha_bars[plan.timesteps[0]]) == 0
+        x = noise(SHAPE, SEEDS, stream=99, dtype=torch.float64)
+        assert run(plan, x).isfinite().all()
+    with pytest.raises(ValueError, match="must predict"):
+        dpm_solver_plan(schedule, 10)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_steps": 0}, r"expected num_steps to be an integer in 1\.\.999, got 0"),
+        ({"num_steps": 1000}, r"expected num_steps to be an integer in 1\.\.999, got 1000"),
+        ({"num_steps": 1001, "spacing": "trailing"}, r"expected num_steps to be an integer in 1\.\.1000, got 1001"),
+        ({"num_steps": None}, r"expected num_steps to be an integer in 1\.\.999, got None"),
+        ({"order": 3}, r"expected order to be an integer in 1\.\.2, got 3"),
+        ({"eta": -0.1}, r"expected eta to be at least 0 and at most 1, got -0\.1"),
+        ({"eta": 1.1}, r"expected eta to be at least 0 and at most 1, got 1\.1"),
+        ({"solver": "euler"}, "expected solver to be one of midpoint, heun, got 'euler'"),
+        ({"spacing": "log"}, "expected spacing to be one of linspace, leading, trailing, karras, got 'log'"),
+        ({"final": "one"}, "expected final to be one of zero, sigma_min, got 'one'"),
+        ({"start": 501}, r"expected start to be one of the timesteps \[999, .*\], got 501"),
+        ({"lambda_min": 10.0}, "expected lambda_min to be at most 4"),
+        ({"lambda_min": math.nan}, "expected lambda_min to be"),
+        ({"prediction": "previous_sample"}, "expected prediction to be one of epsilon, sample, v_prediction"),
+        ({"clip": 0.0}, "expected clip to be"),
+    ],
+)
+def test_bad_arguments_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        dpm_solver_plan(NoiseSchedule.linear(), **options)
+
+
+def test_heun_refuses_zero_terminal_snr() -> None:
+    schedule = NoiseSchedule.linear().rescale_zero_terminal_snr()
+    with pytest.raises(ValueError, match="expected abar to be above 0 at the first timestep"):
+        heun_plan(schedule, 5, prediction="v_prediction")
+    with pytest.raises(ValueError, match='expected spacing other than "karras"'):
+        dpm_solver_plan(schedule, 5, spacing="karras", prediction="v_prediction")
