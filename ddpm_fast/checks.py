@@ -155,7 +155,7 @@ def check_number(
 # ----------------------------------------------------------------------------------------------------------------- tensors
 
 
-def check_apart(op: str, out: Tensor, inputs: Mapping[str, Any]) -> None:
+def check_apart(op: str, out: Tensor, inputs: Mapping[str, Any], *, may_be_same: bool = True) -> None:
     """Raise a ValueError if `out` overlaps an input in memory without being the same elements.
 
     An elementwise kernel may run in place. With an offset it would read elements that it has overwritten.
@@ -164,16 +164,22 @@ def check_apart(op: str, out: Tensor, inputs: Mapping[str, Any]) -> None:
         op: Name of the op.
         out: A dense tensor.
         inputs: Dense tensors by name. Other values are ignored.
+        may_be_same: Whether `out` may be an input itself.
     """
     out_begin, out_end = _extent(out)
     for name, x in inputs.items():
         if not isinstance(x, Tensor):
             continue
         begin, end = _extent(x)
-        if begin == out_begin and x.dtype == out.dtype and x.shape[1:] == out.shape[1:]:
+        if may_be_same and begin == out_begin and x.dtype == out.dtype and x.shape[1:] == out.shape[1:]:
             continue
         if begin < out_end and out_begin < end:
-            raise ValueError(f"{op}: expected out to be {name} itself or apart from it in memory, got a partial overlap")
+            wanted, got = (
+                (f"{name} itself or apart from it", "a partial overlap")
+                if may_be_same
+                else (f"apart from {name}", "an overlap")
+            )
+            raise ValueError(f"{op}: expected out to be {wanted} in memory, got {got}")
 
 
 def _extent(x: Tensor) -> tuple[tuple[Any, Any], tuple[Any, Any]]:

@@ -89,17 +89,16 @@ class DenoisingLoop:
         if self._guidance_scale is not None:
             x_in = torch.cat([x_in, x_in])
         t = self._timesteps.index_select(0, self._step.view(1)).expand(len(x_in))
-        stepped = reverse_step(
+        x_0 = self._x_0  # of the step before, and then of this one
+        reverse_step(
             x_t,
             predict(network, x_in, t, self._labels),
             self._step,
             plan,
             seeds=self._seeds if plan.is_random else None,
-            x_0_prev=self._x_0,
+            x_0_prev=x_0,
             guidance_scale=self._guidance_scale,
-            return_x_0=plan.needs_x_0_prev,
-            out=x_t,
+            return_x_0=x_0 is not None,
+            out=x_t if x_0 is None else (x_t, x_0),
         )
-        if self._x_0 is not None and isinstance(stepped, tuple):
-            self._x_0.copy_(stepped[1])
         self._step += 1

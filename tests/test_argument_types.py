@@ -23,7 +23,6 @@ from torch import Tensor, nn
 import ddpm_fast as d
 from ddpm_fast.integrations import diffusers as schedulers
 from ddpm_fast.integrations import guided_diffusion, lucidrains
-from ddpm_fast.plan import ddim_inversion_plan
 
 # Objects that functions of the package return. Users do not make them.
 RESULTS = {"BackendUnavailable", "FuseReport", "Pretrained", "TrainResult", "VariationalBound"}
@@ -201,8 +200,17 @@ CALLS: dict[str, Callable[[], Entry]] = {
         | {"residual": X},
         {"divisor": "negative"},
     ),
-    "ddim_inversion_plan": lambda: Entry(ddim_inversion_plan, {"schedule": SCHEDULE, "num_steps": 5}, {"clip": "inf"}),
+    "ddim_inversion_plan": lambda: Entry(d.ddim_inversion_plan, {"schedule": SCHEDULE, "num_steps": 5}, {"clip": "inf"}),
     "ddim_plan": lambda: Entry(d.ddim_plan, {"schedule": SCHEDULE, "num_steps": 5}, {"eta": "zero", "clip": "inf"}),
+    "dpm_solver_plan": lambda: Entry(
+        d.dpm_solver_plan, {"schedule": SCHEDULE, "num_steps": 5}, {"eta": "zero", "clip": "inf", "lambda_min": "negative zero"}
+    ),
+    "heun_plan": lambda: Entry(
+        d.heun_plan, {"schedule": SCHEDULE, "num_steps": 5}, {"clip": "inf", "lambda_min": "negative zero"}
+    ),
+    "repaint_plan": lambda: Entry(
+        d.repaint_plan, {"schedule": SCHEDULE, "num_steps": 5, "jump_length": 2, "jump_num_sample": 2}, {"clip": "inf"}
+    ),
     "ddpm_plan": lambda: Entry(d.ddpm_plan, {"schedule": SCHEDULE, "spacing": [5, 3], "previous": [3, -1]}, {"clip": "inf"}),
     "denoising_loss": lambda: Entry(
         d.denoising_loss,

@@ -92,11 +92,12 @@ struct ReverseStep {
       std[i] = row.sigma;
     }
     if constexpr (!plain) {
-      if (x_0_out != nullptr) store(x_0_out + at.offset, x_0);
-      if (x_0_prev != nullptr) {
-        cuda::load(x_0_prev + at.offset, x_0);
-        for (int i = 0; i < width; ++i) x[i] = fma(row.k3, x_0[i], x[i]);
+      if (x_0_prev != nullptr) {  // before x_0 is stored, which may be in the same memory
+        float before[width];
+        cuda::load(x_0_prev + at.offset, before);
+        for (int i = 0; i < width; ++i) x[i] = fma(row.k3, before[i], x[i]);
       }
+      if (x_0_out != nullptr) store(x_0_out + at.offset, x_0);
       if (variance != nullptr) {
         float v[width];
         widen(load_model<width>(variance, at), v);

@@ -259,13 +259,13 @@ def _native(results: Any, a: Any) -> None:
     method = "winograd" if winograd_tiles(x.shape[0], *x.shape[2:]) >= WINOGRAD_TILES else "direct"
     packed = pack_weights(a.weight, method, x.dtype, upsample=a.upsample)
     bias = None if a.bias is None else float_bias(a.bias)
-    out = results.y if results.y.is_contiguous(memory_format=_CHANNELS_LAST) else None
+    out = (results.y,) if results.y.is_contiguous(memory_format=_CHANNELS_LAST) else ()
     y = conv_ops[method].run(
         "native",
         (x, a.skip, affine, a.silu, packed, bias, a.residual, a.divisor, a.upsample, *results.y.shape[1:], 3, 1, 1),
         out=out,
     )[0]
-    if out is None:
+    if not out:
         results.y.copy_(y)
 
 

@@ -17,6 +17,7 @@ from ..dtypes import FLOATS
 from .backend import BACKENDS, KERNELS, BackendUnavailable, warn_without_cuda, why_not_native, why_not_triton
 
 Outputs = tuple[Tensor | None, ...]
+Outs = tuple[Tensor, ...]
 LIBRARY: Final = torch.library.Library("ddpm_fast", "DEF")
 OPS: Final[dict[str, FusedOp]] = {}  # public ops by name
 
@@ -130,13 +131,13 @@ class FusedOp:
 
     # -------------------------------------------------------------------------------------------------------- dispatch
 
-    def __call__(self, *arguments: Any, backend: str | None = None, out: Tensor | None = None) -> Any:
+    def __call__(self, *arguments: Any, backend: str | None = None, out: Outs = ()) -> Any:
         """Compute the op.
 
         Args:
             arguments: Arguments of the schema, in order.
             backend: Name of the backend. None: the first that can run.
-            out: Tensor for the first result, for an op with `in_place`.
+            out: Tensors for the first results, for an op with `in_place`.
 
         Returns:
             The result, or a tuple if there are several. A result that is not wanted is None or has no elements.
@@ -147,8 +148,10 @@ class FusedOp:
         chosen = self._choose(backend, main.device, dtype, arguments, transformed)
         if chosen == "reference":
             return self._by_reference(arguments, out)
-        if out is not None and out.is_neg():
-            raise ValueError(f"{self.name}: expected out to be a tensor without lazy negation, got one: pass out.resolve_neg()")
+        for each in () if compiling else out:
+            if each.is_neg():
+                wanted = "a tensor without lazy negation, got one: pass out.resolve_neg()"
+                raise ValueError(f"{self.name}: expected out to be {wanted}")
         if compiling or transformed or is_traced():
             return self._by_dispatcher(arguments, backend, out)
         records, needs_grad = torch.is_grad_enabled(), False
@@ -158,7 +161,7 @@ class FusedOp:
                 if type(tensor) not in _PLAIN_TYPES or tensor.is_neg():
                     return self._by_dispatcher(arguments, backend, out)
                 needs_grad = needs_grad or (records and tensor.requires_grad)
-        if needs_grad and out is None:
+        if needs_grad and not out:
             if self.backward is not None:
                 return _Function.apply(self, None, backend, chosen, *arguments)  # type: ignore[no-untyped-call]
             if self.reference is not None:
@@ -225,38 +228,38 @@ class FusedOp:
         main: Tensor = arguments[self._main]
         return main, main.dtype if self._dtype_argument is None else arguments[self._dtype_argument]
 
-    def _by_reference(self, arguments: tuple[Any, ...], out: Tensor | None = None) -> Any:
+    def _by_reference(self, arguments: tuple[Any, ...], out: Outs = ()) -> Any:
         assert self.reference is not None
         if runs_eagerly(*(arguments[i] for i in self._tensors)):
             self._check_memory(arguments)
         if self._check is not None:
             self._check(self.Arguments(*arguments, "reference"))
         results = self.reference(*arguments)
-        if out is not None:
-            if not torch.compiler.is_compiling():
-                check_memory(self.name, "out", out)
-                check_apart(self.name, out, self.Arguments(*arguments, "reference")._asdict())
-            results = (out.copy_(results[0]), *results[1:])
+        if out:
+            for each in () if torch.compiler.is_compiling() else out:
+                check_memory(self.name, "out", each)
+                check_apart(self.name, each, self.Arguments(*arguments, "reference")._asdict())
+            results = _written(results, out)
         if isinstance(results, Tensor):
             return results
         return results[0] if self._num_results == 1 else results[: self._num_results]
 
-    def _by_dispatcher(self, arguments: tuple[Any, ...], backend: str | None, out: Tensor | None) -> Any:
-        if out is not None:
-            return (out, *_as_tuple(self._overload_out(out, *arguments, backend)))
+    def _by_dispatcher(self, arguments: tuple[Any, ...], backend: str | None, out: Outs) -> Any:
+        if out:  # `<name>_out` writes the first result in place, and those after it are copied
+            return _written((out[0], *_as_tuple(self._overload_out(out[0], *arguments, backend))), out)
         results = _as_tuple(self._overload(*arguments, backend))
         return results[0] if self._num_results == 1 else results[: self._num_results]
 
     # ------------------------------------------------------------------------------------------------------------- run
 
-    def run(self, backend: str | None, arguments: tuple[Any, ...], *, saves: bool = True, out: Tensor | None = None) -> Any:
+    def run(self, backend: str | None, arguments: tuple[Any, ...], *, saves: bool = True, out: Outs = ()) -> Any:
         """Compute the op by kernels, outside autograd and the dispatcher.
 
         Args:
             backend: "native" or "triton".
             arguments: Arguments of the schema, in order. Tensors must be plain.
             saves: Also compute the results that the backward pass reads. Otherwise they are None.
-            out: Tensor for the first result.
+            out: Tensors for the first results.
 
         Returns:
             All results, by name.
@@ -265,10 +268,10 @@ class FusedOp:
         if self._check is not None:
             self._check(a)
         results = self._allocated(a, saves, out)
-        if out is not None:
-            if out.data_ptr() == 0:
-                check_memory(self.name, "out", out)
-            check_apart(self.name, out, a._asdict())
+        for each in out:
+            if each.data_ptr() == 0:
+                check_memory(self.name, "out", each)
+            check_apart(self.name, each, a._asdict())
         if backend == "triton" or self._native is not None:
             self._check_memory(a)  # a kernel of the compiled module checks its fields
         if backend == "triton":
@@ -284,8 +287,8 @@ class FusedOp:
                 getattr(kernels, self.name)(*fields)
             else:
                 self._launch_on_gpu(fields, main.device)
-        if out is not None:
-            torch.autograd.graph.increment_version(out)  # autograd does not see what a kernel writes
+        for each in out:
+            torch.autograd.graph.increment_version(each)  # autograd does not see what a kernel writes
         return results
 
     def native_fields(self, arguments: tuple[Any, ...], out: Tensor, workspace: Tensor | None = None) -> tuple[Any, ...]:
@@ -297,7 +300,7 @@ class FusedOp:
             workspace: Scratch buffer of `native_workspace` bytes.
         """
         a = self.Arguments(*arguments, "native")
-        _, fields = self._fields_of(self._allocated(a, saves=False, out=out), a)
+        _, fields = self._fields_of(self._allocated(a, saves=False, out=(out,)), a)
         if self._workspace is None:
             return fields
         return self._replaced(fields, "workspace", workspace)
@@ -347,8 +350,8 @@ class FusedOp:
         check_memory(self.name, self.Arguments._fields[i], value)
         return value.contiguous(memory_format=layout)
 
-    def _allocated(self, arguments: Any, saves: bool = True, out: Tensor | None = None) -> Any:
-        results: list[Tensor | None] = [] if out is None else [out]
+    def _allocated(self, arguments: Any, saves: bool = True, out: Outs = ()) -> Any:
+        results: list[Tensor | None] = [*out]
         results += [allocate(arguments) for allocate in self._allocate[len(results) : None if saves else self._num_results]]
         if not saves:
             results += [None] * self._num_saved
@@ -437,9 +440,9 @@ class FusedOp:
 
     def _compute_out(self, out: Tensor, *values: Any) -> Any:
         *arguments, backend = values
-        return _unwrapped(self._results(tuple(arguments), backend, out)[1:])
+        return _unwrapped(self._results(tuple(arguments), backend, (out,))[1:])
 
-    def _results(self, arguments: tuple[Any, ...], backend: str | None, out: Tensor | None = None) -> tuple[Tensor, ...]:
+    def _results(self, arguments: tuple[Any, ...], backend: str | None, out: Outs = ()) -> tuple[Tensor, ...]:
         """Return all results for the dispatcher: a tensor without elements stands for an absent one."""
         for i in self._tensors:
             if arguments[i] is not None:
@@ -450,14 +453,13 @@ class FusedOp:
             return self._all_by_reference(arguments, out)
         return self._present(self.run(chosen, arguments, out=out), main)
 
-    def _all_by_reference(self, arguments: tuple[Any, ...], out: Tensor | None = None) -> tuple[Tensor, ...]:
+    def _all_by_reference(self, arguments: tuple[Any, ...], out: Outs = ()) -> tuple[Tensor, ...]:
         """Return the reference's results. Results that only a kernel's backward pass reads have no elements."""
         assert self.reference is not None
         if self._check is not None:
             self._check(self.Arguments(*arguments, "reference"))
         results = _as_tuple(self.reference(*arguments))
-        if out is not None:
-            results = (out.copy_(results[0]), *results[1:])
+        results = _written(results, out)
         if len(self._allocate) > 1:
             wanted = self._allocated(self.Arguments(*arguments, "reference"))
             results += tuple(wanted[len(results) :])
@@ -476,7 +478,7 @@ class FusedOp:
         *arguments, backend = values
         a = self._prepared(tuple(arguments), backend)
         check_apart(self.name, out, a._asdict())
-        return _unwrapped(self._present(self._allocated(a, out=out), a[self._tensors[0]])[1:])
+        return _unwrapped(self._present(self._allocated(a, out=(out,)), a[self._tensors[0]])[1:])
 
     # ------------------------------------------------------------------------------------------------- differentiation
 
@@ -583,6 +585,12 @@ def _named(kind: str, *names: str) -> Any:
 
 def _as_tuple(results: Any) -> tuple[Any, ...]:
     return (results,) if isinstance(results, Tensor) else tuple(results or ())
+
+
+def _written(results: Any, out: Outs) -> tuple[Any, ...]:
+    """Return the results, the first ones copied to the tensors given for them."""
+    results = _as_tuple(results)
+    return (*(each.copy_(result) for each, result in zip(out, results, strict=False)), *results[len(out) :])
 
 
 def _unwrapped(results: tuple[Any, ...]) -> Any:

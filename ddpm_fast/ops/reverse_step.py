@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import reference
 from ..checks import (
+    check_apart,
     check_device,
     check_float,
     check_int,
@@ -35,7 +36,7 @@ def reverse_step(
     x_0_prev: Tensor | None = None,
     guidance_scale: float | None = None,
     return_x_0: bool = False,
-    out: Tensor | None = None,
+    out: Tensor | tuple[Tensor, Tensor] | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Advance x_t by one step of a sampler.
@@ -64,8 +65,9 @@ def reverse_step(
         guidance_scale: Scale w of classifier-free guidance, m = m_u + w (m_c - m_u) (Ho and Salimans
             2022). torch.compile treats the number as a constant and recompiles for each new value.
         return_x_0: Also return x_0^.
-        out: Destination of x_{t-1}, like x_t. It may be x_t itself but must not overlap an input in
-            another way. Not differentiable.
+        out: Destination of x_{t-1}, like x_t, or destinations of (x_{t-1}, x_0^) with return_x_0. They may
+            be x_t itself and x_0_prev itself but must not overlap an input in another way, or each other.
+            Not differentiable.
         backend: "native", "triton" or "reference". None: the first that can run, and "reference" inside
             torch.func transforms and forward-mode differentiation.
 
@@ -115,22 +117,33 @@ def reverse_step(
         raise ValueError(f"{op}: expected x_0_prev, which the plan weighs by k3, got None")
     table = plan.table(x_t.device)
     variance = reference.VARIANCES.index(plan.variance)
-    if out is not None:
-        check_like(op, "out", out, "x_t", x_t)
-        if torch.is_grad_enabled() and any(
-            t is not None and t.requires_grad for t in (x_t, model_output, noise, x_0_prev, out)
-        ):
-            raise ValueError(
-                f"{op}: expected no gradients with out= (call under torch.no_grad()), got an input that requires one"
-            )
-        if out.stride() != x_t.stride() or not is_dense(out):
-            raise ValueError(f"{op}: expected out to be dense, with the strides of x_t, {x_t.stride()}, got {out.stride()}")
+    outs = () if out is None else _checked_out(out, x_t, (model_output, noise, x_0_prev), return_x_0)
     x_prev, x_0 = reverse_step_op(
         *(x_t, model_output, table, steps, noise, seeds, x_0_prev, guidance_scale, variance, return_x_0),
         backend=backend,
-        out=out,
+        out=outs,
     )
     return (x_prev, x_0) if return_x_0 else x_prev
+
+
+def _checked_out(
+    out: Tensor | tuple[Tensor, Tensor], x_t: Tensor, others: tuple[Tensor | None, ...], return_x_0: bool
+) -> tuple[Tensor, ...]:
+    """Return the destinations as a tuple, after a check."""
+    op = "reverse_step"
+    outs = out if isinstance(out, tuple) else (out,)
+    if len(outs) > 1 and not (return_x_0 and len(outs) == 2):
+        wanted = "a pair (x_{t-1}, x_0^)" if return_x_0 else "a tensor, without return_x_0"
+        raise ValueError(f"{op}: expected out to be {wanted}, got a tuple of {len(outs)}")
+    for each in outs:
+        check_like(op, "out", each, "x_t", x_t)
+        if each.stride() != x_t.stride() or not is_dense(each):
+            raise ValueError(f"{op}: expected out to be dense, with the strides of x_t, {x_t.stride()}, got {each.stride()}")
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x_t, *others, *outs)):
+        raise ValueError(f"{op}: expected no gradients with out= (call under torch.no_grad()), got an input that requires one")
+    if len(outs) == 2 and x_t.numel() and not torch.compiler.is_compiling():
+        check_apart(op, outs[1], {"the destination of x_{t-1}": outs[0]}, may_be_same=False)
+    return outs
 
 
 def _check_model_output(x_t: Tensor, model_output: Tensor, plan: SamplingPlan, guidance_scale: float | None) -> None:

@@ -72,7 +72,7 @@ def noise_levels(
     check_number(caller, "clip", clip, above=0, optional=True)
     check_number(caller, "lambda_min", lambda_min)
     check_type(caller, "learned_variance", learned_variance, bool)
-    check_int(caller, "start", start, 0, optional=True)
+    check_int(caller, "start", start, 0, schedule.num_timesteps - 1, optional=True)
     ratios = ((1 - schedule.alpha_bars) / schedule.alpha_bars).sqrt()  # sigma / alpha of each timestep, ascending
     # The timesteps 0..last - 1 have lambda >= lambda_min.
     last = int((-ratios.log() >= lambda_min).sum())

@@ -11,6 +11,8 @@ from ..schedule import NoiseSchedule
 from .ddpm import ddpm_plan
 from .sampling_plan import COLUMNS, Prediction, SamplingPlan, builds_plan
 
+_MOST_SAMPLES = 1000  # a row for each evaluation has to fit into memory
+
 
 @builds_plan
 def repaint_plan(
@@ -36,8 +38,8 @@ def repaint_plan(
     Args:
         schedule: The noise schedule, with T timesteps.
         num_steps: The number of timesteps, 1..T.
-        jump_length: The number of steps that a jump goes back, at least 1.
-        jump_num_sample: The number of times that each stretch is sampled, at least 1. 1 never jumps.
+        jump_length: The number of steps that a jump goes back, 1..T.
+        jump_num_sample: The number of times that each stretch is sampled, 1..1000. 1 never jumps.
         prediction: The meaning of the model's output, see `SamplingPlan`.
         clip: Clamp x_0^ to [-clip, clip]. None disables the clip.
         learned_variance: True if the model's output has variance channels. The plan ignores them.
@@ -52,8 +54,8 @@ def repaint_plan(
     caller = "repaint_plan"
     check_type(caller, "schedule", schedule, NoiseSchedule)
     check_int(caller, "num_steps", num_steps, 1, schedule.num_timesteps)
-    check_int(caller, "jump_length", jump_length, 1)
-    check_int(caller, "jump_num_sample", jump_num_sample, 1)
+    check_int(caller, "jump_length", jump_length, 1, schedule.num_timesteps)
+    check_int(caller, "jump_num_sample", jump_num_sample, 1, _MOST_SAMPLES)
     check_type(caller, "learned_variance", learned_variance, bool)
     descent = ddpm_plan(schedule, num_steps, prediction=prediction, clip=clip)
     abar = torch.cat([torch.ones(1, dtype=torch.float64), schedule.alpha_bars[descent.timesteps.flip(0)]])

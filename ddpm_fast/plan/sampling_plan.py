@@ -157,7 +157,7 @@ class SamplingPlan:
             ValueError: The plan does not have the timestep, or is a multistep plan from coefficients.
         """
         caller = "SamplingPlan.starting_at"
-        check_int(caller, "timestep", timestep, 0)
+        check_int(caller, "timestep", timestep, 0, self.schedule.num_timesteps - 1)
         if not bool((self.timesteps == timestep).any()):
             got = f"{timestep}, between or beside {self.timesteps.tolist()}"
             raise ValueError(f"{caller}: expected timestep to be one of the plan's, got {got}")

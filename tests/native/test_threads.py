@@ -51,7 +51,7 @@ class Collector:
 
 
 def run(op: FusedOp, *arguments: Any, out: Tensor | None = None) -> Tensor:
-    result: Tensor = op.run("native", arguments, saves=False, out=out)[0]
+    result: Tensor = op.run("native", arguments, saves=False, out=() if out is None else (out,))[0]
     return result
 
 

@@ -115,6 +115,16 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
         ValueError,
         "reverse_step: expected out to be model_output itself or apart from it in memory, got a partial overlap",
     ),
+    (
+        lambda: reverse_step(X, X, 0, PLAN, seeds=SEEDS, out=(X, X.clone())),
+        ValueError,
+        "reverse_step: expected out to be a tensor, without return_x_0, got a tuple of 2",
+    ),
+    (
+        lambda: reverse_step(X, X, 0, PLAN, seeds=SEEDS, return_x_0=True, out=(X, X)),
+        ValueError,
+        r"reverse_step: expected out to be apart from the destination of x_\{t-1\} in memory, got an overlap",
+    ),
     (lambda: reverse_step(X, X, 0, SCHEDULE, seeds=SEEDS), TypeError, "reverse_step: expected plan to be a SamplingPlan"),
     (
         lambda: reverse_step(X, X, 0, PLAN, seeds=SEEDS, guidance_scale="2"),

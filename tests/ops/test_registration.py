@@ -209,6 +209,27 @@ def test_writing_to_out_is_seen_by_autograd(device: torch.device) -> None:
             y.backward()
 
 
+def test_a_multistep_step_overwrites_its_state_and_history(device: torch.device) -> None:
+    """x_t and x_0_prev are read before x_{t-1} and x_0^ take their memory, eagerly and compiled, on every backend."""
+    plan = ddpm_fast.dpm_solver_plan(SCHEDULE, 10, eta=1.0)
+    x, m, x_0 = torch.randn(3, 2, 3, 5, 4, device=device)
+    backends = [name for name in BACKENDS if why_not(name, "reverse_step", device) is None]
+    for name in backends:
+
+        def step(x: Tensor, x_0: Tensor, out: Any, name: str = name) -> Any:
+            options: dict[str, Any] = {"seeds": SEEDS, "return_x_0": True, "backend": name}
+            return ddpm_fast.reverse_step(x, m, 4, plan, x_0_prev=x_0, out=out, **options)
+
+        expected = step(x, x_0, None)
+        compiled = torch.compile(step, fullgraph=True, backend="eager")
+        for run in (step, compiled):
+            state, history = x.clone(), x_0.clone()
+            got = run(state, history, (state, history))
+            assert [each.data_ptr() for each in got] == [state.data_ptr(), history.data_ptr()]
+            assert torch.equal(state, expected[0])
+            assert torch.equal(history, expected[1])
+
+
 def test_tables_first_used_in_inference_mode_serve_training() -> None:
     schedule, device = ddpm_fast.NoiseSchedule.linear(10), torch.device("meta")
     plan = ddpm_fast.ddpm_plan(schedule)

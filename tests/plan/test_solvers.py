@@ -85,7 +85,14 @@ def to_x_0(prediction: str, x: Tensor, m: Tensor, alpha: float, sigma: float, cl
 
 def textbook_dpm_solver(
     schedule: Schedule,
-    levels: Any, x: Tensor, prediction: str, order: int, solver: str, eta: float, final: str, clip: float | None
+    levels: Any,
+    x: Tensor,
+    prediction: str,
+    order: int,
+    solver: str,
+    eta: float,
+    final: str,
+    clip: float | None,
 ) -> Tensor:
     """Run DPM-Solver++ in the terms of Lu et al.: D_0 and D_1 of the data prediction, one equation a case."""
     timesteps, ratios = levels
@@ -117,7 +124,7 @@ def textbook_dpm_solver(
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
 def test_trajectories_equal_the_formulas(name: str, prediction: Any) -> None:
-    """Orders 1 and 2, both solvers, three eta, four spacings, both last levels: rows within 1e-10, the float32 kernel within 1e-5.
+    """Orders, solvers, eta, spacings and last levels: rows agree within 1e-10, the float32 kernel within 1e-5.
 
     The errors are relative to the largest value of a result. The reference knows nothing of rows.
     """
@@ -149,7 +156,7 @@ def test_trajectories_equal_the_formulas(name: str, prediction: Any) -> None:
 @pytest.mark.parametrize("spacing", ["linspace", "trailing", "karras"])
 @pytest.mark.parametrize("clip", [1.0, None])
 def test_heun_equals_its_algorithm(spacing: Any, clip: float | None) -> None:
-    """Karras et al. 2022, Algorithm 1 in x / alpha, whose derivative by sigma / alpha is (x / alpha - x_0^) / (sigma / alpha)."""
+    """Karras et al. 2022, algorithm 1 in x / alpha: its derivative by sigma / alpha is (x / alpha - x_0^) / (sigma / alpha)."""
     schedule = NoiseSchedule.linear()
     timesteps, ratios = textbook_levels(schedule, spacing, 6, "zero", -math.inf)
     x = noise(SHAPE, SEEDS, stream=99, dtype=torch.float64)
