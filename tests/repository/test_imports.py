@@ -34,6 +34,7 @@ ALLOWED = {
     "requests": {"checks", "ops", "nn", "models", "inference"},
     "denoising_loop": {"plan", "ops", "models"},
     "sampling": {"dtypes", "checks", "limits", "plan", "images", "models", "inference", "requests", "denoising_loop"},
+    "editing": {"checks", "reference", "plan", "ops", "models", "requests", "sampling"},
     "evaluation": {
         *("dtypes", "checks", "reference", "schedule", "plan", "ops", "models", "inference", "requests", "evaluation"),
     },
