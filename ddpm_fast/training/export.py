@@ -46,13 +46,13 @@ def export_checkpoint(
         raise ValueError(f"export_checkpoint: expected out_dir to be apart from the run's checkpoints, got {out}")
     if RunFolder(out).checkpoints.is_dir():
         raise ValueError(f"export_checkpoint: expected out_dir to be no training run, got {out}")
-    check_writable("export_checkpoint", out)
+    check_writable("export_checkpoint", "out_dir", out, out)
     config = run.read_config("export_checkpoint")
     checkpoint = run.latest_checkpoint("unet_ema/")
     if checkpoint is None:
         raise FileNotFoundError(f"export_checkpoint: expected a checkpoint in {run.checkpoints}, got none")
     weights = sum(file.stat().st_size for file in (checkpoint / "unet_ema").iterdir())  # float32
-    check_free_space("export_checkpoint", out, weights * dtype.itemsize // 4)
+    check_free_space("export_checkpoint", "out_dir", out, weights * dtype.itemsize // 4)
     state = read_state("export_checkpoint", checkpoint)
     model = UNet.from_pretrained(checkpoint / "unet_ema").to(dtype)
     name_classes(model, config["dataset"]["classes"])  # older checkpoints lack them

@@ -24,6 +24,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from ..checks import computing_device
 from ..limits import check_free_memory, check_free_space, check_writable
 from ..memory import kept_memory
 from ..nn import UNetConfig
@@ -47,8 +48,8 @@ CHANGEABLE: Final = frozenset(
     }
 )
 
-_COPIES: Final = 5  # of each parameter in memory: it, its average, its gradient and two moments
-_SAVED: Final = 4  # of them in a checkpoint: all but the gradient
+_COPIES: Final = 5  # each parameter in memory: itself, its average, its gradient and two moments
+_SAVED: Final = 4  # the same in a checkpoint, without the gradient
 
 _log = logging.getLogger("ddpm_fast")
 
@@ -81,13 +82,13 @@ def run_training(
     lock: bool,
 ) -> TrainResult:
     """Run `train` with options that are checked and complete."""
-    device = _device(options["device"])
+    device = computing_device("train", options["device"])
     run = RunFolder(run_dir)
     if resume:
         run.read_config()  # refuses a folder without a run before a lock is written into it
     else:
         run.check_new()
-    check_writable("train", run.path)
+    check_writable("train", "run_dir", run.path, run.path)
     if options["threads"] is not None:
         torch.set_num_threads(options["threads"])
     skip_broken = options["skip_broken"]
@@ -306,7 +307,8 @@ def _check_sizes(run: RunFolder, task: Task) -> None:
     if options["checkpoint_every"]:
         saves = max(saves, math.ceil(options["steps"] / options["checkpoint_every"]))
     more = max(0, min(options["keep"], saves) - len(run.checkpoint_folders()))
-    check_free_space("train", run.path, (more + 1) * _SAVED * 4 * parameters)  # old ones are removed after the new one
+    # Old checkpoints are removed after the new one.
+    check_free_space("train", "run_dir", run.path, (more + 1) * _SAVED * 4 * parameters)
 
 
 class _StopSignals:
@@ -338,17 +340,6 @@ class _StopSignals:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self._restore()
-
-
-def _device(name: str | None) -> torch.device:
-    """Return the device of that name, by default a GPU if there is one. Raise ValueError if nothing runs on it."""
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.zeros((), device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"train: expected device to be one of this machine, got {name!r}: {reason}") from error
-    return device
 
 
 def _check_same(run: RunFolder, config: dict[str, Any], data_check: str) -> None:

@@ -225,9 +225,9 @@ def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
         ),
         ("channels", [10**40], r"to fit into memory, got .*, which needs about \S+ GB of \d"),
         ("image_size", 10**6, r"an integer in 1\.\.65536 or None, got 1000000"),
-        ("device", "meta", "one of this machine, got 'meta'"),
-        ("device", "nowhere", "one of this machine, got 'nowhere'"),
-        ("device", "cuda:99", "one of this machine, got 'cuda:99'"),
+        ("device", "meta", "one that computes, got meta"),
+        ("device", "nowhere", "a torch.device or its name, got 'nowhere'"),
+        ("device", "cuda:99", "available, got cuda:99: PyTorch sees"),
     ],
 )
 def test_bad_options_are_refused_before_anything_is_written(option: str, value: object, wanted: str, tmp_path: Path) -> None:
@@ -269,7 +269,7 @@ def test_folders_that_cannot_be_written_are_refused_before_the_images_are_read(
 ) -> None:
     monkeypatch.setattr(loop, "load_dataset", lambda *_, **__: pytest.fail("the images were read"))
     (tmp_path / "file").touch()
-    with pytest.raises(NotADirectoryError, match=r"to be a folder, got '.*file', which is a file"):
+    with pytest.raises(NotADirectoryError, match=r"run_dir to be in a folder, got .*, and '.*file' is a file"):
         train(tmp_path / "file" / "run", **QUIET)
     with pytest.raises(OSError, match="File name too long"):
         train(tmp_path / ("x" * 300), **QUIET)
@@ -287,7 +287,7 @@ def test_checkpoints_that_do_not_fit_onto_the_disk_are_refused(tmp_path: Path, m
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**12, 0, free))  # type: ignore[attr-defined]
     for keep, needed in ((2, 3), (3, 4), (1000, 4)):  # three saves at most, and one more until an old one goes
         free = int((needed - 0.5) * size)
-        with pytest.raises(OSError, match=rf"train: expected [\d.]+ MB of free space for '{tmp_path}/new', got .* free some"):
+        with pytest.raises(OSError, match=rf"run_dir to be on a disk with [\d.]+ MB of .*, got '{tmp_path}/new' .* free some"):
             train(tmp_path / "new", **options | {"keep": keep})
         assert not (tmp_path / "new").exists()
     free = int(1.1 * size)  # the run has two already, and keeps two
