@@ -156,6 +156,12 @@ def check_number(
         raise ValueError(f"{caller}: expected {name} to be {wanted}{or_none}, got {value!r}")
 
 
+def listed(values: Collection[Any]) -> str:
+    """Return the first values as text, sorted, and the number of the others."""
+    texts = sorted(map(str, values))
+    return ", ".join(texts[:5]) + (f" and {len(texts) - 5} more" if len(texts) > 5 else "")
+
+
 # ----------------------------------------------------------------------------------------------------------------- tensors
 
 

@@ -52,6 +52,7 @@ ALLOWED = {
             "version",
             "atomic",
             "limits",
+            "checks",
             "plan",
             "info",
             "images",
