@@ -587,6 +587,38 @@ def test_missing_tensorboard_is_said_once(
     ]
 
 
+@pytest.mark.parametrize("broken", ["__init__", "add_scalar", "add_images", "close"])
+def test_event_files_that_cannot_be_written_are_said_once_and_do_not_end_a_run(
+    broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tensorboard = pytest.importorskip("torch.utils.tensorboard")
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tensorboard.SummaryWriter, broken, full)
+    options = QUIET | {"steps": 3, "log_every": 1, "sample_every": 1, "sample_steps": 1, "tensorboard": True}
+    assert train(tmp_path / "run", **options).step == 3
+    assert [record.getMessage() for record in caplog.records if "TensorBoard" in record.getMessage()] == [
+        "TensorBoard's event files cannot be written, so the run goes on without them: [Errno 28] No space left on device"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "wanted"),
+    [("OMP_DYNAMIC", "true", "false"), ("OMP_DYNAMIC", "TRUE", "false"), ("OMP_THREAD_LIMIT", "1", "at least 2")],
+)
+def test_threads_that_openmp_may_not_start_are_refused(
+    name: str, value: str, wanted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    message = rf"train: expected the environment's {name} to be {wanted}, .* got '{value}'; unset it, or .*--threads 1"
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path / "run", **QUIET | {"threads": 2, "steps": 1})
+    assert not (tmp_path / "run").exists()
+    assert train(tmp_path / "run", **QUIET | {"threads": 1, "steps": 1}).step == 1
+
+
 def test_unlabelled_images_train_an_unconditional_network(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     for i in range(3):
