@@ -223,7 +223,7 @@ def test_an_image_of_a_network_differs_by_the_rounding_of_its_convolutions(two_t
     alone, alone_on_the_way = sampler.trajectory(1, seed=sample_seeds(0, 16)[11:12], progress=False)
     torch.set_num_threads(1)
     one_thread = sample(model, plan, 16, progress=False)
-    rounding = 2 * float((together - exact).abs().max())  # of float32, as the batch of 16 has it
+    rounding = 2 * float((together - exact).abs().max())  # float32 rounding, as the batch of 16 has it
     assert rounding < 1e-3
     torch.testing.assert_close(alone[0], together[11], rtol=0, atol=rounding)
     torch.testing.assert_close(one_thread, together, rtol=0, atol=rounding)

@@ -124,7 +124,7 @@ def load_tensors(caller: str, path: str | os.PathLike[str]) -> Any:
         raise FileNotFoundError(f"{caller}: expected path to be a file, got {path!r}")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of many kinds, as the unpickler takes the bytes as they come
+    except Exception as error:  # has many types, as the unpickler takes the bytes as they come
         needed = re.search(r"GLOBAL (\S+)", str(error))
         if needed is not None:
             raise ValueError(

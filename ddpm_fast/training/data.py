@@ -261,7 +261,7 @@ def _read_folder(root: Path, image_size: int | None, skip_broken: bool, first: i
     images = torch.empty(len(files), 3, image_size, image_size, dtype=torch.uint8)
     rows = {file: row for row, file in enumerate(files)}
 
-    shared = _SharedPixels((free_memory() or 4 << 30) // (4 * _BYTES_A_PIXEL))  # of a quarter of the memory
+    shared = _SharedPixels((free_memory() or 4 << 30) // (4 * _BYTES_A_PIXEL))  # a quarter of the memory
 
     def fill(file: Path) -> None:
         images[rows[file]] = _decode(file, image_size, shared)

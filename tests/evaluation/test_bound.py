@@ -293,7 +293,7 @@ def test_bad_arguments_are_refused_before_any_work(
     arguments["model"].forward = None  # not to be called
     with pytest.raises((ValueError, TypeError), match=message):
         variational_bound(**arguments)
-    assert capsys.readouterr().err == ""  # of a progress bar
+    assert capsys.readouterr().err == ""  # no progress bar
 
 
 def test_repr_is_a_line_of_means() -> None:
