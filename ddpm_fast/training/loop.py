@@ -153,6 +153,8 @@ def _run(
             f"train: expected {run.checkpoints} to have the checkpoints of the run, whose log.csv has {logged} steps, got "
             "no such folder; mount its disk, or remove log.csv to start again from step 0"
         )
+    if logged and checkpoint is None:
+        _log.warning("%s has no checkpoint yet: the run starts again from step 0, and its log too", run.path)
     if checkpoint is not None and (done := read_state("train", checkpoint).step) > steps:
         raise ValueError(f"train: expected steps to be at least {done}, the step of the run in {run.path}, got {steps}")
     if options["init"] is not None and resume and checkpoint is None:

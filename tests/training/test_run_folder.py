@@ -374,7 +374,9 @@ def test_a_run_whose_checkpoints_are_lost_does_not_start_again(tmp_path: Path) -
     assert train(run.path, **QUIET, steps=2, resume=True).step == 2
 
 
-def test_a_run_that_ended_before_its_first_checkpoint_starts_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_ended_before_its_first_checkpoint_starts_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
@@ -384,6 +386,7 @@ def test_a_run_that_ended_before_its_first_checkpoint_starts_again(tmp_path: Pat
             train(tmp_path / "run", **QUIET, steps=4)
     assert RunFolder(tmp_path / "run").last_row() == 4
     assert train(tmp_path / "run", **QUIET, steps=4, resume=True).step == 4
+    assert f"{tmp_path / 'run'} has no checkpoint yet: the run starts again from step 0, and its log too" in caplog.text
 
 
 def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
