@@ -99,6 +99,7 @@ def run_training(
     run = RunFolder(run_dir)
     if resume:
         run.read_config()  # refuses a folder without a run before a lock is written into it
+        _check_resumable(run, options["steps"])
     else:
         run.check_new()
     check_writable("train", "run_dir", run.path, run.path)
@@ -147,16 +148,8 @@ def _run(
     checkpoint = run.latest_checkpoint() if resume else None
     if resume and checkpoint is None and run.checkpoint_folders():  # it may be the disk: nothing is replaced
         raise ValueError(f"train: expected a whole checkpoint in {run.checkpoints}, got none that can be read")
-    logged = run.last_row() if resume else 0
-    if logged and not run.checkpoints.is_dir():
-        raise FileNotFoundError(
-            f"train: expected {run.checkpoints} to have the checkpoints of the run, whose log.csv has {logged} steps, got "
-            "no such folder; mount its disk, or remove log.csv to start again from step 0"
-        )
-    if logged and checkpoint is None:
+    if resume and checkpoint is None and run.last_row():
         _log.warning("%s has no checkpoint yet: the run starts again from step 0, and its log too", run.path)
-    if checkpoint is not None and (done := read_state("train", checkpoint).step) > steps:
-        raise ValueError(f"train: expected steps to be at least {done}, the step of the run in {run.path}, got {steps}")
     if options["init"] is not None and resume and checkpoint is None:
         state.load_weights(options["init"])
     config = task.config()
@@ -391,6 +384,20 @@ def _check_threads(threads: int) -> None:
             f"train: expected the environment's {name} to be {wanted}, as PyTorch would wait for {threads} threads forever, "
             f"got {got!r}; unset it, or pass threads=1 (--threads 1)"
         )
+
+
+def _check_resumable(run: RunFolder, steps: int) -> None:
+    """Refuse to resume a run whose checkpoints are lost, or that has done more steps than are wanted."""
+    logged = run.last_row()
+    if logged and not run.checkpoints.is_dir():
+        raise FileNotFoundError(
+            f"train: expected {run.checkpoints} to have the checkpoints of the run, whose log.csv has {logged} steps, got "
+            "no such folder; mount its disk, or remove log.csv to start again from step 0"
+        )
+    # Comparing checksums would read all files, which `_run` does once more.
+    done = run.read_latest(None, lambda checkpoint: read_state("train", checkpoint).step) or 0
+    if done > steps:
+        raise ValueError(f"train: expected steps to be at least {done}, the step of the run in {run.path}, got {steps}")
 
 
 def _check_same(run: RunFolder, config: dict[str, Any], data_check: str) -> None:

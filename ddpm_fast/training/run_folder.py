@@ -162,14 +162,14 @@ class RunFolder:
 
     # ------------------------------------------------------------------------------------------------------ checkpoints
 
-    def latest_checkpoint(self, part: str = "") -> Path | None:
+    def latest_checkpoint(self, part: str | None = "") -> Path | None:
         """Return the newest whole checkpoint, or None. A damaged one is left out with a warning.
 
         The run may go on meanwhile, so read from the checkpoint with `read_latest` unless the lock is held.
 
         Args:
             part: Beginning of the names of the files to compare with their checksums, such as "unet_ema/".
-                Empty: all.
+                Empty: all. None: no file's.
         """
         for folder in self.checkpoint_folders():
             why = why_damaged(folder, part)
@@ -180,7 +180,7 @@ class RunFolder:
             _log.warning("%s is damaged and left out: %s", folder, why)
         return None
 
-    def read_latest(self, part: str, read: Callable[[Path], T]) -> T | None:
+    def read_latest(self, part: str | None, read: Callable[[Path], T]) -> T | None:
         """Return what `read` reads from the newest whole checkpoint, or None if there is none.
 
         A run that goes on removes old checkpoints. If this one was removed before it was read, the newest is read instead.

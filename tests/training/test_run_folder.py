@@ -353,11 +353,13 @@ def test_a_checkpoint_that_stays_is_read_once(tmp_path: Path) -> None:
         start(tmp_path / "run", step=2).read_latest("", read)
 
 
-def test_fewer_steps_than_are_done_are_refused(tmp_path: Path) -> None:
+def test_fewer_steps_than_are_done_are_refused_before_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = start(tmp_path / "run")
     before = run.config_file.read_text()
-    with pytest.raises(ValueError, match=r"train: expected steps to be at least 4, the step of the run in .*, got 3"):
-        train(run.path, **QUIET, steps=3, resume=True)
+    with monkeypatch.context() as patch:
+        patch.setattr("ddpm_fast.training.loop.load_dataset", lambda *_, **__: pytest.fail("the images were read"))
+        with pytest.raises(ValueError, match=r"train: expected steps to be at least 4, the step of the run in .*, got 3"):
+            train(run.path, **QUIET, steps=3, resume=True)
     assert run.config_file.read_text() == before
     assert train(run.path, **QUIET, steps=4, resume=True).step == 4
 
