@@ -229,7 +229,7 @@ def checked_device(op: str, device: Any) -> torch.device:
         try:
             torch.empty(0, device=found)
         except (AssertionError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
+            reason = str(error).splitlines()[0].partition(". ")[0]
             raise ValueError(f"{op}: expected device to be available, got {found}: PyTorch cannot use it: {reason}") from error
     return found
 

@@ -100,7 +100,7 @@ class TensorBoard:
         except ImportError:
             _log.info("TensorBoard is not installed: no event files (pip install 'ddpm_fast[train]')")
         except OSError as error:
-            self._give_up(error)
+            self._stop(error)
 
     def write(self, method: str, *arguments: Any) -> None:
         """Call a method of SummaryWriter, if files are written."""
@@ -109,9 +109,9 @@ class TensorBoard:
         try:
             getattr(self._writer, method)(*arguments)
         except OSError as error:
-            self._give_up(error)
+            self._stop(error)
 
-    def _give_up(self, error: OSError) -> None:
+    def _stop(self, error: OSError) -> None:
         _log.warning("TensorBoard's event files cannot be written, so the run goes on without them: %s", error)
         writer, self._writer = self._writer, None
         with suppress(OSError):  # what is left cannot be written either

@@ -341,9 +341,12 @@ def test_command_prints_the_parts(tmp_path: Path) -> None:
     assert per_image == pytest.approx(bound.total.tolist(), rel=1e-6)
 
     for more, message in (
-        (["--num", "100000"], "--num: digits has"),
+        (["--num", "100000"], "expected --num to be at most 297, the test images of digits, got 100000"),
         (["--data", "nothing"], "expected --data to be one of"),
-        (["--json", str(out / "figures.json")], f"--json: expected '{out}' to be a folder"),
+        (
+            ["--json", str(out / "figures.json")],
+            f"expected --json to be in a folder, got '{out}/figures.json', and '{out}' is a file",
+        ),
     ):
         result = CliRunner().invoke(main, [*arguments, *more])
         assert result.exit_code == 2
