@@ -76,7 +76,7 @@ class CMakeBuild(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         check_requirements()
-        scripts = sysconfig.get_path("scripts")  # of an environment that is used without being activated
+        scripts = sysconfig.get_path("scripts")  # for an environment that is used without being activated
         path = os.environ["PATH"] + os.pathsep + scripts
         programs = {name: shutil.which(name, path=path) for name in ("cmake", "ninja")}
         if None in programs.values() or importlib.util.find_spec("pybind11") is None:

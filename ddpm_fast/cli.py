@@ -10,7 +10,6 @@ import os
 import re
 import secrets
 import signal
-import stat
 import sys
 import tempfile
 import time
@@ -148,35 +147,46 @@ class _Finite(click.FloatRange):
         return number
 
 
-@contextmanager
-def _refusing(options: Mapping[str, str]) -> Iterator[None]:
-    """Turn the package's errors into refusals, and write log lines above progress bars.
+# Options by the names that the package's functions have for them.
+_ALIASES = {"num_samples": "num", "num_steps": "steps", "class_labels": "classes", "name": "data"}
 
-    Args:
-        options: Option that an argument is given by, by the argument's name.
-    """
+
+def _option_names() -> dict[str, str]:
+    """Return how the user writes each parameter of the present command, by the name that errors have for it."""
+    parameters = click.get_current_context().command.params
+    names = {
+        each.name: each.opts[0] if isinstance(each, click.Option) else each.name.upper() for each in parameters if each.name
+    }
+    return {alias: names[name] for alias, name in _ALIASES.items() if name in names} | names
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """Turn errors into refusals that name the command's options, and write log lines above progress bars."""
     from tqdm.contrib.logging import logging_redirect_tqdm
 
     try:
         with logging_redirect_tqdm():
             yield
     except Exception as error:
-        text = _refusal(error)
+        options = _option_names()
+        text = _refusal(error, options)
         if text is None:
             raise
-        names = "|".join(options)
         if not re.search(r", in '[^']*'$", text):  # an error in a file is about the file's own names
-            text = re.sub(rf"\bexpected ({names})(?![\w.])", lambda match: f"expected {options[match[1]]}", text)
+            names = "|".join(options)
+            text = re.sub(rf"\bexpected ({names})(?= to |, )", lambda match: f"expected {options[match[1]]}", text)
         raise _Refused(text) from error
 
 
-def _refusal(error: Exception) -> str | None:
+def _refusal(error: Exception, options: Mapping[str, str]) -> str | None:
     """Return what to tell the user of an error, or None for a defect of the program."""
     import torch
 
     text = str(error)
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
-        return f"out of memory; a smaller --batch-size needs less: {text.splitlines()[0] if text else 'no reason given'}"
+        hint = f"; a smaller {options['batch_size']} needs less" if "batch_size" in options else ""
+        return f"out of memory{hint}: {text.splitlines()[0] if text else 'no reason given'}"
     return text if isinstance(error, ValueError | TypeError | ImportError | OSError) else None
 
 
@@ -202,7 +212,6 @@ def _argument_texts(function: Callable[..., Any]) -> dict[str, str]:
 
 
 _TRAIN_TEXTS = _argument_texts(train)
-_TRAIN_OPTIONS = {name: f"--{name.replace('_', '-')}" for name in _TRAIN_TEXTS if name != "run_dir"} | {"name": "--data"}
 
 
 def _train_option(declaration: str, **settings: Any) -> Callable[[_Command], _Command]:
@@ -273,7 +282,7 @@ def train_command(ctx: click.Context, /, run_dir: Path, resume: bool, progress: 
     from .training.run_folder import RunFolder
 
     try:
-        with _refusing(_TRAIN_OPTIONS):
+        with _refusing():
             if resume:  # the run's own options, except those given now
                 given = {name: options[name] for name in options if _is_given(ctx, name)}
                 options |= RunFolder(run_dir).read_config()["options"] | given
@@ -312,7 +321,7 @@ def export_command(run_dir: Path, out_dir: Path, dtype: str) -> None:
     for folder in (out_dir, out_dir / "unet"):
         remove_leftovers(folder)
     try:
-        with _refusing({"out_dir": "OUT_DIR"}):
+        with _refusing():
             folder = export_checkpoint(run_dir, out_dir, getattr(torch, dtype))
     except KeyboardInterrupt:
         raise _Stopped(f"Stopped by Ctrl-C. {out_dir} may be incomplete.") from None
@@ -323,19 +332,14 @@ def export_command(run_dir: Path, out_dir: Path, dtype: str) -> None:
 # ------------------------------------------------------------------------------------------------------- sample, evaluate
 
 
-def _check_output(option: str, path: Path) -> None:
+def _check_output(command: str, name: str, path: Path) -> None:
     """Raise if no file can be written there, as far as that can be known without writing."""
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise ValueError(f"{option}: expected a file, got {str(path)!r}, which is a folder or a device")
-    except (FileNotFoundError, NotADirectoryError):
-        pass
-    except OSError as error:  # such as a name that is too long
-        raise OSError(f"{option}: {error}") from error
-    check_writable(option, path.parent)
+    check_writable(command, name, path, path.parent)
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{command}: expected {name} to be a file, got {str(path)!r}, which is a folder or a device")
 
 
-def _make_writable(option: str, folder: Path) -> None:
+def _make_writable(command: str, name: str, folder: Path) -> None:
     """Make the folder that results will go to. Raise OSError if it cannot be made or written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -343,7 +347,7 @@ def _make_writable(option: str, folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise OSError(f"{option}: expected {str(folder)!r} to be a folder for files, got: {error}") from error
+        raise OSError(f"{command}: expected {name} to be in a folder for files, got {str(folder)!r}: {error}") from error
 
 
 def _save(save: Callable[[Path], object], path: Path, failures: list[str], endings: tuple[str, ...] = ()) -> None:
@@ -376,26 +380,8 @@ def _save(save: Callable[[Path], object], path: Path, failures: list[str], endin
     failures.append(f"{reason}. No other file could be written either: {', '.join(map(str, folders))}")
 
 
-def _device(ctx: click.Context, param: click.Parameter, value: str | None) -> torch.device:
-    """Return the device of that name, by default a GPU if there is one. Refuse it if nothing runs on it."""
-    import torch
-
-    value = value or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(value)
-        torch.zeros((), device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        raise click.BadParameter(f"{value!r}: {str(error).splitlines()[0]}") from error
-    return device
-
-
 _MAX_GUIDANCE = 1e4  # beyond it, differences of predictions leave the range of float32 within a few steps
-_SAMPLE_OPTIONS = {
-    **{"num_samples": "--num", "seed": "--seed", "class_labels": "--classes", "num_steps": "--steps", "eta": "--eta"},
-    "variance": "--variance",
-}
-_EVALUATE_OPTIONS = {"name": "--data", "data_dir": "--data-dir", "seed": "--seed", "variance": "--variance"}
-_FRAMES = 51  # of an animation, at most
+_FRAMES = 51  # at most, in an animation
 _VARIANCES = ("fixed_small", "fixed_large", "learned", "learned_range")
 
 
@@ -404,7 +390,6 @@ def _model_options(dtype_help: str) -> Callable[[_Command], _Command]:
     options = [
         click.option(
             "--model",
-            "folder",
             type=click.Path(path_type=Path),
             callback=_model_folder,
             help="Load a model's folder in diffusers' layout, or a training run's.  [default: the built-in model]",
@@ -418,7 +403,7 @@ def _model_options(dtype_help: str) -> Callable[[_Command], _Command]:
             type=click.Choice(["float32", "bfloat16", "float16", "float64"]),
             help=dtype_help,
         ),
-        click.option("--device", callback=_device, help="Run on cpu, cuda, cuda:1, ...  [default: a GPU if there is one]"),
+        click.option("--device", help="Run on cpu, cuda, cuda:1, ...  [default: a GPU if there is one]"),
         click.option("--quiet", is_flag=True, help="Print errors only."),
     ]
 
@@ -481,48 +466,49 @@ def sample_command(
     guidance: float | None,
     out: Path,
     gif: Path | None,
-    folder: Path | None,
+    model: Path | None,
     seed: int,
     batch_size: int,
     dtype: str | None,
-    device: torch.device,
+    device: str | None,
     quiet: bool,
 ) -> None:
     """Draw images from a model and write them as one grid."""
     import torch
 
+    from .checks import computing_device
     from .images import image_format, save_grid, save_trajectory
     from .pretrained import BUILTIN, load_folder
     from .sampling import Sampler
 
     failures: list[str] = []
-    with _refusing(_SAMPLE_OPTIONS):
-        _check_output("--out", out)
-        image_format(out, name="--out")
+    with _refusing():
+        _check_output("sample", "out", out)
+        image_format(out, name="out")
         if gif is not None:
-            _check_output("--gif", gif)
-            image_format(gif, name="--gif")
+            _check_output("sample", "gif", gif)
+            image_format(gif, name="gif")
             same = out.exists() and gif.exists() and out.samefile(gif)
             if same or str(out.resolve()).casefold() == str(gif.resolve()).casefold():  # some file systems ignore case
-                raise ValueError(f"--gif: expected another file than --out, got {str(gif)!r} and {str(out)!r}")
+                raise ValueError(f"sample: expected gif to be another file than --out, got {str(gif)!r} and {str(out)!r}")
         precision = None if dtype is None else getattr(torch, dtype)
-        loaded = load_folder(folder or BUILTIN, device, precision)
+        loaded = load_folder(model or BUILTIN, computing_device("sample", device), precision)
         plan = _plan(loaded, sampler, steps, eta, spacing, variance)
         frames = 0 if gif is None else min(_FRAMES, plan.num_steps + 1)
         config = loaded.model.config
         size = config["sample_size"]
         height, width = size if isinstance(size, list | tuple) else (size, size)
         if height is None:
-            raise ValueError("--model: expected a model whose config.json has a sample_size, got null")
+            raise ValueError("sample: expected model to have a sample_size in its config.json, got null")
         pixels, shape = max(height, width), (num, config["in_channels"], height, width)
         scale, gif_scale = max(1, 128 // pixels), max(1, 64 // pixels)
         _check_pictures(shape, frames, out, scale, gif, gif_scale)
         labels = _labels(loaded, classes, num)
         if guidance not in (None, 1) and labels is None:
-            raise ValueError("--guidance: expected a model with classes and --classes other than none, got no labels")
-        _make_writable("--out", out.parent)
+            raise ValueError(f"sample: expected guidance to be 1 or to go with classes, got {guidance} and no labels")
+        _make_writable("sample", "out", out.parent)
         if gif is not None:
-            _make_writable("--gif", gif.parent)
+            _make_writable("sample", "gif", gif.parent)
         began = time.perf_counter()
         arguments: dict[str, Any] = {
             "seed": seed,
@@ -573,20 +559,20 @@ def _check_pictures(
     grid = grid_shape(shape, scale=scale)
     size, gif_size = math.prod(grid), 0
     needed = 12 * numel + 64 * num + 3 * size  # float32 states, labels and seeds, pictures
-    pictures = [("--out", out, grid)]
+    pictures = [("out", out, grid)]
     if gif is not None:
-        if image_format(gif, (1, 1, channels), "--gif") in ANIMATED:
+        if image_format(gif, (1, 1, channels), "gif") in ANIMATED:
             picture, count = grid_shape(shape, scale=gif_scale), frames
         else:
             shown = min(STRIP, frames)
             picture, count = grid_shape((num * shown, *shape[1:]), columns=shown, scale=gif_scale), 1
-        pictures.append(("--gif", gif, picture))
+        pictures.append(("gif", gif, picture))
         gif_size = count * math.prod(picture)
         needed += 4 * frames * numel + 3 * gif_size
-    check_free_memory("sample", "--num", num, needed)
-    for option, path, picture in pictures:
-        image_format(path, picture, option)
-        check_free_space(option, path, size + gif_size)  # they may share a disk
+    check_free_memory("sample", "num", num, needed)
+    for name, path, picture in pictures:
+        image_format(path, picture, name)
+        check_free_space("sample", name, path, size + gif_size)  # they may share a disk
 
 
 def _plan(loaded: Pretrained, sampler: str, steps: int | None, eta: float | None, spacing: Any, variance: Any) -> SamplingPlan:
@@ -596,20 +582,20 @@ def _plan(loaded: Pretrained, sampler: str, steps: int | None, eta: float | None
     common: dict[str, Any] = {"spacing": spacing, "prediction": loaded.prediction, "clip": loaded.clip}
     total = loaded.schedule.num_timesteps
     if steps is not None and steps > total:
-        raise ValueError(f"--steps: expected a number in 1..{total}, the timesteps of the model, got {steps}")
+        raise ValueError(f"sample: expected steps to be in 1..{total}, the timesteps of the model, got {steps}")
     config = loaded.model.config
     learned = config["out_channels"] == 2 * config["in_channels"]
     if variance is not None and variance.startswith("learned") != learned:
         wanted = (
             "learned or learned_range, as the model predicts it" if learned else "fixed_small or fixed_large for this model"
         )
-        raise ValueError(f"--variance: expected {wanted}, got {variance}")
+        raise ValueError(f"sample: expected variance to be {wanted}, got {variance}")
     if sampler == "ddim":
         if variance is not None:
-            raise ValueError("--variance goes with --sampler ddpm; the noise of ddim is --eta")
+            raise ValueError(f"sample: expected variance to go with --sampler ddpm, got {variance}; the noise of ddim is --eta")
         return ddim_plan(loaded.schedule, steps or min(50, total), eta=eta or 0.0, **common)
     if eta is not None:
-        raise ValueError("--eta goes with --sampler ddim; the noise of ddpm is --variance")
+        raise ValueError(f"sample: expected eta to go with --sampler ddim, got {eta}; the noise of ddpm is --variance")
     return ddpm_plan(loaded.schedule, steps or min(100, total), variance=variance or loaded.variance, **common)
 
 
@@ -619,19 +605,20 @@ def _labels(loaded: Pretrained, classes: str | None, num: int) -> list[int] | No
 
     config = loaded.model.config
     embeddings = config["num_class_embeds"]
-    if classes == "none" or (classes is None and embeddings is None):
+    names = [name.lower() for name in config.get("class_names", ())]
+    unlabelled = classes == "none" and "none" not in names  # a class may be called none
+    if unlabelled or (classes is None and embeddings is None):
         return None
     if embeddings is None:
-        raise ValueError(f"--classes: the model has no classes, got {classes!r}")
+        raise ValueError(f"sample: expected classes to be none, as the model has no classes, got {classes!r}")
     count = embeddings - 1  # the last is "no label"
     chosen = list(range(count))
     if classes is not None:
-        names = config.get("class_names", ())
         entries = [part.strip() for part in classes.split(",")]
         numbered = [int(entry) if entry.isdecimal() and entry not in names else entry for entry in entries]
-        chosen = cast("list[int]", labels_of("--classes", config, numbered))
+        chosen = cast("list[int]", labels_of("sample", config, numbered))
         if max(chosen) >= count:
-            raise ValueError(f"--classes: expected numbers in 0..{count - 1}, got {max(chosen)}")
+            raise ValueError(f"sample: expected classes to be in 0..{count - 1}, got {max(chosen)}")
     return [chosen[i % len(chosen)] for i in range(num)]
 
 
@@ -650,7 +637,6 @@ def _labels(loaded: Pretrained, classes: str | None, num: int) -> list[int] | No
 @click.option("--labels/--no-labels", default=True, show_default=True, help="Give the network the class of each image.")
 @click.option(
     "--json",
-    "json_path",
     type=click.Path(dir_okay=False, path_type=Path),
     help="Write the figures to this JSON file.  [default: none]",
 )
@@ -661,12 +647,12 @@ def evaluate_command(
     data_dir: str | None,
     variance: Any,
     labels: bool,
-    json_path: Path | None,
-    folder: Path | None,
+    json: Path | None,
+    model: Path | None,
     seed: int,
     batch_size: int,
     dtype: str | None,
-    device: torch.device,
+    device: str | None,
     quiet: bool,
 ) -> None:
     """Compute the variational bound of test images.
@@ -676,34 +662,38 @@ def evaluate_command(
     import torch
 
     from .atomic import write_json
+    from .checks import computing_device
     from .evaluation import variational_bound
     from .pretrained import BUILTIN, load_folder
     from .training.data import load_dataset, to_unit_range
 
     failures: list[str] = []
-    with _refusing(_EVALUATE_OPTIONS):
-        if json_path is not None:
-            _check_output("--json", json_path)
-            if json_path.exists() and json_path.stat().st_size and "bits_per_dim" not in json_path.read_text(errors="replace"):
-                raise ValueError(f"--json: expected a new file or one of an earlier evaluation, got {str(json_path)!r}")
+    with _refusing():
+        if json is not None:
+            _check_output("evaluate", "json", json)
+            if json.exists() and json.stat().st_size and "bits_per_dim" not in json.read_text(errors="replace"):
+                raise ValueError(f"evaluate: expected json to be new or of an earlier evaluation, got {str(json)!r}")
         dtype = dtype or "float32"
-        loaded = load_folder(folder or BUILTIN, device, getattr(torch, dtype))
+        loaded = load_folder(model or BUILTIN, computing_device("evaluate", device), getattr(torch, dtype))
         variance = variance or loaded.variance
         dataset = load_dataset(data, data_dir, split="test", image_size=loaded.model.config["sample_size"], first=num)
         if num > len(dataset):
-            raise ValueError(f"--num: {data} has {len(dataset)} test images, got {num}")
+            raise ValueError(f"evaluate: expected num to be at most {len(dataset)}, the test images of {data}, got {num}")
         if dataset.shape[0] != loaded.model.config["in_channels"]:
-            raise ValueError(f"--data: {data} has {dataset.shape[0]} channels, the model {loaded.model.config['in_channels']}")
+            channels = loaded.model.config["in_channels"]
+            raise ValueError(
+                f"evaluate: expected data to have {channels} channels, as the model has, got {data!r} with {dataset.shape[0]}"
+            )
         images, classes = dataset[torch.arange(num)]
         embeddings = loaded.model.config["num_class_embeds"]
         labelled = labels and embeddings is not None
         if labelled and classes.max() >= embeddings - 1:
             raise ValueError(
-                f"--labels: expected classes in 0..{embeddings - 2}, as the model has, got {int(classes.max())}; --no-labels "
-                "evaluates without"
+                f"evaluate: expected labels to be in 0..{embeddings - 2}, as the model has, got {int(classes.max())}; "
+                "--no-labels evaluates without"
             )
-        if json_path is not None:
-            _make_writable("--json", json_path.parent)
+        if json is not None:
+            _make_writable("evaluate", "json", json.parent)
         began = time.perf_counter()
         bound = variational_bound(
             loaded.model,
@@ -728,7 +718,7 @@ def evaluate_command(
         "L_0": bound.reconstruction,
         "total": bound.total,
     }
-    if json_path is not None:
+    if json is not None:
         settings = {"data": data, "num": num, "variance": variance, "labels": labelled, "seed": seed, "dtype": dtype}
         keys = ("prior", "transitions", "reconstruction", "total")
         figures = dict(zip(keys, parts.values(), strict=True))
@@ -740,7 +730,7 @@ def evaluate_command(
             "per_timestep": {key: _finite(values.mean(dim=0)) for key, values in curves.items()},
             "seconds": seconds,
         }
-        _save(lambda path: write_json(path, result), json_path, failures)
+        _save(lambda path: write_json(path, result), json, failures)
     if not quiet:
         counted = "1 test image" if num == 1 else f"{num} test images"
         click.echo(f"{counted} of {data}, {variance}: bits/dim (standard error of the mean), {seconds:.1f} s")

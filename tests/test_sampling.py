@@ -223,7 +223,7 @@ def test_an_image_of_a_network_differs_by_the_rounding_of_its_convolutions(two_t
     alone, alone_on_the_way = sampler.trajectory(1, seed=sample_seeds(0, 16)[11:12], progress=False)
     torch.set_num_threads(1)
     one_thread = sample(model, plan, 16, progress=False)
-    rounding = 2 * float((together - exact).abs().max())  # of float32, as the batch of 16 has it
+    rounding = 2 * float((together - exact).abs().max())  # float32 rounding, as the batch of 16 has it
     assert rounding < 1e-3
     torch.testing.assert_close(alone[0], together[11], rtol=0, atol=rounding)
     torch.testing.assert_close(one_thread, together, rtol=0, atol=rounding)
@@ -581,14 +581,14 @@ def test_command_options_do_what_they_say(folder: Path, tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         ("--classes hat", "expected --classes to be integers or names among zero, one, ankle boot, got 'hat'"),
-        ("--classes 3", "expected numbers in 0..2, got 3"),
-        ("--steps 21", "--steps: expected a number in 1..20, the timesteps of the model, got 21"),
-        ("--eta 1", "--eta goes with --sampler ddim"),
-        ("--sampler ddim --variance fixed_small", "--variance goes with --sampler ddpm"),
-        ("--variance learned", "--variance: expected fixed_small or fixed_large for this model, got learned"),
-        ("--classes none --guidance 2", "--guidance: expected a model with classes and --classes other than none"),
+        ("--classes 3", "expected --classes to be in 0..2, got 3"),
+        ("--steps 21", "expected --steps to be in 1..20, the timesteps of the model, got 21"),
+        ("--eta 1", "expected --eta to go with --sampler ddim, got 1.0; the noise of ddpm is --variance"),
+        ("--sampler ddim --variance fixed_small", "expected --variance to go with --sampler ddpm, got fixed_small"),
+        ("--variance learned", "expected --variance to be fixed_small or fixed_large for this model, got learned"),
+        ("--classes none --guidance 2", "expected --guidance to be 1 or to go with classes, got 2.0 and no labels"),
         ("--guidance nan", "'--guidance': nan is not a finite number"),
-        ("--device meta", "'meta'"),
+        ("--device meta", "expected --device to be one that computes, got meta"),
         ("--out /dev/null/a.png", "/dev/null"),
         ("--out /proc/a.png", "/proc"),
         ("--gif /dev/null/a.gif", "/dev/null"),

@@ -74,7 +74,7 @@ class _PlanScheduler:
 
     def register_to_config(self, **kwargs: Any) -> None:
         """Record arguments in the configuration and reset what was derived from it."""
-        super().register_to_config(**kwargs)  # type: ignore[misc]  # of diffusers' ConfigMixin
+        super().register_to_config(**kwargs)  # type: ignore[misc]  # from diffusers' ConfigMixin
         self._kept: dict[tuple[Any, ...], _Steps] = {}
 
     @property

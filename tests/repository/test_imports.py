@@ -53,6 +53,7 @@ ALLOWED = {
             "version",
             "atomic",
             "limits",
+            "checks",
             "plan",
             "info",
             "images",
