@@ -63,8 +63,12 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(PassedTests(file))
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest applies -m
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what is slow, unless --full is given, and what has passed before."""
+    for item in items:
+        if "emulated_module" in getattr(item, "fixturenames", ()):  # CUDA kernels, compiled by g++
+            item.add_marker("sources")
     full, file = config.getoption("full"), config.getoption("skip_passed")
     passed = set(file.read_text(encoding="utf-8").splitlines()) if file is not None and file.exists() else set()
 
