@@ -28,7 +28,7 @@ check:  ## run what a change has to pass, for the CPU alone, in about five minut
 check-all: check-lowest  ## run everything: CUDA builds, machine code, slow tests, full products, benchmarks/tests, docs
 	$(PYTHON) .ci/copy_tree.py build/check-all
 	FORCE_CUDA=1 DDPM_FAST_CUDA_ARCHS="80;90a;100" $(MAKE) -C build/check-all VENV=.venv -j 2 setup EXTRAS=test,bench,docs
-	$(MAKE) -C build/check-all VENV=.venv lint test-all docs OPTIONS="$$( \
+	$(MAKE) -C build/check-all VENV=.venv -j 2 lint test-all docs OPTIONS="$$( \
 		cmp -s build/check/build/copied.json build/check-all/build/copied.json && echo --skip-passed=../check/build/passed.txt)"
 
 # Tests marked `sources` find the same with any version of a library.
