@@ -4,7 +4,7 @@ Environment variables:
     DDPM_FAST_NO_NATIVE=1: build nothing. The reference and Triton backends work without the native module.
     FORCE_CUDA=1: compile the CUDA kernels for all architectures, even if no GPU is visible.
     DDPM_FAST_CUDA_ARCHS="80;90a": compile the CUDA kernels for these architectures. "none" compiles none.
-    DDPM_FAST_COMPILED_ISAS=native: compile the CPU kernels for this processor and for the baseline only, in half the time.
+    DDPM_FAST_COMPILED_ISAS=native: compile the CPU kernels for this processor, and for the baseline without much optimization.
     CXX: the C++ compiler.
 """
 

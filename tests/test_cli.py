@@ -88,7 +88,7 @@ def test_idle_threads_sleep_unless_the_user_says_otherwise(start: str) -> None:
     assert at_the_import_of_torch(source, OMP_WAIT_POLICY="active") == "OMP_WAIT_POLICY=active"
 
 
-@pytest.mark.parametrize("name", WAIT_VARIABLES[1:])
+@pytest.mark.parametrize("name", [WAIT_VARIABLES[1], pytest.param(WAIT_VARIABLES[2], marks=pytest.mark.slow)])
 def test_other_variables_of_waiting_are_respected(name: str) -> None:
     assert at_the_import_of_torch("from ddpm_fast.cli import main; main(['info'])", **{name: "1000"}) == f"{name}=1000"
 
@@ -516,10 +516,14 @@ REDIRECTIONS = {
     "both full": (">/dev/full 2>/dev/full", 1),
     "closed pipe": ("| true", None),
 }
+QUICK_REDIRECTIONS = ("all closed", "full stdout", "closed pipe")  # each takes a process, and the others resemble these
 
 
 @pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="the system has no /dev/full")
-@pytest.mark.parametrize("redirection", REDIRECTIONS)
+@pytest.mark.parametrize(
+    "redirection",
+    [pytest.param(name, marks=() if name in QUICK_REDIRECTIONS else pytest.mark.slow) for name in REDIRECTIONS],
+)
 def test_images_are_saved_whatever_becomes_of_the_streams(redirection: str, small: Path, tmp_path: Path) -> None:
     text, code = REDIRECTIONS[redirection]
     command = f"{sys.executable} -W ignore -m ddpm_fast sample --model {small} --num 1 --steps 2 --out {tmp_path}/a.png {text}"
@@ -605,6 +609,7 @@ def test_a_second_ctrl_c_names_the_last_checkpoint(tmp_path: Path, monkeypatch: 
     assert last.endswith(f"The last checkpoint of {folder}: {folder}/checkpoints/step-00000001.")
 
 
+@pytest.mark.slow  # test_training.py sends a signal without another process
 def test_a_hangup_saves_and_ends_with_129(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "ddpm_fast", "train", str(tmp_path / "run"), *TINY, "--steps", "1000000", "--log-every=1"]
     process = subprocess.Popen(

@@ -165,11 +165,17 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def started(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of four steps, to copy."""
+    return start(tmp_path_factory.mktemp("started") / "run").path
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_falls_back_to_the_newest_whole_one(
-    damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    damage: str, started: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run = start(tmp_path / "run")
+    run = RunFolder(Path(shutil.copytree(started, tmp_path / "run", symlinks=True)))
     newest = run.latest_checkpoint()
     assert newest is not None
     assert newest.name == "step-00000004"
