@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from .checks import check_float, check_int, check_number, check_strided, check_type
+from .dtypes import opmath
+from .limits import check_free_memory
 from .models import Model, model_config
 from .ops import initial_noise, noise
 from .plan import SamplingPlan
 from .reference import STREAM_KNOWN
-from .requests import ClassLabels, check_model, labels_of, resolve_seeds
-from .sampling import Callback, Sampler
+from .requests import Callback, ClassLabels, Request, check_model, checked_request
+from .sampling import Sampler, checked_setup
+
+_MOST_WEIGHTS: Final = 1 << 16
 
 
 def vary(
@@ -61,21 +65,17 @@ def vary(
     check_model(caller, model)
     _check_images(caller, "images", images, model)
     check_number(caller, "strength", strength, 0, 1)
-    seeds = resolve_seeds(caller, seed, len(images))
-    later, abar = _from_strength(caller, plan, strength)
-    draw = Sampler(model, later or plan, dtype=dtype, device=device, shape=images.shape[1:])
-    if later is None:
-        return images.detach().to(draw.device, torch.float64 if draw.dtype == torch.float64 else torch.float32, copy=True)
-    start = _noised(images, abar, seeds)
-    return draw(
-        *(len(images),),
-        seed=seeds,
+    _check_denoises(caller, plan)
+    shape, device = checked_setup(caller, model, plan, dtype, device, images.shape[1:], None)
+    request = checked_request(
+        *(caller, model, device, shape, len(images)),
+        seed=seed,
         batch_size=batch_size,
         class_labels=class_labels,
         guidance_scale=guidance_scale,
-        x_T=start,
         progress=progress,
     )
+    return _denoised(model, plan, images, strength, request, dtype, device)
 
 
 def interpolate(
@@ -104,7 +104,7 @@ def interpolate(
         plan: From `ddpm_plan`, `dpm_solver_plan`, ....
         a: Floating [N, C, H, W] in [-1, 1], of the model's size.
         b: Images like `a`.
-        num: The number of images for each pair, at least 2, with weights evenly spaced in 0..1.
+        num: The number of images for each pair, 2..65536, with weights evenly spaced in 0..1.
         strength: See `vary`. Small values blend pixels, large ones change what is shown.
         seed: See `sample`. Pair i uses the noise of image i there.
         batch_size: See `sample`.
@@ -127,25 +127,29 @@ def interpolate(
     _check_images(caller, "b", b, model)
     if a.shape != b.shape:
         raise ValueError(f"{caller}: expected b to have the shape of a, {list(a.shape)}, got {list(b.shape)}")
-    check_int(caller, "num", num, 2)
+    check_int(caller, "num", num, 2, _MOST_WEIGHTS)
     check_number(caller, "strength", strength, 0, 1)
-    seeds = resolve_seeds(caller, seed, len(a)).repeat_interleave(num)
-    labels: Any = labels_of(caller, model_config(model), class_labels)
-    if isinstance(labels, Sequence | Tensor) and not (isinstance(labels, Tensor) and labels.dim() == 0):
-        labels = torch.as_tensor(labels).repeat_interleave(num)
-    weight = torch.linspace(0, 1, num, device=a.device)[None, :, None, None, None]
-    mixed = torch.lerp(a[:, None].float(), b[:, None].to(a.device).float(), weight).flatten(0, 1)
-    varied: Tensor = vary(
-        *(model, plan, mixed, strength),
-        seed=seeds,
+    _check_denoises(caller, plan)
+    shape, device = checked_setup(caller, model, plan, dtype, device, a.shape[1:], None)
+    pairs = checked_request(
+        *(caller, model, device, shape, len(a)),
+        seed=seed,
         batch_size=batch_size,
-        class_labels=labels,
+        class_labels=class_labels,
         guidance_scale=guidance_scale,
         progress=progress,
-        dtype=dtype,
-        device=device,
     )
-    return varied.reshape(len(a), num, *a.shape[1:])
+    check_free_memory(caller, "num", num, 12 * num * a.numel())  # mixed images, x_T and results in float32
+    request = replace(
+        pairs,
+        num_samples=num * len(a),
+        batch_size=num * len(a) if batch_size is None else batch_size,
+        seeds=pairs.seeds.repeat_interleave(num),
+        labels=None if pairs.labels is None else pairs.labels.repeat_interleave(num),
+    )
+    weights = torch.linspace(0, 1, num, device=a.device)[None, :, None, None, None]
+    mixed = torch.lerp(a[:, None].float(), b[:, None].to(a.device).float(), weights).flatten(0, 1)
+    return _denoised(model, plan, mixed, strength, request, dtype, device).reshape(len(a), num, *shape)
 
 
 def invert(
@@ -187,8 +191,18 @@ def invert(
     check_type(caller, "plan", plan, SamplingPlan)
     if plan.is_random or bool((plan.timesteps.diff() < 0).any()):
         raise ValueError(f"{caller}: expected plan to go from an image to noise (ddim_inversion_plan), got\n{plan}")
-    draw = Sampler(model, plan, dtype=dtype, device=device, shape=images.shape[1:])
-    return draw(len(images), batch_size=batch_size, class_labels=class_labels, x_T=images, progress=progress)
+    shape, device = checked_setup(caller, model, plan, dtype, device, images.shape[1:], None)
+    request = checked_request(
+        *(caller, model, device, shape, len(images)),
+        seed=0,
+        batch_size=batch_size,
+        class_labels=class_labels,
+        guidance_scale=None,
+        x_T=images,
+        progress=progress,
+    )
+    x_T, _ = Sampler(model, plan, dtype=dtype, device=device, shape=shape)._draw(request)
+    return x_T
 
 
 def inpaint(
@@ -235,24 +249,23 @@ def inpaint(
     _check_images(caller, "images", images, model)
     _check_mask(caller, mask, images)
     _check_denoises(caller, plan)
-    check_int(caller, "batch_size", batch_size, 1, optional=True)
-    seeds = resolve_seeds(caller, seed, len(images))
-    draw = Sampler(model, plan, dtype=dtype, device=device, shape=images.shape[1:])
-    state = torch.float64 if draw.dtype == torch.float64 else torch.float32
-    known, painted = images.detach().to(draw.device, state), mask.to(draw.device, state).expand(len(images), -1, -1, -1)
-    labels: Any = labels_of(caller, model_config(model), class_labels)
-    per_image = isinstance(labels, Sequence | Tensor) and not (isinstance(labels, Tensor) and labels.dim() == 0)
+    shape, device = checked_setup(caller, model, plan, dtype, device, images.shape[1:], None)
+    request = checked_request(
+        *(caller, model, device, shape, len(images)),
+        seed=seed,
+        batch_size=batch_size,
+        class_labels=class_labels,
+        guidance_scale=guidance_scale,
+        progress=progress,
+    )
+    draw = Sampler(model, plan, dtype=dtype, device=device, shape=shape)
+    known = images.detach().to(device, opmath(draw.dtype))
+    painted = mask.to(device, known.dtype).expand(len(images), -1, -1, -1)
     results = []
-    for begin in range(0, len(images), batch_size or len(images)):
-        chunk = slice(begin, begin + (batch_size or len(images)))
-        drawn = draw(
-            *(len(known[chunk]),),
-            seed=seeds[chunk],
-            class_labels=labels[chunk] if per_image else labels,
-            guidance_scale=guidance_scale,
-            progress=progress,
-            callback=_keep_known(plan, known[chunk], painted[chunk], seeds[chunk].to(draw.device)),
-        )
+    for begin in range(0, len(images), request.batch_size):
+        chunk = slice(begin, begin + request.batch_size)
+        keep = _keep_known(plan, known[chunk], painted[chunk], request.seeds[chunk].to(device))
+        drawn, _ = draw._draw(request.part(chunk, callback=keep))
         results.append(torch.lerp(known[chunk], drawn, painted[chunk]))
     return torch.cat(results)
 
@@ -268,24 +281,28 @@ def _keep_known(plan: SamplingPlan, known: Tensor, painted: Tensor, seeds: Tenso
     return keep
 
 
-def _from_strength(caller: str, plan: SamplingPlan, strength: float) -> tuple[SamplingPlan | None, float]:
-    """Return the last part of the plan and abar where it begins, or None for no step at all."""
-    _check_denoises(caller, plan)
+def _denoised(
+    model: Model,
+    plan: SamplingPlan,
+    images: Tensor,
+    strength: float,
+    request: Request,
+    dtype: torch.dtype | None,
+    device: torch.device,
+) -> Tensor:
+    """Noise the images as far as `strength` says (derivation eq. 3), and run the plan from there."""
     levels = plan.timesteps.unique_consecutive()  # Heun's method has two rows a level
     count = round(strength * len(levels))
+    timestep = int(levels[-max(count, 1)])
+    draw = Sampler(model, plan.starting_at(timestep), dtype=dtype, device=device, shape=images.shape[1:])
+    x_0 = images.detach().to(device, opmath(draw.dtype), copy=True)
     if count == 0:
-        return None, 1.0
-    timestep = int(levels[-count])
+        return x_0
     row = int((plan.timesteps == timestep).nonzero()[0])
-    abar = plan.alpha_bars_prev[row - 1] if row else plan.schedule.alpha_bars[timestep]
-    return plan.starting_at(timestep), float(abar)
-
-
-def _noised(images: Tensor, abar: float, seeds: Tensor) -> Tensor:
-    """Return x_t of the images (derivation eq. 3), with the noise of `sample`."""
-    dtype = torch.promote_types(images.dtype, torch.float32)
-    z = initial_noise(images.shape, seeds.to(images.device), dtype=dtype, device=images.device)
-    return math.sqrt(abar) * images.detach().to(dtype) + math.sqrt(1 - abar) * z
+    abar = float(plan.alpha_bars_prev[row - 1] if row else plan.schedule.alpha_bars[timestep])
+    z = initial_noise(x_0.shape, request.seeds.to(device), dtype=x_0.dtype, device=device)
+    drawn, _ = draw._draw(replace(request, x_T=math.sqrt(abar) * x_0 + math.sqrt(1 - abar) * z))
+    return drawn
 
 
 def _check_denoises(caller: str, plan: SamplingPlan) -> None:

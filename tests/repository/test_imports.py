@@ -31,10 +31,10 @@ ALLOWED = {
     "images": {"atomic", "checks", "limits"},
     "models": set(),
     "inference": {"dtypes", "checks", "ops", "nn", "models", "inference"},
-    "requests": {"checks", "ops", "nn", "models", "inference"},
+    "requests": {"checks", "limits", "ops", "nn", "models", "inference"},
     "denoising_loop": {"plan", "ops", "models"},
     "sampling": {"dtypes", "checks", "limits", "plan", "images", "models", "inference", "requests", "denoising_loop"},
-    "editing": {"checks", "reference", "plan", "ops", "models", "requests", "sampling"},
+    "editing": {"dtypes", "checks", "limits", "reference", "plan", "ops", "models", "requests", "sampling"},
     "evaluation": {
         *("dtypes", "checks", "reference", "schedule", "plan", "ops", "models", "inference", "requests", "evaluation"),
     },
