@@ -24,7 +24,8 @@ from PIL import Image
 import ddpm_fast
 from ddpm_fast import images, limits
 from ddpm_fast.atomic import PREFIX
-from ddpm_fast.cli import main, train_command
+from ddpm_fast.cli import main
+from ddpm_fast.cli.train import train_command
 from ddpm_fast.nn import UNet
 from ddpm_fast.sampling import Sampler
 from ddpm_fast.training import train

@@ -99,7 +99,7 @@ def test_inversion_returns_to_normal_data(told: Any) -> None:
     """With the best network for normal data, DDIM's inversion scales x_0 to x_T, and DDIM scales it back."""
     model = Gaussian(SCHEDULE, 0.0, 0.5)
     x_T = invert(model, ddim_inversion_plan(SCHEDULE, 1000, told=told, clip=None), IMAGES, **QUIET)
-    torch.testing.assert_close(x_T, 2 * IMAGES, rtol=0.05, atol=0.02)  # of variance 1 for x_0 of variance 1/4
+    torch.testing.assert_close(x_T, 2 * IMAGES, rtol=0.05, atol=0.02)  # variance 1 for x_0 with variance 1/4
     again = sample(model, ddim_plan(SCHEDULE, 1000, clip=None), 2, x_T=x_T, shape=(3, 4, 4), **QUIET)
     torch.testing.assert_close(again, IMAGES, rtol=0, atol=0.02)
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..checks import check_choice, check_int, listed
+from ..checks import check_choice, check_int, check_path, listed
 from ..limits import check_free_memory, free_memory
 
 if TYPE_CHECKING:
@@ -394,6 +394,36 @@ def _common_size(root: Path, all_sizes: Sequence[tuple[int, int]]) -> int:
         f"load_dataset: expected image_size, as the images in {root} are not squares of one size, got None with sizes "
         f"{listed}{more}; image_size=64 (--image-size 64) crops each to its central square and resizes it to 64x64"
     )
+
+
+def read_image(path: str | os.PathLike[str], size: int, channels: int) -> Tensor:
+    """Read the largest centred square of an image, resized.
+
+    Args:
+        path: A file that Pillow can read.
+        size: Height and width in pixels.
+        channels: 1 for grey or 3 for RGB.
+
+    Returns:
+        uint8 [channels, size, size].
+
+    Raises:
+        ValueError: The file is damaged, or holds no image.
+        OSError: The file cannot be opened.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    check_path("read_image", "path", path)
+    try:
+        with Image.open(path) as opened:
+            picture = _resized_square(opened, size)
+    except (UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError, OSError) as error:
+        if isinstance(error, OSError) and error.filename is not None and not isinstance(error, UnidentifiedImageError):
+            raise
+        raise ValueError(f"read_image: expected path to be an image, got {str(path)!r}: {error}") from error
+    if channels == 3:
+        return picture
+    return torch.from_numpy(np.array(Image.fromarray(picture.permute(1, 2, 0).numpy()).convert("L")))[None]
 
 
 def _decode(file: Path, size: int, shared: _SharedPixels) -> Tensor:

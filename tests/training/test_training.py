@@ -24,7 +24,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from ddpm_fast.cli import _argument_texts
+from ddpm_fast.cli.train import argument_texts
 from ddpm_fast.nn import UNet
 from ddpm_fast.ops import noise
 from ddpm_fast.pretrained import load_folder
@@ -632,7 +632,7 @@ def test_unlabelled_images_train_an_unconditional_network(tmp_path: Path) -> Non
 
 def test_every_option_is_documented() -> None:
     """The command line shows the same texts, so each begins with a verb and is one or two sentences."""
-    texts = _argument_texts(train)
+    texts = argument_texts(train)
     assert list(texts) == list(inspect.signature(train).parameters)
     assert all(text[0].isupper() and text.endswith((".", "...")) and len(text) < 130 for text in texts.values())
 
