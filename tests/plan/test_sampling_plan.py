@@ -1,4 +1,4 @@
-"""What every plan offers: a table as text, a plot, slices, and starts from a timestep."""
+"""Tests of what every plan offers: a table as text, a plot, slices, and starts from a timestep."""
 
 import itertools
 from dataclasses import replace
