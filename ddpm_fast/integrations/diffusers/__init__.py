@@ -13,9 +13,11 @@ with needs_extra("diffusers"):
     from diffusers import SchedulerMixin as SchedulerMixin
 
 from .ddim import DDIMScheduler as DDIMScheduler
+from .ddim_inverse import DDIMInverseScheduler as DDIMInverseScheduler
 from .ddpm import DDPMScheduler as DDPMScheduler
+from .dpm_solver import DPMSolverMultistepScheduler as DPMSolverMultistepScheduler
 
-__all__ = ["DDIMScheduler", "DDPMScheduler"]
+__all__ = ["DDIMInverseScheduler", "DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler"]
 
-for _scheduler in (DDIMScheduler, DDPMScheduler):
+for _scheduler in (DDIMInverseScheduler, DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler):
     _scheduler.__module__ = __name__  # saved pipelines name it, so it does not change

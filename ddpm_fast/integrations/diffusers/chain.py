@@ -78,6 +78,11 @@ class PlanScheduler(KernelScheduler):
         for arguments in kinds:
             self._steps(*arguments).prepare(device or "cpu")
 
+    def _check_set(self, method: str) -> None:
+        """Raise if there are no timesteps yet."""
+        if self.num_inference_steps is None:
+            raise ValueError(f"{type(self).__name__}.{method}: expected set_timesteps to have been called, got no timesteps")
+
     # ------------------------------------------------------------------------------------------------------------- plans
 
     def _plan_arguments(self) -> tuple[Any, ...]:

@@ -131,10 +131,6 @@ class DDIMScheduler(PlanScheduler, diffusers.DDIMScheduler):
         x_prev, x_0 = self._advance(steps, known, timestep, model_output, sample, noise)
         return DDIMSchedulerOutput(prev_sample=x_prev, pred_original_sample=x_0) if return_dict else (x_prev, x_0)
 
-    def _check_set(self, method: str) -> None:
-        if self.num_inference_steps is None:
-            raise ValueError(f"{type(self).__name__}.{method}: expected set_timesteps to have been called, got no timesteps")
-
     def _plan_arguments(self) -> tuple[Any, ...]:
         return 0.0, False
 
