@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -391,3 +395,305 @@ def test_a_timestep_on_a_device_is_not_read_by_the_host(config: dict[str, Any]) 
     scheduler.set_begin_index(0)
     for t in scheduler.timesteps:
         assert scheduler.step(x_t, t, x_t).prev_sample.shape == SHAPE
+
+
+# ---------------------------------------------------------------------------------------------------------- DDIM inversion
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        *({"beta_schedule": s} for s in ("linear", "scaled_linear", "squaredcos_cap_v2")),
+        *({"prediction_type": "v_prediction", "clip_sample": c, "timestep_spacing": "trailing"} for c in (True, False)),
+        {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1, "beta_schedule": "scaled_linear"},
+        {"prediction_type": "sample", "set_alpha_to_one": False, "clip_sample_range": 2.0},
+        {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
+        {"thresholding": True, "sample_max_value": 0.5},  # keys of other schedulers
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("steps", [10, 50])
+def test_inversion_is_that_of_diffusers(config: dict[str, Any], steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = DDIMInverseScheduler(**config), diffusers.DDIMInverseScheduler(**config)
+    for scheduler in (ours, theirs):
+        scheduler.set_timesteps(steps)
+    if config.get("prediction_type") == "sample":  # 1 - abar_0 = 1e-4 as float32's root of a difference
+        theirs.alphas_cumprod = ours.schedule.alpha_bars
+        theirs.initial_alpha_cumprod = ours.schedule.alpha_bars[0]
+    difference = assert_same_image(ours, theirs, monkeypatch)
+    # A step has about eight operations, and the first divides a rounded 1 - abar of at least 1e-4.
+    assert difference <= steps * 8 * EPS64 / (1e-4 if config.get("prediction_type") == "sample" else 1)
+
+
+def test_single_steps_of_an_inversion(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps to timesteps outside the chain begin T // n below, as in diffusers, also one for each sample."""
+    ours, theirs = DDIMInverseScheduler(), diffusers.DDIMInverseScheduler()
+    for scheduler in (ours, theirs):
+        scheduler.set_timesteps(10)
+    in_float64(ours, theirs, monkeypatch)
+    x, m = normals(2, *SHAPE)
+    for t in (0, 1, 99, 101, 555, 900, 999):
+        for got, expected in zip(ours.step(m, t, x, False), theirs.step(m.double(), t, x.double(), False), strict=True):
+            # Rounding of x_0^ = (x - sqrt(1 - abar) m) / sqrt(abar), relative to its terms.
+            terms = float((x.abs() + m.abs()).max()) * float(ours.schedule.alpha_bars[max(t - 100, 0)]) ** -0.5
+            torch.testing.assert_close(got.double(), expected, rtol=0, atol=4 * EPS * terms)
+    together = ours.step(m, torch.tensor([0, 500, 555]), x).prev_sample
+    for i, t in enumerate((0, 500, 555)):
+        assert torch.equal(together[i : i + 1], ours.step(m[i : i + 1], t, x[i : i + 1]).prev_sample)
+
+
+@pytest.mark.parametrize(("steps", "different"), [(30, 10), (50, 0)])
+def test_inversion_starts_where_the_step_before_arrived(steps: int, different: int) -> None:
+    """Diffusers' steps start at t - T // n. In "trailing" that is the timestep before only if n divides T."""
+    ours, theirs = (
+        kind(timestep_spacing="trailing", clip_sample=False) for kind in (DDIMInverseScheduler, diffusers.DDIMInverseScheduler)
+    )
+    for scheduler in (ours, theirs):
+        scheduler.set_timesteps(steps)
+    abar = torch.cat([ours.schedule.alpha_bars, torch.ones(1)])
+    x_0, epsilon = normals(2, *SHAPE, dtype=torch.float64)
+    wrong = 0
+    for start, t in itertools.pairwise([-1, *ours.timesteps.tolist()]):
+        x, expected = (abar[i].sqrt() * x_0 + (1 - abar[i]).sqrt() * epsilon for i in (start, t))
+        torch.testing.assert_close(ours.step(epsilon, t, x).prev_sample, expected, rtol=0, atol=1e-5)
+        wrong += not torch.allclose(theirs.step(epsilon, t, x).prev_sample, expected, rtol=0, atol=1e-5)
+    assert wrong == different
+
+
+def test_inversion_is_undone_by_ddim() -> None:
+    """With a model that knows epsilon whatever it is given."""
+    from ddpm_fast.integrations.diffusers import DDIMScheduler
+
+    inverse, forward = DDIMInverseScheduler(clip_sample=False), DDIMScheduler(clip_sample=False)
+    x, epsilon = normals(2, *SHAPE, dtype=torch.float64)
+    y = x
+    for scheduler in (inverse, forward):
+        scheduler.set_timesteps(20)
+        for t in scheduler.timesteps:
+            y = scheduler.step(epsilon, t, y).prev_sample
+    # Each step rounds its coefficients to float32, and the way back divides by sqrt(abar) = 0.01 at last.
+    torch.testing.assert_close(y, x, rtol=0, atol=40 * EPS * float(inverse.schedule.alpha_bars[950]) ** -0.5)
+
+
+def test_the_deprecated_argument_of_inversion() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        ours, theirs = (
+            kind(set_alpha_to_zero=False, clip_sample=False) for kind in (DDIMInverseScheduler, diffusers.DDIMInverseScheduler)
+        )
+    assert ours.initial_alpha_cumprod == pytest.approx(float(theirs.initial_alpha_cumprod), rel=EPS)
+    ours.set_timesteps(10)
+    # The image is at abar_0, where the first step goes.
+    assert float(ours.sampling_plan().coefficients[0, COLUMNS.index("k1")]) == pytest.approx(1, rel=EPS64)
+
+
+def test_inversion_on_a_device_and_compiled() -> None:
+    scheduler = DDIMInverseScheduler()
+    scheduler.set_timesteps(10, device="meta")
+    x_t = torch.empty(SHAPE, device="meta")
+    for t in (scheduler.timesteps[0], scheduler.timesteps[:3]):
+        assert scheduler.step(x_t, t, x_t).prev_sample.shape == SHAPE
+    scheduler.set_timesteps(10)
+    x_t, m = normals(2, *SHAPE)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda m, t, x_t: scheduler.step(m, t, x_t).prev_sample, fullgraph=True, backend="eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for t in scheduler.timesteps:
+            assert torch.equal(compiled(m, t, x_t), scheduler.step(m, t, x_t).prev_sample)
+
+
+# ------------------------------------------------------------------------------------------- configuration, files, classes
+
+
+SETTINGS: dict[type, dict[str, Any]] = {
+    DPMSolverMultistepScheduler: {"beta_schedule": "scaled_linear", **KARRAS, **SDE, "steps_offset": 1},
+    DDIMInverseScheduler: {"beta_schedule": "scaled_linear", "set_alpha_to_one": False, "steps_offset": 1},
+}
+
+
+@pytest.mark.parametrize("kind", THEIRS)
+def test_configurations_and_files(kind: Any, tmp_path: Path) -> None:
+    """They are the same as diffusers', in both directions."""
+    ours, theirs = kind(**SETTINGS[kind]), THEIRS[kind](**SETTINGS[kind])
+    assert isinstance(ours, THEIRS[kind])
+    assert ours.to_json_string() == theirs.to_json_string()
+    for made in (ours, theirs):
+        made.save_pretrained(tmp_path)
+        saved = json.loads((tmp_path / "scheduler_config.json").read_text(encoding="utf-8"))
+        assert saved["_class_name"] == kind.__name__
+        for other in (kind, THEIRS[kind]):
+            for loaded in (other.from_pretrained(tmp_path), other.from_config(made.config)):
+                assert json.loads(loaded.to_json_string()) == saved
+                loaded.set_timesteps(7)
+
+
+@pytest.mark.parametrize("kind", THEIRS)
+def test_configurations_go_to_every_compatible_scheduler_and_back(kind: Any) -> None:
+    ours = kind(beta_end=0.03, prediction_type="v_prediction")
+    for other in [*THEIRS[kind]._compatibles, "DDPMScheduler", "DDIMScheduler"]:
+        try:
+            there = getattr(diffusers, other).from_config(ours.config)
+        except ImportError:  # DPMSolverSDEScheduler needs another package
+            continue
+        back = kind.from_config(there.config)
+        assert (back.config.beta_end, back.config.prediction_type) == (0.03, "v_prediction")
+        back.set_timesteps(5)
+
+
+def test_a_clip_of_another_scheduler_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = diffusers.DDPMScheduler(variance_type="fixed_large", clip_sample=True, clip_sample_range=0.1).config
+    ours, theirs = (kind.from_config(config) for kind in (DPMSolverMultistepScheduler, diffusers.DPMSolverMultistepScheduler))
+    for scheduler in (ours, theirs):
+        scheduler.set_timesteps(10)
+    assert_same_image(ours, theirs, monkeypatch)
+
+
+@pytest.mark.parametrize("kind", THEIRS)
+def test_signatures_and_attributes_are_those_of_diffusers(kind: Any) -> None:
+    theirs = THEIRS[kind]
+    names = ["__init__", "set_timesteps", "step", "scale_model_input", "__len__"]
+    names += ["add_noise", "set_begin_index", "convert_model_output"] if kind is DPMSolverMultistepScheduler else []
+    for name in names:
+        parameters = [inspect.signature(getattr(k, name)).parameters.values() for k in (kind, theirs)]
+        assert [(p.name, p.default) for p in parameters[0]] == [(p.name, p.default) for p in parameters[1]]
+    assert set(vars(theirs())) - {"timesteps", "alphas_cumprod"} <= set(vars(kind()))  # properties of some
+    for name in ("betas", "alphas", "alphas_cumprod", "timesteps", "init_noise_sigma", "num_inference_steps"):
+        torch.testing.assert_close(getattr(kind(), name), getattr(theirs(), name), rtol=1e-6, atol=0)
+
+
+def test_a_configuration_that_changes_changes_the_steps() -> None:
+    scheduler = DPMSolverMultistepScheduler(**SIGMA_MIN)
+    scheduler.set_timesteps(5)
+    before = scheduler.sampling_plan()
+    scheduler.register_to_config(solver_order=1)
+    assert before.needs_x_0_prev
+    assert not scheduler.sampling_plan().needs_x_0_prev
+
+
+# ------------------------------------------------------------------------------------------------------------- pipelines
+
+
+def test_a_pipeline_of_diffusers_takes_the_solver_and_saves_it(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (8,)}
+    unet = diffusers.UNet2DModel(sample_size=8, norm_num_groups=4, layers_per_block=1, **blocks)
+
+    def images(pipeline: Any) -> Tensor:
+        pipeline.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(1)
+        drawn: Tensor = pipeline(batch_size=2, generator=generator, num_inference_steps=10, output_type="pt").images
+        return drawn
+
+    theirs, ours = (
+        diffusers.DDPMPipeline(unet, kind(**SDE))
+        for kind in (diffusers.DPMSolverMultistepScheduler, DPMSolverMultistepScheduler)
+    )
+    torch.testing.assert_close(images(ours), images(theirs), rtol=0, atol=1e-5)
+    ours.save_pretrained(tmp_path)
+    loaded = diffusers.DDPMPipeline.from_pretrained(tmp_path)
+    assert isinstance(loaded.scheduler, DPMSolverMultistepScheduler)
+    assert torch.equal(images(loaded), images(ours))
+
+
+# ---------------------------------------------------------------------------------------------------------------- errors
+
+
+X = torch.zeros(SHAPE)
+
+
+def _set(steps: Any = 10, kind: Any = DPMSolverMultistepScheduler, **config: Any) -> Any:
+    scheduler = kind(**config)
+    scheduler.set_timesteps(steps)
+    return scheduler
+
+
+def _made(**config: Any) -> Callable[[], Any]:
+    return lambda: DPMSolverMultistepScheduler(**config)
+
+
+def _listed(timesteps: Any, **config: Any) -> Callable[[], Any]:
+    return lambda: DPMSolverMultistepScheduler(**config).set_timesteps(timesteps=timesteps)
+
+
+NAME = "DPMSolverMultistepScheduler"
+BAD: list[tuple[Callable[[], Any], str]] = [
+    (_made(solver_order=3), f"{NAME}: expected solver_order to be one of 1, 2, got 3"),
+    (
+        _made(algorithm_type="dpmsolver", **SIGMA_MIN),
+        r"algorithm_type to be one of dpmsolver\+\+, sde-dpmsolver\+\+, got 'dpmsolver'",
+    ),
+    (_made(algorithm_type="sde-dpmsolver"), "algorithm_type to be one of .*, got 'sde-dpmsolver'"),
+    (_made(solver_type="euler"), f"{NAME}: expected solver_type to be one of midpoint, heun, got 'euler'"),
+    (_made(final_sigmas_type="one"), f"{NAME}: expected final_sigmas_type to be one of zero, sigma_min, got 'one'"),
+    (
+        _made(prediction_type="flow_prediction"),
+        "prediction_type to be one of epsilon, sample, v_prediction, got 'flow_prediction'",
+    ),
+    (_made(timestep_spacing="even"), "expected timestep_spacing to be one of linspace, leading, trailing, got 'even'"),
+    (_made(beta_schedule="exp"), "expected beta_schedule to be one of linear, .*, got 'exp'"),
+    (_made(lambda_min_clipped="low"), f"{NAME}: expected lambda_min_clipped to be a number, got str"),
+    (_made(thresholding=True, sample_max_value=0.0), "expected sample_max_value to be positive, got 0.0"),
+    *(
+        (
+            _made(**{key: True}),
+            f"{NAME}: expected {key} to be false, got True: timestep_spacing and use_karras_sigmas are supported",
+        )
+        for key in (
+            *("use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "use_flow_sigmas", "use_dynamic_shifting"),
+        )
+    ),
+    (
+        lambda: DPMSolverMultistepScheduler.from_config({**KARRAS, "sigma_min": 0.1}).set_timesteps(5),
+        f"{NAME}.set_timesteps: expected no sigma_min with use_karras_sigmas, got 0.1",
+    ),
+    (lambda: _set(0), f"{NAME}.set_timesteps: expected num_inference_steps to be in 1..1000, got 0"),
+    (lambda: _set(1001), "expected num_inference_steps to be in 1..1000, got 1001"),
+    (lambda: _set(1000, timestep_spacing="leading"), "expected num_inference_steps to be in 1..999, got 1000"),
+    (lambda: _set(2.0), f"{NAME}.set_timesteps: expected num_inference_steps to be an int, got 2.0"),
+    (lambda: _set(None), "expected exactly one of num_inference_steps and timesteps, got neither"),
+    (
+        lambda: DPMSolverMultistepScheduler().set_timesteps(3, timesteps=[2, 1]),
+        "exactly one of num_inference_steps and timesteps, got both",
+    ),
+    (lambda: DPMSolverMultistepScheduler().set_timesteps(3, mu=0.5), "expected mu to be None, as dynamic shifting .* got 0.5"),
+    (lambda: _set(9, timestep_spacing="leading", steps_offset=150), "expected steps_offset to keep .* from 1050 to 250"),
+    (lambda: _set(9, lambda_min_clipped=9.0), r"expected lambda_min_clipped to be at most \d.*, lambda at timestep 1, got 9.0"),
+    (lambda: _set(1, trained_betas=[0.1, 0.3]), "expected num_train_timesteps to be 2, .* got 1000"),
+    (_listed([3, 3]), r"strictly descending integers in 0..999, got \[3, 3\]"),
+    (_listed([1000, 3]), r"strictly descending integers in 0..999, got \[1000, 3\]"),
+    (_listed([3, 2], **KARRAS), r"expected timesteps to be None with use_karras_sigmas, got \[3, 2\]"),
+    (lambda: DPMSolverMultistepScheduler().step(X, 0, X), f"{NAME}.step: expected set_timesteps to have been called"),
+    (
+        lambda: DPMSolverMultistepScheduler().sampling_plan(),
+        f"{NAME}.sampling_plan: expected set_timesteps to have been called",
+    ),
+    (lambda: _set(thresholding=True).sampling_plan(), f"{NAME}.sampling_plan: expected thresholding to be false, got true"),
+    (lambda: _set().step(None, 900, X), f"{NAME}.step: expected model_output to be a tensor, got NoneType"),
+    (lambda: _set().step(X, 900, X.int()), f"{NAME}.step: expected sample to be float32, .*, got torch.int32"),
+    (lambda: _set().step(X, None, X), f"{NAME}.step: expected timestep to be a number or a tensor, got None"),
+    (lambda: _set().step(X, torch.tensor([9, 8]), X), r"expected timestep to have 1 element, got shape \[2\]"),
+    (lambda: _set().step(X[:, :2], 900, X), r"expected model_output to have shape \[3, 3, 6, 6\], got \[3, 2, 6, 6\]"),
+    (
+        lambda: _set(**SDE).step(X, 900, X, generator=torch.Generator(), variance_noise=X),
+        f"{NAME}.step: expected at most one of generator and variance_noise, got both",
+    ),
+    (lambda: _set().add_noise(X, X, torch.tensor([1000])), "expected timesteps in 0..999, got values from 1000 to 1000"),
+    (
+        lambda: DDIMInverseScheduler(prediction_type="sample"),
+        "DDIMInverseScheduler: expected prediction_type to be .* with set_alpha_to_one, .* got 'sample'",
+    ),
+    (
+        lambda: _set(kind=DDIMInverseScheduler, timestep_spacing="linspace"),
+        'DDIMInverseScheduler.set_timesteps: expected timestep_spacing to be "leading" or "trailing", got "linspace"',
+    ),
+    (lambda: DDIMInverseScheduler().step(X, 0, X), "DDIMInverseScheduler.step: expected set_timesteps to have been called"),
+    (lambda: DDIMInverseScheduler().sampling_plan(), "DDIMInverseScheduler.sampling_plan: expected set_timesteps to have been"),
+    (lambda: _set(kind=DDIMInverseScheduler).step(X, 1000, X), "DDIMInverseScheduler.step: expected timestep to be in 0..999"),
+    (lambda: _set(2000, DDIMInverseScheduler), "expected num_inference_steps to be in 1..1000 .*, got 2000"),
+]
+
+
+@pytest.mark.parametrize(("make", "message"), BAD)
+def test_errors(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        make()

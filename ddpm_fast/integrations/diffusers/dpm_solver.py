@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...checks import check_choice, check_float, check_number, checked_device
+from ...checks import check_choice, check_float, check_number, check_range, checked_device
 from ...ops.reverse_step import reverse_step
 from ...plan import COLUMNS, SamplingPlan, dpm_solver_plan
 from ...plan.dpm_solver import FEW_STEPS
@@ -134,9 +134,6 @@ class DPMSolverMultistepScheduler(KernelScheduler, diffusers.DPMSolverMultistepS
         check_choice(name, "solver_type", config.solver_type, ("midpoint", "heun"))
         check_choice(name, "final_sigmas_type", config.final_sigmas_type, ("zero", "sigma_min"))
         check_number(name, "lambda_min_clipped", config.lambda_min_clipped)
-        for key in ("sigma_min", "sigma_max"):  # of other schedulers: diffusers takes them for Karras's levels
-            if config.use_karras_sigmas and config.get(key) is not None:
-                raise ValueError(f"{name}: expected no {key} with use_karras_sigmas, as the schedule has it, got {config[key]}")
         for key in _UNSUPPORTED:
             if config[key]:
                 raise ValueError(
@@ -235,6 +232,9 @@ class DPMSolverMultistepScheduler(KernelScheduler, diffusers.DPMSolverMultistepS
         if not 1 <= num_steps <= most:
             raise ValueError(f"{name}: expected num_inference_steps to be in 1..{most}, got {num_steps}")
         if spacing == "karras":
+            for key in ("sigma_min", "sigma_max"):  # of another scheduler's configuration: diffusers takes them
+                if config.get(key) is not None:
+                    raise ValueError(f"{name}: expected no {key} with use_karras_sigmas, got {config[key]}")
             return self._karras(int(num_steps))
         if spacing == "linspace":
             descending = np.linspace(0, last - 1, num_steps + 1).round()[:0:-1]
@@ -452,6 +452,7 @@ class DPMSolverMultistepScheduler(KernelScheduler, diffusers.DPMSolverMultistepS
         if self.num_inference_steps is None:
             return self._q_sample(caller, original_samples, noise, timesteps)
         x_0, noise, t = self._forward_arguments(caller, original_samples, noise, timesteps)
+        check_range(caller, "timesteps", t, self.schedule.num_timesteps)
         levels = self._chain_levels()
         row: int | Tensor
         if self._begin_index is not None:
