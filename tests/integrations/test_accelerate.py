@@ -866,7 +866,7 @@ ERRORS: list[tuple[str, Callable[[], Any], dict[str, Any], type[Exception], str]
         part("scheduler", lambda pipe: diffusers.DPMSolverMultistepScheduler(solver_order=3)),
         {},
         ValueError,
-        "accelerate: expected pipe.scheduler to have a supported configuration, got: DPMSolverMultistepScheduler: expected solver",
+        "accelerate: expected pipe.scheduler to have a supported configuration, got: DPMSolverMultistepScheduler: expected",
     ),
     (
         "scheduler's configuration",
