@@ -234,7 +234,7 @@ def test_a_chain_may_start_in_the_middle(config: dict[str, Any], is_set: bool, m
 
 
 def test_levels_of_add_noise() -> None:
-    """Those of the chain: Karras's lie between timesteps, and inpainting asks for that of the next step."""
+    """They are the chain's: Karras's lie between timesteps, and inpainting asks for that of the next step."""
     x_0, noise = normals(2, *SHAPE, dtype=torch.float64)
     for config in ({}, KARRAS, {**KARRAS, **SIGMA_MIN}):
         ours, theirs = DPMSolverMultistepScheduler(**config), diffusers.DPMSolverMultistepScheduler(**config)
