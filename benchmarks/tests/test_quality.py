@@ -140,7 +140,7 @@ def test_a_run_writes_the_figures_of_the_functions(tmp_path: Path, small: Callab
     plan = ddpm_fast.dpm_solver_plan(loaded.schedule, 4, eta=1.0)
     distances, accuracies = [], []
     for seed in (0, 1):
-        images = ddpm_fast.sample(loaded.model, plan, 16, seed=seed, batch_size=8, class_labels=wanted, progress=False)
+        images = ddpm_fast.sample(loaded.model, plan, 16, seed=seed, batch_size=8, class_labels=wanted, dtype=torch.float32)
         measured = quality.measure(classifier, ddpm_fast.to_uint8(images))
         distances.append(ddpm_fast.frechet_distance(measured.features, reference.features))
         accuracies.append(measured.accuracy(wanted))
@@ -207,7 +207,9 @@ def test_the_table_and_the_plot_come_from_the_results(
     assert after == text
     lines = [line.split("|")[1:3] for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     names = ["ancestral (eq. 13)", "ancestral (eq. 13)", "DPM-Solver++(2M) SDE", "real images"]
-    assert [[cell.strip() for cell in line] for line in lines[2:]] == [list(pair) for pair in zip(names, ["2", "3", "2", ""])]
+    assert [[cell.strip() for cell in line] for line in lines[2:]] == [
+        list(pair) for pair in zip(names, ["2", "3", "2", ""], strict=True)
+    ]
     assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
     axes = quality.plot(section["rows"], "title").axes[0]
@@ -219,6 +221,7 @@ def test_the_table_and_the_plot_come_from_the_results(
     assert any(line.get_linestyle() == "--" and set(line.get_ydata()) == {floor} for line in axes.lines)
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers
 @pytest.mark.parametrize(
     ("peer", "ours", "options"),
     [
@@ -237,7 +240,7 @@ def test_diffusers_draws_the_images_of_the_same_weights_and_classes(peer: str, o
     x = torch.randn(2, 1, 32, 32, generator=generator)
     plan = ours(loaded.schedule, 4, **options)
     x_0_prev = torch.zeros_like(x)
-    network = ddpm_fast.freeze(loaded.model)
+    network = ddpm_fast.freeze(loaded.model, torch.float32)
     with torch.inference_mode():
         for step, t in enumerate(plan.timesteps.tolist()):
             output = network(x, torch.full((2,), t), labels)
