@@ -221,7 +221,7 @@ def test_the_table_and_the_plot_come_from_the_results(
     assert any(line.get_linestyle() == "--" and set(line.get_ydata()) == {floor} for line in axes.lines)
 
 
-@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers warns
 @pytest.mark.parametrize(
     ("peer", "ours", "options"),
     [
