@@ -28,7 +28,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -555,10 +555,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"the options were {before}: all rows are measured again")
         rows = []
 
-    @lru_cache(maxsize=1)
-    def built(name: str, evaluations: int) -> Draw:
-        return build_draw(loaded, name, evaluations, dtype, args.device)
-
     def figures(method: str, evaluations: int | None, seed: int) -> tuple[float, float, float | None] | None:
         wanted = torch.arange(args.num) % CLASSES
         if evaluations is None:
@@ -572,7 +568,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 None,
             )
         else:
-            drawn, seconds = draw_timed(built(method, evaluations), args.num, args.batch, seed, args.device)
+            draw = build_draw(loaded, method, evaluations, dtype, args.device)
+            drawn, seconds = draw_timed(draw, args.num, args.batch, seed, args.device)
             if args.grids:
                 save_grid(drawn[:100], args.grids / f"{name}_{method}_{evaluations}_seed{seed}.png", columns=CLASSES)
             measured = measure(classifier, to_uint8(drawn))

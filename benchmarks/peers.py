@@ -10,6 +10,7 @@ ddpm_fast stands in each table itself. Nothing here imports torch at the top: pr
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
@@ -324,16 +325,29 @@ TRAINING = {
 
 
 def _diffusers_sampler(scheduler: str, **options: Any) -> Callable[[Pretrained, int, Any, str], Function]:
-    """Return how to build diffusers' UNet2DModel with one of its schedulers.
+    """Return how to build diffusers' UNet2DModel with one of its schedulers, in the memory format that is faster.
 
     The loop is that of its pipelines, which take no class labels.
     """
 
     def build(loaded: Pretrained, evaluations: int, dtype: Any, device: str) -> Function:
+        import common
         import idioms
         import torch
 
-        network = idioms.diffusers_unet(loaded.model).to(device, dtype, memory_format=torch.channels_last).eval()
+        network = idioms.diffusers_unet(loaded.model).to(device, dtype).eval()
+        config = loaded.model.config
+        shape = (config["in_channels"], config["sample_size"], config["sample_size"])
+
+        def one_evaluation(memory_format: torch.memory_format) -> Callable[[], object]:
+            candidate = copy.deepcopy(network).to(memory_format=memory_format)
+            x = torch.zeros(16, *shape, dtype=dtype, device=device).contiguous(memory_format=memory_format)
+            labels = torch.zeros(16, dtype=torch.int64, device=device)
+            return lambda: candidate(x, 0, class_labels=labels)
+
+        with torch.inference_mode():
+            memory_format = common.FORMATS[common.fastest_format(one_evaluation, device)[0]]
+        network.to(memory_format=memory_format)
         settings = {
             "num_train_timesteps": loaded.schedule.num_timesteps,
             "trained_betas": loaded.schedule.betas.tolist(),
@@ -344,14 +358,12 @@ def _diffusers_sampler(scheduler: str, **options: Any) -> Callable[[Pretrained, 
         if scheduler in ("DDPMScheduler", "DDIMScheduler"):  # DPMSolverMultistepScheduler cannot clip x_0
             settings |= {"clip_sample": loaded.clip is not None, "clip_sample_range": loaded.clip or 1.0}
         stepper = getattr(idioms.diffusers(), scheduler)(**settings, **options)
-        config = loaded.model.config
-        shape = (config["in_channels"], config["sample_size"], config["sample_size"])
 
         @torch.inference_mode()
         def draw(seeds: Tensor, labels: Tensor) -> Tensor:
             generator = torch.Generator(device).manual_seed(int(seeds[0]))
             x = torch.randn(len(seeds), *shape, generator=generator, dtype=dtype, device=device)
-            x = x.to(memory_format=torch.channels_last) * stepper.init_noise_sigma
+            x = x.to(memory_format=memory_format) * stepper.init_noise_sigma
             labels = labels.to(device)
             stepper.set_timesteps(evaluations)
             for t in stepper.timesteps:
