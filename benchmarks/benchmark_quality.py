@@ -220,12 +220,38 @@ def split_real(labels: Tensor) -> tuple[Tensor, Tensor]:
     """
     of_class = [(labels == label).nonzero().flatten() for label in range(CLASSES)]
     half = min(len(indices) for indices in of_class) // 2
-    first, second = (torch.stack([indices[part] for indices in of_class], dim=1).flatten() for part in _halves(half))
+    parts = (slice(half), slice(half, 2 * half))
+    first, second = (torch.stack([indices[part] for indices in of_class], dim=1).flatten() for part in parts)
     return first, second
 
 
-def _halves(half: int) -> tuple[slice, slice]:
-    return slice(half), slice(half, 2 * half)
+class Judge(NamedTuple):
+    """A classifier and the real images that others are compared with.
+
+    Attributes:
+        classifier: The trained classifier.
+        real: Real images to measure. Image i has class i % 10.
+        reference: Other real images.
+    """
+
+    classifier: Classifier
+    real: Measured
+    reference: Measured
+
+    def of_images(self, images: Tensor) -> tuple[float, float]:
+        """Return distance and accuracy of images in [-1, 1] of all classes in turn."""
+        return self._figures(measure(self.classifier, to_uint8(images)), start=0)
+
+    def of_real(self, num: int, seed: int) -> tuple[float, float] | None:
+        """Return distance and accuracy of a set of `num` real images, or None if no set is left. Sets are disjoint."""
+        part = slice(seed * num, (seed + 1) * num)
+        if part.stop > len(self.real.features):
+            return None
+        return self._figures(Measured(self.real.predicted[part], self.real.features[part]), start=part.start)
+
+    def _figures(self, measured: Measured, start: int) -> tuple[float, float]:
+        wanted = torch.arange(start, start + len(measured.predicted)) % CLASSES
+        return frechet_distance(measured.features, self.reference.features), measured.accuracy(wanted)
 
 
 # ------------------------------------------------------------------------------------------------------------ samplers
@@ -362,19 +388,31 @@ def weights_hash(model: nn.Module) -> str:
 # ---------------------------------------------------------------------------------------------------------------- rows
 
 
-def add_seed(row: Row, seed: int, distance: float, accuracy: float, seconds: float | None) -> None:
+class Figures(NamedTuple):
+    """Figures of one seed of a row. Real images take no seconds."""
+
+    distance: float
+    accuracy: float
+    seconds: float | None
+
+
+def add_seed(row: Row, seed: int, figures: Figures) -> None:
     """Add the figures of a seed to a row, and update its statistics."""
-    for key, value in {DISTANCE: distance, "accuracy": accuracy, SECONDS: seconds}.items():
+    for key, value in zip((DISTANCE, "accuracy", SECONDS), figures, strict=True):
         if value is None:
             row[key] = None
             continue
-        values = [*row.get(key, {}).get("by seed", []), float(f"{value:.4g}")]
+        values = [*row.get(key, {}).get("by seed", []), _rounded(value)]
         if key == SECONDS:
-            row[key] = {"median": statistics.median(values), "by seed": values}
+            row[key] = {"median": _rounded(statistics.median(values)), "by seed": values}
             continue
-        std = float(f"{statistics.stdev(values):.4g}") if len(values) > 1 else None
-        row[key] = {"mean": float(f"{statistics.fmean(values):.4g}"), "std": std, "by seed": values}
+        std = _rounded(statistics.stdev(values)) if len(values) > 1 else None
+        row[key] = {"mean": _rounded(statistics.fmean(values)), "std": std, "by seed": values}
     row["seeds"] = [*row["seeds"], seed]
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.4g}")
 
 
 def new_row(name: str, evaluations: int | None, num: int) -> Row:
@@ -468,7 +506,7 @@ def measure_rows(
     todo: Sequence[tuple[str, int | None]],
     seeds: int,
     rows: list[Row],
-    figures: Callable[[str, int | None, int], tuple[float, float, float | None] | None],
+    figures: Callable[[str, int | None, int], Figures | None],
     save: Callable[[], None],
     num: int,
 ) -> int:
@@ -478,7 +516,7 @@ def measure_rows(
         todo: Names and numbers of evaluations of the rows.
         seeds: Measure seeds 0 .. seeds - 1.
         rows: Rows so far, extended in place.
-        figures: From a name, evaluations and a seed to distance, accuracy and seconds, or None if there are none.
+        figures: From a name, evaluations and a seed to figures, or None if there are none.
         save: Called after each measurement.
         num: N of new rows.
     """
@@ -489,7 +527,7 @@ def measure_rows(
             row = by_key.get(key) or new_row(*key, num)
             if seed in row["seeds"] or (found := figures(*key, seed)) is None:
                 continue
-            add_seed(row, seed, *found)
+            add_seed(row, seed, found)
             row["commit"] = common.commit()
             if key not in by_key:
                 by_key[key] = row
@@ -544,7 +582,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     images, labels = test[torch.arange(len(test))]
     file = args.classifier or default_classifier()
     classifier, of_test = trained_classifier(file, images, labels)
-    real, reference = (Measured(of_test.predicted[half], of_test.features[half]) for half in split_real(labels))
+    halves = [Measured(of_test.predicted[half], of_test.features[half]) for half in split_real(labels)]
+    judge = Judge(classifier, *halves)
     run = common.Run(args.device, args.out)
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     about = {"test accuracy": round(of_test.accuracy(labels), 4), "sha256": digest, "recipe": RECIPE}
@@ -555,28 +594,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"the options were {before}: all rows are measured again")
         rows = []
 
-    def figures(method: str, evaluations: int | None, seed: int) -> tuple[float, float, float | None] | None:
-        wanted = torch.arange(args.num) % CLASSES
+    def figures(method: str, evaluations: int | None, seed: int) -> Figures | None:
+        seconds = None
         if evaluations is None:
-            size = min(args.num, len(real.features))
-            part = slice(seed * size, (seed + 1) * size)
-            if part.stop > len(real.features):
-                return None  # no disjoint set is left
-            measured, wanted, seconds = (
-                Measured(real.predicted[part], real.features[part]),
-                (torch.arange(size) + part.start) % CLASSES,
-                None,
-            )
+            found = judge.of_real(args.num, seed)
         else:
             draw = build_draw(loaded, method, evaluations, dtype, args.device)
             drawn, seconds = draw_timed(draw, args.num, args.batch, seed, args.device)
             if args.grids:
                 save_grid(drawn[:100], args.grids / f"{name}_{method}_{evaluations}_seed{seed}.png", columns=CLASSES)
-            measured = measure(classifier, to_uint8(drawn))
-        distance, accuracy = frechet_distance(measured.features, reference.features), measured.accuracy(wanted)
+            found = judge.of_images(drawn)
+        if found is None:
+            return None
         took = "" if seconds is None else f", {seconds:.3g} s an image"
-        print(f"{method}:{evaluations or ''} seed {seed}: Frechet {distance:.3g}, accuracy {accuracy:.3f}{took}", flush=True)
-        return distance, accuracy, seconds
+        print(f"{method}:{evaluations or ''} seed {seed}: Frechet {found[0]:.3g}, accuracy {found[1]:.3f}{took}", flush=True)
+        return Figures(*found, seconds)
 
     todo = [(REAL, None), *(pair for pair in pairs if pair[0] not in skipped)]
     save = partial(run.save, section, rows, classifier=about, options=options)

@@ -192,6 +192,11 @@ def test_a_run_continues(small: Callable[..., tuple[dict[str, Any], str]], monke
     assert [row["name"] for row in section["rows"]] == ["real", "ddpm"]
 
 
+def test_the_floor_has_no_more_seeds_than_disjoint_sets(small: Callable[..., tuple[dict[str, Any], str]]):
+    section, _ = small("--samplers", "ddpm:2", "--seeds", "3")  # 40 images are two sets of 16
+    assert {row["name"]: row["seeds"] for row in section["rows"]} == {"real": [0, 1], "ddpm": [0, 1, 2]}
+
+
 def test_the_table_and_the_plot_come_from_the_results(
     tmp_path: Path, small: Callable[..., tuple[dict[str, Any], str]], monkeypatch: pytest.MonkeyPatch, capsys: Any
 ):
