@@ -241,7 +241,7 @@ def test_levels_of_add_noise() -> None:
         for scheduler in (ours, theirs):
             scheduler.set_timesteps(10)
         t = ours.timesteps[[0, 3, 9]]
-        bound = EPS / 4e-5  # of 1 - abar in float32
+        bound = EPS / 4e-5  # the rounding of 1 - abar in float32
         torch.testing.assert_close(ours.add_noise(x_0, noise, t), theirs.add_noise(x_0, noise, t), rtol=0, atol=bound)
         for scheduler in (ours, theirs):
             scheduler.set_begin_index(6)

@@ -232,7 +232,7 @@ class DPMSolverMultistepScheduler(KernelScheduler, diffusers.DPMSolverMultistepS
         if not 1 <= num_steps <= most:
             raise ValueError(f"{name}: expected num_inference_steps to be in 1..{most}, got {num_steps}")
         if spacing == "karras":
-            for key in ("sigma_min", "sigma_max"):  # of another scheduler's configuration: diffusers takes them
+            for key in ("sigma_min", "sigma_max"):  # names in other schedulers' configurations, which diffusers takes
                 if config.get(key) is not None:
                     raise ValueError(f"{name}: expected no {key} with use_karras_sigmas, got {config[key]}")
             return self._karras(int(num_steps))
