@@ -19,19 +19,23 @@ unexport PYTHONDONTWRITEBYTECODE
 # -j 2: the kernels compile while pip installs.
 
 check:  ## run what a change has to pass, for the CPU alone, in about five minutes
+	rm -f build/check/build/passed.txt
 	$(PYTHON) .ci/copy_tree.py build/check
 	DDPM_FAST_CUDA_ARCHS=none DDPM_FAST_COMPILED_ISAS=native $(MAKE) -C build/check VENV=.venv -j 2 setup
-	$(MAKE) -C build/check VENV=.venv -j 2 lint test
+	$(MAKE) -C build/check VENV=.venv -j 2 lint test OPTIONS="--write-passed=build/passed.txt"
 
+# Tests that passed in `make check` of the same tree do not run again, except those marked `again`.
 check-all: check-lowest  ## run everything: CUDA builds, machine code, slow tests, full products, benchmarks/tests, docs
 	$(PYTHON) .ci/copy_tree.py build/check-all
 	FORCE_CUDA=1 DDPM_FAST_CUDA_ARCHS="80;90a;100" $(MAKE) -C build/check-all VENV=.venv -j 2 setup EXTRAS=test,bench,docs
-	$(MAKE) -C build/check-all VENV=.venv lint test-all docs
+	$(MAKE) -C build/check-all VENV=.venv -j 2 lint test-all docs OPTIONS="$$( \
+		cmp -s build/check/build/copied.json build/check-all/build/copied.json && echo --skip-passed=../check/build/passed.txt)"
 
+# Tests marked `sources` find the same with any version of a library.
 check-lowest:  ## run the tests with the lowest versions that pyproject.toml allows (downloads 4 GB the first time)
 	$(PYTHON) .ci/copy_tree.py build/check-lowest
 	DDPM_FAST_CUDA_ARCHS=none DDPM_FAST_COMPILED_ISAS=native $(MAKE) -C build/check-lowest VENV=.venv -j 2 setup-lowest
-	$(MAKE) -C build/check-lowest VENV=.venv test
+	$(MAKE) -C build/check-lowest VENV=.venv test OPTIONS="-m 'not sources'"
 
 setup: $(VENV)/installed build  ## make an environment with the package (editable) and what the tests need
 
@@ -63,10 +67,10 @@ lint:  ## check style and types
 	$(SOURCES) | xargs $(VENV)/bin/clang-format --dry-run --Werror
 
 test:  ## run the tests of `make check`
-	$(PYTEST)
+	$(PYTEST) $(OPTIONS)
 
 test-all:  ## run all tests: slow ones, full products of parameters, benchmarks/tests
-	$(PYTEST) --full tests benchmarks/tests
+	$(PYTEST) --full $(OPTIONS) tests benchmarks/tests
 
 bench:  ## measure sampling, and every op beside its peers
 	$(RUN) benchmarks/sample_speed.py

@@ -4,7 +4,7 @@ Environment variables:
     DDPM_FAST_NO_NATIVE=1: build nothing. The reference and Triton backends work without the native module.
     FORCE_CUDA=1: compile the CUDA kernels for all architectures, even if no GPU is visible.
     DDPM_FAST_CUDA_ARCHS="80;90a": compile the CUDA kernels for these architectures. "none" compiles none.
-    DDPM_FAST_COMPILED_ISAS=native: compile the CPU kernels for this processor and for the baseline only, in half the time.
+    DDPM_FAST_COMPILED_ISAS=native: compile the CPU kernels for this processor, and for the baseline without much optimization.
     CXX: the C++ compiler.
 """
 
@@ -76,7 +76,7 @@ class CMakeBuild(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         check_requirements()
-        scripts = sysconfig.get_path("scripts")  # of an environment that is used without being activated
+        scripts = sysconfig.get_path("scripts")  # for an environment that is used without being activated
         path = os.environ["PATH"] + os.pathsep + scripts
         programs = {name: shutil.which(name, path=path) for name in ("cmake", "ninja")}
         if None in programs.values() or importlib.util.find_spec("pybind11") is None:

@@ -1,9 +1,11 @@
 """Copy the working tree, as git would commit it, to a folder: python3 .ci/copy_tree.py FOLDER.
 
 Files that are new, changed or gone are copied or removed; what was built in the folder stays. Files keep their times, so an
-unchanged source is not compiled again.
+unchanged source is not compiled again. FOLDER/build/copied.json lists the files with their times and sizes. It is the same in
+two copies of the same tree.
 """
 
+import json
 import shutil
 import subprocess
 import sys
@@ -12,8 +14,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def state(path: Path) -> tuple[int, int]:
-    return path.stat().st_mtime_ns, path.stat().st_size
+def state(path: Path) -> list[int]:
+    return [path.stat().st_mtime_ns, path.stat().st_size]
 
 
 def main() -> None:
@@ -21,8 +23,8 @@ def main() -> None:
     listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(listing, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout.split("\0")
     wanted = {name for name in names if name and (ROOT / name).is_file()}
-    record = target / "build" / "copied"  # what the last copy had
-    before = set(record.read_text().split("\0")) if record.exists() else set()
+    record = target / "build" / "copied.json"  # what the last copy had
+    before = set(json.loads(record.read_text())) if record.exists() else set()
     for name in before - wanted:
         (target / name).unlink(missing_ok=True)
         for folder in (target / name).parents:
@@ -35,7 +37,7 @@ def main() -> None:
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source, copy)
     record.parent.mkdir(parents=True, exist_ok=True)
-    record.write_text("\0".join(sorted(wanted)))
+    record.write_text(json.dumps({name: state(target / name) for name in sorted(wanted)}, indent=0))
 
 
 if __name__ == "__main__":

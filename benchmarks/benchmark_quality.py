@@ -51,7 +51,7 @@ RECIPE: Final[dict[str, Any]] = {
     "weight_decay": 0.05,
     "seed": 0,
 }
-LEAST_ACCURACY: Final = 0.91  # of a classifier, on the 10,000 test images
+LEAST_ACCURACY: Final = 0.91  # a classifier has this on the 10,000 test images
 CLASSES: Final = len(FASHION_MNIST_CLASSES)
 REAL_PER_CLASS: Final = 100
 DISTANCE: Final = "Frechet distance (classifier features)"

@@ -63,7 +63,7 @@ CARDS = (
 ATTAINABLE = 0.90
 ISSUED_PER_CLOCK = 128  # lanes: four schedulers of a multiprocessor, a warp of 32 each
 MUFU_PER_CLOCK = 16  # CUDA C++ programming guide, arithmetic instructions: the same for compute capability 8.0, 9.0, 10.0
-LAUNCH = 1.3e-6  # of a tiny kernel in a CUDA graph: 1.23 us published for one (sglang #6394)
+LAUNCH = 1.3e-6  # a tiny kernel in a CUDA graph: 1.23 us published for one (sglang #6394)
 
 
 class Pass(NamedTuple):

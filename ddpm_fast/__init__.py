@@ -10,6 +10,7 @@ from .version import __version__ as __version__
 
 _NAMES_BY_MODULE = {
     "pretrained": ("Pretrained", "load_builtin", "load_folder"),
+    "editing": ("inpaint", "interpolate", "invert", "vary"),
     "evaluation": ("VariationalBound", "frechet_distance", "variational_bound"),
     "images": ("image_grid", "save_grid", "save_trajectory", "to_uint8"),
     "integrations.accelerate": ("accelerate", "restore"),
@@ -24,7 +25,7 @@ _NAMES_BY_MODULE = {
     "plan": (
         *("SamplingPlan", "ddim_inversion_plan", "ddim_plan", "ddpm_plan", "dpm_solver_plan", "heun_plan", "repaint_plan"),
     ),
-    "reference": ("STREAM_OFFSET", "STREAM_Q_SAMPLE", "STREAM_SEEDS", "STREAM_X_T"),
+    "reference": ("STREAM_KNOWN", "STREAM_OFFSET", "STREAM_Q_SAMPLE", "STREAM_SEEDS", "STREAM_X_T"),
     "sampling": ("Sampler", "sample"),
     "schedule": ("NoiseSchedule",),
     "training": ("train",),

@@ -1,5 +1,9 @@
 """Public names for type checkers. `__init__.py` imports each from the same module when it is first used."""
 
+from .editing import inpaint as inpaint
+from .editing import interpolate as interpolate
+from .editing import invert as invert
+from .editing import vary as vary
 from .evaluation import VariationalBound as VariationalBound
 from .evaluation import frechet_distance as frechet_distance
 from .evaluation import variational_bound as variational_bound
@@ -37,6 +41,7 @@ from .plan import repaint_plan as repaint_plan
 from .pretrained import Pretrained as Pretrained
 from .pretrained import load_builtin as load_builtin
 from .pretrained import load_folder as load_folder
+from .reference import STREAM_KNOWN as STREAM_KNOWN
 from .reference import STREAM_OFFSET as STREAM_OFFSET
 from .reference import STREAM_Q_SAMPLE as STREAM_Q_SAMPLE
 from .reference import STREAM_SEEDS as STREAM_SEEDS

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 if TYPE_CHECKING:
     from torch import Tensor
 
-PREFIX: Final = ".ddpm_fast-"  # of the names of temporary files
+PREFIX: Final = ".ddpm_fast-"  # begins the names of temporary files
 _LEFT_OVER: Final = 24 * 3600  # seconds after which a temporary file belongs to no living process
 _MAX_JSON: Final = 16 << 20  # bytes of a JSON file: a scheduler's with the most timesteps has 6 MB
 _MAX_REASON: Final = 600  # characters of an error that quotes a file's content

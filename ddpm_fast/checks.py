@@ -39,11 +39,15 @@ def check_callable(caller: str, name: str, value: Any) -> None:
 
 
 def check_path(caller: str, name: str, value: Any) -> None:
-    """Raise a TypeError unless `value` is a str or an os.PathLike, and a ValueError if it holds a null character."""
+    """Raise a TypeError unless `value` is a str or an os.PathLike, and a ValueError if no file can have its name."""
     if not isinstance(value, (str, os.PathLike)):
         raise TypeError(f"{caller}: expected {name} to be a path (str or os.PathLike), got {type(value).__name__}")
     if "\0" in str(value):
         raise ValueError(f"{caller}: expected {name} to be a path without null characters, got {value!r}")
+    try:
+        os.fsencode(value)
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{caller}: expected {name} to be a path of characters that files can have, got {value!r}") from error
 
 
 def check_dtype(caller: str, name: str, value: Any, *, optional: bool = False) -> None:
@@ -152,6 +156,12 @@ def check_number(
         raise ValueError(f"{caller}: expected {name} to be {wanted}{or_none}, got {value!r}")
 
 
+def listed(values: Collection[Any]) -> str:
+    """Return the first values as text, sorted, and the number of the others."""
+    texts = sorted(map(str, values))
+    return ", ".join(texts[:5]) + (f" and {len(texts) - 5} more" if len(texts) > 5 else "")
+
+
 # ----------------------------------------------------------------------------------------------------------------- tensors
 
 
@@ -221,11 +231,20 @@ def checked_device(op: str, device: Any) -> torch.device:
         raise ValueError(f"{op}: expected device to be a torch.device or its name, got {device!r}") from error
     if found.type == "cuda" and (found.index or 0) >= (count := torch.cuda.device_count()):
         raise ValueError(f"{op}: expected device to be available, got {found}: PyTorch sees {count or 'no'} GPU")
-    if found.type not in ("cpu", "cuda", "meta"):
+    if found.type not in ("cpu", "meta") and not torch.compiler.is_compiling():
         try:
             torch.empty(0, device=found)
         except (AssertionError, RuntimeError) as error:
-            raise ValueError(f"{op}: expected device to be available, got {found}: PyTorch cannot use it") from error
+            reason = str(error).splitlines()[0].partition(". ")[0]
+            raise ValueError(f"{op}: expected device to be available, got {found}: PyTorch cannot use it: {reason}") from error
+    return found
+
+
+def computing_device(op: str, device: Any) -> torch.device:
+    """Return the device, or if it is None a GPU if there is one, else the CPU. Raise if nothing can run there."""
+    found = checked_device(op, ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
+    if found.type == "meta":
+        raise ValueError(f"{op}: expected device to be one that computes, got meta")
     return found
 
 

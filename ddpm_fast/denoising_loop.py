@@ -89,7 +89,7 @@ class DenoisingLoop:
         if self._guidance_scale is not None:
             x_in = torch.cat([x_in, x_in])
         t = self._timesteps.index_select(0, self._step.view(1)).expand(len(x_in))
-        x_0 = self._x_0  # of the step before, and then of this one
+        x_0 = self._x_0  # x_0^ before the step, and after it
         reverse_step(
             x_t,
             predict(network, x_in, t, self._labels),

@@ -59,11 +59,16 @@ def image_grid(
     _check_images("image_grid", "images", images)
     _check_layout("image_grid", columns, padding, scale)
     check_int("image_grid", "background", background, 0, 255)
+    return _tiled("image_grid", images, columns, padding, scale, background)
+
+
+def _tiled(function: str, images: Tensor, columns: int | None, padding: int, scale: int, background: int = 255) -> Tensor:
+    """Return the grid of checked images. Raise a ValueError if it does not fit into memory."""
     n, _, height, width = images.shape
     columns, rows = _columns_and_rows(n, columns)
     step_y, step_x = height * scale + padding, width * scale + padding
     shape = grid_shape(images.shape, columns=columns, padding=padding, scale=scale)
-    check_free_memory("image_grid", "the grid", f"{shape[1]}x{shape[0]} pixels", 2 * math.prod(shape))
+    check_free_memory(function, "the grid", f"{shape[1]}x{shape[0]} pixels", 2 * math.prod(shape))
     grid = torch.full(shape, background, dtype=torch.uint8)
     pixels = to_uint8(images).cpu().repeat_interleave(scale, dim=2).repeat_interleave(scale, dim=3)
     for i, image in enumerate(pixels):
@@ -120,7 +125,7 @@ def save_grid(
     check_path("save_grid", "path", path)
     _check_images("save_grid", "images", images)
     _check_layout("save_grid", columns, padding, scale)
-    grid = image_grid(images, columns=columns, padding=padding, scale=scale)
+    grid = _tiled("save_grid", images, columns, padding, scale)
     return _write(path, image_format(path, grid.shape), [grid])
 
 
@@ -167,11 +172,11 @@ def save_trajectory(
     picked = evenly_spaced(total, frames)
     shown = trajectory[picked]
     if kind in ANIMATED:
-        grids = [image_grid(images, columns=columns, padding=padding, scale=scale) for images in shown]
+        grids = [_tiled("save_trajectory", images, columns, padding, scale) for images in shown]
         kind = image_format(path, grids[0].shape)
         return _write(path, kind, grids, milliseconds=1000 * seconds / len(grids), rest=1000 * seconds / 3)
     strip = shown.transpose(0, 1).flatten(0, 1)  # [N * frames, C, H, W]
-    grid = image_grid(strip, columns=len(picked), padding=padding, scale=scale)
+    grid = _tiled("save_trajectory", strip, len(picked), padding, scale)
     return _write(path, image_format(path, grid.shape), [grid])
 
 

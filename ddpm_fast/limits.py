@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import suppress
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -28,36 +27,48 @@ def check_free_memory(caller: str, name: str, value: Any, needed: int) -> None:
         )
 
 
-def check_free_space(caller: str, path: Path, needed: int) -> None:
+def check_free_space(caller: str, name: str, path: Path, needed: int) -> None:
     """Raise an OSError if the disk that will hold a path has too little free space.
 
     Args:
         caller: Name of the calling function.
+        name: Name of the argument.
         path: A file or folder that will be written. It need not exist.
         needed: Bytes.
     """
     usage = shutil.disk_usage(existing_folder(path))
     if usage.total and needed > usage.free:  # some network file systems report no sizes
         raise OSError(
-            f"{caller}: expected {size_text(needed)} of free space for {str(path)!r}, got {size_text(usage.free)}; "
-            "free some, or choose another folder"
+            f"{caller}: expected {name} to be on a disk with {size_text(needed)} of free space, got {str(path)!r} with "
+            f"{size_text(usage.free)}; free some, or choose another folder"
         )
 
 
-def check_writable(caller: str, path: Path) -> None:
+def check_writable(caller: str, name: str, path: Path, folder: Path) -> None:
     """Raise an OSError if a folder cannot be made, or files in it.
 
     Args:
         caller: Name of the calling function.
-        path: The folder. It need not exist, and is not made.
+        name: Name of the argument.
+        path: The argument.
+        folder: The folder: `path`, or the one that will hold it. It need not exist, and is not made.
     """
-    with suppress(FileNotFoundError, NotADirectoryError):
-        path.lstat()  # raises if a name is too long
-    folder = existing_folder(path)
-    if not folder.is_dir():
-        raise NotADirectoryError(f"{caller}: expected {str(path)!r} to be a folder, got {str(folder)!r}, which is a file")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise PermissionError(f"{caller}: expected to be allowed to write to {str(folder)!r}, got no permission")
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:  # such as a name that is too long
+        raise OSError(f"{caller}: expected {name} to be a path that can be written, got: {error}") from error
+    existing = existing_folder(folder)
+    if not existing.is_dir():
+        raise NotADirectoryError(
+            f"{caller}: expected {name} to be in a folder, got {str(path)!r}, and {str(existing)!r} is a file"
+        )
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise PermissionError(
+            f"{caller}: expected {name} to be in a folder that may be written to, got {str(path)!r}, and {str(existing)!r} "
+            "may not"
+        )
 
 
 def existing_folder(path: Path) -> Path:

@@ -83,18 +83,21 @@ def load_folder(
     if not folder.is_dir():
         raise FileNotFoundError(f"load_folder: expected path to be a folder that holds a model, got {os.fspath(path)!r}")
     names: list[str] = []  # older folders hold them beside the network's configuration
-    network = folder
+
+    def read(folder: Path, network: Path) -> tuple[UNet, NoiseSchedule, Scheduler]:
+        return UNet.from_pretrained(network, dtype=dtype, device=device), *_read_scheduler(folder)
+
     run = RunFolder(folder)
     if run.checkpoints.is_dir():
-        checkpoint = run.latest_checkpoint("unet_ema/")
-        if checkpoint is None:
+        found = run.read_latest("unet_ema/", lambda checkpoint: read(checkpoint, checkpoint / "unet_ema"))
+        if found is None:
             raise FileNotFoundError(f"load_folder: expected a whole checkpoint in {str(run.checkpoints)!r}, got none")
         names = run.read_config("load_folder")["dataset"]["classes"]
-        folder, network = checkpoint, checkpoint / "unet_ema"
-    elif (folder / "classes.json").is_file():
-        names = _read_classes(folder / "classes.json")
-    schedule, scheduler = _read_scheduler(folder)
-    model = UNet.from_pretrained(network, dtype=dtype, device=device)
+    else:
+        if (folder / "classes.json").is_file():
+            names = _read_classes(folder / "classes.json")
+        found = read(folder, folder)
+    model, schedule, scheduler = found
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's types leave it out
     name_classes(model, names)
     return Pretrained(

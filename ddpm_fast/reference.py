@@ -25,6 +25,8 @@ STREAM_SEEDS: Final = 0xFFFFFFFD
 """Stream of `sample_seeds`."""
 STREAM_OFFSET: Final = 0xFFFFFFFC
 """Stream of offset noise, a normal for each channel."""
+STREAM_KNOWN: Final = 0x80000000
+"""First stream of the noise on the known region of `inpaint`: step i draws from STREAM_KNOWN + i."""
 
 # Kernels take the index: of the model's prediction, and of the variance of a reverse step.
 PREDICTIONS: Final = ("epsilon", "sample", "v_prediction")

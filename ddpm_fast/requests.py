@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias, cast
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 
-from .checks import check_int, checked_seeds
+from .checks import check_callable, check_int, check_number, check_strided, check_type, checked_seeds
 from .inference import FrozenUNet
-from .models import Model
+from .limits import check_free_memory
+from .models import Model, model_config
 from .nn import UNet, UNetConfig
 from .ops import sample_seeds
 
 ClassLabels: TypeAlias = int | str | Sequence[int | str] | Tensor | None
+Callback: TypeAlias = Callable[[int, int, Tensor], None]
+
+_ALWAYS_FREE: Final = 64 << 20  # bytes; asking the system for its free memory takes as long as a small network's step
 
 
 def check_image_shape(caller: str, name: str, model: Model, shape: Sequence[int]) -> None:
@@ -145,3 +151,110 @@ def _label_of(caller: str, config: Mapping[str, Any], name: str) -> int:
         known_names = ", ".join(names)
         raise ValueError(f"{caller}: expected class_labels to be integers or names among {known_names}, got {name!r}")
     return lower.index(name.lower())
+
+
+@dataclass(frozen=True)
+class Request:
+    """Checked arguments of a call that draws images.
+
+    Attributes:
+        num_samples: Number of images.
+        batch_size: Images per network evaluation.
+        seeds: int64 [num_samples].
+        labels: int64 [num_samples], or None for a network without classes.
+        label: Label of samples without labels of their own. None: the network gets no labels.
+        guidance_scale: None: no second prediction.
+        x_T: Initial states, or None.
+        progress: Show a progress bar.
+        callback: See `sample`.
+    """
+
+    num_samples: int
+    batch_size: int
+    seeds: Tensor
+    labels: Tensor | None
+    label: int | None
+    guidance_scale: float | None
+    x_T: Tensor | None
+    progress: bool
+    callback: Callback | None
+
+    def part(self, images: slice, callback: Callback) -> Request:
+        """Return the request for some of the images, as one batch."""
+        seeds, labels = self.seeds[images], None if self.labels is None else self.labels[images]
+        count = len(seeds)
+        return replace(self, num_samples=count, batch_size=count, seeds=seeds, labels=labels, callback=callback)
+
+
+def checked_request(
+    caller: str,
+    model: Model,
+    device: torch.device,
+    shape: tuple[int, ...],
+    num_samples: int,
+    *,
+    seed: int | Tensor,
+    batch_size: int | None,
+    class_labels: ClassLabels,
+    guidance_scale: float | None,
+    x_T: Tensor | None = None,
+    progress: bool,
+    callback: Callback | None = None,
+    num_frames: int = 0,
+) -> Request:
+    """Check what `sample` documents, and resolve seeds and labels.
+
+    `caller` is the function that error messages name, `shape` is (C, H, W). Images on the host and `num_frames` states of each
+    are not begun if they do not fit into its memory.
+    """
+    check_int(caller, "num_samples", num_samples, 1, 1 << 32)
+    state = 4 * num_samples * math.prod(shape)  # bytes, or twice as many for a float64 network
+    for name, value, needed in (
+        ("num_samples", num_samples, 8 * num_samples + (state if device.type == "cpu" else 0)),
+        ("num_frames", num_frames, num_frames * state),
+    ):
+        if needed > _ALWAYS_FREE:
+            check_free_memory(caller, name, value, needed)
+    check_int(caller, "batch_size", batch_size, 1, optional=True)
+    seeds = resolve_seeds(caller, seed, num_samples)
+    labels, no_label = resolve_labels(caller, model_config(model), class_labels, num_samples)
+    check_takes_labels(caller, model, class_labels)
+    guided = _is_guided(caller, guidance_scale, class_labels, no_label)
+    if x_T is not None:
+        _check_x_T(caller, x_T, (num_samples, *shape))
+    check_type(caller, "progress", progress, bool)
+    check_callable(caller, "callback", callback)
+    return Request(
+        num_samples,
+        batch_size or num_samples,
+        seeds,
+        labels,
+        None if labels is None else no_label or 0,
+        guidance_scale if guided else None,
+        x_T,
+        progress,
+        callback,
+    )
+
+
+def _is_guided(caller: str, guidance_scale: float | None, class_labels: Any, no_label: int | None) -> bool:
+    """Return whether guidance takes a second prediction."""
+    check_number(caller, "guidance_scale", guidance_scale, finite=True, optional=True)
+    if guidance_scale is None or guidance_scale == 1:
+        return False
+    if class_labels is None or no_label is None:
+        reason = "class_labels is None" if class_labels is None else "the model's config has no num_class_embeds"
+        raise ValueError(f"{caller}: expected guidance_scale to be None or 1, as {reason}, got {guidance_scale}")
+    return True
+
+
+def _check_x_T(caller: str, x_T: Tensor, shape: tuple[int, ...]) -> None:
+    if not isinstance(x_T, Tensor):
+        raise TypeError(f"{caller}: expected x_T to be a tensor or None, got {type(x_T).__name__}")
+    check_strided(caller, "x_T", x_T)
+    if not x_T.is_floating_point() or tuple(x_T.shape) != shape:
+        raise ValueError(f"{caller}: expected x_T to be floating {list(shape)}, got {x_T.dtype} {list(x_T.shape)}")
+    if x_T.is_meta:
+        raise ValueError(f"{caller}: expected x_T to have values, got a tensor on the meta device")
+    if x_T.device.type == "cpu" and not x_T.isfinite().all():  # a GPU would have to be waited for
+        raise ValueError(f"{caller}: expected x_T to be finite, got NaN or infinity")

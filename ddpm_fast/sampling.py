@@ -3,43 +3,33 @@
 from __future__ import annotations
 
 import logging
-import math
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any, Final, TypeAlias
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
 from .checks import (
-    check_callable,
     check_dtype,
     check_int,
     check_ints,
-    check_number,
-    check_strided,
     check_type,
-    checked_device,
+    computing_device,
 )
 from .denoising_loop import DenoisingLoop
 from .dtypes import opmath
 from .images import evenly_spaced
 from .inference import FrozenUNet, inference_network
 from .inference import cuda_graph as graphs
-from .limits import check_free_memory
 from .models import Model, device_and_dtype, evaluation_mode, model_config
 from .plan import SamplingPlan
-from .requests import ClassLabels, check_image_shape, check_model, check_takes_labels, resolve_labels, resolve_seeds
-
-Callback: TypeAlias = Callable[[int, int, Tensor], None]
+from .requests import Callback, ClassLabels, Request, check_image_shape, check_model, checked_request
 
 MAX_LOOPS: Final = 4  # captured loops of a Sampler: batch sizes and guidance scales
-
-_ALWAYS_FREE: Final = 64 << 20  # bytes; asking the system for its free memory takes as long as a small network's step
 
 _logger = logging.getLogger(__name__)
 
@@ -98,7 +88,7 @@ class Sampler:
         cuda_graph: bool | None = None,
     ) -> None:
         self.plan = plan
-        self.shape, self.device = _checked_setup("Sampler", model, plan, dtype, device, shape, cuda_graph)
+        self.shape, self.device = checked_setup("Sampler", model, plan, dtype, device, shape, cuda_graph)
         on_gpu = self.device.type in graphs.DEVICE_TYPES
         with _on(self.device):
             self.network = inference_network("Sampler", model, self.device, dtype, plan.schedule.num_timesteps)
@@ -125,9 +115,15 @@ class Sampler:
         callback: Callback | None = None,
     ) -> Tensor:
         """Draw images. Arguments and result are those of `sample`."""
-        request = _checked_request(
-            *("Sampler", self.network, self.shape, num_samples, seed, batch_size, class_labels),
-            *(guidance_scale, x_T, progress, callback, self.device.type == "cpu"),
+        request = checked_request(
+            *("Sampler", self.network, self.device, self.shape, num_samples),
+            seed=seed,
+            batch_size=batch_size,
+            class_labels=class_labels,
+            guidance_scale=guidance_scale,
+            x_T=x_T,
+            progress=progress,
+            callback=callback,
         )
         images, _ = self._draw(request)
         return images
@@ -163,9 +159,16 @@ class Sampler:
             x_T to x_0.
         """
         check_int("Sampler.trajectory", "num_frames", num_frames, 1)
-        request = _checked_request(
-            *("Sampler.trajectory", self.network, self.shape, num_samples, seed, batch_size, class_labels),
-            *(guidance_scale, x_T, progress, callback, self.device.type == "cpu", min(num_frames, self.plan.num_steps + 1)),
+        request = checked_request(
+            *("Sampler.trajectory", self.network, self.device, self.shape, num_samples),
+            seed=seed,
+            batch_size=batch_size,
+            class_labels=class_labels,
+            guidance_scale=guidance_scale,
+            x_T=x_T,
+            progress=progress,
+            callback=callback,
+            num_frames=min(num_frames, self.plan.num_steps + 1),
         )
         images, states = self._draw(request, num_frames)
         assert states is not None
@@ -174,7 +177,7 @@ class Sampler:
     def __reduce__(self) -> Any:
         raise TypeError("Sampler: it cannot be copied or pickled: make a new one from the model and the plan")
 
-    def _draw(self, request: _Request, num_frames: int = 0) -> tuple[Tensor, Tensor | None]:
+    def _draw(self, request: Request, num_frames: int = 0) -> tuple[Tensor, Tensor | None]:
         num_samples, batch_size, callback = request.num_samples, request.batch_size, request.callback
         plan, device = self.plan, self.device
         if self._owner == threading.get_ident():
@@ -348,10 +351,16 @@ def sample(
         ValueError: An argument is out of range or does not fit the model. Checked before any computation.
         TypeError: An argument has an unsupported type.
     """
-    shape, device = _checked_setup("sample", model, plan, dtype, device, shape, cuda_graph)
-    request = _checked_request(
-        *("sample", model, shape, num_samples, seed, batch_size, class_labels),
-        *(guidance_scale, x_T, progress, callback, device.type == "cpu"),
+    shape, device = checked_setup("sample", model, plan, dtype, device, shape, cuda_graph)
+    request = checked_request(
+        *("sample", model, device, shape, num_samples),
+        seed=seed,
+        batch_size=batch_size,
+        class_labels=class_labels,
+        guidance_scale=guidance_scale,
+        x_T=x_T,
+        progress=progress,
+        callback=callback,
     )
     sampler = Sampler(model, plan, dtype=dtype, device=device, shape=shape, cuda_graph=cuda_graph)
     images, _ = sampler._draw(request)
@@ -363,110 +372,16 @@ def _on(device: torch.device) -> Any:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-@dataclass(frozen=True)
-class _Request:
-    """Checked arguments of a call.
-
-    Attributes:
-        label: Label of samples without labels of their own. None: the network gets no labels.
-        guidance_scale: None: no second prediction.
-    """
-
-    num_samples: int
-    batch_size: int
-    seeds: Tensor
-    labels: Tensor | None
-    label: int | None
-    guidance_scale: float | None
-    x_T: Tensor | None
-    progress: bool
-    callback: Callback | None
-
-
-def _checked_request(
-    caller: str,
-    model: Model,
-    shape: tuple[int, ...],
-    num_samples: int,
-    seed: int | Tensor,
-    batch_size: int | None,
-    class_labels: ClassLabels,
-    guidance_scale: float | None,
-    x_T: Tensor | None,
-    progress: bool,
-    callback: Callback | None,
-    on_host: bool,
-    num_frames: int = 0,
-) -> _Request:
-    """Check what `sample` documents, and resolve seeds and labels.
-
-    Images on the host and `num_frames` states of each are not begun if they do not fit into its memory.
-    """
-    check_int(caller, "num_samples", num_samples, 1, 1 << 32)
-    state = 4 * num_samples * math.prod(shape)  # bytes, or twice as many for a float64 network
-    for name, value, needed in (
-        ("num_samples", num_samples, 8 * num_samples + (state if on_host else 0)),
-        ("num_frames", num_frames, num_frames * state),
-    ):
-        if needed > _ALWAYS_FREE:
-            check_free_memory(caller, name, value, needed)
-    check_int(caller, "batch_size", batch_size, 1, optional=True)
-    seeds = resolve_seeds(caller, seed, num_samples)
-    labels, no_label = resolve_labels(caller, model_config(model), class_labels, num_samples)
-    check_takes_labels(caller, model, class_labels)
-    guided = _is_guided(caller, guidance_scale, class_labels, no_label)
-    if x_T is not None:
-        _check_x_T(caller, x_T, (num_samples, *shape))
-    check_type(caller, "progress", progress, bool)
-    check_callable(caller, "callback", callback)
-    return _Request(
-        num_samples,
-        batch_size or num_samples,
-        seeds,
-        labels,
-        None if labels is None else no_label or 0,
-        guidance_scale if guided else None,
-        x_T,
-        progress,
-        callback,
-    )
-
-
-def _is_guided(caller: str, guidance_scale: float | None, class_labels: Any, no_label: int | None) -> bool:
-    """Return whether guidance takes a second prediction."""
-    check_number(caller, "guidance_scale", guidance_scale, finite=True, optional=True)
-    if guidance_scale is None or guidance_scale == 1:
-        return False
-    if class_labels is None or no_label is None:
-        reason = "class_labels is None" if class_labels is None else "the model's config has no num_class_embeds"
-        raise ValueError(f"{caller}: expected guidance_scale to be None or 1, as {reason}, got {guidance_scale}")
-    return True
-
-
-def _check_x_T(caller: str, x_T: Tensor, shape: tuple[int, ...]) -> None:
-    if not isinstance(x_T, Tensor):
-        raise TypeError(f"{caller}: expected x_T to be a tensor or None, got {type(x_T).__name__}")
-    check_strided(caller, "x_T", x_T)
-    if not x_T.is_floating_point() or tuple(x_T.shape) != shape:
-        raise ValueError(f"{caller}: expected x_T to be floating {list(shape)}, got {x_T.dtype} {list(x_T.shape)}")
-    if x_T.is_meta:
-        raise ValueError(f"{caller}: expected x_T to have values, got a tensor on the meta device")
-    if x_T.device.type == "cpu" and not x_T.isfinite().all():  # a GPU would have to be waited for
-        raise ValueError(f"{caller}: expected x_T to be finite, got NaN or infinity")
-
-
 def _device(caller: str, model: Model, device: torch.device | str | None) -> torch.device:
     """Return the device to run on, with its index. "cuda" is the GPU that holds the model, if any."""
     model_device, _ = device_and_dtype(model)
-    device = model_device if device is None else checked_device(caller, device)
+    device = model_device if device is None else computing_device(caller, device)
     if device == torch.device(model_device.type):
         return model_device
-    if device.type == "meta":
-        raise ValueError(f"{caller}: expected device to be one that computes, got meta")
     return torch.empty(0, device=device).device
 
 
-def _checked_setup(
+def checked_setup(
     caller: str,
     model: Model,
     plan: SamplingPlan,

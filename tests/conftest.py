@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import build_age
@@ -30,21 +31,54 @@ collect_ignore = [
 ]
 
 
+class PassedTests:
+    """A plugin that writes the names of the tests that pass to a file."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.passed: set[str] = set()
+        self.failed: set[str] = set()
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:  # also before or after the test itself
+            self.failed.add(report.nodeid)
+        elif report.passed and report.when == "call":
+            self.passed.add(report.nodeid)
+
+    def pytest_sessionfinish(self) -> None:
+        self.file.write_text("\n".join(sorted(self.passed - self.failed)), encoding="utf-8")
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="run slow tests, and full products of parameters")
+    parser.addoption("--write-passed", metavar="FILE", type=Path, help="write the names of the tests that pass to FILE")
+    help = "leave out the tests that FILE names, except those marked `again`"
+    parser.addoption("--skip-passed", metavar="FILE", type=Path, help=help)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     pairwise.full = config.getoption("full")
+    file = config.getoption("write_passed")
+    if file is not None and not hasattr(config, "workerinput"):  # processes of pytest-xdist report to the one without it
+        config.pluginmanager.register(PassedTests(file))
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest applies -m
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what is slow, unless --full is given."""
-    if config.getoption("full"):
-        return
-    slow = [item for item in items if item.get_closest_marker("slow")]
-    config.hook.pytest_deselected(items=slow)
-    items[:] = [item for item in items if not item.get_closest_marker("slow")]
+    """Leave out what is slow, unless --full is given, and what has passed before."""
+    for item in items:
+        if "emulated_module" in getattr(item, "fixturenames", ()):  # CUDA kernels, compiled by g++
+            item.add_marker("sources")
+    full, file = config.getoption("full"), config.getoption("skip_passed")
+    passed = set(file.read_text(encoding="utf-8").splitlines()) if file is not None and file.exists() else set()
+
+    def is_left_out(item: pytest.Item) -> bool:
+        if item.get_closest_marker("slow") and not full:
+            return True
+        return item.nodeid in passed and not item.get_closest_marker("again")
+
+    config.hook.pytest_deselected(items=[item for item in items if is_left_out(item)])
+    items[:] = [item for item in items if not is_left_out(item)]
 
 
 @pytest.hookimpl(optionalhook=True)

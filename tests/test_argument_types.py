@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, wraps
 from typing import Any, NoReturn
 
 import diffusers
@@ -110,12 +110,26 @@ NORM = {"num_groups": 2, "weight": ONES, "bias": ONES, "shift": TIME, "scale_shi
 IMAGES, FEATURES = torch.zeros(2, 3, 4, 4), torch.rand(9, 2)
 SCHEDULE = d.NoiseSchedule.linear(10)
 PLAN, NETWORK = d.ddpm_plan(SCHEDULE), Untouched()
+SIZED, ONE = Untouched(), torch.ones(1, 1, 4, 4)
+SIZED.config = {"in_channels": 3, "sample_size": 4}  # type: ignore[assignment]  # a module's attribute
 STEP = torch.tensor([3, 4])
 SAMPLE = {"seed": 0, "x_T": torch.zeros(2, 3, 4, 4)}
 SAMPLE_ACCEPTS = {"seed": "negative zero", "batch_size": "huge", "guidance_scale": "None"}
+EDIT_ACCEPTS = SAMPLE_ACCEPTS | {"strength": "zero"}
 DDIM = schedulers.DDIMScheduler(num_train_timesteps=10)
 DDIM.set_timesteps(5)
 DDPM = schedulers.DDPMScheduler(num_train_timesteps=10)
+SOLVER = schedulers.DPMSolverMultistepScheduler(num_train_timesteps=10, algorithm_type="sde-dpmsolver++")
+SOLVER.set_timesteps(5)
+INVERSE = schedulers.DDIMInverseScheduler(num_train_timesteps=10)
+INVERSE.set_timesteps(5)
+
+
+@wraps(SOLVER.step)
+def first_step(**arguments: Any) -> Any:
+    """Take the first step of a chain, which alone reads the timestep."""
+    SOLVER.set_timesteps(5)
+    return SOLVER.step(**arguments)
 
 
 @cache
@@ -156,7 +170,7 @@ TRAIN_ACCEPTS = (
 UNCHECKED = ("generator", "return_dict", "use_clipped_model_output", "variance_noise")
 DROP_IN: dict[str, Any] = {
     "accepts": {"timestep": "zero", "eta": "zero"} | dict.fromkeys(UNCHECKED, "*"),
-    "caller": r"DD.MScheduler\.step|reverse_step",
+    "caller": r"(?:DDPM|DDIM|DDIMInverse|DPMSolverMultistep)Scheduler\.step|reverse_step",
 }
 CALLS: dict[str, Callable[[], Entry]] = {
     "FrozenUNet": lambda: Entry(
@@ -231,6 +245,15 @@ CALLS: dict[str, Callable[[], Entry]] = {
     "kept_memory": lambda: Entry(d.kept_memory, {}),
     "load_builtin": lambda: Entry(d.load_builtin, {}),
     "load_folder": lambda: Entry(d.load_folder, {"path": "no such"}),
+    "inpaint": lambda: Entry(
+        d.inpaint, {"model": SIZED, "plan": PLAN, "images": IMAGES, "mask": ONE, "seed": 0}, EDIT_ACCEPTS | {"mask": "bools"}
+    ),
+    "interpolate": lambda: Entry(
+        d.interpolate, {"model": SIZED, "plan": PLAN, "a": IMAGES, "b": IMAGES, "seed": 0}, EDIT_ACCEPTS
+    ),
+    "invert": lambda: Entry(
+        d.invert, {"model": SIZED, "plan": d.ddim_inversion_plan(SCHEDULE, 5), "images": IMAGES}, EDIT_ACCEPTS
+    ),
     "noise": lambda: Entry(d.noise, {"shape": (2, 4), "seeds": SEEDS}, {"seeds": "meta", "stream": "zero"}),
     "q_sample": lambda: Entry(
         d.q_sample, {"x_0": X, "t": STEP, "schedule": SCHEDULE, "noise": X}, {"x_0": "tensor", "t": "zero"}
@@ -262,6 +285,7 @@ CALLS: dict[str, Callable[[], Entry]] = {
     "to_uint8": lambda: Entry(d.to_uint8, {"images": IMAGES}, {"images": "shape meta"}),
     "train": lambda: Entry(d.train, {"run_dir": "no such run", "steps": 1}, TRAIN_ACCEPTS),
     "unfuse": lambda: Entry(d.unfuse, {"model": NETWORK}),
+    "vary": lambda: Entry(d.vary, {"model": SIZED, "plan": PLAN, "images": IMAGES, "seed": 0}, EDIT_ACCEPTS),
     "variational_bound": lambda: Entry(
         d.variational_bound,
         {"model": NETWORK, "x_0": IMAGES, "schedule": SCHEDULE},
@@ -278,6 +302,15 @@ CALLS: dict[str, Callable[[], Entry]] = {
         "DDPMScheduler.add_noise|q_sample",
     ),
     "DDIMScheduler.set_timesteps": lambda: Entry(DDIM.set_timesteps, {"num_inference_steps": 5}),
+    "DPMSolverMultistepScheduler.set_timesteps": lambda: Entry(SOLVER.set_timesteps, {"num_inference_steps": 5}),
+    "DPMSolverMultistepScheduler.step": lambda: Entry(first_step, {"model_output": X, "timestep": 4, "sample": X}, **DROP_IN),
+    "DPMSolverMultistepScheduler.add_noise": lambda: Entry(
+        SOLVER.add_noise,
+        {"original_samples": X, "noise": X, "timesteps": STEP},
+        {"original_samples": "shape", "noise": "shape", "timesteps": "zero shape"},
+    ),
+    "DDIMInverseScheduler.set_timesteps": lambda: Entry(INVERSE.set_timesteps, {"num_inference_steps": 5}),
+    "DDIMInverseScheduler.step": lambda: Entry(INVERSE.step, {"model_output": X, "timestep": 4, "sample": X}, **DROP_IN),
     "create_gaussian_diffusion": lambda: Entry(
         guided_diffusion.create_gaussian_diffusion,
         {"steps": 100},

@@ -20,6 +20,7 @@ from ddpm_fast.checks import (
     check_path,
     check_type,
     checked_device,
+    computing_device,
 )
 
 
@@ -114,6 +115,7 @@ def test_other_arguments_pass() -> None:
         check_ints("f", "x", sizes, 1, "sizes")
     for name in ("cpu", "meta", torch.device("cpu")):
         assert checked_device("f", name) == torch.device(name)
+    assert computing_device("f", None).type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.mark.parametrize(
@@ -122,6 +124,11 @@ def test_other_arguments_pass() -> None:
         (lambda: check_callable("f", "x", 1), TypeError, "expected x to be callable or None, got int"),
         (lambda: check_path("f", "x", b"a"), TypeError, r"expected x to be a path \(str or os.PathLike\), got bytes"),
         (lambda: check_path("f", "x", "a\0b"), ValueError, "expected x to be a path without null characters, got"),
+        (
+            lambda: check_path("f", "x", "a\ud800b"),
+            ValueError,
+            "x to be a path of characters that files can have, got 'a.ud800b'",
+        ),
         (lambda: check_dtype("f", "x", torch.int8), TypeError, "expected x to be float32, .*or bfloat16, got torch.int8"),
         (lambda: check_dtype("f", "x", None), TypeError, "expected x to be float32, .*or bfloat16, got None"),
         (lambda: check_dtype("f", "x", "float32", optional=True), TypeError, "bfloat16 or None, got 'float32'"),
@@ -133,6 +140,7 @@ def test_other_arguments_pass() -> None:
         (lambda: checked_device("f", "gpu"), ValueError, "expected device to be a torch.device or its name, got 'gpu'"),
         (lambda: checked_device("f", "cuda:99"), ValueError, "expected device to be available, got cuda:99: PyTorch sees"),
         (lambda: checked_device("f", "xla"), ValueError, "expected device to be available, got xla: PyTorch cannot use it"),
+        (lambda: computing_device("f", "meta"), ValueError, "expected device to be one that computes, got meta"),
     ],
 )
 def test_other_wrong_arguments_do_not(call: Callable[[], None], error: type[Exception], message: str) -> None:

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from ddpm_fast import image_grid, save_grid, save_trajectory, to_uint8
+from ddpm_fast import images as image_module
 from ddpm_fast.images import evenly_spaced, grid_shape, image_format
 from ddpm_fast.training.data import to_unit_range
 
@@ -190,7 +191,7 @@ def test_evenly_spaced_has_both_ends() -> None:
         (lambda p: save_grid(levels(1, 1, 2, 2), p / "a.png", scale=0), "expected scale to be a positive integer, got 0"),
         (
             lambda p: save_grid(levels(1, 1, 2, 2), p / "a.png", scale=10**7),
-            "image_grid: expected the grid to fit into memory, got 20000004x20000004 pixels, which needs about 800,000.3 GB",
+            "save_grid: expected the grid to fit into memory, got 20000004x20000004 pixels, which needs about 800,000.3 GB",
         ),
         (lambda p: save_trajectory(levels(1, 1, 2, 2), p / "a.gif"), "save_trajectory: expected trajectory"),
         (lambda p: save_trajectory(levels(2, 1, 1, 2, 2), p / "a.gif", frames=0), "expected frames .*positive .*got 0"),
@@ -200,6 +201,24 @@ def test_evenly_spaced_has_both_ends() -> None:
 def test_bad_arguments_are_refused_before_anything_is_written(tmp_path: Path, call, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_images_are_looked_through_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked = []
+    check = image_module._check_images
+    monkeypatch.setattr(image_module, "_check_images", lambda *arguments: (looked.append(arguments[0]), check(*arguments)))
+    save_grid(levels(1, 1, 2, 2), tmp_path / "a.png")
+    save_trajectory(levels(3, 1, 1, 2, 2), tmp_path / "a.gif")
+    save_trajectory(levels(3, 1, 1, 2, 2), tmp_path / "b.png")
+    assert looked == ["save_grid", "save_trajectory", "save_trajectory"]
+
+
+def test_names_that_no_file_can_have_are_refused(tmp_path: Path) -> None:
+    for function, images in ((save_grid, levels(1, 1, 2, 2)), (save_trajectory, levels(2, 1, 1, 2, 2))):
+        wanted = rf"^{function.__name__}: expected path to be a path of characters that files can have, got '.*a.ud800\.png'$"
+        with pytest.raises(ValueError, match=wanted):
+            function(images, str(tmp_path / "a\ud800.png"))
     assert list(tmp_path.iterdir()) == []
 
 

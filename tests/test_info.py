@@ -12,6 +12,8 @@ from ddpm_fast.ops import OPS
 from ddpm_fast.ops.backend import why_not_matrix_kernels
 from ddpm_fast.ops.fused_op import FusedOp
 
+pytestmark = pytest.mark.again  # it describes the build
+
 
 def _rows(text: str) -> dict[str, list[str]]:
     """Return the cells of the CPU's table by op: yes, or the reason for a no."""

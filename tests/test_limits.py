@@ -64,9 +64,12 @@ def test_space_is_that_of_the_closest_folder_that_exists(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(shutil, "disk_usage", disk_usage)
     path = tmp_path / "new" / "newer"
-    check_free_space("train", path, 5_000_000)
-    with pytest.raises(OSError, match=r"train: expected 6\.0 MB of free space for '.*newer', got 5\.0 MB; free some"):
-        check_free_space("train", path, 6_000_000)
+    check_free_space("train", "run_dir", path, 5_000_000)
+    with pytest.raises(
+        OSError,
+        match=r"train: expected run_dir to be on a disk with 6\.0 MB of free space, got '.*newer' with 5\.0 MB; free some",
+    ):
+        check_free_space("train", "run_dir", path, 6_000_000)
     assert asked == [tmp_path, tmp_path]
 
 
@@ -76,15 +79,17 @@ def test_existing_folder_of_a_relative_path(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_folders_that_cannot_be_written_are_refused_and_none_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_writable("train", tmp_path / "a" / "b")
+    check_writable("train", "run_dir", tmp_path / "a" / "b", tmp_path / "a" / "b")
     (tmp_path / "file").touch()
-    with pytest.raises(NotADirectoryError, match=r"train: expected '.*file/b' to be a folder, got '.*file', which is a file"):
-        check_writable("train", tmp_path / "file" / "b")
-    with pytest.raises(OSError, match="File name too long"):
-        check_writable("train", tmp_path / ("x" * 300) / "b")
+    with pytest.raises(
+        NotADirectoryError, match=r"train: expected run_dir to be in a folder, got '.*file/b', and '.*file' is a file"
+    ):
+        check_writable("train", "run_dir", tmp_path / "file" / "b", tmp_path / "file" / "b")
+    with pytest.raises(OSError, match=r"train: expected run_dir to be a path that can be written, got: .*File name too long"):
+        check_writable("train", "run_dir", tmp_path / ("x" * 300) / "b", tmp_path)
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
-    with pytest.raises(PermissionError, match="train: expected to be allowed to write to"):
-        check_writable("train", tmp_path / "a")
+    with pytest.raises(PermissionError, match="train: expected run_dir to be in a folder that may be written to, got"):
+        check_writable("train", "run_dir", tmp_path / "a", tmp_path / "a")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 

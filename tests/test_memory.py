@@ -107,7 +107,7 @@ with kept_memory():
 print(100 * (resident() - before) // total)
 """
     )
-    assert outside > 1000  # of 117 MiB, 4 KiB each or, by the system's choice, larger
+    assert outside > 1000  # from 117 MiB, 4 KiB each or, by the system's choice, larger
     assert inside < outside / 100
     assert first > inside
     assert 70 < kept < 120  # percent of the blocks; some were free in the heap before

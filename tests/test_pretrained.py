@@ -15,7 +15,8 @@ from click.testing import CliRunner
 from PIL import Image
 
 from ddpm_fast import NoiseSchedule, ddim_plan, load_builtin, sample
-from ddpm_fast.cli import _plan, main
+from ddpm_fast.cli import main
+from ddpm_fast.cli.samplers import plan_of_options
 from ddpm_fast.nn import UNet
 from ddpm_fast.pretrained import BUILTIN, load_folder, schedule_from_config
 from ddpm_fast.training.data import FASHION_MNIST_CLASSES
@@ -254,15 +255,16 @@ def test_the_command_samples_the_builtin_model_without_a_network(tmp_path: Path,
     monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(main, ["sample", "--steps", "2"], catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    assert result.stdout.startswith("samples.png: 16 images of 2 steps (ddpm) in ")
-    assert result.stdout.endswith(" For finer images, try --steps 1000.\n")
+    assert result.stdout.startswith("samples.png: 16 images of 2 steps (dpm++2m-sde) in ")
+    assert result.stdout.endswith(" images/s.\n")
     with Image.open(tmp_path / "samples.png") as image:
         assert (image.size, image.mode) == ((4 * 130 + 2, 4 * 130 + 2), "L")
 
 
 def test_default_number_of_steps_is_quick_and_within_the_schedule() -> None:
     loaded = load_folder(BUILTIN)
-    assert _plan(loaded, "ddpm", None, None, "leading", None).num_steps == 100
-    assert _plan(loaded, "ddim", None, None, "leading", None).num_steps == 50
-    short = dataclasses.replace(loaded, schedule=NoiseSchedule.linear(30))
-    assert _plan(short, "ddpm", None, None, "leading", None).num_steps == 30
+    short = dataclasses.replace(loaded, schedule=NoiseSchedule.linear(15))
+    expected = {"ddpm": (100, 15), "ddim": (50, 15), "dpm++2m": (20, 14), "dpm++2m-sde": (20, 14), "heun": (19, 19)}
+    for sampler, counts in expected.items():
+        for model, count in zip((loaded, short), counts, strict=True):
+            assert plan_of_options("sample", model, sampler, None, None, None, None).num_steps == count

@@ -18,7 +18,18 @@ from click.testing import CliRunner, Result
 from PIL import Image
 from torch import Tensor, nn
 
-from ddpm_fast import NoiseSchedule, Sampler, ddim_plan, ddpm_plan, freeze, noise, sample, sample_seeds, save_grid
+from ddpm_fast import (
+    NoiseSchedule,
+    Sampler,
+    ddim_plan,
+    ddpm_plan,
+    dpm_solver_plan,
+    freeze,
+    noise,
+    sample,
+    sample_seeds,
+    save_grid,
+)
 from ddpm_fast.cli import main
 from ddpm_fast.nn import UNet
 from ddpm_fast.pretrained import load_folder
@@ -223,7 +234,7 @@ def test_an_image_of_a_network_differs_by_the_rounding_of_its_convolutions(two_t
     alone, alone_on_the_way = sampler.trajectory(1, seed=sample_seeds(0, 16)[11:12], progress=False)
     torch.set_num_threads(1)
     one_thread = sample(model, plan, 16, progress=False)
-    rounding = 2 * float((together - exact).abs().max())  # of float32, as the batch of 16 has it
+    rounding = 2 * float((together - exact).abs().max())  # float32 rounding, as the batch of 16 has it
     assert rounding < 1e-3
     torch.testing.assert_close(alone[0], together[11], rtol=0, atol=rounding)
     torch.testing.assert_close(one_thread, together, rtol=0, atol=rounding)
@@ -543,9 +554,9 @@ def expected(images: Tensor, path: Path) -> np.ndarray:
 def test_command_draws_16_images_by_default(folder: Path, tmp_path: Path) -> None:
     result = run(folder, tmp_path / "samples.png")
     assert result.exit_code == 0, result.output
-    assert f"{tmp_path / 'samples.png'}: 16 images of 20 steps (ddpm) in " in result.output
+    assert f"{tmp_path / 'samples.png'}: 16 images of 19 steps (dpm++2m-sde) in " in result.output
     assert "images/s" in result.output
-    plan = ddpm_plan(SCHEDULE, variance="fixed_large")
+    plan = dpm_solver_plan(SCHEDULE, 19, eta=1.0)
     images = sample(load_folder(folder).model, plan, 16, class_labels=[i % 3 for i in range(16)], progress=False)
     assert np.array_equal(pixels(tmp_path / "samples.png"), expected(images, tmp_path / "expected.png"))
 
@@ -570,7 +581,8 @@ def test_command_options_do_what_they_say(folder: Path, tmp_path: Path) -> None:
         assert animation.n_frames == 5  # x_T and one after each step
 
     result = run(
-        folder, tmp_path / "b.png", "--num", "2", "--classes", "none", "--variance", "fixed_small", "--dtype", "float64"
+        *(folder, tmp_path / "b.png", "--num", "2", "--classes", "none", "--dtype", "float64"),
+        *("--sampler", "ddpm", "--variance", "fixed_small"),
     )
     assert result.exit_code == 0, result.output
     images = sample(load_folder(folder).model, ddpm_plan(SCHEDULE), 2, progress=False, dtype=torch.float64)
@@ -581,14 +593,15 @@ def test_command_options_do_what_they_say(folder: Path, tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         ("--classes hat", "expected --classes to be integers or names among zero, one, ankle boot, got 'hat'"),
-        ("--classes 3", "expected numbers in 0..2, got 3"),
-        ("--steps 21", "--steps: expected a number in 1..20, the timesteps of the model, got 21"),
-        ("--eta 1", "--eta goes with --sampler ddim"),
-        ("--sampler ddim --variance fixed_small", "--variance goes with --sampler ddpm"),
-        ("--variance learned", "--variance: expected fixed_small or fixed_large for this model, got learned"),
-        ("--classes none --guidance 2", "--guidance: expected a model with classes and --classes other than none"),
+        ("--classes 3", "expected --classes to be in 0..2, got 3"),
+        ("--steps 21 --sampler ddpm", "expected --steps to be in 1..20 with ddpm, got 21"),
+        ("--eta 1 --sampler ddpm", "expected --eta to go with --sampler ddim or dpm++2m-sde, got 1.0 with ddpm"),
+        ("--spacing karras --sampler ddim", "expected --spacing to be leading, trailing or linspace with ddim, got karras"),
+        ("--sampler ddim --variance fixed_small", "expected --variance to go with --sampler ddpm, got fixed_small"),
+        ("--variance learned", "expected --variance to be fixed_small or fixed_large for this model, got learned"),
+        ("--classes none --guidance 2", "expected --guidance to be 1 or to go with classes, got 2.0 and no labels"),
         ("--guidance nan", "'--guidance': nan is not a finite number"),
-        ("--device meta", "'meta'"),
+        ("--device meta", "expected --device to be one that computes, got meta"),
         ("--out /dev/null/a.png", "/dev/null"),
         ("--out /proc/a.png", "/proc"),
         ("--gif /dev/null/a.gif", "/dev/null"),

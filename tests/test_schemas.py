@@ -6,6 +6,7 @@ import copy
 import re
 from typing import Any
 
+import msgspec
 import pytest
 
 from ddpm_fast.nn import UNetConfig
@@ -141,3 +142,22 @@ def test_fields_that_older_files_lack_have_values() -> None:
 def test_keys_of_diffusers_schedulers_are_ignored() -> None:
     more = {"_class_name": "DPMSolverMultistepScheduler", "lambda_min_clipped": -float("inf"), "variance_type": None}
     assert checked({**FILES[Scheduler], **more}, Scheduler).num_train_timesteps == 5
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "Expected `integer`, got `text` - at `$.step`",
+        "Expected `int`, got `str` - at `$.step.deeper`",
+        "Expected `int`, got `str` - at `$.losses[first]`",
+        "Invalid enum value 3 - at `$.unknown`",
+        "Wrong",
+    ],
+)
+def test_a_message_in_other_words_is_shown_as_it_is(message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def convert(*_: object) -> None:
+        raise msgspec.ValidationError(message)
+
+    monkeypatch.setattr(msgspec, "convert", convert)
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        checked(FILES[Checkpoint], Checkpoint)

@@ -17,9 +17,9 @@ namespace ddpm_fast::DDPM_FAST_ISA {
 
 constexpr int kRows = 6;
 #if defined(__AVX512F__)
-constexpr int kPanelVectors = 4;  // of 32 registers: 24 sums, 4 weights, an input
+constexpr int kPanelVectors = 4;  // 32 registers: 24 sums, 4 weights, an input
 #else
-constexpr int kPanelVectors = 2;  // of 16 registers: 12 sums, 2 weights, an input
+constexpr int kPanelVectors = 2;  // 16 registers: 12 sums, 2 weights, an input
 #endif
 constexpr int kPanel = kPanelVectors * kWidth<float>;
 

@@ -18,7 +18,7 @@ struct Team;
 // data may be in the cache of its core: it had the same share of the loop before. Then it claims chunks of the others.
 struct Chunks {
   std::int64_t count;  // items
-  std::int64_t items;  // of a chunk
+  std::int64_t items;  // in a chunk
   std::int64_t chunks;
   int threads;
 };

@@ -68,7 +68,7 @@ struct Difference {
 
 template <class T>
 struct SumOfSquares : Difference<T> {
-  float sum = 0;  // of the thread's
+  float sum = 0;  // over the thread's elements
 
   using Difference<T>::Difference;
 

@@ -30,7 +30,7 @@ namespace ddpm_fast::cuda {
 constexpr int kSmallThreads = 256;
 constexpr int kUsualThreads = 512;  // with 64 registers each, two blocks fit on a multiprocessor
 constexpr int kMaxThreads = 1024;
-constexpr int kMaxParts = 16;  // of a resident slice
+constexpr int kMaxParts = 16;  // in a resident slice
 
 // ------------------------------------------------------------------------------------------------------------ tiling
 
@@ -41,10 +41,10 @@ struct Limits {
 };
 
 struct SliceTiling {
-  int slice_channels, slice_groups, slices;  // of a sample; the last slice may have fewer
+  int slice_channels, slice_groups, slices;  // in a sample; the last slice may have fewer
   int parts, part_length;  // in pixels; contiguous: in vectors of each channel. The last part may have fewer.
-  int tiles;               // of a part, one after the other (contiguous: 1)
-  int lanes, rows;         // of threads; rows * lanes fills warps. Lanes without a vector have nothing to do.
+  int tiles;               // in a part, one after the other (contiguous: 1)
+  int lanes, rows;         // threads; rows * lanes fills warps. Lanes without a vector have nothing to do.
   int items;               // vectors that a thread holds of a tile, at most
   bool resident;
 

@@ -24,7 +24,7 @@ from .packed_layers import PackedLayers
 from .program import Buffer, Builder, Call, NativeProgram, PythonProgram
 from .pytorch_layers import PyTorchLayers, has_prepacked
 
-MAX_PROGRAMS: Final = 4  # of a network: one per input shape and number of threads
+MAX_PROGRAMS: Final = 4  # per network: one per input shape and number of threads
 _TIMESTEP_DTYPES: Final = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _CACHED_BYTES: Final = 8 << 20  # the largest feature map of a batch: 16 images of the CIFAR-10 network in float32
 

@@ -62,7 +62,7 @@ _P = ParamSpec("_P")
 _Kind: TypeAlias = Literal["ddpm", "mean", "ddim", "inversion"]
 
 _HALF: Final = (torch.float16, torch.bfloat16)
-_MAX_PLANS: Final = 8  # of one process: eta may differ at every step, so old plans are dropped
+_MAX_PLANS: Final = 8  # per process: eta may differ at every step, so old plans are dropped
 
 
 class ModelMeanType(enum.Enum):
@@ -496,7 +496,7 @@ class GaussianDiffusion:
         eta: float,
         seeds: Tensor | None,
     ) -> dict[str, Tensor]:
-        variance: Variance = "fixed_small"  # of an output without variance channels
+        variance: Variance = "fixed_small"  # for an output without variance channels
         if denoised_fn is None and cond_fn is None and self._is_plain:
             wide, t = self._checked("ddim_sample" if sampler == "ddim" else "ddim_reverse_sample", "x", x, t)
             output = self._output(model, x, t, model_kwargs)

@@ -158,7 +158,7 @@ def load_guided_diffusion(
     for name, weight in weights.items():
         match = _NAME.fullmatch(name)
         if match is None or match[1] not in blocks:
-            renamed[name] = weight  # of another network: see check_weights
+            renamed[name] = weight  # belongs to another network: see check_weights
             continue
         block, layer = blocks[match[1]], match[2]
         if layer in ("qkv.weight", "qkv.bias"):

@@ -430,7 +430,7 @@ class GaussianDiffusion(nn.Module):
             states[:, 0] = x_t
         _, dtype = device_and_dtype(self.model)
         network = inference_network("GaussianDiffusion", self.model, x_t.device, dtype, self.num_timesteps)
-        x_0 = None  # of the step before
+        x_0 = None  # from the step before
         with evaluation_mode(network):
             for step in tqdm(range(first, plan.num_steps), desc="sampling", unit="step", disable=not progress):
                 stepped = self._step(network, x_t, step, plan, x_0, seeds, return_x_0=self.self_condition, out=x_t)

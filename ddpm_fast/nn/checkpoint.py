@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..atomic import read_json, write_json, write_tensors
+from ..checks import listed
 from ..dtypes import FLOATS
 from .config import UNetConfig
 
@@ -123,7 +124,7 @@ def load_tensors(caller: str, path: str | os.PathLike[str]) -> Any:
         raise FileNotFoundError(f"{caller}: expected path to be a file, got {path!r}")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of many kinds, as the unpickler takes the bytes as they come
+    except Exception as error:  # has many types, as the unpickler takes the bytes as they come
         needed = re.search(r"GLOBAL (\S+)", str(error))
         if needed is not None:
             raise ValueError(
@@ -150,7 +151,7 @@ def check_weights(
     for kind, names in (("missing", missing), ("unexpected", unexpected)):
         if names:
             raise ValueError(
-                f"{caller}: expected the weights in {os.fspath(path)!r} to fit {owner}, got {kind} {_listed(names)}"
+                f"{caller}: expected the weights in {os.fspath(path)!r} to fit {owner}, got {kind} {listed(names)}"
             )
     for name, tensor in expected.items():
         weight: Any = weights[name]
@@ -178,14 +179,8 @@ def check_finite(caller: str, path: str | os.PathLike[str], tensors: Mapping[str
     names = [f"{name} ({tensors[name].dtype})" for name, is_finite in zip(tensors, finite, strict=True) if not is_finite]
     if names:
         raise ValueError(
-            f"{caller}: expected the tensors in {os.fspath(path)!r} to be finite, got NaN or infinity in {_listed(names)}"
+            f"{caller}: expected the tensors in {os.fspath(path)!r} to be finite, got NaN or infinity in {listed(names)}"
         )
-
-
-def _listed(names: Collection[Any]) -> str:
-    """Return the first names, sorted, and the number of the others."""
-    listed = sorted(map(str, names))
-    return ", ".join(listed[:5]) + (f" and {len(listed) - 5} more" if len(listed) > 5 else "")
 
 
 def _read_config(caller: str, folder: Path) -> UNetConfig:
@@ -210,7 +205,7 @@ def _read_weights(folder: Path) -> tuple[dict[str, Tensor], Path]:
     elif (file := folder / _LEGACY_WEIGHTS).is_file():
         weights = load_tensors("from_pretrained", file)
         if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
-            got = f"names such as {_listed(weights)}" if isinstance(weights, dict) else f"a {type(weights).__name__}"
+            got = f"names such as {listed(weights)}" if isinstance(weights, dict) else f"a {type(weights).__name__}"
             raise ValueError(f"from_pretrained: expected {str(file)!r} to hold a dict of tensors by name, got {got}")
     else:
         raise FileNotFoundError(

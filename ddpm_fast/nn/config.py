@@ -63,7 +63,7 @@ class UNetConfig:
     out_channels: int = 3  # 2 * in_channels where the variance is learned
     center_input_sample: bool = False  # the input is in [0, 1]: map it to [-1, 1] first
     time_embedding_type: str = "positional"
-    time_input_dim: int | None = None  # of the sinusoidal embedding; None: block_out_channels[0]
+    time_input_dim: int | None = None  # width of the sinusoidal embedding; None: block_out_channels[0]
     time_embedding_dim: int | None = None  # None: 4 * block_out_channels[0]
     freq_shift: int = 0  # Ho et al.: 1
     flip_sin_to_cos: bool = True  # the embedding is (cos, sin); Ho et al.: False
@@ -74,12 +74,12 @@ class UNetConfig:
     layers_per_block: int = 2  # on the way down; one more on the way up
     mid_block_scale_factor: float = 1.0  # divides the output of every layer of the middle block
     downsample_padding: int = 1  # 0: pad the right and the bottom only, as Ho et al.
-    downsample_type: str = "conv"  # of AttnDownBlock2D; "resnet": a residual block, as ResnetDownsampleBlock2D always has
+    downsample_type: str = "conv"  # for AttnDownBlock2D; "resnet": a residual block, as ResnetDownsampleBlock2D always has
     upsample_type: str = "conv"
     dropout: float = 0.0
     act_fn: str = "silu"
     attention_head_dim: int | None = 8  # channels of one head; None: a single head, as Ho et al.
-    num_attention_heads: int | None = None  # of every attention, whatever its width; None: as attention_head_dim has it
+    num_attention_heads: int | None = None  # for every attention, whatever its width; None: as attention_head_dim has it
     norm_num_groups: int = 32
     attn_norm_num_groups: int | None = None  # middle block's attention; None: norm_num_groups, or no norm in scale_shift
     norm_eps: float = 1e-5  # Ho et al.: 1e-6

@@ -6,6 +6,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import re
 import warnings
 from collections.abc import Callable
 from types import ModuleType
@@ -18,15 +19,30 @@ BACKENDS: Final = ("native", "triton", "reference")  # in the order that backend
 MATRIX_DTYPES: Final = (torch.float32, torch.bfloat16)  # dtypes of convolution and attention kernels
 
 
+_LEAST_STACK: Final = 256 << 10  # bytes; the kernels' largest frame has 62 KB
+
+
+def _check_stacks() -> None:
+    """Raise an ImportError if the environment gives OpenMP's threads too small stacks for the kernels."""
+    units = {"B": 1, "K": 1 << 10, "": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+    for name in ("OMP_STACKSIZE", "GOMP_STACKSIZE"):
+        value = os.environ.get(name, "")
+        size = re.fullmatch(r"\s*(\d{1,18})\s*([BKMG]?)\s*", value, re.IGNORECASE)
+        if size and int(size[1]) * units[size[2].upper()] < _LEAST_STACK:
+            raise ImportError(f"expected the environment's {name} to be unset or at least {_LEAST_STACK >> 10}K, got {value!r}")
+
+
 def _load_native() -> ModuleType | str:
     """Return the compiled module, or the reason why it is absent."""
     try:
         # torch is imported above, so its OpenMP runtime is the one that the module's -lgomp resolves to.
-        return importlib.import_module("ddpm_fast._native")
+        module = importlib.import_module("ddpm_fast._native")
+        _check_stacks()
+        return module
     except ModuleNotFoundError as error:
         return str(error)  # built without it
     except ImportError as error:
-        warnings.warn(f"ddpm_fast: the compiled module is there but did not load: {error}", RuntimeWarning, stacklevel=2)
+        warnings.warn(f"ddpm_fast: the compiled module is there but cannot be used: {error}", RuntimeWarning, stacklevel=2)
         return str(error)
 
 

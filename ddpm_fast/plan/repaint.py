@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import torch
 
-from ..checks import check_int, check_type
+from ..checks import check_choice, check_int, check_number, check_type
 from ..schedule import NoiseSchedule
 from .ddpm import ddpm_plan
-from .sampling_plan import COLUMNS, Prediction, SamplingPlan, builds_plan
+from .sampling_plan import COLUMNS, PLAN_PREDICTIONS, Prediction, SamplingPlan, builds_plan
 
 _MOST_SAMPLES = 1000  # a row for each evaluation has to fit into memory
 
@@ -56,6 +56,8 @@ def repaint_plan(
     check_int(caller, "num_steps", num_steps, 1, schedule.num_timesteps)
     check_int(caller, "jump_length", jump_length, 1, schedule.num_timesteps)
     check_int(caller, "jump_num_sample", jump_num_sample, 1, _MOST_SAMPLES)
+    check_choice(caller, "prediction", prediction, PLAN_PREDICTIONS)
+    check_number(caller, "clip", clip, above=0, optional=True)
     check_type(caller, "learned_variance", learned_variance, bool)
     descent = ddpm_plan(schedule, num_steps, prediction=prediction, clip=clip)
     abar = torch.cat([torch.ones(1, dtype=torch.float64), schedule.alpha_bars[descent.timesteps.flip(0)]])

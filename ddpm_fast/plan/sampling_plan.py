@@ -29,7 +29,7 @@ PLAN_PREDICTIONS: Final = (*PREDICTIONS, "previous_sample")
 VARIANCE_TYPES: Final[tuple[str, ...]] = get_args(Variance)
 """The values of `ddpm_plan`'s argument `variance`."""
 
-_PRINTED_ROWS: Final = 10  # of a longer plan, the first and the last
+_PRINTED_ROWS: Final = 10  # a longer plan shows the first and the last
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,11 +7,13 @@ import hashlib
 import logging
 import math
 import os
+import threading
 import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -22,11 +24,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..checks import check_choice, check_int
-from ..limits import check_free_memory
+from ..checks import check_choice, check_int, check_path, listed
+from ..limits import check_free_memory, free_memory
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
+    from PIL.ImageFile import ImageFile
 
 DATASETS: Final = ("digits", "fashion-mnist", "cifar10")
 
@@ -48,7 +51,7 @@ RESIZED: Final = "cropped to squares and resized"  # the preparation of a folder
 
 _SAMPLED: Final = 256  # images in a sample, at least
 _AT_ONCE: Final = 4096  # images whose reading is planned ahead
-_NAMED: Final = 5  # broken images that a message names
+_BYTES_A_PIXEL: Final = 16  # while an image is decoded, converted and laid on white
 
 _MAX_IDX: Final = 2 << 30  # bytes of an IDX file, unpacked; EMNIST has 0.5 GiB
 
@@ -65,8 +68,7 @@ class ImageDataset:
 
     Attributes:
         name: The name that `load_dataset` was given.
-        read: A function from int64 indices [B] to uint8 images [B, C, H, W].
-        shape: (C, H, W).
+        images: uint8 [N, C, H, W].
         labels: int64 [N], 0..len(classes)-1.
         classes: Names of the classes; a single one if the images carry no labels.
         contents: A function that yields bytes of the images: all, or a sample.
@@ -74,19 +76,24 @@ class ImageDataset:
     """
 
     name: str
-    read: Callable[[Tensor], Tensor]
-    shape: tuple[int, int, int]
+    images: Tensor
     labels: Tensor
     classes: tuple[str, ...]
     contents: Callable[[bool], Iterator[bytes]]
     preparation: str = "as they are"
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of an image."""
+        channels, height, width = self.images.shape[1:]
+        return channels, height, width
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Return images, uint8 [B, C, H, W], and labels, int64 [B], at the int64 indices [B]."""
-        return self.read(indices), self.labels[indices]
+        return self.images[indices], self.labels[indices]
 
     def fingerprint(self, *, exact: bool = False) -> dict[str, str]:
         """Return SHA-256 digests of the data set: "sample" of labels, names, sizes and some bytes, and "exact" of all bytes."""
@@ -170,14 +177,13 @@ def _in_memory(
         needed = 2 * len(images) * images.shape[1] * image_size**2  # the parts and the whole
         check_free_memory("load_dataset", "image_size", image_size, needed)
         images = torch.cat([_resized(part, image_size) for part in images.split(256)])
-    channels, height, width = images.shape[1:]
 
     def contents(exact: bool) -> Iterator[bytes]:
         step = 1 if exact else max(1, len(source) // _SAMPLED)
         for image in source[::step]:
             yield image.numpy().tobytes()
 
-    return ImageDataset(name, images.__getitem__, (channels, height, width), labels, classes, contents, preparation)
+    return ImageDataset(name, images, labels, classes, contents, preparation)
 
 
 def _resized(images: Tensor, size: int) -> Tensor:
@@ -244,7 +250,7 @@ def _read_folder(root: Path, image_size: int | None, skip_broken: bool, first: i
     all_files, files = files, files[:first]
     if len(files) > _AT_ONCE:
         _log.info("reading %d images in %s", len(files), root)
-    broken: dict[Path, Exception] = {}
+    broken: dict[Path, str] = {}
     preparation = RESIZED
     if image_size is None:
         sizes = _try_each(_size, files, broken)
@@ -255,13 +261,15 @@ def _read_folder(root: Path, image_size: int | None, skip_broken: bool, first: i
     images = torch.empty(len(files), 3, image_size, image_size, dtype=torch.uint8)
     rows = {file: row for row, file in enumerate(files)}
 
+    shared = _SharedPixels((free_memory() or 4 << 30) // (4 * _BYTES_A_PIXEL))  # a quarter of the memory
+
     def fill(file: Path) -> None:
-        images[rows[file]] = _decode(file, image_size)
+        images[rows[file]] = _decode(file, image_size, shared)
 
     _try_each(fill, [file for file in files if file not in broken], broken)
     _check_broken(root, files, broken, skip_broken)
     if broken:
-        _log.warning("%d of %d images in %s left out: %s", len(broken), len(files), root, _listed(root, broken))
+        _log.warning("%d of %d images in %s left out: %s", len(broken), len(files), root, _reasons(root, broken))
         whole = [file for file in files if file not in broken]
         for row, file in enumerate(whole):  # in place, as there may be no memory for a second copy
             images[row] = images[rows[file]]
@@ -280,8 +288,7 @@ def _read_folder(root: Path, image_size: int | None, skip_broken: bool, first: i
                     if not exact:
                         break
 
-    shape = (3, image_size, image_size)
-    return ImageDataset(str(root), images.__getitem__, shape, labels, classes, contents, preparation)
+    return ImageDataset(str(root), images, labels, classes, contents, preparation)
 
 
 def _image_files(root: Path) -> list[Path]:
@@ -311,8 +318,28 @@ def _class_names(root: Path, files: Sequence[Path]) -> tuple[str, ...]:
     return tuple(sorted({_class_name(root, file) for file in files}))
 
 
-def _try_each(read: Callable[[Path], _Read], files: Sequence[Path], broken: dict[Path, Exception]) -> list[_Read | None]:
-    """Return what `read` returns for each file, or None and an entry in `broken` if it raises.
+class _SharedPixels:
+    """A number of pixels that threads may hold in memory together. An image that has more is held alone."""
+
+    def __init__(self, total: int) -> None:
+        self._total, self._held, self._changed = total, 0, threading.Condition()
+
+    @contextmanager
+    def held(self, pixels: int) -> Iterator[None]:
+        """Hold these pixels, after waiting for others to release theirs if they are too many."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._held or self._held + pixels <= self._total)
+            self._held += pixels
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._held -= pixels
+                self._changed.notify_all()
+
+
+def _try_each(read: Callable[[Path], _Read], files: Sequence[Path], broken: dict[Path, str]) -> list[_Read | None]:
+    """Return what `read` returns for each file, or None and the reason in `broken` if it raises.
 
     Pillow releases the interpreter's lock while it decodes, so threads read.
     """
@@ -324,7 +351,7 @@ def _try_each(read: Callable[[Path], _Read], files: Sequence[Path], broken: dict
         except MemoryError:
             raise
         except Exception as error:  # Pillow's formats raise errors of many types
-            broken[file] = error
+            broken[file] = f"{type(error).__name__}: {error}"  # the error itself would keep the pixels alive
             return None
 
     with ThreadPoolExecutor(thread_name_prefix="ddpm_fast-decode") as pool, warnings.catch_warnings():
@@ -334,19 +361,18 @@ def _try_each(read: Callable[[Path], _Read], files: Sequence[Path], broken: dict
         return [result for part in parts for result in pool.map(attempt, part)]
 
 
-def _check_broken(root: Path, files: Sequence[Path], broken: Mapping[Path, Exception], skip_broken: bool) -> None:
+def _check_broken(root: Path, files: Sequence[Path], broken: Mapping[Path, str], skip_broken: bool) -> None:
     """Raise a ValueError if there are broken images and they must not be left out, or if there are no others."""
     if broken and (not skip_broken or len(broken) == len(files)):
         raise ValueError(
             f"load_dataset: expected images that Pillow can read in {root}, got {len(broken)} of {len(files)} that it cannot: "
-            f"{_listed(root, broken)}; skip_broken=True (--skip-broken) leaves them out if others remain"
+            f"{_reasons(root, broken)}; skip_broken=True (--skip-broken) leaves them out if others remain"
         )
 
 
-def _listed(root: Path, broken: Mapping[Path, Exception]) -> str:
+def _reasons(root: Path, broken: Mapping[Path, str]) -> str:
     """Return the names of the first broken images, with reasons."""
-    texts = [f"{file.relative_to(root)} ({type(broken[file]).__name__}: {broken[file]})" for file in sorted(broken)[:_NAMED]]
-    return ", ".join(texts) + (f" and {len(broken) - _NAMED} more" if len(broken) > _NAMED else "")
+    return listed([f"{file.relative_to(root)} ({reason})" for file, reason in broken.items()])
 
 
 def _size(file: Path) -> tuple[int, int]:
@@ -370,12 +396,48 @@ def _common_size(root: Path, all_sizes: Sequence[tuple[int, int]]) -> int:
     )
 
 
-def _decode(file: Path, size: int) -> Tensor:
+def read_image(path: str | os.PathLike[str], size: int, channels: int) -> Tensor:
+    """Read the largest centred square of an image, resized.
+
+    Args:
+        path: A file that Pillow can read.
+        size: Height and width in pixels.
+        channels: 1 for grey or 3 for RGB.
+
+    Returns:
+        uint8 [channels, size, size].
+
+    Raises:
+        ValueError: The file is damaged, or holds no image.
+        OSError: The file cannot be opened.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    check_path("read_image", "path", path)
+    try:
+        with Image.open(path) as opened:
+            picture = _resized_square(opened, size)
+    except (UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError, OSError) as error:
+        if isinstance(error, OSError) and error.filename is not None and not isinstance(error, UnidentifiedImageError):
+            raise
+        raise ValueError(f"read_image: expected path to be an image, got {str(path)!r}: {error}") from error
+    if channels == 3:
+        return picture
+    return torch.from_numpy(np.array(Image.fromarray(picture.permute(1, 2, 0).numpy()).convert("L")))[None]
+
+
+def _decode(file: Path, size: int, shared: _SharedPixels) -> Tensor:
     """Return the largest centred square of a file, resized to uint8 [3, size, size]."""
+    from PIL import Image
+
+    with Image.open(file) as opened, shared.held(opened.width * opened.height):
+        return _resized_square(opened, size)
+
+
+def _resized_square(opened: ImageFile, size: int) -> Tensor:
     from PIL import Image, ImageOps
 
-    with Image.open(file) as opened:
-        image = _rgb(ImageOps.exif_transpose(opened), opened.format)
+    image = _rgb(ImageOps.exif_transpose(opened), opened.format)
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     # Crop first, as `resize(box=...)` mixes in pixels from outside the box.

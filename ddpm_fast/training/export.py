@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,6 +15,9 @@ from ..nn import UNet
 from ..nn.unet import name_classes
 from ..schedule import NoiseSchedule
 from .run_folder import RunFolder, read_state
+
+if TYPE_CHECKING:
+    from ..schemas import Checkpoint
 
 
 def export_checkpoint(
@@ -46,15 +49,19 @@ def export_checkpoint(
         raise ValueError(f"export_checkpoint: expected out_dir to be apart from the run's checkpoints, got {out}")
     if RunFolder(out).checkpoints.is_dir():
         raise ValueError(f"export_checkpoint: expected out_dir to be no training run, got {out}")
-    check_writable("export_checkpoint", out)
+    check_writable("export_checkpoint", "out_dir", out, out)
     config = run.read_config("export_checkpoint")
-    checkpoint = run.latest_checkpoint("unet_ema/")
-    if checkpoint is None:
+
+    def read(checkpoint: Path) -> tuple[UNet, Checkpoint]:
+        weights = sum(file.stat().st_size for file in (checkpoint / "unet_ema").iterdir())  # float32
+        check_free_space("export_checkpoint", "out_dir", out, weights * dtype.itemsize // 4)
+        return UNet.from_pretrained(checkpoint / "unet_ema").to(dtype), read_state("export_checkpoint", checkpoint)
+
+    found = run.read_latest("unet_ema/", read)
+    if found is None:
         raise FileNotFoundError(f"export_checkpoint: expected a checkpoint in {run.checkpoints}, got none")
-    weights = sum(file.stat().st_size for file in (checkpoint / "unet_ema").iterdir())  # float32
-    check_free_space("export_checkpoint", out, weights * dtype.itemsize // 4)
-    state = read_state("export_checkpoint", checkpoint)
-    model = UNet.from_pretrained(checkpoint / "unet_ema").to(dtype)
+    model, state = found
+    log = run.log_until(state.step, "export_checkpoint")
     name_classes(model, config["dataset"]["classes"])  # older checkpoints lack them
     schedule, prediction = NoiseSchedule.from_config(config["schedule"]), config["options"]["prediction"]
     options = dict(config["options"], data_dir=None)  # a model that is shared names folders, but not where they were
@@ -64,7 +71,7 @@ def export_checkpoint(
         model.save_pretrained(out / "unet")
         write_scheduler(out / "scheduler", schedule, prediction)
         write_json(out / "training.json", record)
-        write_text(out / "training_log.csv", run.log_until(state.step))
+        write_text(out / "training_log.csv", log)
     except OSError as error:
         raise OSError(f"export_checkpoint: expected to write a model to {out}, got: {error}; export it again") from error
     return out

@@ -24,31 +24,44 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from ..checks import computing_device
 from ..limits import check_free_memory, check_free_space, check_writable
 from ..memory import kept_memory
 from ..nn import UNetConfig
 from ..ops import denoising_loss, q_sample
 from ..schedule import NoiseSchedule
-from .data import RESIZED, load_dataset, to_unit_range
+from .data import DATASETS, RESIZED, load_dataset, to_unit_range
 from .export import write_scheduler
-from .records import Forecast, draw_samples, summary, tensorboard_writer
+from .records import Forecast, TensorBoard, draw_samples, summary
 from .rng import TrainingRng
-from .run_folder import LOG_COLUMNS, RunFolder
+from .run_folder import LOG_COLUMNS, RunFolder, read_state
 from .state import State, Task, unet_config
 
 # Options that a resumed run may change: they decide how long, where and with what records, not what is trained.
-# `steps` and the learning rate's decay are among them so that a run can be prolonged, or brought to its end. The data set's
-# `preparation` is not compared, as older runs did not record it. Its shape is.
+# `steps` and the learning rate's decay are among them so that a run can be prolonged, or brought to its end. `data` may name
+# another folder, as the images themselves are compared. The data set's `preparation` is not compared, as older runs did not
+# record it. Its shape is.
 CHANGEABLE: Final = frozenset(
     {
-        *("fingerprint", "data_dir", "steps", "lr_decay", "lr_decay_steps", "channels_last", "device", "threads", "log_every"),
+        *(
+            "fingerprint",
+            "data",
+            "data_dir",
+            "steps",
+            "lr_decay",
+            "lr_decay_steps",
+            "channels_last",
+            "device",
+            "threads",
+            "log_every",
+        ),
         *("sample_every", "sample_steps", "checkpoint_every", "checkpoint_minutes", "keep", "tensorboard", "preparation"),
         "skip_broken",
     }
 )
 
-_COPIES: Final = 5  # of each parameter in memory: it, its average, its gradient and two moments
-_SAVED: Final = 4  # of them in a checkpoint: all but the gradient
+_COPIES: Final = 5  # each parameter in memory: itself, its average, its gradient and two moments
+_SAVED: Final = 4  # the same in a checkpoint, without the gradient
 
 _log = logging.getLogger("ddpm_fast")
 
@@ -81,15 +94,19 @@ def run_training(
     lock: bool,
 ) -> TrainResult:
     """Run `train` with options that are checked and complete."""
-    device = _device(options["device"])
+    device = computing_device("train", options["device"])
+    options = {**options, **_absolute_folders(options)}
     run = RunFolder(run_dir)
     if resume:
         run.read_config()  # refuses a folder without a run before a lock is written into it
+        _check_resumable(run, options["steps"])
     else:
         run.check_new()
-    check_writable("train", run.path)
+    check_writable("train", "run_dir", run.path, run.path)
     if options["threads"] is not None:
         torch.set_num_threads(options["threads"])
+    if device.type == "cpu":
+        _check_threads(torch.get_num_threads())
     skip_broken = options["skip_broken"]
     try:
         dataset = load_dataset(options["data"], options["data_dir"], image_size=options["image_size"], skip_broken=skip_broken)
@@ -131,6 +148,8 @@ def _run(
     checkpoint = run.latest_checkpoint() if resume else None
     if resume and checkpoint is None and run.checkpoint_folders():  # it may be the disk: nothing is replaced
         raise ValueError(f"train: expected a whole checkpoint in {run.checkpoints}, got none that can be read")
+    if resume and checkpoint is None and run.last_row():
+        _log.warning("%s has no checkpoint yet: the run starts again from step 0, and its log too", run.path)
     if options["init"] is not None and resume and checkpoint is None:
         state.load_weights(options["init"])
     config = task.config()
@@ -140,6 +159,7 @@ def _run(
         run.write_config(config)  # with the options that were changed
     else:
         run.create(config)
+    run.checkpoints.mkdir(exist_ok=True)  # a run without this folder has lost it
     if checkpoint is not None:
         state.load(checkpoint)
     run.remove_leftovers()
@@ -148,7 +168,7 @@ def _run(
         state.losses.clear()
     _log.info("%s", summary(run, task, state))
 
-    writer = tensorboard_writer(run, state.step) if options["tensorboard"] else None
+    tensorboard = TensorBoard(run, state.step, enabled=options["tensorboard"])
     from tqdm import tqdm
 
     bar = tqdm(
@@ -179,12 +199,11 @@ def _run(
                 run.append_log(row)
                 state.losses.clear()
                 bar.set_postfix_str(f"loss {loss:.4f}, {speed:.1f} images/s", refresh=False)
-                if writer:
-                    for name, value in zip(LOG_COLUMNS[2:6], row[2:6], strict=True):
-                        writer.add_scalar(f"train/{name}", value, state.step)
+                for name, value in zip(LOG_COLUMNS[2:6], row[2:6], strict=True):
+                    tensorboard.write("add_scalar", f"train/{name}", value, state.step)
             if options["sample_every"] and state.step % options["sample_every"] == 0:
                 mark = state.count_time(mark)
-                draw_samples(run, task, state, writer)
+                draw_samples(run, task, state, tensorboard)
                 mark = time.perf_counter()
 
             if signals.received is not None:
@@ -204,8 +223,7 @@ def _run(
                 _save_checkpoint(run, task, state)
                 last_checkpoint = time.monotonic()
                 mark = time.perf_counter()
-    if writer:
-        writer.close()
+    tensorboard.write("close")
     if stopped_by:
         _log.info("stopped by %s at step %d of %d; checkpoint saved", stopped_by, state.step, steps)
     return TrainResult(state.step, state.mean_loss(), state.seconds, stopped_by)
@@ -306,7 +324,8 @@ def _check_sizes(run: RunFolder, task: Task) -> None:
     if options["checkpoint_every"]:
         saves = max(saves, math.ceil(options["steps"] / options["checkpoint_every"]))
     more = max(0, min(options["keep"], saves) - len(run.checkpoint_folders()))
-    check_free_space("train", run.path, (more + 1) * _SAVED * 4 * parameters)  # old ones are removed after the new one
+    # Old checkpoints are removed after the new one.
+    check_free_space("train", "run_dir", run.path, (more + 1) * _SAVED * 4 * parameters)
 
 
 class _StopSignals:
@@ -340,15 +359,45 @@ class _StopSignals:
         self._restore()
 
 
-def _device(name: str | None) -> torch.device:
-    """Return the device of that name, by default a GPU if there is one. Raise ValueError if nothing runs on it."""
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.zeros((), device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"train: expected device to be one of this machine, got {name!r}: {reason}") from error
-    return device
+def _absolute_folders(options: Mapping[str, Any]) -> dict[str, str]:
+    """Return the options that name folders of data as absolute paths, so that a run is resumed from any working directory."""
+    folders = {name: options[name] for name in ("data", "data_dir") if options[name] is not None}
+    if options["data"] in DATASETS or not os.path.isdir(options["data"]):
+        del folders["data"]
+    return {name: os.path.abspath(folder) for name, folder in folders.items()}
+
+
+def _check_threads(threads: int) -> None:
+    """Raise a ValueError if OpenMP may start fewer threads than PyTorch asks for.
+
+    The backward pass of oneDNN's convolutions then waits for the missing threads forever.
+    """
+    dynamic, limit = (os.environ.get(name, "").strip() for name in ("OMP_DYNAMIC", "OMP_THREAD_LIMIT"))
+    if dynamic.lower() == "true":
+        name, wanted, got = "OMP_DYNAMIC", "false", dynamic
+    elif limit.isdecimal() and int(limit) < threads:
+        name, wanted, got = "OMP_THREAD_LIMIT", f"at least {threads}", limit
+    else:
+        return
+    if threads > 1:
+        raise ValueError(
+            f"train: expected the environment's {name} to be {wanted}, as PyTorch would wait for {threads} threads forever, "
+            f"got {got!r}; unset it, or pass threads=1 (--threads 1)"
+        )
+
+
+def _check_resumable(run: RunFolder, steps: int) -> None:
+    """Refuse to resume a run whose checkpoints are lost, or that has done more steps than are wanted."""
+    logged = run.last_row()
+    if logged and not run.checkpoints.is_dir():
+        raise FileNotFoundError(
+            f"train: expected {run.checkpoints} to have the checkpoints of the run, whose log.csv has {logged} steps, got "
+            "no such folder; mount its disk, or remove log.csv to start again from step 0"
+        )
+    # Comparing checksums would read all files, which `_run` does once more.
+    done = run.read_latest(None, lambda checkpoint: read_state("train", checkpoint).step) or 0
+    if done > steps:
+        raise ValueError(f"train: expected steps to be at least {done}, the step of the run in {run.path}, got {steps}")
 
 
 def _check_same(run: RunFolder, config: dict[str, Any], data_check: str) -> None:
@@ -363,6 +412,12 @@ def _check_same(run: RunFolder, config: dict[str, Any], data_check: str) -> None
                 )
     before, now = stored["dataset"].get("fingerprint", {}), config["dataset"]["fingerprint"]  # older runs have none
     if data_check != "off":
+        data = [os.path.abspath(each["options"]["data"]) for each in (stored, config)]
+        if not before and data[0] != data[1]:
+            raise ValueError(
+                f"train: expected data to be {stored['options']['data']!r}, as the run in {run.path} has no fingerprint of its "
+                f'images, got {config["options"]["data"]!r}; pass data_check="off" (--data-check off) to go on with them'
+            )
         if any(before.get(kind, digest) != digest for kind, digest in now.items()):
             raise ValueError(
                 f"train: expected the images that the run in {run.path} was started with, got others of the same number and "

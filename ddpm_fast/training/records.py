@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -79,17 +80,46 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} seconds"
 
 
-def tensorboard_writer(run: RunFolder, step: int) -> Any:
-    """Return a SummaryWriter, or None if TensorBoard is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        _log.info("TensorBoard is not installed: no event files (pip install 'ddpm_fast[train]')")
-        return None
-    return SummaryWriter(run.tensorboard, purge_step=step + 1)
+class TensorBoard:
+    """TensorBoard's event files of a run. If they cannot be written, that is said once and the run goes on without.
+
+    Args:
+        run: The run.
+        step: Events after this step are written again.
+        enabled: Write files, if TensorBoard is installed.
+    """
+
+    def __init__(self, run: RunFolder, step: int, *, enabled: bool) -> None:
+        self._writer: Any = None
+        if not enabled:
+            return
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(run.tensorboard, purge_step=step + 1)
+        except ImportError:
+            _log.info("TensorBoard is not installed: no event files (pip install 'ddpm_fast[train]')")
+        except OSError as error:
+            self._stop(error)
+
+    def write(self, method: str, *arguments: Any) -> None:
+        """Call a method of SummaryWriter, if files are written."""
+        if self._writer is None:
+            return
+        try:
+            getattr(self._writer, method)(*arguments)
+        except OSError as error:
+            self._stop(error)
+
+    def _stop(self, error: OSError) -> None:
+        _log.warning("TensorBoard's event files cannot be written, so the run goes on without them: %s", error)
+        writer, self._writer = self._writer, None
+        with suppress(OSError):  # what is left cannot be written either
+            if writer is not None:
+                writer.close()
 
 
-def draw_samples(run: RunFolder, task: Task, state: State, writer: Any) -> None:
+def draw_samples(run: RunFolder, task: Task, state: State, tensorboard: TensorBoard) -> None:
     """Draw a grid with the averaged weights, with one column a class or 8 columns."""
     options = task.options
     columns = min(len(task.dataset.classes), 16) if task.labelled else 8
@@ -108,5 +138,4 @@ def draw_samples(run: RunFolder, task: Task, state: State, writer: Any) -> None:
     except (OSError, ValueError) as error:  # a run does not end for want of a picture
         _log.warning("%s could not be drawn: %s", path, error)
         return
-    if writer:
-        writer.add_images("samples", images.clamp(-1, 1) / 2 + 0.5, state.step)
+    tensorboard.write("add_images", "samples", images.clamp(-1, 1) / 2 + 0.5, state.step)

@@ -36,7 +36,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from .. import atomic
 from ..atomic import flush_names, read_json, write_json, write_text
@@ -44,13 +44,15 @@ from ..atomic import flush_names, read_json, write_json, write_text
 if TYPE_CHECKING:
     from ..schemas import Checkpoint
 
-FORMAT: Final = 1  # of config.json; the schemas say what is read
-STATE_FORMAT: Final = 2  # of state.json; 1 has sizes without SHA-256
+FORMAT: Final = 1  # config.json; the schemas say what is read
+STATE_FORMAT: Final = 2  # state.json; 1 has sizes without SHA-256
 LOG_COLUMNS: Final = ("step", "samples", "loss", "grad_norm", "lr", "images_per_second", "seconds")
 
 _CHECKPOINT: Final = re.compile(r"step-(\d{8,})(?:-(\d+))?")
 
 _log = logging.getLogger("ddpm_fast")
+
+T = TypeVar("T")
 
 
 class RunFolder:
@@ -160,18 +162,39 @@ class RunFolder:
 
     # ------------------------------------------------------------------------------------------------------ checkpoints
 
-    def latest_checkpoint(self, part: str = "") -> Path | None:
+    def latest_checkpoint(self, part: str | None = "") -> Path | None:
         """Return the newest whole checkpoint, or None. A damaged one is left out with a warning.
+
+        The run may go on meanwhile, so read from the checkpoint with `read_latest` unless the lock is held.
 
         Args:
             part: Beginning of the names of the files to compare with their checksums, such as "unet_ema/".
-                Empty: all.
+                Empty: all. None: no file's.
         """
         for folder in self.checkpoint_folders():
             why = why_damaged(folder, part)
             if why is None:
                 return folder
+            if not folder.is_dir():  # the run has replaced it by a newer one
+                return self.latest_checkpoint(part)
             _log.warning("%s is damaged and left out: %s", folder, why)
+        return None
+
+    def read_latest(self, part: str | None, read: Callable[[Path], T]) -> T | None:
+        """Return what `read` reads from the newest whole checkpoint, or None if there is none.
+
+        A run that goes on removes old checkpoints. If this one was removed before it was read, the newest is read instead.
+
+        Args:
+            part: See `latest_checkpoint`.
+            read: A function of a checkpoint's folder.
+        """
+        while (checkpoint := self.latest_checkpoint(part)) is not None:
+            try:
+                return read(checkpoint)
+            except (OSError, ValueError):
+                if checkpoint.is_dir():
+                    raise
         return None
 
     def save_checkpoint(self, step: int, state: Mapping[str, Any], write: Callable[[Path], None], keep: int) -> Path:
@@ -260,7 +283,7 @@ class RunFolder:
 
     def append_log(self, row: Sequence[int | float]) -> None:
         """Append one row of `LOG_COLUMNS` to log.csv."""
-        new = not self.log_file.exists()
+        new = not self._has_log("train")
 
         def open_itself(path: str, flags: int) -> int:
             return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
@@ -271,9 +294,20 @@ class RunFolder:
                 writer.writerow(LOG_COLUMNS)
             writer.writerow([format(value, ".6g") if isinstance(value, float) else value for value in row])
 
-    def log_until(self, step: int) -> str:
+    def _has_log(self, caller: str) -> bool:
+        """Return whether there is a log.csv. Raise an OSError for what is no file, such as a pipe that would be waited for."""
+        try:
+            mode = self.log_file.lstat().st_mode
+        except FileNotFoundError:
+            return False
+        if not stat.S_ISREG(mode):
+            got = "a link" if stat.S_ISLNK(mode) else "a folder, a pipe or a device"
+            raise OSError(f"{caller}: expected {str(self.log_file)!r} to be a file, got {got}")
+        return True
+
+    def log_until(self, step: int, caller: str = "train") -> str:
         """Return the text of log.csv up to row `step`, without a truncated last row."""
-        if not self.log_file.exists():
+        if not self._has_log(caller):
             return ""
         text = self.log_file.read_text(encoding="utf-8", errors="replace")
         lines = text[: text.rfind("\n") + 1].splitlines(keepends=True)
@@ -287,7 +321,7 @@ class RunFolder:
 
     def cut_log(self, step: int) -> None:
         """Remove the rows after `step`, which a resumed run writes again."""
-        if self.log_file.exists():
+        if self._has_log("train"):
             write_text(self.log_file, self.log_until(step))
 
 

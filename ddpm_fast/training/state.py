@@ -111,10 +111,8 @@ class State:
 
     def load_weights(self, init: str) -> None:
         """Load the weights and their moving average from a folder that another training wrote."""
-        network, average = _weight_folders(Path(init))
         wanted = UNetConfig.from_dict(self.model.config).to_dict()
-        for model, folder in ((self.model, network), (self.ema, average)):
-            source = UNet.from_pretrained(folder)
+        for model, source in zip((self.model, self.ema), _read_networks(Path(init)), strict=True):
             found = UNetConfig.from_dict(source.config).to_dict()
             keys = [key for key in {**wanted, **found} if key not in _NOT_IN_WEIGHTS]
             differing = [key for key in keys if wanted.get(key) != found.get(key)]
@@ -149,18 +147,27 @@ class State:
         self.losses = [torch.tensor(loss, dtype=torch.float32, device=device) for loss in state.losses]
 
 
-def _weight_folders(init: Path) -> tuple[Path, Path]:
-    """Return the folders of the weights and of their moving average; one folder serves as both if it has no average."""
+def _read_networks(init: Path) -> tuple[UNet, UNet]:
+    """Return a network and its moving average. A folder that has no average gives the same network twice."""
+
+    def read(folder: Path) -> tuple[UNet, UNet]:
+        if (folder / "unet_ema").is_dir():
+            return UNet.from_pretrained(folder / "unet"), UNet.from_pretrained(folder / "unet_ema")
+        network = UNet.from_pretrained(folder)
+        return network, network
+
     run = RunFolder(init)
-    folder: Path | None = init
+    found = None
     if run.checkpoints.is_dir():
-        folder = run.latest_checkpoint()
-    if folder is None or not folder.is_dir():
+        found = run.read_latest("", read)
+    elif init.is_dir():
+        found = read(init)
+    if found is None:
         raise FileNotFoundError(
             "train: expected init to be the folder of a model, of a run with a checkpoint, or of a checkpoint, "
             f"got {str(init)!r}"
         )
-    return (folder / "unet", folder / "unet_ema") if (folder / "unet_ema").is_dir() else (folder, folder)
+    return found
 
 
 def unet_config(options: Mapping[str, Any], dataset: ImageDataset, labelled: bool) -> dict[str, Any]:

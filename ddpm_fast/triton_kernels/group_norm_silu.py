@@ -31,7 +31,7 @@ SPLIT_TILE = 4096
 ELEMENTS_PER_WARP = (1024, 512)  # forward, backward
 TILES_PER_CHUNK = 4
 MAX_CHANNELS_PER_GROUP = 4096  # a tile holds whole groups
-ROW_BYTES = (64, 32)  # of a channels_last tile: the first with which it is resident
+ROW_BYTES = (64, 32)  # in a channels_last tile: the first with which it is resident
 SPLIT_ROW_BYTES = 64
 
 

@@ -133,7 +133,7 @@ class _Own:
 
     source: Path
     flags: list[str]
-    salt: str  # of its object's name, beside the flags and the text
+    salt: str  # part of its object's name, beside the flags and the text
 
     def compile(self, target: Path) -> None:
         _run(["g++", *self.flags, "-c", str(self.source), "-o", str(target)])

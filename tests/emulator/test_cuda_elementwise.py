@@ -113,6 +113,7 @@ def test_denoising_loss(emulated: ModuleType, shape: tuple[int, ...], channels_l
         torch.testing.assert_close(each.double(), truth, rtol=2e-7, atol=0)
 
 
+@pytest.mark.slow
 def test_more_samples_than_a_grid_has_rows(emulated: ModuleType) -> None:
     n = 65535 + 3
     seeds = sample_seeds(6, n)

@@ -293,7 +293,7 @@ def test_bad_arguments_are_refused_before_any_work(
     arguments["model"].forward = None  # not to be called
     with pytest.raises((ValueError, TypeError), match=message):
         variational_bound(**arguments)
-    assert capsys.readouterr().err == ""  # of a progress bar
+    assert capsys.readouterr().err == ""  # no progress bar
 
 
 def test_repr_is_a_line_of_means() -> None:
@@ -341,9 +341,12 @@ def test_command_prints_the_parts(tmp_path: Path) -> None:
     assert per_image == pytest.approx(bound.total.tolist(), rel=1e-6)
 
     for more, message in (
-        (["--num", "100000"], "--num: digits has"),
+        (["--num", "100000"], "expected --num to be at most 297, the test images of digits, got 100000"),
         (["--data", "nothing"], "expected --data to be one of"),
-        (["--json", str(out / "figures.json")], f"--json: expected '{out}' to be a folder"),
+        (
+            ["--json", str(out / "figures.json")],
+            f"expected --json to be in a folder, got '{out}/figures.json', and '{out}' is a file",
+        ),
     ):
         result = CliRunner().invoke(main, [*arguments, *more])
         assert result.exit_code == 2

@@ -37,8 +37,8 @@ def inject(library: Path, folder: Path, *tasks: str) -> list[dict[str, Any]]:
 
 
 def test_nothing_that_was_saved_is_lost(library: Path, tmp_path: Path) -> None:
-    """The numbers say every how many of a task's calls fail."""
-    tasks = ("train,KILL,130", "resume,ENOSPC,90", "export,KILL,9", "picture,ENOSPC,2", "sample,KILL,6")
+    """The numbers say every how many of a task's calls fail. The slow test has more tasks and kinds of faults."""
+    tasks = ("resume,ENOSPC,90", "export,KILL,9", "picture,ENOSPC,2")
     for counts in inject(library, tmp_path / "f", *tasks):
         assert counts["tried"] >= 3
         assert counts["stopped"] > 0

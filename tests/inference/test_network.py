@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from pairwise import pairwise as every_pair
 from small_unets import make_inputs, make_unet, randomise, relative_error
 from torch import Tensor, nn
 from torch.nn.utils import prune
@@ -114,9 +115,9 @@ EFFECTS: dict[str, Change] = {
 UNCHANGED = ("weights without gradients", "dropout")
 
 
-@pytest.mark.parametrize("packed", [True, False], ids=["packed", "PyTorch"])
-@pytest.mark.parametrize("scale_shift", [False, True], ids=["shift", "scale and shift"])
-@pytest.mark.parametrize("name", EFFECTS)
+@every_pair(
+    name=list(EFFECTS), scale_shift={"shift": False, "scale and shift": True}, packed={"packed": True, "PyTorch": False}
+)
 @torch.no_grad()
 def test_attributes_take_effect(name: str, scale_shift: bool, packed: bool, request: pytest.FixtureRequest) -> None:
     if not packed:

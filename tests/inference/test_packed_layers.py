@@ -109,7 +109,7 @@ def by_pytorch(
 def check(convolution: str, shape: tuple[int, ...], dtype: torch.dtype, norm: str | None, methods: Sequence[str] = ()) -> None:
     kernel, stride, asymmetric, resample = CONVOLUTIONS[convolution]
     n, channels, skip_channels, out_channels, height, width = shape
-    if resample == "down":  # of one map of an even size
+    if resample == "down":  # one map of an even size
         channels, skip_channels, height, width = channels + skip_channels, 0, height + height % 2, width + width % 2
     if asymmetric and min(height, width) == 1:
         pytest.skip("there is no output")

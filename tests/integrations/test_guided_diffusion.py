@@ -24,7 +24,7 @@ VARS = list(gd.ModelVarType)
 BOTH = list(itertools.product(MEANS, VARS))
 LEARNED = (gd.ModelVarType.LEARNED, gd.ModelVarType.LEARNED_RANGE)
 SHAPE = (3, 2, 4, 5)
-T, KEPT = 60, "6,4,5"  # of 1000 timesteps would take long; betas reach as far
+T, KEPT = 60, "6,4,5"  # 1000 timesteps would take long; betas reach as far
 BETAS = gd.get_named_beta_schedule("linear", T)
 
 

@@ -276,7 +276,7 @@ def test_a_damaged_file_is_a_value_error(tmp_path: Path) -> None:
     torch.save({"a": torch.zeros(3)}, tmp_path / "model.pt", _use_new_zipfile_serialization=False)
     whole = (tmp_path / "model.pt").read_bytes()
     for place in range(100):
-        (tmp_path / "damaged.pt").write_bytes(whole[:place] + b"h" + whole[place + 1 :])  # of pickle: get from the table
+        (tmp_path / "damaged.pt").write_bytes(whole[:place] + b"h" + whole[place + 1 :])  # in pickle: get from the table
         with pytest.raises(ValueError, match="load_guided_diffusion: expected "):
             load_guided_diffusion(tmp_path / "damaged.pt")
 

@@ -69,7 +69,7 @@ def paths(kernel: sass.Kernel, name: str) -> list[tuple[Sequence[sass.Instructio
         accesses = sass.Accesses(*(sum(elements * size // sass.WIDE for size in of) for of in wide))
         path = kernel.hot_path(accesses, staged=loop is not None)
         return [(path, elements), *([(kernel.drawing_loop(), per_thread)] if loop is not None else [])]
-    if function in ("contiguous_kernel", "channels_last_kernel"):  # of group norm: <type, vectors that a thread holds, pass>
+    if function in ("contiguous_kernel", "channels_last_kernel"):  # group norm: <type, vectors that a thread holds, pass>
         vectors = int(words[1])
         return [(kernel.tiled_path(vectors), vectors * width)]
     return [(kernel.hot_path(), 1)]

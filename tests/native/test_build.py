@@ -22,6 +22,8 @@ from ddpm_fast.ops import OPS, backend, why_not
 
 ROOT = Path(__file__).parents[2]
 
+pytestmark = pytest.mark.again
+
 # philox4x32-10 of Random123's kat_vectors: counter, key, words. Digits of pi in the last.
 KNOWN_ANSWERS = [
     ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
@@ -208,6 +210,7 @@ def _setup_without_compiler(tmp_path: Path, **environment: str) -> "subprocess.C
     return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=variables, capture_output=True, text=True)
 
 
+@pytest.mark.sources
 def test_without_a_compiler_one_clear_error(tmp_path: Path) -> None:
     result = _setup_without_compiler(tmp_path)
     assert result.returncode != 0
@@ -217,10 +220,12 @@ def test_without_a_compiler_one_clear_error(tmp_path: Path) -> None:
     assert "DDPM_FAST_NO_NATIVE=1" in result.stderr  # how to do without
 
 
+@pytest.mark.sources
 def test_a_compiler_that_is_not_there_is_named(tmp_path: Path) -> None:
     assert "found no CXX='c++-99'" in _setup_without_compiler(tmp_path, CXX="c++-99").stderr
 
 
+@pytest.mark.sources
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="makes an old compiler of g++")
 def test_an_old_compiler_is_named(tmp_path: Path) -> None:
     """A g++ that says it is 9.4: what it has, what is needed and how to do without."""
@@ -236,6 +241,7 @@ def test_an_old_compiler_is_named(tmp_path: Path) -> None:
     assert "DDPM_FAST_NO_NATIVE=1" in said
 
 
+@pytest.mark.sources
 def test_without_python_headers_one_clear_error(tmp_path: Path) -> None:
     script = "import runpy, sysconfig; sysconfig.get_path = lambda *a, **k: 'nowhere'; runpy.run_path('setup.py')"
     arguments = [sys.executable, "-c", script, "-q", "build_ext", "--build-temp", str(tmp_path), "--build-lib", str(tmp_path)]
@@ -247,6 +253,7 @@ def test_without_python_headers_one_clear_error(tmp_path: Path) -> None:
     assert "apt-get install python3-dev" in result.stderr
 
 
+@pytest.mark.sources
 def test_no_native_builds_nothing(tmp_path: Path) -> None:
     result = _setup_without_compiler(tmp_path, DDPM_FAST_NO_NATIVE="1")
     assert result.returncode == 0, result.stderr
@@ -316,6 +323,7 @@ def _configure(tmp_path: Path, gpus: str = "", **variables: str) -> tuple[int, s
     return result.returncode, " ".join((result.stdout + result.stderr).split())
 
 
+@pytest.mark.sources
 def test_without_a_visible_gpu_no_cuda_is_compiled_and_one_line_says_how_to_get_it(tmp_path: Path) -> None:
     status, said = _configure(tmp_path)
     assert status == 0, said
@@ -323,12 +331,14 @@ def test_without_a_visible_gpu_no_cuda_is_compiled_and_one_line_says_how_to_get_
     assert "To compile the CUDA kernels as well: FORCE_CUDA=1 pip install" in said
 
 
+@pytest.mark.sources
 def test_a_gpu_that_is_too_old_is_named(tmp_path: Path) -> None:
     status, said = _configure(tmp_path, gpus="7.5\n")
     assert status == 0, said
     assert "a GPU of compute capability 7.5, and its CUDA kernels need 8.0" in said
 
 
+@pytest.mark.sources
 def test_a_visible_gpu_without_nvcc_leaves_the_cuda_kernels_out(tmp_path: Path) -> None:
     status, said = _configure(tmp_path, gpus="9.0\n", CUDACXX="")
     if "CUDA kernels for" in said:
@@ -337,6 +347,7 @@ def test_a_visible_gpu_without_nvcc_leaves_the_cuda_kernels_out(tmp_path: Path) 
     assert "no nvcc was found when it was built" in said
 
 
+@pytest.mark.sources
 @pytest.mark.parametrize("variables", [{"FORCE_CUDA": "1"}, {"DDPM_FAST_CUDA_ARCHS": "80"}], ids=str)
 def test_asking_for_cuda_without_nvcc_is_an_error(tmp_path: Path, variables: dict[str, str]) -> None:
     status, said = _configure(tmp_path, **variables)
@@ -345,12 +356,13 @@ def test_asking_for_cuda_without_nvcc_is_an_error(tmp_path: Path, variables: dic
     assert f"{request}: expected nvcc 12.0 or later, but no nvcc was found" in said
 
 
+@pytest.mark.sources
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="asks nvcc which compiler it is")
 @pytest.mark.parametrize(
     ("gpus", "variables", "expected"),
     [
-        ("9.0\n9.0\n", {}, "90a-real"),
-        # CMake asks nvcc for seconds, so the others are slow.
+        # CMake asks nvcc for seconds, so these are slow.
+        pytest.param("9.0\n9.0\n", {}, "90a-real", marks=pytest.mark.slow),
         pytest.param("8.6\n7.5\n", {}, "86-real", marks=pytest.mark.slow),
         pytest.param("9.0\n99.9\n", {}, r"90a-real;\d+-virtual", marks=pytest.mark.slow),  # newer than nvcc
         pytest.param("8.0\n", {"DDPM_FAST_CUDA_ARCHS": "90a"}, "90a", marks=pytest.mark.slow),
@@ -414,6 +426,7 @@ print(command.build_folder())
     return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
 
 
+@pytest.mark.sources
 def test_an_editable_install_keeps_its_objects_until_the_compiler_changes(tmp_path: Path) -> None:
     folder = Path(_build_folder(tmp_path).stdout.strip())
     assert folder.is_relative_to(tmp_path / "build")  # and not in the temporary folder, which setuptools removes

@@ -43,8 +43,8 @@ def test_conversions_to_16_bits_round_like_torch() -> None:
     values = torch.cat([halves.float(), halves.float().nextafter(torch.tensor(9e9)), edges, -edges])
     values = torch.cat([values, values * (1 + 2.0**-11), values * (1 + 2.0**-9)])
     values = values[~values.isinf()]
-    k2_only = torch.tensor([[0.0, 0, 0, 0, 1, 0, 0, 0, 0, 1]])  # of a plan: x_{t-1} = the model's output
-    noise_only = torch.tensor([[0.0, 1.0]])  # of a schedule: x_t = epsilon
+    k2_only = torch.tensor([[0.0, 0, 0, 0, 1, 0, 0, 0, 0, 1]])  # a plan with x_{t-1} = the model's output
+    noise_only = torch.tensor([[0.0, 1.0]])  # a schedule with x_t = epsilon
     first = torch.tensor([0])
     for code, dtype in ((2, torch.float16), (3, torch.bfloat16)):
         zeros, narrowed = torch.zeros(values.numel(), dtype=dtype), torch.empty(values.numel(), dtype=dtype)

@@ -11,7 +11,11 @@ import pytest
 
 from ddpm_fast.ops import backend
 
-pytestmark = pytest.mark.skipif(backend.native_error() is not None, reason="there is no compiled module")
+pytestmark = [
+    pytest.mark.skipif(backend.native_error() is not None, reason="there is no compiled module"),
+    pytest.mark.again,
+    pytest.mark.sources,
+]
 
 TESTS = (
     "ops/test_conv3x3.py::test_output_and_gradients_are_as_right_as_pytorchs",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes  # noqa: F401 (the scripts of other processes use it)
 import gc
 import os
+import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -424,3 +426,40 @@ def test_a_program_holds_its_tensors() -> None:
     del program
     gc.collect()
     assert held() is None
+
+
+# -------------------------------------------------------------------------------------------------------------------- stacks
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "wanted"),
+    [
+        ("OMP_STACKSIZE", "16k", False),
+        ("OMP_STACKSIZE", " 255 ", False),
+        ("OMP_STACKSIZE", "200000B", False),
+        ("GOMP_STACKSIZE", "64 K", False),
+        ("OMP_STACKSIZE", "256", True),
+        ("OMP_STACKSIZE", "4M", True),
+        ("OMP_STACKSIZE", "nonsense", True),  # OpenMP ignores it too
+    ],
+)
+def test_stacks_too_small_for_the_kernels_are_named(
+    name: str, value: str, wanted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    if wanted:
+        assert backend._load_native() is backend.native()
+        return
+    message = rf"expected the environment's {name} to be unset or at least 256K, got '{value}'"
+    with pytest.warns(RuntimeWarning, match=message):
+        assert re.fullmatch(message, str(backend._load_native()))
+
+
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="there is no objdump")
+def test_no_frame_of_a_kernel_is_near_the_smallest_stack() -> None:
+    """Functions make room by one subtraction from the stack pointer, or page by page."""
+    code = subprocess.run(
+        ["objdump", "-d", "--no-show-raw-insn", str(backend.native().__file__)], capture_output=True, text=True
+    )
+    sizes = [int(size, 16) for size in re.findall(r"sub +\$0x([0-9a-f]{1,7}),%rsp", code.stdout)]
+    assert max(sizes, default=0) < backend._LEAST_STACK // 2

@@ -262,7 +262,7 @@ class TestWhereItServes:
         assert layer.to_v.weight.grad is not None
         assert layer.to_q.weight.grad is None
 
-    @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # of PyTorch's attention, in vmap
+    @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # from PyTorch's attention, in vmap
     def test_what_is_pytorchs(self, layer: Attention, x: Tensor, calls: list[str]) -> None:
         with torch.no_grad():
             layer(x)

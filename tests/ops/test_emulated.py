@@ -5,6 +5,7 @@ A call raises what the emulator finds, such as a race or a read of uninitialised
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
@@ -30,6 +31,8 @@ ORDERS = (
     {"order": "reversed"},
     {"order": "shuffled", "seed": 1, "preempt": 50},
 )
+# Each order accesses the same addresses, so AddressSanitizer looks at one. The other sanitizer finds races in all.
+ONE_ORDER = os.environ.get("DDPM_FAST_EMULATOR") == "address"
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -61,7 +64,7 @@ def _check(emulated: ModuleType, case: Case, dtype: torch.dtype, channels_last: 
     for device, card in CARDS.items():
         emulated.set_device(device)
         first = None
-        for order in orders:
+        for order in orders[:1] if ONE_ORDER else orders:
             emulated.set_order(**order)
             got = evaluate(call, "native", copy)
             if first is None:

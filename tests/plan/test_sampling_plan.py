@@ -1,4 +1,4 @@
-"""Tests of what every plan offers: a table as text, a plot, slices, and starts from a timestep."""
+"""Plans as text, as plots, sliced, and started at a timestep."""
 
 import itertools
 from dataclasses import replace

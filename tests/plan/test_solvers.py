@@ -221,7 +221,7 @@ def test_a_plan_with_a_start_begins_with_order_1() -> None:
     assert float(plan.coefficients[10, k3]) != 0
     assert float(later.coefficients[0, k3]) == 0
     assert torch.equal(later.coefficients, dpm_solver_plan(NoiseSchedule.linear(), 20, eta=1.0, start=500).coefficients)
-    # The number of steps of the whole plan decides if the last one is of lower order.
+    # The number of steps of the whole plan decides on the order of the last step.
     options: Any = {"final": "sigma_min", "start": 300}
     assert float(dpm_solver_plan(NoiseSchedule.linear(), 20, **options).coefficients[-1, k3]) != 0
     assert float(dpm_solver_plan(NoiseSchedule.linear(), 14, final="sigma_min").coefficients[-1, k3]) == 0
@@ -235,7 +235,7 @@ def test_heun_restarts_with_a_pair_of_steps() -> None:
 
 
 def test_zero_terminal_snr_begins_from_pure_noise() -> None:
-    """The first step of order 1 has a finite row at abar = 0 if the model predicts x_0 or v."""
+    """The first step, of order 1, has a finite row at abar = 0 if the model predicts x_0 or v."""
     schedule = NoiseSchedule.linear().rescale_zero_terminal_snr()
     for eta in (0.0, 1.0):
         plan = dpm_solver_plan(schedule, 10, eta=eta, prediction="v_prediction")

@@ -39,6 +39,22 @@ def test_docstrings_and_comments_are_found() -> None:
     assert list(comments(source, ".py")) == ["A b."]
 
 
+def remarks(source: str, suffix: str) -> Iterator[str]:
+    """Yield every comment that stands behind code."""
+    mark = "#" if suffix == ".py" else "//"
+    yield from re.findall(rf"^[ \t]*(?!{mark})\S.*? {mark} (.*)$", source, re.MULTILINE)
+
+
+def test_remarks_behind_code_are_no_fragments() -> None:
+    assert list(remarks("# A\nx = 1  # b\n", ".py")) == ["b"]
+    wrong = []
+    for path in TEXTS:
+        if path.suffix != ".md":
+            found = remarks(path.read_text(encoding="utf-8"), path.suffix)
+            wrong += [f"{path.relative_to(ROOT)}: {remark}" for remark in found if remark.startswith("of ")]
+    assert not wrong, "\n".join(wrong)
+
+
 def test_docstrings_and_comments_begin_with_a_verb_or_a_noun() -> None:
     wrong = []
     for path in TEXTS:

@@ -6,8 +6,11 @@ import gzip
 import logging
 import os
 import sys
+import threading
+import time
 import urllib.error
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -402,3 +405,43 @@ def test_only_the_first_images_are_read_but_all_classes_counted(tmp_path: Path) 
     (tmp_path / "b" / "broken.png").touch()
     dataset = load_dataset(str(tmp_path), first=1)
     assert (len(dataset), dataset.classes, dataset.labels.tolist()) == (1, ("a", "b"), [0])
+
+
+# ------------------------------------------------------------------------------------------------------------------- memory
+
+
+def test_images_wait_for_memory_and_a_large_one_is_read_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for i in range(12):
+        Image.new("RGB", (10, 10)).save(tmp_path / f"{i}.png")
+    Image.new("RGB", (40, 40)).save(tmp_path / "large.png")
+    monkeypatch.setattr(data, "free_memory", lambda: 4 * 16 * 250)
+    lock, held, together = threading.Lock(), [0], []
+    resized_square = data._resized_square
+
+    def watch(opened: Any, size: int) -> torch.Tensor:
+        pixels = opened.width * opened.height
+        with lock:
+            held[0] += pixels
+            together.append(held[0])
+        time.sleep(0.005)
+        result = resized_square(opened, size)
+        with lock:
+            held[0] -= pixels
+        return result
+
+    monkeypatch.setattr(data, "_resized_square", watch)
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    assert len(load_dataset(str(tmp_path), image_size=8)) == 13
+    assert set(together) == {100, 200, 1600}
+
+
+def test_broken_images_are_kept_as_texts(tmp_path: Path) -> None:
+    """An exception would keep the frames of its traceback alive, and with them the pixels of the image."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    broken: dict[Path, str] = {}
+
+    def fail(file: Path) -> None:
+        raise ValueError("damaged")
+
+    assert data._try_each(fail, [tmp_path / "a.png"], broken) == [None]
+    assert broken == {tmp_path / "a.png": "ValueError: damaged"}

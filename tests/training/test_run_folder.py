@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -19,8 +20,10 @@ from test_training import QUIET
 from torch import Tensor
 
 from ddpm_fast.images import save_grid
+from ddpm_fast.nn import UNet
 from ddpm_fast.pretrained import load_folder
-from ddpm_fast.training import train
+from ddpm_fast.training import run_folder, train
+from ddpm_fast.training.export import export_checkpoint
 from ddpm_fast.training.run_folder import RunFolder, why_damaged
 
 
@@ -98,9 +101,26 @@ def test_a_link_in_place_of_the_log_is_not_followed(tmp_path: Path) -> None:
     run = start(tmp_path / "run", step=2)
     run.log_file.unlink()
     run.log_file.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(OSError, match=r"train: expected to write to .* got: .*log\.csv"):
+    with pytest.raises(OSError, match=r"train: expected '.*log\.csv' to be a file, got a link"):
         train(run.path, **QUIET | {"log_every": 1}, steps=4, resume=True)
     assert not (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no pipes with names")
+def test_a_pipe_in_place_of_the_log_is_refused_instead_of_waited_for(tmp_path: Path) -> None:
+    run = start(tmp_path / "run", step=2)
+    before = run.config_file.read_text()
+    run.log_file.unlink()
+    os.mkfifo(run.log_file)
+    wanted = r"expected '.*log\.csv' to be a file, got a folder, a pipe or a device"
+    with pytest.raises(OSError, match=f"^train: {wanted}"):
+        train(run.path, **QUIET, steps=4, resume=True)
+    with pytest.raises(OSError, match=f"^export_checkpoint: {wanted}"):
+        export_checkpoint(run.path, tmp_path / "out")
+    with pytest.raises(OSError, match=wanted):
+        run.append_log((1, 2.0))
+    assert run.config_file.read_text() == before
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_link_in_place_of_the_lock_is_not_followed(tmp_path: Path) -> None:
@@ -145,11 +165,17 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def started(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of four steps, to copy."""
+    return start(tmp_path_factory.mktemp("started") / "run").path
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_falls_back_to_the_newest_whole_one(
-    damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    damage: str, started: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run = start(tmp_path / "run")
+    run = RunFolder(Path(shutil.copytree(started, tmp_path / "run", symlinks=True)))
     newest = run.latest_checkpoint()
     assert newest is not None
     assert newest.name == "step-00000004"
@@ -288,6 +314,89 @@ def test_checkpoints_of_the_format_without_checksums_load(tmp_path: Path) -> Non
     assert train(run.path, **QUIET, steps=6, resume=True).step == 6
 
 
+def test_a_checkpoint_that_goes_while_it_is_read_is_followed_by_the_newest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = start(tmp_path / "run", step=2)
+    from_pretrained = UNet.from_pretrained
+    waiting = [0]
+
+    def go_on() -> None:
+        if waiting:
+            train(run.path, **QUIET | {"steps": 4 + 2 * waiting.pop(), "keep": 1}, resume=True)
+
+    def read(*arguments: Any, **options: Any) -> UNet:
+        go_on()
+        return from_pretrained(*arguments, **options)
+
+    monkeypatch.setattr(UNet, "from_pretrained", read)
+    load_folder(run.path)
+    assert not (run.checkpoints / "step-00000002").exists()
+    waiting.append(1)
+    assert export_checkpoint(run.path, tmp_path / "out").is_dir()
+    assert json.loads((tmp_path / "out" / "training.json").read_text())["step"] == 6
+    waiting.append(2)
+    train(tmp_path / "next", **QUIET, steps=1, init=run.path)
+    monkeypatch.undo()
+
+    def why(folder: Path, part: str | None = "") -> str | None:
+        go_on()
+        return why_damaged(folder, part)
+
+    waiting.append(3)
+    monkeypatch.setattr(run_folder, "why_damaged", why)
+    latest = run.latest_checkpoint()
+    assert latest is not None
+    assert latest.name == "step-00000010"
+    assert "damaged" not in caplog.text
+
+
+def test_a_checkpoint_that_stays_is_read_once(tmp_path: Path) -> None:
+    def read(checkpoint: Path) -> None:
+        raise ValueError(f"{checkpoint.name} is wrong")
+
+    with pytest.raises(ValueError, match="step-00000002 is wrong"):
+        start(tmp_path / "run", step=2).read_latest("", read)
+
+
+def test_fewer_steps_than_are_done_are_refused_before_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = start(tmp_path / "run")
+    before = run.config_file.read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr("ddpm_fast.training.loop.load_dataset", lambda *_, **__: pytest.fail("the images were read"))
+        with pytest.raises(ValueError, match=r"train: expected steps to be at least 4, the step of the run in .*, got 3"):
+            train(run.path, **QUIET, steps=3, resume=True)
+    assert run.config_file.read_text() == before
+    assert train(run.path, **QUIET, steps=4, resume=True).step == 4
+
+
+def test_a_run_whose_checkpoints_are_lost_does_not_start_again(tmp_path: Path) -> None:
+    run = start(tmp_path / "run")
+    before = run.log_file.read_text()
+    run.checkpoints.rename(tmp_path / "unmounted")
+    wanted = r"train: expected .*checkpoints to have the .* 4 steps, got no such .* remove log\.csv to start again from step 0"
+    with pytest.raises(FileNotFoundError, match=wanted):
+        train(run.path, **QUIET, steps=4, resume=True)
+    assert run.log_file.read_text() == before
+    run.log_file.unlink()
+    assert train(run.path, **QUIET, steps=2, resume=True).step == 2
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_starts_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ddpm_fast.training.loop._save_checkpoint", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "run", **QUIET, steps=4)
+    assert RunFolder(tmp_path / "run").last_row() == 4
+    assert train(tmp_path / "run", **QUIET, steps=4, resume=True).step == 4
+    assert f"{tmp_path / 'run'} has no checkpoint yet: the run starts again from step 0, and its log too" in caplog.text
+
+
 def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = start(tmp_path / "run")
     from ddpm_fast.training import loop
@@ -329,6 +438,40 @@ def test_other_images_stop_a_resumed_run(check: str, tmp_path: Path) -> None:
     assert train(tmp_path / "run", **options | {"steps": 4}, resume=True, data_check=check).step == 4  # with the new ones
 
 
+def test_images_that_were_moved_are_named_by_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    _images(Path("images"), 0)
+    options = QUIET | {"data": "images"}
+    train("run", **options, steps=1)
+    stored = RunFolder("run").read_config()["options"]
+    assert stored["data"] == str(tmp_path / "images")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert train("../run", **QUIET | {"data": stored["data"]}, steps=2, resume=True).step == 2
+    Path("../images").rename("moved")
+    with pytest.raises(ValueError, match=r"expected name to be one of .* or a folder, got '.*images'"):
+        train("../run", **QUIET | {"data": stored["data"]}, steps=3, resume=True)
+    assert train("../run", **QUIET | {"data": "moved"}, steps=3, resume=True).step == 3
+    assert RunFolder("../run").read_config()["options"]["data"] == str(tmp_path / "elsewhere" / "moved")
+    _images(Path("others"), 10)
+    with pytest.raises(ValueError, match=r"expected the images .*, got others .*--data-check off"):
+        train("../run", **QUIET | {"data": "others"}, steps=4, resume=True)
+
+
+def test_images_that_were_moved_need_a_fingerprint(tmp_path: Path) -> None:
+    for name in ("images", "moved"):
+        _images(tmp_path / name, 0)
+    train(tmp_path / "run", **QUIET | {"data": tmp_path / "images"}, steps=1)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    del config["dataset"]["fingerprint"]  # older runs have none
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    options = QUIET | {"data": tmp_path / "moved", "steps": 2, "resume": True}
+    with pytest.raises(ValueError, match=r"expected data to be '.*images', as the run .* no fingerprint .*--data-check off"):
+        train(tmp_path / "run", **options)
+    assert train(tmp_path / "run", **options, data_check="off").step == 2
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="the system does not list open files")
 def test_no_descriptor_is_left_open(tmp_path: Path) -> None:
     before = len(os.listdir("/proc/self/fd"))
     start(tmp_path / "run")

@@ -24,7 +24,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from ddpm_fast.cli import _argument_texts
+from ddpm_fast.cli.train import argument_texts
 from ddpm_fast.nn import UNet
 from ddpm_fast.ops import noise
 from ddpm_fast.pretrained import load_folder
@@ -225,9 +225,9 @@ def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
         ),
         ("channels", [10**40], r"to fit into memory, got .*, which needs about \S+ GB of \d"),
         ("image_size", 10**6, r"an integer in 1\.\.65536 or None, got 1000000"),
-        ("device", "meta", "one of this machine, got 'meta'"),
-        ("device", "nowhere", "one of this machine, got 'nowhere'"),
-        ("device", "cuda:99", "one of this machine, got 'cuda:99'"),
+        ("device", "meta", "one that computes, got meta"),
+        ("device", "nowhere", "a torch.device or its name, got 'nowhere'"),
+        ("device", "cuda:99", "available, got cuda:99: PyTorch sees"),
     ],
 )
 def test_bad_options_are_refused_before_anything_is_written(option: str, value: object, wanted: str, tmp_path: Path) -> None:
@@ -269,7 +269,7 @@ def test_folders_that_cannot_be_written_are_refused_before_the_images_are_read(
 ) -> None:
     monkeypatch.setattr(loop, "load_dataset", lambda *_, **__: pytest.fail("the images were read"))
     (tmp_path / "file").touch()
-    with pytest.raises(NotADirectoryError, match=r"to be a folder, got '.*file', which is a file"):
+    with pytest.raises(NotADirectoryError, match=r"run_dir to be in a folder, got .*, and '.*file' is a file"):
         train(tmp_path / "file" / "run", **QUIET)
     with pytest.raises(OSError, match="File name too long"):
         train(tmp_path / ("x" * 300), **QUIET)
@@ -287,7 +287,7 @@ def test_checkpoints_that_do_not_fit_onto_the_disk_are_refused(tmp_path: Path, m
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**12, 0, free))  # type: ignore[attr-defined]
     for keep, needed in ((2, 3), (3, 4), (1000, 4)):  # three saves at most, and one more until an old one goes
         free = int((needed - 0.5) * size)
-        with pytest.raises(OSError, match=rf"train: expected [\d.]+ MB of free space for '{tmp_path}/new', got .* free some"):
+        with pytest.raises(OSError, match=rf"run_dir to be on a disk with [\d.]+ MB of .*, got '{tmp_path}/new' .* free some"):
             train(tmp_path / "new", **options | {"keep": keep})
         assert not (tmp_path / "new").exists()
     free = int(1.1 * size)  # the run has two already, and keeps two
@@ -587,6 +587,38 @@ def test_missing_tensorboard_is_said_once(
     ]
 
 
+@pytest.mark.parametrize("broken", ["__init__", "add_scalar", "add_images", "close"])
+def test_event_files_that_cannot_be_written_are_said_once_and_do_not_end_a_run(
+    broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tensorboard = pytest.importorskip("torch.utils.tensorboard")
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tensorboard.SummaryWriter, broken, full)
+    options = QUIET | {"steps": 3, "log_every": 1, "sample_every": 1, "sample_steps": 1, "tensorboard": True}
+    assert train(tmp_path / "run", **options).step == 3
+    assert [record.getMessage() for record in caplog.records if "TensorBoard" in record.getMessage()] == [
+        "TensorBoard's event files cannot be written, so the run goes on without them: [Errno 28] No space left on device"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "wanted"),
+    [("OMP_DYNAMIC", "true", "false"), ("OMP_DYNAMIC", "TRUE", "false"), ("OMP_THREAD_LIMIT", "1", "at least 2")],
+)
+def test_threads_that_openmp_may_not_start_are_refused(
+    name: str, value: str, wanted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    message = rf"train: expected the environment's {name} to be {wanted}, .* got '{value}'; unset it, or .*--threads 1"
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path / "run", **QUIET | {"threads": 2, "steps": 1})
+    assert not (tmp_path / "run").exists()
+    assert train(tmp_path / "run", **QUIET | {"threads": 1, "steps": 1}).step == 1
+
+
 def test_unlabelled_images_train_an_unconditional_network(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     for i in range(3):
@@ -600,7 +632,7 @@ def test_unlabelled_images_train_an_unconditional_network(tmp_path: Path) -> Non
 
 def test_every_option_is_documented() -> None:
     """The command line shows the same texts, so each begins with a verb and is one or two sentences."""
-    texts = _argument_texts(train)
+    texts = argument_texts(train)
     assert list(texts) == list(inspect.signature(train).parameters)
     assert all(text[0].isupper() and text.endswith((".", "...")) and len(text) < 130 for text in texts.values())
 

@@ -24,7 +24,7 @@ struct Image {
 };
 
 const Image& image();
-char* shared_memory();  // of the operating system's thread that runs
+char* shared_memory();  // belongs to the operating system's thread that runs
 std::string function_name(const void* function);
 
 }  // namespace emulator

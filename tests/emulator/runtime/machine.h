@@ -72,7 +72,7 @@ enum class Order { kNatural, kReversed, kShuffled };
 struct LaunchRecord {
   std::string kernel;
   std::uint64_t blocks;
-  unsigned threads, cluster;  // of a block; blocks of a cluster
+  unsigned threads, cluster;  // in a block; blocks in a cluster
   std::size_t dynamic_shared;
 };
 

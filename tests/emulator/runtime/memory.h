@@ -27,7 +27,7 @@ constexpr unsigned char kPoison = 0xFF;  // what memory holds before it is writt
 // A new buffer in global memory, at an address that is `phase` modulo 512. Its name is for reports.
 void* allocate_global(std::size_t size, std::size_t phase, std::string name);
 void free_all_global();
-const std::uint8_t* states(const void* global);  // of the buffer's bytes, from there on
+const std::uint8_t* states(const void* global);  // states of the buffer's bytes, from there on
 void set_initialised(void* global, std::size_t size);
 
 // An access by the thread that runs.

@@ -14,8 +14,8 @@ struct Block;
 
 struct SharedMemory {
   std::vector<char> aside;          // the contents, while another block is resident
-  std::vector<std::uint8_t> state;  // of each byte (memory.h)
-  CellMap cells;                    // of each pair of bytes (races.h)
+  std::vector<std::uint8_t> state;  // for each byte (memory.h)
+  CellMap cells;                    // for each pair of bytes (races.h)
 };
 
 // Fresh memory for a block that starts: NaN everywhere, nothing written yet.

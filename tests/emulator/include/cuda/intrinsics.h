@@ -20,7 +20,7 @@ DDPM_FAST_DEVICE float flush_subnormal(float x) { return std::fabs(x) < 0x1p-126
 // `exact` with a relative error up to `error`, always alike for the same argument.
 DDPM_FAST_DEVICE float approximate(double exact, float argument, double error) {
   const std::uint32_t hash = __float_as_uint(argument) * 0x9E3779B9u ^ __float_as_uint(argument) >> 7;
-  const double share = static_cast<double>(hash) * 0x1p-31 - 1;  // of the error, from -1 to 1
+  const double share = static_cast<double>(hash) * 0x1p-31 - 1;  // share of the error, from -1 to 1
   return flush_subnormal(static_cast<float>(exact * (1 + share * error)));
 }
 

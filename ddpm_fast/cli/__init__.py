@@ -1,0 +1,48 @@
+"""The command line: `ddpm-fast COMMAND` or `python -m ddpm_fast COMMAND`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+import click
+
+from ..version import __version__
+from .console import Commands
+from .edit import edit_command
+from .evaluate import evaluate_command
+from .sample import sample_command
+from .train import export_command, train_command
+
+# Commands import what they need when they run: help texts need not wait for PyTorch.
+
+# The OpenMP runtimes' variables that say how idle threads wait.
+_WAIT_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="ddpm-fast")
+def main() -> None:
+    """Train, sample, edit and evaluate denoising diffusion probabilistic models."""
+    # Idle threads sleep instead of spinning, or programs beside this one slow it down several times. The OpenMP runtime reads
+    # the variable when PyTorch is loaded. If torch is loaded already, another program uses this as a library, so leave its
+    # environment alone.
+    if "torch" not in sys.modules and not any(name in os.environ for name in _WAIT_VARIABLES):
+        os.environ["OMP_WAIT_POLICY"] = "passive"
+    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
+
+
+@main.command("info")
+def info_command() -> None:
+    """Show what is installed and what runs here.
+
+    List the backends of each op and device, with reasons for those that cannot run.
+    """
+    from ..info import info
+
+    click.echo(info())
+
+
+for _command in (train_command, export_command, sample_command, edit_command, evaluate_command):
+    main.add_command(_command)

@@ -1,0 +1,282 @@
+"""`ddpm-fast edit`: variations, interpolation, inversion and inpainting of images."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .options import SAMPLING_DTYPE_HELP, Command, Finite, model_options, refusing
+from .outputs import check_output, make_writable, save_result
+from .samplers import class_options, labels_of_option, plan_of_options, sampler_options
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..pretrained import Pretrained
+
+_SOURCES = click.argument("sources", metavar="IMAGE...", nargs=-1, required=True)
+_STRENGTH = click.option(
+    "--strength", type=Finite(0, 1), default=0.5, show_default=True, help="Keep the images at 0, and little of them at 1."
+)
+
+
+def _out(default: str, shows: str) -> Callable[[Command], Command]:
+    return click.option(
+        "--out",
+        type=click.Path(dir_okay=False, path_type=Path),
+        default=default,
+        show_default=True,
+        help=f"Write the pictures here: {shows}.",
+    )
+
+
+def _edit_options(command: Command) -> Command:
+    """Add the options of all editing commands."""
+    return class_options(model_options(SAMPLING_DTYPE_HELP)(command))
+
+
+@click.group("edit")
+def edit_command() -> None:
+    """Edit images with a model.
+
+    An IMAGE is a file, or a test image of a data set by its number, such as fashion-mnist:3. Files are cropped to squares and
+    resized to the model's size.
+    """
+
+
+@edit_command.command("vary")
+@_SOURCES
+@_STRENGTH
+@click.option("--num", type=click.IntRange(1), default=7, show_default=True, help="Draw this many variations of each image.")
+@sampler_options
+@_out("variations.png", "a row for each image, with the image first")
+@_edit_options
+def vary_command(sources: tuple[str, ...], strength: float, num: int, **options: Any) -> None:
+    """Draw variations of images (SDEdit)."""
+    import torch
+
+    from ..editing import vary
+    from ..ops import sample_seeds
+
+    with refusing():
+        edit = _Edit("vary", sources, options)
+        plan = edit.plan(options)
+        seeds = sample_seeds(options["seed"], num).repeat(len(sources))
+        labels = edit.labels(options["classes"])
+        copies = edit.images.repeat_interleave(num, dim=0)
+        each = None if labels is None else torch.as_tensor(labels).repeat_interleave(num)
+        varied = vary(edit.loaded.model, plan, copies, strength, seed=seeds, class_labels=each, **edit.arguments())
+        rows = torch.cat([edit.images[:, None], varied.cpu().float().unflatten(0, (len(sources), num))], dim=1)
+        edit.show(rows)
+
+
+@edit_command.command("interpolate")
+@click.argument("sources", metavar="IMAGE IMAGE", nargs=2)
+@_STRENGTH
+@click.option("--num", type=click.IntRange(2), default=8, show_default=True, help="Draw this many images between the two.")
+@sampler_options
+@_out("interpolation.png", "the first image, those between, the second image")
+@_edit_options
+def interpolate_command(sources: tuple[str, ...], strength: float, num: int, **options: Any) -> None:
+    """Interpolate between two images through noise."""
+    import torch
+
+    from ..editing import interpolate
+
+    with refusing():
+        edit = _Edit("interpolate", sources, options)
+        plan, labels = edit.plan(options), edit.labels(options["classes"], pairs=True)
+        a, b = edit.images[:1], edit.images[1:]
+        arguments = edit.arguments() | {"seed": options["seed"], "class_labels": labels}
+        between = interpolate(edit.loaded.model, plan, a, b, num, strength=strength, **arguments)
+        edit.show(torch.cat([a[None], between.cpu().float(), b[None]], dim=1))
+
+
+@edit_command.command("invert")
+@_SOURCES
+@click.option("--steps", type=click.IntRange(1), default=50, show_default=True, help="Take this many steps each way.")
+@_out("inversion.png", "a row for each image, with its x_T and the image drawn from it")
+@_edit_options
+def invert_command(sources: tuple[str, ...], steps: int, **options: Any) -> None:
+    """Find the noise from which DDIM draws images, and draw them again.
+
+    Print the PSNR of each image in decibels.
+    """
+    import torch
+
+    from ..editing import invert
+    from ..plan import ddim_inversion_plan, ddim_plan
+    from ..sampling import sample
+
+    with refusing():
+        edit = _Edit("invert", sources, options)
+        loaded, labels = edit.loaded, edit.labels(options["classes"])
+        if options["guidance"] not in (None, 1):
+            raise ValueError(f"invert: expected guidance to be 1, as inversion has none, got {options['guidance']}")
+        common: dict[str, Any] = {"prediction": loaded.prediction, "clip": loaded.clip, "learned_variance": edit.learned}
+        forth = ddim_inversion_plan(loaded.schedule, steps, told="arrival", **common)
+        back = ddim_plan(loaded.schedule, steps, **common)
+        arguments = edit.arguments(guidance=False) | {"class_labels": labels}
+        x_T = invert(loaded.model, forth, edit.images, **arguments)
+        again = sample(loaded.model, back, len(sources), x_T=x_T, **arguments)
+        x_T, again = x_T.cpu().float(), again.cpu().float()
+        edit.show(torch.stack([edit.images, (x_T / 3).clamp(-1, 1), again], dim=1))
+    for source, image, drawn in zip(sources, edit.images, again, strict=True):
+        error = float((drawn - image).square().mean())
+        click.echo(f"{source}: PSNR {10 * math.log10(4 / error) if error else math.inf:.1f} dB")
+
+
+@edit_command.command("inpaint")
+@_SOURCES
+@click.option("--mask", help="Paint where this image is white, and keep the rest.", type=click.Path(dir_okay=False))
+@click.option("--box", metavar="X,Y,W,H", help="Paint this box, in pixels from the top left corner.")
+@click.option("--steps", type=click.IntRange(1), default=50, show_default=True, help="Use this many timesteps.")
+@click.option("--jump-length", type=click.IntRange(1), default=5, show_default=True, help="Go back this many steps in a jump.")
+@click.option(
+    "--jump-samples",
+    type=click.IntRange(1),
+    default=5,
+    show_default=True,
+    help="Take each stretch of steps this many times; 1 is quick and fits less.",
+)
+@_out("inpainted.png", "a row for each image: the image, what is kept of it, the result")
+@_edit_options
+def inpaint_command(
+    sources: tuple[str, ...],
+    mask: str | None,
+    box: str | None,
+    steps: int,
+    jump_length: int,
+    jump_samples: int,
+    **options: Any,
+) -> None:
+    """Paint a region of images and keep the rest (RePaint)."""
+    import torch
+
+    from ..editing import inpaint
+    from ..plan import repaint_plan
+
+    with refusing():
+        edit = _Edit("inpaint", sources, options)
+        loaded, labels = edit.loaded, edit.labels(options["classes"])
+        painted = edit.mask(mask, box)
+        plan = repaint_plan(
+            *(loaded.schedule, steps, jump_length, jump_samples),
+            prediction=loaded.prediction,
+            clip=loaded.clip,
+            learned_variance=edit.learned,
+        )
+        arguments = edit.arguments() | {"seed": options["seed"], "class_labels": labels}
+        result = inpaint(loaded.model, plan, edit.images, painted, **arguments).cpu().float()
+        grey = torch.zeros_like(edit.images)
+        edit.show(torch.stack([edit.images, torch.where(painted > 0, grey, edit.images), result], dim=1))
+
+
+class _Edit:
+    """The checked options of an editing command, its model and its images.
+
+    Attributes:
+        loaded: The model.
+        images: Float32 [N, C, H, W] in [-1, 1] on the CPU.
+        learned: Whether the model predicts variances.
+    """
+
+    def __init__(self, command: str, sources: tuple[str, ...], options: dict[str, Any]) -> None:
+        import torch
+
+        from ..checks import computing_device
+        from ..images import image_format
+        from ..pretrained import BUILTIN, load_folder
+        from ..training.data import to_unit_range
+
+        self._command, self._options, self._out = command, options, options["out"]
+        check_output(command, "out", self._out)
+        image_format(self._out, name="out")
+        self._dtype = None if options["dtype"] is None else getattr(torch, options["dtype"])
+        device = computing_device(command, options["device"])
+        self.loaded: Pretrained = load_folder(options["model"] or BUILTIN, device, self._dtype)
+        config = self.loaded.model.config
+        channels, size = config["in_channels"], config["sample_size"]
+        if not isinstance(size, int) or channels not in (1, 3):
+            raise ValueError(
+                f"{command}: expected model to draw grey or RGB squares, got sample_size {size} and in_channels {channels}"
+            )
+        self._size, self._channels = size, channels
+        self.learned = config["out_channels"] == 2 * channels
+        self.images = to_unit_range(torch.stack([self._read(source) for source in sources]))
+        make_writable(command, "out", self._out.parent)
+
+    def _read(self, source: str) -> Tensor:
+        """Return the image of a file or of a data set, uint8 [C, H, W]."""
+        import torch
+
+        from ..training.data import DATASETS, load_dataset, read_image
+
+        name, _, number = source.partition(":")
+        if name not in DATASETS or Path(source).exists():
+            return read_image(source, self._size, self._channels)
+        dataset = load_dataset(name, split="test", image_size=self._size)
+        if not number.isdecimal() or int(number) >= len(dataset):
+            raise ValueError(f"{self._command}: expected IMAGE to be {name}:0 to {name}:{len(dataset) - 1}, got {source!r}")
+        image = dataset[torch.tensor([int(number)])][0][0]
+        if image.shape[0] != self._channels:
+            channels = f"{self._channels} channel{'s' * (self._channels > 1)}"
+            raise ValueError(f"{self._command}: expected IMAGE to have {channels}, as the model, got {source!r}")
+        return image
+
+    def mask(self, mask: str | None, box: str | None) -> Tensor:
+        """Return the mask that the options ask for, float32 [1, 1, H, W]."""
+        import torch
+
+        from ..training.data import read_image
+
+        size = self._size
+        if (mask is None) == (box is None):
+            given = "neither" if mask is None else "both"
+            raise ValueError(f"{self._command}: expected mask or --box to be given, got {given}")
+        if mask is not None:
+            return read_image(mask, size, 1)[None].float() / 255
+        numbers = [int(part) if part.strip().isdecimal() else -1 for part in str(box).split(",")]
+        x, y, width, height = numbers if len(numbers) == 4 else (-1, -1, 0, 0)
+        if min(x, y) < 0 or min(width, height) < 1 or x + width > size or y + height > size:
+            raise ValueError(f"{self._command}: expected box to be X,Y,W,H within {size}x{size} pixels, got {box!r}")
+        painted = torch.zeros(1, 1, size, size)
+        painted[..., y : y + height, x : x + width] = 1
+        return painted
+
+    def plan(self, options: dict[str, Any]) -> Any:
+        """Return the plan of the sampler's options."""
+        chosen = (options[name] for name in ("sampler", "steps", "eta", "spacing", "variance"))
+        return plan_of_options(self._command, self.loaded, *chosen)
+
+    def labels(self, classes: str | None, *, pairs: bool = False) -> list[int] | None:
+        """Return a label for each image, or for each pair, or None for "no label", which is the default."""
+        count = 1 if pairs else len(self.images)
+        return labels_of_option(self._command, self.loaded, classes or "none", count)
+
+    def arguments(self, *, guidance: bool = True) -> dict[str, Any]:
+        """Return the arguments that all editing functions take."""
+        options = self._options
+        arguments = {"batch_size": options["batch_size"], "progress": not options["quiet"], "dtype": self._dtype}
+        if guidance:
+            arguments["guidance_scale"] = options["guidance"]
+        return arguments
+
+    def show(self, rows: Tensor) -> None:
+        """Write a picture with a row for each image, [rows, columns, C, H, W], and say so."""
+        from ..images import save_grid
+
+        failures: list[str] = []
+        scale = max(1, 96 // self._size)
+        columns = rows.shape[1]
+        save_result(
+            lambda path: save_grid(rows.flatten(0, 1), path, columns=columns, scale=scale), self._out, failures, (".png",)
+        )
+        if failures:
+            raise click.ClickException("; ".join(failures))
+        if not self._options["quiet"]:
+            click.echo(f"{self._out}: {len(rows)} row{'s' * (len(rows) > 1)} of {columns} images.")

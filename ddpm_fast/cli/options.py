@@ -1,0 +1,121 @@
+"""Options that commands share, and errors that name them."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from .console import Refused
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+SAMPLING_DTYPE_HELP = "Run the network in this dtype.  [default: float32 on a CPU; bfloat16 or float16 on a GPU]"
+VARIANCES = ("fixed_small", "fixed_large", "learned", "learned_range")
+# Options by the names that the package's functions have for them.
+_ALIASES = {"num_samples": "num", "num_steps": "steps", "class_labels": "classes", "name": "data"}
+
+
+def option_names() -> dict[str, str]:
+    """Return how the user writes each parameter of the present command, by the name that errors have for it."""
+    parameters = click.get_current_context().command.params
+    names = {
+        each.name: each.opts[0] if isinstance(each, click.Option) else each.name.upper() for each in parameters if each.name
+    }
+    return {alias: names[name] for alias, name in _ALIASES.items() if name in names} | names
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """Turn errors into refusals that name the command's options, and write log lines above progress bars."""
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    try:
+        with logging_redirect_tqdm():
+            yield
+    except Exception as error:
+        options = option_names()
+        text = refusal(error, options)
+        if text is None:
+            raise
+        if not re.search(r", in '[^']*'$", text):  # an error in a file is about the file's own names
+            names = "|".join(options)
+            text = re.sub(rf"\bexpected ({names})(?= to |, )", lambda match: f"expected {options[match[1]]}", text)
+        raise Refused(text) from error
+
+
+def refusal(error: Exception, options: Mapping[str, str]) -> str | None:
+    """Return what to tell the user of an error, or None for a defect of the program."""
+    import torch
+
+    text = str(error)
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
+        hint = f"; a smaller {options['batch_size']} needs less" if "batch_size" in options else ""
+        return f"out of memory{hint}: {text.splitlines()[0] if text else 'no reason given'}"
+    return text if isinstance(error, ValueError | TypeError | ImportError | OSError) else None
+
+
+def model_folder(ctx: click.Context, option: click.Parameter, value: Any) -> Any:
+    """Refuse a model's folder that does not exist, with a hint if it looks like a hub's id."""
+    if value is None or os.path.isdir(value):
+        return value
+    hint = ""
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(value)):
+        name = Path(value).name
+        hint = f"; models of the Hugging Face hub are downloaded first: hf download {value} --local-dir {name}"
+    raise click.BadParameter(f"expected a folder, got {str(value)!r}, which is none{hint}")
+
+
+def numbers(ctx: click.Context, option: click.Parameter, value: str) -> list[int]:
+    """Parse whole numbers separated by commas, or "none"."""
+    try:
+        return [] if value == "none" else [int(number) for number in value.split(",")]
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not a list of whole numbers separated by commas") from None
+
+
+class Finite(click.FloatRange):
+    """A type of option: a number in a range that is neither NaN nor infinite."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the number, or fail."""
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
+
+
+def model_options(dtype_help: str) -> Callable[[Command], Command]:
+    """Return a decorator that adds the options that say which model runs, and how."""
+    options = [
+        click.option(
+            "--model",
+            type=click.Path(path_type=Path),
+            callback=model_folder,
+            help="Load a model's folder in diffusers' layout, or a training run's.  [default: the built-in model]",
+        ),
+        click.option("--seed", type=int, default=0, show_default=True, help="Seed all noise."),
+        click.option(
+            "--batch-size", type=click.IntRange(1), default=64, show_default=True, help="Run this many images at a time."
+        ),
+        click.option(
+            "--dtype",
+            type=click.Choice(["float32", "bfloat16", "float16", "float64"]),
+            help=dtype_help,
+        ),
+        click.option("--device", help="Run on cpu, cuda, cuda:1, ...  [default: a GPU if there is one]"),
+        click.option("--quiet", is_flag=True, help="Print errors only."),
+    ]
+
+    def add(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add

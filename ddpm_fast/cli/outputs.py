@@ -1,0 +1,90 @@
+"""Files that commands write: checked before the work, and kept elsewhere if they cannot be written."""
+
+from __future__ import annotations
+
+import math
+import secrets
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import click
+
+from ..atomic import remove_leftovers
+from ..limits import check_free_memory, check_free_space, check_writable
+
+
+def check_output(command: str, name: str, path: Path) -> None:
+    """Raise if no file can be written there, as far as that can be known without writing."""
+    check_writable(command, name, path, path.parent)
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{command}: expected {name} to be a file, got {str(path)!r}, which is a folder or a device")
+
+
+def make_writable(command: str, name: str, folder: Path) -> None:
+    """Make the folder that results will go to. Raise OSError if it cannot be made or written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"{command}: expected {name} to be in a folder for files, got {str(folder)!r}: {error}") from error
+
+
+def save_result(save: Callable[[Path], object], path: Path, failures: list[str], endings: tuple[str, ...] = ()) -> None:
+    """Save a result, or if that fails save it beside the path or in the temporary folder, and add to `failures`.
+
+    Args:
+        save: Writes the file that it is given.
+        path: The file to write.
+        failures: Receives the reason if another file had to be written, or none could be.
+        endings: Endings to try beside the path's own.
+    """
+    written: list[Path] = click.get_current_context().obj
+    try:
+        save(path)
+        written.append(path)
+        return
+    except Exception as error:  # formats raise errors of many types
+        reason = f"{path} could not be written: {error}"
+    folders = [path.parent]
+    with suppress(OSError):
+        folders.append(Path(tempfile.gettempdir()))
+    for folder in folders:
+        for ending in dict.fromkeys((path.suffix, *endings)):
+            other = folder / f"{path.stem[:100]}-{secrets.token_hex(4)}{ending}"
+            with suppress(Exception):
+                save(other)
+                written.append(other)
+                failures.append(f"{reason}. Written instead: {other}")
+                return
+    failures.append(f"{reason}. No other file could be written either: {', '.join(map(str, folders))}")
+
+
+def check_pictures(
+    shape: tuple[int, int, int, int], frames: int, out: Path, scale: int, gif: Path | None, gif_scale: int
+) -> None:
+    """Raise unless memory, disk and formats can hold the images [N, C, H, W] that will be drawn, and their pictures."""
+    from ..images import ANIMATED, STRIP, grid_shape, image_format
+
+    num, channels, *_ = shape
+    numel = math.prod(shape)
+    grid = grid_shape(shape, scale=scale)
+    size, gif_size = math.prod(grid), 0
+    needed = 12 * numel + 64 * num + 3 * size  # float32 states, labels and seeds, pictures
+    pictures = [("out", out, grid)]
+    if gif is not None:
+        if image_format(gif, (1, 1, channels), "gif") in ANIMATED:
+            picture, count = grid_shape(shape, scale=gif_scale), frames
+        else:
+            shown = min(STRIP, frames)
+            picture, count = grid_shape((num * shown, *shape[1:]), columns=shown, scale=gif_scale), 1
+        pictures.append(("gif", gif, picture))
+        gif_size = count * math.prod(picture)
+        needed += 4 * frames * numel + 3 * gif_size
+    check_free_memory("sample", "num", num, needed)
+    for name, path, picture in pictures:
+        image_format(path, picture, name)
+        check_free_space("sample", name, path, size + gif_size)  # they may share a disk

@@ -1,0 +1,132 @@
+"""Options that choose the sampler and the classes, for `sample` and `edit`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import click
+
+from .options import VARIANCES, Command, Finite
+
+if TYPE_CHECKING:
+    from ..plan import SamplingPlan
+    from ..pretrained import Pretrained
+
+# The steps of each sampler by default. Heun's method evaluates the network twice in each step but the last.
+DEFAULT_STEPS = {"dpm++2m-sde": 20, "dpm++2m": 20, "ddpm": 100, "ddim": 50, "heun": 10}
+MAX_GUIDANCE = 1e4  # beyond it, differences of predictions leave the range of float32 within a few steps
+
+_LAMBDA_MIN = -5.1  # solvers of order 2 leave out timesteps with less signal, as diffusers advises for cosine schedules
+
+
+def sampler_options(command: Command) -> Command:
+    """Add the options that choose the sampler."""
+    defaults = ", ".join(f"{steps} with {name}" for name, steps in DEFAULT_STEPS.items())
+    options = [
+        click.option(
+            "--sampler",
+            type=click.Choice([*DEFAULT_STEPS]),
+            default="dpm++2m-sde",
+            show_default=True,
+            help="Choose DPM-Solver++(2M) with or without noise, ancestral steps (eq. 13), DDIM or Heun's method.",
+        ),
+        click.option("--steps", type=click.IntRange(1), help=f"Take this many steps per image.  [default: {defaults}]"),
+        click.option(
+            "--eta", type=Finite(0), help="Scale the noise of ddim (0 by default) or dpm++2m-sde (1); 0 is deterministic."
+        ),
+        click.option(
+            "--spacing",
+            type=click.Choice(["leading", "trailing", "linspace", "karras"]),
+            help="Choose the spacing of the timesteps.  [default: leading with ddpm and ddim, else linspace]",
+        ),
+        click.option(
+            "--variance", type=click.Choice(VARIANCES), help="Choose the variance of ddpm's steps.  [default: the model's]"
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def class_options(command: Command) -> Command:
+    """Add the options that choose the classes and the guidance."""
+    options = [
+        click.option(
+            "--classes", help="Draw these classes in turn: names or numbers with commas, or none for no label.  [default: all]"
+        ),
+        click.option(
+            "--guidance",
+            type=Finite(-MAX_GUIDANCE, MAX_GUIDANCE),
+            help="Set the scale of classifier-free guidance; above 1 doubles the cost.  [default: 1]",
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def plan_of_options(
+    command: str,
+    loaded: Pretrained,
+    sampler: str,
+    steps: int | None,
+    eta: float | None,
+    spacing: Any,
+    variance: Any,
+) -> SamplingPlan:
+    """Build the plan that the options ask for."""
+    from ..plan import ddim_plan, ddpm_plan, dpm_solver_plan, heun_plan
+
+    total = loaded.schedule.num_timesteps
+    solves = sampler in ("dpm++2m", "dpm++2m-sde", "heun")
+    most = total - 1 if solves and spacing in (None, "linspace", "leading") else total
+    if steps is not None and steps > most:
+        raise ValueError(f"{command}: expected steps to be in 1..{most} with {sampler}, got {steps}")
+    steps = steps or min(DEFAULT_STEPS[sampler], most)
+    config = loaded.model.config
+    learned = config["out_channels"] == 2 * config["in_channels"]
+    if variance is not None and variance.startswith("learned") != learned:
+        wanted = (
+            "learned or learned_range, as the model predicts it" if learned else "fixed_small or fixed_large for this model"
+        )
+        raise ValueError(f"{command}: expected variance to be {wanted}, got {variance}")
+    if variance is not None and sampler != "ddpm":
+        raise ValueError(f"{command}: expected variance to go with --sampler ddpm, got {variance} with {sampler}")
+    if eta is not None and sampler not in ("ddim", "dpm++2m-sde"):
+        raise ValueError(f"{command}: expected eta to go with --sampler ddim or dpm++2m-sde, got {eta} with {sampler}")
+    if spacing == "karras" and not solves:
+        raise ValueError(f"{command}: expected spacing to be leading, trailing or linspace with {sampler}, got karras")
+    common: dict[str, Any] = {"prediction": loaded.prediction, "clip": loaded.clip}
+    if sampler == "ddpm":
+        common["spacing"] = spacing or "leading"
+        return ddpm_plan(loaded.schedule, steps, variance=variance or loaded.variance, **common)
+    common["learned_variance"] = learned
+    if sampler == "ddim":
+        return ddim_plan(loaded.schedule, steps, eta=eta or 0.0, spacing=spacing or "leading", **common)
+    common |= {"spacing": spacing or "linspace", "lambda_min": _LAMBDA_MIN}
+    if sampler == "heun":
+        return heun_plan(loaded.schedule, steps, **common)
+    return dpm_solver_plan(loaded.schedule, steps, eta=0.0 if sampler == "dpm++2m" else 1.0 if eta is None else eta, **common)
+
+
+def labels_of_option(command: str, loaded: Pretrained, classes: str | None, num: int) -> list[int] | None:
+    """Return a label for each image, the classes in turn. Return None for "no label" or a model without classes."""
+    from ..requests import labels_of
+
+    config = loaded.model.config
+    embeddings = config["num_class_embeds"]
+    names = [name.lower() for name in config.get("class_names", ())]
+    unlabelled = classes == "none" and "none" not in names  # a class may be called none
+    if unlabelled or (classes is None and embeddings is None):
+        return None
+    if embeddings is None:
+        raise ValueError(f"{command}: expected classes to be none, as the model has no classes, got {classes!r}")
+    count = embeddings - 1  # the last is "no label"
+    chosen = list(range(count))
+    if classes is not None:
+        entries = [part.strip() for part in classes.split(",")]
+        numbered = [int(entry) if entry.isdecimal() and entry not in names else entry for entry in entries]
+        chosen = cast("list[int]", labels_of(command, config, numbered))
+        if max(chosen) >= count:
+            raise ValueError(f"{command}: expected classes to be in 0..{count - 1}, got {max(chosen)}")
+    return [chosen[i % len(chosen)] for i in range(num)]
