@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, wraps
 from typing import Any, NoReturn
 
 import diffusers
@@ -119,6 +119,17 @@ EDIT_ACCEPTS = SAMPLE_ACCEPTS | {"strength": "zero"}
 DDIM = schedulers.DDIMScheduler(num_train_timesteps=10)
 DDIM.set_timesteps(5)
 DDPM = schedulers.DDPMScheduler(num_train_timesteps=10)
+SOLVER = schedulers.DPMSolverMultistepScheduler(num_train_timesteps=10, algorithm_type="sde-dpmsolver++")
+SOLVER.set_timesteps(5)
+INVERSE = schedulers.DDIMInverseScheduler(num_train_timesteps=10)
+INVERSE.set_timesteps(5)
+
+
+@wraps(SOLVER.step)
+def first_step(**arguments: Any) -> Any:
+    """Take the first step of a chain, which alone reads the timestep."""
+    SOLVER.set_timesteps(5)
+    return SOLVER.step(**arguments)
 
 
 @cache
@@ -159,7 +170,7 @@ TRAIN_ACCEPTS = (
 UNCHECKED = ("generator", "return_dict", "use_clipped_model_output", "variance_noise")
 DROP_IN: dict[str, Any] = {
     "accepts": {"timestep": "zero", "eta": "zero"} | dict.fromkeys(UNCHECKED, "*"),
-    "caller": r"DD.MScheduler\.step|reverse_step",
+    "caller": r"(?:DDPM|DDIM|DDIMInverse|DPMSolverMultistep)Scheduler\.step|reverse_step",
 }
 CALLS: dict[str, Callable[[], Entry]] = {
     "FrozenUNet": lambda: Entry(
@@ -291,6 +302,15 @@ CALLS: dict[str, Callable[[], Entry]] = {
         "DDPMScheduler.add_noise|q_sample",
     ),
     "DDIMScheduler.set_timesteps": lambda: Entry(DDIM.set_timesteps, {"num_inference_steps": 5}),
+    "DPMSolverMultistepScheduler.set_timesteps": lambda: Entry(SOLVER.set_timesteps, {"num_inference_steps": 5}),
+    "DPMSolverMultistepScheduler.step": lambda: Entry(first_step, {"model_output": X, "timestep": 4, "sample": X}, **DROP_IN),
+    "DPMSolverMultistepScheduler.add_noise": lambda: Entry(
+        SOLVER.add_noise,
+        {"original_samples": X, "noise": X, "timesteps": STEP},
+        {"original_samples": "shape", "noise": "shape", "timesteps": "zero shape"},
+    ),
+    "DDIMInverseScheduler.set_timesteps": lambda: Entry(INVERSE.set_timesteps, {"num_inference_steps": 5}),
+    "DDIMInverseScheduler.step": lambda: Entry(INVERSE.step, {"model_output": X, "timestep": 4, "sample": X}, **DROP_IN),
     "create_gaussian_diffusion": lambda: Entry(
         guided_diffusion.create_gaussian_diffusion,
         {"steps": 100},

@@ -241,7 +241,7 @@ def test_levels_of_add_noise() -> None:
         for scheduler in (ours, theirs):
             scheduler.set_timesteps(10)
         t = ours.timesteps[[0, 3, 9]]
-        bound = EPS / 4e-5  # the rounding of 1 - abar in float32
+        bound = EPS / 4e-5  # diffusers rounds 1 - abar in float32
         torch.testing.assert_close(ours.add_noise(x_0, noise, t), theirs.add_noise(x_0, noise, t), rtol=0, atol=bound)
         for scheduler in (ours, theirs):
             scheduler.set_begin_index(6)
@@ -670,7 +670,9 @@ BAD: list[tuple[Callable[[], Any], str]] = [
     (lambda: _set(thresholding=True).sampling_plan(), f"{NAME}.sampling_plan: expected thresholding to be false, got true"),
     (lambda: _set().step(None, 900, X), f"{NAME}.step: expected model_output to be a tensor, got NoneType"),
     (lambda: _set().step(X, 900, X.int()), f"{NAME}.step: expected sample to be float32, .*, got torch.int32"),
-    (lambda: _set().step(X, None, X), f"{NAME}.step: expected timestep to be a number or a tensor, got None"),
+    (lambda: _set().step(X, None, X), f"{NAME}.step: expected timestep to be an int or an integer tensor, got None"),
+    (lambda: _set().step(X, 900.0, X), f"{NAME}.step: expected timestep to be an int or an integer tensor, got 900.0"),
+    (lambda: _set().step(X, 1000, X), f"{NAME}.step: expected timestep to be in 0..999, got 1000"),
     (lambda: _set().step(X, torch.tensor([9, 8]), X), r"expected timestep to have 1 element, got shape \[2\]"),
     (lambda: _set().step(X[:, :2], 900, X), r"expected model_output to have shape \[3, 3, 6, 6\], got \[3, 2, 6, 6\]"),
     (

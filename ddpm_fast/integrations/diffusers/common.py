@@ -66,7 +66,7 @@ class KernelScheduler:
 
     def register_to_config(self, **kwargs: Any) -> None:
         """Record arguments in the configuration and reset what was derived from it."""
-        super().register_to_config(**kwargs)  # type: ignore[misc]  # of diffusers' ConfigMixin
+        super().register_to_config(**kwargs)  # type: ignore[misc]  # from diffusers' ConfigMixin
         self._forget()
 
     def _forget(self) -> None:

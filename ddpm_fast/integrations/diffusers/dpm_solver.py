@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...checks import check_choice, check_float, check_number, check_range, checked_device
+from ...checks import check_choice, check_device, check_float, check_number, check_range, checked_device
 from ...ops.reverse_step import reverse_step
 from ...plan import COLUMNS, SamplingPlan, dpm_solver_plan
 from ...plan.dpm_solver import FEW_STEPS
@@ -232,7 +233,7 @@ class DPMSolverMultistepScheduler(KernelScheduler, diffusers.DPMSolverMultistepS
         if not 1 <= num_steps <= most:
             raise ValueError(f"{name}: expected num_inference_steps to be in 1..{most}, got {num_steps}")
         if spacing == "karras":
-            for key in ("sigma_min", "sigma_max"):  # names in other schedulers' configurations, which diffusers takes
+            for key in ("sigma_min", "sigma_max"):  # keys of another scheduler, which diffusers reads
                 if config.get(key) is not None:
                     raise ValueError(f"{name}: expected no {key} with use_karras_sigmas, got {config[key]}")
             return self._karras(int(num_steps))
@@ -352,7 +353,7 @@ class DPMSolverMultistepScheduler(KernelScheduler, diffusers.DPMSolverMultistepS
         Args:
             model_output: Like sample. With a learned variance and predicted noise it may have twice the
                 channels, the prediction first.
-            timestep: An int or a tensor with one element. Only the first step of a chain reads it, and not
+            timestep: An int or an integer tensor with one element. Only the first step of a chain reads it, and not
                 after `set_begin_index`.
             sample: x_t, [N, ...], floating.
             generator: Draws the noise of "sde-dpmsolver++", in float32. With `seeds` it is not used.
@@ -389,7 +390,7 @@ class DPMSolverMultistepScheduler(KernelScheduler, diffusers.DPMSolverMultistepS
         noise = None
         if plan.is_random or self.config.algorithm_type == "sde-dpmsolver++":  # a plan of one step is not random
             noise = self._step_noise(generator, variance_noise, model_output, sample)
-            noise = None if noise is None else noise.to(x_t.device, x_t.dtype)
+            noise = None if noise is None else noise.to(x_t.dtype)
         seeds = self._seeds_for(plan, x_t.device) if noise is None else None
         if solver.x_0 is not None:
             model_output = self._thresholded(solver.x_0.table(x_t.device)[index], x_t, model_output)
@@ -416,12 +417,17 @@ class DPMSolverMultistepScheduler(KernelScheduler, diffusers.DPMSolverMultistepS
     def _first_timestep(self, name: str, timestep: Any) -> Any:
         """Return the timestep of a chain's first step, after a check."""
         if isinstance(timestep, Tensor):
+            if timestep.is_floating_point() or timestep.is_complex() or timestep.dtype == torch.bool:
+                raise TypeError(f"{name}: expected timestep to be an int or an integer tensor, got {timestep.dtype}")
             if timestep.numel() != 1:
                 raise ValueError(f"{name}: expected timestep to have 1 element, got shape {list(timestep.shape)}")
             return timestep.reshape(())
-        if isinstance(timestep, bool) or not isinstance(timestep, int | float | np.integer | np.floating):
-            raise TypeError(f"{name}: expected timestep to be a number or a tensor, got {timestep!r}")
-        return timestep
+        if isinstance(timestep, bool) or not hasattr(timestep, "__index__"):  # NumPy's integers have it
+            raise TypeError(f"{name}: expected timestep to be an int or an integer tensor, got {timestep!r}")
+        t, total = operator.index(timestep), self.schedule.num_timesteps
+        if not 0 <= t < total:
+            raise ValueError(f"{name}: expected timestep to be in 0..{total - 1}, got {t}")
+        return t
 
     def _step_noise(self, generator: Any, variance_noise: Tensor | None, model_output: Tensor, sample: Tensor) -> Tensor | None:
         """Return the noise of a step, or None with seeds."""
@@ -429,7 +435,7 @@ class DPMSolverMultistepScheduler(KernelScheduler, diffusers.DPMSolverMultistepS
             return self._noise(generator, model_output, sample, torch.float32)
         if generator is not None:
             raise ValueError(f"{type(self).__name__}.step: expected at most one of generator and variance_noise, got both")
-        return variance_noise
+        return variance_noise.to(model_output.device)
 
     # ---------------------------------------------------------------------------------------------------- forward process
 
@@ -451,6 +457,7 @@ class DPMSolverMultistepScheduler(KernelScheduler, diffusers.DPMSolverMultistepS
         check_float(caller, "noise", noise)
         if self.num_inference_steps is None:
             return self._q_sample(caller, original_samples, noise, timesteps)
+        check_device(caller, "noise", noise, "original_samples", original_samples)
         x_0, noise, t = self._forward_arguments(caller, original_samples, noise, timesteps)
         check_range(caller, "timesteps", t, self.schedule.num_timesteps)
         levels = self._chain_levels()
