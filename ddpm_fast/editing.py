@@ -165,8 +165,10 @@ def invert(
 ) -> Tensor:
     """Find the x_T from which DDIM draws images (Song et al. 2021, section 4.3).
 
-        x_T = invert(model, ddim_inversion_plan(schedule, 50, told="arrival"), images)
-        again = sample(model, ddim_plan(schedule, 50), len(images), x_T=x_T)
+        x_T = invert(model, ddim_inversion_plan(schedule, 50, told="arrival", clip=None), images)
+        again = sample(model, ddim_plan(schedule, 50, clip=None), len(images), x_T=x_T)
+
+    Both plans are exact inverses in the limit of many steps, but only without a clip.
 
     Args:
         model: See `Sampler`.

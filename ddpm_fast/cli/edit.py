@@ -123,7 +123,8 @@ def invert_command(sources: tuple[str, ...], steps: int, **options: Any) -> None
             raise ValueError(f"invert: expected guidance to be 1, as inversion has none, got {options['guidance']}")
         edit = _Edit("invert", sources, options)
         loaded, labels = edit.loaded, edit.labels()
-        common: dict[str, Any] = {"prediction": loaded.prediction, "clip": loaded.clip, "learned_variance": edit.learned}
+        # With a clip the two plans derive epsilon in different ways, and more steps return less exactly.
+        common: dict[str, Any] = {"prediction": loaded.prediction, "clip": None, "learned_variance": edit.learned}
         forth = ddim_inversion_plan(loaded.schedule, steps, told="arrival", **common)
         back = ddim_plan(loaded.schedule, steps, **common)
         edit.make_ready(3)
