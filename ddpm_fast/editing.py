@@ -221,7 +221,7 @@ def inpaint(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Paint a region of images anew and keep the rest (Lugmayr et al. 2022, algorithm 1).
+    """Paint a region of images and keep the rest (Lugmayr et al. 2022, algorithm 1).
 
     After each step, the known region is replaced by the images at the step's noise level, with noise that is drawn for that
     step. `repaint_plan` takes steps several times, so that both regions fit. Other plans are faster and fit less.
