@@ -1,17 +1,23 @@
-"""Measure sample quality on Fashion-MNIST: class accuracy and a Frechet distance, in a small classifier.
+"""Measure sample quality and time on Fashion-MNIST, by sampler and number of network evaluations.
 
     python benchmarks/benchmark_quality.py
-    python benchmarks/benchmark_quality.py --model RUN --samplers ddpm:100 ddim:50 --dtype bf16
+    python benchmarks/benchmark_quality.py --samplers ddpm:100 sde --evaluations 10 20 --seeds 1
+    python benchmarks/benchmark_quality.py --table --plot quality.png      (from the results, without measuring)
 
-The script trains the classifier once, in minutes, from a fixed recipe. Later runs read it from the user's cache.
-Two figures describe each sampler. Both use the images as 8-bit pixels:
+The script trains a small classifier once, in minutes, from a fixed recipe. Later runs read it from the user's cache.
+Three figures describe each sampler. The first two use the images as 8-bit pixels:
 
-- accuracy: the share of images that the classifier assigns to the class that was asked for.
 - Frechet distance (classifier features): between Gaussians fitted to the classifier's 64 penultimate features.
-  The reference is 9,000 test images, 900 of each class. This is not FID, which uses Inception's features.
+  The reference is 5,000 test images, 500 of each class. This is not FID, which uses Inception's features.
+- accuracy: the share of images that the classifier assigns to the class that was asked for.
+- seconds an image: the median of the batches of a seed, then the median of the seeds. Building the sampler is not timed.
 
-The row of real images is the other 1,000 test images, 100 of each class. The classifier has seen neither set.
-The Frechet distance depends on N and on the classifier: compare figures of one N and one classifier file only.
+The floor is the same measurement of real images: disjoint sets from the other 5,000 test images, one a seed.
+The classifier has seen neither half. The Frechet distance depends on N and on the classifier: compare figures of one
+N and one classifier file only.
+
+Every seed of every row is written when it is done. A later run with the same weights and options continues.
+All rows of seed 0 come first, the cheapest ones first.
 """
 
 from __future__ import annotations
@@ -19,11 +25,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import common
+import peers
 import safetensors
 import safetensors.torch
 import torch
@@ -31,7 +41,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm.auto import tqdm
 
-from ddpm_fast import SamplingPlan, ddim_plan, ddpm_plan, frechet_distance, sample, save_grid
+from ddpm_fast import (
+    Sampler,
+    SamplingPlan,
+    ddim_plan,
+    ddpm_plan,
+    dpm_solver_plan,
+    frechet_distance,
+    heun_plan,
+    sample_seeds,
+    save_grid,
+)
 from ddpm_fast.atomic import replacing
 from ddpm_fast.images import to_uint8
 from ddpm_fast.nn.checkpoint import check_weights
@@ -53,14 +73,13 @@ RECIPE: Final[dict[str, Any]] = {
 }
 LEAST_ACCURACY: Final = 0.91  # a classifier has this on the 10,000 test images
 CLASSES: Final = len(FASHION_MNIST_CLASSES)
-REAL_PER_CLASS: Final = 100
 DISTANCE: Final = "Frechet distance (classifier features)"
-SAMPLERS: Final = ("ddpm:100", "ddim-model-epsilon:50", "ddim-model-epsilon:100", "ddim:50", "ddim:100")
-METHODS: Final = {
-    "ddpm": "ancestral (eq. 13)",
-    "ddim": "DDIM, epsilon re-derived after the clip",
-    "ddim-model-epsilon": "DDIM, the model's epsilon",
-}
+SECONDS: Final = "s/image"
+REAL: Final = "real"
+EVALUATIONS: Final = (4, 5, 8, 10, 20, 50, 100, 1000)
+
+Row = dict[str, Any]
+Draw = Callable[[Tensor, Tensor], Tensor]  # from seeds and labels, int64 [n], to images in [-1, 1]
 
 
 # --------------------------------------------------------------------------------------------------------- classifier
@@ -195,33 +214,149 @@ def trained_classifier(path: Path, test_images: Tensor, test_labels: Tensor) -> 
 
 
 def split_real(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the indices of the first 100 test images of each class, which are measured, and of the others, the reference."""
-    chosen = torch.zeros(len(labels), dtype=torch.bool)
-    for label in range(CLASSES):
-        chosen[(labels == label).nonzero().flatten()[:REAL_PER_CLASS]] = True
-    return chosen.nonzero().flatten(), (~chosen).nonzero().flatten()
+    """Return the indices of two disjoint halves of the test images: those to measure, and the reference.
+
+    Image i of a half has class i % 10, so its first N images are balanced.
+    """
+    of_class = [(labels == label).nonzero().flatten() for label in range(CLASSES)]
+    half = min(len(indices) for indices in of_class) // 2
+    parts = (slice(half), slice(half, 2 * half))
+    first, second = (torch.stack([indices[part] for indices in of_class], dim=1).flatten() for part in parts)
+    return first, second
+
+
+class Judge(NamedTuple):
+    """A classifier and the real images that others are compared with.
+
+    Attributes:
+        classifier: The trained classifier.
+        real: Real images to measure. Image i has class i % 10.
+        reference: Other real images.
+    """
+
+    classifier: Classifier
+    real: Measured
+    reference: Measured
+
+    def of_images(self, images: Tensor) -> tuple[float, float]:
+        """Return distance and accuracy of images in [-1, 1] of all classes in turn."""
+        return self._figures(measure(self.classifier, to_uint8(images)), start=0)
+
+    def of_real(self, num: int, seed: int) -> tuple[float, float] | None:
+        """Return distance and accuracy of a set of `num` real images, or None if no set is left. Sets are disjoint."""
+        part = slice(seed * num, (seed + 1) * num)
+        if part.stop > len(self.real.features):
+            return None
+        return self._figures(Measured(self.real.predicted[part], self.real.features[part]), start=part.start)
+
+    def _figures(self, measured: Measured, start: int) -> tuple[float, float]:
+        wanted = torch.arange(start, start + len(measured.predicted)) % CLASSES
+        return frechet_distance(measured.features, self.reference.features), measured.accuracy(wanted)
 
 
 # ------------------------------------------------------------------------------------------------------------ samplers
 
 
-def build_plan(loaded: Pretrained, sampler: str) -> SamplingPlan:
-    """Build the plan of a sampler that is named METHOD:STEPS.
+def _planned(build: Callable[..., SamplingPlan], **options: Any) -> Callable[[Pretrained, int], SamplingPlan]:
+    """Return how to build a plan for a model from the number of evaluations."""
+
+    def plan(loaded: Pretrained, evaluations: int) -> SamplingPlan:
+        settings: dict[str, Any] = {"prediction": loaded.prediction, "clip": loaded.clip} | options
+        if build is ddpm_plan:
+            settings["variance"] = loaded.variance
+        else:
+            settings["learned_variance"] = loaded.variance in ("learned", "learned_range")
+        # Heun's method evaluates the network 2 S - 1 times in S steps.
+        steps = (evaluations + 1) // 2 if build is heun_plan else evaluations
+        return build(loaded.schedule, steps, **settings)
+
+    return plan
+
+
+class Method(NamedTuple):
+    """A sampler.
+
+    Attributes:
+        label: Name in tables and plots.
+        plan: How to build its plan. None: diffusers draws, see `peers.SAMPLING`.
+        evaluations: Numbers of evaluations that are measured by default.
+    """
+
+    label: str
+    plan: Callable[[Pretrained, int], SamplingPlan] | None
+    evaluations: tuple[int, ...]
+
+
+# Ordinary differential equations have converged at 50 evaluations. Only eq. 13 is used with all timesteps.
+_CONVERGED: Final = EVALUATIONS[:-2]
+METHODS: Final = {
+    "ddpm": Method("ancestral (eq. 13)", _planned(ddpm_plan), EVALUATIONS),
+    "ddim": Method("DDIM", _planned(ddim_plan), EVALUATIONS[:-1]),
+    "2m": Method("DPM-Solver++(2M)", _planned(dpm_solver_plan), _CONVERGED),
+    "karras": Method("DPM-Solver++(2M), Karras", _planned(dpm_solver_plan, spacing="karras"), _CONVERGED),
+    "heun": Method("Heun", _planned(heun_plan), _CONVERGED[1:]),  # 3 evaluations give noise
+    "sde": Method("DPM-Solver++(2M) SDE", _planned(dpm_solver_plan, eta=1.0), EVALUATIONS[:-1]),
+    "sde1": Method("first-order SDE", _planned(dpm_solver_plan, eta=1.0, order=1), _CONVERGED),
+    "diffusers-ddpm": Method("diffusers DDPMScheduler", None, (100,)),
+    "diffusers-ddim": Method("diffusers DDIMScheduler", None, (50,)),
+    "diffusers-2m": Method("diffusers DPMSolverMultistep", None, (20,)),
+    "diffusers-sde": Method("diffusers DPMSolverMultistep SDE", None, (20,)),
+    # DDIM with diffusers' treatment of the clip. It is measured only if it is named.
+    "ddim-model-epsilon": Method("DDIM, the model's epsilon", _planned(ddim_plan, use_clipped_model_output=False), (50, 100)),
+}
+DEFAULT: Final = tuple(METHODS)[:-1]
+
+
+def chosen(samplers: Sequence[str], evaluations: Sequence[int]) -> list[tuple[str, int]]:
+    """Return pairs of method and number of evaluations, the cheapest ones first.
+
+    Args:
+        samplers: METHOD:EVALUATIONS, or METHOD for those of its default evaluations that `evaluations` has. A peer
+            has one number, and `evaluations` does not apply.
+        evaluations: Numbers of evaluations.
 
     Raises:
-        ValueError: The method is unknown, or the steps are out of range.
+        ValueError: A sampler is unknown, or a number is not positive.
     """
-    method, _, steps = sampler.partition(":")
-    if method not in METHODS or not steps.isdecimal():
-        raise ValueError(
-            f"benchmark_quality: expected a sampler to be METHOD:STEPS, METHOD of {', '.join(METHODS)}, got {sampler!r}"
-        )
-    common_options: dict[str, Any] = {"prediction": loaded.prediction, "clip": loaded.clip}
-    if method == "ddpm":
-        return ddpm_plan(loaded.schedule, int(steps), variance=loaded.variance, **common_options)
-    learned = loaded.variance in ("learned", "learned_range")
-    rederive = method == "ddim"
-    return ddim_plan(loaded.schedule, int(steps), use_clipped_model_output=rederive, learned_variance=learned, **common_options)
+    pairs = set()
+    for sampler in samplers:
+        name, colon, number = sampler.partition(":")
+        if name not in METHODS or (colon and not (number.isdecimal() and int(number) > 0)):
+            raise ValueError(
+                f"benchmark_quality: expected a sampler to be METHOD or METHOD:EVALUATIONS, METHOD of {', '.join(METHODS)}, "
+                f"got {sampler!r}"
+            )
+        method = METHODS[name]
+        numbers = [int(number)] if colon else [n for n in method.evaluations if method.plan is None or n in evaluations]
+        if name == "heun":
+            numbers = [2 * ((n + 1) // 2) - 1 for n in numbers]
+        pairs |= {(name, n) for n in numbers}
+    names = list(METHODS)
+    return sorted(pairs, key=lambda pair: (pair[1], names.index(pair[0])))
+
+
+def build_draw(loaded: Pretrained, name: str, evaluations: int, dtype: torch.dtype, device: str) -> Draw:
+    """Build a sampler: a function from seeds and labels to images."""
+    plan = METHODS[name].plan
+    if plan is None:
+        draw: Draw = peers.SAMPLING[name].build(loaded, evaluations, dtype, device)
+        return draw
+    sampler = Sampler(loaded.model, plan(loaded, evaluations), dtype=dtype, device=device)
+    return lambda seeds, labels: sampler(len(seeds), seed=seeds, class_labels=labels, progress=False)
+
+
+def draw_timed(draw: Draw, num: int, batch: int, seed: int, device: str) -> tuple[Tensor, float]:
+    """Draw images of all classes in turn. Return them on the CPU, with the median over the batches of seconds an image."""
+    seconds, images = [], []
+    seeds, labels = sample_seeds(seed, num), torch.arange(num) % CLASSES
+    for some, wanted in zip(seeds.split(batch), labels.split(batch), strict=True):
+        began = time.perf_counter()
+        drawn = draw(some, wanted)
+        common.synchronize(device)
+        seconds.append((time.perf_counter() - began) / len(some))
+        images.append(drawn.cpu())
+    whole = seconds[: num // batch] or seconds  # a smaller last batch is slower an image
+    return torch.cat(images), statistics.median(whole)
 
 
 def load_model(name: str, device: str) -> Pretrained:
@@ -241,52 +376,245 @@ def load_model(name: str, device: str) -> Pretrained:
     return loaded
 
 
+def weights_hash(model: nn.Module) -> str:
+    """Return a digest of the parameters and buffers, 12 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+# ---------------------------------------------------------------------------------------------------------------- rows
+
+
+class Figures(NamedTuple):
+    """Figures of one seed of a row. Real images take no seconds."""
+
+    distance: float
+    accuracy: float
+    seconds: float | None
+
+
+def add_seed(row: Row, seed: int, figures: Figures) -> None:
+    """Add the figures of a seed to a row, and update its statistics."""
+    for key, value in zip((DISTANCE, "accuracy", SECONDS), figures, strict=True):
+        if value is None:
+            row[key] = None
+            continue
+        values = [*row.get(key, {}).get("by seed", []), _rounded(value)]
+        if key == SECONDS:
+            row[key] = {"median": _rounded(statistics.median(values)), "by seed": values}
+            continue
+        std = _rounded(statistics.stdev(values)) if len(values) > 1 else None
+        row[key] = {"mean": _rounded(statistics.fmean(values)), "std": std, "by seed": values}
+    row["seeds"] = [*row["seeds"], seed]
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def new_row(name: str, evaluations: int | None, num: int) -> Row:
+    label = "real images" if name == REAL else METHODS[name].label
+    return {"name": name, "sampler": label, "evaluations": evaluations, "N": num, "seeds": []}
+
+
+def read_section(path: Path, section: str) -> tuple[dict[str, Any], list[Row]]:
+    """Return the options and the rows of a section, or two empty values if there is none."""
+    results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    found = results.get(section, {"machine": {}, "rows": []})
+    return found["machine"].get("options", {}), found["rows"]
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Return rows as a Markdown table, by sampler and evaluations."""
+
+    def cell(figure: Mapping[str, Any], digits: str) -> str:
+        return f"{figure['mean']:{digits}}" + ("" if figure["std"] is None else f" ± {figure['std']:.2g}")
+
+    lines = ["| sampler | evaluations | Frechet distance | accuracy | ms an image | seeds |", "|---|---|---|---|---|---|"]
+    order = [*METHODS, REAL]
+    for row in sorted(rows, key=lambda row: (order.index(row["name"]), row["evaluations"] or 0)):
+        seconds = "" if row[SECONDS] is None else f"{1e3 * row[SECONDS]['median']:.3g}"
+        cells = [row["sampler"], row["evaluations"] or "", cell(row[DISTANCE], ".3g"), cell(row["accuracy"], ".3f"), seconds]
+        lines.append(f"| {' | '.join(map(str, [*cells, len(row['seeds'])]))} |")
+    return "\n".join(lines)
+
+
+def plot(rows: Sequence[Row], title: str) -> Any:
+    """Draw the Frechet distance over seconds an image: a line for each sampler, a point for each peer, and the floor."""
+    pyplot = common.pyplot()
+    from matplotlib import ticker
+
+    figure, axes = pyplot.subplots(figsize=(8, 6.4), layout="constrained", facecolor="white")
+    by_name: dict[str, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: row["evaluations"] or 0):
+        by_name.setdefault(row["name"], []).append(row)
+    floor = by_name.pop(REAL, [])
+    # Colours of Okabe and Ito, which colour-blind readers can tell apart.
+    colors = ("#000000", "#0072B2", "#E69F00", "#CC79A7", "#56B4E9", "#D55E00", "#009E73")
+    ours = [name for name, method in METHODS.items() if method.plan is not None]
+    for name in sorted(by_name, key=list(METHODS).index):
+        points = by_name[name]
+        seconds = [row[SECONDS]["median"] for row in points]
+        distances = [row[DISTANCE]["mean"] for row in points]
+        # An error bar has to end above zero on a logarithmic axis.
+        down = [min(row[DISTANCE]["std"] or 0, 0.9 * row[DISTANCE]["mean"]) for row in points]
+        up = [row[DISTANCE]["std"] or 0 for row in points]
+        place = (ours if name in ours else list(peers.SAMPLING)).index(name)
+        style: dict[str, Any] = {"color": colors[place % len(colors)], "marker": "osD^vPX"[place % 7], "linewidth": 1.8}
+        if name not in ours:
+            style = {"color": "#777777", "marker": "sD^v"[place], "linestyle": "none", "markerfacecolor": "white"}
+        label = METHODS[name].label
+        if name not in ours:
+            label += f", {', '.join(str(row['evaluations']) for row in points)}"
+        axes.errorbar(seconds, distances, yerr=[down, up], label=label, markersize=6, capsize=2, **style)
+    for row in by_name.get("ddpm", []):
+        place = (row[SECONDS]["median"], row[DISTANCE]["mean"])
+        axes.annotate(f"{row['evaluations']}", place, (0, 7), textcoords="offset points", ha="center", fontsize=10)
+    for row in floor:
+        mean = row[DISTANCE]["mean"]
+        axes.axhline(mean, color="#444444", linestyle="--", linewidth=1.2, label=f"real images: {mean:.3g}")
+    axes.set(xscale="log", yscale="log")
+    for axis in (axes.xaxis, axes.yaxis):  # plain numbers, also over less than a decade
+        axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(ticker.NullFormatter())
+    axes.set_xlabel("seconds an image (labels: network evaluations of eq. 13)", fontsize=12)
+    axes.set_ylabel("Frechet distance in classifier features", fontsize=12)
+    axes.set_title(title, fontsize=12)
+    axes.tick_params(labelsize=11)
+    axes.grid(which="major", color="#dddddd")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=11, frameon=False)
+    return figure
+
+
+def save_plot(path: Path, figure: Any) -> None:
+    """Write a figure as PNG, 1200 pixels wide."""
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
+    common.pyplot().close(figure)
+    print(f"written: {path}")
+
+
+# ----------------------------------------------------------------------------------------------------------------- run
+
+
+def measure_rows(
+    todo: Sequence[tuple[str, int | None]],
+    seeds: int,
+    rows: list[Row],
+    figures: Callable[[str, int | None, int], Figures | None],
+    save: Callable[[], None],
+    num: int,
+) -> int:
+    """Fill rows with the seeds that they lack, and save after each. Return the number of measurements.
+
+    Args:
+        todo: Names and numbers of evaluations of the rows.
+        seeds: Measure seeds 0 .. seeds - 1.
+        rows: Rows so far, extended in place.
+        figures: From a name, evaluations and a seed to figures, or None if there are none.
+        save: Called after each measurement.
+        num: N of new rows.
+    """
+    measured = 0
+    by_key = {(row["name"], row["evaluations"]): row for row in rows}
+    for seed in range(seeds):
+        for key in todo:
+            row = by_key.get(key) or new_row(*key, num)
+            if seed in row["seeds"] or (found := figures(*key, seed)) is None:
+                continue
+            add_seed(row, seed, found)
+            row["commit"] = common.commit()
+            if key not in by_key:
+                by_key[key] = row
+                rows.append(row)
+            save()
+            measured += 1
+    return measured
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = common.parser(__doc__)
     parser.add_argument("--model", default="builtin", help="take builtin (default) or a model's or training run's folder")
-    methods = "; ".join(f"{name}: {text}" for name, text in METHODS.items())
-    parser.add_argument("--samplers", nargs="+", default=SAMPLERS, metavar="METHOD:STEPS", help=f"measure these. {methods}")
-    parser.add_argument("--num", type=int, default=1000, help="draw this many images with each sampler (1000)")
+    methods = "; ".join(f"{name}: {method.label}" for name, method in METHODS.items())
+    parser.add_argument("--samplers", nargs="+", default=DEFAULT, metavar="METHOD[:N]", help=f"measure these (most). {methods}")
+    text = f"measure methods without :N at those of these numbers that suit them ({' '.join(map(str, EVALUATIONS))})"
+    parser.add_argument("--evaluations", type=int, nargs="+", default=EVALUATIONS, metavar="N", help=text)
+    parser.add_argument("--num", type=int, default=1000, help="draw this many images for each row and seed (1000)")
+    parser.add_argument("--seeds", type=int, default=3, help="repeat each row with this many seeds (3)")
     parser.add_argument("--batch", type=int, default=50, help="draw this many images at once (50)")
-    parser.add_argument("--seed", type=int, default=0, help="seed the noise of the images (0)")
     parser.add_argument("--dtype", choices=common.DTYPES, default="float32", help="run the network in this dtype (float32)")
     parser.add_argument("--classifier", type=Path, help="read this classifier, or train it into this file if absent")
-    parser.add_argument("--grids", type=Path, help="save the first 100 images of each sampler into this folder, as PNG")
+    parser.add_argument("--grids", type=Path, help="save the first 100 images of each row and seed into this folder, as PNG")
+    parser.add_argument("--table", action="store_true", help="print the results as a Markdown table, and measure nothing")
+    parser.add_argument("--plot", type=Path, help="draw the results into this PNG, and measure nothing")
     args = parser.parse_args(arguments)
     if args.num <= RECIPE["features"]:
         parser.error(f"--num: expected more images than the {RECIPE['features']} features, got {args.num}")
+    if args.seeds < 1 or args.batch < 1:
+        parser.error(f"--seeds, --batch: expected at least 1, got {args.seeds}, {args.batch}")
+    pairs = chosen(args.samplers, args.evaluations)
 
     loaded = load_model(args.model, args.device)
-    plans = {sampler: build_plan(loaded, sampler) for sampler in args.samplers}
+    name = args.model if args.model == "builtin" else Path(args.model).name
+    weights = weights_hash(loaded.model)
+    section = f"benchmark_quality {name} {weights} {args.dtype} N={args.num}"
+    path = args.out or common.default_output(args.device)
+    if args.table or args.plot:
+        _, rows = read_section(path, section)
+        if not rows:
+            parser.error(f"--table, --plot: expected {str(path)!r} to have the section {section!r}, got none: measure first")
+        if args.table:
+            print(table(rows))
+        if args.plot:
+            save_plot(args.plot, plot(rows, f"{name}, {args.dtype}, {args.num} images a point"))
+        return
+
+    skipped = {each: reason for each, peer in peers.SAMPLING.items() if (reason := peer.why_not(args.dtype)) is not None}
+    for each, reason in skipped.items():
+        print(f"left out: {each}: {reason}")
+    dtype = common.DTYPES[args.dtype]
     test = load_dataset("fashion-mnist", split="test")
     images, labels = test[torch.arange(len(test))]
-    path = args.classifier or default_classifier()
-    classifier, of_test = trained_classifier(path, images, labels)
+    file = args.classifier or default_classifier()
+    classifier, of_test = trained_classifier(file, images, labels)
+    halves = [Measured(of_test.predicted[half], of_test.features[half]) for half in split_real(labels)]
+    judge = Judge(classifier, *halves)
     run = common.Run(args.device, args.out)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
     about = {"test accuracy": round(of_test.accuracy(labels), 4), "sha256": digest, "recipe": RECIPE}
-    real, others = split_real(labels)
+    options = {"weights": weights, "classifier": digest[:12], "batch": args.batch}
+    options |= {key: run.machine[key] for key in ("device", "threads")}
+    before, rows = read_section(path, section)
+    if rows and before != options:
+        print(f"the options were {before}: all rows are measured again")
+        rows = []
 
-    def row(name: str, steps: int | None, measured: Measured, wanted: Tensor, seed: int | None) -> dict[str, object]:
-        distance = frechet_distance(measured.features, of_test.features[others])
-        found = {"accuracy": measured.accuracy(wanted), DISTANCE: distance}
-        return {"images": name, "steps": steps, "N": len(wanted), "seed": seed} | found
+    def figures(method: str, evaluations: int | None, seed: int) -> Figures | None:
+        seconds = None
+        if evaluations is None:
+            found = judge.of_real(args.num, seed)
+        else:
+            draw = build_draw(loaded, method, evaluations, dtype, args.device)
+            drawn, seconds = draw_timed(draw, args.num, args.batch, seed, args.device)
+            if args.grids:
+                save_grid(drawn[:100], args.grids / f"{name}_{method}_{evaluations}_seed{seed}.png", columns=CLASSES)
+            found = judge.of_images(drawn)
+        if found is None:
+            return None
+        took = "" if seconds is None else f", {seconds:.3g} s an image"
+        print(f"{method}:{evaluations or ''} seed {seed}: Frechet {found[0]:.3g}, accuracy {found[1]:.3f}{took}", flush=True)
+        return Figures(*found, seconds)
 
-    rows = [row("real images", None, Measured(of_test.predicted[real], of_test.features[real]), labels[real], None)]
-    wanted = torch.arange(args.num) % CLASSES
-    name = args.model if args.model == "builtin" else Path(args.model).name
-    for sampler, plan in plans.items():
-        print(f"\n{sampler}, {args.num} images", flush=True)
-        options = {"class_labels": wanted, "batch_size": args.batch, "dtype": common.DTYPES[args.dtype]}
-        drawn = sample(loaded.model, plan, args.num, seed=args.seed, **options).cpu()
-        if args.grids:
-            save_grid(drawn[:100], args.grids / f"{name}_{sampler.replace(':', '_')}_seed{args.seed}.png", columns=CLASSES)
-        method = METHODS[sampler.partition(":")[0]]
-        rows.append(row(method, plan.num_steps, measure(classifier, to_uint8(drawn)), wanted, args.seed))
-        # A run that is stopped keeps what is done.
-        run.save(f"benchmark_quality {name} {args.dtype} N={args.num} seed {args.seed}", rows, classifier=about)
-    common.print_table(f"{name}, {args.dtype}: {args.num} images a row, reference: {len(others)} test images", rows)
-    run.finish()
+    todo = [(REAL, None), *(pair for pair in pairs if pair[0] not in skipped)]
+    save = partial(run.save, section, rows, classifier=about, options=options)
+    count = measure_rows(todo, args.seeds, rows, figures, save, args.num)
+    print(f"\n{table(rows)}")
+    run.finish(f"{count} measured, {len(todo) * args.seeds - count} already there or left out")
 
 
 if __name__ == "__main__":

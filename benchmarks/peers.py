@@ -3,12 +3,14 @@
     OPS        one op:            build(call, case) -> a function of the case's floating tensors
     NETWORKS   one evaluation:    build(job) -> a Runner, in a process of its own
     TRAINING   one training step: build(job) -> a Runner, in a process of its own
+    SAMPLING   images:            build(loaded, evaluations, dtype, device) -> a function of seeds and labels
 
 ddpm_fast stands in each table itself. Nothing here imports torch at the top: processes.py says why.
 """
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
@@ -21,6 +23,7 @@ from processes import Array, Job, Runner
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ddpm_fast.pretrained import Pretrained
     from ddpm_fast.testing import Call, Case
 
 OURS, PLAIN, DIFFUSERS = "ddpm_fast", "plain PyTorch", "diffusers"
@@ -316,4 +319,66 @@ TRAINING = {
     f"{DIFFUSERS} + torch.compile": Peer(_trainer(DIFFUSERS, "default"), _EXPORTERS),
     PLAIN: Peer(_trainer(PLAIN)),
     OURS: Peer(_trainer(OURS)),
+}
+
+# ---------------------------------------------------------------------------------------------------------- sampling
+
+
+def _diffusers_sampler(scheduler: str, **options: Any) -> Callable[[Pretrained, int, Any, str], Function]:
+    """Return how to build diffusers' UNet2DModel with one of its schedulers, in the memory format that is faster.
+
+    The loop is that of its pipelines, which take no class labels.
+    """
+
+    def build(loaded: Pretrained, evaluations: int, dtype: Any, device: str) -> Function:
+        import common
+        import idioms
+        import torch
+
+        network = idioms.diffusers_unet(loaded.model).to(device, dtype).eval()
+        config = loaded.model.config
+        shape = (config["in_channels"], config["sample_size"], config["sample_size"])
+
+        def one_evaluation(memory_format: torch.memory_format) -> Callable[[], object]:
+            candidate = copy.deepcopy(network).to(memory_format=memory_format)
+            x = torch.zeros(16, *shape, dtype=dtype, device=device).contiguous(memory_format=memory_format)
+            labels = torch.zeros(16, dtype=torch.int64, device=device)
+            return lambda: candidate(x, 0, class_labels=labels)
+
+        with torch.inference_mode():
+            memory_format = common.FORMATS[common.fastest_format(one_evaluation, device)[0]]
+        network.to(memory_format=memory_format)
+        settings = {
+            "num_train_timesteps": loaded.schedule.num_timesteps,
+            "trained_betas": loaded.schedule.betas.tolist(),
+            "prediction_type": loaded.prediction,
+        }
+        if scheduler == "DDPMScheduler":
+            settings["variance_type"] = loaded.variance
+        if scheduler in ("DDPMScheduler", "DDIMScheduler"):  # DPMSolverMultistepScheduler cannot clip x_0
+            settings |= {"clip_sample": loaded.clip is not None, "clip_sample_range": loaded.clip or 1.0}
+        stepper = getattr(idioms.diffusers(), scheduler)(**settings, **options)
+
+        @torch.inference_mode()
+        def draw(seeds: Tensor, labels: Tensor) -> Tensor:
+            generator = torch.Generator(device).manual_seed(int(seeds[0]))
+            x = torch.randn(len(seeds), *shape, generator=generator, dtype=dtype, device=device)
+            x = x.to(memory_format=memory_format) * stepper.init_noise_sigma
+            labels = labels.to(device)
+            stepper.set_timesteps(evaluations)
+            for t in stepper.timesteps:
+                output = network(stepper.scale_model_input(x, t), t, class_labels=labels).sample
+                x = stepper.step(output, t, x, generator=generator).prev_sample
+            return x.float()
+
+        return draw
+
+    return build
+
+
+SAMPLING = {
+    "diffusers-ddpm": Peer(_diffusers_sampler("DDPMScheduler"), _EXPORTERS),
+    "diffusers-ddim": Peer(_diffusers_sampler("DDIMScheduler"), _EXPORTERS),
+    "diffusers-2m": Peer(_diffusers_sampler("DPMSolverMultistepScheduler", algorithm_type="dpmsolver++"), _EXPORTERS),
+    "diffusers-sde": Peer(_diffusers_sampler("DPMSolverMultistepScheduler", algorithm_type="sde-dpmsolver++"), _EXPORTERS),
 }

@@ -255,8 +255,8 @@ def test_the_command_samples_the_builtin_model_without_a_network(tmp_path: Path,
     monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(main, ["sample", "--steps", "2"], catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    assert result.stdout.startswith("samples.png: 16 images of 2 steps (ddpm) in ")
-    assert result.stdout.endswith(" For finer images, try --steps 1000.\n")
+    assert result.stdout.startswith("samples.png: 16 images of 2 steps (dpm++2m-sde) in ")
+    assert result.stdout.endswith(" images/s.\n")
     with Image.open(tmp_path / "samples.png") as image:
         assert (image.size, image.mode) == ((4 * 130 + 2, 4 * 130 + 2), "L")
 

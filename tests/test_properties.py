@@ -22,6 +22,8 @@ from ddpm_fast import (
     UNet,
     ddim_plan,
     ddpm_plan,
+    dpm_solver_plan,
+    heun_plan,
     image_grid,
     initial_noise,
     noise,
@@ -197,6 +199,33 @@ def test_steps_lead_from_each_noise_level_to_the_next(drawn: tuple[SamplingPlan,
     assert_close(from_epsilon.square() + variance, 1 - after, scale.square())
     assert sigma[-1] == 0
     assert plan.is_random == bool((sigma > 0).any())
+
+
+@st.composite
+def solver_plans(draw: st.DrawFn) -> SamplingPlan:
+    """Draw a plan of a solver, with a clip, so that x_0^ has a column of its own."""
+    schedule = draw(schedules())
+    assume(schedule.num_timesteps >= 3)
+    spacing = draw(st.sampled_from(["leading", "trailing", "linspace", "karras"]))
+    num_steps = draw(st.integers(1, schedule.num_timesteps - (spacing in ("leading", "linspace"))))
+    options: dict[str, Any] = {"spacing": spacing, "prediction": draw(st.sampled_from(PREDICTIONS))}
+    if draw(st.booleans()):
+        return heun_plan(schedule, num_steps, **options)
+    options |= {"order": draw(st.integers(1, 2)), "solver": draw(st.sampled_from(["midpoint", "heun"]))}
+    options |= {"eta": draw(st.floats(0, 1)), "final": draw(st.sampled_from(["zero", "sigma_min"]))}
+    return dpm_solver_plan(schedule, num_steps, **options)
+
+
+@given(solver_plans())
+def test_solvers_keep_the_signal_and_the_noise_of_each_level(plan: SamplingPlan) -> None:
+    """If x_0^ is the true x_0 at each step, x_t = sqrt(abar) x_0 + sqrt(1 - abar) epsilon holds on arrival, with any eta."""
+    after = plan.alpha_bars_prev
+    abar = torch.cat([plan.schedule.alpha_bars[plan.timesteps[:1]], after[:-1]])
+    _, _, k0, k1, _, k3, sigma, *_ = plan.coefficients.unbind(1)
+    assert_close(k0 + k1 * abar.sqrt() + k3, after.sqrt(), 1 + k0.abs() + k3.abs())
+    assert_close((k1 * (1 - abar).sqrt()).square() + sigma.square(), 1 - after)
+    assert bool((plan.timesteps.diff() <= 0).all())
+    assert k3[0] == 0
 
 
 # ------------------------------------------------------------------------------------------------------------------ images

@@ -18,7 +18,18 @@ from click.testing import CliRunner, Result
 from PIL import Image
 from torch import Tensor, nn
 
-from ddpm_fast import NoiseSchedule, Sampler, ddim_plan, ddpm_plan, freeze, noise, sample, sample_seeds, save_grid
+from ddpm_fast import (
+    NoiseSchedule,
+    Sampler,
+    ddim_plan,
+    ddpm_plan,
+    dpm_solver_plan,
+    freeze,
+    noise,
+    sample,
+    sample_seeds,
+    save_grid,
+)
 from ddpm_fast.cli import main
 from ddpm_fast.nn import UNet
 from ddpm_fast.pretrained import load_folder
@@ -543,9 +554,9 @@ def expected(images: Tensor, path: Path) -> np.ndarray:
 def test_command_draws_16_images_by_default(folder: Path, tmp_path: Path) -> None:
     result = run(folder, tmp_path / "samples.png")
     assert result.exit_code == 0, result.output
-    assert f"{tmp_path / 'samples.png'}: 16 images of 20 steps (ddpm) in " in result.output
+    assert f"{tmp_path / 'samples.png'}: 16 images of 19 steps (dpm++2m-sde) in " in result.output
     assert "images/s" in result.output
-    plan = ddpm_plan(SCHEDULE, variance="fixed_large")
+    plan = dpm_solver_plan(SCHEDULE, 19, eta=1.0)
     images = sample(load_folder(folder).model, plan, 16, class_labels=[i % 3 for i in range(16)], progress=False)
     assert np.array_equal(pixels(tmp_path / "samples.png"), expected(images, tmp_path / "expected.png"))
 
@@ -570,7 +581,8 @@ def test_command_options_do_what_they_say(folder: Path, tmp_path: Path) -> None:
         assert animation.n_frames == 5  # x_T and one after each step
 
     result = run(
-        folder, tmp_path / "b.png", "--num", "2", "--classes", "none", "--variance", "fixed_small", "--dtype", "float64"
+        *(folder, tmp_path / "b.png", "--num", "2", "--classes", "none", "--dtype", "float64"),
+        *("--sampler", "ddpm", "--variance", "fixed_small"),
     )
     assert result.exit_code == 0, result.output
     images = sample(load_folder(folder).model, ddpm_plan(SCHEDULE), 2, progress=False, dtype=torch.float64)
@@ -582,8 +594,9 @@ def test_command_options_do_what_they_say(folder: Path, tmp_path: Path) -> None:
     [
         ("--classes hat", "expected --classes to be integers or names among zero, one, ankle boot, got 'hat'"),
         ("--classes 3", "expected --classes to be in 0..2, got 3"),
-        ("--steps 21", "expected --steps to be in 1..20, the timesteps of the model, got 21"),
-        ("--eta 1", "expected --eta to go with --sampler ddim, got 1.0; the noise of ddpm is --variance"),
+        ("--steps 21 --sampler ddpm", "expected --steps to be in 1..20 with ddpm, got 21"),
+        ("--eta 1 --sampler ddpm", "expected --eta to go with --sampler ddim or dpm++2m-sde, got 1.0 with ddpm"),
+        ("--spacing karras --sampler ddim", "expected --spacing to be leading, trailing or linspace with ddim, got karras"),
         ("--sampler ddim --variance fixed_small", "expected --variance to go with --sampler ddpm, got fixed_small"),
         ("--variance learned", "expected --variance to be fixed_small or fixed_large for this model, got learned"),
         ("--classes none --guidance 2", "expected --guidance to be 1 or to go with classes, got 2.0 and no labels"),

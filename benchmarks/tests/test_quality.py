@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import benchmark_quality as quality
+import peers
 import pytest
 import safetensors.torch
 import torch
+from torch.utils.data import TensorDataset
 
+import ddpm_fast
 from ddpm_fast.pretrained import BUILTIN, load_folder
 
 
@@ -57,23 +63,197 @@ def test_the_recipe_trains_and_is_seeded():
     assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
 
 
-def test_real_images_and_reference_are_disjoint_and_balanced():
-    labels = torch.randint(10, (3000,), generator=torch.Generator().manual_seed(0))
+def test_real_images_and_reference_are_disjoint_and_of_the_same_size():
+    labels = torch.arange(3000) % 10
+    labels = labels[torch.randperm(3000, generator=torch.Generator().manual_seed(0))]
     real, reference = quality.split_real(labels)
-    assert labels[real].bincount().tolist() == [quality.REAL_PER_CLASS] * 10
+    assert torch.equal(labels[real], torch.arange(1500) % 10)
+    assert torch.equal(labels[reference], torch.arange(1500) % 10)
     assert torch.equal(torch.cat([real, reference]).sort().values, torch.arange(3000))
 
 
-def test_samplers_are_named_by_method_and_steps():
+def test_samplers_are_named_by_method_and_evaluations():
+    assert quality.chosen(["sde", "ddpm:7", "ddpm"], [4, 1000]) == [("ddpm", 4), ("sde", 4), ("ddpm", 7), ("ddpm", 1000)]
+    assert quality.chosen(["heun"], quality.EVALUATIONS) == [("heun", n) for n in (5, 7, 9, 19, 49)]
+    assert quality.chosen(["diffusers-ddim"], [4]) == [("diffusers-ddim", 50)]
+    for name in ("euler:20", "ddim:", "ddim:x", "ddim:0"):
+        with pytest.raises(ValueError, match=f"expected a sampler to be METHOD or METHOD:EVALUATIONS, .* got '{name}'"):
+            quality.chosen([name], [4])
+
+
+def test_each_plan_evaluates_as_often_as_its_name_says():
     loaded = load_folder(BUILTIN)
-    ancestral, rederived, kept = (quality.build_plan(loaded, name) for name in ("ddpm:20", "ddim:20", "ddim-model-epsilon:20"))
-    assert ancestral.is_random
-    assert not rederived.is_random
-    assert {plan.num_steps for plan in (ancestral, rederived, kept)} == {20}
-    assert not torch.equal(rederived.coefficients, kept.coefficients)
-    for name in ("euler:20", "ddim", "ddim:x"):
-        with pytest.raises(ValueError, match=f"expected a sampler to be METHOD:STEPS, .* got '{name}'"):
-            quality.build_plan(loaded, name)
+    plans = {}
+    for name, evaluations in quality.chosen([name for name, method in quality.METHODS.items() if method.plan], [5, 20]):
+        build = quality.METHODS[name].plan
+        assert build is not None
+        plans[name] = build(loaded, evaluations)
+        assert plans[name].num_steps == evaluations
+    assert {name for name, plan in plans.items() if plan.is_random} == {"ddpm", "sde", "sde1"}
+    assert {name for name, plan in plans.items() if plan.needs_x_0_prev} == {"2m", "karras", "heun", "sde"}
+    assert not torch.equal(plans["2m"].coefficients, plans["karras"].coefficients)
+
+
+def test_the_weights_hash_sees_each_weight():
+    model = torch.nn.Linear(2, 2)
+    before = quality.weights_hash(model)
+    assert quality.weights_hash(copy.deepcopy(model)) == before
+    with torch.no_grad():
+        model.bias[1] += 1
+    assert quality.weights_hash(model) != before
+
+
+@pytest.fixture
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[dict[str, Any], str]]:
+    """Run the script with 16 images, a random classifier of 8 features and 40 random test images."""
+    monkeypatch.setitem(quality.RECIPE, "features", 8)
+    monkeypatch.setattr(quality, "LEAST_ACCURACY", 0.0)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (80, 1, 32, 32), dtype=torch.uint8, generator=generator)
+    monkeypatch.setattr(quality, "load_dataset", lambda *_, **__: TensorDataset(images, torch.arange(80) % 10))
+    torch.manual_seed(0)
+    quality.save_classifier(tmp_path / "classifier", quality.Classifier())
+    out = tmp_path / "results.json"
+
+    def run(*arguments: str) -> tuple[dict[str, Any], str]:
+        options = ["--num", "16", "--batch", "8", "--out", str(out), "--classifier", str(tmp_path / "classifier")]
+        quality.main([*options, *arguments])
+        results: dict[str, Any] = json.loads(out.read_text())
+        assert len(results) == 1
+        return next(iter(results.values())), out.read_text()
+
+    return run
+
+
+def test_a_run_writes_the_figures_of_the_functions(tmp_path: Path, small: Callable[..., tuple[dict[str, Any], str]]):
+    section, _ = small("--samplers", "sde", "ddpm:3", "--evaluations", "4", "--seeds", "2")
+    rows = {(row["name"], row["evaluations"]): row for row in section["rows"]}
+    assert set(rows) == {("real", None), ("ddpm", 3), ("sde", 4)}
+    assert {tuple(row["seeds"]) for row in rows.values()} == {(0, 1)}
+    assert {"device", "torch", "commit", "classifier", "options"} <= set(section["machine"])
+
+    loaded = load_folder(BUILTIN)
+    classifier = quality.load_classifier(tmp_path / "classifier")
+    test_images, labels = quality.load_dataset("fashion-mnist")[torch.arange(80)]
+    real, reference = (quality.measure(classifier, test_images[half]) for half in quality.split_real(labels))
+    wanted = torch.arange(16) % 10
+    plan = ddpm_fast.dpm_solver_plan(loaded.schedule, 4, eta=1.0)
+    distances, accuracies = [], []
+    for seed in (0, 1):
+        images = ddpm_fast.sample(loaded.model, plan, 16, seed=seed, batch_size=8, class_labels=wanted, dtype=torch.float32)
+        measured = quality.measure(classifier, ddpm_fast.to_uint8(images))
+        distances.append(ddpm_fast.frechet_distance(measured.features, reference.features))
+        accuracies.append(measured.accuracy(wanted))
+    row = rows["sde", 4]
+    assert row[quality.DISTANCE]["by seed"] == pytest.approx(distances, rel=1e-3)
+    assert row[quality.DISTANCE]["mean"] == pytest.approx(sum(distances) / 2, rel=1e-3)
+    assert row[quality.DISTANCE]["std"] == pytest.approx(abs(distances[0] - distances[1]) / 2**0.5, rel=2e-2)
+    assert row["accuracy"]["by seed"] == pytest.approx(accuracies, rel=1e-3)
+    assert row["s/image"]["median"] > 0
+    floor = [ddpm_fast.frechet_distance(real.features[i : i + 16], reference.features) for i in (0, 16)]
+    assert rows["real", None][quality.DISTANCE]["by seed"] == pytest.approx(floor, rel=1e-3)
+    assert rows["real", None]["s/image"] is None
+    of_floor = [float((real.predicted[i : i + 16] == torch.arange(i, i + 16) % 10).double().mean()) for i in (0, 16)]
+    assert rows["real", None]["accuracy"]["by seed"] == pytest.approx(of_floor, rel=1e-3)
+
+
+def test_a_run_continues(small: Callable[..., tuple[dict[str, Any], str]], monkeypatch: pytest.MonkeyPatch):
+    drawn: list[tuple[str, int]] = []
+    build = quality.build_draw
+
+    def build_draw(loaded: Any, name: str, evaluations: int, *rest: Any) -> quality.Draw:
+        draw = build(loaded, name, evaluations, *rest)
+
+        def watched(seeds: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            drawn.append((name, evaluations))
+            if evaluations == 3 and len(drawn) == 4:  # the second batch
+                raise RuntimeError("stopped")
+            return draw(seeds, labels)
+
+        return watched
+
+    monkeypatch.setattr(quality, "build_draw", build_draw)
+    arguments = ["--samplers", "ddpm:2", "ddim:3", "--seeds", "1"]
+    with pytest.raises(RuntimeError, match="stopped"):
+        small(*arguments)
+    drawn.clear()
+    section, text = small(*arguments)
+    assert drawn == [("ddim", 3)] * 2  # ddpm:2 was there
+    assert [row["name"] for row in section["rows"]] == ["real", "ddpm", "ddim"]
+    drawn.clear()
+    _, again = small(*arguments)
+    assert drawn == []
+    assert again == text
+    small("--samplers", "ddpm:2", "--seeds", "2")
+    assert drawn == [("ddpm", 2)] * 2  # seed 1 alone
+    drawn.clear()
+    section, _ = small("--samplers", "ddpm:2", "--seeds", "1", "--batch", "16")
+    assert drawn == [("ddpm", 2)]  # another option measures again
+    assert [row["name"] for row in section["rows"]] == ["real", "ddpm"]
+
+
+def test_the_floor_has_no_more_seeds_than_disjoint_sets(small: Callable[..., tuple[dict[str, Any], str]]):
+    section, _ = small("--samplers", "ddpm:2", "--seeds", "3")  # 40 images are two sets of 16
+    assert {row["name"]: row["seeds"] for row in section["rows"]} == {"real": [0, 1], "ddpm": [0, 1, 2]}
+
+
+def test_the_table_and_the_plot_come_from_the_results(
+    tmp_path: Path, small: Callable[..., tuple[dict[str, Any], str]], monkeypatch: pytest.MonkeyPatch, capsys: Any
+):
+    pytest.importorskip("matplotlib")
+    with pytest.raises(SystemExit):
+        small("--table")
+    assert "to have the section" in capsys.readouterr().err
+    section, text = small("--samplers", "ddpm:2", "ddpm:3", "sde:2", "--seeds", "2")
+    monkeypatch.setattr(quality, "build_draw", None)
+    capsys.readouterr()
+    picture = tmp_path / "plot.png"
+    _, after = small("--table", "--plot", str(picture))
+    assert after == text
+    lines = [line.split("|")[1:3] for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    names = ["ancestral (eq. 13)", "ancestral (eq. 13)", "DPM-Solver++(2M) SDE", "real images"]
+    assert [[cell.strip() for cell in line] for line in lines[2:]] == [
+        list(pair) for pair in zip(names, ["2", "3", "2", ""], strict=True)
+    ]
+    assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+    axes = quality.plot(section["rows"], "title").axes[0]
+    assert axes.get_xscale() == axes.get_yscale() == "log"
+    ddpm = [row for row in section["rows"] if row["name"] == "ddpm"]
+    drawn = {tuple(line.get_ydata()) for line in axes.lines}
+    assert tuple(row[quality.DISTANCE]["mean"] for row in ddpm) in drawn
+    floor = section["rows"][0][quality.DISTANCE]["mean"]
+    assert any(line.get_linestyle() == "--" and set(line.get_ydata()) == {floor} for line in axes.lines)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers warns
+@pytest.mark.parametrize(
+    ("peer", "ours", "options"),
+    [
+        ("diffusers-ddim", ddpm_fast.ddim_plan, {"use_clipped_model_output": False}),
+        ("diffusers-2m", ddpm_fast.dpm_solver_plan, {"clip": None}),
+        ("diffusers-ddpm", ddpm_fast.ddpm_plan, {}),
+        ("diffusers-sde", ddpm_fast.dpm_solver_plan, {"clip": None, "eta": 1.0}),
+    ],
+)
+def test_diffusers_draws_the_images_of_the_same_weights_and_classes(peer: str, ours: Any, options: dict[str, Any]):
+    pytest.importorskip("diffusers")
+    loaded = load_folder(BUILTIN)
+    labels, seeds = torch.tensor([1, 9]), ddpm_fast.sample_seeds(3, 2)
+    got = peers.SAMPLING[peer].build(loaded, 4, torch.float32, "cpu")(seeds, labels)
+    generator = torch.Generator().manual_seed(int(seeds[0]))
+    x = torch.randn(2, 1, 32, 32, generator=generator)
+    plan = ours(loaded.schedule, 4, **options)
+    x_0_prev = torch.zeros_like(x)
+    network = ddpm_fast.freeze(loaded.model, torch.float32)
+    with torch.inference_mode():
+        for step, t in enumerate(plan.timesteps.tolist()):
+            output = network(x, torch.full((2,), t), labels)
+            draws = plan.is_random and t > 0
+            noise = torch.randn(2, 1, 32, 32, generator=generator) if draws else torch.zeros_like(x)
+            history = {"x_0_prev": x_0_prev} if plan.needs_x_0_prev else {}
+            x, x_0_prev = ddpm_fast.reverse_step(x, output, step, plan, noise=noise, return_x_0=True, **history)
+    assert float((got - x).abs().max()) < 1e-3
 
 
 def test_a_model_of_other_classes_is_refused(tmp_path: Path):

@@ -24,6 +24,8 @@ from . import needs_extra
 from .class_swap import Swapped, own_class, swap, unswap
 from .fingerprint import attributes_digest, weights_hash, why_layers_differ
 
+_SCHEDULERS = ("DDPMScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler", "DDIMInverseScheduler")
+
 
 def accelerate(
     pipe: Any, *, dtype: torch.dtype | None = None, noise: Literal["torch", "philox"] = "torch", freeze: bool = True
@@ -31,7 +33,8 @@ def accelerate(
     """Make a diffusers `DDPMPipeline` or `DDIMPipeline` use this package's kernels.
 
     The call, its arguments, its progress bar and its results stay the same. The same generator gives the
-    same images up to rounding in the network. `pipe.unet` is still a `UNet2DModel` with the same
+    same images up to rounding in the network. Its scheduler may be a DDPMScheduler, DDIMScheduler,
+    DPMSolverMultistepScheduler or DDIMInverseScheduler. `pipe.unet` is still a `UNet2DModel` with the same
     parameters, which are not copied. `pipe.save_pretrained` writes the same files as before. `restore`
     reverts everything.
 
@@ -89,13 +92,13 @@ def accelerate(
             f"accelerate: expected dtype to be None or the network's, {unet.dtype}, with freeze=False, which shares its "
             f"weights, got {dtype}"
         )
-    classes = {
-        **{diffusers.DDPMScheduler: ours.DDPMScheduler, diffusers.DDIMScheduler: ours.DDIMScheduler},
-        **{ours.DDPMScheduler: ours.DDPMScheduler, ours.DDIMScheduler: ours.DDIMScheduler},
-    }
+    classes = {}
+    for name in _SCHEDULERS:
+        classes[getattr(diffusers, name)] = classes[getattr(ours, name)] = getattr(ours, name)
     if type(scheduler) not in classes:
         raise TypeError(
-            f"accelerate: expected pipe.scheduler to be a DDPMScheduler or a DDIMScheduler, got {type(scheduler).__name__}"
+            f"accelerate: expected pipe.scheduler to be a {', a '.join(_SCHEDULERS[:-1])} or a {_SCHEDULERS[-1]}, "
+            f"got {type(scheduler).__name__}"
         )
     try:
         faster = classes[type(scheduler)].from_config(scheduler.config)

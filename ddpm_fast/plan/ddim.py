@@ -84,6 +84,7 @@ def ddim_inversion_plan(
     *,
     told: Literal["start", "arrival"] = "start",
     spacing: Spacing | Sequence[int] = "leading",
+    previous: Sequence[int] | None = None,
     prediction: Prediction = "epsilon",
     clip: float | None = 1.0,
     initial_alpha_bar: float = 1.0,
@@ -101,7 +102,11 @@ def ddim_inversion_plan(
         num_steps: The number of steps S, as in `ddpm_plan`.
         told: The timestep that the model is told: that of the state ("start"), or that where the step arrives ("arrival").
         spacing: The timesteps, as in `ddpm_plan`. A sequence descends here too.
-        prediction: The meaning of the model's output, see `SamplingPlan`. "arrival" needs "epsilon" or "v_prediction".
+        previous: The timestep where each step starts with told="arrival", below the one of `spacing` where it arrives. -1 is
+            the image. It needs a sequence as `spacing`, which may then have any order. None starts at the next timestep of
+            `spacing`. The rows come in the reverse order of `spacing`.
+        prediction: The meaning of the model's output, see `SamplingPlan`. "arrival" needs "epsilon" or "v_prediction", or
+            "sample" with an initial_alpha_bar below 1.
         clip: Clamp x_0^ to [-clip, clip]. None disables the clip. With "start", epsilon is derived again from the clipped
             x_0^. With "arrival" it is the model's own, as x_0^ does not determine it at abar = 1. `ddim_plan` with a clip does
             not undo that, so pass None to both.
@@ -119,15 +124,17 @@ def ddim_inversion_plan(
     caller = "ddim_inversion_plan"
     check_choice(caller, "told", told, ("start", "arrival"))
     check_type(caller, "learned_variance", learned_variance, bool)
-    if told == "arrival" and prediction not in ("epsilon", "v_prediction"):
-        raise ValueError(
-            f'{caller}: expected prediction to be "epsilon" or "v_prediction" with told="arrival", as an image alone does not '
-            f"determine epsilon, got {prediction!r}"
-        )
     check_number(caller, "initial_alpha_bar", initial_alpha_bar, above=0, high=1)
+    if told == "arrival" and (prediction == "previous_sample" or (prediction == "sample" and initial_alpha_bar == 1)):
+        raise ValueError(
+            f'{caller}: expected prediction to be "epsilon" or "v_prediction", or "sample" with initial_alpha_bar below 1, '
+            f'with told="arrival", as an image alone does not determine epsilon, got {prediction!r}'
+        )
     if told == "start" and initial_alpha_bar != 1:
         raise ValueError(f'{caller}: expected initial_alpha_bar to be 1 with told="start", got {initial_alpha_bar}')
-    path = PosteriorPath(caller, schedule, num_steps, spacing, None, prediction, clip, initial_alpha_bar)
+    if told == "start" and previous is not None:
+        raise ValueError(f'{caller}: expected previous to be None with told="start", got {previous}')
+    path = PosteriorPath(caller, schedule, num_steps, spacing, previous, prediction, clip, initial_alpha_bar)
     zero = torch.zeros_like(path.abar)
     if told == "start":
         plan = path.ddim(torch.cat([zero[:1], path.abar[:-1]]), zero, True, learned_variance)
@@ -145,7 +152,12 @@ def _told_the_arrival(path: PosteriorPath, learned_variance: bool) -> SamplingPl
     """Return the inversion that tells the model where a step arrives, in the order of the path."""
     signal, noise = path.abar_prev.sqrt(), (1 - path.abar_prev).sqrt()  # a step starts at the cleaner end
     p, q = x_0_weights(path.prediction, signal, noise)
-    from_x_t, from_m = (noise, signal) if path.prediction == "v_prediction" else (torch.zeros_like(q), torch.ones_like(q))
+    if path.prediction == "epsilon":
+        from_x_t, from_m = torch.zeros_like(q), torch.ones_like(q)
+    elif path.prediction == "sample":
+        from_x_t, from_m = 1 / noise, -signal / noise
+    else:
+        from_x_t, from_m = noise, signal
     direction = path.noise  # the weight of epsilon^
     return plan_from_columns(
         path.schedule,

@@ -99,7 +99,8 @@ def dpm_solver_plan(
     if final == "zero" or (lower_order_final and levels.num_steps < FEW_STEPS):
         second[-1] = False
     alpha, sigma = levels.alpha, levels.sigma
-    h = levels.log_snr.diff()
+    # Karras's last level is timestep 0 up to rounding, which must not make a step to that level go back.
+    h = levels.log_snr.diff().clamp(min=0)
     phi = -torch.expm1(-(1 + eta) * h)
     k1, std = sigma[1:] / sigma[:-1], torch.zeros_like(h)
     if eta > 0:
@@ -127,4 +128,5 @@ def _extrapolation(h: Tensor, phi: Tensor, eta: float, solver: str) -> Tensor:
     h_prev = torch.cat([torch.ones(1, dtype=torch.float64), h[:-1]])
     if solver == "midpoint":
         return phi * h / (2 * h_prev)
-    return (1 - phi / ((1 + eta) * h)) * h / h_prev
+    # A step from a level to itself has h = 0, where 1 - phi / ((1 + eta) h) tends to 0.
+    return torch.where(h > 0, 1 - phi / ((1 + eta) * h), 0.0) * h / h_prev

@@ -103,13 +103,58 @@ def test_the_scheduler_keeps_its_configuration(settings: dict[str, Any]) -> None
     assert_same(images(pipe), expected)
 
 
-@pytest.mark.parametrize("scheduler", ["DDPMScheduler", "DDIMScheduler"])
-def test_a_ddpm_pipeline_may_hold_either_scheduler(scheduler: str) -> None:
+@pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # NumPy's, of diffusers' solver
+@pytest.mark.parametrize(
+    ("scheduler", "settings"),
+    [
+        *(("DDPMScheduler", {}), ("DDIMScheduler", {})),
+        # Without a clip, x_0^ from noise divides rounding in the network by sqrt(abar) = 0.006.
+        ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "prediction_type": "v_prediction"}),
+        ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True, "prediction_type": "v_prediction"}),
+    ],
+    ids=str,
+)
+def test_a_ddpm_pipeline_may_hold_any_of_the_schedulers(scheduler: str, settings: dict[str, Any]) -> None:
     pipe = make()
-    pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)
+    pipe.scheduler = own = getattr(diffusers, scheduler).from_config(pipe.scheduler.config, **settings)
     expected = images(pipe)
     assert_same(images(accelerate(pipe)), expected)
     assert type(pipe.scheduler) is getattr(schedulers, scheduler)
+    assert pipe.scheduler.config.items() >= settings.items()
+    assert restore(pipe).scheduler is own
+    assert torch.equal(images(pipe), expected)
+    pipe.scheduler = getattr(schedulers, scheduler).from_config(own.config)  # one of this package already
+    assert_same(images(accelerate(pipe)), expected)
+
+
+class Inversion(diffusers.DDIMPipeline):
+    """Images to their x_T."""
+
+    def __call__(self, image: Tensor, num_inference_steps: int) -> Tensor:
+        self.scheduler.set_timesteps(num_inference_steps)
+        with torch.no_grad():
+            for t in self.scheduler.timesteps:
+                image = self.scheduler.step(self.unet(image, t).sample, t, image).prev_sample
+        return image
+
+
+def test_a_pipeline_for_inversion() -> None:
+    pipe = Inversion(unet=make_unet(), scheduler=diffusers.DDIMScheduler())
+    pipe.scheduler = own = diffusers.DDIMInverseScheduler.from_config(pipe.scheduler.config)
+    image = torch.rand(2, pipe.unet.config.in_channels, 16, 16, generator=generator()) - 0.5
+    expected = pipe(image, STEPS)
+    got = accelerate(pipe)(image, STEPS)
+    assert type(pipe.scheduler) is schedulers.DDIMInverseScheduler
+    assert_same(got / expected.abs().max(), expected / expected.abs().max())
+    assert restore(pipe).scheduler is own
+
+
+@pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # NumPy's, of diffusers' solver
+def test_with_philox_a_solver_has_the_same_image_in_any_batch() -> None:
+    pipe = make()
+    pipe.scheduler = diffusers.DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++", prediction_type="v_prediction")
+    accelerate(pipe, noise="philox")
+    assert_same(images(pipe, 1), images(pipe, 3)[:1])
 
 
 @pytest.mark.parametrize("kind", PIPELINES)
@@ -820,7 +865,15 @@ ERRORS: list[tuple[str, Callable[[], Any], dict[str, Any], type[Exception], str]
         part("scheduler", lambda pipe: diffusers.PNDMScheduler()),
         {},
         TypeError,
-        "accelerate: expected pipe.scheduler to be a DDPMScheduler or a DDIMScheduler, got PNDMScheduler",
+        "accelerate: expected pipe.scheduler to be a DDPMScheduler, a DDIMScheduler, a DPMSolverMultistepScheduler or a "
+        "DDIMInverseScheduler, got PNDMScheduler",
+    ),
+    (
+        "scheduler's configuration",
+        part("scheduler", lambda pipe: diffusers.DPMSolverMultistepScheduler(solver_order=3)),
+        {},
+        ValueError,
+        "accelerate: expected pipe.scheduler to have a supported configuration, got: DPMSolverMultistepScheduler: expected",
     ),
     (
         "scheduler's configuration",

@@ -194,6 +194,26 @@ def test_ddim_walks_its_inversion_back() -> None:
         torch.testing.assert_close(reverse_step(noisier, epsilon, 48 - step, forth), x, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
+def test_an_inversion_that_tells_the_arrival(prediction: Any) -> None:
+    """A model that knows x_0 and epsilon moves from one noise level to the next, in a chain and in single steps."""
+    abar = SCHEDULE.alpha_bars
+    x_0, epsilon = torch.randn(2, 2, 3, 4, 4, dtype=torch.float64)
+    options: Any = {"told": "arrival", "prediction": prediction, "clip": None, "initial_alpha_bar": float(abar[0])}
+    chain = ddim_inversion_plan(SCHEDULE, None, spacing=[900, 500, 1], **options)
+    single = ddim_inversion_plan(SCHEDULE, None, spacing=[1, 900, 30], previous=[-1, 500, 7], **options)
+    assert chain.timesteps.tolist() == [1, 500, 900]
+    assert single.timesteps.tolist() == [30, 900, 1]
+    assert torch.equal(chain.coefficients[[0, 2]], single.coefficients[[2, 1]])
+    starts = {0: (0, 1), 1: (1, 500), 2: (500, 900)}
+    for plan, steps in ((chain, starts), (single, {0: (7, 30)})):
+        for row, (start, arrival) in steps.items():
+            x, expected = (abar[t].sqrt() * x_0 + (1 - abar[t]).sqrt() * epsilon for t in (start, arrival))
+            v = abar[start].sqrt() * epsilon - (1 - abar[start]).sqrt() * x_0
+            m = {"epsilon": epsilon, "sample": x_0, "v_prediction": v}[prediction]
+            torch.testing.assert_close(reverse_step(x, m, row, plan), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_explicit_timesteps() -> None:
     plan = ddpm_plan(SCHEDULE, spacing=[999, 500, 3])
     assert plan.timesteps.tolist() == [999, 500, 3]
@@ -252,6 +272,14 @@ def test_zero_terminal_snr_needs_another_prediction_than_epsilon() -> None:
         (lambda: ddpm_plan(SCHEDULE, 10, spacing="even"), "ddpm_plan: expected spacing .*got 'even'"),
         (lambda: ddpm_plan(SCHEDULE, spacing=[1, 2]), r"ddpm_plan: expected spacing .*descending.*got \[1, 2\]"),
         (lambda: ddpm_plan(SCHEDULE, spacing=[1000]), "ddpm_plan: expected spacing .*0..999"),
+        (
+            lambda: ddim_inversion_plan(SCHEDULE, None, spacing=[5, 2], previous=[3, 1]),
+            r'ddim_inversion_plan: expected previous to be None with told="start", got \[3, 1\]',
+        ),
+        (
+            lambda: ddim_inversion_plan(SCHEDULE, told="arrival", prediction="sample"),
+            "ddim_inversion_plan: expected prediction to be .* with told=\"arrival\", .* got 'sample'",
+        ),
         (lambda: ddpm_plan(SCHEDULE, 3, spacing=[5, 2]), "ddpm_plan: expected num_steps to be None or 2.*got 3"),
         (lambda: ddpm_plan(SCHEDULE, prediction="eps"), "ddpm_plan: expected prediction .*got 'eps'"),
         (lambda: ddpm_plan(SCHEDULE, variance="small"), "ddpm_plan: expected variance .*got 'small'"),

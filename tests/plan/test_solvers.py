@@ -153,6 +153,30 @@ def test_trajectories_equal_the_formulas(name: str, prediction: Any) -> None:
             assert error < bound, (spacing, order, solver, eta, final, num_steps, clip, error)
 
 
+@pytest.mark.parametrize("num_steps", [2, 3, 20, 31])
+@pytest.mark.parametrize("spacing", ["karras", "listed"])
+def test_a_last_step_from_a_level_to_itself_changes_nothing(spacing: Any, num_steps: int) -> None:
+    """Its h is 0, for which formulas are 0 / 0. Rounding must not make h negative: sigma is a root of it."""
+    # Rounding of (sigma / alpha)^(1/7), up to 2.1, is relative to 0.5 at the last level. The power multiplies it by 7.
+    h = 64 * torch.finfo(torch.float64).eps
+    for schedule, eta, solver in itertools.product(
+        (NoiseSchedule.linear(), NoiseSchedule.scaled_linear(), NoiseSchedule.cosine()), (0.0, 1.0), ("midpoint", "heun")
+    ):
+        plan = dpm_solver_plan(
+            schedule,
+            num_steps,
+            eta=eta,
+            solver=solver,  # type: ignore[arg-type]
+            spacing=spacing if spacing == "karras" else list(range(num_steps - 1, -1, -1)),
+            final="sigma_min",
+            lower_order_final=False,
+        )
+        k0, k1, k3, sigma = plan.coefficients[-1, [COLUMNS.index(name) for name in ("k0", "k1", "k3", "sigma")]].tolist()
+        assert k1 == pytest.approx(1, abs=h)
+        assert max(abs(k0), abs(k3)) <= 4 * h
+        assert sigma <= math.sqrt(2 * h)
+
+
 @pytest.mark.parametrize("spacing", ["linspace", "trailing", "karras"])
 @pytest.mark.parametrize("clip", [1.0, None])
 def test_heun_equals_its_algorithm(spacing: Any, clip: float | None) -> None:
