@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +191,20 @@ def test_an_inversion_shows_its_noise_and_prints_the_error(folder: Path) -> None
         ratio = 10 * torch.log10(4 / (again[i] - images[i]).square().mean())
         assert f"digits:{i}: PSNR {float(ratio):.1f} dB" in output
     assert edit(folder, "invert", "digits:0", "--steps=2", "--quiet") == ""
+
+
+def test_a_model_that_predicts_x_0_is_inverted_too(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "model")
+    config = {"prediction_type": "sample", "ddpm_fast": SCHEDULE.to_config()}
+    (tmp_path / "model" / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    assert "PSNR" in edit("model", "invert", "digits:0", "--steps=4")
+    image, _, again = cells("inversion.png", 1, 3)[0]
+    model: Any = ddpm_fast.load_folder("model").model
+    plans: Any = {"prediction": "sample", "clip": None}
+    x_T = ddpm_fast.invert(model, ddpm_fast.ddim_inversion_plan(SCHEDULE, 4, **plans), digit(0), **QUIET)
+    wanted = ddpm_fast.sample(model, ddpm_fast.ddim_plan(SCHEDULE, 4, **plans), 1, x_T=x_T, **QUIET)
+    assert np.array_equal(image, shown(digit(0)[None])[0, 0])
+    assert_close(again, shown(wanted[None])[0, 0])
 
 
 def test_a_box_is_painted_and_the_rest_is_kept(folder: Path) -> None:

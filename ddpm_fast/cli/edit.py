@@ -125,7 +125,8 @@ def invert_command(sources: tuple[str, ...], steps: int, **options: Any) -> None
         loaded, labels = edit.loaded, edit.labels()
         # With a clip the two plans derive epsilon in different ways, and more steps return less exactly.
         common: dict[str, Any] = {"prediction": loaded.prediction, "clip": None, "learned_variance": edit.learned}
-        forth = ddim_inversion_plan(loaded.schedule, steps, told="arrival", **common)
+        told: Any = "start" if loaded.prediction == "sample" else "arrival"  # an image alone does not determine epsilon
+        forth = ddim_inversion_plan(loaded.schedule, steps, told=told, **common)
         back = ddim_plan(loaded.schedule, steps, **common)
         edit.make_ready(3)
         arguments = edit.arguments(guidance=False) | {"class_labels": labels}
