@@ -165,8 +165,10 @@ def invert(
 ) -> Tensor:
     """Find the x_T from which DDIM draws images (Song et al. 2021, section 4.3).
 
-        x_T = invert(model, ddim_inversion_plan(schedule, 50, told="arrival"), images)
-        again = sample(model, ddim_plan(schedule, 50), len(images), x_T=x_T)
+        x_T = invert(model, ddim_inversion_plan(schedule, 50, told="arrival", clip=None), images)
+        again = sample(model, ddim_plan(schedule, 50, clip=None), len(images), x_T=x_T)
+
+    Both plans are exact inverses in the limit of many steps, but only without a clip.
 
     Args:
         model: See `Sampler`.
@@ -219,7 +221,7 @@ def inpaint(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Paint a region of images anew and keep the rest (Lugmayr et al. 2022, algorithm 1).
+    """Paint a region of images and keep the rest (Lugmayr et al. 2022, algorithm 1).
 
     After each step, the known region is replaced by the images at the step's noise level, with noise that is drawn for that
     step. `repaint_plan` takes steps several times, so that both regions fit. Other plans are faster and fit less.

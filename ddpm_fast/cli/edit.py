@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..limits import check_free_memory, check_free_space
 from .options import SAMPLING_DTYPE_HELP, Command, Finite, model_options, refusing
 from .outputs import check_output, make_writable, save_result
 from .samplers import class_options, labels_of_option, plan_of_options, sampler_options
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..pretrained import Pretrained
+    from ..training.data import ImageDataset
 
 _SOURCES = click.argument("sources", metavar="IMAGE...", nargs=-1, required=True)
 _STRENGTH = click.option(
@@ -36,7 +39,7 @@ def _out(default: str, shows: str) -> Callable[[Command], Command]:
 
 def _edit_options(command: Command) -> Command:
     """Add the options of all editing commands."""
-    return class_options(model_options(SAMPLING_DTYPE_HELP)(command))
+    return class_options("none")(model_options(SAMPLING_DTYPE_HELP)(command))
 
 
 @click.group("edit")
@@ -64,9 +67,9 @@ def vary_command(sources: tuple[str, ...], strength: float, num: int, **options:
 
     with refusing():
         edit = _Edit("vary", sources, options)
-        plan = edit.plan(options)
+        plan, labels = edit.plan(options), edit.labels()
+        edit.make_ready(num + 1, num)
         seeds = sample_seeds(options["seed"], num).repeat(len(sources))
-        labels = edit.labels(options["classes"])
         copies = edit.images.repeat_interleave(num, dim=0)
         each = None if labels is None else torch.as_tensor(labels).repeat_interleave(num)
         varied = vary(edit.loaded.model, plan, copies, strength, seed=seeds, class_labels=each, **edit.arguments())
@@ -77,7 +80,9 @@ def vary_command(sources: tuple[str, ...], strength: float, num: int, **options:
 @edit_command.command("interpolate")
 @click.argument("sources", metavar="IMAGE IMAGE", nargs=2)
 @_STRENGTH
-@click.option("--num", type=click.IntRange(2), default=8, show_default=True, help="Draw this many images between the two.")
+@click.option(
+    "--num", type=click.IntRange(2, 1 << 16), default=8, show_default=True, help="Draw this many images between the two."
+)
 @sampler_options
 @_out("interpolation.png", "the first image, those between, the second image")
 @_edit_options
@@ -89,7 +94,8 @@ def interpolate_command(sources: tuple[str, ...], strength: float, num: int, **o
 
     with refusing():
         edit = _Edit("interpolate", sources, options)
-        plan, labels = edit.plan(options), edit.labels(options["classes"], pairs=True)
+        plan, labels = edit.plan(options), edit.labels(pairs=True)
+        edit.make_ready(num + 2, num)
         a, b = edit.images[:1], edit.images[1:]
         arguments = edit.arguments() | {"seed": options["seed"], "class_labels": labels}
         between = interpolate(edit.loaded.model, plan, a, b, num, strength=strength, **arguments)
@@ -113,18 +119,23 @@ def invert_command(sources: tuple[str, ...], steps: int, **options: Any) -> None
     from ..sampling import sample
 
     with refusing():
-        edit = _Edit("invert", sources, options)
-        loaded, labels = edit.loaded, edit.labels(options["classes"])
         if options["guidance"] not in (None, 1):
             raise ValueError(f"invert: expected guidance to be 1, as inversion has none, got {options['guidance']}")
-        common: dict[str, Any] = {"prediction": loaded.prediction, "clip": loaded.clip, "learned_variance": edit.learned}
-        forth = ddim_inversion_plan(loaded.schedule, steps, told="arrival", **common)
+        edit = _Edit("invert", sources, options)
+        loaded, labels = edit.loaded, edit.labels()
+        # With a clip the two plans derive epsilon in different ways, and more steps return less exactly.
+        common: dict[str, Any] = {"prediction": loaded.prediction, "clip": None, "learned_variance": edit.learned}
+        told: Any = "start" if loaded.prediction == "sample" else "arrival"  # an image alone does not determine epsilon
+        forth = ddim_inversion_plan(loaded.schedule, steps, told=told, **common)
         back = ddim_plan(loaded.schedule, steps, **common)
+        edit.make_ready(3)
         arguments = edit.arguments(guidance=False) | {"class_labels": labels}
         x_T = invert(loaded.model, forth, edit.images, **arguments)
         again = sample(loaded.model, back, len(sources), x_T=x_T, **arguments)
         x_T, again = x_T.cpu().float(), again.cpu().float()
         edit.show(torch.stack([edit.images, (x_T / 3).clamp(-1, 1), again], dim=1))
+    if options["quiet"]:
+        return
     for source, image, drawn in zip(sources, edit.images, again, strict=True):
         error = float((drawn - image).square().mean())
         click.echo(f"{source}: PSNR {10 * math.log10(4 / error) if error else math.inf:.1f} dB")
@@ -132,7 +143,9 @@ def invert_command(sources: tuple[str, ...], steps: int, **options: Any) -> None
 
 @edit_command.command("inpaint")
 @_SOURCES
-@click.option("--mask", help="Paint where this image is white, and keep the rest.", type=click.Path(dir_okay=False))
+@click.option(
+    "--mask", type=click.Path(exists=True, dir_okay=False), help="Paint where this image is white, and keep the rest."
+)
 @click.option("--box", metavar="X,Y,W,H", help="Paint this box, in pixels from the top left corner.")
 @click.option("--steps", type=click.IntRange(1), default=50, show_default=True, help="Use this many timesteps.")
 @click.option("--jump-length", type=click.IntRange(1), default=5, show_default=True, help="Go back this many steps in a jump.")
@@ -161,15 +174,19 @@ def inpaint_command(
     from ..plan import repaint_plan
 
     with refusing():
-        edit = _Edit("inpaint", sources, options)
-        loaded, labels = edit.loaded, edit.labels(options["classes"])
-        painted = edit.mask(mask, box)
+        if (mask is None) == (box is None):
+            given = "neither" if mask is None else "both"
+            raise ValueError(f"inpaint: expected either --mask or --box to be given, got {given}")
+        edit = _Edit("inpaint", sources, options, inputs=() if mask is None else (mask,))
+        loaded, labels = edit.loaded, edit.labels()
+        painted = edit.box(str(box)) if mask is None else edit.mask(mask)
         plan = repaint_plan(
             *(loaded.schedule, steps, jump_length, jump_samples),
             prediction=loaded.prediction,
             clip=loaded.clip,
             learned_variance=edit.learned,
         )
+        edit.make_ready(3)
         arguments = edit.arguments() | {"seed": options["seed"], "class_labels": labels}
         result = inpaint(loaded.model, plan, edit.images, painted, **arguments).cpu().float()
         grey = torch.zeros_like(edit.images)
@@ -177,7 +194,7 @@ def inpaint_command(
 
 
 class _Edit:
-    """The checked options of an editing command, its model and its images.
+    """The checked options of an editing command, its model and its images. Nothing is written before `make_ready`.
 
     Attributes:
         loaded: The model.
@@ -185,62 +202,89 @@ class _Edit:
         learned: Whether the model predicts variances.
     """
 
-    def __init__(self, command: str, sources: tuple[str, ...], options: dict[str, Any]) -> None:
+    def __init__(
+        self, command: str, sources: tuple[str, ...], options: dict[str, Any], *, inputs: tuple[str, ...] = ()
+    ) -> None:
+        """Check what needs no model, then load the model and read the images.
+
+        Args:
+            command: The command's name, for errors.
+            sources: The images to read.
+            options: The options that all editing commands have.
+            inputs: Further files that the command reads. `--out` may be none of them.
+        """
         import torch
 
         from ..checks import computing_device
         from ..images import image_format
+        from ..ops import sample_seeds
         from ..pretrained import BUILTIN, load_folder
         from ..training.data import to_unit_range
 
         self._command, self._options, self._out = command, options, options["out"]
         check_output(command, "out", self._out)
         image_format(self._out, name="out")
+        self._check_sources(sources)
+        for path in (*sources, *inputs):
+            if self._out.exists() and os.path.exists(path) and self._out.samefile(path):
+                raise ValueError(f"{command}: expected out to be another file than those that are read, got {path!r}")
+        sample_seeds(options["seed"], 0)  # checks the seed
         self._dtype = None if options["dtype"] is None else getattr(torch, options["dtype"])
         device = computing_device(command, options["device"])
         self.loaded: Pretrained = load_folder(options["model"] or BUILTIN, device, self._dtype)
         config = self.loaded.model.config
         channels, size = config["in_channels"], config["sample_size"]
         if not isinstance(size, int) or channels not in (1, 3):
-            raise ValueError(
-                f"{command}: expected model to draw grey or RGB squares, got sample_size {size} and in_channels {channels}"
-            )
+            got = f"sample_size {size} and in_channels {channels}"
+            raise ValueError(f"{command}: expected model to be one that draws grey or RGB squares, got {got}")
         self._size, self._channels = size, channels
         self.learned = config["out_channels"] == 2 * channels
+        self._datasets: dict[str, ImageDataset] = {}
         self.images = to_unit_range(torch.stack([self._read(source) for source in sources]))
-        make_writable(command, "out", self._out.parent)
+
+    def _check_sources(self, sources: tuple[str, ...]) -> None:
+        """Raise unless each source is a file or names a data set."""
+        from ..training.data import DATASETS
+
+        for source in sources:
+            name, _, number = source.partition(":")
+            if not os.path.isfile(source) and (name not in DATASETS or _whole_number(number) < 0):
+                names = ", ".join(f"{name}:NUMBER" for name in DATASETS)
+                raise ValueError(f"{self._command}: expected IMAGE to be a file or one of {names}, got {source!r}")
 
     def _read(self, source: str) -> Tensor:
         """Return the image of a file or of a data set, uint8 [C, H, W]."""
         import torch
 
-        from ..training.data import DATASETS, load_dataset, read_image
+        from ..training.data import load_dataset, read_image
 
+        if os.path.isfile(source):
+            return read_image(source, self._size, self._channels, caller=self._command, name="IMAGE")
         name, _, number = source.partition(":")
-        if name not in DATASETS or Path(source).exists():
-            return read_image(source, self._size, self._channels)
-        dataset = load_dataset(name, split="test", image_size=self._size)
-        if not number.isdecimal() or int(number) >= len(dataset):
+        if name not in self._datasets:
+            self._datasets[name] = load_dataset(name, split="test", image_size=self._size)
+        dataset = self._datasets[name]
+        index = _whole_number(number)
+        if index >= len(dataset):
             raise ValueError(f"{self._command}: expected IMAGE to be {name}:0 to {name}:{len(dataset) - 1}, got {source!r}")
-        image = dataset[torch.tensor([int(number)])][0][0]
+        image = dataset[torch.tensor([index])][0][0]
         if image.shape[0] != self._channels:
             channels = f"{self._channels} channel{'s' * (self._channels > 1)}"
             raise ValueError(f"{self._command}: expected IMAGE to have {channels}, as the model, got {source!r}")
         return image
 
-    def mask(self, mask: str | None, box: str | None) -> Tensor:
-        """Return the mask that the options ask for, float32 [1, 1, H, W]."""
-        import torch
-
+    def mask(self, path: str) -> Tensor:
+        """Return the mask in a file, float32 [1, 1, H, W]."""
         from ..training.data import read_image
 
+        return read_image(path, self._size, 1, caller=self._command, name="mask")[None].float() / 255
+
+    def box(self, box: str) -> Tensor:
+        """Return a mask that is 1 in a box "X,Y,W,H", float32 [1, 1, H, W]."""
+        import torch
+
         size = self._size
-        if (mask is None) == (box is None):
-            given = "neither" if mask is None else "both"
-            raise ValueError(f"{self._command}: expected mask or --box to be given, got {given}")
-        if mask is not None:
-            return read_image(mask, size, 1)[None].float() / 255
-        numbers = [int(part) if part.strip().isdecimal() else -1 for part in str(box).split(",")]
+        numbers = [_whole_number(part) for part in box.split(",")]
         x, y, width, height = numbers if len(numbers) == 4 else (-1, -1, 0, 0)
         if min(x, y) < 0 or min(width, height) < 1 or x + width > size or y + height > size:
             raise ValueError(f"{self._command}: expected box to be X,Y,W,H within {size}x{size} pixels, got {box!r}")
@@ -253,10 +297,34 @@ class _Edit:
         chosen = (options[name] for name in ("sampler", "steps", "eta", "spacing", "variance"))
         return plan_of_options(self._command, self.loaded, *chosen)
 
-    def labels(self, classes: str | None, *, pairs: bool = False) -> list[int] | None:
+    def labels(self, *, pairs: bool = False) -> list[int] | None:
         """Return a label for each image, or for each pair, or None for "no label", which is the default."""
+        classes, guidance = self._options["classes"], self._options["guidance"]
         count = 1 if pairs else len(self.images)
-        return labels_of_option(self._command, self.loaded, classes or "none", count)
+        labels = None if classes is None else labels_of_option(self._command, self.loaded, classes, count)
+        if guidance not in (None, 1) and labels is None:
+            raise ValueError(
+                f"{self._command}: expected guidance to be 1 or to go with --classes, got {guidance} and no labels"
+            )
+        return labels
+
+    def make_ready(self, columns: int, num: int | None = None) -> None:
+        """Raise unless memory, disk and format can hold the picture. Then make its folder. This is the last check."""
+        from ..images import grid_shape, image_format
+
+        rows = len(self.images)
+        picture = grid_shape((rows * columns, *self.images.shape[1:]), columns=columns, scale=self._scale)
+        needed = 12 * columns * self.images.numel() + 3 * math.prod(picture)  # copies, x_T and results in float32
+        name, value = ("IMAGE", f"{rows} images") if num is None else ("num", str(num))
+        check_free_memory(self._command, name, value, needed)
+        image_format(self._out, picture, "out")
+        check_free_space(self._command, "out", self._out, math.prod(picture))
+        make_writable(self._command, "out", self._out.parent)
+
+    @property
+    def _scale(self) -> int:
+        """The pixels of the picture for each pixel of an image."""
+        return max(1, 96 // self._size)
 
     def arguments(self, *, guidance: bool = True) -> dict[str, Any]:
         """Return the arguments that all editing functions take."""
@@ -271,12 +339,19 @@ class _Edit:
         from ..images import save_grid
 
         failures: list[str] = []
-        scale = max(1, 96 // self._size)
-        columns = rows.shape[1]
-        save_result(
-            lambda path: save_grid(rows.flatten(0, 1), path, columns=columns, scale=scale), self._out, failures, (".png",)
-        )
+        images, columns = rows.flatten(0, 1), rows.shape[1]
+        bad = int((~images.flatten(1).isfinite().all(dim=1)).sum())
+        if bad:
+            failures.append(f"{bad} of {len(images)} images are not finite and drawn grey")
+            images = images.nan_to_num(0, 0, 0)
+        save_result(lambda path: save_grid(images, path, columns=columns, scale=self._scale), self._out, failures, (".png",))
         if failures:
             raise click.ClickException("; ".join(failures))
         if not self._options["quiet"]:
             click.echo(f"{self._out}: {len(rows)} row{'s' * (len(rows) > 1)} of {columns} images.")
+
+
+def _whole_number(text: str) -> int:
+    """Return the number that decimal digits say, or -1 for any other text or more than nine digits."""
+    text = text.strip()
+    return int(text) if text.isdecimal() and len(text) <= 9 else -1

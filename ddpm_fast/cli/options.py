@@ -19,7 +19,13 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 SAMPLING_DTYPE_HELP = "Run the network in this dtype.  [default: float32 on a CPU; bfloat16 or float16 on a GPU]"
 VARIANCES = ("fixed_small", "fixed_large", "learned", "learned_range")
 # Options by the names that the package's functions have for them.
-_ALIASES = {"num_samples": "num", "num_steps": "steps", "class_labels": "classes", "name": "data"}
+_ALIASES = {
+    "num_samples": "num",
+    "num_steps": "steps",
+    "jump_num_sample": "jump_samples",
+    "class_labels": "classes",
+    "name": "data",
+}
 
 
 def option_names() -> dict[str, str]:

@@ -18,7 +18,7 @@ _FRAMES = 51  # at most, in an animation
 @click.command("sample")
 @click.option("--num", type=click.IntRange(1), default=16, show_default=True, help="Draw this many images.")
 @sampler_options
-@class_options
+@class_options("all")
 @click.option(
     "--out",
     type=click.Path(dir_okay=False, path_type=Path),

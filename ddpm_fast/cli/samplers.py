@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 import click
@@ -48,11 +49,12 @@ def sampler_options(command: Command) -> Command:
     return command
 
 
-def class_options(command: Command) -> Command:
-    """Add the options that choose the classes and the guidance."""
+def class_options(default: str) -> Callable[[Command], Command]:
+    """Return a decorator that adds the options that choose the classes and the guidance. Help names the default."""
     options = [
         click.option(
-            "--classes", help="Draw these classes in turn: names or numbers with commas, or none for no label.  [default: all]"
+            "--classes",
+            help=f"Draw these classes in turn: names or numbers with commas, or none for no label.  [default: {default}]",
         ),
         click.option(
             "--guidance",
@@ -60,9 +62,13 @@ def class_options(command: Command) -> Command:
             help="Set the scale of classifier-free guidance; above 1 doubles the cost.  [default: 1]",
         ),
     ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+
+    def add(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
 
 
 def plan_of_options(

@@ -108,7 +108,8 @@ def ddim_inversion_plan(
         prediction: The meaning of the model's output, see `SamplingPlan`. "arrival" needs "epsilon" or "v_prediction", or
             "sample" with an initial_alpha_bar below 1.
         clip: Clamp x_0^ to [-clip, clip]. None disables the clip. With "start", epsilon is derived again from the clipped
-            x_0^. With "arrival" it is the model's own, as x_0^ does not determine it at abar = 1.
+            x_0^. With "arrival" it is the model's own, as x_0^ does not determine it at abar = 1. `ddim_plan` with a clip does
+            not undo that, so pass None to both.
         initial_alpha_bar: abar of an image with told="arrival", in (0, 1]. Latent diffusion uses abar_0 ("set_alpha_to_one":
             false in diffusers).
         learned_variance: True if the model's output has variance channels. DDIM ignores them.

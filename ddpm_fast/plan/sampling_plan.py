@@ -199,7 +199,10 @@ class SamplingPlan:
         Raises:
             ImportError: matplotlib is not installed.
         """
-        from matplotlib.figure import Figure
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError("matplotlib is missing: install it with pip install 'ddpm_fast[bench]'") from error
 
         figure = Figure(figsize=(10, 2.8), layout="constrained")
         levels, noise, sigmas = figure.subplots(1, 3)

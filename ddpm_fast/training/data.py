@@ -396,13 +396,17 @@ def _common_size(root: Path, all_sizes: Sequence[tuple[int, int]]) -> int:
     )
 
 
-def read_image(path: str | os.PathLike[str], size: int, channels: int) -> Tensor:
+def read_image(
+    path: str | os.PathLike[str], size: int, channels: int, *, caller: str = "read_image", name: str = "path"
+) -> Tensor:
     """Read the largest centred square of an image, resized.
 
     Args:
         path: A file that Pillow can read.
         size: Height and width in pixels.
         channels: 1 for grey or 3 for RGB.
+        caller: The function or command that error messages name.
+        name: The argument that error messages name.
 
     Returns:
         uint8 [channels, size, size].
@@ -413,14 +417,14 @@ def read_image(path: str | os.PathLike[str], size: int, channels: int) -> Tensor
     """
     from PIL import Image, UnidentifiedImageError
 
-    check_path("read_image", "path", path)
+    check_path(caller, name, path)
     try:
         with Image.open(path) as opened:
             picture = _resized_square(opened, size)
     except (UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError, OSError) as error:
         if isinstance(error, OSError) and error.filename is not None and not isinstance(error, UnidentifiedImageError):
             raise
-        raise ValueError(f"read_image: expected path to be an image, got {str(path)!r}: {error}") from error
+        raise ValueError(f"{caller}: expected {name} to be an image, got {str(path)!r}: {error}") from error
     if channels == 3:
         return picture
     return torch.from_numpy(np.array(Image.fromarray(picture.permute(1, 2, 0).numpy()).convert("L")))[None]

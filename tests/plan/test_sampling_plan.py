@@ -1,6 +1,7 @@
 """Plans as text, as plots, sliced, and started at a timestep."""
 
 import itertools
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -101,6 +102,12 @@ def test_a_plot_has_timesteps_levels_and_sigma() -> None:
     assert panels[0].lines[0].get_ydata().tolist() == plan.timesteps.tolist()
     signal, noise = (torch.as_tensor(line.get_ydata()) for line in panels[1].lines)
     torch.testing.assert_close(signal.square() + noise.square(), torch.ones(12, dtype=torch.float64))
+
+
+def test_a_plot_without_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"^matplotlib is missing: install it with pip install 'ddpm_fast\[bench\]'$"):
+        ddpm_plan(SCHEDULE, 3).plot()
 
 
 class TestRepaint:

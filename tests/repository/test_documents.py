@@ -78,15 +78,22 @@ def parse(arguments: list[str]) -> None:
     if arguments[0].startswith("-"):
         cli.main.make_parser(context).parse_args(list(arguments))
         return
-    command = cli.main.get_command(context, arguments[0])
-    assert command is not None, f"ddpm-fast has no command {arguments[0]!r}"
-    context = click.Context(command, info_name=arguments[0])
-    values, extra, _ = command.make_parser(context).parse_args(arguments[1:])
-    assert not extra, f"{arguments[0]} takes no {extra}"
+    command: click.Command | None = cli.main
+    while isinstance(command, click.Group):
+        assert arguments, f"{command.name} needs a command"
+        name, *arguments = arguments
+        command = command.get_command(context, name)
+        assert command is not None, f"ddpm-fast has no command {name!r}"
+    assert command is not None
+    context = click.Context(command, info_name=command.name)
+    values, extra, _ = command.make_parser(context).parse_args(arguments)
+    assert not extra, f"{command.name} takes no {extra}"
     for parameter in command.params:
         value = values.get(parameter.name)
         if parameter.required:
-            assert isinstance(value, str), f"{arguments[0]} needs {parameter.human_readable_name}"
+            given = value if isinstance(value, tuple) else (value,)
+            complete = given and all(isinstance(each, str) for each in given)
+            assert complete, f"{command.name} needs {parameter.human_readable_name}"
         if isinstance(value, str) and not isinstance(parameter.type, click.Path):
             parameter.type.convert(value, parameter, context)
 
@@ -112,7 +119,22 @@ def test_commands_are_found() -> None:
     assert commands(text) == [["make", "b"], ["d", "-e", "f g", "h"], ["i"]]
 
 
-@pytest.mark.parametrize("line", ["paint", "sample --colour 3", "sample --num two", "sample a", "export runs/a", "--paint"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "paint",
+        "sample --colour 3",
+        "sample --num two",
+        "sample a",
+        "export runs/a",
+        "--paint",
+        "edit",
+        "edit draw a.png",
+        "edit vary",
+        "edit interpolate a.png",
+        "edit vary a.png --num two",
+    ],
+)
 def test_bad_commands_are_found(line: str) -> None:
     with pytest.raises((AssertionError, click.UsageError)):
         parse(line.split())
