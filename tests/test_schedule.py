@@ -112,6 +112,7 @@ def test_tables_are_kept_by_the_number_of_the_gpu(monkeypatch: pytest.MonkeyPatc
     """Tensors name their device by number. "cuda" is another one when the current GPU changes."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: None)  # the trial allocation of `checked_device`
     assert numbered("f", "cuda") == torch.device("cuda", 3)
     assert numbered("f", "cuda:1") == torch.device("cuda", 1)
     assert numbered("f", torch.device("cpu")) == torch.device("cpu")
