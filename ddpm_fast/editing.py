@@ -20,6 +20,7 @@ from .requests import Callback, ClassLabels, Request, check_model, checked_reque
 from .sampling import Sampler, checked_setup
 
 _MOST_WEIGHTS: Final = 1 << 16
+_LARGEST: Final = 2.0  # resampling overshoots a little; images in 0..255 are a mistake
 
 
 def vary(
@@ -148,7 +149,8 @@ def interpolate(
         labels=None if pairs.labels is None else pairs.labels.repeat_interleave(num),
     )
     weights = torch.linspace(0, 1, num, device=a.device)[None, :, None, None, None]
-    mixed = torch.lerp(a[:, None].float(), b[:, None].to(a.device).float(), weights).flatten(0, 1)
+    wide = torch.promote_types(a.dtype, torch.float32)
+    mixed = torch.lerp(a[:, None].to(wide), b[:, None].to(a.device, wide), weights.to(wide)).flatten(0, 1)
     return _denoised(model, plan, mixed, strength, request, dtype, device).reshape(len(a), num, *shape)
 
 
@@ -191,7 +193,7 @@ def invert(
     check_model(caller, model)
     _check_images(caller, "images", images, model)
     check_type(caller, "plan", plan, SamplingPlan)
-    if plan.is_random or bool((plan.timesteps.diff() < 0).any()):
+    if plan.is_random or _denoises(plan):
         raise ValueError(f"{caller}: expected plan to go from an image to noise (ddim_inversion_plan), got\n{plan}")
     shape, device = checked_setup(caller, model, plan, dtype, device, images.shape[1:], None)
     request = checked_request(
@@ -248,7 +250,7 @@ def inpaint(
     """
     caller = "inpaint"
     check_model(caller, model)
-    _check_images(caller, "images", images, model)
+    _check_images(caller, "images", images, model, in_range=False)
     _check_mask(caller, mask, images)
     _check_denoises(caller, plan)
     shape, device = checked_setup(caller, model, plan, dtype, device, images.shape[1:], None)
@@ -262,13 +264,13 @@ def inpaint(
     )
     draw = Sampler(model, plan, dtype=dtype, device=device, shape=shape)
     known = images.detach().to(device, opmath(draw.dtype))
-    painted = mask.to(device, known.dtype).expand(len(images), -1, -1, -1)
+    painted = mask.detach().to(device, known.dtype).expand(len(images), -1, -1, -1)
     results = []
     for begin in range(0, len(images), request.batch_size):
         chunk = slice(begin, begin + request.batch_size)
         keep = _keep_known(plan, known[chunk], painted[chunk], request.seeds[chunk].to(device))
         drawn, _ = draw._draw(request.part(chunk, callback=keep))
-        results.append(torch.lerp(known[chunk], drawn, painted[chunk]))
+        results.append(_blend(known[chunk], drawn, painted[chunk]))
     return torch.cat(results)
 
 
@@ -278,9 +280,14 @@ def _keep_known(plan: SamplingPlan, known: Tensor, painted: Tensor, seeds: Tenso
     def keep(step: int, timestep: int, x_t: Tensor) -> None:
         abar = float(plan.alpha_bars_prev[step])
         z = noise(x_t.shape, seeds, stream=STREAM_KNOWN + step, dtype=x_t.dtype, device=x_t.device)
-        x_t.copy_(torch.lerp(math.sqrt(abar) * known + math.sqrt(1 - abar) * z, x_t, painted))
+        x_t.copy_(_blend(math.sqrt(abar) * known + math.sqrt(1 - abar) * z, x_t, painted))
 
     return keep
+
+
+def _blend(known: Tensor, drawn: Tensor, painted: Tensor) -> Tensor:
+    """Return `known`, and `drawn` as far as `painted` says. Pixels with 0 are those of `known`, whatever was drawn."""
+    return torch.where(painted == 0, known, torch.lerp(known, drawn, painted))
 
 
 def _denoised(
@@ -294,11 +301,11 @@ def _denoised(
 ) -> Tensor:
     """Noise the images as far as `strength` says (derivation eq. 3), and run the plan from there."""
     levels = plan.timesteps.unique_consecutive()  # Heun's method has two rows a level
-    count = round(strength * len(levels))
-    timestep = int(levels[-max(count, 1)])
+    count = max(1, round(strength * len(levels)))  # no strength but 0 returns the images
+    timestep = int(levels[-count])
     draw = Sampler(model, plan.starting_at(timestep), dtype=dtype, device=device, shape=images.shape[1:])
     x_0 = images.detach().to(device, opmath(draw.dtype), copy=True)
-    if count == 0:
+    if strength == 0:
         return x_0
     row = int((plan.timesteps == timestep).nonzero()[0])
     abar = float(plan.alpha_bars_prev[row - 1] if row else plan.schedule.alpha_bars[timestep])
@@ -308,14 +315,25 @@ def _denoised(
 
 
 def _check_denoises(caller: str, plan: SamplingPlan) -> None:
-    """Raise unless the plan ends with less noise than it begins with."""
+    """Raise unless the plan goes from noise to an image."""
     check_type(caller, "plan", plan, SamplingPlan)
-    if float(plan.alpha_bars_prev[-1]) < float(plan.schedule.alpha_bars[plan.timesteps[0]]):
+    if not _denoises(plan):
         raise ValueError(f"{caller}: expected plan to go from noise to an image, got\n{plan}")
 
 
-def _check_images(caller: str, name: str, images: Tensor, model: Model) -> None:
-    """Raise unless these are finite images of the model's size."""
+def _denoises(plan: SamplingPlan) -> bool:
+    """Return whether the plan's last step takes noise away.
+
+    It then arrives at a cleaner level than its timestep, or at that of timestep 0 after others. An inversion arrives at its
+    timestep or above.
+    """
+    arrivals, told = plan.alpha_bars_prev, float(plan.schedule.alpha_bars[plan.timesteps[-1]])
+    end = float(arrivals[-1])
+    return end > told * (1 + 1e-9) or (end > told * (1 - 1e-9) and end > float(arrivals[0]))
+
+
+def _check_images(caller: str, name: str, images: Tensor, model: Model, *, in_range: bool = True) -> None:
+    """Raise unless these are finite images of the model's size, about in [-1, 1]."""
     check_float(caller, name, images)
     check_strided(caller, name, images)
     config = model_config(model)
@@ -328,6 +346,9 @@ def _check_images(caller: str, name: str, images: Tensor, model: Model) -> None:
         raise ValueError(f"{caller}: expected {name} to be [{shape}] with values, got {list(images.shape)} on {images.device}")
     if not images.isfinite().all():
         raise ValueError(f"{caller}: expected {name} to be finite, got NaN or infinity")
+    if in_range and float(images.abs().max()) > _LARGEST:
+        low, high = float(images.min()), float(images.max())
+        raise ValueError(f"{caller}: expected {name} to be in [-1, 1], got values from {low:.4g} to {high:.4g}")
 
 
 def _check_mask(caller: str, mask: Tensor, images: Tensor) -> None:

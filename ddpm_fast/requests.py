@@ -183,7 +183,8 @@ class Request:
         """Return the request for some of the images, as one batch."""
         seeds, labels = self.seeds[images], None if self.labels is None else self.labels[images]
         count = len(seeds)
-        return replace(self, num_samples=count, batch_size=count, seeds=seeds, labels=labels, callback=callback)
+        x_T = None if self.x_T is None else self.x_T[images]
+        return replace(self, num_samples=count, batch_size=count, seeds=seeds, labels=labels, x_T=x_T, callback=callback)
 
 
 def checked_request(

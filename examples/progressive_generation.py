@@ -12,13 +12,15 @@ parser.add_argument("--num", type=int, default=6, help="images")
 parser.add_argument("--columns", type=int, default=10, help="steps to show, evenly spaced")
 parser.add_argument("--out", default="progressive.png", help="file to write")
 args = parser.parse_args()
+if min(args.num, args.columns) < 1:
+    parser.error("expected --num and --columns to be at least 1")
 
 model, schedule = ddpm_fast.load_builtin()
 network = ddpm_fast.freeze(model)  # the same outputs, faster
 plan = ddpm_fast.ddpm_plan(schedule, args.steps)
 seeds = ddpm_fast.sample_seeds(0, args.num)
 labels = torch.arange(args.num) % 10  # the classes in turn
-shown = set(torch.linspace(0, args.steps - 1, args.columns).round().int().tolist())
+shown = set(torch.linspace(args.steps - 1, 0, args.columns).round().int().tolist())  # the last one first
 
 columns = []
 with torch.inference_mode():

@@ -25,7 +25,10 @@ if args.plot:
         raise SystemExit("--plot needs matplotlib: pip install -e '.[bench]'") from error
 
 model, schedule = ddpm_fast.load_builtin()
-images, _ = load_dataset(args.data, split="test", image_size=32)[torch.arange(args.num)]
+dataset = load_dataset(args.data, split="test", image_size=32)
+if not 1 <= args.num <= len(dataset):
+    parser.error(f"expected --num to be in 1..{len(dataset)}, got {args.num}")
+images, _ = dataset[torch.arange(args.num)]
 
 # The schedule of S of the T timesteps (Nichol and Dhariwal 2021, section 4): alpha_t = abar_t / abar_s.
 timesteps = ddpm_fast.ddpm_plan(schedule, args.steps).timesteps.flip(0)  # ascending
@@ -44,7 +47,7 @@ class Spaced(torch.nn.Module):
         return self.network(x_t, timesteps[t], class_labels)
 
 
-bound = ddpm_fast.variational_bound(Spaced(), to_unit_range(images), spaced)  # without labels: of no particular class
+bound = ddpm_fast.variational_bound(Spaced(), to_unit_range(images), spaced)
 
 # Columns in reverse time. Once x_t is known, L_T and the terms of all larger t have been sent.
 sent = torch.cat([bound.prior[:, None], bound.terms[:, 1:].flip(1)], dim=1)

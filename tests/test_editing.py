@@ -74,6 +74,12 @@ def test_strength_runs_from_the_image_itself_to_a_new_one() -> None:
     assert torch.equal(vary(NETWORK, plan, IMAGES, 1.0, **QUIET), whole)
 
 
+def test_the_least_strength_changes_the_image() -> None:
+    for strength, count in ((0.01, 10), (0.4, 1)):
+        varied = vary(NETWORK, ddpm_plan(SCHEDULE, count), IMAGES, strength, **QUIET)
+        assert not torch.equal(varied, IMAGES)
+
+
 def test_an_interpolation_shares_its_noise_and_ends_at_variations() -> None:
     a, b = IMAGES, IMAGES.flip(3)
     plan = ddpm_plan(SCHEDULE, 10)
@@ -166,6 +172,35 @@ def test_inpainting_blends_after_each_step_at_its_arrival() -> None:
     torch.testing.assert_close(seen[1], torch.lerp(known.float(), whole, mask), rtol=1e-5, atol=1e-5)
 
 
+def test_what_the_network_draws_never_reaches_the_known_region() -> None:
+    class Broken(nn.Module):
+        def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+            return x_t * math.nan
+
+    images = IMAGES.clone()
+    images[0, 0, 0, 0] = -0.0
+    mask = torch.zeros(1, 1, 4, 4)
+    mask[..., 2:] = 1
+    painted = inpaint(Broken(), ddpm_plan(SCHEDULE, 5), images, mask, **QUIET)
+    assert torch.equal(painted[..., :2].view(torch.int32), images[..., :2].view(torch.int32))
+
+
+def test_directions_of_plans_are_told_apart() -> None:
+    one: Any = [ddim_inversion_plan(SCHEDULE, 1, told=told) for told in ("start", "arrival")]
+    for plan in (*one, ddim_inversion_plan(SCHEDULE, 7)):
+        with pytest.raises(ValueError, match="vary: expected plan to go from noise to an image"):
+            vary(NETWORK, plan, IMAGES, **QUIET)
+        invert(NETWORK, plan, IMAGES, **QUIET)
+    for plan in (
+        ddim_plan(SCHEDULE, 1),
+        heun_plan(SCHEDULE, 2),
+        dpm_solver_plan(SCHEDULE, 5, spacing="karras", final="sigma_min"),
+    ):
+        vary(NETWORK, plan, IMAGES, **QUIET)
+        with pytest.raises(ValueError, match="invert: expected plan to go from an image to noise"):
+            invert(NETWORK, plan, IMAGES, **QUIET)
+
+
 def test_the_batch_size_does_not_change_what_is_painted() -> None:
     images = torch.linspace(-1, 1, 5 * 3 * 4 * 4).reshape(5, 3, 4, 4)
     mask = torch.zeros(5, 1, 4, 4)
@@ -200,6 +235,7 @@ REFUSED = [
     (lambda: vary(Never(), ddpm_plan(SCHEDULE), IMAGES, 1.1), r"vary: expected strength to be .* got 1\.1"),
     (lambda: vary(Never(), ddpm_plan(SCHEDULE), IMAGES[..., 1:]), r"vary: expected images to be \[N, 3, 4, 4\].*\[2, 3, 4, 3"),
     (lambda: vary(Never(), ddpm_plan(SCHEDULE), IMAGES / 0), "vary: expected images to be finite"),
+    (lambda: vary(Never(), ddpm_plan(SCHEDULE), IMAGES * 255), r"vary: expected images to be in \[-1, 1\]"),
     (lambda: vary(Never(), ddim_inversion_plan(SCHEDULE, 5), IMAGES), "vary: expected plan to go from noise to an image"),
     (lambda: interpolate(Never(), ddpm_plan(SCHEDULE), IMAGES, IMAGES[:1]), "interpolate: expected b to have the shape of a"),
     (lambda: interpolate(Never(), ddpm_plan(SCHEDULE), IMAGES, IMAGES, 1), "interpolate: expected num to be"),

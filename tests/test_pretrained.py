@@ -268,3 +268,13 @@ def test_default_number_of_steps_is_quick_and_within_the_schedule() -> None:
     for sampler, counts in expected.items():
         for model, count in zip((loaded, short), counts, strict=True):
             assert plan_of_options("sample", model, sampler, None, None, None, None).num_steps == count
+    cosine = dataclasses.replace(loaded, schedule=NoiseSchedule.cosine(10))  # its last timestep is left out
+    assert [plan_of_options("sample", cosine, name, None, None, None, None).num_steps for name in expected] == [
+        10,
+        10,
+        8,
+        8,
+        15,
+    ]
+    with pytest.raises(ValueError, match=r"sample: expected steps to be in 1\.\.8 with dpm\+\+2m, got 9"):
+        plan_of_options("sample", cosine, "dpm++2m", 9, None, None, None)

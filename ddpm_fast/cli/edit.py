@@ -137,7 +137,7 @@ def invert_command(sources: tuple[str, ...], steps: int, **options: Any) -> None
     if options["quiet"]:
         return
     for source, image, drawn in zip(sources, edit.images, again, strict=True):
-        error = float((drawn - image).square().mean())
+        error = float((drawn - image).double().square().mean())
         click.echo(f"{source}: PSNR {10 * math.log10(4 / error) if error else math.inf:.1f} dB")
 
 
@@ -148,7 +148,7 @@ def invert_command(sources: tuple[str, ...], steps: int, **options: Any) -> None
 )
 @click.option("--box", metavar="X,Y,W,H", help="Paint this box, in pixels from the top left corner.")
 @click.option("--steps", type=click.IntRange(1), default=50, show_default=True, help="Use this many timesteps.")
-@click.option("--jump-length", type=click.IntRange(1), default=5, show_default=True, help="Go back this many steps in a jump.")
+@click.option("--jump-length", type=click.IntRange(1), help="Go back this many steps in a jump.  [default: a tenth of --steps]")
 @click.option(
     "--jump-samples",
     type=click.IntRange(1),
@@ -163,7 +163,7 @@ def inpaint_command(
     mask: str | None,
     box: str | None,
     steps: int,
-    jump_length: int,
+    jump_length: int | None,
     jump_samples: int,
     **options: Any,
 ) -> None:
@@ -179,9 +179,9 @@ def inpaint_command(
             raise ValueError(f"inpaint: expected either --mask or --box to be given, got {given}")
         edit = _Edit("inpaint", sources, options, inputs=() if mask is None else (mask,))
         loaded, labels = edit.loaded, edit.labels()
-        painted = edit.box(str(box)) if mask is None else edit.mask(mask)
+        painted = edit.box(box or "") if mask is None else edit.mask(mask)
         plan = repaint_plan(
-            *(loaded.schedule, steps, jump_length, jump_samples),
+            *(loaded.schedule, steps, jump_length or max(1, steps // 10), jump_samples if steps > 1 else 1),
             prediction=loaded.prediction,
             clip=loaded.clip,
             learned_variance=edit.learned,
@@ -277,7 +277,10 @@ class _Edit:
         """Return the mask in a file, float32 [1, 1, H, W]."""
         from ..training.data import read_image
 
-        return read_image(path, self._size, 1, caller=self._command, name="mask")[None].float() / 255
+        mask = read_image(path, self._size, 1, caller=self._command, name="mask")[None]
+        if int(mask.max()) < 128:  # such as a mask of zeros and ones
+            raise ValueError(f"{self._command}: expected mask to have white pixels, got values up to {int(mask.max())} of 255")
+        return mask.float() / 255
 
     def box(self, box: str) -> Tensor:
         """Return a mask that is 1 in a box "X,Y,W,H", float32 [1, 1, H, W]."""
@@ -301,7 +304,7 @@ class _Edit:
         """Return a label for each image, or for each pair, or None for "no label", which is the default."""
         classes, guidance = self._options["classes"], self._options["guidance"]
         count = 1 if pairs else len(self.images)
-        labels = None if classes is None else labels_of_option(self._command, self.loaded, classes, count)
+        labels = None if classes is None else labels_of_option(self._command, self.loaded, classes, count, each=True)
         if guidance not in (None, 1) and labels is None:
             raise ValueError(
                 f"{self._command}: expected guidance to be 1 or to go with --classes, got {guidance} and no labels"

@@ -85,6 +85,9 @@ def plan_of_options(
 
     total = loaded.schedule.num_timesteps
     solves = sampler in ("dpm++2m", "dpm++2m-sde", "heun")
+    abar = loaded.schedule.alpha_bars
+    if solves:  # by the timesteps that `_LAMBDA_MIN` leaves
+        total = int(((abar / (1 - abar)).log() / 2 >= _LAMBDA_MIN).sum())
     most = total - 1 if solves and spacing in (None, "linspace", "leading") else total
     if steps is not None and steps > most:
         raise ValueError(f"{command}: expected steps to be in 1..{most} with {sampler}, got {steps}")
@@ -115,8 +118,13 @@ def plan_of_options(
     return dpm_solver_plan(loaded.schedule, steps, eta=0.0 if sampler == "dpm++2m" else 1.0 if eta is None else eta, **common)
 
 
-def labels_of_option(command: str, loaded: Pretrained, classes: str | None, num: int) -> list[int] | None:
-    """Return a label for each image, the classes in turn. Return None for "no label" or a model without classes."""
+def labels_of_option(
+    command: str, loaded: Pretrained, classes: str | None, num: int, *, each: bool = False
+) -> list[int] | None:
+    """Return a label for each image, the classes in turn. Return None for "no label" or a model without classes.
+
+    With `each`, a class that would get no image is an error.
+    """
     from ..requests import labels_of
 
     config = loaded.model.config
@@ -135,4 +143,7 @@ def labels_of_option(command: str, loaded: Pretrained, classes: str | None, num:
         chosen = cast("list[int]", labels_of(command, config, numbered))
         if max(chosen) >= count:
             raise ValueError(f"{command}: expected classes to be in 0..{count - 1}, got {max(chosen)}")
+    if each and len(chosen) > num:
+        wanted = "one class" if num == 1 else f"at most {num} classes"
+        raise ValueError(f"{command}: expected classes to be {wanted}, as there are no more images, got {classes!r}")
     return [chosen[i % len(chosen)] for i in range(num)]

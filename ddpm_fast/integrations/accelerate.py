@@ -34,9 +34,9 @@ def accelerate(
 
     The call, its arguments, its progress bar and its results stay the same. The same generator gives the
     same images up to rounding in the network. Its scheduler may be a DDPMScheduler, DDIMScheduler,
-    DPMSolverMultistepScheduler or DDIMInverseScheduler. `pipe.unet` is still a `UNet2DModel` with the same
-    parameters, which are not copied. `pipe.save_pretrained` writes the same files as before. `restore`
-    reverts everything.
+    DPMSolverMultistepScheduler or DDIMInverseScheduler, as far as the pipeline's own call takes it.
+    `pipe.unet` is still a `UNet2DModel` with the same parameters, which are not copied.
+    `pipe.save_pretrained` writes the same files as before. `restore` reverts everything.
 
     Later changes of weights, layers, hooks and the configuration take effect. Each call of the pipeline, or
     of `pipe.unet` outside one, compares all of them once. Do not change the network during a call. If no

@@ -132,7 +132,7 @@ def _checked_out(
     """Return the destinations as a tuple, after a check."""
     op = "reverse_step"
     outs = out if isinstance(out, tuple) else (out,)
-    if len(outs) > 1 and not (return_x_0 and len(outs) == 2):
+    if isinstance(out, tuple) and not (return_x_0 and len(outs) == 2):
         wanted = "a pair (x_{t-1}, x_0^)" if return_x_0 else "a tensor, without return_x_0"
         raise ValueError(f"{op}: expected out to be {wanted}, got a tuple of {len(outs)}")
     for each in outs:
@@ -141,6 +141,8 @@ def _checked_out(
             raise ValueError(f"{op}: expected out to be dense, with the strides of x_t, {x_t.stride()}, got {each.stride()}")
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x_t, *others, *outs)):
         raise ValueError(f"{op}: expected no gradients with out= (call under torch.no_grad()), got an input that requires one")
+    if len(outs) == 2 and outs[0] is outs[1]:
+        raise ValueError(f"{op}: expected out to be two tensors, got one twice")
     if len(outs) == 2 and x_t.numel() and not torch.compiler.is_compiling():
         check_apart(op, outs[1], {"the destination of x_{t-1}": outs[0]}, may_be_same=False)
     return outs

@@ -12,7 +12,7 @@ import torch
 from ..checks import check_choice, check_number, check_type
 from ..schedule import NoiseSchedule
 from .posterior_path import PosteriorPath
-from .rows import plan_from_columns, x_0_weights
+from .rows import epsilon_weights, plan_from_columns, x_0_weights
 from .sampling_plan import Prediction, SamplingPlan, builds_plan
 from .timesteps import Spacing
 
@@ -152,12 +152,7 @@ def _told_the_arrival(path: PosteriorPath, learned_variance: bool) -> SamplingPl
     """Return the inversion that tells the model where a step arrives, in the order of the path."""
     signal, noise = path.abar_prev.sqrt(), (1 - path.abar_prev).sqrt()  # a step starts at the cleaner end
     p, q = x_0_weights(path.prediction, signal, noise)
-    if path.prediction == "epsilon":
-        from_x_t, from_m = torch.zeros_like(q), torch.ones_like(q)
-    elif path.prediction == "sample":
-        from_x_t, from_m = 1 / noise, -signal / noise
-    else:
-        from_x_t, from_m = noise, signal
+    from_x_t, from_m = epsilon_weights(path.prediction, signal, noise)
     direction = path.noise  # the weight of epsilon^
     return plan_from_columns(
         path.schedule,

@@ -62,7 +62,8 @@ def dpm_solver_plan(
             (sigma / alpha)^(1/7), Karras et al. 2022, eq. 5), or a strictly descending sequence in 0..T-1. The model's t is
             rounded with "karras", the noise level is not.
         final: The last level: "zero" is x_0, "sigma_min" is the level of timestep 0.
-        lower_order_final: Take order 1 in the last step of plans of fewer than 15 steps. It always is with final="zero".
+        lower_order_final: Take order 1 in the last step of plans of fewer than 15 steps. With final="zero" the last
+            step always has order 1.
         lambda_min: Leave out timesteps with a smaller lambda. Cosine schedules need -5.1 with order 2.
         start: Begin at this timestep of the plan instead of the first, with a step of order 1.
         prediction: The meaning of the model's output: "epsilon", "sample" or "v_prediction".

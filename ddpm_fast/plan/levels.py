@@ -76,8 +76,10 @@ def noise_levels(
     ratios = ((1 - schedule.alpha_bars) / schedule.alpha_bars).sqrt()  # sigma / alpha of each timestep, ascending
     # The timesteps 0..last - 1 have lambda >= lambda_min.
     last = int((-ratios.log() >= lambda_min).sum())
+    if len(ratios) < 2:
+        raise ValueError(f"{caller}: expected schedule to have at least 2 timesteps, got {len(ratios)}")
     if last < 2:
-        highest = -math.log(float(ratios[1])) if len(ratios) > 1 else math.nan
+        highest = -math.log(float(ratios[1]))
         raise ValueError(f"{caller}: expected lambda_min to be at most {highest:.4g}, lambda at timestep 1, got {lambda_min}")
     if spacing == "karras":
         ratio, timesteps = _karras(caller, ratios[:last], num_steps)
@@ -93,7 +95,10 @@ def noise_levels(
     if start is not None:
         found = (timesteps == start).nonzero()
         if not len(found):
-            raise ValueError(f"{caller}: expected start to be one of the timesteps {timesteps.tolist()}, got {start}")
+            nearest = int(timesteps[(timesteps - start).abs().argmin()])
+            raise ValueError(
+                f"{caller}: expected start to be one of the plan's timesteps, got {start}; the nearest is {nearest}"
+            )
         first = int(found[0])
     return Levels(timesteps[first:], alpha[first:], sigma[first:], len(timesteps))
 

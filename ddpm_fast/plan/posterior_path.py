@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..checks import check_choice, check_number
 from ..schedule import NoiseSchedule
-from .rows import plan_from_columns, x_0_weights
+from .rows import epsilon_weights, plan_from_columns, x_0_weights
 from .sampling_plan import PLAN_PREDICTIONS, Prediction, SamplingPlan
 from .timesteps import Spacing, checked_arrivals, checked_timesteps
 
@@ -99,14 +99,10 @@ class PosteriorPath:
 
     def epsilon_weights(self) -> tuple[Tensor, Tensor]:
         """Return the weights of x_t and m in epsilon^, float64 [S] each."""
-        if self.prediction == "epsilon":
-            return torch.zeros_like(self.signal), torch.ones_like(self.signal)
-        if self.prediction == "sample":
-            return 1 / self.noise, -self.signal / self.noise
         if self.prediction == "previous_sample":
             p, q = self.x_0_weights()
             return (1 - self.signal * p) / self.noise, -self.signal * q / self.noise
-        return self.noise, self.signal
+        return epsilon_weights(self.prediction, self.signal, self.noise)
 
     def ddim(self, abar_next: Tensor, sigma: Tensor, rederive: bool, learned_variance: bool) -> SamplingPlan:
         """Build the plan of DDIM steps to given noise levels.

@@ -38,7 +38,7 @@ def repaint_plan(
     Args:
         schedule: The noise schedule, with T timesteps.
         num_steps: The number of timesteps, 1..T.
-        jump_length: The number of steps that a jump goes back, 1..T.
+        jump_length: The number of steps that a jump goes back, 1..num_steps - 1.
         jump_num_sample: The number of times that each stretch is sampled, 1..1000. 1 never jumps.
         prediction: The meaning of the model's output, see `SamplingPlan`.
         clip: Clamp x_0^ to [-clip, clip]. None disables the clip.
@@ -54,8 +54,8 @@ def repaint_plan(
     caller = "repaint_plan"
     check_type(caller, "schedule", schedule, NoiseSchedule)
     check_int(caller, "num_steps", num_steps, 1, schedule.num_timesteps)
-    check_int(caller, "jump_length", jump_length, 1, schedule.num_timesteps)
     check_int(caller, "jump_num_sample", jump_num_sample, 1, _MOST_SAMPLES)
+    check_int(caller, "jump_length", jump_length, 1, num_steps - 1 if jump_num_sample > 1 else schedule.num_timesteps)
     check_choice(caller, "prediction", prediction, PLAN_PREDICTIONS)
     check_number(caller, "clip", clip, above=0, optional=True)
     check_type(caller, "learned_variance", learned_variance, bool)

@@ -28,6 +28,15 @@ def x_0_weights(prediction: Prediction, signal: Tensor, noise: Tensor) -> tuple[
     return signal, -noise
 
 
+def epsilon_weights(prediction: Prediction, signal: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the weights of x_t and m in epsilon^, float64 [S] each. The arguments are those of `x_0_weights`."""
+    if prediction == "epsilon":
+        return torch.zeros_like(signal), torch.ones_like(signal)
+    if prediction == "sample":
+        return 1 / noise, -signal / noise
+    return noise, signal
+
+
 def plan_from_columns(
     schedule: NoiseSchedule,
     timesteps: Tensor,

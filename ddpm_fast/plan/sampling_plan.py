@@ -147,8 +147,8 @@ class SamplingPlan:
     def starting_at(self, timestep: int) -> SamplingPlan:
         """Return the plan from a timestep on, for a start from x_t instead of x_T.
 
-        A multistep plan is built again with `start=timestep`, so that its first step needs no x_0_prev. Of any other plan these
-        are the rows from the first one with the timestep.
+        A multistep plan is built again with `start=timestep`, so that its first step needs no x_0_prev. Any other plan keeps
+        its rows from the first one with the timestep.
 
         Args:
             timestep: One of the plan's timesteps.
@@ -159,8 +159,8 @@ class SamplingPlan:
         caller = "SamplingPlan.starting_at"
         check_int(caller, "timestep", timestep, 0, self.schedule.num_timesteps - 1)
         if not bool((self.timesteps == timestep).any()):
-            got = f"{timestep}, between or beside {self.timesteps.tolist()}"
-            raise ValueError(f"{caller}: expected timestep to be one of the plan's, got {got}")
+            nearest = int(self.timesteps[(self.timesteps - timestep).abs().argmin()])
+            raise ValueError(f"{caller}: expected timestep to be one of the plan's, got {timestep}; the nearest is {nearest}")
         if not self.needs_x_0_prev:
             return self[int((self.timesteps == timestep).nonzero()[0]) :]
         if self.builder is None:
@@ -219,6 +219,8 @@ class SamplingPlan:
 
     def mean(self) -> SamplingPlan:
         """Return the same plan without noise. Its steps give the mean of x_{t-1}."""
+        if not self.is_random:
+            return self
         coefficients = self.coefficients.clone()
         coefficients[:, COLUMNS.index("sigma")] = 0
         return replace(self, coefficients=coefficients)

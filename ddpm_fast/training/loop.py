@@ -394,6 +394,11 @@ def _check_resumable(run: RunFolder, steps: int) -> None:
             f"train: expected {run.checkpoints} to have the checkpoints of the run, whose log.csv has {logged} steps, got "
             "no such folder; mount its disk, or remove log.csv to start again from step 0"
         )
+    if logged and not run.checkpoint_folders() and (run.checkpoints / "latest").is_symlink():
+        raise FileNotFoundError(
+            f"train: expected {run.checkpoints} to have the checkpoint that its link `latest` names, got no checkpoint; "
+            "bring it back, or remove log.csv to start again from step 0"
+        )
     # Comparing checksums would read all files, which `_run` does once more.
     done = run.read_latest(None, lambda checkpoint: read_state("train", checkpoint).step) or 0
     if done > steps:

@@ -121,7 +121,12 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
         "reverse_step: expected out to be a tensor, without return_x_0, got a tuple of 2",
     ),
     (
-        lambda: reverse_step(X, X, 0, PLAN, seeds=SEEDS, return_x_0=True, out=(X, X)),
+        lambda: reverse_step(X, X, 0, PLAN, seeds=SEEDS, return_x_0=True, out=(X,)),
+        ValueError,
+        r"reverse_step: expected out to be a pair .* got a tuple of 1",
+    ),
+    (
+        lambda: reverse_step(X, X, 0, PLAN, seeds=SEEDS, return_x_0=True, out=(X, X.view_as(X))),
         ValueError,
         r"reverse_step: expected out to be apart from the destination of x_\{t-1\} in memory, got an overlap",
     ),

@@ -230,6 +230,19 @@ def test_a_multistep_step_overwrites_its_state_and_history(device: torch.device)
             assert torch.equal(history, expected[1])
 
 
+def test_two_results_never_share_a_destination() -> None:
+    plan = ddpm_fast.dpm_solver_plan(SCHEDULE, 10)
+    x, m, x_0 = torch.randn(3, 2, 3, 5, 4)
+
+    def step(x: Tensor) -> Any:
+        return ddpm_fast.reverse_step(x, m, 4, plan, x_0_prev=x_0, return_x_0=True, out=(x, x))
+
+    with pytest.raises(ValueError, match="expected out to be two tensors, got one twice"):
+        step(x)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="expected out to be two tensors"):
+        torch.compile(step, fullgraph=True, backend="eager")(x)
+
+
 def test_tables_first_used_in_inference_mode_serve_training() -> None:
     schedule, device = ddpm_fast.NoiseSchedule.linear(10), torch.device("meta")
     plan = ddpm_fast.ddpm_plan(schedule)

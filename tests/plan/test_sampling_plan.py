@@ -149,7 +149,8 @@ class TestRepaint:
         torch.testing.assert_close(variance, torch.ones_like(variance), rtol=1e-12, atol=0)
 
     @pytest.mark.parametrize(
-        ("arguments", "name"), [((0,), "num_steps"), ((50, 0), "jump_length"), ((50, 5, 0), "jump_num_sample")]
+        ("arguments", "name"),
+        [((0,), "num_steps"), ((50, 0), "jump_length"), ((50, 50), "jump_length"), ((50, 5, 0), "jump_num_sample")],
     )
     def test_bad_arguments_are_named(self, arguments: Any, name: str) -> None:
         with pytest.raises(ValueError, match=f"repaint_plan: expected {name} to be"):

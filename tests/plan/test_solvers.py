@@ -259,7 +259,7 @@ def test_zero_terminal_snr_begins_from_pure_noise() -> None:
         ({"solver": "euler"}, "expected solver to be one of midpoint, heun, got 'euler'"),
         ({"spacing": "log"}, "expected spacing to be one of linspace, leading, trailing, karras, got 'log'"),
         ({"final": "one"}, "expected final to be one of zero, sigma_min, got 'one'"),
-        ({"start": 501}, r"expected start to be one of the timesteps \[999, .*\], got 501"),
+        ({"start": 501}, r"expected start to be one of the plan's timesteps, got 501; the nearest is 500"),
         ({"lambda_min": 10.0}, "expected lambda_min to be at most 4"),
         ({"lambda_min": math.nan}, "expected lambda_min to be"),
         ({"prediction": "previous_sample"}, "expected prediction to be one of epsilon, sample, v_prediction"),
@@ -269,6 +269,11 @@ def test_zero_terminal_snr_begins_from_pure_noise() -> None:
 def test_bad_arguments_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         dpm_solver_plan(NoiseSchedule.linear(), **options)
+
+
+def test_a_schedule_of_one_timestep_is_refused() -> None:
+    with pytest.raises(ValueError, match="dpm_solver_plan: expected schedule to have at least 2 timesteps, got 1"):
+        dpm_solver_plan(NoiseSchedule.linear(1), 1)
 
 
 def test_heun_refuses_zero_terminal_snr() -> None:

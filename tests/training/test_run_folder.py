@@ -382,6 +382,16 @@ def test_a_run_whose_checkpoints_are_lost_does_not_start_again(tmp_path: Path) -
     assert train(run.path, **QUIET, steps=2, resume=True).step == 2
 
 
+def test_a_link_to_a_checkpoint_that_is_gone_does_not_start_again(tmp_path: Path) -> None:
+    run = start(tmp_path / "run")
+    before = run.log_file.read_text()
+    for folder in run.checkpoint_folders():
+        shutil.rmtree(folder)
+    with pytest.raises(FileNotFoundError, match="the checkpoint that its link `latest` names, got no checkpoint"):
+        train(run.path, **QUIET, steps=4, resume=True)
+    assert run.log_file.read_text() == before
+
+
 def test_a_run_that_ended_before_its_first_checkpoint_starts_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
