@@ -198,7 +198,7 @@ def _extent(x: Tensor) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
         storage, begin = x.untyped_storage()._cdata, x.storage_offset() * x.element_size()
     else:
         storage, begin = 0, x.data_ptr()
-    return (storage, begin), (storage, begin + x.nbytes)
+    return (storage, begin), (storage, begin + x.numel() * x.element_size())  # `nbytes` takes no symbolic sizes
 
 
 def check_memory(op: str, name: str, x: Tensor) -> None:

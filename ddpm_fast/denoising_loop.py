@@ -84,15 +84,18 @@ class DenoisingLoop:
 
     def advance(self, network: Model) -> None:
         """Evaluate the network once and apply one `reverse_step`."""
-        x_t, plan = self.x_t, self._plan
+        x_t, plan, version = self.x_t, self._plan, self.x_t._version
         x_in = x_t.to(self._network_dtype)
         if self._guidance_scale is not None:
             x_in = torch.cat([x_in, x_in])
         t = self._timesteps.index_select(0, self._step.view(1)).expand(len(x_in))
         x_0 = self._x_0  # x_0^ before the step, and after it
+        model_output = predict(network, x_in, t, self._labels)
+        if x_t._version != version:
+            raise ValueError("sample: expected model to leave its input as it is, got one that changes x_t in place")
         reverse_step(
             x_t,
-            predict(network, x_in, t, self._labels),
+            model_output,
             self._step,
             plan,
             seeds=self._seeds if plan.is_random else None,

@@ -193,7 +193,8 @@ def invert(
     check_model(caller, model)
     _check_images(caller, "images", images, model)
     check_type(caller, "plan", plan, SamplingPlan)
-    if plan.is_random or _denoises(plan):
+    told = float(plan.schedule.alpha_bars[plan.timesteps[-1]])
+    if plan.is_random or _denoises(plan) or float(plan.alpha_bars_prev[-1]) > told * (1 + 1e-9):
         raise ValueError(f"{caller}: expected plan to go from an image to noise (ddim_inversion_plan), got\n{plan}")
     shape, device = checked_setup(caller, model, plan, dtype, device, images.shape[1:], None)
     request = checked_request(
@@ -322,14 +323,14 @@ def _check_denoises(caller: str, plan: SamplingPlan) -> None:
 
 
 def _denoises(plan: SamplingPlan) -> bool:
-    """Return whether the plan's last step takes noise away.
+    """Return whether the plan ends at an image, x_0 or the level of timestep 0, and not where an inversion begins.
 
-    It then arrives at a cleaner level than its timestep, or at that of timestep 0 after others. An inversion arrives at its
-    timestep or above.
+    An inversion arrives at its timestep or above.
     """
-    arrivals, told = plan.alpha_bars_prev, float(plan.schedule.alpha_bars[plan.timesteps[-1]])
-    end = float(arrivals[-1])
-    return end > told * (1 + 1e-9) or (end > told * (1 - 1e-9) and end > float(arrivals[0]))
+    arrivals, abar = plan.alpha_bars_prev, plan.schedule.alpha_bars
+    end, told, image = float(arrivals[-1]), float(abar[plan.timesteps[-1]]), float(abar[0])
+    falls = end > told * (1 + 1e-9) or end > float(arrivals[0])
+    return falls and end > image * (1 - 1e-9)
 
 
 def _check_images(caller: str, name: str, images: Tensor, model: Model, *, in_range: bool = True) -> None:
@@ -339,7 +340,8 @@ def _check_images(caller: str, name: str, images: Tensor, model: Model, *, in_ra
     config = model_config(model)
     channels, size = config.get("in_channels"), config.get("sample_size")
     wanted = ["C" if channels is None else channels, *((size, size) if isinstance(size, int) else size or ("H", "W"))]
-    fits = images.dim() == 4 and len(images) > 0
+    images = images.detach()
+    fits = images.dim() == 4 and images.numel() > 0
     fits = fits and all(want in (got, "C", "H", "W") for want, got in zip(wanted, images.shape[1:], strict=True))
     if not fits or images.is_meta:
         shape = ", ".join(map(str, ["N", *wanted]))

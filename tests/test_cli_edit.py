@@ -7,6 +7,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -495,3 +497,19 @@ def test_one_step_of_inpainting_does_not_jump(folder: Path) -> None:
     edit(folder, "inpaint", "digits:0", "--box=0,0,4,4", "--steps=1", "--quiet")
     error = refused(folder, "inpaint", "digits:0", "--box=0,0,4,4", "--steps=4", "--jump-length=4")
     assert "expected --jump-length to be an integer in 1..3, got 4" in error
+
+
+@pytest.mark.parametrize("command", [["sample", "--model="], ["export", ".", ""], ["edit", "vary", "digits:0", "--model="]])
+def test_an_empty_path_is_not_the_current_folder(command: list[str]) -> None:
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 2
+    assert "expected a path, got an empty text" in result.output
+
+
+def test_a_picture_is_named_if_the_output_is_closed(folder: Path) -> None:
+    arguments = ["edit", "invert", "--model", str(folder), "digits:0", "--steps=2", "--out=a.png"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([sys.executable, "-m", "ddpm_fast", *arguments], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("Error: standard output: ")
+    assert done.stderr.rstrip().endswith("Written: a.png.")

@@ -187,9 +187,10 @@ def test_what_the_network_draws_never_reaches_the_known_region() -> None:
 
 def test_directions_of_plans_are_told_apart() -> None:
     one: Any = [ddim_inversion_plan(SCHEDULE, 1, told=told) for told in ("start", "arrival")]
-    for plan in (*one, ddim_inversion_plan(SCHEDULE, 7)):
+    for plan in (*one, ddim_inversion_plan(SCHEDULE, 7), ddpm_plan(SCHEDULE, 6)[:3]):
         with pytest.raises(ValueError, match="vary: expected plan to go from noise to an image"):
             vary(NETWORK, plan, IMAGES, **QUIET)
+    for plan in (*one, ddim_inversion_plan(SCHEDULE, 7)):
         invert(NETWORK, plan, IMAGES, **QUIET)
     for plan in (
         ddim_plan(SCHEDULE, 1),
@@ -234,6 +235,7 @@ REFUSED = [
     (lambda: vary(Never(), ddpm_plan(SCHEDULE), IMAGES, -0.1), r"vary: expected strength to be .* got -0\.1"),
     (lambda: vary(Never(), ddpm_plan(SCHEDULE), IMAGES, 1.1), r"vary: expected strength to be .* got 1\.1"),
     (lambda: vary(Never(), ddpm_plan(SCHEDULE), IMAGES[..., 1:]), r"vary: expected images to be \[N, 3, 4, 4\].*\[2, 3, 4, 3"),
+    (lambda: vary(Never(), ddpm_plan(SCHEDULE), IMAGES[..., :0]), r"vary: expected images to be \[N, 3, 4, 4\]"),
     (lambda: vary(Never(), ddpm_plan(SCHEDULE), IMAGES / 0), "vary: expected images to be finite"),
     (lambda: vary(Never(), ddpm_plan(SCHEDULE), IMAGES * 255), r"vary: expected images to be in \[-1, 1\]"),
     (lambda: vary(Never(), ddim_inversion_plan(SCHEDULE, 5), IMAGES), "vary: expected plan to go from noise to an image"),

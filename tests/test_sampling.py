@@ -620,3 +620,9 @@ def test_command_refuses_bad_values_in_a_line(folder: Path, tmp_path: Path, argu
     assert message in line
     assert "sampling" not in result.output  # refused before the work
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_changes_its_input_is_refused() -> None:
+    plan = ddpm_plan(SCHEDULE)
+    with pytest.raises(ValueError, match="expected model to leave its input as it is, got one that changes x_t in place"):
+        sample(lambda x, t: x.mul_(0.5), plan, 2, shape=(1, 4, 4), progress=False)

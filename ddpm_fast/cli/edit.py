@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..limits import check_free_memory, check_free_space
-from .options import SAMPLING_DTYPE_HELP, Command, Finite, model_options, refusing
+from .options import SAMPLING_DTYPE_HELP, Command, Finite, PathOption, model_options, refusing
 from .outputs import check_output, make_writable, save_result
 from .samplers import class_options, labels_of_option, plan_of_options, sampler_options
 
@@ -30,7 +30,7 @@ _STRENGTH = click.option(
 def _out(default: str, shows: str) -> Callable[[Command], Command]:
     return click.option(
         "--out",
-        type=click.Path(dir_okay=False, path_type=Path),
+        type=PathOption(dir_okay=False, path_type=Path),
         default=default,
         show_default=True,
         help=f"Write the pictures here: {shows}.",
@@ -74,7 +74,7 @@ def vary_command(sources: tuple[str, ...], strength: float, num: int, **options:
         each = None if labels is None else torch.as_tensor(labels).repeat_interleave(num)
         varied = vary(edit.loaded.model, plan, copies, strength, seed=seeds, class_labels=each, **edit.arguments())
         rows = torch.cat([edit.images[:, None], varied.cpu().float().unflatten(0, (len(sources), num))], dim=1)
-        edit.show(rows)
+    edit.show(rows)  # outside `refusing`: the streams' errors are not the options'
 
 
 @edit_command.command("interpolate")
@@ -99,7 +99,8 @@ def interpolate_command(sources: tuple[str, ...], strength: float, num: int, **o
         a, b = edit.images[:1], edit.images[1:]
         arguments = edit.arguments() | {"seed": options["seed"], "class_labels": labels}
         between = interpolate(edit.loaded.model, plan, a, b, num, strength=strength, **arguments)
-        edit.show(torch.cat([a[None], between.cpu().float(), b[None]], dim=1))
+        rows = torch.cat([a[None], between.cpu().float(), b[None]], dim=1)
+    edit.show(rows)
 
 
 @edit_command.command("invert")
@@ -133,7 +134,8 @@ def invert_command(sources: tuple[str, ...], steps: int, **options: Any) -> None
         x_T = invert(loaded.model, forth, edit.images, **arguments)
         again = sample(loaded.model, back, len(sources), x_T=x_T, **arguments)
         x_T, again = x_T.cpu().float(), again.cpu().float()
-        edit.show(torch.stack([edit.images, (x_T / 3).clamp(-1, 1), again], dim=1))
+        rows = torch.stack([edit.images, (x_T / 3).clamp(-1, 1), again], dim=1)
+    edit.show(rows)
     if options["quiet"]:
         return
     for source, image, drawn in zip(sources, edit.images, again, strict=True):
@@ -144,7 +146,7 @@ def invert_command(sources: tuple[str, ...], steps: int, **options: Any) -> None
 @edit_command.command("inpaint")
 @_SOURCES
 @click.option(
-    "--mask", type=click.Path(exists=True, dir_okay=False), help="Paint where this image is white, and keep the rest."
+    "--mask", type=PathOption(exists=True, dir_okay=False), help="Paint where this image is white, and keep the rest."
 )
 @click.option("--box", metavar="X,Y,W,H", help="Paint this box, in pixels from the top left corner.")
 @click.option("--steps", type=click.IntRange(1), default=50, show_default=True, help="Use this many timesteps.")
@@ -190,7 +192,8 @@ def inpaint_command(
         arguments = edit.arguments() | {"seed": options["seed"], "class_labels": labels}
         result = inpaint(loaded.model, plan, edit.images, painted, **arguments).cpu().float()
         grey = torch.zeros_like(edit.images)
-        edit.show(torch.stack([edit.images, torch.where(painted > 0, grey, edit.images), result], dim=1))
+        rows = torch.stack([edit.images, torch.where(painted > 0, grey, edit.images), result], dim=1)
+    edit.show(rows)
 
 
 class _Edit:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import VARIANCES, model_options, refusing
+from .options import VARIANCES, PathOption, model_options, refusing
 from .outputs import check_output, make_writable, save_result
 
 if TYPE_CHECKING:
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
     show_default=True,
     help="Evaluate the test images of digits, fashion-mnist or cifar10, or all of a folder.",
 )
-@click.option("--data-dir", type=click.Path(), help="Read the data set from this folder, or download it there.")
+@click.option("--data-dir", type=PathOption(), help="Read the data set from this folder, or download it there.")
 @click.option("--variance", type=click.Choice(VARIANCES), help="Choose the reverse steps' variance.  [default: the model's]")
 @click.option("--labels/--no-labels", default=True, show_default=True, help="Give the network the class of each image.")
 @click.option(
     "--json",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=PathOption(dir_okay=False, path_type=Path),
     help="Write the figures to this JSON file.  [default: none]",
 )
 @model_options("Run the network in this dtype.  [default: float32]")

@@ -86,6 +86,16 @@ def numbers(ctx: click.Context, option: click.Parameter, value: str) -> list[int
         raise click.BadParameter(f"{value!r} is not a list of whole numbers separated by commas") from None
 
 
+class PathOption(click.Path):
+    """A type of option: a path. An empty one, such as that of an unset variable, would be the current folder."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the path, or fail."""
+        if value == "":
+            self.fail("expected a path, got an empty text.", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 class Finite(click.FloatRange):
     """A type of option: a number in a range that is neither NaN nor infinite."""
 
@@ -102,7 +112,7 @@ def model_options(dtype_help: str) -> Callable[[Command], Command]:
     options = [
         click.option(
             "--model",
-            type=click.Path(path_type=Path),
+            type=PathOption(path_type=Path),
             callback=model_folder,
             help="Load a model's folder in diffusers' layout, or a training run's.  [default: the built-in model]",
         ),

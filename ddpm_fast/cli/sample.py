@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from .options import SAMPLING_DTYPE_HELP, model_options, refusing
+from .options import SAMPLING_DTYPE_HELP, PathOption, model_options, refusing
 from .outputs import check_output, check_pictures, make_writable, save_result
 from .samplers import class_options, labels_of_option, plan_of_options, sampler_options
 
@@ -21,14 +21,14 @@ _FRAMES = 51  # at most, in an animation
 @class_options("all")
 @click.option(
     "--out",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=PathOption(dir_okay=False, path_type=Path),
     default="samples.png",
     show_default=True,
     help="Write the grid of images here.",
 )
 @click.option(
     "--gif",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=PathOption(dir_okay=False, path_type=Path),
     help="Write the denoising here: an animation (.gif, .webp) or a strip (.png).  [default: none]",
 )
 @model_options(SAMPLING_DTYPE_HELP)

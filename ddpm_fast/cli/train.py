@@ -15,7 +15,7 @@ from click.core import ParameterSource
 from ..atomic import remove_leftovers
 from ..training import train
 from .console import Stopped
-from .options import Command, model_folder, numbers, refusing
+from .options import Command, PathOption, model_folder, numbers, refusing
 
 
 def argument_texts(function: Callable[..., Any]) -> dict[str, str]:
@@ -40,10 +40,10 @@ def _train_option(declaration: str, **settings: Any) -> Callable[[Command], Comm
 
 
 @click.command("train")
-@click.argument("run_dir", type=click.Path(file_okay=False, path_type=Path))
+@click.argument("run_dir", type=PathOption(file_okay=False, path_type=Path))
 @_train_option("--resume", is_flag=True)
 @_train_option("--data")
-@_train_option("--data-dir", type=click.Path())
+@_train_option("--data-dir", type=PathOption())
 @_train_option("--image-size", type=int)
 @_train_option("--skip-broken/--no-skip-broken")
 @_train_option("--flip/--no-flip")
@@ -55,7 +55,7 @@ def _train_option(declaration: str, **settings: Any) -> Callable[[Command], Comm
 @_train_option("--dropout")
 @_train_option("--conditional/--unconditional")
 @_train_option("--label-dropout")
-@_train_option("--init", type=click.Path(), callback=model_folder)
+@_train_option("--init", type=PathOption(), callback=model_folder)
 @_train_option("--num-timesteps")
 @_train_option("--schedule", type=click.Choice(["linear", "scaled_linear", "cosine", "sigmoid"]))
 @_train_option("--prediction", type=click.Choice(["epsilon", "sample", "v_prediction"]))
@@ -117,8 +117,8 @@ def _is_given(ctx: click.Context, name: str) -> bool:
 
 
 @click.command("export")
-@click.argument("run_dir", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.argument("out_dir", type=click.Path(file_okay=False, path_type=Path))
+@click.argument("run_dir", type=PathOption(exists=True, file_okay=False, path_type=Path))
+@click.argument("out_dir", type=PathOption(file_okay=False, path_type=Path))
 @click.option(
     "--dtype",
     type=click.Choice(["float16", "bfloat16", "float32"]),
@@ -139,5 +139,6 @@ def export_command(run_dir: Path, out_dir: Path, dtype: str) -> None:
             folder = export_checkpoint(run_dir, out_dir, getattr(torch, dtype))
     except KeyboardInterrupt:
         raise Stopped(f"Stopped by Ctrl-C. {out_dir} may be incomplete.") from None
-    size = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+    click.get_current_context().obj.append(folder)
+    size = sum(file.stat().st_size for file in (folder / "unet").glob("*.safetensors"))
     click.echo(f"{folder}: {size / 1e6:.1f} MB of {dtype} weights. Sample from it with: ddpm-fast sample --model {folder}")

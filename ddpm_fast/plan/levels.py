@@ -118,7 +118,7 @@ def _spaced(caller: str, last: int, num_steps: int | None, spacing: LevelSpacing
     elif spacing == "leading":
         descending = np.arange(num_steps, 0, -1) * (last // (num_steps + 1))
     else:
-        descending = np.linspace(0, last - 1, num_steps + 1).round()[:0:-1]
+        descending = np.linspace(0, last - 1, num_steps + 1).round()[1:][::-1]  # torch.compile reads [:0:-1] wrong
     return torch.from_numpy(descending.astype(np.int64))
 
 

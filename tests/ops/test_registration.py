@@ -230,6 +230,18 @@ def test_a_multistep_step_overwrites_its_state_and_history(device: torch.device)
             assert torch.equal(history, expected[1])
 
 
+def test_a_compiled_step_in_place_takes_plans_of_any_length() -> None:
+    x, m = torch.randn(2, 2, 3, 5, 4)
+
+    def step(x: Tensor, plan: ddpm_fast.SamplingPlan) -> Any:
+        return ddpm_fast.reverse_step(x, m, 0, plan, seeds=SEEDS, out=torch.empty_like(x))
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for count in (4, 6, 8):
+        plan = ddpm_fast.ddpm_plan(SCHEDULE, count)
+        assert torch.equal(compiled(x, plan), step(x, plan))
+
+
 def test_two_results_never_share_a_destination() -> None:
     plan = ddpm_fast.dpm_solver_plan(SCHEDULE, 10)
     x, m, x_0 = torch.randn(3, 2, 3, 5, 4)

@@ -110,6 +110,20 @@ def test_a_plot_without_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPat
         ddpm_plan(SCHEDULE, 3).plot()
 
 
+@pytest.mark.parametrize("build", [*BUILDERS, repaint_plan])
+@pytest.mark.parametrize("spacing", [None, "linspace", "trailing"])
+def test_a_plan_built_in_a_compiled_function_is_the_same(build: Any, spacing: str | None) -> None:
+    options = {} if spacing is None or build is repaint_plan else {"spacing": spacing}
+    expected = build(SCHEDULE, 20, **options)
+
+    def compiled(x: torch.Tensor) -> Any:
+        return build(SCHEDULE, 20, **options), x + 1
+
+    plan, _ = torch.compile(compiled, backend="eager")(torch.ones(2))
+    assert torch.equal(plan.timesteps, expected.timesteps)
+    assert torch.equal(plan.coefficients, expected.coefficients)
+
+
 class TestRepaint:
     """RePaint's plan: ancestral sampling with forward jumps (Lugmayr et al. 2022, algorithm 1 and appendix B)."""
 
