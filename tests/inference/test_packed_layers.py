@@ -135,11 +135,12 @@ def check(convolution: str, shape: tuple[int, ...], dtype: torch.dtype, norm: st
 
     out = run(append, added, terms, *maps)
     allowed = relative_error((by_pytorch(conv, x, layer, resample, **small) + added) / 1.5, truth)  # type: ignore[arg-type]
-    # Long sums in another order, or in tiles, are as good as PyTorch's up to a factor, or as a plain running sum. The latter
-    # rounds K times, by unit / sqrt(3) of a partial sum on average, and partial sums grow like sqrt(i / K): unit sqrt(K / 6).
-    # PyTorch's own error depends on the processor, as the order of its sums does.
+    # Long sums in another order, or in tiles, are as good as PyTorch's up to a factor, or as a plain running sum. PyTorch's own
+    # error depends on the processor, as the order of its sums does. A running sum rounds K times. A rounding's relative error
+    # is unit / sqrt(6) on average, and partial sums grow like sqrt(i / K):
+    #   unit sqrt(K / 12)
     unit = torch.finfo(dtype).eps / 2
-    assert relative_error(out, truth) <= max(2 * allowed, max(4, (total * kernel**2 / 6) ** 0.5) * unit)
+    assert relative_error(out, truth) <= max(2 * allowed, max(4, (total * kernel**2 / 12) ** 0.5) * unit)
     if methods:
         assert {method for _, method, _ in layers._packed} <= set(methods)
 
