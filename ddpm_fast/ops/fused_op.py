@@ -590,7 +590,7 @@ def _as_tuple(results: Any) -> tuple[Any, ...]:
 def _written(results: Any, out: Outs) -> tuple[Any, ...]:
     """Return the results, the first ones copied to the tensors given for them."""
     results = _as_tuple(results)
-    return (*(each.copy_(result) for each, result in zip(out, results, strict=False)), *results[len(out) :])
+    return (*(each.copy_(result) for each, result in zip(out, results[: len(out)], strict=True)), *results[len(out) :])
 
 
 def _unwrapped(results: tuple[Any, ...]) -> Any:
