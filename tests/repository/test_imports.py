@@ -17,6 +17,7 @@ ALLOWED = {
     "atomic": set(),
     "limits": set(),
     "memory": set(),
+    "distributed": set(),
     "dtypes": set(),
     "checks": {"dtypes"},
     "reference": {"dtypes"},
@@ -40,7 +41,7 @@ ALLOWED = {
     },
     "training": {
         *("version", "atomic", "limits", "memory", "checks", "schedule", "plan", "ops", "nn", "schemas", "images", "sampling"),
-        "training",
+        *("distributed", "training"),
     },
     "pretrained": {"atomic", "checks", "schedule", "plan", "nn", "schemas", "training"},
     "integrations": {

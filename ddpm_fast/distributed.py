@@ -1,0 +1,194 @@
+"""Processes that work together, started by torchrun, `accelerate launch` or Slurm. torch.distributed connects them.
+
+A program that one process runs is rank 0 of 1, without torch.distributed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Final, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
+
+# A process that ends closes its connections, which the others notice at once. One that hangs is waited for.
+TIMEOUT: Final = timedelta(minutes=30)
+
+_TORCHRUN: Final = ("RANK", "WORLD_SIZE", "LOCAL_RANK")  # accelerate sets the same
+_SLURM: Final = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+_MASTER: Final = ("MASTER_ADDR", "MASTER_PORT")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of one call, as this one sees them.
+
+    Attributes:
+        rank: Number of this process, 0..size-1.
+        size: Number of processes.
+        local_rank: Number of this process among those of its machine.
+        store: Counters that all processes share. None: one process.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    store: Any = None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0, which writes files and shows progress."""
+        return self.rank == 0
+
+    def on_first(self, function: Callable[[], T]) -> T | None:
+        """Run a function in rank 0, while the others wait. Return its result in rank 0, and None in the others.
+
+        Raises:
+            RuntimeError: It failed in rank 0, whose error says why.
+        """
+        result: T | None = None
+        error: Exception | None = None
+        if self.is_first:
+            try:
+                result = function()
+            except Exception as raised:
+                error = raised
+        failed = self.from_first([float(error is not None)])[0]
+        if error is not None:
+            raise error
+        if failed:
+            raise RuntimeError(f"rank {self.rank}: expected rank 0 to go on, got an error there, which it reports")
+        return result
+
+    def first_then_others(self, function: Callable[[], T]) -> T:
+        """Run a function in rank 0, then in the others, which find the files that it has written. Return its result.
+
+        Raises:
+            RuntimeError: It failed in rank 0, whose error says why.
+        """
+        result = self.on_first(function)
+        return function() if result is None else result
+
+    def from_first(self, numbers: Sequence[float]) -> list[float]:
+        """Return rank 0's numbers. All processes pass equally many."""
+        if self.size == 1:
+            return list(numbers)
+        values = torch.tensor(numbers, dtype=torch.float64, device="cpu")
+        dist.broadcast(values, 0)
+        return values.tolist()
+
+    def copy_from_first(self, tensors: Sequence[Tensor]) -> None:
+        """Replace the tensors' values by rank 0's."""
+        if self.size > 1:
+            for tensor in tensors:
+                values = tensor.detach().contiguous()
+                dist.broadcast(values, 0)
+                tensor.detach().copy_(values)
+
+    def largest(self, number: int) -> Callable[[], int]:
+        """Begin to find the largest number among all processes. Return a function that waits for it."""
+        if self.size == 1:
+            return lambda: number
+        value = torch.tensor(number, device="cpu")
+        work = dist.all_reduce(value, dist.ReduceOp.MAX, async_op=True)
+
+        def wait() -> int:
+            work.wait()
+            return int(value)
+
+        return wait
+
+    def tree_sum(self, flat: Tensor) -> Tensor:
+        """Return the sum of all processes' tensors, added in pairs: ((0 + 1) + (2 + 3)) + ... The size is a power of two."""
+        if self.size == 1:
+            return flat
+        parts = [torch.empty_like(flat) for _ in range(self.size)]
+        dist.all_gather(parts, flat)
+        while len(parts) > 1:
+            parts = [left.add_(right) for left, right in zip(parts[::2], parts[1::2], strict=True)]
+        return parts[0]
+
+    def sum_(self, flat: Tensor) -> Tensor:
+        """Replace a tensor by the sum of all processes' tensors, in the order that torch.distributed chooses."""
+        if self.size > 1:
+            dist.all_reduce(flat)
+        return flat
+
+
+@contextmanager
+def joined(caller: str) -> Iterator[Processes]:
+    """Join the processes that were started together, and leave them at the end.
+
+    torchrun and `accelerate launch` set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. Slurm's `srun` sets
+    SLURM_PROCID, SLURM_NTASKS and SLURM_LOCALID: they count if MASTER_ADDR and MASTER_PORT are set as well. Without
+    these variables there is one process. A default group of torch.distributed that exists is used, and stays.
+
+    Args:
+        caller: Name of the calling function for error messages.
+
+    Raises:
+        ValueError: A variable is missing, or is no number in its range.
+    """
+    if dist.is_available() and dist.is_initialized():
+        local = os.environ.get("LOCAL_RANK", "0")
+        yield Processes(dist.get_rank(), dist.get_world_size(), int(local), dist.distributed_c10d._get_default_store())
+        return
+    rank, size, local_rank = ranks(caller, os.environ)
+    if size == 1:
+        yield Processes()
+        return
+    if not dist.is_available():
+        raise ValueError(f"{caller}: expected one process, as this PyTorch has no torch.distributed, got {size}")
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    store, _, _ = next(rendezvous("env://", rank, size, timeout=TIMEOUT))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+    try:
+        yield Processes(rank, size, local_rank, store)
+    finally:
+        dist.destroy_process_group()
+
+
+def ranks(caller: str, environment: Mapping[str, str]) -> tuple[int, int, int]:
+    """Return this process's number, the number of processes, and its number on this machine.
+
+    Args:
+        caller: Name of the calling function for error messages.
+        environment: Variables of the environment.
+
+    Raises:
+        ValueError: A variable is missing, or is no number in its range.
+    """
+    names = _TORCHRUN
+    if "RANK" not in environment and "WORLD_SIZE" not in environment:
+        # A batch script has Slurm's variables, too, though it is one process. It has no master.
+        if "SLURM_PROCID" not in environment or "MASTER_ADDR" not in environment:
+            return 0, 1, 0
+        names = _SLURM
+    numbers = []
+    for name in names[:2]:
+        value = environment.get(name)
+        if value is None or not value.isdecimal():
+            raise ValueError(f"{caller}: expected the environment's {name} to be a number, got {value!r}; start with torchrun")
+        numbers.append(int(value))
+    rank, size = numbers
+    local = environment.get(names[2], "0")
+    if not rank < size or not local.isdecimal():
+        raise ValueError(
+            f"{caller}: expected the environment's {names[0]} to be below {names[1]} and {names[2]} to be a number, "
+            f"got {rank}, {size} and {local!r}"
+        )
+    missing = [name for name in _MASTER if name not in environment] if size > 1 else []
+    if missing:
+        raise ValueError(
+            f"{caller}: expected the environment's {missing[0]} to say where rank 0 of {size} processes is, got none; "
+            "start with torchrun, or unset the variables of ranks"
+        )
+    return rank, size, int(local)

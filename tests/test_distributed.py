@@ -1,0 +1,89 @@
+"""Processes that torchrun or Slurm start: their ranks, and the sums that they agree on."""
+
+from pathlib import Path
+
+import pytest
+from launching import run_ranks
+
+from ddpm_fast.distributed import Processes, joined, ranks
+
+TORCHRUN = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+SLURM = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1"}
+MASTER = {name: TORCHRUN[name] for name in ("MASTER_ADDR", "MASTER_PORT")}
+
+
+def test_one_process_needs_no_variables() -> None:
+    assert ranks("train", {}) == (0, 1, 0)
+    with joined("train") as team:
+        assert team == Processes(0, 1, 0, None)
+        assert team.on_first(lambda: 5) == 5
+        assert team.from_first([1.5, 2.0]) == [1.5, 2.0]
+        assert team.largest(3)() == 3
+
+
+def test_ranks_of_torchrun_and_slurm() -> None:
+    assert ranks("train", TORCHRUN) == (1, 4, 1)
+    assert ranks("train", SLURM | MASTER) == (3, 4, 1)
+    assert ranks("train", SLURM | TORCHRUN) == (1, 4, 1)
+    assert ranks("train", SLURM) == (0, 1, 0)  # a batch script, which is one process
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"RANK": None}, "expected the environment's RANK to be a number, got None"),
+        ({"WORLD_SIZE": "four"}, "expected the environment's WORLD_SIZE to be a number, got 'four'"),
+        ({"RANK": "4"}, "expected the environment's RANK to be below WORLD_SIZE and LOCAL_RANK to be a number, got 4, 4"),
+        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK to be a number, got 1, 4 and '-1'"),
+        ({"MASTER_PORT": None}, "expected the environment's MASTER_PORT to say where rank 0 of 4 processes is, got none"),
+    ],
+)
+def test_wrong_variables_are_named(change: dict[str, str | None], message: str) -> None:
+    environment = {name: value for name, value in (TORCHRUN | change).items() if value is not None}
+    with pytest.raises(ValueError, match=r"^train: ") as caught:
+        ranks("train", environment)
+    assert message in str(caught.value)
+
+
+COLLECTIVES = """
+import torch
+from ddpm_fast.distributed import joined
+with joined("test") as team:
+    r = team.rank
+    values = [torch.tensor([1e8, 1.0]), torch.tensor([1.0, 1e8]), torch.tensor([-1e8, 1.0]), torch.tensor([1.0, -1e8])]
+    print(team.tree_sum(values[r]).tolist(), team.from_first([r + 0.5]), team.largest(r)(), team.on_first(lambda: r))
+    copied = torch.full((2, 2), float(r)).t()
+    team.copy_from_first([copied])
+    print(copied.sum().item(), team.first_then_others(lambda: r))
+"""
+
+
+def test_processes_agree_and_sum_in_one_tree(tmp_path: Path) -> None:
+    done = run_ranks(4, ["-c", COLLECTIVES], tmp_path)
+    assert [each.returncode for each in done] == [0] * 4, done[0].stderr
+    # (1e8 + 1) + (-1e8 + 1) = 0 in float32; another order would give 2 or 1.
+    for rank, each in enumerate(done):
+        lines = each.stdout.splitlines()
+        assert lines == [f"[0.0, 0.0] [0.5] 3 {0 if rank == 0 else None}", f"0.0 {rank}"]
+
+
+FAILURE = """
+from ddpm_fast.distributed import joined
+with joined("test") as team:
+    team.on_first(lambda: 1 / 0)
+"""
+
+
+def test_an_error_of_rank_0_ends_the_others(tmp_path: Path) -> None:
+    done = run_ranks(2, ["-c", FAILURE], tmp_path)
+    assert "ZeroDivisionError" in done[0].stderr
+    assert "RuntimeError: rank 1: expected rank 0 to go on, got an error there" in done[1].stderr
+
+
+def test_a_process_that_ends_is_not_waited_for(tmp_path: Path) -> None:
+    script = (
+        "import os\nfrom ddpm_fast.distributed import joined\nwith joined('test') as team:\n    if team.rank: os._exit(9)\n"
+    )
+    done = run_ranks(2, ["-c", script + "    team.largest(1)()\n"], tmp_path)
+    assert done[1].returncode == 9
+    assert "RuntimeError" in done[0].stderr
