@@ -27,6 +27,10 @@ _MASTER: Final = ("MASTER_ADDR", "MASTER_PORT")
 T = TypeVar("T")
 
 
+class ProcessLost(RuntimeError):
+    """Another process failed, ended or hung, so that this one cannot go on."""
+
+
 @dataclass(frozen=True)
 class Processes:
     """The processes of one call, as this one sees them.
@@ -52,7 +56,7 @@ class Processes:
         """Run a function in rank 0, while the others wait. Return its result in rank 0, and None in the others.
 
         Raises:
-            RuntimeError: It failed in rank 0, whose error says why.
+            ProcessLost: It failed in rank 0, whose error says why.
         """
         result: T | None = None
         error: Exception | None = None
@@ -65,14 +69,14 @@ class Processes:
         if error is not None:
             raise error
         if failed:
-            raise RuntimeError(f"rank {self.rank}: expected rank 0 to go on, got an error there, which it reports")
+            raise ProcessLost("expected rank 0 to go on, got an error there, which it reports")
         return result
 
     def first_then_others(self, function: Callable[[], T]) -> T:
         """Run a function in rank 0, then in the others, which find the files that it has written. Return its result.
 
         Raises:
-            RuntimeError: It failed in rank 0, whose error says why.
+            ProcessLost: It failed in rank 0, whose error says why.
         """
         result = self.on_first(function)
         return function() if result is None else result
@@ -82,7 +86,8 @@ class Processes:
         if self.size == 1:
             return list(numbers)
         values = torch.tensor(numbers, dtype=torch.float64, device="cpu")
-        dist.broadcast(values, 0)
+        with _together(self):
+            dist.broadcast(values, 0)
         return values.tolist()
 
     def copy_from_first(self, tensors: Sequence[Tensor]) -> None:
@@ -90,7 +95,8 @@ class Processes:
         if self.size > 1:
             for tensor in tensors:
                 values = tensor.detach().contiguous()
-                dist.broadcast(values, 0)
+                with _together(self):
+                    dist.broadcast(values, 0)
                 tensor.detach().copy_(values)
 
     def largest(self, number: int) -> Callable[[], int]:
@@ -98,10 +104,12 @@ class Processes:
         if self.size == 1:
             return lambda: number
         value = torch.tensor(number, device="cpu")
-        work = dist.all_reduce(value, dist.ReduceOp.MAX, async_op=True)
+        with _together(self):
+            work = dist.all_reduce(value, dist.ReduceOp.MAX, async_op=True)
 
         def wait() -> int:
-            work.wait()
+            with _together(self):
+                work.wait()
             return int(value)
 
         return wait
@@ -111,7 +119,8 @@ class Processes:
         if self.size == 1:
             return flat
         parts = [torch.empty_like(flat) for _ in range(self.size)]
-        dist.all_gather(parts, flat)
+        with _together(self):
+            dist.all_gather(parts, flat)
         while len(parts) > 1:
             parts = [left.add_(right) for left, right in zip(parts[::2], parts[1::2], strict=True)]
         return parts[0]
@@ -119,8 +128,19 @@ class Processes:
     def sum_(self, flat: Tensor) -> Tensor:
         """Replace a tensor by the sum of all processes' tensors, in the order that torch.distributed chooses."""
         if self.size > 1:
-            dist.all_reduce(flat)
+            with _together(self):
+                dist.all_reduce(flat)
         return flat
+
+
+@contextmanager
+def _together(team: Processes) -> Iterator[None]:
+    """Raise ProcessLost if a call that all processes take part in fails."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ProcessLost(f"expected all {team.size} processes to go on, got an end of one of them: {reason}") from error
 
 
 @contextmanager

@@ -77,7 +77,7 @@ with joined("test") as team:
 def test_an_error_of_rank_0_ends_the_others(tmp_path: Path) -> None:
     done = run_ranks(2, ["-c", FAILURE], tmp_path)
     assert "ZeroDivisionError" in done[0].stderr
-    assert "RuntimeError: rank 1: expected rank 0 to go on, got an error there" in done[1].stderr
+    assert "ProcessLost: expected rank 0 to go on, got an error there" in done[1].stderr
 
 
 def test_a_process_that_ends_is_not_waited_for(tmp_path: Path) -> None:
@@ -86,4 +86,4 @@ def test_a_process_that_ends_is_not_waited_for(tmp_path: Path) -> None:
     )
     done = run_ranks(2, ["-c", script + "    team.largest(1)()\n"], tmp_path)
     assert done[1].returncode == 9
-    assert "RuntimeError" in done[0].stderr
+    assert "ProcessLost: expected all 2 processes to go on" in done[0].stderr

@@ -42,6 +42,7 @@ def _train_option(declaration: str, **settings: Any) -> Callable[[Command], Comm
 @click.command("train")
 @click.argument("run_dir", type=PathOption(file_okay=False, path_type=Path))
 @_train_option("--resume", is_flag=True)
+@_train_option("--auto-resume", is_flag=True)
 @_train_option("--data")
 @_train_option("--data-dir", type=PathOption())
 @_train_option("--image-size", type=int)
@@ -64,6 +65,7 @@ def _train_option(declaration: str, **settings: Any) -> Callable[[Command], Comm
 )
 @_train_option("--steps")
 @_train_option("--batch-size")
+@_train_option("--micro-batch-size", type=int)
 @_train_option("--lr")
 @_train_option("--warmup-steps")
 @_train_option("--lr-decay", type=click.Choice(["linear", "cosine"]))
@@ -88,20 +90,24 @@ def _train_option(declaration: str, **settings: Any) -> Callable[[Command], Comm
 @_train_option("--lock/--no-lock")
 @_train_option("--progress/--no-progress")
 @click.pass_context
-def train_command(ctx: click.Context, /, run_dir: Path, resume: bool, progress: bool, **options: Any) -> None:
+def train_command(
+    ctx: click.Context, /, run_dir: Path, resume: bool, auto_resume: bool, progress: bool, **options: Any
+) -> None:
     """Train a network on images. RUN_DIR receives checkpoints, logs and samples.
 
     Stop with Ctrl-C, which saves a checkpoint. Continue exactly with --resume.
     """
+    from ..distributed import ProcessLost
     from ..training.run_folder import RunFolder
 
     try:
         with refusing():
-            if resume:  # the run's own options, except those given now
+            run = RunFolder(run_dir)
+            if resume or (auto_resume and run.config_file.is_file()):  # the run's own options, except those given now
                 given = {name: options[name] for name in options if _is_given(ctx, name)}
-                options |= RunFolder(run_dir).read_config()["options"] | given
-            result = train(run_dir, **options, resume=resume, progress=progress)
-    except FloatingPointError as error:
+                options |= run.read_config()["options"] | given
+            result = train(run_dir, **options, resume=resume, auto_resume=auto_resume, progress=progress)
+    except (FloatingPointError, ProcessLost) as error:
         raise click.ClickException(str(error)) from error
     except KeyboardInterrupt:  # before the first step, or for the second time
         checkpoint = RunFolder(run_dir).latest_checkpoint()

@@ -2,7 +2,11 @@
 
 Both ops draw a step's noise from the seeds of its samples, so the noise is never stored. Every draw is a function of
 (seed, step), so a checkpoint holds no generator state. A run that was stopped and resumed ends with the same weights, bit
-for bit, as one that was not. That holds on one machine with one number of threads.
+for bit, as one that was not. That holds on one machine with one number of threads, for any number of processes that is a
+power of two.
+
+Several processes hold the same state. Each computes the gradients of its part of a batch. Rank 0 alone reads and writes the
+run's folder.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -25,17 +29,18 @@ import torch
 from torch import Tensor
 
 from ..checks import computing_device
+from ..distributed import Processes, ProcessLost, joined
 from ..limits import check_free_memory, check_free_space, check_writable
 from ..memory import kept_memory
 from ..nn import UNetConfig
-from ..ops import denoising_loss, q_sample
 from ..schedule import NoiseSchedule
-from .data import DATASETS, RESIZED, load_dataset, to_unit_range
+from .data import DATASETS, RESIZED, ImageDataset, load_dataset
 from .export import write_scheduler
 from .records import Forecast, TensorBoard, draw_samples, summary
 from .rng import TrainingRng
 from .run_folder import LOG_COLUMNS, RunFolder, read_state
 from .state import State, Task, unet_config
+from .step import batches, take_step
 
 # Options that a resumed run may change: they decide how long, where and with what records, not what is trained.
 # `steps` and the learning rate's decay are among them so that a run can be prolonged, or brought to its end. `data` may name
@@ -88,63 +93,56 @@ def run_training(
     options: Mapping[str, Any],
     *,
     resume: bool,
+    auto_resume: bool,
     max_minutes: float | None,
     progress: bool,
     data_check: str,
     lock: bool,
 ) -> TrainResult:
     """Run `train` with options that are checked and complete."""
-    device = computing_device("train", options["device"])
-    options = {**options, **_absolute_folders(options)}
     run = RunFolder(run_dir)
-    if resume:
-        run.read_config()  # refuses a folder without a run before a lock is written into it
-        _check_resumable(run, options["steps"])
-    else:
-        run.check_new()
-    check_writable("train", "run_dir", run.path, run.path)
-    if options["threads"] is not None:
-        torch.set_num_threads(options["threads"])
-    if device.type == "cpu":
-        _check_threads(torch.get_num_threads())
-    skip_broken = options["skip_broken"]
-    try:
-        dataset = load_dataset(options["data"], options["data_dir"], image_size=options["image_size"], skip_broken=skip_broken)
-    except ValueError:
-        if not resume or options["image_size"] is not None:
-            raise
-        # Earlier versions resized a folder's images of several sizes without being asked. Such a run goes on.
-        stored = run.read_config()["dataset"]
-        if stored.get("preparation", RESIZED) != RESIZED:
-            raise
-        size = stored["shape"][-1]
-        dataset = load_dataset(options["data"], options["data_dir"], image_size=size, skip_broken=skip_broken)
-    schedule: NoiseSchedule = getattr(NoiseSchedule, options["schedule"])(options["num_timesteps"])
-    weight = options["loss_weight"]
-    task = Task(
-        options=options,
-        dataset=dataset,
-        labelled=options["conditional"] and len(dataset.classes) > 1,
-        schedule=schedule,
-        loss_weight=None if weight is None else schedule.loss_weight(weight, options["prediction"]).to(device, torch.float32),
-        rng=TrainingRng(options["seed"], options["batch_size"]),
-        device=device,
-    )
-    _check_sizes(run, task)
-    state = State.initial(task)  # first, as it refuses options that make no network: a folder would be in the next try's way
-    if not resume and options["init"] is not None:
-        state.load_weights(options["init"])
-    with run.locked() if lock else nullcontext(), kept_memory() if task.device.type == "cpu" else nullcontext():
-        return _run(run, task, state, resume=resume, max_minutes=max_minutes, progress=progress, data_check=data_check)
+    with joined("train") as team:
+        if auto_resume:
+            resume = bool(team.from_first([run.config_file.is_file()])[0])
+        device = _device(options["device"], team)
+        options = {**options, **_absolute_folders(options)}
+        team.on_first(lambda: _check_folder(run, options["steps"], resume))
+        options["micro_batch_size"] = _micro_batch_size(options, run, resume, team)
+        if options["threads"] is not None:
+            torch.set_num_threads(options["threads"])
+        if device.type == "cpu":
+            _check_threads(torch.get_num_threads())
+        if options["data"] in DATASETS:  # rank 0 downloads
+            dataset = team.first_then_others(lambda: _dataset(options, run, resume))
+        else:
+            dataset = _dataset(options, run, resume)
+        schedule: NoiseSchedule = getattr(NoiseSchedule, options["schedule"])(options["num_timesteps"])
+        weight = options["loss_weight"]
+        weight = None if weight is None else schedule.loss_weight(weight, options["prediction"]).to(device, torch.float32)
+        task = Task(
+            options=options,
+            dataset=dataset,
+            labelled=options["conditional"] and len(dataset.classes) > 1,
+            schedule=schedule,
+            loss_weight=weight,
+            rng=TrainingRng(options["seed"], options["batch_size"]),
+            device=device,
+            team=team,
+        )
+        _check_sizes(run, task)
+        state = State.initial(
+            task
+        )  # first, as it refuses options that make no network: a folder would be in the next try's way
+        if options["init"] is not None and not resume:
+            team.on_first(lambda: state.load_weights(options["init"]))
+        locks, keeps = lock and team.is_first, task.device.type == "cpu"
+        with run.locked() if locks else nullcontext(), kept_memory() if keeps else nullcontext():
+            return _run(run, task, state, resume=resume, max_minutes=max_minutes, progress=progress, data_check=data_check)
 
 
-def _run(
-    run: RunFolder, task: Task, state: State, *, resume: bool, max_minutes: float | None, progress: bool, data_check: str
-) -> TrainResult:
-    """Run the task's steps from the beginning or from the newest checkpoint."""
+def _open(run: RunFolder, task: Task, state: State, resume: bool, data_check: str) -> dict[str, Any]:
+    """Begin or continue the run in its folder. Return the content of config.json, and let the state be the run's."""
     options = task.options
-    steps, batch_size = options["steps"], options["batch_size"]
-    checkpoint_every, checkpoint_minutes = options["checkpoint_every"], options["checkpoint_minutes"]
     checkpoint = run.latest_checkpoint() if resume else None
     if resume and checkpoint is None and run.checkpoint_folders():  # it may be the disk: nothing is replaced
         raise ValueError(f"train: expected a whole checkpoint in {run.checkpoints}, got none that can be read")
@@ -156,6 +154,13 @@ def _run(
     config["dataset"]["fingerprint"] = task.dataset.fingerprint(exact=data_check == "exact")
     if resume:
         _check_same(run, config, data_check)
+        threads = run.read_config().get("threads")
+        if checkpoint is not None and threads is not None and threads != config["threads"]:
+            _log.warning(
+                "%s was trained with %s threads and goes on with %s: PyTorch's convolutions may then sum gradients in another "
+                "order, so the weights are equal up to rounding",
+                *(run.path, threads, config["threads"]),
+            )
         run.write_config(config)  # with the options that were changed
     else:
         run.create(config)
@@ -166,16 +171,29 @@ def _run(
     run.cut_log(state.step)
     if run.last_row() == state.step:  # a full disk can end a run between the row and the end of the losses that it has
         state.losses.clear()
-    _log.info("%s", summary(run, task, state))
+    return config
 
-    tensorboard = TensorBoard(run, state.step, enabled=options["tensorboard"])
+
+def _run(
+    run: RunFolder, task: Task, state: State, *, resume: bool, max_minutes: float | None, progress: bool, data_check: str
+) -> TrainResult:
+    """Run the task's steps from the beginning or from the newest checkpoint."""
+    options, team = task.options, task.team
+    steps, batch_size = options["steps"], options["batch_size"]
+    checkpoint_every, checkpoint_minutes = options["checkpoint_every"], options["checkpoint_minutes"]
+    config = team.on_first(lambda: _open(run, task, state, resume, data_check))
+    state.copy_from_first(team)
+    if team.is_first:
+        _log.info("%s", summary(run, task, state))
+
+    tensorboard = TensorBoard(run, state.step, enabled=options["tensorboard"] and team.is_first)
     from tqdm import tqdm
 
     bar = tqdm(
         total=steps,
         initial=state.step,
         unit="step",
-        disable=not progress,
+        disable=not (progress and team.is_first),
         mininterval=0.5 if sys.stderr.isatty() else 30,  # a log file needs fewer lines than a terminal
     )
     generators = torch.random.fork_rng([task.device] if task.device.type == "cuda" else [])  # the caller's stay as they are
@@ -184,11 +202,14 @@ def _run(
     forecast = Forecast(steps, task.device)
     logged_step, logged_seconds = state.step, state.seconds
     mark = time.perf_counter()  # end of the last stretch that is counted in state.seconds
-    with _StopSignals() as signals, generators, bar, _saved_if_a_file_fails(run, config, task, state):
+    saved = nullcontext() if config is None else _saved_if_it_fails(run, config, task, state)
+    stops = _Stops(team)
+    with _StopSignals() as signals, generators, bar, saved, closing(batches(task, state.step)) as batch, closing(stops):
         while state.step < steps and stopped_by is None:
-            grad_norm, rate = _step(task, state)
+            grad_norm, rate = take_step(task, state, *next(batch))
             bar.update()
-            forecast.after_step(state.step)
+            if team.is_first:
+                forecast.after_step(state.step)
 
             if state.step % options["log_every"] == 0 or state.step == steps:
                 loss = _finite_loss(state, grad_norm)
@@ -196,12 +217,13 @@ def _run(
                 speed = (state.step - logged_step) * batch_size / (state.seconds - logged_seconds)
                 logged_step, logged_seconds = state.step, state.seconds
                 row = (state.step, state.step * batch_size, loss, float(grad_norm), rate, speed, state.seconds)
-                run.append_log(row)
+                if team.is_first:
+                    run.append_log(row)
                 state.losses.clear()
                 bar.set_postfix_str(f"loss {loss:.4f}, {speed:.1f} images/s", refresh=False)
                 for name, value in zip(LOG_COLUMNS[2:6], row[2:6], strict=True):
                     tensorboard.write("add_scalar", f"train/{name}", value, state.step)
-            if options["sample_every"] and state.step % options["sample_every"] == 0:
+            if options["sample_every"] and state.step % options["sample_every"] == 0 and team.is_first:
                 mark = state.count_time(mark)
                 draw_samples(run, task, state, tensorboard)
                 mark = time.perf_counter()
@@ -210,6 +232,7 @@ def _run(
                 stopped_by = signals.received
             elif max_minutes is not None and time.monotonic() - began > 60 * max_minutes:
                 stopped_by = "max_minutes"
+            stopped_by = stops.agreed(stopped_by)
             due = bool(checkpoint_every) and state.step % checkpoint_every == 0
             due |= bool(checkpoint_minutes) and time.monotonic() - last_checkpoint > 60 * checkpoint_minutes
             if due or stopped_by is not None or state.step == steps:
@@ -220,53 +243,14 @@ def _run(
                         f"the last good checkpoint is {run.latest_checkpoint() or 'none'}"
                     )
                 mark = state.count_time(mark)
-                _save_checkpoint(run, task, state)
+                if team.is_first:
+                    _save_checkpoint(run, task, state)
                 last_checkpoint = time.monotonic()
                 mark = time.perf_counter()
     tensorboard.write("close")
-    if stopped_by:
+    if stopped_by and team.is_first:
         _log.info("stopped by %s at step %d of %d; checkpoint saved", stopped_by, state.step, steps)
     return TrainResult(state.step, state.mean_loss(), state.seconds, stopped_by)
-
-
-def _step(task: Task, state: State) -> tuple[Tensor, float]:
-    """Take one step of Algorithm 1. Return the gradient's norm before clipping, 0-d, and the learning rate."""
-    options, rng, step = task.options, task.rng, state.step
-    # The batch.
-    images, labels = task.dataset[rng.indices(step, len(task.dataset))]
-    x_0 = to_unit_range(images.to(task.device))  # [B, C, H, W]
-    if options["flip"]:
-        x_0 = torch.where(rng.is_flipped(step).to(task.device)[:, None, None, None], x_0.flip(-1), x_0)
-    x_0 = x_0.contiguous(memory_format=task.memory_format)
-    t = rng.timesteps(step, task.schedule.num_timesteps).to(task.device)
-    seeds = rng.noise_seeds(step).to(task.device)
-    no_label = len(task.dataset.classes)  # the last embedding
-    labels = labels.masked_fill(rng.label_is_dropped(step, options["label_dropout"]), no_label).to(task.device)
-    # Its gradient.
-    torch.manual_seed(rng.dropout_seed(step))
-    x_t = q_sample(x_0, t, task.schedule, seeds=seeds)
-    with torch.autocast(task.device.type, torch.bfloat16, enabled=options["precision"] == "bf16"):
-        output = state.model(x_t, t, labels if task.labelled else None)
-    weight = None if task.loss_weight is None else task.loss_weight[t]
-    loss = denoising_loss(output.float(), x_0, t, task.schedule, prediction=options["prediction"], seeds=seeds, weight=weight)
-    loss.backward()
-    parameters: list[Tensor] = list(state.model.parameters())
-    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, options["clip_grad"] or math.inf, foreach=True)
-    # The update.
-    rate = options["lr"] * _lr_factor(
-        step, options["steps"], options["warmup_steps"], options["lr_decay"], options["lr_decay_steps"]
-    )
-    for group in state.optimizer.param_groups:
-        group["lr"] = rate
-    state.optimizer.step()
-    state.optimizer.zero_grad()
-    decay = options["ema_decay"]
-    if options["init"] is None:  # the first weights are random: forget them soon
-        decay = min(decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(state.ema.parameters()), parameters, 1 - decay)
-    state.losses.append(loss.detach())
-    state.step += 1
-    return grad_norm, rate
 
 
 def _finite_loss(state: State, grad_norm: Tensor) -> float:
@@ -290,10 +274,18 @@ def _save_checkpoint(run: RunFolder, task: Task, state: State) -> None:
 
 
 @contextmanager
-def _saved_if_a_file_fails(run: RunFolder, config: Mapping[str, Any], task: Task, state: State) -> Iterator[None]:
-    """Save a checkpoint, if possible, when a file cannot be written. Raise an OSError that names the last good checkpoint."""
+def _saved_if_it_fails(run: RunFolder, config: Mapping[str, Any], task: Task, state: State) -> Iterator[None]:
+    """Save a checkpoint, if possible, when a file cannot be written or another process ends.
+
+    Raise the error with the name of the last good checkpoint.
+    """
     try:
         yield
+    except ProcessLost as error:
+        if state.is_finite():
+            _save_checkpoint(run, task, state)
+        last = run.latest_checkpoint() or "none"
+        raise ProcessLost(f"train: {error}; the last good checkpoint is {last}, from which --resume continues") from error
     except OSError as error:
         run.remove_leftovers()  # they take space
         with suppress(OSError):
@@ -359,6 +351,81 @@ class _StopSignals:
         self._restore()
 
 
+class _Stops:
+    """An agreement of all processes to stop after the same step, which is the one after a process has a reason."""
+
+    _REASONS: Final[tuple[str | None, ...]] = (None, "max_minutes", "SIGHUP", "SIGTERM", "SIGINT")
+
+    def __init__(self, team: Processes) -> None:
+        self._team = team
+        self._largest = team.largest(0)
+
+    def agreed(self, reason: str | None) -> str | None:
+        """Tell the others this process's reason to stop. Return the reason of all, of the step before."""
+        if self._team.size == 1:
+            return reason
+        agreed = self._REASONS[self._largest()]
+        self._largest = self._team.largest(self._REASONS.index(reason))
+        return agreed
+
+    def close(self) -> None:
+        """Wait for what is under way."""
+        with suppress(ProcessLost):  # the error that ends the run is raised already, or all steps are done
+            self._largest()
+
+
+def _device(name: str | None, team: Processes) -> torch.device:
+    """Return the device to train on: of several processes on a machine each takes another GPU."""
+    device = computing_device("train", name)
+    if team.size == 1 or device.type != "cuda":
+        return device
+    if device == torch.device("cuda"):  # without a number
+        if team.local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"train: expected at most {torch.cuda.device_count()} processes on a machine with as many GPUs, "
+                f"got one with LOCAL_RANK {team.local_rank}"
+            )
+        device = torch.device("cuda", team.local_rank)
+    torch.cuda.set_device(device)  # collectives use the current one
+    return device
+
+
+def _micro_batch_size(options: Mapping[str, Any], run: RunFolder, resume: bool, team: Processes) -> int:
+    """Return the number of images whose gradients are computed at a time. A resumed run keeps its own."""
+    batch_size: int = options["batch_size"]
+    size: int | None = options["micro_batch_size"]
+    if size is None and resume:
+        size = run.read_config()["options"].get("micro_batch_size", batch_size)  # older runs had one micro-batch
+    if size is None:
+        if batch_size % team.size:
+            raise ValueError(
+                f"train: expected batch_size to be a multiple of {team.size}, one for each process, got {batch_size}"
+            )
+        size = batch_size // team.size
+    if batch_size % (size * team.size):
+        processes = f"{team.size} process" + ("es" if team.size > 1 else "")
+        raise ValueError(
+            f"train: expected micro_batch_size times {processes} to divide batch_size {batch_size}, got micro_batch_size {size}"
+        )
+    return size
+
+
+def _dataset(options: Mapping[str, Any], run: RunFolder, resume: bool) -> ImageDataset:
+    """Load the images."""
+    arguments = (options["data"], options["data_dir"])
+    try:
+        return load_dataset(*arguments, image_size=options["image_size"], skip_broken=options["skip_broken"])
+    except ValueError:
+        if not resume or options["image_size"] is not None:
+            raise
+        # Earlier versions resized a folder's images of several sizes without being asked. Such a run goes on.
+        stored = run.read_config()["dataset"]
+        if stored.get("preparation", RESIZED) != RESIZED:
+            raise
+        size = stored["shape"][-1]
+        return load_dataset(*arguments, image_size=size, skip_broken=options["skip_broken"])
+
+
 def _absolute_folders(options: Mapping[str, Any]) -> dict[str, str]:
     """Return the options that name folders of data as absolute paths, so that a run is resumed from any working directory."""
     folders = {name: options[name] for name in ("data", "data_dir") if options[name] is not None}
@@ -386,6 +453,16 @@ def _check_threads(threads: int) -> None:
         )
 
 
+def _check_folder(run: RunFolder, steps: int, resume: bool) -> None:
+    """Raise unless a run can begin or go on in the folder."""
+    if resume:
+        run.read_config()  # refuses a folder without a run before a lock is written into it
+        _check_resumable(run, steps)
+    else:
+        run.check_new()
+    check_writable("train", "run_dir", run.path, run.path)
+
+
 def _check_resumable(run: RunFolder, steps: int) -> None:
     """Refuse to resume a run whose checkpoints are lost, or that has done more steps than are wanted."""
     logged = run.last_row()
@@ -410,6 +487,8 @@ def _check_same(run: RunFolder, config: dict[str, Any], data_check: str) -> None
     stored = run.read_config()
     for section in ("options", "dataset"):
         for name, value in config[section].items():
+            if name == "micro_batch_size" and name not in stored[section]:
+                continue  # an older run, which had one micro-batch a step
             if name not in CHANGEABLE and stored[section].get(name) != value:
                 raise ValueError(
                     f"train: expected {name} to be {stored[section].get(name)!r}, as the run in {run.path} was started, "
@@ -429,10 +508,3 @@ def _check_same(run: RunFolder, config: dict[str, Any], data_check: str) -> None
                 'size; pass data_check="off" (--data-check off) to go on with them'
             )
         config["dataset"]["fingerprint"] = before | now
-
-
-def _lr_factor(step: int, steps: int, warmup_steps: int, decay: str, decay_steps: int) -> float:
-    """Return the learning rate of a step as a share of `lr`. It rises linearly, stays, and falls over the last steps."""
-    rise = min(1.0, (step + 1) / (warmup_steps + 1))
-    left = min(1.0, (steps - step) / (decay_steps + 1))  # 1 until the fall begins
-    return rise * (left if decay == "linear" else 0.5 - 0.5 * math.cos(math.pi * left))

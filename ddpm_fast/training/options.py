@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from .loop import TrainResult
 
 # Arguments that concern one call and are not part of the run's configuration.
-THIS_CALL: Final = frozenset({"run_dir", "max_minutes", "resume", "progress", "lock", "data_check"})
+THIS_CALL: Final = frozenset({"run_dir", "max_minutes", "resume", "auto_resume", "progress", "lock", "data_check"})
 
 
 def train(
@@ -41,6 +41,7 @@ def train(
     # optimisation
     steps: int = 20_000,
     batch_size: int = 64,
+    micro_batch_size: int | None = None,
     lr: float = 2e-4,
     warmup_steps: int = 500,
     lr_decay: Literal["linear", "cosine"] = "linear",
@@ -65,6 +66,7 @@ def train(
     # this call
     max_minutes: float | None = None,
     resume: bool = False,
+    auto_resume: bool = False,
     data_check: Literal["sample", "exact", "off"] = "sample",
     lock: bool = True,
     progress: bool = True,
@@ -97,7 +99,8 @@ def train(
         prediction: Choose what the network predicts.
         loss_weight: Weight the loss per timestep. min-SNR bounds it where there is little noise. Default: 1 for all (eq. 12).
         steps: Stop after this many optimizer steps, counted from the run's beginning.
-        batch_size: Use this many images per step.
+        batch_size: Use this many images per step, all processes together.
+        micro_batch_size: Compute the gradients of this many images at a time, to save memory. Default: batch / processes.
         lr: Set the learning rate after warm-up.
         warmup_steps: Raise the learning rate from 0 over this many steps.
         lr_decay: Choose the shape of the final learning rate decay.
@@ -119,6 +122,7 @@ def train(
         tensorboard: Write TensorBoard's event files if TensorBoard is installed.
         max_minutes: Stop with a checkpoint after this many minutes. Default: no limit.
         resume: Continue the run from its newest checkpoint.
+        auto_resume: Continue the run if there is one, or else begin it.
         data_check: Compare the images of a resumed run with the earlier ones: a sample, exactly, or not (to change them).
         lock: Lock the folder, so that no other process trains in it.
         progress: Show a progress bar.
@@ -144,12 +148,18 @@ def train(
     from .loop import run_training
 
     _path("run_dir", run_dir)
-    for name, value in (("resume", resume), ("progress", progress), ("lock", lock)):
+    for name, value in (("resume", resume), ("auto_resume", auto_resume), ("progress", progress), ("lock", lock)):
         check_type("train", name, value, bool)
     check_choice("train", "data_check", data_check, ("sample", "exact", "off"))
     check_number("train", "max_minutes", max_minutes, 0, optional=True)
     return run_training(
-        run_dir, options, resume=resume, max_minutes=max_minutes, progress=progress, data_check=data_check, lock=lock
+        *(run_dir, options),
+        resume=resume,
+        auto_resume=auto_resume,
+        max_minutes=max_minutes,
+        progress=progress,
+        data_check=data_check,
+        lock=lock,
     )
 
 
@@ -195,6 +205,7 @@ def _check_options(options: Mapping[str, Any]) -> None:
     each(check_int, "layers", 1, MAX_LAYERS)
     each(check_int, "warmup_steps lr_decay_steps sample_every checkpoint_every", 0)
     each(check_int, "image_size head_dim", 1, 1 << 16, optional=True)
+    each(check_int, "micro_batch_size", 1, options["batch_size"], optional=True)
     each(check_int, "threads", 1, max(1024, os.cpu_count() or 1), optional=True)  # far more cannot be started
     each(check_int, "seed")
     each(check_number, "weight_decay clip_grad checkpoint_minutes", 0, finite=True)

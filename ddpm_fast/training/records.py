@@ -29,6 +29,12 @@ def summary(run: RunFolder, task: Task, state: State) -> str:
         threads = torch.get_num_threads()
         machine += f", {threads} thread" + ("s" if threads > 1 else "")
     epochs = options["steps"] * options["batch_size"] / len(dataset)
+    batch = f"{options['batch_size']} images a step"
+    if task.num_micro_batches > 1:
+        same = f"the same on 1, 2, 4, ... processes with --micro-batch-size {task.micro_batch_size}"
+        sums = same if task.sums_in_tree(parameters) else "equal up to rounding on other numbers of processes"
+        batch += f" in micro-batches of {task.micro_batch_size} on {task.team.size} process"
+        batch += f"{'es' if task.team.size > 1 else ''}; weights are {sums}"
     records = [f"log.csv every {options['log_every']} steps"]
     if options["sample_every"]:
         records.append(f"samples/ every {options['sample_every']} steps")
@@ -43,6 +49,7 @@ def summary(run: RunFolder, task: Task, state: State) -> str:
         + ("class-conditional" if task.labelled else "unconditional")
         + (f", started from {options['init']}" if options["init"] else ""),
         "machine": machine,
+        **({"batch": batch} if task.num_micro_batches > 1 else {}),
         "steps": f"{options['steps']} of {options['batch_size']} images: {epochs:,.0f} epochs"
         if epochs >= 100
         else f"{options['steps']} of {options['batch_size']} images: {epochs:.2g} epochs",

@@ -62,9 +62,9 @@ class TrainingRng:
         """Return which samples are mirrored left to right, bool [B], true for half of them."""
         return self._words(self._flips, step) % 2 == 1
 
-    def dropout_seed(self, step: int) -> int:
-        """Return the seed of torch's generator for the dropout layers of this step."""
-        return int(sample_seeds(self._dropout, 1, step))
+    def dropout_seed(self, micro_batch: int) -> int:
+        """Return the seed of torch's generator for the dropout layers of a micro-batch, counted over all steps."""
+        return int(sample_seeds(self._dropout, 1, micro_batch))
 
 
 @lru_cache(maxsize=2)  # the epoch under way and, in the batch that ends it, the next one

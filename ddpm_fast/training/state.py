@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..atomic import write_tensors
+from ..distributed import Processes
 from ..nn import UNet, UNetConfig
 from ..nn.checkpoint import check_finite, check_weights, load_safetensors
 from ..schedule import NoiseSchedule
@@ -21,6 +22,9 @@ from ..version import __version__
 from .data import ImageDataset
 from .rng import TrainingRng
 from .run_folder import RunFolder, read_state
+
+# More than this many parameters are summed by torch.distributed, as the tree takes the memory of a model a process.
+_MAX_IN_TREE: Final = 500_000_000
 
 # Keys of a network's configuration that its weights do not depend on.
 _NOT_IN_WEIGHTS: Final = frozenset({"sample_size", "dropout", "num_train_timesteps", "class_names"})
@@ -37,6 +41,30 @@ class Task:
     loss_weight: Tensor | None  # float32 [T], on the device
     rng: TrainingRng
     device: torch.device
+    team: Processes
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Number of images whose gradients are computed at a time."""
+        size: int = self.options["micro_batch_size"]
+        return size
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Number of micro-batches of a step, all processes together."""
+        batch_size: int = self.options["batch_size"]
+        return batch_size // self.micro_batch_size
+
+    @property
+    def micro_batches(self) -> range:
+        """Numbers of this process's micro-batches within a step."""
+        each = self.num_micro_batches // self.team.size
+        return range(self.team.rank * each, (self.team.rank + 1) * each)
+
+    def sums_in_tree(self, num_parameters: int) -> bool:
+        """Return whether gradients are the same bits for any number of processes that is a power of two."""
+        counts = (self.team.size, len(self.micro_batches))
+        return all(count & (count - 1) == 0 for count in counts) and num_parameters <= _MAX_IN_TREE
 
     @property
     def memory_format(self) -> torch.memory_format:
@@ -56,6 +84,7 @@ class Task:
                 "preparation": dataset.preparation,
                 "classes": list(dataset.classes),
             },
+            "threads": torch.get_num_threads() if self.device.type == "cpu" else None,
             "versions": {"ddpm_fast": __version__, "torch": torch.__version__},
         }
 
@@ -97,6 +126,22 @@ class State:
         now = time.perf_counter()
         self.seconds += now - since
         return now
+
+    def copy_from_first(self, team: Processes) -> None:
+        """Let all processes have the state of rank 0."""
+        step, seconds, num_losses = team.from_first([self.step, self.seconds, len(self.losses)])
+        self.step, self.seconds = int(step), seconds
+        device = next(self.model.parameters()).device
+        losses = team.from_first([float(loss) for loss in self.losses] if team.is_first else [0.0] * int(num_losses))
+        self.losses = [torch.tensor(loss, dtype=torch.float32, device=device) for loss in losses]
+        tensors = [*self.model.state_dict().values(), *self.ema.state_dict().values()]
+        for parameter in self.model.parameters() if self.step else ():
+            moments = self.optimizer.state[parameter]
+            if not moments:
+                moments["step"] = torch.zeros((), dtype=torch.float32, device=device)
+                moments |= {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+            tensors += moments.values()
+        team.copy_from_first(tensors)
 
     def write(self, folder: Path) -> None:
         """Write the networks and the optimizer's state into a checkpoint's folder."""

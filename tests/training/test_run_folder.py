@@ -25,6 +25,7 @@ from ddpm_fast.pretrained import load_folder
 from ddpm_fast.training import run_folder, train
 from ddpm_fast.training.export import export_checkpoint
 from ddpm_fast.training.run_folder import RunFolder, why_damaged
+from ddpm_fast.training.state import State, Task
 
 
 def start(folder: Path, step: int = 4) -> RunFolder:
@@ -411,15 +412,15 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path, monkeypatch
     run = start(tmp_path / "run")
     from ddpm_fast.training import loop
 
-    step = loop._step
+    take_step = loop.take_step
 
-    def spoil(task: object, state: loop.State) -> tuple[Tensor, float]:
-        result = step(task, state)  # type: ignore[arg-type]
+    def spoil(task: Task, state: State, *batch: Tensor) -> tuple[Tensor, float]:
+        result = take_step(task, state, *batch)
         with torch.no_grad():
             next(state.model.parameters()).view(-1)[0] = float("nan")
         return result
 
-    monkeypatch.setattr(loop, "_step", spoil)
+    monkeypatch.setattr(loop, "take_step", spoil)
     with pytest.raises(FloatingPointError, match=r"no longer finite after step 5.*step-00000004"):
         train(run.path, **QUIET, steps=5, resume=True)
     assert checkpoints(run) == ["latest", "step-00000002", "step-00000004"]

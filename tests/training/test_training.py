@@ -33,10 +33,11 @@ from ddpm_fast.schedule import NoiseSchedule
 from ddpm_fast.training import loop, records, train
 from ddpm_fast.training.data import load_dataset, to_unit_range
 from ddpm_fast.training.export import export_checkpoint
-from ddpm_fast.training.loop import TrainResult, _lr_factor
+from ddpm_fast.training.loop import TrainResult
 from ddpm_fast.training.records import duration
 from ddpm_fast.training.rng import TrainingRng
 from ddpm_fast.training.run_folder import RunFolder
+from ddpm_fast.training.step import lr_factor
 
 # A network of two levels on 8x8 digits: milliseconds a step.
 TINY: dict[str, Any] = {
@@ -130,11 +131,11 @@ def test_loss_falls(prediction: str, tmp_path: Path) -> None:
 
 
 def test_learning_rate_rises_stays_and_falls() -> None:
-    factors = [_lr_factor(step, 100, 4, "linear", 9) for step in range(100)]
+    factors = [lr_factor(step, 100, 4, "linear", 9) for step in range(100)]
     assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert set(factors[4:91]) == {1.0}
     assert factors[90:] == pytest.approx([1 - i / 10 for i in range(10)])
-    cosine = [_lr_factor(step, 100, 0, "cosine", 99) for step in range(100)]
+    cosine = [lr_factor(step, 100, 0, "cosine", 99) for step in range(100)]
     assert cosine == pytest.approx([0.5 + 0.5 * math.cos(math.pi * step / 100) for step in range(100)])
 
 

@@ -1,0 +1,130 @@
+"""One step of Algorithm 1: the gradients of micro-batches, their sum, and the update.
+
+Gradients are added in one binary tree over the micro-batches of a step, ((0 + 1) + (2 + 3)) + ... Each process adds the
+branch of its own micro-batches, and all of them add the branches. The sum is then the same bits for any number of processes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator
+
+import torch
+from torch import Tensor
+
+from ..ops import denoising_loss, q_sample
+from .data import to_unit_range
+from .state import State, Task
+
+
+def take_step(task: Task, state: State, images: Tensor, labels: Tensor) -> tuple[Tensor, float]:
+    """Take one step.
+
+    Args:
+        task: The task.
+        state: The state, which is replaced by the next.
+        images: uint8 [n, C, H, W], this process's part of the batch.
+        labels: int64 [n].
+
+    Returns:
+        The gradient's norm before clipping, 0-d, and the learning rate.
+    """
+    options, step = task.options, state.step
+    loss = _set_gradients(task, state, images, labels)
+    parameters: list[Tensor] = list(state.model.parameters())
+    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, options["clip_grad"] or math.inf, foreach=True)
+    rate = options["lr"] * lr_factor(
+        step, options["steps"], options["warmup_steps"], options["lr_decay"], options["lr_decay_steps"]
+    )
+    for group in state.optimizer.param_groups:
+        group["lr"] = rate
+    state.optimizer.step()
+    state.optimizer.zero_grad()
+    decay = options["ema_decay"]
+    if options["init"] is None:  # the first weights are random: forget them soon
+        decay = min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(state.ema.parameters()), parameters, 1 - decay)
+    state.losses.append(loss)
+    state.step += 1
+    return grad_norm, rate
+
+
+def _set_gradients(task: Task, state: State, images: Tensor, labels: Tensor) -> Tensor:
+    """Let each parameter's `grad` be the batch's. Return its loss, 0-d."""
+    parameters = list(state.model.parameters())
+    sums = _TreeSum()
+    size = task.micro_batch_size
+    for micro_batch, *part in zip(task.micro_batches, images.split(size), labels.split(size), strict=True):
+        loss = _loss(task, state, micro_batch, *part)
+        loss.backward()
+        sums.add([loss.detach(), *(parameter.grad for parameter in parameters if parameter.grad is not None)])
+        if len(task.micro_batches) > 1:
+            state.optimizer.zero_grad()
+    loss, *gradients = total = sums.total()
+    if task.team.size > 1:
+        flat = torch.cat([tensor.reshape(-1) for tensor in total])
+        flat = task.team.tree_sum(flat) if task.sums_in_tree(flat.numel()) else task.team.sum_(flat)
+        for tensor, summed in zip(total, flat.split([tensor.numel() for tensor in total]), strict=True):
+            tensor.copy_(summed.view(tensor.shape))  # in the gradient's memory format, which is the parameter's
+    for parameter, gradient in zip((each for each in parameters if each.requires_grad), gradients, strict=True):
+        parameter.grad = gradient
+    return loss
+
+
+def _loss(task: Task, state: State, micro_batch: int, images: Tensor, labels: Tensor) -> Tensor:
+    """Return a micro-batch's share of the batch's mean loss, 0-d."""
+    options, rng, step = task.options, task.rng, state.step
+    rows = slice(micro_batch * task.micro_batch_size, (micro_batch + 1) * task.micro_batch_size)
+    x_0 = to_unit_range(images.to(task.device))  # [m, C, H, W]
+    if options["flip"]:
+        x_0 = torch.where(rng.is_flipped(step)[rows].to(task.device)[:, None, None, None], x_0.flip(-1), x_0)
+    x_0 = x_0.contiguous(memory_format=task.memory_format)
+    t = rng.timesteps(step, task.schedule.num_timesteps)[rows].to(task.device)
+    seeds = rng.noise_seeds(step)[rows].to(task.device)
+    no_label = len(task.dataset.classes)  # the last embedding
+    labels = labels.masked_fill(rng.label_is_dropped(step, options["label_dropout"])[rows], no_label).to(task.device)
+    torch.manual_seed(rng.dropout_seed(step * task.num_micro_batches + micro_batch))
+    x_t = q_sample(x_0, t, task.schedule, seeds=seeds)
+    with torch.autocast(task.device.type, torch.bfloat16, enabled=options["precision"] == "bf16"):
+        output = state.model(x_t, t, labels if task.labelled else None)
+    weight = None if task.loss_weight is None else task.loss_weight[t]
+    loss = denoising_loss(output.float(), x_0, t, task.schedule, prediction=options["prediction"], seeds=seeds, weight=weight)
+    return loss / task.num_micro_batches
+
+
+class _TreeSum:
+    """A sum of lists of tensors, added in pairs as they come. It holds a list a level of the tree."""
+
+    def __init__(self) -> None:
+        self._branches: list[tuple[int, list[Tensor]]] = []  # level and sum, the largest first
+
+    def add(self, tensors: list[Tensor]) -> None:
+        """Add a list. Its tensors may be changed."""
+        level = 0
+        while self._branches and self._branches[-1][0] == level:
+            _, left = self._branches.pop()
+            torch._foreach_add_(left, tensors)
+            tensors, level = left, level + 1
+        self._branches.append((level, tensors))
+
+    def total(self) -> list[Tensor]:
+        """Return the sum."""
+        while len(self._branches) > 1:
+            _, right = self._branches.pop()
+            torch._foreach_add_(self._branches[-1][1], right)
+        return self._branches[0][1]
+
+
+def lr_factor(step: int, steps: int, warmup_steps: int, decay: str, decay_steps: int) -> float:
+    """Return the learning rate of a step as a share of `lr`. It rises linearly, stays, and falls over the last steps."""
+    rise = min(1.0, (step + 1) / (warmup_steps + 1))
+    left = min(1.0, (steps - step) / (decay_steps + 1))  # 1 until the fall begins
+    return rise * (left if decay == "linear" else 0.5 - 0.5 * math.cos(math.pi * left))
+
+
+def batches(task: Task, step: int) -> Generator[tuple[Tensor, Tensor], None, None]:
+    """Yield this process's images and labels of each step from `step` on."""
+    size, mine = task.micro_batch_size, task.micro_batches
+    rows = slice(mine.start * size, mine.stop * size)
+    for number in range(step, task.options["steps"]):
+        yield task.dataset[task.rng.indices(number, len(task.dataset))[rows]]

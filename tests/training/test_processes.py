@@ -1,0 +1,193 @@
+"""Training in several processes: the same weights, bit for bit, and no file but rank 0's."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from launching import run_ranks
+from test_training import QUIET, assert_same_weights, log_rows
+
+from ddpm_fast.training import train
+from ddpm_fast.training.run_folder import RunFolder
+
+RUN: dict[str, Any] = {
+    **QUIET,
+    "batch_size": 16,
+    "micro_batch_size": 2,
+    "dropout": 0.1,
+    "flip": True,
+    "steps": 6,
+    "log_every": 3,
+}
+SCRIPT = "import json, sys; from ddpm_fast.training import train; train(sys.argv[1], **json.loads(sys.argv[2]))"
+
+
+def train_in(size: int, run_dir: Path, **options: Any) -> list[subprocess.CompletedProcess[str]]:
+    """Train in several processes."""
+    return run_ranks(size, ["-c", SCRIPT, str(run_dir), json.dumps(RUN | options)], run_dir.parent)
+
+
+def succeed_in(size: int, run_dir: Path, **options: Any) -> None:
+    for each in train_in(size, run_dir, **options):
+        assert each.returncode == 0, each.stderr
+
+
+@pytest.mark.parametrize("precision", ["float32", pytest.param("bf16", marks=pytest.mark.slow)])
+def test_weights_are_the_same_bits_for_any_number_of_processes(precision: str, tmp_path: Path) -> None:
+    train(tmp_path / "one", **RUN, precision=precision)
+    succeed_in(2, tmp_path / "two", precision=precision)
+    assert_same_weights(tmp_path / "one", tmp_path / "two")
+    assert log_rows(tmp_path / "one") == log_rows(tmp_path / "two")
+    # Four processes begin, one process goes on, and two end.
+    succeed_in(4, tmp_path / "several", precision=precision, steps=2)
+    train(tmp_path / "several", **RUN | {"steps": 3}, precision=precision, auto_resume=True)
+    succeed_in(2, tmp_path / "several", precision=precision, auto_resume=True)
+    assert_same_weights(tmp_path / "one", tmp_path / "several")
+    assert log_rows(tmp_path / "one")[-1] == log_rows(tmp_path / "several")[-1]
+
+
+@pytest.mark.slow
+def test_eight_processes_train_the_same_weights(tmp_path: Path) -> None:
+    train(tmp_path / "one", **RUN)
+    succeed_in(8, tmp_path / "eight")
+    assert_same_weights(tmp_path / "one", tmp_path / "eight")
+
+
+@pytest.mark.slow
+def test_numbers_that_are_no_powers_of_two_train_up_to_rounding(tmp_path: Path) -> None:
+    options = {"batch_size": 18, "micro_batch_size": 6, "dropout": 0.0}
+    train(tmp_path / "one", **RUN | options)
+    succeed_in(3, tmp_path / "three", **options)
+    one, three = log_rows(tmp_path / "one"), log_rows(tmp_path / "three")
+    for expected, row in zip(one, three, strict=True):
+        assert float(row["loss"]) == pytest.approx(float(expected["loss"]), rel=1e-3)
+        assert float(row["grad_norm"]) == pytest.approx(float(expected["grad_norm"]), rel=1e-2)
+
+
+def test_micro_batches_have_the_gradients_of_a_batch(tmp_path: Path) -> None:
+    options = RUN | {"dropout": 0.0, "steps": 1, "log_every": 1}
+    train(tmp_path / "whole", **options | {"micro_batch_size": None})
+    train(tmp_path / "parts", **options)
+    (whole,), (parts,) = log_rows(tmp_path / "whole"), log_rows(tmp_path / "parts")
+    for column in ("loss", "grad_norm"):
+        assert float(parts[column]) == pytest.approx(float(whole[column]), rel=1e-5)
+
+
+def test_a_run_keeps_its_micro_batches(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "ddpm_fast")
+    train(tmp_path / "run", **RUN | {"steps": 1})
+    same = "batch    16 images a step in micro-batches of 2 on 1 process; weights are the same on 1, 2, 4, ... processes with"
+    assert f"{same} --micro-batch-size 2" in caplog.text
+    train(tmp_path / "run", **RUN | {"steps": 2, "micro_batch_size": None}, resume=True)
+    assert RunFolder(tmp_path / "run").read_config()["options"]["micro_batch_size"] == 2
+    with pytest.raises(ValueError, match=r"expected micro_batch_size to be 2, as the run in .* was started, got 4"):
+        train(tmp_path / "run", **RUN | {"steps": 3, "micro_batch_size": 4}, resume=True)
+
+
+def test_older_runs_have_one_micro_batch_a_step(tmp_path: Path) -> None:
+    options = RUN | {"micro_batch_size": None}
+    train(tmp_path / "one", **options)
+    train(tmp_path / "old", **options | {"steps": 3})
+    run = RunFolder(tmp_path / "old")
+    config = run.read_config()
+    del config["options"]["micro_batch_size"], config["threads"]
+    run.write_config(config)
+    train(tmp_path / "old", **options, resume=True)
+    assert_same_weights(tmp_path / "one", tmp_path / "old")
+
+
+def test_batches_that_cannot_be_shared_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"expected micro_batch_size times 1 process to divide batch_size 16, got .* 3"):
+        train(tmp_path / "run", **RUN | {"micro_batch_size": 3})
+    with pytest.raises(ValueError, match=r"expected micro_batch_size to be an integer in 1\.\.16 or None, got 17"):
+        train(tmp_path / "run", **RUN | {"micro_batch_size": 17})
+    for each in train_in(3, tmp_path / "run", micro_batch_size=None):
+        assert "ValueError: train: expected batch_size to be a multiple of 3, one for each process, got 16" in each.stderr
+    for each in train_in(2, tmp_path / "run", micro_batch_size=16):
+        assert "expected micro_batch_size times 2 processes to divide batch_size 16, got micro_batch_size 16" in each.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_error_of_rank_0_is_not_waited_for(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "file").touch()
+    first, second = train_in(2, tmp_path / "run")
+    assert "FileExistsError: train: expected" in first.stderr
+    assert "ProcessLost: expected rank 0 to go on, got an error there, which it reports" in second.stderr
+
+
+def test_a_change_of_threads_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    train(tmp_path / "run", **RUN | {"steps": 1})
+    train(tmp_path / "run", **RUN | {"steps": 2, "threads": 2}, resume=True)
+    assert "was trained with 1 threads and goes on with 2" in caplog.text
+
+
+# ----------------------------------------------------------------------------------------------------------- torchrun
+
+
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+
+
+def command(run_dir: Path, steps: int, launch: list[str] = LAUNCH) -> list[str]:
+    options = {
+        **{"--data": "digits", "--channels": "16,32", "--layers": "1", "--attention": "none", "--batch-size": "16"},
+        **{"--micro-batch-size": "8", "--warmup-steps": "3", "--sample-every": "0", "--log-every": "5", "--threads": "1"},
+        **{"--checkpoint-every": "10", "--steps": str(steps)},
+    }
+    flags = [part for option in options.items() for part in option]
+    return [*launch, "-m", "ddpm_fast", "train", str(run_dir), *flags, "--no-tensorboard", "--no-progress", "--auto-resume"]
+
+
+def children_of(pid: int) -> list[int]:
+    """Return the processes that a process has started."""
+    children = Path(f"/proc/{pid}/task/{pid}/children")
+    return [int(child) for child in children.read_text().split()] if children.exists() else []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="the system does not list processes in /proc")
+def test_a_killed_rank_loses_nothing_that_was_saved(tmp_path: Path) -> None:
+    subprocess.run(command(tmp_path / "whole", 60, [sys.executable]), check=True, capture_output=True, cwd=tmp_path)
+    launch = [*LAUNCH, "--max-restarts=3"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command(tmp_path / "run", 60, launch), cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    run = RunFolder(tmp_path / "run")
+    deadline = time.monotonic() + 100
+    while not run.checkpoint_folders() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    ranks = children_of(process.pid)
+    assert len(ranks) == 2
+    os.kill(random.choice(ranks), signal.SIGKILL)
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 0, output.decode()
+    assert_same_weights(tmp_path / "whole", tmp_path / "run")
+    assert log_rows(tmp_path / "whole") == log_rows(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_signal_stops_all_ranks_after_the_same_step(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        command(tmp_path / "run", 100_000), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    run = RunFolder(tmp_path / "run")
+    deadline = time.monotonic() + 100
+    while not run.checkpoint_folders() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=100)
+    assert b"stopped by SIGTERM at step" in output
+    assert run.latest_checkpoint() is not None
+    step = run.last_row()
+    subprocess.run(command(tmp_path / "run", step + 20), check=True, capture_output=True, cwd=tmp_path)
+    assert run.last_row() == step + 20
