@@ -49,7 +49,7 @@ class Processes:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is rank 0, which writes files and shows progress."""
+        """True for rank 0, which writes files and shows progress."""
         return self.rank == 0
 
     def on_first(self, function: Callable[[], T]) -> T | None:

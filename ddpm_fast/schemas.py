@@ -115,6 +115,7 @@ class Checkpoint(Struct, frozen=True):
     files: dict[str, StoredFile | Size]  # format 1 has sizes alone
     seconds: Annotated[float, Meta(ge=0, le=sys.float_info.max)] = 0.0
     losses: list[Finite] = []
+    row: list[int | Finite] | None = None  # a row that is not in log.csv yet
 
     def __post_init__(self) -> None:
         for name in self.files:

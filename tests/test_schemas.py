@@ -31,6 +31,7 @@ FILES: dict[type, dict[str, Any]] = {
         "files": {"a": {"size": 1, "sha256": SHA256}},
         "seconds": 0.5,
         "losses": [0.5],
+        "row": [3, 0.5],
         "sha256": SHA256,
     },
 }
@@ -122,6 +123,7 @@ def changed(kind: type, field: str, value: object) -> dict[str, Any]:
         (Checkpoint, "seconds", float("nan"), "seconds to be a number >= 0.0, got nan"),
         (Checkpoint, "losses", [1.0, float("inf")], "losses[1] to be a number that is finite, got inf"),
         (Checkpoint, "losses", {"a": 1}, "losses to be a list, got {'a': 1}"),
+        (Checkpoint, "row", [1, "2"], "row[1] to be an integer or a number, got '2'"),
     ],
 )
 def test_a_wrong_value_is_named_with_the_wanted_one(kind: type, field: str, value: object, wanted: str) -> None:

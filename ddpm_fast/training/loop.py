@@ -169,8 +169,11 @@ def _open(run: RunFolder, task: Task, state: State, resume: bool, data_check: st
         state.load(checkpoint)
     run.remove_leftovers()
     run.cut_log(state.step)
+    if state.row is not None and run.last_row() < state.step:  # a full disk has ended the run before this row
+        run.append_log(state.row)
     if run.last_row() == state.step:  # a full disk can end a run between the row and the end of the losses that it has
         state.losses.clear()
+    state.row = None
     return config
 
 
@@ -216,13 +219,14 @@ def _run(
                 mark = state.count_time(mark)
                 speed = (state.step - logged_step) * batch_size / (state.seconds - logged_seconds)
                 logged_step, logged_seconds = state.step, state.seconds
-                row = (state.step, state.step * batch_size, loss, float(grad_norm), rate, speed, state.seconds)
+                state.row = (state.step, state.step * batch_size, loss, float(grad_norm), rate, speed, state.seconds)
                 if team.is_first:
-                    run.append_log(row)
+                    run.append_log(state.row)
                 state.losses.clear()
                 bar.set_postfix_str(f"loss {loss:.4f}, {speed:.1f} images/s", refresh=False)
-                for name, value in zip(LOG_COLUMNS[2:6], row[2:6], strict=True):
+                for name, value in zip(LOG_COLUMNS[2:6], state.row[2:6], strict=True):
                     tensorboard.write("add_scalar", f"train/{name}", value, state.step)
+                state.row = None
             if options["sample_every"] and state.step % options["sample_every"] == 0 and team.is_first:
                 mark = state.count_time(mark)
                 draw_samples(run, task, state, tensorboard)
@@ -269,7 +273,7 @@ def _save_checkpoint(run: RunFolder, task: Task, state: State) -> None:
         state.write(folder)
         write_scheduler(folder / "scheduler", task.schedule, task.options["prediction"])
 
-    entries = {"seconds": state.seconds, "losses": [float(loss) for loss in state.losses]}
+    entries = {"seconds": state.seconds, "losses": [float(loss) for loss in state.losses], "row": state.row}
     run.save_checkpoint(state.step, entries, write, task.options["keep"])
 
 

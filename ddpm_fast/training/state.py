@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -99,6 +99,7 @@ class State:
     step: int = 0  # steps done
     seconds: float = 0.0  # spent in steps
     losses: list[Tensor] = field(default_factory=list)  # since the last row of the log; 0-d, on the device
+    row: Sequence[float] | None = None  # a row that is not in the log yet
 
     @classmethod
     def initial(cls, task: Task) -> State:
@@ -187,7 +188,7 @@ class State:
                 **{key: torch.empty_like(parameter).copy_(tensors[f"{key}.{name}"]) for key in ("exp_avg", "exp_avg_sq")},
             }
         state = read_state("train", folder)
-        self.step, self.seconds = state.step, state.seconds
+        self.step, self.seconds, self.row = state.step, state.seconds, state.row
         device = next(self.model.parameters()).device
         self.losses = [torch.tensor(loss, dtype=torch.float32, device=device) for loss in state.losses]
 

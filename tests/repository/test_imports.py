@@ -54,6 +54,7 @@ ALLOWED = {
             "version",
             "atomic",
             "limits",
+            "distributed",
             "checks",
             "plan",
             "ops",
