@@ -239,7 +239,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--sampler", "ddim", "--eta", "inf"], "'--eta': inf is not a finite number"),
         (["--sampler", "ddim", "--eta", "1e9"], "expected --eta to be at most"),
         (["--guidance", "2", "--classes", "none"], "expected --guidance to be 1 or to go with classes, got 2.0 and no labels"),
-        (["--steps", "5000"], r"expected --steps to be in 1\.\.19 with dpm\+\+2m-sde, got 5000"),
+        (["--steps", "5000"], r"expected --steps to be in 1\.\.20 with dpm\+\+2m-sde, got 5000"),
         (["--variance", "learned"], "expected --variance to be fixed_small or fixed_large for this model, got learned"),
         (
             ["--sampler", "ddim", "--variance", "fixed_small"],
@@ -421,7 +421,7 @@ def fail_for(monkeypatch: pytest.MonkeyPatch, *refused: Path) -> None:
 def test_pictures_that_cannot_be_written_are_written_elsewhere(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    draw = ["sample", "--model", small, "--num", 2, "--steps", 3]
+    draw = ["sample", "--model", small, "--num", 2, "--sampler", "ddpm", "--steps", 3]
     out, gif, temporary = tmp_path / "out" / "a.png", tmp_path / "gif" / "a.gif", tmp_path / "temporary"
     temporary.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))

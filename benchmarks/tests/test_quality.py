@@ -89,8 +89,8 @@ def test_each_plan_evaluates_as_often_as_its_name_says():
         assert build is not None
         plans[name] = build(loaded, evaluations)
         assert plans[name].num_steps == evaluations
-    assert {name for name, plan in plans.items() if plan.is_random} == {"ddpm", "sde", "sde1"}
-    assert {name for name, plan in plans.items() if plan.needs_x_0_prev} == {"2m", "karras", "heun", "sde"}
+    assert {name for name, plan in plans.items() if plan.is_random} == {"ddpm", "sde", "sde-karras", "sde1"}
+    assert {name for name, plan in plans.items() if plan.needs_x_0_prev} == {"2m", "karras", "heun", "sde", "sde-karras"}
     assert not torch.equal(plans["2m"].coefficients, plans["karras"].coefficients)
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 # The steps of each sampler by default. Heun's method evaluates the network twice in each step but the last.
 DEFAULT_STEPS = {"dpm++2m-sde": 20, "dpm++2m": 20, "ddpm": 100, "ddim": 50, "heun": 10}
+_SPACING = {"dpm++2m-sde": "karras", "dpm++2m": "linspace", "ddpm": "leading", "ddim": "leading", "heun": "linspace"}
 MAX_GUIDANCE = 1e4  # beyond it, differences of predictions leave the range of float32 within a few steps
 
 _LAMBDA_MIN = -5.1  # solvers of order 2 leave out timesteps with less signal, as diffusers advises for cosine schedules
@@ -38,7 +39,9 @@ def sampler_options(command: Command) -> Command:
         click.option(
             "--spacing",
             type=click.Choice(["leading", "trailing", "linspace", "karras"]),
-            help="Choose the spacing of the timesteps.  [default: leading with ddpm and ddim, else linspace]",
+            help="Choose the spacing of the timesteps.  [default: "
+            + ", ".join(f"{spacing} with {name}" for name, spacing in _SPACING.items())
+            + "]",
         ),
         click.option(
             "--variance", type=click.Choice(VARIANCES), help="Choose the variance of ddpm's steps.  [default: the model's]"
@@ -83,12 +86,15 @@ def plan_of_options(
     """Build the plan that the options ask for."""
     from ..plan import ddim_plan, ddpm_plan, dpm_solver_plan, heun_plan
 
+    if spacing == "karras" and sampler in ("ddpm", "ddim"):
+        raise ValueError(f"{command}: expected spacing to be leading, trailing or linspace with {sampler}, got karras")
+    spacing = spacing or _SPACING[sampler]
     total = loaded.schedule.num_timesteps
     solves = sampler in ("dpm++2m", "dpm++2m-sde", "heun")
     abar = loaded.schedule.alpha_bars
     if solves:  # by the timesteps that `_LAMBDA_MIN` leaves
         total = int(((abar / (1 - abar)).log() / 2 >= _LAMBDA_MIN).sum())
-    most = total - 1 if solves and spacing in (None, "linspace", "leading") else total
+    most = total - 1 if solves and spacing in ("linspace", "leading") else total
     if steps is not None and steps > most:
         raise ValueError(f"{command}: expected steps to be in 1..{most} with {sampler}, got {steps}")
     steps = steps or min(DEFAULT_STEPS[sampler], most)
@@ -103,16 +109,13 @@ def plan_of_options(
         raise ValueError(f"{command}: expected variance to go with --sampler ddpm, got {variance} with {sampler}")
     if eta is not None and sampler not in ("ddim", "dpm++2m-sde"):
         raise ValueError(f"{command}: expected eta to go with --sampler ddim or dpm++2m-sde, got {eta} with {sampler}")
-    if spacing == "karras" and not solves:
-        raise ValueError(f"{command}: expected spacing to be leading, trailing or linspace with {sampler}, got karras")
-    common: dict[str, Any] = {"prediction": loaded.prediction, "clip": loaded.clip}
+    common: dict[str, Any] = {"prediction": loaded.prediction, "clip": loaded.clip, "spacing": spacing}
     if sampler == "ddpm":
-        common["spacing"] = spacing or "leading"
         return ddpm_plan(loaded.schedule, steps, variance=variance or loaded.variance, **common)
     common["learned_variance"] = learned
     if sampler == "ddim":
-        return ddim_plan(loaded.schedule, steps, eta=eta or 0.0, spacing=spacing or "leading", **common)
-    common |= {"spacing": spacing or "linspace", "lambda_min": _LAMBDA_MIN}
+        return ddim_plan(loaded.schedule, steps, eta=eta or 0.0, **common)
+    common["lambda_min"] = _LAMBDA_MIN
     if sampler == "heun":
         return heun_plan(loaded.schedule, steps, **common)
     return dpm_solver_plan(loaded.schedule, steps, eta=0.0 if sampler == "dpm++2m" else 1.0 if eta is None else eta, **common)
