@@ -115,15 +115,25 @@ class Processes:
         return wait
 
     def tree_sum(self, flat: Tensor) -> Tensor:
-        """Return the sum of all processes' tensors, added in pairs: ((0 + 1) + (2 + 3)) + ... The size is a power of two."""
+        """Return the sum of all processes' vectors, added in pairs: ((0 + 1) + (2 + 3)) + ... The size is a power of two.
+
+        Each process receives its slice of every vector, adds the slices, and hands the sum to the others. The bytes that
+        it sends are those of an all-reduce in a ring.
+        """
         if self.size == 1:
             return flat
-        parts = [torch.empty_like(flat) for _ in range(self.size)]
+        length = -(-flat.numel() // self.size)  # of a slice
+        padded = torch.zeros(self.size * length, dtype=flat.dtype, device=flat.device)
+        padded[: flat.numel()] = flat
+        slices = torch.empty_like(padded)
         with _together(self):
-            dist.all_gather(parts, flat)
+            dist.all_to_all_single(slices, padded)
+        parts = list(slices.view(self.size, length))
         while len(parts) > 1:
             parts = [left.add_(right) for left, right in zip(parts[::2], parts[1::2], strict=True)]
-        return parts[0]
+        with _together(self):
+            dist.all_gather(list(padded.view(self.size, length)), parts[0])
+        return padded[: flat.numel()]
 
     def sum_(self, flat: Tensor) -> Tensor:
         """Replace a tensor by the sum of all processes' tensors, in the order that torch.distributed chooses."""

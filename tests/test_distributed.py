@@ -63,7 +63,7 @@ def test_processes_agree_and_sum_in_one_tree(tmp_path: Path) -> None:
     assert [each.returncode for each in done] == [0] * 4, done[0].stderr
     # (1e8 + 1) + (-1e8 + 1) = 0 in float32; another order would give 2 or 1.
     for rank, each in enumerate(done):
-        lines = each.stdout.splitlines()
+        lines = each.stdout.splitlines()[-2:]  # torch 2.9 prints before them that processes are connected
         assert lines == [f"[0.0, 0.0] [0.5] 3 {0 if rank == 0 else None}", f"0.0 {rank}"]
 
 

@@ -23,9 +23,6 @@ from .data import ImageDataset
 from .rng import TrainingRng
 from .run_folder import RunFolder, read_state
 
-# More than this many parameters are summed by torch.distributed, as the tree takes the memory of a model a process.
-_MAX_IN_TREE: Final = 500_000_000
-
 # Keys of a network's configuration that its weights do not depend on.
 _NOT_IN_WEIGHTS: Final = frozenset({"sample_size", "dropout", "num_train_timesteps", "class_names"})
 
@@ -61,10 +58,10 @@ class Task:
         each = self.num_micro_batches // self.team.size
         return range(self.team.rank * each, (self.team.rank + 1) * each)
 
-    def sums_in_tree(self, num_parameters: int) -> bool:
-        """Return whether gradients are the same bits for any number of processes that is a power of two."""
-        counts = (self.team.size, len(self.micro_batches))
-        return all(count & (count - 1) == 0 for count in counts) and num_parameters <= _MAX_IN_TREE
+    @property
+    def sums_in_tree(self) -> bool:
+        """True if gradients are the same bits for any number of processes that is a power of two."""
+        return all(count & (count - 1) == 0 for count in (self.team.size, len(self.micro_batches)))
 
     @property
     def memory_format(self) -> torch.memory_format:

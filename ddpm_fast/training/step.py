@@ -63,7 +63,7 @@ def _set_gradients(task: Task, state: State, images: Tensor, labels: Tensor) -> 
     loss, *gradients = total = sums.total()
     if task.team.size > 1:
         flat = torch.cat([tensor.reshape(-1) for tensor in total])
-        flat = task.team.tree_sum(flat) if task.sums_in_tree(flat.numel()) else task.team.sum_(flat)
+        flat = task.team.tree_sum(flat) if task.sums_in_tree else task.team.sum_(flat)
         for tensor, summed in zip(total, flat.split([tensor.numel() for tensor in total]), strict=True):
             tensor.copy_(summed.view(tensor.shape))  # in the gradient's memory format, which is the parameter's
     for parameter, gradient in zip((each for each in parameters if each.requires_grad), gradients, strict=True):
