@@ -27,7 +27,7 @@ from mutations import bytes_of, json_of, safetensors_of, torch_of
 from ddpm_fast import NoiseSchedule
 from ddpm_fast.nn import UNet, UNetConfig
 from ddpm_fast.pretrained import _read_classes, _read_scheduler
-from ddpm_fast.training.data import _read_idx
+from ddpm_fast.training.data import fashion_mnist
 from ddpm_fast.training.export import write_scheduler
 from ddpm_fast.training.run_folder import RunFolder, read_state, why_damaged
 
@@ -149,8 +149,8 @@ def idx(folder: Path) -> list[Path]:
 
 
 def read_idx(folder: Path) -> None:
-    _read_idx(folder / "a-idx")
-    _read_idx(folder / "b-idx.gz")
+    fashion_mnist.read_idx(folder / "a-idx")
+    fashion_mnist.read_idx(folder / "b-idx.gz")
 
 
 def mutate_json(random: Random, content: bytes) -> bytes:

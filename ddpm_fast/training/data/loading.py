@@ -1,0 +1,65 @@
+"""Load a data set by its name."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Final
+
+from torch.nn import functional
+
+from ...checks import check_choice, check_int
+from .cifar10 import read_cifar10
+from .dataset import ImageDataset, in_memory
+from .digits import read_digits
+from .fashion_mnist import FASHION_MNIST_CLASSES, read_fashion_mnist
+from .folder import read_folder
+
+DATASETS: Final = ("digits", "fashion-mnist", "cifar10")
+
+
+def load_dataset(
+    name: str,
+    data_dir: str | os.PathLike[str] | None = None,
+    *,
+    split: str = "train",
+    image_size: int | None = None,
+    skip_broken: bool = False,
+    first: int | None = None,
+) -> ImageDataset:
+    """Load a data set by name. All of its images are read, so what cannot be read is found before any work.
+
+    Args:
+        name: "digits" (scikit-learn's 8x8 digits, no download), "fashion-mnist" (28x28, padded with black to 32x32),
+            "cifar10" (32x32), or the path of a folder of images. A folder's sub-folders are its classes.
+        data_dir: Folder that holds the files of fashion-mnist or cifar10, or receives torchvision's download. By default
+            the files of Debian's package dataset-fashion-mnist if installed, else a folder in the user's cache.
+        split: "train" or "test". A folder of images has no split: all of it is read.
+        image_size: Height and width in pixels. Images of another size are resized. Those of a folder are first cropped to
+            their central square. By default nothing is resized, and a folder's images must be squares of one size.
+        skip_broken: Leave out images of a folder that cannot be read, and log a warning that names the first of them.
+        first: Read only this many images of a folder, from the first. By default all are read.
+
+    Raises:
+        ValueError: The name, split or size is unknown, the images' sizes differ, no image was found, a file is damaged, or
+            the images do not fit into memory.
+        OSError: A download failed.
+        ImportError: A package of the `train` extra is missing.
+    """
+    check_choice("load_dataset", "split", split, ("train", "test"))
+    check_int("load_dataset", "image_size", image_size, 1, optional=True)
+    check_int("load_dataset", "first", first, 1, optional=True)
+    root = None if data_dir is None else Path(data_dir)
+    if name == "digits":
+        return in_memory(name, *read_digits(split), tuple("0123456789"), image_size)
+    if name == "fashion-mnist":
+        images, labels = read_fashion_mnist(root, split)
+        padding = 2 if image_size != 28 else 0  # 32 = 2^5: a U-Net halves the size several times
+        padded = functional.pad(images, [padding] * 4)
+        preparation = "padded with black from 28x28" if padding else "as they are"
+        return in_memory(name, padded, labels, FASHION_MNIST_CLASSES, image_size, preparation)
+    if name == "cifar10":
+        return in_memory(name, *read_cifar10(root, split), image_size)
+    if Path(name).is_dir():
+        return read_folder(Path(name), image_size, skip_broken, first)
+    raise ValueError(f"load_dataset: expected name to be one of {', '.join(DATASETS)} or a folder, got {name!r}")
