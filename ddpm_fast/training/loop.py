@@ -24,7 +24,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from ..checks import computing_device
+from ..checks import checked_bytes, computing_device
 from ..limits import check_free_memory, check_free_space, check_writable
 from ..memory import kept_memory
 from ..nn import UNetConfig
@@ -56,7 +56,7 @@ CHANGEABLE: Final = frozenset(
             "log_every",
         ),
         *("sample_every", "sample_steps", "checkpoint_every", "checkpoint_minutes", "keep", "tensorboard", "preparation"),
-        "skip_broken",
+        *("skip_broken", "data_memory"),
     }
 )
 
@@ -107,9 +107,9 @@ def run_training(
         torch.set_num_threads(options["threads"])
     if device.type == "cpu":
         _check_threads(torch.get_num_threads())
-    skip_broken = options["skip_broken"]
+    reading = {"skip_broken": options["skip_broken"], "memory": checked_bytes("train", "data_memory", options["data_memory"])}
     try:
-        dataset = load_dataset(options["data"], options["data_dir"], image_size=options["image_size"], skip_broken=skip_broken)
+        dataset = load_dataset(options["data"], options["data_dir"], image_size=options["image_size"], **reading)
     except ValueError:
         if not resume or options["image_size"] is not None:
             raise
@@ -118,7 +118,7 @@ def run_training(
         if stored.get("preparation", RESIZED) != RESIZED:
             raise
         size = stored["shape"][-1]
-        dataset = load_dataset(options["data"], options["data_dir"], image_size=size, skip_broken=skip_broken)
+        dataset = load_dataset(options["data"], options["data_dir"], image_size=size, **reading)
     schedule: NoiseSchedule = getattr(NoiseSchedule, options["schedule"])(options["num_timesteps"])
     weight = options["loss_weight"]
     task = Task(
@@ -362,7 +362,7 @@ class _StopSignals:
 def _absolute_folders(options: Mapping[str, Any]) -> dict[str, str]:
     """Return the options that name folders of data as absolute paths, so that a run is resumed from any working directory."""
     folders = {name: options[name] for name in ("data", "data_dir") if options[name] is not None}
-    if options["data"] in DATASETS or not os.path.isdir(options["data"]):
+    if options["data"] in DATASETS or not os.path.exists(options["data"]):
         del folders["data"]
     return {name: os.path.abspath(folder) for name, folder in folders.items()}
 

@@ -3,7 +3,7 @@
 from .dataset import ImageDataset, to_unit_range
 from .decoding import read_image
 from .fashion_mnist import FASHION_MNIST_CLASSES, FASHION_MNIST_DEBIAN
-from .folder import RESIZED
+from .image_files import RESIZED
 from .loading import DATASETS, load_dataset
 
 __all__ = [

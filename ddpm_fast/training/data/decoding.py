@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import os
+import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, BinaryIO, Final, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ...checks import check_path
@@ -51,7 +53,7 @@ def read_image(
     check_path(caller, name, path)
     try:
         with Image.open(path) as opened:
-            picture = resized_square(opened, size)
+            picture = torch.from_numpy(resized_square(opened, size))
     except (UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError, OSError) as error:
         if isinstance(error, OSError) and error.filename is not None and not isinstance(error, UnidentifiedImageError):
             raise
@@ -61,15 +63,17 @@ def read_image(
     return torch.from_numpy(np.array(Image.fromarray(picture.permute(1, 2, 0).numpy()).convert("L")))[None]
 
 
-def decode(file: Path, size: int, shared: SharedPixels) -> Tensor:
-    """Return the largest centred square of a file, resized to uint8 [3, size, size]."""
+def decode(file: BinaryIO, size: int, shared: SharedPixels) -> NDArray[np.uint8]:
+    """Return the largest centred square of an image file, resized to [3, size, size]."""
     from PIL import Image
 
+    if not isinstance(file, io.BufferedReader):
+        file = io.BytesIO(file.read())  # an archive compares a file's checksum only when it is read whole
     with Image.open(file) as opened, shared.held(opened.width * opened.height):
         return resized_square(opened, size)
 
 
-def size_of(file: Path) -> tuple[int, int]:
+def size_of(file: BinaryIO) -> tuple[int, int]:
     """Return the width and height in an image's header."""
     from PIL import Image
 
@@ -77,8 +81,8 @@ def size_of(file: Path) -> tuple[int, int]:
         return image.width, image.height
 
 
-def resized_square(opened: ImageFile, size: int) -> Tensor:
-    """Return the largest centred square of an open image, resized to uint8 [3, size, size]."""
+def resized_square(opened: ImageFile, size: int) -> NDArray[np.uint8]:
+    """Return the largest centred square of an open image, resized to [3, size, size]."""
     from PIL import Image, ImageOps
 
     image = _rgb(ImageOps.exif_transpose(opened), opened.format)
@@ -86,7 +90,8 @@ def resized_square(opened: ImageFile, size: int) -> Tensor:
     left, top = (image.width - side) // 2, (image.height - side) // 2
     # Crop first, as `resize(box=...)` mixes in pixels from outside the box.
     square = image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(square)).permute(2, 0, 1)
+    pixels: NDArray[np.uint8] = np.array(square).transpose(2, 0, 1)
+    return pixels
 
 
 def _rgb(image: Picture, kind: str | None) -> Picture:
@@ -123,24 +128,29 @@ class SharedPixels:
                 self._changed.notify_all()
 
 
-def try_each(read: Callable[[Path], _Read], files: Sequence[Path], broken: dict[Path, str]) -> list[_Read | None]:
-    """Return what `read` returns for each file, or None and the reason in `broken` if it raises.
+def try_each(read: Callable[[str], _Read], names: Sequence[str], broken: dict[str, str]) -> list[_Read | None]:
+    """Return what `read` returns for each name, or None and the reason in `broken` if it raises.
 
     Pillow releases the interpreter's lock while it decodes, so threads read.
     """
     from PIL import Image
 
-    def attempt(file: Path) -> _Read | None:
+    def attempt(name: str) -> _Read | None:
         try:
-            return read(file)
+            return read(name)
         except MemoryError:
             raise
         except Exception as error:  # Pillow's formats raise errors of many types
-            broken[file] = f"{type(error).__name__}: {error}"  # the error itself would keep the pixels alive
+            broken[name] = reason(error)  # the error itself would keep the pixels alive
             return None
 
     with ThreadPoolExecutor(thread_name_prefix="ddpm_fast-decode") as pool, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, about metadata
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        parts = (files[i : i + AT_ONCE] for i in range(0, len(files), AT_ONCE))
+        parts = (names[i : i + AT_ONCE] for i in range(0, len(names), AT_ONCE))
         return [result for part in parts for result in pool.map(attempt, part)]
+
+
+def reason(error: Exception) -> str:
+    """Return type and text of an error, without the address of an object that Pillow adds."""
+    return re.sub(r" <.*>$", "", f"{type(error).__name__}: {error}")

@@ -26,8 +26,12 @@ def load_dataset(
     image_size: int | None = None,
     skip_broken: bool = False,
     first: int | None = None,
+    memory: int | None = None,
 ) -> ImageDataset:
-    """Load a data set by name. All of its images are read, so what cannot be read is found before any work.
+    """Load a data set by name.
+
+    Images are decoded at once, so broken ones are found before any work. A folder whose decoded images take more than
+    `memory` bytes is decoded batch by batch. Then only the images' headers are read at once, unless `skip_broken` is true.
 
     Args:
         name: "digits" (scikit-learn's 8x8 digits, no download), "fashion-mnist" (28x28, padded with black to 32x32),
@@ -39,6 +43,8 @@ def load_dataset(
             their central square. By default nothing is resized, and a folder's images must be squares of one size.
         skip_broken: Leave out images of a folder that cannot be read, and log a warning that names the first of them.
         first: Read only this many images of a folder, from the first. By default all are read.
+        memory: Bytes that decoded images may take. More are decoded, or resized, as they are read. By default all are
+            held in memory.
 
     Raises:
         ValueError: The name, split or size is unknown, the images' sizes differ, no image was found, a file is damaged, or
@@ -49,17 +55,18 @@ def load_dataset(
     check_choice("load_dataset", "split", split, ("train", "test"))
     check_int("load_dataset", "image_size", image_size, 1, optional=True)
     check_int("load_dataset", "first", first, 1, optional=True)
+    check_int("load_dataset", "memory", memory, 0, optional=True)
     root = None if data_dir is None else Path(data_dir)
     if name == "digits":
-        return in_memory(name, *read_digits(split), tuple("0123456789"), image_size)
+        return in_memory(name, *read_digits(split), tuple("0123456789"), image_size, memory)
     if name == "fashion-mnist":
         images, labels = read_fashion_mnist(root, split)
         padding = 2 if image_size != 28 else 0  # 32 = 2^5: a U-Net halves the size several times
         padded = functional.pad(images, [padding] * 4)
         preparation = "padded with black from 28x28" if padding else "as they are"
-        return in_memory(name, padded, labels, FASHION_MNIST_CLASSES, image_size, preparation)
+        return in_memory(name, padded, labels, FASHION_MNIST_CLASSES, image_size, memory, preparation)
     if name == "cifar10":
-        return in_memory(name, *read_cifar10(root, split), image_size)
+        return in_memory(name, *read_cifar10(root, split), image_size, memory)
     if Path(name).is_dir():
-        return read_folder(Path(name), image_size, skip_broken, first)
+        return read_folder(Path(name), image_size, skip_broken, first, memory)
     raise ValueError(f"load_dataset: expected name to be one of {', '.join(DATASETS)} or a folder, got {name!r}")
