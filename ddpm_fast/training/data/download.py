@@ -8,10 +8,15 @@ from types import ModuleType
 from typing import Any
 
 
+def default_folder() -> Path:
+    """Return the folder that holds downloads, in the user's cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddpm_fast"
+
+
 def downloaded(name: str, root: Path | None, split: str, files: str, others: str = "") -> Any:
     """Return a data set of torchvision, downloaded if its files are missing. Errors say where from and what else to do."""
     source = getattr(import_extra("torchvision.datasets"), name)
-    folder = root or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddpm_fast"
+    folder = root or default_folder()
     try:
         return source(folder, train=split == "train", download=True)
     except (OSError, RuntimeError) as error:
