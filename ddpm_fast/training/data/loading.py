@@ -9,6 +9,7 @@ from typing import Final
 from torch.nn import functional
 
 from ...checks import check_choice, check_int
+from .archive import read_archive
 from .cifar10 import read_cifar10
 from .dataset import ImageDataset, in_memory
 from .digits import read_digits
@@ -69,4 +70,6 @@ def load_dataset(
         return in_memory(name, *read_cifar10(root, split), image_size, memory)
     if Path(name).is_dir():
         return read_folder(Path(name), image_size, skip_broken, first, memory)
-    raise ValueError(f"load_dataset: expected name to be one of {', '.join(DATASETS)} or a folder, got {name!r}")
+    if Path(name).is_file():
+        return read_archive(Path(name), image_size, skip_broken, first, memory)
+    raise ValueError(f"load_dataset: expected name to be one of {', '.join(DATASETS)}, a zip file or a folder, got {name!r}")
