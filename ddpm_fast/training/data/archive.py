@@ -25,21 +25,17 @@ _MAX_LABEL: Final = 65_535  # ImageNet-21k has 21,841 classes
 def read_archive(path: Path, image_size: int | None, skip_broken: bool, first: int | None, memory: int | None) -> ImageDataset:
     """Return the images of a zip file, in any of its folders, sorted by name. `dataset.json` may have a label for each."""
     archive = _opened(path)
-    entries = {entry.filename: entry for entry in archive.infolist() if not entry.is_dir()}
-    names = sorted(filter(is_image_name, entries))  # EDM has the same order
+    names = sorted({name for name in archive.namelist() if is_image_name(name)})  # EDM has the same order
     if not names:
         raise ValueError(f"load_dataset: expected {path} to hold images ({', '.join(sorted(IMAGE_SUFFIXES))}), got none")
     for name in names:
-        _check_entry(path, entries[name], _MAX_IMAGE)
-    labels = None
-    if LABELS_FILE in entries:
-        _check_entry(path, entries[LABELS_FILE], _MAX_JSON)
-        labels = _read_labels(path, archive, names)
+        _check_entry(path, archive.getinfo(name), _MAX_IMAGE)
+    labels = _read_labels(path, archive, names) if LABELS_FILE in archive.NameToInfo else None
     files = ImageFiles(
         root=str(path),
         names=names[:first],
-        open=lambda name: archive.open(entries[name]),  # type: ignore[arg-type, return-value]
-        num_bytes=lambda name: entries[name].file_size,
+        open=lambda name: archive.open(name),  # type: ignore[arg-type, return-value]
+        num_bytes=lambda name: archive.getinfo(name).file_size,
     )
     images, files, preparation = load_images(files, image_size=image_size, skip_broken=skip_broken, memory=memory)
     if labels is None:
@@ -79,6 +75,7 @@ def _check_entry(path: Path, entry: zipfile.ZipInfo, largest: int) -> None:
 
 def _read_labels(path: Path, archive: zipfile.ZipFile, names: Sequence[str]) -> Tensor | None:
     """Return the label of each name, int64 [N], or None if `dataset.json` has none."""
+    _check_entry(path, archive.getinfo(LABELS_FILE), _MAX_JSON)
     place = f"{LABELS_FILE} in {path}"
     try:
         content = json.loads(archive.read(LABELS_FILE))

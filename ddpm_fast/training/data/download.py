@@ -1,4 +1,4 @@
-"""Packages of the `train` extra, and torchvision's downloads."""
+"""Packages of extras, and torchvision's downloads."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def downloaded(name: str, root: Path | None, split: str, files: str, others: str
         ) from error
 
 
-def import_extra(module: str) -> ModuleType:
-    """Import a module of the `train` extra."""
+def import_extra(module: str, extra: str = "train") -> ModuleType:
+    """Import a module of an extra."""
     try:
         return __import__(module, fromlist=["_"])
     except ImportError as error:
-        raise ImportError(f"{module} is missing: install it with pip install 'ddpm_fast[train]'") from error
+        raise ImportError(f"{module} is missing: install it with pip install 'ddpm_fast[{extra}]'") from error

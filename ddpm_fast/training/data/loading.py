@@ -15,6 +15,7 @@ from .dataset import ImageDataset, in_memory
 from .digits import read_digits
 from .fashion_mnist import FASHION_MNIST_CLASSES, read_fashion_mnist
 from .folder import read_folder
+from .hub import is_hub_folder, read_hub_folder
 
 DATASETS: Final = ("digits", "fashion-mnist", "cifar10")
 
@@ -68,6 +69,8 @@ def load_dataset(
         return in_memory(name, padded, labels, FASHION_MNIST_CLASSES, image_size, memory, preparation)
     if name == "cifar10":
         return in_memory(name, *read_cifar10(root, split), image_size, memory)
+    if is_hub_folder(Path(name)):
+        return read_hub_folder(Path(name), split, image_size, skip_broken, first, memory)
     if Path(name).is_dir():
         return read_folder(Path(name), image_size, skip_broken, first, memory)
     if Path(name).is_file():
