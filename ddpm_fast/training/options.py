@@ -79,7 +79,7 @@ def train(
 
     Args:
         run_dir: Write to this folder. It must be new or empty unless `resume` is true.
-        data: Train on digits, fashion-mnist, cifar10, or a folder of images whose sub-folders are classes.
+        data: Train on digits, fashion-mnist, cifar10, a folder of images whose sub-folders are classes, or a zip file.
         data_dir: Read the data set from this folder, or download it there. Default: a folder in the user's cache.
         image_size: Crop images to squares and resize them to this many pixels. Required unless all are squares of one size.
         data_memory: Decode images batch by batch if all take more than this many bytes, such as 200MiB or 2GiB.

@@ -9,7 +9,7 @@ import tarfile
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any, Final, NamedTuple, NoReturn
+from typing import Any, ClassVar, Final, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -137,8 +137,11 @@ class _Dtype(_Array):
     """A stand-in for a dtype in a pickle."""
 
 
-class _Unpickler(pickle.Unpickler):
-    """An unpickler of plain values and arrays. It calls no function of any module, so a pickle cannot run code."""
+class _Unpickler(pickle._Unpickler):
+    """An unpickler of plain values and arrays. It calls no function of any module, so a pickle cannot run code.
+
+    It is the one in Python, as the one in C allocates as much memory as a damaged file asks for.
+    """
 
     _STAND_INS: Final = {
         ("numpy.core.multiarray", "_reconstruct"): _Array,
@@ -146,6 +149,9 @@ class _Unpickler(pickle.Unpickler):
         ("numpy", "ndarray"): _Array,
         ("numpy", "dtype"): _Dtype,
     }
+
+    # A bytearray would be allocated before its content is read.
+    dispatch: ClassVar[Any] = {code: load for code, load in pickle._Unpickler.dispatch.items() if code != pickle.BYTEARRAY8[0]}
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self._STAND_INS:

@@ -32,19 +32,22 @@ def load_dataset(
 ) -> ImageDataset:
     """Load a data set by name.
 
-    Images are decoded at once, so broken ones are found before any work. A folder whose decoded images take more than
-    `memory` bytes is decoded batch by batch. Then only the images' headers are read at once, unless `skip_broken` is true.
+    Images are decoded at once, so broken ones are found before any work. Images that take more than `memory` bytes are
+    decoded batch by batch. Then only their headers are read at once, unless `skip_broken` is true.
 
     Args:
         name: "digits" (scikit-learn's 8x8 digits, no download), "fashion-mnist" (28x28, padded with black to 32x32),
-            "cifar10" (32x32), or the path of a folder of images. A folder's sub-folders are its classes.
-        data_dir: Folder that holds the files of fashion-mnist or cifar10, or receives torchvision's download. By default
-            the files of Debian's package dataset-fashion-mnist if installed, else a folder in the user's cache.
-        split: "train" or "test". A folder of images has no split: all of it is read.
+            "cifar10" (32x32), or a path. A folder's sub-folders are its classes. A zip file's labels are in its
+            `dataset.json`, as EDM writes it. A folder that Hugging Face's `datasets` has saved needs the `hub` extra.
+        data_dir: Folder that holds the files of fashion-mnist or cifar10, or receives torchvision's download. CIFAR-10 may
+            be the binary or the Python version, unpacked or not. By default the files of Debian's package
+            dataset-fashion-mnist if installed, else a folder in the user's cache.
+        split: "train" or "test". A folder or zip file of images has no split: all of it is read.
         image_size: Height and width in pixels. Images of another size are resized. Those of a folder are first cropped to
             their central square. By default nothing is resized, and a folder's images must be squares of one size.
-        skip_broken: Leave out images of a folder that cannot be read, and log a warning that names the first of them.
-        first: Read only this many images of a folder, from the first. By default all are read.
+        skip_broken: Leave out images of a folder or zip file that cannot be read, and log a warning that names the first of
+            them.
+        first: Read only this many images of a folder or zip file, from the first. By default all are read.
         memory: Bytes that decoded images may take. More are decoded, or resized, as they are read. By default all are
             held in memory.
 
@@ -52,7 +55,7 @@ def load_dataset(
         ValueError: The name, split or size is unknown, the images' sizes differ, no image was found, a file is damaged, or
             the images do not fit into memory.
         OSError: A download failed.
-        ImportError: A package of the `train` extra is missing.
+        ImportError: A package of the `train` or `hub` extra is missing.
     """
     check_choice("load_dataset", "split", split, ("train", "test"))
     check_int("load_dataset", "image_size", image_size, 1, optional=True)
