@@ -34,7 +34,7 @@ def read_folder(root: Path, image_size: int | None, skip_broken: bool, first: in
 def _image_names(root: Path) -> list[str]:
     """Return the paths of files with the endings of images, relative to `root` and sorted by their parts.
 
-    Folders, pipes and devices with such names are no images. Paths are texts, which take a tenth of the memory of `Path`s.
+    Folders, pipes and devices with such names are no images. Paths are texts, which take less memory than `Path`s.
     """
     names = [os.path.relpath(path, root) for path in _image_paths(root)]
     return sorted(names, key=lambda name: name.replace(os.sep, "\0"))  # a folder's files come before those of "folder-2"
