@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Collection, Mapping, Sequence
+from decimal import Decimal
 from typing import Any, Final
 
 import torch
@@ -154,6 +156,22 @@ def check_number(
         bounds = [f"{word} {bound}" for word, bound in words.items() if bound is not None] + ["finite"] * finite
         wanted = " and ".join(bounds).replace("above 0", "positive")
         raise ValueError(f"{caller}: expected {name} to be {wanted}{or_none}, got {value!r}")
+
+
+def checked_bytes(caller: str, name: str, value: Any) -> int:
+    """Return a number of bytes that is given as an int or as text with a unit. Raise a TypeError or ValueError for others."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        check_int(caller, name, value, 0)
+        return value
+    if not isinstance(value, str):
+        raise TypeError(f"{caller}: expected {name} to be a number of bytes or text such as 2GiB, got {value!r}")
+    match = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,18})?) ?(?:([KMGT]?)(i?)B)?", value.strip(), re.IGNORECASE | re.ASCII)
+    if match is None or (match[3] and not match[2]):
+        raise ValueError(
+            f"{caller}: expected {name} to be a number of bytes or text such as 200MiB, 2GiB or 500MB, got {value!r}"
+        )
+    power = " KMGT".index((match[2] or " ").upper())
+    return int(Decimal(match[1]) * (1024 if match[3] else 1000) ** power)
 
 
 def listed(values: Collection[Any]) -> str:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     "--data",
     default="fashion-mnist",
     show_default=True,
-    help="Evaluate the test images of digits, fashion-mnist or cifar10, or all of a folder.",
+    help="Evaluate the test images of digits, fashion-mnist or cifar10, or all of a folder or zip file.",
 )
 @click.option("--data-dir", type=PathOption(), help="Read the data set from this folder, or download it there.")
 @click.option("--variance", type=click.Choice(VARIANCES), help="Choose the reverse steps' variance.  [default: the model's]")

@@ -46,6 +46,7 @@ def _train_option(declaration: str, **settings: Any) -> Callable[[Command], Comm
 @_train_option("--data")
 @_train_option("--data-dir", type=PathOption())
 @_train_option("--image-size", type=int)
+@_train_option("--data-memory", metavar="SIZE")
 @_train_option("--skip-broken/--no-skip-broken")
 @_train_option("--flip/--no-flip")
 @_train_option("--channels")

@@ -28,7 +28,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from ..checks import computing_device
+from ..checks import checked_bytes, computing_device
 from ..distributed import Processes, ProcessLost, joined
 from ..limits import check_free_memory, check_free_space, check_writable
 from ..memory import kept_memory
@@ -61,7 +61,7 @@ CHANGEABLE: Final = frozenset(
             "log_every",
         ),
         *("sample_every", "sample_steps", "checkpoint_every", "checkpoint_minutes", "keep", "tensorboard", "preparation"),
-        "skip_broken",
+        *("skip_broken", "data_memory"),
     }
 )
 
@@ -130,9 +130,7 @@ def run_training(
             team=team,
         )
         _check_sizes(run, task)
-        state = State.initial(
-            task
-        )  # first, as it refuses options that make no network: a folder would be in the next try's way
+        state = State.initial(task)  # before a folder is made, as it refuses options that make no network
         if options["init"] is not None and not resume:
             team.on_first(lambda: state.load_weights(options["init"]))
         locks, keeps = lock and team.is_first, task.device.type == "cpu"
@@ -279,17 +277,18 @@ def _save_checkpoint(run: RunFolder, task: Task, state: State) -> None:
 
 @contextmanager
 def _saved_if_it_fails(run: RunFolder, config: Mapping[str, Any], task: Task, state: State) -> Iterator[None]:
-    """Save a checkpoint, if possible, when a file cannot be written or another process ends.
+    """Save a checkpoint, if possible, when a file cannot be read or written, or another process ends.
 
     Raise the error with the name of the last good checkpoint.
     """
     try:
         yield
-    except ProcessLost as error:
+    except (ProcessLost, ValueError) as error:  # ValueError: an image that is decoded late is damaged
         if state.is_finite():
             _save_checkpoint(run, task, state)
         last = run.latest_checkpoint() or "none"
-        raise ProcessLost(f"train: {error}; the last good checkpoint is {last}, from which --resume continues") from error
+        kind = ProcessLost if isinstance(error, ProcessLost) else ValueError
+        raise kind(f"train: {error}; the last good checkpoint is {last}, from which --resume continues") from error
     except OSError as error:
         run.remove_leftovers()  # they take space
         with suppress(OSError):
@@ -417,8 +416,9 @@ def _micro_batch_size(options: Mapping[str, Any], run: RunFolder, resume: bool, 
 def _dataset(options: Mapping[str, Any], run: RunFolder, resume: bool) -> ImageDataset:
     """Load the images."""
     arguments = (options["data"], options["data_dir"])
+    reading = {"skip_broken": options["skip_broken"], "memory": checked_bytes("train", "data_memory", options["data_memory"])}
     try:
-        return load_dataset(*arguments, image_size=options["image_size"], skip_broken=options["skip_broken"])
+        return load_dataset(*arguments, image_size=options["image_size"], **reading)
     except ValueError:
         if not resume or options["image_size"] is not None:
             raise
@@ -427,13 +427,13 @@ def _dataset(options: Mapping[str, Any], run: RunFolder, resume: bool) -> ImageD
         if stored.get("preparation", RESIZED) != RESIZED:
             raise
         size = stored["shape"][-1]
-        return load_dataset(*arguments, image_size=size, skip_broken=options["skip_broken"])
+        return load_dataset(*arguments, image_size=size, **reading)
 
 
 def _absolute_folders(options: Mapping[str, Any]) -> dict[str, str]:
     """Return the options that name folders of data as absolute paths, so that a run is resumed from any working directory."""
     folders = {name: options[name] for name in ("data", "data_dir") if options[name] is not None}
-    if options["data"] in DATASETS or not os.path.isdir(options["data"]):
+    if options["data"] in DATASETS or not os.path.exists(options["data"]):
         del folders["data"]
     return {name: os.path.abspath(folder) for name, folder in folders.items()}
 

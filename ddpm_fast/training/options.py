@@ -21,6 +21,7 @@ def train(
     data: str | os.PathLike[str] = "digits",
     data_dir: str | os.PathLike[str] | None = None,
     image_size: int | None = None,
+    data_memory: int | str = "2GiB",
     skip_broken: bool = False,
     flip: bool = False,
     # network
@@ -80,9 +81,10 @@ def train(
 
     Args:
         run_dir: Write to this folder. It must be new or empty unless `resume` is true.
-        data: Train on digits, fashion-mnist, cifar10, or a folder of images whose sub-folders are classes.
+        data: Train on digits, fashion-mnist, cifar10, a folder of images whose sub-folders are classes, or a zip file.
         data_dir: Read the data set from this folder, or download it there. Default: a folder in the user's cache.
         image_size: Crop images to squares and resize them to this many pixels. Required unless all are squares of one size.
+        data_memory: Decode images batch by batch if all take more than this many bytes, such as 200MiB or 2GiB.
         skip_broken: Leave out images of a folder that cannot be read, and say how many and which.
         flip: Mirror half of the images left to right.
         channels: Give each level this many channels. Each level halves the resolution.
@@ -185,10 +187,10 @@ def _json(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_options(options: Mapping[str, Any]) -> None:
-    from ..checks import MAX_TIMESTEPS, check_choice, check_int, check_number, check_type
+    from ..checks import MAX_TIMESTEPS, check_choice, check_int, check_number, check_type, checked_bytes
     from ..nn.config import MAX_LAYERS
 
-    def each(check: Callable[..., None], names: str, *bounds: Any, **more: Any) -> None:
+    def each(check: Callable[..., object], names: str, *bounds: Any, **more: Any) -> None:
         for name in names.split():
             check("train", name, options[name], *bounds, **more)
 
@@ -213,6 +215,7 @@ def _check_options(options: Mapping[str, Any]) -> None:
     each(check_number, "dropout ema_decay", 0, below=1)
     each(check_number, "label_dropout", 0, 1)
     each(check_type, "device", str, optional=True)
+    each(checked_bytes, "data_memory")
     if options["sample_every"]:
         each(check_int, "sample_steps", 1, options["num_timesteps"])
     if not options["channels"]:

@@ -124,7 +124,7 @@ def lr_factor(step: int, steps: int, warmup_steps: int, decay: str, decay_steps:
 
 def batches(task: Task, step: int) -> Generator[tuple[Tensor, Tensor], None, None]:
     """Yield this process's images and labels of each step from `step` on."""
-    size, mine = task.micro_batch_size, task.micro_batches
+    size, mine, num_images = task.micro_batch_size, task.micro_batches, len(task.dataset)
     rows = slice(mine.start * size, mine.stop * size)
-    for number in range(step, task.options["steps"]):
-        yield task.dataset[task.rng.indices(number, len(task.dataset))[rows]]
+    steps = range(step, task.options["steps"])
+    return task.dataset.batches(task.rng.indices(each, num_images)[rows] for each in steps)

@@ -8,10 +8,14 @@ from __future__ import annotations
 import faulthandler
 import gzip
 import hashlib
+import io
 import json
+import pickle
 import sys
+import tarfile
 import tempfile
 import warnings
+import zipfile
 import zlib
 from collections.abc import Callable
 from contextlib import suppress
@@ -20,14 +24,16 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 from mutations import bytes_of, json_of, safetensors_of, torch_of
+from PIL import Image
 
 from ddpm_fast import NoiseSchedule
 from ddpm_fast.nn import UNet, UNetConfig
 from ddpm_fast.pretrained import _read_classes, _read_scheduler
-from ddpm_fast.training.data import _read_idx
+from ddpm_fast.training.data import fashion_mnist, load_dataset
 from ddpm_fast.training.export import write_scheduler
 from ddpm_fast.training.run_folder import RunFolder, read_state, why_damaged
 
@@ -149,8 +155,41 @@ def idx(folder: Path) -> list[Path]:
 
 
 def read_idx(folder: Path) -> None:
-    _read_idx(folder / "a-idx")
-    _read_idx(folder / "b-idx.gz")
+    fashion_mnist.read_idx(folder / "a-idx")
+    fashion_mnist.read_idx(folder / "b-idx.gz")
+
+
+def cifar10(folder: Path) -> list[Path]:
+    batch = {b"labels": [3, 1], b"data": np.zeros((2, 3072), np.uint8), b"filenames": [b"a.png", b"b.png"]}
+    for number in range(1, 6):
+        (folder / f"data_batch_{number}").write_bytes(pickle.dumps(batch, 4))
+    return [folder / "data_batch_2"]
+
+
+def mutate_pickle(random: Random, content: bytes) -> bytes:
+    """Mutate what surrounds the pixels."""
+    before, pixels, after = content.partition(bytes(2 * 3072))
+    return bytes_of(random, before) + pixels + after if random.random() < 0.7 else before + pixels + bytes_of(random, after)
+
+
+def cifar10_archive(folder: Path) -> list[Path]:
+    file = folder / "cifar-10-binary.tar.gz"
+    with tarfile.open(file, "w:gz") as archive:
+        for number in range(1, 6):
+            entry = tarfile.TarInfo(f"cifar-10-batches-bin/data_batch_{number}.bin")
+            entry.size = 3073
+            archive.addfile(entry, io.BytesIO(bytes(3073)))
+    return [file]
+
+
+def image_archive(folder: Path) -> list[Path]:
+    file, image = folder / "a.zip", io.BytesIO()
+    Image.new("RGB", (4, 4), "red").save(image, format="PNG")
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in ("a.png", "b/c.png"):
+            archive.writestr(name, image.getvalue())
+        archive.writestr("dataset.json", json.dumps({"labels": [["a.png", 1], ["b/c.png", 0]]}))
+    return [file]
 
 
 def mutate_json(random: Random, content: bytes) -> bytes:
@@ -187,6 +226,9 @@ TARGETS: dict[str, Target] = {
     "run-config": Target(run_config, mutate_json, lambda folder: RunFolder(folder).read_config()),
     "state": Target(state, mutate_state, read_checkpoint),
     "idx": Target(idx, mutate_idx, read_idx),
+    "cifar10": Target(cifar10, mutate_pickle, lambda folder: load_dataset("cifar10", folder)),
+    "cifar10-archive": Target(cifar10_archive, mutate_idx, lambda folder: load_dataset("cifar10", folder)),
+    "image-archive": Target(image_archive, bytes_of, lambda folder: load_dataset(str(folder / "a.zip"))),
 }
 
 

@@ -18,8 +18,7 @@ import torch
 from PIL import Image
 
 from ddpm_fast import limits
-from ddpm_fast.training import data
-from ddpm_fast.training.data import FASHION_MNIST_CLASSES, load_dataset, to_unit_range
+from ddpm_fast.training.data import FASHION_MNIST_CLASSES, decoding, load_dataset, to_unit_range
 
 
 def write_idx(path: Path, values: np.ndarray) -> None:
@@ -390,7 +389,7 @@ def test_images_that_do_not_fit_into_memory_are_refused_before_they_are_read(
 ) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     monkeypatch.setattr(limits, "free_memory", lambda: 300_000_000)
-    monkeypatch.setattr(data, "_decode", lambda *_: pytest.fail("an image was decoded"))
+    monkeypatch.setattr("ddpm_fast.training.data.image_files.decode", lambda *_: pytest.fail("an image was decoded"))
     wanted = r"expected image_size to fit into memory, got 10001 for 1 images, which needs about 300\.1 MB of 300\.0 MB"
     with pytest.raises(ValueError, match=wanted):
         load_dataset(str(tmp_path), image_size=10001)
@@ -414,11 +413,11 @@ def test_images_wait_for_memory_and_a_large_one_is_read_alone(tmp_path: Path, mo
     for i in range(12):
         Image.new("RGB", (10, 10)).save(tmp_path / f"{i}.png")
     Image.new("RGB", (40, 40)).save(tmp_path / "large.png")
-    monkeypatch.setattr(data, "free_memory", lambda: 4 * 16 * 250)
+    monkeypatch.setattr("ddpm_fast.training.data.image_files.free_memory", lambda: 4 * 16 * 250)
     lock, held, together = threading.Lock(), [0], []
-    resized_square = data._resized_square
+    resized_square = decoding.resized_square
 
-    def watch(opened: Any, size: int) -> torch.Tensor:
+    def watch(opened: Any, size: int) -> np.ndarray:
         pixels = opened.width * opened.height
         with lock:
             held[0] += pixels
@@ -429,19 +428,18 @@ def test_images_wait_for_memory_and_a_large_one_is_read_alone(tmp_path: Path, mo
             held[0] -= pixels
         return result
 
-    monkeypatch.setattr(data, "_resized_square", watch)
+    monkeypatch.setattr(decoding, "resized_square", watch)
     monkeypatch.setattr("os.cpu_count", lambda: 8)
     assert len(load_dataset(str(tmp_path), image_size=8)) == 13
     assert set(together) == {100, 200, 1600}
 
 
-def test_broken_images_are_kept_as_texts(tmp_path: Path) -> None:
+def test_broken_images_are_kept_as_texts() -> None:
     """An exception would keep the frames of its traceback alive, and with them the pixels of the image."""
-    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    broken: dict[Path, str] = {}
+    broken: dict[str, str] = {}
 
-    def fail(file: Path) -> None:
+    def fail(name: str) -> None:
         raise ValueError("damaged")
 
-    assert data._try_each(fail, [tmp_path / "a.png"], broken) == [None]
-    assert broken == {tmp_path / "a.png": "ValueError: damaged"}
+    assert decoding.try_each(fail, ["a.png"], broken) == [None]
+    assert broken == {"a.png": "ValueError: damaged"}

@@ -1,0 +1,146 @@
+"""Zip files of images with the labels of EDM's `dataset.json`."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ddpm_fast.training.data import archive, load_dataset
+
+NAMES = ["00000/img1.png", "00000/img0.png", "b.png", "00001-more/deep/img2.PNG", "A.png"]
+
+
+def image(number: int, size: int = 6) -> bytes:
+    file = io.BytesIO()
+    pixels = np.random.default_rng(number).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file, format="PNG")
+    return file.getvalue()
+
+
+def write_zip(path: Path, files: dict[str, bytes], labels: Any = "no file", method: int = zipfile.ZIP_STORED) -> Path:
+    with zipfile.ZipFile(path, "w", method) as opened:
+        for name, content in files.items():
+            opened.writestr(name, content)
+        if labels != "no file":
+            opened.writestr("dataset.json", json.dumps({"labels": labels}))
+    return path
+
+
+@pytest.fixture
+def files() -> dict[str, bytes]:
+    return {"folder/": b"", "notes.txt": b"text", **{name: image(number) for number, name in enumerate(NAMES)}}
+
+
+@pytest.mark.parametrize("memory", [None, 0])
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_images_are_those_of_the_extracted_files(
+    files: dict[str, bytes], method: int, memory: int | None, tmp_path: Path
+) -> None:
+    labels = [["00000/img1.png", 2], ["00000/img0.png", 0], ["b.png", 4], ["00001-more/deep/img2.PNG", 0], ["A.png", 1]]
+    path = write_zip(tmp_path / "a.zip", files, [*labels, ["other.png", 9]], method)
+    dataset = load_dataset(str(path), memory=memory)
+    order = sorted(NAMES)
+    assert (dataset.shape, dataset.classes, dataset.preparation) == ((3, 6, 6), ("0", "1", "2", "3", "4"), "as they are")
+    assert dataset.labels.tolist() == [dict(labels)[name] for name in order]
+    expected = [np.asarray(Image.open(io.BytesIO(files[name]))).transpose(2, 0, 1) for name in order]
+    (images, numbers), *rest = dataset.batches([torch.arange(5), torch.tensor([3, 3])])
+    np.testing.assert_array_equal(images, expected)
+    assert torch.equal(numbers, dataset.labels)
+    np.testing.assert_array_equal(rest[0][0][1], expected[3])
+    assert dataset.fingerprint(exact=True) == load_dataset(str(path)).fingerprint(exact=True)
+    resized = load_dataset(str(path), image_size=3, first=2, memory=memory)
+    assert (resized.shape, len(resized), resized.classes) == ((3, 3, 3), 2, dataset.classes)
+
+
+@pytest.mark.parametrize("labels", ["no file", None])
+def test_images_without_labels_share_one_class(files: dict[str, bytes], labels: Any, tmp_path: Path) -> None:
+    dataset = load_dataset(str(write_zip(tmp_path / "a.zip", files, labels)))
+    assert (dataset.classes, dataset.labels.tolist()) == (("",), [0] * 5)
+
+
+@pytest.mark.parametrize(
+    ("label", "got"),
+    [([0.5, 1.0], "a vector"), (None, "none"), (-1, "-1"), (65_536, "65536"), (1.0, r"1\.0"), (True, "True"), ("1", "'1'")],
+)
+def test_other_labels_are_refused_by_name(files: dict[str, bytes], label: Any, got: str, tmp_path: Path) -> None:
+    path = write_zip(tmp_path / "a.zip", files, [[name, label if name == "b.png" else 0] for name in NAMES])
+    wanted = rf"load_dataset: expected the label of b\.png in dataset\.json in .*a\.zip to be in 0\.\.65535, got {got}"
+    with pytest.raises(ValueError, match=wanted):
+        load_dataset(str(path))
+
+
+@pytest.mark.parametrize("labels", [5, {"a.png": 1}, ["a.png"], [["a.png", 1, 2]]])
+def test_other_lists_of_labels_are_refused(files: dict[str, bytes], labels: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"labels in dataset\.json in .* to be a list of pairs \[name, label\], or null"):
+        load_dataset(str(write_zip(tmp_path / "a.zip", files, labels)))
+
+
+@pytest.mark.parametrize("text", [b"{", b"\xff", b"[" * 100_000])
+def test_damaged_labels_are_named(files: dict[str, bytes], text: bytes, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"load_dataset: expected dataset\.json in .*a\.zip to be JSON, got: "):
+        load_dataset(str(write_zip(tmp_path / "a.zip", {**files, "dataset.json": text})))
+
+
+def test_files_that_are_no_archives_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.zip"
+    path.write_bytes(b"text")
+    with pytest.raises(ValueError, match=r"load_dataset: expected .*a\.zip to be a folder or a whole zip file, got: "):
+        load_dataset(str(path))
+    with pytest.raises(ValueError, match=r"a\.zip to hold images .* got none"):
+        load_dataset(str(write_zip(path, {"a.txt": b"text"})))
+
+
+@pytest.mark.parametrize("memory", [None, 0])
+def test_a_damaged_image_is_named(files: dict[str, bytes], memory: int | None, tmp_path: Path) -> None:
+    """The archive's checksum also finds what Pillow would not."""
+    path = write_zip(tmp_path / "a.zip", files)
+    content = path.read_bytes()
+    at = content.index(files["b.png"]) + len(files["b.png"]) - 1  # in the checksum of the last chunk, which Pillow skips
+    path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+    with pytest.raises(
+        ValueError, match=r"Pillow can read in .*a\.zip, got .*b\.png \(BadZipFile: Bad CRC-32 for file 'b\.png'\)"
+    ):
+        load_dataset(str(path), memory=memory)[torch.arange(5)]
+    dataset = load_dataset(str(path), memory=memory, skip_broken=True)
+    assert len(dataset[torch.arange(4)][0]) == len(dataset) == 4
+
+
+def test_large_files_are_refused_before_they_are_unpacked(
+    files: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_zip(tmp_path / "a.zip", {**files, "bomb.png": bytes(10**6)}, [], zipfile.ZIP_DEFLATED)
+    assert path.stat().st_size < 10_000
+    monkeypatch.setattr(archive, "_MAX_IMAGE", 10**5)
+    monkeypatch.setattr(zipfile.ZipFile, "open", lambda *_: pytest.fail("a file was opened"))
+    with pytest.raises(ValueError, match=r"expected bomb\.png in .*a\.zip to have at most 100000 bytes, got 1000000"):
+        load_dataset(str(path))
+    monkeypatch.setattr(archive, "_MAX_IMAGE", 10**7)
+    monkeypatch.setattr(archive, "_MAX_JSON", 5)
+    with pytest.raises(ValueError, match=r"expected dataset\.json in .*a\.zip to have at most 5 bytes, got 14"):
+        load_dataset(str(path))
+
+
+def test_a_file_that_is_larger_than_its_entry_says_is_cut_off(files: dict[str, bytes], tmp_path: Path) -> None:
+    path = write_zip(tmp_path / "a.zip", {"a.png": image(0) + bytes(10**6)}, method=zipfile.ZIP_DEFLATED)
+    content = path.read_bytes()
+    size = (10**6 + len(image(0))).to_bytes(4, "little")
+    path.write_bytes(content.replace(size, (100).to_bytes(4, "little")))
+    with pytest.raises(ValueError, match=r"Pillow can read in .*a\.zip, got 1 of 1 that it cannot: a\.png \(BadZipFile"):
+        load_dataset(str(path))
+
+
+def test_encrypted_files_are_refused(files: dict[str, bytes], tmp_path: Path) -> None:
+    path = write_zip(tmp_path / "a.zip", {"a.png": image(0)})
+    content = bytearray(path.read_bytes())
+    content[content.index(b"PK\1\2") + 8] |= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"expected .*a\.zip to hold no encrypted files, got a\.png"):
+        load_dataset(str(path))
