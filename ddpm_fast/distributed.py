@@ -122,7 +122,7 @@ class Processes:
         """
         if self.size == 1:
             return flat
-        length = -(-flat.numel() // self.size)  # of a slice
+        length = -(-flat.numel() // self.size)  # elements a slice
         padded = torch.zeros(self.size * length, dtype=flat.dtype, device=flat.device)
         padded[: flat.numel()] = flat
         slices = torch.empty_like(padded)
