@@ -27,6 +27,10 @@ _MASTER: Final = ("MASTER_ADDR", "MASTER_PORT")
 T = TypeVar("T")
 
 
+class FirstFailed(RuntimeError):
+    """An error of rank 0, as the other processes see it. Rank 0 reports the reason."""
+
+
 @dataclass(frozen=True)
 class Processes:
     """The processes of one call, as this one sees them.
@@ -45,14 +49,14 @@ class Processes:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is rank 0, which writes files and shows progress."""
+        """True in rank 0, which writes files and shows progress."""
         return self.rank == 0
 
     def on_first(self, function: Callable[[], T]) -> T | None:
         """Run a function in rank 0, while the others wait. Return its result in rank 0, and None in the others.
 
         Raises:
-            RuntimeError: It failed in rank 0, whose error says why.
+            FirstFailed: It failed in rank 0, whose error says why.
         """
         result: T | None = None
         error: Exception | None = None
@@ -65,14 +69,14 @@ class Processes:
         if error is not None:
             raise error
         if failed:
-            raise RuntimeError(f"rank {self.rank}: expected rank 0 to go on, got an error there, which it reports")
+            raise FirstFailed(f"rank {self.rank}: expected rank 0 to go on, got an error there, which it reports")
         return result
 
     def first_then_others(self, function: Callable[[], T]) -> T:
         """Run a function in rank 0, then in the others, which find the files that it has written. Return its result.
 
         Raises:
-            RuntimeError: It failed in rank 0, whose error says why.
+            FirstFailed: It failed in rank 0, whose error says why.
         """
         result = self.on_first(function)
         return function() if result is None else result
@@ -105,6 +109,35 @@ class Processes:
             return int(value)
 
         return wait
+
+    @contextmanager
+    def barrier(self, timeout: timedelta) -> Iterator[Callable[[], Callable[[], bool]]]:
+        """Prepare barriers for processes that arrive up to `timeout` apart. All processes call this at the same time.
+
+        Yields:
+            A function to call on arrival. It returns a function that returns whether all processes have arrived, and raises a
+            RuntimeError if one has ended.
+        """
+        if self.size == 1:
+            yield lambda: lambda: True
+            return
+        group = dist.new_group(backend="gloo", timeout=timeout)
+
+        def arrive() -> Callable[[], bool]:
+            work = dist.barrier(group, async_op=True)
+
+            def all_arrived() -> bool:
+                if not work.is_completed():
+                    return False
+                work.wait()  # raises the error of a barrier that failed
+                return True
+
+            return all_arrived
+
+        try:
+            yield arrive
+        finally:
+            dist.destroy_process_group(group)
 
     def tree_sum(self, flat: Tensor) -> Tensor:
         """Return the sum of all processes' tensors, added in pairs: ((0 + 1) + (2 + 3)) + ... The size is a power of two."""
