@@ -229,7 +229,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--out", "x" * 300 + ".png"], "expected --out to be a path that can be written, got: .*File name too long"),
         (["--out", "file/a.png"], "expected --out to be in a folder, got 'file/a.png', and '.*file' is a file"),
         (["--gif", "file/a.gif"], "expected --gif to be in a folder, got 'file/a.gif'"),
-        (["--out", "folder.png"], r"'--out': File 'folder\.png' is a directory"),
+        (["--gif", "folder.png"], r"'--gif': File 'folder\.png' is a directory"),
         (["--out", "a.png", "--gif", "b/../a.png"], "expected --gif to be another file than --out"),
         (["--out", "a.png", "--gif", "A.PNG"], "expected --gif to be another file than --out"),
         (["--out", "there.png", "--gif", "link.png"], "expected --gif to be another file than --out"),
