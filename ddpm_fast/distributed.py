@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
+from itertools import count
 from typing import Any, Final, TypeVar
 
 import torch
@@ -23,6 +25,8 @@ TIMEOUT: Final = timedelta(minutes=30)
 _TORCHRUN: Final = ("RANK", "WORLD_SIZE", "LOCAL_RANK")  # accelerate sets the same
 _SLURM: Final = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
 _MASTER: Final = ("MASTER_ADDR", "MASTER_PORT")
+
+_JOINS: Final = count()
 
 T = TypeVar("T")
 
@@ -181,12 +185,20 @@ def joined(caller: str) -> Iterator[Processes]:
     if not dist.is_available():
         raise ValueError(f"{caller}: expected one process, as this PyTorch has no torch.distributed, got {size}")
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    store, _, _ = next(rendezvous("env://", rank, size, timeout=TIMEOUT))
+    # Keys of an earlier join would be taken for those of this one. All processes join equally often.
+    store = dist.distributed_c10d.PrefixStore(f"ddpm_fast/{next(_JOINS)}", _shared_store(rank, size))
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     try:
         yield Processes(rank, size, local_rank, store)
     finally:
         dist.destroy_process_group()
+
+
+@cache
+def _shared_store(rank: int, size: int) -> Any:
+    """Return the store of all processes. It stays until this process ends, so that they can join again."""
+    store, _, _ = next(rendezvous("env://", rank, size, timeout=TIMEOUT))
+    return store
 
 
 def ranks(caller: str, environment: Mapping[str, str]) -> tuple[int, int, int]:

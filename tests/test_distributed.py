@@ -97,6 +97,19 @@ def test_a_barrier_is_polled_and_notices_an_end(tmp_path: Path) -> None:
     assert "RuntimeError" in done[0].stderr
 
 
+AGAIN = """
+from ddpm_fast.distributed import joined
+for _ in range(5):
+    with joined("test") as team:
+        print(team.from_first([team.rank + 0.5]), team.store.add("key", 1) <= team.size)
+"""
+
+
+def test_processes_join_again(tmp_path: Path) -> None:
+    for each in run_ranks(2, ["-c", AGAIN], tmp_path):
+        assert each.stdout.splitlines() == ["[0.5] True"] * 5, each.stderr
+
+
 FAILURE = """
 from ddpm_fast.distributed import joined
 with joined("test") as team:
