@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -325,8 +326,12 @@ class _Files(ABC):
         remove_leftovers(self.folder, 0)
 
     def space(self, missing: int) -> int:
-        """Return the bytes that the disk needs for this number of images."""
-        return missing * int(np.prod(self.shape))
+        """Return the bytes that the disk needs if this number of images is missing."""
+        return self.size(missing)
+
+    def size(self, images: int) -> int:
+        """Return the bytes of this number of images. A PNG needs about as many at most."""
+        return images * math.prod(self.shape)
 
     @abstractmethod
     def has(self, block: range) -> bool:
@@ -396,7 +401,7 @@ class _Archive(_Files):
         return parsed_json(_CALLER, self.out, content, _fields)
 
     def space(self, missing: int) -> int:
-        return 0 if self.out.exists() else super().space(missing) + super().space(self.num_samples)
+        return 0 if self.out.exists() else self.size(missing) + self.size(self.num_samples)
 
     def has(self, block: range) -> bool:
         return self.out.exists() or self.is_part(self.part(block), block)
@@ -447,9 +452,8 @@ class _Npz(_Archive):
     def is_part(self, path: Path, block: range) -> bool:
         header = self.header(len(block))
         with suppress(OSError), path.open("rb") as file:
-            return file.read(len(header)) == header and os.fstat(file.fileno()).st_size == len(header) + super().space(
-                len(block)
-            )
+            whole = len(header) + self.size(len(block))
+            return file.read(len(header)) == header and os.fstat(file.fileno()).st_size == whole
         return False
 
     def encoded(self, block: range, pixels: Pixels) -> bytes:
