@@ -78,7 +78,7 @@ def write_samples(
     The ending of `out` chooses the format:
 
     - `.npz`: `arr_0` uint8 [num_samples, H, W, C] and, with class labels, `arr_1` int64 [num_samples], as guided-diffusion has.
-    - `.zip`: PNGs `00000/img00000000.png` and `dataset.json` with the labels or null, as EDM has. Nothing is compressed twice.
+    - `.zip`: PNGs `00000/img00000000.png` and `dataset.json` with the labels or null, as EDM has.
     - Any other: a folder of PNGs `000000/000123.png`, a folder for each 1000 images, and, with class labels, `dataset.json`.
 
     Values in [-1, 1] become 0..255 by `to_uint8`. Images of one channel are grey PNGs (mode L), and have C = 1 in an npz.
@@ -95,7 +95,7 @@ def write_samples(
         model: See `Sampler`.
         plan: From `ddpm_plan`, `ddim_plan`, ...
         num_samples: Number of images, at most 2^32.
-        seed: Seed of all noise. Image i is image i of `sample` with this seed.
+        seed: Seed of all noise. Image i is image i of `sample` with this seed and batch size.
         batch_size: Images per network evaluation, and per block.
         class_labels: See `sample`.
         guidance_scale: See `sample`.
@@ -131,8 +131,8 @@ def write_samples(
         progress=progress,
         num_kept=batch_size,
     )
-    labels = None if class_labels is None else request.labels
-    files = _files(out, num_samples, shape, None if labels is None else labels.cpu().numpy())
+    labels = None if class_labels is None or request.labels is None else request.labels.cpu()
+    files = _files(out, num_samples, shape, None if labels is None else labels.numpy())
     blocks = [range(i, min(i + batch_size, num_samples)) for i in range(0, num_samples, batch_size)]
     with joined(_CALLER) as team, team.barrier(_APART) as arrive:
         sampler = Sampler(model, plan, dtype=dtype, device=_device(team, model, device), shape=shape)
@@ -230,6 +230,8 @@ def _written(
     def count(images: int) -> None:
         nonlocal own
         own += images
+        if not images and bar is None:
+            return  # this process waits, and shows nothing
         everyone = own if team.store is None else team.store.add(_COUNTER, images)
         if bar is not None:
             bar.update(total - left + everyone - bar.n)
@@ -277,6 +279,8 @@ class _Files(ABC):
     """The files of one call.
 
     Attributes:
+        kind: Name of the format in the manifest.
+        channels: Numbers of channels that the format has. None: any.
         out: The result: a folder or an archive.
         folder: The folder that receives blocks and the manifest.
         num_samples: Number of images.
@@ -285,7 +289,7 @@ class _Files(ABC):
     """
 
     kind: ClassVar[str]
-    channels: ClassVar[tuple[int, ...] | None]  # None: any number
+    channels: ClassVar[tuple[int, ...] | None]
 
     def __init__(self, out: Path, folder: Path, num_samples: int, shape: Sequence[int], labels: np.ndarray | None) -> None:
         self.out, self.folder, self.num_samples, self.shape, self.labels = out, folder, num_samples, tuple(shape), labels
@@ -307,7 +311,7 @@ class _Files(ABC):
         for name, value in wanted.items():
             if found[name] != value:
                 raise ValueError(
-                    f"{_CALLER}: expected {name} to be {found[name]}, as the images in {str(self.out)!r} have it, got {value}; "
+                    f"{_CALLER}: expected {name} to be {found[name]}, as in the manifest of {str(self.out)!r}, got {value}; "
                     "choose another out for other images"
                 )
         return True

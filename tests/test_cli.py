@@ -420,7 +420,7 @@ def test_each_image_is_written(small: Path, tmp_path: Path) -> None:
     with np.load(tmp_path / "a.npz", allow_pickle=False) as arrays:
         assert arrays["arr_0"].shape == (3, 8, 8, 1)
         assert arrays["arr_1"].tolist() == [0, 1, 2]
-    assert "expected --seed to be 0, as the images in " in run(*draw, "--out", tmp_path / "a.npz", "--seed", 1, code=2)
+    assert "expected --seed to be 0, as in the manifest of " in run(*draw, "--out", tmp_path / "a.npz", "--seed", 1, code=2)
 
 
 def test_rank_0_alone_speaks(small: Path, tmp_path: Path) -> None:
@@ -442,6 +442,24 @@ def test_several_processes_draw_no_grid(small: Path, tmp_path: Path, monkeypatch
         monkeypatch.setenv(name, str(value))
     line = run("sample", "--model", small, "--out", tmp_path / "a.png", code=2).splitlines()[-1]
     assert "expected --out to be a folder (dir/), .npz or .zip with 2 processes, got '" in line
+
+
+INTERRUPTED = """
+from ddpm_fast.cli import main
+from ddpm_fast.sampling import Sampler
+def interrupt(*_, **__):
+    raise KeyboardInterrupt
+Sampler.__call__ = interrupt
+main()
+"""
+
+
+def test_ctrl_c_is_answered_by_rank_0(small: Path, tmp_path: Path) -> None:
+    command = ["sample", "--model", str(small), "--num=4", "--batch-size=2", "--steps=1", "--out", "a.zip", "--quiet"]
+    done = run_ranks(2, ["-c", INTERRUPTED, *command], tmp_path)
+    assert [each.returncode for each in done] == [130, 130]
+    assert "Stopped by Ctrl-C. 0 of 4 images are written to a.zip. The same command draws the others." in done[0].stderr
+    assert not re.search("Stopped|Traceback", done[1].stderr)
 
 
 def test_ctrl_c_says_how_many_images_are_written(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -312,7 +312,7 @@ DIFFERENCES = {
 @pytest.mark.parametrize("field", DIFFERENCES)
 def test_a_difference_is_named(field: str, name: str, whole: Path, drawn: list[int]) -> None:
     before = digests(whole)
-    with pytest.raises(ValueError, match=rf"^write_samples: expected {field} to be .*{name}' have it, got .*another out"):
+    with pytest.raises(ValueError, match=rf"^write_samples: expected {field} to be .*{name}', got .*another out"):
         write(whole / name, **DIFFERENCES[field])
     assert not drawn
     assert digests(whole) == before

@@ -98,7 +98,7 @@ def sample_command(
             "progress": not quiet,
         }
         if writes_each:
-            seconds = _write_each(loaded, plan, num, out, classes, precision, arguments)
+            seconds = _write_each(loaded, plan, num, out, classes, precision, arguments, rank)
         else:
             seconds = _write_grid(loaded, plan, num, Path(out), gif, classes, precision, arguments, failures)
     if not quiet and rank == 0:
@@ -125,6 +125,7 @@ def _write_each(
     classes: str | None,
     dtype: torch.dtype | None,
     arguments: dict[str, Any],
+    rank: int,
 ) -> float:
     """Write images one by one, and return the seconds that it took."""
     from ..distributed import FirstFailed
@@ -138,7 +139,9 @@ def _write_each(
     except FirstFailed:
         sys.exit(Refused.exit_code)  # rank 0 says why
     except KeyboardInterrupt as error:
-        if not error.args:  # before the first image, or not in rank 0
+        if rank > 0:
+            sys.exit(Stopped.exit_code)  # rank 0 says what is written
+        if not error.args:  # before the first image
             raise
         raise Stopped(f"Stopped by Ctrl-C. {error}".replace("The same call draws", "The same command draws")) from None
     click.get_current_context().obj.append(written)
