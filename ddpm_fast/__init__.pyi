@@ -46,6 +46,7 @@ from .reference import STREAM_OFFSET as STREAM_OFFSET
 from .reference import STREAM_Q_SAMPLE as STREAM_Q_SAMPLE
 from .reference import STREAM_SEEDS as STREAM_SEEDS
 from .reference import STREAM_X_T as STREAM_X_T
+from .sample_files import write_samples as write_samples
 from .sampling import Sampler as Sampler
 from .sampling import sample as sample
 from .schedule import NoiseSchedule as NoiseSchedule

@@ -59,16 +59,17 @@ def flush_names(folder: Path) -> None:
             os.close(descriptor)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files that killed processes left in a folder a day ago or earlier.
+def remove_leftovers(folder: Path, age: float = _LEFT_OVER) -> None:
+    """Remove the temporary files that killed processes left in a folder.
 
     Args:
         folder: The folder. It need not exist.
+        age: Leave files that are younger than this, in seconds, as a living process may write them. By default a day.
     """
     with suppress(OSError):
         for leftover in folder.glob(f"{PREFIX}*.tmp"):
             with suppress(OSError):
-                if time.time() - leftover.lstat().st_mtime > _LEFT_OVER:
+                if time.time() - leftover.lstat().st_mtime > age:
                     leftover.unlink()
 
 
@@ -89,7 +90,11 @@ def read_json(caller: str, path: Path, parse: Callable[[dict[str, Any]], T]) -> 
             f"{caller}: expected {str(path)!r} to be a file, got {'something else' if path.exists() else 'none'}"
         )
     with path.open("rb") as file:
-        content = file.read(_MAX_JSON + 1)
+        return parsed_json(caller, path, file.read(_MAX_JSON + 1), parse)
+
+
+def parsed_json(caller: str, path: Path, content: bytes, parse: Callable[[dict[str, Any]], T]) -> T:
+    """Return the value that the content of a JSON file describes. See `read_json`, which has the arguments and errors."""
     if len(content) > _MAX_JSON:
         raise ValueError(f"{caller}: expected {str(path)!r} to have at most {_MAX_JSON >> 20} MiB, got more")
     try:
@@ -109,13 +114,23 @@ def read_json(caller: str, path: Path, parse: Callable[[dict[str, Any]], T]) -> 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Replace a JSON file."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    write_text(path, json_text(value))
+
+
+def json_text(value: Mapping[str, Any]) -> str:
+    """Return the text of a JSON file."""
+    return json.dumps(value, indent=2) + "\n"
 
 
 def write_text(path: Path, text: str) -> None:
     """Replace a text file."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace a file."""
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:

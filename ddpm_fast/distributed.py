@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
+from itertools import count
 from typing import Any, Final, TypeVar
 
 import torch
@@ -24,11 +26,17 @@ _TORCHRUN: Final = ("RANK", "WORLD_SIZE", "LOCAL_RANK")  # accelerate sets the s
 _SLURM: Final = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
 _MASTER: Final = ("MASTER_ADDR", "MASTER_PORT")
 
+_JOINS: Final = count()
+
 T = TypeVar("T")
 
 
 class ProcessLost(RuntimeError):
     """Another process failed, ended or hung, so that this one cannot go on."""
+
+
+class FirstFailed(ProcessLost):
+    """An error of rank 0, as the other processes see it. Rank 0 reports the reason."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +64,7 @@ class Processes:
         """Run a function in rank 0, while the others wait. Return its result in rank 0, and None in the others.
 
         Raises:
-            ProcessLost: It failed in rank 0, whose error says why.
+            FirstFailed: It failed in rank 0, whose error says why.
         """
         result: T | None = None
         error: Exception | None = None
@@ -69,14 +77,14 @@ class Processes:
         if error is not None:
             raise error
         if failed:
-            raise ProcessLost("expected rank 0 to go on, got an error there, which it reports")
+            raise FirstFailed(f"rank {self.rank}: expected rank 0 to go on, got an error there, which it reports")
         return result
 
     def first_then_others(self, function: Callable[[], T]) -> T:
         """Run a function in rank 0, then in the others, which find the files that it has written. Return its result.
 
         Raises:
-            ProcessLost: It failed in rank 0, whose error says why.
+            FirstFailed: It failed in rank 0, whose error says why.
         """
         result = self.on_first(function)
         return function() if result is None else result
@@ -113,6 +121,37 @@ class Processes:
             return int(value)
 
         return wait
+
+    @contextmanager
+    def barrier(self, timeout: timedelta) -> Iterator[Callable[[], Callable[[], bool]]]:
+        """Prepare barriers for processes that arrive up to `timeout` apart. All processes call this at the same time.
+
+        Yields:
+            A function to call on arrival. It returns a function that returns whether all processes have arrived, and raises
+            ProcessLost if one has ended.
+        """
+        if self.size == 1:
+            yield lambda: lambda: True
+            return
+        group = dist.new_group(backend="gloo", timeout=timeout)
+
+        def arrive() -> Callable[[], bool]:
+            with _together(self):
+                work = dist.barrier(group, async_op=True)
+
+            def all_arrived() -> bool:
+                if not work.is_completed():
+                    return False
+                with _together(self):
+                    work.wait()  # raises the error of a barrier that failed
+                return True
+
+            return all_arrived
+
+        try:
+            yield arrive
+        finally:
+            dist.destroy_process_group(group)
 
     def tree_sum(self, flat: Tensor) -> Tensor:
         """Return the sum of all processes' vectors, added in pairs: ((0 + 1) + (2 + 3)) + ... The size is a power of two.
@@ -178,12 +217,20 @@ def joined(caller: str) -> Iterator[Processes]:
     if not dist.is_available():
         raise ValueError(f"{caller}: expected one process, as this PyTorch has no torch.distributed, got {size}")
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    store, _, _ = next(rendezvous("env://", rank, size, timeout=TIMEOUT))
+    # Keys of an earlier join would be taken for those of this one. All processes join equally often.
+    store = dist.distributed_c10d.PrefixStore(f"ddpm_fast/{next(_JOINS)}", _shared_store(rank, size))
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     try:
         yield Processes(rank, size, local_rank, store)
     finally:
         dist.destroy_process_group()
+
+
+@cache
+def _shared_store(rank: int, size: int) -> Any:
+    """Return the store of all processes. It stays until this process ends, so that they can join again."""
+    store, _, _ = next(rendezvous("env://", rank, size, timeout=TIMEOUT))
+    return store
 
 
 def ranks(caller: str, environment: Mapping[str, str]) -> tuple[int, int, int]:

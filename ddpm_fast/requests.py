@@ -202,14 +202,16 @@ def checked_request(
     progress: bool,
     callback: Callback | None = None,
     num_frames: int = 0,
+    num_kept: int | None = None,
 ) -> Request:
     """Check what `sample` documents, and resolve seeds and labels.
 
     `caller` is the function that error messages name, `shape` is (C, H, W). Images on the host and `num_frames` states of each
-    are not begun if they do not fit into its memory.
+    are not begun if they do not fit into its memory. `num_kept` images are in memory at once. None: all.
     """
     check_int(caller, "num_samples", num_samples, 1, 1 << 32)
-    state = 4 * num_samples * math.prod(shape)  # bytes, or twice as many for a float64 network
+    num_kept = num_samples if num_kept is None else min(num_kept, num_samples)
+    state = 4 * num_kept * math.prod(shape)  # bytes, or twice as many for a float64 network
     for name, value, needed in (
         ("num_samples", num_samples, 8 * num_samples + (state if device.type == "cpu" else 0)),
         ("num_frames", num_frames, num_frames * state),

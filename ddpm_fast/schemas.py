@@ -123,6 +123,22 @@ class Checkpoint(Struct, frozen=True):
                 raise ValueError(f"expected files to lie in the checkpoint's folder, got {name!r}")
 
 
+class SampleManifest(Struct, frozen=True):
+    """The manifest.json of images that `write_samples` has written."""
+
+    format: Literal[1]
+    kind: Literal["folder", "npz", "zip"]
+    num_samples: Count
+    shape: Annotated[list[Count], Meta(min_length=3, max_length=3)]  # C, H, W
+    seed: int
+    batch_size: Count
+    guidance_scale: Finite | None
+    dtype: str
+    plan: Sha256
+    weights: Sha256 | None
+    labels: Sha256 | None
+
+
 def _check_nested(field: str, values: Mapping[str, Any], parse: Callable[[Mapping[str, Any]], object]) -> None:
     """Raise a ValueError with the place of what `parse` refuses."""
     try:

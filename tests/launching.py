@@ -1,6 +1,7 @@
 """Several processes as torchrun starts them, for tests."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -33,6 +34,7 @@ def run_ranks(
     try:
         for process in started:
             out, err = process.communicate(timeout=deadline - time.monotonic())
+            out = re.sub(r"^\[Gloo\] .*\n", "", out, flags=re.MULTILINE)  # from PyTorch 2.9
             done.append(subprocess.CompletedProcess(arguments, process.returncode, out, err))
     finally:
         for process in started:

@@ -291,6 +291,11 @@ CALLS: dict[str, Callable[[], Entry]] = {
         {"model": NETWORK, "x_0": IMAGES, "schedule": SCHEDULE},
         {"clip": "inf", "seed": "negative zero", "batch_size": "huge"},
     ),
+    "write_samples": lambda: Entry(
+        d.write_samples,
+        {"out": "no such folder", "model": NETWORK, "plan": PLAN, "num_samples": 2, "shape": (3, 4, 4)},
+        {"seed": "negative zero", "guidance_scale": "None"},
+    ),
     "DDPMScheduler.set_timesteps": lambda: Entry(DDPM.set_timesteps, {"num_inference_steps": 5}),
     "DDPMScheduler.step": lambda: Entry(
         schedulers.DDPMScheduler(num_train_timesteps=10).step, {"model_output": X, "timestep": 3, "sample": X}, **DROP_IN

@@ -19,6 +19,7 @@ import pytest
 import safetensors.torch
 import torch
 from click.testing import CliRunner
+from launching import run_ranks
 from PIL import Image
 
 import ddpm_fast
@@ -229,7 +230,11 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--out", "x" * 300 + ".png"], "expected --out to be a path that can be written, got: .*File name too long"),
         (["--out", "file/a.png"], "expected --out to be in a folder, got 'file/a.png', and '.*file' is a file"),
         (["--gif", "file/a.gif"], "expected --gif to be in a folder, got 'file/a.gif'"),
-        (["--out", "folder.png"], r"'--out': File 'folder\.png' is a directory"),
+        (["--out", "dir/", "--gif", "a.gif"], "expected --gif to go with --out as one picture, got 'a.gif' and 'dir/'"),
+        (["--out", "file/"], "expected --out to be in a folder, got 'file', and '.*file' is a file"),
+        (["--out", "a.npz", "--classes", "7"], r"expected --classes to be in 0\.\.2, got 7"),
+        (["--out", "a.zip", "--num", "100000000000"], "expected --num to fit into memory, got 100000000000"),
+        (["--gif", "folder.png"], r"'--gif': File 'folder\.png' is a directory"),
         (["--out", "a.png", "--gif", "b/../a.png"], "expected --gif to be another file than --out"),
         (["--out", "a.png", "--gif", "A.PNG"], "expected --gif to be another file than --out"),
         (["--out", "there.png", "--gif", "link.png"], "expected --gif to be another file than --out"),
@@ -400,6 +405,79 @@ def test_leftovers_of_killed_commands_go(small: Path, tmp_path: Path) -> None:
     run("export", tmp_path / "run", tmp_path / "out")
     assert not [path for path in old if path.exists()]
     assert all(path.exists() for path in new)
+
+
+# ------------------------------------------------------------------------------------------------------------- many images
+
+
+def test_each_image_is_written(small: Path, tmp_path: Path) -> None:
+    draw = ["sample", "--model", small, "--num", 3, "--steps", 1, "--batch-size", 2]
+    (tmp_path / "made.png").mkdir()
+    for name, out in (("folder", f"{tmp_path / 'folder'}{os.sep}"), ("made.png", tmp_path / "made.png")):
+        assert f"{tmp_path / name}: 3 images of 1 step (dpm++2m-sde) in " in run(*draw, "--out", out)
+        assert len([*(tmp_path / name / "000000").iterdir()]) == 3
+    run(*draw, "--out", tmp_path / "a.npz")
+    with np.load(tmp_path / "a.npz", allow_pickle=False) as arrays:
+        assert arrays["arr_0"].shape == (3, 8, 8, 1)
+        assert arrays["arr_1"].tolist() == [0, 1, 2]
+    assert "expected --seed to be 0, as in the manifest of " in run(*draw, "--out", tmp_path / "a.npz", "--seed", 1, code=2)
+
+
+def test_rank_0_alone_speaks(small: Path, tmp_path: Path) -> None:
+    draw = ["-m", "ddpm_fast", "sample", "--model", str(small), "--num-samples=3", "--steps=1", "--batch-size=2"]
+    done = run_ranks(2, [*draw, "--out", "a.zip"], tmp_path)
+    assert [each.returncode for each in done] == [0, 0], done[0].stderr
+    assert done[0].stdout.startswith("a.zip: 3 images of 1 step")
+    assert "3/3" in done[0].stderr
+    assert not done[1].stdout
+    assert not re.search("sampling|Traceback", done[1].stderr)
+    done = run_ranks(2, [*draw, "--out", "a.zip", "--seed=1"], tmp_path)
+    assert [each.returncode for each in done] == [2, 2]
+    assert "Error: write_samples: expected --seed to be 0, as" in done[0].stderr
+    assert not re.search("Error|Traceback", done[1].stderr)
+
+
+def test_several_processes_draw_no_grid(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    line = run("sample", "--model", small, "--out", tmp_path / "a.png", code=2).splitlines()[-1]
+    assert "expected --out to be a folder (dir/), .npz or .zip with 2 processes, got '" in line
+
+
+INTERRUPTED = """
+from ddpm_fast.cli import main
+from ddpm_fast.sampling import Sampler
+def interrupt(*_, **__):
+    raise KeyboardInterrupt
+Sampler.__call__ = interrupt
+main()
+"""
+
+
+def test_ctrl_c_is_answered_by_rank_0(small: Path, tmp_path: Path) -> None:
+    command = ["sample", "--model", str(small), "--num=4", "--batch-size=2", "--steps=1", "--out", "a.zip", "--quiet"]
+    done = run_ranks(2, ["-c", INTERRUPTED, *command], tmp_path)
+    assert [each.returncode for each in done] == [130, 130]
+    assert "Stopped by Ctrl-C. 0 of 4 images are written to a.zip. The same command draws the others." in done[0].stderr
+    assert not re.search("Stopped|Traceback", done[1].stderr)
+
+
+def test_ctrl_c_says_how_many_images_are_written(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = Sampler.__call__
+
+    def draw(self: Sampler, num: int, **arguments: object) -> object:
+        if num == 1:
+            raise KeyboardInterrupt
+        return call(self, num, **arguments)  # type: ignore[arg-type]
+
+    out = tmp_path / "folder"
+    command = ["sample", "--model", small, "--num", 3, "--steps", 1, "--batch-size", 2, "--out", f"{out}/"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Sampler, "__call__", draw)
+        line = run(*command, code=130).splitlines()[-1]
+        assert line == f"Stopped by Ctrl-C. 2 of 3 images are written to {out}. The same command draws the others."
+    run(*command)
+    assert len([*(out / "000000").iterdir()]) == 3
 
 
 # --------------------------------------------------------------------------------------------------- nothing computed is lost

@@ -1,5 +1,6 @@
 """Processes that torchrun or Slurm start: their ranks, and the sums that they agree on."""
 
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,8 @@ def test_one_process_needs_no_variables() -> None:
         assert team.on_first(lambda: 5) == 5
         assert team.from_first([1.5, 2.0]) == [1.5, 2.0]
         assert team.largest(3)() == 3
+        with team.barrier(timedelta(1)) as arrive:
+            assert arrive()()
 
 
 def test_ranks_of_torchrun_and_slurm() -> None:
@@ -67,6 +70,46 @@ def test_processes_agree_and_sum_in_one_tree(tmp_path: Path) -> None:
         assert lines == [f"[0.0, 0.0] [0.5] 3 {0 if rank == 0 else None}", f"0.0 {rank}"]
 
 
+BARRIERS = """
+import os, sys, time
+from datetime import timedelta
+from ddpm_fast.distributed import joined
+with joined("test") as team, team.barrier(timedelta(hours=1)) as arrive:
+    if team.rank == 1:
+        time.sleep(1)
+        if "--die" in sys.argv:
+            os._exit(9)
+    for _ in range(2):
+        all_arrived, polls = arrive(), 0
+        while not all_arrived():
+            polls += 1
+            time.sleep(0.05)
+        print(polls > 2, end=" ")
+"""
+
+
+def test_a_barrier_is_polled_and_notices_an_end(tmp_path: Path) -> None:
+    done = run_ranks(2, ["-c", BARRIERS], tmp_path)
+    assert [each.returncode for each in done] == [0, 0], done[0].stderr
+    assert done[0].stdout.split()[0] == "True"
+    done = run_ranks(2, ["-c", BARRIERS, "--die"], tmp_path)
+    assert done[1].returncode == 9
+    assert "RuntimeError" in done[0].stderr
+
+
+AGAIN = """
+from ddpm_fast.distributed import joined
+for _ in range(5):
+    with joined("test") as team:
+        print(team.from_first([team.rank + 0.5]), team.store.add("key", 1) <= team.size)
+"""
+
+
+def test_processes_join_again(tmp_path: Path) -> None:
+    for each in run_ranks(2, ["-c", AGAIN], tmp_path):
+        assert each.stdout.splitlines() == ["[0.5] True"] * 5, each.stderr
+
+
 FAILURE = """
 from ddpm_fast.distributed import joined
 with joined("test") as team:
@@ -77,7 +120,7 @@ with joined("test") as team:
 def test_an_error_of_rank_0_ends_the_others(tmp_path: Path) -> None:
     done = run_ranks(2, ["-c", FAILURE], tmp_path)
     assert "ZeroDivisionError" in done[0].stderr
-    assert "ProcessLost: expected rank 0 to go on, got an error there" in done[1].stderr
+    assert "FirstFailed: rank 1: expected rank 0 to go on, got an error there" in done[1].stderr
 
 
 def test_a_process_that_ends_is_not_waited_for(tmp_path: Path) -> None:

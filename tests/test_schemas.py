@@ -11,7 +11,7 @@ import pytest
 
 from ddpm_fast.nn import UNetConfig
 from ddpm_fast.schedule import MAX_TIMESTEPS
-from ddpm_fast.schemas import Checkpoint, Classes, Run, Scheduler, checked
+from ddpm_fast.schemas import Checkpoint, Classes, Run, SampleManifest, Scheduler, checked
 
 SHA256 = "0123456789abcdef" * 4
 FILES: dict[type, dict[str, Any]] = {
@@ -33,6 +33,19 @@ FILES: dict[type, dict[str, Any]] = {
         "losses": [0.5],
         "row": [3, 0.5],
         "sha256": SHA256,
+    },
+    SampleManifest: {
+        "format": 1,
+        "kind": "folder",
+        "num_samples": 10,
+        "shape": [3, 8, 8],
+        "seed": -1,
+        "batch_size": 4,
+        "guidance_scale": None,
+        "dtype": "float32",
+        "plan": SHA256,
+        "weights": None,
+        "labels": None,
     },
 }
 MISSING = object()
@@ -124,6 +137,17 @@ def changed(kind: type, field: str, value: object) -> dict[str, Any]:
         (Checkpoint, "losses", [1.0, float("inf")], "losses[1] to be a number that is finite, got inf"),
         (Checkpoint, "losses", {"a": 1}, "losses to be a list, got {'a': 1}"),
         (Checkpoint, "row", [1, "2"], "row[1] to be an integer or a number, got '2'"),
+        (SampleManifest, "format", 2, "format to be 1, got 2"),
+        (SampleManifest, "kind", "tar", "kind to be folder or npz or zip, got 'tar'"),
+        (SampleManifest, "num_samples", 0, "num_samples to be an integer >= 1, got 0"),
+        (SampleManifest, "shape", [3, 8], "shape to be a list of length >= 3, got [3, 8]"),
+        (SampleManifest, "seed", None, "seed to be an integer, got None"),
+        (SampleManifest, "batch_size", MISSING, "batch_size to be given, got none"),
+        (SampleManifest, "guidance_scale", "x", "guidance_scale to be a number or null, got 'x'"),
+        (SampleManifest, "dtype", 32, "dtype to be a string, got 32"),
+        (SampleManifest, "plan", None, "plan to be a string, got None"),
+        (SampleManifest, "weights", "x", "weights to be a string of 64 hexadecimal digits, got 'x'"),
+        (SampleManifest, "labels", 1, "labels to be a string or null, got 1"),
     ],
 )
 def test_a_wrong_value_is_named_with_the_wanted_one(kind: type, field: str, value: object, wanted: str) -> None:

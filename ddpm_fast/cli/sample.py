@@ -2,29 +2,42 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..limits import check_free_memory
+from .console import Refused, Stopped
 from .options import SAMPLING_DTYPE_HELP, PathOption, model_options, refusing
 from .outputs import check_output, check_pictures, make_writable, save_result
 from .samplers import class_options, labels_of_option, plan_of_options, sampler_options
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..plan import SamplingPlan
+    from ..pretrained import Pretrained
 
 _FRAMES = 51  # at most, in an animation
 
 
 @click.command("sample")
-@click.option("--num", type=click.IntRange(1), default=16, show_default=True, help="Draw this many images.")
+# torchrun takes --num for an abbreviation of its own options.
+@click.option(
+    "--num", "--num-samples", "num", type=click.IntRange(1), default=16, show_default=True, help="Draw this many images."
+)
 @sampler_options
 @class_options("all")
 @click.option(
     "--out",
-    type=PathOption(dir_okay=False, path_type=Path),
+    type=PathOption(),
     default="samples.png",
     show_default=True,
-    help="Write the grid of images here.",
+    help="Write the grid of images here, or each image: to a folder (dir/), a .npz or a .zip.",
 )
 @click.option(
     "--gif",
@@ -41,7 +54,7 @@ def sample_command(
     variance: str | None,
     classes: str | None,
     guidance: float | None,
-    out: Path,
+    out: str,
     gif: Path | None,
     model: Path | None,
     seed: int,
@@ -50,72 +63,158 @@ def sample_command(
     device: str | None,
     quiet: bool,
 ) -> None:
-    """Draw images from a model and write them as one grid."""
+    """Draw images from a model and write them as one grid.
+
+    With a folder, an .npz or a .zip as --out, write each image. torchrun can then start several processes, and the same
+    command continues what was stopped. torchrun needs --num-samples for --num.
+    """
     import torch
 
     from ..checks import computing_device
-    from ..images import image_format, save_grid, save_trajectory
+    from ..distributed import ranks
     from ..pretrained import BUILTIN, load_folder
-    from ..sampling import Sampler
 
+    writes_each = _writes_each(out)
     failures: list[str] = []
     with refusing():
-        check_output("sample", "out", out)
-        image_format(out, name="out")
-        if gif is not None:
-            check_output("sample", "gif", gif)
-            image_format(gif, name="gif")
-            same = out.exists() and gif.exists() and out.samefile(gif)
-            if same or str(out.resolve()).casefold() == str(gif.resolve()).casefold():  # some file systems ignore case
-                raise ValueError(f"sample: expected gif to be another file than --out, got {str(gif)!r} and {str(out)!r}")
+        rank, size, local_rank = ranks("sample", os.environ)
+        if writes_each:
+            if gif is not None:
+                raise ValueError(f"sample: expected gif to go with --out as one picture, got {str(gif)!r} and {out!r}")
+        else:
+            if size > 1:
+                raise ValueError(f"sample: expected out to be a folder (dir/), .npz or .zip with {size} processes, got {out!r}")
+            _check_paths(Path(out), gif)
         precision = None if dtype is None else getattr(torch, dtype)
-        loaded = load_folder(model or BUILTIN, computing_device("sample", device), precision)
+        target = computing_device("sample", device)
+        if device is None and size > 1 and target.type == "cuda":
+            target = torch.device("cuda", local_rank % torch.cuda.device_count())
+        loaded = load_folder(model or BUILTIN, target, precision)
         plan = plan_of_options("sample", loaded, sampler, steps, eta, spacing, variance)
-        frames = 0 if gif is None else min(_FRAMES, plan.num_steps + 1)
-        config = loaded.model.config
-        size = config["sample_size"]
-        height, width = size if isinstance(size, list | tuple) else (size, size)
-        if height is None:
-            raise ValueError("sample: expected model to have a sample_size in its config.json, got null")
-        pixels, shape = max(height, width), (num, config["in_channels"], height, width)
-        scale, gif_scale = max(1, 128 // pixels), max(1, 64 // pixels)
-        check_pictures(shape, frames, out, scale, gif, gif_scale)
-        labels = labels_of_option("sample", loaded, classes, num)
-        if guidance not in (None, 1) and labels is None:
-            raise ValueError(f"sample: expected guidance to be 1 or to go with classes, got {guidance} and no labels")
-        make_writable("sample", "out", out.parent)
-        if gif is not None:
-            make_writable("sample", "gif", gif.parent)
-        began = time.perf_counter()
         arguments: dict[str, Any] = {
             "seed": seed,
-            "class_labels": labels,
             "guidance_scale": guidance,
             "batch_size": batch_size,
             "progress": not quiet,
         }
-        draw = Sampler(loaded.model, plan, dtype=precision)
-        states = None
-        if gif is None:
-            images = draw(num, **arguments)
+        if writes_each:
+            seconds = _write_each(loaded, plan, num, out, classes, precision, arguments, rank)
         else:
-            images, states = draw.trajectory(num, num_frames=_FRAMES, **arguments)
-        images = images.cpu()  # waits for a GPU
-        seconds = time.perf_counter() - began
-        finite = images.flatten(1).isfinite().all(dim=1)
-        if not finite.all():
-            bad = (~finite).nonzero().flatten().tolist()
-            failures.append(f"{len(bad)} of {num} images are not finite and drawn grey, from number {bad[0]} (of 0..{num - 1})")
-            images = images.nan_to_num(0, 0, 0)
-            states = None if states is None else states.nan_to_num(0, 0, 0)
-        save_result(lambda path: save_grid(images, path, scale=scale), out, failures, (".png",))
-        if states is not None and gif is not None:
-            trajectory = states
-            save_result(lambda path: save_trajectory(trajectory, path, scale=gif_scale), gif, failures, (".png",))
-    if not quiet:
+            seconds = _write_grid(loaded, plan, num, Path(out), gif, classes, precision, arguments, failures)
+    if not quiet and rank == 0:
         names = ", ".join(map(str, click.get_current_context().obj))
-        images_drawn = "1 image" if num == 1 else f"{num} images"
+        images = "1 image" if num == 1 else f"{num} images"
         steps_taken = "1 step" if plan.num_steps == 1 else f"{plan.num_steps} steps"
-        click.echo(f"{names}: {images_drawn} of {steps_taken} ({sampler}) in {seconds:.1f} s, {num / seconds:.3g} images/s.")
+        rate = "" if writes_each else f", {num / seconds:.3g} images/s"  # some images may be there already
+        click.echo(f"{names}: {images} of {steps_taken} ({sampler}) in {seconds:.1f} s{rate}.")
     if failures:
         raise click.ClickException("; ".join(failures))
+
+
+def _writes_each(out: str) -> bool:
+    """Return whether images go to a folder or an archive, one by one."""
+    separators = tuple(filter(None, (os.sep, os.altsep)))
+    return out.endswith(separators) or out.lower().endswith((".npz", ".zip")) or os.path.isdir(out)
+
+
+def _write_each(
+    loaded: Pretrained,
+    plan: SamplingPlan,
+    num: int,
+    out: str,
+    classes: str | None,
+    dtype: torch.dtype | None,
+    arguments: dict[str, Any],
+    rank: int,
+) -> float:
+    """Write images one by one, and return the seconds that it took."""
+    from ..distributed import FirstFailed
+    from ..sample_files import write_samples
+
+    check_free_memory("sample", "num", num, 64 * num)  # labels and seeds
+    labels = _labels(loaded, num, classes, arguments["guidance_scale"])
+    began = time.perf_counter()
+    try:
+        written = write_samples(out, loaded.model, plan, num, class_labels=labels, dtype=dtype, **arguments)
+    except FirstFailed:
+        sys.exit(Refused.exit_code)  # rank 0 says why
+    except KeyboardInterrupt as error:
+        if rank > 0:
+            sys.exit(Stopped.exit_code)  # rank 0 says what is written
+        if not error.args:  # before the first image
+            raise
+        raise Stopped(f"Stopped by Ctrl-C. {error}".replace("The same call draws", "The same command draws")) from None
+    click.get_current_context().obj.append(written)
+    return time.perf_counter() - began
+
+
+def _check_paths(out: Path, gif: Path | None) -> None:
+    """Raise unless the grid and the animation are files that Pillow can write, and two."""
+    from ..images import image_format
+
+    check_output("sample", "out", out)
+    image_format(out, name="out")
+    if gif is not None:
+        check_output("sample", "gif", gif)
+        image_format(gif, name="gif")
+        same = out.exists() and gif.exists() and out.samefile(gif)
+        if same or str(out.resolve()).casefold() == str(gif.resolve()).casefold():  # some file systems ignore case
+            raise ValueError(f"sample: expected gif to be another file than --out, got {str(gif)!r} and {str(out)!r}")
+
+
+def _write_grid(
+    loaded: Pretrained,
+    plan: SamplingPlan,
+    num: int,
+    out: Path,
+    gif: Path | None,
+    classes: str | None,
+    dtype: torch.dtype | None,
+    arguments: dict[str, Any],
+    failures: list[str],
+) -> float:
+    """Draw images, write the grid and the animation, and return the seconds that drawing took."""
+    from ..images import save_grid, save_trajectory
+    from ..sampling import Sampler
+
+    frames = 0 if gif is None else min(_FRAMES, plan.num_steps + 1)
+    config = loaded.model.config
+    size = config["sample_size"]
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    if height is None:
+        raise ValueError("sample: expected model to have a sample_size in its config.json, got null")
+    pixels, shape = max(height, width), (num, config["in_channels"], height, width)
+    scale, gif_scale = max(1, 128 // pixels), max(1, 64 // pixels)
+    check_pictures(shape, frames, out, scale, gif, gif_scale)
+    labels = _labels(loaded, num, classes, arguments["guidance_scale"])
+    make_writable("sample", "out", out.parent)
+    if gif is not None:
+        make_writable("sample", "gif", gif.parent)
+    began = time.perf_counter()
+    draw = Sampler(loaded.model, plan, dtype=dtype)
+    states = None
+    if gif is None:
+        images = draw(num, class_labels=labels, **arguments)
+    else:
+        images, states = draw.trajectory(num, num_frames=_FRAMES, class_labels=labels, **arguments)
+    images = images.cpu()  # waits for a GPU
+    seconds = time.perf_counter() - began
+    finite = images.flatten(1).isfinite().all(dim=1)
+    if not finite.all():
+        bad = (~finite).nonzero().flatten().tolist()
+        failures.append(f"{len(bad)} of {num} images are not finite and drawn grey, from number {bad[0]} (of 0..{num - 1})")
+        images = images.nan_to_num(0, 0, 0)
+        states = None if states is None else states.nan_to_num(0, 0, 0)
+    save_result(lambda path: save_grid(images, path, scale=scale), out, failures, (".png",))
+    if states is not None and gif is not None:
+        trajectory = states
+        save_result(lambda path: save_trajectory(trajectory, path, scale=gif_scale), gif, failures, (".png",))
+    return seconds
+
+
+def _labels(loaded: Pretrained, num: int, classes: str | None, guidance: float | None) -> list[int] | None:
+    """Return a label for each image, or None. Raise if guidance needs labels and there are none."""
+    labels = labels_of_option("sample", loaded, classes, num)
+    if guidance not in (None, 1) and labels is None:
+        raise ValueError(f"sample: expected guidance to be 1 or to go with classes, got {guidance} and no labels")
+    return labels

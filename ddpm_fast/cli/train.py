@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
 import signal
 from collections.abc import Callable
@@ -98,7 +99,7 @@ def train_command(
 
     Stop with Ctrl-C, which saves a checkpoint. Continue exactly with --resume.
     """
-    from ..distributed import ProcessLost
+    from ..distributed import FirstFailed, ProcessLost, ranks
     from ..training.run_folder import RunFolder
 
     try:
@@ -108,6 +109,8 @@ def train_command(
                 given = {name: options[name] for name in options if _is_given(ctx, name)}
                 options |= run.read_config()["options"] | given
             result = train(run_dir, **options, resume=resume, auto_resume=auto_resume, progress=progress)
+    except FirstFailed:
+        ctx.exit(1)
     except (FloatingPointError, ProcessLost) as error:
         raise click.ClickException(str(error)) from error
     except KeyboardInterrupt:  # before the first step, or for the second time
@@ -115,7 +118,7 @@ def train_command(
         raise Stopped(f"Stopped by Ctrl-C. The last checkpoint of {run_dir}: {checkpoint or 'none'}.") from None
     if result.stopped_by in ("SIGINT", "SIGTERM", "SIGHUP"):
         ctx.exit(128 + signal.Signals[result.stopped_by])  # as a shell reports a process that the signal ended
-    if result.stopped_by is None:
+    if result.stopped_by is None and ranks("train", os.environ)[0] == 0:
         click.echo(f"{run_dir}: {result.step} steps done. Sample from it with: ddpm-fast sample --model {run_dir}")
 
 

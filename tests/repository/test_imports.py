@@ -35,6 +35,9 @@ ALLOWED = {
     "requests": {"checks", "limits", "ops", "nn", "models", "inference"},
     "denoising_loop": {"plan", "ops", "models"},
     "sampling": {"dtypes", "checks", "limits", "plan", "images", "models", "inference", "requests", "denoising_loop"},
+    "sample_files": {
+        *("atomic", "checks", "limits", "distributed", "plan", "schemas", "images", "models", "requests", "sampling"),
+    },
     "editing": {"dtypes", "checks", "limits", "reference", "plan", "ops", "models", "requests", "sampling"},
     "evaluation": {
         *("dtypes", "checks", "reference", "schedule", "plan", "ops", "models", "inference", "requests", "evaluation"),
@@ -62,6 +65,8 @@ ALLOWED = {
             "images",
             "requests",
             "sampling",
+            "sample_files",
+            "distributed",
             "editing",
             "evaluation",
             "training",

@@ -23,6 +23,9 @@ ALLOWED = {
     ("cli/outputs.py", "make_writable", "tempfile.TemporaryFile"): "a trial without a name",
     ("images.py", "image_format", "Image.new(mode, (2, 2)).save"): "into memory",
     ("images.py", "_write", "first.save"): "into the file of `replacing`",
+    ("sample_files.py", "_png", "picture.save"): "into memory",
+    ("sample_files.py", "add", "archive.open"): "a member of an archive that `replacing` writes",
+    ("sample_files.py", "finish", "whole.replace"): "an archive that is whole",
     ("training/records.py", "__init__", "SummaryWriter"): "TensorBoard writes its own event files",
     ("training/run_folder.py", "_point_to", "link.replace"): "a link",
     ("training/run_folder.py", "_point_to", "link.symlink_to"): "a link",
@@ -45,7 +48,9 @@ def _writes(call: ast.Call) -> bool:
         texts = [node.value for node in ast.walk(call) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
         is_mode = any(set(text) <= set("rwaxbt+") and set(text) & set("wax+") for text in texts)
         return is_mode or (ast.unparse(call.func) == "os.open" and "os.O_RDONLY" not in ast.unparse(call))
-    return name in WRITING and (isinstance(call.func, ast.Attribute) or name not in ("write_text", "write_tensors"))
+    return name in WRITING and (
+        isinstance(call.func, ast.Attribute) or name not in ("write_bytes", "write_text", "write_tensors")
+    )
 
 
 def writers(source: str, file: str) -> set[tuple[str, str, str]]:
