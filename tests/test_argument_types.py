@@ -164,7 +164,7 @@ TRAIN_ACCEPTS = (
     dict.fromkeys(("steps", "batch_size", "log_every", "keep"), "huge")
     | dict.fromkeys(("lr_decay_steps", "warmup_steps", "sample_every", "checkpoint_every"), "zero huge")
     | dict.fromkeys(("clip_grad", "dropout", "ema_decay", "label_dropout", "weight_decay", "checkpoint_minutes"), "zero")
-    | {"attention": "empty", "max_minutes": "zero inf", "seed": "negative zero huge"}
+    | {"attention": "empty", "data_memory": "zero huge", "max_minutes": "zero inf", "seed": "negative zero huge"}
 )
 # diffusers takes anything for these arguments. Shapes are checked by `reverse_step`.
 UNCHECKED = ("generator", "return_dict", "use_clipped_model_output", "variance_noise")

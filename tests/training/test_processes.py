@@ -122,7 +122,7 @@ def test_an_error_of_rank_0_is_not_waited_for(tmp_path: Path) -> None:
     (tmp_path / "run" / "file").touch()
     first, second = train_in(2, tmp_path / "run")
     assert "FileExistsError: train: expected" in first.stderr
-    assert "ProcessLost: expected rank 0 to go on, got an error there, which it reports" in second.stderr
+    assert "FirstFailed: rank 1: expected rank 0 to go on, got an error there, which it reports" in second.stderr
 
 
 def test_a_change_of_threads_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
