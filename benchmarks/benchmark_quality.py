@@ -297,7 +297,9 @@ METHODS: Final = {
     "heun": Method("Heun", _planned(heun_plan), _CONVERGED[1:]),  # 3 evaluations give noise
     "sde": Method("DPM-Solver++(2M) SDE", _planned(dpm_solver_plan, eta=1.0), EVALUATIONS[:-1]),
     "sde-karras": Method(
-        "DPM-Solver++(2M) SDE, Karras", _planned(dpm_solver_plan, eta=1.0, spacing="karras"), EVALUATIONS[:-1]
+        "DPM-Solver++(2M) SDE, Karras, Heun",
+        _planned(dpm_solver_plan, eta=1.0, spacing="karras", solver="heun"),
+        EVALUATIONS[:-1],
     ),
     "sde1": Method("first-order SDE", _planned(dpm_solver_plan, eta=1.0, order=1), _CONVERGED),
     "diffusers-ddpm": Method("diffusers DDPMScheduler", None, (100,)),

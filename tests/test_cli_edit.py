@@ -124,7 +124,7 @@ def test_variations_stand_beside_their_image(folder: Path) -> None:
     assert "variations.png: 2 rows of 4 images." in output
     got = cells("variations.png", 2, 4)
     loaded = ddpm_fast.load_folder(folder)
-    plan = ddpm_fast.dpm_solver_plan(SCHEDULE, 4, eta=1.0, spacing="karras", lambda_min=-5.1)
+    plan = ddpm_fast.dpm_solver_plan(SCHEDULE, 4, eta=1.0, solver="heun", spacing="karras", lambda_min=-5.1)
     images = digit(0, 5)
     seeds = ddpm_fast.sample_seeds(7, 3).repeat(2)
     varied = ddpm_fast.vary(loaded.model, plan, images.repeat_interleave(3, dim=0), 0.5, seed=seeds, **QUIET)
@@ -145,7 +145,7 @@ def test_strength_0_keeps_the_image_and_more_changes_more(folder: Path) -> None:
 def test_classes_go_to_images_in_turn(folder: Path) -> None:
     edit(folder, "vary", "digits:0", "digits:0", "--num=1", "--steps=3", "--classes=b,2", "--guidance=2")
     got = cells("variations.png", 2, 2)
-    plan = ddpm_fast.dpm_solver_plan(SCHEDULE, 3, eta=1.0, spacing="karras", lambda_min=-5.1)
+    plan = ddpm_fast.dpm_solver_plan(SCHEDULE, 3, eta=1.0, solver="heun", spacing="karras", lambda_min=-5.1)
     loaded = ddpm_fast.load_folder(folder)
     seeds = ddpm_fast.sample_seeds(0, 1).repeat(2)
     labels: Any = {"class_labels": [1, 2], "guidance_scale": 2.0}
@@ -155,13 +155,13 @@ def test_classes_go_to_images_in_turn(folder: Path) -> None:
 
 
 SAMPLERS = {
-    "dpm++2m-sde": lambda: ddpm_fast.dpm_solver_plan(SCHEDULE, 5, eta=1.0, spacing="karras", lambda_min=-5.1),
+    "dpm++2m-sde": lambda: ddpm_fast.dpm_solver_plan(SCHEDULE, 5, eta=1.0, solver="heun", spacing="karras", lambda_min=-5.1),
     "dpm++2m": lambda: ddpm_fast.dpm_solver_plan(SCHEDULE, 5, lambda_min=-5.1),
     "ddpm": lambda: ddpm_fast.ddpm_plan(SCHEDULE, 5),
     "ddim": lambda: ddpm_fast.ddim_plan(SCHEDULE, 5),
     "heun": lambda: ddpm_fast.heun_plan(SCHEDULE, 5, lambda_min=-5.1),
     "dpm++2m-sde --eta=0.5 --spacing=linspace": lambda: ddpm_fast.dpm_solver_plan(
-        SCHEDULE, 5, eta=0.5, spacing="linspace", lambda_min=-5.1
+        SCHEDULE, 5, eta=0.5, solver="heun", spacing="linspace", lambda_min=-5.1
     ),
     "ddim --eta=1 --spacing=trailing": lambda: ddpm_fast.ddim_plan(SCHEDULE, 5, eta=1.0, spacing="trailing"),
     "ddpm --variance=fixed_large": lambda: ddpm_fast.ddpm_plan(SCHEDULE, 5, variance="fixed_large"),

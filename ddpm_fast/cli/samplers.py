@@ -118,7 +118,10 @@ def plan_of_options(
     common["lambda_min"] = _LAMBDA_MIN
     if sampler == "heun":
         return heun_plan(loaded.schedule, steps, **common)
-    return dpm_solver_plan(loaded.schedule, steps, eta=0.0 if sampler == "dpm++2m" else 1.0 if eta is None else eta, **common)
+    if sampler == "dpm++2m":
+        return dpm_solver_plan(loaded.schedule, steps, **common)
+    # docs/sampling.md has the measurements that chose Karras's levels and Heun's correction for steps with noise.
+    return dpm_solver_plan(loaded.schedule, steps, eta=1.0 if eta is None else eta, solver="heun", **common)
 
 
 def labels_of_option(
