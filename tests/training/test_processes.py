@@ -25,8 +25,8 @@ RUN: dict[str, Any] = {
     "micro_batch_size": 2,
     "dropout": 0.1,
     "flip": True,
-    "steps": 6,
-    "log_every": 3,
+    "steps": 4,
+    "log_every": 2,
 }
 SCRIPT = "import json, sys; from ddpm_fast.training import train; train(sys.argv[1], **json.loads(sys.argv[2]))"
 
@@ -48,8 +48,8 @@ def test_weights_are_the_same_bits_for_any_number_of_processes(precision: str, t
     assert_same_weights(tmp_path / "one", tmp_path / "two")
     assert log_rows(tmp_path / "one") == log_rows(tmp_path / "two")
     # Four processes begin, one process goes on, and two end.
-    succeed_in(4, tmp_path / "several", precision=precision, steps=2)
-    train(tmp_path / "several", **RUN | {"steps": 3}, precision=precision, auto_resume=True)
+    succeed_in(4, tmp_path / "several", precision=precision, steps=1)
+    train(tmp_path / "several", **RUN | {"steps": 2}, precision=precision, auto_resume=True)
     succeed_in(2, tmp_path / "several", precision=precision, auto_resume=True)
     assert_same_weights(tmp_path / "one", tmp_path / "several")
     assert log_rows(tmp_path / "one")[-1] == log_rows(tmp_path / "several")[-1]
