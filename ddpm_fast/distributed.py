@@ -5,7 +5,9 @@ A program that one process runs is rank 0 of 1, without torch.distributed.
 
 from __future__ import annotations
 
+import hashlib
 import os
+import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
+from torch.nn import functional
 
 # A process that ends closes its connections, which the others notice at once. One that hangs is waited for.
 TIMEOUT: Final = timedelta(minutes=30)
@@ -32,7 +35,7 @@ T = TypeVar("T")
 
 
 class ProcessLost(RuntimeError):
-    """Another process failed, ended or hung, so that this one cannot go on."""
+    """The end or failure of another process, without which this one cannot go on."""
 
 
 class FirstFailed(ProcessLost):
@@ -48,12 +51,14 @@ class Processes:
         size: Number of processes.
         local_rank: Number of this process among those of its machine.
         store: Counters that all processes share. None: one process.
+        control: The group for tensors on the CPU. None: torch.distributed's default group.
     """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     store: Any = None
+    control: Any = None
 
     @property
     def is_first(self) -> bool:
@@ -80,14 +85,53 @@ class Processes:
             raise FirstFailed(f"rank {self.rank}: expected rank 0 to go on, got an error there, which it reports")
         return result
 
-    def first_then_others(self, function: Callable[[], T]) -> T:
-        """Run a function in rank 0, then in the others, which find the files that it has written. Return its result.
+    def machine_by_machine(self, function: Callable[[], T]) -> T:
+        """Run a function in rank 0, then in one process of each other machine, then in the rest. Return its result.
+
+        The later ones find the files that the earlier ones have written.
+        """
+        turn = 0 if self.is_first else 1 if self.local_rank == 0 else 2
+        for present in range(3):
+            if present == turn:
+                result = function()
+            self.largest(0)()  # all wait
+        return result
+
+    def check_same(self, caller: str, values: Mapping[str, object]) -> None:
+        """Raise in all processes unless all pass the same values.
 
         Raises:
-            FirstFailed: It failed in rank 0, whose error says why.
+            ValueError: A value differs from rank 0's. The message names it.
+            ProcessLost: Another process has such a value, and reports it.
         """
-        result = self.on_first(function)
-        return function() if result is None else result
+        digests = [float(int(hashlib.sha256(repr(value).encode()).hexdigest()[:12], 16)) for value in values.values()]
+        wanted = self.from_first(digests)
+        differing = [name for name, mine, first in zip(values, digests, wanted, strict=True) if mine != first]
+        anywhere = self.largest(len(differing))()
+        if differing:
+            name = differing[0]
+            raise ValueError(
+                f"{caller}: expected {name} to be the same in all processes, got another than rank 0 in rank {self.rank}: "
+                f"{reprlib.repr(values[name])}"
+            )
+        if anywhere:
+            raise ProcessLost(
+                f"{caller}: expected all processes to be given the same, got another value in one, which it names"
+            )
+
+    def own_gpu(self, caller: str) -> torch.device:
+        """Return the GPU of this process, whose number is the local rank. Raise a ValueError if there are too few."""
+        if self.local_rank >= (count := torch.cuda.device_count()):
+            raise ValueError(
+                f"{caller}: expected at most {count} processes on a machine with as many GPUs, got LOCAL_RANK {self.local_rank}"
+            )
+        return torch.device("cuda", self.local_rank)
+
+    def count(self, key: str, number: int) -> int:
+        """Add to a counter that all processes share, and return its value."""
+        with _together(self):
+            total: int = self.store.add(key, number)
+        return total
 
     def from_first(self, numbers: Sequence[float]) -> list[float]:
         """Return rank 0's numbers. All processes pass equally many."""
@@ -95,7 +139,7 @@ class Processes:
             return list(numbers)
         values = torch.tensor(numbers, dtype=torch.float64, device="cpu")
         with _together(self):
-            dist.broadcast(values, 0)
+            dist.broadcast(values, 0, group=self.control)
         return values.tolist()
 
     def copy_from_first(self, tensors: Sequence[Tensor]) -> None:
@@ -104,7 +148,7 @@ class Processes:
             for tensor in tensors:
                 values = tensor.detach().contiguous()
                 with _together(self):
-                    dist.broadcast(values, 0)
+                    dist.broadcast(values, 0, group=self._group(values))
                 tensor.detach().copy_(values)
 
     def largest(self, number: int) -> Callable[[], int]:
@@ -113,7 +157,7 @@ class Processes:
             return lambda: number
         value = torch.tensor(number, device="cpu")
         with _together(self):
-            work = dist.all_reduce(value, dist.ReduceOp.MAX, async_op=True)
+            work = dist.all_reduce(value, dist.ReduceOp.MAX, group=self.control, async_op=True)
 
         def wait() -> int:
             with _together(self):
@@ -162,24 +206,26 @@ class Processes:
         if self.size == 1:
             return flat
         length = -(-flat.numel() // self.size)  # elements a slice
-        padded = torch.zeros(self.size * length, dtype=flat.dtype, device=flat.device)
-        padded[: flat.numel()] = flat
-        slices = torch.empty_like(padded)
+        mine = functional.pad(flat, (0, self.size * length - flat.numel()))
+        slices = torch.empty_like(mine)
         with _together(self):
-            dist.all_to_all_single(slices, padded)
+            dist.all_to_all_single(slices, mine, group=self._group(flat))
         parts = list(slices.view(self.size, length))
         while len(parts) > 1:
             parts = [left.add_(right) for left, right in zip(parts[::2], parts[1::2], strict=True)]
         with _together(self):
-            dist.all_gather(list(padded.view(self.size, length)), parts[0])
-        return padded[: flat.numel()]
+            dist.all_gather(list(mine.view(self.size, length)), parts[0], group=self._group(flat))
+        return mine[: flat.numel()]
 
     def sum_(self, flat: Tensor) -> Tensor:
         """Replace a tensor by the sum of all processes' tensors, in the order that torch.distributed chooses."""
         if self.size > 1:
             with _together(self):
-                dist.all_reduce(flat)
+                dist.all_reduce(flat, group=self._group(flat))
         return flat
+
+    def _group(self, tensor: Tensor) -> Any:
+        return self.control if tensor.device.type == "cpu" else None
 
 
 @contextmanager
@@ -189,7 +235,7 @@ def _together(team: Processes) -> Iterator[None]:
         yield
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
-        raise ProcessLost(f"expected all {team.size} processes to go on, got an end of one of them: {reason}") from error
+        raise ProcessLost(f"expected an answer of all {team.size} processes, got: {reason}") from error
 
 
 @contextmanager
@@ -208,7 +254,12 @@ def joined(caller: str) -> Iterator[Processes]:
     """
     if dist.is_available() and dist.is_initialized():
         local = os.environ.get("LOCAL_RANK", "0")
-        yield Processes(dist.get_rank(), dist.get_world_size(), int(local), dist.distributed_c10d._get_default_store())
+        control = dist.new_group(backend="gloo", timeout=TIMEOUT)  # the default group may be NCCL's alone
+        try:
+            store = dist.distributed_c10d._get_default_store()
+            yield Processes(dist.get_rank(), dist.get_world_size(), int(local), store, control)
+        finally:
+            dist.destroy_process_group(control)
         return
     rank, size, local_rank = ranks(caller, os.environ)
     if size == 1:

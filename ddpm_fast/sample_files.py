@@ -40,7 +40,7 @@ from .checks import check_int, check_path
 from .distributed import Processes, joined
 from .images import to_uint8
 from .limits import check_free_space, check_writable
-from .models import Model, device_and_dtype
+from .models import Model, device_and_dtype, model_config
 from .plan import SamplingPlan
 from .requests import ClassLabels, checked_request
 from .sampling import Sampler, checked_setup
@@ -115,7 +115,7 @@ def write_samples(
         TypeError: An argument has an unsupported type.
         FileExistsError: `out` has other files.
         OSError: `out` cannot be written, or has too little free space.
-        RuntimeError: Another process has ended with an error.
+        ProcessLost: Another process has failed or ended. It is a RuntimeError.
         KeyboardInterrupt: The call was interrupted. The message says how many images are written.
     """
     check_path(_CALLER, "out", out)
@@ -174,7 +174,7 @@ def _device(team: Processes, model: Model, device: torch.device | str | None) ->
     """Return the device of this process: a GPU of its own if no device is named."""
     model_device, _ = device_and_dtype(model)
     if device is None and team.size > 1 and model_device.type == "cuda" and isinstance(model, nn.Module):
-        return torch.device("cuda", team.local_rank % torch.cuda.device_count())
+        return team.own_gpu(_CALLER)
     return device
 
 
@@ -232,7 +232,7 @@ def _written(
         own += images
         if not images and bar is None:
             return  # this process waits, and shows nothing
-        everyone = own if team.store is None else team.store.add(_COUNTER, images)
+        everyone = own if team.size == 1 else team.count(_COUNTER, images)
         if bar is not None:
             bar.update(total - left + everyone - bar.n)
 
@@ -582,10 +582,10 @@ def _plan_digest(plan: SamplingPlan) -> str:
 
 
 def _weights_digest(model: Model) -> str | None:
-    """Return a digest of a module's weights and buffers, or None for another callable object."""
+    """Return a digest of a module's configuration, weights and buffers, or None for another callable object."""
     if not isinstance(model, nn.Module):
         return None
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(json.dumps(dict(model_config(model)), sort_keys=True, default=repr).encode())
     for name, values in sorted(model.state_dict().items()):
         if isinstance(values, Tensor):  # a module may have extra state of any type
             digest.update(f"{name} {values.dtype} {list(values.shape)} ".encode())

@@ -57,7 +57,7 @@ with joined("test") as team:
     print(team.tree_sum(values[r]).tolist(), team.from_first([r + 0.5]), team.largest(r)(), team.on_first(lambda: r))
     copied = torch.full((2, 2), float(r)).t()
     team.copy_from_first([copied])
-    print(copied.sum().item(), team.first_then_others(lambda: r))
+    print(copied.sum().item(), team.machine_by_machine(lambda: r))
 """
 
 
@@ -129,4 +129,4 @@ def test_a_process_that_ends_is_not_waited_for(tmp_path: Path) -> None:
     )
     done = run_ranks(2, ["-c", script + "    team.largest(1)()\n"], tmp_path)
     assert done[1].returncode == 9
-    assert "ProcessLost: expected all 2 processes to go on" in done[0].stderr
+    assert "ProcessLost: expected an answer of all 2 processes" in done[0].stderr

@@ -71,7 +71,7 @@ def sample_command(
     import torch
 
     from ..checks import computing_device
-    from ..distributed import ranks
+    from ..distributed import Processes, ranks
     from ..pretrained import BUILTIN, load_folder
 
     writes_each = _writes_each(out)
@@ -87,8 +87,8 @@ def sample_command(
             _check_paths(Path(out), gif)
         precision = None if dtype is None else getattr(torch, dtype)
         target = computing_device("sample", device)
-        if device is None and size > 1 and target.type == "cuda":
-            target = torch.device("cuda", local_rank % torch.cuda.device_count())
+        if size > 1 and target == torch.device("cuda"):  # without a number
+            target = Processes(rank, size, local_rank).own_gpu("sample")
         loaded = load_folder(model or BUILTIN, target, precision)
         plan = plan_of_options("sample", loaded, sampler, steps, eta, spacing, variance)
         arguments: dict[str, Any] = {
@@ -98,6 +98,7 @@ def sample_command(
             "progress": not quiet,
         }
         if writes_each:
+            arguments["device"] = target
             seconds = _write_each(loaded, plan, num, out, classes, precision, arguments, rank)
         else:
             seconds = _write_grid(loaded, plan, num, Path(out), gif, classes, precision, arguments, failures)
@@ -128,7 +129,7 @@ def _write_each(
     rank: int,
 ) -> float:
     """Write images one by one, and return the seconds that it took."""
-    from ..distributed import FirstFailed
+    from ..distributed import FirstFailed, ProcessLost
     from ..sample_files import write_samples
 
     check_free_memory("sample", "num", num, 64 * num)  # labels and seeds
@@ -138,6 +139,8 @@ def _write_each(
         written = write_samples(out, loaded.model, plan, num, class_labels=labels, dtype=dtype, **arguments)
     except FirstFailed:
         sys.exit(Refused.exit_code)  # rank 0 says why
+    except ProcessLost as error:
+        raise click.ClickException(f"{error}. The same command draws the images that are missing.") from error
     except KeyboardInterrupt as error:
         if rank > 0:
             sys.exit(Stopped.exit_code)  # rank 0 says what is written

@@ -113,7 +113,7 @@ def run_training(
         if device.type == "cpu":
             _check_threads(torch.get_num_threads())
         if options["data"] in DATASETS:  # rank 0 downloads
-            dataset = team.first_then_others(lambda: _dataset(options, run, resume))
+            dataset = team.machine_by_machine(lambda: _dataset(options, run, resume))
         else:
             dataset = _dataset(options, run, resume)
         schedule: NoiseSchedule = getattr(NoiseSchedule, options["schedule"])(options["num_timesteps"])

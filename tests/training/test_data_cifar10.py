@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import pickle
 import tarfile
@@ -119,6 +120,17 @@ def test_a_damaged_archive_is_named(tmp_path: Path) -> None:
         file.write_bytes(damaged)
         with pytest.raises(ValueError, match=r"expected .*cifar-10-binary\.tar\.gz to (be a whole \.tar\.gz file|hold)"):
             load_dataset("cifar10", tmp_path)
+
+
+def test_a_header_cannot_ask_for_much_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    header = tarfile.TarInfo("././@PaxHeader")
+    header.type, header.size = tarfile.XHDTYPE, 1 << 20
+    file = tmp_path / "cifar-10-binary.tar.gz"
+    with gzip.open(file, "wb") as packed:
+        packed.write(header.tobuf(tarfile.PAX_FORMAT) + bytes(1 << 20) + bytes(1024))
+    monkeypatch.setattr(cifar10, "_MAX_FILE", 1 << 19)
+    with pytest.raises(ValueError, match=r"whole \.tar\.gz file, got: parts of 1048576 bytes instead of at most 524288"):
+        load_dataset("cifar10", tmp_path)
 
 
 def test_a_large_archive_is_refused_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,7 +81,7 @@ def _read_archive(archive: Path, names: list[str]) -> dict[str, bytes]:
     """Return the files of an archive that have these names, in whichever folder. Nothing is extracted."""
     contents = {}
     try:
-        with gzip.open(archive) as unpacked, tarfile.open(fileobj=unpacked, mode="r:") as opened:
+        with _BoundedGzip(archive) as unpacked, tarfile.open(fileobj=unpacked, mode="r:") as opened:
             for member in opened:
                 if member.offset_data + member.size > _MAX_ARCHIVE:
                     raise ValueError(f"load_dataset: expected {archive} to hold at most {_MAX_ARCHIVE} bytes, got more")
@@ -89,10 +89,23 @@ def _read_archive(archive: Path, names: list[str]) -> dict[str, bytes]:
                 if name in names and (file := opened.extractfile(member)) is not None:
                     _check_size(f"{archive}/{name}", member.size)
                     contents[name] = file.read()
-            unpacked.read(_MAX_ARCHIVE)  # gzip compares the checksum at the end
+            part = min(_MAX_FILE, 1 << 20)
+            for _ in range(_MAX_ARCHIVE // part):  # gzip compares the checksum at the end
+                if not unpacked.read(part):
+                    break
     except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
         raise ValueError(f"load_dataset: expected {archive} to be a whole .tar.gz file, got: {error}") from error
     return contents
+
+
+class _BoundedGzip(gzip.GzipFile):
+    """A gzip file that refuses to read much at once, as a header of a tar file can ask for any number of bytes."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        """Read bytes. Raise a TarError if they are too many."""
+        if size is None or not 0 <= size <= _MAX_FILE:
+            raise tarfile.ReadError(f"parts of {size} bytes instead of at most {_MAX_FILE}")
+        return super().read(size)
 
 
 def _check_size(file: str, size: int) -> None:
