@@ -211,9 +211,11 @@ def test_a_killed_process_ends_the_others_and_the_call_continues(
 def test_each_process_takes_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sample_files, "device_and_dtype", lambda _: (torch.device("cuda:0"), torch.float32))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    team = Processes(rank=5, size=8, local_rank=3)
+    team = Processes(rank=5, size=8, local_rank=1)
     assert sample_files._device(team, MODEL, None) == torch.device("cuda:1")
     assert sample_files._device(team, MODEL, "cuda:0") == "cuda:0"
+    with pytest.raises(ValueError, match="expected at most 2 processes on a machine with as many GPUs, got LOCAL_RANK 3"):
+        sample_files._device(Processes(rank=3, size=4, local_rank=3), MODEL, None)
     assert sample_files._device(Processes(), MODEL, None) is None
 
 
