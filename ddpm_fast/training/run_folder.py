@@ -325,6 +325,14 @@ class RunFolder:
             write_text(self.log_file, self.log_until(step))
 
 
+def check_by_options(path: Path, options: Mapping[str, Any]) -> None:
+    """Raise a ValueError if the options of a run are not those of `train`, which build the network."""
+    if "channels" not in options:
+        raise ValueError(
+            f"train: expected {path} to hold a run that `train` started, got one of a Trainer; resume it with its Trainer"
+        )
+
+
 def why_damaged(checkpoint: Path, part: str | None = "") -> str | None:
     """Return why a checkpoint is not whole, or None if it is.
 

@@ -364,7 +364,7 @@ def test_fewer_steps_than_are_done_are_refused_before_work(tmp_path: Path, monke
     run = start(tmp_path / "run")
     before = run.config_file.read_text()
     with monkeypatch.context() as patch:
-        patch.setattr("ddpm_fast.training.loop.load_dataset", lambda *_, **__: pytest.fail("the images were read"))
+        patch.setattr("ddpm_fast.training.from_options.load_dataset", lambda *_, **__: pytest.fail("the images were read"))
         with pytest.raises(ValueError, match=r"train: expected steps to be at least 4, the step of the run in .*, got 3"):
             train(run.path, **QUIET, steps=3, resume=True)
     assert run.config_file.read_text() == before
