@@ -150,7 +150,8 @@ def _run(start: Start, task: Task, state: State, *, max_minutes: float | None, p
                 mark = state.count_time(mark)
                 draw_samples(run, task, state, tensorboard)
                 mark = time.perf_counter()
-            _call(task.on_step, state.step, step_loss)
+            if task.on_step is not None:
+                _call(task.on_step, state.step, step_loss.clone())  # the log needs it unchanged
 
             if signals.received is not None:
                 stopped_by = signals.received
@@ -168,7 +169,9 @@ def _run(start: Start, task: Task, state: State, *, max_minutes: float | None, p
                     )
                 mark = state.count_time(mark)
                 if team.is_first:
-                    _call(task.on_checkpoint, _save_checkpoint(run, task, state))
+                    saved_to = _save_checkpoint(run, task, state)
+                    if task.on_checkpoint is not None:
+                        _call(task.on_checkpoint, saved_to)
                 last_checkpoint = time.monotonic()
                 mark = time.perf_counter()
     tensorboard.write("close")
@@ -188,13 +191,12 @@ def _finite_loss(state: State, grad_norm: Tensor) -> float:
     return loss
 
 
-def _call(callback: Callable[..., object] | None, *arguments: object) -> None:
-    """Call a callback if there is one. Raise its error within a _CallbackError."""
-    if callback is not None:
-        try:
-            callback(*arguments)
-        except Exception as error:
-            raise _CallbackError(error) from error
+def _call(callback: Callable[..., object], *arguments: object) -> None:
+    """Call a callback. Raise its error within a _CallbackError."""
+    try:
+        callback(*arguments)
+    except Exception as error:
+        raise _CallbackError(error) from error
 
 
 def _save_checkpoint(run: RunFolder, task: Task, state: State) -> Path:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..checks import check_callable, check_int, check_path, check_type
+from ..checks import check_callable, check_int, check_path, check_type, computing_device
 from ..distributed import joined
 from ..nn import UNet
 from ..nn.unet import name_classes
@@ -114,6 +114,7 @@ class Trainer:
         check_callable("Trainer", "on_checkpoint", on_checkpoint)
         self._options = plain_options("Trainer", options)
         check_options("Trainer", self._options, schedule.num_timesteps)
+        computing_device("Trainer", device)
         _check_model(model)
         self._dataset = _adapted(dataset, model, num_workers)
         _check_fit(model, self._dataset)

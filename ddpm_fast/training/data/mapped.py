@@ -10,7 +10,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from .decoding import as_rgb
 
@@ -86,17 +86,20 @@ class MappedDataset:
         Raises:
             ValueError: An item of this batch is wrong.
         """
-        # A generator of its own keeps the loader from drawing from torch's. No item depends on it.
-        generator = torch.Generator().manual_seed(0)
-        sampler = (each.tolist() for each in indices)
         loader: DataLoader[Any] = DataLoader(
-            self,  # type: ignore[arg-type]  # it needs __len__ and __getitem__ alone
-            batch_sampler=sampler,
+            _Items(self),
+            batch_sampler=(each.tolist() for each in indices),
             num_workers=self._num_workers,
             collate_fn=_stacked,
-            generator=generator,
+            generator=torch.Generator(),  # else the loader draws from torch's generator
         )
-        yield from loader
+        try:
+            for batch in loader:
+                if isinstance(batch, ValueError):
+                    raise batch
+                yield batch
+        except RuntimeError as error:  # a worker was killed
+            raise ValueError(f"expected dataset to be read by its workers, got: {error}") from error
 
     def fingerprint(self, *, exact: bool = False) -> dict[str, str]:
         """Return SHA-256 digests: "sample" of items at even distances, and "exact" of all items."""
@@ -161,6 +164,27 @@ class MappedDataset:
         return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-def _stacked(items: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
-    """Return the items of a batch as two tensors."""
-    return torch.stack([image for image, _ in items]), torch.tensor([label for _, label in items])
+class _Items(Dataset[Any]):
+    """The items of a data set for a DataLoader. The error of a wrong item stands for it.
+
+    An error that a worker raises would come with the worker's traceback as its text. It would also keep the workers alive.
+    """
+
+    def __init__(self, dataset: MappedDataset) -> None:
+        self._dataset = dataset
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int] | ValueError:
+        try:
+            return self._dataset[index]
+        except ValueError as error:
+            return error.with_traceback(None)
+
+
+def _stacked(items: list[tuple[Tensor, int] | ValueError]) -> tuple[Tensor, Tensor] | ValueError:
+    """Return the items of a batch as two tensors, or the error of the first wrong one."""
+    pairs = []
+    for item in items:
+        if isinstance(item, ValueError):
+            return item
+        pairs.append(item)
+    return torch.stack([image for image, _ in pairs]), torch.tensor([label for _, label in pairs])
