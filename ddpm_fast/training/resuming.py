@@ -52,7 +52,10 @@ def open_run(run: RunFolder, task: Task, state: State, resume: bool, data_check:
     if options.get("init") is not None and resume and checkpoint is None:
         state.load_weights(options["init"])
     config = task.config()
-    config["dataset"]["fingerprint"] = task.dataset.fingerprint(exact=data_check == "exact")
+    try:
+        config["dataset"]["fingerprint"] = task.dataset.fingerprint(exact=data_check == "exact")
+    except ValueError as error:  # an item is wrong
+        raise ValueError(f"train: {error}") from error
     if resume:
         _check_same(run, config, data_check)
         threads = run.read_config().get("threads")

@@ -18,7 +18,7 @@ from test_training import QUIET, assert_same_weights, log_rows
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
-from ddpm_fast import NoiseSchedule, Trainer, UNet, load_folder, train
+from ddpm_fast import NoiseSchedule, Trainer, UNet, export_checkpoint, load_folder, train
 from ddpm_fast.cli import main
 from ddpm_fast.training.data import MappedDataset, load_dataset, to_unit_range
 from ddpm_fast.training.rng import TrainingRng
@@ -146,6 +146,20 @@ def test_names_of_classes_come_from_the_network_the_data_set_or_numbers(tmp_path
     assert trainer(tmp_path, dataset, network(class_names=names)).model.config["class_names"] == names
     dataset.classes = ["one"]  # type: ignore[attr-defined]
     assert trainer(tmp_path, dataset).model.config["class_names"] == list("0123456789")
+
+
+def test_runs_are_sampled_and_exported_as_those_of_train(tmp_path: Path) -> None:
+    dataset = Digits(lambda index, image, label: (to_unit_range(image), label))
+    run = trainer(tmp_path / "run", dataset, sample_every=3, sample_steps=2, prediction="v_prediction")
+    run.run(**CALL)
+    assert (tmp_path / "run" / "samples" / "step-00000003.png").is_file()
+    export_checkpoint(tmp_path / "run", tmp_path / "model", torch.float32)
+    loaded = load_folder(tmp_path / "model")
+    assert loaded.prediction == "v_prediction"
+    assert_same_parameters(loaded.model, run.ema)
+    arguments = ["sample", "--model", tmp_path / "run", "--num", 1, "--steps", 2, "--out", tmp_path / "a.png"]
+    result = CliRunner().invoke(main, [str(each) for each in arguments])
+    assert result.exit_code == 0, result.output
 
 
 # ------------------------------------------------------------------------------------------------------------------ resuming
@@ -338,6 +352,13 @@ def test_items_of_another_size_or_kind_than_the_first_are_named(tmp_path: Path) 
         digits = Digits(lambda i, image, label, change=change: (change(image) if i == 7 else image, label))
         with pytest.raises(ValueError, match=rf"dataset\[7\] to be torch\.uint8 \[1, 8, 8\], as dataset\[0\], got {got}"):
             MappedDataset(digits, 1, tuple("0123456789"))[7]
+
+
+def test_a_wrong_item_of_the_fingerprint_ends_the_run_before_it_begins(tmp_path: Path) -> None:
+    wrong = Digits(lambda i, image, label: (image, 10 if i == 24 else label))  # one of 64 at even distances
+    with pytest.raises(ValueError, match=r"^train: expected dataset\[24\] to have a label in 0\.\.9, got 10$"):
+        trainer(tmp_path, wrong).run(**CALL)
+    assert not (tmp_path / "config.json").exists()
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
