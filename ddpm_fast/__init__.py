@@ -32,6 +32,7 @@ _NAMES_BY_MODULE = {
     "training": ("train",),
     "training.export": ("export_checkpoint",),
     "training.loop": ("TrainResult",),
+    "training.trainer": ("Trainer",),
 }
 _MODULE_BY_NAME = {name: module for module, names in _NAMES_BY_MODULE.items() for name in names}
 

@@ -53,4 +53,5 @@ from .schedule import NoiseSchedule as NoiseSchedule
 from .training import train as train
 from .training.export import export_checkpoint as export_checkpoint
 from .training.loop import TrainResult as TrainResult
+from .training.trainer import Trainer as Trainer
 from .version import __version__ as __version__

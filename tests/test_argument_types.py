@@ -142,6 +142,17 @@ def sampler() -> d.Sampler:
     return d.Sampler(Untouched(), PLAN, shape=(3, 4, 4))
 
 
+@cache
+def trainer() -> d.Trainer:
+    return d.Trainer(**trainer_arguments())
+
+
+def trainer_arguments() -> dict[str, Any]:
+    model = make_unet(in_channels=3, out_channels=3)[0]
+    data = [torch.zeros(3, 16, 16)]
+    return {"model": model, "schedule": SCHEDULE, "dataset": data, "run_folder": "no such run", "sample_steps": 5}
+
+
 def pipeline() -> Any:
     model = diffusers.UNet2DModel(
         sample_size=8,
@@ -166,6 +177,8 @@ TRAIN_ACCEPTS = (
     | dict.fromkeys(("clip_grad", "dropout", "ema_decay", "label_dropout", "weight_decay", "checkpoint_minutes"), "zero")
     | {"attention": "empty", "data_memory": "zero huge", "max_minutes": "zero inf", "seed": "negative zero huge"}
 )
+# The network and its options are `train`'s alone.
+TRAINER_ACCEPTS = {name: TRAIN_ACCEPTS[name] for name in TRAIN_ACCEPTS.keys() & inspect.signature(d.Trainer).parameters.keys()}
 # diffusers takes anything for these arguments. Shapes are checked by `reverse_step`.
 UNCHECKED = ("generator", "return_dict", "use_clipped_model_output", "variance_noise")
 DROP_IN: dict[str, Any] = {
@@ -201,6 +214,8 @@ CALLS: dict[str, Callable[[], Entry]] = {
     ),
     "SamplingPlan.table": lambda: Entry(PLAN.table, {}),
     "SamplingPlan.steps": lambda: Entry(PLAN.steps, {}),
+    "Trainer": lambda: Entry(d.Trainer, trainer_arguments(), TRAINER_ACCEPTS | {"num_workers": "zero"}),
+    "Trainer.run": lambda: Entry(trainer().run, {}, {"max_minutes": "zero inf"}),
     "UNet": lambda: Entry(unet().forward, {"x": torch.zeros(2, 2, 16, 16), "t": STEP}, {"x": "meta", "t": "fraction zero"}),
     "UNet.from_pretrained": lambda: Entry(d.UNet.from_pretrained, {"path": "no such"}, caller="from_pretrained"),
     "UNet.save_pretrained": lambda: Entry(unet().save_pretrained, {"path": "no such"}, caller="save_pretrained"),

@@ -351,13 +351,13 @@ TINY: dict[str, Any] = {
 
 def test_training_keeps_memory_until_it_ends(libc: FakeLibc, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = importlib.import_module("ddpm_fast.training.loop")
-    step, kept = module._step, []
+    step, kept = module.take_step, []
 
     def watched(*arguments: Any) -> Any:
         kept.append(libc.keeps)
         return step(*arguments)
 
-    monkeypatch.setattr(module, "_step", watched)
+    monkeypatch.setattr(module, "take_step", watched)
     train(tmp_path / "run", **TINY)
     assert kept == [True] * 3
     assert libc.options == USUAL

@@ -100,14 +100,16 @@ def train_command(
     Stop with Ctrl-C, which saves a checkpoint. Continue exactly with --resume.
     """
     from ..distributed import FirstFailed, ProcessLost, ranks
-    from ..training.run_folder import RunFolder
+    from ..training.run_folder import RunFolder, check_by_options
 
     try:
         with refusing():
             run = RunFolder(run_dir)
             if resume or (auto_resume and run.config_file.is_file()):  # the run's own options, except those given now
                 given = {name: options[name] for name in options if _is_given(ctx, name)}
-                options |= run.read_config()["options"] | given
+                stored = run.read_config()["options"]
+                check_by_options(run.path, stored)
+                options |= stored | given
             result = train(run_dir, **options, resume=resume, auto_resume=auto_resume, progress=progress)
     except FirstFailed:
         ctx.exit(1)

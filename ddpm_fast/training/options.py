@@ -144,16 +144,13 @@ def train(
         BlockingIOError: Another process trains in `run_dir`.
     """
     options = {name: value for name, value in locals().items() if name not in THIS_CALL}
-    options = _json(options | {name: _path(name, options[name]) for name in ("data", "data_dir", "init")})
-    _check_options(options)
-    from ..checks import check_choice, check_number, check_type
-    from .loop import run_training
+    options |= {name: _path(name, options[name]) for name in ("data", "data_dir", "init")}
+    options = plain_options("train", options)
+    check_options("train", options, num_timesteps=num_timesteps)
+    from .from_options import run_training
 
     _path("run_dir", run_dir)
-    for name, value in (("resume", resume), ("auto_resume", auto_resume), ("progress", progress), ("lock", lock)):
-        check_type("train", name, value, bool)
-    check_choice("train", "data_check", data_check, ("sample", "exact", "off"))
-    check_number("train", "max_minutes", max_minutes, 0, optional=True)
+    check_call("train", resume, auto_resume, max_minutes, progress, data_check, lock)
     return run_training(
         *(run_dir, options),
         resume=resume,
@@ -175,31 +172,49 @@ def _path(name: str, value: Any) -> str | None:
     return os.fsdecode(value)
 
 
-def _json(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options as config.json gives them back: tuples as lists."""
+def plain_options(caller: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options as config.json gives them back: tuples as lists."""
     result: dict[str, Any] = {}
     for name, value in options.items():
         try:
             result[name] = json.loads(json.dumps(value))
         except TypeError:
-            raise TypeError(f"train: expected {name} to be of a plain type, got {type(value).__name__}") from None
+            raise TypeError(f"{caller}: expected {name} to be of a plain type, got {type(value).__name__}") from None
     return result
 
 
-def _check_options(options: Mapping[str, Any]) -> None:
+def check_call(caller: str, resume: Any, auto_resume: Any, max_minutes: Any, progress: Any, data_check: Any, lock: Any) -> None:
+    """Raise unless the arguments that concern one call have their types and ranges."""
+    from ..checks import check_choice, check_number, check_type
+
+    for name, value in (("resume", resume), ("auto_resume", auto_resume), ("progress", progress), ("lock", lock)):
+        check_type(caller, name, value, bool)
+    check_choice(caller, "data_check", data_check, ("sample", "exact", "off"))
+    check_number(caller, "max_minutes", max_minutes, 0, optional=True)
+
+
+def check_options(caller: str, options: Mapping[str, Any], num_timesteps: int) -> None:
+    """Raise unless the options have their types and ranges.
+
+    Args:
+        caller: Name of the calling function for error messages.
+        options: The options of `train`, or those that a `Trainer` takes.
+        num_timesteps: T of the schedule.
+    """
     from ..checks import MAX_TIMESTEPS, check_choice, check_int, check_number, check_type, checked_bytes
     from ..nn.config import MAX_LAYERS
 
     def each(check: Callable[..., object], names: str, *bounds: Any, **more: Any) -> None:
         for name in names.split():
-            check("train", name, options[name], *bounds, **more)
+            if name in options:
+                check(caller, name, options[name], *bounds, **more)
 
     each(check_choice, "schedule", ("linear", "scaled_linear", "cosine", "sigmoid"))
     each(check_choice, "prediction", ("epsilon", "sample", "v_prediction"))
     each(check_choice, "precision", ("float32", "bf16"))
     each(check_choice, "lr_decay", ("linear", "cosine"))
     each(check_choice, "loss_weight", (None, "min_snr"))
-    each(check_type, "skip_broken flip scale_shift conditional channels_last tensorboard", bool)
+    each(check_type, "skip_broken flip scale_shift conditional channels_last tensorboard ema_warmup", bool)
     each(check_type, "channels attention", list)
     each(check_int, "num_timesteps", 1, MAX_TIMESTEPS)
     each(check_int, "steps batch_size sample_steps keep", 1)
@@ -217,9 +232,9 @@ def _check_options(options: Mapping[str, Any]) -> None:
     each(check_type, "device", str, optional=True)
     each(checked_bytes, "data_memory")
     if options["sample_every"]:
-        each(check_int, "sample_steps", 1, options["num_timesteps"])
-    if not options["channels"]:
-        raise ValueError("train: expected channels to be at least one number, got none")
+        each(check_int, "sample_steps", 1, num_timesteps)
     for name in ("channels", "attention"):
-        for value in options[name]:
-            check_int("train", name, value, 1)
+        for value in options.get(name, ()):
+            check_int(caller, name, value, 1)
+    if not options.get("channels", True):
+        raise ValueError(f"{caller}: expected channels to be at least one number, got none")

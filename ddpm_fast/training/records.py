@@ -47,7 +47,7 @@ def summary(run: RunFolder, task: Task, state: State) -> str:
         "images": f"{width}x{height} pixels, {channels} channel{'s' if channels > 1 else ''}, {dataset.preparation}",
         "network": f"{parameters / 1e6:.2f} million parameters, "
         + ("class-conditional" if task.labelled else "unconditional")
-        + (f", started from {options['init']}" if options["init"] else ""),
+        + (f", started from {options['init']}" if options.get("init") else ""),
         "machine": machine,
         **({"batch": batch} if task.num_micro_batches > 1 else {}),
         "steps": f"{options['steps']} of {options['batch_size']} images: {epochs:,.0f} epochs"

@@ -52,6 +52,19 @@ _CHECKPOINT: Final = re.compile(r"step-(\d{8,})(?:-(\d+))?")
 
 _log = logging.getLogger("ddpm_fast")
 
+_held_locks: Final[set[int]] = set()  # descriptors
+
+
+def _close_held_locks() -> None:
+    """Close the locks in a child that was forked, such as a worker of a DataLoader. It may outlive this process."""
+    for descriptor in _held_locks:
+        os.close(descriptor)
+    _held_locks.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_held_locks)
+
 T = TypeVar("T")
 
 
@@ -116,11 +129,13 @@ class RunFolder:
                 f"train: expected {str(self.lock_file)!r} to be a file that can be locked, got: {error}; "
                 "pass lock=False (--no-lock) if no other process trains there"
             ) from error
+        _held_locks.add(descriptor)
         try:
             os.ftruncate(descriptor, 0)
             os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
             yield
         finally:
+            _held_locks.discard(descriptor)
             os.close(descriptor)
 
     def create(self, config: Mapping[str, Any]) -> None:
@@ -323,6 +338,14 @@ class RunFolder:
         """Remove the rows after `step`, which a resumed run writes again."""
         if self._has_log("train"):
             write_text(self.log_file, self.log_until(step))
+
+
+def check_by_options(path: Path, options: Mapping[str, Any]) -> None:
+    """Raise a ValueError if the options of a run are not those of `train`, which build the network."""
+    if "channels" not in options:
+        raise ValueError(
+            f"train: expected {path} to hold a run that `train` started, got one of a Trainer; resume it with its Trainer"
+        )
 
 
 def why_damaged(checkpoint: Path, part: str | None = "") -> str | None:

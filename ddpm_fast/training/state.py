@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -19,7 +19,7 @@ from ..nn import UNet, UNetConfig
 from ..nn.checkpoint import check_finite, check_weights, load_safetensors
 from ..schedule import NoiseSchedule
 from ..version import __version__
-from .data import ImageDataset
+from .data import ImageDataset, MappedDataset
 from .rng import TrainingRng
 from .run_folder import RunFolder, read_state
 
@@ -31,14 +31,22 @@ _NOT_IN_WEIGHTS: Final = frozenset({"sample_size", "dropout", "num_train_timeste
 class Task:
     """The parts of a run that do not change from step to step."""
 
-    options: Mapping[str, Any]  # the arguments of `train` without those of `THIS_CALL`
-    dataset: ImageDataset
-    labelled: bool  # the network is given the class
+    options: Mapping[str, Any]  # those that config.json records
+    model: UNet
+    dataset: ImageDataset | MappedDataset
     schedule: NoiseSchedule
     loss_weight: Tensor | None  # float32 [T], on the device
     rng: TrainingRng
     device: torch.device
     team: Processes
+    ema_warmup: bool = True  # the first weights are random: the average forgets them soon
+    on_step: Callable[[int, Tensor], object] | None = None
+    on_checkpoint: Callable[[Path], object] | None = None
+
+    @property
+    def labelled(self) -> bool:
+        """True if the network is given the class."""
+        return self.model.config["num_class_embeds"] is not None
 
     @property
     def micro_batch_size(self) -> int:
@@ -73,7 +81,7 @@ class Task:
         dataset = self.dataset
         return {
             "options": self.options,
-            "unet": unet_config(self.options, dataset, self.labelled),
+            "unet": self.model.config,
             "schedule": self.schedule.to_config(),
             "dataset": {
                 "images": len(dataset),
@@ -100,11 +108,9 @@ class State:
 
     @classmethod
     def initial(cls, task: Task) -> State:
-        """Return the state before the first step, with weights drawn from the seed."""
-        with torch.random.fork_rng([]):
-            torch.manual_seed(task.rng.weights_seed)
-            model = UNet(**unet_config(task.options, task.dataset, task.labelled))
-        model = model.to(device=task.device, memory_format=task.memory_format)  # type: ignore[call-overload]
+        """Return the state before the first step, with the task's network, which it moves to the device."""
+        model = task.model.to(device=task.device, memory_format=task.memory_format)  # type: ignore[call-overload]
+        model.train().zero_grad()
         lr, weight_decay = task.options["lr"], task.options["weight_decay"]
         optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
         return cls(model, copy.deepcopy(model).requires_grad_(False).eval(), optimizer)
@@ -211,37 +217,3 @@ def _read_networks(init: Path) -> tuple[UNet, UNet]:
             f"got {str(init)!r}"
         )
     return found
-
-
-def unet_config(options: Mapping[str, Any], dataset: ImageDataset, labelled: bool) -> dict[str, Any]:
-    """Return the configuration of the network that the options describe. Raise ValueError if the images do not fit it."""
-    channels, height, width = dataset.shape
-    widths = options["channels"]
-    factor = 2 ** (len(widths) - 1)
-    if height % factor or width % factor:
-        raise ValueError(
-            f"train: expected images whose sides are multiples of {factor} for {len(widths)} levels of channels, "
-            f"got {height}x{width}; choose image_size or fewer channels"
-        )
-    attended = [height >> level in options["attention"] for level in range(len(widths))]
-    return {
-        "sample_size": height,
-        "in_channels": channels,
-        "out_channels": channels,
-        "block_out_channels": widths,
-        "layers_per_block": options["layers"],
-        "down_block_types": ["AttnDownBlock2D" if a else "DownBlock2D" for a in attended],
-        "up_block_types": ["AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attended)],
-        "attention_head_dim": options["head_dim"],
-        "norm_num_groups": math.gcd(32, *widths),
-        "dropout": options["dropout"],
-        "resnet_time_scale_shift": "scale_shift" if options["scale_shift"] else "default",
-        "num_class_embeds": len(dataset.classes) + 1 if labelled else None,
-        # Images beside sub-folders make a class without a name.
-        **({"class_names": list(dataset.classes)} if labelled and all(dataset.classes) else {}),
-        # Ho et al.'s choices
-        "downsample_padding": 0,
-        "flip_sin_to_cos": False,
-        "freq_shift": 1,
-        "norm_eps": 1e-6,
-    }

@@ -23,7 +23,7 @@ def take_step(task: Task, state: State, images: Tensor, labels: Tensor) -> tuple
     Args:
         task: The task.
         state: The state, which is replaced by the next.
-        images: uint8 [n, C, H, W], this process's part of the batch.
+        images: uint8 or float32 [n, C, H, W], this process's part of the batch.
         labels: int64 [n].
 
     Returns:
@@ -41,7 +41,7 @@ def take_step(task: Task, state: State, images: Tensor, labels: Tensor) -> tuple
     state.optimizer.step()
     state.optimizer.zero_grad()
     decay = options["ema_decay"]
-    if options["init"] is None:  # the first weights are random: forget them soon
+    if task.ema_warmup:
         decay = min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(state.ema.parameters()), parameters, 1 - decay)
     state.losses.append(loss)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
 import os
 import shutil
 import signal
@@ -69,6 +70,23 @@ def test_a_second_process_is_told_who_trains(tmp_path: Path, holder: subprocess.
     holder.send_signal(signal.SIGKILL)  # releases the lock
     holder.wait()
     assert train(tmp_path / "run", **QUIET, steps=3, resume=True).step == 3
+
+
+@pytest.mark.skipif(not hasattr(os, "register_at_fork"), reason="the system does not fork")
+def test_a_forked_child_does_not_hold_the_lock(tmp_path: Path) -> None:
+    run, context = RunFolder(tmp_path), multiprocessing.get_context("fork")
+    end = context.Event()
+    with run.locked():
+        child = context.Process(target=end.wait)
+        child.start()
+        with pytest.raises(BlockingIOError, match="no other process to train"), run.locked():
+            pass
+    try:
+        with run.locked():
+            pass
+    finally:
+        end.set()
+        child.join()
 
 
 def test_a_lock_that_cannot_be_made_is_an_error_with_the_way_around(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -364,7 +382,7 @@ def test_fewer_steps_than_are_done_are_refused_before_work(tmp_path: Path, monke
     run = start(tmp_path / "run")
     before = run.config_file.read_text()
     with monkeypatch.context() as patch:
-        patch.setattr("ddpm_fast.training.loop.load_dataset", lambda *_, **__: pytest.fail("the images were read"))
+        patch.setattr("ddpm_fast.training.from_options.load_dataset", lambda *_, **__: pytest.fail("the images were read"))
         with pytest.raises(ValueError, match=r"train: expected steps to be at least 4, the step of the run in .*, got 3"):
             train(run.path, **QUIET, steps=3, resume=True)
     assert run.config_file.read_text() == before

@@ -30,7 +30,7 @@ from ddpm_fast.ops import noise
 from ddpm_fast.pretrained import load_folder
 from ddpm_fast.reference import STREAM_Q_SAMPLE
 from ddpm_fast.schedule import NoiseSchedule
-from ddpm_fast.training import loop, records, train
+from ddpm_fast.training import from_options, records, train
 from ddpm_fast.training.data import load_dataset, to_unit_range
 from ddpm_fast.training.export import export_checkpoint
 from ddpm_fast.training.loop import TrainResult
@@ -268,7 +268,7 @@ def test_samples_cannot_take_more_steps_than_there_are(tmp_path: Path) -> None:
 def test_folders_that_cannot_be_written_are_refused_before_the_images_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "load_dataset", lambda *_, **__: pytest.fail("the images were read"))
+    monkeypatch.setattr(from_options, "load_dataset", lambda *_, **__: pytest.fail("the images were read"))
     (tmp_path / "file").touch()
     with pytest.raises(NotADirectoryError, match=r"run_dir to be in a folder, got .*, and '.*file' is a file"):
         train(tmp_path / "file" / "run", **QUIET)

@@ -5,6 +5,7 @@ from .decoding import read_image
 from .fashion_mnist import FASHION_MNIST_CLASSES, FASHION_MNIST_DEBIAN
 from .image_files import RESIZED
 from .loading import DATASETS, load_dataset
+from .mapped import MappedDataset
 
 __all__ = [
     "DATASETS",
@@ -12,6 +13,7 @@ __all__ = [
     "FASHION_MNIST_DEBIAN",
     "RESIZED",
     "ImageDataset",
+    "MappedDataset",
     "load_dataset",
     "read_image",
     "to_unit_range",

@@ -130,5 +130,5 @@ def _resized(images: Tensor, size: int) -> Tensor:
 
 
 def to_unit_range(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Map uint8 0..255 to -1..1, the range of x_0. Black is -1."""
-    return images.to(dtype) * (2 / 255) - 1.0
+    """Map uint8 0..255 to -1..1, the range of x_0. Black is -1. Floating images are in that range, and stay as they are."""
+    return images.to(dtype) if images.is_floating_point() else images.to(dtype) * (2 / 255) - 1.0

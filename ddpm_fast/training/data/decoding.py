@@ -85,7 +85,7 @@ def resized_square(opened: ImageFile, size: int) -> NDArray[np.uint8]:
     """Return the largest centred square of an open image, resized to [3, size, size]."""
     from PIL import Image, ImageOps
 
-    image = _rgb(ImageOps.exif_transpose(opened), opened.format)
+    image = as_rgb(ImageOps.exif_transpose(opened), opened.format)
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     # Crop first, as `resize(box=...)` mixes in pixels from outside the box.
@@ -94,7 +94,7 @@ def resized_square(opened: ImageFile, size: int) -> NDArray[np.uint8]:
     return pixels
 
 
-def _rgb(image: Picture, kind: str | None) -> Picture:
+def as_rgb(image: Picture, kind: str | None) -> Picture:
     """Return a picture as RGB. 16 bits a channel become 8, and what is transparent lies on white."""
     from PIL import Image
 

@@ -1,0 +1,165 @@
+"""Checks before a run starts: its folder, processes, device and micro-batches, memory and disk space."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+
+from ..checks import computing_device
+from ..distributed import Processes
+from ..limits import check_free_memory, check_free_space, check_writable
+from ..nn import UNetConfig
+from .run_folder import RunFolder, read_state
+from .state import Task
+
+COPIES: Final = 5  # each parameter in memory: itself, its average, its gradient and two moments
+_SAVED: Final = 4  # the same in a checkpoint, without the gradient
+
+
+@dataclass(frozen=True)
+class Start:
+    """A run that may start: its folder, processes and device are checked.
+
+    Attributes:
+        run: The folder.
+        options: The options that config.json records, with the size of micro-batches.
+        team: The processes.
+        device: The device of this process.
+        resume: Continue the run from its newest checkpoint.
+    """
+
+    run: RunFolder
+    options: Mapping[str, Any]
+    team: Processes
+    device: torch.device
+    resume: bool
+
+
+def prepared(run: RunFolder, options: Mapping[str, Any], team: Processes, *, resume: bool, auto_resume: bool) -> Start:
+    """Check what needs neither the data set nor the network, and set the number of threads.
+
+    Args:
+        run: The run's folder.
+        options: Options that are checked and complete.
+        team: The processes.
+        resume: Continue the run.
+        auto_resume: Continue the run if there is one.
+    """
+    if auto_resume:
+        resume = bool(team.from_first([run.config_file.is_file()])[0])
+    device = _device(options["device"], team)
+    team.on_first(lambda: _check_folder(run, options["steps"], resume))
+    options = {**options, "micro_batch_size": _micro_batch_size(options, run, resume, team)}
+    if options["threads"] is not None:
+        torch.set_num_threads(options["threads"])
+    if device.type == "cpu":
+        _check_threads(torch.get_num_threads())
+    return Start(run, options, team, device, resume)
+
+
+def _device(name: str | None, team: Processes) -> torch.device:
+    """Return the device to train on: of several processes on a machine each takes another GPU."""
+    device = computing_device("train", name)
+    if team.size == 1 or device.type != "cuda":
+        return device
+    if device == torch.device("cuda"):  # without a number
+        if team.local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"train: expected at most {torch.cuda.device_count()} processes on a machine with as many GPUs, "
+                f"got one with LOCAL_RANK {team.local_rank}"
+            )
+        device = torch.device("cuda", team.local_rank)
+    torch.cuda.set_device(device)  # collectives use the current one
+    return device
+
+
+def _micro_batch_size(options: Mapping[str, Any], run: RunFolder, resume: bool, team: Processes) -> int:
+    """Return the number of images whose gradients are computed at a time. A resumed run keeps its own."""
+    batch_size: int = options["batch_size"]
+    size: int | None = options["micro_batch_size"]
+    if size is None and resume:
+        size = run.read_config()["options"].get("micro_batch_size", batch_size)  # older runs had one micro-batch
+    if size is None:
+        if batch_size % team.size:
+            raise ValueError(
+                f"train: expected batch_size to be a multiple of {team.size}, one for each process, got {batch_size}"
+            )
+        size = batch_size // team.size
+    if batch_size % (size * team.size):
+        processes = f"{team.size} process" + ("es" if team.size > 1 else "")
+        raise ValueError(
+            f"train: expected micro_batch_size times {processes} to divide batch_size {batch_size}, got micro_batch_size {size}"
+        )
+    return size
+
+
+def _check_threads(threads: int) -> None:
+    """Raise a ValueError if OpenMP may start fewer threads than PyTorch asks for.
+
+    The backward pass of oneDNN's convolutions then waits for the missing threads forever.
+    """
+    dynamic, limit = (os.environ.get(name, "").strip() for name in ("OMP_DYNAMIC", "OMP_THREAD_LIMIT"))
+    if dynamic.lower() == "true":
+        name, wanted, got = "OMP_DYNAMIC", "false", dynamic
+    elif limit.isdecimal() and int(limit) < threads:
+        name, wanted, got = "OMP_THREAD_LIMIT", f"at least {threads}", limit
+    else:
+        return
+    if threads > 1:
+        raise ValueError(
+            f"train: expected the environment's {name} to be {wanted}, as PyTorch would wait for {threads} threads forever, "
+            f"got {got!r}; unset it, or pass threads=1 (--threads 1)"
+        )
+
+
+def _check_folder(run: RunFolder, steps: int, resume: bool) -> None:
+    """Raise unless a run can begin or go on in the folder."""
+    if resume:
+        run.read_config()  # refuses a folder without a run before a lock is written into it
+        _check_resumable(run, steps)
+    else:
+        run.check_new()
+    check_writable("train", "run_dir", run.path, run.path)
+
+
+def _check_resumable(run: RunFolder, steps: int) -> None:
+    """Refuse to resume a run whose checkpoints are lost, or that has done more steps than are wanted."""
+    logged = run.last_row()
+    if logged and not run.checkpoints.is_dir():
+        raise FileNotFoundError(
+            f"train: expected {run.checkpoints} to have the checkpoints of the run, whose log.csv has {logged} steps, got "
+            "no such folder; mount its disk, or remove log.csv to start again from step 0"
+        )
+    if logged and not run.checkpoint_folders() and (run.checkpoints / "latest").is_symlink():
+        raise FileNotFoundError(
+            f"train: expected {run.checkpoints} to have the checkpoint that its link `latest` names, got no checkpoint; "
+            "bring it back, or remove log.csv to start again from step 0"
+        )
+    # Comparing checksums would read all files, which opening the run does once more.
+    done = run.read_latest(None, lambda checkpoint: read_state("train", checkpoint).step) or 0
+    if done > steps:
+        raise ValueError(f"train: expected steps to be at least {done}, the step of the run in {run.path}, got {steps}")
+
+
+def check_sizes(run: RunFolder, task: Task) -> None:
+    """Raise if the training does not fit into memory, or checkpoints onto the disk. The estimates are low."""
+    options, config = task.options, UNetConfig.from_dict(task.model.config)
+    channels, height, width = task.dataset.shape
+    per_image = channels * (1 + 4)
+    if task.device.type == "cpu":
+        check_free_memory("train", "model", "a UNet", (COPIES - 1) * 4 * config.num_parameters)  # it is there itself
+        # Each block keeps the inputs of two convolutions for the gradient; the widest pictures have the first channels.
+        bytes_each = 4 if options["precision"] == "float32" else 2
+        per_image += config.block_out_channels[0] * 4 * config.layers_per_block * bytes_each
+    check_free_memory("train", "batch_size", options["batch_size"], options["batch_size"] * per_image * height * width)
+    saves = options["steps"] if options["checkpoint_minutes"] else 1
+    if options["checkpoint_every"]:
+        saves = max(saves, math.ceil(options["steps"] / options["checkpoint_every"]))
+    more = max(0, min(options["keep"], saves) - len(run.checkpoint_folders()))
+    # Old checkpoints are removed after the new one.
+    check_free_space("train", "run_dir", run.path, (more + 1) * _SAVED * 4 * config.num_parameters)

@@ -1,0 +1,420 @@
+"""`Trainer`: the run of `train` with a network and a data set of one's own."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from launching import run_ranks
+from PIL import Image
+from test_training import QUIET, assert_same_weights, log_rows
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset, TensorDataset
+
+from ddpm_fast import NoiseSchedule, Trainer, UNet, export_checkpoint, load_folder, train
+from ddpm_fast.cli import main
+from ddpm_fast.training.data import MappedDataset, load_dataset, to_unit_range
+from ddpm_fast.training.rng import TrainingRng
+from ddpm_fast.training.run_folder import RunFolder
+from ddpm_fast.training.trainer import OPTIONS
+
+SHARED = {name: QUIET[name] for name in OPTIONS if name in QUIET}
+CALL: dict[str, Any] = {"progress": False}
+
+
+class Digits(Dataset[Any]):
+    """The digits as a data set that knows nothing of this package. `change` is made to each item."""
+
+    def __init__(self, change: Callable[[int, Tensor, int], Any] = lambda index, image, label: (image, label)) -> None:
+        self.digits, self.change = load_dataset("digits"), change
+
+    def __len__(self) -> int:
+        return len(self.digits)
+
+    def __getitem__(self, index: int) -> Any:
+        image, label = self.digits[torch.tensor([index])]
+        return self.change(index, image[0], int(label))
+
+
+def network(**changes: Any) -> UNet:
+    """Return a tiny network for digits, with the weights from which `train` starts with seed 0."""
+    config = {
+        **{"sample_size": 8, "in_channels": 1, "out_channels": 1, "block_out_channels": [16, 32], "layers_per_block": 1},
+        **{"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2, "norm_num_groups": 16},
+        **{"attention_head_dim": None, "num_class_embeds": 11, "downsample_padding": 0, "flip_sin_to_cos": False},
+        **{"freq_shift": 1, "norm_eps": 1e-6},
+    }
+    with torch.random.fork_rng([]):
+        torch.manual_seed(TrainingRng(0, 6).weights_seed)
+        return UNet(**config | changes)
+
+
+def trainer(run_folder: Path, dataset: Any = None, model: UNet | None = None, **options: Any) -> Trainer:
+    """Return a trainer of three steps on digits, unless the options say otherwise."""
+    dataset = Digits() if dataset is None else dataset
+    model = network() if model is None else model
+    return Trainer(model, NoiseSchedule.linear(), dataset, run_folder=run_folder, **SHARED | {"steps": 3} | options)
+
+
+def assert_same_parameters(a: UNet, b: UNet) -> None:
+    assert [name for name, value in a.state_dict().items() if not torch.equal(value.cpu(), b.state_dict()[name].cpu())] == []
+
+
+# ---------------------------------------------------------------------------------------------------------- the same as train
+
+
+def test_options_have_the_defaults_of_train() -> None:
+    theirs, ours = (inspect.signature(function).parameters for function in (train, Trainer))
+    assert {name: ours[name].default for name in OPTIONS} == {name: theirs[name].default for name in OPTIONS}
+    run = inspect.signature(Trainer.run).parameters
+    for name in run.keys() - {"self"}:
+        assert run[name].default == theirs[name].default
+
+
+def test_weights_are_those_of_train(tmp_path: Path) -> None:
+    """With labels, dropout, flips and bfloat16, on a data set of this package and on a plain one."""
+    options = {"steps": 5, "flip": True, "precision": "bf16", "loss_weight": "min_snr", "label_dropout": 0.5}
+    expected = train(tmp_path / "train", **QUIET | options, dropout=0.1)
+    for name, dataset in (("own", load_dataset("digits")), ("plain", Digits())):
+        trained = trainer(tmp_path / name, dataset, network(dropout=0.1), **options)
+        result = trained.run(**CALL)
+        assert (result.step, result.stopped_by) == (expected.step, None)
+        assert_same_weights(tmp_path / "train", tmp_path / name)
+        assert log_rows(tmp_path / "train") == log_rows(tmp_path / name)
+    loaded = load_folder(tmp_path / "plain")
+    assert_same_parameters(loaded.model, trained.ema)
+    assert loaded.model.config["class_names"] == list("0123456789")
+    checkpoint = RunFolder(tmp_path / "plain").latest_checkpoint()
+    assert checkpoint is not None
+    assert_same_parameters(UNet.from_pretrained(checkpoint / "unet"), trained.model)
+
+
+def pil(index: int, image: Tensor, label: int) -> Any:
+    return Image.fromarray(np.asarray(image[0])), label
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pil,
+        lambda index, image, label: (Image.fromarray(np.asarray(image[0])).convert("RGB"), np.int64(label)),
+        lambda index, image, label: [to_unit_range(image), torch.tensor(label)],
+        lambda index, image, label: (to_unit_range(image).double(), label),
+    ],
+    ids=["pil", "pil-rgb", "float32", "float64"],
+)
+def test_items_of_every_form_train_the_same(change: Callable[[int, Tensor, int], Any], tmp_path: Path) -> None:
+    trainer(tmp_path / "uint8").run(**CALL)
+    trainer(tmp_path / "other", Digits(change)).run(**CALL)
+    assert_same_weights(tmp_path / "uint8", tmp_path / "other")
+
+
+def test_workers_read_the_same_and_leave_the_generator(tmp_path: Path) -> None:
+    before = torch.random.get_rng_state()
+    trainer(tmp_path / "none").run(**CALL)
+    trainer(tmp_path / "two", num_workers=2).run(**CALL)
+    assert_same_weights(tmp_path / "none", tmp_path / "two")
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_images_without_labels_train_an_unconditional_network(tmp_path: Path) -> None:
+    images = load_dataset("digits").images
+    assert isinstance(images, Tensor)
+    weights = []
+    for name, dataset in (("tensors", TensorDataset(images)), ("tensor", images), ("labelled", Digits())):
+        if name == "tensors":  # its items are tuples of one tensor
+            with pytest.raises(ValueError, match=r"dataset\[0\] to be an image or \(image, label\), got 1 values"):
+                trainer(tmp_path / name, dataset, network(num_class_embeds=None))
+            continue
+        trainer(tmp_path / name, dataset, network(num_class_embeds=None)).run(**CALL)
+        weights.append(tmp_path / name)
+    assert_same_weights(*weights)
+
+
+def test_names_of_classes_come_from_the_network_the_data_set_or_numbers(tmp_path: Path) -> None:
+    dataset = Digits()
+    dataset.classes = [f"digit {i}" for i in range(10)]  # type: ignore[attr-defined]  # as torchvision's have
+    assert trainer(tmp_path, dataset).model.config["class_names"] == dataset.classes  # type: ignore[attr-defined]
+    names = list("abcdefghij")
+    assert trainer(tmp_path, dataset, network(class_names=names)).model.config["class_names"] == names
+    dataset.classes = ["one"]  # type: ignore[attr-defined]
+    assert trainer(tmp_path, dataset).model.config["class_names"] == list("0123456789")
+
+
+def test_runs_are_sampled_and_exported_as_those_of_train(tmp_path: Path) -> None:
+    dataset = Digits(lambda index, image, label: (to_unit_range(image), label))
+    run = trainer(tmp_path / "run", dataset, sample_every=3, sample_steps=2, prediction="v_prediction")
+    run.run(**CALL)
+    assert (tmp_path / "run" / "samples" / "step-00000003.png").is_file()
+    export_checkpoint(tmp_path / "run", tmp_path / "model", torch.float32)
+    loaded = load_folder(tmp_path / "model")
+    assert loaded.prediction == "v_prediction"
+    assert_same_parameters(loaded.model, run.ema)
+    arguments = ["sample", "--model", tmp_path / "run", "--num", 1, "--steps", 2, "--out", tmp_path / "a.png"]
+    result = CliRunner().invoke(main, [str(each) for each in arguments])
+    assert result.exit_code == 0, result.output
+
+
+# ------------------------------------------------------------------------------------------------------------------ resuming
+
+
+def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path: Path) -> None:
+    trainer(tmp_path / "whole", steps=8).run(**CALL)
+    stopped = trainer(tmp_path / "cut", steps=8).run(max_minutes=0.0, **CALL)
+    assert (stopped.step, stopped.stopped_by) == (1, "max_minutes")
+    trainer(tmp_path / "cut", steps=4).run(resume=True, **CALL)  # in another process: another network
+    trainer(tmp_path / "cut", steps=8).run(auto_resume=True, **CALL)
+    assert_same_weights(tmp_path / "whole", tmp_path / "cut")
+    assert log_rows(tmp_path / "whole") == log_rows(tmp_path / "cut")
+
+
+def test_runs_of_train_and_of_a_trainer_on_its_data_set_go_on_in_a_trainer(tmp_path: Path) -> None:
+    train(tmp_path / "whole", **QUIET | {"steps": 5})
+    train(tmp_path / "run", **QUIET | {"steps": 2})
+    trainer(tmp_path / "run", load_dataset("digits"), steps=5).run(resume=True, **CALL)
+    assert_same_weights(tmp_path / "whole", tmp_path / "run")
+
+
+def test_resuming_as_something_else_is_refused(tmp_path: Path) -> None:
+    trainer(tmp_path).run(**CALL)
+    cases: list[tuple[str, Trainer]] = [
+        ("lr to be 0.001, as the run in .* was started, got 0.002", trainer(tmp_path, lr=2e-3)),
+        ("ema_warmup to be True, as the run in .* was started, got False", trainer(tmp_path, ema_warmup=False)),
+        (
+            r"model to have block_out_channels = \[16, 32\], as the .* got \[16, 16\]",
+            trainer(tmp_path, model=network(block_out_channels=[16, 16])),
+        ),
+        ("classes to be", trainer(tmp_path, model=network(num_class_embeds=None))),
+        (
+            "schedule to be NoiseSchedule",
+            Trainer(network(), NoiseSchedule.cosine(), Digits(), run_folder=tmp_path, **SHARED | {"steps": 3}),
+        ),
+        ("the images that the run", trainer(tmp_path, Digits(lambda index, image, label: (image.flip(-1), label)))),
+    ]
+    for wanted, other in cases:
+        with pytest.raises(ValueError, match=f"train: expected {wanted}"):
+            other.run(resume=True, **CALL)
+    changed = trainer(tmp_path, Digits(lambda index, image, label: (image.flip(-1), label)), steps=4)
+    assert changed.run(resume=True, data_check="off", **CALL).step == 4
+    with pytest.raises(FileExistsError, match="new or empty"):
+        trainer(tmp_path).run(**CALL)
+
+
+def test_train_refuses_a_trainers_run(tmp_path: Path) -> None:
+    trainer(tmp_path / "run").run(**CALL)
+    wanted = "to hold a run that `train` started, got one of a Trainer; resume it with its Trainer"
+    with pytest.raises(ValueError, match=wanted):
+        train(tmp_path / "run", **QUIET, steps=4, resume=True)
+    result = CliRunner().invoke(main, ["train", str(tmp_path / "run"), "--resume"])
+    assert result.exit_code != 0
+    assert wanted in " ".join(result.output.split())
+
+
+def test_trained_weights_keep_their_average(tmp_path: Path) -> None:
+    train(tmp_path / "first", **QUIET | {"steps": 3})
+    checkpoint = RunFolder(tmp_path / "first").latest_checkpoint()
+    assert checkpoint is not None
+    train(tmp_path / "init", **QUIET | {"steps": 3}, init=checkpoint / "unet")
+    trainer(tmp_path / "trainer", model=UNet.from_pretrained(checkpoint / "unet"), ema_warmup=False).run(**CALL)
+    assert_same_weights(tmp_path / "init", tmp_path / "trainer")
+
+
+# ----------------------------------------------------------------------------------------------------------------- callbacks
+
+
+def test_callbacks_see_each_step_and_each_checkpoint(tmp_path: Path) -> None:
+    steps: list[tuple[int, float]] = []
+    saved: list[Path] = []
+
+    def on_step(step: int, loss: Tensor) -> None:
+        assert (loss.shape, loss.requires_grad) == ((), False)
+        steps.append((step, float(loss)))
+        loss.zero_()  # it is the callback's
+
+    run = trainer(tmp_path / "run", steps=5, log_every=5, checkpoint_every=2, on_step=on_step, on_checkpoint=saved.append)
+    run.run(**CALL)
+    trainer(tmp_path / "quiet", steps=5, log_every=5, checkpoint_every=2).run(**CALL)
+    assert [step for step, _ in steps] == [1, 2, 3, 4, 5]
+    mean = sum(loss for _, loss in steps) / 5
+    assert float(log_rows(tmp_path / "run")[0]["loss"]) == pytest.approx(mean, rel=1e-5)
+    assert [path.name for path in saved] == ["step-00000002", "step-00000004", "step-00000005"]
+    assert saved[-1].is_dir()
+    assert_same_weights(tmp_path / "run", tmp_path / "quiet")
+    assert log_rows(tmp_path / "run") == log_rows(tmp_path / "quiet")
+
+
+@pytest.mark.parametrize("kind", [ValueError, OSError, KeyError])
+@pytest.mark.parametrize("callback", ["on_step", "on_checkpoint"])
+def test_an_error_of_a_callback_is_raised_as_it_is(callback: str, kind: type[Exception], tmp_path: Path) -> None:
+    def fail(*arguments: object) -> None:
+        if arguments[0] == 4 or callback == "on_checkpoint":
+            raise kind("mine")
+
+    options = {"steps": 7, "checkpoint_every": 4}
+    with pytest.raises(kind, match=r"^'?mine'?$"):
+        trainer(tmp_path / "run", **options, **{callback: fail}).run(**CALL)
+    run = RunFolder(tmp_path / "run")
+    checkpoint = run.latest_checkpoint()
+    assert checkpoint is not None
+    assert checkpoint.name == "step-00000004"
+    trainer(tmp_path / "run", **options).run(resume=True, **CALL)
+    trainer(tmp_path / "whole", **options).run(**CALL)
+    assert_same_weights(tmp_path / "whole", tmp_path / "run")
+    assert log_rows(tmp_path / "whole") == log_rows(tmp_path / "run")
+
+
+# ----------------------------------------------------------------------------------------------------------- wrong arguments
+
+
+class Endless(IterableDataset[Any]):
+    def __iter__(self) -> Any:
+        return iter([])
+
+
+def test_data_sets_that_are_not_map_style_are_refused(tmp_path: Path) -> None:
+    for dataset in (Endless(), iter([]), 5):
+        with pytest.raises(TypeError, match=r"Trainer: expected dataset to be map-style \(__len__ and __getitem__\), got "):
+            trainer(tmp_path, dataset)
+    with pytest.raises(ValueError, match="Trainer: expected dataset to have at least one item, got none"):
+        trainer(tmp_path, [])
+
+
+def test_networks_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="Trainer: expected model to be a UNet, got Linear"):
+        trainer(tmp_path, model=torch.nn.Linear(1, 1))  # type: ignore[arg-type]
+    frozen = network()
+    next(frozen.parameters()).requires_grad_(False)
+    cases = [
+        (frozen, r"model to have parameters that require gradients, got conv_in\.weight without"),
+        (network().bfloat16(), r'model to be float32, got torch\.bfloat16 in .*; use precision="bf16"'),
+        (network(out_channels=2), "model to have out_channels = 1, as the images of dataset, got 2"),
+        (network(num_class_embeds=1), "model to have num_class_embeds = None or the number of classes plus one, got 1"),
+        (network(in_channels=3, out_channels=3), r"dataset\[0\] to be uint8 \[3, H, W\], .* got torch\.uint8 \[1, 8, 8\]"),
+        (
+            network(block_out_channels=[16] * 5, down_block_types=["DownBlock2D"] * 5, up_block_types=["UpBlock2D"] * 5),
+            "dataset to have images whose sides are multiples of 16 for the levels of model, got 8x8",
+        ),
+    ]
+    for model, wanted in cases:
+        with pytest.raises(ValueError, match=f"Trainer: expected {wanted}"):
+            trainer(tmp_path / "run", model=model)
+    with pytest.raises(ValueError, match="model to have num_class_embeds = 11, the number of classes plus one, got 12"):
+        trainer(tmp_path / "run", load_dataset("digits"), network(num_class_embeds=12))
+    with pytest.raises(ValueError, match="model to have in_channels = 1, as the images of dataset, got 3"):
+        trainer(tmp_path / "run", load_dataset("digits"), network(in_channels=3, out_channels=3))
+    assert not (tmp_path / "run").exists()
+
+
+def missing(index: int, image: Tensor, label: int) -> Any:
+    raise FileNotFoundError("gone")
+
+
+WRONG_ITEMS: list[tuple[Callable[[int, Tensor, int], Any], str]] = [
+    (lambda i, image, label: (image[0], label), r"to be uint8 \[1, H, W\], .*, got torch\.uint8 \[8, 8\]"),
+    (lambda i, image, label: (image.int(), label), r"to be uint8 .*, got torch\.int32 \[1, 8, 8\]"),
+    (lambda i, image, label: (image.to_sparse(), label), r"to be uint8 .*, got torch\.uint8 without values"),
+    (lambda i, image, label: (image.float(), label), r"to be in \[-1, 1\], got values from 0 to 2"),
+    (lambda i, image, label: (image / 0.0, label), r"to be in \[-1, 1\], got values from nan"),
+    (lambda i, image, label: (image.numpy(), label), "to be uint8 .*, got ndarray"),
+    (lambda i, image, label: {"image": image}, "to be uint8 .*, got dict"),
+    (lambda i, image, label: (Image.new("F", (8, 8)), label), "to be an image, got: expected 8 or 16 bits a channel"),
+    (lambda i, image, label: image, r"to have a label in 0\.\.9, got no label"),
+    (lambda i, image, label: (image, 10), r"to have a label in 0\.\.9, got 10"),
+    (lambda i, image, label: (image, -1), r"to have a label in 0\.\.9, got -1"),
+    (lambda i, image, label: (image, "3"), r"to have a label in 0\.\.9, got '3'"),
+    (lambda i, image, label: (image, torch.ones(10)), r"to have a label in 0\.\.9, got tensor"),
+    (lambda i, image, label: (image, label, i), r"to be an image or \(image, label\), got 3 values"),
+    (missing, "to be an item, got FileNotFoundError: gone"),
+]
+
+
+@pytest.mark.parametrize(("change", "wanted"), WRONG_ITEMS)
+def test_wrong_items_are_named(change: Callable[[int, Tensor, int], Any], wanted: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"Trainer: expected dataset\[0\] {wanted}"):
+        trainer(tmp_path / "run", Digits(change))
+    later = Digits(lambda i, image, label: change(i, image, label) if i == 7 else (image, label))
+    with pytest.raises(ValueError, match=rf"^expected dataset\[7\] {wanted}"):
+        MappedDataset(later, 1, tuple("0123456789"))[7]
+
+
+def test_items_of_another_size_or_kind_than_the_first_are_named(tmp_path: Path) -> None:
+    for change, got in (
+        (lambda image: image.repeat(1, 2, 1), r"torch\.uint8 \[1, 16, 8\]"),
+        (to_unit_range, r"torch\.float32 \[1, 8, 8\]"),
+    ):
+        digits = Digits(lambda i, image, label, change=change: (change(image) if i == 7 else image, label))
+        with pytest.raises(ValueError, match=rf"dataset\[7\] to be torch\.uint8 \[1, 8, 8\], as dataset\[0\], got {got}"):
+            MappedDataset(digits, 1, tuple("0123456789"))[7]
+
+
+def test_a_wrong_item_of_the_fingerprint_ends_the_run_before_it_begins(tmp_path: Path) -> None:
+    wrong = Digits(lambda i, image, label: (image, 10 if i == 24 else label))  # one of 64 at even distances
+    with pytest.raises(ValueError, match=r"^train: expected dataset\[24\] to have a label in 0\.\.9, got 10$"):
+        trainer(tmp_path, wrong).run(**CALL)
+    assert not (tmp_path / "config.json").exists()
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_wrong_item_of_a_later_batch_ends_the_run_with_a_checkpoint(num_workers: int, tmp_path: Path) -> None:
+    third = int(TrainingRng(0, 6).indices(2, len(load_dataset("digits")))[0])
+    wrong = Digits(lambda i, image, label: (image, 10 if i == third else label))
+    with pytest.raises(
+        ValueError, match=rf"^train: expected dataset\[{third}\] to have a label in 0\.\.9, got 10; .*step-00000002"
+    ):
+        trainer(tmp_path / "cut", wrong, num_workers=num_workers).run(**CALL)
+    trainer(tmp_path / "cut").run(resume=True, **CALL)
+    trainer(tmp_path / "whole").run(**CALL)
+    assert_same_weights(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_options_are_checked_as_those_of_train(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="Trainer: expected steps to be a positive integer, got 0"):
+        trainer(tmp_path / "run", steps=0)
+    with pytest.raises(ValueError, match=r"Trainer: expected sample_steps to be an integer in 1\.\.1000, got 2000"):
+        trainer(tmp_path / "run", sample_every=1, sample_steps=2000)
+    with pytest.raises(RuntimeError, match="Trainer: expected run to be called before ema is read"):
+        trainer(tmp_path / "run").ema  # noqa: B018
+    assert not (tmp_path / "run").exists()
+
+
+def test_fingerprints_are_those_of_the_items() -> None:
+    names = tuple("0123456789")
+    before = MappedDataset(Digits(), 1, names).fingerprint(exact=True)
+    assert before == MappedDataset(Digits(), 1, names).fingerprint(exact=True)
+    one = Digits(lambda i, image, label: (image.flip(-1) if i == 1 else image, label))  # it is not in the sample
+    after = MappedDataset(one, 1, names).fingerprint(exact=True)
+    assert before["sample"] == after["sample"]
+    assert before["exact"] != after["exact"]
+
+
+# ----------------------------------------------------------------------------------------------------------------- processes
+
+SCRIPT = """
+import json, sys
+from test_trainer import CALL, trainer
+steps = []
+trained = trainer(sys.argv[1], micro_batch_size=3, on_step=lambda step, loss: steps.append(float(loss)))
+trained.run(**CALL)
+print(json.dumps([steps, float(sum(p.double().sum() for p in trained.model.parameters()))]))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_same_weights(tmp_path: Path) -> None:
+    trainer(tmp_path / "one", micro_batch_size=3).run(**CALL)
+    folders = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    script = f"import sys; sys.path[:0] = {folders}\n{SCRIPT}"
+    done = run_ranks(2, ["-c", script, str(tmp_path / "two")], tmp_path)
+    for each in done:
+        assert each.returncode == 0, each.stderr
+    assert_same_weights(tmp_path / "one", tmp_path / "two")
+    first, second = (json.loads(each.stdout) for each in done)
+    assert first == second
+    assert len(first[0]) == 3
