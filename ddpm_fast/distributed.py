@@ -8,12 +8,13 @@ from __future__ import annotations
 import hashlib
 import os
 import reprlib
+import secrets
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
-from itertools import count
 from typing import Any, Final, TypeVar
 
 import torch
@@ -28,8 +29,6 @@ TIMEOUT: Final = timedelta(minutes=30)
 _TORCHRUN: Final = ("RANK", "WORLD_SIZE", "LOCAL_RANK")  # accelerate sets the same
 _SLURM: Final = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
 _MASTER: Final = ("MASTER_ADDR", "MASTER_PORT")
-
-_JOINS: Final = count()
 
 T = TypeVar("T")
 
@@ -268,9 +267,10 @@ def joined(caller: str) -> Iterator[Processes]:
     if not dist.is_available():
         raise ValueError(f"{caller}: expected one process, as this PyTorch has no torch.distributed, got {size}")
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    # Keys of an earlier join would be taken for those of this one. All processes join equally often.
-    store = dist.distributed_c10d.PrefixStore(f"ddpm_fast/{next(_JOINS)}", _shared_store(rank, size))
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+    with _together(Processes(rank, size)):
+        shared = _shared_store(rank, size)
+        store = dist.distributed_c10d.PrefixStore(f"ddpm_fast/{_token(shared, rank, size)}", shared)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     try:
         yield Processes(rank, size, local_rank, store)
     finally:
@@ -282,6 +282,32 @@ def _shared_store(rank: int, size: int) -> Any:
     """Return the store of all processes. It stays until this process ends, so that they can join again."""
     store, _, _ = next(rendezvous("env://", rank, size, timeout=TIMEOUT))
     return store
+
+
+def _token(store: Any, rank: int, size: int) -> str:
+    """Return a token of this join, the same in all processes.
+
+    The store may hold keys of an earlier join, or of processes that a launcher has replaced. So rank 0 answers only the token
+    that each process has just made, and waits until each has read its answer.
+    """
+    own = secrets.token_hex(8)
+    if rank > 0:
+        store.set(f"ddpm_fast/asks/{rank}", own)
+        answer = f"ddpm_fast/answer/{own}"
+        store.wait([answer], TIMEOUT)
+        token: str = store.get(answer).decode()
+        store.set(f"ddpm_fast/{token}/{rank}", "joined")
+        return token
+    deadline, missing = time.monotonic() + TIMEOUT.total_seconds(), [*range(1, size)]
+    while missing:
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"no rank {missing[0]} within {TIMEOUT}")
+        for other in missing:
+            if store.check([f"ddpm_fast/asks/{other}"]):
+                store.set(f"ddpm_fast/answer/{store.get(f'ddpm_fast/asks/{other}').decode()}", own)
+        missing = [other for other in missing if not store.check([f"ddpm_fast/{own}/{other}"])]
+        time.sleep(0.005)
+    return own
 
 
 def ranks(caller: str, environment: Mapping[str, str]) -> tuple[int, int, int]:

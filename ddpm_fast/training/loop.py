@@ -5,8 +5,8 @@ Both ops draw a step's noise from the seeds of its samples, so the noise is neve
 for bit, as one that was not. That holds on one machine with one number of threads, for any number of processes that is a
 power of two.
 
-Several processes hold the same state. Each computes the gradients of its part of a batch. Rank 0 alone reads and writes the
-run's folder.
+Several processes hold the same state. Each computes the gradients of its part of a batch. Rank 0 alone writes to the run's
+folder.
 """
 
 from __future__ import annotations
@@ -102,6 +102,7 @@ def _run(start: Start, task: Task, state: State, *, max_minutes: float | None, p
     options, team = task.options, task.team
     steps, batch_size = options["steps"], options["batch_size"]
     checkpoint_every, checkpoint_minutes = options["checkpoint_every"], options["checkpoint_minutes"]
+    team.check_same("train", task.identity() if team.size > 1 else {})
     config = team.on_first(lambda: open_run(run, task, state, start.resume, data_check))
     state.copy_from_first(team)
     if team.is_first:
@@ -125,7 +126,14 @@ def _run(start: Start, task: Task, state: State, *, max_minutes: float | None, p
     mark = time.perf_counter()  # end of the last stretch that is counted in state.seconds
     saved = nullcontext() if config is None else _saved_if_it_fails(run, config, task, state)
     stops = Stops(team)
-    with StopSignals() as signals, generators, bar, saved, closing(batches(task, state.step)) as batch, closing(stops):
+    with (
+        StopSignals(once=team.size == 1) as signals,
+        generators,
+        bar,
+        saved,
+        closing(batches(task, state.step)) as batch,
+        closing(stops),
+    ):
         while state.step < steps and stopped_by is None:
             grad_norm, rate = take_step(task, state, *next(batch))
             step_loss = state.losses[-1]
@@ -174,6 +182,7 @@ def _run(start: Start, task: Task, state: State, *, max_minutes: float | None, p
                         _call(task.on_checkpoint, saved_to)
                 last_checkpoint = time.monotonic()
                 mark = time.perf_counter()
+        team.largest(0)()  # a launcher ends the others soon after the first process ends, so all wait for the checkpoint
     tensorboard.write("close")
     if stopped_by and team.is_first:
         _log.info("stopped by %s at step %d of %d; checkpoint saved", stopped_by, state.step, steps)
@@ -223,8 +232,9 @@ def _saved_if_it_fails(run: RunFolder, config: Mapping[str, Any], task: Task, st
             if state.is_finite():
                 _save_checkpoint(run, task, state)
         raise
-    except (ProcessLost, ValueError) as error:  # ValueError: an image that is decoded late is damaged
-        if state.is_finite():
+    except (ProcessLost, ValueError) as error:  # ValueError: an image is damaged that was not decoded before
+        # A GPU may still wait for the lost process, or have used half of a sum.
+        if (task.device.type == "cpu" or isinstance(error, ValueError)) and state.is_finite():
             _save_checkpoint(run, task, state)
         last = run.latest_checkpoint() or "none"
         kind = ProcessLost if isinstance(error, ProcessLost) else ValueError

@@ -79,6 +79,10 @@ def train(
     checkpoint. A process that is killed loses only the steps since the last checkpoint. On a CPU the run keeps freed
     memory for its next step (`kept_memory`).
 
+    Under torchrun, `accelerate launch` or Slurm, all processes make this call and share each batch. They end with the same
+    weights. These are bit-identical for any number of processes that is a power of two, with the same `micro_batch_size` and
+    `threads`. Rank 0 alone writes to the run's folder, which all processes see.
+
     Args:
         run_dir: Write to this folder. It must be new or empty unless `resume` is true.
         data: Train on digits, fashion-mnist, cifar10, a folder of images whose sub-folders are classes, or a zip file.
@@ -142,6 +146,7 @@ def train(
         FileNotFoundError: There is no run to resume, or no model in `init`.
         FloatingPointError: The loss or the weights are no longer finite.
         BlockingIOError: Another process trains in `run_dir`.
+        ProcessLost: Another of the processes has failed or ended. It is a RuntimeError.
     """
     options = {name: value for name, value in locals().items() if name not in THIS_CALL}
     options |= {name: _path(name, options[name]) for name in ("data", "data_dir", "init")}

@@ -31,7 +31,8 @@ def summary(run: RunFolder, task: Task, state: State) -> str:
     epochs = options["steps"] * options["batch_size"] / len(dataset)
     batch = f"{options['batch_size']} images a step"
     if task.num_micro_batches > 1:
-        same = f"the same on 1, 2, 4, ... processes with --micro-batch-size {task.micro_batch_size}"
+        given = f" --threads {torch.get_num_threads()}" if task.device.type == "cpu" else ""
+        same = f"the same on 1, 2, 4, ... processes with --micro-batch-size {task.micro_batch_size}{given}"
         sums = same if task.sums_in_tree else "equal up to rounding on other numbers of processes"
         batch += f" in micro-batches of {task.micro_batch_size} on {task.team.size} process"
         batch += f"{'es' if task.team.size > 1 else ''}; weights are {sums}"

@@ -19,20 +19,9 @@ from .state import State, Task
 # record it. Its shape is.
 CHANGEABLE: Final = frozenset(
     {
-        *(
-            "fingerprint",
-            "data",
-            "data_dir",
-            "steps",
-            "lr_decay",
-            "lr_decay_steps",
-            "channels_last",
-            "device",
-            "threads",
-            "log_every",
-        ),
-        *("sample_every", "sample_steps", "checkpoint_every", "checkpoint_minutes", "keep", "tensorboard", "preparation"),
-        *("skip_broken", "data_memory"),
+        *("data", "data_dir", "data_memory", "skip_broken", "fingerprint", "preparation"),
+        *("steps", "lr_decay", "lr_decay_steps", "micro_batch_size", "channels_last", "device", "threads"),
+        *("log_every", "sample_every", "sample_steps", "checkpoint_every", "checkpoint_minutes", "keep", "tensorboard"),
     }
 )
 # Keys of a network's configuration that neither the weights nor the training depend on. Older runs have no names.
@@ -58,13 +47,8 @@ def open_run(run: RunFolder, task: Task, state: State, resume: bool, data_check:
         raise ValueError(f"train: {error}") from error
     if resume:
         _check_same(run, config, data_check)
-        threads = run.read_config().get("threads")
-        if checkpoint is not None and threads is not None and threads != config["threads"]:
-            _log.warning(
-                "%s was trained with %s threads and goes on with %s: PyTorch's convolutions may then sum gradients in another "
-                "order, so the weights are equal up to rounding",
-                *(run.path, threads, config["threads"]),
-            )
+        if checkpoint is not None:
+            _warn_of_rounding(run, config)
         run.write_config(config)  # with the options that were changed
     else:
         run.create(config)
@@ -81,6 +65,23 @@ def open_run(run: RunFolder, task: Task, state: State, resume: bool, data_check:
     return config
 
 
+def _warn_of_rounding(run: RunFolder, config: dict[str, Any]) -> None:
+    """Warn if a resumed run sums its gradients in another order than before."""
+    before = run.read_config()
+    batch_size = before["options"]["batch_size"]
+    for name, old, new in (
+        ("threads", before.get("threads"), config["threads"]),
+        # older runs had one micro-batch a step
+        ("micro_batch_size", before["options"].get("micro_batch_size", batch_size), config["options"]["micro_batch_size"]),
+    ):
+        if old is not None and old != new:
+            _log.warning(
+                "%s was trained with %s %s and goes on with %s: gradients are summed in another order, so weights are equal up "
+                "to rounding",
+                *(run.path, name, old, new),
+            )
+
+
 def _check_same(run: RunFolder, config: dict[str, Any], data_check: str) -> None:
     """Refuse to resume a run as something else than it was started as. Complete the fingerprint of its data."""
     stored = run.read_config()
@@ -89,8 +90,8 @@ def _check_same(run: RunFolder, config: dict[str, Any], data_check: str) -> None
     before["options"].setdefault("ema_warmup", before["options"].get("init") is None)
     for section in ("options", "dataset"):
         for name, value in config[section].items():
-            if name == "micro_batch_size" and name not in before[section]:
-                continue  # an older run, which had one micro-batch a step
+            if name == "images" and data_check == "off":
+                continue
             if name not in CHANGEABLE and before[section].get(name) != value:
                 raise _other(run, name, before[section].get(name), value)
     networks = [UNetConfig.from_dict(each["unet"]).to_dict() for each in (stored, config)]

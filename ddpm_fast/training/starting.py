@@ -68,12 +68,7 @@ def _device(name: str | None, team: Processes) -> torch.device:
     if team.size == 1 or device.type != "cuda":
         return device
     if device == torch.device("cuda"):  # without a number
-        if team.local_rank >= torch.cuda.device_count():
-            raise ValueError(
-                f"train: expected at most {torch.cuda.device_count()} processes on a machine with as many GPUs, "
-                f"got one with LOCAL_RANK {team.local_rank}"
-            )
-        device = torch.device("cuda", team.local_rank)
+        device = team.own_gpu("train")
     torch.cuda.set_device(device)  # collectives use the current one
     return device
 
@@ -92,8 +87,10 @@ def _micro_batch_size(options: Mapping[str, Any], run: RunFolder, resume: bool, 
         size = batch_size // team.size
     if batch_size % (size * team.size):
         processes = f"{team.size} process" + ("es" if team.size > 1 else "")
+        fits = f"; {math.gcd(size, batch_size // team.size)} fits" if batch_size % team.size == 0 else ""
         raise ValueError(
-            f"train: expected micro_batch_size times {processes} to divide batch_size {batch_size}, got micro_batch_size {size}"
+            f"train: expected micro_batch_size times {processes} to divide batch_size {batch_size}, "
+            f"got micro_batch_size {size}{fits}"
         )
     return size
 
@@ -156,7 +153,9 @@ def check_sizes(run: RunFolder, task: Task) -> None:
         # Each block keeps the inputs of two convolutions for the gradient; the widest pictures have the first channels.
         bytes_each = 4 if options["precision"] == "float32" else 2
         per_image += config.block_out_channels[0] * 4 * config.layers_per_block * bytes_each
-    check_free_memory("train", "batch_size", options["batch_size"], options["batch_size"] * per_image * height * width)
+    size = task.micro_batch_size
+    name = "batch_size" if size == options["batch_size"] else "micro_batch_size"
+    check_free_memory("train", name, size, size * per_image * height * width)
     saves = options["steps"] if options["checkpoint_minutes"] else 1
     if options["checkpoint_every"]:
         saves = max(saves, math.ceil(options["steps"] / options["checkpoint_every"]))

@@ -48,6 +48,14 @@ class Task:
         """True if the network is given the class."""
         return self.model.config["num_class_embeds"] is not None
 
+    def identity(self) -> dict[str, Any]:
+        """Return what must be the same in all processes, by name."""
+        own = ("device", "threads", "data", "data_dir", "init")  # places, which may differ
+        options = {name: value for name, value in self.options.items() if name not in own}
+        described = {"number of images": len(self.dataset), "classes": self.dataset.classes}
+        images = {"dataset": (self.dataset.shape, self.dataset.fingerprint())}
+        return {**options, "model": dict(self.model.config), "schedule": self.schedule.betas.tolist(), **described, **images}
+
     @property
     def micro_batch_size(self) -> int:
         """Number of images whose gradients are computed at a time."""

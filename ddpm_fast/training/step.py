@@ -50,7 +50,7 @@ def take_step(task: Task, state: State, images: Tensor, labels: Tensor) -> tuple
 
 
 def _set_gradients(task: Task, state: State, images: Tensor, labels: Tensor) -> Tensor:
-    """Let each parameter's `grad` be the batch's. Return its loss, 0-d."""
+    """Set each parameter's `grad` to the gradient of the batch's loss. Return the loss, 0-d."""
     parameters = list(state.model.parameters())
     sums = _TreeSum()
     size = task.micro_batch_size
@@ -93,7 +93,7 @@ def _loss(task: Task, state: State, micro_batch: int, images: Tensor, labels: Te
 
 
 class _TreeSum:
-    """A sum of lists of tensors, added in pairs as they come. It holds a list a level of the tree."""
+    """A sum of lists of tensors, added in pairs as they come. It holds one list for each level of the tree."""
 
     def __init__(self) -> None:
         self._branches: list[tuple[int, list[Tensor]]] = []  # level and sum, the largest first

@@ -12,13 +12,18 @@ from ..distributed import Processes, ProcessLost
 
 
 class StopSignals:
-    """A context that records the first SIGINT, SIGTERM or SIGHUP. The second one acts as usual.
+    """A context that records the first SIGINT, SIGTERM or SIGHUP.
 
-    Only the main thread receives signals. A SIGHUP that is ignored, as under nohup, stays so.
+    Later ones are ignored, as launchers repeat them while a checkpoint is written. Only the main thread receives signals.
+    A SIGHUP that is ignored, as under nohup, stays so.
+
+    Args:
+        once: Let a SIGINT after the first signal act as usual.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, once: bool) -> None:
         self.received: str | None = None
+        self._once = once
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -30,16 +35,15 @@ class StopSignals:
         return self
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number).name
-        self._restore()
+        if self.received is None:
+            self.received = signal.Signals(number).name
+            if self._once:
+                signal.signal(signal.SIGINT, self._previous.pop(signal.SIGINT))
 
-    def _restore(self) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous.clear()
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        self._restore()
 
 
 class Stops:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -86,11 +87,11 @@ def test_a_run_keeps_its_micro_batches(tmp_path: Path, caplog: pytest.LogCapture
     caplog.set_level("INFO", "ddpm_fast")
     train(tmp_path / "run", **RUN | {"steps": 1})
     same = "batch    16 images a step in micro-batches of 2 on 1 process; weights are the same on 1, 2, 4, ... processes with"
-    assert f"{same} --micro-batch-size 2" in caplog.text
+    assert f"{same} --micro-batch-size 2 --threads 1" in caplog.text
     train(tmp_path / "run", **RUN | {"steps": 2, "micro_batch_size": None}, resume=True)
     assert RunFolder(tmp_path / "run").read_config()["options"]["micro_batch_size"] == 2
-    with pytest.raises(ValueError, match=r"expected micro_batch_size to be 2, as the run in .* was started, got 4"):
-        train(tmp_path / "run", **RUN | {"steps": 3, "micro_batch_size": 4}, resume=True)
+    train(tmp_path / "run", **RUN | {"steps": 3, "micro_batch_size": 4}, resume=True)
+    assert "was trained with micro_batch_size 2 and goes on with 4: gradients are summed in another order" in caplog.text
 
 
 def test_older_runs_have_one_micro_batch_a_step(tmp_path: Path) -> None:
@@ -113,8 +114,22 @@ def test_batches_that_cannot_be_shared_are_refused(tmp_path: Path) -> None:
     for each in train_in(3, tmp_path / "run", micro_batch_size=None):
         assert "ValueError: train: expected batch_size to be a multiple of 3, one for each process, got 16" in each.stderr
     for each in train_in(2, tmp_path / "run", micro_batch_size=16):
-        assert "expected micro_batch_size times 2 processes to divide batch_size 16, got micro_batch_size 16" in each.stderr
+        assert "times 2 processes to divide batch_size 16, got micro_batch_size 16; 8 fits" in each.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_processes_that_are_given_other_options_are_refused(tmp_path: Path) -> None:
+    script = (
+        "import json, os, sys; from ddpm_fast.training import train; "
+        "train(sys.argv[1], **json.loads(sys.argv[2]) | {'lr': 1e-3 * (1 + int(os.environ['RANK']))})"
+    )
+    first, second = run_ranks(2, ["-c", script, str(tmp_path / "run"), json.dumps(RUN)], tmp_path)
+    assert (
+        "ValueError: train: expected lr to be the same in all processes, got another than rank 0 in rank 1: 0.002"
+        in second.stderr
+    )
+    assert "ProcessLost: train: expected all processes to be given the same" in first.stderr
+    assert not (tmp_path / "run" / "config.json").exists()
 
 
 def test_an_error_of_rank_0_is_not_waited_for(tmp_path: Path) -> None:
@@ -128,7 +143,7 @@ def test_an_error_of_rank_0_is_not_waited_for(tmp_path: Path) -> None:
 def test_a_change_of_threads_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     train(tmp_path / "run", **RUN | {"steps": 1})
     train(tmp_path / "run", **RUN | {"steps": 2, "threads": 2}, resume=True)
-    assert "was trained with 1 threads and goes on with 2" in caplog.text
+    assert "was trained with threads 1 and goes on with 2" in caplog.text
 
 
 # ----------------------------------------------------------------------------------------------------------- torchrun
@@ -184,10 +199,14 @@ def test_a_signal_stops_all_ranks_after_the_same_step(tmp_path: Path) -> None:
     deadline = time.monotonic() + 100
     while not run.checkpoint_folders() and time.monotonic() < deadline:
         time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
+    for number in (*children_of(process.pid), process.pid):  # as Slurm does. torchrun then sends it to the ranks again
+        os.kill(number, signal.SIGTERM)
     output, _ = process.communicate(timeout=100)
-    assert b"stopped by SIGTERM at step" in output
-    assert run.latest_checkpoint() is not None
-    step = run.last_row()
+    stopped = re.search(rb"stopped by SIGTERM at step (\d+) of 100000; checkpoint saved", output)
+    assert stopped, output.decode()
+    step = int(stopped[1])
+    checkpoint = run.latest_checkpoint()
+    assert checkpoint is not None
+    assert checkpoint.name == f"step-{step:08d}"
     subprocess.run(command(tmp_path / "run", step + 20), check=True, capture_output=True, cwd=tmp_path)
     assert run.last_row() == step + 20
