@@ -554,9 +554,9 @@ def expected(images: Tensor, path: Path) -> np.ndarray:
 def test_command_draws_16_images_by_default(folder: Path, tmp_path: Path) -> None:
     result = run(folder, tmp_path / "samples.png")
     assert result.exit_code == 0, result.output
-    assert f"{tmp_path / 'samples.png'}: 16 images of 19 steps (dpm++2m-sde) in " in result.output
+    assert f"{tmp_path / 'samples.png'}: 16 images of 20 steps (dpm++2m-sde) in " in result.output
     assert "images/s" in result.output
-    plan = dpm_solver_plan(SCHEDULE, 19, eta=1.0)
+    plan = dpm_solver_plan(SCHEDULE, 20, eta=1.0, solver="heun", spacing="karras")
     images = sample(load_folder(folder).model, plan, 16, class_labels=[i % 3 for i in range(16)], progress=False)
     assert np.array_equal(pixels(tmp_path / "samples.png"), expected(images, tmp_path / "expected.png"))
 

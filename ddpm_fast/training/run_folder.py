@@ -136,6 +136,7 @@ class RunFolder:
             yield
         finally:
             _held_locks.discard(descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # also if a child that was just forked has not closed it yet
             os.close(descriptor)
 
     def create(self, config: Mapping[str, Any]) -> None:

@@ -72,21 +72,25 @@ def test_a_second_process_is_told_who_trains(tmp_path: Path, holder: subprocess.
     assert train(tmp_path / "run", **QUIET, steps=3, resume=True).step == 3
 
 
-@pytest.mark.skipif(not hasattr(os, "register_at_fork"), reason="the system does not fork")
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="the system does not list open files in /proc")
 def test_a_forked_child_does_not_hold_the_lock(tmp_path: Path) -> None:
     run, context = RunFolder(tmp_path), multiprocessing.get_context("fork")
-    end = context.Event()
+    receiver, sender = context.Pipe(duplex=False)
+
+    def list_files() -> None:
+        sender.send([os.path.realpath(entry) for entry in Path("/proc/self/fd").iterdir()])
+
     with run.locked():
-        child = context.Process(target=end.wait)
+        child = context.Process(target=list_files)
         child.start()
+        opened = receiver.recv()
+        child.join()
+        assert opened
+        assert str(run.lock_file.resolve()) not in opened
         with pytest.raises(BlockingIOError, match="no other process to train"), run.locked():
             pass
-    try:
-        with run.locked():
-            pass
-    finally:
-        end.set()
-        child.join()
+    with run.locked():
+        pass
 
 
 def test_a_lock_that_cannot_be_made_is_an_error_with_the_way_around(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
