@@ -268,7 +268,7 @@ def _interruptible(team: Processes, files: _Files, blocks: Sequence[range]) -> I
         count = sum(len(block) for block in blocks if files.has(block))
         total = blocks[-1].stop
         raise KeyboardInterrupt(
-            f"{count} of {total} images are written to {files.out}. The same call draws the others."
+            f"{count} of {total} images are written to {files.out}. Start it again to draw the others."
         ) from None
 
 

@@ -458,7 +458,7 @@ def test_ctrl_c_is_answered_by_rank_0(small: Path, tmp_path: Path) -> None:
     command = ["sample", "--model", str(small), "--num=4", "--batch-size=2", "--steps=1", "--out", "a.zip", "--quiet"]
     done = run_ranks(2, ["-c", INTERRUPTED, *command], tmp_path)
     assert [each.returncode for each in done] == [130, 130]
-    assert "Stopped by Ctrl-C. 0 of 4 images are written to a.zip. The same command draws the others." in done[0].stderr
+    assert "Stopped by Ctrl-C. 0 of 4 images are written to a.zip. Start it again to draw the others." in done[0].stderr
     assert not re.search("Stopped|Traceback", done[1].stderr)
 
 
@@ -475,7 +475,7 @@ def test_ctrl_c_says_how_many_images_are_written(small: Path, tmp_path: Path, mo
     with monkeypatch.context() as patch:
         patch.setattr(Sampler, "__call__", draw)
         line = run(*command, code=130).splitlines()[-1]
-        assert line == f"Stopped by Ctrl-C. 2 of 3 images are written to {out}. The same command draws the others."
+        assert line == f"Stopped by Ctrl-C. 2 of 3 images are written to {out}. Start it again to draw the others."
     run(*command)
     assert len([*(out / "000000").iterdir()]) == 3
 

@@ -1,12 +1,14 @@
 """Processes that torchrun or Slurm start: their ranks, and the sums that they agree on."""
 
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from launching import run_ranks
 
-from ddpm_fast.distributed import Processes, joined, ranks
+from ddpm_fast.distributed import Processes, _token, joined, ranks
 
 TORCHRUN = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
 SLURM = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1"}
@@ -108,6 +110,33 @@ for _ in range(5):
 def test_processes_join_again(tmp_path: Path) -> None:
     for each in run_ranks(2, ["-c", AGAIN], tmp_path):
         assert each.stdout.splitlines() == ["[0.5] True"] * 5, each.stderr
+
+
+def test_keys_of_an_earlier_join_are_not_taken_for_those_of_this_one() -> None:
+    store = dist.HashStore()
+    store.set("ddpm_fast/asks/1", "stale")
+    store.set("ddpm_fast/answer/stale", "stale")
+    with ThreadPoolExecutor() as pool:
+        for _ in range(3):  # each join finds the keys of the one before, too
+            first, second, third = pool.map(lambda rank: _token(store, rank, 3), range(3))
+            assert first == second == third != "stale"
+
+
+GROUP_WITHOUT_CPU = """
+import torch.distributed as dist
+from ddpm_fast.distributed import joined
+dist.init_process_group("cuda:gloo")
+with joined("test") as team:
+    print(team.from_first([team.rank + 0.5]), team.largest(team.rank)())
+assert dist.is_initialized()
+dist.destroy_process_group()
+"""
+
+
+def test_a_default_group_of_gpus_alone_is_used(tmp_path: Path) -> None:
+    for each in run_ranks(2, ["-c", GROUP_WITHOUT_CPU], tmp_path):
+        assert each.returncode == 0, each.stderr
+        assert each.stdout == "[0.5] 1\n"
 
 
 FAILURE = """

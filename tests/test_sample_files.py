@@ -234,7 +234,7 @@ def stopped(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
 
     with monkeypatch.context() as patch:
         patch.setattr(Sampler, "__call__", draw)
-        with pytest.raises(KeyboardInterrupt, match=f"8 of {NUM} images are written to .*The same call draws the others"):
+        with pytest.raises(KeyboardInterrupt, match=f"8 of {NUM} images are written to .*Start it again to draw the others"):
             write(out)
     assert out.suffix == "" or not out.exists()
     return out

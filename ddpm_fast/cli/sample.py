@@ -146,7 +146,7 @@ def _write_each(
             sys.exit(Stopped.exit_code)  # rank 0 says what is written
         if not error.args:  # before the first image
             raise
-        raise Stopped(f"Stopped by Ctrl-C. {error}".replace("The same call draws", "The same command draws")) from None
+        raise Stopped(f"Stopped by Ctrl-C. {error}") from None
     click.get_current_context().obj.append(written)
     return time.perf_counter() - began
 
