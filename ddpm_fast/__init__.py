@@ -25,7 +25,7 @@ _NAMES_BY_MODULE = {
     "plan": (
         *("SamplingPlan", "ddim_inversion_plan", "ddim_plan", "ddpm_plan", "dpm_solver_plan", "heun_plan", "repaint_plan"),
     ),
-    "reference": ("STREAM_KNOWN", "STREAM_OFFSET", "STREAM_Q_SAMPLE", "STREAM_SEEDS", "STREAM_X_T"),
+    "reference": ("STREAM_DROPOUT", "STREAM_KNOWN", "STREAM_OFFSET", "STREAM_Q_SAMPLE", "STREAM_SEEDS", "STREAM_X_T"),
     "sample_files": ("write_samples",),
     "sampling": ("Sampler", "sample"),
     "schedule": ("NoiseSchedule",),

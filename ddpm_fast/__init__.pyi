@@ -41,6 +41,7 @@ from .plan import repaint_plan as repaint_plan
 from .pretrained import Pretrained as Pretrained
 from .pretrained import load_builtin as load_builtin
 from .pretrained import load_folder as load_folder
+from .reference import STREAM_DROPOUT as STREAM_DROPOUT
 from .reference import STREAM_KNOWN as STREAM_KNOWN
 from .reference import STREAM_OFFSET as STREAM_OFFSET
 from .reference import STREAM_Q_SAMPLE as STREAM_Q_SAMPLE

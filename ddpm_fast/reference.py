@@ -27,6 +27,8 @@ STREAM_OFFSET: Final = 0xFFFFFFFC
 """Stream of offset noise, a normal for each channel."""
 STREAM_KNOWN: Final = 0x80000000
 """First stream of the noise on the known region of `inpaint`: step i draws from STREAM_KNOWN + i."""
+STREAM_DROPOUT: Final = 0xC0000000
+"""First stream of a `UNet`'s dropout: its residual block i draws from STREAM_DROPOUT + i."""
 
 # Kernels take the index: of the model's prediction, and of the variance of a reverse step.
 PREDICTIONS: Final = ("epsilon", "sample", "v_prediction")

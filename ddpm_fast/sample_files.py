@@ -15,7 +15,7 @@ import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar, Final
@@ -40,6 +40,7 @@ from .checks import check_int, check_path
 from .distributed import Processes, joined
 from .images import to_uint8
 from .limits import check_free_space, check_writable
+from .locks import locked
 from .models import Model, device_and_dtype, model_config
 from .plan import SamplingPlan
 from .requests import ClassLabels, checked_request
@@ -114,6 +115,7 @@ def write_samples(
             another call. The message names the field of the manifest that differs.
         TypeError: An argument has an unsupported type.
         FileExistsError: `out` has other files.
+        BlockingIOError: Another call writes to `out`. A file system without locks does not notice.
         OSError: `out` cannot be written, or has too little free space.
         ProcessLost: Another process has failed or ended. It is a RuntimeError.
         KeyboardInterrupt: The call was interrupted. The message says how many images are written.
@@ -134,7 +136,7 @@ def write_samples(
     labels = None if class_labels is None or request.labels is None else request.labels.cpu()
     files = _files(out, num_samples, shape, None if labels is None else labels.numpy())
     blocks = [range(i, min(i + batch_size, num_samples)) for i in range(0, num_samples, batch_size)]
-    with joined(_CALLER) as team, team.barrier(_APART) as arrive:
+    with ExitStack() as locks, joined(_CALLER) as team, team.barrier(_APART) as arrive:
         sampler = Sampler(model, plan, dtype=dtype, device=_device(team, model, device), shape=shape)
         manifest = {
             "format": _FORMAT,
@@ -149,7 +151,7 @@ def write_samples(
             "weights": _weights_digest(model),
             "labels": None if labels is None else _digest(labels.numpy()),
         }
-        missing = _missing(team, files, manifest, blocks)
+        missing = _missing(team, files, manifest, blocks, locks)
         mine = missing[team.rank :: team.size]
         with _interruptible(team, files, blocks), _written(team, blocks, missing, progress) as written:
             for block in mine:
@@ -191,10 +193,17 @@ def _pixels(images: Tensor, block: range) -> Pixels:
 # --------------------------------------------------------------------------------------------------------------- processes
 
 
-def _missing(team: Processes, files: _Files, manifest: Mapping[str, Any], blocks: Sequence[range]) -> list[range]:
-    """Return the blocks that are not written, the same in all processes. Rank 0 looks, and begins what is new."""
+def _missing(
+    team: Processes, files: _Files, manifest: Mapping[str, Any], blocks: Sequence[range], locks: ExitStack
+) -> list[range]:
+    """Return the blocks that are not written, the same in all processes. Rank 0 locks the folder, and begins what is new."""
 
     def begin() -> list[float]:
+        if not files.folder.exists() and not files.agrees(manifest):  # an archive that is whole needs no folder
+            check_free_space(_CALLER, "out", files.out, files.space(blocks[-1].stop))
+            files.folder.mkdir(parents=True)
+        if files.folder.exists():
+            locks.enter_context(_alone(files))
         is_new = not files.agrees(manifest)
         if is_new:
             files.check_new()
@@ -203,7 +212,6 @@ def _missing(team: Processes, files: _Files, manifest: Mapping[str, Any], blocks
         count = sum(len(block) for block, is_missing in zip(blocks, missing, strict=True) if is_missing)
         check_free_space(_CALLER, "out", files.out, files.space(count))
         if is_new:
-            files.folder.mkdir(parents=True, exist_ok=True)
             write_json(files.folder / _MANIFEST, manifest)
         if team.store is not None:
             team.store.set(_COUNTER, "0")  # before the others begin
@@ -217,6 +225,23 @@ def _missing(team: Processes, files: _Files, manifest: Mapping[str, Any], blocks
         )
     flags = team.from_first(found or [0.0] * len(blocks))
     return [block for block, flag in zip(blocks, flags, strict=True) if flag]
+
+
+@contextmanager
+def _alone(files: _Files) -> Iterator[None]:
+    """Hold the folder's lock. Go on without it if the file system has none."""
+    with ExitStack() as held:
+        try:
+            descriptor = os.open(files.folder, os.O_RDONLY)
+            held.callback(os.close, descriptor)
+            held.enter_context(locked(descriptor))
+        except BlockingIOError:
+            raise BlockingIOError(
+                f"{_CALLER}: expected no other call to write to {str(files.out)!r}, got one that still does"
+            ) from None
+        except OSError:
+            pass
+        yield
 
 
 @contextmanager

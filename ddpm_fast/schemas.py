@@ -88,7 +88,7 @@ class Dataset(Struct, frozen=True):
 class Run(Struct, frozen=True):
     """The config.json of a training run."""
 
-    format: Literal[1]
+    format: Literal[1, 2]
     options: Options
     unet: dict[str, Any]
     schedule: dict[str, Any]

@@ -353,6 +353,35 @@ def test_files_of_others_are_left_alone(tmp_path: Path, drawn: list[int]) -> Non
     assert not drawn
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_second_call_is_refused_while_one_writes(name: str, tmp_path: Path, drawn: list[int]) -> None:
+    refused = []
+
+    def second(*_: Any, **__: Any) -> Tensor:
+        with pytest.raises(BlockingIOError, match=r"expected no other call to write to '.*', got one that still does") as error:
+            write(tmp_path / name)
+        refused.append(error)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Sampler, "__call__", second)
+        with pytest.raises(KeyboardInterrupt):
+            write(tmp_path / name)
+    assert len(refused) == 1
+    write(tmp_path / name)
+    assert sum(drawn) == NUM
+
+
+def test_a_file_system_without_locks_is_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fcntl
+
+    def flock(*_: object) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert len(digests(write(tmp_path / "folder"))) == NUM + 2
+
+
 @pytest.mark.parametrize(
     ("changes", "wanted"),
     [

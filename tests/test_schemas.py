@@ -103,7 +103,7 @@ def changed(kind: type, field: str, value: object) -> dict[str, Any]:
         (Classes, "classes", None, "classes to be a list, got None"),
         (Classes, "classes", ["cat", 1], "classes[1] to be a string, got 1"),
         (Classes, "classes", ["cat", "cat"], "classes to be without repetitions, got ['cat', 'cat']"),
-        (Run, "format", 2, "format to be 1, got 2"),
+        (Run, "format", 3, "format to be 1 or 2, got 3"),
         (Run, "format", MISSING, "format to be given, got none"),
         (Run, "options", None, "options to be an object, got None"),
         (Run, "options.prediction", MISSING, "options.prediction to be given, got none"),

@@ -6,6 +6,7 @@ Parameter names are diffusers'. `emb` is the time (and class) embedding *after* 
 from __future__ import annotations
 
 import math
+from statistics import NormalDist
 from typing import Literal
 
 import torch
@@ -13,7 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.attention import attention, is_attention_native
+from ..ops.fused_op import memory_format
 from ..ops.group_norm_silu import group_norm_silu
+from ..ops.noise import noise
+from ..reference import STREAM_DROPOUT
 from .conv import Conv3x3, doubled, is_untouched, upsampled
 
 
@@ -119,6 +123,7 @@ class ResnetBlock(nn.Module):
         super().__init__()
         self.scale_shift = time_scale_shift == "scale_shift"
         self.dropout = dropout
+        self.dropout_stream = STREAM_DROPOUT  # a `UNet` gives each block another
         self.output_scale_factor = output_scale_factor
         self.resample = resample
         self.norm1 = GroupNormSiLU(num_groups, in_channels, eps)
@@ -128,13 +133,14 @@ class ResnetBlock(nn.Module):
         self.conv2 = Conv3x3(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
-    def forward(self, x: Tensor, emb: Tensor, skip: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, skip: Tensor | None = None, *, dropout_seeds: Tensor | None = None) -> Tensor:
         """Return the block's output.
 
         Args:
             x: [N, C, H, W].
             emb: [N, emb_dim].
             skip: Further input channels [N, S, H, W] with C + S = in_channels, or None.
+            dropout_seeds: int64 [N], see `UNet.forward`. None: PyTorch's generator decides what is dropped.
 
         Returns:
             [N, out_channels, H', W'] with H', W' the resampled size.
@@ -150,8 +156,11 @@ class ResnetBlock(nn.Module):
             h = self.conv1(h)
         time = self.time_emb_proj(emb)  # [N, out_channels] or [N, 2 * out_channels]
         h = self.norm2(h, scale_shift=time.chunk(2, dim=1)) if self.scale_shift else self.norm2(h, shift=time)
-        if self.dropout > 0:
-            h = F.dropout(h, self.dropout, self.training)
+        if self.dropout > 0 and self.training:
+            if dropout_seeds is None:
+                h = F.dropout(h, self.dropout)
+            else:
+                h = _dropout(h, self.dropout, dropout_seeds, self.dropout_stream)
         h = self.conv2(h)
         if self.conv_shortcut is not None:
             x = self.conv_shortcut(x)
@@ -253,6 +262,12 @@ class Upsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return x at twice the size: [N, C, H, W] -> [N, C, 2 H, 2 W]."""
         return upsampled(self.conv, x)
+
+
+def _dropout(x: Tensor, p: float, seeds: Tensor, stream: int) -> Tensor:
+    """Drop elements of x [N, C, H, W] with probability p. Sample i's depend on (seeds[i], stream) alone."""
+    normals = noise(x.shape, seeds, stream=stream, device=x.device, memory_format=memory_format(x))
+    return (x * (1 / (1 - p))).masked_fill(normals < NormalDist().inv_cdf(p), 0)
 
 
 def _rescaled(x: Tensor, factor: float) -> Tensor:

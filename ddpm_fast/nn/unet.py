@@ -12,8 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checks import check_device, check_dtype, check_float, check_path, check_range, check_strided, checked_device
+from ..checks import (
+    check_device,
+    check_dtype,
+    check_float,
+    check_path,
+    check_range,
+    check_strided,
+    checked_device,
+    checked_seeds,
+)
 from ..ops.fused_op import runs_eagerly
+from ..reference import STREAM_DROPOUT
 from .checkpoint import check_finite, check_weights, load_checkpoint, save_checkpoint
 from .config import UNetConfig
 from .conv import Conv3x3
@@ -84,6 +94,8 @@ class UNet(nn.Module):
 
         self.conv_norm_out = GroupNormSiLU(cfg.norm_num_groups, channels[0], cfg.norm_eps)
         self.conv_out = Conv3x3(channels[0], cfg.out_channels, 3, padding=1)
+        for i, block in enumerate(module for module in self.modules() if isinstance(module, ResnetBlock)):
+            block.dropout_stream = STREAM_DROPOUT + i
         self.reset_parameters()
 
     @torch.no_grad()
@@ -103,7 +115,9 @@ class UNet(nn.Module):
         for weight in zeros:
             nn.init.zeros_(weight)
 
-    def forward(self, x: Tensor, t: Tensor | int, class_labels: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor | int, class_labels: Tensor | None = None, *, dropout_seeds: Tensor | None = None
+    ) -> Tensor:
         """Evaluate the network.
 
         Args:
@@ -113,16 +127,22 @@ class UNet(nn.Module):
             class_labels: int64 [N]. Required if the network has `num_class_embeds`, else forbidden. Labels
                 are range-checked on the CPU. On a GPU a check would synchronize with the host, so the
                 caller must keep them in range.
+            dropout_seeds: int64 [N], see `sample_seeds`. What dropout drops of a sample in training mode then
+                depends on its seed alone, whatever batch it is in. Block i draws from stream STREAM_DROPOUT + i.
+                None: PyTorch's generator decides.
 
         Returns:
             [N, out_channels, H, W] in the weights' dtype, or in the autocast dtype.
 
         Raises:
             ValueError: A shape does not fit, or labels are missing, unexpected or out of range.
-            TypeError: x is not a dense floating tensor, or t is neither a number nor a tensor of numbers.
+            TypeError: x is not a dense floating tensor, t is neither a number nor a tensor of numbers, or
+                `dropout_seeds` are not int64.
         """
         cfg = self._config
         t = checked_timesteps("UNet", cfg, x, t, class_labels)
+        if dropout_seeds is not None:
+            dropout_seeds = checked_seeds("UNet", dropout_seeds, x.shape[0], x.device, "dropout_seeds")
         dtype = self.conv_in.weight.dtype
         if torch.compiler.is_compiling() and torch.is_grad_enabled():
             _fix_size(x)
@@ -136,10 +156,10 @@ class UNet(nn.Module):
         x = self.conv_in(centered(self._config, x.to(dtype)))
         skips = [x]
         for down_block in self.down_blocks:
-            x = down_block(x, emb, skips)
-        x = self.mid_block(x, emb)
+            x = down_block(x, emb, skips, dropout_seeds)
+        x = self.mid_block(x, emb, dropout_seeds)
         for up_block in self.up_blocks:
-            x = up_block(x, emb, skips)
+            x = up_block(x, emb, skips, dropout_seeds)
         out: Tensor = self.conv_out(self.conv_norm_out(x))
         return out
 
@@ -287,24 +307,25 @@ class DownBlock(nn.Module):
         self.attentions = nn.ModuleList([_attention(cfg, channels) for _ in in_channels if attention])
         self.downsamplers = nn.ModuleList([downsampler] if downsample else [])
 
-    def forward(self, x: Tensor, emb: Tensor, skips: list[Tensor]) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, skips: list[Tensor], dropout_seeds: Tensor | None = None) -> Tensor:
         """Return the block's output, and append every layer's output to `skips`.
 
         Args:
             x: [N, C, H, W].
             emb: [N, emb_dim].
             skips: List of skip connections.
+            dropout_seeds: int64 [N] or None, see `UNet.forward`.
 
         Returns:
             [N, channels, H / 2, W / 2], or [N, channels, H, W] without downsampling.
         """
         for i, resnet in enumerate(self.resnets):
-            x = resnet(x, emb)
+            x = resnet(x, emb, dropout_seeds=dropout_seeds)
             if self.attentions:
                 x = self.attentions[i](x)
             skips.append(x)
         for downsample in self.downsamplers:
-            x = downsample(x, emb) if isinstance(downsample, ResnetBlock) else downsample(x)
+            x = downsample(x, emb, dropout_seeds=dropout_seeds) if isinstance(downsample, ResnetBlock) else downsample(x)
             skips.append(x)
         return x
 
@@ -328,12 +349,12 @@ class MidBlock(nn.Module):
         )
         self.attentions = nn.ModuleList([attention] if cfg.add_attention else [])
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, dropout_seeds: Tensor | None = None) -> Tensor:
         """Return the block's output: [N, channels, H, W] -> [N, channels, H, W]."""
-        x = self.resnets[0](x, emb)
+        x = self.resnets[0](x, emb, dropout_seeds=dropout_seeds)
         for attention in self.attentions:
             x = attention(x)
-        out: Tensor = self.resnets[1](x, emb)
+        out: Tensor = self.resnets[1](x, emb, dropout_seeds=dropout_seeds)
         return out
 
 
@@ -355,23 +376,24 @@ class UpBlock(nn.Module):
         self.attentions = nn.ModuleList([_attention(cfg, channels) for _ in in_channels if attention])
         self.upsamplers = nn.ModuleList([upsampler] if upsample else [])
 
-    def forward(self, x: Tensor, emb: Tensor, skips: list[Tensor]) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, skips: list[Tensor], dropout_seeds: Tensor | None = None) -> Tensor:
         """Return the block's output, and pop one of `skips` per layer.
 
         Args:
             x: [N, C, H, W].
             emb: [N, emb_dim].
             skips: List of skip connections, used from its end.
+            dropout_seeds: int64 [N] or None, see `UNet.forward`.
 
         Returns:
             [N, channels, 2 H, 2 W], or [N, channels, H, W] without upsampling.
         """
         for i, resnet in enumerate(self.resnets):
-            x = resnet(x, emb, skips.pop())
+            x = resnet(x, emb, skips.pop(), dropout_seeds=dropout_seeds)
             if self.attentions:
                 x = self.attentions[i](x)
         for upsample in self.upsamplers:
-            x = upsample(x, emb) if isinstance(upsample, ResnetBlock) else upsample(x)
+            x = upsample(x, emb, dropout_seeds=dropout_seeds) if isinstance(upsample, ResnetBlock) else upsample(x)
         return x
 
 

@@ -63,6 +63,7 @@ def noise(
         STREAM_SEEDS       `sample_seeds`
         STREAM_OFFSET      offset noise of the denoising-diffusion-pytorch drop-in
         STREAM_KNOWN + k   the known region after step k of `inpaint`
+        STREAM_DROPOUT + k dropout in residual block k of a `UNet`
 
     `noise(shape, seeds)` as x_T would repeat the noise of a sampler's step 0: use `initial_noise`. The same
     seeds draw the same noise at each step of a loop: take new seeds from `sample_seeds`.

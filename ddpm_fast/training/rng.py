@@ -49,8 +49,8 @@ class TrainingRng:
         """Return timesteps t, uniform in 0 .. num_timesteps - 1, int64 [B]."""
         return self._words(self._timesteps, step) % num_timesteps
 
-    def noise_seeds(self, step: int) -> Tensor:
-        """Return the seeds of the noise for `q_sample` and `denoising_loss`, int64 [B]."""
+    def sample_seeds(self, step: int) -> Tensor:
+        """Return the seeds of the samples' noise and dropout, int64 [B]."""
         return sample_seeds(self._noise, self._batch_size, step * self._batch_size)
 
     def label_is_dropped(self, step: int, probability: float) -> Tensor:
@@ -63,7 +63,7 @@ class TrainingRng:
         return self._words(self._flips, step) % 2 == 1
 
     def dropout_seed(self, micro_batch: int) -> int:
-        """Return the seed of torch's generator for the dropout layers of a micro-batch, counted over all steps."""
+        """Return the seed of PyTorch's generator for a micro-batch, counted over all steps, in a run of format 1."""
         return int(sample_seeds(self._dropout, 1, micro_batch))
 
 

@@ -34,36 +34,24 @@ import socket
 import stat
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from .. import atomic
 from ..atomic import flush_names, read_json, write_json, write_text
+from ..locks import locked
 
 if TYPE_CHECKING:
     from ..schemas import Checkpoint
 
-FORMAT: Final = 1  # config.json; the schemas say what is read
+FORMAT: Final = 2  # config.json; in runs of format 1 PyTorch's generator decides what dropout drops
 STATE_FORMAT: Final = 2  # state.json; 1 has sizes without SHA-256
 LOG_COLUMNS: Final = ("step", "samples", "loss", "grad_norm", "lr", "images_per_second", "seconds")
 
 _CHECKPOINT: Final = re.compile(r"step-(\d{8,})(?:-(\d+))?")
 
 _log = logging.getLogger("ddpm_fast")
-
-_held_locks: Final[set[int]] = set()  # descriptors
-
-
-def _close_held_locks() -> None:
-    """Close the locks in a child that was forked, such as a worker of a DataLoader. It may outlive this process."""
-    for descriptor in _held_locks:
-        os.close(descriptor)
-    _held_locks.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_close_held_locks)
 
 T = TypeVar("T")
 
@@ -100,44 +88,31 @@ class RunFolder:
     def locked(self) -> Iterator[None]:
         """Hold the folder's lock, so that no other process trains in it.
 
-        The operating system releases the lock when the process ends, however that happens.
-
         Raises:
             BlockingIOError: Another process holds the lock. The message names it.
             OSError: The folder's file system has no locks.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        descriptor = -1
-        try:
-            import fcntl
-
-            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
-            descriptor = os.open(self.lock_file, flags, 0o666)
-            status = os.fstat(descriptor)
-            text = os.pread(descriptor, 8, 0) if stat.S_ISREG(status.st_mode) else b"?"
-            if status.st_nlink > 1 or (text and text != b"process "):
-                raise OSError("it is not a file of this package")
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.read(descriptor, 200).decode(errors="replace").strip() or "a process without a name"
-            os.close(descriptor)
-            raise BlockingIOError(f"train: expected no other process to train in {self.path}, got {holder}") from None
-        except (ImportError, OSError) as error:
-            if descriptor >= 0:
-                os.close(descriptor)
-            raise OSError(
-                f"train: expected {str(self.lock_file)!r} to be a file that can be locked, got: {error}; "
-                "pass lock=False (--no-lock) if no other process trains there"
-            ) from error
-        _held_locks.add(descriptor)
-        try:
+        with ExitStack() as held:
+            try:
+                descriptor = os.open(self.lock_file, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+                held.callback(os.close, descriptor)
+                status = os.fstat(descriptor)
+                text = os.pread(descriptor, 8, 0) if stat.S_ISREG(status.st_mode) else b"?"
+                if status.st_nlink > 1 or (text and text != b"process "):
+                    raise OSError("it is not a file of this package")
+                held.enter_context(locked(descriptor))
+            except BlockingIOError:
+                holder = os.read(descriptor, 200).decode(errors="replace").strip() or "a process without a name"
+                raise BlockingIOError(f"train: expected no other process to train in {self.path}, got {holder}") from None
+            except OSError as error:
+                raise OSError(
+                    f"train: expected {str(self.lock_file)!r} to be a file that can be locked, got: {error}; "
+                    "pass lock=False (--no-lock) if no other process trains there"
+                ) from error
             os.ftruncate(descriptor, 0)
             os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
             yield
-        finally:
-            _held_locks.discard(descriptor)
-            fcntl.flock(descriptor, fcntl.LOCK_UN)  # also if a child that was just forked has not closed it yet
-            os.close(descriptor)
 
     def create(self, config: Mapping[str, Any]) -> None:
         """Start a new run.

@@ -14,7 +14,7 @@ from ..checks import computing_device
 from ..distributed import Processes
 from ..limits import check_free_memory, check_free_space, check_writable
 from ..nn import UNetConfig
-from .run_folder import RunFolder, read_state
+from .run_folder import FORMAT, RunFolder, read_state
 from .state import Task
 
 COPIES: Final = 5  # each parameter in memory: itself, its average, its gradient and two moments
@@ -31,6 +31,7 @@ class Start:
         team: The processes.
         device: The device of this process.
         resume: Continue the run from its newest checkpoint.
+        format: The format of its config.json.
     """
 
     run: RunFolder
@@ -38,6 +39,7 @@ class Start:
     team: Processes
     device: torch.device
     resume: bool
+    format: int
 
 
 def prepared(run: RunFolder, options: Mapping[str, Any], team: Processes, *, resume: bool, auto_resume: bool) -> Start:
@@ -59,7 +61,7 @@ def prepared(run: RunFolder, options: Mapping[str, Any], team: Processes, *, res
         torch.set_num_threads(options["threads"])
     if device.type == "cpu":
         _check_threads(torch.get_num_threads())
-    return Start(run, options, team, device, resume)
+    return Start(run, options, team, device, resume, run.read_config()["format"] if resume else FORMAT)
 
 
 def _device(name: str | None, team: Processes) -> torch.device:

@@ -21,7 +21,7 @@ from ..schedule import NoiseSchedule
 from ..version import __version__
 from .data import ImageDataset, MappedDataset
 from .rng import TrainingRng
-from .run_folder import RunFolder, read_state
+from .run_folder import FORMAT, RunFolder, read_state
 
 # Keys of a network's configuration that its weights do not depend on.
 _NOT_IN_WEIGHTS: Final = frozenset({"sample_size", "dropout", "num_train_timesteps", "class_names"})
@@ -39,6 +39,7 @@ class Task:
     rng: TrainingRng
     device: torch.device
     team: Processes
+    format: int = FORMAT  # the run's, as its draws have to stay
     ema_warmup: bool = True  # the first weights are random: the average forgets them soon
     on_step: Callable[[int, Tensor], object] | None = None
     on_checkpoint: Callable[[Path], object] | None = None
@@ -88,6 +89,7 @@ class Task:
         """Return the content of config.json."""
         dataset = self.dataset
         return {
+            "format": self.format,
             "options": self.options,
             "unet": self.model.config,
             "schedule": self.schedule.to_config(),

@@ -80,13 +80,15 @@ def _loss(task: Task, state: State, micro_batch: int, images: Tensor, labels: Te
         x_0 = torch.where(rng.is_flipped(step)[rows].to(task.device)[:, None, None, None], x_0.flip(-1), x_0)
     x_0 = x_0.contiguous(memory_format=task.memory_format)
     t = rng.timesteps(step, task.schedule.num_timesteps)[rows].to(task.device)
-    seeds = rng.noise_seeds(step)[rows].to(task.device)
+    seeds = rng.sample_seeds(step)[rows].to(task.device)
     no_label = len(task.dataset.classes)  # the last embedding
     labels = labels.masked_fill(rng.label_is_dropped(step, options["label_dropout"])[rows], no_label).to(task.device)
-    torch.manual_seed(rng.dropout_seed(step * task.num_micro_batches + micro_batch))
+    if task.format == 1:
+        torch.manual_seed(rng.dropout_seed(step * task.num_micro_batches + micro_batch))
     x_t = q_sample(x_0, t, task.schedule, seeds=seeds)
     with torch.autocast(task.device.type, torch.bfloat16, enabled=options["precision"] == "bf16"):
-        output = state.model(x_t, t, labels if task.labelled else None)
+        dropout_seeds = None if task.format == 1 else seeds
+        output = state.model(x_t, t, labels if task.labelled else None, dropout_seeds=dropout_seeds)
     weight = None if task.loss_weight is None else task.loss_weight[t]
     loss = denoising_loss(output.float(), x_0, t, task.schedule, prediction=options["prediction"], seeds=seeds, weight=weight)
     return loss / task.num_micro_batches

@@ -170,6 +170,7 @@ class Trainer:
             rng=TrainingRng(options["seed"], options["batch_size"]),
             device=start.device,
             team=start.team,
+            format=start.format,
             ema_warmup=options["ema_warmup"],
             on_step=self._on_step,
             on_checkpoint=self._on_checkpoint,

@@ -10,8 +10,9 @@ import torch
 from small_unets import SMALL, VARIANTS, make_inputs, randomise, relative_error
 from torch import Tensor
 
-from ddpm_fast import freeze
+from ddpm_fast import freeze, noise, sample_seeds
 from ddpm_fast.nn import CIFAR10_32, HO_256, UNet, UNetConfig
+from ddpm_fast.nn.layers import ResnetBlock
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -181,6 +182,58 @@ def test_dropout_acts_in_training_only() -> None:
         assert not torch.equal(model(x, t), model(x, t))
         model.eval()
         assert torch.equal(model(x, t), model(x, t))
+        assert torch.equal(model(x, t, dropout_seeds=sample_seeds(0, len(x))), model(x, t))
+
+
+@pytest.mark.parametrize("variant", ["class-conditional", "resampling"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+def test_seeds_decide_what_dropout_drops(variant: str, layout: torch.memory_format) -> None:
+    config = SMALL | VARIANTS[variant] | {"dropout": 0.3}
+    model, _ = make_pair(config)
+    dropped: dict[str, Tensor] = {}
+    blocks = {name: block for name, block in model.named_modules() if isinstance(block, ResnetBlock)}
+    for name, block in blocks.items():
+        block.conv2.register_forward_pre_hook(lambda _, inputs, name=name: dropped.update({name: inputs[0] == 0}))
+    x, t, labels = make_inputs(config, 4)
+    model, x, seeds = model.to(memory_format=layout), x.contiguous(memory_format=layout), sample_seeds(7, 4)
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    out = model(x, t, labels, dropout_seeds=seeds)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert len({block.dropout_stream for block in blocks.values()}) == len(blocks)
+    for name, block in blocks.items():
+        z = noise(dropped[name].shape, seeds, stream=block.dropout_stream)
+        assert torch.equal(dropped[name], z < -0.5244005), name  # the normal distribution is 0.3 there
+    # A sample's draws are its own, and the gradients follow them.
+    half = model(x[2:], t[2:], None if labels is None else labels[2:], dropout_seeds=seeds[2:])
+    assert relative_error(half.detach(), out[2:].detach()) < 1e-5
+    assert not torch.equal(model(x, t, labels, dropout_seeds=seeds + 1), out)
+    double = model.double()
+    weight = double.down_blocks[0].resnets[0].norm2.weight
+    direction, step = torch.randn_like(weight), 1e-6
+
+    def total() -> Tensor:
+        return double(x, t, labels, dropout_seeds=seeds).square().sum()
+
+    (gradient,) = torch.autograd.grad(total(), weight)
+    with torch.no_grad():
+        weight += step * direction
+        above = total()
+        weight -= 2 * step * direction
+        slope = (above - total()) / (2 * step)
+    assert float(slope) == pytest.approx(float((gradient * direction).sum()), rel=1e-5)
+
+
+def test_dropout_by_seeds_keeps_the_mean() -> None:
+    block = ResnetBlock(32, 32, 4, num_groups=1, eps=1e-5, dropout=0.25, time_scale_shift="default")
+    x, emb = torch.randn(8, 32, 16, 16), torch.zeros(8, 4)
+    with torch.no_grad():
+        block.conv2.weight.zero_()[range(32), range(32), 1, 1] = 1  # so the branch's output is what dropout leaves
+        block.conv2.bias.zero_()
+        kept, whole = block(x, emb, dropout_seeds=sample_seeds(0, 8)) - x, block.eval()(x, emb) - x
+    share = float((kept == 0).double().mean())
+    assert share == pytest.approx(0.25, abs=3.3 * (0.25 * 0.75 / x.numel()) ** 0.5)
+    torch.testing.assert_close(kept[kept != 0], whole[kept != 0] / 0.75, rtol=1e-4, atol=1e-5)
 
 
 def test_config_round_trip_and_bookkeeping_keys() -> None:
@@ -299,3 +352,7 @@ def test_bad_inputs_are_named() -> None:
     ]:
         with pytest.raises(error[0] if error else ValueError, match=f"UNet: expected {message}"):
             network(*arguments)
+    with pytest.raises(ValueError, match=r"UNet: expected dropout_seeds to have shape \[2\], one a sample, got \[3\]"):
+        plain(x, 0, dropout_seeds=sample_seeds(0, 3))
+    with pytest.raises(TypeError, match="UNet: expected dropout_seeds to be an int64 tensor"):
+        plain(x, 0, dropout_seeds=3)

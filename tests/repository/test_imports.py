@@ -16,6 +16,7 @@ ALLOWED = {
     "version": set(),
     "atomic": set(),
     "limits": set(),
+    "locks": set(),
     "memory": set(),
     "distributed": set(),
     "dtypes": set(),
@@ -26,7 +27,7 @@ ALLOWED = {
     "triton_kernels": {"reference", "triton_kernels"},
     "ops": {"dtypes", "checks", "reference", "schedule", "plan", "triton_kernels", "ops"},
     "testing": {"dtypes", "reference", "schedule", "plan", "ops"},
-    "nn": {"atomic", "dtypes", "checks", "limits", "ops", "nn"},
+    "nn": {"atomic", "dtypes", "checks", "reference", "limits", "ops", "nn"},
     "schemas": {"checks", "plan", "schedule", "nn"},
     "info": {"version", "ops"},
     "images": {"atomic", "checks", "limits"},
@@ -36,7 +37,8 @@ ALLOWED = {
     "denoising_loop": {"plan", "ops", "models"},
     "sampling": {"dtypes", "checks", "limits", "plan", "images", "models", "inference", "requests", "denoising_loop"},
     "sample_files": {
-        *("atomic", "checks", "limits", "distributed", "plan", "schemas", "images", "models", "requests", "sampling"),
+        *("atomic", "checks", "limits", "locks", "distributed", "plan", "schemas", "images", "models", "requests"),
+        "sampling",
     },
     "editing": {"dtypes", "checks", "limits", "reference", "plan", "ops", "models", "requests", "sampling"},
     "evaluation": {
@@ -44,7 +46,7 @@ ALLOWED = {
     },
     "training": {
         *("version", "atomic", "limits", "memory", "checks", "schedule", "plan", "ops", "nn", "schemas", "images", "sampling"),
-        *("distributed", "training"),
+        *("locks", "distributed", "training"),
     },
     "pretrained": {"atomic", "checks", "schedule", "plan", "nn", "schemas", "training"},
     "integrations": {

@@ -65,7 +65,7 @@ def test_eight_processes_train_the_same_weights(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_numbers_that_are_no_powers_of_two_train_up_to_rounding(tmp_path: Path) -> None:
-    options = {"batch_size": 18, "micro_batch_size": 6, "dropout": 0.0}
+    options = {"batch_size": 18, "micro_batch_size": 6}
     train(tmp_path / "one", **RUN | options)
     succeed_in(3, tmp_path / "three", **options)
     one, three = log_rows(tmp_path / "one"), log_rows(tmp_path / "three")
@@ -76,7 +76,7 @@ def test_numbers_that_are_no_powers_of_two_train_up_to_rounding(tmp_path: Path) 
 
 
 def test_micro_batches_have_the_gradients_of_a_batch(tmp_path: Path) -> None:
-    options = RUN | {"dropout": 0.0, "steps": 1, "log_every": 1}
+    options = RUN | {"steps": 1, "log_every": 1}
     train(tmp_path / "whole", **options | {"micro_batch_size": None})
     train(tmp_path / "parts", **options)
     (whole,), (parts,) = log_rows(tmp_path / "whole"), log_rows(tmp_path / "parts")
@@ -105,6 +105,18 @@ def test_older_runs_have_one_micro_batch_a_step(tmp_path: Path) -> None:
     run.write_config(config)
     train(tmp_path / "old", **options, resume=True)
     assert_same_weights(tmp_path / "one", tmp_path / "old")
+
+
+def test_older_runs_keep_their_draws_of_dropout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as older:
+        older.setattr("ddpm_fast.training.starting.FORMAT", 1)
+        train(tmp_path / "old", **RUN)
+        train(tmp_path / "stopped", **RUN | {"steps": 2})
+    train(tmp_path / "stopped", **RUN, resume=True)
+    assert_same_weights(tmp_path / "old", tmp_path / "stopped")
+    assert RunFolder(tmp_path / "stopped").read_config()["format"] == 1
+    train(tmp_path / "new", **RUN)
+    assert log_rows(tmp_path / "old") != log_rows(tmp_path / "new")
 
 
 def test_batches_that_cannot_be_shared_are_refused(tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def test_steps_follow_algorithm_1(tmp_path: Path) -> None:
     optimizer = torch.optim.Adam(model.parameters())
     for step, row in enumerate(log_rows(tmp_path / "run")):
         images, labels = dataset[draws.indices(step, len(dataset))]
-        x_0, t, seeds = to_unit_range(images), draws.timesteps(step, 1000), draws.noise_seeds(step)
+        x_0, t, seeds = to_unit_range(images), draws.timesteps(step, 1000), draws.sample_seeds(step)
         labels[draws.label_is_dropped(step, 0.1)] = 10
         eps = noise(x_0.shape, seeds, stream=STREAM_Q_SAMPLE)
         abar = schedule.alpha_bars[t][:, None, None, None].float()
@@ -195,8 +195,8 @@ def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="expected a run to resume"):
         export_checkpoint(tmp_path / "none", tmp_path / "out")
     config = json.loads((tmp_path / "run" / "config.json").read_text())
-    (tmp_path / "run" / "config.json").write_text(json.dumps(config | {"format": 2}))
-    with pytest.raises(ValueError, match=r"train: expected format to be 1, got 2, in '.*config\.json'"):
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config | {"format": 3}))
+    with pytest.raises(ValueError, match=r"train: expected format to be 1 or 2, got 3, in '.*config\.json'"):
         train(tmp_path / "run", **QUIET, resume=True)
 
 
