@@ -6,7 +6,6 @@ Parameter names are diffusers'. `emb` is the time (and class) embedding *after* 
 from __future__ import annotations
 
 import math
-from statistics import NormalDist
 from typing import Literal
 
 import torch
@@ -267,7 +266,8 @@ class Upsample(nn.Module):
 def _dropout(x: Tensor, p: float, seeds: Tensor, stream: int) -> Tensor:
     """Drop elements of x [N, C, H, W] with probability p. Sample i's depend on (seeds[i], stream) alone."""
     normals = noise(x.shape, seeds, stream=stream, device=x.device, memory_format=memory_format(x))
-    return (x * (1 / (1 - p))).masked_fill(normals < NormalDist().inv_cdf(p), 0)
+    bound = torch.special.ndtri(torch.tensor(p, dtype=torch.float64, device="cpu"))  # normals are below it with probability p
+    return (x * (1 / (1 - p))).masked_fill(normals < bound, 0)
 
 
 def _rescaled(x: Tensor, factor: float) -> Tensor:

@@ -224,6 +224,13 @@ def test_seeds_decide_what_dropout_drops(variant: str, layout: torch.memory_form
     assert float(slope) == pytest.approx(float((gradient * direction).sum()), rel=1e-5)
 
 
+def test_dropout_by_seeds_compiles() -> None:
+    model, _ = make_pair(SMALL | {"dropout": 0.3})
+    x, t, _ = make_inputs(SMALL, 2)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x, t, dropout_seeds=sample_seeds(3, 2)), model(x, t, dropout_seeds=sample_seeds(3, 2)))
+
+
 def test_dropout_by_seeds_keeps_the_mean() -> None:
     block = ResnetBlock(32, 32, 4, num_groups=1, eps=1e-5, dropout=0.25, time_scale_shift="default")
     x, emb = torch.randn(8, 32, 16, 16), torch.zeros(8, 4)
