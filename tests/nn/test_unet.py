@@ -224,6 +224,7 @@ def test_seeds_decide_what_dropout_drops(variant: str, layout: torch.memory_form
     assert float(slope) == pytest.approx(float((gradient * direction).sum()), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_dropout_by_seeds_compiles() -> None:
     model, _ = make_pair(SMALL | {"dropout": 0.3})
     x, t, _ = make_inputs(SMALL, 2)
