@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -12,7 +12,7 @@ import torch
 
 from .atomic import read_json
 from .checks import check_dtype, check_path, checked_device
-from .nn.unet import UNet, name_classes
+from .nn.unet import UNet, describe_images
 from .plan import Prediction, Variance
 from .schedule import NoiseSchedule
 from .training.run_folder import RunFolder
@@ -82,6 +82,7 @@ def load_folder(
     folder = Path(path)
     if not folder.is_dir():
         raise FileNotFoundError(f"load_folder: expected path to be a folder that holds a model, got {os.fspath(path)!r}")
+    size: Sequence[int] | None = None
     names: list[str] = []  # older folders hold them beside the network's configuration
 
     def read(folder: Path, network: Path) -> tuple[UNet, NoiseSchedule, Scheduler]:
@@ -92,14 +93,15 @@ def load_folder(
         found = run.read_latest("unet_ema/", lambda checkpoint: read(checkpoint, checkpoint / "unet_ema"))
         if found is None:
             raise FileNotFoundError(f"load_folder: expected a whole checkpoint in {str(run.checkpoints)!r}, got none")
-        names = run.read_config("load_folder")["dataset"]["classes"]
+        dataset = run.read_config("load_folder")["dataset"]
+        size, names = dataset["shape"][1:], dataset["classes"]
     else:
         if (folder / "classes.json").is_file():
             names = _read_classes(folder / "classes.json")
         found = read(folder, folder)
     model, schedule, scheduler = found
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's types leave it out
-    name_classes(model, names)
+    describe_images(model, size=size, classes=names)
     return Pretrained(
         model=model,
         schedule=schedule,

@@ -23,6 +23,7 @@ from ddpm_fast import sample_files
 from ddpm_fast.atomic import PREFIX
 from ddpm_fast.distributed import Processes
 from ddpm_fast.sampling import Sampler
+from ddpm_fast.training.data import load_dataset
 
 NAMES = ("folder", "a.npz", "a.zip")
 NUM, BATCH = 10, 4
@@ -118,6 +119,14 @@ def test_files_hold_the_images_of_sample(whole: Path) -> None:
         assert (pictures(archive.open, pngs) == images).all()
         assert json.loads(archive.read("dataset.json"))["labels"] == [[*pair] for pair in zip(pngs, LABELS, strict=True)]
     assert sorted(path.name for path in whole.iterdir()) == ["a.npz", "a.zip", "folder"]  # no parts
+
+
+def test_files_are_data_to_train_on(whole: Path) -> None:
+    for name in ("folder", "a.zip"):
+        dataset = load_dataset(str(whole / name))
+        assert dataset.labels.tolist() == LABELS
+        images, _ = next(dataset.batches([torch.arange(NUM)]))
+        assert (images.permute(0, 2, 3, 1).numpy() == expected(class_labels=LABELS)).all()
 
 
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (4, "RGBA")])

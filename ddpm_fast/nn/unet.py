@@ -214,21 +214,25 @@ class UNet(nn.Module):
         save_checkpoint(path, self._config, self.state_dict())
 
 
-def name_classes(model: UNet, names: Sequence[str]) -> None:
-    """Put names of the classes into the configuration of a class-conditional network that has none.
+def describe_images(model: UNet, *, size: Sequence[int] | None, classes: Sequence[str]) -> None:
+    """Put the size of the images and the names of their classes into a configuration that lacks them.
 
     Args:
-        model: The network. Without classes, or with names of them, it stays as it is.
-        names: Names in the order of the labels. Names without a label are left out. If one is empty, all are.
+        model: The network.
+        size: (H, W), or None if it is not known.
+        classes: Names in the order of the labels. Names without a label are left out. If one is empty, all are.
 
     Raises:
         ValueError: The names are not valid `class_names`.
     """
     config = model._config
-    names = names[: (config.num_class_embeds or 1) - 1]  # the last is "no label"
-    if config.class_names is None and names and all(names):
-        model._config = dataclasses.replace(config, class_names=tuple(names))
-        model.config = model._config.to_dict()
+    if config.sample_size is None and size is not None:
+        height, width = size
+        config = dataclasses.replace(config, sample_size=height if height == width else (height, width))
+    classes = classes[: (config.num_class_embeds or 1) - 1]  # the last is "no label"
+    if config.class_names is None and classes and all(classes):
+        config = dataclasses.replace(config, class_names=tuple(classes))
+    model._config, model.config = config, config.to_dict()
 
 
 def checked_timesteps(caller: str, config: UNetConfig, x: Tensor, t: Tensor | int, class_labels: Tensor | None) -> Tensor:

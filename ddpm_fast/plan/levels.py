@@ -14,7 +14,7 @@ from torch import Tensor
 from ..checks import check_choice, check_int, check_number, check_type
 from ..reference import PREDICTIONS
 from ..schedule import NoiseSchedule
-from .timesteps import checked_timesteps
+from .timesteps import checked_timesteps, spaced_timesteps
 
 LevelSpacing = Literal["linspace", "leading", "trailing", "karras"]
 
@@ -112,10 +112,10 @@ def _spaced(caller: str, last: int, num_steps: int | None, spacing: LevelSpacing
     if not isinstance(spacing, str):
         return checked_timesteps(caller, last, num_steps, spacing, True)
     check_choice(caller, "spacing", spacing, ("linspace", "leading", "trailing", "karras"))
-    num_steps = _checked_num_steps(caller, num_steps, last if spacing == "trailing" else last - 1)
     if spacing == "trailing":
-        descending = np.arange(last, 0, -last / num_steps)[:num_steps].round() - 1
-    elif spacing == "leading":
+        return spaced_timesteps(caller, last, _checked_num_steps(caller, num_steps, last), spacing)
+    num_steps = _checked_num_steps(caller, num_steps, last - 1)
+    if spacing == "leading":
         descending = np.arange(num_steps, 0, -1) * (last // (num_steps + 1))
     else:
         descending = np.linspace(0, last - 1, num_steps + 1).round()[1:][::-1]  # torch.compile reads [:0:-1] wrong

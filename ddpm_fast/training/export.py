@@ -12,7 +12,7 @@ from ..atomic import write_json, write_text
 from ..checks import check_dtype, check_path
 from ..limits import check_free_space, check_writable
 from ..nn import UNet
-from ..nn.unet import name_classes
+from ..nn.unet import describe_images
 from ..schedule import NoiseSchedule
 from .run_folder import RunFolder, read_state
 
@@ -62,7 +62,8 @@ def export_checkpoint(
         raise FileNotFoundError(f"export_checkpoint: expected a checkpoint in {run.checkpoints}, got none")
     model, state = found
     log = run.log_until(state.step, "export_checkpoint")
-    name_classes(model, config["dataset"]["classes"])  # older checkpoints lack them
+    dataset = config["dataset"]
+    describe_images(model, size=dataset["shape"][1:], classes=dataset["classes"])  # older checkpoints lack them
     schedule, prediction = NoiseSchedule.from_config(config["schedule"]), config["options"]["prediction"]
     options = dict(config["options"], data_dir=None)  # a model that is shared names folders, but not where they were
     options |= {name: Path(options[name]).name for name in ("data", "init") if options.get(name) is not None}

@@ -44,7 +44,7 @@ class TrainResult:
 
     Attributes:
         step: Steps since the run began.
-        loss: Mean loss since the last row of the log; NaN if no step followed that row.
+        loss: Mean loss since the last row of the log, or in that row if no step followed it; NaN if the call took no step.
         seconds: Time spent in steps since the run began, in seconds.
         stopped_by: "SIGINT", "SIGTERM", "SIGHUP", "max_minutes", or None if all steps are done.
     """
@@ -122,7 +122,7 @@ def _run(start: Start, task: Task, state: State, *, max_minutes: float | None, p
     stopped_by: str | None = None
     began = last_checkpoint = time.monotonic()
     forecast = Forecast(steps, task.device)
-    logged_step, logged_seconds = state.step, state.seconds
+    logged_step, logged_seconds, loss = state.step, state.seconds, math.nan
     mark = time.perf_counter()  # end of the last stretch that is counted in state.seconds
     saved = nullcontext() if config is None else _saved_if_it_fails(run, config, task, state)
     stops = Stops(team)
@@ -186,7 +186,7 @@ def _run(start: Start, task: Task, state: State, *, max_minutes: float | None, p
     tensorboard.write("close")
     if stopped_by and team.is_first:
         _log.info("stopped by %s at step %d of %d; checkpoint saved", stopped_by, state.step, steps)
-    return TrainResult(state.step, state.mean_loss(), state.seconds, stopped_by)
+    return TrainResult(state.step, state.mean_loss() if state.losses else loss, state.seconds, stopped_by)
 
 
 def _finite_loss(state: State, grad_norm: Tensor) -> float:

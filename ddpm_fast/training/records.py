@@ -39,10 +39,9 @@ def summary(run: RunFolder, task: Task, state: State) -> str:
     records = [f"log.csv every {options['log_every']} steps"]
     if options["sample_every"]:
         records.append(f"samples/ every {options['sample_every']} steps")
-    if options["checkpoint_every"]:
-        records.append(f"checkpoints/ every {options['checkpoint_every']} steps")
-    if options["checkpoint_minutes"]:
-        records.append(f"checkpoints/ every {options['checkpoint_minutes']:g} minutes")
+    every = [f"{options['checkpoint_every']} steps"] if options["checkpoint_every"] else []
+    every += [f"{options['checkpoint_minutes']:g} minutes"] if options["checkpoint_minutes"] else []
+    records.append(f"checkpoints/ every {' and every '.join(every)}" if every else "checkpoints/ at the end")
     rows = {
         "data": f"{dataset.name}: {len(dataset)} images, {classes}",
         "images": f"{width}x{height} pixels, {channels} channel{'s' if channels > 1 else ''}, {dataset.preparation}",

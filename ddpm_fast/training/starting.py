@@ -89,10 +89,12 @@ def _micro_batch_size(options: Mapping[str, Any], run: RunFolder, resume: bool, 
         size = batch_size // team.size
     if batch_size % (size * team.size):
         processes = f"{team.size} process" + ("es" if team.size > 1 else "")
-        fits = f"; {math.gcd(size, batch_size // team.size)} fits" if batch_size % team.size == 0 else ""
+        fitting = [each for each in range(1, size) if batch_size % (each * team.size) == 0]
+        fits = f"; {fitting[-1]} fits" if fitting else ""
+        kept = ", as the run had" if options["micro_batch_size"] is None and resume else ""
         raise ValueError(
             f"train: expected micro_batch_size times {processes} to divide batch_size {batch_size}, "
-            f"got micro_batch_size {size}{fits}"
+            f"got micro_batch_size {size}{kept}{fits}"
         )
     return size
 

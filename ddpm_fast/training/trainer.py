@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from ..checks import check_callable, check_int, check_path, check_type, computing_device
 from ..distributed import joined
 from ..nn import UNet
-from ..nn.unet import name_classes
+from ..nn.unet import describe_images
 from ..schedule import NoiseSchedule
 from .data import ImageDataset, MappedDataset
 from .loop import TrainResult, run_steps
@@ -118,8 +118,7 @@ class Trainer:
         _check_model(model)
         self._dataset = _adapted(dataset, model, num_workers)
         _check_fit(model, self._dataset)
-        if model.config["num_class_embeds"] is not None:
-            name_classes(model, self._dataset.classes)
+        describe_images(model, size=self._dataset.shape[1:], classes=self._dataset.classes)
         self.model = model
         self._schedule, self._folder = schedule, RunFolder(run_folder)
         self._on_step, self._on_checkpoint = on_step, on_checkpoint

@@ -1,4 +1,4 @@
-"""Zip files of images with the labels of EDM's `dataset.json`."""
+"""Zip files of images, and labels in EDM's `dataset.json`, in a zip file or a folder."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_large_files_are_refused_before_they_are_unpacked(
     with pytest.raises(ValueError, match=r"expected bomb\.png in .*a\.zip to have at most 100000 bytes, got 1000000"):
         load_dataset(str(path))
     monkeypatch.setattr(archive, "_MAX_IMAGE", 10**7)
-    monkeypatch.setattr(archive, "_MAX_JSON", 5)
+    monkeypatch.setattr(archive, "MAX_BYTES", 5)
     with pytest.raises(ValueError, match=r"expected dataset\.json in .*a\.zip to have at most 5 bytes, got 14"):
         load_dataset(str(path))
 
@@ -144,3 +144,32 @@ def test_encrypted_files_are_refused(files: dict[str, bytes], tmp_path: Path) ->
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"expected .*a\.zip to hold no encrypted files, got a\.png"):
         load_dataset(str(path))
+
+
+def test_a_folder_takes_the_labels_of_its_file(files: dict[str, bytes], tmp_path: Path) -> None:
+    labels = [["00000/img1.png", 2], ["00000/img0.png", 0], ["b.png", 4], ["00001-more/deep/img2.PNG", 0], ["A.png", 1]]
+    path = write_zip(tmp_path / "a.zip", files, labels)
+    with zipfile.ZipFile(path) as opened:
+        opened.extractall(tmp_path / "folder")
+    folder = tmp_path / "folder"
+    (folder / "00000" / "broken.png").write_bytes(files["b.png"][:60])
+    with pytest.raises(ValueError, match=r"expected the label of 00000.broken\.png in .*dataset\.json to be in .*, got none"):
+        load_dataset(str(folder), skip_broken=True)
+    (folder / "dataset.json").write_text(json.dumps({"labels": [*labels, ["00000/broken.png", 3]]}))
+    dataset, zipped = load_dataset(str(folder), skip_broken=True), load_dataset(str(path))
+    assert dataset.classes == zipped.classes
+
+    def content(dataset: Any) -> list[tuple[bytes, int]]:
+        images, numbers = next(dataset.batches([torch.arange(5)]))
+        return sorted((image.numpy().tobytes(), int(number)) for image, number in zip(images, numbers, strict=True))
+
+    assert content(dataset) == content(zipped)
+    (folder / "dataset.json").write_text('{"labels": null}')
+    assert load_dataset(str(folder), skip_broken=True).classes == ("",)
+    (folder / "dataset.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"expected .*dataset\.json to be JSON, got: "):
+        load_dataset(str(folder))
+    (folder / "dataset.json").unlink()
+    (folder / "dataset.json").mkdir()
+    with pytest.raises(ValueError, match=r"expected .*dataset\.json to be a file of at most"):
+        load_dataset(str(folder))

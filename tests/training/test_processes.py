@@ -122,6 +122,8 @@ def test_older_runs_keep_their_draws_of_dropout(tmp_path: Path, monkeypatch: pyt
 def test_batches_that_cannot_be_shared_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"expected micro_batch_size times 1 process to divide batch_size 16, got .* 3"):
         train(tmp_path / "run", **RUN | {"micro_batch_size": 3})
+    with pytest.raises(ValueError, match=r"got micro_batch_size 11; 8 fits"):
+        train(tmp_path / "run", **RUN | {"micro_batch_size": 11})
     with pytest.raises(ValueError, match=r"expected micro_batch_size to be an integer in 1\.\.16 or None, got 17"):
         train(tmp_path / "run", **RUN | {"micro_batch_size": 17})
     for each in train_in(3, tmp_path / "run", micro_batch_size=None):

@@ -83,7 +83,7 @@ def test_weights_are_those_of_train(tmp_path: Path) -> None:
     options = {"steps": 5, "flip": True, "precision": "bf16", "loss_weight": "min_snr", "label_dropout": 0.5}
     expected = train(tmp_path / "train", **QUIET | options, dropout=0.1)
     for name, dataset in (("own", load_dataset("digits")), ("plain", Digits())):
-        trained = trainer(tmp_path / name, dataset, network(dropout=0.1), **options)
+        trained = trainer(tmp_path / name, dataset, network(dropout=0.1, sample_size=None), **options)
         result = trained.run(**CALL)
         assert (result.step, result.stopped_by) == (expected.step, None)
         assert_same_weights(tmp_path / "train", tmp_path / name)
@@ -91,6 +91,7 @@ def test_weights_are_those_of_train(tmp_path: Path) -> None:
     loaded = load_folder(tmp_path / "plain")
     assert_same_parameters(loaded.model, trained.ema)
     assert loaded.model.config["class_names"] == list("0123456789")
+    assert loaded.model.config["sample_size"] == 8
     checkpoint = RunFolder(tmp_path / "plain").latest_checkpoint()
     assert checkpoint is not None
     assert_same_parameters(UNet.from_pretrained(checkpoint / "unet"), trained.model)

@@ -37,8 +37,9 @@ def load_dataset(
 
     Args:
         name: "digits" (scikit-learn's 8x8 digits, no download), "fashion-mnist" (28x28, padded with black to 32x32),
-            "cifar10" (32x32), or a path. A folder's sub-folders are its classes. A zip file's labels are in its
-            `dataset.json`, as EDM writes it. A folder that Hugging Face's `datasets` has saved needs the `hub` extra.
+            "cifar10" (32x32), or a path. A folder's sub-folders are its classes. If a folder or zip file has a
+            `dataset.json`, as EDM and `write_samples` write it, the labels are those in it. A folder that Hugging Face's
+            `datasets` has saved needs the `hub` extra.
         data_dir: Folder that holds the files of fashion-mnist or cifar10, or receives torchvision's download. CIFAR-10 may
             be the binary or the Python version, unpacked or not. By default the files of Debian's package
             dataset-fashion-mnist if installed, else a folder in the user's cache.
@@ -78,4 +79,7 @@ def load_dataset(
         return read_folder(Path(name), image_size, skip_broken, first, memory)
     if Path(name).is_file():
         return read_archive(Path(name), image_size, skip_broken, first, memory)
-    raise ValueError(f"load_dataset: expected name to be one of {', '.join(DATASETS)}, a zip file or a folder, got {name!r}")
+    raise ValueError(
+        f"load_dataset: expected name to be one of {', '.join(DATASETS)}, a zip file or a folder, got {name!r}, which does not "
+        "exist"
+    )
