@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,23 +49,22 @@ def philox(seeds: Tensor, stream: int | Tensor, first_block: int, num_blocks: in
         num_blocks: Number B of consecutive blocks.
 
     Returns:
-        int64 [N, B, 4] with values 0..2^32-1, equal to `tl.randint4x(seed, block + (stream << 32))`.
+        int64 [4, N, B] with values 0..2^32-1, equal to `tl.randint4x(seed, block + (stream << 32))`.
     """
     mask = 0xFFFFFFFF
-    k0, k1 = (seeds & mask)[:, None], ((seeds >> 32) & mask)[:, None]  # [N, 1]
-    c0 = torch.arange(first_block, first_block + num_blocks, device=seeds.device)[None]  # [1, B]
-    c1 = stream[:, None] if isinstance(stream, Tensor) else torch.full_like(c0, stream)
-    c2, c3 = torch.zeros_like(c0), torch.zeros_like(c0)
+    multipliers = torch.tensor([[[0xD2511F53]], [[0xCD9E8D57]]], device=seeds.device)
+    increments = torch.tensor([[[0x9E3779B9]], [[0xBB67AE85]]], device=seeds.device)
+    key = torch.stack([seeds, seeds >> 32])[..., None] & mask  # [2, N, 1]
+    # Words 0 and 2 of the counter are multiplied, words 1 and 3 are added to.
+    block = torch.arange(first_block, first_block + num_blocks, device=seeds.device)
+    even = torch.stack([block, torch.zeros_like(block)])[:, None]  # [2, 1, B]
+    streams = stream if isinstance(stream, Tensor) else torch.full((1,), stream, device=seeds.device)
+    odd = torch.stack([streams, torch.zeros_like(streams)])[..., None]  # [2, N or 1, 1]
     for _ in range(10):
-        product_0, product_1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2  # wraps modulo 2^64, which keeps all the bits that are used
-        c0, c1, c2, c3 = (
-            ((product_1 >> 32) & mask) ^ c1 ^ k0,
-            product_1 & mask,
-            ((product_0 >> 32) & mask) ^ c3 ^ k1,
-            product_0 & mask,
-        )
-        k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
-    return torch.stack([c0, c1, c2, c3], dim=-1)
+        product = (multipliers * even).flip(0)  # wraps modulo 2^64, which keeps all the bits that are used
+        even, odd = ((product >> 32) & mask) ^ odd ^ key, product & mask
+        key = (key + increments) & mask
+    return torch.stack([even, odd], dim=1).flatten(0, 1)
 
 
 def _fma(a: Tensor, b: Tensor | float, c: Tensor | float) -> Tensor:
@@ -73,8 +73,7 @@ def _fma(a: Tensor, b: Tensor | float, c: Tensor | float) -> Tensor:
     The product is exact in float64. The sum is rounded to odd there, and TwoSum gives its error. Rounding
     it to float32 afterwards therefore rounds the exact value (Boldo and Melquiond 2008).
     """
-    product = a.double() * torch.as_tensor(b, dtype=torch.float32, device=a.device)  # constants are float32 too
-    addend = torch.as_tensor(c, dtype=torch.float32, device=a.device).double()
+    product, addend = a.double() * _widened(b), _widened(c)
     total = product + addend
     part = total - product
     error = (product - (total - part)) + (addend - part)
@@ -82,6 +81,11 @@ def _fma(a: Tensor, b: Tensor | float, c: Tensor | float) -> Tensor:
     step = torch.where((error > 0) == (total > 0), 1, -1)
     bits = torch.where((error != 0) & (bits & 1 == 0), bits + step, bits)
     return bits.view(torch.float64).float()
+
+
+def _widened(x: Tensor | float) -> Tensor | float:
+    """Return a float32 value in float64. A constant is rounded to float32 first."""
+    return x.double() if isinstance(x, Tensor) else float(np.float32(x))
 
 
 def _normal_pair(w0: Tensor, w1: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,8 +140,8 @@ def sample_seeds(seed: int, n: int, start: int = 0) -> Tensor:
         int64 [n]. Element i is words 0 and 1 of Philox block `start + i` under the key `seed`.
     """
     key = torch.tensor([seed - (1 << 64) if seed >= 1 << 63 else seed])
-    words = philox(key, STREAM_SEEDS, start, n)[0]  # [n, 4]
-    return words[:, 0] | (words[:, 1] << 32)
+    words = philox(key, STREAM_SEEDS, start, n)[:, 0]  # [4, n]
+    return words[0] | (words[1] << 32)
 
 
 def noise(shape: Sequence[int], seeds: Tensor, stream: int | Tensor, dtype: torch.dtype) -> Tensor:
@@ -156,11 +160,9 @@ def noise(shape: Sequence[int], seeds: Tensor, stream: int | Tensor, dtype: torc
     numel = 1
     for size in shape[1:]:
         numel *= size
-    words = philox(seeds, stream, 0, -(-numel // 4))  # [N, B, 4]
-    n0, n1 = _normal_pair(words[..., 0], words[..., 1])
-    n2, n3 = _normal_pair(words[..., 2], words[..., 3])
-    normals = torch.stack([n0, n1, n2, n3], dim=-1).flatten(1)[:, :numel]  # [N, numel]
-    return normals.reshape(tuple(shape)).to(dtype)
+    words = philox(seeds, stream, 0, -(-numel // 4))  # [4, N, B]
+    normals = torch.stack(_normal_pair(words[::2], words[1::2]), dim=-1)  # [2, N, B, 2]
+    return normals.permute(1, 2, 0, 3).flatten(1)[:, :numel].reshape(tuple(shape)).to(dtype)
 
 
 # -------------------------------------------------------------------------------------------------- forward process, loss

@@ -29,7 +29,7 @@ SHAPE = (3, 2, 5, 5)
 def images(n: int = 3) -> Tensor:
     """Random grey levels, black and white among them."""
     shape = (n, *SHAPE[1:])
-    words = philox(sample_seeds(1, n), 0, 0, 25)[:, :, 0].reshape(n, 25) % 256  # [N, 25]
+    words = philox(sample_seeds(1, n), 0, 0, 25)[0] % 256  # [N, 25]
     pixels = words.repeat_interleave(2, dim=1).reshape(shape).to(torch.uint8)
     pixels[:, 0, 0, 0], pixels[:, 1, 2, 3] = 0, 255
     return to_unit_range(pixels, torch.float64)
