@@ -13,7 +13,7 @@ SOURCES := find csrc tests/emulator -name "*.h" -o -name "*.c??" -o -name "*.cu"
 # Some machines switch bytecode files off. Each process would then compile every module that it imports.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: check check-all check-lowest setup setup-lowest build lint test test-all bench gpu-check docs format stub clean
+.PHONY: check check-all check-lowest lowest-environment setup setup-lowest build lint test test-all bench gpu-check docs format stub clean
 
 # Each check works in a copy of the tree, in build/. It has its own environment and build, and leaves yours as they are.
 # -j 2: the kernels compile while pip installs.
@@ -32,10 +32,12 @@ check-all: check-lowest  ## run everything: CUDA builds, machine code, slow test
 		cmp -s build/check/build/copied.json build/check-all/build/copied.json && echo --skip-passed=../check/build/passed.txt)"
 
 # Tests marked `sources` find the same with any version of a library.
-check-lowest:  ## run the tests with the lowest versions that pyproject.toml allows (downloads 4 GB the first time)
+check-lowest: lowest-environment  ## run the tests with the lowest versions that pyproject.toml allows
+	$(MAKE) -C build/check-lowest VENV=.venv test OPTIONS="-m 'not sources'"
+
+lowest-environment:  ## install the lowest versions for `make check-lowest` (downloads 4 GB)
 	$(PYTHON) .ci/copy_tree.py build/check-lowest
 	DDPM_FAST_CUDA_ARCHS=none DDPM_FAST_COMPILED_ISAS=native $(MAKE) -C build/check-lowest VENV=.venv -j 2 setup-lowest
-	$(MAKE) -C build/check-lowest VENV=.venv test OPTIONS="-m 'not sources'"
 
 setup: $(VENV)/installed build  ## make an environment with the package (editable) and what the tests need
 

@@ -68,7 +68,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Leave out what is slow, unless --full is given, and what has passed before."""
     for item in items:
         if "emulated_module" in getattr(item, "fixturenames", ()):  # CUDA kernels, compiled by g++
-            item.add_marker("sources")
+            item.add_marker("slow")
     full, file = config.getoption("full"), config.getoption("skip_passed")
     passed = set(file.read_text(encoding="utf-8").splitlines()) if file is not None and file.exists() else set()
 

@@ -423,6 +423,7 @@ def test_each_image_is_written(small: Path, tmp_path: Path) -> None:
     assert "expected --seed to be 0, as in the manifest of " in run(*draw, "--out", tmp_path / "a.npz", "--seed", 1, code=2)
 
 
+@pytest.mark.slow
 def test_rank_0_alone_speaks(small: Path, tmp_path: Path) -> None:
     draw = ["-m", "ddpm_fast", "sample", "--model", str(small), "--num-samples=3", "--steps=1", "--batch-size=2"]
     done = run_ranks(2, [*draw, "--out", "a.zip"], tmp_path)
@@ -618,6 +619,7 @@ def test_images_are_saved_whatever_becomes_of_the_streams(redirection: str, smal
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 
+@pytest.mark.slow
 def test_names_that_are_no_text_are_shown(small: Path, tmp_path: Path) -> None:
     if sys.platform != "linux":
         pytest.skip("the file system has names of text alone")

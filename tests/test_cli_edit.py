@@ -506,6 +506,7 @@ def test_an_empty_path_is_not_the_current_folder(command: list[str]) -> None:
     assert "expected a path, got an empty text" in result.output
 
 
+@pytest.mark.slow
 def test_a_picture_is_named_if_the_output_is_closed(folder: Path) -> None:
     arguments = ["edit", "invert", "--model", str(folder), "digits:0", "--steps=2", "--out=a.png"]
     with Path("/dev/full").open("w") as full:

@@ -90,6 +90,7 @@ with joined("test") as team, team.barrier(timedelta(hours=1)) as arrive:
 """
 
 
+@pytest.mark.slow
 def test_a_barrier_is_polled_and_notices_an_end(tmp_path: Path) -> None:
     done = run_ranks(2, ["-c", BARRIERS], tmp_path)
     assert [each.returncode for each in done] == [0, 0], done[0].stderr

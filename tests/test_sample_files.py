@@ -203,7 +203,7 @@ d.write_samples(sys.argv[1], model, plan, {NUM}, batch_size={BATCH}, class_label
 )
 
 
-@pytest.mark.parametrize("name", ["folder", pytest.param("a.npz", marks=pytest.mark.slow), "a.zip"])
+@pytest.mark.parametrize("name", ["folder", *(pytest.param(name, marks=pytest.mark.slow) for name in ("a.npz", "a.zip"))])
 def test_a_killed_process_ends_the_others_and_the_call_continues(
     name: str, whole: Path, tmp_path: Path, drawn: list[int]
 ) -> None:

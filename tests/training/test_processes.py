@@ -48,7 +48,13 @@ def test_weights_are_the_same_bits_for_any_number_of_processes(precision: str, t
     succeed_in(2, tmp_path / "two", precision=precision)
     assert_same_weights(tmp_path / "one", tmp_path / "two")
     assert log_rows(tmp_path / "one") == log_rows(tmp_path / "two")
-    # Four processes begin, one process goes on, and two end.
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_a_run_may_change_its_number_of_processes(precision: str, tmp_path: Path) -> None:
+    """Four processes begin, one process goes on, and two end."""
+    train(tmp_path / "one", **RUN, precision=precision)
     succeed_in(4, tmp_path / "several", precision=precision, steps=1)
     train(tmp_path / "several", **RUN | {"steps": 2}, precision=precision, auto_resume=True)
     succeed_in(2, tmp_path / "several", precision=precision, auto_resume=True)
@@ -133,6 +139,7 @@ def test_batches_that_cannot_be_shared_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_processes_that_are_given_other_options_are_refused(tmp_path: Path) -> None:
     script = (
         "import json, os, sys; from ddpm_fast.training import train; "

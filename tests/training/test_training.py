@@ -420,6 +420,7 @@ main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no limits of files' sizes")
 def test_a_disk_that_is_full_names_the_last_good_checkpoint(tmp_path: Path) -> None:
     """The system ends writes with an error, as a full disk does."""
