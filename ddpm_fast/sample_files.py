@@ -80,7 +80,7 @@ def write_samples(
 
     - `.npz`: `arr_0` uint8 [num_samples, H, W, C] and, with class labels, `arr_1` int64 [num_samples], as guided-diffusion has.
     - `.zip`: PNGs `00000/img00000000.png` and `dataset.json` with the labels or null, as EDM has.
-    - Any other: a folder of PNGs `000000/000123.png`, a folder for each 1000 images, and, with class labels, `dataset.json`.
+    - Any other: a folder of PNGs `000000/000123.png`, a folder for each 1000 images, and the same `dataset.json`.
 
     Values in [-1, 1] become 0..255 by `to_uint8`. Images of one channel are grey PNGs (mode L), and have C = 1 in an npz.
 
@@ -115,7 +115,7 @@ def write_samples(
             another call. The message names the field of the manifest that differs.
         TypeError: An argument has an unsupported type.
         FileExistsError: `out` has other files.
-        BlockingIOError: Another call writes to `out`. A file system without locks does not notice.
+        BlockingIOError: Another call on this machine writes to `out`. A file system without locks does not notice.
         OSError: `out` cannot be written, or has too little free space.
         ProcessLost: Another process has failed or ended. It is a RuntimeError.
         KeyboardInterrupt: The call was interrupted. The message says how many images are written.
@@ -201,7 +201,7 @@ def _missing(
     def begin() -> list[float]:
         if not files.folder.exists() and not files.agrees(manifest):  # an archive that is whole needs no folder
             check_free_space(_CALLER, "out", files.out, files.space(blocks[-1].stop))
-            files.folder.mkdir(parents=True)
+            files.folder.mkdir(parents=True, exist_ok=True)
         if files.folder.exists():
             locks.enter_context(_alone(files))
         is_new = not files.agrees(manifest)
@@ -402,9 +402,8 @@ class _Folder(_Files):
             list(pool.map(write, block, pixels))
 
     def finish(self, blocks: Sequence[range], manifest: Mapping[str, Any]) -> None:
-        if self.labels is not None:
-            names = [_folder_name(index).as_posix() for index in range(self.num_samples)]
-            write_text(self.folder / _DATASET, _dataset_text(names, self.labels))
+        names = [_folder_name(index).as_posix() for index in range(self.num_samples)]
+        write_text(self.folder / _DATASET, _dataset_text(names, self.labels))
 
 
 class _Archive(_Files):

@@ -20,7 +20,7 @@ from ddpm_fast.cli.samplers import plan_of_options
 from ddpm_fast.nn import UNet
 from ddpm_fast.pretrained import BUILTIN, load_folder, schedule_from_config
 from ddpm_fast.training.data import FASHION_MNIST_CLASSES
-from ddpm_fast.training.run_folder import RunFolder
+from ddpm_fast.training.run_folder import FORMAT, RunFolder
 
 
 def tiny_unet(seed: int = 0, **config: Any) -> UNet:
@@ -108,7 +108,8 @@ def test_names_beside_the_network_are_used_if_it_has_none(
 def test_load_folder_takes_the_newest_average_of_a_training_run(tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "run")
     dataset = {"images": 2, "shape": [1, 4, 4], "classes": ["cat", "dog"]}
-    run.create({"options": {"prediction": "epsilon"}, "unet": {}, "schedule": {"name": "linear"}, "dataset": dataset})
+    options, schedule = {"prediction": "epsilon"}, {"name": "linear"}
+    run.create({"format": FORMAT, "options": options, "unet": {}, "schedule": schedule, "dataset": dataset})
     with pytest.raises(FileNotFoundError, match="expected path to be a folder that holds a model"):
         load_folder(tmp_path / "nowhere")
 

@@ -136,7 +136,7 @@ def test_modes_of_pictures_and_models_without_labels(channels: int, mode: str, t
     write(tmp_path / "folder", **changes)
     with Image.open(tmp_path / "folder" / "000000" / "000001.png") as picture:
         assert (picture.mode, picture.size) == (mode, (6, 4))
-    assert not (tmp_path / "folder" / "dataset.json").exists()
+    assert json.loads((tmp_path / "folder" / "dataset.json").read_text()) == {"labels": None}
     with np.load(write(tmp_path / "a.npz", **changes), allow_pickle=False) as arrays:
         assert (arrays["arr_0"] == images).all()
         assert "arr_1" not in arrays

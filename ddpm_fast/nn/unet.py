@@ -232,7 +232,8 @@ def describe_images(model: UNet, *, size: Sequence[int] | None, classes: Sequenc
     classes = classes[: (config.num_class_embeds or 1) - 1]  # the last is "no label"
     if config.class_names is None and classes and all(classes):
         config = dataclasses.replace(config, class_names=tuple(classes))
-    model._config, model.config = config, config.to_dict()
+    if config is not model._config:
+        model._config, model.config = config, config.to_dict()
 
 
 def checked_timesteps(caller: str, config: UNetConfig, x: Tensor, t: Tensor | int, class_labels: Tensor | None) -> Tensor:

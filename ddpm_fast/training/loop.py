@@ -44,7 +44,7 @@ class TrainResult:
 
     Attributes:
         step: Steps since the run began.
-        loss: Mean loss since the last row of the log, or in that row if no step followed it; NaN if the call took no step.
+        loss: Mean loss since the last row of the log, or in the row that the last step wrote. NaN if there is neither.
         seconds: Time spent in steps since the run began, in seconds.
         stopped_by: "SIGINT", "SIGTERM", "SIGHUP", "max_minutes", or None if all steps are done.
     """

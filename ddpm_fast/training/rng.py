@@ -28,7 +28,7 @@ class TrainingRng:
     def __init__(self, seed: int, batch_size: int) -> None:
         self._batch_size = batch_size
         keys = sample_seeds(seed, 7).tolist()
-        self._order, self._timesteps, self._noise, self._label_dropout, self._flips, self._dropout, self.weights_seed = keys
+        self._order, self._timesteps, self._noise, self._label_dropout, self._flips, self._torch, self.weights_seed = keys
 
     def _words(self, key: int, step: int) -> Tensor:
         """Return 63 random bits for each sample of the step, int64 [B] >= 0."""
@@ -62,9 +62,12 @@ class TrainingRng:
         """Return which samples are mirrored left to right, bool [B], true for half of them."""
         return self._words(self._flips, step) % 2 == 1
 
-    def dropout_seed(self, micro_batch: int) -> int:
-        """Return the seed of PyTorch's generator for a micro-batch, counted over all steps, in a run of format 1."""
-        return int(sample_seeds(self._dropout, 1, micro_batch))
+    def torch_seed(self, micro_batch: int) -> int:
+        """Return the seed of PyTorch's generator for a micro-batch, counted over all steps.
+
+        Layers that a user has added draw from it, and dropout in runs of format 1.
+        """
+        return int(sample_seeds(self._torch, 1, micro_batch))
 
 
 @lru_cache(maxsize=2)  # the epoch under way and, in the batch that ends it, the next one

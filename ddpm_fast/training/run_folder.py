@@ -129,7 +129,7 @@ class RunFolder:
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         """Replace the configuration."""
-        write_json(self.config_file, {"format": FORMAT, **config})
+        write_json(self.config_file, config)
 
     def read_config(self, caller: str = "train") -> dict[str, Any]:
         """Return the configuration with which the run was started.

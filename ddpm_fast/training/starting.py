@@ -89,14 +89,20 @@ def _micro_batch_size(options: Mapping[str, Any], run: RunFolder, resume: bool, 
         size = batch_size // team.size
     if batch_size % (size * team.size):
         processes = f"{team.size} process" + ("es" if team.size > 1 else "")
-        fitting = [each for each in range(1, size) if batch_size % (each * team.size) == 0]
-        fits = f"; {fitting[-1]} fits" if fitting else ""
+        largest = 0 if batch_size % team.size else _largest_divisor(batch_size // team.size, size)
+        fits = f"; {largest} fits" if largest else ""
         kept = ", as the run had" if options["micro_batch_size"] is None and resume else ""
         raise ValueError(
             f"train: expected micro_batch_size times {processes} to divide batch_size {batch_size}, "
             f"got micro_batch_size {size}{kept}{fits}"
         )
     return size
+
+
+def _largest_divisor(number: int, most: int) -> int:
+    """Return the largest divisor of a number that is at most `most`."""
+    lower = [each for each in range(1, math.isqrt(number) + 1) if number % each == 0]
+    return max(each for each in (*lower, *(number // each for each in lower)) if each <= most)
 
 
 def _check_threads(threads: int) -> None:

@@ -21,7 +21,7 @@ from ..schedule import NoiseSchedule
 from ..version import __version__
 from .data import ImageDataset, MappedDataset
 from .rng import TrainingRng
-from .run_folder import FORMAT, RunFolder, read_state
+from .run_folder import RunFolder, read_state
 
 # Keys of a network's configuration that its weights do not depend on.
 _NOT_IN_WEIGHTS: Final = frozenset({"sample_size", "dropout", "num_train_timesteps", "class_names"})
@@ -39,7 +39,7 @@ class Task:
     rng: TrainingRng
     device: torch.device
     team: Processes
-    format: int = FORMAT  # the run's, as its draws have to stay
+    format: int  # the run's, as its draws have to stay
     ema_warmup: bool = True  # the first weights are random: the average forgets them soon
     on_step: Callable[[int, Tensor], object] | None = None
     on_checkpoint: Callable[[Path], object] | None = None
@@ -48,6 +48,11 @@ class Task:
     def labelled(self) -> bool:
         """True if the network is given the class."""
         return self.model.config["num_class_embeds"] is not None
+
+    @property
+    def seeds_dropout(self) -> bool:
+        """True if the samples' seeds decide what dropout drops."""
+        return self.format > 1 and self.model.config["dropout"] > 0
 
     def identity(self) -> dict[str, Any]:
         """Return what must be the same in all processes, by name."""

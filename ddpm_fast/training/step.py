@@ -83,12 +83,11 @@ def _loss(task: Task, state: State, micro_batch: int, images: Tensor, labels: Te
     seeds = rng.sample_seeds(step)[rows].to(task.device)
     no_label = len(task.dataset.classes)  # the last embedding
     labels = labels.masked_fill(rng.label_is_dropped(step, options["label_dropout"])[rows], no_label).to(task.device)
-    if task.format == 1:
-        torch.manual_seed(rng.dropout_seed(step * task.num_micro_batches + micro_batch))
+    torch.manual_seed(rng.torch_seed(step * task.num_micro_batches + micro_batch))
     x_t = q_sample(x_0, t, task.schedule, seeds=seeds)
+    dropout = {"dropout_seeds": seeds} if task.seeds_dropout else {}
     with torch.autocast(task.device.type, torch.bfloat16, enabled=options["precision"] == "bf16"):
-        dropout_seeds = None if task.format == 1 else seeds
-        output = state.model(x_t, t, labels if task.labelled else None, dropout_seeds=dropout_seeds)
+        output = state.model(x_t, t, labels if task.labelled else None, **dropout)
     weight = None if task.loss_weight is None else task.loss_weight[t]
     loss = denoising_loss(output.float(), x_0, t, task.schedule, prediction=options["prediction"], seeds=seeds, weight=weight)
     return loss / task.num_micro_batches

@@ -45,7 +45,8 @@ class Trainer:
     a random transform makes a resumed run differ from an uninterrupted one. `flip` mirrors images reproducibly.
 
     Args:
-        model: Train this network in place. Its `num_class_embeds` is the number of classes plus one, or None.
+        model: Train this network in place. Its `num_class_embeds` is the number of classes plus one, or None. Its configuration
+            gets the data set's `sample_size` and `class_names` if it has none.
         schedule: Use this noise schedule.
         dataset: Train on these images: any map-style data set, with `__len__` and `__getitem__`.
         run_folder: Write to this folder. It must be new or empty unless `run` resumes.

@@ -36,7 +36,7 @@ from ddpm_fast.nn import UNet, UNetConfig
 from ddpm_fast.pretrained import _read_classes, _read_scheduler
 from ddpm_fast.training.data import fashion_mnist, load_dataset
 from ddpm_fast.training.export import write_scheduler
-from ddpm_fast.training.run_folder import RunFolder, read_state, why_damaged
+from ddpm_fast.training.run_folder import FORMAT, RunFolder, read_state, why_damaged
 
 TINY: dict[str, Any] = {
     "sample_size": [4, 4],
@@ -122,6 +122,7 @@ def run_config(folder: Path) -> list[Path]:
     dataset["fingerprint"] = {"sample": "0" * 64, "exact": "1" * 64}
     RunFolder(folder).create(
         {
+            "format": FORMAT,
             "options": {"data": "digits", "init": None, "prediction": "epsilon", "channels": [4], "lr": 1e-3},
             "unet": UNetConfig.from_dict(TINY).to_dict(),
             "schedule": NoiseSchedule.cosine(5).to_config(),

@@ -164,6 +164,9 @@ def test_a_folder_takes_the_labels_of_its_file(files: dict[str, bytes], tmp_path
         return sorted((image.numpy().tobytes(), int(number)) for image, number in zip(images, numbers, strict=True))
 
     assert content(dataset) == content(zipped)
+    for other in ('{"name": "pets"}', "[]"):
+        (folder / "dataset.json").write_text(other)
+        assert load_dataset(str(folder), skip_broken=True).classes == ("", "00000", "00001-more")
     (folder / "dataset.json").write_text('{"labels": null}')
     assert load_dataset(str(folder), skip_broken=True).classes == ("",)
     (folder / "dataset.json").write_text("[" * 100_000)

@@ -25,7 +25,7 @@ def test_draws_are_functions_of_seed_and_sample() -> None:
         assert torch.equal(halves, getattr(large, draw)(2)), draw
     assert torch.equal(torch.cat([small.timesteps(step, 1000) for step in (4, 5)]), large.timesteps(2, 1000))
     assert torch.equal(torch.cat([small.label_is_dropped(s, 0.5) for s in (4, 5)]), large.label_is_dropped(2, 0.5))
-    assert len({small.dropout_seed(step) for step in range(20)}) == 20
+    assert len({small.torch_seed(step) for step in range(20)}) == 20
 
 
 def test_draws_have_the_distribution_they_claim() -> None:

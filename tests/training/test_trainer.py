@@ -97,6 +97,24 @@ def test_weights_are_those_of_train(tmp_path: Path) -> None:
     assert_same_parameters(UNet.from_pretrained(checkpoint / "unet"), trained.model)
 
 
+def test_an_altered_network_resumes_exactly(tmp_path: Path) -> None:
+    """Its own layers draw from PyTorch's generator, and its forward need not know of seeds."""
+
+    class Altered(UNet):
+        def forward(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:  # type: ignore[override]
+            return super().forward(torch.nn.functional.dropout(x, 0.2), t, class_labels)
+
+    def altered() -> UNet:
+        model = Altered(**network().config)
+        model.load_state_dict(network().state_dict())
+        return model
+
+    trainer(tmp_path / "whole", model=altered(), steps=4).run(**CALL)
+    trainer(tmp_path / "parts", model=altered(), steps=2).run(**CALL)
+    trainer(tmp_path / "parts", model=altered(), steps=4).run(**CALL, resume=True)
+    assert_same_weights(tmp_path / "whole", tmp_path / "parts")
+
+
 def pil(index: int, image: Tensor, label: int) -> Any:
     return Image.fromarray(np.asarray(image[0])), label
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .dataset import ImageDataset
 from .image_files import IMAGE_SUFFIXES, ImageFiles, is_image_name, load_images
-from .labels import LABELS_FILE, MAX_BYTES, chosen_labels, parsed_labels
+from .labels import LABELS_FILE, MAX_BYTES, chosen_labels, listed_labels, parsed_json
 
 _MAX_IMAGE: Final = 256 << 20  # bytes of an image's file, unpacked
 
@@ -74,4 +74,4 @@ def _read_labels(path: Path, archive: zipfile.ZipFile, names: Sequence[str]) -> 
         raise
     except Exception as error:  # each kind of compression raises errors of its own
         raise ValueError(f"load_dataset: expected {place} to be whole, got: {error}") from error
-    return parsed_labels(place, content, names)
+    return listed_labels(place, parsed_json(place, content), names)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from .dataset import ImageDataset
 from .image_files import IMAGE_SUFFIXES, ImageFiles, is_image_name, load_images
-from .labels import LABELS_FILE, MAX_BYTES, chosen_labels, parsed_labels
+from .labels import LABELS_FILE, MAX_BYTES, chosen_labels, listed_labels, parsed_json
 
 
 def read_folder(root: Path, image_size: int | None, skip_broken: bool, first: int | None, memory: int | None) -> ImageDataset:
@@ -18,8 +19,9 @@ def read_folder(root: Path, image_size: int | None, skip_broken: bool, first: in
     names = _image_names(root)
     if not names:
         raise ValueError(f"load_dataset: expected {root} to hold images ({', '.join(sorted(IMAGE_SUFFIXES))}), got none")
-    labels_file = root / LABELS_FILE
-    listed = parsed_labels(str(labels_file), _content(labels_file), names) if labels_file.exists() else None
+    place = str(root / LABELS_FILE)
+    values = _labels_file(root)
+    labels = listed_labels(place, values, names) if values is not None else None
     files = ImageFiles(
         root=str(root),
         names=names[:first],
@@ -27,19 +29,24 @@ def read_folder(root: Path, image_size: int | None, skip_broken: bool, first: in
         num_bytes=lambda name: (root / name).stat().st_size,
     )
     images, files, preparation = load_images(files, image_size=image_size, skip_broken=skip_broken, memory=memory)
-    if labels_file.exists():
-        return ImageDataset(str(root), images, *chosen_labels(listed, names, files.names), files.contents, preparation)
+    if values is not None:
+        return ImageDataset(str(root), images, *chosen_labels(labels, names, files.names), files.contents, preparation)
     others = names[first:] if first else []
     classes = tuple(sorted({_class_name(name) for part in (files.names, others) for name in part}))
     numbers = {name: number for number, name in enumerate(classes)}
-    labels = torch.tensor([numbers[_class_name(name)] for name in files.names])
-    return ImageDataset(str(root), images, labels, classes, files.contents, preparation)
+    by_folder = torch.tensor([numbers[_class_name(name)] for name in files.names])
+    return ImageDataset(str(root), images, by_folder, classes, files.contents, preparation)
 
 
-def _content(labels_file: Path) -> bytes:
-    if not labels_file.is_file() or labels_file.stat().st_size > MAX_BYTES:
-        raise ValueError(f"load_dataset: expected {labels_file} to be a file of at most {MAX_BYTES} bytes")
-    return labels_file.read_bytes()
+def _labels_file(root: Path) -> dict[str, Any] | None:
+    """Return the content of the folder's `dataset.json`, or None if there is none, or one of another kind."""
+    file = root / LABELS_FILE
+    if not file.exists():
+        return None
+    if not file.is_file() or file.stat().st_size > MAX_BYTES:
+        raise ValueError(f"load_dataset: expected {file} to be a file of at most {MAX_BYTES} bytes")
+    values = parsed_json(str(file), file.read_bytes())
+    return values if isinstance(values, dict) and "labels" in values else None
 
 
 def _image_names(root: Path) -> list[str]:

@@ -15,21 +15,25 @@ MAX_BYTES: Final = 256 << 20  # that of ImageNet has 50 MB
 _MAX_LABEL: Final = 65_535  # ImageNet-21k has 21,841 classes
 
 
-def parsed_labels(place: str, content: bytes, names: Sequence[str]) -> Tensor | None:
+def parsed_json(place: str, content: bytes) -> Any:
+    """Return the content of a `dataset.json`. `place` is the file, for error messages."""
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"load_dataset: expected {place} to be JSON, got: {error}") from error
+
+
+def listed_labels(place: str, values: Any, names: Sequence[str]) -> Tensor | None:
     """Return the label of each name, int64 [N], or None if the file has none.
 
     Args:
         place: The file, for error messages.
-        content: The file's bytes.
+        values: Its content.
         names: Paths of images, relative to the file's folder.
 
     Raises:
-        ValueError: The file is not such a JSON, or a name has no label in it.
+        ValueError: The labels are no pairs, or a name has none.
     """
-    try:
-        values = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"load_dataset: expected {place} to be JSON, got: {error}") from error
     pairs = values.get("labels") if isinstance(values, dict) else values
     if pairs is None:
         return None

@@ -79,7 +79,7 @@ def load_dataset(
         return read_folder(Path(name), image_size, skip_broken, first, memory)
     if Path(name).is_file():
         return read_archive(Path(name), image_size, skip_broken, first, memory)
+    missing = "" if os.path.exists(name) else ", which does not exist"
     raise ValueError(
-        f"load_dataset: expected name to be one of {', '.join(DATASETS)}, a zip file or a folder, got {name!r}, which does not "
-        "exist"
+        f"load_dataset: expected name to be one of {', '.join(DATASETS)}, a zip file or a folder, got {name!r}{missing}"
     )
