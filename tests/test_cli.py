@@ -226,6 +226,10 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (["--out", "a.xbm"], r"expected --out to end in \.png.* of mode L, got 'a\.xbm': cannot write mode L"),
         (["--out", "a.h5"], r"expected --out to end in \.png"),
+        (
+            ["--out", "images"],
+            r"sample: expected --out to be a picture \(\.png\), a folder \(dir/\), \.npz or \.zip, got 'images'",
+        ),
         (["--gif", "a.palm"], r"expected --gif to end in \.png"),
         (["--out", "x" * 300 + ".png"], "expected --out to be a path that can be written, got: .*File name too long"),
         (["--out", "file/a.png"], "expected --out to be in a folder, got 'file/a.png', and '.*file' is a file"),

@@ -84,6 +84,8 @@ def sample_command(
         else:
             if size > 1:
                 raise ValueError(f"sample: expected out to be a folder (dir/), .npz or .zip with {size} processes, got {out!r}")
+            if not Path(out).suffix:
+                raise ValueError(f"sample: expected out to be a picture (.png), a folder (dir/), .npz or .zip, got {out!r}")
             _check_paths(Path(out), gif)
         precision = None if dtype is None else getattr(torch, dtype)
         target = computing_device("sample", device)
