@@ -72,7 +72,7 @@ test:  ## run the tests of `make check`
 	$(PYTEST) $(OPTIONS)
 
 test-all:  ## run all tests: slow ones, full products of parameters, benchmarks/tests
-	$(PYTEST) --full $(OPTIONS) tests benchmarks/tests
+	$(PYTEST) --full --durations=25 $(OPTIONS) tests benchmarks/tests
 
 bench:  ## measure sampling, and every op beside its peers
 	$(RUN) benchmarks/sample_speed.py
