@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
 import math
 import os
 import re
@@ -55,6 +56,8 @@ _APART: Final = timedelta(hours=24)  # between the ends of the first process and
 _POLL: Final = 0.1  # seconds
 _WRITERS: Final = 8  # threads that write PNGs, which wait for the disk most of the time
 _PNG_END: Final = b"IEND\xaeB`\x82"
+
+_log = logging.getLogger("ddpm_fast")
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -115,7 +118,7 @@ def write_samples(
             another call. The message names the field of the manifest that differs.
         TypeError: An argument has an unsupported type.
         FileExistsError: `out` has other files.
-        BlockingIOError: Another call on this machine writes to `out`. A file system without locks does not notice.
+        BlockingIOError: Another call on this machine writes to `out`. Where there are no locks, a warning is logged.
         OSError: `out` cannot be written, or has too little free space.
         ProcessLost: Another process has failed or ended. It is a RuntimeError.
         KeyboardInterrupt: The call was interrupted. The message says how many images are written.
@@ -229,7 +232,7 @@ def _missing(
 
 @contextmanager
 def _alone(files: _Files) -> Iterator[None]:
-    """Hold the folder's lock. Go on without it if the file system has none."""
+    """Hold the folder's lock. Go on without it, with a warning, if the file system has none."""
     with ExitStack() as held:
         try:
             descriptor = os.open(files.folder, os.O_RDONLY)
@@ -239,8 +242,8 @@ def _alone(files: _Files) -> Iterator[None]:
             raise BlockingIOError(
                 f"{_CALLER}: expected no other call to write to {str(files.out)!r}, got one that still does"
             ) from None
-        except OSError:
-            pass
+        except OSError as error:
+            _log.warning("%s is not locked, so no other call may write to it meanwhile: %s", files.out, error)
         yield
 
 

@@ -381,7 +381,9 @@ def test_a_second_call_is_refused_while_one_writes(name: str, tmp_path: Path, dr
     assert sum(drawn) == NUM
 
 
-def test_a_file_system_without_locks_is_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_without_locks_is_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     import fcntl
 
     def flock(*_: object) -> None:
@@ -389,6 +391,7 @@ def test_a_file_system_without_locks_is_written_to(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(fcntl, "flock", flock)
     assert len(digests(write(tmp_path / "folder"))) == NUM + 2
+    assert "folder is not locked, so no other call may write to it meanwhile: [Errno 38]" in caplog.text
 
 
 @pytest.mark.parametrize(
