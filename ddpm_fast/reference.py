@@ -68,7 +68,7 @@ def philox(seeds: Tensor, stream: int | Tensor, first_block: int, num_blocks: in
 
 
 def _fma(a: Tensor, b: Tensor | float, c: Tensor | float) -> Tensor:
-    """Return a * b + c in float32 with one rounding, like a fused multiply-add instruction.
+    """Return a * b + c of finite numbers in float32 with one rounding, like a fused multiply-add instruction.
 
     The product is exact in float64. The sum is rounded to odd there, and TwoSum gives its error. Rounding
     it to float32 afterwards therefore rounds the exact value (Boldo and Melquiond 2008).
@@ -77,10 +77,8 @@ def _fma(a: Tensor, b: Tensor | float, c: Tensor | float) -> Tensor:
     total = product + addend
     part = total - product
     error = (product - (total - part)) + (addend - part)
-    bits = total.view(torch.int64)
-    step = torch.where((error > 0) == (total > 0), 1, -1)
-    bits = torch.where((error != 0) & (bits & 1 == 0), bits + step, bits)
-    return bits.view(torch.float64).float()
+    bits = total.view(torch.int64) - (error * total < 0).long()  # rounded towards 0
+    return (bits | (error != 0)).view(torch.float64).float()  # the last bit says that something was lost
 
 
 def _widened(x: Tensor | float) -> Tensor | float:

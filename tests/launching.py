@@ -60,7 +60,7 @@ def _output(folder: Path, rank: int, name: str) -> Path:
     return folder / f".rank{rank}.{name}"
 
 
-def _run(kind: str, program: str, *arguments: str) -> int:
+def run_python(kind: str, program: str, *arguments: str) -> int:
     """Run a program as `python -c` or `python -m` does. Return the exit status."""
     sys.argv = [kind, *arguments]
     try:
@@ -95,7 +95,7 @@ def _main() -> None:
         for number, name in ((1, "out"), (2, "err")):
             descriptor = os.open(_output(Path(), rank, name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
             os.dup2(descriptor, number)
-        code = _run(*sys.argv[2:])
+        code = run_python(*sys.argv[2:])
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -7,7 +7,7 @@ passes of the reference in float64.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pairwise
@@ -126,16 +126,22 @@ def assert_right(found: Tensor, expected: Tensor) -> None:
     assert expected.abs().max() > 0, "the case tells a right value from 0"
 
 
-def rows(transforms: Iterable[str], share: int = 1) -> Iterator[Any]:
-    """Yield parameters: each op with each transform, its cases in turn. With `--full`, each case with each transform.
+def rows(transforms: Sequence[str], share: int = 1, each: int | None = None) -> Iterator[Any]:
+    """Yield parameters: each op with each transform, its cases in turn. With `--full`, each case as well.
 
-    Only one row in `share` is not marked as slow. Each op has such rows, and together they have all transforms.
+    Args:
+        transforms: The names of transforms.
+        share: Only one row in `share` is not marked as slow. Each op has such rows, and together they have all transforms.
+        each: Number of transforms, in turn, that each case has with `--full`. None is all. A row takes a compiler a second.
     """
     for number, cases in enumerate(CASES_BY_OP.values()):
-        pairs = itertools.product(cases, transforms) if pairwise.full else zip(itertools.cycle(cases), transforms)
-        for i, (case, transform) in enumerate(pairs):
-            slow = (i + number) % share != 0
-            yield pytest.param(case, transform, marks=pytest.mark.slow if slow else ())
+        pairs = list(zip(itertools.cycle(range(len(cases))), transforms))
+        if pairwise.full:
+            turns = itertools.cycle(transforms)
+            pairs += [(i, next(turns)) for i in range(len(cases)) for _ in range(each or len(transforms))]
+        for row, (i, transform) in enumerate(dict.fromkeys(pairs)):
+            slow = (row + number) % share != 0
+            yield pytest.param(cases[i], transform, marks=pytest.mark.slow if slow else ())
 
 
 def _id(value: Any) -> str:
@@ -147,13 +153,13 @@ def test_every_differentiable_op_is_here() -> None:
     assert CASES_BY_OP.keys() == differentiable
 
 
-@pytest.mark.parametrize(("case", "transform"), list(rows(TRANSFORMS)), ids=_id)
+@pytest.mark.parametrize(("case", "transform"), list(rows(list(TRANSFORMS))), ids=_id)
 def test_eager(case: Case, transform: str) -> None:
     found = TRANSFORMS[transform](function_of_two(case, None))(argument(transform))
     assert_right(found, expected_of(case, transform))
 
 
-@pytest.mark.parametrize(("case", "transform"), list(rows(TRANSFORMS, share=8)), ids=_id)
+@pytest.mark.parametrize(("case", "transform"), list(rows(list(TRANSFORMS), share=8, each=3)), ids=_id)
 def test_compiled(case: Case, transform: str) -> None:
     """The transform is inside the compiled function."""
     torch._dynamo.reset()
@@ -163,7 +169,7 @@ def test_compiled(case: Case, transform: str) -> None:
         assert_right(found, expected_of(case, transform))
 
 
-@pytest.mark.parametrize(("case", "transform"), list(rows(("jvp", "dual_level", "grad", "vmap"), share=2)), ids=_id)
+@pytest.mark.parametrize(("case", "transform"), list(rows(("jvp", "dual_level", "grad", "vmap"), share=2, each=1)), ids=_id)
 def test_compiled_function_inside_a_transform(case: Case, transform: str) -> None:
     """The compiled function is inside the transform. The compiler does not see the transform."""
     torch._dynamo.reset()
@@ -229,7 +235,7 @@ def test_a_named_kernel_is_refused(backend: str, transform: str, op: str) -> Non
         f(argument(transform).float())
 
 
-@pytest.mark.parametrize(("case", "transform"), list(rows(("jvp", "grad", "vmap"), share=3)), ids=_id)
+@pytest.mark.parametrize(("case", "transform"), list(rows(("jvp", "grad", "vmap"), share=3, each=1)), ids=_id)
 def test_a_named_kernel_is_refused_or_right_in_compiled_code(case: Case, transform: str) -> None:
     skip_unless("native", case)
     torch._dynamo.reset()

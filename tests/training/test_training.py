@@ -7,6 +7,7 @@ import inspect
 import json
 import logging
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -22,6 +23,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from launching import run_python
 from PIL import Image
 
 from ddpm_fast.cli.train import argument_texts
@@ -769,24 +771,27 @@ def kill_and_resume(run_dir: Path, kills: int, within_writes: int, seed: int) ->
     chance = random.Random(seed)
     options = {name: value for name, value in TINY.items() if name != "channels"} | {"channels": "32,64", "checkpoint_every": 1}
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items() if not isinstance(value, bool | list)]
-    command = [sys.executable, "-m", "ddpm_fast", "train", str(run_dir)]
     run = RunFolder(run_dir)
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["ddpm_fast.training.loop", "sklearn.datasets"])  # takes longer than a training
     steps: list[int] = []
     interrupted = 0
     while len(steps) < kills or interrupted < within_writes:
         arguments = ["--resume"] if steps else [*flags, "--attention=none", "--no-tensorboard", "--steps=1000000"]
-        process = subprocess.Popen([*command, *arguments, "--no-progress"], stderr=subprocess.PIPE, text=True)
+        arguments += ["--no-progress"]
+        process = processes.Process(target=run_python, args=("-m", "ddpm_fast", "train", str(run_dir), *arguments))
+        process.start()
         # Wait for this process's second checkpoint, then for the next write to be under way, then for a random moment of it.
         start = steps[-1] if steps else 0
-        while process.poll() is None and not (run.checkpoints / f"step-{start + 2:08d}").exists():
+        while process.is_alive() and not (run.checkpoints / f"step-{start + 2:08d}").exists():
             time.sleep(0.001)
         writing = chance.random() < 0.8  # the rest are killed at any moment
-        while process.poll() is None and writing and not any(run.checkpoints.glob(".step-*.tmp")):
+        while process.is_alive() and writing and not any(run.checkpoints.glob(".step-*.tmp")):
             pass
         time.sleep(chance.random() * 0.01)
         process.kill()
-        _, errors = process.communicate()
-        assert process.returncode == -signal.SIGKILL, errors
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
         interrupted += any(run.checkpoints.glob(".step-*.tmp"))
         latest = run.latest_checkpoint()
         assert latest is not None
