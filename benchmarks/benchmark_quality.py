@@ -468,7 +468,8 @@ def plot(rows: Sequence[Row], title: str) -> Any:
         down = [min(row[DISTANCE]["std"] or 0, 0.9 * row[DISTANCE]["mean"]) for row in points]
         up = [row[DISTANCE]["std"] or 0 for row in points]
         place = (ours if name in ours else list(peers.SAMPLING)).index(name)
-        style: dict[str, Any] = {"color": colors[place % 7], "marker": "osD^vPX<>"[place], "linestyle": ("-", "--")[place // 7]}
+        turn, place = divmod(place, len(colors))
+        style: dict[str, Any] = {"color": colors[place], "marker": "osD^vPX"[place], "linestyle": ("-", "-.")[turn]}
         if name not in ours:
             style = {"color": "#777777", "marker": "sD^v"[place], "linestyle": "none", "markerfacecolor": "white"}
         label = METHODS[name].label

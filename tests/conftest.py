@@ -50,7 +50,7 @@ class PassedTests:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--full", action="store_true", help="run slow tests, and full products of parameters")
+    parser.addoption("--full", action="store_true", help="run slow tests, and full products of most parameters")
     parser.addoption("--write-passed", metavar="FILE", type=Path, help="write the names of the tests that pass to FILE")
     help = "leave out the tests that FILE names, except those marked `again`"
     parser.addoption("--skip-passed", metavar="FILE", type=Path, help=help)

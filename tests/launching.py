@@ -1,4 +1,4 @@
-"""Several processes as torchrun starts them, for tests.
+"""Processes for tests: several as torchrun starts them, or one as the target of `multiprocessing`.
 
 PyTorch and the package are imported once, and the processes are forked from there. Importing takes most of a test's time.
 """
@@ -14,6 +14,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 
 def run_ranks(
@@ -60,7 +61,7 @@ def _output(folder: Path, rank: int, name: str) -> Path:
     return folder / f".rank{rank}.{name}"
 
 
-def run_python(kind: str, program: str, *arguments: str) -> int:
+def _run(kind: str, program: str, *arguments: str) -> int:
     """Run a program as `python -c` or `python -m` does. Return the exit status."""
     sys.argv = [kind, *arguments]
     try:
@@ -79,6 +80,12 @@ def run_python(kind: str, program: str, *arguments: str) -> int:
     return 0
 
 
+def exit_with_python(errors: Path, *arguments: str) -> NoReturn:
+    """Run Python in this process, with standard error in a file, and exit with its status."""
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), 2)
+    sys.exit(_run(*arguments))
+
+
 def _main() -> None:
     """Fork the ranks, and print their exit statuses."""
     import ddpm_fast.cli
@@ -95,7 +102,7 @@ def _main() -> None:
         for number, name in ((1, "out"), (2, "err")):
             descriptor = os.open(_output(Path(), rank, name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
             os.dup2(descriptor, number)
-        code = run_python(*sys.argv[2:])
+        code = _run(*sys.argv[2:])
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -70,7 +70,7 @@ def _rows() -> Iterator[Any]:
     if pairwise.full:
         rows = list(itertools.product(OPTIONS, (False, True), (False, True), (DECOMPOSED,)))
         # Inductor sees the same graph by default as with fullgraph, which makes sure that there is one.
-        # It compiles for half a minute, so each option and mode has one layout.
+        # It compiles for half a minute, so each of these options and modes has one layout.
         rows += [("dynamic", False, False, "inductor"), ("dynamic", True, True, "inductor")]
         rows += [("fullgraph", False, True, "inductor"), ("fullgraph", True, False, "inductor")]
     for options, train, channels_last, backend in dict.fromkeys(rows):
@@ -85,7 +85,7 @@ def _rows() -> Iterator[Any]:
 def test_a_network_is_that_of_eager_mode(options: str, train: bool, channels_last: bool, backend: str) -> None:
     model = make(channels_last=channels_last, train=train)
     compiled = torch.compile(model, backend=backend, **OPTIONS[options])
-    # A second batch size makes a dynamic graph of a static one, which is all the work again. Inductor has a row for it.
+    # A second batch size makes a dynamic graph of a static one, which is all the work again. Inductor's begin dynamic.
     twice = OPTIONS[options].get("dynamic") or (pairwise.full and backend != "inductor")
     for n in (4, 3) if twice else (4,):
         inputs = make_inputs(n, channels_last)

@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from launching import run_python
+from launching import exit_with_python
 from PIL import Image
 
 from ddpm_fast.cli.train import argument_texts
@@ -772,14 +772,16 @@ def kill_and_resume(run_dir: Path, kills: int, within_writes: int, seed: int) ->
     options = {name: value for name, value in TINY.items() if name != "channels"} | {"channels": "32,64", "checkpoint_every": 1}
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items() if not isinstance(value, bool | list)]
     run = RunFolder(run_dir)
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["ddpm_fast.training.loop", "sklearn.datasets"])  # takes longer than a training
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["ddpm_fast.training.loop", "sklearn.datasets"])  # importing them takes most of the time
+    errors = run_dir.with_name("errors.txt")
     steps: list[int] = []
     interrupted = 0
     while len(steps) < kills or interrupted < within_writes:
         arguments = ["--resume"] if steps else [*flags, "--attention=none", "--no-tensorboard", "--steps=1000000"]
         arguments += ["--no-progress"]
-        process = processes.Process(target=run_python, args=("-m", "ddpm_fast", "train", str(run_dir), *arguments))
+        command = ("-m", "ddpm_fast", "train", str(run_dir), *arguments)
+        process = context.Process(target=exit_with_python, args=(errors, *command), daemon=True)
         process.start()
         # Wait for this process's second checkpoint, then for the next write to be under way, then for a random moment of it.
         start = steps[-1] if steps else 0
@@ -791,7 +793,7 @@ def kill_and_resume(run_dir: Path, kills: int, within_writes: int, seed: int) ->
         time.sleep(chance.random() * 0.01)
         process.kill()
         process.join()
-        assert process.exitcode == -signal.SIGKILL
+        assert process.exitcode == -signal.SIGKILL, errors.read_text()
         interrupted += any(run.checkpoints.glob(".step-*.tmp"))
         latest = run.latest_checkpoint()
         assert latest is not None
