@@ -470,6 +470,7 @@ def plot(rows: Sequence[Row], title: str) -> Any:
         place = (ours if name in ours else list(peers.SAMPLING)).index(name)
         turn, place = divmod(place, len(colors))
         style: dict[str, Any] = {"color": colors[place], "marker": "osD^vPX"[place], "linestyle": ("-", "-.")[turn]}
+        style["linewidth"] = 1.8
         if name not in ours:
             style = {"color": "#777777", "marker": "sD^v"[place], "linestyle": "none", "markerfacecolor": "white"}
         label = METHODS[name].label

@@ -80,14 +80,13 @@ def _rows() -> Iterator[Any]:
         yield pytest.param(options, train, channels_last, backend, id=f"{options}-{mode}-{layout}-{backend}", marks=marks)
 
 
-@pytest.mark.again  # with --full most have a second batch size
+@pytest.mark.again  # with --full it has a second batch size
 @pytest.mark.parametrize(("options", "train", "channels_last", "backend"), list(_rows()))
 def test_a_network_is_that_of_eager_mode(options: str, train: bool, channels_last: bool, backend: str) -> None:
     model = make(channels_last=channels_last, train=train)
     compiled = torch.compile(model, backend=backend, **OPTIONS[options])
-    # A second batch size makes a dynamic graph of a static one, which is all the work again. Inductor's begin dynamic.
-    twice = OPTIONS[options].get("dynamic") or (pairwise.full and backend != "inductor")
-    for n in (4, 3) if twice else (4,):
+    # A second batch size makes a dynamic graph of a static one, which is all the work again.
+    for n in (4, 3) if pairwise.full or OPTIONS[options].get("dynamic") else (4,):
         inputs = make_inputs(n, channels_last)
         if train:
             assert_same(training_step(compiled, *inputs), training_step(model, *inputs))

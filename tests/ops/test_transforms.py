@@ -127,12 +127,12 @@ def assert_right(found: Tensor, expected: Tensor) -> None:
 
 
 def rows(transforms: Sequence[str], share: int = 1, each: int | None = None) -> Iterator[Any]:
-    """Yield parameters: each op with each transform, its cases in turn. With `--full`, each case also has `each` transforms.
+    """Yield parameters: each op with each transform, its cases in turn. With `--full`, no case is left out.
 
     Args:
         transforms: The names of transforms.
         share: Only one row in `share` is not marked as slow. Each op has such rows, and together they have all transforms.
-        each: Number of transforms, in turn. None is all. Compiling takes a second, so most cases meet few transforms there.
+        each: Least number of transforms of a case with `--full`. None is all. Compiling takes long, so it has few there.
     """
     for number, cases in enumerate(CASES_BY_OP.values()):
         pairs = list(zip(itertools.cycle(range(len(cases))), transforms))
