@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from .errors import ArgumentError, InvalidValue, expect
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -95,21 +96,27 @@ def read_json(caller: str, path: Path, parse: Callable[[dict[str, Any]], T]) -> 
 
 def parsed_json(caller: str, path: Path, content: bytes, parse: Callable[[dict[str, Any]], T]) -> T:
     """Return the value that the content of a JSON file describes. See `read_json`, which has the arguments and errors."""
-    if len(content) > _MAX_JSON:
-        raise ValueError(f"{caller}: expected {str(path)!r} to have at most {_MAX_JSON >> 20} MiB, got more")
+    expect(len(content) <= _MAX_JSON, caller, repr(str(path)), f"to have at most {_MAX_JSON >> 20} MiB", "more")
     try:
         value = json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{caller}: expected {str(path)!r} to be JSON, got: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{caller}: expected {str(path)!r} to hold a JSON object, got {type(value).__name__}")
+        raise InvalidValue(caller, repr(str(path)), "to be JSON", error) from error
+    expect(isinstance(value, dict), caller, repr(str(path)), "to hold a JSON object", type(value).__name__)
     try:
         return parse(value)
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
-        reason = re.sub(r"^[\w.]+: ", "", str(error))  # the function that found it, of which the file's reader knows nothing
-        if len(reason) > _MAX_REASON:
-            reason = f"{reason[: _MAX_REASON // 2]} ... {reason[-_MAX_REASON // 2 :]}"
-        raise ValueError(f"{caller}: {reason}, in {str(path)!r}") from error
+        # msgspec quotes the errors of a schema's __post_init__.
+        found = error if isinstance(error, ArgumentError) else error.__cause__
+        if not isinstance(found, ArgumentError):
+            found = InvalidValue(caller, repr(str(path)), "to have valid fields", error)
+            raise found.renamed(got=_shortened(found.got)) from error
+        raise InvalidValue(caller, found.name, _shortened(found.expected), _shortened(found.got), str(path)) from error
+
+
+def _shortened(text: str) -> str:
+    """Return what an error says of a file's content, without the middle of a long text."""
+    half = _MAX_REASON // 2
+    return text if len(text) <= _MAX_REASON else f"{text[:half]} ... {text[-half:]}"
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from .dtypes import FLOATS
+from .errors import InvalidType, InvalidValue
 
 MAX_TIMESTEPS: Final = 100_000
 """Largest number of timesteps T. The largest in the literature is 4000."""
@@ -31,32 +32,38 @@ def check_type(caller: str, name: str, value: Any, kind: type, *, optional: bool
     """Raise a TypeError unless `value` is a `kind`, or None with `optional`."""
     if not isinstance(value, kind) and not (optional and value is None):
         or_none = " or None" if optional else ""
-        raise TypeError(f"{caller}: expected {name} to be a {kind.__name__}{or_none}, got {type(value).__name__}")
+        raise InvalidType(caller, name, f"to be a {kind.__name__}{or_none}", type(value).__name__)
 
 
 def check_callable(caller: str, name: str, value: Any) -> None:
     """Raise a TypeError unless `value` is callable or None."""
     if value is not None and not callable(value):
-        raise TypeError(f"{caller}: expected {name} to be callable or None, got {type(value).__name__}")
+        raise InvalidType(caller, name, "to be callable or None", type(value).__name__)
 
 
 def check_path(caller: str, name: str, value: Any) -> None:
     """Raise a TypeError unless `value` is a str or an os.PathLike, and a ValueError if no file can have its name."""
     if not isinstance(value, (str, os.PathLike)):
-        raise TypeError(f"{caller}: expected {name} to be a path (str or os.PathLike), got {type(value).__name__}")
+        raise InvalidType(caller, name, "to be a path (str or os.PathLike)", type(value).__name__)
     if "\0" in str(value):
-        raise ValueError(f"{caller}: expected {name} to be a path without null characters, got {value!r}")
+        raise InvalidValue(caller, name, "to be a path without null characters", repr(value))
     try:
         os.fsencode(value)
     except UnicodeEncodeError as error:
-        raise ValueError(f"{caller}: expected {name} to be a path of characters that files can have, got {value!r}") from error
+        raise InvalidValue(caller, name, "to be a path of characters that files can have", repr(value)) from error
 
 
 def check_dtype(caller: str, name: str, value: Any, *, optional: bool = False) -> None:
     """Raise a TypeError unless `value` is a dtype that the package computes in."""
     if value not in FLOATS if isinstance(value, torch.dtype) else not (optional and value is None):
         wanted = "float32, float64, float16, bfloat16 or None" if optional else "float32, float64, float16 or bfloat16"
-        raise TypeError(f"{caller}: expected {name} to be {wanted}, got {value!r}")
+        raise InvalidType(caller, name, f"to be {wanted}", repr(value))
+
+
+def check_one_of(caller: str, a_name: str, a: Any, b_name: str, b: Any) -> None:
+    """Raise a ValueError unless exactly one of two arguments is given, which the other's None says."""
+    if (a is None) == (b is None):
+        raise InvalidValue(caller, "", f"exactly one of {a_name} and {b_name}", "neither" if a is None else "both")
 
 
 def check_choice(caller: str, name: str, value: Any, choices: Collection[Any]) -> None:
@@ -65,8 +72,8 @@ def check_choice(caller: str, name: str, value: Any, choices: Collection[Any]) -
         return
     kinds = tuple({type(choice) for choice in choices})
     if not isinstance(value, kinds) or value not in choices:
-        kind = ValueError if isinstance(value, kinds) else TypeError
-        raise kind(f"{caller}: expected {name} to be one of {', '.join(map(str, choices))}, got {value!r}")
+        kind = InvalidValue if isinstance(value, kinds) else InvalidType
+        raise kind(caller, name, f"to be one of {', '.join(map(str, choices))}", repr(value))
 
 
 def check_ints(caller: str, name: str, value: Any, low: int, form: str) -> None:
@@ -81,9 +88,9 @@ def check_ints(caller: str, name: str, value: Any, low: int, form: str) -> None:
     """
     is_sequence = isinstance(value, (tuple, list, Sequence)) and not isinstance(value, (str, bytes))
     if not is_sequence or [each for each in value if not isinstance(each, (int, torch.SymInt)) or isinstance(each, bool)]:
-        raise TypeError(f"{caller}: expected {name} to be {form}, got {value!r}")
+        raise InvalidType(caller, name, f"to be {form}", repr(value))
     if len(value) == 0 or [each for each in value if each < low]:
-        raise ValueError(f"{caller}: expected {name} to be {form}, each at least {low}, got {list(value)}")
+        raise InvalidValue(caller, name, f"to be {form}, each at least {low}", list(value))
 
 
 def check_int(
@@ -110,8 +117,8 @@ def check_int(
         wanted = "an integer"
     else:
         wanted = "a positive integer" if low == 1 else f"an integer of at least {low}"
-    message = f"{caller}: expected {name} to be {wanted}{' or None' if optional else ''}, got {value!r}"
-    raise ValueError(message) if is_int else TypeError(message)
+    kind = InvalidValue if is_int else InvalidType
+    raise kind(caller, name, f"to be {wanted}{' or None' if optional else ''}", repr(value))
 
 
 def check_number(
@@ -146,16 +153,16 @@ def check_number(
     or_none = " or None" if optional else ""
     if type(value) is not float:
         if not isinstance(value, _NUMBERS) or isinstance(value, bool):
-            raise TypeError(f"{caller}: expected {name} to be a number{or_none}, got {type(value).__name__}")
+            raise InvalidType(caller, name, f"to be a number{or_none}", type(value).__name__)
         if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
-            raise ValueError(f"{caller}: expected {name} to be a number that fits in 64 bits{or_none}, got {value!r}")
+            raise InvalidValue(caller, name, f"to be a number that fits in 64 bits{or_none}", repr(value))
     high_enough = (low is None or value >= low) and (above is None or value > above)
     low_enough = (high is None or value <= high) and (below is None or value < below)
     if not (high_enough and low_enough and (not finite or -math.inf < value < math.inf)):
         words = {"at least": low, "above": above, "at most": high, "below": below}
         bounds = [f"{word} {bound}" for word, bound in words.items() if bound is not None] + ["finite"] * finite
         wanted = " and ".join(bounds).replace("above 0", "positive")
-        raise ValueError(f"{caller}: expected {name} to be {wanted}{or_none}, got {value!r}")
+        raise InvalidValue(caller, name, f"to be {wanted}{or_none}", repr(value))
 
 
 def checked_bytes(caller: str, name: str, value: Any) -> int:
@@ -164,12 +171,10 @@ def checked_bytes(caller: str, name: str, value: Any) -> int:
         check_int(caller, name, value, 0)
         return value
     if not isinstance(value, str):
-        raise TypeError(f"{caller}: expected {name} to be a number of bytes or text such as 2GiB, got {value!r}")
+        raise InvalidType(caller, name, "to be a number of bytes or text such as 2GiB", repr(value))
     match = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,18})?) ?(?:([KMGT]?)(i?)B)?", value.strip(), re.IGNORECASE | re.ASCII)
     if match is None or (match[3] and not match[2]):
-        raise ValueError(
-            f"{caller}: expected {name} to be a number of bytes or text such as 200MiB, 2GiB or 500MB, got {value!r}"
-        )
+        raise InvalidValue(caller, name, "to be a number of bytes or text such as 200MiB, 2GiB or 500MB", repr(value))
     power = " KMGT".index((match[2] or " ").upper())
     return int(Decimal(match[1]) * (1024 if match[3] else 1000) ** power)
 
@@ -207,7 +212,7 @@ def check_apart(op: str, out: Tensor, inputs: Mapping[str, Any], *, may_be_same:
                 if may_be_same
                 else (f"apart from {name}", "an overlap")
             )
-            raise ValueError(f"{op}: expected out to be {wanted} in memory, got {got}")
+            raise InvalidValue(op, "out", f"to be {wanted} in memory", got)
 
 
 def _extent(x: Tensor) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
@@ -226,9 +231,11 @@ def check_memory(op: str, name: str, x: Tensor) -> None:
     if torch._C._functorch.is_functorch_wrapped_tensor(x) or x.layout is not torch.strided:
         return
     if x.data_ptr() == 0 and x.numel():
-        raise ValueError(
-            f"{op}: expected {name} to have memory, got a tensor of {x.numel()} elements without (its storage was freed, "
-            "or it is a zero tensor)"
+        raise InvalidValue(
+            op,
+            name,
+            "to have memory",
+            f"a tensor of {x.numel()} elements without (its storage was freed, or it is a zero tensor)",
         )
 
 
@@ -236,25 +243,25 @@ def check_strided(op: str, name: str, x: Tensor) -> None:
     """Raise a TypeError for a sparse, nested or mkldnn tensor."""
     if x.layout != torch.strided or x.is_nested:
         got = "a nested tensor" if x.is_nested else f"a tensor of layout {x.layout}"
-        raise TypeError(f"{op}: expected {name} to be a dense tensor, got {got}")
+        raise InvalidType(op, name, "to be a dense tensor", got)
 
 
 def checked_device(op: str, device: Any) -> torch.device:
     """Return the device, or raise if it is unknown or this PyTorch cannot use it."""
     if not isinstance(device, (str, torch.device)):
-        raise TypeError(f"{op}: expected device to be a torch.device or its name, got {type(device).__name__}")
+        raise InvalidType(op, "device", "to be a torch.device or its name", type(device).__name__)
     try:
         found = torch.device(device)
     except RuntimeError as error:
-        raise ValueError(f"{op}: expected device to be a torch.device or its name, got {device!r}") from error
+        raise InvalidValue(op, "device", "to be a torch.device or its name", repr(device)) from error
     if found.type == "cuda" and (found.index or 0) >= (count := torch.cuda.device_count()):
-        raise ValueError(f"{op}: expected device to be available, got {found}: PyTorch sees {count or 'no'} GPU")
+        raise InvalidValue(op, "device", "to be available", f"{found}: PyTorch sees {count or 'no'} GPU")
     if found.type not in ("cpu", "meta") and not torch.compiler.is_compiling():
         try:
             torch.empty(0, device=found)
         except (AssertionError, RuntimeError) as error:
             reason = str(error).splitlines()[0].partition(". ")[0]
-            raise ValueError(f"{op}: expected device to be available, got {found}: PyTorch cannot use it: {reason}") from error
+            raise InvalidValue(op, "device", "to be available", f"{found}: PyTorch cannot use it: {reason}") from error
     return found
 
 
@@ -262,54 +269,54 @@ def computing_device(op: str, device: Any) -> torch.device:
     """Return the device, or if it is None a GPU if there is one, else the CPU. Raise if nothing can run there."""
     found = checked_device(op, ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
     if found.type == "meta":
-        raise ValueError(f"{op}: expected device to be one that computes, got meta")
+        raise InvalidValue(op, "device", "to be one that computes", "meta")
     return found
 
 
 def check_float(op: str, name: str, x: Tensor, min_dim: int = 1) -> None:
     """Raise a TypeError or ValueError unless x is a floating tensor of at least min_dim dimensions."""
     if not isinstance(x, Tensor):
-        raise TypeError(f"{op}: expected {name} to be a tensor, got {type(x).__name__}")
+        raise InvalidType(op, name, "to be a tensor", type(x).__name__)
     if x.layout is not torch.strided or x.is_nested:
         check_strided(op, name, x)
     if x.dtype not in FLOATS:
-        raise TypeError(f"{op}: expected {name} to be float32, float64, float16 or bfloat16, got {x.dtype}")
+        raise InvalidType(op, name, "to be float32, float64, float16 or bfloat16", x.dtype)
     if x.dim() < min_dim:
-        raise ValueError(f"{op}: expected {name} to have at least {min_dim} dimensions [N, ...], got shape {list(x.shape)}")
+        raise InvalidValue(op, name, f"to have at least {min_dim} dimensions [N, ...]", f"shape {list(x.shape)}")
 
 
 def check_map(op: str, name: str, x: Tensor) -> None:
     """Raise a TypeError or ValueError unless x is a floating tensor [N, C, H, W]."""
     check_float(op, name, x)
     if x.dim() != 4:
-        raise ValueError(f"{op}: expected {name} to be [N, C, H, W], got shape {list(x.shape)}")
+        raise InvalidValue(op, name, "to be [N, C, H, W]", f"shape {list(x.shape)}")
 
 
 def check_like(op: str, name: str, x: Tensor, like_name: str, like: Tensor, shape: tuple[int, ...] | None = None) -> None:
     """Raise unless x has the dtype and device of `like`, and the shape of `like` or the one given."""
     wanted = tuple(like.shape) if shape is None else shape
     if not isinstance(x, Tensor):
-        raise TypeError(f"{op}: expected {name} to be a tensor, got {type(x).__name__}")
+        raise InvalidType(op, name, "to be a tensor", type(x).__name__)
     if x.layout is not torch.strided or x.is_nested:
         check_strided(op, name, x)
     if tuple(x.shape) != wanted:
-        raise ValueError(f"{op}: expected {name} to have shape {list(wanted)}, got {list(x.shape)}")
+        raise InvalidValue(op, name, f"to have shape {list(wanted)}", list(x.shape))
     if x.dtype != like.dtype:
-        raise TypeError(f"{op}: expected {name} to have the dtype of {like_name}, {like.dtype}, got {x.dtype}")
+        raise InvalidType(op, name, f"to have the dtype of {like_name}, {like.dtype}", x.dtype)
     check_device(op, name, x, like_name, like)
 
 
 def check_device(op: str, name: str, x: Tensor, like_name: str, like: Tensor) -> None:
     """Raise a ValueError unless x is on the device of `like`."""
     if x.device != like.device:
-        raise ValueError(f"{op}: expected {name} on the device of {like_name}, {like.device}, got {x.device}")
+        raise InvalidValue(op, name, f"on the device of {like_name}, {like.device}", x.device)
 
 
 def checked_seeds(op: str, seeds: Tensor, n: int, device: torch.device, name: str = "seeds") -> Tensor:
     """Return int64 seeds [n] on the device, or raise."""
     if not isinstance(seeds, Tensor) or seeds.dtype != torch.int64:
         got = seeds.dtype if isinstance(seeds, Tensor) else type(seeds).__name__
-        raise TypeError(f"{op}: expected {name} to be an int64 tensor (see sample_seeds), got {got}")
+        raise InvalidType(op, name, "to be an int64 tensor (see sample_seeds)", got)
     if seeds.layout is not torch.strided:
         check_strided(op, name, seeds)
     try:
@@ -318,21 +325,15 @@ def checked_seeds(op: str, seeds: Tensor, n: int, device: torch.device, name: st
     except RuntimeError:
         _check_values(op, name, seeds)
         raise
-    raise ValueError(f"{op}: expected {name} to have shape [{n}], one a sample, got {list(seeds.shape)}")
+    raise InvalidValue(op, name, f"to have shape [{n}], one a sample", list(seeds.shape))
 
 
 def _check_values(op: str, name: str, x: Tensor) -> None:
     """Raise if `x` has no shape, no values or no memory, the reasons why it cannot be read or moved."""
     check_strided(op, name, x)
     if x.is_meta:
-        raise ValueError(f"{op}: expected {name} to have values, got a tensor on the meta device")
+        raise InvalidValue(op, name, "to have values", "a tensor on the meta device")
     check_memory(op, name, x)
-
-
-def check_noise_or_seeds(op: str, noise: Tensor | None, seeds: Tensor | None) -> None:
-    """Raise a ValueError unless exactly one of noise and seeds is given."""
-    if (noise is None) == (seeds is None):
-        raise ValueError(f"{op}: expected exactly one of noise and seeds, got {'neither' if noise is None else 'both'}")
 
 
 def index_tensor(op: str, name: str, index: int | Tensor, bound: int, n: int, device: torch.device) -> Tensor:
@@ -346,18 +347,18 @@ def index_tensor(op: str, name: str, index: int | Tensor, bound: int, n: int, de
         if index.layout is not torch.strided:
             check_strided(op, name, index)
         if index.dtype != torch.int64:
-            raise TypeError(f"{op}: expected {name} to be an int or an int64 tensor, got {index.dtype}")
+            raise InvalidType(op, name, "to be an int or an int64 tensor", index.dtype)
         try:
             if index.numel() == 1 or index.shape == (n,):
                 return index.to(device).reshape(-1).expand(n).contiguous()
         except RuntimeError:
             _check_values(op, name, index)
             raise
-        raise ValueError(f"{op}: expected {name} to be an int or of shape [{n}], got {list(index.shape)}")
+        raise InvalidValue(op, name, f"to be an int or of shape [{n}]", list(index.shape))
     if not isinstance(index, int) or isinstance(index, bool):
-        raise TypeError(f"{op}: expected {name} to be an int or an int64 tensor, got {type(index).__name__}")
+        raise InvalidType(op, name, "to be an int or an int64 tensor", type(index).__name__)
     if not 0 <= index < bound:
-        raise ValueError(f"{op}: expected {name} in 0..{bound - 1}, got {index}")
+        raise InvalidValue(op, name, f"in 0..{bound - 1}", index)
     return torch.full((n,), index, dtype=torch.int64, device=device)
 
 
@@ -374,4 +375,4 @@ def check_range(op: str, name: str, index: Tensor, bound: int) -> None:
             check_memory(op, name, index)
         low, high = torch.aminmax(index)
         if low < 0 or high >= bound:
-            raise ValueError(f"{op}: expected {name} in 0..{bound - 1}, got values from {int(low)} to {int(high)}")
+            raise InvalidValue(op, name, f"in 0..{bound - 1}", f"values from {int(low)} to {int(high)}")

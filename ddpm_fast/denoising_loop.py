@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .errors import InvalidValue
 from .models import Model, predict
 from .ops import initial_noise, reverse_step
 from .plan import SamplingPlan
@@ -92,7 +93,7 @@ class DenoisingLoop:
         x_0 = self._x_0  # x_0^ before the step, and after it
         model_output = predict(network, x_in, t, self._labels)
         if x_t._version != version:
-            raise ValueError("sample: expected model to leave its input as it is, got one that changes x_t in place")
+            raise InvalidValue("sample", "model", "to leave its input as it is", "one that changes x_t in place")
         reverse_step(
             x_t,
             model_output,

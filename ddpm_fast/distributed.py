@@ -23,6 +23,8 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 from torch.nn import functional
 
+from .errors import InvalidValue, expect
+
 # A process that ends closes its connections, which the others notice at once. One that hangs is waited for.
 TIMEOUT: Final = timedelta(minutes=30)
 
@@ -109,9 +111,11 @@ class Processes:
         anywhere = self.largest(len(differing))()
         if differing:
             name = differing[0]
-            raise ValueError(
-                f"{caller}: expected {name} to be the same in all processes, got another than rank 0 in rank {self.rank}: "
-                f"{reprlib.repr(values[name])}"
+            raise InvalidValue(
+                caller,
+                name,
+                "to be the same in all processes",
+                f"another than rank 0 in rank {self.rank}: {reprlib.repr(values[name])}",
             )
         if anywhere:
             raise ProcessLost(
@@ -121,8 +125,8 @@ class Processes:
     def own_gpu(self, caller: str) -> torch.device:
         """Return the GPU of this process, whose number is the local rank. Raise a ValueError if there are too few."""
         if self.local_rank >= (count := torch.cuda.device_count()):
-            raise ValueError(
-                f"{caller}: expected at most {count} processes on a machine with as many GPUs, got LOCAL_RANK {self.local_rank}"
+            raise InvalidValue(
+                caller, "", f"at most {count} processes on a machine with as many GPUs", f"LOCAL_RANK {self.local_rank}"
             )
         return torch.device("cuda", self.local_rank)
 
@@ -264,8 +268,7 @@ def joined(caller: str) -> Iterator[Processes]:
     if size == 1:
         yield Processes()
         return
-    if not dist.is_available():
-        raise ValueError(f"{caller}: expected one process, as this PyTorch has no torch.distributed, got {size}")
+    expect(dist.is_available(), caller, "", "one process, as this PyTorch has no torch.distributed", size)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     with _together(Processes(rank, size)):
         shared = _shared_store(rank, size)
@@ -330,19 +333,23 @@ def ranks(caller: str, environment: Mapping[str, str]) -> tuple[int, int, int]:
     for name in names[:2]:
         value = environment.get(name)
         if value is None or not value.isdecimal():
-            raise ValueError(f"{caller}: expected the environment's {name} to be a number, got {value!r}; start with torchrun")
+            raise InvalidValue(caller, f"the environment's {name}", "to be a number", f"{value!r}; start with torchrun")
         numbers.append(int(value))
     rank, size = numbers
     local = environment.get(names[2], "0")
-    if not rank < size or not local.isdecimal():
-        raise ValueError(
-            f"{caller}: expected the environment's {names[0]} to be below {names[1]} and {names[2]} to be a number, "
-            f"got {rank}, {size} and {local!r}"
-        )
+    expect(
+        rank < size and local.isdecimal(),
+        caller,
+        f"the environment's {names[0]}",
+        f"to be below {names[1]} and {names[2]} to be a number",
+        f"{rank}, {size} and {local!r}",
+    )
     missing = [name for name in _MASTER if name not in environment] if size > 1 else []
     if missing:
-        raise ValueError(
-            f"{caller}: expected the environment's {missing[0]} to say where rank 0 of {size} processes is, got none; "
-            "start with torchrun, or unset the variables of ranks"
+        raise InvalidValue(
+            caller,
+            f"the environment's {missing[0]}",
+            f"to say where rank 0 of {size} processes is",
+            "none; start with torchrun, or unset the variables of ranks",
         )
     return rank, size, int(local)

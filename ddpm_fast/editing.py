@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .checks import check_float, check_int, check_number, check_strided, check_type
 from .dtypes import opmath
+from .errors import InvalidType, InvalidValue, expect
 from .limits import check_free_memory
 from .models import Model, model_config
 from .ops import initial_noise, noise
@@ -126,8 +127,7 @@ def interpolate(
     check_model(caller, model)
     _check_images(caller, "a", a, model)
     _check_images(caller, "b", b, model)
-    if a.shape != b.shape:
-        raise ValueError(f"{caller}: expected b to have the shape of a, {list(a.shape)}, got {list(b.shape)}")
+    expect(a.shape == b.shape, caller, "b", f"to have the shape of a, {list(a.shape)}", list(b.shape))
     check_int(caller, "num", num, 2, _MOST_WEIGHTS)
     check_number(caller, "strength", strength, 0, 1)
     _check_denoises(caller, plan)
@@ -195,7 +195,7 @@ def invert(
     check_type(caller, "plan", plan, SamplingPlan)
     told = float(plan.schedule.alpha_bars[plan.timesteps[-1]])
     if plan.is_random or _denoises(plan) or float(plan.alpha_bars_prev[-1]) > told * (1 + 1e-9):
-        raise ValueError(f"{caller}: expected plan to go from an image to noise (ddim_inversion_plan), got\n{plan}")
+        raise InvalidValue(caller, "plan", "to go from an image to noise (ddim_inversion_plan)", plan)
     shape, device = checked_setup(caller, model, plan, dtype, device, images.shape[1:], None)
     request = checked_request(
         *(caller, model, device, shape, len(images)),
@@ -318,8 +318,7 @@ def _denoised(
 def _check_denoises(caller: str, plan: SamplingPlan) -> None:
     """Raise unless the plan goes from noise to an image."""
     check_type(caller, "plan", plan, SamplingPlan)
-    if not _denoises(plan):
-        raise ValueError(f"{caller}: expected plan to go from noise to an image, got\n{plan}")
+    expect(_denoises(plan), caller, "plan", "to go from noise to an image", plan)
 
 
 def _denoises(plan: SamplingPlan) -> bool:
@@ -345,12 +344,11 @@ def _check_images(caller: str, name: str, images: Tensor, model: Model, *, in_ra
     fits = fits and all(want in (got, "C", "H", "W") for want, got in zip(wanted, images.shape[1:], strict=True))
     if not fits or images.is_meta:
         shape = ", ".join(map(str, ["N", *wanted]))
-        raise ValueError(f"{caller}: expected {name} to be [{shape}] with values, got {list(images.shape)} on {images.device}")
-    if not images.isfinite().all():
-        raise ValueError(f"{caller}: expected {name} to be finite, got NaN or infinity")
+        raise InvalidValue(caller, name, f"to be [{shape}] with values", f"{list(images.shape)} on {images.device}")
+    expect(images.isfinite().all(), caller, name, "to be finite", "NaN or infinity")
     if in_range and float(images.abs().max()) > _LARGEST:
         low, high = float(images.min()), float(images.max())
-        raise ValueError(f"{caller}: expected {name} to be in [-1, 1], got values from {low:.4g} to {high:.4g}")
+        raise InvalidValue(caller, name, "to be in [-1, 1]", f"values from {low:.4g} to {high:.4g}")
 
 
 def _check_mask(caller: str, mask: Tensor, images: Tensor) -> None:
@@ -358,13 +356,11 @@ def _check_mask(caller: str, mask: Tensor, images: Tensor) -> None:
     check_type(caller, "mask", mask, Tensor)
     check_strided(caller, "mask", mask)
     if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise TypeError(f"{caller}: expected mask to be bool or floating, got {mask.dtype}")
+        raise InvalidType(caller, "mask", "to be bool or floating", mask.dtype)
     n, channels, height, width = images.shape
     fits = mask.dim() == 4 and mask.shape[0] in (1, n) and mask.shape[1] in (1, channels)
     if not fits or mask.shape[2:] != (height, width) or mask.is_meta:
         wanted = f"[{n} or 1, {channels} or 1, {height}, {width}] with values"
-        raise ValueError(f"{caller}: expected mask to be {wanted}, got {list(mask.shape)} on {mask.device}")
+        raise InvalidValue(caller, "mask", f"to be {wanted}", f"{list(mask.shape)} on {mask.device}")
     if not bool(((mask >= 0) & (mask <= 1)).all()):
-        raise ValueError(
-            f"{caller}: expected mask to be in 0..1, got values from {float(mask.min()):.4g} to {float(mask.max()):.4g}"
-        )
+        raise InvalidValue(caller, "mask", "to be in 0..1", f"values from {float(mask.min()):.4g} to {float(mask.max()):.4g}")

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .atomic import replacing
 from .checks import check_float, check_int, check_number, check_path
+from .errors import InvalidValue
 from .limits import check_free_memory
 
 ANIMATED: Final = ("GIF", "WEBP")
@@ -160,7 +161,7 @@ def save_trajectory(
     check_path("save_trajectory", "path", path)
     check_float("save_trajectory", "trajectory", trajectory)
     if trajectory.dim() != 5 or trajectory.shape[0] == 0:
-        raise ValueError(f"save_trajectory: expected trajectory to be [F, N, C, H, W], F >= 1, got {list(trajectory.shape)}")
+        raise InvalidValue("save_trajectory", "trajectory", "to be [F, N, C, H, W], F >= 1", list(trajectory.shape))
     check_int("save_trajectory", "frames", frames, 1, optional=True)
     check_number("save_trajectory", "seconds", seconds, above=0, finite=True)
     _check_images("save_trajectory", "trajectory", trajectory.flatten(0, 1))
@@ -204,7 +205,7 @@ def image_format(path: str | os.PathLike[str], shape: Sequence[int] = (1, 1, 1),
     height, width, channels = shape
     mode = _MODES.get(channels)
     if mode is None:
-        raise ValueError(f"images: expected pictures of 1, 3 or 4 channels for {name}, got {channels}")
+        raise InvalidValue("images", "pictures", f"of 1, 3 or 4 channels for {name}", channels)
     kind = Image.registered_extensions().get(Path(path).suffix.lower())
     reason = ""
     if kind in Image.SAVE and kind not in _ICONS:
@@ -216,25 +217,31 @@ def image_format(path: str | os.PathLike[str], shape: Sequence[int] = (1, 1, 1),
             largest = _LARGEST.get(kind)
             if largest is None or max(height, width) <= largest:
                 return kind
-            raise ValueError(
-                f"images: expected {name} to end in .png, as pictures in {kind} have at most {largest} pixels a side, "
-                f"got {str(path)!r} for {width}x{height} pixels"
+            raise InvalidValue(
+                "images",
+                name,
+                f"to end in .png, as pictures in {kind} have at most {largest} pixels a side",
+                f"{str(path)!r} for {width}x{height} pixels",
             )
-    raise ValueError(
-        f"images: expected {name} to end in .png, .webp, .gif, .jpg or as another format for pictures of mode {mode}, "
-        f"got {str(path)!r}{reason}"
+    raise InvalidValue(
+        "images",
+        name,
+        f"to end in .png, .webp, .gif, .jpg or as another format for pictures of mode {mode}",
+        f"{str(path)!r}{reason}",
     )
 
 
 def _check_images(function: str, name: str, images: Tensor) -> None:
     check_float(function, name, images)
     if images.dim() != 4 or images.shape[0] == 0 or images.shape[1] not in (1, 3, 4) or images.is_meta:
-        raise ValueError(
-            f"{function}: expected {name} to be floating [N, C, H, W] with values, N >= 1 and C = 1, 3 or 4, "
-            f"got {images.dtype} {list(images.shape)} on {images.device}"
+        raise InvalidValue(
+            function,
+            name,
+            "to be floating [N, C, H, W] with values, N >= 1 and C = 1, 3 or 4",
+            f"{images.dtype} {list(images.shape)} on {images.device}",
         )
     if not images.isfinite().all():
-        raise ValueError(f"{function}: expected {name} to be finite, got NaN or infinity")
+        raise InvalidValue(function, name, "to be finite", "NaN or infinity")
 
 
 def _check_layout(function: str, columns: int | None, padding: int, scale: int) -> None:

@@ -9,6 +9,8 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+from .errors import InvalidValue, UnusablePath
+
 
 def check_free_memory(caller: str, name: str, value: Any, needed: int) -> None:
     """Raise a ValueError if the host has less free memory than an argument needs.
@@ -21,14 +23,13 @@ def check_free_memory(caller: str, name: str, value: Any, needed: int) -> None:
     """
     free = free_memory()
     if free is not None and needed > free:
-        raise ValueError(
-            f"{caller}: expected {name} to fit into memory, got {value}, which needs about {size_text(needed)} "
-            f"of {size_text(free)}"
+        raise InvalidValue(
+            caller, name, "to fit into memory", f"{value}, which needs about {size_text(needed)} of {size_text(free)}"
         )
 
 
 def check_free_space(caller: str, name: str, path: Path, needed: int) -> None:
-    """Raise an OSError if the disk that will hold a path has too little free space.
+    """Raise an UnusablePath if the disk that will hold a path has too little free space.
 
     Args:
         caller: Name of the calling function.
@@ -38,14 +39,12 @@ def check_free_space(caller: str, name: str, path: Path, needed: int) -> None:
     """
     usage = shutil.disk_usage(existing_folder(path))
     if usage.total and needed > usage.free:  # some network file systems report no sizes
-        raise OSError(
-            f"{caller}: expected {name} to be on a disk with {size_text(needed)} of free space, got {str(path)!r} with "
-            f"{size_text(usage.free)}; free some, or choose another folder"
-        )
+        got = f"{str(path)!r} with {size_text(usage.free)}; free some, or choose another folder"
+        raise UnusablePath(caller, name, f"to be on a disk with {size_text(needed)} of free space", got)
 
 
 def check_writable(caller: str, name: str, path: Path, folder: Path) -> None:
-    """Raise an OSError if a folder cannot be made, or files in it.
+    """Raise an UnusablePath if a folder cannot be made, or files in it.
 
     Args:
         caller: Name of the calling function.
@@ -58,17 +57,13 @@ def check_writable(caller: str, name: str, path: Path, folder: Path) -> None:
     except (FileNotFoundError, NotADirectoryError):
         pass
     except OSError as error:  # such as a name that is too long
-        raise OSError(f"{caller}: expected {name} to be a path that can be written, got: {error}") from error
+        raise UnusablePath(caller, name, "to be a path that can be written", error) from error
     existing = existing_folder(folder)
     if not existing.is_dir():
-        raise NotADirectoryError(
-            f"{caller}: expected {name} to be in a folder, got {str(path)!r}, and {str(existing)!r} is a file"
-        )
+        raise UnusablePath(caller, name, "to be in a folder", f"{str(path)!r}, and {str(existing)!r} is a file")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise PermissionError(
-            f"{caller}: expected {name} to be in a folder that may be written to, got {str(path)!r}, and {str(existing)!r} "
-            "may not"
-        )
+        got = f"{str(path)!r}, and {str(existing)!r} may not"
+        raise UnusablePath(caller, name, "to be in a folder that may be written to", got)
 
 
 def existing_folder(path: Path) -> Path:

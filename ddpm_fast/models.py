@@ -10,6 +10,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from .errors import InvalidValue
+
 Model: TypeAlias = Callable[..., Any]
 """An nn.Module, or a `FrozenUNet`. Other objects need attributes `device` and `dtype`."""
 
@@ -48,9 +50,11 @@ def placed(caller: str, model: Model, device: torch.device | str | None = None, 
     if same_device and dtype == model_dtype:
         return model
     if not isinstance(model, nn.Module):
-        raise ValueError(
-            f"{caller}: expected device and dtype to be those of the {type(model).__name__}, {model_device} and {model_dtype}, "
-            f"got {device} and {dtype}: freeze the model again"
+        raise InvalidValue(
+            caller,
+            "device and dtype",
+            f"to be those of the {type(model).__name__}, {model_device} and {model_dtype}",
+            f"{device} and {dtype}: freeze the model again",
         )
     return copy.deepcopy(model).to(device=device, dtype=dtype)
 

@@ -12,6 +12,7 @@ import torch
 
 from .atomic import read_json
 from .checks import check_dtype, check_path, checked_device
+from .errors import InvalidValue, renaming
 from .nn.unet import UNet, describe_images
 from .plan import Prediction, Variance
 from .schedule import NoiseSchedule
@@ -57,8 +58,8 @@ def load_builtin(device: torch.device | str | None = None, dtype: torch.dtype | 
     Returns:
         The network in eval mode, and its noise schedule.
     """
-    device = _checked_device_and_dtype("load_builtin", device, dtype)
-    loaded = load_folder(BUILTIN, device, dtype)
+    with renaming("load_builtin"):
+        loaded = load_folder(BUILTIN, device, dtype)
     return loaded.model, loaded.schedule
 
 
@@ -78,7 +79,8 @@ def load_folder(
         ValueError: A file is damaged, or describes a model that is not supported. The message names it.
     """
     check_path("load_folder", "path", path)
-    device = _checked_device_and_dtype("load_folder", device, dtype)
+    check_dtype("load_folder", "dtype", dtype, optional=True)
+    device = None if device is None else checked_device("load_folder", device)
     folder = Path(path)
     if not folder.is_dir():
         raise FileNotFoundError(f"load_folder: expected path to be a folder that holds a model, got {os.fspath(path)!r}")
@@ -97,7 +99,11 @@ def load_folder(
         size, names = dataset["shape"][1:], dataset["classes"]
     else:
         if (folder / "classes.json").is_file():
-            names = _read_classes(folder / "classes.json")
+            import msgspec
+
+            from .schemas import Classes
+
+            names = read_json("load_folder", folder / "classes.json", lambda values: msgspec.convert(values, Classes)).classes
         found = read(folder, folder)
     model, schedule, scheduler = found
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's types leave it out
@@ -128,26 +134,17 @@ def schedule_from_config(config: Mapping[str, Any]) -> NoiseSchedule:
     schedule = NoiseSchedule.from_config(config["ddpm_fast"])
     if (length := config.get("num_train_timesteps", schedule.num_timesteps)) != schedule.num_timesteps:
         wanted = f"{schedule.num_timesteps}, as in ddpm_fast"
-        raise ValueError(f"schedule_from_config: expected num_train_timesteps to be {wanted}, got {length!r}")
+        raise InvalidValue("schedule_from_config", "num_train_timesteps", f"to be {wanted}", repr(length))
     return schedule
 
 
-def _checked_device_and_dtype(caller: str, device: torch.device | str | None, dtype: torch.dtype | None) -> torch.device | None:
-    check_dtype(caller, "dtype", dtype, optional=True)
-    return None if device is None else checked_device(caller, device)
-
-
-def _read_classes(file: Path) -> list[str]:
-    from .schemas import Classes, checked
-
-    return read_json("load_folder", file, lambda values: checked(values, Classes)).classes
-
-
 def _read_scheduler(folder: Path) -> tuple[NoiseSchedule, Scheduler]:
-    from .schemas import Scheduler, checked
+    import msgspec
+
+    from .schemas import Scheduler
 
     def parse(values: dict[str, Any]) -> tuple[NoiseSchedule, Scheduler]:
-        scheduler = checked(values, Scheduler)
+        scheduler = msgspec.convert(values, Scheduler)
         return schedule_from_config(values), scheduler
 
     name = "scheduler_config.json"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .checks import check_callable, check_int, check_number, check_strided, check_type, checked_seeds
+from .errors import InvalidType, InvalidValue, expect
 from .inference import FrozenUNet
 from .limits import check_free_memory
 from .models import Model, model_config
@@ -41,7 +42,7 @@ def check_model(caller: str, model: Model) -> None:
     """Raise a TypeError unless `model` is a callable object. A class is not one."""
     if not callable(model) or isinstance(model, type):
         got = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
-        raise TypeError(f"{caller}: expected model to be an nn.Module or another callable object, got {got}")
+        raise InvalidType(caller, "model", "to be an nn.Module or another callable object", got)
 
 
 def check_takes_labels(caller: str, model: Model, class_labels: ClassLabels) -> None:
@@ -55,8 +56,8 @@ def check_takes_labels(caller: str, model: Model, class_labels: ClassLabels) -> 
     try:
         signature.bind(None, None, None)
     except TypeError:
-        raise ValueError(
-            f"{caller}: expected class_labels to be None, as the model takes no labels beside x_t and t, got {class_labels!r}"
+        raise InvalidValue(
+            caller, "class_labels", "to be None, as the model takes no labels beside x_t and t", repr(class_labels)
         ) from None
 
 
@@ -76,7 +77,7 @@ def resolve_seeds(caller: str, seed: int | Tensor, num_samples: int) -> Tensor:
         check_int(caller, "seed", seed, -(1 << 63), (1 << 64) - 1)
         return sample_seeds(seed, num_samples)
     if not isinstance(seed, Tensor):
-        raise TypeError(f"{caller}: expected seed to be an int or int64 [{num_samples}], got {type(seed).__name__}")
+        raise InvalidType(caller, "seed", f"to be an int or int64 [{num_samples}]", type(seed).__name__)
     return checked_seeds(caller, seed, num_samples, torch.device("cpu") if seed.is_meta else seed.device, name="seed")
 
 
@@ -101,20 +102,26 @@ def resolve_labels(
     no_label = None if num_classes is None else num_classes - 1
     if class_labels is None:
         return (None if no_label is None else torch.full((num_samples,), no_label, device="cpu")), no_label
-    if config and num_classes is None:
-        raise ValueError(f"{caller}: expected class_labels to be None, as the model has no classes, got {class_labels}")
+    expect(
+        not config or num_classes is not None, caller, "class_labels", "to be None, as the model has no classes", class_labels
+    )
     class_labels = labels_of(caller, config, class_labels)
-    wanted = f"{caller}: expected class_labels to be an int or {num_samples} ints"
+    wanted = f"to be an int or {num_samples} ints"
     try:
         labels = torch.as_tensor(class_labels)
     except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"{wanted}, got {class_labels!r}") from None
+        raise InvalidType(caller, "class_labels", wanted, repr(class_labels)) from None
     integers = not labels.is_floating_point() and not labels.is_complex() and labels.dtype != torch.bool
-    if not integers or labels.shape not in ((), (num_samples,)):
-        raise ValueError(f"{wanted}, got {labels.dtype} {list(labels.shape)}")
+    expect(
+        integers and labels.shape in ((), (num_samples,)),
+        caller,
+        "class_labels",
+        wanted,
+        f"{labels.dtype} {list(labels.shape)}",
+    )
     if labels.min() < 0 or (num_classes is not None and labels.max() >= num_classes):
         allowed = "at least 0" if num_classes is None else f"in 0..{num_classes - 1}"
-        raise ValueError(f"{caller}: expected class_labels to be {allowed}, got {class_labels}")
+        raise InvalidValue(caller, "class_labels", f"to be {allowed}", class_labels)
     return labels.to(torch.int64).expand(num_samples), no_label
 
 
@@ -142,14 +149,13 @@ def labels_of(
 
 def _label_of(caller: str, config: Mapping[str, Any], name: str) -> int:
     names: Sequence[str] = config.get("class_names") or ()
-    if not names:
-        raise ValueError(f"{caller}: expected class_labels to be integers, as the model has no class names, got {name!r}")
+    expect(names, caller, "class_labels", "to be integers, as the model has no class names", repr(name))
     if name in names:  # exactly: other names may differ from it in case alone
         return names.index(name)
     lower = [known.lower() for known in names]
     if name.lower() not in lower:
         known_names = ", ".join(names)
-        raise ValueError(f"{caller}: expected class_labels to be integers or names among {known_names}, got {name!r}")
+        raise InvalidValue(caller, "class_labels", f"to be integers or names among {known_names}", repr(name))
     return lower.index(name.lower())
 
 
@@ -224,7 +230,15 @@ def checked_request(
     check_takes_labels(caller, model, class_labels)
     guided = _is_guided(caller, guidance_scale, class_labels, no_label)
     if x_T is not None:
-        _check_x_T(caller, x_T, (num_samples, *shape))
+        if not isinstance(x_T, Tensor):
+            raise InvalidType(caller, "x_T", "to be a tensor or None", type(x_T).__name__)
+        check_strided(caller, "x_T", x_T)
+        wanted = [num_samples, *shape]
+        fits = x_T.is_floating_point() and list(x_T.shape) == wanted
+        expect(fits, caller, "x_T", f"to be floating {wanted}", f"{x_T.dtype} {list(x_T.shape)}")
+        expect(not x_T.is_meta, caller, "x_T", "to have values", "a tensor on the meta device")
+        if x_T.device.type == "cpu" and not x_T.isfinite().all():  # a GPU would have to be waited for
+            raise InvalidValue(caller, "x_T", "to be finite", "NaN or infinity")
     check_type(caller, "progress", progress, bool)
     check_callable(caller, "callback", callback)
     return Request(
@@ -247,17 +261,5 @@ def _is_guided(caller: str, guidance_scale: float | None, class_labels: Any, no_
         return False
     if class_labels is None or no_label is None:
         reason = "class_labels is None" if class_labels is None else "the model's config has no num_class_embeds"
-        raise ValueError(f"{caller}: expected guidance_scale to be None or 1, as {reason}, got {guidance_scale}")
+        raise InvalidValue(caller, "guidance_scale", f"to be None or 1, as {reason}", guidance_scale)
     return True
-
-
-def _check_x_T(caller: str, x_T: Tensor, shape: tuple[int, ...]) -> None:
-    if not isinstance(x_T, Tensor):
-        raise TypeError(f"{caller}: expected x_T to be a tensor or None, got {type(x_T).__name__}")
-    check_strided(caller, "x_T", x_T)
-    if not x_T.is_floating_point() or tuple(x_T.shape) != shape:
-        raise ValueError(f"{caller}: expected x_T to be floating {list(shape)}, got {x_T.dtype} {list(x_T.shape)}")
-    if x_T.is_meta:
-        raise ValueError(f"{caller}: expected x_T to have values, got a tensor on the meta device")
-    if x_T.device.type == "cpu" and not x_T.isfinite().all():  # a GPU would have to be waited for
-        raise ValueError(f"{caller}: expected x_T to be finite, got NaN or infinity")

@@ -39,6 +39,7 @@ from .atomic import (
 )
 from .checks import check_int, check_path
 from .distributed import Processes, joined
+from .errors import InvalidValue, UnusablePath
 from .images import to_uint8
 from .limits import check_free_space, check_writable
 from .locks import locked
@@ -117,7 +118,7 @@ def write_samples(
         ValueError: An argument is out of range or does not fit the model, an image is not finite, or `out` has images of
             another call. The message names the field of the manifest that differs.
         TypeError: An argument has an unsupported type.
-        FileExistsError: `out` has other files.
+        UnusablePath: `out` has other files, or is in a folder that cannot be written to. It is an OSError.
         BlockingIOError: Another call on this machine writes to `out`. Where there are no locks, a warning is logged.
         OSError: `out` cannot be written, or has too little free space.
         ProcessLost: Another process has failed or ended. It is a RuntimeError.
@@ -188,7 +189,7 @@ def _pixels(images: Tensor, block: range) -> Pixels:
     finite = images.flatten(1).isfinite().all(dim=1)
     if not finite.all():
         index = block.start + int((~finite).nonzero()[0])
-        raise ValueError(f"{_CALLER}: expected images to be finite, got NaN or infinity in image {index}")
+        raise InvalidValue(_CALLER, "images", "to be finite", f"NaN or infinity in image {index}")
     pixels: Pixels = to_uint8(images).permute(0, 2, 3, 1).contiguous().cpu().numpy()
     return pixels
 
@@ -222,10 +223,8 @@ def _missing(
 
     found = team.on_first(begin)
     if found is None and not files.agrees(manifest):
-        raise FileNotFoundError(
-            f"{_CALLER}: expected out to be in a folder that all processes see, got {str(files.out)!r}, in which rank "
-            f"{team.rank} finds nothing"
-        )
+        got = f"{str(files.out)!r}, in which rank {team.rank} finds nothing"
+        raise UnusablePath(_CALLER, "out", "to be in a folder that all processes see", got)
     flags = team.from_first(found or [0.0] * len(blocks))
     return [block for block, flag in zip(blocks, flags, strict=True) if flag]
 
@@ -323,7 +322,7 @@ class _Files(ABC):
         self.out, self.folder, self.num_samples, self.shape, self.labels = out, folder, num_samples, tuple(shape), labels
         if len(shape) != 3 or (self.channels is not None and shape[0] not in self.channels):
             one_of = "" if self.channels is None else f" with C one of {', '.join(map(str, self.channels))}"
-            raise ValueError(f"{_CALLER}: expected shape to be (C, H, W){one_of} for {str(out)!r}, got {tuple(shape)}")
+            raise InvalidValue(_CALLER, "shape", f"to be (C, H, W){one_of} for {str(out)!r}", tuple(shape))
         check_writable(_CALLER, "out", out, folder if folder == out else out.parent)
 
     def manifest(self) -> dict[str, Any] | None:
@@ -338,20 +337,20 @@ class _Files(ABC):
             return False
         for name, value in wanted.items():
             if found[name] != value:
-                raise ValueError(
-                    f"{_CALLER}: expected {name} to be {found[name]}, as in the manifest of {str(self.out)!r}, got {value}; "
-                    "choose another out for other images"
+                raise InvalidValue(
+                    _CALLER,
+                    name,
+                    f"to be {found[name]}, as in the manifest of {str(self.out)!r}",
+                    f"{value}; choose another out for other images",
                 )
         return True
 
     def check_new(self) -> None:
-        """Raise a FileExistsError if the folder has files."""
+        """Raise an UnusablePath if the folder has files."""
         others = [path for path in self.folder.iterdir() if not path.name.startswith(PREFIX)] if self.folder.exists() else []
         if others:
-            raise FileExistsError(
-                f"{_CALLER}: expected out to be new or begun by the same call, got {str(self.out)!r}, as "
-                f"{str(self.folder)!r} has {others[0].name!r} and no {_MANIFEST}"
-            )
+            got = f"{str(self.out)!r}, as {str(self.folder)!r} has {others[0].name!r} and no {_MANIFEST}"
+            raise UnusablePath(_CALLER, "out", "to be new or begun by the same call", got)
 
     def remove_leftovers(self) -> None:
         """Remove the temporary files of processes that were killed."""
@@ -417,7 +416,7 @@ class _Archive(_Files):
     def __init__(self, out: Path, num_samples: int, shape: Sequence[int], labels: np.ndarray | None) -> None:
         super().__init__(out, out.with_name(f"{out.name}.parts"), num_samples, shape, labels)
         if out.exists() and not out.is_file():
-            raise ValueError(f"{_CALLER}: expected out to be a file, got {str(out)!r}, which is a folder or a device")
+            raise InvalidValue(_CALLER, "out", "to be a file", f"{str(out)!r}, which is a folder or a device")
 
     def manifest(self) -> dict[str, Any] | None:
         if not self.out.exists():
@@ -426,9 +425,8 @@ class _Archive(_Files):
             with zipfile.ZipFile(self.out) as archive, archive.open(_MANIFEST) as member:
                 content = member.read(1 << 20)
         except Exception as error:  # damaged archives raise errors of many types
-            raise FileExistsError(
-                f"{_CALLER}: expected out to be new or written by the same call, got {str(self.out)!r}: {error}"
-            ) from error
+            got = f"{str(self.out)!r}: {error}"
+            raise UnusablePath(_CALLER, "out", "to be new or written by the same call", got) from error
         return parsed_json(_CALLER, self.out, content, _fields)
 
     def space(self, missing: int) -> int:
@@ -550,9 +548,9 @@ def _fields(values: dict[str, Any]) -> dict[str, Any]:
     """Return the checked fields of a manifest."""
     import msgspec
 
-    from .schemas import SampleManifest, checked
+    from .schemas import SampleManifest
 
-    return msgspec.structs.asdict(checked(values, SampleManifest))
+    return msgspec.structs.asdict(msgspec.convert(values, SampleManifest))
 
 
 def _folder_name(index: int) -> Path:

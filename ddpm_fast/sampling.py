@@ -22,6 +22,7 @@ from .checks import (
 )
 from .denoising_loop import DenoisingLoop
 from .dtypes import opmath
+from .errors import InvalidValue, expect
 from .images import evenly_spaced
 from .inference import FrozenUNet, inference_network
 from .inference import cuda_graph as graphs
@@ -397,10 +398,15 @@ def checked_setup(
     shape = _image_shape(caller, model, plan, shape)
     if isinstance(model, FrozenUNet) and plan.timesteps.max() >= model.num_timesteps:
         got = int(plan.timesteps.max())
-        raise ValueError(f"{caller}: expected plan to have timesteps below {model.num_timesteps}, got {got}")
+        raise InvalidValue(caller, "plan", f"to have timesteps below {model.num_timesteps}", got)
     device = _device(caller, model, device)
-    if cuda_graph and device.type not in graphs.DEVICE_TYPES:
-        raise ValueError(f"{caller}: expected cuda_graph to be None or False on {device.type}, got True")
+    expect(
+        not cuda_graph or device.type in graphs.DEVICE_TYPES,
+        caller,
+        "cuda_graph",
+        f"to be None or False on {device.type}",
+        "True",
+    )
     return shape, device
 
 
@@ -410,17 +416,14 @@ def _image_shape(caller: str, model: Model, plan: SamplingPlan, shape: Sequence[
     if shape is None:
         channels, size = config.get("in_channels"), config.get("sample_size")
         if channels is None or size is None:
-            raise ValueError(
-                f"{caller}: expected shape (C, H, W) to be given, as the model has no config with in_channels and sample_size"
-            )
+            expected = "to be (C, H, W), as the model has no config with in_channels and sample_size"
+            raise InvalidValue(caller, "shape", expected, "None")
         shape = (channels, size, size) if isinstance(size, int) else (channels, *size)
     check_ints(caller, "shape", shape, 1, "integers (C, H, W)")
     wanted = shape[0] * (1 if plan.variance == "fixed" else 2)
-    if config.get("out_channels", wanted) != wanted:
-        raise ValueError(
-            f"{caller}: expected a model with {wanted} output channels, as images have {shape[0]} and the plan's variance is "
-            f"{plan.variance}, got out_channels {config['out_channels']}"
-        )
+    given = config.get("out_channels", wanted)
+    as_images = f"as images have {shape[0]} and the plan's variance is {plan.variance}"
+    expect(given == wanted, caller, "", f"a model with {wanted} output channels, {as_images}", f"out_channels {given}")
     check_image_shape(caller, "shape", model, (1, *shape))
     return tuple(shape)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .checks import MAX_TIMESTEPS, check_choice, check_int, check_number, check_strided, check_type, checked_device
+from .errors import InvalidType, InvalidValue, expect, renaming
 
 
 class NoiseSchedule:
@@ -147,10 +148,13 @@ class NoiseSchedule:
         for name, value in (("start", start), ("end", end), ("tau", tau)):
             check_number("NoiseSchedule.sigmoid", name, value, finite=True)
         check_type("NoiseSchedule.sigmoid", "float32_ends", float32_ends, bool)
-        if start == end or tau == 0:
-            raise ValueError(
-                f"NoiseSchedule.sigmoid: expected start unequal to end, and tau unequal to 0, got {start}, {end} and {tau}"
-            )
+        expect(
+            start != end and tau != 0,
+            "NoiseSchedule.sigmoid",
+            "start",
+            "unequal to end, and tau unequal to 0",
+            f"{start}, {end} and {tau}",
+        )
         dtype = torch.float32 if float32_ends else torch.float64
         first, last = (torch.tensor(v / tau, dtype=dtype).sigmoid().double() for v in (start, end))
 
@@ -225,10 +229,11 @@ class NoiseSchedule:
             try:
                 betas = torch.as_tensor(betas, dtype=torch.float64)
             except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-                raise TypeError(f"{caller}: expected betas to be T numbers, got {betas!r}") from error
+                raise InvalidType(caller, "betas", "to be T numbers", repr(betas)) from error
         return cls(_checked_betas(caller, betas))
 
     @classmethod
+    @renaming("NoiseSchedule.from_diffusers", {"num_timesteps": "num_train_timesteps", "betas": "trained_betas"})
     def from_diffusers(cls, config: Mapping[str, Any]) -> NoiseSchedule:
         """Return the schedule that the configuration of a diffusers scheduler describes.
 
@@ -250,7 +255,7 @@ class NoiseSchedule:
             name = config.get("beta_schedule", "linear")
             if not isinstance(name, str) or name not in _DIFFUSERS_BUILDERS:
                 known = ", ".join(_DIFFUSERS_BUILDERS)
-                raise ValueError(f"NoiseSchedule.from_diffusers: expected beta_schedule to be one of {known}, got {name!r}")
+                raise InvalidValue("NoiseSchedule.from_diffusers", "beta_schedule", f"to be one of {known}", repr(name))
             parameters: dict[str, Any] = {"num_timesteps": config.get("num_train_timesteps", 1000)}
             if name not in ("squaredcos_cap_v2", "laplace"):
                 parameters |= {key: config[key] for key in ("beta_start", "beta_end") if key in config}
@@ -269,8 +274,7 @@ class NoiseSchedule:
             ValueError: The schedule has one timestep.
         """
         first, last = self.sqrt_alpha_bars[0], self.sqrt_alpha_bars[-1]
-        if first == last:
-            raise ValueError("NoiseSchedule.rescale_zero_terminal_snr: expected a schedule of at least 2 timesteps, got 1")
+        expect(first != last, "NoiseSchedule.rescale_zero_terminal_snr", "", "a schedule of at least 2 timesteps", "1")
         alpha_bars = ((self.sqrt_alpha_bars - last) * (first / (first - last))).square()
         previous = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bars[:-1]])
         return NoiseSchedule(1 - alpha_bars / previous)
@@ -434,16 +438,17 @@ class NoiseSchedule:
         check_type("NoiseSchedule.from_config", "config", config, Mapping)
         parameters = dict(config)
         name = parameters.pop("name", None)
-        if name not in BUILDERS:
-            raise ValueError(f"NoiseSchedule.from_config: expected name to be one of {', '.join(BUILDERS)}, got {name!r}")
+        expect(name in BUILDERS, "NoiseSchedule.from_config", "name", f"to be one of {', '.join(BUILDERS)}", repr(name))
         builder: Callable[..., NoiseSchedule] = getattr(cls, name)
         known = inspect.signature(builder).parameters
         required = [key for key, parameter in known.items() if parameter.default is parameter.empty]
-        if not set(required) <= parameters.keys() <= known.keys():
-            raise ValueError(
-                f"NoiseSchedule.from_config: expected the arguments of {name} to be among {', '.join(known)}, "
-                f"got {', '.join(parameters) or 'none'}"
-            )
+        expect(
+            set(required) <= parameters.keys() <= known.keys(),
+            "NoiseSchedule.from_config",
+            "",
+            f"the arguments of {name} to be among {', '.join(known)}",
+            ", ".join(parameters) or "none",
+        )
         return builder(**parameters)
 
     def __repr__(self) -> str:
@@ -476,20 +481,19 @@ def numbered(caller: str, device: torch.device | str) -> torch.device:
 def _checked_betas(caller: str, betas: Tensor) -> Tensor:
     """Return a float64 copy of betas on the CPU, or raise unless they are floating [T] in (0, 1]."""
     if not isinstance(betas, Tensor):
-        raise TypeError(
-            f"{caller}: expected betas to be a floating tensor [T], got {type(betas).__name__}: NoiseSchedule.from_betas "
-            "takes a sequence"
+        raise InvalidType(
+            caller, "betas", "to be a floating tensor [T]", f"{type(betas).__name__}: NoiseSchedule.from_betas takes a sequence"
         )
     check_strided(caller, "betas", betas)
     if betas.dim() != 1 or not 1 <= betas.numel() <= MAX_TIMESTEPS or not betas.is_floating_point() or betas.is_meta:
         got = f"{betas.dtype} {list(betas.shape)} on {betas.device}"
         wanted = f"a floating tensor of shape [T] with values, T in 1..{MAX_TIMESTEPS}"
-        raise ValueError(f"{caller}: expected betas to be {wanted}, got {got}")
+        raise InvalidValue(caller, "betas", f"to be {wanted}", got)
     betas = betas.detach().to("cpu", torch.float64, copy=True)
     outside = ~((betas > 0) & (betas <= 1))  # NaN included
     if outside.any():
         first = int(outside.nonzero()[0])
-        raise ValueError(f"{caller}: expected betas to be in (0, 1], got {betas[first]:.6g} at index {first}")
+        raise InvalidValue(caller, "betas", "to be in (0, 1]", f"{betas[first]:.6g} at index {first}")
     return betas
 
 

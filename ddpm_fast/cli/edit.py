@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..errors import InvalidValue, expect
 from ..limits import check_free_memory, check_free_space
 from .options import SAMPLING_DTYPE_HELP, Command, Finite, PathOption, model_options, refusing
 from .outputs import check_output, make_writable, save_result
@@ -120,8 +121,7 @@ def invert_command(sources: tuple[str, ...], steps: int, **options: Any) -> None
     from ..sampling import sample
 
     with refusing():
-        if options["guidance"] not in (None, 1):
-            raise ValueError(f"invert: expected guidance to be 1, as inversion has none, got {options['guidance']}")
+        expect(options["guidance"] in (None, 1), "invert", "guidance", "to be 1, as inversion has none", options["guidance"])
         edit = _Edit("invert", sources, options)
         loaded, labels = edit.loaded, edit.labels()
         # With a clip the two plans derive epsilon in different ways, and more steps return less exactly.
@@ -178,7 +178,7 @@ def inpaint_command(
     with refusing():
         if (mask is None) == (box is None):
             given = "neither" if mask is None else "both"
-            raise ValueError(f"inpaint: expected either --mask or --box to be given, got {given}")
+            raise InvalidValue("inpaint", "", "either --mask or --box to be given", given)
         edit = _Edit("inpaint", sources, options, inputs=() if mask is None else (mask,))
         loaded, labels = edit.loaded, edit.labels()
         painted = edit.box(box or "") if mask is None else edit.mask(mask)
@@ -230,7 +230,7 @@ class _Edit:
         self._check_sources(sources)
         for path in (*sources, *inputs):
             if self._out.exists() and os.path.exists(path) and self._out.samefile(path):
-                raise ValueError(f"{command}: expected out to be another file than those that are read, got {path!r}")
+                raise InvalidValue(command, "out", "to be another file than those that are read", repr(path))
         sample_seeds(options["seed"], 0)  # checks the seed
         self._dtype = None if options["dtype"] is None else getattr(torch, options["dtype"])
         device = computing_device(command, options["device"])
@@ -239,7 +239,7 @@ class _Edit:
         channels, size = config["in_channels"], config["sample_size"]
         if not isinstance(size, int) or channels not in (1, 3):
             got = f"sample_size {size} and in_channels {channels}"
-            raise ValueError(f"{command}: expected model to be one that draws grey or RGB squares, got {got}")
+            raise InvalidValue(command, "model", "to be one that draws grey or RGB squares", got)
         self._size, self._channels = size, channels
         self.learned = config["out_channels"] == 2 * channels
         self._datasets: dict[str, ImageDataset] = {}
@@ -253,7 +253,7 @@ class _Edit:
             name, _, number = source.partition(":")
             if not os.path.isfile(source) and (name not in DATASETS or _whole_number(number) < 0):
                 names = ", ".join(f"{name}:NUMBER" for name in DATASETS)
-                raise ValueError(f"{self._command}: expected IMAGE to be a file or one of {names}, got {source!r}")
+                raise InvalidValue(self._command, "IMAGE", f"to be a file or one of {names}", repr(source))
 
     def _read(self, source: str) -> Tensor:
         """Return the image of a file or of a data set, uint8 [C, H, W]."""
@@ -268,12 +268,11 @@ class _Edit:
             self._datasets[name] = load_dataset(name, split="test", image_size=self._size)
         dataset = self._datasets[name]
         index = _whole_number(number)
-        if index >= len(dataset):
-            raise ValueError(f"{self._command}: expected IMAGE to be {name}:0 to {name}:{len(dataset) - 1}, got {source!r}")
+        expect(index < len(dataset), self._command, "IMAGE", f"to be {name}:0 to {name}:{len(dataset) - 1}", repr(source))
         image = dataset[torch.tensor([index])][0][0]
         if image.shape[0] != self._channels:
             channels = f"{self._channels} channel{'s' * (self._channels > 1)}"
-            raise ValueError(f"{self._command}: expected IMAGE to have {channels}, as the model, got {source!r}")
+            raise InvalidValue(self._command, "IMAGE", f"to have {channels}, as the model", repr(source))
         return image
 
     def mask(self, path: str) -> Tensor:
@@ -282,7 +281,7 @@ class _Edit:
 
         mask = read_image(path, self._size, 1, caller=self._command, name="mask")[None]
         if int(mask.max()) < 128:  # such as a mask of zeros and ones
-            raise ValueError(f"{self._command}: expected mask to have white pixels, got values up to {int(mask.max())} of 255")
+            raise InvalidValue(self._command, "mask", "to have white pixels", f"values up to {int(mask.max())} of 255")
         return mask.float() / 255
 
     def box(self, box: str) -> Tensor:
@@ -292,8 +291,13 @@ class _Edit:
         size = self._size
         numbers = [_whole_number(part) for part in box.split(",")]
         x, y, width, height = numbers if len(numbers) == 4 else (-1, -1, 0, 0)
-        if min(x, y) < 0 or min(width, height) < 1 or x + width > size or y + height > size:
-            raise ValueError(f"{self._command}: expected box to be X,Y,W,H within {size}x{size} pixels, got {box!r}")
+        expect(
+            min(x, y) >= 0 and min(width, height) >= 1 and x + width <= size and y + height <= size,
+            self._command,
+            "box",
+            f"to be X,Y,W,H within {size}x{size} pixels",
+            repr(box),
+        )
         painted = torch.zeros(1, 1, size, size)
         painted[..., y : y + height, x : x + width] = 1
         return painted
@@ -308,10 +312,13 @@ class _Edit:
         classes, guidance = self._options["classes"], self._options["guidance"]
         count = 1 if pairs else len(self.images)
         labels = None if classes is None else labels_of_option(self._command, self.loaded, classes, count, each=True)
-        if guidance not in (None, 1) and labels is None:
-            raise ValueError(
-                f"{self._command}: expected guidance to be 1 or to go with --classes, got {guidance} and no labels"
-            )
+        expect(
+            guidance in (None, 1) or labels is not None,
+            self._command,
+            "guidance",
+            "to be 1 or to go with --classes",
+            f"{guidance} and no labels",
+        )
         return labels
 
     def make_ready(self, columns: int, num: int | None = None) -> None:

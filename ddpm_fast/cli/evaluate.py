@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..errors import InvalidValue, expect
 from .options import VARIANCES, PathOption, model_options, refusing
 from .outputs import check_output, make_writable, save_result
 
@@ -66,25 +67,26 @@ def evaluate_command(
         if json is not None:
             check_output("evaluate", "json", json)
             if json.exists() and json.stat().st_size and "bits_per_dim" not in json.read_text(errors="replace"):
-                raise ValueError(f"evaluate: expected json to be new or of an earlier evaluation, got {str(json)!r}")
+                raise InvalidValue("evaluate", "json", "to be new or of an earlier evaluation", repr(str(json)))
         dtype = dtype or "float32"
         loaded = load_folder(model or BUILTIN, computing_device("evaluate", device), getattr(torch, dtype))
         variance = variance or loaded.variance
         dataset = load_dataset(data, data_dir, split="test", image_size=loaded.model.config["sample_size"], first=num)
-        if num > len(dataset):
-            raise ValueError(f"evaluate: expected num to be at most {len(dataset)}, the test images of {data}, got {num}")
+        expect(num <= len(dataset), "evaluate", "num", f"to be at most {len(dataset)}, the test images of {data}", num)
         if dataset.shape[0] != loaded.model.config["in_channels"]:
             channels = loaded.model.config["in_channels"]
-            raise ValueError(
-                f"evaluate: expected data to have {channels} channels, as the model has, got {data!r} with {dataset.shape[0]}"
+            raise InvalidValue(
+                "evaluate", "data", f"to have {channels} channels, as the model has", f"{data!r} with {dataset.shape[0]}"
             )
         images, classes = dataset[torch.arange(num)]
         embeddings = loaded.model.config["num_class_embeds"]
         labelled = labels and embeddings is not None
         if labelled and classes.max() >= embeddings - 1:
-            raise ValueError(
-                f"evaluate: expected labels to be in 0..{embeddings - 2}, as the model has, got {int(classes.max())}; "
-                "--no-labels evaluates without"
+            raise InvalidValue(
+                "evaluate",
+                "labels",
+                f"to be in 0..{embeddings - 2}, as the model has",
+                f"{int(classes.max())}; --no-labels evaluates without",
             )
         if json is not None:
             make_writable("evaluate", "json", json.parent)

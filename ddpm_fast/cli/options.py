@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
+from ..errors import ArgumentError
 from .console import Refused
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -28,43 +29,31 @@ _ALIASES = {
 }
 
 
-def option_names() -> dict[str, str]:
-    """Return how the user writes each parameter of the present command, by the name that errors have for it."""
-    parameters = click.get_current_context().command.params
-    names = {
-        each.name: each.opts[0] if isinstance(each, click.Option) else each.name.upper() for each in parameters if each.name
-    }
-    return {alias: names[name] for alias, name in _ALIASES.items() if name in names} | names
-
-
 @contextmanager
 def refusing() -> Iterator[None]:
     """Turn errors into refusals that name the command's options, and write log lines above progress bars."""
     from tqdm.contrib.logging import logging_redirect_tqdm
 
+    parameters = click.get_current_context().command.params
+    names = {
+        each.name: each.opts[0] if isinstance(each, click.Option) else each.name.upper() for each in parameters if each.name
+    }
+    names = {alias: names[name] for alias, name in _ALIASES.items() if name in names} | names
     try:
         with logging_redirect_tqdm():
             yield
+    except ArgumentError as error:
+        name = error.name if error.file else names.get(error.name, error.name)  # a file has its own names
+        raise Refused(str(error.renamed(name=name))) from error
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        raise Refused(str(error)) from error
     except Exception as error:
-        options = option_names()
-        text = refusal(error, options)
-        if text is None:
+        import torch  # loaded long since
+
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError):
             raise
-        if not re.search(r", in '[^']*'$", text):  # an error in a file is about the file's own names
-            names = "|".join(options)
-            text = re.sub(rf"\bexpected ({names})(?= to |, )", lambda match: f"expected {options[match[1]]}", text)
-        raise Refused(text) from error
-
-
-def refusal(error: Exception, options: Mapping[str, str]) -> str | None:
-    """Return what to tell the user of an error, or None for a defect of the program."""
-    import torch
-
-    text = str(error)
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
-        hint = f"; a smaller {options['batch_size']} needs less" if "batch_size" in options else ""
-        return f"out of memory{hint}: {text.splitlines()[0] if text else 'no reason given'}"
-    return text if isinstance(error, ValueError | TypeError | ImportError | OSError) else None
+        hint = f"; a smaller {names['batch_size']} needs less" if "batch_size" in names else ""
+        raise Refused(f"out of memory{hint}: {str(error) or 'no reason given'}") from error
 
 
 def model_folder(ctx: click.Context, option: click.Parameter, value: Any) -> Any:

@@ -12,14 +12,14 @@ from pathlib import Path
 import click
 
 from ..atomic import remove_leftovers
+from ..errors import UnusablePath, expect
 from ..limits import check_free_memory, check_free_space, check_writable
 
 
 def check_output(command: str, name: str, path: Path) -> None:
     """Raise if no file can be written there, as far as that can be known without writing."""
     check_writable(command, name, path, path.parent)
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{command}: expected {name} to be a file, got {str(path)!r}, which is a folder or a device")
+    expect(not path.exists() or path.is_file(), command, name, "to be a file", f"{str(path)!r}, which is a folder or a device")
 
 
 def make_writable(command: str, name: str, folder: Path) -> None:
@@ -30,7 +30,7 @@ def make_writable(command: str, name: str, folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise OSError(f"{command}: expected {name} to be in a folder for files, got {str(folder)!r}: {error}") from error
+        raise UnusablePath(command, name, "to be in a folder for files", f"{str(folder)!r}: {error}") from error
 
 
 def save_result(save: Callable[[Path], object], path: Path, failures: list[str], endings: tuple[str, ...] = ()) -> None:

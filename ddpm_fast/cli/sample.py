@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..errors import InvalidValue, expect
 from ..limits import check_free_memory
 from .console import Refused, Stopped
 from .options import SAMPLING_DTYPE_HELP, PathOption, model_options, refusing
@@ -79,13 +80,10 @@ def sample_command(
     with refusing():
         rank, size, local_rank = ranks("sample", os.environ)
         if writes_each:
-            if gif is not None:
-                raise ValueError(f"sample: expected gif to go with --out as one picture, got {str(gif)!r} and {out!r}")
+            expect(gif is None, "sample", "gif", "to go with --out as one picture", f"{str(gif)!r} and {out!r}")
         else:
-            if size > 1:
-                raise ValueError(f"sample: expected out to be a folder (dir/), .npz or .zip with {size} processes, got {out!r}")
-            if not Path(out).suffix:
-                raise ValueError(f"sample: expected out to be a picture (.png), a folder (dir/), .npz or .zip, got {out!r}")
+            expect(size <= 1, "sample", "out", f"to be a folder (dir/), .npz or .zip with {size} processes", repr(out))
+            expect(Path(out).suffix, "sample", "out", "to be a picture (.png), a folder (dir/), .npz or .zip", repr(out))
             _check_paths(Path(out), gif)
         precision = None if dtype is None else getattr(torch, dtype)
         target = computing_device("sample", device)
@@ -164,7 +162,7 @@ def _check_paths(out: Path, gif: Path | None) -> None:
         image_format(gif, name="gif")
         same = out.exists() and gif.exists() and out.samefile(gif)
         if same or str(out.resolve()).casefold() == str(gif.resolve()).casefold():  # some file systems ignore case
-            raise ValueError(f"sample: expected gif to be another file than --out, got {str(gif)!r} and {str(out)!r}")
+            raise InvalidValue("sample", "gif", "to be another file than --out", f"{str(gif)!r} and {str(out)!r}")
 
 
 def _write_grid(
@@ -187,7 +185,7 @@ def _write_grid(
     size = config["sample_size"]
     height, width = size if isinstance(size, list | tuple) else (size, size)
     if height is None:
-        raise ValueError("sample: expected model to have a sample_size in its config.json, got null")
+        raise InvalidValue("sample", "model", "to have a sample_size in its config.json", "null")
     pixels, shape = max(height, width), (num, config["in_channels"], height, width)
     scale, gif_scale = max(1, 128 // pixels), max(1, 64 // pixels)
     check_pictures(shape, frames, out, scale, gif, gif_scale)
@@ -220,6 +218,11 @@ def _write_grid(
 def _labels(loaded: Pretrained, num: int, classes: str | None, guidance: float | None) -> list[int] | None:
     """Return a label for each image, or None. Raise if guidance needs labels and there are none."""
     labels = labels_of_option("sample", loaded, classes, num)
-    if guidance not in (None, 1) and labels is None:
-        raise ValueError(f"sample: expected guidance to be 1 or to go with classes, got {guidance} and no labels")
+    expect(
+        guidance in (None, 1) or labels is not None,
+        "sample",
+        "guidance",
+        "to be 1 or to go with classes",
+        f"{guidance} and no labels",
+    )
     return labels

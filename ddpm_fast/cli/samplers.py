@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
+from ..errors import InvalidValue, expect
 from .options import VARIANCES, Command, Finite
 
 if TYPE_CHECKING:
@@ -86,8 +87,13 @@ def plan_of_options(
     """Build the plan that the options ask for."""
     from ..plan import ddim_plan, ddpm_plan, dpm_solver_plan, heun_plan
 
-    if spacing == "karras" and sampler in ("ddpm", "ddim"):
-        raise ValueError(f"{command}: expected spacing to be leading, trailing or linspace with {sampler}, got karras")
+    expect(
+        spacing != "karras" or sampler not in ("ddpm", "ddim"),
+        command,
+        "spacing",
+        f"to be leading, trailing or linspace with {sampler}",
+        "karras",
+    )
     spacing = spacing or _SPACING[sampler]
     total = loaded.schedule.num_timesteps
     solves = sampler in ("dpm++2m", "dpm++2m-sde", "heun")
@@ -95,8 +101,7 @@ def plan_of_options(
     if solves:  # by the timesteps that `_LAMBDA_MIN` leaves
         total = int(((abar / (1 - abar)).log() / 2 >= _LAMBDA_MIN).sum())
     most = total - 1 if solves and spacing in ("linspace", "leading") else total
-    if steps is not None and steps > most:
-        raise ValueError(f"{command}: expected steps to be in 1..{most} with {sampler}, got {steps}")
+    expect(steps is None or steps <= most, command, "steps", f"to be in 1..{most} with {sampler}", steps)
     steps = steps or min(DEFAULT_STEPS[sampler], most)
     config = loaded.model.config
     learned = config["out_channels"] == 2 * config["in_channels"]
@@ -104,11 +109,17 @@ def plan_of_options(
         wanted = (
             "learned or learned_range, as the model predicts it" if learned else "fixed_small or fixed_large for this model"
         )
-        raise ValueError(f"{command}: expected variance to be {wanted}, got {variance}")
-    if variance is not None and sampler != "ddpm":
-        raise ValueError(f"{command}: expected variance to go with --sampler ddpm, got {variance} with {sampler}")
-    if eta is not None and sampler not in ("ddim", "dpm++2m-sde"):
-        raise ValueError(f"{command}: expected eta to go with --sampler ddim or dpm++2m-sde, got {eta} with {sampler}")
+        raise InvalidValue(command, "variance", f"to be {wanted}", variance)
+    expect(
+        variance is None or sampler == "ddpm", command, "variance", "to go with --sampler ddpm", f"{variance} with {sampler}"
+    )
+    expect(
+        eta is None or sampler in ("ddim", "dpm++2m-sde"),
+        command,
+        "eta",
+        "to go with --sampler ddim or dpm++2m-sde",
+        f"{eta} with {sampler}",
+    )
     common: dict[str, Any] = {"prediction": loaded.prediction, "clip": loaded.clip, "spacing": spacing}
     if sampler == "ddpm":
         return ddpm_plan(loaded.schedule, steps, variance=variance or loaded.variance, **common)
@@ -139,8 +150,7 @@ def labels_of_option(
     unlabelled = classes == "none" and "none" not in names  # a class may be called none
     if unlabelled or (classes is None and embeddings is None):
         return None
-    if embeddings is None:
-        raise ValueError(f"{command}: expected classes to be none, as the model has no classes, got {classes!r}")
+    expect(embeddings is not None, command, "classes", "to be none, as the model has no classes", repr(classes))
     count = embeddings - 1  # the last is "no label"
     chosen = list(range(count))
     if classes is not None:
@@ -148,8 +158,8 @@ def labels_of_option(
         numbered = [int(entry) if entry.isdecimal() and entry not in names else entry for entry in entries]
         chosen = cast("list[int]", labels_of(command, config, numbered))
         if max(chosen) >= count:
-            raise ValueError(f"{command}: expected classes to be in 0..{count - 1}, got {max(chosen)}")
+            raise InvalidValue(command, "classes", f"to be in 0..{count - 1}", max(chosen))
     if each and len(chosen) > num:
         wanted = "one class" if num == 1 else f"at most {num} classes"
-        raise ValueError(f"{command}: expected classes to be {wanted}, as there are no more images, got {classes!r}")
+        raise InvalidValue(command, "classes", f"to be {wanted}, as there are no more images", repr(classes))
     return [chosen[i % len(chosen)] for i in range(num)]

@@ -19,9 +19,10 @@ from ..checks import (
     check_map,
     check_number,
     check_type,
-    checked_device,
+    computing_device,
 )
 from ..dtypes import opmath
+from ..errors import InvalidValue, expect
 from ..inference import inference_network
 from ..models import Model, device_and_dtype, evaluation_mode, model_config, predict
 from ..plan import COLUMNS, VARIANCE_TYPES, Prediction, Variance, ddpm_plan
@@ -126,10 +127,9 @@ def variational_bound(
     caller = "variational_bound"
     check_model(caller, model)
     check_map(caller, "x_0", x_0)
-    if x_0.numel() == 0 or x_0.is_meta:
-        raise ValueError(f"{caller}: expected x_0 to have values, got shape {list(x_0.shape)} on {x_0.device}")
+    expect(x_0.numel() != 0 and (not x_0.is_meta), caller, "x_0", "to have values", f"shape {list(x_0.shape)} on {x_0.device}")
     if not x_0.abs().max() <= 1:  # NaN included
-        raise ValueError(f"{caller}: expected x_0 in [-1, 1], got values from {x_0.min():.4g} to {x_0.max():.4g}")
+        raise InvalidValue(caller, "x_0", "in [-1, 1]", f"values from {x_0.min():.4g} to {x_0.max():.4g}")
     check_type(caller, "schedule", schedule, NoiseSchedule)
     check_choice(caller, "prediction", prediction, get_args(Prediction))
     check_choice(caller, "variance", variance, VARIANCE_TYPES)
@@ -147,9 +147,7 @@ def variational_bound(
     weights = ddpm_plan(schedule, prediction=prediction, variance=variance, clip=clip).coefficients.flip(0)  # row t
 
     model_device, model_dtype = device_and_dtype(model)
-    device = model_device if device is None else checked_device(caller, device)
-    if device.type == "meta":
-        raise ValueError(f"{caller}: expected device to be one that computes, got meta")
+    device = computing_device(caller, model_device if device is None else device)
     dtype = model_dtype if dtype is None else dtype
     check_dtype(caller, "dtype", dtype)
     x_0 = x_0.detach().to(device, opmath(dtype))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_float
+from ..errors import InvalidValue, expect
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
@@ -25,12 +26,14 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
         check_float("frechet_distance", name, features)
         if features.is_meta or not features.isfinite().all():
             got = "a tensor on the meta device" if features.is_meta else "NaN or infinity"
-            raise ValueError(f"frechet_distance: expected {name} to have finite values, got {got}")
-    if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) <= a.shape[1]:
-        raise ValueError(
-            "frechet_distance: expected a and b to be features [N, D] and [M, D] with N and M above D, "
-            f"got {list(a.shape)} and {list(b.shape)}"
-        )
+            raise InvalidValue("frechet_distance", name, "to have finite values", got)
+    expect(
+        a.dim() == b.dim() == 2 and a.shape[1] == b.shape[1] < min(len(a), len(b)),
+        "frechet_distance",
+        "a and b",
+        "to be features [N, D] and [M, D] with N and M above D",
+        f"{list(a.shape)} and {list(b.shape)}",
+    )
     a, b = a.double(), b.double()
     cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
     # tr (cov_a cov_b)^(1/2) is the sum of the roots of the eigenvalues of the symmetric r cov_b r, r = cov_a^(1/2).

@@ -13,7 +13,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from ..checks import MAX_TIMESTEPS, check_dtype, check_int, check_range, check_strided, checked_device
+from ..checks import MAX_TIMESTEPS, check_dtype, check_int, check_range, check_strided, computing_device
+from ..errors import InvalidType, InvalidValue
 from ..models import Model, placed
 from ..nn.config import UNetConfig
 from ..nn.unet import UNet, centered, checked_timesteps
@@ -71,14 +72,12 @@ def freeze(
         ValueError: `num_timesteps` is out of range, or `device` is unknown.
     """
     if not isinstance(model, UNet):
-        raise TypeError(f"freeze: expected model to be a ddpm_fast.UNet (UNet.from_pretrained), got a {type(model).__name__}")
+        raise InvalidType("freeze", "model", "to be a ddpm_fast.UNet (UNet.from_pretrained)", f"a {type(model).__name__}")
     reason = why_not_frozen(model)
     if reason is not None:
-        raise TypeError(f"freeze: expected a UNet with its own layers, got one where {reason}")
+        raise InvalidType("freeze", "", "a UNet with its own layers", f"one where {reason}")
     weight = model.conv_in.weight
-    device = weight.device if device is None else torch.empty(0, device=checked_device("freeze", device)).device
-    if device.type == "meta":
-        raise ValueError("freeze: expected device to be one that computes, got meta")
+    device = torch.empty(0, device=computing_device("freeze", weight.device if device is None else device)).device
     check_dtype("freeze", "dtype", dtype, optional=True)
     dtype = default_dtype(weight.dtype, device) if dtype is None else dtype
     check_dtype("freeze", "dtype", dtype)  # the weights may have another
@@ -190,20 +189,19 @@ class FrozenUNet:
                     continue
                 check_strided("FrozenUNet", name, value)
                 if is_transformed_tensor(value):
-                    raise TypeError(
-                        f"FrozenUNet: expected {name} outside of torch.func transforms, got a tensor of one: "
-                        "call the UNet there"
+                    raise InvalidType(
+                        "FrozenUNet", name, "outside of torch.func transforms", "a tensor of one: call the UNet there"
                     )
         if isinstance(t, int) and not isinstance(t, bool) and not 0 <= t < self.num_timesteps:
-            raise ValueError(f"FrozenUNet: expected t in 0..{self.num_timesteps - 1}, got {t}")
+            raise InvalidValue("FrozenUNet", "t", f"in 0..{self.num_timesteps - 1}", t)
         t = checked_timesteps("FrozenUNet", self._constants.config, x, t, class_labels)
         if t.dtype not in _TIMESTEP_DTYPES:
-            raise TypeError(f"FrozenUNet: expected t to be integers, got {t.dtype}")
+            raise InvalidType("FrozenUNet", "t", "to be integers", t.dtype)
         t = t.to(torch.int64)
         if runs_eagerly(t):
             check_range("FrozenUNet", "t", t, self.num_timesteps)
         if x.device != self.device:
-            raise ValueError(f"FrozenUNet: expected x on {self.device}, got {x.device}: freeze the model for that device")
+            raise InvalidValue("FrozenUNet", "x", f"on {self.device}", f"{x.device}: freeze the model for that device")
         x = centered(self._constants.config, x.to(self.dtype)).contiguous(memory_format=torch.channels_last)
         with torch.autocast(x.device.type, enabled=False):  # every layer has its dtype
             parts = [tensor.split(self._images_at_once(x)) for tensor in (x, t, class_labels) if tensor is not None]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_choice, check_dtype, check_type
+from ..errors import InvalidType, InvalidValue
 from ..inference import FrozenUNet, freeze
 from ..models import Model
 from ..nn import UNet, UNetConfig
@@ -76,34 +77,38 @@ def accelerate(
 
     restore(pipe)
     if noise == "philox" and not {"batch_size", "generator"} <= inspect.signature(pipe.__call__).parameters.keys():
-        raise ValueError(
-            f'accelerate: expected the call of pipe to have batch_size and generator for noise="philox", '
-            f"got a {type(pipe).__name__} without"
+        raise InvalidValue(
+            "accelerate",
+            "",
+            'the call of pipe to have batch_size and generator for noise="philox"',
+            f"a {type(pipe).__name__} without",
         )
     unet, scheduler = pipe.unet, pipe.scheduler
     if own_class(unet) is not diffusers.UNet2DModel:
-        raise TypeError(
-            f"accelerate: expected pipe.unet to be a UNet2DModel, got {type(unet).__name__}; ddpm_fast.fuse takes any"
-        )
+        raise InvalidType("accelerate", "pipe.unet", "to be a UNet2DModel", f"{type(unet).__name__}; ddpm_fast.fuse takes any")
     if (reason := _why_not_ours(unet)) is not None:
-        raise ValueError(f"accelerate: expected pipe.unet to be one that ddpm_fast.UNet can stand for, got: {reason}")
+        raise InvalidValue("accelerate", "pipe.unet", "to be one that ddpm_fast.UNet can stand for", f"one where {reason}")
     if not freeze and dtype not in (None, unet.dtype):
-        raise ValueError(
-            f"accelerate: expected dtype to be None or the network's, {unet.dtype}, with freeze=False, which shares its "
-            f"weights, got {dtype}"
+        raise InvalidValue(
+            "accelerate",
+            "dtype",
+            f"to be None or the network's, {unet.dtype}, with freeze=False, which shares its weights",
+            dtype,
         )
     classes = {}
     for name in _SCHEDULERS:
         classes[getattr(diffusers, name)] = classes[getattr(ours, name)] = getattr(ours, name)
     if type(scheduler) not in classes:
-        raise TypeError(
-            f"accelerate: expected pipe.scheduler to be a {', a '.join(_SCHEDULERS[:-1])} or a {_SCHEDULERS[-1]}, "
-            f"got {type(scheduler).__name__}"
+        raise InvalidType(
+            "accelerate",
+            "pipe.scheduler",
+            f"to be a {', a '.join(_SCHEDULERS[:-1])} or a {_SCHEDULERS[-1]}",
+            type(scheduler).__name__,
         )
     try:
         faster = classes[type(scheduler)].from_config(scheduler.config)
     except (ValueError, NotImplementedError) as error:
-        raise ValueError(f"accelerate: expected pipe.scheduler to have a supported configuration, got: {error}") from error
+        raise InvalidValue("accelerate", "pipe.scheduler", "to have a supported configuration", error) from error
 
     network = unet.engine.unet if isinstance(unet, _View) else unet
     engine = _Engine(network, dtype, freeze, scheduler.config.num_train_timesteps)
@@ -144,7 +149,7 @@ def _check_pipeline(caller: str, pipe: Any) -> None:
     with needs_extra("diffusers"):
         import diffusers
     if not isinstance(pipe, (diffusers.DDPMPipeline, diffusers.DDIMPipeline)):
-        raise TypeError(f"{caller}: expected pipe to be a DDPMPipeline or a DDIMPipeline, got {type(pipe).__name__}")
+        raise InvalidType(caller, "pipe", "to be a DDPMPipeline or a DDIMPipeline", type(pipe).__name__)
 
 
 def _why_not_ours(unet: Any) -> str | None:
@@ -400,6 +405,6 @@ def _seeds(generator: Any, n: int) -> Tensor:
 
     if isinstance(generator, list):
         if len(generator) != n:
-            raise ValueError(f"the accelerated pipeline: expected generator to be a list of {n}, got {len(generator)}")
+            raise InvalidValue("the accelerated pipeline", "generator", f"to be a list of {n}", len(generator))
         return torch.tensor([drawn(each) for each in generator], dtype=torch.int64)
     return sample_seeds(drawn(generator), n)

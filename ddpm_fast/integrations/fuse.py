@@ -14,6 +14,7 @@ import torch.nn.functional as F
 import torch.nn.modules.module as torch_module
 from torch import Tensor, nn
 
+from ..errors import InvalidType
 from ..nn.layers import GroupNormSiLU
 from ..ops import group_norm_silu
 from .class_swap import Swapped, swap, unswap
@@ -130,7 +131,7 @@ def unfuse(model: nn.Module) -> None:
 def _check_model(caller: str, model: Any) -> None:
     if not isinstance(model, nn.Module):
         hint = ", whose network is pipe.unet" if isinstance(getattr(model, "unet", None), nn.Module) else ""
-        raise TypeError(f"{caller}: expected model to be an nn.Module, got {type(model).__name__}{hint}")
+        raise InvalidType(caller, "model", "to be an nn.Module", f"{type(model).__name__}{hint}")
 
 
 # --------------------------------------------------------------------------------------------------------- what is computed

@@ -29,12 +29,13 @@ from ..checks import (
     check_float,
     check_int,
     check_like,
-    check_noise_or_seeds,
+    check_one_of,
     check_range,
     check_type,
     checked_seeds,
 )
 from ..dtypes import opmath
+from ..errors import InvalidType, InvalidValue
 from ..evaluation.bound import prior_bits, reconstruction_bits, transition_bits
 from ..models import Model
 from ..ops import denoising_loss, q_sample, reverse_step
@@ -155,9 +156,8 @@ def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> 
         strides = (stride for stride in range(1, num_timesteps) if len(range(0, num_timesteps, stride)) == wanted)
         stride = next(strides, None)
         if stride is None:
-            raise ValueError(
-                f"{op}: expected ddimN with an N that an integer stride through {num_timesteps} timesteps gives, "
-                f"got {section_counts!r}"
+            raise InvalidValue(
+                op, "ddimN", f"with an N that an integer stride through {num_timesteps} timesteps gives", repr(section_counts)
             )
         return set(range(0, num_timesteps, stride))
     if isinstance(section_counts, str):
@@ -165,15 +165,15 @@ def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> 
     elif isinstance(section_counts, Sequence):
         counts = [_count(op, section_counts, count) for count in section_counts]
     else:
-        raise TypeError(f"{op}: expected section_counts to be a string or a sequence of ints, got {section_counts!r}")
+        raise InvalidType(op, "section_counts", "to be a string or a sequence of ints", repr(section_counts))
     if not counts:
-        raise ValueError(f"{op}: expected section_counts to have at least one count, got {section_counts!r}")
+        raise InvalidValue(op, "section_counts", "to have at least one count", repr(section_counts))
     timesteps: set[int] = set()
     start = 0
     for i, count in enumerate(counts):
         size = num_timesteps // len(counts) + (i < num_timesteps % len(counts))
         if size < count:
-            raise ValueError(f"{op}: expected counts of at most {size}, the size of section {i}, got {count}")
+            raise InvalidValue(op, "", f"counts of at most {size}, the size of section {i}", count)
         stride_ = (size - 1) / (count - 1) if count > 1 else 1.0
         # Added up rather than multiplied: the rounding decides some ties, and this is the published models' one.
         offsets = accumulate(repeat(stride_, count - 1), initial=0.0) if count else ()
@@ -188,9 +188,7 @@ def _count(op: str, section_counts: object, count: object) -> int:
     except (TypeError, ValueError):
         number = -1
     if number < 0:
-        raise ValueError(
-            f'{op}: expected section_counts to be "ddimN" or counts like "250" or "10,10,10", got {section_counts!r}'
-        )
+        raise InvalidValue(op, "section_counts", 'to be "ddimN" or counts like "250" or "10,10,10"', repr(section_counts))
     return int(number)
 
 
@@ -242,7 +240,7 @@ class GaussianDiffusion:
         ):
             if not isinstance(value, kind):
                 where = f"ddpm_fast.integrations.guided_diffusion.{kind.__name__}"
-                raise TypeError(f"{type(self).__name__}: expected {name} to be a {where}, got {value!r}")
+                raise InvalidType(type(self).__name__, name, f"to be a {where}", repr(value))
         self.model_mean_type, self.model_var_type, self.loss_type = model_mean_type, model_var_type, loss_type
         self.rescale_timesteps = rescale_timesteps
         self.schedule = schedule = NoiseSchedule.from_betas(torch.as_tensor(np.asarray(betas, dtype=np.float64)))
@@ -480,7 +478,7 @@ class GaussianDiffusion:
             "sample" (x_{t+1}) and "pred_xstart", each like x.
         """
         if eta != 0:
-            raise ValueError(f"ddim_reverse_sample: expected eta to be 0, as only that path can be walked back, got {eta}")
+            raise InvalidValue("ddim_reverse_sample", "eta", "to be 0, as only that path can be walked back", eta)
         return self._ddim("inversion", model, x, t, clip_denoised, denoised_fn, None, model_kwargs, 0.0, None)
 
     def _ddim(
@@ -620,19 +618,19 @@ class GaussianDiffusion:
         options: dict[str, Any],
     ) -> Iterator[dict[str, Tensor]]:
         if not isinstance(shape, (tuple, list)) or len(shape) < 2:
-            raise ValueError(f"{op}: expected shape to be a tuple or list (N, C, ...), got {shape!r}")
+            raise InvalidValue(op, "shape", "to be a tuple or list (N, C, ...)", repr(shape))
         if x_t is not None:
             check_float(op, "noise", x_t)
             if list(x_t.shape) != list(shape):
-                raise ValueError(f"{op}: expected noise of the given shape {list(shape)}, got {list(x_t.shape)}")
+                raise InvalidValue(op, "noise", f"of the given shape {list(shape)}", list(x_t.shape))
         if device is None:
             parameter = next(model.parameters(), None) if isinstance(model, torch.nn.Module) else None
             like = x_t if x_t is not None else parameter
             if like is None:
-                raise ValueError(f"{op}: expected device or noise to be given, as the model has no parameters, got neither")
+                raise InvalidValue(op, "device or noise", "to be given, as the model has no parameters", "neither")
             device = like.device
         if x_t is not None and x_t.device.type != torch.device(device).type:
-            raise ValueError(f"{op}: expected noise on {device}, got it on {x_t.device}")
+            raise InvalidValue(op, "noise", f"on {device}", f"it on {x_t.device}")
         if seeds is not None:
             seeds = checked_seeds(op, seeds, shape[0], torch.device(device))
             options["seeds"] = seeds
@@ -672,9 +670,11 @@ class GaussianDiffusion:
             ValueError: The model expects rescaled timesteps. A plan has integers only.
         """
         if self.rescale_timesteps and self.original_num_steps != 1000:
-            raise ValueError(
-                "sampling_plan: expected rescale_timesteps to be False or the model to be trained with 1000 timesteps, "
-                f"got True and {self.original_num_steps}"
+            raise InvalidValue(
+                "sampling_plan",
+                "rescale_timesteps",
+                "to be False or the model to be trained with 1000 timesteps",
+                f"True and {self.original_num_steps}",
             )
         sampler: _Kind = "ddpm" if eta is None else "ddim"
         return self._plan(sampler, _PREDICTIONS[self.model_mean_type], 1.0 if clip_denoised else None, eta=eta or 0.0)
@@ -707,7 +707,7 @@ class GaussianDiffusion:
         x_start, t = self._checked("training_losses", "x_start", x_start, t)
         if noise is None and seeds is None:
             noise = torch.randn_like(x_start)
-        check_noise_or_seeds("training_losses", noise, seeds)
+        check_one_of("training_losses", "noise", noise, "seeds", seeds)
         noise = None if noise is None else _wide(noise)
         x_t = self.q_sample(x_start, t, noise, seeds=seeds)
         if self.loss_type.is_vb():
@@ -819,7 +819,7 @@ class GaussianDiffusion:
         if not isinstance(output, Tensor) or list(output.shape) != shape:
             why = f", for model_var_type {self.model_var_type.name}"
             got = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
-            raise ValueError(f"{type(self).__name__}: expected the model to give a tensor of shape {shape}{why}, got {got}")
+            raise InvalidValue(type(self).__name__, "", f"the model to give a tensor of shape {shape}{why}", got)
         return output if x.dtype != torch.float64 and output.dtype in _HALF else output.to(opmath(x.dtype))
 
     def _plan(
@@ -878,7 +878,7 @@ class GaussianDiffusion:
         check_float(op, name, x, min_dim=2)
         if not isinstance(t, Tensor) or t.dtype != torch.int64 or t.shape != x.shape[:1]:
             got = f"{t.dtype} {list(t.shape)}" if isinstance(t, Tensor) else type(t).__name__
-            raise ValueError(f"{op}: expected t to be int64 [{x.shape[0]}], one a sample, got {got}")
+            raise InvalidValue(op, "t", f"to be int64 [{x.shape[0]}], one a sample", got)
         check_device(op, "t", t, name, x)
         check_range(op, "t", t, self.num_timesteps)
         return _wide(x), t
@@ -899,9 +899,11 @@ class SpacedDiffusion(GaussianDiffusion):
         self.use_timesteps = set(use_timesteps)
         timesteps = sorted(self.use_timesteps)
         if not timesteps or timesteps[0] < 0 or timesteps[-1] >= original.num_timesteps:
-            raise ValueError(
-                f"SpacedDiffusion: expected use_timesteps to be timesteps in 0..{original.num_timesteps - 1}, at least one, "
-                f"got {f'{timesteps[0]}..{timesteps[-1]}' if timesteps else 'none'}"
+            raise InvalidValue(
+                "SpacedDiffusion",
+                "use_timesteps",
+                f"to be timesteps in 0..{original.num_timesteps - 1}, at least one",
+                f"{timesteps[0]}..{timesteps[-1]}" if timesteps else "none",
             )
         abar = original.alpha_bars[timesteps]
         super().__init__(betas=1 - abar / torch.cat([torch.ones(1, dtype=abar.dtype), abar[:-1]]), **kwargs)

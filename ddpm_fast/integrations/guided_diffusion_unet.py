@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_dtype, check_int, check_number, check_type, checked_device
+from ..errors import InvalidValue
 from ..nn import UNet
 from ..nn.checkpoint import check_weights, load_tensors
 
@@ -113,7 +114,7 @@ def load_guided_diffusion(
         check_int(op, name, value, 1, 1 << 16)
     check_int(op, "num_head_channels", num_head_channels, -1, 1 << 16)
     if num_head_channels == 0:
-        raise ValueError(f"{op}: expected num_head_channels to be -1 or positive, got 0")
+        raise InvalidValue(op, "num_head_channels", "to be -1 or positive", "0")
     check_int(op, "num_heads_upsample", num_heads_upsample, -1, 1 << 16)
     for name, flag in (
         *(("learn_sigma", learn_sigma), ("class_cond", class_cond), ("use_scale_shift_norm", use_scale_shift_norm)),
@@ -125,7 +126,7 @@ def load_guided_diffusion(
     check_dtype(op, "dtype", dtype, optional=True)
     device = None if device is None else checked_device(op, device)
     if num_head_channels == -1 and num_heads_upsample not in (-1, num_heads):
-        raise ValueError(f"{op}: expected num_heads_upsample to be -1 or num_heads, {num_heads}, got {num_heads_upsample}")
+        raise InvalidValue(op, "num_heads_upsample", f"to be -1 or num_heads, {num_heads}", num_heads_upsample)
     widths = [int(num_channels * mult) for mult in _mults(channel_mult, image_size)]
     strides = _attended(attention_resolutions, image_size)
     attended = [2**level in strides for level in range(len(widths))]
@@ -209,9 +210,7 @@ def _queries_keys_values(weight: Tensor, heads: int, new_order: bool) -> list[Te
     """Return the rows of queries, keys and values in a joined projection, heads one after another."""
     channels = weight.shape[0] // 3
     if weight.shape[0] % (3 * heads):
-        raise ValueError(
-            f"load_guided_diffusion: expected heads to divide {channels} channels of an attention, got {heads} heads"
-        )
+        raise InvalidValue("load_guided_diffusion", "heads", f"to divide {channels} channels of an attention", f"{heads} heads")
     rows = weight.reshape(channels * 3, *weight.shape[1:2])
     if new_order:
         return list(rows.chunk(3))
@@ -223,9 +222,8 @@ def _mults(channel_mult: str | Sequence[float], image_size: int) -> tuple[float,
     if isinstance(channel_mult, str) and not channel_mult:
         if image_size not in _CHANNEL_MULT:
             sizes = ", ".join(map(str, sorted(_CHANNEL_MULT)))
-            raise ValueError(
-                "load_guided_diffusion: expected channel_mult to be given, or image_size to be one of "
-                f"{sizes}, got {image_size}"
+            raise InvalidValue(
+                "load_guided_diffusion", "channel_mult", f"to be given, or image_size to be one of {sizes}", image_size
             )
         return _CHANNEL_MULT[image_size]
     try:
@@ -235,9 +233,7 @@ def _mults(channel_mult: str | Sequence[float], image_size: int) -> tuple[float,
     except (TypeError, ValueError):
         mults = ()
     if not mults or min(mults) <= 0:
-        raise ValueError(
-            f'load_guided_diffusion: expected channel_mult to be positive numbers as "1,2,3,4", got {channel_mult!r}'
-        )
+        raise InvalidValue("load_guided_diffusion", "channel_mult", 'to be positive numbers as "1,2,3,4"', repr(channel_mult))
     return mults
 
 
@@ -248,8 +244,8 @@ def _attended(attention_resolutions: str, image_size: int) -> list[int]:
     except (AttributeError, TypeError, ValueError, RuntimeError):
         resolutions = [0]
     if min(resolutions) < 1:
-        raise ValueError(
-            f'load_guided_diffusion: expected attention_resolutions to be heights as "32,16,8", got {attention_resolutions!r}'
+        raise InvalidValue(
+            "load_guided_diffusion", "attention_resolutions", 'to be heights as "32,16,8"', repr(attention_resolutions)
         )
     return [image_size // resolution for resolution in resolutions]
 
@@ -259,13 +255,13 @@ def _read(path_or_state_dict: str | os.PathLike[str] | Mapping[str, Tensor]) -> 
     if isinstance(path_or_state_dict, str | os.PathLike):
         weights = load_tensors("load_guided_diffusion", path_or_state_dict)
     if not isinstance(weights, Mapping) or not weights or not all(isinstance(v, Tensor) for v in weights.values()):
-        raise ValueError(
-            f"load_guided_diffusion: expected path_or_state_dict to be or to hold tensors by name, got {type(weights).__name__}"
+        raise InvalidValue(
+            "load_guided_diffusion", "path_or_state_dict", "to be or to hold tensors by name", type(weights).__name__
         )
     return weights
 
 
 def _size(weights: Mapping[str, Tensor], name: str, dim: int) -> int:
     if name not in weights:
-        raise ValueError(f"load_guided_diffusion: expected weights of a UNetModel with the given flags, got none named {name}")
+        raise InvalidValue("load_guided_diffusion", "", "weights of a UNetModel with the given flags", f"none named {name}")
     return weights[name].shape[dim]

@@ -25,6 +25,7 @@ from ..checks import (
     checked_seeds,
 )
 from ..dtypes import opmath
+from ..errors import InvalidType, InvalidValue
 from ..inference import inference_network
 from ..models import Model, device_and_dtype, evaluation_mode, model_config
 from ..nn.checkpoint import check_weights, load_tensors
@@ -569,7 +570,7 @@ class GaussianDiffusion(nn.Module):
         check_float(where, "img", img, min_dim=4)
         if tuple(img.shape[1:]) != (self.channels, *self.image_size):
             wanted = ", ".join(str(size) for size in (self.channels, *self.image_size))
-            raise ValueError(f"{where}: expected img to have shape [N, {wanted}], got {list(img.shape)}")
+            raise InvalidValue(where, "img", f"to have shape [N, {wanted}]", list(img.shape))
         times = self.random_times(len(img)) if times is None else times
         return self.p_losses(self.normalize(img), times, noise, offset_noise_strength, loss_reduction, seeds=seeds)
 
@@ -578,7 +579,7 @@ class GaussianDiffusion(nn.Module):
     ) -> tuple[Tensor | None, Tensor | None]:
         """Return noise and seeds for the training ops: seeds if the kernels can draw all of the noise."""
         if noise is not None and seeds is not None:
-            raise ValueError(f"{where}: expected at most one of noise and seeds, got both")
+            raise InvalidValue(where, "", "at most one of noise and seeds", "both")
         if seeds is not None:
             seeds = checked_seeds(where, seeds, len(x_start), x_start.device)
             if offset_strength == 0 and not self.immiscible:
@@ -620,17 +621,13 @@ def load_checkpoint(
     check_path(where, "path", path)
     check_choice(where, "weights", weights, ("ema", "model"))
     if not isinstance(diffusion, GaussianDiffusion):
-        raise TypeError(
-            f"{where}: expected diffusion to be a GaussianDiffusion of this package, got {type(diffusion).__name__}"
-        )
+        raise InvalidType(where, "diffusion", "to be a GaussianDiffusion of this package", type(diffusion).__name__)
     checkpoint = load_tensors(where, path)
     content = checkpoint if isinstance(checkpoint, dict) else {}
     step, state = content.get("step"), content.get(weights)
     if not isinstance(step, int) or not isinstance(state, dict):
         got = f"one with {', '.join(map(str, content)) or 'no names'}"
-        raise ValueError(
-            f"{where}: expected {os.fspath(path)!r} to be a Trainer's checkpoint, with step, model and ema, got {got}"
-        )
+        raise InvalidValue(where, repr(os.fspath(path)), "to be a Trainer's checkpoint, with step, model and ema", got)
     if weights == "ema":
         prefix = "ema_model."
         state = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
@@ -653,9 +650,8 @@ def _evaluate(model: Model, x_t: Tensor, t: Tensor, x_self_cond: Tensor | None) 
     output: Any = model(x_t.to(dtype), t, None if x_self_cond is None else x_self_cond.to(dtype))
     tensor: Tensor = getattr(output, "sample", output)
     if tensor.shape != x_t.shape:
-        raise ValueError(
-            f"GaussianDiffusion: expected the model's output to have the shape of x_t, {list(x_t.shape)}, "
-            f"got {list(tensor.shape)}"
+        raise InvalidValue(
+            "GaussianDiffusion", "", f"the model's output to have the shape of x_t, {list(x_t.shape)}", list(tensor.shape)
         )
     return tensor
 
@@ -717,7 +713,7 @@ def _implicit(schedule: NoiseSchedule, num_steps: int, prediction: _Prediction, 
 def _checked_model(model: nn.Module) -> tuple[int, bool]:
     """Return the model's image channels, and whether it uses self-conditioning, or raise."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"GaussianDiffusion: expected model to be a torch.nn.Module, got {type(model).__name__}")
+        raise InvalidType("GaussianDiffusion", "model", "to be a torch.nn.Module", type(model).__name__)
     config = model_config(model)
     channels: Any = getattr(model, "channels", config.get("in_channels"))
     out_dim = getattr(model, "out_dim", config.get("out_channels"))
@@ -743,4 +739,4 @@ def _is_int(value: object) -> bool:
 
 def _check(holds: bool, wanted: str, got: object, where: str = "GaussianDiffusion") -> None:
     if not holds:
-        raise ValueError(f"{where}: expected {wanted}, got {got!r}")
+        raise InvalidValue(where, "", wanted, repr(got))

@@ -6,6 +6,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from ..atomic import read_json, write_json, write_tensors
 from ..checks import listed
 from ..dtypes import FLOATS
+from ..errors import InvalidValue, expect
 from .config import UNetConfig
 
 _CONFIG = "config.json"
@@ -72,9 +74,11 @@ def save_checkpoint(path: str | os.PathLike[str], config: UNetConfig, weights: M
     values = config.to_dict()
     if not new and (present := _read_config("save_pretrained", folder).to_dict()) != values:
         changed = ", ".join(key for key in {**values, **present} if present.get(key) != values.get(key))
-        raise ValueError(
-            f"save_pretrained: expected path to be free or to hold a network of the same configuration, "
-            f"got {os.fspath(path)!r} which differs in {changed}"
+        raise InvalidValue(
+            "save_pretrained",
+            "path",
+            "to be free or to hold a network of the same configuration",
+            f"{os.fspath(path)!r} which differs in {changed}",
         )
     write_tensors(folder / _WEIGHTS, weights, metadata={"format": "pt"})
     if new:
@@ -98,10 +102,10 @@ def load_safetensors(caller: str, path: Path) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = safetensors.torch.load_file(path)
     except OSError:
         raise
+    except RuntimeError as error:  # torch maps the file, and reports the system's errors so
+        raise OSError(f"{caller}: expected to open {str(path)!r}, got: {error}") from error
     except Exception as error:  # safetensors' own, or torch's about a dtype
-        if "unable to open file" in str(error):  # torch maps the file, and reports the system's error so
-            raise OSError(f"{caller}: expected to open {str(path)!r}, got: {error}") from error
-        raise ValueError(f"{caller}: expected {str(path)!r} to be a whole safetensors file, got: {error}") from error
+        raise InvalidValue(caller, repr(str(path)), "to be a whole safetensors file", error) from error
     return tensors
 
 
@@ -125,14 +129,19 @@ def load_tensors(caller: str, path: str | os.PathLike[str]) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # has many types, as the unpickler takes the bytes as they come
-        needed = re.search(r"GLOBAL (\S+)", str(error))
-        if needed is not None:
-            raise ValueError(
-                f"{caller}: expected {path!r} to hold tensors and plain values, got a {needed[1]}, which needs pickle, and "
-                "pickle may run any code: if you trust the file, load it by torch.load(weights_only=False) and save its tensors"
+        classes: list[str] = []
+        with suppress(Exception):  # the file may be damaged, or older than the zip format
+            classes = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        if classes:
+            raise InvalidValue(
+                caller,
+                repr(path),
+                "to hold tensors and plain values",
+                f"a {classes[0]}, which needs pickle, and pickle may run any code: if you trust the file, load it by "
+                "torch.load(weights_only=False) and save its tensors",
             ) from error
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        raise ValueError(f"{caller}: expected {path!r} to be a whole file of torch.save, got {reason}") from error
+        raise InvalidValue(caller, repr(path), "to be a whole file of torch.save", reason) from error
 
 
 def check_weights(
@@ -150,21 +159,17 @@ def check_weights(
     missing, unexpected = expected.keys() - weights.keys(), weights.keys() - expected.keys()
     for kind, names in (("missing", missing), ("unexpected", unexpected)):
         if names:
-            raise ValueError(
-                f"{caller}: expected the weights in {os.fspath(path)!r} to fit {owner}, got {kind} {listed(names)}"
-            )
+            raise InvalidValue(caller, "", f"the weights in {os.fspath(path)!r} to fit {owner}", f"{kind} {listed(names)}")
     for name, tensor in expected.items():
         weight: Any = weights[name]
         if not isinstance(weight, Tensor) or weight.layout is not torch.strided or weight.is_meta:
             got = f"a {weight.device.type} tensor of layout {weight.layout}" if isinstance(weight, Tensor) else repr(weight)
-            raise ValueError(f"{caller}: expected {name} to be a dense tensor, got {got} in {os.fspath(path)!r}")
+            raise InvalidValue(caller, name, "to be a dense tensor", got, os.fspath(path))
         if weight.shape != tensor.shape:
-            raise ValueError(
-                f"{caller}: expected {name} to have shape {list(tensor.shape)} (by {owner}), "
-                f"got {list(weight.shape)} in {os.fspath(path)!r}"
-            )
+            wanted = f"to have shape {list(tensor.shape)} (by {owner})"
+            raise InvalidValue(caller, name, wanted, list(weight.shape), os.fspath(path))
         if tensor.is_floating_point() and weight.dtype not in FLOATS:
-            raise ValueError(f"{caller}: expected {name} to be floating, got {weight.dtype} in {os.fspath(path)!r}")
+            raise InvalidValue(caller, name, "to be floating", weight.dtype, os.fspath(path))
 
 
 def check_finite(caller: str, path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> None:
@@ -178,8 +183,8 @@ def check_finite(caller: str, path: str | os.PathLike[str], tensors: Mapping[str
     finite = torch.stack([norm.isfinite() for norm in torch._foreach_norm(list(tensors.values()), math.inf)]).tolist()
     names = [f"{name} ({tensors[name].dtype})" for name, is_finite in zip(tensors, finite, strict=True) if not is_finite]
     if names:
-        raise ValueError(
-            f"{caller}: expected the tensors in {os.fspath(path)!r} to be finite, got NaN or infinity in {listed(names)}"
+        raise InvalidValue(
+            caller, "", f"the tensors in {os.fspath(path)!r} to be finite", f"NaN or infinity in {listed(names)}"
         )
 
 
@@ -190,8 +195,7 @@ def _read_config(caller: str, folder: Path) -> UNetConfig:
 
     def parse(values: dict[str, Any]) -> UNetConfig:
         name = values.get("_class_name", _CLASS_NAME)
-        if name != _CLASS_NAME:
-            raise ValueError(f"expected _class_name to be {_CLASS_NAME}, got {name!r}")
+        expect(name == _CLASS_NAME, "", "_class_name", f"to be {_CLASS_NAME}", repr(name))
         config = UNetConfig.from_dict(values)
         config.check_memory()
         return config
@@ -206,7 +210,7 @@ def _read_weights(folder: Path) -> tuple[dict[str, Tensor], Path]:
         weights = load_tensors("from_pretrained", file)
         if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
             got = f"names such as {listed(weights)}" if isinstance(weights, dict) else f"a {type(weights).__name__}"
-            raise ValueError(f"from_pretrained: expected {str(file)!r} to hold a dict of tensors by name, got {got}")
+            raise InvalidValue("from_pretrained", repr(str(file)), "to hold a dict of tensors by name", got)
     else:
         raise FileNotFoundError(
             f"from_pretrained: expected {_WEIGHTS} or {_LEGACY_WEIGHTS} in {os.fspath(folder)!r}, which has neither"
@@ -214,5 +218,5 @@ def _read_weights(folder: Path) -> tuple[dict[str, Tensor], Path]:
     named = {_LEGACY_PATTERN.sub(lambda m: m[1] + _LEGACY_NAMES[m[2]], name): tensor for name, tensor in weights.items()}
     if len(named) < len(weights):
         twice = "one under its names before and after diffusers 0.12"
-        raise ValueError(f"from_pretrained: expected {str(file)!r} to hold each tensor once, got {twice}")
+        raise InvalidValue("from_pretrained", repr(str(file)), "to hold each tensor once", twice)
     return named, file

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..checks import check_int, check_number, check_type
+from ..errors import InvalidValue
 from ..limits import check_free_memory
 
 CIFAR10_32: dict[str, Any] = {
@@ -105,7 +106,7 @@ class UNetConfig:
         values = {key: value for key, value in values.items() if not key.startswith("_")}
         for key in values:
             if key not in known:
-                raise ValueError(f"UNet: unknown configuration key {key!r}; expected one of {', '.join(known)}")
+                raise InvalidValue("UNet", "", f"keys among {', '.join(known)}", repr(key))
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -228,11 +229,9 @@ class UNetConfig:
         """
         multiple = 2 ** (len(self.block_out_channels) - 1)
         if len(shape) != 4 or shape[1] != self.in_channels:
-            raise ValueError(f"{caller}: expected {name} to be [N, {self.in_channels}, H, W], got {tuple(shape)}")
+            raise InvalidValue(caller, name, f"to be [N, {self.in_channels}, H, W]", tuple(shape))
         if shape[2] % multiple or shape[3] % multiple:
-            raise ValueError(
-                f"{caller}: expected {name} to have H and W that are multiples of {multiple}, got {shape[2]}x{shape[3]}"
-            )
+            raise InvalidValue(caller, name, f"to have H and W that are multiples of {multiple}", f"{shape[2]}x{shape[3]}")
 
     def head_dim(self, channels: int) -> int | None:
         """Return the channels per head of an attention layer of this width, or None for a single head."""
@@ -241,4 +240,4 @@ class UNetConfig:
 
 def _expect(config: UNetConfig, key: str, holds: bool, wanted: str) -> None:
     if not holds:
-        raise ValueError(f"UNet: expected {key} to be {wanted}, got {getattr(config, key)!r}")
+        raise InvalidValue("UNet", key, f"to be {wanted}", repr(getattr(config, key)))

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import InvalidValue
 from ..ops.conv3x3 import conv3x3
 
 Layer = TypeVar("Layer", bound=nn.Module)
@@ -54,7 +55,7 @@ def is_untouched(layer: nn.Module, kind: type[Layer]) -> TypeGuard[Layer]:
 def doubled(x: Tensor) -> Tensor:
     """Upsample by 2 (nearest): [N, C, H, W] -> [N, C, 2 H, 2 W]."""
     if x.dim() != 4:  # PyTorch would double only the width of [C, H, W]
-        raise ValueError(f"upsampling: expected x to be [N, C, H, W], got shape {tuple(x.shape)}")
+        raise InvalidValue("upsampling", "x", "to be [N, C, H, W]", f"shape {tuple(x.shape)}")
     return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 

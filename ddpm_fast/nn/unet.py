@@ -22,6 +22,7 @@ from ..checks import (
     checked_device,
     checked_seeds,
 )
+from ..errors import InvalidType, InvalidValue
 from ..ops.fused_op import runs_eagerly
 from ..reference import STREAM_DROPOUT
 from .checkpoint import check_finite, check_weights, load_checkpoint, save_checkpoint
@@ -243,35 +244,35 @@ def checked_timesteps(caller: str, config: UNetConfig, x: Tensor, t: Tensor | in
     n = x.shape[0]
     if config.num_class_embeds is None and class_labels is not None:
         got = type(class_labels).__name__
-        raise ValueError(f"{caller}: expected class_labels to be None (num_class_embeds is None), got a {got}")
+        raise InvalidValue(caller, "class_labels", "to be None (num_class_embeds is None)", f"a {got}")
     if config.num_class_embeds is not None:
         if class_labels is None:
-            raise ValueError(
-                f"{caller}: expected class_labels to be int64 [N] (num_class_embeds is {config.num_class_embeds}), got None"
+            raise InvalidValue(
+                caller, "class_labels", f"to be int64 [N] (num_class_embeds is {config.num_class_embeds})", "None"
             )
         if not isinstance(class_labels, Tensor):
-            raise TypeError(f"{caller}: expected class_labels to be int64 [{n}], got {type(class_labels).__name__}")
+            raise InvalidType(caller, "class_labels", f"to be int64 [{n}]", type(class_labels).__name__)
         check_strided(caller, "class_labels", class_labels)
         if class_labels.dim() != 1 or class_labels.shape[0] != n or class_labels.dtype != torch.int64:
-            raise ValueError(
-                f"{caller}: expected class_labels to be int64 [{n}], got {class_labels.dtype} {tuple(class_labels.shape)}"
+            raise InvalidValue(
+                caller, "class_labels", f"to be int64 [{n}]", f"{class_labels.dtype} {tuple(class_labels.shape)}"
             )
         check_device(caller, "class_labels", class_labels, "x", x)
         if runs_eagerly(class_labels):  # torch.compile and the like cannot ask for a value
             check_range(caller, "class_labels", class_labels, config.num_class_embeds)
     if not isinstance(t, Tensor):
         if not isinstance(t, Number) or isinstance(t, (bool, complex)):
-            raise TypeError(f"{caller}: expected t to be an int or a tensor, got {type(t).__name__}")
+            raise InvalidType(caller, "t", "to be an int or a tensor", type(t).__name__)
         if not 0 <= t < 1 << 53:  # NaN fails too
-            raise ValueError(f"{caller}: expected t to be at least 0 and finite, got {t}")
+            raise InvalidValue(caller, "t", "to be at least 0 and finite", t)
         return torch.full((n,), t, device=x.device)
     check_strided(caller, "t", t)
     if t.dtype == torch.bool or t.is_complex():
-        raise TypeError(f"{caller}: expected t to be numbers, got {t.dtype}")
+        raise InvalidType(caller, "t", "to be numbers", t.dtype)
     if t.dim() > 1 or (t.dim() == 1 and t.shape[0] != n):  # the compiler compares symbolic sizes, not tuples of them
-        raise ValueError(f"{caller}: expected t to be an int or of shape [] or [{n}], got {tuple(t.shape)}")
+        raise InvalidValue(caller, "t", f"to be an int or of shape [] or [{n}]", tuple(t.shape))
     if t.is_meta and not x.is_meta:
-        raise ValueError(f"{caller}: expected t to have values, got a tensor on the meta device")
+        raise InvalidValue(caller, "t", "to have values", "a tensor on the meta device")
     return t.to(x.device).expand(n)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import reference
 from ..checks import check_float, check_int, check_number
+from ..errors import InvalidValue
 from .autocast import autocast, in_autocast
 from .backend import why_not_matrix_kernels
 from .conv3x3 import is_trained_natively, step_of
@@ -50,7 +51,7 @@ def attention(qkv: Tensor, num_heads: int, *, scale: float | None = None, backen
     check_int(op, "num_heads", num_heads, 1)
     if qkv.dim() != 3 or qkv.shape[2] % (3 * num_heads):
         check_int(op, "num_heads", num_heads, 1, (1 << 31) - 1)
-        raise ValueError(f"{op}: expected qkv to be [N, L, 3 C] with C a multiple of {num_heads} heads, got {list(qkv.shape)}")
+        raise InvalidValue(op, "qkv", f"to be [N, L, 3 C] with C a multiple of {num_heads} heads", list(qkv.shape))
     if scale is None:
         scale = float(max(qkv.shape[2] // (3 * num_heads), 1) ** -0.5)
     check_number(op, "scale", scale, finite=True)

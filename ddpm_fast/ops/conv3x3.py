@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import reference
 from ..checks import check_choice, check_device, check_float, check_like, check_map, check_number, check_type
 from ..dtypes import opmath
+from ..errors import InvalidType, InvalidValue
 from .autocast import autocast
 from .backend import MATRIX_DTYPES, has_fast_bfloat16, native, why_not_matrix_kernels
 from .fused_op import FusedOp, gradients_of, is_transformed, runs_eagerly
@@ -84,19 +85,19 @@ def conv3x3(
         channels += skip.shape[1]
     _check_small("weight", weight, x)
     if weight.dim() != 4 or tuple(weight.shape[1:]) != (channels, 3, 3):
-        raise ValueError(f"{op}: expected weight to have shape [out, {channels}, 3, 3], got {list(weight.shape)}")
+        raise InvalidValue(op, "weight", f"to have shape [out, {channels}, 3, 3]", list(weight.shape))
     out_channels = weight.shape[0]
     if bias is not None:
         _check_small("bias", bias, x)
         if tuple(bias.shape) != (out_channels,):
-            raise ValueError(f"{op}: expected bias to have shape [{out_channels}], got {list(bias.shape)}")
+            raise InvalidValue(op, "bias", f"to have shape [{out_channels}]", list(bias.shape))
     if affine is not None:
         wide = opmath(x.dtype)
         check_like(op, "affine", affine, "the statistics", x.new_empty(0, dtype=wide), (n, 3, channels))
     check_choice(op, "activation", activation, ("silu", None))
     check_number(op, "divisor", divisor, finite=True)
     if divisor == 0:
-        raise ValueError(f"{op}: expected divisor to be another number than 0, got {divisor}")
+        raise InvalidValue(op, "divisor", "to be another number than 0", divisor)
     check_type(op, "upsample", upsample, bool)
     if residual is not None:
         scale = 2 if upsample else 1
@@ -109,7 +110,7 @@ def conv3x3(
 def _check_small(name: str, value: Tensor, x: Tensor) -> None:
     check_float("conv3x3", name, value)
     if value.dtype not in (x.dtype, torch.float32):
-        raise TypeError(f"conv3x3: expected {name} to be float32 or of x's dtype, {x.dtype}, got {value.dtype}")
+        raise InvalidType("conv3x3", name, f"to be float32 or of x's dtype, {x.dtype}", value.dtype)
     check_device("conv3x3", name, value, "x", x)
 
 

@@ -14,13 +14,14 @@ from ..checks import (
     check_float,
     check_like,
     check_memory,
-    check_noise_or_seeds,
+    check_one_of,
     check_range,
     check_type,
     checked_seeds,
     index_tensor,
 )
 from ..dtypes import opmath
+from ..errors import InvalidValue
 from ..schedule import NoiseSchedule
 from .fused_op import FusedOp, gradients_of
 
@@ -73,7 +74,7 @@ def denoising_loss(
     check_float(op, "model_output", model_output)
     model_output = model_output.to(x_0.dtype)
     check_like(op, "model_output", model_output, "x_0", x_0)
-    check_noise_or_seeds(op, noise, seeds)
+    check_one_of(op, "noise", noise, "seeds", seeds)
     check_type(op, "schedule", schedule, NoiseSchedule)
     check_choice(op, "prediction", prediction, reference.PREDICTIONS)
     check_choice(op, "reduction", reduction, ("mean", "sum", "none"))
@@ -83,7 +84,7 @@ def denoising_loss(
         check_device(op, "weight", weight, "x_0", x_0)
         check_memory(op, "weight", weight)
         if weight.shape != (n,):
-            raise ValueError(f"{op}: expected weight to have shape [{n}], one a sample, got {list(weight.shape)}")
+            raise InvalidValue(op, "weight", f"to have shape [{n}], one a sample", list(weight.shape))
     t = index_tensor(op, "t", t, schedule.num_timesteps, n, x_0.device)
     if noise is not None:
         check_like(op, "noise", noise, "x_0", x_0)

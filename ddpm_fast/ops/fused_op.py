@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..checks import check_apart, check_choice, check_memory, check_strided
 from ..dtypes import FLOATS
+from ..errors import InvalidType, InvalidValue
 from .backend import BACKENDS, KERNELS, BackendUnavailable, warn_without_cuda, why_not_native, why_not_triton
 
 Outputs = tuple[Tensor | None, ...]
@@ -150,8 +151,7 @@ class FusedOp:
             return self._by_reference(arguments, out)
         for each in () if compiling else out:
             if each.is_neg():
-                wanted = "a tensor without lazy negation, got one: pass out.resolve_neg()"
-                raise ValueError(f"{self.name}: expected out to be {wanted}")
+                raise InvalidValue(self.name, "out", "to be a tensor without lazy negation", "one: pass out.resolve_neg()")
         if compiling or transformed or is_traced():
             return self._by_dispatcher(arguments, backend, out)
         records, needs_grad = torch.is_grad_enabled(), False
@@ -217,8 +217,8 @@ class FusedOp:
         elif backend == "triton":
             reason = why_not_triton(device, dtype) if self._has_triton else "there is no Triton kernel"
         else:
-            kind = ValueError if isinstance(backend, str) else TypeError
-            raise kind(f"{self.name}: expected backend to be one of {', '.join(BACKENDS)} or None, got {backend!r}")
+            kind = InvalidValue if isinstance(backend, str) else InvalidType
+            raise kind(self.name, "backend", f"to be one of {', '.join(BACKENDS)} or None", repr(backend))
         if reason is None and arguments and backend in self._unfit:
             reason = self._unfit[backend](self.Arguments(*arguments, backend))
         return reason

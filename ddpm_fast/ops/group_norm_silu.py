@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import reference
 from ..checks import check_choice, check_device, check_float, check_int, check_number
 from ..dtypes import opmath
+from ..errors import InvalidType, InvalidValue
 from .fused_op import FusedOp, gradients_of
 
 _TRITON_MAX_CHANNELS_PER_GROUP = 4096  # a tile of its kernels holds whole groups
@@ -86,10 +87,10 @@ def check_norm(
     channels += more_channels
     check_int(op, "num_groups", num_groups, 1)
     if channels % num_groups:
-        raise ValueError(f"{op}: expected num_groups to divide the {channels} channels of x, got {num_groups}")
+        raise InvalidValue(op, "num_groups", f"to divide the {channels} channels of x", num_groups)
     check_number(op, "eps", eps, above=0, finite=True)
     if scale_shift is not None and not (isinstance(scale_shift, (tuple, list)) and len(scale_shift) == 2):
-        raise TypeError(f"{op}: expected scale_shift to be a pair of tensors, got {type(scale_shift).__name__}")
+        raise InvalidType(op, "scale_shift", "to be a pair of tensors", type(scale_shift).__name__)
     scale, shift_2 = (None, None) if scale_shift is None else scale_shift
     _check_modulation(op, "weight", weight, (channels,), x)
     _check_modulation(op, "bias", bias, (channels,), x)
@@ -104,9 +105,9 @@ def _check_modulation(op: str, name: str, value: Tensor | None, shape: tuple[int
         return
     check_float(op, name, value)
     if tuple(value.shape) != shape:
-        raise ValueError(f"{op}: expected {name} to have shape {list(shape)}, got {list(value.shape)}")
+        raise InvalidValue(op, name, f"to have shape {list(shape)}", list(value.shape))
     if value.dtype not in (x.dtype, torch.float32):
-        raise TypeError(f"{op}: expected {name} to be float32 or of x's dtype, {x.dtype}, got {value.dtype}")
+        raise InvalidType(op, name, f"to be float32 or of x's dtype, {x.dtype}", value.dtype)
     check_device(op, name, value, "x", x)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import reference
 from ..checks import check_dtype, check_int, check_ints, checked_device, checked_seeds
+from ..errors import InvalidType, InvalidValue
 from .fused_op import FusedOp
 
 
@@ -36,7 +37,7 @@ def sample_seeds(seed: int, n: int, start: int = 0) -> Tensor:
     check_int("sample_seeds", "n", n, 0, 1 << 32)
     check_int("sample_seeds", "start", start, 0, 1 << 32)
     if start + n > 1 << 32:
-        raise ValueError(f"sample_seeds: expected start + n to be at most 2^32, got {start + n}")
+        raise InvalidValue("sample_seeds", "start + n", "to be at most 2^32", start + n)
     return reference.sample_seeds(seed, n, start)
 
 
@@ -103,15 +104,17 @@ def _noise(
     check_ints(caller, "shape", shape, 0, "a sequence of ints")
     shape = tuple(shape)
     if not math.prod(shape[1:]) <= 1 << 34:
-        raise ValueError(f"{caller}: expected shape to have at most 2^34 elements a sample, got {math.prod(shape[1:])}")
+        raise InvalidValue(caller, "shape", "to have at most 2^34 elements a sample", math.prod(shape[1:]))
     check_dtype(caller, "dtype", dtype)
     check_int(caller, "stream", stream, 0, (1 << 32) - 1)
     channels_last = memory_format is torch.channels_last
     if not (memory_format is torch.contiguous_format or (channels_last and len(shape) == 4)):
-        kind = ValueError if isinstance(memory_format, torch.memory_format) else TypeError
+        kind = InvalidValue if isinstance(memory_format, torch.memory_format) else InvalidType
         raise kind(
-            f"{caller}: expected memory_format to be torch.contiguous_format or, for [N, C, H, W], torch.channels_last, "
-            f"got {memory_format!r} with shape {list(shape)}"
+            caller,
+            "memory_format",
+            "to be torch.contiguous_format or, for [N, C, H, W], torch.channels_last",
+            f"{memory_format!r} with shape {list(shape)}",
         )
     device = checked_device(caller, device) if device is not None else getattr(seeds, "device", torch.device("cpu"))
     seeds = checked_seeds(caller, seeds, shape[0], device)

@@ -12,13 +12,14 @@ from ..checks import (
     check_dtype,
     check_float,
     check_like,
-    check_noise_or_seeds,
+    check_one_of,
     check_range,
     check_strided,
     check_type,
     checked_seeds,
     index_tensor,
 )
+from ..errors import InvalidType
 from ..schedule import NoiseSchedule
 from .fused_op import FusedOp, dtype_code
 
@@ -61,7 +62,7 @@ def q_sample(
         BackendUnavailable: The named backend cannot run.
     """
     dtype = _checked_dtype(x_0, dtype)
-    check_noise_or_seeds("q_sample", noise, seeds)
+    check_one_of("q_sample", "noise", noise, "seeds", seeds)
     check_type("q_sample", "schedule", schedule, NoiseSchedule)
     t = index_tensor("q_sample", "t", t, schedule.num_timesteps, x_0.shape[0], x_0.device)
     if noise is not None:
@@ -81,7 +82,7 @@ def _checked_dtype(x_0: Tensor, dtype: torch.dtype | None) -> torch.dtype:
         return dtype or torch.float32
     check_float("q_sample", "x_0", x_0)
     if dtype is not None and dtype is not x_0.dtype:
-        raise TypeError(f"q_sample: expected dtype to be that of x_0, {x_0.dtype}, or None, as x_0 is not uint8, got {dtype}")
+        raise InvalidType("q_sample", "dtype", f"to be that of x_0, {x_0.dtype}, or None, as x_0 is not uint8", dtype)
     return x_0.dtype
 
 

@@ -21,6 +21,7 @@ from ..checks import (
     checked_seeds,
 )
 from ..dtypes import opmath
+from ..errors import InvalidType, InvalidValue
 from ..plan import COLUMNS, SamplingPlan
 from .fused_op import FusedOp, is_dense
 
@@ -94,19 +95,19 @@ def reverse_step(
         if step.layout is not torch.strided:
             check_strided(op, "step", step)
         if step.dtype != torch.int64:
-            raise TypeError(f"{op}: expected step to be an int or an int64 tensor, got {step.dtype}")
+            raise InvalidType(op, "step", "to be an int or an int64 tensor", step.dtype)
         if not (step.numel() == 1 or (not step.is_nested and step.shape == (n,))):
             check_strided(op, "step", step)
-            raise ValueError(f"{op}: expected step to be an int or to have 1 or {n} elements, got shape {list(step.shape)}")
+            raise InvalidValue(op, "step", f"to be an int or to have 1 or {n} elements", f"shape {list(step.shape)}")
         check_device(op, "step", step, "x_t", x_t)
         steps = step.reshape(-1)
     else:
         check_int(op, "step", step, 0, plan.num_steps - 1)
         steps = plan.steps(x_t.device)[step : step + 1]
     if noise is not None and seeds is not None:
-        raise ValueError(f"{op}: expected at most one of noise and seeds, got both")
+        raise InvalidValue(op, "", "at most one of noise and seeds", "both")
     if noise is None and seeds is None and plan.is_random:
-        raise ValueError(f"{op}: expected noise or seeds, since the plan's steps draw noise (sigma > 0), got neither")
+        raise InvalidValue(op, "", "noise or seeds, since the plan's steps draw noise (sigma > 0)", "neither")
     if noise is not None:
         check_like(op, "noise", noise, "x_t", x_t)
     if seeds is not None:
@@ -114,7 +115,7 @@ def reverse_step(
     if x_0_prev is not None:
         check_like(op, "x_0_prev", x_0_prev, "x_t", x_t)
     elif plan.needs_x_0_prev:
-        raise ValueError(f"{op}: expected x_0_prev, which the plan weighs by k3, got None")
+        raise InvalidValue(op, "x_0_prev", "to be given, as the plan weighs it by k3", "None")
     table = plan.table(x_t.device)
     variance = reference.VARIANCES.index(plan.variance)
     outs = () if out is None else _checked_out(out, x_t, (model_output, noise, x_0_prev), return_x_0)
@@ -134,15 +135,15 @@ def _checked_out(
     outs = out if isinstance(out, tuple) else (out,)
     if isinstance(out, tuple) and not (return_x_0 and len(outs) == 2):
         wanted = "a pair (x_{t-1}, x_0^)" if return_x_0 else "a tensor, without return_x_0"
-        raise ValueError(f"{op}: expected out to be {wanted}, got a tuple of {len(outs)}")
+        raise InvalidValue(op, "out", f"to be {wanted}", f"a tuple of {len(outs)}")
     for each in outs:
         check_like(op, "out", each, "x_t", x_t)
         if each.stride() != x_t.stride() or not is_dense(each):
-            raise ValueError(f"{op}: expected out to be dense, with the strides of x_t, {x_t.stride()}, got {each.stride()}")
+            raise InvalidValue(op, "out", f"to be dense, with the strides of x_t, {x_t.stride()}", each.stride())
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x_t, *others, *outs)):
-        raise ValueError(f"{op}: expected no gradients with out= (call under torch.no_grad()), got an input that requires one")
+        raise InvalidValue(op, "", "no gradients with out= (call under torch.no_grad())", "an input that requires one")
     if len(outs) == 2 and outs[0] is outs[1]:
-        raise ValueError(f"{op}: expected out to be two tensors, got one twice")
+        raise InvalidValue(op, "out", "to be two tensors", "one twice")
     if len(outs) == 2 and x_t.numel() and not torch.compiler.is_compiling():
         check_apart(op, outs[1], {"the destination of x_{t-1}": outs[0]}, may_be_same=False)
     return outs
@@ -158,16 +159,15 @@ def _check_model_output(x_t: Tensor, model_output: Tensor, plan: SamplingPlan, g
         why += " (two halves, for guidance)"
     if plan.variance != "fixed":
         if x_t.dim() < 2:
-            raise ValueError(f"{op}: expected x_t of shape [N, C, ...] with learned variance, got {shape}")
+            raise InvalidValue(op, "x_t", "of shape [N, C, ...] with learned variance", shape)
         shape[1] *= 2
         why += " (twice the channels, for learned variance)"
     if list(model_output.shape) != shape:
-        raise ValueError(f"{op}: expected model_output to have shape {shape}{why}, got {list(model_output.shape)}")
+        raise InvalidValue(op, "model_output", f"to have shape {shape}{why}", list(model_output.shape))
     half = (torch.float16, torch.bfloat16)
     if model_output.dtype != x_t.dtype and not (x_t.dtype == torch.float32 and model_output.dtype in half):
-        raise TypeError(
-            f"{op}: expected model_output to have the dtype of x_t, {x_t.dtype}, or half precision beside float32, "
-            f"got {model_output.dtype}"
+        raise InvalidType(
+            op, "model_output", f"to have the dtype of x_t, {x_t.dtype}, or half precision beside float32", model_output.dtype
         )
     check_device(op, "model_output", model_output, "x_t", x_t)
 

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 
 from ..checks import check_choice, check_number, check_type
+from ..errors import InvalidValue, expect
 from ..schedule import NoiseSchedule
 from .posterior_path import PosteriorPath
 from .rows import epsilon_weights, plan_from_columns, x_0_weights
@@ -68,9 +69,11 @@ def ddim_plan(
     if bool((sigma.square() > 1 - path.abar_prev).any()):
         noisy = path.beta_tilde > 0
         largest = float(((1 - path.abar_prev) / path.beta_tilde)[noisy].min().sqrt())
-        raise ValueError(
-            f"ddim_plan: expected eta to be at most {math.floor(largest * 1e4) / 1e4}, which leaves sigma_t^2 at most "
-            f"1 - abar_prev at every step, got {eta}"
+        raise InvalidValue(
+            "ddim_plan",
+            "eta",
+            f"to be at most {math.floor(largest * 1e4) / 1e4}, which leaves sigma_t^2 at most 1 - abar_prev at every step",
+            eta,
         )
     # Without a clip both epsilons are equal. The model's own needs no division by sqrt(1 - abar).
     rederive = use_clipped_model_output and clip is not None
@@ -126,14 +129,17 @@ def ddim_inversion_plan(
     check_type(caller, "learned_variance", learned_variance, bool)
     check_number(caller, "initial_alpha_bar", initial_alpha_bar, above=0, high=1)
     if told == "arrival" and (prediction == "previous_sample" or (prediction == "sample" and initial_alpha_bar == 1)):
-        raise ValueError(
-            f'{caller}: expected prediction to be "epsilon" or "v_prediction", or "sample" with initial_alpha_bar below 1, '
-            f'with told="arrival", as an image alone does not determine epsilon, got {prediction!r}'
+        raise InvalidValue(
+            caller,
+            "prediction",
+            'to be "epsilon" or "v_prediction", or "sample" with initial_alpha_bar below 1, with told="arrival", as an image '
+            "alone does not determine epsilon",
+            repr(prediction),
         )
-    if told == "start" and initial_alpha_bar != 1:
-        raise ValueError(f'{caller}: expected initial_alpha_bar to be 1 with told="start", got {initial_alpha_bar}')
-    if told == "start" and previous is not None:
-        raise ValueError(f'{caller}: expected previous to be None with told="start", got {previous}')
+    expect(
+        told != "start" or initial_alpha_bar == 1, caller, "initial_alpha_bar", 'to be 1 with told="start"', initial_alpha_bar
+    )
+    expect(told != "start" or previous is None, caller, "previous", 'to be None with told="start"', previous)
     path = PosteriorPath(caller, schedule, num_steps, spacing, previous, prediction, clip, initial_alpha_bar)
     zero = torch.zeros_like(path.abar)
     if told == "start":

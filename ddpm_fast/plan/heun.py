@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ..errors import expect
 from ..schedule import NoiseSchedule
 from .levels import LevelSpacing, noise_levels
 from .rows import plan_from_columns, x_0_weights
@@ -64,10 +65,13 @@ def heun_plan(
         learned_variance=learned_variance,
     )
     alpha, sigma, t = levels.alpha, levels.sigma, levels.timesteps
-    if float(alpha[0]) == 0:
-        raise ValueError(
-            f"heun_plan: expected abar to be above 0 at the first timestep, got 0 at {int(t[0])}: pass a finite lambda_min"
-        )
+    expect(
+        float(alpha[0]) != 0,
+        "heun_plan",
+        "",
+        "abar to be above 0 at the first timestep",
+        f"0 at {int(t[0])}: pass a finite lambda_min",
+    )
     # Row 2 i is the Euler step from level i, and row 2 i + 1 the correction at level i + 1.
     rows = 2 * len(t) - 1
     euler = torch.arange(rows) % 2 == 0

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_choice, check_int, check_number, check_type
+from ..errors import InvalidValue, expect
 from ..reference import PREDICTIONS
 from ..schedule import NoiseSchedule
 from .timesteps import checked_timesteps, spaced_timesteps
@@ -76,11 +77,10 @@ def noise_levels(
     ratios = ((1 - schedule.alpha_bars) / schedule.alpha_bars).sqrt()  # sigma / alpha of each timestep, ascending
     # The timesteps 0..last - 1 have lambda >= lambda_min.
     last = int((-ratios.log() >= lambda_min).sum())
-    if len(ratios) < 2:
-        raise ValueError(f"{caller}: expected schedule to have at least 2 timesteps, got {len(ratios)}")
+    expect(len(ratios) >= 2, caller, "schedule", "to have at least 2 timesteps", len(ratios))
     if last < 2:
         highest = -math.log(float(ratios[1]))
-        raise ValueError(f"{caller}: expected lambda_min to be at most {highest:.4g}, lambda at timestep 1, got {lambda_min}")
+        raise InvalidValue(caller, "lambda_min", f"to be at most {highest:.4g}, lambda at timestep 1", lambda_min)
     if spacing == "karras":
         ratio, timesteps = _karras(caller, ratios[:last], num_steps)
     else:
@@ -96,9 +96,7 @@ def noise_levels(
         found = (timesteps == start).nonzero()
         if not len(found):
             nearest = int(timesteps[(timesteps - start).abs().argmin()])
-            raise ValueError(
-                f"{caller}: expected start to be one of the plan's timesteps, got {start}; the nearest is {nearest}"
-            )
+            raise InvalidValue(caller, "start", "to be one of the plan's timesteps", f"{start}; the nearest is {nearest}")
         first = int(found[0])
     return Levels(timesteps[first:], alpha[first:], sigma[first:], len(timesteps))
 
@@ -134,8 +132,9 @@ def _karras(caller: str, ratios: Tensor, num_steps: int | None) -> tuple[Tensor,
         float64 [S] and int64 [S]. Two levels may share a timestep.
     """
     num_steps = _checked_num_steps(caller, num_steps, len(ratios))
-    if bool(ratios[-1].isinf()):
-        raise ValueError(f'{caller}: expected spacing other than "karras", as abar is 0 at the last timestep, got "karras"')
+    expect(
+        not bool(ratios[-1].isinf()), caller, "spacing", 'other than "karras", as abar is 0 at the last timestep', '"karras"'
+    )
     low, high = float(ratios[0]) ** (1 / _RHO), float(ratios[-1]) ** (1 / _RHO)
     spaced = torch.linspace(0, 1, num_steps, dtype=torch.float64).mul(low - high).add(high).pow(_RHO)
     t = np.interp(spaced.log().numpy(), ratios.log().numpy(), np.arange(len(ratios)))

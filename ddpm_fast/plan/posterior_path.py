@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_choice, check_number
+from ..errors import InvalidType, InvalidValue
 from ..schedule import NoiseSchedule
 from .rows import epsilon_weights, plan_from_columns, x_0_weights
 from .sampling_plan import PLAN_PREDICTIONS, Prediction, SamplingPlan
@@ -62,9 +63,11 @@ class PosteriorPath:
             ValueError: An argument is out of range.
         """
         if not isinstance(schedule, NoiseSchedule):
-            raise TypeError(
-                f"{caller}: expected schedule to be a NoiseSchedule (NoiseSchedule.from_diffusers(scheduler.config)), "
-                f"got {type(schedule).__name__}"
+            raise InvalidType(
+                caller,
+                "schedule",
+                "to be a NoiseSchedule (NoiseSchedule.from_diffusers(scheduler.config))",
+                type(schedule).__name__,
             )
         check_choice(caller, "prediction", prediction, PLAN_PREDICTIONS)
         check_number(caller, "clip", clip, above=0, optional=True)
@@ -76,9 +79,11 @@ class PosteriorPath:
             self.previous = checked_arrivals(caller, self.timesteps, previous)
         self.abar = schedule.alpha_bars[self.timesteps]
         if (before_x_0 := self.abar[self.previous == -1]).numel() and final_alpha_bar < float(before_x_0.max()):
-            raise ValueError(
-                f"{caller}: expected final_alpha_bar to be at least abar of the last timestep, {float(before_x_0.max()):.6g}, "
-                f"got {final_alpha_bar}"
+            raise InvalidValue(
+                caller,
+                "final_alpha_bar",
+                f"to be at least abar of the last timestep, {float(before_x_0.max()):.6g}",
+                final_alpha_bar,
             )
         self.abar_prev = torch.cat([schedule.alpha_bars, torch.tensor([final_alpha_bar], dtype=torch.float64)])[self.previous]
         self.alpha = self.abar / self.abar_prev

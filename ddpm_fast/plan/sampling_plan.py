@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_choice, check_int, check_strided, check_type
+from ..errors import InvalidValue, expect
 from ..reference import PREDICTIONS, VARIANCES
 from ..schedule import NoiseSchedule, numbered
 
@@ -83,13 +84,12 @@ class SamplingPlan:
         _check_tensor(caller, "timesteps", self.timesteps, torch.int64, 1)
         _check_tensor(caller, "coefficients", self.coefficients, torch.float64, 2)
         total, low, high = self.schedule.num_timesteps, int(self.timesteps.min()), int(self.timesteps.max())
-        if low < 0 or high >= total:
-            raise ValueError(f"{caller}: expected timesteps in 0..{total - 1}, got values from {low} to {high}")
+        expect(low >= 0 and high < total, caller, "timesteps", f"in 0..{total - 1}", f"values from {low} to {high}")
         check_choice(caller, "prediction", self.prediction, PLAN_PREDICTIONS)
         check_choice(caller, "variance", self.variance, VARIANCES)
         if self.coefficients.shape != (self.num_steps, len(COLUMNS)):
             wanted, got = [self.num_steps, len(COLUMNS)], list(self.coefficients.shape)
-            raise ValueError(f"SamplingPlan: expected coefficients of shape {wanted}, got {got}")
+            raise InvalidValue("SamplingPlan", "coefficients", f"of shape {wanted}", got)
         check_type(caller, "alpha_bars_prev", self.alpha_bars_prev, Tensor)
         if self.alpha_bars_prev.numel() == 0:
             following = torch.cat([self.schedule.alpha_bars[self.timesteps[1:]], torch.ones(1, dtype=torch.float64)])
@@ -98,15 +98,17 @@ class SamplingPlan:
         inside = (self.alpha_bars_prev >= 0) & (self.alpha_bars_prev <= 1)
         if self.alpha_bars_prev.numel() != self.num_steps or not bool(inside.all()):
             got = self.alpha_bars_prev.tolist()
-            raise ValueError(f"{caller}: expected alpha_bars_prev to be {self.num_steps} values in 0..1, got {got}")
+            raise InvalidValue(caller, "alpha_bars_prev", f"to be {self.num_steps} values in 0..1", got)
         usable = torch.isfinite(self.coefficients[:, : COLUMNS.index("clip")])
         if not bool(usable.all()):
             row, column = (int(i) for i in (~usable).nonzero()[0])
             t, value = int(self.timesteps[row]), float(self.coefficients[row, column])
-            raise ValueError(
-                f"SamplingPlan: expected finite coefficients, got {COLUMNS[column]} = {value} at timestep {t} "
-                f"(abar = {float(self.schedule.alpha_bars[t]):.3g}) with prediction {self.prediction!r}; where abar is 0 the "
-                'model must predict "sample" or "v_prediction"'
+            raise InvalidValue(
+                "SamplingPlan",
+                "",
+                "finite coefficients",
+                f"{COLUMNS[column]} = {value} at timestep {t} (abar = {float(self.schedule.alpha_bars[t]):.3g}) "
+                f'with prediction {self.prediction!r}; where abar is 0 the model must predict "sample" or "v_prediction"',
             )
         object.__setattr__(self, "is_random", self._uses("sigma"))
         object.__setattr__(self, "needs_x_0_prev", self._uses("k3"))
@@ -130,14 +132,15 @@ class SamplingPlan:
         """
         check_type("SamplingPlan", "steps", steps, slice)
         rows = range(self.num_steps)[steps]
-        if rows.step != 1 or not rows:
-            raise ValueError(f"SamplingPlan: expected a slice of consecutive steps in 0..{self.num_steps - 1}, got {steps}")
+        expect(rows.step == 1 and rows, "SamplingPlan", "", f"a slice of consecutive steps in 0..{self.num_steps - 1}", steps)
         if len(rows) == self.num_steps:
             return self
         if self.needs_x_0_prev:
-            raise ValueError(
-                "SamplingPlan: expected a whole plan, as its steps use the x_0^ of the step before, got a slice: build it with "
-                "start=, or call starting_at(timestep)"
+            raise InvalidValue(
+                "SamplingPlan",
+                "",
+                "a whole plan, as its steps use the x_0^ of the step before",
+                "a slice: build it with start=, or call starting_at(timestep)",
             )
         some = slice(rows.start, rows.stop)
         columns = (self.timesteps[some], self.coefficients[some], self.alpha_bars_prev[some])
@@ -160,13 +163,15 @@ class SamplingPlan:
         check_int(caller, "timestep", timestep, 0, self.schedule.num_timesteps - 1)
         if not bool((self.timesteps == timestep).any()):
             nearest = int(self.timesteps[(self.timesteps - timestep).abs().argmin()])
-            raise ValueError(f"{caller}: expected timestep to be one of the plan's, got {timestep}; the nearest is {nearest}")
+            raise InvalidValue(caller, "timestep", "to be one of the plan's", f"{timestep}; the nearest is {nearest}")
         if not self.needs_x_0_prev:
             return self[int((self.timesteps == timestep).nonzero()[0]) :]
         if self.builder is None:
-            raise ValueError(
-                f"{caller}: expected a plan that remembers how it was built, as its steps use the x_0^ of the step before, got "
-                "one from coefficients"
+            raise InvalidValue(
+                caller,
+                "",
+                "a plan that remembers how it was built, as its steps use the x_0^ of the step before",
+                "one from coefficients",
             )
         return self.builder(start=timestep)
 
@@ -277,4 +282,4 @@ def _check_tensor(caller: str, name: str, value: Tensor, dtype: torch.dtype, dim
     if value.dtype != dtype or value.device.type != "cpu" or value.numel() == 0 or value.dim() != dim:
         got = f"{value.dtype} {list(value.shape)} on {value.device}"
         wanted = f"{dtype} of {dim} dimension{'s' * (dim > 1)} on the CPU, with elements"
-        raise ValueError(f"{caller}: expected {name} to be {wanted}, got {got}")
+        raise InvalidValue(caller, name, f"to be {wanted}", got)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_int
+from ..errors import InvalidType, InvalidValue
 
 Spacing = Literal["leading", "trailing", "linspace"]
 
@@ -41,8 +42,8 @@ def spaced_timesteps(caller: str, total: int, num_steps: int, spacing: Spacing) 
     elif spacing == "linspace":
         descending = np.linspace(0, total - 1, num_steps).round()[::-1]
     else:
-        raise ValueError(
-            f'{caller}: expected spacing to be "leading", "trailing", "linspace" or a sequence of timesteps, got {spacing!r}'
+        raise InvalidValue(
+            caller, "spacing", 'to be "leading", "trailing", "linspace" or a sequence of timesteps', repr(spacing)
         )
     return torch.from_numpy(descending.astype(np.int64))
 
@@ -71,14 +72,14 @@ def checked_timesteps(
     try:
         timesteps = torch.as_tensor(spacing)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{caller}: expected spacing to be a name or timesteps, got {spacing!r}") from error
+        raise InvalidType(caller, "spacing", "to be a name or timesteps", repr(spacing)) from error
     usable = timesteps.dim() == 1 and timesteps.numel() > 0 and timesteps.dtype in _INTEGERS
     usable = usable and int(timesteps.min()) >= 0 and int(timesteps.max()) < total
     if not usable or (must_descend and not bool((timesteps.diff() < 0).all())):
         kind = "strictly descending timesteps" if must_descend else "timesteps"
-        raise ValueError(f"{caller}: expected spacing to be {kind} in 0..{total - 1}, got {timesteps.tolist()}")
+        raise InvalidValue(caller, "spacing", f"to be {kind} in 0..{total - 1}", timesteps.tolist())
     if num_steps not in (None, timesteps.numel()):
-        raise ValueError(f"{caller}: expected num_steps to be None or {timesteps.numel()}, as spacing lists, got {num_steps}")
+        raise InvalidValue(caller, "num_steps", f"to be None or {timesteps.numel()}, as spacing lists", num_steps)
     return timesteps.to("cpu", torch.int64)
 
 
@@ -99,11 +100,13 @@ def checked_arrivals(caller: str, timesteps: Tensor, previous: Sequence[int]) ->
     try:
         arrivals = torch.as_tensor(previous)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{caller}: expected previous to be timesteps, got {previous!r}") from error
+        raise InvalidType(caller, "previous", "to be timesteps", repr(previous)) from error
     usable = arrivals.shape == timesteps.shape and arrivals.dtype in _INTEGERS
     if not usable or bool((arrivals >= timesteps).any()) or bool((arrivals < -1).any()):
-        raise ValueError(
-            f"{caller}: expected previous to be {timesteps.numel()} timesteps, each at least -1 and below the one that its "
-            f"step starts from, got {arrivals.tolist()}"
+        raise InvalidValue(
+            caller,
+            "previous",
+            f"to be {timesteps.numel()} timesteps, each at least -1 and below the one that its step starts from",
+            arrivals.tolist(),
         )
     return arrivals.to("cpu", torch.int64)

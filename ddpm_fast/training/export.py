@@ -10,6 +10,7 @@ import torch
 
 from ..atomic import write_json, write_text
 from ..checks import check_dtype, check_path
+from ..errors import expect
 from ..limits import check_free_space, check_writable
 from ..nn import UNet
 from ..nn.unet import describe_images
@@ -43,12 +44,21 @@ def export_checkpoint(
     check_path("export_checkpoint", "out_dir", out_dir)
     check_dtype("export_checkpoint", "dtype", dtype)
     run, out = RunFolder(run_dir), Path(out_dir)
-    if out.resolve() == run.path.resolve():
-        raise ValueError(f"export_checkpoint: expected out_dir to be another folder than run_dir, got {out} for both")
-    if run.checkpoints.resolve() in (out.resolve(), *out.resolve().parents):
-        raise ValueError(f"export_checkpoint: expected out_dir to be apart from the run's checkpoints, got {out}")
-    if RunFolder(out).checkpoints.is_dir():
-        raise ValueError(f"export_checkpoint: expected out_dir to be no training run, got {out}")
+    expect(
+        out.resolve() != run.path.resolve(),
+        "export_checkpoint",
+        "out_dir",
+        "to be another folder than run_dir",
+        f"{out} for both",
+    )
+    expect(
+        run.checkpoints.resolve() not in (out.resolve(), *out.resolve().parents),
+        "export_checkpoint",
+        "out_dir",
+        "to be apart from the run's checkpoints",
+        out,
+    )
+    expect(not RunFolder(out).checkpoints.is_dir(), "export_checkpoint", "out_dir", "to be no training run", out)
     check_writable("export_checkpoint", "out_dir", out, out)
     config = run.read_config("export_checkpoint")
 

@@ -11,6 +11,7 @@ import torch
 
 from ..checks import checked_bytes
 from ..distributed import joined
+from ..errors import expect
 from ..limits import check_free_memory
 from ..nn import UNet, UNetConfig
 from ..schedule import NoiseSchedule
@@ -93,11 +94,13 @@ def _unet_config(options: Mapping[str, Any], dataset: ImageDataset) -> dict[str,
     labelled = options["conditional"] and len(dataset.classes) > 1
     widths = options["channels"]
     factor = 2 ** (len(widths) - 1)
-    if height % factor or width % factor:
-        raise ValueError(
-            f"train: expected images whose sides are multiples of {factor} for {len(widths)} levels of channels, "
-            f"got {height}x{width}; choose image_size or fewer channels"
-        )
+    expect(
+        height % factor == 0 and width % factor == 0,
+        "train",
+        "",
+        f"images whose sides are multiples of {factor} for {len(widths)} levels of channels",
+        f"{height}x{width}; choose image_size or fewer channels",
+    )
     attended = [height >> level in options["attention"] for level in range(len(widths))]
     return {
         "sample_size": height,

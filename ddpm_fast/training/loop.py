@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ..distributed import ProcessLost
+from ..errors import ArgumentError
 from ..memory import kept_memory
 from .export import write_scheduler
 from .records import Forecast, TensorBoard, draw_samples, summary
@@ -236,9 +237,11 @@ def _saved_if_it_fails(run: RunFolder, config: Mapping[str, Any], task: Task, st
         # A GPU may still wait for the lost process, or have used half of a sum.
         if (task.device.type == "cpu" or isinstance(error, ValueError)) and state.is_finite():
             _save_checkpoint(run, task, state)
-        last = run.latest_checkpoint() or "none"
+        hint = f"the last good checkpoint is {run.latest_checkpoint() or 'none'}, from which --resume continues"
+        if isinstance(error, ArgumentError):
+            raise error.renamed(caller="train", got=f"{error.got}; {hint}") from error
         kind = ProcessLost if isinstance(error, ProcessLost) else ValueError
-        raise kind(f"train: {error}; the last good checkpoint is {last}, from which --resume continues") from error
+        raise kind(f"train: {error}; {hint}") from error
     except OSError as error:
         run.remove_leftovers()  # they take space
         with suppress(OSError):

@@ -7,6 +7,8 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, Literal
 
+from ..errors import InvalidType, expect
+
 if TYPE_CHECKING:
     from .loop import TrainResult
 
@@ -143,7 +145,8 @@ def train(
         OSError: A file cannot be written, or there is too little space for checkpoints. The message names the last good
             checkpoint.
         FileExistsError: `run_dir` is not empty and `resume` is false.
-        FileNotFoundError: There is no run to resume, or no model in `init`.
+        UnusablePath: `run_dir` cannot be written to, or `init` holds no model. It is an OSError.
+        FileNotFoundError: There is no run to resume.
         FloatingPointError: The loss or the weights are no longer finite.
         BlockingIOError: Another process trains in `run_dir`.
         ProcessLost: Another of the processes has failed or ended. It is a RuntimeError.
@@ -184,7 +187,7 @@ def plain_options(caller: str, options: Mapping[str, Any]) -> dict[str, Any]:
         try:
             result[name] = json.loads(json.dumps(value))
         except TypeError:
-            raise TypeError(f"{caller}: expected {name} to be of a plain type, got {type(value).__name__}") from None
+            raise InvalidType(caller, name, "to be of a plain type", type(value).__name__) from None
     return result
 
 
@@ -241,5 +244,4 @@ def check_options(caller: str, options: Mapping[str, Any], num_timesteps: int) -
     for name in ("channels", "attention"):
         for value in options.get(name, ()):
             check_int(caller, name, value, 1)
-    if not options.get("channels", True):
-        raise ValueError(f"{caller}: expected channels to be at least one number, got none")
+    expect(options.get("channels", True), caller, "channels", "to be at least one number", "none")

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import torch
 
+from ..errors import InvalidValue, expect, renaming
 from ..nn import UNetConfig
 from ..schedule import NoiseSchedule
 from .run_folder import RunFolder
@@ -35,16 +36,14 @@ def open_run(run: RunFolder, task: Task, state: State, resume: bool, data_check:
     options = task.options
     checkpoint = run.latest_checkpoint() if resume else None
     if resume and checkpoint is None and run.checkpoint_folders():  # it may be the disk: nothing is replaced
-        raise ValueError(f"train: expected a whole checkpoint in {run.checkpoints}, got none that can be read")
+        raise InvalidValue("train", "", f"a whole checkpoint in {run.checkpoints}", "none that can be read")
     if resume and checkpoint is None and run.last_row():
         _log.warning("%s has no checkpoint yet: the run starts again from step 0, and its log too", run.path)
     if options.get("init") is not None and resume and checkpoint is None:
         state.load_weights(options["init"])
     config = task.config()
-    try:
+    with renaming("train"):  # an item may be wrong
         config["dataset"]["fingerprint"] = task.dataset.fingerprint(exact=data_check == "exact")
-    except ValueError as error:  # an item is wrong
-        raise ValueError(f"train: {error}") from error
     if resume:
         _check_same(run, config, data_check)
         if checkpoint is not None:
@@ -98,17 +97,16 @@ def _check_same(run: RunFolder, config: dict[str, Any], data_check: str) -> None
     for name in networks[0].keys() | networks[1].keys():
         old, new = (network.get(name) for network in networks)
         if name not in _DESCRIPTIVE and old != new:
-            raise _other(run, f"model to have {name} =", old, new)
+            raise _other(run, "model", old, new, f"to have {name} =")
     old, new = (NoiseSchedule.from_config(each["schedule"]) for each in (stored, config))
     if not torch.equal(old.betas, new.betas):
         raise _other(run, "schedule", old, new)
     _check_images(run, stored, config, data_check)
 
 
-def _other(run: RunFolder, name: str, before: object, now: object) -> ValueError:
+def _other(run: RunFolder, name: str, before: object, now: object, verb: str = "to be") -> InvalidValue:
     """Return the error of a run that is resumed as another."""
-    wanted = name if name.endswith("=") else f"{name} to be"
-    return ValueError(f"train: expected {wanted} {before!r}, as the run in {run.path} was started, got {now!r}")
+    return InvalidValue("train", name, f"{verb} {before!r}, as the run in {run.path} was started", repr(now))
 
 
 def _check_images(run: RunFolder, stored: dict[str, Any], config: dict[str, Any], data_check: str) -> None:
@@ -116,14 +114,18 @@ def _check_images(run: RunFolder, stored: dict[str, Any], config: dict[str, Any]
     before, now = stored["dataset"].get("fingerprint", {}), config["dataset"]["fingerprint"]  # older runs have none
     if data_check != "off":
         names = [each["options"].get("data") for each in (stored, config)]  # a `Trainer` has none
-        if not before and os.path.abspath(str(names[0])) != os.path.abspath(str(names[1])):
-            raise ValueError(
-                f"train: expected data to be {names[0]!r}, as the run in {run.path} has no fingerprint of its "
-                f'images, got {names[1]!r}; pass data_check="off" (--data-check off) to go on with them'
-            )
-        if any(before.get(kind, digest) != digest for kind, digest in now.items()):
-            raise ValueError(
-                f"train: expected the images that the run in {run.path} was started with, got others of the same number and "
-                'size; pass data_check="off" (--data-check off) to go on with them'
-            )
+        expect(
+            before or os.path.abspath(str(names[0])) == os.path.abspath(str(names[1])),
+            "train",
+            "data",
+            f"to be {names[0]!r}, as the run in {run.path} has no fingerprint of its images",
+            f'{names[1]!r}; pass data_check="off" (--data-check off) to go on with them',
+        )
+        expect(
+            all(before.get(kind, digest) == digest for kind, digest in now.items()),
+            "train",
+            "",
+            f"the images that the run in {run.path} was started with",
+            'others of the same number and size; pass data_check="off" (--data-check off) to go on with them',
+        )
         config["dataset"]["fingerprint"] = before | now

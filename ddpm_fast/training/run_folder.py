@@ -40,6 +40,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from .. import atomic
 from ..atomic import flush_names, read_json, write_json, write_text
+from ..errors import InvalidValue, UnusablePath, expect
 from ..locks import locked
 
 if TYPE_CHECKING:
@@ -75,9 +76,9 @@ class RunFolder:
     # ---------------------------------------------------------------------------------------------------- configuration
 
     def check_new(self) -> None:
-        """Raise a FileExistsError unless the folder is missing or empty, or a NotADirectoryError if it is a file."""
+        """Raise a FileExistsError unless the folder is missing or empty, or an UnusablePath if it is a file."""
         if self.path.exists() and not self.path.is_dir():
-            raise NotADirectoryError(f"train: expected run_dir to be a folder, got {str(self.path)!r}, which is a file")
+            raise UnusablePath("train", "run_dir", "to be a folder", f"{str(self.path)!r}, which is a file")
         names = [entry.name for entry in self.path.iterdir()] if self.path.exists() else []
         if any(name != self.lock_file.name and not name.startswith(atomic.PREFIX) for name in names):
             raise FileExistsError(
@@ -143,10 +144,12 @@ class RunFolder:
         """
         if not self.config_file.is_file():
             raise FileNotFoundError(f"{caller}: expected a run to resume in {self.path}, which has no {self.config_file.name}")
-        from ..schemas import Run, checked
+        import msgspec
+
+        from ..schemas import Run
 
         def parse(values: dict[str, Any]) -> dict[str, Any]:
-            checked(values, Run)
+            msgspec.convert(values, Run)
             return values
 
         return read_json(caller, self.config_file, parse)
@@ -318,10 +321,13 @@ class RunFolder:
 
 def check_by_options(path: Path, options: Mapping[str, Any]) -> None:
     """Raise a ValueError if the options of a run are not those of `train`, which build the network."""
-    if "channels" not in options:
-        raise ValueError(
-            f"train: expected {path} to hold a run that `train` started, got one of a Trainer; resume it with its Trainer"
-        )
+    expect(
+        "channels" in options,
+        "train",
+        str(path),
+        "to hold a run that `train` started",
+        "one of a Trainer; resume it with its Trainer",
+    )
 
 
 def why_damaged(checkpoint: Path, part: str | None = "") -> str | None:
@@ -355,13 +361,15 @@ def read_state(caller: str, checkpoint: Path) -> Checkpoint:
         FileNotFoundError: There is no state.json.
         ValueError: The file is damaged.
     """
-    from ..schemas import Checkpoint, checked
+    import msgspec
+
+    from ..schemas import Checkpoint
 
     def parse(values: dict[str, Any]) -> Checkpoint:
-        state = checked(values, Checkpoint)
+        state = msgspec.convert(values, Checkpoint)
         digest = values.pop("sha256", None)
         if state.format != 1 and digest != _sha256_of(values):
-            raise ValueError(f"expected sha256 to be {_sha256_of(values)}, got {digest!r}: the file has been changed")
+            raise InvalidValue("", "sha256", f"to be {_sha256_of(values)}", f"{digest!r}: the file has been changed")
         return state
 
     return read_json(caller, checkpoint / "state.json", parse)

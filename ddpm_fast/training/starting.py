@@ -12,6 +12,7 @@ import torch
 
 from ..checks import computing_device
 from ..distributed import Processes
+from ..errors import InvalidValue, expect
 from ..limits import check_free_memory, check_free_space, check_writable
 from ..nn import UNetConfig
 from .run_folder import FORMAT, RunFolder, read_state
@@ -82,19 +83,24 @@ def _micro_batch_size(options: Mapping[str, Any], run: RunFolder, resume: bool, 
     if size is None and resume:
         size = run.read_config()["options"].get("micro_batch_size", batch_size)  # older runs had one micro-batch
     if size is None:
-        if batch_size % team.size:
-            raise ValueError(
-                f"train: expected batch_size to be a multiple of {team.size}, one for each process, got {batch_size}"
-            )
+        expect(
+            batch_size % team.size == 0,
+            "train",
+            "batch_size",
+            f"to be a multiple of {team.size}, one for each process",
+            batch_size,
+        )
         size = batch_size // team.size
     if batch_size % (size * team.size):
         processes = f"{team.size} process" + ("es" if team.size > 1 else "")
         largest = 0 if batch_size % team.size else _largest_divisor(batch_size // team.size, size)
         fits = f"; {largest} fits" if largest else ""
         kept = ", as the run had" if options["micro_batch_size"] is None and resume else ""
-        raise ValueError(
-            f"train: expected micro_batch_size times {processes} to divide batch_size {batch_size}, "
-            f"got micro_batch_size {size}{kept}{fits}"
+        raise InvalidValue(
+            "train",
+            "micro_batch_size",
+            f"times {processes} to divide batch_size {batch_size}",
+            f"micro_batch_size {size}{kept}{fits}",
         )
     return size
 
@@ -117,40 +123,36 @@ def _check_threads(threads: int) -> None:
         name, wanted, got = "OMP_THREAD_LIMIT", f"at least {threads}", limit
     else:
         return
-    if threads > 1:
-        raise ValueError(
-            f"train: expected the environment's {name} to be {wanted}, as PyTorch would wait for {threads} threads forever, "
-            f"got {got!r}; unset it, or pass threads=1 (--threads 1)"
-        )
+    expect(
+        threads <= 1,
+        "train",
+        f"the environment's {name}",
+        f"to be {wanted}, as PyTorch would wait for {threads} threads forever",
+        f"{got!r}; unset it, or pass threads=1 (--threads 1)",
+    )
 
 
 def _check_folder(run: RunFolder, steps: int, resume: bool) -> None:
-    """Raise unless a run can begin or go on in the folder."""
+    """Raise unless a run can begin in the folder, or go on: its checkpoints are there, and it has not done more steps."""
     if resume:
         run.read_config()  # refuses a folder without a run before a lock is written into it
-        _check_resumable(run, steps)
+        logged = run.last_row()
+        if logged and not run.checkpoints.is_dir():
+            raise FileNotFoundError(
+                f"train: expected {run.checkpoints} to have the checkpoints of the run, whose log.csv has {logged} steps, got "
+                "no such folder; mount its disk, or remove log.csv to start again from step 0"
+            )
+        if logged and not run.checkpoint_folders() and (run.checkpoints / "latest").is_symlink():
+            raise FileNotFoundError(
+                f"train: expected {run.checkpoints} to have the checkpoint that its link `latest` names, got no checkpoint; "
+                "bring it back, or remove log.csv to start again from step 0"
+            )
+        # Comparing checksums would read all files, which opening the run does once more.
+        done = run.read_latest(None, lambda checkpoint: read_state("train", checkpoint).step) or 0
+        expect(done <= steps, "train", "steps", f"to be at least {done}, the step of the run in {run.path}", steps)
     else:
         run.check_new()
     check_writable("train", "run_dir", run.path, run.path)
-
-
-def _check_resumable(run: RunFolder, steps: int) -> None:
-    """Refuse to resume a run whose checkpoints are lost, or that has done more steps than are wanted."""
-    logged = run.last_row()
-    if logged and not run.checkpoints.is_dir():
-        raise FileNotFoundError(
-            f"train: expected {run.checkpoints} to have the checkpoints of the run, whose log.csv has {logged} steps, got "
-            "no such folder; mount its disk, or remove log.csv to start again from step 0"
-        )
-    if logged and not run.checkpoint_folders() and (run.checkpoints / "latest").is_symlink():
-        raise FileNotFoundError(
-            f"train: expected {run.checkpoints} to have the checkpoint that its link `latest` names, got no checkpoint; "
-            "bring it back, or remove log.csv to start again from step 0"
-        )
-    # Comparing checksums would read all files, which opening the run does once more.
-    done = run.read_latest(None, lambda checkpoint: read_state("train", checkpoint).step) or 0
-    if done > steps:
-        raise ValueError(f"train: expected steps to be at least {done}, the step of the run in {run.path}, got {steps}")
 
 
 def check_sizes(run: RunFolder, task: Task) -> None:

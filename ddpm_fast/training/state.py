@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..atomic import write_tensors
 from ..distributed import Processes
+from ..errors import InvalidValue, UnusablePath
 from ..nn import UNet, UNetConfig
 from ..nn.checkpoint import check_finite, check_weights, load_safetensors
 from ..schedule import NoiseSchedule
@@ -181,10 +182,9 @@ class State:
             keys = [key for key in {**wanted, **found} if key not in _NOT_IN_WEIGHTS]
             differing = [key for key in keys if wanted.get(key) != found.get(key)]
             if differing:
-                raise ValueError(
-                    f"train: expected init to hold a network as the options describe it, got {init!r}, in which "
-                    + ", ".join(f"{key} is {found.get(key)!r} instead of {wanted.get(key)!r}" for key in differing)
-                )
+                others = ", ".join(f"{key} is {found.get(key)!r} instead of {wanted.get(key)!r}" for key in differing)
+                got = f"{init!r}, in which {others}"
+                raise InvalidValue("train", "init", "to hold a network as the options describe it", got)
             model.load_state_dict(source.state_dict())
 
     def load(self, folder: Path) -> None:
@@ -227,8 +227,6 @@ def _read_networks(init: Path) -> tuple[UNet, UNet]:
     elif init.is_dir():
         found = read(init)
     if found is None:
-        raise FileNotFoundError(
-            "train: expected init to be the folder of a model, of a run with a checkpoint, or of a checkpoint, "
-            f"got {str(init)!r}"
-        )
+        wanted = "to be the folder of a model, of a run with a checkpoint, or of a checkpoint"
+        raise UnusablePath("train", "init", wanted, repr(str(init)))
     return found

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from ..checks import check_callable, check_int, check_path, check_type, computing_device
 from ..distributed import joined
+from ..errors import expect, renaming
 from ..nn import UNet
 from ..nn.unet import describe_images
 from ..schedule import NoiseSchedule
@@ -186,15 +187,22 @@ class Trainer:
 
 def _check_model(model: UNet) -> None:
     """Raise a ValueError unless the network can be trained, and checkpoints can hold it and its optimizer's state."""
-    if model.config["num_class_embeds"] == 1:
-        raise ValueError("Trainer: expected model to have num_class_embeds = None or the number of classes plus one, got 1")
+    expect(
+        model.config["num_class_embeds"] != 1,
+        "Trainer",
+        "model",
+        "to have num_class_embeds = None or the number of classes plus one",
+        "1",
+    )
     for name, parameter in model.named_parameters():
-        if parameter.dtype != torch.float32:
-            raise ValueError(
-                f'Trainer: expected model to be float32, got {parameter.dtype} in {name}; use precision="bf16" for speed'
-            )
-        if not parameter.requires_grad:
-            raise ValueError(f"Trainer: expected model to have parameters that require gradients, got {name} without")
+        expect(
+            parameter.dtype == torch.float32,
+            "Trainer",
+            "model",
+            "to be float32",
+            f'{parameter.dtype} in {name}; use precision="bf16" for speed',
+        )
+        expect(parameter.requires_grad, "Trainer", "model", "to have parameters that require gradients", f"{name} without")
 
 
 def _adapted(dataset: Any, model: UNet, num_workers: int) -> ImageDataset | MappedDataset:
@@ -203,10 +211,8 @@ def _adapted(dataset: Any, model: UNet, num_workers: int) -> ImageDataset | Mapp
         return dataset
     embeds = model.config["num_class_embeds"]
     classes = None if embeds is None else _class_names(dataset, model, embeds - 1)
-    try:
+    with renaming("Trainer"):
         return MappedDataset(dataset, model.config["in_channels"], classes, num_workers)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"Trainer: {error}") from error.__cause__
 
 
 def _class_names(dataset: Any, model: UNet, number: int) -> tuple[str, ...]:
@@ -223,19 +229,26 @@ def _check_fit(model: UNet, dataset: ImageDataset | MappedDataset) -> None:
     """Raise a ValueError unless the network takes the images and labels, and predicts as many channels."""
     channels, height, width = dataset.shape
     for name in ("in_channels", "out_channels"):
-        if model.config[name] != channels:
-            raise ValueError(
-                f"Trainer: expected model to have {name} = {channels}, as the images of dataset, got {model.config[name]}"
-            )
+        expect(
+            model.config[name] == channels,
+            "Trainer",
+            "model",
+            f"to have {name} = {channels}, as the images of dataset",
+            model.config[name],
+        )
     factor = 2 ** (len(model.config["block_out_channels"]) - 1)
-    if height % factor or width % factor:
-        raise ValueError(
-            f"Trainer: expected dataset to have images whose sides are multiples of {factor} for the levels of model, "
-            f"got {height}x{width}"
-        )
+    expect(
+        height % factor == 0 and width % factor == 0,
+        "Trainer",
+        "dataset",
+        f"to have images whose sides are multiples of {factor} for the levels of model",
+        f"{height}x{width}",
+    )
     embeds = model.config["num_class_embeds"]
-    if embeds is not None and embeds != len(dataset.classes) + 1:
-        raise ValueError(
-            f"Trainer: expected model to have num_class_embeds = {len(dataset.classes) + 1}, the number of classes plus one, "
-            f"got {embeds}"
-        )
+    expect(
+        embeds is None or embeds == len(dataset.classes) + 1,
+        "Trainer",
+        "model",
+        f"to have num_class_embeds = {len(dataset.classes) + 1}, the number of classes plus one",
+        embeds,
+    )

@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..errors import InvalidValue
 from .tiles import current_sample, device_of, grid, rounded
 
 # Elements of a tile, padding included, that stay in registers: contiguous, channels_last (whose threads hold more channels).
@@ -567,10 +568,10 @@ def _tiling(x: Tensor, groups: int, backward: bool) -> _Tiling:
     n, c = x.shape[:2]
     hw = x.numel() // (n * c)
     if c * hw >= 2**31:
-        raise ValueError(f"group_norm_silu: expected samples of fewer than 2^31 elements, got {c * hw}")
+        raise InvalidValue("group_norm_silu", "samples", "of fewer than 2^31 elements", c * hw)
     if c // groups > MAX_CHANNELS_PER_GROUP:
         expected = f"at most {MAX_CHANNELS_PER_GROUP} channels in a group for the Triton kernels"
-        raise ValueError(f"group_norm_silu: expected {expected}, got {c // groups}")
+        raise InvalidValue("group_norm_silu", "", expected, c // groups)
     last = not x.is_contiguous()
     resident = (RESIDENT_BACKWARD if backward else RESIDENT_FORWARD)[last]
     cpg = c // groups

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ...checks import check_float, checked_device
+from ...errors import InvalidValue
 from ...ops.reverse_step import reverse_step
 from ...plan import COLUMNS, SamplingPlan, spaced_timesteps
 from ...schedule import NoiseSchedule, numbered
-from .common import KernelScheduler
+from .common import KernelScheduler, check_steps, checked_offset, checked_timestep
 
 _MAX_KEPT = 8  # a caller may pass another eta at every step, so old plans are dropped
 
@@ -23,9 +22,9 @@ _MAX_KEPT = 8  # a caller may pass another eta at every step, so old plans are d
 class PlanScheduler(KernelScheduler):
     """Common part of the schedulers whose step needs a timestep alone, a mixin before diffusers' class."""
 
-    def _set_up(self, schedule: NoiseSchedule) -> None:
+    def _set_up(self, build: Callable[[Any], NoiseSchedule] = NoiseSchedule.from_diffusers) -> None:
         """Check the configuration and set diffusers' attributes."""
-        super()._set_up(schedule)
+        super()._set_up(build)
         self.timesteps = torch.arange(self.config.num_train_timesteps - 1, -1, -1)
         self._is_default = True
 
@@ -48,21 +47,12 @@ class PlanScheduler(KernelScheduler):
     def _spaced(self, num_inference_steps: Any) -> Tensor:
         """Return int64 [num_inference_steps] in the configuration's spacing."""
         name, total = f"{type(self).__name__}.set_timesteps", self.config.num_train_timesteps
-        if isinstance(num_inference_steps, bool) or not isinstance(num_inference_steps, int | np.integer):
-            raise TypeError(f"{name}: expected num_inference_steps to be an int, got {num_inference_steps!r}")
+        check_steps(name, num_inference_steps)
         if not 1 <= num_inference_steps <= total:
-            raise ValueError(
-                f"{name}: expected num_inference_steps to be in 1..{total} (num_train_timesteps), got {num_inference_steps}"
-            )
+            raise InvalidValue(name, "num_inference_steps", f"to be in 1..{total} (num_train_timesteps)", num_inference_steps)
         timesteps = spaced_timesteps(name, total, int(num_inference_steps), self.config.timestep_spacing)
         if self.config.timestep_spacing == "leading":
-            timesteps = timesteps + self.config.steps_offset
-            first, last = int(timesteps[0]), int(timesteps[-1])
-            if first >= total or last < 0:
-                raise ValueError(
-                    f"{name}: expected steps_offset to keep the timesteps in 0..{total - 1}, got {self.config.steps_offset}, "
-                    f"which makes {num_inference_steps} steps go from {first} to {last}"
-                )
+            timesteps = checked_offset(name, self.config.steps_offset, timesteps, total)
         return timesteps
 
     def _set_chain(self, timesteps: Tensor, num_inference_steps: int | None, device: torch.device | str | None) -> None:
@@ -77,11 +67,6 @@ class PlanScheduler(KernelScheduler):
         self._timesteps, self._chain = timesteps.to(device), timesteps
         for arguments in kinds:
             self._steps(*arguments).prepare(device or "cpu")
-
-    def _check_set(self, method: str) -> None:
-        """Raise if there are no timesteps yet."""
-        if self.num_inference_steps is None:
-            raise ValueError(f"{type(self).__name__}.{method}: expected set_timesteps to have been called, got no timesteps")
 
     # ------------------------------------------------------------------------------------------------------------- plans
 
@@ -101,9 +86,11 @@ class PlanScheduler(KernelScheduler):
         """Return a plan with a row for each of `timesteps`."""
         total, chain = self.schedule.num_timesteps, self._chain
         if total != self.config.num_train_timesteps:
-            raise ValueError(
-                f"{type(self).__name__}: expected num_train_timesteps to be {total}, the number of trained_betas, "
-                f"got {self.config.num_train_timesteps}"
+            raise InvalidValue(
+                type(self).__name__,
+                "num_train_timesteps",
+                f"to be {total}, the number of trained_betas",
+                self.config.num_train_timesteps,
             )
         if self._is_default:  # every timestep from which there is a step
             chain = chain[self._has_step()[chain]]
@@ -156,19 +143,15 @@ class PlanScheduler(KernelScheduler):
         check_float(name, "model_output", model_output)
         check_float(name, "sample", sample)
         n = sample.shape[0]
-        if isinstance(timestep, Tensor):
-            if timestep.is_floating_point() or timestep.is_complex() or timestep.dtype == torch.bool:
-                raise TypeError(f"{name}: expected timestep to be an int or an integer tensor, got {timestep.dtype}")
-            if timestep.numel() not in (1, n):
-                raise ValueError(f"{name}: expected timestep to have 1 or {n} elements, got shape {list(timestep.shape)}")
-            if timestep.device.type != "cpu" or torch.compiler.is_compiling():
-                return None
-            return cast("list[int]", timestep.reshape(-1).tolist())
-        if torch.compiler.is_compiling():
+        compiling = torch.compiler.is_compiling()
+        if compiling and not isinstance(timestep, Tensor):
             return None
-        if isinstance(timestep, bool) or not hasattr(timestep, "__index__"):  # NumPy's integers have it
-            raise TypeError(f"{name}: expected timestep to be an int or an integer tensor, got {timestep!r}")
-        return [operator.index(timestep)]
+        timestep = checked_timestep(name, timestep)
+        if not isinstance(timestep, Tensor):
+            return [timestep]
+        if timestep.numel() not in (1, n):
+            raise InvalidValue(name, "timestep", f"to have 1 or {n} elements", f"shape {list(timestep.shape)}")
+        return None if compiling or timestep.device.type != "cpu" else timestep.reshape(-1).tolist()
 
     def _advance(
         self,
@@ -200,11 +183,13 @@ class PlanScheduler(KernelScheduler):
             t = known[rows.index(-1)]
             name, total = f"{type(self).__name__}.step", self.schedule.num_timesteps
             if 0 <= t < total:
-                raise ValueError(
-                    f"{name}: expected prediction_type sample or v_prediction at timestep {t}, where abar is 0 and the noise "
-                    "does not tell x_0, got epsilon"
+                raise InvalidValue(
+                    name,
+                    "prediction_type",
+                    f"sample or v_prediction at timestep {t}, where abar is 0 and the noise does not tell x_0",
+                    "epsilon",
                 )
-            raise ValueError(f"{name}: expected timestep to be in 0..{total - 1}, got {t}")
+            raise InvalidValue(name, "timestep", f"to be in 0..{total - 1}", t)
         return rows[0] if len(rows) == 1 else torch.tensor(rows, device=device)
 
     def _clip(self) -> float | None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ...checks import check_choice, check_float, check_number, check_strided, index_tensor
+from ...checks import check_choice, check_float, check_number, check_one_of, check_strided, index_tensor
 from ...dtypes import opmath
+from ...errors import InvalidType, InvalidValue, renaming
 from ...ops.q_sample import q_sample
 from ...plan import COLUMNS, SamplingPlan
 from ...reference import PREDICTIONS, per_sample
@@ -36,7 +38,7 @@ class KernelScheduler:
     config: Any
     num_inference_steps: int | None
 
-    def _set_up(self, schedule: NoiseSchedule) -> None:
+    def _set_up(self, build: Callable[[Any], NoiseSchedule] = NoiseSchedule.from_diffusers) -> None:
         """Check the configuration and set diffusers' attributes."""
         config, name = self.config, type(self).__name__
         check_choice(name, "prediction_type", config.prediction_type, PREDICTIONS)
@@ -46,12 +48,18 @@ class KernelScheduler:
         if self._thresholds:
             check_number(name, "dynamic_thresholding_ratio", config.dynamic_thresholding_ratio, 0, 1)
             check_number(name, "sample_max_value", config.sample_max_value, above=0)
-        self.schedule = schedule
-        self.betas = schedule.betas.float()
-        self.alphas = schedule.alphas.float()
-        self.alphas_cumprod = schedule.alpha_bars.float()
+        with renaming(name):
+            self.schedule = build(config)
+        self.betas = self.schedule.betas.float()
+        self.alphas = self.schedule.alphas.float()
+        self.alphas_cumprod = self.schedule.alpha_bars.float()
         self.init_noise_sigma = 1.0
         self.num_inference_steps = None
+
+    def _check_set(self, method: str) -> None:
+        """Raise if there are no timesteps yet."""
+        if self.num_inference_steps is None:
+            raise InvalidValue(f"{type(self).__name__}.{method}", "set_timesteps", "to have been called", "no timesteps")
 
     # The configuration may have keys of other schedulers that this one does not read.
     @property
@@ -86,9 +94,11 @@ class KernelScheduler:
         own = self.schedule.alpha_bars
         given = alphas_cumprod.detach().to("cpu", torch.float64)
         if given.shape != own.shape or not torch.allclose(given, own, rtol=1e-2, atol=1e-6):  # half precision is the same
-            raise ValueError(
-                f"{type(self).__name__}: expected alphas_cumprod to be that of the configuration, on any device and in any "
-                "dtype, got other values: pass trained_betas instead"
+            raise InvalidValue(
+                type(self).__name__,
+                "alphas_cumprod",
+                "to be that of the configuration, on any device and in any dtype",
+                "other values: pass trained_betas instead",
             )
         self._alphas_cumprod = alphas_cumprod
 
@@ -106,7 +116,7 @@ class KernelScheduler:
     def seeds(self, seeds: Tensor | None) -> None:
         if seeds is not None and not (isinstance(seeds, Tensor) and seeds.dtype == torch.int64 and seeds.dim() == 1):
             got = f"{seeds.dtype} {list(seeds.shape)}" if isinstance(seeds, Tensor) else repr(seeds)
-            raise ValueError(f"{type(self).__name__}: expected seeds to be int64 [N] (see sample_seeds) or None, got {got}")
+            raise InvalidValue(type(self).__name__, "seeds", "to be int64 [N] (see sample_seeds) or None", got)
         self._seeds = seeds
 
     _seeds: Tensor | None = None
@@ -193,7 +203,7 @@ class KernelScheduler:
             shape = torch.broadcast_shapes(x_0.shape, noise.shape)
         except RuntimeError:
             got = f"{list(x_0.shape)} and {list(noise.shape)}"
-            raise ValueError(f"{caller}: expected noise to broadcast with the samples, got {got}") from None
+            raise InvalidValue(caller, "noise", "to broadcast with the samples", got) from None
         if isinstance(t, Tensor) and t.numel() > 1 and shape[:1] == (1,):
             shape = (t.numel(), *shape[1:])
         t = index_tensor(caller, "timesteps", t, self.schedule.num_timesteps, shape[0], x_0.device)
@@ -204,4 +214,47 @@ class KernelScheduler:
 def refuse_thresholding(scheduler: KernelScheduler) -> None:
     """Raise if thresholding is on, which no row of coefficients has."""
     if scheduler._thresholds:
-        raise ValueError(f"{type(scheduler).__name__}.sampling_plan: expected thresholding to be false, got true")
+        raise InvalidValue(f"{type(scheduler).__name__}.sampling_plan", "thresholding", "to be false", "true")
+
+
+def given_timesteps(name: str, num_inference_steps: Any, timesteps: Any, total: int) -> Tensor | None:
+    """Return given timesteps, int64 [S] on the CPU, or None if their number is given instead. Raise for both or neither."""
+    check_one_of(name, "num_inference_steps", num_inference_steps, "timesteps", timesteps)
+    if timesteps is None:
+        return None
+    chain = torch.as_tensor(timesteps)
+    descending = chain.dim() == 1 and chain.numel() > 0 and bool((chain.diff() < 0).all())
+    if not descending or chain.is_floating_point() or chain[0] >= total or chain[-1] < 0:
+        raise InvalidValue(name, "timesteps", f"to be strictly descending integers in 0..{total - 1}", timesteps)
+    return chain.to("cpu", torch.int64)
+
+
+def checked_offset(name: str, offset: int, timesteps: Tensor, total: int) -> Tensor:
+    """Return spaced timesteps with an offset. Raise if it takes all steps out of 0..total-1."""
+    timesteps = timesteps + offset
+    first, last = int(timesteps[0]), int(timesteps[-1])
+    if first >= total or last < 0:
+        raise InvalidValue(
+            name,
+            "steps_offset",
+            f"to keep the timesteps in 0..{total - 1}",
+            f"{offset}, which makes {len(timesteps)} steps go from {first} to {last}",
+        )
+    return timesteps
+
+
+def check_steps(name: str, num_steps: Any) -> None:
+    """Raise a TypeError unless a number of steps is an int of Python or NumPy."""
+    if isinstance(num_steps, bool) or not isinstance(num_steps, int | np.integer):
+        raise InvalidType(name, "num_inference_steps", "to be an int", repr(num_steps))
+
+
+def checked_timestep(name: str, timestep: Any) -> Tensor | int:
+    """Return the timestep of a step as a tensor or an int. Raise a TypeError if it is no integer."""
+    if isinstance(timestep, Tensor):
+        if timestep.is_floating_point() or timestep.is_complex() or timestep.dtype == torch.bool:
+            raise InvalidType(name, "timestep", "to be an int or an integer tensor", timestep.dtype)
+        return timestep
+    if isinstance(timestep, bool) or not hasattr(timestep, "__index__"):  # NumPy's integers have it
+        raise InvalidType(name, "timestep", "to be an int or an integer tensor", repr(timestep))
+    return operator.index(timestep)

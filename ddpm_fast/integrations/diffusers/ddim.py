@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ...checks import check_number
+from ...errors import InvalidValue
 from ...plan import SamplingPlan, ddim_plan
-from ...schedule import NoiseSchedule
 from .. import needs_extra
 from .chain import PlanScheduler
 from .common import Betas, refuse_thresholding
@@ -50,7 +50,7 @@ class DDIMScheduler(PlanScheduler, diffusers.DDIMScheduler):
         timestep_spacing: str = "leading",
         rescale_betas_zero_snr: bool = False,
     ) -> None:
-        self._set_up(NoiseSchedule.from_diffusers(self.config))
+        self._set_up()
         self.final_alpha_cumprod = torch.tensor(1.0) if set_alpha_to_one else self.alphas_cumprod[0]
 
     def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
@@ -126,7 +126,7 @@ class DDIMScheduler(PlanScheduler, diffusers.DDIMScheduler):
         noise = None
         if eta > 0:
             if variance_noise is not None and generator is not None:
-                raise ValueError("DDIMScheduler.step: expected at most one of generator and variance_noise, got both")
+                raise InvalidValue("DDIMScheduler.step", "", "at most one of generator and variance_noise", "both")
             noise = self._noise(generator, model_output, sample) if variance_noise is None else variance_noise
         x_prev, x_0 = self._advance(steps, known, timestep, model_output, sample, noise)
         return DDIMSchedulerOutput(prev_sample=x_prev, pred_original_sample=x_0) if return_dict else (x_prev, x_0)

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...errors import expect
 from ...plan import SamplingPlan, ddim_inversion_plan
-from ...schedule import NoiseSchedule
 from .. import needs_extra
 from .chain import PlanScheduler
 from .common import Betas
@@ -53,12 +53,14 @@ class DDIMInverseScheduler(PlanScheduler, diffusers.DDIMInverseScheduler):
             message = "The argument `set_alpha_to_zero` is deprecated. Use `set_alpha_to_one` instead."
             deprecate("set_alpha_to_zero", "1.0.0", message, standard_warn=False)
             set_alpha_to_one = kwargs["set_alpha_to_zero"]
-        self._set_up(NoiseSchedule.from_diffusers(self.config))
-        if prediction_type == "sample" and set_alpha_to_one:
-            raise ValueError(
-                f'{type(self).__name__}: expected prediction_type to be "epsilon" or "v_prediction" with set_alpha_to_one, as '
-                "an image alone does not determine epsilon, got 'sample'"
-            )
+        self._set_up()
+        expect(
+            prediction_type != "sample" or not set_alpha_to_one,
+            type(self).__name__,
+            "prediction_type",
+            'to be "epsilon" or "v_prediction" with set_alpha_to_one, as an image alone does not determine epsilon',
+            "'sample'",
+        )
         self.initial_alpha_cumprod = torch.tensor(1.0) if set_alpha_to_one else self.alphas_cumprod[0]
         self._initial_alpha_bar = 1.0 if set_alpha_to_one else float(self.schedule.alpha_bars[0])
         self.timesteps = torch.arange(num_train_timesteps)
@@ -79,10 +81,13 @@ class DDIMInverseScheduler(PlanScheduler, diffusers.DDIMInverseScheduler):
             ValueError: A value is out of range, or the spacing is "linspace".
             TypeError: An argument has an unsupported type.
         """
-        if self.config.timestep_spacing == "linspace":
-            raise ValueError(
-                f'{type(self).__name__}.set_timesteps: expected timestep_spacing to be "leading" or "trailing", got "linspace"'
-            )
+        expect(
+            self.config.timestep_spacing != "linspace",
+            f"{type(self).__name__}.set_timesteps",
+            "timestep_spacing",
+            'to be "leading" or "trailing"',
+            '"linspace"',
+        )
         self._set_chain(self._spaced(num_inference_steps).flip(0), int(num_inference_steps), device)
 
     def sampling_plan(self) -> SamplingPlan:

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...errors import InvalidValue
 from ...plan import VARIANCE_TYPES, SamplingPlan, ddpm_plan
-from ...schedule import NoiseSchedule
 from .. import needs_extra
 from .chain import PlanScheduler
-from .common import Betas, refuse_thresholding
+from .common import Betas, given_timesteps, refuse_thresholding
 
 with needs_extra("diffusers"):
     import diffusers
@@ -50,7 +50,7 @@ class DDPMScheduler(PlanScheduler, diffusers.DDPMScheduler):
         rescale_betas_zero_snr: bool = False,
     ) -> None:
         self.custom_timesteps = False
-        self._set_up(NoiseSchedule.from_diffusers(self.config))
+        self._set_up()
         self.one = torch.tensor(1.0)
         self.variance_type = variance_type
         if variance_type not in VARIANCE_TYPES:
@@ -79,21 +79,10 @@ class DDPMScheduler(PlanScheduler, diffusers.DDPMScheduler):
             TypeError: An argument has an unsupported type.
         """
         name, total = f"{type(self).__name__}.set_timesteps", self.config.num_train_timesteps
-        if (num_inference_steps is None) == (timesteps is None):
-            got = "neither" if timesteps is None else "both"
-            raise ValueError(f"{name}: expected exactly one of num_inference_steps and timesteps, got {got}")
-        if timesteps is None:
-            chain = self._spaced(num_inference_steps)
-        else:
-            chain = torch.as_tensor(timesteps)
-            descending = chain.dim() == 1 and chain.numel() > 0 and bool((chain.diff() < 0).all())
-            if not descending or chain.is_floating_point() or chain[0] >= total or chain[-1] < 0:
-                raise ValueError(
-                    f"{name}: expected timesteps to be strictly descending integers in 0..{total - 1}, got {timesteps}"
-                )
-            num_inference_steps = self.num_inference_steps
-        self.custom_timesteps = timesteps is not None
-        self._set_chain(chain.to("cpu", torch.int64), num_inference_steps, device)
+        given = given_timesteps(name, num_inference_steps, timesteps, total)
+        chain = self._spaced(num_inference_steps) if given is None else given
+        self.custom_timesteps = given is not None
+        self._set_chain(chain, num_inference_steps if given is None else self.num_inference_steps, device)
 
     def sampling_plan(self) -> SamplingPlan:
         """Return the chain as a plan for `ddpm_fast.sample` and `reverse_step`.
@@ -138,9 +127,11 @@ class DDPMScheduler(PlanScheduler, diffusers.DDPMScheduler):
         if known is not None and (self.custom_timesteps or self.num_inference_steps is not None):
             missing = [t for t in known if t not in steps.chain]
             if missing:
-                raise ValueError(
-                    f"{type(self).__name__}.step: expected timestep to be one of the {len(steps.chain)} of set_timesteps, "
-                    f"got {missing[0]}"
+                raise InvalidValue(
+                    f"{type(self).__name__}.step",
+                    "timestep",
+                    f"to be one of the {len(steps.chain)} of set_timesteps",
+                    missing[0],
                 )
         if known is None or max(known, default=0) > 0:
             noise = self._noise(generator, model_output, sample)

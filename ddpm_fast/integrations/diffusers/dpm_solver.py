@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -12,12 +11,13 @@ import torch
 from torch import Tensor
 
 from ...checks import check_choice, check_device, check_float, check_number, check_range, checked_device
+from ...errors import InvalidValue
 from ...ops.reverse_step import reverse_step
 from ...plan import COLUMNS, SamplingPlan, dpm_solver_plan
 from ...plan.dpm_solver import FEW_STEPS
 from ...schedule import NoiseSchedule, numbered
 from .. import needs_extra
-from .common import Betas, KernelScheduler, refuse_thresholding
+from .common import Betas, KernelScheduler, check_steps, checked_offset, checked_timestep, given_timesteps, refuse_thresholding
 
 with needs_extra("diffusers"):
     import diffusers
@@ -117,12 +117,10 @@ class DPMSolverMultistepScheduler(KernelScheduler, diffusers.DPMSolverMultistepS
         if solver_type in ("logrho", "bh1", "bh2"):
             self.register_to_config(solver_type="midpoint")
         self._check_supported()
-        schedule = NoiseSchedule.from_diffusers(self.config)
-        if rescale_betas_zero_snr:
-            schedule = _with_finite_levels(schedule)
-        self._set_up(schedule)
-        self.alpha_t, self.sigma_t = (level.sqrt().float() for level in (schedule.alpha_bars, 1 - schedule.alpha_bars))
-        ratios = _ratios(schedule.alpha_bars)
+        self._set_up(_schedule)
+        alpha_bars = self.schedule.alpha_bars
+        self.alpha_t, self.sigma_t = (level.sqrt().float() for level in (alpha_bars, 1 - alpha_bars))
+        ratios = _ratios(alpha_bars)
         self.lambda_t, self.sigmas = -ratios.log().float(), ratios.float()
         self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1, dtype=torch.float32)
         self._restart()
@@ -137,9 +135,8 @@ class DPMSolverMultistepScheduler(KernelScheduler, diffusers.DPMSolverMultistepS
         check_number(name, "lambda_min_clipped", config.lambda_min_clipped)
         for key in _UNSUPPORTED:
             if config[key]:
-                raise ValueError(
-                    f"{name}: expected {key} to be false, got {config[key]}: timestep_spacing and use_karras_sigmas are "
-                    "supported"
+                raise InvalidValue(
+                    name, key, "to be false", f"{config[key]}: timestep_spacing and use_karras_sigmas are supported"
                 )
 
     _chain: Tensor
@@ -184,27 +181,16 @@ class DPMSolverMultistepScheduler(KernelScheduler, diffusers.DPMSolverMultistepS
         """
         config, name, total = self.config, f"{type(self).__name__}.set_timesteps", self.schedule.num_timesteps
         if mu is not None:
-            raise ValueError(f"{name}: expected mu to be None, as dynamic shifting is not supported, got {mu}")
+            raise InvalidValue(name, "mu", "to be None, as dynamic shifting is not supported", mu)
         if total != config.num_train_timesteps:
-            raise ValueError(
-                f"{name}: expected num_train_timesteps to be {total}, the number of trained_betas, "
-                f"got {config.num_train_timesteps}"
+            raise InvalidValue(
+                name, "num_train_timesteps", f"to be {total}, the number of trained_betas", config.num_train_timesteps
             )
-        if (num_inference_steps is None) == (timesteps is None):
-            got = "neither" if timesteps is None else "both"
-            raise ValueError(f"{name}: expected exactly one of num_inference_steps and timesteps, got {got}")
-        if timesteps is not None:
-            if config.use_karras_sigmas:
-                raise ValueError(f"{name}: expected timesteps to be None with use_karras_sigmas, got {timesteps}")
-            chain = torch.as_tensor(timesteps)
-            descending = chain.dim() == 1 and chain.numel() > 0 and bool((chain.diff() < 0).all())
-            if not descending or chain.is_floating_point() or chain[0] >= total or chain[-1] < 0:
-                raise ValueError(
-                    f"{name}: expected timesteps to be strictly descending integers in 0..{total - 1}, got {timesteps}"
-                )
-            chain = chain.to("cpu", torch.int64)
-        else:
+        chain = given_timesteps(name, num_inference_steps, timesteps, total)
+        if chain is None:
             chain = self._spaced(name, num_inference_steps)
+        elif config.use_karras_sigmas:
+            raise InvalidValue(name, "timesteps", "to be None with use_karras_sigmas", timesteps)
         if device is not None:
             device = checked_device(name, device)
         if self.num_inference_steps is None or not torch.equal(chain, self._chain):
@@ -219,36 +205,31 @@ class DPMSolverMultistepScheduler(KernelScheduler, diffusers.DPMSolverMultistepS
     def _spaced(self, name: str, num_steps: Any) -> Tensor:
         """Return diffusers' timesteps, int64 [S], in the configuration's spacing."""
         config, total = self.config, self.schedule.num_timesteps
-        if isinstance(num_steps, bool) or not isinstance(num_steps, int | np.integer):
-            raise TypeError(f"{name}: expected num_inference_steps to be an int, got {num_steps!r}")
+        check_steps(name, num_steps)
         last = int((-_ratios(self.schedule.alpha_bars).log() >= config.lambda_min_clipped).sum())
         if last < 2:
             highest = float(self.lambda_t[min(1, total - 1)])
-            raise ValueError(
-                f"{name}: expected lambda_min_clipped to be at most {highest:.4g}, lambda at timestep 1, got "
-                f"{config.lambda_min_clipped}"
+            raise InvalidValue(
+                name, "lambda_min_clipped", f"to be at most {highest:.4g}, lambda at timestep 1", config.lambda_min_clipped
             )
         spacing = "karras" if config.use_karras_sigmas else config.timestep_spacing
         most = last - 1 if spacing == "leading" else total
         if not 1 <= num_steps <= most:
-            raise ValueError(f"{name}: expected num_inference_steps to be in 1..{most}, got {num_steps}")
+            raise InvalidValue(name, "num_inference_steps", f"to be in 1..{most}", num_steps)
         if spacing == "karras":
             for key in ("sigma_min", "sigma_max"):  # keys of another scheduler, which diffusers reads
                 if config.get(key) is not None:
-                    raise ValueError(f"{name}: expected no {key} with use_karras_sigmas, got {config[key]}")
+                    raise InvalidValue(name, "", f"no {key} with use_karras_sigmas", config[key])
             return self._karras(int(num_steps))
         if spacing == "linspace":
             descending = np.linspace(0, last - 1, num_steps + 1).round()[:0:-1]
         elif spacing == "leading":
-            descending = np.arange(num_steps, 0, -1) * (last // (num_steps + 1)) + config.steps_offset
+            descending = np.arange(num_steps, 0, -1) * (last // (num_steps + 1))
         else:
             descending = np.arange(last, 0, -total / num_steps).round() - 1
         timesteps = torch.from_numpy(descending.astype(np.int64))
-        if spacing == "leading" and not (int(timesteps[-1]) >= 0 and int(timesteps[0]) < total):
-            raise ValueError(
-                f"{name}: expected steps_offset to keep the timesteps in 0..{total - 1}, got {config.steps_offset}, which "
-                f"makes {num_steps} steps go from {int(timesteps[0])} to {int(timesteps[-1])}"
-            )
+        if spacing == "leading":
+            timesteps = checked_offset(name, config.steps_offset, timesteps, total)
         # diffusers lists -1 for some numbers of "trailing", and a timestep twice for as many as there are.
         kept: Tensor = timesteps[timesteps >= 0].unique_consecutive()
         return kept
@@ -377,9 +358,11 @@ class DPMSolverMultistepScheduler(KernelScheduler, diffusers.DPMSolverMultistepS
             theirs._init_step_index(self._first_timestep(name, timestep))
         index = cast(int, self._step_index)
         if not 0 <= index < len(self._chain):
-            raise ValueError(
-                f"{name}: expected one of the {len(self._chain)} steps of set_timesteps, got step {index}: call set_timesteps "
-                "again to begin another chain"
+            raise InvalidValue(
+                name,
+                "",
+                f"one of the {len(self._chain)} steps of set_timesteps",
+                f"step {index}: call set_timesteps again to begin another chain",
             )
         solver = self._tables()
         is_second = self.config.solver_order == 2 and self.lower_order_nums > 0 and not self._has_order_1(index)
@@ -409,24 +392,15 @@ class DPMSolverMultistepScheduler(KernelScheduler, diffusers.DPMSolverMultistepS
         self._step_index = index + 1
         return SchedulerOutput(prev_sample=x_prev) if return_dict else (cast(Tensor, x_prev),)
 
-    def _check_set(self, method: str) -> None:
-        """Raise if there are no timesteps yet."""
-        if self.num_inference_steps is None:
-            raise ValueError(f"{type(self).__name__}.{method}: expected set_timesteps to have been called, got no timesteps")
-
     def _first_timestep(self, name: str, timestep: Any) -> Any:
         """Return the timestep of a chain's first step, after a check."""
-        if isinstance(timestep, Tensor):
-            if timestep.is_floating_point() or timestep.is_complex() or timestep.dtype == torch.bool:
-                raise TypeError(f"{name}: expected timestep to be an int or an integer tensor, got {timestep.dtype}")
-            if timestep.numel() != 1:
-                raise ValueError(f"{name}: expected timestep to have 1 element, got shape {list(timestep.shape)}")
-            return timestep.reshape(())
-        if isinstance(timestep, bool) or not hasattr(timestep, "__index__"):  # NumPy's integers have it
-            raise TypeError(f"{name}: expected timestep to be an int or an integer tensor, got {timestep!r}")
-        t, total = operator.index(timestep), self.schedule.num_timesteps
+        t, total = checked_timestep(name, timestep), self.schedule.num_timesteps
+        if isinstance(t, Tensor):
+            if t.numel() != 1:
+                raise InvalidValue(name, "timestep", "to have 1 element", f"shape {list(t.shape)}")
+            return t.reshape(())
         if not 0 <= t < total:
-            raise ValueError(f"{name}: expected timestep to be in 0..{total - 1}, got {t}")
+            raise InvalidValue(name, "timestep", f"to be in 0..{total - 1}", t)
         return t
 
     def _step_noise(self, generator: Any, variance_noise: Tensor | None, model_output: Tensor, sample: Tensor) -> Tensor | None:
@@ -434,7 +408,7 @@ class DPMSolverMultistepScheduler(KernelScheduler, diffusers.DPMSolverMultistepS
         if variance_noise is None:
             return self._noise(generator, model_output, sample, torch.float32)
         if generator is not None:
-            raise ValueError(f"{type(self).__name__}.step: expected at most one of generator and variance_noise, got both")
+            raise InvalidValue(f"{type(self).__name__}.step", "", "at most one of generator and variance_noise", "both")
         return variance_noise.to(model_output.device)
 
     # ---------------------------------------------------------------------------------------------------- forward process
@@ -490,11 +464,14 @@ class DPMSolverMultistepScheduler(KernelScheduler, diffusers.DPMSolverMultistepS
         return self._noise_levels
 
 
-def _with_finite_levels(schedule: NoiseSchedule) -> NoiseSchedule:
-    """Return the schedule with abar = 2^-24 in the place of 0, as in diffusers.
+def _schedule(config: Any) -> NoiseSchedule:
+    """Return the configuration's noise schedule, with abar = 2^-24 in the place of 0, as in diffusers.
 
     Timesteps before the last may have a smaller abar, which diffusers keeps. It is raised, so that noise levels descend.
     """
+    schedule = NoiseSchedule.from_diffusers(config)
+    if not config.rescale_betas_zero_snr:
+        return schedule
     steps_left = torch.arange(schedule.num_timesteps - 1, -1, -1, dtype=torch.float64)
     alpha_bars = torch.maximum(schedule.alpha_bars, _ZERO_SNR * (1 + 1e-6 * steps_left))
     return NoiseSchedule(1 - alpha_bars / torch.cat([torch.ones(1, dtype=torch.float64), alpha_bars[:-1]]))

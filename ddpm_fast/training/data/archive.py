@@ -10,6 +10,7 @@ from typing import Final
 
 from torch import Tensor
 
+from ...errors import InvalidValue, expect
 from .dataset import ImageDataset
 from .image_files import IMAGE_SUFFIXES, ImageFiles, is_image_name, load_images
 from .labels import LABELS_FILE, MAX_BYTES, chosen_labels, listed_labels, parsed_json
@@ -22,7 +23,7 @@ def read_archive(path: Path, image_size: int | None, skip_broken: bool, first: i
     archive = _opened(path)
     names = sorted({name for name in archive.namelist() if is_image_name(name)})  # EDM has the same order
     if not names:
-        raise ValueError(f"load_dataset: expected {path} to hold images ({', '.join(sorted(IMAGE_SUFFIXES))}), got none")
+        raise InvalidValue("load_dataset", str(path), f"to hold images ({', '.join(sorted(IMAGE_SUFFIXES))})", "none")
     for name in names:
         _check_entry(path, archive.getinfo(name), _MAX_IMAGE)
     labels = _read_labels(path, archive, names)
@@ -47,19 +48,22 @@ def _opened(path: Path) -> zipfile.ZipFile:
         archive = zipfile.ZipFile(file)
     except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
         file.close()
-        raise ValueError(f"load_dataset: expected {path} to be a folder or a whole zip file, got: {error}") from error
+        raise InvalidValue("load_dataset", str(path), "to be a folder or a whole zip file", error) from error
     weakref.finalize(archive, file.close)
     return archive
 
 
 def _check_entry(path: Path, entry: zipfile.ZipInfo, largest: int) -> None:
     """Raise a ValueError if a file in the archive is too large or encrypted, before it is unpacked."""
-    if entry.file_size > largest:
-        raise ValueError(
-            f"load_dataset: expected {entry.filename} in {path} to have at most {largest} bytes, got {entry.file_size}"
-        )
+    expect(
+        entry.file_size <= largest,
+        "load_dataset",
+        entry.filename,
+        f"in {path} to have at most {largest} bytes",
+        entry.file_size,
+    )
     if entry.flag_bits & 1:
-        raise ValueError(f"load_dataset: expected {path} to hold no encrypted files, got {entry.filename}")
+        raise InvalidValue("load_dataset", str(path), "to hold no encrypted files", entry.filename)
 
 
 def _read_labels(path: Path, archive: zipfile.ZipFile, names: Sequence[str]) -> Tensor | None:
@@ -73,5 +77,5 @@ def _read_labels(path: Path, archive: zipfile.ZipFile, names: Sequence[str]) -> 
     except MemoryError:
         raise
     except Exception as error:  # each kind of compression raises errors of its own
-        raise ValueError(f"load_dataset: expected {place} to be whole, got: {error}") from error
+        raise InvalidValue("load_dataset", place, "to be whole", error) from error
     return listed_labels(place, parsed_json(place, content), names)

@@ -16,7 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ...errors import InvalidValue, expect
 from .download import default_folder, downloaded
+from .labels import check_labels
 
 CIFAR10_CLASSES: Final = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
@@ -49,9 +51,7 @@ def read_cifar10(root: Path | None, split: str) -> tuple[Tensor, Tensor, tuple[s
             place, contents = found
             missing = [name for name in version.names(split) if name not in contents]
             if missing:
-                raise ValueError(
-                    f"load_dataset: expected {place} to hold {', '.join(version.names(split))}, got no {missing[0]}"
-                )
+                raise InvalidValue("load_dataset", str(place), f"to hold {', '.join(version.names(split))}", f"no {missing[0]}")
             batches = [version.read(f"{place}/{name}", contents[name]) for name in version.names(split)]
             images = torch.from_numpy(np.concatenate([images for images, _ in batches]))
             labels = torch.from_numpy(np.concatenate([labels for _, labels in batches]))
@@ -73,7 +73,8 @@ def _find(root: Path, version: _Version, split: str) -> tuple[Path, Mapping[str,
 
 
 def _read_file(file: Path) -> bytes:
-    _check_size(str(file), file.stat().st_size)
+    size = file.stat().st_size
+    expect(0 < size <= _MAX_FILE, "load_dataset", str(file), f"to have 1 to {_MAX_FILE} bytes", size)
     return file.read_bytes()
 
 
@@ -83,18 +84,29 @@ def _read_archive(archive: Path, names: list[str]) -> dict[str, bytes]:
     try:
         with _BoundedGzip(archive) as unpacked, tarfile.open(fileobj=unpacked, mode="r:") as opened:
             for member in opened:
-                if member.offset_data + member.size > _MAX_ARCHIVE:
-                    raise ValueError(f"load_dataset: expected {archive} to hold at most {_MAX_ARCHIVE} bytes, got more")
+                expect(
+                    member.offset_data + member.size <= _MAX_ARCHIVE,
+                    "load_dataset",
+                    str(archive),
+                    f"to hold at most {_MAX_ARCHIVE} bytes",
+                    "more",
+                )
                 name = PurePosixPath(member.name).name
                 if name in names and (file := opened.extractfile(member)) is not None:
-                    _check_size(f"{archive}/{name}", member.size)
+                    expect(
+                        0 < member.size <= _MAX_FILE,
+                        "load_dataset",
+                        f"{archive}/{name}",
+                        f"to have 1 to {_MAX_FILE} bytes",
+                        member.size,
+                    )
                     contents[name] = file.read()
             part = min(_MAX_FILE, 1 << 20)
             for _ in range(_MAX_ARCHIVE // part):  # gzip compares the checksum at the end
                 if not unpacked.read(part):
                     break
     except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
-        raise ValueError(f"load_dataset: expected {archive} to be a whole .tar.gz file, got: {error}") from error
+        raise InvalidValue("load_dataset", str(archive), "to be a whole .tar.gz file", error) from error
     return contents
 
 
@@ -108,27 +120,22 @@ class _BoundedGzip(gzip.GzipFile):
         return super().read(size)
 
 
-def _check_size(file: str, size: int) -> None:
-    if not 0 < size <= _MAX_FILE:
-        raise ValueError(f"load_dataset: expected {file} to have 1 to {_MAX_FILE} bytes, got {size}")
-
-
-def _checked(file: str, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> _Batch:
-    if labels.min() < 0 or labels.max() > 9:
-        wrong = labels.min() if labels.min() < 0 else labels.max()
-        raise ValueError(f"load_dataset: expected labels in 0..9 in {file}, got {wrong}")
-    return images, labels
-
-
 # ---------------------------------------------------------------------------------------------------------- binary version
 
 
 def _read_binary(file: str, content: bytes) -> _Batch:
     """Return images and labels of records of a byte with the label and the pixels, [3, 32, 32]."""
-    if len(content) % (1 + _PIXELS):
-        raise ValueError(f"load_dataset: expected {file} to hold records of {1 + _PIXELS} bytes, got {len(content)} bytes")
+    expect(
+        len(content) % (1 + _PIXELS) == 0,
+        "load_dataset",
+        file,
+        f"to hold records of {1 + _PIXELS} bytes",
+        f"{len(content)} bytes",
+    )
     records = np.frombuffer(content, np.uint8).reshape(-1, 1 + _PIXELS)
-    return _checked(file, records[:, 1:], records[:, 0].astype(np.int64))
+    images, labels = records[:, 1:], records[:, 0].astype(np.int64)
+    check_labels(file, labels, 10)
+    return images, labels
 
 
 # ---------------------------------------------------------------------------------------------------------- Python version
@@ -176,7 +183,7 @@ def _read_python(file: str, content: bytes) -> _Batch:
     """Return images and labels of a pickled dict of b"data", uint8 [N, 3072], and b"labels", a list of N ints."""
 
     def refuse(got: object) -> NoReturn:
-        raise ValueError(f"load_dataset: expected {file} to be a pickled batch of CIFAR-10, got {got}")
+        raise InvalidValue("load_dataset", file, "to be a pickled batch of CIFAR-10", got)
 
     try:
         batch = _Unpickler(io.BytesIO(content), encoding="bytes").load()
@@ -200,7 +207,9 @@ def _read_python(file: str, content: bytes) -> _Batch:
     if shape != (len(labels), _PIXELS) or len(pixels) != len(labels) * _PIXELS:
         refuse(f"{len(labels)} labels and images of shape {shape} in {len(pixels)} bytes")
     images = np.frombuffer(pixels, np.uint8).reshape(shape, order="F" if is_fortran else "C")
-    return _checked(file, images, np.array(labels))
+    images, labels = images, np.array(labels)
+    check_labels(file, labels, 10)
+    return images, labels
 
 
 _VERSIONS: Final = (

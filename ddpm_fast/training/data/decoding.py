@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...checks import check_path
+from ...errors import InvalidValue, expect
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
@@ -57,7 +57,7 @@ def read_image(
     except (UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError, OSError) as error:
         if isinstance(error, OSError) and error.filename is not None and not isinstance(error, UnidentifiedImageError):
             raise
-        raise ValueError(f"{caller}: expected {name} to be an image, got {str(path)!r}: {error}") from error
+        raise InvalidValue(caller, name, "to be an image", f"{str(path)!r}: {error}") from error
     if channels == 3:
         return picture
     return torch.from_numpy(np.array(Image.fromarray(picture.permute(1, 2, 0).numpy()).convert("L")))[None]
@@ -100,8 +100,9 @@ def as_rgb(image: Picture, kind: str | None) -> Picture:
 
     if image.mode.startswith("I;16") or (image.mode == "I" and kind in ("PNG", "PPM")):  # Pillow itself cuts off at 255
         return Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8)).convert("RGB")
-    if image.mode in ("I", "F"):
-        raise ValueError(f"expected 8 or 16 bits a channel, got pixels of mode {image.mode}, whose range is unknown")
+    expect(
+        image.mode not in ("I", "F"), "", "", "8 or 16 bits a channel", f"pixels of mode {image.mode}, whose range is unknown"
+    )
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -152,5 +153,8 @@ def try_each(read: Callable[[str], _Read], names: Sequence[str], broken: dict[st
 
 
 def reason(error: Exception) -> str:
-    """Return type and text of an error, without the address of an object that Pillow adds."""
-    return re.sub(r" <.*>$", "", f"{type(error).__name__}: {error}")
+    """Return type and text of an error. The text of an UnidentifiedImageError is the address of an object."""
+    from PIL import UnidentifiedImageError
+
+    name = type(error).__name__
+    return name if isinstance(error, UnidentifiedImageError) else f"{name}: {error}"

@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...errors import InvalidValue, expect
 from .download import downloaded
+from .labels import check_labels
 
 FASHION_MNIST_CLASSES: Final = (
     "T-shirt",
@@ -39,13 +41,14 @@ def read_fashion_mnist(root: Path | None, split: str) -> tuple[Tensor, Tensor]:
     found = [_first_file(folder / file, folder / f"{file}.gz") for file in files]
     if found[0] and found[1]:
         images, labels = read_idx(found[0]), read_idx(found[1])
-        if images.dim() != 3 or labels.shape != images.shape[:1] or not len(labels):
-            raise ValueError(
-                f"load_dataset: expected images [N, H, W] and labels [N] in {folder}, "
-                f"got {list(images.shape)} and {list(labels.shape)}"
-            )
-        if labels.max() >= len(FASHION_MNIST_CLASSES):
-            raise ValueError(f"load_dataset: expected labels in 0..9 in {found[1]}, got {int(labels.max())}")
+        expect(
+            images.dim() == 3 and labels.shape == images.shape[:1] and len(labels),
+            "load_dataset",
+            "",
+            f"images [N, H, W] and labels [N] in {folder}",
+            f"{list(images.shape)} and {list(labels.shape)}",
+        )
+        check_labels(found[1], labels, len(FASHION_MNIST_CLASSES))
     else:
         others = ", or install Debian's package dataset-fashion-mnist"
         source = downloaded("FashionMNIST", root, split, f"{files[0]} and {files[1]} (.gz)", others)
@@ -59,18 +62,18 @@ def read_idx(path: Path) -> Tensor:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             header = file.read(4)
             if header[:3] != b"\0\0\x08" or len(header) < 4:  # two zeros, then the type code of unsigned bytes
-                raise ValueError(f"load_dataset: expected {path} to be an IDX file of unsigned bytes, got header {header!r}")
+                raise InvalidValue("load_dataset", str(path), "to be an IDX file of unsigned bytes", f"header {header!r}")
             sizes = file.read(4 * header[3])  # byte 3: the number of dimensions
             shape = [int.from_bytes(sizes[i : i + 4], "big") for i in range(0, len(sizes), 4)]
             count = math.prod(shape)
             if len(sizes) < 4 * header[3] or not 1 <= count <= _MAX_IDX:  # before anything of that size is read
-                raise ValueError(f"load_dataset: expected {path} to hold 1 to {_MAX_IDX} bytes, got a header of shape {shape}")
+                raise InvalidValue("load_dataset", str(path), f"to hold 1 to {_MAX_IDX} bytes", f"a header of shape {shape}")
             content = file.read(count + 1)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"load_dataset: expected {path} to be a whole gzip file, got: {error}") from error
+        raise InvalidValue("load_dataset", str(path), "to be a whole gzip file", error) from error
     if len(content) != count:
         got = f"{count + 1} or more" if len(content) > count else len(content)
-        raise ValueError(f"load_dataset: expected {path} to hold {shape} bytes, got {got}")
+        raise InvalidValue("load_dataset", str(path), f"to hold {shape} bytes", got)
     return torch.from_numpy(np.frombuffer(content, dtype=np.uint8).reshape(shape).copy())
 
 

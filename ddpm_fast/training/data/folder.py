@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ...errors import InvalidValue
 from .dataset import ImageDataset
 from .image_files import IMAGE_SUFFIXES, ImageFiles, is_image_name, load_images
 from .labels import LABELS_FILE, MAX_BYTES, chosen_labels, listed_labels, parsed_json
@@ -18,7 +19,7 @@ def read_folder(root: Path, image_size: int | None, skip_broken: bool, first: in
     """Return the images of a folder and its sub-folders."""
     names = _image_names(root)
     if not names:
-        raise ValueError(f"load_dataset: expected {root} to hold images ({', '.join(sorted(IMAGE_SUFFIXES))}), got none")
+        raise InvalidValue("load_dataset", str(root), f"to hold images ({', '.join(sorted(IMAGE_SUFFIXES))})", "none")
     place = str(root / LABELS_FILE)
     values = _labels_file(root)
     labels = listed_labels(place, values, names) if values is not None else None
@@ -44,7 +45,8 @@ def _labels_file(root: Path) -> dict[str, Any] | None:
     if not file.exists():
         return None
     if not file.is_file() or file.stat().st_size > MAX_BYTES:
-        raise ValueError(f"load_dataset: expected {file} to be a file of at most {MAX_BYTES} bytes")
+        got = f"{file.stat().st_size} bytes" if file.is_file() else "none"
+        raise InvalidValue("load_dataset", str(file), f"to be a file of at most {MAX_BYTES} bytes", got)
     values = parsed_json(str(file), file.read_bytes())
     return values if isinstance(values, dict) and "labels" in values else None
 
@@ -65,7 +67,7 @@ def _image_paths(root: Path) -> Iterable[str]:
     for folder, folders, names in os.walk(root, onerror=fail):
         links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
         if links:  # one may lead to a folder above it
-            raise ValueError(f"load_dataset: expected folders without links in {root}, got {os.path.join(folder, links[0])!r}")
+            raise InvalidValue("load_dataset", "", f"folders without links in {root}", repr(os.path.join(folder, links[0])))
         for name in filter(is_image_name, names):
             path = os.path.join(folder, name)
             if os.path.isfile(path) or not os.path.exists(path):  # a link to nothing is a missing image

@@ -13,9 +13,11 @@ from typing import Any, BinaryIO, Final, NamedTuple
 import torch
 
 from ...atomic import read_json
+from ...errors import InvalidValue, expect
 from .dataset import ImageDataset
 from .download import import_extra
 from .image_files import ImageFiles, load_images
+from .labels import check_labels
 
 _DICT: Final = "dataset_dict.json"  # names the splits, each of which is a folder
 _STATE: Final = "state.json"  # names the tables
@@ -63,12 +65,11 @@ def read_hub_folder(
     labels = torch.zeros(table.num_rows, dtype=torch.int64)
     if columns.label is not None:
         column = table.column(columns.label)
-        if column.null_count:
-            raise ValueError(f"load_dataset: expected each row of {folder} to have a label, got {column.null_count} without")
+        expect(
+            not column.null_count, "load_dataset", "", f"each row of {folder} to have a label", f"{column.null_count} without"
+        )
         labels = torch.tensor(column.to_pylist())
-        if labels.min() < 0 or labels.max() >= len(columns.classes):
-            wrong = int(labels.min() if labels.min() < 0 else labels.max())
-            raise ValueError(f"load_dataset: expected labels in 0..{len(columns.classes) - 1} in {folder}, got {wrong}")
+        check_labels(folder, labels, len(columns.classes))
     images, files, preparation = load_images(files, image_size=image_size, skip_broken=skip_broken, memory=memory)
     labels = labels[[_number(name) for name in files.names]]
     return ImageDataset(str(root), images, labels, columns.classes, files.contents, preparation)
@@ -81,8 +82,7 @@ def _number(name: str) -> int:
 def _check_split(values: Mapping[str, Any], split: str) -> str:
     """Return the split if a dataset_dict.json names it."""
     splits = values.get("splits")
-    if not isinstance(splits, list) or split not in splits:
-        raise ValueError(f"expected splits to have {split}, got {splits}")
+    expect(isinstance(splits, list) and split in splits, "", "splits", f"to have {split}", splits)
     return split
 
 
@@ -90,23 +90,21 @@ def _columns(values: Mapping[str, Any]) -> _Columns:
     """Return the columns of images and labels that a dataset_info.json describes."""
     features = values.get("features")
     if not isinstance(features, dict):
-        raise ValueError(f"expected features to be an object, got {features!r}")
+        raise InvalidValue("", "features", "to be an object", repr(features))
     named: dict[str, list[str]] = {
         kind: [name for name, feature in features.items() if isinstance(feature, dict) and feature.get("_type") == kind]
         for kind in ("Image", "ClassLabel")
     }
     images, labels = named["Image"], named["ClassLabel"]
-    if len(images) != 1:
-        raise ValueError(f"expected features to have one Image, got {', '.join(images) or 'none'}")
-    if len(labels) > 1:
-        raise ValueError(f"expected features to have at most one ClassLabel, got {', '.join(labels)}; remove the others")
+    expect(len(images) == 1, "", "features", "to have one Image", ", ".join(images) or "none")
+    expect(len(labels) <= 1, "", "features", "to have at most one ClassLabel", f"{', '.join(labels)}; remove the others")
     if not labels:
         return _Columns(images[0], None, ("",))
     classes = features[labels[0]].get("names")
-    if not isinstance(classes, list) or not classes or not all(isinstance(name, str) for name in classes):
-        raise ValueError(f"expected features.{labels[0]}.names to be a list of names, got {classes!r}")
-    if len(set(classes)) != len(classes):
-        raise ValueError(f"expected features.{labels[0]}.names to be without repetitions, got {classes}")
+    name = f"features.{labels[0]}.names"
+    if not isinstance(classes, list) or not classes or not all(isinstance(each, str) for each in classes):
+        raise InvalidValue("", name, "to be a list of names", repr(classes))
+    expect(len(set(classes)) == len(classes), "", name, "to be without repetitions", classes)
     return _Columns(images[0], labels[0], tuple(classes))
 
 
@@ -115,10 +113,10 @@ def _table_names(values: Mapping[str, Any]) -> list[str]:
     entries = values.get("_data_files")
     names = [entry.get("filename") for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
     plain = [name for name in names if isinstance(name, str) and name == Path(name).name and "\\" not in name]
-    if not plain or plain != names:
-        raise ValueError(f"expected _data_files to have names of files, got {entries!r}")
-    if values.get("_indices_data_files"):
-        raise ValueError("expected _indices_data_files to be none: flatten_indices() of the data set, then save it again")
+    expect(plain and plain == names, "", "_data_files", "to have names of files", repr(entries))
+    if indices := values.get("_indices_data_files"):
+        got = f"{indices!r}; call flatten_indices() of the data set, then save it again"
+        raise InvalidValue("", "_indices_data_files", "to be none", got)
     return plain
 
 
@@ -132,15 +130,19 @@ def _read_tables(files: list[Path], columns: _Columns) -> Any:
             table = pyarrow.ipc.open_stream(pyarrow.memory_map(str(file))).read_all().select(wanted)
             table.validate(full=True)  # or an offset in a damaged file would lead anywhere
         except (pyarrow.ArrowInvalid, KeyError, OSError) as error:
-            raise ValueError(f"load_dataset: expected {file} to be a whole Arrow table with {wanted}, got: {error}") from error
+            raise InvalidValue("load_dataset", str(file), f"to be a whole Arrow table with {wanted}", error) from error
         kind = table.schema.field(columns.image).type
-        if not pyarrow.types.is_struct(kind) or kind.get_field_index("bytes") < 0:
-            raise ValueError(f"load_dataset: expected {columns.image} in {file} to be encoded images, got {kind}")
+        expect(
+            pyarrow.types.is_struct(kind) and kind.get_field_index("bytes") >= 0,
+            "load_dataset",
+            columns.image,
+            f"in {file} to be encoded images",
+            kind,
+        )
         if columns.label is not None and not pyarrow.types.is_integer(table.schema.field(columns.label).type):
             got = table.schema.field(columns.label).type
-            raise ValueError(f"load_dataset: expected {columns.label} in {file} to be integers, got {got}")
+            raise InvalidValue("load_dataset", columns.label, f"in {file} to be integers", got)
         tables.append(table)
     table = pyarrow.concat_tables(tables)
-    if not table.num_rows:
-        raise ValueError(f"load_dataset: expected {files[0].parent} to hold images, got none")
+    expect(table.num_rows, "load_dataset", str(files[0].parent), "to hold images", "none")
     return table

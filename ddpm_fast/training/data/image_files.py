@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...checks import listed
+from ...errors import InvalidValue
 from ...limits import check_free_memory, free_memory, size_text
 from .decoding import AT_ONCE, BYTES_A_PIXEL, SharedPixels, decode, reason, size_of, try_each
 
@@ -122,9 +123,11 @@ class EncodedImages:
             except MemoryError:
                 raise
             except Exception as error:  # Pillow's formats raise errors of many types
-                raise ValueError(
-                    f"load_dataset: expected images that Pillow can read in {self.files.root}, got {name} ({reason(error)}); "
-                    "skip_broken=True (--skip-broken) leaves such images out"
+                raise InvalidValue(
+                    "load_dataset",
+                    "",
+                    f"images that Pillow can read in {self.files.root}",
+                    f"{name} ({reason(error)}); skip_broken=True (--skip-broken) leaves such images out",
                 ) from error
 
 
@@ -225,9 +228,12 @@ def is_image_name(name: str) -> bool:
 def check_broken(root: str, names: Sequence[str], broken: Mapping[str, str], skip_broken: bool) -> None:
     """Raise a ValueError if there are broken images and they must not be left out, or if there are no others."""
     if broken and (not skip_broken or len(broken) == len(names)):
-        raise ValueError(
-            f"load_dataset: expected images that Pillow can read in {root}, got {len(broken)} of {len(names)} that it cannot: "
-            f"{_reasons(broken)}; skip_broken=True (--skip-broken) leaves them out if others remain"
+        raise InvalidValue(
+            "load_dataset",
+            "",
+            f"images that Pillow can read in {root}",
+            f"{len(broken)} of {len(names)} that it cannot: {_reasons(broken)}; skip_broken=True (--skip-broken) leaves them "
+            "out if others remain",
         )
 
 
@@ -244,7 +250,10 @@ def _common_size(root: str, all_sizes: Sequence[tuple[int, int]]) -> int:
         return width
     listed = ", ".join(f"{width}x{height} ({count})" for (width, height), count in sizes.most_common(5))
     more = f" and {len(sizes) - 5} other sizes" if len(sizes) > 5 else ""
-    raise ValueError(
-        f"load_dataset: expected image_size, as the images in {root} are not squares of one size, got None with sizes "
-        f"{listed}{more}; image_size=64 (--image-size 64) crops each to its central square and resizes it to 64x64"
+    raise InvalidValue(
+        "load_dataset",
+        "image_size",
+        f"to be given, as the images in {root} are not squares of one size",
+        f"None with sizes {listed}{more}; image_size=64 (--image-size 64) crops each to its central square and resizes it to "
+        "64x64",
     )

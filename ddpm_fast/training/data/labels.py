@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Sequence
 from typing import Any, Final
 
 import torch
 from torch import Tensor
+
+from ...errors import InvalidValue, expect
 
 LABELS_FILE: Final = "dataset.json"
 MAX_BYTES: Final = 256 << 20  # that of ImageNet has 50 MB
@@ -20,7 +23,7 @@ def parsed_json(place: str, content: bytes) -> Any:
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"load_dataset: expected {place} to be JSON, got: {error}") from error
+        raise InvalidValue("load_dataset", place, "to be JSON", error) from error
 
 
 def listed_labels(place: str, values: Any, names: Sequence[str]) -> Tensor | None:
@@ -38,14 +41,14 @@ def listed_labels(place: str, values: Any, names: Sequence[str]) -> Tensor | Non
     if pairs is None:
         return None
     if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
-        raise ValueError(f"load_dataset: expected labels in {place} to be a list of pairs [name, label], or null")
+        raise InvalidValue("load_dataset", "labels", "to be a list of pairs [name, label], or null", reprlib.repr(pairs), place)
     labels: dict[Any, Any] = {pair[0]: pair[1] for pair in pairs if isinstance(pair[0], str)}
     numbers = []
     for name in names:
         label = labels.get(name.replace("\\", "/"))
         if type(label) is not int or not 0 <= label <= _MAX_LABEL:
             got = "a vector" if isinstance(label, list) else "none" if label is None else repr(label)
-            raise ValueError(f"load_dataset: expected the label of {name} in {place} to be in 0..{_MAX_LABEL}, got {got}")
+            raise InvalidValue("load_dataset", "", f"the label of {name} in {place} to be in 0..{_MAX_LABEL}", got)
         numbers.append(label)
     return torch.tensor(numbers)
 
@@ -65,3 +68,10 @@ def chosen_labels(labels: Tensor | None, names: Sequence[str], kept: Sequence[st
         return torch.zeros(len(kept), dtype=torch.int64), ("",)
     rows = {name: row for row, name in enumerate(names)}
     return labels[[rows[name] for name in kept]], tuple(map(str, range(int(labels.max()) + 1)))
+
+
+def check_labels(place: object, labels: Any, num_classes: int) -> None:
+    """Raise a ValueError unless all labels, a tensor or an array [N], are in 0..num_classes-1. `place` has them."""
+    low, high = int(labels.min()), int(labels.max())
+    wrong = low if low < 0 else high
+    expect(0 <= wrong < num_classes, "load_dataset", "labels", f"in 0..{num_classes - 1} in {place}", wrong)

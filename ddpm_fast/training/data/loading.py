@@ -9,6 +9,7 @@ from typing import Final
 from torch.nn import functional
 
 from ...checks import check_choice, check_int
+from ...errors import InvalidValue
 from .archive import read_archive
 from .cifar10 import read_cifar10
 from .dataset import ImageDataset, in_memory
@@ -80,6 +81,6 @@ def load_dataset(
     if Path(name).is_file():
         return read_archive(Path(name), image_size, skip_broken, first, memory)
     missing = "" if os.path.exists(name) else ", which does not exist"
-    raise ValueError(
-        f"load_dataset: expected name to be one of {', '.join(DATASETS)}, a zip file or a folder, got {name!r}{missing}"
+    raise InvalidValue(
+        "load_dataset", "name", f"to be one of {', '.join(DATASETS)}, a zip file or a folder", f"{name!r}{missing}"
     )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from ...errors import InvalidType, InvalidValue
 from .decoding import as_rgb
 
 SAMPLED: Final = 64  # items in a sample
@@ -40,9 +41,9 @@ class MappedDataset:
     def __init__(self, source: Any, channels: int, classes: tuple[str, ...] | None, num_workers: int = 0) -> None:
         methods = (hasattr(source, name) for name in ("__len__", "__getitem__"))
         if isinstance(source, IterableDataset) or not all(methods):
-            raise TypeError(f"expected dataset to be map-style (__len__ and __getitem__), got {type(source).__name__}")
+            raise InvalidType("", "dataset", "to be map-style (__len__ and __getitem__)", type(source).__name__)
         if not len(source):
-            raise ValueError("expected dataset to have at least one item, got none")
+            raise InvalidValue("", "dataset", "to have at least one item", "none")
         self.name = type(source).__name__
         self.classes = ("",) if classes is None else classes
         self._source, self._channels, self._labelled, self._num_workers = source, channels, classes is not None, num_workers
@@ -63,9 +64,11 @@ class MappedDataset:
         image, label = self._item(index)
         pixels = self._image(index, image)
         if pixels.dtype != self._dtype or tuple(pixels.shape) != self.shape:
-            raise ValueError(
-                f"expected dataset[{index}] to be {self._dtype} {list(self.shape)}, as dataset[0], "
-                f"got {pixels.dtype} {list(pixels.shape)}"
+            raise InvalidValue(
+                "",
+                f"dataset[{index}]",
+                f"to be {self._dtype} {list(self.shape)}, as dataset[0]",
+                f"{pixels.dtype} {list(pixels.shape)}",
             )
         if not self._labelled:
             return pixels, 0
@@ -75,7 +78,7 @@ class MappedDataset:
             number = -1
         if not 0 <= number < len(self.classes):
             wanted = f"a label in 0..{len(self.classes) - 1}" if len(self.classes) > 1 else "the label 0"
-            raise ValueError(f"expected dataset[{index}] to have {wanted}, got {'no label' if label is None else repr(label)}")
+            raise InvalidValue("", f"dataset[{index}]", f"to have {wanted}", "no label" if label is None else repr(label))
         return pixels, number
 
     def batches(self, indices: Iterable[Tensor]) -> Generator[tuple[Tensor, Tensor], None, None]:
@@ -99,7 +102,7 @@ class MappedDataset:
                     raise batch
                 yield batch
         except RuntimeError as error:  # a worker was killed
-            raise ValueError(f"expected dataset to be read by its workers, got: {error}") from error
+            raise InvalidValue("", "dataset", "to be read by its workers", error) from error
 
     def fingerprint(self, *, exact: bool = False) -> dict[str, str]:
         """Return SHA-256 digests: "sample" of items at even distances, and "exact" of all items."""
@@ -118,11 +121,11 @@ class MappedDataset:
         try:
             item = self._source[index]
         except Exception as error:  # whatever the data set raises
-            raise ValueError(f"expected dataset[{index}] to be an item, got {type(error).__name__}: {error}") from error
+            raise InvalidValue("", f"dataset[{index}]", "to be an item", f"{type(error).__name__}: {error}") from error
         if not isinstance(item, (tuple, list)):
             return item, None
         if len(item) != 2:
-            raise ValueError(f"expected dataset[{index}] to be an image or (image, label), got {len(item)} values")
+            raise InvalidValue("", f"dataset[{index}]", "to be an image or (image, label)", f"{len(item)} values")
         image, label = item
         return image, label
 
@@ -134,32 +137,32 @@ class MappedDataset:
             image = self._pixels(index, image)
         wanted = f"uint8 [{self._channels}, H, W], floats [{self._channels}, H, W] in [-1, 1] or a PIL image"
         if not isinstance(image, Tensor):
-            raise ValueError(f"expected dataset[{index}] to be {wanted}, got {type(image).__name__}")
+            raise InvalidValue("", f"dataset[{index}]", f"to be {wanted}", type(image).__name__)
         floating = image.is_floating_point()
         dense = image.layout is torch.strided and not image.is_nested and not image.is_meta
         shaped = dense and image.dim() == 3 and image.shape[0] == self._channels and image.numel() > 0
         if not shaped or not (floating or image.dtype == torch.uint8):
             shape = list(image.shape) if dense else "without values in a dense layout"
-            raise ValueError(f"expected dataset[{index}] to be {wanted}, got {image.dtype} {shape}")
+            raise InvalidValue("", f"dataset[{index}]", f"to be {wanted}", f"{image.dtype} {shape}")
         pixels: Tensor = image.detach().cpu().contiguous()
         if not floating:
             return pixels
         pixels = pixels.float()
         low, high = torch.aminmax(pixels)
         if not (low >= -1 - _OUTSIDE and high <= 1 + _OUTSIDE):  # NaN fails too
-            raise ValueError(f"expected dataset[{index}] to be in [-1, 1], got values from {float(low):g} to {float(high):g}")
+            raise InvalidValue("", f"dataset[{index}]", "to be in [-1, 1]", f"values from {float(low):g} to {float(high):g}")
         return pixels
 
     def _pixels(self, index: int, image: Any) -> Tensor:
         """Return a PIL image as uint8 [channels, H, W]."""
         if self._channels not in (1, 3, 4):
-            raise ValueError(
-                f"expected dataset[{index}] to be a tensor, as the network has {self._channels} channels, got a PIL image"
+            raise InvalidValue(
+                "", f"dataset[{index}]", f"to be a tensor, as the network has {self._channels} channels", "a PIL image"
             )
         try:
             converted = image.convert("RGBA") if self._channels == 4 else as_rgb(image, image.format)
         except Exception as error:  # Pillow's formats raise errors of many types
-            raise ValueError(f"expected dataset[{index}] to be an image, got: {error}") from error
+            raise InvalidValue("", f"dataset[{index}]", "to be an image", error) from error
         pixels = np.array(converted.convert("L"))[..., None] if self._channels == 1 else np.array(converted)
         return torch.from_numpy(pixels).permute(2, 0, 1)
 
