@@ -21,6 +21,7 @@ from fixtures import (  # noqa: F401
     emulated_module,
     matrix_kernels,
     no_matrix_kernels,
+    no_matrix_units,
 )
 
 # Machines that only check a GPU may lack what a whole file of tests needs.

@@ -46,6 +46,13 @@ def matrix_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def no_matrix_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave bfloat16 to the kernels on CPUs with matrix units too, where it is PyTorch's."""
+    if backend.native_error() is None:
+        monkeypatch.setitem(backend.BUILD, "amx_bf16", False)
+
+
+@pytest.fixture
 def no_matrix_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Freeze networks without this package's kernels of convolution and attention."""
     from ddpm_fast.inference import frozen

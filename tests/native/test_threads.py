@@ -140,6 +140,7 @@ def run_process(script: str) -> str:
 
 
 @pytest.mark.parametrize("dtype", backend.MATRIX_DTYPES)
+@pytest.mark.usefixtures("matrix_kernels")
 def test_threads_and_programs_change_no_bit(dtype: torch.dtype) -> None:
     compute = network(dtype)
     expected = with_threads(1, compute)

@@ -234,6 +234,7 @@ class TestWhereItServes:
 
     @serves
     @has_fast_bfloat16
+    @pytest.mark.usefixtures("no_matrix_units")
     @pytest.mark.parametrize("by_autocast", [True, False])
     def test_bfloat16(
         self, layer: Attention, x: Tensor, calls: list[str], by_autocast: bool, monkeypatch: pytest.MonkeyPatch
