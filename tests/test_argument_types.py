@@ -21,6 +21,7 @@ from small_unets import make_unet
 from torch import Tensor, nn
 
 import ddpm_fast as d
+from ddpm_fast.errors import InvalidType, InvalidValue
 from ddpm_fast.integrations import diffusers as schedulers
 from ddpm_fast.integrations import guided_diffusion, lucidrains
 
@@ -386,12 +387,11 @@ def test_arguments_of_wrong_types_are_refused(name: str, calls: list[str]) -> No
             case = f"{parameter.name}={label}"
             try:
                 entry.call(**entry.arguments | {parameter.name: value})
-            except (TypeError, ValueError) as error:
-                message = str(error)
+            except (InvalidType, InvalidValue) as error:
                 names = parameters if label in ("shape", "meta") else (parameter.name,)
-                head = message.partition(", got ")[0]
-                if not re.match(f"(?:{caller}): expected ", message) or not any(re.search(rf"\b{n}\b", head) for n in names):
-                    wrong.append(f"{case}: {type(error).__name__}: {message[:150]}")
+                about = f"{error.name} {error.expected}"  # a condition on several arguments has no name
+                if not re.fullmatch(caller, error.caller) or not any(re.search(rf"\b{n}\b", about) for n in names):
+                    wrong.append(f"{case}: {type(error).__name__}: {str(error)[:150]}")
             except Exception as error:
                 wrong.append(f"{case}: {type(error).__name__}: {str(error)[:150]}")
             else:

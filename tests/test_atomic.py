@@ -13,6 +13,7 @@ import pytest
 
 from ddpm_fast import atomic
 from ddpm_fast.atomic import read_json, remove_leftovers, replacing, write_json, write_text
+from ddpm_fast.errors import ArgumentError, InvalidType, InvalidValue
 
 
 def names(folder: Path) -> list[str]:
@@ -134,10 +135,10 @@ def test_what_is_no_file_is_not_opened(tmp_path: Path) -> None:
         read_json("f", tmp_path / "missing", dict)
 
 
-@pytest.mark.parametrize("kind", [TypeError, ValueError, OverflowError, RecursionError])
-def test_what_is_wrong_in_a_file_is_said_with_its_name(tmp_path: Path, kind: type[Exception]) -> None:
+@pytest.mark.parametrize("kind", [InvalidType, InvalidValue])
+def test_what_is_wrong_in_a_file_is_said_with_its_name(tmp_path: Path, kind: type[ArgumentError]) -> None:
     def parse(values: dict[str, Any]) -> None:
-        raise kind(f"Some.function: expected a to be small, got {values['a']}")
+        raise kind("Some.function", "a", "to be small", values["a"])
 
     file = tmp_path / "a.json"
     write_json(file, {"a": 3})
@@ -147,3 +148,14 @@ def test_what_is_wrong_in_a_file_is_said_with_its_name(tmp_path: Path, kind: typ
     with pytest.raises(ValueError, match=r"^f: expected a to be small, got x+ \.\.\. x+, in '.*a\.json'$") as error:
         read_json("f", file, parse)
     assert len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize("kind", [TypeError, ValueError, OverflowError, RecursionError])
+def test_what_a_library_says_of_a_file_is_quoted(tmp_path: Path, kind: type[Exception]) -> None:
+    def parse(values: dict[str, Any]) -> None:
+        raise kind(values["a"])
+
+    file = tmp_path / "a.json"
+    write_json(file, {"a": "no such field"})
+    with pytest.raises(ValueError, match=r"^f: expected '.*a\.json' to have valid fields, got: no such field$"):
+        read_json("f", file, parse)

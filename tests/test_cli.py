@@ -157,7 +157,7 @@ def test_a_run_that_is_not_one_is_refused_in_a_line(tmp_path: Path) -> None:
     sections = {"options": "prediction", "schedule": "name", "dataset": "classes"}
     broken = [({key: value for key, value in config.items() if key != section}, section) for section in sections]
     broken += [({**config, section: {}}, section) for section in sections]
-    for content, wanted in [*broken, ({}, "format to be given, got none"), ([], "a JSON object, got list")]:
+    for content, wanted in [*broken, ({}, "Object missing required field `format`"), ([], "a JSON object, got list")]:
         (folder / "config.json").write_text(json.dumps(content))
         for command in (["train", folder, "--resume"], ["sample", "--model", folder], ["export", folder, tmp_path / "out"]):
             lines = run(*command, code=2).splitlines()
@@ -391,9 +391,12 @@ def test_export_refuses_before_work(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_memory_that_runs_out_in_the_work_is_an_error_of_one_line(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Sampler, "__call__", lambda *_, **__: torch.empty(1 << 60))
+    def fail(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(Sampler, "__call__", fail)
     line = run("sample", "--model", small, "--out", tmp_path / "a.png", code=2).splitlines()[-1]
-    assert line.startswith("Error: out of memory; a smaller --batch-size needs less: ")
+    assert line == "Error: out of memory; a smaller --batch-size needs less: Tried to allocate 2.00 GiB"
 
 
 def test_leftovers_of_killed_commands_go(small: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from ddpm_fast import limits
+from ddpm_fast.errors import UnusablePath
 from ddpm_fast.limits import check_free_memory, check_free_space, check_writable, existing_folder, free_memory, size_text
 
 
@@ -82,13 +83,13 @@ def test_folders_that_cannot_be_written_are_refused_and_none_is_made(tmp_path: P
     check_writable("train", "run_dir", tmp_path / "a" / "b", tmp_path / "a" / "b")
     (tmp_path / "file").touch()
     with pytest.raises(
-        NotADirectoryError, match=r"train: expected run_dir to be in a folder, got '.*file/b', and '.*file' is a file"
+        UnusablePath, match=r"train: expected run_dir to be in a folder, got '.*file/b', and '.*file' is a file"
     ):
         check_writable("train", "run_dir", tmp_path / "file" / "b", tmp_path / "file" / "b")
     with pytest.raises(OSError, match=r"train: expected run_dir to be a path that can be written, got: .*File name too long"):
         check_writable("train", "run_dir", tmp_path / ("x" * 300) / "b", tmp_path)
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
-    with pytest.raises(PermissionError, match="train: expected run_dir to be in a folder that may be written to, got"):
+    with pytest.raises(UnusablePath, match="train: expected run_dir to be in a folder that may be written to, got"):
         check_writable("train", "run_dir", tmp_path / "a", tmp_path / "a")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from refusals import refused
 from small_unets import relative_error
 from test_sampling import SCHEDULE, Recording, tiny_unet
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm_fast import FrozenUNet, Sampler, SamplingPlan, ddim_plan, ddpm_plan, freeze, sample, sample_seeds
 from ddpm_fast.denoising_loop import DenoisingLoop
+from ddpm_fast.errors import InvalidType, InvalidValue
 from ddpm_fast.inference import cuda_graph
 from ddpm_fast.inference import frozen as frozen_module
 
@@ -345,7 +347,7 @@ def test_a_network_with_layers_of_another_make_runs_as_it_is(captures: Captures,
 
 
 def test_graphs_are_refused_on_a_cpu() -> None:
-    with pytest.raises(ValueError, match="expected cuda_graph to be None or False on cpu, got True"):
+    with refused(InvalidValue("sample", "cuda_graph", "to be None or False on cpu", "True")):
         draw(tiny_unet(), cuda_graph=True)
 
 
@@ -489,5 +491,5 @@ def test_a_sampler_cannot_be_copied(duplicate: Callable[[Sampler], object]) -> N
 
 
 def test_a_pair_is_no_model() -> None:
-    with pytest.raises(TypeError, match=r"expected model to be an nn\.Module or another callable object, got a tuple"):
+    with refused(InvalidType("Sampler", "model", "to be an nn.Module or another callable object", "a tuple")):
         Sampler((tiny_unet(), SCHEDULE), ddpm_plan(SCHEDULE))  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ import pytest
 
 from ddpm_fast.nn import UNetConfig
 from ddpm_fast.schedule import MAX_TIMESTEPS
-from ddpm_fast.schemas import Checkpoint, Classes, Run, SampleManifest, Scheduler, checked
+from ddpm_fast.schemas import Checkpoint, Classes, Run, SampleManifest, Scheduler
 
 SHA256 = "0123456789abcdef" * 4
 FILES: dict[type, dict[str, Any]] = {
@@ -67,123 +67,114 @@ def changed(kind: type, field: str, value: object) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("kind", "field", "value", "wanted"),
     [
-        (Scheduler, "num_train_timesteps", "x", "num_train_timesteps to be an integer or null, got 'x'"),
-        (Scheduler, "num_train_timesteps", 10.5, "num_train_timesteps to be an integer or null, got 10.5"),
-        (Scheduler, "num_train_timesteps", 0, "num_train_timesteps to be an integer >= 1, got 0"),
-        (Scheduler, "num_train_timesteps", 10**6, f"num_train_timesteps to be an integer <= {MAX_TIMESTEPS}, got 1000000"),
-        (Scheduler, "num_train_timesteps", 10**30, f"num_train_timesteps to be an integer <= {MAX_TIMESTEPS}, got 1000000"),
-        (Scheduler, "beta_start", "x", "beta_start to be a number or null, got 'x'"),
-        (Scheduler, "beta_start", float("nan"), "beta_start to be a number that is finite, got nan"),
-        (Scheduler, "beta_end", float("inf"), "beta_end to be a number that is finite, got inf"),
-        (Scheduler, "beta_end", 10**400, "beta_end to be a number that is finite, got 1000"),
-        (Scheduler, "beta_schedule", [], "beta_schedule to be a string, got []"),
-        (Scheduler, "trained_betas", "x", "trained_betas to be a list or null, got 'x'"),
-        (Scheduler, "trained_betas", [0.1, None], "trained_betas[1] to be a number, got None"),
+        (Scheduler, "num_train_timesteps", "x", "Expected `int | null`, got `str` - at `$.num_train_timesteps`"),
+        (Scheduler, "num_train_timesteps", 10.5, "Expected `int | null`, got `float` - at `$.num_train_timesteps`"),
+        (Scheduler, "num_train_timesteps", 0, "Expected `int` >= 1 - at `$.num_train_timesteps`"),
+        (Scheduler, "num_train_timesteps", 10**6, "Expected `int` <= 100000 - at `$.num_train_timesteps`"),
+        (Scheduler, "num_train_timesteps", 10**30, "Expected `int` <= 100000 - at `$.num_train_timesteps`"),
+        (Scheduler, "beta_start", "x", "Expected `float | null`, got `str` - at `$.beta_start`"),
+        (Scheduler, "beta_start", float("nan"), "Expected `float` >= -1.7976931348623157e+308 - at `$.beta_start`"),
+        (Scheduler, "beta_end", float("inf"), "Expected `float` <= 1.7976931348623157e+308 - at `$.beta_end`"),
+        (Scheduler, "beta_end", 10**400, "Number out of range - at `$.beta_end`"),
+        (Scheduler, "beta_schedule", [], "Expected `str`, got `array` - at `$.beta_schedule`"),
+        (Scheduler, "trained_betas", "x", "Expected `array | null`, got `str` - at `$.trained_betas`"),
+        (Scheduler, "trained_betas", [0.1, None], "Expected `float`, got `null` - at `$.trained_betas[1]`"),
         (
             Scheduler,
             "trained_betas",
             [0.1] * (MAX_TIMESTEPS + 1),
-            f"trained_betas to be a list of length <= {MAX_TIMESTEPS}, got",
+            "Expected `array` of length <= 100000 - at `$.trained_betas`",
         ),
-        (Scheduler, "rescale_betas_zero_snr", 1, "rescale_betas_zero_snr to be true or false, got 1"),
+        (Scheduler, "rescale_betas_zero_snr", 1, "Expected `bool`, got `int` - at `$.rescale_betas_zero_snr`"),
         (
             Scheduler,
             "prediction_type",
             "noise",
-            "prediction_type to be epsilon or sample or v_prediction or previous_sample, got",
+            "Invalid enum value 'noise' - at `$.prediction_type`",
         ),
-        (Scheduler, "prediction_type", None, "prediction_type to be a string, got None"),
-        (Scheduler, "variance_type", "x", "variance_type to be fixed_small or fixed_small_log or fixed_large or"),
-        (Scheduler, "clip_sample", "false", "clip_sample to be true or false or null, got 'false'"),
-        (Scheduler, "clip_sample_range", None, "clip_sample_range to be a number, got None"),
-        (Scheduler, "clip_sample_range", 0, "clip_sample_range to be a number > 0.0, got 0"),
-        (Scheduler, "clip_sample_range", float("inf"), "clip_sample_range to be a number that is finite, got inf"),
+        (Scheduler, "prediction_type", None, "Expected `str`, got `null` - at `$.prediction_type`"),
+        (Scheduler, "variance_type", "x", "Invalid enum value 'x' - at `$.variance_type`"),
+        (Scheduler, "clip_sample", "false", "Expected `bool | null`, got `str` - at `$.clip_sample`"),
+        (Scheduler, "clip_sample_range", None, "Expected `float`, got `null` - at `$.clip_sample_range`"),
+        (Scheduler, "clip_sample_range", 0, "Expected `float` > 0.0 - at `$.clip_sample_range`"),
+        (
+            Scheduler,
+            "clip_sample_range",
+            float("inf"),
+            "<= 1.7976931348623157e+308 - at `$.clip_sample_range`",
+        ),
         (Scheduler, "thresholding", True, "thresholding to be false, got true"),
-        (Scheduler, "ddpm_fast", ["linear"], "ddpm_fast to be an object or null, got ['linear']"),
-        (Classes, "classes", None, "classes to be a list, got None"),
-        (Classes, "classes", ["cat", 1], "classes[1] to be a string, got 1"),
+        (Scheduler, "ddpm_fast", ["linear"], "Expected `object | null`, got `array` - at `$.ddpm_fast`"),
+        (Classes, "classes", None, "Expected `array`, got `null` - at `$.classes`"),
+        (Classes, "classes", ["cat", 1], "Expected `str`, got `int` - at `$.classes[1]`"),
         (Classes, "classes", ["cat", "cat"], "classes to be without repetitions, got ['cat', 'cat']"),
-        (Run, "format", 3, "format to be 1 or 2, got 3"),
-        (Run, "format", MISSING, "format to be given, got none"),
-        (Run, "options", None, "options to be an object, got None"),
-        (Run, "options.prediction", MISSING, "options.prediction to be given, got none"),
-        (Run, "options.prediction", "noise", "options.prediction to be epsilon or sample or"),
-        (Run, "options.data", 3, "options.data to be a string or null, got 3"),
+        (Run, "format", 3, "Invalid enum value 3 - at `$.format`"),
+        (Run, "format", MISSING, "Object missing required field `format`"),
+        (Run, "options", None, "Expected `object`, got `null` - at `$.options`"),
+        (Run, "options.prediction", MISSING, "Object missing required field `prediction` - at `$.options`"),
+        (Run, "options.prediction", "noise", "Invalid enum value 'noise' - at `$.options.prediction`"),
+        (Run, "options.data", 3, "Expected `str | null`, got `int` - at `$.options.data`"),
         (Run, "unet.freq_shift", None, "freq_shift to be an integer of at least 0, got None"),
-        (Run, "unet.colour", "red", "unknown configuration key 'colour'"),
-        (Run, "schedule", MISSING, "schedule to be given, got none"),
+        (Run, "unet.colour", "red", "keys among sample_size, in_channels, "),
+        (Run, "schedule", MISSING, "Object missing required field `schedule`"),
         (Run, "schedule.name", "x", "name to be one of linear, "),
         (Run, "schedule.num_timesteps", "x", "num_timesteps to be an integer in 1..100000, got 'x'"),
         (Run, "schedule.beta", 1, "the arguments of linear to be among num_timesteps, beta_start, beta_end, scale"),
-        (Run, "dataset", [], "dataset to be an object, got []"),
-        (Run, "dataset.images", 0, "dataset.images to be an integer >= 1, got 0"),
-        (Run, "dataset.shape", [1, 8], "dataset.shape to be a list of length >= 3, got [1, 8]"),
-        (Run, "dataset.shape", [1, 8, 0], "dataset.shape[2] to be an integer >= 1, got 0"),
-        (Run, "dataset.classes", [], "dataset.classes to be a list of length >= 1, got []"),
-        (Run, "dataset.fingerprint", "x", "dataset.fingerprint to be an object, got 'x'"),
-        (Run, "dataset.fingerprint.sample", "x", "dataset.fingerprint.sample to be a string of 64 hexadecimal digits, got 'x'"),
-        (Run, "versions.torch", 2, "versions[...] to be a string, got int"),
-        (Checkpoint, "format", 3, "format to be 1 or 2, got 3"),
-        (Checkpoint, "step", -1, "step to be an integer >= 0, got -1"),
-        (Checkpoint, "step", True, "step to be an integer, got True"),
-        (Checkpoint, "files", [], "files to be an object, got []"),
-        (Checkpoint, "files.a", "x", "files[...] to be an integer or an object, got str"),
-        (Checkpoint, "files.a.size", None, "files[...].size to be an integer, got null"),
-        (Checkpoint, "files.a.sha256", "x", "files[...].sha256 to be a string of 64 hexadecimal digits, got {'a': "),
-        (Checkpoint, "files.a.sha256", MISSING, "files[...].sha256 to be given, got none"),
+        (Run, "dataset", [], "Expected `object`, got `array` - at `$.dataset`"),
+        (Run, "dataset.images", 0, "Expected `int` >= 1 - at `$.dataset.images`"),
+        (Run, "dataset.shape", [1, 8], "Expected `array` of length >= 3 - at `$.dataset.shape`"),
+        (Run, "dataset.shape", [1, 8, 0], "Expected `int` >= 1 - at `$.dataset.shape[2]`"),
+        (Run, "dataset.classes", [], "Expected `array` of length >= 1 - at `$.dataset.classes`"),
+        (Run, "dataset.fingerprint", "x", "Expected `object`, got `str` - at `$.dataset.fingerprint`"),
+        (
+            Run,
+            "dataset.fingerprint.sample",
+            "x",
+            "Expected `str` matching regex",
+        ),
+        (Run, "versions.torch", 2, "Expected `str`, got `int` - at `$.versions[...]`"),
+        (Checkpoint, "format", 3, "Invalid enum value 3 - at `$.format`"),
+        (Checkpoint, "step", -1, "Expected `int` >= 0 - at `$.step`"),
+        (Checkpoint, "step", True, "Expected `int`, got `bool` - at `$.step`"),
+        (Checkpoint, "files", [], "Expected `object`, got `array` - at `$.files`"),
+        (Checkpoint, "files.a", "x", "Expected `int | object`, got `str` - at `$.files[...]`"),
+        (Checkpoint, "files.a.size", None, "Expected `int`, got `null` - at `$.files[...].size`"),
+        (Checkpoint, "files.a.sha256", "x", "Expected `str` matching regex '^[0-9a-f]{64}$' - at `$.files[...].sha256`"),
+        (Checkpoint, "files.a.sha256", MISSING, "Object missing required field `sha256` - at `$.files[...]`"),
         (Checkpoint, "files", {"../a": 1}, "files to lie in the checkpoint's folder, got '../a'"),
         (Checkpoint, "files", {"/dev/zero": 0}, "files to lie in the checkpoint's folder, got '/dev/zero'"),
-        (Checkpoint, "seconds", float("nan"), "seconds to be a number >= 0.0, got nan"),
-        (Checkpoint, "losses", [1.0, float("inf")], "losses[1] to be a number that is finite, got inf"),
-        (Checkpoint, "losses", {"a": 1}, "losses to be a list, got {'a': 1}"),
-        (Checkpoint, "row", [1, "2"], "row[1] to be an integer or a number, got '2'"),
-        (SampleManifest, "format", 2, "format to be 1, got 2"),
-        (SampleManifest, "kind", "tar", "kind to be folder or npz or zip, got 'tar'"),
-        (SampleManifest, "num_samples", 0, "num_samples to be an integer >= 1, got 0"),
-        (SampleManifest, "shape", [3, 8], "shape to be a list of length >= 3, got [3, 8]"),
-        (SampleManifest, "seed", None, "seed to be an integer, got None"),
-        (SampleManifest, "batch_size", MISSING, "batch_size to be given, got none"),
-        (SampleManifest, "guidance_scale", "x", "guidance_scale to be a number or null, got 'x'"),
-        (SampleManifest, "dtype", 32, "dtype to be a string, got 32"),
-        (SampleManifest, "plan", None, "plan to be a string, got None"),
-        (SampleManifest, "weights", "x", "weights to be a string of 64 hexadecimal digits, got 'x'"),
-        (SampleManifest, "labels", 1, "labels to be a string or null, got 1"),
+        (Checkpoint, "seconds", float("nan"), "Expected `float` >= 0.0 - at `$.seconds`"),
+        (Checkpoint, "losses", [1.0, float("inf")], "Expected `float` <= 1.7976931348623157e+308 - at `$.losses[1]`"),
+        (Checkpoint, "losses", {"a": 1}, "Expected `array`, got `object` - at `$.losses`"),
+        (Checkpoint, "row", [1, "2"], "Expected `int | float`, got `str` - at `$.row[1]`"),
+        (SampleManifest, "format", 2, "Invalid enum value 2 - at `$.format`"),
+        (SampleManifest, "kind", "tar", "Invalid enum value 'tar' - at `$.kind`"),
+        (SampleManifest, "num_samples", 0, "Expected `int` >= 1 - at `$.num_samples`"),
+        (SampleManifest, "shape", [3, 8], "Expected `array` of length >= 3 - at `$.shape`"),
+        (SampleManifest, "seed", None, "Expected `int`, got `null` - at `$.seed`"),
+        (SampleManifest, "batch_size", MISSING, "Object missing required field `batch_size`"),
+        (SampleManifest, "guidance_scale", "x", "Expected `float | null`, got `str` - at `$.guidance_scale`"),
+        (SampleManifest, "dtype", 32, "Expected `str`, got `int` - at `$.dtype`"),
+        (SampleManifest, "plan", None, "Expected `str`, got `null` - at `$.plan`"),
+        (SampleManifest, "weights", "x", "Expected `str` matching regex '^[0-9a-f]{64}$' - at `$.weights`"),
+        (SampleManifest, "labels", 1, "Expected `str | null`, got `int` - at `$.labels`"),
     ],
 )
 def test_a_wrong_value_is_named_with_the_wanted_one(kind: type, field: str, value: object, wanted: str) -> None:
-    checked(FILES[kind], kind)
-    with pytest.raises(ValueError, match=re.escape(wanted)):
-        checked(changed(kind, field, value), kind)
+    msgspec.convert(FILES[kind], kind)
+    with pytest.raises(msgspec.ValidationError, match=re.escape(wanted)):
+        msgspec.convert(changed(kind, field, value), kind)
 
 
 def test_fields_that_older_files_lack_have_values() -> None:
-    assert checked({}, Scheduler).prediction_type == "epsilon"
-    assert checked({}, Classes).classes == []
-    assert checked({"format": 1, "step": 3, "files": {"a": 5}}, Checkpoint).files == {"a": 5}
+    assert msgspec.convert({}, Scheduler).prediction_type == "epsilon"
+    assert msgspec.convert({}, Classes).classes == []
+    assert msgspec.convert({"format": 1, "step": 3, "files": {"a": 5}}, Checkpoint).files == {"a": 5}
     values = changed(Run, "dataset.fingerprint", MISSING)
     del values["versions"]
-    assert checked(values, Run).dataset.fingerprint.sample is None
+    assert msgspec.convert(values, Run).dataset.fingerprint.sample is None
 
 
 def test_keys_of_diffusers_schedulers_are_ignored() -> None:
     more = {"_class_name": "DPMSolverMultistepScheduler", "lambda_min_clipped": -float("inf"), "variance_type": None}
-    assert checked({**FILES[Scheduler], **more}, Scheduler).num_train_timesteps == 5
-
-
-@pytest.mark.parametrize(
-    "message",
-    [
-        "Expected `integer`, got `text` - at `$.step`",
-        "Expected `int`, got `str` - at `$.step.deeper`",
-        "Expected `int`, got `str` - at `$.losses[first]`",
-        "Invalid enum value 3 - at `$.unknown`",
-        "Wrong",
-    ],
-)
-def test_a_message_in_other_words_is_shown_as_it_is(message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def convert(*_: object) -> None:
-        raise msgspec.ValidationError(message)
-
-    monkeypatch.setattr(msgspec, "convert", convert)
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        checked(FILES[Checkpoint], Checkpoint)
+    assert msgspec.convert({**FILES[Scheduler], **more}, Scheduler).num_train_timesteps == 5

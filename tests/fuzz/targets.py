@@ -25,6 +25,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import msgspec
 import numpy as np
 import safetensors.torch
 import torch
@@ -32,8 +33,10 @@ from mutations import bytes_of, json_of, safetensors_of, torch_of
 from PIL import Image
 
 from ddpm_fast import NoiseSchedule
+from ddpm_fast.atomic import read_json
 from ddpm_fast.nn import UNet, UNetConfig
-from ddpm_fast.pretrained import _read_classes, _read_scheduler
+from ddpm_fast.pretrained import _read_scheduler
+from ddpm_fast.schemas import Classes
 from ddpm_fast.training.data import fashion_mnist, load_dataset
 from ddpm_fast.training.export import write_scheduler
 from ddpm_fast.training.run_folder import FORMAT, RunFolder, read_state, why_damaged
@@ -224,7 +227,11 @@ TARGETS: dict[str, Target] = {
     "safetensors": Target(weights, safetensors_of, UNet.from_pretrained),
     "torch-bin": Target(legacy_weights, torch_of, UNet.from_pretrained),
     "scheduler-config": Target(scheduler, mutate_json, read_scheduler),
-    "classes": Target(classes, mutate_json, lambda folder: _read_classes(folder / "classes.json")),
+    "classes": Target(
+        classes,
+        mutate_json,
+        lambda folder: read_json("load_folder", folder / "classes.json", lambda values: msgspec.convert(values, Classes)),
+    ),
     "run-config": Target(run_config, mutate_json, lambda folder: RunFolder(folder).read_config()),
     "state": Target(state, mutate_state, read_checkpoint),
     "idx": Target(idx, mutate_idx, read_idx),

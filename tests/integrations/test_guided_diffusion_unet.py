@@ -246,7 +246,7 @@ def test_networks_are_kept_in_a_folder(tmp_path: Path) -> None:
         (
             {"learn_sigma": True},
             r"expected conv_out.weight to have shape \[6, 32, 3, 3\] \(by a UNetModel with the given flags, which must be "
-            r"those of its training\), got \[3, 32, 3, 3\] in 'path_or_state_dict'",
+            r"those of its training\), got \[3, 32, 3, 3\], in 'path_or_state_dict'",
         ),
         ({"use_scale_shift_norm": True}, "expected .*time_emb_proj.* to have shape"),
         ({"resblock_updown": True}, "got missing down_blocks.0.downsamplers.0.conv1.bias"),

@@ -237,7 +237,7 @@ def test_errors_name_what_is_wrong(model: UNet, tmp_path: Path) -> None:
         ({"norm_eps": []}, "norm_eps to be a number, got tuple"),
         ({"mid_block_scale_factor": float("nan")}, "mid_block_scale_factor to be positive and finite, got nan"),
         ({"down_block_types": None}, "down_block_types to be a list made of .*, got None"),
-        ({"colour": "red"}, "unknown configuration key 'colour'; .*"),
+        ({"colour": "red"}, "keys among sample_size, .*, got 'colour'"),
         (
             {"block_out_channels": [10**12] * 2},
             "block_out_channels to fit into memory, got .*, which needs about .* GB of .* GB",
@@ -250,9 +250,9 @@ def test_a_wrong_value_of_config_json_is_named_with_the_file(
     model.save_pretrained(tmp_path)
     file = tmp_path / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    with pytest.raises(ValueError, match=rf"^from_pretrained: (expected )?{wanted}, in '.*config\.json'$"):
+    with pytest.raises(ValueError, match=rf"^from_pretrained: expected {wanted}, in '.*config\.json'$"):
         UNet.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=rf"^save_pretrained: (expected )?{wanted}, in '.*config\.json'$"):
+    with pytest.raises(ValueError, match=rf"^save_pretrained: expected {wanted}, in '.*config\.json'$"):
         model.save_pretrained(tmp_path)
 
 
@@ -263,13 +263,13 @@ def test_a_wrong_value_of_config_json_is_named_with_the_file(
         ([torch.zeros(1)], "to hold a dict of tensors by name, got a list"),
         (torch.zeros(1), "to hold a dict of tensors by name, got a Tensor"),
         ({1: torch.zeros(1), "a": 2}, "to hold a dict of tensors by name, got names such as 1, a"),
-        ({"conv_in.bias": None}, r"expected conv_in\.bias to be a dense tensor, got None in"),
+        ({"conv_in.bias": None}, r"expected conv_in\.bias to be a dense tensor, got None, in '"),
         (
             {"conv_in.bias": torch.zeros(8).to_sparse()},
-            r"to be a dense tensor, got a cpu tensor of layout torch\.sparse_coo in",
+            r"to be a dense tensor, got a cpu tensor of layout torch\.sparse_coo, in '",
         ),
         ({"conv_in.bias": torch.zeros(8, device="meta")}, "to be a dense tensor, got a meta tensor of layout"),
-        ({"conv_in.bias": torch.zeros(8, dtype=torch.int64)}, r"expected conv_in\.bias to be floating, got torch\.int64 in"),
+        ({"conv_in.bias": torch.zeros(8, dtype=torch.int64)}, r"expected conv_in\.bias to be floating, got torch\.int64, in '"),
         (
             {"conv_in.bias": torch.full((8,), float("nan"))},
             r"to be finite, got NaN or infinity in conv_in\.bias \(torch\.float32\)",

@@ -4,11 +4,13 @@ from typing import Any
 
 import pytest
 import torch
+from refusals import refused
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ddpm_fast
+from ddpm_fast.errors import InvalidValue
 from ddpm_fast.ops import BACKENDS, backend, why_not
 from ddpm_fast.testing import CASES, SCHEDULE, Case, make_call
 
@@ -249,9 +251,9 @@ def test_two_results_never_share_a_destination() -> None:
     def step(x: Tensor) -> Any:
         return ddpm_fast.reverse_step(x, m, 4, plan, x_0_prev=x_0, return_x_0=True, out=(x, x))
 
-    with pytest.raises(ValueError, match="expected out to be two tensors, got one twice"):
+    with refused(InvalidValue("reverse_step", "out", "to be two tensors", "one twice")):
         step(x)
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="expected out to be two tensors"):
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="'out', 'to be two tensors', 'one twice'"):
         torch.compile(step, fullgraph=True, backend="eager")(x)
 
 

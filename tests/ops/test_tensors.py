@@ -13,9 +13,11 @@ import pytest
 import torch
 from pairwise import covering
 from parity import evaluate
+from refusals import refused
 from torch import Tensor
 
 from ddpm_fast import BackendUnavailable, ddpm_plan, group_norm_silu, noise, q_sample, reverse_step, sample_seeds
+from ddpm_fast.errors import InvalidValue
 from ddpm_fast.testing import CASES, SCHEDULE, Call, Case, make_call
 
 PLAN = ddpm_plan(SCHEDULE)
@@ -317,7 +319,7 @@ def test_out_may_be_the_input_itself(mode: str) -> None:
 
 def test_an_expanded_out_is_refused() -> None:
     x, seeds = torch.randn(2, 3, 4, 4), sample_seeds(0, 2)
-    with pytest.raises(ValueError, match="reverse_step: expected out to be dense"):
+    with refused(InvalidValue("reverse_step", "out", "to be dense, with the strides of x_t, (48, 16, 4, 1)", "(0, 16, 4, 1)")):
         reverse_step(x, x, 3, PLAN, seeds=seeds, out=torch.empty(1, 3, 4, 4).expand(2, 3, 4, 4))
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from refusals import refused
 
 from ddpm_fast import (
     NoiseSchedule,
@@ -18,6 +19,7 @@ from ddpm_fast import (
     heun_plan,
     repaint_plan,
 )
+from ddpm_fast.errors import InvalidType, InvalidValue
 
 SCHEDULE = NoiseSchedule.linear()
 BUILDERS = (ddpm_plan, ddim_plan, dpm_solver_plan, heun_plan, ddim_inversion_plan)
@@ -51,9 +53,9 @@ def test_a_plan_knows_abar_on_arrival(build: Any) -> None:
 def test_alpha_bars_prev_follows_the_arguments() -> None:
     plan = ddim_plan(SCHEDULE, None, spacing=[600, 300], previous=[500, -1], final_alpha_bar=0.9999)
     assert plan.alpha_bars_prev.tolist() == [float(SCHEDULE.alpha_bars[500]), 0.9999]
-    with pytest.raises(ValueError, match=r"expected alpha_bars_prev to be 2 values in 0\.\.1, got \[0\.5, 1\.5\]"):
+    with refused(InvalidValue("SamplingPlan", "alpha_bars_prev", "to be 2 values in 0..1", "[0.5, 1.5]")):
         replace(plan, alpha_bars_prev=torch.tensor([0.5, 1.5], dtype=torch.float64))
-    with pytest.raises(ValueError, match=r"expected alpha_bars_prev to be 2 values in 0\.\.1, got \[0\.5\]"):
+    with refused(InvalidValue("SamplingPlan", "alpha_bars_prev", "to be 2 values in 0..1", "[0.5]")):
         replace(plan, alpha_bars_prev=torch.tensor([0.5], dtype=torch.float64))
 
 
@@ -68,15 +70,29 @@ def test_a_slice_has_some_of_the_rows() -> None:
     for bad in (slice(3, 3), slice(0, 9, 2), slice(None, None, -1)):
         with pytest.raises(ValueError, match=r"expected a slice of consecutive steps in 0\.\.9"):
             plan[bad]
-    with pytest.raises(TypeError, match="expected steps to be a slice, got int"):
+    with refused(InvalidType("SamplingPlan", "steps", "to be a slice", "int")):
         plan[3]  # type: ignore[index]
 
 
 def test_a_multistep_plan_cannot_be_sliced() -> None:
     plan = dpm_solver_plan(SCHEDULE, 10)
-    with pytest.raises(ValueError, match="start="):
+    with refused(
+        InvalidValue(
+            "SamplingPlan",
+            "",
+            "a whole plan, as its steps use the x_0^ of the step before",
+            "a slice: build it with start=, or call starting_at(timestep)",
+        )
+    ):
         plan[3:]
-    with pytest.raises(ValueError, match="expected a plan that remembers how it was built"):
+    with refused(
+        InvalidValue(
+            "SamplingPlan.starting_at",
+            "",
+            "a plan that remembers how it was built, as its steps use the x_0^ of the step before",
+            "one from coefficients",
+        )
+    ):
         replace(plan, coefficients=plan.coefficients.clone()).starting_at(int(plan.timesteps[3]))
 
 

@@ -79,7 +79,9 @@ def test_other_labels_are_refused_by_name(files: dict[str, bytes], label: Any, g
 
 @pytest.mark.parametrize("labels", [5, {"a.png": 1}, ["a.png"], [["a.png", 1, 2]]])
 def test_other_lists_of_labels_are_refused(files: dict[str, bytes], labels: Any, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"labels in dataset\.json in .* to be a list of pairs \[name, label\], or null"):
+    with pytest.raises(
+        ValueError, match=r"labels to be a list of pairs \[name, label\], or null, got .*, in 'dataset\.json in "
+    ):
         load_dataset(str(write_zip(tmp_path / "a.zip", files, labels)))
 
 

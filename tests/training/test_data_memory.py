@@ -73,7 +73,7 @@ def test_sizes_are_checked_without_decoding(folder: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("ddpm_fast.training.data.image_files.decode", lambda *_: pytest.fail("an image was decoded"))
     load_dataset(str(folder), memory=0)
     (folder / "a" / "text.png").write_text("no image")
-    with pytest.raises(ValueError, match=r"got 1 of 31 that it cannot: a/text\.png \(UnidentifiedImageError: .*file\); skip"):
+    with pytest.raises(ValueError, match=r"got 1 of 31 that it cannot: a/text\.png \(UnidentifiedImageError\); skip"):
         load_dataset(str(folder), memory=0, image_size=8)
     (folder / "a" / "text.png").unlink()
     Image.new("RGB", (9, 8)).save(folder / "b" / "wide.png")

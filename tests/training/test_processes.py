@@ -15,8 +15,10 @@ from typing import Any
 
 import pytest
 from launching import run_ranks
+from refusals import refused
 from test_training import QUIET, assert_same_weights, log_rows
 
+from ddpm_fast.errors import InvalidValue
 from ddpm_fast.training import train
 from ddpm_fast.training.run_folder import RunFolder
 
@@ -126,14 +128,18 @@ def test_older_runs_keep_their_draws_of_dropout(tmp_path: Path, monkeypatch: pyt
 
 
 def test_batches_that_cannot_be_shared_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"expected micro_batch_size times 1 process to divide batch_size 16, got .* 3"):
+    with refused(
+        InvalidValue("train", "micro_batch_size", "times 1 process to divide batch_size 16", "micro_batch_size 3; 2 fits")
+    ):
         train(tmp_path / "run", **RUN | {"micro_batch_size": 3})
-    with pytest.raises(ValueError, match=r"got micro_batch_size 11; 8 fits"):
+    with refused(
+        InvalidValue("train", "micro_batch_size", "times 1 process to divide batch_size 16", "micro_batch_size 11; 8 fits")
+    ):
         train(tmp_path / "run", **RUN | {"micro_batch_size": 11})
-    with pytest.raises(ValueError, match=r"expected micro_batch_size to be an integer in 1\.\.16 or None, got 17"):
+    with refused(InvalidValue("train", "micro_batch_size", "to be an integer in 1..16 or None", "17")):
         train(tmp_path / "run", **RUN | {"micro_batch_size": 17})
     for each in train_in(3, tmp_path / "run", micro_batch_size=None):
-        assert "ValueError: train: expected batch_size to be a multiple of 3, one for each process, got 16" in each.stderr
+        assert "InvalidValue: train: expected batch_size to be a multiple of 3, one for each process, got 16" in each.stderr
     for each in train_in(2, tmp_path / "run", micro_batch_size=16):
         assert "times 2 processes to divide batch_size 16, got micro_batch_size 16; 8 fits" in each.stderr
     assert not (tmp_path / "run").exists()

@@ -25,8 +25,10 @@ import safetensors.torch
 import torch
 from launching import exit_with_python
 from PIL import Image
+from refusals import refused
 
 from ddpm_fast.cli.train import argument_texts
+from ddpm_fast.errors import InvalidValue, UnusablePath
 from ddpm_fast.nn import UNet
 from ddpm_fast.ops import noise
 from ddpm_fast.pretrained import load_folder
@@ -198,7 +200,9 @@ def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
         export_checkpoint(tmp_path / "none", tmp_path / "out")
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     (tmp_path / "run" / "config.json").write_text(json.dumps(config | {"format": 3}))
-    with pytest.raises(ValueError, match=r"train: expected format to be 1 or 2, got 3, in '.*config\.json'"):
+    with pytest.raises(
+        ValueError, match=r"train: expected '.*config\.json' to have valid fields, got: Invalid enum value 3 - at `\$\.format`"
+    ):
         train(tmp_path / "run", **QUIET, resume=True)
 
 
@@ -262,7 +266,7 @@ def test_options_of_wrong_types_are_refused(option: str, value: object, wanted: 
 
 def test_samples_cannot_take_more_steps_than_there_are(tmp_path: Path) -> None:
     options = QUIET | {"num_timesteps": 20, "steps": 1}
-    with pytest.raises(ValueError, match=r"train: expected sample_steps to be an integer in 1\.\.20, got 50"):
+    with refused(InvalidValue("train", "sample_steps", "to be an integer in 1..20", "50")):
         train(tmp_path / "run", **options | {"sample_every": 10})
     train(tmp_path / "run", **options)  # no samples are drawn
 
@@ -272,7 +276,7 @@ def test_folders_that_cannot_be_written_are_refused_before_the_images_are_read(
 ) -> None:
     monkeypatch.setattr(from_options, "load_dataset", lambda *_, **__: pytest.fail("the images were read"))
     (tmp_path / "file").touch()
-    with pytest.raises(NotADirectoryError, match=r"run_dir to be in a folder, got .*, and '.*file' is a file"):
+    with pytest.raises(UnusablePath, match=r"run_dir to be in a folder, got .*, and '.*file' is a file"):
         train(tmp_path / "file" / "run", **QUIET)
     with pytest.raises(OSError, match="File name too long"):
         train(tmp_path / ("x" * 300), **QUIET)
@@ -330,7 +334,7 @@ def test_init_that_does_not_fit_is_refused_before_anything_is_written(tmp_path: 
         ValueError, match=r"expected init to hold a network as the options .* layers_per_block is 1 instead of 2"
     ):
         train(tmp_path / "next", **QUIET | {"layers": 2}, init=str(tmp_path / "first"))
-    with pytest.raises(FileNotFoundError, match=r"expected init to be the folder of a model, .*, got '.*nowhere'"):
+    with pytest.raises(UnusablePath, match=r"expected init to be the folder of a model, .*, got '.*nowhere'"):
         train(tmp_path / "next", **QUIET, init=str(tmp_path / "nowhere"))
     assert not (tmp_path / "next").exists()
 
@@ -348,13 +352,20 @@ def test_loss_weight_scales_each_samples_loss(tmp_path: Path) -> None:
 
 
 def test_options_that_make_no_network_leave_no_folder(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="attention_head_dim"):
+    with refused(InvalidValue("UNet", "attention_head_dim", "to be None or a divisor of every attention width [32]", "7")):
         train(tmp_path / "run", **QUIET | {"head_dim": 7})
     assert not (tmp_path / "run").exists()
 
 
 def test_image_sides_must_fit_the_levels(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="sides are multiples of 16 for 5 levels of channels, got 8x8"):
+    with refused(
+        InvalidValue(
+            "train",
+            "",
+            "images whose sides are multiples of 16 for 5 levels of channels",
+            "8x8; choose image_size or fewer channels",
+        )
+    ):
         train(tmp_path / "run", **QUIET | {"channels": [16] * 5})
 
 
@@ -693,7 +704,7 @@ def test_images_of_other_sizes_stop_a_run_instead_of_being_resized(tmp_path: Pat
     options = QUIET | {"data": tmp_path / "images", "batch_size": 2}
     train(tmp_path / "run", **options, steps=1)
     Image.new("RGB", (60, 40)).save(tmp_path / "images" / "a.png")
-    with pytest.raises(ValueError, match=r"expected image_size, .* with sizes 60x40"):
+    with pytest.raises(ValueError, match=r"expected image_size to be given, .* with sizes 60x40"):
         train(tmp_path / "run", **options, steps=2, resume=True)
 
 
