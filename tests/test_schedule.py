@@ -241,7 +241,7 @@ def test_errors(make, error: ArgumentError) -> None:
         ),
         (lambda: NoiseSchedule.from_config(5), "from_config: expected config to be a Mapping, got int"),
         (lambda: NoiseSchedule.from_diffusers({"rescale_betas_zero_snr": 1}), "rescale_betas_zero_snr to be a bool, got int"),
-        (lambda: NoiseSchedule.from_diffusers({"beta_end": None}), "from_diffusers: expected beta_end to be a number, got NoneType"),
+        (lambda: NoiseSchedule.from_diffusers({"beta_end": None}), "diffusers: expected beta_end to be a number, got NoneType"),
     ],
 )
 def test_wrong_types(make, message: str) -> None:
