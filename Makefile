@@ -13,7 +13,7 @@ SOURCES := find csrc tests/emulator -name "*.h" -o -name "*.c??" -o -name "*.cu"
 # Some machines switch bytecode files off. Each process would then compile every module that it imports.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: check check-all check-lowest lowest-environment setup setup-lowest build lint test test-all bench gpu-check docs format stub clean
+.PHONY: check check-all check-lowest lowest-environment setup setup-lowest build lint test test-all mutations bench gpu-check docs format stub clean
 
 # Each check works in a copy of the tree, in build/. It has its own environment and build, and leaves yours as they are.
 # -j 2: the kernels compile while pip installs.
@@ -73,6 +73,9 @@ test:  ## run the tests of `make check`
 
 test-all:  ## run all tests: slow ones, full products of parameters, benchmarks/tests
 	$(PYTEST) --full --durations=25 $(OPTIONS) tests benchmarks/tests
+
+mutations: build  ## check that the tests catch 50 mutations of the package, in about 20 minutes
+	$(RUN) tests/mutations/run.py
 
 bench:  ## measure sampling, and every op beside its peers
 	$(RUN) benchmarks/sample_speed.py
