@@ -1,0 +1,23 @@
+"""Weights of the samples' losses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ddpm_fast import denoising_loss, sample_seeds
+from ddpm_fast.testing import SCHEDULE
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_weight_multiplies_its_samples_loss(dtype: torch.dtype) -> None:
+    x_0, output = torch.randn(2, 3, 2, 4, 4, dtype=dtype)
+    weight, t, seeds = torch.tensor([0.25, 2.0, 0.0]), torch.tensor([3, 300, 999]), sample_seeds(0, 3)
+    losses = denoising_loss(output, x_0, t, SCHEDULE, seeds=seeds, reduction="none")
+    weighted = denoising_loss(output, x_0, t, SCHEDULE, seeds=seeds, weight=weight, reduction="none")
+    assert weighted.dtype == dtype
+    assert torch.equal(weighted, losses * weight)
+    mean = denoising_loss(output, x_0, t, SCHEDULE, seeds=seeds, weight=weight)
+    assert torch.equal(mean, weighted.mean())  # over samples, not over weights
+    total = denoising_loss(output, x_0, t, SCHEDULE, seeds=seeds, weight=weight, reduction="sum")
+    assert torch.equal(total, weighted.sum())
