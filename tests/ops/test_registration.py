@@ -106,6 +106,19 @@ def test_sampling_loop_body_compiles_once_for_every_step(device: torch.device) -
     assert counter.frame_count == 1
 
 
+def test_a_plan_that_a_compiled_function_uses_first_compiles_once() -> None:
+    """Its table for the CPU is there before: a table that the function adds to the plan would be a reason to recompile."""
+    torch._dynamo.reset()
+    plan = ddpm_fast.ddpm_plan(SCHEDULE, 10)
+    x, counter = torch.randn(2, 3, 4, 4), CompileCounterWithBackend("eager")
+    compiled = torch.compile(
+        lambda x, m, step: ddpm_fast.reverse_step(x, m, step, plan, seeds=SEEDS), fullgraph=True, backend=counter
+    )
+    for step in torch.tensor([3, 4]):
+        compiled(x, 0.1 * x, step)
+    assert counter.frame_count == 1
+
+
 def test_a_build_without_cuda_does_not_keep_the_other_backends_from_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its reason comes from compiled code, which torch.compile does not see through."""
     monkeypatch.delitem(backend.KERNELS, "cuda", raising=False)
@@ -116,6 +129,20 @@ def test_a_build_without_cuda_does_not_keep_the_other_backends_from_compiling(mo
         return x if why_not("native", "noise", torch.device("cuda", 0)) is None else 2 * x
 
     assert doubled(torch.ones(1)).item() == 2
+
+
+def test_reasons_why_triton_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    monkeypatch.setattr(backend, "_TRITON_INSTALLED", True)
+    monkeypatch.setattr(backend, "_TRITON_INTERPRETED", True)
+    assert backend.why_not_triton(cpu, torch.float32) is None
+    assert "float64" in str(backend.why_not_triton(cpu, torch.float64))
+    monkeypatch.setattr(backend, "_TRITON_INTERPRETED", False)
+    assert backend.why_not_triton(gpu, torch.float32) is None
+    assert "TRITON_INTERPRET=1" in str(backend.why_not_triton(cpu, torch.float32))
+    assert "meta tensors" in str(backend.why_not_triton(torch.device("meta"), torch.float32))
+    monkeypatch.setattr(backend, "_TRITON_INSTALLED", False)
+    assert "not installed" in str(backend.why_not_triton(gpu, torch.float32))
 
 
 def test_autocast_keeps_the_norm_in_its_input_dtype(device: torch.device) -> None:
