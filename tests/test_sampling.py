@@ -294,6 +294,18 @@ def test_the_state_has_the_memory_format_of_the_weights(layout: torch.memory_for
     )
 
 
+def test_the_state_of_a_frozen_network_is_channels_last() -> None:
+    """The network would else convert it at every step."""
+    seen: list[Tensor] = []
+    blocks = {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"], "add_attention": False}
+    frozen = freeze(UNet(sample_size=4, layers_per_block=1, block_out_channels=[8], norm_num_groups=2, **blocks))
+    sample(frozen, ddpm_plan(SCHEDULE, 3), 2, progress=False, callback=lambda step, timestep, x_t: seen.append(x_t))
+    assert len(seen) == 3
+    for x_t in seen:
+        assert x_t.is_contiguous(memory_format=torch.channels_last)
+        assert not x_t.is_contiguous()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_half_precision_network_steps_a_float32_state(dtype: torch.dtype) -> None:
     model, plan = Recording(), ddpm_plan(SCHEDULE)
