@@ -74,7 +74,7 @@ test:  ## run the tests of `make check`
 test-all:  ## run all tests: slow ones, full products of parameters, benchmarks/tests
 	$(PYTEST) --full --durations=25 $(OPTIONS) tests benchmarks/tests
 
-mutations: build  ## check that the tests catch 50 mutations of the package, in about 20 minutes
+mutations: build  ## check that the tests catch 50 mutations of the package, in about ten minutes
 	$(RUN) tests/mutations/run.py
 
 bench:  ## measure sampling, and every op beside its peers
