@@ -110,7 +110,8 @@ def parsed_json(caller: str, path: Path, content: bytes, parse: Callable[[dict[s
         if not isinstance(found, ArgumentError):
             found = InvalidValue(caller, repr(str(path)), "to have valid fields", error)
             raise found.renamed(got=_shortened(found.got)) from error
-        raise InvalidValue(caller, found.name, _shortened(found.expected), _shortened(found.got), str(path)) from error
+        name, expected, got = map(_shortened, (found.name, found.expected, found.got))
+        raise InvalidValue(caller, name, expected, got, str(path)) from error
 
 
 def _shortened(text: str) -> str:

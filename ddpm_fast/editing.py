@@ -195,7 +195,7 @@ def invert(
     check_type(caller, "plan", plan, SamplingPlan)
     told = float(plan.schedule.alpha_bars[plan.timesteps[-1]])
     if plan.is_random or _denoises(plan) or float(plan.alpha_bars_prev[-1]) > told * (1 + 1e-9):
-        raise InvalidValue(caller, "plan", "to go from an image to noise (ddim_inversion_plan)", plan)
+        raise InvalidValue(caller, "plan", "to go from an image to noise (ddim_inversion_plan)", f"\n{plan}")
     shape, device = checked_setup(caller, model, plan, dtype, device, images.shape[1:], None)
     request = checked_request(
         *(caller, model, device, shape, len(images)),
@@ -318,7 +318,8 @@ def _denoised(
 def _check_denoises(caller: str, plan: SamplingPlan) -> None:
     """Raise unless the plan goes from noise to an image."""
     check_type(caller, "plan", plan, SamplingPlan)
-    expect(_denoises(plan), caller, "plan", "to go from noise to an image", plan)
+    if not _denoises(plan):
+        raise InvalidValue(caller, "plan", "to go from noise to an image", f"\n{plan}")
 
 
 def _denoises(plan: SamplingPlan) -> bool:

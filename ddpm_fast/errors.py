@@ -27,11 +27,16 @@ class ArgumentError(Exception):
 
     def __init__(self, caller: str, name: str, expected: str, got: object, file: str | None = None) -> None:
         # No call of super(): torch.compile cannot trace it, and OSError's takes the parts for an errno and its text.
-        self.caller, self.name, self.expected, self.got, self.file = caller, name, expected, str(got), file
+        self.caller = caller
+        self.name = name
+        self.expected = expected
+        self.got = str(got)
+        self.file = file
         self._quotes = isinstance(got, BaseException)
+        self.args = (caller, name, expected, self.got, file)  # `got` itself may be large
 
     def __reduce__(self) -> tuple[object, ...]:
-        return type(self), (self.caller, self.name, self.expected, self.got, self.file), vars(self)
+        return type(self), self.args, vars(self)
 
     def __str__(self) -> str:
         who = f"{self.caller}: " if self.caller else ""
@@ -43,7 +48,8 @@ class ArgumentError(Exception):
         """Return the same error with other parts."""
         other = copy.copy(self)
         vars(other).update(parts)
-        return other
+        other.args = (other.caller, other.name, other.expected, other.got, other.file)
+        return other.with_traceback(self.__traceback__)
 
 
 class InvalidValue(ArgumentError, ValueError):
@@ -60,7 +66,7 @@ class UnusablePath(ArgumentError, OSError):
 
 @contextmanager
 def renaming(caller: str, names: Mapping[str, str] | None = None) -> Iterator[None]:
-    """Raise the body's errors of arguments as `caller`'s, with its `names` of arguments by those that the body has."""
+    """Raise the body's argument errors as those of `caller`. `names` maps the body's argument names to the caller's."""
     try:
         yield
     except ArgumentError as error:
@@ -68,7 +74,7 @@ def renaming(caller: str, names: Mapping[str, str] | None = None) -> Iterator[No
         raise error.renamed(caller=caller, name=name) from error.__cause__
 
 
-def expect(holds: object, caller: str, name: str, expected: str, got: object) -> None:
+def expect(holds: object, caller: str, name: str, expected: str, got: object, file: str | None = None) -> None:
     """Raise an `InvalidValue` with these parts unless `holds` is true."""
     if not holds:
-        raise InvalidValue(caller, name, expected, got)
+        raise InvalidValue(caller, name, expected, got, file)

@@ -372,6 +372,15 @@ def test_train_names_its_options(arguments: list[str], wanted: str, tmp_path: Pa
     assert not (tmp_path / "run").exists()
 
 
+def test_names_in_files_are_not_taken_for_options(tmp_path: Path) -> None:
+    (tmp_path / "dataset.json").write_text('{"labels": 5}')
+    Image.new("L", (8, 8)).save(tmp_path / "a.png")
+    line = run("train", tmp_path / "run", "--data", tmp_path, code=2).splitlines()[-1]
+    assert "expected labels to be a list of pairs [name, label], or null, got 5, in " in line
+    line = run("evaluate", "--data", tmp_path, code=2).splitlines()[-1]  # which has an option --labels
+    assert "expected labels to be a list of pairs [name, label], or null, got 5, in " in line
+
+
 def test_export_refuses_before_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "run"
     run("train", folder, *TINY, "--steps", 1)

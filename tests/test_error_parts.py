@@ -44,6 +44,13 @@ def test_a_renamed_error_leaves_the_first_as_it_is() -> None:
     error = InvalidValue("f", "x", "to be 1", 2)
     assert str(error.renamed(caller="g", name="--x")) == "g: expected --x to be 1, got 2"
     assert str(error) == "f: expected x to be 1, got 2"
+    assert repr(error.renamed(name="y")) == "InvalidValue('f', 'y', 'to be 1', '2', None)"
+
+
+def test_a_renamed_error_keeps_where_it_was_raised() -> None:
+    with pytest.raises(InvalidValue) as error, renaming("g"):
+        expect(False, "f", "x", "to be 1", 2)
+    assert error.traceback[-1].name == "expect"
 
 
 def test_a_caller_renames_what_its_body_raises() -> None:

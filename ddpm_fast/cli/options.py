@@ -48,7 +48,7 @@ def refusing() -> Iterator[None]:
     except (ValueError, TypeError, ImportError, OSError) as error:
         raise Refused(str(error)) from error
     except Exception as error:
-        import torch  # loaded long since
+        import torch  # the command has loaded it
 
         if not isinstance(error, MemoryError | torch.OutOfMemoryError):
             raise

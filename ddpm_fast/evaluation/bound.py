@@ -127,7 +127,7 @@ def variational_bound(
     caller = "variational_bound"
     check_model(caller, model)
     check_map(caller, "x_0", x_0)
-    expect(x_0.numel() != 0 and (not x_0.is_meta), caller, "x_0", "to have values", f"shape {list(x_0.shape)} on {x_0.device}")
+    expect(x_0.numel() > 0 and not x_0.is_meta, caller, "x_0", "to have values", f"shape {list(x_0.shape)} on {x_0.device}")
     if not x_0.abs().max() <= 1:  # NaN included
         raise InvalidValue(caller, "x_0", "in [-1, 1]", f"values from {x_0.min():.4g} to {x_0.max():.4g}")
     check_type(caller, "schedule", schedule, NoiseSchedule)

@@ -87,7 +87,7 @@ def accelerate(
     if own_class(unet) is not diffusers.UNet2DModel:
         raise InvalidType("accelerate", "pipe.unet", "to be a UNet2DModel", f"{type(unet).__name__}; ddpm_fast.fuse takes any")
     if (reason := _why_not_ours(unet)) is not None:
-        raise InvalidValue("accelerate", "pipe.unet", "to be one that ddpm_fast.UNet can stand for", f"one where {reason}")
+        raise InvalidValue("accelerate", "pipe.unet", "to be one that ddpm_fast.UNet can stand for", ValueError(reason))
     if not freeze and dtype not in (None, unet.dtype):
         raise InvalidValue(
             "accelerate",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import pickle
 import re
 from collections.abc import Mapping
 from contextlib import suppress
@@ -137,10 +138,12 @@ def load_tensors(caller: str, path: str | os.PathLike[str]) -> Any:
                 caller,
                 repr(path),
                 "to hold tensors and plain values",
-                f"a {classes[0]}, which needs pickle, and pickle may run any code: if you trust the file, load it by "
+                f"a {min(classes)}, which needs pickle, and pickle may run any code: if you trust the file, load it by "
                 "torch.load(weights_only=False) and save its tensors",
             ) from error
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        if isinstance(error, pickle.UnpicklingError):  # its text is about options of torch.load
+            reason = "one that is damaged, or older than the zip format with objects that need pickle, which may run any code"
         raise InvalidValue(caller, repr(path), "to be a whole file of torch.save", reason) from error
 
 

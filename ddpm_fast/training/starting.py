@@ -133,7 +133,10 @@ def _check_threads(threads: int) -> None:
 
 
 def _check_folder(run: RunFolder, steps: int, resume: bool) -> None:
-    """Raise unless a run can begin in the folder, or go on: its checkpoints are there, and it has not done more steps."""
+    """Raise unless a run can begin in the folder, or go on.
+
+    To go on, its checkpoints must be there, and it must not have done more steps than are wanted.
+    """
     if resume:
         run.read_config()  # refuses a folder without a run before a lock is written into it
         logged = run.last_row()

@@ -30,7 +30,7 @@ from ddpm_fast.integrations import diffusers as schedulers  # noqa: E402
 Pipeline = Any
 STEPS = 3
 PIPELINES = ["DDPM", "DDIM"]
-NOT_FOR_UNET = "accelerate: expected pipe.unet to be one that ddpm_fast.UNet can stand for, got one where "
+NOT_FOR_UNET = "accelerate: expected pipe.unet to be one that ddpm_fast.UNet can stand for, got: "
 
 
 def make_unet(variant: str = "one-head-asymmetric", **changes: Any) -> Any:

@@ -93,10 +93,10 @@ def test_broken_rows_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("labels", "wanted"),
     [
-        ([0, 1, 2, 0, 1, 2, 3], r"expected labels in 0\.\.2 in .*data, got 3"),
-        ([0, 1, 2, 0, 1, 2, -1], r"expected labels in 0\.\.2 in .*data, got -1"),
+        ([0, 1, 2, 0, 1, 2, 3], r"expected labels in 0\.\.2, got 3, in '.*data'"),
+        ([0, 1, 2, 0, 1, 2, -1], r"expected labels in 0\.\.2, got -1, in '.*data'"),
         ([0, 1, None, 0, 1, 2, 2], r"expected each row of .*data to have a label, got 1 without"),
-        (list("abcdefg"), r"expected label in .*\.arrow to be integers, got string"),
+        (list("abcdefg"), r"expected label to be integers, got string, in '.*\.arrow'"),
     ],
 )
 def test_other_labels_are_refused(labels: list[Any], wanted: str, tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_other_labels_are_refused(labels: list[Any], wanted: str, tmp_path: Path
         ({**FEATURES, "d": {"_type": "ClassLabel"}}, r"expected features\.d\.names to be a list of names, got None"),
         ({**FEATURES, "d": {"_type": "ClassLabel", "names": ["a", "a"]}}, r"d\.names to be without repetitions"),
         ({"picture": {"_type": "Image"}}, r"\.arrow to be a whole Arrow table with \['picture'\], got: "),
-        ({"id": {"_type": "Image"}}, r"expected id in .*\.arrow to be encoded images, got string"),
+        ({"id": {"_type": "Image"}}, r"expected id to be encoded images, got string, in '.*\.arrow'"),
     ],
 )
 def test_other_columns_are_refused(features: Any, wanted: str, tmp_path: Path) -> None:

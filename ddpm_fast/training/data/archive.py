@@ -59,8 +59,9 @@ def _check_entry(path: Path, entry: zipfile.ZipInfo, largest: int) -> None:
         entry.file_size <= largest,
         "load_dataset",
         entry.filename,
-        f"in {path} to have at most {largest} bytes",
+        f"to have at most {largest} bytes",
         entry.file_size,
+        str(path),
     )
     if entry.flag_bits & 1:
         raise InvalidValue("load_dataset", str(path), "to hold no encrypted files", entry.filename)

@@ -207,9 +207,9 @@ def _read_python(file: str, content: bytes) -> _Batch:
     if shape != (len(labels), _PIXELS) or len(pixels) != len(labels) * _PIXELS:
         refuse(f"{len(labels)} labels and images of shape {shape} in {len(pixels)} bytes")
     images = np.frombuffer(pixels, np.uint8).reshape(shape, order="F" if is_fortran else "C")
-    images, labels = images, np.array(labels)
-    check_labels(file, labels, 10)
-    return images, labels
+    numbers = np.array(labels)
+    check_labels(file, numbers, 10)
+    return images, numbers
 
 
 _VERSIONS: Final = (

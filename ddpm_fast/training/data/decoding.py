@@ -153,7 +153,7 @@ def try_each(read: Callable[[str], _Read], names: Sequence[str], broken: dict[st
 
 
 def reason(error: Exception) -> str:
-    """Return type and text of an error. The text of an UnidentifiedImageError is the address of an object."""
+    """Return type and text of an error. That of an UnidentifiedImageError is left out, as it has an address in memory."""
     from PIL import UnidentifiedImageError
 
     name = type(error).__name__

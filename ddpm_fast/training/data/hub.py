@@ -136,12 +136,13 @@ def _read_tables(files: list[Path], columns: _Columns) -> Any:
             pyarrow.types.is_struct(kind) and kind.get_field_index("bytes") >= 0,
             "load_dataset",
             columns.image,
-            f"in {file} to be encoded images",
+            "to be encoded images",
             kind,
+            str(file),
         )
         if columns.label is not None and not pyarrow.types.is_integer(table.schema.field(columns.label).type):
             got = table.schema.field(columns.label).type
-            raise InvalidValue("load_dataset", columns.label, f"in {file} to be integers", got)
+            raise InvalidValue("load_dataset", columns.label, "to be integers", got, str(file))
         tables.append(table)
     table = pyarrow.concat_tables(tables)
     expect(table.num_rows, "load_dataset", str(files[0].parent), "to hold images", "none")

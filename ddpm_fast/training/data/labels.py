@@ -74,4 +74,4 @@ def check_labels(place: object, labels: Any, num_classes: int) -> None:
     """Raise a ValueError unless all labels, a tensor or an array [N], are in 0..num_classes-1. `place` has them."""
     low, high = int(labels.min()), int(labels.max())
     wrong = low if low < 0 else high
-    expect(0 <= wrong < num_classes, "load_dataset", "labels", f"in 0..{num_classes - 1} in {place}", wrong)
+    expect(0 <= wrong < num_classes, "load_dataset", "labels", f"in 0..{num_classes - 1}", wrong, str(place))
