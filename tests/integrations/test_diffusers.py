@@ -660,9 +660,12 @@ def _set(kind: Any = DDPMScheduler, steps: Any = 10, **config: Any) -> Any:
 BAD: list[tuple[Callable[[], Any], str]] = [
     (lambda: DDPMScheduler(beta_schedule="exp"), "expected beta_schedule to be one of linear, .*, got 'exp'"),
     (lambda: DDPMScheduler(beta_end=2.0), "expected beta_end to be positive and at most 1, got 2.0"),
-    (lambda: DDPMScheduler(trained_betas=[0.1, 0.0]), r"expected betas to be in \(0, 1\], got 0 at index 1"),
-    (lambda: DDPMScheduler(trained_betas=[]), r"expected betas to be a floating tensor of shape \[T\] with values"),
-    (lambda: DDPMScheduler(num_train_timesteps=0), "expected num_timesteps to be an integer in 1..100000, got 0"),
+    (
+        lambda: DDPMScheduler(trained_betas=[0.1, 0.0]),
+        r"DDPMScheduler: expected trained_betas to be in \(0, 1\], got 0 at index 1",
+    ),
+    (lambda: DDPMScheduler(trained_betas=[]), r"expected trained_betas to be a floating tensor of shape \[T\] with values"),
+    (lambda: DDPMScheduler(num_train_timesteps=0), "expected num_train_timesteps to be an integer in 1..100000, got 0"),
     (
         lambda: DDPMScheduler(prediction_type="eps"),
         "DDPMScheduler: expected prediction_type to be one of epsilon, .* got 'eps'",
