@@ -280,7 +280,7 @@ def test_two_results_never_share_a_destination() -> None:
 
     with refused(InvalidValue("reverse_step", "out", "to be two tensors", "one twice")):
         step(x)
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="'out', 'to be two tensors', 'one twice'"):
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="raised exception InvalidValue"):  # torch 2.9 omits its parts
         torch.compile(step, fullgraph=True, backend="eager")(x)
 
 
