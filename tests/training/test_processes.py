@@ -153,7 +153,7 @@ def test_processes_that_are_given_other_options_are_refused(tmp_path: Path) -> N
     )
     first, second = run_ranks(2, ["-c", script, str(tmp_path / "run"), json.dumps(RUN)], tmp_path)
     assert (
-        "ValueError: train: expected lr to be the same in all processes, got another than rank 0 in rank 1: 0.002"
+        "InvalidValue: train: expected lr to be the same in all processes, got another than rank 0 in rank 1: 0.002"
         in second.stderr
     )
     assert "ProcessLost: train: expected all processes to be given the same" in first.stderr
