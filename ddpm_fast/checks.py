@@ -61,7 +61,7 @@ def check_dtype(caller: str, name: str, value: Any, *, optional: bool = False) -
 
 
 def check_one_of(caller: str, a_name: str, a: Any, b_name: str, b: Any) -> None:
-    """Raise a ValueError unless exactly one of two arguments is given, None means not given."""
+    """Raise a ValueError unless exactly one of two arguments is given. None means not given."""
     if (a is None) == (b is None):
         raise InvalidValue(caller, "", f"exactly one of {a_name} and {b_name}", "neither" if a is None else "both")
 

@@ -205,7 +205,7 @@ def image_format(path: str | os.PathLike[str], shape: Sequence[int] = (1, 1, 1),
     height, width, channels = shape
     mode = _MODES.get(channels)
     if mode is None:
-        raise InvalidValue("images", "pictures", f"of 1, 3 or 4 channels for {name}", channels)
+        raise InvalidValue("images", "", f"pictures of 1, 3 or 4 channels for {name}", channels)
     kind = Image.registered_extensions().get(Path(path).suffix.lower())
     reason = ""
     if kind in Image.SAVE and kind not in _ICONS:

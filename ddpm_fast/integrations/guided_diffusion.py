@@ -157,7 +157,7 @@ def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> 
         stride = next(strides, None)
         if stride is None:
             raise InvalidValue(
-                op, "ddimN", f"with an N that an integer stride through {num_timesteps} timesteps gives", repr(section_counts)
+                op, "", f"ddimN with an N that an integer stride through {num_timesteps} timesteps gives", repr(section_counts)
             )
         return set(range(0, num_timesteps, stride))
     if isinstance(section_counts, str):

@@ -125,7 +125,7 @@ def tiling(*tensors: Tensor | None, ordered: bool) -> tuple[int, dict[str, Any]]
     first = present[0]
     size = first.numel() // first.shape[0]
     if size >= 2**31:
-        raise InvalidValue("ddpm_fast", "samples", "of fewer than 2^31 elements", size)
+        raise InvalidValue("ddpm_fast", "", "samples of fewer than 2^31 elements", size)
     channels_last = ordered and not all(tensor.is_contiguous() for tensor in present)
     c = first.shape[1] if channels_last else 1
     hw = size // c
