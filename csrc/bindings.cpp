@@ -28,6 +28,7 @@ py::dict build_info() {
 #endif
   info["isa"] = isa_in_use();
   info["isas"] = compiled_isas();
+  info["processor_isa"] = processor_isa();
   info["amx_bf16"] = has_amx_bf16();
   info["cuda_archs"] = py::str(DDPM_FAST_CUDA_ARCHS).attr("split")();
   info["cuda_why_not"] = DDPM_FAST_CUDA_WHY_NOT;
@@ -70,5 +71,6 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
   py::module_ cuda = m.def_submodule("cuda", "The ops on CUDA tensors.");
   bind_kernels(cuda, cuda_kernels());
   cuda.def("why_not", &cuda::why_not);
+  cuda.def("versions", &cuda::versions);
 #endif
 }

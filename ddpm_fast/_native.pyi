@@ -14,6 +14,7 @@ class BuildInfo(TypedDict):
     compiler: str
     isa: str  # the instruction set in use
     isas: list[str]  # the compiled instruction sets, worst first
+    processor_isa: str  # the best instruction set that this processor has, compiled or not
     amx_bf16: bool  # whether the CPU has matrix units for bfloat16
     cuda_archs: list[str]
     cuda_why_not: str  # empty if cuda_archs is not
@@ -395,6 +396,7 @@ class CpuKernels(Kernels, Protocol):
     ) -> int: ...
 
 class CudaKernels(Kernels, Protocol):
+    def versions(self) -> list[int]: ...  # CUDA's, as in 12080: the driver's, or 0 without one, and the compiling toolkit's
     def why_not(self) -> str: ...  # why the kernels cannot run on the current device; empty if they can
     # The bytes of a kernel's workspace. The workspace among the arguments may be None.
     def denoising_loss_workspace(

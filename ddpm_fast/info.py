@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from .ops import BACKENDS, OPS
-from .ops.backend import native, native_error
+from .ops.backend import cuda_remedy, native, native_error, why_not_best_isa, why_not_native
 from .version import __version__
 
 
@@ -47,6 +47,8 @@ def _device_lines() -> Iterator[str]:
         properties = torch.cuda.get_device_properties(device)
         memory = properties.total_memory / 2**30
         yield f"{device}: {properties.name}, compute capability {properties.major}.{properties.minor}, {memory:.0f} GiB"
+        if " MIG " in properties.name:
+            yield "  a MIG instance: a process uses one. CUDA_VISIBLE_DEVICES=MIG-<UUID> selects it; nvidia-smi -L lists them"
     if not torch.cuda.is_available():
         yield "cuda: " + ("no device" if torch.version.cuda else "this build of torch has no CUDA")
 
@@ -59,6 +61,9 @@ def _native_lines() -> Iterator[str]:
     build = native().build_info()
     yield f"version {build['version']}, compiler {build['compiler']}, OpenMP {'yes' if build['openmp'] else 'no'}"
     yield f"instruction set {build['isa']}, of {', '.join(build['isas'])} (DDPM_FAST_ISA caps it)"
+    slow = why_not_best_isa()
+    if slow is not None:
+        yield slow
     archs = ", ".join(f"sm_{arch}" for arch in build["cuda_archs"])
     yield (
         f"CUDA {archs}" if archs else f"no CUDA kernels: {build['cuda_why_not']} (set FORCE_CUDA=1, unset DDPM_FAST_CUDA_ARCHS)"
@@ -80,6 +85,8 @@ def _table(device: torch.device) -> Iterator[str]:
         yield (f"{op.name:<{width}}" + "".join(f"  {cell:<9}" for cell in cells)).rstrip()
     for number, reason in enumerate(reasons, 1):
         yield f"({number}) {reason}"
+    if device.type == "cuda" and native_error() is None and why_not_native(device, torch.float32) is not None:
+        yield f"Compiled kernels on this GPU: {cuda_remedy(device)}"
 
 
 def info() -> str:

@@ -1,6 +1,7 @@
 """`ddpm-fast info`."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from click.testing import CliRunner
 from kernel_calls import MATRIX_OPS
 
 from ddpm_fast import cli, info
-from ddpm_fast.ops import OPS
+from ddpm_fast.ops import OPS, backend
 from ddpm_fast.ops.backend import why_not_matrix_kernels
 from ddpm_fast.ops.fused_op import FusedOp
 
@@ -51,6 +52,32 @@ def test_the_table_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_native_module_that_is_absent_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(info, "native_error", lambda: "no such file")
     assert "Native module\n  not loaded: no such file" in info.info()
+
+
+def _a_mig_instance(*arguments: object) -> SimpleNamespace:
+    return SimpleNamespace(name="NVIDIA H100 80GB HBM3 MIG 1g.10gb", major=9, minor=0, total_memory=10 * 2**30)
+
+
+def test_gpus_without_compiled_kernels_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two GPUs of two generations, of which the build serves one, as MIG instances."""
+    capabilities = {0: (9, 0), 1: (12, 0)}
+    reasons = {torch.device("cuda", 0): None, torch.device("cuda", 1): "no kernel image is available"}
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", _a_mig_instance)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[device.index])
+    monkeypatch.setattr(backend, "_CUDA_REASONS", reasons)
+    monkeypatch.setitem(backend.KERNELS, "cuda", SimpleNamespace(versions=lambda: [13000, 13000]))
+    text = info.info()
+    assert text.count("MIG 1g.10gb, compute capability 9.0, 10 GiB\n    a MIG instance: a process uses one. ") == 2
+    first, second = text.partition("Ops on cuda:0\n")[2].split("Ops on cuda:1\n")
+    assert "pip install" not in first
+    assert ") no kernel image is available\n" in second
+    assert "Compiled kernels on this GPU: To compile them for all visible GPUs, with nvcc 12 or later on PATH: pip" in second
+
+
+def test_kernels_for_another_processor_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(info, "why_not_best_isa", lambda: "the CPU kernels were compiled for another")
+    assert "\n  the CPU kernels were compiled for another\n" in info.info()
 
 
 def test_command() -> None:

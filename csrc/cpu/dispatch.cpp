@@ -23,16 +23,27 @@ namespace ddpm_fast {
     return {DDPM_FAST_OPS(ADDRESS) DDPM_FAST_CPU_OPS(ADDRESS) DDPM_FAST_CPU_WORKSPACES(WORKSPACE).panel = panel}; \
   }                                                                                                               \
   }
+#define NO_KERNELS(isa)                     \
+  namespace isa {                           \
+  constexpr Kernels (*kernels)() = nullptr; \
+  }
 KERNELS(baseline)
 #ifdef DDPM_FAST_HAS_avx2
 KERNELS(avx2)
+#else
+NO_KERNELS(avx2)
 #endif
 #ifdef DDPM_FAST_HAS_avx512
 KERNELS(avx512)
+#else
+NO_KERNELS(avx512)
 #endif
 #ifdef DDPM_FAST_HAS_avx512_bf16
 KERNELS(avx512_bf16)
+#else
+NO_KERNELS(avx512_bf16)
 #endif
+#undef NO_KERNELS
 #undef KERNELS
 #undef WORKSPACE
 #undef ADDRESS
@@ -43,8 +54,8 @@ namespace {
 
 struct Isa {
   const char* name;
-  bool supported;
-  Kernels (*kernels)();
+  bool supported;        // by this processor
+  Kernels (*kernels)();  // null: not compiled
 };
 
 #ifdef DDPM_FAST_X86
@@ -55,23 +66,16 @@ bool has_f16c() {
 }
 #endif
 
-// Returns the compiled instruction sets from worst to best.
+// Returns the instruction sets from worst to best.
 std::vector<Isa> isas() {
-  std::vector<Isa> sets = {{"baseline", true, &baseline::kernels}};
+  std::vector<Isa> sets = {{"baseline", true, baseline::kernels}};
 #ifdef DDPM_FAST_X86
-  [[maybe_unused]] const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
-  [[maybe_unused]] const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
-                                           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                                           __builtin_cpu_supports("avx512vl");
-#endif
-#ifdef DDPM_FAST_HAS_avx2
-  sets.push_back({"avx2", has_avx2, &avx2::kernels});
-#endif
-#ifdef DDPM_FAST_HAS_avx512
-  sets.push_back({"avx512", has_avx512, &avx512::kernels});
-#endif
-#ifdef DDPM_FAST_HAS_avx512_bf16
-  sets.push_back({"avx512_bf16", has_avx512 && __builtin_cpu_supports("avx512bf16"), &avx512_bf16::kernels});
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
+  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  sets.push_back({"avx2", has_avx2, avx2::kernels});
+  sets.push_back({"avx512", has_avx512, avx512::kernels});
+  sets.push_back({"avx512_bf16", has_avx512 && __builtin_cpu_supports("avx512bf16"), avx512_bf16::kernels});
 #endif
   return sets;
 }
@@ -81,6 +85,7 @@ const Isa& best() {
     const char* cap = std::getenv("DDPM_FAST_ISA");
     Isa best_so_far{};
     for (const Isa& isa : isas()) {
+      if (isa.kernels == nullptr) continue;
       if (isa.supported) best_so_far = isa;
       if (cap != nullptr && isa.name == std::string(cap)) return best_so_far;
     }
@@ -112,9 +117,19 @@ const Kernels& cpu_kernels() {
 
 std::string isa_in_use() { return best().name; }
 
+std::string processor_isa() {
+  const char* name = "";
+  for (const Isa& isa : isas()) {
+    if (isa.supported) name = isa.name;
+  }
+  return name;
+}
+
 std::vector<std::string> compiled_isas() {
   std::vector<std::string> names;
-  for (const Isa& isa : isas()) names.push_back(isa.name);
+  for (const Isa& isa : isas()) {
+    if (isa.kernels != nullptr) names.push_back(isa.name);
+  }
   return names;
 }
 

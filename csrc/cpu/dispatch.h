@@ -11,7 +11,8 @@
 namespace ddpm_fast {
 
 const Kernels& cpu_kernels();
-std::string isa_in_use();  // the best set of this processor, up to the environment variable DDPM_FAST_ISA
+std::string isa_in_use();     // the best set of this processor, up to the environment variable DDPM_FAST_ISA
+std::string processor_isa();  // the best set that this processor has, compiled or not
 std::vector<std::string> compiled_isas();  // worst first
 bool has_amx_bf16();  // whether there are matrix units for bfloat16; oneDNN uses them, these kernels do not
 

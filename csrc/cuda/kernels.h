@@ -1,6 +1,7 @@
 // The CUDA kernels. Each csrc/cuda/<op>.cu holds the kernels of an op and the function that launches them on a stream.
 #pragma once
 
+#include <array>
 #include <string>
 
 #include "common/ops.h"
@@ -16,6 +17,8 @@ DDPM_FAST_OPS(OP)
 DDPM_FAST_WORKSPACES(OP)
 #undef OP
 
+// CUDA's versions, as in 12080: the driver's, or 0 without one, and that of the toolkit that compiled this.
+std::array<int, 2> versions();
 std::string why_not();  // why the kernels cannot run on the current device; empty if they can
 
 }  // namespace cuda

@@ -10,6 +10,12 @@ __global__ void probe_kernel() {}
 
 }  // namespace
 
+std::array<int, 2> versions() {
+  int driver = 0;
+  (void)cudaDriverGetVersion(&driver);
+  return {driver, CUDART_VERSION};
+}
+
 // Asks for a kernel's attributes: that needs a driver that is new enough, and machine code for the card.
 std::string why_not() {
   cudaFuncAttributes attributes;

@@ -64,6 +64,23 @@ _TRITON_INSTALLED: Final = importlib.util.find_spec("triton") is not None
 _TRITON_INTERPRETED: Final = os.environ.get("TRITON_INTERPRET") == "1"
 
 
+_REINSTALL: Final = "pip install --force-reinstall --no-deps -e . (in the folder of its sources)"
+
+
+def why_not_best_isa() -> str | None:
+    """Return that the CPU kernels were compiled for another processor, and the remedy, or None if this one's best set runs."""
+    if os.environ.get("DDPM_FAST_ISA") or BUILD.get("isa") == BUILD.get("processor_isa"):
+        return None
+    return (
+        f"the CPU kernels were compiled for {' and '.join(BUILD['isas'])}. This processor has {BUILD['processor_isa']} "
+        f"and runs those for {BUILD['isa']}, which are slower. To compile for it: {_REINSTALL}"
+    )
+
+
+if (_slow := why_not_best_isa()) is not None:
+    warnings.warn(f"ddpm_fast: {_slow}", RuntimeWarning, stacklevel=2)
+
+
 class BackendUnavailable(RuntimeError):
     """Error for a backend that was requested by name and cannot run. The message has the reason."""
 
@@ -90,7 +107,7 @@ def why_not_matrix_kernels(device: torch.device, dtype: torch.dtype) -> str | No
     if dtype not in MATRIX_DTYPES:
         return f"it computes in float32 and bfloat16, not in {dtype}"
     if BUILD["isa"] == "baseline":
-        return "this CPU has neither AVX2 nor AVX-512"
+        return why_not_best_isa() or "this CPU has neither AVX2 nor AVX-512"
     if dtype == torch.bfloat16 and BUILD["amx_bf16"]:
         return "this CPU has matrix units for bfloat16, which oneDNN uses and the kernels do not"
     return None
@@ -101,20 +118,33 @@ def has_fast_bfloat16() -> bool:
     return native_error() is None and (BUILD["isa"] == "avx512_bf16" or BUILD.get("amx_bf16", False))
 
 
-def warn_without_cuda() -> None:
-    """Warn once that CUDA tensors cannot use the compiled kernels, if they cannot."""
-    if "cuda" not in KERNELS and native_error() is None and not torch.compiler.is_compiling():
-        _warn_once_without_cuda()
+def warn_without_cuda(device: torch.device) -> None:
+    """Warn once per GPU that its tensors cannot use the compiled kernels, if they cannot."""
+    if native_error() is None and not torch.compiler.is_compiling():
+        reason = why_not_native(device, torch.float32)
+        if reason is not None:
+            _warn_once_without_cuda(device, reason)
 
 
 @functools.cache
-def _warn_once_without_cuda() -> None:
+def _warn_once_without_cuda(device: torch.device, reason: str) -> None:
     warnings.warn(
-        f"ddpm_fast has no compiled CUDA kernels: {BUILD['cuda_why_not']}. CUDA tensors use Triton or PyTorch instead. "
-        "To compile the kernels: FORCE_CUDA=1 pip install --force-reinstall --no-deps ...",
+        f"ddpm_fast's compiled kernels cannot run on {device}: {reason}. Triton or PyTorch compute its ops. "
+        f"{cuda_remedy(device)}",
         RuntimeWarning,
         stacklevel=6,  # the caller of the op
     )
+
+
+def cuda_remedy(device: torch.device) -> str:
+    """Return what gives a GPU compiled kernels, where `why_not_native` says that it has none."""
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "They need a GPU of compute capability 8.0 or later."
+    driver, toolkit = KERNELS["cuda"].versions() if "cuda" in KERNELS else (0, 0)
+    if driver < toolkit // 1000 * 1000:
+        return f"Update the driver to one for CUDA {toolkit // 1000}, or compile with an older nvcc: {_REINSTALL}"
+    # CMake asks nvidia-smi, so that one build serves all GPUs of the machine.
+    return f"To compile them for all visible GPUs, with nvcc 12 or later on PATH: {_REINSTALL}"
 
 
 _CUDA_REASONS: dict[torch.device, str | None] = {}  # stored, because the question starts the driver
@@ -125,7 +155,10 @@ def _why_not_cuda(device: torch.device) -> str | None:
     """Return the CUDA runtime's reason why the compiled kernels cannot run on this GPU, or None."""
     if device not in _CUDA_REASONS:
         with torch.cuda.device(device):
-            _CUDA_REASONS[device] = native().cuda.why_not() or None
+            said = KERNELS["cuda"].why_not()
+        driver, toolkit = (f"{version // 1000}.{version % 1000 // 10}" for version in KERNELS["cuda"].versions())
+        built = f"compiled with CUDA {toolkit} for {' '.join(BUILD['cuda_archs'])}, the driver supports CUDA {driver}"
+        _CUDA_REASONS[device] = f"{said} ({built})" if said else None
     return _CUDA_REASONS[device]
 
 

@@ -194,7 +194,7 @@ class FusedOp:
         ):
             return "native"
         if device.type == "cuda":
-            warn_without_cuda()
+            warn_without_cuda(device)
             if self.why_not("triton", device, dtype, arguments) is None:
                 return "triton"
         if self.reference is None:

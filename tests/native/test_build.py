@@ -106,6 +106,7 @@ def test_build_info() -> None:
     assert build["version"] == ddpm_fast.__version__
     assert build["isas"][0] == "baseline"
     assert build["isa"] in build["isas"]
+    assert build["processor_isa"] in ("baseline", "avx2", "avx512", "avx512_bf16")
     assert bool(build["cuda_archs"]) != bool(build["cuda_why_not"])
 
 
@@ -254,6 +255,40 @@ def test_without_python_headers_one_clear_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.sources
+def test_metadata_without_a_compiler_is_the_same_error(tmp_path: Path) -> None:
+    """An installation asks for it before it downloads the dependencies."""
+    command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(tmp_path)]
+    result = subprocess.run(command, cwd=ROOT, env=os.environ | {"PATH": str(tmp_path)}, capture_output=True, text=True)
+    assert result.returncode != 0
+    assert "ddpm_fast needs a C++20 compiler" in result.stderr
+
+
+@pytest.mark.sources
+@pytest.mark.parametrize(
+    ("options", "environment", "isas"),
+    [
+        (["--inplace"], {}, "native"),
+        ([], {}, "all"),
+        (["--inplace"], {"DDPM_FAST_COMPILED_ISAS": "all"}, "all"),
+        ([], {"DDPM_FAST_COMPILED_ISAS": "native"}, "native"),
+    ],
+    ids=str,
+)
+def test_which_instruction_sets_are_compiled(
+    tmp_path: Path, options: list[str], environment: dict[str, str], isas: str
+) -> None:
+    """What stays here is for this processor, and a wheel is for all."""
+    cmake = tmp_path / "cmake"
+    cmake.write_text('#!/bin/sh\necho "for $DDPM_FAST_COMPILED_ISAS"\nexit 1\n')
+    cmake.chmod(0o755)
+    variables = {name: value for name, value in os.environ.items() if name != "DDPM_FAST_COMPILED_ISAS"} | environment
+    variables["PATH"] = os.pathsep.join([str(tmp_path), os.environ["PATH"]])
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-temp", str(tmp_path / "build"), *options]
+    result = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
+    assert result.stdout == f"for {isas}\n", result.stderr
+
+
+@pytest.mark.sources
 def test_no_native_builds_nothing(tmp_path: Path) -> None:
     result = _setup_without_compiler(tmp_path, DDPM_FAST_NO_NATIVE="1")
     assert result.returncode == 0, result.stderr
@@ -271,11 +306,14 @@ def test_cuda_kernels_load_anywhere_and_say_why_they_cannot_run(monkeypatch: pyt
     if torch.cuda.is_available():
         assert why_not("native", "noise", device) is None
         return
+    driver, toolkit = _native.cuda.versions()
+    assert driver < toolkit
+    assert toolkit >= 12000
     reason = _native.cuda.why_not()
     assert "CUDA" in reason
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())  # this torch may have no CUDA at all
     monkeypatch.setattr(backend, "_CUDA_REASONS", {})
-    assert why_not("native", "noise", device) == reason
+    assert str(why_not("native", "noise", device)).startswith(f"{reason} (compiled with CUDA {toolkit // 1000}.")
     assert "float64" in str(why_not("native", "noise", device, torch.float64))
 
 
@@ -286,18 +324,99 @@ def test_a_build_without_cuda_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reason == "it has no kernels for cuda tensors: no GPU was visible when it was built"
 
 
-def test_a_cuda_tensor_met_by_a_build_without_cuda_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(backend.KERNELS, "cuda", raising=False)
-    monkeypatch.setitem(backend.BUILD, "cuda_why_not", "no GPU was visible when it was built")
+A100 = torch.device("cuda", 0)
+
+
+def _on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int] = (8, 0),
+    said: str | None = None,
+    versions: tuple[int, int] = (13000, 13000),
+) -> None:
+    """Stand in for a GPU, and for a build without CUDA or one whose CUDA runtime says `said` of it."""
+    monkeypatch.setattr(backend, "_CUDA_REASONS", {})
     backend._warn_once_without_cuda.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    if said is None:
+        monkeypatch.delitem(backend.KERNELS, "cuda", raising=False)
+        monkeypatch.setitem(backend.BUILD, "cuda_why_not", "no nvcc was found when it was built")
+    else:
+        cuda = SimpleNamespace(why_not=lambda: said, versions=lambda: list(versions))
+        monkeypatch.setitem(backend.KERNELS, "cuda", cuda)
+        monkeypatch.setitem(backend.BUILD, "cuda_archs", ["90a", "100"])
+
+
+INSUFFICIENT = "CUDA driver version is insufficient for CUDA runtime version"
+NO_IMAGE = "no kernel image is available for execution on the device"
+
+
+@pytest.mark.parametrize(
+    ("gpu", "reason", "remedy"),
+    [
+        ({}, "no nvcc was found when it was built", "with nvcc 12 or later on PATH: pip install"),
+        ({"capability": (7, 5)}, "no nvcc was found", "They need a GPU of compute capability 8.0 or later."),
+        (
+            {"said": INSUFFICIENT, "versions": (12040, 13000)},
+            f"{INSUFFICIENT} (compiled with CUDA 13.0 for 90a 100, the driver supports CUDA 12.4)",
+            "Update the driver to one for CUDA 13, or compile with an older nvcc: pip install",
+        ),
+        (
+            {"said": NO_IMAGE},
+            f"{NO_IMAGE} (compiled with CUDA 13.0 for 90a 100, the driver supports CUDA 13.0)",
+            "To compile them for all visible GPUs",
+        ),
+        ({"said": NO_IMAGE, "versions": (13000, 12080)}, "with CUDA 12.8 for", "To compile them for all visible GPUs"),
+    ],
+    ids=["no nvcc", "old GPU", "old driver", "another architecture", "newer driver"],
+)
+def test_a_gpu_that_compiled_kernels_cannot_use_warns_once(
+    monkeypatch: pytest.MonkeyPatch, gpu: dict[str, Any], reason: str, remedy: str
+) -> None:
+    _on_a_gpu(monkeypatch, **gpu)
 
     def choose(name: str | None) -> str:
-        return OPS["noise"]._choose(name, torch.device("cuda", 0), torch.float32, (), False)
+        return OPS["noise"]._choose(name, A100, torch.float32, (), False)
 
     assert choose("reference") == "reference"  # a backend that is asked for by name is no surprise
-    with pytest.warns(RuntimeWarning, match=r"no GPU was visible when it was built.*FORCE_CUDA=1 pip install"):
+    with pytest.warns(RuntimeWarning, match=f"cannot run on cuda:0: .*{re.escape(reason)}.*{re.escape(remedy)}"):
         choose(None)
     choose(None)  # a second warning would be an error
+
+
+def test_a_gpu_that_compiled_kernels_can_use_warns_never(monkeypatch: pytest.MonkeyPatch) -> None:
+    _on_a_gpu(monkeypatch, said="")
+    assert OPS["noise"]._choose(None, A100, torch.float32, (), False) == "native"
+    backend.warn_without_cuda(A100)  # as for an op that has no CUDA kernel
+
+
+@pytest.mark.parametrize(
+    ("build", "environment", "said"),
+    [
+        (
+            {"isas": ["baseline", "avx512_bf16"], "isa": "baseline", "processor_isa": "avx2"},
+            {},
+            "has avx2 and runs those for base",
+        ),
+        ({"isas": ["baseline", "avx2"], "isa": "avx2", "processor_isa": "avx512"}, {}, "compiled for baseline and avx2. This"),
+        ({"isas": ["baseline", "avx2"], "isa": "avx2", "processor_isa": "avx2"}, {}, None),
+        ({"isas": ["baseline", "avx2"], "isa": "baseline", "processor_isa": "avx2"}, {"DDPM_FAST_ISA": "baseline"}, None),
+    ],
+    ids=["lesser processor", "better processor", "its processor", "capped"],
+)
+def test_kernels_that_were_compiled_for_another_processor(
+    monkeypatch: pytest.MonkeyPatch, build: dict[str, Any], environment: dict[str, str], said: str | None
+) -> None:
+    monkeypatch.delenv("DDPM_FAST_ISA", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(backend, "BUILD", build | {"amx_bf16": False})
+    reason = backend.why_not_best_isa()
+    if said is None:
+        assert reason is None
+    else:
+        assert said in str(reason)
+        assert "To compile for it: pip install" in str(reason)
 
 
 # -------------------------------------------------------------------------------------- which CUDA kernels are compiled
@@ -311,7 +430,7 @@ def _configure(tmp_path: Path, gpus: str = "", **variables: str) -> tuple[int, s
     for name, text in scripts.items():
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)
-    names = ("FORCE_CUDA", "DDPM_FAST_CUDA_ARCHS", "CUDACXX")
+    names = ("FORCE_CUDA", "DDPM_FAST_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST", "CUDACXX")
     environment = {name: value for name, value in os.environ.items() if name not in names}
     environment |= {"PATH": f"{programs}{os.pathsep}{os.environ['PATH']}", "CUDACXX": str(programs / "nvcc")} | variables
     cmake = shutil.which("cmake", path=os.environ["PATH"] + os.pathsep + sysconfig.get_path("scripts"))
@@ -367,6 +486,8 @@ def test_asking_for_cuda_without_nvcc_is_an_error(tmp_path: Path, variables: dic
         pytest.param("9.0\n99.9\n", {}, r"90a-real;\d+-virtual", marks=pytest.mark.slow),  # newer than nvcc
         pytest.param("8.0\n", {"DDPM_FAST_CUDA_ARCHS": "90a"}, "90a", marks=pytest.mark.slow),
         pytest.param("", {"FORCE_CUDA": "1"}, "80-real;90a-real;100", marks=pytest.mark.slow),
+        pytest.param("", {"TORCH_CUDA_ARCH_LIST": "7.5 8.6;9.0+PTX"}, "86-real;90a-real;90-virtual", marks=pytest.mark.slow),
+        pytest.param("8.6\n", {"TORCH_CUDA_ARCH_LIST": "8.0", "DDPM_FAST_CUDA_ARCHS": "90a"}, "90a", marks=pytest.mark.slow),
         ("9.0\n", {"FORCE_CUDA": "1", "DDPM_FAST_CUDA_ARCHS": "none"}, None),
     ],
 )
@@ -377,6 +498,34 @@ def test_which_architectures_are_compiled(tmp_path: Path, gpus: str, variables: 
         assert "it was built with DDPM_FAST_CUDA_ARCHS=none" in said
     else:
         assert re.search(f"CPU kernels, and CUDA kernels for {expected} ", said), said
+
+
+@pytest.mark.sources
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="asks nvcc which compiler it is")
+def test_a_gpu_that_nvcc_does_not_know_gets_the_newest_ptx_that_it_can_load(tmp_path: Path) -> None:
+    """CUDA 12.8 knows 12.0, and not 10.3. A driver compiles PTX of 10.0 for a GPU of 10.3, and none of 12.0."""
+    known = " ".join(f"compute_{number}" for number in (50, 60, 70, 75, 80, 86, 87, 89, 90, 100, 101, 120))
+    nvcc = tmp_path / "nvcc-12.8"
+    nvcc.write_text(f'#!/bin/sh\nif [ "$1" = --list-gpu-arch ]; then echo {known}; else exec {shutil.which("nvcc")} "$@"; fi\n')
+    nvcc.chmod(0o755)
+    status, said = _configure(tmp_path, gpus="10.3\n8.0\n", CUDACXX=str(nvcc))
+    assert status == 0, said
+    assert "CPU kernels, and CUDA kernels for 100-virtual;80-real " in said
+
+
+@pytest.mark.sources
+def test_a_torch_arch_list_that_names_no_numbers_is_an_error(tmp_path: Path) -> None:
+    status, said = _configure(tmp_path, TORCH_CUDA_ARCH_LIST="Hopper")
+    assert status != 0
+    assert "TORCH_CUDA_ARCH_LIST: expected compute capabilities such as '8.0 9.0+PTX', got 'Hopper'" in said
+
+
+@pytest.mark.sources
+def test_a_torch_arch_list_of_old_gpus_is_named(tmp_path: Path) -> None:
+    status, said = _configure(tmp_path, gpus="9.0\n", TORCH_CUDA_ARCH_LIST="6.1;7.0+PTX")
+    assert status == 0, said
+    assert "it was built for TORCH_CUDA_ARCH_LIST, which names GPUs of compute capability 6.1, 7.0+PTX" in said
 
 
 def test_a_tensor_s_gpu_is_the_current_one_while_kernels_are_asked_and_launched(monkeypatch: pytest.MonkeyPatch) -> None:
