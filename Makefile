@@ -1,7 +1,7 @@
 # One word for each task. CI uses the same words.
 PYTHON ?= python3
 VENV ?= .venv
-EXTRAS ?= test
+EXTRAS ?= $(if $(filter picture,$(MAKECMDGOALS)),train,test)
 JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 RUN := $(VENV)/bin/python
 # --no-compile: Python compiles the modules that it imports. pip would compile every module of every package.
@@ -13,7 +13,11 @@ SOURCES := find csrc tests/emulator -name "*.h" -o -name "*.c??" -o -name "*.cu"
 # Some machines switch bytecode files off. Each process would then compile every module that it imports.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: check check-all check-lowest lowest-environment setup setup-lowest build lint test test-all mutations bench gpu-check docs format stub clean
+.PHONY: picture check check-all check-lowest lowest-environment setup setup-lowest build lint test test-all mutations bench gpu-check docs format stub clean
+
+picture:  ## make an environment with the package (editable), and draw a first picture
+	$(MAKE) -j 2 setup EXTRAS=$(EXTRAS)
+	$(VENV)/bin/ddpm-fast sample
 
 # Each check works in a copy of the tree, in build/. It has its own environment and build, and leaves yours as they are.
 # -j 2: the kernels compile while pip installs.
@@ -21,13 +25,13 @@ unexport PYTHONDONTWRITEBYTECODE
 check:  ## run what a change has to pass, for the CPU alone, in about five minutes
 	rm -f build/check/build/passed.txt
 	$(PYTHON) .ci/copy_tree.py build/check
-	DDPM_FAST_CUDA_ARCHS=none DDPM_FAST_COMPILED_ISAS=native $(MAKE) -C build/check VENV=.venv -j 2 setup
+	DDPM_FAST_CUDA_ARCHS=none $(MAKE) -C build/check VENV=.venv -j 2 setup
 	$(MAKE) -C build/check VENV=.venv -j 2 lint test OPTIONS="--write-passed=build/passed.txt"
 
 # Tests that passed in `make check` of the same tree do not run again, except those marked `again`.
 check-all: check-lowest  ## run everything: CUDA builds, machine code, slow tests, full products, benchmarks/tests, docs
 	$(PYTHON) .ci/copy_tree.py build/check-all
-	FORCE_CUDA=1 DDPM_FAST_CUDA_ARCHS="80;90a;100" $(MAKE) -C build/check-all VENV=.venv -j 2 setup EXTRAS=test,bench,docs
+	DDPM_FAST_COMPILED_ISAS=all DDPM_FAST_CUDA_ARCHS="80;90a;100" $(MAKE) -C build/check-all VENV=.venv picture EXTRAS=test,bench,docs
 	$(MAKE) -C build/check-all VENV=.venv -j 2 lint test-all docs OPTIONS="$$( \
 		cmp -s build/check/build/copied.json build/check-all/build/copied.json && echo --skip-passed=../check/build/passed.txt)"
 
@@ -37,21 +41,24 @@ check-lowest: lowest-environment  ## run the tests with the lowest versions that
 
 lowest-environment:  ## install the lowest versions for `make check-lowest` (downloads 4 GB)
 	$(PYTHON) .ci/copy_tree.py build/check-lowest
-	DDPM_FAST_CUDA_ARCHS=none DDPM_FAST_COMPILED_ISAS=native $(MAKE) -C build/check-lowest VENV=.venv -j 2 setup-lowest
+	DDPM_FAST_CUDA_ARCHS=none $(MAKE) -C build/check-lowest VENV=.venv -j 2 setup-lowest
 
-setup: $(VENV)/installed build  ## make an environment with the package (editable) and what the tests need
+setup: $(VENV)/with-$(EXTRAS) build  ## make an environment with the package (editable) and what the tests need
 
 setup-lowest: $(VENV)/lowest build  ## make the same environment with the lowest versions
 
 build: $(VENV)/tools  ## compile what has changed of the native module, in place; build/ keeps the rest
 	$(RUN) setup.py -q build_ext --inplace
 
+# setup.py looks for a compiler and for headers. That it lacks them is said before gigabytes of dependencies are downloaded.
 $(VENV)/tools:
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("expected Python 3.10 or later, got " + sys.version + "; name another: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade setuptools cmake ninja pybind11
+	$(RUN) setup.py -q --version >/dev/null
 	touch $@
 
-$(VENV)/installed: pyproject.toml $(VENV)/tools
+$(VENV)/with-$(EXTRAS): pyproject.toml $(VENV)/tools
 	DDPM_FAST_NO_NATIVE=1 $(PIP) --no-build-isolation -e '.[$(EXTRAS)]'
 	touch $@
 

@@ -4,7 +4,9 @@ Environment variables:
     DDPM_FAST_NO_NATIVE=1: build nothing. The reference and Triton backends work without the native module.
     FORCE_CUDA=1: compile the CUDA kernels for all architectures, even if no GPU is visible.
     DDPM_FAST_CUDA_ARCHS="80;90a": compile the CUDA kernels for these architectures. "none" compiles none.
+    TORCH_CUDA_ARCH_LIST="8.0 9.0+PTX": the same in PyTorch's words, if the other two are not set.
     DDPM_FAST_COMPILED_ISAS=native: compile the CPU kernels for this processor, and for the baseline without much optimization.
+        "all" compiles them for every instruction set. Editable installs are native by default, and wheels are for all.
     CXX: the C++ compiler.
 """
 
@@ -74,8 +76,11 @@ def pybind11_headers(build: Path) -> Path:
 class CMakeBuild(build_ext):
     """Runs CMake, which owns the sources and the flags, and copies the library to where setuptools expects it."""
 
+    def run(self) -> None:
+        self.stays_here = bool(self.editable_mode or self.inplace)  # setuptools clears `inplace` while it builds
+        super().run()
+
     def build_extension(self, ext: Extension) -> None:
-        check_requirements()
         scripts = sysconfig.get_path("scripts")  # for an environment that is used without being activated
         path = os.environ["PATH"] + os.pathsep + scripts
         programs = {name: shutil.which(name, path=path) for name in ("cmake", "ninja")}
@@ -97,8 +102,10 @@ class CMakeBuild(build_ext):
             ],
             [programs["cmake"], "--build", build],
         ]
+        isas = os.environ.get("DDPM_FAST_COMPILED_ISAS") or ("native" if self.stays_here else "all")
+        environment = os.environ | {"DDPM_FAST_COMPILED_ISAS": isas}
         for command in commands:
-            if subprocess.run(command).returncode != 0:
+            if subprocess.run(command, env=environment).returncode != 0:
                 sys.exit(FAILED)
         target.parent.mkdir(parents=True, exist_ok=True)
         part = target.with_name(target.name + ".part")
@@ -123,4 +130,6 @@ class CMakeBuild(build_ext):
 if int(setuptools.__version__.split(".")[0]) < 77:  # pip installs a newer one, unless build isolation is off
     sys.exit(f"error: ddpm_fast needs setuptools 77 or later to be built, and found {setuptools.__version__}")
 native = [] if os.environ.get("DDPM_FAST_NO_NATIVE") == "1" else [Extension("ddpm_fast._native", sources=[])]
+if native and "sdist" not in sys.argv:
+    check_requirements()  # already for the metadata: pip then says it before it downloads gigabytes of dependencies
 setup(ext_modules=native, cmdclass={"build_ext": CMakeBuild})

@@ -163,6 +163,17 @@ def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         exec(compile("\n" * (line - 1) + code, page, "exec"), names)  # a traceback shows the page's line
 
 
+def test_readme_begins_with_what_ci_runs() -> None:
+    """The first commands install and draw on a fresh machine, and pass the tests. `.ci/run` and check-all call the same."""
+    picture, check, *_ = commands((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert (picture, check) == (["make", "picture"], ["make", "check"])
+    assert "\nmake check\n" in (ROOT / ".ci/run").read_text(encoding="utf-8")
+    assert "\nmake check-all\n" in (ROOT / ".ci/run").read_text(encoding="utf-8")
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    (check_all,) = re.findall(r"^check-all:.*\n((?:\t.*\n)+)", makefile, re.MULTILINE)
+    assert re.search(r"\$\(MAKE\) .* picture ", check_all)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_commands_exist(page: Path) -> None:
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
