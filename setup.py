@@ -4,7 +4,7 @@ Environment variables:
     DDPM_FAST_NO_NATIVE=1: build nothing. The reference and Triton backends work without the native module.
     FORCE_CUDA=1: compile the CUDA kernels for all architectures, even if no GPU is visible.
     DDPM_FAST_CUDA_ARCHS="80;90a": compile the CUDA kernels for these architectures. "none" compiles none.
-    TORCH_CUDA_ARCH_LIST="8.0 9.0+PTX": the same in PyTorch's words, if the other two are not set.
+    TORCH_CUDA_ARCH_LIST="8.0 9.0+PTX": the same in PyTorch's words, if DDPM_FAST_CUDA_ARCHS is not set.
     DDPM_FAST_COMPILED_ISAS=native: compile the CPU kernels for this processor, and for the baseline without much optimization.
         "all" compiles them for every instruction set. Editable installs are native by default, and wheels are for all.
     CXX: the C++ compiler.

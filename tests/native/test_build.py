@@ -468,8 +468,9 @@ def test_a_visible_gpu_without_nvcc_leaves_the_cuda_kernels_out(tmp_path: Path) 
 
 @pytest.mark.sources
 @pytest.mark.parametrize("variables", [{"FORCE_CUDA": "1"}, {"DDPM_FAST_CUDA_ARCHS": "80"}], ids=str)
-def test_asking_for_cuda_without_nvcc_is_an_error(tmp_path: Path, variables: dict[str, str]) -> None:
-    status, said = _configure(tmp_path, **variables)
+@pytest.mark.parametrize("others", [{}, {"TORCH_CUDA_ARCH_LIST": "8.0"}], ids=str)
+def test_asking_for_cuda_without_nvcc_is_an_error(tmp_path: Path, variables: dict[str, str], others: dict[str, str]) -> None:
+    status, said = _configure(tmp_path, **variables, **others)
     assert status != 0
     (request,) = (f"{name}={value}" for name, value in variables.items())
     assert f"{request}: expected nvcc 12.0 or later, but no nvcc was found" in said
@@ -486,7 +487,12 @@ def test_asking_for_cuda_without_nvcc_is_an_error(tmp_path: Path, variables: dic
         pytest.param("9.0\n99.9\n", {}, r"90a-real;\d+-virtual", marks=pytest.mark.slow),  # newer than nvcc
         pytest.param("8.0\n", {"DDPM_FAST_CUDA_ARCHS": "90a"}, "90a", marks=pytest.mark.slow),
         pytest.param("", {"FORCE_CUDA": "1"}, "80-real;90a-real;100", marks=pytest.mark.slow),
-        pytest.param("", {"TORCH_CUDA_ARCH_LIST": "7.5 8.6;9.0+PTX"}, "86-real;90a-real;90-virtual", marks=pytest.mark.slow),
+        pytest.param(
+            "",
+            {"TORCH_CUDA_ARCH_LIST": "7.5 8.6;9.0+PTX", "FORCE_CUDA": "1"},
+            "86-real;90a-real;90-virtual",
+            marks=pytest.mark.slow,
+        ),
         pytest.param("8.6\n", {"TORCH_CUDA_ARCH_LIST": "8.0", "DDPM_FAST_CUDA_ARCHS": "90a"}, "90a", marks=pytest.mark.slow),
         ("9.0\n", {"FORCE_CUDA": "1", "DDPM_FAST_CUDA_ARCHS": "none"}, None),
     ],
@@ -526,6 +532,15 @@ def test_a_torch_arch_list_of_old_gpus_is_named(tmp_path: Path) -> None:
     status, said = _configure(tmp_path, gpus="9.0\n", TORCH_CUDA_ARCH_LIST="6.1;7.0+PTX")
     assert status == 0, said
     assert "it was built for TORCH_CUDA_ARCH_LIST, which names GPUs of compute capability 6.1, 7.0+PTX" in said
+
+
+@pytest.mark.sources
+def test_a_torch_arch_list_without_nvcc_leaves_the_cuda_kernels_out(tmp_path: Path) -> None:
+    status, said = _configure(tmp_path, TORCH_CUDA_ARCH_LIST="8.0", CUDACXX="")
+    if "CUDA kernels for" in said:
+        pytest.skip("CMake finds another nvcc")
+    assert status == 0, said
+    assert "no nvcc was found when it was built" in said
 
 
 def test_a_tensor_s_gpu_is_the_current_one_while_kernels_are_asked_and_launched(monkeypatch: pytest.MonkeyPatch) -> None:
