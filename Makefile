@@ -29,7 +29,7 @@ check:  ## run what a change has to pass, for the CPU alone, in about five minut
 	$(MAKE) -C build/check VENV=.venv -j 2 lint test OPTIONS="--write-passed=build/passed.txt"
 
 # Tests that passed in `make check` of the same tree do not run again, except those marked `again`.
-check-all: check-lowest  ## run everything: CUDA builds, machine code, slow tests, full products, benchmarks/tests, docs
+check-all: check-lowest  ## run everything: CUDA builds, machine code, slow tests, full products, tests of benchmarks, docs
 	$(PYTHON) .ci/copy_tree.py build/check-all
 	DDPM_FAST_COMPILED_ISAS=all DDPM_FAST_CUDA_ARCHS="80;90a;100" $(MAKE) -C build/check-all VENV=.venv picture EXTRAS=test,bench,docs
 	$(MAKE) -C build/check-all VENV=.venv -j 2 lint test-all docs OPTIONS="$$( \
@@ -78,15 +78,16 @@ lint:  ## check style and types
 test:  ## run the tests of `make check`
 	$(PYTEST) $(OPTIONS)
 
-test-all:  ## run all tests: slow ones, full products of parameters, benchmarks/tests
-	$(PYTEST) --full --durations=25 $(OPTIONS) tests benchmarks/tests
+# The benchmark of the ops then checks results and times nothing.
+test-all:  ## run all tests: slow ones, full products of parameters, benchmarks
+	$(PYTEST) --full --durations=25 --benchmark-disable -m "not long_benchmark" $(OPTIONS) tests benchmarks/tests benchmarks/ops
 
 mutations: build  ## check that the tests catch 50 mutations of the package, in about ten minutes
 	$(RUN) tests/mutations/run.py
 
-bench:  ## measure sampling, and every op beside its peers
+bench:  ## measure sampling, and every case of every op in each backend
 	$(RUN) benchmarks/sample_speed.py
-	$(RUN) benchmarks/benchmark_ops.py cases
+	$(RUN) -m pytest benchmarks/ops -q --benchmark-max-time=0.1 --benchmark-columns=median,iqr,min,rounds $(OPTIONS)
 
 gpu-check:  ## build, test and measure on a machine with an NVIDIA GPU, in nine minutes
 	$(if $(wildcard $(RUN)),$(RUN),$(PYTHON)) benchmarks/gpu_check.py

@@ -214,6 +214,11 @@ def copy_of(num_bytes: int, device: torch.device | str = "cpu") -> Callable[[], 
 # ------------------------------------------------------------------------------------------------------------- record
 
 
+def visible_device() -> str:
+    """Return "cuda" if there is a GPU, else "cpu"."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def device_name(device: torch.device | str) -> str:
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)

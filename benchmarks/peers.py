@@ -101,11 +101,28 @@ def _replaced(arguments: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str
     return {name: each(name, value) for name, value in arguments.items()}
 
 
+def has_idiom(case: Case) -> bool:
+    """Return whether `idioms.py` has the eager code of a case. The reference stands in for the others."""
+    options = case.options
+    if case.op == "reverse_step":
+        plan = options["plan"]
+        through_x_0 = plan.variance == "fixed" and not plan.coefficients[:, 4:6].any()  # the idiom has no k2 and k3
+        return through_x_0 and options.get("step") != "sample" and options.keys() <= {"plan", "step", "source"}
+    if case.op == "denoising_loss":
+        plain = options.get("prediction", "epsilon") == "epsilon" and options.get("reduction", "mean") == "mean"
+        return plain and not options.get("weight")
+    if case.op == "group_norm_silu":
+        return not options.get("scale_shift")
+    return case.op in ("noise", "q_sample")
+
+
 def eager_op(call: Call, case: Case, epsilon: Tensor | None = None) -> Function:
-    """Return what people write in eager PyTorch. It draws its own noise unless `epsilon` is given."""
+    """Return what people write in eager PyTorch. It draws its own noise unless `epsilon` or the case gives it."""
     import idioms
     import torch
 
+    if not has_idiom(case):
+        return _backend("reference")(call, case)
     arguments = call.arguments
     device = next(value.device for value in arguments.values() if isinstance(value, torch.Tensor))
 
@@ -119,20 +136,23 @@ def eager_op(call: Call, case: Case, epsilon: Tensor | None = None) -> Function:
     if case.op == "q_sample":
         dtype = arguments.get("dtype") or arguments["x_0"].dtype
         alpha_bars = arguments["schedule"].alpha_bars.to(device, torch.float64 if dtype == torch.float64 else torch.float32)
+        t = arguments["t"]
         if case.options.get("uint8"):
-            images, t = arguments["x_0"], arguments["t"]
-            return lambda: idioms.add_noise(x := images.to(dtype) * (2 / 255) - 1, t, alpha_bars, like(x))
-        return lambda x_0: idioms.add_noise(x_0, arguments["t"], alpha_bars, like(x_0))
+            images = arguments["x_0"]
+            return lambda noise=None: idioms.add_noise(
+                x := images.to(dtype) * (2 / 255) - 1, t, alpha_bars, like(x) if noise is None else noise
+            )
+        return lambda x_0, noise=None: idioms.add_noise(x_0, t, alpha_bars, like(x_0) if noise is None else noise)
     if case.op == "reverse_step":
         row = arguments["plan"].coefficients[int(arguments["step"])].tolist()
-        return lambda x_t, model_output: idioms.reverse_step(x_t, model_output, row, like(x_t))
+        return lambda x_t, model_output, noise=None: idioms.reverse_step(
+            x_t, model_output, row, like(x_t) if noise is None else noise
+        )
     if case.op == "denoising_loss":  # its noise was drawn before, for x_t
-        given = torch.randn_like(arguments["x_0"]) if epsilon is None else epsilon
-        return lambda model_output, x_0: torch.nn.functional.mse_loss(model_output, given.to(model_output.dtype))
-    if case.op == "group_norm_silu":
-        fixed = {name: arguments[name] for name in ("num_groups", "eps", "activation")}
-        return lambda **tensors: idioms.group_norm_silu(**fixed, **tensors)
-    return _backend("reference")(call, case)
+        drawn = torch.randn_like(arguments["x_0"]) if epsilon is None else epsilon
+        return lambda model_output, x_0, noise=drawn: torch.nn.functional.mse_loss(model_output, noise.to(model_output.dtype))
+    fixed = {name: arguments[name] for name in ("num_groups", "eps", "activation")}
+    return lambda **tensors: idioms.group_norm_silu(**fixed, **tensors)
 
 
 def compiled(function: Callable[..., Any], mode: str | None = None) -> Callable[..., Any]:
@@ -148,6 +168,7 @@ def compiled(function: Callable[..., Any], mode: str | None = None) -> Callable[
 OPS = {
     "native": Peer(_backend("native")),
     "triton": Peer(_backend("triton"), ("triton",)),
+    "reference": Peer(_backend("reference")),
     "eager": Peer(eager_op),
     "compile": Peer(lambda call, case: compiled(eager_op(call, case))),
 }
