@@ -11,10 +11,11 @@ import reprlib
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
+from threading import Thread
 from typing import Any, Final, TypeVar
 
 import torch
@@ -181,10 +182,12 @@ class Processes:
             yield lambda: lambda: True
             return
         group = dist.new_group(backend="gloo", timeout=timeout)
+        works: list[Any] = []
 
         def arrive() -> Callable[[], bool]:
             with _together(self):
                 work = dist.barrier(group, async_op=True)
+            works.append(work)
 
             def all_arrived() -> bool:
                 if not work.is_completed():
@@ -195,10 +198,8 @@ class Processes:
 
             return all_arrived
 
-        try:
+        with _leaving(group, works):
             yield arrive
-        finally:
-            dist.destroy_process_group(group)
 
     def tree_sum(self, flat: Tensor) -> Tensor:
         """Return the sum of all processes' vectors, added in pairs: ((0 + 1) + (2 + 3)) + ... The size is a power of two.
@@ -242,12 +243,38 @@ def _together(team: Processes) -> Iterator[None]:
 
 
 @contextmanager
+def _leaving(group: Any = None, works: Sequence[Any] = ()) -> Iterator[None]:
+    """Destroy a process group at the end. Abort it after an error: its calls may wait for a process that hangs.
+
+    Args:
+        group: The group. None: the default group.
+        works: Calls of gloo that may be under way.
+    """
+    try:
+        yield
+    except BaseException:
+        for work in works:
+            Thread(target=_keep, args=(group, work), daemon=True).start()
+        # No public function aborts a group. The destructor of this one's communicator would wait for the other processes.
+        dist.distributed_c10d._abort_process_group(group)
+        raise
+    dist.destroy_process_group(group)
+
+
+def _keep(group: Any, work: Any) -> None:
+    """Keep a reference to a group until a call has ended. gloo aborts no call, and its destructor waits for all."""
+    with suppress(RuntimeError):
+        work.wait()
+
+
+@contextmanager
 def joined(caller: str) -> Iterator[Processes]:
     """Join the processes that were started together, and leave them at the end.
 
     torchrun and `accelerate launch` set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. Slurm's `srun` sets
     SLURM_PROCID, SLURM_NTASKS and SLURM_LOCALID: they count if MASTER_ADDR and MASTER_PORT are set as well. Without
-    these variables there is one process. A default group of torch.distributed that exists is used, and stays.
+    these variables there is one process. A default group of torch.distributed that exists is used, and stays. After an error
+    the processes do not wait for each other.
 
     Args:
         caller: Name of the calling function for error messages.
@@ -258,11 +285,9 @@ def joined(caller: str) -> Iterator[Processes]:
     if dist.is_available() and dist.is_initialized():
         local = os.environ.get("LOCAL_RANK", "0")
         control = dist.new_group(backend="gloo", timeout=TIMEOUT)  # the default group may be NCCL's alone
-        try:
+        with _leaving(control):
             store = dist.distributed_c10d._get_default_store()
             yield Processes(dist.get_rank(), dist.get_world_size(), int(local), store, control)
-        finally:
-            dist.destroy_process_group(control)
         return
     rank, size, local_rank = ranks(caller, os.environ)
     if size == 1:
@@ -274,10 +299,8 @@ def joined(caller: str) -> Iterator[Processes]:
         shared = _shared_store(rank, size)
         store = dist.distributed_c10d.PrefixStore(f"ddpm_fast/{_token(shared, rank, size)}", shared)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
-    try:
+    with _leaving():
         yield Processes(rank, size, local_rank, store)
-    finally:
-        dist.destroy_process_group()
 
 
 @cache

@@ -3,11 +3,13 @@
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed as dist
 from launching import run_ranks
 
+from ddpm_fast import distributed
 from ddpm_fast.distributed import Processes, _token, joined, ranks
 
 TORCHRUN = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
@@ -160,3 +162,74 @@ def test_a_process_that_ends_is_not_waited_for(tmp_path: Path) -> None:
     done = run_ranks(2, ["-c", script + "    team.largest(1)()\n"], tmp_path)
     assert done[1].returncode == 9
     assert "ProcessLost: expected an answer of all 2 processes" in done[0].stderr
+
+
+# ------------------------------------------------------------------------------------------------------------- leaving
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_group_is_destroyed_at_the_end_and_aborted_after_an_error(exists: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand-ins for torch.distributed: NCCL's communicator waits in `destroy_process_group` for a process that is lost."""
+    left: list[tuple[str, Any]] = []
+    monkeypatch.setattr(dist, "destroy_process_group", lambda group=None: left.append(("destroyed", group)))
+    monkeypatch.setattr(dist.distributed_c10d, "_abort_process_group", lambda group: left.append(("aborted", group)))
+    monkeypatch.setattr(dist, "is_initialized", lambda: exists)
+    monkeypatch.setattr(dist, "init_process_group", lambda *args, **options: None)
+    monkeypatch.setattr(dist, "new_group", lambda **options: "a group")
+    for name, value in {"get_rank": 0, "get_world_size": 2}.items():
+        monkeypatch.setattr(dist, name, lambda value=value: value)
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", dist.HashStore)
+    monkeypatch.setattr(distributed, "ranks", lambda *_: (0, 2, 0))
+    monkeypatch.setattr(distributed, "_shared_store", lambda *_: dist.HashStore())
+    monkeypatch.setattr(distributed, "_token", lambda *_: "token")
+    ours = "a group" if exists else None  # the caller's default group stays
+    with joined("test") as team, team.barrier(timedelta(1)):
+        pass
+    assert left == [("destroyed", "a group"), ("destroyed", ours)]
+    left.clear()
+    with pytest.raises(ZeroDivisionError), joined("test") as team, team.barrier(timedelta(1)):
+        1 / 0  # noqa: B018
+    assert left == [("aborted", "a group"), ("aborted", ours)]
+
+
+INTERRUPTED = """
+import os
+from contextlib import suppress
+from datetime import timedelta
+from ddpm_fast.distributed import ProcessLost, joined
+
+hour = timedelta(hours=1)
+
+def lives_on():
+    with joined("test") as team, team.barrier(hour) as arrive:
+        for _ in range(2):
+            all_arrived = arrive()
+            if team.rank == 0:
+                raise KeyboardInterrupt
+            while not all_arrived():
+                pass
+            print("arrived")
+
+def leaves():
+    with joined("test") as team, team.barrier(hour) as arrive:
+        if team.rank == 1:  # it hangs
+            team.store.wait(["left"], hour)
+            os._exit(9)
+        stores.append(team.store)
+        arrive()
+        raise KeyboardInterrupt
+
+stores = []
+for function in (lives_on, leaves):
+    with suppress(KeyboardInterrupt, ProcessLost):
+        function()
+stores[0].set("left", "")
+print("left")
+"""
+
+
+def test_an_interrupted_process_leaves_one_that_hangs(tmp_path: Path) -> None:
+    """It leaves at once though gloo cannot abort. If it lives on, the others notice that it has left."""
+    done = run_ranks(2, ["-c", INTERRUPTED], tmp_path)
+    assert [each.stdout for each in done] == ["left\n", "arrived\n"], [each.stderr for each in done]
+    assert done[1].returncode != 0
