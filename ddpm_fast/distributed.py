@@ -131,6 +131,17 @@ class Processes:
             )
         return torch.device("cuda", self.local_rank)
 
+    def check_gpu_backend(self, caller: str) -> None:
+        """Raise a ValueError unless the default group can exchange CUDA tensors. gloo cannot in every call."""
+        backends = dict(each.split(":") for each in dist.get_backend_config().split(","))
+        expect(
+            backends.get("cuda", "gloo") != "gloo",
+            caller,
+            "the default group of torch.distributed",
+            'to have a backend for CUDA tensors ("cpu:gloo,cuda:nccl")',
+            f'"{dist.get_backend()}"',
+        )
+
     def count(self, key: str, number: int) -> int:
         """Add to a counter that all processes share, and return its value."""
         with _together(self):

@@ -6,11 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 from launching import run_ranks
+from refusals import refused
 
 from ddpm_fast import distributed
 from ddpm_fast.distributed import Processes, _token, joined, ranks
+from ddpm_fast.errors import InvalidValue
+from ddpm_fast.training import starting
 
 TORCHRUN = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
 SLURM = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1"}
@@ -233,3 +237,31 @@ def test_an_interrupted_process_leaves_one_that_hangs(tmp_path: Path) -> None:
     done = run_ranks(2, ["-c", INTERRUPTED], tmp_path)
     assert [each.stdout for each in done] == ["left\n", "arrived\n"], [each.stderr for each in done]
     assert done[1].returncode != 0
+
+
+@pytest.mark.parametrize(
+    ("backends", "got"),
+    [
+        ("cpu:gloo,cuda:gloo", "gloo"),
+        ("cpu:gloo", "cpu:gloo"),
+        ("cpu:gloo,cuda:nccl", None),
+        ("cuda:nccl", None),
+    ],
+)
+def test_a_group_without_a_backend_for_gpus_is_refused(backends: str, got: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`get_backend` gives the name that the group was made with."""
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(dist, "get_backend_config", lambda: backends)
+    monkeypatch.setattr(dist, "get_backend", lambda: got)
+    monkeypatch.setattr(starting, "computing_device", lambda caller, name: torch.device(name))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    team = Processes(1, 2, 1)
+    assert starting._device("cpu", team) == torch.device("cpu")
+    if got is None:
+        assert starting._device("cuda", team) == torch.device("cuda:1") == chosen[0]
+        return
+    expected = 'to have a backend for CUDA tensors ("cpu:gloo,cuda:nccl")'
+    with refused(InvalidValue("train", "the default group of torch.distributed", expected, f'"{got}"')):
+        starting._device("cuda", team)
+    assert not chosen

@@ -70,6 +70,7 @@ def _device(name: str | None, team: Processes) -> torch.device:
     device = computing_device("train", name)
     if team.size == 1 or device.type != "cuda":
         return device
+    team.check_gpu_backend("train")
     if device == torch.device("cuda"):  # without a number
         device = team.own_gpu("train")
     torch.cuda.set_device(device)  # collectives use the current one
