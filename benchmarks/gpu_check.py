@@ -244,7 +244,8 @@ def run_share(first: int, step: int, device: str, log: Path) -> int:
     import pytest
 
     marks, path = ("gpu and not slow", "tests") if device == "cuda" else ("not gpu and not slow", "tests/ops/test_noise.py")
-    options = ["--full", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", "-m", marks, path]
+    # Warnings are errors elsewhere. Here a new one of torch would fail every test.
+    options = ["--full", "-q", "-W", "default", "-p", "no:cacheprovider", "-p", "no:randomly", "-m", marks, path]
     status = int(pytest.main(options, plugins=[Share(first, step, log)]))
     return 0 if status == 5 else status  # 5: this share has no test
 

@@ -275,3 +275,18 @@ for step in (1, 2):
     assert not shares[1] & shares[2]
     assert all("[cuda" in name for name in shares[0] if "[" in name)
     assert shares[0]
+
+
+def test_a_warning_fails_no_test_on_a_gpu(tmp_path: Path) -> None:
+    """The settings of pyproject.toml make it an error."""
+    (tmp_path / "tests" / "ops").mkdir(parents=True)
+    (tmp_path / "pyproject.toml").symlink_to(gpu_check.ROOT / "pyproject.toml")
+    (tmp_path / "tests" / "conftest.py").write_text(
+        "def pytest_addoption(parser): parser.addoption('--full', action='store_true')\n"
+    )
+    (tmp_path / "tests" / "ops" / "test_noise.py").write_text("import warnings\ndef test_it(): warnings.warn('of torch')\n")
+    code = f"import sys; sys.path.insert(0, {str(common.ROOT)!r})\n"
+    code += "import gpu_check, pathlib; sys.exit(gpu_check.run_share(0, 1, 'cpu', pathlib.Path('log')))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert json.loads((tmp_path / "log").read_text())["outcome"] == "passed"
