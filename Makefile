@@ -13,7 +13,7 @@ SOURCES := find csrc tests/emulator -name "*.h" -o -name "*.c??" -o -name "*.cu"
 # Some machines switch bytecode files off. Each process would then compile every module that it imports.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: picture check check-all check-lowest lowest-environment setup setup-lowest build lint test test-all mutations bench gpu-check docs format stub clean
+.PHONY: picture check check-all check-lowest lowest-environment setup setup-lowest build lint test test-all mutations bench gpu-check gpu-tune docs format stub clean
 
 picture:  ## make an environment with the package (editable), and draw a first picture
 	$(MAKE) -j 2 setup EXTRAS=$(EXTRAS)
@@ -91,6 +91,9 @@ bench:  ## measure sampling, and every case of every op in each backend
 
 gpu-check:  ## build, test and measure on a machine with an NVIDIA GPU, in nine minutes
 	$(if $(wildcard $(RUN)),$(RUN),$(PYTHON)) benchmarks/gpu_check.py
+
+gpu-tune:  ## time sampling beside torch.compile's max-autotune, in at most an hour; it goes on where it was stopped
+	$(if $(wildcard $(RUN)),$(RUN),$(PYTHON)) benchmarks/gpu_check.py --tune
 
 # Only docs/hooks.py and the docstrings are read, so nothing is compiled.
 docs:  ## build the documentation in build/docs; fail on a broken link or a public name without a page

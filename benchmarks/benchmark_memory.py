@@ -102,6 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         row |= {"a tensor, MB": 4 * args.batch * 3 * args.size**2 / 1e6}
         row |= {"held for backward, tensors": round(figures["held"], 2), "peak, tensors": round(figures["peak"], 2)}
         rows.append(row)
+        run.save("memory", rows)  # kept if a later one is killed
         if way == OURS and args.size >= 512 and (figures["held"] > 1.1 or figures["peak"] > 2.1):
             run.failures.append("ddpm_fast holds more than x_t and the output's gradient: something stores the noise")
     run.save("memory", rows, "memory on top of x_0 and the network's output, in tensors of their size")

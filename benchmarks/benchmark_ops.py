@@ -7,6 +7,7 @@
 elementwise: noise, q_sample, reverse_step, denoising_loss
 norms:       group_norm_silu at the norms of the networks of Ho et al.
 deciding:    the few shapes by which a GPU is judged, larger than the L2 of an H100
+deciding-compiled: the norms of these, as in sampling, beside torch.compile, which takes seconds each
 
 Samples of a batch are copies of a few. Results are checked at the full batch: each sample equals its copy bit for bit, and the
 reference within twice its own error. On a GPU a call is a CUDA graph, timed by events with a cold L2.
@@ -139,19 +140,33 @@ def norms(device: str) -> Iterator[Work]:
     yield from sorted(product(found), key=lambda work: (work.dtype != "bf16", work.layout == "contiguous"))
 
 
+def _deciding_norms(tiny: bool) -> Iterator[Work]:
+    maps = [(4, 32, 8, 8), (2, 64, 16, 16)] if tiny else [(256, 128, 32, 32), (8, 128, 256, 256)]
+    yield from product([Case("group_norm_silu", "x".join(map(str, s)), s, {"shift": True}) for s in maps], ("bf16", "float32"))
+
+
+def _as_in_sampling(work: Work) -> bool:
+    return work.dtype == "bf16" and work.layout == "channels_last"
+
+
 def deciding(device: str, tiny: bool = False) -> Iterator[Work]:
     """Yield the shapes that decide. Each moves more than twice an H100's L2. `tiny` shrinks them for a rehearsal."""
     pictures = (4, 3, 8, 8) if tiny else (320, 3, 256, 256)
-    maps = [(4, 32, 8, 8), (2, 64, 16, 16)] if tiny else [(256, 128, 32, 32), (8, 128, 256, 256)]
-    norm_cases = [Case("group_norm_silu", "x".join(map(str, shape)), shape, {"shift": True}) for shape in maps]
-    for work in product([*norm_cases, *elementwise_cases(pictures)], ("bf16", "float32")):
-        is_norm = work.case.op == "group_norm_silu"
-        sampled = work.dtype == "bf16" and work.layout == "channels_last"  # as in sampling; to compile takes seconds each
-        slow = ("triton", "compile") if is_norm and sampled and not tiny else ()
-        yield replace(work, peers=("native", "eager", *slow))
+    for work in product(elementwise_cases(pictures), ("bf16", "float32")):
+        yield replace(work, peers=("native", "eager"))
+    for work in _deciding_norms(tiny):
+        yield replace(work, peers=("native", "eager", *(["triton"] if _as_in_sampling(work) and not tiny else [])))
 
 
-LISTS = {"elementwise": elementwise, "norms": norms, "deciding": deciding}
+def deciding_compiled(device: str, tiny: bool = False) -> Iterator[Work]:
+    """Yield the norms that decide, beside torch.compile."""
+    for work in _deciding_norms(tiny):
+        if _as_in_sampling(work):
+            yield replace(work, peers=("native", "compile"))
+
+
+LISTS: dict[str, Callable[..., Iterator[Work]]] = {"elementwise": elementwise, "norms": norms}
+LISTS |= {"deciding": deciding, "deciding-compiled": deciding_compiled}
 
 # --------------------------------------------------------------------------------------------------------- one of them
 
@@ -307,7 +322,7 @@ def run(args: argparse.Namespace) -> None:
     result = common.Run(args.device, args.out)
     works = [
         replace(work, peers=tuple(name for name in work.peers if args.peers is None or name in args.peers))
-        for work in (deciding(args.device, True) if args.tiny else LISTS[args.what](args.device))
+        for work in LISTS[args.what](args.device, *([True] if args.tiny else []))
         if work.dtype in args.dtypes
     ]
     rows: list[dict[str, object]] = []

@@ -1,11 +1,13 @@
 """Build for the GPU at hand, test on it and measure, in nine minutes: `make gpu-check`.
 
     python benchmarks/gpu_check.py
+    python benchmarks/gpu_check.py --tune             # `make gpu-tune`: sampling beside max-autotune, in at most an hour
     python benchmarks/gpu_check.py --only ops goals
     python benchmarks/gpu_check.py --dry-run          # all phases on a CPU with tiny shapes
 
-Each phase is a process with a time limit: a crash or a hang costs that phase alone. Results are written after each phase to
-benchmarks/results/<card>.json, and logs beside it. torch and numpy are enough, and no network is needed.
+Correctness comes first, then our own figures, then comparisons with torch.compile, which may lack the time. Each phase is a
+process with a time limit: a crash or a hang costs that phase alone. What it has measured is in benchmarks/results/<card>.json
+at once, and logs lie beside it. torch and numpy are enough, and no network is needed.
 The exit status is 0 if no phase failed, 1 if one did, 2 without a GPU.
 """
 
@@ -33,6 +35,8 @@ from typing import Any, NamedTuple
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 TOTAL_SECONDS = 540.0  # the rest of ten minutes is for copying the results
+TUNING_SECONDS = 3600.0
+COMPILED = ROOT / "build" / "inductor"  # what torch.compile has compiled and tuned: a second call goes on
 sys.path.insert(0, str(ROOT))  # the package need not be installed
 
 OPTIONAL = ("triton", "pytest", "diffusers", "nvcc", "compute-sanitizer")  # phases do without, or are skipped
@@ -51,8 +55,10 @@ class Check:
     Attributes:
         out: JSON file of the results.
         since: Date of the oldest section that counts.
-        began: When the nine minutes began, by `clock`.
-        background: Processes that fill torch.compile's cache while nothing is timed.
+        began: When the time began, by `clock`.
+        seconds: The time for all phases.
+        in_process: Run benchmarks in this process, without a limit.
+        phase: The phase that runs.
         failed_tests: The end of each failing test's report.
     """
 
@@ -60,8 +66,10 @@ class Check:
     dry_run: bool = False
     since: str = ""
     began: float = field(default_factory=time.monotonic)
+    seconds: float = TOTAL_SECONDS
+    in_process: bool = False
+    phase: str = ""
     clock: Callable[[], float] = time.monotonic
-    background: list[subprocess.Popen[bytes]] = field(default_factory=list)
     failed_tests: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -121,16 +129,20 @@ def tail(log: Path, lines: int = 1) -> str:
 
 
 def script(check: Check, seconds: float, module: str, *arguments: object) -> Outcome:
-    """Run a benchmark of this folder. A rehearsal runs it in this process."""
+    """Run a benchmark of this folder, beside which nothing runs."""
+    import common
+
     words = [*map(str, arguments), "--device", check.device, "--out", str(check.out)]
-    if check.dry_run:
+    if check.in_process:
         try:
             importlib.import_module(module).main(words)
         except SystemExit as error:
             return Outcome("failed", f"exit status {error.code}")
         return Outcome("passed", f"{module} {words[0]}")
-    log = check.log(f"{module}-{words[0].strip('-')}-{words[1]}.log")
-    (status,) = run_all([lambda: start([sys.executable, HERE / f"{module}.py", *words], log)], 1, seconds, check.clock)
+    log = check.log(f"{check.phase.replace(' ', '_')}.log")
+    environment = {"TORCHINDUCTOR_CACHE_DIR": str(COMPILED), "TORCHINDUCTOR_COMPILE_THREADS": str(common.cores())}
+    command = [sys.executable, HERE / f"{module}.py", *words]
+    (status,) = run_all([lambda: start(command, log, environment)], 1, seconds, check.clock)
     print(tail(log, 200))
     if status is None:
         return Outcome("out of time", "stopped; what it had measured is kept")
@@ -205,9 +217,9 @@ def build(check: Check, seconds: float) -> Outcome:
     return Outcome("passed", f"built for {architecture}")
 
 
-def ops(check: Check, seconds: float) -> Outcome:
+def ops(check: Check, seconds: float, which: str) -> Outcome:
     tiny = ["--tiny", "--dtypes", "bf16", "--each", 0.001] if check.dry_run else []
-    return script(check, seconds, "benchmark_ops", "deciding", "--seconds", max(seconds - 15, 1), *tiny)
+    return script(check, seconds, "benchmark_ops", which, "--seconds", max(seconds - 15, 1), *tiny)
 
 
 def tests(check: Check, seconds: float) -> Outcome:
@@ -216,9 +228,7 @@ def tests(check: Check, seconds: float) -> Outcome:
 
     if not installed("pytest"):
         return Outcome("skipped", "pytest is not installed")
-    rehearse(check)
-    slots = max(1, common.cores() - 3 * len(check.background))  # each in the background has two workers
-    shares, running = (100, 1) if check.dry_run else (slots, slots)  # a rehearsal runs a hundredth
+    shares, running = (100, 1) if check.dry_run else (common.cores(), common.cores())  # a rehearsal runs a hundredth
     logs = [check.log(f"tests-{i}.jsonl") for i in range(running)]
     commands = [[sys.executable, HERE / "gpu_check.py", "--tests", i, shares, check.device, log] for i, log in enumerate(logs)]
     starters = [lambda c=c, log=log: start(c, log.with_suffix(".log")) for c, log in zip(commands, logs, strict=True)]
@@ -265,14 +275,6 @@ def verdict(check: Check, logs: Sequence[Path], statuses: Sequence[int | None]) 
     if None in statuses:
         return Outcome("out of time", f"{note}; {sum(status is None for status in statuses)} processes were stopped")
     return Outcome("passed", note)
-
-
-def rehearse(check: Check) -> None:
-    """Fill the cache of torch.compile in the background: max-autotune takes minutes, and the tests are not timed."""
-    for name, batch in SAMPLED.items() if not check.dry_run else ():
-        words = ["--model", name, "--batch", batch, "--dtype", "bf16", "--steps", 2, "--rounds", 1, "--device", "cuda"]
-        words += ["--compile", "max-autotune", "--out", check.log(f"rehearsal-{name}.json")]
-        check.background.append(start([sys.executable, HERE / "sample_speed.py", *words], check.log(f"rehearsal-{name}.log")))
 
 
 def sanitizer(check: Check, seconds: float) -> Outcome:
@@ -322,11 +324,11 @@ def launch_every_op(device: str) -> int:
     return calls
 
 
-def sampling(check: Check, seconds: float, network: str) -> Outcome:
-    size = ["--model", network, "--batch", SAMPLED[network], "--dtype", "bf16", "--steps", 50, "--compile", "max-autotune"]
+def sampling(check: Check, seconds: float, network: str, mode: str = "") -> Outcome:
+    size = ["--model", network, "--batch", SAMPLED[network], "--dtype", "bf16", "--steps", 50]
     if check.dry_run:
         size = ["--model", "tiny", "--batch", 1, "--steps", 2, "--rounds", 1]
-    return script(check, seconds, "sample_speed", *size)
+    return script(check, seconds, "sample_speed", *size, *(["--compile", mode] if mode else []))
 
 
 def training(check: Check, seconds: float) -> Outcome:
@@ -408,58 +410,66 @@ class Phase(NamedTuple):
     """A step of the check.
 
     Attributes:
-        seconds: Its share of the time.
-        kind: "timed": nothing else may run. "greedy": timed, and it takes the time that earlier phases left.
+        seconds: Its share of the time. It may also take what earlier phases left.
     """
 
     name: str
     seconds: float
-    kind: str
     run: Callable[[Check, float], Outcome]
     what: str
 
 
+SMALL, LARGE = SAMPLED
+FAST, TUNED = "reduce-overhead", "max-autotune"  # modes of torch.compile
 PHASES = (
-    Phase("build", 110, "", build, "build the native module for this card, if it is missing or old"),
-    Phase("ops", 95, "timed", ops, "time the ops at the few shapes that decide, and check them at the full batch"),
-    Phase("tests", 110, "", tests, "run the tests on the GPU, with the native and Triton backends"),
-    Phase("sanitizer", 60, "", sanitizer, "run every case's native kernels under compute-sanitizer"),
-    Phase("sampling", 50, "greedy", partial(sampling, network="cifar10-32"), "time sampling beside diffusers and max-autotune"),
-    Phase("large sampling", 50, "greedy", partial(sampling, network="256x256"), "time it with the network for 256x256 images"),
-    Phase("training", 40, "greedy", training, "time a training step, and its peak memory"),
-    Phase("memory", 20, "timed", memory, "measure the peak memory of the ops of a training step"),
-    Phase("goals", 5, "", goals_phase, "say which goals are met"),
+    Phase("build", 110, build, "build the native module for this card, if it is missing or old"),
+    Phase("tests", 100, tests, "run the tests on the GPU, with the native and Triton backends"),
+    Phase("sanitizer", 50, sanitizer, "run every case's native kernels under compute-sanitizer"),
+    Phase(
+        "ops", 50, partial(ops, which="deciding"), "time the ops at the shapes that decide, and check them at the full batch"
+    ),
+    Phase("sampling", 35, partial(sampling, network=SMALL), "time sampling beside diffusers"),
+    Phase("large sampling", 35, partial(sampling, network=LARGE), "time it with the network for 256x256 images"),
+    Phase("training", 30, training, "time a training step, and its peak memory"),
+    Phase("memory", 15, memory, "measure the peak memory of the ops of a training step"),
+    Phase("compiled ops", 25, partial(ops, which="deciding-compiled"), "time the norms beside torch.compile"),
+    Phase("compiled sampling", 50, partial(sampling, network=SMALL, mode=FAST), f"time sampling beside {FAST}"),
+    Phase(
+        "large compiled sampling",
+        35,
+        partial(sampling, network=LARGE, mode=FAST),
+        "time it with the network for 256x256 images",
+    ),
+    Phase("goals", 5, goals_phase, "say which goals are met"),
+)
+TUNING = (
+    Phase("tuned sampling", 1800, partial(sampling, network=SMALL, mode=TUNED), f"time sampling beside {TUNED}"),
+    Phase(
+        "large tuned sampling",
+        1800,
+        partial(sampling, network=LARGE, mode=TUNED),
+        "time it with the network for 256x256 images",
+    ),
 )
 
 
 def run(check: Check, phases: Sequence[Phase], keep: Callable[[list[dict[str, object]]], None]) -> list[dict[str, object]]:
     """Run the phases, and keep their outcomes after each."""
-    end = check.began + TOTAL_SECONDS
+    end = check.began + check.seconds
     rows: list[dict[str, object]] = []
-    try:
-        for place, phase in enumerate(phases):
-            began = check.clock()
-            spare = end - began - sum(later.seconds for later in phases[place + 1 :])
-            seconds = max(0.0, spare if phase.kind == "greedy" else min(spare, phase.seconds))
-            print(f"\n=== {phase.name}: {phase.what} (at most {seconds:.0f} s)", flush=True)
-            if phase.kind:
-                stop_background(check)
-            try:
-                outcome = phase.run(check, seconds) if seconds >= 3 else Outcome("out of time", "not begun")
-            except Exception as error:  # whatever it is, the other phases go on
-                outcome = Outcome("failed", f"{type(error).__name__}: {error}")
-            taken = round(check.clock() - began)
-            rows.append({"phase": phase.name, "is": outcome.status, "seconds": taken, "note": outcome.note})
-            print(f"=== {phase.name}: {outcome.status}: {outcome.note}", flush=True)
-            keep(rows)
-    finally:
-        stop_background(check)
+    for place, phase in enumerate(phases):
+        check.phase, began = phase.name, check.clock()
+        seconds = max(0.0, end - began - sum(later.seconds for later in phases[place + 1 :]))
+        print(f"\n=== {phase.name}: {phase.what} (at most {seconds:.0f} s)", flush=True)
+        try:
+            outcome = phase.run(check, seconds) if seconds >= 3 else Outcome("out of time", "not begun")
+        except Exception as error:  # whatever it is, the other phases go on
+            outcome = Outcome("failed", f"{type(error).__name__}: {error}")
+        taken = round(check.clock() - began)
+        rows.append({"phase": phase.name, "is": outcome.status, "seconds": taken, "note": outcome.note})
+        print(f"=== {phase.name}: {outcome.status}: {outcome.note}", flush=True)
+        keep(rows)
     return rows
-
-
-def stop_background(check: Check) -> None:
-    while check.background:
-        stop(check.background.pop())
 
 
 def installed(module: str) -> bool:
@@ -488,6 +498,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [phase.name for phase in PHASES]
     parser.add_argument("--only", nargs="+", choices=names, default=names, help="run these phases (all)")
+    parser.add_argument(
+        "--tune", action="store_true", help="time sampling beside torch.compile's max-autotune, and nothing else"
+    )
     parser.add_argument("--out", type=Path, help="write this JSON file (benchmarks/results/<card>.json)")
     parser.add_argument("--dry-run", action="store_true", help="go through the phases on a CPU, with tiny shapes")
     parser.add_argument("--launch-every-op", action="store_true", help=argparse.SUPPRESS)  # for compute-sanitizer
@@ -508,16 +521,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: no process of ours stays behind
         signal.signal(number, lambda *_: sys.exit("gpu-check: stopped"))
     default = ROOT / "build" / "gpu_check_dry_run.json" if args.dry_run else common.default_output("cuda")
-    check = Check((args.out or default).resolve(), args.dry_run, began)
+    seconds = TUNING_SECONDS if args.tune else TOTAL_SECONDS
+    check = Check((args.out or default).resolve(), args.dry_run, began=began, seconds=seconds, in_process=args.dry_run)
+    if args.dry_run:
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"  # to compile takes minutes on a CPU: what would be compiled runs as it is
     result = common.Run(check.device, check.out)
     check.since = "" if args.only == ["goals"] else result.machine["date"]
     absent = [name for name in OPTIONAL if not installed(name) and program(name) is None]
     print(f"\nmissing: {', '.join(absent) or 'nothing'}")
 
     def keep(rows: list[dict[str, object]]) -> None:
-        result.save("gpu_check", rows, **{"missing": absent, "failed tests": check.failed_tests})
+        section = "gpu_tune" if args.tune else "gpu_check"
+        result.save(section, rows, **{"missing": absent, "failed tests": check.failed_tests})
 
-    rows = run(check, [phase for phase in PHASES if phase.name in args.only], keep)
+    rows = run(check, TUNING if args.tune else [phase for phase in PHASES if phase.name in args.only], keep)
     common.print_table(f"gpu-check on {result.machine['device']}", rows)
     print(f"\nresults: {check.out}")
     return int(any(row["is"] == "failed" for row in rows))

@@ -170,6 +170,7 @@ OPS = {
     "triton": Peer(_backend("triton"), ("triton",)),
     "reference": Peer(_backend("reference")),
     "eager": Peer(eager_op),
+    # Its calls are captured as a CUDA graph, as ours are. That is what mode="reduce-overhead" adds.
     "compile": Peer(lambda call, case: compiled(eager_op(call, case))),
 }
 

@@ -2,10 +2,10 @@
 
     python benchmarks/sample_speed.py
     python benchmarks/sample_speed.py --model cifar10-32 --batch 16 --steps 1000 --dtype bf16
-    python benchmarks/sample_speed.py --model cifar10-32 256x256 --device cuda --dtype bf16 --compile max-autotune
+    python benchmarks/sample_speed.py --model cifar10-32 256x256 --device cuda --dtype bf16 --compile reduce-overhead
 
 All run the same weights and timesteps in the same process, in turns, each in the memory format that is faster for it.
-The speed is that of --steps steps and is not extrapolated.
+The speed is that of --steps steps and is not extrapolated. To compile takes minutes, so --compile is a comparison by itself.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Samplers:
         device: Device of the networks.
 
     Attributes:
-        modes: Modes of torch.compile to compare with.
+        modes: Modes of torch.compile to compare with, in place of eager PyTorch.
     """
 
     def __init__(self, model: UNet, schedule: NoiseSchedule, steps: int, dtype: torch.dtype, device: str) -> None:
@@ -103,10 +103,12 @@ class Samplers:
             like = torch.empty(n, *self.shape, dtype=self.dtype, device=self.device)
             return idioms.sample(network, self.plan, like, self.no_label(n), draw=draw)
 
-        samplers: dict[str, Callable[[int], Tensor]] = {PLAIN: partial(with_loop, self.networks[PLAIN])}
-        if self.pipeline is not None:
+        samplers: dict[str, Callable[[int], Tensor]] = {}
+        if not self.modes:
+            samplers[PLAIN] = partial(with_loop, self.networks[PLAIN])
+        if self.pipeline is not None and not self.modes:
             samplers[PIPELINE] = partial(with_pipeline, self.pipeline)
-        if self.accelerated is not None:
+        if self.accelerated is not None and not self.modes:
             samplers[ACCELERATED] = partial(with_pipeline, self.accelerated)
         for mode in self.modes:  # the same loop, in which no step waits for the host
             name = PIPELINE if self.pipeline is not None and self.classes is None else PLAIN
@@ -215,7 +217,8 @@ def measure(name: str, samplers: Samplers, batch: int, args: argparse.Namespace,
         | {f"times {other}": taken.speedup_over(times[other]) for other in times if other != OURS}
         for peer, taken in times.items()
     ]
-    run.save(f"sample_speed {name} {args.dtype} batch {batch}", rows, "ancestral sampling: median [quartiles]")
+    section = " ".join(["sample_speed", name, args.dtype, f"batch {batch}", *samplers.modes])
+    run.save(section, rows, "ancestral sampling: median [quartiles]")
     if args.plot:
         title = f"{name}, {args.steps} steps, batch {batch}, {args.dtype}, {run.machine['device']}"
         run.picture(plot(rows, title), "sample_speed")
@@ -245,7 +248,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=20, help="take this many steps of the schedule's 1000 (20)")
     parser.add_argument("--rounds", type=int, default=3, help="run each sampler this many times (3)")
     parser.add_argument("--dtype", choices=common.DTYPES, default="float32", help="run the networks in this (float32)")
-    parser.add_argument("--compile", nargs="*", default=[], metavar="MODE", help="compare with these modes of torch.compile")
+    parser.add_argument(
+        "--compile", nargs="*", default=[], metavar="MODE", help="compare with these modes of torch.compile alone"
+    )
     parser.add_argument("--seconds", type=float, default=3600, help="begin no comparison after this many seconds (3600)")
     parser.add_argument("--plot", action="store_true", help="draw the picture that docs/benchmarks.md shows")
     args = parser.parse_args(arguments)
@@ -265,7 +270,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     run.failures.append(f"{name}, batch {batch}: no time was left")
                     continue
                 samplers.choose_formats(batch)
-                for samplers.modes in [(), args.compile] if args.compile else [()]:  # to compile takes minutes
+                for samplers.modes in [[mode] for mode in args.compile] or [[]]:
                     measure(name, samplers, batch, args, run)
     run.finish()
 

@@ -35,6 +35,13 @@ def test_shapes_that_decide_are_few_and_larger_than_l2() -> None:
     assert min(work.moved for work in works) > 2 * H100_L2
     norms = {(work.dtype, work.layout, work.direction) for work in works if work.case.op == "group_norm_silu"}
     assert len(norms) == 8
+    is_norm = [work.case.op == "group_norm_silu" for work in works]
+    assert is_norm == sorted(is_norm)  # the others come first
+    compiled = list(benchmark_ops.deciding_compiled("cuda"))
+    assert not any("compile" in work.peers for work in works)
+    assert {(work.peers, work.layout, work.direction) for work in compiled} == {
+        (("native", "compile"), "channels_last", direction) for direction in ("forward", "backward")
+    }
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
