@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 EXTRAS ?= $(if $(filter picture,$(MAKECMDGOALS)),train,test)
+# Architectures whose machine code has budgets. `make check-all` compiles one or more of each generation.
+BUDGETED ?= 80;86;89;90a;100;103;120
 JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 RUN := $(VENV)/bin/python
 # --no-compile: Python compiles the modules that it imports. pip would compile every module of every package.
@@ -13,7 +15,7 @@ SOURCES := find csrc tests/emulator -name "*.h" -o -name "*.c??" -o -name "*.cu"
 # Some machines switch bytecode files off. Each process would then compile every module that it imports.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: picture check check-all check-lowest lowest-environment setup setup-lowest build lint test test-all mutations bench gpu-check gpu-tune docs format stub clean
+.PHONY: picture check check-all check-lowest lowest-environment setup setup-lowest build lint test test-all machine-code mutations bench gpu-check gpu-tune docs format stub clean
 
 picture:  ## make an environment with the package (editable), and draw a first picture
 	$(MAKE) -j 2 setup EXTRAS=$(EXTRAS)
@@ -31,7 +33,7 @@ check:  ## run what a change has to pass, for the CPU alone, in about five minut
 # Tests that passed in `make check` of the same tree do not run again, except those marked `again`.
 check-all: check-lowest  ## run everything: CUDA builds, machine code, slow tests, full products, tests of benchmarks, docs
 	$(PYTHON) .ci/copy_tree.py build/check-all
-	DDPM_FAST_COMPILED_ISAS=all DDPM_FAST_CUDA_ARCHS="80;90a;100" $(MAKE) -C build/check-all VENV=.venv picture EXTRAS=test,bench,docs
+	DDPM_FAST_COMPILED_ISAS=all DDPM_FAST_CUDA_ARCHS="80;86;90a;100;120" $(MAKE) -C build/check-all VENV=.venv picture EXTRAS=test,bench,docs
 	$(MAKE) -C build/check-all VENV=.venv -j 2 lint test-all docs OPTIONS="$$( \
 		cmp -s build/check/build/copied.json build/check-all/build/copied.json && echo --skip-passed=../check/build/passed.txt)"
 
@@ -81,6 +83,10 @@ test:  ## run the tests of `make check`
 # The benchmark of the ops then checks results and times nothing.
 test-all:  ## run all tests: slow ones, full products of parameters, benchmarks
 	$(PYTEST) --full --durations=25 --benchmark-disable -m "not long_benchmark" $(OPTIONS) tests benchmarks/tests benchmarks/ops
+
+machine-code: $(VENV)/with-$(EXTRAS)  ## compile the CUDA kernels for all architectures with budgets, in place, and check their machine code
+	DDPM_FAST_CUDA_ARCHS="$(BUDGETED)" $(MAKE) build
+	$(PYTEST) --full tests/machine_code
 
 mutations: build  ## check that the tests catch 50 mutations of the package, in about ten minutes
 	$(RUN) tests/mutations/run.py

@@ -532,9 +532,13 @@ __global__ void __launch_bounds__(kLimits.channels_last_threads, kChannelsLastBl
 
 // ----------------------------------------------------------------------------------------------------------- any shape
 
+// Blocks of the kernel for any shape that fit on a multiprocessor. Without a number the compiler aims for more on some
+// GPUs, and spills.
+constexpr int kScalarBlocks = 5;
+
 // A block for each group, one value at a time: for tensors that are not made of whole vectors.
 template <class T>
-__global__ void __launch_bounds__(kScalarThreads) scalar_kernel(const Backward p) {
+__global__ void __launch_bounds__(kScalarThreads, kScalarBlocks) scalar_kernel(const Backward p) {
   const std::int64_t slab = blockIdx.x, sample = slab / p.groups, first_channel = slab % p.groups * p.group_channels;
   const std::int64_t origin = p.channels_last ? sample * p.hw * p.c + first_channel : slab * p.group_channels * p.hw;
   const float mean = p.mean[slab], rstd = p.rstd[slab];
@@ -555,6 +559,7 @@ __global__ void __launch_bounds__(kScalarThreads) scalar_kernel(const Backward p
     const Affine small = affine_at(i);
     const Channel channel = channel_of<T>(small, mean, rstd);
     Sums sums = {};
+#pragma unroll 1  // an unrolled one needs more registers
     for (std::int64_t pixel = threadIdx.x; pixel < p.hw; pixel += blockDim.x) {
       const std::int64_t at = p.channels_last ? pixel * p.c + i : i * p.hw + pixel;
       const float d = d_of(at, small), g = gradient_at(at, d, channel);

@@ -20,6 +20,7 @@ class Figures:
         instructions: an element, on the hot path (see `sass`).
         mufu: of these, those for the special-function unit, which starts a quarter warp a clock and not a whole one.
         wide: per cent of the hot path's global memory traffic in accesses of 16 bytes or more.
+        merges: instructions of a thread that the hot path leaves out, as what merges the findings of a block's threads.
     """
 
     registers: int
@@ -28,10 +29,11 @@ class Figures:
     instructions: float
     mufu: float
     wide: int
+    merges: int = 0
 
     @classmethod
-    def of(cls, kernel: sass.Kernel, paths: Sequence[tuple[Sequence[sass.Instruction], float]]) -> Figures:
-        """paths: hot ones, and the elements that a thread handles on each."""
+    def of(cls, kernel: sass.Kernel, paths: Sequence[tuple[Sequence[sass.Instruction], float]], merges: int = 0) -> Figures:
+        """Take the figures of hot paths, with the elements that a thread handles on each."""
         every = [instruction for path, _ in paths for instruction in path]
         return cls(
             registers=kernel.registers,
@@ -40,6 +42,7 @@ class Figures:
             instructions=round(sum(len(path) / elements for path, elements in paths), 1),
             mufu=round(sum(sum(i.matches("MUFU") for i in path) / elements for path, elements in paths), 2),
             wide=round(100 * sass.global_bytes(every, wide=True) / max(sass.global_bytes(every, wide=False), 1)),
+            merges=merges,
         )
 
     def as_dict(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import sass
 from figures import Figures
@@ -46,6 +47,22 @@ TENSORS = {
 }
 
 
+# Sigmoids that a group norm's kernel computes for an element, by its third argument: input read once, statistics, apply.
+SIGMOIDS = {"group_norm_silu": (1, 0, 1), "group_norm_silu_backward": (2, 1, 1)}
+
+# Which path the figures count, printed with the table.
+COUNTED = {
+    "elementwise": f"""{", ".join(TENSORS)}: whole vectors in the simplest call, which draws its noise. Options that read or
+        write tensors are off. The loss's sum over a tile counts: each thread takes part in it once.""",
+    "group norms": """contiguous_kernel, channels_last_kernel: whole vectors, with SiLU. Backward kernels also make the sums of
+        deviations, as for float32 or the gradient of shift. Weight, bias, shift and scale are absent: they are read once a
+        channel. Loads, sweeps over a thread's elements and stores count. Shuffles, barriers and the merges between them do
+        not: how often those run depends on the launch. The column of merges has them, with each loop once.""",
+    "others": """scalar_kernel, with SiLU, and kernels of a few numbers: a thread's whole way, each loop once, as if for one
+        element.""",
+}
+
+
 def constant(header: str, name: str) -> int:
     """Return a constant of the kernels' sources."""
     text = (Path(__file__).parents[2] / "csrc/cuda" / header).read_text(encoding="utf-8")
@@ -54,8 +71,14 @@ def constant(header: str, name: str) -> int:
     return int(found.group(1))
 
 
-def paths(kernel: sass.Kernel, name: str) -> list[tuple[Sequence[sass.Instruction], float]]:
-    """The hot paths, and the elements that a thread handles on each; of small kernels, a thread's whole way."""
+class Counted(NamedTuple):
+    """The paths that `COUNTED` describes, with a thread's elements on each, and the number of instructions in merges."""
+
+    paths: list[tuple[Sequence[sass.Instruction], float]]
+    merges: int = 0
+
+
+def counted(kernel: sass.Kernel, name: str) -> Counted:
     function, _, arguments = name.partition(" ")[2].rstrip(">").partition("<")
     words = arguments.split(", ")
     types = [ITEM_BYTES[word] for word in words if word in ITEM_BYTES]
@@ -68,11 +91,16 @@ def paths(kernel: sass.Kernel, name: str) -> list[tuple[Sequence[sass.Instructio
         wide = [[types[i] for i in of if types[i] * width >= sass.WIDE] for of in TENSORS[function]]
         accesses = sass.Accesses(*(sum(elements * size // sass.WIDE for size in of) for of in wide))
         path = kernel.hot_path(accesses, staged=loop is not None)
-        return [(path, elements), *([(kernel.drawing_loop(), per_thread)] if loop is not None else [])]
+        return Counted([(path, elements), *([(kernel.drawing_loop(), per_thread)] if loop is not None else [])])
     if function in ("contiguous_kernel", "channels_last_kernel"):  # group norm: <type, vectors that a thread holds, pass>
         vectors = int(words[1])
-        return [(kernel.tiled_path(vectors), vectors * width)]
-    return [(kernel.hot_path(), 1)]
+        whole, elements = kernel.tiled_path(vectors), vectors * width
+        path = sass.element_work(whole)
+        sigmoids, expected = sum(i.matches(sass.SIGMOID) for i in path), elements * SIGMOIDS[name.split()[0]][int(words[2])]
+        if sigmoids != expected:
+            raise ValueError(f"{name}: its path computes {sigmoids} sigmoids for {elements} elements, {expected} expected")
+        return Counted([(path, elements)], merges=len(whole) - len(path))
+    return Counted([(kernel.hot_path(), 1)])
 
 
 def figures(module: Path) -> dict[str, dict[str, Figures]]:
@@ -82,5 +110,5 @@ def figures(module: Path) -> dict[str, dict[str, Figures]]:
     for kernel, name in zip(kernels, sass.demangled([kernel.name for kernel in kernels]), strict=True):
         if kernel.architecture in found.setdefault(name, {}):
             raise ValueError(f"two kernels are called {name}")
-        found[name][kernel.architecture] = Figures.of(kernel, paths(kernel, name))
+        found[name][kernel.architecture] = Figures.of(kernel, *counted(kernel, name))
     return found

@@ -4,13 +4,15 @@ The listing is cuobjdump's. It is cut into basic blocks, whose edges are the bra
 closes a loop. A kernel's **hot path** is what a thread executes for whole vectors: once around the loop that holds the most
 16-byte accesses to global memory or, where no loop holds any, from entry to exit. Of the ways from its first block to its last
 it is one with the most 16-byte accesses or, where those of the simplest call are given, with the fewest that are no fewer (what
-is switched on at run time brings more); it draws noise where there is code for that; of those that are left it has the fewest
-other loads, and then the most instructions. A loop inside counts once; `Kernel.tiled_path` counts some of them as often as they
-run. A conditional instruction counts like any other.
+is switched on at run time brings more); it draws noise where there is code for that; of those that are left it computes the
+most sigmoids, has the fewest other loads, and then the most instructions. A loop inside counts once; `Kernel.tiled_path` counts
+some of them as often as they run. A conditional instruction counts like any other. `element_work` leaves out what a block's
+threads do together. `COUNTED` in native.py and triton_cases.py says which path the figures of a kernel count.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shutil
@@ -71,6 +73,27 @@ class Instruction(NamedTuple):
         """Bytes a thread loads from global memory or stores to it."""
         return self.size if self.matches(r"(LDG|STG|LD|ST)\.") else 0
 
+    @property
+    def _destinations(self) -> list[str]:
+        """Return the operands that it writes: in front of a load's address, or the first one."""
+        if self.matches("ST|RED|BRA|BAR|EXIT"):
+            return []
+        found = [operand.strip() for operand in self.operands.split(",")]
+        return list(itertools.takewhile(lambda operand: "[" not in operand, found)) if self.matches(r"LD[GS]?\b") else found[:1]
+
+    @property
+    def writes(self) -> set[int]:
+        """Numbers of the registers that it writes."""
+        many = self.size // 4 if self.matches("LD") else 2 if self.matches(r"\w+\.WIDE|\w+\.64|CS2R$|F(FMA|ADD|MUL)2") else 1
+        first = [int(operand[1:]) for operand in self._destinations if re.fullmatch(r"R\d+", operand)]
+        return {number + k for number in first for k in range(max(many // len(first), 1))}
+
+    @property
+    def reads(self) -> set[int]:
+        """Numbers of the registers that it names as inputs: of several in a row, the first."""
+        inputs = self.operands.split(",")[len(self._destinations) :]
+        return {int(number) for number in re.findall(r"\bR(\d+)\b", ",".join(inputs))}
+
 
 _LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)\s*([^;]*?)\s*;", re.MULTILINE)
 
@@ -112,6 +135,10 @@ class Block:
     def wide(self) -> Accesses:
         wide = [i for i in self.instructions if i.global_bytes >= WIDE]
         return Accesses(*(sum(i.matches(kind) for i in wide) for kind in ("LD", "ST")))
+
+    @cached_property
+    def sigmoids(self) -> int:
+        return self.count(SIGMOID)
 
     @cached_property
     def products(self) -> int:
@@ -202,14 +229,16 @@ def loops(blocks: Mapping[int, Block]) -> dict[int, set[int]]:
 
 
 PHILOX_PRODUCTS = 20  # two in each of ten rounds
+SIGMOID = r"MUFU\.EX2"  # one each: nothing else in the kernels takes an exponential
 
 
 class _Does(NamedTuple):
-    """Events on a path: 16-byte accesses, and whether noise is drawn."""
+    """Events on a path: 16-byte accesses, whether noise is drawn, and sigmoids."""
 
     loads: int
     stores: int
     draws: bool
+    sigmoids: int
 
 
 class _Way(NamedTuple):
@@ -232,19 +261,20 @@ def _hot(
     for address in reversed(order):
         block = blocks[address]
         ends = back_to in block.successors if back_to is not None else not block.successors
-        tails = [(_Does(0, 0, False), _Way(0, 0, []))] if ends else []
+        tails = [(_Does(0, 0, False, 0), _Way(0, 0, []))] if ends else []
         for successor in block.successors:
             if successor in best and place[successor] > place[address]:
                 tails += best[successor].items()
         mine = best[address] = {}
         for does, way in tails:
             loads, stores = does.loads + block.wide.loads, does.stores + block.wide.stores
-            does = _Does(loads, stores, does.draws or (drawing and address == draws))
+            drawn = does.draws or (drawing and address == draws)
+            does = _Does(loads, stores, drawn, does.sigmoids + block.sigmoids)
             way = _Way(way.other_loads - block.count("LDG"), way.length + len(block.instructions), [address, *way.blocks])
             mine[does] = max(way, mine.get(does, way))
     found = {does: way for does, way in best[start].items() if does.draws == drawing}
     if accesses is None:
-        chosen = max(found, key=lambda does: (does.loads + does.stores, found[does]))
+        chosen = max(found, key=lambda does: (does.loads + does.stores, does.sigmoids, found[does]))
     else:
         enough = [does for does in found if does.loads >= accesses.loads and does.stores >= accesses.stores]
         if not enough:
@@ -352,6 +382,33 @@ class Kernel:
         """Once around the loop that draws noise; nothing where no loop does."""
         drawing = [header for header in self.loops if self._own(header, lambda block: block.products) >= PHILOX_PRODUCTS]
         return _hot(self.blocks, self.loops[drawing[0]], drawing[0], drawing[0], None) if drawing else []
+
+
+COLLECTIVE = r"(SHFL|BAR|REDUX|CREDUX|UCGABAR_\w+)\b"  # what a warp's, a block's or a cluster's threads do together
+
+
+def element_work(path: Sequence[Instruction]) -> list[Instruction]:
+    """Return a path without shuffles, barriers and the merges of what threads have found.
+
+    Shuffles and barriers cut the path into stretches. A merge is a stretch that neither reads a register with a part of a
+    vector nor accesses one in global memory. How often its loops run depends on the threads and blocks of a launch.
+    """
+    kept: list[Instruction] = []
+    stretch: list[Instruction] = []
+    touches = False
+    vectors: set[int] = set()  # registers that hold what wide loads brought
+    for i in path:
+        if i.matches(COLLECTIVE):
+            kept += stretch if touches else []
+            stretch, touches = [], False
+            continue
+        stretch.append(i)
+        touches |= i.global_bytes >= WIDE or not vectors.isdisjoint(i.reads)
+        if i.matches("LD") and i.global_bytes >= WIDE:
+            vectors |= i.writes
+        elif not i.conditional:
+            vectors -= i.writes
+    return kept + (stretch if touches else [])
 
 
 def global_bytes(path: Sequence[Instruction], kind: str = "LD|ST", *, wide: bool) -> int:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,8 @@ import pytest
 import sass
 import triton_cases
 from figures import Figures
+
+ROOT = Path(__file__).resolve().parents[2]
 
 # ------------------------------------------------------------------------------------------------------------- the gates
 
@@ -70,7 +75,7 @@ def test_sizes_of_one_compile() -> None:
 
 # ------------------------------------------------------------------------------------------------ the gates can fail
 
-FIGURES = Figures(registers=40, spills=0, atomics=0, instructions=20.0, mufu=1.5, wide=90)
+FIGURES = Figures(registers=40, spills=0, atomics=0, instructions=20.0, mufu=1.5, wide=90, merges=100)
 BUDGETS = {"k": {"sm_90": {name: getattr(FIGURES, name) for name in budgets.SLACK}}}
 
 
@@ -85,7 +90,9 @@ def complaints(figures: Figures = FIGURES, kernel: str = "k", **options: bool) -
         ({"atomics": 1}, "1 atomic operations"),
         ({"registers": 41}, "registers: 41, worse than the budget of 40"),
         ({"instructions": 20.1}, "worse than the budget of 20.0"),
+        ({"mufu": 1.6}, "mufu: 1.6, worse than the budget of 1.5"),
         ({"wide": 89}, "wide: 89, worse than the budget of 90"),
+        ({"merges": 101}, "merges: 101, worse than the budget of 100"),
         ({"registers": 37}, "registers: 37, better than the budget of 40: tighten it"),
         ({"instructions": 19.0}, "tighten it"),
         ({"wide": 93}, "tighten it"),
@@ -111,6 +118,19 @@ def test_another_compiler_may_be_somewhat_worse() -> None:
 def test_kernels_and_budgets_come_in_pairs() -> None:
     assert complaints(kernel="other") == ["other on sm_90 has no budget", "k on sm_90: a budget without a kernel"]
     assert complaints(kernel="other", whole=False) == ["other on sm_90 has no budget"]
+
+
+def test_budgets_of_architectures_that_were_not_compiled_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budgets, "FILE", tmp_path / "budgets.json")
+    slim, wide = replace(FIGURES, registers=30), replace(FIGURES, registers=50)
+    budgets.update({"native": ("nvcc 1", {"k": {"sm_100": FIGURES, "sm_80": FIGURES}, "gone": {"sm_80": FIGURES}})})
+    budgets.update({"native": ("nvcc 1", {"k": {"sm_90a": wide, "sm_80": slim}})})
+    _, written = budgets.load("native")
+    registers = {architecture: figures["registers"] for architecture, figures in written["k"].items()}
+    assert list(registers.items()) == [("sm_80", 30), ("sm_90a", 50), ("sm_100", 40)]
+    assert set(written) == {"k"}
+    budgets.update({"native": ("nvcc 2", {"k": {"sm_80": slim}})})
+    assert set(budgets.load("native")[1]["k"]) == {"sm_80"}
 
 
 # ------------------------------------------------------------------------------------------------------------- the reader
@@ -151,7 +171,7 @@ def test_hot_path_is_once_around_the_vector_loop() -> None:
     assert sass.global_bytes(path, wide=False) == 40
     assert sass.global_bytes(path, "ST", wide=True) == 16
     assert (code.atomics, code.spills) == (1, 0)
-    assert native.paths(code, "group_norm_silu contiguous_kernel<Float16, 4, 0>") == [(path, 32)]
+    assert native.counted(code, "group_norm_silu contiguous_kernel<Float16, 4, 1>") == ([(path, 32)], 0)
     figures = Figures.of(code, [(path, 4), (path[:2], 8)])
     assert (figures.instructions, figures.mufu, figures.wide) == (1.8, 0, 86)  # 6 / 4 + 2 / 8; 48 of 56 bytes
 
@@ -242,3 +262,138 @@ def test_names_lose_what_depends_on_the_build() -> None:
     if sass.tool("c++filt") is None:
         pytest.skip("no c++filt")
     assert sass.demangled(mangled) == ["group_norm axpy_kernel<Float16, 4, false>"]
+
+
+# --------------------------------------------------------------------------------------------------------- planted bugs
+
+
+def listing(*lines: str) -> str:
+    """A listing of instructions, one after the other. `name:` names the next one, and branches take names."""
+    names: dict[str, int] = {}
+    code: list[str] = []
+    for line in lines:
+        if line.endswith(":"):
+            names[line[:-1]] = 16 * len(code)
+        else:
+            code.append(line)
+    text = "\n".join(f"        /*{16 * i:04x}*/    {line} ;" for i, line in enumerate(code))
+    for name, address in names.items():
+        text = re.sub(rf"\bto {name}\b", f"{address:#x}", text)
+    return text + "\n"
+
+
+SIGMOIDS = ["MUFU.EX2 R8, R4", "MUFU.RCP R8, R8", "FMUL R4, R4, R8"] * 8  # one vector, eight halves
+LOAD, STORE = "LDG.E.128 R4, desc[UR4][R28.64]", "STG.E.128 desc[UR4][R30.64], R4"
+SHUFFLED = ["SHFL.BFLY PT, R9, R10, 0x10, 0x1f", "FADD R10, R10, R9"]
+MERGE = ["merge:", "LDS R9, [R20]", *["FADD R10, R10, R9"] * 50, "@P3 BRA to merge"]
+MERGE_BY_WARPS = [*SHUFFLED, *MERGE]
+NORM = "group_norm_silu contiguous_kernel<BFloat16, 1, 0>"
+
+
+def norm(plain: int = 5, silu: list[str] | None = None, merge: list[str] | None = None) -> str:
+    """A norm of one vector a thread: load, sum, merge, then with or without SiLU, and store."""
+    sums = [LOAD, *["FADD R10, R10, R4"] * 4]
+    with_silu = [*(SIGMOIDS if silu is None else silu), STORE, "EXIT"]
+    without = ["off:", *["FMUL R4, R4, R11"] * plain, STORE, "EXIT"]
+    return listing(*sums, *(merge or SHUFFLED), "@P0 BRA to off", *with_silu, *without)
+
+
+def figures_of(text: str, name: str = NORM, registers: int = 40, stack: int = 0) -> Figures:
+    code = replace(kernel(text, stack), registers=registers)
+    return Figures.of(code, *native.counted(code, name))
+
+
+SOUND = figures_of(norm())
+
+
+@pytest.mark.parametrize("plain", [1, 90], ids=["shorter", "longer"])
+def test_the_path_of_a_norm_has_silu(plain: int) -> None:
+    """A way without SiLU is shorter or longer, and the one with it reads a parameter late."""
+    late = ["LDG.E R12, desc[UR4][R34.64]", *SIGMOIDS]
+    assert figures_of(norm(plain)) == SOUND
+    assert figures_of(norm(plain, late)).mufu == SOUND.mufu == 2
+
+
+@pytest.mark.parametrize("sigmoids", [SIGMOIDS[3:], SIGMOIDS * 2], ids=["fewer", "more"])
+def test_a_norm_without_its_sigmoids_is_refused(sigmoids: list[str]) -> None:
+    with pytest.raises(ValueError, match="sigmoids for 8 elements, 8 expected"):
+        figures_of(norm(silu=sigmoids))
+
+
+@pytest.mark.parametrize("merge", [SHUFFLED * 4, ["BAR.SYNC 0x0", *MERGE], [*MERGE_BY_WARPS, "BAR.SYNC 0x0", *SHUFFLED]])
+def test_a_merge_does_not_count_however_long_it_is(merge: list[str]) -> None:
+    figures = figures_of(norm(merge=[*merge, *SHUFFLED]))
+    left_out = sum(not line.endswith(":") for line in merge) + 1  # and the last shuffle
+    assert figures == replace(SOUND, merges=left_out)
+
+
+def test_a_sweep_between_barriers_counts() -> None:
+    """It reads the vector, in registers, and accesses no memory."""
+    sweep = [f"FADD R{12 + i}, R10, R{4 + i % 4}" for i in range(8)]
+    both = ["BAR.SYNC 0x0", *sweep, "BAR.SYNC 0x0"]
+    merge = ["BAR.SYNC 0x0", *["FADD R12, R10, R9"] * 8, "BAR.SYNC 0x0"]
+    assert figures_of(norm(merge=both)).instructions == pytest.approx(SOUND.instructions + 1, abs=0.1)
+    assert figures_of(norm(merge=merge)).instructions == pytest.approx(SOUND.instructions, abs=0.1)
+
+
+def test_a_register_that_was_written_over_is_no_vector() -> None:
+    code = sass.parse(listing(LOAD, "BAR.SYNC 0x0", "LDS.128 R4, [R20]", "BAR.SYNC 0x0", "FADD R8, R7, R7", "BAR.SYNC 0x0"))
+    assert addresses(sass.element_work(code)) == [0x0]
+    conditional = sass.parse(listing(LOAD, "BAR.SYNC 0x0", "@P0 CS2R R4, SRZ", "BAR.SYNC 0x0", "FADD R8, R4, R4"))
+    assert addresses(sass.element_work(conditional)) == [0x0, 0x40]
+    double = sass.parse(listing("LDG.E.ENL2.256 R12, R4, desc[UR4][R28.64]", "BAR.SYNC 0x0", "FADD R8, R15, R15"))
+    assert addresses(sass.element_work(double)) == [0x0, 0x20]
+
+
+@pytest.mark.parametrize(
+    ("text", "more", "complaint"),
+    [
+        (norm().replace("FADD R10, R10, R4", "STL [R1], R10", 1), {}, "1 accesses to local memory"),
+        (norm(), {"stack": 8}, "1 accesses to local memory"),
+        (norm().replace("FADD R10, R10, R9", "RED.E.ADD.F32 desc[UR4][R2.64], R10"), {}, "1 atomic operations"),
+        (norm(), {"registers": 43}, "registers: 43, worse"),
+        (norm().replace("FADD R10, R10, R4", "FADD R10, R10, R4 ;\n        /*0018*/    NOP", 1), {}, "instructions: "),
+        (norm().replace("FADD R10, R10, R4", "MUFU.RCP R10, R4"), {}, "mufu: 2.5, worse"),
+        (norm().replace("FADD R10, R10, R4", "LDG.E R10, desc[UR4][R34.64]"), {}, "wide: 67, worse"),
+    ],
+    ids=["spill", "stack", "atomic", "registers", "instructions", "mufu", "wide"],
+)
+def test_a_bug_in_a_kernel_is_found(text: str, more: dict[str, int], complaint: str) -> None:
+    budget = {NORM: {"sm_90": {name: getattr(SOUND, name) for name in budgets.SLACK}}}
+    assert list(budgets.complaints({NORM: {"sm_90": SOUND}}, budget)) == []
+    said = list(budgets.complaints({NORM: {"sm_90": figures_of(text, **more)}}, budget))
+    assert len(said) == 1
+    assert complaint in said[0]
+
+
+# Too many blocks for the registers; vectors that are accessed word by word, as if they were not aligned.
+COMPILED_BUGS = {
+    "none": ("", "", ""),
+    "spill": ("noise.cu", "__launch_bounds__(kMostThreads)", "__launch_bounds__(kMostThreads, 8)"),
+    "narrow": ("vector.h", "alignas(width > kWidth<T> ? kVectorBytes : sizeof(T) * width)", "alignas(4)"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.sources
+@pytest.mark.parametrize(("bug", "complaint"), [("none", ""), ("spill", "accesses to local memory"), ("narrow", "no way with")])
+def test_a_bug_in_a_compiled_kernel_is_found(bug: str, complaint: str, tmp_path: Path) -> None:
+    missing = [name for name in ("nvcc", "cuobjdump", "c++filt") if sass.tool(name) is None]
+    if missing:
+        pytest.skip(f"no {', '.join(missing)}")
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    file, before, after = COMPILED_BUGS[bug]
+    if file:
+        source = tmp_path / "csrc/cuda" / file
+        text = source.read_text(encoding="utf-8")
+        assert before in text
+        source.write_text(text.replace(before, after), encoding="utf-8")
+    cubin = tmp_path / "noise.cubin"
+    command = [sass.tool("nvcc"), "-cubin", "-arch=sm_90a", "-O3", "--fmad=false", "-std=c++20", f"-I{tmp_path / 'csrc'}"]
+    subprocess.run([*command, "-o", cubin, tmp_path / "csrc/cuda/noise.cu"], check=True)
+    _, budget = budgets.load("native")
+    try:
+        said = list(budgets.complaints(native.figures(cubin), budget, same_compiler=False, whole=False))
+    except ValueError as error:
+        said = [str(error)]
+    assert any(complaint in each for each in said) if complaint else said == []
