@@ -376,7 +376,8 @@ def goals(results: Mapping[str, Any]) -> list[dict[str, object]]:
     budgets = json.loads(predict.BUDGETS.read_text(encoding="utf-8"))["native"]["kernels"]
 
     def rows(prefix: str, **wanted: object) -> list[dict[str, Any]]:
-        sections = [section for name, section in results.items() if name.startswith(prefix)]
+        names = [name for name in results if name.startswith(prefix) and not name.endswith(" means")]
+        sections = [results[name] for name in names]
         every = [row | {"device": section.get("machine", {}).get("device")} for section in sections for row in section["rows"]]
         return [row for row in every if all(row.get(key) == value for key, value in wanted.items())]
 
