@@ -136,9 +136,12 @@ def _checked_out(
     if isinstance(out, tuple) and not (return_x_0 and len(outs) == 2):
         wanted = "a pair (x_{t-1}, x_0^)" if return_x_0 else "a tensor, without return_x_0"
         raise InvalidValue(op, "out", f"to be {wanted}", f"a tuple of {len(outs)}")
+    if not is_dense(x_t):
+        got = f"strides {x_t.stride()} for shape {list(x_t.shape)}: pass x_t.contiguous(), or no out"
+        raise InvalidValue(op, "x_t", "to be contiguous or channels_last with out=", got)
     for each in outs:
         check_like(op, "out", each, "x_t", x_t)
-        if each.stride() != x_t.stride() or not is_dense(each):
+        if each.stride() != x_t.stride():
             raise InvalidValue(op, "out", f"to be dense, with the strides of x_t, {x_t.stride()}", each.stride())
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x_t, *others, *outs)):
         raise InvalidValue(op, "", "no gradients with out= (call under torch.no_grad())", "an input that requires one")

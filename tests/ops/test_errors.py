@@ -165,6 +165,15 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
         InvalidValue("reverse_step", "out", "to be dense, with the strides of x_t, (36, 9, 3, 1)", "(36, 1, 12, 4)"),
     ),
     (
+        lambda: reverse_step(X.mT, X, 0, PLAN, seeds=SEEDS, out=X.mT),
+        InvalidValue(
+            "reverse_step",
+            "x_t",
+            "to be contiguous or channels_last with out=",
+            "strides (36, 9, 1, 3) for shape [2, 4, 3, 3]: pass x_t.contiguous(), or no out",
+        ),
+    ),
+    (
         lambda: reverse_step(X[:1], X[:1], 0, PLAN, seeds=SEEDS[:1], out=X.flatten()[4:40].view(1, 4, 3, 3)),
         InvalidValue("reverse_step", "out", "to be x_t itself or apart from it in memory", "a partial overlap"),
     ),
