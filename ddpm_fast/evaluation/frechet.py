@@ -35,7 +35,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
         f"{list(a.shape)} and {list(b.shape)}",
     )
     a, b = a.double(), b.double()
-    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
+    cov_a, cov_b = (torch.atleast_2d(torch.cov(each.T)) for each in (a, b))  # torch.cov of one feature is 0-d
     # tr (cov_a cov_b)^(1/2) is the sum of the roots of the eigenvalues of the symmetric r cov_b r, r = cov_a^(1/2).
     values, vectors = torch.linalg.eigh(cov_a)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T

@@ -33,6 +33,14 @@ def test_shifted_and_scaled_gaussians_have_the_closed_form() -> None:
     assert frechet_distance(x * scale + shift, x) == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_one_feature_has_the_closed_form(dtype: torch.dtype) -> None:
+    a, b = features(50, 1).to(dtype), features(70, 1, seed=1).to(dtype) * 3 + 1
+    wide = a.double(), b.double()
+    expected = (wide[0].mean() - wide[1].mean()).square() + (wide[0].std() - wide[1].std()).square()
+    assert frechet_distance(a, b) == pytest.approx(float(expected), rel=1e-12)
+
+
 def test_covariances_that_do_not_commute_give_scipys_matrix_root() -> None:
     linalg = pytest.importorskip("scipy.linalg")
     a, b = features(60) @ features(4, seed=1), features(70, seed=2) @ features(4, seed=3)
