@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from .dtypes import FLOATS
-from .errors import InvalidType, InvalidValue
+from .errors import InvalidType, InvalidValue, expect
 
 MAX_TIMESTEPS: Final = 100_000
 """Largest number of timesteps T. The largest in the literature is 4000."""
@@ -45,6 +45,7 @@ def check_path(caller: str, name: str, value: Any) -> None:
     """Raise a TypeError unless `value` is a str or an os.PathLike, and a ValueError if no file can have its name."""
     if not isinstance(value, (str, os.PathLike)):
         raise InvalidType(caller, name, "to be a path (str or os.PathLike)", type(value).__name__)
+    expect(value != "", caller, name, "to be a path", "an empty text")
     if "\0" in str(value):
         raise InvalidValue(caller, name, "to be a path without null characters", repr(value))
     try:

@@ -205,7 +205,10 @@ def _missing(
     def begin() -> list[float]:
         if not files.folder.exists() and not files.agrees(manifest):  # an archive that is whole needs no folder
             check_free_space(_CALLER, "out", files.out, files.space(blocks[-1].stop))
-            files.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                files.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:  # such as in /proc, where all looks writable
+                raise UnusablePath(_CALLER, "out", "to be in a folder where folders can be made", error) from error
         if files.folder.exists():
             locks.enter_context(_alone(files))
         is_new = not files.agrees(manifest)

@@ -109,6 +109,7 @@ def test_other_arguments_pass() -> None:
     check_callable("f", "x", None)
     check_path("f", "x", "a")
     check_path("f", "x", Path("a"))
+    check_path("f", "x", Path(""))
     check_dtype("f", "x", torch.float16)
     check_dtype("f", "x", None, optional=True)
     for sizes in ((2, 3), [2], torch.Size([1]), range(1, 3)):
@@ -123,6 +124,7 @@ def test_other_arguments_pass() -> None:
     [
         (lambda: check_callable("f", "x", 1), TypeError, "expected x to be callable or None, got int"),
         (lambda: check_path("f", "x", b"a"), TypeError, r"expected x to be a path \(str or os.PathLike\), got bytes"),
+        (lambda: check_path("f", "x", ""), ValueError, "expected x to be a path, got an empty text"),
         (lambda: check_path("f", "x", "a\0b"), ValueError, "expected x to be a path without null characters, got"),
         (
             lambda: check_path("f", "x", "a\ud800b"),

@@ -410,7 +410,7 @@ def test_a_file_system_without_locks_is_written_to(
         ({"class_labels": [0]}, "expected class_labels to be an int or 10 ints"),
         ({"guidance_scale": 2.0, "class_labels": None}, "expected guidance_scale to be None or 1"),
         ({"shape": (8, 8)}, "expected shape|expected a model"),
-        ({"out": ""}, "expected out to be new"),
+        ({"out": ""}, "expected out to be a path, got an empty text"),
         ({"out": "/dev/null"}, "expected out to be in a folder, got '/dev/null', and '/dev/null' is a file"),
         ({"out": "file/dir"}, "expected out to be in a folder, got 'file/dir', and '.*file' is a file"),
         ({"out": "dir.npz"}, "expected out to be a file, got 'dir.npz', which is a folder or a device"),
@@ -429,6 +429,17 @@ def test_arguments_are_checked_before_work(
         write(**{"out": "new/folder"} | changes)
     assert not drawn
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dir.npz", "file"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_folder_that_cannot_be_made_is_named(
+    name: str, tmp_path: Path, drawn: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reason = FileNotFoundError(2, "No such file or directory")  # as in /proc, where all looks writable to root
+    monkeypatch.setattr(Path, "mkdir", lambda *arguments, **options: (_ for _ in ()).throw(reason))
+    with refused(UnusablePath("write_samples", "out", "to be in a folder where folders can be made", reason)):
+        write(tmp_path / "new" / name)
+    assert not drawn
 
 
 @pytest.mark.parametrize("name", NAMES)
