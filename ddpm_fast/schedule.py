@@ -6,7 +6,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from functools import wraps
 from typing import Any, Literal
 
 import torch
@@ -16,11 +16,23 @@ from .checks import MAX_TIMESTEPS, check_choice, check_int, check_number, check_
 from .errors import InvalidType, InvalidValue, expect, renaming
 
 
+def _computed_once(compute: Callable[[NoiseSchedule], Tensor]) -> Callable[[NoiseSchedule], Tensor]:
+    """Keep what a coefficient's function returns. Each call returns a copy, so that no caller can change the schedule."""
+
+    @wraps(compute)
+    def coefficient(self: NoiseSchedule) -> Tensor:
+        if compute.__name__ not in self._coefficients:
+            self._coefficients[compute.__name__] = compute(self)
+        return self._coefficients[compute.__name__].clone()
+
+    return coefficient
+
+
 class NoiseSchedule:
     """The betas of a diffusion process and the coefficients derived from them.
 
-    All coefficients are float64 [T] on the CPU. Do not modify them. The paper counts t = 1..T, the code
-    t = 0..T-1. Build a schedule with `linear`, `scaled_linear`, `cosine`, `sigmoid`, `laplace`,
+    A schedule never changes. All coefficients are float64 [T] on the CPU, and each access returns a copy. The paper counts
+    t = 1..T, the code t = 0..T-1. Build a schedule with `linear`, `scaled_linear`, `cosine`, `sigmoid`, `laplace`,
     `sigmoid_betas` or `from_betas`. Equation numbers are those of the derivation in the documentation;
     those of Ho et al. 2020 follow where they differ.
 
@@ -30,7 +42,6 @@ class NoiseSchedule:
         parameters: The builder's arguments, for `to_config`.
 
     Attributes:
-        betas: Variances of the forward steps q(x_t | x_{t-1}), each in (0, 1] (eq. 1, Ho et al. eq. 2).
         name: The builder's name. `to_config` has its arguments.
 
     Raises:
@@ -38,13 +49,14 @@ class NoiseSchedule:
     """
 
     def __init__(self, betas: Tensor, name: str = "from_betas", parameters: dict[str, Any] | None = None) -> None:
-        self.betas = _checked_betas("NoiseSchedule", betas)
+        self._betas = _checked_betas("NoiseSchedule", betas)
+        self._coefficients: dict[str, Tensor] = {}
         check_choice("NoiseSchedule", "name", name, BUILDERS)
         check_type("NoiseSchedule", "parameters", parameters, dict, optional=True)
         self.name = name
         self._parameters = dict(parameters or {})
         self._tables: dict[torch.device, Tensor] = {}
-        self.table()  # in place before torch.compile looks
+        self._table()  # in place before torch.compile looks
 
     # ------------------------------------------------------------------------------------------------------ builders
 
@@ -284,39 +296,51 @@ class NoiseSchedule:
     @property
     def num_timesteps(self) -> int:
         """Number of timesteps T."""
-        return self.betas.numel()
+        return self._betas.numel()
 
-    @cached_property
+    @property
+    def betas(self) -> Tensor:
+        """Variances of the forward steps q(x_t | x_{t-1}), each in (0, 1] (eq. 1, Ho et al. eq. 2)."""
+        return self._betas.clone()
+
+    @property
+    @_computed_once
     def alphas(self) -> Tensor:
         """Signal kept by each forward step: alpha_t = 1 - beta_t (eq. 2)."""
         return 1 - self.betas
 
-    @cached_property
+    @property
+    @_computed_once
     def alpha_bars(self) -> Tensor:
         """Signal kept up to step t: abar_t = prod_{s <= t} alpha_s (eq. 2)."""
         return self.alphas.cumprod(0)
 
-    @cached_property
+    @property
+    @_computed_once
     def alpha_bars_prev(self) -> Tensor:
         """abar_{t-1}, and 1 at t = 0 (eq. 6-8)."""
         return torch.cat([torch.ones(1, dtype=torch.float64), self.alpha_bars[:-1]])
 
-    @cached_property
+    @property
+    @_computed_once
     def sqrt_alpha_bars(self) -> Tensor:
         """Weight of x_0 in x_t: sqrt(abar_t) (eq. 3, Ho et al. eq. 4)."""
         return self.alpha_bars.sqrt()
 
-    @cached_property
+    @property
+    @_computed_once
     def sqrt_one_minus_alpha_bars(self) -> Tensor:
         """Weight of epsilon in x_t: sqrt(1 - abar_t) (eq. 3, Ho et al. eq. 4)."""
         return (1 - self.alpha_bars).sqrt()
 
-    @cached_property
+    @property
+    @_computed_once
     def sqrt_recip_alphas(self) -> Tensor:
         """1 / sqrt(alpha_t) (eq. 13, Ho et al. eq. 11)."""
         return self.alphas.rsqrt()
 
-    @cached_property
+    @property
+    @_computed_once
     def posterior_mean_coef_x_0(self) -> Tensor:
         """Weight of x_0 in mu~_t.
 
@@ -326,7 +350,8 @@ class NoiseSchedule:
         """
         return self.alpha_bars_prev.sqrt() * self.betas / (1 - self.alpha_bars)
 
-    @cached_property
+    @property
+    @_computed_once
     def posterior_mean_coef_x_t(self) -> Tensor:
         """Weight of x_t in mu~_t.
 
@@ -336,7 +361,8 @@ class NoiseSchedule:
         """
         return self.alphas.sqrt() * (1 - self.alpha_bars_prev) / (1 - self.alpha_bars)
 
-    @cached_property
+    @property
+    @_computed_once
     def posterior_variance(self) -> Tensor:
         """Posterior variance beta~_t, 0 at t = 0.
 
@@ -346,7 +372,8 @@ class NoiseSchedule:
         """
         return (1 - self.alpha_bars_prev) / (1 - self.alpha_bars) * self.betas
 
-    @cached_property
+    @property
+    @_computed_once
     def posterior_log_variance(self) -> Tensor:
         """Logarithm of beta~_t, with the value of t = 1 at t = 0.
 
@@ -355,7 +382,8 @@ class NoiseSchedule:
         variance = self.posterior_variance
         return torch.cat([variance[1:2] if self.num_timesteps > 1 else self.betas[:1], variance[1:]]).log()
 
-    @cached_property
+    @property
+    @_computed_once
     def snr(self) -> Tensor:
         """Signal-to-noise ratio abar_t / (1 - abar_t) (Kingma et al. 2021)."""
         return self.alpha_bars / (1 - self.alpha_bars)
@@ -398,11 +426,15 @@ class NoiseSchedule:
         """Return the table that `q_sample` and `denoising_loss` read.
 
         Args:
-            device: Device of the table. Each device's table is computed once and kept.
+            device: Device of the table.
 
         Returns:
             float32 [T, 2]: sqrt(abar_t) and sqrt(1 - abar_t), computed in float64 and rounded once.
         """
+        return self._table(device).clone()
+
+    def _table(self, device: torch.device | str = "cpu") -> Tensor:
+        """Return the table itself. It is computed once for each device and must not be changed."""
         if type(device) is not torch.device or device not in self._tables:
             device = numbered("NoiseSchedule.table", device)
         if device not in self._tables:
@@ -456,10 +488,13 @@ class NoiseSchedule:
         return f"NoiseSchedule.{self.name}({parameters})"
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, NoiseSchedule) and torch.equal(self.betas, other.betas)
+        return isinstance(other, NoiseSchedule) and torch.equal(self._betas, other._betas)
 
     def __hash__(self) -> int:
-        return hash((self.num_timesteps, float(self.betas[0]), float(self.betas[-1])))
+        return hash((self.num_timesteps, float(self._betas[0]), float(self._betas[-1])))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoiseSchedule:
+        return self
 
 
 BUILDERS = ("linear", "scaled_linear", "cosine", "sigmoid", "laplace", "sigmoid_betas", "from_betas")

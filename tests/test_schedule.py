@@ -1,5 +1,6 @@
 """The noise schedule against its definitions, against diffusers, and its errors."""
 
+import copy
 import math
 from collections.abc import Callable
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from refusals import refused
 
-from ddpm_fast import NoiseSchedule
+from ddpm_fast import NoiseSchedule, q_sample
 from ddpm_fast.errors import ArgumentError, InvalidType, InvalidValue
 from ddpm_fast.schedule import numbered
 
@@ -92,7 +93,26 @@ def test_table_is_rounded_once_from_float64() -> None:
     table = schedule.table()
     assert table.dtype == torch.float32
     assert torch.equal(table[:, 1], (1 - schedule.alpha_bars).sqrt().float())
-    assert schedule.table() is table
+    assert torch.equal(schedule.table(), table)
+
+
+def test_a_schedule_never_changes() -> None:
+    schedule, fresh = NoiseSchedule.linear(10), NoiseSchedule.linear(10)
+    names = [name for name in dir(schedule) if not name.startswith("_") and isinstance(getattr(fresh, name), torch.Tensor)]
+    assert len(names) == 12
+    for _ in range(2):  # also what is computed from a coefficient that was handed out
+        for name in names:
+            getattr(schedule, name).zero_()
+        schedule.table().zero_()
+        schedule.loss_weight("min_snr", "sample", gamma=1e9).zero_()
+    x, t = torch.ones(2, 3), torch.tensor([0, 9])
+    assert torch.equal(q_sample(x, t, schedule, noise=x), q_sample(x, t, fresh, noise=x))
+    for name in names:
+        assert torch.equal(getattr(schedule, name), getattr(fresh, name)), name
+    assert schedule == fresh
+    with pytest.raises(AttributeError):
+        schedule.betas = fresh.betas  # type: ignore[misc]
+    assert copy.deepcopy(schedule) is schedule
 
 
 @pytest.mark.parametrize("make", [NoiseSchedule.linear, lambda: NoiseSchedule.cosine().rescale_zero_terminal_snr()])
@@ -275,4 +295,4 @@ def test_builders_check_every_number(make: Callable[[], object], error: Argument
 def test_coefficients_is_an_alias_of_table() -> None:
     schedule = NoiseSchedule.linear(10)
     with pytest.warns(DeprecationWarning, match="is now NoiseSchedule.table"):
-        assert schedule.coefficients() is schedule.table()
+        assert torch.equal(schedule.coefficients(), schedule.table())

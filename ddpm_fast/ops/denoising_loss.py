@@ -90,7 +90,7 @@ def denoising_loss(
         check_like(op, "noise", noise, "x_0", x_0)
     if seeds is not None:
         seeds = checked_seeds(op, seeds, n, x_0.device)
-    table = schedule.table(x_0.device)
+    table = schedule._table(x_0.device)
     code = reference.PREDICTIONS.index(prediction)
     losses: Tensor = denoising_loss_op(model_output, x_0, t, table, noise, seeds, code, backend=backend)  # [N]
     if weight is not None:
