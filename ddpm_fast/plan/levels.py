@@ -81,7 +81,7 @@ def noise_levels(
     if last < 2:
         highest = -math.log(float(ratios[1]))
         raise InvalidValue(caller, "lambda_min", f"to be at most {highest:.4g}, lambda at timestep 1", lambda_min)
-    if spacing == "karras":
+    if isinstance(spacing, str) and spacing == "karras":  # an array would be compared item by item
         ratio, timesteps = _karras(caller, ratios[:last], num_steps)
     else:
         timesteps = _spaced(caller, last, num_steps, spacing)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import reprlib
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial, wraps
 from typing import TYPE_CHECKING, Final, Literal, ParamSpec, get_args
@@ -263,7 +264,7 @@ def builds_plan(build: Callable[_P, SamplingPlan]) -> Callable[_P, SamplingPlan]
     def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> SamplingPlan:
         plan = build(*args, **kwargs)
         arguments = inspect.signature(build).bind(*args, **kwargs).arguments
-        object.__setattr__(plan, "builder", partial(wrapped, **arguments))
+        object.__setattr__(plan, "builder", partial(wrapped, **deepcopy(arguments)))  # a caller may change a list of timesteps
         return plan
 
     return wrapped

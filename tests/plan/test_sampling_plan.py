@@ -5,6 +5,7 @@ import sys
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from refusals import refused
@@ -57,6 +58,19 @@ def test_alpha_bars_prev_follows_the_arguments() -> None:
         replace(plan, alpha_bars_prev=torch.tensor([0.5, 1.5], dtype=torch.float64))
     with refused(InvalidValue("SamplingPlan", "alpha_bars_prev", "to be 2 values in 0..1", "[0.5]")):
         replace(plan, alpha_bars_prev=torch.tensor([0.5], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("kind", [list, np.array, torch.tensor])
+@pytest.mark.parametrize("build", [ddpm_plan, dpm_solver_plan])
+def test_a_plan_keeps_its_timesteps_when_the_caller_changes_theirs(build: Any, kind: Any) -> None:
+    given = kind([900, 600, 300, 10])
+    plan, expected = build(SCHEDULE, None, spacing=given), build(SCHEDULE, None, spacing=[900, 600, 300, 10])
+    given[2] = 100
+    assert torch.equal(plan.timesteps, expected.timesteps)
+    assert plan.builder.keywords["schedule"] is SCHEDULE
+    later = plan.starting_at(600)
+    assert torch.equal(later.timesteps, torch.tensor([600, 300, 10]))
+    assert torch.equal(later.coefficients, expected.starting_at(600).coefficients)
 
 
 def test_a_slice_has_some_of_the_rows() -> None:
