@@ -309,7 +309,7 @@ def _denoised(
     if strength == 0:
         return x_0
     row = int((plan.timesteps == timestep).nonzero()[0])
-    abar = float(plan.alpha_bars_prev[row - 1] if row else plan.schedule.alpha_bars[timestep])
+    abar = float(plan.alpha_bars[row])
     z = initial_noise(x_0.shape, request.seeds.to(device), dtype=x_0.dtype, device=device)
     drawn, _ = draw._draw(replace(request, x_T=math.sqrt(abar) * x_0 + math.sqrt(1 - abar) * z))
     return drawn

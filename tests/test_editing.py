@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from test_sampling import Gaussian, tiny_unet
@@ -53,12 +54,55 @@ def test_a_variation_is_the_rest_of_the_plan_from_the_noised_image(name: str) ->
     assert len(levels) == 10
     t = int(levels[6])  # the last 4 of 10 levels
     row = int((plan.timesteps == t).nonzero()[0])
-    abar = float(plan.alpha_bars_prev[row - 1])
+    abar = float(plan.alpha_bars[row])
     start = math.sqrt(abar) * IMAGES + math.sqrt(1 - abar) * initial_noise(IMAGES.shape, seeds)
     expected = sample(NETWORK, plan.starting_at(t), 2, seed=seeds, x_T=start, shape=(3, 4, 4), **QUIET)
     got = vary(NETWORK, plan, IMAGES, 0.4, seed=3, **QUIET)
     assert torch.equal(got, expected)
     assert not torch.equal(got, vary(NETWORK, plan, IMAGES, 0.5, seed=3, **QUIET))
+
+
+def karras_alpha_bar(betas: np.ndarray, step: int, num_steps: int) -> float:
+    """Return abar at a step of Karras's levels, (sigma / alpha)^(1/7) evenly spaced (Karras et al. 2022, eq. 5)."""
+    abar = np.cumprod(1 - betas)
+    high, low = (((1 - a) / a) ** (1 / 14) for a in (abar[-1], abar[0]))
+    return float(1 / (1 + (high + step / (num_steps - 1) * (low - high)) ** 14))
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine"])
+@pytest.mark.parametrize("build", [heun_plan, dpm_solver_plan, "slice"])
+def test_edits_begin_at_the_noise_level_of_karras_and_not_of_its_rounded_timestep(build: Any, kind: str) -> None:
+    schedule = getattr(NoiseSchedule, kind)()
+    betas = np.linspace(1e-4, 0.02, 1000)
+    if kind == "cosine":
+        edges = np.cos((np.linspace(0, 1, 1001) + 0.008) / 1.008 * np.pi / 2) ** 2
+        betas = np.minimum(1 - edges[1:] / edges[:-1], 0.999)
+    num_steps, z = 20, initial_noise((1, 3, 4, 4), sample_seeds(5, 1))
+    seen: list[Tensor] = []
+
+    def network(x_t: Tensor, t: Tensor) -> Tensor:
+        seen.append(x_t.clone())
+        return torch.zeros_like(x_t)
+
+    level_errors = []
+    for step in range(1, 12):
+        first = step
+        if build == "slice":
+            plan = dpm_solver_plan(schedule, num_steps, spacing="karras", order=1)[step:]
+        else:
+            levels = build(schedule, num_steps, spacing="karras").timesteps[:: 2 if build is heun_plan else 1]
+            first = int((levels == levels[step]).nonzero()[0])  # two levels may share a timestep
+            plan = build(schedule, num_steps, spacing="karras", start=int(levels[step]))
+        abar = karras_alpha_bar(betas, first, num_steps)
+        level_errors.append(abs(float(schedule.alpha_bars[plan.timesteps[0]]) / abar - 1))
+        expected = math.sqrt(abar) * IMAGES[:1] + math.sqrt(1 - abar) * z
+        seen.clear()
+        vary(network, plan, IMAGES[:1], 1.0, seed=5, **QUIET)
+        torch.testing.assert_close(seen[0], expected, rtol=1e-5, atol=1e-5)
+        seen.clear()
+        interpolate(network, plan, IMAGES[:1], IMAGES[:1], 2, strength=1.0, seed=5, **QUIET)
+        torch.testing.assert_close(seen[0][:1], expected, rtol=1e-5, atol=1e-5)
+    assert max(level_errors) > 0.005  # otherwise the timestep's level would do
 
 
 def test_strength_runs_from_the_image_itself_to_a_new_one() -> None:

@@ -151,6 +151,7 @@ def ddim_inversion_plan(
         timesteps=plan.timesteps.flip(0),
         coefficients=plan.coefficients.flip(0),
         alpha_bars_prev=plan.alpha_bars_prev.flip(0),
+        alpha_bars=plan.alpha_bars.flip(0),
     )
 
 
@@ -163,6 +164,7 @@ def _told_the_arrival(path: PosteriorPath, learned_variance: bool) -> SamplingPl
     return plan_from_columns(
         path.schedule,
         path.timesteps,
+        path.abar_prev,
         path.abar,
         path.prediction,
         "learned_range" if learned_variance else "fixed",

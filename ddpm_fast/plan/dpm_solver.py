@@ -111,6 +111,7 @@ def dpm_solver_plan(
     return plan_from_columns(
         schedule,
         levels.timesteps,
+        alpha[:-1].square(),
         alpha[1:].square(),
         prediction,
         "learned_range" if learned_variance else "fixed",

@@ -87,6 +87,7 @@ def heun_plan(
     return plan_from_columns(
         schedule,
         t[level],
+        alpha[level].square(),
         alpha[arrival].square(),
         prediction,
         "learned_range" if learned_variance else "fixed",

@@ -158,6 +158,7 @@ class PosteriorPath:
         return plan_from_columns(
             self.schedule,
             self.timesteps,
+            self.abar,
             abar_next,
             self.prediction,
             variance,

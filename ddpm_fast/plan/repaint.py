@@ -76,6 +76,7 @@ def repaint_plan(
         timesteps=descent.timesteps[num_steps - start],
         coefficients=rows,
         alpha_bars_prev=abar[arrival],
+        alpha_bars=abar[start],
         variance="learned_range" if learned_variance else "fixed",
     )
 

@@ -40,6 +40,7 @@ def epsilon_weights(prediction: Prediction, signal: Tensor, noise: Tensor) -> tu
 def plan_from_columns(
     schedule: NoiseSchedule,
     timesteps: Tensor,
+    alpha_bars: Tensor,
     alpha_bars_prev: Tensor,
     prediction: Prediction,
     variance: Literal["fixed", "learned", "learned_range"],
@@ -51,6 +52,7 @@ def plan_from_columns(
     Args:
         schedule: The noise schedule.
         timesteps: The model's t for each step, int64 [S].
+        alpha_bars: abar at the start, float64 [S].
         alpha_bars_prev: abar on arrival, float64 [S].
         prediction: The meaning of the model's output.
         variance: The kind of variance, see `SamplingPlan`.
@@ -70,4 +72,4 @@ def plan_from_columns(
         columns["k2"] = columns["k2"] + k0 * columns["q"]
     columns["clip"] = torch.full_like(zero, torch.inf if clip is None else clip)
     coefficients = torch.stack([columns[name] for name in COLUMNS], dim=1)
-    return SamplingPlan(schedule, timesteps, coefficients, prediction, variance, alpha_bars_prev)
+    return SamplingPlan(schedule, timesteps, coefficients, prediction, variance, alpha_bars_prev, alpha_bars)

@@ -59,6 +59,7 @@ class SamplingPlan:
             channels, see `reverse_step`.
         alpha_bars_prev: abar of the x_{t-1} that each step gives: float64 [S] on the CPU, in 0..1. Empty: that of the
             next step's timestep, and 1 at last.
+        alpha_bars: abar of the x_t that each step starts from: float64 [S] on the CPU, in 0..1. Empty: that of its timestep.
         is_random: True if any step draws noise.
         needs_x_0_prev: True if any step uses x_0_prev, as multistep samplers do.
         builder: The call that built the plan. None for a plan from coefficients.
@@ -73,6 +74,7 @@ class SamplingPlan:
     prediction: Prediction
     variance: Literal["fixed", "learned", "learned_range"]
     alpha_bars_prev: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float64))
+    alpha_bars: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float64))
     is_random: bool = field(init=False)
     needs_x_0_prev: bool = field(init=False)
     builder: partial[SamplingPlan] | None = field(default=None, init=False, repr=False)
@@ -91,15 +93,16 @@ class SamplingPlan:
         if self.coefficients.shape != (self.num_steps, len(COLUMNS)):
             wanted, got = [self.num_steps, len(COLUMNS)], list(self.coefficients.shape)
             raise InvalidValue("SamplingPlan", "coefficients", f"of shape {wanted}", got)
-        check_type(caller, "alpha_bars_prev", self.alpha_bars_prev, Tensor)
-        if self.alpha_bars_prev.numel() == 0:
-            following = torch.cat([self.schedule.alpha_bars[self.timesteps[1:]], torch.ones(1, dtype=torch.float64)])
-            object.__setattr__(self, "alpha_bars_prev", following)
-        _check_tensor(caller, "alpha_bars_prev", self.alpha_bars_prev, torch.float64, 1)
-        inside = (self.alpha_bars_prev >= 0) & (self.alpha_bars_prev <= 1)
-        if self.alpha_bars_prev.numel() != self.num_steps or not bool(inside.all()):
-            got = self.alpha_bars_prev.tolist()
-            raise InvalidValue(caller, "alpha_bars_prev", f"to be {self.num_steps} values in 0..1", got)
+        told = self.schedule.alpha_bars[self.timesteps]
+        following = torch.cat([told[1:], torch.ones(1, dtype=torch.float64)])
+        for name, default in (("alpha_bars_prev", following), ("alpha_bars", told)):
+            check_type(caller, name, getattr(self, name), Tensor)
+            if getattr(self, name).numel() == 0:
+                object.__setattr__(self, name, default)
+            values = getattr(self, name)
+            _check_tensor(caller, name, values, torch.float64, 1)
+            if values.numel() != self.num_steps or not bool(((values >= 0) & (values <= 1)).all()):
+                raise InvalidValue(caller, name, f"to be {self.num_steps} values in 0..1", values.tolist())
         usable = torch.isfinite(self.coefficients[:, : COLUMNS.index("clip")])
         if not bool(usable.all()):
             row, column = (int(i) for i in (~usable).nonzero()[0])
@@ -108,7 +111,7 @@ class SamplingPlan:
                 "SamplingPlan",
                 "",
                 "finite coefficients",
-                f"{COLUMNS[column]} = {value} at timestep {t} (abar = {float(self.schedule.alpha_bars[t]):.3g}) "
+                f"{COLUMNS[column]} = {value} at timestep {t} (abar = {float(told[row]):.3g}) "
                 f'with prediction {self.prediction!r}; where abar is 0 the model must predict "sample" or "v_prediction"',
             )
         object.__setattr__(self, "is_random", self._uses("sigma"))
@@ -144,9 +147,8 @@ class SamplingPlan:
                 "a slice: build it with start=, or call starting_at(timestep)",
             )
         some = slice(rows.start, rows.stop)
-        columns = (self.timesteps[some], self.coefficients[some], self.alpha_bars_prev[some])
-        timesteps, coefficients, alpha_bars_prev = (column.clone() for column in columns)
-        return replace(self, timesteps=timesteps, coefficients=coefficients, alpha_bars_prev=alpha_bars_prev)
+        names = ("timesteps", "coefficients", "alpha_bars_prev", "alpha_bars")
+        return replace(self, **{name: getattr(self, name)[some].clone() for name in names})
 
     def starting_at(self, timestep: int) -> SamplingPlan:
         """Return the plan from a timestep on, for a start from x_t instead of x_T.
@@ -177,7 +179,7 @@ class SamplingPlan:
         return self.builder(start=timestep)
 
     def __str__(self) -> str:
-        """Return a short table: for each step its timestep, abar there and on arrival, and the noise's sigma."""
+        """Return a short table: for each step its timestep, abar at its start and on arrival, and the noise's sigma."""
         title = "SamplingPlan" if self.builder is None else _call(self.builder)
         traits = [f"{self.num_steps} step{'s' * (self.num_steps != 1)}", f"the model predicts {self.prediction}"]
         traits.append("random" if self.is_random else "deterministic")
@@ -192,7 +194,7 @@ class SamplingPlan:
             if step != before + 1:
                 lines.append("  ...")
             t = int(self.timesteps[step])
-            numbers = (self.schedule.alpha_bars[t], self.alpha_bars_prev[step], sigma[step])
+            numbers = (self.alpha_bars[step], self.alpha_bars_prev[step], sigma[step])
             lines.append(f"{step:>5} {t:>6} " + " ".join(f"{float(number):>10.4g}" for number in numbers))
         return "\n".join(lines)
 

@@ -49,6 +49,7 @@ def test_a_plan_knows_abar_on_arrival(build: Any) -> None:
     end = 0.0 if ascends else 1.0
     torch.testing.assert_close(plan.alpha_bars_prev[:-1], following, rtol=1e-12, atol=0)
     assert float(plan.alpha_bars_prev[-1]) == end
+    torch.testing.assert_close(plan.alpha_bars, SCHEDULE.alpha_bars[plan.timesteps], rtol=1e-12, atol=0)
 
 
 def test_alpha_bars_prev_follows_the_arguments() -> None:
@@ -58,6 +59,22 @@ def test_alpha_bars_prev_follows_the_arguments() -> None:
         replace(plan, alpha_bars_prev=torch.tensor([0.5, 1.5], dtype=torch.float64))
     with refused(InvalidValue("SamplingPlan", "alpha_bars_prev", "to be 2 values in 0..1", "[0.5]")):
         replace(plan, alpha_bars_prev=torch.tensor([0.5], dtype=torch.float64))
+    with refused(InvalidValue("SamplingPlan", "alpha_bars", "to be 2 values in 0..1", "[-0.5, 0.5]")):
+        replace(plan, alpha_bars=torch.tensor([-0.5, 0.5], dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        ddim_inversion_plan(SCHEDULE, 10, told="arrival"),
+        repaint_plan(SCHEDULE, 20, 5, 3),
+        heun_plan(SCHEDULE, 10, spacing="karras"),
+        dpm_solver_plan(SCHEDULE, 10, spacing="karras", order=1),
+        dpm_solver_plan(SCHEDULE, 10, spacing="karras", order=1)[3:],
+    ],
+)
+def test_a_step_starts_where_the_one_before_arrives(plan: SamplingPlan) -> None:
+    assert torch.equal(plan.alpha_bars[1:], plan.alpha_bars_prev[:-1])
 
 
 @pytest.mark.parametrize("kind", [list, np.array, torch.tensor])
@@ -79,6 +96,7 @@ def test_a_slice_has_some_of_the_rows() -> None:
     assert torch.equal(part.timesteps, plan.timesteps[2:5])
     assert torch.equal(part.coefficients, plan.coefficients[2:5])
     assert torch.equal(part.alpha_bars_prev, plan.alpha_bars_prev[2:5])
+    assert torch.equal(part.alpha_bars, plan.alpha_bars[2:5])
     assert plan[-1:].num_steps == 1
     assert plan[:].num_steps == 10
     for bad in (slice(3, 3), slice(0, 9, 2), slice(None, None, -1)):

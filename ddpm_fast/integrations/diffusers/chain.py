@@ -123,6 +123,7 @@ class PlanScheduler(KernelScheduler):
                     timesteps=torch.cat([plan.timesteps, others.timesteps]),
                     coefficients=torch.cat([plan.coefficients, others.coefficients]),
                     alpha_bars_prev=torch.cat([plan.alpha_bars_prev, others.alpha_bars_prev]),
+                    alpha_bars=torch.cat([plan.alpha_bars, others.alpha_bars]),
                 )
             if self._thresholds:
                 plan = _with_given_x_0(plan)
