@@ -39,7 +39,7 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def image_grid(
-    images: Tensor, *, columns: int | None = None, padding: int = 2, scale: int = 1, background: int = 255
+    images: Tensor, *, columns: int | None = None, padding: int | None = None, scale: int = 1, background: int = 255
 ) -> Tensor:
     """Tile images into one picture, row by row.
 
@@ -47,7 +47,7 @@ def image_grid(
         images: [N, C, H, W] in [-1, 1], N >= 1. C is 1 (grey), 3 (RGB) or 4 (RGBA).
         columns: Images a row. By default the grid is full and nearly square; if N allows no such grid, the cells that
             are left over are grey.
-        padding: Pixels between the images and around them.
+        padding: Pixels between the images and around them. None: 2, or 0 for one image, which needs no frame.
         scale: Draw every pixel of an image as scale x scale pixels.
         background: Grey value of the padding, 0..255.
 
@@ -63,10 +63,13 @@ def image_grid(
     return _tiled("image_grid", images, columns, padding, scale, background)
 
 
-def _tiled(function: str, images: Tensor, columns: int | None, padding: int, scale: int, background: int = 255) -> Tensor:
+def _tiled(
+    function: str, images: Tensor, columns: int | None, padding: int | None, scale: int, background: int = 255
+) -> Tensor:
     """Return the grid of checked images. Raise a ValueError if it does not fit into memory."""
     n, _, height, width = images.shape
     columns, rows = _columns_and_rows(n, columns)
+    padding = _padding(n, padding)
     step_y, step_x = height * scale + padding, width * scale + padding
     shape = grid_shape(images.shape, columns=columns, padding=padding, scale=scale)
     check_free_memory(function, "the grid", f"{shape[1]}x{shape[0]} pixels", 2 * math.prod(shape))
@@ -81,11 +84,19 @@ def _tiled(function: str, images: Tensor, columns: int | None, padding: int, sca
     return grid
 
 
-def grid_shape(shape: Sequence[int], *, columns: int | None = None, padding: int = 2, scale: int = 1) -> tuple[int, int, int]:
+def grid_shape(
+    shape: Sequence[int], *, columns: int | None = None, padding: int | None = None, scale: int = 1
+) -> tuple[int, int, int]:
     """Return the shape [height, width, C] of the `image_grid` of images of shape [N, C, H, W]."""
     n, channels, height, width = shape
     columns, rows = _columns_and_rows(n, columns)
+    padding = _padding(n, padding)
     return rows * (height * scale + padding) + padding, columns * (width * scale + padding) + padding, channels
+
+
+def _padding(n: int, padding: int | None) -> int:
+    """Return the pixels around each of n images."""
+    return (2 if n > 1 else 0) if padding is None else padding
 
 
 def _columns_and_rows(n: int, columns: int | None) -> tuple[int, int]:
@@ -103,7 +114,7 @@ def save_grid(
     path: str | os.PathLike[str],
     *,
     columns: int | None = None,
-    padding: int = 2,
+    padding: int | None = None,
     scale: int = 1,
 ) -> Path:
     """Write images to one file, tiled by `image_grid`. Missing folders are made.
@@ -137,7 +148,7 @@ def save_trajectory(
     frames: int | None = None,
     seconds: float = 4.0,
     columns: int | None = None,
-    padding: int = 2,
+    padding: int | None = None,
     scale: int = 1,
 ) -> Path:
     """Write an animation (.gif, .webp) of images coming out of noise, or a strip (.png, ...) with one row an image.
@@ -244,9 +255,9 @@ def _check_images(function: str, name: str, images: Tensor) -> None:
         raise InvalidValue(function, name, "to be finite", "NaN or infinity")
 
 
-def _check_layout(function: str, columns: int | None, padding: int, scale: int) -> None:
+def _check_layout(function: str, columns: int | None, padding: int | None, scale: int) -> None:
     check_int(function, "columns", columns, 1, optional=True)
-    check_int(function, "padding", padding, 0)
+    check_int(function, "padding", padding, 0, optional=True)
     check_int(function, "scale", scale, 1)
 
 

@@ -240,6 +240,18 @@ def test_a_mask_file_says_what_a_box_says(folder: Path) -> None:
     assert np.array_equal(cells("c.png", 1, 3)[0, 0], cells("a.png", 1, 3)[0, 0])
 
 
+def test_one_drawn_image_is_edited_as_it_is(folder: Path) -> None:
+    draw = ["sample", "--model", str(folder), "--num=1", "--classes=b", "--sampler=ddim", "--steps=3", "--out=drawn.png"]
+    assert CliRunner().invoke(main, draw).exit_code == 0
+    loaded = ddpm_fast.load_folder(folder)
+    plan = ddpm_fast.ddim_plan(SCHEDULE, 3)
+    drawn = ddpm_fast.to_uint8(ddpm_fast.sample(loaded.model, plan, 1, class_labels=1, **QUIET))
+    with Image.open("drawn.png") as picture:
+        assert (np.asarray(picture) == drawn[0, 0].numpy()).all()
+    edit(folder, "vary", "drawn.png", "--num=1", "--steps=2", "--strength=0")
+    assert np.array_equal(cells("variations.png", 1, 2)[0, 0], drawn[0].permute(1, 2, 0).numpy())
+
+
 def test_files_are_cropped_resized_and_made_grey(folder: Path) -> None:
     flat = np.zeros((40, 60, 3), np.uint8)
     flat[:, 10:50] = (255, 0, 0)  # the central square

@@ -38,7 +38,7 @@ _FRAMES = 51  # at most, in an animation
     type=PathOption(),
     default="samples.png",
     show_default=True,
-    help="Write the grid of images here, or each image: to a folder (dir/), a .npz or a .zip.",
+    help="Write the grid of images here, or one image in its own size, or each: to a folder (dir/), a .npz or a .zip.",
 )
 @click.option(
     "--gif",
@@ -187,7 +187,7 @@ def _write_grid(
     if height is None:
         raise InvalidValue("sample", "model", "to have a sample_size in its config.json", "null")
     pixels, shape = max(height, width), (num, config["in_channels"], height, width)
-    scale, gif_scale = max(1, 128 // pixels), max(1, 64 // pixels)
+    scale, gif_scale = 1 if num == 1 else max(1, 128 // pixels), max(1, 64 // pixels)  # one image can be edited as it is
     check_pictures(shape, frames, out, scale, gif, gif_scale)
     labels = _labels(loaded, num, classes, arguments["guidance_scale"])
     make_writable("sample", "out", out.parent)
