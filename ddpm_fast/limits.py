@@ -1,10 +1,13 @@
-"""Checks of memory and disk space: what cannot fit is refused before any work."""
+"""Checks of memory, disk space and folders: what cannot fit or be found is refused before any work."""
 
 from __future__ import annotations
 
+import difflib
 import os
+import re
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -64,6 +67,24 @@ def check_writable(caller: str, name: str, path: Path, folder: Path) -> None:
     if not os.access(existing, os.W_OK | os.X_OK):
         got = f"{str(path)!r}, and {str(existing)!r} may not"
         raise UnusablePath(caller, name, "to be in a folder that may be written to", got)
+
+
+def no_folder(path: str | os.PathLike[str]) -> str:
+    """Say for an error what a path is that should be a model's folder, and what may have been meant."""
+    text, path = os.fspath(path), Path(path)
+    if os.path.exists(path):
+        return f"{text!r}, which is a file"
+    beside: list[str] = []
+    with suppress(OSError):  # there is no parent, or it may not be read
+        beside = [each.name for each in path.parent.iterdir() if each.is_dir()]
+    for close in difflib.get_close_matches(path.name, beside, 1):
+        return f"{text!r}, which is none; did you mean {str(path.with_name(close))!r}?"
+    reason, parent = "", str(path.parent)
+    if parent != ".":
+        reason = f": {parent!r} has no such folder" if os.path.isdir(parent) else f": there is no folder {parent!r}"
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text):  # it may be a hub's owner/name
+        reason += f"; a model of the Hugging Face hub is downloaded first: hf download {text} --local-dir {path.name}"
+    return f"{text!r}, which is none{reason}"
 
 
 def existing_folder(path: Path) -> Path:

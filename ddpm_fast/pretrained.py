@@ -13,6 +13,7 @@ import torch
 from .atomic import read_json
 from .checks import check_dtype, check_path, checked_device
 from .errors import InvalidValue, renaming
+from .limits import no_folder
 from .nn.unet import UNet, describe_images
 from .plan import Prediction, Variance
 from .schedule import NoiseSchedule
@@ -83,7 +84,7 @@ def load_folder(
     device = None if device is None else checked_device("load_folder", device)
     folder = Path(path)
     if not folder.is_dir():
-        raise FileNotFoundError(f"load_folder: expected path to be a folder that holds a model, got {os.fspath(path)!r}")
+        raise FileNotFoundError(f"load_folder: expected path to be a folder that holds a model, got {no_folder(path)}")
     size: Sequence[int] | None = None
     names: list[str] = []  # older folders hold them beside the network's configuration
 

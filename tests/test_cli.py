@@ -271,6 +271,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--num", "3000", "--out", "a.png", "--gif", "a.jpg"], r"expected --gif to end in \.png, as pictures in JPEG"),
         (["--model", "org/name"], "'--model': expected a folder, got 'org/name', .* hf download org/name --local-dir name"),
         (["--model", "name"], "'--model': expected a folder, got 'name', which is none$"),
+        (["--model", "./flolder.png"], r"'--model': .* got 'flolder\.png', which is none; did you mean 'folder\.png'\?$"),
     ],
 )
 def test_sample_refuses_before_work(

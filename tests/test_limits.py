@@ -10,7 +10,15 @@ import pytest
 
 from ddpm_fast import limits
 from ddpm_fast.errors import UnusablePath
-from ddpm_fast.limits import check_free_memory, check_free_space, check_writable, existing_folder, free_memory, size_text
+from ddpm_fast.limits import (
+    check_free_memory,
+    check_free_space,
+    check_writable,
+    existing_folder,
+    free_memory,
+    no_folder,
+    size_text,
+)
 
 
 def answer(monkeypatch: pytest.MonkeyPatch, files: dict[str, str]) -> None:
@@ -77,6 +85,41 @@ def test_space_is_that_of_the_closest_folder_that_exists(tmp_path: Path, monkeyp
 def test_existing_folder_of_a_relative_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert existing_folder(Path("a/b")) == tmp_path
+
+
+HUB = "; a model of the Hugging Face hub is downloaded first: hf download {} --local-dir {}"
+
+
+@pytest.mark.parametrize(
+    ("path", "wanted"),
+    [
+        ("runs/mien", "none; did you mean 'runs/mine'?"),
+        ("runs/mien/", "none; did you mean 'runs/mine'?"),
+        ("./runs/mien", "none; did you mean 'runs/mine'?"),
+        (Path("rums"), "none; did you mean 'runs'?"),
+        ("runs/other", "none: 'runs' has no such folder" + HUB.format("runs/other", "other")),
+        (
+            "google/ddpm-cifar10-32",
+            "none: there is no folder 'google'" + HUB.format("google/ddpm-cifar10-32", "ddpm-cifar10-32"),
+        ),
+        ("./google/ddpm", "none: there is no folder 'google'"),
+        ("../google/ddpm", "none: there is no folder '../google'"),
+        ("~/models/ddpm", "none: there is no folder '~/models'"),
+        ("/no/such", "none: there is no folder '/no'"),
+        ("a/b/c", "none: there is no folder 'a/b'"),
+        ("file", "a file"),
+        ("elsewhere", "none"),
+        ("runs/" + "x" * 300, "none: 'runs' has no such folder" + HUB.format("runs/" + "x" * 300, "x" * 300)),
+    ],
+)
+def test_a_model_folder_that_is_missing_has_advice(
+    path: str | Path, wanted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    Path("file").touch()
+    Path("runs/miem").touch()  # no folder
+    assert no_folder(path) == f"{os.fspath(path)!r}, which is {wanted}"
 
 
 def test_folders_that_cannot_be_written_are_refused_and_none_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

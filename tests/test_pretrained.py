@@ -112,8 +112,10 @@ def test_load_folder_takes_the_newest_average_of_a_training_run(tmp_path: Path) 
     dataset = {"images": 2, "shape": [1, 4, 4], "classes": ["cat", "dog"]}
     options, schedule = {"prediction": "epsilon"}, {"name": "linear"}
     run.create({"format": FORMAT, "options": options, "unet": {}, "schedule": schedule, "dataset": dataset})
-    with pytest.raises(FileNotFoundError, match="expected path to be a folder that holds a model"):
-        load_folder(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"^load_folder: expected path to be a folder .* did you mean '.*run'\?$"):
+        load_folder(tmp_path / "rum")
+    with pytest.raises(FileNotFoundError, match=r"^load_folder: expected path to be a folder .* hf download google/ddpm "):
+        load_folder("google/ddpm")
 
     for step in (1, 2):
 

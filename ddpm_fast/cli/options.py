@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any, TypeVar
 import click
 
 from ..errors import ArgumentError
+from ..limits import no_folder
 from .console import Refused
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -57,14 +57,10 @@ def refusing() -> Iterator[None]:
 
 
 def model_folder(ctx: click.Context, option: click.Parameter, value: Any) -> Any:
-    """Refuse a model's folder that does not exist, with a hint if it looks like a hub's id."""
+    """Refuse a model's folder that does not exist."""
     if value is None or os.path.isdir(value):
         return value
-    hint = ""
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(value)):
-        name = Path(value).name
-        hint = f"; models of the Hugging Face hub are downloaded first: hf download {value} --local-dir {name}"
-    raise click.BadParameter(f"expected a folder, got {str(value)!r}, which is none{hint}")
+    raise click.BadParameter(f"expected a folder, got {no_folder(value)}")
 
 
 def numbers(ctx: click.Context, option: click.Parameter, value: str) -> list[int]:

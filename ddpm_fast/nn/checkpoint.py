@@ -18,6 +18,7 @@ from ..atomic import read_json, write_json, write_tensors
 from ..checks import listed
 from ..dtypes import FLOATS
 from ..errors import InvalidValue, expect
+from ..limits import no_folder
 from .config import UNetConfig
 
 _CONFIG = "config.json"
@@ -47,8 +48,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> tuple[UNetConfig, dict[str,
     folder = Path(path)
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"from_pretrained: expected path to be a folder with {_CONFIG} and {_WEIGHTS} "
-            f"(models on a hub must be downloaded first), got {os.fspath(path)!r}"
+            f"from_pretrained: expected path to be a folder with {_CONFIG} and {_WEIGHTS}, got {no_folder(path)}"
         )
     if (folder / "unet").is_dir():
         folder = folder / "unet"

@@ -192,7 +192,9 @@ def test_killed_while_writing_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
 
 
 def test_errors_name_what_is_wrong(model: UNet, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"expected path to be a folder with config\.json .* 'google/ddpm'"):
+    with pytest.raises(
+        FileNotFoundError, match=r"expected path to be a folder with config\.json .* 'google/ddpm', .* hf download google/ddpm"
+    ):
         UNet.from_pretrained("google/ddpm")
     with pytest.raises(FileNotFoundError, match=r"expected config\.json in"):
         UNet.from_pretrained(tmp_path)

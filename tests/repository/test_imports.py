@@ -49,7 +49,7 @@ ALLOWED = {
         *("version", "atomic", "limits", "memory", "checks", "schedule", "plan", "ops", "nn", "schemas", "images", "sampling"),
         *("locks", "distributed", "training"),
     },
-    "pretrained": {"atomic", "checks", "schedule", "plan", "nn", "schemas", "training"},
+    "pretrained": {"atomic", "checks", "limits", "schedule", "plan", "nn", "schemas", "training"},
     "integrations": {
         *("dtypes", "checks", "reference", "schedule", "plan", "ops", "nn", "models", "inference", "requests", "sampling"),
         *("evaluation", "integrations"),
