@@ -174,10 +174,24 @@ def test_readme_begins_with_what_ci_runs() -> None:
     assert re.search(r"\$\(MAKE\) .* picture ", check_all)
 
 
+def extras() -> list[str]:
+    """Return the names of the package's optional dependencies."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    (table,) = re.findall(r"^\[project\.optional-dependencies\]$(.*?)^\[", text, re.MULTILINE | re.DOTALL)
+    return re.findall(r"^([\w-]+) = \[", table, re.MULTILINE)
+
+
+def test_the_table_of_extras_is_complete() -> None:
+    text = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    (table,) = re.findall(r"^\| extra \|.*?\n\|[-|]+\|\n(.*?)\n\n", text, re.MULTILINE | re.DOTALL)
+    named = re.findall(r"^\| `([\w-]+)` \|", table, re.MULTILINE)
+    assert len(named) == len(table.splitlines())
+    assert sorted(named) == sorted(extras())
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_commands_exist(page: Path) -> None:
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
-    extras = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
     for words in commands(page.read_text(encoding="utf-8")):
         if words[0] == "ddpm-fast":
             parse(words[1:])
@@ -187,4 +201,4 @@ def test_commands_exist(page: Path) -> None:
             assert (ROOT / words[1]).is_file()
         elif words[:2] == ["pip", "install"]:
             named = [name for group in re.findall(r"\.\[([\w,]+)\]", " ".join(words)) for name in group.split(",")]
-            assert set(named) <= set(extras)
+            assert set(named) <= set(extras())
