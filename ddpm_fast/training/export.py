@@ -28,8 +28,9 @@ def export_checkpoint(
 
     Args:
         run_dir: Folder of a run.
-        out_dir: Folder to write. It receives unet/ and scheduler/ in diffusers' layout, training.json (the run's
-            configuration and its step) and training_log.csv. The names of the classes are in unet/config.json.
+        out_dir: Folder to write. It receives unet/, scheduler/ and model_index.json, from which diffusers loads a pipeline,
+            training.json (the run's configuration and its step) and training_log.csv. The names of the classes are in
+            unet/config.json.
         dtype: Dtype of the weights in the file.
 
     Returns:
@@ -81,6 +82,15 @@ def export_checkpoint(
     try:
         model.save_pretrained(out / "unet")
         write_scheduler(out / "scheduler", schedule, prediction)
+        write_json(
+            out / "model_index.json",
+            {
+                # diffusers' DDPMPipeline passes no labels to the network. This one does, with any scheduler.
+                "_class_name": "DDPMPipeline" if model.class_embedding is None else "ConsistencyModelPipeline",
+                "scheduler": ["diffusers", "DDPMScheduler"],
+                "unet": ["diffusers", "UNet2DModel"],
+            },
+        )
         write_json(out / "training.json", record)
         write_text(out / "training_log.csv", log)
     except OSError as error:

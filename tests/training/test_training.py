@@ -503,6 +503,7 @@ def test_export_is_a_model_folder(tmp_path: Path) -> None:
     out = export_checkpoint(tmp_path / "run", tmp_path / "out")
     run, exported = load_folder(tmp_path / "run"), load_folder(out)
     assert sorted(str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()) == [
+        "model_index.json",
         "scheduler/scheduler_config.json",
         "training.json",
         "training_log.csv",
@@ -573,6 +574,31 @@ def test_diffusers_reads_the_exported_scheduler(tmp_path: Path) -> None:
         ours = NoiseSchedule.from_config(json.loads((run / "config.json").read_text())["schedule"]).alpha_bars
         # diffusers multiplies 50 float32 factors 1 - beta, the smallest of them 1 - 0.999.
         torch.testing.assert_close(theirs.double(), ours, rtol=50 * 2**-24 + 2**-24 / 0.001, atol=0)
+
+
+@pytest.mark.parametrize("conditional", [False, True])
+def test_diffusers_draws_from_an_exported_folder(conditional: bool, tmp_path: Path) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    train(tmp_path / "run", **QUIET | {"steps": 1, "conditional": conditional, "num_timesteps": 50})
+    out = export_checkpoint(tmp_path / "run", tmp_path / "out", torch.float32)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(out)
+    assert type(pipe) is (diffusers.ConsistencyModelPipeline if conditional else diffusers.DDPMPipeline)
+    assert isinstance(diffusers.DDPMPipeline.from_pretrained(out).scheduler, diffusers.DDPMScheduler)
+    loaded = load_folder(out)
+    theirs, ours = pipe.unet.state_dict(), loaded.model.state_dict()
+    assert theirs.keys() == ours.keys()
+    assert all(torch.equal(theirs[name], weight) for name, weight in ours.items())
+
+    labels = {"class_labels": torch.tensor([3, 10])} if conditional else {}
+    pipe.set_progress_bar_config(disable=True)
+    draw = {"batch_size": 2, "num_inference_steps": 5, "output_type": "pt"}
+    drawn = pipe(**draw, **labels, generator=torch.Generator().manual_seed(0)).images
+    generator = torch.Generator().manual_seed(0)
+    x_t = torch.randn(2, 1, 8, 8, generator=generator)
+    for t in pipe.scheduler.timesteps:
+        m = loaded.model(x_t, t, *labels.values())
+        x_t = pipe.scheduler.step(m, t, x_t, generator=generator).prev_sample
+    torch.testing.assert_close(drawn, (x_t.detach() / 2 + 0.5).clamp(0, 1), rtol=0, atol=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------------------------- records
