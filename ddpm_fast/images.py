@@ -68,8 +68,7 @@ def _tiled(
 ) -> Tensor:
     """Return the grid of checked images. Raise a ValueError if it does not fit into memory."""
     n, _, height, width = images.shape
-    columns, rows = _columns_and_rows(n, columns)
-    padding = _padding(n, padding)
+    columns, rows, padding = _layout(n, columns, padding)
     step_y, step_x = height * scale + padding, width * scale + padding
     shape = grid_shape(images.shape, columns=columns, padding=padding, scale=scale)
     check_free_memory(function, "the grid", f"{shape[1]}x{shape[0]} pixels", 2 * math.prod(shape))
@@ -89,24 +88,21 @@ def grid_shape(
 ) -> tuple[int, int, int]:
     """Return the shape [height, width, C] of the `image_grid` of images of shape [N, C, H, W]."""
     n, channels, height, width = shape
-    columns, rows = _columns_and_rows(n, columns)
-    padding = _padding(n, padding)
+    columns, rows, padding = _layout(n, columns, padding)
     return rows * (height * scale + padding) + padding, columns * (width * scale + padding) + padding, channels
 
 
-def _padding(n: int, padding: int | None) -> int:
-    """Return the pixels around each of n images."""
-    return (2 if n > 1 else 0) if padding is None else padding
+def _layout(n: int, columns: int | None, padding: int | None) -> tuple[int, int, int]:
+    """Return the columns, rows and padding of a grid of n images.
 
-
-def _columns_and_rows(n: int, columns: int | None) -> tuple[int, int]:
-    """Return the size of a grid of n images. By default it is full and at most three times as wide as high, or square."""
+    By default it is full and at most three times as wide as high, or square. One image has no padding.
+    """
     if columns is None:
         square = math.isqrt(n - 1) + 1
         fitting = (columns for columns in range(square, math.isqrt(3 * n) + 1) if n % columns == 0)
         columns = next(fitting, square)
     columns = min(n, columns)
-    return columns, math.ceil(n / columns)
+    return columns, math.ceil(n / columns), (2 if n > 1 else 0) if padding is None else padding
 
 
 def save_grid(

@@ -41,6 +41,7 @@ from .checks import check_int, check_path
 from .distributed import Processes, joined
 from .errors import InvalidValue, UnusablePath
 from .images import to_uint8
+from .inference import FrozenUNet
 from .limits import check_free_space, check_writable
 from .locks import locked
 from .models import Model, device_and_dtype, model_config
@@ -91,6 +92,10 @@ def write_samples(
     If a call was interrupted or killed, the same call continues: it draws the blocks of `batch_size` images that are not whole
     yet. `manifest.json`, in the folder or the archive, has the arguments and SHA-256 digests of the plan, the weights and the
     labels. Until an archive is whole, its blocks are in the folder `<out>.parts`. A whole one is not drawn again.
+
+    The weights of a `FrozenUNet` are the tensors that it holds, which `freeze` may round differently on another kind of CPU.
+    Pass the `UNet` to continue on another machine. A model whose weights are unknown, such as a function, starts a new `out`
+    and cannot continue one.
 
     Under torchrun, `accelerate launch` or Slurm, all processes make this call, and each draws its share of the blocks. They see
     the same file system. A block is always one batch, so the files do not depend on the number of processes.
@@ -157,7 +162,7 @@ def write_samples(
         }
         missing = _missing(team, files, manifest, blocks, locks)
         mine = missing[team.rank :: team.size]
-        with _interruptible(team, files, blocks), _written(team, blocks, missing, progress) as written:
+        with _interruptible(team, files, blocks, manifest), _written(team, blocks, missing, progress) as written:
             for block in mine:
                 part = slice(block.start, block.stop)
                 images = sampler(
@@ -214,6 +219,9 @@ def _missing(
         is_new = not files.agrees(manifest)
         if is_new:
             files.check_new()
+        elif manifest["weights"] is None:
+            wanted = f"to be a module with weights or a FrozenUNet to go on with {str(files.out)!r}"
+            raise InvalidValue(_CALLER, "model", wanted, "a function or object whose weights are unknown; choose another out")
         files.remove_leftovers()
         missing = [not files.has(block) for block in blocks]
         count = sum(len(block) for block, is_missing in zip(blocks, missing, strict=True) if is_missing)
@@ -288,7 +296,7 @@ def _wait(all_arrived: Callable[[], bool], written: Callable[[int], None]) -> No
 
 
 @contextmanager
-def _interruptible(team: Processes, files: _Files, blocks: Sequence[range]) -> Iterator[None]:
+def _interruptible(team: Processes, files: _Files, blocks: Sequence[range], manifest: Mapping[str, Any]) -> Iterator[None]:
     """Say at Ctrl-C how many images are written, in rank 0."""
     try:
         yield
@@ -297,9 +305,8 @@ def _interruptible(team: Processes, files: _Files, blocks: Sequence[range]) -> I
             raise
         count = sum(len(block) for block in blocks if files.has(block))
         total = blocks[-1].stop
-        raise KeyboardInterrupt(
-            f"{count} of {total} images are written to {files.out}. Start it again to draw the others."
-        ) from None
+        others = "No call can draw the others there" if manifest["weights"] is None else "Start it again to draw the others"
+        raise KeyboardInterrupt(f"{count} of {total} images are written to {files.out}. {others}.") from None
 
 
 # ------------------------------------------------------------------------------------------------------------------ formats
@@ -610,11 +617,12 @@ def _plan_digest(plan: SamplingPlan) -> str:
 
 
 def _weights_digest(model: Model) -> str | None:
-    """Return a digest of a module's configuration, weights and buffers, or None for another callable object."""
-    if not isinstance(model, nn.Module):
+    """Return a digest of a network's configuration, weights and buffers, or None if it shows none."""
+    named = model.tensors() if isinstance(model, FrozenUNet) else model.state_dict() if isinstance(model, nn.Module) else {}
+    if not named:
         return None
     digest = hashlib.sha256(json.dumps(dict(model_config(model)), sort_keys=True, default=repr).encode())
-    for name, values in sorted(model.state_dict().items()):
+    for name, values in sorted(named.items()):
         if isinstance(values, Tensor):  # a module may have extra state of any type
             digest.update(f"{name} {values.dtype} {list(values.shape)} ".encode())
             digest.update(values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())

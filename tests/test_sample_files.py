@@ -7,6 +7,7 @@ import shutil
 import signal
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -171,6 +172,8 @@ DRAW = (
     + f"""
 for name in {NAMES}:
     assert d.write_samples(name, model, plan, {NUM}, batch_size={BATCH}, class_labels={LABELS}).exists()
+d.write_samples("other/frozen.npz", d.freeze(model), plan, {NUM}, batch_size={BATCH}, class_labels={LABELS}, progress=False)
+d.write_samples("other/function.npz", lambda x_t, t: x_t / 2, plan, 4, batch_size=2, shape=(3, 8, 8), progress=False)
 """
 )
 
@@ -179,6 +182,8 @@ for name in {NAMES}:
 def test_files_do_not_depend_on_the_number_of_processes(size: int, whole: Path, tmp_path: Path) -> None:
     done = run_ranks(size, ["-W", "error", "-c", DRAW], tmp_path)
     assert [each.returncode for each in done] == [0] * size, done[0].stderr
+    assert sorted(path.name for path in (tmp_path / "other").iterdir()) == ["frozen.npz", "function.npz"]
+    shutil.rmtree(tmp_path / "other")
     assert digests(tmp_path) == digests(whole)
     assert f"{NUM}/{NUM}" in done[0].stderr  # one bar, of the images of all processes
     assert not [each for each in done[1:] if "sampling" in each.stderr]
@@ -327,6 +332,61 @@ def test_a_difference_is_named(field: str, name: str, whole: Path, drawn: list[i
         write(whole / name, **DIFFERENCES[field])
     assert not drawn
     assert digests(whole) == before
+
+
+def test_a_frozen_network_is_told_from_another(tmp_path: Path, drawn: list[int]) -> None:
+    network = d.freeze(MODEL, torch.float32)
+    write(tmp_path / "a.npz", model=network)  # packs its weights
+    drawn.clear()
+    for same in (network, d.freeze(MODEL, torch.float32)):
+        write(tmp_path / "a.npz", model=same)
+    other = d.UNet(**MODEL.config)
+    other.load_state_dict(MODEL.state_dict())
+    changed = {}
+    for name in ("conv_in.weight", "mid_block.resnets.0.norm1.bias", "time_embedding.linear_1.weight", "conv_out.bias"):
+        with torch.no_grad():
+            other.get_parameter(name).flatten()[0] += 0.25
+        changed[name] = d.freeze(other, torch.float32)
+        with torch.no_grad():
+            other.get_parameter(name).flatten()[0] -= 0.25
+    for model in (*changed.values(), MODEL):
+        with pytest.raises(
+            InvalidValue, match=r"^write_samples: expected weights to be [0-9a-f]{64}, as in .* another out for"
+        ):
+            write(tmp_path / "a.npz", model=model)
+    assert not drawn
+
+
+UNKNOWN = (lambda x_t, t: x_t / 2, partial(lambda scale, x_t, t: scale * x_t, 0.5), Grey())
+
+
+@pytest.mark.parametrize("model", UNKNOWN, ids=["function", "partial", "module"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_without_weights_starts_files_and_continues_none(
+    model: Any, name: str, tmp_path: Path, drawn: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"model": model, "class_labels": None, "shape": (3, 4, 4)}
+    wanted = InvalidValue(
+        "write_samples",
+        "model",
+        f"to be a module with weights or a FrozenUNet to go on with {str(tmp_path / name)!r}",
+        "a function or object whose weights are unknown; choose another out",
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(sample_files, "_pixels", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt, match=rf"^0 of {NUM} images .*{name}\. No call can draw the others there\.$"):
+            write(tmp_path / name, **changes)
+    drawn.clear()
+    with refused(wanted):
+        write(tmp_path / name, **changes)
+    assert not drawn
+    shutil.rmtree(tmp_path / (name if name == "folder" else f"{name}.parts"))
+    write(tmp_path / name, **changes)
+    assert sum(drawn) == NUM
+    before = digests(tmp_path)
+    with refused(wanted):
+        write(tmp_path / name, **changes)
+    assert digests(tmp_path) == before
 
 
 def test_a_difference_of_an_interrupted_archive_is_named(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from ..nn.config import UNetConfig
 from ..nn.unet import UNet, centered, checked_timesteps
 from ..ops.backend import has_fast_bfloat16, why_not_matrix_kernels
 from ..ops.fused_op import is_transformed_tensor, runs_eagerly
-from .network import Conv, Network, Resnet, read_network, why_not_frozen
+from .network import Conv, Network, Resnet, held_tensors, read_network, why_not_frozen
 from .packed_layers import PackedLayers
 from .program import Buffer, Builder, Call, NativeProgram, PythonProgram
 from .pytorch_layers import PyTorchLayers, has_prepacked
@@ -207,6 +207,10 @@ class FrozenUNet:
             parts = [tensor.split(self._images_at_once(x)) for tensor in (x, t, class_labels) if tensor is not None]
             outs = [self._part(x, t, *labels) for x, t, *labels in zip(*parts, strict=True)]
             return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors that the network holds besides its packed weights, by their numbers. Do not modify them."""
+        return {f"{number:05}": tensor for number, tensor in enumerate(held_tensors(self._constants.network))}
 
     def _part(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
         inputs = (x, *self._constants.network.time_terms.stacks(t, class_labels))

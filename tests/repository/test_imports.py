@@ -39,7 +39,7 @@ ALLOWED = {
     "sampling": {"dtypes", "checks", "limits", "plan", "images", "models", "inference", "requests", "denoising_loop"},
     "sample_files": {
         *("atomic", "checks", "limits", "locks", "distributed", "plan", "schemas", "images", "models", "requests"),
-        "sampling",
+        *("inference", "sampling"),
     },
     "editing": {"dtypes", "checks", "limits", "reference", "plan", "ops", "models", "requests", "sampling"},
     "evaluation": {
