@@ -6,7 +6,6 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from functools import wraps
 from typing import Any, Literal
 
 import torch
@@ -16,22 +15,10 @@ from .checks import MAX_TIMESTEPS, check_choice, check_int, check_number, check_
 from .errors import InvalidType, InvalidValue, expect, renaming
 
 
-def _computed_once(compute: Callable[[NoiseSchedule], Tensor]) -> Callable[[NoiseSchedule], Tensor]:
-    """Keep what a coefficient's function returns. Each call returns a copy, so that no caller can change the schedule."""
-
-    @wraps(compute)
-    def coefficient(self: NoiseSchedule) -> Tensor:
-        if compute.__name__ not in self._coefficients:
-            self._coefficients[compute.__name__] = compute(self)
-        return self._coefficients[compute.__name__].clone()
-
-    return coefficient
-
-
 class NoiseSchedule:
     """The betas of a diffusion process and the coefficients derived from them.
 
-    A schedule never changes. All coefficients are float64 [T] on the CPU, and each access returns a copy. The paper counts
+    A schedule never changes. All coefficients are float64 [T] on the CPU, computed at each access. The paper counts
     t = 1..T, the code t = 0..T-1. Build a schedule with `linear`, `scaled_linear`, `cosine`, `sigmoid`, `laplace`,
     `sigmoid_betas` or `from_betas`. Equation numbers are those of the derivation in the documentation;
     those of Ho et al. 2020 follow where they differ.
@@ -50,7 +37,6 @@ class NoiseSchedule:
 
     def __init__(self, betas: Tensor, name: str = "from_betas", parameters: dict[str, Any] | None = None) -> None:
         self._betas = _checked_betas("NoiseSchedule", betas)
-        self._coefficients: dict[str, Tensor] = {}
         check_choice("NoiseSchedule", "name", name, BUILDERS)
         check_type("NoiseSchedule", "parameters", parameters, dict, optional=True)
         self.name = name
@@ -304,43 +290,36 @@ class NoiseSchedule:
         return self._betas.clone()
 
     @property
-    @_computed_once
     def alphas(self) -> Tensor:
         """Signal kept by each forward step: alpha_t = 1 - beta_t (eq. 2)."""
         return 1 - self.betas
 
     @property
-    @_computed_once
     def alpha_bars(self) -> Tensor:
         """Signal kept up to step t: abar_t = prod_{s <= t} alpha_s (eq. 2)."""
         return self.alphas.cumprod(0)
 
     @property
-    @_computed_once
     def alpha_bars_prev(self) -> Tensor:
         """abar_{t-1}, and 1 at t = 0 (eq. 6-8)."""
         return torch.cat([torch.ones(1, dtype=torch.float64), self.alpha_bars[:-1]])
 
     @property
-    @_computed_once
     def sqrt_alpha_bars(self) -> Tensor:
         """Weight of x_0 in x_t: sqrt(abar_t) (eq. 3, Ho et al. eq. 4)."""
         return self.alpha_bars.sqrt()
 
     @property
-    @_computed_once
     def sqrt_one_minus_alpha_bars(self) -> Tensor:
         """Weight of epsilon in x_t: sqrt(1 - abar_t) (eq. 3, Ho et al. eq. 4)."""
         return (1 - self.alpha_bars).sqrt()
 
     @property
-    @_computed_once
     def sqrt_recip_alphas(self) -> Tensor:
         """1 / sqrt(alpha_t) (eq. 13, Ho et al. eq. 11)."""
         return self.alphas.rsqrt()
 
     @property
-    @_computed_once
     def posterior_mean_coef_x_0(self) -> Tensor:
         """Weight of x_0 in mu~_t.
 
@@ -351,7 +330,6 @@ class NoiseSchedule:
         return self.alpha_bars_prev.sqrt() * self.betas / (1 - self.alpha_bars)
 
     @property
-    @_computed_once
     def posterior_mean_coef_x_t(self) -> Tensor:
         """Weight of x_t in mu~_t.
 
@@ -362,7 +340,6 @@ class NoiseSchedule:
         return self.alphas.sqrt() * (1 - self.alpha_bars_prev) / (1 - self.alpha_bars)
 
     @property
-    @_computed_once
     def posterior_variance(self) -> Tensor:
         """Posterior variance beta~_t, 0 at t = 0.
 
@@ -373,7 +350,6 @@ class NoiseSchedule:
         return (1 - self.alpha_bars_prev) / (1 - self.alpha_bars) * self.betas
 
     @property
-    @_computed_once
     def posterior_log_variance(self) -> Tensor:
         """Logarithm of beta~_t, with the value of t = 1 at t = 0.
 
@@ -383,7 +359,6 @@ class NoiseSchedule:
         return torch.cat([variance[1:2] if self.num_timesteps > 1 else self.betas[:1], variance[1:]]).log()
 
     @property
-    @_computed_once
     def snr(self) -> Tensor:
         """Signal-to-noise ratio abar_t / (1 - abar_t) (Kingma et al. 2021)."""
         return self.alpha_bars / (1 - self.alpha_bars)
