@@ -7,15 +7,23 @@
 #pragma once
 
 #include <cstdint>
-#include <tuple>
 
 #include "common/dtype.h"
 
+// A tuple of the fields would take several times as long to compile.
 #define DDPM_FAST_FIELDS(...)                                   \
   static constexpr const char* names() { return #__VA_ARGS__; } \
-  auto fields() { return std::tie(__VA_ARGS__); }
+  template <class Visit>                                        \
+  void visit_fields(Visit& visit) {                             \
+    visit_each(visit, __VA_ARGS__);                             \
+  }
 
 namespace ddpm_fast {
+
+template <class Visit, class... Fields>
+void visit_each(Visit& visit, Fields&... fields) {
+  (visit(fields), ...);
+}
 
 // The noise stream of q_sample and denoising_loss. ddpm_fast/reference.py has the same number.
 constexpr std::uint32_t kStreamQSample = 0xFFFFFFFE;

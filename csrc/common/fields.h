@@ -2,7 +2,6 @@
 #pragma once
 
 #include <string>
-#include <tuple>
 #include <type_traits>
 #include <vector>
 
@@ -11,7 +10,7 @@
 namespace ddpm_fast {
 
 template <class T>
-concept HasFields = requires(T value) { value.fields(); };
+concept HasFields = requires { T::names(); };
 
 // Calls visit(field) for every field in order. A struct within `args` counts as its own fields.
 template <HasFields Args, class Visit>
@@ -23,7 +22,7 @@ void for_each_field(Args& args, Visit&& visit) {
       visit(field);
     }
   };
-  std::apply([&](auto&... field) { (one(field), ...); }, args.fields());
+  args.visit_fields(one);
 }
 
 inline std::vector<std::string> split(const std::string& names) {
@@ -56,7 +55,7 @@ std::vector<std::string> field_names() {
     }
   };
   Args args{};
-  std::apply([&](auto&... field) { (one(field), ...); }, args.fields());
+  args.visit_fields(one);
   return names;
 }
 
