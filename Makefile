@@ -1,7 +1,7 @@
 # One word for each task. CI uses the same words.
 PYTHON ?= python3
 VENV ?= .venv
-EXTRAS ?= $(if $(filter picture,$(MAKECMDGOALS)),train,test)
+EXTRAS ?= test
 # Architectures whose machine code has budgets. `make check-all` compiles one or more of each generation.
 BUDGETED ?= 80;86;89;90a;100;103;120
 JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
@@ -17,6 +17,9 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: picture check check-all check-lowest lowest-environment setup setup-lowest build lint test test-all machine-code mutations bench gpu-check gpu-tune docs format stub clean
 
+.DEFAULT_GOAL := check
+
+picture: EXTRAS = train
 picture:  ## make an environment with the package (editable), and draw a first picture
 	$(MAKE) -j 2 setup EXTRAS=$(EXTRAS)
 	$(VENV)/bin/ddpm-fast sample
@@ -57,7 +60,7 @@ $(VENV)/tools:
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("expected Python 3.10 or later, got " + sys.version + "; name another: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade setuptools cmake ninja pybind11
-	$(RUN) setup.py -q --version >/dev/null
+	$(RUN) setup.py -q build_ext --help >/dev/null
 	touch $@
 
 $(VENV)/with-$(EXTRAS): pyproject.toml $(VENV)/tools

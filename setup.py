@@ -4,7 +4,7 @@ Environment variables:
     DDPM_FAST_NO_NATIVE=1: build nothing. The reference and Triton backends work without the native module.
     FORCE_CUDA=1: compile the CUDA kernels for all architectures, even if no GPU is visible.
     DDPM_FAST_CUDA_ARCHS="80;90a": compile the CUDA kernels for these architectures. "none" compiles none.
-    TORCH_CUDA_ARCH_LIST="8.0 9.0+PTX": the same in PyTorch's words, if DDPM_FAST_CUDA_ARCHS is not set.
+    TORCH_CUDA_ARCH_LIST="8.0 9.0+PTX": the same as PyTorch takes it, in numbers, if DDPM_FAST_CUDA_ARCHS is not set.
     DDPM_FAST_COMPILED_ISAS=native: compile the CPU kernels for this processor, and for the baseline without much optimization.
         "all" compiles them for every instruction set. Editable installs are native by default, and wheels are for all.
     CXX: the C++ compiler.
@@ -81,8 +81,8 @@ class CMakeBuild(build_ext):
         super().run()
 
     def build_extension(self, ext: Extension) -> None:
-        scripts = sysconfig.get_path("scripts")  # for an environment that is used without being activated
-        path = os.environ["PATH"] + os.pathsep + scripts
+        # The environment's own programs come first, activated or not: another CMake would compile everything again.
+        path = sysconfig.get_path("scripts") + os.pathsep + os.environ["PATH"]
         programs = {name: shutil.which(name, path=path) for name in ("cmake", "ninja")}
         if None in programs.values() or importlib.util.find_spec("pybind11") is None:
             sys.exit("error: ddpm_fast needs cmake, ninja and pybind11 to be built: pip install cmake ninja pybind11")
@@ -130,6 +130,6 @@ class CMakeBuild(build_ext):
 if int(setuptools.__version__.split(".")[0]) < 77:  # pip installs a newer one, unless build isolation is off
     sys.exit(f"error: ddpm_fast needs setuptools 77 or later to be built, and found {setuptools.__version__}")
 native = [] if os.environ.get("DDPM_FAST_NO_NATIVE") == "1" else [Extension("ddpm_fast._native", sources=[])]
-if native and "sdist" not in sys.argv:
-    check_requirements()  # already for the metadata: pip then says it before it downloads gigabytes of dependencies
+if native and not {"dist_info", "editable_wheel", "bdist_wheel", "build_ext"}.isdisjoint(sys.argv):
+    check_requirements()  # dist_info: pip asks for metadata before it downloads gigabytes of dependencies
 setup(ext_modules=native, cmdclass={"build_ext": CMakeBuild})

@@ -16,7 +16,7 @@ class BuildInfo(TypedDict):
     isas: list[str]  # the compiled instruction sets, worst first
     processor_isa: str  # the best instruction set that this processor has, compiled or not
     amx_bf16: bool  # whether the CPU has matrix units for bfloat16
-    cuda_archs: list[str]
+    cuda_archs: list[str]  # in nvcc's words: sm_ is machine code, compute_ is PTX
     cuda_why_not: str  # empty if cuda_archs is not
     openmp: bool
 

@@ -267,7 +267,8 @@ def _leaving(group: Any = None, works: Sequence[Any] = ()) -> Iterator[None]:
         for work in works:
             Thread(target=_keep, args=(group, work), daemon=True).start()
         # No public function aborts a group. The destructor of this one's communicator would wait for the other processes.
-        dist.distributed_c10d._abort_process_group(group)
+        with suppress(AssertionError, ValueError):  # the caller may have destroyed it
+            dist.distributed_c10d._abort_process_group(group)
         raise
     dist.destroy_process_group(group)
 

@@ -64,7 +64,7 @@ def _native_lines() -> Iterator[str]:
     slow = why_not_best_isa()
     if slow is not None:
         yield slow
-    archs = ", ".join(f"sm_{arch}" for arch in build["cuda_archs"])
+    archs = ", ".join(build["cuda_archs"])
     yield (
         f"CUDA {archs}" if archs else f"no CUDA kernels: {build['cuda_why_not']} (set FORCE_CUDA=1, unset DDPM_FAST_CUDA_ARCHS)"
     )

@@ -76,7 +76,7 @@ def no_folder(path: str | os.PathLike[str]) -> str:
         return f"{text!r}, which is a file"
     beside: list[str] = []
     with suppress(OSError):  # there is no parent, or it may not be read
-        beside = [each.name for each in path.parent.iterdir() if each.is_dir()]
+        beside = [each.name for each in path.parent.iterdir() if any(each.glob("*.json")) or (each / "unet").is_dir()]
     for close in difflib.get_close_matches(path.name, beside, 1):
         return f"{text!r}, which is none; did you mean {str(path.with_name(close))!r}?"
     reason, parent = "", str(path.parent)

@@ -213,7 +213,7 @@ def _missing(
             try:
                 files.folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:  # such as in /proc, where all looks writable
-                raise UnusablePath(_CALLER, "out", "to be in a folder where folders can be made", error) from error
+                raise UnusablePath(_CALLER, "out", "to be a path whose folders can be made", error) from error
         if files.folder.exists():
             locks.enter_context(_alone(files))
         is_new = not files.agrees(manifest)
@@ -618,7 +618,14 @@ def _plan_digest(plan: SamplingPlan) -> str:
 
 def _weights_digest(model: Model) -> str | None:
     """Return a digest of a network's configuration, weights and buffers, or None if it shows none."""
-    named = model.tensors() if isinstance(model, FrozenUNet) else model.state_dict() if isinstance(model, nn.Module) else {}
+    named: dict[str, Any] = {}
+    if isinstance(model, FrozenUNet):
+        named = model.tensors()
+    elif isinstance(model, nn.Module):
+        named = model.state_dict()
+        frozen = {f"{p}.{n}": v for p, m in model.named_modules() for n, v in vars(m).items() if isinstance(v, FrozenUNet)}
+        for path, network in frozen.items():
+            named |= {f"{path}.{name}": tensor for name, tensor in network.tensors().items()}
     if not named:
         return None
     digest = hashlib.sha256(json.dumps(dict(model_config(model)), sort_keys=True, default=repr).encode())

@@ -271,7 +271,8 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--num", "3000", "--out", "a.png", "--gif", "a.jpg"], r"expected --gif to end in \.png, as pictures in JPEG"),
         (["--model", "org/name"], "'--model': expected a folder, got 'org/name', .* hf download org/name --local-dir name"),
         (["--model", "name"], "'--model': expected a folder, got 'name', which is none$"),
-        (["--model", "./flolder.png"], r"'--model': .* got 'flolder\.png', which is none; did you mean 'folder\.png'\?$"),
+        (["--model", "./trianed"], r"'--model': .* got 'trianed', which is none; did you mean 'trained'\?$"),
+        (["--model", "./flolder.png"], r"'--model': .* got 'flolder\.png', which is none$"),  # folder.png holds no model
     ],
 )
 def test_sample_refuses_before_work(
@@ -280,6 +281,7 @@ def test_sample_refuses_before_work(
     monkeypatch.chdir(tmp_path)
     Path("file").touch()
     Path("folder.png").mkdir()
+    Path("trained", "unet").mkdir(parents=True)
     Path("there.png").touch()
     Path("link.png").symlink_to("there.png")
     os.link("there.png", "hard.png")

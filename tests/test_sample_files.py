@@ -357,6 +357,26 @@ def test_a_frozen_network_is_told_from_another(tmp_path: Path, drawn: list[int])
     assert not drawn
 
 
+class Wrapper(torch.nn.Module):
+    """A module with a buffer of its own, and a frozen network that is no module."""
+
+    def __init__(self, network: d.FrozenUNet) -> None:
+        super().__init__()
+        self.network = network
+        self.register_buffer("scale", torch.ones(1))
+
+    def forward(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return self.network(x_t, t)
+
+
+def test_a_frozen_network_inside_a_module_is_told_from_another() -> None:
+    torch.manual_seed(1)
+    first, same, other = (d.freeze(each, torch.float32) for each in (MODEL, MODEL, d.UNet(**MODEL.config)))
+    digest = sample_files._weights_digest(Wrapper(first))
+    assert digest == sample_files._weights_digest(Wrapper(same))
+    assert digest != sample_files._weights_digest(Wrapper(other))
+
+
 UNKNOWN = (lambda x_t, t: x_t / 2, partial(lambda scale, x_t, t: scale * x_t, 0.5), Grey())
 
 
@@ -497,7 +517,7 @@ def test_a_folder_that_cannot_be_made_is_named(
 ) -> None:
     reason = FileNotFoundError(2, "No such file or directory")  # as in /proc, where all looks writable to root
     monkeypatch.setattr(Path, "mkdir", lambda *arguments, **options: (_ for _ in ()).throw(reason))
-    with refused(UnusablePath("write_samples", "out", "to be in a folder where folders can be made", reason)):
+    with refused(UnusablePath("write_samples", "out", "to be a path whose folders can be made", reason)):
         write(tmp_path / "new" / name)
     assert not drawn
 

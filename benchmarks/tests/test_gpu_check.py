@@ -44,7 +44,7 @@ def says(log: Path, word: str) -> Callable[[], float]:
 def test_without_a_gpu_it_says_so(capsys: Any) -> None:
     assert gpu_check.main([]) == 2
     said = capsys.readouterr().out
-    assert re.fullmatch(r"gpu-check: nothing was run, .* there is no GPU: torch .*\n", said)
+    assert re.fullmatch(r"nothing was run: torch .*\n", said)
 
 
 def test_a_rehearsal_goes_through_all_phases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

@@ -61,7 +61,7 @@ def test_a_wrong_backend_fails_and_only_the_others_have_times(tmp_path: Path) ->
     ended = subprocess.run(
         [sys.executable, "-m", "pytest", "benchmarks/ops", *options],
         cwd=common.ROOT.parent,
-        env=environment | {"PYTHONPATH": path},
+        env=environment | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
     )

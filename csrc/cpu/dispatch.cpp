@@ -23,9 +23,9 @@ namespace ddpm_fast {
     return {DDPM_FAST_OPS(ADDRESS) DDPM_FAST_CPU_OPS(ADDRESS) DDPM_FAST_CPU_WORKSPACES(WORKSPACE).panel = panel}; \
   }                                                                                                               \
   }
-#define NO_KERNELS(isa)                     \
-  namespace isa {                           \
-  constexpr Kernels (*kernels)() = nullptr; \
+#define NO_KERNELS(isa)                                      \
+  namespace isa {                                            \
+  [[maybe_unused]] constexpr Kernels (*kernels)() = nullptr; \
   }
 KERNELS(baseline)
 #ifdef DDPM_FAST_HAS_avx2

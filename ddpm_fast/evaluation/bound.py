@@ -163,6 +163,8 @@ def variational_bound(
     ):
         from tqdm.auto import tqdm
 
+        weights_of_x_0, log_variances = schedule.posterior_mean_coef_x_0, schedule.posterior_log_variance
+        bounds = torch.stack([log_variances, schedule.betas.log()])
         for t in tqdm(timesteps, desc="variational bound", unit="timestep", disable=not progress):
             epsilon = None if noise is None else noise(t).to(x_0)
             for chunk in chunks:
@@ -171,7 +173,7 @@ def variational_bound(
                 x_t = ops.q_sample(x, t, schedule, noise=drawn)
                 step = torch.full((len(x),), t, device=device)
                 output = predict(network, x_t.to(dtype), step, None if labels is None else labels[chunk]).double()
-                m, log_variance = _split(output, x.shape[1], t, schedule, variance)
+                m, log_variance = _split(output, x.shape[1], t, bounds[:, t], variance)
                 p, q, clip_at = (float(weights[t, COLUMNS.index(name)]) for name in ("p", "q", "clip"))
                 unclipped = p * x_t.double() + q * m
                 x_0_hat = unclipped.clamp(-clip_at, clip_at)
@@ -180,8 +182,8 @@ def variational_bound(
                 of_mean = unclipped if prediction == "previous_sample" else x_0_hat
                 if t > 0:
                     # The two means have the same x_t part (eq. 7): they differ by the weight of x_0.
-                    distance = schedule.posterior_mean_coef_x_0[t] * (x.double() - of_mean)
-                    terms[chunk, t] = transition_bits(distance, schedule.posterior_log_variance[t], log_variance)
+                    distance = weights_of_x_0[t] * (x.double() - of_mean)
+                    terms[chunk, t] = transition_bits(distance, log_variances[t], log_variance)
                 else:
                     # mu~_1's weights of x_0 and x_t are 1 and 0.
                     terms[chunk, t] = reconstruction_bits(x.double(), of_mean, log_variance, exact_cdf=exact_cdf)
@@ -190,13 +192,12 @@ def variational_bound(
     return VariationalBound(prior, terms.cpu(), x_0_mse, x_0_mse * schedule.snr)
 
 
-def _split(output: Tensor, channels: int, t: int, schedule: NoiseSchedule, variance: Variance) -> tuple[Tensor, Tensor]:
+def _split(output: Tensor, channels: int, t: int, bounds: Tensor, variance: Variance) -> tuple[Tensor, Tensor]:
     """Return the prediction, and the log variance of p(x_{t-1} | x_t).
 
     The log variance is a 0-d tensor, or shaped like the prediction if it is learned.
     """
-    lower = schedule.posterior_log_variance[t]
-    upper = schedule.betas[t].log()
+    lower, upper = bounds
     if variance in ("fixed_small", "fixed_small_log"):
         return output, lower
     if variance in ("fixed_large", "fixed_large_log"):

@@ -69,11 +69,14 @@ _REINSTALL: Final = "pip install --force-reinstall --no-deps -e . (in the folder
 
 def why_not_best_isa() -> str | None:
     """Return that the CPU kernels were compiled for another processor, and the remedy, or None if this one's best set runs."""
-    if os.environ.get("DDPM_FAST_ISA") or BUILD.get("isa") == BUILD.get("processor_isa"):
+    isa = BUILD.get("isa")
+    if os.environ.get("DDPM_FAST_ISA") or isa == BUILD.get(
+        "processor_isa", isa
+    ):  # a module that is to be rebuilt has no such field
         return None
     return (
         f"the CPU kernels were compiled for {' and '.join(BUILD['isas'])}. This processor has {BUILD['processor_isa']} "
-        f"and runs those for {BUILD['isa']}, which are slower. To compile for it: {_REINSTALL}"
+        f"and runs those for {isa}, which are slower. To compile for it: {_REINSTALL}"
     )
 
 
@@ -107,7 +110,7 @@ def why_not_matrix_kernels(device: torch.device, dtype: torch.dtype) -> str | No
     if dtype not in MATRIX_DTYPES:
         return f"it computes in float32 and bfloat16, not in {dtype}"
     if BUILD["isa"] == "baseline":
-        return why_not_best_isa() or "this CPU has neither AVX2 nor AVX-512"
+        return why_not_best_isa() or "it needs AVX2 or AVX-512, and the CPU kernels in use are for neither"
     if dtype == torch.bfloat16 and BUILD["amx_bf16"]:
         return "this CPU has matrix units for bfloat16, which oneDNN uses and the kernels do not"
     return None

@@ -93,13 +93,15 @@ class SamplingPlan:
         if self.coefficients.shape != (self.num_steps, len(COLUMNS)):
             wanted, got = [self.num_steps, len(COLUMNS)], list(self.coefficients.shape)
             raise InvalidValue("SamplingPlan", "coefficients", f"of shape {wanted}", got)
+        for name in ("timesteps", "coefficients"):  # a caller may change its tensors
+            object.__setattr__(self, name, getattr(self, name).clone())
         told = self.schedule.alpha_bars[self.timesteps]
         following = torch.cat([told[1:], torch.ones(1, dtype=torch.float64)])
         for name, default in (("alpha_bars_prev", following), ("alpha_bars", told)):
             check_type(caller, name, getattr(self, name), Tensor)
-            if getattr(self, name).numel() == 0:
-                object.__setattr__(self, name, default)
-            values = getattr(self, name)
+            given = getattr(self, name)
+            values = (given if given.numel() else default).clone()
+            object.__setattr__(self, name, values)
             _check_tensor(caller, name, values, torch.float64, 1)
             if values.numel() != self.num_steps or not bool(((values >= 0) & (values <= 1)).all()):
                 raise InvalidValue(caller, name, f"to be {self.num_steps} values in 0..1", values.tolist())
@@ -148,7 +150,7 @@ class SamplingPlan:
             )
         some = slice(rows.start, rows.stop)
         names = ("timesteps", "coefficients", "alpha_bars_prev", "alpha_bars")
-        return replace(self, **{name: getattr(self, name)[some].clone() for name in names})
+        return replace(self, **{name: getattr(self, name)[some] for name in names})
 
     def starting_at(self, timestep: int) -> SamplingPlan:
         """Return the plan from a timestep on, for a start from x_t instead of x_T.

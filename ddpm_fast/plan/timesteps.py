@@ -80,7 +80,7 @@ def checked_timesteps(
         raise InvalidValue(caller, "spacing", f"to be {kind} in 0..{total - 1}", timesteps.tolist())
     if num_steps not in (None, timesteps.numel()):
         raise InvalidValue(caller, "num_steps", f"to be None or {timesteps.numel()}, as spacing lists", num_steps)
-    return timesteps.to("cpu", torch.int64, copy=True)
+    return timesteps.to("cpu", torch.int64)
 
 
 def checked_arrivals(caller: str, timesteps: Tensor, previous: Sequence[int]) -> Tensor:

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -204,9 +204,12 @@ except MemoryError:
     assert (result.returncode, result.stdout) == (0, "MemoryError\n"), result.stderr
 
 
-def _setup_without_compiler(tmp_path: Path, **environment: str) -> "subprocess.CompletedProcess[str]":
-    arguments = ["setup.py", "-q", "build_ext", "--build-temp", str(tmp_path / "temp"), "--build-lib", str(tmp_path / "lib")]
-    variables = {name: value for name, value in os.environ.items() if name != "CXX"}
+def _setup_without_compiler(
+    tmp_path: Path, command: Sequence[str] | None = None, **environment: str
+) -> "subprocess.CompletedProcess[str]":
+    build = ["build_ext", "--build-temp", str(tmp_path / "temp"), "--build-lib", str(tmp_path / "lib")]
+    arguments = ["setup.py", "-q", *(build if command is None else command)]
+    variables = {name: value for name, value in os.environ.items() if name not in ("CXX", "DDPM_FAST_NO_NATIVE")}
     variables |= {"PATH": str(tmp_path)} | environment
     return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=variables, capture_output=True, text=True)
 
@@ -256,11 +259,12 @@ def test_without_python_headers_one_clear_error(tmp_path: Path) -> None:
 
 @pytest.mark.sources
 def test_metadata_without_a_compiler_is_the_same_error(tmp_path: Path) -> None:
-    """An installation asks for it before it downloads the dependencies."""
-    command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(tmp_path)]
-    result = subprocess.run(command, cwd=ROOT, env=os.environ | {"PATH": str(tmp_path)}, capture_output=True, text=True)
-    assert result.returncode != 0
-    assert "ddpm_fast needs a C++20 compiler" in result.stderr
+    """An installation asks for it before it downloads the dependencies. A source distribution needs no compiler."""
+    for command, status in (("dist_info", 1), ("egg_info", 0)):
+        folder = ["--output-dir" if command == "dist_info" else "--egg-base", str(tmp_path)]
+        result = _setup_without_compiler(tmp_path, command=[command, *folder])
+        assert result.returncode == status, result.stderr
+        assert ("ddpm_fast needs a C++20 compiler" in result.stderr) == bool(status)
 
 
 @pytest.mark.sources
@@ -277,13 +281,19 @@ def test_metadata_without_a_compiler_is_the_same_error(tmp_path: Path) -> None:
 def test_which_instruction_sets_are_compiled(
     tmp_path: Path, options: list[str], environment: dict[str, str], isas: str
 ) -> None:
-    """What stays here is for this processor, and a wheel is for all."""
+    """Builds in place are for this processor, and wheels are for all."""
     cmake = tmp_path / "cmake"
     cmake.write_text('#!/bin/sh\necho "for $DDPM_FAST_COMPILED_ISAS"\nexit 1\n')
     cmake.chmod(0o755)
-    variables = {name: value for name, value in os.environ.items() if name != "DDPM_FAST_COMPILED_ISAS"} | environment
-    variables["PATH"] = os.pathsep.join([str(tmp_path), os.environ["PATH"]])
-    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-temp", str(tmp_path / "build"), *options]
+    unset = ("DDPM_FAST_COMPILED_ISAS", "DDPM_FAST_NO_NATIVE")
+    variables = {name: value for name, value in os.environ.items() if name not in unset} | environment
+    script = f"""
+import runpy, sysconfig
+get_path = sysconfig.get_path
+sysconfig.get_path = lambda name, *args, **options: {str(tmp_path)!r} if name == "scripts" else get_path(name, *args, **options)
+runpy.run_path("setup.py")
+"""
+    command = [sys.executable, "-c", script, "-q", "build_ext", "--build-temp", str(tmp_path / "build"), *options]
     result = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
     assert result.stdout == f"for {isas}\n", result.stderr
 
@@ -344,7 +354,7 @@ def _on_a_gpu(
     else:
         cuda = SimpleNamespace(why_not=lambda: said, versions=lambda: list(versions))
         monkeypatch.setitem(backend.KERNELS, "cuda", cuda)
-        monkeypatch.setitem(backend.BUILD, "cuda_archs", ["90a", "100"])
+        monkeypatch.setitem(backend.BUILD, "cuda_archs", ["sm_90a", "compute_100"])
 
 
 INSUFFICIENT = "CUDA driver version is insufficient for CUDA runtime version"
@@ -358,12 +368,12 @@ NO_IMAGE = "no kernel image is available for execution on the device"
         ({"capability": (7, 5)}, "no nvcc was found", "They need a GPU of compute capability 8.0 or later."),
         (
             {"said": INSUFFICIENT, "versions": (12040, 13000)},
-            f"{INSUFFICIENT} (compiled with CUDA 13.0 for 90a 100, the driver supports CUDA 12.4)",
+            f"{INSUFFICIENT} (compiled with CUDA 13.0 for sm_90a compute_100, the driver supports CUDA 12.4)",
             "Update the driver to one for CUDA 13, or compile with an older nvcc: pip install",
         ),
         (
             {"said": NO_IMAGE},
-            f"{NO_IMAGE} (compiled with CUDA 13.0 for 90a 100, the driver supports CUDA 13.0)",
+            f"{NO_IMAGE} (compiled with CUDA 13.0 for sm_90a compute_100, the driver supports CUDA 13.0)",
             "To compile them for all visible GPUs",
         ),
         ({"said": NO_IMAGE, "versions": (13000, 12080)}, "with CUDA 12.8 for", "To compile them for all visible GPUs"),
@@ -401,8 +411,9 @@ def test_a_gpu_that_compiled_kernels_can_use_warns_never(monkeypatch: pytest.Mon
         ({"isas": ["baseline", "avx2"], "isa": "avx2", "processor_isa": "avx512"}, {}, "compiled for baseline and avx2. This"),
         ({"isas": ["baseline", "avx2"], "isa": "avx2", "processor_isa": "avx2"}, {}, None),
         ({"isas": ["baseline", "avx2"], "isa": "baseline", "processor_isa": "avx2"}, {"DDPM_FAST_ISA": "baseline"}, None),
+        ({"isas": ["baseline"], "isa": "baseline"}, {}, None),
     ],
-    ids=["lesser processor", "better processor", "its processor", "capped"],
+    ids=["lesser processor", "better processor", "its processor", "capped", "older module"],
 )
 def test_kernels_that_were_compiled_for_another_processor(
     monkeypatch: pytest.MonkeyPatch, build: dict[str, Any], environment: dict[str, str], said: str | None
@@ -532,6 +543,10 @@ def test_a_torch_arch_list_of_old_gpus_is_named(tmp_path: Path) -> None:
     status, said = _configure(tmp_path, gpus="9.0\n", TORCH_CUDA_ARCH_LIST="6.1;7.0+PTX")
     assert status == 0, said
     assert "it was built for TORCH_CUDA_ARCH_LIST, which names GPUs of compute capability 6.1, 7.0+PTX" in said
+    assert "FORCE_CUDA=1" not in said  # it would not help
+    status, said = _configure(tmp_path, TORCH_CUDA_ARCH_LIST="6.1;7.0+PTX", FORCE_CUDA="1")
+    assert status != 0
+    assert "FORCE_CUDA=1: expected TORCH_CUDA_ARCH_LIST to have a compute capability of 8.0 or later, got 6.1, 7.0+PTX" in said
 
 
 @pytest.mark.sources

@@ -379,7 +379,7 @@ def test_reasons_why_kernels_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None
         ("avx2", False, torch.bfloat16, None),
         ("avx512_bf16", True, torch.float32, None),
         ("avx512_bf16", True, torch.bfloat16, "matrix units for bfloat16"),
-        ("baseline", False, torch.float32, "neither AVX2 nor AVX-512"),
+        ("baseline", False, torch.float32, "it needs AVX2 or AVX-512"),
     ):
         monkeypatch.setattr(backend, "BUILD", {"isa": isa, "amx_bf16": amx})
         got = backend.why_not_matrix_kernels(cpu, dtype)

@@ -90,6 +90,16 @@ def test_a_plan_keeps_its_timesteps_when_the_caller_changes_theirs(build: Any, k
     assert torch.equal(later.coefficients, expected.starting_at(600).coefficients)
 
 
+def test_a_plan_keeps_its_tensors_when_the_caller_changes_theirs() -> None:
+    known = ddpm_plan(SCHEDULE, 4)
+    names = ("timesteps", "coefficients", "alpha_bars_prev", "alpha_bars")
+    given = {name: getattr(known, name).clone() for name in names}
+    plan = replace(known, **given)
+    for name, tensor in given.items():
+        tensor.zero_()
+        assert torch.equal(getattr(plan, name), getattr(known, name))
+
+
 def test_a_slice_has_some_of_the_rows() -> None:
     plan = ddpm_plan(SCHEDULE, 10)
     part = plan[2:5]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import click
@@ -172,6 +173,8 @@ def test_readme_begins_with_what_ci_runs() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     (check_all,) = re.findall(r"^check-all:.*\n((?:\t.*\n)+)", makefile, re.MULTILINE)
     assert re.search(r"\$\(MAKE\) .* picture ", check_all)
+    dry = subprocess.run(["make", "-n", "picture"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert re.search(r"setup EXTRAS=train\n", dry.stdout)  # what README's line for pip installs
 
 
 def extras() -> list[str]:
