@@ -96,7 +96,8 @@ HUB = "; a model of the Hugging Face hub is downloaded first: hf download {} --l
         ("runs/mien", "none; did you mean 'runs/mine'?"),
         ("runs/mien/", "none; did you mean 'runs/mine'?"),
         ("./runs/mien", "none; did you mean 'runs/mine'?"),
-        (Path("rums"), "none; did you mean 'runs'?"),
+        (Path("modal"), "none; did you mean 'model'?"),
+        (Path("rums"), "none"),  # runs holds no model itself
         ("runs/other", "none: 'runs' has no such folder" + HUB.format("runs/other", "other")),
         (
             "google/ddpm-cifar10-32",
@@ -117,6 +118,8 @@ def test_a_model_folder_that_is_missing_has_advice(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "mine").mkdir(parents=True)
+    Path("runs/mine/config.json").touch()
+    Path("model/unet").mkdir(parents=True)
     Path("file").touch()
     Path("runs/miem").touch()  # no folder
     assert no_folder(path) == f"{os.fspath(path)!r}, which is {wanted}"
