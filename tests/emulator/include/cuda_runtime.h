@@ -193,6 +193,8 @@ struct cudaLaunchConfig_t {
   unsigned numAttrs;
 };
 
+#define CUDART_VERSION 12000  // the oldest toolkit that compiles the kernels
+cudaError_t cudaDriverGetVersion(int* version);
 cudaError_t cudaGetDevice(int* device);
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int device);
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int value);

@@ -100,6 +100,11 @@ cudaError_t check_launch(const cudaLaunchConfig_t& config, const dim3& cluster, 
 
 using namespace emulator;
 
+cudaError_t cudaDriverGetVersion(int* version) {
+  *version = CUDART_VERSION;
+  return cudaSuccess;
+}
+
 cudaError_t cudaGetDevice(int* device) {
   *device = device_in_use;
   return cudaSuccess;
