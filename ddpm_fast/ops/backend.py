@@ -70,9 +70,8 @@ _REINSTALL: Final = "pip install --force-reinstall --no-deps -e . (in the folder
 def why_not_best_isa() -> str | None:
     """Return that the CPU kernels were compiled for another processor, and the remedy, or None if this one's best set runs."""
     isa = BUILD.get("isa")
-    if os.environ.get("DDPM_FAST_ISA") or isa == BUILD.get(
-        "processor_isa", isa
-    ):  # a module that is to be rebuilt has no such field
+    # A module that is older than the sources lacks the field. It has to be imported all the same, to be told so.
+    if os.environ.get("DDPM_FAST_ISA") or isa == BUILD.get("processor_isa", isa):
         return None
     return (
         f"the CPU kernels were compiled for {' and '.join(BUILD['isas'])}. This processor has {BUILD['processor_isa']} "
@@ -158,10 +157,12 @@ def _why_not_cuda(device: torch.device) -> str | None:
     """Return the CUDA runtime's reason why the compiled kernels cannot run on this GPU, or None."""
     if device not in _CUDA_REASONS:
         with torch.cuda.device(device):
-            said = KERNELS["cuda"].why_not()
-        driver, toolkit = (f"{version // 1000}.{version % 1000 // 10}" for version in KERNELS["cuda"].versions())
-        built = f"compiled with CUDA {toolkit} for {' '.join(BUILD['cuda_archs'])}, the driver supports CUDA {driver}"
-        _CUDA_REASONS[device] = f"{said} ({built})" if said else None
+            reason = KERNELS["cuda"].why_not()
+        if reason:
+            driver, toolkit = (f"{version // 1000}.{version % 1000 // 10}" for version in KERNELS["cuda"].versions())
+            archs = " ".join(BUILD["cuda_archs"])
+            reason += f" (compiled with CUDA {toolkit} for {archs}, the driver supports CUDA {driver})"
+        _CUDA_REASONS[device] = reason or None
     return _CUDA_REASONS[device]
 
 

@@ -50,7 +50,7 @@ TENSORS = {
 # Sigmoids that a group norm's kernel computes for an element, by its third argument: input read once, statistics, apply.
 SIGMOIDS = {"group_norm_silu": (1, 0, 1), "group_norm_silu_backward": (2, 1, 1)}
 
-# Which path the figures count, printed with the table.
+# The path that the figures count, printed with the table.
 COUNTED = {
     "elementwise": f"""{", ".join(TENSORS)}: whole vectors in the simplest call, which draws its noise. Options that read or
         write tensors are off. The loss's sum over a tile counts: each thread takes part in it once.""",

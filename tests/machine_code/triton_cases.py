@@ -26,7 +26,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURES = (80, 90, 100)  # A100, H100/H200, B200
 
-# Which path the figures count, printed with the table.
+# The path that the figures count, printed with the table.
 COUNTED = {
     "all": """the launch that the case makes: Triton compiles SiLU, options and absent inputs in or out. It is once around the
         loop with the most wide accesses or, if no loop has any, the whole way. Reductions count."""
