@@ -162,7 +162,7 @@ def check_number(
     if not (high_enough and low_enough and (not finite or -math.inf < value < math.inf)):
         words = {"at least": low, "above": above, "at most": high, "below": below}
         bounds = [f"{word} {bound}" for word, bound in words.items() if bound is not None] + ["finite"] * finite
-        wanted = " and ".join(bounds).replace("above 0", "positive")
+        wanted = " and ".join("positive" if bound == "above 0" else bound for bound in bounds)
         raise InvalidValue(caller, name, f"to be {wanted}{or_none}", repr(value))
 
 

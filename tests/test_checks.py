@@ -77,6 +77,7 @@ def test_numbers_pass(value: float | None, bounds: dict[str, Any]) -> None:
         (math.inf, {"low": 0, "finite": True}, InvalidValue("f", "x", "to be at least 0 and finite", "inf")),
         (math.nan, {"finite": True}, InvalidValue("f", "x", "to be finite", "nan")),
         (-math.inf, {"finite": True}, InvalidValue("f", "x", "to be finite", "-inf")),
+        (0, {"above": 0.5}, InvalidValue("f", "x", "to be above 0.5", "0")),
         (0, {"above": 0, "optional": True}, InvalidValue("f", "x", "to be positive or None", "0")),
         (True, {}, InvalidType("f", "x", "to be a number", "bool")),
         ("1", {"optional": True}, InvalidType("f", "x", "to be a number or None", "str")),
