@@ -9,7 +9,7 @@ import torch
 
 from ..errors import expect
 from ..schedule import NoiseSchedule
-from .levels import LevelSpacing, noise_levels
+from .levels import RHO, LevelSpacing, noise_levels
 from .rows import plan_from_columns, x_0_weights
 from .sampling_plan import Prediction, SamplingPlan, builds_plan
 
@@ -20,6 +20,9 @@ def heun_plan(
     num_steps: int | None = 10,
     *,
     spacing: LevelSpacing | Sequence[int] = "linspace",
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
+    rho: float = RHO,
     lambda_min: float = -math.inf,
     start: int | None = None,
     prediction: Prediction = "epsilon",
@@ -39,6 +42,9 @@ def heun_plan(
         schedule: The noise schedule, with T timesteps.
         num_steps: The number of steps S, as in `dpm_solver_plan`.
         spacing: The timesteps, as in `dpm_solver_plan`.
+        sigma_min: The last level but x_0 with "karras", as in `dpm_solver_plan`.
+        sigma_max: The first level with "karras", as in `dpm_solver_plan`.
+        rho: The exponent of "karras", as in `dpm_solver_plan`.
         lambda_min: Leave out timesteps with a smaller lambda, as in `dpm_solver_plan`.
         start: Begin at this timestep of the plan instead of the first.
         prediction: The meaning of the model's output: "epsilon", "sample" or "v_prediction".
@@ -57,6 +63,9 @@ def heun_plan(
         schedule,
         num_steps,
         spacing=spacing,
+        sigma_min=sigma_min,
+        sigma_max=sigma_max,
+        rho=rho,
         final="zero",
         lambda_min=lambda_min,
         start=start,

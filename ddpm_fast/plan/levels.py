@@ -19,7 +19,9 @@ from .timesteps import checked_timesteps, spaced_timesteps
 
 LevelSpacing = Literal["linspace", "leading", "trailing", "karras"]
 
-_RHO = 7  # Karras et al. 2022, section 3 and table 1
+RHO = 7.0  # Karras et al. 2022, section 3 and table 1
+_MOST_RHO = 100  # a level's relative rounding error grows with rho
+_SLACK = 1e-5  # a level may have the 6 digits that an error shows
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,9 @@ def noise_levels(
     num_steps: int | None,
     *,
     spacing: LevelSpacing | Sequence[int],
+    sigma_min: float | None,
+    sigma_max: float | None,
+    rho: float,
     final: Literal["zero", "sigma_min"],
     lambda_min: float,
     start: int | None,
@@ -82,8 +87,10 @@ def noise_levels(
         highest = -math.log(float(ratios[1]))
         raise InvalidValue(caller, "lambda_min", f"to be at most {highest:.4g}, lambda at timestep 1", lambda_min)
     if isinstance(spacing, str) and spacing == "karras":  # an array would be compared item by item
-        ratio, timesteps = _karras(caller, ratios[:last], num_steps)
+        ratio, timesteps = _karras(caller, ratios[:last], num_steps, sigma_min, sigma_max, rho)
     else:
+        for name, value, unset in (("sigma_min", sigma_min, None), ("sigma_max", sigma_max, None), ("rho", rho, RHO)):
+            expect(value == unset, caller, name, 'to go with spacing="karras"', f"{value!r} with {spacing!r}")
         timesteps = _spaced(caller, last, num_steps, spacing)
         ratio = ratios[timesteps]
     end = ratios[:1] if final == "sigma_min" else torch.zeros(1, dtype=torch.float64)
@@ -120,23 +127,36 @@ def _spaced(caller: str, last: int, num_steps: int | None, spacing: LevelSpacing
     return torch.from_numpy(descending.astype(np.int64))
 
 
-def _karras(caller: str, ratios: Tensor, num_steps: int | None) -> tuple[Tensor, Tensor]:
+def _karras(
+    caller: str, ratios: Tensor, num_steps: int | None, sigma_min: float | None, sigma_max: float | None, rho: float
+) -> tuple[Tensor, Tensor]:
     """Return sigma / alpha, evenly spaced after the power 1 / rho, and the nearest timesteps (Karras et al. 2022, eq. 5).
 
     Args:
         caller: The function that error messages name.
         ratios: sigma / alpha of each timestep, float64 [T].
         num_steps: The number of steps S.
+        sigma_min: The last level. None: that of timestep 0.
+        sigma_max: The first level. None: that of the last timestep.
+        rho: The exponent.
 
     Returns:
         float64 [S] and int64 [S]. Two levels may share a timestep.
     """
     num_steps = _checked_num_steps(caller, num_steps, len(ratios))
-    expect(
-        not bool(ratios[-1].isinf()), caller, "spacing", 'other than "karras", as abar is 0 at the last timestep', '"karras"'
-    )
-    low, high = float(ratios[0]) ** (1 / _RHO), float(ratios[-1]) ** (1 / _RHO)
-    spaced = torch.linspace(0, 1, num_steps, dtype=torch.float64).mul(low - high).add(high).pow(_RHO)
+    low, high = float(ratios[0]), float(ratios[-1])
+    for name, value in (("sigma_min", sigma_min), ("sigma_max", sigma_max)):
+        check_number(caller, name, value, optional=True)
+        within = value is None or low * (1 - _SLACK) <= value <= high * (1 + _SLACK)
+        expect(within, caller, name, f"to be in {low:.6g}..{high:.6g}, the levels of the schedule", value)
+    check_number(caller, "rho", rho, 1, _MOST_RHO)
+    high = high if sigma_max is None else float(sigma_max)
+    expect(high < math.inf, caller, "sigma_max", "to be given and finite, as abar is 0 at the last timestep", sigma_max)
+    if sigma_min is not None:
+        expect(sigma_min < high, caller, "sigma_min", f"to be below the first level, {high:.6g}", sigma_min)
+        low = float(sigma_min)
+    high, low = high ** (1 / rho), low ** (1 / rho)
+    spaced = torch.linspace(0, 1, num_steps, dtype=torch.float64).mul(low - high).add(high).pow(rho)
     t = np.interp(spaced.log().numpy(), ratios.log().numpy(), np.arange(len(ratios)))
     return spaced, torch.from_numpy(t.round().astype(np.int64))
 

@@ -59,7 +59,16 @@ def run_in_float64(plan: SamplingPlan, x: Tensor) -> Tensor:
     return x
 
 
-def textbook_levels(schedule: Schedule, spacing: str, num_steps: int, final: str, lambda_min: float) -> Any:
+def textbook_levels(
+    schedule: Schedule,
+    spacing: str,
+    num_steps: int,
+    final: str,
+    lambda_min: float,
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
+    rho: float = 7,
+) -> Any:
     """Return timesteps and sigma / alpha of the levels, from the formulas, with Python's numbers."""
     ratios = [math.sqrt((1 - abar) / abar) if abar > 0 else math.inf for abar in schedule.alpha_bars.tolist()]
     last = sum(-math.log(ratio) >= lambda_min for ratio in ratios)
@@ -70,8 +79,8 @@ def textbook_levels(schedule: Schedule, spacing: str, num_steps: int, final: str
     elif spacing == "trailing":
         t = [round(float(i)) - 1 for i in np.arange(last, 0, -last / num_steps)[:num_steps]]  # ties round as in NumPy
     if spacing == "karras":
-        low, high = ratios[0] ** (1 / 7), ratios[last - 1] ** (1 / 7)
-        levels = [(high + i / max(num_steps - 1, 1) * (low - high)) ** 7 for i in range(num_steps)]
+        low, high = ((sigma_min or ratios[0]) ** (1 / rho), (sigma_max or ratios[last - 1]) ** (1 / rho))
+        levels = [(high + i / max(num_steps - 1, 1) * (low - high)) ** rho for i in range(num_steps)]
         t = [round(float(np.interp(math.log(r), [math.log(r) for r in ratios[:last]], range(last)))) for r in levels]
     else:
         levels = [ratios[i] for i in t]
@@ -179,30 +188,81 @@ def test_a_last_step_from_a_level_to_itself_changes_nothing(spacing: Any, num_st
         assert sigma <= math.sqrt(2 * h)
 
 
-@pytest.mark.parametrize("spacing", ["linspace", "trailing", "karras"])
-@pytest.mark.parametrize("clip", [1.0, None])
-def test_heun_equals_its_algorithm(spacing: Any, clip: float | None) -> None:
-    """Karras et al. 2022, algorithm 1 in x / alpha: its derivative by sigma / alpha is (x / alpha - x_0^) / (sigma / alpha)."""
-    schedule = NoiseSchedule.linear()
-    timesteps, ratios = textbook_levels(schedule, spacing, 6, "zero", -math.inf)
-    x = noise(SHAPE, SEEDS, stream=99, dtype=torch.float64)
+def textbook_heun(schedule: Schedule, levels: Any, x: Tensor, prediction: str, clip: float | None) -> Tensor:
+    """Run Karras et al. 2022, algorithm 1 in y = x / alpha: its derivative by r = sigma / alpha is (y - x_0^) / r."""
+    timesteps, ratios = levels
 
     def derivative(y: Tensor, level: int) -> Tensor:
         alpha = 1 / math.sqrt(1 + ratios[level] ** 2)
-        m = model(schedule, "epsilon", alpha * y, timesteps[level])
-        return (y - to_x_0("epsilon", alpha * y, m, alpha, ratios[level] * alpha, clip)) / ratios[level]
+        m = model(schedule, prediction, alpha * y, timesteps[level])
+        return (y - to_x_0(prediction, alpha * y, m, alpha, ratios[level] * alpha, clip)) / ratios[level]
 
     y = x * math.sqrt(1 + ratios[0] ** 2)
-    for i in range(6):
+    for i in range(len(timesteps)):
         step = ratios[i + 1] - ratios[i]
         slope = derivative(y, i)
         euler = y + step * slope
-        y = euler if i == 5 else y + step * (slope + derivative(euler, i + 1)) / 2
+        y = euler if i == len(timesteps) - 1 else y + step * (slope + derivative(euler, i + 1)) / 2
+    return y
+
+
+@pytest.mark.parametrize("spacing", ["linspace", "trailing", "karras"])
+@pytest.mark.parametrize("clip", [1.0, None])
+def test_heun_equals_its_algorithm(spacing: Any, clip: float | None) -> None:
+    schedule = NoiseSchedule.linear()
+    levels = textbook_levels(schedule, spacing, 6, "zero", -math.inf)
+    x = noise(SHAPE, SEEDS, stream=99, dtype=torch.float64)
+    expected = textbook_heun(schedule, levels, x, "epsilon", clip)
     plan = heun_plan(schedule, 6, spacing=spacing, clip=clip)
     assert plan.num_steps == 11
-    assert plan.timesteps.tolist() == [timesteps[(row + 1) // 2] for row in range(11)]
-    torch.testing.assert_close(run_in_float64(plan, x), y, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(run(plan, x.float()).double(), y, rtol=1e-5, atol=1e-5)
+    assert plan.timesteps.tolist() == [levels[0][(row + 1) // 2] for row in range(11)]
+    torch.testing.assert_close(run_in_float64(plan, x), expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(run(plan, x.float()).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
+def test_chosen_levels_equal_the_formulas(name: str, prediction: Any) -> None:
+    """The ends of the range and levels inside it, any rho: rows agree within 1e-8, relative to the largest value."""
+    schedule, lambda_min = SCHEDULES[name]
+    lowest = float((1 / schedule.alpha_bars[0] - 1).sqrt())
+    highest = max(ratio for ratio in (1 / schedule.alpha_bars - 1).sqrt().tolist() if -math.log(ratio) >= lambda_min)
+    x = noise(SHAPE, SEEDS, stream=99, dtype=torch.float64)
+    for sigma_min, sigma_max, rho, num_steps, clip in itertools.product(
+        (lowest, 0.1), (highest, 40.0), (7.0, 3), (1, 5, 16), (1.0, None)
+    ):
+        given: Any = {"sigma_min": sigma_min, "sigma_max": sigma_max, "rho": rho, "lambda_min": lambda_min}
+        options: Any = given | {"spacing": "karras", "prediction": prediction, "clip": clip}
+        levels = textbook_levels(schedule, "karras", num_steps, "zero", **given)
+        abar = [1 / (1 + ratio**2) for ratio in levels[1]]
+        cases = [(dpm_solver_plan(schedule, num_steps, eta=eta, solver="heun", **options), eta) for eta in (0.0, 0.3, 1.0)] + [
+            (heun_plan(schedule, num_steps, **options), None)
+        ]
+        for plan, eta in cases:
+            starts = range(num_steps) if eta is not None else [(row + 1) // 2 for row in range(2 * num_steps - 1)]
+            arrivals = [i + 1 if eta is not None else row // 2 + 1 for row, i in enumerate(starts)]
+            assert plan.timesteps.tolist() == [levels[0][i] for i in starts]
+            assert plan.alpha_bars.tolist() == pytest.approx([abar[i] for i in starts], rel=1e-12)
+            assert plan.alpha_bars_prev.tolist() == pytest.approx([abar[i] for i in arrivals], rel=1e-12)
+            if eta is None:
+                expected = textbook_heun(schedule, levels, x, prediction, clip)
+            else:
+                expected = textbook_dpm_solver(schedule, levels, x, prediction, 2, "heun", eta, "zero", clip)
+            error = float((run_in_float64(plan, x) - expected).abs().max() / expected.abs().max())
+            assert error < 1e-8, (given, num_steps, clip, eta, error)
+
+
+def test_an_edit_starts_at_the_levels_that_were_chosen() -> None:
+    levels: Any = {"spacing": "karras", "sigma_min": 0.1, "sigma_max": 40.0, "rho": 5.0}
+    for plan in (dpm_solver_plan(NoiseSchedule.linear(), 6, **levels), heun_plan(NoiseSchedule.linear(), 6, **levels)):
+        later = plan.starting_at(int(plan.timesteps[-3]))
+        assert torch.equal(later.alpha_bars, plan.alpha_bars[-later.num_steps :])
+        ratios = textbook_levels(plan.schedule, num_steps=6, final="zero", lambda_min=-math.inf, **levels)[1]
+        abar, told = float(later.alpha_bars[0]), float(plan.schedule.alpha_bars[plan.timesteps[-3]])
+        assert abar in [pytest.approx(1 / (1 + ratio**2), rel=1e-12) for ratio in ratios]
+        assert abar != pytest.approx(told, rel=1e-6)  # the timestep is rounded, the level is not
+        assert "sigma_min=0.1, sigma_max=40.0, rho=5.0" in str(later)
+        assert f"{float(later.alpha_bars[0]):.4g}" in str(later).splitlines()[3]
 
 
 def test_order_1_is_ddim() -> None:
@@ -292,11 +352,44 @@ def test_zero_terminal_snr_begins_from_pure_noise() -> None:
             InvalidValue("dpm_solver_plan", "prediction", "to be one of epsilon, sample, v_prediction", "'previous_sample'"),
         ),
         ({"clip": 0.0}, InvalidValue("dpm_solver_plan", "clip", "to be positive or None", "0.0")),
+        *(
+            (
+                {name: value},
+                InvalidValue("dpm_solver_plan", name, 'to go with spacing="karras"', f"{value} with 'linspace'"),
+            )
+            for name, value in (("sigma_min", 0.1), ("sigma_max", 40.0), ("rho", 5.0))
+        ),
+        (
+            {"spacing": [3, 2, 1], "num_steps": None, "sigma_min": 0.1},
+            InvalidValue("dpm_solver_plan", "sigma_min", 'to go with spacing="karras"', "0.1 with [3, 2, 1]"),
+        ),
     ],
 )
 def test_bad_arguments_are_named(options: dict[str, Any], error: ArgumentError) -> None:
     with refused(error):
         dpm_solver_plan(NoiseSchedule.linear(), **options)
+
+
+@pytest.mark.parametrize("build", [dpm_solver_plan, heun_plan])
+def test_levels_outside_the_schedule_are_named(build: Any) -> None:
+    caller, within = build.__name__, "to be in 0.0100005..157.407, the levels of the schedule"
+    for name, value in (
+        *(("sigma_max", value) for value in (158.0, math.inf, math.nan, 0.009)),
+        *(("sigma_min", value) for value in (158.0, 0.009, -math.inf, math.nan)),
+    ):
+        with refused(InvalidValue(caller, name, within, value)):
+            build(NoiseSchedule.linear(), 5, spacing="karras", **{name: value})
+    for sigma_min in (2.0, 1.0):
+        with refused(InvalidValue(caller, "sigma_min", "to be below the first level, 1", sigma_min)):
+            build(NoiseSchedule.linear(), 5, spacing="karras", sigma_min=sigma_min, sigma_max=1.0)
+    for rho in (0.5, math.inf):
+        with refused(InvalidValue(caller, "rho", "to be at least 1 and at most 100", rho)):
+            build(NoiseSchedule.linear(), 5, spacing="karras", rho=rho)
+    assert build(NoiseSchedule.linear(), 5, spacing="karras", sigma_min=0.0100005, sigma_max=157.407)  # as the error says
+    with refused(InvalidType(build.__name__, "sigma_min", "to be a number or None", "str")):
+        build(NoiseSchedule.linear(), 5, spacing="karras", sigma_min="0.1")
+    with refused(InvalidValue(build.__name__, "num_steps", "to be an integer in 1..1000", "1001")):
+        build(NoiseSchedule.linear(), 1001, spacing="karras", sigma_min=0.1)
 
 
 def test_a_schedule_of_one_timestep_is_refused() -> None:
@@ -311,6 +404,11 @@ def test_heun_refuses_zero_terminal_snr() -> None:
     ):
         heun_plan(schedule, 5, prediction="v_prediction")
     with refused(
-        InvalidValue("dpm_solver_plan", "spacing", 'other than "karras", as abar is 0 at the last timestep', '"karras"')
+        InvalidValue("dpm_solver_plan", "sigma_max", "to be given and finite, as abar is 0 at the last timestep", "None")
     ):
         dpm_solver_plan(schedule, 5, spacing="karras", prediction="v_prediction")
+    ratios = (1 / schedule.alpha_bars - 1).sqrt()
+    for sigma_max in (100.0, 1e6):
+        plan = heun_plan(schedule, 5, spacing="karras", sigma_max=sigma_max)
+        assert float(plan.alpha_bars[0]) == pytest.approx(1 / (1 + sigma_max**2))
+        assert int(plan.timesteps[0]) == int((ratios.log() - math.log(sigma_max)).abs().argmin())
