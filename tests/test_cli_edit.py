@@ -156,7 +156,10 @@ def test_classes_go_to_images_in_turn(folder: Path) -> None:
 
 SAMPLERS = {
     "dpm++2m-sde": lambda: ddpm_fast.dpm_solver_plan(SCHEDULE, 5, eta=1.0, solver="heun", spacing="karras", lambda_min=-5.1),
-    "dpm++2m": lambda: ddpm_fast.dpm_solver_plan(SCHEDULE, 5, lambda_min=-5.1),
+    "dpm++2m": lambda: ddpm_fast.dpm_solver_plan(
+        SCHEDULE, 5, solver="heun", spacing="karras", sigma_min=0.06, sigma_max=80.0, lambda_min=-5.1
+    ),
+    "dpm++2m --spacing=linspace": lambda: ddpm_fast.dpm_solver_plan(SCHEDULE, 5, lambda_min=-5.1),
     "ddpm": lambda: ddpm_fast.ddpm_plan(SCHEDULE, 5),
     "ddim": lambda: ddpm_fast.ddim_plan(SCHEDULE, 5),
     "heun": lambda: ddpm_fast.heun_plan(SCHEDULE, 5, lambda_min=-5.1),
@@ -366,6 +369,11 @@ def test_a_bad_value_of_a_common_option_is_refused(folder: Path, command: str, o
                     ("--eta=1.5", "expected --eta to be"),
                     ("--sampler=heun --eta=1", "expected --eta to go with --sampler ddim or dpm++2m-sde, got 1.0 with heun"),
                     ("--sampler=ddim --spacing=karras", "expected --spacing to be leading, trailing or linspace with ddim"),
+                    (
+                        "--sampler=ddim --sigma-min=0.1",
+                        "expected --sigma-min to go with --spacing karras, got 0.1 with leading",
+                    ),
+                    ("--sigma-min=2 --sigma-max=1", "expected --sigma-min to be below the first level, 1, got 2.0"),
                     ("--variance=fixed_small", "expected --variance to go with --sampler ddpm"),
                     ("--sampler=ddpm --variance=learned", "expected --variance to be fixed_small or fixed_large"),
                     ("--num=0", "'--num'"),

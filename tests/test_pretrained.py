@@ -15,9 +15,9 @@ from click.testing import CliRunner
 from PIL import Image
 from refusals import refused
 
-from ddpm_fast import NoiseSchedule, ddim_plan, load_builtin, sample
+from ddpm_fast import NoiseSchedule, ddim_plan, dpm_solver_plan, heun_plan, load_builtin, sample
 from ddpm_fast.cli import main
-from ddpm_fast.cli.samplers import plan_of_options
+from ddpm_fast.cli.samplers import default_sampler, plan_of_options
 from ddpm_fast.errors import InvalidValue
 from ddpm_fast.nn import UNet
 from ddpm_fast.pretrained import BUILTIN, load_folder, schedule_from_config
@@ -266,7 +266,7 @@ def test_the_command_samples_the_builtin_model_without_a_network(tmp_path: Path,
     monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(main, ["sample", "--steps", "2"], catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    assert result.stdout.startswith("samples.png: 16 images of 2 steps (dpm++2m-sde) in ")
+    assert result.stdout.startswith("samples.png: 16 images of 2 steps (dpm++2m) in ")
     assert result.stdout.endswith(" images/s.\n")
     with Image.open(tmp_path / "samples.png") as image:
         assert (image.size, image.mode) == ((4 * 130 + 2, 4 * 130 + 2), "L")
@@ -275,15 +275,39 @@ def test_the_command_samples_the_builtin_model_without_a_network(tmp_path: Path,
 def test_default_number_of_steps_is_quick_and_within_the_schedule() -> None:
     loaded = load_folder(BUILTIN)
     short = dataclasses.replace(loaded, schedule=NoiseSchedule.linear(15))
-    expected = {"ddpm": (100, 15), "ddim": (50, 15), "dpm++2m": (20, 14), "dpm++2m-sde": (20, 15), "heun": (19, 19)}
+    expected = {"ddpm": (100, 15), "ddim": (50, 15), "dpm++2m": (8, 14), "dpm++2m-sde": (20, 15), "heun": (19, 19)}
     for sampler, counts in expected.items():
         for model, count in zip((loaded, short), counts, strict=True):
-            assert plan_of_options("sample", model, sampler, None, None, None, None).num_steps == count
+            assert plan_of_options("sample", model, sampler, *[None] * 6).num_steps == count
     cosine = dataclasses.replace(loaded, schedule=NoiseSchedule.cosine(10))  # its last timestep is left out
-    assert [plan_of_options("sample", cosine, name, None, None, None, None).num_steps for name in expected] == [
+    assert [plan_of_options("sample", cosine, name, *[None] * 6).num_steps for name in expected] == [
         *(10, 10),
         *(8, 9),  # Karras's levels include timestep 0
         15,
     ]
     with refused(InvalidValue("sample", "steps", "to be in 1..8 with dpm++2m", "9")):
-        plan_of_options("sample", cosine, "dpm++2m", 9, None, None, None)
+        plan_of_options("sample", cosine, "dpm++2m", 9, *[None] * 5)
+
+
+def test_the_measured_levels_are_for_the_linear_schedule_alone() -> None:
+    loaded = load_folder(BUILTIN)
+    other = dataclasses.replace(loaded, schedule=NoiseSchedule.linear(1000, 1e-4, 0.03))
+    assert [default_sampler(model) for model in (loaded, other)] == ["dpm++2m", "dpm++2m-sde"]
+    common: Any = {"lambda_min": -5.1, "spacing": "karras", "solver": "heun"}
+    measured = common | {"sigma_min": 0.06, "sigma_max": 80.0}
+    linspace = {"lambda_min": -5.1}
+    for model, sampler, (steps, eta, spacing, sigma_min, sigma_max), expected in (
+        (loaded, "dpm++2m", (None,) * 5, {"num_steps": 8} | measured),
+        (loaded, "dpm++2m", (5, None, None, None, 40.0), {"num_steps": 5} | measured | {"sigma_max": 40.0}),
+        (loaded, "dpm++2m", (None, None, "karras", 0.1, None), {"num_steps": 8} | measured | {"sigma_min": 0.1}),
+        (loaded, "dpm++2m", (None, None, "linspace", None, None), {"num_steps": 20} | linspace),
+        (loaded, "dpm++2m-sde", (None,) * 5, {"num_steps": 20, "eta": 1.0} | common),
+        (other, "dpm++2m", (None,) * 5, {"num_steps": 20} | linspace),
+        (other, "dpm++2m-sde", (8, None, None, 0.1, 40.0), {"eta": 1.0} | common | {"sigma_min": 0.1, "sigma_max": 40.0}),
+    ):
+        plan = plan_of_options("sample", model, sampler, steps, eta, spacing, sigma_min, sigma_max, None)
+        wanted = dpm_solver_plan(model.schedule, **{"num_steps": steps} | expected)
+        assert torch.equal(plan.coefficients, wanted.coefficients)
+        assert torch.equal(plan.timesteps, wanted.timesteps)
+    plan = plan_of_options("sample", loaded, "heun", 4, None, "karras", 0.1, None, None)
+    assert torch.equal(plan.alpha_bars, heun_plan(loaded.schedule, 4, spacing="karras", sigma_min=0.1).alpha_bars)

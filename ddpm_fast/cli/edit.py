@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ..pretrained import Pretrained
     from ..training.data import ImageDataset
 
+_SAMPLER = "dpm++2m-sde"  # its 20 steps give 20 strengths
 _SOURCES = click.argument("sources", metavar="IMAGE...", nargs=-1, required=True)
 _STRENGTH = click.option(
     "--strength", type=Finite(0, 1), default=0.5, show_default=True, help="Keep the images at 0, and little of them at 1."
@@ -56,7 +57,7 @@ def edit_command() -> None:
 @_SOURCES
 @_STRENGTH
 @click.option("--num", type=click.IntRange(1), default=7, show_default=True, help="Draw this many variations of each image.")
-@sampler_options
+@sampler_options(_SAMPLER)
 @_out("variations.png", "a row for each image, with the image first")
 @_edit_options
 def vary_command(sources: tuple[str, ...], strength: float, num: int, **options: Any) -> None:
@@ -84,7 +85,7 @@ def vary_command(sources: tuple[str, ...], strength: float, num: int, **options:
 @click.option(
     "--num", type=click.IntRange(2, 1 << 16), default=8, show_default=True, help="Draw this many images between the two."
 )
-@sampler_options
+@sampler_options(_SAMPLER)
 @_out("interpolation.png", "the first image, those between, the second image")
 @_edit_options
 def interpolate_command(sources: tuple[str, ...], strength: float, num: int, **options: Any) -> None:
@@ -304,8 +305,8 @@ class _Edit:
 
     def plan(self, options: dict[str, Any]) -> Any:
         """Return the plan of the sampler's options."""
-        chosen = (options[name] for name in ("sampler", "steps", "eta", "spacing", "variance"))
-        return plan_of_options(self._command, self.loaded, *chosen)
+        chosen = (options[name] for name in ("steps", "eta", "spacing", "sigma_min", "sigma_max", "variance"))
+        return plan_of_options(self._command, self.loaded, options["sampler"] or _SAMPLER, *chosen)
 
     def labels(self, *, pairs: bool = False) -> list[int] | None:
         """Return a label for each image, or for each pair, or None for "no label", which is the default."""

@@ -15,7 +15,7 @@ from ..limits import check_free_memory
 from .console import Refused, Stopped
 from .options import SAMPLING_DTYPE_HELP, PathOption, model_options, refusing
 from .outputs import check_output, check_pictures, make_writable, save_result
-from .samplers import class_options, labels_of_option, plan_of_options, sampler_options
+from .samplers import class_options, default_sampler, labels_of_option, plan_of_options, sampler_options
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +31,7 @@ _FRAMES = 51  # at most, in an animation
 @click.option(
     "--num", "--num-samples", "num", type=click.IntRange(1), default=16, show_default=True, help="Draw this many images."
 )
-@sampler_options
+@sampler_options("dpm++2m, or dpm++2m-sde with another schedule than the linear one of 1000 timesteps")
 @class_options("all")
 @click.option(
     "--out",
@@ -49,9 +49,11 @@ _FRAMES = 51  # at most, in an animation
 def sample_command(
     num: int,
     steps: int | None,
-    sampler: str,
+    sampler: str | None,
     eta: float | None,
     spacing: str | None,
+    sigma_min: float | None,
+    sigma_max: float | None,
     variance: str | None,
     classes: str | None,
     guidance: float | None,
@@ -90,7 +92,8 @@ def sample_command(
         if size > 1 and target == torch.device("cuda"):  # without a number
             target = Processes(rank, size, local_rank).own_gpu("sample")
         loaded = load_folder(model or BUILTIN, target, precision)
-        plan = plan_of_options("sample", loaded, sampler, steps, eta, spacing, variance)
+        sampler = sampler or default_sampler(loaded)
+        plan = plan_of_options("sample", loaded, sampler, steps, eta, spacing, sigma_min, sigma_max, variance)
         arguments: dict[str, Any] = {
             "seed": seed,
             "guidance_scale": guidance,

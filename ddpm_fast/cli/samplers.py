@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ..plan import SamplingPlan
     from ..pretrained import Pretrained
 
-# The steps of each sampler by default. Heun's method evaluates the network twice in each step but the last.
+# The steps of each sampler, if `measured_options` has none. Heun's method evaluates the network twice in each but the last.
 DEFAULT_STEPS = {"dpm++2m-sde": 20, "dpm++2m": 20, "ddpm": 100, "ddim": 50, "heun": 10}
 _SPACING = {"dpm++2m-sde": "karras", "dpm++2m": "linspace", "ddpm": "leading", "ddim": "leading", "heun": "linspace"}
 MAX_GUIDANCE = 1e4  # beyond it, differences of predictions leave the range of float32 within a few steps
@@ -22,35 +22,47 @@ MAX_GUIDANCE = 1e4  # beyond it, differences of predictions leave the range of f
 _LAMBDA_MIN = -5.1  # solvers of order 2 leave out timesteps with less signal, as diffusers advises for cosine schedules
 
 
-def sampler_options(command: Command) -> Command:
-    """Add the options that choose the sampler."""
-    defaults = ", ".join(f"{steps} with {name}" for name, steps in DEFAULT_STEPS.items())
+def sampler_options(default: str) -> Callable[[Command], Command]:
+    """Return a decorator that adds the options that choose the sampler. Help names the default."""
     options = [
         click.option(
             "--sampler",
             type=click.Choice([*DEFAULT_STEPS]),
-            default="dpm++2m-sde",
-            show_default=True,
-            help="Choose DPM-Solver++(2M) with or without noise, ancestral steps (eq. 13), DDIM or Heun's method.",
+            help="Choose DPM-Solver++(2M) with or without noise, ancestral steps (eq. 13), DDIM or Heun's method.  "
+            f"[default: {default}]",
         ),
-        click.option("--steps", type=click.IntRange(1), help=f"Take this many steps per image.  [default: {defaults}]"),
+        click.option(
+            "--steps",
+            type=click.IntRange(1),
+            help="Take this many steps per image.  [default: 8 with dpm++2m (20 with another schedule), 20 with dpm++2m-sde, "
+            "100 with ddpm, 50 with ddim, 10 with heun]",
+        ),
         click.option(
             "--eta", type=Finite(0), help="Scale the noise of ddim (0 by default) or dpm++2m-sde (1); 0 is deterministic."
         ),
         click.option(
             "--spacing",
             type=click.Choice(["leading", "trailing", "linspace", "karras"]),
-            help="Choose the spacing of the timesteps.  [default: "
-            + ", ".join(f"{spacing} with {name}" for name, spacing in _SPACING.items())
-            + "]",
+            help="Choose the spacing of the timesteps.  [default: karras with dpm++2m (linspace with another schedule) and "
+            "dpm++2m-sde, leading with ddpm and ddim, linspace with heun]",
+        ),
+        click.option(
+            "--sigma-min",
+            type=Finite(0),
+            help="Start the last step at this noise level, sigma / alpha, with --spacing karras.  [default: 0.06 with dpm++2m "
+            "(not with another schedule), else that of timestep 0]",
+        ),
+        click.option(
+            "--sigma-max",
+            type=Finite(0),
+            help="Start the first step at this noise level, with --spacing karras.  [default: 80 with dpm++2m (not with "
+            "another schedule), else that of the last timestep]",
         ),
         click.option(
             "--variance", type=click.Choice(VARIANCES), help="Choose the variance of ddpm's steps.  [default: the model's]"
         ),
     ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+    return _adding(options)
 
 
 def class_options(default: str) -> Callable[[Command], Command]:
@@ -67,12 +79,25 @@ def class_options(default: str) -> Callable[[Command], Command]:
         ),
     ]
 
+    return _adding(options)
+
+
+def _adding(options: list[Callable[[Command], Command]]) -> Callable[[Command], Command]:
+    """Return a decorator that adds options to a command, the first one first."""
+
     def add(command: Command) -> Command:
         for option in reversed(options):
             command = option(command)
         return command
 
     return add
+
+
+def default_sampler(loaded: Pretrained) -> str:
+    """Return the sampler for a model's schedule: with the fewest steps if it was measured, else with noise and more steps."""
+    from ..plan.dpm_solver import measured_options
+
+    return "dpm++2m" if measured_options(loaded.schedule) else "dpm++2m-sde"
 
 
 def plan_of_options(
@@ -82,10 +107,13 @@ def plan_of_options(
     steps: int | None,
     eta: float | None,
     spacing: Any,
+    sigma_min: float | None,
+    sigma_max: float | None,
     variance: Any,
 ) -> SamplingPlan:
     """Build the plan that the options ask for."""
     from ..plan import ddim_plan, ddpm_plan, dpm_solver_plan, heun_plan
+    from ..plan.dpm_solver import measured_options
 
     expect(
         spacing != "karras" or sampler not in ("ddpm", "ddim"),
@@ -94,7 +122,9 @@ def plan_of_options(
         f"to be leading, trailing or linspace with {sampler}",
         "karras",
     )
-    spacing = spacing or _SPACING[sampler]
+    # docs/sampling.md has the measurements that chose the defaults.
+    measured = measured_options(loaded.schedule) if sampler == "dpm++2m" and spacing in (None, "karras") else {}
+    spacing = spacing or measured.get("spacing", _SPACING[sampler])
     total = loaded.schedule.num_timesteps
     solves = sampler in ("dpm++2m", "dpm++2m-sde", "heun")
     abar = loaded.schedule.alpha_bars
@@ -102,7 +132,7 @@ def plan_of_options(
         total = int(((abar / (1 - abar)).log() / 2 >= _LAMBDA_MIN).sum())
     most = total - 1 if solves and spacing in ("linspace", "leading") else total
     expect(steps is None or steps <= most, command, "steps", f"to be in 1..{most} with {sampler}", steps)
-    steps = steps or min(DEFAULT_STEPS[sampler], most)
+    steps = steps or measured.get("num_steps") or min(DEFAULT_STEPS[sampler], most)
     config = loaded.model.config
     learned = config["out_channels"] == 2 * config["in_channels"]
     if variance is not None and variance.startswith("learned") != learned:
@@ -120,18 +150,23 @@ def plan_of_options(
         "to go with --sampler ddim or dpm++2m-sde",
         f"{eta} with {sampler}",
     )
+    for name, value in (("sigma_min", sigma_min), ("sigma_max", sigma_max)):
+        expect(value is None or spacing == "karras", command, name, "to go with --spacing karras", f"{value} with {spacing}")
     common: dict[str, Any] = {"prediction": loaded.prediction, "clip": loaded.clip, "spacing": spacing}
     if sampler == "ddpm":
         return ddpm_plan(loaded.schedule, steps, variance=variance or loaded.variance, **common)
     common["learned_variance"] = learned
     if sampler == "ddim":
         return ddim_plan(loaded.schedule, steps, eta=eta or 0.0, **common)
-    common["lambda_min"] = _LAMBDA_MIN
+    common |= {
+        "lambda_min": _LAMBDA_MIN,
+        "sigma_min": measured.get("sigma_min") if sigma_min is None else sigma_min,
+        "sigma_max": measured.get("sigma_max") if sigma_max is None else sigma_max,
+    }
     if sampler == "heun":
         return heun_plan(loaded.schedule, steps, **common)
     if sampler == "dpm++2m":
-        return dpm_solver_plan(loaded.schedule, steps, **common)
-    # docs/sampling.md has the measurements that chose Karras's levels and Heun's correction for steps with noise.
+        return dpm_solver_plan(loaded.schedule, steps, solver=measured.get("solver", "midpoint"), **common)
     return dpm_solver_plan(loaded.schedule, steps, eta=1.0 if eta is None else eta, solver="heun", **common)
 
 

@@ -82,7 +82,7 @@ def _train_option(declaration: str, **settings: Any) -> Callable[[Command], Comm
 @_train_option("--threads", type=int)
 @_train_option("--log-every")
 @_train_option("--sample-every")
-@_train_option("--sample-steps")
+@_train_option("--sample-steps", type=int)
 @_train_option("--checkpoint-every")
 @_train_option("--checkpoint-minutes")
 @_train_option("--keep")

@@ -61,7 +61,7 @@ def train(
     # records
     log_every: int = 50,
     sample_every: int = 1000,
-    sample_steps: int = 50,
+    sample_steps: int | None = None,
     checkpoint_every: int = 0,
     checkpoint_minutes: float = 5.0,
     keep: int = 2,
@@ -123,7 +123,8 @@ def train(
         threads: Use this many CPU threads. Default: PyTorch's choice.
         log_every: Write a row of log.csv every this many steps.
         sample_every: Draw a grid of samples every this many steps; 0 disables.
-        sample_steps: Use this many DDIM steps for the grids of samples.
+        sample_steps: Draw the grids in this many steps. Default: 8 of DPM-Solver++ with the linear schedule of 1000 timesteps,
+            at most 50 of DDIM with others.
         checkpoint_every: Save a checkpoint every this many steps; 0 disables.
         checkpoint_minutes: Save a checkpoint every this many minutes; 0 disables.
         keep: Keep this many checkpoints.
@@ -225,7 +226,8 @@ def check_options(caller: str, options: Mapping[str, Any], num_timesteps: int) -
     each(check_type, "skip_broken flip scale_shift conditional channels_last tensorboard ema_warmup", bool)
     each(check_type, "channels attention", list)
     each(check_int, "num_timesteps", 1, MAX_TIMESTEPS)
-    each(check_int, "steps batch_size sample_steps keep", 1)
+    each(check_int, "steps batch_size keep", 1)
+    each(check_int, "sample_steps", 1, optional=True)
     each(check_int, "log_every", 1, 100_000)  # the losses since the last row stand in state.json
     each(check_int, "layers", 1, MAX_LAYERS)
     each(check_int, "warmup_steps lr_decay_steps sample_every checkpoint_every", 0)
@@ -240,7 +242,7 @@ def check_options(caller: str, options: Mapping[str, Any], num_timesteps: int) -
     each(check_type, "device", str, optional=True)
     each(checked_bytes, "data_memory")
     if options["sample_every"]:
-        each(check_int, "sample_steps", 1, num_timesteps)
+        each(check_int, "sample_steps", 1, num_timesteps, optional=True)
     for name in ("channels", "attention"):
         for value in options.get(name, ()):
             check_int(caller, name, value, 1)

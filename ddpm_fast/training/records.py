@@ -10,8 +10,10 @@ from typing import Any
 import torch
 
 from ..images import save_grid
-from ..plan import ddim_plan
+from ..plan import Prediction, SamplingPlan, ddim_plan, dpm_solver_plan
+from ..plan.dpm_solver import measured_options
 from ..sampling import sample
+from ..schedule import NoiseSchedule
 from .run_folder import RunFolder
 from .state import State, Task
 
@@ -126,12 +128,19 @@ class TensorBoard:
                 writer.close()
 
 
+def grid_plan(schedule: NoiseSchedule, num_steps: int | None, prediction: Prediction) -> SamplingPlan:
+    """Build the plan of the grids, where None takes the default number of steps (`train`'s `sample_steps`)."""
+    if measured := measured_options(schedule):
+        return dpm_solver_plan(schedule, prediction=prediction, **measured | ({"num_steps": num_steps} if num_steps else {}))
+    return ddim_plan(schedule, num_steps or min(50, schedule.num_timesteps), prediction=prediction)
+
+
 def draw_samples(run: RunFolder, task: Task, state: State, tensorboard: TensorBoard) -> None:
     """Draw a grid with the averaged weights, with one column a class or 8 columns."""
     options = task.options
     columns = min(len(task.dataset.classes), 16) if task.labelled else 8
     labels = torch.arange(4 * columns) % columns if task.labelled else None
-    plan = ddim_plan(task.schedule, options["sample_steps"], prediction=options["prediction"])
+    plan = grid_plan(task.schedule, options["sample_steps"], options["prediction"])
     path = run.samples / f"step-{state.step:08d}.png"
     try:
         images = sample(

@@ -99,7 +99,7 @@ class Trainer:
         # records
         log_every: int = 50,
         sample_every: int = 1000,
-        sample_steps: int = 50,
+        sample_steps: int | None = None,
         checkpoint_every: int = 0,
         checkpoint_minutes: float = 5.0,
         keep: int = 2,

@@ -31,6 +31,7 @@ from ddpm_fast.cli.train import argument_texts
 from ddpm_fast.errors import InvalidValue, UnusablePath
 from ddpm_fast.nn import UNet
 from ddpm_fast.ops import noise
+from ddpm_fast.plan import SamplingPlan, ddim_plan, dpm_solver_plan
 from ddpm_fast.pretrained import load_folder
 from ddpm_fast.reference import STREAM_Q_SAMPLE
 from ddpm_fast.schedule import NoiseSchedule
@@ -266,9 +267,28 @@ def test_options_of_wrong_types_are_refused(option: str, value: object, wanted: 
 
 def test_samples_cannot_take_more_steps_than_there_are(tmp_path: Path) -> None:
     options = QUIET | {"num_timesteps": 20, "steps": 1}
-    with refused(InvalidValue("train", "sample_steps", "to be an integer in 1..20", "50")):
-        train(tmp_path / "run", **options | {"sample_every": 10})
+    with refused(InvalidValue("train", "sample_steps", "to be an integer in 1..20 or None", "50")):
+        train(tmp_path / "run", **options | {"sample_every": 10, "sample_steps": 50})
     train(tmp_path / "run", **options)  # no samples are drawn
+
+
+def test_grids_take_the_measured_levels_on_the_linear_schedule_and_ddim_on_others() -> None:
+    for schedule, num_steps, expected in (
+        (NoiseSchedule.linear(), None, measured_plan(8)),
+        (NoiseSchedule.linear(), 5, measured_plan(5)),
+        (NoiseSchedule.linear(20), None, ddim_plan(NoiseSchedule.linear(20), 20, prediction="sample")),
+        (NoiseSchedule.cosine(), None, ddim_plan(NoiseSchedule.cosine(), 50, prediction="sample")),
+        (NoiseSchedule.cosine(), 7, ddim_plan(NoiseSchedule.cosine(), 7, prediction="sample")),
+    ):
+        plan = records.grid_plan(schedule, num_steps, "sample")
+        assert torch.equal(plan.coefficients, expected.coefficients)
+        assert torch.equal(plan.timesteps, expected.timesteps)
+
+
+def measured_plan(num_steps: int) -> SamplingPlan:
+    """Return the plan that docs/sampling.md measures."""
+    levels: Any = {"spacing": "karras", "sigma_min": 0.06, "sigma_max": 80.0}
+    return dpm_solver_plan(NoiseSchedule.linear(), num_steps, solver="heun", prediction="sample", **levels)
 
 
 def test_folders_that_cannot_be_written_are_refused_before_the_images_are_read(
