@@ -76,7 +76,7 @@ CLASSES: Final = len(FASHION_MNIST_CLASSES)
 DISTANCE: Final = "Frechet distance (classifier features)"
 SECONDS: Final = "s/image"
 REAL: Final = "real"
-EVALUATIONS: Final = (4, 5, 8, 10, 20, 50, 100, 1000)
+EVALUATIONS: Final = (4, 5, 6, 8, 10, 20, 50, 100, 1000)
 
 Row = dict[str, Any]
 Draw = Callable[[Tensor, Tensor], Tensor]  # from seeds and labels, int64 [n], to images in [-1, 1]
@@ -289,6 +289,8 @@ class Method(NamedTuple):
 
 # Ordinary differential equations have converged at 50 evaluations. Only eq. 13 is used with all timesteps.
 _CONVERGED: Final = EVALUATIONS[:-2]
+_FEW: Final = EVALUATIONS[:5]  # where the levels end and begin matters most
+_LEVELS: Final[dict[str, Any]] = {"solver": "heun", "spacing": "karras", "sigma_min": 0.06, "sigma_max": 80.0}
 METHODS: Final = {
     "ddpm": Method("ancestral (eq. 13)", _planned(ddpm_plan), EVALUATIONS),
     "ddim": Method("DDIM", _planned(ddim_plan), EVALUATIONS[:-1]),
@@ -300,6 +302,12 @@ METHODS: Final = {
         "DPM-Solver++(2M) SDE, Karras, Heun",
         _planned(dpm_solver_plan, eta=1.0, spacing="karras", solver="heun"),
         EVALUATIONS[:-1],
+    ),
+    "2m-few": Method("DPM-Solver++(2M), levels 80 to 0.06", _planned(dpm_solver_plan, **_LEVELS), (*_FEW, 20)),
+    "2m-few-0.3": Method("DPM-Solver++(2M), levels 80 to 0.06, eta 0.3", _planned(dpm_solver_plan, eta=0.3, **_LEVELS), _FEW),
+    "2m-few-1": Method("DPM-Solver++(2M) SDE, levels 80 to 0.06", _planned(dpm_solver_plan, eta=1.0, **_LEVELS), _FEW),
+    "2m-fewer": Method(
+        "DPM-Solver++(2M), levels 40 to 0.06", _planned(dpm_solver_plan, **_LEVELS | {"sigma_max": 40.0}), _FEW[:3]
     ),
     "sde1": Method("first-order SDE", _planned(dpm_solver_plan, eta=1.0, order=1), _CONVERGED),
     "diffusers-ddpm": Method("diffusers DDPMScheduler", None, (100,)),
@@ -340,14 +348,14 @@ def chosen(samplers: Sequence[str], evaluations: Sequence[int]) -> list[tuple[st
     return sorted(pairs, key=lambda pair: (pair[1], names.index(pair[0])))
 
 
-def build_draw(loaded: Pretrained, name: str, evaluations: int, dtype: torch.dtype, device: str) -> Draw:
-    """Build a sampler: a function from seeds and labels to images."""
+def build_draw(loaded: Pretrained, name: str, evaluations: int, dtype: torch.dtype, device: str, guidance: float = 1.0) -> Draw:
+    """Build a sampler: a function from seeds and labels to images. Peers have no guidance."""
     plan = METHODS[name].plan
     if plan is None:
         draw: Draw = peers.SAMPLING[name].build(loaded, evaluations, dtype, device)
         return draw
     sampler = Sampler(loaded.model, plan(loaded, evaluations), dtype=dtype, device=device)
-    return lambda seeds, labels: sampler(len(seeds), seed=seeds, class_labels=labels, progress=False)
+    return lambda seeds, labels: sampler(len(seeds), seed=seeds, class_labels=labels, guidance_scale=guidance, progress=False)
 
 
 def draw_timed(draw: Draw, num: int, batch: int, seed: int, device: str) -> tuple[Tensor, float]:
@@ -477,7 +485,7 @@ def plot(rows: Sequence[Row], title: str) -> Any:
         if name not in ours:
             label += f", {', '.join(str(row['evaluations']) for row in points)}"
         axes.errorbar(seconds, distances, yerr=[down, up], label=label, markersize=6, capsize=2, **style)
-    for row in by_name.get("ddpm", []):
+    for row in (row for name in ours for row in by_name.get(name, [])):
         place = (row[SECONDS]["median"], row[DISTANCE]["mean"])
         axes.annotate(f"{row['evaluations']}", place, (0, 7), textcoords="offset points", ha="center", fontsize=10)
     for row in floor:
@@ -488,7 +496,7 @@ def plot(rows: Sequence[Row], title: str) -> Any:
         axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
         axis.set_major_formatter("{x:g}")
         axis.set_minor_formatter(ticker.NullFormatter())
-    axes.set_xlabel("seconds an image (labels: network evaluations of eq. 13)", fontsize=12)
+    axes.set_xlabel("seconds an image (numbers: network evaluations)", fontsize=12)
     axes.set_ylabel("Frechet distance in classifier features", fontsize=12)
     axes.set_title(title, fontsize=12)
     axes.tick_params(labelsize=11)
@@ -552,6 +560,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     text = f"measure methods without :N at those of these numbers that suit them ({' '.join(map(str, EVALUATIONS))})"
     parser.add_argument("--evaluations", type=int, nargs="+", default=EVALUATIONS, metavar="N", help=text)
     parser.add_argument("--num", type=int, default=1000, help="draw this many images for each row and seed (1000)")
+    parser.add_argument("--guidance", type=float, default=1.0, help="set the scale of classifier-free guidance (1)")
     parser.add_argument("--seeds", type=int, default=3, help="repeat each row with this many seeds (3)")
     parser.add_argument("--batch", type=int, default=50, help="draw this many images at once (50)")
     parser.add_argument("--dtype", choices=common.DTYPES, default="float32", help="run the network in this dtype (float32)")
@@ -570,9 +579,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     name = args.model if args.model == "builtin" else Path(args.model).name
     weights = weights_hash(loaded.model)
     section = f"benchmark_quality {name} {weights} {args.dtype} N={args.num}"
+    section += "" if args.guidance == 1 else f" guidance {args.guidance:g}"
     path = args.out or common.default_output(args.device)
     if args.table or args.plot:
         _, rows = read_section(path, section)
+        if args.samplers != DEFAULT:
+            rows = [row for row in rows if (row["name"], row["evaluations"]) in {(REAL, None), *pairs}]
         if not rows:
             parser.error(f"--table, --plot: expected {str(path)!r} to have the section {section!r}, got none: measure first")
         if args.table:
@@ -582,6 +594,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
 
     skipped = {each: reason for each, peer in peers.SAMPLING.items() if (reason := peer.why_not(args.dtype)) is not None}
+    if args.guidance != 1:
+        skipped |= dict.fromkeys(peers.SAMPLING, "its pipeline has no guidance")
     for each, reason in skipped.items():
         print(f"left out: {each}: {reason}")
     dtype = common.DTYPES[args.dtype]
@@ -606,7 +620,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if evaluations is None:
             found = judge.of_real(args.num, seed)
         else:
-            draw = build_draw(loaded, method, evaluations, dtype, args.device)
+            draw = build_draw(loaded, method, evaluations, dtype, args.device, args.guidance)
             drawn, seconds = draw_timed(draw, args.num, args.batch, seed, args.device)
             if args.grids:
                 save_grid(drawn[:100], args.grids / f"{name}_{method}_{evaluations}_seed{seed}.png", columns=CLASSES)

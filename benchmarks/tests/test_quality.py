@@ -17,6 +17,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 import ddpm_fast
+from ddpm_fast import dpm_solver_plan, sample, sample_seeds
 from ddpm_fast.pretrained import BUILTIN, load_folder
 
 
@@ -89,8 +90,12 @@ def test_each_plan_evaluates_as_often_as_its_name_says():
         assert build is not None
         plans[name] = build(loaded, evaluations)
         assert plans[name].num_steps == evaluations
-    assert {name for name, plan in plans.items() if plan.is_random} == {"ddpm", "sde", "sde-karras", "sde1"}
-    assert {name for name, plan in plans.items() if plan.needs_x_0_prev} == {"2m", "karras", "heun", "sde", "sde-karras"}
+    assert {name for name, plan in plans.items() if plan.is_random} == {
+        *("ddpm", "sde", "sde-karras", "2m-few-0.3", "2m-few-1", "sde1")
+    }
+    assert {name for name, plan in plans.items() if not plan.needs_x_0_prev} == {"ddpm", "ddim", "sde1"}
+    levels = {name: (1 / plans[name].alpha_bars[[0, -1]] - 1).sqrt().tolist() for name in ("2m-few", "2m-fewer")}
+    assert levels == {"2m-few": pytest.approx([80, 0.06]), "2m-fewer": pytest.approx([40, 0.06])}
     assert not torch.equal(plans["2m"].coefficients, plans["karras"].coefficients)
 
 
@@ -192,6 +197,17 @@ def test_a_run_continues(small: Callable[..., tuple[dict[str, Any], str]], monke
     assert [row["name"] for row in section["rows"]] == ["real", "ddpm"]
 
 
+def test_guidance_reaches_the_sampler_and_has_a_section_of_its_own(tmp_path: Path, capsys: Any):
+    loaded, seeds, labels = load_folder(BUILTIN), sample_seeds(0, 2), torch.tensor([3, 9])
+    drawn = quality.build_draw(loaded, "2m-few", 4, torch.float32, "cpu", 2.0)(seeds, labels)
+    plan = dpm_solver_plan(loaded.schedule, 4, solver="heun", spacing="karras", sigma_min=0.06, sigma_max=80.0)
+    expected = sample(loaded.model, plan, 2, seed=seeds, class_labels=labels, guidance_scale=2.0, progress=False)
+    assert torch.equal(drawn, expected)
+    with pytest.raises(SystemExit):
+        quality.main(["--table", "--guidance", "2", "--out", str(tmp_path / "none.json")])
+    assert "N=1000 guidance 2'" in capsys.readouterr().err
+
+
 def test_the_floor_has_no_more_seeds_than_disjoint_sets(small: Callable[..., tuple[dict[str, Any], str]]):
     section, _ = small("--samplers", "ddpm:2", "--seeds", "3")  # 40 images are two sets of 16
     assert {row["name"]: row["seeds"] for row in section["rows"]} == {"real": [0, 1], "ddpm": [0, 1, 2]}
@@ -207,6 +223,9 @@ def test_the_table_and_the_plot_come_from_the_results(
     section, text = small("--samplers", "ddpm:2", "ddpm:3", "sde:2", "--seeds", "2")
     monkeypatch.setattr(quality, "build_draw", None)
     capsys.readouterr()
+    small("--table", "--samplers", "ddpm:3")
+    assert "(eq. 13) | 3 |" in (table := capsys.readouterr().out)
+    assert "(eq. 13) | 2 |" not in table
     picture = tmp_path / "plot.png"
     _, after = small("--table", "--plot", str(picture))
     assert after == text
