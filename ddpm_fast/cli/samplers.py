@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from ..pretrained import Pretrained
 
 # The steps of each sampler, if `measured_options` has none. Heun's method evaluates the network twice in each but the last.
-DEFAULT_STEPS = {"dpm++2m-sde": 20, "dpm++2m": 20, "ddpm": 100, "ddim": 50, "heun": 10}
-_SPACING = {"dpm++2m-sde": "karras", "dpm++2m": "linspace", "ddpm": "leading", "ddim": "leading", "heun": "linspace"}
+DEFAULT_STEPS = {"dpm++2m": 20, "dpm++2m-sde": 20, "ddpm": 100, "ddim": 50, "heun": 10}
+_SPACING = {"dpm++2m": "linspace", "dpm++2m-sde": "karras", "ddpm": "leading", "ddim": "leading", "heun": "linspace"}
 MAX_GUIDANCE = 1e4  # beyond it, differences of predictions leave the range of float32 within a few steps
 
 _LAMBDA_MIN = -5.1  # solvers of order 2 leave out timesteps with less signal, as diffusers advises for cosine schedules
@@ -166,7 +166,7 @@ def plan_of_options(
     if sampler == "heun":
         return heun_plan(loaded.schedule, steps, **common)
     if sampler == "dpm++2m":
-        return dpm_solver_plan(loaded.schedule, steps, solver=measured.get("solver", "midpoint"), **common)
+        return dpm_solver_plan(loaded.schedule, steps, solver="heun" if spacing == "karras" else "midpoint", **common)
     return dpm_solver_plan(loaded.schedule, steps, eta=1.0 if eta is None else eta, solver="heun", **common)
 
 
