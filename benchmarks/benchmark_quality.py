@@ -456,7 +456,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def plot(rows: Sequence[Row], title: str) -> Any:
-    """Draw the Frechet distance over seconds an image: a line for each sampler, a point for each peer, and the floor."""
+    """Draw the Frechet distance over evaluations: a line for each sampler, a point for each peer, and the floor."""
     pyplot = common.pyplot()
     from matplotlib import ticker
 
@@ -470,7 +470,7 @@ def plot(rows: Sequence[Row], title: str) -> Any:
     ours = [name for name, method in METHODS.items() if method.plan is not None]
     for name in sorted(by_name, key=list(METHODS).index):
         points = by_name[name]
-        seconds = [row[SECONDS]["median"] for row in points]
+        evaluations = [row["evaluations"] for row in points]
         distances = [row[DISTANCE]["mean"] for row in points]
         # An error bar has to end above zero on a logarithmic axis.
         down = [min(row[DISTANCE]["std"] or 0, 0.9 * row[DISTANCE]["mean"]) for row in points]
@@ -481,13 +481,7 @@ def plot(rows: Sequence[Row], title: str) -> Any:
         style["linewidth"] = 1.8
         if name not in ours:
             style = {"color": "#777777", "marker": "sD^v"[place], "linestyle": "none", "markerfacecolor": "white"}
-        label = METHODS[name].label
-        if name not in ours:
-            label += f", {', '.join(str(row['evaluations']) for row in points)}"
-        axes.errorbar(seconds, distances, yerr=[down, up], label=label, markersize=6, capsize=2, **style)
-    for row in (row for name in ours for row in by_name.get(name, [])):
-        place = (row[SECONDS]["median"], row[DISTANCE]["mean"])
-        axes.annotate(f"{row['evaluations']}", place, (0, 7), textcoords="offset points", ha="center", fontsize=10)
+        axes.errorbar(evaluations, distances, yerr=[down, up], label=METHODS[name].label, markersize=6, capsize=2, **style)
     for row in floor:
         mean = row[DISTANCE]["mean"]
         axes.axhline(mean, color="#444444", linestyle="--", linewidth=1.2, label=f"real images: {mean:.3g}")
@@ -496,7 +490,7 @@ def plot(rows: Sequence[Row], title: str) -> Any:
         axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
         axis.set_major_formatter("{x:g}")
         axis.set_minor_formatter(ticker.NullFormatter())
-    axes.set_xlabel("seconds an image (numbers: network evaluations)", fontsize=12)
+    axes.set_xlabel("network evaluations an image", fontsize=12)
     axes.set_ylabel("Frechet distance in classifier features", fontsize=12)
     axes.set_title(title, fontsize=12)
     axes.tick_params(labelsize=11)

@@ -239,8 +239,8 @@ def test_the_table_and_the_plot_come_from_the_results(
     axes = quality.plot(section["rows"], "title").axes[0]
     assert axes.get_xscale() == axes.get_yscale() == "log"
     ddpm = [row for row in section["rows"] if row["name"] == "ddpm"]
-    drawn = {tuple(line.get_ydata()) for line in axes.lines}
-    assert tuple(row[quality.DISTANCE]["mean"] for row in ddpm) in drawn
+    drawn = {(tuple(line.get_xdata()), tuple(line.get_ydata())) for line in axes.lines}
+    assert ((2, 3), tuple(row[quality.DISTANCE]["mean"] for row in ddpm)) in drawn
     floor = section["rows"][0][quality.DISTANCE]["mean"]
     assert any(line.get_linestyle() == "--" and set(line.get_ydata()) == {floor} for line in axes.lines)
 
