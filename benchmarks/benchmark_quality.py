@@ -467,7 +467,7 @@ def plot(rows: Sequence[Row], title: str) -> Any:
     floor = by_name.pop(REAL, [])
     # Colours of Okabe and Ito, which colour-blind readers can tell apart.
     colors = ("#000000", "#0072B2", "#E69F00", "#CC79A7", "#56B4E9", "#D55E00", "#009E73")
-    ours = [name for name, method in METHODS.items() if method.plan is not None]
+    ours = [name for name, method in METHODS.items() if method.plan is not None and name in by_name]
     for name in sorted(by_name, key=list(METHODS).index):
         points = by_name[name]
         evaluations = [row["evaluations"] for row in points]
