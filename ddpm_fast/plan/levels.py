@@ -77,6 +77,9 @@ def noise_levels(
     check_choice(caller, "final", final, ("zero", "sigma_min"))
     check_number(caller, "clip", clip, above=0, optional=True)
     check_number(caller, "lambda_min", lambda_min)
+    check_number(caller, "sigma_min", sigma_min, optional=True)
+    check_number(caller, "sigma_max", sigma_max, optional=True)
+    check_number(caller, "rho", rho, 1, _MOST_RHO)
     check_type(caller, "learned_variance", learned_variance, bool)
     check_int(caller, "start", start, 0, schedule.num_timesteps - 1, optional=True)
     ratios = ((1 - schedule.alpha_bars) / schedule.alpha_bars).sqrt()  # sigma / alpha of each timestep, ascending
@@ -146,15 +149,12 @@ def _karras(
     num_steps = _checked_num_steps(caller, num_steps, len(ratios))
     low, high = float(ratios[0]), float(ratios[-1])
     for name, value in (("sigma_min", sigma_min), ("sigma_max", sigma_max)):
-        check_number(caller, name, value, optional=True)
         within = value is None or low * (1 - _SLACK) <= value <= high * (1 + _SLACK)
         expect(within, caller, name, f"to be in {low:.6g}..{high:.6g}, the levels of the schedule", value)
-    check_number(caller, "rho", rho, 1, _MOST_RHO)
     high = high if sigma_max is None else float(sigma_max)
     expect(high < math.inf, caller, "sigma_max", "to be given and finite, as abar is 0 at the last timestep", sigma_max)
-    if sigma_min is not None:
-        expect(sigma_min < high, caller, "sigma_min", f"to be below the first level, {high:.6g}", sigma_min)
-        low = float(sigma_min)
+    low = low if sigma_min is None else float(sigma_min)
+    expect(low < high, caller, "sigma_min", f"to be below the first level, {high:.6g}", low)
     high, low = high ** (1 / rho), low ** (1 / rho)
     spaced = torch.linspace(0, 1, num_steps, dtype=torch.float64).mul(low - high).add(high).pow(rho)
     t = np.interp(spaced.log().numpy(), ratios.log().numpy(), np.arange(len(ratios)))

@@ -372,6 +372,8 @@ def test_bad_arguments_are_named(options: dict[str, Any], error: ArgumentError) 
 
 @pytest.mark.parametrize("build", [dpm_solver_plan, heun_plan])
 def test_levels_outside_the_schedule_are_named(build: Any) -> None:
+    abar = NoiseSchedule.linear().alpha_bars
+    low = float(((1 - abar) / abar).sqrt()[0])
     caller, within = build.__name__, "to be in 0.0100005..157.407, the levels of the schedule"
     for name, value in (
         *(("sigma_max", value) for value in (158.0, math.inf, math.nan, 0.009)),
@@ -382,6 +384,8 @@ def test_levels_outside_the_schedule_are_named(build: Any) -> None:
     for sigma_min in (2.0, 1.0):
         with refused(InvalidValue(caller, "sigma_min", "to be below the first level, 1", sigma_min)):
             build(NoiseSchedule.linear(), 5, spacing="karras", sigma_min=sigma_min, sigma_max=1.0)
+    with refused(InvalidValue(caller, "sigma_min", "to be below the first level, 0.0100005", low)):
+        build(NoiseSchedule.linear(), 5, spacing="karras", sigma_max=low)
     for rho in (0.5, math.inf):
         with refused(InvalidValue(caller, "rho", "to be at least 1 and at most 100", rho)):
             build(NoiseSchedule.linear(), 5, spacing="karras", rho=rho)
