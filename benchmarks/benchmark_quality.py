@@ -577,7 +577,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     path = args.out or common.default_output(args.device)
     if args.table or args.plot:
         _, rows = read_section(path, section)
-        if args.samplers != DEFAULT:
+        if (args.samplers, args.evaluations) != (DEFAULT, EVALUATIONS):
             rows = [row for row in rows if (row["name"], row["evaluations"]) in {(REAL, None), *pairs}]
         if not rows:
             parser.error(f"--table, --plot: expected {str(path)!r} to have the section {section!r}, got none: measure first")

@@ -373,7 +373,7 @@ def test_a_bad_value_of_a_common_option_is_refused(folder: Path, command: str, o
                         "--sampler=ddim --sigma-min=0.1",
                         "expected --sigma-min to go with --spacing karras, got 0.1 with leading",
                     ),
-                    ("--sigma-min=2 --sigma-max=1", "expected --sigma-min to be below the first level, 1, got 2.0"),
+                    ("--sigma-min=2 --sigma-max=1", "expected --sigma-max to be above the last level, 2, got 1.0"),
                     ("--variance=fixed_small", "expected --variance to go with --sampler ddpm"),
                     ("--sampler=ddpm --variance=learned", "expected --variance to be fixed_small or fixed_large"),
                     ("--num=0", "'--num'"),

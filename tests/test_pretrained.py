@@ -291,8 +291,15 @@ def test_default_number_of_steps_is_quick_and_within_the_schedule() -> None:
 
 def test_the_measured_levels_are_for_the_linear_schedule_alone() -> None:
     loaded = load_folder(BUILTIN)
+    rounded = dataclasses.replace(loaded, schedule=NoiseSchedule.from_betas(loaded.schedule.betas.float().double()))
     other = dataclasses.replace(loaded, schedule=NoiseSchedule.linear(1000, 1e-4, 0.03))
-    assert [default_sampler(model) for model in (loaded, other)] == ["dpm++2m", "dpm++2m-sde"]
+    assert [default_sampler(model, None, None, None) for model in (loaded, rounded)] == ["dpm++2m"] * 2
+    assert default_sampler(loaded, 10, None, "karras") == "dpm++2m"
+    for model, *options in (
+        *((other, None, None, None), (loaded, 11, None, None)),
+        *((loaded, None, 0.5, None), (loaded, None, None, "linspace")),
+    ):
+        assert default_sampler(model, *options) == "dpm++2m-sde"
     common: Any = {"lambda_min": -5.1, "spacing": "karras", "solver": "heun"}
     measured = common | {"sigma_min": 0.06, "sigma_max": 80.0}
     linspace = {"lambda_min": -5.1}

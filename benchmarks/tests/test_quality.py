@@ -197,15 +197,23 @@ def test_a_run_continues(small: Callable[..., tuple[dict[str, Any], str]], monke
     assert [row["name"] for row in section["rows"]] == ["real", "ddpm"]
 
 
-def test_guidance_reaches_the_sampler_and_has_a_section_of_its_own(tmp_path: Path, capsys: Any):
+def test_guidance_reaches_the_sampler_and_has_a_section_of_its_own(
+    small: Callable[..., tuple[dict[str, Any], str]], monkeypatch: pytest.MonkeyPatch, capsys: Any
+):
     loaded, seeds, labels = load_folder(BUILTIN), sample_seeds(0, 2), torch.tensor([3, 9])
     drawn = quality.build_draw(loaded, "2m-few", 4, torch.float32, "cpu", 2.0)(seeds, labels)
     plan = dpm_solver_plan(loaded.schedule, 4, solver="heun", spacing="karras", sigma_min=0.06, sigma_max=80.0)
     expected = sample(loaded.model, plan, 2, seed=seeds, class_labels=labels, guidance_scale=2.0, progress=False)
     assert torch.equal(drawn, expected)
+    scales, build = [], quality.build_draw
+    monkeypatch.setattr(quality, "build_draw", lambda *arguments: scales.append(arguments[-1]) or build(*arguments))
+    section, _ = small("--guidance", "2", "--samplers", "ddpm:2", "diffusers-2m", "--seeds", "1")
+    assert scales == [2.0]
+    assert [row["name"] for row in section["rows"]] == ["real", "ddpm"]
+    assert "left out: diffusers-2m: its pipeline has no guidance" in capsys.readouterr().out
     with pytest.raises(SystemExit):
-        quality.main(["--table", "--guidance", "2", "--out", str(tmp_path / "none.json")])
-    assert "N=1000 guidance 2'" in capsys.readouterr().err
+        small("--table")  # without guidance
+    assert "to have the section" in capsys.readouterr().err
 
 
 def test_the_floor_has_no_more_seeds_than_disjoint_sets(small: Callable[..., tuple[dict[str, Any], str]]):

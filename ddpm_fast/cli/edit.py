@@ -305,8 +305,8 @@ class _Edit:
 
     def plan(self, options: dict[str, Any]) -> Any:
         """Return the plan of the sampler's options."""
-        chosen = (options[name] for name in ("steps", "eta", "spacing", "sigma_min", "sigma_max", "variance"))
-        return plan_of_options(self._command, self.loaded, options["sampler"] or _SAMPLER, *chosen)
+        chosen = (options[name] for name in ("sampler", "steps", "eta", "spacing", "sigma_min", "sigma_max", "variance"))
+        return plan_of_options(self._command, self.loaded, *chosen)
 
     def labels(self, *, pairs: bool = False) -> list[int] | None:
         """Return a label for each image, or for each pair, or None for "no label", which is the default."""

@@ -92,6 +92,17 @@ class Finite(click.FloatRange):
         return number
 
 
+def adding(options: list[Callable[[Command], Command]]) -> Callable[[Command], Command]:
+    """Return a decorator that adds options to a command, the first one first."""
+
+    def add(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
 def model_options(dtype_help: str) -> Callable[[Command], Command]:
     """Return a decorator that adds the options that say which model runs, and how."""
     options = [
@@ -113,10 +124,4 @@ def model_options(dtype_help: str) -> Callable[[Command], Command]:
         click.option("--device", help="Run on cpu, cuda, cuda:1, ...  [default: a GPU if there is one]"),
         click.option("--quiet", is_flag=True, help="Print errors only."),
     ]
-
-    def add(command: Command) -> Command:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return add
+    return adding(options)

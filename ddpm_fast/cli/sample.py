@@ -31,7 +31,7 @@ _FRAMES = 51  # at most, in an animation
 @click.option(
     "--num", "--num-samples", "num", type=click.IntRange(1), default=16, show_default=True, help="Draw this many images."
 )
-@sampler_options("dpm++2m, or dpm++2m-sde with another schedule than the linear one of 1000 timesteps")
+@sampler_options(None)
 @class_options("all")
 @click.option(
     "--out",
@@ -92,7 +92,7 @@ def sample_command(
         if size > 1 and target == torch.device("cuda"):  # without a number
             target = Processes(rank, size, local_rank).own_gpu("sample")
         loaded = load_folder(model or BUILTIN, target, precision)
-        sampler = sampler or default_sampler(loaded)
+        sampler = sampler or default_sampler(loaded, steps, eta, spacing)
         plan = plan_of_options("sample", loaded, sampler, steps, eta, spacing, sigma_min, sigma_max, variance)
         arguments: dict[str, Any] = {
             "seed": seed,

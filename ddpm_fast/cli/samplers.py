@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 
 from ..errors import InvalidValue, expect
-from .options import VARIANCES, Command, Finite
+from .options import VARIANCES, Command, Finite, adding
 
 if TYPE_CHECKING:
     from ..plan import SamplingPlan
@@ -19,23 +19,28 @@ DEFAULT_STEPS = {"dpm++2m": 20, "dpm++2m-sde": 20, "ddpm": 100, "ddim": 50, "heu
 _SPACING = {"dpm++2m": "linspace", "dpm++2m-sde": "karras", "ddpm": "leading", "ddim": "leading", "heun": "linspace"}
 MAX_GUIDANCE = 1e4  # beyond it, differences of predictions leave the range of float32 within a few steps
 
+_FEW = 10  # with more steps, dpm++2m draws worse images than dpm++2m-sde (docs/sampling.md)
 _LAMBDA_MIN = -5.1  # solvers of order 2 leave out timesteps with less signal, as diffusers advises for cosine schedules
 
 
-def sampler_options(default: str) -> Callable[[Command], Command]:
-    """Return a decorator that adds the options that choose the sampler. Help names the default."""
+def sampler_options(default: str | None) -> Callable[[Command], Command]:
+    """Return a decorator that adds the options that choose the sampler. None is the default of `default_sampler`."""
+    few = "with dpm++2m and the built-in model's schedule"
+    steps = ", ".join(f"{steps} with {name}" for name, steps in DEFAULT_STEPS.items())
+    spacings = ", ".join(f"{spacing} with {name}" for name, spacing in _SPACING.items())
+    shown = default or f"dpm++2m for at most {_FEW} steps with the built-in model's schedule, else dpm++2m-sde"
     options = [
         click.option(
             "--sampler",
             type=click.Choice([*DEFAULT_STEPS]),
+            default=default,
             help="Choose DPM-Solver++(2M) with or without noise, ancestral steps (eq. 13), DDIM or Heun's method.  "
-            f"[default: {default}]",
+            f"[default: {shown}]",
         ),
         click.option(
             "--steps",
             type=click.IntRange(1),
-            help="Take this many steps per image.  [default: 8 with dpm++2m (20 with another schedule), 20 with dpm++2m-sde, "
-            "100 with ddpm, 50 with ddim, 10 with heun]",
+            help=f"Take this many steps per image.  [default: {steps}; 8 {few}, spaced karras]",
         ),
         click.option(
             "--eta", type=Finite(0), help="Scale the noise of ddim (0 by default) or dpm++2m-sde (1); 0 is deterministic."
@@ -43,26 +48,23 @@ def sampler_options(default: str) -> Callable[[Command], Command]:
         click.option(
             "--spacing",
             type=click.Choice(["leading", "trailing", "linspace", "karras"]),
-            help="Choose the spacing of the timesteps.  [default: karras with dpm++2m (linspace with another schedule) and "
-            "dpm++2m-sde, leading with ddpm and ddim, linspace with heun]",
+            help=f"Choose the spacing of the timesteps.  [default: {spacings}; karras {few}]",
         ),
         click.option(
             "--sigma-min",
             type=Finite(0),
-            help="Start the last step at this noise level, sigma / alpha, with --spacing karras.  [default: 0.06 with dpm++2m "
-            "(not with another schedule), else that of timestep 0]",
+            help=f"Start the last step at this noise level, with --spacing karras.  [default: the lowest; 0.06 {few}]",
         ),
         click.option(
             "--sigma-max",
             type=Finite(0),
-            help="Start the first step at this noise level, with --spacing karras.  [default: 80 with dpm++2m (not with "
-            "another schedule), else that of the last timestep]",
+            help=f"Start the first step at this noise level, with --spacing karras.  [default: the highest; 80 {few}]",
         ),
         click.option(
             "--variance", type=click.Choice(VARIANCES), help="Choose the variance of ddpm's steps.  [default: the model's]"
         ),
     ]
-    return _adding(options)
+    return adding(options)
 
 
 def class_options(default: str) -> Callable[[Command], Command]:
@@ -78,26 +80,15 @@ def class_options(default: str) -> Callable[[Command], Command]:
             help="Set the scale of classifier-free guidance; above 1 doubles the cost.  [default: 1]",
         ),
     ]
-
-    return _adding(options)
-
-
-def _adding(options: list[Callable[[Command], Command]]) -> Callable[[Command], Command]:
-    """Return a decorator that adds options to a command, the first one first."""
-
-    def add(command: Command) -> Command:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return add
+    return adding(options)
 
 
-def default_sampler(loaded: Pretrained) -> str:
-    """Return the sampler for a model's schedule: with the fewest steps if it was measured, else with noise and more steps."""
+def default_sampler(loaded: Pretrained, steps: int | None, eta: float | None, spacing: str | None) -> str:
+    """Return the sampler of a command without --sampler: the one that was measured, if the other options suit it."""
     from ..plan.dpm_solver import measured_options
 
-    return "dpm++2m" if measured_options(loaded.schedule) else "dpm++2m-sde"
+    few = (steps is None or steps <= _FEW) and eta is None and spacing in (None, "karras")
+    return "dpm++2m" if few and measured_options(loaded.schedule) else "dpm++2m-sde"
 
 
 def plan_of_options(

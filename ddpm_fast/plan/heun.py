@@ -42,8 +42,8 @@ def heun_plan(
         schedule: The noise schedule, with T timesteps.
         num_steps: The number of steps S, as in `dpm_solver_plan`.
         spacing: The timesteps, as in `dpm_solver_plan`.
-        sigma_min: The last level but x_0 with "karras", as in `dpm_solver_plan`.
-        sigma_max: The first level with "karras", as in `dpm_solver_plan`.
+        sigma_min: The level at which the last step starts, as in `dpm_solver_plan`.
+        sigma_max: The level at which the first step starts, as in `dpm_solver_plan`.
         rho: The exponent of "karras", as in `dpm_solver_plan`.
         lambda_min: Leave out timesteps with a smaller lambda, as in `dpm_solver_plan`.
         start: Begin at this timestep of the plan instead of the first.

@@ -21,7 +21,8 @@ LevelSpacing = Literal["linspace", "leading", "trailing", "karras"]
 
 RHO = 7.0  # Karras et al. 2022, section 3 and table 1
 _MOST_RHO = 100  # a level's relative rounding error grows with rho
-_SLACK = 1e-5  # a level may have the 6 digits that an error shows
+_SLACK = 1e-4  # a level may be rounded, such as 0.01 for the lowest one of the linear schedule
+_APART = 1 + 1e-6  # closer levels would be equal after the power 1 / rho
 
 
 @dataclass(frozen=True)
@@ -147,14 +148,16 @@ def _karras(
         float64 [S] and int64 [S]. Two levels may share a timestep.
     """
     num_steps = _checked_num_steps(caller, num_steps, len(ratios))
+    is_whole = not bool(ratios[-1].isinf())
+    ratios = ratios[ratios.isfinite()]
     low, high = float(ratios[0]), float(ratios[-1])
     for name, value in (("sigma_min", sigma_min), ("sigma_max", sigma_max)):
         within = value is None or low * (1 - _SLACK) <= value <= high * (1 + _SLACK)
-        expect(within, caller, name, f"to be in {low:.6g}..{high:.6g}, the levels of the schedule", value)
-    high = high if sigma_max is None else float(sigma_max)
-    expect(high < math.inf, caller, "sigma_max", "to be given and finite, as abar is 0 at the last timestep", sigma_max)
+        expect(within, caller, name, f"to be in {low:.6g}..{high:.6g}, the levels of the timesteps", value)
+    expect(is_whole or sigma_max is not None, caller, "sigma_max", "to be given, as abar is 0 at the last timestep", sigma_max)
     low = low if sigma_min is None else float(sigma_min)
-    expect(low < high, caller, "sigma_min", f"to be below the first level, {high:.6g}", low)
+    high = high if sigma_max is None else float(sigma_max)
+    expect(low * _APART < high, caller, "sigma_max", f"to be above the last level, {low:.6g}", high)
     high, low = high ** (1 / rho), low ** (1 / rho)
     spaced = torch.linspace(0, 1, num_steps, dtype=torch.float64).mul(low - high).add(high).pow(rho)
     t = np.interp(spaced.log().numpy(), ratios.log().numpy(), np.arange(len(ratios)))

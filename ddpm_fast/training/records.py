@@ -131,7 +131,7 @@ class TensorBoard:
 def grid_plan(schedule: NoiseSchedule, num_steps: int | None, prediction: Prediction) -> SamplingPlan:
     """Build the plan of the grids, where None takes the default number of steps (`train`'s `sample_steps`)."""
     if measured := measured_options(schedule):
-        return dpm_solver_plan(schedule, prediction=prediction, **measured | ({"num_steps": num_steps} if num_steps else {}))
+        return dpm_solver_plan(schedule, prediction=prediction, **measured | {"num_steps": num_steps or measured["num_steps"]})
     return ddim_plan(schedule, num_steps or min(50, schedule.num_timesteps), prediction=prediction)
 
 

@@ -374,22 +374,25 @@ def test_bad_arguments_are_named(options: dict[str, Any], error: ArgumentError) 
 def test_levels_outside_the_schedule_are_named(build: Any) -> None:
     abar = NoiseSchedule.linear().alpha_bars
     low = float(((1 - abar) / abar).sqrt()[0])
-    caller, within = build.__name__, "to be in 0.0100005..157.407, the levels of the schedule"
+    caller, within = build.__name__, "to be in 0.0100005..157.407, the levels of the timesteps"
     for name, value in (
         *(("sigma_max", value) for value in (158.0, math.inf, math.nan, 0.009)),
         *(("sigma_min", value) for value in (158.0, 0.009, -math.inf, math.nan)),
     ):
         with refused(InvalidValue(caller, name, within, value)):
             build(NoiseSchedule.linear(), 5, spacing="karras", **{name: value})
-    for sigma_min in (2.0, 1.0):
-        with refused(InvalidValue(caller, "sigma_min", "to be below the first level, 1", sigma_min)):
-            build(NoiseSchedule.linear(), 5, spacing="karras", sigma_min=sigma_min, sigma_max=1.0)
-    with refused(InvalidValue(caller, "sigma_min", "to be below the first level, 0.0100005", low)):
+    for sigma_max in (1.0, 2.0, math.nextafter(2, 3)):
+        with refused(InvalidValue(caller, "sigma_max", "to be above the last level, 2", sigma_max)):
+            build(NoiseSchedule.linear(), 5, spacing="karras", sigma_min=2.0, sigma_max=sigma_max)
+    with refused(InvalidValue(caller, "sigma_max", "to be above the last level, 0.0100005", low)):
         build(NoiseSchedule.linear(), 5, spacing="karras", sigma_max=low)
     for rho in (0.5, math.inf):
         with refused(InvalidValue(caller, "rho", "to be at least 1 and at most 100", rho)):
             build(NoiseSchedule.linear(), 5, spacing="karras", rho=rho)
-    assert build(NoiseSchedule.linear(), 5, spacing="karras", sigma_min=0.0100005, sigma_max=157.407)  # as the error says
+    assert build(NoiseSchedule.linear(), 5, spacing="karras", sigma_min=0.01, sigma_max=157.41)  # rounded
+    for name, value in (("sigma_min", 0.00999), ("sigma_max", 157.5)):
+        with refused(InvalidValue(caller, name, within, value)):
+            build(NoiseSchedule.linear(), 5, spacing="karras", **{name: value})
     with refused(InvalidType(build.__name__, "sigma_min", "to be a number or None", "str")):
         build(NoiseSchedule.linear(), 5, spacing="karras", sigma_min="0.1")
     with refused(InvalidValue(build.__name__, "num_steps", "to be an integer in 1..1000", "1001")):
@@ -407,12 +410,15 @@ def test_heun_refuses_zero_terminal_snr() -> None:
         InvalidValue("heun_plan", "", "abar to be above 0 at the first timestep", "0 at 999: pass a finite lambda_min")
     ):
         heun_plan(schedule, 5, prediction="v_prediction")
-    with refused(
-        InvalidValue("dpm_solver_plan", "sigma_max", "to be given and finite, as abar is 0 at the last timestep", "None")
-    ):
+    with refused(InvalidValue("dpm_solver_plan", "sigma_max", "to be given, as abar is 0 at the last timestep", "None")):
         dpm_solver_plan(schedule, 5, spacing="karras", prediction="v_prediction")
     ratios = (1 / schedule.alpha_bars - 1).sqrt()
-    for sigma_max in (100.0, 1e6):
+    highest = float(ratios[-2])
+    with refused(
+        InvalidValue("heun_plan", "sigma_max", f"to be in 0.0100005..{highest:.6g}, the levels of the timesteps", 1e6)
+    ):
+        heun_plan(schedule, 5, spacing="karras", sigma_max=1e6)
+    for sigma_max in (100.0, highest):
         plan = heun_plan(schedule, 5, spacing="karras", sigma_max=sigma_max)
         assert float(plan.alpha_bars[0]) == pytest.approx(1 / (1 + sigma_max**2))
         assert int(plan.timesteps[0]) == int((ratios.log() - math.log(sigma_max)).abs().argmin())
