@@ -40,8 +40,8 @@ def vary(
 ) -> Tensor:
     """Draw variations of images: add noise, and take it away again (SDEdit, Meng et al. 2022, section 3).
 
-    The images are noised to the level where the last round(strength S) of the plan's S levels begin (derivation eq. 3), and
-    the plan runs from there.
+    The images are noised to the level where the last round(strength S) of the plan's S levels begin, or the last one
+    (derivation eq. 3). The plan runs from there.
 
     Args:
         model: See `Sampler`.

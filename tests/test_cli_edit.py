@@ -371,7 +371,7 @@ def test_a_bad_value_of_a_common_option_is_refused(folder: Path, command: str, o
                     ("--sampler=ddim --spacing=karras", "expected --spacing to be leading, trailing or linspace with ddim"),
                     (
                         "--sampler=ddim --sigma-min=0.1",
-                        "expected --sigma-min to go with --spacing karras, got 0.1 with leading",
+                        "expected --sigma-min to go with --sampler dpm++2m",
                     ),
                     ("--sigma-min=2 --sigma-max=1", "expected --sigma-max to be above the last level, 2, got 1.0"),
                     ("--variance=fixed_small", "expected --variance to go with --sampler ddpm"),

@@ -632,7 +632,7 @@ def test_command_options_do_what_they_say(folder: Path, tmp_path: Path) -> None:
         ("--steps 21 --sampler ddpm", "expected --steps to be in 1..20 with ddpm, got 21"),
         ("--eta 1 --sampler ddpm", "expected --eta to go with --sampler ddim or dpm++2m-sde, got 1.0 with ddpm"),
         ("--spacing karras --sampler ddim", "expected --spacing to be leading, trailing or linspace with ddim, got karras"),
-        ("--sampler ddim --sigma-min 0.1", "expected --sigma-min to go with --spacing karras, got 0.1 with leading"),
+        ("--sampler ddim --sigma-min 0", "expected --sigma-min to go with --sampler dpm++2m, dpm++2m-sde or heun"),
         ("--sampler dpm++2m --sigma-max 1", "expected --sigma-max to go with --spacing karras, got 1.0 with linspace"),
         ("--sigma-max 99", "expected --sigma-max to be in 0.0708881..5.44346, the levels of the timesteps, got 99.0"),
         ("--sigma-min 0.3 --sigma-max 0.2", "expected --sigma-max to be above the last level, 0.3, got 0.2"),

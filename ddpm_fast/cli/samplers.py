@@ -141,8 +141,9 @@ def plan_of_options(
         "to go with --sampler ddim or dpm++2m-sde",
         f"{eta} with {sampler}",
     )
+    wanted = "to go with --spacing karras" if solves else "to go with --sampler dpm++2m, dpm++2m-sde or heun"
     for name, value in (("sigma_min", sigma_min), ("sigma_max", sigma_max)):
-        expect(value is None or spacing == "karras", command, name, "to go with --spacing karras", f"{value} with {spacing}")
+        expect(value is None or spacing == "karras", command, name, wanted, f"{value} with {spacing if solves else sampler}")
     common: dict[str, Any] = {"prediction": loaded.prediction, "clip": loaded.clip, "spacing": spacing}
     if sampler == "ddpm":
         return ddpm_plan(loaded.schedule, steps, variance=variance or loaded.variance, **common)
