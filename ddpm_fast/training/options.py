@@ -123,8 +123,8 @@ def train(
         threads: Use this many CPU threads. Default: PyTorch's choice.
         log_every: Write a row of log.csv every this many steps.
         sample_every: Draw a grid of samples every this many steps; 0 disables.
-        sample_steps: Draw the grids in this many steps: of DPM-Solver++ with the linear schedule of 1000 timesteps, of DDIM
-            with others. Default: 8 or 50, at most all timesteps.
+        sample_steps: Draw the grids in this many steps. Default: 8 with the linear schedule of 1000 timesteps, else up to 50 of
+            DDIM.
         checkpoint_every: Save a checkpoint every this many steps; 0 disables.
         checkpoint_minutes: Save a checkpoint every this many minutes; 0 disables.
         keep: Keep this many checkpoints.
