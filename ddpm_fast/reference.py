@@ -24,8 +24,6 @@ STREAM_Q_SAMPLE: Final = 0xFFFFFFFE
 """Stream of the epsilon of `q_sample` and `denoising_loss`."""
 STREAM_SEEDS: Final = 0xFFFFFFFD
 """Stream of `sample_seeds`."""
-STREAM_OFFSET: Final = 0xFFFFFFFC
-"""Stream of offset noise, a normal for each channel."""
 STREAM_KNOWN: Final = 0x80000000
 """First stream of the noise on the known region of `inpaint`: step i draws from STREAM_KNOWN + i."""
 STREAM_DROPOUT: Final = 0xC0000000

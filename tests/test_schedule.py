@@ -59,17 +59,6 @@ def test_scaling_to_the_number_of_timesteps() -> None:
     assert NoiseSchedule.linear(100).betas[-1].item() == pytest.approx(0.02)
 
 
-def test_float32_ends_of_the_sigmoid_move_abar_a_little() -> None:
-    """Only the far end counts: what is left of abar there is all of it."""
-    exact, rounded = (NoiseSchedule.sigmoid(tau=0.8, float32_ends=on) for on in (False, True))
-    u = torch.linspace(0, 1, 1001, dtype=torch.float64)
-    abar = torch.tensor(3 / 0.8).sigmoid() - torch.sigmoid((6 * u - 3) / 0.8)
-    torch.testing.assert_close(rounded.alpha_bars[:-1], (abar / abar[0])[1:-1], rtol=1e-9, atol=0)
-    assert not torch.equal(exact.betas, rounded.betas)
-    torch.testing.assert_close(exact.betas, rounded.betas, rtol=1e-4, atol=0)
-    assert NoiseSchedule.from_config(rounded.to_config()) == rounded
-
-
 def test_zero_terminal_snr() -> None:
     schedule = NoiseSchedule.linear()
     rescaled = schedule.rescale_zero_terminal_snr()
@@ -253,7 +242,6 @@ def test_errors(make, error: ArgumentError) -> None:
         ),
         (lambda: NoiseSchedule.linear(10, "x"), r"NoiseSchedule\.linear: expected beta_start to be a number, got str"),
         (lambda: NoiseSchedule.linear(scale_to_num_timesteps="x"), "expected scale_to_num_timesteps to be a bool, got str"),
-        (lambda: NoiseSchedule.sigmoid(float32_ends=1), "expected float32_ends to be a bool, got int"),
         (lambda: NoiseSchedule.from_betas("x"), r"from_betas: expected betas to be T numbers, got "),
         (
             lambda: NoiseSchedule.from_betas([0.1, None]),

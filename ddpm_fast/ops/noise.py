@@ -62,7 +62,6 @@ def noise(
         STREAM_X_T         `initial_noise`, the x_T of a sampler
         STREAM_Q_SAMPLE    the epsilon of `q_sample` and `denoising_loss`
         STREAM_SEEDS       `sample_seeds`
-        STREAM_OFFSET      offset noise of the denoising-diffusion-pytorch drop-in
         STREAM_KNOWN + k   the known region after step k of `inpaint`
         STREAM_DROPOUT + k dropout in residual block k of a `UNet`
 
