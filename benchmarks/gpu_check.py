@@ -398,7 +398,7 @@ def goals(results: Mapping[str, Any]) -> list[dict[str, object]]:
 
     def ratios(rows: list[dict[str, Any]], is_peer: Callable[[str], bool]) -> list[float]:
         keys = {key for row in rows for key in row if key.startswith("times ")}
-        return medians(rows, *(key for key in sorted(keys) if is_peer(key) and "accelerated" not in key))
+        return medians(rows, *(key for key in sorted(keys) if is_peer(key) and "frozen" not in key))
 
     def goal(what: str, kind: str, bound: float, values: list[float]) -> None:
         pick = {"lowest": min, "highest": max, "geometric mean": statistics.geometric_mean}[kind]

@@ -31,7 +31,7 @@ from ddpm_fast import NoiseSchedule, ddpm_plan, noise, sample_seeds
 from ddpm_fast.nn import UNet
 from ddpm_fast.reference import STREAM_X_T
 
-PIPELINE, ACCELERATED = f"{DIFFUSERS} DDPMPipeline", "DDPMPipeline, accelerated"
+PIPELINE, FROZEN = f"{DIFFUSERS} DDPMPipeline", "DDPMPipeline, frozen"
 PARITY_STEPS, PARITY_BATCH = 4, 2
 
 
@@ -81,12 +81,12 @@ class Samplers:
             scheduler = idioms.diffusers_scheduler(schedule)
             self.pipeline = idioms.diffusers().DDPMPipeline(unet=network, scheduler=scheduler)
             self.pipeline.set_progress_bar_config(disable=True)
-        self.accelerated: Any = None
-        if self.pipeline is not None and self.classes is None and dtype != torch.float64 and installed("xxhash"):
-            self.accelerated = ddpm_fast.accelerate(copy.deepcopy(self.pipeline).to(device), dtype=dtype)
+        self.frozen: Any = None
+        if self.pipeline is not None and self.classes is None and dtype != torch.float64:
+            self.frozen = ddpm_fast.freeze(self.pipeline, dtype, device=device)  # its images are float32 in any dtype
         for network in self.networks.values():
             network.to(device, dtype).eval()
-        self.formats = {OURS: "channels_last", ACCELERATED: "channels_last"}
+        self.formats = {OURS: "channels_last", FROZEN: "channels_last"}
         self.modes: Sequence[str] = ()
 
     def no_label(self, n: int) -> Tensor | None:
@@ -108,8 +108,8 @@ class Samplers:
             samplers[PLAIN] = partial(with_loop, self.networks[PLAIN])
         if self.pipeline is not None and not self.modes:
             samplers[PIPELINE] = partial(with_pipeline, self.pipeline)
-        if self.accelerated is not None and not self.modes:
-            samplers[ACCELERATED] = partial(with_pipeline, self.accelerated)
+        if self.frozen is not None and not self.modes:
+            samplers[FROZEN] = partial(with_pipeline, self.frozen)
         for mode in self.modes:  # the same loop, in which no step waits for the host
             name = PIPELINE if self.pipeline is not None and self.classes is None else PLAIN
             key = f"{name.split()[0]} + torch.compile {mode}"
@@ -182,13 +182,13 @@ def check(model: UNet, schedule: NoiseSchedule, dtype: torch.dtype, device: str)
                 images = calls[PIPELINE](PARITY_BATCH)
             # Its coefficients come from a float32 product over the schedule.
             common.require_parity("DDPMPipeline in float32", images, baseline, truth, factor=10)
-            if ACCELERATED in calls:
+            if FROZEN in calls:
                 before, after = (
-                    calls[name](PARITY_BATCH, generator=torch.Generator().manual_seed(0)) for name in (PIPELINE, ACCELERATED)
+                    calls[name](PARITY_BATCH, generator=torch.Generator().manual_seed(0)) for name in (PIPELINE, FROZEN)
                 )
                 difference = float((after - before).abs().max()) / 2
-                print(f"accelerate in float32: largest difference of a pixel in 0..1: {difference:.2g}")
-                assert difference <= 1e-3, "accelerate changes the images: no speed is reported"
+                print(f"frozen in float32: largest difference of a pixel in 0..1: {difference:.2g}")
+                assert difference <= 1e-3, "freeze changes the images: no speed is reported"
     print(f"parity: the same images for the same noise ({PARITY_STEPS} steps, against float64)")
 
 

@@ -13,10 +13,10 @@ _NAMES_BY_MODULE = {
     "editing": ("inpaint", "interpolate", "invert", "vary"),
     "evaluation": ("VariationalBound", "frechet_distance", "variational_bound"),
     "images": ("image_grid", "save_grid", "save_trajectory", "to_uint8"),
-    "integrations.accelerate": ("accelerate", "restore"),
+    "integrations.freezing": ("freeze", "plan_of"),
     "integrations.fuse": ("FuseReport", "fuse", "unfuse"),
     "memory": ("kept_memory",),
-    "inference": ("FrozenUNet", "freeze"),
+    "inference": ("FrozenUNet",),
     "nn": ("UNet",),
     "ops": (
         *("BackendUnavailable", "attention", "conv3x3", "denoising_loss", "group_norm_affine", "group_norm_silu"),
@@ -25,7 +25,7 @@ _NAMES_BY_MODULE = {
     "plan": (
         *("SamplingPlan", "ddim_inversion_plan", "ddim_plan", "ddpm_plan", "dpm_solver_plan", "heun_plan", "repaint_plan"),
     ),
-    "reference": ("STREAM_DROPOUT", "STREAM_KNOWN", "STREAM_OFFSET", "STREAM_Q_SAMPLE", "STREAM_SEEDS", "STREAM_X_T"),
+    "reference": ("STREAM_DROPOUT", "STREAM_KNOWN", "STREAM_Q_SAMPLE", "STREAM_SEEDS", "STREAM_X_T"),
     "sample_files": ("write_samples",),
     "sampling": ("Sampler", "sample"),
     "schedule": ("NoiseSchedule",),

@@ -12,9 +12,8 @@ from .images import save_grid as save_grid
 from .images import save_trajectory as save_trajectory
 from .images import to_uint8 as to_uint8
 from .inference import FrozenUNet as FrozenUNet
-from .inference import freeze as freeze
-from .integrations.accelerate import accelerate as accelerate
-from .integrations.accelerate import restore as restore
+from .integrations.freezing import freeze as freeze
+from .integrations.freezing import plan_of as plan_of
 from .integrations.fuse import FuseReport as FuseReport
 from .integrations.fuse import fuse as fuse
 from .integrations.fuse import unfuse as unfuse
@@ -43,7 +42,6 @@ from .pretrained import load_builtin as load_builtin
 from .pretrained import load_folder as load_folder
 from .reference import STREAM_DROPOUT as STREAM_DROPOUT
 from .reference import STREAM_KNOWN as STREAM_KNOWN
-from .reference import STREAM_OFFSET as STREAM_OFFSET
 from .reference import STREAM_Q_SAMPLE as STREAM_Q_SAMPLE
 from .reference import STREAM_SEEDS as STREAM_SEEDS
 from .reference import STREAM_X_T as STREAM_X_T

@@ -16,6 +16,11 @@ Model: TypeAlias = Callable[..., Any]
 """An nn.Module, or a `FrozenUNet`. Other objects need attributes `device` and `dtype`."""
 
 
+def inference_form(model: Model) -> Model:
+    """Return the `FrozenUNet` that a frozen network of another library holds, or any other model as it is."""
+    return getattr(model, "frozen_unet", model)
+
+
 def predict(model: Model, x_t: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:
     """Return the model's output as a tensor.
 

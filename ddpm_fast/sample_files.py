@@ -44,7 +44,7 @@ from .images import to_uint8
 from .inference import FrozenUNet
 from .limits import check_free_space, check_writable
 from .locks import locked
-from .models import Model, device_and_dtype, model_config
+from .models import Model, device_and_dtype, inference_form, model_config
 from .plan import SamplingPlan
 from .requests import ClassLabels, checked_request
 from .sampling import Sampler, checked_setup
@@ -619,6 +619,7 @@ def _plan_digest(plan: SamplingPlan) -> str:
 def _weights_digest(model: Model) -> str | None:
     """Return a digest of a network's configuration, weights and buffers, or None if it shows none."""
     named: dict[str, Any] = {}
+    model = inference_form(model)
     if isinstance(model, FrozenUNet):
         named = model.tensors()
     elif isinstance(model, nn.Module):

@@ -35,12 +35,10 @@ PUBLIC_MODULES = (
     "ddpm_fast.nn",
     "ddpm_fast.plan",
     "ddpm_fast.schedule",
-    "ddpm_fast.integrations.accelerate",
+    "ddpm_fast.integrations.denoising_diffusion_pytorch",
     "ddpm_fast.integrations.diffusers",
     "ddpm_fast.integrations.fuse",
     "ddpm_fast.integrations.guided_diffusion",
-    "ddpm_fast.integrations.guided_diffusion_unet",
-    "ddpm_fast.integrations.lucidrains",
 )
 INTERNAL = {"ddpm_fast.plan.spaced_timesteps", "ddpm_fast.schedule.numbered"}  # helpers of other modules
 

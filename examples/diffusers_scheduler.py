@@ -1,13 +1,13 @@
-"""diffusers' loop with this package's schedulers: the same image from the same generator, and noise of each sample's own.
+"""diffusers' loop with this package's schedulers: the same image from the same generator, or a seed for each sample.
 
-Needs diffusers; the network is the built-in one, which diffusers reads as a folder of its own. Writes diffusers_scheduler.png.
+Needs diffusers, which reads the folder of the built-in network. Writes diffusers_scheduler.png.
 """
 
 import diffusers
 import torch
 
 import ddpm_fast
-from ddpm_fast.integrations.diffusers import DDIMScheduler, DDPMScheduler
+from ddpm_fast.integrations.diffusers import DDPMScheduler
 from ddpm_fast.pretrained import BUILTIN
 
 unet = diffusers.UNet2DModel.from_pretrained(BUILTIN / "unet", low_cpu_mem_usage=False).eval()
@@ -30,7 +30,7 @@ theirs = draw(diffusers.DDPMScheduler(), x_T, torch.Generator().manual_seed(1))
 ours = draw(DDPMScheduler(), x_T, torch.Generator().manual_seed(1))
 print(f"largest difference to diffusers: {(ours - theirs).abs().max():.1e}")
 
-# 2. With seeds, an image is its own seed's: the second of four is the same alone.
+# 2. With seeds, an image depends only on its seed: the second of four is the same alone.
 scheduler = DDPMScheduler()
 seeds = ddpm_fast.sample_seeds(0, 4)
 
@@ -43,9 +43,8 @@ def from_seeds(seeds):
 images = from_seeds(seeds)
 print(f"the second alone differs by {(from_seeds(seeds[1:2])[0] - images[1]).abs().max():.1e}")
 
-# 3. Any configuration of diffusers becomes one of these schedulers, and its chain a plan for `ddpm_fast.sample`.
-ddim = DDIMScheduler.from_config(scheduler.config, timestep_spacing="trailing")
-ddim.set_timesteps(25)
-model, _ = ddpm_fast.load_builtin()
-fast = ddpm_fast.sample(model, ddim.sampling_plan(), 4, seed=0, class_labels=9, progress=False)
+# 3. `plan_of` gives any of these schedulers, here or in diffusers, as a plan for `ddpm_fast.sample`.
+ddim = diffusers.DDIMScheduler.from_config(scheduler.config, timestep_spacing="trailing")
+model, _ = ddpm_fast.load_builtin()  # the same network, which `sample` freezes
+fast = ddpm_fast.sample(model, ddpm_fast.plan_of(ddim, 25), 4, seed=0, class_labels=9, progress=False)
 ddpm_fast.save_grid(torch.cat([ours, images, fast]), "diffusers_scheduler.png", columns=4)

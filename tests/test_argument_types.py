@@ -17,13 +17,14 @@ from typing import Any, NoReturn
 import diffusers
 import pytest
 import torch
+from denoising_diffusion_pytorch import denoising_diffusion_pytorch as theirs
 from small_unets import make_unet
 from torch import Tensor, nn
 
 import ddpm_fast as d
 from ddpm_fast.errors import InvalidType, InvalidValue
+from ddpm_fast.integrations import denoising_diffusion_pytorch, guided_diffusion
 from ddpm_fast.integrations import diffusers as schedulers
-from ddpm_fast.integrations import guided_diffusion, lucidrains
 
 # Objects that functions of the package return. Users do not make them.
 RESULTS = {"BackendUnavailable", "FuseReport", "Pretrained", "TrainResult", "VariationalBound"}
@@ -99,13 +100,6 @@ class Untouched(nn.Module):
         raise AssertionError("the network was called")
 
 
-class Denoiser(Untouched):
-    """A network as denoising-diffusion-pytorch's wrapper expects it."""
-
-    channels = out_dim = 3
-    self_condition = False
-
-
 X, SEEDS, TIME, ONES = torch.zeros(2, 4, 4, 4), d.sample_seeds(0, 2), torch.ones(2, 4), torch.ones(4)
 NORM = {"num_groups": 2, "weight": ONES, "bias": ONES, "shift": TIME, "scale_shift": (TIME, TIME)}
 IMAGES, FEATURES = torch.zeros(2, 3, 4, 4), torch.rand(9, 2)
@@ -152,6 +146,11 @@ def trainer_arguments() -> dict[str, Any]:
     model = make_unet(in_channels=3, out_channels=3)[0]
     data = [torch.zeros(3, 16, 16)]
     return {"model": model, "schedule": SCHEDULE, "dataset": data, "run_folder": "no such run", "sample_steps": 5}
+
+
+def their_process() -> Any:
+    network = d.UNet(**(dict(unet().config) | {"out_channels": 2}))
+    return theirs.GaussianDiffusion(network, image_size=16, timesteps=10)
 
 
 def pipeline() -> Any:
@@ -220,7 +219,6 @@ CALLS: dict[str, Callable[[], Entry]] = {
     "UNet": lambda: Entry(unet().forward, {"x": torch.zeros(2, 2, 16, 16), "t": STEP}, {"x": "meta", "t": "fraction zero"}),
     "UNet.from_pretrained": lambda: Entry(d.UNet.from_pretrained, {"path": "no such"}, caller="from_pretrained"),
     "UNet.save_pretrained": lambda: Entry(unet().save_pretrained, {"path": "no such"}, caller="save_pretrained"),
-    "accelerate": lambda: Entry(d.accelerate, {"pipe": pipeline()}),
     "attention": lambda: Entry(
         d.attention, {"qkv": torch.zeros(2, 6, 12), "num_heads": 2}, {"qkv": "meta", "scale": "negative zero"}
     ),
@@ -252,7 +250,8 @@ CALLS: dict[str, Callable[[], Entry]] = {
     ),
     "export_checkpoint": lambda: Entry(d.export_checkpoint, {"run_dir": "no such", "out_dir": "no such either"}),
     "frechet_distance": lambda: Entry(d.frechet_distance, {"a": FEATURES, "b": FEATURES}),
-    "freeze": lambda: Entry(d.freeze, {"model": unet()}),
+    "freeze": lambda: Entry(d.freeze, {"x": unet()}),
+    "freeze, pipeline": lambda: Entry(d.freeze, {"x": pipeline()}, caller="freeze"),
     "fuse": lambda: Entry(d.fuse, {"model": NETWORK}),
     "group_norm_affine": lambda: Entry(d.group_norm_affine, {"x": X, "skip": X[:, :0]} | NORM),
     "group_norm_silu": lambda: Entry(d.group_norm_silu, {"x": X} | NORM),
@@ -277,7 +276,8 @@ CALLS: dict[str, Callable[[], Entry]] = {
     "q_sample, seeds": lambda: Entry(
         d.q_sample, {"x_0": X, "t": 3, "schedule": SCHEDULE, "seeds": SEEDS}, {"x_0": "tensor meta", "t": "zero"}
     ),
-    "restore": lambda: Entry(d.restore, {"pipe": pipeline()}),
+    "plan_of": lambda: Entry(d.plan_of, {"x": pipeline(), "num_steps": 5}),
+    "plan_of, eta": lambda: Entry(d.plan_of, {"x": diffusers.DDIMScheduler(), "num_steps": 5, "eta": 0.5}, {"eta": "zero"}),
     "reverse_step": lambda: Entry(
         d.reverse_step,
         {"x_t": X, "model_output": X, "step": STEP, "plan": PLAN, "noise": X, "x_0_prev": X, "out": X.clone()},
@@ -332,26 +332,13 @@ CALLS: dict[str, Callable[[], Entry]] = {
     ),
     "DDIMInverseScheduler.set_timesteps": lambda: Entry(INVERSE.set_timesteps, {"num_inference_steps": 5}),
     "DDIMInverseScheduler.step": lambda: Entry(INVERSE.step, {"model_output": X, "timestep": 4, "sample": X}, **DROP_IN),
-    "create_gaussian_diffusion": lambda: Entry(
-        guided_diffusion.create_gaussian_diffusion,
-        {"steps": 100},
-        {"noise_schedule": "*", "timestep_respacing": "*"},  # errors of the functions that take them, as in the library
-    ),
-    "GaussianDiffusion": lambda: Entry(
-        lucidrains.GaussianDiffusion,
-        {"model": Denoiser(), "image_size": 4, "timesteps": 10, "sampling_timesteps": 5},
-        {"image_size": "huge", "schedule_fn_kwargs": "dict", "min_snr_gamma": "inf"}
-        | {"ddim_sampling_eta": "zero", "offset_noise_strength": "zero"},
-    ),
     "load_checkpoint": lambda: Entry(
-        lucidrains.load_checkpoint,
-        {"path": "no such", "diffusion": lucidrains.GaussianDiffusion(Denoiser(), image_size=4, timesteps=10)},
+        denoising_diffusion_pytorch.load_checkpoint, {"path": "no such", "process": their_process()}
     ),
     "load_guided_diffusion": lambda: Entry(
         guided_diffusion.load_guided_diffusion,
         {"path_or_state_dict": "no such"},
-        {"path_or_state_dict": "text", "channel_mult": "list", "dropout": "zero"}
-        | dict.fromkeys(("num_head_channels", "num_heads_upsample"), "negative"),
+        {"path_or_state_dict": "text", "dropout": "zero", "num_head_channels": "negative"},
     ),
     "DDIMScheduler.step": lambda: Entry(DDIM.step, {"model_output": X, "timestep": 4, "sample": X}, **DROP_IN),
 }

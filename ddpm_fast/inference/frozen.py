@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..checks import MAX_TIMESTEPS, check_dtype, check_int, check_range, check_strided, computing_device
 from ..errors import InvalidType, InvalidValue
-from ..models import Model, placed
+from ..models import Model, inference_form, placed
 from ..nn.config import UNetConfig
 from ..nn.unet import UNet, centered, checked_timesteps
 from ..ops.backend import has_fast_bfloat16, why_not_matrix_kernels
@@ -26,53 +26,17 @@ from .program import Buffer, Builder, Call, NativeProgram, PythonProgram
 from .pytorch_layers import PyTorchLayers, has_prepacked
 
 MAX_PROGRAMS: Final = 4  # per network: one per input shape and number of threads
-_TIMESTEP_DTYPES: Final = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _CACHED_BYTES: Final = 8 << 20  # the largest feature map of a batch: 16 images of the CIFAR-10 network in float32
 
 
-def freeze(
+def frozen_unet(
     model: UNet,
     dtype: torch.dtype | None = None,
     *,
     device: torch.device | str | None = None,
     num_timesteps: int | None = None,
 ) -> FrozenUNet:
-    """Return the inference form of a U-Net.
-
-    It is called like the model and has no gradients. Outputs are equal up to the rounding of `dtype`.
-
-    On a CPU, in float32 and bfloat16, convolutions and matrix products use this package's kernels:
-
-    - Weights are packed at first use. They need 2-4x the model's memory, besides a copy of the model's weights.
-    - Norms and activations are applied while a convolution reads its input.
-    - Skip connections are read in place, and residuals are added while the output is written.
-    - In bfloat16 on a CPU with AMX, oneDNN computes the convolutions. Weights are reordered once per input shape.
-
-    On a GPU, and in other dtypes, weights are cast once and stored channels_last.
-
-    In every case:
-
-    - The projections of the time embedding become tables over the timesteps, computed in float64. A
-      network with classes has such a table for the embedding, and one product for all projections.
-    - Queries, keys and values are one product.
-    - Biases and shortcuts are merged into neighbouring layers, and dropout is removed.
-    - Norm parameters stay float32.
-
-    Args:
-        model: U-Net, not modified. Later changes of it do not affect the result.
-        dtype: Dtype of weights and activations. None: the model's dtype. A float32 model becomes bfloat16
-            on devices with fast bfloat16, and float16 on other GPUs.
-        device: None: the model's device.
-        num_timesteps: T. Timesteps must be integers in 0..T-1. None: `num_train_timesteps` of the
-            config, or 1000.
-
-    Raises:
-        TypeError: `model` is not a `UNet` of unmodified layers, or `dtype` is not a floating dtype. The message
-            names the layer and the reason.
-        ValueError: `num_timesteps` is out of range, or `device` is unknown.
-    """
-    if not isinstance(model, UNet):
-        raise InvalidType("freeze", "model", "to be a ddpm_fast.UNet (UNet.from_pretrained)", f"a {type(model).__name__}")
+    """Return the inference form of a U-Net. Arguments and errors are those of `ddpm_fast.freeze`."""
     reason = why_not_frozen(model)
     if reason is not None:
         raise InvalidType("freeze", "", "a UNet with its own layers", f"one where {reason}")
@@ -110,6 +74,7 @@ def inference_network(caller: str, model: Model, device: torch.device, dtype: to
         dtype: Dtype of the network. None: on a GPU the choice of `freeze`, elsewhere the model's.
         num_timesteps: T.
     """
+    model = inference_form(model)
     if not isinstance(model, UNet):
         return placed(caller, model, device, dtype)
     reason = why_not_frozen(model) if device.type in ("cpu", "cuda") else f"it is on {device.type}"
@@ -122,7 +87,7 @@ def inference_network(caller: str, model: Model, device: torch.device, dtype: to
         return placed(caller, model, device, dtype)
     if dtype is None and device.type == "cpu":
         dtype = model.conv_in.weight.dtype
-    return freeze(model, dtype, device=device, num_timesteps=num_timesteps)
+    return frozen_unet(model, dtype, device=device, num_timesteps=num_timesteps)
 
 
 class _Constants(nn.Module):
@@ -138,6 +103,23 @@ class _Constants(nn.Module):
 
 class FrozenUNet:
     """Inference form of a `UNet`; see `freeze`. It is immutable.
+
+    On a CPU, in float32 and bfloat16, convolutions and matrix products use this package's kernels:
+
+    - Weights are packed at first use. They need 2-4x the model's memory, besides a copy of the model's weights.
+    - Norms and activations are applied while a convolution reads its input.
+    - Skip connections are read in place, and residuals are added while the output is written.
+    - In bfloat16 on a CPU with AMX, oneDNN computes the convolutions. Weights are reordered once per input shape.
+
+    On a GPU, and in other dtypes, weights are cast once and stored channels_last.
+
+    In every case:
+
+    - The projections of the time embedding become tables over the timesteps, computed in float64. A
+      network with classes has such a table for the embedding, and one product for all projections.
+    - Queries, keys and values are one product.
+    - Biases and shortcuts are merged into neighbouring layers, and dropout is removed.
+    - Norm parameters stay float32.
 
     For each input shape and number of threads it builds a program at the first call: a list of kernel calls with
     planned memory. It keeps the four programs used last. Threads that call it at once take turns on a CPU.
@@ -167,13 +149,14 @@ class FrozenUNet:
         self._lock = threading.Lock()
 
     @torch.no_grad()
-    def __call__(self, x: Tensor, t: Tensor | int, class_labels: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, t: Tensor | float, class_labels: Tensor | None = None) -> Tensor:
         """Evaluate the network as `UNet.forward` does.
 
         Args:
             x: x_t, [N, in_channels, H, W].
-            t: Integer timesteps in 0..T-1: an int, a 0-d tensor, or [N]. They are checked on the CPU. On a GPU
-                a check would synchronize with the host, so the caller must keep them in range.
+            t: Timesteps: a number, a 0-d tensor, or [N]. Integers are in 0..T-1. They are checked on the CPU. On a
+                GPU a check would synchronize with the host, so the caller must keep them in range. Terms of floating
+                timesteps are not looked up but computed, for schedulers that step between those of the training.
             class_labels: int64 [N], for networks with classes.
 
         Returns:
@@ -181,7 +164,7 @@ class FrozenUNet:
 
         Raises:
             ValueError: A shape or the device does not fit, or a timestep or label is out of range.
-            TypeError: Timesteps are not integers, or x belongs to a torch.func transform.
+            TypeError: Timesteps are no numbers, or x belongs to a torch.func transform.
         """
         if not torch.compiler.is_compiling():
             for name, value in (("x", x), ("t", t), ("class_labels", class_labels)):
@@ -195,11 +178,10 @@ class FrozenUNet:
         if isinstance(t, int) and not isinstance(t, bool) and not 0 <= t < self.num_timesteps:
             raise InvalidValue("FrozenUNet", "t", f"in 0..{self.num_timesteps - 1}", t)
         t = checked_timesteps("FrozenUNet", self._constants.config, x, t, class_labels)
-        if t.dtype not in _TIMESTEP_DTYPES:
-            raise InvalidType("FrozenUNet", "t", "to be integers", t.dtype)
-        t = t.to(torch.int64)
-        if runs_eagerly(t):
-            check_range("FrozenUNet", "t", t, self.num_timesteps)
+        if not t.is_floating_point():
+            t = t.to(torch.int64)
+            if runs_eagerly(t):
+                check_range("FrozenUNet", "t", t, self.num_timesteps)
         if x.device != self.device:
             raise InvalidValue("FrozenUNet", "x", f"on {self.device}", f"{x.device}: freeze the model for that device")
         x = centered(self._constants.config, x.to(self.dtype)).contiguous(memory_format=torch.channels_last)

@@ -126,7 +126,7 @@ class TimeTerms:
     """Time (and class) terms of all residual blocks: one [N, channels] tensor per projection.
 
     Projections of the same width are stacked. One lookup computes each stack, or one batched product if
-    there are classes. Every term is contiguous, as the norms need it.
+    there are classes or timesteps between the integers. Every term is contiguous, as the norms need it.
 
     Args:
         model: The U-Net.
@@ -144,15 +144,12 @@ class TimeTerms:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        def linear(layer: nn.Linear, x: Tensor) -> Tensor:
-            bias = None if layer.bias is None else layer.bias.detach().to(device).double()
-            weight = layer.weight.detach().to(device).double()
-            return F.linear(x, weight, bias)
-
-        cfg = model._config
-        t = torch.arange(num_timesteps, device=device)
-        emb = timestep_embedding(t, cfg.sinusoid_dim, flip_sin_to_cos=cfg.flip_sin_to_cos, freq_shift=cfg.freq_shift)
-        emb = linear(model.time_embedding.linear_2, F.silu(linear(model.time_embedding.linear_1, emb.double())))  # [T, E]
+        self._config = model._config
+        layers: list[tuple[Tensor, Tensor | None]] = []
+        for layer in (model.time_embedding.linear_1, model.time_embedding.linear_2):
+            weight, bias = layer.weight.detach().to(device), None if layer.bias is None else layer.bias.detach().to(device)
+            layers.append((weight.double(), None if bias is None else bias.double()))
+        emb = self._embedding(torch.arange(num_timesteps, device=device), layers)  # [T, E]
         widths = [len(bias) for _, bias in projections]
         distinct = sorted(set(widths))
         # Stack and row of each projection.
@@ -162,23 +159,33 @@ class TimeTerms:
             weights, biases = zip(*(pair for pair in projections if len(pair[1]) == width), strict=True)
             stacks.append((torch.stack(weights).double().transpose(1, 2), torch.stack(biases).double()[:, None]))
         wide = opmath(dtype)
+        self._layers = [(weight.to(wide), None if bias is None else bias.to(wide)) for weight, bias in layers]
+        self._weights = [weight.to(dtype) for weight, _ in stacks]  # [B, E, W] each
+        self._biases = [bias.to(dtype) for _, bias in stacks]  # [B, 1, W] each
         if model.class_embedding is None:
-            emb = F.silu(emb)
-            self._tables = [(torch.matmul(emb, weight) + bias).to(wide) for weight, bias in stacks]  # [B, T, W] each
+            self._tables = [(torch.matmul(F.silu(emb), weight) + bias).to(wide) for weight, bias in stacks]  # [B, T, W] each
         else:
             classes = model.class_embedding.weight.detach().to(device, wide, copy=True)
             self._embeddings = (emb.to(wide), classes)  # [T, E], [classes, E]
-            self._weights = [weight.to(dtype) for weight, _ in stacks]  # [B, E, W] each
-            self._biases = [bias.to(dtype) for _, bias in stacks]  # [B, 1, W] each
+
+    def _embedding(self, t: Tensor, layers: list[tuple[Tensor, Tensor | None]]) -> Tensor:
+        """Return the embedding of timesteps [N], [N, E] in the dtype of the layers."""
+        cfg = self._config
+        emb = timestep_embedding(t, cfg.sinusoid_dim, flip_sin_to_cos=cfg.flip_sin_to_cos, freq_shift=cfg.freq_shift)
+        (first, first_bias), (second, second_bias) = layers
+        return F.linear(F.silu(F.linear(emb.to(first.dtype), first, first_bias)), second, second_bias)
 
     def stacks(self, t: Tensor, class_labels: Tensor | None) -> list[Tensor]:
-        """Return the stacks, [B, N, W] each, for timesteps [N] and labels [N] or None."""
-        if class_labels is None:
+        """Return the stacks, [B, N, W] each, for timesteps [N], int64 or floating, and labels [N] or None."""
+        between = t.is_floating_point()
+        if class_labels is None and not between:
             return [table.index_select(1, t) for table in self._tables]
-        time, classes = self._embeddings
-        emb = F.silu(time.index_select(0, t) + classes.index_select(0, class_labels)).to(self._weights[0].dtype)
+        emb = self._embedding(t, self._layers) if between else self._embeddings[0].index_select(0, t)
+        if class_labels is not None:
+            emb = emb + self._embeddings[1].index_select(0, class_labels)
+        emb, dtype = F.silu(emb).to(self._weights[0].dtype), self._biases[0].dtype if class_labels is not None else emb.dtype
         return [
-            torch.baddbmm(bias, emb.expand(len(weight), *emb.shape), weight)
+            torch.baddbmm(bias, emb.expand(len(weight), *emb.shape), weight).to(dtype)
             for weight, bias in zip(self._weights, self._biases, strict=True)
         ]
 

@@ -1,23 +1,32 @@
-"""`fuse`: GroupNorm with modulation and SiLU in one pass, in models of other libraries."""
+"""`fuse`: GroupNorm with modulation and SiLU in one pass, in models of other libraries.
+
+`_KINDS` is the table of known modules. `fuse` walks over the model and takes three steps for each module:
+
+1. `_find` looks for its rows in the table.
+2. `_why_not` checks the module, and `_why_different` tries the fused forward on a copy.
+3. `swap` gives it a class that has the fused forward.
+
+Each call of a fused module checks the same row with `_why_called`. It falls back to the module's own forward.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
-from collections.abc import Iterator
+import types
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
-from typing import Any, ClassVar
+from operator import attrgetter
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-import torch.nn.modules.module as torch_module
 from torch import Tensor, nn
 
 from ..errors import InvalidType
 from ..nn.layers import GroupNormSiLU
 from ..ops import group_norm_silu
-from .class_swap import Swapped, swap, unswap
 
 _PLAIN = "GroupNorm, SiLU"
 _SHIFTED = "time added, GroupNorm, SiLU"
@@ -85,31 +94,27 @@ def fuse(model: nn.Module) -> FuseReport:
     """
     _check_model("fuse", model)
     unfuse(model)
-    modules = dict(model.named_modules())
-    names = {id(module): name for name, module in modules.items()}
-    fused: dict[int, str] = {}
-    reasons: dict[int, str] = {}
+    names = {module: name for name, module in model.named_modules()}
+    fused: dict[nn.Module, str] = {}
+    reasons: dict[nn.Module, str] = {}
     verdicts: dict[object, str | None] = {}
-    for module in modules.values():
-        for site in (*_block_sites(module), *_head_sites(model, module), *_sequential_sites(module)):
-            news = {id(norm): f"{type(module).__name__}: {what}" for norm, what in site.norms.items() if id(norm) not in fused}
-            if not news:
-                continue
-            reason = site.why_not or _why_not_same(site, verdicts)
-            if reason is None:
-                for target, mixin in site.swaps:
-                    swap(target, mixin)
-                    if mixin in (_NormSiLU, _Passed):
-                        target._head = (module,)  # type: ignore[assignment]
-                fused |= news
-            else:
+    for module in names:
+        for kind, method, news in _find(module, fused.keys()):
+            reason = _why_not(kind, method, module, model) or _why_different(kind, module, verdicts)
+            if reason is not None:
                 reasons |= dict.fromkeys(news, reason)
+            else:
+                fused |= news
+                for path, mixin in kind.swaps.items():
+                    part = swap(module.get_submodule(path), mixin)
+                    if path:
+                        part._head = (module,)
     left = {
-        id(module): reasons.get(id(module)) or _why_not_found(model, module)
-        for module in modules.values()
-        if id(module) not in fused and (isinstance(module, nn.GroupNorm) or _is_group_norm(module))
+        module: reasons.get(module) or _why_not_found(model, module)
+        for module in names
+        if module not in fused and (isinstance(module, nn.GroupNorm) or _is_group_norm(module))
     }
-    return FuseReport(*({names[key]: value for key, value in of.items()} for of in (fused, left)))
+    return FuseReport(*({names[module]: text for module, text in texts.items()} for texts in (fused, left)))
 
 
 def unfuse(model: nn.Module) -> None:
@@ -134,135 +139,77 @@ def _check_model(caller: str, model: Any) -> None:
         raise InvalidType(caller, "model", "to be an nn.Module", f"{type(model).__name__}{hint}")
 
 
-# --------------------------------------------------------------------------------------------------------- what is computed
+# ------------------------------------------------------------------------------------------------------------ swapped classes
+
+
+class Swapped:
+    """First base of a class made by `swap`. The object's own class is the second base and gives the name.
+
+    A patched method (`block.forward = ...`) is copied to places where it does not belong. Replicas would
+    call the original's method, and pickle cannot store it. A class has neither problem and leaves nothing
+    in the object. Names stay the same, because libraries depend on them for adapters, offloading and
+    configurations.
+    """
+
+    swapped_from: type
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Pickle and copy the object as its own class does, then swap the copy.
+
+        The swapped class is in no module, so pickle cannot find it.
+        """
+        make, arguments, *state = cast(tuple[Any, ...], super().__reduce_ex__(protocol))
+        mixin, own, swapped = type(self).__mro__[1], self.swapped_from, type(self)
+        return (_remake, (mixin, make, tuple(own if argument is swapped else argument for argument in arguments)), *state)
+
+
+def swap(thing: Any, mixin: type[Swapped]) -> Any:
+    """Give `mixin`'s methods priority over those of the object's class. Return the object."""
+    thing.__class__ = _swapped_class(mixin, type(thing))  # type: ignore[arg-type]  # mypy: a class is not hashable
+    return thing
+
+
+def unswap(thing: Any) -> None:
+    """Restore the class of an object that `swap` has changed."""
+    thing.__class__ = thing.swapped_from
+
+
+def own_class(thing: Any) -> type:
+    """Return the object's class before `swap`."""
+    return thing.swapped_from if isinstance(thing, Swapped) else type(thing)
+
+
+@cache  # one class of a kind, so that compiled code finds the class it was compiled for
+def _swapped_class(mixin: type[Swapped], own: type) -> type:
+    names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__, "swapped_from": own}
+    return types.new_class(own.__name__, (mixin, own), exec_body=lambda body: body.update(names))
+
+
+def _remake(mixin: type[Swapped], make: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    return swap(make(*arguments), mixin)
+
+
+# ------------------------------------------------------------------------------------------------------- the fused forwards
 
 
 class _Fused(Swapped):
     """Base of fused modules."""
 
 
-class _NormSiLU(_Fused):
-    """A norm that also computes the activation after it, in a diffusers head.
-
-    Attributes:
-        _head: The parent, in a tuple, so that it is no submodule.
-    """
-
-    _head: tuple[nn.Module]
-
-    def forward(self, input: Tensor) -> Tensor:
-        return _norm_silu(self, input) if _is_fused_head(*self._head) else super().forward(input)  # type: ignore[misc]
-
-
-class _Passed(_Fused):
-    """An activation that the norm before it has computed.
-
-    Attributes:
-        _head: The parent, in a tuple, so that it is no submodule.
-    """
-
-    _head: tuple[nn.Module]
-
-    def forward(self, input: Tensor) -> Tensor:
-        return input if _is_fused_head(*self._head) else super().forward(input)  # type: ignore[misc]
-
-
-def _is_fused_head(parent: Any) -> bool:
-    """Return whether a head's norm and activation are those that were fused, and nobody watches them."""
-    norm, activation = parent.conv_norm_out, parent.conv_act
-    return (
-        isinstance(norm, _NormSiLU)
-        and isinstance(activation, _Passed)
-        and norm._head[0] is parent
-        and activation._head[0] is parent
-        and not (_is_watched(norm) or _is_watched(activation) or "forward" in vars(parent))
-    )
-
-
-class _Sequential(_Fused):
-    """A `Sequential` that computes a norm and the SiLU after it at once. Its slices do the same."""
-
-    def forward(self: Any, input: Any) -> Any:
-        layers = list(self)
-        done = False
-        for layer, following in zip(layers, [*layers[1:], None], strict=True):
-            if done:  # with the norm
-                done = False
-                continue
-            done = _is_bypassable_norm(layer) and _is_bypassable_silu(following)
-            input = _norm_silu(layer, input) if done else layer(input)
-        return input
-
-
-class _Block(_Fused):
-    """A residual block: norm, SiLU, convolution, norm with the time embedding, SiLU, convolution.
-
-    Attributes:
-        known_as: Name of the class.
-        method: Method that computes the block.
-        bypassed: Children that are no longer called. The norms are the first two.
-        activations: Children that must be SiLU.
-    """
-
-    known_as: ClassVar[str]
-    method: ClassVar[str] = "forward"
-    bypassed: ClassVar[tuple[str, ...]]
-    activations: ClassVar[tuple[str, ...]] = ()
-
-    @staticmethod
-    def modulates(block: Any) -> bool:
-        """Return whether time is a scale and a shift after the norm. Otherwise it is added before the norm."""
-        raise NotImplementedError
-
-    @staticmethod
-    def input_shapes(block: Any) -> list[tuple[int, ...] | None]:
-        """Return shapes of inputs for trying the block."""
-        raise NotImplementedError
-
-    def _is_as_fused(self) -> bool:
-        """Return whether the parts that are no longer called are still the expected ones."""
-        raise NotImplementedError
-
-
-class _ResnetBlock2D(_Block):
+class _ResnetBlock2D(_Fused):
     """Block of diffusers, diffusers/models/resnet.py."""
-
-    known_as = "ResnetBlock2D"
-    bypassed = ("norm1", "norm2", "nonlinearity")
-    activations = ("nonlinearity",)
-
-    @staticmethod
-    def modulates(block: Any) -> bool:
-        return bool(block.time_embedding_norm == "scale_shift")
-
-    @staticmethod
-    def input_shapes(block: Any) -> list[tuple[int, ...] | None]:
-        emb = None if block.time_emb_proj is None else (2, block.time_emb_proj.in_features)
-        return [(2, _channels(block.norm1), 8, 8), emb]
-
-    def _is_as_fused(self: Any) -> bool:
-        return (
-            _is_bypassable_norm(self.norm1)
-            and _is_bypassable_norm(self.norm2)
-            and _is_bypassable_silu(self.nonlinearity)
-            and (
-                self.time_embedding_norm in ("default", "scale_shift")
-                if self.time_emb_proj is not None
-                else self.time_embedding_norm != "scale_shift"  # an error, which diffusers raises
-            )
-        )
 
     def forward(self: Any, input_tensor: Tensor, temb: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         unusual = args or kwargs or (temb is None) != (self.time_emb_proj is None)  # deprecated or wrong: diffusers says so
-        if unusual or not self._is_as_fused():
+        if unusual or _why_called(_KINDS["ResnetBlock2D"], self):
             return super().forward(input_tensor, temb, *args, **kwargs)  # type: ignore[no-any-return, misc]
         x, h = input_tensor, _norm_silu(self.norm1, input_tensor)
-        if self.upsample is not None:
-            if len(x) >= 64:  # PyTorch's nearest interpolation of large channels_last batches was wrong, so diffusers does this
-                x, h = x.contiguous(), h.contiguous()
-            x, h = self.upsample(x), self.upsample(h)
-        elif self.downsample is not None:
-            x, h = self.downsample(x), self.downsample(h)
+        if self.upsample is not None and len(x) >= 64:
+            # PyTorch's nearest interpolation of large channels_last batches was wrong, so diffusers does this
+            x, h = x.contiguous(), h.contiguous()
+        resample = self.downsample if self.upsample is None else self.upsample
+        if resample is not None:
+            x, h = resample(x), resample(h)
         h = self.conv1(h)
         if temb is not None:
             temb = self.time_emb_proj(temb if self.skip_time_act else F.silu(temb))
@@ -274,38 +221,11 @@ class _ResnetBlock2D(_Block):
         return (x + h) / self.output_scale_factor  # type: ignore[no-any-return]
 
 
-class _ResBlock(_Block):
+class _ResBlock(_Fused):
     """Block of openai/guided-diffusion, guided_diffusion/unet.py. improved-diffusion's has no resampling."""
 
-    known_as = "ResBlock"
-    method = "_forward"  # `forward` wraps it in checkpointing
-    bypassed = ("in_layers.0", "out_layers.0", "in_layers.1", "out_layers.1", "in_layers", "out_layers")
-    activations = ("in_layers.1", "out_layers.1")
-
-    @staticmethod
-    def modulates(block: Any) -> bool:
-        return bool(block.use_scale_shift_norm)
-
-    @staticmethod
-    def input_shapes(block: Any) -> list[tuple[int, ...] | None]:
-        space = (8,) * (block.in_layers[-1].weight.dim() - 2)
-        return [(2, _channels(block.in_layers[0]), *space), (2, block.emb_layers[-1].in_features)]
-
-    def _is_as_fused(self: Any) -> bool:
-        return (
-            len(self.in_layers) == 3
-            and len(self.out_layers) > 2
-            and all(
-                type(layers).forward in (nn.Sequential.forward, _Sequential.forward)
-                and not _is_watched(layers)
-                and _is_bypassable_norm(layers[0])
-                and _is_bypassable_silu(layers[1])
-                for layers in (self.in_layers, self.out_layers)
-            )
-        )
-
     def _forward(self: Any, x: Tensor, emb: Tensor) -> Tensor:
-        if not self._is_as_fused():
+        if _why_called(_KINDS["ResBlock"], self):
             return super()._forward(x, emb)  # type: ignore[no-any-return, misc]
         norm, _, conv = self.in_layers
         h = _norm_silu(norm, x)
@@ -319,25 +239,11 @@ class _ResBlock(_Block):
         return self.skip_connection(x) + h  # type: ignore[no-any-return]
 
 
-class _UNetBlock(_Block):
+class _UNetBlock(_Fused):
     """Block of NVlabs/edm, training/networks.py."""
 
-    known_as = "UNetBlock"
-    bypassed = ("norm0", "norm1")
-
-    @staticmethod
-    def modulates(block: Any) -> bool:
-        return bool(block.adaptive_scale)
-
-    @staticmethod
-    def input_shapes(block: Any) -> list[tuple[int, ...] | None]:
-        return [(2, _channels(block.norm0), 8, 8), (2, block.affine.in_features)]
-
-    def _is_as_fused(self: Any) -> bool:
-        return _is_bypassable_norm(self.norm0) and _is_bypassable_norm(self.norm1)
-
     def forward(self: Any, x: Tensor, emb: Tensor) -> Tensor:
-        if not self._is_as_fused():
+        if _why_called(_KINDS["UNetBlock"], self):
             return super().forward(x, emb)  # type: ignore[no-any-return, misc]
         h = self.conv0(_norm_silu(self.norm0, x))
         h = _norm_silu(self.norm1, h, self.affine(emb), modulates=self.adaptive_scale)
@@ -347,13 +253,38 @@ class _UNetBlock(_Block):
 
     def _attend(self: Any, x: Tensor) -> Tensor:
         n, c, height, width = x.shape
-        qkv = self.qkv(self.norm2(x)).reshape(n * self.num_heads, c // self.num_heads, 3, height * width)
-        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # each [N heads, HW, C / heads]
-        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, c, height, width)
-        return (self.proj(h) + x) * self.skip_scale  # type: ignore[no-any-return]
+        qkv = self.qkv(self.norm2(x)).reshape(n * self.num_heads, c // self.num_heads, 3, height * width).transpose(1, 3)
+        h = F.scaled_dot_product_attention(*qkv.unbind(2))  # q, k and v are each [N heads, HW, C / heads]
+        return (self.proj(h.transpose(1, 2).reshape(n, c, height, width)) + x) * self.skip_scale  # type: ignore[no-any-return]
 
 
-_BLOCKS = (_ResnetBlock2D, _ResBlock, _UNetBlock)
+class _Sequential(_Fused):
+    """A `Sequential` that computes a norm and the SiLU after it at once. Its slices do the same."""
+
+    def forward(self: Any, input: Any) -> Any:
+        layers = list(self)
+        fused = [_is_bypassable_pair(*pair) for pair in zip(layers, [*layers[1:], None], strict=True)]
+        for layer, with_next, with_previous in zip(layers, fused, [False, *fused[:-1]], strict=True):
+            if not with_previous:
+                input = _norm_silu(layer, input) if with_next else layer(input)
+        return input
+
+
+class _HeadPart(_Fused):
+    """The norm of a diffusers head, which also computes SiLU, or the activation, which returns its input.
+
+    Attributes:
+        _head: The parent, in a tuple, so that it is no submodule.
+    """
+
+    _head: tuple[Any]
+
+    def forward(self, input: Tensor) -> Any:
+        (head,) = self._head
+        as_fused = all(isinstance(part, _HeadPart) and part._head[0] is head for part in (head.conv_norm_out, head.conv_act))
+        if not as_fused or "forward" in vars(head) or _why_called(_KINDS["head"], head):
+            return super().forward(input)  # type: ignore[misc]
+        return _norm_silu(self, input) if self is head.conv_norm_out else input
 
 
 def _norm_silu(norm: Any, x: Tensor, time: Tensor | None = None, *, modulates: bool = False) -> Tensor:
@@ -379,112 +310,189 @@ def _fitting(value: Any, x: Tensor) -> Any:
     return value if value is None or value.dtype in (x.dtype, torch.float32) else value.to(x.dtype)
 
 
-# -------------------------------------------------------------------------------------------------------- what is recognised
+# ------------------------------------------------------------------------------------------------------------- known modules
 
 
 @dataclass(frozen=True)
-class _Site:
-    """A place where something can be fused.
+class _Kind:
+    """A row of the table: a kind of module that can be fused.
+
+    A path names a child, such as "in_layers.0". Every function takes the module.
 
     Attributes:
-        norms: Fused operations, by norm.
-        swaps: Modules and their new classes.
-        proofs: Modules whose outputs must not change, and the shapes of their inputs.
-        why_not: Reason against fusing that needs no trial, or None.
+        norms: Paths of the norms, which the fused forward does not call.
+        activations: Paths of the activations that it does not call.
+        swaps: New classes, by path. The path of the module itself is "".
+        trials: Function for the modules whose outputs must stay the same, each with the shapes of its inputs.
+        only_torchs: Whether norms and activations must be torch's own classes, because there is no trial.
+        sequentials: Paths of each `Sequential` that it does not call. It calls the layers.
+        method: Method that the fused forward replaces.
+        defined_in: Prefix of the Python module that defines the method.
+        second: Function for the operations that are fused at the second norm.
+        fits: Function for whether all other parts are as the fused forward expects.
     """
 
-    norms: dict[nn.Module, str]
-    swaps: list[tuple[nn.Module, type[_Fused]]]
-    proofs: list[tuple[nn.Module, type[_Fused], list[tuple[int, ...] | None]]]
-    why_not: str | None
+    norms: tuple[str, ...]
+    activations: tuple[str, ...]
+    swaps: Mapping[str, type[_Fused]]
+    trials: Callable[[Any], list[tuple[nn.Module, list[tuple[int, ...] | None]]]]
+    only_torchs: bool = False
+    sequentials: tuple[str, ...] = ()
+    method: str = "forward"
+    defined_in: str = ""
+    second: Callable[[Any], str] = lambda module: _PLAIN
+    fits: Callable[[Any], bool] = lambda module: True
 
 
-def _block_sites(block: nn.Module) -> Iterator[_Site]:
-    for mixin in _BLOCKS:
-        known = next((cls for cls in type(block).__mro__ if cls.__name__ == mixin.known_as), None)
-        if known is None:
-            continue
+_KINDS = {  # by the name of the class or of a base class
+    "ResnetBlock2D": _Kind(
+        norms=("norm1", "norm2"),
+        activations=("nonlinearity",),
+        swaps={"": _ResnetBlock2D},
+        trials=lambda block: [
+            (
+                block,
+                [
+                    (2, block.conv1.weight.shape[1], 8, 8),
+                    None if block.time_emb_proj is None else (2, block.time_emb_proj.in_features),
+                ],
+            )
+        ],
+        second=lambda block: (
+            _MODULATED if block.time_embedding_norm == "scale_shift" else _PLAIN if block.time_emb_proj is None else _SHIFTED
+        ),
+        fits=lambda block: (
+            block.time_embedding_norm in ("default", "scale_shift")
+            if block.time_emb_proj is not None
+            else block.time_embedding_norm != "scale_shift"  # an error, which diffusers raises
+        ),
+    ),
+    "ResBlock": _Kind(
+        norms=("in_layers.0", "out_layers.0"),
+        activations=("in_layers.1", "out_layers.1"),
+        swaps={"": _ResBlock},
+        trials=lambda block: [
+            (
+                block,
+                [
+                    (2, block.in_layers[-1].weight.shape[1], *(8,) * (block.in_layers[-1].weight.dim() - 2)),
+                    (2, block.emb_layers[-1].in_features),
+                ],
+            )
+        ],
+        sequentials=("in_layers", "out_layers"),
+        method="_forward",  # `forward` wraps it in checkpointing
+        second=lambda block: _MODULATED if block.use_scale_shift_norm else _SHIFTED,
+        fits=lambda block: (
+            type(ins := block.in_layers).forward in (nn.Sequential.forward, _Sequential.forward)
+            and type(outs := block.out_layers).forward in (nn.Sequential.forward, _Sequential.forward)
+            and [*ins._modules] == ["0", "1", "2"]
+            and [*outs._modules][:2] == ["0", "1"]
+            and len(outs) > 2
+        ),
+    ),
+    "UNetBlock": _Kind(
+        norms=("norm0", "norm1"),
+        activations=(),
+        swaps={"": _UNetBlock},
+        trials=lambda block: [(block, [(2, block.conv0.weight.shape[1], 8, 8), (2, block.affine.in_features)])],
+        second=lambda block: _MODULATED if block.adaptive_scale else _SHIFTED,
+    ),
+    "head": _Kind(  # any class of diffusers may have one: conv_out(conv_act(conv_norm_out(x)))
+        norms=("conv_norm_out",),
+        activations=("conv_act",),
+        swaps={"conv_norm_out": _HeadPart, "conv_act": _HeadPart},
+        trials=lambda head: [],
+        only_torchs=True,
+        defined_in="diffusers.",
+    ),
+}
+
+
+def _sequential(module: nn.Module) -> _Kind:
+    """Return the row of a `Sequential`, whose norms and activations depend on its layers."""
+    pairs = [
+        (norm, silu)
+        for norm, silu in pairwise(module._modules.items() if isinstance(module, nn.Sequential) else ())
+        if _is_group_norm(norm[1]) and _is_silu(silu[1])
+    ]
+    others: list[Any] = [(a, b) for (_, a), (_, b) in pairs if (type(a), type(b)) != (nn.GroupNorm, nn.SiLU)]
+    return _Kind(
+        norms=tuple(name for (name, _), _ in pairs),
+        activations=tuple(name for _, (name, _) in pairs),
+        swaps={"": _Sequential},
+        trials=lambda _: [
+            (nn.Sequential(norm, silu), [(2, norm.num_groups if norm.weight is None else len(norm.weight), 8, 8)])
+            for norm, silu in others
+        ],
+        fits=lambda layers: type(layers).forward is nn.Sequential.forward,
+    )
+
+
+def _find(module: nn.Module, done: Set[nn.Module]) -> Iterator[tuple[_Kind, Any, dict[nn.Module, str]]]:
+    """Yield each row for a module, the known class's method, and what to fuse at each norm that is not yet done."""
+    for name, kind in (_KINDS | {"Sequential": _sequential(module)}).items():
+        # A head may have any class. Another row names the class, or a base.
+        known = next((cls for cls in type(module).__mro__ if name in (cls.__name__, "head")), None)
         try:
-            children = {name: block.get_submodule(name) for name in mixin.bypassed}
-            shapes = mixin.input_shapes(block)
-            second = _MODULATED if mixin.modulates(block) else _SHIFTED if shapes[1] is not None else _PLAIN
+            method = getattr(known, kind.method)
+            parts = {path: module.get_submodule(path) for path in (*kind.norms, *kind.activations, *kind.sequentials)}
+            news = {
+                parts[path]: f"{type(module).__name__}: {kind.second(module) if path in kind.norms[1:] else _PLAIN}"
+                for path in kind.norms
+                if parts[path] not in done
+            }
+            kind.trials(module)  # fails now rather than later
         except AttributeError:
             continue  # another class of that name
-        yield _Site(
-            norms=dict(zip(list(children.values())[:2], (_PLAIN, second), strict=True)),
-            swaps=[(block, mixin)],
-            proofs=[(block, mixin, shapes)],
-            why_not=_why_not_block(block, mixin, known, children),
-        )
+        if news and method.__module__.startswith(kind.defined_in):
+            yield kind, method, news
 
 
-def _why_not_block(block: nn.Module, mixin: type[_Block], known: type, children: dict[str, nn.Module]) -> str | None:
-    kind = type(block).__name__
-    if getattr(type(block), mixin.method) is not getattr(known, mixin.method):
-        return f"{kind} overrides {mixin.method}"
-    if mixin.method in vars(block):
-        return f"a {kind} whose {mixin.method} is patched"
-    for name in mixin.bypassed[:2]:
-        if not _is_group_norm(children[name]):
-            return f"{kind}.{name} is a {type(children[name]).__name__}"
-    for name in mixin.activations:
-        if not _is_silu(children[name]):
-            return f"{kind}.{name} is {type(children[name]).__name__}, not SiLU"
-    reasons = (_why_called(f"{kind}.{name}", child) for name, child in children.items())
-    reason = next((reason for reason in reasons if reason is not None), None)
-    if reason is None and not mixin._is_as_fused(block):  # type: ignore[arg-type]
-        return f"a {kind} with other parts than the known class, or torch has global hooks"
-    return reason
+# --------------------------------------------------------------------------------------------------------------- the checks
 
 
-def _head_sites(model: nn.Module, module: nn.Module) -> Iterator[_Site]:
-    """Yield sites of diffusers heads: conv_out(conv_act(conv_norm_out(x)))."""
-    norm, activation = getattr(module, "conv_norm_out", None), getattr(module, "conv_act", None)
-    if not (isinstance(norm, nn.Module) and isinstance(activation, nn.Module)):
-        return
-    forward = type(module).forward
-    if not forward.__module__.startswith("diffusers."):
-        return
-    kind = type(module).__name__
-    uses = sum(child is activation for parent in model.modules() for child in parent.children())
-    if type(norm) is not nn.GroupNorm:
-        why_not: str | None = f"{kind}.conv_norm_out is a {type(norm).__name__}"
-    elif type(activation) is not nn.SiLU:
-        why_not = f"{kind}.conv_act is {type(activation).__name__}, not SiLU"
-    elif uses > 1:
-        why_not = f"{kind}.conv_act is used elsewhere, too"
-    else:
-        why_not = _why_called(f"{kind}.conv_norm_out", norm) or _why_called(f"{kind}.conv_act", activation)
-    yield _Site({norm: _PLAIN}, [(norm, _NormSiLU), (activation, _Passed)], [], why_not)
+def _why_not(kind: _Kind, method: Any, module: nn.Module, model: nn.Module) -> str | None:
+    """Return why a module of the model cannot be fused, or None if a trial can decide. `method` is the known class's."""
+    if getattr(type(module), kind.method) is not method:
+        return f"{type(module).__name__} overrides {kind.method}"
+    if kind.method in vars(module):
+        return f"a {type(module).__name__} whose {kind.method} is patched"
+    for path in filter(None, kind.swaps):
+        if sum(child is module.get_submodule(path) for parent in model.modules() for child in parent.children()) > 1:
+            return f"{type(module).__name__}.{path} is used elsewhere, too"
+    return _why_called(kind, module)
 
 
-def _sequential_sites(module: nn.Module) -> Iterator[_Site]:
-    if not isinstance(module, nn.Sequential):
-        return
-    pairs = [(norm, silu) for norm, silu in pairwise(module) if _is_group_norm(norm) and _is_silu(silu)]
-    if not pairs:
-        return
-    kind = type(module).__name__
-    if type(module).forward is not nn.Sequential.forward:
-        why_not: str | None = f"{kind} overrides forward"
-    elif "forward" in vars(module):
-        why_not = f"a {kind} whose forward is patched"
-    else:
-        reasons = (_why_called(f"the {type(layer).__name__} in a {kind}", layer) for pair in pairs for layer in pair)
-        why_not = next((reason for reason in reasons if reason is not None), None)
-    others = [(norm, silu) for norm, silu in pairs if (type(norm), type(silu)) != (nn.GroupNorm, nn.SiLU)]
-    yield _Site(
-        norms={norm: _PLAIN for norm, _ in pairs},
-        swaps=[(module, _Sequential)],
-        proofs=[(nn.Sequential(norm, silu), _Sequential, [(2, _channels(norm), 8, 8)]) for norm, silu in others],
-        why_not=why_not,
-    )
+def _why_called(kind: _Kind, module: Any) -> str | None:
+    """Return why a module's own forward must run, or None if the parts that the fused forward skips are as expected.
+
+    `fuse` checks this, and each call of a fused module checks it again.
+    """
+    name = type(module).__name__
+    if not kind.fits(module) or nn.modules.module._has_any_global_hook():
+        return f"a {name} with other parts than the known class, or torch has global hooks"
+    paths = (*kind.norms, *kind.activations, *kind.sequentials)
+    for path, part in zip(paths, attrgetter(*paths)(module), strict=True):
+        if path in kind.norms and not (own_class(part) is nn.GroupNorm if kind.only_torchs else _is_group_norm(part)):
+            return f"{name}.{path} is a {type(part).__name__}"
+        if path in kind.activations and not (own_class(part) is nn.SiLU if kind.only_torchs else _is_silu(part)):
+            return f"{name}.{path} is {type(part).__name__}, not SiLU"
+        if watched := _why_watched(part):
+            return (
+                f"the {type(part).__name__} in a {name} {watched}"
+                if isinstance(module, nn.Sequential)
+                else f"{name}.{path} {watched}"
+            )
+    return None
 
 
 def _is_group_norm(module: Any) -> bool:
     """Return whether a module is nn.GroupNorm, guided-diffusion's GroupNorm32 or EDM's GroupNorm."""
-    named = type(module).__name__ in ("GroupNorm", "GroupNorm32")
-    return named and all(hasattr(module, name) for name in ("num_groups", "eps", "weight", "bias"))
+    return type(module).__name__ in ("GroupNorm", "GroupNorm32") and (
+        isinstance(module, nn.GroupNorm)
+        or (hasattr(module, "num_groups") and hasattr(module, "eps") and hasattr(module, "weight") and hasattr(module, "bias"))
+    )
 
 
 def _is_silu(module: Any) -> bool:
@@ -492,42 +500,29 @@ def _is_silu(module: Any) -> bool:
     return type(module).__name__ == "SiLU"
 
 
-def _channels(norm: Any) -> int:
-    return int(norm.num_channels) if isinstance(norm, nn.GroupNorm) else len(norm.weight)
+def _is_bypassable_pair(norm: Any, silu: Any) -> bool:
+    """Return whether a fused `Sequential` need not call two layers in a row."""
+    return (
+        _is_group_norm(norm)
+        and _is_silu(silu)
+        and not (_why_watched(norm) or _why_watched(silu) or nn.modules.module._has_any_global_hook())
+    )
 
 
-def _is_bypassable_norm(module: Any) -> bool:
-    return _is_group_norm(module) and not _is_watched(module)
-
-
-def _is_bypassable_silu(module: Any) -> bool:
-    return _is_silu(module) and not _is_watched(module)
-
-
-def _is_watched(module: Any) -> bool:
-    """Return whether a call of the module does more than its class's forward."""
-    return any(_hooks(module)) or "forward" in vars(module) or torch_module._has_any_global_hook()
-
-
-def _why_called(name: str, module: nn.Module) -> str | None:
-    """Return why the parent must call this module, or None."""
-    if any(_hooks(module)):
-        return f"{name} has hooks"
-    return f"{name} has a patched forward" if "forward" in vars(module) else None
+def _why_watched(module: nn.Module) -> str | None:
+    """Return why a call of the module does more than its class's forward, or None."""
+    return "has hooks" if any(_hooks(module)) else "has a patched forward" if "forward" in vars(module) else None
 
 
 def _hooks(module: nn.Module) -> tuple[dict[int, Any], ...]:
     return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
 
 
-def _why_not_same(site: _Site, verdicts: dict[object, str | None]) -> str | None:
-    for module, mixin, shapes in site.proofs:
-        kind = _structure(module)
-        if kind not in verdicts:
-            verdicts[kind] = _why_not_equal(module, mixin, shapes)
-        if verdicts[kind] is not None:
-            return verdicts[kind]
-    return None
+def _why_different(kind: _Kind, module: nn.Module, verdicts: dict[object, str | None]) -> str | None:
+    """Return why the fused forward differs from the module's own, or None. One trial serves all modules of a structure."""
+    trials = {_structure(trial): (trial, shapes) for trial, shapes in kind.trials(module)}
+    verdicts |= {key: _try(kind, *trial) for key, trial in trials.items() if key not in verdicts}
+    return next((verdicts[key] for key in trials if verdicts[key]), None)
 
 
 def _structure(module: nn.Module) -> object:
@@ -542,7 +537,7 @@ def _structure(module: nn.Module) -> object:
     )
 
 
-def _why_not_equal(module: nn.Module, mixin: type[_Fused], shapes: list[tuple[int, ...] | None]) -> str | None:
+def _try(kind: _Kind, module: nn.Module, shapes: list[tuple[int, ...] | None]) -> str | None:
     """Return why the two ways differ on a copy with random weights, or None.
 
     The model's own weights may contain a last layer of zeros, which would hide the layers before it.
@@ -552,31 +547,31 @@ def _why_not_equal(module: nn.Module, mixin: type[_Fused], shapes: list[tuple[in
     def random(shape: tuple[int, ...] | torch.Size) -> Tensor:
         return torch.rand(shape, generator=generator) * 2 - 1
 
-    instead: dict[int, Any] = {id(p): nn.Parameter(random(p.shape)) for p in module.parameters()}
-    instead |= {id(b): random(b.shape) for b in module.buffers()}
-    instead |= {id(hooks): OrderedDict() for child in module.modules() for hooks in _hooks(child)}  # no hooks
-    kind = type(module).__name__
+    instead: dict[int, Any] = {
+        **{id(parameter): nn.Parameter(random(parameter.shape)) for parameter in module.parameters()},
+        **{id(buffer): random(buffer.shape) for buffer in module.buffers()},
+        **{id(hooks): type(hooks)() for child in module.modules() for hooks in _hooks(child)},  # no hooks
+    }
     try:
         twin = copy.deepcopy(module, instead).eval()
         inputs = [None if shape is None else random(shape) for shape in shapes]
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             expected = twin(*(x if x is None else x.clone() for x in inputs))
-            swap(twin, mixin)
+            swap(twin, kind.swaps[""])
             error = float((twin(*inputs) - expected).norm() / expected.norm())
     except Exception as failure:  # foreign code may raise anything
-        return f"{kind} could not be tried: {type(failure).__name__}: {str(failure).partition(chr(10))[0]}"
-    return None if error < 1e-4 else f"{kind} computes something else than the known class of that name"
+        return f"{type(module).__name__} could not be tried: {type(failure).__name__}: {str(failure).partition(chr(10))[0]}"
+    return None if error < 1e-4 else f"{type(module).__name__} computes something else than the known class of that name"
 
 
 def _why_not_found(model: nn.Module, norm: nn.Module) -> str:
-    """Return why a norm is in none of the sites."""
+    """Return why no kind has this norm."""
     if isinstance(norm, GroupNormSiLU):
         return "it is one of this package's, which are fused"
     parent = next((module for module in model.modules() if any(child is norm for child in module.children())), None)
     if parent is None:
         return "the norm is the whole model"
     if isinstance(parent, nn.Sequential):
-        layers = list(parent)
-        following = layers[layers.index(norm) + 1 :]
+        following = list(parent)[list(parent).index(norm) + 1 :]
         return f"{type(following[0]).__name__} follows it" if following else f"it is the last of a {type(parent).__name__}"
     return f"nothing is known of a SiLU after it in {type(parent).__name__}"

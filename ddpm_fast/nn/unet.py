@@ -99,6 +99,22 @@ class UNet(nn.Module):
             block.dropout_stream = STREAM_DROPOUT + i
         self.reset_parameters()
 
+    # Attributes that denoising-diffusion-pytorch's GaussianDiffusion reads.
+    @property
+    def channels(self) -> int:
+        """Channels of an image: `in_channels` of the configuration."""
+        return self._config.in_channels
+
+    @property
+    def out_dim(self) -> int:
+        """Channels of the output: `out_channels` of the configuration."""
+        return self._config.out_channels
+
+    @property
+    def self_condition(self) -> bool:
+        """False: the network does not read its last prediction of x_0."""
+        return False
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Reset all weights to their initial distribution; see the class."""
@@ -237,7 +253,7 @@ def describe_images(model: UNet, *, size: Sequence[int] | None, classes: Sequenc
         model._config, model.config = config, config.to_dict()
 
 
-def checked_timesteps(caller: str, config: UNetConfig, x: Tensor, t: Tensor | int, class_labels: Tensor | None) -> Tensor:
+def checked_timesteps(caller: str, config: UNetConfig, x: Tensor, t: Tensor | float, class_labels: Tensor | None) -> Tensor:
     """Return t as [N] on x's device, or raise what `UNet.forward` documents."""
     check_float(caller, "x", x)
     config.check_image_shape(caller, "x", x.shape)

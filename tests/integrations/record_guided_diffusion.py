@@ -5,8 +5,8 @@ https://github.com/openai/guided-diffusion at commit 22e0df8183507e13a7813f8d38d
 
     PYTHONPATH=<a clone of guided-diffusion> python tests/integrations/record_guided_diffusion.py
 
-The processes, networks and inputs are those of test_guided_diffusion.py and test_guided_diffusion_unet.py. Only the
-computation is guided-diffusion's. Record again when one of them changes.
+The processes, networks and inputs are those of test_guided_diffusion.py. Only the computation is guided-diffusion's.
+Record again when one of them changes.
 """
 
 from __future__ import annotations
@@ -44,68 +44,54 @@ def layout(weights: dict[str, Tensor]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def _original_diffusion(d: Any) -> Any:
-    """Return guided-diffusion's object for the process of `d`."""
+def _trajectories() -> dict[str, Tensor]:
     import test_guided_diffusion as ours
     from guided_diffusion import gaussian_diffusion, respace
-
-    return respace.SpacedDiffusion(
-        use_timesteps=respace.space_timesteps(ours.T, ours.KEPT),
-        betas=ours.BETAS,
-        model_mean_type=gaussian_diffusion.ModelMeanType[d.model_mean_type.name],
-        model_var_type=gaussian_diffusion.ModelVarType[d.model_var_type.name],
-        loss_type=gaussian_diffusion.LossType[d.loss_type.name],
-    )
-
-
-def _diffusions() -> dict[str, Tensor]:
-    import test_guided_diffusion as ours
+    from guided_diffusion.unet import UNetModel
 
     found: dict[str, Tensor] = {}
+    timesteps = respace.space_timesteps(ours.T, ours.RESPACING)
+    assert sorted(timesteps) == ours.KEPT
     for mean, var in ours.BOTH:
-        process = f"{mean.name} {var.name}"
-        for hooks in ours.HOOKS:
-            original = _original_diffusion(ours.diffusion(mean, var))
-            for eta in ours.ETAS:
-                found[f"trajectory {process} {hooks} {eta}"] = ours.trajectory(original, var, hooks, eta)
-        for loss in ours.gd.LossType:
-            original = _original_diffusion(ours.diffusion(mean, var, loss))
-            found |= {f"{name} {process} {loss.name}": x for name, x in ours.losses(original, var).items()}
-        found |= {f"{name} {process}": x for name, x in ours.bounds(original, var).items()}
+        process = respace.SpacedDiffusion(
+            use_timesteps=timesteps,
+            betas=ours.BETAS,
+            model_mean_type=gaussian_diffusion.ModelMeanType[mean.name],
+            model_var_type=gaussian_diffusion.ModelVarType[var.name],
+            loss_type=gaussian_diffusion.LossType.MSE,
+        )
+
+        def draw(network: Any, shape: tuple[int, ...], eta: float | None, process: Any = process, **labels: Tensor) -> Tensor:
+            torch.manual_seed(0)
+            loop, options = (process.p_sample_loop, {}) if eta is None else (process.ddim_sample_loop, {"eta": eta})
+            image: Tensor = loop(network, shape, model_kwargs=labels, **options)
+            return image
+
+        for eta in ours.ETAS:
+            found[f"trajectory {mean.name} {var.name} {eta}"] = draw(ours.Network(var), ours.SHAPE, eta)
+        if (mean.name, var.name) == ("EPSILON", "LEARNED_RANGE"):
+            network = ours.randomised(UNetModel(**(ours.BASE | ours.CASES["dhariwal-nichol"])))
+            for eta in (None, 0.0):
+                found[f"unet trajectory {eta}"] = draw(network, (2, 3, 16, 16), eta, y=torch.tensor([1, 7]))
     return found
 
 
 def _networks() -> tuple[dict[str, Tensor], dict[str, str]]:
-    import test_guided_diffusion_unet as ours
+    import test_guided_diffusion as ours
     from guided_diffusion.unet import UNetModel
 
     outputs, layouts = {}, {}
     for case, changes in ours.CASES.items():
-        flags = ours.FLAGS | changes
-        mults = flags["channel_mult"]
-        network = UNetModel(
-            image_size=16,
-            in_channels=3,
-            model_channels=flags["num_channels"],
-            out_channels=6 if flags.get("learn_sigma") else 3,
-            num_res_blocks=flags["num_res_blocks"],
-            attention_resolutions=tuple(16 // int(r) for r in flags["attention_resolutions"].split(",")),
-            channel_mult=tuple(int(m) for m in mults.split(",")) if isinstance(mults, str) else mults,
-            num_classes=10 if flags.get("class_cond") else None,
-            **{k: flags[k] for k in ("num_heads", "num_head_channels", "use_scale_shift_norm") if k in flags},
-            **{k: flags[k] for k in ("resblock_updown", "use_new_attention_order") if k in flags},
-        ).eval()
+        network = ours.randomised(UNetModel(**(ours.BASE | changes)))
         layouts[f"unet {case}"] = layout(network.state_dict())
-        network.load_state_dict(ours.Original(flags).weights)
-        x, t, y = ours.inputs(flags)
         with torch.no_grad():
-            outputs[f"unet {case}"] = network(x.float(), t, y)
+            outputs[f"unet {case}"] = network(*ours.inputs(case))
     return outputs, layouts
 
 
 def main() -> None:
     outputs, layouts = _networks()
-    tensors = {name: x.detach().clone(memory_format=torch.contiguous_format) for name, x in (_diffusions() | outputs).items()}
+    tensors = {name: x.detach().clone(memory_format=torch.contiguous_format) for name, x in (_trajectories() | outputs).items()}
     safetensors.torch.save_file(tensors, FILE, metadata=layouts)
     print(f"{FILE}: {len(tensors)} tensors, {FILE.stat().st_size / 1e3:.0f} KB")
 

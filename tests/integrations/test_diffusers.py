@@ -38,8 +38,6 @@ def test_without_diffusers_the_error_says_what_to_install(monkeypatch: pytest.Mo
     with pytest.raises(ModuleNotFoundError, match=message) as raised:
         importlib.import_module(DDPMScheduler.__module__)
     assert raised.value.name == "diffusers"
-    with pytest.raises(ModuleNotFoundError, match=message):
-        ddpm_fast.accelerate(object())
 
 
 def normals(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -680,21 +678,36 @@ BAD: list[tuple[Callable[[], Any], str]] = [
         lambda: DDPMScheduler(thresholding=True, dynamic_thresholding_ratio=2.0),
         "dynamic_thresholding_ratio to be at least 0 and at most 1, got 2",
     ),
-    (lambda: _set(steps=0), "DDPMScheduler.set_timesteps: expected num_inference_steps to be in 1..1000 .*, got 0"),
-    (lambda: _set(DDIMScheduler, -3), "DDIMScheduler.set_timesteps: expected num_inference_steps to be in 1..1000 .*, got -3"),
-    (lambda: _set(steps=1001), "expected num_inference_steps to be in 1..1000 .*, got 1001"),
-    (lambda: _set(steps=10.0), "expected num_inference_steps to be an int, got 10.0"),
+    (lambda: _set(steps=0), "DDPMScheduler.set_timesteps: expected num_inference_steps to be an integer in 1..1000, got 0"),
+    (
+        lambda: _set(DDIMScheduler, -3),
+        "DDIMScheduler.set_timesteps: expected num_inference_steps to be an integer in 1..1000, got -3",
+    ),
+    (lambda: _set(steps=1001), "expected num_inference_steps to be an integer in 1..1000, got 1001"),
+    (lambda: _set(steps=10.0), "expected num_inference_steps to be an integer in 1..1000, got 10.0"),
     (lambda: _set(steps=None), "expected exactly one of num_inference_steps and timesteps, got neither"),
-    (lambda: _set(DDIMScheduler, None), "expected num_inference_steps to be an int, got None"),
+    (lambda: _set(DDIMScheduler, None), "expected num_inference_steps to be an integer in 1..1000, got None"),
     (
         lambda: DDPMScheduler().set_timesteps(3, timesteps=[2, 1, 0]),
         "exactly one of num_inference_steps and timesteps, got both",
     ),
-    (lambda: DDPMScheduler().set_timesteps(timesteps=[3, 3]), r"strictly descending integers in 0..999, got \[3, 3\]"),
-    (lambda: DDPMScheduler().set_timesteps(timesteps=[1000, 3]), r"strictly descending integers in 0..999, got \[1000, 3\]"),
-    (lambda: DDPMScheduler().set_timesteps(timesteps=[3, -1]), r"strictly descending integers in 0..999, got \[3, -1\]"),
-    (lambda: DDPMScheduler().set_timesteps(timesteps=[]), r"strictly descending integers in 0..999, got \[\]"),
-    (lambda: DDPMScheduler().set_timesteps(timesteps=[2.5, 1]), r"strictly descending integers in 0..999, got \[2.5, 1\]"),
+    (
+        lambda: DDPMScheduler().set_timesteps(timesteps=[3, 3]),
+        r"timesteps to be strictly descending timesteps in 0..999, got \[3, 3\]",
+    ),
+    (
+        lambda: DDPMScheduler().set_timesteps(timesteps=[1000, 3]),
+        r"timesteps to be strictly descending timesteps in 0..999, got \[1000, 3\]",
+    ),
+    (
+        lambda: DDPMScheduler().set_timesteps(timesteps=[3, -1]),
+        r"timesteps to be strictly descending timesteps in 0..999, got \[3, -1\]",
+    ),
+    (lambda: DDPMScheduler().set_timesteps(timesteps=[]), r"timesteps to be strictly descending timesteps in 0..999, got \[\]"),
+    (
+        lambda: DDPMScheduler().set_timesteps(timesteps=[2.5, 1]),
+        r"timesteps to be strictly descending timesteps in 0..999, got \[2.5, 1.0\]",
+    ),
     (
         lambda: _set(steps=1000, steps_offset=1),
         "expected steps_offset to keep the timesteps in 0..999, got 1, .* from 1000 to 1",
@@ -704,8 +717,8 @@ BAD: list[tuple[Callable[[], Any], str]] = [
         "expected num_train_timesteps to be 2, .* got 1000",
     ),
     (lambda: DDPMScheduler(trained_betas=[0.1, 0.3]).step(X, 0, X), "expected num_train_timesteps to be 2, .* got 1000"),
-    (lambda: DDIMScheduler().step(X, 0, X), "DDIMScheduler.step: expected set_timesteps to have been called"),
-    (lambda: DDIMScheduler().sampling_plan(), "DDIMScheduler.sampling_plan: expected set_timesteps to have been called"),
+    (lambda: DDIMScheduler().step(X, 0, X), "DDIMScheduler: expected set_timesteps to have been called"),
+    (lambda: DDIMScheduler().sampling_plan(), "DDIMScheduler: expected set_timesteps to have been called"),
     (lambda: _set().step(X, 899, X), "DDPMScheduler.step: expected timestep to be one of the 10 of set_timesteps, got 899"),
     (lambda: DDPMScheduler().step(X, 1000, X), "DDPMScheduler.step: expected timestep to be in 0..999, got 1000"),
     (lambda: _set(DDIMScheduler).step(X, -1, X), "DDIMScheduler.step: expected timestep to be in 0..999, got -1"),

@@ -646,10 +646,21 @@ BAD: list[tuple[Callable[[], Any], str]] = [
         lambda: DPMSolverMultistepScheduler.from_config({**KARRAS, "sigma_min": 0.1}).set_timesteps(5),
         f"{NAME}.set_timesteps: expected no sigma_min with use_karras_sigmas, got 0.1",
     ),
-    (lambda: _set(0), f"{NAME}.set_timesteps: expected num_inference_steps to be in 1..1000, got 0"),
-    (lambda: _set(1001), "expected num_inference_steps to be in 1..1000, got 1001"),
-    (lambda: _set(1000, timestep_spacing="leading"), "expected num_inference_steps to be in 1..999, got 1000"),
-    (lambda: _set(2.0), f"{NAME}.set_timesteps: expected num_inference_steps to be an int, got 2.0"),
+    *(
+        (
+            lambda betas=betas: _set(**KARRAS, trained_betas=betas),
+            rf"{NAME}.set_timesteps: expected use_karras_sigmas to be false, or betas .* in float32, got abar = {got}",
+        )
+        for betas, got in (
+            ([0.3] * 1000, "2.69e-39 at timestep 248"),  # sigma / alpha overflows
+            ([0.9] * 1000, "1e-39 at timestep 38"),  # abar is 0 in float64 too
+            ([1e-9] + [0.01] * 999, "1 at timestep 0"),  # 1 - beta is 1
+        )
+    ),
+    (lambda: _set(0), f"{NAME}.set_timesteps: expected num_inference_steps to be an integer in 1..1000, got 0"),
+    (lambda: _set(1001), "expected num_inference_steps to be an integer in 1..1000, got 1001"),
+    (lambda: _set(1000, timestep_spacing="leading"), "expected num_inference_steps to be an integer in 1..999, got 1000"),
+    (lambda: _set(2.0), f"{NAME}.set_timesteps: expected num_inference_steps to be an integer in 1..1000, got 2.0"),
     (lambda: _set(None), "expected exactly one of num_inference_steps and timesteps, got neither"),
     (
         lambda: DPMSolverMultistepScheduler().set_timesteps(3, timesteps=[2, 1]),
@@ -659,13 +670,13 @@ BAD: list[tuple[Callable[[], Any], str]] = [
     (lambda: _set(9, timestep_spacing="leading", steps_offset=150), "expected steps_offset to keep .* from 1050 to 250"),
     (lambda: _set(9, lambda_min_clipped=9.0), r"expected lambda_min_clipped to be at most \d.*, lambda at timestep 1, got 9.0"),
     (lambda: _set(1, trained_betas=[0.1, 0.3]), "expected num_train_timesteps to be 2, .* got 1000"),
-    (_listed([3, 3]), r"strictly descending integers in 0..999, got \[3, 3\]"),
-    (_listed([1000, 3]), r"strictly descending integers in 0..999, got \[1000, 3\]"),
+    (_listed([3, 3]), r"timesteps to be strictly descending timesteps in 0..999, got \[3, 3\]"),
+    (_listed([1000, 3]), r"timesteps to be strictly descending timesteps in 0..999, got \[1000, 3\]"),
     (_listed([3, 2], **KARRAS), r"expected timesteps to be None with use_karras_sigmas, got \[3, 2\]"),
-    (lambda: DPMSolverMultistepScheduler().step(X, 0, X), f"{NAME}.step: expected set_timesteps to have been called"),
+    (lambda: DPMSolverMultistepScheduler().step(X, 0, X), f"{NAME}: expected set_timesteps to have been called"),
     (
         lambda: DPMSolverMultistepScheduler().sampling_plan(),
-        f"{NAME}.sampling_plan: expected set_timesteps to have been called",
+        f"{NAME}: expected set_timesteps to have been called",
     ),
     (lambda: _set(thresholding=True).sampling_plan(), f"{NAME}.sampling_plan: expected thresholding to be false, got true"),
     (lambda: _set().step(None, 900, X), f"{NAME}.step: expected model_output to be a tensor, got NoneType"),
@@ -673,7 +684,7 @@ BAD: list[tuple[Callable[[], Any], str]] = [
     (lambda: _set().step(X, None, X), f"{NAME}.step: expected timestep to be an int or an integer tensor, got None"),
     (lambda: _set().step(X, 900.0, X), f"{NAME}.step: expected timestep to be an int or an integer tensor, got 900.0"),
     (lambda: _set().step(X, 1000, X), f"{NAME}.step: expected timestep to be in 0..999, got 1000"),
-    (lambda: _set().step(X, torch.tensor([9, 8]), X), r"expected timestep to have 1 element, got shape \[2\]"),
+    (lambda: _set().step(X, torch.tensor([9, 8]), X), r"expected timestep to have 1 element, got tensor\(\[9, 8\]\)"),
     (lambda: _set().step(X[:, :2], 900, X), r"expected model_output to have shape \[3, 3, 6, 6\], got \[3, 2, 6, 6\]"),
     (
         lambda: _set(**SDE).step(X, 900, X, generator=torch.Generator(), variance_noise=X),
@@ -688,10 +699,10 @@ BAD: list[tuple[Callable[[], Any], str]] = [
         lambda: _set(kind=DDIMInverseScheduler, timestep_spacing="linspace"),
         'DDIMInverseScheduler.set_timesteps: expected timestep_spacing to be "leading" or "trailing", got "linspace"',
     ),
-    (lambda: DDIMInverseScheduler().step(X, 0, X), "DDIMInverseScheduler.step: expected set_timesteps to have been called"),
-    (lambda: DDIMInverseScheduler().sampling_plan(), "DDIMInverseScheduler.sampling_plan: expected set_timesteps to have been"),
+    (lambda: DDIMInverseScheduler().step(X, 0, X), "DDIMInverseScheduler: expected set_timesteps to have been called"),
+    (lambda: DDIMInverseScheduler().sampling_plan(), "DDIMInverseScheduler: expected set_timesteps to have been"),
     (lambda: _set(kind=DDIMInverseScheduler).step(X, 1000, X), "DDIMInverseScheduler.step: expected timestep to be in 0..999"),
-    (lambda: _set(2000, DDIMInverseScheduler), "expected num_inference_steps to be in 1..1000 .*, got 2000"),
+    (lambda: _set(2000, DDIMInverseScheduler), "expected num_inference_steps to be an integer in 1..1000, got 2000"),
 ]
 
 

@@ -15,7 +15,7 @@ from small_unets import randomise
 from torch import Tensor, nn
 
 from ddpm_fast import UNet, fuse, unfuse
-from ddpm_fast.integrations.class_swap import Swapped, own_class
+from ddpm_fast.integrations.fuse import Swapped, own_class
 
 diffusers = pytest.importorskip("diffusers")
 from diffusers.models.resnet import ResnetBlock2D  # noqa: E402

@@ -1,636 +1,376 @@
-"""guided-diffusion's classes: against the mathematics in plain float64, and against recorded values of the original."""
+"""guided-diffusion: its network frozen and loaded, its processes as plans, against recorded values of the original."""
 
 from __future__ import annotations
 
 import copy
-import inspect
+import enum
 import itertools
-import math
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from pairwise import pairwise
-from record_guided_diffusion import recorded
+from other_blocks import ForkedUNetModel, GroupNorm32, UNetModel
+from record_guided_diffusion import layout, recorded, recorded_layouts
+from small_unets import relative_error
 from torch import Tensor, nn
 
-import ddpm_fast
-from ddpm_fast import NoiseSchedule, sample_seeds, variational_bound
-from ddpm_fast.integrations import guided_diffusion as gd
+from ddpm_fast import NoiseSchedule, SamplingPlan, UNet, ddim_plan, ddpm_plan, freeze, plan_of, reverse_step, sample
+from ddpm_fast.integrations.guided_diffusion import load_guided_diffusion
 
-MEANS = list(gd.ModelMeanType)
-VARS = list(gd.ModelVarType)
-BOTH = list(itertools.product(MEANS, VARS))
-LEARNED = (gd.ModelVarType.LEARNED, gd.ModelVarType.LEARNED_RANGE)
+ModelMeanType = enum.Enum("ModelMeanType", ["PREVIOUS_X", "START_X", "EPSILON"])
+ModelVarType = enum.Enum("ModelVarType", ["LEARNED", "FIXED_SMALL", "FIXED_LARGE", "LEARNED_RANGE"])
+BOTH = list(itertools.product(ModelMeanType, ModelVarType))
+ETAS = (None, 0.0, 1.0)  # None: p_sample_loop
 SHAPE = (3, 2, 4, 5)
-T, KEPT = 60, "6,4,5"  # 1000 timesteps would take long; betas reach as far
-BETAS = gd.get_named_beta_schedule("linear", T)
+T, RESPACING = 60, "6,4,5"  # 1000 timesteps would take long; betas reach as far
+KEPT = [0, 4, 8, 11, 15, 19, 20, 26, 33, 39, 40, 45, 50, 54, 59]  # what the original makes of RESPACING
+BETAS = np.linspace(0.1 / T, 20 / T, T)
 
 
 class Network(nn.Module):
     """A formula with weights."""
 
-    def __init__(self, var: gd.ModelVarType) -> None:
+    def __init__(self, var: ModelVarType) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(0)
-        channels = 4 if var in LEARNED else 2
-        self.weight = nn.Parameter(0.5 * torch.randn(channels, 2, generator=generator, dtype=torch.float64))
+        channels = 4 if var.name.startswith("LEARNED") else 2
+        self.weight = nn.Parameter(0.5 * torch.randn(channels, 2, generator=generator))
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
         u = (t.to(x.dtype) / T).reshape(-1, 1, 1, 1)
-        h = torch.einsum("oc,nchw->nohw", self.weight.to(x.dtype), torch.tanh(x)).contiguous() + torch.cos(3 * u)
-        return torch.sin(h if y is None else h + y.to(x.dtype).reshape(-1, 1, 1, 1))
+        return torch.sin(torch.einsum("oc,nchw->nohw", self.weight, torch.tanh(x)).contiguous() + torch.cos(3 * u))
 
 
-def gradient(x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-    return 0.2 * torch.cos(2 * x + t.to(x.dtype).reshape(-1, 1, 1, 1) / 20)
+class GaussianDiffusion:
+    """The attributes of the original's `SpacedDiffusion`, which keeps nothing of the timesteps that it leaves out."""
+
+    def __init__(self, mean: ModelMeanType, var: ModelVarType, kept: list[int] = KEPT, betas: Any = BETAS) -> None:
+        abar = np.cumprod(1 - betas)[kept]
+        self.betas = 1 - abar / np.append(1.0, abar[:-1])
+        self.model_mean_type, self.model_var_type = mean, var
+        self.timestep_map, self.num_timesteps, self.original_num_steps = kept, len(kept), len(betas)
+        self.rescale_timesteps = False
 
 
-def shrunk(x_0: Tensor) -> Tensor:
-    return 0.9 * x_0 + 0.05
+# name -> arguments of a UNetModel beside BASE
+BASE: dict[str, Any] = {
+    "image_size": 16,
+    "in_channels": 3,
+    "model_channels": 32,
+    "out_channels": 3,
+    "num_res_blocks": 1,
+    "attention_resolutions": (2, 4),
+    "channel_mult": (1, 2, 3),
+    "num_heads": 4,
+}
+CASES: dict[str, dict[str, Any]] = {
+    "heads-of-any-width": {},
+    "one-head-two-blocks": {"num_heads": 1, "num_res_blocks": 2},
+    "new-order": {"use_new_attention_order": True, "num_heads": 2},
+    "scale-shift-learned": {"use_scale_shift_norm": True, "out_channels": 6},
+    "dhariwal-nichol": {
+        "num_head_channels": 16,
+        "use_new_attention_order": True,
+        "use_scale_shift_norm": True,
+        "resblock_updown": True,
+        "out_channels": 6,
+        "num_classes": 10,
+    },
+    "legacy-order-updown": {"num_head_channels": 32, "resblock_updown": True, "attention_resolutions": (1, 4)},
+    "half-width": {"model_channels": 64, "channel_mult": (0.5, 1), "attention_resolutions": (2,), "resblock_updown": True},
+    "one-level": {"channel_mult": (1,), "attention_resolutions": ()},
+    "super-resolution": {"in_channels": 6, "channel_mult": (1, 2), "attention_resolutions": ()},
+}
+UNTOLD = ("num_heads", "num_head_channels", "use_new_attention_order", "image_size")  # by the weights
 
 
-def diffusion(
-    mean: gd.ModelMeanType = gd.ModelMeanType.EPSILON,
-    var: gd.ModelVarType = gd.ModelVarType.FIXED_SMALL,
-    loss: gd.LossType = gd.LossType.MSE,
-    kept: str | None = KEPT,
-    **options: Any,
-) -> gd.GaussianDiffusion:
-    options = {"betas": BETAS, "model_mean_type": mean, "model_var_type": var, "loss_type": loss} | options
-    return gd.GaussianDiffusion(**options) if kept is None else gd.SpacedDiffusion(gd.space_timesteps(T, kept), **options)
+def randomised(network: nn.Module) -> nn.Module:
+    """Give the same weights to networks with the same names. None is a value at which a layer does nothing."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for _, weight in sorted(network.named_parameters()):
+            noise = torch.randn(weight.shape, generator=generator)
+            weight.copy_(noise * weight[0].numel() ** -0.5 if weight.dim() > 1 else 0.3 * noise)
+        for layer in network.modules():
+            if isinstance(layer, nn.GroupNorm):
+                layer.weight.add_(1)
+    return network.eval()
 
 
-class Statement:
-    """The process on some timesteps, one scalar t at a time, in float64 throughout: the equations as they stand."""
-
-    def __init__(self, d: gd.GaussianDiffusion) -> None:
-        abar = torch.cumprod(1 - torch.as_tensor(BETAS), 0)[d.timestep_map]
-        previous = torch.cat([torch.ones(1, dtype=torch.float64), abar[:-1]])
-        self.abar, self.previous = abar, previous
-        self.following = torch.cat([abar[1:], torch.zeros(1, dtype=torch.float64)])
-        self.beta = 1 - abar / previous
-        self.mean_type, self.var_type, self.d = d.model_mean_type, d.model_var_type, d
-
-    def model(self, network: Callable[..., Tensor], x: Tensor, t: int, y: Tensor | None = None) -> Tensor:
-        return network(x, torch.full((len(x),), self.d.timestep_map[t]), *(() if y is None else (y,)))
-
-    def posterior(self, x_0: Tensor, x: Tensor, t: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Eq. 7 and 8; the log variance of t = 1 stands in at t = 0."""
-        alpha = self.abar[t] / self.previous[t]
-        mean = alpha.sqrt() * (1 - self.previous[t]) / (1 - self.abar[t]) * x
-        mean = mean + self.previous[t].sqrt() * self.beta[t] / (1 - self.abar[t]) * x_0
-        variances = (1 - self.previous) / (1 - self.abar) * self.beta
-        return mean, variances[t], variances[max(t, 1)].log()
-
-    def p(self, output: Tensor, x: Tensor, t: int, clip: bool, denoised: Any = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Mean, variance, log variance and x_0^."""
-        m = output[:, :2]
-        if self.mean_type == gd.ModelMeanType.START_X:
-            x_0 = m
-        elif self.mean_type == gd.ModelMeanType.EPSILON:
-            x_0 = (x - (1 - self.abar[t]).sqrt() * m) / self.abar[t].sqrt()
-        else:
-            unit, zero = torch.ones_like(x), torch.zeros_like(x)
-            x_0 = (m - self.posterior(zero, x, t)[0]) / self.posterior(unit, zero, t)[0]
-        x_0 = x_0 if denoised is None else denoised(x_0)
-        x_0 = x_0.clamp(-1, 1) if clip else x_0
-        mean = m if self.mean_type == gd.ModelMeanType.PREVIOUS_X else self.posterior(x_0, x, t)[0]
-        _, small, log_small = self.posterior(x, x, t)
-        if self.var_type == gd.ModelVarType.FIXED_SMALL:
-            variance, log_variance = small, log_small
-        elif self.var_type == gd.ModelVarType.FIXED_LARGE:
-            log_variance = self.beta[t].log() if t > 0 else log_small
-            variance = log_variance.exp()
-        else:
-            log_variance = output[:, 2:]
-            if self.var_type == gd.ModelVarType.LEARNED_RANGE:
-                f = (log_variance + 1) / 2
-                log_variance = f * self.beta[t].log() + (1 - f) * log_small
-            variance = log_variance.exp()
-        return mean, variance.expand_as(x), log_variance.expand_as(x), x_0
-
-    def ddim(self, x: Tensor, x_0: Tensor, t: int, eta: float, z: Tensor) -> Tensor:
-        """Song et al. 2021, eq. 12 and 16."""
-        abar, previous = self.abar[t], self.previous[t]
-        sigma = eta * ((1 - previous) / (1 - abar)).sqrt() * (1 - abar / previous).sqrt()
-        epsilon = (x - abar.sqrt() * x_0) / (1 - abar).sqrt()
-        return previous.sqrt() * x_0 + (1 - previous - sigma**2).sqrt() * epsilon + (sigma * z if t > 0 else 0)
-
-    def bits(self, out: tuple[Tensor, ...], x_0: Tensor, x: Tensor, t: int) -> Tensor:
-        """The term of the bound, a sample, by torch's own distributions at t > 0."""
-        mean, _, log_variance, _ = out
-        if t > 0:
-            q, _, log_q = self.posterior(x_0, x, t)
-            ours = torch.distributions.Normal(mean, torch.exp(0.5 * log_variance))
-            nats = torch.distributions.kl_divergence(torch.distributions.Normal(q, torch.exp(0.5 * log_q)), ours)
-        else:
-
-            def cdf(z: Tensor) -> Tensor:
-                return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
-
-            std = torch.exp(0.5 * log_variance)
-            above, below = cdf((x_0 - mean + 1 / 255) / std), cdf((x_0 - mean - 1 / 255) / std)
-            above, below = torch.where(x_0 > 0.999, 1.0, above), torch.where(x_0 < -0.999, 0.0, below)
-            nats = -(above - below).clamp(min=1e-12).log()
-        return nats.flatten(1).mean(dim=1) / math.log(2)
+def make(case: str = "dhariwal-nichol", **changes: Any) -> UNetModel:
+    network = randomised(UNetModel(**(BASE | CASES[case] | changes)))
+    assert isinstance(network, UNetModel)
+    return network
 
 
-def draws(seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+def inputs(case: str) -> tuple[Tensor, Tensor, Tensor | None]:
+    channels = (BASE | CASES[case])["in_channels"]
+    x = torch.randn(2, channels, 16, 16, generator=torch.Generator().manual_seed(1))
+    return x, torch.tensor([3, 777]), torch.tensor([0, 9]) if "num_classes" in CASES[case] else None
 
 
-def images() -> Tensor:
-    levels = torch.randint(0, 256, SHAPE, generator=torch.Generator().manual_seed(2))
-    levels[:, 0, 0, 0], levels[:, 1, 1, 1] = 0, 255
-    return levels.double() / 127.5 - 1
+def loaded(case: str, weights: Any = None, **options: Any) -> UNet:
+    arguments = {name: value for name, value in (BASE | CASES[case]).items() if name in UNTOLD}
+    return load_guided_diffusion(make(case).state_dict() if weights is None else weights, **arguments | options)
 
 
-HOOKS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "unclipped": {"clip_denoised": False},
-    "cond_fn": {"cond_fn": gradient},
-    "denoised_fn": {"denoised_fn": shrunk},
-    "all": {"cond_fn": gradient, "denoised_fn": shrunk, "clip_denoised": False},
+# --------------------------------------------------------------------------------------------------------------- networks
+
+
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_outputs_are_the_originals(case: str) -> None:
+    network, (x, t, y) = make(case), inputs(case)
+    assert layout(network.state_dict()) == recorded_layouts()[f"unet {case}"]  # its names and shapes
+    expected = recorded()[f"unet {case}"]
+    for got in (network(x, t, y), freeze(network)(x, t, y=y), loaded(case)(x, t, y)):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_frozen_network_is_as_right_as_the_original() -> None:
+    network, (x, t, y) = make(), inputs("dhariwal-nichol")
+    wide = copy.deepcopy(network).double()
+    for layer in wide.modules():
+        if type(layer) is GroupNorm32:  # is float32, whatever comes
+            layer.__class__ = nn.GroupNorm
+    exact = wide(x.double(), t, y)
+    assert relative_error(freeze(network)(x, t, y), exact) <= 2 * relative_error(network(x, t, y), exact)
+
+
+@torch.no_grad()
+def test_a_frozen_network_is_driven_as_the_original() -> None:
+    """Timesteps are rescaled to floating ones, and the loop asks the first parameter for the device."""
+    network, (x, t, y) = make(), inputs("dhariwal-nichol")
+    frozen = freeze(network.train())
+    assert network.training
+    network.eval()
+    torch.testing.assert_close(frozen(x, t * 0.25, y=y), network(x, t * 0.25, y), rtol=1e-4, atol=1e-4)
+    assert next(frozen.parameters()).device == x.device
+    assert frozen.eval() is frozen
+    assert frozen.to("cpu") is frozen
+    assert frozen(x, t, y).is_contiguous()
+    with pytest.raises(ValueError, match=r"FrozenModule: expected no input that records gradients, .* the UNetModel from"):
+        torch.enable_grad()(frozen)(x.requires_grad_(), t, y)
+
+
+@torch.no_grad()
+def test_a_network_in_half_precision_is_frozen_in_it() -> None:
+    network, (x, t, y) = make(), inputs("dhariwal-nichol")
+    expected = network(x, t, y)
+    for part in (network.input_blocks, network.middle_block, network.output_blocks):  # as convert_to_fp16 does
+        for layer in part.modules():
+            if isinstance(layer, nn.Conv1d | nn.Conv2d):
+                layer.half()
+    assert freeze(network, torch.float32).frozen_unet.dtype == torch.float32
+    frozen = freeze(network)
+    assert frozen.frozen_unet.dtype == torch.float16
+    got = frozen(x, t, y)
+    assert got.dtype == torch.float32
+    assert 1e-5 < relative_error(got, expected) < 2e-2
+
+
+def test_files_are_read(tmp_path: Path) -> None:
+    weights = make("scale-shift-learned").state_dict()
+    torch.save({name: weight.half() for name, weight in weights.items()}, tmp_path / "ema.pt")
+    model = loaded("scale-shift-learned", tmp_path / "ema.pt")
+    assert model.conv_in.weight.dtype == torch.float32
+    assert model.config["sample_size"] == 16
+    assert not model.training
+    x, t, _ = inputs("scale-shift-learned")
+    with torch.no_grad():
+        expected = model(x, t)
+    torch.testing.assert_close(freeze(model, torch.float32)(x, t), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_networks_are_kept_in_a_folder(tmp_path: Path) -> None:
+    model = loaded("half-width")
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert again.config == model.config
+    x, t, _ = inputs("half-width")
+    with torch.no_grad():
+        assert torch.equal(again(x, t), model(x, t))
+
+
+def without(pattern: str) -> dict[str, Tensor]:
+    return {name: weight for name, weight in make().state_dict().items() if not re.search(pattern, name)}
+
+
+@pytest.mark.parametrize(
+    ("weights", "options", "message"),
+    [
+        (without("time_embed"), {}, "to have the weights of a UNetModel, got none named time_embed.0.weight"),
+        (without("input_blocks.1.0.in_layers.0"), {}, "to fit a UNetModel .*, got missing down_blocks.0.resnets.0.norm1"),
+        ({"a": torch.zeros(2)}, {}, "expected path_or_state_dict to have the weights of a UNetModel, got none named output"),
+        (without("output_blocks"), {}, "got none named output_blocks.0.0.in_layers.2.weight"),
+        ({**without("^$"), "more": torch.zeros(2)}, {}, "got unexpected more"),
+        (without("^$"), {"num_head_channels": 7}, "heads to divide|UNet: expected attention_head_dim"),
+        (without("^$"), {"num_head_channels": 0}, "expected num_head_channels to be -1 or positive, got 0"),
+        (without("^$"), {"num_heads": 0}, r"expected num_heads to be an integer in 1..65536, got 0"),
+    ],
+)
+def test_weights_that_do_not_fit_are_named(weights: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_guided_diffusion(weights, **({"num_head_channels": 16} | options))
+
+
+def test_files_that_are_no_weights_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "text.pt").write_text("no weights")
+    with pytest.raises(ValueError, match=r"load_guided_diffusion: expected '.*text.pt' to be a whole file of torch.save"):
+        load_guided_diffusion(tmp_path / "text.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(ValueError, match="path_or_state_dict to be or to hold tensors by name, got list"):
+        load_guided_diffusion(tmp_path / "list.pt")
+    with pytest.raises(FileNotFoundError):
+        load_guided_diffusion(tmp_path / "none.pt")
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's, of old protocols
+def test_a_damaged_file_is_a_value_error(tmp_path: Path) -> None:
+    """Whatever the unpickler makes of it: a KeyError of its table, an AssertionError of torch's, ..."""
+    torch.save({"a": torch.zeros(3)}, tmp_path / "model.pt", _use_new_zipfile_serialization=False)
+    whole = (tmp_path / "model.pt").read_bytes()
+    for place in range(100):
+        (tmp_path / "damaged.pt").write_bytes(whole[:place] + b"h" + whole[place + 1 :])  # in pickle: get from the table
+        with pytest.raises(ValueError, match="load_guided_diffusion: expected "):
+            load_guided_diffusion(tmp_path / "damaged.pt")
+
+
+class SuperResModel(UNetModel):
+    pass
+
+
+class OtherSiLU(nn.SiLU):
+    pass
+
+
+def given(path: str, **attributes: Any) -> Callable[[Any], Any]:
+    return lambda network: [setattr(network.get_submodule(path), key, value) for key, value in attributes.items()]
+
+
+# name -> a change to a network, and what is said about it.
+CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "eps": (given("out.0", eps=1e-3), "out.0.eps is 0.001, its configuration says 1e-05"),
+    "padding": (given("input_blocks.0.0", padding_mode="circular"), "input_blocks.0.0.padding_mode is 'circular'"),
+    "heads": (given("middle_block.1.attention", n_heads=2), "middle_block.1.attention.n_heads is 2"),
+    "activation": (lambda network: network.out.__setitem__(1, nn.GELU()), "out.1 is a GELU, its configuration says SiLU"),
+    "another SiLU": (lambda network: network.out.__setitem__(1, OtherSiLU()), "out.1 is a OtherSiLU"),
+    "hook": (lambda network: network.out.register_forward_hook(lambda *args: None), "out has hooks"),
+    "hook of the network": (lambda network: network.register_forward_hook(lambda *args: None), "it has hooks"),
+    "patched": (lambda network: setattr(network, "forward", lambda x, *args: -x), "it has a patched forward"),
+    "fork": (
+        lambda network: setattr(network, "__class__", ForkedUNetModel),
+        "its outputs are not those of a UNet with its weights",
+    ),
+    "layer left out": (lambda network: network.__delattr__("out"), "has no attribute 'out'|none named out"),
+    "heads on the way up": (
+        given("", num_heads_upsample=2, num_head_channels=-1),
+        "output_blocks.0.1.num_heads is 2|num_heads is",
+    ),
 }
 
 
-def close(actual: Tensor, expected: Tensor, s: Statement, t: int) -> None:
-    """Up to a few roundings of tables to float32, which x_0^ = (x_t - sqrt(1 - abar) epsilon) / sqrt(abar) magnifies."""
-    scale = 8 / math.sqrt(s.abar[t])
-    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=scale * torch.finfo(torch.float32).eps)
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_changed_network_is_refused(what: str) -> None:
+    change, reason = CHANGES[what]
+    network = make()
+    change(network)
+    with pytest.raises(ValueError, match=rf"^freeze: expected x\b.*(?:{reason})"):
+        freeze(network)
 
 
-@pairwise(mean=MEANS, var=VARS, hooks=list(HOOKS))
-def test_every_step_is_the_mathematics(mean: gd.ModelMeanType, var: gd.ModelVarType, hooks: str) -> None:
-    d, network, y = diffusion(mean, var), Network(var), torch.tensor([0.1, 0.2, 0.3])
-    s, options = Statement(d), HOOKS[hooks]
-    cond, clip, denoised = options.get("cond_fn"), options.get("clip_denoised", True), options.get("denoised_fn")
-    for t in range(d.num_timesteps):
-        x, batch = 1.5 * draws(t), torch.full((3,), t)
-        expected, variance, log_variance, x_0 = s.p(s.model(network, x, t, y), x, t, clip, denoised)
-        out = d.p_mean_variance(network, x, batch, clip, denoised, {"y": y})
-        for name, value in zip(
-            ("mean", "variance", "log_variance", "pred_xstart"), (expected, variance, log_variance, x_0), strict=True
-        ):
-            close(out[name], value, s, t)
-
-        torch.manual_seed(5)
-        out = d.p_sample(network, x, batch, model_kwargs={"y": y}, **options)
-        after = torch.rand(1)
-        torch.manual_seed(5)
-        z = torch.randn_like(x)
-        assert torch.equal(torch.rand(1), after)
-        if cond is not None:
-            expected = expected + variance * s.model(cond, x, t)
-        close(out["sample"], expected + (torch.exp(0.5 * log_variance) * z if t > 0 else 0), s, t)
-        close(out["pred_xstart"], x_0, s, t)
-
-        if cond is not None:
-            epsilon = (x - s.abar[t].sqrt() * x_0) / (1 - s.abar[t]).sqrt()
-            epsilon = epsilon - (1 - s.abar[t]).sqrt() * s.model(cond, x, t)
-            x_0 = (x - (1 - s.abar[t]).sqrt() * epsilon) / s.abar[t].sqrt()
-        for eta in (0.0, 1.0):
-            torch.manual_seed(5)
-            out = d.ddim_sample(network, x, batch, model_kwargs={"y": y}, eta=eta, **options)
-            close(out["sample"], s.ddim(x, x_0, t, eta, z), s, t)
-            close(out["pred_xstart"], x_0, s, t)
-            assert torch.equal(torch.rand(1), after)  # the generator goes on as the original's, for eta = 0 too
-        if cond is None:
-            out = d.ddim_reverse_sample(network, x, batch, model_kwargs={"y": y}, **options)
-            epsilon = (x - s.abar[t].sqrt() * x_0) / (1 - s.abar[t]).sqrt()
-            close(out["sample"], s.following[t].sqrt() * x_0 + (1 - s.following[t]).sqrt() * epsilon, s, t)
+def test_other_heads_on_the_way_up_are_refused() -> None:
+    """A `UNet` has the same number everywhere. That of channels for a head may fit each."""
+    with pytest.raises(ValueError, match=r"got one where its outputs are not those of a UNet with its weights and num_heads$"):
+        freeze(make("heads-of-any-width", num_heads_upsample=2))
 
 
-def test_each_sample_has_its_own_timestep() -> None:
-    d, network, x = diffusion(), Network(gd.ModelVarType.FIXED_SMALL), draws()
-    noise = sample_seeds(0, 3)
-    t = torch.tensor([0, 7, 14])
-    for step in (d.p_sample, d.ddim_sample):
-        together = step(network, x, t, seeds=noise)
-        for i in range(3):
-            alone = step(network, x[i : i + 1], t[i : i + 1], seeds=noise[i : i + 1])
-            assert torch.equal(together["sample"][i], alone["sample"][0])
+def test_a_network_that_fails_is_named() -> None:
+    network = make()
+    network.input_blocks.half()  # and its input is float32
+    network.out.half()
+    with pytest.raises(ValueError, match=r"^freeze: expected x to be a UNetModel .*, got one where a call fails: "):
+        freeze(network)
 
 
-@pytest.mark.parametrize("name", ["p_sample_loop", "ddim_sample_loop"])
-def test_loops_show_their_arguments(name: str) -> None:
-    loop, progressive = (inspect.signature(getattr(gd.SpacedDiffusion, name + end)) for end in ("", "_progressive"))
-    assert {"clip_denoised", "cond_fn", "seeds"} < loop.parameters.keys()
-    assert loop.parameters == progressive.parameters
-    assert loop.return_annotation == "Tensor"
+def test_relatives_of_the_network_are_refused() -> None:
+    network = randomised(SuperResModel(**(BASE | {"in_channels": 6})))
+    with pytest.raises(
+        TypeError, match="to be a UNetModel itself, got a SuperResModel: load_guided_diffusion takes weights of"
+    ):
+        freeze(network)
 
 
-def test_few_plans_are_kept() -> None:
-    d, network, x = diffusion(), Network(gd.ModelVarType.FIXED_SMALL), draws()
-    t = torch.tensor([0, 7, 14])
-    first = d.ddim_sample(network, x, t, eta=0.0, seeds=sample_seeds(0, 3))["sample"]
-    for i in range(2 * gd._MAX_PLANS):
-        d.ddim_sample(network, x, t, eta=i / 20, seeds=sample_seeds(0, 3))
-        assert len(d._plans) <= gd._MAX_PLANS
-    assert torch.equal(d.ddim_sample(network, x, t, eta=0.0, seeds=sample_seeds(0, 3))["sample"], first)
+# ------------------------------------------------------------------------------------------------------------------ plans
 
 
-@pytest.mark.parametrize("eta", [None, 0.0, 1.0])
-def test_loops_are_their_steps_from_the_same_generator(eta: float | None) -> None:
-    d, network = diffusion(var=gd.ModelVarType.LEARNED_RANGE), Network(gd.ModelVarType.LEARNED_RANGE)
-    torch.manual_seed(1)
-    final = d.p_sample_loop(network, SHAPE) if eta is None else d.ddim_sample_loop(network, SHAPE, eta=eta)
-    torch.manual_seed(1)
-    s, x = Statement(d), torch.randn(SHAPE)
-    for t in range(d.num_timesteps - 1, -1, -1):
-        wide = x.double()
-        with torch.no_grad():
-            mean, _, log_variance, x_0 = s.p(s.model(network, wide, t), wide, t, True)
-        z = torch.randn_like(x)
-        step = mean + (torch.exp(0.5 * log_variance) * z if t > 0 else 0)
-        x = (step if eta is None else s.ddim(wide, x_0, t, eta, z)).float()
-    torch.testing.assert_close(final, x, rtol=0, atol=2e-5)  # float32 along 15 steps
-
-
-def test_with_seeds_an_image_is_its_own_and_that_of_sample() -> None:
-    d, network, seeds = diffusion(var=gd.ModelVarType.LEARNED_RANGE), Network(gd.ModelVarType.LEARNED_RANGE), sample_seeds(3, 3)
-    generator = torch.get_rng_state()
-    images = d.p_sample_loop(network.float(), SHAPE, seeds=seeds)
-    assert torch.equal(torch.get_rng_state(), generator)
-    alone = d.p_sample_loop(network, (1, *SHAPE[1:]), seeds=seeds[1:2])
-    torch.testing.assert_close(images[1:2], alone, rtol=0, atol=1e-5)  # the network's products round as their sizes have it
-    assert torch.equal(images, ddpm_fast.sample(network, d.sampling_plan(), 3, seed=seeds, shape=SHAPE[1:], progress=False))
-    ddim = d.ddim_sample_loop(network, SHAPE, eta=0.5, seeds=seeds)
-    plan = d.sampling_plan(eta=0.5)
-    assert torch.equal(ddim, ddpm_fast.sample(network, plan, 3, seed=seeds, shape=SHAPE[1:], progress=False))
-
-
-def test_progressive_loops_go_on_from_what_is_in_the_dict_and_leave_gradients_on() -> None:
-    d, network = diffusion(), Network(gd.ModelVarType.FIXED_SMALL)
-    steps = d.p_sample_loop_progressive(network, SHAPE, noise=draws(dtype=torch.float32), seeds=sample_seeds(0, 3))
-    for out in steps:
-        assert torch.is_grad_enabled()
-        assert not out["sample"].requires_grad
-        out["sample"] = torch.zeros(SHAPE)
-        break
-    following = next(iter(steps))["sample"]
-    t = torch.full((3,), d.num_timesteps - 2)
-    expected = d.p_sample(network, torch.zeros(SHAPE), t, seeds=sample_seeds(0, 3))["sample"]
-    assert torch.equal(following, expected.detach())
-
-
-def test_a_subclass_that_changes_p_mean_variance_is_heard() -> None:
-    class Fixed(gd.GaussianDiffusion):
-        def p_mean_variance(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-            out = super().p_mean_variance(*args, **kwargs)
-            return out | {"mean": torch.zeros_like(out["mean"]), "pred_xstart": torch.zeros_like(out["mean"])}
-
-    options = {"model_var_type": gd.ModelVarType.FIXED_SMALL, "loss_type": gd.LossType.MSE, "betas": BETAS}
-    d = Fixed(model_mean_type=gd.ModelMeanType.EPSILON, **options)
-    network, t = Network(gd.ModelVarType.FIXED_SMALL), torch.zeros(3, dtype=torch.int64)
-    assert (d.p_sample(network, draws(), t)["sample"] == 0).all()
-    assert (d.ddim_sample(network, draws(), t)["sample"] == 0).all()
-
-
-@pytest.mark.parametrize("spaced", [False, True])
-@pytest.mark.parametrize("steps", [T, 4000])
-def test_models_are_given_the_timesteps_they_were_trained_with(steps: int, spaced: bool) -> None:
-    betas = gd.get_named_beta_schedule("cosine", steps)
-    d = diffusion(betas=betas, rescale_timesteps=True, kept=KEPT if spaced else None)
-    seen = []
-
-    def model(x: Tensor, t: Tensor) -> Tensor:
-        seen.append(t)
-        return x
-
-    d.p_sample(model, draws(), torch.tensor([0, 5, 9]), cond_fn=model)
-    original = sorted(gd.space_timesteps(T, KEPT)) if spaced else range(steps)
-    expected = torch.tensor([original[i] * 1000 / steps for i in (0, 5, 9)])
-    assert len(seen) == 2
-    for t in seen:
-        torch.testing.assert_close(t, expected)
-
-
-@pairwise(mean=MEANS, var=VARS, loss=list(gd.LossType))
-def test_losses_and_their_gradients(mean: gd.ModelMeanType, var: gd.ModelVarType, loss: gd.LossType) -> None:
-    d, network = diffusion(mean, var, loss, kept=None), Network(var)
-    s, x_0, noise, t = Statement(d), images(), draws(1), torch.tensor([0, 20, T - 1])
-    terms = d.training_losses(network, x_0, t, noise=noise)
-    (grad,) = torch.autograd.grad(terms["loss"].sum(), network.weight)
-
-    expected = []
-    for i, step in enumerate(t.tolist()):
-        own, epsilon = x_0[i : i + 1], noise[i : i + 1]
-        x = s.abar[step].sqrt() * own + (1 - s.abar[step]).sqrt() * epsilon
-        output = s.model(network, x, step)
-        if loss.is_vb():
-            value = s.bits(s.p(output, x, step, clip=False), own, x, step) * (T if loss == gd.LossType.RESCALED_KL else 1)
-        else:
-            target = {"EPSILON": epsilon, "START_X": own, "PREVIOUS_X": s.posterior(own, x, step)[0]}[mean.name]
-            value = (output[:, :2] - target).square().mean().reshape(1)
-            if var in LEARNED:
-                held = torch.cat([output[:, :2].detach(), output[:, 2:]], dim=1)
-                bits = s.bits(s.p(held, x, step, clip=False), own, x, step)
-                value = value + bits * (T / 1000 if loss == gd.LossType.RESCALED_MSE else 1)
-        expected.append(value)
-    wanted = torch.cat(expected)
-    (wanted_grad,) = torch.autograd.grad(wanted.sum(), network.weight)
-    torch.testing.assert_close(terms["loss"], wanted, rtol=2e-5, atol=1e-7)  # tables in float32, differences of means
-    torch.testing.assert_close(grad, wanted_grad, rtol=2e-5, atol=1e-5)
-    parts = set() if loss.is_vb() else {"mse", "vb"} if var in LEARNED else {"mse"}
-    assert set(terms) == {"loss", *parts}
-
-
-def test_losses_from_seeds_are_those_of_the_same_noise() -> None:
-    d, network, seeds = diffusion(var=gd.ModelVarType.LEARNED_RANGE), Network(gd.ModelVarType.LEARNED_RANGE), sample_seeds(0, 3)
-    t, x_0 = torch.tensor([0, 3, 9]), images().float()
-    noise = ddpm_fast.noise(SHAPE, seeds, stream=0xFFFFFFFE)
-    torch.testing.assert_close(
-        d.training_losses(network, x_0, t, seeds=seeds), d.training_losses(network, x_0, t, noise=noise), rtol=1e-6, atol=1e-6
-    )
-    assert torch.equal(d.q_sample(x_0, t, seeds=seeds), d.q_sample(x_0, t, noise))
-
-
-def test_without_noise_losses_draw_from_the_generator() -> None:
-    d, network, t = diffusion(), Network(gd.ModelVarType.FIXED_SMALL), torch.tensor([0, 3, 9])
+def trajectory(plan: SamplingPlan, network: Any, shape: tuple[int, ...], **kwargs: Any) -> Tensor:
+    """The last image of a plan, with the original's draws: x_T, then noise like x for every step."""
     torch.manual_seed(0)
-    losses = d.training_losses(network, images(), t)["loss"]
-    torch.manual_seed(0)
-    assert torch.equal(losses, d.training_losses(network, images(), t, noise=torch.randn_like(images()))["loss"])
+    x = torch.randn(shape)
+    with torch.no_grad():
+        for step, t in enumerate(plan.timesteps.tolist()):
+            output = network(x, torch.full((len(x),), t), **kwargs)
+            x = reverse_step(x, output, step, plan, noise=torch.randn_like(x))
+    return x
 
 
-@pairwise(mean=MEANS, var=VARS, clip=[True, False])
-def test_the_bound(mean: gd.ModelMeanType, var: gd.ModelVarType, clip: bool) -> None:
-    """Against the statement, and against `variational_bound`, which works in float64 and another way."""
-    d, network, x_0 = diffusion(mean, var, kept="5"), Network(var), images()
-    torch.manual_seed(3)
-    bound = d.calc_bpd_loop(network, x_0, clip_denoised=clip)
-    torch.manual_seed(3)
-    s, columns = Statement(d), []
-    noises = {}
-    for t in range(d.num_timesteps - 1, -1, -1):
-        noises[t] = epsilon = torch.randn_like(x_0)
-        x = s.abar[t].sqrt() * x_0 + (1 - s.abar[t]).sqrt() * epsilon
-        with torch.no_grad():
-            out = s.p(s.model(network, x, t), x, t, clip)
-        again = (x - s.abar[t].sqrt() * out[3]) / (1 - s.abar[t]).sqrt()
-        mse = [(a - b).square().flatten(1).mean(dim=1) for a, b in ((out[3], x_0), (again, epsilon))]
-        columns.append(torch.stack([s.bits(out, x_0, x, t), *mse]))
-    expected = dict(zip(("vb", "xstart_mse", "mse"), torch.stack(columns, dim=2), strict=True))
-    for name, values in expected.items():
-        torch.testing.assert_close(bound[name], values, rtol=3e-5, atol=1e-7)
-    torch.testing.assert_close(bound["total_bpd"], bound["vb"].sum(dim=1) + bound["prior_bpd"])
-
-    class Mapped(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.network = network
-
-        def forward(self, x: Tensor, t: Tensor) -> Tensor:
-            return self.network(x, torch.tensor(d.timestep_map)[t])
-
-    names: tuple[Any, Any] = (d.sampling_plan().prediction, var.name.lower())
-    other = variational_bound(
-        *(Mapped(), x_0, NoiseSchedule.from_betas(d.betas)),
-        prediction=names[0],
-        variance=names[1],
-        clip=1.0 if clip else None,
-        noise=noises.__getitem__,
-        progress=False,
-    )
-    torch.testing.assert_close(bound["vb"], other.terms.flip(1), rtol=3e-5, atol=1e-7)
-    torch.testing.assert_close(bound["prior_bpd"], other.prior)
-    torch.testing.assert_close(bound["xstart_mse"], other.x_0_mse.flip(1), rtol=3e-5, atol=1e-9)
-
-
-def test_the_bound_from_seeds_is_that_of_variational_bound() -> None:
-    d, network, seeds = diffusion(kept=None), Network(gd.ModelVarType.FIXED_SMALL), sample_seeds(1, 3)
-    bound = d.calc_bpd_loop(network, images(), seeds=seeds)
-    other = variational_bound(network, images(), d.schedule, seed=seeds, progress=False)
-    torch.testing.assert_close(bound["total_bpd"], other.total, rtol=1e-5, atol=0)
-
-
-def test_moments_of_q() -> None:
-    d, x_0, x, t = diffusion(), images(), draws(), torch.tensor([0, 4, 14])
-    s = Statement(d)
-    mean, variance, log_variance = d.q_mean_variance(x_0, t)
-    posterior = d.q_posterior_mean_variance(x_0, x, t)
-    for i, step in enumerate(t.tolist()):
-        close(mean[i], s.abar[step].sqrt() * x_0[i], s, step)
-        close(variance[i], (1 - s.abar[step]).expand(SHAPE[1:]), s, step)
-        close(log_variance[i], (1 - s.abar[step]).log().expand(SHAPE[1:]), s, step)
-        for ours, theirs in zip(posterior, s.posterior(x_0[i], x[i], step), strict=True):
-            close(ours[i], theirs.expand(SHAPE[1:]), s, step)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
-    d, network = diffusion(), Network(gd.ModelVarType.FIXED_SMALL)
-    x, t = draws().to(dtype), torch.tensor([1, 4, 14])
-    for out in (d.p_sample(network, x, t, seeds=sample_seeds(0, 3)), d.ddim_sample(network, x, t)):
-        assert out["sample"].dtype == torch.float32
-    assert d.q_sample(x, t).dtype == torch.float32
-    assert d.training_losses(network, x, t)["loss"].dtype == torch.float32
-
-
-@pytest.mark.parametrize(
-    ("counts", "kept"),
-    [
-        ("ddim5", [0, 12, 24, 36, 48]),
-        ("5", [0, 15, 30, 44, 59]),  # 14.75 apart; 29.5 and 44.25 are rounded to even and down
-        ("2,3", [0, 29, 30, 44, 59]),
-        ([1, 0, 2], [0, 40, 59]),
-    ],
-)
-def test_space_timesteps(counts: Any, kept: list[int]) -> None:
-    assert sorted(gd.space_timesteps(60, counts)) == kept
-
-
-def test_flags_of_script_util() -> None:
-    d = gd.create_gaussian_diffusion(
-        steps=100, learn_sigma=True, noise_schedule="cosine", rescale_learned_sigmas=True, timestep_respacing="ddim25"
-    )
-    assert (d.num_timesteps, d.original_num_steps, d.timestep_map[:3]) == (25, 100, [0, 4, 8])
-    assert (d.model_var_type, d.loss_type) == (gd.ModelVarType.LEARNED_RANGE, gd.LossType.RESCALED_MSE)
-    plain = gd.create_gaussian_diffusion(use_kl=True, predict_xstart=True)
-    assert (plain.num_timesteps, plain.model_mean_type) == (1000, gd.ModelMeanType.START_X)
-    assert (plain.model_var_type, plain.loss_type) == (gd.ModelVarType.FIXED_LARGE, gd.LossType.RESCALED_KL)
-    assert gd.create_gaussian_diffusion(sigma_small=True).model_var_type == gd.ModelVarType.FIXED_SMALL
-
-
-def test_a_copy_has_tables_of_its_own() -> None:
-    """Also where one of its arrays is at the address that one of the first had."""
-    diffusion = gd.create_gaussian_diffusion()
-    x_0, t = torch.ones(2, 3, 4, 4), torch.tensor([0, 500])
-    diffusion.q_mean_variance(x_0, t)
-    twin = copy.deepcopy(diffusion)
-    twin.sqrt_alphas_cumprod = diffusion.sqrt_alphas_cumprod
-    twin.sqrt_alphas_cumprod[:] = 0
-    assert not twin.q_mean_variance(x_0, t)[0].any()
-
-
-def test_unit_betas_and_one_timestep() -> None:
-    d = diffusion(betas=[0.3], kept=None, var=gd.ModelVarType.FIXED_LARGE)
-    assert d.p_sample_loop(Network(gd.ModelVarType.FIXED_LARGE), SHAPE).shape == SHAPE
-
-
-X, ONE = torch.zeros(SHAPE), torch.ones(3, dtype=torch.int64)
-
-
-@pytest.mark.parametrize(
-    ("call", "error", "message"),
-    [
-        (
-            lambda d, m: d.p_sample(m, X, torch.ones(3)),
-            ValueError,
-            r"p_sample: expected t to be int64 \[3\], one a sample, got",
-        ),
-        (lambda d, m: d.p_sample(m, X, ONE + 99), ValueError, r"p_sample: expected t in 0..14, got values from 100 to 100"),
-        (lambda d, m: d.ddim_sample(m, X, 1), ValueError, r"ddim_sample: expected t to be int64 \[3\], one a sample, got int"),
-        (lambda d, m: d.p_sample(m, [0.0], ONE), TypeError, "p_sample: expected x to be a tensor, got list"),
-        (lambda d, m: d.q_sample(X.long(), ONE), TypeError, "q_sample: expected x_start to be float32.*got torch.int64"),
-        (lambda d, m: d.q_sample(X, ONE, X[:2]), ValueError, r"q_sample: expected noise to have shape \[3, 2, 4, 5\], got"),
-        (
-            lambda d, m: d.p_sample(lambda x, t: x[:, :1], X, ONE),
-            ValueError,
-            r"SpacedDiffusion: expected the model to give a tensor of shape \[3, 2, 4, 5\], for model_var_type FIXED_SMALL",
-        ),
-        (
-            lambda d, m: diffusion(var=gd.ModelVarType.LEARNED).p_sample(m, X, ONE),
-            ValueError,
-            r"expected the model to give a tensor of shape \[3, 4, 4, 5\], for model_var_type LEARNED, got \[3, 2, 4, 5\]",
-        ),
-        (lambda d, m: d.p_sample(m, X, ONE, seeds=ONE[:2]), ValueError, r"expected seeds to have shape \[3\], one a sample"),
-        (
-            lambda d, m: d.ddim_reverse_sample(m, X, ONE, eta=1.0),
-            ValueError,
-            "ddim_reverse_sample: expected eta to be 0.*got 1.0",
-        ),
-        (
-            lambda d, m: d.ddim_sample_loop_progressive(m, SHAPE, eta=-1.0),
-            ValueError,
-            "expected eta to be at least 0, got -1.0",
-        ),
-        (
-            lambda d, m: d.p_sample_loop_progressive(m, 3),
-            ValueError,
-            r"p_sample_loop: expected shape to be .*\(N, C, ...\), got 3",
-        ),
-        (
-            lambda d, m: d.p_sample_loop(m, SHAPE, noise=X[:1]),
-            ValueError,
-            r"expected noise of the given shape \[3, 2, 4, 5\], got",
-        ),
-        (
-            lambda d, m: d.p_sample_loop(lambda x, t: x, SHAPE),
-            ValueError,
-            "expected device or noise to be given, as the model has",
-        ),
-        (lambda d, m: d.p_sample_loop(m, SHAPE, seeds=[1]), TypeError, "p_sample_loop: expected seeds to be an int64 tensor"),
-        (lambda d, m: d.p_sample_loop(m, SHAPE, noise=X, device="meta"), ValueError, "expected noise on meta, got it on cpu"),
-        (
-            lambda d, m: d.training_losses(m, X, ONE, noise=X, seeds=ONE),
-            ValueError,
-            "training_losses: expected exactly one of noise and seeds, got both",
-        ),
-        (lambda d, m: d.calc_bpd_loop(m, X.long()), TypeError, "calc_bpd_loop: expected x_start to be float32"),
-        (
-            lambda d, m: diffusion(betas=gd.get_named_beta_schedule("cosine", 4000), rescale_timesteps=True).sampling_plan(),
-            ValueError,
-            "sampling_plan: expected rescale_timesteps to be False or .* 1000 timesteps, got True and 4000",
-        ),
-        (
-            lambda d, m: diffusion(mean="EPSILON"),
-            TypeError,
-            "SpacedDiffusion: expected model_mean_type to be a ddpm_fast.*'EPSILON'",
-        ),
-        (
-            lambda d, m: diffusion(betas=[0.1, 1.5], kept=None),
-            ValueError,
-            r"expected betas to be in \(0, 1\], got 1.5 at index 1",
-        ),
-        (
-            lambda d, m: diffusion(betas=[[0.1]], kept=None),
-            ValueError,
-            r"expected betas to be a floating tensor of shape \[T\]",
-        ),
-        (
-            lambda d, m: gd.SpacedDiffusion([60], betas=BETAS),
-            ValueError,
-            r"SpacedDiffusion: expected use_timesteps to be timesteps in 0..59, at least one, got 60..60",
-        ),
-        (lambda d, m: gd.SpacedDiffusion([], betas=BETAS), ValueError, "SpacedDiffusion: .*at least one, got none"),
-        (
-            lambda d, m: gd.space_timesteps(60, "ddim11"),
-            ValueError,
-            "an integer stride through 60 timesteps gives, got 'ddim11'",
-        ),
-        (lambda d, m: gd.space_timesteps(60, "ddimx"), ValueError, 'expected section_counts to be "ddimN" or counts'),
-        (lambda d, m: gd.space_timesteps(60, "10,a"), ValueError, "expected section_counts to be .*got '10,a'"),
-        (lambda d, m: gd.space_timesteps(60, [-1]), ValueError, r"expected section_counts to be .*got \[-1\]"),
-        (lambda d, m: gd.space_timesteps(60, "61"), ValueError, "expected counts of at most 60, the size of section 0, got 61"),
-        (lambda d, m: gd.space_timesteps(60, []), ValueError, "expected section_counts to have at least one count"),
-        (
-            lambda d, m: gd.space_timesteps(60, 5),
-            TypeError,
-            "expected section_counts to be a string or a sequence of ints, got 5",
-        ),
-        (lambda d, m: gd.get_named_beta_schedule("exp", 5), NotImplementedError, "expected schedule_name .*got 'exp'"),
-        (
-            lambda d, m: gd.get_named_beta_schedule("linear", 0),
-            ValueError,
-            "expected num_timesteps to be an integer in 1..100000, got 0",
-        ),
-    ],
-)
-def test_errors(call: Callable[..., Any], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        call(diffusion(), Network(gd.ModelVarType.FIXED_SMALL).float())
-
-
-# --------------------------------------------------------------- beside the original: record_guided_diffusion.py has its values
-
-
-ETAS = (None, 0.0, 1.0)  # None: p_sample_loop
-
-
-def trajectory(d: Any, var: gd.ModelVarType, hooks: str, eta: float | None) -> Tensor:
-    """The last image of a loop of `d`, which may be the original's."""
-    torch.manual_seed(0)
-    loop, options = (d.p_sample_loop, {}) if eta is None else (d.ddim_sample_loop, {"eta": eta})
-    return loop(Network(var).float(), SHAPE, model_kwargs={}, **options, **HOOKS[hooks])
-
-
-def losses(d: Any, var: gd.ModelVarType) -> dict[str, Tensor]:
-    t = torch.tensor([0, 7, 14])
-    return d.training_losses(Network(var).float(), images().float(), t, noise=draws(1).float())
-
-
-def bounds(d: Any, var: gd.ModelVarType) -> dict[str, Tensor]:
-    torch.manual_seed(0)
-    return d.calc_bpd_loop(Network(var).float(), images().float())
-
-
-@pairwise(mean=MEANS, var=VARS, hooks=list(HOOKS))
-def test_trajectories_are_the_originals(mean: gd.ModelMeanType, var: gd.ModelVarType, hooks: str) -> None:
-    d = diffusion(mean, var)
-    for eta in ETAS:
-        expected = recorded()[f"trajectory {mean.name} {var.name} {hooks} {eta}"]
-        torch.testing.assert_close(trajectory(d, var, hooks, eta), expected, rtol=2e-4, atol=2e-4)  # float32 along 15 steps
-
-
-def of_the_original(suffix: str, names: Iterable[str]) -> dict[str, Tensor]:
-    """The recorded tensors of these names; all that the original gives."""
-    found = {name: x for key, x in recorded().items() for name, _, rest in [key.partition(" ")] if rest == suffix}
-    assert found.keys() == set(names)
-    return found
-
-
-@pairwise(mean=MEANS, var=VARS, loss=list(gd.LossType))
-def test_losses_are_the_originals(mean: gd.ModelMeanType, var: gd.ModelVarType, loss: gd.LossType) -> None:
-    ours = losses(diffusion(mean, var, loss), var)
-    theirs = of_the_original(f"{mean.name} {var.name} {loss.name}", ours)
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=5e-5 if loss == gd.LossType.RESCALED_KL else 1e-6)
-
-
+@pytest.mark.parametrize("eta", ETAS)
 @pytest.mark.parametrize(("mean", "var"), BOTH)
-def test_bounds_are_the_originals(mean: gd.ModelMeanType, var: gd.ModelVarType) -> None:
-    ours = bounds(diffusion(mean, var), var)
-    torch.testing.assert_close(ours, of_the_original(f"{mean.name} {var.name}", ours), rtol=1e-4, atol=1e-6)
+def test_trajectories_are_the_originals(mean: ModelMeanType, var: ModelVarType, eta: float | None) -> None:
+    expected = recorded()[f"trajectory {mean.name} {var.name} {eta}"]
+    got = trajectory(plan_of(GaussianDiffusion(mean, var), eta=eta), Network(var), SHAPE)
+    torch.testing.assert_close(got, expected, rtol=2e-4, atol=2e-4)  # float32 along 15 steps
+
+
+@pytest.mark.parametrize("eta", [None, 0.0])
+def test_trajectories_of_a_frozen_network_are_the_originals(eta: float | None) -> None:
+    plan = plan_of(GaussianDiffusion(ModelMeanType.EPSILON, ModelVarType.LEARNED_RANGE), eta=eta)
+    got = trajectory(plan, freeze(make()), (2, 3, 16, 16), y=torch.tensor([1, 7]))
+    torch.testing.assert_close(got, recorded()[f"unet trajectory {eta}"], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kept", [KEPT, list(range(0, T, 7)), [3, 30], list(range(T))])
+@pytest.mark.parametrize("eta", ETAS)
+def test_the_levels_of_a_respaced_process_are_those_of_its_training(kept: list[int], eta: float | None) -> None:
+    """The process keeps no others. A plan on the schedule of the training has the same rows."""
+    got = plan_of(GaussianDiffusion(ModelMeanType.EPSILON, ModelVarType.FIXED_LARGE, kept), eta=eta)
+    schedule = NoiseSchedule.from_betas(BETAS)
+    steps: dict[str, Any] = {"spacing": kept[::-1], "clip": 1.0}
+    expected = (
+        ddpm_plan(schedule, variance="fixed_large", **steps)
+        if eta is None
+        else ddim_plan(schedule, None, eta=eta, use_clipped_model_output=True, **steps)
+    )
+    assert got.timesteps.tolist() == kept[::-1]
+    assert got.schedule.num_timesteps == T
+    torch.testing.assert_close(got.coefficients, expected.coefficients, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(got.alpha_bars, expected.alpha_bars, rtol=1e-12, atol=0)
+
+
+def test_an_image_of_a_plan_is_its_own() -> None:
+    plan = plan_of(GaussianDiffusion(ModelMeanType.EPSILON, ModelVarType.LEARNED_RANGE))
+    frozen, labels = freeze(make()), torch.tensor([1, 7, 2])
+    together = sample(frozen, plan, 3, class_labels=labels, progress=False)
+    alone = sample(frozen, plan, 1, class_labels=labels[:1], progress=False)
+    torch.testing.assert_close(together[:1], alone, rtol=0, atol=1e-4)
+    assert relative_error(together[1:2], alone) > 0.1
+
+
+def test_processes_that_are_no_plan_are_named() -> None:
+    d = GaussianDiffusion(ModelMeanType.EPSILON, ModelVarType.FIXED_SMALL)
+    with pytest.raises(ValueError, match=r"^plan_of: expected num_steps to be None, as the process has 15, got 20$"):
+        plan_of(d, 20)
+    d.rescale_timesteps = True
+    with pytest.raises(
+        ValueError, match=r"^plan_of: expected x\.rescale_timesteps to be False, or .* 1000 timesteps, got True"
+    ):
+        plan_of(d)
+    del d.betas
+    with pytest.raises(ValueError, match=r"^plan_of: expected x to be a GaussianDiffusion of .*no attribute 'betas'"):
+        plan_of(d)

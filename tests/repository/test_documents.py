@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 # Environments and builds have thousands of files, so the search never enters them.
 FOLDERS = [path for path in ROOT.iterdir() if path.is_dir() and path.name not in {".git", ".venv", "build"}]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(path for folder in FOLDERS for path in folder.rglob("*.md"))])
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted([*(ROOT / "docs").glob("*.md"), *(ROOT / "docs" / "migrating").glob("*.md")])]
 
 # A comment above a Python block says how it is run here: `<!-- test: 1000 -> 2 -->` replaces text, `<!-- test: skip: why -->`
 # leaves the block out. `<!-- test: run`, lines of Python and `-->` run what a reader need not see.

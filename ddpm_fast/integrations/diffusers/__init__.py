@@ -6,16 +6,14 @@ and methods. A step is one `reverse_step` with a row of a `SamplingPlan`. `add_n
 sample's own seed with `scheduler.seeds`. docs/migrating.md lists the differences.
 """
 
-from .. import needs_extra
-
-with needs_extra("diffusers"):
+try:
     # DiffusionPipeline.from_pretrained looks for it beside a scheduler.
     from diffusers import SchedulerMixin as SchedulerMixin
+except ModuleNotFoundError as error:
+    message = f"{error.name} is missing: install it with pip install 'ddpm_fast[diffusers]'"
+    raise ModuleNotFoundError(message, name=error.name) from error
 
-from .ddim import DDIMScheduler as DDIMScheduler
-from .ddim_inverse import DDIMInverseScheduler as DDIMInverseScheduler
-from .ddpm import DDPMScheduler as DDPMScheduler
-from .dpm_solver import DPMSolverMultistepScheduler as DPMSolverMultistepScheduler
+from .schedulers import DDIMInverseScheduler, DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
 __all__ = ["DDIMInverseScheduler", "DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler"]
 

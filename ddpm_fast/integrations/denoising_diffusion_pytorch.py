@@ -1,0 +1,94 @@
+"""denoising-diffusion-pytorch 2.x: its `GaussianDiffusion`, frozen or as a plan, and its Trainer's files."""
+
+from __future__ import annotations
+
+import copy
+import os
+from typing import Any, Final, Literal
+
+import torch
+from torch import nn
+
+from ..checks import check_choice, check_path
+from ..errors import InvalidType, InvalidValue
+from ..inference import frozen_unet
+from ..nn import UNet
+from ..nn.checkpoint import check_weights, load_tensors
+from ..plan import Prediction, SamplingPlan, ddim_plan, ddpm_plan
+from ..schedule import NoiseSchedule
+from .frozen_module import FrozenModule
+
+_PREDICTIONS: Final[dict[str, Prediction]] = {"pred_noise": "epsilon", "pred_x0": "sample", "pred_v": "v_prediction"}
+
+
+def frozen_process(process: Any, dtype: torch.dtype | None, device: Any, num_timesteps: int | None) -> Any:
+    """Freeze a process's network. Arguments and errors are those of `ddpm_fast.freeze`."""
+    model = getattr(process.model, "_orig_mod", process.model)  # torch.compile keeps the network so
+    if not isinstance(model, UNet):
+        advice = (
+            "train a ddpm_fast.UNet in its place, or draw with ddpm_fast.sample and ddpm_fast.plan_of, which take it as it is"
+        )
+        got = f"a {type(model).__name__}, whose layers are others: {advice}"
+        raise InvalidType("freeze", "x.model", "to be a ddpm_fast.UNet", got)
+    if model.config["num_class_embeds"] is not None:
+        raise InvalidValue("freeze", "x.model", "to have no classes, which the process does not know", "num_class_embeds")
+    num_timesteps = process.num_timesteps if num_timesteps is None else num_timesteps
+    frozen = frozen_unet(model, dtype or model.conv_in.weight.dtype, device=device, num_timesteps=num_timesteps)
+    other = copy.copy(process)
+    # A copy shares these dicts with its original, and both could write to their tensors.
+    other._buffers = {
+        name: None if buffer is None else buffer.to(frozen.device, copy=True) for name, buffer in process._buffers.items()
+    }
+    other._modules = process._modules | {"model": FrozenModule(model, frozen)}
+    return other.eval()
+
+
+def plan_of_process(process: Any, num_steps: int | None, eta: float | None) -> SamplingPlan:
+    """Return the plan of a process. Arguments and errors are those of `ddpm_fast.plan_of`."""
+    check_choice("plan_of", "x.objective", process.objective, _PREDICTIONS)
+    if process.self_condition:
+        raise InvalidValue("plan_of", "x", "to have a network without self-conditioning, which reads x_0 too", "one with it")
+    schedule, prediction = NoiseSchedule.from_betas(process.betas.cpu().double()), _PREDICTIONS[process.objective]
+    num_steps = process.sampling_timesteps if num_steps is None else num_steps
+    if eta is None and num_steps == process.num_timesteps:
+        return ddpm_plan(schedule, prediction=prediction)
+    # The original's timesteps, to the roundings of their float32.
+    edges = torch.linspace(-1, schedule.num_timesteps - 1, num_steps + 1, dtype=torch.float32).to(torch.int64)
+    eta = process.ddim_sampling_eta if eta is None else eta
+    return ddim_plan(
+        schedule, None, spacing=edges[1:].flip(0).tolist(), prediction=prediction, eta=eta, use_clipped_model_output=True
+    )
+
+
+def load_checkpoint(process: nn.Module, path: str | os.PathLike[str], *, weights: Literal["ema", "model"] = "ema") -> int:
+    """Load a checkpoint of denoising-diffusion-pytorch's Trainer (model-N.pt) without running its code.
+
+    Args:
+        process: GaussianDiffusion with a model like the trained one. It is not modified if loading fails.
+        path: The file.
+        weights: "ema", the weights' moving average, with which the Trainer samples; or "model", the weights.
+
+    Returns:
+        The step of training.
+
+    Raises:
+        FileNotFoundError: The file does not exist.
+        TypeError: `process` is no GaussianDiffusion.
+        ValueError: The file is damaged, needs pickle, is no checkpoint of the Trainer, or does not fit.
+    """
+    where = "load_checkpoint"
+    check_path(where, "path", path)
+    check_choice(where, "weights", weights, ("ema", "model"))
+    if not isinstance(process, nn.Module) or not hasattr(process, "objective"):
+        raise InvalidType(where, "process", "to be a GaussianDiffusion of denoising-diffusion-pytorch", type(process).__name__)
+    checkpoint = load_tensors(where, path)
+    content = checkpoint if isinstance(checkpoint, dict) else {}
+    step, state = content.get("step"), content.get(weights)
+    if not isinstance(step, int) or not isinstance(state, dict):
+        got = f"one with {', '.join(map(str, content)) or 'no names'}"
+        raise InvalidValue(where, repr(os.fspath(path)), "to be a Trainer's checkpoint, with step, model and ema", got)
+    if weights == "ema":
+        state = {name[10:]: tensor for name, tensor in state.items() if name.startswith("ema_model.")}
+    check_weights(where, path, "the model", process.state_dict(), state)
+    process.load_state_dict(state)
+    return step

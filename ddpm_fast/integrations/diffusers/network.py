@@ -1,0 +1,104 @@
+"""diffusers' networks and pipelines, frozen, and the plans of its schedulers."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any, Final, cast
+
+import diffusers
+import torch
+from diffusers.models.unets.unet_2d import UNet2DOutput
+from torch import Tensor
+
+from ...errors import InvalidType, InvalidValue, renaming
+from ...inference import FrozenUNet, frozen_unet
+from ...nn import UNet, UNetConfig
+from ...plan import SamplingPlan
+from ..frozen_module import FrozenModule
+from ..fuse import own_class
+from ..layers import why_layers_differ
+from .schedulers import DDIMInverseScheduler, DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+
+_SCHEDULERS: Final = (DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler, DDIMInverseScheduler)
+
+
+class FrozenUNet2DModel(FrozenModule, diffusers.UNet2DModel):
+    """A `UNet2DModel` that a `FrozenUNet` computes. See `FrozenModule`."""
+
+    def __init__(self, original: Any, frozen_unet: FrozenUNet) -> None:
+        super().__init__(original, frozen_unet)
+        vars(self)["_internal_dict"] = original.config
+
+    @property
+    def config(self) -> Any:
+        """Configuration of the original, which cannot be changed."""
+        return self._internal_dict
+
+    def forward(
+        self, sample: Tensor, timestep: Tensor | float, class_labels: Tensor | None = None, return_dict: bool = True
+    ) -> Any:
+        """Evaluate the network as `UNet2DModel.forward` does. See `FrozenModule.forward`."""
+        out = super().forward(sample, timestep, class_labels)
+        return UNet2DOutput(sample=out) if return_dict else (out,)
+
+
+def frozen_network(
+    unet: Any, dtype: torch.dtype | None, device: Any, num_timesteps: int | None, name: str = "x"
+) -> FrozenUNet2DModel:
+    """Freeze a network. Arguments and errors are those of `ddpm_fast.freeze`. `name` names the network in them."""
+    unet = getattr(unet, "_orig_mod", unet)  # torch.compile keeps the network so
+    if own_class(unet) is not diffusers.UNet2DModel:
+        raise InvalidType("freeze", name, "to be a UNet2DModel", f"a {type(unet).__name__}: ddpm_fast.fuse takes any network")
+    build: Any = diffusers.UNet2DModel
+    # A configuration may have keys that diffusers does not read. from_config leaves out those that it has noted as defaults.
+    arguments = {key: unet.config[key] for key in inspect.signature(build).parameters if key in unet.config}
+    try:
+        config = UNetConfig.from_dict(arguments)
+        with torch.device("meta"):
+            described, model = build(**arguments), UNet(**config.to_dict())
+    except Exception as error:  # any value may be in a configuration, and diffusers may raise anything
+        raise InvalidValue("freeze", name, "to have a configuration that ddpm_fast.UNet supports", error) from error
+    if (reason := why_layers_differ(unet, described)) is not None:
+        raise InvalidValue("freeze", name, "to have the layers that its configuration describes", f"one where {reason}")
+    model.load_state_dict(unet.state_dict(), assign=True)
+    frozen = frozen_unet(model, dtype or unet.dtype, device=device, num_timesteps=num_timesteps)
+    return FrozenUNet2DModel(unet, frozen)
+
+
+def frozen_pipeline(pipe: Any, dtype: torch.dtype | None, device: Any, num_timesteps: int | None) -> Any:
+    """Freeze a pipeline's network. Arguments and errors are those of `ddpm_fast.freeze`."""
+    scheduler = _own_scheduler("freeze", "x.scheduler", getattr(pipe, "scheduler", None))
+    total = scheduler.config.num_train_timesteps if num_timesteps is None else num_timesteps
+    network = frozen_network(getattr(pipe, "unet", None), dtype, device, total, "x.unet")
+    frozen = copy.copy(pipe)
+    frozen.unet, frozen.scheduler = network, scheduler
+    return frozen
+
+
+def plan_of_scheduler(scheduler: Any, num_steps: int | None, eta: float | None) -> SamplingPlan:
+    """Return the plan of a scheduler. Arguments and errors are those of `ddpm_fast.plan_of`."""
+    own = _own_scheduler("plan_of", "x", scheduler)
+    if eta is not None and not isinstance(own, DDIMScheduler):
+        raise InvalidValue("plan_of", "eta", f"to be None for a {type(own).__name__}", eta)
+    with renaming("plan_of", {"num_inference_steps": "num_steps"}):
+        if num_steps is not None:
+            own.set_timesteps(num_steps)
+        elif scheduler.num_inference_steps is not None or getattr(scheduler, "custom_timesteps", False):
+            chain = scheduler.timesteps.tolist()
+            own.set_timesteps(len(chain))
+            if not set(own.timesteps.tolist()) <= set(chain):  # they were listed by the caller
+                own.set_timesteps(timesteps=chain)
+        return cast(SamplingPlan, own.sampling_plan() if eta is None else own.sampling_plan(eta))
+
+
+def _own_scheduler(caller: str, name: str, scheduler: Any) -> Any:
+    """Return this package's scheduler with the configuration of diffusers' or of this package's."""
+    for own in _SCHEDULERS:
+        if type(scheduler) in (own, getattr(diffusers, own.__name__)):
+            try:
+                return own.from_config(scheduler.config)
+            except (ValueError, NotImplementedError) as error:
+                raise InvalidValue(caller, name, "to have a supported configuration", error) from error
+    names = ", ".join(own.__name__ for own in _SCHEDULERS)
+    raise InvalidType(caller, name, f"to be one of {names}", f"a {type(scheduler).__name__}")

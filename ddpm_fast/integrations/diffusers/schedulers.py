@@ -1,0 +1,666 @@
+"""The four schedulers: diffusers' constructor and `step` of each, and the plan of its configuration."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+import diffusers
+import numpy as np
+import torch
+from diffusers.configuration_utils import register_to_config
+from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
+from diffusers.schedulers.scheduling_ddim_inverse import DDIMSchedulerOutput as DDIMInverseSchedulerOutput
+from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
+from torch import Tensor
+
+from ...checks import check_choice, check_int, check_number, check_one_of, check_range
+from ...errors import InvalidValue, expect
+from ...ops.reverse_step import reverse_step
+from ...plan import VARIANCE_TYPES, SamplingPlan, ddim_inversion_plan, ddim_plan, ddpm_plan, dpm_solver_plan
+from ...plan.rows import plan_from_columns
+from ...schedule import NoiseSchedule
+from .plan_scheduler import Betas, PlanScheduler, Tables
+
+_ZERO_SNR = 2**-24  # diffusers puts it in the place of abar = 0, so that sigma / alpha is finite
+
+
+class DDPMScheduler(PlanScheduler, diffusers.DDPMScheduler):
+    """Ancestral sampling (Ho et al. 2020, Algorithm 2) with the arguments of `diffusers.DDPMScheduler`.
+
+    Raises:
+        ValueError: An argument is out of range, or a beta is outside (0, 1].
+    """
+
+    @register_to_config  # type: ignore[untyped-decorator]
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: Betas = None,
+        variance_type: str = "fixed_small",
+        clip_sample: bool = True,
+        prediction_type: str = "epsilon",
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        clip_sample_range: float = 1.0,
+        sample_max_value: float = 1.0,
+        timestep_spacing: str = "leading",
+        steps_offset: int = 0,
+        rescale_betas_zero_snr: bool = False,
+    ) -> None:
+        self.custom_timesteps = False
+        self._set_up()
+        self._chain = self._has_step().nonzero()[:, 0].flip(0)  # steps need no set_timesteps
+        self.one = torch.tensor(1.0)
+        self.variance_type = variance_type
+        if variance_type not in VARIANCE_TYPES:
+            logging.getLogger("ddpm_fast").warning(
+                "DDPMScheduler: expected variance_type to be one of %s, got %r: taken for fixed_small, as in diffusers",
+                *(", ".join(VARIANCE_TYPES), variance_type),
+            )
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: torch.device | str | None = None,
+        timesteps: Sequence[int] | None = None,
+    ) -> None:
+        """Set the timesteps of the chain.
+
+        Args:
+            num_inference_steps: Number of timesteps, in the configuration's spacing. Pass this or
+                `timesteps`.
+            device: Device of `self.timesteps`. On a GPU `step` does not wait for it.
+            timesteps: Strictly descending timesteps.
+
+        Raises:
+            ValueError: Both or neither are given, a value is out of range, or the prediction is epsilon at a
+                timestep with abar = 0.
+            TypeError: An argument has an unsupported type.
+        """
+        check_one_of(f"{type(self).__name__}.set_timesteps", "num_inference_steps", num_inference_steps, "timesteps", timesteps)
+        self.custom_timesteps = timesteps is not None
+        self._set_chain(num_inference_steps, device, timesteps)
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+    ) -> DDPMSchedulerOutput | tuple[Tensor, Tensor]:
+        """Return the sample at the previous timestep of the chain.
+
+        Args:
+            model_output: Like sample. With learned variance it has twice the channels, the prediction first.
+            timestep: An int, or an integer tensor with 1 or N elements. A tensor on a GPU is read there,
+                without synchronization, so a CUDA graph of a step serves every step.
+            sample: x_t, [N, ...], floating.
+            generator: Draws the noise. With `seeds` it is not used.
+            return_dict: Return a DDPMSchedulerOutput, else a tuple.
+
+        Returns:
+            prev_sample and pred_original_sample (x_0^), in the wider dtype of model_output and sample.
+            Differentiable.
+
+        Raises:
+            ValueError: An argument has an unsupported value or shape, or a timestep on the host is not in the
+                chain.
+            TypeError: An argument has an unsupported type or dtype.
+        """
+        known = self._known(timestep, model_output, sample)
+        tables = self._tables()
+        outside = [t for t in known or () if tables.rows[t] >= len(self._chain)]
+        if outside:
+            raise InvalidValue(
+                f"{type(self).__name__}.step",
+                "timestep",
+                f"to be one of the {len(self._chain)} of set_timesteps",
+                outside[0],
+            )
+        if known is None or max(known, default=0) > 0:
+            noise = self._noise(model_output, sample, generator)
+        else:  # sigma is 0 there, and diffusers draws nothing
+            noise = torch.zeros_like(sample)
+        x_prev, x_0 = self._advance(tables, known, timestep, model_output, sample, noise)
+        return DDPMSchedulerOutput(prev_sample=x_prev, pred_original_sample=x_0) if return_dict else (x_prev, x_0)
+
+    def _plan(self, timesteps: Sequence[int], previous: Sequence[int] | None) -> SamplingPlan:
+        return ddpm_plan(
+            self.schedule,
+            spacing=timesteps,
+            previous=previous,
+            prediction=self.config.prediction_type,
+            variance=self.config.variance_type if self.config.variance_type in VARIANCE_TYPES else "fixed_small",
+            clip=self._clip,
+        )
+
+    def _previous(self, timesteps: Tensor) -> Tensor:
+        """Return the next timestep of the chain below each timestep."""
+        ascending = torch.cat([torch.tensor([-1]), self._chain.flip(0)])
+        return ascending[torch.searchsorted(ascending, timesteps) - 1]
+
+
+class DDIMScheduler(PlanScheduler, diffusers.DDIMScheduler):
+    """DDIM (Song et al. 2021) with the arguments of `diffusers.DDIMScheduler`.
+
+    It supports all beta schedules of DDPMScheduler.
+
+    Raises:
+        ValueError: An argument is out of range, or a beta is outside (0, 1].
+    """
+
+    _options = (0.0, False)
+
+    @register_to_config  # type: ignore[untyped-decorator]
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: Betas = None,
+        clip_sample: bool = True,
+        set_alpha_to_one: bool = True,
+        steps_offset: int = 0,
+        prediction_type: str = "epsilon",
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        clip_sample_range: float = 1.0,
+        sample_max_value: float = 1.0,
+        timestep_spacing: str = "leading",
+        rescale_betas_zero_snr: bool = False,
+    ) -> None:
+        self._set_up()
+        self.final_alpha_cumprod = torch.tensor(1.0) if set_alpha_to_one else self.alphas_cumprod[0]
+
+    def sampling_plan(self, eta: float = 0.0, use_clipped_model_output: bool = False) -> SamplingPlan:
+        """Return the chain as a plan for `ddpm_fast.sample` and `reverse_step`.
+
+        Row i is what `step` does at `self.timesteps[i]`.
+
+        Args:
+            eta: As in `step`.
+            use_clipped_model_output: As in `step`.
+
+        Raises:
+            ValueError: set_timesteps was not called, or thresholding is on. Thresholding depends on a whole
+                image, so no row of coefficients has it.
+        """
+        return self._sampling_plan(eta, bool(use_clipped_model_output))
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        eta: float = 0.0,
+        use_clipped_model_output: bool = False,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        variance_noise: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> DDIMSchedulerOutput | tuple[Tensor, Tensor]:
+        """Return the sample at the previous timestep of the chain.
+
+        A timestep that is not in the chain moves down by T // num_inference_steps.
+
+        Args:
+            model_output: Like sample.
+            timestep: An int, or an integer tensor with 1 or N elements. A tensor on a GPU is read there,
+                without synchronization, so a CUDA graph of a step serves every step.
+            sample: x_t, [N, ...], floating.
+            eta: Scale of the noise. 0 is deterministic, 1 has the variance of DDPM.
+            use_clipped_model_output: Re-derive epsilon from the clipped x_0^.
+            generator: Draws the noise if eta > 0. With `seeds` it is not used.
+            variance_noise: The noise itself, like sample, instead of a generator.
+            return_dict: Return a DDIMSchedulerOutput, else a tuple.
+
+        Returns:
+            prev_sample and pred_original_sample (x_0^), in the wider dtype of model_output and sample.
+            Differentiable.
+
+        Raises:
+            ValueError: An argument has an unsupported value or shape, or set_timesteps was not called.
+            TypeError: An argument has an unsupported type or dtype.
+        """
+        eta = eta.item() if isinstance(eta, np.generic) else eta
+        check_number(f"{type(self).__name__}.step", "eta", eta, 0, finite=True)
+        known = self._known(timestep, model_output, sample)
+        tables = self._tables(eta, bool(use_clipped_model_output))
+        noise = self._noise(model_output, sample, generator, variance_noise) if eta > 0 else None
+        x_prev, x_0 = self._advance(tables, known, timestep, model_output, sample, noise)
+        return DDIMSchedulerOutput(prev_sample=x_prev, pred_original_sample=x_0) if return_dict else (x_prev, x_0)
+
+    def _plan(
+        self, timesteps: Sequence[int], previous: Sequence[int] | None, eta: float, use_clipped_model_output: bool
+    ) -> SamplingPlan:
+        return ddim_plan(
+            self.schedule,
+            None,
+            spacing=timesteps,
+            previous=previous,
+            prediction=self.config.prediction_type,
+            eta=eta,
+            clip=self._clip,
+            use_clipped_model_output=use_clipped_model_output,
+            final_alpha_bar=1.0 if self.config.set_alpha_to_one else float(self.schedule.alpha_bars[0]),
+        )
+
+
+class DDIMInverseScheduler(PlanScheduler, diffusers.DDIMInverseScheduler):
+    """DDIM inversion (Song et al. 2021) with the arguments of `diffusers.DDIMInverseScheduler`.
+
+    Timesteps ascend. A step arrives at the timestep that the model is told. See
+    `ddpm_fast.ddim_inversion_plan` with told="arrival".
+
+    Raises:
+        ValueError: An argument is out of range, a beta is outside (0, 1], or the prediction is "sample" with
+            set_alpha_to_one, as an image alone does not determine epsilon.
+    """
+
+    _thresholds = False
+
+    @register_to_config  # type: ignore[untyped-decorator]
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: Betas = None,
+        clip_sample: bool = True,
+        set_alpha_to_one: bool = True,
+        steps_offset: int = 0,
+        prediction_type: str = "epsilon",
+        clip_sample_range: float = 1.0,
+        timestep_spacing: str = "leading",
+        rescale_betas_zero_snr: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        if kwargs.get("set_alpha_to_zero") is not None:  # its deprecated name
+            set_alpha_to_one = kwargs["set_alpha_to_zero"]
+        self._set_up()
+        expect(
+            prediction_type != "sample" or not set_alpha_to_one,
+            type(self).__name__,
+            "prediction_type",
+            'to be "epsilon" or "v_prediction" with set_alpha_to_one, as an image alone does not determine epsilon',
+            "'sample'",
+        )
+        self.initial_alpha_cumprod = torch.tensor(1.0) if set_alpha_to_one else self.alphas_cumprod[0]
+        self._initial_alpha_bar = 1.0 if set_alpha_to_one else float(self.schedule.alpha_bars[0])
+        self._timesteps = torch.arange(num_train_timesteps)
+
+    def _spaced(self, name: str, num_steps: Any) -> Tensor:
+        expect(
+            self.config.timestep_spacing != "linspace", name, "timestep_spacing", 'to be "leading" or "trailing"', '"linspace"'
+        )
+        return super()._spaced(name, num_steps).flip(0)
+
+    def step(
+        self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, return_dict: bool = True
+    ) -> DDIMInverseSchedulerOutput | tuple[Tensor, Tensor]:
+        """Return the sample at `timestep`, from the one at the previous timestep of the chain.
+
+        The first step starts at the image. At a timestep that is not in the chain, a step starts
+        T // num_inference_steps below it.
+
+        Args:
+            model_output: Like sample.
+            timestep: Where the step arrives: an int, or an integer tensor with 1 or N elements. A tensor on a
+                GPU is read there, without synchronization, so a CUDA graph of a step serves every step.
+            sample: [N, ...], floating.
+            return_dict: Return a DDIMInverseSchedulerOutput, else a tuple.
+
+        Returns:
+            prev_sample, which is the noisier one, and pred_original_sample (x_0^), in the wider dtype of
+            model_output and sample. Differentiable.
+
+        Raises:
+            ValueError: An argument has an unsupported value or shape, or set_timesteps was not called.
+            TypeError: An argument has an unsupported type or dtype.
+        """
+        known = self._known(timestep, model_output, sample)
+        x_next, x_0 = self._advance(self._tables(), known, timestep, model_output, sample, None)
+        return DDIMInverseSchedulerOutput(prev_sample=x_next, pred_original_sample=x_0) if return_dict else (x_next, x_0)
+
+    def _plan(self, timesteps: Sequence[int], previous: Sequence[int] | None) -> SamplingPlan:
+        return ddim_inversion_plan(
+            self.schedule,
+            None,
+            told="arrival",
+            spacing=timesteps[::-1],
+            previous=None if previous is None else previous[::-1],
+            prediction=self.config.prediction_type,
+            clip=self._clip,
+            initial_alpha_bar=self._initial_alpha_bar,
+        )
+
+    def _has_step(self) -> Tensor:
+        """Return that every timestep has a step: its start is cleaner, where abar is positive."""
+        return torch.ones(self.schedule.num_timesteps, dtype=torch.bool)
+
+
+class DPMSolverMultistepScheduler(PlanScheduler, diffusers.DPMSolverMultistepScheduler):
+    """DPM-Solver++ (Lu et al. 2022) with the arguments of `diffusers.DPMSolverMultistepScheduler`.
+
+    It supports orders 1 and 2, algorithm_type "dpmsolver++" and "sde-dpmsolver++", and Karras's sigmas. See
+    `ddpm_fast.dpm_solver_plan`. It also supports all beta schedules of DDPMScheduler.
+
+    Raises:
+        ValueError: An argument is out of range or not supported, or a beta is outside (0, 1].
+    """
+
+    _clip = None
+
+    @register_to_config  # type: ignore[untyped-decorator]
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: Betas = None,
+        solver_order: int = 2,
+        prediction_type: str = "epsilon",
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        sample_max_value: float = 1.0,
+        algorithm_type: str = "dpmsolver++",
+        solver_type: str = "midpoint",
+        lower_order_final: bool = True,
+        euler_at_final: bool = False,
+        use_karras_sigmas: bool = False,
+        use_exponential_sigmas: bool = False,
+        use_beta_sigmas: bool = False,
+        use_lu_lambdas: bool = False,
+        use_flow_sigmas: bool = False,
+        flow_shift: float = 1.0,
+        final_sigmas_type: str = "zero",
+        lambda_min_clipped: float = -float("inf"),
+        variance_type: str | None = None,
+        timestep_spacing: str = "linspace",
+        steps_offset: int = 0,
+        rescale_betas_zero_snr: bool = False,
+        use_dynamic_shifting: bool = False,
+        time_shift_type: str = "exponential",
+    ) -> None:
+        if algorithm_type == "deis":  # configurations of other solvers, as in diffusers
+            self.register_to_config(algorithm_type="dpmsolver++")
+        if solver_type in ("logrho", "bh1", "bh2"):
+            self.register_to_config(solver_type="midpoint")
+        config, name = self.config, type(self).__name__
+        check_choice(name, "solver_order", solver_order, (1, 2))
+        check_choice(name, "algorithm_type", config.algorithm_type, ("dpmsolver++", "sde-dpmsolver++"))
+        check_choice(name, "solver_type", config.solver_type, ("midpoint", "heun"))
+        check_choice(name, "final_sigmas_type", final_sigmas_type, ("zero", "sigma_min"))
+        check_number(name, "lambda_min_clipped", lambda_min_clipped)
+        for key in (
+            "use_exponential_sigmas",
+            "use_beta_sigmas",
+            "use_lu_lambdas",
+            "use_flow_sigmas",
+            "use_dynamic_shifting",
+        ):
+            expect(
+                not config[key],
+                name,
+                key,
+                "to be false",
+                f"{config[key]}: timestep_spacing and use_karras_sigmas are supported",
+            )
+        self._set_up(_schedule)
+        ratios = _ratios(self.schedule.alpha_bars)
+        self.lambda_t, self.sigmas = -ratios.log().float(), ratios.float()
+        self.alpha_t = self.schedule.sqrt_alpha_bars.float()
+        self.sigma_t = self.schedule.sqrt_one_minus_alpha_bars.float()
+        self._timesteps = self._timesteps.float()
+        self._restart()
+
+    def _restart(self) -> None:
+        """Forget the steps taken."""
+        self.model_outputs: list[Tensor | None] = [None] * self.config.solver_order
+        self.lower_order_nums = 0
+        self._step_index: int | None = None
+        self._begin_index: int | None = None
+
+    # --------------------------------------------------------------------------------------------------------- timesteps
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: torch.device | str | None = None,
+        mu: float | None = None,
+        timesteps: Sequence[int] | Tensor | None = None,
+    ) -> None:
+        """Set the timesteps of the chain, and begin it.
+
+        Args:
+            num_inference_steps: Number of timesteps, in the configuration's spacing. Pass this or
+                `timesteps`.
+            device: Device of `self.timesteps`.
+            mu: Must be None. Dynamic shifting is not supported.
+            timesteps: Strictly descending timesteps. Not with use_karras_sigmas.
+
+        Raises:
+            ValueError: Both or neither are given, or a value is out of range or not supported.
+            TypeError: An argument has an unsupported type.
+        """
+        name, is_karras = f"{type(self).__name__}.set_timesteps", self.config.use_karras_sigmas
+        check_one_of(name, "num_inference_steps", num_inference_steps, "timesteps", timesteps)
+        expect(mu is None, name, "mu", "to be None, as dynamic shifting is not supported", mu)
+        expect(timesteps is None or not is_karras, name, "timesteps", "to be None with use_karras_sigmas", timesteps)
+        self._set_chain(num_inference_steps, device, timesteps)
+        self.num_inference_steps = len(self._chain)
+        self._restart()
+
+    def _spaced(self, name: str, num_steps: Any) -> Tensor:
+        config, total = self.config, self.config.num_train_timesteps
+        last = int((-_ratios(self.schedule.alpha_bars).log() >= config.lambda_min_clipped).sum())
+        expect(
+            last >= 2,
+            name,
+            "lambda_min_clipped",
+            f"to be at most {float(self.lambda_t[:2][-1]):.4g}, lambda at timestep 1",
+            config.lambda_min_clipped,
+        )
+        is_leading = config.timestep_spacing == "leading" and not config.use_karras_sigmas
+        check_int(name, "num_inference_steps", num_steps, 1, last - 1 if is_leading else total)
+        if config.use_karras_sigmas:
+            return self._karras(name, num_steps)
+        if is_leading:
+            return self._with_offset(name, torch.arange(num_steps, 0, -1) * (last // (num_steps + 1)))
+        if config.timestep_spacing == "linspace":
+            descending = np.linspace(0, last - 1, num_steps + 1).round()[:0:-1]
+        else:
+            descending = np.arange(last, 0, -total / num_steps).round() - 1
+        timesteps = torch.from_numpy(descending.astype(np.int64))
+        # diffusers lists -1 for some numbers of "trailing", and a timestep twice for as many as there are.
+        return cast(Tensor, timesteps[timesteps >= 0].unique_consecutive())
+
+    def _karras(self, name: str, num_steps: int) -> Tensor:
+        """Return the timesteps of Karras's levels, int64 [S].
+
+        diffusers rounds them, and truncates those of cosine betas. Either depends on the last bits of its
+        float32 table, which is therefore computed as there.
+        """
+        config = self.config
+        for key in ("sigma_min", "sigma_max"):  # keys of another scheduler, which diffusers reads
+            expect(config.get(key) is None, name, "", f"no {key} with use_karras_sigmas", config.get(key))
+        alpha_bars = torch.cumprod(1 - NoiseSchedule.from_diffusers(config).betas.float(), dim=0)
+        if config.rescale_betas_zero_snr:
+            alpha_bars[-1] = _ZERO_SNR
+        ratios = _ratios(alpha_bars).numpy()
+        usable = (ratios > 0) & np.isfinite(ratios)
+        t = int(usable.argmin())  # the first that is not
+        expect(
+            usable[t],
+            name,
+            "use_karras_sigmas",
+            "to be false, or betas with a positive and finite sqrt((1 - abar) / abar) in float32",
+            f"abar = {float(alpha_bars[t]):.3g} at timestep {t}",
+        )
+        theirs: Any = self  # methods of diffusers' class
+        levels = theirs._convert_to_karras(ratios[::-1].copy(), num_steps)
+        timesteps = theirs._sigma_to_t(levels, np.log(ratios))
+        if config.beta_schedule != "squaredcos_cap_v2":
+            timesteps = timesteps.round()
+        return torch.from_numpy(timesteps.astype(np.int64))
+
+    # ------------------------------------------------------------------------------------------------------------- plans
+
+    def _build(self, *options: Any) -> Tables:
+        """Return the chain's plan, then the tables of `step`: its order, order 1, p and q of x_0^, levels of `add_noise`.
+
+        Row i of each is the step from `timesteps[i]`. The levels are those of the chain and of its end, then one for each
+        timestep of the schedule.
+        """
+        config, count = self.config, len(self._chain)
+        # With thresholding, the steps take x_0^ in the place of the model's output.
+        prediction = "sample" if config.thresholding else config.prediction_type
+        x_0, first = self._of_order(1, config.prediction_type), self._of_order(1, prediction)
+        second = self._of_order(config.solver_order, prediction)
+        if config.euler_at_final and not torch.equal(second.coefficients[-1], first.coefficients[-1]):
+            second = replace(second, coefficients=torch.cat([second.coefficients[:-1], first.coefficients[-1:]]))
+        chain = replace(second, variance="learned_range") if self._is_learned else second
+        abar = torch.cat([first.alpha_bars, first.alpha_bars_prev[-1:], self.schedule.alpha_bars])
+        self.sigmas = _ratios(abar[: count + 1]).float()
+        unused, columns = torch.zeros_like(abar), {"k1": abar.sqrt(), "k2": (1 - abar).sqrt()}
+        levels = plan_from_columns(self.schedule, unused.long(), abar, abar, "epsilon", "fixed", None, p=unused, **columns)
+        rows = torch.arange(count + 1, len(abar))
+        for t in self._chain.tolist():
+            rows[t] = self.index_for_timestep(t, self._chain)  # type: ignore[attr-defined]  # diffusers'
+        return Tables((chain, second, first, x_0, levels), rows)
+
+    def _of_order(self, order: int, prediction: Any) -> SamplingPlan:
+        config = self.config
+        plan = dpm_solver_plan(
+            self.schedule,
+            len(self._chain),
+            order=order,
+            eta=1.0 if config.algorithm_type == "sde-dpmsolver++" else 0.0,
+            solver=config.solver_type,
+            spacing="karras" if config.use_karras_sigmas else self._chain.tolist(),
+            final=config.final_sigmas_type,
+            lower_order_final=bool(config.lower_order_final),
+            prediction=prediction,
+            clip=None,
+        )
+        return plan if torch.equal(plan.timesteps, self._chain) else replace(plan, timesteps=self._chain)
+
+    @property
+    def _is_learned(self) -> bool:
+        """True if the model's output may have variance channels, which are not used."""
+        return self.config.variance_type in ("learned", "learned_range") and self.config.prediction_type == "epsilon"
+
+    # -------------------------------------------------------------------------------------------------------------- step
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        variance_noise: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> SchedulerOutput | tuple[Tensor]:
+        """Return the sample at the next timestep of the chain.
+
+        The scheduler counts its steps and remembers x_0^ of the last one in `model_outputs`, as diffusers
+        does. A chain that starts in the middle, such as image to image, has order 1 in its first step.
+
+        Args:
+            model_output: Like sample. With a learned variance and predicted noise it may have twice the
+                channels, the prediction first.
+            timestep: An int or an integer tensor with one element. Only the first step of a chain reads it, and not
+                after `set_begin_index`.
+            sample: x_t, [N, ...], floating.
+            generator: Draws the noise of "sde-dpmsolver++", in float32. With `seeds` it is not used.
+            variance_noise: The noise itself, like sample, instead of a generator.
+            return_dict: Return a SchedulerOutput, else a tuple.
+
+        Returns:
+            prev_sample, in the wider dtype of model_output and sample. Differentiable.
+
+        Raises:
+            ValueError: An argument has an unsupported value or shape, set_timesteps was not called, or the
+                chain has ended.
+            TypeError: An argument has an unsupported type or dtype.
+        """
+        name, steps = f"{type(self).__name__}.step", len(self.timesteps)
+        expect(not isinstance(timestep, Tensor) or timestep.numel() == 1, name, "timestep", "to have 1 element", timestep)
+        known = self._known(timestep, model_output, sample)
+        _, second, first, x_0_plan, _ = self._tables().plans
+        if self._step_index is None:
+            self._init_step_index(timestep if known is None else known[0])  # type: ignore[attr-defined]  # diffusers'
+        index = cast(int, self._step_index)
+        expect(
+            0 <= index < steps,
+            name,
+            "",
+            f"one of the {steps} steps of set_timesteps",
+            f"step {index}: call set_timesteps again to begin another chain",
+        )
+        noise = None
+        if self.config.algorithm_type == "sde-dpmsolver++":
+            noise = self._noise(model_output, sample, generator, variance_noise, torch.float32)
+        if self._is_learned and model_output.shape[1] == 2 * sample.shape[1]:
+            model_output = model_output[:, : sample.shape[1]]
+        if self._thresholds:
+            model_output = self._thresholded(x_0_plan, index, model_output, sample)
+        plan, x_0_prev = (first, None)
+        if self.lower_order_nums and second.needs_x_0_prev:
+            plan, x_0_prev = second, self.model_outputs[-1]
+        x_prev, x_0 = self._reverse_step(plan, index, model_output, sample, noise, x_0_prev)
+        self.model_outputs = [*self.model_outputs[1:], x_0]
+        self.lower_order_nums = min(self.lower_order_nums + 1, self.config.solver_order)
+        self._step_index = index + 1
+        return SchedulerOutput(prev_sample=x_prev) if return_dict else (x_prev,)
+
+    # ---------------------------------------------------------------------------------------------------- forward process
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: int | Tensor) -> Tensor:
+        """Return samples at the chain's noise levels: one kernel, rounded once, in any floating dtype.
+
+            x_t = alpha_t x_0 + sigma_t noise
+
+        After `set_begin_index`, the level is that of the next step, as in diffusers. A timestep outside the chain
+        has the level of the schedule.
+
+        Args:
+            original_samples: x_0, [N, ...], floating.
+            noise: Broadcastable with x_0.
+            timesteps: An int, or an integer tensor with 1 or N elements.
+        """
+        if self.num_inference_steps is None:
+            return super().add_noise(original_samples, noise, timesteps)
+        x_0, noise, t = self._broadcast("add_noise", "original_samples", original_samples, noise, timesteps)
+        check_range(f"{type(self).__name__}.add_noise", "timesteps", t, self.schedule.num_timesteps)
+        tables, index = self._tables(), self._begin_index if self._step_index is None else self._step_index
+        row = tables.find(None, t, x_0.device) if self._begin_index is None else cast(int, index)
+        return cast(Tensor, reverse_step(x_0, noise, row, tables.plans[-1]))
+
+
+def _schedule(config: Any) -> NoiseSchedule:
+    """Return the configuration's noise schedule, with abar = 2^-24 in the place of 0, as in diffusers.
+
+    Timesteps before the last may have a smaller abar, which diffusers keeps. It is raised, so that noise levels descend.
+    """
+    schedule = NoiseSchedule.from_diffusers(config)
+    if not config.rescale_betas_zero_snr:
+        return schedule
+    steps_left = torch.arange(schedule.num_timesteps - 1, -1, -1, dtype=torch.float64)
+    alpha_bars = torch.maximum(schedule.alpha_bars, _ZERO_SNR * (1 + 1e-6 * steps_left))
+    return NoiseSchedule(1 - alpha_bars / torch.cat([torch.ones(1, dtype=torch.float64), alpha_bars[:-1]]))
+
+
+def _ratios(alpha_bars: Tensor) -> Tensor:
+    """Return sigma / alpha."""
+    return ((1 - alpha_bars) / alpha_bars).sqrt()

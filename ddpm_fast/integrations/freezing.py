@@ -1,0 +1,144 @@
+"""`freeze` and `plan_of`: networks, pipelines and samplers of this package and of other libraries."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn, overload
+
+import torch
+from torch import nn
+
+from ..checks import check_dtype, check_int, check_number
+from ..errors import InvalidType
+from ..inference import FrozenUNet, frozen_unet
+from ..nn import UNet
+from ..plan import SamplingPlan
+
+
+@overload
+def freeze(
+    x: UNet,
+    dtype: torch.dtype | None = None,
+    *,
+    device: torch.device | str | None = None,
+    num_timesteps: int | None = None,
+) -> FrozenUNet: ...
+
+
+@overload
+def freeze(
+    x: Any,
+    dtype: torch.dtype | None = None,
+    *,
+    device: torch.device | str | None = None,
+    num_timesteps: int | None = None,
+) -> Any: ...
+
+
+def freeze(
+    x: Any,
+    dtype: torch.dtype | None = None,
+    *,
+    device: torch.device | str | None = None,
+    num_timesteps: int | None = None,
+) -> Any:
+    """Return the inference form of a network, or a pipeline with one. `x` is not modified.
+
+    | x | result |
+    |---|---|
+    | `UNet` | a `FrozenUNet` |
+    | diffusers' `UNet2DModel` | a `UNet2DModel` |
+    | a diffusers pipeline with a `UNet2DModel` and a supported scheduler | a copy of the pipeline with a frozen network and a \
+scheduler of `ddpm_fast.integrations.diffusers` |
+    | `UNetModel` of guided-diffusion or improved-diffusion | a network called as model(x, t, y=None) |
+    | `GaussianDiffusion` of denoising-diffusion-pytorch on a `UNet` | a copy of the process with a frozen network |
+
+    Everything that is frozen is called like `x`. Outputs are equal up to the rounding of `dtype`. It has no
+    gradients and no dropout, and is immutable: a change raises an error. A later change of `x` does not reach it.
+    Freeze `x` again then. A network under torch.compile is taken out of it.
+
+    Supported schedulers are DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler and DDIMInverseScheduler.
+
+    Args:
+        x: The network or pipeline.
+        dtype: Dtype of weights and activations. None: that of `x`. A float32 `UNet` becomes bfloat16 on
+            devices with fast bfloat16, and float16 on other GPUs. Objects of other libraries keep theirs, so that
+            their results stay. Inputs and outputs of those keep their dtype in any case.
+        device: Device of the network. None: that of `x`.
+        num_timesteps: T. Integer timesteps must be in 0..T-1. None: what the pipeline or process has,
+            `num_train_timesteps` of the configuration, or 1000.
+
+    Raises:
+        TypeError: `x` is of another class, its layers are not those of its class, or `dtype` is not a floating
+            dtype. The message names the part and the reason.
+        ValueError: `num_timesteps` is out of range, `device` is unknown, or the network or the scheduler is not
+            supported. The message names the part and the reason.
+    """
+    check_dtype("freeze", "dtype", dtype, optional=True)
+    x = getattr(x, "_orig_mod", x)  # torch.compile keeps the network so
+    if isinstance(x, UNet):
+        return frozen_unet(x, dtype, device=device, num_timesteps=num_timesteps)
+    classes = _classes(x)
+    if "diffusers.UNet2DModel" in classes or "diffusers.DiffusionPipeline" in classes:
+        from .diffusers.network import frozen_network, frozen_pipeline
+
+        frozen = frozen_pipeline if "diffusers.DiffusionPipeline" in classes else frozen_network
+        return frozen(x, dtype, device, num_timesteps)
+    if "UNetModel" in classes:
+        from .guided_diffusion import frozen_model
+
+        return frozen_model(x, dtype, device, num_timesteps)
+    if "GaussianDiffusion" in classes and isinstance(x, nn.Module):
+        from .denoising_diffusion_pytorch import frozen_process
+
+        return frozen_process(x, dtype, device, num_timesteps)
+    _refuse(
+        "freeze",
+        "a ddpm_fast.UNet, a network or pipeline of diffusers, a UNetModel of guided-diffusion, or a "
+        "GaussianDiffusion of denoising-diffusion-pytorch",
+        x,
+    )
+
+
+def plan_of(x: Any, num_steps: int | None = None, *, eta: float | None = None) -> SamplingPlan:
+    """Return what a sampler of another library does as a plan for `Sampler`, `sample` and `write_samples`.
+
+    Args:
+        x: A DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler or DDIMInverseScheduler of diffusers, a pipeline with
+            one, or a GaussianDiffusion of guided-diffusion, improved-diffusion or denoising-diffusion-pytorch.
+        num_steps: Number of steps. None: what was set in `x`. It is fixed in guided-diffusion's processes.
+        eta: Scale of the noise of DDIM. None: what was set in `x`, or ancestral sampling by guided-diffusion's processes.
+
+    Raises:
+        TypeError: `x` is of another class.
+        ValueError: An argument is out of range, or no plan can do what `x` does. The message names the part and the reason.
+    """
+    check_int("plan_of", "num_steps", num_steps, 1, optional=True)
+    check_number("plan_of", "eta", eta, 0, finite=True, optional=True)
+    x = getattr(x, "scheduler", x)  # a pipeline's
+    classes = _classes(x)
+    if "diffusers.SchedulerMixin" in classes:
+        from .diffusers.network import plan_of_scheduler
+
+        return plan_of_scheduler(x, num_steps, eta)
+    if "GaussianDiffusion" in classes and isinstance(x, nn.Module):
+        from .denoising_diffusion_pytorch import plan_of_process
+
+        return plan_of_process(x, num_steps, eta)
+    if "GaussianDiffusion" in classes:
+        from .guided_diffusion import plan_of_diffusion
+
+        return plan_of_diffusion(x, num_steps, eta)
+    _refuse("plan_of", "a scheduler or pipeline of diffusers, or a GaussianDiffusion", x)
+
+
+def _classes(x: object) -> set[str]:
+    """Return the names of the classes of an object. The classes need not be imported."""
+    names = {cls.__name__ for cls in type(x).__mro__}
+    return names | {f"diffusers.{cls.__name__}" for cls in type(x).__mro__ if cls.__module__.startswith("diffusers.")}
+
+
+def _refuse(caller: str, wanted: str, x: object) -> NoReturn:
+    got = f"a {type(x).__name__}"
+    if isinstance(x, nn.Module):
+        got += ", which ddpm_fast.sample takes as it is, and whose norms ddpm_fast.fuse may make faster"
+    raise InvalidType(caller, "x", f"to be {wanted}", got)
