@@ -49,7 +49,8 @@ def frozen_network(
     """Freeze a network. Arguments and errors are those of `ddpm_fast.freeze`. `name` names the network in them."""
     unet = getattr(unet, "_orig_mod", unet)  # torch.compile keeps the network so
     if own_class(unet) is not diffusers.UNet2DModel:
-        raise InvalidType("freeze", name, "to be a UNet2DModel", f"a {type(unet).__name__}: ddpm_fast.fuse takes any network")
+        advice = "it is frozen already" if isinstance(unet, FrozenModule) else "ddpm_fast.fuse takes any network"
+        raise InvalidType("freeze", name, "to be a UNet2DModel", f"a {type(unet).__name__}: {advice}")
     build: Any = diffusers.UNet2DModel
     # A configuration may have keys that diffusers does not read. from_config leaves out those that it has noted as defaults.
     arguments = {key: unet.config[key] for key in inspect.signature(build).parameters if key in unet.config}
