@@ -159,7 +159,9 @@ class TimeTerms:
             weights, biases = zip(*(pair for pair in projections if len(pair[1]) == width), strict=True)
             stacks.append((torch.stack(weights).double().transpose(1, 2), torch.stack(biases).double()[:, None]))
         wide = opmath(dtype)
-        self._layers = [(weight.to(wide), None if bias is None else bias.to(wide)) for weight, bias in layers]
+        self._layers = [
+            (weight.to(wide, copy=True), None if bias is None else bias.to(wide, copy=True)) for weight, bias in layers
+        ]
         self._weights = [weight.to(dtype) for weight, _ in stacks]  # [B, E, W] each
         self._biases = [bias.to(dtype) for _, bias in stacks]  # [B, 1, W] each
         if model.class_embedding is None:

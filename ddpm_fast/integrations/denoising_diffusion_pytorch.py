@@ -9,45 +9,55 @@ from typing import Any, Final, Literal
 import torch
 from torch import nn
 
-from ..checks import check_choice, check_path
-from ..errors import InvalidType, InvalidValue
+from ..checks import check_choice, check_int, check_path
+from ..errors import InvalidType, expect
 from ..inference import frozen_unet
 from ..nn import UNet
 from ..nn.checkpoint import check_weights, load_tensors
 from ..plan import Prediction, SamplingPlan, ddim_plan, ddpm_plan
 from ..schedule import NoiseSchedule
 from .frozen_module import FrozenModule
+from .layers import check_unpatched, unwrapped
 
 _PREDICTIONS: Final[dict[str, Prediction]] = {"pred_noise": "epsilon", "pred_x0": "sample", "pred_v": "v_prediction"}
 
 
 def frozen_process(process: Any, dtype: torch.dtype | None, device: Any, num_timesteps: int | None) -> Any:
     """Freeze a process's network. Arguments and errors are those of `ddpm_fast.freeze`."""
-    model = getattr(process.model, "_orig_mod", process.model)  # torch.compile keeps the network so
+    model = unwrapped("x.model", getattr(process, "model", None))
     if not isinstance(model, UNet):
         advice = (
             "train a ddpm_fast.UNet in its place, or draw with ddpm_fast.sample and ddpm_fast.plan_of, which take it as it is"
         )
-        got = f"a {type(model).__name__}, whose layers are others: {advice}"
+        got = f"a {type(model).__name__}, " + (
+            "which is frozen already" if isinstance(model, FrozenModule) else f"whose layers are others: {advice}"
+        )
         raise InvalidType("freeze", "x.model", "to be a ddpm_fast.UNet", got)
-    if model.config["num_class_embeds"] is not None:
-        raise InvalidValue("freeze", "x.model", "to have no classes, which the process does not know", "num_class_embeds")
+    labels = model.config["num_class_embeds"]
+    expect(labels is None, "freeze", "x.model", "to have no classes, which the process does not know", f"{labels} labels")
     num_timesteps = process.num_timesteps if num_timesteps is None else num_timesteps
     frozen = frozen_unet(model, dtype or model.conv_in.weight.dtype, device=device, num_timesteps=num_timesteps)
     other = copy.copy(process)
-    # A copy shares these dicts with its original, and both could write to their tensors.
-    other._buffers = {
-        name: None if buffer is None else buffer.to(frozen.device, copy=True) for name, buffer in process._buffers.items()
-    }
-    other._modules = process._modules | {"model": FrozenModule(model, frozen)}
-    return other.eval()
+    # A copy shares its dictionaries of hooks, buffers and modules with the original, and both could write to the buffers.
+    vars(other).update({name: copy.copy(value) for name, value in vars(process).items() if isinstance(value, dict)})
+    other._buffers.update({name: each.to(frozen.device, copy=True) for name, each in process.named_buffers(recurse=False)})
+    other._modules["model"] = network = FrozenModule(model, frozen)
+    other.register_load_state_dict_pre_hook(lambda *_: network._refuse("call of load_state_dict"))
+    other.training = False
+    return other
 
 
 def plan_of_process(process: Any, num_steps: int | None, eta: float | None) -> SamplingPlan:
     """Return the plan of a process. Arguments and errors are those of `ddpm_fast.plan_of`."""
-    check_choice("plan_of", "x.objective", process.objective, _PREDICTIONS)
-    if process.self_condition:
-        raise InvalidValue("plan_of", "x", "to have a network without self-conditioning, which reads x_0 too", "one with it")
+    kind, itself = type(process), "to be a GaussianDiffusion itself, whose steps are known"
+    known = f"{kind.__module__}.{kind.__name__}" == "denoising_diffusion_pytorch.denoising_diffusion_pytorch.GaussianDiffusion"
+    expect(known, "plan_of", "x", itself, f"a {kind.__name__} of {kind.__module__}")
+    check_unpatched("plan_of", "x", process)
+    check_int("plan_of", "num_steps", num_steps, 1, process.num_timesteps, optional=True)
+    expect(
+        not process.self_condition,
+        *("plan_of", "x", "to have a network without self-conditioning, which reads x_0 too", "one with it"),
+    )
     schedule, prediction = NoiseSchedule.from_betas(process.betas.cpu().double()), _PREDICTIONS[process.objective]
     num_steps = process.sampling_timesteps if num_steps is None else num_steps
     if eta is None and num_steps == process.num_timesteps:
@@ -82,13 +92,12 @@ def load_checkpoint(process: nn.Module, path: str | os.PathLike[str], *, weights
     if not isinstance(process, nn.Module) or not hasattr(process, "objective"):
         raise InvalidType(where, "process", "to be a GaussianDiffusion of denoising-diffusion-pytorch", type(process).__name__)
     checkpoint = load_tensors(where, path)
-    content = checkpoint if isinstance(checkpoint, dict) else {}
-    step, state = content.get("step"), content.get(weights)
-    if not isinstance(step, int) or not isinstance(state, dict):
-        got = f"one with {', '.join(map(str, content)) or 'no names'}"
-        raise InvalidValue(where, repr(os.fspath(path)), "to be a Trainer's checkpoint, with step, model and ema", got)
+    content: dict[str, Any] = checkpoint if isinstance(checkpoint, dict) else {}
+    step, state = content.get("step", ""), content.get(weights, "")
+    whole, got = isinstance(step, int) and isinstance(state, dict), f"one with {', '.join(map(str, content)) or 'no names'}"
+    expect(whole, where, repr(os.fspath(path)), "to be a Trainer's checkpoint, with step, model and ema", got)
     if weights == "ema":
         state = {name[10:]: tensor for name, tensor in state.items() if name.startswith("ema_model.")}
     check_weights(where, path, "the model", process.state_dict(), state)
     process.load_state_dict(state)
-    return step
+    return int(step)

@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn, overload
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import Any, Final, overload
 
 import torch
 from torch import nn
 
 from ..checks import check_dtype, check_int, check_number
-from ..errors import InvalidType
+from ..errors import InvalidType, expect
 from ..inference import FrozenUNet, frozen_unet
 from ..nn import UNet
 from ..plan import SamplingPlan
+from .frozen_module import FrozenModule
+from .layers import unwrapped
+
+# Class of an object or a base of it -> module here and function. The libraries are imported only if there is such an object.
+# Copies of guided-diffusion's classes stand in many packages, so these have no package's name.
+_FREEZERS: Final = {
+    "diffusers.UNet2DModel": (".diffusers.network", "frozen_network"),
+    "diffusers.DiffusionPipeline": (".diffusers.network", "frozen_pipeline"),
+    "denoising_diffusion_pytorch.GaussianDiffusion": (".denoising_diffusion_pytorch", "frozen_process"),
+    "UNetModel": (".guided_diffusion", "frozen_model"),
+}
+_PLANNERS: Final = {
+    "diffusers.SchedulerMixin": (".diffusers.network", "plan_of_scheduler"),
+    "denoising_diffusion_pytorch.GaussianDiffusion": (".denoising_diffusion_pytorch", "plan_of_process"),
+    "GaussianDiffusion": (".guided_diffusion", "plan_of_diffusion"),
+}
 
 
 @overload
@@ -53,8 +71,9 @@ scheduler of `ddpm_fast.integrations.diffusers` |
     | `GaussianDiffusion` of denoising-diffusion-pytorch on a `UNet` | a copy of the process with a frozen network |
 
     Everything that is frozen is called like `x`. Outputs are equal up to the rounding of `dtype`. It has no
-    gradients and no dropout, and is immutable: a change raises an error. A later change of `x` does not reach it.
-    Freeze `x` again then. A network under torch.compile is taken out of it.
+    gradients and no dropout, and is immutable: a change raises an error. A later change of the network of `x` does not
+    reach it. Freeze `x` again then. A pipeline or process shares all other parts with its copy. A network under
+    torch.compile is taken out of it.
 
     Supported schedulers are DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler and DDIMInverseScheduler.
 
@@ -74,29 +93,16 @@ scheduler of `ddpm_fast.integrations.diffusers` |
             supported. The message names the part and the reason.
     """
     check_dtype("freeze", "dtype", dtype, optional=True)
-    x = getattr(x, "_orig_mod", x)  # torch.compile keeps the network so
+    x = unwrapped("x", x)
+    expect(
+        not isinstance(x, FrozenUNet | FrozenModule),
+        *("freeze", "x", "to be what is not frozen", f"a {type(x).__name__}, which is frozen already"),
+    )
     if isinstance(x, UNet):
         return frozen_unet(x, dtype, device=device, num_timesteps=num_timesteps)
-    classes = _classes(x)
-    if "diffusers.UNet2DModel" in classes or "diffusers.DiffusionPipeline" in classes:
-        from .diffusers.network import frozen_network, frozen_pipeline
-
-        frozen = frozen_pipeline if "diffusers.DiffusionPipeline" in classes else frozen_network
-        return frozen(x, dtype, device, num_timesteps)
-    if "UNetModel" in classes:
-        from .guided_diffusion import frozen_model
-
-        return frozen_model(x, dtype, device, num_timesteps)
-    if "GaussianDiffusion" in classes and isinstance(x, nn.Module):
-        from .denoising_diffusion_pytorch import frozen_process
-
-        return frozen_process(x, dtype, device, num_timesteps)
-    _refuse(
-        "freeze",
-        "a ddpm_fast.UNet, a network or pipeline of diffusers, a UNetModel of guided-diffusion, or a "
-        "GaussianDiffusion of denoising-diffusion-pytorch",
-        x,
-    )
+    wanted = "a ddpm_fast.UNet, a network or pipeline of diffusers, a UNetModel of guided-diffusion, or a "
+    freezer = _function("freeze", x, _FREEZERS, f"{wanted}GaussianDiffusion of denoising-diffusion-pytorch")
+    return freezer(x, dtype, device, num_timesteps)
 
 
 def plan_of(x: Any, num_steps: int | None = None, *, eta: float | None = None) -> SamplingPlan:
@@ -115,30 +121,17 @@ def plan_of(x: Any, num_steps: int | None = None, *, eta: float | None = None) -
     check_int("plan_of", "num_steps", num_steps, 1, optional=True)
     check_number("plan_of", "eta", eta, 0, finite=True, optional=True)
     x = getattr(x, "scheduler", x)  # a pipeline's
-    classes = _classes(x)
-    if "diffusers.SchedulerMixin" in classes:
-        from .diffusers.network import plan_of_scheduler
-
-        return plan_of_scheduler(x, num_steps, eta)
-    if "GaussianDiffusion" in classes and isinstance(x, nn.Module):
-        from .denoising_diffusion_pytorch import plan_of_process
-
-        return plan_of_process(x, num_steps, eta)
-    if "GaussianDiffusion" in classes:
-        from .guided_diffusion import plan_of_diffusion
-
-        return plan_of_diffusion(x, num_steps, eta)
-    _refuse("plan_of", "a scheduler or pipeline of diffusers, or a GaussianDiffusion", x)
+    planner = _function("plan_of", x, _PLANNERS, "a scheduler or pipeline of diffusers, or a GaussianDiffusion")
+    plan: SamplingPlan = planner(x, num_steps, eta)
+    return plan
 
 
-def _classes(x: object) -> set[str]:
-    """Return the names of the classes of an object. The classes need not be imported."""
-    names = {cls.__name__ for cls in type(x).__mro__}
-    return names | {f"diffusers.{cls.__name__}" for cls in type(x).__mro__ if cls.__module__.startswith("diffusers.")}
-
-
-def _refuse(caller: str, wanted: str, x: object) -> NoReturn:
-    got = f"a {type(x).__name__}"
-    if isinstance(x, nn.Module):
-        got += ", which ddpm_fast.sample takes as it is, and whose norms ddpm_fast.fuse may make faster"
-    raise InvalidType(caller, "x", f"to be {wanted}", got)
+def _function(caller: str, x: object, table: Mapping[str, tuple[str, str]], wanted: str) -> Callable[..., Any]:
+    """Return the function that a table has for an object. `wanted` says for which there is one."""
+    names = {f"{package}{cls.__name__}" for cls in type(x).__mro__ for package in ("", f"{cls.__module__.partition('.')[0]}.")}
+    for name, (module, function) in table.items():
+        if name in names:
+            found: Callable[..., Any] = getattr(import_module(module, __package__), function)
+            return found
+    advice = ", whose norms ddpm_fast.fuse may make faster"
+    raise InvalidType(caller, "x", f"to be {wanted}", f"a {type(x).__name__}{advice if isinstance(x, nn.Module) else ''}")

@@ -14,7 +14,16 @@ from ..models import device_and_dtype
 
 # Methods that would change the network, or write one without weights.
 _REFUSED: Final = (
-    *("save_pretrained", "push_to_hub", "state_dict", "load_state_dict", "register_to_config"),
+    *(
+        "save_pretrained",
+        "push_to_hub",
+        "convert_to_fp16",
+        "convert_to_fp32",
+        "state_dict",
+        "load_state_dict",
+        "_load_from_state_dict",
+        "register_to_config",
+    ),
     *("register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook", "register_full_backward_pre_hook"),
     *("register_backward_hook", "register_buffer", "register_parameter", "register_module", "add_module", "set_submodule"),
 )
@@ -60,6 +69,8 @@ class FrozenModule(nn.Module):
     def forward(self, x: Tensor, timesteps: Tensor | float, y: Tensor | None = None) -> Tensor:
         """Evaluate the network, see `FrozenUNet`. The output has the dtype and memory format of x.
 
+        Timesteps may be one for all images, and labels of any integer dtype, as in the libraries.
+
         Raises:
             ValueError: x records gradients, or what `FrozenUNet` raises.
         """
@@ -67,6 +78,9 @@ class FrozenModule(nn.Module):
             self._refuse("input that records gradients")
         # A loop whose next x is the output draws noise in the order of its memory.
         memory_format = torch.contiguous_format if x.is_contiguous() else torch.channels_last
+        if isinstance(timesteps, Tensor) and timesteps.numel() == 1:
+            timesteps = timesteps.reshape(())
+        y = None if y is None else y.to(torch.int64).expand(len(x))
         return self.frozen_unet(x, timesteps, y).to(x.dtype, memory_format=memory_format)
 
     def parameters(self, recurse: bool = True) -> Iterator[Any]:
@@ -90,7 +104,10 @@ class FrozenModule(nn.Module):
         return self
 
     def __setattr__(self, name: str, value: Any) -> None:
-        self._refuse(f"assignment of {name}")
+        if name == "_is_torch_compile":  # a mark of torch.compile, which assigns `training` as it is, too
+            vars(self)[name] = value
+        elif vars(self).get(name, self) is not value:
+            self._refuse(f"assignment of {name}")
 
     def __delattr__(self, name: str) -> None:
         self._refuse(f"deletion of {name}")

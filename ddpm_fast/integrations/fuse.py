@@ -70,8 +70,7 @@ def fuse(model: nn.Module) -> FuseReport:
 
     Outputs and gradients are equal up to rounding. In half precision, statistics, modulation and SiLU are
     float32 and rounded once. Parameters, buffers, names and modules do not change. State dicts, optimizers,
-    training, autocast, checkpointing, `torch.compile`, `deepcopy` and pickle work as before. Fused modules
-    are differentiable once. Call `unfuse` before using a gradient penalty.
+    training, autocast, checkpointing, `torch.compile`, `deepcopy` and pickle work as before.
 
     A fused block or `Sequential` becomes an instance of a subclass with the same name and another
     `forward`. In a diffusers head the norm itself computes SiLU, and the activation returns its input.
@@ -478,7 +477,7 @@ def _why_called(kind: _Kind, module: Any) -> str | None:
             return f"{name}.{path} is a {type(part).__name__}"
         if path in kind.activations and not (own_class(part) is nn.SiLU if kind.only_torchs else _is_silu(part)):
             return f"{name}.{path} is {type(part).__name__}, not SiLU"
-        if watched := _why_watched(part):
+        if watched := why_watched(part):
             return (
                 f"the {type(part).__name__} in a {name} {watched}"
                 if isinstance(module, nn.Sequential)
@@ -505,11 +504,11 @@ def _is_bypassable_pair(norm: Any, silu: Any) -> bool:
     return (
         _is_group_norm(norm)
         and _is_silu(silu)
-        and not (_why_watched(norm) or _why_watched(silu) or nn.modules.module._has_any_global_hook())
+        and not (why_watched(norm) or why_watched(silu) or nn.modules.module._has_any_global_hook())
     )
 
 
-def _why_watched(module: nn.Module) -> str | None:
+def why_watched(module: nn.Module) -> str | None:
     """Return why a call of the module does more than its class's forward, or None."""
     return "has hooks" if any(_hooks(module)) else "has a patched forward" if "forward" in vars(module) else None
 

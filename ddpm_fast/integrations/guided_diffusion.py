@@ -6,21 +6,21 @@ import inspect
 import os
 import re
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_dtype, check_int, check_number, check_type, checked_device
-from ..errors import InvalidType, InvalidValue, expect
+from ..checks import check_choice, check_dtype, check_int, check_number, check_type, checked_device
+from ..errors import InvalidValue, expect
 from ..inference import frozen_unet
 from ..models import evaluation_mode
 from ..nn import UNet
 from ..nn.checkpoint import check_weights, load_tensors
-from ..plan import Prediction, SamplingPlan, Variance, ddim_plan, ddpm_plan
+from ..plan import Prediction, SamplingPlan, ddim_plan, ddpm_plan
 from ..schedule import NoiseSchedule
 from .frozen_module import FrozenModule
-from .layers import why_layers_differ
+from .layers import check_unpatched, why_layers_differ
 
 # Names of layers and blocks there and here. Blocks of input_blocks and output_blocks are added by their kinds.
 _OUTER: Final = {
@@ -96,11 +96,13 @@ def load_guided_diffusion(
     check_number(op, "dropout", dropout, 0, below=1)
     check_dtype(op, "dtype", dtype, optional=True)
     device = None if device is None else checked_device(op, device)
-    path, weights = "path_or_state_dict", path_or_state_dict
+    path, weights = "path_or_state_dict", cast(Any, path_or_state_dict)
     if isinstance(path_or_state_dict, str | os.PathLike):
         path, weights = os.fspath(path_or_state_dict), load_tensors(op, path_or_state_dict)
-    if not isinstance(weights, Mapping) or not weights or not all(isinstance(each, Tensor) for each in weights.values()):
-        raise InvalidValue(op, "path_or_state_dict", "to be or to hold tensors by name", type(weights).__name__)
+    expect(
+        isinstance(weights, Mapping) and weights and all(isinstance(each, Tensor) for each in weights.values()),
+        *(op, "path_or_state_dict", "to be or to hold tensors by name", type(weights).__name__),
+    )
     model = _converted(
         *(op, path, weights, num_heads, num_head_channels, use_new_attention_order), sample_size=image_size, dropout=dropout
     )
@@ -109,14 +111,17 @@ def load_guided_diffusion(
 
 def frozen_model(model: nn.Module, dtype: torch.dtype | None, device: Any, num_timesteps: int | None) -> FrozenModule:
     """Freeze a live `UNetModel`. Arguments and errors are those of `ddpm_fast.freeze`."""
-    if type(model).__name__ != "UNetModel":
-        got = f"a {type(model).__name__}: load_guided_diffusion takes weights of super-resolution models"
-        raise InvalidType("freeze", "x", "to be a UNetModel itself", got)
-    source: Any = model
+    kind, source = type(model), cast(Any, model)
+    expect(
+        kind.__name__ == "UNetModel",
+        *("freeze", "x", "to be a UNetModel itself"),
+        f"a {kind.__name__}: load_guided_diffusion takes weights of super-resolution models",
+    )
     try:
         attention = source.middle_block[1]
         known = {
             "num_head_channels": -1,
+            "conv_resample": True,
             **vars(model),
             "use_scale_shift_norm": source.middle_block[0].use_scale_shift_norm,
             "resblock_updown": hasattr(source.output_blocks[source.num_res_blocks][-1], "in_layers"),
@@ -124,37 +129,45 @@ def frozen_model(model: nn.Module, dtype: torch.dtype | None, device: Any, num_t
             "use_new_attention_order": type(attention.attention).__name__ == "QKVAttention"
             and "n_heads" in vars(attention.attention),
         }
-        flags = {name: known[name] for name in inspect.signature(type(model)).parameters if name in known}
+        heads, upsample = known["num_heads"], known["num_heads_upsample"]
+        expect(
+            known["num_head_channels"] != -1 or upsample in (-1, heads),
+            *("freeze", "x.num_heads_upsample", f"to be num_heads, {heads}", upsample),
+        )
+        expect(known["conv_resample"], "freeze", "x.conv_resample", "to be True", "False")
         with torch.device("meta"):
-            described = type(model)(**flags)
+            described = kind(**{name: known[name] for name in inspect.signature(kind).parameters if name in known})
+        reason = why_layers_differ(model, described)
+        expect(reason is None, "freeze", "x", _KNOWN, f"one where {reason}")
+        weights = {name: each.detach() for name, each in model.named_parameters(remove_duplicate=False)}
         config = {"norm_num_groups": attention.norm.num_groups, "norm_eps": attention.norm.eps}
         config |= {"sample_size": known.get("image_size"), "dropout": known["dropout"]}
-        unet = _converted("freeze", "x", model.state_dict(), *(known[name] for name in _HEADS), **config)
-    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        unet = _converted("freeze", "x", weights, *(known[name] for name in _HEADS), **config)
+        torso = unet.conv_in.weight.dtype  # convert_to_fp16 leaves the embedding and the head in float32
+        unet = unet.to(torch.promote_types(torso, torch.float32)).eval()
+        same = _is_equal(model, unet, 1e-3 if torso.itemsize > 2 else 5e-2)
+        expect(same, "freeze", "x", _KNOWN, "one with other outputs: it may be a changed copy of the class")
+    except (AttributeError, IndexError, KeyError, TypeError, RuntimeError) as error:
         raise InvalidValue("freeze", "x", _KNOWN, error) from error
-    torso = unet.conv_in.weight.dtype  # convert_to_fp16 leaves the embedding and the head in float32
-    unet = unet.to(torch.promote_types(torso, torch.float32)).eval()
-    if reason := why_layers_differ(model, described) or _why_not_equal(model, unet, 1e-3 if torso.itemsize > 2 else 5e-2):
-        raise InvalidValue("freeze", "x", _KNOWN, f"one where {reason}")
     frozen = frozen_unet(unet, dtype or torso, device=device, num_timesteps=num_timesteps)
     return FrozenModule(model, frozen)
 
 
 def plan_of_diffusion(diffusion: Any, num_steps: int | None, eta: float | None) -> SamplingPlan:
     """Return the plan of a process. Arguments and errors are those of `ddpm_fast.plan_of`."""
-    try:
-        prediction = _PREDICTIONS[diffusion.model_mean_type.name]
-        variance: Variance = diffusion.model_var_type.name.lower()
-        betas, total = torch.as_tensor(diffusion.betas), getattr(diffusion, "original_num_steps", diffusion.num_timesteps)
-        timesteps = list(getattr(diffusion, "timestep_map", range(total)))
-    except (AttributeError, KeyError) as error:
-        wanted = "to be a GaussianDiffusion of guided-diffusion or denoising-diffusion-pytorch"
-        raise InvalidValue("plan_of", "x", wanted, error) from error
-    if num_steps is not None:
-        raise InvalidValue("plan_of", "num_steps", f"to be None, as the process has {len(timesteps)}", num_steps)
-    if diffusion.rescale_timesteps and total != 1000:
-        got = f"True and {total}, which gives timesteps between integers"
-        raise InvalidValue("plan_of", "x.rescale_timesteps", "to be False, or x to have 1000 timesteps", got)
+    name, itself = type(diffusion).__name__, "to be a GaussianDiffusion or SpacedDiffusion itself, whose steps are known"
+    expect(name in ("GaussianDiffusion", "SpacedDiffusion"), "plan_of", "x", itself, f"a {name}")
+    check_unpatched("plan_of", "x", diffusion)
+    check_choice("plan_of", "x.model_mean_type.name", diffusion.model_mean_type.name, _PREDICTIONS)
+    prediction, variance = _PREDICTIONS[diffusion.model_mean_type.name], diffusion.model_var_type.name.lower()
+    betas, total = torch.as_tensor(diffusion.betas), getattr(diffusion, "original_num_steps", diffusion.num_timesteps)
+    timesteps = list(getattr(diffusion, "timestep_map", range(total)))
+    expect(num_steps is None, "plan_of", "num_steps", f"to be None, as the process has {len(timesteps)}", num_steps)
+    expect(
+        not getattr(diffusion, "rescale_timesteps", False) or total == 1000,
+        *("plan_of", "x.rescale_timesteps", "to be False, or x to have 1000 timesteps"),
+        f"True and {total}, which gives timesteps between integers",
+    )
     steps: dict[str, Any] = {"spacing": timesteps[::-1], "prediction": prediction, "clip": 1.0}
     schedule = NoiseSchedule.from_betas(betas if len(timesteps) == total else _between(betas, timesteps, total))
     if eta is None:
@@ -183,8 +196,7 @@ def _converted(
     """Return a `UNet` on the weights of a UNetModel. Heads and `config` are what they do not tell."""
 
     def size(name: str, dim: int) -> int:
-        if name not in weights:
-            raise InvalidValue(caller, path, "to have the weights of a UNetModel", f"none named {name}")
+        expect(name in weights, caller, path, "to have the weights of a UNetModel", f"none named {name}")
         return weights[name].shape[dim]
 
     def kinds(block: str) -> list[str]:
@@ -268,8 +280,10 @@ def _block_names(attended: list[bool], num_res_blocks: int) -> dict[str, str]:
 def _queries_keys_values(caller: str, weight: Tensor, heads: int, new_order: bool) -> list[Tensor]:
     """Return the rows of queries, keys and values in a joined projection, heads one after another."""
     channels = weight.shape[0] // 3
-    if weight.shape[0] % (3 * heads):
-        raise InvalidValue(caller, "heads", f"to divide {channels} channels of an attention", f"{heads} heads")
+    expect(
+        weight.shape[0] % (3 * heads) == 0,
+        *(caller, "heads", f"to divide {channels} channels of an attention", f"{heads} heads"),
+    )
     rows = weight.reshape(channels * 3, *weight.shape[1:2])
     if new_order:
         return list(rows.chunk(3))
@@ -277,17 +291,13 @@ def _queries_keys_values(caller: str, weight: Tensor, heads: int, new_order: boo
     return [by_head[:, i].reshape(channels, *rows.shape[1:]) for i in range(3)]
 
 
-def _why_not_equal(model: nn.Module, unet: UNet, tolerance: float) -> str | None:
-    """Return that the two compute different outputs from one random input, or None. Copies of the class may differ."""
+def _is_equal(model: nn.Module, unet: UNet, tolerance: float) -> bool:
+    """Return whether the two compute the same from one random input. A copy of the class may have other arithmetic."""
     weight = unet.conv_in.weight
     side, generator = 2 ** len(unet.config["block_out_channels"]), torch.Generator().manual_seed(0)
     x = torch.randn(2, weight.shape[1], side, side, generator=generator).to(weight.device)
     t = torch.tensor([3, 700], device=weight.device)
     labels = None if unet.class_embedding is None else torch.zeros_like(t)
     with torch.no_grad(), evaluation_mode(model), torch.autocast(weight.device.type, enabled=False):
-        try:
-            theirs = model(x, t, labels).double()
-        except Exception as error:  # foreign code may raise anything
-            return f"a call fails: {error}"
-        same = (unet(x, t, labels).double() - theirs).norm() <= tolerance * theirs.norm()
-    return None if same else "its outputs are not those of a UNet with its weights and num_heads"
+        theirs, ours = model(x, t, labels).double(), unet(x, t, labels).double()
+    return bool((ours - theirs).norm() <= tolerance * theirs.norm())

@@ -8,7 +8,8 @@ from typing import Any, Final
 import torch.nn.modules.module as torch_module
 from torch import nn
 
-from .fuse import own_class
+from ..errors import expect
+from .fuse import own_class, why_watched
 
 # Attributes that may differ from those of a new network, by class and name, with the reason.
 INERT: Final[dict[tuple[str, str], str]] = {
@@ -36,8 +37,22 @@ PROCESSORS: Final[dict[str, tuple[str, ...]]] = {
 }
 
 _MODULE: Final = frozenset(vars(nn.Module()))  # attributes of every module
-_HOOKS: Final = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _METHODS: Final = ("__init__", "__call__", "_call_impl", "forward", "_forward", "_conv_forward")
+
+
+def unwrapped(name: str, network: Any) -> Any:
+    """Return the network that torch.compile has wrapped, or any other object as it is. `name` names it in errors."""
+    if not hasattr(network, "_orig_mod"):
+        return network
+    hooks = network._forward_hooks or network._forward_pre_hooks
+    expect(not hooks, "freeze", name, "to have no hooks", "some on the wrapper of torch.compile")
+    return network._orig_mod
+
+
+def check_unpatched(caller: str, name: str, thing: object) -> None:
+    """Raise if a method of a class was replaced in the object."""
+    patched = [key for key, value in vars(thing).items() if callable(value) and hasattr(type(thing), key)]
+    expect(not patched, caller, name, "to have the methods of its class", f"another {', '.join(patched)}")
 
 
 def why_layers_differ(network: nn.Module, described: nn.Module) -> str | None:
@@ -51,7 +66,7 @@ def why_layers_differ(network: nn.Module, described: nn.Module) -> str | None:
         network: A network of another library.
         described: A new network of the same class and arguments. It may be on the meta device.
     """
-    if any(getattr(torch_module, f"_global{hooks}") for hooks in _HOOKS):
+    if torch_module._has_any_global_hook():
         return "torch's global hooks are called for every layer (torch.nn.modules.module)"
     layers, expected = (dict(each.named_modules(remove_duplicate=False)) for each in (network, described))
     libraries = ("torch", own_class(network).__module__.partition(".")[0])
@@ -59,7 +74,7 @@ def why_layers_differ(network: nn.Module, described: nn.Module) -> str | None:
     places_expected: dict[int, str] = {}
     for name in {**expected, **layers}:
         if name not in expected:
-            return f"its configuration has no {name}, which is a {own_class(layers[name]).__name__}"
+            return f"its configuration has no {name}, which is of class {own_class(layers[name]).__name__}"
         if name not in layers:
             return f"{name} is missing"
         why = _why_layer_differs(name, layers[name], expected[name], libraries)
@@ -67,21 +82,18 @@ def why_layers_differ(network: nn.Module, described: nn.Module) -> str | None:
             return why
         same_as = places.setdefault(id(layers[name]), name)
         if same_as != (wanted := places_expected.setdefault(id(expected[name]), name)):
-            other, one = (same_as, "one layer") if same_as != name else (wanted, "two layers")
-            return f"{other} and {name} are {one}, unlike in its configuration"
+            return f"{name} is the layer {same_as}, its configuration says {wanted}"
     return None
 
 
 def _why_layer_differs(name: str, layer: nn.Module, expected: nn.Module, libraries: tuple[str, ...]) -> str | None:
     where, kind = name or "it", own_class(layer)
     if kind is not type(expected):
-        return f"{where} is a {kind.__name__}, its configuration says {type(expected).__name__}"
+        return f"{where} is of class {kind.__name__}, its configuration says {type(expected).__name__}"
     if (why := _why_patched(kind, libraries)) is not None:
         return why
-    if "forward" in vars(layer):
-        return f"{where} has a patched forward (offloading does that)"
-    if any(getattr(layer, hooks) for hooks in _HOOKS):
-        return f"{where} has hooks"
+    if (why := why_watched(layer)) is not None:
+        return f"{where} {why}"
     if name and (why := _why_attributes_differ(where, layer, expected)) is not None:
         return why
     for kept in ("_parameters", "_buffers"):
@@ -127,5 +139,5 @@ def _why_processor_differs(where: str, processor: Any) -> str | None:
     kind = type(processor)
     known = kind.__module__.startswith("diffusers.") and vars(processor).keys() <= set(PROCESSORS.get(kind.__name__, ()))
     if kind.__name__ not in PROCESSORS or not known:
-        return f"{where} has a {kind.__name__} as its processor"
+        return f"{where} has the processor {kind.__name__}"
     return _why_patched(kind, ("diffusers",))

@@ -87,6 +87,7 @@ def test_trajectories_of_plans_are_the_originals(objective: str, schedule: str, 
 @pytest.mark.parametrize("num_steps", [1, 7, 50, 250, 411, 413, 999])
 def test_ddim_takes_the_timesteps_of_the_original(num_steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     process = make(timesteps=1000, sampling_timesteps=num_steps)
+    expected = plan_of(process).timesteps.tolist()
     told: list[int] = []
 
     def predictions(x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -95,7 +96,7 @@ def test_ddim_takes_the_timesteps_of_the_original(num_steps: int, monkeypatch: p
 
     monkeypatch.setattr(process, "model_predictions", predictions)
     process.sample(1)
-    assert plan_of(process).timesteps.tolist() == told
+    assert expected == told
 
 
 def test_a_plan_may_have_other_steps_than_the_process() -> None:
@@ -153,13 +154,39 @@ def test_a_frozen_process_is_immutable_and_leaves_its_original() -> None:
     assert freeze(process).model.frozen_unet.dtype == torch.float32
     assert frozen.model.frozen_unet.num_timesteps == T
     assert list(frozen.parameters()) == []
-    frozen.load_state_dict({name: 2 * buffer for name, buffer in process.named_buffers()})
-    assert not torch.equal(frozen.betas, process.betas)
-    for change in (frozen.train, frozen.state_dict, frozen.half, lambda: setattr(frozen.model, "channels", 3)):
+    twice = {name: 2 * buffer for name, buffer in process.named_buffers()}
+    frozen.register_forward_hook(lambda *args: None)
+    assert not process._forward_hooks
+    for change in (
+        *(lambda: frozen.load_state_dict(twice), lambda: frozen.load_state_dict(twice, strict=False)),
+        *(frozen.train, frozen.state_dict, frozen.half, lambda: setattr(frozen.model, "channels", 3)),
+    ):
         with pytest.raises(
             ValueError, match=r"^FrozenModule: expected no .*, as it is frozen, got one: .* the UNet from which"
         ):
             change()
+    assert torch.equal(frozen.betas, process.betas)
+    frozen.betas.zero_()
+    assert process.betas.min() > 0
+
+
+class Reweighted(GaussianDiffusion):  # type: ignore[misc, valid-type]
+    pass
+
+
+def test_processes_that_are_no_plan_are_named() -> None:
+    with pytest.raises(
+        ValueError, match=r"^plan_of: expected x to be a GaussianDiffusion itself, .*, got a Reweighted of test_"
+    ):
+        plan_of(Reweighted(unet(), image_size=8, timesteps=T))
+    patched = make()
+    patched.p_mean_variance = patched.p_mean_variance
+    with pytest.raises(
+        ValueError, match=r"^plan_of: expected x to have the methods of its class, got another p_mean_variance$"
+    ):
+        plan_of(patched)
+    with pytest.raises(ValueError, match=r"^plan_of: expected num_steps to be an integer in 1\.\.40 or None, got 41$"):
+        plan_of(make(), 41)
 
 
 def test_networks_that_a_process_cannot_be_frozen_with_are_named() -> None:

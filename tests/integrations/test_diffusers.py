@@ -655,6 +655,12 @@ def _set(kind: Any = DDPMScheduler, steps: Any = 10, **config: Any) -> Any:
     return scheduler
 
 
+def _seeded(seeds: Any) -> Any:
+    scheduler = _set()
+    scheduler.seeds = seeds
+    return scheduler
+
+
 BAD: list[tuple[Callable[[], Any], str]] = [
     (lambda: DDPMScheduler(beta_schedule="exp"), "expected beta_schedule to be one of linear, .*, got 'exp'"),
     (lambda: DDPMScheduler(beta_end=2.0), "expected beta_end to be positive and at most 1, got 2.0"),
@@ -738,7 +744,8 @@ BAD: list[tuple[Callable[[], Any], str]] = [
         lambda: _set(DDIMScheduler).step(X, 900, X, eta=1.0, generator=torch.Generator(), variance_noise=X),
         "DDIMScheduler.step: expected at most one of generator and variance_noise, got both",
     ),
-    (lambda: setattr(DDPMScheduler(), "seeds", 3), r"DDPMScheduler: expected seeds to be int64 \[N\] .* or None, got 3"),
+    (lambda: _seeded(3).step(X, 900, X), r"expected seeds to be an int64 tensor \(see sample_seeds\), got int"),
+    (lambda: _seeded(torch.zeros(2, dtype=torch.int64)).step(X, 900, X), r"expected seeds to .*\[3\]"),
     (
         lambda: _set(thresholding=True).sampling_plan(),
         "DDPMScheduler.sampling_plan: expected thresholding to be false, got true",

@@ -246,6 +246,26 @@ def test_a_fused_network_is_taken() -> None:
     assert_same(images(freeze(pipe)), expected)
 
 
+@pytest.mark.filterwarnings("ignore:.*[Ii]nference")
+def test_what_a_call_takes_is_as_before() -> None:
+    """One timestep for all images, labels of any integer dtype, and one label for all."""
+    unet = make_unet("class-conditional")
+    frozen = freeze(unet)
+    x, _, labels = make_inputs(unet.config, 2)
+    with torch.no_grad():
+        for t in (500, torch.tensor(500), torch.tensor([500]), torch.tensor([500, 20]), torch.tensor([3], dtype=torch.int32)):
+            for y in (labels, labels.int(), labels[:1]):
+                torch.testing.assert_close(frozen(x, t, y).sample, unet(x, t, y).sample, rtol=1e-4, atol=1e-5)
+
+
+def test_a_frozen_network_compiles() -> None:
+    frozen = freeze(make_unet())
+    x, t, _ = make_inputs(frozen.config, 2)
+    with torch.no_grad():
+        got = torch.compile(frozen, backend="eager")(x, t).sample
+        torch.testing.assert_close(got, frozen(x, t).sample, rtol=1e-4, atol=1e-5)
+
+
 def test_a_folder_of_this_package(tmp_path: Path) -> None:
     """Its configuration may have keys that diffusers does not read."""
     model = UNet(**(SMALL | {"out_channels": 2, "num_class_embeds": 3, "class_names": ["a", "b"]})).eval()
@@ -387,14 +407,17 @@ CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "heads": (given(ATTENTION, heads=4), f"{ATTENTION}.heads is 4, its configuration says 1"),
     "rescale_output_factor": (given(ATTENTION, rescale_output_factor=2.0), f"{ATTENTION}.rescale_output_factor is 2.0"),
     "residual_connection": (given(ATTENTION, residual_connection=False), f"{ATTENTION}.residual_connection is False"),
-    "processor": (given(ATTENTION, processor=Doubled()), f"{ATTENTION} has a Doubled as its processor"),
+    "processor": (given(ATTENTION, processor=Doubled()), f"{ATTENTION} has the processor Doubled"),
     "flip_sin_to_cos": (given("time_proj", flip_sin_to_cos=True), "time_proj.flip_sin_to_cos is True"),
     "downscale_freq_shift": (given("time_proj", downscale_freq_shift=0.0), "time_proj.downscale_freq_shift is 0.0"),
     "scale of time": (given("time_proj", scale=2), "time_proj.scale is 2"),
-    "activation": (replace(f"{RESNET}.nonlinearity", nn.GELU), f"{RESNET}.nonlinearity is a GELU, its configuration says SiLU"),
-    "activation of time": (replace("time_embedding.act", nn.GELU), "time_embedding.act is a GELU"),
+    "activation": (
+        replace(f"{RESNET}.nonlinearity", nn.GELU),
+        f"{RESNET}.nonlinearity is of class GELU, its configuration says SiLU",
+    ),
+    "activation of time": (replace("time_embedding.act", nn.GELU), "time_embedding.act is of class GELU"),
     "activation in place": (given(f"{RESNET}.nonlinearity", inplace=True), f"{RESNET}.nonlinearity.inplace is True"),
-    "head's activation": (replace("conv_act", nn.GELU), "conv_act is a GELU"),
+    "head's activation": (replace("conv_act", nn.GELU), "conv_act is of class GELU"),
     "further layer": (given("time_embedding", post_act=nn.Tanh()), "time_embedding has no attribute post_act"),
     "hook": (
         lambda unet: unet.conv_out.register_forward_hook(lambda module, args, out: -out),
@@ -407,8 +430,8 @@ CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "patched forward": (negating("conv_act"), "conv_act has a patched forward"),
     "no bias": (given("conv_out", bias=None), "conv_out.bias is absent, its configuration says it has the shape (2,)"),
     "no affine": (given("conv_norm_out", weight=None, bias=None, affine=False), "conv_norm_out.affine is False"),
-    "layer left out": (replace(f"{RESNET}.conv1", nn.Identity), f"{RESNET}.conv1 is a Identity"),
-    "tied": (tie, "mid_block.resnets.0 and mid_block.resnets.1 are one layer"),
+    "layer left out": (replace(f"{RESNET}.conv1", nn.Identity), f"{RESNET}.conv1 is of class Identity"),
+    "tied": (tie, "mid_block.resnets.1 is the layer mid_block.resnets.0, its configuration says mid_block.resnets.1"),
     "config against layers": (lambda unet: unet.register_to_config(norm_eps=0.5), ".eps is 1e-05, its configuration says 0.5"),
     "unsupported config": (
         lambda unet: unet.register_to_config(class_embed_type="timestep"),
@@ -503,6 +526,37 @@ def test_harmless_changes_are_taken(what: str) -> None:
     assert what != "training" or pipe.unet.training
 
 
+def test_a_float64_network_is_no_part_of_what_is_frozen() -> None:
+    unet = make_unet().double()
+    frozen = freeze(unet)
+    x = torch.ones(1, 2, 16, 16, dtype=torch.float64)
+    before = [frozen(x, t).sample for t in (500, 500.5)]
+    with torch.no_grad():
+        for weight in unet.parameters():
+            weight.mul_(2)
+    assert all(torch.equal(frozen(x, t).sample, out) for t, out in zip((500, 500.5), before, strict=True))
+
+
+def test_weights_are_read_past_hooks_of_state_dicts() -> None:
+    unet = make_unet()
+    x, t, _ = make_inputs(unet.config, 2)
+    unet.register_state_dict_post_hook(lambda module, state, *args: state["conv_out.weight"].zero_())
+    with torch.no_grad():
+        expected = unet(x, t).sample
+        assert_same(freeze(unet)(x, t).sample, expected)
+
+
+def test_hooks_around_a_compiled_network_are_named() -> None:
+    unet = make_unet()
+    compiled = torch.compile(unet, backend="eager")
+    compiled.register_forward_hook(lambda module, args, out: None)
+    for x in (compiled, make(unet=compiled)):
+        with pytest.raises(
+            ValueError, match=r"^freeze: expected x(\.unet)? to have no hooks, got some on the wrapper of torch\.c"
+        ):
+            freeze(x)
+
+
 def test_weights_of_another_class_are_named() -> None:
     class Other(Tensor):
         pass
@@ -584,12 +638,31 @@ def test_copies_share_the_frozen_network() -> None:
         pickle.dumps(frozen.unet)
 
 
+@pytest.mark.parametrize("x", [lambda: freeze(make_unet()), lambda: freeze(make_unet()).frozen_unet])
+def test_what_is_frozen_is_not_frozen_again(x: Callable[[], Any]) -> None:
+    with pytest.raises(
+        ValueError, match=r"^freeze: expected x to be what is not frozen, got a Frozen\w+, which is frozen already$"
+    ):
+        freeze(x())
+
+
+def test_a_network_of_inference_mode_is_frozen() -> None:
+    with torch.inference_mode():
+        unet = make_unet()
+    x, t, _ = make_inputs(unet.config, 2)
+    with torch.inference_mode():
+        expected = unet(x, t).sample
+    torch.testing.assert_close(freeze(unet)(x, t).sample, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_pipelines_may_share_a_frozen_network() -> None:
     first = freeze(make())
     second = diffusers.DDIMPipeline(**first.components)
     second.set_progress_bar_config(disable=True)
     assert_same(images(second), images(make("DDIM")))
-    with pytest.raises(TypeError, match=r"expected x\.unet to be a UNet2DModel, got a FrozenUNet2DModel: it is frozen already$"):
+    with pytest.raises(
+        TypeError, match=r"expected x\.unet to be a UNet2DModel, got a FrozenUNet2DModel, which is frozen already$"
+    ):
         freeze(first)
 
 
@@ -641,6 +714,64 @@ def test_a_plan_takes_the_timesteps_that_are_set() -> None:
     inverse = diffusers.DDIMInverseScheduler()
     inverse.set_timesteps(5)
     assert plan_of(inverse).timesteps.tolist() == inverse.timesteps.tolist()
+
+
+def other_levels(scheduler: Any) -> None:
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod**2
+
+
+def levels_in_place(scheduler: Any) -> None:
+    scheduler.alphas_cumprod.mul_(0.5)
+
+
+def other_step(scheduler: Any) -> None:
+    scheduler.step = lambda *args, **kwargs: None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (other_levels, "alphas_cumprod to be that of the configuration"),
+        (levels_in_place, "alphas_cumprod to be that of the configuration"),
+        (other_step, "to have the methods of its class, got another step"),
+    ],
+)
+def test_changes_of_a_scheduler_are_named(change: Callable[[Any], None], message: str) -> None:
+    pipe = make()
+    change(pipe.scheduler)
+    with pytest.raises(ValueError, match=rf"^freeze: expected x\.scheduler .*{message}"):
+        freeze(pipe)
+    with pytest.raises(ValueError, match=rf"^plan_of: expected x .*{message}"):
+        plan_of(pipe)
+
+
+class Looping(diffusers.DDIMPipeline):  # type: ignore[misc, name-defined]
+    """A call that takes the timesteps that are set."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            for t in self.scheduler.timesteps:
+                x = self.scheduler.step(self.unet(x, t).sample, t, x).prev_sample
+        return x
+
+
+@pytest.mark.parametrize("first", [0, 2])
+def test_timesteps_that_are_set_stay(first: int) -> None:
+    pipe = Looping(unet=make_unet(), scheduler=diffusers.DDIMScheduler(prediction_type="v_prediction"))
+    pipe.scheduler.set_timesteps(5)
+    pipe.scheduler.timesteps = pipe.scheduler.timesteps[first:]
+    frozen = freeze(pipe)
+    assert frozen.scheduler.timesteps.tolist() == pipe.scheduler.timesteps.tolist()
+    x = torch.randn(2, 2, 16, 16, generator=generator())
+    assert_same(frozen(x), pipe(x))
+    assert plan_of(pipe).timesteps.tolist() == pipe.scheduler.timesteps.tolist()
+
+
+def test_seeds_of_a_scheduler_stay() -> None:
+    pipe = make()
+    pipe.scheduler = schedulers.DDPMScheduler.from_config(pipe.scheduler.config)
+    pipe.scheduler.seeds = sample_seeds(0, 2)
+    assert_same(images(freeze(pipe)), images(pipe))
 
 
 def test_frozen_networks_draw_files_and_in_samplers(tmp_path: Path) -> None:
@@ -710,7 +841,7 @@ ERRORS: list[tuple[str, Callable[[], Any], dict[str, Any], type[Exception], str]
         part("unet", lambda pipe: Relative(**(SMALL | {"out_channels": 2}))),
         {},
         TypeError,
-        "freeze: expected x.unet to be a UNet2DModel, got a Relative: ddpm_fast.fuse takes any network",
+        "freeze: expected x.unet to be a UNet2DModel, got a Relative, which ddpm_fast.fuse may make faster",
     ),
     (
         "configuration",
@@ -724,7 +855,7 @@ ERRORS: list[tuple[str, Callable[[], Any], dict[str, Any], type[Exception], str]
         changed(lambda pipe: setattr(pipe.unet, "conv_in", nn.Sequential(pipe.unet.conv_in))),
         {},
         ValueError,
-        f"{LAYERS}conv_in is a Sequential, its configuration says Conv2d",
+        f"{LAYERS}conv_in is of class Sequential, its configuration says Conv2d",
     ),
     (
         "hook of the network",
@@ -733,20 +864,20 @@ ERRORS: list[tuple[str, Callable[[], Any], dict[str, Any], type[Exception], str]
         ValueError,
         f"{LAYERS}it has hooks",
     ),
-    ("patch", changed(_offloaded), {}, ValueError, f"{LAYERS}mid_block has a patched forward (offloading does that)"),
+    ("patch", changed(_offloaded), {}, ValueError, f"{LAYERS}mid_block has a patched forward"),
     (
         "processor",
         changed(lambda pipe: setattr(pipe.unet.mid_block.attentions[0], "processor", nn.Identity())),
         {},
         ValueError,
-        f"{LAYERS}mid_block.attentions.0 has a Identity as its processor",
+        f"{LAYERS}mid_block.attentions.0 has the processor Identity",
     ),
     (
         "parametrization",
         changed(lambda pipe: nn.utils.parametrize.register_parametrization(pipe.unet.conv_in, "weight", nn.Tanh())),
         {},
         ValueError,
-        f"{LAYERS}conv_in is a ParametrizedConv2d, its configuration says Conv2d",
+        f"{LAYERS}conv_in is of class ParametrizedConv2d, its configuration says Conv2d",
     ),
     (
         "scheduler",
@@ -792,8 +923,10 @@ def test_what_is_no_plan_is_named() -> None:
         plan_of(diffusers.PNDMScheduler())
     with pytest.raises(ValueError, match=r"^plan_of: expected eta to be None for a DDPMScheduler, got 0\.5$"):
         plan_of(diffusers.DDPMScheduler(), eta=0.5)
-    with pytest.raises(ValueError, match=r"set_timesteps to have been called"):
-        plan_of(diffusers.DDIMScheduler())
+    with pytest.raises(
+        ValueError, match=r"^plan_of: expected num_steps to be given, or x to have timesteps that were set, got nei"
+    ):
+        plan_of(make("DDIM"))
     with pytest.raises(ValueError, match=r"^plan_of: expected x to have a supported configuration, got: DPMSolver"):
         plan_of(diffusers.DPMSolverMultistepScheduler(solver_order=3))
     with pytest.raises(ValueError, match=r"thresholding"):

@@ -3,7 +3,7 @@
 Each is a subclass of diffusers' own class, with the same arguments, configuration, files, attributes
 and methods. A step is one `reverse_step` with a row of a `SamplingPlan`. `add_noise` and
 `get_velocity` are one kernel each. Noise comes from torch.Generator as in diffusers, or from each
-sample's own seed with `scheduler.seeds`. docs/migrating.md lists the differences.
+sample's own seed with `scheduler.seeds`. docs/migrating/diffusers.md lists the differences.
 """
 
 try:

@@ -11,13 +11,13 @@ import torch
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor
 
-from ...errors import InvalidType, InvalidValue, renaming
+from ...errors import InvalidType, InvalidValue, expect, renaming
 from ...inference import FrozenUNet, frozen_unet
 from ...nn import UNet, UNetConfig
 from ...plan import SamplingPlan
 from ..frozen_module import FrozenModule
 from ..fuse import own_class
-from ..layers import why_layers_differ
+from ..layers import check_unpatched, unwrapped, why_layers_differ
 from .schedulers import DDIMInverseScheduler, DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
 _SCHEDULERS: Final = (DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler, DDIMInverseScheduler)
@@ -47,22 +47,23 @@ def frozen_network(
     unet: Any, dtype: torch.dtype | None, device: Any, num_timesteps: int | None, name: str = "x"
 ) -> FrozenUNet2DModel:
     """Freeze a network. Arguments and errors are those of `ddpm_fast.freeze`. `name` names the network in them."""
-    unet = getattr(unet, "_orig_mod", unet)  # torch.compile keeps the network so
+    unet = unwrapped(name, unet)
     if own_class(unet) is not diffusers.UNet2DModel:
-        advice = "it is frozen already" if isinstance(unet, FrozenModule) else "ddpm_fast.fuse takes any network"
-        raise InvalidType("freeze", name, "to be a UNet2DModel", f"a {type(unet).__name__}: {advice}")
+        advice = "is frozen already" if isinstance(unet, FrozenModule) else "ddpm_fast.fuse may make faster"
+        raise InvalidType("freeze", name, "to be a UNet2DModel", f"a {type(unet).__name__}, which {advice}")
     build: Any = diffusers.UNet2DModel
     # A configuration may have keys that diffusers does not read. from_config leaves out those that it has noted as defaults.
     arguments = {key: unet.config[key] for key in inspect.signature(build).parameters if key in unet.config}
     try:
         config = UNetConfig.from_dict(arguments)
         with torch.device("meta"):
-            described, model = build(**arguments), UNet(**config.to_dict())
+            described, model = build(**arguments), UNet(**config.to_dict()).requires_grad_(False)
     except Exception as error:  # any value may be in a configuration, and diffusers may raise anything
         raise InvalidValue("freeze", name, "to have a configuration that ddpm_fast.UNet supports", error) from error
-    if (reason := why_layers_differ(unet, described)) is not None:
-        raise InvalidValue("freeze", name, "to have the layers that its configuration describes", f"one where {reason}")
-    model.load_state_dict(unet.state_dict(), assign=True)
+    reason = why_layers_differ(unet, described)
+    expect(reason is None, "freeze", name, "to have the layers that its configuration describes", f"one where {reason}")
+    # Not state_dict(), which hooks may change.
+    model.load_state_dict({key: each.detach() for key, each in unet.named_parameters(remove_duplicate=False)}, assign=True)
     frozen = frozen_unet(model, dtype or unet.dtype, device=device, num_timesteps=num_timesteps)
     return FrozenUNet2DModel(unet, frozen)
 
@@ -80,26 +81,34 @@ def frozen_pipeline(pipe: Any, dtype: torch.dtype | None, device: Any, num_times
 def plan_of_scheduler(scheduler: Any, num_steps: int | None, eta: float | None) -> SamplingPlan:
     """Return the plan of a scheduler. Arguments and errors are those of `ddpm_fast.plan_of`."""
     own = _own_scheduler("plan_of", "x", scheduler)
-    if eta is not None and not isinstance(own, DDIMScheduler):
-        raise InvalidValue("plan_of", "eta", f"to be None for a {type(own).__name__}", eta)
+    expect(eta is None or isinstance(own, DDIMScheduler), "plan_of", "eta", f"to be None for a {type(own).__name__}", eta)
     with renaming("plan_of", {"num_inference_steps": "num_steps"}):
         if num_steps is not None:
             own.set_timesteps(num_steps)
-        elif scheduler.num_inference_steps is not None or getattr(scheduler, "custom_timesteps", False):
-            chain = scheduler.timesteps.tolist()
-            own.set_timesteps(len(chain))
-            if not set(own.timesteps.tolist()) <= set(chain):  # they were listed by the caller
-                own.set_timesteps(timesteps=chain)
+        expect(
+            own.num_inference_steps is not None or isinstance(own, DDPMScheduler),
+            *("plan_of", "num_steps", "to be given, or x to have timesteps that were set", "neither"),
+        )
         return cast(SamplingPlan, own.sampling_plan() if eta is None else own.sampling_plan(eta))
 
 
 def _own_scheduler(caller: str, name: str, scheduler: Any) -> Any:
-    """Return this package's scheduler with the configuration of diffusers' or of this package's."""
-    for own in _SCHEDULERS:
-        if type(scheduler) in (own, getattr(diffusers, own.__name__)):
-            try:
-                return own.from_config(scheduler.config)
-            except (ValueError, NotImplementedError) as error:
-                raise InvalidValue(caller, name, "to have a supported configuration", error) from error
-    names = ", ".join(own.__name__ for own in _SCHEDULERS)
-    raise InvalidType(caller, name, f"to be one of {names}", f"a {type(scheduler).__name__}")
+    """Return this package's scheduler with the configuration and the timesteps of diffusers' or of this package's."""
+    kinds = {kind: own for own in _SCHEDULERS for kind in (own, getattr(diffusers, own.__name__))}
+    if type(scheduler) not in kinds:
+        names = ", ".join(own.__name__ for own in _SCHEDULERS)
+        raise InvalidType(caller, name, f"to be one of {names}", f"a {type(scheduler).__name__}")
+    check_unpatched(caller, name, scheduler)
+    try:
+        own = kinds[type(scheduler)].from_config(scheduler.config)
+        own.alphas_cumprod = scheduler.alphas_cumprod  # raises if it is another
+        own.seeds = getattr(scheduler, "seeds", None)
+        chain = scheduler.timesteps
+        if scheduler.num_inference_steps is not None or len(chain) != len(own.timesteps):
+            own.set_timesteps(scheduler.num_inference_steps or len(chain))
+            # diffusers lists -1 for some numbers of "trailing"
+            if own.timesteps.tolist() != [t for t in chain.tolist() if t >= 0]:
+                own.timesteps = chain.clone()
+    except (ValueError, NotImplementedError) as error:
+        raise InvalidValue(caller, name, "to have a supported configuration", error) from error
+    return own

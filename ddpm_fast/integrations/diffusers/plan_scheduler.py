@@ -24,7 +24,6 @@ from ...schedule import NoiseSchedule, numbered
 Betas = np.ndarray[Any, Any] | Sequence[float] | None
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-_MAX_KEPT = 8  # a caller may pass another eta at every step, so old tables are dropped
 
 
 class Tables:
@@ -69,6 +68,10 @@ class PlanScheduler:
     Attributes:
         schedule: The configuration's noise schedule in float64. betas, alphas and alphas_cumprod are
             its float32 values.
+        seeds: Seeds of the samples, int64 [N], or None. See `ddpm_fast.sample_seeds`. With seeds, the noise of step i is
+            `ddpm_fast.noise(sample.shape, seeds, stream=i)`. It is bit-identical in any batch and on any device, and
+            equals the noise of `ddpm_fast.sample`. `step` then does not use its generator. Seeds are not part of the
+            configuration.
     """
 
     config: Any
@@ -76,7 +79,7 @@ class PlanScheduler:
     # (timesteps, previous, *options) -> plan of steps from `timesteps` to `previous`. None: each to the next.
     _plan: Callable[..., SamplingPlan]
     _options: tuple[Any, ...] = ()  # the arguments of `_tables` for a step with default arguments
-    _seeds: Tensor | None = None
+    seeds: Tensor | None = None
 
     def _set_up(self, build: Callable[[Any], NoiseSchedule] = NoiseSchedule.from_diffusers) -> None:
         """Check the configuration and set diffusers' attributes."""
@@ -137,22 +140,6 @@ class PlanScheduler:
             "other values: pass trained_betas instead",
         )
         self._alphas_cumprod = alphas_cumprod
-
-    @property
-    def seeds(self) -> Tensor | None:
-        """Seeds of the samples, int64 [N], or None. See `ddpm_fast.sample_seeds`.
-
-        With seeds, the noise of step i is `ddpm_fast.noise(sample.shape, seeds, stream=i)`. It is bit-identical
-        in any batch and on any device, and equals the noise of `ddpm_fast.sample`. `step` then does not use
-        its generator. Seeds are not part of the configuration.
-        """
-        return self._seeds
-
-    @seeds.setter
-    def seeds(self, seeds: Tensor | None) -> None:
-        if seeds is not None and not (isinstance(seeds, Tensor) and seeds.dtype == torch.int64 and seeds.dim() == 1):
-            raise InvalidValue(type(self).__name__, "seeds", "to be int64 [N] (see sample_seeds) or None", seeds)
-        self._seeds = seeds
 
     # --------------------------------------------------------------------------------------------------------- timesteps
 
@@ -241,9 +228,7 @@ class PlanScheduler:
                 )
             expect(self._chain is not None, name, "set_timesteps", "to have been called", "no timesteps")
             expect(total == given, name, "num_train_timesteps", f"to be {total}, the number of trained_betas", given)
-            if len(self._kept) == _MAX_KEPT:
-                del self._kept[next(iter(self._kept))]
-            self._kept[options] = self._build(*options)
+            self._kept = {options: self._build(*options)}  # one at a time, as a caller may pass another eta at every step
         return self._kept[options]
 
     def _build(self, *options: Any) -> Tables:
@@ -310,7 +295,7 @@ class PlanScheduler:
             "at most one of generator and variance_noise",
             "both",
         )
-        if given is not None or self._seeds is not None:
+        if given is not None or self.seeds is not None:
             return given
         return cast(Tensor, randn_tensor(sample.shape, generator, model_output.device, dtype or model_output.dtype))
 
@@ -350,8 +335,8 @@ class PlanScheduler:
         x_t = sample.to(torch.promote_types(sample.dtype, model_output.dtype))
         m = model_output if x_t.dtype == torch.float32 else model_output.to(x_t.dtype)  # float32 takes half precision as it is
         seeds = None
-        if noise is None and self._seeds is not None and plan.is_random:
-            seeds = self._seeds = self._seeds.to(x_t.device)
+        if noise is None and self.seeds is not None and plan.is_random:
+            seeds = self.seeds = self.seeds.to(x_t.device) if isinstance(self.seeds, Tensor) else self.seeds
         noise, x_0_prev = (None if x is None else x.to(x_t) for x in (noise, x_0_prev))
         return cast(
             "tuple[Tensor, Tensor]",
