@@ -14,18 +14,10 @@ from ..models import device_and_dtype
 
 # Methods that would change the network, or write one without weights.
 _REFUSED: Final = (
-    *(
-        "save_pretrained",
-        "push_to_hub",
-        "convert_to_fp16",
-        "convert_to_fp32",
-        "state_dict",
-        "load_state_dict",
-        "_load_from_state_dict",
-        "register_to_config",
-    ),
+    *("save_pretrained", "push_to_hub", "state_dict", "load_state_dict", "_load_from_state_dict", "register_to_config"),
     *("register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook", "register_full_backward_pre_hook"),
     *("register_backward_hook", "register_buffer", "register_parameter", "register_module", "add_module", "set_submodule"),
+    *("convert_to_fp16", "convert_to_fp32"),
 )
 
 
@@ -80,7 +72,8 @@ class FrozenModule(nn.Module):
         memory_format = torch.contiguous_format if x.is_contiguous() else torch.channels_last
         if isinstance(timesteps, Tensor) and timesteps.numel() == 1:
             timesteps = timesteps.reshape(())
-        y = None if y is None else y.to(torch.int64).expand(len(x))
+        if isinstance(y, Tensor):
+            y = y.to(torch.int64).expand(len(x)) if y.numel() == 1 else y.to(torch.int64)
         return self.frozen_unet(x, timesteps, y).to(x.dtype, memory_format=memory_format)
 
     def parameters(self, recurse: bool = True) -> Iterator[Any]:
