@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from functools import partial
 from typing import Any, Final, Literal
 
 import torch
@@ -33,16 +34,20 @@ def frozen_process(process: Any, dtype: torch.dtype | None, device: Any, num_tim
             "which is frozen already" if isinstance(model, FrozenModule) else f"whose layers are others: {advice}"
         )
         raise InvalidType("freeze", "x.model", "to be a ddpm_fast.UNet", got)
-    labels = model.config["num_class_embeds"]
-    expect(labels is None, "freeze", "x.model", "to have no classes, which the process does not know", f"{labels} labels")
+    expect(
+        model.class_embedding is None,
+        *("freeze", "x.model", "to have no classes, which the process does not know", "num_class_embeds"),
+    )
     num_timesteps = process.num_timesteps if num_timesteps is None else num_timesteps
     frozen = frozen_unet(model, dtype or model.conv_in.weight.dtype, device=device, num_timesteps=num_timesteps)
     other = copy.copy(process)
     # A copy shares its dictionaries of hooks, buffers and modules with the original, and both could write to the buffers.
-    vars(other).update({name: copy.copy(value) for name, value in vars(process).items() if isinstance(value, dict)})
-    other._buffers.update({name: each.to(frozen.device, copy=True) for name, each in process.named_buffers(recurse=False)})
+    vars(other).update({name: copy.copy(value) for name, value in vars(process).items() if isinstance(value, dict | set)})
+    other._buffers.update(
+        {name: each.to(frozen.device, copy=True) for name, each in process.named_buffers(recurse=False, remove_duplicate=False)}
+    )
     other._modules["model"] = network = FrozenModule(model, frozen)
-    other.register_load_state_dict_pre_hook(lambda *_: network._refuse("call of load_state_dict"))
+    other.register_load_state_dict_pre_hook(partial(network._refuse, "call of load_state_dict"))
     other.training = False
     return other
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib import import_module
 from typing import Any, Final, overload
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..checks import check_dtype, check_int, check_number
-from ..errors import InvalidType, expect
+from ..errors import ArgumentError, InvalidType, InvalidValue, expect
 from ..inference import FrozenUNet, frozen_unet
 from ..nn import UNet
 from ..plan import SamplingPlan
@@ -100,9 +100,11 @@ scheduler of `ddpm_fast.integrations.diffusers` |
     )
     if isinstance(x, UNet):
         return frozen_unet(x, dtype, device=device, num_timesteps=num_timesteps)
-    wanted = "a ddpm_fast.UNet, a network or pipeline of diffusers, a UNetModel of guided-diffusion, or a "
-    freezer = _function("freeze", x, _FREEZERS, f"{wanted}GaussianDiffusion of denoising-diffusion-pytorch")
-    return freezer(x, dtype, device, num_timesteps)
+    wanted = (
+        "a ddpm_fast.UNet, a network or pipeline of diffusers, a UNetModel of guided-diffusion, or a "
+        "GaussianDiffusion of denoising-diffusion-pytorch"
+    )
+    return _call("freeze", x, _FREEZERS, wanted, dtype, device, num_timesteps)
 
 
 def plan_of(x: Any, num_steps: int | None = None, *, eta: float | None = None) -> SamplingPlan:
@@ -121,17 +123,23 @@ def plan_of(x: Any, num_steps: int | None = None, *, eta: float | None = None) -
     check_int("plan_of", "num_steps", num_steps, 1, optional=True)
     check_number("plan_of", "eta", eta, 0, finite=True, optional=True)
     x = getattr(x, "scheduler", x)  # a pipeline's
-    planner = _function("plan_of", x, _PLANNERS, "a scheduler or pipeline of diffusers, or a GaussianDiffusion")
-    plan: SamplingPlan = planner(x, num_steps, eta)
+    plan: SamplingPlan = _call(
+        "plan_of", x, _PLANNERS, "a scheduler or pipeline of diffusers, or a GaussianDiffusion", num_steps, eta
+    )
     return plan
 
 
-def _function(caller: str, x: object, table: Mapping[str, tuple[str, str]], wanted: str) -> Callable[..., Any]:
-    """Return the function that a table has for an object. `wanted` says for which there is one."""
+def _call(caller: str, x: object, table: Mapping[str, tuple[str, str]], wanted: str, *arguments: Any) -> Any:
+    """Call the function that a table has for an object. `wanted` says for which there is one."""
     names = {f"{package}{cls.__name__}" for cls in type(x).__mro__ for package in ("", f"{cls.__module__.partition('.')[0]}.")}
-    for name, (module, function) in table.items():
-        if name in names:
-            found: Callable[..., Any] = getattr(import_module(module, __package__), function)
-            return found
-    advice = ", whose norms ddpm_fast.fuse may make faster"
-    raise InvalidType(caller, "x", f"to be {wanted}", f"a {type(x).__name__}{advice if isinstance(x, nn.Module) else ''}")
+    found = next((place for name, place in table.items() if name in names), None)
+    if found is None:
+        advice = ", whose norms ddpm_fast.fuse may make faster" if isinstance(x, nn.Module) else ""
+        raise InvalidType(caller, "x", f"to be {wanted}", f"a {type(x).__name__}{advice}")
+    module, function = found
+    try:
+        return getattr(import_module(module, __package__), function)(x, *arguments)
+    except (ArgumentError, ImportError):
+        raise
+    except Exception as error:  # a namesake may lack anything, and its code may raise anything
+        raise InvalidValue(caller, "x", f"to be {wanted}", error) from error

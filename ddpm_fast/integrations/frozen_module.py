@@ -72,8 +72,8 @@ class FrozenModule(nn.Module):
         memory_format = torch.contiguous_format if x.is_contiguous() else torch.channels_last
         if isinstance(timesteps, Tensor) and timesteps.numel() == 1:
             timesteps = timesteps.reshape(())
-        if isinstance(y, Tensor):
-            y = y.to(torch.int64).expand(len(x)) if y.numel() == 1 else y.to(torch.int64)
+        if isinstance(y, Tensor) and not (y.is_floating_point() or y.dtype == torch.bool):
+            y = y.to(torch.int64).expand(len(x) if y.shape == (1,) else y.shape)
         return self.frozen_unet(x, timesteps, y).to(x.dtype, memory_format=memory_format)
 
     def parameters(self, recurse: bool = True) -> Iterator[Any]:
@@ -105,7 +105,7 @@ class FrozenModule(nn.Module):
     def __delattr__(self, name: str) -> None:
         self._refuse(f"deletion of {name}")
 
-    def _refuse(self, what: str) -> NoReturn:
+    def _refuse(self, what: str, *arguments: Any) -> NoReturn:
         name = type(self).__name__
         got = f"one: change, move, save or train the {self._original} from which it was made, and freeze that again"
         raise InvalidValue(name, "", f"no {what}, as it is frozen", got)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_choice, check_dtype, check_int, check_number, check_type, checked_device
-from ..errors import InvalidValue, expect
+from ..errors import expect
 from ..inference import frozen_unet
 from ..models import evaluation_mode
 from ..nn import UNet
@@ -117,38 +117,38 @@ def frozen_model(model: nn.Module, dtype: torch.dtype | None, device: Any, num_t
         *("freeze", "x", "to be a UNetModel itself"),
         f"a {kind.__name__}: load_guided_diffusion takes weights of super-resolution models",
     )
-    try:
-        attention = source.middle_block[1]
-        known = {
-            "num_head_channels": -1,
-            "conv_resample": True,
-            **vars(model),
-            "use_scale_shift_norm": source.middle_block[0].use_scale_shift_norm,
-            "resblock_updown": hasattr(source.output_blocks[source.num_res_blocks][-1], "in_layers"),
-            # improved-diffusion has one order, the old one, under this name
-            "use_new_attention_order": type(attention.attention).__name__ == "QKVAttention"
-            and "n_heads" in vars(attention.attention),
-        }
-        heads, upsample = known["num_heads"], known["num_heads_upsample"]
-        expect(
-            known["num_head_channels"] != -1 or upsample in (-1, heads),
-            *("freeze", "x.num_heads_upsample", f"to be num_heads, {heads}", upsample),
-        )
-        expect(known["conv_resample"], "freeze", "x.conv_resample", "to be True", "False")
-        with torch.device("meta"):
-            described = kind(**{name: known[name] for name in inspect.signature(kind).parameters if name in known})
-        reason = why_layers_differ(model, described)
-        expect(reason is None, "freeze", "x", _KNOWN, f"one where {reason}")
-        weights = {name: each.detach() for name, each in model.named_parameters(remove_duplicate=False)}
-        config = {"norm_num_groups": attention.norm.num_groups, "norm_eps": attention.norm.eps}
-        config |= {"sample_size": known.get("image_size"), "dropout": known["dropout"]}
-        unet = _converted("freeze", "x", weights, *(known[name] for name in _HEADS), **config)
-        torso = unet.conv_in.weight.dtype  # convert_to_fp16 leaves the embedding and the head in float32
-        unet = unet.to(torch.promote_types(torso, torch.float32)).eval()
-        same = _is_equal(model, unet, 1e-3 if torso.itemsize > 2 else 5e-2)
-        expect(same, "freeze", "x", _KNOWN, "one with other outputs: it may be a changed copy of the class")
-    except (AttributeError, IndexError, KeyError, TypeError, RuntimeError) as error:
-        raise InvalidValue("freeze", "x", _KNOWN, error) from error
+    attention = source.middle_block[1]
+    known = {
+        "num_head_channels": -1,
+        "conv_resample": True,
+        **vars(model),
+        "use_scale_shift_norm": source.middle_block[0].use_scale_shift_norm,
+        "resblock_updown": hasattr(source.output_blocks[source.num_res_blocks][-1], "in_layers"),
+        # improved-diffusion has one order, the old one, under this name
+        "use_new_attention_order": type(attention.attention).__name__ == "QKVAttention"
+        and "n_heads" in vars(attention.attention),
+    }
+    heads, upsample = known["num_heads"], known["num_heads_upsample"]
+    expect(
+        known["num_head_channels"] != -1 or upsample in (-1, heads),
+        *("freeze", "x.num_heads_upsample", f"to be num_heads, {heads}", upsample),
+    )
+    expect(known["conv_resample"], "freeze", "x.conv_resample", "to be True", "False")
+    with torch.device("meta"):
+        described = kind(**{name: known[name] for name in inspect.signature(kind).parameters if name in known})
+    expect((reason := why_layers_differ(model, described)) is None, "freeze", "x", _KNOWN, f"one where {reason}")
+    weights = {name: each.detach() for name, each in model.named_parameters(remove_duplicate=False)}
+    config = {
+        "norm_num_groups": attention.norm.num_groups,
+        "norm_eps": attention.norm.eps,
+        "sample_size": known.get("image_size"),
+        "dropout": known["dropout"],
+    }
+    unet = _converted("freeze", "x", weights, *(known[name] for name in _HEADS), **config)
+    torso = unet.conv_in.weight.dtype  # convert_to_fp16 leaves the embedding and the head in float32
+    unet = unet.to(torch.promote_types(torso, torch.float32)).eval()
+    same = _is_equal(model, unet, 1e-3 if torso.itemsize > 2 else 5e-2)
+    expect(same, "freeze", "x", _KNOWN, "one with other outputs: it may be a changed copy of the class")
     frozen = frozen_unet(unet, dtype or torso, device=device, num_timesteps=num_timesteps)
     return FrozenModule(model, frozen)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,7 @@ def test_their_process_trains_a_unet() -> None:
 
     def loss() -> float:
         with torch.no_grad():
-            return float(process(images, noise=noise.clone(), times=times))
+            return float(process.p_losses(process.normalize(images), times, noise=noise.clone()))
 
     untrained = loss()
     for _ in range(40):
@@ -145,6 +146,7 @@ def test_their_process_trains_a_unet() -> None:
 
 def test_a_frozen_process_is_immutable_and_leaves_its_original() -> None:
     process = make().train()
+    process.register_buffer("alias", process.betas, persistent=False)
     frozen = freeze(process, torch.bfloat16)
     assert process.training
     assert isinstance(process.model, UNet)
@@ -165,9 +167,12 @@ def test_a_frozen_process_is_immutable_and_leaves_its_original() -> None:
             ValueError, match=r"^FrozenModule: expected no .*, as it is frozen, got one: .* the UNet from which"
         ):
             change()
+    with pytest.raises(TypeError, match="it cannot be pickled: save the UNet"):
+        pickle.dumps(freeze(process))
     assert torch.equal(frozen.betas, process.betas)
-    frozen.betas.zero_()
-    assert process.betas.min() > 0
+    for name, buffer in frozen.named_buffers(remove_duplicate=False):
+        buffer.zero_()
+        assert process.get_buffer(name).any(), name
 
 
 class Reweighted(GaussianDiffusion):  # type: ignore[misc, valid-type]
@@ -185,6 +190,9 @@ def test_processes_that_are_no_plan_are_named() -> None:
         ValueError, match=r"^plan_of: expected x to have the methods of its class, got another p_mean_variance$"
     ):
         plan_of(patched)
+    compiled = make()
+    compiled.compile(backend="eager")
+    assert plan_of(compiled, 5).num_steps == 5
     with pytest.raises(ValueError, match=r"^plan_of: expected num_steps to be an integer in 1\.\.40 or None, got 41$"):
         plan_of(make(), 41)
 

@@ -253,7 +253,14 @@ def test_what_a_call_takes_is_as_before() -> None:
     frozen = freeze(unet)
     x, _, labels = make_inputs(unet.config, 2)
     with torch.no_grad():
-        for t in (500, torch.tensor(500), torch.tensor([500]), torch.tensor([500, 20]), torch.tensor([3], dtype=torch.int32)):
+        for t in (
+            500,
+            500.7,
+            torch.tensor(500),
+            torch.tensor([500]),
+            torch.tensor([500, 20]),
+            torch.tensor([3], dtype=torch.int32),
+        ):
             for y in (labels, labels.int(), labels[:1]):
                 torch.testing.assert_close(frozen(x, t, y).sample, unet(x, t, y).sample, rtol=1e-4, atol=1e-5)
 
@@ -707,8 +714,8 @@ def test_a_plan_takes_the_timesteps_that_are_set() -> None:
     assert plan_of(scheduler, 5).num_steps == 5
     assert scheduler.timesteps.tolist() == [40, 20, 3]
     solver = diffusers.DPMSolverMultistepScheduler(num_train_timesteps=50)
-    solver.set_timesteps(timesteps=[40, 20, 3])
-    assert plan_of(solver).timesteps.tolist() == [40, 20, 3]
+    solver.set_timesteps(7)
+    assert plan_of(solver).timesteps.tolist() == solver.timesteps.tolist()
     assert plan_of(make("DDIM"), 7, eta=0.5).is_random
     assert not plan_of(make("DDIM"), 7).is_random
     inverse = diffusers.DDIMInverseScheduler()
@@ -716,33 +723,52 @@ def test_a_plan_takes_the_timesteps_that_are_set() -> None:
     assert plan_of(inverse).timesteps.tolist() == inverse.timesteps.tolist()
 
 
-def other_levels(scheduler: Any) -> None:
-    scheduler.alphas_cumprod = scheduler.alphas_cumprod**2
+def assigned(**attributes: Any) -> Callable[[Any], None]:
+    return lambda scheduler: vars(scheduler).update(attributes)
 
 
-def levels_in_place(scheduler: Any) -> None:
-    scheduler.alphas_cumprod.mul_(0.5)
+# name -> kind of scheduler, a change to it, and what is said about it
+SCHEDULER_CHANGES: dict[str, tuple[str, Callable[[Any], Any], str]] = {
+    "levels": ("DDPM", assigned(alphas_cumprod=torch.linspace(0.9, 0.1, 1000)), "to have the alphas_cumprod of its"),
+    "levels in place": ("DDIM", lambda s: s.alphas_cumprod.mul_(0.5), "to have the alphas_cumprod of its configuration"),
+    "final level": ("DDIM", assigned(final_alpha_cumprod=torch.tensor(0.5)), "to have the final_alpha_cumprod of its"),
+    "sigmas": ("DPMSolverMultistep", lambda s: s.sigmas.mul_(0.5), "to have the sigmas of its configuration"),
+    "fewer timesteps": (
+        "DDIM",
+        lambda s: assigned(timesteps=s.timesteps[:-3])(s),
+        "to have the timesteps of its configuration",
+    ),
+    "last timesteps": ("DPMSolverMultistep", lambda s: assigned(timesteps=s.timesteps[3:])(s), "to have the timesteps of its"),
+    "other order": ("DDIMInverse", lambda s: assigned(timesteps=s.timesteps.flip(0))(s), "to have the timesteps of its"),
+    "no timesteps": ("DDPM", assigned(timesteps=None), "to have the timesteps of its|to be a "),
+    "step": ("DDPM", assigned(step=lambda *args, **kwargs: None), "to have the methods of its class, got another step"),
+}
 
 
-def other_step(scheduler: Any) -> None:
-    scheduler.step = lambda *args, **kwargs: None
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (other_levels, "alphas_cumprod to be that of the configuration"),
-        (levels_in_place, "alphas_cumprod to be that of the configuration"),
-        (other_step, "to have the methods of its class, got another step"),
-    ],
-)
-def test_changes_of_a_scheduler_are_named(change: Callable[[Any], None], message: str) -> None:
+@pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # NumPy's, of diffusers' solver
+@pytest.mark.parametrize("what", SCHEDULER_CHANGES)
+def test_changes_of_a_scheduler_are_named(what: str) -> None:
+    kind, change, message = SCHEDULER_CHANGES[what]
     pipe = make()
+    pipe.scheduler = getattr(diffusers, f"{kind}Scheduler")()
+    pipe.scheduler.set_timesteps(10)
+    assert plan_of(pipe).num_steps == 10
     change(pipe.scheduler)
-    with pytest.raises(ValueError, match=rf"^freeze: expected x\.scheduler .*{message}"):
+    with pytest.raises(ValueError, match=rf"^freeze: expected x.* ({message})"):
         freeze(pipe)
-    with pytest.raises(ValueError, match=rf"^plan_of: expected x .*{message}"):
+    with pytest.raises(ValueError, match=rf"^plan_of: expected x.* ({message})"):
         plan_of(pipe)
+
+
+def test_levels_of_a_scheduler_may_be_moved_and_rounded() -> None:
+    """Training scripts do that."""
+    pipe = make()
+    expected = images(pipe)
+    for dtype in (torch.float64, torch.bfloat16):
+        pipe.scheduler.alphas_cumprod = pipe.scheduler.alphas_cumprod.to(dtype)
+        frozen = freeze(pipe)
+        assert frozen.scheduler.alphas_cumprod is not pipe.scheduler.alphas_cumprod
+        assert_same(images(frozen), expected)
 
 
 class Looping(diffusers.DDIMPipeline):  # type: ignore[misc, name-defined]
@@ -755,11 +781,9 @@ class Looping(diffusers.DDIMPipeline):  # type: ignore[misc, name-defined]
         return x
 
 
-@pytest.mark.parametrize("first", [0, 2])
-def test_timesteps_that_are_set_stay(first: int) -> None:
+def test_timesteps_that_are_set_stay() -> None:
     pipe = Looping(unet=make_unet(), scheduler=diffusers.DDIMScheduler(prediction_type="v_prediction"))
     pipe.scheduler.set_timesteps(5)
-    pipe.scheduler.timesteps = pipe.scheduler.timesteps[first:]
     frozen = freeze(pipe)
     assert frozen.scheduler.timesteps.tolist() == pipe.scheduler.timesteps.tolist()
     x = torch.randn(2, 2, 16, 16, generator=generator())

@@ -307,7 +307,7 @@ def test_a_network_that_fails_is_named() -> None:
     network = make()
     network.input_blocks.half()  # and its input is float32
     network.out.half()
-    with pytest.raises(ValueError, match=r"^freeze: expected x to be a UNetModel .*, got: "):
+    with pytest.raises(ValueError, match=r"^freeze: expected x to be .*, a UNetModel of .*, got: mixed dtype"):
         freeze(network)
 
 
@@ -398,6 +398,12 @@ def test_processes_that_are_no_plan_are_named() -> None:
         d.p_sample = lambda *args: None
         with pytest.raises(ValueError, match=rf"^plan_of: expected x {message}"):
             plan_of(d)
+    with pytest.raises(
+        ValueError, match=r"^plan_of: expected x to be a scheduler or pipeline of .*, got: .* no attribute 'betas'$"
+    ):
+        plan_of(
+            type("GaussianDiffusion", (), {"model_mean_type": ModelMeanType.EPSILON, "model_var_type": ModelVarType.LEARNED})()
+        )
     d = GaussianDiffusion(enum.Enum("ModelMeanType", ["VELOCITY"]).VELOCITY, ModelVarType.FIXED_SMALL)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^plan_of: expected x\.model_mean_type\.name to be one of .*, got 'VELOCITY'"):
         plan_of(d)

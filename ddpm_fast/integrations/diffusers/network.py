@@ -39,7 +39,8 @@ class FrozenUNet2DModel(FrozenModule, diffusers.UNet2DModel):
         self, sample: Tensor, timestep: Tensor | float, class_labels: Tensor | None = None, return_dict: bool = True
     ) -> Any:
         """Evaluate the network as `UNet2DModel.forward` does. See `FrozenModule.forward`."""
-        out = super().forward(sample, timestep, class_labels)
+        # diffusers cuts a Python float
+        out = super().forward(sample, timestep if isinstance(timestep, Tensor) else int(timestep), class_labels)
         return UNet2DOutput(sample=out) if return_dict else (out,)
 
 
@@ -60,8 +61,13 @@ def frozen_network(
             described, model = build(**arguments), UNet(**config.to_dict()).requires_grad_(False)
     except Exception as error:  # any value may be in a configuration, and diffusers may raise anything
         raise InvalidValue("freeze", name, "to have a configuration that ddpm_fast.UNet supports", error) from error
-    reason = why_layers_differ(unet, described)
-    expect(reason is None, "freeze", name, "to have the layers that its configuration describes", f"one where {reason}")
+    expect(
+        (reason := why_layers_differ(unet, described)) is None,
+        "freeze",
+        name,
+        "to have the layers that its configuration describes",
+        f"one where {reason}",
+    )
     # Not state_dict(), which hooks may change.
     model.load_state_dict({key: each.detach() for key, each in unet.named_parameters(remove_duplicate=False)}, assign=True)
     frozen = frozen_unet(model, dtype or unet.dtype, device=device, num_timesteps=num_timesteps)
@@ -100,15 +106,20 @@ def _own_scheduler(caller: str, name: str, scheduler: Any) -> Any:
         raise InvalidType(caller, name, f"to be one of {names}", f"a {type(scheduler).__name__}")
     check_unpatched(caller, name, scheduler)
     try:
-        own = kinds[type(scheduler)].from_config(scheduler.config)
-        own.alphas_cumprod = scheduler.alphas_cumprod  # raises if it is another
-        own.seeds = getattr(scheduler, "seeds", None)
-        chain = scheduler.timesteps
-        if scheduler.num_inference_steps is not None or len(chain) != len(own.timesteps):
-            own.set_timesteps(scheduler.num_inference_steps or len(chain))
-            # diffusers lists -1 for some numbers of "trailing"
-            if own.timesteps.tolist() != [t for t in chain.tolist() if t >= 0]:
-                own.timesteps = chain.clone()
-    except (ValueError, NotImplementedError) as error:
+        own, fresh = (kind.from_config(scheduler.config) for kind in (kinds[type(scheduler)], type(scheduler)))
+        options = {"num_inference_steps": scheduler.num_inference_steps}
+        if getattr(scheduler, "custom_timesteps", False):
+            options = {"timesteps": scheduler.timesteps.tolist()}
+        for each in (own, fresh):
+            if options != {"num_inference_steps": None}:
+                each.set_timesteps(**options)
+    except Exception as error:  # any value may be in a configuration
         raise InvalidValue(caller, name, "to have a supported configuration", error) from error
+    for key, value in vars(fresh).items():
+        if isinstance(value, Tensor):
+            given = torch.as_tensor(getattr(scheduler, key)).to(value)
+            rough = 1e-2 if "alphas_cumprod" in key else 1e-6  # scripts move it, and round it to half precision
+            same = given.shape == value.shape and torch.allclose(given, value, rough, rough / 1e4, equal_nan=True)
+            expect(same, caller, name, f"to have the {key} of its configuration and set_timesteps", "others")
+    own.seeds = getattr(scheduler, "seeds", None)
     return own

@@ -509,7 +509,7 @@ class DPMSolverMultistepScheduler(PlanScheduler, diffusers.DPMSolverMultistepSch
         )
         theirs: Any = self  # methods of diffusers' class
         levels = theirs._convert_to_karras(ratios[::-1].copy(), num_steps)
-        timesteps = theirs._sigma_to_t(levels, np.log(ratios))
+        timesteps = np.array([theirs._sigma_to_t(level, np.log(ratios)) for level in levels])
         if config.beta_schedule != "squaredcos_cap_v2":
             timesteps = timesteps.round()
         return torch.from_numpy(timesteps.astype(np.int64))
