@@ -26,7 +26,7 @@ from .errors import InvalidValue, expect
 from .images import evenly_spaced
 from .inference import FrozenUNet, inference_network
 from .inference import cuda_graph as graphs
-from .models import Model, device_and_dtype, evaluation_mode, model_config
+from .models import Model, device_and_dtype, evaluation_mode, inference_form, model_config
 from .plan import SamplingPlan
 from .requests import Callback, ClassLabels, Request, check_image_shape, check_model, checked_request
 
@@ -393,6 +393,7 @@ def checked_setup(
 ) -> tuple[tuple[int, ...], torch.device]:
     """Check the arguments of a Sampler. Return the shape of an image, and the device."""
     check_model(caller, model)
+    model = inference_form(model)
     check_dtype(caller, "dtype", dtype, optional=True)
     check_type(caller, "cuda_graph", cuda_graph, bool, optional=True)
     shape = _image_shape(caller, model, plan, shape)

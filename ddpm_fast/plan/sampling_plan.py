@@ -227,14 +227,6 @@ class SamplingPlan:
         sigmas.set(title="sigma", xlabel="step")
         return figure
 
-    def mean(self) -> SamplingPlan:
-        """Return the same plan without noise. Its steps give the mean of x_{t-1}."""
-        if not self.is_random:
-            return self
-        coefficients = self.coefficients.clone()
-        coefficients[:, COLUMNS.index("sigma")] = 0
-        return replace(self, coefficients=coefficients)
-
     def table(self, device: torch.device | str = "cpu") -> Tensor:
         """Return `coefficients` in float32, [S, 10], rounded once. The tensor is cached for each device."""
         return self._tensors("SamplingPlan.table", device)[0]

@@ -1,4 +1,4 @@
-"""`freeze` and `plan_of`: a diffusers pipeline makes the same images with a frozen network and this package's scheduler."""
+"""`freeze`: a diffusers pipeline makes the same images with a frozen network and this package's scheduler."""
 
 from __future__ import annotations
 
@@ -15,48 +15,17 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from diffusers.models.attention_processor import Attention, AttnProcessor, SlicedAttnProcessor
+from pipelines import STEPS, Pipeline, assert_same, assert_same_output, diffusers, generator, images, make, make_unet
 from small_unets import SMALL, VARIANTS, make_inputs, randomise, relative_error
 from torch import Tensor, nn
 
-from ddpm_fast import Sampler, UNet, freeze, fuse, plan_of, sample, sample_seeds, write_samples
+from ddpm_fast import UNet, freeze, fuse
+from ddpm_fast.integrations import diffusers as schedulers
 
-diffusers = pytest.importorskip("diffusers")
-from diffusers.models.attention_processor import Attention, AttnProcessor, SlicedAttnProcessor  # noqa: E402
-
-from ddpm_fast.integrations import diffusers as schedulers  # noqa: E402
-
-Pipeline = Any
-STEPS = 3
 PIPELINES = ["DDPM", "DDIM"]
 LAYERS = "freeze: expected x.unet to have the layers that its configuration describes, got one where "
 CONFIG = "freeze: expected x.unet to have a configuration that ddpm_fast.UNet supports, got: "
-
-
-def make_unet(variant: str = "one-head-asymmetric", **changes: Any) -> Any:
-    unet = diffusers.UNet2DModel(**(SMALL | {"out_channels": 2} | VARIANTS[variant] | changes)).eval()
-    randomise(unet)
-    return unet
-
-
-def make(kind: str = "DDPM", *, unet: Any = None, **scheduler: Any) -> Pipeline:
-    made = getattr(diffusers, f"{kind}Scheduler")(**scheduler)
-    pipe = getattr(diffusers, f"{kind}Pipeline")(unet=make_unet() if unet is None else unet, scheduler=made)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def images(pipe: Pipeline, n: int = 2, **arguments: Any) -> Tensor:
-    arguments = {"generator": generator(), "num_inference_steps": STEPS, "output_type": "pt"} | arguments
-    return pipe(batch_size=n, **arguments).images
-
-
-def assert_same(actual: Tensor, expected: Tensor) -> None:
-    """To the rounding of float32 networks of these sizes, over some steps, in [0, 1]."""
-    torch.testing.assert_close(actual, expected, rtol=0, atol=2e-5)
 
 
 # -------------------------------------------------------------------------------------------------------------- pipelines
@@ -246,7 +215,6 @@ def test_a_fused_network_is_taken() -> None:
     assert_same(images(freeze(pipe)), expected)
 
 
-@pytest.mark.filterwarnings("ignore:.*[Ii]nference")
 def test_what_a_call_takes_is_as_before() -> None:
     """One timestep for all images, labels of any integer dtype, and one label for all."""
     unet = make_unet("class-conditional")
@@ -262,7 +230,7 @@ def test_what_a_call_takes_is_as_before() -> None:
             torch.tensor([3], dtype=torch.int32),
         ):
             for y in (labels, labels.int(), labels[:1]):
-                torch.testing.assert_close(frozen(x, t, y).sample, unet(x, t, y).sample, rtol=1e-4, atol=1e-5)
+                assert_same_output(frozen(x, t, y).sample, unet(x, t, y).sample)
 
 
 def test_a_frozen_network_compiles() -> None:
@@ -270,7 +238,7 @@ def test_a_frozen_network_compiles() -> None:
     x, t, _ = make_inputs(frozen.config, 2)
     with torch.no_grad():
         got = torch.compile(frozen, backend="eager")(x, t).sample
-        torch.testing.assert_close(got, frozen(x, t).sample, rtol=1e-4, atol=1e-5)
+        assert_same_output(got, frozen(x, t).sample)
 
 
 def test_a_folder_of_this_package(tmp_path: Path) -> None:
@@ -282,7 +250,7 @@ def test_a_folder_of_this_package(tmp_path: Path) -> None:
     assert "class_names" in unet.config
     x, t, labels = make_inputs(unet.config, 2)
     with torch.no_grad():
-        torch.testing.assert_close(freeze(unet)(x, t, labels).sample, unet(x, t, labels).sample, rtol=1e-4, atol=1e-5)
+        assert_same_output(freeze(unet)(x, t, labels).sample, unet(x, t, labels).sample)
 
 
 def test_a_folder_in_googles_layout(tmp_path: Path) -> None:
@@ -659,7 +627,7 @@ def test_a_network_of_inference_mode_is_frozen() -> None:
     x, t, _ = make_inputs(unet.config, 2)
     with torch.inference_mode():
         expected = unet(x, t).sample
-    torch.testing.assert_close(freeze(unet)(x, t).sample, expected, rtol=1e-4, atol=1e-5)
+    assert_same_output(freeze(unet)(x, t).sample, expected)
 
 
 def test_pipelines_may_share_a_frozen_network() -> None:
@@ -671,145 +639,6 @@ def test_pipelines_may_share_a_frozen_network() -> None:
         TypeError, match=r"expected x\.unet to be a UNet2DModel, got a FrozenUNet2DModel, which is frozen already$"
     ):
         freeze(first)
-
-
-# ------------------------------------------------------------------------------------------------------------------ plans
-
-
-SCHEDULERS: list[tuple[str, dict[str, Any]]] = [
-    ("DDPM", {}),
-    ("DDIM", {}),
-    ("DPMSolverMultistep", {"algorithm_type": "sde-dpmsolver++", "prediction_type": "v_prediction"}),
-    ("DPMSolverMultistep", {"use_karras_sigmas": True, "prediction_type": "v_prediction"}),
-]
-
-
-@pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # NumPy's, of diffusers' solver
-@pytest.mark.parametrize(("kind", "settings"), SCHEDULERS, ids=str)
-def test_a_plan_is_what_the_scheduler_does(kind: str, settings: dict[str, Any]) -> None:
-    """`sample` draws what the pipeline's loop draws from the same noise."""
-    scheduler = getattr(diffusers, f"{kind}Scheduler")(**settings)
-    unet = make_unet()
-    plan = plan_of(scheduler, 5)
-    own = getattr(schedulers, f"{kind}Scheduler").from_config(scheduler.config)
-    own.set_timesteps(5)
-    own.seeds = sample_seeds(3, 2)
-    x = start = torch.randn(2, 2, 16, 16, generator=generator())
-    with torch.no_grad():
-        for t in own.timesteps:
-            x = own.step(unet(x, t).sample, t, x).prev_sample
-    got = sample(freeze(unet), plan, 2, seed=3, x_T=start, progress=False)
-    assert plan.timesteps.tolist() == own.timesteps.tolist()
-    torch.testing.assert_close(got, x, rtol=0, atol=1e-4 * float(x.abs().max()))
-
-
-@pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # NumPy's, of diffusers' solver
-def test_a_plan_takes_the_timesteps_that_are_set() -> None:
-    scheduler = diffusers.DDPMScheduler(num_train_timesteps=50)
-    assert plan_of(scheduler).num_steps == 50
-    scheduler.set_timesteps(10)
-    assert plan_of(scheduler).timesteps.tolist() == scheduler.timesteps.tolist()
-    scheduler.set_timesteps(timesteps=[40, 20, 3])
-    assert plan_of(scheduler).timesteps.tolist() == [40, 20, 3]
-    assert plan_of(scheduler, 5).num_steps == 5
-    assert scheduler.timesteps.tolist() == [40, 20, 3]
-    solver = diffusers.DPMSolverMultistepScheduler(num_train_timesteps=50)
-    solver.set_timesteps(7)
-    assert plan_of(solver).timesteps.tolist() == solver.timesteps.tolist()
-    assert plan_of(make("DDIM"), 7, eta=0.5).is_random
-    assert not plan_of(make("DDIM"), 7).is_random
-    inverse = diffusers.DDIMInverseScheduler()
-    inverse.set_timesteps(5)
-    assert plan_of(inverse).timesteps.tolist() == inverse.timesteps.tolist()
-
-
-def assigned(**attributes: Any) -> Callable[[Any], None]:
-    return lambda scheduler: vars(scheduler).update(attributes)
-
-
-# name -> kind of scheduler, a change to it, and what is said about it
-SCHEDULER_CHANGES: dict[str, tuple[str, Callable[[Any], Any], str]] = {
-    "levels": ("DDPM", assigned(alphas_cumprod=torch.linspace(0.9, 0.1, 1000)), "to have the alphas_cumprod of its"),
-    "levels in place": ("DDIM", lambda s: s.alphas_cumprod.mul_(0.5), "to have the alphas_cumprod of its configuration"),
-    "final level": ("DDIM", assigned(final_alpha_cumprod=torch.tensor(0.5)), "to have the final_alpha_cumprod of its"),
-    "sigmas": ("DPMSolverMultistep", lambda s: s.sigmas.mul_(0.5), "to have the sigmas of its configuration"),
-    "fewer timesteps": (
-        "DDIM",
-        lambda s: assigned(timesteps=s.timesteps[:-3])(s),
-        "to have the timesteps of its configuration",
-    ),
-    "last timesteps": ("DPMSolverMultistep", lambda s: assigned(timesteps=s.timesteps[3:])(s), "to have the timesteps of its"),
-    "other order": ("DDIMInverse", lambda s: assigned(timesteps=s.timesteps.flip(0))(s), "to have the timesteps of its"),
-    "no timesteps": ("DDPM", assigned(timesteps=None), "to have the timesteps of its|to be a "),
-    "step": ("DDPM", assigned(step=lambda *args, **kwargs: None), "to have the methods of its class, got another step"),
-}
-
-
-@pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # NumPy's, of diffusers' solver
-@pytest.mark.parametrize("what", SCHEDULER_CHANGES)
-def test_changes_of_a_scheduler_are_named(what: str) -> None:
-    kind, change, message = SCHEDULER_CHANGES[what]
-    pipe = make()
-    pipe.scheduler = getattr(diffusers, f"{kind}Scheduler")()
-    pipe.scheduler.set_timesteps(10)
-    assert plan_of(pipe).num_steps == 10
-    change(pipe.scheduler)
-    with pytest.raises(ValueError, match=rf"^freeze: expected x.* ({message})"):
-        freeze(pipe)
-    with pytest.raises(ValueError, match=rf"^plan_of: expected x.* ({message})"):
-        plan_of(pipe)
-
-
-def test_levels_of_a_scheduler_may_be_moved_and_rounded() -> None:
-    """Training scripts do that."""
-    pipe = make()
-    expected = images(pipe)
-    for dtype in (torch.float64, torch.bfloat16):
-        pipe.scheduler.alphas_cumprod = pipe.scheduler.alphas_cumprod.to(dtype)
-        frozen = freeze(pipe)
-        assert frozen.scheduler.alphas_cumprod is not pipe.scheduler.alphas_cumprod
-        assert_same(images(frozen), expected)
-
-
-class Looping(diffusers.DDIMPipeline):  # type: ignore[misc, name-defined]
-    """A call that takes the timesteps that are set."""
-
-    def __call__(self, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            for t in self.scheduler.timesteps:
-                x = self.scheduler.step(self.unet(x, t).sample, t, x).prev_sample
-        return x
-
-
-def test_timesteps_that_are_set_stay() -> None:
-    pipe = Looping(unet=make_unet(), scheduler=diffusers.DDIMScheduler(prediction_type="v_prediction"))
-    pipe.scheduler.set_timesteps(5)
-    frozen = freeze(pipe)
-    assert frozen.scheduler.timesteps.tolist() == pipe.scheduler.timesteps.tolist()
-    x = torch.randn(2, 2, 16, 16, generator=generator())
-    assert_same(frozen(x), pipe(x))
-    assert plan_of(pipe).timesteps.tolist() == pipe.scheduler.timesteps.tolist()
-
-
-def test_seeds_of_a_scheduler_stay() -> None:
-    pipe = make()
-    pipe.scheduler = schedulers.DDPMScheduler.from_config(pipe.scheduler.config)
-    pipe.scheduler.seeds = sample_seeds(0, 2)
-    assert_same(images(freeze(pipe)), images(pipe))
-
-
-def test_frozen_networks_draw_files_and_in_samplers(tmp_path: Path) -> None:
-    pipe = make(unet=make_unet(in_channels=3, out_channels=3), num_train_timesteps=20)
-    frozen, plan = freeze(pipe), plan_of(pipe)
-    sampler = Sampler(frozen.unet, plan)
-    assert sampler.network is frozen.unet.frozen_unet
-    assert_same(sampler(2, progress=False), sample(freeze(pipe).unet, plan, 2, progress=False))
-    for _ in range(2):  # the second goes on with what the first has written
-        write_samples(tmp_path / "images.npz", freeze(pipe).unet, plan, 2, progress=False)
-    with torch.no_grad():
-        pipe.unet.conv_out.weight.neg_()
-    with pytest.raises(ValueError, match="weights"):
-        write_samples(tmp_path / "images.npz", freeze(pipe).unet, plan, 2, progress=False)
 
 
 # ----------------------------------------------------------------------------------------------------------------- errors
@@ -937,21 +766,3 @@ def test_what_it_cannot_take_is_named(
     with pytest.raises(error, match="^" + re.escape(message)):
         freeze(x, **arguments)
     assert dict(vars(x)) == state  # left as it was
-
-
-def test_what_is_no_plan_is_named() -> None:
-    for wrong in ({}, make_unet(), nn.Linear(1, 1)):
-        with pytest.raises(TypeError, match=r"^plan_of: expected x to be a scheduler or pipeline of diffusers, or a Gaussian"):
-            plan_of(wrong)
-    with pytest.raises(TypeError, match=r"^plan_of: expected x to be one of DDPMScheduler, .*, got a PNDMScheduler$"):
-        plan_of(diffusers.PNDMScheduler())
-    with pytest.raises(ValueError, match=r"^plan_of: expected eta to be None for a DDPMScheduler, got 0\.5$"):
-        plan_of(diffusers.DDPMScheduler(), eta=0.5)
-    with pytest.raises(
-        ValueError, match=r"^plan_of: expected num_steps to be given, or x to have timesteps that were set, got nei"
-    ):
-        plan_of(make("DDIM"))
-    with pytest.raises(ValueError, match=r"^plan_of: expected x to have a supported configuration, got: DPMSolver"):
-        plan_of(diffusers.DPMSolverMultistepScheduler(solver_order=3))
-    with pytest.raises(ValueError, match=r"thresholding"):
-        plan_of(diffusers.DDPMScheduler(thresholding=True))
