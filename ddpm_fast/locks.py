@@ -1,18 +1,21 @@
-"""Locks of files and folders. The operating system releases them when the process ends, however that happens."""
+"""Locks of files and folders, and of threads."""
 
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
+from weakref import WeakSet
 
 _held: Final[set[int]] = set()  # descriptors
+_turns: Final[WeakSet[Turns]] = WeakSet()
 
 
 @contextmanager
 def locked(descriptor: int) -> Iterator[None]:
-    """Hold the lock of an open file or folder.
+    """Hold the lock of an open file or folder. The operating system releases it when the process ends.
 
     Args:
         descriptor: The file or folder. The caller closes it.
@@ -34,12 +37,44 @@ def locked(descriptor: int) -> Iterator[None]:
         fcntl.flock(descriptor, fcntl.LOCK_UN)  # also if a child that was just forked has not closed it yet
 
 
-def _close_held() -> None:
+class Turns:
+    """A lock under which threads take turns. A forked child has a free one, as it lacks the thread that held it.
+
+    Args:
+        name: What is locked, for the error message.
+
+    Raises:
+        RuntimeError: A thread enters that is inside.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._free()
+        _turns.add(self)
+
+    def _free(self) -> None:
+        self._lock, self._owner = threading.Lock(), 0  # 0 is no thread's
+
+    def __enter__(self) -> None:
+        if self._owner == threading.get_ident():
+            raise RuntimeError(f"{self._name}: expected a call after the one in progress, got one from its callback")
+        self._lock.acquire()
+        self._owner = threading.get_ident()
+
+    def __exit__(self, *error: object) -> None:
+        self._owner = 0
+        self._lock.release()
+
+
+def _after_fork() -> None:
     """Close the locks in a child that was forked, such as a worker of a DataLoader. It may outlive this process."""
     for descriptor in _held:
         os.close(descriptor)
     _held.clear()
+    for turns in _turns:
+        if turns._owner != threading.get_ident():
+            turns._free()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_close_held)
+    os.register_at_fork(after_in_child=_after_fork)

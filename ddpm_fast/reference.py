@@ -321,6 +321,37 @@ def reverse_step(
     return x_prev.to(x_t.dtype), x_0.to(x_t.dtype) if return_x_0 else None
 
 
+def time_terms(table: Tensor, timesteps: Tensor, step: Tensor, samples: int) -> Tensor:
+    """Return the time terms of a step of a plan, [tables, samples, width], the same for each sample.
+
+    Args:
+        table: [tables, T, width].
+        timesteps: The t of each step, int64 [S].
+        step: int64 of one element.
+        samples: Number of samples.
+    """
+    return table.index_select(1, timesteps[step].expand(samples))
+
+
+def network_input(x_t: Tensor, dtype: torch.dtype, copies: int, centered: bool) -> Tensor:
+    """Return x_t as a network reads it, [copies N, C, H, W], channels_last.
+
+    Args:
+        x_t: [N, C, H, W].
+        dtype: Dtype of the network.
+        copies: 2 with guidance, else 1.
+        centered: Return 2 x - 1, as networks with `center_input_sample` read it.
+    """
+    x = x_t.to(dtype)
+    x = 2 * x - 1 if centered else x
+    return (x if copies == 1 else torch.cat([x] * copies)).contiguous(memory_format=torch.channels_last)
+
+
+def count_step(step: Tensor) -> Tensor:
+    """Return step + 1."""
+    return step + 1
+
+
 def ranged_log_variance(v: Tensor, log_beta: Tensor, log_beta_tilde: Tensor) -> Tensor:
     """Return the log variance between log beta~ and log beta that a model's output v in [-1, 1] selects.
 

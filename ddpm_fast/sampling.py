@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 import sys
-import threading
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Hashable, Sequence
+from contextlib import nullcontext
 from typing import Any, Final
 
 import torch
@@ -26,11 +25,12 @@ from .errors import InvalidValue, expect
 from .images import evenly_spaced
 from .inference import FrozenUNet, inference_network
 from .inference import cuda_graph as graphs
+from .locks import Turns
 from .models import Model, device_and_dtype, evaluation_mode, inference_form, model_config
 from .plan import SamplingPlan
 from .requests import Callback, ClassLabels, Request, check_image_shape, check_model, checked_request
 
-MAX_LOOPS: Final = 4  # captured loops of a Sampler: batch sizes and guidance scales
+MAX_LOOPS: Final = 4  # that a Sampler keeps: batch sizes, guidance scales, numbers of threads and streams
 
 _logger = logging.getLogger(__name__)
 
@@ -100,8 +100,7 @@ class Sampler:
         self._loops: OrderedDict[Hashable, DenoisingLoop] = OrderedDict()  # the one used last is last
         self._capture_stream: Any = None
         self._pools: dict[Hashable, Any] = {}  # memory of graphs by the stream that replays them, one after the other
-        self._lock = threading.Lock()
-        self._owner: int | None = None  # the thread that holds the lock
+        self._turns = Turns("Sampler")
 
     def __call__(
         self,
@@ -179,71 +178,64 @@ class Sampler:
         raise TypeError("Sampler: it cannot be copied or pickled: make a new one from the model and the plan")
 
     def _draw(self, request: Request, num_frames: int = 0) -> tuple[Tensor, Tensor | None]:
-        num_samples, batch_size, callback = request.num_samples, request.batch_size, request.callback
-        plan, device = self.plan, self.device
-        if self._owner == threading.get_ident():
-            raise RuntimeError("Sampler: expected a call after the one in progress, got one from its callback")
-        with self._held(), _on(device):
-            images = torch.empty((num_samples, *self.shape), dtype=self._state_dtype, device=device)
-            states: Tensor | None = None
-            frames: dict[int, Tensor] = {}  # states to keep, by number: 0 is x_T, num_steps is x_0
-            if num_frames:
-                kept = evenly_spaced(plan.num_steps + 1, num_frames)
-                # A GPU writes to pinned memory by itself, while the host goes on.
-                pin = device.type == "cuda"
-                shape = (len(kept), num_samples, *self.shape)
-                states = torch.empty(shape, dtype=self._state_dtype, pin_memory=pin, device="cpu")
-                frames = dict(zip(kept, states, strict=True))
-
+        """Draw the images of a request, one batch after the other, and as many states of each."""
+        n, plan, device = request.num_samples, self.plan, self.device
+        batches = [slice(i, i + request.batch_size) for i in range(0, n, request.batch_size)]
+        with self._turns, _on(device), evaluation_mode(self.network), torch.inference_mode(), self._precision():
+            images = torch.empty((n, *self.shape), dtype=self._state_dtype, device=device)
+            states, frames = self._frames(n, num_frames)
             # Everything that the steps need is on the device before the first: none waits for the host.
             seeds = request.seeds.to(device)
             labels, x_T = (None if each is None else each.to(device) for each in (request.labels, request.x_T))
-            chunks = [slice(i, i + batch_size) for i in range(0, num_samples, batch_size)]
-            bar: Any = None
-            if request.progress:
-                from tqdm.auto import tqdm
-
-                # On a GPU the bar counts the steps handed over: the host would have to wait to know how many are done.
-                interval = 0.1 if sys.stderr.isatty() else 10  # seconds; a log file needs fewer lines than a terminal
-                total = len(chunks) * plan.num_steps
-                bar = tqdm(total=total, desc="sampling", unit="step", mininterval=interval)
-            with nullcontext() if bar is None else bar, evaluation_mode(self.network), torch.inference_mode():
-                for chunk in chunks:
-                    loop = self._loop(len(images[chunk]), request.label, request.guidance_scale)
-                    loop.start(seeds[chunk], *(None if each is None else each[chunk] for each in (labels, x_T)))
-                    for i in range(plan.num_steps):
-                        if i in frames:
-                            frames[i][chunk].copy_(loop.x_t, non_blocking=True)
-                        if loop.replay is None:
-                            loop.advance(self.network)
-                        else:
-                            loop.replay()
-                        if callback is not None:
-                            callback(i, int(plan.timesteps[i]), loop.x_t)
-                        if bar is not None:
-                            bar.update()
-                    if plan.num_steps in frames:
-                        frames[plan.num_steps][chunk].copy_(loop.x_t, non_blocking=True)
-                    images[chunk] = loop.x_t
+            with _bar(len(batches) * plan.num_steps, request.progress) as bar:
+                for batch in batches:
+                    loop = self._loop(len(images[batch]), request.label, request.guidance_scale)
+                    loop.start(seeds[batch], *(None if each is None else each[batch] for each in (labels, x_T)))
+                    self._run(loop, {i: frame[batch] for i, frame in frames.items()}, request.callback, bar)
+                    images[batch] = loop.x_t
         if states is not None and device.type == "cuda":
             torch.cuda.current_stream(device).synchronize()  # the frames are on their way to the host
         return images, states
 
-    @contextmanager
-    def _held(self) -> Iterator[None]:
-        """Hold the lock."""
-        with self._lock:
-            self._owner = threading.get_ident()
-            try:
-                yield
-            finally:
-                self._owner = None
+    def _frames(self, n: int, num_frames: int) -> tuple[Tensor | None, dict[int, Tensor]]:
+        """Return memory for states of n images, and the part of it for each kept state.
+
+        States have numbers: 0 is x_T, num_steps is x_0.
+        """
+        if not num_frames:
+            return None, {}
+        kept = evenly_spaced(self.plan.num_steps + 1, num_frames)
+        pin = self.device.type == "cuda"  # a GPU writes to pinned memory by itself, while the host goes on
+        states = torch.empty((len(kept), n, *self.shape), dtype=self._state_dtype, pin_memory=pin, device="cpu")
+        return states, dict(zip(kept, states, strict=True))
+
+    def _run(self, loop: DenoisingLoop, frames: dict[int, Tensor], callback: Callback | None, bar: Any) -> None:
+        """Run all steps of a batch."""
+        advance, timesteps = loop.advance, self.plan.timesteps.tolist()
+        for i, timestep in enumerate(timesteps):
+            if i in frames:
+                frames[i].copy_(loop.x_t, non_blocking=True)
+            advance()
+            if callback is not None:
+                loop.show(callback, i, timestep)
+            if bar is not None:
+                bar.update()
+        if len(timesteps) in frames:
+            frames[len(timesteps)].copy_(loop.x_t, non_blocking=True)
+
+    def _precision(self) -> Any:
+        """Return a context without autocast for a frozen network, each layer of which has its dtype."""
+        return torch.autocast(self.device.type, enabled=False) if isinstance(self.network, FrozenUNet) else nullcontext()
 
     def _loop(self, n: int, label: int | None, guidance_scale: float | None) -> DenoisingLoop:
-        """Return the loop for n images, captured if the Sampler captures."""
-
-        def make() -> DenoisingLoop:
-            return DenoisingLoop(
+        """Return the loop for n images: one that was kept, or a new one, captured if the Sampler captures."""
+        # Work on two streams may overlap, so each stream has its own loops and memory.
+        stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
+        key = (n, label is None, guidance_scale, torch.get_num_threads(), graphs.settings(), stream)
+        loop = self._loops.pop(key, None)
+        if loop is None or not loop.is_intact:
+            loop = DenoisingLoop(
+                self.network,
                 self.plan,
                 (n, *self.shape),
                 state_dtype=self._state_dtype,
@@ -253,38 +245,32 @@ class Sampler:
                 label=label,
                 guidance_scale=guidance_scale,
             )
-
-        if not self._captures:
-            return make()
-        # Work on two streams may overlap, so each stream has its own loops and memory.
-        stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
-        key = (n, label is None, guidance_scale, graphs.settings(), stream)
-        loop = self._loops.pop(key, None)
-        if loop is None:
-            loop = make()
-            self._capture(loop, stream)
+            if self._captures:
+                self._capture(loop, stream)
             if len(self._loops) == MAX_LOOPS:
                 self._loops.popitem(last=False)
         self._loops[key] = loop
         return loop
 
     def _capture(self, loop: DenoisingLoop, stream: Hashable) -> None:
+        """Replace the loop's step by a CUDA graph of it, if it can be captured."""
+        kind, advance = self.device.type, loop.advance
+
         def rehearse() -> None:
             loop.rewind()
-            loop.advance(self.network)
+            advance()
 
-        kind = self.device.type
         if kind == "cuda":
             self._capture_stream = self._capture_stream or torch.cuda.Stream(self.device)
             if stream not in self._pools:
                 self._pools[stream] = torch.cuda.graph_pool_handle()
-        if isinstance(self.network, nn.Module):
-            loop.held = [*self.network.parameters(), *self.network.buffers()]  # the graph uses their addresses
+        # The graph uses the addresses of constants and weights.
+        tensors = [*self.network.parameters(), *self.network.buffers()] if isinstance(self.network, nn.Module) else []
+        loop.held = (advance, tensors)
         try:
             # Weights that autocast has cast once and kept would be gone by the time of a replay.
             with torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cache_enabled=False):
-                advance, pool = lambda: loop.advance(self.network), self._pools.get(stream)
-                loop.replay = graphs.capture(rehearse, advance, self._capture_stream, pool)
+                loop.advance = graphs.capture(rehearse, advance, self._capture_stream, self._pools.get(stream))
         except graphs.CaptureError as error:
             self._pools.pop(stream, None)  # torch may take it for one that is still recorded to
             _logger.warning("sample: steps are launched one kernel at a time, as there can be no CUDA graph: %s", error)
@@ -366,6 +352,19 @@ def sample(
     sampler = Sampler(model, plan, dtype=dtype, device=device, shape=shape, cuda_graph=cuda_graph)
     images, _ = sampler._draw(request)
     return images
+
+
+def _bar(total: int, progress: bool) -> Any:
+    """Return a context with a progress bar of so many steps, or with None.
+
+    On a GPU the bar counts the steps handed over: the host would have to wait to know how many are done.
+    """
+    if not progress:
+        return nullcontext()
+    from tqdm.auto import tqdm
+
+    interval = 0.1 if sys.stderr.isatty() else 10  # seconds; a log file needs fewer lines than a terminal
+    return tqdm(total=total, desc="sampling", unit="step", mininterval=interval)
 
 
 def _on(device: torch.device) -> Any:

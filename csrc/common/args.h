@@ -259,6 +259,43 @@ struct AttentionBackwardArgs {
   DDPM_FAST_FIELDS(dtype, grad_qkv, grad_y, y, softmax, qkv, n, num_heads, pixels, head_dim, scale, stream_or_threads)
 };
 
+// What a sampling step computes beside the network and reverse_step, in a program:
+
+// The time terms of a step, the same for each sample:
+//   terms[b][i] = table[b][timesteps[*step]]
+struct TimeTermsArgs {
+  DType dtype;                    // float32
+  float* terms;                   // [tables, samples, width]
+  const float* table;             // [tables, num_timesteps, width]
+  const std::int64_t* timesteps;  // the t of each step of a plan
+  const std::int64_t* step;
+  std::int64_t tables, num_timesteps, samples, width;
+  StreamOrThreads stream_or_threads;
+  DDPM_FAST_FIELDS(dtype, terms, table, timesteps, step, tables, num_timesteps, samples, width,
+                   stream_or_threads)
+};
+
+// x_t in the network's dtype, as often as guidance needs it. Memory formats are equal.
+struct NetworkInputArgs {
+  DType dtype;
+  void* x;          // [copies, count]
+  const void* x_t;  // [count]
+  DType x_t_dtype;
+  std::int64_t count, copies;
+  bool centered;  // 2 x - 1, rounded after each operation
+  StreamOrThreads stream_or_threads;
+  DDPM_FAST_FIELDS(dtype, x, x_t, x_t_dtype, count, copies, centered, stream_or_threads)
+};
+
+//   next_step = step + 1
+struct CountStepArgs {
+  DType dtype;              // int64
+  std::int64_t* next_step;  // may be step
+  const std::int64_t* step;
+  StreamOrThreads stream_or_threads;
+  DDPM_FAST_FIELDS(dtype, next_step, step, stream_or_threads)
+};
+
 // Weights packed for conv_winograd:
 //   G g G^T
 struct PackWinogradArgs {

@@ -32,6 +32,9 @@
   OP(resample, ResampleArgs)                     \
   OP(attention, AttentionArgs)                   \
   OP(attention_backward, AttentionBackwardArgs)  \
+  OP(time_terms, TimeTermsArgs)                  \
+  OP(network_input, NetworkInputArgs)            \
+  OP(count_step, CountStepArgs)                  \
   OP(pack_winograd, PackWinogradArgs)            \
   OP(conv_winograd_weight_gradient, ConvWinogradWeightGradientArgs)
 
@@ -40,11 +43,15 @@
 // Kernels of the CPU that a program may call. Every member of a team runs the whole function, so it may write memory only
 // in the body of a parallel_for, and has no ScratchUse::kCall buffer.
 #define DDPM_FAST_PROGRAM_OPS(OP)            \
+  OP(time_terms, TimeTermsArgs)              \
+  OP(network_input, NetworkInputArgs)        \
   OP(group_norm_affine, GroupNormAffineArgs) \
   OP(conv_direct, ConvArgs)                  \
   OP(conv_winograd, ConvArgs)                \
   OP(resample, ResampleArgs)                 \
-  OP(attention, AttentionArgs)
+  OP(attention, AttentionArgs)               \
+  OP(reverse_step, ReverseStepArgs)          \
+  OP(count_step, CountStepArgs)
 
 namespace ddpm_fast {
 

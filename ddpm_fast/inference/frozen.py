@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping, Sequence
@@ -15,12 +14,16 @@ from torch import Tensor, nn
 
 from ..checks import MAX_TIMESTEPS, check_dtype, check_int, check_range, check_strided, computing_device
 from ..errors import InvalidType, InvalidValue
+from ..locks import Turns
 from ..models import Model, inference_form, placed
+from ..modes import is_transformed_tensor, runs_eagerly
 from ..nn.config import UNetConfig
 from ..nn.unet import UNet, centered, checked_timesteps
-from ..ops.backend import has_fast_bfloat16, why_not_matrix_kernels
-from ..ops.fused_op import is_transformed_tensor, runs_eagerly
-from .network import Conv, Network, Resnet, held_tensors, read_network, why_not_frozen
+from ..ops.backend import has_fast_bfloat16
+from ..ops.packed_conv import conv_ops
+from ..plan import SamplingPlan
+from .calls import Layers, StepTensors, append_network, append_step
+from .network import Network, held_tensors, read_network, why_not_frozen
 from .packed_layers import PackedLayers
 from .program import Buffer, Builder, Call, NativeProgram, PythonProgram
 from .pytorch_layers import PyTorchLayers, has_prepacked
@@ -138,7 +141,7 @@ class FrozenUNet:
     def __init__(self, model: UNet, dtype: torch.dtype, device: torch.device, num_timesteps: int) -> None:
         self.config: Mapping[str, Any] = MappingProxyType(dict(model.config))
         self.num_timesteps, self.dtype, self.device = num_timesteps, dtype, device
-        self.why_not_packed = why_not_matrix_kernels(device, dtype)
+        self.why_not_packed = conv_ops["direct"].why_not("native", device, dtype)
         # Tensors of inference mode could not be used outside of it.
         with torch.inference_mode(False), torch.no_grad(), torch.device(device):
             self._by_onednn = self.why_not_packed is not None and device.type == "cpu" and has_prepacked(dtype)
@@ -146,7 +149,7 @@ class FrozenUNet:
             network = read_network(model, dtype, device, num_timesteps, self._layers.stored)
         self._constants = _Constants(model._config, network)
         self._programs: OrderedDict[Hashable, NativeProgram | PythonProgram] = OrderedDict()  # the one used last is last
-        self._lock = threading.Lock()
+        self._turns = Turns("FrozenUNet")
 
     @torch.no_grad()
     def __call__(self, x: Tensor, t: Tensor | float, class_labels: Tensor | None = None) -> Tensor:
@@ -186,7 +189,8 @@ class FrozenUNet:
             raise InvalidValue("FrozenUNet", "x", f"on {self.device}", f"{x.device}: freeze the model for that device")
         x = centered(self._constants.config, x.to(self.dtype)).contiguous(memory_format=torch.channels_last)
         with torch.autocast(x.device.type, enabled=False):  # every layer has its dtype
-            parts = [tensor.split(self._images_at_once(x)) for tensor in (x, t, class_labels) if tensor is not None]
+            at_once = max(math.ceil(len(x) / self._num_passes(len(x), *x.shape[2:])), 1)
+            parts = [tensor.split(at_once) for tensor in (x, t, class_labels) if tensor is not None]
             outs = [self._part(x, t, *labels) for x, t, *labels in zip(*parts, strict=True)]
             return outs[0] if len(outs) == 1 else torch.cat(outs)
 
@@ -199,14 +203,37 @@ class FrozenUNet:
         if 0 in x.shape:
             return x.new_empty(x.shape[0], self._constants.config.out_channels, *x.shape[2:])
         if not runs_eagerly(*inputs):  # The calls are traced one by one. What is packed belongs to the trace.
-            return PythonProgram(*self._built(self._new_layers(), inputs))(inputs)
+            return self._executor(*self._built(self._new_layers(), inputs), traced=True)(inputs)
         key = (torch.get_num_threads(), *(each.shape for each in inputs))
         if self.why_not_packed is not None:
-            with self._lock:
+            with self._turns:
                 program = self._program(key, inputs)
             return program(inputs)
-        with self._lock:  # until the program has run, because its memory serves one call at a time
+        with self._turns:  # until the program has run, because its memory serves one call at a time
             return self._program(key, inputs)(inputs)
+
+    def step_program(
+        self, plan: SamplingPlan, tensors: StepTensors, guidance_scale: float | None
+    ) -> NativeProgram | PythonProgram:
+        """Return a program that advances x_t by a step of a plan: network, guidance and `reverse_step`.
+
+        A call takes no arguments and does not check any. Only one thread at a time may call it.
+
+        Args:
+            plan: The plan. Its timesteps are in 0..T-1.
+            tensors: What the step reads and writes, channels_last and on the network's device.
+            guidance_scale: None: no guidance.
+        """
+        builder, copies = Builder(), 1 if guidance_scale is None else 2
+        n, _, *size = tensors.x_t.shape
+        at_once = math.ceil(n / self._num_passes(copies * n, *size))
+        with self._turns, torch.inference_mode(False), torch.no_grad(), torch.device(self.device):
+            constants, layers = self._constants, self._layers
+            append_step(
+                *(builder, constants.network, layers, constants.config),
+                *(plan, tensors, guidance_scale, self.dtype, at_once),
+            )
+            return self._executor(builder.calls)
 
     def _program(self, key: Hashable, inputs: Sequence[Tensor]) -> NativeProgram | PythonProgram:
         program = self._programs.pop(key, None)
@@ -214,38 +241,38 @@ class FrozenUNet:
             if len(self._programs) == MAX_PROGRAMS:
                 self._programs.popitem(last=False)
             with torch.inference_mode(False), torch.no_grad(), torch.device(self.device):
-                parts = self._built(self._layers, inputs)
-                if self.why_not_packed is None:
-                    program = NativeProgram(*parts, torch.get_num_threads())
-                else:
-                    program = PythonProgram(*parts)
+                program = self._executor(*self._built(self._layers, inputs))
         self._programs[key] = program
         return program
 
-    def _new_layers(self) -> PackedLayers | PyTorchLayers:
+    def _executor(
+        self, calls: Sequence[Call], inputs: Sequence[Buffer] = (), output: Buffer | None = None, *, traced: bool = False
+    ) -> NativeProgram | PythonProgram:
+        if self.why_not_packed is not None:
+            return PythonProgram(calls, inputs, output)
+        if traced:
+            return PythonProgram(calls, inputs, output, backend="native")
+        return NativeProgram(calls, torch.get_num_threads(), inputs, output)
+
+    def _new_layers(self) -> Layers:
         return PackedLayers(self.dtype) if self.why_not_packed is None else PyTorchLayers(self.dtype, self._by_onednn)
 
-    def _built(self, layers: PackedLayers | PyTorchLayers, inputs: Sequence[Tensor]) -> tuple[list[Buffer], list[Call], Buffer]:
-        """Return the inputs, the calls and the output of a program for inputs of these shapes."""
+    def _built(self, layers: Layers, inputs: Sequence[Tensor]) -> tuple[list[Call], list[Buffer], Buffer]:
+        """Return the calls, the inputs and the output of a program for inputs of these shapes."""
         builder = Builder()
-        buffers = [builder.buffer(each.shape, each.dtype) for each in inputs]
-        x, *stacks = buffers
-        rows = [stack.rows() for stack in stacks]
-        terms = [rows[stack][row] for stack, row in self._constants.network.time_terms.rows]
-        output = _through_layers(self._constants.network, layers, builder, x, terms)
-        return buffers, builder.calls, output
+        x, *stacks = buffers = [builder.buffer(each.shape, each.dtype) for each in inputs]
+        output = append_network(builder, self._constants.network, layers, x, stacks)
+        return builder.calls, buffers, output
 
-    def _images_at_once(self, x: Tensor) -> int:
-        """Return the number of images per pass, chosen so that feature maps stay in the CPU's cache."""
-        n, _, height, width = x.shape
-        bytes_an_image = self._constants.config.block_out_channels[0] * height * width * x.element_size()
-        if x.device.type != "cpu" or n * bytes_an_image <= _CACHED_BYTES:
-            return max(n, 1)
-        parts = math.ceil(n * bytes_an_image / _CACHED_BYTES)
-        return math.ceil(n / parts)
+    def _num_passes(self, n: int, height: int, width: int) -> int:
+        """Return the number of passes for n maps, chosen so that those of a pass stay in the CPU's cache."""
+        if self.device.type != "cpu":
+            return 1
+        bytes_an_image = self._constants.config.block_out_channels[0] * height * width * self.dtype.itemsize
+        return max(math.ceil(n * bytes_an_image / _CACHED_BYTES), 1)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if "_lock" in vars(self):  # the last attribute of a new object
+        if "_turns" in vars(self):  # the last attribute of a new object
             raise AttributeError(f"FrozenUNet: {name} cannot be set, because it is immutable: freeze the model again")
         super().__setattr__(name, value)
 
@@ -264,69 +291,3 @@ class FrozenUNet:
         if hasattr(nn.Module, name) or name in nn.Module.__annotations__:
             message += ": it is immutable and no nn.Module; change or save the UNet, then freeze it again"
         raise AttributeError(message)
-
-
-# ------------------------------------------------------------------------------------------------------------ the builder
-
-
-def _through_layers(
-    network: Network, layers: PackedLayers | PyTorchLayers, builder: Builder, x: Buffer, terms: list[Buffer]
-) -> Buffer:
-    """Append the calls of all layers, in the order of `UNet.forward`.
-
-    Args:
-        network: The layers.
-        layers: Their implementation.
-        builder: Receives the calls.
-        x: [N, in_channels, H, W].
-        terms: Time terms of the residual blocks.
-    """
-
-    def resnet(block: Resnet, *maps: Buffer) -> Buffer:
-        maps = layers.joined(builder, maps)
-        h = layers.conv(builder, block.conv1, maps, norm=block.norm1, resample=block.resample)
-        shift, scale_shift = None, None
-        if len(block.terms) == 2:
-            scale_shift = (terms[block.terms[0]], terms[block.terms[1]])
-        else:
-            shift = terms[block.terms[0]]
-        return layers.conv(
-            builder,
-            block.conv2,
-            (h,),
-            norm=block.norm2,
-            shift=shift,
-            scale_shift=scale_shift,
-            residual=maps if block.resample is None else layers.resampled(builder, maps, block.resample),
-            shortcut=block.shortcut,
-            divisor=block.divisor,
-        )
-
-    def resampled(layer: Resnet | Conv, x: Buffer, *, up: bool) -> Buffer:
-        if isinstance(layer, Resnet):
-            return resnet(layer, x)
-        return layers.conv(builder, layer, (x,), resample="up" if up else None)  # a stride of 2 on the way down
-
-    x = layers.conv(builder, network.conv_in, (x,))
-    skips = [x]
-    for block in network.down:
-        for i, layer in enumerate(block.resnets):
-            x = resnet(layer, x)
-            if block.attentions:
-                x = layers.attention(builder, block.attentions[i], x)
-            skips.append(x)
-        if block.resampler is not None:
-            x = resampled(block.resampler, x, up=False)
-            skips.append(x)
-    x = resnet(network.mid.resnets[0], x)
-    for attention in network.mid.attentions:
-        x = layers.attention(builder, attention, x)
-    x = resnet(network.mid.resnets[1], x)
-    for block in network.up:
-        for i, layer in enumerate(block.resnets):
-            x = resnet(layer, x, skips.pop())
-            if block.attentions:
-                x = layers.attention(builder, block.attentions[i], x)
-        if block.resampler is not None:
-            x = resampled(block.resampler, x, up=True)
-    return layers.conv(builder, network.conv_out, (x,), norm=network.norm_out)

@@ -21,6 +21,8 @@ from ..nn.layers import (
     timestep_embedding,
 )
 from ..nn.unet import UNet
+from ..ops.step_parts import time_terms_op
+from .program import Buffer, Builder
 
 Resample = Literal["down", "up"]
 
@@ -186,10 +188,54 @@ class TimeTerms:
         if class_labels is not None:
             emb = emb + self._embeddings[1].index_select(0, class_labels)
         emb, dtype = F.silu(emb).to(self._weights[0].dtype), self._biases[0].dtype if class_labels is not None else emb.dtype
+        return [_projected(emb, weight, bias).to(dtype) for weight, bias in zip(self._weights, self._biases, strict=True)]
+
+    def append(self, builder: Builder, timesteps: Tensor, step: Tensor, n: int, class_labels: Tensor | None) -> list[Buffer]:
+        """Append the calls that compute the stacks of a step of a plan, and return them.
+
+        Args:
+            builder: Receives the calls.
+            timesteps: int64 [S], the t of each step.
+            step: int64 [1], the number of the step.
+            n: Number of samples.
+            class_labels: int64 with n elements, or None.
+        """
+        if class_labels is None:
+            tables = self._tables
+            return [
+                builder.call(time_terms_op, table, timesteps, step, n, shape=(len(table), n, table.shape[2]), dtype=table.dtype)
+                for table in tables
+            ]
+        times, classes = self._embeddings
+        dtype = self._weights[0].dtype
+        emb = builder.call(
+            *(_embedded, times, classes, timesteps, step, class_labels, dtype), shape=(n, times.shape[1]), dtype=dtype
+        )
         return [
-            torch.baddbmm(bias, emb.expand(len(weight), *emb.shape), weight).to(dtype)
+            builder.call(_projected, emb, weight, bias, shape=(len(weight), n, weight.shape[2]), dtype=dtype)
             for weight, bias in zip(self._weights, self._biases, strict=True)
         ]
+
+
+def _embedded(
+    times: Tensor,
+    classes: Tensor,
+    timesteps: Tensor,
+    step: Tensor,
+    labels: Tensor,
+    dtype: torch.dtype,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Return the activated embedding of a step's timestep and of labels, [N, E]."""
+    emb = times.index_select(0, timesteps.index_select(0, step)) + classes.index_select(0, labels.flatten())
+    emb = F.silu(emb)
+    return emb.to(dtype) if out is None else out.copy_(emb)
+
+
+def _projected(emb: Tensor, weights: Tensor, biases: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """Return emb [N, E] times each of the weights [B, E, W], plus biases [B, 1, W]."""
+    return torch.baddbmm(biases, emb.expand(len(weights), *emb.shape), weights, out=out)  # type: ignore[arg-type]
 
 
 def held_tensors(part: object) -> list[Tensor]:

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..modes import runs_eagerly
 from ..ops.attention import attention_op
-from ..ops.conv3x3 import WINOGRAD_TILES, conv_ops, float_bias, pack_weights, step_of, winograd_tiles
-from ..ops.fused_op import runs_eagerly
 from ..ops.group_norm_affine import group_norm_affine_op
+from ..ops.packed_conv import conv_ops, float_bias, pack_weights, step_of, suits_winograd
 from ..ops.resample import resample_op
 from .network import Conv, Norm, Resample, SelfAttention
 from .program import Buffer, Builder
@@ -94,7 +94,7 @@ class PackedLayers:
         n, _, height, width = x.shape
         upsample = resample == "up"
         if conv.kernel == 3 and conv.stride == 1:
-            worth = winograd_tiles(n, height, width) >= WINOGRAD_TILES and min(conv.weight.shape[:2]) >= WINOGRAD_CHANNELS
+            worth = suits_winograd(n, height, width) and min(conv.weight.shape[:2]) >= WINOGRAD_CHANNELS
             method = "winograd" if worth else "direct"
         else:
             method = "direct"

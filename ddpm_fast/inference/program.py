@@ -1,16 +1,17 @@
-"""Programs: a list of calls on buffers, which computes a network for one input shape."""
+"""Programs: a list of calls, which computes a network or a whole sampling step for one input shape."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from ..ops.backend import KERNELS
-from ..ops.fused_op import FusedOp
+from ..ops.region import in_one_region, is_op
 
 _ALIGNMENT: Final = 64  # bytes, a cache line
 
@@ -56,14 +57,17 @@ class Buffer:
 
 @dataclass(frozen=True)
 class Call:
-    """out = function(*arguments). Arguments may be buffers, constant tensors, numbers and None.
+    """A call of a function, which is an op or takes `out`, as functions of PyTorch do.
 
-    A `FusedOp` runs by its native kernel.
+    Attributes:
+        function: The function.
+        arguments: Buffers, tensors, numbers and None. The memory of tensors is read at every run.
+        out: Buffer of the result, or the tensors that an op writes in place.
     """
 
-    function: FusedOp | Callable[..., Tensor]
+    function: Callable[..., Any]
     arguments: tuple[Any, ...]
-    out: Buffer
+    out: Buffer | tuple[Tensor, ...]
 
 
 class Builder:
@@ -78,13 +82,15 @@ class Builder:
         self._count += 1
         return Buffer(self._count - 1, tuple(shape), dtype)
 
-    def call(
-        self, function: FusedOp | Callable[..., Tensor], *arguments: Any, shape: Sequence[int], dtype: torch.dtype
-    ) -> Buffer:
+    def call(self, function: Callable[..., Any], *arguments: Any, shape: Sequence[int], dtype: torch.dtype) -> Buffer:
         """Append a call and return its result."""
         out = self.buffer(shape, dtype)
         self.calls.append(Call(function, arguments, out))
         return out
+
+    def update(self, op: Callable[..., Any], *arguments: Any, out: tuple[Tensor, ...]) -> None:
+        """Append a call of an op that writes its results to tensors."""
+        self.calls.append(Call(op, arguments, out))
 
 
 class PythonProgram:
@@ -93,48 +99,54 @@ class PythonProgram:
     PyTorch allocates the results. Each is released after its last use.
 
     Args:
-        inputs: Buffers of the inputs.
         calls: Calls in order.
-        output: Buffer of the result.
+        inputs: Buffers of the inputs.
+        output: Buffer of the result. None: the calls write to tensors alone.
+        backend: Backend of the ops. None: the first that can run.
     """
 
-    def __init__(self, inputs: Sequence[Buffer], calls: Sequence[Call], output: Buffer) -> None:
-        self._inputs, self._output = [buffer.index for buffer in inputs], output
+    def __init__(
+        self, calls: Sequence[Call], inputs: Sequence[Buffer] = (), output: Buffer | None = None, backend: str | None = None
+    ) -> None:
+        self._inputs, self._output, self._backend = [buffer.index for buffer in inputs], output, backend
         last = _last_uses(calls, output)
         self._calls = []
         for i, call in enumerate(calls):
-            read = {value.index for value in call.arguments if isinstance(value, Buffer)}
-            self._calls.append((call, [index for index in {*read, call.out.index} if last.get(index, i) == i]))
+            buffers = {value.index for value in (*call.arguments, call.out) if isinstance(value, Buffer)}
+            self._calls.append((call, [index for index in buffers if last.get(index, i) == i]))
 
-    def __call__(self, inputs: Sequence[Tensor]) -> Tensor:
+    def __call__(self, inputs: Sequence[Tensor] = ()) -> Tensor | None:
         """Return the result for these inputs. They are only read."""
         values: dict[int, Tensor] = dict(zip(self._inputs, inputs, strict=True))
         for call, finished in self._calls:
             arguments = [_viewed(values[v.index], v) if isinstance(v, Buffer) else v for v in call.arguments]
-            if isinstance(call.function, FusedOp):
-                result = call.function(*arguments, backend="native")
+            if not isinstance(call.out, Buffer):
+                call.function(*arguments, backend=self._backend, out=call.out)
+            elif is_op(call.function):
+                values[call.out.index] = call.function(*arguments, backend=self._backend)
             else:
-                result = call.function(*arguments)
-            values[call.out.index] = result
+                values[call.out.index] = call.function(*arguments)
             for index in finished:
                 del values[index]
-        return _viewed(values[self._output.index], self._output)
+        return None if self._output is None else _viewed(values[self._output.index], self._output)
 
 
 class NativeProgram:
-    """Executor on a CPU: the compiled module makes all calls in one parallel region.
+    """Executor on a CPU: the compiled module makes all calls of ops that follow each other in one parallel region.
 
     All buffers lie in one block of memory. Buffers whose lifetimes do not overlap share bytes of it. Only one
     thread at a time may call a program.
 
     Args:
-        inputs: Buffers of the inputs.
-        calls: Calls in order, of `FusedOp`s.
-        output: Buffer of the result.
+        calls: Calls in order.
         threads: Number of threads.
+        inputs: Buffers of the inputs.
+        output: Buffer of the result. None: the calls write to tensors alone.
     """
 
-    def __init__(self, inputs: Sequence[Buffer], calls: Sequence[Call], output: Buffer, threads: int) -> None:
+    def __init__(
+        self, calls: Sequence[Call], threads: int, inputs: Sequence[Buffer] = (), output: Buffer | None = None
+    ) -> None:
         buffers = [*inputs, *(call.out for call in calls)]
         offsets, size = plan_memory(buffers, len(inputs), _last_uses(calls, output))
         memory = torch.empty(size, dtype=torch.uint8, device="cpu")
@@ -150,33 +162,34 @@ class NativeProgram:
             return flat.view(n, height, width, channels).permute(0, 3, 1, 2)
 
         self._inputs, self._output = [tensor(buffer) for buffer in inputs], tensor(output)
-        kernels = []
-        for call in calls:
-            assert isinstance(call.function, FusedOp)
-            kernels.append((call.function, tuple(map(tensor, call.arguments)), tensor(call.out)))
-        # Kernels run one after the other, so they share the largest scratch buffer.
-        bytes_needed = max((op.native_workspace(arguments, out) for op, arguments, out in kernels), default=0)
-        workspace = torch.empty(bytes_needed, dtype=torch.uint8, device="cpu") if bytes_needed else None
-        fields = [(op.name, op.native_fields(arguments, out, workspace)) for op, arguments, out in kernels]
-        self._run = KERNELS["cpu"].Program(fields, threads)
+        self._stages: list[Callable[[], Any]] = []
+        for by_kernels, group in itertools.groupby(calls, lambda call: is_op(call.function)):
+            bound = [(call.function, tuple(map(tensor, call.arguments)), tensor(call.out)) for call in group]
+            if by_kernels:
+                ops: Any = [(op, arguments, out if isinstance(out, tuple) else (out,)) for op, arguments, out in bound]
+                self._stages.append(in_one_region(ops, threads))
+            else:
+                self._stages += [partial(function, *arguments, out=out) for function, arguments, out in bound]
 
-    def __call__(self, inputs: Sequence[Tensor]) -> Tensor:
+    def __call__(self, inputs: Sequence[Tensor] = ()) -> Tensor | None:
         """Return the result for these inputs, as a new tensor. They are only read."""
         for own, x in zip(self._inputs, inputs, strict=True):
             own.copy_(x)
-        self._run()
-        result: Tensor = self._output.clone()
-        return result
+        for stage in self._stages:
+            stage()
+        return None if self._output is None else self._output.clone()
 
 
-def plan_memory(buffers: Sequence[Buffer], num_inputs: int, last: dict[int, int]) -> tuple[dict[int, int], int]:
+def plan_memory(
+    results: Sequence[Buffer | tuple[Tensor, ...]], num_inputs: int, last: dict[int, int]
+) -> tuple[dict[int, int], int]:
     """Place buffers in one block of memory.
 
     The largest buffer is placed first, each at the lowest offset where it overlaps no placed buffer that is
     alive at the same time (greedy by size, Pisarchyk and Lee 2020).
 
     Args:
-        buffers: The inputs, then the result of each call in order.
+        results: The inputs, then the result of each call in order. Those that are tensors have memory.
         num_inputs: Number of inputs. They are alive from the start.
         last: Index of a buffer -> number of the last call that reads it.
 
@@ -184,13 +197,14 @@ def plan_memory(buffers: Sequence[Buffer], num_inputs: int, last: dict[int, int]
         Offset of each buffer by index, and the size of the block, in bytes.
     """
     lifetimes = {}
-    for i, buffer in enumerate(buffers):
+    buffers = [(i, result) for i, result in enumerate(results) if isinstance(result, Buffer)]
+    for i, buffer in buffers:
         first = max(i - num_inputs, -1)
         lifetimes[buffer.index] = (first, max(last.get(buffer.index, first), first))
     offsets: dict[int, int] = {}
     placed: list[tuple[int, int, int, int]] = []  # offset, end, first call, last call
     total = 0
-    for buffer in sorted(buffers, key=lambda buffer: -buffer.nbytes):
+    for _, buffer in sorted(buffers, key=lambda pair: -pair[1].nbytes):
         first, end = lifetimes[buffer.index]
         offset = 0
         for start, stop, born, dead in sorted(placed):
@@ -203,10 +217,11 @@ def plan_memory(buffers: Sequence[Buffer], num_inputs: int, last: dict[int, int]
     return offsets, total
 
 
-def _last_uses(calls: Sequence[Call], output: Buffer) -> dict[int, int]:
+def _last_uses(calls: Sequence[Call], output: Buffer | None) -> dict[int, int]:
     """Return the number of the last call that reads each buffer. The output is read after all calls."""
     last = {value.index: i for i, call in enumerate(calls) for value in call.arguments if isinstance(value, Buffer)}
-    last[output.index] = len(calls)
+    if output is not None:
+        last[output.index] = len(calls)
     return last
 
 

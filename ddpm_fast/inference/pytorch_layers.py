@@ -11,9 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..modes import runs_eagerly
 from ..nn.conv import doubled
-from ..ops.backend import MATRIX_DTYPES
-from ..ops.fused_op import runs_eagerly
 from ..ops.group_norm_silu import group_norm_silu
 from .network import Conv, Norm, Resample, SelfAttention
 from .program import Buffer, Builder
@@ -183,7 +182,7 @@ def has_prepacked(dtype: torch.dtype) -> bool:
 
     torch.compile calls them. They are not a public API.
     """
-    if not torch.backends.mkldnn.is_available() or dtype not in MATRIX_DTYPES:
+    if not torch.backends.mkldnn.is_available() or dtype not in (torch.float32, torch.bfloat16):
         return False
     try:
         if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.attention import attention, is_attention_native
-from ..ops.fused_op import memory_format
 from ..ops.group_norm_silu import group_norm_silu
 from ..ops.noise import noise
 from ..reference import STREAM_DROPOUT
@@ -265,7 +264,8 @@ class Upsample(nn.Module):
 
 def _dropout(x: Tensor, p: float, seeds: Tensor, stream: int) -> Tensor:
     """Drop elements of x [N, C, H, W] with probability p. Sample i's depend on (seeds[i], stream) alone."""
-    normals = noise(x.shape, seeds, stream=stream, device=x.device, memory_format=memory_format(x))
+    layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
+    normals = noise(x.shape, seeds, stream=stream, device=x.device, memory_format=layout)
     bound = torch.special.ndtri(torch.tensor(p, dtype=torch.float64, device="cpu"))  # normals are below it with probability p
     return (x * (1 / (1 - p))).masked_fill(normals < bound, 0)
 

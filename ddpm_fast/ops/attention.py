@@ -10,10 +10,12 @@ from torch import Tensor
 from .. import reference
 from ..checks import check_float, check_int, check_number
 from ..errors import InvalidValue
+from ..modes import is_transformed
 from .autocast import autocast, in_autocast
 from .backend import why_not_matrix_kernels
-from .conv3x3 import is_trained_natively, step_of
-from .fused_op import FusedOp, gradients_of, is_transformed
+from .conv3x3 import is_trained_natively
+from .fused_op import FusedOp, gradients_of
+from .packed_conv import step_of
 
 # Fewest pixels for which a layer's training step is faster than with PyTorch's attention. Its time relative to PyTorch's
 # (256 channels in one head, batch 16, two cores with AVX-512 BF16):

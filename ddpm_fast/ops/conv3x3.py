@@ -1,7 +1,6 @@
 """conv3x3: a 3x3 convolution with the operations before and after it, in one pass.
 
-On CPUs the kernels are direct sums or Winograd's F(2x2, 3x3) (Lavin and Gray 2016), on packed weights. The frozen network
-calls the same kernels, with weights that are packed once.
+On CPUs the kernels are those of `packed_conv`, with weights that are packed at each call.
 """
 
 from __future__ import annotations
@@ -16,17 +15,13 @@ from .. import reference
 from ..checks import check_choice, check_device, check_float, check_like, check_map, check_number, check_type
 from ..dtypes import opmath
 from ..errors import InvalidType, InvalidValue
+from ..modes import is_transformed, runs_eagerly
 from .autocast import autocast
-from .backend import MATRIX_DTYPES, has_fast_bfloat16, native, why_not_matrix_kernels
-from .fused_op import FusedOp, gradients_of, is_transformed, runs_eagerly
-
-# Fewest 2x2 tiles of a batch for which Winograd's method is faster than the direct sum. It reads 16/9 of the weights, or
-# 36/16 after an upsampling.
-WINOGRAD_TILES: Final = 8
+from .backend import MATRIX_DTYPES, has_fast_bfloat16, why_not_matrix_kernels
+from .fused_op import FusedOp, gradients_of
+from .packed_conv import conv_ops, float_bias, pack_weights, pack_winograd_op, suits_winograd, weight_gradient_op
 
 _CHANNELS_LAST: Final = torch.channels_last
-# The input row, of two, that each of three taps reads after upsampling by 2: for even and for odd output rows.
-_UPSAMPLED: Final = torch.tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], dtype=torch.float64, device="cpu")
 
 
 def conv3x3(
@@ -114,132 +109,6 @@ def _check_small(name: str, value: Tensor, x: Tensor) -> None:
     check_device("conv3x3", name, value, "x", x)
 
 
-def winograd_tiles(n: int, height: int, width: int) -> int:
-    """Return the number of 2x2 tiles in n feature maps."""
-    return n * ((height + 1) // 2) * ((width + 1) // 2)
-
-
-# --------------------------------------------------------------------------------------------------------- packed weights
-
-
-def step_of(dtype: torch.dtype) -> int:
-    """Return the number of input channels per multiply-add: 2 in bfloat16, 1 in float32."""
-    return 2 if dtype == torch.bfloat16 else 1
-
-
-def pack_weights(weight: Tensor, method: str, dtype: torch.dtype, *, upsample: bool = False) -> Tensor:
-    """Return weights in the order in which a kernel reads them: [panels, taps, in / step, panel, step].
-
-    A panel is as many output channels as there are sums in registers. A step is the number of input
-    channels per multiply-add, 2 in bfloat16. Incomplete panels and steps are filled with 0.
-
-    Args:
-        weight: [out, in, k, k].
-        method: "direct": taps are the k k pixels of the kernel. With `upsample`, they are the 4 pixels of the
-            small map behind each pixel of a 2x2 output square. "winograd": G g G^T for k = 3, in 16 taps.
-            With `upsample`, 36: four phases of 9.
-        dtype: Dtype of the result, float32 or bfloat16.
-        upsample: Pack for a convolution after an upsampling by 2.
-    """
-    if method == "winograd":
-        packed: Tensor = pack_winograd_op(weight.detach().float(), dtype, False, upsample)
-        return packed
-    wide = weight.detach().double()
-    if upsample:
-        taps = torch.einsum("pak,qbl,oikl->pqabio", _UPSAMPLED, _UPSAMPLED, wide).flatten(0, 3)
-    else:
-        taps = wide.permute(2, 3, 1, 0).flatten(0, 1)
-    panel, step = native().cpu.panel, step_of(dtype)
-    taps = F.pad(taps, (0, -taps.shape[2] % panel, 0, -taps.shape[1] % step)).to(dtype)  # [taps, in, out]
-    panels = taps.view(len(taps), taps.shape[1] // step, step, -1, panel)
-    return panels.permute(3, 0, 1, 4, 2).contiguous()
-
-
-def float_bias(bias: Tensor) -> Tensor:
-    """Return the bias as contiguous float32 [out], detached. May share memory with `bias`."""
-    return bias.detach().float().contiguous()
-
-
-def _packed(arguments: Any) -> Tensor:
-    weight: Tensor = arguments.weight
-    out_channels, channels = weight.shape[1::-1] if arguments.flipped else weight.shape[:2]
-    panel, step = native().cpu.panel, step_of(arguments.dtype)
-    shape = (-(-out_channels // panel), 36 if arguments.upsample else 16, -(-channels // step), panel, step)
-    return weight.new_empty(shape, dtype=arguments.dtype)
-
-
-# Flipped weights are those of the input's gradient: in and out exchanged, taps in reverse order.
-pack_winograd_op = FusedOp(
-    "pack_winograd",
-    "Tensor weight, ScalarType dtype, bool flipped, bool upsample",
-    outputs={"packed": _packed},
-    derived={
-        "out_channels": lambda a: a.weight.shape[0],
-        "channels": lambda a: a.weight.shape[1],
-        "out_stride": lambda a: a.weight.stride(0),
-        "stride": lambda a: a.weight.stride(1),
-        "row_stride": lambda a: a.weight.stride(2),
-        "column_stride": lambda a: a.weight.stride(3),
-    },
-    limits=why_not_matrix_kernels,
-)
-
-# ---------------------------------------------------------------------------------------------------------------- kernels
-
-
-def _empty_map(x: Tensor, channels: int, height: int, width: int) -> Tensor:
-    return torch.empty((x.shape[0], channels, height, width), dtype=x.dtype, device=x.device, memory_format=_CHANNELS_LAST)
-
-
-def _kernel(method: str) -> FusedOp:
-    """Return the kernel of a method as an op on channels_last maps and packed weights."""
-    return FusedOp(
-        f"conv_{method}",
-        "Tensor x, Tensor? skip, Tensor? affine, bool silu, Tensor packed, Tensor? bias, Tensor? residual, float divisor, "
-        "bool upsample, int out_channels, SymInt out_height, SymInt out_width, int kernel, int stride, int padding",
-        outputs={"y": lambda a: _empty_map(a.x, a.out_channels, a.out_height, a.out_width)},
-        derived={
-            "height": lambda a: a.x.shape[2],
-            "width": lambda a: a.x.shape[3],
-            "channels": lambda a: a.x.shape[1],
-            "skip_channels": lambda a: 0 if a.skip is None else a.skip.shape[1],
-        },
-        dense=("x", "skip", "residual"),
-        layout=_CHANNELS_LAST,
-        limits=why_not_matrix_kernels,
-    )
-
-
-# "direct" takes kernels of 1x1 and 3x3 and strides 1 and 2, "winograd" 3x3 and stride 1. The third maps the gradient of an
-# upsampled convolution's output to that of its small input. Its weights are packed flipped, with `upsample`.
-METHODS: Final = ("direct", "winograd", "winograd_upsampled_gradient")
-conv_ops: Final = {method: _kernel(method) for method in METHODS}
-
-weight_gradient_op = FusedOp(
-    "conv_winograd_weight_gradient",
-    "Tensor x, Tensor grad_y, bool has_bias, bool upsample",
-    outputs={
-        "grad_weight": lambda a: torch.empty(
-            (a.grad_y.shape[1], a.x.shape[1], 3, 3), dtype=torch.float32, device=a.x.device, memory_format=_CHANNELS_LAST
-        ),
-        "grad_bias": lambda a: a.x.new_empty(a.grad_y.shape[1], dtype=torch.float32) if a.has_bias else None,
-    },
-    derived={
-        "height": lambda a: a.x.shape[2],
-        "width": lambda a: a.x.shape[3],
-        "channels": lambda a: a.x.shape[1],
-        "out_channels": lambda a: a.grad_y.shape[1],
-    },
-    dense=("x", "grad_y"),
-    layout=_CHANNELS_LAST,
-    host_only=("has_bias",),
-    limits=why_not_matrix_kernels,
-)
-
-
-# -------------------------------------------------------------------------------------------------------------------- op
-
-
 def _is_channels_last(x: Tensor) -> bool:
     return x.is_contiguous(memory_format=_CHANNELS_LAST) and not x.is_contiguous()
 
@@ -257,7 +126,7 @@ def _native(results: Any, a: Any) -> None:
     if a.silu and affine is None:  # kernels apply SiLU after an affine map
         channels = a.weight.shape[1]
         affine = torch.tensor([0.0, 1.0, 0.0], device=x.device)[None, :, None].expand(len(x), 3, channels).contiguous()
-    method = "winograd" if winograd_tiles(x.shape[0], *x.shape[2:]) >= WINOGRAD_TILES else "direct"
+    method = "winograd" if suits_winograd(x.shape[0], *x.shape[2:]) else "direct"
     packed = pack_weights(a.weight, method, x.dtype, upsample=a.upsample)
     bias = None if a.bias is None else float_bias(a.bias)
     out = (results.y,) if results.y.is_contiguous(memory_format=_CHANNELS_LAST) else ()
@@ -330,7 +199,7 @@ def _is_default(a: Any) -> bool:
         and not a.silu  # PyTorch computes their gradients, and faster the whole
         and is_trained_natively(a.x.dtype, a.x, a.weight, a.bias, a.residual)
         and (_is_channels_last(a.x) or _is_channels_last(a.weight))
-        and winograd_tiles(a.x.shape[0], *a.x.shape[2:]) >= WINOGRAD_TILES
+        and suits_winograd(a.x.shape[0], *a.x.shape[2:])
     )
 
 

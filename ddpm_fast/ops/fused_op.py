@@ -15,6 +15,7 @@ from torch import Tensor
 from ..checks import check_apart, check_choice, check_memory, check_strided
 from ..dtypes import FLOATS
 from ..errors import InvalidType, InvalidValue
+from ..modes import PLAIN_TYPES, is_traced, is_transformed, is_transformed_tensor, runs_eagerly
 from .backend import BACKENDS, KERNELS, BackendUnavailable, warn_without_cuda, why_not_native, why_not_triton
 
 Outputs = tuple[Tensor | None, ...]
@@ -22,9 +23,7 @@ Outs = tuple[Tensor, ...]
 LIBRARY: Final = torch.library.Library("ddpm_fast", "DEF")
 OPS: Final[dict[str, FusedOp]] = {}  # public ops by name
 
-_DTYPE_CODES: Final = {dtype: code for code, dtype in enumerate((*FLOATS, torch.uint8))}
-_PLAIN_TYPES: Final = (Tensor, torch.nn.Parameter)
-_VMAP_OF_GRADIENTS: Any = torch._C._parse_dispatch_key("VmapMode")  # torch.autograd.grad(..., is_grads_batched=True)
+_DTYPE_CODES: Final = {dtype: code for code, dtype in enumerate((*FLOATS, torch.uint8, torch.int64))}
 _NOT_BY_KERNELS: Final = (
     "kernels have neither forward mode nor higher derivatives, which torch.func transforms and forward-mode differentiation "
     'need: leave backend out or pass "reference"'
@@ -158,7 +157,7 @@ class FusedOp:
         for i in self._tensors:
             tensor = arguments[i]
             if tensor is not None:
-                if type(tensor) not in _PLAIN_TYPES or tensor.is_neg():
+                if type(tensor) not in PLAIN_TYPES or tensor.is_neg():
                     return self._by_dispatcher(arguments, backend, out)
                 needs_grad = needs_grad or (records and tensor.requires_grad)
         if needs_grad and not out:
@@ -291,31 +290,37 @@ class FusedOp:
             torch.autograd.graph.increment_version(each)  # autograd does not see what a kernel writes
         return results
 
-    def native_fields(self, arguments: tuple[Any, ...], out: Tensor, workspace: Tensor | None = None) -> tuple[Any, ...]:
-        """Return the fields of the CPU kernel for a call that writes its first result to `out`.
+    def native_fields(self, arguments: tuple[Any, ...], out: Outs, workspace: Tensor | None = None) -> tuple[Any, ...]:
+        """Return the fields of the CPU kernel for a call that writes its first results to `out`.
 
         Args:
-            arguments: Arguments of the schema, in order. Tensors must be dense, in the layout of the kernel.
-            out: Tensor for the first result. Results that only the backward pass reads are absent.
+            arguments: Arguments of the schema, in order. Tensors must be dense, the large ones in one memory format.
+            out: Tensors for the first results. Results that only the backward pass reads are absent.
             workspace: Scratch buffer of `native_workspace` bytes.
+
+        Raises:
+            ValueError: Tensors have different memory formats.
         """
         a = self.Arguments(*arguments, "native")
-        _, fields = self._fields_of(self._allocated(a, saves=False, out=(out,)), a)
-        if self._workspace is None:
-            return fields
-        return self._replaced(fields, "workspace", workspace)
+        large = [a[i] for i in self._dense if a[i] is not None]
+        layout = self._layout or _shared_format(self.name, [*large, *out])
+        _, fields = self._fields_of(self._allocated(a, saves=False, out=out), a, layout)
+        return fields if self._workspace is None else self._replaced(fields, "workspace", workspace)
 
-    def native_workspace(self, arguments: tuple[Any, ...], out: Tensor) -> int:
+    def native_workspace(self, arguments: tuple[Any, ...], out: Outs) -> int:
         """Return the size in bytes of the scratch buffer of this call on a CPU."""
         if self._workspace is None:
             return 0
         size: int = getattr(KERNELS["cpu"], self._workspace)(*self.native_fields(arguments, out))
         return size
 
-    def _fields_of(self, results: Any, a: Any) -> tuple[Tensor, tuple[Any, ...]]:
-        """Return the tensor that sets the kernel's shape, and the fields of the kernel."""
+    def _fields_of(self, results: Any, a: Any, layout: torch.memory_format | None = None) -> tuple[Tensor, tuple[Any, ...]]:
+        """Return the tensor that sets the kernel's shape, and the fields of the kernel.
+
+        `layout` is the format of a tensor that has both, as one of a single channel has.
+        """
         main = a[self._main] if self._dense else results[0]
-        values = [*results, *a, dtype_code(main.dtype), *sizes(main), None, torch.get_num_threads()]
+        values = [*results, *a, dtype_code(main.dtype), *sizes(main, layout), None, torch.get_num_threads()]
         values += [0 if a[i] is None else dtype_code(a[i].dtype) for i in self._typed]
         values += [derive(a) for derive in self._derived]
         return main, self._pick(values)
@@ -642,41 +647,6 @@ def gradients_of(
     return tuple(next(grads) if need else None for need in needed)
 
 
-# ------------------------------------------------------------------------------------------------------------ conditions
-
-
-def is_transformed() -> bool:
-    """Return whether a torch.func transform or forward-mode differentiation is active.
-
-    Do not call this from compiled code.
-    """
-    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
-
-
-def is_transformed_tensor(tensor: Tensor) -> bool:
-    """Return whether a torch.func transform wraps a tensor, or forward mode gave it a tangent."""
-    return torch._C._functorch.is_functorch_wrapped_tensor(tensor) or torch._VF._unpack_dual(tensor, level=0)[1] is not None
-
-
-def is_traced() -> bool:
-    """Return whether torch.jit, a dispatch mode or the vmap of batched gradients is active."""
-    return bool(
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._dispatch_tls_is_dispatch_key_included(_VMAP_OF_GRADIENTS)
-    )
-
-
-def runs_eagerly(*tensors: Tensor | None) -> bool:
-    """Return whether kernels may be called directly.
-
-    That needs plain tensors, and no compiler, tracer, dispatch mode or transform.
-    """
-    if torch.compiler.is_compiling() or is_transformed() or is_traced():
-        return False
-    return all(tensor is None or (type(tensor) in _PLAIN_TYPES and not tensor.is_neg()) for tensor in tensors)
-
-
 # ---------------------------------------------------------------------------------------------------------------- memory
 
 
@@ -695,10 +665,18 @@ def memory_format(x: Tensor) -> torch.memory_format:
     return torch.contiguous_format if x.is_contiguous() else torch.channels_last
 
 
-def sizes(x: Tensor) -> tuple[int, int, int, int]:
-    """Return n, c, hw and channels_last (0 or 1) of a dense tensor."""
+def _shared_format(op: str, tensors: Sequence[Tensor]) -> torch.memory_format:
+    """Return the memory format that all tensors have. A tensor of one channel has both."""
+    for layout in (torch.contiguous_format, torch.channels_last):
+        if all(each.is_contiguous(memory_format=layout) for each in tensors):
+            return layout
+    raise InvalidValue(op, "", "tensors of one memory format", f"strides {[each.stride() for each in tensors]}")
+
+
+def sizes(x: Tensor, layout: torch.memory_format | None = None) -> tuple[int, int, int, int]:
+    """Return n, c, hw and channels_last (0 or 1) of a dense tensor. `layout` decides where it has both formats."""
     n = x.shape[0]
-    if x.is_contiguous():
+    if x.is_contiguous() and layout is not torch.channels_last:
         c = x.shape[1] if x.dim() > 1 else 1
         return n, c, x.numel() // max(1, n * c), 0
     return n, x.shape[1], x.shape[2] * x.shape[3], 1

@@ -1,0 +1,32 @@
+"""Several ops in one call of the compiled module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeGuard
+
+import torch
+
+from .backend import KERNELS
+from .fused_op import FusedOp, Outs
+
+
+def is_op(function: Callable[..., Any]) -> TypeGuard[FusedOp]:
+    """Return whether a function is an op, which has a CPU kernel."""
+    return isinstance(function, FusedOp)
+
+
+def in_one_region(calls: Sequence[tuple[FusedOp, tuple[Any, ...], Outs]], threads: int) -> Callable[[], None]:
+    """Return a function that makes calls of ops in one parallel region of a CPU, without Python in between.
+
+    Args:
+        calls: For each call the op, its arguments, and the tensors for its first results. The function keeps their
+            memory and uses it at every run. Tensors must be plain, dense and of one memory format a call.
+        threads: Number of threads.
+    """
+    # Kernels run one after the other, so they share the largest scratch buffer.
+    size = max((op.native_workspace(arguments, out) for op, arguments, out in calls), default=0)
+    workspace = torch.empty(size, dtype=torch.uint8, device="cpu") if size else None
+    fields = [(op.name, op.native_fields(arguments, out, workspace)) for op, arguments, out in calls]
+    run: Callable[[], None] = KERNELS["cpu"].Program(fields, threads)
+    return run

@@ -1,0 +1,48 @@
+"""What a sampling step computes beside the network and `reverse_step`, as ops that a program calls."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from .backend import why_not_matrix_kernels
+from .fused_op import FusedOp
+
+
+def _input(a: Any) -> Tensor:
+    shape = (a.copies * len(a.x_t), *a.x_t.shape[1:])
+    return torch.empty(shape, dtype=a.dtype, device=a.x_t.device, memory_format=torch.channels_last)
+
+
+time_terms_op: Final = FusedOp(
+    "time_terms",
+    "Tensor table, Tensor timesteps, Tensor step, int samples",
+    outputs={"terms": lambda a: a.table.new_empty(len(a.table), a.samples, a.table.shape[2])},
+    reference=reference.time_terms,
+    derived={
+        "tables": lambda a: len(a.table),
+        "num_timesteps": lambda a: a.table.shape[1],
+        "width": lambda a: a.table.shape[2],
+    },
+    limits=why_not_matrix_kernels,
+)
+
+network_input_op: Final = FusedOp(
+    "network_input",
+    "Tensor x_t, ScalarType dtype, int copies, bool centered",
+    outputs={"x": _input},
+    reference=reference.network_input,
+    derived={"count": lambda a: a.x_t.numel()},
+    limits=why_not_matrix_kernels,
+)
+
+count_step_op: Final = FusedOp(
+    "count_step",
+    "Tensor step",
+    outputs={"next_step": lambda a: torch.empty_like(a.step)},
+    reference=reference.count_step,
+    limits=why_not_matrix_kernels,
+)
