@@ -66,7 +66,7 @@ class DenoisingLoop:
         self._address = self.x_t.data_ptr()
         self.advance: Callable[[], object]
         if isinstance(network, FrozenUNet):
-            self.advance = network.step_program(plan, tensors, guidance_scale)
+            self.advance = network.step(plan, tensors, guidance_scale)
         else:
             plan.table(device)  # in place before a capture looks
             timesteps = plan.timesteps.to(device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 
 from .atomic import read_json
 from .checks import check_dtype, check_path, checked_device
-from .errors import InvalidValue, renaming
+from .errors import InvalidValue
 from .limits import no_folder
 from .nn.unet import UNet, describe_images
 from .plan import Prediction, Variance
@@ -22,6 +23,7 @@ from .training.run_folder import RunFolder
 if TYPE_CHECKING:
     from .schemas import Scheduler
 
+_SCHEDULER: Final = "scheduler_config.json"
 BUILTIN: Final = Path(__file__).parent / "builtin"
 """Folder of the built-in model: class-conditional, trained by `ddpm-fast train` on Fashion-MNIST padded to 32x32."""
 
@@ -59,9 +61,12 @@ def load_builtin(device: torch.device | str | None = None, dtype: torch.dtype | 
     Returns:
         The network in eval mode, and its noise schedule.
     """
-    with renaming("load_builtin"):
-        loaded = load_folder(BUILTIN, device, dtype)
-    return loaded.model, loaded.schedule
+    check_dtype("load_builtin", "dtype", dtype, optional=True)
+    device = None if device is None else checked_device("load_builtin", device)
+    model = UNet.from_pretrained(BUILTIN / "unet", dtype=dtype, device=device)
+    # A test validates the files of the package, as `load_folder` does with others.
+    config = json.loads((BUILTIN / "scheduler" / _SCHEDULER).read_bytes())
+    return model.to(memory_format=torch.channels_last), schedule_from_config(config)  # type: ignore[call-overload]
 
 
 def load_folder(
@@ -148,8 +153,9 @@ def _read_scheduler(folder: Path) -> tuple[NoiseSchedule, Scheduler]:
         scheduler = msgspec.convert(values, Scheduler)
         return schedule_from_config(values), scheduler
 
-    name = "scheduler_config.json"
-    for file in (folder / "scheduler" / name, folder / name):
+    for file in (folder / "scheduler" / _SCHEDULER, folder / _SCHEDULER):
         if file.is_file():
             return read_json("load_folder", file, parse)
-    raise FileNotFoundError(f"load_folder: expected scheduler/{name} or {name} in {str(folder)!r}, which has neither")
+    raise FileNotFoundError(
+        f"load_folder: expected scheduler/{_SCHEDULER} or {_SCHEDULER} in {str(folder)!r}, which has neither"
+    )

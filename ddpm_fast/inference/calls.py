@@ -15,7 +15,7 @@ from ..plan import SamplingPlan
 from ..reference import VARIANCES
 from .network import Conv, Network, Resnet
 from .packed_layers import PackedLayers
-from .program import Buffer, Builder
+from .program import Buffer, Builder, Value
 from .pytorch_layers import PyTorchLayers
 
 Layers: TypeAlias = PackedLayers | PyTorchLayers
@@ -79,7 +79,7 @@ def append_step(
     ]
     for part, of_part in zip(parts, stacks, strict=True):
         x, x_0 = x_t[part], None if x_0_prev is None else x_0_prev[part]
-        read: Tensor | Buffer = x
+        read: Value = x
         if copies > 1 or config.center_input_sample or dtype != x.dtype:
             arguments = (x, dtype, copies, config.center_input_sample)
             read = builder.call(network_input_op, *arguments, shape=(copies * len(x), *x.shape[1:]), dtype=dtype)
@@ -92,7 +92,7 @@ def append_step(
     builder.update(count_step_op, step, out=(step,))
 
 
-def append_network(builder: Builder, network: Network, layers: Layers, x: Buffer | Tensor, stacks: list[Buffer]) -> Buffer:
+def append_network(builder: Builder, network: Network, layers: Layers, x: Value, stacks: list[Buffer]) -> Buffer:
     """Append the calls of all layers, in the order of `UNet.forward`, and return the network's output.
 
     Args:
@@ -105,8 +105,8 @@ def append_network(builder: Builder, network: Network, layers: Layers, x: Buffer
     rows = [stack.rows() for stack in stacks]
     terms = [rows[stack][row] for stack, row in network.time_terms.rows]
 
-    def resnet(block: Resnet, *maps: Buffer) -> Buffer:
-        maps = layers.joined(builder, maps)
+    def resnet(block: Resnet, *inputs: Value) -> Buffer:
+        maps = layers.joined(builder, inputs)
         h = layers.conv(builder, block.conv1, maps, norm=block.norm1, resample=block.resample)
         shift, scale_shift = None, None
         if len(block.terms) == 2:

@@ -29,7 +29,7 @@ def settings() -> Hashable:
 
 
 def capture(
-    rehearse: Callable[[], None], advance: Callable[[], None], stream: torch.cuda.Stream, pool: Any
+    rehearse: Callable[[], None], advance: Callable[[], object], stream: torch.cuda.Stream, pool: Any
 ) -> Callable[[], None]:
     """Capture the launches of `advance` as a CUDA graph and return its replay function.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import OrderedDict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -43,6 +43,11 @@ def frozen_unet(
     reason = why_not_frozen(model)
     if reason is not None:
         raise InvalidType("freeze", "", "a UNet with its own layers", f"one where {reason}")
+    return _frozen(model, dtype, device, num_timesteps)
+
+
+def _frozen(model: UNet, dtype: torch.dtype | None, device: torch.device | str | None, num_timesteps: int | None) -> FrozenUNet:
+    """Return the inference form of a U-Net that can be frozen."""
     weight = model.conv_in.weight
     device = torch.empty(0, device=computing_device("freeze", weight.device if device is None else device)).device
     check_dtype("freeze", "dtype", dtype, optional=True)
@@ -90,7 +95,7 @@ def inference_network(caller: str, model: Model, device: torch.device, dtype: to
         return placed(caller, model, device, dtype)
     if dtype is None and device.type == "cpu":
         dtype = model.conv_in.weight.dtype
-    return frozen_unet(model, dtype, device=device, num_timesteps=num_timesteps)
+    return _frozen(model, dtype, device, num_timesteps)
 
 
 class _Constants(nn.Module):
@@ -212,12 +217,10 @@ class FrozenUNet:
         with self._turns:  # until the program has run, because its memory serves one call at a time
             return self._program(key, inputs)(inputs)
 
-    def step_program(
-        self, plan: SamplingPlan, tensors: StepTensors, guidance_scale: float | None
-    ) -> NativeProgram | PythonProgram:
-        """Return a program that advances x_t by a step of a plan: network, guidance and `reverse_step`.
+    def step(self, plan: SamplingPlan, tensors: StepTensors, guidance_scale: float | None) -> Callable[[], object]:
+        """Return a function that advances x_t by a step of a plan: network, guidance and `reverse_step` in one program.
 
-        A call takes no arguments and does not check any. Only one thread at a time may call it.
+        It checks nothing. Only one thread at a time may call it, without autocast.
 
         Args:
             plan: The plan. Its timesteps are in 0..T-1.
@@ -228,12 +231,18 @@ class FrozenUNet:
         n, _, *size = tensors.x_t.shape
         at_once = math.ceil(n / self._num_passes(copies * n, *size))
         with self._turns, torch.inference_mode(False), torch.no_grad(), torch.device(self.device):
-            constants, layers = self._constants, self._layers
             append_step(
-                *(builder, constants.network, layers, constants.config),
-                *(plan, tensors, guidance_scale, self.dtype, at_once),
+                builder,
+                self._constants.network,
+                self._layers,
+                self._constants.config,
+                plan,
+                tensors,
+                guidance_scale,
+                self.dtype,
+                at_once,
             )
-            return self._executor(builder.calls)
+            return self._executor(builder.calls).run
 
     def _program(self, key: Hashable, inputs: Sequence[Tensor]) -> NativeProgram | PythonProgram:
         program = self._programs.pop(key, None)

@@ -235,7 +235,7 @@ def _embedded(
 
 def _projected(emb: Tensor, weights: Tensor, biases: Tensor, *, out: Tensor | None = None) -> Tensor:
     """Return emb [N, E] times each of the weights [B, E, W], plus biases [B, 1, W]."""
-    return torch.baddbmm(biases, emb.expand(len(weights), *emb.shape), weights, out=out)  # type: ignore[arg-type]
+    return torch.baddbmm(biases, emb.expand(len(weights), *emb.shape), weights, out=out)
 
 
 def held_tensors(part: object) -> list[Tensor]:

@@ -19,7 +19,7 @@ from ..ops.group_norm_affine import group_norm_affine_op
 from ..ops.packed_conv import conv_ops, float_bias, pack_weights, step_of, suits_winograd
 from ..ops.resample import resample_op
 from .network import Conv, Norm, Resample, SelfAttention
-from .program import Buffer, Builder
+from .program import Buffer, Builder, Value
 
 # Fewest input and output channels for Winograd's method. A network's first and last convolution have fewer and use the
 # direct sum. In the network of Ho et al. it takes 0.05 of 19 ms more at batch 1, and in bfloat16 the whole network's
@@ -48,7 +48,7 @@ class PackedLayers:
         """Return the weights of a convolution as they are kept until they are packed."""
         return weight
 
-    def joined(self, builder: Builder, maps: tuple[Buffer, ...]) -> tuple[Buffer, ...]:
+    def joined(self, builder: Builder, maps: tuple[Value, ...]) -> tuple[Value, ...]:
         """Return maps whose channels follow each other. Kernels read two maps in place."""
         return maps
 
@@ -56,7 +56,7 @@ class PackedLayers:
         self,
         builder: Builder,
         conv: Conv,
-        maps: tuple[Buffer, ...],
+        maps: tuple[Value, ...],
         *,
         norm: Norm | None = None,
         shift: Buffer | None = None,
@@ -109,7 +109,7 @@ class PackedLayers:
             dtype=self._dtype,
         )
 
-    def resampled(self, builder: Builder, maps: tuple[Buffer, ...], resample: Resample) -> tuple[Buffer, ...]:
+    def resampled(self, builder: Builder, maps: tuple[Value, ...], resample: Resample) -> tuple[Buffer, ...]:
         """Append a resampling and return its result."""
         return (self._resampled(builder, maps, None, False, up=resample == "up"),)
 
@@ -129,7 +129,7 @@ class PackedLayers:
         self,
         builder: Builder,
         norm: Norm,
-        maps: tuple[Buffer, ...],
+        maps: tuple[Value, ...],
         shift: Buffer | None,
         scale_shift: tuple[Buffer, Buffer] | None,
     ) -> Buffer:
@@ -139,7 +139,7 @@ class PackedLayers:
         arguments = (x, skip, norm.num_groups, norm.weight, norm.bias, norm.eps, shift, scale, shift_2)
         return builder.call(group_norm_affine_op, *arguments, shape=shape, dtype=torch.float32)
 
-    def _resampled(self, builder: Builder, maps: tuple[Buffer, ...], affine: Buffer | None, silu: bool, *, up: bool) -> Buffer:
+    def _resampled(self, builder: Builder, maps: tuple[Value, ...], affine: Buffer | None, silu: bool, *, up: bool) -> Buffer:
         (x,) = maps
         n, channels, height, width = x.shape
         size = (2 * height, 2 * width) if up else (height // 2, width // 2)
@@ -153,7 +153,7 @@ class PackedLayers:
         return self._packed[key]
 
 
-def _pair(maps: tuple[Buffer, ...]) -> tuple[Buffer, Buffer | None]:
+def _pair(maps: tuple[Value, ...]) -> tuple[Value, Value | None]:
     """Return one or two maps as x and skip."""
     x, *rest = maps
     (skip,) = rest or (None,)

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import torch
 from torch import Tensor
@@ -53,6 +53,9 @@ class Buffer:
         """Return [N, H W, C] as a map [N, C, H, W], on the same memory."""
         n, _, channels = self.shape
         return Buffer(self.index, (n, channels, height, width), self.dtype)
+
+
+Value: TypeAlias = Buffer | Tensor
 
 
 @dataclass(frozen=True)
@@ -115,8 +118,13 @@ class PythonProgram:
             buffers = {value.index for value in (*call.arguments, call.out) if isinstance(value, Buffer)}
             self._calls.append((call, [index for index in buffers if last.get(index, i) == i]))
 
-    def __call__(self, inputs: Sequence[Tensor] = ()) -> Tensor | None:
+    def __call__(self, inputs: Sequence[Tensor]) -> Tensor:
         """Return the result for these inputs. They are only read."""
+        assert self._output is not None
+        return _viewed(self.run(inputs)[self._output.index], self._output)
+
+    def run(self, inputs: Sequence[Tensor] = ()) -> dict[int, Tensor]:
+        """Make the calls. Return the buffers that no call reads, by index."""
         values: dict[int, Tensor] = dict(zip(self._inputs, inputs, strict=True))
         for call, finished in self._calls:
             arguments = [_viewed(values[v.index], v) if isinstance(v, Buffer) else v for v in call.arguments]
@@ -128,7 +136,7 @@ class PythonProgram:
                 values[call.out.index] = call.function(*arguments)
             for index in finished:
                 del values[index]
-        return None if self._output is None else _viewed(values[self._output.index], self._output)
+        return values
 
 
 class NativeProgram:
@@ -171,13 +179,18 @@ class NativeProgram:
             else:
                 self._stages += [partial(function, *arguments, out=out) for function, arguments, out in bound]
 
-    def __call__(self, inputs: Sequence[Tensor] = ()) -> Tensor | None:
+    def __call__(self, inputs: Sequence[Tensor]) -> Tensor:
         """Return the result for these inputs, as a new tensor. They are only read."""
         for own, x in zip(self._inputs, inputs, strict=True):
             own.copy_(x)
+        self.run()
+        result: Tensor = self._output.clone()
+        return result
+
+    def run(self) -> None:
+        """Make the calls."""
         for stage in self._stages:
             stage()
-        return None if self._output is None else self._output.clone()
 
 
 def plan_memory(

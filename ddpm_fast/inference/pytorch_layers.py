@@ -15,7 +15,7 @@ from ..modes import runs_eagerly
 from ..nn.conv import doubled
 from ..ops.group_norm_silu import group_norm_silu
 from .network import Conv, Norm, Resample, SelfAttention
-from .program import Buffer, Builder
+from .program import Buffer, Builder, Value
 
 
 class PyTorchLayers:
@@ -35,7 +35,7 @@ class PyTorchLayers:
         """Return the weights of a convolution as it reads them."""
         return weight.to(self._dtype).contiguous(memory_format=torch.channels_last)
 
-    def joined(self, builder: Builder, maps: tuple[Buffer, ...]) -> tuple[Buffer, ...]:
+    def joined(self, builder: Builder, maps: tuple[Value, ...]) -> tuple[Value, ...]:
         """Append a concatenation of maps along the channels, if there are several."""
         if len(maps) == 1:
             return maps
@@ -47,7 +47,7 @@ class PyTorchLayers:
         self,
         builder: Builder,
         conv: Conv,
-        maps: tuple[Buffer, ...],
+        maps: tuple[Value, ...],
         *,
         norm: Norm | None = None,
         shift: Buffer | None = None,
@@ -80,7 +80,7 @@ class PyTorchLayers:
         reordered = _reordered(conv, x.shape) if runs_eagerly(conv.weight) else None
         return builder.call(_convolved_by_onednn, x, added, conv, reordered, bias, divisor, shape=shape, dtype=self._dtype)
 
-    def resampled(self, builder: Builder, maps: tuple[Buffer, ...], resample: Resample) -> tuple[Buffer, ...]:
+    def resampled(self, builder: Builder, maps: tuple[Value, ...], resample: Resample) -> tuple[Buffer, ...]:
         """Append a resampling and return its result."""
         (x,) = maps
         n, channels, height, width = x.shape

@@ -71,7 +71,11 @@ class UNet(nn.Module):
 
         self.conv_in = Conv3x3(cfg.in_channels, channels[0], 3, padding=1)
         self.time_embedding = TimeEmbedding(cfg.sinusoid_dim, emb_dim)
-        self.class_embedding = None if cfg.num_class_embeds is None else nn.Embedding(cfg.num_class_embeds, emb_dim)
+        self.class_embedding: nn.Embedding | None = None
+        if cfg.num_class_embeds is not None:
+            # nn.Embedding(...) would draw weights, and a draw on the meta device imports the whole compiler.
+            weight = torch.empty(cfg.num_class_embeds, emb_dim)
+            self.class_embedding = nn.Embedding.from_pretrained(weight, freeze=False)
 
         # Widths of the skip connections in the order they are made; the way up takes them from the end.
         skips = [channels[0]]
@@ -118,8 +122,12 @@ class UNet(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Reset all weights to their initial distribution; see the class."""
+        if self.conv_in.weight.is_meta:
+            return
         for module in self.modules():
-            if isinstance(module, (nn.Conv2d, nn.Linear)):
+            if isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight)
+            elif isinstance(module, (nn.Conv2d, nn.Linear)):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
