@@ -192,7 +192,7 @@ class Kernels(Protocol):
 class CpuKernels(Kernels, Protocol):
     panel: int  # output channels of a panel of packed weights
     # A call is a kernel's name and its arguments. The kernels:
-    # group_norm_affine, conv_direct, conv_winograd, resample, attention
+    # time_terms, network_input, group_norm_affine, conv_direct, conv_winograd, resample, attention, reverse_step, count_step
     def Program(self, calls: Sequence[tuple[str, tuple[Any, ...]]], threads: int) -> KernelProgram: ...
     def group_norm_affine(
         self,
@@ -343,6 +343,40 @@ class CpuKernels(Kernels, Protocol):
         pixels: int,
         head_dim: int,
         scale: float,
+        stream_or_threads: int,
+        /,
+    ) -> None: ...
+    def time_terms(
+        self,
+        dtype: int,
+        terms: Tensor | None,
+        table: Tensor | None,
+        timesteps: Tensor | None,
+        step: Tensor | None,
+        tables: int,
+        num_timesteps: int,
+        samples: int,
+        width: int,
+        stream_or_threads: int,
+        /,
+    ) -> None: ...
+    def network_input(
+        self,
+        dtype: int,
+        x: Tensor | None,
+        x_t: Tensor | None,
+        x_t_dtype: int,
+        count: int,
+        copies: int,
+        centered: bool,
+        stream_or_threads: int,
+        /,
+    ) -> None: ...
+    def count_step(
+        self,
+        dtype: int,
+        next_step: Tensor | None,
+        step: Tensor | None,
         stream_or_threads: int,
         /,
     ) -> None: ...

@@ -75,7 +75,7 @@ class DenoisingLoop:
 
     @property
     def is_intact(self) -> bool:
-        """Whether x_t is where the step reads it. A callback that kept it may have replaced its memory."""
+        """True if x_t is where the step reads it. A callback that kept x_t may have replaced its memory."""
         return self.x_t.data_ptr() == self._address
 
     def start(self, seeds: Tensor, labels: Tensor | None, x_T: Tensor | None = None) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
-from contextlib import nullcontext
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, Final
 
 import torch
@@ -181,13 +181,13 @@ class Sampler:
         """Draw the images of a request, one batch after the other, and as many states of each."""
         n, plan, device = request.num_samples, self.plan, self.device
         batches = [slice(i, i + request.batch_size) for i in range(0, n, request.batch_size)]
-        with self._turns, _on(device), evaluation_mode(self.network), torch.inference_mode(), self._precision():
+        with self._turns, _on(device):
             images = torch.empty((n, *self.shape), dtype=self._state_dtype, device=device)
             states, frames = self._frames(n, num_frames)
             # Everything that the steps need is on the device before the first: none waits for the host.
             seeds = request.seeds.to(device)
             labels, x_T = (None if each is None else each.to(device) for each in (request.labels, request.x_T))
-            with _bar(len(batches) * plan.num_steps, request.progress) as bar:
+            with _bar(len(batches) * plan.num_steps, request.progress) as bar, self._modes():
                 for batch in batches:
                     loop = self._loop(len(images[batch]), request.label, request.guidance_scale)
                     loop.start(seeds[batch], *(None if each is None else each[batch] for each in (labels, x_T)))
@@ -223,9 +223,13 @@ class Sampler:
         if len(timesteps) in frames:
             frames[len(timesteps)].copy_(loop.x_t, non_blocking=True)
 
-    def _precision(self) -> Any:
-        """Return a context without autocast for a frozen network, each layer of which has its dtype."""
-        return torch.autocast(self.device.type, enabled=False) if isinstance(self.network, FrozenUNet) else nullcontext()
+    @contextmanager
+    def _modes(self) -> Iterator[None]:
+        """Set the modes of PyTorch in which steps run."""
+        frozen = isinstance(self.network, FrozenUNet)  # each layer has its dtype, so there is no autocast
+        precision: Any = torch.autocast(self.device.type, enabled=False) if frozen else nullcontext()
+        with evaluation_mode(self.network), torch.inference_mode(), precision:
+            yield
 
     def _loop(self, n: int, label: int | None, guidance_scale: float | None) -> DenoisingLoop:
         """Return the loop for n images: one that was kept, or a new one, captured if the Sampler captures."""

@@ -52,12 +52,19 @@ def no_matrix_units(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(backend.BUILD, "amx_bf16", False)
 
 
+def leave_matrices_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the ops of a frozen network that exist on CPUs alone unavailable, as on a GPU."""
+    from ddpm_fast.ops.packed_conv import conv_ops
+    from ddpm_fast.ops.step_parts import count_step_op, network_input_op, time_terms_op
+
+    for op in (*conv_ops.values(), time_terms_op, network_input_op, count_step_op):
+        monkeypatch.setattr(op, "_limits", lambda *_: "as on a GPU")
+
+
 @pytest.fixture
 def no_matrix_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Freeze networks without this package's kernels of convolution and attention."""
-    from ddpm_fast.inference import frozen
-
-    monkeypatch.setattr(frozen, "why_not_matrix_kernels", lambda *_: "as on a GPU")
+    leave_matrices_to_pytorch(monkeypatch)
 
 
 @pytest.fixture

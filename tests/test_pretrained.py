@@ -229,6 +229,9 @@ def test_the_builtin_model_is_what_its_record_says() -> None:
     assert schedule.num_timesteps == 1000
     loaded = load_folder(BUILTIN)
     assert (tuple(loaded.model.config["class_names"]), loaded.prediction) == (FASHION_MNIST_CLASSES, "epsilon")
+    assert loaded.model.config == model.config  # `load_folder` validates the files, `load_builtin` does not
+    assert loaded.schedule.to_config() == schedule.to_config()
+    assert all(map(torch.equal, loaded.model.parameters(), model.parameters()))
     assert sum(file.stat().st_size for file in BUILTIN.rglob("*") if file.is_file()) <= 8e6
     record = json.loads((BUILTIN / "training.json").read_text(encoding="utf-8"))
     assert record["dataset"]["images"] == 60_000

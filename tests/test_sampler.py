@@ -8,28 +8,43 @@ from __future__ import annotations
 import copy
 import dataclasses
 import gc
+import os
 import pickle
+import subprocess
 import sys
 import warnings
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from fixtures import leave_matrices_to_pytorch
 from refusals import refused
 from small_unets import relative_error
 from test_sampling import SCHEDULE, Recording, tiny_unet
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ddpm_fast import FrozenUNet, Sampler, SamplingPlan, ddim_plan, ddpm_plan, freeze, sample, sample_seeds
+from ddpm_fast import (
+    FrozenUNet,
+    Sampler,
+    SamplingPlan,
+    ddim_plan,
+    ddpm_plan,
+    freeze,
+    load_builtin,
+    sample,
+    sample_seeds,
+)
 from ddpm_fast.denoising_loop import DenoisingLoop
 from ddpm_fast.errors import InvalidType, InvalidValue
 from ddpm_fast.inference import cuda_graph
 from ddpm_fast.inference import frozen as frozen_module
+from ddpm_fast.sampling import MAX_LOOPS
 
 
 class Captures:
@@ -218,18 +233,19 @@ def test_a_callback_cannot_call_its_sampler() -> None:
     assert sampler(1, progress=False).shape == (1, 1, 8, 8)
 
 
-def test_captured_steps_own_what_they_read(captures: Captures, device: torch.device) -> None:
-    """The network drops the program of a shape sooner than the Sampler drops its loop."""
+def test_captured_steps_own_what_they_read(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph has addresses, and holds no tensor."""
+    if device.type == "cpu":
+        monkeypatch.setattr(cuda_graph, "DEVICE_TYPES", ("cpu",))
+    monkeypatch.setattr(cuda_graph, "capture", lambda rehearse, *_: (rehearse(), lambda: None)[1])
     sampler = Sampler(tiny_unet().to(device), PLAN, dtype=torch.float64)  # PyTorch's layers, as on a GPU
-    assert isinstance(sampler.network, FrozenUNet)
     sampler(1, progress=False)
-    (program,) = sampler.network._programs.values()
-    calls = program._calls  # type: ignore[union-attr]
-    tensors = [value for call, _ in calls for value in call.arguments if isinstance(value, Tensor)]
+    (loop,) = sampler._loops.values()
+    advance, _ = loop.held  # type: ignore[misc]
+    tensors = [value for call, _ in advance.__self__._calls for value in call.arguments if isinstance(value, Tensor)]
     read = [weakref.ref(value if value._base is None else value._base) for value in tensors]
     assert len(read) > 10
-    del program, calls, tensors
-    sampler.network._programs.clear()
+    del advance, tensors
     gc.collect()
     assert all(each() is not None for each in read)
 
@@ -282,6 +298,164 @@ def test_the_callback_sees_every_step_of_every_batch() -> None:
     for step in range(3):
         assert torch.equal(torch.cat([seen[step][2], seen[3 + step][2]]), states[step + 1])
     assert torch.equal(states[-1], images)
+
+
+@pytest.mark.parametrize("network", ["frozen", "any other"])
+def test_a_callback_may_change_x_t_in_place(network: str) -> None:
+    arguments = {"shape": (1, 8, 8)}
+    model: Any = Recording() if network == "any other" else tiny_unet()
+    half = SamplingPlan(SCHEDULE, PLAN.timesteps[1:], PLAN.coefficients[1:], PLAN.prediction, PLAN.variance)
+    seeds, x_1 = sample_seeds(0, 2), torch.full((2, 1, 8, 8), 0.25)
+
+    def replace(step: int, timestep: int, x_t: Tensor) -> None:
+        if step == 0:
+            x_t.copy_(x_1)
+
+    drawn = draw(model, seed=seeds, callback=replace, plan=dataclasses.replace(PLAN, coefficients=_still(PLAN)), **arguments)
+    resumed = draw(model, plan=dataclasses.replace(half, coefficients=_still(half)), x_T=x_1, seed=seeds, **arguments)
+    assert torch.equal(drawn, resumed)
+
+
+def _still(plan: SamplingPlan) -> Tensor:
+    """Return the coefficients of a plan without noise, which counts the steps of a plan from 0."""
+    coefficients = plan.coefficients.clone()
+    coefficients[:, 6] = 0
+    return coefficients
+
+
+CHANGES: dict[str, Callable[[Tensor], object]] = {
+    "shape": lambda x_t: x_t.resize_(1, 1, 8, 8),
+    "more": lambda x_t: x_t.resize_(5, 1, 8, 8),
+    "strides": lambda x_t: x_t.transpose_(2, 3),
+    "dtype": lambda x_t: setattr(x_t, "data", x_t.double()),
+    "memory": lambda x_t: setattr(x_t, "data", x_t.clone()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("model", [tiny_unet(), Recording()], ids=["frozen", "any other"])
+def test_what_a_callback_must_not_do_is_named(model: nn.Module, change: str) -> None:
+    sampler = Sampler(model, PLAN, shape=(1, 8, 8))
+    images = sampler(2, progress=False)
+    kept: list[Tensor] = []
+
+    def spoil(step: int, timestep: int, x_t: Tensor) -> None:
+        kept.append(x_t)
+        CHANGES[change](x_t)
+
+    with pytest.raises(ValueError, match=r"sample: expected callback to change x_t in place and leave it torch.float32"):
+        sampler(2, progress=False, callback=spoil)
+    assert torch.equal(sampler(2, progress=False), images)
+    kept[0].resize_(10_000)  # later
+    assert torch.equal(sampler(2, progress=False), images)
+
+
+# --------------------------------------------------------------------------------------------------- what a step costs
+
+
+def test_a_step_passes_few_functions() -> None:
+    """With guidance, a callback, frames and a progress bar."""
+    files: dict[str, int] = {}
+    steps: list[int] = []
+
+    def count(frame: Any, event: str, _: object) -> None:
+        name = frame.f_code.co_filename
+        if event == "call" and "ddpm_fast" in Path(name).parts:
+            files[name] = files.get(name, 0) + 1
+
+    def callback(step: int, timestep: int, x_t: Tensor) -> None:
+        if step == 0:
+            files.clear()
+        steps.append(step)
+
+    model, schedule = load_builtin()
+    plan = ddpm_plan(schedule, 5)
+    sampler = Sampler(model, plan)
+    arguments: dict[str, Any] = {"class_labels": 1, "guidance_scale": 2.0, "num_frames": 3, "callback": callback}
+    sampler.trajectory(16, **arguments)
+    sys.setprofile(count)
+    try:
+        sampler.trajectory(16, **arguments)
+    finally:
+        sys.setprofile(None)
+    assert steps == 2 * [0, 1, 2, 3, 4]
+    assert sum(files.values()) <= 4 * 10 + 10  # four steps, and the end of the call
+    assert len(files) <= 5 + 1
+
+
+def test_a_split_batch_is_one_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    for arguments, classes in (({}, None), ({"class_labels": [0, 1, 2, 0, 1], "guidance_scale": 2.0}, 3)):
+        model = tiny_unet(classes=classes)
+        whole = draw(model, 5, **arguments)
+        with monkeypatch.context() as patch:
+            patch.setattr(frozen_module, "_CACHED_BYTES", 3 * 8 * 8 * 8 * 4)  # a pass of fewer images
+            sampler = Sampler(model, PLAN)
+            split = sampler(5, progress=False, **arguments)
+        (loop,) = sampler._loops.values()
+        stages = loop.advance.__self__._stages  # type: ignore[attr-defined]
+        assert [type(stage).__name__ for stage in stages].count("Program") == 1
+        assert type(stages[-1]).__name__ == "Program"
+        assert relative_error(split, whole) < 1e-5
+
+
+def test_one_sampler_serves_any_number_of_threads() -> None:
+    sampler = Sampler(tiny_unet(), PLAN)
+    before, images = torch.get_num_threads(), sampler(2, progress=False)
+    try:
+        for threads in (1, 2, 3, 4, 5, 1):
+            torch.set_num_threads(threads)
+            assert torch.equal(sampler(2, progress=False), images)
+            assert len(sampler._loops) <= MAX_LOOPS
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the operating system has no fork")
+def test_a_forked_child_draws_the_same_images() -> None:
+    """While another thread draws, in the middle of its own draw, and in a callback's draw."""
+    script = """
+import os, threading, torch
+from ddpm_fast import NoiseSchedule, Sampler, UNet, ddpm_plan
+schedule = NoiseSchedule.linear(8)
+model = UNet(sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8,), layers_per_block=1, norm_num_groups=2,
+             down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), num_class_embeds=3)
+torch.nn.init.normal_(model.conv_out.weight)
+sampler = Sampler(model, ddpm_plan(schedule))
+images = sampler(2, progress=False)
+
+def child(draws):
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            status = int(not draws())
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+same = lambda: torch.equal(sampler(2, progress=False), images)
+child(same)
+inside, go_on = threading.Event(), threading.Event()
+def wait(step, *_):
+    inside.set()
+    go_on.wait()
+thread = threading.Thread(target=lambda: sampler(2, progress=False, callback=wait))
+thread.start()
+inside.wait()
+child(same)
+go_on.set()
+thread.join()
+def refused():
+    try:
+        sampler(1, progress=False)
+    except RuntimeError as error:
+        return "got one from its callback" in str(error)
+sampler(2, progress=False, callback=lambda step, *_: child(refused) if step == 3 else None)
+assert same()
+print("same")
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert (result.stdout, result.returncode) == ("same\n", 0), result.stderr
 
 
 # ------------------------------------------------------------------------------------------------- which models are captured
@@ -430,7 +604,7 @@ def test_nothing_in_the_steps_waits_for_the_gpu(captures: Captures, device: torc
         try:
             loop.start(seeds, labels)
             for _ in range(sampler.plan.num_steps):
-                loop.replay() if loop.replay else loop.advance(sampler.network)
+                loop.advance()
         finally:
             torch.cuda.set_sync_debug_mode("default")
         assert bool(loop.x_t.isfinite().all())
@@ -449,13 +623,14 @@ class NoHostReads(TorchDispatchMode):
 def test_no_step_reads_a_tensor_on_the_host(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     network, plan, arguments = CASES[case]
     monkeypatch.setattr(sys.modules["ddpm_fast.ops.reverse_step"], "check_range", lambda *_: None)  # it is for the CPU alone
-    frozen = freeze(tiny_unet(**network), num_timesteps=20)
+    frozen = freeze(tiny_unet(**network), torch.float64, num_timesteps=20)  # with PyTorch's layers, as on a GPU
     labels = "class_labels" in arguments
     loop = DenoisingLoop(
+        frozen,
         plan,
         (2, 1, 8, 8),
-        state_dtype=torch.float32,
-        network_dtype=torch.float32,
+        state_dtype=torch.float64,
+        network_dtype=torch.float64,
         memory_format=torch.channels_last,
         device=torch.device("cpu"),
         label=3 if labels else None,
@@ -464,7 +639,7 @@ def test_no_step_reads_a_tensor_on_the_host(case: str, monkeypatch: pytest.Monke
     loop.start(torch.arange(2), torch.zeros(2, dtype=torch.int64) if labels else None)
     with NoHostReads():
         for _ in range(plan.num_steps):
-            loop.advance(frozen)
+            loop.advance()
         with pytest.raises(AssertionError, match="_local_scalar_dense"):
             float(loop.x_t.sum())
 
@@ -472,7 +647,7 @@ def test_no_step_reads_a_tensor_on_the_host(case: str, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("case", CASES)
 def test_the_loop_runs_on_the_cuda_kernels(case: str, emulated: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """The emulated ones, with PyTorch's convolutions and matrix products."""
-    monkeypatch.setattr(frozen_module, "why_not_matrix_kernels", lambda *_: "a test wants PyTorch's")
+    leave_matrices_to_pytorch(monkeypatch)
     network, plan, arguments = CASES[case]
     model, arguments = tiny_unet(**network), arguments | {"progress": False}
     networks = [freeze(model, dtype, num_timesteps=20) for dtype in (torch.float32, torch.bfloat16)]

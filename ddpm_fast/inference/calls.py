@@ -23,7 +23,7 @@ Layers: TypeAlias = PackedLayers | PyTorchLayers
 
 @dataclass(frozen=True)
 class StepTensors:
-    """What a sampling step reads and writes besides constants. A program is bound to the memory of these tensors.
+    """Tensors that a sampling step reads and writes. A program is bound to their memory.
 
     Attributes:
         x_t: [n, C, H, W], replaced by x_{t-1}.

@@ -261,7 +261,7 @@ class FrozenUNet:
             return PythonProgram(calls, inputs, output)
         if traced:
             return PythonProgram(calls, inputs, output, backend="native")
-        return NativeProgram(calls, torch.get_num_threads(), inputs, output)
+        return NativeProgram(calls, inputs, output, threads=torch.get_num_threads())
 
     def _new_layers(self) -> Layers:
         return PackedLayers(self.dtype) if self.why_not_packed is None else PyTorchLayers(self.dtype, self._by_onednn)

@@ -147,13 +147,13 @@ class NativeProgram:
 
     Args:
         calls: Calls in order.
-        threads: Number of threads.
         inputs: Buffers of the inputs.
         output: Buffer of the result. None: the calls write to tensors alone.
+        threads: Number of threads.
     """
 
     def __init__(
-        self, calls: Sequence[Call], threads: int, inputs: Sequence[Buffer] = (), output: Buffer | None = None
+        self, calls: Sequence[Call], inputs: Sequence[Buffer] = (), output: Buffer | None = None, *, threads: int
     ) -> None:
         buffers = [*inputs, *(call.out for call in calls)]
         offsets, size = plan_memory(buffers, len(inputs), _last_uses(calls, output))

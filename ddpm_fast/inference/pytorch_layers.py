@@ -52,7 +52,7 @@ class PyTorchLayers:
         norm: Norm | None = None,
         shift: Buffer | None = None,
         scale_shift: tuple[Buffer, Buffer] | None = None,
-        residual: tuple[Buffer, ...] | None = None,
+        residual: tuple[Value, ...] | None = None,
         shortcut: Conv | None = None,
         divisor: float = 1.0,
         resample: Resample | None = None,

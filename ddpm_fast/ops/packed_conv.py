@@ -16,7 +16,7 @@ from .fused_op import FusedOp
 
 # Fewest 2x2 tiles of a batch for which Winograd's method is faster than the direct sum. It reads 16/9 of the weights, or
 # 36/16 after an upsampling.
-_WINOGRAD_TILES: Final = 8
+WINOGRAD_TILES: Final = 8
 
 _CHANNELS_LAST: Final = torch.channels_last
 # The input row, of two, that each of three taps reads after upsampling by 2: for even and for odd output rows.
@@ -25,7 +25,7 @@ _UPSAMPLED: Final = torch.tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]
 
 def suits_winograd(n: int, height: int, width: int) -> bool:
     """Return whether n maps of this size are so large that Winograd's method is faster than the direct sum."""
-    return n * ((height + 1) // 2) * ((width + 1) // 2) >= _WINOGRAD_TILES
+    return n * ((height + 1) // 2) * ((width + 1) // 2) >= WINOGRAD_TILES
 
 
 def step_of(dtype: torch.dtype) -> int:

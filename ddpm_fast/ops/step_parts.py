@@ -1,4 +1,4 @@
-"""What a sampling step computes beside the network and `reverse_step`, as ops that a program calls."""
+"""Small ops of a sampling step: its time terms, the network's input, and the counter. Programs call them."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from ddpm_fast.inference.network import Conv, Norm, Resample, SelfAttention
 from ddpm_fast.inference.packed_layers import PackedLayers
 from ddpm_fast.inference.program import Buffer, Builder, NativeProgram, PythonProgram
 from ddpm_fast.nn.layers import Attention
-from ddpm_fast.ops import backend
+from ddpm_fast.ops import backend, packed_conv
 from ddpm_fast.ops.backend import MATRIX_DTYPES
 
 pytestmark = [
@@ -58,8 +58,8 @@ def run(make: Callable[..., Buffer], *inputs: Tensor, threads: int | None = None
     builder = Builder()
     buffers = [builder.buffer(x.shape, x.dtype) for x in inputs]
     output = make(builder, *buffers)
-    result = NativeProgram(buffers, builder.calls, output, threads or torch.get_num_threads())(inputs)
-    assert torch.equal(result, PythonProgram(buffers, builder.calls, output)(inputs))
+    result = NativeProgram(builder.calls, buffers, output, threads=threads or torch.get_num_threads())(inputs)
+    assert torch.equal(result, PythonProgram(builder.calls, buffers, output, "native")(inputs))
     assert (result.shape, result.dtype) == (output.shape, output.dtype)
     assert result.is_contiguous(memory_format=torch.channels_last)
     return result
@@ -169,7 +169,7 @@ def test_scale_and_shift_and_norms_without_an_activation(convolution: str, dtype
 def test_either_method_serves_a_3x3_convolution(
     convolution: str, method: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packed_layers, "WINOGRAD_TILES", 0 if method == "winograd" else 10**9)
+    monkeypatch.setattr(packed_conv, "WINOGRAD_TILES", 0 if method == "winograd" else 10**9)
     monkeypatch.setattr(packed_layers, "WINOGRAD_CHANNELS", 0)
     for shape in SHAPES:
         for norm in ("shift", None):

@@ -16,8 +16,8 @@ from ddpm_fast import freeze
 from ddpm_fast.inference.program import Buffer, Builder, NativeProgram, PythonProgram, _last_uses, plan_memory
 from ddpm_fast.ops import backend
 from ddpm_fast.ops.attention import attention_op
-from ddpm_fast.ops.conv3x3 import conv_ops, pack_weights
 from ddpm_fast.ops.group_norm_affine import group_norm_affine_op
+from ddpm_fast.ops.packed_conv import conv_ops, pack_weights
 
 needs_kernels = pytest.mark.skipif(backend.native_error() is not None, reason="there is no compiled module")
 
@@ -108,7 +108,7 @@ def test_views_of_buffers_are_those_of_tensors() -> None:
     assert (flat.index, flat.shape) == (shifted.index, (2, 12, 5))
     assert pixels.as_map(3, 4).shape == x.shape
     out = builder.call(torch.add, pixels.as_map(3, 4), x, shape=x.shape, dtype=x.dtype)
-    run = PythonProgram([x, stack], builder.calls, out)
+    run = PythonProgram(builder.calls, [x, stack], out)
     values, terms = torch.randn(2, 5, 3, 4), torch.randn(3, 2, 5)
     for tensor in (values, dense(values)):
         torch.testing.assert_close(run([tensor, terms]), 2 * (values + terms[2, :, :, None, None]) + values)
@@ -131,7 +131,7 @@ def test_results_are_released_after_their_last_use() -> None:
     c = builder.call(negated, a, shape=x.shape, dtype=x.dtype)
     d = builder.call(negated, c, b.rows()[0], shape=x.shape, dtype=x.dtype)
     e = builder.call(negated, d, shape=x.shape, dtype=x.dtype)
-    assert torch.equal(PythonProgram([x], builder.calls, e)([torch.ones(2, 2)]), torch.ones(2, 2))
+    assert torch.equal(PythonProgram(builder.calls, [x], e)([torch.ones(2, 2)]), torch.ones(2, 2))
     assert alive == [[], [True], [True, True], [False, True, True], [False, False, False, True]]
 
 
@@ -141,8 +141,8 @@ def test_the_output_may_be_read_later_or_be_an_input() -> None:
     a = builder.call(torch.neg, x, shape=x.shape, dtype=x.dtype)
     builder.call(torch.neg, a, shape=x.shape, dtype=x.dtype)
     value = torch.randn(2, 3)
-    assert torch.equal(PythonProgram([x], builder.calls, a)([value]), -value)
-    assert torch.equal(PythonProgram([x], builder.calls, x)([value]), value)
+    assert torch.equal(PythonProgram(builder.calls, [x], a)([value]), -value)
+    assert torch.equal(PythonProgram(builder.calls, [x], x)([value]), value)
 
 
 @needs_kernels
@@ -172,7 +172,10 @@ def test_both_executors_make_calls_by_hand(dtype: torch.dtype, threads: int) -> 
         shape=x.shape,
         dtype=dtype,
     )
-    native, python = NativeProgram([x, stack], builder.calls, out, threads), PythonProgram([x, stack], builder.calls, out)
+    native, python = (
+        NativeProgram(builder.calls, [x, stack], out, threads=threads),
+        PythonProgram(builder.calls, [x, stack], out, "native"),
+    )
     results = []
     for _ in range(3):
         values = dense(torch.randn(x.shape, generator=generator).to(dtype))
@@ -204,7 +207,7 @@ def test_both_executors_compute_the_same_bits(variant: str, dtype: torch.dtype) 
         x, t, labels = make_inputs(config, n, dtype)
         inputs = (dense(x), *frozen._constants.network.time_terms.stacks(t, labels))
         parts = frozen._built(frozen._layers, inputs)
-        native, python = NativeProgram(*parts, torch.get_num_threads()), PythonProgram(*parts)
+        native, python = NativeProgram(*parts, threads=torch.get_num_threads()), PythonProgram(*parts, backend="native")
         expected = python(inputs)
         for _ in range(2):
             got = native(inputs)

@@ -31,7 +31,7 @@ def run(layers: PyTorchLayers, conv: Conv, x: Tensor, added: Tensor | None = Non
     buffers = [builder.buffer(each.shape, each.dtype) for each in inputs]
     residual = None if added is None else (buffers[1],)
     output = layers.conv(builder, conv, (buffers[0],), residual=residual, **options)  # type: ignore[arg-type]
-    program = PythonProgram(buffers, builder.calls, output)
+    program = PythonProgram(builder.calls, buffers, output)
     before = [each.clone() for each in inputs]
     result = program(inputs)
     assert torch.equal(program(inputs), result)

@@ -23,9 +23,9 @@ from torch import Tensor
 import ddpm_fast
 from ddpm_fast.ops import backend
 from ddpm_fast.ops.attention import attention_op
-from ddpm_fast.ops.conv3x3 import conv_ops, pack_weights
 from ddpm_fast.ops.fused_op import FusedOp
 from ddpm_fast.ops.group_norm_affine import group_norm_affine_op
+from ddpm_fast.ops.packed_conv import conv_ops, pack_weights
 from ddpm_fast.ops.resample import resample_op
 
 TESTS = Path(__file__).parents[1]
@@ -386,7 +386,9 @@ check_all()
 
 # ------------------------------------------------------------------------------------------------------------ interface
 
-NAMES = "group_norm_affine, conv_direct, conv_winograd, resample, attention"
+NAMES = (
+    "time_terms, network_input, group_norm_affine, conv_direct, conv_winograd, resample, attention, reverse_step, count_step"
+)
 
 
 @pytest.mark.parametrize("name", ["noise", "conv_winograd_upsampled_gradient", "attention_backward", "nothing"])

@@ -21,22 +21,23 @@ ALLOWED = {
     "memory": set(),
     "distributed": set(),
     "dtypes": set(),
+    "modes": set(),
     "checks": {"dtypes"},
     "reference": {"dtypes"},
     "schedule": {"checks"},
     "plan": {"checks", "reference", "schedule", "plan"},
     "triton_kernels": {"reference", "triton_kernels"},
-    "ops": {"dtypes", "checks", "reference", "schedule", "plan", "triton_kernels", "ops"},
+    "ops": {"dtypes", "modes", "checks", "reference", "schedule", "plan", "triton_kernels", "ops"},
     "testing": {"dtypes", "reference", "schedule", "plan", "ops"},
-    "nn": {"atomic", "dtypes", "checks", "reference", "limits", "ops", "nn"},
+    "nn": {"atomic", "dtypes", "modes", "checks", "reference", "limits", "ops", "nn"},
     "schemas": {"checks", "plan", "schedule", "nn"},
     "info": {"version", "ops"},
     "images": {"atomic", "checks", "limits"},
     "models": set(),
-    "inference": {"dtypes", "checks", "ops", "nn", "models", "inference"},
+    "inference": {"dtypes", "modes", "locks", "checks", "reference", "plan", "ops", "nn", "models", "inference"},
     "requests": {"checks", "limits", "ops", "nn", "models", "inference"},
-    "denoising_loop": {"plan", "ops", "models"},
-    "sampling": {"dtypes", "checks", "limits", "plan", "images", "models", "inference", "requests", "denoising_loop"},
+    "denoising_loop": {"plan", "ops", "models", "inference"},
+    "sampling": {"dtypes", "locks", "checks", "plan", "images", "models", "inference", "requests", "denoising_loop"},
     "sample_files": {
         *("atomic", "checks", "limits", "locks", "distributed", "plan", "schemas", "images", "models", "requests"),
         *("inference", "sampling"),
@@ -143,6 +144,14 @@ def test_integrations_stand_on_public_ops_and_samplers() -> None:
                 assert not [alias.name for alias in node.names if alias.name.startswith("_")], file.name
 
 
+def test_networks_take_ops_and_nothing_of_how_they_run() -> None:
+    for file in (*(PACKAGE / "nn").glob("*.py"), *(PACKAGE / "inference").glob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ops"):
+                assert node.module != "ops.fused_op", file.name
+                assert not [alias.name for alias in node.names if alias.name.startswith("_")], file.name
+
+
 def test_no_function_hides_a_module() -> None:
     """Packages export no name of a module of theirs. Only `ops` does: one name finds an op in every folder."""
     for folder in [PACKAGE, *(path.parent for path in PACKAGE.rglob("__init__.py"))]:
@@ -189,3 +198,17 @@ def test_every_public_name_needs_torch_and_numpy_alone() -> None:
     without = f"import sys; sys.modules.update(dict.fromkeys({others})); "
     loaded = _loaded(without + "import ddpm_fast; [getattr(ddpm_fast, name) for name in dir(ddpm_fast)]")
     assert "torch" in loaded
+
+
+def test_sampling_imports_no_compiler() -> None:
+    """It takes seconds. `import torch` alone imports neither."""
+    script = """
+import sys, torch
+before = set(sys.modules)
+from ddpm_fast import Sampler, dpm_solver_plan, load_builtin
+model, schedule = load_builtin()
+Sampler(model, dpm_solver_plan(schedule, 2, eta=1.0))(1, class_labels="bag", guidance_scale=2.0)
+print(*sorted(name for name in set(sys.modules) - before if name.startswith(("torch._dynamo", "sympy"))))
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == ""
