@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import sys
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, Final
+from functools import partial
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +20,10 @@ from .checks import (
     check_type,
     computing_device,
 )
-from .denoising_loop import DenoisingLoop
 from .dtypes import opmath
 from .errors import InvalidValue, expect
 from .images import evenly_spaced
-from .inference import FrozenUNet, inference_network
+from .inference import FrozenUNet, StepState, inference_network, step_by_any_network
 from .inference import cuda_graph as graphs
 from .locks import Turns
 from .models import Model, device_and_dtype, evaluation_mode, inference_form, model_config
@@ -33,6 +33,14 @@ from .requests import Callback, ClassLabels, Request, check_image_shape, check_m
 MAX_LOOPS: Final = 4  # that a Sampler keeps: batch sizes, guidance scales, numbers of threads and streams
 
 _logger = logging.getLogger(__name__)
+
+
+class _Loop(NamedTuple):
+    """Memory of a batch, the function that applies a step to it, and what a captured step uses."""
+
+    state: StepState
+    advance: Callable[[], object]
+    held: object = None
 
 
 class Sampler:
@@ -90,14 +98,14 @@ class Sampler:
     ) -> None:
         self.plan = plan
         self.shape, self.device = checked_setup("Sampler", model, plan, dtype, device, shape, cuda_graph)
-        on_gpu = self.device.type in graphs.DEVICE_TYPES
         with _on(self.device):
             self.network = inference_network("Sampler", model, self.device, dtype, plan.schedule.num_timesteps)
         _, self.dtype = device_and_dtype(self.network)
         # Other models may not compute the same from the same memory each time.
-        self._captures = on_gpu and (isinstance(self.network, FrozenUNet) if cuda_graph is None else cuda_graph)
+        wanted = isinstance(self.network, FrozenUNet) if cuda_graph is None else cuda_graph
+        self._captures = wanted and self.device.type in graphs.DEVICE_TYPES
         self._state_dtype = opmath(self.dtype)
-        self._loops: OrderedDict[Hashable, DenoisingLoop] = OrderedDict()  # the one used last is last
+        self._loops: OrderedDict[Hashable, _Loop] = OrderedDict()  # the one used last is last
         self._capture_stream: Any = None
         self._pools: dict[Hashable, Any] = {}  # memory of graphs by the stream that replays them, one after the other
         self._turns = Turns("Sampler")
@@ -190,9 +198,9 @@ class Sampler:
             with _bar(len(batches) * plan.num_steps, request.progress) as bar, self._modes():
                 for batch in batches:
                     loop = self._loop(len(images[batch]), request.label, request.guidance_scale)
-                    loop.start(seeds[batch], *(None if each is None else each[batch] for each in (labels, x_T)))
+                    loop.state.start(seeds[batch], *(None if each is None else each[batch] for each in (labels, x_T)))
                     self._run(loop, {i: frame[batch] for i, frame in frames.items()}, request.callback, bar)
-                    images[batch] = loop.x_t
+                    images[batch] = loop.state.x_t
         if states is not None and device.type == "cuda":
             torch.cuda.current_stream(device).synchronize()  # the frames are on their way to the host
         return images, states
@@ -209,19 +217,19 @@ class Sampler:
         states = torch.empty((len(kept), n, *self.shape), dtype=self._state_dtype, pin_memory=pin, device="cpu")
         return states, dict(zip(kept, states, strict=True))
 
-    def _run(self, loop: DenoisingLoop, frames: dict[int, Tensor], callback: Callback | None, bar: Any) -> None:
+    def _run(self, loop: _Loop, frames: dict[int, Tensor], callback: Callback | None, bar: Any) -> None:
         """Run all steps of a batch."""
-        advance, timesteps = loop.advance, self.plan.timesteps.tolist()
+        state, advance, timesteps = loop.state, loop.advance, self.plan.timesteps.tolist()
         for i, timestep in enumerate(timesteps):
             if i in frames:
-                frames[i].copy_(loop.x_t, non_blocking=True)
+                frames[i].copy_(state.x_t, non_blocking=True)
             advance()
             if callback is not None:
-                loop.show(callback, i, timestep)
+                state.show(callback, i, timestep)
             if bar is not None:
                 bar.update()
         if len(timesteps) in frames:
-            frames[len(timesteps)].copy_(loop.x_t, non_blocking=True)
+            frames[len(timesteps)].copy_(state.x_t, non_blocking=True)
 
     @contextmanager
     def _modes(self) -> Iterator[None]:
@@ -231,37 +239,44 @@ class Sampler:
         with evaluation_mode(self.network), torch.inference_mode(), precision:
             yield
 
-    def _loop(self, n: int, label: int | None, guidance_scale: float | None) -> DenoisingLoop:
+    def _loop(self, n: int, label: int | None, guidance_scale: float | None) -> _Loop:
         """Return the loop for n images: one that was kept, or a new one, captured if the Sampler captures."""
         # Work on two streams may overlap, so each stream has its own loops and memory.
         stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
         key = (n, label is None, guidance_scale, torch.get_num_threads(), graphs.settings(), stream)
         loop = self._loops.pop(key, None)
-        if loop is None or not loop.is_intact:
-            loop = DenoisingLoop(
-                self.network,
-                self.plan,
-                (n, *self.shape),
-                state_dtype=self._state_dtype,
-                network_dtype=self.dtype,
-                memory_format=_memory_format(self.network, self.shape),
-                device=self.device,
-                label=label,
-                guidance_scale=guidance_scale,
-            )
+        if loop is None or not loop.state.is_intact:
+            loop = self._new_loop(n, label, guidance_scale)
             if self._captures:
-                self._capture(loop, stream)
+                loop = self._captured(loop, stream)
             if len(self._loops) == MAX_LOOPS:
                 self._loops.popitem(last=False)
         self._loops[key] = loop
         return loop
 
-    def _capture(self, loop: DenoisingLoop, stream: Hashable) -> None:
-        """Replace the loop's step by a CUDA graph of it, if it can be captured."""
-        kind, advance = self.device.type, loop.advance
+    def _new_loop(self, n: int, label: int | None, guidance_scale: float | None) -> _Loop:
+        plan, network = self.plan, self.network
+        state = StepState(
+            plan,
+            (n, *self.shape),
+            dtype=self._state_dtype,
+            memory_format=_memory_format(network, self.shape),
+            device=self.device,
+            label=label,
+            guidance_scale=guidance_scale,
+        )
+        if isinstance(network, FrozenUNet):
+            return _Loop(state, network.step(plan, state, guidance_scale))
+        plan.table(self.device)  # in place before a capture looks
+        timesteps = plan.timesteps.to(self.device)
+        return _Loop(state, partial(step_by_any_network, network, self.dtype, plan, timesteps, state, guidance_scale))
+
+    def _captured(self, loop: _Loop, stream: Hashable) -> _Loop:
+        """Return the loop with a CUDA graph of its step, or unchanged if there can be none."""
+        kind, (state, advance, _) = self.device.type, loop
 
         def rehearse() -> None:
-            loop.rewind()
+            state.step.zero_()
             advance()
 
         if kind == "cuda":
@@ -269,15 +284,16 @@ class Sampler:
             if stream not in self._pools:
                 self._pools[stream] = torch.cuda.graph_pool_handle()
         # The graph uses the addresses of constants and weights.
-        tensors = [*self.network.parameters(), *self.network.buffers()] if isinstance(self.network, nn.Module) else []
-        loop.held = (advance, tensors)
+        weights = [*self.network.parameters(), *self.network.buffers()] if isinstance(self.network, nn.Module) else []
         try:
             # Weights that autocast has cast once and kept would be gone by the time of a replay.
             with torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cache_enabled=False):
-                loop.advance = graphs.capture(rehearse, advance, self._capture_stream, self._pools.get(stream))
+                replay = graphs.capture(rehearse, advance, self._capture_stream, self._pools.get(stream))
         except graphs.CaptureError as error:
             self._pools.pop(stream, None)  # torch may take it for one that is still recorded to
             _logger.warning("sample: steps are launched one kernel at a time, as there can be no CUDA graph: %s", error)
+            return loop
+        return _Loop(state, replay, (advance, weights))
 
 
 def sample(
@@ -400,9 +416,9 @@ def checked_setup(
     check_dtype(caller, "dtype", dtype, optional=True)
     check_type(caller, "cuda_graph", cuda_graph, bool, optional=True)
     shape = _image_shape(caller, model, plan, shape)
-    if isinstance(model, FrozenUNet) and plan.timesteps.max() >= model.num_timesteps:
-        got = int(plan.timesteps.max())
-        raise InvalidValue(caller, "plan", f"to have timesteps below {model.num_timesteps}", got)
+    if isinstance(model, FrozenUNet):
+        last, total = int(plan.timesteps.max()), model.num_timesteps
+        expect(last < total, caller, "plan", f"to have timesteps below {total}", last)
     device = _device(caller, model, device)
     expect(
         not cuda_graph or device.type in graphs.DEVICE_TYPES,
@@ -434,9 +450,6 @@ def _image_shape(caller: str, model: Model, plan: SamplingPlan, shape: Sequence[
 
 def _memory_format(model: Model, shape: Sequence[int]) -> torch.memory_format:
     """Return channels_last for images if the model's convolution weights are, else contiguous_format."""
-    if not isinstance(model, nn.Module):
-        return torch.channels_last if isinstance(model, FrozenUNet) and len(shape) == 3 else torch.contiguous_format
-    weights = (p for p in model.parameters() if p.dim() == 4 and not p.is_contiguous())
-    if len(shape) == 3 and any(p.is_contiguous(memory_format=torch.channels_last) for p in weights):
-        return torch.channels_last
-    return torch.contiguous_format
+    weights = [p for p in model.parameters() if p.dim() == 4 and not p.is_contiguous()] if isinstance(model, nn.Module) else []
+    suits = isinstance(model, FrozenUNet) or any(p.is_contiguous(memory_format=torch.channels_last) for p in weights)
+    return torch.channels_last if suits and len(shape) == 3 else torch.contiguous_format

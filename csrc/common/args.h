@@ -259,9 +259,7 @@ struct AttentionBackwardArgs {
   DDPM_FAST_FIELDS(dtype, grad_qkv, grad_y, y, softmax, qkv, n, num_heads, pixels, head_dim, scale, stream_or_threads)
 };
 
-// What a sampling step computes beside the network and reverse_step, in a program:
-
-// The time terms of a step, the same for each sample:
+// The time terms of a sampling step, the same for each sample:
 //   terms[b][i] = table[b][timesteps[*step]]
 struct TimeTermsArgs {
   DType dtype;                    // float32

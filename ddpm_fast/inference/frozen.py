@@ -12,7 +12,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from ..checks import MAX_TIMESTEPS, check_dtype, check_int, check_range, check_strided, computing_device
+from ..checks import MAX_TIMESTEPS, check_dtype, check_int, check_range, computing_device
 from ..errors import InvalidType, InvalidValue
 from ..locks import Turns
 from ..models import Model, inference_form, placed
@@ -21,12 +21,16 @@ from ..nn.config import UNetConfig
 from ..nn.unet import UNet, centered, checked_timesteps
 from ..ops.backend import has_fast_bfloat16
 from ..ops.packed_conv import conv_ops
+from ..ops.reverse_step import reverse_step_op
+from ..ops.step_parts import count_step_op, network_input_op
 from ..plan import SamplingPlan
-from .calls import Layers, StepTensors, append_network, append_step
+from ..reference import VARIANCES
+from .calls import Layers, append_network
 from .network import Network, held_tensors, read_network, why_not_frozen
 from .packed_layers import PackedLayers
-from .program import Buffer, Builder, Call, NativeProgram, PythonProgram
+from .program import Buffer, Builder, Call, NativeProgram, PythonProgram, Value
 from .pytorch_layers import PyTorchLayers, has_prepacked
+from .step import StepState
 
 MAX_PROGRAMS: Final = 4  # per network: one per input shape and number of threads
 _CACHED_BYTES: Final = 8 << 20  # the largest feature map of a batch: 16 images of the CIFAR-10 network in float32
@@ -130,7 +134,7 @@ class FrozenUNet:
     - Norm parameters stay float32.
 
     For each input shape and number of threads it builds a program at the first call: a list of kernel calls with
-    planned memory. It keeps the four programs used last. Threads that call it at once take turns on a CPU.
+    planned memory. It keeps the four programs used last. Threads that call it at once take turns.
 
     It is no nn.Module. To change dtype, device or weights, freeze the model again. To save it, save the model.
 
@@ -174,18 +178,14 @@ class FrozenUNet:
             ValueError: A shape or the device does not fit, or a timestep or label is out of range.
             TypeError: Timesteps are no numbers, or x belongs to a torch.func transform.
         """
-        if not torch.compiler.is_compiling():
-            for name, value in (("x", x), ("t", t), ("class_labels", class_labels)):
-                if not isinstance(value, Tensor):
-                    continue
-                check_strided("FrozenUNet", name, value)
-                if is_transformed_tensor(value):
-                    raise InvalidType(
-                        "FrozenUNet", name, "outside of torch.func transforms", "a tensor of one: call the UNet there"
-                    )
         if isinstance(t, int) and not isinstance(t, bool) and not 0 <= t < self.num_timesteps:
             raise InvalidValue("FrozenUNet", "t", f"in 0..{self.num_timesteps - 1}", t)
         t = checked_timesteps("FrozenUNet", self._constants.config, x, t, class_labels)
+        for name, value in () if torch.compiler.is_compiling() else (("x", x), ("t", t), ("class_labels", class_labels)):
+            if value is not None and is_transformed_tensor(value):
+                raise InvalidType(
+                    "FrozenUNet", name, "outside of torch.func transforms", "a tensor of one: call the UNet there"
+                )
         if not t.is_floating_point():
             t = t.to(torch.int64)
             if runs_eagerly(t):
@@ -210,38 +210,46 @@ class FrozenUNet:
         if not runs_eagerly(*inputs):  # The calls are traced one by one. What is packed belongs to the trace.
             return self._executor(*self._built(self._new_layers(), inputs), traced=True)(inputs)
         key = (torch.get_num_threads(), *(each.shape for each in inputs))
-        if self.why_not_packed is not None:
-            with self._turns:
-                program = self._program(key, inputs)
-            return program(inputs)
         with self._turns:  # until the program has run, because its memory serves one call at a time
             return self._program(key, inputs)(inputs)
 
-    def step(self, plan: SamplingPlan, tensors: StepTensors, guidance_scale: float | None) -> Callable[[], object]:
+    def step(self, plan: SamplingPlan, state: StepState, guidance_scale: float | None) -> Callable[[], object]:
         """Return a function that advances x_t by a step of a plan: network, guidance and `reverse_step` in one program.
 
-        It checks nothing. Only one thread at a time may call it, without autocast.
+        A batch is split by image, so that feature maps stay in the CPU's cache. Both halves of guidance are evaluated
+        together. The function checks nothing. Only one thread at a time may call it, without autocast.
 
         Args:
             plan: The plan. Its timesteps are in 0..T-1.
-            tensors: What the step reads and writes, channels_last and on the network's device.
+            state: Memory of the step, channels_last and on the network's device.
             guidance_scale: None: no guidance.
         """
-        builder, copies = Builder(), 1 if guidance_scale is None else 2
-        n, _, *size = tensors.x_t.shape
-        at_once = math.ceil(n / self._num_passes(copies * n, *size))
+        network, builder, dtype = self._constants.network, Builder(), self.dtype
+        n, copies, centered = len(state.x_t), 1 if guidance_scale is None else 2, self._constants.config.center_input_sample
+        at_once = math.ceil(n / self._num_passes(copies * n, *state.x_t.shape[2:]))
+        parts = [slice(i, min(i + at_once, n)) for i in range(0, n, at_once)]
         with self._turns, torch.inference_mode(False), torch.no_grad(), torch.device(self.device):
-            append_step(
-                builder,
-                self._constants.network,
-                self._layers,
-                self._constants.config,
-                plan,
-                tensors,
-                guidance_scale,
-                self.dtype,
-                at_once,
-            )
+            timesteps, table = plan.timesteps.to(self.device), plan.table(self.device)
+            # First the terms of all parts: PyTorch computes those of networks with classes, and kernels compute the rest.
+            terms = []
+            for part in parts:
+                labels = None if state.class_labels is None else state.class_labels[:, part]
+                count = copies * (part.stop - part.start)
+                terms.append(network.time_terms.append(builder, timesteps, state.step, count, labels))
+            for part, stacks in zip(parts, terms, strict=True):
+                x_t, x_0_prev = state.x_t[part], None if state.x_0_prev is None else state.x_0_prev[part]
+                x: Value = x_t
+                if copies > 1 or centered or dtype != x_t.dtype:
+                    shape = (copies * len(x_t), *x_t.shape[1:])
+                    x = builder.call(network_input_op, x_t, dtype, copies, centered, shape=shape, dtype=dtype)
+                model_output = append_network(builder, network, self._layers, x, stacks)
+                seeds, variance = state.seeds[part] if plan.is_random else None, VARIANCES.index(plan.variance)
+                builder.update(
+                    *(reverse_step_op, x_t, model_output, table, state.step, None, seeds, x_0_prev, guidance_scale, variance),
+                    x_0_prev is not None,
+                    out=(x_t,) if x_0_prev is None else (x_t, x_0_prev),
+                )
+            builder.update(count_step_op, state.step, out=(state.step,))
             return self._executor(builder.calls).run
 
     def _program(self, key: Hashable, inputs: Sequence[Tensor]) -> NativeProgram | PythonProgram:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final, Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..dtypes import opmath
-from ..nn.conv import Conv3x3
+from ..nn.comparison import why_layers_differ
 from ..nn.layers import (
     Attention,
-    Downsample,
     GroupNormSiLU,
     ResnetBlock,
     timestep_embedding,
@@ -147,10 +145,8 @@ class TimeTerms:
         device: torch.device,
     ) -> None:
         self._config = model._config
-        layers: list[tuple[Tensor, Tensor | None]] = []
-        for layer in (model.time_embedding.linear_1, model.time_embedding.linear_2):
-            weight, bias = layer.weight.detach().to(device), None if layer.bias is None else layer.bias.detach().to(device)
-            layers.append((weight.double(), None if bias is None else bias.double()))
+        both = (model.time_embedding.linear_1, model.time_embedding.linear_2)
+        layers = [(layer.weight.detach().to(device).double(), layer.bias.detach().to(device).double()) for layer in both]
         emb = self._embedding(torch.arange(num_timesteps, device=device), layers)  # [T, E]
         widths = [len(bias) for _, bias in projections]
         distinct = sorted(set(widths))
@@ -161,9 +157,7 @@ class TimeTerms:
             weights, biases = zip(*(pair for pair in projections if len(pair[1]) == width), strict=True)
             stacks.append((torch.stack(weights).double().transpose(1, 2), torch.stack(biases).double()[:, None]))
         wide = opmath(dtype)
-        self._layers = [
-            (weight.to(wide, copy=True), None if bias is None else bias.to(wide, copy=True)) for weight, bias in layers
-        ]
+        self._layers = [(weight.to(wide, copy=True), bias.to(wide, copy=True)) for weight, bias in layers]
         self._weights = [weight.to(dtype) for weight, _ in stacks]  # [B, E, W] each
         self._biases = [bias.to(dtype) for _, bias in stacks]  # [B, 1, W] each
         if model.class_embedding is None:
@@ -172,7 +166,7 @@ class TimeTerms:
             classes = model.class_embedding.weight.detach().to(device, wide, copy=True)
             self._embeddings = (emb.to(wide), classes)  # [T, E], [classes, E]
 
-    def _embedding(self, t: Tensor, layers: list[tuple[Tensor, Tensor | None]]) -> Tensor:
+    def _embedding(self, t: Tensor, layers: list[tuple[Tensor, Tensor]]) -> Tensor:
         """Return the embedding of timesteps [N], [N, E] in the dtype of the layers."""
         cfg = self._config
         emb = timestep_embedding(t, cfg.sinusoid_dim, flip_sin_to_cos=cfg.flip_sin_to_cos, freq_shift=cfg.freq_shift)
@@ -261,29 +255,27 @@ def read_network(
     projections: list[tuple[Tensor, Tensor]] = []
     wide = opmath(dtype)
 
-    def copied(parameter: Tensor | None) -> Tensor | None:
-        return None if parameter is None else parameter.detach().to(device, copy=True)
+    def copied(parameter: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
+        assert parameter is not None
+        return parameter.detach().to(device, dtype, copy=True)
 
     def norm(layer: GroupNormSiLU) -> Norm:
-        weight, bias = (None if p is None else p.detach().to(device, wide, copy=True) for p in (layer.weight, layer.bias))
+        weight, bias = copied(layer.weight, wide), copied(layer.bias, wide)
         return Norm(layer.num_groups, layer.eps, weight, bias, layer.activation == "silu")
 
     def conv(layer: nn.Conv2d, *, has_bias: bool = True) -> Conv:
-        weight, own_bias = cast("Tensor", copied(layer.weight)), copied(layer.bias) if has_bias else None
         asymmetric = layer.padding == (0, 0) and layer.kernel_size == (3, 3)
-        return Conv(convert(weight), own_bias, layer.stride[0], asymmetric)
+        bias = copied(layer.bias) if has_bias else None
+        return Conv(convert(copied(layer.weight)), bias, layer.stride[0], asymmetric)
 
     def resnet(layer: ResnetBlock) -> Resnet:
         first = len(projections)
         weight, bias = copied(layer.time_emb_proj.weight), copied(layer.time_emb_proj.bias)
-        assert weight is not None
-        bias = weight.new_zeros(len(weight)) if bias is None else bias
         if layer.scale_shift:
             projections.extend(zip(weight.chunk(2), bias.chunk(2), strict=True))
         else:
             # The shift is added to the output of conv1 before the norm, and so is the bias of conv1.
-            own = copied(layer.conv1.bias)
-            projections.append((weight, bias.double() if own is None else bias.double() + own.double()))
+            projections.append((weight, bias.double() + copied(layer.conv1.bias).double()))
         return Resnet(
             norm(layer.norm1),
             conv(layer.conv1, has_bias=layer.scale_shift),
@@ -297,10 +289,8 @@ def read_network(
 
     def attention(layer: Attention) -> SelfAttention:
         def linear(*layers: nn.Linear) -> Conv:
-            weights, biases = [copied(each.weight) for each in layers], [copied(each.bias) for each in layers]
-            zeros = [cast("Tensor", weight).new_zeros(len(cast("Tensor", weight))) for weight in weights]
-            bias = torch.cat([zero if own is None else own for own, zero in zip(biases, zeros, strict=True)])
-            return Conv(convert(torch.cat(cast("list[Tensor]", weights))[:, :, None, None]), bias)
+            weight, bias = (torch.cat([copied(getattr(each, name)) for each in layers]) for name in ("weight", "bias"))
+            return Conv(convert(weight[:, :, None, None]), bias)
 
         group_norm = None if layer.group_norm is None else norm(layer.group_norm)
         qkv, out = linear(layer.to_q, layer.to_k, layer.to_v), linear(cast("nn.Linear", layer.to_out[0]))
@@ -313,107 +303,32 @@ def read_network(
             resampler = resnet(each) if isinstance(each, ResnetBlock) else conv(each.conv)
         return Block(resnets, attentions, resampler)
 
-    down, mid, up = (
+    return Network(
+        conv(model.conv_in),
         [block(each) for each in model.down_blocks],
         block(model.mid_block),
         [block(each) for each in model.up_blocks],
+        norm(model.conv_norm_out),
+        conv(model.conv_out),
+        TimeTerms(model, num_timesteps, projections, dtype, device),  # last: the blocks have appended their projections
     )
-    conv_in, norm_out, conv_out = conv(model.conv_in), norm(model.conv_norm_out), conv(model.conv_out)
-    time_terms = TimeTerms(model, num_timesteps, projections, dtype, device)
-    return Network(conv_in, down, mid, up, norm_out, conv_out, time_terms)
-
-
-# ----------------------------------------------------------------------------------------------- reasons not to freeze
-
-# Attributes that must be those of a new network of the same configuration. `read_network` reads all others that a
-# layer's forward reads.
-_FIXED: Final[dict[type[nn.Module], tuple[str, ...]]] = {
-    nn.Conv2d: ("kernel_size", "stride", "padding", "dilation", "groups"),
-    GroupNormSiLU: ("num_channels",),
-    ResnetBlock: ("scale_shift", "resample"),
-    Downsample: ("asymmetric",),
-    nn.Embedding: ("max_norm",),
-}
 
 
 def why_not_frozen(model: nn.Module) -> str | None:
     """Return why `model` cannot be frozen, or None if it can.
 
-    Layers, the shapes of their weights and their geometry must be those of a new `UNet` of the same configuration.
-    Kernels read weights without bounds, so this has to hold. Biases, norms of attention and the weights of norms
-    may be absent.
+    Its layers must be those of a new `UNet` of the same configuration. Kernels read weights without bounds, so this has
+    to hold.
     """
     if type(model) is not UNet:
         return f"the model is a {type(model).__name__}"
-    hooks = torch.nn.modules.module
-    if hooks._global_forward_hooks or hooks._global_forward_pre_hooks:
-        return "torch has global forward hooks"
     with torch.device("meta"):
-        expected = dict(UNet(**model._config.to_dict()).named_modules())
-    layers = dict(model.named_modules(remove_duplicate=False))
-    missing = [name for name in expected if name not in layers and not name.endswith(".group_norm")]  # may be None
-    if missing:
-        return f"{missing[0]} is missing"
-    for name, layer in layers.items():
-        if name not in expected:
-            return f"{name} is not in the configuration"
-        reason = _why_not_kind(layer, expected[name]) or _why_not_weights(layer, expected[name]) or _why_not_values(layer)
-        if reason is not None:
-            return f"{name or 'the model'} {reason}"
-    return None
-
-
-def _why_not_kind(layer: nn.Module, expected: nn.Module) -> str | None:
-    kind = type(expected)
-    if type(layer) is not kind and not (kind is Conv3x3 and type(layer) is nn.Conv2d):  # they compute the same
-        return f"is a {type(layer).__name__} of another make, not a {kind.__name__}"
-    patched = [name for name in vars(layer) if callable(getattr(kind, name, None))]
-    if patched:
-        return f"has a patched {patched[0]}"
-    if layer._forward_hooks or layer._forward_pre_hooks:
-        return "has forward hooks"
-    if isinstance(layer, nn.Conv2d) and layer.padding_mode != "zeros":
-        return f"pads with {layer.padding_mode} values"
-    for name in (name for base, names in _FIXED.items() if issubclass(kind, base) for name in names):
-        if getattr(layer, name) != getattr(expected, name):
-            return f"has {name} {getattr(layer, name)!r}, and its configuration means {getattr(expected, name)!r}"
-    return None
-
-
-def _why_not_weights(layer: nn.Module, expected: nn.Module) -> str | None:
-    for name, wanted in expected.named_parameters(recurse=False):
-        weight = getattr(layer, name)
-        if weight is None:
-            if name != "bias" and not isinstance(layer, GroupNormSiLU):
-                return f"has no {name}"
-            continue
+        described = UNet(**model._config.to_dict())
+    if (why := why_layers_differ(model, described)) is not None:
+        return why
+    for name, weight in model.named_parameters(remove_duplicate=False):
         if type(weight) not in (nn.Parameter, Tensor) or not weight.is_floating_point() or weight.layout != torch.strided:
-            return f"has a {name} that is a {type(weight).__name__} of {weight.dtype} and {weight.layout}"
+            return f"{name} is a {type(weight).__name__} of {weight.dtype} and {weight.layout}"
         if weight.is_meta:
-            return f"has a {name} on the meta device, without values"
-        if weight.shape != wanted.shape:
-            return f"has a {name} of shape {list(weight.shape)}, and its configuration means {list(wanted.shape)}"
+            return f"{name} is on the meta device, without values"
     return None
-
-
-def _why_not_values(layer: nn.Module) -> str | None:
-    if isinstance(layer, GroupNormSiLU):
-        if not _is_number(layer.num_groups, int) or layer.num_groups < 1 or layer.num_channels % layer.num_groups:
-            return f"has {layer.num_channels} channels and {layer.num_groups!r} groups"
-        if not _is_number(layer.eps, int | float) or not math.isfinite(layer.eps) or layer.eps <= 0:
-            return f"has the eps {layer.eps!r}"
-        if layer.activation not in ("silu", None):
-            return f"has the activation {layer.activation!r}"
-    elif isinstance(layer, Attention):
-        channels = len(layer.to_q.weight)
-        if not _is_number(layer.num_heads, int) or layer.num_heads < 1 or channels % layer.num_heads:
-            return f"has {layer.num_heads!r} heads and {channels} channels"
-    if isinstance(layer, Attention | ResnetBlock):
-        factor = layer.output_scale_factor
-        if not _is_number(factor, int | float) or not math.isfinite(factor) or factor == 0:
-            return f"has the output_scale_factor {factor!r}"
-    return None
-
-
-def _is_number(value: Any, kind: Any) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool)

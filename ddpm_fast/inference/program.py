@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -35,10 +36,7 @@ class Buffer:
     @property
     def nbytes(self) -> int:
         """Size in bytes."""
-        size = self.dtype.itemsize
-        for length in self.shape:
-            size *= length
-        return size
+        return self.dtype.itemsize * math.prod(self.shape)
 
     def rows(self) -> list[Buffer]:
         """Return a view of each row of the first dimension."""

@@ -86,7 +86,7 @@ class PyTorchLayers:
         n, channels, height, width = x.shape
         if resample == "up":
             return (builder.call(doubled, x, shape=(n, channels, 2 * height, 2 * width), dtype=self._dtype),)
-        return (builder.call(_halved, x, shape=(n, channels, height // 2, width // 2), dtype=self._dtype),)
+        return (builder.call(F.avg_pool2d, x, 2, shape=(n, channels, height // 2, width // 2), dtype=self._dtype),)
 
     def attention(self, builder: Builder, layer: SelfAttention, x: Buffer) -> Buffer:
         """Append a self-attention layer with its residual connection."""
@@ -144,10 +144,6 @@ def _with_residual(h: Tensor, residual: Tensor, weight: Tensor | None, divisor: 
 def _product(x: Tensor, weight: Tensor) -> Tensor:
     """Multiply the channels of each pixel by a matrix [out, in]."""
     return F.linear(x.permute(0, 2, 3, 1), weight).permute(0, 3, 1, 2)
-
-
-def _halved(x: Tensor) -> Tensor:
-    return F.avg_pool2d(x, 2)
 
 
 def _attended(

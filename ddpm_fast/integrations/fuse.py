@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import InvalidType
+from ..nn.comparison import hooks_of, own_class, why_watched
 from ..nn.layers import GroupNormSiLU
 from ..ops import group_norm_silu
 
@@ -171,11 +172,6 @@ def swap(thing: Any, mixin: type[Swapped]) -> Any:
 def unswap(thing: Any) -> None:
     """Restore the class of an object that `swap` has changed."""
     thing.__class__ = thing.swapped_from
-
-
-def own_class(thing: Any) -> type:
-    """Return the object's class before `swap`."""
-    return thing.swapped_from if isinstance(thing, Swapped) else type(thing)
 
 
 @cache  # one class of a kind, so that compiled code finds the class it was compiled for
@@ -508,15 +504,6 @@ def _is_bypassable_pair(norm: Any, silu: Any) -> bool:
     )
 
 
-def why_watched(module: nn.Module) -> str | None:
-    """Return why a call of the module does more than its class's forward, or None."""
-    return "has hooks" if any(_hooks(module)) else "has a patched forward" if "forward" in vars(module) else None
-
-
-def _hooks(module: nn.Module) -> tuple[dict[int, Any], ...]:
-    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-
-
 def _why_different(kind: _Kind, module: nn.Module, verdicts: dict[object, str | None]) -> str | None:
     """Return why the fused forward differs from the module's own, or None. One trial serves all modules of a structure."""
     trials = {_structure(trial): (trial, shapes) for trial, shapes in kind.trials(module)}
@@ -549,7 +536,7 @@ def _try(kind: _Kind, module: nn.Module, shapes: list[tuple[int, ...] | None]) -
     instead: dict[int, Any] = {
         **{id(parameter): nn.Parameter(random(parameter.shape)) for parameter in module.parameters()},
         **{id(buffer): random(buffer.shape) for buffer in module.buffers()},
-        **{id(hooks): type(hooks)() for child in module.modules() for hooks in _hooks(child)},  # no hooks
+        **{id(hooks): type(hooks)() for child in module.modules() for hooks in hooks_of(child)},  # no hooks
     }
     try:
         twin = copy.deepcopy(module, instead).eval()

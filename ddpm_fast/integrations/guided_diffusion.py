@@ -17,10 +17,11 @@ from ..inference import frozen_unet
 from ..models import evaluation_mode
 from ..nn import UNet
 from ..nn.checkpoint import check_weights, load_tensors
+from ..nn.comparison import why_layers_differ
 from ..plan import Prediction, SamplingPlan, ddim_plan, ddpm_plan
 from ..schedule import NoiseSchedule
 from .frozen_module import FrozenModule
-from .layers import check_unpatched, why_layers_differ
+from .layers import check_unpatched
 
 # Names of layers and blocks there and here. Blocks of input_blocks and output_blocks are added by their kinds.
 _OUTER: Final = {

@@ -1,43 +1,10 @@
-"""Comparison of another library's network with a new one: are its layers as its class makes them?"""
+"""Objects of other libraries that were changed after they were made."""
 
 from __future__ import annotations
 
-import types
-from typing import Any, Final
-
-import torch.nn.modules.module as torch_module
-from torch import nn
+from typing import Any
 
 from ..errors import expect
-from .fuse import own_class, why_watched
-
-# Attributes that may differ from those of a new network, by class and name, with the reason.
-INERT: Final[dict[tuple[str, str], str]] = {
-    ("*", "training"): "only dropout reads it",
-    ("*", "gradient_checkpointing"): "the outputs are recomputed, and are the same",
-    ("*", "_gradient_checkpointing_func"): "the outputs are recomputed, and are the same",
-    ("*", "use_checkpoint"): "the outputs are recomputed, and are the same",
-    ("*", "_is_hf_initialized"): "a mark of loading",
-    ("*", "dropout"): "dropout acts in training alone",
-    ("Dropout", "p"): "dropout acts in training alone",
-    ("GroupNorm", "_head"): "a mark of `fuse`",
-    ("SiLU", "_head"): "a mark of `fuse`",
-    ("Attention", "processor"): "compared with PROCESSORS",
-    ("Attention", "sliceable_head_dim"): "the default of `set_attention_slice`",
-    ("Attention", "upcast_attention"): "rounding in half precision",
-    ("Attention", "upcast_softmax"): "rounding in half precision",
-    ("Attention", "_from_deprecated_attn_block"): "the names of weights in old files",
-}
-# Attention processors of diffusers that compute the same, with their attributes.
-PROCESSORS: Final[dict[str, tuple[str, ...]]] = {
-    "AttnProcessor": (),
-    "AttnProcessor2_0": (),
-    "SlicedAttnProcessor": ("slice_size",),  # a part of the heads at a time
-    "XFormersAttnProcessor": ("attention_op",),  # the kernel
-}
-
-_MODULE: Final = frozenset(vars(nn.Module()))  # attributes of every module
-_METHODS: Final = ("__init__", "__call__", "_call_impl", "forward", "_forward", "_conv_forward")
 
 
 def unwrapped(name: str, network: Any) -> Any:
@@ -57,91 +24,3 @@ def check_unpatched(caller: str, name: str, thing: object) -> None:
         if callable(value) and hasattr(type(thing), key) and key != "_compiled_call_impl"  # nn.Module.compile sets it
     ]
     expect(not patched, caller, name, "to have the methods of its class", f"another {', '.join(patched)}")
-
-
-def why_layers_differ(network: nn.Module, described: nn.Module) -> str | None:
-    """Return how a layer of `network` differs from that of `described`, or None.
-
-    A layer differs by its class, an attribute, a hook, a parameter, a patched method, or by its place. Attributes of
-    INERT and attention processors of PROCESSORS may differ. A network that `fuse` has modified is compared as it was
-    before. Attributes of the network itself are not compared.
-
-    Args:
-        network: A network of another library.
-        described: A new network of the same class and arguments. It may be on the meta device.
-    """
-    if torch_module._has_any_global_hook():
-        return "torch's global hooks are called for every layer (torch.nn.modules.module)"
-    layers, expected = (dict(each.named_modules(remove_duplicate=False)) for each in (network, described))
-    libraries = ("torch", own_class(network).__module__.partition(".")[0])
-    places: dict[int, str] = {}
-    places_expected: dict[int, str] = {}
-    for name in {**expected, **layers}:
-        if name not in expected:
-            return f"its configuration has no {name}, which is of class {own_class(layers[name]).__name__}"
-        if name not in layers:
-            return f"{name} is missing"
-        why = _why_layer_differs(name, layers[name], expected[name], libraries)
-        if why is not None:
-            return why
-        same_as = places.setdefault(id(layers[name]), name)
-        if same_as != (wanted := places_expected.setdefault(id(expected[name]), name)):
-            return f"{name} is the layer {same_as}, its configuration says {wanted}"
-    return None
-
-
-def _why_layer_differs(name: str, layer: nn.Module, expected: nn.Module, libraries: tuple[str, ...]) -> str | None:
-    where, kind = name or "it", own_class(layer)
-    if kind is not type(expected):
-        return f"{where} is of class {kind.__name__}, its configuration says {type(expected).__name__}"
-    if (why := _why_patched(kind, libraries)) is not None:
-        return why
-    if (why := why_watched(layer)) is not None:
-        return f"{where} {why}"
-    if name and (why := _why_attributes_differ(where, layer, expected)) is not None:
-        return why
-    for kept in ("_parameters", "_buffers"):
-        shapes, wanted = (
-            {key: f"has the shape {tuple(each.shape)}" for key, each in getattr(of, kept).items() if each is not None}
-            for of in (layer, expected)
-        )
-        for key in {**wanted, **shapes}:
-            own, said = shapes.get(key, "is absent"), wanted.get(key, "is absent")
-            if own != said:
-                return f"{where}.{key} {own}, its configuration says it {said}"
-    return None
-
-
-def _why_patched(kind: type, libraries: tuple[str, ...]) -> str | None:
-    """Return which method of a layer's class is of none of these libraries, or None."""
-    for name, method in ({name: getattr(kind, name, None) for name in _METHODS} | dict(vars(kind))).items():
-        if isinstance(method, types.FunctionType):
-            origin = method.__globals__.get("__name__", "")  # a wrapper may claim to be what it wraps
-            if origin.partition(".")[0] not in libraries:
-                return f"{kind.__name__}.{name} is patched by {origin}"
-    return None
-
-
-def _why_attributes_differ(where: str, layer: nn.Module, expected: nn.Module) -> str | None:
-    kind = type(expected).__name__
-    ours, theirs = ({key: value for key, value in vars(of).items() if key not in _MODULE} for of in (layer, expected))
-    if kind == "Attention" and (why := _why_processor_differs(where, getattr(layer, "processor", None))) is not None:
-        return why
-    for key in {**theirs, **ours}:
-        if ("*", key) in INERT or (kind, key) in INERT:
-            continue
-        if key not in ours:
-            return f"{where} has no attribute {key}"
-        if key not in theirs:
-            return f"{where} has an attribute {key}, unlike its configuration"
-        if type(ours[key]) is not type(theirs[key]) or ours[key] != theirs[key]:
-            return f"{where}.{key} is {ours[key]!r}, its configuration says {theirs[key]!r}"
-    return None
-
-
-def _why_processor_differs(where: str, processor: Any) -> str | None:
-    kind = type(processor)
-    known = kind.__module__.startswith("diffusers.") and vars(processor).keys() <= set(PROCESSORS.get(kind.__name__, ()))
-    if kind.__name__ not in PROCESSORS or not known:
-        return f"{where} has the processor {kind.__name__}"
-    return _why_patched(kind, ("diffusers",))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import InvalidValue
 from ..ops.conv3x3 import conv3x3
+from .comparison import why_watched
 
 Layer = TypeVar("Layer", bound=nn.Module)
 
@@ -48,8 +49,7 @@ def upsampled(conv: nn.Module, x: Tensor) -> Tensor:
 
 def is_untouched(layer: nn.Module, kind: type[Layer]) -> TypeGuard[Layer]:
     """Return whether `layer` is an unmodified `kind` without hooks."""
-    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    return type(layer) is kind and "forward" not in vars(layer) and not any(hooks)
+    return type(layer) is kind and why_watched(layer) is None
 
 
 def doubled(x: Tensor) -> Tensor:

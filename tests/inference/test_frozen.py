@@ -546,7 +546,7 @@ def test_a_network_that_cannot_be_frozen_samples_as_it_is() -> None:
     (warning,) = caught
     assert warning.category is RuntimeWarning
     assert str(warning.message) == (
-        "ddpm_fast: this UNet is not frozen, because mid_block has forward hooks. It runs as it is, which is slower."
+        "ddpm_fast: this UNet is not frozen, because mid_block has hooks. It runs as it is, which is slower."
     )
 
 

@@ -36,8 +36,7 @@ ALLOWED = {
     "models": set(),
     "inference": {"dtypes", "modes", "locks", "checks", "reference", "plan", "ops", "nn", "models", "inference"},
     "requests": {"checks", "limits", "ops", "nn", "models", "inference"},
-    "denoising_loop": {"plan", "ops", "models", "inference"},
-    "sampling": {"dtypes", "locks", "checks", "plan", "images", "models", "inference", "requests", "denoising_loop"},
+    "sampling": {"dtypes", "locks", "checks", "plan", "images", "models", "inference", "requests"},
     "sample_files": {
         *("atomic", "checks", "limits", "locks", "distributed", "plan", "schemas", "images", "models", "requests"),
         *("inference", "sampling"),
@@ -135,7 +134,7 @@ def test_integrations_stand_on_public_ops_and_samplers() -> None:
     """They see nothing of how ops are dispatched, of programs and graphs, or of a training run."""
     allowed = {
         *("errors", "dtypes", "checks", "plan", "reference", "schedule", "ops", "ops.q_sample", "ops.reverse_step", "nn"),
-        *("nn.checkpoint", "nn.layers", "inference", "models"),
+        *("nn.checkpoint", "nn.comparison", "nn.layers", "inference", "models"),
     }
     for file in (PACKAGE / "integrations").glob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from itertools import starmap
 from typing import Any, Final, cast
 
 import diffusers
@@ -14,12 +15,19 @@ from torch import Tensor
 from ...errors import InvalidType, InvalidValue, expect, renaming
 from ...inference import FrozenUNet, frozen_unet
 from ...nn import UNet, UNetConfig
+from ...nn.comparison import own_class, why_layers_differ, why_patched
 from ...plan import SamplingPlan
 from ..frozen_module import FrozenModule
-from ..fuse import own_class
-from ..layers import check_unpatched, unwrapped, why_layers_differ
+from ..layers import check_unpatched, unwrapped
 from .schedulers import DDIMInverseScheduler, DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
+# Attention processors of diffusers that compute the same, with their attributes.
+PROCESSORS: Final[dict[str, tuple[str, ...]]] = {
+    "AttnProcessor": (),
+    "AttnProcessor2_0": (),
+    "SlicedAttnProcessor": ("slice_size",),  # a part of the heads at a time
+    "XFormersAttnProcessor": ("attention_op",),  # the kernel
+}
 _SCHEDULERS: Final = (DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler, DDIMInverseScheduler)
 
 
@@ -61,17 +69,21 @@ def frozen_network(
             described, model = build(**arguments), UNet(**config.to_dict()).requires_grad_(False)
     except Exception as error:  # any value may be in a configuration, and diffusers may raise anything
         raise InvalidValue("freeze", name, "to have a configuration that ddpm_fast.UNet supports", error) from error
-    expect(
-        (reason := why_layers_differ(unet, described)) is None,
-        "freeze",
-        name,
-        "to have the layers that its configuration describes",
-        f"one where {reason}",
-    )
+    processors = ((place, layer.processor) for place, layer in unet.named_modules() if hasattr(layer, "processor"))
+    why = next(filter(None, starmap(_why_processor_differs, processors)), None) or why_layers_differ(unet, described)
+    expect(why is None, "freeze", name, "to have the layers that its configuration describes", f"one where {why}")
     # Not state_dict(), which hooks may change.
     model.load_state_dict({key: each.detach() for key, each in unet.named_parameters(remove_duplicate=False)}, assign=True)
     frozen = frozen_unet(model, dtype or unet.dtype, device=device, num_timesteps=num_timesteps)
     return FrozenUNet2DModel(unet, frozen)
+
+
+def _why_processor_differs(where: str, processor: Any) -> str | None:
+    kind = type(processor)
+    known = kind.__module__.startswith("diffusers.") and vars(processor).keys() <= set(PROCESSORS.get(kind.__name__, ()))
+    if kind.__name__ not in PROCESSORS or not known:
+        return f"{where} has the processor {kind.__name__}"
+    return why_patched(kind, ("diffusers",))
 
 
 def frozen_pipeline(pipe: Any, dtype: torch.dtype | None, device: Any, num_timesteps: int | None) -> Any:
