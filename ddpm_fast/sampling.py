@@ -52,8 +52,10 @@ class Sampler:
 
     It does once what `sample` does at every call. A `UNet` is frozen (see `freeze`) with the weights that it
     has now: later changes of the model have no effect. Any other model, and a `UNet` that cannot be frozen, is
-    called as it is, and has to be in eval mode if several Samplers share it. On a GPU each step of a frozen
-    network is captured as a CUDA graph. The four graphs used last are kept.
+    called as it is, and has to be in eval mode if several Samplers share it.
+
+    A step of a frozen network is one program, from x_t to x_{t-1}. On a GPU it is captured as a CUDA graph. The
+    four programs used last are kept. They differ by batch size, guidance scale, number of threads and stream.
 
     Threads that call a Sampler at once take turns.
 
@@ -343,8 +345,9 @@ def sample(
         x_T: Initial states [num_samples, C, H, W], floating, instead of noise drawn from the seed.
         progress: Show a progress bar.
         callback: Called as callback(step, timestep, x_t) after each step of each batch: the number of the step
-            from 0, its timestep, and the state [n, C, H, W] after it. Clone the state to keep it. An exception
-            ends the sampling.
+            from 0, its timestep, and the state [n, C, H, W] after it. Clone the state to keep it. A change of its
+            values in place takes effect. Another shape, dtype, strides or memory is an error. An exception ends
+            the sampling.
         dtype: See `Sampler`.
         device: Device to run on. None: the model's device.
         shape: (C, H, W) of an image. None: `in_channels` and `sample_size` of the model's config.
