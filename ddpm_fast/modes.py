@@ -1,13 +1,17 @@
-"""Modes of PyTorch in which kernels may not be called directly: compilers, tracers, dispatch modes and transforms."""
+"""Modes of PyTorch: those in which kernels may not be called directly, and its threads after a fork."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 PLAIN_TYPES: Final = (Tensor, torch.nn.Parameter)
+_PROCESS: Final = os.getpid()
 _VMAP_OF_GRADIENTS: Any = torch._C._parse_dispatch_key("VmapMode")  # torch.autograd.grad(..., is_grads_batched=True)
 
 
@@ -41,3 +45,15 @@ def runs_eagerly(*tensors: Tensor | None) -> bool:
     if torch.compiler.is_compiling() or is_transformed() or is_traced():
         return False
     return all(tensor is None or (type(tensor) in PLAIN_TYPES and not tensor.is_neg()) for tensor in tensors)
+
+
+@contextmanager
+def threads_after_fork() -> Iterator[None]:
+    """Use one thread in a forked child. It lacks PyTorch's other threads, and would wait for them forever."""
+    threads = torch.get_num_threads()
+    if os.getpid() != _PROCESS:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

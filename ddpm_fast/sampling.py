@@ -27,6 +27,7 @@ from .inference import FrozenUNet, StepState, inference_network, step_by_any_net
 from .inference import cuda_graph as graphs
 from .locks import Turns
 from .models import Model, device_and_dtype, evaluation_mode, inference_form, model_config
+from .modes import threads_after_fork
 from .plan import SamplingPlan
 from .requests import Callback, ClassLabels, Request, check_image_shape, check_model, checked_request
 
@@ -100,7 +101,7 @@ class Sampler:
     ) -> None:
         self.plan = plan
         self.shape, self.device = checked_setup("Sampler", model, plan, dtype, device, shape, cuda_graph)
-        with _on(self.device):
+        with threads_after_fork(), _on(self.device):
             self.network = inference_network("Sampler", model, self.device, dtype, plan.schedule.num_timesteps)
         _, self.dtype = device_and_dtype(self.network)
         # Other models may not compute the same from the same memory each time.
@@ -191,7 +192,7 @@ class Sampler:
         """Draw the images of a request, one batch after the other, and as many states of each."""
         n, plan, device = request.num_samples, self.plan, self.device
         batches = [slice(i, i + request.batch_size) for i in range(0, n, request.batch_size)]
-        with self._turns, _on(device):
+        with self._turns, threads_after_fork(), _on(device):
             images = torch.empty((n, *self.shape), dtype=self._state_dtype, device=device)
             states, frames = self._frames(n, num_frames)
             # Everything that the steps need is on the device before the first: none waits for the host.

@@ -412,7 +412,7 @@ def test_one_sampler_serves_any_number_of_threads() -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the operating system has no fork")
 def test_a_forked_child_draws_the_same_images() -> None:
-    """While another thread draws, in the middle of its own draw, and in a callback's draw."""
+    """Before and while another thread of the parent draws. From a callback the error is the parent's."""
     script = """
 import os, threading, torch
 from ddpm_fast import NoiseSchedule, Sampler, UNet, ddpm_plan
@@ -452,6 +452,17 @@ def refused():
         return "got one from its callback" in str(error)
 sampler(2, progress=False, callback=lambda step, *_: child(refused) if step == 3 else None)
 assert same()
+
+# So large that PyTorch starts threads, for which it would wait in the child.
+torch.set_num_threads(2)
+large = torch.nn.Conv2d(3, 3, 3, padding=1).eval()
+others = Sampler(lambda x, t: large(x), ddpm_plan(schedule), shape=(3, 64, 64))
+drawn = others(8, progress=False)
+def large_ones():
+    again, threads = others(8, progress=False), torch.get_num_threads()
+    torch.set_num_threads(1)  # for torch.equal
+    return torch.equal(again, drawn) and threads == 2
+child(large_ones)
 print("same")
 """
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)

@@ -36,7 +36,7 @@ ALLOWED = {
     "models": set(),
     "inference": {"dtypes", "modes", "locks", "checks", "reference", "plan", "ops", "nn", "models", "inference"},
     "requests": {"checks", "limits", "ops", "nn", "models", "inference"},
-    "sampling": {"dtypes", "locks", "checks", "plan", "images", "models", "inference", "requests"},
+    "sampling": {"dtypes", "modes", "locks", "checks", "plan", "images", "models", "inference", "requests"},
     "sample_files": {
         *("atomic", "checks", "limits", "locks", "distributed", "plan", "schemas", "images", "models", "requests"),
         *("inference", "sampling"),
