@@ -367,6 +367,8 @@ def test_a_step_passes_few_functions() -> None:
         if step == 0:
             files.clear()
         steps.append(step)
+        if step == 4:
+            sys.setprofile(None)
 
     model, schedule = load_builtin()
     plan = ddpm_plan(schedule, 5)
@@ -379,8 +381,8 @@ def test_a_step_passes_few_functions() -> None:
     finally:
         sys.setprofile(None)
     assert steps == 2 * [0, 1, 2, 3, 4]
-    assert sum(files.values()) <= 4 * 10 + 10  # four steps, and the end of the call
-    assert len(files) <= 5 + 1
+    assert sum(files.values()) <= 4 * 10  # steps 1 to 4
+    assert 3 <= len(files) <= 5
 
 
 def test_a_split_batch_is_one_program(monkeypatch: pytest.MonkeyPatch) -> None:
