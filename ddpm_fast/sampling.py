@@ -346,7 +346,8 @@ def sample(
         x_T: Initial states [num_samples, C, H, W], floating, instead of noise drawn from the seed.
         progress: Show a progress bar.
         callback: Called as callback(step, timestep, x_t) after each step of each batch: the number of the step
-            from 0, its timestep, and the state [n, C, H, W] after it. Clone the state to keep it. A change of its
+            from 0, its timestep, and the state [n, C, H, W] after it, which may be channels_last. The call is in
+            inference mode. Clone the state to keep it. A change of its
             values in place takes effect. Another shape, dtype, strides or memory is an error. An exception ends
             the sampling.
         dtype: See `Sampler`.
@@ -359,7 +360,8 @@ def sample(
         clips.
 
     Raises:
-        ValueError: An argument is out of range or does not fit the model. Checked before any computation.
+        ValueError: An argument is out of range or does not fit the model, checked before any computation. Or the
+            model or the callback does what it must not.
         TypeError: An argument has an unsupported type.
     """
     shape, device = checked_setup("sample", model, plan, dtype, device, shape, cuda_graph)

@@ -343,11 +343,34 @@ def test_what_a_callback_must_not_do_is_named(model: nn.Module, change: str) -> 
         kept.append(x_t)
         CHANGES[change](x_t)
 
-    with pytest.raises(ValueError, match=r"sample: expected callback to change x_t in place and leave it torch.float32"):
+    with pytest.raises(
+        ValueError, match=r"sample: expected callback to change x_t in place, or a clone of it, and leave it torch.float32"
+    ):
         sampler(2, progress=False, callback=spoil)
     assert torch.equal(sampler(2, progress=False), images)
     kept[0].resize_(10_000)  # later
     assert torch.equal(sampler(2, progress=False), images)
+
+
+@pytest.mark.parametrize("change", [Tensor.unsqueeze_, Tensor.resize_, Tensor.transpose_, Tensor.mul_])
+def test_a_network_that_changes_its_input_leaves_the_sampler_usable(change: Callable[..., Tensor]) -> None:
+    arguments: Any = {Tensor.unsqueeze_: (0,), Tensor.resize_: (1, 1, 4, 4), Tensor.transpose_: (2, 3), Tensor.mul_: (0.5,)}
+
+    class Changing(Recording):
+        is_fixed = False
+
+        def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+            out = super().forward(x_t, t)
+            if not self.is_fixed:
+                change(x_t, *arguments[change])
+            return out
+
+    model = Changing()
+    sampler = Sampler(model, PLAN, shape=(1, 4, 4))
+    with refused(InvalidValue("sample", "model", "to leave its input as it is", "one that changes x_t in place")):
+        sampler(2, progress=False)
+    model.is_fixed = True
+    assert torch.equal(sampler(2, progress=False), draw(Recording(), shape=(1, 4, 4)))
 
 
 # --------------------------------------------------------------------------------------------------- what a step costs

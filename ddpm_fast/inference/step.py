@@ -93,7 +93,9 @@ class StepState:
         if not same or (shown.shape, shown.stride(), shown.dtype) != (x_t.shape, x_t.stride(), x_t.dtype):
             expected, got = (f"{x.dtype} {list(x.shape)} with strides {x.stride()}" for x in (x_t, shown))
             where = "" if same else " in other memory"
-            raise InvalidValue("sample", "callback", f"to change x_t in place and leave it {expected}", f"{got}{where}")
+            raise InvalidValue(
+                "sample", "callback", f"to change x_t in place, or a clone of it, and leave it {expected}", f"{got}{where}"
+            )
 
 
 def step_by_any_network(
@@ -114,7 +116,7 @@ def step_by_any_network(
     """
     x_t, x_0_prev, labels = state.x_t, state.x_0_prev, state.class_labels
     version = x_t._version
-    x_in = x_t.to(dtype)
+    x_in = x_t.detach().to(dtype)  # an alias, so that the network cannot change the shape and strides of x_t
     if guidance_scale is not None:
         x_in = torch.cat([x_in, x_in])
     t = timesteps.index_select(0, state.step).expand(len(x_in))
