@@ -374,7 +374,6 @@ class CpuKernels(Kernels, Protocol):
     ) -> None: ...
     def count_step(
         self,
-        dtype: int,
         next_step: Tensor | None,
         step: Tensor | None,
         stream_or_threads: int,

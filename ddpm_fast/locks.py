@@ -38,7 +38,7 @@ def locked(descriptor: int) -> Iterator[None]:
 
 
 class Turns:
-    """A lock under which threads take turns. A forked child has a free one, as it lacks the thread that held it.
+    """A lock under which threads take turns. It is free in a forked child, which lacks the thread that held it.
 
     Args:
         name: What is locked, for the error message.
@@ -55,15 +55,17 @@ class Turns:
     def _free(self) -> None:
         self._lock, self._owner = threading.Lock(), 0  # 0 is no thread's
 
-    def __enter__(self) -> None:
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        """Wait for the lock and hold it."""
         if self._owner == threading.get_ident():
             raise RuntimeError(f"{self._name}: expected a call after the one in progress, got one from its callback")
-        self._lock.acquire()
-        self._owner = threading.get_ident()
-
-    def __exit__(self, *error: object) -> None:
-        self._owner = 0
-        self._lock.release()
+        with self._lock:
+            self._owner = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._owner = 0
 
 
 def _after_fork() -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, Final, NamedTuple
 
@@ -23,11 +23,11 @@ from .checks import (
 from .dtypes import opmath
 from .errors import InvalidValue, expect
 from .images import evenly_spaced
-from .inference import FrozenUNet, StepState, inference_network, step_by_any_network
+from .inference import FrozenUNet, StepState, frozen_step, inference_network, step_by_any_network
 from .inference import cuda_graph as graphs
 from .locks import Turns
 from .models import Model, device_and_dtype, evaluation_mode, inference_form, model_config
-from .modes import threads_after_fork
+from .modes import runs_eagerly, threads_after_fork
 from .plan import SamplingPlan
 from .requests import Callback, ClassLabels, Request, check_image_shape, check_model, checked_request
 
@@ -192,13 +192,17 @@ class Sampler:
         """Draw the images of a request, one batch after the other, and as many states of each."""
         n, plan, device = request.num_samples, self.plan, self.device
         batches = [slice(i, i + request.batch_size) for i in range(0, n, request.batch_size)]
-        with self._turns, threads_after_fork(), _on(device):
+        with self._turns.taken(), threads_after_fork(), _on(device):
             images = torch.empty((n, *self.shape), dtype=self._state_dtype, device=device)
             states, frames = self._frames(n, num_frames)
             # Everything that the steps need is on the device before the first: none waits for the host.
             seeds = request.seeds.to(device)
             labels, x_T = (None if each is None else each.to(device) for each in (request.labels, request.x_T))
-            with _bar(len(batches) * plan.num_steps, request.progress) as bar, self._modes():
+            with (
+                _bar(len(batches) * plan.num_steps, request.progress) as bar,
+                evaluation_mode(self.network),
+                torch.inference_mode(),
+            ):
                 for batch in batches:
                     loop = self._loop(len(images[batch]), request.label, request.guidance_scale)
                     loop.state.start(seeds[batch], *(None if each is None else each[batch] for each in (labels, x_T)))
@@ -216,13 +220,16 @@ class Sampler:
         if not num_frames:
             return None, {}
         kept = evenly_spaced(self.plan.num_steps + 1, num_frames)
-        pin = self.device.type == "cuda"  # a GPU writes to pinned memory by itself, while the host goes on
-        states = torch.empty((len(kept), n, *self.shape), dtype=self._state_dtype, pin_memory=pin, device="cpu")
+        # A GPU writes to pinned memory by itself, while the host goes on.
+        shape, pinned = (len(kept), n, *self.shape), self.device.type == "cuda"
+        states = torch.empty(shape, dtype=self._state_dtype, pin_memory=pinned, device="cpu")
         return states, dict(zip(kept, states, strict=True))
 
     def _run(self, loop: _Loop, frames: dict[int, Tensor], callback: Callback | None, bar: Any) -> None:
         """Run all steps of a batch."""
         state, advance, timesteps = loop.state, loop.advance, self.plan.timesteps.tolist()
+        if isinstance(self.network, FrozenUNet) and torch.is_autocast_enabled(self.device.type):
+            advance = torch.autocast(self.device.type, enabled=False)(advance)  # each layer has its dtype
         for i, timestep in enumerate(timesteps):
             if i in frames:
                 frames[i].copy_(state.x_t, non_blocking=True)
@@ -234,26 +241,21 @@ class Sampler:
         if len(timesteps) in frames:
             frames[len(timesteps)].copy_(state.x_t, non_blocking=True)
 
-    @contextmanager
-    def _modes(self) -> Iterator[None]:
-        """Set the modes of PyTorch in which steps run."""
-        frozen = isinstance(self.network, FrozenUNet)  # each layer has its dtype, so there is no autocast
-        precision: Any = torch.autocast(self.device.type, enabled=False) if frozen else nullcontext()
-        with evaluation_mode(self.network), torch.inference_mode(), precision:
-            yield
-
     def _loop(self, n: int, label: int | None, guidance_scale: float | None) -> _Loop:
         """Return the loop for n images: one that was kept, or a new one, captured if the Sampler captures."""
+        if not (isinstance(self.network, FrozenUNet) or self._captures) or not runs_eagerly():
+            return self._new_loop(n, label, guidance_scale)
         # Work on two streams may overlap, so each stream has its own loops and memory.
         stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
-        key = (n, label is None, guidance_scale, torch.get_num_threads(), graphs.settings(), stream)
+        threads = torch.get_num_threads() if self.device.type == "cpu" else None
+        key = (n, label is None, guidance_scale, self.network, self.plan, self.shape, threads, graphs.settings(), stream)
         loop = self._loops.pop(key, None)
         if loop is None or not loop.state.is_intact:
+            if len(self._loops) == MAX_LOOPS:
+                self._loops.popitem(last=False)
             loop = self._new_loop(n, label, guidance_scale)
             if self._captures:
                 loop = self._captured(loop, stream)
-            if len(self._loops) == MAX_LOOPS:
-                self._loops.popitem(last=False)
         self._loops[key] = loop
         return loop
 
@@ -268,15 +270,15 @@ class Sampler:
             label=label,
             guidance_scale=guidance_scale,
         )
-        if isinstance(network, FrozenUNet):
-            return _Loop(state, network.step(plan, state, guidance_scale))
+        if type(network) is FrozenUNet and runs_eagerly():
+            return _Loop(state, frozen_step(network, plan, state, guidance_scale))
         plan.table(self.device)  # in place before a capture looks
         timesteps = plan.timesteps.to(self.device)
         return _Loop(state, partial(step_by_any_network, network, self.dtype, plan, timesteps, state, guidance_scale))
 
     def _captured(self, loop: _Loop, stream: Hashable) -> _Loop:
         """Return the loop with a CUDA graph of its step, or unchanged if there can be none."""
-        kind, (state, advance, _) = self.device.type, loop
+        kind, state, advance = self.device.type, loop.state, loop.advance
 
         def rehearse() -> None:
             state.step.zero_()
@@ -290,7 +292,8 @@ class Sampler:
         weights = [*self.network.parameters(), *self.network.buffers()] if isinstance(self.network, nn.Module) else []
         try:
             # Weights that autocast has cast once and kept would be gone by the time of a replay.
-            with torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cache_enabled=False):
+            casts = torch.is_autocast_enabled(kind) and not isinstance(self.network, FrozenUNet)
+            with torch.autocast(kind, torch.get_autocast_dtype(kind), casts, cache_enabled=False):
                 replay = graphs.capture(rehearse, advance, self._capture_stream, self._pools.get(stream))
         except graphs.CaptureError as error:
             self._pools.pop(stream, None)  # torch may take it for one that is still recorded to

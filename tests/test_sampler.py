@@ -16,6 +16,7 @@ import warnings
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,6 +28,7 @@ from refusals import refused
 from small_unets import relative_error
 from test_sampling import SCHEDULE, Recording, tiny_unet
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm_fast import (
@@ -41,8 +43,9 @@ from ddpm_fast import (
     sample_seeds,
 )
 from ddpm_fast.errors import InvalidType, InvalidValue
-from ddpm_fast.inference import StepState, cuda_graph
+from ddpm_fast.inference import StepState, cuda_graph, frozen_step
 from ddpm_fast.inference import frozen as frozen_module
+from ddpm_fast.ops import backend
 from ddpm_fast.sampling import MAX_LOOPS
 
 
@@ -122,6 +125,7 @@ def test_captured_steps_give_the_bits_of_eager_ones(
 
 
 PLAN = ddpm_plan(SCHEDULE, 3)
+needs_kernels = pytest.mark.skipif(backend.native_error() is not None, reason="there is no compiled module")
 
 
 def draw(model: nn.Module | FrozenUNet, n: int = 2, plan: SamplingPlan = PLAN, **arguments: Any) -> Tensor:
@@ -373,9 +377,44 @@ def test_a_network_that_changes_its_input_leaves_the_sampler_usable(change: Call
     assert torch.equal(sampler(2, progress=False), draw(Recording(), shape=(1, 4, 4)))
 
 
+def test_another_plan_takes_effect() -> None:
+    model = tiny_unet()
+    sampler = Sampler(model, ddim_plan(SCHEDULE, 2))
+    sampler(2, progress=False)
+    for plan in (ddim_plan(SCHEDULE, 9), ddim_plan(SCHEDULE, 9, eta=1.0), ddim_plan(SCHEDULE, 2)):
+        sampler.plan = plan
+        assert torch.equal(sampler(2, progress=False), draw(model, plan=plan))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_call_in_a_dispatch_mode_leaves_the_sampler_usable(dtype: torch.dtype) -> None:
+    sampler = Sampler(tiny_unet(), PLAN, dtype=dtype)
+    with FakeTensorMode(allow_non_fake_inputs=True), suppress(Exception):
+        sampler(2, progress=False)
+    assert torch.equal(sampler(2, progress=False), draw(tiny_unet(), dtype=dtype))
+
+
+def test_a_callback_has_the_callers_autocast() -> None:
+    seen: list[bool] = []
+    sampler = Sampler(tiny_unet(classes=3), PLAN)
+    plain = sampler(2, progress=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        images = sampler(2, progress=False, callback=lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    assert torch.equal(images, plain)
+    assert seen == 3 * [True]
+
+
+def test_only_programs_are_kept() -> None:
+    sampler = Sampler(Recording(), PLAN, shape=(1, 4, 4))
+    sampler(2, progress=False)
+    assert not sampler._loops
+
+
 # --------------------------------------------------------------------------------------------------- what a step costs
 
 
+@needs_kernels
+@pytest.mark.usefixtures("matrix_kernels")
 def test_a_step_passes_few_functions() -> None:
     """With guidance, a callback, frames and a progress bar."""
     files: dict[str, int] = {}
@@ -408,8 +447,10 @@ def test_a_step_passes_few_functions() -> None:
     assert 3 <= len(files) <= 5
 
 
+@needs_kernels
+@pytest.mark.usefixtures("matrix_kernels")
 def test_a_split_batch_is_one_program(monkeypatch: pytest.MonkeyPatch) -> None:
-    for arguments, classes in (({}, None), ({"class_labels": [0, 1, 2, 0, 1], "guidance_scale": 2.0}, 3)):
+    for arguments, classes, calls in (({}, None, 1), ({"class_labels": [0, 1, 2, 0, 1], "guidance_scale": 2.0}, 3, 3)):
         model = tiny_unet(classes=classes)
         whole = draw(model, 5, **arguments)
         with monkeypatch.context() as patch:
@@ -418,7 +459,7 @@ def test_a_split_batch_is_one_program(monkeypatch: pytest.MonkeyPatch) -> None:
             split = sampler(5, progress=False, **arguments)
         (loop,) = sampler._loops.values()
         stages = loop.advance.__self__._stages  # type: ignore[attr-defined]
-        assert [type(stage).__name__ for stage in stages].count("Program") == 1
+        assert [type(stage).__name__ for stage in stages].count("Program") == calls
         assert type(stages[-1]).__name__ == "Program"
         assert relative_error(split, whole) < 1e-5
 
@@ -439,7 +480,7 @@ def test_one_sampler_serves_any_number_of_threads() -> None:
 def test_a_forked_child_draws_the_same_images() -> None:
     """Before and while another thread of the parent draws. From a callback the error is the parent's."""
     script = """
-import os, threading, torch
+import os, signal, threading, torch
 from ddpm_fast import NoiseSchedule, Sampler, UNet, ddpm_plan
 schedule = NoiseSchedule.linear(8)
 model = UNet(sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8,), layers_per_block=1, norm_num_groups=2,
@@ -452,6 +493,7 @@ def child(draws):
     pid = os.fork()
     if pid == 0:
         status = 1
+        signal.alarm(60)
         try:
             status = int(not draws())
         finally:
@@ -660,7 +702,8 @@ class NoHostReads(TorchDispatchMode):
 @pytest.mark.parametrize("case", CASES)
 def test_no_step_reads_a_tensor_on_the_host(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     network, plan, arguments = CASES[case]
-    monkeypatch.setattr(sys.modules["ddpm_fast.ops.reverse_step"], "check_range", lambda *_: None)  # it is for the CPU alone
+    for module in ("reverse_step", "step_parts"):  # the check is for the CPU alone
+        monkeypatch.setattr(sys.modules[f"ddpm_fast.ops.{module}"], "check_range", lambda *_: None)
     frozen = freeze(tiny_unet(**network), torch.float64, num_timesteps=20)  # with PyTorch's layers, as on a GPU
     labels = "class_labels" in arguments
     scale = arguments.get("guidance_scale")
@@ -673,7 +716,7 @@ def test_no_step_reads_a_tensor_on_the_host(case: str, monkeypatch: pytest.Monke
         label=3 if labels else None,
         guidance_scale=scale,
     )
-    advance = frozen.step(plan, state, scale)
+    advance = frozen_step(frozen, plan, state, scale)
     state.start(torch.arange(2), torch.zeros(2, dtype=torch.int64) if labels else None)
     with NoHostReads():
         for _ in range(plan.num_steps):

@@ -287,11 +287,10 @@ struct NetworkInputArgs {
 
 //   next_step = step + 1
 struct CountStepArgs {
-  DType dtype;              // int64
   std::int64_t* next_step;  // may be step
   const std::int64_t* step;
   StreamOrThreads stream_or_threads;
-  DDPM_FAST_FIELDS(dtype, next_step, step, stream_or_threads)
+  DDPM_FAST_FIELDS(next_step, step, stream_or_threads)
 };
 
 // Weights packed for conv_winograd:

@@ -8,11 +8,10 @@
 
 namespace ddpm_fast {
 
-enum class DType : int { kFloat32, kFloat64, kFloat16, kBFloat16, kUInt8, kInt64 };
+enum class DType : int { kFloat32, kFloat64, kFloat16, kBFloat16, kUInt8 };
 
 constexpr int size_of(DType dtype) {
-  if (dtype == DType::kFloat64 || dtype == DType::kInt64) return 8;
-  return dtype == DType::kFloat32 ? 4 : dtype == DType::kUInt8 ? 1 : 2;
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : dtype == DType::kUInt8 ? 1 : 2;
 }
 
 struct BFloat16 {

@@ -54,7 +54,6 @@ def _frozen(model: UNet, dtype: torch.dtype | None, device: torch.device | str |
     """Return the inference form of a U-Net that can be frozen."""
     weight = model.conv_in.weight
     device = torch.empty(0, device=computing_device("freeze", weight.device if device is None else device)).device
-    check_dtype("freeze", "dtype", dtype, optional=True)
     dtype = default_dtype(weight.dtype, device) if dtype is None else dtype
     check_dtype("freeze", "dtype", dtype)  # the weights may have another
     if num_timesteps is None:
@@ -134,7 +133,7 @@ class FrozenUNet:
     - Norm parameters stay float32.
 
     For each input shape and number of threads it builds a program at the first call: a list of kernel calls with
-    planned memory. It keeps the four programs used last. Threads that call it at once take turns.
+    planned memory. It keeps the four programs used last. Threads that call it at once take turns on a CPU.
 
     It is no nn.Module. To change dtype, device or weights, freeze the model again. To save it, save the model.
 
@@ -210,47 +209,11 @@ class FrozenUNet:
         if not runs_eagerly(*inputs):  # The calls are traced one by one. What is packed belongs to the trace.
             return self._executor(*self._built(self._new_layers(), inputs), traced=True)(inputs)
         key = (torch.get_num_threads(), *(each.shape for each in inputs))
-        with self._turns:  # until the program has run, because its memory serves one call at a time
-            return self._program(key, inputs)(inputs)
-
-    def step(self, plan: SamplingPlan, state: StepState, guidance_scale: float | None) -> Callable[[], object]:
-        """Return a function that advances x_t by a step of a plan: network, guidance and `reverse_step` in one program.
-
-        A batch is split by image, so that feature maps stay in the CPU's cache. Both halves of guidance are evaluated
-        together. The function checks nothing. Only one thread at a time may call it, without autocast.
-
-        Args:
-            plan: The plan. Its timesteps are in 0..T-1.
-            state: Memory of the step, channels_last and on the network's device.
-            guidance_scale: None: no guidance.
-        """
-        network, builder, dtype = self._constants.network, Builder(), self.dtype
-        n, copies, centered = len(state.x_t), 1 if guidance_scale is None else 2, self._constants.config.center_input_sample
-        at_once = math.ceil(n / self._num_passes(copies * n, *state.x_t.shape[2:]))
-        parts = [slice(i, min(i + at_once, n)) for i in range(0, n, at_once)]
-        with self._turns, torch.inference_mode(False), torch.no_grad(), torch.device(self.device):
-            timesteps, table = plan.timesteps.to(self.device), plan.table(self.device)
-            # First the terms of all parts: PyTorch computes those of networks with classes, and kernels compute the rest.
-            terms = []
-            for part in parts:
-                labels = None if state.class_labels is None else state.class_labels[:, part]
-                count = copies * (part.stop - part.start)
-                terms.append(network.time_terms.append(builder, timesteps, state.step, count, labels))
-            for part, stacks in zip(parts, terms, strict=True):
-                x_t, x_0_prev = state.x_t[part], None if state.x_0_prev is None else state.x_0_prev[part]
-                x: Value = x_t
-                if copies > 1 or centered or dtype != x_t.dtype:
-                    shape = (copies * len(x_t), *x_t.shape[1:])
-                    x = builder.call(network_input_op, x_t, dtype, copies, centered, shape=shape, dtype=dtype)
-                model_output = append_network(builder, network, self._layers, x, stacks)
-                seeds, variance = state.seeds[part] if plan.is_random else None, VARIANCES.index(plan.variance)
-                builder.update(
-                    *(reverse_step_op, x_t, model_output, table, state.step, None, seeds, x_0_prev, guidance_scale, variance),
-                    x_0_prev is not None,
-                    out=(x_t,) if x_0_prev is None else (x_t, x_0_prev),
-                )
-            builder.update(count_step_op, state.step, out=(state.step,))
-            return self._executor(builder.calls).run
+        with self._turns.taken():
+            program = self._program(key, inputs)
+            if self.why_not_packed is None:
+                return program(inputs)  # here, because the program's memory serves one call at a time
+        return program(inputs)
 
     def _program(self, key: Hashable, inputs: Sequence[Tensor]) -> NativeProgram | PythonProgram:
         program = self._programs.pop(key, None)
@@ -265,10 +228,8 @@ class FrozenUNet:
     def _executor(
         self, calls: Sequence[Call], inputs: Sequence[Buffer] = (), output: Buffer | None = None, *, traced: bool = False
     ) -> NativeProgram | PythonProgram:
-        if self.why_not_packed is not None:
-            return PythonProgram(calls, inputs, output)
-        if traced:
-            return PythonProgram(calls, inputs, output, backend="native")
+        if traced or self.why_not_packed is not None:
+            return PythonProgram(calls, inputs, output, "native" if self.why_not_packed is None else None)
         return NativeProgram(calls, inputs, output, threads=torch.get_num_threads())
 
     def _new_layers(self) -> Layers:
@@ -308,3 +269,41 @@ class FrozenUNet:
         if hasattr(nn.Module, name) or name in nn.Module.__annotations__:
             message += ": it is immutable and no nn.Module; change or save the UNet, then freeze it again"
         raise AttributeError(message)
+
+
+def frozen_step(
+    network: FrozenUNet, plan: SamplingPlan, state: StepState, guidance_scale: float | None
+) -> Callable[[], object]:
+    """Return a function that advances x_t by a step of a plan: network, guidance and `reverse_step` in one program.
+
+    A batch is split by image, so that feature maps stay in the CPU's cache. Both halves of guidance are evaluated
+    together. The function checks nothing. Only one thread at a time may call it, without autocast.
+
+    Args:
+        network: The network.
+        plan: The plan. Its timesteps are in 0..T-1.
+        state: Memory of the step, channels_last and on the network's device.
+        guidance_scale: None: no guidance.
+    """
+    layers, config, dtype, builder = network._constants.network, network._constants.config, network.dtype, Builder()
+    n, copies = len(state.x_t), 1 if guidance_scale is None else 2
+    at_once = math.ceil(n / network._num_passes(copies * n, *state.x_t.shape[2:]))
+    with network._turns.taken(), torch.inference_mode(False), torch.no_grad(), torch.device(network.device):
+        timesteps, table = plan.timesteps.to(network.device), plan.table(network.device)
+        for part in (slice(i, i + at_once) for i in range(0, n, at_once)):
+            x_t, x_0_prev = state.x_t[part], None if state.x_0_prev is None else state.x_0_prev[part]
+            labels = None if state.class_labels is None else state.class_labels[:, part]
+            stacks = layers.time_terms.append(builder, timesteps, state.step, copies * len(x_t), labels)
+            x: Value = x_t
+            if copies > 1 or config.center_input_sample or dtype != x_t.dtype:
+                shape = (copies * len(x_t), *x_t.shape[1:])
+                x = builder.call(network_input_op, x_t, dtype, copies, config.center_input_sample, shape=shape, dtype=dtype)
+            model_output = append_network(builder, layers, network._layers, x, stacks)
+            seeds, variance = state.seeds[part] if plan.is_random else None, VARIANCES.index(plan.variance)
+            builder.update(
+                *(reverse_step_op, x_t, model_output, table, state.step, None, seeds, x_0_prev, guidance_scale, variance),
+                x_0_prev is not None,
+                out=(x_t,) if x_0_prev is None else (x_t, x_0_prev),
+            )
+        builder.update(count_step_op, state.step, out=(state.step,))
+        return network._executor(builder.calls).run

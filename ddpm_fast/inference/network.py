@@ -27,7 +27,7 @@ Resample = Literal["down", "up"]
 
 @dataclass(frozen=True, eq=False)
 class Norm:
-    """A group norm and its activation. weight and bias are [C], or None."""
+    """A group norm and its activation. weight and bias are [C]."""
 
     num_groups: int
     eps: float
@@ -145,8 +145,10 @@ class TimeTerms:
         device: torch.device,
     ) -> None:
         self._config = model._config
-        both = (model.time_embedding.linear_1, model.time_embedding.linear_2)
-        layers = [(layer.weight.detach().to(device).double(), layer.bias.detach().to(device).double()) for layer in both]
+        layers = [
+            (layer.weight.detach().to(device).double(), layer.bias.detach().to(device).double())
+            for layer in (model.time_embedding.linear_1, model.time_embedding.linear_2)
+        ]
         emb = self._embedding(torch.arange(num_timesteps, device=device), layers)  # [T, E]
         widths = [len(bias) for _, bias in projections]
         distinct = sorted(set(widths))
@@ -195,10 +197,9 @@ class TimeTerms:
             class_labels: int64 with n elements, or None.
         """
         if class_labels is None:
-            tables = self._tables
             return [
                 builder.call(time_terms_op, table, timesteps, step, n, shape=(len(table), n, table.shape[2]), dtype=table.dtype)
-                for table in tables
+                for table in self._tables
             ]
         times, classes = self._embeddings
         dtype = self._weights[0].dtype

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, TypeAlias
@@ -76,6 +77,7 @@ class Builder:
 
     def __init__(self) -> None:
         self.calls: list[Call] = []
+        self.kept: dict[Hashable, Any] = {}  # constants that several calls use
         self._count = 0
 
     def buffer(self, shape: Sequence[int], dtype: torch.dtype) -> Buffer:
@@ -213,17 +215,18 @@ def plan_memory(
         first = max(i - num_inputs, -1)
         lifetimes[buffer.index] = (first, max(last.get(buffer.index, first), first))
     offsets: dict[int, int] = {}
-    placed: list[tuple[int, int, int, int]] = []  # offset, end, first call, last call
+    alive: defaultdict[int, set[tuple[int, int]]] = defaultdict(set)  # number of a call -> offsets and ends in use
     total = 0
     for _, buffer in sorted(buffers, key=lambda pair: -pair[1].nbytes):
         first, end = lifetimes[buffer.index]
         offset = 0
-        for start, stop, born, dead in sorted(placed):
-            if born <= end and first <= dead and offset + buffer.nbytes > start:
+        for start, stop in sorted(set().union(*(alive[i] for i in range(first, end + 1)))):
+            if offset + buffer.nbytes > start:
                 offset = max(offset, stop)
         stop = offset + -(-buffer.nbytes // _ALIGNMENT) * _ALIGNMENT
         offsets[buffer.index] = offset
-        placed.append((offset, stop, first, end))
+        for i in range(first, end + 1):
+            alive[i].add((offset, stop))
         total = max(total, stop)
     return offsets, total
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..modes import runs_eagerly
 from ..nn.conv import doubled
+from ..ops.backend import MATRIX_DTYPES
 from ..ops.group_norm_silu import group_norm_silu
 from .network import Conv, Norm, Resample, SelfAttention
 from .program import Buffer, Builder, Value
@@ -77,7 +78,10 @@ class PyTorchLayers:
             return builder.call(_with_residual, h, added, weight, divisor, shape=shape, dtype=self._dtype)
         if shortcut is not None and added is not None:
             added = builder.call(_product, added, shortcut.weight.flatten(1), shape=shape, dtype=self._dtype)
-        reordered = _reordered(conv, x.shape) if runs_eagerly(conv.weight) else None
+        key = (conv, tuple(x.shape))
+        if key not in builder.kept:
+            builder.kept[key] = _reordered(conv, x.shape) if runs_eagerly(conv.weight) else None
+        reordered = builder.kept[key]
         return builder.call(_convolved_by_onednn, x, added, conv, reordered, bias, divisor, shape=shape, dtype=self._dtype)
 
     def resampled(self, builder: Builder, maps: tuple[Value, ...], resample: Resample) -> tuple[Buffer, ...]:
@@ -178,7 +182,7 @@ def has_prepacked(dtype: torch.dtype) -> bool:
 
     torch.compile calls them. They are not a public API.
     """
-    if not torch.backends.mkldnn.is_available() or dtype not in (torch.float32, torch.bfloat16):
+    if not torch.backends.mkldnn.is_available() or dtype not in MATRIX_DTYPES:
         return False
     try:
         if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():

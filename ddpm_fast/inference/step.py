@@ -88,6 +88,7 @@ class StepState:
             ValueError: It has given x_t another shape, dtype, strides or memory.
         """
         x_t, shown = self.x_t, self._shown
+        torch.autograd.graph.increment_version(shown)  # autograd does not see what a step writes
         callback(step, timestep, shown)
         same = shown.data_ptr() == self._address
         if not same or (shown.shape, shown.stride(), shown.dtype) != (x_t.shape, x_t.stride(), x_t.dtype):

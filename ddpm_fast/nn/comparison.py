@@ -11,6 +11,7 @@ from torch import nn
 # Attributes that may differ from those of a new network, by class and name, with the reason.
 INERT: Final[dict[tuple[str, str], str]] = {
     ("*", "training"): "only dropout reads it",
+    ("*", "_compiled_call_impl"): "torch.compile computes the same",
     ("*", "gradient_checkpointing"): "the outputs are recomputed, and are the same",
     ("*", "_gradient_checkpointing_func"): "the outputs are recomputed, and are the same",
     ("*", "use_checkpoint"): "the outputs are recomputed, and are the same",

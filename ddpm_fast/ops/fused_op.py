@@ -23,7 +23,7 @@ Outs = tuple[Tensor, ...]
 LIBRARY: Final = torch.library.Library("ddpm_fast", "DEF")
 OPS: Final[dict[str, FusedOp]] = {}  # public ops by name
 
-_DTYPE_CODES: Final = {dtype: code for code, dtype in enumerate((*FLOATS, torch.uint8, torch.int64))}
+_DTYPE_CODES: Final = {dtype: code for code, dtype in enumerate((*FLOATS, torch.uint8))}
 _NOT_BY_KERNELS: Final = (
     "kernels have neither forward mode nor higher derivatives, which torch.func transforms and forward-mode differentiation "
     'need: leave backend out or pass "reference"'
@@ -387,7 +387,7 @@ class FusedOp:
         if fields is None:
             raise ImportError(f"ddpm_fast: the compiled module is older than this source and lacks {self.name}: {_BUILD_AGAIN}")
         without_value = [field for field in fields if field not in given]
-        needed = {*self.Results._fields, *names, *derived, "dtype", "stream_or_threads"} - {*host_only}
+        needed = {*self.Results._fields, *names, *derived, "stream_or_threads"} - {*host_only}
         without_field = [each for each in given if each in needed and each not in fields]
         if without_value or without_field:
             raise ImportError(
@@ -650,9 +650,9 @@ def gradients_of(
 # ---------------------------------------------------------------------------------------------------------------- memory
 
 
-def dtype_code(dtype: torch.dtype) -> int:
-    """Return the native module's code of a dtype."""
-    return _DTYPE_CODES[dtype]
+def dtype_code(dtype: torch.dtype) -> int | None:
+    """Return the native module's code of a dtype, or None, which kernels refuse, if it has none."""
+    return _DTYPE_CODES.get(dtype)
 
 
 def is_dense(x: Tensor) -> bool:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..checks import check_range
 from .backend import why_not_matrix_kernels
 from .fused_op import FusedOp
 
@@ -15,6 +16,15 @@ from .fused_op import FusedOp
 def _input(a: Any) -> Tensor:
     shape = (a.copies * len(a.x_t), *a.x_t.shape[1:])
     return torch.empty(shape, dtype=a.dtype, device=a.x_t.device, memory_format=torch.channels_last)
+
+
+def _why_not_float32(dtype: torch.dtype) -> str | None:
+    return None if dtype == torch.float32 else f"it copies float32, not {dtype}"
+
+
+def _check_steps(a: Any) -> None:
+    check_range("time_terms", "step", a.step, len(a.timesteps))
+    check_range("time_terms", "timesteps", a.timesteps, a.table.shape[1])
 
 
 time_terms_op: Final = FusedOp(
@@ -27,7 +37,8 @@ time_terms_op: Final = FusedOp(
         "num_timesteps": lambda a: a.table.shape[1],
         "width": lambda a: a.table.shape[2],
     },
-    limits=why_not_matrix_kernels,
+    limits=lambda device, dtype: why_not_matrix_kernels(device, dtype) or _why_not_float32(dtype),
+    check=_check_steps,
 )
 
 network_input_op: Final = FusedOp(
@@ -44,5 +55,6 @@ count_step_op: Final = FusedOp(
     "Tensor step",
     outputs={"next_step": lambda a: torch.empty_like(a.step)},
     reference=reference.count_step,
-    limits=why_not_matrix_kernels,
+    limits=lambda device, _: why_not_matrix_kernels(device, torch.float32),
+    in_place=True,
 )

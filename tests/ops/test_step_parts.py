@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ddpm_fast.ops import backend
+from ddpm_fast.ops import BackendUnavailable, backend
 from ddpm_fast.ops.region import in_one_region
 from ddpm_fast.ops.step_parts import count_step_op, network_input_op, time_terms_op
 
@@ -40,8 +40,19 @@ def test_the_networks_input(shape: tuple[int, ...], dtype: torch.dtype, copies: 
 
 def test_the_counter_counts_in_place() -> None:
     step = torch.tensor([7])
-    assert count_step_op(step, backend="reference").item() == 8
+    assert count_step_op(step, backend="reference").item() == count_step_op(step, backend="native").item() == 8
     run = in_one_region([(count_step_op, (step,), (step,))], 2)
     for _ in range(3):
         run()
     assert step.item() == 10
+
+
+def test_what_a_kernel_would_read_wrongly_is_refused() -> None:
+    table, timesteps, step = torch.zeros(1, 4, 8), torch.tensor([3, 0]), torch.tensor([1])
+    with pytest.raises(BackendUnavailable, match="it copies float32, not torch"):
+        time_terms_op(table.bfloat16(), timesteps, step, 2, backend="native")
+    for name in ("native", "reference"):
+        with pytest.raises(ValueError, match=r"time_terms: expected step .*0\.\.1"):
+            time_terms_op(table, timesteps, step + 1, 2, backend=name)
+        with pytest.raises(ValueError, match=r"time_terms: expected timesteps .*0\.\.3"):
+            time_terms_op(table, timesteps + 1, step, 2, backend=name)
