@@ -269,8 +269,7 @@ struct TimeTermsArgs {
   const std::int64_t* step;
   std::int64_t tables, num_timesteps, samples, width;
   StreamOrThreads stream_or_threads;
-  DDPM_FAST_FIELDS(dtype, terms, table, timesteps, step, tables, num_timesteps, samples, width,
-                   stream_or_threads)
+  DDPM_FAST_FIELDS(dtype, terms, table, timesteps, step, tables, num_timesteps, samples, width, stream_or_threads)
 };
 
 // x_t in the network's dtype, as often as guidance needs it. Memory formats are equal.
