@@ -18,7 +18,7 @@ from ..nn.layers import (
     ResnetBlock,
     timestep_embedding,
 )
-from ..nn.unet import UNet
+from ..nn.unet import UNet, WithoutDraws
 from ..ops.step_parts import time_terms_op
 from .program import Buffer, Builder
 
@@ -323,7 +323,7 @@ def why_not_frozen(model: nn.Module) -> str | None:
     """
     if type(model) is not UNet:
         return f"the model is a {type(model).__name__}"
-    with torch.device("meta"):
+    with torch.device("meta"), WithoutDraws():
         described = UNet(**model._config.to_dict())
     if (why := why_layers_differ(model, described)) is not None:
         return why

@@ -18,6 +18,7 @@ from ..models import evaluation_mode
 from ..nn import UNet
 from ..nn.checkpoint import check_weights, load_tensors
 from ..nn.comparison import why_layers_differ
+from ..nn.unet import WithoutDraws
 from ..plan import Prediction, SamplingPlan, ddim_plan, ddpm_plan
 from ..schedule import NoiseSchedule
 from .frozen_module import FrozenModule
@@ -135,7 +136,7 @@ def frozen_model(model: nn.Module, dtype: torch.dtype | None, device: Any, num_t
         *("freeze", "x.num_heads_upsample", f"to be num_heads, {heads}", upsample),
     )
     expect(known["conv_resample"], "freeze", "x.conv_resample", "to be True", "False")
-    with torch.device("meta"):
+    with torch.device("meta"), WithoutDraws():
         described = kind(**{name: known[name] for name in inspect.signature(kind).parameters if name in known})
     expect((reason := why_layers_differ(model, described)) is None, "freeze", "x", _KNOWN, f"one where {reason}")
     weights = {name: each.detach() for name, each in model.named_parameters(remove_duplicate=False)}
@@ -233,7 +234,7 @@ def _converted(
         else "default",
         "num_class_embeds": size("label_emb.weight", 0) if "label_emb.weight" in weights else None,
     }
-    with torch.device("meta"):
+    with torch.device("meta"), WithoutDraws():
         model = UNet(**config)
     blocks = _OUTER | _block_names(attended, depth - 1)
     renamed: dict[str, Tensor] = {}

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ..checks import (
     check_device,
@@ -71,11 +72,7 @@ class UNet(nn.Module):
 
         self.conv_in = Conv3x3(cfg.in_channels, channels[0], 3, padding=1)
         self.time_embedding = TimeEmbedding(cfg.sinusoid_dim, emb_dim)
-        self.class_embedding: nn.Embedding | None = None
-        if cfg.num_class_embeds is not None:
-            # nn.Embedding(...) would draw weights, and a draw on the meta device imports the whole compiler.
-            weight = torch.empty(cfg.num_class_embeds, emb_dim)
-            self.class_embedding = nn.Embedding.from_pretrained(weight, freeze=False)
+        self.class_embedding = None if cfg.num_class_embeds is None else nn.Embedding(cfg.num_class_embeds, emb_dim)
 
         # Widths of the skip connections in the order they are made; the way up takes them from the end.
         skips = [channels[0]]
@@ -122,12 +119,8 @@ class UNet(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Reset all weights to their initial distribution; see the class."""
-        if self.conv_in.weight.is_meta:
-            return
         for module in self.modules():
-            if isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight)
-            elif isinstance(module, (nn.Conv2d, nn.Linear)):
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
@@ -214,7 +207,7 @@ class UNet(nn.Module):
         check_dtype("from_pretrained", "dtype", dtype, optional=True)
         device = None if device is None else checked_device("from_pretrained", device)
         config, weights, file = load_checkpoint(path)
-        with torch.device("meta"):
+        with torch.device("meta"), WithoutDraws():
             model = cls(**config.to_dict())
         expected = model.state_dict()
         check_weights("from_pretrained", file, "its config.json", expected, weights)
@@ -237,6 +230,20 @@ class UNet(nn.Module):
         """
         check_path("save_pretrained", "path", path)
         save_checkpoint(path, self._config, self.state_dict())
+
+
+class WithoutDraws(TorchFunctionMode):
+    """A context in which new layers keep their weights as they are allocated.
+
+    A draw on the meta device imports PyTorch's compiler, which takes seconds.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Return the tensor of a draw as it is. Any other function is called."""
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in ("kaiming_uniform_", "uniform_", "normal_"):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def describe_images(model: UNet, *, size: Sequence[int] | None, classes: Sequence[str]) -> None:

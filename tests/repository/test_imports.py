@@ -134,7 +134,7 @@ def test_integrations_stand_on_public_ops_and_samplers() -> None:
     """They see nothing of how ops are dispatched, of programs and graphs, or of a training run."""
     allowed = {
         *("errors", "dtypes", "checks", "plan", "reference", "schedule", "ops", "ops.q_sample", "ops.reverse_step", "nn"),
-        *("nn.checkpoint", "nn.comparison", "nn.layers", "inference", "models"),
+        *("nn.checkpoint", "nn.comparison", "nn.layers", "nn.unet", "inference", "models"),
     }
     for file in (PACKAGE / "integrations").glob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):

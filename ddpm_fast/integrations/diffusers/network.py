@@ -16,6 +16,7 @@ from ...errors import InvalidType, InvalidValue, expect, renaming
 from ...inference import FrozenUNet, frozen_unet
 from ...nn import UNet, UNetConfig
 from ...nn.comparison import own_class, why_layers_differ, why_patched
+from ...nn.unet import WithoutDraws
 from ...plan import SamplingPlan
 from ..frozen_module import FrozenModule
 from ..layers import check_unpatched, unwrapped
@@ -65,7 +66,7 @@ def frozen_network(
     arguments = {key: unet.config[key] for key in inspect.signature(build).parameters if key in unet.config}
     try:
         config = UNetConfig.from_dict(arguments)
-        with torch.device("meta"):
+        with torch.device("meta"), WithoutDraws():
             described, model = build(**arguments), UNet(**config.to_dict()).requires_grad_(False)
     except Exception as error:  # any value may be in a configuration, and diffusers may raise anything
         raise InvalidValue("freeze", name, "to have a configuration that ddpm_fast.UNet supports", error) from error
