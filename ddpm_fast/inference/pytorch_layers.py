@@ -67,9 +67,7 @@ class PyTorchLayers:
             (x,) = self.resampled(builder, (x,), resample)
         shape = (x.shape[0], len(conv.weight), *conv.size(*x.shape[2:]))
         bias = self._bias(conv, shortcut)
-        added = None
-        if residual is not None:
-            (added,) = residual
+        (added,) = (None,) if residual is None else residual
         if not self._by_onednn or 0 in x.shape:
             h = builder.call(_convolved, x, conv, bias, shape=shape, dtype=self._dtype)
             if added is None:
@@ -78,10 +76,12 @@ class PyTorchLayers:
             return builder.call(_with_residual, h, added, weight, divisor, shape=shape, dtype=self._dtype)
         if shortcut is not None and added is not None:
             added = builder.call(_product, added, shortcut.weight.flatten(1), shape=shape, dtype=self._dtype)
-        key = (conv, tuple(x.shape))
-        if key not in builder.kept:
-            builder.kept[key] = _reordered(conv, x.shape) if runs_eagerly(conv.weight) else None
-        reordered = builder.kept[key]
+        reordered = None
+        if runs_eagerly(conv.weight):  # a compiler's sizes may be symbols, which a key would make constants
+            key = (conv, tuple(x.shape))
+            if key not in builder.kept:
+                builder.kept[key] = _reordered(conv, x.shape)
+            reordered = builder.kept[key]
         return builder.call(_convolved_by_onednn, x, added, conv, reordered, bias, divisor, shape=shape, dtype=self._dtype)
 
     def resampled(self, builder: Builder, maps: tuple[Value, ...], resample: Resample) -> tuple[Buffer, ...]:
