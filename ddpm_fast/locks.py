@@ -69,7 +69,10 @@ class Turns:
 
 
 def _after_fork() -> None:
-    """Close the locks in a child that was forked, such as a worker of a DataLoader. It may outlive this process."""
+    """Release the locks in a child that was forked, such as a worker of a DataLoader.
+
+    Files' locks are closed, as the child may outlive this process. Locks of threads that the child lacks become free.
+    """
     for descriptor in _held:
         os.close(descriptor)
     _held.clear()

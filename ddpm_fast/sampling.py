@@ -58,7 +58,7 @@ class Sampler:
     A step of a frozen network is one program, from x_t to x_{t-1}. On a GPU it is captured as a CUDA graph. The
     four programs used last are kept. They differ by batch size, guidance scale, number of threads and stream.
 
-    Threads that call a Sampler at once take turns.
+    Threads that call a Sampler at once take turns. A forked child draws with one thread.
 
     Args:
         model: Called as model(x_t, t), or model(x_t, t, class_labels) if it has classes, with x_t

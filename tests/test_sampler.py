@@ -17,7 +17,6 @@ import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -29,7 +28,6 @@ from small_unets import relative_error
 from test_sampling import SCHEDULE, Recording, tiny_unet
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm_fast import (
     FrozenUNet,
@@ -38,14 +36,11 @@ from ddpm_fast import (
     ddim_plan,
     ddpm_plan,
     freeze,
-    load_builtin,
     sample,
     sample_seeds,
 )
 from ddpm_fast.errors import InvalidType, InvalidValue
-from ddpm_fast.inference import StepState, cuda_graph, frozen_step
-from ddpm_fast.inference import frozen as frozen_module
-from ddpm_fast.ops import backend
+from ddpm_fast.inference import cuda_graph
 from ddpm_fast.sampling import MAX_LOOPS
 
 
@@ -125,7 +120,6 @@ def test_captured_steps_give_the_bits_of_eager_ones(
 
 
 PLAN = ddpm_plan(SCHEDULE, 3)
-needs_kernels = pytest.mark.skipif(backend.native_error() is not None, reason="there is no compiled module")
 
 
 def draw(model: nn.Module | FrozenUNet, n: int = 2, plan: SamplingPlan = PLAN, **arguments: Any) -> Tensor:
@@ -230,13 +224,6 @@ def test_a_call_that_fails_leaves_the_sampler_usable(captures: Captures, device:
     assert torch.equal(sampler(2, progress=False), images)
 
 
-def test_a_callback_cannot_call_its_sampler() -> None:
-    sampler = Sampler(tiny_unet(), PLAN)
-    with pytest.raises(RuntimeError, match="expected a call after the one in progress, got one from its callback"):
-        sampler(1, progress=False, callback=lambda *_: sampler(1, progress=False))
-    assert sampler(1, progress=False).shape == (1, 1, 8, 8)
-
-
 def test_captured_steps_own_what_they_read(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """A graph has addresses, and holds no tensor."""
     if device.type == "cpu":
@@ -287,96 +274,6 @@ def test_threads_that_share_a_sampler_take_turns(captures: Captures, device: tor
         assert torch.equal(images, each)
 
 
-def test_the_callback_sees_every_step_of_every_batch() -> None:
-    seen = []
-    sampler = Sampler(Recording(), PLAN, shape=(1, 4, 4))
-    images, states = sampler.trajectory(
-        3,
-        num_frames=4,
-        batch_size=2,
-        progress=False,
-        callback=lambda step, timestep, x_t: seen.append((step, timestep, x_t.clone())),
-    )
-    assert [step for step, _, _ in seen] == [0, 1, 2, 0, 1, 2]
-    assert [timestep for _, timestep, _ in seen] == 2 * PLAN.timesteps.tolist()
-    for step in range(3):
-        assert torch.equal(torch.cat([seen[step][2], seen[3 + step][2]]), states[step + 1])
-    assert torch.equal(states[-1], images)
-
-
-@pytest.mark.parametrize("network", ["frozen", "any other"])
-def test_a_callback_may_change_x_t_in_place(network: str) -> None:
-    arguments = {"shape": (1, 8, 8)}
-    model: Any = Recording() if network == "any other" else tiny_unet()
-    half = SamplingPlan(SCHEDULE, PLAN.timesteps[1:], PLAN.coefficients[1:], PLAN.prediction, PLAN.variance)
-    seeds, x_1 = sample_seeds(0, 2), torch.full((2, 1, 8, 8), 0.25)
-
-    def replace(step: int, timestep: int, x_t: Tensor) -> None:
-        if step == 0:
-            x_t.copy_(x_1)
-
-    drawn = draw(model, seed=seeds, callback=replace, plan=dataclasses.replace(PLAN, coefficients=_still(PLAN)), **arguments)
-    resumed = draw(model, plan=dataclasses.replace(half, coefficients=_still(half)), x_T=x_1, seed=seeds, **arguments)
-    assert torch.equal(drawn, resumed)
-
-
-def _still(plan: SamplingPlan) -> Tensor:
-    """Return the coefficients of a plan without noise, which counts the steps of a plan from 0."""
-    coefficients = plan.coefficients.clone()
-    coefficients[:, 6] = 0
-    return coefficients
-
-
-CHANGES: dict[str, Callable[[Tensor], object]] = {
-    "shape": lambda x_t: x_t.resize_(1, 1, 8, 8),
-    "more": lambda x_t: x_t.resize_(5, 1, 8, 8),
-    "strides": lambda x_t: x_t.transpose_(2, 3),
-    "dtype": lambda x_t: setattr(x_t, "data", x_t.double()),
-    "memory": lambda x_t: setattr(x_t, "data", x_t.clone()),
-}
-
-
-@pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("model", [tiny_unet(), Recording()], ids=["frozen", "any other"])
-def test_what_a_callback_must_not_do_is_named(model: nn.Module, change: str) -> None:
-    sampler = Sampler(model, PLAN, shape=(1, 8, 8))
-    images = sampler(2, progress=False)
-    kept: list[Tensor] = []
-
-    def spoil(step: int, timestep: int, x_t: Tensor) -> None:
-        kept.append(x_t)
-        CHANGES[change](x_t)
-
-    with pytest.raises(
-        ValueError, match=r"sample: expected callback to change x_t in place, or a clone of it, and leave it torch.float32"
-    ):
-        sampler(2, progress=False, callback=spoil)
-    assert torch.equal(sampler(2, progress=False), images)
-    kept[0].resize_(10_000)  # later
-    assert torch.equal(sampler(2, progress=False), images)
-
-
-@pytest.mark.parametrize("change", [Tensor.unsqueeze_, Tensor.resize_, Tensor.transpose_, Tensor.mul_])
-def test_a_network_that_changes_its_input_leaves_the_sampler_usable(change: Callable[..., Tensor]) -> None:
-    arguments: Any = {Tensor.unsqueeze_: (0,), Tensor.resize_: (1, 1, 4, 4), Tensor.transpose_: (2, 3), Tensor.mul_: (0.5,)}
-
-    class Changing(Recording):
-        is_fixed = False
-
-        def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
-            out = super().forward(x_t, t)
-            if not self.is_fixed:
-                change(x_t, *arguments[change])
-            return out
-
-    model = Changing()
-    sampler = Sampler(model, PLAN, shape=(1, 4, 4))
-    with refused(InvalidValue("sample", "model", "to leave its input as it is", "one that changes x_t in place")):
-        sampler(2, progress=False)
-    model.is_fixed = True
-    assert torch.equal(sampler(2, progress=False), draw(Recording(), shape=(1, 4, 4)))
-
-
 def test_another_plan_takes_effect() -> None:
     model = tiny_unet()
     sampler = Sampler(model, ddim_plan(SCHEDULE, 2))
@@ -394,74 +291,10 @@ def test_a_call_in_a_dispatch_mode_leaves_the_sampler_usable(dtype: torch.dtype)
     assert torch.equal(sampler(2, progress=False), draw(tiny_unet(), dtype=dtype))
 
 
-def test_a_callback_has_the_callers_autocast() -> None:
-    seen: list[bool] = []
-    sampler = Sampler(tiny_unet(classes=3), PLAN)
-    plain = sampler(2, progress=False)
-    with torch.autocast("cpu", torch.bfloat16):
-        images = sampler(2, progress=False, callback=lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
-    assert torch.equal(images, plain)
-    assert seen == 3 * [True]
-
-
 def test_only_programs_are_kept() -> None:
     sampler = Sampler(Recording(), PLAN, shape=(1, 4, 4))
     sampler(2, progress=False)
     assert not sampler._loops
-
-
-# --------------------------------------------------------------------------------------------------- what a step costs
-
-
-@needs_kernels
-@pytest.mark.usefixtures("matrix_kernels")
-def test_a_step_passes_few_functions() -> None:
-    """With guidance, a callback, frames and a progress bar."""
-    files: dict[str, int] = {}
-    steps: list[int] = []
-
-    def count(frame: Any, event: str, _: object) -> None:
-        name = frame.f_code.co_filename
-        if event == "call" and "ddpm_fast" in Path(name).parts:
-            files[name] = files.get(name, 0) + 1
-
-    def callback(step: int, timestep: int, x_t: Tensor) -> None:
-        if step == 0:
-            files.clear()
-        steps.append(step)
-        if step == 4:
-            sys.setprofile(None)
-
-    model, schedule = load_builtin()
-    plan = ddpm_plan(schedule, 5)
-    sampler = Sampler(model, plan)
-    arguments: dict[str, Any] = {"class_labels": 1, "guidance_scale": 2.0, "num_frames": 3, "callback": callback}
-    sampler.trajectory(16, **arguments)
-    sys.setprofile(count)
-    try:
-        sampler.trajectory(16, **arguments)
-    finally:
-        sys.setprofile(None)
-    assert steps == 2 * [0, 1, 2, 3, 4]
-    assert sum(files.values()) <= 4 * 10  # steps 1 to 4
-    assert 3 <= len(files) <= 5
-
-
-@needs_kernels
-@pytest.mark.usefixtures("matrix_kernels")
-def test_a_split_batch_is_one_program(monkeypatch: pytest.MonkeyPatch) -> None:
-    for arguments, classes, calls in (({}, None, 1), ({"class_labels": [0, 1, 2, 0, 1], "guidance_scale": 2.0}, 3, 3)):
-        model = tiny_unet(classes=classes)
-        whole = draw(model, 5, **arguments)
-        with monkeypatch.context() as patch:
-            patch.setattr(frozen_module, "_CACHED_BYTES", 3 * 8 * 8 * 8 * 4)  # a pass of fewer images
-            sampler = Sampler(model, PLAN)
-            split = sampler(5, progress=False, **arguments)
-        (loop,) = sampler._loops.values()
-        stages = loop.advance.__self__._stages  # type: ignore[attr-defined]
-        assert [type(stage).__name__ for stage in stages].count("Program") == calls
-        assert type(stages[-1]).__name__ == "Program"
-        assert relative_error(split, whole) < 1e-5
 
 
 def test_one_sampler_serves_any_number_of_threads() -> None:
@@ -688,41 +521,6 @@ def test_nothing_in_the_steps_waits_for_the_gpu(captures: Captures, device: torc
         finally:
             torch.cuda.set_sync_debug_mode("default")
         assert bool(loop.state.x_t.isfinite().all())
-
-
-class NoHostReads(TorchDispatchMode):
-    """On a GPU, any of these would wait for it."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        assert name not in {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique"}, name
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_no_step_reads_a_tensor_on_the_host(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    network, plan, arguments = CASES[case]
-    for module in ("reverse_step", "step_parts"):  # the check is for the CPU alone
-        monkeypatch.setattr(sys.modules[f"ddpm_fast.ops.{module}"], "check_range", lambda *_: None)
-    frozen = freeze(tiny_unet(**network), torch.float64, num_timesteps=20)  # with PyTorch's layers, as on a GPU
-    labels = "class_labels" in arguments
-    scale = arguments.get("guidance_scale")
-    state = StepState(
-        plan,
-        (2, 1, 8, 8),
-        dtype=torch.float64,
-        memory_format=torch.channels_last,
-        device=torch.device("cpu"),
-        label=3 if labels else None,
-        guidance_scale=scale,
-    )
-    advance = frozen_step(frozen, plan, state, scale)
-    state.start(torch.arange(2), torch.zeros(2, dtype=torch.int64) if labels else None)
-    with NoHostReads():
-        for _ in range(plan.num_steps):
-            advance()
-        with pytest.raises(AssertionError, match="_local_scalar_dense"):
-            float(state.x_t.sum())
 
 
 @pytest.mark.parametrize("case", CASES)

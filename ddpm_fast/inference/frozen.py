@@ -274,10 +274,11 @@ class FrozenUNet:
 def frozen_step(
     network: FrozenUNet, plan: SamplingPlan, state: StepState, guidance_scale: float | None
 ) -> Callable[[], object]:
-    """Return a function that advances x_t by a step of a plan: network, guidance and `reverse_step` in one program.
+    """Return a function that advances x_t by a step of a plan (derivation eq. 13; Ho et al. 2020, Algorithm 2).
 
-    A batch is split by image, so that feature maps stay in the CPU's cache. Both halves of guidance are evaluated
-    together. The function checks nothing. Only one thread at a time may call it, without autocast.
+    Network, guidance and `reverse_step` are one program. A batch is split by image, so that feature maps stay in the
+    CPU's cache. Both halves of guidance are evaluated together. The function checks nothing. Only one thread at a time
+    may call it, without autocast.
 
     Args:
         network: The network.

@@ -18,7 +18,7 @@ from ..nn.checkpoint import check_weights, load_tensors
 from ..plan import Prediction, SamplingPlan, ddim_plan, ddpm_plan
 from ..schedule import NoiseSchedule
 from .frozen_module import FrozenModule
-from .layers import check_unpatched, unwrapped
+from .patched import check_unpatched, unwrapped
 
 _PREDICTIONS: Final[dict[str, Prediction]] = {"pred_noise": "epsilon", "pred_x0": "sample", "pred_v": "v_prediction"}
 

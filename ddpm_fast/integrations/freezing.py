@@ -15,7 +15,7 @@ from ..inference import FrozenUNet, frozen_unet
 from ..nn import UNet
 from ..plan import SamplingPlan
 from .frozen_module import FrozenModule
-from .layers import unwrapped
+from .patched import unwrapped
 
 # Class of an object or a base of it -> module here and function. The libraries are imported only if there is such an object.
 # Copies of guided-diffusion's classes stand in many packages, so these have no package's name.

@@ -22,7 +22,7 @@ from ..nn.unet import WithoutDraws
 from ..plan import Prediction, SamplingPlan, ddim_plan, ddpm_plan
 from ..schedule import NoiseSchedule
 from .frozen_module import FrozenModule
-from .layers import check_unpatched
+from .patched import check_unpatched
 
 # Names of layers and blocks there and here. Blocks of input_blocks and output_blocks are added by their kinds.
 _OUTER: Final = {

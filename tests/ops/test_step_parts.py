@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ddpm_fast import NoiseSchedule, ddpm_plan, reverse_step
 from ddpm_fast.ops import BackendUnavailable, backend
 from ddpm_fast.ops.region import in_one_region
+from ddpm_fast.ops.reverse_step import reverse_step_op
 from ddpm_fast.ops.step_parts import count_step_op, network_input_op, time_terms_op
+from ddpm_fast.reference import VARIANCES
 
 pytestmark = [
     pytest.mark.skipif(backend.native_error() is not None, reason="there is no compiled module"),
@@ -56,3 +59,18 @@ def test_what_a_kernel_would_read_wrongly_is_refused() -> None:
             time_terms_op(table, timesteps, step + 1, 2, backend=name)
         with pytest.raises(ValueError, match=r"time_terms: expected timesteps .*0\.\.3"):
             time_terms_op(table, timesteps + 1, step, 2, backend=name)
+
+
+def test_calls_of_one_region_have_one_memory_format_each() -> None:
+    """The kernels' shape has room for one. A tensor of one channel has both."""
+    plan = ddpm_plan(NoiseSchedule.linear(10), variance="learned_range")
+    step, seeds = torch.tensor([2]), torch.arange(2)
+    for channels in (1, 3):
+        x = torch.randn(2, channels, 4, 4).contiguous(memory_format=torch.channels_last)
+        m = torch.randn(2, 2 * channels, 4, 4).contiguous(memory_format=torch.channels_last)
+        arguments = (m, plan.table(), step, None, seeds, None, None, VARIANCES.index(plan.variance), False)
+        expected, out = reverse_step(x, m, step, plan, seeds=seeds), torch.empty_like(x)
+        in_one_region([(reverse_step_op, (x, *arguments), (out,))], 2)()
+        assert torch.equal(out, expected)
+    with pytest.raises(ValueError, match="reverse_step: expected tensors of one memory format, got strides"):
+        in_one_region([(reverse_step_op, (x.contiguous(), *arguments), (out,))], 2)

@@ -19,7 +19,7 @@ from ...nn.comparison import own_class, why_layers_differ, why_patched
 from ...nn.unet import WithoutDraws
 from ...plan import SamplingPlan
 from ..frozen_module import FrozenModule
-from ..layers import check_unpatched, unwrapped
+from ..patched import check_unpatched, unwrapped
 from .schedulers import DDIMInverseScheduler, DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
 # Attention processors of diffusers that compute the same, with their attributes.
