@@ -15,7 +15,7 @@ SOURCES := find csrc tests/emulator -name "*.h" -o -name "*.c??" -o -name "*.cu"
 # Some machines switch bytecode files off. Each process would then compile every module that it imports.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: picture check check-all check-lowest lowest-environment setup setup-lowest build lint test test-all machine-code mutations bench gpu-check gpu-tune docs format stub clean
+.PHONY: picture check check-all check-lowest lowest-environment setup setup-lowest build lint test test-all machine-code mutations bench gpu-check gpu-tune docs format clean
 
 .DEFAULT_GOAL := check
 
@@ -116,10 +116,6 @@ format:  ## rewrite the sources in the project's style
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 	$(SOURCES) | xargs $(VENV)/bin/clang-format -i
-
-stub: build  ## write ddpm_fast/_native.pyi after a change of csrc/common/args.h
-	$(RUN) tests/native_stub.py > build/_native.pyi
-	mv build/_native.pyi ddpm_fast/_native.pyi
 
 clean:
 	rm -rf build $(VENV) ddpm_fast/_native*.so

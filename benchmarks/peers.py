@@ -106,7 +106,7 @@ def has_idiom(case: Case) -> bool:
     options = case.options
     if case.op == "reverse_step":
         plan = options["plan"]
-        through_x_0 = plan.variance == "fixed" and not plan.coefficients[:, 4:6].any()  # the idiom has no k2 and k3
+        through_x_0 = plan.variance == "fixed" and not plan.coefficients[:, 4:7].any()  # the idiom has no k2, k3 and k4
         return through_x_0 and options.get("step") != "sample" and options.keys() <= {"plan", "step", "source"}
     if case.op == "denoising_loss":
         plain = options.get("prediction", "epsilon") == "epsilon" and options.get("reduction", "mean") == "mean"

@@ -118,22 +118,6 @@ class Reader {
   std::size_t next_ = 0;
 };
 
-template <class Args>
-std::string signature(const std::string& name, const std::vector<std::string>& fields, const std::string& result) {
-  std::string text = name + "(";
-  std::size_t next = 0;
-  Args args{};
-  for_each_field(args, [&]<class Field>(Field&) {
-    const char* type = std::is_pointer_v<Field>          ? "Tensor | None"
-                       : std::is_floating_point_v<Field> ? "float"
-                       : std::is_same_v<Field, bool>     ? "bool"
-                                                         : "int";
-    text += (next == 0 ? "" : ", ") + fields[next] + ": " + type;
-    ++next;
-  });
-  return text + ", /) -> " + result;
-}
-
 // ----------------------------------------------------------------------------------------------------------- functions
 
 // A Python function of positional arguments. pybind11 would make a tuple of them, which takes longer than small
@@ -177,7 +161,7 @@ void def_kernel(py::module_& m, const std::string& name, Run run) {
   py::tuple names(fields.size());
   for (std::size_t i = 0; i < fields.size(); ++i) names[i] = fields[i];
   m.attr("fields")[name.c_str()] = names;
-  def(m, name, signature<Args>(name, fields, "None"), [name, fields, run](Values values) -> py::object {
+  def(m, name, "Values of its `fields`, in order.", [name, fields, run](Values values) -> py::object {
     Args args{};
     for_each_field(args, Reader(name, fields, values));
     run(args, values);
@@ -190,7 +174,7 @@ template <class Args>
 void def_workspace(py::module_& m, const std::string& name, std::int64_t (*bytes)(const Args&)) {
   const std::vector<std::string> fields = field_names<Args>();
   const std::string function = name + "_workspace";
-  def(m, function, signature<Args>(function, fields, "int"), [name, fields, bytes](Values values) -> py::object {
+  def(m, function, "Bytes of the scratch buffer, for the values of the kernel's `fields`.", [name, fields, bytes](Values values) -> py::object {
     Args args{};
     for_each_field(args, Reader(name, fields, values));
     return py::int_(bytes(args));

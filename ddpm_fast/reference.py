@@ -9,13 +9,16 @@ https://arxiv.org/abs/2006.11239.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .dtypes import opmath
+
+Map: TypeAlias = Tensor
+"""A large tensor [N, ...]. All maps of an op have the memory format of its first one. Signatures declare the ops."""
 
 # Streams of the noise: the second word of the Philox counter. `reverse_step` draws with stream = its row of the plan.
 STREAM_X_T: Final = 0xFFFFFFFF
@@ -32,6 +35,22 @@ STREAM_DROPOUT: Final = 0xC0000000
 # Kernels take the index: of the model's prediction, and of the variance of a reverse step.
 PREDICTIONS: Final = ("epsilon", "sample", "v_prediction")
 VARIANCES: Final = ("fixed", "learned", "learned_range")
+
+
+class PlanRow(NamedTuple):
+    """A row of a sampling plan's table, see `reverse_step`. csrc/common/args.h has the same fields."""
+
+    p: Tensor
+    q: Tensor
+    k0: Tensor
+    k1: Tensor
+    k2: Tensor
+    k3: Tensor
+    k4: Tensor
+    sigma: Tensor
+    log_beta: Tensor
+    log_beta_tilde: Tensor
+    clip: Tensor
 
 
 # ---------------------------------------------------------------------------------------------------------------- noise
@@ -186,12 +205,12 @@ def _epsilon(like: Tensor, noise_: Tensor | None, seeds: Tensor | None, stream: 
 
 
 def q_sample(
-    x_0: Tensor,
+    x_0: Map,
     t: Tensor,
     table: Tensor,
-    noise: Tensor | None,
+    noise: Map | None,
     seeds: Tensor | None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Draw x_t ~ q(x_t | x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I) (eq. 3, Ho et al. eq. 4).
 
@@ -201,12 +220,11 @@ def q_sample(
         table: float32 [T, 2]: sqrt(abar_t) and sqrt(1 - abar_t).
         noise: epsilon, shaped like x_0. None: drawn from `seeds`.
         seeds: int64 [N], used with stream STREAM_Q_SAMPLE.
-        dtype: Dtype of x_t for a uint8 x_0. None: that of x_0.
+        dtype: Dtype of x_t: that of x_0, or any for a uint8 x_0.
 
     Returns:
         x_t, shaped like x_0.
     """
-    dtype = dtype or x_0.dtype
     if x_0.dtype == torch.uint8:
         x_0 = x_0.to(opmath(dtype)) * (2 / 255) - 1
     signal, sigma = (per_sample(table[t, column], x_0) for column in (0, 1))
@@ -215,11 +233,11 @@ def q_sample(
 
 
 def denoising_loss(
-    model_output: Tensor,
-    x_0: Tensor,
+    model_output: Map,
+    x_0: Map,
     t: Tensor,
     table: Tensor,
-    noise: Tensor | None,
+    noise: Map | None,
     seeds: Tensor | None,
     prediction: int,
 ) -> Tensor:
@@ -256,24 +274,36 @@ def denoising_loss(
 # ------------------------------------------------------------------------------------------------------- reverse process
 
 
+def plan_row(table: Tensor, steps: Tensor, like: Tensor) -> PlanRow:
+    """Return the row of each sample's step, its columns shaped to broadcast over `like`.
+
+    Args:
+        table: float32 [S, 11], with the columns of `PlanRow`.
+        steps: int64, [N] or one element.
+        like: [N, ...].
+    """
+    return PlanRow(*(per_sample(column, like) for column in table[steps.reshape(-1)].unbind(1)))
+
+
 def reverse_step(
-    x_t: Tensor,
-    model_output: Tensor,
+    x_t: Map,
+    model_output: Map,
     table: Tensor,
     steps: Tensor,
-    noise: Tensor | None,
+    noise: Map | None,
     seeds: Tensor | None,
-    x_0_prev: Tensor | None,
+    x_0_prev: Map | None,
+    x_0_prev2: Map | None,
     guidance_scale: float | None,
     variance: int,
-    return_x_0: bool = True,
+    return_x_0: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Advance x_t by one step of any sampler.
 
-    With one row (p, q, k0, k1, k2, k3, sigma, log beta, log beta~, clip) of the plan's table:
+    With one row (p, q, k0, k1, k2, k3, k4, sigma, log beta, log beta~, clip) of the plan's table:
 
         x_0^    = clip(p x_t + q m)
-        x_{t-1} = k0 x_0^ + k1 x_t + k2 m + k3 x_0_prev + std z
+        x_{t-1} = k0 x_0^ + k1 x_t + k2 m + k3 x_0_prev + k4 x_0_prev2 + std z
 
     For a plan of `ddpm_plan` without a clip this is eq. 13 (Ho et al. eq. 11, Algorithm 2).
 
@@ -282,12 +312,13 @@ def reverse_step(
         model_output: m, shaped like x_t. With learned variance it has twice the channels, the
             prediction first. With guidance it has twice the samples, the conditional half first, and
             m = m_u + guidance_scale (m_c - m_u) (Ho and Salimans 2022).
-        table: float32 [S, 10].
+        table: float32 [S, 11], with the columns of `PlanRow`.
         steps: int64, [N] or one element.
         noise: z, shaped like x_t.
         seeds: int64 [N]. They draw z with stream = step. `noise` and `seeds` may both be None if every
             sigma is 0.
         x_0_prev: x_0^ of the previous step, for multistep samplers.
+        x_0_prev2: x_0^ of the step before that.
         guidance_scale: None: no guidance.
         variance: Index into VARIANCES. "fixed": std = sigma. "learned": std = sigma exp(v / 2), with v
             the second half of the channels. "learned_range": with f = (v + 1) / 2,
@@ -297,28 +328,38 @@ def reverse_step(
     Returns:
         x_{t-1} and x_0^ (or None), both in x_t's dtype.
     """
-    wide = opmath(x_t.dtype)
-    rows = table[steps.reshape(-1)]  # [N or 1, 10]
-    p, q, k0, k1, k2, k3, sigma, log_beta, log_beta_tilde, clip = (per_sample(column, x_t) for column in rows.unbind(1))
-    x, m = x_t.to(wide), model_output.to(wide)
-    if guidance_scale is not None:
-        conditional, unconditional = m.chunk(2)
-        m = unconditional + guidance_scale * (conditional - unconditional)
-        if VARIANCES[variance] != "fixed":  # the variance is the conditional one
-            m = torch.cat([m[:, : x.shape[1]], conditional[:, x.shape[1] :]], dim=1)
-    std = sigma
-    if VARIANCES[variance] != "fixed":
-        m, v = m.chunk(2, dim=1)
-        if VARIANCES[variance] == "learned_range":
-            v = ranged_log_variance(v, log_beta, log_beta_tilde)
-        std = sigma * torch.exp(0.5 * v)
-    x_0 = torch.clamp(p * x + q * m, -clip, clip)
-    x_prev = k0 * x_0 + k1 * x + k2 * m
+    wide, row = opmath(x_t.dtype), plan_row(table, steps, x_t)
+    x = x_t.to(wide)
+    m, log_variance = prediction_and_variance(model_output.to(wide), row, guidance_scale, variance)
+    std = row.sigma if log_variance is None else row.sigma * torch.exp(0.5 * log_variance)
+    x_0 = torch.clamp(row.p * x + row.q * m, -row.clip, row.clip)
+    x_prev = row.k0 * x_0 + row.k1 * x + row.k2 * m
     if x_0_prev is not None:
-        x_prev = x_prev + k3 * x_0_prev.to(wide)
+        x_prev = x_prev + row.k3 * x_0_prev.to(wide)
+    if x_0_prev2 is not None:
+        x_prev = x_prev + row.k4 * x_0_prev2.to(wide)
     if noise is not None or seeds is not None:
         x_prev = x_prev + std * _epsilon(x, noise, seeds, steps.reshape(-1))
     return x_prev.to(x_t.dtype), x_0.to(x_t.dtype) if return_x_0 else None
+
+
+def prediction_and_variance(
+    model_output: Tensor, row: PlanRow, guidance_scale: float | None, variance: int
+) -> tuple[Tensor, Tensor | None]:
+    """Return m after guidance, and the logarithm of the learned variance of the conditional half, or None.
+
+    The arguments are those of `reverse_step`, in the dtype of intermediate results.
+    """
+    m = conditional = model_output
+    if guidance_scale is not None:
+        conditional, unconditional = m.chunk(2)
+        m = unconditional + guidance_scale * (conditional - unconditional)
+    if VARIANCES[variance] == "fixed":
+        return m, None
+    v = conditional.chunk(2, dim=1)[1]
+    if VARIANCES[variance] == "learned_range":
+        v = ranged_log_variance(v, row.log_beta, row.log_beta_tilde)
+    return m.chunk(2, dim=1)[0], v
 
 
 def time_terms(table: Tensor, timesteps: Tensor, step: Tensor, samples: int) -> Tensor:
@@ -365,7 +406,7 @@ def ranged_log_variance(v: Tensor, log_beta: Tensor, log_beta_tilde: Tensor) -> 
 
 
 def group_norm_silu(
-    x: Tensor,
+    x: Map,
     num_groups: int,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -422,8 +463,8 @@ def group_norm_silu(
 
 
 def group_norm_affine(
-    x: Tensor,
-    skip: Tensor | None,
+    x: Map,
+    skip: Map | None,
     num_groups: int,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -472,7 +513,7 @@ def group_norm_affine(
 # ------------------------------------------------------------------------------------------------ convolution, attention
 
 
-def resample(x: Tensor, affine: Tensor | None, silu: bool, up: bool) -> Tensor:
+def resample(x: Map, affine: Tensor | None, silu: bool, up: bool) -> Tensor:
     """Return act((x - center) slope + intercept), resampled by 2.
 
     Args:
@@ -494,13 +535,13 @@ def resample(x: Tensor, affine: Tensor | None, silu: bool, up: bool) -> Tensor:
 
 
 def conv3x3(
-    x: Tensor,
+    x: Map,
     weight: Tensor,
     bias: Tensor | None,
-    skip: Tensor | None,
+    skip: Map | None,
     affine: Tensor | None,
     silu: bool,
-    residual: Tensor | None,
+    residual: Map | None,
     divisor: float,
     upsample: bool,
 ) -> Tensor:

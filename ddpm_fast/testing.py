@@ -177,6 +177,8 @@ def _reverse_step(case: Case, normal: Normal, timesteps: Any, device: torch.devi
     }
     if plan.needs_x_0_prev:
         arguments["x_0_prev"] = normal(*case.shape)
+    if plan.needs_x_0_prev2:
+        arguments["x_0_prev2"] = normal(*case.shape)
     return arguments
 
 
@@ -258,10 +260,10 @@ _BUILDERS: dict[str, Callable[..., dict[str, Any]]] = {
 }
 
 
-def _multistep(plan: SamplingPlan) -> SamplingPlan:
-    """Return a plan that also uses the previous step's x_0^, as multistep samplers do."""
+def _multistep(plan: SamplingPlan, k4: float = 0.0) -> SamplingPlan:
+    """Return a plan that also uses the x_0^ of earlier steps, as multistep samplers do."""
     coefficients = plan.coefficients.clone()
-    coefficients[:, COLUMNS.index("k3")] = 0.25
+    coefficients[:, COLUMNS.index("k3")], coefficients[:, COLUMNS.index("k4")] = 0.25, k4
     return SamplingPlan(plan.schedule, plan.timesteps, coefficients, plan.prediction, plan.variance)
 
 
@@ -301,6 +303,7 @@ CASES: tuple[Case, ...] = (
     Case("reverse_step", "learned", (2, 3, 5, 7), {"plan": _LEARNED}),
     Case("reverse_step", "learned-range-guidance", (3, 3, 5, 7), {"plan": _RANGE, "guidance_scale": 1.5, "step": "sample"}),
     Case("reverse_step", "multistep", (2, 3, 5, 7), {"plan": _multistep(_DDIM), "source": None}),
+    Case("reverse_step", "order-3", (2, 3, 5, 7), {"plan": _multistep(_RANGE, -0.5), "return_x_0": True}),
     Case("reverse_step", "vectors", (3, 131), {"plan": _DDPM}),
     Case("reverse_step", "strided", (2, 3, 4, 5), {"plan": _DDPM, "strided": True, "source": "noise"}),
     Case("reverse_step", "empty-batch", (0, 3, 4, 4), {"plan": _DDPM}),
@@ -381,7 +384,8 @@ def bytes_moved(case: Case, dtype: torch.dtype, *, backward: bool = False) -> in
     elif case.op == "reverse_step":
         plan: SamplingPlan = case.options["plan"]
         model = (1 if plan.variance == "fixed" else 2) * (1 if case.options.get("guidance_scale") is None else 2)
-        tensors = 2 + model + source + int(plan.needs_x_0_prev) + int(case.options.get("return_x_0", False))
+        tensors = 2 + model + source + int(case.options.get("return_x_0", False))
+        tensors += int(plan.needs_x_0_prev) + int(plan.needs_x_0_prev2)
     elif case.op == "group_norm_affine":
         tensors = 1
     elif case.op == "conv3x3":

@@ -45,10 +45,7 @@ def launch_triton(name: str, results: dict[str, Tensor | None], **arguments: Any
         TypeError: A result or an argument is unknown.
     """
     op = fused_op(name)
-    op._launcher()(
-        op.Results(**(dict.fromkeys(op.Results._fields) | results)),
-        op.Arguments(**(dict.fromkeys(op.Arguments._fields) | arguments)),
-    )
+    op._launcher()(op.Results(**results), op.Arguments(**arguments))
 
 
 def fused_op(name: str) -> FusedOp:

@@ -187,7 +187,7 @@ def test_steps_lead_from_each_noise_level_to_the_next(drawn: tuple[SamplingPlan,
     plan, has_beta = drawn
     abar = plan.schedule.alpha_bars[plan.timesteps]
     after = torch.cat([abar[1:], torch.ones(1, dtype=torch.float64)])
-    _, _, _, k1, k2, _, sigma, *_ = plan.coefficients.unbind(1)
+    _, _, _, k1, k2, _, _, sigma, *_ = plan.coefficients.unbind(1)
     from_epsilon = k1 * (1 - abar).sqrt() + k2
     scale = k1 + k2.abs()  # the two cancel in `from_epsilon`
     assert bool((plan.timesteps.diff() < 0).all())
@@ -211,8 +211,9 @@ def solver_plans(draw: st.DrawFn) -> SamplingPlan:
     options: dict[str, Any] = {"spacing": spacing, "prediction": draw(st.sampled_from(PREDICTIONS))}
     if draw(st.booleans()):
         return heun_plan(schedule, num_steps, **options)
-    options |= {"order": draw(st.integers(1, 2)), "solver": draw(st.sampled_from(["midpoint", "heun"]))}
-    options |= {"eta": draw(st.floats(0, 1)), "final": draw(st.sampled_from(["zero", "sigma_min"]))}
+    options |= {"order": draw(st.integers(1, 3)), "solver": draw(st.sampled_from(["midpoint", "heun"]))}
+    eta = st.sampled_from([0, 1]) if options["order"] == 3 else st.floats(0, 1)
+    options |= {"eta": draw(eta), "final": draw(st.sampled_from(["zero", "sigma_min"]))}
     return dpm_solver_plan(schedule, num_steps, **options)
 
 
@@ -221,11 +222,11 @@ def test_solvers_keep_the_signal_and_the_noise_of_each_level(plan: SamplingPlan)
     """If x_0^ is the true x_0 at each step, x_t = sqrt(abar) x_0 + sqrt(1 - abar) epsilon holds on arrival, with any eta."""
     after = plan.alpha_bars_prev
     abar = torch.cat([plan.schedule.alpha_bars[plan.timesteps[:1]], after[:-1]])
-    _, _, k0, k1, _, k3, sigma, *_ = plan.coefficients.unbind(1)
-    assert_close(k0 + k1 * abar.sqrt() + k3, after.sqrt(), 1 + k0.abs() + k3.abs())
+    _, _, k0, k1, _, k3, k4, sigma, *_ = plan.coefficients.unbind(1)
+    assert_close(k0 + k1 * abar.sqrt() + k3 + k4, after.sqrt(), 1 + k0.abs() + k3.abs() + k4.abs())
     assert_close((k1 * (1 - abar).sqrt()).square() + sigma.square(), 1 - after)
     assert bool((plan.timesteps.diff() <= 0).all())
-    assert k3[0] == 0
+    assert k3[0] == k4[0] == 0
 
 
 # ------------------------------------------------------------------------------------------------------------------ images

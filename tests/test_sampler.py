@@ -35,12 +35,14 @@ from ddpm_fast import (
     SamplingPlan,
     ddim_plan,
     ddpm_plan,
+    dpm_solver_plan,
     freeze,
     sample,
     sample_seeds,
 )
 from ddpm_fast.errors import InvalidType, InvalidValue
 from ddpm_fast.inference import cuda_graph
+from ddpm_fast.plan import COLUMNS
 from ddpm_fast.sampling import MAX_LOOPS
 
 
@@ -81,7 +83,7 @@ def captures(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> Captures:
 def multistep_plan() -> SamplingPlan:
     plan = ddim_plan(SCHEDULE, 4)
     coefficients = plan.coefficients.clone()
-    coefficients[:, 5] = 0.25  # k3, of x_0^ = 0 in the first step
+    coefficients[:, COLUMNS.index("k3")] = 0.25  # of x_0^ = 0 in the first step
     return dataclasses.replace(plan, coefficients=coefficients)
 
 
@@ -91,6 +93,7 @@ CASES: dict[str, tuple[dict[str, Any], SamplingPlan, dict[str, Any]]] = {
     "guidance": ({"classes": 3}, ddim_plan(SCHEDULE, 4), {"class_labels": 1, "guidance_scale": 2.0}),
     "learned variance": ({"learned_variance": True}, ddpm_plan(SCHEDULE, 5, variance="learned_range"), {}),
     "multistep": ({}, multistep_plan(), {}),
+    "order 3": ({}, dpm_solver_plan(SCHEDULE, 6, order=3, eta=1.0), {}),
     "one step": ({}, ddpm_plan(SCHEDULE, 1), {}),
 }
 

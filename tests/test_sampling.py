@@ -34,6 +34,7 @@ from ddpm_fast import (
 from ddpm_fast.cli import main
 from ddpm_fast.errors import ArgumentError, InvalidType, InvalidValue
 from ddpm_fast.nn import UNet
+from ddpm_fast.plan import COLUMNS
 from ddpm_fast.pretrained import load_folder
 from ddpm_fast.reference import STREAM_X_T
 
@@ -188,19 +189,21 @@ def test_learned_variance_takes_the_second_half_of_the_channels() -> None:
     assert not torch.allclose(draw(0.0), draw(1.0), atol=1e-2)
 
 
-def test_multistep_plans_are_given_the_previous_x_0() -> None:
-    plan = ddim_plan(SCHEDULE, 4)
+def test_multistep_plans_are_given_the_x_0_of_the_steps_before() -> None:
+    plan = ddim_plan(SCHEDULE, 5)
     coefficients = plan.coefficients.clone()
-    coefficients[1:, 5] = 0.25  # k3
+    coefficients[1:, COLUMNS.index("k3")] = 0.25
+    coefficients[2:, COLUMNS.index("k4")] = -0.125
     plan = dataclasses.replace(plan, coefficients=coefficients)
     drawn = sample(Recording(), plan, 2, shape=(1, 4, 4), progress=False, dtype=torch.float64)
 
     x = noise((2, 1, 4, 4), sample_seeds(0, 2), stream=STREAM_X_T, dtype=torch.float64)
-    previous = torch.zeros_like(x)
-    for p, q, k0, k1, k2, k3, _, _, _, clip in coefficients.tolist():
+    previous = earlier = torch.zeros_like(x)
+    for p, q, k0, k1, k2, k3, k4, _, _, _, clip in coefficients.tolist():
         m = torch.tensor(0.9, dtype=torch.float32).double() * torch.tanh(x)
         x_0 = (p * x + q * m).clamp(-clip, clip)
-        x, previous = k0 * x_0 + k1 * x + k2 * m + k3 * previous, x_0
+        x = k0 * x_0 + k1 * x + k2 * m + k3 * previous + k4 * earlier
+        previous, earlier = x_0, previous
     torch.testing.assert_close(drawn, x, rtol=0, atol=1e-6)  # float32 coefficients
 
 

@@ -22,6 +22,7 @@ pytest.importorskip("triton")
 from refusals import refused
 
 from ddpm_fast.errors import InvalidValue
+from ddpm_fast.plan import COLUMNS
 from ddpm_fast.triton_kernels import denoising_loss as loss_module
 from ddpm_fast.triton_kernels import group_norm_silu as norm_module
 from ddpm_fast.triton_kernels import tiles
@@ -131,17 +132,17 @@ def test_loss_of_many_tiles(prediction: int, drawn: bool, layout: Layout, monkey
 
 
 def plan_table() -> Tensor:
-    table = torch.rand(8, 10, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    table[:, 9] = 1.0
-    table[3, 9] = torch.inf
-    table[0, 6] = 0.0
+    table = torch.rand(8, len(COLUMNS), generator=torch.Generator().manual_seed(1)) * 2 - 1
+    table[:, COLUMNS.index("clip")] = 1.0
+    table[3, COLUMNS.index("clip")] = torch.inf
+    table[0, COLUMNS.index("sigma")] = 0.0
     return table.to(DEVICE)
 
 
 # Channels: one, where a channels_last state is contiguous too but the two-channel model output is not; three; two tiles.
 @pairwise(variance=[0, 1, 2], channels=[1, 3, 70], layout=LAYOUTS)
 def test_reverse_step_with_guidance_and_learned_variance(variance: int, channels: int, layout: Layout) -> None:
-    x, x_0_prev = (layout(randn(3, channels, 4, 6, seed=seed)) for seed in range(2))
+    x, x_0_prev, x_0_prev2 = (layout(randn(3, channels, 4, 6, seed=seed)) for seed in (0, 1, 3))
     m = layout(randn(6, channels if variance == 0 else 2 * channels, 4, 6, seed=2)).bfloat16()
     arguments = {
         "model_output": m,
@@ -150,10 +151,11 @@ def test_reverse_step_with_guidance_and_learned_variance(variance: int, channels
         "noise": None,
         "seeds": SEEDS,
         "x_0_prev": x_0_prev,
+        "x_0_prev2": x_0_prev2,
         "guidance_scale": 3.0,
         "variance": variance,
     }
-    exact, exact_0 = reference.reverse_step(x, **arguments)
+    exact, exact_0 = reference.reverse_step(x, **arguments, return_x_0=True)
     out, x_0 = nan_like(x), nan_like(x)
     launch_triton("reverse_step", {"x_prev": out, "x_0": x_0}, x_t=x, **arguments)
     assert_close(out, exact)

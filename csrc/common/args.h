@@ -1,7 +1,7 @@
 // The arguments of the kernels: one struct per kernel.
 //
-// Each struct lists its fields once more in DDPM_FAST_FIELDS. The Python binding, the emulator and _native.pyi are made
-// from that list. Python passes one value per field, in the order of the list. See common/fields.h.
+// Each struct lists its fields once more in DDPM_FAST_FIELDS. The Python binding and the emulator are made from that
+// list. Python passes one value per field, in the order of the list. See common/fields.h.
 //
 // Tensors are dense. Shape says how a tensor [n, c, hw] lies in memory. An absent tensor is a null pointer.
 #pragma once
@@ -75,9 +75,9 @@ struct QSampleArgs {
   DDPM_FAST_FIELDS(dtype, x_t, x_0, x_0_dtype, t, table, noise, seeds, shape, stream_or_threads)
 };
 
-// A row of a sampling plan's table.
+// A row of a sampling plan's table. PlanRow of ddpm_fast/reference.py has the same fields.
 struct PlanRow {
-  float p, q, k0, k1, k2, k3, sigma, log_beta, log_beta_tilde, clip;
+  float p, q, k0, k1, k2, k3, k4, sigma, log_beta, log_beta_tilde, clip;
 };
 
 struct ReverseStepArgs {
@@ -91,14 +91,15 @@ struct ReverseStepArgs {
   std::int64_t step_stride;   // 0 or 1
   const void* noise;          // noise or seeds; neither if every sigma is 0
   const std::int64_t* seeds;
-  const void* x_0_prev;  // may be absent
+  const void* x_0_prev;   // may be absent
+  const void* x_0_prev2;  // may be absent
   bool has_guidance;
   double guidance_scale;
   Variance variance;
   Shape shape;
   StreamOrThreads stream_or_threads;
   DDPM_FAST_FIELDS(dtype, model_output_dtype, x_prev, x_0, x_t, model_output, table, steps, step_stride, noise, seeds,
-                   x_0_prev, has_guidance, guidance_scale, variance, shape, stream_or_threads)
+                   x_0_prev, x_0_prev2, has_guidance, guidance_scale, variance, shape, stream_or_threads)
 };
 
 struct DenoisingLossArgs {

@@ -19,7 +19,7 @@ struct ModelLocations {
 
 // Without clipping this is derivation eq. 13:
 //   x_0^    = clip(p x_t + q m)
-//   x_{t-1} = k0 x_0^ + k1 x_t + k2 m + k3 x_0_prev + std z
+//   x_{t-1} = k0 x_0^ + k1 x_t + k2 m + k3 x_0_prev + k4 x_0_prev2 + std z
 // The terms are added in the order of reference.py.
 template <class A>
 void run(const ReverseStepArgs& a) {
@@ -40,6 +40,7 @@ void run(const ReverseStepArgs& a) {
       noise.prefetch(a.model_output, a.model_output_dtype, model.prediction, tile);
       noise.prefetch(a.x_prev, a.dtype, at, tile);
       noise.prefetch(a.x_0_prev, a.dtype, at, tile);
+      noise.prefetch(a.x_0_prev2, a.dtype, at, tile);
       noise.prefetch(a.x_0, a.dtype, at, tile);
       z = noise.given_or_generated(a.noise, a.dtype, a.seeds, static_cast<std::uint32_t>(step), tiling, tile);
     }
@@ -64,6 +65,11 @@ void run(const ReverseStepArgs& a) {
       const A* x_0_prev = load(a.x_0_prev, a.dtype, at, tile, x_buffer);
 #pragma omp simd
       for (std::int64_t i = 0; i < count; ++i) x_prev[i] += row.k3 * x_0_prev[i];
+    }
+    if (a.x_0_prev2 != nullptr) {
+      const A* x_0_prev2 = load(a.x_0_prev2, a.dtype, at, tile, x_buffer);
+#pragma omp simd
+      for (std::int64_t i = 0; i < count; ++i) x_prev[i] += row.k4 * x_0_prev2[i];
     }
     if (z != nullptr && learned) {
       const A* v = load(a.model_output, a.model_output_dtype, model.variance, tile, m_buffer);

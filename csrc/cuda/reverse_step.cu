@@ -15,14 +15,14 @@ struct Model {
 };
 
 //   x_0^    = clip(p x_t + q m)
-//   x_{t-1} = k0 x_0^ + k1 x_t + k2 m + k3 x_0_prev + std z
+//   x_{t-1} = k0 x_0^ + k1 x_t + k2 m + k3 x_0_prev + k4 x_0_prev2 + std z
 // Without a clip this is derivation eq. 13. M is the type of the model's output, T that of everything else.
-// plain: no x_0^, x_0_prev, guidance and learned variance.
+// plain: no x_0^, x_0_prev, x_0_prev2, guidance and learned variance.
 template <class T, class M, bool plain>
 struct ReverseStep {
   Noise<T> source;
   T *out, *x_0_out;
-  const T *x_t, *x_0_prev;
+  const T *x_t, *x_0_prev, *x_0_prev2;
   const M *prediction, *unconditional, *variance;  // the last two may be absent
   std::int64_t extra_row_stride;
   float guidance_scale;
@@ -43,6 +43,7 @@ struct ReverseStep {
         x_0_out(static_cast<T*>(a.x_0)),
         x_t(static_cast<const T*>(a.x_t)),
         x_0_prev(static_cast<const T*>(a.x_0_prev)),
+        x_0_prev2(static_cast<const T*>(a.x_0_prev2)),
         prediction(static_cast<const M*>(a.model_output)),
         table(a.table),
         step(a.steps[tile.sample * a.step_stride]) {
@@ -59,6 +60,14 @@ struct ReverseStep {
   template <int width>
   __device__ Packed<M, width> load_model(const M* part, const Location& at) const {
     return cuda::load<width>(part + at.offset + (plain ? 0 : at.row * extra_row_stride));
+  }
+
+  // x += k values
+  template <int width>
+  static __device__ void add(float k, const T* values, float (&x)[width]) {
+    float value[width];
+    cuda::load(values, value);
+    for (int i = 0; i < width; ++i) x[i] = fma(k, value[i], x[i]);
   }
 
   template <int width>
@@ -92,11 +101,9 @@ struct ReverseStep {
       std[i] = row.sigma;
     }
     if constexpr (!plain) {
-      if (x_0_prev != nullptr) {  // before x_0 is stored, which may be in the same memory
-        float before[width];
-        cuda::load(x_0_prev + at.offset, before);
-        for (int i = 0; i < width; ++i) x[i] = fma(row.k3, before[i], x[i]);
-      }
+      // Both are read before x_0 is stored, which may be in the same memory.
+      if (x_0_prev != nullptr) add(row.k3, x_0_prev + at.offset, x);
+      if (x_0_prev2 != nullptr) add(row.k4, x_0_prev2 + at.offset, x);
       if (x_0_out != nullptr) store(x_0_out + at.offset, x_0);
       if (variance != nullptr) {
         float v[width];
@@ -128,10 +135,11 @@ void run_with(const ReverseStepArgs& a) {
   const bool learned = a.variance != Variance::kFixed;
   // A channels_last pixel has the channels of the prediction, and then those of the variance.
   const bool interleaved = learned && a.shape.channels_last && a.shape.hw > 1;
-  const bool plain = !learned && !a.has_guidance && a.x_0 == nullptr && a.x_0_prev == nullptr;
+  const bool plain = !learned && !a.has_guidance && a.x_0 == nullptr && a.x_0_prev == nullptr &&
+                     a.x_0_prev2 == nullptr;
   const bool whole = aligned<T>(a.x_prev, kVector) && aligned<T>(a.x_0, kVector) && aligned<T>(a.x_t, kVector) &&
                      aligned<M>(a.model_output, kVector) && aligned<T>(a.noise, kVector) &&
-                     aligned<T>(a.x_0_prev, kVector);
+                     aligned<T>(a.x_0_prev, kVector) && aligned<T>(a.x_0_prev2, kVector);
   const bool generates = a.noise == nullptr && a.seeds != nullptr;
   const Tiling tiling(a.shape, generates || interleaved, kVector, whole, interleaved);
   const std::int64_t sample = a.shape.c * a.shape.hw;

@@ -292,7 +292,8 @@ def frozen_step(
     with network._turns.taken(), torch.inference_mode(False), torch.no_grad(), torch.device(network.device):
         timesteps, table = plan.timesteps.to(network.device), plan.table(network.device)
         for part in (slice(i, i + at_once) for i in range(0, n, at_once)):
-            x_t, x_0_prev = state.x_t[part], None if state.x_0_prev is None else state.x_0_prev[part]
+            x_t, history = state.x_t[part], [each[part] for each in state.history]
+            x_0 = [] if state.x_0 is None else [state.x_0[part]]
             labels = None if state.class_labels is None else state.class_labels[:, part]
             stacks = layers.time_terms.append(builder, timesteps, state.step, copies * len(x_t), labels)
             x: Value = x_t
@@ -301,10 +302,13 @@ def frozen_step(
                 x = builder.call(network_input_op, x_t, dtype, copies, config.center_input_sample, shape=shape, dtype=dtype)
             model_output = append_network(builder, layers, network._layers, x, stacks)
             seeds, variance = state.seeds[part] if plan.is_random else None, VARIANCES.index(plan.variance)
-            builder.update(
-                *(reverse_step_op, x_t, model_output, table, state.step, None, seeds, x_0_prev, guidance_scale, variance),
-                x_0_prev is not None,
-                out=(x_t,) if x_0_prev is None else (x_t, x_0_prev),
+            arguments = reverse_step_op.Arguments(
+                *(x_t, model_output, table, state.step, None, seeds, *(*history, None, None)[:2], guidance_scale, variance),
+                return_x_0=bool(x_0),
             )
+            builder.update(reverse_step_op, *arguments[:-1], out=(x_t, *x_0))
+            if len(history) > 1:
+                for source, copy in ((history[0], history[1]), (x_0[0], history[0])):
+                    builder.update(network_input_op, source, x_t.dtype, 1, False, out=(copy,))
         builder.update(count_step_op, state.step, out=(state.step,))
         return network._executor(builder.calls).run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +33,9 @@ class StepState:
 
     Attributes:
         x_t: [n, C, H, W], replaced by x_{t-1}: x_T after `start`, x_0 after the last step.
-        x_0_prev: Like x_t: x_0^ of the step before, replaced by that of the step. None: the plan does not use it.
+        history: x_0_prev and x_0_prev2, as far as the plan uses them, like x_t. The step updates them.
+        x_0: Where the step puts its x_0^: x_0_prev itself, or other memory where that becomes x_0_prev2 first. None:
+            nowhere.
         seeds: int64 [n].
         class_labels: int64 [1, n], or [2, n] with guidance: of the conditional half, then of the other. None: no labels.
         step: int64 [1], the number of the step, which the step counts up.
@@ -52,7 +55,8 @@ class StepState:
         n, halves = shape[0], 1 if guidance_scale is None else 2
         with torch.inference_mode(False):  # ordinary tensors, which outlive the mode
             self.x_t = torch.zeros(shape, dtype=dtype, device=device).contiguous(memory_format=memory_format)
-            self.x_0_prev = torch.zeros_like(self.x_t) if plan.needs_x_0_prev else None
+            self.history = [torch.zeros_like(self.x_t) for needed in (plan.needs_x_0_prev, plan.needs_x_0_prev2) if needed]
+            self.x_0 = torch.zeros_like(self.x_t) if plan.needs_x_0_prev2 else self.history[0] if self.history else None
             self.seeds = torch.zeros(n, dtype=torch.int64, device=device)
             self.class_labels = None if label is None else torch.full((halves, n), label, device=device)
             self.step = torch.zeros(1, dtype=torch.int64, device=device)
@@ -77,8 +81,8 @@ class StepState:
         if self.class_labels is not None and labels is not None:
             self.class_labels[0] = labels
         x_t.copy_(initial_noise(x_t.shape, seeds, dtype=x_t.dtype, device=x_t.device) if x_T is None else x_T)
-        if self.x_0_prev is not None:
-            self.x_0_prev.zero_()
+        for x_0 in self.history:
+            x_0.zero_()
         self._shown = x_t.detach()  # an alias, so that a callback cannot change the shape and strides of x_t
 
     def show(self, callback: Callable[[int, int, Tensor], None], step: int, timestep: int) -> None:
@@ -115,7 +119,8 @@ def step_by_any_network(
     Raises:
         ValueError: The network changes its input, or its output does not fit.
     """
-    x_t, x_0_prev, labels = state.x_t, state.x_0_prev, state.class_labels
+    x_t, x_0, labels = state.x_t, state.x_0, state.class_labels
+    history: Any = dict(zip(("x_0_prev", "x_0_prev2"), state.history, strict=False))
     version = x_t._version
     x_in = x_t.detach().to(dtype)  # an alias, so that the network cannot change the shape and strides of x_t
     if guidance_scale is not None:
@@ -130,9 +135,12 @@ def step_by_any_network(
         state.step,
         plan,
         seeds=state.seeds if plan.is_random else None,
-        x_0_prev=x_0_prev,
+        **history,
         guidance_scale=guidance_scale,
-        return_x_0=x_0_prev is not None,
-        out=x_t if x_0_prev is None else (x_t, x_0_prev),
+        return_x_0=x_0 is not None,
+        out=x_t if x_0 is None else (x_t, x_0),
     )
+    if len(state.history) > 1 and x_0 is not None:
+        state.history[1].copy_(state.history[0])
+        state.history[0].copy_(x_0)
     state.step += 1

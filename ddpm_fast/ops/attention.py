@@ -14,7 +14,8 @@ from ..modes import is_transformed
 from .autocast import autocast, in_autocast
 from .backend import why_not_matrix_kernels
 from .conv3x3 import is_trained_natively
-from .fused_op import FusedOp, gradients_of
+from .derivative import gradients_of
+from .fused_op import FusedOp
 from .packed_conv import step_of
 
 # Fewest pixels for which a layer's training step is faster than with PyTorch's attention. Its time relative to PyTorch's
@@ -117,9 +118,8 @@ def _gradient_by_reference(grad_y: Tensor, y: Tensor, softmax: Tensor, qkv: Tens
 _SIZES: Final = {"pixels": lambda a: a.qkv.shape[1], "head_dim": _head_channels}
 attention_backward_op = FusedOp(
     "attention_backward",
-    "Tensor grad_y, Tensor y, Tensor softmax, Tensor qkv, int num_heads, float scale",
+    _gradient_by_reference,
     outputs={"grad_qkv": lambda a: torch.empty_like(a.qkv)},
-    reference=_gradient_by_reference,
     derived=_SIZES,
     limits=why_not_matrix_kernels,
 )
@@ -131,15 +131,13 @@ def _backward(a: Any, results: Any, grads: Any, needs: Any) -> dict[str, Tensor 
 
 attention_op = FusedOp(
     "attention",
-    "Tensor qkv, int num_heads, float scale",
+    _reference,
     outputs={"y": _output},
     saved={"softmax": _softmax},
-    reference=_reference,
     backward=_backward,
     reads=("qkv", "y"),
     derived=_SIZES,
     unfit={"native": _unfit},
     limits=why_not_matrix_kernels,
     is_default=lambda a: is_trained_natively(a.qkv.dtype, a.qkv) and _suits(a.qkv.dtype, a.qkv.shape[1], _head_channels(a)),
-    is_public=True,
 )

@@ -17,7 +17,8 @@ from ..errors import InvalidType, InvalidValue
 from ..modes import is_transformed, runs_eagerly
 from .autocast import autocast
 from .backend import MATRIX_DTYPES, has_fast_bfloat16, why_not_matrix_kernels
-from .fused_op import FusedOp, gradients_of
+from .derivative import gradients_of
+from .fused_op import FusedOp
 from .packed_conv import conv_ops, float_bias, pack_weights, pack_winograd_op, suits_winograd, weight_gradient_op
 
 _CHANNELS_LAST: Final = torch.channels_last
@@ -155,8 +156,7 @@ def _backward(a: Any, results: Any, grads: Any, needs: Any) -> dict[str, Tensor 
         kernel = conv_ops["winograd_upsampled_gradient" if a.upsample else "winograd"]
         gradients["x"] = kernel(grad, None, None, False, packed, None, None, 1.0, False, *a.x.shape[1:], 3, 1, 1)
     if needs.weight or needs.bias:
-        gradients["weight"], bias = weight_gradient_op(a.x, grad, a.bias is not None, a.upsample)
-        gradients["bias"] = bias if a.bias is not None else None
+        gradients["weight"], gradients["bias"] = weight_gradient_op(a.x, grad, a.bias is not None, a.upsample)
     return gradients
 
 
@@ -204,15 +204,11 @@ def _is_default(a: Any) -> bool:
 
 conv3x3_op = FusedOp(
     "conv3x3",
-    "Tensor x, Tensor weight, Tensor? bias, Tensor? skip, Tensor? affine, bool silu, Tensor? residual, float divisor, "
-    "bool upsample",
+    reference.conv3x3,
     outputs={"y": _output},
-    reference=reference.conv3x3,
-    dense=("x", "skip", "residual"),
     native=_native,
     backward=_backward,
     reads=("x", "weight", "bias", "skip", "affine"),
     limits=why_not_matrix_kernels,
     is_default=_is_default,
-    is_public=True,
 )

@@ -23,7 +23,8 @@ from ..checks import (
 from ..dtypes import opmath
 from ..errors import InvalidValue
 from ..schedule import NoiseSchedule
-from .fused_op import FusedOp, gradients_of
+from .derivative import gradients_of
+from .fused_op import FusedOp, schema_of
 
 
 def denoising_loss(
@@ -104,17 +105,16 @@ def _check(arguments: Any) -> None:
     check_range("denoising_loss", "t", arguments.t, arguments.table.shape[0])
 
 
-def _gradient_by_reference(grad_losses: Tensor, model_output: Tensor, *arguments: Any) -> Tensor | None:
-    return gradients_of(lambda m: reference.denoising_loss(m, *arguments), (model_output,), grad_losses)[0]
+def _gradient_by_reference(model_output: Tensor, *arguments: Any) -> Tensor | None:
+    *others, grad_losses = arguments
+    return gradients_of(lambda m: reference.denoising_loss(m, *others), (model_output,), grad_losses)[0]
 
 
-_ARGUMENTS = "Tensor model_output, Tensor x_0, Tensor t, Tensor table, Tensor? noise, Tensor? seeds, int prediction"
 denoising_loss_backward_op = FusedOp(
     "denoising_loss_backward",
-    f"Tensor grad_losses, {_ARGUMENTS}",
+    _gradient_by_reference,
+    schema=f"{schema_of(reference.denoising_loss)}, Tensor grad_losses",
     outputs={"grad_model_output": lambda a: torch.empty_like(a.model_output)},
-    reference=_gradient_by_reference,
-    dense=("model_output", "x_0", "noise"),
     has_triton=True,
     check=_check,
 )
@@ -123,9 +123,7 @@ denoising_loss_backward_op = FusedOp(
 def _backward(arguments: Any, results: Any, grads: Any, needs: Any) -> dict[str, Tensor | None]:
     """Return gradients: the loss sees output - target, so inputs of the target get -grad times their coefficient."""
     a = arguments
-    grad: Tensor = denoising_loss_backward_op(
-        grads[0], a.model_output, a.x_0, a.t, a.table, a.noise, a.seeds, a.prediction, backend=a.backend
-    )
+    grad: Tensor = denoising_loss_backward_op(*a[:-1], grads[0], backend=a.backend)
     gradients: dict[str, Tensor | None] = {"model_output": grad}
     prediction = reference.PREDICTIONS[a.prediction]
     if needs.x_0:
@@ -147,14 +145,11 @@ def _backward(arguments: Any, results: Any, grads: Any, needs: Any) -> dict[str,
 
 denoising_loss_op = FusedOp(
     "denoising_loss",
-    _ARGUMENTS,
+    reference.denoising_loss,
     outputs={
         "losses": lambda a: a.model_output.new_empty(a.model_output.shape[0], dtype=opmath(a.model_output.dtype)),
     },
-    reference=reference.denoising_loss,
-    dense=("model_output", "x_0", "noise"),
     has_triton=True,
     backward=_backward,
     check=_check,
-    is_public=True,
 )

@@ -11,7 +11,8 @@ from .. import reference
 from ..checks import check_like, check_map
 from ..dtypes import opmath
 from .backend import why_not_matrix_kernels
-from .fused_op import FusedOp, gradients_of
+from .derivative import gradients_of
+from .fused_op import FusedOp
 from .group_norm_silu import check_norm
 
 
@@ -86,11 +87,8 @@ def _backward(a: Any, results: Any, grads: Any, needs: Any) -> dict[str, Tensor 
 
 group_norm_affine_op = FusedOp(
     "group_norm_affine",
-    "Tensor x, Tensor? skip, int num_groups, Tensor? weight, Tensor? bias, float eps, Tensor? shift, Tensor? scale, "
-    "Tensor? scale_shift",
+    reference.group_norm_affine,
     outputs={"affine": _output},
-    reference=reference.group_norm_affine,
-    dense=("x", "skip"),
     layout=torch.channels_last,
     backward=_backward,
     derived={
@@ -98,5 +96,4 @@ group_norm_affine_op = FusedOp(
         "skip_channels": lambda a: 0 if a.skip is None else a.skip.shape[1],
     },
     limits=why_not_matrix_kernels,
-    is_public=True,
 )

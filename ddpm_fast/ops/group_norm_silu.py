@@ -12,7 +12,8 @@ from .. import reference
 from ..checks import check_choice, check_device, check_float, check_int, check_number
 from ..dtypes import opmath
 from ..errors import InvalidType, InvalidValue
-from .fused_op import FusedOp, gradients_of
+from .derivative import gradients_of
+from .fused_op import FusedOp, schema_of
 
 _TRITON_MAX_CHANNELS_PER_GROUP = 4096  # a tile of its kernels holds whole groups
 
@@ -135,8 +136,8 @@ def _gradient_of(name: str) -> Callable[[Any], Tensor | None]:
     return allocate
 
 
-def _gradients_by_reference(grad_y: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor | None, ...]:
-    _, _, num_groups, weight, bias, eps, shift, scale, scale_shift, silu = arguments
+def _gradients_by_reference(x: Tensor, *arguments: Any) -> tuple[Tensor | None, ...]:
+    num_groups, weight, bias, eps, shift, scale, scale_shift, silu, grad_y, _, _ = arguments
 
     def norm(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor, scale: Tensor, scale_shift: Tensor) -> Tensor:
         return reference.group_norm_silu(x, num_groups, weight, bias, eps, shift, scale, scale_shift, silu)[0]
@@ -146,11 +147,9 @@ def _gradients_by_reference(grad_y: Tensor, x: Tensor, *arguments: Any) -> tuple
 
 group_norm_silu_backward_op = FusedOp(
     "group_norm_silu_backward",
-    "Tensor grad_y, Tensor x, Tensor mean, Tensor rstd, int num_groups, Tensor? weight, Tensor? bias, float eps, "
-    "Tensor? shift, Tensor? scale, Tensor? scale_shift, bool silu",
+    _gradients_by_reference,
+    schema=f"{schema_of(reference.group_norm_silu)}, Map grad_y, Tensor mean, Tensor rstd",
     outputs={"grad_x": lambda a: torch.empty_like(a.x)} | {f"grad_{name}": _gradient_of(name) for name in _SMALL},
-    reference=_gradients_by_reference,
-    dense=("x", "grad_y"),
     has_triton=True,
     host_only=("eps",),
 )
@@ -158,25 +157,16 @@ group_norm_silu_backward_op = FusedOp(
 
 def _backward(arguments: Any, results: Any, grads: Any, needs: Any) -> dict[str, Tensor | None]:
     a = arguments
-    gradients = group_norm_silu_backward_op(
-        *(grads[0], a.x, results.mean, results.rstd, a.num_groups, a.weight, a.bias, a.eps, a.shift, a.scale, a.scale_shift),
-        *(a.silu,),
-        backend=a.backend,
-    )
-    present = {name: grad for name, grad in zip(_SMALL, gradients[1:], strict=True) if getattr(a, name) is not None}
-    return {"x": gradients[0]} | present
+    gradients = group_norm_silu_backward_op(*a[:-1], grads[0], results.mean, results.rstd, backend=a.backend)
+    return dict(zip(("x", *_SMALL), gradients, strict=True))
 
 
 group_norm_silu_op = FusedOp(
     "group_norm_silu",
-    "Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, Tensor? shift, Tensor? scale, Tensor? scale_shift, "
-    "bool silu",
+    reference.group_norm_silu,
     outputs={"y": lambda a: torch.empty_like(a.x)},
-    reference=reference.group_norm_silu,
     saved={"mean": _statistic, "rstd": _statistic},
-    dense=("x",),
     has_triton=True,
     backward=_backward,
     unfit={"triton": _unfit_for_triton},
-    is_public=True,
 )

@@ -162,10 +162,8 @@ def _reference(shape: Sequence[int], seeds: Tensor, stream: int, dtype: torch.dt
 
 noise_op = FusedOp(
     "noise",
-    "SymInt[] shape, Tensor seeds, int stream, ScalarType dtype, bool channels_last",
+    _reference,
     outputs={"out": _output},
-    reference=_reference,
     has_triton=True,
     host_only=("shape",),
-    is_public=True,
 )

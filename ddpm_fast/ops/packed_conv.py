@@ -77,7 +77,7 @@ def _packed(arguments: Any) -> Tensor:
 # Flipped weights are those of the input's gradient: in and out exchanged, taps in reverse order.
 pack_winograd_op = FusedOp(
     "pack_winograd",
-    "Tensor weight, ScalarType dtype, bool flipped, bool upsample",
+    schema="Tensor weight, ScalarType dtype, bool flipped, bool upsample",
     outputs={"packed": _packed},
     derived={
         "out_channels": lambda a: a.weight.shape[0],
@@ -101,7 +101,7 @@ def _kernel(method: str) -> FusedOp:
     """Return the kernel of a method as an op on channels_last maps and packed weights."""
     return FusedOp(
         f"conv_{method}",
-        "Tensor x, Tensor? skip, Tensor? affine, bool silu, Tensor packed, Tensor? bias, Tensor? residual, float divisor, "
+        schema="Map x, Map? skip, Tensor? affine, bool silu, Tensor packed, Tensor? bias, Map? residual, float divisor, "
         "bool upsample, int out_channels, SymInt out_height, SymInt out_width, int kernel, int stride, int padding",
         outputs={"y": lambda a: _empty_map(a.x, a.out_channels, a.out_height, a.out_width)},
         derived={
@@ -110,7 +110,6 @@ def _kernel(method: str) -> FusedOp:
             "channels": lambda a: a.x.shape[1],
             "skip_channels": lambda a: 0 if a.skip is None else a.skip.shape[1],
         },
-        dense=("x", "skip", "residual"),
         layout=_CHANNELS_LAST,
         limits=why_not_matrix_kernels,
     )
@@ -123,7 +122,7 @@ conv_ops: Final = {method: _kernel(method) for method in METHODS}
 
 weight_gradient_op = FusedOp(
     "conv_winograd_weight_gradient",
-    "Tensor x, Tensor grad_y, bool has_bias, bool upsample",
+    schema="Map x, Map grad_y, bool has_bias, bool upsample",
     outputs={
         "grad_weight": lambda a: torch.empty(
             (a.grad_y.shape[1], a.x.shape[1], 3, 3), dtype=torch.float32, device=a.x.device, memory_format=_CHANNELS_LAST
@@ -136,7 +135,6 @@ weight_gradient_op = FusedOp(
         "channels": lambda a: a.x.shape[1],
         "out_channels": lambda a: a.grad_y.shape[1],
     },
-    dense=("x", "grad_y"),
     layout=_CHANNELS_LAST,
     host_only=("has_bias",),
     limits=why_not_matrix_kernels,

@@ -21,7 +21,8 @@ from ..checks import (
 )
 from ..errors import InvalidType
 from ..schedule import NoiseSchedule
-from .fused_op import FusedOp, dtype_code
+from .compiled_kernel import dtype_code
+from .fused_op import FusedOp
 
 
 def q_sample(
@@ -98,14 +99,11 @@ def _backward(arguments: Any, results: Any, grads: Any, needs: Any) -> dict[str,
 
 q_sample_op = FusedOp(
     "q_sample",
-    "Tensor x_0, Tensor t, Tensor table, Tensor? noise, Tensor? seeds, ScalarType dtype",
+    reference.q_sample,
     outputs={"x_t": lambda a: torch.empty_like(a.x_0, dtype=a.dtype)},
-    reference=reference.q_sample,
-    dense=("x_0", "noise"),
     has_triton=True,
     backward=_backward,
     reads=("t", "table"),
     derived={"dtype": lambda a: dtype_code(a.dtype)},  # x_0 may be uint8
     check=lambda a: check_range("q_sample", "t", a.t, a.table.shape[0]),
-    is_public=True,
 )

@@ -25,8 +25,10 @@ def in_one_region(calls: Sequence[tuple[FusedOp, tuple[Any, ...], Outs]], thread
         threads: Number of threads.
     """
     # Kernels run one after the other, so they share the largest scratch buffer.
-    size = max((op.native_workspace(arguments, out) for op, arguments, out in calls), default=0)
+    kernels = KERNELS["cpu"]
+    values = [(op.kernel, op.kernel_values(arguments, out)) for op, arguments, out in calls]
+    size = max((kernel.workspace_size(kernels, each) for kernel, each in values), default=0)
     workspace = torch.empty(size, dtype=torch.uint8, device="cpu") if size else None
-    fields = [(op.name, op.native_fields(arguments, out, workspace)) for op, arguments, out in calls]
-    run: Callable[[], None] = KERNELS["cpu"].Program(fields, threads)
+    calls_of_kernels = [(kernel.name, kernel.replaced(each, "workspace", workspace)) for kernel, each in values]
+    run: Callable[[], None] = kernels.Program(calls_of_kernels, threads)
     return run

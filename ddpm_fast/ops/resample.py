@@ -21,10 +21,8 @@ def _output(arguments: Any) -> Tensor:
 
 resample_op: Final = FusedOp(
     "resample",
-    "Tensor x, Tensor? affine, bool silu, bool up",
+    reference.resample,
     outputs={"y": _output},
-    reference=reference.resample,
-    dense=("x",),
     layout=torch.channels_last,
     derived={
         "height": lambda a: a.x.shape[2],

@@ -23,7 +23,8 @@ from ..checks import (
 from ..dtypes import opmath
 from ..errors import InvalidType, InvalidValue
 from ..plan import COLUMNS, SamplingPlan
-from .fused_op import FusedOp, is_dense
+from .compiled_kernel import is_dense
+from .fused_op import FusedOp
 
 
 def reverse_step(
@@ -35,6 +36,7 @@ def reverse_step(
     noise: Tensor | None = None,
     seeds: Tensor | None = None,
     x_0_prev: Tensor | None = None,
+    x_0_prev2: Tensor | None = None,
     guidance_scale: float | None = None,
     return_x_0: bool = False,
     out: Tensor | tuple[Tensor, Tensor] | None = None,
@@ -42,11 +44,11 @@ def reverse_step(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Advance x_t by one step of a sampler.
 
-    With row `step` (p, q, k0, k1, k2, k3, sigma, ..., clip) of the plan, std = sigma unless the variance is
-    learned:
+    With row `step` (p, q, k0, k1, k2, k3, k4, sigma, ..., clip) of the plan, std = sigma unless the variance
+    is learned:
 
         x_0^    = clip(p x_t + q m)
-        x_{t-1} = k0 x_0^ + k1 x_t + k2 m + k3 x_0_prev + std z
+        x_{t-1} = k0 x_0^ + k1 x_t + k2 m + k3 x_0_prev + k4 x_0_prev2 + std z
 
     Source: derivation eq. 13 (Ho et al. 2020, eq. 11 and Algorithm 2).
 
@@ -63,18 +65,20 @@ def reverse_step(
         seeds: int64 [N]. z is `noise(x_t.shape, seeds, stream=step)`. A plan without randomness (DDIM)
             needs neither.
         x_0_prev: x_0^ of the previous step, like x_t, for plans that use k3.
+        x_0_prev2: x_0^ of the step before that, like x_t, for plans that use k4.
         guidance_scale: Scale w of classifier-free guidance, m = m_u + w (m_c - m_u) (Ho and Salimans
             2022). torch.compile treats the number as a constant and recompiles for each new value.
         return_x_0: Also return x_0^.
         out: Destination of x_{t-1}, like x_t, or destinations of (x_{t-1}, x_0^) with return_x_0. They may
-            be x_t itself and x_0_prev itself but must not overlap an input in another way, or each other.
+            be x_t itself and x_0_prev or x_0_prev2 itself but must not overlap an input in another way, or
+            each other.
             Not differentiable.
         backend: "native", "triton" or "reference". None: the first that can run, and "reference" inside
             torch.func transforms and forward-mode differentiation.
 
     Returns:
         x_{t-1} with the shape, dtype and memory format of x_t. With return_x_0, (x_{t-1}, x_0^).
-        Differentiable in x_t, model_output, noise and x_0_prev.
+        Differentiable in x_t, model_output, noise, x_0_prev and x_0_prev2.
 
     Raises:
         ValueError: An argument has an unsupported value, shape or device.
@@ -116,22 +120,23 @@ def reverse_step(
         check_like(op, "x_0_prev", x_0_prev, "x_t", x_t)
     elif plan.needs_x_0_prev:
         raise InvalidValue(op, "x_0_prev", "to be given, as the plan weighs it by k3", "None")
-    table = plan.table(x_t.device)
-    variance = reference.VARIANCES.index(plan.variance)
-    outs = () if out is None else _checked_out(out, x_t, (model_output, noise, x_0_prev), return_x_0)
-    x_prev, x_0 = reverse_step_op(
-        *(x_t, model_output, table, steps, noise, seeds, x_0_prev, guidance_scale, variance, return_x_0),
-        backend=backend,
-        out=outs,
-    )
+    if x_0_prev2 is not None:
+        check_like(op, "x_0_prev2", x_0_prev2, "x_t", x_t)
+    elif plan.needs_x_0_prev2:
+        raise InvalidValue(op, "x_0_prev2", "to be given, as the plan weighs it by k4", "None")
+    maps = x_t, model_output, plan.table(x_t.device), steps, noise, seeds, x_0_prev, x_0_prev2
+    options = guidance_scale, reference.VARIANCES.index(plan.variance), return_x_0
+    outs = () if out is None else _checked_out(out, maps, return_x_0)
+    x_prev, x_0 = reverse_step_op(*maps, *options, backend=backend, out=outs)
     return (x_prev, x_0) if return_x_0 else x_prev
 
 
 def _checked_out(
-    out: Tensor | tuple[Tensor, Tensor], x_t: Tensor, others: tuple[Tensor | None, ...], return_x_0: bool
+    out: Tensor | tuple[Tensor, Tensor], inputs: tuple[Tensor | None, ...], return_x_0: bool
 ) -> tuple[Tensor, ...]:
-    """Return the destinations as a tuple, after a check."""
-    op = "reverse_step"
+    """Return the destinations as a tuple, after a check. x_t is the first input."""
+    op, x_t = "reverse_step", inputs[0]
+    assert x_t is not None
     outs = out if isinstance(out, tuple) else (out,)
     if isinstance(out, tuple) and not (return_x_0 and len(outs) == 2):
         wanted = "a pair (x_{t-1}, x_0^)" if return_x_0 else "a tensor, without return_x_0"
@@ -143,7 +148,7 @@ def _checked_out(
         check_like(op, "out", each, "x_t", x_t)
         if each.stride() != x_t.stride():
             raise InvalidValue(op, "out", f"to be dense, with the strides of x_t, {x_t.stride()}", each.stride())
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x_t, *others, *outs)):
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*inputs, *outs)):
         raise InvalidValue(op, "", "no gradients with out= (call under torch.no_grad())", "an input that requires one")
     if len(outs) == 2 and outs[0] is outs[1]:
         raise InvalidValue(op, "out", "to be two tensors", "one twice")
@@ -183,33 +188,21 @@ def _backward(arguments: Any, results: Any, grads: Any, needs: Any) -> dict[str,
     x_t, model_output, table, steps = arguments.x_t, arguments.model_output, arguments.table, arguments.steps
     noise, seeds, scale = arguments.noise, arguments.seeds, arguments.guidance_scale
     grad_x_prev, grad_x_0 = grads
-    wide = opmath(x_t.dtype)
-    rows = table[steps]
-    p, q, k0, k1, k2, k3, sigma, log_beta, log_beta_tilde, clip = (reference.per_sample(r, x_t) for r in rows.unbind(1))
-    x, m = x_t.to(wide), model_output.to(wide)
+    wide, row = opmath(x_t.dtype), reference.plan_row(table, steps, x_t)
+    x = x_t.to(wide)
+    m, log_variance = reference.prediction_and_variance(model_output.to(wide), row, scale, arguments.variance)
     grad = torch.zeros_like(x_t, dtype=wide) if grad_x_prev is None else grad_x_prev.to(wide)
-    channels = x.shape[1] if x.dim() > 1 else 1
-    conditional = m
-    if scale is not None:
-        conditional, unconditional = m.chunk(2)
-        m = unconditional + scale * (conditional - unconditional)
-    variance = reference.VARIANCES[arguments.variance]
-    learned = variance != "fixed"
-    if learned:
-        m = m[:, :channels]
-
-    through = k0 * grad
-    if grad_x_0 is not None and grad_x_0.shape == grad.shape:
+    through = row.k0 * grad
+    if grad_x_0 is not None:
         through = through + grad_x_0.to(wide)
-    through = torch.where((p * x + q * m).abs() <= clip, through, 0)
-    grad_x_t = p * through + k1 * grad
-    grad_m = q * through + k2 * grad
-    std, grad_v = sigma, None
-    if learned:
-        v, slope = conditional[:, channels:], torch.ones_like(sigma)
-        if variance == "learned_range":
-            v, slope = reference.ranged_log_variance(v, log_beta, log_beta_tilde), (log_beta - log_beta_tilde) / 2
-        std = sigma * torch.exp(0.5 * v)
+    through = torch.where((row.p * x + row.q * m).abs() <= row.clip, through, 0)
+    grad_x_t = row.p * through + row.k1 * grad
+    grad_m = row.q * through + row.k2 * grad
+    std, grad_v = row.sigma, None
+    if log_variance is not None:
+        ranged = reference.VARIANCES[arguments.variance] == "learned_range"
+        slope = (row.log_beta - row.log_beta_tilde) / 2 if ranged else torch.ones_like(row.sigma)
+        std = row.sigma * torch.exp(0.5 * log_variance)
         if noise is None and seeds is None:  # every sigma is 0
             grad_v = torch.zeros_like(grad)
         else:
@@ -222,11 +215,11 @@ def _backward(arguments: Any, results: Any, grads: Any, needs: Any) -> dict[str,
         grad_m = torch.cat(halves)
     elif grad_v is not None:
         grad_m = torch.cat([grad_m, grad_v], dim=1)
+    weights = {"noise": std, "x_0_prev": row.k3, "x_0_prev2": row.k4}
     return {
         "x_t": grad_x_t.to(x_t.dtype),
         "model_output": grad_m.to(model_output.dtype),
-        "noise": (std * grad).to(x_t.dtype) if needs.noise else None,
-        "x_0_prev": (k3 * grad).to(x_t.dtype) if needs.x_0_prev else None,
+        **{name: (weight * grad).to(x_t.dtype) for name, weight in weights.items() if getattr(needs, name)},
     }
 
 
@@ -238,20 +231,18 @@ def _draw(x_t: Tensor, table: Tensor, steps: Tensor, seeds: Tensor, backend: str
     unit = torch.zeros_like(table)
     unit[:, COLUMNS.index("sigma")] = 1
     zero = torch.zeros_like(x_t)
-    drawn: Tensor = reverse_step_op(zero, zero, unit, steps, None, seeds, None, None, 0, False, backend=backend)[0]
+    step = {"table": unit, "steps": steps, "seeds": seeds, "variance": 0, "return_x_0": False}
+    drawn: Tensor = reverse_step_op(*reverse_step_op.Arguments(zero, zero, **step)[:-1], backend=backend)[0]
     return drawn
 
 
 reverse_step_op = FusedOp(
     "reverse_step",
-    "Tensor x_t, Tensor model_output, Tensor table, Tensor steps, Tensor? noise, Tensor? seeds, Tensor? x_0_prev, "
-    "float? guidance_scale, int variance, bool return_x_0",
+    reference.reverse_step,
     outputs={
         "x_prev": lambda a: torch.empty_like(a.x_t),
         "x_0": lambda a: torch.empty_like(a.x_t) if a.return_x_0 else None,
     },
-    reference=reference.reverse_step,
-    dense=("x_t", "model_output", "noise", "x_0_prev"),
     has_triton=True,
     backward=_backward,
     derived={
@@ -261,6 +252,4 @@ reverse_step_op = FusedOp(
     },
     host_only=("return_x_0",),
     check=lambda a: check_range("reverse_step", "step", a.steps, a.table.shape[0]),
-    in_place=True,
-    is_public=True,
 )

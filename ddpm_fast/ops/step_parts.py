@@ -29,9 +29,8 @@ def _check_steps(a: Any) -> None:
 
 time_terms_op: Final = FusedOp(
     "time_terms",
-    "Tensor table, Tensor timesteps, Tensor step, int samples",
+    reference.time_terms,
     outputs={"terms": lambda a: a.table.new_empty(len(a.table), a.samples, a.table.shape[2])},
-    reference=reference.time_terms,
     derived={
         "tables": lambda a: len(a.table),
         "num_timesteps": lambda a: a.table.shape[1],
@@ -43,18 +42,15 @@ time_terms_op: Final = FusedOp(
 
 network_input_op: Final = FusedOp(
     "network_input",
-    "Tensor x_t, ScalarType dtype, int copies, bool centered",
+    reference.network_input,
     outputs={"x": _input},
-    reference=reference.network_input,
     derived={"count": lambda a: a.x_t.numel()},
     limits=why_not_matrix_kernels,
 )
 
 count_step_op: Final = FusedOp(
     "count_step",
-    "Tensor step",
+    reference.count_step,
     outputs={"next_step": lambda a: torch.empty_like(a.step)},
-    reference=reference.count_step,
     limits=lambda device, _: why_not_matrix_kernels(device, torch.float32),
-    in_place=True,
 )

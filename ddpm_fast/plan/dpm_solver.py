@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from ..checks import check_choice, check_int, check_number, check_type
+from ..errors import expect
 from ..schedule import NoiseSchedule
 from .levels import RHO, LevelSpacing, noise_levels
 from .rows import plan_from_columns, x_0_weights
 from .sampling_plan import Prediction, SamplingPlan, builds_plan
 
-FEW_STEPS = 15  # plans with fewer steps end with a step of order 1 (`lower_order_final`)
+FEW_STEPS = 15  # plans with fewer steps end with steps of lower order (`lower_order_final`)
 
 
 def measured_options(schedule: NoiseSchedule) -> dict[str, Any]:
@@ -63,16 +64,25 @@ def dpm_solver_plan(
 
         D   = x_0^ + h / (2 h') (x_0^ - x_0_prev)
 
+    Order 3 extrapolates from two steps before (appendix B of Lu et al. 2022a, arXiv 2206.00927, in terms of x_0^), where h'' is
+    the h of the earlier one:
+
+        D1  = (x_0^ - x_0_prev) h / h'        E1 = (x_0_prev - x_0_prev2) h / h''        D2 = (D1 - E1) h / (h' + h'')
+        phi D = phi x_0^ + b (D1 + D2 h' / h) + c D2,        b = 1 - phi / H,  c = 1/2 - b / H,  H = (1 + eta) h
+
+    With eta 1 diffusers has c = -1/2 - b / H, and so has this plan.
+
     The clip acts on x_0^ before it is remembered.
 
     Args:
         schedule: The noise schedule, with T timesteps.
         num_steps: The number of steps S, each one network evaluation: 1..T-1, or 1..T with "trailing" and "karras". None takes
             the length of the list in `spacing`.
-        order: 1 or 2. A step of order 2 uses x_0_prev, so the first one has order 1.
+        order: 1, 2 or 3. A step of order 2 uses x_0_prev, one of order 3 x_0_prev2 too. The first step has order 1, the second
+            at most 2.
         eta: 0 solves the ordinary differential equation, without noise. 1 solves the stochastic one ("sde-dpmsolver++").
-            Values between scale the noise.
-        solver: The estimate of D: "midpoint", or "heun", which integrates the extrapolation exactly.
+            Values between scale the noise. With order 3 it is 0 or 1.
+        solver: The estimate of D in steps of order 2: "midpoint", or "heun", which integrates the extrapolation exactly.
         spacing: The timesteps: "linspace", "leading" or "trailing" as in diffusers, "karras" (evenly spaced in
             (sigma / alpha)^(1 / rho), Karras et al. 2022, eq. 5), or a strictly descending sequence in 0..T-1. With "karras"
             the model is told the nearest timestep, and two levels may share one. The noise level is not rounded.
@@ -83,8 +93,8 @@ def dpm_solver_plan(
         rho: The exponent of "karras", 1..100. A larger one puts more levels near `sigma_min`.
         final: The level at which the last step ends: "zero" is x_0, "sigma_min" is the level of timestep 0, whatever
             the argument `sigma_min` is.
-        lower_order_final: Take order 1 in the last step of plans of fewer than 15 steps. With final="zero" the last
-            step always has order 1.
+        lower_order_final: In plans of fewer than 15 steps, take order 1 in the last step and at most 2 in the one before.
+            With final="zero" the last step always has order 1.
         lambda_min: Leave out timesteps with a smaller lambda. Cosine schedules need -5.1 with order 2.
         start: Begin at this timestep of the plan instead of the first, with a step of order 1.
         prediction: The meaning of the model's output: "epsilon", "sample" or "v_prediction".
@@ -100,8 +110,9 @@ def dpm_solver_plan(
             is 0.
     """
     caller = "dpm_solver_plan"
-    check_int(caller, "order", order, 1, 2)
+    check_int(caller, "order", order, 1, 3)
     check_number(caller, "eta", eta, 0, 1)
+    expect(order < 3 or eta in (0, 1), caller, "eta", "to be 0 or 1 with order 3", eta)
     check_choice(caller, "solver", solver, ("midpoint", "heun"))
     check_type(caller, "lower_order_final", lower_order_final, bool)
     levels = noise_levels(
@@ -119,10 +130,12 @@ def dpm_solver_plan(
         clip=clip,
         learned_variance=learned_variance,
     )
-    second = torch.full_like(levels.timesteps, order == 2, dtype=torch.bool)
-    second[0] = False
-    if final == "zero" or (lower_order_final and levels.num_steps < FEW_STEPS):
-        second[-1] = False
+    orders = torch.arange(1, len(levels.timesteps) + 1).clamp(max=order)
+    ends_low = lower_order_final and levels.num_steps < FEW_STEPS
+    if ends_low:
+        orders[-2:] = orders[-2:].clamp(max=2)
+    if ends_low or final == "zero":
+        orders[-1] = 1
     alpha, sigma = levels.alpha, levels.sigma
     # Karras's last level is timestep 0 up to rounding, which must not make a step to that level go back.
     h = levels.log_snr.diff().clamp(min=0)
@@ -130,7 +143,7 @@ def dpm_solver_plan(
     k1, std = sigma[1:] / sigma[:-1], torch.zeros_like(h)
     if eta > 0:
         k1, std = k1 * torch.exp(-eta * h), sigma[1:] * (-torch.expm1(-2 * eta * h)).sqrt()
-    extrapolation = torch.where(second, alpha[1:] * _extrapolation(h, phi, eta, solver), 0.0)
+    change, change_prev = alpha[1:] * _extrapolation(orders, h, phi, eta, solver)
     p, q = x_0_weights(prediction, alpha[:-1], sigma[:-1])
     return plan_from_columns(
         schedule,
@@ -142,17 +155,25 @@ def dpm_solver_plan(
         clip,
         p=p,
         q=q,
-        k0=alpha[1:] * phi + extrapolation,
+        k0=alpha[1:] * phi + change,
         k1=k1,
-        k3=-extrapolation,
+        k3=change_prev - change,
+        k4=-change_prev,
         sigma=std,
     )
 
 
-def _extrapolation(h: Tensor, phi: Tensor, eta: float, solver: str) -> Tensor:
-    """Return the weight of alpha_{i+1} (x_0^ - x_0_prev) in a step of order 2, float64 [S]. The first is unused."""
-    h_prev = torch.cat([torch.ones(1, dtype=torch.float64), h[:-1]])
-    if solver == "midpoint":
-        return phi * h / (2 * h_prev)
+def _extrapolation(orders: Tensor, h: Tensor, phi: Tensor, eta: float, solver: str) -> Tensor:
+    """Return the weights of x_0^ - x_0_prev and of x_0_prev - x_0_prev2 in phi (D - x_0^), float64 [2, S]."""
+    padded = torch.cat([torch.ones(2, dtype=torch.float64), h])  # unused: the first step has order 1, the second at most 2
+    before, earlier = padded[1:-1], padded[:-2]  # h' and h''
     # A step from a level to itself has h = 0, where 1 - phi / ((1 + eta) h) tends to 0.
-    return torch.where(h > 0, 1 - phi / ((1 + eta) * h), 0.0) * h / h_prev
+    scaled = (1 + eta) * h
+    b = torch.where(h > 0, 1 - phi / scaled, 0.0)
+    second = phi * h / (2 * before) if solver == "midpoint" else b * h / before
+    c = torch.where(h > 0, (0.5 if eta == 0 else -0.5) - b / scaled, 0.0)
+    of_d2 = (b * before + c * h) / (before + earlier)
+    third, third_prev = (b + of_d2) * h / before, -of_d2 * h / earlier
+    zero = torch.zeros_like(h)
+    change = torch.where(orders == 3, third, torch.where(orders == 2, second, zero))
+    return torch.stack([change, torch.where(orders == 3, third_prev, zero)])

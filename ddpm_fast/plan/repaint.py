@@ -66,7 +66,7 @@ def repaint_plan(
     below = start - 1
     rows = descent.coefficients[num_steps - start]
     a = (abar[arrival] / abar[below]).sqrt()  # 1 without a jump
-    k, sigma = slice(COLUMNS.index("k0"), COLUMNS.index("k3") + 1), COLUMNS.index("sigma")
+    k, sigma = slice(COLUMNS.index("k0"), COLUMNS.index("k4") + 1), COLUMNS.index("sigma")
     rows[:, k] *= a[:, None]
     rows[:, sigma] = (a.square() * rows[:, sigma].square() + (1 - a.square())).sqrt()
     for column in ("log_beta", "log_beta_tilde"):  # "learned_range" then multiplies sigma by 1

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..checks import check_choice, check_int, check_strided, check_type
 from ..errors import InvalidValue, expect
-from ..reference import PREDICTIONS, VARIANCES
+from ..reference import PREDICTIONS, VARIANCES, PlanRow
 from ..schedule import NoiseSchedule, numbered
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Prediction = Literal["epsilon", "sample", "v_prediction", "previous_sample"]
 Variance = Literal["fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range"]
 
-COLUMNS: Final = ("p", "q", "k0", "k1", "k2", "k3", "sigma", "log_beta", "log_beta_tilde", "clip")
+COLUMNS: Final = PlanRow._fields
 """The columns of `SamplingPlan.coefficients`, in order."""
 PLAN_PREDICTIONS: Final = (*PREDICTIONS, "previous_sample")
 """The values of `SamplingPlan.prediction`."""
@@ -42,9 +42,9 @@ class SamplingPlan:
     from x_t and the model's output m:
 
         x_0^    = clip(p x_t + q m)
-        x_{t-1} = k0 x_0^ + k1 x_t + k2 m + k3 x_0_prev + std z
+        x_{t-1} = k0 x_0^ + k1 x_t + k2 m + k3 x_0_prev + k4 x_0_prev2 + std z
 
-    Here x_0_prev is the x_0^ of the step before, and z is standard normal noise.
+    Here x_0_prev is the x_0^ of the step before, x_0_prev2 that of the step before it, and z is standard normal noise.
 
     `print(plan)` shows a table, and `plan.plot()` draws it. `plan[10:]` is a plan of the steps from 10 on.
 
@@ -52,7 +52,7 @@ class SamplingPlan:
         schedule: The noise schedule to sample from.
         timesteps: The model's t for each step: int64 [S] on the CPU, in 0..T-1. Most samplers' descend. They ascend in
             `ddim_inversion_plan`, jump up in `repaint_plan`, and may repeat in `heun_plan` and with Karras's levels.
-        coefficients: float64 [S, 10] on the CPU. COLUMNS names the columns. An infinite `clip` disables the clip.
+        coefficients: float64 [S, 11] on the CPU. COLUMNS names the columns. An infinite `clip` disables the clip.
         prediction: The meaning of m: "epsilon", "sample" (x_0), "v_prediction" or "previous_sample". The last is the mean of
             x_{t-1}, for the previous timestep of this plan.
         variance: "fixed", "learned" or "learned_range". If "fixed", std is the column sigma. Otherwise m has variance
@@ -61,7 +61,8 @@ class SamplingPlan:
             next step's timestep, and 1 at last.
         alpha_bars: abar of the x_t that each step starts from: float64 [S] on the CPU, in 0..1. Empty: that of its timestep.
         is_random: True if any step draws noise.
-        needs_x_0_prev: True if any step uses x_0_prev, as multistep samplers do.
+        needs_x_0_prev: True if any step uses x_0_prev or x_0_prev2, as multistep samplers do.
+        needs_x_0_prev2: True if any step uses x_0_prev2, as multistep samplers of order 3 do.
         builder: The call that built the plan. None for a plan from coefficients.
 
     Raises:
@@ -77,11 +78,12 @@ class SamplingPlan:
     alpha_bars: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float64))
     is_random: bool = field(init=False)
     needs_x_0_prev: bool = field(init=False)
+    needs_x_0_prev2: bool = field(init=False)
     builder: partial[SamplingPlan] | None = field(default=None, init=False, repr=False)
     _on_device: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Check the fields, and derive `is_random` and `needs_x_0_prev`."""
+        """Check the fields, and derive what the plan needs."""
         caller = "SamplingPlan"
         check_type(caller, "schedule", self.schedule, NoiseSchedule)
         _check_tensor(caller, "timesteps", self.timesteps, torch.int64, 1)
@@ -117,7 +119,8 @@ class SamplingPlan:
                 f'with prediction {self.prediction!r}; where abar is 0 the model must predict "sample" or "v_prediction"',
             )
         object.__setattr__(self, "is_random", self._uses("sigma"))
-        object.__setattr__(self, "needs_x_0_prev", self._uses("k3"))
+        object.__setattr__(self, "needs_x_0_prev2", self._uses("k4"))
+        object.__setattr__(self, "needs_x_0_prev", self._uses("k3") or self.needs_x_0_prev2)
         self.table()  # torch.compile must find the CPU's table ready
 
     def _uses(self, column: str) -> bool:
@@ -228,7 +231,7 @@ class SamplingPlan:
         return figure
 
     def table(self, device: torch.device | str = "cpu") -> Tensor:
-        """Return `coefficients` in float32, [S, 10], rounded once. The tensor is cached for each device."""
+        """Return `coefficients` in float32, [S, 11], rounded once. The tensor is cached for each device."""
         return self._tensors("SamplingPlan.table", device)[0]
 
     def steps(self, device: torch.device | str = "cpu") -> Tensor:

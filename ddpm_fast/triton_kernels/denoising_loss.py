@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from ..reference import STREAM_Q_SAMPLE
-from .tiles import current_sample, device_of, epsilon, grid, locate, rounded, tiling
+from .tiles import current_sample, device_of, epsilon, launch, locate, rounded, tiling
 
 STREAM = tl.constexpr(STREAM_Q_SAMPLE)
 TILES_PER_PROGRAM = 8
@@ -46,7 +46,7 @@ def _difference(
 @triton.jit(do_not_specialize=["n", "scale"])
 def _denoising_loss_kernel(
     partial, model_output, x_0, t, table, noise, seeds, n, tiles, tiles_per_program, scale, hw,
-    PREDICTION: tl.constexpr,
+    prediction: tl.constexpr,
     C: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, VECTOR: tl.constexpr, QUADS: tl.constexpr,
 ):  # fmt: skip
     sample = current_sample()
@@ -57,7 +57,7 @@ def _denoising_loss_kernel(
     for tile in range(first_tile, tl.minimum(first_tile + tiles_per_program, tiles)):
         difference, _, mask = _difference(
             model_output, x_0, t, table, noise, seeds, sample, tile, hw,
-            PREDICTION, C, PIXELS, CHANNELS, VECTOR, QUADS,
+            prediction, C, PIXELS, CHANNELS, VECTOR, QUADS,
         )  # fmt: skip
         difference = tl.where(mask, difference, 0.0)
         total = tl.fma(difference, difference, total)
@@ -73,8 +73,8 @@ def _sum_kernel(out, partial, partials, PARTIALS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n", "scale"])
 def _denoising_loss_backward_kernel(
-    grad, grad_loss, model_output, x_0, t, table, noise, seeds, n, scale, hw,
-    PREDICTION: tl.constexpr,
+    grad_model_output, grad_losses, model_output, x_0, t, table, noise, seeds, n, scale, hw,
+    prediction: tl.constexpr,
     C: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, VECTOR: tl.constexpr, QUADS: tl.constexpr,
 ):  # fmt: skip
     sample = current_sample()
@@ -82,10 +82,10 @@ def _denoising_loss_backward_kernel(
         return
     difference, offset, mask = _difference(
         model_output, x_0, t, table, noise, seeds, sample, tl.program_id(0), hw,
-        PREDICTION, C, PIXELS, CHANNELS, VECTOR, QUADS,
+        prediction, C, PIXELS, CHANNELS, VECTOR, QUADS,
     )  # fmt: skip
-    factor = scale * tl.load(grad_loss + sample)
-    tl.store(grad + sample * hw * C + offset, rounded(factor * difference, grad.dtype.element_ty), mask)
+    gradient = rounded(scale * tl.load(grad_losses + sample) * difference, grad_model_output.dtype.element_ty)
+    tl.store(grad_model_output + sample * hw * C + offset, gradient, mask)
 
 
 def denoising_loss(results: Any, a: Any) -> None:
@@ -95,33 +95,24 @@ def denoising_loss(results: Any, a: Any) -> None:
         losses.fill_(float("nan"))  # the mean of nothing
         return
     n = losses.shape[0]
-    tiles, arguments = tiling(x_0, a.model_output, a.noise, ordered=a.noise is None)
+    tiles, values = tiling(x_0, *a, ordered=a.noise is None)
     tiles_per_program = max(TILES_PER_PROGRAM, triton.cdiv(tiles, MAX_PARTIALS))
     partials = triton.cdiv(tiles, tiles_per_program)
     partial = losses if partials == 1 else torch.empty(n, partials, device=losses.device)
-    with device_of(losses):
-        _denoising_loss_kernel[grid(n, partials)](
-            partial, a.model_output, x_0, a.t, a.table, a.noise, a.seeds, n, tiles, tiles_per_program, n / x_0.numel(),
-            PREDICTION=a.prediction, **arguments,
-        )  # fmt: skip
-        if partials > 1:
+    values |= {"partial": partial, "tiles": tiles, "tiles_per_program": tiles_per_program, "scale": n / x_0.numel()}
+    launch(_denoising_loss_kernel, partials, results, a, **values)
+    if partials > 1:
+        with device_of(losses):
             _sum_kernel[(n,)](losses, partial, partials, PARTIALS=triton.next_power_of_2(partials), num_warps=1)
 
 
 def denoising_loss_backward(results: Any, a: Any) -> None:
-    """Launch the kernel of the gradient for results and arguments of `ddpm_fast.ops.denoising_loss`.
+    """Launch the kernel of the gradient for results and arguments of `denoising_loss_backward`.
 
         grad_model_output = 2 grad_losses (model_output - target) / elements of a sample
 
     The target depends on the prediction: see `ddpm_fast.reference.denoising_loss`.
     """
-    grad, x_0 = results.grad_model_output, a.x_0
-    if x_0.numel() == 0:
-        return
-    n = a.grad_losses.shape[0]
-    tiles, arguments = tiling(x_0, a.model_output, a.noise, grad, ordered=a.noise is None)
-    with device_of(grad):
-        _denoising_loss_backward_kernel[grid(n, tiles)](
-            grad, a.grad_losses, a.model_output, x_0, a.t, a.table, a.noise, a.seeds, n, 2 * n / x_0.numel(),
-            PREDICTION=a.prediction, **arguments,
-        )  # fmt: skip
+    if a.x_0.numel():
+        tiles, values = tiling(a.x_0, *results, *a, ordered=a.noise is None)
+        launch(_denoising_loss_backward_kernel, tiles, results, a, scale=2 * len(a.x_0) / a.x_0.numel(), **values)

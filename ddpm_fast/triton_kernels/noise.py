@@ -9,7 +9,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from .tiles import current_sample, device_of, draw, grid, locate, rounded, tiling
+from .tiles import current_sample, draw, launch, locate, rounded, tiling
 
 
 @triton.jit(do_not_specialize=["n", "stream"])
@@ -27,11 +27,7 @@ def _noise_kernel(
 
 
 def noise(results: Any, a: Any) -> None:
-    """Launch the kernels for results and arguments of `ddpm_fast.ops.noise`."""
-    out = results.out
-    if out.numel() == 0:
-        return
-    n = out.shape[0]
-    tiles, arguments = tiling(out, ordered=True)
-    with device_of(out):
-        _noise_kernel[grid(n, tiles)](out, a.seeds, n, a.stream, **arguments)
+    """Launch the kernel for results and arguments of `ddpm_fast.ops.noise`."""
+    if results.out.numel():
+        tiles, values = tiling(results.out, ordered=True)
+        launch(_noise_kernel, tiles, results, a, **values)

@@ -10,14 +10,14 @@ import triton
 import triton.language as tl
 
 from ..reference import STREAM_Q_SAMPLE
-from .tiles import current_sample, device_of, epsilon, grid, locate, rounded, tiling
+from .tiles import current_sample, epsilon, launch, locate, rounded, tiling
 
 STREAM = tl.constexpr(STREAM_Q_SAMPLE)
 
 
 @triton.jit(do_not_specialize=["n"])
 def _q_sample_kernel(
-    out, x_0, t, table, noise, seeds, n, hw,
+    x_t, x_0, t, table, noise, seeds, n, hw,
     C: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, VECTOR: tl.constexpr, QUADS: tl.constexpr,
 ):  # fmt: skip
     sample = current_sample()
@@ -33,15 +33,11 @@ def _q_sample_kernel(
     if x_0.dtype.element_ty == tl.uint8:
         x = x * (2 / 255) - 1  # 0..255 stand for -1..1
     z = epsilon(noise, seeds, sample, STREAM, tile, offset, mask, hw, C, PIXELS, CHANNELS, VECTOR, QUADS)
-    tl.store(out + first + offset, rounded(tl.fma(sigma, z, signal * x), out.dtype.element_ty), mask)
+    tl.store(x_t + first + offset, rounded(tl.fma(sigma, z, signal * x), x_t.dtype.element_ty), mask)
 
 
 def q_sample(results: Any, a: Any) -> None:
-    """Launch the kernels for results and arguments of `ddpm_fast.ops.q_sample`."""
-    x_t = results.x_t
-    if x_t.numel() == 0:
-        return
-    n = x_t.shape[0]
-    tiles, arguments = tiling(a.x_0, x_t, a.noise, ordered=a.noise is None)
-    with device_of(x_t):
-        _q_sample_kernel[grid(n, tiles)](x_t, a.x_0, a.t, a.table, a.noise, a.seeds, n, **arguments)
+    """Launch the kernel for results and arguments of `ddpm_fast.ops.q_sample`."""
+    if a.x_0.numel():
+        tiles, values = tiling(a.x_0, *results, *a, ordered=a.noise is None)
+        launch(_q_sample_kernel, tiles, results, a, **values)

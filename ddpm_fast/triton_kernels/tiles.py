@@ -112,17 +112,17 @@ def rounded(value, dtype: tl.constexpr):
         return value.to(dtype)
 
 
-def tiling(*tensors: Tensor | None, ordered: bool) -> tuple[int, dict[str, Any]]:
+def tiling(first: Tensor, *values: Any, ordered: bool) -> tuple[int, dict[str, Any]]:
     """Return the number of tiles per sample, and the keyword arguments that describe them to a kernel.
 
     Args:
-        *tensors: Inputs and outputs of the kernel, dense [N, C, ...] in one memory format, or None. The
-            first one sets the channels. With any half-precision tensor a thread handles 8 neighbours.
+        first: A map of the kernel, dense [N, C, ...]. It sets samples and channels.
+        *values: Arguments and results of the op, with maps in the memory format of the first. With any
+            half-precision tensor a thread handles 8 neighbours.
         ordered: Whether the kernel depends on the C, H, W order because it draws noise or needs channels.
             If not, a sample is a line of elements in any memory format.
     """
-    present = [tensor for tensor in tensors if tensor is not None]
-    first = present[0]
+    present = [first, *(value for value in values if isinstance(value, Tensor))]
     size = first.numel() // first.shape[0]
     if size >= 2**31:
         raise InvalidValue("ddpm_fast", "", "samples of fewer than 2^31 elements", size)
@@ -132,6 +132,7 @@ def tiling(*tensors: Tensor | None, ordered: bool) -> tuple[int, dict[str, Any]]
     channels = min(triton.next_power_of_2(c), 64) if channels_last else 0
     pixels = max(8, min(triton.next_power_of_2(hw), TILE_ELEMENTS // max(channels, 1)))
     return triton.cdiv(hw, pixels) * triton.cdiv(c, max(channels, 1)), {
+        "n": first.shape[0],
         "hw": hw,
         "C": c,
         "PIXELS": pixels,
@@ -149,6 +150,23 @@ def grid(n: int, programs: int) -> tuple[int, int, int]:
     Rounding up creates programs with samples >= n, which must return at once.
     """
     return programs, min(n, MAX_GRID_Y), triton.cdiv(n, MAX_GRID_Y)
+
+
+def launch(kernel: Any, programs: int, results: Any, a: Any, **values: Any) -> None:
+    """Launch a kernel with `programs` programs for each sample, on the device of its first result.
+
+    Parameters that are not among `values` take the result or the argument of their name.
+
+    Args:
+        kernel: The kernel.
+        programs: Number of programs for a sample.
+        results: Results of the op by name.
+        a: Arguments of the op by name.
+        **values: Values of other parameters, `n` among them, and options of the launch.
+    """
+    named = {name: value for name, value in (a._asdict() | results._asdict()).items() if name in kernel.arg_names}
+    with device_of(results[0]):
+        kernel[grid(values["n"], programs)](**(named | values))
 
 
 def device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:

@@ -103,15 +103,15 @@ def loop(scheduler: Any, schedule: Any, dtype: torch.dtype = torch.float32, begi
 def rows_in_float64(plan: ddpm_fast.SamplingPlan, config: Any) -> Tensor:
     """Run a plan's float64 rows, with the noise that diffusers draws."""
     x, generator = normals(*SHAPE, dtype=torch.float64), torch.Generator().manual_seed(5)
-    x_0_prev = torch.zeros_like(x)
+    x_0_prev = x_0_prev2 = torch.zeros_like(x)
     for t, row in zip(plan.timesteps, plan.coefficients.tolist(), strict=True):
-        p, q, k0, k1, k2, k3, sigma, _, _, clip = row
+        p, q, k0, k1, k2, k3, k4, sigma, _, _, clip = row
         m = model(plan.schedule, config, x, t)[:, : x.shape[1]]
         x_0 = (p * x + q * m).clamp(-clip, clip)
-        x = k0 * x_0 + k1 * x + k2 * m + k3 * x_0_prev
+        x = k0 * x_0 + k1 * x + k2 * m + k3 * x_0_prev + k4 * x_0_prev2
         if config.get("algorithm_type", "").startswith("sde"):
             x = x + sigma * torch.randn(SHAPE, generator=generator).double()
-        x_0_prev = x_0
+        x_0_prev, x_0_prev2 = x_0, x_0_prev
     return torch.cat([x.flatten(), torch.randn(4, generator=generator).double()])
 
 
@@ -140,7 +140,7 @@ SIGMA_MIN = {"final_sigmas_type": "sigma_min"}
 GRID: list[dict[str, Any]] = [
     *(
         {"algorithm_type": a, "solver_type": s, "solver_order": o}
-        for a, s, o in itertools.product(("dpmsolver++", "sde-dpmsolver++"), ("midpoint", "heun"), (1, 2))
+        for a, s, o in itertools.product(("dpmsolver++", "sde-dpmsolver++"), ("midpoint", "heun"), (1, 2, 3))
     ),
     *({"prediction_type": p, **sde} for p in ("sample", "v_prediction") for sde in ({}, SDE)),
     *({"timestep_spacing": s, **sde} for s in ("leading", "trailing") for sde in ({}, SDE)),
@@ -159,6 +159,15 @@ GRID: list[dict[str, Any]] = [
     *({"thresholding": True, "sample_max_value": v, **sde} for v in (1.0, 1.5) for sde in ({}, SDE)),
     {"thresholding": True, "variance_type": "learned_range", "prediction_type": "epsilon", **KARRAS},
     {"thresholding": True, "prediction_type": "v_prediction", "solver_order": 1},
+    *(
+        {"solver_order": 3, **SIGMA_MIN, **e, **sde}
+        for e in ({"euler_at_final": True}, {"lower_order_final": False})
+        for sde in ({}, SDE)
+    ),
+    {"solver_order": 3, "prediction_type": "v_prediction", "timestep_spacing": "leading"},
+    {"solver_order": 3, "prediction_type": "sample", "timestep_spacing": "trailing", **SDE},
+    {"solver_order": 3, **KARRAS},
+    {"solver_order": 3, "thresholding": True, "sample_max_value": 1.5},
     {"trained_betas": [0.01, 0.02, 0.05, 0.1, 0.2] * 8, "num_train_timesteps": 40},
     {"algorithm_type": "deis", "solver_type": "bh2", **SIGMA_MIN},
 ]
@@ -174,6 +183,31 @@ def test_the_same_seed_gives_the_same_image(config: dict[str, Any], steps: int, 
     # Weights take logarithms of the levels, which are rounded relative to the largest one, in about eight operations a step.
     largest = float(ours.lambda_t.abs().max()) + 1
     assert difference <= steps * 8 * EPS64 * largest
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 14, 15])
+@pytest.mark.parametrize("config", [{}, SDE, {**SIGMA_MIN, "lower_order_final": False}, KARRAS], ids=str)
+def test_order_3_in_few_steps(config: dict[str, Any], steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first and last steps have lower orders."""
+    config = {"solver_order": 3, **config}
+    ours, theirs = DPMSolverMultistepScheduler(**config), diffusers.DPMSolverMultistepScheduler(**config)
+    for scheduler in (ours, theirs):
+        scheduler.set_timesteps(steps)
+    exact = loop(in_float64(ours, theirs, monkeypatch), ours.schedule, torch.float64)
+    difference = (rows_in_float64(ours.sampling_plan(), ours.config) - exact).abs().max()
+    largest = float(ours.lambda_t.abs().max()) + 1  # as above
+    assert difference <= steps * 8 * EPS64 * largest * max(1.0, float(exact.abs().max()))
+
+
+def test_order_3_from_the_middle_of_a_chain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first step has order 1 and the second order 2, wherever the chain begins."""
+    for config in ({}, SDE):
+        ours = DPMSolverMultistepScheduler(solver_order=3, **config)
+        theirs = diffusers.DPMSolverMultistepScheduler(solver_order=3, **config)
+        for scheduler in (ours, theirs):
+            scheduler.set_timesteps(20)
+            scheduler.set_begin_index(9)
+        assert_same_image(ours, theirs, monkeypatch, 9)
 
 
 def test_levels_are_those_of_diffusers() -> None:
@@ -617,7 +651,7 @@ def _listed(timesteps: Any, **config: Any) -> Callable[[], Any]:
 
 NAME = "DPMSolverMultistepScheduler"
 BAD: list[tuple[Callable[[], Any], str]] = [
-    (_made(solver_order=3), f"{NAME}: expected solver_order to be one of 1, 2, got 3"),
+    (_made(solver_order=4), f"{NAME}: expected solver_order to be one of 1, 2, 3, got 4"),
     (
         _made(algorithm_type="dpmsolver", **SIGMA_MIN),
         r"algorithm_type to be one of dpmsolver\+\+, sde-dpmsolver\+\+, got 'dpmsolver'",

@@ -53,7 +53,7 @@ def cases() -> dict[str, Call]:
     x_last = tensor(n, 3, 32, 32, channels_last=True)
     pair = tensor(2 * n, 6, 32, 32, dtype=half)  # guidance and learned variance
     schedule = {"t": index, "table": tensor(1000, 2)}
-    plan = {"table": tensor(1000, 10), "seeds": index}
+    plan = {"table": tensor(1000, 11), "seeds": index}
     drawn = {**schedule, "seeds": index, "prediction": 0}
 
     def call(name: str, results: dict[str, Tensor], **arguments: Any) -> Call:
@@ -124,7 +124,7 @@ def sizes_of_one() -> dict[str, Call]:
     wide = tensor(1, 4096, 4, 4)  # one chunk, though not resident
     schedule = {"t": index, "table": tensor(1000, 2), "seeds": index}
     loss = {"model_output": x, "x_0": x, **schedule, "prediction": 2}
-    plan = {"table": tensor(1000, 10), "steps": index, "seeds": index, "variance": 0}
+    plan = {"table": tensor(1000, 11), "steps": index, "seeds": index, "variance": 0}
 
     def norm(x: Tensor) -> None:
         w, s = tensor(x.shape[1]), tensor(*x.shape[:2])

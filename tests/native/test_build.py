@@ -12,7 +12,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import native_stub
 import pytest
 import torch
 
@@ -111,11 +110,6 @@ def test_build_info() -> None:
 
 
 # --------------------------------------------------------------------------------------------------- values of a call
-
-
-def test_the_stub_is_current() -> None:
-    stub = Path(ddpm_fast.__file__).with_name("_native.pyi").read_text(encoding="utf-8")
-    assert stub == native_stub.stub(), "run `make stub`"
 
 
 def test_nested_structs_are_fields_of_their_kernel() -> None:
@@ -335,6 +329,7 @@ def test_a_build_without_cuda_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 A100 = torch.device("cuda", 0)
+_ON_A100 = ((2, 3), SimpleNamespace(device=A100), 0, torch.float32, False)  # arguments of the op `noise`
 
 
 def _on_a_gpu(
@@ -386,7 +381,7 @@ def test_a_gpu_that_compiled_kernels_cannot_use_warns_once(
     _on_a_gpu(monkeypatch, **gpu)
 
     def choose(name: str | None) -> str:
-        return OPS["noise"]._choose(name, A100, torch.float32, (), False)
+        return OPS["noise"].choose(name, _ON_A100, False)
 
     assert choose("reference") == "reference"  # a backend that is asked for by name is no surprise
     with pytest.warns(RuntimeWarning, match=f"cannot run on cuda:0: .*{re.escape(reason)}.*{re.escape(remedy)}"):
@@ -396,7 +391,7 @@ def test_a_gpu_that_compiled_kernels_cannot_use_warns_once(
 
 def test_a_gpu_that_compiled_kernels_can_use_warns_never(monkeypatch: pytest.MonkeyPatch) -> None:
     _on_a_gpu(monkeypatch, said="")
-    assert OPS["noise"]._choose(None, A100, torch.float32, (), False) == "native"
+    assert OPS["noise"].choose(None, _ON_A100, False) == "native"
     backend.warn_without_cuda(A100)  # as for an op that has no CUDA kernel
 
 
@@ -579,9 +574,9 @@ def test_a_tensor_s_gpu_is_the_current_one_while_kernels_are_asked_and_launched(
     monkeypatch.setitem(backend.KERNELS, "cuda", SimpleNamespace(group_norm_silu=kernel, group_norm_silu_workspace=workspace))
     monkeypatch.setattr(torch.cuda, "device", device)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 70 + index, raising=False)
-    fields = (None,) * len(op._fields)
+    values = (None,) * len(op.kernel.fields)
     for index in (0, 1):
-        op._launch_on_gpu(fields, torch.device("cuda", index))
+        op.kernel._launch_on_gpu(values, torch.device("cuda", index))
     assert calls == [(0, "workspace"), (0, 70), (1, "workspace"), (1, 71)]
     assert current == [0]
 

@@ -6,16 +6,17 @@ import pytest
 import torch
 
 from ddpm_fast import sample_seeds
-from ddpm_fast.ops import backend
-from ddpm_fast.ops.fused_op import OPS, FusedOp
+from ddpm_fast.ops import OPS, backend
+from ddpm_fast.ops.compiled_kernel import CompiledKernel
+from ddpm_fast.ops.fused_op import FusedOp
 
 pytestmark = pytest.mark.skipif(backend.native_error() is not None, reason="there is no compiled module")
 
-SCHEMA = "Tensor x_0, Tensor t, Tensor table, Tensor? noise, Tensor? seeds, ScalarType dtype"
+SCHEMA = "Map x_0, Tensor t, Tensor table, Map? noise, Tensor? seeds, ScalarType dtype"
 
 
 def declare(schema: str, output: str = "x_t") -> None:
-    FusedOp("q_sample", schema, outputs={output: lambda a: torch.empty_like(a.x_0)}, dense=("x_0",))
+    FusedOp("q_sample", schema=schema, outputs={output: lambda a: torch.empty_like(a.x_0)})
 
 
 @pytest.mark.parametrize(
@@ -35,7 +36,7 @@ def test_other_fields_are_an_import_error(schema: str, output: str, message: str
 
 @pytest.mark.parametrize("fields", [{}, {"fields": {}}], ids=["before there were fields", "before the kernel"])
 def test_an_older_module_is_an_import_error(fields: dict[str, dict[str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ddpm_fast.ops.fused_op.KERNELS", {"cpu": SimpleNamespace(**fields)})
+    monkeypatch.setattr("ddpm_fast.ops.compiled_kernel.KERNELS", {"cpu": SimpleNamespace(**fields)})
     with pytest.raises(ImportError, match="older than this source and lacks q_sample: build it again"):
         declare(SCHEMA)
 
@@ -44,15 +45,15 @@ def test_fields_are_found_by_name_in_any_order(monkeypatch: pytest.MonkeyPatch) 
     """A swap in the compiled module changes the order in which values are passed, not their meaning."""
     op, seeds = OPS["noise"], sample_seeds(3, 2)
     expected = op((2, 5), seeds, 7, torch.float32, False)
-    fields = tuple(reversed(op._fields))
+    fields = tuple(reversed(op.kernel.fields))
 
     def reversed_noise(*values: object) -> None:
         backend.native().cpu.noise(*reversed(values))
 
     kernels = SimpleNamespace(noise=reversed_noise, fields={"noise": fields})
     monkeypatch.setitem(backend.KERNELS, "cpu", kernels)
-    monkeypatch.setattr(op, "_pick", op._pick)
-    monkeypatch.setattr(op, "_fields", op._fields)
-    op._plan_launch(("shape", "seeds", "stream", "dtype", "channels_last"), {}, ("shape",))
-    assert op._fields == fields
+    names, results = op.Arguments._fields[:-1], op.Results._fields
+    kernel = CompiledKernel("noise", names, results, tensors=[1], main=None, derived={}, host_only=("shape",))
+    monkeypatch.setattr(op, "kernel", kernel)
+    assert kernel.fields == fields
     assert torch.equal(op((2, 5), seeds, 7, torch.float32, False), expected)

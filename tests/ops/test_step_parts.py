@@ -68,7 +68,7 @@ def test_calls_of_one_region_have_one_memory_format_each() -> None:
     for channels in (1, 3):
         x = torch.randn(2, channels, 4, 4).contiguous(memory_format=torch.channels_last)
         m = torch.randn(2, 2 * channels, 4, 4).contiguous(memory_format=torch.channels_last)
-        arguments = (m, plan.table(), step, None, seeds, None, None, VARIANCES.index(plan.variance), False)
+        arguments = (m, plan.table(), step, None, seeds, None, None, None, VARIANCES.index(plan.variance), False)
         expected, out = reverse_step(x, m, step, plan, seeds=seeds), torch.empty_like(x)
         in_one_region([(reverse_step_op, (x, *arguments), (out,))], 2)()
         assert torch.equal(out, expected)

@@ -21,6 +21,7 @@ from ddpm_fast import (
     repaint_plan,
 )
 from ddpm_fast.errors import InvalidType, InvalidValue
+from ddpm_fast.plan import COLUMNS
 
 SCHEDULE = NoiseSchedule.linear()
 BUILDERS = (ddpm_plan, ddim_plan, dpm_solver_plan, heun_plan, ddim_inversion_plan)
@@ -36,7 +37,7 @@ def test_a_plan_prints_as_a_short_table() -> None:
     assert lines[8] == "  ..."
     assert [int(line.split()[1]) for line in lines[3:8]] == [999, 949, 899, 849, 799]
     assert lines[-1].split() == ["19", "50", "0.97", "1", "0"]
-    by_hand = SamplingPlan(SCHEDULE, torch.tensor([7]), torch.ones(1, 10, dtype=torch.float64), "epsilon", "fixed")
+    by_hand = SamplingPlan(SCHEDULE, torch.tensor([7]), torch.ones(1, len(COLUMNS), dtype=torch.float64), "epsilon", "fixed")
     assert str(by_hand).startswith("SamplingPlan\n1 step, ")
 
 
@@ -213,7 +214,7 @@ class TestRepaint:
         """For normal x_0 of variance 1, x_t has variance 1 at every t. A row has to keep that, jump or not."""
         plan = repaint_plan(SCHEDULE, 20, 3, 2, prediction="sample", clip=None)
         abar = SCHEDULE.alpha_bars[plan.timesteps]
-        p, _, k0, k1, k2, k3, sigma = plan.coefficients[:, :7].unbind(1)
+        p, _, k0, k1, k2, k3, _, sigma = plan.coefficients[:, :8].unbind(1)
         assert ((p == 0) & (k0 == 0) & (k3 == 0)).all()
         # m = E[x_0 | x_t] = sqrt(abar) x_t, up to x_0's own variance 1 - abar given x_t
         assert bool((plan.alpha_bars_prev[:-1] < abar[:-1]).any()), "no jump up"

@@ -330,6 +330,7 @@ class PlanScheduler:
         sample: Tensor,
         noise: Tensor | None,
         x_0_prev: Tensor | None = None,
+        x_0_prev2: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return x_{t-1} and x_0^ of one `reverse_step`, in the wider dtype of model_output and sample."""
         x_t = sample.to(torch.promote_types(sample.dtype, model_output.dtype))
@@ -337,11 +338,9 @@ class PlanScheduler:
         seeds = None
         if noise is None and self.seeds is not None and plan.is_random:
             seeds = self.seeds = self.seeds.to(x_t.device) if isinstance(self.seeds, Tensor) else self.seeds
-        noise, x_0_prev = (None if x is None else x.to(x_t) for x in (noise, x_0_prev))
-        return cast(
-            "tuple[Tensor, Tensor]",
-            reverse_step(x_t, m, row, plan, noise=noise, seeds=seeds, x_0_prev=x_0_prev, return_x_0=True),
-        )
+        maps = {"noise": noise, "x_0_prev": x_0_prev, "x_0_prev2": x_0_prev2}
+        given: Any = {name: x.to(x_t) for name, x in maps.items() if x is not None}
+        return cast("tuple[Tensor, Tensor]", reverse_step(x_t, m, row, plan, seeds=seeds, return_x_0=True, **given))
 
     def _thresholded(self, plan: SamplingPlan, row: int | Tensor, model_output: Tensor, sample: Tensor) -> Tensor:
         """Return x_0^ after dynamic thresholding: clamped to +-s and divided by s (Saharia et al. 2022, section 2.3).

@@ -351,7 +351,7 @@ class DDIMInverseScheduler(PlanScheduler, diffusers.DDIMInverseScheduler):
 class DPMSolverMultistepScheduler(PlanScheduler, diffusers.DPMSolverMultistepScheduler):
     """DPM-Solver++ (Lu et al. 2022) with the arguments of `diffusers.DPMSolverMultistepScheduler`.
 
-    It supports orders 1 and 2, algorithm_type "dpmsolver++" and "sde-dpmsolver++", and Karras's sigmas. See
+    It supports algorithm_type "dpmsolver++" and "sde-dpmsolver++", and Karras's sigmas. See
     `ddpm_fast.dpm_solver_plan`. It also supports all beta schedules of DDPMScheduler.
 
     Raises:
@@ -397,7 +397,7 @@ class DPMSolverMultistepScheduler(PlanScheduler, diffusers.DPMSolverMultistepSch
         if solver_type in ("logrho", "bh1", "bh2"):
             self.register_to_config(solver_type="midpoint")
         config, name = self.config, type(self).__name__
-        check_choice(name, "solver_order", solver_order, (1, 2))
+        check_choice(name, "solver_order", solver_order, (1, 2, 3))
         check_choice(name, "algorithm_type", config.algorithm_type, ("dpmsolver++", "sde-dpmsolver++"))
         check_choice(name, "solver_type", config.solver_type, ("midpoint", "heun"))
         check_choice(name, "final_sigmas_type", final_sigmas_type, ("zero", "sigma_min"))
@@ -517,7 +517,7 @@ class DPMSolverMultistepScheduler(PlanScheduler, diffusers.DPMSolverMultistepSch
     # ------------------------------------------------------------------------------------------------------------- plans
 
     def _build(self, *options: Any) -> Tables:
-        """Return the chain's plan, then the tables of `step`: its order, order 1, p and q of x_0^, levels of `add_noise`.
+        """Return the chain's plan, then the tables of `step`: p and q of x_0^, one for each order, levels of `add_noise`.
 
         Row i of each is the step from `timesteps[i]`. The levels are those of the chain and of its end, then one for each
         timestep of the schedule.
@@ -525,11 +525,13 @@ class DPMSolverMultistepScheduler(PlanScheduler, diffusers.DPMSolverMultistepSch
         config, count = self.config, len(self._chain)
         # With thresholding, the steps take x_0^ in the place of the model's output.
         prediction = "sample" if config.thresholding else config.prediction_type
-        x_0, first = self._of_order(1, config.prediction_type), self._of_order(1, prediction)
-        second = self._of_order(config.solver_order, prediction)
-        if config.euler_at_final and not torch.equal(second.coefficients[-1], first.coefficients[-1]):
-            second = replace(second, coefficients=torch.cat([second.coefficients[:-1], first.coefficients[-1:]]))
-        chain = replace(second, variance="learned_range") if self._is_learned else second
+        x_0 = self._of_order(1, config.prediction_type)
+        first, *higher = (self._of_order(order, prediction) for order in range(1, config.solver_order + 1))
+        if config.euler_at_final:
+            end = first.coefficients[-1:]
+            higher = [replace(plan, coefficients=torch.cat([plan.coefficients[:-1], end])) for plan in higher]
+        chain = [first, *higher][-1]
+        chain = replace(chain, variance="learned_range") if self._is_learned else chain
         abar = torch.cat([first.alpha_bars, first.alpha_bars_prev[-1:], self.schedule.alpha_bars])
         self.sigmas = _ratios(abar[: count + 1]).float()
         unused, columns = torch.zeros_like(abar), {"k1": abar.sqrt(), "k2": (1 - abar).sqrt()}
@@ -537,7 +539,7 @@ class DPMSolverMultistepScheduler(PlanScheduler, diffusers.DPMSolverMultistepSch
         rows = torch.arange(count + 1, len(abar))
         for t in self._chain.tolist():
             rows[t] = self.index_for_timestep(t, self._chain)  # type: ignore[attr-defined]  # diffusers'
-        return Tables((chain, second, first, x_0, levels), rows)
+        return Tables((chain, x_0, first, *higher, levels), rows)
 
     def _of_order(self, order: int, prediction: Any) -> SamplingPlan:
         config = self.config
@@ -573,7 +575,7 @@ class DPMSolverMultistepScheduler(PlanScheduler, diffusers.DPMSolverMultistepSch
     ) -> SchedulerOutput | tuple[Tensor]:
         """Return the sample at the next timestep of the chain.
 
-        The scheduler counts its steps and remembers x_0^ of the last one in `model_outputs`, as diffusers
+        The scheduler counts its steps and remembers x_0^ of the last ones in `model_outputs`, as diffusers
         does. A chain that starts in the middle, such as image to image, has order 1 in its first step.
 
         Args:
@@ -597,7 +599,7 @@ class DPMSolverMultistepScheduler(PlanScheduler, diffusers.DPMSolverMultistepSch
         name, steps = f"{type(self).__name__}.step", len(self.timesteps)
         expect(not isinstance(timestep, Tensor) or timestep.numel() == 1, name, "timestep", "to have 1 element", timestep)
         known = self._known(timestep, model_output, sample)
-        _, second, first, x_0_plan, _ = self._tables().plans
+        _, x_0_plan, *by_order, _ = self._tables().plans
         if self._step_index is None:
             self._init_step_index(timestep if known is None else known[0])  # type: ignore[attr-defined]  # diffusers'
         index = cast(int, self._step_index)
@@ -615,10 +617,10 @@ class DPMSolverMultistepScheduler(PlanScheduler, diffusers.DPMSolverMultistepSch
             model_output = model_output[:, : sample.shape[1]]
         if self._thresholds:
             model_output = self._thresholded(x_0_plan, index, model_output, sample)
-        plan, x_0_prev = (first, None)
-        if self.lower_order_nums and second.needs_x_0_prev:
-            plan, x_0_prev = second, self.model_outputs[-1]
-        x_prev, x_0 = self._reverse_step(plan, index, model_output, sample, noise, x_0_prev)
+        plan = by_order[min(self.lower_order_nums, len(by_order) - 1)]
+        x_0_prev = self.model_outputs[-1] if plan.needs_x_0_prev else None
+        x_0_prev2 = self.model_outputs[-2] if plan.needs_x_0_prev2 else None
+        x_prev, x_0 = self._reverse_step(plan, index, model_output, sample, noise, x_0_prev, x_0_prev2)
         self.model_outputs = [*self.model_outputs[1:], x_0]
         self.lower_order_nums = min(self.lower_order_nums + 1, self.config.solver_order)
         self._step_index = index + 1

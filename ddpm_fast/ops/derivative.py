@@ -1,0 +1,101 @@
+"""Derivatives: of a FusedOp by its kernels, and of any function by PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..modes import is_transformed
+
+if TYPE_CHECKING:
+    from .fused_op import FusedOp
+
+
+class Derivative(torch.autograd.Function):
+    """A FusedOp with its gradient, for eager mode and for the dispatcher."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        op: FusedOp,
+        compute: Callable[[tuple[Any, ...]], tuple[Tensor | None, ...]],
+        returns_saved: bool,
+        backend: str | None,
+        *arguments: Any,
+    ) -> tuple[Tensor | None, ...]:
+        """Return the results of `compute`, those of `saved` only on request.
+
+        `backend` is the caller's. The backward pass chooses again, because a transform may be active then.
+        """
+        results, count = compute(arguments), op.num_results
+        ctx.op = op
+        ctx.save_for_backward(*[arguments[i] for i in op.read], *[results[i] for i in op.read_results])
+        ctx.arguments = [*arguments, backend]
+        for i in op.tensors:  # autograd holds them
+            ctx.arguments[i] = None
+        if returns_saved:
+            ctx.mark_non_differentiable(*results[count:])
+            return (*results,)
+        return (*results[:count],)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Return the gradients of the arguments by the op's `backward`."""
+        op: FusedOp = ctx.op
+        assert op.backward is not None
+        tensors, arguments, results = ctx.saved_tensors, ctx.arguments.copy(), [None] * len(op.Results._fields)
+        for i, tensor in zip(op.read, tensors, strict=False):
+            arguments[i] = tensor
+        for i, tensor in zip(op.read_results, tensors[len(op.read) :], strict=True):
+            results[i] = tensor
+        needs = op.Arguments._make((*ctx.needs_input_grad[4:], False))
+        named = op.Arguments._make(arguments), op.Results._make(results)
+        gradients = op.backward(*named, grads[: op.num_results], needs)
+        return (None, None, None, None, *[gradients.get(name) for name in op.Arguments._fields[:-1]])
+
+
+def gradients_of(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor | None], grad: Tensor, needs: Sequence[bool] | None = None
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of function(*inputs), differentiable if autograd records.
+
+    Args:
+        function: Function of the inputs.
+        inputs: Tensors or None.
+        grad: Gradient of the function's value.
+        needs: Which gradients are needed. None: all.
+
+    Returns:
+        One gradient an input. It is None if the input is, or if it is not needed.
+    """
+    present = [i for i, value in enumerate(inputs) if value is not None]
+    if torch._C._functorch.peek_interpreter_stack() is not None:  # inside a transform, where no tensor may require a gradient
+
+        def of_present(*tensors: Tensor) -> Tensor:
+            given = dict(zip(present, tensors, strict=True))
+            return function(*(given.get(i) for i in range(len(inputs))))
+
+        pullback: Any = torch.func.vjp(of_present, *(inputs[i] for i in present))[1]
+        by_index = dict(zip(present, pullback(grad), strict=True))
+        return tuple(by_index.get(i) for i in range(len(inputs)))
+    create_graph = torch.is_grad_enabled()
+    needed = [value is not None and (needs is None or needs[i]) for i, value in enumerate(inputs)]
+    with torch.enable_grad(), torch.autocast(grad.device.type, enabled=False):
+        # One input may be a function of another. An alias has no history that would be counted a second time.
+        leaves = [
+            value
+            if value is None or not need
+            else value.view_as(value)
+            if create_graph and value.requires_grad
+            else value.detach().requires_grad_()
+            for value, need in zip(inputs, needed, strict=True)
+        ]
+        result = function(*leaves)
+        wanted = [leaf for leaf, need in zip(leaves, needed, strict=True) if need and leaf is not None]
+        # PyTorch's backward operations have forward mode if they are recorded.
+        recorded = create_graph or is_transformed()
+        grads = iter(torch.autograd.grad(result, wanted, grad, create_graph=recorded) if wanted else ())
+    return tuple(next(grads) if need else None for need in needed)
