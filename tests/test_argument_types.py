@@ -280,7 +280,7 @@ CALLS: dict[str, Callable[[], Entry]] = {
     "plan_of, eta": lambda: Entry(d.plan_of, {"x": diffusers.DDIMScheduler(), "num_steps": 5, "eta": 0.5}, {"eta": "zero"}),
     "reverse_step": lambda: Entry(
         d.reverse_step,
-        {"x_t": X, "model_output": X, "step": STEP, "plan": PLAN, "noise": X, "x_0_prev": X, "out": X.clone()},
+        {"x_t": X, "model_output": X, "step": STEP, "plan": PLAN, "noise": X, "x_0_prev": X, "x_0_prev2": X, "out": X.clone()},
         {"step": "zero", "guidance_scale": "negative zero"},
     ),
     "reverse_step, seeds": lambda: Entry(

@@ -66,7 +66,7 @@ def test_q_sample(emulated: ModuleType, shape: tuple[int, ...], channels_last: b
 @pytest.mark.parametrize(("channels_last", "off"), list(_places()))
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_reverse_step(emulated: ModuleType, shape: tuple[int, ...], channels_last: bool, off: int, options: str) -> None:
-    """The step runs in place with a bfloat16 output, variances, guidance, x_0_prev, x_0 and a step for each sample."""
+    """The step runs in place with a bfloat16 output, variances, guidance, history, x_0 and a step for each sample."""
     n, c = shape[:2]
     every = options == "everything"
     plan = ddpm_plan(SCHEDULE, variance="learned_range" if every else "fixed_small")
@@ -74,6 +74,7 @@ def test_reverse_step(emulated: ModuleType, shape: tuple[int, ...], channels_las
         "x_t": torch.randn(shape),
         "model_output": torch.randn((1 + every) * n, (1 + every) * c, *shape[2:]).bfloat16(),
         "x_0_prev": torch.randn(shape) if every else None,
+        "x_0_prev2": torch.randn(shape) if every else None,
     }
     step = torch.arange(n) if every else 5
 

@@ -203,7 +203,7 @@ ELEMENTWISE = (
     Bug(
         "an absent tensor read",
         "illegal address",
-        (("reverse_step.cu", "if (x_0_prev != nullptr) {  //", "if (BUG || x_0_prev != nullptr) {  //"),),
+        (("reverse_step.cu", "if (x_0_prev2 != nullptr)", "if (BUG || x_0_prev2 != nullptr)"),),
         run("reverse_step", (2, 3, 5, 7), plan=PLAN),
     ),
     Bug(

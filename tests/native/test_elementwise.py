@@ -27,11 +27,12 @@ def _inputs(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool) -> 
 def test_bit_for_bit_the_reference(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool) -> None:
     """Products and sums are rounded one by one in the reference's order, so nothing may differ."""
     x, m, t, seeds = _inputs(shape, dtype, channels_last)
-    plan = ddpm_fast.ddpm_plan(SCHEDULE)
+    plan, order_3 = ddpm_fast.ddpm_plan(SCHEDULE), ddpm_fast.dpm_solver_plan(SCHEDULE, 50, order=3, spacing="trailing")
     for op, arguments in [
         (ddpm_fast.q_sample, {"x_0": x, "t": t, "schedule": SCHEDULE, "seeds": seeds}),
         (ddpm_fast.reverse_step, {"x_t": x, "model_output": m, "step": t, "plan": plan, "seeds": seeds}),
         (ddpm_fast.reverse_step, {"x_t": x, "model_output": m, "step": 7, "plan": plan, "noise": m, "x_0_prev": x}),
+        (ddpm_fast.reverse_step, {"x_t": m, "model_output": x, "step": t, "plan": order_3, "x_0_prev": x, "x_0_prev2": m}),
     ]:
         assert torch.equal(op(**arguments, backend="native"), op(**arguments, backend="reference"))
 

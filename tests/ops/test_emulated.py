@@ -188,11 +188,13 @@ def test_a_reverse_step_in_place(emulated: ModuleType, order: dict[str, object])
 @pytest.mark.parametrize("order", ORDERS, ids=lambda order: order["order"])
 def test_a_multistep_step_overwrites_its_state_and_history(emulated: ModuleType, order: dict[str, object]) -> None:
     emulated.set_order(**order)
-    plan = ddpm_fast.dpm_solver_plan(PLAN.schedule, 10, eta=1.0)
-    x_t, model_output, x_0 = torch.randn(3, 2, 3, 17, 19)
-    options: Any = {"seeds": ddpm_fast.sample_seeds(3, 2), "return_x_0": True, "backend": "native"}
-    expected = ddpm_fast.reverse_step(x_t.clone(), model_output, 5, plan, x_0_prev=x_0.clone(), **options)
-    got = ddpm_fast.reverse_step(x_t, model_output, 5, plan, x_0_prev=x_0, out=(x_t, x_0), **options)
-    assert [each.data_ptr() for each in got] == [x_t.data_ptr(), x_0.data_ptr()]
-    assert torch.equal(x_t, expected[0])
-    assert torch.equal(x_0, expected[1])
+    for name in ("x_0_prev", "x_0_prev2"):
+        plan = ddpm_fast.dpm_solver_plan(PLAN.schedule, 10, eta=1.0, order=2 if name == "x_0_prev" else 3)
+        x_t, model_output, x_0, other = torch.randn(4, 2, 3, 17, 19)
+        options: Any = {"seeds": ddpm_fast.sample_seeds(3, 2), "return_x_0": True, "backend": "native"}
+        history = {"x_0_prev": other, name: x_0}
+        expected = ddpm_fast.reverse_step(x_t.clone(), model_output, 5, plan, **history, **options)
+        got = ddpm_fast.reverse_step(x_t, model_output, 5, plan, **history, out=(x_t, x_0), **options)
+        assert [each.data_ptr() for each in got] == [x_t.data_ptr(), x_0.data_ptr()]
+        assert torch.equal(x_t, expected[0])
+        assert torch.equal(x_0, expected[1])

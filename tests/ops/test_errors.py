@@ -12,6 +12,7 @@ from ddpm_fast import (
     attention,
     conv3x3,
     ddpm_plan,
+    dpm_solver_plan,
     denoising_loss,
     group_norm_affine,
     group_norm_silu,
@@ -28,6 +29,7 @@ W, QKV = torch.zeros(5, 4, 3, 3), torch.zeros(2, 6, 12)
 SEEDS = sample_seeds(0, 2)
 PLAN = ddpm_plan(SCHEDULE, 10)
 LEARNED = ddpm_plan(SCHEDULE, 10, variance="learned")
+ORDER_3 = dpm_solver_plan(SCHEDULE, 10, order=3)
 
 BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (
@@ -151,6 +153,18 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (
         lambda: reverse_step(X, X, 0, PLAN, seeds=SEEDS, noise=X),
         InvalidValue("reverse_step", "", "at most one of noise and seeds", "both"),
+    ),
+    (
+        lambda: reverse_step(X, X, 1, ORDER_3),
+        InvalidValue("reverse_step", "x_0_prev", "to be given, as the plan weighs it by k3", "None"),
+    ),
+    (
+        lambda: reverse_step(X, X, 1, ORDER_3, x_0_prev=X),
+        InvalidValue("reverse_step", "x_0_prev2", "to be given, as the plan weighs it by k4", "None"),
+    ),
+    (
+        lambda: reverse_step(X, X, 1, ORDER_3, x_0_prev=X, x_0_prev2=X[:1]),
+        InvalidValue("reverse_step", "x_0_prev2", "to have shape [2, 4, 3, 3]", "[1, 4, 3, 3]"),
     ),
     (
         lambda: reverse_step(X, X, 0, PLAN, seeds=SEEDS, out=X[:1]),

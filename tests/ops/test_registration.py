@@ -1,5 +1,6 @@
 """torch.library's view of the ops: opcheck, compilation without graph breaks or recompiles, autocast, higher derivatives."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -240,14 +241,15 @@ def test_writing_to_out_is_seen_by_autograd(device: torch.device) -> None:
 
 def test_a_multistep_step_overwrites_its_state_and_history(device: torch.device) -> None:
     """x_t and x_0_prev are read before x_{t-1} and x_0^ take their memory, eagerly and compiled, on every backend."""
-    plan = ddpm_fast.dpm_solver_plan(SCHEDULE, 10, eta=1.0)
-    x, m, x_0 = torch.randn(3, 2, 3, 5, 4, device=device)
+    x, m, x_0, x_1 = torch.randn(4, 2, 3, 5, 4, device=device)
     backends = [name for name in BACKENDS if why_not(name, "reverse_step", device) is None]
-    for name in backends:
+    for name, order in itertools.product(backends, (2, 3)):
+        plan = ddpm_fast.dpm_solver_plan(SCHEDULE, 10, order=order, eta=1.0)
 
-        def step(x: Tensor, x_0: Tensor, out: Any, name: str = name) -> Any:
+        def step(x: Tensor, x_0: Tensor, out: Any, name: str = name, order: int = order, plan: Any = plan) -> Any:
             options: dict[str, Any] = {"seeds": SEEDS, "return_x_0": True, "backend": name}
-            return ddpm_fast.reverse_step(x, m, 4, plan, x_0_prev=x_0, out=out, **options)
+            history = {"x_0_prev": x_0} if order == 2 else {"x_0_prev": x_1, "x_0_prev2": x_0}
+            return ddpm_fast.reverse_step(x, m, 4, plan, **history, out=out, **options)
 
         expected = step(x, x_0, None)
         compiled = torch.compile(step, fullgraph=True, backend="eager")
