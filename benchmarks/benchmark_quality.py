@@ -290,6 +290,7 @@ class Method(NamedTuple):
 # Ordinary differential equations have converged at 50 evaluations. Only eq. 13 is used with all timesteps.
 _CONVERGED: Final = EVALUATIONS[:-2]
 _FEW: Final = EVALUATIONS[:5]  # where the levels end and begin matters most
+_THIRD: Final = (5, 8, 10, 20)
 _LEVELS: Final[dict[str, Any]] = {"solver": "heun", "spacing": "karras", "sigma_min": 0.06, "sigma_max": 80.0}
 METHODS: Final = {
     "ddpm": Method("ancestral (eq. 13)", _planned(ddpm_plan), EVALUATIONS),
@@ -314,10 +315,13 @@ METHODS: Final = {
     "diffusers-ddim": Method("diffusers DDIMScheduler", None, (50,)),
     "diffusers-2m": Method("diffusers DPMSolverMultistep", None, (20,)),
     "diffusers-sde": Method("diffusers DPMSolverMultistep SDE", None, (20,)),
-    # DDIM with diffusers' treatment of the clip. It is measured only if it is named.
+    # These are measured only if they are named: order 3, and DDIM with diffusers' treatment of the clip.
+    "3m": Method("DPM-Solver++(3M)", _planned(dpm_solver_plan, order=3), _THIRD),
+    "3m-few": Method("DPM-Solver++(3M), levels 80 to 0.06", _planned(dpm_solver_plan, order=3, **_LEVELS), _THIRD),
+    "3m-sde": Method("DPM-Solver++(3M) SDE", _planned(dpm_solver_plan, eta=1.0, order=3), _THIRD),
     "ddim-model-epsilon": Method("DDIM, the model's epsilon", _planned(ddim_plan, use_clipped_model_output=False), (50, 100)),
 }
-DEFAULT: Final = tuple(METHODS)[:-1]
+DEFAULT: Final = tuple(METHODS)[:-4]
 
 
 def chosen(samplers: Sequence[str], evaluations: Sequence[int]) -> list[tuple[str, int]]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ddpm_fast import Sampler, SamplingPlan, sample_seeds
 from ddpm_fast.errors import InvalidValue
+from ddpm_fast.plan import COLUMNS
 
 
 def test_the_callback_sees_every_step_of_every_batch() -> None:
@@ -60,7 +61,7 @@ def test_a_callback_may_change_x_t_in_place(network: str) -> None:
 def _still(plan: SamplingPlan) -> Tensor:
     """Return the coefficients of a plan without noise, which counts the steps of a plan from 0."""
     coefficients = plan.coefficients.clone()
-    coefficients[:, 6] = 0
+    coefficients[:, COLUMNS.index("sigma")] = 0
     return coefficients
 
 

@@ -84,8 +84,8 @@ def test_every_kernel_draws_the_same_normals(layout: Layout) -> None:
     z = layout(reference.noise(x.shape, SEEDS, reference.STREAM_Q_SAMPLE, torch.float32))
     t = torch.tensor([1, 1, 1], device=DEVICE)
     table = torch.tensor([[0.0, 0.0], [0.5, 1.0]], device=DEVICE)  # x_t = x_0 / 2 + epsilon
-    plan = torch.zeros(8, 10, device=DEVICE)
-    plan[:, 6] = 1  # x_{t-1} = z
+    plan = torch.zeros(8, len(COLUMNS), device=DEVICE)
+    plan[:, COLUMNS.index("sigma")] = 1  # x_{t-1} = z
     out = nan_like(x)
     launch_triton("q_sample", {"x_t": out}, x_0=x, t=t, table=table, seeds=SEEDS)
     assert torch.equal(out, z)
@@ -240,6 +240,8 @@ def count_launches(module: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> l
     kernel, launched = getattr(module, name), []
 
     class Spy:
+        arg_names = kernel.arg_names
+
         def __getitem__(self, grid: Any) -> Any:
             launched.append(name)
             return kernel[grid]

@@ -91,9 +91,10 @@ def test_each_plan_evaluates_as_often_as_its_name_says():
         plans[name] = build(loaded, evaluations)
         assert plans[name].num_steps == evaluations
     assert {name for name, plan in plans.items() if plan.is_random} == {
-        *("ddpm", "sde", "sde-karras", "2m-few-0.3", "2m-few-1", "sde1")
+        *("ddpm", "sde", "sde-karras", "2m-few-0.3", "2m-few-1", "sde1", "3m-sde")
     }
     assert {name for name, plan in plans.items() if not plan.needs_x_0_prev} == {"ddpm", "ddim", "sde1"}
+    assert {name for name, plan in plans.items() if plan.needs_x_0_prev2} == {"3m", "3m-few", "3m-sde"}
     levels = {name: (1 / plans[name].alpha_bars[[0, -1]] - 1).sqrt().tolist() for name in ("2m-few", "2m-fewer")}
     assert levels == {"2m-few": pytest.approx([80, 0.06]), "2m-fewer": pytest.approx([40, 0.06])}
     assert not torch.equal(plans["2m"].coefficients, plans["karras"].coefficients)

@@ -179,9 +179,8 @@ class FusedOp:
             BackendUnavailable: The named backend cannot run. No other is tried.
             ValueError: The named backend is unknown.
         """
-        device = arguments[self._main].device
-        dtype = arguments[self._main if self._dtype_argument is None else self._dtype_argument]
-        dtype = dtype.dtype if self._dtype_argument is None else dtype
+        main = arguments[self._main]
+        device, dtype = main.device, main.dtype if self._dtype_argument is None else arguments[self._dtype_argument]
         if backend is not None:
             reason = self.why_not(backend, device, dtype, arguments)
             if reason is None and transformed and backend != "reference":

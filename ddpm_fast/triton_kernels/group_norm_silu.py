@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..errors import InvalidValue
-from .tiles import current_sample, device_of, grid, rounded
+from .tiles import current_sample, device_of, launch, rounded
 
 # Elements of a tile, padding included, that stay in registers: contiguous, channels_last (whose threads hold more channels).
 RESIDENT_FORWARD = (32768, 16384)
@@ -615,53 +615,43 @@ def group_norm_silu(results: Any, a: Any) -> None:
     # The kernels write the statistics in any case.
     mean, rstd = torch.empty(2, n, groups, device=x.device) if results.mean is None else (results.mean, results.rstd)
     group_tiles, chunks, arguments, split = _tiling(x, groups, backward=False)
-    small = (a.weight, a.bias, a.shift, a.scale, a.scale_shift)
-    activation = {"SILU": a.silu, "FAST": x.element_size() == 2}
-    with device_of(x):
-        if not split:
-            _forward_kernel[grid(n, group_tiles)](results.y, mean, rstd, x, *small, n, eps=a.eps, **activation, **arguments)
-            return
-        partial_mean, partial_squares = torch.empty(2, n, groups, chunks, device=x.device)
-        programs = grid(n, group_tiles * chunks)
-        _partial_statistics_kernel[programs](partial_mean, partial_squares, x, a.shift, n, **split, **arguments)
-        _apply_kernel[programs](
-            results.y, mean, rstd, x, *small, partial_mean, partial_squares, n,
-            eps=a.eps, **activation, CHUNKS=triton.next_power_of_2(chunks), **split, **arguments,
-        )  # fmt: skip
+    values = {"n": n, "mean": mean, "rstd": rstd, "SILU": a.silu, "FAST": x.element_size() == 2, **arguments, **split}
+    if not split:
+        launch(_forward_kernel, group_tiles, results, a, **values)
+        return
+    values["partial_mean"], values["partial_squares"] = torch.empty(2, n, groups, chunks, device=x.device)
+    launch(_partial_statistics_kernel, group_tiles * chunks, results, a, **values)
+    launch(_apply_kernel, group_tiles * chunks, results, a, CHUNKS=triton.next_power_of_2(chunks), **values)
 
 
 def group_norm_silu_backward(results: Any, a: Any) -> None:
     """Launch the kernels of the gradients. Those of absent inputs are None."""
     x = a.x
-    dx, dweight, dbias, dshift, dscale, dscale_shift = results
     if x.numel() == 0:
-        for gradient in (dweight, dbias, dshift, dscale, dscale_shift):
+        for gradient in results[1:]:
             if gradient is not None:
                 gradient.zero_()
         return
     n, c = x.shape[:2]
     group_tiles, chunks, arguments, split = _tiling(x, a.num_groups, backward=True)
-    sum_dz, sum_dz_xhat = (None, None) if dweight is None and dbias is None else torch.empty(2, n, c, device=x.device)
-    small_gradients = (sum_dz, sum_dz_xhat, dshift, dscale, dscale_shift)
-    small = (a.weight, a.bias, a.shift, a.scale, a.scale_shift)
-    inputs = (a.grad_y, x, a.mean, a.rstd)
-    activation = {"SILU": a.silu, "FAST": x.element_size() == 2}
-    with device_of(x):
-        if not split:
-            _backward_kernel[grid(n, group_tiles)](dx, *small_gradients, *inputs, *small, n, **activation, **arguments)
-        else:
-            partial = torch.empty(2 if dshift is None else 3, n, chunks, c, device=x.device)
-            means = torch.empty(2, n, a.num_groups, device=x.device)
-            programs = grid(n, group_tiles * chunks)
-            _partial_sums_kernel[programs](
-                partial, *inputs, *small, n, XHAT_SUMS=dshift is not None, **activation, **split, **arguments
-            )  # fmt: skip
-            _merge_sums_kernel[grid(n, a.num_groups)](
-                means, *small_gradients, partial, a.rstd, a.weight, a.bias, a.scale, n, a.num_groups, arguments["hw"], chunks,
-                CPG=arguments["CPG"], WIDTH=arguments["WIDTH"], num_warps=1, enable_fp_fusion=True,
-            )  # fmt: skip
-            _apply_backward_kernel[programs](dx, *inputs, means, *small, n, **activation, **split, **arguments)
-        if sum_dz is not None:
+    values = {f"d{name.removeprefix('grad_')}": value for name, value in results._asdict().items()}
+    values |= {"dy": a.grad_y, "n": n, "SILU": a.silu, "FAST": x.element_size() == 2, **arguments, **split}
+    sum_dz = sum_dz_xhat = None
+    if values["dweight"] is not None or values["dbias"] is not None:
+        sum_dz, sum_dz_xhat = torch.empty(2, n, c, device=x.device)
+    values |= {"sum_dz": sum_dz, "sum_dz_xhat": sum_dz_xhat}
+    if not split:
+        launch(_backward_kernel, group_tiles, results, a, **values)
+    else:
+        has_shift = values["dshift"] is not None
+        values["partial"] = torch.empty(3 if has_shift else 2, n, chunks, c, device=x.device)
+        values["means"] = torch.empty(2, n, a.num_groups, device=x.device)
+        launch(_partial_sums_kernel, group_tiles * chunks, results, a, XHAT_SUMS=has_shift, **values)
+        launch(_merge_sums_kernel, a.num_groups, results, a, **values | {"num_warps": 1})
+        launch(_apply_backward_kernel, group_tiles * chunks, results, a, **values)
+    if sum_dz is not None:
+        with device_of(x):
             _parameter_gradients_kernel[(triton.cdiv(c, 32),)](
-                dweight, dbias, sum_dz, sum_dz_xhat, a.scale, n, c, SAMPLES=32, CHANNELS=32, num_warps=4, enable_fp_fusion=True
-            )  # fmt: skip
+                *(values["dweight"], values["dbias"], sum_dz, sum_dz_xhat, a.scale, n, c),
+                **{"SAMPLES": 32, "CHANNELS": 32, "num_warps": 4, "enable_fp_fusion": True},
+            )

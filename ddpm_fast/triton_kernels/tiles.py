@@ -26,6 +26,7 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 TILE_ELEMENTS = 1024
 ELEMENTS_PER_WARP = 256  # 8 a thread: two 16-byte accesses of float32, one of a half type
 MAX_GRID_Y = 65535
+OPTIONS = ("num_warps", "enable_fp_fusion")  # of a launch
 
 
 @triton.jit
@@ -153,20 +154,21 @@ def grid(n: int, programs: int) -> tuple[int, int, int]:
 
 
 def launch(kernel: Any, programs: int, results: Any, a: Any, **values: Any) -> None:
-    """Launch a kernel with `programs` programs for each sample, on the device of its first result.
+    """Launch a kernel with `programs` programs for each sample, on the device of the op's first result.
 
-    Parameters that are not among `values` take the result or the argument of their name.
+    A parameter takes the value, the result or the argument of its name, whichever is found first.
 
     Args:
         kernel: The kernel.
         programs: Number of programs for a sample.
         results: Results of the op by name.
         a: Arguments of the op by name.
-        **values: Values of other parameters, `n` among them, and options of the launch.
+        **values: Values of other parameters, `n` among them, and `OPTIONS`. The kernel may lack some of the parameters.
     """
-    named = {name: value for name, value in (a._asdict() | results._asdict()).items() if name in kernel.arg_names}
+    given = {**a._asdict(), **results._asdict(), **values}
+    taken = {name: value for name, value in given.items() if name in kernel.arg_names or name in OPTIONS}
     with device_of(results[0]):
-        kernel[grid(values["n"], programs)](**(named | values))
+        kernel[grid(values["n"], programs)](**taken)
 
 
 def device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
