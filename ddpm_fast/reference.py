@@ -350,16 +350,18 @@ def prediction_and_variance(
 
     The arguments are those of `reverse_step`, in the dtype of intermediate results.
     """
-    m = conditional = model_output
+    m = model_output
     if guidance_scale is not None:
         conditional, unconditional = m.chunk(2)
         m = unconditional + guidance_scale * (conditional - unconditional)
     if VARIANCES[variance] == "fixed":
         return m, None
-    v = conditional.chunk(2, dim=1)[1]
+    m, v = m.chunk(2, dim=1)
+    if guidance_scale is not None:
+        v = conditional.chunk(2, dim=1)[1]
     if VARIANCES[variance] == "learned_range":
         v = ranged_log_variance(v, row.log_beta, row.log_beta_tilde)
-    return m.chunk(2, dim=1)[0], v
+    return m, v
 
 
 def time_terms(table: Tensor, timesteps: Tensor, step: Tensor, samples: int) -> Tensor:
