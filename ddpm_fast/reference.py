@@ -282,7 +282,8 @@ def plan_row(table: Tensor, steps: Tensor, like: Tensor) -> PlanRow:
         steps: int64, [N] or one element.
         like: [N, ...].
     """
-    return PlanRow(*(per_sample(column, like) for column in table[steps.reshape(-1)].unbind(1)))
+    rows = table[steps.reshape(-1)].to(opmath(like.dtype))
+    return PlanRow(*rows.reshape(*rows.shape, *[1] * (like.dim() - 1)).unbind(1))
 
 
 def reverse_step(

@@ -83,7 +83,7 @@ def captures(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> Captures:
 def multistep_plan() -> SamplingPlan:
     plan = ddim_plan(SCHEDULE, 4)
     coefficients = plan.coefficients.clone()
-    coefficients[:, COLUMNS.index("k3")] = 0.25  # of x_0^ = 0 in the first step
+    coefficients[:, COLUMNS.index("k3")] = 0.25  # x_0^ is 0 before the first step
     return dataclasses.replace(plan, coefficients=coefficients)
 
 

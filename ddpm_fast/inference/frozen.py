@@ -303,11 +303,12 @@ def frozen_step(
             model_output = append_network(builder, layers, network._layers, x, stacks)
             seeds, variance = state.seeds[part] if plan.is_random else None, VARIANCES.index(plan.variance)
             arguments = reverse_step_op.Arguments(
-                *(x_t, model_output, table, state.step, None, seeds, *(*history, None, None)[:2], guidance_scale, variance),
-                return_x_0=bool(x_0),
+                *(x_t, model_output, table, state.step),
+                **dict(zip(("x_0_prev", "x_0_prev2"), history, strict=False)),
+                **{"seeds": seeds, "guidance_scale": guidance_scale, "variance": variance, "return_x_0": bool(x_0)},
             )
             builder.update(reverse_step_op, *arguments[:-1], out=(x_t, *x_0))
-            if len(history) > 1:
+            if len(history) > 1:  # x_0_prev becomes x_0_prev2, then x_0^ becomes x_0_prev: copies in the same parallel region
                 for source, copy in ((history[0], history[1]), (x_0[0], history[0])):
                     builder.update(network_input_op, source, x_t.dtype, 1, False, out=(copy,))
         builder.update(count_step_op, state.step, out=(state.step,))

@@ -34,8 +34,8 @@ class StepState:
     Attributes:
         x_t: [n, C, H, W], replaced by x_{t-1}: x_T after `start`, x_0 after the last step.
         history: x_0_prev and x_0_prev2, as far as the plan uses them, like x_t. The step updates them.
-        x_0: Where the step puts its x_0^: x_0_prev itself, or other memory where that becomes x_0_prev2 first. None:
-            nowhere.
+        x_0: Where the step puts its x_0^: x_0_prev itself, or with x_0_prev2 other memory, because x_0_prev moves there
+            first. None: nowhere.
         seeds: int64 [n].
         class_labels: int64 [1, n], or [2, n] with guidance: of the conditional half, then of the other. None: no labels.
         step: int64 [1], the number of the step, which the step counts up.

@@ -73,17 +73,18 @@ class CompiledKernel:
         self._pick = itemgetter(*(len(given) - 1 - given[::-1].index(field) for field in self.fields))
         self._workspace = f"{name}_workspace" if "workspace" in self.fields else None
 
-    def values(self, results: Any, arguments: Any, layout: torch.memory_format | None = None) -> tuple[Any, ...]:
-        """Return the values of the fields for a CPU, without a scratch buffer.
+    def values(
+        self, results: Any, arguments: Any, layout: torch.memory_format | None = None
+    ) -> tuple[tuple[Any, ...], torch.device]:
+        """Return the values of the fields for a CPU, without a scratch buffer, and the device of the tensors.
 
         `layout` is the format of a main tensor that has both, as one of a single channel has.
         """
-        a, main = arguments, self._main_tensor(results, arguments)
+        a, main = arguments, results[0] if self._main is None else arguments[self._main]
         given = [*results, *a, dtype_code(main.dtype), *sizes(main, layout), None, torch.get_num_threads()]
         given += [0 if a[i] is None else dtype_code(a[i].dtype) for i in self._typed]
         given += [derive(a) for derive in self._derived]
-        values: tuple[Any, ...] = self._pick(given)
-        return values
+        return self._pick(given), main.device
 
     def replaced(self, values: tuple[Any, ...], field: str, value: Any) -> tuple[Any, ...]:
         """Return the values with another one for a field."""
@@ -98,15 +99,11 @@ class CompiledKernel:
 
     def launch(self, results: Any, arguments: Any) -> None:
         """Run the kernel on a CPU, or launch it on the current stream of a GPU."""
-        values, device = self.values(results, arguments), self._main_tensor(results, arguments).device
+        values, device = self.values(results, arguments)
         if device.type == "cpu":
             self._run(KERNELS["cpu"], values, device)
         else:
             self._launch_on_gpu(values, device)
-
-    def _main_tensor(self, results: Any, arguments: Any) -> Tensor:
-        main: Tensor = results[0] if self._main is None else arguments[self._main]
-        return main
 
     def _launch_on_gpu(self, values: tuple[Any, ...], device: torch.device) -> None:
         stream = torch._C._cuda_getCurrentRawStream(device.index)

@@ -28,7 +28,7 @@ _KINDS: Final = {"torch.dtype": "ScalarType", "Sequence[int]": "SymInt[]"}  # an
 def schema_of(function: Callable[..., Any]) -> str:
     """Return the arguments of a function in torch.library's syntax, such as "Map x_t, Map? noise, int variance".
 
-    The module of the function has annotations that are not evaluated.
+    The function's module must have `from __future__ import annotations`, which keeps annotations as text.
     """
     parts = []
     for name, parameter in inspect.signature(function).parameters.items():
@@ -116,6 +116,9 @@ class FusedOp:
         self._small = [i for i in self.tensors if i not in self._maps]
         self._main = (self._maps or self.tensors)[0]
         self._dtype_argument = names.index("dtype") if "dtype" in names else None
+        unknown = {*(reads or ()), *host_only} - {*names, *outputs}
+        if unknown:
+            raise ImportError(f"ddpm_fast: {name} has no argument or result {', '.join(sorted(unknown))}")
         self.read = [i for i in self.tensors if reads is None or names[i] in reads]
         self.read_results = [i for i, result in enumerate(self.Results._fields) if result in saved or result in (reads or ())]
         self.kernel: Any = None  # CompiledKernel, without `native`
@@ -140,7 +143,7 @@ class FusedOp:
         Args:
             arguments: Arguments of the schema, in order.
             backend: Name of the backend. None: the first that can run.
-            out: Tensors for the first results.
+            out: Tensors for the first results, not lazily negated. The dispatcher computes others and copies them.
 
         Returns:
             The result, or a tuple if there are several. A result that is not wanted is None.
@@ -153,7 +156,8 @@ class FusedOp:
         if compiling or transformed or is_traced():
             return self._wanted(_written(self._registration(arguments, backend), out))
         records, needs_grad = torch.is_grad_enabled(), False
-        for tensor in (*[arguments[i] for i in self.tensors], *out):
+        for i in self.tensors:
+            tensor = arguments[i]
             if tensor is not None:
                 if type(tensor) not in PLAIN_TYPES or tensor.is_neg():
                     return self._wanted(_written(self._registration(arguments, backend), out))
@@ -290,7 +294,7 @@ class FusedOp:
         a = self.Arguments(*arguments, "native")
         maps = [a[i] for i in self._maps if a[i] is not None]
         layout = self._layout or shared_format(self.name, [*maps, *out])
-        values: tuple[Any, ...] = self.kernel.values(self.allocated(a, saves=False, out=out), a, layout)
+        values: tuple[Any, ...] = self.kernel.values(self.allocated(a, saves=False, out=out), a, layout)[0]
         return values
 
     def prepared(self, values: tuple[Any, ...]) -> Any:

@@ -71,8 +71,7 @@ def reverse_step(
         return_x_0: Also return x_0^.
         out: Destination of x_{t-1}, like x_t, or destinations of (x_{t-1}, x_0^) with return_x_0. They may
             be x_t itself and x_0_prev or x_0_prev2 itself but must not overlap an input in another way, or
-            each other.
-            Not differentiable.
+            each other, which eager calls check. Not differentiable.
         backend: "native", "triton" or "reference". None: the first that can run, and "reference" inside
             torch.func transforms and forward-mode differentiation.
 
@@ -124,19 +123,18 @@ def reverse_step(
         check_like(op, "x_0_prev2", x_0_prev2, "x_t", x_t)
     elif plan.needs_x_0_prev2:
         raise InvalidValue(op, "x_0_prev2", "to be given, as the plan weighs it by k4", "None")
-    maps = x_t, model_output, plan.table(x_t.device), steps, noise, seeds, x_0_prev, x_0_prev2
+    inputs = x_t, model_output, plan.table(x_t.device), steps, noise, seeds, x_0_prev, x_0_prev2
     options = guidance_scale, reference.VARIANCES.index(plan.variance), return_x_0
-    outs = () if out is None else _checked_out(out, maps, return_x_0)
-    x_prev, x_0 = reverse_step_op(*maps, *options, backend=backend, out=outs)
+    outs = () if out is None else _checked_out(out, x_t, inputs, return_x_0)
+    x_prev, x_0 = reverse_step_op(*inputs, *options, backend=backend, out=outs)
     return (x_prev, x_0) if return_x_0 else x_prev
 
 
 def _checked_out(
-    out: Tensor | tuple[Tensor, Tensor], inputs: tuple[Tensor | None, ...], return_x_0: bool
+    out: Tensor | tuple[Tensor, Tensor], x_t: Tensor, inputs: tuple[Tensor | None, ...], return_x_0: bool
 ) -> tuple[Tensor, ...]:
-    """Return the destinations as a tuple, after a check. x_t is the first input."""
-    op, x_t = "reverse_step", inputs[0]
-    assert x_t is not None
+    """Return the destinations as a tuple, after a check."""
+    op = "reverse_step"
     outs = out if isinstance(out, tuple) else (out,)
     if isinstance(out, tuple) and not (return_x_0 and len(outs) == 2):
         wanted = "a pair (x_{t-1}, x_0^)" if return_x_0 else "a tensor, without return_x_0"
@@ -146,6 +144,8 @@ def _checked_out(
         raise InvalidValue(op, "x_t", "to be contiguous or channels_last with out=", got)
     for each in outs:
         check_like(op, "out", each, "x_t", x_t)
+        if each.is_neg():  # which Inductor reads wrongly
+            raise InvalidValue(op, "out", "to be a tensor without lazy negation", "one: pass out.resolve_neg()")
         if each.stride() != x_t.stride():
             raise InvalidValue(op, "out", f"to be dense, with the strides of x_t, {x_t.stride()}", each.stride())
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*inputs, *outs)):

@@ -70,7 +70,7 @@ def dpm_solver_plan(
         D1  = (x_0^ - x_0_prev) h / h'        E1 = (x_0_prev - x_0_prev2) h / h''        D2 = (D1 - E1) h / (h' + h'')
         phi D = phi x_0^ + b (D1 + D2 h' / h) + c D2,        b = 1 - phi / H,  c = 1/2 - b / H,  H = (1 + eta) h
 
-    With eta 1 diffusers has c = -1/2 - b / H, and so has this plan.
+    With eta 1 this plan has c = -1/2 - b / H. That is not what the derivation gives, but what diffusers has.
 
     The clip acts on x_0^ before it is remembered.
 
@@ -165,7 +165,8 @@ def dpm_solver_plan(
 
 def _extrapolation(orders: Tensor, h: Tensor, phi: Tensor, eta: float, solver: str) -> Tensor:
     """Return the weights of x_0^ - x_0_prev and of x_0_prev - x_0_prev2 in phi (D - x_0^), float64 [2, S]."""
-    padded = torch.cat([torch.ones(2, dtype=torch.float64), h])  # unused: the first step has order 1, the second at most 2
+    # The two ones are not used, because the first step has order 1 and the second at most 2.
+    padded = torch.cat([torch.ones(2, dtype=torch.float64), h])
     before, earlier = padded[1:-1], padded[:-2]  # h' and h''
     # A step from a level to itself has h = 0, where 1 - phi / ((1 + eta) h) tends to 0.
     scaled = (1 + eta) * h

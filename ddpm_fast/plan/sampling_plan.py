@@ -148,7 +148,7 @@ class SamplingPlan:
             raise InvalidValue(
                 "SamplingPlan",
                 "",
-                "a whole plan, as its steps use the x_0^ of the step before",
+                "a whole plan, as its steps use the x_0^ of earlier ones",
                 "a slice: build it with start=, or call starting_at(timestep)",
             )
         some = slice(rows.start, rows.stop)
@@ -178,7 +178,7 @@ class SamplingPlan:
             raise InvalidValue(
                 caller,
                 "",
-                "a plan that remembers how it was built, as its steps use the x_0^ of the step before",
+                "a plan that remembers how it was built, as its steps use the x_0^ of earlier ones",
                 "one from coefficients",
             )
         return self.builder(start=timestep)
@@ -189,7 +189,9 @@ class SamplingPlan:
         traits = [f"{self.num_steps} step{'s' * (self.num_steps != 1)}", f"the model predicts {self.prediction}"]
         traits.append("random" if self.is_random else "deterministic")
         if self.needs_x_0_prev:
-            traits.append("uses the x_0^ of the step before")
+            traits.append(
+                "uses the x_0^ of the two steps before" if self.needs_x_0_prev2 else "uses the x_0^ of the step before"
+            )
         lines = [title, ", ".join(traits), f"{'step':>5} {'t':>6} {'abar':>10} {'arrives at':>10} {'sigma':>10}"]
         shown = [*range(self.num_steps)]
         if self.num_steps > _PRINTED_ROWS:

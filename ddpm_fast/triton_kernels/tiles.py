@@ -26,7 +26,7 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 TILE_ELEMENTS = 1024
 ELEMENTS_PER_WARP = 256  # 8 a thread: two 16-byte accesses of float32, one of a half type
 MAX_GRID_Y = 65535
-OPTIONS = ("num_warps", "enable_fp_fusion")  # of a launch
+OPTIONS = ("num_warps", "enable_fp_fusion")  # what a launch takes besides parameters
 
 
 @triton.jit

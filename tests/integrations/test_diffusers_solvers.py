@@ -210,6 +210,13 @@ def test_order_3_from_the_middle_of_a_chain(monkeypatch: pytest.MonkeyPatch) -> 
         assert_same_image(ours, theirs, monkeypatch, 9)
 
 
+def test_a_chain_that_ends_with_order_1_anyway_can_start_at_each_timestep() -> None:
+    scheduler = DPMSolverMultistepScheduler(solver_order=3, euler_at_final=True)
+    scheduler.set_timesteps(20)
+    plan = scheduler.sampling_plan()
+    assert plan.starting_at(int(plan.timesteps[5])).num_steps == 15
+
+
 def test_levels_are_those_of_diffusers() -> None:
     """Diffusers computes 1 - abar in float32: at t = 0, where it is 1e-4, that loses four digits."""
     for config in ({}, KARRAS, SIGMA_MIN, {**COSINE, "lambda_min_clipped": -5.1}):

@@ -45,6 +45,8 @@ def tensor(*shape: int, dtype: torch.dtype = torch.float32, channels_last: bool 
 def cases() -> dict[str, Call]:
     from kernel_calls import launch_triton
 
+    from ddpm_fast.plan import COLUMNS
+
     n = 4
     half = torch.bfloat16
     index = tensor(n, dtype=torch.int64)
@@ -53,7 +55,7 @@ def cases() -> dict[str, Call]:
     x_last = tensor(n, 3, 32, 32, channels_last=True)
     pair = tensor(2 * n, 6, 32, 32, dtype=half)  # guidance and learned variance
     schedule = {"t": index, "table": tensor(1000, 2)}
-    plan = {"table": tensor(1000, 11), "seeds": index}
+    plan = {"table": tensor(1000, len(COLUMNS)), "seeds": index}
     drawn = {**schedule, "seeds": index, "prediction": 0}
 
     def call(name: str, results: dict[str, Tensor], **arguments: Any) -> Call:
@@ -119,12 +121,14 @@ def sizes_of_one() -> dict[str, Call]:
     """Triton makes constants of integers that are 1: they must compile too. Nothing here is held against a budget."""
     from kernel_calls import launch_triton
 
+    from ddpm_fast.plan import COLUMNS
+
     index, one = tensor(1, dtype=torch.int64), tensor(1)
     x, last, m = tensor(1, 1), tensor(1, 3, 1, 1).as_strided((1, 3, 1, 1), (3, 1, 4, 4)), tensor(1, 1)
     wide = tensor(1, 4096, 4, 4)  # one chunk, though not resident
     schedule = {"t": index, "table": tensor(1000, 2), "seeds": index}
     loss = {"model_output": x, "x_0": x, **schedule, "prediction": 2}
-    plan = {"table": tensor(1000, 11), "steps": index, "seeds": index, "variance": 0}
+    plan = {"table": tensor(1000, len(COLUMNS)), "steps": index, "seeds": index, "variance": 0}
 
     def norm(x: Tensor) -> None:
         w, s = tensor(x.shape[1]), tensor(*x.shape[:2])

@@ -123,7 +123,7 @@ def test_a_multistep_plan_cannot_be_sliced() -> None:
         InvalidValue(
             "SamplingPlan",
             "",
-            "a whole plan, as its steps use the x_0^ of the step before",
+            "a whole plan, as its steps use the x_0^ of earlier ones",
             "a slice: build it with start=, or call starting_at(timestep)",
         )
     ):
@@ -132,7 +132,7 @@ def test_a_multistep_plan_cannot_be_sliced() -> None:
         InvalidValue(
             "SamplingPlan.starting_at",
             "",
-            "a plan that remembers how it was built, as its steps use the x_0^ of the step before",
+            "a plan that remembers how it was built, as its steps use the x_0^ of earlier ones",
             "one from coefficients",
         )
     ):

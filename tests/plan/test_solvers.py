@@ -296,6 +296,11 @@ def test_a_plan_with_a_start_begins_with_order_1() -> None:
     assert torch.equal(later.timesteps, plan.timesteps[10:])
     assert torch.equal(later.alpha_bars_prev, plan.alpha_bars_prev[10:])
     assert torch.equal(later.coefficients[1:], plan.coefficients[11:])
+    third = dpm_solver_plan(NoiseSchedule.linear(), 20, order=3, eta=1.0)
+    for name, rows in (("k3", 1), ("k4", 2)):  # without the history that they weigh
+        column = third.starting_at(500).coefficients[:, COLUMNS.index(name)]
+        assert [bool(k) for k in column] == rows * [False] + (9 - rows) * [True] + [False]
+    assert torch.equal(third.starting_at(500).coefficients[2:], third.coefficients[12:])
     k3 = COLUMNS.index("k3")
     assert float(plan.coefficients[10, k3]) != 0
     assert float(later.coefficients[0, k3]) == 0

@@ -527,9 +527,10 @@ class DPMSolverMultistepScheduler(PlanScheduler, diffusers.DPMSolverMultistepSch
         prediction = "sample" if config.thresholding else config.prediction_type
         x_0 = self._of_order(1, config.prediction_type)
         first, *higher = (self._of_order(order, prediction) for order in range(1, config.solver_order + 1))
-        if config.euler_at_final:
-            end = first.coefficients[-1:]
-            higher = [replace(plan, coefficients=torch.cat([plan.coefficients[:-1], end])) for plan in higher]
+        end = first.coefficients[-1:]
+        for i, plan in enumerate(higher):
+            if config.euler_at_final and not torch.equal(plan.coefficients[-1:], end):
+                higher[i] = replace(plan, coefficients=torch.cat([plan.coefficients[:-1], end]))
         chain = [first, *higher][-1]
         chain = replace(chain, variance="learned_range") if self._is_learned else chain
         abar = torch.cat([first.alpha_bars, first.alpha_bars_prev[-1:], self.schedule.alpha_bars])
