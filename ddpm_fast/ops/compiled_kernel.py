@@ -92,29 +92,29 @@ class CompiledKernel:
 
     def workspace_size(self, kernels: Any, values: tuple[Any, ...]) -> int:
         """Return the bytes of the scratch buffer that a device's kernel asks for."""
-        if self._workspace is None or not hasattr(kernels, self._workspace):
-            return 0
-        size: int = getattr(kernels, self._workspace)(*values)
-        return size
+        size_of = getattr(kernels, self._workspace or "", None)
+        return int(size_of(*values)) if size_of is not None else 0
 
     def launch(self, results: Any, arguments: Any) -> None:
         """Run the kernel on a CPU, or launch it on the current stream of a GPU."""
         values, device = self.values(results, arguments)
-        if device.type == "cpu":
-            self._run(KERNELS["cpu"], values, device)
-        else:
+        if device.type != "cpu":
             self._launch_on_gpu(values, device)
+            return
+        kernels = KERNELS["cpu"]
+        if self._workspace is not None:
+            values = self._with_workspace(kernels, values, device)
+        getattr(kernels, self.name)(*values)
 
     def _launch_on_gpu(self, values: tuple[Any, ...], device: torch.device) -> None:
-        stream = torch._C._cuda_getCurrentRawStream(device.index)
+        stream, kernels = torch._C._cuda_getCurrentRawStream(device.index), KERNELS["cuda"]
+        values = self.replaced(values, "stream_or_threads", stream)
         with torch.cuda.device(device):  # kernels ask the current device for its properties
-            self._run(KERNELS["cuda"], self.replaced(values, "stream_or_threads", stream), device)
+            getattr(kernels, self.name)(*self._with_workspace(kernels, values, device))
 
-    def _run(self, kernels: Any, values: tuple[Any, ...], device: torch.device) -> None:
-        size = 0 if self._workspace is None else self.workspace_size(kernels, values)
-        if size:
-            values = self.replaced(values, "workspace", torch.empty(size, dtype=torch.uint8, device=device))
-        getattr(kernels, self.name)(*values)
+    def _with_workspace(self, kernels: Any, values: tuple[Any, ...], device: torch.device) -> tuple[Any, ...]:
+        size = self.workspace_size(kernels, values)
+        return self.replaced(values, "workspace", torch.empty(size, dtype=torch.uint8, device=device)) if size else values
 
 
 # ---------------------------------------------------------------------------------------------------------------- memory

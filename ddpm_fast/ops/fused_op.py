@@ -116,8 +116,7 @@ class FusedOp:
         self._small = [i for i in self.tensors if i not in self._maps]
         self._main = (self._maps or self.tensors)[0]
         self._dtype_argument = names.index("dtype") if "dtype" in names else None
-        unknown = {*(reads or ()), *host_only} - {*names, *outputs}
-        if unknown:
+        if unknown := {*(reads or ()), *host_only} - {*names, *outputs}:
             raise ImportError(f"ddpm_fast: {name} has no argument or result {', '.join(sorted(unknown))}")
         self.read = [i for i in self.tensors if reads is None or names[i] in reads]
         self.read_results = [i for i, result in enumerate(self.Results._fields) if result in saved or result in (reads or ())]
@@ -168,7 +167,8 @@ class FusedOp:
                 return self._wanted(Derivative.apply(self, compute, False, backend, *arguments))  # type: ignore[no-untyped-call]
             if self.reference is not None:
                 return self._by_reference(arguments, out)
-        return self._wanted(self.run(chosen, arguments, saves=False, out=out))
+        results = self.run(chosen, arguments, saves=False, out=out)
+        return results[0] if self.num_results == 1 else results[: self.num_results]  # as `_wanted`, without a call
 
     def _wanted(self, results: tuple[Any, ...]) -> Any:
         """Return the results of a call without those of `saved`."""

@@ -64,8 +64,9 @@ def reverse_step(
         noise: z, like x_t. Pass at most one of `noise` and `seeds`.
         seeds: int64 [N]. z is `noise(x_t.shape, seeds, stream=step)`. A plan without randomness (DDIM)
             needs neither.
-        x_0_prev: x_0^ of the previous step, like x_t, for plans that use k3.
-        x_0_prev2: x_0^ of the step before that, like x_t, for plans that use k4.
+        x_0_prev: x_0^ of the previous step, like x_t, for plans that use k3. The first step weighs it by 0: pass
+            zeros.
+        x_0_prev2: x_0^ of the step before that, like x_t, for plans that use k4. The first two steps weigh it by 0.
         guidance_scale: Scale w of classifier-free guidance, m = m_u + w (m_c - m_u) (Ho and Salimans
             2022). torch.compile treats the number as a constant and recompiles for each new value.
         return_x_0: Also return x_0^.

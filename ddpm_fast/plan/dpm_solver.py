@@ -70,7 +70,8 @@ def dpm_solver_plan(
         D1  = (x_0^ - x_0_prev) h / h'        E1 = (x_0_prev - x_0_prev2) h / h''        D2 = (D1 - E1) h / (h' + h'')
         phi D = phi x_0^ + b (D1 + D2 h' / h) + c D2,        b = 1 - phi / H,  c = 1/2 - b / H,  H = (1 + eta) h
 
-    With eta 1 this plan has c = -1/2 - b / H. That is not what the derivation gives, but what diffusers has.
+    With eta 1 this plan has c = -1/2 - b / H, as diffusers has it and not as the derivation gives it. It is then less exact
+    than order 2.
 
     The clip acts on x_0^ before it is remembered.
 
@@ -79,7 +80,7 @@ def dpm_solver_plan(
         num_steps: The number of steps S, each one network evaluation: 1..T-1, or 1..T with "trailing" and "karras". None takes
             the length of the list in `spacing`.
         order: 1, 2 or 3. A step of order 2 uses x_0_prev, one of order 3 x_0_prev2 too. The first step has order 1, the second
-            at most 2.
+            at most 2. See `lower_order_final` for the last ones.
         eta: 0 solves the ordinary differential equation, without noise. 1 solves the stochastic one ("sde-dpmsolver++").
             Values between scale the noise. With order 3 it is 0 or 1.
         solver: The estimate of D in steps of order 2: "midpoint", or "heun", which integrates the extrapolation exactly.
@@ -95,7 +96,7 @@ def dpm_solver_plan(
             the argument `sigma_min` is.
         lower_order_final: In plans of fewer than 15 steps, take order 1 in the last step and at most 2 in the one before.
             With final="zero" the last step always has order 1.
-        lambda_min: Leave out timesteps with a smaller lambda. Cosine schedules need -5.1 with order 2.
+        lambda_min: Leave out timesteps with a smaller lambda. Cosine schedules need -5.1 with orders 2 and 3.
         start: Begin at this timestep of the plan instead of the first, with a step of order 1.
         prediction: The meaning of the model's output: "epsilon", "sample" or "v_prediction".
         clip: Clamp x_0^ to [-clip, clip]. None disables the clip.

@@ -351,7 +351,7 @@ class DDIMInverseScheduler(PlanScheduler, diffusers.DDIMInverseScheduler):
 class DPMSolverMultistepScheduler(PlanScheduler, diffusers.DPMSolverMultistepScheduler):
     """DPM-Solver++ (Lu et al. 2022) with the arguments of `diffusers.DPMSolverMultistepScheduler`.
 
-    It supports algorithm_type "dpmsolver++" and "sde-dpmsolver++", and Karras's sigmas. See
+    It supports orders 1 to 3, algorithm_type "dpmsolver++" and "sde-dpmsolver++", and Karras's sigmas. See
     `ddpm_fast.dpm_solver_plan`. It also supports all beta schedules of DDPMScheduler.
 
     Raises:
