@@ -145,7 +145,7 @@ def _checked_out(
         raise InvalidValue(op, "x_t", "to be contiguous or channels_last with out=", got)
     for each in outs:
         check_like(op, "out", each, "x_t", x_t)
-        if each.is_neg():  # which Inductor reads wrongly
+        if not torch.compiler.is_compiling() and each.is_neg():
             raise InvalidValue(op, "out", "to be a tensor without lazy negation", "one: pass out.resolve_neg()")
         if each.stride() != x_t.stride():
             raise InvalidValue(op, "out", f"to be dense, with the strides of x_t, {x_t.stride()}", each.stride())
