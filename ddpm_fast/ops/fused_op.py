@@ -341,7 +341,7 @@ class FusedOp:
 
 def _written(results: tuple[Any, ...], out: Outs) -> tuple[Any, ...]:
     """Return the results, the first ones copied to the tensors given for them."""
-    return (*(each.copy_(result) for each, result in zip(out, results, strict=False)), *results[len(out) :])
+    return (*(each.copy_(result) for each, result in zip(out, results[: len(out)], strict=True)), *results[len(out) :])
 
 
 def _named(kind: str, *names: str) -> Any:
