@@ -174,11 +174,12 @@ template <class Args>
 void def_workspace(py::module_& m, const std::string& name, std::int64_t (*bytes)(const Args&)) {
   const std::vector<std::string> fields = field_names<Args>();
   const std::string function = name + "_workspace";
-  def(m, function, "Bytes of the scratch buffer, for the values of the kernel's `fields`.", [name, fields, bytes](Values values) -> py::object {
-    Args args{};
-    for_each_field(args, Reader(name, fields, values));
-    return py::int_(bytes(args));
-  });
+  def(m, function, "Bytes of the scratch buffer, for the values of the kernel's `fields`.",
+      [name, fields, bytes](Values values) -> py::object {
+        Args args{};
+        for_each_field(args, Reader(name, fields, values));
+        return py::int_(bytes(args));
+      });
 }
 
 // -------------------------------------------------------------------------------------------------------------- kernels

@@ -135,8 +135,7 @@ void run_with(const ReverseStepArgs& a) {
   const bool learned = a.variance != Variance::kFixed;
   // A channels_last pixel has the channels of the prediction, and then those of the variance.
   const bool interleaved = learned && a.shape.channels_last && a.shape.hw > 1;
-  const bool plain = !learned && !a.has_guidance && a.x_0 == nullptr && a.x_0_prev == nullptr &&
-                     a.x_0_prev2 == nullptr;
+  const bool plain = !learned && !a.has_guidance && a.x_0 == nullptr && a.x_0_prev == nullptr && a.x_0_prev2 == nullptr;
   const bool whole = aligned<T>(a.x_prev, kVector) && aligned<T>(a.x_0, kVector) && aligned<T>(a.x_t, kVector) &&
                      aligned<M>(a.model_output, kVector) && aligned<T>(a.noise, kVector) &&
                      aligned<T>(a.x_0_prev, kVector) && aligned<T>(a.x_0_prev2, kVector);
