@@ -34,8 +34,8 @@ class StepState:
     Attributes:
         x_t: [n, C, H, W], replaced by x_{t-1}: x_T after `start`, x_0 after the last step.
         history: x_0_prev and x_0_prev2, as far as the plan uses them, like x_t. The step updates them.
-        x_0: Where the step puts its x_0^: x_0_prev itself, or with x_0_prev2 other memory, because x_0_prev moves there
-            first. None: nowhere.
+        x_0: Destination of the step's x_0^. It is x_0_prev itself, unless the step copies x_0_prev to x_0_prev2. None: the
+            plan does not use x_0^ again.
         seeds: int64 [n].
         class_labels: int64 [1, n], or [2, n] with guidance: of the conditional half, then of the other. None: no labels.
         step: int64 [1], the number of the step, which the step counts up.

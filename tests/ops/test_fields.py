@@ -5,14 +5,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ddpm_fast import sample_seeds
+from ddpm_fast import reference, sample_seeds
 from ddpm_fast.ops import OPS, backend
 from ddpm_fast.ops.compiled_kernel import CompiledKernel
-from ddpm_fast.ops.fused_op import FusedOp
+from ddpm_fast.ops.fused_op import FusedOp, schema_of
 
 pytestmark = pytest.mark.skipif(backend.native_error() is not None, reason="there is no compiled module")
 
-SCHEMA = "Map x_0, Tensor t, Tensor table, Map? noise, Tensor? seeds, ScalarType dtype"
+SCHEMA = schema_of(reference.q_sample)
 
 
 def declare(schema: str, output: str = "x_t") -> None:
