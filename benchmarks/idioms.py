@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ddpm_fast import NoiseSchedule, SamplingPlan, denoising_loss, noise, q_sample, sample_seeds
 from ddpm_fast.nn import CIFAR10_32, HO_256, UNet
 from ddpm_fast.nn.layers import GroupNormSiLU
+from ddpm_fast.plan import COLUMNS
 from ddpm_fast.reference import STREAM_Q_SAMPLE
 
 SCHEDULE = NoiseSchedule.linear()
@@ -37,14 +38,18 @@ def add_noise(x_0: Tensor, t: Tensor, alpha_bars: Tensor, noise: Tensor | None =
     return alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * noise
 
 
-def reverse_step(x_t: Tensor, epsilon: Tensor, row: list[float], noise: Tensor | None = None) -> Tensor:
+def rows_of(plan: SamplingPlan) -> list[dict[str, float]]:
+    """Return the coefficients of each step by name."""
+    return [dict(zip(COLUMNS, row, strict=True)) for row in plan.coefficients.tolist()]
+
+
+def reverse_step(x_t: Tensor, epsilon: Tensor, row: dict[str, float], noise: Tensor | None = None) -> Tensor:
     """Take one step of ancestral sampling through a clipped x_0^ (Ho et al. 2020, eq. 7), from a row of coefficients."""
-    p, q, k0, k1, _, _, sigma, _, _, clip = row
-    x_0 = (p * x_t + q * epsilon).clamp(-clip, clip)
-    mean = k0 * x_0 + k1 * x_t
-    if sigma == 0:
+    x_0 = (row["p"] * x_t + row["q"] * epsilon).clamp(-row["clip"], row["clip"])
+    mean = row["k0"] * x_0 + row["k1"] * x_t
+    if row["sigma"] == 0:
         return mean
-    return mean + sigma * (torch.randn_like(x_t) if noise is None else noise)
+    return mean + row["sigma"] * (torch.randn_like(x_t) if noise is None else noise)
 
 
 def group_norm_silu(
@@ -147,7 +152,7 @@ def sample(
     x = like.to(torch.float64 if like.dtype == torch.float64 else torch.float32)
     x = torch.randn_like(x) if draw is None else draw(None, x)
     timesteps = plan.timesteps.to(like.device)[:, None].expand(-1, len(like)).contiguous()  # no step waits for the host
-    for step, row in enumerate(plan.coefficients.tolist()):
+    for step, row in enumerate(rows_of(plan)):
         output = network(x.to(like.dtype), timesteps[step], labels)
         epsilon = (output if isinstance(output, Tensor) else output.sample).to(x.dtype)
         x = reverse_step(x, epsilon, row, None if draw is None else draw(step, x))

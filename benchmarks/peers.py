@@ -103,10 +103,13 @@ def _replaced(arguments: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str
 
 def has_idiom(case: Case) -> bool:
     """Return whether `idioms.py` has the eager code of a case. The reference stands in for the others."""
+    from ddpm_fast.plan import COLUMNS
+
     options = case.options
     if case.op == "reverse_step":
         plan = options["plan"]
-        through_x_0 = plan.variance == "fixed" and not plan.coefficients[:, 4:7].any()  # the idiom has no k2, k3 and k4
+        unknown = [COLUMNS.index(name) for name in ("k2", "k3", "k4")]
+        through_x_0 = plan.variance == "fixed" and not plan.coefficients[:, unknown].any()
         return through_x_0 and options.get("step") != "sample" and options.keys() <= {"plan", "step", "source"}
     if case.op == "denoising_loss":
         plain = options.get("prediction", "epsilon") == "epsilon" and options.get("reduction", "mean") == "mean"
@@ -144,7 +147,7 @@ def eager_op(call: Call, case: Case, epsilon: Tensor | None = None) -> Function:
             )
         return lambda x_0, noise=None: idioms.add_noise(x_0, t, alpha_bars, like(x_0) if noise is None else noise)
     if case.op == "reverse_step":
-        row = arguments["plan"].coefficients[int(arguments["step"])].tolist()
+        row = idioms.rows_of(arguments["plan"])[int(arguments["step"])]
         return lambda x_t, model_output, noise=None: idioms.reverse_step(
             x_t, model_output, row, like(x_t) if noise is None else noise
         )

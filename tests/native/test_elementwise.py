@@ -7,6 +7,7 @@ from torch import Tensor
 
 import ddpm_fast
 from ddpm_fast import _native, reference
+from ddpm_fast.plan import COLUMNS
 
 # Ends within a block, a vector and a tile; more channels than a tile holds; one pixel; several tiles a sample.
 SHAPES = [(3, 3, 7, 5), (2, 37, 9, 9), (2, 5, 1, 1), (2, 3, 40, 32)]
@@ -44,7 +45,7 @@ def test_conversions_to_16_bits_round_like_torch() -> None:
     values = torch.cat([halves.float(), halves.float().nextafter(torch.tensor(9e9)), edges, -edges])
     values = torch.cat([values, values * (1 + 2.0**-11), values * (1 + 2.0**-9)])
     values = values[~values.isinf()]
-    k2_only = torch.tensor([[0.0, 0, 0, 0, 1, 0, 0, 0, 0, 1]])  # a plan with x_{t-1} = the model's output
+    k2_only = torch.tensor([[float(name in ("k2", "clip")) for name in COLUMNS]])  # a plan with x_{t-1} = the model's output
     noise_only = torch.tensor([[0.0, 1.0]])  # a schedule with x_t = epsilon
     first = torch.tensor([0])
     for code, dtype in ((2, torch.float16), (3, torch.bfloat16)):
