@@ -62,11 +62,11 @@ def philox(seeds: Tensor, stream: int | Tensor, first_block: int, num_blocks: in
     Args:
         seeds: int64 [N]. The 64 bits of a seed are the key of its sample.
         stream: Second word of the counter, 0..2^32-1: an int, or int64 [N] or [1].
-        first_block: First word of the counter for the first block.
+        first_block: Number of the first block, 0..2^63-1. Its low 32 bits are word 0 of the counter, its high bits word 2.
         num_blocks: Number B of consecutive blocks.
 
     Returns:
-        int64 [4, N, B] with values 0..2^32-1, equal to `tl.randint4x(seed, block + (stream << 32))`.
+        int64 [4, N, B] with values 0..2^32-1. Blocks below 2^32 equal `tl.randint4x(seed, block + (stream << 32))`.
     """
     mask = 0xFFFFFFFF
     multipliers = torch.tensor([[[0xD2511F53]], [[0xCD9E8D57]]], device=seeds.device)
@@ -74,7 +74,7 @@ def philox(seeds: Tensor, stream: int | Tensor, first_block: int, num_blocks: in
     key = torch.stack([seeds, seeds >> 32])[..., None] & mask  # [2, N, 1]
     # Words 0 and 2 of the counter are multiplied, words 1 and 3 are added to.
     block = torch.arange(first_block, first_block + num_blocks, device=seeds.device)
-    even = torch.stack([block, torch.zeros_like(block)])[:, None]  # [2, 1, B]
+    even = torch.stack([block & mask, block >> 32])[:, None]  # [2, 1, B]
     streams = stream if isinstance(stream, Tensor) else torch.full((1,), stream, device=seeds.device)
     odd = torch.stack([streams, torch.zeros_like(streams)])[..., None]  # [2, N or 1, 1]
     for _ in range(10):

@@ -24,7 +24,7 @@ def sample_seeds(seed: int, n: int, start: int = 0) -> Tensor:
     Args:
         seed: The run's seed, -2^63 .. 2^64 - 1.
         n: The number of seeds, at least 0.
-        start: The number of the first sample, at least 0; start + n is at most 2^32.
+        start: The number of the first sample, at least 0; start + n is below 2^63.
 
     Returns:
         int64 [n] on the CPU.
@@ -35,9 +35,9 @@ def sample_seeds(seed: int, n: int, start: int = 0) -> Tensor:
     """
     check_int("sample_seeds", "seed", seed, -(1 << 63), (1 << 64) - 1)
     check_int("sample_seeds", "n", n, 0, 1 << 32)
-    check_int("sample_seeds", "start", start, 0, 1 << 32)
-    if start + n > 1 << 32:
-        raise InvalidValue("sample_seeds", "start + n", "to be at most 2^32", start + n)
+    check_int("sample_seeds", "start", start, 0, 1 << 63)
+    if start + n >= 1 << 63:
+        raise InvalidValue("sample_seeds", "start + n", "to be below 2^63", start + n)
     return reference.sample_seeds(seed, n, start)
 
 

@@ -37,7 +37,10 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
         InvalidType("sample_seeds", "seed", "to be an integer in -9223372036854775808..18446744073709551615", "1.5"),
     ),
     (lambda: sample_seeds(0, -1), InvalidValue("sample_seeds", "n", "to be an integer in 0..4294967296", "-1")),
-    (lambda: sample_seeds(0, 10, 1 << 32), InvalidValue("sample_seeds", "start + n", "to be at most 2^32", "4294967306")),
+    (
+        lambda: sample_seeds(0, 10, (1 << 63) - 10),
+        InvalidValue("sample_seeds", "start + n", "to be below 2^63", "9223372036854775808"),
+    ),
     (lambda: noise((3, 2), SEEDS), InvalidValue("noise", "seeds", "to have shape [3], one a sample", "[2]")),
     (
         lambda: noise((2, 2), SEEDS.int()),
