@@ -20,7 +20,7 @@ from refusals import refused
 
 from ddpm_fast import limits
 from ddpm_fast.errors import InvalidValue
-from ddpm_fast.training.data import FASHION_MNIST_CLASSES, decoding, load_dataset, to_unit_range
+from ddpm_fast.training.data import FASHION_MNIST_CLASSES, image_files, load_dataset, to_unit_range
 
 
 def write_idx(path: Path, values: np.ndarray) -> None:
@@ -40,7 +40,7 @@ def fashion_folder(tmp_path: Path) -> tuple[Path, np.ndarray]:
 def test_fashion_mnist_is_padded_with_black(fashion_folder: tuple[Path, np.ndarray]) -> None:
     folder, images = fashion_folder
     dataset = load_dataset("fashion-mnist", folder)
-    batch, labels = dataset[torch.tensor([4, 0])]
+    batch, labels = dataset.batch(torch.tensor([4, 0]))
     assert (len(dataset), dataset.shape, dataset.classes) == (5, (1, 32, 32), FASHION_MNIST_CLASSES)
     assert labels.tolist() == [1, 3]
     assert batch.dtype == torch.uint8
@@ -94,14 +94,14 @@ def test_damaged_idx_file_is_refused(fashion_folder: tuple[Path, np.ndarray]) ->
 
 def test_digits_cover_the_range_and_splits_differ() -> None:
     train, test = load_dataset("digits"), load_dataset("digits", split="test")
-    images, labels = train[torch.arange(len(train))]
+    images, labels = train.batch(torch.arange(len(train)))
     assert (len(train), len(test), train.shape) == (1500, 297, (1, 8, 8))
     assert (int(images.min()), int(images.max())) == (0, 255)
     assert labels.unique().tolist() == list(range(10))
     resized = load_dataset("digits", image_size=16)
     assert resized.shape == (1, 16, 16)
     # Resizing keeps the mean grey value; digits leave the border, where the antialiasing kernel is cut, almost black.
-    assert abs(float(resized[torch.arange(1500)][0].float().mean() - images.float().mean())) < 1
+    assert abs(float(resized.images.float().mean() - images.float().mean())) < 1
 
 
 def test_folder_is_cropped_resized_and_labelled_by_sub_folder(tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_folder_is_cropped_resized_and_labelled_by_sub_folder(tmp_path: Path) ->
     Image.fromarray(np.full((40, 40), 77, dtype=np.uint8)).save(tmp_path / "cat" / "grey.PNG")
     (tmp_path / "cat" / "notes.txt").write_text("no image")
     dataset = load_dataset(str(tmp_path), image_size=20)
-    images, labels = dataset[torch.tensor([1, 0, 1])]
+    images, labels = dataset.batch(torch.tensor([1, 0, 1]))
     assert (len(dataset), dataset.shape, dataset.classes) == (2, (3, 20, 20), ("cat", "dog"))
     assert labels.tolist() == [1, 0, 1]
     assert images[1].eq(77).all()
@@ -124,7 +124,7 @@ def test_folder_is_cropped_resized_and_labelled_by_sub_folder(tmp_path: Path) ->
     assert torch.equal(images[0], images[2])
     for file in tmp_path.rglob("*.png"):
         file.unlink()  # decoded images are kept
-    assert torch.equal(dataset[torch.tensor([1])][0][0], images[0])
+    assert torch.equal(dataset[1][0], images[0])
 
 
 def test_images_without_sub_folders_share_one_class(tmp_path: Path) -> None:
@@ -166,38 +166,78 @@ def test_bad_requests_are_refused(tmp_path: Path) -> None:
         load_dataset(str(tmp_path))
 
 
+def test_a_mistyped_path_says_what_may_have_been_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "faces.zip").touch()
+    (tmp_path / "notes.txt").touch()
+    monkeypatch.chdir(tmp_path)
+    wanted = "to be one of digits, fashion-mnist, cifar10, a zip file or a folder"
+    cases = [
+        ("imges", "; did you mean 'images'?"),
+        (f"{tmp_path}/imges/", f"; did you mean '{tmp_path}/images'?"),
+        ("face.zip", "; did you mean 'faces.zip'?"),
+        ("cifar-10", "; did you mean 'cifar10'?"),
+        ("note.txt", ""),  # a file of another kind is no data set
+        ("no/where/images", ": there is no folder 'no/where'"),
+    ]
+    for name, hint in cases:
+        with refused(InvalidValue("load_dataset", "name", wanted, f"{name!r}, which does not exist{hint}")):
+            load_dataset(name)
+
+
+def test_data_sets_are_map_style() -> None:
+    dataset = load_dataset("digits")
+    image, label = dataset[7]
+    assert (image.dtype, image.shape, type(label)) == (torch.uint8, (1, 8, 8), int)
+    images, labels = next(iter(torch.utils.data.DataLoader(dataset, batch_size=1500)))  # each item by itself
+    assert torch.equal(images, dataset.images[:])
+    assert torch.equal(labels, dataset.labels)
+    assert len(list(dataset)) == len(dataset)  # an index beyond the end is an IndexError
+    with pytest.raises(IndexError):
+        dataset[-1501]
+    with pytest.raises(TypeError):
+        dataset[torch.arange(2)]  # type: ignore[index]
+
+
 @pytest.mark.parametrize(("name", "module"), [("cifar10", "torchvision.datasets"), ("digits", "sklearn.datasets")])
-def test_missing_package_names_the_extra(name: str, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_names_the_extra(name: str, module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, module.split(".")[0], None)
     monkeypatch.delitem(sys.modules, module, raising=False)
     with pytest.raises(ImportError, match=rf"{module} is missing: install it with pip install 'ddpm_fast\[train\]'"):
-        load_dataset(name)
+        load_dataset(name, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("name", "source", "wanted"),
+    ("name", "source", "download", "wanted"),
     [
         (
             "cifar10",
             "CIFAR10",
-            r"from https://www\.cs\.toronto\.edu/.*, got: .*unreachable.*put cifar-10-python\.tar\.gz into .*",
+            "torchvision.datasets.utils.download_url",
+            r"from https://www\.cs\.toronto\.edu/.*, got: .*unreachable.*put cifar-10-binary\.tar\.gz into .*",
         ),
-        ("fashion-mnist", "FashionMNIST", r"from http.*, got: .*unreachable.*put train-images-idx3.* into .*"),
+        (
+            "fashion-mnist",
+            "FashionMNIST",
+            "torchvision.datasets.FashionMNIST.__init__",
+            r"from http.*, got: .*unreachable.*put train-images-idx3.* into .*",
+        ),
     ],
 )
 def test_a_failed_download_says_where_from_and_what_else_to_do(
-    name: str, source: str, wanted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, source: str, download: str, wanted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    datasets = pytest.importorskip("torchvision.datasets")
+    pytest.importorskip("torchvision.datasets")
 
     def fail(*_: object, **__: object) -> None:
         raise urllib.error.URLError("network is\nunreachable")
 
-    monkeypatch.setattr(getattr(datasets, source), "__init__", fail)
+    monkeypatch.setattr(download, fail)
     with pytest.raises(OSError, match=rf"load_dataset: expected {source} in '{tmp_path}' or {wanted}--data-dir\)") as info:
         load_dataset(name, tmp_path)
     assert ("Debian's package dataset-fashion-mnist" in str(info.value)) == (name == "fashion-mnist")
     assert "\n" not in str(info.value)
+    assert not list(tmp_path.iterdir())  # no part of a file
 
 
 # ---------------------------------------------------------------------------------------------------------- kinds of images
@@ -207,7 +247,7 @@ def one_image(folder: Path) -> np.ndarray:
     """Return the only image of a folder, [H, W, 3]."""
     dataset = load_dataset(str(folder))
     assert len(dataset) == 1
-    return dataset[torch.tensor([0])][0][0].permute(1, 2, 0).numpy()
+    return dataset[0][0].permute(1, 2, 0).numpy()
 
 
 GREYS = np.array([[0, 64], [128, 255]], dtype=np.uint8)
@@ -346,7 +386,7 @@ def test_broken_images_can_be_left_out(
     with caplog.at_level(logging.WARNING):
         dataset = load_dataset(str(tmp_path), image_size=image_size, skip_broken=True)
     assert (len(dataset), dataset.classes, dataset.labels.tolist()) == (2, ("",), [0, 0])
-    images, _ = dataset[torch.arange(2)]
+    images, _ = dataset.batch(torch.arange(2))
     assert torch.equal(images[0], images[1])
     assert images.float().std() > 10
     assert f"{len(broken)} of {len(broken) + 2} images in {tmp_path} left out: bomb.png (Decomp" in caplog.text
@@ -400,11 +440,13 @@ def test_images_that_do_not_fit_into_memory_are_refused_before_they_are_read(
 ) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     monkeypatch.setattr(limits, "free_memory", lambda: 300_000_000)
-    monkeypatch.setattr("ddpm_fast.training.data.image_files.decode", lambda *_: pytest.fail("an image was decoded"))
+    monkeypatch.setattr("ddpm_fast.training.data.image_files.resized_square", lambda *_: pytest.fail("an image was decoded"))
     wanted = r"expected image_size to fit into memory, got 10001 for 1 images, which needs about 300\.1 MB of 300\.0 MB"
     with pytest.raises(ValueError, match=wanted):
         load_dataset(str(tmp_path), image_size=10001)
-    with pytest.raises(ValueError, match=r"image_size to fit into memory, got 1000, which needs about 3\.0 GB of 300\.0 MB"):
+    with pytest.raises(
+        ValueError, match=r"image_size to fit into memory, got 1000 for 1500 images, which needs about 3\.0 GB of 300\.0 MB"
+    ):
         load_dataset("digits", image_size=1000)
 
 
@@ -426,7 +468,7 @@ def test_images_wait_for_memory_and_a_large_one_is_read_alone(tmp_path: Path, mo
     Image.new("RGB", (40, 40)).save(tmp_path / "large.png")
     monkeypatch.setattr("ddpm_fast.training.data.image_files.free_memory", lambda: 4 * 16 * 250)
     lock, held, together = threading.Lock(), [0], []
-    resized_square = decoding.resized_square
+    resized_square = image_files.resized_square
 
     def watch(opened: Any, size: int) -> np.ndarray:
         pixels = opened.width * opened.height
@@ -439,7 +481,7 @@ def test_images_wait_for_memory_and_a_large_one_is_read_alone(tmp_path: Path, mo
             held[0] -= pixels
         return result
 
-    monkeypatch.setattr(decoding, "resized_square", watch)
+    monkeypatch.setattr(image_files, "resized_square", watch)
     monkeypatch.setattr("os.cpu_count", lambda: 8)
     assert len(load_dataset(str(tmp_path), image_size=8)) == 13
     assert set(together) == {100, 200, 1600}
@@ -452,5 +494,5 @@ def test_broken_images_are_kept_as_texts() -> None:
     def fail(name: str) -> None:
         raise ValueError("damaged")
 
-    assert decoding.try_each(fail, ["a.png"], broken) == [None]
+    assert image_files.try_each(fail, ["a.png"], broken) == [None]
     assert broken == {"a.png": "ValueError: damaged"}

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpm_fast.training.data import archive, load_dataset
+from ddpm_fast.training.data import containers, load_dataset
 
 NAMES = ["00000/img1.png", "00000/img0.png", "b.png", "00001-more/deep/img2.PNG", "A.png"]
 
@@ -110,9 +110,9 @@ def test_a_damaged_image_is_named(files: dict[str, bytes], memory: int | None, t
     with pytest.raises(
         ValueError, match=r"Pillow can read in .*a\.zip, got .*b\.png \(BadZipFile: Bad CRC-32 for file 'b\.png'\)"
     ):
-        load_dataset(str(path), memory=memory)[torch.arange(5)]
+        load_dataset(str(path), memory=memory).batch(torch.arange(5))
     dataset = load_dataset(str(path), memory=memory, skip_broken=True)
-    assert len(dataset[torch.arange(4)][0]) == len(dataset) == 4
+    assert len(dataset.batch(torch.arange(4))[0]) == len(dataset) == 4
 
 
 def test_large_files_are_refused_before_they_are_unpacked(
@@ -120,12 +120,12 @@ def test_large_files_are_refused_before_they_are_unpacked(
 ) -> None:
     path = write_zip(tmp_path / "a.zip", {**files, "bomb.png": bytes(10**6)}, [], zipfile.ZIP_DEFLATED)
     assert path.stat().st_size < 10_000
-    monkeypatch.setattr(archive, "_MAX_IMAGE", 10**5)
+    monkeypatch.setattr(containers, "_MAX_IMAGE", 10**5)
     monkeypatch.setattr(zipfile.ZipFile, "open", lambda *_: pytest.fail("a file was opened"))
     with pytest.raises(ValueError, match=r"expected bomb\.png to have at most 100000 bytes, got 1000000, in '.*a\.zip'"):
         load_dataset(str(path))
-    monkeypatch.setattr(archive, "_MAX_IMAGE", 10**7)
-    monkeypatch.setattr(archive, "MAX_BYTES", 5)
+    monkeypatch.setattr(containers, "_MAX_IMAGE", 10**7)
+    monkeypatch.setattr(containers, "_MAX_LABELS", 5)
     with pytest.raises(ValueError, match=r"expected dataset\.json to have at most 5 bytes, got 14, in '.*a\.zip'"):
         load_dataset(str(path))
 

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs import train
 
 from ddpm_fast.checks import checked_bytes
-from ddpm_fast.training import train
 from ddpm_fast.training.data import ImageDataset, load_dataset
 
 
@@ -32,9 +32,9 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "images"
 
 
-def encoded(folder: Path, *, memory: int = 0, workers: int = 2, **options: Any) -> ImageDataset:
+def encoded(folder: Path, *, memory: int = 0, **options: Any) -> ImageDataset:
     dataset = load_dataset(str(folder), memory=0, **options)
-    return replace(dataset, images=replace(dataset.images, memory=memory, workers=workers))
+    return replace(dataset, images=replace(dataset.images, memory=memory))
 
 
 def decoding_threads() -> list[str]:
@@ -43,9 +43,12 @@ def decoding_threads() -> list[str]:
 
 @pytest.mark.parametrize("workers", [1, 2, 7])
 @pytest.mark.parametrize("image_size", [None, 5])
-def test_batches_are_those_of_images_in_memory(folder: Path, image_size: int | None, workers: int) -> None:
+def test_batches_are_those_of_images_in_memory(
+    folder: Path, image_size: int | None, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: workers)
     whole = load_dataset(str(folder), image_size=image_size)
-    dataset = encoded(folder, workers=workers, image_size=image_size)
+    dataset = encoded(folder, image_size=image_size)
     assert isinstance(whole.images, torch.Tensor)
     assert not isinstance(dataset.images, torch.Tensor)
     assert (dataset.shape, len(dataset), dataset.classes) == (whole.shape, 30, ("a", "b"))
@@ -57,8 +60,12 @@ def test_batches_are_those_of_images_in_memory(folder: Path, image_size: int | N
     for each, batch, expected in zip(indices, batches, whole.batches(indices), strict=True):
         assert torch.equal(batch[0], expected[0])
         assert torch.equal(batch[1], expected[1])
-        assert torch.equal(dataset[each][0], expected[0])
+        assert torch.equal(dataset.batch(each)[0], expected[0])
     assert not decoding_threads()
+    for index in (0, 29, -1):
+        image, label = dataset[index]
+        assert torch.equal(image, whole[index][0])
+        assert (type(label), label) == (int, whole[index][1])
 
 
 def test_memory_decides_where_images_are(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -70,7 +77,7 @@ def test_memory_decides_where_images_are(folder: Path, caplog: pytest.LogCapture
 
 
 def test_sizes_are_checked_without_decoding(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ddpm_fast.training.data.image_files.decode", lambda *_: pytest.fail("an image was decoded"))
+    monkeypatch.setattr("ddpm_fast.training.data.image_files.resized_square", lambda *_: pytest.fail("an image was decoded"))
     load_dataset(str(folder), memory=0)
     (folder / "a" / "text.png").write_text("no image")
     with pytest.raises(ValueError, match=r"got 1 of 31 that it cannot: a/text\.png \(UnidentifiedImageError\); skip"):
@@ -86,14 +93,14 @@ def test_few_decoded_images_wait(folder: Path, memory: int, ahead: int, monkeypa
     """Count images that are decoded, with batches of 4, of which each is in use until the next one is asked for."""
     from ddpm_fast.training.data import image_files
 
-    decode, begun, lock = image_files.decode, [0], threading.Lock()
+    resized_square, begun, lock = image_files.resized_square, [0], threading.Lock()
 
     def count(*arguments: Any) -> np.ndarray:
         with lock:
             begun[0] += 1
-        return decode(*arguments)
+        return resized_square(*arguments)
 
-    monkeypatch.setattr(image_files, "decode", count)
+    monkeypatch.setattr(image_files, "resized_square", count)
     dataset = encoded(folder, memory=memory)
     taken = [0]
 
@@ -125,7 +132,7 @@ def test_a_broken_image_is_an_error_of_its_batch(folder: Path) -> None:
         next(batches)
     assert not decoding_threads()
     with pytest.raises(ValueError, match=wanted):
-        dataset[torch.tensor([20])]
+        dataset[20]
 
 
 def test_broken_images_are_left_out_after_one_pass(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -136,7 +143,7 @@ def test_broken_images_are_left_out_after_one_pass(folder: Path, caplog: pytest.
     assert "1 of 30 images in" in caplog.text
     whole = load_dataset(str(folder), skip_broken=True)
     assert len(dataset) == 29
-    assert torch.equal(dataset[torch.arange(29)][0], whole.images)
+    assert torch.equal(dataset.batch(torch.arange(29))[0], whole.images)
     assert dataset.fingerprint(exact=True) == whole.fingerprint(exact=True)
 
 
@@ -181,12 +188,12 @@ def test_sizes_are_read(value: int | str, number: int) -> None:
 
 @pytest.mark.parametrize("value", ["", "GiB", "-1", "2iB", "2G", "2 XB", "1e9", "nan", "2GiBs", "٢GiB", -1])
 def test_other_sizes_are_refused(value: int | str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="train: expected data_memory to be "):
+    with pytest.raises(ValueError, match="DataOptions: expected data_memory to be "):
         train(tmp_path / "run", data_memory=value)
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("value", [None, 1.5, True])
 def test_other_types_of_sizes_are_refused(value: Any, tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="train: expected data_memory to be a number of bytes or text such as 2GiB, got "):
+    with pytest.raises(TypeError, match="DataOptions: expected data_memory to be a number of bytes or text such as 2GiB, got "):
         train(tmp_path / "run", data_memory=value)

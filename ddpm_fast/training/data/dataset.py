@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 import hashlib
+import math
+import operator
+import os
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import closing
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
+from types import ModuleType
+from typing import Any, Final
 
 import torch
 from torch import Tensor
-from torch.nn import functional
+from torch.utils.data import Dataset
 
+from ...errors import expect
 from ...limits import check_free_memory
-from .image_files import SAMPLED, EncodedImages
+
+SAMPLED: Final = 256  # images in a sample, at least
+
+_AHEAD: Final = 4  # batches that are read before they are asked for, at most
+_A_TASK: Final = 4  # images that a thread reads before it takes the next task
 
 
 @dataclass(frozen=True)
-class ImageDataset:
-    """Images of one size, with labels.
+class ImageDataset(Dataset[tuple[Tensor, int]]):
+    """A map-style data set of images of one size, with labels. Worker processes that read it must be forked.
 
     Attributes:
         name: The name that `load_dataset` was given.
@@ -29,7 +41,7 @@ class ImageDataset:
     """
 
     name: str
-    images: Tensor | EncodedImages | ResizedImages
+    images: Tensor | LazyImages
     labels: Tensor
     classes: tuple[str, ...]
     contents: Callable[[bool], Iterator[bytes]]
@@ -44,7 +56,17 @@ class ImageDataset:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """Return an image, uint8 [C, H, W], and its label. `batch` returns several at once.
+
+        Raises:
+            IndexError: There is no such item.
+            ValueError: The image cannot be decoded.
+        """
+        label = int(self.labels[operator.index(index)])
+        return self.images[torch.tensor([index])][0], label
+
+    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Return images, uint8 [B, C, H, W], and labels, int64 [B], at the int64 indices [B]."""
         return self.images[indices], self.labels[indices]
 
@@ -57,78 +79,95 @@ class ImageDataset:
         Raises:
             ValueError: An image of this batch cannot be decoded. The message names its file.
         """
-        if isinstance(self.images, EncodedImages):
-            with closing(self.images.batches(indices)) as batches:
-                for each, images in batches:
-                    yield images, self.labels[each]
-        else:
-            for each in indices:
-                yield self[each]
+        if isinstance(self.images, Tensor) or self.images.memory is None:
+            yield from map(self.batch, indices)
+            return
+        waiting: deque[list[Future[tuple[Tensor, Tensor]]]] = deque()
+        pool = ThreadPoolExecutor(min(32, os.cpu_count() or 1), thread_name_prefix="ddpm_fast-decode")
+        try:
+            for batch in indices:
+                waiting.append([pool.submit(self.batch, part) for part in batch.split(_A_TASK)])
+                size = len(batch) * math.prod(self.shape)
+                ahead = min(_AHEAD, max(1, self.images.memory // max(1, size) - 1))  # one more is in use
+                while len(waiting) > ahead:
+                    yield _joined(waiting.popleft())
+            while waiting:
+                yield _joined(waiting.popleft())
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def fingerprint(self, *, exact: bool = False) -> dict[str, str]:
         """Return SHA-256 digests of the data set: "sample" of labels, names, sizes and some bytes, and "exact" of all bytes."""
-        digests = {}
-        for kind in ("sample", "exact") if exact else ("sample",):
-            digest = hashlib.sha256(f"{self.shape} {self.classes}".encode())
-            digest.update(self.labels.numpy().tobytes())
-            for content in self.contents(kind == "exact"):
-                digest.update(content)
-            digests[kind] = digest.hexdigest()
-        return digests
+        return digests(
+            f"{self.shape} {self.classes}",
+            lambda exact: chain([self.labels.numpy().tobytes()], self.contents(exact)),
+            exact,
+        )
+
+
+def _joined(tasks: list[Future[tuple[Tensor, Tensor]]]) -> tuple[Tensor, Tensor]:
+    """Return the images and labels of a batch once its tasks are done. Raise the first of their errors."""
+    images, labels = zip(*(task.result() for task in tasks), strict=True)
+    return torch.cat(images), torch.cat(labels)
 
 
 @dataclass(frozen=True)
-class ResizedImages:
-    """Images uint8 [N, C, H, W] that are resized each time they are read. They are indexed like a tensor."""
+class LazyImages:
+    """Images that are decoded or resized each time they are read. They are indexed like a tensor uint8 [N, C, H, W].
 
-    source: Tensor
-    size: int
+    Attributes:
+        shape: (N, C, H, W).
+        read: A function that returns the images at int64 indices [B].
+        memory: Bytes of images that may wait to be used. Two batches may always. None: nothing is read ahead.
+    """
 
-    @property
-    def shape(self) -> torch.Size:
-        """[N, C, size, size]."""
-        return torch.Size((*self.source.shape[:2], self.size, self.size))
+    shape: tuple[int, int, int, int]
+    read: Callable[[Tensor], Tensor]
+    memory: int | None = None
 
     def __getitem__(self, indices: Tensor) -> Tensor:
-        return _resized(self.source[indices], self.size)
+        return self.read(indices)
 
 
-def in_memory(
-    name: str,
-    images: Tensor,
-    labels: Tensor,
-    classes: tuple[str, ...],
-    image_size: int | None,
-    memory: int | None,
-    preparation: str = "as they are",
-) -> ImageDataset:
-    """Return a data set that holds its images, uint8 [N, C, H, W], resized if another size is wanted.
+def fits(shape: tuple[int, int, int, int], memory: int | None, copies: int = 1) -> bool:
+    """Return whether uint8 images [N, C, size, size] take at most `memory` bytes. None: any number.
 
-    Resized images that take more than `memory` bytes are resized as they are read.
+    Raises:
+        ValueError: They do, but the host has too little free memory for this many copies.
     """
-    source = images  # other machines may resize with other roundings
-    used: Tensor | ResizedImages = images
-    if image_size is not None and tuple(images.shape[-2:]) != (image_size, image_size):
-        preparation = f"resized from {images.shape[3]}x{images.shape[2]}"
-        used = ResizedImages(images, image_size)
-        needed = len(images) * images.shape[1] * image_size**2
-        if memory is None or needed <= memory:
-            check_free_memory("load_dataset", "image_size", image_size, 2 * needed)  # the parts and the whole
-            used = torch.cat([_resized(part, image_size) for part in images.split(256)])
-
-    def contents(exact: bool) -> Iterator[bytes]:
-        step = 1 if exact else max(1, len(source) // SAMPLED)
-        for image in source[::step]:
-            yield image.numpy().tobytes()
-
-    return ImageDataset(name, used, labels, classes, contents, preparation)
+    needed = math.prod(shape)
+    if memory is not None and needed > memory:
+        return False
+    check_free_memory("load_dataset", "image_size", f"{shape[-1]} for {shape[0]} images", copies * needed)
+    return True
 
 
-def _resized(images: Tensor, size: int) -> Tensor:
-    resized = functional.interpolate(images.float(), (size, size), mode="bilinear", antialias=True)
-    return resized.round().to(torch.uint8)
+def check_labels(place: object, labels: Any, num_classes: int) -> None:
+    """Raise a ValueError unless all labels, a tensor or an array [N], are in 0..num_classes-1. `place` has them."""
+    low, high = int(labels.min()), int(labels.max())
+    wrong = low if low < 0 else high
+    expect(0 <= wrong < num_classes, "load_dataset", "labels", f"in 0..{num_classes - 1}", wrong, str(place))
+
+
+def digests(head: str, contents: Callable[[bool], Iterable[bytes]], exact: bool) -> dict[str, str]:
+    """Return SHA-256 digests of a text and contents: "sample" of `contents(False)`, "exact" of `contents(True)` if wanted."""
+    found = {}
+    for kind in ("sample", "exact") if exact else ("sample",):
+        digest = hashlib.sha256(head.encode())
+        for content in contents(kind == "exact"):
+            digest.update(content)
+        found[kind] = digest.hexdigest()
+    return found
 
 
 def to_unit_range(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Map uint8 0..255 to -1..1, the range of x_0. Black is -1. Floating images are in that range, and stay as they are."""
     return images.to(dtype) if images.is_floating_point() else images.to(dtype) * (2 / 255) - 1.0
+
+
+def import_extra(module: str, extra: str = "train") -> ModuleType:
+    """Import a module of an extra."""
+    try:
+        return __import__(module, fromlist=["_"])
+    except ImportError as error:
+        raise ImportError(f"{module} is missing: install it with pip install 'ddpm_fast[{extra}]'") from error

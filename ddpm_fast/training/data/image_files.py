@@ -1,33 +1,40 @@
-"""Encoded images: all decoded into memory at the start, or batch by batch as they are read."""
+"""Image files, decoded with Pillow: all into memory at the start, or batch by batch as they are read."""
 
 from __future__ import annotations
 
+import io
 import logging
+import math
 import os
-from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+import threading
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import BinaryIO, Final, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, BinaryIO, Final, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from ...checks import listed
-from ...errors import InvalidValue
-from ...limits import check_free_memory, free_memory, size_text
-from .decoding import AT_ONCE, BYTES_A_PIXEL, SharedPixels, decode, reason, size_of, try_each
+from ...checks import check_path, listed
+from ...errors import InvalidValue, expect
+from ...limits import free_memory, size_text
+from .dataset import SAMPLED, ImageDataset, LazyImages, fits
 
-RESIZED: Final = "cropped to squares and resized"  # the preparation of images with image_size
+if TYPE_CHECKING:
+    from PIL.Image import Image as Picture
 
-IMAGE_SUFFIXES: Final = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+_RESIZED: Final = "cropped to squares and resized"  # the preparation of images with image_size
 
-SAMPLED: Final = 256  # images in a sample, at least
+_AT_ONCE: Final = 4096  # images whose reading is planned ahead
+_BYTES_A_PIXEL: Final = 16  # while an image is decoded, converted and laid on white
 
-_AHEAD: Final = 4  # batches that are decoded before they are asked for, at most
-_A_TASK: Final = 4  # images that a thread decodes before it takes the next task
-
+_Read = TypeVar("_Read")
 _log = logging.getLogger("ddpm_fast")
 
 
@@ -37,15 +44,56 @@ class ImageFiles:
 
     Attributes:
         root: Path of the folder, archive or table.
-        names: Names in the order of the data set.
+        names: The N names in the order of the data set.
         open: A function that opens the file of a name.
         num_bytes: A function that returns the size of the file of a name.
+        labels: int64 [N], 0..len(classes)-1.
+        classes: Names of the classes; a single one if the images carry no labels.
+        keeps_classes: Keep classes of which no image can be read.
     """
 
     root: str
     names: Sequence[str]
     open: Callable[[str], BinaryIO]
     num_bytes: Callable[[str], int]
+    labels: Tensor
+    classes: tuple[str, ...]
+    keeps_classes: bool = True
+
+    def size(self, name: str) -> tuple[int, int]:
+        """Return the width and height in an image's header."""
+        from PIL import Image
+
+        with self.open(name) as file, Image.open(file) as opened:  # reads the header alone
+            return opened.width, opened.height
+
+    def decode(self, name: str, size: int, shared: _SharedPixels) -> NDArray[np.uint8]:
+        """Return the largest centred square of an image, resized to [3, size, size]."""
+        from PIL import Image
+
+        with self.open(name) as file:
+            if not isinstance(file, io.BufferedReader):
+                file = io.BytesIO(file.read())  # an archive compares a file's checksum only when it is read whole
+            with Image.open(file) as opened, shared.held(opened.width * opened.height):
+                return resized_square(opened, size)
+
+    def read(self, size: int, shared: _SharedPixels, indices: Tensor) -> Tensor:
+        """Return the images at the int64 indices [B], decoded to uint8 [B, 3, size, size].
+
+        Raises:
+            ValueError: An image cannot be decoded. The message names its file.
+        """
+        names = [self.names[number] for number in indices.tolist()]
+        broken: dict[str, str] = {}
+        images = [_attempt(lambda name: self.decode(name, size, shared), name, broken) for name in names]
+        expect(
+            not broken,
+            "load_dataset",
+            "",
+            f"images that Pillow can read in {self.root}",
+            f"{_reasons(broken)}; skip_broken=True (--skip-broken) leaves such images out",
+        )
+        return torch.from_numpy(np.array(images, np.uint8).reshape(len(names), 3, size, size))
 
     def contents(self, exact: bool) -> Iterator[bytes]:
         """Yield the names and sizes, and bytes of the files: all, or some of a sample."""
@@ -59,173 +107,69 @@ class ImageFiles:
                         break
 
 
-@dataclass(frozen=True)
-class EncodedImages:
-    """Images that are decoded each time they are read. They are indexed like a tensor uint8 [N, 3, size, size].
-
-    Attributes:
-        files: The images.
-        size: Height and width in pixels.
-        memory: Bytes of decoded images that may wait to be used. Two batches may always.
-        workers: Number of threads that decode.
-    """
-
-    files: ImageFiles
-    size: int
-    memory: int
-    workers: int
-
-    @property
-    def shape(self) -> torch.Size:
-        """[N, 3, size, size]."""
-        return torch.Size((len(self.files.names), 3, self.size, self.size))
-
-    def __getitem__(self, indices: Tensor) -> Tensor:
-        with closing(self.batches([indices])) as batches:
-            return next(batches)[1]
-
-    def batches(self, indices: Iterable[Tensor]) -> Generator[tuple[Tensor, Tensor], None, None]:
-        """Yield each of the indices, int64 [B], with its images, uint8 [B, 3, size, size].
-
-        Threads decode the next batches in the meantime. Closing the iterator stops them.
-
-        Raises:
-            ValueError: An image of this batch cannot be decoded.
-        """
-        free = free_memory() or 4 << 30
-        shared = SharedPixels(min(free // 4, self.memory) // BYTES_A_PIXEL)
-        waiting: deque[tuple[Tensor, Tensor, list[Future[None]]]] = deque()
-        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="ddpm_fast-decode")
-        try:
-            for batch in indices:
-                images = torch.empty(len(batch), *self.shape[1:], dtype=torch.uint8)
-                tasks = [
-                    pool.submit(self._fill, part, numbers.tolist(), shared)
-                    for part, numbers in zip(images.split(_A_TASK), batch.split(_A_TASK), strict=True)
-                ]
-                waiting.append((batch, images, tasks))
-                ahead = min(_AHEAD, max(1, self.memory // max(1, images.nbytes) - 1))  # one more is in use
-                del images, tasks
-                while len(waiting) > ahead:
-                    yield _done(*waiting.popleft())
-            while waiting:
-                yield _done(*waiting.popleft())
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-    def _fill(self, images: Tensor, numbers: Sequence[int], shared: SharedPixels) -> None:
-        pixels = images.numpy()  # PyTorch's copies would start threads of their own
-        for row, number in enumerate(numbers):
-            name = self.files.names[number]
-            try:
-                with self.files.open(name) as file:
-                    pixels[row] = decode(file, self.size, shared)
-            except MemoryError:
-                raise
-            except Exception as error:  # Pillow's formats raise errors of many types
-                raise InvalidValue(
-                    "load_dataset",
-                    "",
-                    f"images that Pillow can read in {self.files.root}",
-                    f"{name} ({reason(error)}); skip_broken=True (--skip-broken) leaves such images out",
-                ) from error
-
-
-def _done(batch: Tensor, images: Tensor, tasks: Sequence[Future[None]]) -> tuple[Tensor, Tensor]:
-    """Return the batch once its tasks are done. Raise the first of their errors."""
-    for task in tasks:
-        task.result()
-    return batch, images
-
-
-class Loaded(NamedTuple):
-    """Images of one size that can be read.
-
-    Attributes:
-        images: uint8 [N, 3, H, W], decoded or not.
-        files: The files of these images, without the broken ones.
-        preparation: What was done to the images' size, in words.
-    """
-
-    images: Tensor | EncodedImages
-    files: ImageFiles
-    preparation: str
-
-
-def load_images(files: ImageFiles, *, image_size: int | None, skip_broken: bool, memory: int | None) -> Loaded:
-    """Load images: decoded if that takes at most `memory` bytes, else with their headers checked.
+def load_images(
+    name: str, files: ImageFiles, image_size: int | None, skip_broken: bool, first: int | None, memory: int | None
+) -> ImageDataset:
+    """Return a data set of images: decoded if that takes at most `memory` bytes, else with their headers checked.
 
     Args:
+        name: Name of the data set.
         files: The images.
         image_size: Height and width that images are resized to. By default they must be squares of one size.
         skip_broken: Leave out images that cannot be decoded.
+        first: Number of images to read. By default all are read.
         memory: Bytes that decoded images may take. By default all are decoded.
     """
-    names, root = files.names, files.root
-    if len(names) > AT_ONCE:
+    names, root = files.names[:first], files.root
+    if len(names) > _AT_ONCE:
         _log.info("reading %d images in %s", len(names), root)
     broken: dict[str, str] = {}
-
-    def fits(size: int) -> bool:
-        return memory is None or len(names) * 3 * size**2 <= memory
-
-    def size_in_header(name: str) -> tuple[int, int]:
-        with files.open(name) as file:
-            return size_of(file)
-
-    preparation = RESIZED
-    if image_size is None or not fits(image_size):
-        sizes = try_each(size_in_header, names, broken)
-        check_broken(root, names, broken, skip_broken)
+    preparation = _RESIZED
+    if image_size is None or not fits((len(names), 3, image_size, image_size), memory):
+        sizes = try_each(files.size, names, broken)
+        _check_broken(root, names, broken, skip_broken)
         if image_size is None:
             image_size, preparation = _common_size(root, [size for size in sizes if size is not None]), "as they are"
-    readable = [name for name in names if name not in broken] if broken else names
+    size, shape = image_size, (len(names), 3, image_size, image_size)
 
-    shared = SharedPixels((free_memory() or 4 << 30) // (4 * BYTES_A_PIXEL))  # a quarter of the memory
-    needed = len(names) * 3 * image_size**2
-    images: Tensor | EncodedImages
-    if memory is None or fits(image_size):
-        check_free_memory("load_dataset", "image_size", f"{image_size} for {len(names)} images", needed)
-        images = torch.empty(len(names), 3, image_size, image_size, dtype=torch.uint8)
-        pixels, rows = images.numpy(), {name: row for row, name in enumerate(names)}
+    whole = fits(shape, memory)
+    spare = (free_memory() or 4 << 30) // 4
+    shared = _SharedPixels((spare if whole or memory is None else min(spare, memory)) // _BYTES_A_PIXEL)
+    images = torch.empty(shape if whole else 0, dtype=torch.uint8)
+    pixels, rows = images.numpy(), {name: row for row, name in enumerate(names)}
+    if memory is not None and not whole:
+        message = "decoding images in %s batch by batch, as all take %s and data_memory is %s"
+        message += "; now all are decoded once, to find broken ones" if skip_broken else ""
+        _log.info(message, root, size_text(math.prod(shape)), size_text(memory))
 
-        def fill(name: str) -> None:
-            with files.open(name) as file:
-                pixels[rows[name]] = decode(file, image_size, shared)
+    def fill(name: str) -> None:
+        decoded = files.decode(name, size, shared)
+        if whole:
+            pixels[rows[name]] = decoded
 
-        try_each(fill, readable, broken)
-    else:
-        texts = size_text(needed), size_text(memory)
-        _log.info("decoding images in %s batch by batch, as all take %s and data_memory is %s", root, *texts)
-        images = EncodedImages(files, image_size, memory, min(32, os.cpu_count() or 1))
-        if skip_broken:
+    if whole or skip_broken:
+        try_each(fill, [name for name in names if name not in broken], broken)
+        _check_broken(root, names, broken, skip_broken)
 
-            def attempt(name: str) -> None:
-                with files.open(name) as file:
-                    decode(file, image_size, shared)
-
-            _log.info("decoding all images in %s once, to find broken ones", root)
-            try_each(attempt, readable, broken)
-    check_broken(root, names, broken, skip_broken)
+    readable = [row for row, name in enumerate(files.names) if name not in broken]  # also beyond the first ones
+    labels, classes = files.labels[readable], files.classes
+    if not files.keeps_classes:
+        numbers, labels = labels.unique(return_inverse=True)
+        classes = tuple(classes[number] for number in numbers.tolist())
+    kept = readable[: len(names) - len(broken)]
     if broken:
         _log.warning("%d of %d images in %s left out: %s", len(broken), len(names), root, _reasons(broken))
-        whole = [name for name in names if name not in broken]
-        files = replace(files, names=whole)
-        if isinstance(images, Tensor):
-            for row, name in enumerate(whole):  # in place, as there may be no memory for a second copy
-                images[row] = images[rows[name]]
-            images = images[: len(whole)]
-        else:
-            images = replace(images, files=files)
-    return Loaded(images, files, preparation)
+        if whole:
+            for row, old in enumerate(kept):  # in place, as there may be no memory for a second copy
+                images[row] = images[old]
+    files = replace(files, names=[files.names[row] for row in kept])
+    used: Tensor | LazyImages = images[: len(kept)]
+    if not whole:
+        used = LazyImages((len(kept), *shape[1:]), partial(files.read, size, shared), memory)
+    return ImageDataset(name, used, labels[: len(kept)], classes, files.contents, preparation)
 
 
-def is_image_name(name: str) -> bool:
-    """Return whether a file's name has the ending of an image."""
-    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
-
-
-def check_broken(root: str, names: Sequence[str], broken: Mapping[str, str], skip_broken: bool) -> None:
+def _check_broken(root: str, names: Sequence[str], broken: Mapping[str, str], skip_broken: bool) -> None:
     """Raise a ValueError if there are broken images and they must not be left out, or if there are no others."""
     if broken and (not skip_broken or len(broken) == len(names)):
         raise InvalidValue(
@@ -248,12 +192,124 @@ def _common_size(root: str, all_sizes: Sequence[tuple[int, int]]) -> int:
     (width, height), _ = sizes.most_common(1)[0]
     if len(sizes) == 1 and width == height:
         return width
-    listed = ", ".join(f"{width}x{height} ({count})" for (width, height), count in sizes.most_common(5))
-    more = f" and {len(sizes) - 5} other sizes" if len(sizes) > 5 else ""
+    found = listed([f"{width}x{height} ({count})" for (width, height), count in sizes.most_common()])
     raise InvalidValue(
         "load_dataset",
         "image_size",
         f"to be given, as the images in {root} are not squares of one size",
-        f"None with sizes {listed}{more}; image_size=64 (--image-size 64) crops each to its central square and resizes it to "
-        "64x64",
+        f"None with sizes {found}; image_size=64 (--image-size 64) crops each to its central square and resizes it to 64x64",
     )
+
+
+# --------------------------------------------------------------------------------------------------------------------- decoding
+
+
+def resized_square(opened: Picture, size: int) -> NDArray[np.uint8]:
+    """Return the largest centred square of an open image, resized to [3, size, size]."""
+    from PIL import Image, ImageOps
+
+    image = as_rgb(ImageOps.exif_transpose(opened), opened.format)
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    # Crop first, as `resize(box=...)` mixes in pixels from outside the box.
+    square = image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS)
+    pixels: NDArray[np.uint8] = np.array(square).transpose(2, 0, 1)
+    return pixels
+
+
+def as_rgb(image: Picture, kind: str | None) -> Picture:
+    """Return a picture as RGB. 16 bits a channel become 8, and what is transparent lies on white."""
+    from PIL import Image
+
+    if image.mode.startswith("I;16") or (image.mode == "I" and kind in ("PNG", "PPM")):  # Pillow itself cuts off at 255
+        return Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8)).convert("RGB")
+    expect(
+        image.mode not in ("I", "F"), "", "", "8 or 16 bits a channel", f"pixels of mode {image.mode}, whose range is unknown"
+    )
+    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+class _SharedPixels:
+    """A number of pixels that threads may hold in memory together. An image that has more is held alone."""
+
+    def __init__(self, total: int) -> None:
+        self._total, self._held, self._changed = total, 0, threading.Condition()
+
+    @contextmanager
+    def held(self, pixels: int) -> Iterator[None]:
+        """Hold these pixels, after waiting for others to release theirs if they are too many."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._held or self._held + pixels <= self._total)
+            self._held += pixels
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._held -= pixels
+                self._changed.notify_all()
+
+
+def try_each(read: Callable[[str], _Read], names: Sequence[str], broken: dict[str, str]) -> list[_Read | None]:
+    """Return what `_attempt` returns for each name.
+
+    Pillow releases the interpreter's lock while it decodes, so threads read.
+    """
+    from PIL import Image
+
+    with ThreadPoolExecutor(thread_name_prefix="ddpm_fast-decode") as pool, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, about metadata
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        parts = (names[i : i + _AT_ONCE] for i in range(0, len(names), _AT_ONCE))
+        return [result for part in parts for result in pool.map(lambda name: _attempt(read, name, broken), part)]
+
+
+def _attempt(read: Callable[[str], _Read], name: str, broken: dict[str, str]) -> _Read | None:
+    """Return what `read` returns for a name, or None and the type and text of the error in `broken` if it raises."""
+    from PIL import UnidentifiedImageError
+
+    try:
+        return read(name)
+    except MemoryError:
+        raise
+    except UnidentifiedImageError:  # its text has an address in memory
+        broken[name] = "UnidentifiedImageError"
+    except Exception as error:  # Pillow's formats raise errors of many types
+        broken[name] = f"{type(error).__name__}: {error}"  # the error itself would keep the pixels alive
+    return None
+
+
+def read_image(
+    path: str | os.PathLike[str], size: int, channels: int, *, caller: str = "read_image", name: str = "path"
+) -> Tensor:
+    """Read the largest centred square of an image, resized.
+
+    Args:
+        path: A file that Pillow can read.
+        size: Height and width in pixels.
+        channels: 1 for grey or 3 for RGB.
+        caller: The function or command that error messages name.
+        name: The argument that error messages name.
+
+    Returns:
+        uint8 [channels, size, size].
+
+    Raises:
+        ValueError: The file is damaged, or holds no image.
+        OSError: The file cannot be opened.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    check_path(caller, name, path)
+    try:
+        with Image.open(path) as opened:
+            picture = torch.from_numpy(resized_square(opened, size))
+    except (UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError, OSError) as error:
+        if isinstance(error, OSError) and error.filename is not None and not isinstance(error, UnidentifiedImageError):
+            raise
+        raise InvalidValue(caller, name, "to be an image", f"{str(path)!r}: {error}") from error
+    if channels == 3:
+        return picture
+    return torch.from_numpy(np.array(Image.fromarray(picture.permute(1, 2, 0).numpy()).convert("L")))[None]
