@@ -200,7 +200,7 @@ def trained_classifier(path: Path, test_images: Tensor, test_labels: Tensor) -> 
         classifier = load_classifier(path)
     else:
         train = load_dataset("fashion-mnist")
-        classifier = train_classifier(*train[torch.arange(len(train))])
+        classifier = train_classifier(*train.batch(torch.arange(len(train))))
     measured = measure(classifier, test_images)
     accuracy = measured.accuracy(test_labels)
     if not accuracy >= LEAST_ACCURACY:
@@ -598,7 +598,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"left out: {each}: {reason}")
     dtype = common.DTYPES[args.dtype]
     test = load_dataset("fashion-mnist", split="test")
-    images, labels = test[torch.arange(len(test))]
+    images, labels = test.batch(torch.arange(len(test)))
     file = args.classifier or default_classifier()
     classifier, of_test = trained_classifier(file, images, labels)
     halves = [Measured(of_test.predicted[half], of_test.features[half]) for half in split_real(labels)]

@@ -130,7 +130,7 @@ def batches(steps: int, n: int, size: int) -> list[idioms.Batch]:
     result = []
     for step in range(steps):
         batch = idioms.Batch(n, size)
-        images, _ = dataset[torch.randint(len(dataset), (n,), generator=generator)]
+        images, _ = dataset.batch(torch.randint(len(dataset), (n,), generator=generator))
         batch.x_0 = to_unit_range(images).expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
         batch.t = torch.randint(idioms.SCHEDULE.num_timesteps, (n,), generator=generator)
         batch.seeds = sample_seeds(step, n)

@@ -29,10 +29,10 @@ _NAMES_BY_MODULE = {
     "sample_files": ("write_samples",),
     "sampling": ("Sampler", "sample"),
     "schedule": ("NoiseSchedule",),
-    "training": ("train",),
     "training.export": ("export_checkpoint",),
     "training.loop": ("TrainResult",),
-    "training.trainer": ("Trainer",),
+    "training.options": ("DataOptions", "ModelOptions", "TrainOptions"),
+    "training.trainer": ("Trainer", "train"),
 }
 _MODULE_BY_NAME = {name: module for module, names in _NAMES_BY_MODULE.items() for name in names}
 

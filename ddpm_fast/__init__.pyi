@@ -49,8 +49,11 @@ from .sample_files import write_samples as write_samples
 from .sampling import Sampler as Sampler
 from .sampling import sample as sample
 from .schedule import NoiseSchedule as NoiseSchedule
-from .training import train as train
 from .training.export import export_checkpoint as export_checkpoint
 from .training.loop import TrainResult as TrainResult
+from .training.options import DataOptions as DataOptions
+from .training.options import ModelOptions as ModelOptions
+from .training.options import TrainOptions as TrainOptions
 from .training.trainer import Trainer as Trainer
+from .training.trainer import train as train
 from .version import __version__ as __version__

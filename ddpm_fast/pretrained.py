@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -15,10 +15,10 @@ from .atomic import read_json
 from .checks import check_dtype, check_path, checked_device
 from .errors import InvalidValue
 from .limits import no_folder
-from .nn.unet import UNet, describe_images
+from .nn.unet import UNet
 from .plan import Prediction, Variance
 from .schedule import NoiseSchedule
-from .training.run_folder import RunFolder
+from .training.folder import RunFolder
 
 if TYPE_CHECKING:
     from .schemas import Scheduler
@@ -90,8 +90,6 @@ def load_folder(
     folder = Path(path)
     if not folder.is_dir():
         raise FileNotFoundError(f"load_folder: expected path to be a folder that holds a model, got {no_folder(path)}")
-    size: Sequence[int] | None = None
-    names: list[str] = []  # older folders hold them beside the network's configuration
 
     def read(folder: Path, network: Path) -> tuple[UNet, NoiseSchedule, Scheduler]:
         return UNet.from_pretrained(network, dtype=dtype, device=device), *_read_scheduler(folder)
@@ -101,19 +99,10 @@ def load_folder(
         found = run.read_latest("unet_ema/", lambda checkpoint: read(checkpoint, checkpoint / "unet_ema"))
         if found is None:
             raise FileNotFoundError(f"load_folder: expected a whole checkpoint in {str(run.checkpoints)!r}, got none")
-        dataset = run.read_config("load_folder")["dataset"]
-        size, names = dataset["shape"][1:], dataset["classes"]
     else:
-        if (folder / "classes.json").is_file():
-            import msgspec
-
-            from .schemas import Classes
-
-            names = read_json("load_folder", folder / "classes.json", lambda values: msgspec.convert(values, Classes)).classes
         found = read(folder, folder)
     model, schedule, scheduler = found
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's types leave it out
-    describe_images(model, size=size, classes=names)
     return Pretrained(
         model=model,
         schedule=schedule,

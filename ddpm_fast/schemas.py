@@ -43,38 +43,14 @@ class Scheduler(Struct, frozen=True):
         expect(not self.thresholding, "", "thresholding", "to be false", "true")
 
 
-class Classes(Struct, frozen=True):
-    """The classes.json that older folders have beside their network."""
-
-    classes: list[str] = []
-
-    def __post_init__(self) -> None:
-        expect(len(set(self.classes)) == len(self.classes), "", "classes", "to be without repetitions", self.classes)
-
-
-class Options(Struct, frozen=True):
-    """The options of a run that are read. `train` compares all of them with those that it is given, which it checks."""
-
-    prediction: Prediction
-    data: str | None = None
-    init: str | None = None
-
-
-class Fingerprint(Struct, frozen=True):
-    """SHA-256 digests of a data set."""
-
-    sample: Sha256 | None = None
-    exact: Sha256 | None = None
-
-
 class Dataset(Struct, frozen=True):
     """The description of a run's data set."""
 
     images: Count
     shape: Annotated[list[Count], Meta(min_length=3, max_length=3)]  # C, H, W
     classes: Annotated[list[str], Meta(min_length=1)]  # "" is a class without a name
-    preparation: str = ""  # older runs have none
-    fingerprint: Fingerprint = Fingerprint()
+    preparation: str
+    fingerprint: dict[Literal["sample", "exact"], Sha256]
 
     def __post_init__(self) -> None:
         expect(len(set(self.classes)) == len(self.classes), "", "classes", "to be without repetitions", self.classes)
@@ -83,12 +59,12 @@ class Dataset(Struct, frozen=True):
 class Run(Struct, frozen=True):
     """The config.json of a training run."""
 
-    format: Literal[1, 2]
-    options: Options
+    options: dict[str, Any]
     unet: dict[str, Any]
     schedule: dict[str, Any]
     dataset: Dataset
-    versions: dict[str, str] = {}
+    threads: int | None
+    versions: dict[str, str]
 
     def __post_init__(self) -> None:
         for field, parse in (("unet", UNetConfig.from_dict), ("schedule", NoiseSchedule.from_config)):
@@ -108,9 +84,8 @@ class StoredFile(Struct, frozen=True):
 class Checkpoint(Struct, frozen=True):
     """The state.json of a checkpoint."""
 
-    format: Literal[1, 2]
     step: Size
-    files: dict[str, StoredFile | Size]  # format 1 has sizes alone
+    files: dict[str, StoredFile]
     seconds: Annotated[float, Meta(ge=0, le=sys.float_info.max)] = 0.0
     losses: list[Finite] = []
     row: list[int | Finite] | None = None  # a row that is not in log.csv yet

@@ -26,6 +26,7 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import ddpm_fast  # noqa: E402  # from this folder; it imports PyTorch only where that is used
+from ddpm_fast.training.options import STRUCTS, options_of  # noqa: E402
 
 CODE = {".py": "python"}  # files shown as pages; others are copied as they are
 
@@ -153,9 +154,20 @@ def on_files(files: Files, config: Any) -> Files:
     return files
 
 
+def options_table() -> str:
+    """Return the options of training as a table in Markdown."""
+    rows = ["| option | default | meaning | a resumed run may change it |", "|---|---|---|---|"]
+    for name, _, default, option in (each for struct in STRUCTS for each in options_of(struct)):
+        shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
+        cells = (f"`--{name.replace('_', '-')}`", "" if default is None else shown, option.help, "yes" * option.changeable)
+        rows.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(rows)
+
+
 def on_page_markdown(markdown: str, page: Page, config: Any, files: Files) -> str:
     """Rewrite links between files of the repository into links between pages of the site."""
     folder = posixpath.dirname(home(page))
+    markdown = markdown.replace("<!-- options -->", options_table())
     markdown = re.sub(r"^<!-- test: .*?-->\n", "", markdown, flags=re.MULTILINE | re.DOTALL)  # for the tests
 
     def rewritten(link: re.Match[str]) -> str:

@@ -28,7 +28,7 @@ model, schedule = ddpm_fast.load_builtin()
 dataset = load_dataset(args.data, split="test", image_size=32)
 if not 1 <= args.num <= len(dataset):
     parser.error(f"expected --num to be in 1..{len(dataset)}, got {args.num}")
-images, _ = dataset[torch.arange(args.num)]
+images, _ = dataset.batch(torch.arange(args.num))
 
 # The schedule of S of the T timesteps (Nichol and Dhariwal 2021, section 4): alpha_t = abar_t / abar_s.
 timesteps = ddpm_fast.ddpm_plan(schedule, args.steps).timesteps.flip(0)  # ascending

@@ -145,7 +145,8 @@ def trainer() -> d.Trainer:
 def trainer_arguments() -> dict[str, Any]:
     model = make_unet(in_channels=3, out_channels=3)[0]
     data = [torch.zeros(3, 16, 16)]
-    return {"model": model, "schedule": SCHEDULE, "dataset": data, "run_folder": "no such run", "sample_steps": 5}
+    options = d.TrainOptions(sample_steps=5)
+    return {"model": model, "schedule": SCHEDULE, "dataset": data, "options": options, "run_dir": "no such run"}
 
 
 def their_process() -> Any:
@@ -172,13 +173,18 @@ def schedule(name: str, **accepts: str) -> Entry:
 # A picture that does not fit into memory is named "the grid".
 GRID_ACCEPTS = {"columns": "huge", "padding": "zero huge", "scale": "huge", "background": "zero"}
 TRAIN_ACCEPTS = (
-    dict.fromkeys(("steps", "batch_size", "log_every", "keep"), "huge")
-    | dict.fromkeys(("lr_decay_steps", "warmup_steps", "sample_every", "checkpoint_every"), "zero huge")
-    | dict.fromkeys(("clip_grad", "dropout", "ema_decay", "label_dropout", "weight_decay", "checkpoint_minutes"), "zero")
-    | {"attention": "empty", "data_memory": "zero huge", "max_minutes": "zero inf", "seed": "negative zero huge"}
+    dict.fromkeys(("lr_decay_steps", "warmup_steps", "sample_every", "checkpoint_every"), "zero huge")
+    | dict.fromkeys(("clip_grad", "ema_decay", "label_dropout", "weight_decay", "checkpoint_minutes", "max_minutes"), "zero")
+    | {
+        "seed": "negative zero huge",
+        "sample_steps": "huge",
+        "keep": "huge",
+        "threads": "huge",
+        "micro_batch_size": "huge",
+        "device": "text",
+        "loss_weight": "None",
+    }
 )
-# The network and its options are `train`'s alone.
-TRAINER_ACCEPTS = {name: TRAIN_ACCEPTS[name] for name in TRAIN_ACCEPTS.keys() & inspect.signature(d.Trainer).parameters.keys()}
 # diffusers takes anything for these arguments. Shapes are checked by `reverse_step`.
 UNCHECKED = ("generator", "return_dict", "use_clipped_model_output", "variance_noise")
 DROP_IN: dict[str, Any] = {
@@ -214,8 +220,11 @@ CALLS: dict[str, Callable[[], Entry]] = {
     ),
     "SamplingPlan.table": lambda: Entry(PLAN.table, {}),
     "SamplingPlan.steps": lambda: Entry(PLAN.steps, {}),
-    "Trainer": lambda: Entry(d.Trainer, trainer_arguments(), TRAINER_ACCEPTS | {"num_workers": "zero"}),
-    "Trainer.run": lambda: Entry(trainer().run, {}, {"max_minutes": "zero inf"}),
+    "DataOptions": lambda: Entry(d.DataOptions, {}, {"data_memory": "zero huge"}),
+    "ModelOptions": lambda: Entry(d.ModelOptions, {}, {"attention": "empty", "dropout": "zero"}),
+    "TrainOptions": lambda: Entry(d.TrainOptions, {"steps": 1}, TRAIN_ACCEPTS),
+    "Trainer": lambda: Entry(d.Trainer, trainer_arguments(), {"num_workers": "zero"}),
+    "Trainer.run": lambda: Entry(trainer().run, {}),
     "UNet": lambda: Entry(unet().forward, {"x": torch.zeros(2, 2, 16, 16), "t": STEP}, {"x": "meta", "t": "fraction zero"}),
     "UNet.from_pretrained": lambda: Entry(d.UNet.from_pretrained, {"path": "no such"}, caller="from_pretrained"),
     "UNet.save_pretrained": lambda: Entry(unet().save_pretrained, {"path": "no such"}, caller="save_pretrained"),
@@ -299,7 +308,7 @@ CALLS: dict[str, Callable[[], Entry]] = {
         GRID_ACCEPTS | {"frames": "huge"},
     ),
     "to_uint8": lambda: Entry(d.to_uint8, {"images": IMAGES}, {"images": "shape meta"}),
-    "train": lambda: Entry(d.train, {"run_dir": "no such run", "steps": 1}, TRAIN_ACCEPTS),
+    "train": lambda: Entry(d.train, {"run_dir": "no such run"}),
     "unfuse": lambda: Entry(d.unfuse, {"model": NETWORK}),
     "vary": lambda: Entry(d.vary, {"model": SIZED, "plan": PLAN, "images": IMAGES, "seed": 0}, EDIT_ACCEPTS),
     "variational_bound": lambda: Entry(
@@ -351,7 +360,8 @@ def test_every_public_callable_has_valid_arguments() -> None:
 
 def wrong_values(entry: Entry, parameter: inspect.Parameter) -> Iterator[tuple[str, Any]]:
     """Yield what a parameter must refuse."""
-    name, parts = parameter.name, str(parameter.annotation).split(" | ")
+    kind = parameter.annotation
+    name, parts = parameter.name, (kind if isinstance(kind, str) else inspect.formatannotation(kind)).split(" | ")
     valid = {*entry.accepts.get(name, "").split(), *" ".join(VALID.get(part, "") for part in parts).split()}
     if "*" in valid:
         return

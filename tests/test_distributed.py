@@ -14,7 +14,7 @@ from refusals import refused
 from ddpm_fast import distributed
 from ddpm_fast.distributed import Processes, _token, joined, ranks
 from ddpm_fast.errors import InvalidValue
-from ddpm_fast.training import starting
+from ddpm_fast.training import opening
 
 TORCHRUN = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
 SLURM = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1"}
@@ -253,15 +253,15 @@ def test_a_group_without_a_backend_for_gpus_is_refused(backends: str, got: str |
     chosen: list[torch.device] = []
     monkeypatch.setattr(dist, "get_backend_config", lambda: backends)
     monkeypatch.setattr(dist, "get_backend", lambda: got)
-    monkeypatch.setattr(starting, "computing_device", lambda caller, name: torch.device(name))
+    monkeypatch.setattr(opening, "computing_device", lambda caller, name: torch.device(name))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     team = Processes(1, 2, 1)
-    assert starting._device("cpu", team) == torch.device("cpu")
+    assert opening._device("cpu", team) == torch.device("cpu")
     if got is None:
-        assert starting._device("cuda", team) == torch.device("cuda:1") == chosen[0]
+        assert opening._device("cuda", team) == torch.device("cuda:1") == chosen[0]
         return
     expected = 'to have a backend for CUDA tensors ("cpu:gloo,cuda:nccl")'
     with refused(InvalidValue("train", "the default group of torch.distributed", expected, f'"{got}"')):
-        starting._device("cuda", team)
+        opening._device("cuda", team)
     assert not chosen

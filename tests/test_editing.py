@@ -170,7 +170,7 @@ def test_inversion_told_the_arrival_equals_its_formula() -> None:
 def test_the_built_in_model_gives_images_back_after_inversion() -> None:
     """More steps give them back more exactly."""
     model, schedule = load_builtin()
-    images, labels = load_dataset("fashion-mnist", split="test", image_size=32, first=4)[torch.arange(4)]
+    images, labels = load_dataset("fashion-mnist", split="test", image_size=32, first=4).batch(torch.arange(4))
     x_0 = to_unit_range(images)
     errors = []
     for steps in (10, 40):

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+from runs import train
 
 from ddpm_fast import memory
 from ddpm_fast.memory import FIRST, KEEP, M_MMAP_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, USUAL, kept_memory, outside_options
-from ddpm_fast.training import train
 
 needs_glibc = pytest.mark.skipif(memory._glibc() is None, reason="no glibc")
 

@@ -22,7 +22,7 @@ from ddpm_fast.errors import InvalidValue
 from ddpm_fast.nn import UNet
 from ddpm_fast.pretrained import BUILTIN, load_folder, schedule_from_config
 from ddpm_fast.training.data import FASHION_MNIST_CLASSES
-from ddpm_fast.training.run_folder import FORMAT, RunFolder
+from ddpm_fast.training.folder import RunFolder
 
 
 def tiny_unet(seed: int = 0, **config: Any) -> UNet:
@@ -75,43 +75,17 @@ def test_load_folder_reads_diffusers_layout(tmp_path: Path, at_the_root: bool) -
 def test_what_a_folder_leaves_out_has_diffusers_defaults(tmp_path: Path) -> None:
     tiny_unet().save_pretrained(tmp_path / "unet")
     write_scheduler(tmp_path / "scheduler")
-    (tmp_path / "classes.json").write_text(json.dumps({"classes": ["cat", "dog"]}))
     loaded = load_folder(tmp_path)
     assert loaded.schedule == NoiseSchedule.linear()
     assert (loaded.prediction, loaded.variance, loaded.clip) == ("epsilon", "fixed_small", 1.0)
-    assert loaded.model.config["class_names"] == ["cat", "dog"]
     write_scheduler(tmp_path / "scheduler", clip_sample=False)
     assert load_folder(tmp_path).clip is None
 
 
-@pytest.mark.parametrize(
-    ("config", "stored", "expected"),
-    [
-        ({}, ["cat", "dog", "cow"], ["cat", "dog"]),  # label 2 is "no label"
-        ({}, ["cat"], ["cat"]),
-        ({}, [], None),
-        ({}, ["", "dog"], None),
-        ({"num_class_embeds": None}, ["cat", "dog"], None),
-        ({"class_names": ["Katze", "Hund"]}, ["cat", "dog"], ["Katze", "Hund"]),
-    ],
-)
-def test_names_beside_the_network_are_used_if_it_has_none(
-    tmp_path: Path, config: dict[str, Any], stored: list[str], expected: list[str] | None
-) -> None:
-    tiny_unet(**config).save_pretrained(tmp_path / "unet")
-    write_scheduler(tmp_path / "scheduler")
-    (tmp_path / "classes.json").write_text(json.dumps({"classes": stored}))
-    loaded = load_folder(tmp_path).model
-    assert loaded.config.get("class_names") == expected
-    loaded.save_pretrained(tmp_path / "again")
-    assert UNet.from_pretrained(tmp_path / "again").config == loaded.config
-
-
 def test_load_folder_takes_the_newest_average_of_a_training_run(tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "run")
-    dataset = {"images": 2, "shape": [1, 4, 4], "classes": ["cat", "dog"]}
-    options, schedule = {"prediction": "epsilon"}, {"name": "linear"}
-    run.create({"format": FORMAT, "options": options, "unet": {}, "schedule": schedule, "dataset": dataset})
+    run.path.mkdir()
+    run.config_file.write_text("{}")
     with pytest.raises(FileNotFoundError, match=r"^load_folder: expected path to be a folder .* did you mean '.*run'\?$"):
         load_folder(tmp_path / "rum")
     with pytest.raises(FileNotFoundError, match=r"^load_folder: expected path to be a folder .* hf download google/ddpm "):
@@ -128,7 +102,6 @@ def test_load_folder_takes_the_newest_average_of_a_training_run(tmp_path: Path) 
     loaded = load_folder(tmp_path / "run")
     assert_same_weights(loaded.model, tiny_unet(seed=21))
     assert loaded.schedule == NoiseSchedule.linear(7)
-    assert loaded.model.config["class_names"] == ["cat", "dog"]
 
     for checkpoint in (tmp_path / "run" / "checkpoints").glob("step-*"):
         (checkpoint / "state.json").unlink()
@@ -206,16 +179,6 @@ def test_a_wrong_value_of_a_scheduler_is_named_with_the_file(tmp_path: Path, cha
     write_scheduler(tmp_path, **config | change)
     where = "" if wanted.startswith(VALID) else r", in '.*scheduler_config\.json'"
     with pytest.raises(ValueError, match=f"^load_folder: expected {wanted}{where}$"):
-        load_folder(tmp_path)
-
-
-def test_a_wrong_classes_json_is_named(tmp_path: Path) -> None:
-    tiny_unet().save_pretrained(tmp_path)
-    write_scheduler(tmp_path)
-    (tmp_path / "classes.json").write_text('{"classes": null}')
-    with pytest.raises(
-        ValueError, match=r"^load_folder: expected '.*classes\.json' to have valid fields, got: Expected `array`, got `null`"
-    ):
         load_folder(tmp_path)
 
 

@@ -109,6 +109,11 @@ def test_the_weights_hash_sees_each_weight():
     assert quality.weights_hash(model) != before
 
 
+class Images(TensorDataset):
+    def batch(self, indices: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self[indices]
+
+
 @pytest.fixture
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[dict[str, Any], str]]:
     """Run the script with 16 images, a random classifier of 8 features and 40 random test images."""
@@ -116,7 +121,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tupl
     monkeypatch.setattr(quality, "LEAST_ACCURACY", 0.0)
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (80, 1, 32, 32), dtype=torch.uint8, generator=generator)
-    monkeypatch.setattr(quality, "load_dataset", lambda *_, **__: TensorDataset(images, torch.arange(80) % 10))
+    monkeypatch.setattr(quality, "load_dataset", lambda *_, **__: Images(images, torch.arange(80) % 10))
     torch.manual_seed(0)
     quality.save_classifier(tmp_path / "classifier", quality.Classifier())
     out = tmp_path / "results.json"
@@ -140,7 +145,7 @@ def test_a_run_writes_the_figures_of_the_functions(tmp_path: Path, small: Callab
 
     loaded = load_folder(BUILTIN)
     classifier = quality.load_classifier(tmp_path / "classifier")
-    test_images, labels = quality.load_dataset("fashion-mnist")[torch.arange(80)]
+    test_images, labels = quality.load_dataset("fashion-mnist").batch(torch.arange(80))
     real, reference = (quality.measure(classifier, test_images[half]) for half in quality.split_real(labels))
     wanted = torch.arange(16) % 10
     plan = ddpm_fast.dpm_solver_plan(loaded.schedule, 4, eta=1.0)

@@ -258,8 +258,6 @@ class _Edit:
 
     def _read(self, source: str) -> Tensor:
         """Return the image of a file or of a data set, uint8 [C, H, W]."""
-        import torch
-
         from ..training.data import load_dataset, read_image
 
         if os.path.isfile(source):
@@ -270,7 +268,7 @@ class _Edit:
         dataset = self._datasets[name]
         index = _whole_number(number)
         expect(index < len(dataset), self._command, "IMAGE", f"to be {name}:0 to {name}:{len(dataset) - 1}", repr(source))
-        image = dataset[torch.tensor([index])][0][0]
+        image, _ = dataset[index]
         if image.shape[0] != self._channels:
             channels = f"{self._channels} channel{'s' * (self._channels > 1)}"
             raise InvalidValue(self._command, "IMAGE", f"to have {channels}, as the model", repr(source))

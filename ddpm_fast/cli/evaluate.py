@@ -78,7 +78,7 @@ def evaluate_command(
             raise InvalidValue(
                 "evaluate", "data", f"to have {channels} channels, as the model has", f"{data!r} with {dataset.shape[0]}"
             )
-        images, classes = dataset[torch.arange(num)]
+        images, classes = dataset.batch(torch.arange(num))
         embeddings = loaded.model.config["num_class_embeds"]
         labelled = labels and embeddings is not None
         if labelled and classes.max() >= embeddings - 1:

@@ -2,121 +2,102 @@
 
 from __future__ import annotations
 
-import inspect
 import os
-import re
 import signal
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import click
 from click.core import ParameterSource
 
 from ..atomic import remove_leftovers
-from ..training import train
+from ..errors import renaming
+from ..training.options import STRUCTS, DataOptions, Declared, ModelOptions, TrainOptions, options_of
 from .console import Stopped
-from .options import Command, PathOption, model_folder, numbers, refusing
+from .options import PathOption, numbers, refusing
+
+_EXAMPLE = """\b
+Example:
+  ddpm-fast train runs/mine --data path/to/images --image-size 64
+  ddpm-fast train runs/mine --resume"""
 
 
-def argument_texts(function: Callable[..., Any]) -> dict[str, str]:
-    """Return what the Args section of a function's docstring says of each argument."""
-    section = re.search(r"^Args:\n(.*?)\n\n", inspect.getdoc(function) or "", re.DOTALL | re.MULTILINE)
-    entries = re.split(r"^    (\w+): ", section[1] if section else "", flags=re.MULTILINE)
-    return {name: " ".join(text.split()) for name, text in zip(entries[1::2], entries[2::2], strict=True)}
+class _Option(click.Option):
+    """An option of a run.
+
+    Attributes:
+        group: The heading under which help shows it.
+    """
+
+    group: str
 
 
-_TRAIN_TEXTS = argument_texts(train)
+class _Grouped(click.Command):
+    """A command whose help shows its options under headings."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options of each group."""
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None and isinstance(parameter, click.Option):
+                groups.setdefault(getattr(parameter, "group", "Help"), []).append(record)
+        for name, records in groups.items():
+            with formatter.section(name):
+                formatter.write_dl(records)
 
 
-def _train_option(declaration: str, **settings: Any) -> Callable[[Command], Command]:
-    """Declare an option of `train`, with the text of the function's docstring and the default of its signature."""
-    name = declaration.split("/")[0].removeprefix("--").replace("-", "_")
-    default = inspect.signature(train).parameters[name].default
-    if isinstance(default, tuple):
+def _option(declared: Declared) -> click.Option:
+    """Return an option of a run as one of the command. Only types are checked here, ranges where the run's options are made."""
+    name, kind, default, option = declared
+    kinds, flag = declared.kinds, "--" + name.replace("_", "-")
+    declarations = [flag, name]
+    settings: dict[str, Any] = {}
+    if declared.choices:
+        settings["type"] = click.Choice(declared.choices)
+    elif bool in kinds:
+        declarations[0] += f"/--no{flag[1:]}"
+    elif get_origin(kind) is tuple:
         default = ",".join(map(str, default))
         settings |= {"callback": numbers, "metavar": "N,N,..."}
+    elif os.PathLike[str] in kinds:
+        settings["type"] = PathOption()
+    else:
+        settings["type"] = str if str in kinds else next(each for each in (int, float) if each in kinds)
     shown = default is not None and default is not False
-    return click.option(declaration, help=_TRAIN_TEXTS.get(name), default=default, **({"show_default": shown} | settings))
+    made = _Option(declarations, default=default, show_default=shown, help=option.help, **settings)
+    made.group = option.group
+    return made
 
 
-@click.command("train")
+@click.command("train", cls=_Grouped, epilog=_EXAMPLE)
 @click.argument("run_dir", type=PathOption(file_okay=False, path_type=Path))
-@_train_option("--resume", is_flag=True)
-@_train_option("--auto-resume", is_flag=True)
-@_train_option("--data")
-@_train_option("--data-dir", type=PathOption())
-@_train_option("--image-size", type=int)
-@_train_option("--data-memory", metavar="SIZE")
-@_train_option("--skip-broken/--no-skip-broken")
-@_train_option("--flip/--no-flip")
-@_train_option("--channels")
-@_train_option("--layers")
-@_train_option("--attention")
-@_train_option("--head-dim", type=int)
-@_train_option("--scale-shift/--no-scale-shift")
-@_train_option("--dropout")
-@_train_option("--conditional/--unconditional")
-@_train_option("--label-dropout")
-@_train_option("--init", type=PathOption(), callback=model_folder)
-@_train_option("--num-timesteps")
-@_train_option("--schedule", type=click.Choice(["linear", "scaled_linear", "cosine", "sigmoid"]))
-@_train_option("--prediction", type=click.Choice(["epsilon", "sample", "v_prediction"]))
-@_train_option(
-    "--loss-weight", type=click.Choice(["min-snr"]), callback=lambda ctx, option, value: value and value.replace("-", "_")
-)
-@_train_option("--steps")
-@_train_option("--batch-size")
-@_train_option("--micro-batch-size", type=int)
-@_train_option("--lr")
-@_train_option("--warmup-steps")
-@_train_option("--lr-decay", type=click.Choice(["linear", "cosine"]))
-@_train_option("--lr-decay-steps")
-@_train_option("--weight-decay")
-@_train_option("--clip-grad")
-@_train_option("--ema-decay")
-@_train_option("--precision", type=click.Choice(["float32", "bf16"]))
-@_train_option("--channels-last/--no-channels-last")
-@_train_option("--seed")
-@_train_option("--device", type=str)
-@_train_option("--threads", type=int)
-@_train_option("--log-every")
-@_train_option("--sample-every")
-@_train_option("--sample-steps", type=int)
-@_train_option("--checkpoint-every")
-@_train_option("--checkpoint-minutes")
-@_train_option("--keep")
-@_train_option("--tensorboard/--no-tensorboard")
-@_train_option("--max-minutes", type=float)
-@_train_option("--data-check", type=click.Choice(["sample", "exact", "off"]))
-@_train_option("--lock/--no-lock")
-@_train_option("--progress/--no-progress")
 @click.pass_context
-def train_command(
-    ctx: click.Context, /, run_dir: Path, resume: bool, auto_resume: bool, progress: bool, **options: Any
-) -> None:
+def train_command(ctx: click.Context, /, run_dir: Path, **options: Any) -> None:
     """Train a network on images. RUN_DIR receives checkpoints, logs and samples.
 
     Stop with Ctrl-C, which saves a checkpoint. Continue exactly with --resume.
     """
     from ..distributed import FirstFailed, ProcessLost, ranks
-    from ..training.run_folder import RunFolder, check_by_options
+    from ..training.folder import RunFolder, check_by_options
+    from ..training.trainer import train
 
+    run = RunFolder(run_dir)
     try:
-        with refusing():
-            run = RunFolder(run_dir)
-            if resume or (auto_resume and run.config_file.is_file()):  # the run's own options, except those given now
-                given = {name: options[name] for name in options if _is_given(ctx, name)}
-                stored = run.read_config()["options"]
-                check_by_options(run.path, stored)
-                options |= stored | given
-            result = train(run_dir, **options, resume=resume, auto_resume=auto_resume, progress=progress)
+        with refusing(), renaming("train"):
+            if options["resume"] or (options["auto_resume"] and run.config_file.is_file()):
+                check_by_options(run)
+                stored = run.read_config()["options"]  # those that are not given now stay
+                default = (ParameterSource.DEFAULT, ParameterSource.DEFAULT_MAP)
+                options |= {name: stored[name] for name in stored if ctx.get_parameter_source(name) in default}
+            data, model = DataOptions.from_values(options), ModelOptions.from_values(options)
+            result = train(run_dir, TrainOptions.from_values(options), data, model)
     except FirstFailed:
         ctx.exit(1)
     except (FloatingPointError, ProcessLost) as error:
         raise click.ClickException(str(error)) from error
     except KeyboardInterrupt:  # before the first step, or for the second time
-        checkpoint = RunFolder(run_dir).latest_checkpoint()
+        checkpoint = run.latest_checkpoint()
         raise Stopped(f"Stopped by Ctrl-C. The last checkpoint of {run_dir}: {checkpoint or 'none'}.") from None
     if result.stopped_by in ("SIGINT", "SIGTERM", "SIGHUP"):
         ctx.exit(128 + signal.Signals[result.stopped_by])  # as a shell reports a process that the signal ended
@@ -124,8 +105,7 @@ def train_command(
         click.echo(f"{run_dir}: {result.step} steps done. Sample from it with: ddpm-fast sample --model {run_dir}")
 
 
-def _is_given(ctx: click.Context, name: str) -> bool:
-    return ctx.get_parameter_source(name) not in (ParameterSource.DEFAULT, ParameterSource.DEFAULT_MAP)
+train_command.params += [_option(declared) for struct in STRUCTS for declared in options_of(struct)]
 
 
 @click.command("export")

@@ -13,9 +13,9 @@ from ..checks import check_dtype, check_path
 from ..errors import expect
 from ..limits import check_free_space, check_writable
 from ..nn import UNet
-from ..nn.unet import describe_images
 from ..schedule import NoiseSchedule
-from .run_folder import RunFolder, read_state
+from .checkpoint import read_state
+from .folder import RunFolder
 
 if TYPE_CHECKING:
     from ..schemas import Checkpoint
@@ -45,21 +45,12 @@ def export_checkpoint(
     check_path("export_checkpoint", "out_dir", out_dir)
     check_dtype("export_checkpoint", "dtype", dtype)
     run, out = RunFolder(run_dir), Path(out_dir)
-    expect(
-        out.resolve() != run.path.resolve(),
-        "export_checkpoint",
-        "out_dir",
-        "to be another folder than run_dir",
-        f"{out} for both",
-    )
-    expect(
-        run.checkpoints.resolve() not in (out.resolve(), *out.resolve().parents),
-        "export_checkpoint",
-        "out_dir",
-        "to be apart from the run's checkpoints",
-        out,
-    )
-    expect(not RunFolder(out).checkpoints.is_dir(), "export_checkpoint", "out_dir", "to be no training run", out)
+    for holds, wanted in (
+        (out.resolve() != run.path.resolve(), "to be another folder than run_dir"),
+        (run.checkpoints.resolve() not in (out.resolve(), *out.resolve().parents), "to be apart from the run's checkpoints"),
+        (not RunFolder(out).checkpoints.is_dir(), "to be no training run"),
+    ):
+        expect(holds, "export_checkpoint", "out_dir", wanted, out)
     check_writable("export_checkpoint", "out_dir", out, out)
     config = run.read_config("export_checkpoint")
 
@@ -73,8 +64,6 @@ def export_checkpoint(
         raise FileNotFoundError(f"export_checkpoint: expected a checkpoint in {run.checkpoints}, got none")
     model, state = found
     log = run.log_until(state.step, "export_checkpoint")
-    dataset = config["dataset"]
-    describe_images(model, size=dataset["shape"][1:], classes=dataset["classes"])  # older checkpoints lack them
     schedule, prediction = NoiseSchedule.from_config(config["schedule"]), config["options"]["prediction"]
     options = dict(config["options"], data_dir=None)  # a model that is shared names folders, but not where they were
     options |= {name: Path(options[name]).name for name in ("data", "init") if options.get(name) is not None}

@@ -11,37 +11,35 @@ folder.
 
 from __future__ import annotations
 
-import logging
 import math
-import sys
+import signal
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager, nullcontext, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import FrameType, TracebackType
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from ..distributed import ProcessLost
+from ..atomic import write_json
+from ..distributed import Processes, ProcessLost
 from ..errors import ArgumentError
 from ..memory import kept_memory
 from .export import write_scheduler
-from .records import Forecast, TensorBoard, draw_samples, summary
-from .resuming import open_run
-from .run_folder import LOG_COLUMNS, RunFolder
-from .starting import Start
+from .folder import RunFolder
+from .opening import Start, open_run
+from .records import CallbackError, Records, call_back
 from .state import State, Task
 from .step import batches, take_step
-from .stopping import Stops, StopSignals
-
-_log = logging.getLogger("ddpm_fast")
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How a call of `train` or `Trainer.run` ended.
+    """The end of a call of `train` or `Trainer.run`.
 
     Attributes:
         step: Steps since the run began.
@@ -56,202 +54,180 @@ class TrainResult:
     stopped_by: str | None
 
 
-class _CallbackError(Exception):
-    """The error of a callback, told from errors of the run.
-
-    Attributes:
-        error: The error.
-    """
-
-    def __init__(self, error: Exception) -> None:
-        super().__init__()
-        self.error = error
-
-
-def run_steps(
-    start: Start,
-    task: Task,
-    state: State,
-    *,
-    max_minutes: float | None,
-    progress: bool,
-    data_check: str,
-    lock: bool,
-) -> TrainResult:
-    """Run the task's steps from the beginning or from the newest checkpoint.
+def run_steps(start: Start, task: Task, state: State) -> TrainResult:
+    """Run the task's steps from the beginning, or from the newest checkpoint.
 
     Args:
         start: The run.
         task: The task.
         state: The state before the first step. It becomes the state after the last one.
-        max_minutes: See `train`, for the others too.
-        progress: Show a progress bar.
-        data_check: Comparison of a resumed run's images.
-        lock: Lock the folder.
     """
-    locks, keeps = lock and task.team.is_first, task.device.type == "cpu"
-    with start.run.locked() if locks else nullcontext(), kept_memory() if keeps else nullcontext():
-        try:
-            return _run(start, task, state, max_minutes=max_minutes, progress=progress, data_check=data_check)
-        except _CallbackError as failed:
-            raise failed.error from None
+    options, team, stopped_by = task.options, task.team, None
+    with ExitStack() as stack:
+        if options.lock and team.is_first:
+            stack.enter_context(start.run.locked())
+        if task.device.type == "cpu":
+            stack.enter_context(kept_memory())
+        team.check_same("train", task.identity() if team.size > 1 else {})
+        config = team.on_first(lambda: open_run(start, task, state))
+        state.copy_from_first(team)
+        stack.enter_context(torch.random.fork_rng([task.device] if task.device.type == "cuda" else []))  # the caller's stay
+        records = stack.enter_context(Records(start.run, task, state))
+        checkpoints = Checkpoints(start.run, task, state, config)
 
+        state.counted_until = time.perf_counter()
+        with (
+            Stops(team, options.max_minutes) as stops,
+            checkpoints.saved_if_it_fails(),
+            closing(batches(task, state.step)) as batch,
+        ):
+            while state.step < options.steps and stopped_by is None:
+                grad_norm, rate = take_step(task, state, *next(batch))
+                records.after_step(grad_norm, rate)
+                stopped_by = stops.agreed()
+                checkpoints.after_step(grad_norm, stops=stopped_by is not None)
 
-def _run(start: Start, task: Task, state: State, *, max_minutes: float | None, progress: bool, data_check: str) -> TrainResult:
-    """Run the task's steps in a folder that is locked."""
-    run = start.run
-    options, team = task.options, task.team
-    steps, batch_size = options["steps"], options["batch_size"]
-    checkpoint_every, checkpoint_minutes = options["checkpoint_every"], options["checkpoint_minutes"]
-    team.check_same("train", task.identity() if team.size > 1 else {})
-    config = team.on_first(lambda: open_run(run, task, state, start.resume, data_check))
-    state.copy_from_first(team)
-    if team.is_first:
-        _log.info("%s", summary(run, task, state))
-
-    tensorboard = TensorBoard(run, state.step, enabled=options["tensorboard"] and team.is_first)
-    from tqdm import tqdm
-
-    bar = tqdm(
-        total=steps,
-        initial=state.step,
-        unit="step",
-        disable=not (progress and team.is_first),
-        mininterval=0.5 if sys.stderr.isatty() else 30,  # a log file needs fewer lines than a terminal
-    )
-    generators = torch.random.fork_rng([task.device] if task.device.type == "cuda" else [])  # the caller's stay as they are
-    stopped_by: str | None = None
-    began = last_checkpoint = time.monotonic()
-    forecast = Forecast(steps, task.device)
-    logged_step, logged_seconds, loss = state.step, state.seconds, math.nan
-    mark = time.perf_counter()  # end of the last stretch that is counted in state.seconds
-    saved = nullcontext() if config is None else _saved_if_it_fails(run, config, task, state)
-    stops = Stops(team)
-    with (
-        StopSignals(once=team.size == 1) as signals,
-        generators,
-        bar,
-        saved,
-        closing(batches(task, state.step)) as batch,
-        closing(stops),
-    ):
-        while state.step < steps and stopped_by is None:
-            grad_norm, rate = take_step(task, state, *next(batch))
-            step_loss = state.losses[-1]
-            bar.update()
-            if team.is_first:
-                forecast.after_step(state.step)
-
-            if state.step % options["log_every"] == 0 or state.step == steps:
-                loss = _finite_loss(state, grad_norm)
-                mark = state.count_time(mark)
-                speed = (state.step - logged_step) * batch_size / (state.seconds - logged_seconds)
-                logged_step, logged_seconds = state.step, state.seconds
-                state.row = (state.step, state.step * batch_size, loss, float(grad_norm), rate, speed, state.seconds)
-                if team.is_first:
-                    run.append_log(state.row)
-                state.losses.clear()
-                bar.set_postfix_str(f"loss {loss:.4f}, {speed:.1f} images/s", refresh=False)
-                for name, value in zip(LOG_COLUMNS[2:6], state.row[2:6], strict=True):
-                    tensorboard.write("add_scalar", f"train/{name}", value, state.step)
-                state.row = None
-            if options["sample_every"] and state.step % options["sample_every"] == 0 and team.is_first:
-                mark = state.count_time(mark)
-                draw_samples(run, task, state, tensorboard)
-                mark = time.perf_counter()
-            if task.on_step is not None:
-                _call(task.on_step, state.step, step_loss.clone())  # the log needs it unchanged
-
-            if signals.received is not None:
-                stopped_by = signals.received
-            elif max_minutes is not None and time.monotonic() - began > 60 * max_minutes:
-                stopped_by = "max_minutes"
-            stopped_by = stops.agreed(stopped_by)
-            due = bool(checkpoint_every) and state.step % checkpoint_every == 0
-            due |= bool(checkpoint_minutes) and time.monotonic() - last_checkpoint > 60 * checkpoint_minutes
-            if due or stopped_by is not None or state.step == steps:
-                _finite_loss(state, grad_norm)
-                if not state.is_finite():  # a spoilt state must not replace a good one
-                    raise FloatingPointError(
-                        f"train: the weights are no longer finite after step {state.step}, so they are not saved; "
-                        f"the last good checkpoint is {run.latest_checkpoint() or 'none'}"
-                    )
-                mark = state.count_time(mark)
-                if team.is_first:
-                    saved_to = _save_checkpoint(run, task, state)
-                    if task.on_checkpoint is not None:
-                        _call(task.on_checkpoint, saved_to)
-                last_checkpoint = time.monotonic()
-                mark = time.perf_counter()
+        records.at_end(stopped_by)
         team.largest(0)()  # a launcher ends the others soon after the first process ends, so all wait for the checkpoint
-    tensorboard.write("close")
-    if stopped_by and team.is_first:
-        _log.info("stopped by %s at step %d of %d; checkpoint saved", stopped_by, state.step, steps)
-    return TrainResult(state.step, state.mean_loss() if state.losses else loss, state.seconds, stopped_by)
+    return TrainResult(state.step, state.mean_loss() if state.losses else records.loss, state.seconds, stopped_by)
 
 
-def _finite_loss(state: State, grad_norm: Tensor) -> float:
-    """Return the mean loss since the last row of the log. Raise FloatingPointError if it or the gradient is not finite."""
-    loss = state.mean_loss()
-    if math.isinf(loss) or (math.isnan(loss) and state.losses) or not math.isfinite(grad_norm):
-        raise FloatingPointError(
-            f"train: the loss became {loss} and its gradient's norm {float(grad_norm)} by step {state.step}; "
-            "resume with what was saved, or start again with a smaller lr or precision float32"
-        )
-    return loss
+class Stops:
+    """A context that knows why a run should stop.
 
+    The first SIGINT, SIGTERM or SIGHUP is a reason. Later ones are ignored, as launchers repeat them while a checkpoint is
+    written. A SIGINT after the first signal acts as usual in a single process. Only the main thread receives signals. A SIGHUP
+    that is ignored, as under nohup, stays so.
 
-def _call(callback: Callable[..., object], *arguments: object) -> None:
-    """Call a callback. Raise its error within a _CallbackError."""
-    try:
-        callback(*arguments)
-    except Exception as error:
-        raise _CallbackError(error) from error
-
-
-def _save_checkpoint(run: RunFolder, task: Task, state: State) -> Path:
-    """Write a checkpoint, and return its folder."""
-
-    def write(folder: Path) -> None:
-        state.write(folder)
-        write_scheduler(folder / "scheduler", task.schedule, task.options["prediction"])
-
-    entries = {"seconds": state.seconds, "losses": [float(loss) for loss in state.losses], "row": state.row}
-    return run.save_checkpoint(state.step, entries, write, task.options["keep"])
-
-
-@contextmanager
-def _saved_if_it_fails(run: RunFolder, config: Mapping[str, Any], task: Task, state: State) -> Iterator[None]:
-    """Save a checkpoint, if possible, when a file cannot be read or written, a callback fails, or another process ends.
-
-    Raise the error with the name of the last good checkpoint. A callback's error stays as it is.
+    Args:
+        team: The processes. They stop after the same step, which is the one after a process has a reason.
+        max_minutes: The time after which to stop, or None.
     """
-    try:
-        yield
-    except _CallbackError:
-        with suppress(OSError):
-            if state.is_finite():
-                _save_checkpoint(run, task, state)
-        raise
-    except (ProcessLost, ValueError) as error:  # ValueError: an image is damaged that was not decoded before
+
+    _REASONS: Final[tuple[str | None, ...]] = (None, "max_minutes", "SIGHUP", "SIGTERM", "SIGINT")
+
+    def __init__(self, team: Processes, max_minutes: float | None) -> None:
+        self._team, self._received = team, ""
+        self._deadline = math.inf if max_minutes is None else time.monotonic() + 60 * max_minutes
+        self._previous: dict[signal.Signals, Any] = {}
+        self._largest = team.largest(0)
+
+    def __enter__(self) -> Stops:
+        if threading.current_thread() is threading.main_thread():
+            hangup = getattr(signal, "SIGHUP", None)  # a terminal that is closed; Windows has none
+            for number in (signal.SIGINT, signal.SIGTERM, hangup):
+                if number is not None and not (number == hangup and signal.getsignal(number) is signal.SIG_IGN):
+                    self._previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if not self._received:
+            self._received = signal.Signals(number).name
+            if self._team.size == 1:
+                signal.signal(signal.SIGINT, self._previous.pop(signal.SIGINT))
+
+    def agreed(self) -> str | None:
+        """Tell the others this process's reason to stop. Return the reason of all: of several processes, of the step before."""
+        reason = self._received or ("max_minutes" if time.monotonic() > self._deadline else None)
+        if self._team.size == 1:
+            return reason
+        agreed = self._REASONS[self._largest()]
+        self._largest = self._team.largest(self._REASONS.index(reason))
+        return agreed
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        with suppress(ProcessLost):  # the error that ends the run is raised already, or all steps are done
+            self._largest()
+
+
+class Checkpoints:
+    """The checkpoints of a run. Rank 0 writes them.
+
+    Args:
+        run: The run.
+        task: The task.
+        state: Its state.
+        config: The content of config.json in rank 0.
+    """
+
+    def __init__(self, run: RunFolder, task: Task, state: State, config: Mapping[str, Any] | None) -> None:
+        self._run, self._task, self._state, self._config = run, task, state, config
+        self._last = time.monotonic()
+
+    def after_step(self, grad_norm: Tensor, *, stops: bool) -> None:
+        """Save a checkpoint if one is due, or if the run stops.
+
+        Raises:
+            FloatingPointError: The loss or the weights are no longer finite.
+        """
+        options, state = self._task.options, self._state
+        due = bool(options.checkpoint_every) and state.step % options.checkpoint_every == 0
+        due |= bool(options.checkpoint_minutes) and time.monotonic() - self._last > 60 * options.checkpoint_minutes
+        if not (due or stops or state.step == options.steps):
+            return
+        state.finite_loss(grad_norm)
+        if not state.is_finite():  # a spoilt state must not replace a good one
+            raise FloatingPointError(
+                f"train: the weights are no longer finite after step {state.step}, so they are not saved; "
+                f"the last good checkpoint is {self._run.latest_checkpoint() or 'none'}"
+            )
+        with state.uncounted():
+            if self._task.team.is_first:
+                folder = self._save()
+                call_back(self._task.on_checkpoint, folder)
+        self._last = time.monotonic()
+
+    @contextmanager
+    def saved_if_it_fails(self) -> Iterator[None]:
+        """Save a checkpoint if a file cannot be read or written, an image is wrong, a callback fails, or another process ends.
+
+        Raise the error with the name of the last good checkpoint. A callback's error stays as it is.
+        """
+        try:
+            yield
+        except CallbackError as failed:
+            with suppress(OSError):
+                self._save_if_finite()
+            raise failed.error from None
+        except (ProcessLost, ValueError, OSError) as error:
+            if not self._task.team.is_first:
+                raise
+            raise self._saved_after(error) from error
+
+    def _saved_after(self, error: Exception) -> Exception:
+        """Save a checkpoint if possible. Return the error with the name of the last good one."""
+        run, state, is_lost = self._run, self._state, isinstance(error, ProcessLost)
+        if isinstance(error, OSError):
+            run.remove_leftovers()  # they take space
+            with suppress(OSError):
+                if not run.config_file.exists():  # the folder was removed
+                    run.path.mkdir(parents=True, exist_ok=True)
+                    write_json(run.config_file, self._config or {})
+                self._save_if_finite()
+            run.remove_leftovers()
         # A GPU may still wait for the lost process, or have used half of a sum.
-        if (task.device.type == "cpu" or isinstance(error, ValueError)) and state.is_finite():
-            _save_checkpoint(run, task, state)
+        elif self._task.device.type == "cpu" or not is_lost:
+            self._save_if_finite()
         hint = f"the last good checkpoint is {run.latest_checkpoint() or 'none'}, from which --resume continues"
-        if isinstance(error, ArgumentError):
-            raise error.renamed(caller="train", got=f"{error.got}; {hint}") from error
-        kind = ProcessLost if isinstance(error, ProcessLost) else ValueError
-        raise kind(f"train: {error}; {hint}") from error
-    except OSError as error:
-        run.remove_leftovers()  # they take space
-        with suppress(OSError):
-            if not run.config_file.exists():  # the folder was removed
-                run.path.mkdir(parents=True, exist_ok=True)
-                run.write_config(config)
-            if state.is_finite():
-                _save_checkpoint(run, task, state)
-        run.remove_leftovers()
-        raise OSError(
-            f"train: expected to write to {run.path} at step {state.step}, got: {error}; the last good checkpoint is "
-            f"{run.latest_checkpoint() or 'none'}, from which --resume continues"
-        ) from error
+        if isinstance(error, OSError):
+            return OSError(f"train: expected to write to {run.path} at step {state.step}, got: {error}; {hint}")
+        if isinstance(error, ArgumentError):  # an image is damaged that was not decoded before
+            return error.renamed(caller="train", got=f"{error.got}; {hint}")
+        return (ProcessLost if is_lost else ValueError)(f"train: {error}; {hint}")
+
+    def _save_if_finite(self) -> None:
+        if self._task.team.is_first and self._state.is_finite():
+            self._save()
+
+    def _save(self) -> Path:
+        """Write a checkpoint, and return its folder."""
+        task, state = self._task, self._state
+
+        def write(folder: Path) -> None:
+            state.write(folder)
+            write_scheduler(folder / "scheduler", task.schedule, task.options.prediction)
+
+        entries = {"seconds": state.seconds, "losses": [float(loss) for loss in state.losses], "row": state.row}
+        return self._run.save_checkpoint(state.step, entries, write, task.options.keep)

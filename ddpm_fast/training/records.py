@@ -1,20 +1,25 @@
-"""Records of a training run for its user: the description at the start, a forecast, TensorBoard's files, grids of samples."""
+"""Records of a training run for its user: description, progress bar, log, TensorBoard's files, grids of samples."""
 
 from __future__ import annotations
 
 import logging
+import math
+import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
+from types import TracebackType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..images import save_grid
 from ..plan import Prediction, SamplingPlan, ddim_plan, dpm_solver_plan
 from ..plan.dpm_solver import measured_options
 from ..sampling import sample
 from ..schedule import NoiseSchedule
-from .run_folder import RunFolder
+from .folder import LOG_COLUMNS, RunFolder
 from .state import State, Task
 
 _log = logging.getLogger("ddpm_fast")
@@ -25,68 +30,188 @@ def summary(run: RunFolder, task: Task, state: State) -> str:
     options, dataset = task.options, task.dataset
     channels, height, width = dataset.shape
     classes = f"{len(dataset.classes)} classes" if len(dataset.classes) > 1 else "no classes"
+    levels = enumerate(task.model.config["down_block_types"])
+    attended = [str(height >> level) for level, kind in levels if kind.startswith("Attn")]
     parameters = sum(parameter.numel() for parameter in state.model.parameters())
-    machine = f"{options['precision']} on {task.device}"
+    machine = f"{options.precision} on {task.device}"
     if task.device.type == "cpu":
         threads = torch.get_num_threads()
         machine += f", {threads} thread" + ("s" if threads > 1 else "")
-    epochs = options["steps"] * options["batch_size"] / len(dataset)
-    batch = f"{options['batch_size']} images a step"
+    epochs = options.steps * options.batch_size / len(dataset)
+    batch = f"{options.batch_size} images a step"
     if task.num_micro_batches > 1:
         given = f" --threads {torch.get_num_threads()}" if task.device.type == "cpu" else ""
         same = f"the same on 1, 2, 4, ... processes with --micro-batch-size {task.micro_batch_size}{given}"
         sums = same if task.sums_in_tree else "equal up to rounding on other numbers of processes"
         batch += f" in micro-batches of {task.micro_batch_size} on {task.team.size} process"
         batch += f"{'es' if task.team.size > 1 else ''}; weights are {sums}"
-    records = [f"log.csv every {options['log_every']} steps"]
-    if options["sample_every"]:
-        records.append(f"samples/ every {options['sample_every']} steps")
-    every = [f"{options['checkpoint_every']} steps"] if options["checkpoint_every"] else []
-    every += [f"{options['checkpoint_minutes']:g} minutes"] if options["checkpoint_minutes"] else []
+    records = [f"log.csv every {options.log_every} steps"]
+    if options.sample_every:
+        records.append(f"samples/ every {options.sample_every} steps")
+    every = [f"{options.checkpoint_every} steps"] if options.checkpoint_every else []
+    every += [f"{options.checkpoint_minutes:g} minutes"] if options.checkpoint_minutes else []
     records.append(f"checkpoints/ every {' and every '.join(every)}" if every else "checkpoints/ at the end")
     rows = {
         "data": f"{dataset.name}: {len(dataset)} images, {classes}",
         "images": f"{width}x{height} pixels, {channels} channel{'s' if channels > 1 else ''}, {dataset.preparation}",
         "network": f"{parameters / 1e6:.2f} million parameters, "
-        + ("class-conditional" if task.labelled else "unconditional")
-        + (f", started from {options['init']}" if options.get("init") else ""),
+        + ("class-conditional, " if task.labelled else "unconditional, ")
+        + (f"attention at {', '.join(attended)} pixels" if attended else "attention in the middle block alone")
+        + (f", started from {task.data_and_model['init']}" if task.data_and_model.get("init") else ""),
         "machine": machine,
         **({"batch": batch} if task.num_micro_batches > 1 else {}),
-        "steps": f"{options['steps']} of {options['batch_size']} images: {epochs:,.0f} epochs"
-        if epochs >= 100
-        else f"{options['steps']} of {options['batch_size']} images: {epochs:.2g} epochs",
+        "steps": f"{options.steps} of {options.batch_size} images: {epochs:{',.0f' if epochs >= 100 else '.2g'}} epochs",
         "records": f"{run.path}/: {', '.join(records)}",
     }
     title = f"Resuming {run.path} at step {state.step}" if state.step else f"Training {run.path}"
     return "\n".join([title, *(f"  {name:<8} {text}" for name, text in rows.items())])
 
 
-class Forecast:
-    """A line of the log, soon after the start, that says how long the rest of the steps will take."""
+class CallbackError(Exception):
+    """The error of a callback, told from errors of the run.
+
+    Attributes:
+        error: The error.
+    """
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
+
+
+def call_back(callback: Callable[..., object] | None, *arguments: object) -> None:
+    """Call a callback if there is one. Raise its error within a CallbackError."""
+    try:
+        if callback is not None:
+            callback(*arguments)
+    except Exception as error:
+        raise CallbackError(error) from error
+
+
+class Records:
+    """A context that shows and writes what a run does. Rank 0 does so.
+
+    Args:
+        run: The run.
+        task: The task.
+        state: Its state.
+
+    Attributes:
+        loss: Mean loss in the last row of the log that this call wrote, or NaN.
+    """
 
     _FIRST, _LAST = 3, 13  # the first steps of a call are slower
 
-    def __init__(self, steps: int, device: torch.device) -> None:
-        self._steps, self._device, self._done, self._began = steps, device, 0, 0.0
+    def __init__(self, run: RunFolder, task: Task, state: State) -> None:
+        from tqdm import tqdm
 
-    def after_step(self, step: int) -> None:
-        """Count a step of this call, and write the line once the speed is known."""
-        self._done += 1
-        if self._done in (self._FIRST, self._LAST) and self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        if self._done == self._FIRST:
-            self._began = time.perf_counter()
-        elif self._done == self._LAST:
-            seconds = (time.perf_counter() - self._began) / (self._LAST - self._FIRST) * (self._steps - step)
-            _log.info("  %-8s about %s", "time", duration(seconds))
+        self._run, self._task, self._state, self.loss = run, task, state, math.nan
+        first = task.team.is_first
+        if first:
+            _log.info("%s", summary(run, task, state))
+            if task.options.warmup_steps >= task.options.steps:
+                _log.warning(
+                    "the learning rate rises over warmup_steps = %d, more steps than there are", task.options.warmup_steps
+                )
+        self._tensorboard = TensorBoard(run, state.step, enabled=task.options.tensorboard and first)
+        self._bar = tqdm(
+            total=task.options.steps,
+            initial=state.step,
+            unit="step",
+            disable=not (task.options.progress and first),
+            mininterval=0.5 if sys.stderr.isatty() else 30,  # a log file needs fewer lines than a terminal
+        )
+        self._logged_step, self._logged_seconds = state.step, state.seconds
+        self._first_step, self._timed_from = state.step, 0.0
 
+    def __enter__(self) -> Records:
+        return self
 
-def duration(seconds: float) -> str:
-    """Return a rough duration in the unit that suits it."""
-    for unit, size in (("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.0f} seconds"
+    def after_step(self, grad_norm: Tensor, rate: float) -> None:
+        """Record a step: its gradient's norm before clipping, 0-d, and its learning rate.
+
+        Raises:
+            FloatingPointError: The loss or the gradient is no longer finite.
+        """
+        options, state = self._task.options, self._state
+        step_loss = state.losses[-1]
+        self._bar.update()
+        if self._task.team.is_first:
+            self._forecast()
+        if state.step % options.log_every == 0 or state.step == options.steps:
+            self._write_row(grad_norm, rate)
+        if options.sample_every and state.step % options.sample_every == 0:
+            self._draw_grid()
+        call_back(self._task.on_step, state.step, step_loss.clone())  # the log needs it unchanged
+
+    def at_end(self, stopped_by: str | None) -> None:
+        """Record the end of the run, and the reason if not all steps are done."""
+        options, state = self._task.options, self._state
+        is_new = state.step > self._first_step and options.sample_every and state.step % options.sample_every
+        if is_new and stopped_by in (None, "max_minutes"):
+            self._draw_grid()
+        self._tensorboard.write("close")
+        if stopped_by and self._task.team.is_first:
+            early = "; the learning rate was still rising (warmup_steps)" if state.step < options.warmup_steps else ""
+            text = "stopped by %s at step %d of %d; checkpoint saved%s; continue with resume=True (--resume)"
+            _log.info(text, stopped_by, state.step, options.steps, early)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self._bar.close()
+
+    def _write_row(self, grad_norm: Tensor, rate: float) -> None:
+        """Write a row of the log."""
+        state, batch_size = self._state, self._task.options.batch_size
+        self.loss = state.finite_loss(grad_norm)
+        state.count_time()
+        speed = (state.step - self._logged_step) * batch_size / (state.seconds - self._logged_seconds)
+        self._logged_step, self._logged_seconds = state.step, state.seconds
+        state.row = (state.step, state.step * batch_size, self.loss, float(grad_norm), rate, speed, state.seconds)
+        if self._task.team.is_first:
+            self._run.append_log(state.row)
+        state.losses.clear()
+        self._bar.set_postfix_str(f"loss {self.loss:.4f}, {speed:.1f} images/s", refresh=False)
+        for name, value in zip(LOG_COLUMNS[2:6], state.row[2:6], strict=True):
+            self._tensorboard.write("add_scalar", f"train/{name}", value, state.step)
+        state.row = None
+
+    def _forecast(self) -> None:
+        """Say once, soon after the start, how long the rest of the steps will take."""
+        options, done = self._task.options, self._state.step - self._first_step
+        if done in (self._FIRST, self._LAST) and self._task.device.type == "cuda":
+            torch.cuda.synchronize(self._task.device)
+        if done == self._FIRST:
+            self._timed_from = time.perf_counter()
+        elif done == self._LAST:
+            each = (time.perf_counter() - self._timed_from) / (self._LAST - self._FIRST)
+            text = duration(each * (options.steps - self._state.step))
+            if options.max_minutes is not None and 60 * options.max_minutes < each * (options.steps - self._first_step):
+                text += f", but at most {options.max_minutes:g} minutes in this call"
+            _log.info("  %-8s about %s", "time", text)
+
+    def _draw_grid(self) -> None:
+        """Draw a grid with the averaged weights, with one column a class or 8 columns."""
+        task, state = self._task, self._state
+        if not task.team.is_first:
+            return
+        columns = min(len(task.dataset.classes), 16) if task.labelled else 8
+        path = self._run.samples / f"step-{state.step:08d}.png"
+        with state.uncounted():
+            try:
+                images = sample(
+                    state.ema,
+                    grid_plan(task.schedule, task.options.sample_steps, task.options.prediction),
+                    4 * columns,
+                    seed=task.options.seed,
+                    class_labels=torch.arange(4 * columns) % columns if task.labelled else None,
+                    progress=False,
+                    cuda_graph=False,  # a graph takes memory beside that of the training
+                )
+                save_grid(images, path, columns=columns, scale=max(1, 64 // max(images.shape[2:])))
+            except (OSError, ValueError) as error:  # a run does not end for want of a picture
+                _log.warning("%s could not be drawn: %s", path, error)
+                return
+            self._tensorboard.write("add_images", "samples", images.clamp(-1, 1) / 2 + 0.5, state.step)
 
 
 class TensorBoard:
@@ -128,30 +253,16 @@ class TensorBoard:
                 writer.close()
 
 
+def duration(seconds: float) -> str:
+    """Return a rough duration in the unit that suits it."""
+    for unit, size in (("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} seconds"
+
+
 def grid_plan(schedule: NoiseSchedule, num_steps: int | None, prediction: Prediction) -> SamplingPlan:
     """Build the plan of the grids, where None takes the default number of steps (`train`'s `sample_steps`)."""
     if measured := measured_options(schedule):
         return dpm_solver_plan(schedule, prediction=prediction, **measured | {"num_steps": num_steps or measured["num_steps"]})
     return ddim_plan(schedule, num_steps or min(50, schedule.num_timesteps), prediction=prediction)
-
-
-def draw_samples(run: RunFolder, task: Task, state: State, tensorboard: TensorBoard) -> None:
-    """Draw a grid with the averaged weights, with one column a class or 8 columns."""
-    options = task.options
-    columns = min(len(task.dataset.classes), 16) if task.labelled else 8
-    labels = torch.arange(4 * columns) % columns if task.labelled else None
-    plan = grid_plan(task.schedule, options["sample_steps"], options["prediction"])
-    path = run.samples / f"step-{state.step:08d}.png"
-    try:
-        images = sample(
-            *(state.ema, plan, 4 * columns),
-            seed=options["seed"],
-            class_labels=labels,
-            progress=False,
-            cuda_graph=False,  # a graph takes memory beside that of the training
-        )
-        save_grid(images, path, columns=columns)
-    except (OSError, ValueError) as error:  # a run does not end for want of a picture
-        _log.warning("%s could not be drawn: %s", path, error)
-        return
-    tensorboard.write("add_images", "samples", images.clamp(-1, 1) / 2 + 0.5, state.step)

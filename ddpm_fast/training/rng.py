@@ -5,12 +5,18 @@ A resumed run needs no generator state.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from typing import Final
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..ops import sample_seeds
+
+_ROUNDS: Final = 12  # as few bits need many; even, so that the halves of the Feistel network end as they began
+_LEAST_BITS: Final = 6
+_GOLDEN: Final = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio
 
 
 class TrainingRng:
@@ -34,16 +40,17 @@ class TrainingRng:
         """Return 63 random bits for each sample of the step, int64 [B] >= 0."""
         return sample_seeds(key, self._batch_size, step * self._batch_size) & 0x7FFFFFFFFFFFFFFF
 
-    def indices(self, step: int, size: int) -> Tensor:
-        """Return indices into a data set of `size` images, int64 [B].
+    def indices(self, step: int, size: int, num_steps: int = 1) -> Tensor:
+        """Return indices into a data set of `size` images for some steps, int64 [num_steps B].
 
-        Each epoch is a new permutation. Batches continue across its end.
+        Each epoch is a new permutation. Batches continue across its end. A permutation is computed item by item, so it takes
+        no memory.
         """
-        samples = torch.arange(step * self._batch_size, (step + 1) * self._batch_size)
+        samples = np.arange(step * self._batch_size, (step + num_steps) * self._batch_size)  # numpy starts no threads
         epochs = samples // size
-        return torch.cat(
-            [_permutation(self._order, epoch, size)[samples[epochs == epoch] % size] for epoch in epochs.unique().tolist()]
-        )
+        keys = sample_seeds(self._order, int(epochs[-1] - epochs[0]) + 1, int(epochs[0])).numpy().view(np.uint64)
+        places = _permuted((samples % size).astype(np.uint64), keys[epochs - epochs[0]], size)
+        return torch.from_numpy(places.view(np.int64))
 
     def timesteps(self, step: int, num_timesteps: int) -> Tensor:
         """Return timesteps t, uniform in 0 .. num_timesteps - 1, int64 [B]."""
@@ -63,15 +70,38 @@ class TrainingRng:
         return self._words(self._flips, step) % 2 == 1
 
     def torch_seed(self, micro_batch: int) -> int:
-        """Return the seed of PyTorch's generator for a micro-batch, counted over all steps.
-
-        Layers that a user has added draw from it, and dropout in runs of format 1.
-        """
+        """Return the seed of PyTorch's generator, which a user's own layers may draw from, for a micro-batch of the run."""
         return int(sample_seeds(self._torch, 1, micro_batch))
 
 
-@lru_cache(maxsize=2)  # the epoch under way and, in the batch that ends it, the next one
-def _permutation(key: int, epoch: int, size: int) -> Tensor:
-    """Return the permutation of one epoch, int64 [size]: the order that sorts one random word per image."""
-    epoch_key = int(sample_seeds(key, 1, epoch))
-    return torch.argsort(sample_seeds(epoch_key, size), stable=True)
+def _permuted(items: NDArray[np.uint64], keys: NDArray[np.uint64], size: int) -> NDArray[np.uint64]:
+    """Return the place of each item in a permutation of 0 .. size - 1.
+
+    A Feistel network permutes the numbers of as many bits as the last item has. A number that is not below `size` is
+    permuted again (cycle walking, Black and Rogaway 2002).
+
+    Args:
+        items: [N].
+        keys: [N], the keys of their permutations.
+        size: Number of items.
+    """
+    bits = max(_LEAST_BITS, (size - 1).bit_length())
+    items, outside = items.copy(), np.arange(len(items))
+    while len(outside):
+        low, high = bits - bits // 2, bits // 2  # widths of the halves
+        key, left, right = keys[outside], items[outside] >> low, items[outside] & ((1 << low) - 1)
+        for _ in range(_ROUNDS):
+            key = key + _GOLDEN
+            left, right = right, left ^ (_mixed(key ^ right) & ((1 << high) - 1))
+            low, high = high, low
+        items[outside] = (left << low) | right
+        outside = outside[items[outside] >= size]
+    return items
+
+
+def _mixed(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Return a hash of each number: the finalizer of SplitMix64 (Steele et al. 2014)."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed: NDArray[np.uint64] = x ^ (x >> np.uint64(31))
+    return mixed

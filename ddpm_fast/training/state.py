@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -16,13 +17,16 @@ from torch import Tensor
 from ..atomic import write_tensors
 from ..distributed import Processes
 from ..errors import InvalidValue, UnusablePath
+from ..limits import no_folder
 from ..nn import UNet, UNetConfig
 from ..nn.checkpoint import check_finite, check_weights, load_safetensors
 from ..schedule import NoiseSchedule
 from ..version import __version__
+from .checkpoint import read_state
 from .data import ImageDataset, MappedDataset
+from .folder import FORMAT, RunFolder
+from .options import LOCAL, TrainOptions
 from .rng import TrainingRng
-from .run_folder import RunFolder, read_state
 
 # Keys of a network's configuration that its weights do not depend on.
 _NOT_IN_WEIGHTS: Final = frozenset({"sample_size", "dropout", "num_train_timesteps", "class_names"})
@@ -32,7 +36,8 @@ _NOT_IN_WEIGHTS: Final = frozenset({"sample_size", "dropout", "num_train_timeste
 class Task:
     """The parts of a run that do not change from step to step."""
 
-    options: Mapping[str, Any]  # those that config.json records
+    options: TrainOptions  # with the size of micro-batches
+    data_and_model: Mapping[str, Any]  # the options of data and network, if `train` made them
     model: UNet
     dataset: ImageDataset | MappedDataset
     schedule: NoiseSchedule
@@ -40,8 +45,6 @@ class Task:
     rng: TrainingRng
     device: torch.device
     team: Processes
-    format: int  # the run's, as its draws have to stay
-    ema_warmup: bool = True  # the first weights are random: the average forgets them soon
     on_step: Callable[[int, Tensor], object] | None = None
     on_checkpoint: Callable[[Path], object] | None = None
 
@@ -51,14 +54,13 @@ class Task:
         return self.model.config["num_class_embeds"] is not None
 
     @property
-    def seeds_dropout(self) -> bool:
-        """True if the samples' seeds decide what dropout drops."""
-        return self.format > 1 and self.model.config["dropout"] > 0
+    def recorded(self) -> dict[str, Any]:
+        """The options that config.json has."""
+        return {**self.data_and_model, **self.options.recorded()}
 
     def identity(self) -> dict[str, Any]:
         """Return what must be the same in all processes, by name."""
-        own = ("device", "threads", "data", "data_dir", "init")  # places, which may differ
-        options = {name: value for name, value in self.options.items() if name not in own}
+        options = {name: value for name, value in self.recorded.items() if name not in LOCAL}
         described = {"number of images": len(self.dataset), "classes": self.dataset.classes}
         images = {"dataset": (self.dataset.shape, self.dataset.fingerprint())}
         return {**options, "model": dict(self.model.config), "schedule": self.schedule.betas.tolist(), **described, **images}
@@ -66,14 +68,13 @@ class Task:
     @property
     def micro_batch_size(self) -> int:
         """Number of images whose gradients are computed at a time."""
-        size: int = self.options["micro_batch_size"]
-        return size
+        assert self.options.micro_batch_size is not None
+        return self.options.micro_batch_size
 
     @property
     def num_micro_batches(self) -> int:
         """Number of micro-batches of a step, all processes together."""
-        batch_size: int = self.options["batch_size"]
-        return batch_size // self.micro_batch_size
+        return self.options.batch_size // self.micro_batch_size
 
     @property
     def micro_batches(self) -> range:
@@ -89,14 +90,14 @@ class Task:
     @property
     def memory_format(self) -> torch.memory_format:
         """Memory format of images and weights."""
-        return torch.channels_last if self.options["channels_last"] else torch.contiguous_format
+        return torch.channels_last if self.options.channels_last else torch.contiguous_format
 
     def config(self) -> dict[str, Any]:
         """Return the content of config.json."""
         dataset = self.dataset
         return {
-            "format": self.format,
-            "options": self.options,
+            "format": FORMAT,
+            "options": self.recorded,
             "unet": self.model.config,
             "schedule": self.schedule.to_config(),
             "dataset": {
@@ -121,13 +122,14 @@ class State:
     seconds: float = 0.0  # spent in steps
     losses: list[Tensor] = field(default_factory=list)  # since the last row of the log; 0-d, on the device
     row: Sequence[float] | None = None  # a row that is not in the log yet
+    counted_until: float = 0.0  # the time up to which `seconds` counts
 
     @classmethod
     def initial(cls, task: Task) -> State:
         """Return the state before the first step, with the task's network, which it moves to the device."""
         model = task.model.to(device=task.device, memory_format=task.memory_format)  # type: ignore[call-overload]
         model.train().zero_grad()
-        lr, weight_decay = task.options["lr"], task.options["weight_decay"]
+        lr, weight_decay = task.options.lr, task.options.weight_decay
         optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
         return cls(model, copy.deepcopy(model).requires_grad_(False).eval(), optimizer)
 
@@ -141,11 +143,28 @@ class State:
         norms = torch._foreach_norm([*self.model.parameters(), *self.ema.parameters(), *moments], math.inf)
         return bool(torch.stack(norms).isfinite().all())
 
-    def count_time(self, since: float) -> float:
-        """Add the time since `since` to `seconds`, and return the present time."""
+    def finite_loss(self, grad_norm: Tensor) -> float:
+        """Return the mean loss since the last row of the log. Raise FloatingPointError if it or the gradient is not finite."""
+        loss = self.mean_loss()
+        if math.isinf(loss) or (math.isnan(loss) and self.losses) or not math.isfinite(grad_norm):
+            raise FloatingPointError(
+                f"train: the loss became {loss} and its gradient's norm {float(grad_norm)} by step {self.step}; "
+                "resume with what was saved, or start again with a smaller lr or precision float32"
+            )
+        return loss
+
+    def count_time(self) -> None:
+        """Add the time since it was counted last to `seconds`."""
         now = time.perf_counter()
-        self.seconds += now - since
-        return now
+        self.seconds += now - self.counted_until
+        self.counted_until = now
+
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Count the time until here, and not that of the body."""
+        self.count_time()
+        yield
+        self.counted_until = time.perf_counter()
 
     def copy_from_first(self, team: Processes) -> None:
         """Let all processes have the state of rank 0."""
@@ -174,8 +193,11 @@ class State:
         }
         write_tensors(folder / "optimizer.safetensors", tensors)
 
-    def load_weights(self, init: str) -> None:
-        """Load the weights and their moving average from a folder that another training wrote."""
+    def load_initial_weights(self, task: Task) -> None:
+        """Load the weights and their moving average from the folder that the option `init` names, if it names one."""
+        init = task.data_and_model.get("init")
+        if init is None:
+            return
         wanted = UNetConfig.from_dict(self.model.config).to_dict()
         for model, source in zip((self.model, self.ema), _read_networks(Path(init)), strict=True):
             found = UNetConfig.from_dict(source.config).to_dict()
@@ -225,8 +247,9 @@ def _read_networks(init: Path) -> tuple[UNet, UNet]:
     if run.checkpoints.is_dir():
         found = run.read_latest("", read)
     elif init.is_dir():
-        found = read(init)
+        with suppress(FileNotFoundError):
+            found = read(init)
     if found is None:
         wanted = "to be the folder of a model, of a run with a checkpoint, or of a checkpoint"
-        raise UnusablePath("train", "init", wanted, repr(str(init)))
+        raise UnusablePath("train", "init", wanted, repr(str(init)) if init.is_dir() else no_folder(init))
     return found

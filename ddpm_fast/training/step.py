@@ -7,14 +7,18 @@ branch of its own micro-batches, and all of them add the branches. The sum is th
 from __future__ import annotations
 
 import math
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from ..ops import denoising_loss, q_sample
 from .data import to_unit_range
+from .options import TrainOptions
 from .state import State, Task
+
+_DRAWN: Final = 4096  # indices that are drawn together, as a call takes longer than an index
 
 
 def take_step(task: Task, state: State, images: Tensor, labels: Tensor) -> tuple[Tensor, float]:
@@ -32,16 +36,14 @@ def take_step(task: Task, state: State, images: Tensor, labels: Tensor) -> tuple
     options, step = task.options, state.step
     loss = _set_gradients(task, state, images, labels)
     parameters: list[Tensor] = list(state.model.parameters())
-    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, options["clip_grad"] or math.inf, foreach=True)
-    rate = options["lr"] * lr_factor(
-        step, options["steps"], options["warmup_steps"], options["lr_decay"], options["lr_decay_steps"]
-    )
+    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, options.clip_grad or math.inf, foreach=True)
+    rate = options.lr * lr_factor(step, options)
     for group in state.optimizer.param_groups:
         group["lr"] = rate
     state.optimizer.step()
     state.optimizer.zero_grad()
-    decay = options["ema_decay"]
-    if task.ema_warmup:
+    decay = options.ema_decay
+    if options.ema_warmup:
         decay = min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(state.ema.parameters()), parameters, 1 - decay)
     state.losses.append(loss)
@@ -76,20 +78,20 @@ def _loss(task: Task, state: State, micro_batch: int, images: Tensor, labels: Te
     options, rng, step = task.options, task.rng, state.step
     rows = slice(micro_batch * task.micro_batch_size, (micro_batch + 1) * task.micro_batch_size)
     x_0 = to_unit_range(images.to(task.device))  # [m, C, H, W]
-    if options["flip"]:
+    if options.flip:
         x_0 = torch.where(rng.is_flipped(step)[rows].to(task.device)[:, None, None, None], x_0.flip(-1), x_0)
     x_0 = x_0.contiguous(memory_format=task.memory_format)
     t = rng.timesteps(step, task.schedule.num_timesteps)[rows].to(task.device)
     seeds = rng.sample_seeds(step)[rows].to(task.device)
     no_label = len(task.dataset.classes)  # the last embedding
-    labels = labels.masked_fill(rng.label_is_dropped(step, options["label_dropout"])[rows], no_label).to(task.device)
+    labels = labels.masked_fill(rng.label_is_dropped(step, options.label_dropout)[rows], no_label).to(task.device)
     torch.manual_seed(rng.torch_seed(step * task.num_micro_batches + micro_batch))
     x_t = q_sample(x_0, t, task.schedule, seeds=seeds)
-    dropout = {"dropout_seeds": seeds} if task.seeds_dropout else {}
-    with torch.autocast(task.device.type, torch.bfloat16, enabled=options["precision"] == "bf16"):
+    dropout = {"dropout_seeds": seeds} if task.model.config["dropout"] > 0 else {}
+    with torch.autocast(task.device.type, torch.bfloat16, enabled=options.precision == "bf16"):
         output = state.model(x_t, t, labels if task.labelled else None, **dropout)
     weight = None if task.loss_weight is None else task.loss_weight[t]
-    loss = denoising_loss(output.float(), x_0, t, task.schedule, prediction=options["prediction"], seeds=seeds, weight=weight)
+    loss = denoising_loss(output.float(), x_0, t, task.schedule, prediction=options.prediction, seeds=seeds, weight=weight)
     return loss / task.num_micro_batches
 
 
@@ -116,16 +118,22 @@ class _TreeSum:
         return self._branches[0][1]
 
 
-def lr_factor(step: int, steps: int, warmup_steps: int, decay: str, decay_steps: int) -> float:
+def lr_factor(step: int, options: TrainOptions) -> float:
     """Return the learning rate of a step as a share of `lr`. It rises linearly, stays, and falls over the last steps."""
-    rise = min(1.0, (step + 1) / (warmup_steps + 1))
-    left = min(1.0, (steps - step) / (decay_steps + 1))  # 1 until the fall begins
-    return rise * (left if decay == "linear" else 0.5 - 0.5 * math.cos(math.pi * left))
+    rise = min(1.0, (step + 1) / (options.warmup_steps + 1))
+    left = min(1.0, (options.steps - step) / (options.lr_decay_steps + 1))  # 1 until the fall begins
+    return rise * (left if options.lr_decay == "linear" else 0.5 - 0.5 * math.cos(math.pi * left))
 
 
 def batches(task: Task, step: int) -> Generator[tuple[Tensor, Tensor], None, None]:
     """Yield this process's images and labels of each step from `step` on."""
-    size, mine, num_images = task.micro_batch_size, task.micro_batches, len(task.dataset)
+    size, mine, num_images, options = task.micro_batch_size, task.micro_batches, len(task.dataset), task.options
     rows = slice(mine.start * size, mine.stop * size)
-    steps = range(step, task.options["steps"])
-    return task.dataset.batches(task.rng.indices(each, num_images)[rows] for each in steps)
+    together = max(1, _DRAWN // options.batch_size)
+
+    def indices() -> Iterator[Tensor]:
+        for first in range(step, options.steps, together):
+            drawn = task.rng.indices(first, num_images, min(together, options.steps - first))
+            yield from (batch[rows] for batch in drawn.split(options.batch_size))
+
+    return task.dataset.batches(indices())

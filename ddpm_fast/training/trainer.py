@@ -1,44 +1,38 @@
-"""Training of a given network on a given data set. `train` makes one from its options."""
+"""`Trainer`: training of a given network on a given data set. `train` makes both from options."""
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..checks import check_callable, check_int, check_path, check_type, computing_device
+from ..checks import check_callable, check_int, check_path, check_type, checked_bytes, computing_device
 from ..distributed import joined
-from ..errors import expect, renaming
-from ..nn import UNet
+from ..errors import InvalidType, expect, renaming
+from ..limits import check_free_memory
+from ..nn import UNet, UNetConfig
 from ..nn.unet import describe_images
 from ..schedule import NoiseSchedule
-from .data import ImageDataset, MappedDataset
+from .data import DATASETS, ImageDataset, MappedDataset, load_dataset
+from .folder import RunFolder
 from .loop import TrainResult, run_steps
-from .options import check_call, check_options, plain_options
+from .opening import COPIES, Start, check_sizes, prepared
+from .options import AnyOptions, DataOptions, ModelOptions, TrainOptions
 from .rng import TrainingRng
-from .run_folder import RunFolder
-from .starting import Start, check_sizes, prepared
 from .state import State, Task
-
-# The options of `train` that a Trainer takes, too.
-OPTIONS: Final = (
-    *("prediction", "loss_weight", "label_dropout", "flip", "steps", "batch_size", "micro_batch_size"),
-    *("lr", "warmup_steps", "lr_decay", "lr_decay_steps", "weight_decay", "clip_grad", "ema_decay"),
-    *("precision", "channels_last", "seed", "device", "threads"),
-    *("log_every", "sample_every", "sample_steps", "checkpoint_every", "checkpoint_minutes", "keep", "tensorboard"),
-)
 
 
 class Trainer:
     """A resumable training run of your own network, schedule and data set (Algorithm 1 of Ho et al. 2020).
 
-    `run` trains. The other arguments are those of `train`, with the same meanings and defaults. So are the run's folder,
-    the checkpoints, and training in several processes.
+    `run` trains. The run's folder, the checkpoints, and training in several processes are those of `train`.
 
     An item of the data set is an image, or (image, label). An image is a uint8 tensor [C, H, W], a floating tensor
     [C, H, W] in [-1, 1], or a PIL image. A PIL image is converted to the network's 1, 3 or 4 channels. A label is an
@@ -50,8 +44,8 @@ class Trainer:
             gets the data set's `sample_size` and `class_names` if it has none.
         schedule: Use this noise schedule.
         dataset: Train on these images: any map-style data set, with `__len__` and `__getitem__`.
-        run_folder: Write to this folder. It must be new or empty unless `run` resumes.
-        ema_warmup: Let the moving average forget the first weights soon. Pass False for weights that are trained.
+        options: Train in this way.
+        run_dir: Write to this folder. It must be new or empty unless `options` resume a run.
         num_workers: Read items in this many processes. Default: in this one.
         on_step: Call this after each step, in every process, with the number of steps done and the loss as a 0-d tensor.
             Reading the loss of a GPU waits for the step.
@@ -70,59 +64,32 @@ class Trainer:
         model: UNet,
         schedule: NoiseSchedule,
         dataset: Dataset[Any] | ImageDataset,
+        options: TrainOptions,
+        run_dir: str | os.PathLike[str],
         *,
-        run_folder: str | os.PathLike[str],
-        # diffusion
-        prediction: Literal["epsilon", "sample", "v_prediction"] = "epsilon",
-        loss_weight: Literal["min_snr"] | None = None,
-        label_dropout: float = 0.1,
-        flip: bool = False,
-        # optimisation
-        steps: int = 20_000,
-        batch_size: int = 64,
-        micro_batch_size: int | None = None,
-        lr: float = 2e-4,
-        warmup_steps: int = 500,
-        lr_decay: Literal["linear", "cosine"] = "linear",
-        lr_decay_steps: int = 0,
-        weight_decay: float = 0.0,
-        clip_grad: float = 1.0,
-        ema_decay: float = 0.9999,
-        ema_warmup: bool = True,
-        precision: Literal["float32", "bf16"] = "float32",
-        channels_last: bool = True,
-        seed: int = 0,
-        # machine
-        device: str | None = None,
-        threads: int | None = None,
         num_workers: int = 0,
-        # records
-        log_every: int = 50,
-        sample_every: int = 1000,
-        sample_steps: int | None = None,
-        checkpoint_every: int = 0,
-        checkpoint_minutes: float = 5.0,
-        keep: int = 2,
-        tensorboard: bool = True,
         on_step: Callable[[int, Tensor], object] | None = None,
         on_checkpoint: Callable[[Path], object] | None = None,
     ) -> None:
-        options = {name: value for name, value in locals().items() if name in (*OPTIONS, "ema_warmup")}
-        check_type("Trainer", "model", model, UNet)
+        given: Any = model
+        if not isinstance(given, UNet):
+            got = f"{type(given).__name__}; train another network in a loop of your own, as docs/training.md shows"
+            raise InvalidType("Trainer", "model", "to be a UNet", got)
         check_type("Trainer", "schedule", schedule, NoiseSchedule)
-        check_path("Trainer", "run_folder", run_folder)
+        check_type("Trainer", "options", options, TrainOptions)
+        check_path("Trainer", "run_dir", run_dir)
         check_int("Trainer", "num_workers", num_workers, 0, 1024)
         check_callable("Trainer", "on_step", on_step)
         check_callable("Trainer", "on_checkpoint", on_checkpoint)
-        self._options = plain_options("Trainer", options)
-        check_options("Trainer", self._options, schedule.num_timesteps)
-        computing_device("Trainer", device)
-        _check_model(model)
+        if options.sample_every:
+            check_int("Trainer", "sample_steps", options.sample_steps, 1, schedule.num_timesteps, optional=True)
+        computing_device("Trainer", options.device)
+        _check_trainable(model)
         self._dataset = _adapted(dataset, model, num_workers)
         _check_fit(model, self._dataset)
         describe_images(model, size=self._dataset.shape[1:], classes=self._dataset.classes)
         self.model = model
-        self._schedule, self._folder = schedule, RunFolder(run_folder)
+        self._schedule, self._options, self._folder = schedule, options, RunFolder(run_dir)
         self._on_step, self._on_checkpoint = on_step, on_checkpoint
         self._ema: UNet | None = None
 
@@ -133,75 +100,55 @@ class Trainer:
             raise RuntimeError("Trainer: expected run to be called before ema is read, got no call")
         return self._ema
 
-    def run(
-        self,
-        *,
-        resume: bool = False,
-        auto_resume: bool = False,
-        max_minutes: float | None = None,
-        progress: bool = True,
-        data_check: Literal["sample", "exact", "off"] = "sample",
-        lock: bool = True,
-    ) -> TrainResult:
+    def run(self) -> TrainResult:
         """Train until all steps are done, or a signal or `max_minutes` stops the run with a checkpoint.
 
-        The arguments, the result and the errors are those of `train`. An error of a callback ends the run. It is raised
-        after a checkpoint is saved.
+        An error of a callback ends the run. It is raised after a checkpoint is saved. Only a Trainer whose options resume a run
+        can be called again.
+
+        Returns:
+            How the call ended.
 
         Raises:
             ValueError: The resumed run has other options, another network, another schedule or other images, or an item
-                is wrong. The message names it.
+                is wrong. The message names it. Other errors are those of `train`.
         """
-        check_call("Trainer.run", resume, auto_resume, max_minutes, progress, data_check, lock)
         with joined("Trainer.run") as team:
-            start = prepared(self._folder, self._options, team, resume=resume, auto_resume=auto_resume)
-            return self._run(start, max_minutes=max_minutes, progress=progress, data_check=data_check, lock=lock)
+            return self._run(prepared(self._folder, self._options, {}, team))
 
-    def _run(self, start: Start, *, max_minutes: float | None, progress: bool, data_check: str, lock: bool) -> TrainResult:
+    def _run(self, start: Start) -> TrainResult:
         """Run in a folder, with processes and a device that are checked."""
-        options, weight = self._options, None
-        if options["loss_weight"] is not None:
-            weight = self._schedule.loss_weight(options["loss_weight"], options["prediction"]).to(start.device, torch.float32)
+        options, weight = start.options, None
+        if options.loss_weight is not None:
+            weight = self._schedule.loss_weight(options.loss_weight, options.prediction).to(start.device, torch.float32)
         task = Task(
-            options=start.options,
+            options=options,
+            data_and_model=start.data_and_model,
             model=self.model,
             dataset=self._dataset,
             schedule=self._schedule,
             loss_weight=weight,
-            rng=TrainingRng(options["seed"], options["batch_size"]),
+            rng=TrainingRng(options.seed, options.batch_size),
             device=start.device,
             team=start.team,
-            format=start.format,
-            ema_warmup=options["ema_warmup"],
             on_step=self._on_step,
             on_checkpoint=self._on_checkpoint,
         )
         check_sizes(start.run, task)
         state = State.initial(task)
-        init = start.options.get("init")  # `train` alone has it
-        if init is not None and not start.resume:  # before a folder is made
-            start.team.on_first(lambda: state.load_weights(init))
+        if not start.resume:  # before a folder is made
+            start.team.on_first(lambda: state.load_initial_weights(task))
         self._ema = state.ema
-        return run_steps(*(start, task, state), max_minutes=max_minutes, progress=progress, data_check=data_check, lock=lock)
+        return run_steps(start, task, state)
 
 
-def _check_model(model: UNet) -> None:
+def _check_trainable(model: UNet) -> None:
     """Raise a ValueError unless the network can be trained, and checkpoints can hold it and its optimizer's state."""
-    expect(
-        model.config["num_class_embeds"] != 1,
-        "Trainer",
-        "model",
-        "to have num_class_embeds = None or the number of classes plus one",
-        "1",
-    )
+    wanted = "to have num_class_embeds = None or the number of classes plus one"
+    expect(model.config["num_class_embeds"] != 1, "Trainer", "model", wanted, "1")
     for name, parameter in model.named_parameters():
-        expect(
-            parameter.dtype == torch.float32,
-            "Trainer",
-            "model",
-            "to be float32",
-            f'{parameter.dtype} in {name}; use precision="bf16" for speed',
-        )
+        got = f'{parameter.dtype} in {name}; use precision="bf16" for speed'
+        expect(parameter.dtype == torch.float32, "Trainer", "model", "to be float32", got)
         expect(parameter.requires_grad, "Trainer", "model", "to have parameters that require gradients", f"{name} without")
 
 
@@ -209,46 +156,140 @@ def _adapted(dataset: Any, model: UNet, num_workers: int) -> ImageDataset | Mapp
     """Return a data set as training uses it. The network says which images and labels are wanted."""
     if isinstance(dataset, ImageDataset):
         return dataset
-    embeds = model.config["num_class_embeds"]
-    classes = None if embeds is None else _class_names(dataset, model, embeds - 1)
+    embeds, classes = model.config["num_class_embeds"], None
+    if embeds is not None:  # the names are the network's, those that torchvision's data sets have, or numbers
+        classes = tuple(map(str, range(embeds - 1)))
+        for names in (getattr(dataset, "classes", None), model.config.get("class_names")):
+            if isinstance(names, (list, tuple)) and all(isinstance(name, str) and name for name in names):
+                classes = tuple(names) if len(names) == embeds - 1 == len(set(names)) else classes
     with renaming("Trainer"):
         return MappedDataset(dataset, model.config["in_channels"], classes, num_workers)
-
-
-def _class_names(dataset: Any, model: UNet, number: int) -> tuple[str, ...]:
-    """Return names of classes: the network's, those that torchvision's data sets have as `classes`, or numbers."""
-    for names in (model.config.get("class_names"), getattr(dataset, "classes", None)):
-        if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) and name for name in names):
-            continue
-        if len(names) == number == len(set(names)):
-            return tuple(names)
-    return tuple(map(str, range(number)))
 
 
 def _check_fit(model: UNet, dataset: ImageDataset | MappedDataset) -> None:
     """Raise a ValueError unless the network takes the images and labels, and predicts as many channels."""
     channels, height, width = dataset.shape
     for name in ("in_channels", "out_channels"):
-        expect(
-            model.config[name] == channels,
-            "Trainer",
-            "model",
-            f"to have {name} = {channels}, as the images of dataset",
-            model.config[name],
-        )
+        wanted = f"to have {name} = {channels}, as the images of dataset"
+        expect(model.config[name] == channels, "Trainer", "model", wanted, model.config[name])
     factor = 2 ** (len(model.config["block_out_channels"]) - 1)
-    expect(
-        height % factor == 0 and width % factor == 0,
-        "Trainer",
-        "dataset",
-        f"to have images whose sides are multiples of {factor} for the levels of model",
-        f"{height}x{width}",
-    )
-    embeds = model.config["num_class_embeds"]
-    expect(
-        embeds is None or embeds == len(dataset.classes) + 1,
-        "Trainer",
-        "model",
-        f"to have num_class_embeds = {len(dataset.classes) + 1}, the number of classes plus one",
-        embeds,
-    )
+    wanted = f"to have images whose sides are multiples of {factor} for the levels of model"
+    expect(height % factor == 0 and width % factor == 0, "Trainer", "dataset", wanted, f"{height}x{width}")
+    embeds, number = model.config["num_class_embeds"], len(dataset.classes)
+    wanted = f"to have num_class_embeds = {number + 1}, the number of classes plus one"
+    expect(embeds in (None, number + 1), "Trainer", "model", wanted, embeds)
+
+
+# -------------------------------------------------------------------------------------------------- a run made from options
+
+
+def train(
+    run_dir: str | os.PathLike[str],
+    options: TrainOptions | None = None,
+    data: DataOptions | None = None,
+    model: ModelOptions | None = None,
+) -> TrainResult:
+    """Train a network on images (Algorithm 1 of Ho et al. 2020).
+
+    The run's folder receives the configuration, the log, grids of samples and checkpoints. Its layout is in
+    `ddpm_fast.training.folder`. Ctrl-C, SIGTERM and SIGHUP end the run after the current step and save a
+    checkpoint. A process that is killed loses only the steps since the last checkpoint. On a CPU the run keeps freed
+    memory for its next step (`kept_memory`).
+
+    Under torchrun, `accelerate launch` or Slurm, all processes make this call and share each batch. They end with the same
+    weights. These are bit-identical for any number of processes that is a power of two, with the same `micro_batch_size` and
+    `threads`. Rank 0 alone writes to the run's folder, which all processes see.
+
+    Args:
+        run_dir: Write to this folder. It must be new or empty unless `options` resume a run.
+        options: Train in this way. Default: `TrainOptions()`.
+        data: Read these images. Default: `DataOptions()`.
+        model: Make this network and noise schedule. Default: `ModelOptions()`.
+
+    Returns:
+        How the call ended.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: An option differs from the one that the resumed run was started with. Or memory is too small for what
+            the options ask for.
+        OSError: A file cannot be written, or there is too little space for checkpoints. The message names the last good
+            checkpoint.
+        FileExistsError: `run_dir` is not empty, and no run is resumed.
+        UnusablePath: `run_dir` cannot be written to, or `init` holds no model. It is an OSError.
+        FileNotFoundError: There is no run to resume.
+        FloatingPointError: The loss or the weights are no longer finite.
+        BlockingIOError: Another process trains in `run_dir`.
+        ProcessLost: Another of the processes has failed or ended. It is a RuntimeError.
+    """
+    options = TrainOptions() if options is None else options
+    data = DataOptions() if data is None else data
+    model = ModelOptions() if model is None else model
+    for name, value, kind in (("options", options, TrainOptions), ("data", data, DataOptions), ("model", model, ModelOptions)):
+        check_type("train", name, value, kind)
+    check_path("train", "run_dir", run_dir)
+    if options.sample_every:
+        check_int("train", "sample_steps", options.sample_steps, 1, model.num_timesteps, optional=True)
+    data, model, run = _with_absolute_paths(data), _with_absolute_paths(model), RunFolder(run_dir)
+    with joined("train") as team:
+        start = prepared(run, options, {**data.recorded(), **model.recorded()}, team)
+        # Rank 0 downloads.
+        dataset = team.machine_by_machine(lambda: _dataset(data)) if data.data in DATASETS else _dataset(data)
+        config = _unet_config(model, dataset)
+        if start.device.type == "cpu":
+            needed = COPIES * 4 * UNetConfig.from_dict(config).num_parameters
+            check_free_memory("train", "channels", list(model.channels), needed)
+        with torch.random.fork_rng([]):
+            torch.manual_seed(TrainingRng(options.seed, options.batch_size).weights_seed)
+            with renaming("train", {"block_out_channels": "channels", "attention_head_dim": "head_dim"}):
+                network = UNet(**config)
+        schedule = getattr(NoiseSchedule, model.schedule)(model.num_timesteps)
+        return Trainer(network, schedule, dataset, options, run_dir)._run(start)
+
+
+def _with_absolute_paths(options: AnyOptions) -> AnyOptions:
+    """Return options whose paths, if they exist, are absolute, so that a run is resumed from any working directory."""
+    paths = {name: getattr(options, name, None) for name in ("data", "data_dir", "init")}
+    found = {name: path for name, path in paths.items() if path is not None and path not in DATASETS and os.path.exists(path)}
+    return replace(options, **{name: os.path.abspath(path) for name, path in found.items()})
+
+
+def _dataset(data: DataOptions) -> ImageDataset:
+    """Load the images."""
+    memory = checked_bytes("train", "data_memory", data.data_memory)
+    options: dict[str, Any] = {"image_size": data.image_size, "skip_broken": data.skip_broken, "memory": memory}
+    with renaming("train", {"name": "data"}):
+        return load_dataset(os.fspath(data.data), data.data_dir, **options)
+
+
+def _unet_config(options: ModelOptions, dataset: ImageDataset) -> dict[str, Any]:
+    """Return the configuration of the network that the options describe. Raise ValueError if the images do not fit it."""
+    channels, height, width = dataset.shape
+    labelled = options.conditional and len(dataset.classes) > 1
+    widths = options.channels
+    factor = 2 ** (len(widths) - 1)
+    wanted = f"images whose sides are multiples of {factor} for {len(widths)} levels of channels"
+    got = f"{height}x{width}; choose another image_size, or fewer levels: fewer numbers in channels"
+    expect(height % factor == 0 and width % factor == 0, "train", "", wanted, got)
+    attended = [height >> level in options.attention for level in range(len(widths))]
+    return {
+        "sample_size": height,
+        "in_channels": channels,
+        "out_channels": channels,
+        "block_out_channels": list(widths),
+        "layers_per_block": options.layers,
+        "down_block_types": ["AttnDownBlock2D" if a else "DownBlock2D" for a in attended],
+        "up_block_types": ["AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attended)],
+        "attention_head_dim": options.head_dim,
+        "norm_num_groups": math.gcd(32, *widths),
+        "dropout": options.dropout,
+        "resnet_time_scale_shift": "scale_shift" if options.scale_shift else "default",
+        "num_class_embeds": len(dataset.classes) + 1 if labelled else None,
+        # Images beside sub-folders make a class without a name.
+        **({"class_names": list(dataset.classes)} if labelled and all(dataset.classes) else {}),
+        # Ho et al.'s choices
+        "downsample_padding": 0,
+        "flip_sin_to_cos": False,
+        "freq_shift": 1,
+        "norm_eps": 1e-6,
+    }

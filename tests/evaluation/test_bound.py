@@ -370,7 +370,7 @@ def test_command_prints_the_parts(tmp_path: Path) -> None:
     per_image = json.loads(out.read_text())["per_image"]["total"]
     from ddpm_fast.training.data import load_dataset
 
-    x_0, labels = load_dataset("digits", split="test", image_size=8)[torch.arange(6)]
+    x_0, labels = load_dataset("digits", split="test", image_size=8).batch(torch.arange(6))
     bound = variational_bound(
         model, to_unit_range(x_0), SCHEDULE, variance="fixed_large", class_labels=labels, seed=2, batch_size=4, progress=False
     )

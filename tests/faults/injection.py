@@ -27,15 +27,15 @@ import click
 import safetensors.torch
 import torch
 from PIL import Image
+from runs import train
 
 from ddpm_fast import save_grid
 from ddpm_fast.atomic import PREFIX
 from ddpm_fast.cli import main as main_command
 from ddpm_fast.nn import UNet
-from ddpm_fast.training import train
 from ddpm_fast.training.data import load_dataset
 from ddpm_fast.training.export import export_checkpoint
-from ddpm_fast.training.run_folder import RunFolder
+from ddpm_fast.training.folder import RunFolder
 
 KINDS = {"KILL": -1, "SHORT": -2}
 FINISHED, REFUSED, BROKEN = 0, 3, 4  # exit statuses of a child; REFUSED: it raised an OSError

@@ -29,7 +29,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def inject(library: Path, folder: Path, *tasks: str) -> list[dict[str, Any]]:
     command = [sys.executable, str(HERE / "injection.py"), str(library), str(folder), *tasks]
-    environment = {**os.environ, "LD_PRELOAD": str(library)}
+    environment = {**os.environ, "LD_PRELOAD": str(library), "PYTHONPATH": str(HERE.parent)}  # which holds `runs`
     process = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert process.returncode == 0, process.stdout + process.stderr[-4000:]
     print(process.stdout)

@@ -11,7 +11,6 @@ import gzip
 import hashlib
 import io
 import json
-import pickle
 import sys
 import tarfile
 import tempfile
@@ -25,21 +24,20 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import msgspec
-import numpy as np
 import safetensors.torch
 import torch
 from mutations import bytes_of, json_of, safetensors_of, torch_of
 from PIL import Image
 
 from ddpm_fast import NoiseSchedule
-from ddpm_fast.atomic import read_json
+from ddpm_fast.atomic import write_json
 from ddpm_fast.nn import UNet, UNetConfig
 from ddpm_fast.pretrained import _read_scheduler
-from ddpm_fast.schemas import Classes
-from ddpm_fast.training.data import fashion_mnist, load_dataset
+from ddpm_fast.training.checkpoint import read_state, why_damaged
+from ddpm_fast.training.data import load_dataset, loading
 from ddpm_fast.training.export import write_scheduler
-from ddpm_fast.training.run_folder import FORMAT, RunFolder, read_state, why_damaged
+from ddpm_fast.training.folder import FORMAT, RunFolder
+from ddpm_fast.training.options import STRUCTS
 
 TINY: dict[str, Any] = {
     "sample_size": [4, 4],
@@ -115,23 +113,20 @@ def read_scheduler(folder: Path) -> None:
     _read_scheduler(folder / "theirs")
 
 
-def classes(folder: Path) -> list[Path]:
-    (folder / "classes.json").write_text(json.dumps({"classes": ["cat", "", "dog"]}))
-    return [folder / "classes.json"]
-
-
 def run_config(folder: Path) -> list[Path]:
     dataset = {"images": 5, "shape": [1, 4, 4], "classes": ["cat", "dog"], "preparation": "as they are"}
     dataset["fingerprint"] = {"sample": "0" * 64, "exact": "1" * 64}
-    RunFolder(folder).create(
+    write_json(
+        folder / CONFIG,
         {
             "format": FORMAT,
-            "options": {"data": "digits", "init": None, "prediction": "epsilon", "channels": [4], "lr": 1e-3},
+            "options": {name: value for struct in STRUCTS for name, value in struct().recorded().items()},
             "unet": UNetConfig.from_dict(TINY).to_dict(),
             "schedule": NoiseSchedule.cosine(5).to_config(),
             "dataset": dataset,
+            "threads": 1,
             "versions": {"torch": "2.13.0"},
-        }
+        },
     )
     return [folder / CONFIG]
 
@@ -160,21 +155,8 @@ def idx(folder: Path) -> list[Path]:
 
 
 def read_idx(folder: Path) -> None:
-    fashion_mnist.read_idx(folder / "a-idx")
-    fashion_mnist.read_idx(folder / "b-idx.gz")
-
-
-def cifar10(folder: Path) -> list[Path]:
-    batch = {b"labels": [3, 1], b"data": np.zeros((2, 3072), np.uint8), b"filenames": [b"a.png", b"b.png"]}
-    for number in range(1, 6):
-        (folder / f"data_batch_{number}").write_bytes(pickle.dumps(batch, 4))
-    return [folder / "data_batch_2"]
-
-
-def mutate_pickle(random: Random, content: bytes) -> bytes:
-    """Mutate what surrounds the pixels."""
-    before, pixels, after = content.partition(bytes(2 * 3072))
-    return bytes_of(random, before) + pixels + after if random.random() < 0.7 else before + pixels + bytes_of(random, after)
+    loading.read_idx(folder / "a-idx")
+    loading.read_idx(folder / "b-idx.gz")
 
 
 def cifar10_archive(folder: Path) -> list[Path]:
@@ -227,15 +209,9 @@ TARGETS: dict[str, Target] = {
     "safetensors": Target(weights, safetensors_of, UNet.from_pretrained),
     "torch-bin": Target(legacy_weights, torch_of, UNet.from_pretrained),
     "scheduler-config": Target(scheduler, mutate_json, read_scheduler),
-    "classes": Target(
-        classes,
-        mutate_json,
-        lambda folder: read_json("load_folder", folder / "classes.json", lambda values: msgspec.convert(values, Classes)),
-    ),
     "run-config": Target(run_config, mutate_json, lambda folder: RunFolder(folder).read_config()),
     "state": Target(state, mutate_state, read_checkpoint),
     "idx": Target(idx, mutate_idx, read_idx),
-    "cifar10": Target(cifar10, mutate_pickle, lambda folder: load_dataset("cifar10", folder)),
     "cifar10-archive": Target(cifar10_archive, mutate_idx, lambda folder: load_dataset("cifar10", folder)),
     "image-archive": Target(image_archive, bytes_of, lambda folder: load_dataset(str(folder / "a.zip"))),
 }

@@ -16,12 +16,13 @@ from typing import Any
 import pytest
 from launching import run_ranks
 from refusals import refused
+from runs import train
 from test_training import QUIET, assert_same_weights, log_rows
 
 from ddpm_fast.errors import InvalidValue
-from ddpm_fast.training import train
-from ddpm_fast.training.run_folder import RunFolder
+from ddpm_fast.training.folder import RunFolder
 
+TESTS = str(Path(__file__).parents[1])
 RUN: dict[str, Any] = {
     **QUIET,
     "batch_size": 16,
@@ -31,7 +32,8 @@ RUN: dict[str, Any] = {
     "steps": 4,
     "log_every": 2,
 }
-SCRIPT = "import json, sys; from ddpm_fast.training import train; train(sys.argv[1], **json.loads(sys.argv[2]))"
+START = f"import json, os, sys; sys.path.insert(0, {TESTS!r}); from runs import train; "
+SCRIPT = START + "train(sys.argv[1], **json.loads(sys.argv[2]))"
 
 
 def train_in(size: int, run_dir: Path, **options: Any) -> list[subprocess.CompletedProcess[str]]:
@@ -103,30 +105,6 @@ def test_a_run_keeps_its_micro_batches(tmp_path: Path, caplog: pytest.LogCapture
     assert "was trained with micro_batch_size 2 and goes on with 4: gradients are summed in another order" in caplog.text
 
 
-def test_older_runs_have_one_micro_batch_a_step(tmp_path: Path) -> None:
-    options = RUN | {"micro_batch_size": None}
-    train(tmp_path / "one", **options)
-    train(tmp_path / "old", **options | {"steps": 3})
-    run = RunFolder(tmp_path / "old")
-    config = run.read_config()
-    del config["options"]["micro_batch_size"], config["threads"]
-    run.write_config(config)
-    train(tmp_path / "old", **options, resume=True)
-    assert_same_weights(tmp_path / "one", tmp_path / "old")
-
-
-def test_older_runs_keep_their_draws_of_dropout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as older:
-        older.setattr("ddpm_fast.training.starting.FORMAT", 1)
-        train(tmp_path / "old", **RUN)
-        train(tmp_path / "stopped", **RUN | {"steps": 2})
-    train(tmp_path / "stopped", **RUN, resume=True)
-    assert_same_weights(tmp_path / "old", tmp_path / "stopped")
-    assert RunFolder(tmp_path / "stopped").read_config()["format"] == 1
-    train(tmp_path / "new", **RUN)
-    assert log_rows(tmp_path / "old") != log_rows(tmp_path / "new")
-
-
 def test_batches_that_cannot_be_shared_are_refused(tmp_path: Path) -> None:
     with refused(
         InvalidValue("train", "micro_batch_size", "times 1 process to divide batch_size 16", "micro_batch_size 3; 2 fits")
@@ -147,10 +125,7 @@ def test_batches_that_cannot_be_shared_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_processes_that_are_given_other_options_are_refused(tmp_path: Path) -> None:
-    script = (
-        "import json, os, sys; from ddpm_fast.training import train; "
-        "train(sys.argv[1], **json.loads(sys.argv[2]) | {'lr': 1e-3 * (1 + int(os.environ['RANK']))})"
-    )
+    script = START + "train(sys.argv[1], **json.loads(sys.argv[2]) | {'lr': 1e-3 * (1 + int(os.environ['RANK']))})"
     first, second = run_ranks(2, ["-c", script, str(tmp_path / "run"), json.dumps(RUN)], tmp_path)
     assert (
         "InvalidValue: train: expected lr to be the same in all processes, got another than rank 0 in rank 1: 0.002"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import json
+import os
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,20 +17,20 @@ from click.testing import CliRunner
 from launching import run_ranks
 from PIL import Image
 from refusals import refused
+from runs import NAMES, train
 from test_training import QUIET, assert_same_weights, log_rows
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
-from ddpm_fast import NoiseSchedule, Trainer, UNet, export_checkpoint, load_folder, train
+from ddpm_fast import NoiseSchedule, Trainer, TrainOptions, UNet, export_checkpoint, load_folder
 from ddpm_fast.cli import main
 from ddpm_fast.errors import InvalidType, InvalidValue
 from ddpm_fast.training.data import MappedDataset, load_dataset, to_unit_range
+from ddpm_fast.training.folder import RunFolder
 from ddpm_fast.training.rng import TrainingRng
-from ddpm_fast.training.run_folder import RunFolder
-from ddpm_fast.training.trainer import OPTIONS
 
-SHARED = {name: QUIET[name] for name in OPTIONS if name in QUIET}
-CALL: dict[str, Any] = {"progress": False}
+OWN_LOOP = "train another network in a loop of your own, as docs/training.md shows"
+SHARED = {name: value for name, value in QUIET.items() if name in NAMES[TrainOptions]}
 
 
 class Digits(Dataset[Any]):
@@ -41,8 +43,7 @@ class Digits(Dataset[Any]):
         return len(self.digits)
 
     def __getitem__(self, index: int) -> Any:
-        image, label = self.digits[torch.tensor([index])]
-        return self.change(index, image[0], int(label))
+        return self.change(index, *self.digits[index])
 
 
 def network(**changes: Any) -> UNet:
@@ -58,11 +59,14 @@ def network(**changes: Any) -> UNet:
         return UNet(**config | changes)
 
 
-def trainer(run_folder: Path, dataset: Any = None, model: UNet | None = None, **options: Any) -> Trainer:
+def trainer(run_dir: Path, dataset: Any = None, model: UNet | None = None, **options: Any) -> Trainer:
     """Return a trainer of three steps on digits, unless the options say otherwise."""
     dataset = Digits() if dataset is None else dataset
     model = network() if model is None else model
-    return Trainer(model, NoiseSchedule.linear(), dataset, run_folder=run_folder, **SHARED | {"steps": 3} | options)
+    arguments = {name: options.pop(name) for name in ("num_workers", "on_step", "on_checkpoint") if name in options}
+    return Trainer(
+        model, NoiseSchedule.linear(), dataset, TrainOptions(**SHARED | {"steps": 3} | options), run_dir, **arguments
+    )
 
 
 def assert_same_parameters(a: UNet, b: UNet) -> None:
@@ -72,21 +76,13 @@ def assert_same_parameters(a: UNet, b: UNet) -> None:
 # ---------------------------------------------------------------------------------------------------------- the same as train
 
 
-def test_options_have_the_defaults_of_train() -> None:
-    theirs, ours = (inspect.signature(function).parameters for function in (train, Trainer))
-    assert {name: ours[name].default for name in OPTIONS} == {name: theirs[name].default for name in OPTIONS}
-    run = inspect.signature(Trainer.run).parameters
-    for name in run.keys() - {"self"}:
-        assert run[name].default == theirs[name].default
-
-
 def test_weights_are_those_of_train(tmp_path: Path) -> None:
     """With labels, dropout, flips and bfloat16, on a data set of this package and on a plain one."""
     options = {"steps": 5, "flip": True, "precision": "bf16", "loss_weight": "min_snr", "label_dropout": 0.5}
     expected = train(tmp_path / "train", **QUIET | options, dropout=0.1)
     for name, dataset in (("own", load_dataset("digits")), ("plain", Digits())):
         trained = trainer(tmp_path / name, dataset, network(dropout=0.1, sample_size=None), **options)
-        result = trained.run(**CALL)
+        result = trained.run()
         assert (result.step, result.stopped_by) == (expected.step, None)
         assert_same_weights(tmp_path / "train", tmp_path / name)
         assert log_rows(tmp_path / "train") == log_rows(tmp_path / name)
@@ -111,9 +107,9 @@ def test_an_altered_network_resumes_exactly(tmp_path: Path) -> None:
         model.load_state_dict(network().state_dict())
         return model
 
-    trainer(tmp_path / "whole", model=altered(), steps=4).run(**CALL)
-    trainer(tmp_path / "parts", model=altered(), steps=2).run(**CALL)
-    trainer(tmp_path / "parts", model=altered(), steps=4).run(**CALL, resume=True)
+    trainer(tmp_path / "whole", model=altered(), steps=4).run()
+    trainer(tmp_path / "parts", model=altered(), steps=2).run()
+    trainer(tmp_path / "parts", model=altered(), steps=4, resume=True).run()
     assert_same_weights(tmp_path / "whole", tmp_path / "parts")
 
 
@@ -132,15 +128,15 @@ def pil(index: int, image: Tensor, label: int) -> Any:
     ids=["pil", "pil-rgb", "float32", "float64"],
 )
 def test_items_of_every_form_train_the_same(change: Callable[[int, Tensor, int], Any], tmp_path: Path) -> None:
-    trainer(tmp_path / "uint8").run(**CALL)
-    trainer(tmp_path / "other", Digits(change)).run(**CALL)
+    trainer(tmp_path / "uint8").run()
+    trainer(tmp_path / "other", Digits(change)).run()
     assert_same_weights(tmp_path / "uint8", tmp_path / "other")
 
 
 def test_workers_read_the_same_and_leave_the_generator(tmp_path: Path) -> None:
     before = torch.random.get_rng_state()
-    trainer(tmp_path / "none").run(**CALL)
-    trainer(tmp_path / "two", num_workers=2).run(**CALL)
+    trainer(tmp_path / "none").run()
+    trainer(tmp_path / "two", num_workers=2).run()
     assert_same_weights(tmp_path / "none", tmp_path / "two")
     assert torch.equal(torch.random.get_rng_state(), before)
 
@@ -154,7 +150,7 @@ def test_images_without_labels_train_an_unconditional_network(tmp_path: Path) ->
             with refused(InvalidValue("Trainer", "dataset[0]", "to be an image or (image, label)", "1 values")):
                 trainer(tmp_path / name, dataset, network(num_class_embeds=None))
             continue
-        trainer(tmp_path / name, dataset, network(num_class_embeds=None)).run(**CALL)
+        trainer(tmp_path / name, dataset, network(num_class_embeds=None)).run()
         weights.append(tmp_path / name)
     assert_same_weights(*weights)
 
@@ -172,7 +168,7 @@ def test_names_of_classes_come_from_the_network_the_data_set_or_numbers(tmp_path
 def test_runs_are_sampled_and_exported_as_those_of_train(tmp_path: Path) -> None:
     dataset = Digits(lambda index, image, label: (to_unit_range(image), label))
     run = trainer(tmp_path / "run", dataset, sample_every=3, sample_steps=2, prediction="v_prediction")
-    run.run(**CALL)
+    run.run()
     assert (tmp_path / "run" / "samples" / "step-00000003.png").is_file()
     export_checkpoint(tmp_path / "run", tmp_path / "model", torch.float32)
     loaded = load_folder(tmp_path / "model")
@@ -187,11 +183,11 @@ def test_runs_are_sampled_and_exported_as_those_of_train(tmp_path: Path) -> None
 
 
 def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path: Path) -> None:
-    trainer(tmp_path / "whole", steps=8).run(**CALL)
-    stopped = trainer(tmp_path / "cut", steps=8).run(max_minutes=0.0, **CALL)
+    trainer(tmp_path / "whole", steps=8).run()
+    stopped = trainer(tmp_path / "cut", steps=8, max_minutes=0.0).run()
     assert (stopped.step, stopped.stopped_by) == (1, "max_minutes")
-    trainer(tmp_path / "cut", steps=4).run(resume=True, **CALL)  # in another process: another network
-    trainer(tmp_path / "cut", steps=8).run(auto_resume=True, **CALL)
+    trainer(tmp_path / "cut", steps=4, resume=True).run()  # in another process: another network
+    trainer(tmp_path / "cut", steps=8, auto_resume=True).run()
     assert_same_weights(tmp_path / "whole", tmp_path / "cut")
     assert log_rows(tmp_path / "whole") == log_rows(tmp_path / "cut")
 
@@ -199,37 +195,42 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path: Path) -> None:
 def test_runs_of_train_and_of_a_trainer_on_its_data_set_go_on_in_a_trainer(tmp_path: Path) -> None:
     train(tmp_path / "whole", **QUIET | {"steps": 5})
     train(tmp_path / "run", **QUIET | {"steps": 2})
-    trainer(tmp_path / "run", load_dataset("digits"), steps=5).run(resume=True, **CALL)
+    trainer(tmp_path / "run", load_dataset("digits"), steps=5, resume=True).run()
     assert_same_weights(tmp_path / "whole", tmp_path / "run")
 
 
 def test_resuming_as_something_else_is_refused(tmp_path: Path) -> None:
-    trainer(tmp_path).run(**CALL)
+    trainer(tmp_path).run()
     cases: list[tuple[str, Trainer]] = [
-        ("lr to be 0.001, as the run in .* was started, got 0.002", trainer(tmp_path, lr=2e-3)),
-        ("ema_warmup to be True, as the run in .* was started, got False", trainer(tmp_path, ema_warmup=False)),
+        ("lr to be 0.001, as the run in .* was started, got 0.002", trainer(tmp_path, resume=True, lr=2e-3)),
+        ("ema_warmup to be True, as the run in .* was started, got False", trainer(tmp_path, resume=True, ema_warmup=False)),
         (
             r"model to have block_out_channels = \[16, 32\], as the .* got \[16, 16\]",
-            trainer(tmp_path, model=network(block_out_channels=[16, 16])),
+            trainer(tmp_path, resume=True, model=network(block_out_channels=[16, 16])),
         ),
-        ("classes to be", trainer(tmp_path, model=network(num_class_embeds=None))),
+        ("classes to be", trainer(tmp_path, resume=True, model=network(num_class_embeds=None))),
         (
             "schedule to be NoiseSchedule",
-            Trainer(network(), NoiseSchedule.cosine(), Digits(), run_folder=tmp_path, **SHARED | {"steps": 3}),
+            Trainer(network(), NoiseSchedule.cosine(), Digits(), TrainOptions(**SHARED, steps=3, resume=True), tmp_path),
         ),
-        ("the images that the run", trainer(tmp_path, Digits(lambda index, image, label: (image.flip(-1), label)))),
+        (
+            "the images that the run",
+            trainer(tmp_path, Digits(lambda index, image, label: (image.flip(-1), label)), resume=True),
+        ),
     ]
     for wanted, other in cases:
         with pytest.raises(ValueError, match=f"train: expected {wanted}"):
-            other.run(resume=True, **CALL)
-    changed = trainer(tmp_path, Digits(lambda index, image, label: (image.flip(-1), label)), steps=4)
-    assert changed.run(resume=True, data_check="off", **CALL).step == 4
+            other.run()
+    changed = trainer(
+        tmp_path, Digits(lambda index, image, label: (image.flip(-1), label)), steps=4, resume=True, data_check="off"
+    )
+    assert changed.run().step == 4
     with pytest.raises(FileExistsError, match="new or empty"):
-        trainer(tmp_path).run(**CALL)
+        trainer(tmp_path).run()
 
 
 def test_train_refuses_a_trainers_run(tmp_path: Path) -> None:
-    trainer(tmp_path / "run").run(**CALL)
+    trainer(tmp_path / "run").run()
     wanted = "to hold a run that `train` started, got one of a Trainer; resume it with its Trainer"
     with pytest.raises(ValueError, match=wanted):
         train(tmp_path / "run", **QUIET, steps=4, resume=True)
@@ -243,7 +244,7 @@ def test_trained_weights_keep_their_average(tmp_path: Path) -> None:
     checkpoint = RunFolder(tmp_path / "first").latest_checkpoint()
     assert checkpoint is not None
     train(tmp_path / "init", **QUIET | {"steps": 3}, init=checkpoint / "unet")
-    trainer(tmp_path / "trainer", model=UNet.from_pretrained(checkpoint / "unet"), ema_warmup=False).run(**CALL)
+    trainer(tmp_path / "trainer", model=UNet.from_pretrained(checkpoint / "unet"), ema_warmup=False).run()
     assert_same_weights(tmp_path / "init", tmp_path / "trainer")
 
 
@@ -260,8 +261,8 @@ def test_callbacks_see_each_step_and_each_checkpoint(tmp_path: Path) -> None:
         loss.zero_()  # it is the callback's
 
     run = trainer(tmp_path / "run", steps=5, log_every=5, checkpoint_every=2, on_step=on_step, on_checkpoint=saved.append)
-    run.run(**CALL)
-    trainer(tmp_path / "quiet", steps=5, log_every=5, checkpoint_every=2).run(**CALL)
+    run.run()
+    trainer(tmp_path / "quiet", steps=5, log_every=5, checkpoint_every=2).run()
     assert [step for step, _ in steps] == [1, 2, 3, 4, 5]
     mean = sum(loss for _, loss in steps) / 5
     assert float(log_rows(tmp_path / "run")[0]["loss"]) == pytest.approx(mean, rel=1e-5)
@@ -280,13 +281,13 @@ def test_an_error_of_a_callback_is_raised_as_it_is(callback: str, kind: type[Exc
 
     options = {"steps": 7, "checkpoint_every": 4}
     with pytest.raises(kind, match=r"^'?mine'?$"):
-        trainer(tmp_path / "run", **options, **{callback: fail}).run(**CALL)
+        trainer(tmp_path / "run", **options, **{callback: fail}).run()
     run = RunFolder(tmp_path / "run")
     checkpoint = run.latest_checkpoint()
     assert checkpoint is not None
     assert checkpoint.name == "step-00000004"
-    trainer(tmp_path / "run", **options).run(resume=True, **CALL)
-    trainer(tmp_path / "whole", **options).run(**CALL)
+    trainer(tmp_path / "run", **options, resume=True).run()
+    trainer(tmp_path / "whole", **options).run()
     assert_same_weights(tmp_path / "whole", tmp_path / "run")
     assert log_rows(tmp_path / "whole") == log_rows(tmp_path / "run")
 
@@ -308,7 +309,7 @@ def test_data_sets_that_are_not_map_style_are_refused(tmp_path: Path) -> None:
 
 
 def test_networks_that_do_not_fit_are_refused(tmp_path: Path) -> None:
-    with refused(InvalidType("Trainer", "model", "to be a UNet", "Linear")):
+    with refused(InvalidType("Trainer", "model", "to be a UNet", f"Linear; {OWN_LOOP}")):
         trainer(tmp_path, model=torch.nn.Linear(1, 1))  # type: ignore[arg-type]
     frozen = network()
     next(frozen.parameters()).requires_grad_(False)
@@ -378,7 +379,7 @@ def test_items_of_another_size_or_kind_than_the_first_are_named(tmp_path: Path) 
 def test_a_wrong_item_of_the_fingerprint_ends_the_run_before_it_begins(tmp_path: Path) -> None:
     wrong = Digits(lambda i, image, label: (image, 10 if i == 24 else label))  # one of 64 at even distances
     with refused(InvalidValue("train", "dataset[24]", "to have a label in 0..9", "10")):
-        trainer(tmp_path, wrong).run(**CALL)
+        trainer(tmp_path, wrong).run()
     assert not (tmp_path / "config.json").exists()
 
 
@@ -389,14 +390,36 @@ def test_a_wrong_item_of_a_later_batch_ends_the_run_with_a_checkpoint(num_worker
     with pytest.raises(
         ValueError, match=rf"^train: expected dataset\[{third}\] to have a label in 0\.\.9, got 10; .*step-00000002"
     ):
-        trainer(tmp_path / "cut", wrong, num_workers=num_workers).run(**CALL)
-    trainer(tmp_path / "cut").run(resume=True, **CALL)
-    trainer(tmp_path / "whole").run(**CALL)
+        trainer(tmp_path / "cut", wrong, num_workers=num_workers).run()
+    trainer(tmp_path / "cut", resume=True).run()
+    trainer(tmp_path / "whole").run()
+    assert_same_weights(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.mark.parametrize(
+    "end",
+    [lambda: os.kill(os.getpid(), signal.SIGKILL), lambda: sys.exit(0), lambda: sys.exit(3)],
+    ids=["killed", "exit", "exit-3"],
+)
+def test_a_worker_that_dies_ends_the_run_between_two_steps(end: Callable[[], object], tmp_path: Path) -> None:
+    """Workers read ahead. So one dies while a step is computed, and that step must not be cut off."""
+    last = int(TrainingRng(0, 6).indices(29, len(load_dataset("digits")))[0])
+
+    def change(index: int, image: Tensor, label: int) -> tuple[Tensor, int]:
+        if index == last and torch.utils.data.get_worker_info() is not None:
+            end()
+        return image, label
+
+    wanted = r"^train: expected dataset to be read by its workers, got: .*; the last good checkpoint is .*step-000000"
+    with pytest.raises(ValueError, match=wanted):
+        trainer(tmp_path / "cut", Digits(change), num_workers=2, steps=30).run()
+    trainer(tmp_path / "cut", steps=30, resume=True).run()
+    trainer(tmp_path / "whole", steps=30).run()
     assert_same_weights(tmp_path / "whole", tmp_path / "cut")
 
 
 def test_options_are_checked_as_those_of_train(tmp_path: Path) -> None:
-    with refused(InvalidValue("Trainer", "steps", "to be a positive integer", "0")):
+    with refused(InvalidValue("TrainOptions", "steps", "to be a positive integer", "0")):
         trainer(tmp_path / "run", steps=0)
     with refused(InvalidValue("Trainer", "sample_steps", "to be an integer in 1..1000 or None", "2000")):
         trainer(tmp_path / "run", sample_every=1, sample_steps=2000)
@@ -419,17 +442,17 @@ def test_fingerprints_are_those_of_the_items() -> None:
 
 SCRIPT = """
 import json, sys
-from test_trainer import CALL, trainer
+from test_trainer import trainer
 steps = []
 trained = trainer(sys.argv[1], micro_batch_size=3, on_step=lambda step, loss: steps.append(float(loss)))
-trained.run(**CALL)
+trained.run()
 print(json.dumps([steps, float(sum(p.double().sum() for p in trained.model.parameters()))]))
 """
 
 
 @pytest.mark.slow
 def test_two_processes_train_the_same_weights(tmp_path: Path) -> None:
-    trainer(tmp_path / "one", micro_batch_size=3).run(**CALL)
+    trainer(tmp_path / "one", micro_batch_size=3).run()
     folders = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
     script = f"import sys; sys.path[:0] = {folders}\n{SCRIPT}"
     done = run_ranks(2, ["-c", script, str(tmp_path / "two")], tmp_path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import inspect
 import json
 import logging
 import math
@@ -26,22 +25,25 @@ import torch
 from launching import exit_with_python
 from PIL import Image
 from refusals import refused
+from runs import train
 
-from ddpm_fast.cli.train import argument_texts
+from ddpm_fast.checks import MAX_TIMESTEPS
 from ddpm_fast.errors import InvalidValue, UnusablePath
 from ddpm_fast.nn import UNet
+from ddpm_fast.nn.config import MAX_LAYERS
 from ddpm_fast.ops import noise
 from ddpm_fast.plan import SamplingPlan, ddim_plan, dpm_solver_plan
 from ddpm_fast.pretrained import load_folder
 from ddpm_fast.reference import STREAM_Q_SAMPLE
 from ddpm_fast.schedule import NoiseSchedule
-from ddpm_fast.training import from_options, records, train
+from ddpm_fast.training import records, trainer
 from ddpm_fast.training.data import load_dataset, to_unit_range
 from ddpm_fast.training.export import export_checkpoint
+from ddpm_fast.training.folder import RunFolder
 from ddpm_fast.training.loop import TrainResult
+from ddpm_fast.training.options import STRUCTS, ModelOptions, TrainOptions, options_of
 from ddpm_fast.training.records import duration
 from ddpm_fast.training.rng import TrainingRng
-from ddpm_fast.training.run_folder import RunFolder
 from ddpm_fast.training.step import lr_factor
 
 # A network of two levels on 8x8 digits: milliseconds a step.
@@ -98,7 +100,7 @@ def test_steps_follow_algorithm_1(tmp_path: Path) -> None:
     average = {name: value.clone() for name, value in model.state_dict().items()}
     optimizer = torch.optim.Adam(model.parameters())
     for step, row in enumerate(log_rows(tmp_path / "run")):
-        images, labels = dataset[draws.indices(step, len(dataset))]
+        images, labels = dataset.batch(draws.indices(step, len(dataset)))
         x_0, t, seeds = to_unit_range(images), draws.timesteps(step, 1000), draws.sample_seeds(step)
         labels[draws.label_is_dropped(step, 0.1)] = 10
         eps = noise(x_0.shape, seeds, stream=STREAM_Q_SAMPLE)
@@ -136,11 +138,13 @@ def test_loss_falls(prediction: str, tmp_path: Path) -> None:
 
 
 def test_learning_rate_rises_stays_and_falls() -> None:
-    factors = [lr_factor(step, 100, 4, "linear", 9) for step in range(100)]
+    options = TrainOptions(steps=100, warmup_steps=4, lr_decay_steps=9)
+    factors = [lr_factor(step, options) for step in range(100)]
     assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert set(factors[4:91]) == {1.0}
     assert factors[90:] == pytest.approx([1 - i / 10 for i in range(10)])
-    cosine = [lr_factor(step, 100, 0, "cosine", 99) for step in range(100)]
+    options = TrainOptions(steps=100, warmup_steps=0, lr_decay="cosine", lr_decay_steps=99)
+    cosine = [lr_factor(step, options) for step in range(100)]
     assert cosine == pytest.approx([0.5 + 0.5 * math.cos(math.pi * step / 100) for step in range(100)])
 
 
@@ -195,15 +199,14 @@ def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"train: expected a run to resume in .*, which has no config\.json"):
         train(tmp_path / "none", **QUIET, resume=True)
     train(tmp_path / "run", **QUIET | {"steps": 1})
-    with pytest.raises(FileExistsError, match="to be new or empty; continue the run in it with --resume"):
+    with pytest.raises(FileExistsError, match="to be new or empty; continue the run in it with resume=True"):
         train(tmp_path / "run", **QUIET)
     with pytest.raises(FileNotFoundError, match="expected a run to resume"):
         export_checkpoint(tmp_path / "none", tmp_path / "out")
     config = json.loads((tmp_path / "run" / "config.json").read_text())
-    (tmp_path / "run" / "config.json").write_text(json.dumps(config | {"format": 3}))
-    with pytest.raises(
-        ValueError, match=r"train: expected '.*config\.json' to have valid fields, got: Invalid enum value 3 - at `\$\.format`"
-    ):
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config | {"format": 2}))
+    wanted = r"train: expected format to be 3, got 2: another version has written it; a new run can start from its checkpoints"
+    with pytest.raises(ValueError, match=wanted):
         train(tmp_path / "run", **QUIET, resume=True)
 
 
@@ -219,7 +222,7 @@ def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
         ("label_dropout", 1.5, "at least 0 and at most 1"),
         ("lr", 0.0, "positive"),
         ("channels", [], "at least one number"),
-        ("threads", 0, r"an integer in 1\.\.\d+ or None"),
+        ("threads", 0, "a positive integer or None"),
         ("threads", 100_000, r"an integer in 1\.\.\d+ or None, got 100000"),
         ("lr", math.inf, "positive and finite, got inf"),
         ("layers", 10**9, r"an integer in 1\.\.64, got 1000000000"),
@@ -240,7 +243,7 @@ def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
 )
 def test_bad_options_are_refused_before_anything_is_written(option: str, value: object, wanted: str, tmp_path: Path) -> None:
     wanted = wanted if wanted.startswith("to ") else f"to be {wanted}"
-    with pytest.raises(ValueError, match=rf"(train|load_dataset): expected {option} {wanted}"):
+    with pytest.raises(ValueError, match=rf"(train|load_dataset|\w+Options): expected {option} {wanted}"):
         train(tmp_path / "run", **QUIET | {option: value})
     assert not (tmp_path / "run").exists()
 
@@ -248,7 +251,7 @@ def test_bad_options_are_refused_before_anything_is_written(option: str, value: 
 @pytest.mark.parametrize(
     ("option", "value", "wanted"),
     [
-        ("channels", 8, "channels to be a list, got int"),
+        ("channels", 8, "channels to be a list of integers, got 8"),
         ("lr", "x", "lr to be a number, got str"),
         ("batch_size", 2.5, r"batch_size to be a positive integer, got 2\.5"),
         ("flip", 1, "flip to be a bool, got int"),
@@ -256,11 +259,11 @@ def test_bad_options_are_refused_before_anything_is_written(option: str, value: 
         ("lock", None, "lock to be a bool, got NoneType"),
         ("data", None, "data to be a path .*, got NoneType"),
         ("init", 5, "init to be a path .*, got int"),
-        ("steps", torch.tensor(3), "steps to be of a plain type, got Tensor"),
+        ("steps", torch.tensor(3), r"steps to be a positive integer, got tensor\(3\)"),
     ],
 )
 def test_options_of_wrong_types_are_refused(option: str, value: object, wanted: str, tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match=f"train: expected {wanted}"):
+    with pytest.raises(TypeError, match=rf"\w+Options: expected {wanted}"):
         train(tmp_path / "run", **QUIET | {option: value})
     assert not (tmp_path / "run").exists()
 
@@ -294,7 +297,7 @@ def measured_plan(num_steps: int) -> SamplingPlan:
 def test_folders_that_cannot_be_written_are_refused_before_the_images_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(from_options, "load_dataset", lambda *_, **__: pytest.fail("the images were read"))
+    monkeypatch.setattr(trainer, "load_dataset", lambda *_, **__: pytest.fail("the images were read"))
     (tmp_path / "file").touch()
     with pytest.raises(UnusablePath, match=r"run_dir to be in a folder, got .*, and '.*file' is a file"):
         train(tmp_path / "file" / "run", **QUIET)
@@ -383,7 +386,7 @@ def test_image_sides_must_fit_the_levels(tmp_path: Path) -> None:
             "train",
             "",
             "images whose sides are multiples of 16 for 5 levels of channels",
-            "8x8; choose image_size or fewer channels",
+            "8x8; choose another image_size, or fewer levels: fewer numbers in channels",
         )
     ):
         train(tmp_path / "run", **QUIET | {"channels": [16] * 5})
@@ -540,41 +543,6 @@ def test_export_is_a_model_folder(tmp_path: Path) -> None:
     assert [line.split(",")[0] for line in (out / "training_log.csv").read_text().splitlines()] == ["step", "4"]
 
 
-def forget_names(run: Path) -> None:
-    """Make a run's files what they were before networks had names of their classes."""
-    for file in run.rglob("config.json"):
-        config = json.loads(file.read_text())
-        config.get("unet", config).pop("class_names")
-        file.write_text(json.dumps(config))
-    for file in run.glob("checkpoints/step-*/state.json"):
-        state = json.loads(file.read_text())
-        state.pop("sha256")
-        state["format"] = 1
-        state["files"] = {name: (file.parent / name).stat().st_size for name in state["files"]}
-        file.write_text(json.dumps(state))
-
-
-def test_older_runs_without_names_are_resumed_exported_and_started_from(tmp_path: Path) -> None:
-    train(tmp_path / "run", **QUIET, steps=2)
-    train(tmp_path / "old", **QUIET, steps=2)
-    forget_names(tmp_path / "old")
-    latest = RunFolder(tmp_path / "old").latest_checkpoint()
-    assert latest is not None
-    assert "class_names" not in UNet.from_pretrained(latest / "unet_ema").config
-    exported = export_checkpoint(tmp_path / "old", tmp_path / "out")
-    assert load_folder(exported).model.config["class_names"] == list("0123456789")
-    train(tmp_path / "next", **QUIET, steps=1, init=str(tmp_path / "old"))
-    for run in ("run", "old"):
-        train(tmp_path / run, **QUIET, steps=4, resume=True)
-    assert_same_weights(tmp_path / "run", tmp_path / "old")
-    for run in ("old", "next"):
-        assert json.loads((tmp_path / run / "config.json").read_text())["unet"]["class_names"] == list("0123456789")
-        latest = RunFolder(tmp_path / run).latest_checkpoint()
-        assert latest is not None
-        for network in ("unet", "unet_ema"):
-            assert UNet.from_pretrained(latest / network).config["class_names"] == list("0123456789")
-
-
 def test_images_beside_sub_folders_train_without_names(tmp_path: Path) -> None:
     for i, folder in enumerate(("", "a", "b")):
         (tmp_path / "images" / folder).mkdir(parents=True, exist_ok=True)
@@ -693,9 +661,15 @@ def test_unlabelled_images_train_an_unconditional_network(tmp_path: Path) -> Non
 
 def test_every_option_is_documented() -> None:
     """The command line shows the same texts, so each begins with a verb and is one or two sentences."""
-    texts = argument_texts(train)
-    assert list(texts) == list(inspect.signature(train).parameters)
-    assert all(text[0].isupper() and text.endswith((".", "...")) and len(text) < 130 for text in texts.values())
+    texts = [each.option.help for struct in STRUCTS for each in options_of(struct)]
+    assert all(text[0].isupper() and text.endswith((".", "...")) and len(text) < 130 for text in texts)
+    assert all(each.option.help in (struct.__doc__ or "") for struct in STRUCTS for each in options_of(struct))
+
+
+def test_ranges_are_those_of_what_is_made() -> None:
+    """The declarations cannot import these numbers without PyTorch."""
+    highest = {each.name: each.option.high for each in options_of(ModelOptions)}
+    assert (highest["num_timesteps"], highest["layers"]) == (MAX_TIMESTEPS, MAX_LAYERS)
 
 
 def test_a_run_opens_with_a_summary(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -729,21 +703,6 @@ def test_durations_read_well() -> None:
     ]
 
 
-def test_a_run_of_a_folder_that_began_without_image_size_goes_on(tmp_path: Path) -> None:
-    """Earlier versions resized such a folder to 32x32 without a word, and recorded the shape."""
-    (tmp_path / "images").mkdir()
-    for i in range(3):
-        Image.new("RGB", (40 + i, 40)).save(tmp_path / "images" / f"{i}.png")
-    options = QUIET | {"data": str(tmp_path / "images"), "batch_size": 2}
-    train(tmp_path / "run", **options, image_size=32, steps=1)
-    config = json.loads((tmp_path / "run" / "config.json").read_text())
-    config["options"]["image_size"] = None
-    del config["dataset"]["preparation"]
-    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
-    for steps in (2, 3):
-        assert train(tmp_path / "run", **options, steps=steps, resume=True).step == steps
-
-
 def test_images_of_other_sizes_stop_a_run_instead_of_being_resized(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "images" / "a.png")
@@ -770,8 +729,6 @@ def test_a_broken_image_is_named_before_anything_is_written_or_left_out(
     assert "1 of 3 images in" in caplog.text
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert (config["options"]["skip_broken"], config["dataset"]["images"]) == (True, 2)
-    del config["options"]["skip_broken"]  # older runs have none
-    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
     (images / "1.png").unlink()
     assert train(tmp_path / "run", **options | {"steps": 2}, resume=True).step == 2
 

@@ -22,9 +22,7 @@ no run has written are left alone. If one has a checkpoint's name, the checkpoin
 from __future__ import annotations
 
 import csv
-import hashlib
 import itertools
-import json
 import logging
 import os
 import re
@@ -36,21 +34,21 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import Any, Final, TypeVar
 
 from .. import atomic
-from ..atomic import flush_names, read_json, write_json, write_text
-from ..errors import InvalidValue, UnusablePath, expect
+from ..atomic import flush_names, read_json, write_text
+from ..checks import listed
+from ..errors import UnusablePath, expect, renaming
 from ..locks import locked
+from .checkpoint import why_damaged, write_checkpoint
+from .options import STRUCTS, TrainOptions
 
-if TYPE_CHECKING:
-    from ..schemas import Checkpoint
-
-FORMAT: Final = 2  # config.json; in runs of format 1 PyTorch's generator decides what dropout drops
-STATE_FORMAT: Final = 2  # state.json; 1 has sizes without SHA-256
+FORMAT: Final = 3
+"""Version of config.json."""
 LOG_COLUMNS: Final = ("step", "samples", "loss", "grad_norm", "lr", "images_per_second", "seconds")
 
-_CHECKPOINT: Final = re.compile(r"step-(\d{8,})(?:-(\d+))?")
+_CHECKPOINT: Final = re.compile(r"step-\d{8,}(-\d+)?")
 
 _log = logging.getLogger("ddpm_fast")
 
@@ -82,7 +80,8 @@ class RunFolder:
         names = [entry.name for entry in self.path.iterdir()] if self.path.exists() else []
         if any(name != self.lock_file.name and not name.startswith(atomic.PREFIX) for name in names):
             raise FileExistsError(
-                f"train: expected {self.path} to be new or empty; continue the run in it with --resume, or name another folder"
+                f"train: expected {self.path} to be new or empty; continue the run in it with resume=True (--resume), or name "
+                "another folder"
             )
 
     @contextmanager
@@ -115,23 +114,6 @@ class RunFolder:
             os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
             yield
 
-    def create(self, config: Mapping[str, Any]) -> None:
-        """Start a new run.
-
-        Args:
-            config: Options for config.json.
-
-        Raises:
-            FileExistsError: The folder is not empty.
-        """
-        self.path.mkdir(parents=True, exist_ok=True)
-        self.check_new()
-        self.write_config(config)
-
-    def write_config(self, config: Mapping[str, Any]) -> None:
-        """Replace the configuration."""
-        write_json(self.config_file, config)
-
     def read_config(self, caller: str = "train") -> dict[str, Any]:
         """Return the configuration with which the run was started.
 
@@ -149,7 +131,15 @@ class RunFolder:
         from ..schemas import Run
 
         def parse(values: dict[str, Any]) -> dict[str, Any]:
-            msgspec.convert(values, Run)
+            got = f"{values.get('format')!r}: another version has written it; a new run can start from its checkpoints (init)"
+            expect(values.get("format") == FORMAT, "", "format", f"to be {FORMAT}", got)
+            options = msgspec.convert(values, Run).options
+            structs = STRUCTS if "channels" in options else (TrainOptions,)  # a Trainer's run has no others
+            missing = {name for struct in structs for name in struct().recorded()} - options.keys()
+            expect(not missing, "", "options", "to have all options of a run", f"none named {listed(missing)}")
+            with renaming("", {name: f"options.{name}" for name in options}):
+                for struct in structs:
+                    struct.from_values(options)
             return values
 
         return read_json(caller, self.config_file, parse)
@@ -208,15 +198,7 @@ class RunFolder:
         if final is None:
             self.remove_leftovers()
             temporary = self.checkpoints / f".step-{step:08d}-{secrets.token_hex(8)}.tmp"
-            temporary.mkdir(parents=True)
-            write(temporary)
-            files = {
-                file.relative_to(temporary).as_posix(): {"size": file.stat().st_size, "sha256": _sha256(file)}
-                for file in _files(temporary)
-            }
-            entries = {"format": STATE_FORMAT, "step": step, **state, "files": files}
-            write_json(temporary / "state.json", {**entries, "sha256": _sha256_of(entries)})
-            _flush(temporary)
+            write_checkpoint(temporary, {"step": step, **state}, write)
             for folder in same:
                 self._remove(folder)  # damaged
             final = self._free_name(step)
@@ -242,14 +224,12 @@ class RunFolder:
     def checkpoint_folders(self) -> list[Path]:
         """Return the folders that are named as checkpoints, newest first. Links and files are none."""
         named = (entry for entry in self.checkpoints.glob("step-*") if _CHECKPOINT.fullmatch(entry.name))
-        return sorted((entry for entry in named if entry.is_dir() and not entry.is_symlink()), key=_numbers, reverse=True)
+        return sorted((each for each in named if each.is_dir() and not each.is_symlink()), key=_numbers, reverse=True)
 
     def _free_name(self, step: int) -> Path:
-        for number in itertools.count():
-            path = self.checkpoints / (f"step-{step:08d}-{number}" if number else f"step-{step:08d}")
-            if not os.path.lexists(path):
-                return path
-        raise AssertionError
+        """Return the path of a new checkpoint, with a number if its name is taken by what no run has written."""
+        names = (f"step-{step:08d}-{number}" if number else f"step-{step:08d}" for number in itertools.count())
+        return next(self.checkpoints / name for name in names if not os.path.lexists(self.checkpoints / name))
 
     def _remove(self, checkpoint: Path) -> None:
         """Remove a checkpoint. A folder without a state.json is not one, and stays."""
@@ -290,12 +270,10 @@ class RunFolder:
 
     def _has_log(self, caller: str) -> bool:
         """Return whether there is a log.csv. Raise an OSError for what is no file, such as a pipe that would be waited for."""
-        try:
-            mode = self.log_file.lstat().st_mode
-        except FileNotFoundError:
+        if not os.path.lexists(self.log_file):
             return False
-        if not stat.S_ISREG(mode):
-            got = "a link" if stat.S_ISLNK(mode) else "a folder, a pipe or a device"
+        if self.log_file.is_symlink() or not self.log_file.is_file():
+            got = "a link" if self.log_file.is_symlink() else "a folder, a pipe or a device"
             raise OSError(f"{caller}: expected {str(self.log_file)!r} to be a file, got {got}")
         return True
 
@@ -319,90 +297,12 @@ class RunFolder:
             write_text(self.log_file, self.log_until(step))
 
 
-def check_by_options(path: Path, options: Mapping[str, Any]) -> None:
-    """Raise a ValueError if the options of a run are not those of `train`, which build the network."""
-    expect(
-        "channels" in options,
-        "train",
-        str(path),
-        "to hold a run that `train` started",
-        "one of a Trainer; resume it with its Trainer",
-    )
+def check_by_options(run: RunFolder) -> None:
+    """Raise a ValueError unless the options of a run describe its network, as those of `train` do."""
+    got = "one of a Trainer; resume it with its Trainer"
+    expect("channels" in run.read_config()["options"], "train", str(run.path), "to hold a run that `train` started", got)
 
 
-def why_damaged(checkpoint: Path, part: str | None = "") -> str | None:
-    """Return why a checkpoint is not whole, or None if it is.
-
-    Args:
-        checkpoint: Its folder.
-        part: Beginning of the names of the files whose bytes are compared with their checksums. None: no file's.
-            Sizes are compared for all files.
-    """
-    try:
-        for name, entry in read_state("train", checkpoint).files.items():
-            size, sha256 = (entry, None) if isinstance(entry, int) else (entry.size, entry.sha256)
-            if not (checkpoint / name).is_file() or (checkpoint / name).stat().st_size != size:
-                return f"{name} is missing or has another size"
-            if sha256 is not None and part is not None and name.startswith(part) and _sha256(checkpoint / name) != sha256:
-                return f"{name} has other bytes than were written"
-    except (OSError, ValueError) as error:
-        return f"{type(error).__name__}: {error}"
-    return None
-
-
-def read_state(caller: str, checkpoint: Path) -> Checkpoint:
-    """Return the content of a checkpoint's state.json.
-
-    Args:
-        caller: Name of the calling function for error messages.
-        checkpoint: The checkpoint's folder.
-
-    Raises:
-        FileNotFoundError: There is no state.json.
-        ValueError: The file is damaged.
-    """
-    import msgspec
-
-    from ..schemas import Checkpoint
-
-    def parse(values: dict[str, Any]) -> Checkpoint:
-        state = msgspec.convert(values, Checkpoint)
-        digest = values.pop("sha256", None)
-        if state.format != 1 and digest != _sha256_of(values):
-            raise InvalidValue("", "sha256", f"to be {_sha256_of(values)}", f"{digest!r}: the file has been changed")
-        return state
-
-    return read_json(caller, checkpoint / "state.json", parse)
-
-
-def _numbers(checkpoint: Path) -> tuple[int, int]:
+def _numbers(checkpoint: Path) -> tuple[int, ...]:
     """Return the step of a checkpoint, and its number among those of one step."""
-    match = _CHECKPOINT.fullmatch(checkpoint.name)
-    assert match is not None
-    return int(match[1]), int(match[2] or 0)
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as opened:
-        while block := opened.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _sha256_of(values: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
-def _flush(folder: Path) -> None:
-    """Flush every file and folder under `folder` to disk."""
-    for file in _files(folder):
-        with file.open("rb") as opened:
-            os.fsync(opened.fileno())
-    for path in [folder, *folder.rglob("*")]:
-        if path.is_dir():
-            flush_names(path)
+    return tuple(map(int, checkpoint.name.split("-")[1:]))
