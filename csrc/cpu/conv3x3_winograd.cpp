@@ -25,15 +25,15 @@ namespace {
 //   kScale: pixels from one pixel of a phase to the next
 //   kTerms: products of a sum, one for each phase of the input
 //   kPhaseApart: transformed values from phase to phase
-struct Plain {
+struct PlainTile {
   static constexpr int kTile = 4, kAdvance = 2, kSide = 4, kSumsSide = 4;
   static constexpr int kOutputs = 1, kScale = 1, kTerms = 1, kPhaseApart = 0;
 };
-struct Upsampled {
+struct UpsampledTile {
   static constexpr int kTile = 4, kAdvance = 2, kSide = 5, kSumsSide = 3;
   static constexpr int kOutputs = 4, kScale = 2, kTerms = 1, kPhaseApart = 2;
 };
-struct UpsampledGradient {
+struct UpsampledGradientTile {
   static constexpr int kTile = 6, kAdvance = 4, kSide = 6, kSumsSide = 3;
   static constexpr int kOutputs = 1, kScale = 1, kTerms = 4, kPhaseApart = 3;
 };
@@ -236,12 +236,12 @@ void run(const ConvArgs& a) {
 void conv_winograd(const ConvArgs& a) {
   with_conv_type(a.dtype, [&](auto type) {
     using T = decltype(type);
-    a.upsample ? run<T, Upsampled>(a) : run<T, Plain>(a);
+    a.upsample ? run<T, UpsampledTile>(a) : run<T, PlainTile>(a);
   });
 }
 
 void conv_winograd_upsampled_gradient(const ConvArgs& a) {
-  with_conv_type(a.dtype, [&](auto type) { run<decltype(type), UpsampledGradient>(a); });
+  with_conv_type(a.dtype, [&](auto type) { run<decltype(type), UpsampledGradientTile>(a); });
 }
 
 }  // namespace ddpm_fast::DDPM_FAST_ISA

@@ -152,7 +152,7 @@ DDPM_FAST_INLINE void put_columns(const Floats (&values)[tiles][columns], Put pu
 //   kScale: pixels of the output's side per pixel of the input's
 //   kMostInputs, kMostOutputs: most channels of a task
 //   kMostSums: most input channels times output channels of a task, for 512 or 384 KB of sums
-struct Plain {
+struct PlainRows {
   static constexpr int kSide = 4, kInputs = 4, kScale = 1;
   static constexpr Index kMostInputs = 256, kMostOutputs = 256, kMostSums = 1 << 15;
   static constexpr int input_of(int j) { return j; }
@@ -183,7 +183,7 @@ struct Plain {
 };
 
 // Each phase has three rows: its first, the sum and its last.
-struct Upsampled {
+struct UpsampledRows {
   static constexpr int kSide = 6, kInputs = 5, kScale = 2;
   static constexpr Index kMostInputs = 256, kMostOutputs = 128, kMostSums = 1 << 14;
   static constexpr int input_of(int j) { return j / 3 * 2 + j % 3; }
@@ -419,7 +419,7 @@ void weight_gradients(const ConvWinogradWeightGradientArgs& a) {
 void conv_winograd_weight_gradient(const ConvWinogradWeightGradientArgs& a) {
   with_conv_type(a.dtype, [&](auto type) {
     using T = decltype(type);
-    a.upsample ? weight_gradients<T, Upsampled>(a) : weight_gradients<T, Plain>(a);
+    a.upsample ? weight_gradients<T, UpsampledRows>(a) : weight_gradients<T, PlainRows>(a);
   });
 }
 

@@ -20,20 +20,21 @@ A sum_of_squares(A* difference, std::int64_t count) {
 
 template <class A>
 void forward(const DenoisingLossArgs& a) {
-  const Tiling tiling(a.shape);
-  const std::int64_t tiles = tiling.tiles_per_sample();
+  const Partition partition(a.shape);
+  const std::int64_t tiles = partition.tiles_per_sample();
   Scratch scratch(ScratchUse::kCall, Scratch::bytes<double>(a.shape.n * tiles));
   double* sums =
       scratch.take<double>(a.shape.n * tiles);  // one per tile, so that the result does not depend on threads
-  for_each_tile(tiling, a.shape.n, generates_noise(a), a.stream_or_threads, [&](std::int64_t index, const Tile& tile) {
-    LossBuffers<A> buffers;
-    subtract_target(a, tiling, tile, buffers);
-    sums[index] = sum_of_squares(buffers.difference, tile.count());
-  });
+  for_each_tile(partition, a.shape.n, generates_noise(a), a.stream_or_threads,
+                [&](std::int64_t index, const Tile& tile) {
+                  LossBuffers<A> buffers;
+                  subtract_target(a, partition, tile, buffers);
+                  sums[index] = sum_of_squares(buffers.difference, tile.count());
+                });
   for (std::int64_t n = 0; n < a.shape.n; ++n) {
     double sum = 0;
     for (std::int64_t i = 0; i < tiles; ++i) sum += sums[n * tiles + i];
-    static_cast<A*>(a.losses)[n] = static_cast<A>(sum / static_cast<double>(tiling.numel()));
+    static_cast<A*>(a.losses)[n] = static_cast<A>(sum / static_cast<double>(partition.numel()));
   }
 }
 

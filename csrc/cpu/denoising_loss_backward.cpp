@@ -6,13 +6,13 @@ namespace {
 
 template <class A>
 void backward(const DenoisingLossBackwardArgs& a) {
-  const Tiling tiling(a.shape);
-  for_each_tile(tiling, a.shape.n, generates_noise(a), a.stream_or_threads, [&](std::int64_t, const Tile& tile) {
+  const Partition partition(a.shape);
+  for_each_tile(partition, a.shape.n, generates_noise(a), a.stream_or_threads, [&](std::int64_t, const Tile& tile) {
     LossBuffers<A> buffers;
-    const Location at = location(tiling, tile);
+    const Location at = location(partition, tile);
     buffers.noise.prefetch(a.grad_model_output, a.dtype, at, tile);
-    subtract_target(a, tiling, tile, buffers);
-    const A factor = 2 * static_cast<const A*>(a.grad_losses)[tile.sample] / static_cast<A>(tiling.numel());
+    subtract_target(a, partition, tile, buffers);
+    const A factor = 2 * static_cast<const A*>(a.grad_losses)[tile.sample] / static_cast<A>(partition.numel());
 #pragma omp simd
     for (std::int64_t i = 0; i < tile.count(); ++i) buffers.difference[i] *= factor;
     store(buffers.difference, a.grad_model_output, a.dtype, at, tile);

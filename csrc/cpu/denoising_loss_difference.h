@@ -16,8 +16,8 @@ struct LossBuffers {
 // The target is epsilon, x_0 or v:
 //   v = sqrt(abar_t) epsilon - sqrt(1 - abar_t) x_0
 template <class A, class Args>
-void subtract_target(const Args& a, const Tiling& tiling, const Tile& tile, LossBuffers<A>& buffers) {
-  const Location at = location(tiling, tile);
+void subtract_target(const Args& a, const Partition& partition, const Tile& tile, LossBuffers<A>& buffers) {
+  const Location at = location(partition, tile);
   const std::int64_t count = tile.count();
   A* difference = buffers.difference;
   if (a.prediction == Prediction::kSample) {
@@ -30,7 +30,7 @@ void subtract_target(const Args& a, const Tiling& tiling, const Tile& tile, Loss
   const bool velocity = a.prediction == Prediction::kVPrediction;
   buffers.noise.prefetch(a.model_output, a.dtype, at, tile);
   if (velocity) buffers.noise.prefetch(a.x_0, a.dtype, at, tile);
-  const A* epsilon = buffers.noise.given_or_generated(a.noise, a.dtype, a.seeds, kStreamQSample, tiling, tile);
+  const A* epsilon = buffers.noise.given_or_generated(a.noise, a.dtype, a.seeds, kStreamQSample, partition, tile);
   const A* m = load(a.model_output, a.dtype, at, tile, buffers.m);
   if (!velocity) {
 #pragma omp simd

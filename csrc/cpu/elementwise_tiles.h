@@ -26,9 +26,9 @@ struct Tile {
   std::int64_t count() const { return rows * cols; }
 };
 
-class Tiling {
+class Partition {
  public:
-  explicit Tiling(const Shape& shape)
+  explicit Partition(const Shape& shape)
       : rows_(shape.channels_last ? shape.hw : shape.c * shape.hw), cols_(shape.channels_last ? shape.c : 1) {
     tile_cols_ = cols_ < 1 ? 1 : smaller(cols_, kMaxCols);
     tile_rows_ = kMaxTile / tile_cols_ / 64 * 64;  // 16 blocks: whole vectors
@@ -58,8 +58,8 @@ struct Location {
   std::int64_t offset, stride;
 };
 
-inline Location location(const Tiling& tiling, const Tile& tile) {
-  return {tile.sample * tiling.numel() + tile.row * tiling.cols() + tile.col, tiling.cols()};
+inline Location location(const Partition& partition, const Tile& tile) {
+  return {tile.sample * partition.numel() + tile.row * partition.cols() + tile.col, partition.cols()};
 }
 
 // ------------------------------------------------------------------------------------------------------ load and store
@@ -229,16 +229,16 @@ class NoiseTile {
   }
 
   // Returns the normals of the tile in memory order.
-  const A* generate(std::int64_t seed, std::uint32_t stream, const Tiling& tiling, const Tile& tile) {
+  const A* generate(std::int64_t seed, std::uint32_t stream, const Partition& partition, const Tile& tile) {
     const auto key = static_cast<std::uint64_t>(seed);
-    const float* planes[Tiling::kMaxCols] = {};
-    if (tile.rows == tiling.rows()) {  // whole planes, which are neighbours
-      planes[0] = philox_normal(key, stream, tile.col * tiling.rows(), tile.count(), planes_, prefetch_);
+    const float* planes[Partition::kMaxCols] = {};
+    if (tile.rows == partition.rows()) {  // whole planes, which are neighbours
+      planes[0] = philox_normal(key, stream, tile.col * partition.rows(), tile.count(), planes_, prefetch_);
       for (std::int64_t col = 1; col < tile.cols; ++col) planes[col] = planes[0] + col * tile.rows;
     } else {
       float* plane = planes_;
       for (std::int64_t col = 0; col < tile.cols; ++col, plane += tile.rows + kNormalsBuffer - kMaxTile) {
-        const std::int64_t first = (tile.col + col) * tiling.rows() + tile.row;
+        const std::int64_t first = (tile.col + col) * partition.rows() + tile.row;
         planes[col] = philox_normal(key, stream, first, tile.rows, plane, prefetch_);
       }
     }
@@ -257,14 +257,14 @@ class NoiseTile {
 
   // Returns the given noise, or generates it if `noise` is absent.
   const A* given_or_generated(const void* noise, DType dtype, const std::int64_t* seeds, std::uint32_t stream,
-                              const Tiling& tiling, const Tile& tile) {
-    if (noise != nullptr) return load<A>(noise, dtype, location(tiling, tile), tile, widened_);
-    return generate(seeds[tile.sample], stream, tiling, tile);
+                              const Partition& partition, const Tile& tile) {
+    if (noise != nullptr) return load<A>(noise, dtype, location(partition, tile), tile, widened_);
+    return generate(seeds[tile.sample], stream, partition, tile);
   }
 
  private:
   Prefetch prefetch_;
-  alignas(64) float planes_[kMaxTile + Tiling::kMaxCols * (kNormalsBuffer - kMaxTile)];
+  alignas(64) float planes_[kMaxTile + Partition::kMaxCols * (kNormalsBuffer - kMaxTile)];
   alignas(64) float interleaved_[kMaxTile];
   alignas(64) A widened_[kMaxTile];
 };
@@ -273,10 +273,10 @@ class NoiseTile {
 
 // Runs body(index, tile) for all tiles. A thread gets at least 16 tiles with noise or 64 without, about 10 us of work.
 template <class Body>
-inline void for_each_tile(const Tiling& tiling, std::int64_t samples, bool generates, const StreamOrThreads& where,
-                          Body body) {
-  parallel_for(samples * tiling.tiles_per_sample(), generates ? 16 : 64, where,
-               [&](std::int64_t index) { body(index, tiling.tile(index)); });
+inline void for_each_tile(const Partition& partition, std::int64_t samples, bool generates,
+                          const StreamOrThreads& where, Body body) {
+  parallel_for(samples * partition.tiles_per_sample(), generates ? 16 : 64, where,
+               [&](std::int64_t index) { body(index, partition.tile(index)); });
 }
 
 }  // namespace ddpm_fast::DDPM_FAST_ISA

@@ -7,12 +7,12 @@ namespace {
 
 template <class A>
 void run(const NoiseArgs& a) {
-  const Tiling tiling(a.shape);
-  for_each_tile(tiling, a.shape.n, true, a.stream_or_threads, [&](std::int64_t, const Tile& tile) {
+  const Partition partition(a.shape);
+  for_each_tile(partition, a.shape.n, true, a.stream_or_threads, [&](std::int64_t, const Tile& tile) {
     NoiseTile<A> noise;
-    const Location at = location(tiling, tile);
+    const Location at = location(partition, tile);
     noise.prefetch(a.out, a.dtype, at, tile);
-    store(noise.generate(a.seeds[tile.sample], a.stream, tiling, tile), a.out, a.dtype, at, tile);
+    store(noise.generate(a.seeds[tile.sample], a.stream, partition, tile), a.out, a.dtype, at, tile);
   });
 }
 

@@ -8,11 +8,11 @@ namespace {
 
 // The locations of a tile of the model's output: the prediction and the variance.
 struct ModelLocations {
-  ModelLocations(const Tiling& tiling, const Tile& tile, std::int64_t sample, bool channels_last, bool learned) {
+  ModelLocations(const Partition& partition, const Tile& tile, std::int64_t sample, bool channels_last, bool learned) {
     const std::int64_t channels = learned ? 2 : 1;  // per channel of x_t
-    const std::int64_t stride = channels_last ? tiling.cols() * channels : 1;
-    prediction = {sample * tiling.numel() * channels + tile.row * stride + tile.col, stride};
-    variance = {prediction.offset + (channels_last ? tiling.cols() : tiling.numel()), stride};
+    const std::int64_t stride = channels_last ? partition.cols() * channels : 1;
+    prediction = {sample * partition.numel() * channels + tile.row * stride + tile.col, stride};
+    variance = {prediction.offset + (channels_last ? partition.cols() : partition.numel()), stride};
   }
   Location prediction, variance;
 };
@@ -23,15 +23,15 @@ struct ModelLocations {
 // The terms are added in the order of reference.py.
 template <class A>
 void run(const ReverseStepArgs& a) {
-  const Tiling tiling(a.shape);
+  const Partition partition(a.shape);
   const bool learned = a.variance != Variance::kFixed;
   const bool generates = a.noise == nullptr && a.seeds != nullptr;
-  for_each_tile(tiling, a.shape.n, generates, a.stream_or_threads, [&](std::int64_t, const Tile& tile) {
+  for_each_tile(partition, a.shape.n, generates, a.stream_or_threads, [&](std::int64_t, const Tile& tile) {
     alignas(64) A x_buffer[kMaxTile], m_buffer[kMaxTile], guided[kMaxTile], x_0[kMaxTile], x_prev[kMaxTile];
     const std::int64_t count = tile.count(), step = a.steps[tile.sample * a.step_stride];
     const PlanRow row = a.table[step];
-    const Location at = location(tiling, tile);
-    const ModelLocations model(tiling, tile, tile.sample, a.shape.channels_last, learned);
+    const Location at = location(partition, tile);
+    const ModelLocations model(partition, tile, tile.sample, a.shape.channels_last, learned);
 
     NoiseTile<A> noise;
     const A* z = nullptr;
@@ -42,12 +42,12 @@ void run(const ReverseStepArgs& a) {
       noise.prefetch(a.x_0_prev, a.dtype, at, tile);
       noise.prefetch(a.x_0_prev2, a.dtype, at, tile);
       noise.prefetch(a.x_0, a.dtype, at, tile);
-      z = noise.given_or_generated(a.noise, a.dtype, a.seeds, static_cast<std::uint32_t>(step), tiling, tile);
+      z = noise.given_or_generated(a.noise, a.dtype, a.seeds, static_cast<std::uint32_t>(step), partition, tile);
     }
     const A* x = load(a.x_t, a.dtype, at, tile, x_buffer);
     const A* m = load(a.model_output, a.model_output_dtype, model.prediction, tile, m_buffer);
     if (a.has_guidance) {
-      const ModelLocations second(tiling, tile, a.shape.n + tile.sample, a.shape.channels_last, learned);
+      const ModelLocations second(partition, tile, a.shape.n + tile.sample, a.shape.channels_last, learned);
       const A* unconditional = load(a.model_output, a.model_output_dtype, second.prediction, tile, guided);
       const A scale = static_cast<A>(a.guidance_scale);
 #pragma omp simd

@@ -190,8 +190,8 @@ class TilingRules {
     return {};
   }
 
-  // The slice whose row is so many bytes at least, in the smallest block that has all its channels: where the number of
-  // its vectors is odd, or nearly so, with lanes that have nothing to do, or not in whole 32-byte sectors.
+  // Return a slice whose row has at least so many bytes, in the smallest block that holds all its channels. If the number
+  // of vectors is odd or nearly so, some lanes are idle, or the row does not fill whole 32-byte sectors.
   SliceTiling channels_last_row(int bytes) const {
     constexpr int kSector = 32;
     SliceTiling row{};
@@ -204,8 +204,8 @@ class TilingRules {
     return row;
   }
 
-  // Whole groups and vectors, with bytes that are a multiple of `aligned`. As few rows as fill warps and are a multiple
-  // of a vector's elements: what so many threads know of a channel is merged by one of them.
+  // Return a slice of whole groups and vectors, whose bytes are a multiple of `aligned`. Its rows are the fewest that fill
+  // warps and are a multiple of a vector's elements, as one thread merges the moments of that many threads.
   SliceTiling channels_last_row(int bytes, int aligned, int lanes_unit) const {
     const std::int64_t unit = std::lcm(group_channels_, aligned / element_);
     const std::int64_t channels = std::min(shape_.c, round_up(bytes / element_, unit));
@@ -227,8 +227,8 @@ class TilingRules {
 
   std::int64_t blocks(const SliceTiling& tiling) const { return shape_.n * tiling.slices * tiling.parts; }
 
-  // The cluster with the fewest blocks that fits, or a larger one where blocks would be few and not small. Blocks so
-  // large that a multiprocessor holds only one are the last resort, and no more than the portable number of them.
+  // Return the cluster with the fewest blocks that fits, or a larger one if blocks would be few and not small. Blocks of
+  // which a multiprocessor holds only one come last, and at most in the portable number.
   template <class Fit>
   std::optional<SliceTiling> smallest(Fit fit, std::int64_t slices, std::int64_t slice_bytes, int threads,
                                       int most_threads) const {

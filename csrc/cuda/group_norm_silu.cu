@@ -240,7 +240,7 @@ __global__ void __launch_bounds__(pass == Pass::kResident ? kLimits.channels_las
   const int at_thread = row * p.c + lane * kWidth<T>, stride = tiling.rows * p.c;
   const int tiles = pass == Pass::kResident ? 1 : tiling.tiles, tile_pixels = tiling.rows * items;
 
-  // In place of pixels that do not exist the thread has its first one of the tile.
+  // A thread beyond the last pixel reads its first pixel of the tile again.
   Packed<T, kWidth<T>> data[items];
   const auto load_tile = [&](int tile) {
     const int first = row + tile * tile_pixels;
@@ -260,7 +260,7 @@ __global__ void __launch_bounds__(pass == Pass::kResident ? kLimits.channels_las
   }
   __syncthreads();
 
-  // From a group's merged moments on: what is saved, and its channels' coefficients. By a warp.
+  // A warp saves a group's mean and rstd, and computes the coefficients of its channels.
   const auto finish = [&](int group, const Moments& of_group) {
     const float rstd = rstd_of(of_group, p.eps), pivot = small[group * p.group_channels].w;
     if (p.mean != nullptr && part == 0 && thread % kWarp == 0) {

@@ -18,10 +18,10 @@
 //   dscale_shift = S1
 //   dweight      = sum over samples of (1 + scale) S2
 //   dbias        = sum over samples of (1 + scale) S1
-// x and dy stay in registers, packed as they came, if a slice fits; g is computed twice, which takes no registers. The
-// sums are of g d and d with d = h - mean; that of d is not 0, since the saved mean is rounded, and sets right what
-// follows from d. A last kernel makes the gradients of the small inputs from the sums of every sample, part and
-// channel.
+// x and dy stay in registers in their own dtype if a slice fits. g is computed twice, which takes no registers.
+// The kernel sums g d and d, with d = h - mean. The sum of d is not 0, as the saved mean is rounded. It corrects the
+// results for that rounding. A last kernel makes the gradients of the small inputs from the sums of every sample, part
+// and channel.
 #include "cuda/group_norm.h"
 #include "cuda/kernels.h"
 
@@ -328,7 +328,7 @@ __global__ void __launch_bounds__(kLimits.channels_last_threads, kChannelsLastBl
   const int at_thread = row * p.c + lane * kWidth<T>, stride = tiling.rows * p.c;
   const int tiles = pass == Pass::kResident ? 1 : tiling.tiles, tile_pixels = tiling.rows * items;
 
-  // In place of pixels that do not exist the thread has its first one of the tile, with dy = 0.
+  // A thread beyond the last pixel reads its first pixel of the tile again, with dy = 0.
   Packed<T, kWidth<T>> x[items], dy[items];
   const auto load_tile = [&](int tile) {
     const int first = row + tile * tile_pixels;

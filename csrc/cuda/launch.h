@@ -28,8 +28,9 @@ inline int attribute(const char* op, cudaDeviceAttr which) {
   return value;
 }
 
-// Blocks of a cluster, which share their shared memory, at most; 1 before compute capability 9.0. Nothing else of a
-// card decides how work is cut, above all not its number of multiprocessors: results must not depend on that.
+// Return the most blocks of a cluster: 1 before compute capability 9.0. Blocks of a cluster read each other's shared
+// memory. No other property of a card decides the partition, above all not its number of multiprocessors, as results
+// must not depend on it.
 inline int largest_cluster(const char* op) {
   const int major = attribute(op, cudaDevAttrComputeCapabilityMajor);
   // 8 is what every card with clusters has; 9 and 10 are the large chips, and have 16.
