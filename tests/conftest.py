@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,16 @@ from fixtures import (  # noqa: F401
 # Machines that only check a GPU may lack what a whole file of tests needs.
 collect_ignore = [
     file
-    for module, file in (("hypothesis", "test_properties.py"), ("diffusers", "test_argument_types.py"))
+    for module, file in (("hypothesis", "test_properties.py"), ("diffusers", "repository/test_argument_types.py"))
     if importlib.util.find_spec(module) is None
 ]
+
+
+# Each case of these asks another question of a library.
+ABOUT_LIBRARIES = (
+    *("cli/", "files/", "integrations/", "nn/", "plan/", "schedule/", "test_pretrained.py", "test_schemas.py"),
+    *("ops/test_parity.py", "ops/test_registration.py", "ops/test_tensors.py", "ops/test_transforms.py", "training/test_data"),
+)
 
 
 class PassedTests:
@@ -52,6 +59,8 @@ class PassedTests:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="run slow tests, and full products of most parameters")
+    help = "run a few cases of each test, but all that ask a library something"
+    parser.addoption("--few", action="store_true", help=help)
     parser.addoption("--write-passed", metavar="FILE", type=Path, help="write the names of the tests that pass to FILE")
     help = "leave out the tests that FILE names, except those marked `again`"
     parser.addoption("--skip-passed", metavar="FILE", type=Path, help=help)
@@ -73,13 +82,28 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     full, file = config.getoption("full"), config.getoption("skip_passed")
     passed = set(file.read_text(encoding="utf-8").splitlines()) if file is not None and file.exists() else set()
 
+    quick = [item for item in items if full or not item.get_closest_marker("slow")]
+    chosen = _few(quick) if config.getoption("few") else {item.nodeid for item in quick}
+
     def is_left_out(item: pytest.Item) -> bool:
-        if item.get_closest_marker("slow") and not full:
+        if item.nodeid not in chosen:
             return True
         return item.nodeid in passed and not item.get_closest_marker("again")
 
     config.hook.pytest_deselected(items=[item for item in items if is_left_out(item)])
     items[:] = [item for item in items if not is_left_out(item)]
+
+
+def _few(items: list[pytest.Item]) -> set[str]:
+    """Return the names of the first, a middle and the last case of each test, and of all that are about libraries."""
+    cases = defaultdict(list)
+    for item in items:
+        cases[item.nodeid.partition("[")[0]].append(item.nodeid)
+    chosen: set[str] = set()
+    for test, names in cases.items():
+        is_whole = test.removeprefix("tests/").startswith(ABOUT_LIBRARIES)
+        chosen |= set(names) if is_whole else {names[0], names[(len(names) - 1) // 2], names[-1]}
+    return chosen
 
 
 @pytest.hookimpl(optionalhook=True)
