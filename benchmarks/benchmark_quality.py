@@ -52,8 +52,8 @@ from ddpm_fast import (
     sample_seeds,
     save_grid,
 )
-from ddpm_fast.atomic import replacing
-from ddpm_fast.images import to_uint8
+from ddpm_fast.files.images import to_uint8
+from ddpm_fast.files.writing import replacing
 from ddpm_fast.nn.checkpoint import check_weights
 from ddpm_fast.pretrained import BUILTIN, Pretrained, load_folder
 from ddpm_fast.training.data import FASHION_MNIST_CLASSES, load_dataset, to_unit_range

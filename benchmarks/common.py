@@ -31,7 +31,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from ddpm_fast.atomic import replacing, write_json
+from ddpm_fast.files.writing import replacing, write_json
 from ddpm_fast.inference import cuda_graph
 from ddpm_fast.ops import backend
 

@@ -348,7 +348,7 @@ def memory(check: Check, seconds: float) -> Outcome:
 def goals_phase(check: Check, seconds: float) -> Outcome:
     import common
 
-    from ddpm_fast.atomic import write_json
+    from ddpm_fast.files.writing import write_json
 
     results = json.loads(check.out.read_text(encoding="utf-8")) if check.out.is_file() else {}
     # Measurements of earlier runs do not count.

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import common
 from benchmark_ops import Work, elementwise, norms
 
-from ddpm_fast.atomic import write_json
+from ddpm_fast.files.writing import write_json
 
 HERE = Path(__file__).resolve().parent
 SOURCES = HERE.parent / "csrc"

@@ -10,12 +10,12 @@ from .version import __version__ as __version__
 
 _NAMES_BY_MODULE = {
     "pretrained": ("Pretrained", "load_builtin", "load_folder"),
-    "editing": ("inpaint", "interpolate", "invert", "vary"),
+    "sampling.editing": ("inpaint", "interpolate", "invert", "vary"),
     "evaluation": ("VariationalBound", "frechet_distance", "variational_bound"),
-    "images": ("image_grid", "save_grid", "save_trajectory", "to_uint8"),
+    "files.images": ("image_grid", "save_grid", "save_trajectory", "to_uint8"),
     "integrations.freezing": ("freeze", "plan_of"),
     "integrations.fuse": ("FuseReport", "fuse", "unfuse"),
-    "memory": ("kept_memory",),
+    "allocator": ("kept_memory",),
     "inference": ("FrozenUNet",),
     "nn": ("UNet",),
     "ops": (
@@ -26,8 +26,8 @@ _NAMES_BY_MODULE = {
         *("SamplingPlan", "ddim_inversion_plan", "ddim_plan", "ddpm_plan", "dpm_solver_plan", "heun_plan", "repaint_plan"),
     ),
     "reference": ("STREAM_DROPOUT", "STREAM_KNOWN", "STREAM_Q_SAMPLE", "STREAM_SEEDS", "STREAM_X_T"),
-    "sample_files": ("write_samples",),
-    "sampling": ("Sampler", "sample"),
+    "sampling.sample_files": ("write_samples",),
+    "sampling.sampler": ("Sampler", "sample"),
     "schedule": ("NoiseSchedule",),
     "training.export": ("export_checkpoint",),
     "training.loop": ("TrainResult",),

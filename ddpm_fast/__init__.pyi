@@ -1,23 +1,19 @@
 """Public names for type checkers. `__init__.py` imports each from the same module when it is first used."""
 
-from .editing import inpaint as inpaint
-from .editing import interpolate as interpolate
-from .editing import invert as invert
-from .editing import vary as vary
+from .allocator import kept_memory as kept_memory
 from .evaluation import VariationalBound as VariationalBound
 from .evaluation import frechet_distance as frechet_distance
 from .evaluation import variational_bound as variational_bound
-from .images import image_grid as image_grid
-from .images import save_grid as save_grid
-from .images import save_trajectory as save_trajectory
-from .images import to_uint8 as to_uint8
+from .files.images import image_grid as image_grid
+from .files.images import save_grid as save_grid
+from .files.images import save_trajectory as save_trajectory
+from .files.images import to_uint8 as to_uint8
 from .inference import FrozenUNet as FrozenUNet
 from .integrations.freezing import freeze as freeze
 from .integrations.freezing import plan_of as plan_of
 from .integrations.fuse import FuseReport as FuseReport
 from .integrations.fuse import fuse as fuse
 from .integrations.fuse import unfuse as unfuse
-from .memory import kept_memory as kept_memory
 from .nn import UNet as UNet
 from .ops import BackendUnavailable as BackendUnavailable
 from .ops import attention as attention
@@ -45,9 +41,13 @@ from .reference import STREAM_KNOWN as STREAM_KNOWN
 from .reference import STREAM_Q_SAMPLE as STREAM_Q_SAMPLE
 from .reference import STREAM_SEEDS as STREAM_SEEDS
 from .reference import STREAM_X_T as STREAM_X_T
-from .sample_files import write_samples as write_samples
-from .sampling import Sampler as Sampler
-from .sampling import sample as sample
+from .sampling.editing import inpaint as inpaint
+from .sampling.editing import interpolate as interpolate
+from .sampling.editing import invert as invert
+from .sampling.editing import vary as vary
+from .sampling.sample_files import write_samples as write_samples
+from .sampling.sampler import Sampler as Sampler
+from .sampling.sampler import sample as sample
 from .schedule import NoiseSchedule as NoiseSchedule
 from .training.export import export_checkpoint as export_checkpoint
 from .training.loop import TrainResult as TrainResult

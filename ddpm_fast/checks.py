@@ -8,13 +8,12 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from decimal import Decimal
 from typing import Any, Final
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from .dtypes import FLOATS
 from .errors import InvalidType, InvalidValue, expect
@@ -189,43 +188,7 @@ def listed(values: Collection[Any]) -> str:
 # ----------------------------------------------------------------------------------------------------------------- tensors
 
 
-def check_apart(op: str, out: Tensor, inputs: Mapping[str, Any], *, may_be_same: bool = True) -> None:
-    """Raise a ValueError if `out` overlaps an input in memory without being the same elements.
-
-    An elementwise kernel may run in place. With an offset it would read elements that it has overwritten.
-
-    Args:
-        op: Name of the op.
-        out: A dense tensor.
-        inputs: Dense tensors by name. Other values are ignored.
-        may_be_same: Whether `out` may be an input itself.
-    """
-    out_begin, out_end = _extent(out)
-    for name, x in inputs.items():
-        if not isinstance(x, Tensor):
-            continue
-        begin, end = _extent(x)
-        if may_be_same and begin == out_begin and x.dtype == out.dtype and x.shape[1:] == out.shape[1:]:
-            continue
-        if begin < out_end and out_begin < end:
-            wanted, got = (
-                (f"{name} itself or apart from it", "a partial overlap")
-                if may_be_same
-                else (f"apart from {name}", "an overlap")
-            )
-            raise InvalidValue(op, "out", f"to be {wanted} in memory", got)
-
-
-def _extent(x: Tensor) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
-    """Return begin and end of a dense tensor in memory. Extents of different storages compare as apart."""
-    if isinstance(x, FakeTensor) or x.is_meta:
-        storage, begin = x.untyped_storage()._cdata, x.storage_offset() * x.element_size()
-    else:
-        storage, begin = 0, x.data_ptr()
-    return (storage, begin), (storage, begin + x.numel() * x.element_size())  # `nbytes` takes no symbolic sizes
-
-
-def check_memory(op: str, name: str, x: Tensor) -> None:
+def check_storage(op: str, name: str, x: Tensor) -> None:
     """Raise a ValueError for a tensor without memory. Tensors of tracers and transforms are not checked."""
     if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter) or x.is_meta:
         return
@@ -293,20 +256,6 @@ def check_map(op: str, name: str, x: Tensor) -> None:
         raise InvalidValue(op, name, "to be [N, C, H, W]", f"shape {list(x.shape)}")
 
 
-def check_like(op: str, name: str, x: Tensor, like_name: str, like: Tensor, shape: tuple[int, ...] | None = None) -> None:
-    """Raise unless x has the dtype and device of `like`, and the shape of `like` or the one given."""
-    wanted = tuple(like.shape) if shape is None else shape
-    if not isinstance(x, Tensor):
-        raise InvalidType(op, name, "to be a tensor", type(x).__name__)
-    if x.layout is not torch.strided or x.is_nested:
-        check_strided(op, name, x)
-    if tuple(x.shape) != wanted:
-        raise InvalidValue(op, name, f"to have shape {list(wanted)}", list(x.shape))
-    if x.dtype != like.dtype:
-        raise InvalidType(op, name, f"to have the dtype of {like_name}, {like.dtype}", x.dtype)
-    check_device(op, name, x, like_name, like)
-
-
 def check_device(op: str, name: str, x: Tensor, like_name: str, like: Tensor) -> None:
     """Raise a ValueError unless x is on the device of `like`."""
     if x.device != like.device:
@@ -324,43 +273,17 @@ def checked_seeds(op: str, seeds: Tensor, n: int, device: torch.device, name: st
         if seeds.shape == (n,):
             return seeds.to(device).contiguous()
     except RuntimeError:
-        _check_values(op, name, seeds)
+        check_values(op, name, seeds)
         raise
     raise InvalidValue(op, name, f"to have shape [{n}], one a sample", list(seeds.shape))
 
 
-def _check_values(op: str, name: str, x: Tensor) -> None:
+def check_values(op: str, name: str, x: Tensor) -> None:
     """Raise if `x` has no shape, no values or no memory, the reasons why it cannot be read or moved."""
     check_strided(op, name, x)
     if x.is_meta:
         raise InvalidValue(op, name, "to have values", "a tensor on the meta device")
-    check_memory(op, name, x)
-
-
-def index_tensor(op: str, name: str, index: int | Tensor, bound: int, n: int, device: torch.device) -> Tensor:
-    """Return the samples' timesteps as int64 [n] on the device.
-
-    `index` is an int, or int64 with one or n elements. An int is checked here. A CPU tensor is checked by
-    `check_range` when the op runs. A GPU tensor is not checked, because that would synchronize with the
-    host: the caller must keep it in range.
-    """
-    if isinstance(index, Tensor):
-        if index.layout is not torch.strided:
-            check_strided(op, name, index)
-        if index.dtype != torch.int64:
-            raise InvalidType(op, name, "to be an int or an int64 tensor", index.dtype)
-        try:
-            if index.numel() == 1 or index.shape == (n,):
-                return index.to(device).reshape(-1).expand(n).contiguous()
-        except RuntimeError:
-            _check_values(op, name, index)
-            raise
-        raise InvalidValue(op, name, f"to be an int or of shape [{n}]", list(index.shape))
-    if not isinstance(index, int) or isinstance(index, bool):
-        raise InvalidType(op, name, "to be an int or an int64 tensor", type(index).__name__)
-    if not 0 <= index < bound:
-        raise InvalidValue(op, name, f"in 0..{bound - 1}", index)
-    return torch.full((n,), index, dtype=torch.int64, device=device)
+    check_storage(op, name, x)
 
 
 def check_range(op: str, name: str, index: Tensor, bound: int) -> None:
@@ -373,7 +296,7 @@ def check_range(op: str, name: str, index: Tensor, bound: int) -> None:
         return
     if index.device.type == "cpu" and index.numel() and not torch._C._functorch.is_functorch_wrapped_tensor(index):
         if index.data_ptr() == 0:
-            check_memory(op, name, index)
+            check_storage(op, name, index)
         low, high = torch.aminmax(index)
         if low < 0 or high >= bound:
             raise InvalidValue(op, name, f"in 0..{bound - 1}", f"values from {int(low)} to {int(high)}")

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from .atomic import read_json
 from .checks import check_dtype, check_path, checked_device
 from .errors import InvalidValue
-from .limits import no_folder
+from .files.writing import read_json
 from .nn.unet import UNet
 from .plan import Prediction, Variance
+from .resources import no_folder
 from .schedule import NoiseSchedule
 from .training.folder import RunFolder
 

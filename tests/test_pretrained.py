@@ -85,7 +85,7 @@ def test_what_a_folder_leaves_out_has_diffusers_defaults(tmp_path: Path) -> None
 def test_load_folder_takes_the_newest_average_of_a_training_run(tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "run")
     run.path.mkdir()
-    run.config_file.write_text("{}")
+    run.record.write_text("{}")
     with pytest.raises(FileNotFoundError, match=r"^load_folder: expected path to be a folder .* did you mean '.*run'\?$"):
         load_folder(tmp_path / "rum")
     with pytest.raises(FileNotFoundError, match=r"^load_folder: expected path to be a folder .* hf download google/ddpm "):

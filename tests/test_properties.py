@@ -31,11 +31,11 @@ from ddpm_fast import (
     sample_seeds,
     to_uint8,
 )
-from ddpm_fast.images import grid_shape
+from ddpm_fast.files.images import grid_shape
 from ddpm_fast.nn import UNetConfig
 from ddpm_fast.ops import why_not
 from ddpm_fast.reference import PREDICTIONS
-from ddpm_fast.schedule import BUILDERS
+from ddpm_fast.schedule.noise_schedule import BUILDERS
 from ddpm_fast.testing import SCHEDULE, Case, make_call
 
 # The same examples in every run, without a time limit or a folder of earlier failures.

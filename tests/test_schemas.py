@@ -9,8 +9,8 @@ from typing import Any
 import msgspec
 import pytest
 
+from ddpm_fast.checks import MAX_TIMESTEPS
 from ddpm_fast.nn import UNetConfig
-from ddpm_fast.schedule import MAX_TIMESTEPS
 from ddpm_fast.schemas import Checkpoint, Run, SampleManifest, Scheduler
 
 SHA256 = "0123456789abcdef" * 4

@@ -1,4 +1,4 @@
-"""Time every case of ddpm_fast/testing.py in every backend, beside eager PyTorch.
+"""Time every case of ddpm_fast/testing/cases.py in every backend, beside eager PyTorch.
 
     pytest benchmarks/ops
     pytest benchmarks/ops -k "group_norm_silu and cifar and bf16" --benchmark-save=before

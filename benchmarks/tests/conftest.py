@@ -4,7 +4,6 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 
 import environment  # noqa: F401
 from fixtures import _nan_filled_buffers, _seeded, emulated_module  # noqa: F401

@@ -29,7 +29,7 @@ class Stopped(click.ClickException):
         click.echo(self.format_message(), err=True)
 
 
-class _Forgiving:
+class _LossyStream:
     """A text stream that drops what it cannot write. Work must not be lost for a progress bar on a closed terminal."""
 
     def __init__(self, stream: TextIO) -> None:
@@ -66,7 +66,7 @@ class Commands(click.Group):
             null = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
             if sys.stdout is None:
                 stack.enter_context(redirect_stdout(null))
-            stack.enter_context(redirect_stderr(cast("TextIO", _Forgiving(sys.stderr or null))))
+            stack.enter_context(redirect_stderr(cast("TextIO", _LossyStream(sys.stderr or null))))
             if isinstance(sys.stdout, io.TextIOWrapper):
                 sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
             try:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import InvalidValue, expect
-from ..limits import check_free_memory, check_free_space
+from ..resources import check_free_memory, check_free_space
 from .options import SAMPLING_DTYPE_HELP, Command, Finite, PathOption, model_options, refusing
 from .outputs import check_output, make_writable, save_result
 from .samplers import class_options, labels_of_option, plan_of_options, sampler_options
@@ -64,8 +64,8 @@ def vary_command(sources: tuple[str, ...], strength: float, num: int, **options:
     """Draw variations of images (SDEdit)."""
     import torch
 
-    from ..editing import vary
     from ..ops import sample_seeds
+    from ..sampling.editing import vary
 
     with refusing():
         edit = _Edit("vary", sources, options)
@@ -92,7 +92,7 @@ def interpolate_command(sources: tuple[str, ...], strength: float, num: int, **o
     """Interpolate between two images through noise."""
     import torch
 
-    from ..editing import interpolate
+    from ..sampling.editing import interpolate
 
     with refusing():
         edit = _Edit("interpolate", sources, options)
@@ -117,9 +117,9 @@ def invert_command(sources: tuple[str, ...], steps: int, **options: Any) -> None
     """
     import torch
 
-    from ..editing import invert
     from ..plan import ddim_inversion_plan, ddim_plan
-    from ..sampling import sample
+    from ..sampling.editing import invert
+    from ..sampling.sampler import sample
 
     with refusing():
         expect(options["guidance"] in (None, 1), "invert", "guidance", "to be 1, as inversion has none", options["guidance"])
@@ -127,8 +127,8 @@ def invert_command(sources: tuple[str, ...], steps: int, **options: Any) -> None
         loaded, labels = edit.loaded, edit.labels()
         # With a clip the two plans derive epsilon in different ways, and more steps return less exactly.
         common: dict[str, Any] = {"prediction": loaded.prediction, "clip": None, "learned_variance": edit.learned}
-        told: Any = "start" if loaded.prediction == "sample" else "arrival"  # an image alone does not determine epsilon
-        forth = ddim_inversion_plan(loaded.schedule, steps, told=told, **common)
+        evaluate_at: Any = "start" if loaded.prediction == "sample" else "arrival"  # an image alone does not determine epsilon
+        forth = ddim_inversion_plan(loaded.schedule, steps, evaluate_at=evaluate_at, **common)
         back = ddim_plan(loaded.schedule, steps, **common)
         edit.make_ready(3)
         arguments = edit.arguments(guidance=False) | {"class_labels": labels}
@@ -173,8 +173,8 @@ def inpaint_command(
     """Paint a region of images and keep the rest (RePaint)."""
     import torch
 
-    from ..editing import inpaint
     from ..plan import repaint_plan
+    from ..sampling.editing import inpaint
 
     with refusing():
         if (mask is None) == (box is None):
@@ -220,7 +220,7 @@ class _Edit:
         import torch
 
         from ..checks import computing_device
-        from ..images import image_format
+        from ..files.images import image_format
         from ..ops import sample_seeds
         from ..pretrained import BUILTIN, load_folder
         from ..training.data import to_unit_range
@@ -322,7 +322,7 @@ class _Edit:
 
     def make_ready(self, columns: int, num: int | None = None) -> None:
         """Raise unless memory, disk and format can hold the picture. Then make its folder. This is the last check."""
-        from ..images import grid_shape, image_format
+        from ..files.images import grid_shape, image_format
 
         rows = len(self.images)
         picture = grid_shape((rows * columns, *self.images.shape[1:]), columns=columns, scale=self._scale)
@@ -348,7 +348,7 @@ class _Edit:
 
     def show(self, rows: Tensor) -> None:
         """Write a picture with a row for each image, [rows, columns, C, H, W], and say so."""
-        from ..images import save_grid
+        from ..files.images import save_grid
 
         failures: list[str] = []
         images, columns = rows.flatten(0, 1), rows.shape[1]

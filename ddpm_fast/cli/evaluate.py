@@ -56,9 +56,9 @@ def evaluate_command(
     """
     import torch
 
-    from ..atomic import write_json
     from ..checks import computing_device
     from ..evaluation import variational_bound
+    from ..files.writing import write_json
     from ..pretrained import BUILTIN, load_folder
     from ..training.data import load_dataset, to_unit_range
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import click
 
 from ..errors import ArgumentError
-from ..limits import no_folder
+from ..resources import no_folder
 from .console import Refused
 
 Command = TypeVar("Command", bound=Callable[..., Any])

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import click
 
-from ..atomic import remove_leftovers
 from ..errors import UnusablePath, expect
-from ..limits import check_free_memory, check_free_space, check_writable
+from ..files.writing import remove_leftovers
+from ..resources import check_free_memory, check_free_space, check_writable
 
 
 def check_output(command: str, name: str, path: Path) -> None:
@@ -67,7 +67,7 @@ def check_pictures(
     shape: tuple[int, int, int, int], frames: int, out: Path, scale: int, gif: Path | None, gif_scale: int
 ) -> None:
     """Raise unless memory, disk and formats can hold the images [N, C, H, W] that will be drawn, and their pictures."""
-    from ..images import ANIMATED, STRIP, grid_shape, image_format
+    from ..files.images import ANIMATED, STRIP, grid_shape, image_format
 
     num, channels, *_ = shape
     numel = math.prod(shape)

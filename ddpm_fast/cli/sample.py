@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import InvalidValue, expect
-from ..limits import check_free_memory
+from ..resources import check_free_memory
 from .console import Refused, Stopped
 from .options import SAMPLING_DTYPE_HELP, PathOption, model_options, refusing
 from .outputs import check_output, check_pictures, make_writable, save_result
@@ -133,7 +133,7 @@ def _write_each(
 ) -> float:
     """Write images one by one, and return the seconds that it took."""
     from ..distributed import FirstFailed, ProcessLost
-    from ..sample_files import write_samples
+    from ..sampling.sample_files import write_samples
 
     check_free_memory("sample", "num", num, 64 * num)  # labels and seeds
     labels = _labels(loaded, num, classes, arguments["guidance_scale"])
@@ -156,7 +156,7 @@ def _write_each(
 
 def _check_paths(out: Path, gif: Path | None) -> None:
     """Raise unless the grid and the animation are files that Pillow can write, and two."""
-    from ..images import image_format
+    from ..files.images import image_format
 
     check_output("sample", "out", out)
     image_format(out, name="out")
@@ -180,8 +180,8 @@ def _write_grid(
     failures: list[str],
 ) -> float:
     """Draw images, write the grid and the animation, and return the seconds that drawing took."""
-    from ..images import save_grid, save_trajectory
-    from ..sampling import Sampler
+    from ..files.images import save_grid, save_trajectory
+    from ..sampling.sampler import Sampler
 
     frames = 0 if gif is None else min(_FRAMES, plan.num_steps + 1)
     config = loaded.model.config

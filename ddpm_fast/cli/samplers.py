@@ -77,7 +77,7 @@ def class_options(default: str) -> Callable[[Command], Command]:
         click.option(
             "--guidance",
             type=Finite(-MAX_GUIDANCE, MAX_GUIDANCE),
-            help="Set the scale of classifier-free guidance; above 1 doubles the cost.  [default: 1]",
+            help="Set the scale of classifier-free guidance; any but 1 doubles the cost.  [default: 1]",
         ),
     ]
     return adding(options)
@@ -169,7 +169,7 @@ def labels_of_option(
 
     With `each`, a class that would get no image is an error.
     """
-    from ..requests import labels_of
+    from ..sampling.arguments import labels_of
 
     config = loaded.model.config
     embeddings = config["num_class_embeds"]

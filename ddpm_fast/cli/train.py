@@ -10,8 +10,8 @@ from typing import Any, get_origin
 import click
 from click.core import ParameterSource
 
-from ..atomic import remove_leftovers
 from ..errors import renaming
+from ..files.writing import remove_leftovers
 from ..training.options import STRUCTS, DataOptions, Declared, ModelOptions, TrainOptions, options_of
 from .console import Stopped
 from .options import PathOption, numbers, refusing
@@ -85,7 +85,7 @@ def train_command(ctx: click.Context, /, run_dir: Path, **options: Any) -> None:
     run = RunFolder(run_dir)
     try:
         with refusing(), renaming("train"):
-            if options["resume"] or (options["auto_resume"] and run.config_file.is_file()):
+            if options["resume"] or (options["auto_resume"] and run.record.is_file()):
                 check_by_options(run)
                 stored = run.read_config()["options"]  # those that are not given now stay
                 default = (ParameterSource.DEFAULT, ParameterSource.DEFAULT_MAP)

@@ -24,10 +24,11 @@ from ..checks import (
 from ..dtypes import opmath
 from ..errors import InvalidValue, expect
 from ..inference import inference_network
-from ..models import Model, device_and_dtype, evaluation_mode, model_config, predict
+from ..inference.model import Model, device_and_dtype, evaluation_mode, model_config, predict
 from ..plan import COLUMNS, VARIANCE_TYPES, Prediction, Variance, ddpm_plan
 from ..reference import ranged_log_variance
-from ..requests import ClassLabels, check_image_shape, check_model, check_takes_labels, resolve_labels, resolve_seeds
+from ..sampling.arguments import ClassLabels, check_image_shape, check_model, check_takes_labels, resolve_labels, resolve_seeds
+from ..sampling.progress import progress_bar
 from ..schedule import NoiseSchedule
 
 _BIN = 2 / 255  # width of one of the 256 grey levels in [-1, 1]
@@ -160,12 +161,11 @@ def variational_bound(
     with (
         evaluation_mode(network := inference_network(caller, model, device, dtype, schedule.num_timesteps)),
         torch.inference_mode(),
+        progress_bar(len(timesteps), "variational bound", "timestep", shown=progress) as bar,
     ):
-        from tqdm.auto import tqdm
-
         weights_of_x_0, log_variances = schedule.posterior_mean_coef_x_0, schedule.posterior_log_variance
         bounds = torch.stack([log_variances, schedule.betas.log()])
-        for t in tqdm(timesteps, desc="variational bound", unit="timestep", disable=not progress):
+        for t in timesteps:
             epsilon = None if noise is None else noise(t).to(x_0)
             for chunk in chunks:
                 x = x_0[chunk]
@@ -187,6 +187,7 @@ def variational_bound(
                 else:
                     # mu~_1's weights of x_0 and x_t are 1 and 0.
                     terms[chunk, t] = reconstruction_bits(x.double(), of_mean, log_variance, exact_cdf=exact_cdf)
+            bar.update()
     prior = prior_bits(x_0, schedule).cpu()
     x_0_mse = x_0_mse.cpu()
     return VariationalBound(prior, terms.cpu(), x_0_mse, x_0_mse * schedule.snr)

@@ -88,14 +88,14 @@ def _own_workspaces() -> Iterator[None]:
 def _refuse_waiting(run: Callable[[], None]) -> None:
     """Call `run`, and raise a CaptureError if it waited for the GPU."""
     before = torch.cuda.get_sync_debug_mode()
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")  # not "error": the mode is the process's, and other threads may wait
         try:
             run()
         finally:
             torch.cuda.set_sync_debug_mode(before)
-    for warning in told:
+    for warning in caught:
         if "called a synchronizing CUDA operation" in str(warning.message):
             raise CaptureError(f"a step waits for the GPU ({warning.filename}:{warning.lineno})")
 

@@ -14,23 +14,23 @@ from torch import Tensor, nn
 
 from ..checks import MAX_TIMESTEPS, check_dtype, check_int, check_range, computing_device
 from ..errors import InvalidType, InvalidValue
-from ..locks import Turns
-from ..models import Model, inference_form, placed
-from ..modes import is_transformed_tensor, runs_eagerly
 from ..nn.config import UNetConfig
 from ..nn.unet import UNet, centered, checked_timesteps
 from ..ops.backend import has_fast_bfloat16
+from ..ops.modes import is_transformed_tensor, runs_eagerly
 from ..ops.packed_conv import conv_ops
 from ..ops.reverse_step import reverse_step_op
 from ..ops.step_parts import count_step_op, network_input_op
 from ..plan import SamplingPlan
 from ..reference import VARIANCES
 from .calls import Layers, append_network
+from .model import Model, inference_form, placed
 from .network import Network, held_tensors, read_network, why_not_frozen
 from .packed_layers import PackedLayers
 from .program import Buffer, Builder, Call, NativeProgram, PythonProgram, Value
 from .pytorch_layers import PyTorchLayers, has_prepacked
 from .step import StepState
+from .turns import Turns
 
 MAX_PROGRAMS: Final = 4  # per network: one per input shape and number of threads
 _CACHED_BYTES: Final = 8 << 20  # the largest feature map of a batch: 16 images of the CIFAR-10 network in float32

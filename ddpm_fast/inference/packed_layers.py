@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..modes import runs_eagerly
 from ..ops.attention import attention_op
 from ..ops.group_norm_affine import group_norm_affine_op
+from ..ops.modes import runs_eagerly
 from ..ops.packed_conv import conv_ops, float_bias, pack_weights, step_of, suits_winograd
 from ..ops.resample import resample_op
 from .network import Conv, Norm, Resample, SelfAttention

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..modes import runs_eagerly
 from ..nn.conv import doubled
 from ..ops.backend import MATRIX_DTYPES
 from ..ops.group_norm_silu import group_norm_silu
+from ..ops.modes import runs_eagerly
 from .network import Conv, Norm, Resample, SelfAttention
 from .program import Buffer, Builder, Value
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidValue
-from ..models import Model, predict
 from ..ops import initial_noise, reverse_step
 from ..plan import SamplingPlan
+from .model import Model, predict
 
 
 class StepState:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import InvalidValue
 from ..inference import FrozenUNet
-from ..models import device_and_dtype
+from ..inference.model import device_and_dtype
 
 # Methods that would change the network, or write one without weights.
 _REFUSED: Final = (

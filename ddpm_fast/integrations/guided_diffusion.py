@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..checks import check_choice, check_dtype, check_int, check_number, check_type, checked_device
 from ..errors import expect
 from ..inference import frozen_unet
-from ..models import evaluation_mode
+from ..inference.model import evaluation_mode
 from ..nn import UNet
 from ..nn.checkpoint import check_weights, load_tensors
 from ..nn.comparison import why_layers_differ

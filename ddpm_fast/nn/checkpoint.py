@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..atomic import read_json, write_json, write_tensors
 from ..checks import listed
 from ..dtypes import FLOATS
 from ..errors import InvalidValue, expect
-from ..limits import no_folder
+from ..files.writing import read_json, write_json, write_tensors
+from ..resources import no_folder
 from .config import UNetConfig
 
 _CONFIG = "config.json"

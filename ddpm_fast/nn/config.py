@@ -8,7 +8,7 @@ from typing import Any
 
 from ..checks import check_int, check_number, check_type
 from ..errors import InvalidValue
-from ..limits import check_free_memory
+from ..resources import check_free_memory
 
 CIFAR10_32: dict[str, Any] = {
     "sample_size": 32,

@@ -24,7 +24,7 @@ from ..checks import (
     checked_seeds,
 )
 from ..errors import InvalidType, InvalidValue
-from ..modes import runs_eagerly
+from ..ops.modes import runs_eagerly
 from ..reference import STREAM_DROPOUT
 from .checkpoint import check_finite, check_weights, load_checkpoint, save_checkpoint
 from .config import UNetConfig

@@ -10,12 +10,12 @@ from torch import Tensor
 from .. import reference
 from ..checks import check_float, check_int, check_number
 from ..errors import InvalidValue
-from ..modes import is_transformed
 from .autocast import autocast, in_autocast
 from .backend import why_not_matrix_kernels
 from .conv3x3 import is_trained_natively
 from .derivative import gradients_of
 from .fused_op import FusedOp
+from .modes import is_transformed
 from .packed_conv import step_of
 
 # Fewest pixels for which a layer's training step is faster than with PyTorch's attention. Its time relative to PyTorch's
@@ -121,7 +121,7 @@ attention_backward_op = FusedOp(
     _gradient_by_reference,
     outputs={"grad_qkv": lambda a: torch.empty_like(a.qkv)},
     derived=_SIZES,
-    limits=why_not_matrix_kernels,
+    unsupported=why_not_matrix_kernels,
 )
 
 
@@ -138,6 +138,6 @@ attention_op = FusedOp(
     reads=("qkv", "y"),
     derived=_SIZES,
     unfit={"native": _unfit},
-    limits=why_not_matrix_kernels,
+    unsupported=why_not_matrix_kernels,
     is_default=lambda a: is_trained_natively(a.qkv.dtype, a.qkv) and _suits(a.qkv.dtype, a.qkv.shape[1], _head_channels(a)),
 )

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..checks import check_choice, check_device, check_float, check_like, check_map, check_number, check_type
+from ..checks import check_choice, check_device, check_float, check_map, check_number, check_type
 from ..dtypes import opmath
 from ..errors import InvalidType, InvalidValue
-from ..modes import is_transformed, runs_eagerly
+from .arguments import check_like
 from .autocast import autocast
 from .backend import MATRIX_DTYPES, has_fast_bfloat16, why_not_matrix_kernels
 from .derivative import gradients_of
 from .fused_op import FusedOp
+from .modes import is_transformed, runs_eagerly
 from .packed_conv import conv_ops, float_bias, pack_weights, pack_winograd_op, suits_winograd, weight_gradient_op
 
 _CHANNELS_LAST: Final = torch.channels_last
@@ -209,6 +210,6 @@ conv3x3_op = FusedOp(
     native=_native,
     backward=_backward,
     reads=("x", "weight", "bias", "skip", "affine"),
-    limits=why_not_matrix_kernels,
+    unsupported=why_not_matrix_kernels,
     is_default=_is_default,
 )

@@ -12,17 +12,16 @@ from ..checks import (
     check_choice,
     check_device,
     check_float,
-    check_like,
-    check_memory,
     check_one_of,
     check_range,
+    check_storage,
     check_type,
     checked_seeds,
-    index_tensor,
 )
 from ..dtypes import opmath
 from ..errors import InvalidValue
 from ..schedule import NoiseSchedule
+from .arguments import check_like, index_tensor
 from .derivative import gradients_of
 from .fused_op import FusedOp, schema_of
 
@@ -83,7 +82,7 @@ def denoising_loss(
     if weight is not None:
         check_float(op, "weight", weight)
         check_device(op, "weight", weight, "x_0", x_0)
-        check_memory(op, "weight", weight)
+        check_storage(op, "weight", weight)
         if weight.shape != (n,):
             raise InvalidValue(op, "weight", f"to have shape [{n}], one a sample", list(weight.shape))
     t = index_tensor(op, "t", t, schedule.num_timesteps, n, x_0.device)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..modes import is_transformed
+from .modes import is_transformed
 
 if TYPE_CHECKING:
     from .fused_op import FusedOp

@@ -12,12 +12,13 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from ..checks import check_apart, check_memory
+from ..checks import check_storage
 from ..errors import InvalidType, InvalidValue
-from ..modes import PLAIN_TYPES, is_traced, is_transformed, runs_eagerly
+from .arguments import check_apart
 from .backend import BACKENDS, BackendUnavailable, warn_without_cuda, why_not_native, why_not_triton
 from .compiled_kernel import CompiledKernel, is_dense, memory_format, shared_format
 from .derivative import Derivative
+from .modes import PLAIN_TYPES, is_traced, is_transformed, runs_eagerly
 from .registration import NOT_BY_KERNELS, Registration
 
 Outs = tuple[Tensor, ...]
@@ -72,7 +73,7 @@ class FusedOp:
         host_only: Arguments that are not fields of the kernel.
         check: Function(arguments) that raises for values out of range. It runs before a kernel or the reference.
         unfit: Backend -> function(arguments) that returns why it cannot take them, or None.
-        limits: Function(device, dtype) that returns why native kernels cannot run, or None. It adds to what all ops
+        unsupported: Function(device, dtype) that returns why native kernels cannot run, or None. It adds to what all ops
             require.
         is_default: Function(arguments) that returns whether native kernels are the default for them. None: always.
 
@@ -97,12 +98,12 @@ class FusedOp:
         host_only: tuple[str, ...] = (),
         check: Callable[[Any], None] | None = None,
         unfit: Mapping[str, Callable[[Any], str | None]] | None = None,
-        limits: Callable[[torch.device, torch.dtype], str | None] | None = None,
+        unsupported: Callable[[torch.device, torch.dtype], str | None] | None = None,
         is_default: Callable[[Any], bool] | None = None,
     ) -> None:
         self.name, self.reference, self.backward = name, reference, backward
         self._has_triton, self._layout, self.is_default = has_triton, layout, is_default
-        self._native, self._check, self._unfit, self._limits = native, check, unfit or {}, limits
+        self._native, self._check, self._unfit, self._unsupported = native, check, unfit or {}, unsupported
         if schema is None:
             assert reference is not None
             schema = schema_of(reference)
@@ -217,7 +218,7 @@ class FusedOp:
         if backend == "reference":
             return None if self.reference is not None else "it has no reference"
         if backend == "native":
-            reason = self._limits(device, dtype) if self._limits is not None else None
+            reason = self._unsupported(device, dtype) if self._unsupported is not None else None
             reason = reason or why_not_native(device, dtype)
         elif backend == "triton":
             reason = why_not_triton(device, dtype) if self._has_triton else "there is no Triton kernel"
@@ -238,10 +239,10 @@ class FusedOp:
 
     def _by_reference(self, arguments: tuple[Any, ...], out: Outs = ()) -> Any:
         if runs_eagerly(*(arguments[i] for i in self.tensors)):
-            self._check_memory(arguments)
+            self._check_storage(arguments)
         results = self.checked_reference(arguments)
         for each in () if torch.compiler.is_compiling() else out:
-            check_memory(self.name, "out", each)
+            check_storage(self.name, "out", each)
             check_apart(self.name, each, self.Arguments(*arguments, "reference")._asdict())
         return self._wanted(_written(results, out))
 
@@ -265,10 +266,10 @@ class FusedOp:
         results = self.allocated(a, saves, out)
         for each in out:
             if each.data_ptr() == 0:
-                check_memory(self.name, "out", each)
+                check_storage(self.name, "out", each)
             check_apart(self.name, each, a._asdict())
         if backend == "triton" or self._native is not None:
-            self._check_memory(a)  # a kernel of the compiled module checks its fields
+            self._check_storage(a)  # a kernel of the compiled module checks its fields
         if backend == "triton":
             self._launcher()(results, a)
         elif self._native is not None:
@@ -315,13 +316,13 @@ class FusedOp:
                 given[i] = self._copied(i, given[i], torch.contiguous_format)
         return self.Arguments._make(given)
 
-    def _check_memory(self, arguments: Sequence[Any]) -> None:
+    def _check_storage(self, arguments: Sequence[Any]) -> None:
         for i in self.tensors:
             if arguments[i] is not None:
-                check_memory(self.name, self.Arguments._fields[i], arguments[i])
+                check_storage(self.name, self.Arguments._fields[i], arguments[i])
 
     def _copied(self, i: int, value: Tensor, layout: torch.memory_format) -> Tensor:
-        check_memory(self.name, self.Arguments._fields[i], value)
+        check_storage(self.name, self.Arguments._fields[i], value)
         return value.contiguous(memory_format=layout)
 
     def allocated(self, arguments: Any, saves: bool = True, out: Outs = ()) -> Any:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..checks import check_like, check_map
+from ..checks import check_map
 from ..dtypes import opmath
+from .arguments import check_like
 from .backend import why_not_matrix_kernels
 from .derivative import gradients_of
 from .fused_op import FusedOp
@@ -95,5 +96,5 @@ group_norm_affine_op = FusedOp(
         "channels": lambda a: a.x.shape[1],
         "skip_channels": lambda a: 0 if a.skip is None else a.skip.shape[1],
     },
-    limits=why_not_matrix_kernels,
+    unsupported=why_not_matrix_kernels,
 )

@@ -87,7 +87,7 @@ pack_winograd_op = FusedOp(
         "row_stride": lambda a: a.weight.stride(2),
         "column_stride": lambda a: a.weight.stride(3),
     },
-    limits=why_not_matrix_kernels,
+    unsupported=why_not_matrix_kernels,
 )
 
 # ---------------------------------------------------------------------------------------------------------------- kernels
@@ -111,7 +111,7 @@ def _kernel(method: str) -> FusedOp:
             "skip_channels": lambda a: 0 if a.skip is None else a.skip.shape[1],
         },
         layout=_CHANNELS_LAST,
-        limits=why_not_matrix_kernels,
+        unsupported=why_not_matrix_kernels,
     )
 
 
@@ -137,5 +137,5 @@ weight_gradient_op = FusedOp(
     },
     layout=_CHANNELS_LAST,
     host_only=("has_bias",),
-    limits=why_not_matrix_kernels,
+    unsupported=why_not_matrix_kernels,
 )

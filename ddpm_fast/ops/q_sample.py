@@ -8,19 +8,10 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..checks import (
-    check_dtype,
-    check_float,
-    check_like,
-    check_one_of,
-    check_range,
-    check_strided,
-    check_type,
-    checked_seeds,
-    index_tensor,
-)
+from ..checks import check_dtype, check_float, check_one_of, check_range, check_strided, check_type, checked_seeds
 from ..errors import InvalidType
 from ..schedule import NoiseSchedule
+from .arguments import check_like, index_tensor
 from .compiled_kernel import dtype_code
 from .fused_op import FusedOp
 

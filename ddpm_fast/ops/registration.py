@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from ..checks import check_strided
-from ..modes import is_transformed, is_transformed_tensor
 from .backend import BackendUnavailable
 from .derivative import Derivative
+from .modes import is_transformed, is_transformed_tensor
 
 if TYPE_CHECKING:
     from .fused_op import FusedOp

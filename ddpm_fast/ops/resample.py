@@ -29,5 +29,5 @@ resample_op: Final = FusedOp(
         "width": lambda a: a.x.shape[3],
         "channels": lambda a: a.x.shape[1],
     },
-    limits=why_not_matrix_kernels,
+    unsupported=why_not_matrix_kernels,
 )

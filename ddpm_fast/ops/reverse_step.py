@@ -8,21 +8,11 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..checks import (
-    check_apart,
-    check_device,
-    check_float,
-    check_int,
-    check_like,
-    check_number,
-    check_range,
-    check_strided,
-    check_type,
-    checked_seeds,
-)
+from ..checks import check_device, check_float, check_int, check_number, check_range, check_strided, check_type, checked_seeds
 from ..dtypes import opmath
 from ..errors import InvalidType, InvalidValue
 from ..plan import COLUMNS, SamplingPlan
+from .arguments import check_apart, check_like
 from .compiled_kernel import is_dense
 from .fused_op import FusedOp
 

@@ -36,7 +36,7 @@ time_terms_op: Final = FusedOp(
         "num_timesteps": lambda a: a.table.shape[1],
         "width": lambda a: a.table.shape[2],
     },
-    limits=lambda device, dtype: why_not_matrix_kernels(device, dtype) or _why_not_float32(dtype),
+    unsupported=lambda device, dtype: why_not_matrix_kernels(device, dtype) or _why_not_float32(dtype),
     check=_check_steps,
 )
 
@@ -45,12 +45,12 @@ network_input_op: Final = FusedOp(
     reference.network_input,
     outputs={"x": _input},
     derived={"count": lambda a: a.x_t.numel()},
-    limits=why_not_matrix_kernels,
+    unsupported=why_not_matrix_kernels,
 )
 
 count_step_op: Final = FusedOp(
     "count_step",
     reference.count_step,
     outputs={"next_step": lambda a: torch.empty_like(a.step)},
-    limits=lambda device, _: why_not_matrix_kernels(device, torch.float32),
+    unsupported=lambda device, _: why_not_matrix_kernels(device, torch.float32),
 )

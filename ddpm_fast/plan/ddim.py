@@ -85,7 +85,7 @@ def ddim_inversion_plan(
     schedule: NoiseSchedule,
     num_steps: int | None = 50,
     *,
-    told: Literal["start", "arrival"] = "start",
+    evaluate_at: Literal["start", "arrival"] = "start",
     spacing: Spacing | Sequence[int] = "leading",
     previous: Sequence[int] | None = None,
     prediction: Prediction = "epsilon",
@@ -95,26 +95,27 @@ def ddim_inversion_plan(
 ) -> SamplingPlan:
     """Build a plan for DDIM inversion, from an image to its x_T (Song et al. 2021, section 4.3).
 
-    The plan runs DDIM with eta = 0 backwards. The timesteps ascend. With told="start" the image counts as x_0 at the first
-    timestep, each step goes to the next larger timestep, and the last goes to abar = 0 (guided-diffusion). With told="arrival"
-    the image is at abar = 1, each step goes to the timestep that the model is told, and the last arrives at the timestep where
-    `ddim_plan` begins (diffusers' DDIMInverseScheduler).
+    The plan runs DDIM with eta = 0 backwards. The timesteps ascend. With evaluate_at="start" the image counts as x_0 at the
+    first timestep, each step goes to the next larger timestep, and the last goes to abar = 0 (guided-diffusion). With
+    evaluate_at="arrival" the image is at abar = 1, each step goes to the timestep that the model is given, and the last
+    arrives at the timestep where `ddim_plan` begins (diffusers' DDIMInverseScheduler).
 
     Args:
         schedule: The noise schedule, with T timesteps.
         num_steps: The number of steps S, as in `ddpm_plan`.
-        told: The timestep that the model is told: that of the state ("start"), or that where the step arrives ("arrival").
+        evaluate_at: The timestep that the model is given: that of the state ("start"), or that where the step arrives
+            ("arrival").
         spacing: The timesteps, as in `ddpm_plan`. A sequence descends here too.
-        previous: The timestep where each step starts with told="arrival", below the one of `spacing` where it arrives. -1 is
-            the image. It needs a sequence as `spacing`, which may then have any order. None starts at the next timestep of
-            `spacing`. The rows come in the reverse order of `spacing`.
+        previous: The timestep where each step starts with evaluate_at="arrival", below the one of `spacing` where it arrives.
+            -1 is the image. It needs a sequence as `spacing`, which may then have any order. None starts at the next timestep
+            of `spacing`. The rows come in the reverse order of `spacing`.
         prediction: The meaning of the model's output, see `SamplingPlan`. "arrival" needs "epsilon" or "v_prediction", or
             "sample" with an initial_alpha_bar below 1.
         clip: Clamp x_0^ to [-clip, clip]. None disables the clip. With "start", epsilon is derived again from the clipped
             x_0^. With "arrival" it is the model's own, as x_0^ does not determine it at abar = 1. `ddim_plan` with a clip does
             not undo that, so pass None to both.
-        initial_alpha_bar: abar of an image with told="arrival", in (0, 1]. Latent diffusion uses abar_0 ("set_alpha_to_one":
-            false in diffusers).
+        initial_alpha_bar: abar of an image with evaluate_at="arrival", in (0, 1]. Latent diffusion uses abar_0
+            ("set_alpha_to_one": false in diffusers).
         learned_variance: True if the model's output has variance channels. DDIM ignores them.
 
     Returns:
@@ -125,27 +126,31 @@ def ddim_inversion_plan(
         ValueError: An argument is out of range, or the model predicts epsilon where abar is 0.
     """
     caller = "ddim_inversion_plan"
-    check_choice(caller, "told", told, ("start", "arrival"))
+    check_choice(caller, "evaluate_at", evaluate_at, ("start", "arrival"))
     check_type(caller, "learned_variance", learned_variance, bool)
     check_number(caller, "initial_alpha_bar", initial_alpha_bar, above=0, high=1)
-    if told == "arrival" and (prediction == "previous_sample" or (prediction == "sample" and initial_alpha_bar == 1)):
+    if evaluate_at == "arrival" and (prediction == "previous_sample" or (prediction == "sample" and initial_alpha_bar == 1)):
         raise InvalidValue(
             caller,
             "prediction",
-            'to be "epsilon" or "v_prediction", or "sample" with initial_alpha_bar below 1, with told="arrival", as an image '
-            "alone does not determine epsilon",
+            'to be "epsilon" or "v_prediction", or "sample" with initial_alpha_bar below 1, with evaluate_at="arrival", '
+            "as an image alone does not determine epsilon",
             repr(prediction),
         )
     expect(
-        told != "start" or initial_alpha_bar == 1, caller, "initial_alpha_bar", 'to be 1 with told="start"', initial_alpha_bar
+        evaluate_at != "start" or initial_alpha_bar == 1,
+        caller,
+        "initial_alpha_bar",
+        'to be 1 with evaluate_at="start"',
+        initial_alpha_bar,
     )
-    expect(told != "start" or previous is None, caller, "previous", 'to be None with told="start"', previous)
+    expect(evaluate_at != "start" or previous is None, caller, "previous", 'to be None with evaluate_at="start"', previous)
     path = PosteriorPath(caller, schedule, num_steps, spacing, previous, prediction, clip, initial_alpha_bar)
     zero = torch.zeros_like(path.abar)
-    if told == "start":
+    if evaluate_at == "start":
         plan = path.ddim(torch.cat([zero[:1], path.abar[:-1]]), zero, True, learned_variance)
     else:
-        plan = _told_the_arrival(path, learned_variance)
+        plan = _evaluated_at_arrival(path, learned_variance)
     return replace(
         plan,
         timesteps=plan.timesteps.flip(0),
@@ -155,8 +160,8 @@ def ddim_inversion_plan(
     )
 
 
-def _told_the_arrival(path: PosteriorPath, learned_variance: bool) -> SamplingPlan:
-    """Return the inversion that tells the model where a step arrives, in the order of the path."""
+def _evaluated_at_arrival(path: PosteriorPath, learned_variance: bool) -> SamplingPlan:
+    """Return the inversion that gives the model the timestep where a step arrives, in the order of the path."""
     signal, noise = path.abar_prev.sqrt(), (1 - path.abar_prev).sqrt()  # a step starts at the cleaner end
     p, q = x_0_weights(path.prediction, signal, noise)
     from_x_t, from_m = epsilon_weights(path.prediction, signal, noise)

@@ -86,7 +86,7 @@ def dpm_solver_plan(
         solver: The estimate of D in steps of order 2: "midpoint", or "heun", which integrates the extrapolation exactly.
         spacing: The timesteps: "linspace", "leading" or "trailing" as in diffusers, "karras" (evenly spaced in
             (sigma / alpha)^(1 / rho), Karras et al. 2022, eq. 5), or a strictly descending sequence in 0..T-1. With "karras"
-            the model is told the nearest timestep, and two levels may share one. The noise level is not rounded.
+            the model is given the nearest timestep, and two levels may share one. The noise level is not rounded.
         sigma_min: The level at which the last step starts, as sigma / alpha = sqrt((1 - abar) / abar), with "karras".
             It lies between the levels of the timesteps. None is the level of timestep 0.
         sigma_max: The level at which the first step starts, like `sigma_min`. None is the level of the last timestep.

@@ -34,7 +34,7 @@ VARIANCE_TYPES: Final[tuple[str, ...]] = get_args(Variance)
 _PRINTED_ROWS: Final = 10  # a longer plan shows the first and the last
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class SamplingPlan:
     """A sampler as a table of coefficients.
 
@@ -46,7 +46,7 @@ class SamplingPlan:
 
     Here x_0_prev is the x_0^ of the step before, x_0_prev2 that of the step before it, and z is standard normal noise.
 
-    `print(plan)` shows a table, and `plan.plot()` draws it. `plan[10:]` is a plan of the steps from 10 on.
+    `print(plan)` and a notebook show a table, and `plan.plot()` draws it. `plan[10:]` is a plan of the steps from 10 on.
 
     Attributes:
         schedule: The noise schedule to sample from.
@@ -97,9 +97,9 @@ class SamplingPlan:
             raise InvalidValue("SamplingPlan", "coefficients", f"of shape {wanted}", got)
         for name in ("timesteps", "coefficients"):  # a caller may change its tensors
             object.__setattr__(self, name, getattr(self, name).clone())
-        told = self.schedule.alpha_bars[self.timesteps]
-        following = torch.cat([told[1:], torch.ones(1, dtype=torch.float64)])
-        for name, default in (("alpha_bars_prev", following), ("alpha_bars", told)):
+        abar = self.schedule.alpha_bars[self.timesteps]
+        following = torch.cat([abar[1:], torch.ones(1, dtype=torch.float64)])
+        for name, default in (("alpha_bars_prev", following), ("alpha_bars", abar)):
             check_type(caller, name, getattr(self, name), Tensor)
             given = getattr(self, name)
             values = (given if given.numel() else default).clone()
@@ -115,7 +115,7 @@ class SamplingPlan:
                 "SamplingPlan",
                 "",
                 "finite coefficients",
-                f"{COLUMNS[column]} = {value} at timestep {t} (abar = {float(told[row]):.3g}) "
+                f"{COLUMNS[column]} = {value} at timestep {t} (abar = {float(abar[row]):.3g}) "
                 f'with prediction {self.prediction!r}; where abar is 0 the model must predict "sample" or "v_prediction"',
             )
         object.__setattr__(self, "is_random", self._uses("sigma"))
@@ -183,7 +183,7 @@ class SamplingPlan:
             )
         return self.builder(start=timestep)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         """Return a short table: for each step its timestep, abar at its start and on arrival, and the noise's sigma."""
         title = "SamplingPlan" if self.builder is None else _call(self.builder)
         traits = [f"{self.num_steps} step{'s' * (self.num_steps != 1)}", f"the model predicts {self.prediction}"]

@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..atomic import flush_names, read_json, write_json
 from ..errors import InvalidValue
+from ..files.writing import flush_names, read_json, write_json
 
 if TYPE_CHECKING:
     from ..schemas import Checkpoint

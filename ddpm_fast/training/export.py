@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..atomic import write_json, write_text
 from ..checks import check_dtype, check_path
 from ..errors import expect
-from ..limits import check_free_space, check_writable
+from ..files.writing import write_json, write_text
 from ..nn import UNet
+from ..resources import check_free_space, check_writable
 from ..schedule import NoiseSchedule
 from .checkpoint import read_state
 from .folder import RunFolder

@@ -2,7 +2,6 @@
 
     RUN/
       config.json                       options of the run, checked when it is resumed
-      lock                              locked while a process trains, with the process's name as text
       log.csv                           one row every `log_every` steps
       samples/step-00001000.png         grids drawn during training
       tensorboard/                      event files, if TensorBoard is installed
@@ -28,19 +27,16 @@ import os
 import re
 import secrets
 import shutil
-import socket
-import stat
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from .. import atomic
-from ..atomic import flush_names, read_json, write_text
 from ..checks import listed
-from ..errors import UnusablePath, expect, renaming
-from ..locks import locked
+from ..errors import expect, renaming
+from ..files.result_folder import ResultFolder
+from ..files.writing import PREFIX, flush_names, read_json, remove_leftovers, write_text
 from .checkpoint import why_damaged, write_checkpoint
 from .options import STRUCTS, TrainOptions
 
@@ -55,64 +51,20 @@ _log = logging.getLogger("ddpm_fast")
 T = TypeVar("T")
 
 
-class RunFolder:
-    """The folder of a training run. The module's docstring has the layout.
+class RunFolder(ResultFolder):
+    """The folder of a training run. The module's docstring has the layout."""
 
-    Args:
-        path: The folder.
-    """
+    caller = "train"
+    argument = "run_dir"
+    record_name = "config.json"
+    hint = "continue the run in it with resume=True (--resume), or name another folder"
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        self.config_file = self.path / "config.json"
-        self.lock_file = self.path / "lock"
+        super().__init__(Path(path))
         self.log_file = self.path / "log.csv"
         self.samples = self.path / "samples"
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
-
-    # ---------------------------------------------------------------------------------------------------- configuration
-
-    def check_new(self) -> None:
-        """Raise a FileExistsError unless the folder is missing or empty, or an UnusablePath if it is a file."""
-        if self.path.exists() and not self.path.is_dir():
-            raise UnusablePath("train", "run_dir", "to be a folder", f"{str(self.path)!r}, which is a file")
-        names = [entry.name for entry in self.path.iterdir()] if self.path.exists() else []
-        if any(name != self.lock_file.name and not name.startswith(atomic.PREFIX) for name in names):
-            raise FileExistsError(
-                f"train: expected {self.path} to be new or empty; continue the run in it with resume=True (--resume), or name "
-                "another folder"
-            )
-
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the folder's lock, so that no other process trains in it.
-
-        Raises:
-            BlockingIOError: Another process holds the lock. The message names it.
-            OSError: The folder's file system has no locks.
-        """
-        self.path.mkdir(parents=True, exist_ok=True)
-        with ExitStack() as held:
-            try:
-                descriptor = os.open(self.lock_file, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
-                held.callback(os.close, descriptor)
-                status = os.fstat(descriptor)
-                text = os.pread(descriptor, 8, 0) if stat.S_ISREG(status.st_mode) else b"?"
-                if status.st_nlink > 1 or (text and text != b"process "):
-                    raise OSError("it is not a file of this package")
-                held.enter_context(locked(descriptor))
-            except BlockingIOError:
-                holder = os.read(descriptor, 200).decode(errors="replace").strip() or "a process without a name"
-                raise BlockingIOError(f"train: expected no other process to train in {self.path}, got {holder}") from None
-            except OSError as error:
-                raise OSError(
-                    f"train: expected {str(self.lock_file)!r} to be a file that can be locked, got: {error}; "
-                    "pass lock=False (--no-lock) if no other process trains there"
-                ) from error
-            os.ftruncate(descriptor, 0)
-            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-            yield
 
     def read_config(self, caller: str = "train") -> dict[str, Any]:
         """Return the configuration with which the run was started.
@@ -124,8 +76,8 @@ class RunFolder:
             FileNotFoundError: There is no run.
             ValueError: The file is not such a configuration. The message names the field.
         """
-        if not self.config_file.is_file():
-            raise FileNotFoundError(f"{caller}: expected a run to resume in {self.path}, which has no {self.config_file.name}")
+        if not self.record.is_file():
+            raise FileNotFoundError(f"{caller}: expected a run to resume in {self.path}, which has no {self.record.name}")
         import msgspec
 
         from ..schemas import Run
@@ -142,7 +94,7 @@ class RunFolder:
                     struct.from_values(options)
             return values
 
-        return read_json(caller, self.config_file, parse)
+        return read_json(caller, self.record, parse)
 
     # ------------------------------------------------------------------------------------------------------ checkpoints
 
@@ -219,7 +171,7 @@ class RunFolder:
             if re.fullmatch(r"\.(removed-)?step-.*", leftover.name) and leftover.is_dir() and not leftover.is_symlink():
                 shutil.rmtree(leftover, ignore_errors=True)
         for folder in (self.path, self.checkpoints):
-            atomic.remove_leftovers(folder)
+            remove_leftovers(folder)  # younger ones may be of another command, such as a picture
 
     def checkpoint_folders(self) -> list[Path]:
         """Return the folders that are named as checkpoints, newest first. Links and files are none."""
@@ -248,7 +200,7 @@ class RunFolder:
         latest = self.checkpoints / "latest"
         if latest.exists() and not latest.is_symlink():
             return
-        link = self.checkpoints / f"{atomic.PREFIX}{secrets.token_hex(8)}.tmp"
+        link = self.checkpoints / f"{PREFIX}{secrets.token_hex(8)}.tmp"
         with suppress(OSError):
             link.symlink_to(checkpoint.name, target_is_directory=True)
             link.replace(latest)

@@ -25,10 +25,10 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from ..atomic import write_json
+from ..allocator import kept_memory
 from ..distributed import Processes, ProcessLost
 from ..errors import ArgumentError
-from ..memory import kept_memory
+from ..files.writing import write_json
 from .export import write_scheduler
 from .folder import RunFolder
 from .opening import Start, open_run
@@ -62,22 +62,22 @@ def run_steps(start: Start, task: Task, state: State) -> TrainResult:
         task: The task.
         state: The state before the first step. It becomes the state after the last one.
     """
-    options, team, stopped_by = task.options, task.team, None
+    options, processes, stopped_by = task.options, task.processes, None
     with ExitStack() as stack:
-        if options.lock and team.is_first:
+        if processes.is_first:
             stack.enter_context(start.run.locked())
         if task.device.type == "cpu":
             stack.enter_context(kept_memory())
-        team.check_same("train", task.identity() if team.size > 1 else {})
-        config = team.on_first(lambda: open_run(start, task, state))
-        state.copy_from_first(team)
+        processes.check_same("train", task.identity() if processes.size > 1 else {})
+        config = processes.on_first(lambda: open_run(start, task, state))
+        state.copy_from_first(processes)
         stack.enter_context(torch.random.fork_rng([task.device] if task.device.type == "cuda" else []))  # the caller's stay
         records = stack.enter_context(Records(start.run, task, state))
         checkpoints = Checkpoints(start.run, task, state, config)
 
         state.counted_until = time.perf_counter()
         with (
-            Stops(team, options.max_minutes) as stops,
+            Stops(processes, options.max_minutes) as stops,
             checkpoints.saved_if_it_fails(),
             closing(batches(task, state.step)) as batch,
         ):
@@ -88,7 +88,7 @@ def run_steps(start: Start, task: Task, state: State) -> TrainResult:
                 checkpoints.after_step(grad_norm, stops=stopped_by is not None)
 
         records.at_end(stopped_by)
-        team.largest(0)()  # a launcher ends the others soon after the first process ends, so all wait for the checkpoint
+        processes.largest(0)()  # a launcher ends the others soon after the first process ends, so all wait for the checkpoint
     return TrainResult(state.step, state.mean_loss() if state.losses else records.loss, state.seconds, stopped_by)
 
 
@@ -100,17 +100,17 @@ class Stops:
     that is ignored, as under nohup, stays so.
 
     Args:
-        team: The processes. They stop after the same step, which is the one after a process has a reason.
+        processes: The processes. They stop after the same step, which is the one after a process has a reason.
         max_minutes: The time after which to stop, or None.
     """
 
     _REASONS: Final[tuple[str | None, ...]] = (None, "max_minutes", "SIGHUP", "SIGTERM", "SIGINT")
 
-    def __init__(self, team: Processes, max_minutes: float | None) -> None:
-        self._team, self._received = team, ""
+    def __init__(self, processes: Processes, max_minutes: float | None) -> None:
+        self._processes, self._received = processes, ""
         self._deadline = math.inf if max_minutes is None else time.monotonic() + 60 * max_minutes
         self._previous: dict[signal.Signals, Any] = {}
-        self._largest = team.largest(0)
+        self._largest = processes.largest(0)
 
     def __enter__(self) -> Stops:
         if threading.current_thread() is threading.main_thread():
@@ -123,16 +123,16 @@ class Stops:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if not self._received:
             self._received = signal.Signals(number).name
-            if self._team.size == 1:
+            if self._processes.size == 1:
                 signal.signal(signal.SIGINT, self._previous.pop(signal.SIGINT))
 
     def agreed(self) -> str | None:
         """Tell the others this process's reason to stop. Return the reason of all: of several processes, of the step before."""
         reason = self._received or ("max_minutes" if time.monotonic() > self._deadline else None)
-        if self._team.size == 1:
+        if self._processes.size == 1:
             return reason
         agreed = self._REASONS[self._largest()]
-        self._largest = self._team.largest(self._REASONS.index(reason))
+        self._largest = self._processes.largest(self._REASONS.index(reason))
         return agreed
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
@@ -174,7 +174,7 @@ class Checkpoints:
                 f"the last good checkpoint is {self._run.latest_checkpoint() or 'none'}"
             )
         with state.uncounted():
-            if self._task.team.is_first:
+            if self._task.processes.is_first:
                 folder = self._save()
                 call_back(self._task.on_checkpoint, folder)
         self._last = time.monotonic()
@@ -192,7 +192,7 @@ class Checkpoints:
                 self._save_if_finite()
             raise failed.error from None
         except (ProcessLost, ValueError, OSError) as error:
-            if not self._task.team.is_first:
+            if not self._task.processes.is_first:
                 raise
             raise self._saved_after(error) from error
 
@@ -202,9 +202,9 @@ class Checkpoints:
         if isinstance(error, OSError):
             run.remove_leftovers()  # they take space
             with suppress(OSError):
-                if not run.config_file.exists():  # the folder was removed
+                if not run.record.exists():  # the folder was removed
                     run.path.mkdir(parents=True, exist_ok=True)
-                    write_json(run.config_file, self._config or {})
+                    write_json(run.record, self._config or {})
                 self._save_if_finite()
             run.remove_leftovers()
         # A GPU may still wait for the lost process, or have used half of a sum.
@@ -218,7 +218,7 @@ class Checkpoints:
         return (ProcessLost if is_lost else ValueError)(f"train: {error}; {hint}")
 
     def _save_if_finite(self) -> None:
-        if self._task.team.is_first and self._state.is_finite():
+        if self._task.processes.is_first and self._state.is_finite():
             self._save()
 
     def _save(self) -> Path:

@@ -11,12 +11,12 @@ from typing import Any, Final
 
 import torch
 
-from ..atomic import write_json
 from ..checks import check_int, computing_device
 from ..distributed import Processes
 from ..errors import InvalidValue, expect, renaming
-from ..limits import check_free_memory, check_free_space, check_writable
+from ..files.writing import write_json
 from ..nn import UNetConfig
+from ..resources import check_free_memory, check_free_space, check_writable
 from ..schedule import NoiseSchedule
 from .checkpoint import read_state
 from .folder import RunFolder, check_by_options
@@ -39,7 +39,7 @@ class Start:
         run: The folder.
         options: The options, with the size of micro-batches.
         data_and_model: The options of data and network, if `train` made them.
-        team: The processes.
+        processes: The processes.
         device: The device of this process.
         resume: Continue the run from its newest checkpoint.
     """
@@ -47,7 +47,7 @@ class Start:
     run: RunFolder
     options: TrainOptions
     data_and_model: Mapping[str, Any]
-    team: Processes
+    processes: Processes
     device: torch.device
     resume: bool
 
@@ -55,39 +55,39 @@ class Start:
 # ---------------------------------------------------------------------------------------------------- checks before the run
 
 
-def prepared(run: RunFolder, options: TrainOptions, data_and_model: Mapping[str, Any], team: Processes) -> Start:
+def prepared(run: RunFolder, options: TrainOptions, data_and_model: Mapping[str, Any], processes: Processes) -> Start:
     """Check what needs neither the data set nor the network, and set the number of threads.
 
     Args:
         run: The run's folder.
         options: The options.
         data_and_model: The options of data and network, if `train` makes them.
-        team: The processes.
+        processes: The processes.
     """
     if options.ema_warmup is None:
         options = replace(options, ema_warmup=data_and_model.get("init") is None)
     # Rank 0 decides, as another process may see the folder later.
-    resume = bool(team.from_first([options.resume or (options.auto_resume and run.config_file.is_file())])[0])
+    resume = bool(processes.from_first([options.resume or (options.auto_resume and run.record.is_file())])[0])
     check_int("train", "threads", options.threads, 1, max(1024, os.cpu_count() or 1), optional=True)  # more cannot be started
-    device = _device(options.device, team)
+    device = _device(options.device, processes)
     recorded = {**data_and_model, **options.recorded()}
-    team.on_first(lambda: _check_folder(run, recorded, resume))
-    options = replace(options, micro_batch_size=_micro_batch_size(options, run, resume, team))
+    processes.on_first(lambda: _check_folder(run, recorded, resume))
+    options = replace(options, micro_batch_size=_micro_batch_size(options, run, resume, processes))
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     if device.type == "cpu":
         _check_threads(torch.get_num_threads())
-    return Start(run, options, data_and_model, team, device, resume)
+    return Start(run, options, data_and_model, processes, device, resume)
 
 
-def _device(name: str | None, team: Processes) -> torch.device:
+def _device(name: str | None, processes: Processes) -> torch.device:
     """Return the device to train on: of several processes on a machine each takes another GPU."""
     device = computing_device("train", name)
-    if team.size == 1 or device.type != "cuda":
+    if processes.size == 1 or device.type != "cuda":
         return device
-    team.check_gpu_backend("train")
+    processes.check_gpu_backend("train")
     if device == torch.device("cuda"):  # without a number
-        device = team.own_gpu("train")
+        device = processes.own_gpu("train")
     torch.cuda.set_device(device)  # collectives use the current one
     return device
 
@@ -101,8 +101,7 @@ def _check_folder(run: RunFolder, options: Mapping[str, Any], resume: bool) -> N
         stored = run.read_config()["options"]  # refuses a folder without a run before a lock is written into it
         if "channels" in options:
             check_by_options(run)
-        for name in [each for each in options if each not in CHANGEABLE]:
-            _check_equal(run, name, stored.get(name), options[name])
+        run.check_same({name: value for name, value in options.items() if name not in CHANGEABLE}, stored)
         steps = options["steps"]
         logged = run.last_row()
         lost = not run.checkpoints.is_dir() or (not run.checkpoint_folders() and (run.checkpoints / "latest").is_symlink())
@@ -119,21 +118,21 @@ def _check_folder(run: RunFolder, options: Mapping[str, Any], resume: bool) -> N
     check_writable("train", "run_dir", run.path, run.path)
 
 
-def _micro_batch_size(options: TrainOptions, run: RunFolder, resume: bool, team: Processes) -> int:
+def _micro_batch_size(options: TrainOptions, run: RunFolder, resume: bool, processes: Processes) -> int:
     """Return the number of images whose gradients are computed at a time. A resumed run keeps its own."""
     batch_size, size, kept = options.batch_size, options.micro_batch_size, ""
     check_int("train", "micro_batch_size", size, 1, batch_size, optional=True)
     if size is None and resume:
         size, kept = int(run.read_config()["options"]["micro_batch_size"]), ", as the run had"
     if size is None:
-        wanted = f"to be a multiple of {team.size}, one for each process"
-        expect(batch_size % team.size == 0, "train", "batch_size", wanted, batch_size)
-        size = batch_size // team.size
-    if batch_size % (size * team.size):
-        processes = f"{team.size} process" + ("es" if team.size > 1 else "")
-        fits = "" if batch_size % team.size else f"; {_largest_divisor(batch_size // team.size, size)} fits"
+        wanted = f"to be a multiple of {processes.size}, one for each process"
+        expect(batch_size % processes.size == 0, "train", "batch_size", wanted, batch_size)
+        size = batch_size // processes.size
+    if batch_size % (size * processes.size):
+        number = f"{processes.size} process" + ("es" if processes.size > 1 else "")
+        fits = "" if batch_size % processes.size else f"; {_largest_divisor(batch_size // processes.size, size)} fits"
         got = f"micro_batch_size {size}{kept}{fits}"
-        raise InvalidValue("train", "micro_batch_size", f"times {processes} to divide batch_size {batch_size}", got)
+        raise InvalidValue("train", "micro_batch_size", f"times {number} to divide batch_size {batch_size}", got)
     return size
 
 
@@ -204,7 +203,7 @@ def open_run(start: Start, task: Task, state: State) -> dict[str, Any]:
     else:
         run.check_new()
         run.path.mkdir(parents=True, exist_ok=True)
-    write_json(run.config_file, config)  # with the options that a resumed run changes
+    write_json(run.record, config)  # with the options that a resumed run changes
     run.checkpoints.mkdir(exist_ok=True)  # a run without this folder has lost it
     if checkpoint is not None:
         state.load(checkpoint)
@@ -218,9 +217,12 @@ def open_run(start: Start, task: Task, state: State) -> dict[str, Any]:
     return config
 
 
-def _check_equal(run: RunFolder, name: str, before: object, now: object, verb: str = "to be") -> None:
-    """Raise a ValueError if something is not as it was when the run was started."""
-    expect(before == now, "train", name, f"{verb} {before!r}, as the run in {run.path} was started", repr(now))
+def _described(config: Mapping[str, Any], *, with_images: bool) -> dict[str, Any]:
+    """Return what a resumed run must have in common with the run that it continues, by name."""
+    dataset = {name: config["dataset"][name] for name in ("shape", "classes", *(["images"] if with_images else []))}
+    network = UNetConfig.from_dict(config["unet"]).to_dict()
+    layers = {f"model.{name}": value for name, value in network.items() if name not in _DESCRIPTIVE}
+    return {**dataset, **layers, "schedule": NoiseSchedule.from_config(config["schedule"])}
 
 
 def _check_same(run: RunFolder, config: dict[str, Any], data_check: str, *, warn: bool) -> None:
@@ -233,12 +235,8 @@ def _check_same(run: RunFolder, config: dict[str, Any], data_check: str, *, warn
         warn: Warn if gradients are summed in another order than before.
     """
     stored = run.read_config()
-    for name in ("shape", "classes", *(["images"] if data_check != "off" else [])):
-        _check_equal(run, name, stored["dataset"][name], config["dataset"][name])
-    old, new = (UNetConfig.from_dict(each["unet"]).to_dict() for each in (stored, config))
-    for name in [each for each in {**old, **new} if each not in _DESCRIPTIVE]:
-        _check_equal(run, "model", old.get(name), new.get(name), f"to have {name} =")
-    _check_equal(run, "schedule", NoiseSchedule.from_config(stored["schedule"]), NoiseSchedule.from_config(config["schedule"]))
+    old, new = (_described(each, with_images=data_check != "off") for each in (stored, config))
+    run.check_same({**dict.fromkeys(old), **new}, old)
     before, now = stored["dataset"]["fingerprint"], config["dataset"]["fingerprint"]
     if data_check != "off":
         expect(

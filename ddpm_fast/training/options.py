@@ -293,7 +293,6 @@ class TrainOptions(Options):
         Literal["sample", "exact", "off"],
         _call("Compare the images of a resumed run with the earlier ones: a sample, exactly, or not (to change them)."),
     ] = "sample"
-    lock: Annotated[bool, _call("Lock the folder, so that no other process trains in it.")] = True
     progress: Annotated[bool, _call("Show a progress bar.")] = True
 
     def __post_init__(self) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..images import save_grid
+from ..files.images import save_grid
 from ..plan import Prediction, SamplingPlan, ddim_plan, dpm_solver_plan
 from ..plan.dpm_solver import measured_options
-from ..sampling import sample
+from ..sampling.progress import progress_bar
+from ..sampling.sampler import sample
 from ..schedule import NoiseSchedule
 from .folder import LOG_COLUMNS, RunFolder
 from .state import State, Task
@@ -43,8 +43,8 @@ def summary(run: RunFolder, task: Task, state: State) -> str:
         given = f" --threads {torch.get_num_threads()}" if task.device.type == "cpu" else ""
         same = f"the same on 1, 2, 4, ... processes with --micro-batch-size {task.micro_batch_size}{given}"
         sums = same if task.sums_in_tree else "equal up to rounding on other numbers of processes"
-        batch += f" in micro-batches of {task.micro_batch_size} on {task.team.size} process"
-        batch += f"{'es' if task.team.size > 1 else ''}; weights are {sums}"
+        batch += f" in micro-batches of {task.micro_batch_size} on {task.processes.size} process"
+        batch += f"{'es' if task.processes.size > 1 else ''}; weights are {sums}"
     records = [f"log.csv every {options.log_every} steps"]
     if options.sample_every:
         records.append(f"samples/ every {options.sample_every} steps")
@@ -103,10 +103,8 @@ class Records:
     _FIRST, _LAST = 3, 13  # the first steps of a call are slower
 
     def __init__(self, run: RunFolder, task: Task, state: State) -> None:
-        from tqdm import tqdm
-
         self._run, self._task, self._state, self.loss = run, task, state, math.nan
-        first = task.team.is_first
+        first = task.processes.is_first
         if first:
             _log.info("%s", summary(run, task, state))
             if task.options.warmup_steps >= task.options.steps:
@@ -114,13 +112,8 @@ class Records:
                     "the learning rate rises over warmup_steps = %d, more steps than there are", task.options.warmup_steps
                 )
         self._tensorboard = TensorBoard(run, state.step, enabled=task.options.tensorboard and first)
-        self._bar = tqdm(
-            total=task.options.steps,
-            initial=state.step,
-            unit="step",
-            disable=not (task.options.progress and first),
-            mininterval=0.5 if sys.stderr.isatty() else 30,  # a log file needs fewer lines than a terminal
-        )
+        shown = task.options.progress and first
+        self._bar = progress_bar(task.options.steps, "training", "step", shown=shown, done=state.step)
         self._logged_step, self._logged_seconds = state.step, state.seconds
         self._first_step, self._timed_from = state.step, 0.0
 
@@ -136,7 +129,7 @@ class Records:
         options, state = self._task.options, self._state
         step_loss = state.losses[-1]
         self._bar.update()
-        if self._task.team.is_first:
+        if self._task.processes.is_first:
             self._forecast()
         if state.step % options.log_every == 0 or state.step == options.steps:
             self._write_row(grad_norm, rate)
@@ -151,7 +144,7 @@ class Records:
         if is_new and stopped_by in (None, "max_minutes"):
             self._draw_grid()
         self._tensorboard.write("close")
-        if stopped_by and self._task.team.is_first:
+        if stopped_by and self._task.processes.is_first:
             early = "; the learning rate was still rising (warmup_steps)" if state.step < options.warmup_steps else ""
             text = "stopped by %s at step %d of %d; checkpoint saved%s; continue with resume=True (--resume)"
             _log.info(text, stopped_by, state.step, options.steps, early)
@@ -167,7 +160,7 @@ class Records:
         speed = (state.step - self._logged_step) * batch_size / (state.seconds - self._logged_seconds)
         self._logged_step, self._logged_seconds = state.step, state.seconds
         state.row = (state.step, state.step * batch_size, self.loss, float(grad_norm), rate, speed, state.seconds)
-        if self._task.team.is_first:
+        if self._task.processes.is_first:
             self._run.append_log(state.row)
         state.losses.clear()
         self._bar.set_postfix_str(f"loss {self.loss:.4f}, {speed:.1f} images/s", refresh=False)
@@ -192,7 +185,7 @@ class Records:
     def _draw_grid(self) -> None:
         """Draw a grid with the averaged weights, with one column a class or 8 columns."""
         task, state = self._task, self._state
-        if not task.team.is_first:
+        if not task.processes.is_first:
             return
         columns = min(len(task.dataset.classes), 16) if task.labelled else 8
         path = self._run.samples / f"step-{state.step:08d}.png"

@@ -14,12 +14,12 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from ..atomic import write_tensors
 from ..distributed import Processes
 from ..errors import InvalidValue, UnusablePath
-from ..limits import no_folder
+from ..files.writing import write_tensors
 from ..nn import UNet, UNetConfig
 from ..nn.checkpoint import check_finite, check_weights, load_safetensors
+from ..resources import no_folder
 from ..schedule import NoiseSchedule
 from ..version import __version__
 from .checkpoint import read_state
@@ -44,7 +44,7 @@ class Task:
     loss_weight: Tensor | None  # float32 [T], on the device
     rng: TrainingRng
     device: torch.device
-    team: Processes
+    processes: Processes
     on_step: Callable[[int, Tensor], object] | None = None
     on_checkpoint: Callable[[Path], object] | None = None
 
@@ -79,13 +79,13 @@ class Task:
     @property
     def micro_batches(self) -> range:
         """Numbers of this process's micro-batches within a step."""
-        each = self.num_micro_batches // self.team.size
-        return range(self.team.rank * each, (self.team.rank + 1) * each)
+        each = self.num_micro_batches // self.processes.size
+        return range(self.processes.rank * each, (self.processes.rank + 1) * each)
 
     @property
     def sums_in_tree(self) -> bool:
         """True if gradients are the same bits for any number of processes that is a power of two."""
-        return all(count & (count - 1) == 0 for count in (self.team.size, len(self.micro_batches)))
+        return all(count & (count - 1) == 0 for count in (self.processes.size, len(self.micro_batches)))
 
     @property
     def memory_format(self) -> torch.memory_format:
@@ -166,12 +166,12 @@ class State:
         yield
         self.counted_until = time.perf_counter()
 
-    def copy_from_first(self, team: Processes) -> None:
+    def copy_from_first(self, processes: Processes) -> None:
         """Let all processes have the state of rank 0."""
-        step, seconds, num_losses = team.from_first([self.step, self.seconds, len(self.losses)])
+        step, seconds, num_losses = processes.from_first([self.step, self.seconds, len(self.losses)])
         self.step, self.seconds = int(step), seconds
         device = next(self.model.parameters()).device
-        losses = team.from_first([float(loss) for loss in self.losses] if team.is_first else [0.0] * int(num_losses))
+        losses = processes.from_first([float(loss) for loss in self.losses] if processes.is_first else [0.0] * int(num_losses))
         self.losses = [torch.tensor(loss, dtype=torch.float32, device=device) for loss in losses]
         tensors = [*self.model.state_dict().values(), *self.ema.state_dict().values()]
         for parameter in self.model.parameters() if self.step else ():
@@ -180,7 +180,7 @@ class State:
                 moments["step"] = torch.zeros((), dtype=torch.float32, device=device)
                 moments |= {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
             tensors += moments.values()
-        team.copy_from_first(tensors)
+        processes.copy_from_first(tensors)
 
     def write(self, folder: Path) -> None:
         """Write the networks and the optimizer's state into a checkpoint's folder."""

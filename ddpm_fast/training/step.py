@@ -63,9 +63,9 @@ def _set_gradients(task: Task, state: State, images: Tensor, labels: Tensor) -> 
         if len(task.micro_batches) > 1:
             state.optimizer.zero_grad()
     loss, *gradients = total = sums.total()
-    if task.team.size > 1:
+    if task.processes.size > 1:
         flat = torch.cat([tensor.reshape(-1) for tensor in total])
-        flat = task.team.tree_sum(flat) if task.sums_in_tree else task.team.sum_(flat)
+        flat = task.processes.tree_sum(flat) if task.sums_in_tree else task.processes.sum_(flat)
         for tensor, summed in zip(total, flat.split([tensor.numel() for tensor in total]), strict=True):
             tensor.copy_(summed.view(tensor.shape))  # in the gradient's memory format, which is the parameter's
     for parameter, gradient in zip((each for each in parameters if each.requires_grad), gradients, strict=True):

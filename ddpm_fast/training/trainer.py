@@ -16,9 +16,9 @@ from torch.utils.data import Dataset
 from ..checks import check_callable, check_int, check_path, check_type, checked_bytes, computing_device
 from ..distributed import joined
 from ..errors import InvalidType, expect, renaming
-from ..limits import check_free_memory
 from ..nn import UNet, UNetConfig
 from ..nn.unet import describe_images
+from ..resources import check_free_memory
 from ..schedule import NoiseSchedule
 from .data import DATASETS, ImageDataset, MappedDataset, load_dataset
 from .folder import RunFolder
@@ -113,8 +113,8 @@ class Trainer:
             ValueError: The resumed run has other options, another network, another schedule or other images, or an item
                 is wrong. The message names it. Other errors are those of `train`.
         """
-        with joined("Trainer.run") as team:
-            return self._run(prepared(self._folder, self._options, {}, team))
+        with joined("Trainer.run") as processes:
+            return self._run(prepared(self._folder, self._options, {}, processes))
 
     def _run(self, start: Start) -> TrainResult:
         """Run in a folder, with processes and a device that are checked."""
@@ -130,14 +130,14 @@ class Trainer:
             loss_weight=weight,
             rng=TrainingRng(options.seed, options.batch_size),
             device=start.device,
-            team=start.team,
+            processes=start.processes,
             on_step=self._on_step,
             on_checkpoint=self._on_checkpoint,
         )
         check_sizes(start.run, task)
         state = State.initial(task)
         if not start.resume:  # before a folder is made
-            start.team.on_first(lambda: state.load_initial_weights(task))
+            start.processes.on_first(lambda: state.load_initial_weights(task))
         self._ema = state.ema
         return run_steps(start, task, state)
 
@@ -215,11 +215,11 @@ def train(
             the options ask for.
         OSError: A file cannot be written, or there is too little space for checkpoints. The message names the last good
             checkpoint.
-        FileExistsError: `run_dir` is not empty, and no run is resumed.
-        UnusablePath: `run_dir` cannot be written to, or `init` holds no model. It is an OSError.
+        UnusablePath: `run_dir` is not empty and no run is resumed, or it cannot be written to, or `init` holds no model. It
+            is an OSError.
         FileNotFoundError: There is no run to resume.
         FloatingPointError: The loss or the weights are no longer finite.
-        BlockingIOError: Another process trains in `run_dir`.
+        BlockingIOError: Another process trains in `run_dir`. Where there are no locks, a warning is logged.
         ProcessLost: Another of the processes has failed or ended. It is a RuntimeError.
     """
     options = TrainOptions() if options is None else options
@@ -231,10 +231,10 @@ def train(
     if options.sample_every:
         check_int("train", "sample_steps", options.sample_steps, 1, model.num_timesteps, optional=True)
     data, model, run = _with_absolute_paths(data), _with_absolute_paths(model), RunFolder(run_dir)
-    with joined("train") as team:
-        start = prepared(run, options, {**data.recorded(), **model.recorded()}, team)
+    with joined("train") as processes:
+        start = prepared(run, options, {**data.recorded(), **model.recorded()}, processes)
         # Rank 0 downloads.
-        dataset = team.machine_by_machine(lambda: _dataset(data)) if data.data in DATASETS else _dataset(data)
+        dataset = processes.machine_by_machine(lambda: _dataset(data)) if data.data in DATASETS else _dataset(data)
         config = _unet_config(model, dataset)
         if start.device.type == "cpu":
             needed = COPIES * 4 * UNetConfig.from_dict(config).num_parameters

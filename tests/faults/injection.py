@@ -30,8 +30,8 @@ from PIL import Image
 from runs import train
 
 from ddpm_fast import save_grid
-from ddpm_fast.atomic import PREFIX
 from ddpm_fast.cli import main as main_command
+from ddpm_fast.files.writing import PREFIX
 from ddpm_fast.nn import UNet
 from ddpm_fast.training.data import load_dataset
 from ddpm_fast.training.export import export_checkpoint

@@ -29,7 +29,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def inject(library: Path, folder: Path, *tasks: str) -> list[dict[str, Any]]:
     command = [sys.executable, str(HERE / "injection.py"), str(library), str(folder), *tasks]
-    environment = {**os.environ, "LD_PRELOAD": str(library), "PYTHONPATH": str(HERE.parent)}  # which holds `runs`
+    environment = {**os.environ, "LD_PRELOAD": str(library), "PYTHONPATH": str(HERE.parent / "helpers")}  # which holds `runs`
     process = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert process.returncode == 0, process.stdout + process.stderr[-4000:]
     print(process.stdout)
@@ -38,7 +38,7 @@ def inject(library: Path, folder: Path, *tasks: str) -> list[dict[str, Any]]:
 
 def test_nothing_that_was_saved_is_lost(library: Path, tmp_path: Path) -> None:
     """The numbers say every how many of a task's calls fail. The slow test has more tasks and kinds of faults."""
-    tasks = ("resume,ENOSPC,90", "export,KILL,9", "picture,ENOSPC,2")
+    tasks = ("export,KILL,9", "picture,ENOSPC,2")
     for counts in inject(library, tmp_path / "f", *tasks):
         assert counts["tried"] >= 3
         assert counts["stopped"] > 0

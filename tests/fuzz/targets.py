@@ -30,7 +30,7 @@ from mutations import bytes_of, json_of, safetensors_of, torch_of
 from PIL import Image
 
 from ddpm_fast import NoiseSchedule
-from ddpm_fast.atomic import write_json
+from ddpm_fast.files.writing import write_json
 from ddpm_fast.nn import UNet, UNetConfig
 from ddpm_fast.pretrained import _read_scheduler
 from ddpm_fast.training.checkpoint import read_state, why_damaged

@@ -233,6 +233,7 @@ def test_what_a_call_takes_is_as_before() -> None:
                 assert_same_output(frozen(x, t, y).sample, unet(x, t, y).sample)
 
 
+@pytest.mark.slow
 def test_a_frozen_network_compiles() -> None:
     frozen = freeze(make_unet())
     x, t, _ = make_inputs(frozen.config, 2)

@@ -463,6 +463,7 @@ def test_global_hooks_see_every_layer() -> None:
         handle.remove()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", [f"{MID}.nonlinearity", pytest.param("conv_act", marks=pytest.mark.slow)])
 def test_compiled_code_follows_a_change(path: str) -> None:
     model, inputs = make("UNet2DModel")

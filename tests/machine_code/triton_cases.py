@@ -224,7 +224,7 @@ def specialize(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
 
 
 def main() -> None:
-    sys.path.insert(0, str(ROOT / "tests"))  # for kernel_calls
+    sys.path.insert(0, str(ROOT / "tests/helpers"))  # for kernel_calls
     names, architectures = (argument.split(",") for argument in sys.argv[1:])
     every = sizes_of_one() | cases()
     found: dict[str, dict[str, dict[str, Any]]] = {}

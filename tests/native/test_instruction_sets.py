@@ -31,6 +31,7 @@ TESTS = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_lesser_instruction_sets(isa: str, pytestconfig: pytest.Config) -> None:
     """Each set takes one process, because starting it takes most of the time."""

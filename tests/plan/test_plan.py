@@ -202,7 +202,7 @@ def test_an_inversion_that_tells_the_arrival(prediction: Any) -> None:
     """A model that knows x_0 and epsilon moves from one noise level to the next, in a chain and in single steps."""
     abar = SCHEDULE.alpha_bars
     x_0, epsilon = torch.randn(2, 2, 3, 4, 4, dtype=torch.float64)
-    options: Any = {"told": "arrival", "prediction": prediction, "clip": None, "initial_alpha_bar": float(abar[0])}
+    options: Any = {"evaluate_at": "arrival", "prediction": prediction, "clip": None, "initial_alpha_bar": float(abar[0])}
     chain = ddim_inversion_plan(SCHEDULE, None, spacing=[900, 500, 1], **options)
     single = ddim_inversion_plan(SCHEDULE, None, spacing=[1, 900, 30], previous=[-1, 500, 7], **options)
     assert chain.timesteps.tolist() == [1, 500, 900]
@@ -296,14 +296,14 @@ def test_zero_terminal_snr_needs_another_prediction_than_epsilon() -> None:
         ),
         (
             lambda: ddim_inversion_plan(SCHEDULE, None, spacing=[5, 2], previous=[3, 1]),
-            InvalidValue("ddim_inversion_plan", "previous", 'to be None with told="start"', "[3, 1]"),
+            InvalidValue("ddim_inversion_plan", "previous", 'to be None with evaluate_at="start"', "[3, 1]"),
         ),
         (
-            lambda: ddim_inversion_plan(SCHEDULE, told="arrival", prediction="sample"),
+            lambda: ddim_inversion_plan(SCHEDULE, evaluate_at="arrival", prediction="sample"),
             InvalidValue(
                 "ddim_inversion_plan",
                 "prediction",
-                'to be "epsilon" or "v_prediction", or "sample" with initial_alpha_bar below 1, with told="arrival", '
+                'to be "epsilon" or "v_prediction", or "sample" with initial_alpha_bar below 1, with evaluate_at="arrival", '
                 "as an image alone does not determine epsilon",
                 "'sample'",
             ),

@@ -67,7 +67,7 @@ def test_alpha_bars_prev_follows_the_arguments() -> None:
 @pytest.mark.parametrize(
     "plan",
     [
-        ddim_inversion_plan(SCHEDULE, 10, told="arrival"),
+        ddim_inversion_plan(SCHEDULE, 10, evaluate_at="arrival"),
         repaint_plan(SCHEDULE, 20, 5, 3),
         heun_plan(SCHEDULE, 10, spacing="karras"),
         dpm_solver_plan(SCHEDULE, 10, spacing="karras", order=1),

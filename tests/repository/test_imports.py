@@ -15,66 +15,37 @@ PACKAGE = Path(ddpm_fast.__file__).parent
 ALLOWED = {
     "version": set(),
     "errors": set(),  # which every module may import
-    "atomic": set(),
-    "limits": set(),
-    "locks": set(),
-    "memory": set(),
-    "distributed": set(),
+    "allocator": set(),
+    "distributed": {"distributed"},
     "dtypes": set(),
-    "modes": set(),
+    "resources": set(),
     "checks": {"dtypes"},
+    "files": {"checks", "resources", "files"},
     "reference": {"dtypes"},
-    "schedule": {"checks"},
+    "schedule": {"checks", "schedule"},
     "plan": {"checks", "reference", "schedule", "plan"},
     "triton_kernels": {"reference", "triton_kernels"},
-    "ops": {"dtypes", "modes", "checks", "reference", "schedule", "plan", "triton_kernels", "ops"},
-    "testing": {"dtypes", "reference", "schedule", "plan", "ops"},
-    "nn": {"atomic", "dtypes", "modes", "checks", "reference", "limits", "ops", "nn"},
-    "schemas": {"checks", "plan", "schedule", "nn"},
+    "ops": {"dtypes", "checks", "reference", "schedule", "plan", "triton_kernels", "ops"},
+    "testing": {"dtypes", "reference", "schedule", "plan", "ops", "testing"},
     "info": {"version", "ops"},
-    "images": {"atomic", "checks", "limits"},
-    "models": set(),
-    "inference": {"dtypes", "modes", "locks", "checks", "reference", "plan", "ops", "nn", "models", "inference"},
-    "requests": {"checks", "limits", "ops", "nn", "models", "inference"},
-    "sampling": {"dtypes", "modes", "locks", "checks", "plan", "images", "models", "inference", "requests"},
-    "sample_files": {
-        *("atomic", "checks", "limits", "locks", "distributed", "plan", "schemas", "images", "models", "requests"),
-        *("inference", "sampling"),
+    "nn": {"dtypes", "resources", "checks", "files", "reference", "ops", "nn"},
+    "schemas": {"checks", "schedule", "plan", "nn"},
+    "inference": {"dtypes", "checks", "reference", "plan", "ops", "nn", "inference"},
+    "integrations": {"dtypes", "checks", "reference", "schedule", "plan", "ops", "nn", "inference", "integrations"},
+    "sampling": {
+        *("distributed", "dtypes", "resources", "checks", "files", "reference", "plan", "ops", "nn", "schemas", "inference"),
+        "sampling",
     },
-    "editing": {"dtypes", "checks", "limits", "reference", "plan", "ops", "models", "requests", "sampling"},
-    "evaluation": {
-        *("dtypes", "checks", "reference", "schedule", "plan", "ops", "models", "inference", "requests", "evaluation"),
-    },
+    "evaluation": {"dtypes", "checks", "reference", "schedule", "plan", "ops", "inference", "sampling", "evaluation"},
     "training": {
-        *("version", "atomic", "limits", "memory", "checks", "schedule", "plan", "ops", "nn", "schemas", "images", "sampling"),
-        *("locks", "distributed", "training"),
+        *("version", "allocator", "distributed", "resources", "checks", "files", "schedule", "plan", "ops", "nn", "schemas"),
+        *("sampling", "training"),
     },
-    "pretrained": {"atomic", "checks", "limits", "schedule", "plan", "nn", "schemas", "training"},
-    "integrations": {
-        *("dtypes", "checks", "reference", "schedule", "plan", "ops", "nn", "models", "inference", "integrations"),
-    },
+    "pretrained": {"checks", "resources", "files", "schedule", "plan", "nn", "schemas", "training"},
     "__init__": {"version"},  # and what __init__.pyi imports, when a name is first used
     "cli": {
-        *(
-            "version",
-            "atomic",
-            "limits",
-            "distributed",
-            "checks",
-            "plan",
-            "ops",
-            "info",
-            "images",
-            "requests",
-            "sampling",
-            "sample_files",
-            "distributed",
-            "editing",
-            "evaluation",
-            "training",
-            "pretrained",
-            "cli",
-        ),
+        *("version", "distributed", "resources", "checks", "files", "plan", "ops", "info", "sampling", "evaluation"),
+        *("training", "pretrained", "cli"),
     },
     "__main__": {"cli"},
 }
@@ -133,8 +104,8 @@ def test_imports_point_one_way() -> None:
 def test_integrations_stand_on_public_ops_and_samplers() -> None:
     """They see nothing of how ops are dispatched, of programs and graphs, or of a training run."""
     allowed = {
-        *("errors", "dtypes", "checks", "plan", "reference", "schedule", "ops", "ops.q_sample", "ops.reverse_step", "nn"),
-        *("nn.checkpoint", "nn.comparison", "nn.layers", "nn.unet", "inference", "models"),
+        *("errors", "dtypes", "checks", "plan", "reference", "schedule", "ops", "ops.arguments", "ops.q_sample"),
+        *("ops.reverse_step", "nn", "nn.checkpoint", "nn.comparison", "nn.layers", "nn.unet", "inference", "inference.model"),
     }
     for file in (PACKAGE / "integrations").glob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from refusals import refused
 
-from ddpm_fast import limits
+from ddpm_fast import resources
 from ddpm_fast.errors import InvalidValue
 from ddpm_fast.training.data import FASHION_MNIST_CLASSES, image_files, load_dataset, to_unit_range
 
@@ -439,7 +439,7 @@ def test_images_that_do_not_fit_into_memory_are_refused_before_they_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
-    monkeypatch.setattr(limits, "free_memory", lambda: 300_000_000)
+    monkeypatch.setattr(resources, "free_memory", lambda: 300_000_000)
     monkeypatch.setattr("ddpm_fast.training.data.image_files.resized_square", lambda *_: pytest.fail("an image was decoded"))
     wanted = r"expected image_size to fit into memory, got 10001 for 1 images, which needs about 300\.1 MB of 300\.0 MB"
     with pytest.raises(ValueError, match=wanted):

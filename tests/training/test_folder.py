@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-import multiprocessing
 import os
 import shutil
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,12 +14,11 @@ import pytest
 import safetensors.torch
 import torch
 from refusals import refused
-from runs import train
-from test_training import QUIET
+from runs import QUIET, train
 from torch import Tensor
 
 from ddpm_fast.errors import InvalidValue
-from ddpm_fast.images import save_grid
+from ddpm_fast.files.images import save_grid
 from ddpm_fast.nn import UNet
 from ddpm_fast.pretrained import load_folder
 from ddpm_fast.training import folder as run_folder
@@ -43,86 +38,7 @@ def checkpoints(run: RunFolder) -> list[str]:
     return sorted(entry.name for entry in run.checkpoints.iterdir())
 
 
-# -------------------------------------------------------------------------------------------------------------------- lock
-
-
-HOLD = """
-import sys, time
-from pathlib import Path
-from ddpm_fast.training.folder import RunFolder
-
-with RunFolder(Path(sys.argv[1])).locked():
-    print("held", flush=True)
-    time.sleep(600)
-"""
-
-
-@pytest.fixture
-def holder(tmp_path: Path) -> object:
-    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "held\n"
-    yield process
-    process.kill()
-    process.wait()
-    process.stdout.close()
-
-
-def test_a_second_process_is_told_who_trains(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
-    with pytest.raises(BlockingIOError, match=rf"no other process to train in .*run, got process {holder.pid} on "):
-        train(tmp_path / "run", **QUIET, steps=2)
-    train(tmp_path / "run", **QUIET, steps=2, lock=False)  # knowingly
-    holder.send_signal(signal.SIGKILL)  # releases the lock
-    holder.wait()
-    assert train(tmp_path / "run", **QUIET, steps=3, resume=True).step == 3
-
-
-@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="the system does not list open files in /proc")
-def test_a_forked_child_does_not_hold_the_lock(tmp_path: Path) -> None:
-    run, context = RunFolder(tmp_path), multiprocessing.get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
-
-    def list_files() -> None:
-        sender.send([os.path.realpath(entry) for entry in Path("/proc/self/fd").iterdir()])
-
-    with run.locked():
-        child = context.Process(target=list_files)
-        child.start()
-        opened = receiver.recv()
-        child.join()
-        assert opened
-        assert str(run.lock_file.resolve()) not in opened
-        with pytest.raises(BlockingIOError, match="no other process to train"), run.locked():
-            pass
-    with run.locked():
-        pass
-
-
-def test_a_lock_that_cannot_be_made_is_an_error_with_the_way_around(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import fcntl
-
-    def flock(*_: object) -> None:
-        raise OSError(38, "Function not implemented")
-
-    monkeypatch.setattr(fcntl, "flock", flock)
-    with pytest.raises(OSError, match=r"to be a file that can be locked, got: .*not implemented.*--no-lock"):
-        train(tmp_path / "run", **QUIET, steps=1)
-    assert train(tmp_path / "run", **QUIET, steps=1, lock=False).step == 1
-
-
-@pytest.mark.parametrize("kind", ["file", "hard link"])
-def test_a_foreign_file_in_place_of_the_lock_stays_as_it_was(kind: str, tmp_path: Path) -> None:
-    lock, precious = tmp_path / "run" / "lock", tmp_path / "precious"
-    lock.parent.mkdir()
-    precious.write_text("process of baking bread" if kind == "hard link" else "precious")
-    if kind == "file":
-        precious.rename(lock)
-    else:
-        os.link(precious, lock)
-    text = lock.read_text()
-    with pytest.raises(OSError, match="lock' to be a file that can be locked, got: it is not a file of this package"):
-        train(tmp_path / "run", **QUIET, steps=1)
-    assert lock.read_text() == text
+# --------------------------------------------------------------------------------------------------------------------- log
 
 
 def test_a_link_in_place_of_the_log_is_not_followed(tmp_path: Path) -> None:
@@ -137,7 +53,7 @@ def test_a_link_in_place_of_the_log_is_not_followed(tmp_path: Path) -> None:
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no pipes with names")
 def test_a_pipe_in_place_of_the_log_is_refused_instead_of_waited_for(tmp_path: Path) -> None:
     run = start(tmp_path / "run", step=2)
-    before = run.config_file.read_text()
+    before = run.record.read_text()
     run.log_file.unlink()
     os.mkfifo(run.log_file)
     wanted = r"expected '.*log\.csv' to be a file, got a folder, a pipe or a device"
@@ -147,19 +63,8 @@ def test_a_pipe_in_place_of_the_log_is_refused_instead_of_waited_for(tmp_path: P
         export_checkpoint(run.path, tmp_path / "out")
     with pytest.raises(OSError, match=wanted):
         run.append_log((1, 2.0))
-    assert run.config_file.read_text() == before
+    assert run.record.read_text() == before
     assert not (tmp_path / "out").exists()
-
-
-def test_a_link_in_place_of_the_lock_is_not_followed(tmp_path: Path) -> None:
-    run = start(tmp_path / "run")
-    victim = tmp_path / "victim"
-    victim.write_text("mine")
-    run.lock_file.unlink()
-    run.lock_file.symlink_to(victim)
-    with pytest.raises(OSError, match="can be locked"):
-        train(run.path, **QUIET, steps=6, resume=True)
-    assert victim.read_text() == "mine"
 
 
 # --------------------------------------------------------------------------------------------------------------- checkpoints
@@ -286,8 +191,8 @@ def test_an_optimizer_that_does_not_fit_is_named(kind: str, wanted: str, tmp_pat
 )
 def test_a_wrong_configuration_is_named(field: str, value: object, wanted: str, tmp_path: Path) -> None:
     run = start(tmp_path / "run", step=2)
-    config = json.loads(run.config_file.read_text())
-    run.config_file.write_text(json.dumps(config | {field: value}))
+    config = json.loads(run.record.read_text())
+    run.record.write_text(json.dumps(config | {field: value}))
     with pytest.raises(ValueError, match=rf"^train: expected {wanted}$"):
         train(run.path, **QUIET, steps=4, resume=True)
     with pytest.raises(ValueError, match=rf"^export_checkpoint: expected {wanted}$"):
@@ -380,12 +285,12 @@ def test_a_checkpoint_that_stays_is_read_once(tmp_path: Path) -> None:
 
 def test_fewer_steps_than_are_done_are_refused_before_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = start(tmp_path / "run")
-    before = run.config_file.read_text()
+    before = run.record.read_text()
     with monkeypatch.context() as patch:
         patch.setattr("ddpm_fast.training.trainer.load_dataset", lambda *_, **__: pytest.fail("the images were read"))
         with pytest.raises(ValueError, match=r"train: expected steps to be at least 4, the step of the run in .*, got 3"):
             train(run.path, **QUIET, steps=3, resume=True)
-    assert run.config_file.read_text() == before
+    assert run.record.read_text() == before
     assert train(run.path, **QUIET, steps=4, resume=True).step == 4
 
 

@@ -16,13 +16,12 @@ from typing import Any
 import pytest
 from launching import run_ranks
 from refusals import refused
-from runs import train
-from test_training import QUIET, assert_same_weights, log_rows
+from runs import QUIET, assert_same_weights, log_rows, train
 
 from ddpm_fast.errors import InvalidValue
 from ddpm_fast.training.folder import RunFolder
 
-TESTS = str(Path(__file__).parents[1])
+HELPERS = str(Path(__file__).parents[1] / "helpers")
 RUN: dict[str, Any] = {
     **QUIET,
     "batch_size": 16,
@@ -32,7 +31,7 @@ RUN: dict[str, Any] = {
     "steps": 4,
     "log_every": 2,
 }
-START = f"import json, os, sys; sys.path.insert(0, {TESTS!r}); from runs import train; "
+START = f"import json, os, sys; sys.path.insert(0, {HELPERS!r}); from runs import train; "
 SCRIPT = START + "train(sys.argv[1], **json.loads(sys.argv[2]))"
 
 
@@ -139,7 +138,7 @@ def test_an_error_of_rank_0_is_not_waited_for(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "file").touch()
     first, second = train_in(2, tmp_path / "run")
-    assert "FileExistsError: train: expected" in first.stderr
+    assert "UnusablePath: train: expected" in first.stderr
     assert "FirstFailed: rank 1: expected rank 0 to go on, got an error there, which it reports" in second.stderr
 
 

@@ -11,9 +11,10 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from ...checks import check_choice, check_device, check_float, check_number, check_strided, checked_device, index_tensor
+from ...checks import check_choice, check_device, check_float, check_number, check_strided, checked_device
 from ...dtypes import opmath
 from ...errors import InvalidType, InvalidValue, expect, renaming
+from ...ops.arguments import index_tensor
 from ...ops.q_sample import q_sample
 from ...ops.reverse_step import reverse_step
 from ...plan import COLUMNS, SamplingPlan, spaced_timesteps

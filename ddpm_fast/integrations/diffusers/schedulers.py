@@ -257,8 +257,8 @@ class DDIMScheduler(PlanScheduler, diffusers.DDIMScheduler):
 class DDIMInverseScheduler(PlanScheduler, diffusers.DDIMInverseScheduler):
     """DDIM inversion (Song et al. 2021) with the arguments of `diffusers.DDIMInverseScheduler`.
 
-    Timesteps ascend. A step arrives at the timestep that the model is told. See
-    `ddpm_fast.ddim_inversion_plan` with told="arrival".
+    Timesteps ascend. A step arrives at the timestep that the model is given. See
+    `ddpm_fast.ddim_inversion_plan` with evaluate_at="arrival".
 
     Raises:
         ValueError: An argument is out of range, a beta is outside (0, 1], or the prediction is "sample" with
@@ -335,7 +335,7 @@ class DDIMInverseScheduler(PlanScheduler, diffusers.DDIMInverseScheduler):
         return ddim_inversion_plan(
             self.schedule,
             None,
-            told="arrival",
+            evaluate_at="arrival",
             spacing=timesteps[::-1],
             previous=None if previous is None else previous[::-1],
             prediction=self.config.prediction_type,

@@ -19,8 +19,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from ...atomic import read_json
 from ...errors import InvalidValue, expect
+from ...files.writing import read_json
 from .dataset import check_labels, import_extra
 from .image_files import ImageFiles
 

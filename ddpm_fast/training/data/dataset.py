@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ...errors import expect
-from ...limits import check_free_memory
+from ...resources import check_free_memory
 
 SAMPLED: Final = 256  # images in a sample, at least
 

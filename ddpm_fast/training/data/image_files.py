@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ...checks import check_path, listed
 from ...errors import InvalidValue, expect
-from ...limits import free_memory, size_text
+from ...resources import free_memory, size_text
 from .dataset import SAMPLED, ImageDataset, LazyImages, fits
 
 if TYPE_CHECKING:

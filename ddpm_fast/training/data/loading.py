@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from ...atomic import replacing
 from ...checks import check_choice, check_int
 from ...errors import InvalidValue, expect
+from ...files.writing import replacing
 from .containers import is_hub_folder, read_archive, read_folder, read_hub_folder
 from .dataset import SAMPLED, ImageDataset, LazyImages, check_labels, fits, import_extra
 from .image_files import load_images

@@ -1,0 +1,6 @@
+"""Processes that work together: who is first, agreements, and sums in one tree."""
+
+from .joining import joined, ranks
+from .processes import FirstFailed, Processes, ProcessLost
+
+__all__ = ["FirstFailed", "ProcessLost", "Processes", "joined", "ranks"]

@@ -1,0 +1,1 @@
+"""Files: the one writer, folders that a call continues, and pictures."""

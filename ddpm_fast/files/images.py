@@ -1,0 +1,276 @@
+"""Image files: 8-bit pixels, grids and animations of tensors in [-1, 1]."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..checks import check_float, check_int, check_number, check_path
+from ..errors import InvalidValue
+from ..resources import check_free_memory
+from .writing import replacing
+
+ANIMATED: Final = ("GIF", "WEBP")
+STRIP: Final = 11  # images a row of a strip
+_ICONS: Final = ("ICO", "ICNS")  # Pillow would shrink the picture to an icon's size
+_LARGEST: Final = {"GIF": 65535, "JPEG": 65500, "MPO": 65500, "WEBP": 16383}  # pixels a side
+_MODES: Final = {1: "L", 3: "RGB", 4: "RGBA"}  # by the number of channels
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Map [-1, 1] to 0..255, rounded to nearest: the inverse of x = 2 u / 255 - 1. Values outside saturate.
+
+    Args:
+        images: Any shape and floating dtype.
+
+    Returns:
+        uint8 of the same shape, on the same device.
+    """
+    check_float("to_uint8", "images", images, min_dim=0)
+    return images.detach().float().add(1).mul(127.5).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def image_grid(
+    images: Tensor, *, columns: int | None = None, padding: int | None = None, scale: int = 1, background: int = 255
+) -> Tensor:
+    """Tile images into one picture, row by row.
+
+    Args:
+        images: [N, C, H, W] in [-1, 1], N >= 1. C is 1 (grey), 3 (RGB) or 4 (RGBA).
+        columns: Images a row. By default the grid is full and nearly square; if N allows no such grid, the cells that
+            are left over are grey.
+        padding: Pixels between the images and around them. None: 2, or 0 for one image, which needs no frame.
+        scale: Draw every pixel of an image as scale x scale pixels.
+        background: Grey value of the padding, 0..255.
+
+    Returns:
+        uint8 [height, width, C] on the CPU.
+
+    Raises:
+        ValueError: An argument is out of range, the images are not finite, or the grid does not fit into memory.
+    """
+    _check_images("image_grid", "images", images)
+    _check_layout("image_grid", columns, padding, scale)
+    check_int("image_grid", "background", background, 0, 255)
+    return _tiled("image_grid", images, columns, padding, scale, background)
+
+
+def _tiled(
+    function: str, images: Tensor, columns: int | None, padding: int | None, scale: int, background: int = 255
+) -> Tensor:
+    """Return the grid of checked images. Raise a ValueError if it does not fit into memory."""
+    n, _, height, width = images.shape
+    columns, rows, padding = _layout(n, columns, padding)
+    step_y, step_x = height * scale + padding, width * scale + padding
+    shape = grid_shape(images.shape, columns=columns, padding=padding, scale=scale)
+    check_free_memory(function, "the grid", f"{shape[1]}x{shape[0]} pixels", 2 * math.prod(shape))
+    grid = torch.full(shape, background, dtype=torch.uint8)
+    pixels = to_uint8(images).cpu().repeat_interleave(scale, dim=2).repeat_interleave(scale, dim=3)
+    for i, image in enumerate(pixels):
+        y, x = padding + i // columns * step_y, padding + i % columns * step_x
+        grid[y : y + height * scale, x : x + width * scale] = image.permute(1, 2, 0)
+    for i in range(n, rows * columns):
+        y, x = padding + i // columns * step_y, padding + i % columns * step_x
+        grid[y : y + height * scale, x : x + width * scale] = 128
+    return grid
+
+
+def grid_shape(
+    shape: Sequence[int], *, columns: int | None = None, padding: int | None = None, scale: int = 1
+) -> tuple[int, int, int]:
+    """Return the shape [height, width, C] of the `image_grid` of images of shape [N, C, H, W]."""
+    n, channels, height, width = shape
+    columns, rows, padding = _layout(n, columns, padding)
+    return rows * (height * scale + padding) + padding, columns * (width * scale + padding) + padding, channels
+
+
+def _layout(n: int, columns: int | None, padding: int | None) -> tuple[int, int, int]:
+    """Return the columns, rows and padding of a grid of n images.
+
+    By default it is full and at most three times as wide as high, or square. One image has no padding.
+    """
+    if columns is None:
+        square = math.isqrt(n - 1) + 1
+        fitting = (columns for columns in range(square, math.isqrt(3 * n) + 1) if n % columns == 0)
+        columns = next(fitting, square)
+    columns = min(n, columns)
+    return columns, math.ceil(n / columns), (2 if n > 1 else 0) if padding is None else padding
+
+
+def save_grid(
+    images: Tensor,
+    path: str | os.PathLike[str],
+    *,
+    columns: int | None = None,
+    padding: int | None = None,
+    scale: int = 1,
+) -> Path:
+    """Write images to one file, tiled by `image_grid`. Missing folders are made.
+
+    The file appears whole or not at all.
+
+    Args:
+        images: [N, C, H, W] in [-1, 1].
+        path: File to write. Its ending chooses the format (.png, .webp, .jpg, ...).
+        columns: See `image_grid`.
+        padding: See `image_grid`.
+        scale: See `image_grid`.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: An argument is out of range, or Pillow cannot write such a picture in the format.
+    """
+    check_path("save_grid", "path", path)
+    _check_images("save_grid", "images", images)
+    _check_layout("save_grid", columns, padding, scale)
+    grid = _tiled("save_grid", images, columns, padding, scale)
+    return _write(path, image_format(path, grid.shape), [grid])
+
+
+def save_trajectory(
+    trajectory: Tensor,
+    path: str | os.PathLike[str],
+    *,
+    frames: int | None = None,
+    seconds: float = 4.0,
+    columns: int | None = None,
+    padding: int | None = None,
+    scale: int = 1,
+) -> Path:
+    """Write an animation (.gif, .webp) of images coming out of noise, or a strip (.png, ...) with one row an image.
+
+    Args:
+        trajectory: [F, N, C, H, W], x_T first and x_0 last, from `Sampler.trajectory`.
+        path: File to write. Its ending chooses the form.
+        frames: Show this many of the F states, evenly spaced, including the first and the last. By default an animation
+            shows all of them and a strip 11.
+        seconds: Length of an animation. It then rests on x_0 for a third of that time.
+        columns: Images a row of an animation. See `image_grid`.
+        padding: See `image_grid`.
+        scale: See `image_grid`.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: An argument is out of range, or Pillow cannot write such a picture in the format.
+    """
+    check_path("save_trajectory", "path", path)
+    check_float("save_trajectory", "trajectory", trajectory)
+    if trajectory.dim() != 5 or trajectory.shape[0] == 0:
+        raise InvalidValue("save_trajectory", "trajectory", "to be [F, N, C, H, W], F >= 1", list(trajectory.shape))
+    check_int("save_trajectory", "frames", frames, 1, optional=True)
+    check_number("save_trajectory", "seconds", seconds, above=0, finite=True)
+    _check_images("save_trajectory", "trajectory", trajectory.flatten(0, 1))
+    _check_layout("save_trajectory", columns, padding, scale)
+    total = trajectory.shape[0]
+    kind = image_format(path)
+    if frames is None:
+        frames = total if kind in ANIMATED else STRIP
+    picked = evenly_spaced(total, frames)
+    shown = trajectory[picked]
+    if kind in ANIMATED:
+        grids = [_tiled("save_trajectory", images, columns, padding, scale) for images in shown]
+        kind = image_format(path, grids[0].shape)
+        return _write(path, kind, grids, milliseconds=1000 * seconds / len(grids), rest=1000 * seconds / 3)
+    strip = shown.transpose(0, 1).flatten(0, 1)  # [N * frames, C, H, W]
+    grid = _tiled("save_trajectory", strip, len(picked), padding, scale)
+    return _write(path, image_format(path, grid.shape), [grid])
+
+
+def evenly_spaced(total: int, count: int) -> list[int]:
+    """Return at most `count` indices of 0 .. total - 1, evenly spaced, with the first and the last (count 1: the last)."""
+    count = min(count, total)
+    if count == 1:
+        return [total - 1]
+    return sorted({round(i * (total - 1) / (count - 1)) for i in range(count)})
+
+
+def image_format(path: str | os.PathLike[str], shape: Sequence[int] = (1, 1, 1), name: str = "path") -> str:
+    """Return Pillow's name for the format of the path's ending.
+
+    Args:
+        path: File to write.
+        shape: Shape [height, width, C] of the picture.
+        name: Name of the argument for error messages.
+
+    Raises:
+        ValueError: Pillow cannot write such a picture in this format. A tiny one is written to memory to find out.
+    """
+    from PIL import Image
+
+    height, width, channels = shape
+    mode = _MODES.get(channels)
+    if mode is None:
+        raise InvalidValue("images", "", f"pictures of 1, 3 or 4 channels for {name}", channels)
+    kind = Image.registered_extensions().get(Path(path).suffix.lower())
+    reason = ""
+    if kind in Image.SAVE and kind not in _ICONS:
+        try:
+            Image.new(mode, (2, 2)).save(io.BytesIO(), format=kind)
+        except Exception as error:  # formats raise errors of many types
+            reason = f": {error}"
+        else:
+            largest = _LARGEST.get(kind)
+            if largest is None or max(height, width) <= largest:
+                return kind
+            raise InvalidValue(
+                "images",
+                name,
+                f"to end in .png, as pictures in {kind} have at most {largest} pixels a side",
+                f"{str(path)!r} for {width}x{height} pixels",
+            )
+    raise InvalidValue(
+        "images",
+        name,
+        f"to end in .png, .webp, .gif, .jpg or as another format for pictures of mode {mode}",
+        f"{str(path)!r}{reason}",
+    )
+
+
+def _check_images(function: str, name: str, images: Tensor) -> None:
+    check_float(function, name, images)
+    if images.dim() != 4 or images.shape[0] == 0 or images.shape[1] not in (1, 3, 4) or images.is_meta:
+        raise InvalidValue(
+            function,
+            name,
+            "to be floating [N, C, H, W] with values, N >= 1 and C = 1, 3 or 4",
+            f"{images.dtype} {list(images.shape)} on {images.device}",
+        )
+    if not images.isfinite().all():
+        raise InvalidValue(function, name, "to be finite", "NaN or infinity")
+
+
+def _check_layout(function: str, columns: int | None, padding: int | None, scale: int) -> None:
+    check_int(function, "columns", columns, 1, optional=True)
+    check_int(function, "padding", padding, 0, optional=True)
+    check_int(function, "scale", scale, 1)
+
+
+def _write(
+    path: str | os.PathLike[str], kind: str, pictures: Sequence[Tensor], milliseconds: float = 0, rest: float = 0
+) -> Path:
+    """Write uint8 [height, width, C] pictures: one, or an endless animation whose last picture stays `rest` ms longer."""
+    from PIL import Image
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    first, *others = (Image.fromarray(np.asarray(p.squeeze(2) if p.shape[2] == 1 else p)) for p in pictures)
+    options: dict[str, object] = {}
+    if others:
+        durations = [round(milliseconds)] * len(pictures)
+        durations[-1] += round(rest)
+        options = {"save_all": True, "append_images": others, "duration": durations, "loop": 0}
+    with replacing(path) as temporary:
+        first.save(temporary, format=kind, **options)
+    return path

@@ -1,0 +1,148 @@
+"""A folder of results: one process writes it at a time, and the same call continues it after a kill.
+
+A record says which call the folder belongs to. It and the results are written by `writing`, so they are whole or absent.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, ClassVar, Final
+
+from ..errors import InvalidValue, UnusablePath
+from .writing import PREFIX
+
+LOCK: Final = f"{PREFIX}lock"
+"""Name of the file that is locked while a process writes. It stays until the results are whole."""
+
+_NO_LOCKS: Final = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)  # from file systems without locks
+_held: Final[set[int]] = set()  # descriptors of locks
+
+_log = logging.getLogger("ddpm_fast")
+
+
+class ResultFolder:
+    """A folder that belongs to one call. Subclasses set `caller`, `argument`, `record_name`, `hint` and `other`.
+
+    Args:
+        path: The folder. It need not exist.
+        result: What the caller's argument names, if it is not the folder itself.
+
+    Attributes:
+        path: As given. So is `result`.
+        record: The JSON file that has the arguments of the call, named `record_name`.
+        caller: Name of the calling function for error messages.
+        argument: Name of its argument for the folder.
+        hint: How to go on if the folder has other files.
+        other: How to go on with other arguments than the record's, or empty.
+    """
+
+    caller: ClassVar[str]
+    argument: ClassVar[str]
+    record_name: ClassVar[str]
+    hint: ClassVar[str]
+    other: ClassVar[str] = ""
+
+    def __init__(self, path: Path, result: Path | None = None) -> None:
+        self.path, self.result = path, result or path
+        self.record = path / self.record_name
+
+    def check_new(self) -> None:
+        """Raise an UnusablePath unless the folder is missing, or empty but for a lock and temporary files."""
+        if self.path.exists() and not self.path.is_dir():
+            raise UnusablePath(self.caller, self.argument, "to be a folder", f"{str(self.path)!r}, which is a file")
+        names = sorted(entry.name for entry in self.path.iterdir()) if self.path.exists() else []
+        for name in [each for each in names if not each.startswith(PREFIX)][:1]:
+            got = f"{str(self.path)!r}, which has {name!r}; {self.hint}"
+            raise UnusablePath(self.caller, self.argument, "to be new or empty", got)
+
+    def check_same(self, wanted: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+        """Raise a ValueError if an argument of this call differs from the record's.
+
+        Args:
+            wanted: Arguments of this call, by name.
+            found: Those of the record.
+        """
+        for name, value in wanted.items():
+            if found.get(name) != value:
+                expected = f"to be {found.get(name)!r}, as in {str(self.result)!r}"
+                raise InvalidValue(self.caller, name, expected, f"{value!r}{self.other}")
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Make the folder, and hold its lock. The operating system releases it when the process ends.
+
+        If the file system has no locks, a warning is logged.
+
+        Raises:
+            BlockingIOError: Another process holds the lock. The message names it.
+            UnusablePath: The folder cannot be made or locked.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:  # such as in /proc, where all looks writable
+            raise UnusablePath(self.caller, self.argument, "to be a path whose folders can be made", error) from error
+        try:
+            file = self._lock()
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise UnusablePath(self.caller, self.argument, f"to be a folder whose {LOCK} can be locked", error) from error
+            _log.warning("%s is not locked, so no other process may write to it meanwhile: %s", self.result, error)
+            yield
+            return
+        _held.add(file)
+        try:
+            yield
+        finally:
+            if file in _held:  # a forked child has closed it
+                import fcntl
+
+                _held.remove(file)
+                fcntl.flock(file, fcntl.LOCK_UN)  # also if a child that was just forked has not closed it yet
+                os.close(file)
+
+    def _lock(self) -> int:
+        """Return the descriptor of the lock, which this process holds, with the process's name as text."""
+        try:
+            import fcntl
+        except ImportError as error:
+            raise OSError(errno.ENOSYS, "the operating system has no flock") from error
+        flags = os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+        try:
+            file = os.open(self.path / LOCK, os.O_RDWR | flags, 0o666)
+        except PermissionError:  # another user has made it
+            file = os.open(self.path / LOCK, os.O_RDONLY | flags, 0o666)
+        try:
+            if os.fstat(file).st_nlink > 1:
+                raise OSError(errno.EMLINK, "it is also another file's name")
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(file, 200).decode(errors="replace").strip() or "a process without a name"
+            os.close(file)
+            wanted = f"{self.caller}: expected no other process to write to {str(self.result)!r}"
+            raise BlockingIOError(f"{wanted}, got {holder}") from None
+        except OSError:
+            os.close(file)
+            raise
+        with suppress(OSError):  # a full disk; the name is for messages alone
+            os.ftruncate(file, 0)
+            os.write(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        return file
+
+
+def _close_locks() -> None:
+    """Close the locks in a forked child, such as a worker of a DataLoader, as it may outlive this process."""
+    for file in _held:
+        os.close(file)
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_locks)

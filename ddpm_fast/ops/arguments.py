@@ -1,0 +1,89 @@
+"""Checks of the tensors of an op."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from ..checks import check_device, check_strided, check_values
+from ..errors import InvalidType, InvalidValue
+
+
+def check_apart(op: str, out: Tensor, inputs: Mapping[str, Any], *, may_be_same: bool = True) -> None:
+    """Raise a ValueError if `out` overlaps an input in memory without being the same elements.
+
+    An elementwise kernel may run in place. With an offset it would read elements that it has overwritten.
+
+    Args:
+        op: Name of the op.
+        out: A dense tensor.
+        inputs: Dense tensors by name. Other values are ignored.
+        may_be_same: Whether `out` may be an input itself.
+    """
+    out_begin, out_end = _extent(out)
+    for name, x in inputs.items():
+        if not isinstance(x, Tensor):
+            continue
+        begin, end = _extent(x)
+        if may_be_same and begin == out_begin and x.dtype == out.dtype and x.shape[1:] == out.shape[1:]:
+            continue
+        if begin < out_end and out_begin < end:
+            wanted, got = (
+                (f"{name} itself or apart from it", "a partial overlap")
+                if may_be_same
+                else (f"apart from {name}", "an overlap")
+            )
+            raise InvalidValue(op, "out", f"to be {wanted} in memory", got)
+
+
+def _extent(x: Tensor) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
+    """Return begin and end of a dense tensor in memory. Extents of different storages compare as apart."""
+    if isinstance(x, FakeTensor) or x.is_meta:
+        storage, begin = x.untyped_storage()._cdata, x.storage_offset() * x.element_size()
+    else:
+        storage, begin = 0, x.data_ptr()
+    return (storage, begin), (storage, begin + x.numel() * x.element_size())  # `nbytes` takes no symbolic sizes
+
+
+def check_like(op: str, name: str, x: Tensor, like_name: str, like: Tensor, shape: tuple[int, ...] | None = None) -> None:
+    """Raise unless x has the dtype and device of `like`, and the shape of `like` or the one given."""
+    wanted = tuple(like.shape) if shape is None else shape
+    if not isinstance(x, Tensor):
+        raise InvalidType(op, name, "to be a tensor", type(x).__name__)
+    if x.layout is not torch.strided or x.is_nested:
+        check_strided(op, name, x)
+    if tuple(x.shape) != wanted:
+        raise InvalidValue(op, name, f"to have shape {list(wanted)}", list(x.shape))
+    if x.dtype != like.dtype:
+        raise InvalidType(op, name, f"to have the dtype of {like_name}, {like.dtype}", x.dtype)
+    check_device(op, name, x, like_name, like)
+
+
+def index_tensor(op: str, name: str, index: int | Tensor, bound: int, n: int, device: torch.device) -> Tensor:
+    """Return the samples' timesteps as int64 [n] on the device.
+
+    `index` is an int, or int64 with one or n elements. An int is checked here. A CPU tensor is checked by
+    `check_range` when the op runs. A GPU tensor is not checked, because that would synchronize with the
+    host: the caller must keep it in range.
+    """
+    if isinstance(index, Tensor):
+        if index.layout is not torch.strided:
+            check_strided(op, name, index)
+        if index.dtype != torch.int64:
+            raise InvalidType(op, name, "to be an int or an int64 tensor", index.dtype)
+        try:
+            if index.numel() == 1 or index.shape == (n,):
+                return index.to(device).reshape(-1).expand(n).contiguous()
+        except RuntimeError:
+            check_values(op, name, index)
+            raise
+        raise InvalidValue(op, name, f"to be an int or of shape [{n}]", list(index.shape))
+    if not isinstance(index, int) or isinstance(index, bool):
+        raise InvalidType(op, name, "to be an int or an int64 tensor", type(index).__name__)
+    if not 0 <= index < bound:
+        raise InvalidValue(op, name, f"in 0..{bound - 1}", index)
+    return torch.full((n,), index, dtype=torch.int64, device=device)

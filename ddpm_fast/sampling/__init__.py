@@ -1,0 +1,1 @@
+"""Drawing images: `Sampler` and `sample`, editing, and many images as files."""

@@ -1,0 +1,455 @@
+"""Noise schedules: betas in float64, and every coefficient that the derivation computes from them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..checks import MAX_TIMESTEPS, check_choice, check_number, check_strided, check_type, checked_device
+from ..errors import InvalidType, InvalidValue, expect, renaming
+from . import builders
+
+
+class NoiseSchedule:
+    """The betas of a diffusion process and the coefficients derived from them.
+
+    A schedule never changes. All coefficients are float64 [T] on the CPU, computed at each access. The paper counts
+    t = 1..T, the code t = 0..T-1. Build a schedule with `linear`, `scaled_linear`, `cosine`, `sigmoid`, `laplace`,
+    `sigmoid_betas` or `from_betas`. Equation numbers are those of the derivation in the documentation;
+    those of Ho et al. 2020 follow where they differ.
+
+    Args:
+        betas: Floating [T] with T in 1..100,000, each in (0, 1].
+        name: The builder's name, for `to_config`.
+        parameters: The builder's arguments, for `to_config`.
+
+    Attributes:
+        name: The builder's name. `to_config` has its arguments.
+
+    Raises:
+        ValueError: `betas` has another dtype or shape, or a value outside (0, 1].
+    """
+
+    def __init__(self, betas: Tensor, name: str = "from_betas", parameters: dict[str, Any] | None = None) -> None:
+        self._betas = _checked_betas("NoiseSchedule", betas)
+        check_choice("NoiseSchedule", "name", name, BUILDERS)
+        check_type("NoiseSchedule", "parameters", parameters, dict, optional=True)
+        self.name = name
+        self._parameters = dict(parameters or {})
+        self._tables: dict[torch.device, Tensor] = {}
+        self._table()  # in place before torch.compile looks
+
+    # ------------------------------------------------------------------------------------------------------ builders
+
+    @classmethod
+    def linear(
+        cls,
+        num_timesteps: int = 1000,
+        beta_start: float = 1e-4,
+        beta_end: float = 0.02,
+        *,
+        scale_to_num_timesteps: bool = False,
+    ) -> NoiseSchedule:
+        """Return a schedule of evenly spaced betas (Ho et al. 2020, section 4).
+
+        Args:
+            num_timesteps: T, 1 to 100,000.
+            beta_start: First beta, before scaling.
+            beta_end: The last beta.
+            scale_to_num_timesteps: Multiply both ends by 1000 / T, as improved-diffusion does. Then x_T is
+                nearly pure noise for every T. By default the ends are used as given, as in diffusers, and
+                a T far below 1000 leaves signal in x_T.
+        """
+        parameters: dict[str, Any] = {
+            "num_timesteps": num_timesteps,
+            "beta_start": beta_start,
+            "beta_end": beta_end,
+            "scale_to_num_timesteps": scale_to_num_timesteps,
+        }
+        return cls(builders.linear(**parameters), "linear", parameters)
+
+    @classmethod
+    def scaled_linear(cls, num_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> NoiseSchedule:
+        """Return a schedule whose betas have evenly spaced square roots.
+
+        This is "quad" in the code of Ho et al., and the schedule of latent diffusion.
+
+        Args:
+            num_timesteps: T, 1 to 100,000.
+            beta_start: First beta, before scaling.
+            beta_end: The last beta.
+        """
+        parameters: dict[str, Any] = {"num_timesteps": num_timesteps, "beta_start": beta_start, "beta_end": beta_end}
+        return cls(builders.scaled_linear(**parameters), "scaled_linear", parameters)
+
+    @classmethod
+    def cosine(cls, num_timesteps: int = 1000, s: float = 0.008, max_beta: float = 0.999) -> NoiseSchedule:
+        """Return the cosine schedule (Nichol and Dhariwal 2021, eq. 17).
+
+        With u = t / T:
+
+            abar(u) = cos^2((u + s) / (1 + s) pi / 2)
+
+        Args:
+            num_timesteps: T, 1 to 100,000.
+            s: Offset that keeps the first betas from vanishing.
+            max_beta: Upper bound on every beta.
+        """
+        parameters: dict[str, Any] = {"num_timesteps": num_timesteps, "s": s, "max_beta": max_beta}
+        return cls(builders.cosine(**parameters), "cosine", parameters)
+
+    @classmethod
+    def sigmoid(
+        cls,
+        num_timesteps: int = 1000,
+        start: float = -3.0,
+        end: float = 3.0,
+        tau: float = 1.0,
+        max_beta: float = 0.999,
+    ) -> NoiseSchedule:
+        """Return a schedule whose abar falls along a sigmoid from 1 to 0 (Jabri et al. 2022).
+
+        This is the default of denoising-diffusion-pytorch, which rounds both ends to float32: its betas differ by up
+        to 1.3e-5 (relative, T = 1000).
+
+        Args:
+            num_timesteps: T, 1 to 100,000.
+            start: Argument of the sigmoid at t = 0, before the division by `tau`.
+            end: Argument of the sigmoid at t = T, before the division by `tau`.
+            tau: Temperature of the sigmoid.
+            max_beta: Upper bound on every beta.
+        """
+        parameters: dict[str, Any] = {
+            "num_timesteps": num_timesteps,
+            "start": start,
+            "end": end,
+            "tau": tau,
+            "max_beta": max_beta,
+        }
+        return cls(builders.sigmoid(**parameters), "sigmoid", parameters)
+
+    @classmethod
+    def sigmoid_betas(cls, num_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> NoiseSchedule:
+        """Return a schedule whose betas rise along a sigmoid from -6 to 6 (GeoDiff, Xu et al. 2022).
+
+        This is "sigmoid" in diffusers.
+
+        Args:
+            num_timesteps: T, 1 to 100,000.
+            beta_start: Lower limit of the betas.
+            beta_end: Upper limit of the betas.
+        """
+        parameters: dict[str, Any] = {"num_timesteps": num_timesteps, "beta_start": beta_start, "beta_end": beta_end}
+        return cls(builders.sigmoid_betas(**parameters), "sigmoid_betas", parameters)
+
+    @classmethod
+    def laplace(cls, num_timesteps: int = 1000, max_beta: float = 0.999) -> NoiseSchedule:
+        """Return the schedule that diffusers calls "laplace".
+
+        With u = t / T:
+
+            abar(u) = sqrt(snr / (1 + snr))
+
+        ln snr falls with u like the quantiles of a Laplace variable with location 0 and scale 1/2 (Hang et al.
+        2024). Hang et al. have abar(u) = snr / (1 + snr). diffusers takes the square root, and models trained
+        with diffusers need it.
+
+        Args:
+            num_timesteps: T, 1 to 100,000.
+            max_beta: Upper bound on every beta.
+        """
+        parameters: dict[str, Any] = {"num_timesteps": num_timesteps, "max_beta": max_beta}
+        return cls(builders.laplace(**parameters), "laplace", parameters)
+
+    @classmethod
+    def from_betas(cls, betas: Tensor | Sequence[float]) -> NoiseSchedule:
+        """Return a schedule of the given betas.
+
+        Args:
+            betas: T values in (0, 1].
+
+        Raises:
+            ValueError: A beta is outside (0, 1].
+        """
+        caller = "NoiseSchedule.from_betas"
+        if not isinstance(betas, Tensor):
+            try:
+                betas = torch.as_tensor(betas, dtype=torch.float64)
+            except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+                raise InvalidType(caller, "betas", "to be T numbers", repr(betas)) from error
+        return cls(_checked_betas(caller, betas))
+
+    @classmethod
+    @renaming("NoiseSchedule.from_diffusers", {"num_timesteps": "num_train_timesteps", "betas": "trained_betas"})
+    def from_diffusers(cls, config: Mapping[str, Any]) -> NoiseSchedule:
+        """Return the schedule that the configuration of a diffusers scheduler describes.
+
+        Args:
+            config: Keys of a scheduler's configuration. Missing keys have diffusers' defaults. The keys
+                read are num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas and
+                rescale_betas_zero_snr.
+
+        Raises:
+            TypeError: A value has another type than in diffusers.
+            ValueError: diffusers' DDPMScheduler does not have this beta_schedule, or a value is out of range.
+        """
+        check_type("NoiseSchedule.from_diffusers", "config", config, Mapping)
+        rescale = config.get("rescale_betas_zero_snr", False)
+        check_type("NoiseSchedule.from_diffusers", "rescale_betas_zero_snr", rescale, bool)
+        if config.get("trained_betas") is not None:
+            schedule = cls.from_betas(config["trained_betas"])
+        else:
+            name = config.get("beta_schedule", "linear")
+            if not isinstance(name, str) or name not in _DIFFUSERS_BUILDERS:
+                known = ", ".join(_DIFFUSERS_BUILDERS)
+                raise InvalidValue("NoiseSchedule.from_diffusers", "beta_schedule", f"to be one of {known}", repr(name))
+            parameters: dict[str, Any] = {"num_timesteps": config.get("num_train_timesteps", 1000)}
+            if name not in ("squaredcos_cap_v2", "laplace"):
+                parameters |= {key: config[key] for key in ("beta_start", "beta_end") if key in config}
+            builder: Callable[..., NoiseSchedule] = getattr(cls, _DIFFUSERS_BUILDERS[name])
+            schedule = builder(**parameters)
+        return schedule.rescale_zero_terminal_snr() if rescale else schedule
+
+    def rescale_zero_terminal_snr(self) -> NoiseSchedule:
+        """Return this schedule with zero terminal SNR (Lin et al. 2023, Algorithm 1).
+
+        sqrt(abar) is shifted and scaled. abar_{T-1} becomes 0 and abar_0 stays. Then x_T holds no
+        signal, so predicted noise does not determine x_0. Plans for such a schedule need prediction "sample"
+        or "v_prediction".
+
+        Raises:
+            ValueError: The schedule has one timestep.
+        """
+        first, last = self.sqrt_alpha_bars[0], self.sqrt_alpha_bars[-1]
+        expect(first != last, "NoiseSchedule.rescale_zero_terminal_snr", "", "a schedule of at least 2 timesteps", "1")
+        alpha_bars = ((self.sqrt_alpha_bars - last) * (first / (first - last))).square()
+        previous = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bars[:-1]])
+        return NoiseSchedule(1 - alpha_bars / previous)
+
+    # --------------------------------------------------------------------------------------------------- coefficients
+
+    @property
+    def num_timesteps(self) -> int:
+        """Number of timesteps T."""
+        return self._betas.numel()
+
+    @property
+    def betas(self) -> Tensor:
+        """Variances of the forward steps q(x_t | x_{t-1}), each in (0, 1] (eq. 1, Ho et al. eq. 2)."""
+        return self._betas.clone()
+
+    @property
+    def alphas(self) -> Tensor:
+        """Signal kept by each forward step: alpha_t = 1 - beta_t (eq. 2)."""
+        return 1 - self.betas
+
+    @property
+    def alpha_bars(self) -> Tensor:
+        """Signal kept up to step t: abar_t = prod_{s <= t} alpha_s (eq. 2)."""
+        return self.alphas.cumprod(0)
+
+    @property
+    def alpha_bars_prev(self) -> Tensor:
+        """abar_{t-1}, and 1 at t = 0 (eq. 6-8)."""
+        return torch.cat([torch.ones(1, dtype=torch.float64), self.alpha_bars[:-1]])
+
+    @property
+    def sqrt_alpha_bars(self) -> Tensor:
+        """Weight of x_0 in x_t: sqrt(abar_t) (eq. 3, Ho et al. eq. 4)."""
+        return self.alpha_bars.sqrt()
+
+    @property
+    def sqrt_one_minus_alpha_bars(self) -> Tensor:
+        """Weight of epsilon in x_t: sqrt(1 - abar_t) (eq. 3, Ho et al. eq. 4)."""
+        return (1 - self.alpha_bars).sqrt()
+
+    @property
+    def sqrt_recip_alphas(self) -> Tensor:
+        """1 / sqrt(alpha_t) (eq. 13, Ho et al. eq. 11)."""
+        return self.alphas.rsqrt()
+
+    @property
+    def posterior_mean_coef_x_0(self) -> Tensor:
+        """Weight of x_0 in mu~_t.
+
+            sqrt(abar_{t-1}) beta_t / (1 - abar_t)
+
+        See eq. 7 (Ho et al. eq. 7).
+        """
+        return self.alpha_bars_prev.sqrt() * self.betas / (1 - self.alpha_bars)
+
+    @property
+    def posterior_mean_coef_x_t(self) -> Tensor:
+        """Weight of x_t in mu~_t.
+
+            sqrt(alpha_t) (1 - abar_{t-1}) / (1 - abar_t)
+
+        See eq. 7 (Ho et al. eq. 7).
+        """
+        return self.alphas.sqrt() * (1 - self.alpha_bars_prev) / (1 - self.alpha_bars)
+
+    @property
+    def posterior_variance(self) -> Tensor:
+        """Posterior variance beta~_t, 0 at t = 0.
+
+            beta~_t = (1 - abar_{t-1}) / (1 - abar_t) beta_t
+
+        See eq. 8 (Ho et al. eq. 7).
+        """
+        return (1 - self.alpha_bars_prev) / (1 - self.alpha_bars) * self.betas
+
+    @property
+    def posterior_log_variance(self) -> Tensor:
+        """Logarithm of beta~_t, with the value of t = 1 at t = 0.
+
+        beta~_0 is 0 and has no logarithm. The code of Nichol and Dhariwal 2021 replaces it in the same way.
+        """
+        variance = self.posterior_variance
+        return torch.cat([variance[1:2] if self.num_timesteps > 1 else self.betas[:1], variance[1:]]).log()
+
+    @property
+    def snr(self) -> Tensor:
+        """Signal-to-noise ratio abar_t / (1 - abar_t) (Kingma et al. 2021)."""
+        return self.alpha_bars / (1 - self.alpha_bars)
+
+    def loss_weight(
+        self, kind: Literal["min_snr"], prediction: Literal["epsilon", "sample", "v_prediction"], gamma: float = 5.0
+    ) -> Tensor:
+        """Return the weight of each timestep's loss, measured on the prediction itself.
+
+        "min_snr" (Hang et al. 2023) bounds the weight of the loss on x_0 by `gamma`. With S = `snr`:
+
+            epsilon         min(S, gamma) / S, and 1 where S = 0
+            sample          min(S, gamma)
+            v_prediction    min(S, gamma) / (S + 1)
+
+        Args:
+            kind: "min_snr".
+            prediction: What the network predicts: "epsilon", "sample" or "v_prediction".
+            gamma: The bound, positive and finite.
+
+        Returns:
+            float64 [T] on the CPU. Pass `weights[t].float()` as the `weight` of `denoising_loss`.
+
+        Raises:
+            ValueError: An argument is not one of the above.
+        """
+        caller = "NoiseSchedule.loss_weight"
+        check_choice(caller, "kind", kind, ("min_snr",))
+        check_choice(caller, "prediction", prediction, ("epsilon", "sample", "v_prediction"))
+        check_number(caller, "gamma", gamma, above=0, finite=True)
+        snr = self.snr
+        bounded = snr.clamp(max=gamma)
+        if prediction == "epsilon":
+            return torch.where(snr > 0, bounded / snr, 1.0)
+        if prediction == "sample":
+            return bounded
+        return bounded / (snr + 1)
+
+    def table(self, device: torch.device | str = "cpu") -> Tensor:
+        """Return the table that `q_sample` and `denoising_loss` read.
+
+        Args:
+            device: Device of the table.
+
+        Returns:
+            float32 [T, 2]: sqrt(abar_t) and sqrt(1 - abar_t), computed in float64 and rounded once.
+        """
+        return self._table(device).clone()
+
+    def _table(self, device: torch.device | str = "cpu") -> Tensor:
+        """Return the table itself. It is computed once for each device and must not be changed."""
+        if type(device) is not torch.device or device not in self._tables:
+            device = numbered("NoiseSchedule.table", device)
+        if device not in self._tables:
+            with torch.inference_mode(False):  # kept for all callers: one that trains could not save an inference tensor
+                table = torch.stack([self.sqrt_alpha_bars, self.sqrt_one_minus_alpha_bars], dim=1)
+                self._tables[device] = table.to(device, torch.float32)
+        return self._tables[device]
+
+    # ----------------------------------------------------------------------------------------------------------- files
+
+    def to_config(self) -> dict[str, Any]:
+        """Return the JSON values from which `from_config` builds an equal schedule."""
+        if self.name == "from_betas":
+            return {"name": self.name, "betas": self.betas.tolist()}
+        return {"name": self.name, **self._parameters}
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> NoiseSchedule:
+        """Return the schedule that `to_config` described.
+
+        Args:
+            config: "name" is a builder of this class. The other keys are its arguments.
+
+        Raises:
+            TypeError: `config` is no mapping, or an argument has the wrong type.
+            ValueError: "name" is not a builder of this class, or an argument is unknown, missing or out of range.
+        """
+        check_type("NoiseSchedule.from_config", "config", config, Mapping)
+        parameters = dict(config)
+        name = parameters.pop("name", None)
+        expect(name in BUILDERS, "NoiseSchedule.from_config", "name", f"to be one of {', '.join(BUILDERS)}", repr(name))
+        builder: Callable[..., NoiseSchedule] = getattr(cls, name)
+        known = inspect.signature(builder).parameters
+        required = [key for key, parameter in known.items() if parameter.default is parameter.empty]
+        expect(
+            set(required) <= parameters.keys() <= known.keys(),
+            "NoiseSchedule.from_config",
+            "",
+            f"the arguments of {name} to be among {', '.join(known)}",
+            ", ".join(parameters) or "none",
+        )
+        return builder(**parameters)
+
+    def __repr__(self) -> str:
+        parameters = ", ".join(f"{k}={v}" for k, v in self._parameters.items()) or f"num_timesteps={self.num_timesteps}"
+        return f"NoiseSchedule.{self.name}({parameters})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, NoiseSchedule) and torch.equal(self._betas, other._betas)
+
+    def __hash__(self) -> int:
+        return hash((self.num_timesteps, float(self._betas[0]), float(self._betas[-1])))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoiseSchedule:
+        return self
+
+
+BUILDERS = ("linear", "scaled_linear", "cosine", "sigmoid", "laplace", "sigmoid_betas", "from_betas")
+_DIFFUSERS_BUILDERS = {  # diffusers' beta_schedule -> builder
+    "linear": "linear",
+    "scaled_linear": "scaled_linear",
+    "squaredcos_cap_v2": "cosine",
+    "laplace": "laplace",
+    "sigmoid": "sigmoid_betas",
+}
+
+
+def numbered(caller: str, device: torch.device | str) -> torch.device:
+    """Return `device` with its index, as tensors report it: "cuda" becomes the current GPU. Raise if it is not available."""
+    device = checked_device(caller, device)
+    return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
+
+
+def _checked_betas(caller: str, betas: Tensor) -> Tensor:
+    """Return a float64 copy of betas on the CPU, or raise unless they are floating [T] in (0, 1]."""
+    if not isinstance(betas, Tensor):
+        raise InvalidType(
+            caller, "betas", "to be a floating tensor [T]", f"{type(betas).__name__}: NoiseSchedule.from_betas takes a sequence"
+        )
+    check_strided(caller, "betas", betas)
+    if betas.dim() != 1 or not 1 <= betas.numel() <= MAX_TIMESTEPS or not betas.is_floating_point() or betas.is_meta:
+        got = f"{betas.dtype} {list(betas.shape)} on {betas.device}"
+        wanted = f"a floating tensor of shape [T] with values, T in 1..{MAX_TIMESTEPS}"
+        raise InvalidValue(caller, "betas", f"to be {wanted}", got)
+    betas = betas.detach().to("cpu", torch.float64, copy=True)
+    outside = ~((betas > 0) & (betas <= 1))  # NaN included
+    if outside.any():
+        first = int(outside.nonzero()[0])
+        raise InvalidValue(caller, "betas", "to be in (0, 1]", f"{betas[first]:.6g} at index {first}")
+    return betas

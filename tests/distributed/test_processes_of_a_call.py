@@ -1,0 +1,267 @@
+"""Processes that torchrun or Slurm start: their ranks, and the sums that they agree on."""
+
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from launching import run_ranks
+from refusals import refused
+
+from ddpm_fast.distributed import Processes, joined, joining, ranks
+from ddpm_fast.distributed.joining import _token
+from ddpm_fast.errors import InvalidValue
+from ddpm_fast.training import opening
+
+TORCHRUN = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+SLURM = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1"}
+MASTER = {name: TORCHRUN[name] for name in ("MASTER_ADDR", "MASTER_PORT")}
+
+
+def test_one_process_needs_no_variables() -> None:
+    assert ranks("train", {}) == (0, 1, 0)
+    with joined("train") as team:
+        assert team == Processes(0, 1, 0, None)
+        assert team.on_first(lambda: 5) == 5
+        assert team.from_first([1.5, 2.0]) == [1.5, 2.0]
+        assert team.largest(3)() == 3
+        with team.barrier(timedelta(1)) as arrive:
+            assert arrive()()
+
+
+def test_ranks_of_torchrun_and_slurm() -> None:
+    assert ranks("train", TORCHRUN) == (1, 4, 1)
+    assert ranks("train", SLURM | MASTER) == (3, 4, 1)
+    assert ranks("train", SLURM | TORCHRUN) == (1, 4, 1)
+    assert ranks("train", SLURM) == (0, 1, 0)  # a batch script, which is one process
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"RANK": None}, "expected the environment's RANK to be a number, got None"),
+        ({"WORLD_SIZE": "four"}, "expected the environment's WORLD_SIZE to be a number, got 'four'"),
+        ({"RANK": "4"}, "expected the environment's RANK to be below WORLD_SIZE and LOCAL_RANK to be a number, got 4, 4"),
+        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK to be a number, got 1, 4 and '-1'"),
+        ({"MASTER_PORT": None}, "expected the environment's MASTER_PORT to say where rank 0 of 4 processes is, got none"),
+    ],
+)
+def test_wrong_variables_are_named(change: dict[str, str | None], message: str) -> None:
+    environment = {name: value for name, value in (TORCHRUN | change).items() if value is not None}
+    with pytest.raises(ValueError, match=r"^train: ") as caught:
+        ranks("train", environment)
+    assert message in str(caught.value)
+
+
+COLLECTIVES = """
+import torch
+from ddpm_fast.distributed import joined
+with joined("test") as team:
+    r = team.rank
+    values = [torch.tensor([1e8, 1.0]), torch.tensor([1.0, 1e8]), torch.tensor([-1e8, 1.0]), torch.tensor([1.0, -1e8])]
+    print(team.tree_sum(values[r]).tolist(), team.from_first([r + 0.5]), team.largest(r)(), team.on_first(lambda: r))
+    copied = torch.full((2, 2), float(r)).t()
+    team.copy_from_first([copied])
+    print(copied.sum().item(), team.machine_by_machine(lambda: r))
+"""
+
+
+def test_processes_agree_and_sum_in_one_tree(tmp_path: Path) -> None:
+    done = run_ranks(4, ["-c", COLLECTIVES], tmp_path)
+    assert [each.returncode for each in done] == [0] * 4, done[0].stderr
+    # (1e8 + 1) + (-1e8 + 1) = 0 in float32; another order would give 2 or 1.
+    for rank, each in enumerate(done):
+        lines = each.stdout.splitlines()[-2:]  # torch 2.9 prints before them that processes are connected
+        assert lines == [f"[0.0, 0.0] [0.5] 3 {0 if rank == 0 else None}", f"0.0 {rank}"]
+
+
+BARRIERS = """
+import os, sys, time
+from datetime import timedelta
+from ddpm_fast.distributed import joined
+with joined("test") as team, team.barrier(timedelta(hours=1)) as arrive:
+    if team.rank == 1:
+        time.sleep(1)
+        if "--die" in sys.argv:
+            os._exit(9)
+    for _ in range(2):
+        all_arrived, polls = arrive(), 0
+        while not all_arrived():
+            polls += 1
+            time.sleep(0.05)
+        print(polls > 2, end=" ")
+"""
+
+
+@pytest.mark.slow
+def test_a_barrier_is_polled_and_notices_an_end(tmp_path: Path) -> None:
+    done = run_ranks(2, ["-c", BARRIERS], tmp_path)
+    assert [each.returncode for each in done] == [0, 0], done[0].stderr
+    assert done[0].stdout.split()[0] == "True"
+    done = run_ranks(2, ["-c", BARRIERS, "--die"], tmp_path)
+    assert done[1].returncode == 9
+    assert "RuntimeError" in done[0].stderr
+
+
+AGAIN = """
+from ddpm_fast.distributed import joined
+for _ in range(5):
+    with joined("test") as team:
+        print(team.from_first([team.rank + 0.5]), team.store.add("key", 1) <= team.size)
+"""
+
+
+def test_processes_join_again(tmp_path: Path) -> None:
+    for each in run_ranks(2, ["-c", AGAIN], tmp_path):
+        assert each.stdout.splitlines() == ["[0.5] True"] * 5, each.stderr
+
+
+def test_keys_of_an_earlier_join_are_not_taken_for_those_of_this_one() -> None:
+    store = dist.HashStore()
+    store.set("ddpm_fast/asks/1", "stale")
+    store.set("ddpm_fast/answer/stale", "stale")
+    with ThreadPoolExecutor() as pool:
+        for _ in range(3):  # each join finds the keys of the one before, too
+            first, second, third = pool.map(lambda rank: _token(store, rank, 3), range(3))
+            assert first == second == third != "stale"
+
+
+GROUP_WITHOUT_CPU = """
+import torch.distributed as dist
+from ddpm_fast.distributed import joined
+dist.init_process_group("cuda:gloo")
+with joined("test") as team:
+    print(team.from_first([team.rank + 0.5]), team.largest(team.rank)())
+assert dist.is_initialized()
+dist.destroy_process_group()
+"""
+
+
+def test_a_default_group_of_gpus_alone_is_used(tmp_path: Path) -> None:
+    for each in run_ranks(2, ["-c", GROUP_WITHOUT_CPU], tmp_path):
+        assert each.returncode == 0, each.stderr
+        assert each.stdout == "[0.5] 1\n"
+
+
+FAILURE = """
+from ddpm_fast.distributed import joined
+with joined("test") as team:
+    team.on_first(lambda: 1 / 0)
+"""
+
+
+def test_an_error_of_rank_0_ends_the_others(tmp_path: Path) -> None:
+    done = run_ranks(2, ["-c", FAILURE], tmp_path)
+    assert "ZeroDivisionError" in done[0].stderr
+    assert "FirstFailed: rank 1: expected rank 0 to go on, got an error there" in done[1].stderr
+
+
+def test_a_process_that_ends_is_not_waited_for(tmp_path: Path) -> None:
+    script = (
+        "import os\nfrom ddpm_fast.distributed import joined\nwith joined('test') as team:\n    if team.rank: os._exit(9)\n"
+    )
+    done = run_ranks(2, ["-c", script + "    team.largest(1)()\n"], tmp_path)
+    assert done[1].returncode == 9
+    assert "ProcessLost: expected an answer of all 2 processes" in done[0].stderr
+
+
+# ------------------------------------------------------------------------------------------------------------- leaving
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_group_is_destroyed_at_the_end_and_aborted_after_an_error(exists: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand-ins for torch.distributed: NCCL's communicator waits in `destroy_process_group` for a process that is lost."""
+    left: list[tuple[str, Any]] = []
+    monkeypatch.setattr(dist, "destroy_process_group", lambda group=None: left.append(("destroyed", group)))
+    monkeypatch.setattr(dist.distributed_c10d, "_abort_process_group", lambda group: left.append(("aborted", group)))
+    monkeypatch.setattr(dist, "is_initialized", lambda: exists)
+    monkeypatch.setattr(dist, "init_process_group", lambda *args, **options: None)
+    monkeypatch.setattr(dist, "new_group", lambda **options: "a group")
+    for name, value in {"get_rank": 0, "get_world_size": 2}.items():
+        monkeypatch.setattr(dist, name, lambda value=value: value)
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", dist.HashStore)
+    monkeypatch.setattr(joining, "ranks", lambda *_: (0, 2, 0))
+    monkeypatch.setattr(joining, "_shared_store", lambda *_: dist.HashStore())
+    monkeypatch.setattr(joining, "_token", lambda *_: "token")
+    ours = "a group" if exists else None  # the caller's default group stays
+    with joined("test") as team, team.barrier(timedelta(1)):
+        pass
+    assert left == [("destroyed", "a group"), ("destroyed", ours)]
+    left.clear()
+    with pytest.raises(ZeroDivisionError), joined("test") as team, team.barrier(timedelta(1)):
+        1 / 0  # noqa: B018
+    assert left == [("aborted", "a group"), ("aborted", ours)]
+
+
+INTERRUPTED = """
+import os
+from contextlib import suppress
+from datetime import timedelta
+from ddpm_fast.distributed import ProcessLost, joined
+
+hour = timedelta(hours=1)
+
+def lives_on():
+    with joined("test") as team, team.barrier(hour) as arrive:
+        for _ in range(2):
+            all_arrived = arrive()
+            if team.rank == 0:
+                raise KeyboardInterrupt
+            while not all_arrived():
+                pass
+            print("arrived")
+
+def leaves():
+    with joined("test") as team, team.barrier(hour) as arrive:
+        if team.rank == 1:  # it hangs
+            team.store.wait(["left"], hour)
+            os._exit(9)
+        stores.append(team.store)
+        arrive()
+        raise KeyboardInterrupt
+
+stores = []
+for function in (lives_on, leaves):
+    with suppress(KeyboardInterrupt, ProcessLost):
+        function()
+stores[0].set("left", "")
+print("left")
+"""
+
+
+def test_an_interrupted_process_leaves_one_that_hangs(tmp_path: Path) -> None:
+    """It leaves at once though gloo cannot abort. If it lives on, the others notice that it has left."""
+    done = run_ranks(2, ["-c", INTERRUPTED], tmp_path)
+    assert [each.stdout for each in done] == ["left\n", "arrived\n"], [each.stderr for each in done]
+    assert done[1].returncode != 0
+
+
+@pytest.mark.parametrize(
+    ("backends", "got"),
+    [
+        ("cpu:gloo,cuda:gloo", "gloo"),
+        ("cpu:gloo", "cpu:gloo"),
+        ("cpu:gloo,cuda:nccl", None),
+        ("cuda:nccl", None),
+    ],
+)
+def test_a_group_without_a_backend_for_gpus_is_refused(backends: str, got: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`get_backend` gives the name that the group was made with."""
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(dist, "get_backend_config", lambda: backends)
+    monkeypatch.setattr(dist, "get_backend", lambda: got)
+    monkeypatch.setattr(opening, "computing_device", lambda caller, name: torch.device(name))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    team = Processes(1, 2, 1)
+    assert opening._device("cpu", team) == torch.device("cpu")
+    if got is None:
+        assert opening._device("cuda", team) == torch.device("cuda:1") == chosen[0]
+        return
+    expected = 'to have a backend for CUDA tensors ("cpu:gloo,cuda:nccl")'
+    with refused(InvalidValue("train", "the default group of torch.distributed", expected, f'"{got}"')):
+        opening._device("cuda", team)
+    assert not chosen

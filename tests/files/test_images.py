@@ -1,0 +1,239 @@
+"""Images on disk: what is written is what was drawn."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from refusals import refused
+
+from ddpm_fast import image_grid, save_grid, save_trajectory, to_uint8
+from ddpm_fast.errors import InvalidType
+from ddpm_fast.files import images as image_module
+from ddpm_fast.files.images import evenly_spaced, grid_shape, image_format
+from ddpm_fast.training.data import to_unit_range
+
+
+def levels(*shape: int) -> torch.Tensor:
+    """Every grey level in turn, in the range of the model."""
+    numel = torch.Size(shape).numel()
+    return to_unit_range((torch.arange(numel) % 256).to(torch.uint8)).reshape(shape)
+
+
+def read(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_to_uint8_inverts_the_range_of_training_and_saturates(dtype: torch.dtype) -> None:
+    every = torch.arange(256, dtype=torch.uint8)
+    if dtype != torch.bfloat16:  # 8 bits of mantissa cannot tell all levels apart
+        assert torch.equal(to_uint8(to_unit_range(every, dtype)), every)
+    assert to_uint8(torch.tensor([-3.0, -1.0, 0.0, 1.0, 3.0], dtype=dtype)).tolist() == [0, 0, 128, 255, 255]
+
+
+def test_image_grid_puts_every_image_in_its_place() -> None:
+    images = levels(5, 3, 4, 6)
+    grid = image_grid(images, columns=3, padding=1, scale=2, background=7)
+    assert grid.shape == (2 * (8 + 1) + 1, 3 * (12 + 1) + 1, 3)
+    seen = torch.zeros(grid.shape[:2], dtype=torch.bool)
+    for i, image in enumerate(to_uint8(images)):
+        y, x = 1 + i // 3 * 9, 1 + i % 3 * 13
+        for dy in range(2):
+            for dx in range(2):  # every pixel became 2 x 2
+                assert torch.equal(grid[y + dy : y + 8 : 2, x + dx : x + 12 : 2], image.permute(1, 2, 0))
+        seen[y : y + 8, x : x + 12] = True
+    left_over = torch.zeros_like(seen)
+    left_over[10:18, 27:39] = True  # the sixth cell of five images
+    assert (grid[left_over] == 128).all()
+    assert (grid[~seen & ~left_over] == 7).all()
+
+
+@pytest.mark.parametrize(("n", "shape"), [(1, (1, 1)), (3, (1, 3)), (8, (2, 4)), (10, (2, 5)), (16, (4, 4)), (24, (4, 6))])
+def test_default_grids_are_full(n: int, shape: tuple[int, int]) -> None:
+    rows, columns = shape
+    assert image_grid(levels(n, 1, 2, 2), padding=0).shape == (2 * rows, 2 * columns, 1)
+    assert image_grid(levels(7, 1, 2, 2), padding=0).shape == (6, 6, 1)  # no full grid is nearly square
+
+
+@pytest.mark.parametrize(("n", "side"), [(1, 1), (4, 2), (5, 3), (16, 4)])
+def test_image_grid_is_a_square_by_default(n: int, side: int) -> None:
+    assert image_grid(levels(n, 1, 3, 3), padding=0).shape[1] == 3 * side
+
+
+def test_one_image_has_no_frame(tmp_path: Path) -> None:
+    image = levels(1, 1, 3, 4)
+    assert torch.equal(image_grid(image)[..., 0], to_uint8(image)[0, 0])
+    with Image.open(save_grid(image, tmp_path / "a.png")) as picture:
+        assert (np.asarray(picture) == to_uint8(image)[0, 0].numpy()).all()
+    assert image_grid(image, padding=2).shape == (7, 8, 1)
+    assert image_grid(levels(2, 1, 3, 4)).shape == (7, 14, 1)
+
+
+def test_the_shape_of_a_grid_is_known_before_it_is_drawn() -> None:
+    for n in (1, 2, 5, 8, 12):
+        for options in ({}, {"columns": 3, "padding": 0, "scale": 4}, {"columns": 50}):
+            images = levels(n, 3, 4, 6)
+            assert grid_shape(images.shape, **options) == tuple(image_grid(images, **options).shape)
+    height, width, _ = grid_shape((10**12 + 39, 1, 1, 1), padding=0)  # a prime: no grid is full
+    assert (height, width) == (10**6, 10**6 + 1)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize(
+    "ending", ["xbm", "palm", "msp", "h5", "blp", "grib", "ico", "icns", "qoi", "jpg", "pcx", "eps", "png"]
+)
+def test_a_format_is_accepted_exactly_if_pillow_can_write_it(ending: str, channels: int, tmp_path: Path) -> None:
+    path = tmp_path / f"a.{ending}"
+    mode = {1: "L", 3: "RGB", 4: "RGBA"}[channels]
+    try:
+        Image.new(mode, (40, 30)).save(path)
+    except Exception:
+        writable = False
+    else:
+        writable = ending not in ("ico", "icns")  # they lose pixels
+        path.unlink()
+    images = levels(1, channels, 4, 4)
+    if writable:
+        assert save_grid(images, path).stat().st_size
+        assert image_format(path, (40, 30, channels))
+    else:
+        for call in (lambda: save_grid(images, path), lambda: image_format(path, (40, 30, channels), "--out")):
+            with pytest.raises(ValueError, match=rf"images: expected .* as another format for pictures of mode {mode}, got"):
+                call()
+        assert not path.exists()
+
+
+@pytest.mark.parametrize(("ending", "largest"), [("jpg", 65500), ("webp", 16383), ("gif", 65535)])
+def test_pictures_too_large_for_a_format_are_refused(ending: str, largest: int, tmp_path: Path) -> None:
+    assert image_format(f"a.{ending}", (1, largest, 1))
+    Image.new("L", (largest, 1)).save(tmp_path / f"a.{ending}")
+    wanted = rf"expected --out to end in \.png, as pictures in \w+ have at most {largest} pixels a side, got 'a\.{ending}'"
+    with pytest.raises(ValueError, match=wanted):
+        image_format(f"a.{ending}", (largest + 1, 1, 3), "--out")
+    with pytest.raises((OSError, ValueError, OverflowError, struct.error)):  # Pillow's own limit
+        Image.new("L", (largest + 1, 1)).save(tmp_path / f"a.{ending}")
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_save_grid_writes_the_grid_without_loss(tmp_path: Path, channels: int) -> None:
+    images = levels(4, channels, 5, 5)
+    path = save_grid(images, tmp_path / "new" / "grid.PNG", columns=2, padding=3, scale=2)
+    grid = image_grid(images, columns=2, padding=3, scale=2).numpy()
+    assert np.array_equal(read(path), grid[..., 0] if channels == 1 else grid)
+
+
+def test_save_grid_keeps_the_old_file_when_writing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save_grid(levels(1, 1, 4, 4), tmp_path / "grid.png")
+    before = path.read_bytes()
+
+    save = Image.Image.save
+
+    def fail(self: Image.Image, file: object, **options: object) -> None:
+        if not isinstance(file, Path):  # the tiny picture that tries the format in memory
+            return save(self, file, **options)  # type: ignore[arg-type]
+        file.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_grid(levels(2, 1, 4, 4), path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("ending", ["gif", "webp"])
+def test_save_trajectory_animates_and_rests_on_the_last_frame(tmp_path: Path, ending: str) -> None:
+    trajectory = torch.linspace(-1, 1, 8).reshape(8, 1, 1, 1, 1).expand(8, 3, 1, 16, 16)
+    path = save_trajectory(trajectory, tmp_path / f"way.{ending}", frames=5, seconds=2.0, columns=3, padding=0)
+    shown, durations = [], []
+    with Image.open(path) as image:
+        assert (image.n_frames, image.size, image.info["loop"]) == (5, (48, 16), 0)
+        for i in range(5):
+            image.seek(i)
+            image.load()
+            durations.append(image.info["duration"])
+            shown.append(int(np.asarray(image.convert("L"))[8, 8]))
+    expected = to_uint8(trajectory[evenly_spaced(8, 5), 0, 0, 8, 8]).tolist()
+    assert shown == pytest.approx(expected, abs=3)  # WebP is lossy
+    assert durations == pytest.approx([400] * 4 + [400 + 667], abs=10)  # GIF counts hundredths of a second
+
+
+def test_save_trajectory_draws_a_strip_with_a_row_an_image(tmp_path: Path) -> None:
+    trajectory = levels(31, 2, 3, 4, 4)
+    path = save_trajectory(trajectory, tmp_path / "strip.png", padding=0)
+    strip = read(path)
+    assert strip.shape == (2 * 4, 11 * 4, 3)
+    for row in range(2):
+        for column, frame in enumerate(range(0, 31, 3)):
+            cell = strip[4 * row : 4 * row + 4, 4 * column : 4 * column + 4]
+            assert np.array_equal(cell, to_uint8(trajectory[frame, row]).permute(1, 2, 0).numpy())
+
+
+def test_evenly_spaced_has_both_ends() -> None:
+    assert evenly_spaced(11, 6) == [0, 2, 4, 6, 8, 10]
+    assert evenly_spaced(3, 10) == [0, 1, 2]
+    assert evenly_spaced(1, 5) == [0]
+    assert evenly_spaced(7, 1) == [6]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda p: save_grid(levels(1, 1, 2, 2), p / "a.xyz"), r"images: expected path to end in .*got '.*a\.xyz'"),
+        (lambda p: save_grid(levels(1, 1, 2, 2), p / "a"), "expected path to end in"),
+        (
+            lambda p: save_grid(levels(1, 2, 2, 2), p / "a.png"),
+            r"save_grid: expected images .* got torch.float32 \[1, 2, 2, 2\]",
+        ),
+        (lambda p: save_grid(levels(1, 2, 2), p / "a.png"), "save_grid: expected images"),
+        (lambda p: save_grid(levels(0, 1, 2, 2), p / "a.png"), "save_grid: expected images"),
+        (
+            lambda p: save_grid(levels(1, 1, 2, 2) / 0, p / "a.png"),
+            "save_grid: expected images to be finite, got NaN or infinity",
+        ),
+        (lambda p: save_grid(levels(1, 1, 2, 2), p / "a.png", columns=0), "expected columns to be a positive .*got 0"),
+        (lambda p: save_grid(levels(1, 1, 2, 2), p / "a.png", padding=-1), "expected padding .*at least 0 or None, got -1"),
+        (lambda p: save_grid(levels(1, 1, 2, 2), p / "a.png", scale=0), "expected scale to be a positive integer, got 0"),
+        (
+            lambda p: save_grid(levels(1, 1, 2, 2), p / "a.png", scale=10**7),
+            "save_grid: expected the grid to fit into memory, got 20000000x20000000 pixels, which needs about 800,000.0 GB",
+        ),
+        (lambda p: save_trajectory(levels(1, 1, 2, 2), p / "a.gif"), "save_trajectory: expected trajectory"),
+        (lambda p: save_trajectory(levels(2, 1, 1, 2, 2), p / "a.gif", frames=0), "expected frames .*positive .*got 0"),
+        (lambda p: save_trajectory(levels(2, 1, 1, 2, 2), p / "a.gif", seconds=0), "expected seconds to be positive"),
+    ],
+)
+def test_bad_arguments_are_refused_before_anything_is_written(tmp_path: Path, call, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_images_are_looked_through_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked = []
+    check = image_module._check_images
+    monkeypatch.setattr(image_module, "_check_images", lambda *arguments: (looked.append(arguments[0]), check(*arguments)))
+    save_grid(levels(1, 1, 2, 2), tmp_path / "a.png")
+    save_trajectory(levels(3, 1, 1, 2, 2), tmp_path / "a.gif")
+    save_trajectory(levels(3, 1, 1, 2, 2), tmp_path / "b.png")
+    assert looked == ["save_grid", "save_trajectory", "save_trajectory"]
+
+
+def test_names_that_no_file_can_have_are_refused(tmp_path: Path) -> None:
+    for function, images in ((save_grid, levels(1, 1, 2, 2)), (save_trajectory, levels(2, 1, 1, 2, 2))):
+        wanted = rf"^{function.__name__}: expected path to be a path of characters that files can have, got '.*a.ud800\.png'$"
+        with pytest.raises(ValueError, match=wanted):
+            function(images, str(tmp_path / "a\ud800.png"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_images_that_are_already_8_bit_are_refused(tmp_path: Path) -> None:
+    with refused(InvalidType("save_grid", "images", "to be float32, float64, float16 or bfloat16", "torch.uint8")):
+        save_grid(to_uint8(levels(1, 1, 2, 2)), tmp_path / "a.png")
+    assert list(tmp_path.iterdir()) == []

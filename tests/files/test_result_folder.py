@@ -1,0 +1,187 @@
+"""Folders that one process writes at a time: training runs and images of write_samples."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from runs import train
+
+from ddpm_fast.errors import InvalidValue, UnusablePath
+from ddpm_fast.files.result_folder import LOCK, ResultFolder
+from ddpm_fast.files.writing import PREFIX, write_json
+
+
+class Cakes(ResultFolder):
+    """A kind of folder."""
+
+    caller = "bake"
+    argument = "out"
+    record_name = "recipe.json"
+    hint = "name another folder"
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from ddpm_fast.training.folder import RunFolder
+
+with RunFolder(Path(sys.argv[1])).locked():
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that holds the lock of the folder `run`."""
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+def test_a_second_process_is_told_who_writes(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
+    with pytest.raises(BlockingIOError, match=rf"no other process to write to .*run', got process {holder.pid} on "):
+        train(tmp_path / "run", sample_every=0, checkpoint_minutes=0, steps=1)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [LOCK]
+    holder.send_signal(signal.SIGKILL)  # releases the lock, whose file stays
+    holder.wait()
+    folder = Cakes(tmp_path / "run")
+    folder.check_new()
+    for _ in range(2):
+        with folder.locked():
+            assert (folder.path / LOCK).read_text().startswith(f"process {os.getpid()} on ")
+
+
+def test_a_full_disk_leaves_the_folder_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The name of the process does not matter."""
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    folder = Cakes(tmp_path)
+    monkeypatch.setattr(os, "write", full)
+    with folder.locked(), pytest.raises(BlockingIOError, match="got a process without a name"), folder.locked():
+        pass
+
+
+def test_a_lock_of_another_user_is_respected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its file can be read and locked, and not written to."""
+    folder, open_file = Cakes(tmp_path), os.open
+
+    def refuse(path: Path, flags: int, *mode: int) -> int:
+        if flags & os.O_RDWR:
+            raise PermissionError(13, "Permission denied")
+        return open_file(path, flags, *mode)
+
+    with folder.locked():
+        monkeypatch.setattr(os, "open", refuse)
+        with pytest.raises(BlockingIOError, match=f"got process {os.getpid()} on "), folder.locked():
+            pass
+    with folder.locked(), pytest.raises(BlockingIOError), folder.locked():
+        pass
+
+
+def test_a_lock_that_cannot_be_opened_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / LOCK).mkdir()
+    wanted = r"^bake: expected out to be a folder whose .ddpm_fast-lock can be locked, got: \[Errno 21\]"
+    with pytest.raises(UnusablePath, match=wanted), Cakes(tmp_path).locked():
+        pass
+    (tmp_path / "file").touch()
+    with pytest.raises(UnusablePath, match="to be a path whose folders can be made"), Cakes(tmp_path / "file").locked():
+        pass
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+def test_a_forked_child_that_leaves_the_context_keeps_the_lock_of_its_parent(tmp_path: Path) -> None:
+    folder = Cakes(tmp_path)
+    with folder.locked():
+        child = -1
+        try:
+            with folder.__class__(tmp_path / "other").locked():
+                child = os.fork()
+        finally:
+            if child == 0:
+                os._exit(0 if (tmp_path / LOCK).exists() else 1)
+        assert os.waitpid(child, 0)[1] == 0
+        with pytest.raises(BlockingIOError), folder.locked():
+            pass
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="the system does not list open files in /proc")
+def test_a_forked_child_does_not_hold_the_lock(tmp_path: Path) -> None:
+    folder, context = Cakes(tmp_path), multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+
+    def list_files() -> None:
+        sender.send([os.path.realpath(entry) for entry in Path("/proc/self/fd").iterdir()])
+
+    with folder.locked():
+        child = context.Process(target=list_files)
+        child.start()
+        opened = receiver.recv()
+        child.join()
+        assert opened
+        assert str((tmp_path / LOCK).resolve()) not in opened
+        with pytest.raises(BlockingIOError, match="expected no other process to write"), folder.locked():
+            pass
+    with folder.locked():
+        pass
+
+
+def test_a_file_system_without_locks_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import fcntl
+
+    def flock(*_: object) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert train(tmp_path / "run", sample_every=0, checkpoint_minutes=0, steps=1).step == 1
+    assert "run is not locked, so no other process may write to it meanwhile" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["link", "hard link"])
+def test_a_link_in_place_of_the_lock_is_refused(kind: str, tmp_path: Path) -> None:
+    folder, victim = Cakes(tmp_path / "out"), tmp_path / "victim"
+    folder.path.mkdir()
+    victim.write_text("mine")
+    (os.link if kind == "hard link" else os.symlink)(victim, folder.path / LOCK)
+    with pytest.raises(UnusablePath, match=r"whose .ddpm_fast-lock can be locked, got: "), folder.locked():
+        pass
+    assert victim.read_text() == "mine"
+    assert os.path.lexists(folder.path / LOCK)
+
+
+def test_a_folder_is_new_unless_it_has_files(tmp_path: Path) -> None:
+    folder = Cakes(tmp_path / "out")
+    folder.check_new()
+    folder.path.mkdir()
+    (folder.path / f"{PREFIX}0123.tmp").touch()
+    folder.check_new()
+    (folder.path / "cake.png").touch()
+    with pytest.raises(UnusablePath, match=r"^bake: expected out to be new or empty, got '.*out', which has 'cake.png'; name"):
+        folder.check_new()
+    with pytest.raises(UnusablePath, match=r"^bake: expected out to be a folder, got '.*cake.png', which is a file$"):
+        Cakes(folder.path / "cake.png").check_new()
+
+
+def test_another_call_s_arguments_are_refused_by_name(tmp_path: Path) -> None:
+    folder = Cakes(tmp_path)
+    write_json(folder.record, {"flour": 2})
+    folder.check_same({"flour": 2}, {"flour": 2, "eggs": 1})
+    with pytest.raises(InvalidValue, match=r"^bake: expected flour to be 2, as in '.*', got 3$"):
+        folder.check_same({"flour": 3}, {"flour": 2})
+    with pytest.raises(InvalidValue, match="expected eggs to be None, as"):
+        folder.check_same({"eggs": 1}, {})

@@ -1,0 +1,61 @@
+"""Every file of `examples/` runs. Those with options run with few steps."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
+OPTIONS = {
+    "progressive_generation": ["--steps=6", "--num=2", "--columns=3", "--out=new/picture.png"],
+    "shared_latents": ["--steps=10", "--num=2", "--out=new/picture.png"],
+    "rate_distortion": ["--steps=4", "--num=2", "--rows=3", "--data=digits", "--plot=plot.png"],
+}
+PICTURES = {"progressive_generation": (3, 2), "shared_latents": (3, 4)}  # columns and rows of 64x64 images
+
+
+def run(name: str, monkeypatch: pytest.MonkeyPatch, *options: str) -> None:
+    example = next(path for path in EXAMPLES if path.stem == name)
+    monkeypatch.setattr(sys, "argv", [str(example), *options])
+    runpy.run_path(str(example), run_name="__main__")
+
+
+@pytest.mark.filterwarnings("default")  # as for a user: an example may meet warnings of the libraries that it shows
+@pytest.mark.parametrize(
+    "name", [pytest.param(path.stem, marks=() if path.stem in OPTIONS else pytest.mark.slow) for path in EXAMPLES]
+)
+def test_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run(name, monkeypatch, *OPTIONS.get(name, []))
+    if name in PICTURES:
+        columns, rows = PICTURES[name]
+        with Image.open("new/picture.png") as image:
+            assert image.size == (66 * columns + 2, 66 * rows + 2)
+            assert np.asarray(image)[2:66, 2:66].std() > 0
+
+
+def test_rate_and_distortion_are_one_curve(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The rate grows from L_T to all terms but L_0, and the distortion falls."""
+    monkeypatch.chdir(tmp_path)
+    run("rate_distortion", monkeypatch, "--steps=4", "--num=2", "--rows=4", "--data=digits")
+    lines = capsys.readouterr().out.splitlines()
+    table = np.array([[float(number) for number in line.split()] for line in lines[1:5]])
+    assert table[:, 0].tolist() == [1, 2, 3, 4]
+    assert (np.diff(table[:, 1]) > 0).all()
+    assert table[0, 2] > table[-1, 2]
+    total, reconstruction = (float(word) for word in lines[5].split() if word[0].isdigit() and "." in word)
+    assert table[-1, 1] == pytest.approx(total - reconstruction, abs=2e-4)
+
+
+def test_a_plot_without_matplotlib_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(SystemExit, match=r"^--plot needs matplotlib: pip install -e '\.\[bench\]'$"):
+        run("rate_distortion", monkeypatch, *OPTIONS["rate_distortion"])

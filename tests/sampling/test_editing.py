@@ -1,0 +1,303 @@
+"""Variations, interpolation, inversion and inpainting of images."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from drawing import Gaussian, tiny_unet
+from torch import Tensor, nn
+
+from ddpm_fast import (
+    NoiseSchedule,
+    Sampler,
+    ddim_inversion_plan,
+    ddim_plan,
+    ddpm_plan,
+    dpm_solver_plan,
+    heun_plan,
+    initial_noise,
+    inpaint,
+    interpolate,
+    invert,
+    load_builtin,
+    noise,
+    repaint_plan,
+    sample,
+    sample_seeds,
+    vary,
+)
+from ddpm_fast.reference import STREAM_KNOWN
+from ddpm_fast.training.data import load_dataset, to_unit_range
+
+SCHEDULE = NoiseSchedule.linear()
+IMAGES = torch.linspace(-1, 1, 2 * 3 * 4 * 4).reshape(2, 3, 4, 4)
+NETWORK = Gaussian(SCHEDULE, 0.2, 0.5)
+PLANS = {
+    "ddpm": lambda: ddpm_plan(SCHEDULE, 10),
+    "ddim": lambda: ddim_plan(SCHEDULE, 10),
+    "dpm_solver": lambda: dpm_solver_plan(SCHEDULE, 10, eta=1.0),
+    "karras": lambda: dpm_solver_plan(SCHEDULE, 10, spacing="karras"),
+    "heun": lambda: heun_plan(SCHEDULE, 10),
+}
+QUIET: Any = {"progress": False}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_a_variation_is_the_rest_of_the_plan_from_the_noised_image(name: str) -> None:
+    plan = PLANS[name]()
+    seeds = sample_seeds(3, 2)
+    levels = plan.timesteps.unique_consecutive()
+    assert len(levels) == 10
+    t = int(levels[6])  # the last 4 of 10 levels
+    row = int((plan.timesteps == t).nonzero()[0])
+    abar = float(plan.alpha_bars[row])
+    start = math.sqrt(abar) * IMAGES + math.sqrt(1 - abar) * initial_noise(IMAGES.shape, seeds)
+    expected = sample(NETWORK, plan.starting_at(t), 2, seed=seeds, x_T=start, shape=(3, 4, 4), **QUIET)
+    got = vary(NETWORK, plan, IMAGES, 0.4, seed=3, **QUIET)
+    assert torch.equal(got, expected)
+    assert not torch.equal(got, vary(NETWORK, plan, IMAGES, 0.5, seed=3, **QUIET))
+
+
+def karras_alpha_bar(betas: np.ndarray, step: int, num_steps: int) -> float:
+    """Return abar at a step of Karras's levels, (sigma / alpha)^(1/7) evenly spaced (Karras et al. 2022, eq. 5)."""
+    abar = np.cumprod(1 - betas)
+    high, low = (((1 - a) / a) ** (1 / 14) for a in (abar[-1], abar[0]))
+    return float(1 / (1 + (high + step / (num_steps - 1) * (low - high)) ** 14))
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine"])
+@pytest.mark.parametrize("build", [heun_plan, dpm_solver_plan, "slice"])
+def test_edits_begin_at_the_noise_level_of_karras_and_not_of_its_rounded_timestep(build: Any, kind: str) -> None:
+    schedule = getattr(NoiseSchedule, kind)()
+    betas = np.linspace(1e-4, 0.02, 1000)
+    if kind == "cosine":
+        edges = np.cos((np.linspace(0, 1, 1001) + 0.008) / 1.008 * np.pi / 2) ** 2
+        betas = np.minimum(1 - edges[1:] / edges[:-1], 0.999)
+    num_steps, z = 20, initial_noise((1, 3, 4, 4), sample_seeds(5, 1))
+    seen: list[Tensor] = []
+
+    def network(x_t: Tensor, t: Tensor) -> Tensor:
+        seen.append(x_t.clone())
+        return torch.zeros_like(x_t)
+
+    level_errors = []
+    for step in range(1, 12):
+        first = step
+        if build == "slice":
+            plan = dpm_solver_plan(schedule, num_steps, spacing="karras", order=1)[step:]
+        else:
+            levels = build(schedule, num_steps, spacing="karras").timesteps[:: 2 if build is heun_plan else 1]
+            first = int((levels == levels[step]).nonzero()[0])  # two levels may share a timestep
+            plan = build(schedule, num_steps, spacing="karras", start=int(levels[step]))
+        abar = karras_alpha_bar(betas, first, num_steps)
+        level_errors.append(abs(float(schedule.alpha_bars[plan.timesteps[0]]) / abar - 1))
+        expected = math.sqrt(abar) * IMAGES[:1] + math.sqrt(1 - abar) * z
+        seen.clear()
+        vary(network, plan, IMAGES[:1], 1.0, seed=5, **QUIET)
+        torch.testing.assert_close(seen[0], expected, rtol=1e-5, atol=1e-5)
+        seen.clear()
+        interpolate(network, plan, IMAGES[:1], IMAGES[:1], 2, strength=1.0, seed=5, **QUIET)
+        torch.testing.assert_close(seen[0][:1], expected, rtol=1e-5, atol=1e-5)
+    assert max(level_errors) > 0.005  # otherwise the timestep's level would do
+
+
+def test_strength_runs_from_the_image_itself_to_a_new_one() -> None:
+    plan = ddpm_plan(SCHEDULE, 10)
+    same = vary(NETWORK, plan, IMAGES, 0.0, **QUIET)
+    assert torch.equal(same, IMAGES)
+    assert same.data_ptr() != IMAGES.data_ptr()
+    distances = [float((vary(NETWORK, plan, IMAGES, s, **QUIET) - IMAGES).square().mean()) for s in (0.1, 0.4, 1.0)]
+    assert distances == sorted(distances)
+    start = math.sqrt(SCHEDULE.alpha_bars[900]) * IMAGES
+    start = start + math.sqrt(1 - SCHEDULE.alpha_bars[900]) * initial_noise(IMAGES.shape, sample_seeds(0, 2))
+    whole = sample(NETWORK, plan, 2, x_T=start, shape=(3, 4, 4), **QUIET)
+    assert torch.equal(vary(NETWORK, plan, IMAGES, 1.0, **QUIET), whole)
+
+
+def test_the_least_strength_changes_the_image() -> None:
+    for strength, count in ((0.01, 10), (0.4, 1)):
+        varied = vary(NETWORK, ddpm_plan(SCHEDULE, count), IMAGES, strength, **QUIET)
+        assert not torch.equal(varied, IMAGES)
+
+
+def test_an_interpolation_shares_its_noise_and_ends_at_variations() -> None:
+    a, b = IMAGES, IMAGES.flip(3)
+    plan = ddpm_plan(SCHEDULE, 10)
+    between = interpolate(NETWORK, plan, a, b, 5, seed=1, **QUIET)
+    assert between.shape == (2, 5, 3, 4, 4)
+    torch.testing.assert_close(between[:, 0], vary(NETWORK, plan, a, seed=1, **QUIET), rtol=0, atol=0)
+    torch.testing.assert_close(between[:, -1], vary(NETWORK, plan, b, seed=1, **QUIET), rtol=0, atol=0)
+    # The best network for normal data is affine, so without a clip the result is affine in the weight.
+    linear = interpolate(NETWORK, ddpm_plan(SCHEDULE, 10, clip=None), a, b, 3, **QUIET)
+    torch.testing.assert_close(linear[:, 1], (linear[:, 0] + linear[:, 2]) / 2, rtol=1e-4, atol=1e-4)
+
+
+def test_labels_of_pairs_are_those_of_all_their_images() -> None:
+    model = tiny_unet(classes=3)
+    a, b = torch.linspace(-1, 1, 2 * 64).reshape(2, 1, 8, 8), torch.zeros(2, 1, 8, 8)
+    plan = ddpm_plan(SCHEDULE, 4)
+    between = interpolate(model, plan, a, b, 3, class_labels=[0, 2], **QUIET)
+    torch.testing.assert_close(between[1:, 0], vary(model, plan, a, seed=0, class_labels=[0, 2], **QUIET)[1:])
+
+
+@pytest.mark.parametrize("told", ["start", "arrival"])
+def test_inversion_returns_to_normal_data(told: Any) -> None:
+    """With the best network for normal data, DDIM's inversion scales x_0 to x_T, and DDIM scales it back."""
+    model = Gaussian(SCHEDULE, 0.0, 0.5)
+    x_T = invert(model, ddim_inversion_plan(SCHEDULE, 1000, evaluate_at=told, clip=None), IMAGES, **QUIET)
+    torch.testing.assert_close(x_T, 2 * IMAGES, rtol=0.05, atol=0.02)  # variance 1 for x_0 with variance 1/4
+    again = sample(model, ddim_plan(SCHEDULE, 1000, clip=None), 2, x_T=x_T, shape=(3, 4, 4), **QUIET)
+    torch.testing.assert_close(again, IMAGES, rtol=0, atol=0.02)
+
+
+def test_inversion_evaluated_at_the_arrival_equals_its_formula() -> None:
+    """A step is x = sqrt(abar') x_0^ + sqrt(1 - abar') epsilon, with epsilon given the timestep of abar' (diffusers)."""
+    plan = ddim_inversion_plan(SCHEDULE, 20, evaluate_at="arrival", clip=None)
+    x, abar = IMAGES.double(), torch.tensor(1.0, dtype=torch.float64)
+    for t in plan.timesteps:
+        epsilon = NETWORK(x, t[None].expand(2))
+        x_0 = (x - (1 - abar).sqrt() * epsilon) / abar.sqrt()
+        abar = SCHEDULE.alpha_bars[t]
+        x = abar.sqrt() * x_0 + (1 - abar).sqrt() * epsilon
+    assert int(plan.timesteps[-1]) == int(ddim_plan(SCHEDULE, 20).timesteps[0])
+    torch.testing.assert_close(invert(NETWORK, plan, IMAGES, **QUIET).double(), x, rtol=1e-5, atol=1e-5)
+
+
+def test_the_built_in_model_gives_images_back_after_inversion() -> None:
+    """More steps give them back more exactly."""
+    model, schedule = load_builtin()
+    images, labels = load_dataset("fashion-mnist", split="test", image_size=32, first=4).batch(torch.arange(4))
+    x_0 = to_unit_range(images)
+    errors = []
+    for steps in (10, 40):
+        forth, back = (
+            ddim_inversion_plan(schedule, steps, evaluate_at="arrival", clip=None),
+            ddim_plan(schedule, steps, clip=None),
+        )
+        x_T = invert(model, forth, x_0, class_labels=labels, **QUIET)
+        again = sample(model, back, 4, x_T=x_T, class_labels=labels, **QUIET)
+        errors.append(10 * math.log10(4 / float((again - x_0).square().mean())))
+        assert abs(float(x_T.std()) - 1) < 0.3
+    assert errors[1] > errors[0] + 3
+    assert errors[1] > 25
+
+
+@pytest.mark.parametrize("name", [*PLANS, "repaint"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
+def test_the_known_region_is_kept_bit_for_bit(name: str, dtype: torch.dtype) -> None:
+    plan = repaint_plan(SCHEDULE, 6, 2, 2) if name == "repaint" else PLANS[name]()
+    mask = torch.zeros(1, 1, 4, 4, dtype=dtype)
+    mask[..., 1:3, 1:3] = 1
+    painted = inpaint(NETWORK, plan, IMAGES, mask, **QUIET)
+    kept = (mask == 0).expand_as(IMAGES)
+    assert torch.equal(painted[kept], IMAGES[kept])
+    assert not torch.isclose(painted[~kept], IMAGES[~kept]).any()
+
+
+def test_inpainting_blends_after_each_step_at_its_arrival() -> None:
+    """Algorithm 1 of Lugmayr et al. with a plan's rows: the known region has the noise level of the new state."""
+    plan = repaint_plan(SCHEDULE, 6, 2, 2)
+    mask = torch.rand(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    seeds = sample_seeds(5, 2)
+    seen: list[Tensor] = []
+
+    class Watched(nn.Module):
+        def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+            seen.append(x_t.clone())
+            return NETWORK(x_t, t)
+
+    inpaint(Watched(), plan, IMAGES, mask, seed=seeds, **QUIET)
+    assert len(seen) == plan.num_steps
+    whole = sample(NETWORK, plan[:1], 2, seed=seeds, shape=(3, 4, 4), **QUIET)
+    abar = SCHEDULE.alpha_bars[plan.timesteps[1]]
+    z = noise(IMAGES.shape, seeds, stream=STREAM_KNOWN)
+    known = abar.sqrt() * IMAGES + (1 - abar).sqrt() * z
+    torch.testing.assert_close(seen[1], torch.lerp(known.float(), whole, mask), rtol=1e-5, atol=1e-5)
+
+
+def test_what_the_network_draws_never_reaches_the_known_region() -> None:
+    class Broken(nn.Module):
+        def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+            return x_t * math.nan
+
+    images = IMAGES.clone()
+    images[0, 0, 0, 0] = -0.0
+    mask = torch.zeros(1, 1, 4, 4)
+    mask[..., 2:] = 1
+    painted = inpaint(Broken(), ddpm_plan(SCHEDULE, 5), images, mask, **QUIET)
+    assert torch.equal(painted[..., :2].view(torch.int32), images[..., :2].view(torch.int32))
+
+
+def test_directions_of_plans_are_told_apart() -> None:
+    one: Any = [ddim_inversion_plan(SCHEDULE, 1, evaluate_at=told) for told in ("start", "arrival")]
+    for plan in (*one, ddim_inversion_plan(SCHEDULE, 7), ddpm_plan(SCHEDULE, 6)[:3]):
+        with pytest.raises(ValueError, match="vary: expected plan to go from noise to an image"):
+            vary(NETWORK, plan, IMAGES, **QUIET)
+    for plan in (*one, ddim_inversion_plan(SCHEDULE, 7)):
+        invert(NETWORK, plan, IMAGES, **QUIET)
+    for plan in (
+        ddim_plan(SCHEDULE, 1),
+        heun_plan(SCHEDULE, 2),
+        dpm_solver_plan(SCHEDULE, 5, spacing="karras", final="sigma_min"),
+    ):
+        vary(NETWORK, plan, IMAGES, **QUIET)
+        with pytest.raises(ValueError, match="invert: expected plan to go from an image to noise"):
+            invert(NETWORK, plan, IMAGES, **QUIET)
+
+
+def test_the_batch_size_does_not_change_what_is_painted() -> None:
+    images = torch.linspace(-1, 1, 5 * 3 * 4 * 4).reshape(5, 3, 4, 4)
+    mask = torch.zeros(5, 1, 4, 4)
+    mask[..., 2:] = 1
+    plan = dpm_solver_plan(SCHEDULE, 5, eta=1.0)
+    whole = inpaint(NETWORK, plan, images, mask, **QUIET)
+    assert torch.equal(inpaint(NETWORK, plan, images, mask, batch_size=2, **QUIET), whole)
+    model = tiny_unet(classes=3)
+    arguments: Any = {"class_labels": [0, 1, 2, 1, 0], **QUIET}
+    grey, hole = torch.linspace(-1, 1, 5 * 64).reshape(5, 1, 8, 8), torch.ones(1, 1, 8, 8)
+    expected = inpaint(model, plan, grey, hole, **arguments)
+    torch.testing.assert_close(inpaint(model, plan, grey, hole, batch_size=2, **arguments), expected, rtol=1e-4, atol=1e-4)
+    # A hole over everything is sampling.
+    drawn = Sampler(model, plan)(5, **arguments)
+    torch.testing.assert_close(expected, drawn, rtol=0, atol=0)
+
+
+class Never(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.config = {"in_channels": 3, "sample_size": 4}
+
+    def forward(self, *_: Any) -> Tensor:
+        raise AssertionError("the network was called")
+
+
+MASK = torch.zeros(1, 1, 4, 4)
+HALF = MASK[..., 1:]
+REFUSED = [
+    (lambda: vary(Never(), ddpm_plan(SCHEDULE), IMAGES, -0.1), r"vary: expected strength to be .* got -0\.1"),
+    (lambda: vary(Never(), ddpm_plan(SCHEDULE), IMAGES, 1.1), r"vary: expected strength to be .* got 1\.1"),
+    (lambda: vary(Never(), ddpm_plan(SCHEDULE), IMAGES[..., 1:]), r"vary: expected images to be \[N, 3, 4, 4\].*\[2, 3, 4, 3"),
+    (lambda: vary(Never(), ddpm_plan(SCHEDULE), IMAGES[..., :0]), r"vary: expected images to be \[N, 3, 4, 4\]"),
+    (lambda: vary(Never(), ddpm_plan(SCHEDULE), IMAGES / 0), "vary: expected images to be finite"),
+    (lambda: vary(Never(), ddpm_plan(SCHEDULE), IMAGES * 255), r"vary: expected images to be in \[-1, 1\]"),
+    (lambda: vary(Never(), ddim_inversion_plan(SCHEDULE, 5), IMAGES), "vary: expected plan to go from noise to an image"),
+    (lambda: interpolate(Never(), ddpm_plan(SCHEDULE), IMAGES, IMAGES[:1]), "interpolate: expected b to have the shape of a"),
+    (lambda: interpolate(Never(), ddpm_plan(SCHEDULE), IMAGES, IMAGES, 1), "interpolate: expected num to be"),
+    (lambda: invert(Never(), ddim_plan(SCHEDULE, 5), IMAGES), "invert: expected plan to go from an image to noise"),
+    (lambda: inpaint(Never(), ddpm_plan(SCHEDULE), IMAGES, HALF), r"inpaint: expected mask to be \[2 or 1, 3 or 1, 4, 4\]"),
+    (lambda: inpaint(Never(), ddpm_plan(SCHEDULE), IMAGES, MASK.expand(3, 1, 4, 4)), "inpaint: expected mask to be"),
+    (lambda: inpaint(Never(), ddpm_plan(SCHEDULE), IMAGES, MASK.int()), "inpaint: expected mask to be bool or floating"),
+    (lambda: inpaint(Never(), ddpm_plan(SCHEDULE), IMAGES, MASK + 1.5), r"inpaint: expected mask to be in 0\.\.1, got .*1\.5"),
+    (lambda: inpaint(Never(), ddpm_plan(SCHEDULE), IMAGES, MASK * math.nan), r"inpaint: expected mask to be in 0\.\.1"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "message"), REFUSED, ids=[message.partition(".")[0] for _, message in REFUSED])
+def test_bad_arguments_are_named_before_any_work(call: Any, message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        call()

@@ -1,0 +1,559 @@
+"""Many images as files: their content, processes that share the work, and calls that continue what was stopped."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import zipfile
+from collections.abc import Callable
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from launching import run_ranks
+from PIL import Image
+from refusals import refused
+from torch import Tensor, nn
+
+import ddpm_fast as d
+from ddpm_fast.distributed import Processes
+from ddpm_fast.errors import InvalidValue, UnusablePath
+from ddpm_fast.files.writing import PREFIX
+from ddpm_fast.sampling import sample_files, sample_formats
+from ddpm_fast.sampling.sampler import Sampler
+from ddpm_fast.training.data import load_dataset
+
+NAMES = ("folder", "a.npz", "a.zip")
+NUM, BATCH = 10, 4
+LABELS = [i % 4 for i in range(NUM)]
+# The same in the test's process and in those that it starts.
+SETUP = """
+import torch
+import ddpm_fast as d
+torch.manual_seed(0)
+blocks = {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2, "block_out_channels": [8, 8]}
+model = d.UNet(sample_size=8, num_class_embeds=5, layers_per_block=1, norm_num_groups=4, **blocks)
+plan = d.ddpm_plan(d.NoiseSchedule.linear(10), 3)
+"""
+names: dict[str, Any] = {}
+exec(SETUP, names)
+MODEL, PLAN = names["model"], names["plan"]
+
+
+class Grey(nn.Module):
+    """A network without a configuration and without classes."""
+
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        return x_t / 2
+
+
+def write(out: Path, **changes: Any) -> Path:
+    arguments = {"model": MODEL, "plan": PLAN, "num_samples": NUM, "batch_size": BATCH, "class_labels": LABELS}
+    return d.write_samples(out, **arguments | {"progress": False} | changes)
+
+
+def digests(out: Path) -> dict[str, str]:
+    """Return a digest of each file, by its name in the folder."""
+    files = [path for path in sorted(out.rglob("*")) if path.is_file()] if out.is_dir() else [out]
+    return {str(path.relative_to(out)): sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the result of one process in each format."""
+    folder = tmp_path_factory.mktemp("whole")
+    for name in NAMES:
+        write(folder / name)
+    return folder
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Record how many images each call of a Sampler draws."""
+    counts: list[int] = []
+    call = Sampler.__call__
+
+    def draw(self: Sampler, num_samples: int, **arguments: Any) -> Tensor:
+        counts.append(num_samples)
+        return call(self, num_samples, **arguments)
+
+    monkeypatch.setattr(Sampler, "__call__", draw)
+    return counts
+
+
+# ---------------------------------------------------------------------------------------------------------------- content
+
+
+def pictures(open_file: Callable[[str], Any], files: list[str]) -> np.ndarray:
+    """Return PNGs as uint8 [n, H, W, C]."""
+    images = [np.asarray(Image.open(open_file(name))) for name in files]
+    return np.stack([image[..., None] if image.ndim == 2 else image for image in images])
+
+
+def expected(**changes: Any) -> np.ndarray:
+    images = d.sample(**{"model": MODEL, "plan": PLAN, "num_samples": NUM, "batch_size": BATCH, "progress": False} | changes)
+    return d.to_uint8(images).permute(0, 2, 3, 1).numpy()
+
+
+def test_files_hold_the_images_of_sample(whole: Path) -> None:
+    images = expected(class_labels=LABELS)
+    pngs = [f"000000/{i:06d}.png" for i in range(NUM)]
+    folder = whole / "folder"
+    assert (pictures(lambda name: folder / name, pngs) == images).all()
+    assert json.loads((folder / "dataset.json").read_text())["labels"] == [[*pair] for pair in zip(pngs, LABELS, strict=True)]
+    assert sorted(digests(folder)) == sorted([*pngs, "dataset.json", "manifest.json"])
+
+    with np.load(whole / "a.npz", allow_pickle=False) as arrays:
+        assert arrays["arr_0"].dtype == np.uint8
+        assert arrays["arr_1"].dtype == np.int64
+        assert (arrays["arr_0"] == images).all()
+        assert arrays["arr_1"].tolist() == LABELS
+
+    pngs = [f"00000/img{i:08d}.png" for i in range(NUM)]
+    with zipfile.ZipFile(whole / "a.zip") as archive:
+        assert archive.testzip() is None
+        assert archive.namelist() == [*pngs, "dataset.json", "manifest.json"]
+        assert {member.compress_type for member in archive.infolist()} == {zipfile.ZIP_STORED}
+        assert (pictures(archive.open, pngs) == images).all()
+        assert json.loads(archive.read("dataset.json"))["labels"] == [[*pair] for pair in zip(pngs, LABELS, strict=True)]
+    assert sorted(path.name for path in whole.iterdir()) == ["a.npz", "a.zip", "folder"]  # no parts
+
+
+def test_files_are_data_to_train_on(whole: Path) -> None:
+    for name in ("folder", "a.zip"):
+        dataset = load_dataset(str(whole / name))
+        assert dataset.labels.tolist() == LABELS
+        images, _ = next(dataset.batches([torch.arange(NUM)]))
+        assert (images.permute(0, 2, 3, 1).numpy() == expected(class_labels=LABELS)).all()
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (4, "RGBA")])
+def test_modes_of_pictures_and_models_without_labels(channels: int, mode: str, tmp_path: Path) -> None:
+    changes = {"model": Grey(), "shape": (channels, 4, 6), "class_labels": None, "num_samples": 2}
+    images = expected(**{name: value for name, value in changes.items() if name != "class_labels"})
+    write(tmp_path / "folder", **changes)
+    with Image.open(tmp_path / "folder" / "000000" / "000001.png") as picture:
+        assert (picture.mode, picture.size) == (mode, (6, 4))
+    assert json.loads((tmp_path / "folder" / "dataset.json").read_text()) == {"labels": None}
+    with np.load(write(tmp_path / "a.npz", **changes), allow_pickle=False) as arrays:
+        assert (arrays["arr_0"] == images).all()
+        assert "arr_1" not in arrays
+    if channels == 4:
+        with pytest.raises(
+            ValueError, match=r"expected shape to be \(C, H, W\) with C one of 1, 3 for '.*a.zip', got \(4, 4, 6\)"
+        ):
+            write(tmp_path / "a.zip", **changes)
+        return
+    with zipfile.ZipFile(write(tmp_path / "a.zip", **changes)) as archive:
+        assert json.loads(archive.read("dataset.json")) == {"labels": None}
+
+
+def test_a_folder_has_folders_of_1000_images() -> None:
+    assert sample_formats._folder_name(123).as_posix() == "000000/000123.png"
+    assert sample_formats._folder_name(49_999).as_posix() == "049000/049999.png"
+    assert sample_formats._zip_name(49_999) == "00049/img00049999.png"
+
+
+def test_guidance_and_seed_reach_the_sampler(tmp_path: Path) -> None:
+    with np.load(write(tmp_path / "a.npz", seed=3, guidance_scale=2.0), allow_pickle=False) as arrays:
+        assert (arrays["arr_0"] == expected(class_labels=LABELS, seed=3, guidance_scale=2.0)).all()
+        assert json.loads(arrays["manifest.json"])["guidance_scale"] == 2.0
+
+
+# -------------------------------------------------------------------------------------------------------------- processes
+
+DRAW = (
+    SETUP
+    + f"""
+for name in {NAMES}:
+    assert d.write_samples(name, model, plan, {NUM}, batch_size={BATCH}, class_labels={LABELS}).exists()
+d.write_samples("other/frozen.npz", d.freeze(model), plan, {NUM}, batch_size={BATCH}, class_labels={LABELS}, progress=False)
+d.write_samples("other/function.npz", lambda x_t, t: x_t / 2, plan, 4, batch_size=2, shape=(3, 8, 8), progress=False)
+"""
+)
+
+
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_files_do_not_depend_on_the_number_of_processes(size: int, whole: Path, tmp_path: Path) -> None:
+    done = run_ranks(size, ["-W", "error", "-c", DRAW], tmp_path)
+    assert [each.returncode for each in done] == [0] * size, done[0].stderr
+    assert sorted(path.name for path in (tmp_path / "other").iterdir()) == ["frozen.npz", "function.npz"]
+    shutil.rmtree(tmp_path / "other")
+    assert digests(tmp_path) == digests(whole)
+    assert f"{NUM}/{NUM}" in done[0].stderr  # one bar, of the images of all processes
+    assert not [each for each in done[1:] if "sampling" in each.stderr]
+
+
+KILLED = (
+    SETUP
+    + f"""
+import os, signal
+from ddpm_fast.files.writing import replacing
+from ddpm_fast.sampling import sample_formats
+files = 0
+def write_bytes(path, content):
+    global files
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+        files += 1
+        if os.environ["RANK"] == "1" and files >= (3 if path.suffix == ".png" else 1):
+            os.kill(os.getpid(), signal.SIGKILL)
+sample_formats.write_bytes = write_bytes
+import sys
+d.write_samples(sys.argv[1], model, plan, {NUM}, batch_size={BATCH}, class_labels={LABELS})
+"""
+)
+
+
+@pytest.mark.parametrize("name", ["folder", *(pytest.param(name, marks=pytest.mark.slow) for name in ("a.npz", "a.zip"))])
+def test_a_killed_process_ends_the_others_and_the_call_continues(
+    name: str, whole: Path, tmp_path: Path, drawn: list[int]
+) -> None:
+    done = run_ranks(2, ["-c", KILLED, name], tmp_path)
+    assert done[1].returncode == -signal.SIGKILL
+    assert done[0].returncode > 0  # with an error, and soon
+    assert list(tmp_path.rglob(f"{PREFIX}*.tmp"))
+    write(tmp_path / name)
+    assert drawn == [4]  # rank 0 has written blocks 0 and 2
+    assert digests(tmp_path / name) == digests(whole / name)
+    assert not list(tmp_path.rglob(f"{PREFIX}*.tmp"))
+
+
+def test_each_process_takes_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sample_files, "device_and_dtype", lambda _: (torch.device("cuda:0"), torch.float32))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    processes = Processes(rank=5, size=8, local_rank=1)
+    assert sample_files._device(processes, MODEL, None) == torch.device("cuda:1")
+    assert sample_files._device(processes, MODEL, "cuda:0") == "cuda:0"
+    with pytest.raises(ValueError, match="expected at most 2 processes on a machine with as many GPUs, got LOCAL_RANK 3"):
+        sample_files._device(Processes(rank=3, size=4, local_rank=3), MODEL, None)
+    assert sample_files._device(Processes(), MODEL, None) is None
+
+
+# ------------------------------------------------------------------------------------------------------- calls that continue
+
+
+@pytest.fixture(params=NAMES)
+def stopped(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The result of a call that Ctrl-C ended in the last block."""
+    call, out = Sampler.__call__, tmp_path / request.param
+
+    def draw(self: Sampler, num_samples: int, **arguments: Any) -> Tensor:
+        if num_samples < BATCH:
+            raise KeyboardInterrupt
+        return call(self, num_samples, **arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Sampler, "__call__", draw)
+        with pytest.raises(KeyboardInterrupt, match=f"8 of {NUM} images are written to .*Start it again to draw the others"):
+            write(out)
+    assert out.suffix == "" or not out.exists()
+    return out
+
+
+def test_a_call_draws_what_is_missing(stopped: Path, whole: Path, drawn: list[int]) -> None:
+    write(stopped)
+    assert drawn == [2]
+    assert digests(stopped) == digests(whole / stopped.name)
+    drawn.clear()
+    write(stopped)
+    assert not drawn
+    assert sorted(path.name for path in stopped.parent.iterdir()) == [stopped.name]
+
+
+def block_file(out: Path) -> Path:
+    """Return a file of the second block."""
+    if not out.suffix:
+        return out / "000000" / "000005.png"
+    ending = ".npy" if out.suffix == ".npz" else ".zip"
+    return out.with_name(f"{out.name}.parts") / f"0000000004{ending}"
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-6 if path.suffix == ".png" else 60] ^= 1  # the end of a PNG, the header of an npy, the first picture of a zip
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, cut, flip, lambda path: path.write_bytes(b"")])
+def test_damaged_files_are_drawn_again(damage: Callable[[Path], Any], stopped: Path, whole: Path, drawn: list[int]) -> None:
+    damage(block_file(stopped))
+    write(stopped)
+    assert drawn == [4, 2]
+    assert digests(stopped) == digests(whole / stopped.name)
+
+
+def test_parts_that_remain_beside_a_whole_archive_go(tmp_path: Path, whole: Path, drawn: list[int]) -> None:
+    parts = tmp_path / "a.npz.parts"
+    parts.mkdir()
+    shutil.copy(whole / "a.npz", tmp_path)
+    for name in ("0000000000.npy", "a.npz"):
+        (parts / name).touch()
+    write(tmp_path / "a.npz")
+    assert not parts.exists()
+    parts.mkdir()
+    for name in ("0000000000.npy", "mine.txt"):
+        (parts / name).touch()
+    write(tmp_path / "a.npz")
+    assert [path.name for path in parts.iterdir()] == ["mine.txt"]
+    assert not drawn
+
+
+# ------------------------------------------------------------------------------------------------------------------ errors
+
+OTHER = d.UNet(**{**MODEL.config, "norm_num_groups": 2})
+DIFFERENCES = {
+    "num_samples": {"num_samples": 9, "class_labels": LABELS[:9]},
+    "shape": {"shape": (3, 16, 16)},
+    "seed": {"seed": 1},
+    "batch_size": {"batch_size": 5},
+    "guidance_scale": {"guidance_scale": 2.0},
+    "dtype": {"dtype": torch.float64},
+    "plan": {"plan": d.ddpm_plan(d.NoiseSchedule.linear(10), 4)},
+    "weights": {"model": OTHER},
+    "labels": {"class_labels": LABELS[::-1]},
+}
+
+
+@pytest.mark.parametrize("name", ["folder", "a.npz"])
+@pytest.mark.parametrize("field", DIFFERENCES)
+def test_a_difference_is_named(field: str, name: str, whole: Path, drawn: list[int]) -> None:
+    before = digests(whole)
+    with pytest.raises(ValueError, match=rf"^write_samples: expected {field} to be .*{name}', got .*another out"):
+        write(whole / name, **DIFFERENCES[field])
+    assert not drawn
+    assert digests(whole) == before
+
+
+def test_a_frozen_network_is_told_from_another(tmp_path: Path, drawn: list[int]) -> None:
+    network = d.freeze(MODEL, torch.float32)
+    write(tmp_path / "a.npz", model=network)  # packs its weights
+    drawn.clear()
+    for same in (network, d.freeze(MODEL, torch.float32)):
+        write(tmp_path / "a.npz", model=same)
+    other = d.UNet(**MODEL.config)
+    other.load_state_dict(MODEL.state_dict())
+    changed = {}
+    for name in ("conv_in.weight", "mid_block.resnets.0.norm1.bias", "time_embedding.linear_1.weight", "conv_out.bias"):
+        with torch.no_grad():
+            other.get_parameter(name).flatten()[0] += 0.25
+        changed[name] = d.freeze(other, torch.float32)
+        with torch.no_grad():
+            other.get_parameter(name).flatten()[0] -= 0.25
+    for model in (*changed.values(), MODEL):
+        with pytest.raises(InvalidValue, match=r"^write_samples: expected weights to be '[0-9a-f]{64}', as in .* another out"):
+            write(tmp_path / "a.npz", model=model)
+    assert not drawn
+
+
+class Wrapper(torch.nn.Module):
+    """A module with a buffer of its own, and a frozen network that is no module."""
+
+    def __init__(self, network: d.FrozenUNet) -> None:
+        super().__init__()
+        self.network = network
+        self.register_buffer("scale", torch.ones(1))
+
+    def forward(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return self.network(x_t, t)
+
+
+def test_a_frozen_network_inside_a_module_is_told_from_another() -> None:
+    torch.manual_seed(1)
+    first, same, other = (d.freeze(each, torch.float32) for each in (MODEL, MODEL, d.UNet(**MODEL.config)))
+    digest = sample_files._weights_digest(Wrapper(first))
+    assert digest == sample_files._weights_digest(Wrapper(same))
+    assert digest != sample_files._weights_digest(Wrapper(other))
+
+
+UNKNOWN = (lambda x_t, t: x_t / 2, partial(lambda scale, x_t, t: scale * x_t, 0.5), Grey())
+
+
+@pytest.mark.parametrize("model", UNKNOWN, ids=["function", "partial", "module"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_without_weights_starts_files_and_continues_none(
+    model: Any, name: str, tmp_path: Path, drawn: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"model": model, "class_labels": None, "shape": (3, 4, 4)}
+    wanted = InvalidValue(
+        "write_samples",
+        "model",
+        f"to be a module with weights or a FrozenUNet to go on with {str(tmp_path / name)!r}",
+        "a function or object whose weights are unknown; choose another out",
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(sample_files, "_pixels", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt, match=rf"^0 of {NUM} images .*{name}\. No call can draw the others there\.$"):
+            write(tmp_path / name, **changes)
+    drawn.clear()
+    with refused(wanted):
+        write(tmp_path / name, **changes)
+    assert not drawn
+    shutil.rmtree(tmp_path / (name if name == "folder" else f"{name}.parts"))
+    write(tmp_path / name, **changes)
+    assert sum(drawn) == NUM
+    before = digests(tmp_path)
+    with refused(wanted):
+        write(tmp_path / name, **changes)
+    assert digests(tmp_path) == before
+
+
+def test_a_difference_of_an_interrupted_archive_is_named(tmp_path: Path) -> None:
+    parts = tmp_path / "a.npz.parts"
+    write(tmp_path / "a.npz")
+    with zipfile.ZipFile(tmp_path / "a.npz") as archive:
+        archive.extract("manifest.json", parts)
+    (tmp_path / "a.npz").unlink()
+    with pytest.raises(ValueError, match=r"expected seed to be 0, .* got 1"):
+        write(tmp_path / "a.npz", seed=1)
+    (parts / "manifest.json").write_text((parts / "manifest.json").read_text().replace('"npz"', '"zip"'))
+    with pytest.raises(ValueError, match=r"expected kind to be 'zip', .* got 'npz'"):
+        write(tmp_path / "a.npz")
+    (parts / "manifest.json").write_text('{"format": 2}')
+    with pytest.raises(
+        ValueError, match=r"expected '.*manifest\.json' to have valid fields, got: Invalid enum value 2 - at `\$\.format`"
+    ):
+        write(tmp_path / "a.npz")
+
+
+def test_files_of_others_are_left_alone(tmp_path: Path, drawn: list[int]) -> None:
+    for folder in ("folder", "a.npz.parts"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "mine.txt").touch()
+    np.savez(tmp_path / "b.npz", arr_0=np.zeros(3))
+    (tmp_path / "b.zip").write_text("mine")
+    before = digests(tmp_path)
+    for name, wanted in {
+        "folder": r"got '.*folder', which has 'mine.txt'",
+        "a.npz": r"got '.*a.npz.parts', which has 'mine.txt'",
+        "b.npz": r"got '.*b.npz': .*manifest.json",
+        "b.zip": r"got '.*b.zip': File is not a zip file",
+    }.items():
+        with pytest.raises(UnusablePath, match=f"^write_samples: expected out to be new or .*, {wanted}"):
+            write(tmp_path / name)
+    assert digests(tmp_path) == before
+    assert not drawn
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_second_call_is_refused_while_one_writes(name: str, tmp_path: Path, drawn: list[int]) -> None:
+    refused = []
+
+    def second(*_: Any, **__: Any) -> Tensor:
+        with pytest.raises(BlockingIOError, match=r"expected no other process to write to '.*', got process \d+ on ") as error:
+            write(tmp_path / name)
+        refused.append(error)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Sampler, "__call__", second)
+        with pytest.raises(KeyboardInterrupt):
+            write(tmp_path / name)
+    assert len(refused) == 1
+    write(tmp_path / name)
+    assert sum(drawn) == NUM
+
+
+def test_a_file_system_without_locks_is_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import fcntl
+
+    def flock(*_: object) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert len(digests(write(tmp_path / "folder"))) == NUM + 2
+    assert "folder is not locked, so no other process may write to it meanwhile: [Errno 38]" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        ({"num_samples": 0}, "expected num_samples to be an integer in 1"),
+        ({"batch_size": 0}, "expected batch_size to be an integer in 1"),
+        ({"batch_size": None}, "expected batch_size to be an integer in 1"),
+        ({"seed": torch.zeros(NUM, dtype=torch.int64)}, "expected seed to be an integer in"),
+        ({"seed": 1 << 64}, "expected seed to be an integer in"),
+        ({"class_labels": [5] * NUM}, r"expected class_labels to be in 0\.\.4"),
+        ({"class_labels": [0]}, "expected class_labels to be an int or 10 ints"),
+        ({"guidance_scale": 2.0, "class_labels": None}, "expected guidance_scale to be None or 1"),
+        ({"shape": (8, 8)}, "expected shape|expected a model"),
+        ({"out": ""}, "expected out to be a path, got an empty text"),
+        ({"out": "/dev/null"}, "expected out to be in a folder, got '/dev/null', and '/dev/null' is a file"),
+        ({"out": "file/dir"}, "expected out to be in a folder, got 'file/dir', and '.*file' is a file"),
+        ({"out": "dir.npz"}, "expected out to be a file, got 'dir.npz', which is a folder or a device"),
+        ({"out": "x" * 300}, "expected out to be a path that can be written"),
+        ({"out": "a\0b"}, "expected out to be a path without null characters"),
+        ({"progress": 1}, "expected progress to be a bool"),
+    ],
+)
+def test_arguments_are_checked_before_work(
+    changes: dict[str, Any], wanted: str, tmp_path: Path, drawn: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    Path("dir.npz").mkdir()
+    with pytest.raises((ValueError, TypeError, OSError), match=f"^write_samples: {wanted}"):
+        write(**{"out": "new/folder"} | changes)
+    assert not drawn
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dir.npz", "file"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_folder_that_cannot_be_made_is_named(
+    name: str, tmp_path: Path, drawn: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reason = FileNotFoundError(2, "No such file or directory")  # as in /proc, where all looks writable to root
+    monkeypatch.setattr(Path, "mkdir", lambda *arguments, **options: (_ for _ in ()).throw(reason))
+    with refused(UnusablePath("write_samples", "out", "to be a path whose folders can be made", reason)):
+        write(tmp_path / "new" / name)
+    assert not drawn
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_too_little_space_is_refused(name: str, tmp_path: Path, drawn: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil._ntuple_diskusage(10**12, 0, 1900)  # type: ignore[attr-defined]  # 10 images of 192 bytes are more
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(OSError, match=r"^write_samples: expected out to be on a disk with"):
+        write(tmp_path / "new" / name)
+    assert not drawn
+    assert not list(tmp_path.iterdir())
+
+
+def test_many_images_need_the_memory_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ddpm_fast import resources
+
+    monkeypatch.setattr(resources, "free_memory", lambda: 200 << 20)
+    usage = shutil._ntuple_diskusage(10**12, 0, 0)  # type: ignore[attr-defined]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(OSError, match="expected out to be on a disk with"):  # after the check of memory
+        write(Path("no such folder"), num_samples=1_000_000, class_labels=None)
+    with refused(
+        InvalidValue("write_samples", "num_samples", "to fit into memory", "1000000, which needs about 776.0 MB of 209.7 MB")
+    ):
+        write(Path("no such folder"), num_samples=1_000_000, batch_size=1_000_000, class_labels=None)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_image_that_is_not_finite_is_named(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = Sampler.__call__
+
+    def draw(self: Sampler, num_samples: int, **arguments: Any) -> Tensor:
+        images = call(self, num_samples, **arguments)
+        if num_samples == 2:
+            images[1, 0, 0, 0] = torch.nan
+        return images
+
+    monkeypatch.setattr(Sampler, "__call__", draw)
+    with refused(InvalidValue("write_samples", "images", "to be finite", "NaN or infinity in image 9")):
+        write(tmp_path / name)

@@ -1,0 +1,523 @@
+"""`Sampler`: what it keeps between calls, and captured steps.
+
+Without a GPU a stand-in records the steps and replays them: all but the capture itself is exercised.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import os
+import pickle
+import subprocess
+import sys
+import warnings
+import weakref
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from drawing import CASES, PLAN, SCHEDULE, Recording, draw, tiny_unet
+from fixtures import leave_matrices_to_pytorch
+from refusals import refused
+from small_unets import relative_error
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ddpm_fast import (
+    FrozenUNet,
+    Sampler,
+    ddim_plan,
+    ddpm_plan,
+    freeze,
+    sample,
+    sample_seeds,
+)
+from ddpm_fast.errors import InvalidType, InvalidValue
+from ddpm_fast.inference import cuda_graph
+from ddpm_fast.sampling.sampler import MAX_LOOPS
+
+
+class Captures:
+    """Counts captures and replays of steps."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+        self.made = self.replayed = 0
+        if device.type == "cpu":
+            monkeypatch.setattr(cuda_graph, "DEVICE_TYPES", ("cpu",))
+        real = cuda_graph.capture if device.type == "cuda" else self._stand_in
+
+        def capture(*arguments: Any) -> Callable[[], None]:
+            replay = real(*arguments)
+            self.made += 1
+
+            def counted() -> None:
+                self.replayed += 1
+                replay()
+
+            return counted
+
+        monkeypatch.setattr(cuda_graph, "capture", capture)
+
+    @staticmethod
+    def _stand_in(rehearse: Callable[[], None], advance: Callable[[], None], *_: Any) -> Callable[[], None]:
+        assert not torch.is_autocast_cache_enabled()  # what it keeps would not outlive the call
+        rehearse()
+        rehearse()
+        return advance
+
+
+@pytest.fixture
+def captures(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> Captures:
+    return Captures(monkeypatch, device)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_captured_steps_give_the_bits_of_eager_ones(
+    case: str, dtype: torch.dtype, captures: Captures, device: torch.device
+) -> None:
+    network, plan, arguments = CASES[case]
+    model = tiny_unet(**network).to(device)
+    arguments = arguments | {"batch_size": 2, "num_frames": 3, "progress": False}
+    eager = Sampler(model, plan, dtype=dtype, cuda_graph=False).trajectory(5, **arguments)
+    assert (captures.made, captures.replayed) == (0, 0)
+    sampler = Sampler(model, plan, dtype=dtype)
+    for _ in range(2):
+        images, states = sampler.trajectory(5, **arguments)
+        assert torch.equal(images, eager[0])
+        assert torch.equal(states, eager[1])
+        assert images.device == next(model.parameters()).device
+        assert (states.device.type, states.is_inference()) == ("cpu", False)
+    assert captures.made == 2  # for batches of 2 and of the 1 that is left
+    assert captures.replayed == 2 * 3 * plan.num_steps
+
+
+# ----------------------------------------------------------------------------------------------------- what a Sampler keeps
+
+
+def test_a_sampler_draws_the_images_of_sample() -> None:
+    model = tiny_unet(classes=3)
+    sampler = Sampler(model, PLAN)
+    assert isinstance(sampler.network, FrozenUNet)
+    assert (sampler.shape, sampler.device, sampler.dtype) == ((1, 8, 8), torch.device("cpu"), torch.float32)
+    for arguments in (
+        {},
+        {"seed": 4},
+        {"class_labels": [0, 1, 2], "guidance_scale": 2.0},
+        {"class_labels": 1, "batch_size": 2},
+        {"x_T": torch.ones(3, 1, 8, 8)},
+    ):
+        assert torch.equal(sampler(3, progress=False, **arguments), draw(model, 3, **arguments))
+
+
+def test_a_shape_guidance_and_stream_are_captured_once(
+    captures: Captures, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampler = Sampler(tiny_unet(classes=3).to(device), PLAN)
+    calls: list[dict[str, Any]] = [
+        {"num_samples": 2},
+        {"num_samples": 3},
+        {"num_samples": 2, "class_labels": 1, "guidance_scale": 2.0},
+        {"num_samples": 2, "class_labels": 1, "guidance_scale": 3.0},
+    ]
+    first = [sampler(progress=False, **arguments) for arguments in calls]
+    assert captures.made == 4
+    for arguments, images in zip(calls, first, strict=True):
+        assert torch.equal(sampler(progress=False, **arguments), images)
+        assert not torch.equal(sampler(progress=False, seed=1, **arguments), images)
+    assert captures.made == 4
+    sampler(5, progress=False)  # one more than is kept: the batch of 2 goes, used longest ago
+    sampler(2, progress=False)
+    assert captures.made == 6
+    sampler(2, progress=False)
+    assert captures.made == 6
+    monkeypatch.setattr(cuda_graph, "settings", lambda: "others")  # such as autocast
+    sampler(2, progress=False)
+    assert captures.made == 7
+
+
+def _in_place(model: nn.Module) -> None:
+    with torch.no_grad():
+        next(model.parameters()).mul_(1.5)
+
+
+def _behind_autograds_back(model: nn.Module) -> None:
+    next(model.parameters()).data.mul_(1.5)
+
+
+def _assigned(model: nn.Module) -> None:
+    state = {name: 1.5 * value for name, value in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+
+
+def _attribute(model: nn.Module) -> None:
+    model.conv_norm_out.eps = 0.5  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("change", [_in_place, _behind_autograds_back, _assigned, _attribute])
+@pytest.mark.filterwarnings("ignore:.*this UNet is not frozen, because conv_norm_out.eps is 0.5:RuntimeWarning")
+def test_a_sampler_has_the_model_as_it_was_and_sample_as_it_is(
+    change: Callable[[nn.Module], None], captures: Captures, device: torch.device
+) -> None:
+    model = tiny_unet().to(device)
+    sampler = Sampler(model, PLAN)
+    before = sampler(2, progress=False)
+    assert torch.equal(draw(model), before)
+    change(model)
+    assert torch.equal(sampler(2, progress=False), before)
+    after = draw(model)
+    assert not torch.equal(after, before)
+    assert torch.equal(after, draw(model, cuda_graph=False))
+
+
+def test_nothing_outlives_a_sampler(captures: Captures, device: torch.device) -> None:
+    model = tiny_unet().to(device)
+    sampler = Sampler(model, PLAN)
+    sampler(2, progress=False)
+    gone = [weakref.ref(each) for each in (model, sampler, sampler.network)]
+    del model, sampler
+    gc.collect()
+    assert [each() for each in gone] == [None] * 3
+
+
+def test_a_call_that_fails_leaves_the_sampler_usable(captures: Captures, device: torch.device) -> None:
+    sampler = Sampler(tiny_unet().to(device), PLAN)
+    images = sampler(2, progress=False)
+
+    def stop(step: int, timestep: int, x_t: Tensor) -> None:
+        if step == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sampler(2, progress=False, callback=stop)
+    assert torch.equal(sampler(2, progress=False), images)
+
+
+def test_captured_steps_own_what_they_read(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph has addresses, and holds no tensor."""
+    if device.type == "cpu":
+        monkeypatch.setattr(cuda_graph, "DEVICE_TYPES", ("cpu",))
+    monkeypatch.setattr(cuda_graph, "capture", lambda rehearse, *_: (rehearse(), lambda: None)[1])
+    sampler = Sampler(tiny_unet().to(device), PLAN, dtype=torch.float64)  # PyTorch's layers, as on a GPU
+    sampler(1, progress=False)
+    (loop,) = sampler._loops.values()
+    advance, _ = loop.held
+    tensors = [value for call, _ in advance.__self__._calls for value in call.arguments if isinstance(value, Tensor)]
+    read = [weakref.ref(value if value._base is None else value._base) for value in tensors]
+    assert len(read) > 10
+    del advance, tensors
+    gc.collect()
+    assert all(each() is not None for each in read)
+
+
+def test_each_stream_has_its_own_loop_and_memory(
+    captures: Captures, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if device.type == "cpu":
+        pytest.skip("a CPU has no streams")
+    sampler = Sampler(tiny_unet().to(device), PLAN)
+    images = sampler(2, progress=False)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        others = sampler(2, progress=False)
+    torch.cuda.synchronize()
+    assert torch.equal(others, images)
+    assert (captures.made, len(sampler._pools)) == (2, 2)
+
+
+def test_the_default_device_does_not_matter() -> None:
+    sampler = Sampler(tiny_unet(), PLAN)
+    expected, seeds = sampler.trajectory(2, progress=False), sample_seeds(0, 2)
+    with torch.device("meta"):
+        images, states = sampler.trajectory(2, seed=seeds, progress=False)
+    assert torch.equal(images, expected[0])
+    assert torch.equal(states, expected[1])
+
+
+def test_threads_that_share_a_sampler_take_turns(captures: Captures, device: torch.device) -> None:
+    sampler = Sampler(tiny_unet().to(device), PLAN)
+    expected = [sampler(2, seed=seed, progress=False) for seed in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        drawn = list(pool.map(lambda seed: sampler(2, seed=seed, progress=False), range(4)))
+    for images, each in zip(drawn, expected, strict=True):
+        assert torch.equal(images, each)
+
+
+def test_another_plan_takes_effect() -> None:
+    model = tiny_unet()
+    sampler = Sampler(model, ddim_plan(SCHEDULE, 2))
+    sampler(2, progress=False)
+    for plan in (ddim_plan(SCHEDULE, 9), ddim_plan(SCHEDULE, 9, eta=1.0), ddim_plan(SCHEDULE, 2)):
+        sampler.plan = plan
+        assert torch.equal(sampler(2, progress=False), draw(model, plan=plan))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_call_in_a_dispatch_mode_leaves_the_sampler_usable(dtype: torch.dtype) -> None:
+    sampler = Sampler(tiny_unet(), PLAN, dtype=dtype)
+    with FakeTensorMode(allow_non_fake_inputs=True), suppress(Exception):
+        sampler(2, progress=False)
+    assert torch.equal(sampler(2, progress=False), draw(tiny_unet(), dtype=dtype))
+
+
+def test_only_programs_are_kept() -> None:
+    sampler = Sampler(Recording(), PLAN, shape=(1, 4, 4))
+    sampler(2, progress=False)
+    assert not sampler._loops
+
+
+def test_one_sampler_serves_any_number_of_threads() -> None:
+    sampler = Sampler(tiny_unet(), PLAN)
+    before, images = torch.get_num_threads(), sampler(2, progress=False)
+    try:
+        for threads in (1, 2, 3, 4, 5, 1):
+            torch.set_num_threads(threads)
+            assert torch.equal(sampler(2, progress=False), images)
+            assert len(sampler._loops) <= MAX_LOOPS
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the operating system has no fork")
+def test_a_forked_child_draws_the_same_images() -> None:
+    """Before and while another thread of the parent draws. From a callback the error is the parent's."""
+    script = """
+import os, signal, threading, torch
+from ddpm_fast import NoiseSchedule, Sampler, UNet, ddpm_plan
+schedule = NoiseSchedule.linear(8)
+model = UNet(sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8,), layers_per_block=1, norm_num_groups=2,
+             down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), num_class_embeds=3)
+torch.nn.init.normal_(model.conv_out.weight)
+sampler = Sampler(model, ddpm_plan(schedule))
+images = sampler(2, progress=False)
+
+def child(draws):
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        signal.alarm(60)
+        try:
+            status = int(not draws())
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+same = lambda: torch.equal(sampler(2, progress=False), images)
+child(same)
+inside, go_on = threading.Event(), threading.Event()
+def wait(step, *_):
+    inside.set()
+    go_on.wait()
+thread = threading.Thread(target=lambda: sampler(2, progress=False, callback=wait))
+thread.start()
+inside.wait()
+child(same)
+go_on.set()
+thread.join()
+def refused():
+    try:
+        sampler(1, progress=False)
+    except RuntimeError as error:
+        return "got one from its callback" in str(error)
+sampler(2, progress=False, callback=lambda step, *_: child(refused) if step == 3 else None)
+assert same()
+
+# So large that PyTorch starts threads, for which it would wait in the child.
+torch.set_num_threads(2)
+large = torch.nn.Conv2d(3, 3, 3, padding=1).eval()
+others = Sampler(lambda x, t: large(x), ddpm_plan(schedule), shape=(3, 64, 64))
+drawn = others(8, progress=False)
+def large_ones():
+    again, threads = others(8, progress=False), torch.get_num_threads()
+    torch.set_num_threads(1)  # for torch.equal
+    return torch.equal(again, drawn) and threads == 2
+child(large_ones)
+print("same")
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert (result.stdout, result.returncode) == ("same\n", 0), result.stderr
+
+
+# ------------------------------------------------------------------------------------------------- which models are captured
+
+
+def test_the_inference_form_itself_is_captured(captures: Captures, device: torch.device) -> None:
+    model = tiny_unet().to(device)
+    dtype = torch.float32 if device.type == "cpu" else None  # in which `sample` freezes the model
+    frozen = freeze(model, dtype, num_timesteps=20)
+    assert torch.equal(draw(frozen), draw(model))
+    assert captures.made == 2
+
+
+def test_other_models_are_captured_only_on_demand(captures: Captures, device: torch.device) -> None:
+    model = Recording().to(device)
+    images = draw(model, shape=(1, 4, 4))
+    assert (captures.made, len(model.calls)) == (0, 3)
+    assert torch.equal(draw(model, shape=(1, 4, 4), cuda_graph=True), images)
+    assert captures.made == 1
+
+
+def test_a_captured_model_keeps_the_memory_of_its_weights(captures: Captures, device: torch.device) -> None:
+    """A replay reads the addresses of the capture, also if the model has got other weights since."""
+    model = Recording().to(device)
+    sampler = Sampler(model, PLAN, shape=(1, 4, 4), cuda_graph=True)
+    sampler(2, progress=False)
+    weight = weakref.ref(model.weight)
+    model.weight = nn.Parameter(torch.tensor(0.5, device=device))
+    gc.collect()
+    assert weight() is not None
+
+
+def test_labels_reach_a_model_without_a_config(captures: Captures, device: torch.device) -> None:
+    class Labelled(Recording):
+        def forward(self, x_t: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
+            return super().forward(x_t, t) * (1 if class_labels is None else class_labels[:, None, None, None] / 8)
+
+    model = Labelled().to(device)
+    for captured in (False, True):
+        arguments: dict[str, Any] = {"shape": (1, 4, 4), "cuda_graph": captured}
+        plain, labelled = (draw(model, class_labels=labels, **arguments) for labels in (None, [8, 4]))
+        assert torch.equal(plain[0], labelled[0])
+        assert not torch.equal(plain[1], labelled[1])
+    assert captures.made == 2
+
+
+def test_a_network_with_layers_of_another_make_runs_as_it_is(captures: Captures, device: torch.device) -> None:
+    class Doubled(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    model = tiny_unet().to(device)
+    plain = draw(model, dtype=torch.float32)
+    model.conv_out.__class__ = Doubled
+    with pytest.warns(
+        RuntimeWarning, match="not frozen, because conv_out is of class Doubled, its configuration says Conv3x3"
+    ) as warned:
+        doubled = draw(model)
+    assert len(warned) == 1
+    with pytest.warns(RuntimeWarning, match="conv_out") as warned:
+        Sampler(model, PLAN)
+    assert warned[0].filename == __file__
+    assert captures.made == 1
+    assert not torch.allclose(doubled, plain, atol=1e-2)
+
+
+def test_graphs_are_refused_on_a_cpu() -> None:
+    with refused(InvalidValue("sample", "cuda_graph", "to be None or False on cpu", "True")):
+        draw(tiny_unet(), cuda_graph=True)
+
+
+def test_a_cpu_network_keeps_the_models_dtype() -> None:
+    model = tiny_unet()
+    assert Sampler(model, PLAN).dtype == torch.float32
+    assert Sampler(model, PLAN, dtype=torch.bfloat16).dtype == torch.bfloat16
+    assert Sampler(model.double(), PLAN).dtype == torch.float64
+
+
+# ------------------------------------------------------------------------------------------------------------------ failure
+
+
+def test_steps_are_launched_one_by_one_where_a_capture_fails(
+    captures: Captures, device: torch.device, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tried = []
+
+    def fail(rehearse: Callable[[], None], *_: Any) -> None:
+        tried.append(rehearse())
+        raise cuda_graph.CaptureError("the moon is not full")
+
+    monkeypatch.setattr(cuda_graph, "capture", fail)
+    model = tiny_unet().to(device)
+    sampler = Sampler(model, PLAN)
+    for _ in range(2):
+        assert torch.equal(sampler(2, progress=False), draw(model, cuda_graph=False))
+    assert len(tried) == 1  # and not again
+    assert caplog.text.count("no CUDA graph: the moon is not full") == 1
+
+
+def test_a_model_that_asks_the_host_falls_back(
+    captures: Captures, device: torch.device, caplog: pytest.LogCaptureFixture
+) -> None:
+    if device.type == "cpu":
+        pytest.skip("needs a GPU to wait for")
+
+    class Asking(Recording):
+        def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+            return super().forward(x_t, t) * float(t[0])
+
+    model = Asking().to(device)
+    images = draw(model, shape=(1, 4, 4), cuda_graph=True)
+    assert "a step waits for the GPU" in caplog.text
+    assert torch.equal(images, draw(model, shape=(1, 4, 4)))
+    draw(tiny_unet().to(device))  # the next capture is none the worse for it
+    assert captures.made == 1
+
+
+def test_random_numbers_and_captures_go_on_where_cuda_gives_a_capture_up(
+    captures: Captures, device: torch.device, caplog: pytest.LogCaptureFixture
+) -> None:
+    if device.type == "cpu":
+        pytest.skip("needs a GPU that refuses")
+
+    class Synchronising(Recording):
+        def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+            torch.cuda.synchronize()
+            return super().forward(x_t, t)
+
+    model = Synchronising().to(device)
+    images = draw(model, shape=(1, 4, 4), cuda_graph=True)
+    assert "as there can be no CUDA graph" in caplog.text
+    assert bool(torch.randn(4, device=device).isfinite().all())
+    assert torch.equal(images, draw(model, shape=(1, 4, 4)))
+    draw(tiny_unet().to(device))
+    assert captures.made == 1
+
+
+def test_nothing_in_the_steps_waits_for_the_gpu(captures: Captures, device: torch.device) -> None:
+    if device.type == "cpu":
+        pytest.skip("see the test that watches for host reads")
+    for captured in (None, False):
+        sampler = Sampler(tiny_unet(classes=3).to(device), ddpm_plan(SCHEDULE), cuda_graph=captured)
+        loop = sampler._loop(2, 3, 2.0)
+        seeds, labels = torch.zeros(2, dtype=torch.int64, device=device), torch.ones(2, dtype=torch.int64, device=device)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch calls this mode a prototype
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            loop.state.start(seeds, labels)
+            for _ in range(sampler.plan.num_steps):
+                loop.advance()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert bool(loop.state.x_t.isfinite().all())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_loop_runs_on_the_cuda_kernels(case: str, emulated: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The emulated ones, with PyTorch's convolutions and matrix products."""
+    leave_matrices_to_pytorch(monkeypatch)
+    network, plan, arguments = CASES[case]
+    model, arguments = tiny_unet(**network), arguments | {"progress": False}
+    networks = [freeze(model, dtype, num_timesteps=20) for dtype in (torch.float32, torch.bfloat16)]
+    on_emulator = [sample(each, plan, 5, **arguments) for each in networks]
+    monkeypatch.undo()
+    exact = sample(model, plan, 5, dtype=torch.float64, **arguments)
+    for images, each in zip(on_emulator, networks, strict=True):
+        allowed = 2 * relative_error(sample(each, plan, 5, **arguments), exact)
+        assert relative_error(images, exact) <= allowed
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_sampler_cannot_be_copied(duplicate: Callable[[Sampler], object]) -> None:
+    with pytest.raises(TypeError, match="Sampler: it cannot be copied or pickled: make a new one"):
+        duplicate(Sampler(tiny_unet(), ddpm_plan(SCHEDULE)))
+
+
+def test_a_pair_is_no_model() -> None:
+    with refused(InvalidType("Sampler", "model", "to be an nn.Module or another callable object", "a tuple")):
+        Sampler((tiny_unet(), SCHEDULE), ddpm_plan(SCHEDULE))  # type: ignore[arg-type]
