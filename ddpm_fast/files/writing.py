@@ -1,4 +1,7 @@
-"""The one writer of files: whole, durable, and under a random name until it is done. JSON and tensors on top."""
+"""The one writer of files: whole, durable, and under a random name until it is done. JSON and tensors on top.
+
+`tests/repository/test_writers.py` lists the exceptions, such as rows that are appended to a log.
+"""
 
 from __future__ import annotations
 

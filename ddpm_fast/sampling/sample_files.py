@@ -27,10 +27,10 @@ from ..plan import SamplingPlan
 from ..resources import check_free_space
 from .arguments import ClassLabels, checked_request, checked_setup
 from .progress import progress_bar
-from .sample_formats import Pixels, SampleFiles, files_of
+from .sample_formats import Pixels, SampleFormat, files_of
 from .sampler import Sampler
 
-_CALLER: Final = SampleFiles.caller
+_CALLER: Final = SampleFormat.caller
 _FORMAT: Final = 1  # a manifest's
 _COUNTER: Final = "ddpm_fast/images_written"  # a key of the processes' store
 _APART: Final = timedelta(hours=24)  # between the ends of the first process and the last
@@ -176,7 +176,7 @@ def _pixels(images: Tensor, block: range) -> Pixels:
 
 
 def _missing(
-    processes: Processes, files: SampleFiles, manifest: Mapping[str, Any], blocks: Sequence[range], locks: ExitStack
+    processes: Processes, files: SampleFormat, manifest: Mapping[str, Any], blocks: Sequence[range], locks: ExitStack
 ) -> list[range]:
     """Return the blocks that are not written, the same in all processes. Rank 0 locks the folder, and begins what is new."""
 
@@ -245,7 +245,7 @@ def _wait(all_arrived: Callable[[], bool], written: Callable[[int], None]) -> No
 
 @contextmanager
 def _interruptible(
-    processes: Processes, files: SampleFiles, blocks: Sequence[range], manifest: Mapping[str, Any]
+    processes: Processes, files: SampleFormat, blocks: Sequence[range], manifest: Mapping[str, Any]
 ) -> Iterator[None]:
     """Say at Ctrl-C how many images are written, in rank 0."""
     try:

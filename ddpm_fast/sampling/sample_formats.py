@@ -30,7 +30,7 @@ _PNG_END: Final = b"IEND\xaeB`\x82"
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
 
-class SampleFiles(ResultFolder, ABC):
+class SampleFormat(ResultFolder, ABC):
     """The files of one call. Blocks and the manifest are in the folder `path`.
 
     Attributes:
@@ -99,7 +99,7 @@ class SampleFiles(ResultFolder, ABC):
         """Write what needs all blocks."""
 
 
-class _Folder(SampleFiles):
+class _Folder(SampleFormat):
     """A folder of PNGs."""
 
     kind = "folder"
@@ -127,7 +127,7 @@ class _Folder(SampleFiles):
         self.remove_lock()
 
 
-class _Archive(SampleFiles):
+class _Archive(SampleFormat):
     """An archive, and a folder beside it with a file for each block until the archive is whole."""
 
     ending: ClassVar[str]  # a block's file has it
@@ -255,7 +255,7 @@ class _Zip(_Archive):
         archive.writestr(zipfile.ZipInfo(_DATASET), _dataset_text(names, self.labels))
 
 
-def files_of(out: str | os.PathLike[str], num_samples: int, shape: Sequence[int], labels: np.ndarray | None) -> SampleFiles:
+def files_of(out: str | os.PathLike[str], num_samples: int, shape: Sequence[int], labels: np.ndarray | None) -> SampleFormat:
     """Return the files of a call, in the format that the ending of `out` chooses."""
     text = os.fspath(out).lower()
     kind = _Npz if text.endswith(".npz") else _Zip if text.endswith(".zip") else _Folder

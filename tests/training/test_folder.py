@@ -1,4 +1,4 @@
-"""Run folders: one process at a time, checkpoints with checksums, and nothing foreign touched."""
+"""Run folders: the log, checkpoints with checksums, and nothing foreign touched. Locks are tested in tests/files/."""
 
 from __future__ import annotations
 
