@@ -277,7 +277,7 @@ def inject(library: ctypes.CDLL, base: Path, name: str, kind_name: str, every: i
             task.check(folder, status == FINISHED)
         except Exception as error:
             raise AssertionError(f"{name}: call {call} of {calls}, {kind_name}: {error!r}") from error
-        leftovers = [path for path in folder.rglob(f"{PREFIX}*") if kind_name != "KILL"]
+        leftovers = [path for path in folder.rglob(f"{PREFIX}*.tmp") if kind_name != "KILL"]
         assert len(leftovers) <= 1, f"{name}: call {call} of {calls}, {kind_name}: {leftovers}"  # 1: its removal failed
         ends["finished" if status == FINISHED else "stopped"] += 1
     return {"calls": calls, "tried": ends.total(), **ends}
