@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..checks import check_callable, check_int, check_path, check_type, checked_bytes, computing_device
+from ..checks import check_callable, check_int, check_path, check_type, checked_bytes
 from ..distributed import joined
 from ..errors import InvalidType, expect, renaming
 from ..nn import UNet, UNetConfig
@@ -83,7 +83,6 @@ class Trainer:
         check_callable("Trainer", "on_checkpoint", on_checkpoint)
         if options.sample_every:
             check_int("Trainer", "sample_steps", options.sample_steps, 1, schedule.num_timesteps, optional=True)
-        computing_device("Trainer", options.device)
         _check_trainable(model)
         self._dataset = _adapted(dataset, model, num_workers)
         _check_fit(model, self._dataset)
