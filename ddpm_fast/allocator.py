@@ -41,8 +41,8 @@ def kept_memory() -> Iterator[None]:
 
     It changes malloc's options for the whole process and has full effect on the main thread. Some memory
     of other threads still returns to the system. It has no effect without glibc (macOS, Windows, musl),
-    with another allocator, or if the environment sets these options. The only other state is a
-    count of the contexts that are open.
+    with another allocator, or if the environment sets malloc's thresholds, mmap_max or top_pad. The only
+    other state is a count of the contexts that are open.
 
     On exit, malloc's options become the values that glibc adapts to: blocks of 32 MiB and more are separate
     mappings, and 64 MiB may stay free at the end of the heap. Options that the program set by `mallopt` are lost.
@@ -67,7 +67,7 @@ def kept_memory() -> Iterator[None]:
 
 
 def sets_options(environment: Mapping[str, str]) -> bool:
-    """Return whether an environment sets an option that `kept_memory` would change. It is then the user's choice."""
+    """Return whether an environment sets an option that ends glibc's adaptation, which would not come back afterwards."""
     tunables = environment.get("GLIBC_TUNABLES", "")
     names = ("trim_threshold", "mmap_threshold", "mmap_max", "top_pad")
     return any(f"MALLOC_{name.upper()}_" in environment or f"glibc.malloc.{name}=" in tunables for name in names)
