@@ -110,3 +110,4 @@ class SampleManifest(Struct, frozen=True):
     plan: Sha256
     weights: Sha256 | None
     labels: Sha256 | None
+    condition: Sha256 | None = None

@@ -27,7 +27,15 @@ from ..inference import inference_network
 from ..inference.model import Model, device_and_dtype, evaluation_mode, model_config, predict
 from ..plan import COLUMNS, VARIANCE_TYPES, Prediction, Variance, ddpm_plan
 from ..reference import ranged_log_variance
-from ..sampling.arguments import ClassLabels, check_image_shape, check_model, check_takes_labels, resolve_labels, resolve_seeds
+from ..sampling.arguments import (
+    ClassLabels,
+    check_condition,
+    check_image_shape,
+    check_model,
+    check_takes_labels,
+    resolve_labels,
+    resolve_seeds,
+)
 from ..sampling.progress import progress_bar
 from ..schedule import NoiseSchedule
 
@@ -84,6 +92,7 @@ def variational_bound(
     variance: Variance = "fixed_small",
     clip: float | None = 1.0,
     class_labels: ClassLabels = None,
+    condition: Tensor | None = None,
     seed: int | Tensor = 0,
     noise: Callable[[int], Tensor] | None = None,
     exact_cdf: bool = False,
@@ -107,6 +116,7 @@ def variational_bound(
         variance: Variance of the reverse steps, as in `ddpm_plan`.
         clip: Bound on x_0^, or None, as in `ddpm_plan`.
         class_labels: As in `sample`.
+        condition: As in `sample`.
         seed: An int, or int64 [N] with a seed per image. The stream of timestep t is t.
         noise: Replaces `seed`. noise(t) returns epsilon of timestep t, shaped like x_0. It is called once
             for each t = T-1, ..., 0.
@@ -140,8 +150,10 @@ def variational_bound(
     check_type(caller, "progress", progress, bool)
     check_dtype(caller, "dtype", dtype, optional=True)
     check_int(caller, "batch_size", batch_size, 1, optional=True)
-    check_image_shape(caller, "x_0", model, x_0.shape)
     total = len(x_0)
+    check_condition(caller, model, tuple(x_0.shape[1:]), total, condition)
+    channels = x_0.shape[1] + (0 if condition is None else condition.shape[1])
+    check_image_shape(caller, "x_0", model, (total, channels, *x_0.shape[2:]))
     labels, _ = resolve_labels(caller, model_config(model), class_labels, total)
     check_takes_labels(caller, model, class_labels)
     seeds = resolve_seeds(caller, seed, total)
@@ -153,6 +165,7 @@ def variational_bound(
     check_dtype(caller, "dtype", dtype)
     x_0 = x_0.detach().to(device, opmath(dtype))
     seeds, labels = seeds.to(device), None if labels is None else labels.to(device)
+    condition = None if condition is None else condition.to(device, dtype)
     terms = torch.empty(total, schedule.num_timesteps, dtype=torch.float64, device=device)
     x_0_mse = torch.empty_like(terms)
     chunks = [slice(i, i + (batch_size or total)) for i in range(0, total, batch_size or total)]
@@ -172,7 +185,8 @@ def variational_bound(
                 drawn = ops.noise(x.shape, seeds[chunk], stream=t, dtype=x.dtype) if epsilon is None else epsilon[chunk]
                 x_t = ops.q_sample(x, t, schedule, noise=drawn)
                 step = torch.full((len(x),), t, device=device)
-                output = predict(network, x_t.to(dtype), step, None if labels is None else labels[chunk]).double()
+                x_in = x_t.to(dtype) if condition is None else torch.cat([x_t.to(dtype), condition[chunk]], dim=1)
+                output = predict(network, x_in, step, None if labels is None else labels[chunk]).double()
                 m, log_variance = _split(output, x.shape[1], t, bounds[:, t], variance)
                 p, q, clip_at = (float(weights[t, COLUMNS.index(name)]) for name in ("p", "q", "clip"))
                 unclipped = p * x_t.double() + q * m

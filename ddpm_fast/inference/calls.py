@@ -12,14 +12,16 @@ from .pytorch_layers import PyTorchLayers
 Layers: TypeAlias = PackedLayers | PyTorchLayers
 
 
-def append_network(builder: Builder, network: Network, layers: Layers, x: Value, stacks: list[Buffer]) -> Buffer:
+def append_network(
+    builder: Builder, network: Network, layers: Layers, inputs: tuple[Value, ...], stacks: list[Buffer]
+) -> Buffer:
     """Append the calls of all layers, in the order of `UNet.forward`, and return the network's output.
 
     Args:
         builder: Receives the calls.
         network: The layers.
         layers: Their implementation.
-        x: [N, in_channels, H, W].
+        inputs: Maps [N, C, H, W] whose channels follow each other, in_channels together.
         stacks: Time terms of the residual blocks, as `TimeTerms` has them.
     """
     rows = [stack.rows() for stack in stacks]
@@ -46,7 +48,7 @@ def append_network(builder: Builder, network: Network, layers: Layers, x: Value,
             return resnet(layer, x)
         return layers.conv(builder, layer, (x,), resample="up" if up else None)  # a stride of 2 on the way down
 
-    h = layers.conv(builder, network.conv_in, (x,))
+    h = layers.conv(builder, network.conv_in, inputs)
     skips = [h]
     for block in network.down:
         for i, layer in enumerate(block.resnets):

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -29,7 +30,7 @@ from .network import Network, held_tensors, read_network, why_not_frozen
 from .packed_layers import PackedLayers
 from .program import Buffer, Builder, Call, NativeProgram, PythonProgram, Value
 from .pytorch_layers import PyTorchLayers, has_prepacked
-from .step import StepState
+from .step import StepState, write_beside_condition
 from .turns import Turns
 
 MAX_PROGRAMS: Final = 4  # per network: one per input shape and number of threads
@@ -239,7 +240,7 @@ class FrozenUNet:
         """Return the calls, the inputs and the output of a program for inputs of these shapes."""
         builder = Builder()
         x, *stacks = buffers = [builder.buffer(each.shape, each.dtype) for each in inputs]
-        output = append_network(builder, self._constants.network, layers, x, stacks)
+        output = append_network(builder, self._constants.network, layers, (x,), stacks)
         return builder.calls, buffers, output
 
     def _num_passes(self, n: int, height: int, width: int) -> int:
@@ -277,13 +278,15 @@ def frozen_step(
     """Return a function that advances x_t by a step of a plan (derivation eq. 13; Ho et al. 2020, Algorithm 2).
 
     Network, guidance and `reverse_step` are one program. A batch is split by image, so that feature maps stay in the
-    CPU's cache. Both halves of guidance are evaluated together. The function checks nothing. Only one thread at a time
+    CPU's cache. Both halves of guidance are evaluated together. CPU kernels read x_t and the condition as two maps. For
+    PyTorch both lie in one map, to which a step writes x_t alone. The function checks nothing. Only one thread at a time
     may call it, without autocast.
 
     Args:
         network: The network.
         plan: The plan. Its timesteps are in 0..T-1.
-        state: Memory of the step, channels_last and on the network's device.
+        state: Memory of the step, channels_last and on the network's device. A network with more input channels than x_t
+            has reads a condition, which `state.start` must be given.
         guidance_scale: None: no guidance.
     """
     layers, config, dtype, builder = network._constants.network, network._constants.config, network.dtype, Builder()
@@ -296,11 +299,8 @@ def frozen_step(
             x_0 = [] if state.x_0 is None else [state.x_0[part]]
             labels = None if state.class_labels is None else state.class_labels[:, part]
             stacks = layers.time_terms.append(builder, timesteps, state.step, copies * len(x_t), labels)
-            x: Value = x_t
-            if copies > 1 or config.center_input_sample or dtype != x_t.dtype:
-                shape = (copies * len(x_t), *x_t.shape[1:])
-                x = builder.call(network_input_op, x_t, dtype, copies, config.center_input_sample, shape=shape, dtype=dtype)
-            model_output = append_network(builder, layers, network._layers, x, stacks)
+            inputs = _network_inputs(builder, network, state, part, copies)
+            model_output = append_network(builder, layers, network._layers, inputs, stacks)
             seeds, variance = state.seeds[part] if plan.is_random else None, VARIANCES.index(plan.variance)
             arguments = reverse_step_op.Arguments(
                 *(x_t, model_output, table, state.step),
@@ -313,3 +313,35 @@ def frozen_step(
                     builder.update(network_input_op, source, x_t.dtype, 1, False, out=(copy,))
         builder.update(count_step_op, state.step, out=(state.step,))
         return network._executor(builder.calls).run
+
+
+def _network_inputs(
+    builder: Builder, network: FrozenUNet, state: StepState, images: slice, copies: int
+) -> tuple[Value, ...]:
+    """Append the calls that bring x_t of some images into the network's form. Return the maps that the network reads."""
+    config, dtype, x_t = network._constants.config, network.dtype, state.x_t[images]
+    centered, conditions = config.center_input_sample, config.in_channels - x_t.shape[1]
+
+    def memory(channels: int) -> Tensor:
+        shape = (copies * len(x_t), channels, *x_t.shape[2:])
+        return torch.zeros(shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
+
+    if conditions and network.why_not_packed is not None:
+        joint = memory(config.in_channels)
+        state.add_condition(joint[:, x_t.shape[1] :], images, centered=centered)
+        builder.update(partial(_write_x_t, x_t, centered), out=(joint,))
+        return (joint,)
+    x: Value = x_t
+    if copies > 1 or centered or dtype != x_t.dtype:
+        shape = (copies * len(x_t), *x_t.shape[1:])
+        x = builder.call(network_input_op, x_t, dtype, copies, centered, shape=shape, dtype=dtype)
+    if not conditions:
+        return (x,)
+    condition = memory(conditions)
+    state.add_condition(condition, images, centered=centered)
+    return x, condition
+
+
+def _write_x_t(x_t: Tensor, centered: bool, *, backend: str | None, out: tuple[Tensor]) -> None:
+    """Write x_t to its channels of the network's input."""
+    write_beside_condition(*out, x_t, centered=centered)

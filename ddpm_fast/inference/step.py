@@ -61,19 +61,33 @@ class StepState:
             self.class_labels = None if label is None else torch.full((halves, n), label, device=device)
             self.step = torch.zeros(1, dtype=torch.int64, device=device)
         self._address = self.x_t.data_ptr()
+        self._conditions: list[tuple[Tensor, slice, bool]] = []
+
+    def add_condition(self, memory: Tensor, images: slice, *, centered: bool = False) -> None:
+        """Let `start` write the condition of some images to memory that steps read.
+
+        Args:
+            memory: [n, K, H, W], or [2 n, K, H, W] with guidance, for n images.
+            images: The images.
+            centered: Write 2 c - 1, as networks with `center_input_sample` read it.
+        """
+        self._conditions.append((memory, images, centered))
 
     @property
     def is_intact(self) -> bool:
         """True if x_t is where steps read it. A callback that kept x_t may have replaced its memory."""
         return self.x_t.data_ptr() == self._address
 
-    def start(self, seeds: Tensor, labels: Tensor | None, x_T: Tensor | None = None) -> None:
+    def start(
+        self, seeds: Tensor, labels: Tensor | None, x_T: Tensor | None = None, condition: Tensor | None = None
+    ) -> None:
         """Set x_T and return to the first step.
 
         Args:
             seeds: int64 [n] on the device.
             labels: int64 [n] on the device, or None.
             x_T: [n, C, H, W]. None: drawn from N(0, I) by the seeds.
+            condition: [n, K, H, W], or None for a network that reads x_t alone.
         """
         x_t = self.x_t
         self.step.zero_()
@@ -83,6 +97,9 @@ class StepState:
         x_t.copy_(initial_noise(x_t.shape, seeds, dtype=x_t.dtype, device=x_t.device) if x_T is None else x_T)
         for x_0 in self.history:
             x_0.zero_()
+        for memory, images, centered in self._conditions if condition is not None else ():
+            part = 2 * condition[images] - 1 if centered else condition[images]
+            memory.unflatten(0, (-1, len(part))).copy_(part)  # to both halves with guidance
         self._shown = x_t.detach()  # an alias, so that a callback cannot change the shape and strides of x_t
 
     def show(self, callback: Callable[[int, int, Tensor], None], step: int, timestep: int) -> None:
@@ -103,8 +120,25 @@ class StepState:
             )
 
 
+def write_beside_condition(joint: Tensor, x_t: Tensor, *, centered: bool = False) -> None:
+    """Write x_t [n, C, H, W] to the first channels of [n, C + K, H, W], or to both halves of [2 n, C + K, H, W].
+
+    Args:
+        joint: Input of a network that reads a condition, which the last channels hold.
+        x_t: The state.
+        centered: Write 2 x - 1.
+    """
+    joint.unflatten(0, (-1, len(x_t)))[:, :, : x_t.shape[1]].copy_(2 * x_t - 1 if centered else x_t)
+
+
 def step_by_any_network(
-    network: Model, dtype: torch.dtype, plan: SamplingPlan, timesteps: Tensor, state: StepState, guidance_scale: float | None
+    network: Model,
+    dtype: torch.dtype,
+    plan: SamplingPlan,
+    timesteps: Tensor,
+    state: StepState,
+    guidance_scale: float | None,
+    joint: Tensor | None = None,
 ) -> None:
     """Evaluate a network once and apply one `reverse_step`.
 
@@ -115,20 +149,25 @@ def step_by_any_network(
         timesteps: Its timesteps on the device.
         state: Memory of the step.
         guidance_scale: None: no guidance.
+        joint: [n, C + K, H, W], or [2 n, C + K, H, W] with guidance: memory of the network's input, with the condition
+            behind x_t. None: there is no condition.
 
     Raises:
         ValueError: The network changes its input, or its output does not fit.
     """
     x_t, x_0, labels = state.x_t, state.x_0, state.class_labels
     history: Any = dict(zip(("x_0_prev", "x_0_prev2"), state.history, strict=False))
-    version = x_t._version
-    x_in = x_t.detach().to(dtype)  # an alias, so that the network cannot change the shape and strides of x_t
-    if guidance_scale is not None:
+    if joint is not None:
+        write_beside_condition(joint, x_t)
+    kept = x_t if joint is None else joint
+    version = kept._version
+    x_in = kept.detach().to(dtype)  # an alias, so that the network cannot change the shape and strides of x_t
+    if guidance_scale is not None and joint is None:
         x_in = torch.cat([x_in, x_in])
     t = timesteps.index_select(0, state.step).expand(len(x_in))
     model_output = predict(network, x_in, t, None if labels is None else labels.flatten())
-    if x_t._version != version:
-        raise InvalidValue("sample", "model", "to leave its input as it is", "one that changes x_t in place")
+    if kept._version != version:
+        raise InvalidValue("sample", "model", "to leave its input as it is", "one that changes it in place")
     reverse_step(
         x_t,
         model_output,

@@ -50,6 +50,15 @@ def check_image_shape(caller: str, name: str, model: Model, shape: Sequence[int]
         UNetConfig.from_dict(model.config).check_image_shape(caller, name, shape)
 
 
+def image_channels(config: Mapping[str, Any], plan: SamplingPlan) -> int | None:
+    """Return the channels C of the images that a model draws: those that it predicts, without a predicted variance.
+
+    Its other input channels are the condition's. None: the configuration does not say.
+    """
+    outputs = config.get("out_channels", config.get("in_channels"))
+    return None if outputs is None else outputs // (1 if plan.variance == "fixed" else 2)
+
+
 def check_model(caller: str, model: Model) -> None:
     """Raise a TypeError unless `model` is a callable object. A class is not one."""
     if not callable(model) or isinstance(model, type):
@@ -183,6 +192,7 @@ class Request:
         label: Label of samples without labels of their own. None: the network gets no labels.
         guidance_scale: None: no second prediction.
         x_T: Initial states, or None.
+        condition: [num_samples, K, H, W], or None.
         progress: Show a progress bar.
         callback: See `sample`.
     """
@@ -194,15 +204,23 @@ class Request:
     label: int | None
     guidance_scale: float | None
     x_T: Tensor | None
+    condition: Tensor | None
     progress: bool
     callback: Callback | None
 
+    @property
+    def condition_channels(self) -> int:
+        """K, or 0 without a condition."""
+        return 0 if self.condition is None else self.condition.shape[1]
+
     def part(self, images: slice, callback: Callback) -> Request:
         """Return the request for some of the images, as one batch."""
-        seeds, labels = self.seeds[images], None if self.labels is None else self.labels[images]
-        count = len(seeds)
-        x_T = None if self.x_T is None else self.x_T[images]
-        return replace(self, num_samples=count, batch_size=count, seeds=seeds, labels=labels, x_T=x_T, callback=callback)
+        parts: dict[str, Any] = {}
+        for name in ("seeds", "labels", "x_T", "condition"):
+            values = getattr(self, name)
+            parts[name] = None if values is None else values[images]
+        count = len(parts["seeds"])
+        return replace(self, num_samples=count, batch_size=count, callback=callback, **parts)
 
 
 def checked_request(
@@ -217,6 +235,7 @@ def checked_request(
     class_labels: ClassLabels,
     guidance_scale: float | None,
     x_T: Tensor | None = None,
+    condition: Tensor | None = None,
     progress: bool,
     callback: Callback | None = None,
     num_frames: int = 0,
@@ -242,15 +261,8 @@ def checked_request(
     check_takes_labels(caller, model, class_labels)
     guided = _is_guided(caller, guidance_scale, class_labels, no_label)
     if x_T is not None:
-        if not isinstance(x_T, Tensor):
-            raise InvalidType(caller, "x_T", "to be a tensor or None", type(x_T).__name__)
-        check_strided(caller, "x_T", x_T)
-        wanted = [num_samples, *shape]
-        fits = x_T.is_floating_point() and list(x_T.shape) == wanted
-        expect(fits, caller, "x_T", f"to be floating {wanted}", f"{x_T.dtype} {list(x_T.shape)}")
-        expect(not x_T.is_meta, caller, "x_T", "to have values", "a tensor on the meta device")
-        if x_T.device.type == "cpu" and not x_T.isfinite().all():  # a GPU would have to be waited for
-            raise InvalidValue(caller, "x_T", "to be finite", "NaN or infinity")
+        _check_maps(caller, "x_T", x_T, [num_samples, *shape])
+    check_condition(caller, model, shape, num_samples, condition)
     check_type(caller, "progress", progress, bool)
     check_callable(caller, "callback", callback)
     return Request(
@@ -261,9 +273,36 @@ def checked_request(
         None if labels is None else no_label or 0,
         guidance_scale if guided else None,
         x_T,
+        condition,
         progress,
         callback,
     )
+
+
+def _check_maps(caller: str, name: str, x: Any, wanted: list[int]) -> None:
+    """Raise unless x is a floating tensor of the wanted shape, finite if it is on a CPU."""
+    if not isinstance(x, Tensor):
+        raise InvalidType(caller, name, "to be a tensor or None", type(x).__name__)
+    check_strided(caller, name, x)
+    fits = x.is_floating_point() and list(x.shape) == wanted
+    expect(fits, caller, name, f"to be floating {wanted}", f"{x.dtype} {list(x.shape)}")
+    expect(not x.is_meta, caller, name, "to have values", "a tensor on the meta device")
+    if x.device.type == "cpu" and not x.isfinite().all():  # a GPU would have to be waited for
+        raise InvalidValue(caller, name, "to be finite", "NaN or infinity")
+
+
+def check_condition(caller: str, model: Model, shape: tuple[int, ...], num_samples: int, condition: Any) -> None:
+    """Raise unless the condition is as the model reads it. A model without a configuration reads any number of channels."""
+    channels = model_config(model).get("in_channels")
+    free = None if channels is None else channels - shape[0]
+    size = ", ".join(map(str, shape[1:]))
+    if condition is None:
+        wanted = f"to be [{num_samples}, {free}, {size}], as the model reads {channels} channels and x_t has {shape[0]}"
+        expect(not free, caller, "condition", wanted, "None")
+        return
+    expect(free != 0, caller, "condition", f"to be None, as the model reads the {channels} channels of x_t alone", "a condition")
+    found = condition.shape[1] if isinstance(condition, Tensor) and condition.dim() == len(shape) + 1 else 0
+    _check_maps(caller, "condition", condition, [num_samples, max(found, 1) if free is None else free, *shape[1:]])
 
 
 def _is_guided(caller: str, guidance_scale: float | None, class_labels: Any, no_label: int | None) -> bool:
@@ -318,8 +357,9 @@ def checked_setup(
 def _image_shape(caller: str, model: Model, plan: SamplingPlan, shape: Sequence[int] | None) -> tuple[int, ...]:
     check_type(caller, "plan", plan, SamplingPlan)
     config = model_config(model)
+    reads, size = config.get("in_channels"), config.get("sample_size")
     if shape is None:
-        channels, size = config.get("in_channels"), config.get("sample_size")
+        channels = image_channels(config, plan)
         if channels is None or size is None:
             expected = "to be (C, H, W), as the model has no config with in_channels and sample_size"
             raise InvalidValue(caller, "shape", expected, "None")
@@ -329,5 +369,8 @@ def _image_shape(caller: str, model: Model, plan: SamplingPlan, shape: Sequence[
     given = config.get("out_channels", wanted)
     as_images = f"as images have {shape[0]} and the plan's variance is {plan.variance}"
     expect(given == wanted, caller, "", f"a model with {wanted} output channels, {as_images}", f"out_channels {given}")
-    check_image_shape(caller, "shape", model, (1, *shape))
+    if reads is not None:
+        wanted_shape = f"to be (C, H, W) with C at most {reads}, the model's in_channels"
+        expect(shape[0] <= reads, caller, "shape", wanted_shape, tuple(shape))
+        check_image_shape(caller, "shape", model, (1, reads, *shape[1:]))
     return tuple(shape)

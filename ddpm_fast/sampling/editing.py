@@ -17,7 +17,7 @@ from ..ops import initial_noise, noise
 from ..plan import SamplingPlan
 from ..reference import STREAM_KNOWN
 from ..resources import check_free_memory
-from .arguments import Callback, ClassLabels, Request, check_model, checked_request, checked_setup
+from .arguments import Callback, ClassLabels, Request, check_model, checked_request, checked_setup, image_channels
 from .sampler import Sampler
 
 _MOST_WEIGHTS: Final = 1 << 16
@@ -34,6 +34,7 @@ def vary(
     batch_size: int | None = None,
     class_labels: ClassLabels = None,
     guidance_scale: float | None = None,
+    condition: Tensor | None = None,
     progress: bool = True,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
@@ -52,6 +53,7 @@ def vary(
         batch_size: See `sample`.
         class_labels: See `sample`.
         guidance_scale: See `sample`.
+        condition: See `sample`.
         progress: See `sample`.
         dtype: See `Sampler`.
         device: See `Sampler`.
@@ -65,9 +67,9 @@ def vary(
     """
     caller = "vary"
     check_model(caller, model)
-    _check_images(caller, "images", images, model)
-    check_number(caller, "strength", strength, 0, 1)
     _check_denoises(caller, plan)
+    _check_images(caller, "images", images, model, plan)
+    check_number(caller, "strength", strength, 0, 1)
     shape, device = checked_setup(caller, model, plan, dtype, device, images.shape[1:], None)
     request = checked_request(
         *(caller, model, device, shape, len(images)),
@@ -75,6 +77,7 @@ def vary(
         batch_size=batch_size,
         class_labels=class_labels,
         guidance_scale=guidance_scale,
+        condition=condition,
         progress=progress,
     )
     return _denoised(model, plan, images, strength, request, dtype, device)
@@ -92,6 +95,7 @@ def interpolate(
     batch_size: int | None = None,
     class_labels: ClassLabels = None,
     guidance_scale: float | None = None,
+    condition: Tensor | None = None,
     progress: bool = True,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
@@ -112,6 +116,7 @@ def interpolate(
         batch_size: See `sample`.
         class_labels: One class for all pairs, or one for each pair, see `sample`.
         guidance_scale: See `sample`.
+        condition: See `sample`, one for each pair.
         progress: See `sample`.
         dtype: See `Sampler`.
         device: See `Sampler`.
@@ -125,12 +130,12 @@ def interpolate(
     """
     caller = "interpolate"
     check_model(caller, model)
-    _check_images(caller, "a", a, model)
-    _check_images(caller, "b", b, model)
+    _check_denoises(caller, plan)
+    _check_images(caller, "a", a, model, plan)
+    _check_images(caller, "b", b, model, plan)
     expect(a.shape == b.shape, caller, "b", f"to have the shape of a, {list(a.shape)}", list(b.shape))
     check_int(caller, "num", num, 2, _MOST_WEIGHTS)
     check_number(caller, "strength", strength, 0, 1)
-    _check_denoises(caller, plan)
     shape, device = checked_setup(caller, model, plan, dtype, device, a.shape[1:], None)
     pairs = checked_request(
         *(caller, model, device, shape, len(a)),
@@ -138,6 +143,7 @@ def interpolate(
         batch_size=batch_size,
         class_labels=class_labels,
         guidance_scale=guidance_scale,
+        condition=condition,
         progress=progress,
     )
     check_free_memory(caller, "num", num, 12 * num * a.numel())  # mixed images, x_T and results in float32
@@ -147,6 +153,7 @@ def interpolate(
         batch_size=num * len(a) if batch_size is None else batch_size,
         seeds=pairs.seeds.repeat_interleave(num),
         labels=None if pairs.labels is None else pairs.labels.repeat_interleave(num),
+        condition=None if condition is None else condition.repeat_interleave(num, dim=0),
     )
     weights = torch.linspace(0, 1, num, device=a.device)[None, :, None, None, None]
     wide = torch.promote_types(a.dtype, torch.float32)
@@ -161,6 +168,7 @@ def invert(
     *,
     batch_size: int | None = None,
     class_labels: ClassLabels = None,
+    condition: Tensor | None = None,
     progress: bool = True,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
@@ -178,6 +186,7 @@ def invert(
         images: Floating [N, C, H, W] in [-1, 1], of the model's size.
         batch_size: See `sample`.
         class_labels: See `sample`. Use the same ones on the way back.
+        condition: See `sample`. Use the same one on the way back.
         progress: See `sample`.
         dtype: See `Sampler`.
         device: See `Sampler`.
@@ -191,8 +200,8 @@ def invert(
     """
     caller = "invert"
     check_model(caller, model)
-    _check_images(caller, "images", images, model)
     check_type(caller, "plan", plan, SamplingPlan)
+    _check_images(caller, "images", images, model, plan)
     abar = float(plan.schedule.alpha_bars[plan.timesteps[-1]])
     if plan.is_random or _denoises(plan) or float(plan.alpha_bars_prev[-1]) > abar * (1 + 1e-9):
         raise InvalidValue(caller, "plan", "to go from an image to noise (ddim_inversion_plan)", f"\n{plan}")
@@ -204,6 +213,7 @@ def invert(
         class_labels=class_labels,
         guidance_scale=None,
         x_T=images,
+        condition=condition,
         progress=progress,
     )
     x_T, _ = Sampler(model, plan, dtype=dtype, device=device, shape=shape)._draw(request)
@@ -220,6 +230,7 @@ def inpaint(
     batch_size: int | None = None,
     class_labels: ClassLabels = None,
     guidance_scale: float | None = None,
+    condition: Tensor | None = None,
     progress: bool = True,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
@@ -238,6 +249,7 @@ def inpaint(
         batch_size: See `sample`.
         class_labels: See `sample`.
         guidance_scale: See `sample`.
+        condition: See `sample`.
         progress: See `sample`.
         dtype: See `Sampler`.
         device: See `Sampler`.
@@ -251,9 +263,9 @@ def inpaint(
     """
     caller = "inpaint"
     check_model(caller, model)
-    _check_images(caller, "images", images, model, in_range=False)
-    _check_mask(caller, mask, images)
     _check_denoises(caller, plan)
+    _check_images(caller, "images", images, model, plan, in_range=False)
+    _check_mask(caller, mask, images)
     shape, device = checked_setup(caller, model, plan, dtype, device, images.shape[1:], None)
     request = checked_request(
         *(caller, model, device, shape, len(images)),
@@ -261,6 +273,7 @@ def inpaint(
         batch_size=batch_size,
         class_labels=class_labels,
         guidance_scale=guidance_scale,
+        condition=condition,
         progress=progress,
     )
     draw = Sampler(model, plan, dtype=dtype, device=device, shape=shape)
@@ -333,12 +346,14 @@ def _denoises(plan: SamplingPlan) -> bool:
     return falls and end > image * (1 - 1e-9)
 
 
-def _check_images(caller: str, name: str, images: Tensor, model: Model, *, in_range: bool = True) -> None:
+def _check_images(
+    caller: str, name: str, images: Tensor, model: Model, plan: SamplingPlan, *, in_range: bool = True
+) -> None:
     """Raise unless these are finite images of the model's size, about in [-1, 1]."""
     check_float(caller, name, images)
     check_strided(caller, name, images)
     config = model_config(model)
-    channels, size = config.get("in_channels"), config.get("sample_size")
+    channels, size = image_channels(config, plan), config.get("sample_size")
     wanted = ["C" if channels is None else channels, *((size, size) if isinstance(size, int) else size or ("H", "W"))]
     images = images.detach()
     fits = images.dim() == 4 and images.numel() > 0

@@ -47,6 +47,7 @@ def write_samples(
     batch_size: int = 64,
     class_labels: ClassLabels = None,
     guidance_scale: float | None = None,
+    condition: Tensor | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     shape: Sequence[int] | None = None,
@@ -63,8 +64,8 @@ def write_samples(
     Values in [-1, 1] become 0..255 by `to_uint8`. Images of one channel are grey PNGs (mode L), and have C = 1 in an npz.
 
     If a call was interrupted or killed, the same call continues: it draws the blocks of `batch_size` images that are not whole
-    yet. `manifest.json`, in the folder or the archive, has the arguments and SHA-256 digests of the plan, the weights and the
-    labels. Until an archive is whole, its blocks are in the folder `<out>.parts`. A whole one is not drawn again.
+    yet. `manifest.json`, in the folder or the archive, has the arguments and SHA-256 digests of the plan, the weights, the
+    labels and the condition. Until an archive is whole, its blocks are in the folder `<out>.parts`. A whole one is not drawn again.
 
     The weights of a `FrozenUNet` are the tensors that it holds, which `freeze` may round differently on another kind of CPU.
     Pass the `UNet` to continue on another machine. A model whose weights are unknown, such as a function, starts a new `out`
@@ -82,11 +83,12 @@ def write_samples(
         batch_size: Images per network evaluation, and per block.
         class_labels: See `sample`.
         guidance_scale: See `sample`.
+        condition: See `sample`. Image i is drawn with row i.
         dtype: See `Sampler`.
         device: Device to run on. None: the model's. If that is a GPU and there are several processes, each takes the GPU of
             its local rank.
-        shape: (C, H, W) of an image, with C = 1 or 3. A folder may have C = 4, and an npz any C. None: `in_channels` and
-            `sample_size` of the model's config.
+        shape: (C, H, W) of an image, with C = 1 or 3. A folder may have C = 4, and an npz any C. None: see
+            `Sampler`.
         progress: Show a progress bar, in rank 0, of the images of all processes.
 
     Returns:
@@ -112,6 +114,7 @@ def write_samples(
         batch_size=batch_size,
         class_labels=class_labels,
         guidance_scale=guidance_scale,
+        condition=condition,
         progress=progress,
         num_kept=batch_size,
     )
@@ -132,6 +135,7 @@ def write_samples(
             "plan": _plan_digest(plan),
             "weights": _weights_digest(model),
             "labels": None if labels is None else _digest(labels.numpy()),
+            "condition": None if condition is None else _digest(condition.detach().cpu().float().numpy()),
         }
         missing = _missing(processes, files, manifest, blocks, locks)
         mine = missing[processes.rank :: processes.size]
@@ -143,6 +147,7 @@ def write_samples(
                     seed=request.seeds[part],
                     class_labels=None if labels is None else labels[part],
                     guidance_scale=guidance_scale,
+                    condition=None if condition is None else condition[part],
                     progress=False,
                 )
                 files.write(block, _pixels(images, block))

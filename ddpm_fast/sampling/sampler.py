@@ -55,7 +55,7 @@ class Sampler:
 
     Args:
         model: Called as model(x_t, t), or model(x_t, t, class_labels) if it has classes, with x_t
-            [N, C, H, W] and t int64 [N]. It returns what the plan's `prediction` says, as a tensor or as
+            [N, C, H, W] and t int64 [N]. With a condition, its K channels stand after those of x_t. The model returns what the plan's `prediction` says, as a tensor or as
             `.sample` of an object. It runs in eval mode and is not modified. If its weights are
             channels_last, so is x_t.
         plan: From `ddpm_plan`, `ddim_plan`, ...
@@ -64,7 +64,8 @@ class Sampler:
             `UNet` runs in bfloat16 on a GPU, or in float16 without bfloat16 support. Pass torch.float32
             to keep float32.
         device: Device to run on. None: the model's device.
-        shape: (C, H, W) of an image. None: `in_channels` and `sample_size` of the model's config.
+        shape: (C, H, W) of an image. None: the channels that the model predicts, and `sample_size`,
+            of its config.
         cuda_graph: Capture each step as a CUDA graph. None: on a GPU, for a `UNet` or its inference form.
             True: for any model. It must then compute the same from the same memory at each call and
             never wait for the GPU. False: never. If capture fails, a warning is logged and kernels are
@@ -115,6 +116,7 @@ class Sampler:
         class_labels: ClassLabels = None,
         guidance_scale: float | None = None,
         x_T: Tensor | None = None,
+        condition: Tensor | None = None,
         progress: bool = True,
         callback: Callback | None = None,
     ) -> Tensor:
@@ -126,6 +128,7 @@ class Sampler:
             class_labels=class_labels,
             guidance_scale=guidance_scale,
             x_T=x_T,
+            condition=condition,
             progress=progress,
             callback=callback,
         )
@@ -142,6 +145,7 @@ class Sampler:
         class_labels: ClassLabels = None,
         guidance_scale: float | None = None,
         x_T: Tensor | None = None,
+        condition: Tensor | None = None,
         progress: bool = True,
         callback: Callback | None = None,
     ) -> tuple[Tensor, Tensor]:
@@ -155,6 +159,7 @@ class Sampler:
             class_labels: See `sample`.
             guidance_scale: See `sample`.
             x_T: See `sample`.
+            condition: See `sample`.
             progress: See `sample`.
             callback: See `sample`.
 
@@ -170,6 +175,7 @@ class Sampler:
             class_labels=class_labels,
             guidance_scale=guidance_scale,
             x_T=x_T,
+            condition=condition,
             progress=progress,
             callback=callback,
             num_frames=min(num_frames, self.plan.num_steps + 1),
@@ -190,7 +196,8 @@ class Sampler:
             states, frames = self._frames(n, num_frames)
             # Everything that the steps need is on the device before the first: none waits for the host.
             seeds = request.seeds.to(device)
-            labels, x_T = (None if each is None else each.to(device) for each in (request.labels, request.x_T))
+            given = (request.labels, request.x_T, request.condition)
+            inputs = [None if each is None else each.to(device) for each in given]
             with (
                 # On a GPU it counts the steps handed over: the host would have to wait to know how many are done.
                 progress_bar(len(batches) * plan.num_steps, "sampling", "step", shown=request.progress) as bar,
@@ -198,8 +205,8 @@ class Sampler:
                 torch.inference_mode(),
             ):
                 for batch in batches:
-                    loop = self._loop(len(images[batch]), request.label, request.guidance_scale)
-                    loop.state.start(seeds[batch], *(None if each is None else each[batch] for each in (labels, x_T)))
+                    loop = self._loop(len(images[batch]), request)
+                    loop.state.start(seeds[batch], *(None if each is None else each[batch] for each in inputs))
                     self._run(loop, {i: frame[batch] for i, frame in frames.items()}, request.callback, bar)
                     images[batch] = loop.state.x_t
         if states is not None and device.type == "cuda":
@@ -234,40 +241,49 @@ class Sampler:
         if len(timesteps) in frames:
             frames[len(timesteps)].copy_(state.x_t, non_blocking=True)
 
-    def _loop(self, n: int, label: int | None, guidance_scale: float | None) -> _Loop:
-        """Return the loop for n images: one that was kept, or a new one, captured if the Sampler captures."""
+    def _loop(self, n: int, request: Request) -> _Loop:
+        """Return the loop for n images of a request: one that was kept, or a new one, captured if the Sampler captures."""
         if not (isinstance(self.network, FrozenUNet) or self._captures) or not runs_eagerly():
-            return self._new_loop(n, label, guidance_scale)
+            return self._new_loop(n, request)
         # Work on two streams may overlap, so each stream has its own loops and memory.
         stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
         threads = torch.get_num_threads() if self.device.type == "cpu" else None
-        key = (n, label is None, guidance_scale, self.network, self.plan, self.shape, threads, graphs.settings(), stream)
+        inputs = (request.label is None, request.guidance_scale, request.condition_channels)
+        key = (n, *inputs, self.network, self.plan, self.shape, threads, graphs.settings(), stream)
         loop = self._loops.pop(key, None)
         if loop is None or not loop.state.is_intact:
             if len(self._loops) == MAX_LOOPS:
                 self._loops.popitem(last=False)
-            loop = self._new_loop(n, label, guidance_scale)
+            loop = self._new_loop(n, request)
             if self._captures:
                 loop = self._captured(loop, stream)
         self._loops[key] = loop
         return loop
 
-    def _new_loop(self, n: int, label: int | None, guidance_scale: float | None) -> _Loop:
-        plan, network = self.plan, self.network
+    def _new_loop(self, n: int, request: Request) -> _Loop:
+        plan, network, guidance_scale = self.plan, self.network, request.guidance_scale
+        memory_format = _memory_format(network, self.shape)
         state = StepState(
             plan,
             (n, *self.shape),
             dtype=self._state_dtype,
-            memory_format=_memory_format(network, self.shape),
+            memory_format=memory_format,
             device=self.device,
-            label=label,
+            label=request.label,
             guidance_scale=guidance_scale,
         )
         if type(network) is FrozenUNet and runs_eagerly():
             return _Loop(state, frozen_step(network, plan, state, guidance_scale))
         plan.table(self.device)  # in place before a capture looks
         timesteps = plan.timesteps.to(self.device)
-        return _Loop(state, partial(step_by_any_network, network, self.dtype, plan, timesteps, state, guidance_scale))
+        joint = None
+        if request.condition_channels:
+            copies, channels = 1 if guidance_scale is None else 2, self.shape[0]
+            shape = (copies * n, channels + request.condition_channels, *self.shape[1:])
+            with torch.inference_mode(False):  # an ordinary tensor, as those of the state
+                joint = torch.zeros(shape, dtype=self.dtype, device=self.device).contiguous(memory_format=memory_format)
+                state.add_condition(joint[:, channels:], slice(n))
+        return _Loop(state, partial(step_by_any_network, network, self.dtype, plan, timesteps, state, guidance_scale, joint))
 
     def _captured(self, loop: _Loop, stream: Hashable) -> _Loop:
         """Return the loop with a CUDA graph of its step, or unchanged if there can be none."""
@@ -305,6 +321,7 @@ def sample(
     class_labels: ClassLabels = None,
     guidance_scale: float | None = None,
     x_T: Tensor | None = None,
+    condition: Tensor | None = None,
     progress: bool = True,
     callback: Callback | None = None,
     dtype: torch.dtype | None = None,
@@ -340,6 +357,8 @@ def sample(
         guidance_scale: Scale w of classifier-free guidance, m = m_u + w (m_c - m_u), with m_u the prediction
             for "no label". None or 1: the conditional prediction alone, at half the cost.
         x_T: Initial states [num_samples, C, H, W], floating, instead of noise drawn from the seed.
+        condition: Floating [num_samples, K, H, W], for a model of C + K input channels, such as images to enlarge or to
+            colour. The model reads it after x_t, in both halves of guidance. None: the model reads x_t alone.
         progress: Show a progress bar.
         callback: Called as callback(step, timestep, x_t) after each step of each batch: the number of the step
             from 0, its timestep, and the state [n, C, H, W] after it, which may be channels_last. The call is in
@@ -348,7 +367,7 @@ def sample(
             the sampling.
         dtype: See `Sampler`.
         device: Device to run on. None: the model's device.
-        shape: (C, H, W) of an image. None: `in_channels` and `sample_size` of the model's config.
+        shape: See `Sampler`.
         cuda_graph: See `Sampler`.
 
     Returns:
@@ -368,6 +387,7 @@ def sample(
         class_labels=class_labels,
         guidance_scale=guidance_scale,
         x_T=x_T,
+        condition=condition,
         progress=progress,
         callback=callback,
     )
