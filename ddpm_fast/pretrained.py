@@ -18,6 +18,7 @@ from .nn.unet import UNet
 from .plan import Prediction, Variance
 from .resources import no_folder
 from .schedule import NoiseSchedule
+from .training.export import check_is_unet
 from .training.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -46,6 +47,28 @@ class Pretrained:
     prediction: Prediction
     variance: Variance
     clip: float | None
+
+    @property
+    def predicts_variance(self) -> bool:
+        """True if the network predicts the variance of the reverse steps, too."""
+        config = self.model.config
+        return self.variance.startswith("learned") or config["out_channels"] == 2 * config["in_channels"]
+
+    @property
+    def shape(self) -> tuple[int, int | None, int | None]:
+        """(C, H, W) of an image that it draws. Height and width are None if the configuration has no `sample_size`.
+
+        Further input channels of the network are those of a condition.
+        """
+        size = self.model.config["sample_size"]
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        return self.model.config["out_channels"] // (2 if self.predicts_variance else 1), height, width
+
+    @property
+    def condition_channels(self) -> int:
+        """Channels of the condition that the network reads after x_t, 0 for none."""
+        channels: int = self.model.config["in_channels"] - self.shape[0]
+        return channels
 
 
 def load_builtin(device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> tuple[UNet, NoiseSchedule]:
@@ -92,6 +115,7 @@ def load_folder(
         raise FileNotFoundError(f"load_folder: expected path to be a folder that holds a model, got {no_folder(path)}")
 
     def read(folder: Path, network: Path) -> tuple[UNet, NoiseSchedule, Scheduler]:
+        check_is_unet("load_folder", "path", folder)
         return UNet.from_pretrained(network, dtype=dtype, device=device), *_read_scheduler(folder)
 
     run = RunFolder(folder)

@@ -47,7 +47,7 @@ class Dataset(Struct, frozen=True):
     """The description of a run's data set."""
 
     images: Count
-    shape: Annotated[list[Count], Meta(min_length=3, max_length=3)]  # C, H, W
+    shape: Annotated[list[Count], Meta(min_length=2)]  # C, H, W
     classes: Annotated[list[str], Meta(min_length=1)]  # "" is a class without a name
     preparation: str
     fingerprint: dict[Literal["sample", "exact"], Sha256]
@@ -60,16 +60,18 @@ class Run(Struct, frozen=True):
     """The config.json of a training run."""
 
     options: dict[str, Any]
-    unet: dict[str, Any]
     schedule: dict[str, Any]
     dataset: Dataset
     threads: int | None
     versions: dict[str, str]
+    unet: dict[str, Any] | None = None
+    network: str | None = None  # the class of a network that is no `UNet`
 
     def __post_init__(self) -> None:
+        expect((self.unet is None) != (self.network is None), "", "unet", "to be there, or network", "both or neither")
         for field, parse in (("unet", UNetConfig.from_dict), ("schedule", NoiseSchedule.from_config)):
             try:
-                parse(getattr(self, field))
+                parse(getattr(self, field) or {})
             except ArgumentError as error:
                 raise (error.renamed(name=f"{field}.{error.name}") if error.name else error) from error.__cause__
 

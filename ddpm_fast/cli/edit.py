@@ -48,8 +48,8 @@ def _edit_options(command: Command) -> Command:
 def edit_command() -> None:
     """Edit images with a model.
 
-    An IMAGE is a file, or a test image of a data set by its number, such as fashion-mnist:3. Files are cropped to squares and
-    resized to the model's size.
+    An IMAGE is a file, or a test image of a data set by its number, such as fashion-mnist:3. Files are cropped and resized to
+    the model's size.
     """
 
 
@@ -236,13 +236,14 @@ class _Edit:
         self._dtype = None if options["dtype"] is None else getattr(torch, options["dtype"])
         device = computing_device(command, options["device"])
         self.loaded: Pretrained = load_folder(options["model"] or BUILTIN, device, self._dtype)
-        config = self.loaded.model.config
-        channels, size = config["in_channels"], config["sample_size"]
-        if not isinstance(size, int) or channels not in (1, 3):
-            got = f"sample_size {size} and in_channels {channels}"
-            raise InvalidValue(command, "model", "to be one that draws grey or RGB squares", got)
-        self._size, self._channels = size, channels
-        self.learned = config["out_channels"] == 2 * channels
+        channels, height, width = self.loaded.shape
+        if height is None or width is None or channels not in (1, 3, 4):
+            got = f"sample_size {self.loaded.model.config['sample_size']} and {channels} channels"
+            raise InvalidValue(command, "model", "to be one that draws grey, RGB or RGBA pictures of one size", got)
+        wanted = "to be one without a condition (ddpm_fast.vary and its like take one)"
+        expect(not self.loaded.condition_channels, command, "model", wanted, self.loaded.model.config.get("condition"))
+        self._shape = (channels, height, width)
+        self.learned = self.loaded.predicts_variance
         self._datasets: dict[str, ImageDataset] = {}
         self.images = to_unit_range(torch.stack([self._read(source) for source in sources]))
 
@@ -261,16 +262,16 @@ class _Edit:
         from ..training.data import load_dataset, read_image
 
         if os.path.isfile(source):
-            return read_image(source, self._size, self._channels, caller=self._command, name="IMAGE")
+            return read_image(source, self._shape, caller=self._command, name="IMAGE")
         name, _, number = source.partition(":")
         if name not in self._datasets:
-            self._datasets[name] = load_dataset(name, split="test", image_size=self._size)
+            self._datasets[name] = load_dataset(name, split="test", image_size=self._shape[1:])
         dataset = self._datasets[name]
         index = _whole_number(number)
         expect(index < len(dataset), self._command, "IMAGE", f"to be {name}:0 to {name}:{len(dataset) - 1}", repr(source))
-        image, _ = dataset[index]
-        if image.shape[0] != self._channels:
-            channels = f"{self._channels} channel{'s' * (self._channels > 1)}"
+        image: Tensor = dataset[index][0]
+        if image.shape[0] != self._shape[0]:
+            channels = f"{self._shape[0]} channel{'s' * (self._shape[0] > 1)}"
             raise InvalidValue(self._command, "IMAGE", f"to have {channels}, as the model", repr(source))
         return image
 
@@ -278,7 +279,7 @@ class _Edit:
         """Return the mask in a file, float32 [1, 1, H, W]."""
         from ..training.data import read_image
 
-        mask = read_image(path, self._size, 1, caller=self._command, name="mask")[None]
+        mask = read_image(path, (1, *self._shape[1:]), caller=self._command, name="mask")[None]
         if int(mask.max()) < 128:  # such as a mask of zeros and ones
             raise InvalidValue(self._command, "mask", "to have white pixels", f"values up to {int(mask.max())} of 255")
         return mask.float() / 255
@@ -287,17 +288,17 @@ class _Edit:
         """Return a mask that is 1 in a box "X,Y,W,H", float32 [1, 1, H, W]."""
         import torch
 
-        size = self._size
+        _, rows, columns = self._shape
         numbers = [_whole_number(part) for part in box.split(",")]
         x, y, width, height = numbers if len(numbers) == 4 else (-1, -1, 0, 0)
         expect(
-            min(x, y) >= 0 and min(width, height) >= 1 and x + width <= size and y + height <= size,
+            min(x, y) >= 0 and min(width, height) >= 1 and x + width <= columns and y + height <= rows,
             self._command,
             "box",
-            f"to be X,Y,W,H within {size}x{size} pixels",
+            f"to be X,Y,W,H within {columns}x{rows} pixels",
             repr(box),
         )
-        painted = torch.zeros(1, 1, size, size)
+        painted = torch.zeros(1, 1, rows, columns)
         painted[..., y : y + height, x : x + width] = 1
         return painted
 
@@ -336,7 +337,7 @@ class _Edit:
     @property
     def _scale(self) -> int:
         """The pixels of the picture for each pixel of an image."""
-        return max(1, 96 // self._size)
+        return max(1, 96 // max(self._shape[1:]))
 
     def arguments(self, *, guidance: bool = True) -> dict[str, Any]:
         """Return the arguments that all editing functions take."""

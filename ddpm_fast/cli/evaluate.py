@@ -15,6 +15,10 @@ from .outputs import check_output, make_writable, save_result
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
+
+    from ..pretrained import Pretrained
+    from ..training.data import ImageDataset
 
 
 @click.command("evaluate")
@@ -28,6 +32,14 @@ if TYPE_CHECKING:
     help="Evaluate the test images of digits, fashion-mnist or cifar10, or all of a folder or zip file.",
 )
 @click.option("--data-dir", type=PathOption(), help="Read the data set from this folder, or download it there.")
+@click.option(
+    "--condition",
+    type=PathOption(exists=True),
+    help="Restore the images of this folder, for a model that was trained with such a folder.",
+)
+@click.option(
+    "--samples", type=click.IntRange(1), default=8, show_default=True, help="Draw this many samples of each image to restore."
+)
 @click.option("--variance", type=click.Choice(VARIANCES), help="Choose the reverse steps' variance.  [default: the model's]")
 @click.option("--labels/--no-labels", default=True, show_default=True, help="Give the network the class of each image.")
 @click.option(
@@ -40,6 +52,8 @@ def evaluate_command(
     num: int,
     data: str,
     data_dir: str | None,
+    condition: str | None,
+    samples: int,
     variance: Any,
     labels: bool,
     json: Path | None,
@@ -50,36 +64,35 @@ def evaluate_command(
     device: str | None,
     quiet: bool,
 ) -> None:
-    """Compute the variational bound of test images.
+    """Compute the variational bound of test images, or how well a model restores them.
 
-    Print L_T, L_{T-1} + ... + L_1, L_0 and their sum in bits per dimension (eq. 9-11).
+    Print L_T, L_{T-1} + ... + L_1, L_0 and their sum in bits per dimension (eq. 9-11). For a model with a condition, print
+    PSNR and SSIM of the condition (bicubic, for low resolution), of one sample, and of the mean of several.
     """
     import torch
 
     from ..checks import computing_device
-    from ..evaluation import variational_bound
     from ..files.writing import write_json
     from ..pretrained import BUILTIN, load_folder
-    from ..training.data import load_dataset, to_unit_range
+    from ..training.data.conditions import evaluated_images
 
     failures: list[str] = []
     with refusing():
         if json is not None:
             check_output("evaluate", "json", json)
-            if json.exists() and json.stat().st_size and "bits_per_dim" not in json.read_text(errors="replace"):
+            if json.exists() and json.stat().st_size and "per_image" not in json.read_text(errors="replace"):
                 raise InvalidValue("evaluate", "json", "to be new or of an earlier evaluation", repr(str(json)))
         dtype = dtype or "float32"
         loaded = load_folder(model or BUILTIN, computing_device("evaluate", device), getattr(torch, dtype))
         variance = variance or loaded.variance
-        dataset = load_dataset(data, data_dir, split="test", image_size=loaded.model.config["sample_size"], first=num)
+        config, kind = loaded.model.config, loaded.model.config.get("condition")
+        given = kind not in (None, "images")
+        expect(
+            condition is None or not given, "evaluate", "condition", f"to be left out, as the model restores {kind}", condition
+        )
+        dataset = evaluated_images(data, data_dir, kind if given else condition, config, loaded.shape[0], num)
         expect(num <= len(dataset), "evaluate", "num", f"to be at most {len(dataset)}, the test images of {data}", num)
-        if dataset.shape[0] != loaded.model.config["in_channels"]:
-            channels = loaded.model.config["in_channels"]
-            raise InvalidValue(
-                "evaluate", "data", f"to have {channels} channels, as the model has", f"{data!r} with {dataset.shape[0]}"
-            )
-        images, classes = dataset.batch(torch.arange(num))
-        embeddings = loaded.model.config["num_class_embeds"]
+        embeddings, classes = config["num_class_embeds"], dataset.labels[:num]
         labelled = labels and embeddings is not None
         if labelled and classes.max() >= embeddings - 1:
             raise InvalidValue(
@@ -90,23 +103,51 @@ def evaluate_command(
             )
         if json is not None:
             make_writable("evaluate", "json", json.parent)
+        arguments: dict[str, Any] = {
+            "class_labels": classes if labelled else None,
+            "seed": seed,
+            "batch_size": batch_size,
+            "progress": not quiet,
+        }
         began = time.perf_counter()
-        bound = variational_bound(
-            loaded.model,
-            to_unit_range(images),
-            loaded.schedule,
-            prediction=loaded.prediction,
-            variance=variance,
-            clip=loaded.clip,
-            class_labels=classes if labelled else None,
-            seed=seed,
-            batch_size=batch_size,
-            progress=not quiet,
-        )
+        if loaded.condition_channels:
+            head, lines, result = _restored(loaded, dataset, num, samples, arguments)
+        else:
+            head, lines, result = _bounded(loaded, dataset, num, variance, arguments, failures)
         seconds = time.perf_counter() - began
-        bad = int((~bound.total.isfinite()).sum())
-        if bad:
-            failures.append(f"the bound of {bad} of {num} images is not finite")
+    if json is not None:
+        settings = {"data": data, "num": num, "variance": variance, "labels": labelled, "seed": seed, "dtype": dtype}
+        values = {**settings, **result, "seconds": seconds}
+        save_result(lambda path: write_json(path, values), json, failures)
+    if not quiet:
+        counted = "1 test image" if num == 1 else f"{num} test images"
+        click.echo(f"{counted} of {data}, {head}, {seconds:.1f} s")
+        for line in lines:
+            click.echo(f"  {line}")
+    if failures:
+        raise click.ClickException("; ".join(failures))
+
+
+def _bounded(
+    loaded: Pretrained, dataset: ImageDataset, num: int, variance: Any, arguments: dict[str, Any], failures: list[str]
+) -> tuple[str, list[str], dict[str, Any]]:
+    """Return the head, the lines and the figures of the variational bound."""
+    import torch
+
+    from ..evaluation import variational_bound
+    from ..training.data import to_unit_range
+
+    images = to_unit_range(dataset.batch(torch.arange(num))[0])
+    bound = variational_bound(
+        *(loaded.model, images, loaded.schedule),
+        prediction=loaded.prediction,
+        variance=variance,
+        clip=loaded.clip,
+        **arguments,
+    )
+    bad = int((~bound.total.isfinite()).sum())
+    if bad:
+        failures.append(f"the bound of {bad} of {num} images is not finite")
     last = loaded.schedule.num_timesteps
     parts = {
         f"L_{last}": bound.prior,
@@ -114,27 +155,56 @@ def evaluate_command(
         "L_0": bound.reconstruction,
         "total": bound.total,
     }
-    if json is not None:
-        settings = {"data": data, "num": num, "variance": variance, "labels": labelled, "seed": seed, "dtype": dtype}
-        keys = ("prior", "transitions", "reconstruction", "total")
-        figures = dict(zip(keys, parts.values(), strict=True))
-        curves = {"terms": bound.terms, "x_0_mse": bound.x_0_mse, "epsilon_mse": bound.epsilon_mse}
-        result = {
-            **settings,
-            "bits_per_dim": {key: _finite(bits.mean(dim=0, keepdim=True))[0] for key, bits in figures.items()},
-            "per_image": {key: _finite(bits) for key, bits in figures.items()},
-            "per_timestep": {key: _finite(values.mean(dim=0)) for key, values in curves.items()},
-            "seconds": seconds,
-        }
-        save_result(lambda path: write_json(path, result), json, failures)
-    if not quiet:
-        counted = "1 test image" if num == 1 else f"{num} test images"
-        click.echo(f"{counted} of {data}, {variance}: bits/dim (standard error of the mean), {seconds:.1f} s")
-        for name, bits in parts.items():
-            error = float(bits.std(correction=0)) / math.sqrt(num)
-            click.echo(f"  {name:<18} {float(bits.mean()):9.5f}  ({error:.5f})")
-    if failures:
-        raise click.ClickException("; ".join(failures))
+    figures = dict(zip(("prior", "transitions", "reconstruction", "total"), parts.values(), strict=True))
+    curves = {"terms": bound.terms, "x_0_mse": bound.x_0_mse, "epsilon_mse": bound.epsilon_mse}
+    result = {
+        "bits_per_dim": {key: _finite(bits.mean(dim=0, keepdim=True))[0] for key, bits in figures.items()},
+        "per_image": {key: _finite(bits) for key, bits in figures.items()},
+        "per_timestep": {key: _finite(values.mean(dim=0)) for key, values in curves.items()},
+    }
+    errors = {name: float(bits.std(correction=0)) / math.sqrt(num) for name, bits in parts.items()}
+    lines = [f"{name:<18} {float(bits.mean()):9.5f}  ({errors[name]:.5f})" for name, bits in parts.items()]
+    return f"{variance}: bits/dim (standard error of the mean)", lines, result
+
+
+def _restored(
+    loaded: Pretrained, dataset: ImageDataset, num: int, samples: int, arguments: dict[str, Any]
+) -> tuple[str, list[str], dict[str, Any]]:
+    """Return the head, the lines and the figures of restored images."""
+    import torch
+
+    from ..files.images import condition_as_image
+    from ..ops import sample_seeds
+    from ..sampling.sampler import Sampler
+    from ..training.data.conditions import conditioned_items
+    from ..training.data.dataset import import_extra
+    from .samplers import default_sampler, plan_of_options
+
+    metrics = import_extra("torchmetrics.functional.image")
+    items = conditioned_items(dataset, num, arguments["seed"])
+    sampler = default_sampler(loaded, None, None, None)
+    plan = plan_of_options("evaluate", loaded, sampler, None, None, None, None, None, None)
+    draw, seeds = Sampler(loaded.model, plan), sample_seeds(arguments["seed"], num * samples).view(samples, num)
+    drawn = torch.zeros_like(items.images, dtype=torch.float64)
+    images: dict[str, Tensor] = {}
+    for row in seeds:
+        one = draw(num, condition=items.condition, **arguments | {"seed": row}).cpu()
+        drawn += one
+        images.setdefault("one sample", one)
+    if samples > 1:
+        images[f"mean of {samples}"] = (drawn / samples).float()
+    kind = loaded.model.config.get("condition") or "images"
+    if (given := condition_as_image(items.condition, dataset.shape[0])) is not None:
+        images = {"bicubic" if kind.startswith("low-resolution") else "condition": given} | images
+    per_image, lines = {}, []
+    for name, each in images.items():
+        pair = each.clamp(-1, 1), items.images
+        decibels = metrics.peak_signal_noise_ratio(*pair, data_range=2.0, reduction="none", dim=(1, 2, 3))
+        alike = metrics.structural_similarity_index_measure(*pair, data_range=2.0, reduction="none").view(-1)
+        per_image[name] = {"psnr": _finite(decibels), "ssim": _finite(alike)}
+        lines.append(f"{name:<12} {float(decibels.mean()):6.2f} dB  {float(alike.mean()):.4f}")
+    result = {"condition": kind, "samples": samples, "sampler": sampler, "steps": plan.num_steps, "per_image": per_image}
+    return f"{kind}, {plan.num_steps} steps of {sampler}: means of PSNR and SSIM", lines, result
 
 
 def _finite(values: torch.Tensor) -> list[float | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,6 +57,28 @@ def refusing() -> Iterator[None]:
         raise Refused(f"out of memory{hint}: {str(error) or 'no reason given'}") from error
 
 
+def size(ctx: click.Context, option: click.Parameter, value: str | None) -> int | tuple[int, int] | None:
+    """Parse a width and height such as 48x32, or one number for both. Return (height, width), or the number."""
+    if value is None:
+        return None
+    match = re.fullmatch(r"(\d{1,9})(?:x(\d{1,9}))?", value.lower(), re.ASCII)
+    if match is None:
+        raise click.BadParameter(f"{value!r} is not a width and height such as 64 or 48x32")
+    width, height = match.groups()
+    return int(width) if height is None else (int(height), int(width))
+
+
+def pair(ctx: click.Context, option: click.Parameter, value: str | None) -> tuple[float, float] | None:
+    """Parse two numbers separated by a comma."""
+    if value is None:
+        return None
+    try:
+        low, high = map(float, value.split(","))
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not two numbers separated by a comma") from None
+    return low, high
+
+
 def model_folder(ctx: click.Context, option: click.Parameter, value: Any) -> Any:
     """Refuse a model's folder that does not exist."""
     if value is None or os.path.isdir(value):
@@ -63,8 +86,10 @@ def model_folder(ctx: click.Context, option: click.Parameter, value: Any) -> Any
     raise click.BadParameter(f"expected a folder, got {no_folder(value)}")
 
 
-def numbers(ctx: click.Context, option: click.Parameter, value: str) -> list[int]:
+def numbers(ctx: click.Context, option: click.Parameter, value: str | None) -> list[int] | None:
     """Parse whole numbers separated by commas, or "none"."""
+    if value is None:
+        return None
     try:
         return [] if value == "none" else [int(number) for number in value.split(",")]
     except ValueError:

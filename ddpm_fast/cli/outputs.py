@@ -64,23 +64,33 @@ def save_result(save: Callable[[Path], object], path: Path, failures: list[str],
 
 
 def check_pictures(
-    shape: tuple[int, int, int, int], frames: int, out: Path, scale: int, gif: Path | None, gif_scale: int
+    shape: tuple[int, int, int, int],
+    shown: int,
+    frames: int,
+    out: Path,
+    scale: int,
+    gif: Path | None,
+    gif_scale: int,
 ) -> None:
-    """Raise unless memory, disk and formats can hold the images [N, C, H, W] that will be drawn, and their pictures."""
+    """Raise unless memory, disk and formats can hold the images [N, C, H, W] that will be drawn, and their pictures.
+
+    `shown` channels of them are shown.
+    """
     from ..files.images import ANIMATED, STRIP, grid_shape, image_format
 
-    num, channels, *_ = shape
+    num, _, *sides = shape
     numel = math.prod(shape)
-    grid = grid_shape(shape, scale=scale)
+    pictured = (num, shown, *sides)
+    grid = grid_shape(pictured, scale=scale)
     size, gif_size = math.prod(grid), 0
     needed = 12 * numel + 64 * num + 3 * size  # float32 states, labels and seeds, pictures
     pictures = [("out", out, grid)]
     if gif is not None:
-        if image_format(gif, (1, 1, channels), "gif") in ANIMATED:
-            picture, count = grid_shape(shape, scale=gif_scale), frames
+        if image_format(gif, (1, 1, shown), "gif") in ANIMATED:
+            picture, count = grid_shape(pictured, scale=gif_scale), frames
         else:
-            shown = min(STRIP, frames)
-            picture, count = grid_shape((num * shown, *shape[1:]), columns=shown, scale=gif_scale), 1
+            strip = min(STRIP, frames)
+            picture, count = grid_shape((num * strip, *pictured[1:]), columns=strip, scale=gif_scale), 1
         pictures.append(("gif", gif, picture))
         gif_size = count * math.prod(picture)
         needed += 4 * frames * numel + 3 * gif_size

@@ -13,26 +13,37 @@ import click
 from ..errors import InvalidValue, expect
 from ..resources import check_free_memory
 from .console import Refused, Stopped
-from .options import SAMPLING_DTYPE_HELP, PathOption, model_options, refusing
+from .options import SAMPLING_DTYPE_HELP, PathOption, model_options, numbers, refusing
 from .outputs import check_output, check_pictures, make_writable, save_result
 from .samplers import class_options, default_sampler, labels_of_option, plan_of_options, sampler_options
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
     from ..plan import SamplingPlan
     from ..pretrained import Pretrained
 
 _FRAMES = 51  # at most, in an animation
+_COLUMNS = 8  # at most, of a grid with conditions
 
 
 @click.command("sample")
 # torchrun takes --num for an abbreviation of its own options.
 @click.option(
-    "--num", "--num-samples", "num", type=click.IntRange(1), default=16, show_default=True, help="Draw this many images."
+    "--num",
+    "--num-samples",
+    "num",
+    type=click.IntRange(1),
+    help="Draw this many images.  [default: 16, or one for each of --condition]",
 )
 @sampler_options(None)
 @class_options("all")
+@click.option(
+    "--condition",
+    type=PathOption(exists=True),
+    help="Restore the images of this folder, in turn. For models that were trained with --condition.",
+)
 @click.option(
     "--out",
     type=PathOption(),
@@ -45,9 +56,15 @@ _FRAMES = 51  # at most, in an animation
     type=PathOption(dir_okay=False, path_type=Path),
     help="Write the denoising here: an animation (.gif, .webp) or a strip (.png).  [default: none]",
 )
+@click.option(
+    "--show-channels",
+    metavar="N,N,...",
+    callback=numbers,
+    help="Show these channels in the picture: one, three or four.  [default: all, or 0 if a picture cannot have as many]",
+)
 @model_options(SAMPLING_DTYPE_HELP)
 def sample_command(
-    num: int,
+    num: int | None,
     steps: int | None,
     sampler: str | None,
     eta: float | None,
@@ -57,8 +74,10 @@ def sample_command(
     variance: str | None,
     classes: str | None,
     guidance: float | None,
+    condition: str | None,
     out: str,
     gif: Path | None,
+    show_channels: list[int] | None,
     model: Path | None,
     seed: int,
     batch_size: int,
@@ -94,9 +113,13 @@ def sample_command(
         loaded = load_folder(model or BUILTIN, target, precision)
         sampler = sampler or default_sampler(loaded, steps, eta, spacing)
         plan = plan_of_options("sample", loaded, sampler, steps, eta, spacing, sigma_min, sigma_max, variance)
+        restored = _conditions(loaded, condition, seed)
+        num = num or (16 if restored is None else len(restored))
+        shown = _shown(loaded, show_channels)
         arguments: dict[str, Any] = {
             "seed": seed,
             "guidance_scale": guidance,
+            "condition": None if restored is None else restored[torch.arange(num) % len(restored)],
             "batch_size": batch_size,
             "progress": not quiet,
         }
@@ -104,15 +127,49 @@ def sample_command(
             arguments["device"] = target
             seconds = _write_each(loaded, plan, num, out, classes, precision, arguments, rank)
         else:
-            seconds = _write_grid(loaded, plan, num, Path(out), gif, classes, precision, arguments, failures)
+            seconds = _write_grid(loaded, plan, num, Path(out), gif, shown, classes, precision, arguments, failures)
     if not quiet and rank == 0:
         names = ", ".join(map(str, click.get_current_context().obj))
         images = "1 image" if num == 1 else f"{num} images"
         steps_taken = "1 step" if plan.num_steps == 1 else f"{plan.num_steps} steps"
         rate = "" if writes_each else f", {num / seconds:.3g} images/s"  # some images may be there already
-        click.echo(f"{names}: {images} of {steps_taken} ({sampler}) in {seconds:.1f} s{rate}.")
+        part = "" if writes_each or len(shown) == loaded.shape[0] else f" Channel {', '.join(map(str, shown))} is shown."
+        click.echo(f"{names}: {images} of {steps_taken} ({sampler}) in {seconds:.1f} s{rate}.{part}")
     if failures:
         raise click.ClickException("; ".join(failures))
+
+
+def _conditions(loaded: Pretrained, path: str | None, seed: int) -> Tensor | None:
+    """Return the conditions of --condition, or None for a model without. Raise unless they go together."""
+    from ..training.data.conditions import read_conditions
+
+    channels, kind = loaded.condition_channels, loaded.model.config.get("condition")
+    if path is None:
+        wanted = f"to be given, as the model reads a condition of {channels} channels ({kind})"
+        expect(channels == 0, "sample", "condition", wanted, "none")
+        return None
+    expect(channels > 0, "sample", "condition", "to be left out, as the model reads none", repr(path))
+    return read_conditions(path, loaded.model.config, _shape(loaded), seed)
+
+
+def _shape(loaded: Pretrained) -> tuple[int, int, int]:
+    """Return (C, H, W) of an image. Raise if the model does not say."""
+    channels, height, width = loaded.shape
+    if height is None or width is None:
+        raise InvalidValue("sample", "model", "to have a sample_size in its config.json", "null")
+    return channels, height, width
+
+
+def _shown(loaded: Pretrained, channels: list[int] | None) -> list[int]:
+    """Return the channels that pictures show."""
+    from ..files.images import shown_channels
+
+    total = loaded.shape[0]
+    if channels is None:
+        return shown_channels(total)
+    wanted = f"to be one, three or four of 0..{total - 1}"
+    expect(len(channels) in (1, 3, 4) and max(channels) < total, "sample", "show_channels", wanted, channels)
+    return channels
 
 
 def _writes_each(out: str) -> bool:
@@ -174,24 +231,23 @@ def _write_grid(
     num: int,
     out: Path,
     gif: Path | None,
+    shown: list[int],
     classes: str | None,
     dtype: torch.dtype | None,
     arguments: dict[str, Any],
     failures: list[str],
 ) -> float:
     """Draw images, write the grid and the animation, and return the seconds that drawing took."""
-    from ..files.images import save_grid, save_trajectory
+    from ..files.images import in_bands, save_grid, save_trajectory
     from ..sampling.sampler import Sampler
 
     frames = 0 if gif is None else min(_FRAMES, plan.num_steps + 1)
-    config = loaded.model.config
-    size = config["sample_size"]
-    height, width = size if isinstance(size, list | tuple) else (size, size)
-    if height is None:
-        raise InvalidValue("sample", "model", "to have a sample_size in its config.json", "null")
-    pixels, shape = max(height, width), (num, config["in_channels"], height, width)
+    image, condition = _shape(loaded), arguments["condition"]
+    columns = None if condition is None else min(_COLUMNS, num)
+    count = num if columns is None else 2 * columns * -(-num // columns)  # images in the grid
+    pixels = max(image[1:])
     scale, gif_scale = 1 if num == 1 else max(1, 128 // pixels), max(1, 64 // pixels)  # one image can be edited as it is
-    check_pictures(shape, frames, out, scale, gif, gif_scale)
+    check_pictures((count, *image), len(shown), frames, out, scale, gif, gif_scale)
     labels = _labels(loaded, num, classes, arguments["guidance_scale"])
     make_writable("sample", "out", out.parent)
     if gif is not None:
@@ -211,10 +267,12 @@ def _write_grid(
         failures.append(f"{len(bad)} of {num} images are not finite and drawn grey, from number {bad[0]} (of 0..{num - 1})")
         images = images.nan_to_num(0, 0, 0)
         states = None if states is None else states.nan_to_num(0, 0, 0)
-    save_result(lambda path: save_grid(images, path, scale=scale), out, failures, (".png",))
+    if columns is not None:
+        images = in_bands([condition, images], columns)
+    save_result(lambda path: save_grid(images, path, columns=columns, scale=scale, channels=shown), out, failures, (".png",))
     if states is not None and gif is not None:
         trajectory = states
-        save_result(lambda path: save_trajectory(trajectory, path, scale=gif_scale), gif, failures, (".png",))
+        save_result(lambda path: save_trajectory(trajectory, path, scale=gif_scale, channels=shown), gif, failures, (".png",))
     return seconds
 
 

@@ -124,8 +124,7 @@ def plan_of_options(
     most = total - 1 if solves and spacing in ("linspace", "leading") else total
     expect(steps is None or steps <= most, command, "steps", f"to be in 1..{most} with {sampler}", steps)
     steps = steps or measured.get("num_steps") or min(DEFAULT_STEPS[sampler], most)
-    config = loaded.model.config
-    learned = config["out_channels"] == 2 * config["in_channels"]
+    learned = loaded.predicts_variance
     if variance is not None and variance.startswith("learned") != learned:
         wanted = (
             "learned or learned_range, as the model predicts it" if learned else "fixed_small or fixed_large for this model"

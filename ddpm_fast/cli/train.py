@@ -14,7 +14,7 @@ from ..errors import renaming
 from ..files.writing import remove_leftovers
 from ..training.options import STRUCTS, DataOptions, Declared, ModelOptions, TrainOptions, options_of
 from .console import Stopped
-from .options import PathOption, numbers, refusing
+from .options import PathOption, numbers, pair, refusing, size
 
 _EXAMPLE = """\b
 Example:
@@ -57,6 +57,8 @@ def _option(declared: Declared) -> click.Option:
         settings["type"] = click.Choice(declared.choices)
     elif bool in kinds:
         declarations[0] += f"/--no{flag[1:]}"
+    elif declared.pair is not None:
+        settings |= {"callback": size, "metavar": "WxH"} if declared.pair is int else {"callback": pair, "metavar": "LOW,HIGH"}
     elif get_origin(kind) is tuple:
         default = ",".join(map(str, default))
         settings |= {"callback": numbers, "metavar": "N,N,..."}

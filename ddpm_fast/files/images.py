@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checks import check_float, check_int, check_number, check_path
-from ..errors import InvalidValue
+from ..checks import check_float, check_int, check_ints, check_number, check_path
+from ..errors import InvalidValue, expect
 from ..resources import check_free_memory
 from .writing import replacing
 
@@ -39,17 +39,24 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def image_grid(
-    images: Tensor, *, columns: int | None = None, padding: int | None = None, scale: int = 1, background: int = 255
+    images: Tensor,
+    *,
+    columns: int | None = None,
+    padding: int | None = None,
+    scale: int = 1,
+    background: int = 255,
+    channels: Sequence[int] | None = None,
 ) -> Tensor:
     """Tile images into one picture, row by row.
 
     Args:
-        images: [N, C, H, W] in [-1, 1], N >= 1. C is 1 (grey), 3 (RGB) or 4 (RGBA).
+        images: [N, C, H, W] in [-1, 1], N >= 1. C is 1 (grey), 3 (RGB) or 4 (RGBA), unless `channels` are given.
         columns: Images a row. By default the grid is full and nearly square; if N allows no such grid, the cells that
             are left over are grey.
         padding: Pixels between the images and around them. None: 2, or 0 for one image, which needs no frame.
         scale: Draw every pixel of an image as scale x scale pixels.
         background: Grey value of the padding, 0..255.
+        channels: Show these channels, by number: one as grey, three as RGB or four as RGBA. None: all.
 
     Returns:
         uint8 [height, width, C] on the CPU.
@@ -57,7 +64,7 @@ def image_grid(
     Raises:
         ValueError: An argument is out of range, the images are not finite, or the grid does not fit into memory.
     """
-    _check_images("image_grid", "images", images)
+    images = _shown("image_grid", "images", images, channels)
     _check_layout("image_grid", columns, padding, scale)
     check_int("image_grid", "background", background, 0, 255)
     return _tiled("image_grid", images, columns, padding, scale, background)
@@ -112,6 +119,7 @@ def save_grid(
     columns: int | None = None,
     padding: int | None = None,
     scale: int = 1,
+    channels: Sequence[int] | None = None,
 ) -> Path:
     """Write images to one file, tiled by `image_grid`. Missing folders are made.
 
@@ -123,6 +131,7 @@ def save_grid(
         columns: See `image_grid`.
         padding: See `image_grid`.
         scale: See `image_grid`.
+        channels: See `image_grid`.
 
     Returns:
         The path.
@@ -131,7 +140,7 @@ def save_grid(
         ValueError: An argument is out of range, or Pillow cannot write such a picture in the format.
     """
     check_path("save_grid", "path", path)
-    _check_images("save_grid", "images", images)
+    images = _shown("save_grid", "images", images, channels)
     _check_layout("save_grid", columns, padding, scale)
     grid = _tiled("save_grid", images, columns, padding, scale)
     return _write(path, image_format(path, grid.shape), [grid])
@@ -146,6 +155,7 @@ def save_trajectory(
     columns: int | None = None,
     padding: int | None = None,
     scale: int = 1,
+    channels: Sequence[int] | None = None,
 ) -> Path:
     """Write an animation (.gif, .webp) of images coming out of noise, or a strip (.png, ...) with one row an image.
 
@@ -158,6 +168,7 @@ def save_trajectory(
         columns: Images a row of an animation. See `image_grid`.
         padding: See `image_grid`.
         scale: See `image_grid`.
+        channels: See `image_grid`.
 
     Returns:
         The path.
@@ -171,7 +182,8 @@ def save_trajectory(
         raise InvalidValue("save_trajectory", "trajectory", "to be [F, N, C, H, W], F >= 1", list(trajectory.shape))
     check_int("save_trajectory", "frames", frames, 1, optional=True)
     check_number("save_trajectory", "seconds", seconds, above=0, finite=True)
-    _check_images("save_trajectory", "trajectory", trajectory.flatten(0, 1))
+    flat = _shown("save_trajectory", "trajectory", trajectory.flatten(0, 1), channels)
+    trajectory = flat.unflatten(0, trajectory.shape[:2])
     _check_layout("save_trajectory", columns, padding, scale)
     total = trajectory.shape[0]
     kind = image_format(path)
@@ -212,7 +224,8 @@ def image_format(path: str | os.PathLike[str], shape: Sequence[int] = (1, 1, 1),
     height, width, channels = shape
     mode = _MODES.get(channels)
     if mode is None:
-        raise InvalidValue("images", "", f"pictures of 1, 3 or 4 channels for {name}", channels)
+        wanted = "to be an .npz, or pictures to have 1, 3 or 4 channels (channels, --show-channels)"
+        raise InvalidValue("images", name, wanted, f"{str(path)!r} for {channels} channels")
     kind = Image.registered_extensions().get(Path(path).suffix.lower())
     reason = ""
     if kind in Image.SAVE and kind not in _ICONS:
@@ -238,17 +251,53 @@ def image_format(path: str | os.PathLike[str], shape: Sequence[int] = (1, 1, 1),
     )
 
 
-def _check_images(function: str, name: str, images: Tensor) -> None:
+def shown_channels(channels: int) -> list[int]:
+    """Return the channels that a picture shows by default: all, or the first if it can have no more."""
+    return list(range(channels)) if channels in _MODES else [0]
+
+
+def condition_as_image(condition: Tensor, channels: int) -> Tensor | None:
+    """Return a condition [N, K, H, W] as images of this number of channels, or None if it has too few.
+
+    A grey one is shown in all channels. Of more channels the first are shown.
+    """
+    if condition.shape[1] == 1:
+        condition = condition.expand(-1, channels, -1, -1)
+    return condition[:, :channels].clamp(-1, 1) if condition.shape[1] >= channels else None
+
+
+def in_bands(kinds: Sequence[Tensor], columns: int) -> Tensor:
+    """Return images of several kinds in the order of a grid: a row of each kind, then the next row of each.
+
+    Args:
+        kinds: A condition [N, K, H, W], see `condition_as_image`, then images [N, C, H, W].
+        columns: Images a row. The last rows are filled with grey.
+    """
+    condition, *others = kinds
+    first = condition_as_image(condition, others[0].shape[1])
+    shown = others if first is None else [first, *others]
+    missing = -len(condition) % columns
+    rows = [torch.nn.functional.pad(each, [0] * 7 + [missing]).split(columns) for each in shown]
+    return torch.cat([row for band in zip(*rows, strict=True) for row in band])
+
+
+def _shown(function: str, name: str, images: Tensor, channels: Sequence[int] | None) -> Tensor:
+    """Return the channels of images that are shown. Raise unless there are values for a picture."""
     check_float(function, name, images)
-    if images.dim() != 4 or images.shape[0] == 0 or images.shape[1] not in (1, 3, 4) or images.is_meta:
+    if channels is not None:
+        check_ints(function, "channels", channels, 0, "a list of integers")
+        in_range = images.dim() == 4 and max(channels) < images.shape[1]
+        expect(in_range, function, "channels", f"to be those of {name}, {list(images.shape)}", list(channels))
+        images = images[:, list(channels)]
+    if images.dim() != 4 or images.shape[0] == 0 or images.shape[1] not in _MODES or images.is_meta:
         raise InvalidValue(
             function,
             name,
-            "to be floating [N, C, H, W] with values, N >= 1 and C = 1, 3 or 4",
+            "to be floating [N, C, H, W] with values, N >= 1 and C = 1, 3 or 4; or choose channels",
             f"{images.dtype} {list(images.shape)} on {images.device}",
         )
-    if not images.isfinite().all():
-        raise InvalidValue(function, name, "to be finite", "NaN or infinity")
+    expect(images.isfinite().all(), function, name, "to be finite", "NaN or infinity")
+    return images
 
 
 def _check_layout(function: str, columns: int | None, padding: int | None, scale: int) -> None:

@@ -289,7 +289,7 @@ def frozen_step(
             has reads a condition, which `state.start` must be given.
         guidance_scale: None: no guidance.
     """
-    layers, config, dtype, builder = network._constants.network, network._constants.config, network.dtype, Builder()
+    layers, builder = network._constants.network, Builder()
     n, copies = len(state.x_t), 1 if guidance_scale is None else 2
     at_once = math.ceil(n / network._num_passes(copies * n, *state.x_t.shape[2:]))
     with network._turns.taken(), torch.inference_mode(False), torch.no_grad(), torch.device(network.device):
@@ -315,9 +315,7 @@ def frozen_step(
         return network._executor(builder.calls).run
 
 
-def _network_inputs(
-    builder: Builder, network: FrozenUNet, state: StepState, images: slice, copies: int
-) -> tuple[Value, ...]:
+def _network_inputs(builder: Builder, network: FrozenUNet, state: StepState, images: slice, copies: int) -> tuple[Value, ...]:
     """Append the calls that bring x_t of some images into the network's form. Return the maps that the network reads."""
     config, dtype, x_t = network._constants.config, network.dtype, state.x_t[images]
     centered, conditions = config.center_input_sample, config.in_channels - x_t.shape[1]

@@ -78,9 +78,7 @@ class StepState:
         """True if x_t is where steps read it. A callback that kept x_t may have replaced its memory."""
         return self.x_t.data_ptr() == self._address
 
-    def start(
-        self, seeds: Tensor, labels: Tensor | None, x_T: Tensor | None = None, condition: Tensor | None = None
-    ) -> None:
+    def start(self, seeds: Tensor, labels: Tensor | None, x_T: Tensor | None = None, condition: Tensor | None = None) -> None:
         """Set x_T and return to the first step.
 
         Args:
@@ -97,7 +95,8 @@ class StepState:
         x_t.copy_(initial_noise(x_t.shape, seeds, dtype=x_t.dtype, device=x_t.device) if x_T is None else x_T)
         for x_0 in self.history:
             x_0.zero_()
-        for memory, images, centered in self._conditions if condition is not None else ():
+        for memory, images, centered in self._conditions:
+            assert condition is not None
             part = 2 * condition[images] - 1 if centered else condition[images]
             memory.unflatten(0, (-1, len(part))).copy_(part)  # to both halves with guidance
         self._shown = x_t.detach()  # an alias, so that a callback cannot change the shape and strides of x_t

@@ -31,7 +31,9 @@ HO_256: dict[str, Any] = CIFAR10_32 | {
 """Arguments of the network of the same paper for 256x256 images: 113,673,219 parameters, attention at 16x16."""
 
 # Keys that diffusers does not have. They stand in a config.json only where they are not None.
-OWN_KEYS: tuple[str, ...] = ("num_attention_heads", "time_input_dim", "class_names")
+OWN_KEYS: tuple[str, ...] = (
+    *("num_attention_heads", "time_input_dim", "class_names", "condition", "condition_range", "data_range"),
+)
 
 # Keys of which only these values are supported. The rest of what diffusers offers here is not part of a DDPM's U-Net.
 _SUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -90,6 +92,10 @@ class UNetConfig:
     num_class_embeds: int | None = None  # number of classes + 1: the last is "no label"
     class_names: Sequence[str] | None = None  # in the order of the labels, without "no label"
     num_train_timesteps: int | None = None  # recorded only
+    # What the input channels behind those of x_t are: "low-resolution:4", "grey", "mask", or "images" of a second data set.
+    condition: str | None = None
+    condition_range: Sequence[float] | None = None  # values of a condition of numbers, which are mapped to -1 and 1
+    data_range: Sequence[float] | None = None  # the same for the images; None: pictures of 0..255
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> UNetConfig:
@@ -146,6 +152,13 @@ class UNetConfig:
             _expect(self, "class_names", len(set(names)) == len(names), "without repetitions")
             limit = self.num_class_embeds or 0
             _expect(self, "class_names", len(names) < limit, f"None or fewer names than num_class_embeds = {limit or None}")
+        check_type("UNet", "condition", self.condition, str, optional=True)
+        for key in ("condition_range", "data_range"):
+            if (bounds := getattr(self, key)) is not None:
+                _expect(self, key, isinstance(bounds, tuple) and len(bounds) == 2, "two numbers")
+                for bound in bounds:
+                    check_number("UNet", key, bound, finite=True)
+                _expect(self, key, bounds[0] < bounds[1], "two numbers, the lower one first")
 
         channels = self.block_out_channels
         _expect(self, "block_out_channels", isinstance(channels, tuple) and len(channels) > 0, "a list of positive integers")

@@ -246,18 +246,20 @@ class WithoutDraws(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def describe_images(model: UNet, *, size: Sequence[int] | None, classes: Sequence[str]) -> None:
-    """Put the size of the images and the names of their classes into a configuration that lacks them.
+def describe_images(model: UNet, *, size: Sequence[int] | None, classes: Sequence[str], **described: Any) -> None:
+    """Put the size of the images, the names of their classes and more into a configuration that lacks them.
 
     Args:
         model: The network.
         size: (H, W), or None if it is not known.
         classes: Names in the order of the labels. Names without a label are left out. If one is empty, all are.
+        **described: Other keys of the configuration.
 
     Raises:
-        ValueError: The names are not valid `class_names`.
+        ValueError: A value is not valid.
     """
     config = model._config
+    config = dataclasses.replace(config, **{key: each for key, each in described.items() if getattr(config, key) is None})
     if config.sample_size is None and size is not None:
         height, width = size
         config = dataclasses.replace(config, sample_size=height if height == width else (height, width))

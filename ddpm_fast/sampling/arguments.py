@@ -300,7 +300,9 @@ def check_condition(caller: str, model: Model, shape: tuple[int, ...], num_sampl
         wanted = f"to be [{num_samples}, {free}, {size}], as the model reads {channels} channels and x_t has {shape[0]}"
         expect(not free, caller, "condition", wanted, "None")
         return
-    expect(free != 0, caller, "condition", f"to be None, as the model reads the {channels} channels of x_t alone", "a condition")
+    expect(
+        free != 0, caller, "condition", f"to be None, as the model reads the {channels} channels of x_t alone", "a condition"
+    )
     found = condition.shape[1] if isinstance(condition, Tensor) and condition.dim() == len(shape) + 1 else 0
     _check_maps(caller, "condition", condition, [num_samples, max(found, 1) if free is None else free, *shape[1:]])
 

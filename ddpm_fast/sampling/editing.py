@@ -346,9 +346,7 @@ def _denoises(plan: SamplingPlan) -> bool:
     return falls and end > image * (1 - 1e-9)
 
 
-def _check_images(
-    caller: str, name: str, images: Tensor, model: Model, plan: SamplingPlan, *, in_range: bool = True
-) -> None:
+def _check_images(caller: str, name: str, images: Tensor, model: Model, plan: SamplingPlan, *, in_range: bool = True) -> None:
     """Raise unless these are finite images of the model's size, about in [-1, 1]."""
     check_float(caller, name, images)
     check_strided(caller, name, images)

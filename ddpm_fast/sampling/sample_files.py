@@ -61,11 +61,13 @@ def write_samples(
     - `.zip`: PNGs `00000/img00000000.png` and `dataset.json` with the labels or null, as EDM has.
     - Any other: a folder of PNGs `000000/000123.png`, a folder for each 1000 images, and the same `dataset.json`.
 
-    Values in [-1, 1] become 0..255 by `to_uint8`. Images of one channel are grey PNGs (mode L), and have C = 1 in an npz.
+    Values in [-1, 1] become 0..255 by `to_uint8`. Images of one channel are grey PNGs (mode L), and have C = 1 in an npz. If
+    the model's config has a `data_range`, an npz holds float32 of that range.
 
     If a call was interrupted or killed, the same call continues: it draws the blocks of `batch_size` images that are not whole
     yet. `manifest.json`, in the folder or the archive, has the arguments and SHA-256 digests of the plan, the weights, the
-    labels and the condition. Until an archive is whole, its blocks are in the folder `<out>.parts`. A whole one is not drawn again.
+    labels and the condition. Until an archive is whole, its blocks are in the folder `<out>.parts`. A whole one is not drawn
+    again.
 
     The weights of a `FrozenUNet` are the tensors that it holds, which `freeze` may round differently on another kind of CPU.
     Pass the `UNet` to continue on another machine. A model whose weights are unknown, such as a function, starts a new `out`
@@ -119,7 +121,9 @@ def write_samples(
         num_kept=batch_size,
     )
     labels = None if class_labels is None or request.labels is None else request.labels.cpu()
-    files = files_of(out, num_samples, shape, None if labels is None else labels.numpy())
+    value_range = model_config(model).get("data_range")
+    numbers = None if labels is None else labels.numpy()
+    files = files_of(out, num_samples, shape, numbers, pictures=value_range is None)
     blocks = [range(i, min(i + batch_size, num_samples)) for i in range(0, num_samples, batch_size)]
     with ExitStack() as locks, joined(_CALLER) as processes, processes.barrier(_APART) as arrive:
         sampler = Sampler(model, plan, dtype=dtype, device=_device(processes, model, device), shape=shape)
@@ -150,7 +154,7 @@ def write_samples(
                     condition=None if condition is None else condition[part],
                     progress=False,
                 )
-                files.write(block, _pixels(images, block))
+                files.write(block, _values(images, block, value_range if files.dtype != "|u1" else None))
                 written(len(block))
             _wait(arrive(), written)
             if processes.is_first:
@@ -167,13 +171,21 @@ def _device(processes: Processes, model: Model, device: torch.device | str | Non
     return device
 
 
-def _pixels(images: Tensor, block: range) -> Pixels:
-    """Return images [N, C, H, W] as uint8 [N, H, W, C]. Raise a ValueError if one is not finite."""
+def _values(images: Tensor, block: range, value_range: Sequence[float] | None) -> Pixels:
+    """Return images [N, C, H, W] as uint8 [N, H, W, C], or as floats with a range that -1 and 1 stand for.
+
+    Raise a ValueError if one is not finite.
+    """
     finite = images.flatten(1).isfinite().all(dim=1)
     if not finite.all():
         index = block.start + int((~finite).nonzero()[0])
         raise InvalidValue(_CALLER, "images", "to be finite", f"NaN or infinity in image {index}")
-    pixels: Pixels = to_uint8(images).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    if value_range is None:
+        values = to_uint8(images)
+    else:
+        low, high = value_range
+        values = ((images.double() + 1) * ((high - low) / 2) + low).float()
+    pixels: Pixels = values.permute(0, 2, 3, 1).contiguous().cpu().numpy()
     return pixels
 
 

@@ -27,7 +27,7 @@ _DATASET: Final = "dataset.json"
 _WRITERS: Final = 8  # threads that write PNGs, which wait for the disk most of the time
 _PNG_END: Final = b"IEND\xaeB`\x82"
 
-Pixels = np.ndarray[Any, np.dtype[np.uint8]]
+Pixels = np.ndarray[Any, np.dtype[Any]]
 
 
 class SampleFormat(ResultFolder, ABC):
@@ -39,6 +39,7 @@ class SampleFormat(ResultFolder, ABC):
         num_samples: Number of images.
         shape: (C, H, W) of an image.
         labels: int64 [num_samples], or None.
+        dtype: Type of the values, as numpy writes it: "|u1", or "<f4" in an npz of data that are no pictures.
     """
 
     kind: ClassVar[str]
@@ -51,6 +52,7 @@ class SampleFormat(ResultFolder, ABC):
 
     def __init__(self, out: Path, folder: Path, num_samples: int, shape: Sequence[int], labels: np.ndarray | None) -> None:
         super().__init__(folder, out)
+        self.dtype = "|u1"
         self.num_samples, self.shape, self.labels = num_samples, tuple(shape), labels
         if len(shape) != 3 or (self.channels is not None and shape[0] not in self.channels):
             one_of = "" if self.channels is None else f" with C one of {', '.join(map(str, self.channels))}"
@@ -84,7 +86,7 @@ class SampleFormat(ResultFolder, ABC):
 
     def size(self, images: int) -> int:
         """Return the bytes of this number of images. A PNG needs about as many at most."""
-        return images * math.prod(self.shape)
+        return images * math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
     @abstractmethod
     def has(self, block: range) -> bool:
@@ -92,7 +94,7 @@ class SampleFormat(ResultFolder, ABC):
 
     @abstractmethod
     def write(self, block: range, pixels: Pixels) -> None:
-        """Write a block of images, uint8 [n, H, W, C]."""
+        """Write a block of images [n, H, W, C] of `dtype`."""
 
     @abstractmethod
     def finish(self, blocks: Sequence[range], manifest: Mapping[str, Any]) -> None:
@@ -211,7 +213,7 @@ class _Npz(_Archive):
     def header(self, images: int) -> bytes:
         """Return what an npy of this number of images begins with."""
         channels, height, width = self.shape
-        return _npy_header((images, height, width, channels), "|u1")
+        return _npy_header((images, height, width, channels), self.dtype)
 
     def add(self, archive: zipfile.ZipFile, blocks: Sequence[range]) -> None:
         with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:
@@ -255,11 +257,15 @@ class _Zip(_Archive):
         archive.writestr(zipfile.ZipInfo(_DATASET), _dataset_text(names, self.labels))
 
 
-def files_of(out: str | os.PathLike[str], num_samples: int, shape: Sequence[int], labels: np.ndarray | None) -> SampleFormat:
-    """Return the files of a call, in the format that the ending of `out` chooses."""
+def files_of(
+    out: str | os.PathLike[str], num_samples: int, shape: Sequence[int], labels: np.ndarray | None, *, pictures: bool
+) -> SampleFormat:
+    """Return the files of a call, in the format that the ending of `out` chooses. An npz without `pictures` holds floats."""
     text = os.fspath(out).lower()
     kind = _Npz if text.endswith(".npz") else _Zip if text.endswith(".zip") else _Folder
-    return kind(Path(out), num_samples, shape, labels)
+    files = kind(Path(out), num_samples, shape, labels)
+    files.dtype = "<f4" if kind is _Npz and not pictures else files.dtype
+    return files
 
 
 def _fields(values: dict[str, Any]) -> dict[str, Any]:

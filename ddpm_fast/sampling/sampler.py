@@ -55,9 +55,9 @@ class Sampler:
 
     Args:
         model: Called as model(x_t, t), or model(x_t, t, class_labels) if it has classes, with x_t
-            [N, C, H, W] and t int64 [N]. With a condition, its K channels stand after those of x_t. The model returns what the plan's `prediction` says, as a tensor or as
-            `.sample` of an object. It runs in eval mode and is not modified. If its weights are
-            channels_last, so is x_t.
+            [N, C, H, W] and t int64 [N]. A condition stands after x_t: the model then reads [N, C + K, H, W]. It
+            returns what the plan's `prediction` says, as a tensor or as `.sample` of an object. It runs in eval
+            mode and is not modified. If its weights are channels_last, so is its input.
         plan: From `ddpm_plan`, `ddim_plan`, ...
         dtype: Dtype of the network. x_t stays float32 (float64 for a float64 network). If device or dtype
             differ from the model's, a copy of the model is used. None: the model's dtype, but a float32

@@ -16,6 +16,7 @@ from ..resources import check_free_space, check_writable
 from ..schedule import NoiseSchedule
 from .checkpoint import read_state
 from .folder import RunFolder
+from .state import weights_file
 
 if TYPE_CHECKING:
     from ..schemas import Checkpoint
@@ -55,6 +56,7 @@ def export_checkpoint(
     config = run.read_config("export_checkpoint")
 
     def read(checkpoint: Path) -> tuple[UNet, Checkpoint]:
+        check_is_unet("export_checkpoint", "run_dir", checkpoint)
         weights = sum(file.stat().st_size for file in (checkpoint / "unet_ema").iterdir())  # float32
         check_free_space("export_checkpoint", "out_dir", out, weights * dtype.itemsize // 4)
         return UNet.from_pretrained(checkpoint / "unet_ema").to(dtype), read_state("export_checkpoint", checkpoint)
@@ -66,25 +68,33 @@ def export_checkpoint(
     log = run.log_until(state.step, "export_checkpoint")
     schedule, prediction = NoiseSchedule.from_config(config["schedule"]), config["options"]["prediction"]
     options = dict(config["options"], data_dir=None)  # a model that is shared names folders, but not where they were
-    options |= {name: Path(options[name]).name for name in ("data", "init") if options.get(name) is not None}
+    options |= {name: Path(options[name]).name for name in ("data", "condition", "init") if options.get(name) is not None}
     record = {**config, "options": options, "step": state.step, "seconds": state.seconds}
     try:
         model.save_pretrained(out / "unet")
         write_scheduler(out / "scheduler", schedule, prediction)
-        write_json(
-            out / "model_index.json",
-            {
-                # diffusers' DDPMPipeline passes no labels to the network. This one does, with any scheduler.
-                "_class_name": "DDPMPipeline" if model.class_embedding is None else "ConsistencyModelPipeline",
-                "scheduler": ["diffusers", "DDPMScheduler"],
-                "unet": ["diffusers", "UNet2DModel"],
-            },
-        )
+        if model.config["in_channels"] == model.config["out_channels"]:  # no pipeline passes a condition to this network
+            write_json(
+                out / "model_index.json",
+                {
+                    # diffusers' DDPMPipeline passes no labels to the network. This one does, with any scheduler.
+                    "_class_name": "DDPMPipeline" if model.class_embedding is None else "ConsistencyModelPipeline",
+                    "scheduler": ["diffusers", "DDPMScheduler"],
+                    "unet": ["diffusers", "UNet2DModel"],
+                },
+            )
         write_json(out / "training.json", record)
         write_text(out / "training_log.csv", log)
     except OSError as error:
         raise OSError(f"export_checkpoint: expected to write a model to {out}, got: {error}; export it again") from error
     return out
+
+
+def check_is_unet(caller: str, name: str, folder: Path) -> None:
+    """Raise a ValueError if a checkpoint holds another network than a `UNet`."""
+    file = folder / weights_file("unet_ema")
+    got = f"another network, which its folder does not describe; make it, and load {file} with load_state_dict"
+    expect(not file.exists(), caller, name, "to hold a UNet", got)
 
 
 def write_scheduler(folder: Path, schedule: NoiseSchedule, prediction: str) -> None:

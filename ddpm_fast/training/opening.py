@@ -15,7 +15,7 @@ from ..checks import check_int, computing_device
 from ..distributed import Processes
 from ..errors import InvalidValue, expect, renaming
 from ..files.writing import write_json
-from ..nn import UNetConfig
+from ..nn import UNet, UNetConfig
 from ..resources import check_free_memory, check_free_space, check_writable
 from ..schedule import NoiseSchedule
 from .checkpoint import read_state
@@ -163,23 +163,26 @@ def _check_threads(threads: int) -> None:
 
 def check_sizes(run: RunFolder, task: Task) -> None:
     """Raise if the training does not fit into memory, or checkpoints onto the disk. The estimates are low."""
-    options, config = task.options, UNetConfig.from_dict(task.model.config)
-    channels, height, width = task.dataset.shape
+    options, model = task.options, task.model
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    channels, *sides = task.dataset.shape
     per_image = channels * (1 + 4)
     if task.device.type == "cpu":
-        check_free_memory("train", "model", "a UNet", (COPIES - 1) * 4 * config.num_parameters)  # it is there itself
+        check_free_memory("train", "model", f"a {type(model).__name__}", (COPIES - 1) * 4 * parameters)  # it is there itself
+    if task.device.type == "cpu" and isinstance(model, UNet):
+        config = UNetConfig.from_dict(model.config)
         # Each block keeps the inputs of two convolutions for the gradient; the widest pictures have the first channels.
         bytes_each = 4 if options.precision == "float32" else 2
         per_image += config.block_out_channels[0] * 4 * config.layers_per_block * bytes_each
     size = task.micro_batch_size
     name = "batch_size" if size == options.batch_size else "micro_batch_size"
-    check_free_memory("train", name, size, size * per_image * height * width)
+    check_free_memory("train", name, size, size * per_image * math.prod(sides))
     saves = options.steps if options.checkpoint_minutes else 1
     if options.checkpoint_every:
         saves = max(saves, math.ceil(options.steps / options.checkpoint_every))
     more = max(0, min(options.keep, saves) - len(run.checkpoint_folders()))
     # Old checkpoints are removed after the new one.
-    check_free_space("train", "run_dir", run.path, (more + 1) * _SAVED * 4 * config.num_parameters)
+    check_free_space("train", "run_dir", run.path, (more + 1) * _SAVED * 4 * parameters)
 
 
 # ------------------------------------------------------------------------------------------------ a run begun, or continued
@@ -220,8 +223,10 @@ def open_run(start: Start, task: Task, state: State) -> dict[str, Any]:
 def _described(config: Mapping[str, Any], *, with_images: bool) -> dict[str, Any]:
     """Return what a resumed run must have in common with the run that it continues, by name."""
     dataset = {name: config["dataset"][name] for name in ("shape", "classes", *(["images"] if with_images else []))}
-    network = UNetConfig.from_dict(config["unet"]).to_dict()
-    layers = {f"model.{name}": value for name, value in network.items() if name not in _DESCRIPTIVE}
+    layers = {"model": config.get("network")}
+    if config.get("unet") is not None:
+        network = UNetConfig.from_dict(config["unet"]).to_dict()
+        layers |= {f"model.{name}": value for name, value in network.items() if name not in _DESCRIPTIVE}
     return {**dataset, **layers, "schedule": NoiseSchedule.from_config(config["schedule"])}
 
 

@@ -15,7 +15,7 @@ from inspect import Parameter, Signature
 from types import UnionType
 from typing import Annotated, Any, Final, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from ..errors import InvalidValue
+from ..errors import InvalidValue, expect
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,12 @@ class Declared(NamedTuple):
     def kinds(self) -> tuple[Any, ...]:
         """The parts of its type: a union's members, or itself."""
         return get_args(self.kind) if isinstance(self.kind, UnionType) or get_origin(self.kind) is Union else (self.kind,)
+
+    @property
+    def pair(self) -> type | None:
+        """The type of the numbers of a pair, or None if it is no pair."""
+        found = [get_args(kind)[0] for kind in self.kinds if get_origin(kind) is tuple and Ellipsis not in get_args(kind)]
+        return found[0] if found else None
 
     @property
     def choices(self) -> list[str]:
@@ -137,7 +143,7 @@ class DataOptions(Options):
     data: Annotated[
         _Path,
         _data(
-            "Train on digits, fashion-mnist, cifar10, a folder of images whose sub-folders are classes, or a zip file.",
+            "Train on digits, fashion-mnist, cifar10, a folder (its sub-folders are classes), a .zip, .npy or .npz.",
             changeable=True,  # the images themselves are compared
             local=True,
         ),
@@ -151,11 +157,28 @@ class DataOptions(Options):
         ),
     ] = None
     image_size: Annotated[
-        int | None,
+        int | tuple[int, int] | None,
         _data(
-            "Crop images to squares and resize them to this many pixels. Required unless all are squares of one size.",
+            "Crop and resize images to this width x height, such as 64 or 48x32. Required unless all have one size.",
             low=1,
             high=1 << 16,
+        ),
+    ] = None
+    colors: Annotated[
+        Literal["grey", "rgb", "rgba"] | None,
+        _data("Train on images in these colours. Default: grey if all files are, else rgb."),
+    ] = None
+    data_range: Annotated[
+        tuple[float, float] | None,
+        _data("Map these two values of .npy and .npz files to -1 and 1. Default: the least and the largest value."),
+    ] = None
+    array_layout: Annotated[Literal["NHWC", "NCHW"], _data("Say where .npy and .npz files have their channels.")] = "NHWC"
+    condition: Annotated[
+        _Path | None,
+        _data(
+            "Give the network low-resolution:4, grey or mask images to restore, or those of a folder with the same file names.",
+            changeable=True,  # the images themselves are compared, and the network's configuration names a degradation
+            local=True,
         ),
     ] = None
     data_memory: Annotated[
@@ -323,6 +346,16 @@ def _checked(caller: str, declared: Declared, value: Any) -> Any:
     elif get_origin(kind) is tuple:
         if not isinstance(value, (list, tuple)) or value:
             check_ints(caller, name, value, 1, "a list of integers")
+        return tuple(value)
+    elif declared.pair is not None and (isinstance(value, (list, tuple)) or int not in kinds):
+        pair = isinstance(value, (list, tuple)) and len(value) == 2
+        expect(pair, caller, name, "to be a pair of numbers", repr(value))
+        for each in value:
+            if declared.pair is int:
+                check_int(caller, name, each, option.low, option.high)  # type: ignore[arg-type]
+            else:
+                check_number(caller, name, each, finite=True)
+        expect(declared.pair is int or value[0] < value[1], caller, name, "to have the lower value first", value)
         return tuple(value)
     elif {int, str} <= {*kinds}:
         checked_bytes(caller, name, value)

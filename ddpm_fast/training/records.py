@@ -11,14 +11,18 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..files.images import save_grid
+from ..checks import listed
+from ..files.images import in_bands, save_grid, shown_channels
+from ..nn import UNet
 from ..plan import Prediction, SamplingPlan, ddim_plan, dpm_solver_plan
 from ..plan.dpm_solver import measured_options
 from ..sampling.progress import progress_bar
 from ..sampling.sampler import sample
 from ..schedule import NoiseSchedule
+from .data import ImageDataset, MappedDataset
+from .data.conditions import conditioned_items
 from .folder import LOG_COLUMNS, RunFolder
 from .state import State, Task
 
@@ -28,10 +32,8 @@ _log = logging.getLogger("ddpm_fast")
 def summary(run: RunFolder, task: Task, state: State) -> str:
     """Describe what is about to be trained, on what, and where the records go."""
     options, dataset = task.options, task.dataset
-    channels, height, width = dataset.shape
+    channels, *sides = dataset.shape
     classes = f"{len(dataset.classes)} classes" if len(dataset.classes) > 1 else "no classes"
-    levels = enumerate(task.model.config["down_block_types"])
-    attended = [str(height >> level) for level, kind in levels if kind.startswith("Attn")]
     parameters = sum(parameter.numel() for parameter in state.model.parameters())
     machine = f"{options.precision} on {task.device}"
     if task.device.type == "cpu":
@@ -46,17 +48,19 @@ def summary(run: RunFolder, task: Task, state: State) -> str:
         batch += f" in micro-batches of {task.micro_batch_size} on {task.processes.size} process"
         batch += f"{'es' if task.processes.size > 1 else ''}; weights are {sums}"
     records = [f"log.csv every {options.log_every} steps"]
-    if options.sample_every:
+    if options.sample_every and len(sides) == 2:
         records.append(f"samples/ every {options.sample_every} steps")
     every = [f"{options.checkpoint_every} steps"] if options.checkpoint_every else []
     every += [f"{options.checkpoint_minutes:g} minutes"] if options.checkpoint_minutes else []
     records.append(f"checkpoints/ every {' and every '.join(every)}" if every else "checkpoints/ at the end")
     rows = {
         "data": f"{dataset.name}: {len(dataset)} images, {classes}",
-        "images": f"{width}x{height} pixels, {channels} channel{'s' if channels > 1 else ''}, {dataset.preparation}",
+        "images": f"{'x'.join(map(str, reversed(sides)))} {'pixels' if len(sides) == 2 else 'values'}, "
+        + f"{channels} channel{'s' if channels > 1 else ''}, {dataset.preparation}",
+        **({"reads": _condition(dataset)} if dataset.condition_channels else {}),
         "network": f"{parameters / 1e6:.2f} million parameters, "
         + ("class-conditional, " if task.labelled else "unconditional, ")
-        + (f"attention at {', '.join(attended)} pixels" if attended else "attention in the middle block alone")
+        + _attention(task.model, min(sides))
         + (f", started from {task.data_and_model['init']}" if task.data_and_model.get("init") else ""),
         "machine": machine,
         **({"batch": batch} if task.num_micro_batches > 1 else {}),
@@ -65,6 +69,22 @@ def summary(run: RunFolder, task: Task, state: State) -> str:
     }
     title = f"Resuming {run.path} at step {state.step}" if state.step else f"Training {run.path}"
     return "\n".join([title, *(f"  {name:<8} {text}" for name, text in rows.items())])
+
+
+def _attention(model: nn.Module, side: int) -> str:
+    """Say where a network has attention, or its class if it is no `UNet`."""
+    if not isinstance(model, UNet):
+        return type(model).__name__
+    levels = enumerate(model.config["down_block_types"])
+    attended = [str(side >> level) for level, kind in levels if kind.startswith("Attn")]
+    return f"attention at {', '.join(attended)} pixels" if attended else "attention in the middle block alone"
+
+
+def _condition(dataset: ImageDataset | MappedDataset) -> str:
+    """Say what the network reads beside x_t."""
+    channels = f"{dataset.condition_channels} channel{'s' if dataset.condition_channels > 1 else ''} of a condition"
+    name = dataset.described["condition"]
+    return channels if name == "images" else f"{channels}: {name}"
 
 
 class CallbackError(Exception):
@@ -116,6 +136,7 @@ class Records:
         self._bar = progress_bar(task.options.steps, "training", "step", shown=shown, done=state.step)
         self._logged_step, self._logged_seconds = state.step, state.seconds
         self._first_step, self._timed_from = state.step, 0.0
+        self._buffers = _versions(state.model)
 
     def __enter__(self) -> Records:
         return self
@@ -131,6 +152,9 @@ class Records:
         self._bar.update()
         if self._task.processes.is_first:
             self._forecast()
+            if state.step == self._first_step + 1 and (changed := dict(_versions(state.model).items() - self._buffers.items())):
+                text = "the network's forward changes %s: weights are not bit-identical for other numbers of processes"
+                _log.warning(text, listed(changed))
         if state.step % options.log_every == 0 or state.step == options.steps:
             self._write_row(grad_norm, rate)
         if options.sample_every and state.step % options.sample_every == 0:
@@ -184,27 +208,40 @@ class Records:
 
     def _draw_grid(self) -> None:
         """Draw a grid with the averaged weights, with one column a class or 8 columns."""
-        task, state = self._task, self._state
-        if not task.processes.is_first:
+        task, state, dataset = self._task, self._state, self._task.dataset
+        if not task.processes.is_first or len(dataset.shape) != 3:  # signals and volumes are no pictures
             return
-        columns = min(len(task.dataset.classes), 16) if task.labelled else 8
+        columns = min(len(dataset.classes), 16) if task.labelled else 8
+        num = columns * (2 if dataset.condition_channels else 4)
         path = self._run.samples / f"step-{state.step:08d}.png"
         with state.uncounted():
             try:
+                shown = conditioned_items(dataset, num, task.options.seed) if dataset.condition_channels else None
+                labels = torch.arange(num) % columns if shown is None else shown.labels
                 images = sample(
                     state.ema,
                     grid_plan(task.schedule, task.options.sample_steps, task.options.prediction),
-                    4 * columns,
+                    num,
                     seed=task.options.seed,
-                    class_labels=torch.arange(4 * columns) % columns if task.labelled else None,
+                    class_labels=labels if task.labelled else None,
+                    condition=None if shown is None else shown.condition,
+                    shape=dataset.shape,
                     progress=False,
                     cuda_graph=False,  # a graph takes memory beside that of the training
                 )
-                save_grid(images, path, columns=columns, scale=max(1, 64 // max(images.shape[2:])))
+                if shown is not None:
+                    images = in_bands([shown.condition, images.cpu(), shown.images], columns)
+                channels = shown_channels(images.shape[1])
+                save_grid(images, path, columns=columns, channels=channels, scale=max(1, 64 // max(images.shape[2:])))
             except (OSError, ValueError) as error:  # a run does not end for want of a picture
                 _log.warning("%s could not be drawn: %s", path, error)
                 return
-            self._tensorboard.write("add_images", "samples", images.clamp(-1, 1) / 2 + 0.5, state.step)
+            self._tensorboard.write("add_images", "samples", images[:, channels].clamp(-1, 1) / 2 + 0.5, state.step)
+
+
+def _versions(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Return what tells for each of a network's buffers whether it was changed."""
+    return {name: (id(buffer), buffer._version) for name, buffer in model.named_buffers()}
 
 
 class TensorBoard:

@@ -33,8 +33,9 @@ class TrainingRng:
 
     def __init__(self, seed: int, batch_size: int) -> None:
         self._batch_size = batch_size
-        keys = sample_seeds(seed, 7).tolist()
-        self._order, self._timesteps, self._noise, self._label_dropout, self._flips, self._torch, self.weights_seed = keys
+        keys = sample_seeds(seed, 8).tolist()
+        self._order, self._timesteps, self._noise, self._label_dropout, self._flips, self._torch, *others = keys
+        self.weights_seed, self._conditions = others
 
     def _words(self, key: int, step: int) -> Tensor:
         """Return 63 random bits for each sample of the step, int64 [B] >= 0."""
@@ -59,6 +60,10 @@ class TrainingRng:
     def sample_seeds(self, step: int) -> Tensor:
         """Return the seeds of the samples' noise and dropout, int64 [B]."""
         return sample_seeds(self._noise, self._batch_size, step * self._batch_size)
+
+    def condition_seeds(self, step: int) -> Tensor:
+        """Return random bits for the samples' conditions, int64 [B]."""
+        return sample_seeds(self._conditions, self._batch_size, step * self._batch_size)
 
     def label_is_dropped(self, step: int, probability: float) -> Tensor:
         """Return which samples are trained without their label, bool [B], true with `probability`."""

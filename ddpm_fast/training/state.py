@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..distributed import Processes
 from ..errors import InvalidValue, UnusablePath
@@ -38,7 +38,8 @@ class Task:
 
     options: TrainOptions  # with the size of micro-batches
     data_and_model: Mapping[str, Any]  # the options of data and network, if `train` made them
-    model: UNet
+    model: nn.Module
+    labelled: bool  # the network is given the class
     dataset: ImageDataset | MappedDataset
     schedule: NoiseSchedule
     loss_weight: Tensor | None  # float32 [T], on the device
@@ -47,11 +48,6 @@ class Task:
     processes: Processes
     on_step: Callable[[int, Tensor], object] | None = None
     on_checkpoint: Callable[[Path], object] | None = None
-
-    @property
-    def labelled(self) -> bool:
-        """True if the network is given the class."""
-        return self.model.config["num_class_embeds"] is not None
 
     @property
     def recorded(self) -> dict[str, Any]:
@@ -63,7 +59,7 @@ class Task:
         options = {name: value for name, value in self.recorded.items() if name not in LOCAL}
         described = {"number of images": len(self.dataset), "classes": self.dataset.classes}
         images = {"dataset": (self.dataset.shape, self.dataset.fingerprint())}
-        return {**options, "model": dict(self.model.config), "schedule": self.schedule.betas.tolist(), **described, **images}
+        return {**options, "model": self.network, "schedule": self.schedule.betas.tolist(), **described, **images}
 
     @property
     def micro_batch_size(self) -> int:
@@ -89,8 +85,16 @@ class Task:
 
     @property
     def memory_format(self) -> torch.memory_format:
-        """Memory format of images and weights."""
-        return torch.channels_last if self.options.channels_last else torch.contiguous_format
+        """Memory format of images and weights. Signals and volumes are contiguous."""
+        is_image = len(self.dataset.shape) == 3
+        return torch.channels_last if self.options.channels_last and is_image else torch.contiguous_format
+
+    @property
+    def network(self) -> dict[str, Any]:
+        """The description of the network in config.json."""
+        if isinstance(self.model, UNet):
+            return {"unet": self.model.config}
+        return {"network": f"{type(self.model).__module__}.{type(self.model).__qualname__}"}
 
     def config(self) -> dict[str, Any]:
         """Return the content of config.json."""
@@ -98,7 +102,7 @@ class Task:
         return {
             "format": FORMAT,
             "options": self.recorded,
-            "unet": self.model.config,
+            **self.network,
             "schedule": self.schedule.to_config(),
             "dataset": {
                 "images": len(dataset),
@@ -115,8 +119,8 @@ class Task:
 class State:
     """The parts of a run that change from step to step: the content of a checkpoint."""
 
-    model: UNet
-    ema: UNet  # moving average of the weights
+    model: nn.Module
+    ema: nn.Module  # moving average of the weights
     optimizer: torch.optim.Optimizer
     step: int = 0  # steps done
     seconds: float = 0.0  # spent in steps
@@ -130,8 +134,14 @@ class State:
         model = task.model.to(device=task.device, memory_format=task.memory_format)  # type: ignore[call-overload]
         model.train().zero_grad()
         lr, weight_decay = task.options.lr, task.options.weight_decay
-        optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay, fused=True)
         return cls(model, copy.deepcopy(model).requires_grad_(False).eval(), optimizer)
+
+    @property
+    def trained(self) -> list[Tensor]:
+        """The parameters that are trained."""
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def mean_loss(self) -> float:
         """Return the mean loss since the last row of the log, or NaN if there was no step."""
@@ -174,7 +184,7 @@ class State:
         losses = processes.from_first([float(loss) for loss in self.losses] if processes.is_first else [0.0] * int(num_losses))
         self.losses = [torch.tensor(loss, dtype=torch.float32, device=device) for loss in losses]
         tensors = [*self.model.state_dict().values(), *self.ema.state_dict().values()]
-        for parameter in self.model.parameters() if self.step else ():
+        for parameter in self.trained if self.step else ():
             moments = self.optimizer.state[parameter]
             if not moments:
                 moments["step"] = torch.zeros((), dtype=torch.float32, device=device)
@@ -184,11 +194,15 @@ class State:
 
     def write(self, folder: Path) -> None:
         """Write the networks and the optimizer's state into a checkpoint's folder."""
-        self.model.save_pretrained(folder / "unet")
-        self.ema.save_pretrained(folder / "unet_ema")
+        for model, name in ((self.model, "unet"), (self.ema, "unet_ema")):
+            if isinstance(model, UNet):
+                model.save_pretrained(folder / name)
+            else:
+                write_tensors(folder / weights_file(name), _apart(model.state_dict()))
         tensors = {
             f"{key}.{name}": value
             for name, parameter in self.model.named_parameters()
+            if parameter.requires_grad
             for key, value in self.optimizer.state[parameter].items()
         }
         write_tensors(folder / "optimizer.safetensors", tensors)
@@ -198,6 +212,7 @@ class State:
         init = task.data_and_model.get("init")
         if init is None:
             return
+        assert isinstance(self.model, UNet)  # `train` has made it
         wanted = UNetConfig.from_dict(self.model.config).to_dict()
         for model, source in zip((self.model, self.ema), _read_networks(Path(init)), strict=True):
             found = UNetConfig.from_dict(source.config).to_dict()
@@ -212,12 +227,15 @@ class State:
     def load(self, folder: Path) -> None:
         """Load a checkpoint. Raise a ValueError if it is another network's, or not finite."""
         for model, name in ((self.model, "unet"), (self.ema, "unet_ema")):
-            weights = UNet.from_pretrained(folder / name).state_dict()
+            if isinstance(model, UNet):
+                weights = UNet.from_pretrained(folder / name).state_dict()
+            else:
+                weights = load_safetensors("train", folder / weights_file(name))
             check_weights("train", folder / name, "the options", model.state_dict(), weights)
             model.load_state_dict(weights)
         file = folder / "optimizer.safetensors"
         tensors = load_safetensors("train", file)
-        parameters = dict(self.model.named_parameters())
+        parameters = {name: each for name, each in self.model.named_parameters() if each.requires_grad}
         moments = {f"{key}.{name}": value for name, value in parameters.items() for key in ("exp_avg", "exp_avg_sq")}
         check_weights("train", file, "the network", moments | {f"step.{name}": torch.zeros(()) for name in parameters}, tensors)
         check_finite("train", file, tensors)
@@ -231,6 +249,21 @@ class State:
         self.step, self.seconds, self.row = state.step, state.seconds, state.row
         device = next(self.model.parameters()).device
         self.losses = [torch.tensor(loss, dtype=torch.float32, device=device) for loss in state.losses]
+
+
+def weights_file(name: str) -> str:
+    """Return the file of a checkpoint that holds the weights of a network that is no `UNet`: "unet" or "unet_ema"."""
+    return {"unet": "model.safetensors", "unet_ema": "ema.safetensors"}[name]
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors that share no memory, as files hold them."""
+    seen: set[int] = set()
+    apart = {}
+    for name, tensor in tensors.items():
+        apart[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
+        seen.add(tensor.data_ptr())
+    return apart
 
 
 def _read_networks(init: Path) -> tuple[UNet, UNet]:

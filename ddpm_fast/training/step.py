@@ -8,34 +8,38 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Iterator
+from functools import partial
 from typing import Final
 
 import torch
 from torch import Tensor
 
+from ..inference.model import predict
+from ..nn import UNet
 from ..ops import denoising_loss, q_sample
-from .data import to_unit_range
+from .data import Degradation, to_unit_range
 from .options import TrainOptions
 from .state import State, Task
 
 _DRAWN: Final = 4096  # indices that are drawn together, as a call takes longer than an index
 
 
-def take_step(task: Task, state: State, images: Tensor, labels: Tensor) -> tuple[Tensor, float]:
+def take_step(task: Task, state: State, images: Tensor, labels: Tensor, *conditions: Tensor) -> tuple[Tensor, float]:
     """Take one step.
 
     Args:
         task: The task.
         state: The state, which is replaced by the next.
-        images: uint8 or float32 [n, C, H, W], this process's part of the batch.
+        images: uint8 or float32 [n, C, ...], this process's part of the batch.
         labels: int64 [n].
+        *conditions: uint8 or float32 [n, K, ...], if the data set has conditions.
 
     Returns:
         The gradient's norm before clipping, 0-d, and the learning rate.
     """
     options, step = task.options, state.step
-    loss = _set_gradients(task, state, images, labels)
-    parameters: list[Tensor] = list(state.model.parameters())
+    loss = _set_gradients(task, state, images, labels, *conditions)
+    parameters: list[Tensor] = state.trained
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, options.clip_grad or math.inf, foreach=True)
     rate = options.lr * lr_factor(step, options)
     for group in state.optimizer.param_groups:
@@ -45,21 +49,24 @@ def take_step(task: Task, state: State, images: Tensor, labels: Tensor) -> tuple
     decay = options.ema_decay
     if options.ema_warmup:
         decay = min(decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(state.ema.parameters()), parameters, 1 - decay)
+    torch._foreach_lerp_(list(state.ema.parameters()), list(state.model.parameters()), 1 - decay)
+    for average, buffer in zip(state.ema.buffers(), state.model.buffers(), strict=True):
+        average.copy_(buffer)
     state.losses.append(loss)
     state.step += 1
     return grad_norm, rate
 
 
-def _set_gradients(task: Task, state: State, images: Tensor, labels: Tensor) -> Tensor:
+def _set_gradients(task: Task, state: State, *batch: Tensor) -> Tensor:
     """Set each parameter's `grad` to the gradient of the batch's loss. Return the loss, 0-d."""
-    parameters = list(state.model.parameters())
+    parameters = state.trained
     sums = _TreeSum()
-    size = task.micro_batch_size
-    for micro_batch, *part in zip(task.micro_batches, images.split(size), labels.split(size), strict=True):
+    parts = (tensor.split(task.micro_batch_size) for tensor in batch)
+    for micro_batch, *part in zip(task.micro_batches, *parts, strict=True):
         loss = _loss(task, state, micro_batch, *part)
         loss.backward()
-        sums.add([loss.detach(), *(parameter.grad for parameter in parameters if parameter.grad is not None)])
+        # A network of the user's may have parameters that its forward does not use.
+        sums.add([loss.detach(), *(torch.zeros_like(each) if each.grad is None else each.grad for each in parameters)])
         if len(task.micro_batches) > 1:
             state.optimizer.zero_grad()
     loss, *gradients = total = sums.total()
@@ -68,28 +75,32 @@ def _set_gradients(task: Task, state: State, images: Tensor, labels: Tensor) -> 
         flat = task.processes.tree_sum(flat) if task.sums_in_tree else task.processes.sum_(flat)
         for tensor, summed in zip(total, flat.split([tensor.numel() for tensor in total]), strict=True):
             tensor.copy_(summed.view(tensor.shape))  # in the gradient's memory format, which is the parameter's
-    for parameter, gradient in zip((each for each in parameters if each.requires_grad), gradients, strict=True):
+    for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient
     return loss
 
 
-def _loss(task: Task, state: State, micro_batch: int, images: Tensor, labels: Tensor) -> Tensor:
+def _loss(task: Task, state: State, micro_batch: int, images: Tensor, labels: Tensor, *conditions: Tensor) -> Tensor:
     """Return a micro-batch's share of the batch's mean loss, 0-d."""
     options, rng, step = task.options, task.rng, state.step
     rows = slice(micro_batch * task.micro_batch_size, (micro_batch + 1) * task.micro_batch_size)
-    x_0 = to_unit_range(images.to(task.device))  # [m, C, H, W]
+    x_0, *condition = (to_unit_range(each.to(task.device)) for each in (images, *conditions))  # [m, C, ...], [m, K, ...]
     if options.flip:
-        x_0 = torch.where(rng.is_flipped(step)[rows].to(task.device)[:, None, None, None], x_0.flip(-1), x_0)
+        flipped = rng.is_flipped(step)[rows].to(task.device).view(-1, *[1] * (x_0.dim() - 1))
+        x_0, *condition = (torch.where(flipped, each.flip(-1), each) for each in (x_0, *condition))
     x_0 = x_0.contiguous(memory_format=task.memory_format)
+    if isinstance(task.dataset.condition, Degradation):
+        condition = [task.dataset.condition(x_0, rng.condition_seeds(step)[rows])]
     t = rng.timesteps(step, task.schedule.num_timesteps)[rows].to(task.device)
     seeds = rng.sample_seeds(step)[rows].to(task.device)
     no_label = len(task.dataset.classes)  # the last embedding
     labels = labels.masked_fill(rng.label_is_dropped(step, options.label_dropout)[rows], no_label).to(task.device)
     torch.manual_seed(rng.torch_seed(step * task.num_micro_batches + micro_batch))
     x_t = q_sample(x_0, t, task.schedule, seeds=seeds)
-    dropout = {"dropout_seeds": seeds} if task.model.config["dropout"] > 0 else {}
+    x_in = torch.cat([x_t, *condition], dim=1).contiguous(memory_format=task.memory_format) if condition else x_t
+    dropout = {"dropout_seeds": seeds} if isinstance(task.model, UNet) and task.model.config["dropout"] > 0 else {}
     with torch.autocast(task.device.type, torch.bfloat16, enabled=options.precision == "bf16"):
-        output = state.model(x_t, t, labels if task.labelled else None, **dropout)
+        output = predict(partial(state.model, **dropout), x_in, t, labels if task.labelled else None)
     weight = None if task.loss_weight is None else task.loss_weight[t]
     loss = denoising_loss(output.float(), x_0, t, task.schedule, prediction=options.prediction, seeds=seeds, weight=weight)
     return loss / task.num_micro_batches
@@ -125,8 +136,8 @@ def lr_factor(step: int, options: TrainOptions) -> float:
     return rise * (left if options.lr_decay == "linear" else 0.5 - 0.5 * math.cos(math.pi * left))
 
 
-def batches(task: Task, step: int) -> Generator[tuple[Tensor, Tensor], None, None]:
-    """Yield this process's images and labels of each step from `step` on."""
+def batches(task: Task, step: int) -> Generator[tuple[Tensor, ...], None, None]:
+    """Yield this process's images, labels and conditions of each step from `step` on."""
     size, mine, num_images, options = task.micro_batch_size, task.micro_batches, len(task.dataset), task.options
     rows = slice(mine.start * size, mine.stop * size)
     together = max(1, _DRAWN // options.batch_size)

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ..checks import check_callable, check_int, check_path, check_type, checked_bytes
 from ..distributed import joined
-from ..errors import InvalidType, expect, renaming
+from ..errors import InvalidValue, expect, renaming
+from ..inference.model import device_and_dtype, evaluation_mode, predict
 from ..nn import UNet, UNetConfig
 from ..nn.unet import describe_images
 from ..resources import check_free_memory
@@ -34,18 +36,28 @@ class Trainer:
 
     `run` trains. The run's folder, the checkpoints, and training in several processes are those of `train`.
 
-    An item of the data set is an image, or (image, label). An image is a uint8 tensor [C, H, W], a floating tensor
-    [C, H, W] in [-1, 1], or a PIL image. A PIL image is converted to the network's 1, 3 or 4 channels. A label is an
-    integer in 0..num_classes-1. A network without classes ignores labels. An item must be a function of its index:
-    a random transform makes a resumed run differ from an uninterrupted one. `flip` mirrors images reproducibly.
+    An item of the data set is an image, (image, label), (image, label, condition), or a mapping with these names. An image
+    is a uint8 tensor [C, H, W], a floating tensor [C, H, W] in [-1, 1], or a PIL image. A PIL image is converted to the
+    network's 1, 3 or 4 channels. A label is an integer in 0..num_classes-1. A network without classes ignores labels. A
+    condition is of the image's size: uint8 [K, H, W], which is mapped to [-1, 1], finite floats, or a PIL image. The network
+    reads it after the C channels of x_t. An item must be a function of its index: a random transform makes a resumed run
+    differ from an uninterrupted one. `flip` mirrors images and conditions reproducibly.
+
+    A network that is no `UNet` is called as model(x_t, t), or model(x_t, t, class_labels) with `num_classes`. It may also
+    train on signals [C, L] or volumes [C, D, H, W]. Its checkpoints hold `model.safetensors` and `ema.safetensors`, its
+    state_dict and the moving average's. If its forward changes buffers, as that of BatchNorm does, a warning says that
+    weights are not bit-identical for other numbers of processes.
 
     Args:
-        model: Train this network in place. Its `num_class_embeds` is the number of classes plus one, or None. Its configuration
-            gets the data set's `sample_size` and `class_names` if it has none.
+        model: Train this network in place: a `UNet`, or any module with float32 parameters that predicts what `prediction`
+            says. The `num_class_embeds` of a `UNet` is the number of classes plus one, or None. Its configuration gets the
+            data set's `sample_size` and `class_names` if it has none.
         schedule: Use this noise schedule.
         dataset: Train on these images: any map-style data set, with `__len__` and `__getitem__`.
         options: Train in this way.
         run_dir: Write to this folder. It must be new or empty unless `options` resume a run.
+        num_classes: Number of classes of a network that is no `UNet`. It gets labels in 0..num_classes, where num_classes
+            is "no label". None: it gets no labels.
         num_workers: Read items in this many processes. Default: in this one.
         on_step: Call this after each step, in every process, with the number of steps done and the loss as a 0-d tensor.
             Reading the loss of a GPU waits for the step.
@@ -61,20 +73,19 @@ class Trainer:
 
     def __init__(
         self,
-        model: UNet,
+        model: nn.Module,
         schedule: NoiseSchedule,
         dataset: Dataset[Any] | ImageDataset,
         options: TrainOptions,
         run_dir: str | os.PathLike[str],
         *,
+        num_classes: int | None = None,
         num_workers: int = 0,
         on_step: Callable[[int, Tensor], object] | None = None,
         on_checkpoint: Callable[[Path], object] | None = None,
     ) -> None:
-        given: Any = model
-        if not isinstance(given, UNet):
-            got = f"{type(given).__name__}; train another network in a loop of your own, as docs/training.md shows"
-            raise InvalidType("Trainer", "model", "to be a UNet", got)
+        check_type("Trainer", "model", model, nn.Module)
+        check_int("Trainer", "num_classes", num_classes, 1, optional=True)
         check_type("Trainer", "schedule", schedule, NoiseSchedule)
         check_type("Trainer", "options", options, TrainOptions)
         check_path("Trainer", "run_dir", run_dir)
@@ -84,16 +95,25 @@ class Trainer:
         if options.sample_every:
             check_int("Trainer", "sample_steps", options.sample_steps, 1, schedule.num_timesteps, optional=True)
         _check_trainable(model)
-        self._dataset = _adapted(dataset, model, num_workers)
-        _check_fit(model, self._dataset)
-        describe_images(model, size=self._dataset.shape[1:], classes=self._dataset.classes)
+        if isinstance(model, UNet):
+            expect(num_classes is None, "Trainer", "num_classes", "to be None, as model has num_class_embeds", num_classes)
+            embeds = model.config["num_class_embeds"]
+            num_classes = None if embeds is None else embeds - 1
+        self._labelled = num_classes is not None
+        self._dataset = _adapted(dataset, model, num_classes, num_workers)
+        if isinstance(model, UNet):
+            _check_fit(model, self._dataset)
+            described = self._dataset.described
+            describe_images(model, size=self._dataset.shape[1:], classes=self._dataset.classes, **described)
+        else:
+            _check_call(model, self._dataset, num_classes)
         self.model = model
         self._schedule, self._options, self._folder = schedule, options, RunFolder(run_dir)
         self._on_step, self._on_checkpoint = on_step, on_checkpoint
-        self._ema: UNet | None = None
+        self._ema: nn.Module | None = None
 
     @property
-    def ema(self) -> UNet:
+    def ema(self) -> nn.Module:
         """The moving average of the network, in eval mode. It exists from the start of `run`."""
         if self._ema is None:
             raise RuntimeError("Trainer: expected run to be called before ema is read, got no call")
@@ -124,6 +144,7 @@ class Trainer:
             options=options,
             data_and_model=start.data_and_model,
             model=self.model,
+            labelled=self._labelled,
             dataset=self._dataset,
             schedule=self._schedule,
             loss_weight=weight,
@@ -141,42 +162,72 @@ class Trainer:
         return run_steps(start, task, state)
 
 
-def _check_trainable(model: UNet) -> None:
+def _check_trainable(model: nn.Module) -> None:
     """Raise a ValueError unless the network can be trained, and checkpoints can hold it and its optimizer's state."""
-    wanted = "to have num_class_embeds = None or the number of classes plus one"
-    expect(model.config["num_class_embeds"] != 1, "Trainer", "model", wanted, "1")
+    if isinstance(model, UNet):
+        wanted = "to have num_class_embeds = None or the number of classes plus one"
+        expect(model.config["num_class_embeds"] != 1, "Trainer", "model", wanted, "1")
     for name, parameter in model.named_parameters():
         got = f'{parameter.dtype} in {name}; use precision="bf16" for speed'
         expect(parameter.dtype == torch.float32, "Trainer", "model", "to be float32", got)
-        expect(parameter.requires_grad, "Trainer", "model", "to have parameters that require gradients", f"{name} without")
+        trained = parameter.requires_grad or not isinstance(model, UNet)
+        expect(trained, "Trainer", "model", "to have parameters that require gradients", f"{name} without")
+    trained = any(parameter.requires_grad for parameter in model.parameters())
+    expect(trained, "Trainer", "model", "to have parameters that require gradients", "none")
 
 
-def _adapted(dataset: Any, model: UNet, num_workers: int) -> ImageDataset | MappedDataset:
+def _adapted(dataset: Any, model: nn.Module, num_classes: int | None, num_workers: int) -> ImageDataset | MappedDataset:
     """Return a data set as training uses it. The network says which images and labels are wanted."""
     if isinstance(dataset, ImageDataset):
         return dataset
-    embeds, classes = model.config["num_class_embeds"], None
-    if embeds is not None:  # the names are the network's, those that torchvision's data sets have, or numbers
-        classes = tuple(map(str, range(embeds - 1)))
-        for names in (getattr(dataset, "classes", None), model.config.get("class_names")):
+    config, classes = model.config if isinstance(model, UNet) else {}, None
+    if num_classes is not None:  # the names are the network's, those that torchvision's data sets have, or numbers
+        classes = tuple(map(str, range(num_classes)))
+        for names in (getattr(dataset, "classes", None), config.get("class_names")):
             if isinstance(names, (list, tuple)) and all(isinstance(name, str) and name for name in names):
-                classes = tuple(names) if len(names) == embeds - 1 == len(set(names)) else classes
+                classes = tuple(names) if len(names) == num_classes == len(set(names)) else classes
     with renaming("Trainer"):
-        return MappedDataset(dataset, model.config["in_channels"], classes, num_workers)
+        return MappedDataset(dataset, config.get("out_channels"), classes, num_workers, config.get("in_channels"))
 
 
 def _check_fit(model: UNet, dataset: ImageDataset | MappedDataset) -> None:
     """Raise a ValueError unless the network takes the images and labels, and predicts as many channels."""
+    expect(len(dataset.shape) == 3, "Trainer", "dataset", "to have images [C, H, W] for a UNet", list(dataset.shape))
     channels, height, width = dataset.shape
-    for name in ("in_channels", "out_channels"):
-        wanted = f"to have {name} = {channels}, as the images of dataset"
-        expect(model.config[name] == channels, "Trainer", "model", wanted, model.config[name])
+    reads, of = channels + dataset.condition_channels, "the images of dataset"
+    for name, number, whose in (
+        ("out_channels", channels, of),
+        ("in_channels", reads, f"{of} and their conditions" if reads > channels else of),
+    ):
+        wanted = f"to have {name} = {number}, as {whose}"
+        expect(model.config[name] == number, "Trainer", "model", wanted, model.config[name])
     factor = 2 ** (len(model.config["block_out_channels"]) - 1)
     wanted = f"to have images whose sides are multiples of {factor} for the levels of model"
     expect(height % factor == 0 and width % factor == 0, "Trainer", "dataset", wanted, f"{height}x{width}")
     embeds, number = model.config["num_class_embeds"], len(dataset.classes)
     wanted = f"to have num_class_embeds = {number + 1}, the number of classes plus one"
     expect(embeds in (None, number + 1), "Trainer", "model", wanted, embeds)
+
+
+def _check_call(model: nn.Module, dataset: ImageDataset | MappedDataset, num_classes: int | None) -> None:
+    """Raise a ValueError unless a network takes two items of the data set's shape and predicts as many channels."""
+    if num_classes is not None:
+        number = len(dataset.classes)
+        expect(number == num_classes, "Trainer", "num_classes", f"to be {number}, the classes of dataset", num_classes)
+    device, _ = device_and_dtype(model)
+    channels, *sides = dataset.shape
+    x = torch.zeros(2, channels + dataset.condition_channels, *sides, device=device)
+    t = torch.zeros(2, dtype=torch.int64, device=device)
+    wanted = (
+        f"to take {list(x.shape)}, t [2]{'' if num_classes is None else ' and labels [2]'} and return {[2, *dataset.shape]}"
+    )
+    try:
+        with torch.random.fork_rng([]), evaluation_mode(model), torch.no_grad():
+            out = predict(model, x, t, None if num_classes is None else t)
+    except Exception as error:  # whatever the network raises
+        raise InvalidValue("Trainer", "model", wanted, error) from error
+    got = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
+    expect(got == [2, *dataset.shape], "Trainer", "model", wanted, got)
 
 
 # -------------------------------------------------------------------------------------------------- a run made from options
@@ -232,8 +283,10 @@ def train(
     data, model, run = _with_absolute_paths(data), _with_absolute_paths(model), RunFolder(run_dir)
     with joined("train") as processes:
         start = prepared(run, options, {**data.recorded(), **model.recorded()}, processes)
+        stored = run.read_config()["unet"] if start.resume else {}
         # Rank 0 downloads.
-        dataset = processes.machine_by_machine(lambda: _dataset(data)) if data.data in DATASETS else _dataset(data)
+        load = partial(_dataset, data, stored)
+        dataset = processes.machine_by_machine(load) if data.data in DATASETS else load()
         config = _unet_config(model, dataset)
         if start.device.type == "cpu":
             needed = COPIES * 4 * UNetConfig.from_dict(config).num_parameters
@@ -248,17 +301,26 @@ def train(
 
 def _with_absolute_paths(options: AnyOptions) -> AnyOptions:
     """Return options whose paths, if they exist, are absolute, so that a run is resumed from any working directory."""
-    paths = {name: getattr(options, name, None) for name in ("data", "data_dir", "init")}
+    paths = {name: getattr(options, name, None) for name in ("data", "data_dir", "condition", "init")}
     found = {name: path for name, path in paths.items() if path is not None and path not in DATASETS and os.path.exists(path)}
     return replace(options, **{name: os.path.abspath(path) for name, path in found.items()})
 
 
-def _dataset(data: DataOptions) -> ImageDataset:
-    """Load the images."""
-    memory = checked_bytes("train", "data_memory", data.data_memory)
-    options: dict[str, Any] = {"image_size": data.image_size, "skip_broken": data.skip_broken, "memory": memory}
+def _dataset(data: DataOptions, stored: Mapping[str, Any]) -> ImageDataset:
+    """Load the images. A run that is resumed has the ranges of their values in its network's configuration."""
     with renaming("train", {"name": "data"}):
-        return load_dataset(os.fspath(data.data), data.data_dir, **options)
+        return load_dataset(
+            os.fspath(data.data),
+            data.data_dir,
+            image_size=data.image_size,
+            colors=data.colors,
+            data_range=data.data_range or stored.get("data_range"),
+            array_layout=data.array_layout,
+            condition=data.condition,
+            condition_range=stored.get("condition_range"),
+            skip_broken=data.skip_broken,
+            memory=checked_bytes("train", "data_memory", data.data_memory),
+        )
 
 
 def _unet_config(options: ModelOptions, dataset: ImageDataset) -> dict[str, Any]:
@@ -268,12 +330,12 @@ def _unet_config(options: ModelOptions, dataset: ImageDataset) -> dict[str, Any]
     widths = options.channels
     factor = 2 ** (len(widths) - 1)
     wanted = f"images whose sides are multiples of {factor} for {len(widths)} levels of channels"
-    got = f"{height}x{width}; choose another image_size, or fewer levels: fewer numbers in channels"
+    got = f"{width}x{height}; choose another image_size, or fewer levels: fewer numbers in channels"
     expect(height % factor == 0 and width % factor == 0, "train", "", wanted, got)
-    attended = [height >> level in options.attention for level in range(len(widths))]
+    attended = [min(height, width) >> level in options.attention for level in range(len(widths))]
     return {
-        "sample_size": height,
-        "in_channels": channels,
+        "sample_size": height if height == width else [height, width],
+        "in_channels": channels + dataset.condition_channels,
         "out_channels": channels,
         "block_out_channels": list(widths),
         "layers_per_block": options.layers,

@@ -25,6 +25,7 @@ from .dataset import check_labels, import_extra
 from .image_files import ImageFiles
 
 _SUFFIXES: Final = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+ARRAYS: Final = (".npy", ".npz")
 _LABELS: Final = "dataset.json"
 _DICT: Final = "dataset_dict.json"  # names the splits, each of which is a folder
 _STATE: Final = "state.json"  # names the tables
@@ -38,8 +39,10 @@ _MAX_LABEL: Final = 65_535  # ImageNet-21k has 21,841 classes
 
 
 def read_folder(root: Path) -> ImageFiles:
-    """Return the images of a folder and its sub-folders, sorted by the parts of their paths."""
-    names = _image_names(root, _files(root))
+    """Return the images of a folder and its sub-folders, sorted by the parts of their paths. Without images: the arrays."""
+    files = list(_files(root))
+    arrays = [name for name in files if name.lower().endswith(ARRAYS)]
+    names = arrays if arrays and not _named(files) else _image_names(root, files)
     names.sort(key=lambda name: name.replace(os.sep, "\0"))  # a folder's files come before those of "folder-2"
     values = _folder_labels(root / _LABELS)
     if values is not None:
@@ -151,9 +154,14 @@ def _check_entry(path: Path, entry: zipfile.ZipInfo, largest: int) -> None:
 
 def _image_names(root: Path, names: Iterable[str]) -> list[str]:
     """Return the names that have the ending of an image. Raise a ValueError if there are none."""
-    images = [name for name in names if os.path.splitext(name)[1].lower() in _SUFFIXES]
+    images = _named(names)
     expect(images, "load_dataset", str(root), f"to hold images ({', '.join(sorted(_SUFFIXES))})", "none")
     return images
+
+
+def _named(names: Iterable[str]) -> list[str]:
+    """Return the names that have the ending of an image."""
+    return [name for name in names if os.path.splitext(name)[1].lower() in _SUFFIXES]
 
 
 def _parsed(place: str, content: bytes) -> Any:

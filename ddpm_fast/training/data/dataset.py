@@ -1,4 +1,4 @@
-"""A data set: uint8 images and integer labels, read by index."""
+"""A data set: images, integer labels and conditions, read by index."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import operator
 import os
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
@@ -16,10 +16,12 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.utils.data import Dataset
 
 from ...errors import expect
 from ...resources import check_free_memory
+from .degradation import Degradation
 
 SAMPLED: Final = 256  # images in a sample, at least
 
@@ -28,16 +30,21 @@ _A_TASK: Final = 4  # images that a thread reads before it takes the next task
 
 
 @dataclass(frozen=True)
-class ImageDataset(Dataset[tuple[Tensor, int]]):
+class ImageDataset(Dataset[tuple[Any, ...]]):
     """A map-style data set of images of one size, with labels. Worker processes that read it must be forked.
 
     Attributes:
         name: The name that `load_dataset` was given.
-        images: uint8 [N, C, H, W]. What does not fit into memory is decoded or resized as it is read.
+        images: uint8, or float32 in [-1, 1], [N, C, H, W]. What does not fit into memory is read, decoded or resized as it
+            is used.
         labels: int64 [N], 0..len(classes)-1.
         classes: Names of the classes; a single one if the images carry no labels.
         contents: A function that yields bytes of the images: all, or a sample.
         preparation: What was done to the images' size, in words.
+        names: Names of the images' files. Empty if they are in one file.
+        value_range: Values of the files that are -1 and 1 here. None: pictures of 0..255.
+        condition: What a network reads beside x_t: images of the same number and size, or a degradation of these images,
+            which is computed as they are used.
     """
 
     name: str
@@ -46,6 +53,26 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
     classes: tuple[str, ...]
     contents: Callable[[bool], Iterator[bytes]]
     preparation: str = "as they are"
+    names: Sequence[str] = ()
+    value_range: tuple[float, float] | None = None
+    condition: ImageDataset | Degradation | None = None
+
+    @property
+    def condition_channels(self) -> int:
+        """Channels of a condition, 0 without one."""
+        if isinstance(self.condition, ImageDataset):
+            return self.condition.shape[0]
+        return 0 if self.condition is None else self.condition.channels(self.shape[0])
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """What a network's configuration says of conditions and of the range of values."""
+        paired = isinstance(self.condition, ImageDataset)
+        return {
+            "condition": "images" if paired else None if self.condition is None else str(self.condition),
+            "condition_range": self.condition.value_range if isinstance(self.condition, ImageDataset) else None,
+            "data_range": self.value_range,
+        }
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -56,22 +83,24 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """Return an image, uint8 [C, H, W], and its label. `batch` returns several at once.
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
+        """Return an image [C, H, W], its label, and its condition [K, H, W] if it has one. `batch` returns several at once.
 
         Raises:
             IndexError: There is no such item.
             ValueError: The image cannot be decoded.
         """
         label = int(self.labels[operator.index(index)])
-        return self.images[torch.tensor([index])][0], label
+        image, _, *condition = self.batch(torch.tensor([index]))
+        return image[0], label, *(each[0] for each in condition)
 
-    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Return images, uint8 [B, C, H, W], and labels, int64 [B], at the int64 indices [B]."""
-        return self.images[indices], self.labels[indices]
+    def batch(self, indices: Tensor) -> tuple[Tensor, ...]:
+        """Return images [B, C, H, W], labels, int64 [B], and conditions [B, K, H, W] if there are any, at int64 indices [B]."""
+        condition = (self.condition.images[indices],) if isinstance(self.condition, ImageDataset) else ()
+        return self.images[indices], self.labels[indices], *condition
 
-    def batches(self, indices: Iterable[Tensor]) -> Generator[tuple[Tensor, Tensor], None, None]:
-        """Yield images, uint8 [B, C, H, W], and labels, int64 [B], at each of the int64 indices [B].
+    def batches(self, indices: Iterable[Tensor]) -> Generator[tuple[Tensor, ...], None, None]:
+        """Yield what `batch` returns at each of the int64 indices [B].
 
         Images that are not in memory are decoded ahead by threads, so a few more indices are taken than batches are
         given. Close the iterator to stop these threads.
@@ -79,16 +108,18 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         Raises:
             ValueError: An image of this batch cannot be decoded. The message names its file.
         """
-        if isinstance(self.images, Tensor) or self.images.memory is None:
+        read = [self.images, self.condition.images] if isinstance(self.condition, ImageDataset) else [self.images]
+        decoded = [each for each in read if isinstance(each, LazyImages) and each.memory is not None]
+        if not decoded:
             yield from map(self.batch, indices)
             return
-        waiting: deque[list[Future[tuple[Tensor, Tensor]]]] = deque()
+        memory, image = decoded[0].memory or 0, sum(each.image_bytes for each in decoded)
+        waiting: deque[list[Future[tuple[Tensor, ...]]]] = deque()
         pool = ThreadPoolExecutor(min(32, os.cpu_count() or 1), thread_name_prefix="ddpm_fast-decode")
         try:
             for batch in indices:
                 waiting.append([pool.submit(self.batch, part) for part in batch.split(_A_TASK)])
-                size = len(batch) * math.prod(self.shape)
-                ahead = min(_AHEAD, max(1, self.images.memory // max(1, size) - 1))  # one more is in use
+                ahead = min(_AHEAD, max(1, memory // max(1, len(batch) * image) - 1))  # one more is in use
                 while len(waiting) > ahead:
                     yield _joined(waiting.popleft())
             while waiting:
@@ -98,47 +129,76 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
 
     def fingerprint(self, *, exact: bool = False) -> dict[str, str]:
         """Return SHA-256 digests of the data set: "sample" of labels, names, sizes and some bytes, and "exact" of all bytes."""
+        contents = [self.contents, self.condition.contents] if isinstance(self.condition, ImageDataset) else [self.contents]
         return digests(
             f"{self.shape} {self.classes}",
-            lambda exact: chain([self.labels.numpy().tobytes()], self.contents(exact)),
+            lambda exact: chain([self.labels.numpy().tobytes()], *(each(exact) for each in contents)),
             exact,
         )
 
 
-def _joined(tasks: list[Future[tuple[Tensor, Tensor]]]) -> tuple[Tensor, Tensor]:
-    """Return the images and labels of a batch once its tasks are done. Raise the first of their errors."""
-    images, labels = zip(*(task.result() for task in tasks), strict=True)
-    return torch.cat(images), torch.cat(labels)
+def _joined(tasks: list[Future[tuple[Tensor, ...]]]) -> tuple[Tensor, ...]:
+    """Return the tensors of a batch once its tasks are done. Raise the first of their errors."""
+    return tuple(map(torch.cat, zip(*(task.result() for task in tasks), strict=True)))
 
 
 @dataclass(frozen=True)
 class LazyImages:
-    """Images that are decoded or resized each time they are read. They are indexed like a tensor uint8 [N, C, H, W].
+    """Images that are decoded or resized each time they are read. They are indexed like a tensor [N, C, H, W].
 
     Attributes:
         shape: (N, C, H, W).
         read: A function that returns the images at int64 indices [B].
         memory: Bytes of images that may wait to be used. Two batches may always. None: nothing is read ahead.
+        itemsize: Bytes of a value.
     """
 
     shape: tuple[int, int, int, int]
     read: Callable[[Tensor], Tensor]
     memory: int | None = None
+    itemsize: int = 1
+
+    @property
+    def image_bytes(self) -> int:
+        """Bytes of an image."""
+        return math.prod(self.shape[1:]) * self.itemsize
 
     def __getitem__(self, indices: Tensor) -> Tensor:
         return self.read(indices)
 
 
-def fits(shape: tuple[int, int, int, int], memory: int | None, copies: int = 1) -> bool:
-    """Return whether uint8 images [N, C, size, size] take at most `memory` bytes. None: any number.
+def size_of(sides: Sequence[int]) -> str:
+    """Return (H, W) as text, as `--image-size` takes it: 48x32 is wider than high, 32 is a square."""
+    height, width = sides
+    return f"{width}" if height == width else f"{width}x{height}"
+
+
+def resized_tensor(images: Tensor, sides: tuple[int, int]) -> Tensor:
+    """Return the largest centred part of images [N, C, H, W] with the proportions of (H, W), resized, in their dtype."""
+    left, top, right, bottom = central_box(images.shape[2], images.shape[3], *sides)
+    part = images[:, :, top:bottom, left:right]
+    wide = part if part.is_floating_point() else part.float()
+    resized = functional.interpolate(wide, sides, mode="bilinear", antialias=True)
+    return resized if part.is_floating_point() else resized.round().to(images.dtype)
+
+
+def central_box(rows: int, columns: int, height: int, width: int) -> tuple[int, int, int, int]:
+    """Return left, top, right and bottom of the largest centred part with the proportions of height and width."""
+    part_columns, part_rows = min(columns, max(1, rows * width // height)), min(rows, max(1, columns * height // width))
+    left, top = (columns - part_columns) // 2, (rows - part_rows) // 2
+    return left, top, left + part_columns, top + part_rows
+
+
+def fits(shape: tuple[int, int, int, int], memory: int | None, copies: int = 1, itemsize: int = 1) -> bool:
+    """Return whether images [N, C, H, W] take at most `memory` bytes. None: any number.
 
     Raises:
         ValueError: They do, but the host has too little free memory for this many copies.
     """
-    needed = math.prod(shape)
+    needed = math.prod(shape) * itemsize
     if memory is not None and needed > memory:
         return False
-    check_free_memory("load_dataset", "image_size", f"{shape[-1]} for {shape[0]} images", copies * needed)
+    check_free_memory("load_dataset", "image_size", f"{size_of(shape[-2:])} for {shape[0]} images", copies * needed)
     return True
 
 

@@ -24,12 +24,13 @@ from torch import Tensor
 from ...checks import check_path, listed
 from ...errors import InvalidValue, expect
 from ...resources import free_memory, size_text
-from .dataset import SAMPLED, ImageDataset, LazyImages, fits
+from .dataset import SAMPLED, ImageDataset, LazyImages, central_box, fits
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
-_RESIZED: Final = "cropped to squares and resized"  # the preparation of images with image_size
+_CHANNELS: Final = {"grey": 1, "rgb": 3, "rgba": 4}
+_GREY: Final = ("1", "L", "LA", "La", "I")  # modes without colours; those of 16 bits begin with I
 
 _AT_ONCE: Final = 4096  # images whose reading is planned ahead
 _BYTES_A_PIXEL: Final = 16  # while an image is decoded, converted and laid on white
@@ -60,32 +61,32 @@ class ImageFiles:
     classes: tuple[str, ...]
     keeps_classes: bool = True
 
-    def size(self, name: str) -> tuple[int, int]:
-        """Return the width and height in an image's header."""
+    def header(self, name: str) -> tuple[int, int, bool]:
+        """Return the height and width in an image's header, and whether the image is grey."""
         from PIL import Image
 
         with self.open(name) as file, Image.open(file) as opened:  # reads the header alone
-            return opened.width, opened.height
+            return opened.height, opened.width, opened.mode.startswith(_GREY)
 
-    def decode(self, name: str, size: int, shared: _SharedPixels) -> NDArray[np.uint8]:
-        """Return the largest centred square of an image, resized to [3, size, size]."""
+    def decode(self, name: str, shape: Sequence[int], shared: _SharedPixels) -> NDArray[np.uint8]:
+        """Return the largest centred part of an image of the shape's sides, resized to [C, H, W]."""
         from PIL import Image
 
         with self.open(name) as file:
             if not isinstance(file, io.BufferedReader):
                 file = io.BytesIO(file.read())  # an archive compares a file's checksum only when it is read whole
             with Image.open(file) as opened, shared.held(opened.width * opened.height):
-                return resized_square(opened, size)
+                return resized(opened, shape)
 
-    def read(self, size: int, shared: _SharedPixels, indices: Tensor) -> Tensor:
-        """Return the images at the int64 indices [B], decoded to uint8 [B, 3, size, size].
+    def read(self, shape: Sequence[int], shared: _SharedPixels, indices: Tensor) -> Tensor:
+        """Return the images at the int64 indices [B], decoded to uint8 [B, C, H, W].
 
         Raises:
             ValueError: An image cannot be decoded. The message names its file.
         """
         names = [self.names[number] for number in indices.tolist()]
         broken: dict[str, str] = {}
-        images = [_attempt(lambda name: self.decode(name, size, shared), name, broken) for name in names]
+        images = [_attempt(lambda name: self.decode(name, shape, shared), name, broken) for name in names]
         expect(
             not broken,
             "load_dataset",
@@ -93,7 +94,7 @@ class ImageFiles:
             f"images that Pillow can read in {self.root}",
             f"{_reasons(broken)}; skip_broken=True (--skip-broken) leaves such images out",
         )
-        return torch.from_numpy(np.array(images, np.uint8).reshape(len(names), 3, size, size))
+        return torch.from_numpy(np.array(images, np.uint8).reshape(len(names), *shape))
 
     def contents(self, exact: bool) -> Iterator[bytes]:
         """Yield the names and sizes, and bytes of the files: all, or some of a sample."""
@@ -108,14 +109,21 @@ class ImageFiles:
 
 
 def load_images(
-    name: str, files: ImageFiles, image_size: int | None, skip_broken: bool, first: int | None, memory: int | None
+    name: str,
+    files: ImageFiles,
+    image_size: tuple[int, int] | None,
+    colors: str | None,
+    skip_broken: bool,
+    first: int | None,
+    memory: int | None,
 ) -> ImageDataset:
     """Return a data set of images: decoded if that takes at most `memory` bytes, else with their headers checked.
 
     Args:
         name: Name of the data set.
         files: The images.
-        image_size: Height and width that images are resized to. By default they must be squares of one size.
+        image_size: Height and width that images are resized to. By default they must be of one size.
+        colors: "grey", "rgb" or "rgba". By default "grey" if all images are, else "rgb".
         skip_broken: Leave out images that cannot be decoded.
         first: Number of images to read. By default all are read.
         memory: Bytes that decoded images may take. By default all are decoded.
@@ -124,13 +132,24 @@ def load_images(
     if len(names) > _AT_ONCE:
         _log.info("reading %d images in %s", len(names), root)
     broken: dict[str, str] = {}
-    preparation = _RESIZED
-    if image_size is None or not fits((len(names), 3, image_size, image_size), memory):
-        sizes = try_each(files.size, names, broken)
+    headers: list[tuple[int, int, bool]] = []
+    decoded = image_size is not None and fits((len(names), _CHANNELS[colors or "rgb"], *image_size), memory)
+    for part in (names[i : i + _AT_ONCE] for i in range(0, len(names), _AT_ONCE)):
+        if decoded and (colors or not all(grey for *_, grey in headers)):
+            break  # headers say no more
+        headers += filter(None, try_each(files.header, part, broken))
+    if not decoded:
         _check_broken(root, names, broken, skip_broken)
-        if image_size is None:
-            image_size, preparation = _common_size(root, [size for size in sizes if size is not None]), "as they are"
-    size, shape = image_size, (len(names), 3, image_size, image_size)
+    given = colors is not None
+    if colors is None:
+        colors = "grey" if all(grey for *_, grey in headers) else "rgb"
+    if image_size is None:
+        image_size, preparation = _common_size(root, [(height, width) for height, width, _ in headers]), "as they are"
+    else:
+        preparation = "cropped and resized"
+    preparation += {"rgb": ", in RGB", "rgba": ", in RGBA"}.get(colors, ", in grey" if given else ", in grey as all files are")
+    size = (_CHANNELS[colors], *image_size)
+    shape = (len(names), *size)
 
     whole = fits(shape, memory)
     spare = (free_memory() or 4 << 30) // 4
@@ -166,7 +185,7 @@ def load_images(
     used: Tensor | LazyImages = images[: len(kept)]
     if not whole:
         used = LazyImages((len(kept), *shape[1:]), partial(files.read, size, shared), memory)
-    return ImageDataset(name, used, labels[: len(kept)], classes, files.contents, preparation)
+    return ImageDataset(name, used, labels[: len(kept)], classes, files.contents, preparation, files.names)
 
 
 def _check_broken(root: str, names: Sequence[str], broken: Mapping[str, str], skip_broken: bool) -> None:
@@ -186,17 +205,17 @@ def _reasons(broken: Mapping[str, str]) -> str:
     return listed([f"{name} ({why})" for name, why in broken.items()])
 
 
-def _common_size(root: str, all_sizes: Sequence[tuple[int, int]]) -> int:
-    """Return the side of the squares that all images are. Raise ValueError, with the sizes, if they are not."""
+def _common_size(root: str, all_sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Return the height and width of all images. Raise ValueError, with the sizes, if they differ."""
     sizes = Counter(all_sizes)
-    (width, height), _ = sizes.most_common(1)[0]
-    if len(sizes) == 1 and width == height:
-        return width
-    found = listed([f"{width}x{height} ({count})" for (width, height), count in sizes.most_common()])
+    size, _ = sizes.most_common(1)[0]
+    if len(sizes) == 1:
+        return size
+    found = listed([f"{width}x{height} ({count})" for (height, width), count in sizes.most_common()])
     raise InvalidValue(
         "load_dataset",
         "image_size",
-        f"to be given, as the images in {root} are not squares of one size",
+        f"to be given, as the images in {root} are not of one size",
         f"None with sizes {found}; image_size=64 (--image-size 64) crops each to its central square and resizes it to 64x64",
     )
 
@@ -204,16 +223,18 @@ def _common_size(root: str, all_sizes: Sequence[tuple[int, int]]) -> int:
 # --------------------------------------------------------------------------------------------------------------------- decoding
 
 
-def resized_square(opened: Picture, size: int) -> NDArray[np.uint8]:
-    """Return the largest centred square of an open image, resized to [3, size, size]."""
+def resized(opened: Picture, shape: Sequence[int]) -> NDArray[np.uint8]:
+    """Return the largest centred part of an open image with the proportions of the shape, resized to [C, H, W]."""
     from PIL import Image, ImageOps
 
-    image = as_rgb(ImageOps.exif_transpose(opened), opened.format)
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
+    channels, height, width = shape
+    image = ImageOps.exif_transpose(opened)
+    image = image.convert("RGBA") if channels == 4 else as_rgb(image, opened.format)
+    image = image.convert("L") if channels == 1 else image
     # Crop first, as `resize(box=...)` mixes in pixels from outside the box.
-    square = image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS)
-    pixels: NDArray[np.uint8] = np.array(square).transpose(2, 0, 1)
+    part = image.crop(central_box(image.height, image.width, height, width))
+    pixels: NDArray[np.uint8] = np.array(part.resize((width, height), Image.Resampling.LANCZOS))
+    pixels = pixels.reshape(height, width, channels).transpose(2, 0, 1)
     return pixels
 
 
@@ -281,20 +302,17 @@ def _attempt(read: Callable[[str], _Read], name: str, broken: dict[str, str]) ->
     return None
 
 
-def read_image(
-    path: str | os.PathLike[str], size: int, channels: int, *, caller: str = "read_image", name: str = "path"
-) -> Tensor:
-    """Read the largest centred square of an image, resized.
+def read_image(path: str | os.PathLike[str], shape: Sequence[int], *, caller: str = "read_image", name: str = "path") -> Tensor:
+    """Read the largest centred part of an image with the proportions of the shape, resized.
 
     Args:
         path: A file that Pillow can read.
-        size: Height and width in pixels.
-        channels: 1 for grey or 3 for RGB.
+        shape: (C, H, W) in pixels, with C = 1 for grey, 3 for RGB or 4 for RGBA.
         caller: The function or command that error messages name.
         name: The argument that error messages name.
 
     Returns:
-        uint8 [channels, size, size].
+        uint8 [C, H, W].
 
     Raises:
         ValueError: The file is damaged, or holds no image.
@@ -305,11 +323,8 @@ def read_image(
     check_path(caller, name, path)
     try:
         with Image.open(path) as opened:
-            picture = torch.from_numpy(resized_square(opened, size))
+            return torch.from_numpy(resized(opened, shape).copy())
     except (UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError, OSError) as error:
         if isinstance(error, OSError) and error.filename is not None and not isinstance(error, UnidentifiedImageError):
             raise
         raise InvalidValue(caller, name, "to be an image", f"{str(path)!r}: {error}") from error
-    if channels == 3:
-        return picture
-    return torch.from_numpy(np.array(Image.fromarray(picture.permute(1, 2, 0).numpy()).convert("L")))[None]

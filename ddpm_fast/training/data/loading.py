@@ -11,6 +11,7 @@ import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Final
 
@@ -20,12 +21,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from ...checks import check_choice, check_int
+from ...checks import check_choice, check_int, check_ints, listed
 from ...errors import InvalidValue, expect
 from ...files.writing import replacing
-from .containers import is_hub_folder, read_archive, read_folder, read_hub_folder
-from .dataset import SAMPLED, ImageDataset, LazyImages, check_labels, fits, import_extra
-from .image_files import load_images
+from .arrays import LAYOUTS, Arrays, load_arrays
+from .containers import ARRAYS, is_hub_folder, read_archive, read_folder, read_hub_folder
+from .dataset import SAMPLED, ImageDataset, LazyImages, check_labels, fits, import_extra, resized_tensor
+from .degradation import Degradation
+from .image_files import ImageFiles, load_images
 
 DATASETS: Final = ("digits", "fashion-mnist", "cifar10")
 FASHION_MNIST_CLASSES: Final = (
@@ -57,7 +60,12 @@ def load_dataset(
     data_dir: str | os.PathLike[str] | None = None,
     *,
     split: str = "train",
-    image_size: int | None = None,
+    image_size: int | Sequence[int] | None = None,
+    colors: str | None = None,
+    data_range: Sequence[float] | None = None,
+    array_layout: str = "NHWC",
+    condition: str | os.PathLike[str] | None = None,
+    condition_range: Sequence[float] | None = None,
     skip_broken: bool = False,
     first: int | None = None,
     memory: int | None = None,
@@ -71,13 +79,21 @@ def load_dataset(
         name: "digits" (scikit-learn's 8x8 digits, no download), "fashion-mnist" (28x28, padded with black to 32x32),
             "cifar10" (32x32), or a path. A folder's sub-folders are its classes. If a folder or zip file has a
             `dataset.json`, as EDM and `write_samples` write it, the labels are those in it. A folder that Hugging Face's
-            `datasets` has saved needs the `hub` extra.
+            `datasets` has saved needs the `hub` extra. An .npy, an .npz, or a folder of them has arrays [H, W] or
+            [H, W, C]: uint8 pictures, or other numbers, which are mapped to [-1, 1].
         data_dir: Folder that holds the files of fashion-mnist or cifar10, or receives torchvision's download. CIFAR-10 is
             read from `cifar-10-binary.tar.gz`. By default the files of Debian's package dataset-fashion-mnist if
             installed, else a folder in the user's cache.
         split: "train" or "test". A folder or zip file of images has no split: all of it is read.
-        image_size: Height and width in pixels. Images of another size are resized. Those of a folder are first cropped to
-            their central square. By default nothing is resized, and a folder's images must be squares of one size.
+        image_size: Height and width in pixels, or (height, width). Images of another size are cropped to the largest centred
+            part of these proportions, and resized. By default nothing is resized, and all images must have one size.
+        colors: "grey", "rgb" or "rgba" for image files. By default "grey" if all are, else "rgb".
+        data_range: The values of arrays that are -1 and 1. By default the least and the largest of all. Values outside are an
+            error.
+        array_layout: Where arrays have their channels, "NHWC" or "NCHW".
+        condition: What a network reads beside x_t: "low-resolution:4", "grey" or "mask", computed from the images, or a
+            second folder or archive with files of the same names.
+        condition_range: The `data_range` of the second folder.
         skip_broken: Leave out images of a folder or zip file that cannot be read, and log a warning that names the first of
             them.
         first: Read only this many images of a folder or zip file, from the first. By default all are read.
@@ -91,22 +107,101 @@ def load_dataset(
         ImportError: A package of the `train` or `hub` extra is missing.
     """
     check_choice("load_dataset", "split", split, ("train", "test"))
-    check_int("load_dataset", "image_size", image_size, 1, optional=True)
+    check_choice("load_dataset", "colors", colors, (None, "grey", "rgb", "rgba"))
+    check_choice("load_dataset", "array_layout", array_layout, LAYOUTS)
     check_int("load_dataset", "first", first, 1, optional=True)
     check_int("load_dataset", "memory", memory, 0, optional=True)
+    size = _sides(image_size)
+    degradation = None if condition is None else Degradation.named(os.fspath(condition))
+    paired = None
+    if condition is not None and degradation is None:
+        wanted = "to be low-resolution:FACTOR, grey, mask, or a folder or archive of images"
+        expect(os.path.exists(condition), "load_dataset", "condition", wanted, repr(condition))
+        paired = open_source(Path(condition), split)
     if name in DATASETS:
-        return _load_arrays(name, None if data_dir is None else Path(data_dir), split, image_size, memory)
-    path = Path(name)
-    if is_hub_folder(path):
-        files = read_hub_folder(path, split)
-    elif path.is_dir():
-        files = read_folder(path)
-    elif path.is_file():
-        files = read_archive(path)
+        expect(paired is None, "load_dataset", "condition", f"to be computed from the images of {name}", repr(condition))
+        dataset = _load_published(name, None if data_dir is None else Path(data_dir), split, size, memory)
     else:
-        got = repr(name) if os.path.exists(name) else f"{name!r}, which does not exist{_hint(path)}"
-        raise InvalidValue("load_dataset", "name", f"to be one of {', '.join(DATASETS)}, a zip file or a folder", got)
-    return load_images(str(path), files, image_size, skip_broken, first, memory)
+        if not os.path.exists(name):
+            got = f"{name!r}, which does not exist{_hint(Path(name))}"
+            raise InvalidValue("load_dataset", "name", f"to be one of {', '.join(DATASETS)}, a folder or a file", got)
+        source = open_source(Path(name), split)
+        if paired is not None:
+            _check_pairs(name, source, paired)
+        dataset = load_source(name, source, size, colors, data_range, array_layout, skip_broken, first, memory)
+    if degradation is not None:
+        degradation.check("load_dataset", dataset.shape)
+        return replace(dataset, condition=degradation)
+    if paired is None:
+        return dataset
+    if isinstance(paired, ImageFiles) and dataset.names:
+        files = {_stem(file): file for file in paired.names}
+        names = [files[_stem(file)] for file in dataset.names]
+        paired = replace(paired, names=names, labels=torch.zeros(len(names), dtype=torch.int64), classes=("",))
+    second = load_source(str(condition), paired, dataset.shape[1:], None, condition_range, array_layout, False, first, memory)
+    return replace(dataset, condition=second)
+
+
+def _sides(image_size: int | Sequence[int] | None) -> tuple[int, int] | None:
+    """Return `image_size` as (height, width), or None."""
+    if image_size is None:
+        return None
+    sides = (image_size, image_size) if isinstance(image_size, int) else image_size
+    check_ints("load_dataset", "image_size", sides, 1, "a positive integer, (height, width) or None")
+    expect(len(sides) == 2, "load_dataset", "image_size", "to be a positive integer, (height, width) or None", sides)
+    return sides[0], sides[1]
+
+
+def open_source(path: Path, split: str) -> ImageFiles | Arrays:
+    """Return the files of a folder or an archive, or the arrays of one file."""
+    if is_hub_folder(path):
+        return read_hub_folder(path, split)
+    if path.is_dir():
+        return read_folder(path)
+    expect(path.is_file(), "load_dataset", "name", "to be a folder or a file", repr(str(path)))
+    return Arrays.of_file(path) if path.suffix.lower() in ARRAYS else read_archive(path)
+
+
+def is_arrays(source: ImageFiles | Arrays) -> bool:
+    """Return whether these are arrays, in one file or in the files of a folder."""
+    return isinstance(source, Arrays) or source.names[0].lower().endswith(ARRAYS)
+
+
+def load_source(
+    name: str,
+    source: ImageFiles | Arrays,
+    size: tuple[int, int] | None,
+    colors: str | None,
+    value_range: Sequence[float] | None,
+    layout: str = "NHWC",
+    skip_broken: bool = False,
+    first: int | None = None,
+    memory: int | None = None,
+) -> ImageDataset:
+    """Return the data set of image files or arrays. See `load_dataset`."""
+    if isinstance(source, ImageFiles) and is_arrays(source):
+        source = Arrays.of_files(source)
+    if isinstance(source, ImageFiles):
+        expect(value_range is None, "load_dataset", "data_range", "to be None for image files", value_range)
+        return load_images(name, source, size, colors, skip_broken, first, memory)
+    expect(colors is None, "load_dataset", "colors", "to be None for arrays", repr(colors))
+    return load_arrays(name, source, size, layout, value_range, first, memory)
+
+
+def _check_pairs(name: str, source: ImageFiles | Arrays, paired: ImageFiles | Arrays) -> None:
+    """Raise a ValueError unless both have files of the same names, whose endings may differ, or as many arrays."""
+    if isinstance(source, Arrays) or isinstance(paired, Arrays):
+        count, number = (each.count if isinstance(each, Arrays) else len(each.names) for each in (source, paired))
+        expect(count == number, "load_dataset", "condition", f"to have {count} images, as {name}", f"{number} in {paired.root}")
+        return
+    names, others = ({_stem(file) for file in each.names} for each in (source, paired))
+    for missing, root in ((names - others, paired.root), (others - names, source.root)):
+        got = f"none named {listed(missing)} in {root}"
+        expect(not missing, "load_dataset", "condition", f"to have files of the same names as {name}", got)
+
+
+def _stem(name: str) -> str:
+    return os.path.splitext(name)[0]
 
 
 def _hint(path: Path) -> str:
@@ -122,20 +217,22 @@ def _hint(path: Path) -> str:
 # ----------------------------------------------------------------------------------------------------------------------- arrays
 
 
-def _load_arrays(name: str, root: Path | None, split: str, image_size: int | None, memory: int | None) -> ImageDataset:
+def _load_published(
+    name: str, root: Path | None, split: str, image_size: tuple[int, int] | None, memory: int | None
+) -> ImageDataset:
     """Return a published data set in memory, resized if another size is wanted.
 
     Resized images that take more than `memory` bytes are resized as they are read.
     """
     readers = {"digits": _read_digits, "fashion-mnist": _read_fashion_mnist, "cifar10": _read_cifar10}
     (images, labels, classes), preparation = readers[name](root, split), "as they are"
-    if name == "fashion-mnist" and image_size != 28:
+    if name == "fashion-mnist" and image_size != (28, 28):
         images, preparation = functional.pad(images, [2] * 4), "padded with black from 28x28"  # 32 = 2^5 is halved often
     number, channels, height, width = images.shape
     used: Tensor | LazyImages = images
-    if image_size is not None and (height, width) != (image_size, image_size):
+    if image_size is not None and (height, width) != image_size:
         preparation = f"resized from {width}x{height}"
-        used = LazyImages((number, channels, image_size, image_size), lambda indices: _resized(images[indices], image_size))
+        used = LazyImages((number, channels, *image_size), lambda indices: resized_tensor(images[indices], image_size))
         if fits(used.shape, memory, copies=2):  # the parts and the whole
             used = torch.cat([used[each] for each in torch.arange(number).split(256)])
 
@@ -145,11 +242,6 @@ def _load_arrays(name: str, root: Path | None, split: str, image_size: int | Non
             yield image.numpy().tobytes()
 
     return ImageDataset(name, used, labels, classes, contents, preparation)
-
-
-def _resized(images: Tensor, size: int) -> Tensor:
-    resized = functional.interpolate(images.float(), (size, size), mode="bilinear", antialias=True)
-    return resized.round().to(torch.uint8)
 
 
 def _read_digits(root: Path | None, split: str) -> _Arrays:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import signal
 import threading
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Final
 
@@ -30,7 +30,8 @@ class MappedDataset:
 
     Args:
         source: An object with `__len__` and `__getitem__(int)`. See `Trainer` for its items.
-        channels: Channels of an image. PIL images are converted to them.
+        channels: Channels of an image. PIL images are converted to them. None: those of the first item.
+        reads: Channels that the network reads: those of an image and its condition. None: any number.
         classes: Names of the classes. None: the images carry no labels, and those of the items are ignored.
         num_workers: Number of processes that read items. 0: this process.
 
@@ -40,33 +41,56 @@ class MappedDataset:
     """
 
     preparation: Final = "as they are"
+    condition: Final = None  # none that is computed from the images
 
-    def __init__(self, source: Any, channels: int, classes: tuple[str, ...] | None, num_workers: int = 0) -> None:
+    def __init__(
+        self,
+        source: Any,
+        channels: int | None,
+        classes: tuple[str, ...] | None,
+        num_workers: int = 0,
+        reads: int | None = None,
+    ) -> None:
         if isinstance(source, IterableDataset) or not (hasattr(source, "__len__") and hasattr(source, "__getitem__")):
             raise InvalidType("", "dataset", "to be map-style (__len__ and __getitem__)", type(source).__name__)
         expect(len(source), "", "dataset", "to have at least one item", "none")
         self.name = type(source).__name__
         self.classes = ("",) if classes is None else classes
-        self._source, self._channels, self._labelled, self._num_workers = source, channels, classes is not None, num_workers
-        first = self._image("dataset[0]", self._item("dataset[0]", 0)[0])
-        self.shape: tuple[int, int, int] = (first.shape[0], first.shape[1], first.shape[2])
-        self._dtype = first.dtype
+        self._source, self._labelled, self._num_workers = source, classes is not None, num_workers
+        self._channels = channels
+        image, _, given = self._item("dataset[0]", 0)
+        first = self._image("dataset[0]", image, channels)
+        free = None if reads is None else reads - first.shape[0]
+        wanted = "to have no condition, as the network reads its channels alone"
+        if free:
+            wanted = f"to have a condition of {free} channels, as the network reads {reads} and the image has {first.shape[0]}"
+        expect(free is None or (free > 0) == (given is not None), "", "dataset[0]", wanted, "none" if free else "one")
+        condition = None if given is None else self._condition("dataset[0]", given, free, first.shape[1:])
+        self.shape = tuple(first.shape)
+        self.condition_channels = 0 if condition is None else condition.shape[0]
+        self._kinds = [_kind(each) for each in (first, condition)]
         self[0]  # checks its label, too
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """What a network's configuration says of conditions."""
+        return {"condition": "images" if self.condition_channels else None}
 
     def __len__(self) -> int:
         return len(self._source)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """Return an image, uint8 or float32 [C, H, W], and its label.
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
+        """Return an image, uint8 or float32 [C, ...], its label, and its condition [K, ...] if it has one.
 
         Raises:
             ValueError: The item cannot be read, or is not such an image and label.
         """
         place = f"dataset[{index}]"
-        image, label = self._item(place, index)
-        pixels = self._image(place, image)
-        wanted, got = (f"{dtype} {list(shape)}" for dtype, shape in ((self._dtype, self.shape), (pixels.dtype, pixels.shape)))
-        expect(got == wanted, "", place, f"to be {wanted}, as dataset[0]", got)
+        image, label, given = self._item(place, index)
+        pixels = self._image(place, image, self.shape[0])
+        condition = None if given is None else self._condition(place, given, self.condition_channels, pixels.shape[1:])
+        for wanted, each in zip(self._kinds, (pixels, condition), strict=True):
+            expect(_kind(each) == wanted, "", place, f"to be {wanted}, as dataset[0]", _kind(each))
         try:
             number = operator.index(label)
         except (TypeError, ValueError, RuntimeError):  # a tensor raises all of them
@@ -74,10 +98,10 @@ class MappedDataset:
         if not 0 <= number < len(self.classes):
             labels = f"a label in 0..{len(self.classes) - 1}" if len(self.classes) > 1 else "the label 0"
             raise InvalidValue("", place, f"to have {labels}", "no label" if label is None else repr(label))
-        return pixels, number
+        return (pixels, number) if condition is None else (pixels, number, condition)
 
-    def batches(self, indices: Iterable[Tensor]) -> Generator[tuple[Tensor, Tensor], None, None]:
-        """Yield images, uint8 or float32 [B, C, H, W], and labels, int64 [B], at each of the int64 indices [B].
+    def batches(self, indices: Iterable[Tensor]) -> Generator[tuple[Tensor, ...], None, None]:
+        """Yield images [B, C, ...], labels, int64 [B], and conditions [B, K, ...] if there are any, at int64 indices [B].
 
         Workers read ahead. Close the iterator to stop them.
 
@@ -97,7 +121,7 @@ class MappedDataset:
                 for batch in batches:
                     if isinstance(batch, ValueError):
                         raise batch
-                    yield batch[0], batch[1]
+                    yield tuple(batch)
         except RuntimeError as error:  # a worker was killed, or has called sys.exit
             raise InvalidValue("", "dataset", "to be read by its workers", error) from error
 
@@ -106,60 +130,92 @@ class MappedDataset:
 
         def contents(exact: bool) -> Iterator[bytes]:
             for index in range(0, len(self), 1 if exact else -(-len(self) // _SAMPLED)):
-                image, label = self[index]
+                image, label, *condition = self[index]
                 yield str(label).encode()
-                yield image.numpy().tobytes()
+                yield from (each.numpy().tobytes() for each in (image, *condition))
 
         return digests(f"{self.shape} {self.classes}", contents, exact)
 
-    def _item(self, place: str, index: int) -> tuple[Any, Any]:
-        """Return the image and the label of an item, unchecked. The label is None if it has none, and 0 if it is ignored."""
+    def _item(self, place: str, index: int) -> tuple[Any, Any, Any]:
+        """Return the image, label and condition of an item, unchecked, None for what it lacks. An ignored label is 0."""
         try:
             item = self._source[index]
         except Exception as error:  # whatever the data set raises
             raise InvalidValue("", place, "to be an item", f"{type(error).__name__}: {error}") from error
-        pair = item if isinstance(item, (tuple, list)) else (item, None)
-        expect(len(pair) == 2, "", place, "to be an image or (image, label)", f"{len(pair)} values")
-        return pair[0], pair[1] if self._labelled else 0
-
-    def _image(self, place: str, image: Any) -> Tensor:
-        """Return an image as uint8 or float32 [C, H, W] on the CPU. Raise a ValueError if it is none."""
-        from PIL.Image import Image
-
-        if isinstance(image, Image):
-            image = self._pixels(place, image)
-        wanted = f"to be uint8 [{self._channels}, H, W], floats [{self._channels}, H, W] in [-1, 1] or a PIL image"
-        if not isinstance(image, Tensor):
-            raise InvalidValue("", place, wanted, type(image).__name__)
-        dense = image.layout is torch.strided and not image.is_nested and not image.is_meta
-        shaped = dense and image.dim() == 3 and image.shape[0] == self._channels and image.numel() > 0
-        shape = list(image.shape) if dense else "without values in a dense layout"
+        if isinstance(item, Mapping):
+            unknown = item.keys() - {"image", "label", "condition"}
+            expect(
+                "image" in item and not unknown, "", place, "to have image, label and condition", f"{', '.join(map(str, item))}"
+            )
+            item = (item["image"], item.get("label"), item.get("condition"))
+        parts = tuple(item) if isinstance(item, (tuple, list)) else (item,)
         expect(
-            shaped and (image.is_floating_point() or image.dtype == torch.uint8), "", place, wanted, f"{image.dtype} {shape}"
+            1 <= len(parts) <= 3,
+            "",
+            place,
+            "to be an image, (image, label) or (image, label, condition)",
+            f"{len(parts)} values",
         )
-        pixels: Tensor = image.detach().cpu().contiguous()
+        image, label, condition = (*parts, None, None)[:3]
+        return image, label if self._labelled else 0, condition
+
+    def _image(self, place: str, image: Any, channels: int | None) -> Tensor:
+        """Return an image as uint8 or float32 [C, ...] on the CPU. Raise a ValueError if it is none."""
+        count = "C" if channels is None else channels
+        shapes = f"[{count}, H, W]" if channels is not None else "[C, H, W] (or [C, L], [C, D, H, W])"
+        pixels = _tensor(place, image, channels, f"to be uint8 {shapes}, floats {shapes} in [-1, 1] or a PIL image")
         if pixels.is_floating_point():
-            pixels = pixels.float()
             low, high = map(float, torch.aminmax(pixels))
             inside = low >= -1 - _OUTSIDE and high <= 1 + _OUTSIDE  # NaN is not
             expect(inside, "", place, "to be in [-1, 1]", f"values from {low:g} to {high:g}")
         return pixels
 
-    def _pixels(self, place: str, image: Any) -> Tensor:
-        """Return a PIL image as uint8 [channels, H, W]."""
+    def _condition(self, place: str, condition: Any, channels: int | None, sides: Sequence[int]) -> Tensor:
+        """Return a condition as uint8 or float32 [K, ...] on the CPU. Raise a ValueError if it is none."""
+        size = ", ".join(map(str, ["K" if channels is None else channels, *sides]))
+        wanted = f"to have a condition of uint8 or finite floats [{size}], or a PIL image"
+        values = _tensor(place, condition, channels, wanted)
+        fits = values.shape[1:] == tuple(sides) and (not values.is_floating_point() or bool(values.isfinite().all()))
         expect(
-            self._channels in (1, 3, 4),
+            fits,
             "",
             place,
-            f"to be a tensor, as the network has {self._channels} channels",
-            "a PIL image",
+            wanted,
+            f"{values.dtype} {list(values.shape)}" if values.shape[1:] != tuple(sides) else "NaN or infinity",
         )
-        try:
-            converted = image.convert("RGBA") if self._channels == 4 else as_rgb(image, image.format)
-        except Exception as error:  # Pillow's formats raise errors of many types
-            raise InvalidValue("", place, "to be an image", error) from error
-        pixels = np.array(converted.convert("L"))[..., None] if self._channels == 1 else np.array(converted)
-        return torch.from_numpy(pixels).permute(2, 0, 1)
+        return values
+
+
+def _tensor(place: str, image: Any, channels: int | None, wanted: str) -> Tensor:
+    """Return a tensor or a PIL image as uint8 or float32 [C, ...] on the CPU."""
+    from PIL.Image import Image
+
+    if isinstance(image, Image):
+        image = _pixels(place, image, channels)
+    if not isinstance(image, Tensor):
+        raise InvalidValue("", place, wanted, type(image).__name__)
+    dense = image.layout is torch.strided and not image.is_nested and not image.is_meta
+    shaped = dense and image.dim() >= 2 and image.numel() > 0 and channels in (None, image.shape[0])
+    shape = list(image.shape) if dense else "without values in a dense layout"
+    expect(shaped and (image.is_floating_point() or image.dtype == torch.uint8), "", place, wanted, f"{image.dtype} {shape}")
+    values: Tensor = image.detach().cpu().contiguous()
+    return values.float() if values.is_floating_point() else values
+
+
+def _pixels(place: str, image: Any, channels: int | None) -> Tensor:
+    """Return a PIL image as uint8 [channels, H, W]."""
+    channels = channels or len(image.getbands())
+    expect(channels in (1, 3, 4), "", place, f"to be a tensor, as there are {channels} channels", "a PIL image")
+    try:
+        converted = image.convert("RGBA") if channels == 4 else as_rgb(image, image.format)
+    except Exception as error:  # Pillow's formats raise errors of many types
+        raise InvalidValue("", place, "to be an image", error) from error
+    pixels = np.array(converted.convert("L"))[..., None] if channels == 1 else np.array(converted)
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def _kind(values: Tensor | None) -> str:
+    return "without a condition" if values is None else f"{values.dtype} {list(values.shape)}"
 
 
 @contextmanager
@@ -187,9 +243,9 @@ class _Batches(Dataset[Any]):
     def __init__(self, dataset: MappedDataset) -> None:
         self._dataset = dataset
 
-    def __getitem__(self, indices: list[int]) -> tuple[Tensor, Tensor] | ValueError:
+    def __getitem__(self, indices: list[int]) -> tuple[Tensor, ...] | ValueError:
         try:
-            images, labels = zip(*(self._dataset[index] for index in indices), strict=True)
+            images, labels, *conditions = zip(*(self._dataset[index] for index in indices), strict=True)
         except ValueError as error:
             return error.with_traceback(None)
-        return torch.stack(images), torch.tensor(labels)
+        return torch.stack(images), torch.tensor(labels), *map(torch.stack, conditions)

@@ -1,0 +1,214 @@
+"""Arrays of numbers as images: .npy and .npz files, and folders of them. Nothing is unpickled."""
+
+from __future__ import annotations
+
+import math
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO, Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ...errors import InvalidValue, expect
+from .dataset import SAMPLED, ImageDataset, LazyImages, check_labels, fits, resized_tensor, size_of
+from .image_files import ImageFiles
+
+LAYOUTS: Final = ("NHWC", "NCHW")
+
+_Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """Arrays of one shape, unread.
+
+    Attributes:
+        root: Path of the file or folder.
+        count: N.
+        read: A function that returns the array of a number, [H, W] or of three dimensions.
+        place: A function that returns the name of the array of a number, for error messages.
+        labels: int64 [N].
+        classes: Names of the classes; a single one if the arrays carry no labels.
+        names: Names of the files of a folder.
+    """
+
+    root: str
+    count: int
+    read: Callable[[int], _Array]
+    place: Callable[[int], str]
+    labels: Tensor
+    classes: tuple[str, ...]
+    names: Sequence[str] = ()
+
+    @classmethod
+    def of_file(cls, path: Path) -> Arrays:
+        """Return the arrays of a file: those of a .npy, or `arr_0` or the only one of an .npz with labels in `arr_1`."""
+        content = _loaded(str(path), path)
+        labels = None
+        if not isinstance(content, np.ndarray):
+            with content:
+                names = [name for name in content.files if name != "arr_1"]
+                name = "arr_0" if "arr_0" in names else names[0] if len(names) == 1 else None
+                expect(name, "load_dataset", str(path), "to hold one array, or arr_0", ", ".join(content.files) or "none")
+                content, labels = (_member(path, content, each) for each in (name or "", "arr_1"))
+        expect(
+            content.ndim in (3, 4) and content.size, "load_dataset", str(path), "to be [N, H, W] or 4-d", list(content.shape)
+        )
+        numbers = torch.zeros(len(content), dtype=torch.int64)
+        classes: tuple[str, ...] = ("",)
+        if labels is not None:
+            right = labels.dtype.kind in "iu" and labels.shape == (len(content),)
+            got = f"{labels.dtype} {list(labels.shape)}"
+            expect(right, "load_dataset", f"arr_1 of {path}", f"to be integers [{len(content)}]", got)
+            numbers = torch.from_numpy(labels.astype(np.int64))
+            check_labels(path, numbers, 1 << 16)
+            classes = tuple(map(str, range(int(numbers.max()) + 1)))
+        return cls(str(path), len(content), content.__getitem__, lambda index: f"{path}[{index}]", numbers, classes)
+
+    @classmethod
+    def of_files(cls, files: ImageFiles) -> Arrays:
+        """Return the arrays of a folder, one in each file."""
+
+        def read(index: int) -> _Array:
+            name = files.names[index]
+            with files.open(name) as file:
+                content = _loaded(f"{files.root}/{name}", file)
+                return content if isinstance(content, np.ndarray) else _only(f"{files.root}/{name}", content)
+
+        def place(index: int) -> str:
+            return f"{files.root}/{files.names[index]}"
+
+        return cls(files.root, len(files.names), read, place, files.labels, files.classes, files.names)
+
+    def image(self, index: int, layout: str) -> _Array:
+        """Return an array as [C, H, W]. Raise a ValueError if it has another number of dimensions."""
+        array = self.read(index)
+        expect(array.ndim in (2, 3) and array.size, "load_dataset", self.place(index), "to be 2-d or 3-d", list(array.shape))
+        expect(array.dtype.kind in "uif", "load_dataset", self.place(index), "to hold numbers", array.dtype)
+        if array.ndim == 2:
+            return array[None]
+        return array.transpose(2, 0, 1) if layout == "NHWC" else array
+
+
+def load_arrays(
+    name: str,
+    arrays: Arrays,
+    image_size: tuple[int, int] | None,
+    layout: str,
+    value_range: Sequence[float] | None,
+    first: int | None,
+    memory: int | None,
+) -> ImageDataset:
+    """Return a data set of arrays: uint8 as pictures, other numbers mapped to [-1, 1].
+
+    All values are looked at once.
+
+    Args:
+        name: Name of the data set.
+        arrays: The arrays.
+        image_size: Height and width that they are cropped and resized to. None: they stay.
+        layout: "NHWC" or "NCHW": where the channels are.
+        value_range: Values that are -1 and 1. None: those of all arrays, or 0..255 for uint8.
+        first: Number of arrays to read. None: all.
+        memory: Bytes that the images may take. More are read as they are used. None: any number.
+    """
+    count = min(arrays.count, first or arrays.count)
+    start = arrays.image(0, layout)
+    pictures = start.dtype == np.uint8 and value_range is None
+    measured = None if pictures else _measured(arrays, count, layout, start, value_range)
+    channels, height, width = start.shape
+    sides = (height, width) if image_size is None else image_size
+
+    def read(indices: Tensor) -> Tensor:
+        images = torch.empty(len(indices), channels, *sides, dtype=torch.uint8 if pictures else torch.float32)
+        for row, index in enumerate(indices.tolist()):
+            array = _checked(arrays, index, layout, start)
+            if measured is not None:
+                low, high = measured
+                array = (array.astype(np.float64) - low) * (2 / (high - low)) - 1
+            image = torch.from_numpy(np.ascontiguousarray(array))[None]
+            images[row] = image[0] if sides == (height, width) else resized_tensor(image, sides)[0]
+        return images
+
+    shape, itemsize = (count, channels, *sides), 1 if pictures else 4
+    used: Tensor | LazyImages = LazyImages(shape, read, memory, itemsize)
+    if fits(shape, memory, itemsize=itemsize):
+        used = read(torch.arange(count))
+    preparation = "as they are" if sides == (height, width) else f"resized from {size_of((height, width))}"
+    if measured is not None:
+        preparation += ", {:g} to {:g} as -1 to 1".format(*measured)
+    return ImageDataset(
+        name,
+        used,
+        arrays.labels[:count],
+        arrays.classes,
+        partial(_contents, arrays),
+        preparation,
+        arrays.names[:count],
+        measured,
+    )
+
+
+def _measured(arrays: Arrays, count: int, layout: str, start: _Array, stated: Sequence[float] | None) -> tuple[float, float]:
+    """Return the range of the values. Raise a ValueError if one is not finite, or outside of the stated range."""
+    low, high = math.inf, -math.inf
+    for index in range(count):
+        array = _checked(arrays, index, layout, start)
+        least, most = float(array.min()), float(array.max())  # NaN if one is
+        place = arrays.place(index)
+        expect(math.isfinite(least) and math.isfinite(most), "load_dataset", place, "to be finite", "NaN or infinity")
+        if stated is not None and not stated[0] <= least <= most <= stated[1]:
+            wanted = "to be in {:g}..{:g}, the data_range".format(*stated)
+            raise InvalidValue("load_dataset", place, wanted, f"values from {least:g} to {most:g}")
+        low, high = min(low, least), max(high, most)
+    if stated is not None:
+        return float(stated[0]), float(stated[1])
+    expect(low < high, "load_dataset", arrays.root, "to have different values", f"{low:g} alone")
+    return low, high
+
+
+def _checked(arrays: Arrays, index: int, layout: str, start: _Array) -> _Array:
+    """Return an array as [C, H, W]. Raise a ValueError if it differs from the first in shape or dtype."""
+    array = arrays.image(index, layout)
+    wanted, got = (f"{each.dtype} {list(each.shape)}" for each in (start, array))
+    expect(got == wanted, "load_dataset", arrays.place(index), f"to be {wanted}, as the first", got)
+    return array
+
+
+def _contents(arrays: Arrays, exact: bool) -> Iterator[bytes]:
+    """Yield the names of files, and bytes of all arrays or of a sample."""
+    yield from (f"{name}\n".encode(errors="surrogateescape") for name in arrays.names)
+    for index in range(0, arrays.count, 1 if exact else max(1, arrays.count // SAMPLED)):
+        yield np.ascontiguousarray(arrays.read(index)).tobytes()
+
+
+def _loaded(place: str, file: Path | BinaryIO) -> Any:
+    """Return an array, mapped into memory if it can be, or the open archive of an .npz."""
+    try:
+        if isinstance(file, Path) and file.suffix.lower() == ".npy":
+            return np.load(file, mmap_mode="r", allow_pickle=False)
+        return np.load(file, allow_pickle=False)
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise InvalidValue("load_dataset", place, "to be a whole .npy or .npz of numbers", error) from error
+
+
+def _member(place: object, archive: Any, name: str) -> _Array | None:
+    """Return an array of an .npz, or None if there is none of this name."""
+    try:
+        return archive[name] if name in archive.files else None
+    except Exception as error:  # damaged archives raise errors of many types
+        raise InvalidValue("load_dataset", str(place), "to be a whole .npz of numbers", error) from error
+
+
+def _only(place: str, archive: Any) -> _Array:
+    """Return the only array of an .npz."""
+    expect(len(archive.files) == 1, "load_dataset", place, "to hold one array", ", ".join(archive.files) or "none")
+    array = _member(place, archive, archive.files[0])
+    assert array is not None
+    return array
