@@ -116,7 +116,7 @@ def changed(kind: type, field: str, value: object) -> dict[str, Any]:
         (Run, "schedule.beta", 1, "the arguments of linear to be among num_timesteps, beta_start, beta_end, scale"),
         (Run, "dataset", [], "Expected `object`, got `array` - at `$.dataset`"),
         (Run, "dataset.images", 0, "Expected `int` >= 1 - at `$.dataset.images`"),
-        (Run, "dataset.shape", [1, 8], "Expected `array` of length >= 3 - at `$.dataset.shape`"),
+        (Run, "dataset.shape", [1], "Expected `array` of length >= 2 - at `$.dataset.shape`"),
         (Run, "dataset.shape", [1, 8, 0], "Expected `int` >= 1 - at `$.dataset.shape[2]`"),
         (Run, "dataset.classes", [], "Expected `array` of length >= 1 - at `$.dataset.classes`"),
         (Run, "dataset.fingerprint", "x", "Expected `object`, got `str` - at `$.dataset.fingerprint`"),

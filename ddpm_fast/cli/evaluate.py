@@ -64,7 +64,7 @@ def evaluate_command(
     device: str | None,
     quiet: bool,
 ) -> None:
-    """Compute the variational bound of test images, or how well a model restores them.
+    """Compute the variational bound of test images, or their PSNR.
 
     Print L_T, L_{T-1} + ... + L_1, L_0 and their sum in bits per dimension (eq. 9-11). For a model with a condition, print
     PSNR and SSIM of the condition (bicubic, for low resolution), of one sample, and of the mean of several.

@@ -68,17 +68,6 @@ def size(ctx: click.Context, option: click.Parameter, value: str | None) -> int 
     return int(width) if height is None else (int(height), int(width))
 
 
-def pair(ctx: click.Context, option: click.Parameter, value: str | None) -> tuple[float, float] | None:
-    """Parse two numbers separated by a comma."""
-    if value is None:
-        return None
-    try:
-        low, high = map(float, value.split(","))
-    except ValueError:
-        raise click.BadParameter(f"{value!r} is not two numbers separated by a comma") from None
-    return low, high
-
-
 def model_folder(ctx: click.Context, option: click.Parameter, value: Any) -> Any:
     """Refuse a model's folder that does not exist."""
     if value is None or os.path.isdir(value):

@@ -14,7 +14,7 @@ from ..errors import renaming
 from ..files.writing import remove_leftovers
 from ..training.options import STRUCTS, DataOptions, Declared, ModelOptions, TrainOptions, options_of
 from .console import Stopped
-from .options import PathOption, numbers, pair, refusing, size
+from .options import PathOption, numbers, refusing, size
 
 _EXAMPLE = """\b
 Example:
@@ -58,7 +58,9 @@ def _option(declared: Declared) -> click.Option:
     elif bool in kinds:
         declarations[0] += f"/--no{flag[1:]}"
     elif declared.pair is not None:
-        settings |= {"callback": size, "metavar": "WxH"} if declared.pair is int else {"callback": pair, "metavar": "LOW,HIGH"}
+        settings |= (
+            {"callback": size, "metavar": "WxH"} if declared.pair is int else {"nargs": 2, "type": float, "metavar": "LOW HIGH"}
+        )
     elif get_origin(kind) is tuple:
         default = ",".join(map(str, default))
         settings |= {"callback": numbers, "metavar": "N,N,..."}

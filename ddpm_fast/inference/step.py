@@ -97,8 +97,8 @@ class StepState:
             x_0.zero_()
         for memory, images, centered in self._conditions:
             assert condition is not None
-            part = 2 * condition[images] - 1 if centered else condition[images]
-            memory.unflatten(0, (-1, len(part))).copy_(part)  # to both halves with guidance
+            part = condition[images].to(memory.dtype)
+            memory.unflatten(0, (-1, len(part))).copy_(2 * part - 1 if centered else part)  # to both halves with guidance
         self._shown = x_t.detach()  # an alias, so that a callback cannot change the shape and strides of x_t
 
     def show(self, callback: Callable[[int, int, Tensor], None], step: int, timestep: int) -> None:
@@ -127,7 +127,8 @@ def write_beside_condition(joint: Tensor, x_t: Tensor, *, centered: bool = False
         x_t: The state.
         centered: Write 2 x - 1.
     """
-    joint.unflatten(0, (-1, len(x_t)))[:, :, : x_t.shape[1]].copy_(2 * x_t - 1 if centered else x_t)
+    x = x_t.to(joint.dtype)
+    joint.unflatten(0, (-1, len(x)))[:, :, : x.shape[1]].copy_(2 * x - 1 if centered else x)
 
 
 def step_by_any_network(
@@ -166,7 +167,7 @@ def step_by_any_network(
     t = timesteps.index_select(0, state.step).expand(len(x_in))
     model_output = predict(network, x_in, t, None if labels is None else labels.flatten())
     if kept._version != version:
-        raise InvalidValue("sample", "model", "to leave its input as it is", "one that changes it in place")
+        raise InvalidValue("sample", "model", "to leave its input as it is", "one that changes x_t in place")
     reverse_step(
         x_t,
         model_output,

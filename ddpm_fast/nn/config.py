@@ -92,8 +92,7 @@ class UNetConfig:
     num_class_embeds: int | None = None  # number of classes + 1: the last is "no label"
     class_names: Sequence[str] | None = None  # in the order of the labels, without "no label"
     num_train_timesteps: int | None = None  # recorded only
-    # What the input channels behind those of x_t are: "low-resolution:4", "grey", "mask", or "images" of a second data set.
-    condition: str | None = None
+    condition: str | None = None  # channels after x_t: "low-resolution:4", "grey", "mask", or "images" of other files
     condition_range: Sequence[float] | None = None  # values of a condition of numbers, which are mapped to -1 and 1
     data_range: Sequence[float] | None = None  # the same for the images; None: pictures of 0..255
 

@@ -50,13 +50,13 @@ def check_image_shape(caller: str, name: str, model: Model, shape: Sequence[int]
         UNetConfig.from_dict(model.config).check_image_shape(caller, name, shape)
 
 
-def image_channels(config: Mapping[str, Any], plan: SamplingPlan) -> int | None:
+def image_channels(config: Mapping[str, Any], predicts_variance: bool) -> int | None:
     """Return the channels C of the images that a model draws: those that it predicts, without a predicted variance.
 
     Its other input channels are the condition's. None: the configuration does not say.
     """
-    outputs = config.get("out_channels", config.get("in_channels"))
-    return None if outputs is None else outputs // (1 if plan.variance == "fixed" else 2)
+    outputs: int | None = config.get("out_channels", config.get("in_channels"))
+    return max(1, outputs // 2) if outputs is not None and predicts_variance else outputs
 
 
 def check_model(caller: str, model: Model) -> None:
@@ -300,9 +300,7 @@ def check_condition(caller: str, model: Model, shape: tuple[int, ...], num_sampl
         wanted = f"to be [{num_samples}, {free}, {size}], as the model reads {channels} channels and x_t has {shape[0]}"
         expect(not free, caller, "condition", wanted, "None")
         return
-    expect(
-        free != 0, caller, "condition", f"to be None, as the model reads the {channels} channels of x_t alone", "a condition"
-    )
+    expect(free != 0, caller, "condition", "to be None, as the model reads x_t alone", "a condition")
     found = condition.shape[1] if isinstance(condition, Tensor) and condition.dim() == len(shape) + 1 else 0
     _check_maps(caller, "condition", condition, [num_samples, max(found, 1) if free is None else free, *shape[1:]])
 
@@ -361,7 +359,7 @@ def _image_shape(caller: str, model: Model, plan: SamplingPlan, shape: Sequence[
     config = model_config(model)
     reads, size = config.get("in_channels"), config.get("sample_size")
     if shape is None:
-        channels = image_channels(config, plan)
+        channels = image_channels(config, plan.variance != "fixed")
         if channels is None or size is None:
             expected = "to be (C, H, W), as the model has no config with in_channels and sample_size"
             raise InvalidValue(caller, "shape", expected, "None")

@@ -351,7 +351,7 @@ def _check_images(caller: str, name: str, images: Tensor, model: Model, plan: Sa
     check_float(caller, name, images)
     check_strided(caller, name, images)
     config = model_config(model)
-    channels, size = image_channels(config, plan), config.get("sample_size")
+    channels, size = image_channels(config, plan.variance != "fixed"), config.get("sample_size")
     wanted = ["C" if channels is None else channels, *((size, size) if isinstance(size, int) else size or ("H", "W"))]
     images = images.detach()
     fits = images.dim() == 4 and images.numel() > 0

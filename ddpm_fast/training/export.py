@@ -16,7 +16,7 @@ from ..resources import check_free_space, check_writable
 from ..schedule import NoiseSchedule
 from .checkpoint import read_state
 from .folder import RunFolder
-from .state import weights_file
+from .state import WEIGHTS
 
 if TYPE_CHECKING:
     from ..schemas import Checkpoint
@@ -92,7 +92,7 @@ def export_checkpoint(
 
 def check_is_unet(caller: str, name: str, folder: Path) -> None:
     """Raise a ValueError if a checkpoint holds another network than a `UNet`."""
-    file = folder / weights_file("unet_ema")
+    file = folder / WEIGHTS["unet_ema"]
     got = f"another network, which its folder does not describe; make it, and load {file} with load_state_dict"
     expect(not file.exists(), caller, name, "to hold a UNet", got)
 

@@ -136,7 +136,7 @@ class Records:
         self._bar = progress_bar(task.options.steps, "training", "step", shown=shown, done=state.step)
         self._logged_step, self._logged_seconds = state.step, state.seconds
         self._first_step, self._timed_from = state.step, 0.0
-        self._buffers = _versions(state.model)
+        self._buffers = {name: buffer.clone() for name, buffer in state.model.named_buffers()}
 
     def __enter__(self) -> Records:
         return self
@@ -152,9 +152,7 @@ class Records:
         self._bar.update()
         if self._task.processes.is_first:
             self._forecast()
-            if state.step == self._first_step + 1 and (changed := dict(_versions(state.model).items() - self._buffers.items())):
-                text = "the network's forward changes %s: weights are not bit-identical for other numbers of processes"
-                _log.warning(text, listed(changed))
+            self._say_which_buffers_change()
         if state.step % options.log_every == 0 or state.step == options.steps:
             self._write_row(grad_norm, rate)
         if options.sample_every and state.step % options.sample_every == 0:
@@ -206,6 +204,15 @@ class Records:
                 text += f", but at most {options.max_minutes:g} minutes in this call"
             _log.info("  %-8s about %s", "time", text)
 
+    def _say_which_buffers_change(self) -> None:
+        """Warn after the first step if the network's forward has changed buffers: bits are not promised then."""
+        now = dict(self._state.model.named_buffers())
+        changed = [name for name, buffer in self._buffers.items() if not torch.equal(buffer, now[name])]
+        self._buffers = {}
+        if changed:
+            text = "the network's forward changes %s: weights are not bit-identical for other numbers of processes"
+            _log.warning(text, listed(changed))
+
     def _draw_grid(self) -> None:
         """Draw a grid with the averaged weights, with one column a class or 8 columns."""
         task, state, dataset = self._task, self._state, self._task.dataset
@@ -237,11 +244,6 @@ class Records:
                 _log.warning("%s could not be drawn: %s", path, error)
                 return
             self._tensorboard.write("add_images", "samples", images[:, channels].clamp(-1, 1) / 2 + 0.5, state.step)
-
-
-def _versions(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Return what tells for each of a network's buffers whether it was changed."""
-    return {name: (id(buffer), buffer._version) for name, buffer in model.named_buffers()}
 
 
 class TensorBoard:

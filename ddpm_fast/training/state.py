@@ -28,6 +28,8 @@ from .folder import FORMAT, RunFolder
 from .options import LOCAL, TrainOptions
 from .rng import TrainingRng
 
+WEIGHTS: Final = {"unet": "model.safetensors", "unet_ema": "ema.safetensors"}
+"""Files of a checkpoint for the weights and the moving average of a network that is no `UNet`."""
 # Keys of a network's configuration that its weights do not depend on.
 _NOT_IN_WEIGHTS: Final = frozenset({"sample_size", "dropout", "num_train_timesteps", "class_names"})
 
@@ -198,7 +200,9 @@ class State:
             if isinstance(model, UNet):
                 model.save_pretrained(folder / name)
             else:
-                write_tensors(folder / weights_file(name), _apart(model.state_dict()))
+                write_tensors(
+                    folder / WEIGHTS[name], {key: value.clone() for key, value in model.state_dict().items()}
+                )  # some may be one
         tensors = {
             f"{key}.{name}": value
             for name, parameter in self.model.named_parameters()
@@ -230,7 +234,7 @@ class State:
             if isinstance(model, UNet):
                 weights = UNet.from_pretrained(folder / name).state_dict()
             else:
-                weights = load_safetensors("train", folder / weights_file(name))
+                weights = load_safetensors("train", folder / WEIGHTS[name])
             check_weights("train", folder / name, "the options", model.state_dict(), weights)
             model.load_state_dict(weights)
         file = folder / "optimizer.safetensors"
@@ -249,21 +253,6 @@ class State:
         self.step, self.seconds, self.row = state.step, state.seconds, state.row
         device = next(self.model.parameters()).device
         self.losses = [torch.tensor(loss, dtype=torch.float32, device=device) for loss in state.losses]
-
-
-def weights_file(name: str) -> str:
-    """Return the file of a checkpoint that holds the weights of a network that is no `UNet`: "unet" or "unet_ema"."""
-    return {"unet": "model.safetensors", "unet_ema": "ema.safetensors"}[name]
-
-
-def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors that share no memory, as files hold them."""
-    seen: set[int] = set()
-    apart = {}
-    for name, tensor in tensors.items():
-        apart[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
-        seen.add(tensor.data_ptr())
-    return apart
 
 
 def _read_networks(init: Path) -> tuple[UNet, UNet]:

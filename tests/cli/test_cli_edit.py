@@ -471,12 +471,12 @@ def test_a_grey_test_image_does_not_suit_a_colour_model(colour: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "got"), [({"in_channels": 4, "out_channels": 4}, "in_channels 4"), ({"sample_size": [8, 16]}, "sample_size")]
+    ("config", "got"), [({"in_channels": 2, "out_channels": 2}, "2 channels"), ({"sample_size": None}, "sample_size None")]
 )
 def test_other_models_are_refused(tmp_path: Path, config: dict[str, Any], got: str) -> None:
     model = save_model(tmp_path / "other", UNet(**(tiny_unet().config | config)))
     error = refused(model, "vary", "digits:0")
-    assert "vary: expected --model to be one that draws grey or RGB squares" in error
+    assert "vary: expected --model to be one that draws grey, RGB or RGBA pictures of one size" in error
     assert got in error
 
 

@@ -290,9 +290,12 @@ def test_progress_counts_timesteps(capsys: pytest.CaptureFixture[str]) -> None:
             {"x_0": torch.tensor([0.0, math.nan]).reshape(1, 1, 1, 2)},
             InvalidValue("variational_bound", "x_0", "in [-1, 1]", "values from nan to nan"),
         ),
-        ({"model": UNet(**SMALL)}, InvalidValue("variational_bound", "x_0", "to have H and W that are multiples of 4", "5x5")),
         (
-            {"model": UNet(**SMALL), "x_0": torch.zeros(1, 1, 8, 8)},
+            {"model": UNet(**SMALL | {"out_channels": 2})},
+            InvalidValue("variational_bound", "x_0", "to have H and W that are multiples of 4", "5x5"),
+        ),
+        (
+            {"model": UNet(**SMALL | {"out_channels": 2}), "x_0": torch.zeros(1, 1, 8, 8)},
             InvalidValue("variational_bound", "x_0", "to be [N, 2, H, W]", "(1, 1, 8, 8)"),
         ),
         ({"batch_size": 0}, InvalidValue("variational_bound", "batch_size", "to be a positive integer or None", "0")),

@@ -217,8 +217,8 @@ def test_bad_arguments_are_refused_before_anything_is_written(tmp_path: Path, ca
 
 def test_images_are_looked_through_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     looked = []
-    check = image_module._check_images
-    monkeypatch.setattr(image_module, "_check_images", lambda *arguments: (looked.append(arguments[0]), check(*arguments)))
+    check = image_module._shown
+    monkeypatch.setattr(image_module, "_shown", lambda *arguments: (looked.append(arguments[0]), check(*arguments))[1])
     save_grid(levels(1, 1, 2, 2), tmp_path / "a.png")
     save_trajectory(levels(3, 1, 1, 2, 2), tmp_path / "a.gif")
     save_trajectory(levels(3, 1, 1, 2, 2), tmp_path / "b.png")

@@ -220,7 +220,7 @@ CALLS: dict[str, Callable[[], Entry]] = {
     ),
     "SamplingPlan.table": lambda: Entry(PLAN.table, {}),
     "SamplingPlan.steps": lambda: Entry(PLAN.steps, {}),
-    "DataOptions": lambda: Entry(d.DataOptions, {}, {"data_memory": "zero huge"}),
+    "DataOptions": lambda: Entry(d.DataOptions, {}, {"data_memory": "zero huge", "colors": "None"}),
     "ModelOptions": lambda: Entry(d.ModelOptions, {}, {"attention": "empty", "dropout": "zero"}),
     "TrainOptions": lambda: Entry(d.TrainOptions, {"steps": 1}, TRAIN_ACCEPTS),
     "Trainer": lambda: Entry(d.Trainer, trainer_arguments(), {"num_workers": "zero"}),

@@ -39,7 +39,7 @@ ALLOWED = {
     "evaluation": {"dtypes", "checks", "reference", "schedule", "plan", "ops", "inference", "sampling", "evaluation"},
     "training": {
         *("version", "allocator", "distributed", "resources", "checks", "files", "schedule", "plan", "ops", "nn", "schemas"),
-        *("sampling", "training"),
+        *("inference", "sampling", "training"),
     },
     "pretrained": {"checks", "resources", "files", "schedule", "plan", "nn", "schemas", "training"},
     "__init__": {"version"},  # and what __init__.pyi imports, when a name is first used

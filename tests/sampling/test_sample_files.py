@@ -391,7 +391,7 @@ def test_a_model_without_weights_starts_files_and_continues_none(
         "a function or object whose weights are unknown; choose another out",
     )
     with monkeypatch.context() as patch:
-        patch.setattr(sample_files, "_pixels", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(sample_files, "_values", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt, match=rf"^0 of {NUM} images .*{name}\. No call can draw the others there\.$"):
             write(tmp_path / name, **changes)
     drawn.clear()

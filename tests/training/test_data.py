@@ -131,7 +131,7 @@ def test_images_without_sub_folders_share_one_class(tmp_path: Path) -> None:
     Image.new("RGB", (6, 6)).save(tmp_path / "a.png")
     dataset = load_dataset(str(tmp_path))
     assert (dataset.shape, dataset.classes, dataset.labels.tolist()) == ((3, 6, 6), ("",), [0])
-    assert dataset.preparation == "as they are"
+    assert dataset.preparation == "as they are, in RGB"
 
 
 def test_a_folder_of_other_sizes_needs_image_size(tmp_path: Path) -> None:
@@ -142,10 +142,9 @@ def test_a_folder_of_other_sizes_needs_image_size(tmp_path: Path) -> None:
     ):
         load_dataset(str(tmp_path))
     dataset = load_dataset(str(tmp_path), image_size=4)
-    assert (dataset.shape, dataset.preparation) == ((3, 4, 4), "cropped to squares and resized")
+    assert (dataset.shape, dataset.preparation) == ((3, 4, 4), "cropped and resized, in RGB")
     (tmp_path / "2.png").unlink()
-    with pytest.raises(ValueError, match=r"with sizes 4x6 \(2\);"):  # one size, but no squares
-        load_dataset(str(tmp_path))
+    assert load_dataset(str(tmp_path)).shape == (3, 6, 4)
 
 
 def test_bad_requests_are_refused(tmp_path: Path) -> None:
@@ -153,14 +152,16 @@ def test_bad_requests_are_refused(tmp_path: Path) -> None:
         InvalidValue(
             "load_dataset",
             "name",
-            "to be one of digits, fashion-mnist, cifar10, a zip file or a folder",
+            "to be one of digits, fashion-mnist, cifar10, a folder, or a .zip, .npy or .npz",
             "'mnist', which does not exist",
         )
     ):
         load_dataset("mnist")
     with refused(InvalidValue("load_dataset", "split", "to be one of train, test", "'val'")):
         load_dataset("digits", split="val")
-    with refused(InvalidValue("load_dataset", "image_size", "to be a positive integer or None", "0")):
+    with refused(
+        InvalidValue("load_dataset", "image_size", "to be a positive integer, (height, width) or None, each at least 1", [0, 0])
+    ):
         load_dataset("digits", image_size=0)
     with pytest.raises(ValueError, match=r"to hold images .* got none"):
         load_dataset(str(tmp_path))
@@ -171,7 +172,7 @@ def test_a_mistyped_path_says_what_may_have_been_meant(tmp_path: Path, monkeypat
     (tmp_path / "faces.zip").touch()
     (tmp_path / "notes.txt").touch()
     monkeypatch.chdir(tmp_path)
-    wanted = "to be one of digits, fashion-mnist, cifar10, a zip file or a folder"
+    wanted = "to be one of digits, fashion-mnist, cifar10, a folder, or a .zip, .npy or .npz"
     cases = [
         ("imges", "; did you mean 'images'?"),
         (f"{tmp_path}/imges/", f"; did you mean '{tmp_path}/images'?"),
@@ -263,7 +264,7 @@ WRITTEN = {
 
 
 @pytest.mark.parametrize(("ending", "mode"), [(ending, mode) for ending, modes in WRITTEN.items() for mode in modes])
-def test_colours_of_every_mode_come_out_as_rgb(ending: str, mode: str, tmp_path: Path) -> None:
+def test_colours_of_every_mode_come_out_as_rgb_or_grey(ending: str, mode: str, tmp_path: Path) -> None:
     colour = np.broadcast_to(np.array([200, 60, 60], dtype=np.uint8), (8, 8, 3))
     image = Image.fromarray(np.ascontiguousarray(colour))
     if mode == "LAB":
@@ -280,15 +281,18 @@ def test_colours_of_every_mode_come_out_as_rgb(ending: str, mode: str, tmp_path:
     # Pillow before 13 cannot read back a YCbCr TIFF that is not compressed.
     options = {"compression": "tiff_lzw"} if (ending, mode) == ("tif", "YCbCr") else {}
     image.save(tmp_path / f"a.{ending}", **options)
-    expected = {"1": 255, "L": 102, "LA": 102}.get(mode, colour)
-    np.testing.assert_allclose(one_image(tmp_path).astype(int), np.broadcast_to(expected, (8, 8, 3)), atol=4)
+    grey = {"1": 255, "L": 102, "LA": 102}
+    for colors, channels in ((None, 1 if mode in grey else 3), ("rgb", 3), ("grey", 1)):
+        pixels = load_dataset(str(tmp_path), colors=colors)[0][0].permute(1, 2, 0).numpy().astype(int)
+        expected = colour if channels == 3 and mode not in grey else grey.get(mode, 102)
+        np.testing.assert_allclose(pixels, np.broadcast_to(expected, (8, 8, channels)), atol=4)
 
 
 @pytest.mark.parametrize("ending", ["png", "tif"])
 def test_sixteen_bits_are_scaled_to_eight(ending: str, tmp_path: Path) -> None:
     offsets = np.array([[100, 100], [-100, -100]])
     Image.fromarray((GREYS.astype(int) * 257 + offsets).astype(np.uint16)).save(tmp_path / f"a.{ending}")
-    np.testing.assert_array_equal(one_image(tmp_path), np.repeat(GREYS[..., None], 3, axis=2))
+    np.testing.assert_array_equal(one_image(tmp_path), GREYS[..., None])
 
 
 def test_a_range_that_is_unknown_is_refused_with_the_name(tmp_path: Path) -> None:
@@ -440,7 +444,7 @@ def test_images_that_do_not_fit_into_memory_are_refused_before_they_are_read(
 ) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     monkeypatch.setattr(resources, "free_memory", lambda: 300_000_000)
-    monkeypatch.setattr("ddpm_fast.training.data.image_files.resized_square", lambda *_: pytest.fail("an image was decoded"))
+    monkeypatch.setattr("ddpm_fast.training.data.image_files.resized", lambda *_: pytest.fail("an image was decoded"))
     wanted = r"expected image_size to fit into memory, got 10001 for 1 images, which needs about 300\.1 MB of 300\.0 MB"
     with pytest.raises(ValueError, match=wanted):
         load_dataset(str(tmp_path), image_size=10001)
@@ -468,20 +472,20 @@ def test_images_wait_for_memory_and_a_large_one_is_read_alone(tmp_path: Path, mo
     Image.new("RGB", (40, 40)).save(tmp_path / "large.png")
     monkeypatch.setattr("ddpm_fast.training.data.image_files.free_memory", lambda: 4 * 16 * 250)
     lock, held, together = threading.Lock(), [0], []
-    resized_square = image_files.resized_square
+    resized = image_files.resized
 
-    def watch(opened: Any, size: int) -> np.ndarray:
+    def watch(opened: Any, shape: Any) -> np.ndarray:
         pixels = opened.width * opened.height
         with lock:
             held[0] += pixels
             together.append(held[0])
         time.sleep(0.005)
-        result = resized_square(opened, size)
+        result = resized(opened, shape)
         with lock:
             held[0] -= pixels
         return result
 
-    monkeypatch.setattr(image_files, "resized_square", watch)
+    monkeypatch.setattr(image_files, "resized", watch)
     monkeypatch.setattr("os.cpu_count", lambda: 8)
     assert len(load_dataset(str(tmp_path), image_size=8)) == 13
     assert set(together) == {100, 200, 1600}

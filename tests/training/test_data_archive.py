@@ -48,7 +48,11 @@ def test_images_are_those_of_the_extracted_files(
     path = write_zip(tmp_path / "a.zip", files, [*labels, ["other.png", 9]], method)
     dataset = load_dataset(str(path), memory=memory)
     order = sorted(NAMES)
-    assert (dataset.shape, dataset.classes, dataset.preparation) == ((3, 6, 6), ("0", "1", "2", "3", "4"), "as they are")
+    assert (dataset.shape, dataset.classes, dataset.preparation) == (
+        (3, 6, 6),
+        ("0", "1", "2", "3", "4"),
+        "as they are, in RGB",
+    )
     assert dataset.labels.tolist() == [dict(labels)[name] for name in order]
     expected = [np.asarray(Image.open(io.BytesIO(files[name]))).transpose(2, 0, 1) for name in order]
     (images, numbers), *rest = dataset.batches([torch.arange(5), torch.tensor([3, 3])])

@@ -77,7 +77,7 @@ def test_memory_decides_where_images_are(folder: Path, caplog: pytest.LogCapture
 
 
 def test_sizes_are_checked_without_decoding(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ddpm_fast.training.data.image_files.resized_square", lambda *_: pytest.fail("an image was decoded"))
+    monkeypatch.setattr("ddpm_fast.training.data.image_files.resized", lambda *_: pytest.fail("an image was decoded"))
     load_dataset(str(folder), memory=0)
     (folder / "a" / "text.png").write_text("no image")
     with pytest.raises(ValueError, match=r"got 1 of 31 that it cannot: a/text\.png \(UnidentifiedImageError\); skip"):
@@ -93,14 +93,14 @@ def test_few_decoded_images_wait(folder: Path, memory: int, ahead: int, monkeypa
     """Count images that are decoded, with batches of 4, of which each is in use until the next one is asked for."""
     from ddpm_fast.training.data import image_files
 
-    resized_square, begun, lock = image_files.resized_square, [0], threading.Lock()
+    resized, begun, lock = image_files.resized, [0], threading.Lock()
 
     def count(*arguments: Any) -> np.ndarray:
         with lock:
             begun[0] += 1
-        return resized_square(*arguments)
+        return resized(*arguments)
 
-    monkeypatch.setattr(image_files, "resized_square", count)
+    monkeypatch.setattr(image_files, "resized", count)
     dataset = encoded(folder, memory=memory)
     taken = [0]
 

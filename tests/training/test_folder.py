@@ -383,7 +383,7 @@ def test_images_that_were_moved_are_named_by_data(tmp_path: Path, monkeypatch: p
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert train("../run", **QUIET | {"data": stored["data"]}, steps=2, resume=True).step == 2
     Path("../images").rename("moved")
-    with pytest.raises(ValueError, match=r"expected data to be one of .* or a folder, got '.*images'"):
+    with pytest.raises(ValueError, match=r"expected data to be one of .* a folder, or a .zip, .npy or .npz, got '.*images'"):
         train("../run", **QUIET | {"data": stored["data"]}, steps=3, resume=True)
     assert train("../run", **QUIET | {"data": "moved"}, steps=3, resume=True).step == 3
     assert RunFolder("../run").read_config()["options"]["data"] == str(tmp_path / "elsewhere" / "moved")

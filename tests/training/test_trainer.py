@@ -28,7 +28,6 @@ from ddpm_fast.training.data import MappedDataset, load_dataset, to_unit_range
 from ddpm_fast.training.folder import RunFolder
 from ddpm_fast.training.rng import TrainingRng
 
-OWN_LOOP = "train another network in a loop of your own, as docs/training.md shows"
 SHARED = {name: value for name, value in QUIET.items() if name in NAMES[TrainOptions]}
 
 
@@ -144,11 +143,7 @@ def test_images_without_labels_train_an_unconditional_network(tmp_path: Path) ->
     images = load_dataset("digits").images
     assert isinstance(images, Tensor)
     weights = []
-    for name, dataset in (("tensors", TensorDataset(images)), ("tensor", images), ("labelled", Digits())):
-        if name == "tensors":  # its items are tuples of one tensor
-            with refused(InvalidValue("Trainer", "dataset[0]", "to be an image or (image, label)", "1 values")):
-                trainer(tmp_path / name, dataset, network(num_class_embeds=None))
-            continue
+    for name, dataset in (("tensors", TensorDataset(images)), ("labelled", Digits())):  # items are tuples of one tensor, or two
         trainer(tmp_path / name, dataset, network(num_class_embeds=None)).run()
         weights.append(tmp_path / name)
     assert_same_weights(*weights)
@@ -308,14 +303,16 @@ def test_data_sets_that_are_not_map_style_are_refused(tmp_path: Path) -> None:
 
 
 def test_networks_that_do_not_fit_are_refused(tmp_path: Path) -> None:
-    with refused(InvalidType("Trainer", "model", "to be a UNet", f"Linear; {OWN_LOOP}")):
-        trainer(tmp_path, model=torch.nn.Linear(1, 1))  # type: ignore[arg-type]
+    with refused(InvalidType("Trainer", "model", "to be a Module", "str")):
+        trainer(tmp_path, model="unet")  # type: ignore[arg-type]
+    with refused(InvalidValue("Trainer", "num_classes", "to be None, as model has num_class_embeds", "10")):
+        Trainer(network(), NoiseSchedule.linear(), Digits(), TrainOptions(), tmp_path, num_classes=10)
     frozen = network()
     next(frozen.parameters()).requires_grad_(False)
     cases = [
         (frozen, r"model to have parameters that require gradients, got conv_in\.weight without"),
         (network().bfloat16(), r'model to be float32, got torch\.bfloat16 in .*; use precision="bf16"'),
-        (network(out_channels=2), "model to have out_channels = 1, as the images of dataset, got 2"),
+        (network(out_channels=2), r"dataset\[0\] to be uint8 \[2, H, W\], .* got torch\.uint8 \[1, 8, 8\]"),
         (network(num_class_embeds=1), "model to have num_class_embeds = None or the number of classes plus one, got 1"),
         (network(in_channels=3, out_channels=3), r"dataset\[0\] to be uint8 \[3, H, W\], .* got torch\.uint8 \[1, 8, 8\]"),
         (
@@ -328,7 +325,7 @@ def test_networks_that_do_not_fit_are_refused(tmp_path: Path) -> None:
             trainer(tmp_path / "run", model=model)
     with refused(InvalidValue("Trainer", "model", "to have num_class_embeds = 11, the number of classes plus one", "12")):
         trainer(tmp_path / "run", load_dataset("digits"), network(num_class_embeds=12))
-    with refused(InvalidValue("Trainer", "model", "to have in_channels = 1, as the images of dataset", "3")):
+    with refused(InvalidValue("Trainer", "model", "to have out_channels = 1, as the images of dataset", "3")):
         trainer(tmp_path / "run", load_dataset("digits"), network(in_channels=3, out_channels=3))
     assert not (tmp_path / "run").exists()
 
@@ -344,14 +341,14 @@ WRONG_ITEMS: list[tuple[Callable[[int, Tensor, int], Any], str]] = [
     (lambda i, image, label: (image.float(), label), r"to be in \[-1, 1\], got values from 0 to 2"),
     (lambda i, image, label: (image / 0.0, label), r"to be in \[-1, 1\], got values from nan"),
     (lambda i, image, label: (image.numpy(), label), "to be uint8 .*, got ndarray"),
-    (lambda i, image, label: {"image": image}, "to be uint8 .*, got dict"),
+    (lambda i, image, label: {"pixels": image}, "to have image, label and condition, got pixels"),
     (lambda i, image, label: (Image.new("F", (8, 8)), label), "to be an image, got: expected 8 or 16 bits a channel"),
     (lambda i, image, label: image, r"to have a label in 0\.\.9, got no label"),
     (lambda i, image, label: (image, 10), r"to have a label in 0\.\.9, got 10"),
     (lambda i, image, label: (image, -1), r"to have a label in 0\.\.9, got -1"),
     (lambda i, image, label: (image, "3"), r"to have a label in 0\.\.9, got '3'"),
     (lambda i, image, label: (image, torch.ones(10)), r"to have a label in 0\.\.9, got tensor"),
-    (lambda i, image, label: (image, label, i), r"to be an image or \(image, label\), got 3 values"),
+    (lambda i, image, label: (image, label, None, i), r"to be an image, \(image, label\) or .*, got 4 values"),
     (missing, "to be an item, got FileNotFoundError: gone"),
 ]
 

@@ -667,7 +667,7 @@ def test_images_of_other_sizes_stop_a_run_instead_of_being_resized(tmp_path: Pat
     options = QUIET | {"data": tmp_path / "images", "batch_size": 2}
     train(tmp_path / "run", **options, steps=1)
     Image.new("RGB", (60, 40)).save(tmp_path / "images" / "a.png")
-    with pytest.raises(ValueError, match=r"expected image_size to be given, .* with sizes 60x40"):
+    with pytest.raises(ValueError, match=r"expected shape to be \[3, 8, 8\], as in .*, got \[3, 40, 60\]"):
         train(tmp_path / "run", **options, steps=2, resume=True)
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,7 +31,6 @@ class Arrays:
         root: Path of the file or folder.
         count: N.
         read: A function that returns the array of a number, [H, W] or of three dimensions.
-        place: A function that returns the name of the array of a number, for error messages.
         labels: int64 [N].
         classes: Names of the classes; a single one if the arrays carry no labels.
         names: Names of the files of a folder.
@@ -41,7 +39,6 @@ class Arrays:
     root: str
     count: int
     read: Callable[[int], _Array]
-    place: Callable[[int], str]
     labels: Tensor
     classes: tuple[str, ...]
     names: Sequence[str] = ()
@@ -49,17 +46,11 @@ class Arrays:
     @classmethod
     def of_file(cls, path: Path) -> Arrays:
         """Return the arrays of a file: those of a .npy, or `arr_0` or the only one of an .npz with labels in `arr_1`."""
-        content = _loaded(str(path), path)
-        labels = None
-        if not isinstance(content, np.ndarray):
-            with content:
-                names = [name for name in content.files if name != "arr_1"]
-                name = "arr_0" if "arr_0" in names else names[0] if len(names) == 1 else None
-                expect(name, "load_dataset", str(path), "to hold one array, or arr_0", ", ".join(content.files) or "none")
-                content, labels = (_member(path, content, each) for each in (name or "", "arr_1"))
-        expect(
-            content.ndim in (3, 4) and content.size, "load_dataset", str(path), "to be [N, H, W] or 4-d", list(content.shape)
-        )
+        with path.open("rb") as file:
+            found = _arrays(str(path), path if path.suffix.lower() == ".npy" else file)
+        content, labels = _images(str(path), found), found.get("arr_1")
+        shape = list(content.shape)
+        expect(len(shape) in (3, 4) and content.size, "load_dataset", str(path), "to be [N, H, W] or 4-d", shape)
         numbers = torch.zeros(len(content), dtype=torch.int64)
         classes: tuple[str, ...] = ("",)
         if labels is not None:
@@ -69,22 +60,22 @@ class Arrays:
             numbers = torch.from_numpy(labels.astype(np.int64))
             check_labels(path, numbers, 1 << 16)
             classes = tuple(map(str, range(int(numbers.max()) + 1)))
-        return cls(str(path), len(content), content.__getitem__, lambda index: f"{path}[{index}]", numbers, classes)
+        return cls(str(path), len(content), content.__getitem__, numbers, classes)
 
     @classmethod
     def of_files(cls, files: ImageFiles) -> Arrays:
         """Return the arrays of a folder, one in each file."""
 
         def read(index: int) -> _Array:
-            name = files.names[index]
-            with files.open(name) as file:
-                content = _loaded(f"{files.root}/{name}", file)
-                return content if isinstance(content, np.ndarray) else _only(f"{files.root}/{name}", content)
+            name = f"{files.root}/{files.names[index]}"
+            with files.open(files.names[index]) as file:
+                return _images(name, _arrays(name, file))
 
-        def place(index: int) -> str:
-            return f"{files.root}/{files.names[index]}"
+        return cls(files.root, len(files.names), read, files.labels, files.classes, files.names)
 
-        return cls(files.root, len(files.names), read, place, files.labels, files.classes, files.names)
+    def place(self, index: int) -> str:
+        """Return the name of an array, for error messages."""
+        return f"{self.root}/{self.names[index]}" if self.names else f"{self.root}[{index}]"
 
     def image(self, index: int, layout: str) -> _Array:
         """Return an array as [C, H, W]. Raise a ValueError if it has another number of dimensions."""
@@ -188,27 +179,20 @@ def _contents(arrays: Arrays, exact: bool) -> Iterator[bytes]:
         yield np.ascontiguousarray(arrays.read(index)).tobytes()
 
 
-def _loaded(place: str, file: Path | BinaryIO) -> Any:
-    """Return an array, mapped into memory if it can be, or the open archive of an .npz."""
+def _arrays(place: str, file: Path | BinaryIO) -> dict[str, _Array]:
+    """Return the arrays of an open .npy or .npz by name, or that of a .npy's path, mapped into memory."""
     try:
-        if isinstance(file, Path) and file.suffix.lower() == ".npy":
-            return np.load(file, mmap_mode="r", allow_pickle=False)
-        return np.load(file, allow_pickle=False)
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        content = np.load(file, mmap_mode="r" if isinstance(file, Path) else None, allow_pickle=False)
+        return {"arr_0": content} if isinstance(content, np.ndarray) else {name: content[name] for name in content.files}
+    except MemoryError:
+        raise
+    except Exception as error:  # damaged files raise errors of many types
         raise InvalidValue("load_dataset", place, "to be a whole .npy or .npz of numbers", error) from error
 
 
-def _member(place: object, archive: Any, name: str) -> _Array | None:
-    """Return an array of an .npz, or None if there is none of this name."""
-    try:
-        return archive[name] if name in archive.files else None
-    except Exception as error:  # damaged archives raise errors of many types
-        raise InvalidValue("load_dataset", str(place), "to be a whole .npz of numbers", error) from error
-
-
-def _only(place: str, archive: Any) -> _Array:
-    """Return the only array of an .npz."""
-    expect(len(archive.files) == 1, "load_dataset", place, "to hold one array", ", ".join(archive.files) or "none")
-    array = _member(place, archive, archive.files[0])
-    assert array is not None
-    return array
+def _images(place: str, arrays: Mapping[str, _Array]) -> _Array:
+    """Return arr_0, or the only array beside arr_1, which has labels."""
+    names = [name for name in arrays if name != "arr_1"]
+    one = "arr_0" in arrays or len(names) == 1
+    expect(one, "load_dataset", place, "to hold one array, or arr_0", ", ".join(arrays) or "none")
+    return arrays.get("arr_0", arrays[names[0]])

@@ -66,7 +66,7 @@ class ImageDataset(Dataset[tuple[Any, ...]]):
 
     @property
     def described(self) -> dict[str, Any]:
-        """What a network's configuration says of conditions and of the range of values."""
+        """Entries of a network's configuration: the kind of condition, and the ranges of values."""
         paired = isinstance(self.condition, ImageDataset)
         return {
             "condition": "images" if paired else None if self.condition is None else str(self.condition),

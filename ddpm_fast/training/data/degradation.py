@@ -11,17 +11,17 @@ from torch.nn import functional
 
 from ...errors import InvalidValue, expect
 
-_LUMA = (0.299, 0.587, 0.114)  # of red, green and blue (ITU-R BT.601), as in Pillow
+_LUMA = (0.299, 0.587, 0.114)  # weights of red, green and blue (ITU-R BT.601), as in Pillow
 
 
 @dataclass(frozen=True)
 class Degradation:
-    """What is left of an image for a network to restore. It is written `low-resolution:4`, `grey` or `mask`.
+    """A function of images whose results a network restores. It is written `low-resolution:4`, `grey` or `mask`.
 
     Attributes:
         name: "low-resolution": reduced and enlarged again, both bicubically. "grey": the luma. "mask": a box of random place
             and size is cut out, and a further channel is 1 in it and -1 outside.
-        factor: By how much "low-resolution" reduces height and width. 1 for others.
+        factor: Divisor of height and width of "low-resolution". 1 for others.
     """
 
     name: str

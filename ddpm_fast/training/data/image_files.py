@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
 _CHANNELS: Final = {"grey": 1, "rgb": 3, "rgba": 4}
-_GREY: Final = ("1", "L", "LA", "La", "I")  # modes without colours; those of 16 bits begin with I
+_GREY: Final = ("1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N")  # modes without colours
 
 _AT_ONCE: Final = 4096  # images whose reading is planned ahead
 _BYTES_A_PIXEL: Final = 16  # while an image is decoded, converted and laid on white
@@ -66,7 +66,7 @@ class ImageFiles:
         from PIL import Image
 
         with self.open(name) as file, Image.open(file) as opened:  # reads the header alone
-            return opened.height, opened.width, opened.mode.startswith(_GREY)
+            return opened.height, opened.width, opened.mode in _GREY
 
     def decode(self, name: str, shape: Sequence[int], shared: _SharedPixels) -> NDArray[np.uint8]:
         """Return the largest centred part of an image of the shape's sides, resized to [C, H, W]."""

@@ -124,7 +124,9 @@ def load_dataset(
     else:
         if not os.path.exists(name):
             got = f"{name!r}, which does not exist{_hint(Path(name))}"
-            raise InvalidValue("load_dataset", "name", f"to be one of {', '.join(DATASETS)}, a folder or a file", got)
+            raise InvalidValue(
+                "load_dataset", "name", f"to be one of {', '.join(DATASETS)}, a folder, or a .zip, .npy or .npz", got
+            )
         source = open_source(Path(name), split)
         if paired is not None:
             _check_pairs(name, source, paired)

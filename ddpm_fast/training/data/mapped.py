@@ -73,7 +73,7 @@ class MappedDataset:
 
     @property
     def described(self) -> dict[str, Any]:
-        """What a network's configuration says of conditions."""
+        """Entries of a network's configuration: the kind of condition."""
         return {"condition": "images" if self.condition_channels else None}
 
     def __len__(self) -> int:

@@ -1,0 +1,237 @@
+"""`Trainer` with networks that are no `UNet`: images, signals and volumes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from launching import run_ranks
+from refusals import refused
+from runs import assert_same_weights
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ddpm_fast import NoiseSchedule, Sampler, Trainer, TrainOptions, ddim_plan, export_checkpoint, freeze, load_folder
+from ddpm_fast.cli import main
+from ddpm_fast.errors import InvalidType, InvalidValue
+from ddpm_fast.training.folder import RunFolder
+
+SCHEDULE = NoiseSchedule.linear()
+SIDES = {1: (12,), 2: (6, 4), 3: (4, 2, 6)}
+CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+
+
+class Net(nn.Module):
+    """Two convolutions of a signal, an image or a volume, with a shift by timestep and class."""
+
+    def __init__(
+        self, dims: int = 2, channels: int = 2, reads: int = 2, classes: int | None = None, norm: bool = False
+    ) -> None:
+        super().__init__()
+        self.first = CONV[dims](reads, 8, 3, padding=1)
+        self.time = nn.Linear(1, 8)
+        self.classes = None if classes is None else nn.Embedding(classes + 1, 8)
+        self.norm = NORM[dims](8) if norm else nn.Identity()
+        self.dropout = nn.Dropout(0.1)
+        self.last = CONV[dims](8, channels, 3, padding=1)
+        self.unused = nn.Parameter(torch.ones(3))  # its gradient is always None
+        self.fixed = nn.Parameter(torch.ones(3), requires_grad=False)
+        self.tied = self.last.bias
+
+    def forward(self, x_t: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        shift = self.time(t[:, None] / 1000)
+        if self.classes is not None:
+            assert class_labels is not None
+            shift = shift + self.classes(class_labels)
+        h = self.norm(self.first(x_t)) + shift.view(*shift.shape, *[1] * (x_t.dim() - 2))
+        return self.last(self.dropout(nn.functional.silu(h)))
+
+
+class Items:
+    """Items [C, ...] of waves, with labels and conditions if they are wanted."""
+
+    def __init__(self, dims: int = 2, classes: int | None = None, reads: int = 2) -> None:
+        self.dims, self.classes, self.reads = dims, classes, reads
+
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, index: int) -> Any:
+        shape = (2, *SIDES[self.dims])
+        x_0 = torch.sin(torch.arange(torch.Size(shape).numel()) * (0.1 + index / 40)).view(shape)
+        item: dict[str, Any] = {"image": x_0}
+        if self.classes is not None:
+            item["label"] = index % self.classes
+        if self.reads > 2:
+            item["condition"] = x_0[:1].roll(1, -1)
+        return item
+
+
+OPTIONS: dict[str, Any] = {
+    "batch_size": 4,
+    "micro_batch_size": 2,
+    "steps": 4,
+    "warmup_steps": 1,
+    "threads": 1,
+    "progress": False,
+}
+OPTIONS |= {"sample_every": 2, "checkpoint_minutes": 0.0, "tensorboard": False, "sample_steps": 2}
+
+
+def trainer(
+    run_dir: Path, dims: int = 2, classes: int | None = None, reads: int = 2, norm: bool = False, **options: Any
+) -> Trainer:
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        model = Net(dims, reads=reads, classes=classes, norm=norm)
+    options = OPTIONS | options
+    return Trainer(model, SCHEDULE, Items(dims, classes, reads), TrainOptions(**options), run_dir, num_classes=classes)
+
+
+TWO = """
+import sys; sys.path[:0] = {paths!r}
+from pathlib import Path
+from test_any_network import trainer
+trainer(Path({run!r}), {dims}, {classes}, {reads}, flip=True).run()
+"""
+
+
+@pytest.mark.parametrize(("dims", "classes", "reads"), [(1, None, 2), (2, 3, 3), (3, None, 3)])
+def test_networks_train_resume_and_sample(dims: int, classes: int | None, reads: int, tmp_path: Path) -> None:
+    whole = trainer(tmp_path / "whole", dims, classes, reads, flip=True)
+    result = whole.run()
+    assert result.step == 4
+    trainer(tmp_path / "parts", dims, classes, reads, flip=True, steps=1).run()
+    again = trainer(tmp_path / "parts", dims, classes, reads, flip=True, resume=True)
+    again.run()
+    assert_same_weights(tmp_path / "whole", tmp_path / "parts")
+    checkpoint = RunFolder(tmp_path / "parts").latest_checkpoint()
+    assert checkpoint is not None
+    for name, model in (("model", again.model), ("ema", again.ema)):
+        stored = load_file(checkpoint / f"{name}.safetensors")
+        assert stored.keys() == model.state_dict().keys()
+        assert all(torch.equal(value, stored[key]) for key, value in model.state_dict().items())
+    assert not torch.equal(again.model.state_dict()["first.weight"], again.ema.state_dict()["first.weight"])
+    assert again.model.get_parameter("fixed").tolist() == [1, 1, 1]
+    grids = [path.name for path in (tmp_path / "whole").glob("samples/*")]
+    assert len(grids) == (2 if dims == 2 else 0)  # signals and volumes are no pictures
+
+    arguments: dict[str, Any] = {"class_labels": 1} if classes else {}
+    if reads > 2:
+        arguments["condition"] = torch.stack([Items(dims, classes, reads)[i]["condition"] for i in range(3)])
+    images = Sampler(again.ema, ddim_plan(SCHEDULE, 3), shape=(2, *SIDES[dims]))(3, progress=False, **arguments)
+    assert images.shape == (3, 2, *SIDES[dims])
+    assert torch.isfinite(images).all()
+
+
+def test_weights_are_the_same_bits_in_two_processes(tmp_path: Path) -> None:
+    trainer(tmp_path / "one", 2, 3, 3, flip=True).run()
+    folder = Path(__file__).parent
+    paths = [str(folder), str(folder.parent), str(folder.parent / "helpers")]
+    script = TWO.format(paths=paths, run=str(tmp_path / "two"), dims=2, classes=3, reads=3)
+    for each in run_ranks(2, ["-c", script], tmp_path):
+        assert each.returncode == 0, each.stderr
+    assert_same_weights(tmp_path / "one", tmp_path / "two")
+
+
+def test_changing_buffers_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trained = trainer(tmp_path / "norm", norm=True)
+    trained.run()
+    changed = "norm.num_batches_tracked, norm.running_mean, norm.running_var"
+    assert f"the network's forward changes {changed}: weights are not bit-identical for other numbers" in caplog.text
+    assert torch.equal(trained.model.get_buffer("norm.running_mean"), trained.ema.get_buffer("norm.running_mean"))
+    caplog.clear()
+    trainer(tmp_path / "none").run()
+    assert "forward changes" not in caplog.text
+
+
+def test_what_needs_a_configuration_says_so(tmp_path: Path) -> None:
+    trainer(tmp_path / "run", steps=1).run()
+    file = tmp_path / "run" / "checkpoints" / "step-00000001" / "ema.safetensors"
+    wanted = f"another network, which its folder does not describe; make it, and load {file} with load_state_dict"
+    with refused(InvalidValue("load_folder", "path", "to hold a UNet", wanted)):
+        load_folder(tmp_path / "run")
+    with refused(InvalidValue("export_checkpoint", "run_dir", "to hold a UNet", wanted)):
+        export_checkpoint(tmp_path / "run", tmp_path / "out")
+    with pytest.raises(TypeError, match=r"freeze: expected x to be a ddpm_fast\.UNet, .* got a Net"):
+        freeze(Net())
+    for arguments in (["sample", "--model"], ["train", "--resume"]):
+        result = CliRunner().invoke(main, [*arguments, str(tmp_path / "run")])
+        assert result.exit_code == 2, result.output
+        assert "Error:" in result.output
+
+
+def test_another_network_is_not_resumed(tmp_path: Path) -> None:
+    trainer(tmp_path / "run", steps=1).run()
+
+    class Other(Net):
+        pass
+
+    options = TrainOptions(**OPTIONS | {"resume": True})
+    with pytest.raises(ValueError, match="Other"):
+        Trainer(Other(), SCHEDULE, Items(), options, tmp_path / "run").run()
+    wider = Net(2, reads=2)
+    wider.first, wider.last = nn.Conv2d(2, 16, 3, padding=1), nn.Conv2d(16, 2, 3, padding=1)
+    wider.time, wider.tied = nn.Linear(1, 16), wider.last.bias
+    with pytest.raises(ValueError, match=r"first\.(weight|bias) to have shape"):
+        Trainer(wider, SCHEDULE, Items(), options, tmp_path / "run").run()
+
+
+class Raising(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        raise RuntimeError("no such layer")
+
+
+@pytest.mark.parametrize(
+    ("model", "classes", "error"),
+    [
+        (
+            Net(channels=3),
+            None,
+            InvalidValue("Trainer", "model", "to take [2, 2, 6, 4], t [2] and return [2, 2, 6, 4]", [2, 3, 6, 4]),
+        ),
+        (
+            Raising(),
+            None,
+            InvalidValue(
+                "Trainer", "model", "to take [2, 2, 6, 4], t [2] and return [2, 2, 6, 4]", RuntimeError("no such layer")
+            ),
+        ),
+        (nn.Identity(), None, InvalidValue("Trainer", "model", "to have parameters that require gradients", "none")),
+        (
+            Net().double(),
+            None,
+            InvalidValue("Trainer", "model", "to be float32", 'torch.float64 in unused; use precision="bf16" for speed'),
+        ),
+        (lambda x, t: x, None, InvalidType("Trainer", "model", "to be a Module", "function")),
+        (Net(), 0, InvalidValue("Trainer", "num_classes", "to be a positive integer or None", "0")),
+    ],
+)
+def test_networks_that_do_not_fit_are_refused(model: Any, classes: int | None, error: Any, tmp_path: Path) -> None:
+    with refused(error):
+        Trainer(model, SCHEDULE, Items(), TrainOptions(**OPTIONS), tmp_path / "run", num_classes=classes)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_network_with_fewer_channels_than_data_and_condition_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"Trainer: expected model to take \[2, 3, 6, 4\], t \[2\] and .* got: .*expected input"
+    ):
+        Trainer(Net(reads=2), SCHEDULE, Items(reads=3), TrainOptions(**OPTIONS), tmp_path / "run")
+
+
+def test_the_record_names_the_network(tmp_path: Path) -> None:
+    trainer(tmp_path / "run", steps=1).run()
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["network"].endswith("test_any_network.Net")
+    assert "unet" not in config
+    assert config["dataset"]["shape"] == [2, 6, 4]

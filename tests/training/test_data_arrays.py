@@ -1,0 +1,180 @@
+"""Data that are no pictures: .npy and .npz files and folders of them, with any number of channels."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from refusals import refused
+from runs import QUIET, assert_same_weights, train
+from safetensors.torch import load_file
+
+from ddpm_fast import load_folder, write_samples
+from ddpm_fast.errors import InvalidValue
+from ddpm_fast.plan import ddpm_plan
+from ddpm_fast.training.data import load_dataset, to_unit_range
+from ddpm_fast.training.folder import RunFolder
+
+N, H, W, C = 7, 4, 6, 5
+VALUES = np.random.default_rng(0).normal(3, 2, (N, H, W, C)).astype(np.float32)
+SCALED = torch.from_numpy((VALUES.astype(np.float64) - VALUES.min()) * (2 / (VALUES.max() - float(VALUES.min()))) - 1)
+
+
+def write_npy(path: Path, values: np.ndarray = VALUES) -> Path:
+    np.save(path / "a.npy", values)
+    return path / "a.npy"
+
+
+def write_npz(path: Path, values: np.ndarray = VALUES) -> Path:
+    np.savez(path / "a.npz", arr_0=values)
+    return path / "a.npz"
+
+
+def write_folder(path: Path, values: np.ndarray = VALUES) -> Path:
+    for index, each in enumerate(values):
+        np.save(path / f"{index}.npy", each)
+    return path
+
+
+@pytest.mark.parametrize("write", [write_npy, write_npz, write_folder])
+@pytest.mark.parametrize("memory", [None, 0])
+def test_numbers_are_mapped_to_the_unit_range(write: Callable[[Path], Path], memory: int | None, tmp_path: Path) -> None:
+    dataset = load_dataset(str(write(tmp_path)), memory=memory)
+    assert (dataset.shape, dataset.classes, len(dataset)) == ((C, H, W), ("",), N)
+    images, labels = dataset.batch(torch.arange(N))
+    torch.testing.assert_close(images, SCALED.permute(0, 3, 1, 2).float(), rtol=0, atol=1e-6)
+    assert (float(images.min()), float(images.max())) == (-1, 1)
+    assert labels.tolist() == [0] * N
+    assert dataset.value_range == (float(VALUES.min()), float(VALUES.max()))
+    assert isinstance(dataset.images, torch.Tensor) == (memory is None)
+    assert all(torch.equal(a, b) for a, b in zip(next(dataset.batches([torch.arange(N)])), (images, labels), strict=True))
+    wider = load_dataset(str(write(tmp_path)), memory=memory, data_range=(-100, 100))
+    torch.testing.assert_close(wider.batch(torch.tensor([2]))[0][0], torch.from_numpy(VALUES[2] / 100).permute(2, 0, 1))
+
+
+def test_layouts_dtypes_labels_and_sizes(tmp_path: Path) -> None:
+    first = load_dataset(str(write_npy(tmp_path)))
+    np.save(tmp_path / "b.npy", VALUES.transpose(0, 3, 1, 2))
+    other = load_dataset(str(tmp_path / "b.npy"), array_layout="NCHW")
+    assert torch.equal(first.batch(torch.arange(N))[0], other.batch(torch.arange(N))[0])
+    pixels = (VALUES * 10).clip(0, 255).astype(np.uint8)
+    np.savez(tmp_path / "c.npz", arr_0=pixels[..., 0], arr_1=np.array([2, 0, 1, 0, 0, 0, 0]))
+    pictures = load_dataset(str(tmp_path / "c.npz"))
+    assert (pictures.shape, pictures.classes, pictures.value_range) == ((1, H, W), ("0", "1", "2"), None)
+    assert pictures.labels.tolist() == [2, 0, 1, 0, 0, 0, 0]
+    assert np.array_equal(pictures.images[:, 0], pixels[..., 0])  # type: ignore[arg-type]
+    resized = load_dataset(str(tmp_path / "a.npy"), image_size=(2, 3), first=2)
+    assert (len(resized), resized.shape, resized.preparation[:16]) == (2, (C, 2, 3), "resized from 6x4")
+    for kind in (np.int16, np.uint16, np.float64, np.float16):
+        np.save(tmp_path / "d.npy", (VALUES * 100).astype(kind))
+        again = load_dataset(str(tmp_path / "d.npy")).batch(torch.arange(N))[0]
+        if kind != np.uint16:  # negative values wrap
+            torch.testing.assert_close(again, first.batch(torch.arange(N))[0], rtol=0, atol=5e-3)
+
+
+def broken(kind: str, path: Path) -> Path:
+    """Write a folder or file that is wrong in one way."""
+    values = VALUES.copy()
+    if kind == "nan":
+        values[4, 1, 1, 1] = np.nan
+        return write_npy(path, values)
+    if kind == "nan in a folder":
+        values[4, 1, 1, 1] = np.inf
+        return write_folder(path, values)
+    if kind == "outside":
+        return write_npy(path, values)
+    if kind == "alike":
+        return write_npy(path, np.ones_like(values))
+    if kind == "another shape":
+        write_folder(path, values)
+        np.save(path / "5.npy", values[5][:2])
+        return path
+    if kind == "pickle":
+        (path / "a.npy").write_bytes(pickle.dumps(values))
+        return path / "a.npy"
+    if kind == "objects":
+        np.save(path / "a.npy", np.array([[[{}]]], dtype=object), allow_pickle=True)
+        return path / "a.npy"
+    if kind == "text":
+        return write_npy(path, np.array([[["a"]]]))
+    if kind == "dimensions":
+        return write_npy(path, np.ones(3))
+    if kind == "two arrays":
+        np.savez(path / "a.npz", x=values, y=values)
+        return path / "a.npz"
+    if kind == "labels":
+        np.savez(path / "a.npz", arr_0=values, arr_1=np.zeros(3))
+        return path / "a.npz"
+    (path / "a.npz").write_bytes(b"PK\x03\x04 damaged")
+    return path / "a.npz"
+
+
+@pytest.mark.parametrize(
+    ("kind", "wanted"),
+    [
+        ("nan", r".*a\.npy\[4\] to be finite, got NaN or infinity"),
+        ("nan in a folder", r".*4\.npy to be finite, got NaN or infinity"),
+        ("outside", r".*a\.npy\[0\] to be in 0\.\.1, the data_range, got values from .* to .*"),
+        ("alike", r".*a\.npy to have different values, got 1 alone"),
+        ("another shape", r".*5\.npy to be float32 \[5, 4, 6\], as the first, got float32 \[5, 2, 6\]"),
+        ("pickle", r".*a\.npy to be a whole \.npy or \.npz of numbers, got: "),
+        ("objects", r".*a\.npy to be a whole \.npy or \.npz of numbers, got: "),
+        ("text", r".*a\.npy\[0\] to hold numbers, got <U1"),
+        ("dimensions", r".*a\.npy to be \[N, H, W\] or 4-d, got \[3\]"),
+        ("two arrays", r".*a\.npz to hold one array, or arr_0, got x, y"),
+        ("labels", r"arr_1 of .*a\.npz to be integers \[7\], got float64 \[3\]"),
+        ("damaged", r".*a\.npz to be a whole \.npy or \.npz of numbers, got: "),
+    ],
+)
+def test_wrong_arrays_are_named_before_any_work(kind: str, wanted: str, tmp_path: Path) -> None:
+    path = broken(kind, tmp_path)
+    with pytest.raises(ValueError, match=f"^load_dataset: expected {wanted}"):
+        load_dataset(str(path), data_range=(0, 1) if kind == "outside" else None, memory=0)
+
+
+def test_options_of_the_other_kind_of_files_are_refused(tmp_path: Path) -> None:
+    path = str(write_npy(tmp_path))
+    with refused(InvalidValue("load_dataset", "colors", "to be None for arrays", "'grey'")):
+        load_dataset(path, colors="grey")
+    from PIL import Image
+
+    (tmp_path / "pictures").mkdir()
+    Image.new("L", (4, 4)).save(tmp_path / "pictures" / "a.png")
+    with refused(InvalidValue("load_dataset", "data_range", "to be None for image files", (0, 1))):
+        load_dataset(str(tmp_path / "pictures"), data_range=(0, 1))
+
+
+def test_a_network_remembers_the_range(tmp_path: Path) -> None:
+    """A run measures it once. Its samples are numbers of that range, and a resumed run keeps it."""
+    data = str(write_npy(tmp_path, np.concatenate([VALUES] * 2)))
+    options: dict[str, Any] = QUIET | {"data": data, "channels": [8], "steps": 4, "batch_size": 2}
+    train(tmp_path / "whole", **options)
+    train(tmp_path / "run", **options | {"steps": 2})
+    np.save(data, np.concatenate([VALUES, VALUES.clip(2, 4)]))
+    train(tmp_path / "run", **options | {"steps": 3}, resume=True, data_check="off")
+    loaded = load_folder(tmp_path / "run")
+    assert loaded.model.config["data_range"] == [float(VALUES.min()), float(VALUES.max())]
+    assert loaded.model.config["sample_size"] == [H, W]
+    np.save(data, 2 * np.concatenate([VALUES] * 2))
+    with pytest.raises(ValueError, match=r"a\.npy\[0\] to be in .*, the data_range"):
+        train(tmp_path / "run", **options, resume=True, data_check="off")
+    np.save(data, np.concatenate([VALUES] * 2))
+    train(tmp_path / "again", **options | {"steps": 2})
+    train(tmp_path / "again", **options, resume=True)
+    assert_same_weights(tmp_path / "whole", tmp_path / "again")
+    out = write_samples(tmp_path / "out.npz", loaded.model, ddpm_plan(loaded.schedule, 2), 3, batch_size=2, progress=False)
+    with np.load(out) as archive:
+        drawn = archive["arr_0"]
+    assert (drawn.dtype, drawn.shape) == (np.float32, (3, H, W, C))
+    low, high = loaded.model.config["data_range"]
+    assert low <= drawn.min() < drawn.max() <= high
+    checkpoint = RunFolder(tmp_path / "again").latest_checkpoint()
+    assert checkpoint is not None
+    assert load_file(checkpoint / "unet" / "diffusion_pytorch_model.safetensors")["conv_in.weight"].shape[1] == C
+    assert not (tmp_path / "out.npz.parts").exists()
+    assert to_unit_range(load_dataset(str(out), data_range=(low, high)).batch(torch.arange(3))[0]).abs().max() <= 1
