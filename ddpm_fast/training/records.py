@@ -49,7 +49,8 @@ def summary(run: RunFolder, task: Task, state: State) -> str:
         batch += f"{'es' if task.processes.size > 1 else ''}; weights are {sums}"
     records = [f"log.csv every {options.log_every} steps"]
     if options.sample_every and len(sides) == 2:
-        records.append(f"samples/ every {options.sample_every} steps")
+        shown = "" if channels in (1, 3, 4) else " of channel 0"
+        records.append(f"samples/{shown} every {options.sample_every} steps")
     every = [f"{options.checkpoint_every} steps"] if options.checkpoint_every else []
     every += [f"{options.checkpoint_minutes:g} minutes"] if options.checkpoint_minutes else []
     records.append(f"checkpoints/ every {' and every '.join(every)}" if every else "checkpoints/ at the end")

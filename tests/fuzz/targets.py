@@ -24,6 +24,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 from mutations import bytes_of, json_of, safetensors_of, torch_of
@@ -169,6 +170,17 @@ def cifar10_archive(folder: Path) -> list[Path]:
     return [file]
 
 
+def npy(folder: Path) -> list[Path]:
+    np.save(folder / "a.npy", np.arange(96, dtype=np.float32).reshape(2, 4, 4, 3))
+    return [folder / "a.npy"]
+
+
+def npz(folder: Path) -> list[Path]:
+    values = np.arange(96, dtype=np.uint8).reshape(2, 4, 4, 3)
+    np.savez_compressed(folder / "a.npz", arr_0=values, arr_1=np.array([1, 0]))
+    return [folder / "a.npz"]
+
+
 def image_archive(folder: Path) -> list[Path]:
     file, image = folder / "a.zip", io.BytesIO()
     Image.new("RGB", (4, 4), "red").save(image, format="PNG")
@@ -213,6 +225,8 @@ TARGETS: dict[str, Target] = {
     "state": Target(state, mutate_state, read_checkpoint),
     "idx": Target(idx, mutate_idx, read_idx),
     "cifar10-archive": Target(cifar10_archive, mutate_idx, lambda folder: load_dataset("cifar10", folder)),
+    "npy": Target(npy, bytes_of, lambda folder: load_dataset(str(folder / "a.npy"))),
+    "npz": Target(npz, bytes_of, lambda folder: load_dataset(str(folder / "a.npz"))),
     "image-archive": Target(image_archive, bytes_of, lambda folder: load_dataset(str(folder / "a.zip"))),
 }
 

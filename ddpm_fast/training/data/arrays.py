@@ -184,9 +184,7 @@ def _arrays(place: str, file: Path | BinaryIO) -> dict[str, _Array]:
     try:
         content = np.load(file, mmap_mode="r" if isinstance(file, Path) else None, allow_pickle=False)
         return {"arr_0": content} if isinstance(content, np.ndarray) else {name: content[name] for name in content.files}
-    except MemoryError:
-        raise
-    except Exception as error:  # damaged files raise errors of many types
+    except Exception as error:  # damaged files raise errors of many types, such as a MemoryError for a huge shape
         raise InvalidValue("load_dataset", place, "to be a whole .npy or .npz of numbers", error) from error
 
 

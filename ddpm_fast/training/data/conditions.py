@@ -10,7 +10,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
-from ...errors import InvalidValue, expect
+from ...errors import expect
 from ...ops import sample_seeds
 from .dataset import ImageDataset, to_unit_range
 from .degradation import Degradation, enlarged, masked
@@ -90,9 +90,9 @@ def evaluated_images(
 def read_conditions(path: str | os.PathLike[str], config: Mapping[str, Any], shape: Sequence[int], seed: int = 0) -> Tensor:
     """Read the conditions that a trained network reads from a folder or file.
 
-    The network's configuration says what they are. For "low-resolution" they are small images, which are enlarged, or
-    images of the full size, which are reduced first. For "mask" the transparent pixels of images are the holes. An image
-    without any gets a random box.
+    The network's configuration says what they are. For "low-resolution" they are images of the small size, which are
+    enlarged. Others are resized to it first. For "mask" the transparent pixels of images are the holes. An image without
+    any gets a random box.
 
     Args:
         path: Image files or arrays, as `load_dataset` reads them.
@@ -114,7 +114,7 @@ def read_conditions(path: str | os.PathLike[str], config: Mapping[str, Any], sha
         kind, reads, value_range = degradation.name, channels, config.get("data_range")
         reads = {"grey": 1, "mask": 4}.get(kind, reads) if not is_arrays(source) else reads
 
-    def read(size: tuple[int, int] | None) -> Tensor:
+    def read(size: tuple[int, int]) -> Tensor:
         colors = None
         if not is_arrays(source):
             expect(
@@ -128,15 +128,7 @@ def read_conditions(path: str | os.PathLike[str], config: Mapping[str, Any], sha
     if degradation is None or (kind == "grey" and not is_arrays(source)):
         return read(sides)
     if kind == "low-resolution":
-        factor = degradation.factor
-        try:
-            small = read(None)
-        except InvalidValue as error:
-            if error.name != "image_size":  # their sizes differ
-                raise
-            small = torch.empty(0, channels, 0, 0)
-        if tuple(small.shape[2:]) == (sides[0] // factor, sides[1] // factor):
-            return enlarged(small, sides)
+        return enlarged(read((sides[0] // degradation.factor, sides[1] // degradation.factor)), sides)
     images = read(sides)
     seeds = sample_seeds(seed, len(images))
     if kind == "mask" and not is_arrays(source):
