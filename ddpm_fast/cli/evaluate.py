@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from ..pretrained import Pretrained
     from ..training.data import ImageDataset
 
+_SSIM = 6  # pixels a side that its window needs
+
 
 @click.command("evaluate")
 @click.option(
@@ -84,7 +86,6 @@ def evaluate_command(
                 raise InvalidValue("evaluate", "json", "to be new or of an earlier evaluation", repr(str(json)))
         dtype = dtype or "float32"
         loaded = load_folder(model or BUILTIN, computing_device("evaluate", device), getattr(torch, dtype))
-        variance = variance or loaded.variance
         config, kind = loaded.model.config, loaded.model.config.get("condition")
         given = kind not in (None, "images")
         expect(
@@ -93,6 +94,8 @@ def evaluate_command(
         dataset = evaluated_images(data, data_dir, kind if given else condition, config, loaded.shape[0], num)
         expect(num <= len(dataset), "evaluate", "num", f"to be at most {len(dataset)}, the test images of {data}", num)
         embeddings, classes = config["num_class_embeds"], dataset.labels[:num]
+        unused = variance is not None and loaded.condition_channels > 0
+        expect(not unused, "evaluate", "variance", "to be left out, as the model restores images", variance)
         labelled = labels and embeddings is not None
         if labelled and classes.max() >= embeddings - 1:
             raise InvalidValue(
@@ -111,12 +114,12 @@ def evaluate_command(
         }
         began = time.perf_counter()
         if loaded.condition_channels:
-            head, lines, result = _restored(loaded, dataset, num, samples, arguments)
+            head, lines, result = _restored(loaded, dataset, num, samples, arguments, failures)
         else:
-            head, lines, result = _bounded(loaded, dataset, num, variance, arguments, failures)
+            head, lines, result = _bounded(loaded, dataset, num, variance or loaded.variance, arguments, failures)
         seconds = time.perf_counter() - began
     if json is not None:
-        settings = {"data": data, "num": num, "variance": variance, "labels": labelled, "seed": seed, "dtype": dtype}
+        settings = {"data": data, "num": num, "labels": labelled, "seed": seed, "dtype": dtype}
         values = {**settings, **result, "seconds": seconds}
         save_result(lambda path: write_json(path, values), json, failures)
     if not quiet:
@@ -158,6 +161,7 @@ def _bounded(
     figures = dict(zip(("prior", "transitions", "reconstruction", "total"), parts.values(), strict=True))
     curves = {"terms": bound.terms, "x_0_mse": bound.x_0_mse, "epsilon_mse": bound.epsilon_mse}
     result = {
+        "variance": variance,
         "bits_per_dim": {key: _finite(bits.mean(dim=0, keepdim=True))[0] for key, bits in figures.items()},
         "per_image": {key: _finite(bits) for key, bits in figures.items()},
         "per_timestep": {key: _finite(values.mean(dim=0)) for key, values in curves.items()},
@@ -168,12 +172,13 @@ def _bounded(
 
 
 def _restored(
-    loaded: Pretrained, dataset: ImageDataset, num: int, samples: int, arguments: dict[str, Any]
+    loaded: Pretrained, dataset: ImageDataset, num: int, samples: int, arguments: dict[str, Any], failures: list[str]
 ) -> tuple[str, list[str], dict[str, Any]]:
     """Return the head, the lines and the figures of restored images."""
     import torch
 
     from ..files.images import condition_as_image
+    from ..inference.model import device_and_dtype
     from ..ops import sample_seeds
     from ..sampling.sampler import Sampler
     from ..training.data.conditions import conditioned_items
@@ -181,10 +186,13 @@ def _restored(
     from .samplers import default_sampler, plan_of_options
 
     metrics = import_extra("torchmetrics.functional.image")
-    items = conditioned_items(dataset, num, arguments["seed"])
+    smallest = min(dataset.shape[1:])
+    expect(smallest >= _SSIM, "evaluate", "data", f"to have images of at least {_SSIM} pixels a side, for SSIM", smallest)
+    items = conditioned_items(dataset, range(num), arguments["seed"])
     sampler = default_sampler(loaded, None, None, None)
     plan = plan_of_options("evaluate", loaded, sampler, None, None, None, None, None, None)
-    draw, seeds = Sampler(loaded.model, plan), sample_seeds(arguments["seed"], num * samples).view(samples, num)
+    draw = Sampler(loaded.model, plan, dtype=device_and_dtype(loaded.model)[1])
+    seeds = sample_seeds(arguments["seed"], num * samples).view(samples, num)
     drawn = torch.zeros_like(items.images, dtype=torch.float64)
     images: dict[str, Tensor] = {}
     for row in seeds:
@@ -193,6 +201,9 @@ def _restored(
         images.setdefault("one sample", one)
     if samples > 1:
         images[f"mean of {samples}"] = (drawn / samples).float()
+    bad = int((~drawn.flatten(1).isfinite().all(dim=1)).sum())
+    if bad:
+        failures.append(f"{bad} of {num} images are not finite")
     kind = loaded.model.config.get("condition") or "images"
     if (given := condition_as_image(items.condition, dataset.shape[0])) is not None:
         images = {"bicubic" if kind.startswith("low-resolution") else "condition": given} | images

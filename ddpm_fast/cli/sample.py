@@ -168,7 +168,9 @@ def _shown(loaded: Pretrained, channels: list[int] | None) -> list[int]:
     if channels is None:
         return shown_channels(total)
     wanted = f"to be one, three or four of 0..{total - 1}"
-    expect(len(channels) in (1, 3, 4) and max(channels) < total, "sample", "show_channels", wanted, channels)
+    expect(
+        len(channels) in (1, 3, 4) and 0 <= min(channels) <= max(channels) < total, "sample", "show_channels", wanted, channels
+    )
     return channels
 
 

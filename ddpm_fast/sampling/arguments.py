@@ -55,8 +55,11 @@ def image_channels(config: Mapping[str, Any], predicts_variance: bool) -> int | 
 
     Its other input channels are the condition's. None: the configuration does not say.
     """
-    outputs: int | None = config.get("out_channels", config.get("in_channels"))
-    return max(1, outputs // 2) if outputs is not None and predicts_variance else outputs
+    reads: int | None = config.get("in_channels")
+    outputs: int | None = config.get("out_channels")
+    if outputs is None or (predicts_variance and outputs % 2) or (not predicts_variance and outputs == 2 * (reads or 0)):
+        return reads  # the plan's variance is not the model's, which is said elsewhere
+    return outputs // 2 if predicts_variance else outputs
 
 
 def check_model(caller: str, model: Model) -> None:

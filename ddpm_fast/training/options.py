@@ -172,7 +172,6 @@ class DataOptions(Options):
         tuple[float, float] | None,
         _data("Map these two values of .npy and .npz files to -1 and 1. Default: the least and the largest value."),
     ] = None
-    array_layout: Annotated[Literal["NHWC", "NCHW"], _data("Say where .npy and .npz files have their channels.")] = "NHWC"
     condition: Annotated[
         _Path | None,
         _data(

@@ -153,7 +153,8 @@ class Records:
         self._bar.update()
         if self._task.processes.is_first:
             self._forecast()
-            self._say_which_buffers_change()
+            if self._buffers:
+                self._say_which_buffers_change()
         if state.step % options.log_every == 0 or state.step == options.steps:
             self._write_row(grad_norm, rate)
         if options.sample_every and state.step % options.sample_every == 0:
@@ -224,7 +225,11 @@ class Records:
         path = self._run.samples / f"step-{state.step:08d}.png"
         with state.uncounted():
             try:
-                shown = conditioned_items(dataset, num, task.options.seed) if dataset.condition_channels else None
+                shown = (
+                    conditioned_items(dataset, [i * len(dataset) // num for i in range(num)], task.options.seed)
+                    if dataset.condition_channels
+                    else None
+                )
                 labels = torch.arange(num) % columns if shown is None else shown.labels
                 images = sample(
                     state.ema,

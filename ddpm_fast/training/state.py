@@ -31,7 +31,9 @@ from .rng import TrainingRng
 WEIGHTS: Final = {"unet": "model.safetensors", "unet_ema": "ema.safetensors"}
 """Files of a checkpoint for the weights and the moving average of a network that is no `UNet`."""
 # Keys of a network's configuration that its weights do not depend on.
-_NOT_IN_WEIGHTS: Final = frozenset({"sample_size", "dropout", "num_train_timesteps", "class_names"})
+_NOT_IN_WEIGHTS: Final = frozenset(
+    {"sample_size", "dropout", "num_train_timesteps", "class_names", "condition", "condition_range", "data_range"}
+)
 
 
 @dataclass(frozen=True)

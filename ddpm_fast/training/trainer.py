@@ -22,7 +22,7 @@ from ..nn import UNet, UNetConfig
 from ..nn.unet import describe_images
 from ..resources import check_free_memory
 from ..schedule import NoiseSchedule
-from .data import DATASETS, ImageDataset, MappedDataset, load_dataset
+from .data import DATASETS, Degradation, ImageDataset, MappedDataset, load_dataset
 from .folder import RunFolder
 from .loop import TrainResult, run_steps
 from .opening import COPIES, Start, check_sizes, prepared
@@ -172,6 +172,9 @@ def _check_trainable(model: nn.Module) -> None:
         expect(parameter.dtype == torch.float32, "Trainer", "model", "to be float32", got)
         trained = parameter.requires_grad or not isinstance(model, UNet)
         expect(trained, "Trainer", "model", "to have parameters that require gradients", f"{name} without")
+    for name, value in model.state_dict().items():
+        tensor = isinstance(value, Tensor)
+        expect(tensor, "Trainer", "model", "to have a state_dict of tensors", f"a {type(value).__name__} in {name}")
     trained = any(parameter.requires_grad for parameter in model.parameters())
     expect(trained, "Trainer", "model", "to have parameters that require gradients", "none")
 
@@ -192,6 +195,9 @@ def _adapted(dataset: Any, model: nn.Module, num_classes: int | None, num_worker
 
 def _check_fit(model: UNet, dataset: ImageDataset | MappedDataset) -> None:
     """Raise a ValueError unless the network takes the images and labels, and predicts as many channels."""
+    for name, value in dataset.described.items():
+        known, found = model.config.get(name), list(value) if isinstance(value, tuple) else value
+        expect(known in (None, found), "Trainer", "dataset", f"to have the {name} of model, {known}", found)
     expect(len(dataset.shape) == 3, "Trainer", "dataset", "to have images [C, H, W] for a UNet", list(dataset.shape))
     channels, height, width = dataset.shape
     reads, of = channels + dataset.condition_channels, "the images of dataset"
@@ -218,12 +224,13 @@ def _check_call(model: nn.Module, dataset: ImageDataset | MappedDataset, num_cla
     channels, *sides = dataset.shape
     x = torch.zeros(2, channels + dataset.condition_channels, *sides, device=device)
     t = torch.zeros(2, dtype=torch.int64, device=device)
+    labels = None if num_classes is None else torch.tensor([0, num_classes], device=device)  # the last is "no label"
     wanted = (
         f"to take {list(x.shape)}, t [2]{'' if num_classes is None else ' and labels [2]'} and return {[2, *dataset.shape]}"
     )
     try:
         with torch.random.fork_rng([]), evaluation_mode(model), torch.no_grad():
-            out = predict(model, x, t, None if num_classes is None else t)
+            out = predict(model, x, t, labels)
     except Exception as error:  # whatever the network raises
         raise InvalidValue("Trainer", "model", wanted, error) from error
     got = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
@@ -302,20 +309,21 @@ def train(
 def _with_absolute_paths(options: AnyOptions) -> AnyOptions:
     """Return options whose paths, if they exist, are absolute, so that a run is resumed from any working directory."""
     paths = {name: getattr(options, name, None) for name in ("data", "data_dir", "condition", "init")}
+    if Degradation.named(os.fspath(paths["condition"] or "")) is not None:  # a folder may have its name
+        del paths["condition"]
     found = {name: path for name, path in paths.items() if path is not None and path not in DATASETS and os.path.exists(path)}
     return replace(options, **{name: os.path.abspath(path) for name, path in found.items()})
 
 
 def _dataset(data: DataOptions, stored: Mapping[str, Any]) -> ImageDataset:
     """Load the images. A run that is resumed has the ranges of their values in its network's configuration."""
-    with renaming("train", {"name": "data"}):
+    with renaming("train", {"name": "data", "channels": "colors"}):
         return load_dataset(
             os.fspath(data.data),
             data.data_dir,
             image_size=data.image_size,
-            colors=data.colors,
+            channels=None if data.colors is None else {"grey": 1, "rgb": 3, "rgba": 4}[data.colors],
             data_range=data.data_range or stored.get("data_range"),
-            array_layout=data.array_layout,
             condition=data.condition,
             condition_range=stored.get("condition_range"),
             skip_broken=data.skip_broken,

@@ -162,7 +162,7 @@ def test_a_run_that_is_not_one_is_refused_in_a_line(tmp_path: Path) -> None:
     sections = {"options": "prediction", "schedule": "name", "dataset": "classes"}
     broken = [({key: value for key, value in config.items() if key != section}, section) for section in sections]
     broken += [({**config, section: {}}, section) for section in sections]
-    for content, wanted in [*broken, ({}, "expected format to be 3, got None"), ([], "a JSON object, got list")]:
+    for content, wanted in [*broken, ({}, "expected format to be 4, got None"), ([], "a JSON object, got list")]:
         (folder / "config.json").write_text(json.dumps(content))
         for command in (["train", folder, "--resume"], ["export", folder, tmp_path / "out"]):
             lines = run(*command, code=2).splitlines()

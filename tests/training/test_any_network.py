@@ -182,6 +182,11 @@ def test_another_network_is_not_resumed(tmp_path: Path) -> None:
         Trainer(wider, SCHEDULE, Items(), options, tmp_path / "run").run()
 
 
+class Stateful(Net):
+    def get_extra_state(self) -> dict[str, int]:
+        return {"a": 1}
+
+
 class Raising(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -213,6 +218,7 @@ class Raising(nn.Module):
             InvalidValue("Trainer", "model", "to be float32", 'torch.float64 in unused; use precision="bf16" for speed'),
         ),
         (lambda x, t: x, None, InvalidType("Trainer", "model", "to be a Module", "function")),
+        (Stateful(), None, InvalidValue("Trainer", "model", "to have a state_dict of tensors", "a dict in _extra_state")),
         (Net(), 0, InvalidValue("Trainer", "num_classes", "to be a positive integer or None", "0")),
     ],
 )
@@ -227,6 +233,14 @@ def test_a_network_with_fewer_channels_than_data_and_condition_is_refused(tmp_pa
         ValueError, match=r"Trainer: expected model to take \[2, 3, 6, 4\], t \[2\] and .* got: .*expected input"
     ):
         Trainer(Net(reads=2), SCHEDULE, Items(reads=3), TrainOptions(**OPTIONS), tmp_path / "run")
+
+
+def test_a_network_without_a_place_for_no_label_is_refused(tmp_path: Path) -> None:
+    model = Net(classes=2)  # takes the labels 0, 1 and 2
+    with pytest.raises(
+        ValueError, match=r"Trainer: expected model to take \[2, 2, 6, 4\], t \[2\] and labels \[2\] and return .*, got: "
+    ):
+        Trainer(model, SCHEDULE, Items(classes=3), TrainOptions(**OPTIONS), tmp_path / "run", num_classes=3)
 
 
 def test_the_record_names_the_network(tmp_path: Path) -> None:

@@ -169,6 +169,13 @@ def test_what_cannot_be_paired_is_named(tmp_path: Path) -> None:
     np.save(tmp_path / "y.npy", np.zeros((3, 8, 12)))
     with pytest.raises(ValueError, match=r"condition to have 6 images, as .*sharp, got 3 in .*y\.npy"):
         load_dataset(str(sharp), condition=tmp_path / "y.npy")
+    np.save(tmp_path / "y.npy", np.zeros((6, 8, 12)))
+    with refused(InvalidValue("load_dataset", "skip_broken", "to be False, as the condition is one file", True)):
+        load_dataset(str(sharp), condition=tmp_path / "y.npy", skip_broken=True)
+    twice = pictures(tmp_path / "twice")
+    Image.new("RGB", (12, 8)).save(twice / "3.bmp")
+    with pytest.raises(ValueError, match="condition to have one file of each name"):
+        load_dataset(str(sharp), condition=twice)
 
 
 class Pairs:
@@ -266,8 +273,43 @@ def test_conditions_are_read_as_they_were_trained(tmp_path: Path) -> None:
     holes = read_conditions(full, mask, (3, 8, 12), seed=4)
     assert torch.equal(holes[2, 3].flatten(), torch.where(torch.arange(96) < 30, 1.0, -1.0))
     assert torch.equal(holes[[0, 1, 3, 4, 5]], boxes[[0, 1, 3, 4, 5]])
-    with pytest.raises(ValueError, match=r"condition to be \.npy or \.npz files of 2 channels, got images in"):
+    rgba = {"condition": "mask", "in_channels": 9}  # transparency is a channel there, and no hole
+    assert torch.equal(read_conditions(full, rgba, (4, 8, 12), seed=4)[:, 4], boxes[:, 3])
+    one = read_conditions(full / "2.png", mask, (3, 8, 12), seed=4)
+    assert torch.equal(one, holes[2:3])
+    with refused(InvalidValue("load_dataset", "channels", "to be one of None, 1, 3, 4", "2")):
         read_conditions(full, {"condition": "images", "in_channels": 5}, (3, 8, 12))
+
+
+def test_evaluation_gives_each_image_its_class_and_condition(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ddpm_fast.sampling import sampler
+
+    train(tmp_path / "run", **RUN | {"condition": "low-resolution:2", "steps": 1})
+    seen: list[Any] = []
+    draw = sampler.Sampler.__call__
+    monkeypatch.setattr(sampler.Sampler, "__call__", lambda *a, **k: (seen.append(k), draw(*a, **k))[1])
+    arguments = ["evaluate", "--model", str(tmp_path / "run"), "--data", "digits", "--num", "4", "--samples", "1", "--quiet"]
+    assert CliRunner().invoke(main, arguments).exit_code == 0
+    test = load_dataset("digits", split="test")
+    images, labels = test.batch(torch.arange(4))
+    assert seen[0]["class_labels"].tolist() == labels.tolist()
+    assert torch.equal(seen[0]["condition"], Degradation("low-resolution", 2)(to_unit_range(images), sample_seeds(0, 4)))
+    result = CliRunner().invoke(main, [*arguments, "--variance", "fixed_large"])
+    assert "expected --variance to be left out, as the model restores images" in result.output
+
+
+def test_a_folder_may_be_called_as_a_degradation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mask").mkdir()
+    train(tmp_path / "run", **RUN | {"condition": "mask", "steps": 1})
+    assert load_folder(tmp_path / "run").model.config["condition"] == "mask"
+
+
+def test_a_network_of_another_condition_is_refused(tmp_path: Path) -> None:
+    train(tmp_path / "run", **RUN | {"condition": "low-resolution:2", "steps": 1})
+    dataset = load_dataset("digits", condition="low-resolution:4")
+    with refused(InvalidValue("Trainer", "dataset", "to have the condition of model, low-resolution:2", "low-resolution:4")):
+        Trainer(load_folder(tmp_path / "run").model, NoiseSchedule.linear(), dataset, TrainOptions(), tmp_path / "other")
 
 
 def test_the_command_line_restores_images(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -310,7 +352,7 @@ def test_the_command_line_restores_images(tmp_path: Path, caplog: pytest.LogCapt
     assert list(figures["per_image"]) == ["condition", "one sample", "mean of 2"]
     shown = float(np.mean(figures["per_image"]["condition"]["psnr"]))
     assert f"condition    {shown:6.2f} dB" in result.output
-    items = conditioned_items(load_dataset(str(data), condition="grey", first=3), 3, 0)
+    items = conditioned_items(load_dataset(str(data), condition="grey", first=3), range(3), 0)
     error = (items.condition - items.images).double().square().flatten(1).mean(dim=1)
     assert figures["per_image"]["condition"]["psnr"] == pytest.approx((10 * torch.log10(4 / error)).tolist(), abs=1e-4)
     result = run(main, ["edit", "vary", str(next(data.iterdir())), *model])

@@ -282,8 +282,8 @@ def test_colours_of_every_mode_come_out_as_rgb_or_grey(ending: str, mode: str, t
     options = {"compression": "tiff_lzw"} if (ending, mode) == ("tif", "YCbCr") else {}
     image.save(tmp_path / f"a.{ending}", **options)
     grey = {"1": 255, "L": 102, "LA": 102}
-    for colors, channels in ((None, 1 if mode in grey else 3), ("rgb", 3), ("grey", 1)):
-        pixels = load_dataset(str(tmp_path), colors=colors)[0][0].permute(1, 2, 0).numpy().astype(int)
+    for wanted, channels in ((None, 1 if mode in grey else 3), (3, 3), (1, 1)):
+        pixels = load_dataset(str(tmp_path), channels=wanted)[0][0].permute(1, 2, 0).numpy().astype(int)
         expected = colour if channels == 3 and mode not in grey else grey.get(mode, 102)
         np.testing.assert_allclose(pixels, np.broadcast_to(expected, (8, 8, channels)), atol=4)
 
@@ -293,6 +293,25 @@ def test_sixteen_bits_are_scaled_to_eight(ending: str, tmp_path: Path) -> None:
     offsets = np.array([[100, 100], [-100, -100]])
     Image.fromarray((GREYS.astype(int) * 257 + offsets).astype(np.uint16)).save(tmp_path / f"a.{ending}")
     np.testing.assert_array_equal(one_image(tmp_path), GREYS[..., None])
+    pixels = load_dataset(str(tmp_path), channels=4)[0][0].permute(1, 2, 0).numpy()
+    np.testing.assert_array_equal(pixels, np.concatenate([np.repeat(GREYS[..., None], 3, 2), np.full((2, 2, 1), 255)], axis=2))
+
+
+def test_turned_photographs_have_the_sides_that_are_seen(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held upright
+    Image.new("RGB", (12, 8)).save(tmp_path / "a.jpg", exif=exif)
+    assert load_dataset(str(tmp_path)).shape == (3, 12, 8)
+
+
+def test_channels_that_images_do_not_have_are_refused(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    with refused(InvalidValue("load_dataset", "channels", "to be one of None, 1, 3, 4", "2")):
+        load_dataset(str(tmp_path), channels=2)
+    with refused(InvalidValue("load_dataset", "channels", "to be those of the images, 3 wanted", "1 in digits")):
+        load_dataset("digits", channels=3)
+    with refused(InvalidValue("load_dataset", "data_range", "to be None for digits", (0, 1))):
+        load_dataset("digits", data_range=(0, 1))
 
 
 def test_a_range_that_is_unknown_is_refused_with_the_name(tmp_path: Path) -> None:

@@ -57,11 +57,8 @@ def test_numbers_are_mapped_to_the_unit_range(write: Callable[[Path], Path], mem
     torch.testing.assert_close(wider.batch(torch.tensor([2]))[0][0], torch.from_numpy(VALUES[2] / 100).permute(2, 0, 1))
 
 
-def test_layouts_dtypes_labels_and_sizes(tmp_path: Path) -> None:
+def test_dtypes_labels_and_sizes(tmp_path: Path) -> None:
     first = load_dataset(str(write_npy(tmp_path)))
-    np.save(tmp_path / "b.npy", VALUES.transpose(0, 3, 1, 2))
-    other = load_dataset(str(tmp_path / "b.npy"), array_layout="NCHW")
-    assert torch.equal(first.batch(torch.arange(N))[0], other.batch(torch.arange(N))[0])
     pixels = (VALUES * 10).clip(0, 255).astype(np.uint8)
     np.savez(tmp_path / "c.npz", arr_0=pixels[..., 0], arr_1=np.array([2, 0, 1, 0, 0, 0, 0]))
     pictures = load_dataset(str(tmp_path / "c.npz"))
@@ -139,8 +136,13 @@ def test_wrong_arrays_are_named_before_any_work(kind: str, wanted: str, tmp_path
 
 def test_options_of_the_other_kind_of_files_are_refused(tmp_path: Path) -> None:
     path = str(write_npy(tmp_path))
-    with refused(InvalidValue("load_dataset", "colors", "to be None for arrays", "'grey'")):
-        load_dataset(path, colors="grey")
+    with refused(InvalidValue("load_dataset", "channels", "to be those of the images, 1 wanted", f"5 in {path}")):
+        load_dataset(path, channels=1)
+    for wrong in ((1,), "01", 5):
+        with refused(InvalidValue("load_dataset", "data_range", "to be two numbers or None", repr(wrong))):
+            load_dataset(path, data_range=wrong)  # type: ignore[arg-type]
+    with refused(InvalidValue("load_dataset", "data_range", "to have the lower number first", (5, 1))):
+        load_dataset(path, data_range=(5, 1))
     from PIL import Image
 
     (tmp_path / "pictures").mkdir()

@@ -164,7 +164,7 @@ def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
         export_checkpoint(tmp_path / "none", tmp_path / "out")
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     (tmp_path / "run" / "config.json").write_text(json.dumps(config | {"format": 2}))
-    wanted = r"train: expected format to be 3, got 2: another version has written it; a new run can start from its checkpoints"
+    wanted = r"train: expected format to be 4, got 2: another version has written it; a new run can start from its checkpoints"
     with pytest.raises(ValueError, match=wanted):
         train(tmp_path / "run", **QUIET, resume=True)
 

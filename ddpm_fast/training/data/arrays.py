@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -17,8 +17,6 @@ from torch import Tensor
 from ...errors import InvalidValue, expect
 from .dataset import SAMPLED, ImageDataset, LazyImages, check_labels, fits, resized_tensor, size_of
 from .image_files import ImageFiles
-
-LAYOUTS: Final = ("NHWC", "NCHW")
 
 _Array = NDArray[Any]
 
@@ -77,21 +75,21 @@ class Arrays:
         """Return the name of an array, for error messages."""
         return f"{self.root}/{self.names[index]}" if self.names else f"{self.root}[{index}]"
 
-    def image(self, index: int, layout: str) -> _Array:
-        """Return an array as [C, H, W]. Raise a ValueError if it has another number of dimensions."""
-        array = self.read(index)
-        expect(array.ndim in (2, 3) and array.size, "load_dataset", self.place(index), "to be 2-d or 3-d", list(array.shape))
-        expect(array.dtype.kind in "uif", "load_dataset", self.place(index), "to hold numbers", array.dtype)
-        if array.ndim == 2:
-            return array[None]
-        return array.transpose(2, 0, 1) if layout == "NHWC" else array
+    def image(self, index: int, like: _Array | None = None) -> _Array:
+        """Return an array as [C, H, W]. Raise a ValueError if it is none, or of another shape or dtype than `like`."""
+        array, place = self.read(index), self.place(index)
+        expect(array.ndim in (2, 3) and array.size, "load_dataset", place, "to be 2-d or 3-d", list(array.shape))
+        expect(array.dtype.kind in "uif", "load_dataset", place, "to hold numbers", array.dtype)
+        array = array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
+        wanted, got = (f"{each.dtype} {list(each.shape)}" for each in (array if like is None else like, array))
+        expect(got == wanted, "load_dataset", place, f"to be {wanted}, as the first", got)
+        return array
 
 
 def load_arrays(
     name: str,
     arrays: Arrays,
     image_size: tuple[int, int] | None,
-    layout: str,
     value_range: Sequence[float] | None,
     first: int | None,
     memory: int | None,
@@ -104,26 +102,25 @@ def load_arrays(
         name: Name of the data set.
         arrays: The arrays.
         image_size: Height and width that they are cropped and resized to. None: they stay.
-        layout: "NHWC" or "NCHW": where the channels are.
         value_range: Values that are -1 and 1. None: those of all arrays, or 0..255 for uint8.
         first: Number of arrays to read. None: all.
         memory: Bytes that the images may take. More are read as they are used. None: any number.
     """
     count = min(arrays.count, first or arrays.count)
-    start = arrays.image(0, layout)
+    start = arrays.image(0)
     pictures = start.dtype == np.uint8 and value_range is None
-    measured = None if pictures else _measured(arrays, count, layout, start, value_range)
+    measured = None if pictures else _measured(arrays, count, start, value_range)
     channels, height, width = start.shape
     sides = (height, width) if image_size is None else image_size
 
     def read(indices: Tensor) -> Tensor:
         images = torch.empty(len(indices), channels, *sides, dtype=torch.uint8 if pictures else torch.float32)
         for row, index in enumerate(indices.tolist()):
-            array = _checked(arrays, index, layout, start)
+            array = arrays.image(index, start)
             if measured is not None:
                 low, high = measured
                 array = (array.astype(np.float64) - low) * (2 / (high - low)) - 1
-            image = torch.from_numpy(np.ascontiguousarray(array))[None]
+            image = torch.from_numpy(np.array(array))[None]  # a copy, as a file that is mapped is read-only
             images[row] = image[0] if sides == (height, width) else resized_tensor(image, sides)[0]
         return images
 
@@ -146,11 +143,11 @@ def load_arrays(
     )
 
 
-def _measured(arrays: Arrays, count: int, layout: str, start: _Array, stated: Sequence[float] | None) -> tuple[float, float]:
+def _measured(arrays: Arrays, count: int, start: _Array, stated: Sequence[float] | None) -> tuple[float, float]:
     """Return the range of the values. Raise a ValueError if one is not finite, or outside of the stated range."""
     low, high = math.inf, -math.inf
     for index in range(count):
-        array = _checked(arrays, index, layout, start)
+        array = arrays.image(index, start)
         least, most = float(array.min()), float(array.max())  # NaN if one is
         place = arrays.place(index)
         expect(math.isfinite(least) and math.isfinite(most), "load_dataset", place, "to be finite", "NaN or infinity")
@@ -162,14 +159,6 @@ def _measured(arrays: Arrays, count: int, layout: str, start: _Array, stated: Se
         return float(stated[0]), float(stated[1])
     expect(low < high, "load_dataset", arrays.root, "to have different values", f"{low:g} alone")
     return low, high
-
-
-def _checked(arrays: Arrays, index: int, layout: str, start: _Array) -> _Array:
-    """Return an array as [C, H, W]. Raise a ValueError if it differs from the first in shape or dtype."""
-    array = arrays.image(index, layout)
-    wanted, got = (f"{each.dtype} {list(each.shape)}" for each in (start, array))
-    expect(got == wanted, "load_dataset", arrays.place(index), f"to be {wanted}, as the first", got)
-    return array
 
 
 def _contents(arrays: Arrays, exact: bool) -> Iterator[bytes]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,10 +14,9 @@ from ...errors import expect
 from ...ops import sample_seeds
 from .dataset import ImageDataset, to_unit_range
 from .degradation import Degradation, enlarged, masked
-from .loading import DATASETS, is_arrays, load_dataset, load_source, open_source
+from .image_files import ImageFiles
+from .loading import load_dataset, load_source, open_source
 from .mapped import MappedDataset
-
-_COLORS: Final = {1: "grey", 3: "rgb", 4: "rgba"}
 
 
 class Conditioned(NamedTuple):
@@ -28,19 +27,19 @@ class Conditioned(NamedTuple):
     condition: Tensor
 
 
-def conditioned_items(dataset: ImageDataset | MappedDataset, num: int, seed: int) -> Conditioned:
-    """Return items of a data set with conditions, evenly spaced.
+def conditioned_items(dataset: ImageDataset | MappedDataset, indices: Sequence[int], seed: int) -> Conditioned:
+    """Return items of a data set with conditions.
 
     Args:
         dataset: The data set.
-        num: Number of items.
+        indices: Their numbers.
         seed: Seed of the boxes of "mask".
     """
-    items = [dataset[index * len(dataset) // num] for index in range(num)]
+    items = [dataset[index] for index in indices]
     images, *given = (to_unit_range(torch.stack(tensors)) for tensors in zip(*(item[::2] for item in items), strict=True))
     labels = torch.tensor([item[1] for item in items])
     if isinstance(dataset.condition, Degradation):
-        given = [dataset.condition(images, sample_seeds(seed, num))]
+        given = [dataset.condition(images, sample_seeds(seed, len(items)))]
     return Conditioned(images, labels, *given)
 
 
@@ -65,25 +64,21 @@ def evaluated_images(
     Raises:
         ValueError: The images or the conditions do not fit the network.
     """
-    colors = None
-    if name not in DATASETS and os.path.exists(name) and not is_arrays(open_source(Path(name), "test")):
-        colors = _COLORS.get(channels)
     dataset = load_dataset(
         name,
         data_dir,
         split="test",
         image_size=config["sample_size"],
-        colors=colors,
+        channels=channels,
         data_range=config.get("data_range"),
         condition=condition,
         condition_range=config.get("condition_range"),
         first=num,
     )
-    got = f"{name!r} with {dataset.shape[0]}"
-    expect(dataset.shape[0] == channels, "evaluate", "data", f"to have {channels} channels, as the model has", got)
     reads = config["in_channels"] - channels
+    wanted = f"to be given, with {reads} channels, as the model reads" if reads else "to be left out, as the model reads none"
     found = dataset.condition_channels
-    expect(found == reads, "evaluate", "condition", f"to have {reads} channels, as the model reads", found)
+    expect(found == reads, "evaluate", "condition", wanted, f"{found} channels" if found else "none")
     return dataset
 
 
@@ -107,33 +102,35 @@ def read_conditions(path: str | os.PathLike[str], config: Mapping[str, Any], sha
         ValueError: The files do not fit the network, or one cannot be read.
     """
     source = open_source(Path(path), "test")
-    channels, sides = shape[0], (shape[1], shape[2])
-    degradation, kind = Degradation.named(config.get("condition") or ""), "images"
+    channels, *_ = shape
+    sides = (shape[1], shape[2])
+    kind = Degradation.named(config.get("condition") or "")
     reads, value_range = config["in_channels"] - channels, config.get("condition_range")
-    if degradation is not None:
-        kind, reads, value_range = degradation.name, channels, config.get("data_range")
-        reads = {"grey": 1, "mask": 4}.get(kind, reads) if not is_arrays(source) else reads
+    if kind is not None:
+        value_range = config.get("data_range")
+        reads = (
+            4
+            if kind.name == "mask" and channels in (1, 3) and isinstance(source, ImageFiles)
+            else 1
+            if kind.name == "grey"
+            else channels
+        )
 
-    def read(size: tuple[int, int]) -> Tensor:
-        colors = None
-        if not is_arrays(source):
-            expect(
-                reads in _COLORS, "sample", "condition", f"to be .npy or .npz files of {reads} channels", f"images in {path}"
-            )
-            colors = _COLORS[reads]
-        dataset = load_source(str(path), source, size, colors, value_range)
+    def read(sides: tuple[int, int]) -> Tensor:
+        dataset = load_source(str(path), source, sides, reads, value_range)
         expect(dataset.shape[0] == reads, "sample", "condition", f"to have {reads} channels", f"{dataset.shape[0]} in {path}")
         return to_unit_range(dataset.batch(torch.arange(len(dataset)))[0])
 
-    if degradation is None or (kind == "grey" and not is_arrays(source)):
+    if kind is None or kind.name == "grey":
         return read(sides)
-    if kind == "low-resolution":
-        return enlarged(read((sides[0] // degradation.factor, sides[1] // degradation.factor)), sides)
+    if kind.name == "low-resolution":
+        return enlarged(read((sides[0] // kind.factor, sides[1] // kind.factor)), sides)
     images = read(sides)
     seeds = sample_seeds(seed, len(images))
-    if kind == "mask" and not is_arrays(source):
-        holes = images[:, 3:] < 0
-        images = images[:, :3] if channels == 3 else Degradation("grey")(images[:, :3], seeds)
-        boxes = Degradation("mask")(images, seeds)[:, -1:] > 0
-        return masked(images, torch.where(holes.flatten(1).any(dim=1)[:, None, None, None], holes, boxes))
-    return degradation(images, seeds)
+    if reads == channels:
+        return kind(images, seeds)
+    opacity = (images[:, 3:] + 1) / 2
+    flat = images[:, :3] * opacity + 1 - opacity  # on white, as in training
+    flat = flat if channels == 3 else Degradation("grey")(flat, seeds)
+    holes, boxes = opacity < 0.5, kind(flat, seeds)[:, -1:] > 0
+    return masked(flat, torch.where(holes.flatten(1).any(dim=1)[:, None, None, None], holes, boxes))

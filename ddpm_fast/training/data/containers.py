@@ -24,7 +24,7 @@ from ...files.writing import read_json
 from .dataset import check_labels, import_extra
 from .image_files import ImageFiles
 
-_SUFFIXES: Final = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+SUFFIXES: Final = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 ARRAYS: Final = (".npy", ".npz")
 _LABELS: Final = "dataset.json"
 _DICT: Final = "dataset_dict.json"  # names the splits, each of which is a folder
@@ -60,6 +60,18 @@ def read_folder(root: Path) -> ImageFiles:
         labels=labels,
         classes=classes,
         keeps_classes=values is not None,
+    )
+
+
+def read_file(path: Path) -> ImageFiles:
+    """Return one image."""
+    return ImageFiles(
+        root=str(path.parent),
+        names=[path.name],
+        open=lambda name: path.open("rb"),
+        num_bytes=lambda name: path.stat().st_size,
+        labels=torch.zeros(1, dtype=torch.int64),
+        classes=("",),
     )
 
 
@@ -155,13 +167,13 @@ def _check_entry(path: Path, entry: zipfile.ZipInfo, largest: int) -> None:
 def _image_names(root: Path, names: Iterable[str]) -> list[str]:
     """Return the names that have the ending of an image. Raise a ValueError if there are none."""
     images = _named(names)
-    expect(images, "load_dataset", str(root), f"to hold images ({', '.join(sorted(_SUFFIXES))})", "none")
+    expect(images, "load_dataset", str(root), f"to hold images ({', '.join(sorted(SUFFIXES))})", "none")
     return images
 
 
 def _named(names: Iterable[str]) -> list[str]:
     """Return the names that have the ending of an image."""
-    return [name for name in names if os.path.splitext(name)[1].lower() in _SUFFIXES]
+    return [name for name in names if os.path.splitext(name)[1].lower() in SUFFIXES]
 
 
 def _parsed(place: str, content: bytes) -> Any:

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...checks import check_path, listed
+from ...checks import check_choice, check_path, listed
 from ...errors import InvalidValue, expect
 from ...resources import free_memory, size_text
 from .dataset import SAMPLED, ImageDataset, LazyImages, central_box, fits
@@ -29,8 +29,9 @@ from .dataset import SAMPLED, ImageDataset, LazyImages, central_box, fits
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
-_CHANNELS: Final = {"grey": 1, "rgb": 3, "rgba": 4}
-_GREY: Final = ("1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N")  # modes without colours
+_NAMES: Final = {1: "grey", 3: "RGB", 4: "RGBA"}  # by the number of channels
+_ORIENTATION: Final = 0x0112  # a tag of EXIF; from 5 on, the sides are exchanged
+GREY: Final = ("1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N")  # modes without colours
 
 _AT_ONCE: Final = 4096  # images whose reading is planned ahead
 _BYTES_A_PIXEL: Final = 16  # while an image is decoded, converted and laid on white
@@ -66,7 +67,10 @@ class ImageFiles:
         from PIL import Image
 
         with self.open(name) as file, Image.open(file) as opened:  # reads the header alone
-            return opened.height, opened.width, opened.mode in _GREY
+            sides = (opened.height, opened.width)
+            has_exif = opened.format != "PNG" or "exif" in opened.info  # Pillow decodes a PNG to look for it
+            height, width = sides[::-1] if has_exif and opened.getexif().get(_ORIENTATION, 1) >= 5 else sides
+            return height, width, opened.mode in GREY
 
     def decode(self, name: str, shape: Sequence[int], shared: _SharedPixels) -> NDArray[np.uint8]:
         """Return the largest centred part of an image of the shape's sides, resized to [C, H, W]."""
@@ -112,7 +116,7 @@ def load_images(
     name: str,
     files: ImageFiles,
     image_size: tuple[int, int] | None,
-    colors: str | None,
+    channels: int | None,
     skip_broken: bool,
     first: int | None,
     memory: int | None,
@@ -123,32 +127,31 @@ def load_images(
         name: Name of the data set.
         files: The images.
         image_size: Height and width that images are resized to. By default they must be of one size.
-        colors: "grey", "rgb" or "rgba". By default "grey" if all images are, else "rgb".
+        channels: 1 for grey, 3 for RGB or 4 for RGBA. By default 1 if all images are grey, else 3.
         skip_broken: Leave out images that cannot be decoded.
         first: Number of images to read. By default all are read.
         memory: Bytes that decoded images may take. By default all are decoded.
     """
     names, root = files.names[:first], files.root
+    check_choice("load_dataset", "channels", channels, (None, *_NAMES))
     if len(names) > _AT_ONCE:
         _log.info("reading %d images in %s", len(names), root)
     broken: dict[str, str] = {}
     headers: list[tuple[int, int, bool]] = []
-    decoded = image_size is not None and fits((len(names), _CHANNELS[colors or "rgb"], *image_size), memory)
+    decoded = image_size is not None and fits((len(names), channels or 3, *image_size), memory)
     for part in (names[i : i + _AT_ONCE] for i in range(0, len(names), _AT_ONCE)):
-        if decoded and (colors or not all(grey for *_, grey in headers)):
+        if decoded and (channels or not all(grey for *_, grey in headers)):
             break  # headers say no more
         headers += filter(None, try_each(files.header, part, broken))
     if not decoded:
         _check_broken(root, names, broken, skip_broken)
-    given = colors is not None
-    if colors is None:
-        colors = "grey" if all(grey for *_, grey in headers) else "rgb"
+    found = channels or (1 if all(grey for *_, grey in headers) else 3)
     if image_size is None:
         image_size, preparation = _common_size(root, [(height, width) for height, width, _ in headers]), "as they are"
     else:
         preparation = "cropped and resized"
-    preparation += {"rgb": ", in RGB", "rgba": ", in RGBA"}.get(colors, ", in grey" if given else ", in grey as all files are")
-    size = (_CHANNELS[colors], *image_size)
+    preparation += f", in {_NAMES[found]}" + (" as all files are" if found == 1 and channels is None else "")
+    size = (found, *image_size)
     shape = (len(names), *size)
 
     whole = fits(shape, memory)
@@ -229,7 +232,7 @@ def resized(opened: Picture, shape: Sequence[int]) -> NDArray[np.uint8]:
 
     channels, height, width = shape
     image = ImageOps.exif_transpose(opened)
-    image = image.convert("RGBA") if channels == 4 else as_rgb(image, opened.format)
+    image = as_rgb(image, opened.format, alpha=channels == 4)
     image = image.convert("L") if channels == 1 else image
     # Crop first, as `resize(box=...)` mixes in pixels from outside the box.
     part = image.crop(central_box(image.height, image.width, height, width))
@@ -238,19 +241,19 @@ def resized(opened: Picture, shape: Sequence[int]) -> NDArray[np.uint8]:
     return pixels
 
 
-def as_rgb(image: Picture, kind: str | None) -> Picture:
-    """Return a picture as RGB. 16 bits a channel become 8, and what is transparent lies on white."""
+def as_rgb(image: Picture, kind: str | None, *, alpha: bool = False) -> Picture:
+    """Return a picture as RGB, where what is transparent lies on white, or as RGBA. 16 bits a channel become 8."""
     from PIL import Image
 
     if image.mode.startswith("I;16") or (image.mode == "I" and kind in ("PNG", "PPM")):  # Pillow itself cuts off at 255
-        return Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8)).convert("RGB")
+        return Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8)).convert("RGBA" if alpha else "RGB")
     expect(
         image.mode not in ("I", "F"), "", "", "8 or 16 bits a channel", f"pixels of mode {image.mode}, whose range is unknown"
     )
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+        image = image if alpha else Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGBA" if alpha else "RGB")
 
 
 class _SharedPixels:

@@ -21,11 +21,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from ...checks import check_choice, check_int, check_ints, listed
+from ...checks import check_choice, check_int, check_ints, check_number, check_path, listed
 from ...errors import InvalidValue, expect
 from ...files.writing import replacing
-from .arrays import LAYOUTS, Arrays, load_arrays
-from .containers import ARRAYS, is_hub_folder, read_archive, read_folder, read_hub_folder
+from .arrays import Arrays, load_arrays
+from .containers import ARRAYS, SUFFIXES, is_hub_folder, read_archive, read_file, read_folder, read_hub_folder
 from .dataset import SAMPLED, ImageDataset, LazyImages, check_labels, fits, import_extra, resized_tensor
 from .degradation import Degradation
 from .image_files import ImageFiles, load_images
@@ -61,9 +61,8 @@ def load_dataset(
     *,
     split: str = "train",
     image_size: int | Sequence[int] | None = None,
-    colors: str | None = None,
+    channels: int | None = None,
     data_range: Sequence[float] | None = None,
-    array_layout: str = "NHWC",
     condition: str | os.PathLike[str] | None = None,
     condition_range: Sequence[float] | None = None,
     skip_broken: bool = False,
@@ -87,10 +86,10 @@ def load_dataset(
         split: "train" or "test". A folder or zip file of images has no split: all of it is read.
         image_size: Height and width in pixels, or (height, width). Images of another size are cropped to the largest centred
             part of these proportions, and resized. By default nothing is resized, and all images must have one size.
-        colors: "grey", "rgb" or "rgba" for image files. By default "grey" if all are, else "rgb".
+        channels: Channels of an image: image files are read in grey (1), RGB (3) or RGBA (4). By default in grey if all files
+            are grey, else in RGB.
         data_range: The values of arrays that are -1 and 1. By default the least and the largest of all. Values outside are an
             error.
-        array_layout: Where arrays have their channels, "NHWC" or "NCHW".
         condition: What a network reads beside x_t: "low-resolution:4", "grey" or "mask", computed from the images, or a
             second folder or archive with files of the same names.
         condition_range: The `data_range` of the second folder.
@@ -107,11 +106,18 @@ def load_dataset(
         ImportError: A package of the `train` or `hub` extra is missing.
     """
     check_choice("load_dataset", "split", split, ("train", "test"))
-    check_choice("load_dataset", "colors", colors, (None, "grey", "rgb", "rgba"))
-    check_choice("load_dataset", "array_layout", array_layout, LAYOUTS)
+    check_int("load_dataset", "channels", channels, 1, optional=True)
     check_int("load_dataset", "first", first, 1, optional=True)
     check_int("load_dataset", "memory", memory, 0, optional=True)
     size = _sides(image_size)
+    for range_name, bounds in (("data_range", data_range), ("condition_range", condition_range)):
+        pair = bounds is None or (isinstance(bounds, (tuple, list)) and len(bounds) == 2)
+        expect(pair, "load_dataset", range_name, "to be two numbers or None", repr(bounds))
+        for bound in bounds or ():
+            check_number("load_dataset", range_name, bound, finite=True)
+        expect(not bounds or bounds[0] < bounds[1], "load_dataset", range_name, "to have the lower number first", bounds)
+    if condition is not None:
+        check_path("load_dataset", "condition", condition)
     degradation = None if condition is None else Degradation.named(os.fspath(condition))
     paired = None
     if condition is not None and degradation is None:
@@ -120,6 +126,7 @@ def load_dataset(
         paired = open_source(Path(condition), split)
     if name in DATASETS:
         expect(paired is None, "load_dataset", "condition", f"to be computed from the images of {name}", repr(condition))
+        expect(data_range is None, "load_dataset", "data_range", f"to be None for {name}", data_range)
         dataset = _load_published(name, None if data_dir is None else Path(data_dir), split, size, memory)
     else:
         if not os.path.exists(name):
@@ -130,7 +137,12 @@ def load_dataset(
         source = open_source(Path(name), split)
         if paired is not None:
             _check_pairs(name, source, paired)
-        dataset = load_source(name, source, size, colors, data_range, array_layout, skip_broken, first, memory)
+            one_file = skip_broken and isinstance(paired, Arrays)  # whose rows nothing names
+            expect(not one_file, "load_dataset", "skip_broken", "to be False, as the condition is one file", True)
+        dataset = load_source(name, source, size, channels, data_range, skip_broken, first, memory)
+    if channels is not None:
+        got = f"{dataset.shape[0]} in {name}"
+        expect(dataset.shape[0] == channels, "load_dataset", "channels", f"to be those of the images, {channels} wanted", got)
     if degradation is not None:
         degradation.check("load_dataset", dataset.shape)
         return replace(dataset, condition=degradation)
@@ -140,7 +152,7 @@ def load_dataset(
         files = {_stem(file): file for file in paired.names}
         names = [files[_stem(file)] for file in dataset.names]
         paired = replace(paired, names=names, labels=torch.zeros(len(names), dtype=torch.int64), classes=("",))
-    second = load_source(str(condition), paired, dataset.shape[1:], None, condition_range, array_layout, False, first, memory)
+    second = load_source(str(condition), paired, dataset.shape[1:], None, condition_range, first=first, memory=memory)
     return replace(dataset, condition=second)
 
 
@@ -161,33 +173,28 @@ def open_source(path: Path, split: str) -> ImageFiles | Arrays:
     if path.is_dir():
         return read_folder(path)
     expect(path.is_file(), "load_dataset", "name", "to be a folder or a file", repr(str(path)))
-    return Arrays.of_file(path) if path.suffix.lower() in ARRAYS else read_archive(path)
-
-
-def is_arrays(source: ImageFiles | Arrays) -> bool:
-    """Return whether these are arrays, in one file or in the files of a folder."""
-    return isinstance(source, Arrays) or source.names[0].lower().endswith(ARRAYS)
+    if path.suffix.lower() in ARRAYS:
+        return Arrays.of_file(path)
+    return read_file(path) if path.suffix.lower() in SUFFIXES else read_archive(path)
 
 
 def load_source(
     name: str,
     source: ImageFiles | Arrays,
     size: tuple[int, int] | None,
-    colors: str | None,
+    channels: int | None,
     value_range: Sequence[float] | None,
-    layout: str = "NHWC",
     skip_broken: bool = False,
     first: int | None = None,
     memory: int | None = None,
 ) -> ImageDataset:
-    """Return the data set of image files or arrays. See `load_dataset`."""
-    if isinstance(source, ImageFiles) and is_arrays(source):
+    """Return the data set of image files or arrays. See `load_dataset`. The channels of arrays are not checked."""
+    if isinstance(source, ImageFiles) and source.names[0].lower().endswith(ARRAYS):
         source = Arrays.of_files(source)
-    if isinstance(source, ImageFiles):
-        expect(value_range is None, "load_dataset", "data_range", "to be None for image files", value_range)
-        return load_images(name, source, size, colors, skip_broken, first, memory)
-    expect(colors is None, "load_dataset", "colors", "to be None for arrays", repr(colors))
-    return load_arrays(name, source, size, layout, value_range, first, memory)
+    if isinstance(source, Arrays):
+        return load_arrays(name, source, size, value_range, first, memory)
+    expect(value_range is None, "load_dataset", "data_range", "to be None for image files", value_range)
+    return load_images(name, source, size, channels, skip_broken, first, memory)
 
 
 def _check_pairs(name: str, source: ImageFiles | Arrays, paired: ImageFiles | Arrays) -> None:
@@ -197,6 +204,14 @@ def _check_pairs(name: str, source: ImageFiles | Arrays, paired: ImageFiles | Ar
         expect(count == number, "load_dataset", "condition", f"to have {count} images, as {name}", f"{number} in {paired.root}")
         return
     names, others = ({_stem(file) for file in each.names} for each in (source, paired))
+    alone = len(others) == len(paired.names)
+    expect(
+        alone,
+        "load_dataset",
+        "condition",
+        "to have one file of each name",
+        f"some that differ in their ending in {paired.root}",
+    )
     for missing, root in ((names - others, paired.root), (others - names, source.root)):
         got = f"none named {listed(missing)} in {root}"
         expect(not missing, "load_dataset", "condition", f"to have files of the same names as {name}", got)
@@ -210,7 +225,7 @@ def _hint(path: Path) -> str:
     """Say for an error what may have been meant by a path that does not exist."""
     names = {name: name for name in DATASETS}
     with suppress(OSError):  # there is no such folder, or it may not be read
-        names |= {each.name: str(each) for each in path.parent.iterdir() if each.is_dir() or each.suffix == ".zip"}
+        names |= {each.name: str(each) for each in path.parent.iterdir() if each.is_dir() or each.suffix in (".zip", *ARRAYS)}
     for close in difflib.get_close_matches(path.name, names, 1):
         return f"; did you mean {names[close]!r}?"
     return "" if path.parent.is_dir() else f": there is no folder {str(path.parent)!r}"

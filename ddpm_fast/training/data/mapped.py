@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from ...errors import InvalidType, InvalidValue, expect
 from .dataset import digests
-from .image_files import as_rgb
+from .image_files import GREY, as_rgb
 
 _SAMPLED: Final = 64  # items in a sample
 _OUTSIDE: Final = 1e-3  # the range's ends are rounded
@@ -204,10 +204,10 @@ def _tensor(place: str, image: Any, channels: int | None, wanted: str) -> Tensor
 
 def _pixels(place: str, image: Any, channels: int | None) -> Tensor:
     """Return a PIL image as uint8 [channels, H, W]."""
-    channels = channels or len(image.getbands())
+    channels = channels or (1 if image.mode in GREY else 4 if image.mode == "RGBA" else 3)
     expect(channels in (1, 3, 4), "", place, f"to be a tensor, as there are {channels} channels", "a PIL image")
     try:
-        converted = image.convert("RGBA") if channels == 4 else as_rgb(image, image.format)
+        converted = as_rgb(image, image.format, alpha=channels == 4)
     except Exception as error:  # Pillow's formats raise errors of many types
         raise InvalidValue("", place, "to be an image", error) from error
     pixels = np.array(converted.convert("L"))[..., None] if channels == 1 else np.array(converted)
