@@ -32,7 +32,12 @@ HO_256: dict[str, Any] = CIFAR10_32 | {
 
 # Keys that diffusers does not have. They stand in a config.json only where they are not None.
 OWN_KEYS: tuple[str, ...] = (
-    *("num_attention_heads", "time_input_dim", "class_names", "condition", "condition_range", "data_range"),
+    "num_attention_heads",
+    "time_input_dim",
+    "class_names",
+    "condition",
+    "condition_range",
+    "data_range",
 )
 
 # Keys of which only these values are supported. The rest of what diffusers offers here is not part of a DDPM's U-Net.

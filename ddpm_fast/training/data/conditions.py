@@ -13,7 +13,7 @@ from torch import Tensor
 from ...errors import expect
 from ...ops import sample_seeds
 from .dataset import ImageDataset, to_unit_range
-from .degradation import Degradation, enlarged, masked
+from .degradation import Degradation, masked, resized_bicubically
 from .image_files import ImageFiles
 from .loading import load_dataset, load_source, open_source
 from .mapped import MappedDataset
@@ -124,7 +124,7 @@ def read_conditions(path: str | os.PathLike[str], config: Mapping[str, Any], sha
     if kind is None or kind.name == "grey":
         return read(sides)
     if kind.name == "low-resolution":
-        return enlarged(read((sides[0] // kind.factor, sides[1] // kind.factor)), sides)
+        return resized_bicubically(read((sides[0] // kind.factor, sides[1] // kind.factor)), sides)
     images = read(sides)
     seeds = sample_seeds(seed, len(images))
     if reads == channels:

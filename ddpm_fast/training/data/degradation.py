@@ -62,15 +62,11 @@ class Degradation:
             [N, K, H, W] in [-1, 1].
         """
         if self.name == "low-resolution":
-            return enlarged(_resized(x_0, [side // self.factor for side in x_0.shape[2:]]), x_0.shape[2:])
+            small = resized_bicubically(x_0, [side // self.factor for side in x_0.shape[2:]])
+            return resized_bicubically(small, x_0.shape[2:])
         if self.name == "grey":
             return (x_0 * x_0.new_tensor(_LUMA)[:, None, None]).sum(dim=1, keepdim=True)
         return masked(x_0, _boxes(seeds.to(x_0.device), *x_0.shape[2:]))
-
-
-def enlarged(small: Tensor, sides: Sequence[int]) -> Tensor:
-    """Return small images, enlarged bicubically to these sides, as "low-resolution" conditions."""
-    return _resized(small, list(sides))
 
 
 def masked(x_0: Tensor, holes: Tensor) -> Tensor:
@@ -78,8 +74,9 @@ def masked(x_0: Tensor, holes: Tensor) -> Tensor:
     return torch.cat([x_0.masked_fill(holes, 0), 2 * holes.to(x_0.dtype) - 1], dim=1)
 
 
-def _resized(images: Tensor, sides: list[int]) -> Tensor:
-    return functional.interpolate(images, sides, mode="bicubic", antialias=True).clamp(-1, 1)
+def resized_bicubically(images: Tensor, sides: Sequence[int]) -> Tensor:
+    """Return images of these sides, height and width, as "low-resolution" conditions are reduced and enlarged."""
+    return functional.interpolate(images, list(sides), mode="bicubic", antialias=True).clamp(-1, 1)
 
 
 def _boxes(seeds: Tensor, height: int, width: int) -> Tensor:
