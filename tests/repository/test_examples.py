@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import runpy
 import sys
 from pathlib import Path
@@ -16,6 +17,8 @@ OPTIONS = {
     "shared_latents": ["--steps=10", "--num=2", "--out=new/picture.png"],
     "rate_distortion": ["--steps=4", "--num=2", "--rows=3", "--data=digits", "--plot=plot.png"],
 }
+FONTS = Path(importlib.util.find_spec("matplotlib").origin).parent / "mpl-data" / "fonts" / "ttf"  # type: ignore[union-attr, arg-type]
+OPTIONS["emoji"] = ["emoji", f"--font={FONTS / 'DejaVuSans.ttf'}", "--size=8"]  # a font of outlines, which has some of them
 PICTURES = {"progressive_generation": (3, 2), "shared_latents": (3, 4)}  # columns and rows of 64x64 images
 
 
@@ -37,6 +40,16 @@ def test_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         with Image.open("new/picture.png") as image:
             assert image.size == (66 * columns + 2, 66 * rows + 2)
             assert np.asarray(image)[2:66, 2:66].std() > 0
+
+
+def test_emoji_are_pictures_of_two_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run("emoji", monkeypatch, *OPTIONS["emoji"])
+    train, test = (sorted(Path("emoji", folder).iterdir()) for folder in ("train", "test"))
+    assert len(test) == (len(train) + len(test)) // 10 > 5
+    pictures = {path.name: np.asarray(Image.open(path)) for path in (*train, *test)}
+    assert {picture.shape for picture in pictures.values()} == {(8, 8, 3)}
+    assert len({picture.tobytes() for picture in pictures.values()}) == len(pictures)
 
 
 def test_rate_and_distortion_are_one_curve(
