@@ -27,7 +27,7 @@ font = ImageFont.truetype(args.font, STRIKE)
 def rendered(character: str) -> Image.Image:
     """Return a character on white."""
     picture = Image.new("RGBA", (SIDE, SIDE), "white")
-    ImageDraw.Draw(picture).text((SIDE // 2, SIDE // 2), character, font=font, embedded_color=True, anchor="mm")
+    ImageDraw.Draw(picture).text((SIDE // 2, SIDE // 2), character, "black", font, "mm", embedded_color=True)
     return picture.convert("RGB").resize((args.size, args.size), Image.Resampling.LANCZOS)
 
 
