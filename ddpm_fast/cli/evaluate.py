@@ -140,6 +140,8 @@ def _bounded(
     from ..evaluation import variational_bound
     from ..training.data import to_unit_range
 
+    got = "numbers of another range"
+    expect(dataset.value_range is None, "evaluate", "data", "to be pictures of 256 levels, for bits per dimension", got)
     images = to_unit_range(dataset.batch(torch.arange(num))[0])
     bound = variational_bound(
         *(loaded.model, images, loaded.schedule),

@@ -114,6 +114,8 @@ def sample_command(
         sampler = sampler or default_sampler(loaded, steps, eta, spacing)
         plan = plan_of_options("sample", loaded, sampler, steps, eta, spacing, sigma_min, sigma_max, variance)
         restored = _conditions(loaded, condition, seed)
+        if restored is not None and classes is None:
+            classes = "none"  # nobody knows what the images show
         num = num or (16 if restored is None else len(restored))
         shown = _shown(loaded, show_channels)
         arguments: dict[str, Any] = {
@@ -133,7 +135,7 @@ def sample_command(
         images = "1 image" if num == 1 else f"{num} images"
         steps_taken = "1 step" if plan.num_steps == 1 else f"{plan.num_steps} steps"
         rate = "" if writes_each else f", {num / seconds:.3g} images/s"  # some images may be there already
-        part = "" if writes_each or len(shown) == loaded.shape[0] else f" Channel {', '.join(map(str, shown))} is shown."
+        part = "" if writes_each or len(shown) == loaded.shape[0] else f" Shown channels: {', '.join(map(str, shown))}."
         click.echo(f"{names}: {images} of {steps_taken} ({sampler}) in {seconds:.1f} s{rate}.{part}")
     if failures:
         raise click.ClickException("; ".join(failures))
@@ -245,7 +247,7 @@ def _write_grid(
 
     frames = 0 if gif is None else min(_FRAMES, plan.num_steps + 1)
     image, condition = _shape(loaded), arguments["condition"]
-    columns = None if condition is None else min(_COLUMNS, num)
+    columns = None if condition is None or num == 1 else min(_COLUMNS, num)
     count = num if columns is None else 2 * columns * -(-num // columns)  # images in the grid
     pixels = max(image[1:])
     scale, gif_scale = 1 if num == 1 else max(1, 128 // pixels), max(1, 64 // pixels)  # one image can be edited as it is

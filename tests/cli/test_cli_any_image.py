@@ -37,8 +37,8 @@ def test_five_channels_of_numbers(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     with Image.open(tmp_path / "run" / "samples" / "step-00000002.png") as grid:
         assert (grid.mode, grid.size) == ("L", (8 * (12 * 5 + 2) + 2, 4 * (8 * 5 + 2) + 2))
     sample = ["sample", "--model", tmp_path / "run", "--steps", 2, "--num", 2]
-    assert "Channel 0 is shown." in succeed(*sample, "--out", tmp_path / "a.png", "--gif", tmp_path / "a.gif")
-    assert "Channel 3, 2, 1 is shown." in succeed(*sample, "--out", tmp_path / "b.png", "--show-channels", "3,2,1")
+    assert "Shown channels: 0." in succeed(*sample, "--out", tmp_path / "a.png", "--gif", tmp_path / "a.gif")
+    assert "Shown channels: 3, 2, 1." in succeed(*sample, "--out", tmp_path / "b.png", "--show-channels", "3,2,1")
     with Image.open(tmp_path / "a.png") as grey, Image.open(tmp_path / "b.png") as colours:
         assert (grey.mode, colours.mode, grey.size) == ("L", "RGB", colours.size)
     succeed(*sample, "--out", tmp_path / "a.npz")

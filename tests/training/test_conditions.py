@@ -157,7 +157,7 @@ def test_what_cannot_be_paired_is_named(tmp_path: Path) -> None:
     pictures(dim, 20)
     with pytest.raises(ValueError, match=r"none named 10, 11, 12, 13, 14 and 9 more in .*sharp"):
         load_dataset(str(sharp), condition=dim)
-    wanted = "to be low-resolution:FACTOR, grey, mask, or a folder or archive of images"
+    wanted = "to be low-resolution:2 to low-resolution:64, grey, mask, or a folder or archive of images"
     with refused(InvalidValue("load_dataset", "condition", wanted, "'blur'")):
         load_dataset(str(sharp), condition="blur")
     with refused(InvalidValue("load_dataset", "condition", "to divide the images' sides, 12x8", "low-resolution:3")):
@@ -294,6 +294,14 @@ def test_evaluation_gives_each_image_its_class_and_condition(tmp_path: Path, mon
     images, labels = test.batch(torch.arange(4))
     assert seen[0]["class_labels"].tolist() == labels.tolist()
     assert torch.equal(seen[0]["condition"], Degradation("low-resolution", 2)(to_unit_range(images), sample_seeds(0, 4)))
+    folder = pictures(tmp_path / "small", 1, (4, 4), "L")
+    seen.clear()
+    arguments = ["sample", "--model", str(tmp_path / "run"), "--condition", str(folder), "--out", str(tmp_path / "a.png")]
+    assert CliRunner().invoke(main, [*arguments, "--quiet"]).exit_code == 0
+    assert seen[0]["class_labels"] is None  # nobody knows what the images show
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.size == (8, 8)  # one image without its condition
+    arguments = ["evaluate", "--model", str(tmp_path / "run"), "--data", "digits"]
     result = CliRunner().invoke(main, [*arguments, "--variance", "fixed_large"])
     assert "expected --variance to be left out, as the model restores images" in result.output
 

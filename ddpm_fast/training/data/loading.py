@@ -121,7 +121,7 @@ def load_dataset(
     degradation = None if condition is None else Degradation.named(os.fspath(condition))
     paired = None
     if condition is not None and degradation is None:
-        wanted = "to be low-resolution:FACTOR, grey, mask, or a folder or archive of images"
+        wanted = "to be low-resolution:2 to low-resolution:64, grey, mask, or a folder or archive of images"
         expect(os.path.exists(condition), "load_dataset", "condition", wanted, repr(condition))
         paired = open_source(Path(condition), split)
     if name in DATASETS:
