@@ -21,7 +21,7 @@ parser.add_argument("--font", type=Path, default="/usr/share/fonts/truetype/noto
 parser.add_argument("--size", type=int, default=32, help="height and width of a picture")
 args = parser.parse_args()
 
-font = ImageFont.truetype(args.font, STRIKE)
+font = ImageFont.truetype(str(args.font), STRIKE)  # Pillow 10 takes no path
 
 
 def rendered(character: str) -> Image.Image:
