@@ -392,6 +392,22 @@ def test_a_wrong_item_of_a_later_batch_ends_the_run_with_a_checkpoint(num_worker
     assert_same_weights(tmp_path / "whole", tmp_path / "cut")
 
 
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
+def test_a_worker_may_die_while_it_sends(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(*arguments: Any, **options: Any) -> Any:
+        yield (torch.zeros(1), torch.zeros(1))
+        raise error
+
+    dataset = MappedDataset(Digits(), 1, tuple("0123456789"), 1)
+    monkeypatch.setattr("ddpm_fast.training.data.mapped.DataLoader", lost)
+    batches = dataset.batches([])
+    next(batches)
+    with pytest.raises(
+        ValueError, match=r"expected dataset to be read by its workers, got: (\[Errno 104\] Connection|EOFError)"
+    ):
+        next(batches)
+
+
 @pytest.mark.parametrize(
     "end",
     [

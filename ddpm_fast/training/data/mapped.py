@@ -115,15 +115,19 @@ class MappedDataset:
             num_workers=self._num_workers,
             generator=torch.Generator(),  # else the loader draws from torch's generator
         )
-        try:
-            batches = iter(loader)
-            with _lost_workers_left_to_next() if self._num_workers else nullcontext():
+        batches, lost = iter(loader), None
+        with _lost_workers_left_to_next() if self._num_workers else nullcontext():
+            try:
                 for batch in batches:
                     if isinstance(batch, ValueError):
                         raise batch
                     yield tuple(batch)
-        except RuntimeError as error:  # a worker was killed, or has called sys.exit
-            raise InvalidValue("", "dataset", "to be read by its workers", error) from error
+            except (RuntimeError, OSError, EOFError) as error:  # a worker was killed, or has called sys.exit
+                lost = RuntimeError(str(error) or type(error).__name__)  # the error's frames would keep the workers alive
+            finally:
+                del batches  # ends the workers while nobody watches them
+        if lost is not None:
+            raise InvalidValue("", "dataset", "to be read by its workers", lost) from lost
 
     def fingerprint(self, *, exact: bool = False) -> dict[str, str]:
         """Return SHA-256 digests: "sample" of items at even distances, and "exact" of all items."""
