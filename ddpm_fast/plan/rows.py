@@ -65,9 +65,10 @@ def plan_from_columns(
         # Without a clip, x_prev is linear in x_t and m: eliminate x_0^ in float64. For DDPM this gives eq. 13,
         #   k1 = 1 / sqrt(alpha)
         #   k2 = -beta / (sqrt(alpha) sqrt(1 - abar))
-        # and avoids the cancellation that p causes at large t.
-        k0 = columns["k0"]
-        columns["k0"] = zero
+        # and avoids the cancellation that p causes at large t. Rows that read x_0_prev keep x_0^: they may multiply the
+        # difference of the two by hundreds, and both then have the same rounding.
+        k0 = torch.where(columns["k3"] == 0, columns["k0"], zero)
+        columns["k0"] = columns["k0"] - k0
         columns["k1"] = columns["k1"] + k0 * columns["p"]
         columns["k2"] = columns["k2"] + k0 * columns["q"]
     columns["clip"] = torch.full_like(zero, torch.inf if clip is None else clip)

@@ -70,24 +70,24 @@ def test_a_frozen_process_draws_the_same_images(objective: str, schedule: str, s
 
 @pairwise(objective=OBJECTIVES, schedule=SCHEDULES, sampler=SAMPLERS)
 def test_trajectories_of_plans_are_the_originals(objective: str, schedule: str, sampler: dict[str, Any]) -> None:
-    """At each step a plan is at most twice as far from the chain in float64 as the original is, in the root mean square."""
+    """Each step begins at the original's state, as an untrained network amplifies rounding from step to step."""
     process = make(objective=objective, beta_schedule=schedule, **sampler).eval()
+    states: list[Tensor] = []
+    hook = process.model.register_forward_pre_hook(lambda model, inputs: states.append(inputs[0].clone()))
     torch.manual_seed(0)
-    states = process.sample(2, return_all_timesteps=True) * 2 - 1  # [N, S + 1, C, H, W]
-    plan, model = plan_of(process), copy.deepcopy(process.model).double()
+    states.append(process.sample(2) * 2 - 1)
+    hook.remove()
+    plan = plan_of(process)
+    assert len(states) == plan.num_steps + 1
     torch.manual_seed(0)
-    x = torch.randn(2, 2, 8, 8)
-    exact = x.double()
+    assert torch.equal(states[0], torch.randn(2, 2, 8, 8))
     with torch.no_grad():
         for step, t in enumerate(plan.timesteps.tolist()):
+            x = states[step]
+            output = process.model(x, torch.full((2,), t))
             noise = torch.zeros_like(x) if step == plan.num_steps - 1 else torch.randn_like(x)  # draws nothing at the end
-            x = reverse_step(x, process.model(x, torch.full((2,), t)), step, plan, noise=noise)
-            m = model(exact, torch.full((2,), t))
-            p, q, k0, k1, k2, *_, sigma, _, _, clip = plan.coefficients[step].tolist()
-            exact = k0 * (p * exact + q * m).clamp(-clip, clip) + k1 * exact + k2 * m + sigma * noise
-            error, allowed = ((each.double() - exact).norm() for each in (x, states[:, step + 1]))
-            assert error <= 2 * allowed + 1e-7 * exact.norm(), (step, float(error), float(allowed))
-            assert allowed <= 1e-4 * exact.norm()
+            x = reverse_step(x, output, step, plan, noise=noise)
+            torch.testing.assert_close(x, states[step + 1], rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("num_steps", [1, 7, 50, 250, 411, 413, 999])
