@@ -108,13 +108,9 @@ def read_conditions(path: str | os.PathLike[str], config: Mapping[str, Any], sha
     reads, value_range = config["in_channels"] - channels, config.get("condition_range")
     if kind is not None:
         value_range = config.get("data_range")
-        reads = (
-            4
-            if kind.name == "mask" and channels in (1, 3) and isinstance(source, ImageFiles)
-            else 1
-            if kind.name == "grey"
-            else channels
-        )
+        reads = 1 if kind.name == "grey" else channels
+        if kind.name == "mask" and channels in (1, 3) and isinstance(source, ImageFiles):
+            reads = 4  # what is transparent is a hole
 
     def read(sides: tuple[int, int]) -> Tensor:
         dataset = load_source(str(path), source, sides, reads, value_range)
