@@ -15,7 +15,7 @@ SOURCES := find csrc tests/emulator -name "*.h" -o -name "*.c??" -o -name "*.cu"
 # Some machines switch bytecode files off. Each process would then compile every module that it imports.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: picture check check-all check-lowest lowest-environment setup setup-lowest build lint test test-all machine-code mutations bench gpu-check gpu-tune docs format clean
+.PHONY: picture check check-all check-lowest lowest-environment setup setup-lowest build lint test test-all machine-code mutations peers bench gpu-check gpu-tune docs format clean
 
 .DEFAULT_GOAL := check
 
@@ -93,6 +93,9 @@ machine-code: $(VENV)/with-$(EXTRAS)  ## compile the CUDA kernels for all archit
 
 mutations: build  ## check that the tests catch 50 mutations of the package, in about ten minutes
 	$(RUN) tests/mutations/run.py
+
+peers:  ## make environments of the peers of benchmark_unet.py that do not fit into one with the others
+	$(RUN) benchmarks/peers.py
 
 bench:  ## measure sampling, and every case of every op in each backend
 	$(RUN) benchmarks/sample_speed.py

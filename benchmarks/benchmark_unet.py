@@ -91,8 +91,10 @@ def check(processes: dict[str, Process], job: Job, missing: dict[str, str]) -> d
     return errors
 
 
-def compare(names: Sequence[str], job: Job, rounds: int, starts: int, missing: dict[str, str]) -> list[dict[str, Any]]:
-    """Return the rows of one batch size and dtype."""
+def compare(
+    names: Sequence[str], job: Job, rounds: int, starts: int, missing: dict[str, str], versions: dict[str, dict[str, str]]
+) -> list[dict[str, Any]]:
+    """Return the rows of one batch size and dtype. `missing` and `versions` are filled."""
     with ExitStack() as stack:
         started = start(names, job, starts, missing)
         processes = {name: stack.enter_context(closing(each[-1])) for name, each in started.items()}
@@ -100,6 +102,7 @@ def compare(names: Sequence[str], job: Job, rounds: int, starts: int, missing: d
         timers = {name: partial(process.seconds, process.calls_per_turn()) for name, process in processes.items()}
         times = common.take_turns(timers, rounds)
         peaks = {name: process.peak() for name, process in processes.items()}
+        versions |= {name: process.versions for name, process in processes.items()}
     best = min((name for name in times if name != OURS), key=lambda name: times[name].ms, default=None)
     return [
         {"contestant": name, "best peer": "*" if name == best else "", "batch": job.batch, "size": job.size}
@@ -169,11 +172,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for dtype, size, threads, batch in itertools.product(args.dtypes, args.sizes, args.threads, batches):
             job = Job(folder, batch, size, dtype, threads)
             missing: dict[str, str] = {}
+            versions: dict[str, dict[str, str]] = {}
             words = f"{dtype} batch {batch}" + ("" if size == SIZE else f" size {size}")
             words += "" if len(args.threads) == 1 else f" threads {threads}"
             with run.going_on(words):
-                rows = compare(names, job, rounds, args.starts, missing)
-                run.save(f"unet_speed {words}", rows, f"cifar10-32 {words}: median [quartiles]", **{"left out": missing})
+                rows = compare(names, job, rounds, args.starts, missing, versions)
+                record = {"left out": missing, "versions": versions}
+                run.save(f"unet_speed {words}", rows, f"cifar10-32 {words}: median [quartiles]", **record)
                 everything += rows
             for name, reason in missing.items():
                 print(f"left out: {name}: {reason}")

@@ -6,19 +6,25 @@
     SAMPLING   images:            build(loaded, evaluations, dtype, device) -> a function of seeds and labels
 
 ddpm_fast stands in each table itself. Nothing here imports torch at the top: processes.py says why.
+
+    python benchmarks/peers.py     makes the environments of peers that do not fit into one with the others
 """
 
 from __future__ import annotations
 
 import copy
 import importlib.util
+import os
+import subprocess
+import venv
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from processes import Array, Job, Runner
+from processes import ENVIRONMENTS, Array, Job, Runner, interpreter
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,6 +45,8 @@ class Peer:
         dtypes: Dtypes in which it computes.
         suffix: Suffix of the file that it starts from, if that is not the network's folder.
         export: Write that file.
+        environment: Environment of its own, or "" for this one.
+        caps: Its instruction set can be capped, as DDPM_FAST_ISA caps ours.
     """
 
     build: Callable[..., Any]
@@ -46,11 +54,17 @@ class Peer:
     dtypes: tuple[str, ...] = ("float32", "bf16")
     suffix: str = ""
     export: Callable[[Job, Path], None] | None = None
+    environment: str = ""
+    caps: bool = True
 
     def why_not(self, dtype: str = "float32") -> str | None:
         """Return why it cannot run, or None if it can."""
-        missing = [module for module in self.needs if not installed(module)]
-        if missing:
+        if not self.caps and (isa := os.environ.get("DDPM_FAST_ISA")):
+            return f"its instruction set cannot be capped to {isa}"
+        if self.environment:
+            if not interpreter(self.environment).exists():
+                return "it has no environment: make peers"
+        elif missing := [module for module in self.needs if not installed(module)]:
             return f"{', '.join(missing)} not installed"
         return None if dtype in self.dtypes else f"has no {dtype}"
 
@@ -234,6 +248,18 @@ def _compiled(job: Job) -> Runner:
     return _eager(job, compiled)
 
 
+def _zentorch(job: Job) -> Runner:
+    """Compile the same with AMD's backend. It is faster at contiguous maps."""
+    import torch
+    import torch._inductor.config
+    import zentorch  # noqa: F401 (registers the backend)
+
+    torch._inductor.config.freezing = True
+    dtype = _dtype(job)
+    network = torch.compile(_diffusers_unet(job, dtype), backend="zentorch", dynamic=False)
+    return _from_numpy(job, lambda x, t: network(x.to(dtype), t, return_dict=False)[0])
+
+
 def _exportable(job: Job) -> tuple[Any, tuple[Tensor, Tensor]]:
     """Return a module from tensors to a tensor, and example inputs."""
     import torch
@@ -291,6 +317,44 @@ def _onnx(job: Job) -> Runner:
     return Runner(lambda: session.run(None, {"x": x, "t": t})[0])
 
 
+def _export_ncnn(job: Job, path: Path) -> None:
+    """Write the network for one image, which is all that ncnn takes."""
+    import pnnx
+    import torch
+
+    module, inputs = _exportable(replace(job, batch=1))
+    with torch.no_grad():
+        pnnx.export(module, str(path.with_name(path.name.partition(".")[0] + ".pt")), inputs, fp16=False)
+    # The conversion of the timestep to float32, which ncnn does not know, is left to the caller.
+    path.write_text(path.read_text(encoding="utf-8").replace("Tensor.to  ", "Noop       "), encoding="utf-8")
+
+
+def _ncnn(job: Job) -> Runner:
+    import ncnn
+    import numpy as np
+
+    network = ncnn.Net()
+    network.opt.num_threads = job.threads
+    for option in ("use_fp16_packed", "use_fp16_storage", "use_fp16_arithmetic", "use_bf16_storage"):
+        setattr(network.opt, option, False)  # with them its error is 100 times that of float32
+    path = job.exported(".ncnn.param")
+    network.load_param(str(path))
+    network.load_model(str(path.with_suffix(".bin")))
+    x, t = job.inputs()
+    timesteps = t.astype(np.float32)
+
+    def call() -> Array:
+        outs = []
+        for image, timestep in zip(x, timesteps, strict=True):
+            extractor = network.create_extractor()
+            extractor.input("in0", ncnn.Mat(image))
+            extractor.input("in1", ncnn.Mat(timestep[None]))
+            outs.append(np.array(extractor.extract("out0")[1]))
+        return np.stack(outs)
+
+    return Runner(call)
+
+
 _EXPORTERS = ("torch", "diffusers")
 NETWORKS = {
     OURS: Peer(_ours),
@@ -298,7 +362,15 @@ NETWORKS = {
     "torch.compile": Peer(_compiled, _EXPORTERS),
     "OpenVINO": Peer(_openvino, (*_EXPORTERS, "openvino"), suffix=".xml", export=_export_openvino),
     "ONNX Runtime": Peer(
-        _onnx, (*_EXPORTERS, "onnxruntime", "onnx", "onnxscript"), ("float32",), suffix=".onnx", export=_export_onnx
+        _onnx, (*_EXPORTERS, "onnxruntime", "onnx", "onnxscript"), ("float32",), suffix=".onnx", export=_export_onnx, caps=False
+    ),
+    "zentorch": Peer(_zentorch, (*_EXPORTERS, "zentorch"), environment="zentorch", caps=False),
+    "ncnn": Peer(
+        *(_ncnn, (*_EXPORTERS, "ncnn", "pnnx"), ("float32",)),
+        suffix=".ncnn.param",
+        export=_export_ncnn,
+        environment="ncnn",
+        caps=False,
     ),
 }
 
@@ -407,3 +479,17 @@ SAMPLING = {
     "diffusers-2m": Peer(_diffusers_sampler("DPMSolverMultistepScheduler", algorithm_type="dpmsolver++"), _EXPORTERS),
     "diffusers-sde": Peer(_diffusers_sampler("DPMSolverMultistepScheduler", algorithm_type="sde-dpmsolver++"), _EXPORTERS),
 }
+
+
+def make_environments() -> None:
+    """Install the peers that need an environment of their own, each with this PyTorch's version."""
+    torch = version("torch").partition("+")[0]
+    for name, requirements in ENVIRONMENTS.items():
+        python = interpreter(name)
+        venv.create(python.parents[1], with_pip=True)
+        needed = [requirement.format(torch=torch, series=torch.rpartition(".")[0]) for requirement in requirements]
+        subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-compile", *needed], check=True)
+
+
+if __name__ == "__main__":
+    make_environments()

@@ -15,9 +15,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,22 @@ import numpy as np
 
 Array = np.ndarray[Any, Any]
 TURN_SECONDS = 0.1  # shorter calls are repeated
+_ROOT = Path(__file__).resolve().parents[1]
+
+# Requirements of the environments of peers that have one of their own.
+_COMMON = ("torch=={torch}", "diffusers", "safetensors", "numpy")
+ENVIRONMENTS = {"zentorch": (*_COMMON, "zentorch=={series}.*"), "ncnn": (*_COMMON, "ncnn", "pnnx")}
+
+# Caps that libraries read, beside DDPM_FAST_ISA.
+_CAPS = {
+    "avx2": {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"},
+    "avx512": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE", "ATEN_CPU_CAPABILITY": "avx512"},
+}
+
+
+def interpreter(environment: str) -> Path:
+    """Return the Python of an environment. "": this one."""
+    return _ROOT / "build" / "peers" / environment / "bin" / "python" if environment else Path(sys.executable)
 
 
 @dataclass(frozen=True)
@@ -96,6 +113,7 @@ class Process:
         first_image: Seconds from the start of the process to the end of its first call.
         load: The seconds of it that importing and loading take.
         first_call: The seconds of it that the first call takes.
+        versions: Versions of the libraries that it needs, by name.
         used: CPU seconds of all threads and page faults per call, of each time that `seconds` was called.
     """
 
@@ -108,6 +126,7 @@ class Process:
         self.first_image = time.perf_counter() - began
         self.load: float = reply["load"]
         self.first_call: float = reply["first call"]
+        self.versions: dict[str, str] = reply["versions"]
         self.used: list[tuple[float, float]] = []
 
     def output(self) -> Array:
@@ -165,10 +184,26 @@ def export(name: str, job: Job) -> None:
 
 
 def _start(name: str, job: Job, said: Any, *mode: str) -> subprocess.Popen[str]:
-    command = [sys.executable, __file__, name, json.dumps(asdict(job)), *mode]
+    python = interpreter(_peer(name, job).environment)
+    command = [str(python), __file__, name, json.dumps(asdict(job)), *mode]
     # Inductor's usual folder would have what was compiled for others: first calls would not be first ones.
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(Path(job.folder, "inductor"))}
+    environment |= _CAPS.get(os.environ.get("DDPM_FAST_ISA", ""), {})
+    environment["PYTHONPATH"] = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True, env=environment)
+
+
+def _peer(name: str, job: Job) -> Any:
+    module, _, table = job.table.rpartition(".")
+    return getattr(importlib.import_module(module), table)[name]
+
+
+def _versions(modules: Iterable[str]) -> dict[str, str]:
+    versions = {}
+    for module in modules:
+        with suppress(PackageNotFoundError):
+            versions[module] = version(module)
+    return versions
 
 
 def _last_line(said: Any, status: int) -> str:
@@ -185,8 +220,7 @@ def serve(name: str, job: Job, mode: list[str]) -> None:
     def reply(**values: Any) -> None:
         print(json.dumps(values), file=replies, flush=True)
 
-    module, _, table = job.table.rpartition(".")
-    peer = getattr(importlib.import_module(module), table)[name]
+    peer = _peer(name, job)
     if mode == ["export"]:
         peer.export_once(job)
         return
@@ -194,7 +228,7 @@ def serve(name: str, job: Job, mode: list[str]) -> None:
     runner: Runner = peer.build(job)
     loaded = time.perf_counter()
     output = runner.call()
-    reply(**{"load": loaded - began, "first call": time.perf_counter() - loaded})
+    reply(**{"load": loaded - began, "first call": time.perf_counter() - loaded, "versions": _versions(peer.needs)})
     for line in sys.stdin:
         command, _, argument = line.strip().partition(" ")
         if command == "output":

@@ -29,6 +29,7 @@ py::dict build_info() {
   info["isa"] = isa_in_use();
   info["isas"] = compiled_isas();
   info["processor_isa"] = processor_isa();
+  info["processor"] = processor();
   info["amx_bf16"] = has_amx_bf16();
   info["cuda_archs"] = py::str(DDPM_FAST_CUDA_ARCHS).attr("split")();
   info["cuda_why_not"] = DDPM_FAST_CUDA_WHY_NOT;

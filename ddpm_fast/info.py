@@ -7,11 +7,20 @@ import os
 import platform
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from .ops import BACKENDS, OPS
-from .ops.backend import cuda_remedy, native, native_error, why_not_best_isa, why_not_native
+from .ops.backend import (
+    FULL_RATE_BFLOAT16,
+    cuda_remedy,
+    native,
+    native_error,
+    why_not_best_isa,
+    why_not_bfloat16_products,
+    why_not_native,
+)
 from .version import __version__
 
 
@@ -53,6 +62,15 @@ def _device_lines() -> Iterator[str]:
         yield "cuda: " + ("no device" if torch.version.cuda else "this build of torch has no CUDA")
 
 
+def _bfloat16_words(build: dict[str, Any]) -> str:
+    if build["amx_bf16"]:
+        return "by oneDNN, on this processor's matrix units"
+    reason = why_not_bfloat16_products()
+    if reason is not None:
+        return f"maps in bfloat16 and products in float32, because {reason}"
+    return f"products in bfloat16, at twice the rate of float32 on {FULL_RATE_BFLOAT16[build['processor']]}"
+
+
 def _native_lines() -> Iterator[str]:
     error = native_error()
     if error is not None:
@@ -61,6 +79,7 @@ def _native_lines() -> Iterator[str]:
     build = native().build_info()
     yield f"version {build['version']}, compiler {build['compiler']}, OpenMP {'yes' if build['openmp'] else 'no'}"
     yield f"instruction set {build['isa']}, of {', '.join(build['isas'])} (DDPM_FAST_ISA caps it)"
+    yield f"bfloat16 convolutions of a frozen network: {_bfloat16_words(build)}"
     slow = why_not_best_isa()
     if slow is not None:
         yield slow

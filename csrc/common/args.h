@@ -202,6 +202,7 @@ struct ConvArgs {
   const float* affine;   // the result of group_norm_affine; if absent, there is no norm and no act
   bool silu;             // act is SiLU; it needs affine
   const float* packed;   // weights in panels: see cpu/panel_product.h
+  DType packed_dtype;    // that of the maps, or float32: the dtype of products
   const float* bias;     // [out_channels]; may be absent
   const void* residual;  // [n, out_height, out_width, out_channels]; may be absent
   float divisor;
@@ -213,7 +214,7 @@ struct ConvArgs {
   int padding;         // zeros above and to the left; the size of the output decides those below and to the right
   bool upsample;       // repeat each pixel twice in both directions before the convolution
   StreamOrThreads stream_or_threads;
-  DDPM_FAST_FIELDS(dtype, y, x, skip, affine, silu, packed, bias, residual, divisor, n, height, width, channels,
+  DDPM_FAST_FIELDS(dtype, y, x, skip, affine, silu, packed, packed_dtype, bias, residual, divisor, n, height, width, channels,
                    skip_channels, out_height, out_width, out_channels, kernel, stride, padding, upsample,
                    stream_or_threads)
 };

@@ -28,6 +28,7 @@
   OP(group_norm_affine, GroupNormAffineArgs)     \
   OP(conv_direct, ConvArgs)                      \
   OP(conv_winograd, ConvArgs)                    \
+  OP(conv_winograd_large, ConvArgs)              \
   OP(conv_winograd_upsampled_gradient, ConvArgs) \
   OP(resample, ResampleArgs)                     \
   OP(attention, AttentionArgs)                   \
@@ -48,6 +49,7 @@
   OP(group_norm_affine, GroupNormAffineArgs) \
   OP(conv_direct, ConvArgs)                  \
   OP(conv_winograd, ConvArgs)                \
+  OP(conv_winograd_large, ConvArgs)          \
   OP(resample, ResampleArgs)                 \
   OP(attention, AttentionArgs)               \
   OP(reverse_step, ReverseStepArgs)          \

@@ -16,7 +16,8 @@ namespace ddpm_fast::DDPM_FAST_ISA {
 
 namespace {
 
-constexpr Index kKeys = 64;  // a divisor of kTermsInSum and a multiple of a vector
+constexpr Index kKeysInSum = 256;
+constexpr Index kKeys = 64;  // a divisor of kKeysInSum and a multiple of a vector
 
 template <class T>
 float sum_of_products(const T* a, const T* b, Index count) {
@@ -59,11 +60,11 @@ void gradients_of_head(const AttentionBackwardArgs& a, Index head) {
   const Index pixel_panels = panels_of(a.pixels), channel_panels = panels_of(a.head_dim);
   const Index across = pixel_panels * kPanel, wide = channel_panels * kPanel;
   const Index over_channels = panel_size<T>(a.head_dim), over_pixels = panel_size<T>(a.pixels);
-  const Index sums_size = a.pixels > kTermsInSum ? a.pixels * wide : 0;
+  const Index sums_size = a.pixels > kKeysInSum ? a.pixels * wide : 0;
   Scratch scratch(ScratchUse::kSlice, 2 * Scratch::bytes<float>(pixel_panels * over_channels) +
                                           3 * Scratch::bytes<float>(channel_panels * over_pixels) +
                                           3 * Scratch::bytes<float>(across) + 2 * Scratch::bytes<T>(kKeys * across) +
-                                          Scratch::bytes<T>(across * kTermsInSum) + Scratch::bytes<float>(sums_size));
+                                          Scratch::bytes<T>(across * kKeysInSum) + Scratch::bytes<float>(sums_size));
   float* q_pixels = scratch.take<float>(pixel_panels * over_channels);
   float* dy_pixels = scratch.take<float>(pixel_panels * over_channels);
   float* q_channels = scratch.take<float>(channel_panels * over_pixels);
@@ -74,7 +75,7 @@ void gradients_of_head(const AttentionBackwardArgs& a, Index head) {
   float* totals = scratch.take<float>(across);   // D
   T* weights = scratch.take<T>(kKeys * across);  // [key, query]
   T* dscores = scratch.take<T>(kKeys * across);  // [key, query]
-  T* dscores_down = scratch.take<T>(across * kTermsInSum);  // [query, key]
+  T* dscores_down = scratch.take<T>(across * kKeysInSum);  // [query, key]
   float* dq_sums = scratch.take<float>(sums_size);
 
   for (Index panel = 0; panel < pixel_panels; ++panel) {
@@ -120,7 +121,8 @@ void gradients_of_head(const AttentionBackwardArgs& a, Index head) {
       over_rows(0, count, [&](Index key, auto rows) {
         const T* inputs[rows()];
         for (int r = 0; r < rows(); ++r) inputs[r] = from + (key + r) * across;
-        const Sums<rows()> sums = product(inputs, packed + panel * over_pixels, round_up(a.pixels, kStep<T>));
+        Sums<rows()> sums{};
+        multiply(sums, inputs, packed + panel * over_pixels, round_up(a.pixels, kStep<T>));
         for (int r = 0; r < rows(); ++r) {
           store_channels(out[first + key + r] + panel * kPanel, sums.of[r], scale, a.head_dim - panel * kPanel);
         }
@@ -133,7 +135,7 @@ void gradients_of_head(const AttentionBackwardArgs& a, Index head) {
     for (Index panel = 0; panel < channel_panels; ++panel) {
       over_rows(0, a.pixels, [&](Index query, auto rows) {
         const T* inputs[rows()];
-        for (int r = 0; r < rows(); ++r) inputs[r] = dscores_down + (query + r) * kTermsInSum;
+        for (int r = 0; r < rows(); ++r) inputs[r] = dscores_down + (query + r) * kKeysInSum;
         Sums<rows()> sums{};
         multiply(sums, inputs, k_channels + panel * over_pixels + panel_size<T>(first),
                  round_up(end - first, kStep<T>));
@@ -151,14 +153,14 @@ void gradients_of_head(const AttentionBackwardArgs& a, Index head) {
     }
   };
 
-  for (Index first = 0; first < a.pixels; first += kTermsInSum) {
-    const Index end = smaller(first + kTermsInSum, a.pixels);
+  for (Index first = 0; first < a.pixels; first += kKeysInSum) {
+    const Index end = smaller(first + kKeysInSum, a.pixels);
     for (Index key = first; key < end; key += kKeys) {
       const Index count = smaller(kKeys, end - key);
       weights_and_dscores(key, count);
       sum_over_queries(dv, key, count, weights, dy_channels, 1);
       sum_over_queries(dk, key, count, dscores, q_channels, a.scale);
-      transpose_matrix(dscores_down + key - first, kTermsInSum, dscores, across, count, across);
+      transpose_matrix(dscores_down + key - first, kKeysInSum, dscores, across, count, across);
     }
     sum_over_keys(first, end);
   }

@@ -10,7 +10,6 @@
 namespace ddpm_fast::DDPM_FAST_ISA {
 
 constexpr float kLog2E = -kNegLog2E;
-constexpr Index kTermsInSum = 256;  // rounding errors grow with the length of a sum
 
 constexpr Index panels_of(Index lanes) { return (lanes + kPanel - 1) / kPanel; }
 
@@ -41,26 +40,38 @@ auto rows_of_y(const Args& a, Address* y, Index head) {
                        a.head_dim};
 }
 
-// Packs a panel whose lanes are pixels, for sums over channels.
-template <class T>
+// Loads a step of channels for each lane, as products of type P take them.
+template <class P, class T>
+DDPM_FAST_INLINE Floats load_steps(const T* from) {
+  if constexpr (std::is_same_v<P, T>) return load(reinterpret_cast<const float*>(from));
+  return load(from);
+}
+template <class P, class T>
+DDPM_FAST_INLINE Floats load_steps(const T* from, int steps) {
+  if constexpr (std::is_same_v<P, T>) return load(reinterpret_cast<const float*>(from), steps);
+  return load(from, steps);
+}
+
+// Packs a panel whose lanes are pixels, for sums over channels in products of type P.
+template <class P, class T>
 void pack_pixels(const Rows<const T>& rows, Index panel, float* to) {
   constexpr int width = kWidth<float>;
-  const Index all_words = rows.channels / kStep<T>;  // 32 bits of channels
+  const Index all_steps = rows.channels / kStep<P>;
   for (Index first = 0; first < kPanel; first += width) {
-    for (Index word = 0; word < all_words; word += width) {
-      const int words = static_cast<int>(smaller(width, all_words - word));
+    for (Index step = 0; step < all_steps; step += width) {
+      const int steps = static_cast<int>(smaller(width, all_steps - step));
       Floats square[width];
       for (int i = 0; i < width; ++i) {
         const Index pixel = panel * kPanel + first + i;
         if (pixel >= rows.pixels) {
           square[i] = Floats{};
         } else {
-          const float* from = reinterpret_cast<const float*>(rows[pixel]) + word;
-          square[i] = words == width ? load(from) : load(from, words);
+          const T* from = rows[pixel] + step * kStep<P>;
+          square[i] = steps == width ? load_steps<P>(from) : load_steps<P>(from, steps);
         }
       }
       transpose(square);
-      for (int i = 0; i < words; ++i) store(to + (word + i) * kPanel + first, square[i]);
+      for (int i = 0; i < steps; ++i) store(to + (step + i) * kPanel + first, square[i]);
     }
   }
 }
@@ -71,37 +82,51 @@ DDPM_FAST_INLINE Floats joined(const Floats (&rows)[2]) {  // a bfloat16 is the 
   return reinterpret_cast<Floats>(reinterpret_cast<Words>(rows[0]) >> 16 | reinterpret_cast<Words>(rows[1]));
 }
 
-// Packs pixels first .. end - 1 of all panels whose lanes are channels, for sums over pixels.
-template <class T>
+// Packs pixels first .. end - 1 of all panels whose lanes are channels, for sums over pixels in products of type P.
+template <class P, class T>
 void pack_channels(const Rows<const T>& rows, Index first, Index end, float* to) {
-  for (Index pixel = first; pixel < end; pixel += kStep<T>) {
+  for (Index pixel = first; pixel < end; pixel += kStep<P>) {
     for (Index c = 0; c < panels_of(rows.channels) * kPanel; c += kWidth<float>) {
       const Index lanes = rows.channels - c;
-      Floats step[kStep<T>] = {};
-      for (Index s = 0; s < smaller(kStep<T>, end - pixel) && lanes > 0; ++s) {
+      Floats step[kStep<P>] = {};
+      for (Index s = 0; s < smaller(kStep<P>, end - pixel) && lanes > 0; ++s) {
         const T* from = rows[pixel + s] + c;
         step[s] = lanes >= kWidth<float> ? load(from) : load(from, static_cast<int>(lanes));
       }
-      store(to + c / kPanel * panel_size<T>(rows.pixels) + pixel / kStep<T> * kPanel + c % kPanel, joined(step));
+      store(to + c / kPanel * panel_size<P>(rows.pixels) + pixel / kStep<P> * kPanel + c % kPanel, joined(step));
     }
   }
 }
 
-// Multiplies rows by a panel, in partial sums of kTermsInSum terms.
-template <class T, int rows>
-DDPM_FAST_INLINE Sums<rows> product(const T* const (&inputs)[rows], const float* panel, Index depth) {
-  Sums<rows> sums{};
-  for (Index first = 0; first < depth; first += kTermsInSum) {
-    const T* from[rows];
-    for (int r = 0; r < rows; ++r) from[r] = inputs[r] + first;
-    Sums<rows> part{};
-    multiply(part, from, panel + panel_size<T>(first), smaller(kTermsInSum, depth - first));
-    for (int r = 0; r < rows; ++r) {
-      for (int v = 0; v < kPanelVectors; ++v) sums.of[r][v] += part.of[r][v];
+// Rows first .. first + count - 1, as products of type P read them: where they are, or widened in a buffer.
+template <class P, class T>
+class ProductRows {
+ public:
+  ProductRows(const Rows<const T>& rows, Index first, Index count, P* buffer)
+      : rows_(rows), first_(first), buffer_(buffer) {
+    if constexpr (!std::is_same_v<P, T>) {
+      const Index channels = rows.channels, whole = channels / kWidth<float> * kWidth<float>;
+      const int rest = static_cast<int>(channels - whole);
+      for (Index i = 0; i < count; ++i, buffer += channels) {
+        for (Index c = 0; c < whole; c += kWidth<float>) store(buffer + c, load(rows[first + i] + c));
+        if (rest > 0) store(buffer + whole, load(rows[first + i] + whole, rest), rest);
+      }
     }
   }
-  return sums;
-}
+
+  const P* operator[](Index row) const {
+    if constexpr (std::is_same_v<P, T>) {
+      return rows_[first_ + row];
+    } else {
+      return buffer_ + row * rows_.channels;
+    }
+  }
+
+ private:
+  const Rows<const T> rows_;
+  Index first_;
+  const P* buffer_;
+};
 
 // Stores the sums of a panel times `factor` to a row. `channels` is the number of channels from `to` on.
 template <class T>

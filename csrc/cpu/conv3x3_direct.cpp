@@ -70,14 +70,15 @@ void sum_inside(const ConvArgs& a, const T* input, Index columns, Index top, Ind
   }
 }
 
-template <class T>
+// T: type of the maps. P: type of the packed weights.
+template <class T, class P>
 void run(const ConvArgs& a) {
   const int threads = a.stream_or_threads.threads(), phases = a.upsample ? 4 : 1;
   // The map whose pixels have sums: the small map with upsampling, the output otherwise.
   const Index height = a.upsample ? a.height : a.out_height, width = a.upsample ? a.width : a.out_width;
   constexpr Index kMaxStrip = 64, kPixelsInBlock = 96;
   const Index segments = (width + kMaxStrip - 1) / kMaxStrip, segment = (width + segments - 1) / larger(segments, 1);
-  const Index depth = round_up(a.channels + a.skip_channels, kStep<T>);
+  const Index depth = round_up(a.channels + a.skip_channels, kStep<P>);
   const Index taps = a.upsample ? 4 : a.kernel * a.kernel;
   // A strip is a row of one segment of one sample.
   const Index most_rows = larger(1, smaller(height, kPixelsInBlock / larger(1, segment)));
@@ -89,12 +90,12 @@ void run(const ConvArgs& a) {
       static_cast<double>(partition.strips * segment * phases * taps) * static_cast<double>(depth * a.out_channels);
   for_each_share(partition, multiplications, a.stream_or_threads, [&](const ConvShare& share) {
     const bool small = a.kernel == 3 && !a.upsample && height * width <= kMaxSmallMap;
-    Scratch scratch(ScratchUse::kSlice, Scratch::bytes<T>(most_input_rows * columns * depth) +
-                                            Scratch::bytes<const T*>(most * segment) +
+    Scratch scratch(ScratchUse::kSlice, Scratch::bytes<P>(most_input_rows * columns * depth) +
+                                            Scratch::bytes<const P*>(most * segment) +
                                             Scratch::bytes<Index>(most * segment) +
                                             Scratch::bytes<float>(small ? kMaxSmallMap * kPanel : 0));
-    T* input = scratch.take<T>(most_input_rows * columns * depth);
-    const T** inputs = scratch.take<const T*>(most * segment);
+    P* input = scratch.take<P>(most_input_rows * columns * depth);
+    const P** inputs = scratch.take<const P*>(most * segment);
     Index* pixels = scratch.take<Index>(most * segment);
     float* small_sums = scratch.take<float>(small ? kMaxSmallMap * kPanel : 0);
     // A block may cross the end of a segment. Each side is computed in turn.
@@ -117,7 +118,7 @@ void run(const ConvArgs& a) {
       for (Index p = share.first_panel; p < share.end_panel; ++p) {
         const Output<T> output(a, p);
         if (small) {
-          sum_inside(a, input, columns, top, rows, a.packed + p * taps * panel_size<T>(depth), depth, small_sums);
+          sum_inside(a, input, columns, top, rows, a.packed + p * taps * panel_size<P>(depth), depth, small_sums);
           for (Index i = 0; i < count; ++i) {
             for (int v = 0; v < kPanelVectors; ++v) {
               output.write(pixels[i], v, load(small_sums + i * kPanel + v * kWidth<float>));
@@ -127,15 +128,15 @@ void run(const ConvArgs& a) {
         }
         for (int phase = 0; phase < phases; ++phase) {
           const Taps at = taps_of(a, phase, columns, depth);
-          const float* weights = a.packed + (p * phases + phase) * taps * panel_size<T>(depth);
+          const float* weights = a.packed + (p * phases + phase) * taps * panel_size<P>(depth);
           const Index offset = phase / 2 * a.out_width + phase % 2;
           with_vectors(a.out_channels - p * kPanel, [&](auto vectors) {
             over_rows(0, count, [&](Index pixel, auto rows_at_once) {
               Sums<rows_at_once(), vectors()> sums{};
               for (int tap = 0; tap < at.count; ++tap) {
-                const T* from[rows_at_once()];
+                const P* from[rows_at_once()];
                 for (int r = 0; r < rows_at_once(); ++r) from[r] = inputs[pixel + r] + at.offset[tap];
-                multiply(sums, from, weights + tap * panel_size<T>(depth), depth);
+                multiply(sums, from, weights + tap * panel_size<P>(depth), depth);
               }
               for (int r = 0; r < rows_at_once(); ++r) {
                 for (int v = 0; v < vectors(); ++v) output.write(pixels[pixel + r] + offset, v, sums.of[r][v]);
@@ -158,7 +159,8 @@ void conv_direct(const ConvArgs& args) {
     a.out_width *= a.out_height;
     a.height = a.out_height = 1;
   }
-  with_conv_type(a.dtype, [&](auto type) { run<decltype(type)>(a); });
+  with_conv_types(a.dtype, a.packed_dtype,
+                  [&](auto type, auto product) { run<decltype(type), decltype(product)>(a); });
 }
 
 }  // namespace ddpm_fast::DDPM_FAST_ISA

@@ -1,5 +1,6 @@
 // Winograd's algorithms (see winograd_transforms.h) for three convolutions:
-//   conv_winograd: 3x3, stride 1
+//   conv_winograd: 3x3, stride 1, by F(2x2, 3x3)
+//   conv_winograd_large: the same by F(4x4, 3x3), with products in float32
 //   conv_winograd with upsample: the same after an upsampling by 2
 //   conv_winograd_upsampled_gradient: from the gradient of the latter's output to the gradient of the small map
 //
@@ -15,28 +16,6 @@
 namespace ddpm_fast::DDPM_FAST_ISA {
 
 namespace {
-
-// The geometry of a tile. Each side is that of a square.
-//   kTile: side of a tile of the input
-//   kAdvance: pixels from tile to tile
-//   kSide: side of the transformed values
-//   kSumsSide: side of the sums, which become 2x2 pixels of the output
-//   kOutputs: phases of the output
-//   kScale: pixels from one pixel of a phase to the next
-//   kTerms: products of a sum, one for each phase of the input
-//   kPhaseApart: transformed values from phase to phase
-struct PlainTile {
-  static constexpr int kTile = 4, kAdvance = 2, kSide = 4, kSumsSide = 4;
-  static constexpr int kOutputs = 1, kScale = 1, kTerms = 1, kPhaseApart = 0;
-};
-struct UpsampledTile {
-  static constexpr int kTile = 4, kAdvance = 2, kSide = 5, kSumsSide = 3;
-  static constexpr int kOutputs = 4, kScale = 2, kTerms = 1, kPhaseApart = 2;
-};
-struct UpsampledGradientTile {
-  static constexpr int kTile = 6, kAdvance = 4, kSide = 6, kSumsSide = 3;
-  static constexpr int kOutputs = 1, kScale = 1, kTerms = 4, kPhaseApart = 3;
-};
 
 // A ring of the rows of input of a strip. Strips that follow each other downwards share two rows.
 template <class T, class Kind>
@@ -82,7 +61,7 @@ DDPM_FAST_INLINE void transform_tiles(const Ring<T, Kind>& ring, const Strip& st
     const auto transform_column = [&](Index column, Floats(&out)[side]) {
       Floats pixels[columns];
       for (int i = 0; i < columns; ++i) pixels[i] = load(rows[i] + column * depth + c);
-      transform_input(pixels, out);
+      Kind::input(pixels, out);
     };
     for (int j = 0; j < 2; ++j) transform_column(j, half[advance + j]);
     for (Index tile = 0; tile < strip.tiles; ++tile) {
@@ -93,7 +72,7 @@ DDPM_FAST_INLINE void transform_tiles(const Ring<T, Kind>& ring, const Strip& st
       for (int i = 0; i < side; ++i) {
         Floats row[columns], values[side];
         for (int j = 0; j < columns; ++j) row[j] = half[j][i];
-        transform_input(row, values);
+        Kind::input(row, values);
         for (int j = 0; j < side; ++j) put(tile, c, side * i + j, values[j]);
       }
     }
@@ -105,21 +84,22 @@ DDPM_FAST_INLINE void transform_tiles(const Ring<T, Kind>& ring, const Strip& st
 template <class Kind, int vectors, class T>
 DDPM_FAST_INLINE void transform_output(const ConvArgs& a, const Output<T>& output, const float* sums, Index pixel,
                                        Index rows, Index columns) {
-  constexpr int side = Kind::kSumsSide, scale = Kind::kScale;
+  constexpr int side = Kind::kSumsSide, out = Kind::kOut, scale = Kind::kScale;
   for (int v = 0; v < vectors; ++v) {
-    Floats half[2][side];
+    Floats half[out][side];
     for (int j = 0; j < side; ++j) {
-      Floats m[side], y[2];
+      Floats m[side], y[out];
       for (int i = 0; i < side; ++i) m[i] = load(sums + (side * i + j) * kPanel + v * kWidth<float>);
-      transform_sums(m, y);
-      for (int i = 0; i < 2; ++i) half[i][j] = y[i];
+      Kind::sums(m, y);
+      for (int i = 0; i < out; ++i) half[i][j] = y[i];
     }
-    for (int i = 0; i < 2; ++i) {
+    for (int i = 0; i < out; ++i) {
       if (i >= rows) break;
-      Floats y[2];
-      transform_sums(half[i], y);
-      output.write(pixel + i * scale * a.out_width, v, y[0]);
-      if (columns > 1) output.write(pixel + i * scale * a.out_width + scale, v, y[1]);
+      Floats y[out];
+      Kind::sums(half[i], y);
+      for (int j = 0; j < out; ++j) {
+        if (j < columns) output.write(pixel + (i * a.out_width + j) * scale, v, y[j]);
+      }
     }
   }
 }
@@ -139,7 +119,7 @@ struct Products {
 };
 
 // This function is not inlined, so that it is compiled once for all kinds of tiles.
-template <int vectors, class T, int terms>
+template <int parts, int vectors, class T, int terms>
 DDPM_FAST_NOINLINE void multiply_tiles(const Products<T, terms>& products) {
   const Products<T, terms> p = products;  // a copy, which no store can change
   const Index matrix = panel_size<T>(p.depth), term_apart = p.side * p.side * matrix;
@@ -148,10 +128,12 @@ DDPM_FAST_NOINLINE void multiply_tiles(const Products<T, terms>& products) {
     const float* weights = p.weights + position * matrix;
     over_rows(0, p.count, [&](Index tile, auto rows) {
       Sums<rows(), vectors> product{};
-      for (int term = 0; term < terms; ++term) {
+      // The rows of a block together prefetch the next position's weights.
+      const float* next = weights + matrix + smaller(tile / kRows, parts - 1) * matrix / parts;
+      for (int term = 0; term < terms; ++term, next += term_apart) {
         const T* inputs[rows()];
         for (int r = 0; r < rows(); ++r) inputs[r] = p.inputs[term] + at + (tile + r) * p.tile_apart;
-        multiply(product, inputs, weights + term * term_apart, p.depth);
+        multiply<kPanelVectors / parts>(product, inputs, weights + term * term_apart, p.depth, next);
       }
       for (int r = 0; r < rows(); ++r) {
         float* to = p.sums + (tile + r) * p.sums_apart + position * kPanel;
@@ -161,15 +143,16 @@ DDPM_FAST_NOINLINE void multiply_tiles(const Products<T, terms>& products) {
   }
 }
 
-template <class T, class Kind>
+// T: type of the maps. P: type of the packed weights and the transformed values.
+template <class T, class P, class Kind>
 void run(const ConvArgs& a) {
   constexpr int positions = Kind::kSumsSide * Kind::kSumsSide;
   constexpr Index transformed_values = Kind::kSide * Kind::kSide;
-  const Tiles tiles(a.out_height / Kind::kScale, a.out_width / Kind::kScale);
+  const Tiles tiles(a.out_height / Kind::kScale, a.out_width / Kind::kScale, Kind::kOut);
   const int threads = a.stream_or_threads.threads();
   // Only the buffers have whole vectors.
-  const Index depth = round_up(a.channels + a.skip_channels, kStep<T>), wide = round_up(depth, kWidth<float>);
-  const Index tile_bytes = transformed_values * wide * static_cast<Index>(sizeof(T));
+  const Index depth = round_up(a.channels + a.skip_channels, kStep<P>), wide = round_up(depth, kWidth<float>);
+  const Index tile_bytes = transformed_values * wide * static_cast<Index>(sizeof(P));
   // A block has many tiles, because each reads all weights. It has few enough for the second-level cache, and few
   // enough for every thread to get a block.
   constexpr Index kTransformedBytes = 1 << 20, kFewest = 24;
@@ -188,10 +171,10 @@ void run(const ConvArgs& a) {
 
   for_each_share(partition, multiplications, a.stream_or_threads, [&](const ConvShare& share) {
     Scratch scratch(ScratchUse::kSlice, Scratch::bytes<float>(Ring<T, Kind>::size(tiles, wide)) +
-                                            Scratch::bytes<T>(transformed_values * apart) +
+                                            Scratch::bytes<P>(transformed_values * apart) +
                                             Scratch::bytes<float>(most * kSums));
     Ring<T, Kind> ring(a, tiles, wide, scratch.take<float>(Ring<T, Kind>::size(tiles, wide)));
-    T* transformed = scratch.take<T>(transformed_values * apart);
+    P* transformed = scratch.take<P>(transformed_values * apart);
     float* sums = scratch.take<float>(most * kSums);
 
     Index count = 0;
@@ -210,17 +193,19 @@ void run(const ConvArgs& a) {
       with_vectors(a.out_channels - panel * kPanel, [&](auto vectors) {
         const Output<T> output(a, panel);
         for (int phase = 0; phase < Kind::kOutputs; ++phase) {
-          const float* weights = a.packed + (panel * kMatrices + phase * positions) * panel_size<T>(depth);
-          Products<T, Kind::kTerms> products{{},    Kind::kSide * apart, apart,   wide, count,
+          const float* weights = a.packed + (panel * kMatrices + phase * positions) * panel_size<P>(depth);
+          Products<P, Kind::kTerms> products{{},    Kind::kSide * apart, apart,   wide, count,
                                              depth, Kind::kSumsSide,     weights, sums, kSums};
           for (int term = 0; term < Kind::kTerms; ++term) products.inputs[term] = inputs_of(phase + term);
-          multiply_tiles<vectors()>(products);
+          count > 3 * kRows   ? multiply_tiles<kPanelVectors, vectors()>(products)
+          : count > kRows ? multiply_tiles<2, vectors()>(products)
+                          : multiply_tiles<1, vectors()>(products);
           const float* from = sums;
           for (Index s = share.first_strip; s < share.end_strip; ++s) {
             const Strip strip(tiles, s);
-            const Index top = 2 * strip.down, row = strip.sample * a.out_height + top * Kind::kScale + phase / 2;
+            const Index top = Kind::kOut * strip.down, row = strip.sample * a.out_height + top * Kind::kScale + phase / 2;
             for (Index tile = 0; tile < strip.tiles; ++tile, from += kSums) {
-              const Index left = 2 * (strip.first + tile);
+              const Index left = Kind::kOut * (strip.first + tile);
               transform_output<Kind, vectors()>(a, output, from, row * a.out_width + left * Kind::kScale + phase % 2,
                                                 a.out_height / Kind::kScale - top, a.out_width / Kind::kScale - left);
             }
@@ -234,14 +219,19 @@ void run(const ConvArgs& a) {
 }  // namespace
 
 void conv_winograd(const ConvArgs& a) {
-  with_conv_type(a.dtype, [&](auto type) {
+  with_conv_types(a.dtype, a.packed_dtype, [&](auto type, auto product) {
     using T = decltype(type);
-    a.upsample ? run<T, UpsampledTile>(a) : run<T, PlainTile>(a);
+    using P = decltype(product);
+    a.upsample ? run<T, P, UpsampledTile>(a) : run<T, P, SmallTile>(a);
   });
 }
 
+void conv_winograd_large(const ConvArgs& a) {
+  with_conv_type(a.dtype, [&](auto type) { run<decltype(type), float, LargeTile>(a); });
+}
+
 void conv_winograd_upsampled_gradient(const ConvArgs& a) {
-  with_conv_type(a.dtype, [&](auto type) { run<decltype(type), UpsampledGradientTile>(a); });
+  with_conv_type(a.dtype, [&](auto type) { run<decltype(type), decltype(type), UpsampledGradientTile>(a); });
 }
 
 }  // namespace ddpm_fast::DDPM_FAST_ISA

@@ -45,7 +45,7 @@ void read_taps(const PackWinogradArgs& a, Index first, Index first_out, Index ou
 }
 
 // side: side of the square of transformed weights.
-template <class T, int side>
+template <class T, class Kind, int side>
 void pack(const PackWinogradArgs& a) {
   const Index panels = (a.out_channels + kPanel - 1) / kPanel, size = panel_size<T>(a.channels);
   const Index chunks = (a.channels + kWidth<float> - 1) / kWidth<float>;
@@ -61,14 +61,14 @@ void pack(const PackWinogradArgs& a) {
           for (int j = 0; j < 3; ++j) {
             Floats column[3];
             for (int k = 0; k < 3; ++k) column[k] = load(taps[c + s][3 * k + j] + v * kWidth<float>);
-            transform_weights(column, all[s][j]);
+            Kind::weights(column, all[s][j]);
           }
         }
         for (int row = 0; row < side; ++row) {
           Floats out[kStep<T>][side];
           for (int s = 0; s < kStep<T>; ++s) {
             const Floats values[3] = {all[s][0][row], all[s][1][row], all[s][2][row]};
-            transform_weights(values, out[s]);
+            Kind::weights(values, out[s]);
           }
           for (int column = 0; column < side; ++column) {
             Floats values[kStep<T>];
@@ -95,7 +95,7 @@ void pack_winograd(const PackWinogradArgs& args) {
   }
   with_conv_type(a.dtype, [&](auto type) {
     using T = decltype(type);
-    a.upsample ? pack<T, 6>(a) : pack<T, 4>(a);
+    a.upsample ? pack<T, UpsampledTile, 6>(a) : pack<T, SmallTile, 4>(a);
   });
 }
 

@@ -153,6 +153,7 @@ DDPM_FAST_INLINE void put_columns(const Floats (&values)[tiles][columns], Put pu
 //   kMostInputs, kMostOutputs: most channels of a task
 //   kMostSums: most input channels times output channels of a task, for 512 or 384 KB of sums
 struct PlainRows {
+  using Tile = SmallTile;
   static constexpr int kSide = 4, kInputs = 4, kScale = 1;
   static constexpr Index kMostInputs = 256, kMostOutputs = 256, kMostSums = 1 << 15;
   static constexpr int input_of(int j) { return j; }
@@ -184,6 +185,7 @@ struct PlainRows {
 
 // Each phase has three rows: its first, the sum and its last.
 struct UpsampledRows {
+  using Tile = UpsampledTile;
   static constexpr int kSide = 6, kInputs = 5, kScale = 2;
   static constexpr Index kMostInputs = 256, kMostOutputs = 128, kMostSums = 1 << 14;
   static constexpr int input_of(int j) { return j / 3 * 2 + j % 3; }
@@ -234,7 +236,7 @@ void transform_inputs(const Map<T>& map, const Strip& strip, int row, Index step
       for (int s = 0; s < at_once; ++s) {
         if (!inside() && step * at_once + s >= strip.tiles) break;
         const Floats tile[4] = {columns[2 * s], columns[2 * s + 1], columns[2 * s + 2], columns[2 * s + 3]};
-        transform_input(tile, values[s]);
+        Kind::Tile::input(tile, values[s]);
       }
       put_columns(values, [&](int j, const auto& neighbours) { put(step, c, j, neighbours); });
     });
@@ -309,7 +311,7 @@ void weight_gradients(const ConvWinogradWeightGradientArgs& a) {
   constexpr int side = Kind::kSide;
   constexpr Index kStepsInBlock = 64;  // few terms per sum, and a panel of them stays in the first-level cache
   const int threads = a.stream_or_threads.threads();
-  const Tiles tiles(a.height, a.width);
+  const Tiles tiles(a.height, a.width, Kind::Tile::kOut);
   const Index strips = a.n * tiles.segments * tiles.down, steps_in_strip = (tiles.in_strip + kStep<T> - 1) / kStep<T>;
   const Index strips_in_block = larger(1, kStepsInBlock / larger(1, steps_in_strip)),
               most = strips_in_block * steps_in_strip;
@@ -384,7 +386,7 @@ void weight_gradients(const ConvWinogradWeightGradientArgs& a) {
         Floats m[side], g[3];
         const Index at = (c / kPanel * partition.out_size + out) * kPanel + c % kPanel;
         for (int j = 0; j < side; ++j) m[j] = load(product + j * product_size + at);
-        transform_weights_back(m, g);
+        Kind::Tile::weights_back(m, g);
         float* to = sums + (3 * row * a.out_channels + gradient.first_channel + out) * depth + input.first_channel + c;
         for (int j = 0; j < 3; ++j) store(to + j * a.out_channels * depth, g[j]);
       }
@@ -400,7 +402,7 @@ void weight_gradients(const ConvWinogradWeightGradientArgs& a) {
       for (int j = 0; j < 3; ++j) {
         Floats m[side], g[3];
         for (int i = 0; i < side; ++i) m[i] = load(sums + ((3 * i + j) * a.out_channels + out) * depth + c);
-        transform_weights_back(m, g);
+        Kind::Tile::weights_back(m, g);
         for (int i = 0; i < 3; ++i) {
           store<partial()>(a.grad_weight + (out * 9 + 3 * i + j) * a.channels + c, g[i], lanes);
         }

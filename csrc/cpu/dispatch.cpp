@@ -110,6 +110,21 @@ bool has_amx_bf16() {
 #endif
 }
 
+std::string processor() {
+  std::string name;
+#ifdef DDPM_FAST_X86
+  unsigned eax, words[3], unused;
+  if (__get_cpuid(0, &eax, &words[0], &words[2], &words[1]) == 0) return name;  // the vendor is in ebx, edx, ecx
+  for (const unsigned word : words) {
+    for (int i = 0; i < 4; ++i) name += static_cast<char>(word >> 8 * i & 0xFF);
+  }
+  __get_cpuid(1, &eax, &unused, &unused, &unused);
+  const unsigned base = eax >> 8 & 0xF;
+  name += ' ' + std::to_string(base == 0xF ? base + (eax >> 20 & 0xFF) : base);
+#endif
+  return name;
+}
+
 const Kernels& cpu_kernels() {
   static const Kernels kernels = best().kernels();
   return kernels;

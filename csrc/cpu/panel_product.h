@@ -31,6 +31,20 @@ constexpr Index kAhead = 64;
 template <class T>
 constexpr int kStep = std::is_same_v<T, BFloat16> ? 2 : 1;
 
+// Input channels whose products are summed one after the other. Longer sums are sums of these, because the rounding error
+// grows with the number of terms.
+template <class T>
+constexpr Index kChain = std::is_same_v<T, BFloat16> ? 256 : 64;
+
+// The type in which products of T are fastest.
+#if defined(__AVX512BF16__)
+template <class T>
+using ProductType = T;
+#else
+template <class T>
+using ProductType = float;
+#endif
+
 // Sums of `rows` rows for the first vectors of a panel.
 template <int rows, int vectors = kPanelVectors>
 struct Sums {
@@ -55,22 +69,31 @@ DDPM_FAST_INLINE Floats multiply_add(const BFloat16* a, Floats b, Floats sum) {
 }
 
 //   sums += inputs * panel
+// Prefetches `lines` vectors from `ahead` on in each step.
+//
 // depth: input channels, a multiple of kStep<T>.
+template <int lines, class T, int rows, int vectors>
+DDPM_FAST_INLINE void multiply(Sums<rows, vectors>& sums, const T* const (&inputs)[rows], const float* panel,
+                               Index depth, const float* ahead) {
+  for (Index first = 0; first < depth; first += kChain<T>) {
+    Sums<rows, vectors> local{};  // in registers
+    for (Index k = first; k < smaller(depth, first + kChain<T>); k += kStep<T>, panel += kPanel) {
+      Floats weights[vectors];
+      for (int line = 0; line < lines; ++line, ahead += kWidth<float>) __builtin_prefetch(ahead, 0, 2);
+      for (int v = 0; v < vectors; ++v) weights[v] = load(panel + v * kWidth<float>);
+      for (int r = 0; r < rows; ++r) {
+        for (int v = 0; v < vectors; ++v) local.of[r][v] = multiply_add(inputs[r] + k, weights[v], local.of[r][v]);
+      }
+    }
+    for (int r = 0; r < rows; ++r) {
+      for (int v = 0; v < vectors; ++v) sums.of[r][v] += local.of[r][v];
+    }
+  }
+}
 template <class T, int rows, int vectors>
 DDPM_FAST_INLINE void multiply(Sums<rows, vectors>& sums, const T* const (&inputs)[rows], const float* panel,
                                Index depth) {
-  Sums<rows, vectors> local = sums;  // in registers
-  for (Index k = 0; k < depth; k += kStep<T>, panel += kPanel) {
-    Floats weights[vectors];
-    for (int v = 0; v < vectors; ++v) {
-      __builtin_prefetch(panel + kAhead * kPanel + v * kWidth<float>);
-      weights[v] = load(panel + v * kWidth<float>);
-    }
-    for (int r = 0; r < rows; ++r) {
-      for (int v = 0; v < vectors; ++v) local.of[r][v] = multiply_add(inputs[r] + k, weights[v], local.of[r][v]);
-    }
-  }
-  sums = local;
+  multiply<vectors>(sums, inputs, panel, depth, panel + kAhead * kPanel);
 }
 
 // Calls body(integral_constant<int, vectors>). `vectors` is 1 if `outs` output channels fit one vector, and all vectors

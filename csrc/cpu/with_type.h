@@ -26,4 +26,10 @@ void with_conv_type(DType dtype, Body body) {
   dtype == DType::kBFloat16 ? body(BFloat16{}) : body(float{});  // Python passes no other dtypes
 }
 
+// Calls body(T{}, P{}) for the dtype of maps and that of packed weights, which is the same or float32.
+template <class Body>
+void with_conv_types(DType maps, DType packed, Body body) {
+  with_conv_type(maps, [&](auto type) { maps == packed ? body(type, type) : body(type, float{}); });
+}
+
 }  // namespace ddpm_fast::DDPM_FAST_ISA

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.attention import attention_op
+from ..ops.backend import product_dtype
 from ..ops.group_norm_affine import group_norm_affine_op
 from ..ops.modes import runs_eagerly
-from ..ops.packed_conv import conv_ops, float_bias, pack_weights, step_of, suits_winograd
+from ..ops.packed_conv import conv_ops, float_bias, method_of, pack_weights, step_of
 from ..ops.resample import resample_op
 from .network import Conv, Norm, Resample, SelfAttention
 from .program import Buffer, Builder, Value
@@ -36,11 +37,12 @@ class PackedLayers:
     programs of a network share them.
 
     Args:
-        dtype: Dtype of feature maps and packed weights, float32 or bfloat16.
+        dtype: Dtype of feature maps, float32 or bfloat16.
+        products: Dtype of packed weights, that of feature maps or float32. None: the one that this CPU multiplies fastest.
     """
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self._dtype = dtype
+    def __init__(self, dtype: torch.dtype, products: torch.dtype | None = None) -> None:
+        self._dtype, self._products = dtype, product_dtype(dtype) if products is None else products
         self._packed: dict[tuple[Conv, str, bool], tuple[Tensor, Tensor | None]] = {}
         self._padded: dict[SelfAttention, tuple[Conv, Conv]] = {}
 
@@ -93,9 +95,8 @@ class PackedLayers:
         x, skip = _pair(maps)
         n, _, height, width = x.shape
         upsample = resample == "up"
-        if conv.kernel == 3 and conv.stride == 1:
-            worth = suits_winograd(n, height, width) and min(conv.weight.shape[:2]) >= WINOGRAD_CHANNELS
-            method = "winograd" if worth else "direct"
+        if conv.kernel == 3 and conv.stride == 1 and min(conv.weight.shape[:2]) >= WINOGRAD_CHANNELS:
+            method = method_of(n, height, width, self._products, upsample=upsample)
         else:
             method = "direct"
         packed, bias = self._weights(conv, method, upsample)
@@ -148,7 +149,7 @@ class PackedLayers:
     def _weights(self, conv: Conv, method: str, upsample: bool) -> tuple[Tensor, Tensor | None]:
         key = (conv, method, upsample)
         if key not in self._packed:
-            packed = _in_huge_pages(pack_weights(conv.weight, method, self._dtype, upsample=upsample))
+            packed = _in_huge_pages(pack_weights(conv.weight, method, self._products, upsample=upsample))
             self._packed[key] = (packed, None if conv.bias is None else float_bias(conv.bias))
         return self._packed[key]
 

@@ -16,7 +16,7 @@ from ..dtypes import opmath
 from ..errors import InvalidType, InvalidValue
 from .arguments import check_like
 from .autocast import autocast
-from .backend import MATRIX_DTYPES, has_fast_bfloat16, why_not_matrix_kernels
+from .backend import MATRIX_DTYPES, has_bfloat16_instructions, product_dtype, why_not_matrix_kernels
 from .derivative import gradients_of
 from .fused_op import FusedOp
 from .modes import is_transformed, runs_eagerly
@@ -128,7 +128,7 @@ def _native(results: Any, a: Any) -> None:
         channels = a.weight.shape[1]
         affine = torch.tensor([0.0, 1.0, 0.0], device=x.device)[None, :, None].expand(len(x), 3, channels).contiguous()
     method = "winograd" if suits_winograd(x.shape[0], *x.shape[2:]) else "direct"
-    packed = pack_weights(a.weight, method, x.dtype, upsample=a.upsample)
+    packed = pack_weights(a.weight, method, product_dtype(x.dtype), upsample=a.upsample)
     bias = None if a.bias is None else float_bias(a.bias)
     out = (results.y,) if results.y.is_contiguous(memory_format=_CHANNELS_LAST) else ()
     y = conv_ops[method].run(
@@ -153,7 +153,8 @@ def _backward(a: Any, results: Any, grads: Any, needs: Any) -> dict[str, Tensor 
         return gradients | _gradients_by_reference(a, grad, needs)
     grad = divided
     if needs.x:
-        packed = pack_winograd_op(a.weight.detach().float(), a.x.dtype, True, a.upsample)
+        dtype = a.x.dtype if a.upsample else product_dtype(a.x.dtype)
+        packed = pack_winograd_op(a.weight.detach().float(), dtype, True, a.upsample)
         kernel = conv_ops["winograd_upsampled_gradient" if a.upsample else "winograd"]
         gradients["x"] = kernel(grad, None, None, False, packed, None, None, 1.0, False, *a.x.shape[1:], 3, 1, 1)
     if needs.weight or needs.bias:
@@ -187,7 +188,7 @@ def is_trained_natively(dtype: torch.dtype, *tensors: Tensor | None) -> bool:
         and any(tensor.requires_grad for tensor in given)
         and all(tensor.is_cpu and tensor.dtype in MATRIX_DTYPES for tensor in given)
         and why_not_matrix_kernels(given[0].device, dtype) is None
-        and (dtype == torch.float32 or has_fast_bfloat16())
+        and (dtype == torch.float32 or has_bfloat16_instructions())
     )
 
 

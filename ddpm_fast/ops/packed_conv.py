@@ -1,10 +1,11 @@
 """Convolutions on packed weights, which `conv3x3` and the frozen network call on CPUs.
 
-The kernels are direct sums or Winograd's F(2x2, 3x3) (Lavin and Gray 2016).
+The kernels are direct sums or Winograd's F(2x2, 3x3) and F(4x4, 3x3) (Lavin and Gray 2016).
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, Final
 
 import torch
@@ -14,18 +15,48 @@ from torch import Tensor
 from .backend import native, why_not_matrix_kernels
 from .fused_op import FusedOp
 
-# Fewest 2x2 tiles of a batch for which Winograd's method is faster than the direct sum. It reads 16/9 of the weights, or
-# 36/16 after an upsampling.
+# Fewest tiles of a batch for which F(2x2, 3x3) is faster than the direct sum, and F(4x4, 3x3) faster than F(2x2, 3x3). The
+# former reads 16/9 of the direct sum's weights, or 36/16 after an upsampling, and the latter 36/9. With fewer tiles a layer
+# takes the time to read its weights.
 WINOGRAD_TILES: Final = 8
 
 _CHANNELS_LAST: Final = torch.channels_last
+# G of F(4x4, 3x3), as csrc/cpu/winograd_transforms.h evaluates polynomials: a row has the powers of a point, divided by its
+# distances from the other points.
+_POINTS: Final = (0.0, 0.625, -0.625, 1.5, -1.5)
+_LARGE: Final = torch.tensor(
+    [[p**k / math.prod(p - q for q in _POINTS if q != p) for k in range(3)] for p in _POINTS] + [[0.0, 0.0, 1.0]],
+    dtype=torch.float64,
+    device="cpu",
+)
 # The input row, of two, that each of three taps reads after upsampling by 2: for even and for odd output rows.
 _UPSAMPLED: Final = torch.tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], dtype=torch.float64, device="cpu")
 
 
 def suits_winograd(n: int, height: int, width: int) -> bool:
     """Return whether n maps of this size are so large that Winograd's method is faster than the direct sum."""
-    return n * ((height + 1) // 2) * ((width + 1) // 2) >= WINOGRAD_TILES
+    return _tiles(n, height, width, 2) >= WINOGRAD_TILES
+
+
+def _tiles(n: int, height: int, width: int, side: int) -> int:
+    return n * math.ceil(height / side) * math.ceil(width / side)
+
+
+def method_of(n: int, height: int, width: int, products: torch.dtype, *, upsample: bool) -> str:
+    """Return the method by which a frozen network computes a 3x3 convolution of stride 1 fastest.
+
+    - "direct", if n maps have fewer than 8 tiles of 2x2 pixels.
+    - "winograd_large", F(4x4, 3x3), for products in float32, if they have at least 8 tiles of 4x4 pixels, and these are at
+      most a third of the 2x2 tiles: maps of 5x5, 6x6 and 9x9 pixels fill theirs badly. In bfloat16 its transforms would
+      cost accuracy, and F(2x2, 3x3) is as fast where bfloat16 has twice the products. After an upsampling
+      F(2x2, 2x2) of each phase needs no more multiplications.
+    - "winograd", F(2x2, 3x3), or F(2x2, 2x2) of each phase, otherwise.
+    """
+    if not suits_winograd(n, height, width):
+        return "direct"
+    small, large = (_tiles(n, height, width, side) for side in (2, 4))
+    suits_large = products == torch.float32 and not upsample and large >= WINOGRAD_TILES and 3 * large <= small
+    return "winograd_large" if suits_large else "winograd"
 
 
 def step_of(dtype: torch.dtype) -> int:
@@ -43,7 +74,7 @@ def pack_weights(weight: Tensor, method: str, dtype: torch.dtype, *, upsample: b
         weight: [out, in, k, k].
         method: "direct": taps are the k k pixels of the kernel. With `upsample`, they are the 4 pixels of the
             small map behind each pixel of a 2x2 output square. "winograd": G g G^T for k = 3, in 16 taps.
-            With `upsample`, 36: four phases of 9.
+            With `upsample`, 36: four phases of 9. "winograd_large": the same in 36 taps.
         dtype: Dtype of the result, float32 or bfloat16.
         upsample: Pack for a convolution after an upsampling by 2.
     """
@@ -51,7 +82,9 @@ def pack_weights(weight: Tensor, method: str, dtype: torch.dtype, *, upsample: b
         packed: Tensor = pack_winograd_op(weight.detach().float(), dtype, False, upsample)
         return packed
     wide = weight.detach().double()
-    if upsample:
+    if method == "winograd_large":
+        taps = torch.einsum("pk,ql,oikl->pqio", _LARGE, _LARGE, wide).flatten(0, 1)
+    elif upsample:
         taps = torch.einsum("pak,qbl,oikl->pqabio", _UPSAMPLED, _UPSAMPLED, wide).flatten(0, 3)
     else:
         taps = wide.permute(2, 3, 1, 0).flatten(0, 1)
@@ -115,9 +148,10 @@ def _kernel(method: str) -> FusedOp:
     )
 
 
-# "direct" takes kernels of 1x1 and 3x3 and strides 1 and 2, "winograd" 3x3 and stride 1. The third maps the gradient of an
+# "direct" takes kernels of 1x1 and 3x3 and strides 1 and 2, "winograd" 3x3 and stride 1, and "winograd_large" no upsampling
+# either and weights that are packed in float32. The fourth maps the gradient of an
 # upsampled convolution's output to that of its small input. Its weights are packed flipped, with `upsample`.
-METHODS: Final = ("direct", "winograd", "winograd_upsampled_gradient")
+METHODS: Final = ("direct", "winograd", "winograd_large", "winograd_upsampled_gradient")
 conv_ops: Final = {method: _kernel(method) for method in METHODS}
 
 weight_gradient_op = FusedOp(

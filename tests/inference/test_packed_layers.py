@@ -17,8 +17,9 @@ from ddpm_fast.inference.network import Conv, Norm, Resample, SelfAttention
 from ddpm_fast.inference.packed_layers import PackedLayers
 from ddpm_fast.inference.program import Buffer, Builder, NativeProgram, PythonProgram
 from ddpm_fast.nn.layers import Attention
-from ddpm_fast.ops import backend, packed_conv
+from ddpm_fast.ops import backend
 from ddpm_fast.ops.backend import MATRIX_DTYPES
+from ddpm_fast.ops.packed_conv import method_of
 
 pytestmark = [
     pytest.mark.skipif(backend.native_error() is not None, reason="there is no compiled module"),
@@ -38,6 +39,8 @@ SHAPES = [
     (5, 130, 0, 33, 2, 6),
     (1, 64, 0, 130, 20, 18),
 ]
+# Dtypes of feature maps and of products.
+TYPES = [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)]
 # kernel, stride, asymmetric padding, resampling.
 CONVOLUTIONS: dict[str, tuple[int, int, bool, Resample | None]] = {
     "3x3": (3, 1, False, None),
@@ -106,7 +109,11 @@ def by_pytorch(
     return F.conv2d(x, conv.weight.to(x.dtype), bias, conv.stride, 0 if conv.asymmetric else conv.kernel // 2)
 
 
-def check(convolution: str, shape: tuple[int, ...], dtype: torch.dtype, norm: str | None, methods: Sequence[str] = ()) -> None:
+Types = tuple[torch.dtype, torch.dtype]
+
+
+def check(convolution: str, shape: tuple[int, ...], types: Types, norm: str | None, methods: Sequence[str] = ()) -> None:
+    dtype, products = types
     kernel, stride, asymmetric, resample = CONVOLUTIONS[convolution]
     n, channels, skip_channels, out_channels, height, width = shape
     if resample == "down":  # one map of an even size
@@ -126,7 +133,7 @@ def check(convolution: str, shape: tuple[int, ...], dtype: torch.dtype, norm: st
     truth = by_pytorch(conv, x.double(), layer, resample, **small)  # type: ignore[arg-type]
     added = dense(torch.randn(truth.shape, generator=generator).to(dtype))
     truth = (truth + added.double()) / 1.5
-    layers = PackedLayers(dtype)
+    layers = PackedLayers(dtype, products)
 
     def append(builder: Builder, added: Buffer, stack: Buffer, *maps: Buffer) -> Buffer:
         rows = stack.rows()
@@ -140,40 +147,63 @@ def check(convolution: str, shape: tuple[int, ...], dtype: torch.dtype, norm: st
     # is unit / sqrt(6) on average, and partial sums grow like sqrt(i / K):
     #   unit sqrt(K / 12)
     unit = torch.finfo(dtype).eps / 2
-    assert relative_error(out, truth) <= max(2 * allowed, max(4, (total * kernel**2 / 12) ** 0.5) * unit)
+    # F(4x4, 3x3) has larger factors. For white inputs and weights the transforms of its sums multiply a rounding of a product,
+    # relative to the output, by 4.8 in root mean square, and those of F(2x2, 3x3) by 1.7.
+    factor = 4.8 / 1.7 if methods == ("winograd_large",) else 1
+    assert relative_error(out, truth) <= factor * max(2 * allowed, max(4, (total * kernel**2 / 12) ** 0.5) * unit)
     if methods:
         assert {method for _, method, _ in layers._packed} <= set(methods)
 
 
 @pytest.mark.parametrize("norm", ["shift", None])
-@pytest.mark.parametrize("dtype", MATRIX_DTYPES)
+@pytest.mark.parametrize("types", TYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("convolution", CONVOLUTIONS)
 def test_norm_activation_convolution_and_addition(
-    convolution: str, shape: tuple[int, ...], dtype: torch.dtype, norm: str | None
+    convolution: str, shape: tuple[int, ...], types: Types, norm: str | None
 ) -> None:
-    check(convolution, shape, dtype, norm)
+    check(convolution, shape, types, norm)
 
 
 @pytest.mark.parametrize("norm", ["scale and shift", "linear"])
-@pytest.mark.parametrize("dtype", MATRIX_DTYPES)
+@pytest.mark.parametrize("types", TYPES)
 @pytest.mark.parametrize("convolution", CONVOLUTIONS)
-def test_scale_and_shift_and_norms_without_an_activation(convolution: str, dtype: torch.dtype, norm: str) -> None:
+def test_scale_and_shift_and_norms_without_an_activation(convolution: str, types: Types, norm: str) -> None:
     for shape in ((2, 10, 6, 12, 4, 6), (1, 32, 20, 40, 5, 7)):
-        check(convolution, shape, dtype, norm)
+        check(convolution, shape, types, norm)
 
 
-@pytest.mark.parametrize("method", ["winograd", "direct"])
-@pytest.mark.parametrize("dtype", MATRIX_DTYPES)
+@pytest.mark.parametrize("method", ["winograd_large", "winograd", "direct"])
+@pytest.mark.parametrize("types", TYPES)
 @pytest.mark.parametrize("convolution", ["3x3", "upsampled", "downsampled"])
-def test_either_method_serves_a_3x3_convolution(
-    convolution: str, method: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+def test_each_method_serves_a_3x3_convolution(
+    convolution: str, method: str, types: Types, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packed_conv, "WINOGRAD_TILES", 0 if method == "winograd" else 10**9)
+    if method == "winograd_large" and (types[1] != torch.float32 or convolution == "upsampled"):
+        pytest.skip("F(4x4, 3x3) has products in float32, and follows no upsampling")
+    monkeypatch.setattr(packed_layers, "method_of", lambda *_, **__: method)
     monkeypatch.setattr(packed_layers, "WINOGRAD_CHANNELS", 0)
     for shape in SHAPES:
         for norm in ("shift", None):
-            check(convolution, shape, dtype, norm, methods=(method,))
+            check(convolution, shape, types, norm, methods=(method,))
+
+
+def test_the_method_follows_from_the_shape() -> None:
+    single, half = torch.float32, torch.bfloat16
+    for shape, products, upsample, expected in (
+        ((1, 4, 4), single, False, "direct"),
+        ((2, 4, 4), single, False, "winograd"),  # 2 tiles of 4x4
+        ((1, 8, 8), single, False, "winograd"),  # 4
+        ((2, 8, 8), single, False, "winograd_large"),  # 8
+        ((2, 8, 8), half, False, "winograd"),
+        ((2, 8, 8), single, True, "winograd"),
+        ((8, 4, 4), single, False, "winograd_large"),
+        ((8, 5, 5), single, False, "winograd"),  # 32 tiles of 4x4, 72 of 2x2
+        ((8, 7, 7), single, False, "winograd_large"),  # 32, 128
+        ((1, 6, 150), single, False, "winograd"),  # 76 of 4x4, 225 of 2x2
+        ((0, 8, 8), single, False, "direct"),
+    ):
+        assert method_of(*shape, products, upsample=upsample) == expected, shape
 
 
 @pytest.mark.parametrize("dtype", MATRIX_DTYPES)
@@ -203,7 +233,7 @@ def test_a_shortcut_multiplies_the_residual(resample: Resample | None, bias: boo
 def test_few_channels_are_summed_directly(channels: tuple[int, int]) -> None:
     layers, conv = PackedLayers(torch.float32), make_conv(*channels, 3)
     run(lambda builder, x: layers.conv(builder, conv, (x,)), dense(torch.randn(1, channels[0], 16, 16)))
-    assert [method for _, method, _ in layers._packed] == ["winograd" if channels == (64, 64) else "direct"]
+    assert [method for _, method, _ in layers._packed] == ["winograd_large" if channels == (64, 64) else "direct"]
 
 
 def test_programs_share_packed_weights() -> None:
@@ -212,7 +242,7 @@ def test_programs_share_packed_weights() -> None:
         run(lambda builder, x: layers.conv(builder, conv, (x,)), dense(torch.randn(n, 16, 16, 16)))
     (packed,) = layers._packed.values()
     run(lambda builder, x: layers.conv(builder, conv, (x,)), dense(torch.randn(1, 16, 2, 2)))
-    assert {method for _, method, _ in layers._packed} == {"winograd", "direct"}
+    assert {method for _, method, _ in layers._packed} == {"winograd_large", "direct"}
     assert next(iter(layers._packed.values())) is packed
 
 
@@ -264,7 +294,7 @@ def test_threads_change_no_bit(threads: int) -> None:
 
 def test_an_image_does_not_depend_on_the_others() -> None:
     """Its method may change with the number of tiles, and then the rounding."""
-    layers, norm, x = PackedLayers(torch.float32), make_norm(32), dense(torch.randn(5, 32, 8, 8))
+    layers, norm, x = PackedLayers(torch.float32), make_norm(32), dense(torch.randn(5, 32, 12, 12))
     for conv, options in ((make_conv(32, 40, 3), {"norm": norm}), (make_conv(32, 40, 3, stride=2), {})):
         whole, alone = (
             run(lambda b, x, conv=conv, o=options: layers.conv(b, conv, (x,), **o), part)  # type: ignore[misc]

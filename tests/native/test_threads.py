@@ -387,7 +387,8 @@ check_all()
 # ------------------------------------------------------------------------------------------------------------ interface
 
 NAMES = (
-    "time_terms, network_input, group_norm_affine, conv_direct, conv_winograd, resample, attention, reverse_step, count_step"
+    "time_terms, network_input, group_norm_affine, conv_direct, conv_winograd, conv_winograd_large, resample, attention, "
+    "reverse_step, count_step"
 )
 
 

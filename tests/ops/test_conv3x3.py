@@ -21,7 +21,7 @@ from ddpm_fast.nn import conv as layers
 from ddpm_fast.nn.conv import Conv3x3
 from ddpm_fast.nn.layers import Upsample
 from ddpm_fast.ops import backend, why_not
-from ddpm_fast.ops.backend import MATRIX_DTYPES, has_fast_bfloat16, why_not_matrix_kernels
+from ddpm_fast.ops.backend import MATRIX_DTYPES, has_bfloat16_instructions, why_not_matrix_kernels
 
 conv = import_module("ddpm_fast.ops.conv3x3")  # the attribute of this name is the op
 pytestmark = pytest.mark.skipif(backend.native_error() is not None, reason="there is no compiled module")
@@ -253,7 +253,7 @@ class TestWhereItServes:
         assert layer.weight.grad is not None
         assert layer.weight.grad.stride() == layer.weight.stride()
 
-    @pytest.mark.skipif(not has_fast_bfloat16(), reason="bfloat16 is PyTorch's on this machine")
+    @pytest.mark.skipif(not has_bfloat16_instructions(), reason="bfloat16 is PyTorch's on this machine")
     @pytest.mark.usefixtures("no_matrix_units")
     @pytest.mark.parametrize("by_autocast", [True, False])
     def test_bfloat16(self, layer: Conv3x3, calls: list[str], by_autocast: bool) -> None:
@@ -272,7 +272,7 @@ class TestWhereItServes:
         with torch.no_grad():
             layer(x)
         copy.deepcopy(layer).requires_grad_(False)(x)
-        for dtype in (torch.float16, *([] if has_fast_bfloat16() else [torch.bfloat16])):
+        for dtype in (torch.float16, *([] if has_bfloat16_instructions() else [torch.bfloat16])):
             with torch.autocast("cpu", dtype):
                 assert layer(x).dtype == dtype
         layer(torch.randn(8, 8, 8))  # no batch
@@ -381,12 +381,22 @@ def test_reasons_why_kernels_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None
         ("avx512_bf16", True, torch.bfloat16, "matrix units for bfloat16"),
         ("baseline", False, torch.float32, "it needs AVX2 or AVX-512"),
     ):
-        monkeypatch.setattr(backend, "BUILD", {"isa": isa, "amx_bf16": amx})
+        monkeypatch.setattr(backend, "BUILD", {"isa": isa, "amx_bf16": amx, "processor": "AuthenticAMD 25"})
         got = backend.why_not_matrix_kernels(cpu, dtype)
         assert got is None if reason is None else reason in str(got)
         assert backend.has_fast_bfloat16() == (isa == "avx512_bf16")
         for op in MATRIX_OPS:
             assert why_not("native", op, cpu, dtype) == got
+    for isa, amx, processor, products, fast in (
+        ("avx512_bf16", False, "AuthenticAMD 25", torch.bfloat16, True),
+        ("avx512_bf16", False, "AuthenticAMD 26", torch.bfloat16, True),
+        ("avx512_bf16", False, "GenuineIntel 6", torch.float32, False),
+        ("avx512_bf16", True, "GenuineIntel 6", torch.float32, True),  # oneDNN's
+        ("avx512", False, "AuthenticAMD 25", torch.float32, False),
+    ):
+        monkeypatch.setattr(backend, "BUILD", {"isa": isa, "amx_bf16": amx, "processor": processor})
+        assert (backend.product_dtype(torch.bfloat16), backend.has_fast_bfloat16()) == (products, fast)
+        assert backend.product_dtype(torch.float32) == torch.float32
     monkeypatch.setattr(backend, "native_error", lambda: "gone")
     assert backend.why_not_matrix_kernels(cpu, torch.float32) == "the compiled module did not load: gone"
     assert not backend.has_fast_bfloat16()
