@@ -1,7 +1,8 @@
-"""Time one evaluation of the CIFAR-10 network of Ho et al. (35.7 million parameters) on this CPU, beside its peers.
+"""Time one evaluation of a network on this CPU, beside its peers. The usual one is that of Ho et al. for CIFAR-10.
 
     python benchmarks/benchmark_unet.py
     python benchmarks/benchmark_unet.py --batches 1 16 --dtypes float32 --peers ddpm_fast OpenVINO
+    python benchmarks/benchmark_unet.py --batches 1 4 --network guided-64
     python benchmarks/benchmark_unet.py --batches 1 --starts 5                                # seconds to the first image
     python benchmarks/benchmark_unet.py --batches 1 --sizes 32 64 128 256 --threads 1 2 --peers ddpm_fast      # growth
 
@@ -28,11 +29,10 @@ import torch
 from peers import NETWORKS, OURS, split
 from processes import Array, Job, PeerFailed, Process, export
 
-from ddpm_fast.nn import CIFAR10_32, UNet
+from ddpm_fast.nn import UNet
 
 CHECKED = 4  # images whose output is compared with float64: enough, and float64 is slow
 ALLOWED = 10  # times the error of plain PyTorch in the dtype: convolutions by Winograd's algorithm round a few times more
-SIZE = CIFAR10_32["sample_size"]
 
 
 @contextmanager
@@ -66,10 +66,10 @@ def start(names: Sequence[str], job: Job, starts: int, missing: dict[str, str]) 
 
 def outputs(job: Job, dtype: torch.dtype) -> Array:
     """Return plain PyTorch's output for the first images."""
-    x, t = map(torch.from_numpy, replace(job, batch=min(job.batch, CHECKED)).inputs())
+    inputs = [torch.from_numpy(each) for each in replace(job, batch=min(job.batch, CHECKED)).inputs()]
     network = idioms.plain(UNet.from_pretrained(job.network, dtype=dtype))
     with torch.no_grad():
-        return network(x, t).double().numpy()  # type: ignore[no-any-return]
+        return network(*inputs).double().numpy()  # type: ignore[no-any-return]
 
 
 def relative_error(got: Array, truth: Array) -> float:
@@ -152,7 +152,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     text = "compute in these (those that this CPU has instructions for)"
     parser.add_argument("--dtypes", nargs="+", choices=common.DTYPES, default=dtypes, help=text)
     parser.add_argument("--batches", type=int, nargs="+", help="use these batch sizes (1 4 16 64)")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[SIZE], help=f"use images of these pixels a side ({SIZE})")
+    parser.add_argument("--network", choices=idioms.NETWORKS, default="cifar10-32", help="evaluate this (cifar10-32)")
+    parser.add_argument("--sizes", type=int, nargs="+", help="use images of these pixels a side (the network's)")
     parser.add_argument("--threads", type=int, nargs="+", default=threads, help="use these numbers of threads (PyTorch's)")
     parser.add_argument("--rounds", type=int, help="take this many turns of each (15)")
     parser.add_argument("--starts", type=int, default=1, help="start each peer this many times (1)")
@@ -168,24 +169,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
         common.pyplot()
     run = common.Run(out=args.out)
     everything: list[dict[str, Any]] = []
-    with network_folder(CIFAR10_32, args.folder) as folder:
-        for dtype, size, threads, batch in itertools.product(args.dtypes, args.sizes, args.threads, batches):
+    config = idioms.NETWORKS[args.network]
+    usual = config["sample_size"]
+    with network_folder(config, args.folder and args.folder / args.network) as folder:
+        for dtype, size, threads, batch in itertools.product(args.dtypes, args.sizes or [usual], args.threads, batches):
             job = Job(folder, batch, size, dtype, threads)
             missing: dict[str, str] = {}
             versions: dict[str, dict[str, str]] = {}
-            words = f"{dtype} batch {batch}" + ("" if size == SIZE else f" size {size}")
+            words = f"{dtype} batch {batch}" + ("" if size == usual else f" size {size}")
             words += "" if len(args.threads) == 1 else f" threads {threads}"
             with run.going_on(words):
                 rows = compare(names, job, rounds, args.starts, missing, versions)
                 record = {"left out": missing, "versions": versions}
-                run.save(f"unet_speed {words}", rows, f"cifar10-32 {words}: median [quartiles]", **record)
+                section = "unet_speed " + (f"{args.network} " if args.network != "cifar10-32" else "") + words
+                run.save(section, rows, f"{args.network} {words}: median [quartiles]", **record)
                 everything += rows
             for name, reason in missing.items():
                 print(f"left out: {name}: {reason}")
             if OURS in missing:
                 run.failures.append(f"{words}: {OURS}: {missing[OURS]}")
     if everything and args.plot:
-        run.picture(plot(everything, f"cifar10-32, {run.machine['device']}"), "unet_speed")
+        run.picture(
+            plot(everything, f"{args.network}, {run.machine['device']}"),
+            "unet_speed" if args.network == "cifar10-32" else f"unet_speed_{args.network}",
+        )
     run.finish()
 
 

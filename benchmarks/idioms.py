@@ -22,6 +22,16 @@ SCHEDULE = NoiseSchedule.linear()
 _BLOCKS: dict[str, Any] = {"down_block_types": ["DownBlock2D"] * 3, "up_block_types": ["UpBlock2D"] * 3}
 NETWORKS: dict[str, dict[str, Any]] = {
     "cifar10-32": CIFAR10_32,
+    "64x64": CIFAR10_32
+    | {"sample_size": 64, "block_out_channels": [128, 128, 256, 256]}
+    | {"down_block_types": ["DownBlock2D"] * 2 + ["AttnDownBlock2D", "DownBlock2D"]}
+    | {"up_block_types": ["UpBlock2D", "AttnUpBlock2D"] + ["UpBlock2D"] * 2},
+    # The blocks of guided-diffusion: classes, scale and shift, residual blocks that resample, heads of 64 channels.
+    "guided-64": CIFAR10_32
+    | {"sample_size": 64, "block_out_channels": [128, 256, 384, 512], "attention_head_dim": 64, "num_class_embeds": 1001}
+    | {"down_block_types": ["ResnetDownsampleBlock2D"] + ["AttnDownBlock2D"] * 3, "downsample_type": "resnet"}
+    | {"up_block_types": ["AttnUpBlock2D"] * 3 + ["ResnetUpsampleBlock2D"], "upsample_type": "resnet"}
+    | {"resnet_time_scale_shift": "scale_shift", "norm_eps": 1e-5},
     "256x256": HO_256,
     "small": CIFAR10_32 | _BLOCKS | {"block_out_channels": [32, 64, 128]},
     "tiny": CIFAR10_32 | _BLOCKS | {"block_out_channels": [32, 32, 32], "sample_size": 8, "layers_per_block": 1},

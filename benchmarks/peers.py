@@ -194,15 +194,15 @@ OPS = {
 # ---------------------------------------------------------------------------------------------------------- networks
 
 
-def _from_numpy(job: Job, network: Callable[[Tensor, Tensor], Tensor]) -> Runner:
+def _from_numpy(job: Job, network: Callable[..., Tensor]) -> Runner:
     import torch
 
     torch.set_num_threads(job.threads)
-    x, t = map(torch.from_numpy, job.inputs())
+    inputs = [torch.from_numpy(each) for each in job.inputs()]
 
     @torch.no_grad()
     def call() -> Array:
-        y: Array = network(x, t).float().numpy()
+        y: Array = network(*inputs).float().numpy()
         return y
 
     return Runner(call)
@@ -227,8 +227,8 @@ def _eager(job: Job, wrap: Callable[[Any], Any] = lambda network: network) -> Ru
     dtype = _dtype(job)
     network = _diffusers_unet(job, dtype).to(memory_format=torch.channels_last)
 
-    def run(x: Tensor, t: Tensor) -> Tensor:
-        y: Tensor = network(x.to(dtype, memory_format=torch.channels_last), t, return_dict=False)[0]
+    def run(x: Tensor, t: Tensor, *labels: Tensor) -> Tensor:
+        y: Tensor = network(x.to(dtype, memory_format=torch.channels_last), t, *labels, return_dict=False)[0]
         return y
 
     return _from_numpy(job, wrap(run))
@@ -257,10 +257,10 @@ def _zentorch(job: Job) -> Runner:
     torch._inductor.config.freezing = True
     dtype = _dtype(job)
     network = torch.compile(_diffusers_unet(job, dtype), backend="zentorch", dynamic=False)
-    return _from_numpy(job, lambda x, t: network(x.to(dtype), t, return_dict=False)[0])
+    return _from_numpy(job, lambda x, *others: network(x.to(dtype), *others, return_dict=False)[0])
 
 
-def _exportable(job: Job) -> tuple[Any, tuple[Tensor, Tensor]]:
+def _exportable(job: Job) -> tuple[Any, tuple[Tensor, ...]]:
     """Return a module from tensors to a tensor, and example inputs."""
     import torch
 
@@ -269,11 +269,10 @@ def _exportable(job: Job) -> tuple[Any, tuple[Tensor, Tensor]]:
             super().__init__()
             self.network = _diffusers_unet(job, torch.float32)
 
-        def forward(self, x: Tensor, t: Tensor) -> Any:
-            return self.network(x, t, return_dict=False)[0]
+        def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Any:
+            return self.network(x, t, labels, return_dict=False)[0]
 
-    x, t = map(torch.from_numpy, job.inputs())
-    return Module().eval(), (x, t)
+    return Module().eval(), tuple(torch.from_numpy(each) for each in job.inputs())
 
 
 def _export_openvino(job: Job, path: Path) -> None:
@@ -303,7 +302,7 @@ def _export_onnx(job: Job, path: Path) -> None:
     import torch
 
     module, inputs = _exportable(job)
-    torch.onnx.export(module, inputs, path, input_names=["x", "t"], dynamo=True, verbose=False)
+    torch.onnx.export(module, inputs, path, input_names=_INPUTS[: len(inputs)], dynamo=True, verbose=False)
 
 
 def _onnx(job: Job) -> Runner:
@@ -313,8 +312,8 @@ def _onnx(job: Job) -> Runner:
     options.intra_op_num_threads = job.threads
     options.add_session_config_entry("session.force_spinning_stop", "1")  # its threads rest while others have their turn
     session = onnxruntime.InferenceSession(job.exported(".onnx"), options, providers=["CPUExecutionProvider"])
-    x, t = job.inputs()
-    return Runner(lambda: session.run(None, {"x": x, "t": t})[0])
+    inputs = dict(zip(_INPUTS, job.inputs(), strict=False))
+    return Runner(lambda: session.run(None, inputs)[0])
 
 
 def _export_ncnn(job: Job, path: Path) -> None:
@@ -340,21 +339,23 @@ def _ncnn(job: Job) -> Runner:
     path = job.exported(".ncnn.param")
     network.load_param(str(path))
     network.load_model(str(path.with_suffix(".bin")))
-    x, t = job.inputs()
-    timesteps = t.astype(np.float32)
+    x, t, *labels = job.inputs()
+    numbers = [t.astype(np.float32), *(each.astype(np.int32) for each in labels)]
 
     def call() -> Array:
         outs = []
-        for image, timestep in zip(x, timesteps, strict=True):
+        for image, *others in zip(x, *numbers, strict=True):
             extractor = network.create_extractor()
-            extractor.input("in0", ncnn.Mat(image))
-            extractor.input("in1", ncnn.Mat(timestep[None]))
+            arrays = [image, *(np.array([other]) for other in others)]  # an ncnn.Mat does not keep its array alive
+            for i, array in enumerate(arrays):
+                extractor.input(f"in{i}", ncnn.Mat(array))
             outs.append(np.array(extractor.extract("out0")[1]))
         return np.stack(outs)
 
     return Runner(call)
 
 
+_INPUTS = ("x", "t", "labels")
 _EXPORTERS = ("torch", "diffusers")
 NETWORKS = {
     OURS: Peer(_ours),

@@ -32,10 +32,13 @@ _ROOT = Path(__file__).resolve().parents[1]
 _COMMON = ("torch=={torch}", "diffusers", "safetensors", "numpy")
 ENVIRONMENTS = {"zentorch": (*_COMMON, "zentorch=={series}.*"), "ncnn": (*_COMMON, "ncnn", "pnnx")}
 
-# Caps that libraries read, beside DDPM_FAST_ISA.
+# Caps that PyTorch's and OpenVINO's oneDNN and PyTorch's own kernels read, beside DDPM_FAST_ISA. OpenVINO has further kernels,
+# which nothing caps.
 _CAPS = {
+    "baseline": {"ONEDNN_MAX_CPU_ISA": "SSE41", "ATEN_CPU_CAPABILITY": "default"},
     "avx2": {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"},
     "avx512": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE", "ATEN_CPU_CAPABILITY": "avx512"},
+    "avx512_bf16": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16", "ATEN_CPU_CAPABILITY": "avx512"},
 }
 
 
@@ -73,12 +76,17 @@ class Job:
     def network(self) -> Path:
         return Path(self.folder, "network")
 
-    def inputs(self) -> tuple[Array, Array]:
-        """Return x float32 [N, C, H, W] and t int64 [N]. Image i and its timestep are the same in any batch."""
-        channels = json.loads((self.network / "config.json").read_text(encoding="utf-8"))["in_channels"]
+    def inputs(self) -> tuple[Array, ...]:
+        """Return x float32 [N, C, H, W], t int64 [N], and class labels int64 [N] if the network has classes.
+
+        Image i, its timestep and its label are the same in any batch.
+        """
+        config = json.loads((self.network / "config.json").read_text(encoding="utf-8"))
+        shape, classes = (config["in_channels"], self.size, self.size), config.get("num_class_embeds")
         draws = [np.random.default_rng(i) for i in range(self.batch)]
-        x = np.stack([draw.standard_normal((channels, self.size, self.size), dtype=np.float32) for draw in draws])
-        return x, np.array([draw.integers(1000) for draw in draws])
+        x = np.stack([draw.standard_normal(shape, dtype=np.float32) for draw in draws])
+        numbers = [np.array([draw.integers(each) for draw in draws]) for each in (1000, classes) if each]
+        return x, *numbers
 
     def exported(self, suffix: str) -> Path:
         return Path(self.folder, f"{self.batch}x{self.size}{suffix}")

@@ -19,6 +19,7 @@ from .ops.backend import (
     native_error,
     why_not_best_isa,
     why_not_bfloat16_products,
+    why_not_matrix_kernels,
     why_not_native,
 )
 from .version import __version__
@@ -63,8 +64,9 @@ def _device_lines() -> Iterator[str]:
 
 
 def _bfloat16_words(build: dict[str, Any]) -> str:
-    if build["amx_bf16"]:
-        return "by oneDNN, on this processor's matrix units"
+    reason = why_not_matrix_kernels(torch.device("cpu"), torch.bfloat16)
+    if reason is not None:
+        return f"PyTorch's, because {reason}"
     reason = why_not_bfloat16_products()
     if reason is not None:
         return f"maps in bfloat16 and products in float32, because {reason}"

@@ -49,6 +49,20 @@ def test_the_table_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     assert text.count(f"(1) {reason}") == 1 + torch.cuda.device_count()
 
 
+def test_how_bfloat16_is_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
+    for isa, amx, processor, words in (
+        ("avx512_bf16", False, "AuthenticAMD 25", "products in bfloat16, at twice the rate of float32 on Zen 4"),
+        ("avx512_bf16", False, "GenuineIntel 6", "maps in bfloat16 and products in float32, because this processor's"),
+        ("avx2", False, "AuthenticAMD 25", "maps in bfloat16 and products in float32, because there are no"),
+        ("avx512_bf16", True, "GenuineIntel 6", "PyTorch's, because this CPU has matrix units for bfloat16"),
+        ("baseline", False, "", "PyTorch's, because"),
+    ):
+        build = {"isa": isa, "amx_bf16": amx, "processor": processor}
+        monkeypatch.setattr(backend, "BUILD", backend.BUILD | build)
+        monkeypatch.setattr(info, "native", lambda: SimpleNamespace(build_info=lambda: backend.BUILD))
+        assert f"bfloat16 convolutions of a frozen network: {words}" in info.info()
+
+
 def test_a_native_module_that_is_absent_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(info, "native_error", lambda: "no such file")
     assert "Native module\n  not loaded: no such file" in info.info()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import benchmark_unet
+import idioms
 import numpy as np
 import pytest
 import torch
@@ -24,6 +25,7 @@ class FakeProcess:
         self.name, self.job = name, job
         self.first_image = 2.0 if name == OURS else 4.0
         self.closed = False
+        self.versions = {"torch": "2.9"}
 
     def output(self) -> Any:
         right = benchmark_unet.outputs(self.job, torch.float32)
@@ -46,15 +48,16 @@ class FakeProcess:
 def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
     monkeypatch.setattr(benchmark_unet, "Process", FakeProcess)
     monkeypatch.setattr(benchmark_unet, "export", lambda name, job: None)
+    missing = ("torch.compile", "zentorch", "ncnn")
     for name in NETWORKS:
-        monkeypatch.setitem(NETWORKS, name, Peer(print, ("no_such_module",) if name == "torch.compile" else ()))
+        monkeypatch.setitem(NETWORKS, name, Peer(print, ("no_such_module",) if name in missing else ()))
     with benchmark_unet.network_folder(SMALL, tmp_path) as folder:
         return Job(folder, 3, SMALL["sample_size"], threads=torch.get_num_threads())
 
 
 def test_peers_that_are_missing_wrong_or_crash_are_left_out(job: Job) -> None:
     missing: dict[str, str] = {}
-    rows = benchmark_unet.compare(list(NETWORKS), job, rounds=2, starts=3, missing=missing)
+    rows = benchmark_unet.compare(list(NETWORKS), job, rounds=2, starts=3, missing=missing, versions={})
     assert [row["contestant"] for row in rows] == [OURS, "diffusers"]
     assert [row["best peer"] for row in rows] == ["", "*"]
     assert rows[1]["ddpm_fast is faster by"].median == 2
@@ -73,9 +76,8 @@ def test_errors_are_relative_and_of_the_images_that_both_have() -> None:
 @pytest.mark.slow
 def test_peers_that_are_installed_compute_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(benchmark_unet, "CIFAR10_32", SMALL)
-    monkeypatch.setattr(benchmark_unet, "SIZE", SMALL["sample_size"])
-    names = [name for name in NETWORKS if name != "torch.compile" and NETWORKS[name].why_not() is None]
+    monkeypatch.setitem(idioms.NETWORKS, "cifar10-32", SMALL)
+    names = [name for name in NETWORKS if name not in ("torch.compile", "zentorch") and NETWORKS[name].why_not() is None]
     out = tmp_path / "results.json"
     settings = ["--batches", "2", "--rounds", "2", "--dtypes", "float32", "--plot", "--out", str(out)]
     benchmark_unet.main([*settings, "--peers", *names])

@@ -38,15 +38,40 @@ def test_why_a_peer_is_missing() -> None:
     assert peers.split(table, "abc", "bf16") == (["c"], {"a": "no_such_module not installed", "b": "has no bf16"})
 
 
-def test_peers_are_in_the_extra() -> None:
+def test_peers_are_in_the_extra_or_in_their_environment() -> None:
     text = (common.ROOT.parent / "pyproject.toml").read_text(encoding="utf-8")
     extra = text.partition("\nbench = [")[2].partition("\n]")[0]
-    needed = {module for peer in NETWORKS.values() for module in peer.needs} - {"torch"}
-    assert all(f'"{module}' in extra for module in needed)
+    for peer in NETWORKS.values():
+        installed = " ".join(f'"{each}' for each in processes.ENVIRONMENTS[peer.environment]) if peer.environment else extra
+        assert all(f'"{module}' in installed for module in peer.needs if module != "torch")
+
+
+def test_a_peer_in_an_environment_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(processes, "_ROOT", tmp_path)
+    peer = Peer(print, ("no_such_module",), environment="own")
+    assert peer.why_not() == "it has no environment: make peers"
+    python = processes.interpreter("own")
+    python.parent.mkdir(parents=True)
+    python.touch()
+    assert peer.why_not() is None
+    assert processes.interpreter("") == Path(sys.executable)
+
+
+def test_peers_get_the_cap_of_the_instruction_set_too(fake: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    uncapped = Peer(print, caps=False)
+    monkeypatch.delenv("DDPM_FAST_ISA", raising=False)
+    assert uncapped.why_not() is None
+    monkeypatch.setenv("DDPM_FAST_ISA", "avx2")
+    assert uncapped.why_not() == "its instruction set cannot be capped to avx2"
+    process = Process("caps", fake)
+    assert process.output().tolist() == ["AVX2", "avx2"]
+    process.close()
 
 
 # A stand-in for peers.py, in the processes that tests start.
 FAKE = """
+import os
+
 import numpy
 from peers import Peer
 from processes import Runner
@@ -54,6 +79,8 @@ from processes import Runner
 class Counting(Runner):
     def seconds(self, calls):
         return float(calls)
+
+CAPS = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
 
 def call():
     print("what a library prints")
@@ -68,6 +95,7 @@ PEERS = {
     "right": Peer(lambda job: Counting(call), suffix=".onnx", export=export),
     "raises": Peer(lambda job: 1 / 0),
     "exits": Peer(lambda job: exit(3)),
+    "caps": Peer(lambda job: Runner(lambda: numpy.array([os.environ[name] for name in CAPS]))),
 }
 """
 
@@ -76,12 +104,15 @@ PEERS = {
 def fake(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
     (tmp_path / "fake.py").write_text(FAKE, encoding="utf-8")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "fake", raising=False)
     return replace(job, table="fake.PEERS")
 
 
 def test_a_process_answers(fake: Job) -> None:
     process = Process("right", fake)
     assert 0 < process.load + process.first_call < process.first_image
+    assert process.versions == {"torch": torch.__version__}
     assert process.output().tolist() == [1, 1, 1]
     assert [process.seconds(calls) for calls in (1, 4)] == [1, 4]
     assert len(process.used) == 2

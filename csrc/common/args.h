@@ -207,15 +207,16 @@ struct ConvArgs {
   const void* residual;  // [n, out_height, out_width, out_channels]; may be absent
   float divisor;
   std::int64_t n, height, width, channels, skip_channels, out_height, out_width, out_channels;
-  // conv_winograd needs kernel 3, stride 1 and padding 1. conv_winograd_upsampled_gradient takes x, the gradient of an
+  // conv_winograd needs kernel 3, stride 1 and padding 1. So does conv_winograd_large, and upsample false and weights
+  // packed in float32. conv_winograd_upsampled_gradient takes x, the gradient of an
   // upsampled convolution's output, to the gradient of the small map, y. It needs 3, 1, 1, upsample false and flipped
   // weights, and x has twice the height and width of y.
   int kernel, stride;  // 1 or 3; 1 or 2
   int padding;         // zeros above and to the left; the size of the output decides those below and to the right
   bool upsample;       // repeat each pixel twice in both directions before the convolution
   StreamOrThreads stream_or_threads;
-  DDPM_FAST_FIELDS(dtype, y, x, skip, affine, silu, packed, packed_dtype, bias, residual, divisor, n, height, width, channels,
-                   skip_channels, out_height, out_width, out_channels, kernel, stride, padding, upsample,
+  DDPM_FAST_FIELDS(dtype, y, x, skip, affine, silu, packed, packed_dtype, bias, residual, divisor, n, height, width,
+                   channels, skip_channels, out_height, out_width, out_channels, kernel, stride, padding, upsample,
                    stream_or_threads)
 };
 

@@ -16,8 +16,8 @@ struct Softmax {
 
 // Computes the exponentials of the scores of a query:
 //   exp((score - largest) scale)
-template <class T>
-Softmax exponentials(T* to, const float* scores, Index count, float scale) {
+template <class T, class To>
+Softmax exponentials(To* to, const float* scores, Index count, float scale) {
   constexpr int width = kWidth<float>;
   const Index whole = count / width * width;
   const int rest = static_cast<int>(count - whole);
@@ -105,7 +105,7 @@ void run(const AttentionArgs& a) {
     }
     for (Index query = 0; query < count; ++query) {
       P* to = weights + query * row_size;
-      const Softmax softmax = exponentials(to, scores + query * row_size, a.pixels, a.scale);
+      const Softmax softmax = exponentials<T>(to, scores + query * row_size, a.pixels, a.scale);
       if (a.pixels % kStep<P> != 0) to[a.pixels] = P{};
       shares[query] = softmax.share;
       if (a.softmax != nullptr) {

@@ -16,8 +16,8 @@ namespace ddpm_fast::DDPM_FAST_ISA {
 
 namespace {
 
-constexpr Index kKeysInSum = 256;
-constexpr Index kKeys = 64;  // a divisor of kKeysInSum and a multiple of a vector
+constexpr Index kKeysInSum = 256;  // keys whose score gradients are kept at once
+constexpr Index kKeys = 64;        // a divisor of kKeysInSum and a multiple of a vector
 
 template <class T>
 float sum_of_products(const T* a, const T* b, Index count) {

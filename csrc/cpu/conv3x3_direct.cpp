@@ -159,8 +159,7 @@ void conv_direct(const ConvArgs& args) {
     a.out_width *= a.out_height;
     a.height = a.out_height = 1;
   }
-  with_conv_types(a.dtype, a.packed_dtype,
-                  [&](auto type, auto product) { run<decltype(type), decltype(product)>(a); });
+  with_conv_types(a.dtype, a.packed_dtype, [&](auto type, auto product) { run<decltype(type), decltype(product)>(a); });
 }
 
 }  // namespace ddpm_fast::DDPM_FAST_ISA

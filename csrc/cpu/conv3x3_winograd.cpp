@@ -1,12 +1,11 @@
 // Winograd's algorithms (see winograd_transforms.h) for three convolutions:
 //   conv_winograd: 3x3, stride 1, by F(2x2, 3x3)
-//   conv_winograd_large: the same by F(4x4, 3x3), with products in float32
-//   conv_winograd with upsample: the same after an upsampling by 2
+//   conv_winograd with upsample: the same after an upsampling by 2, by F(2x2, 2x2) of each phase
+//   conv_winograd_large: 3x3, stride 1, by F(4x4, 3x3), with products in float32
 //   conv_winograd_upsampled_gradient: from the gradient of the latter's output to the gradient of the small map
 //
-// A block of tiles is transformed into a buffer that stays in the second-level cache. The weights are then read once,
-// one panel of output channels at a time. The sums of a panel are still in the first-level cache when they become
-// output.
+// A block of tiles is transformed into a buffer that stays in cache. The weights are then read once, one panel of output
+// channels at a time. The sums of a panel are still in cache when they become output.
 #include "cpu/conv_input.h"
 #include "cpu/conv_output.h"
 #include "cpu/conv_partition.h"
@@ -118,7 +117,8 @@ struct Products {
   Index sums_apart;      // from tile to tile
 };
 
-// This function is not inlined, so that it is compiled once for all kinds of tiles.
+// The first `parts` groups of kRows tiles each prefetch a part of the next position's weights. At batch 1 these come from
+// memory. This function is not inlined, so that it is compiled once for all kinds of tiles.
 template <int parts, int vectors, class T, int terms>
 DDPM_FAST_NOINLINE void multiply_tiles(const Products<T, terms>& products) {
   const Products<T, terms> p = products;  // a copy, which no store can change
@@ -128,7 +128,6 @@ DDPM_FAST_NOINLINE void multiply_tiles(const Products<T, terms>& products) {
     const float* weights = p.weights + position * matrix;
     over_rows(0, p.count, [&](Index tile, auto rows) {
       Sums<rows(), vectors> product{};
-      // The rows of a block together prefetch the next position's weights.
       const float* next = weights + matrix + smaller(tile / kRows, parts - 1) * matrix / parts;
       for (int term = 0; term < terms; ++term, next += term_apart) {
         const T* inputs[rows()];
@@ -197,13 +196,16 @@ void run(const ConvArgs& a) {
           Products<P, Kind::kTerms> products{{},    Kind::kSide * apart, apart,   wide, count,
                                              depth, Kind::kSumsSide,     weights, sums, kSums};
           for (int term = 0; term < Kind::kTerms; ++term) products.inputs[term] = inputs_of(phase + term);
-          count > 3 * kRows   ? multiply_tiles<kPanelVectors, vectors()>(products)
-          : count > kRows ? multiply_tiles<2, vectors()>(products)
-                          : multiply_tiles<1, vectors()>(products);
+          if (count > 3 * kRows) {
+            multiply_tiles<kPanelVectors, vectors()>(products);
+          } else {
+            count > kRows ? multiply_tiles<2, vectors()>(products) : multiply_tiles<1, vectors()>(products);
+          }
           const float* from = sums;
           for (Index s = share.first_strip; s < share.end_strip; ++s) {
             const Strip strip(tiles, s);
-            const Index top = Kind::kOut * strip.down, row = strip.sample * a.out_height + top * Kind::kScale + phase / 2;
+            const Index top = Kind::kOut * strip.down,
+                        row = strip.sample * a.out_height + top * Kind::kScale + phase / 2;
             for (Index tile = 0; tile < strip.tiles; ++tile, from += kSums) {
               const Index left = Kind::kOut * (strip.first + tile);
               transform_output<Kind, vectors()>(a, output, from, row * a.out_width + left * Kind::kScale + phase % 2,
@@ -231,7 +233,8 @@ void conv_winograd_large(const ConvArgs& a) {
 }
 
 void conv_winograd_upsampled_gradient(const ConvArgs& a) {
-  with_conv_type(a.dtype, [&](auto type) { run<decltype(type), decltype(type), UpsampledGradientTile>(a); });
+  with_conv_types(a.dtype, a.packed_dtype,
+                  [&](auto type, auto product) { run<decltype(type), decltype(product), UpsampledGradientTile>(a); });
 }
 
 }  // namespace ddpm_fast::DDPM_FAST_ISA

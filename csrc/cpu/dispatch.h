@@ -14,7 +14,7 @@ const Kernels& cpu_kernels();
 std::string isa_in_use();     // the best set of this processor, up to the environment variable DDPM_FAST_ISA
 std::string processor_isa();  // the best set that this processor has, compiled or not
 std::vector<std::string> compiled_isas();  // worst first
-std::string processor();      // vendor and number, such as "AuthenticAMD 25"; empty if it is no x86
+std::string processor();                   // vendor and number, such as "AuthenticAMD 25"; empty if it is no x86
 bool has_amx_bf16();  // whether there are matrix units for bfloat16; oneDNN uses them, these kernels do not
 
 }  // namespace ddpm_fast

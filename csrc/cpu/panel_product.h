@@ -31,12 +31,14 @@ constexpr Index kAhead = 64;
 template <class T>
 constexpr int kStep = std::is_same_v<T, BFloat16> ? 2 : 1;
 
-// Input channels whose products are summed one after the other. Longer sums are sums of these, because the rounding error
-// grows with the number of terms.
+// Input channels whose products are summed one after the other. Longer sums are sums of these, because the rounding
+// error grows with the number of terms. In float32, 64 halve the error of F(4x4, 3x3) and take 2% of the time. The
+// error of bfloat16 products is mostly that of their inputs.
 template <class T>
 constexpr Index kChain = std::is_same_v<T, BFloat16> ? 256 : 64;
 
-// The type in which products of T are fastest.
+// The type in which attention multiplies T: T if the instruction set does, and float32 otherwise. The weights of
+// convolutions have their type where they are packed.
 #if defined(__AVX512BF16__)
 template <class T>
 using ProductType = T;
@@ -93,7 +95,7 @@ DDPM_FAST_INLINE void multiply(Sums<rows, vectors>& sums, const T* const (&input
 template <class T, int rows, int vectors>
 DDPM_FAST_INLINE void multiply(Sums<rows, vectors>& sums, const T* const (&inputs)[rows], const float* panel,
                                Index depth) {
-  multiply<vectors>(sums, inputs, panel, depth, panel + kAhead * kPanel);
+  multiply<kPanelVectors>(sums, inputs, panel, depth, panel + kAhead * kPanel);
 }
 
 // Calls body(integral_constant<int, vectors>). `vectors` is 1 if `outs` output channels fit one vector, and all vectors

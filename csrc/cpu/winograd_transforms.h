@@ -22,7 +22,7 @@
 
 namespace ddpm_fast::DDPM_FAST_ISA {
 
-constexpr Index kMostInStrip = 64;  // pixels of a row of the output
+constexpr Index kMostInStrip = 64;  // pixels of a row of one phase of the output
 constexpr Index kApart = 16;        // padding in floats, so that neighbours do not share a cache set
 
 // The tiles of a map, which have `size` pixels a side. A row of tiles consists of `segments` strips of up to `in_strip`

@@ -118,7 +118,9 @@ class FrozenUNet:
 
     On a CPU, in float32 and bfloat16, convolutions and matrix products use this package's kernels:
 
-    - Weights are packed at first use. They need 2-4x the model's memory, besides a copy of the model's weights.
+    - Weights are packed at first use, for the method that suits the map's size. Those of Winograd's F(2x2, 3x3) need 16/9
+      of the memory of 3x3 weights, and those of F(4x4, 3x3) 36/9. A layer keeps those of each method that it has used,
+      besides a copy of the model's weights.
     - Norms and activations are applied while a convolution reads its input.
     - Skip connections are read in place, and residuals are added while the output is written.
     - In bfloat16 on a CPU with AMX, oneDNN computes the convolutions. Weights are reordered once per input shape.

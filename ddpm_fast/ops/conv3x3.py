@@ -153,8 +153,7 @@ def _backward(a: Any, results: Any, grads: Any, needs: Any) -> dict[str, Tensor 
         return gradients | _gradients_by_reference(a, grad, needs)
     grad = divided
     if needs.x:
-        dtype = a.x.dtype if a.upsample else product_dtype(a.x.dtype)
-        packed = pack_winograd_op(a.weight.detach().float(), dtype, True, a.upsample)
+        packed = pack_winograd_op(a.weight.detach().float(), product_dtype(a.x.dtype), True, a.upsample)
         kernel = conv_ops["winograd_upsampled_gradient" if a.upsample else "winograd"]
         gradients["x"] = kernel(grad, None, None, False, packed, None, None, 1.0, False, *a.x.shape[1:], 3, 1, 1)
     if needs.weight or needs.bias:

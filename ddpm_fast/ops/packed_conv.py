@@ -45,12 +45,12 @@ def _tiles(n: int, height: int, width: int, side: int) -> int:
 def method_of(n: int, height: int, width: int, products: torch.dtype, *, upsample: bool) -> str:
     """Return the method by which a frozen network computes a 3x3 convolution of stride 1 fastest.
 
-    - "direct", if n maps have fewer than 8 tiles of 2x2 pixels.
-    - "winograd_large", F(4x4, 3x3), for products in float32, if they have at least 8 tiles of 4x4 pixels, and these are at
-      most a third of the 2x2 tiles: maps of 5x5, 6x6 and 9x9 pixels fill theirs badly. In bfloat16 its transforms would
-      cost accuracy, and F(2x2, 3x3) is as fast where bfloat16 has twice the products. After an upsampling
-      F(2x2, 2x2) of each phase needs no more multiplications.
-    - "winograd", F(2x2, 3x3), or F(2x2, 2x2) of each phase, otherwise.
+    - "direct": n maps have fewer than 8 tiles of 2x2 pixels.
+    - "winograd_large", F(4x4, 3x3): n maps have at least 8 tiles of 4x4 pixels, and at least three times as many of
+      2x2 pixels. Small maps of odd sizes, such as 5x5, fill large tiles badly. Products are in float32, because the
+      transforms would cost accuracy in bfloat16. There is no upsampling.
+    - "winograd" in all other cases: F(2x2, 3x3), or F(2x2, 2x2) of each phase after an upsampling. The latter needs no
+      more multiplications than F(4x4, 3x3).
     """
     if not suits_winograd(n, height, width):
         return "direct"
@@ -148,8 +148,8 @@ def _kernel(method: str) -> FusedOp:
     )
 
 
-# "direct" takes kernels of 1x1 and 3x3 and strides 1 and 2, "winograd" 3x3 and stride 1, and "winograd_large" no upsampling
-# either and weights that are packed in float32. The fourth maps the gradient of an
+# "direct" takes kernels of 1x1 and 3x3 and strides 1 and 2, "winograd" 3x3 and stride 1. "winograd_large" takes 3x3 and
+# stride 1 without an upsampling, and weights that are packed in float32. The fourth maps the gradient of an
 # upsampled convolution's output to that of its small input. Its weights are packed flipped, with `upsample`.
 METHODS: Final = ("direct", "winograd", "winograd_large", "winograd_upsampled_gradient")
 conv_ops: Final = {method: _kernel(method) for method in METHODS}

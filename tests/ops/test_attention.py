@@ -35,7 +35,7 @@ on_any_cpu = pytest.mark.usefixtures("matrix_kernels")
 serves = pytest.mark.skipif(
     why_not_matrix_kernels(torch.device("cpu"), torch.float32) is not None, reason="attention is PyTorch's on this machine"
 )
-has_bfloat16_instructions = pytest.mark.skipif(not backend.has_fast_bfloat16(), reason="bfloat16 is PyTorch's on this machine")
+serves_bfloat16 = pytest.mark.skipif(not backend.has_bfloat16_instructions(), reason="bfloat16 is PyTorch's on this machine")
 
 
 def ours(qkv: Tensor, num_heads: int) -> Tensor:
@@ -233,7 +233,7 @@ class TestWhereItServes:
             assert error <= max(2 * fair, 1e-6 * max(norms))
 
     @serves
-    @has_bfloat16_instructions
+    @serves_bfloat16
     @pytest.mark.usefixtures("no_matrix_units")
     @pytest.mark.parametrize("by_autocast", [True, False])
     def test_bfloat16(

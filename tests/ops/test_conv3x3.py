@@ -100,9 +100,13 @@ def output_and_gradients(function: Convolution, tensors: tuple[Tensor, ...], dty
 
 @on_any_cpu
 @with_upsampling
-@pytest.mark.parametrize("dtype", MATRIX_DTYPES)
+@pytest.mark.parametrize("types", [(torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.bfloat16, torch.float32)])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_output_and_gradients_are_as_right_as_pytorchs(shape: tuple[int, ...], dtype: torch.dtype, upsample: bool) -> None:
+def test_output_and_gradients_are_as_right_as_pytorchs(
+    shape: tuple[int, ...], types: tuple[torch.dtype, torch.dtype], upsample: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dtype, products = types
+    monkeypatch.setattr(conv, "product_dtype", lambda _: products)
     own, pytorchs = functions(upsample)
     tensors = tuple(tensor.to(dtype) for tensor in case(shape, upsample))
     truth = output_and_gradients(pytorchs, tensors, torch.float64)
