@@ -30,7 +30,7 @@ from ddpm_fast.inference.frozen import FrozenUNet
 from ddpm_fast.inference.program import Buffer, Call, NativeProgram
 from ddpm_fast.ops.backend import product_dtype
 
-PEAK_SIDE = 2048  # of the matrices whose product measures the peak
+PEAK_SIDE = 2048  # side of the matrices whose product measures the peak
 SMALL = 64  # pixels of the largest map of which direct sums leave out the taps that fall outside
 # Tiles of a method: pixels a side, and products of a tile for each pair of channels. After an upsampling the pixels are those
 # of the small map, and the products those of four phases.
