@@ -4,9 +4,8 @@
     python benchmarks/benchmark_layers.py --batches 1 --dtypes float32 --network 256x256
 
 A layer's kernel is timed where it stands in the network, so its weights are as cold as there. A large batch takes several
-passes, of which one is timed. The floor divides the
-multiplications of its method (direct sum or Winograd's) by the machine's peak: that of a product of 2048 x 2048 matrices.
-Rows with the same shapes are one.
+passes, of which one is timed. The floor divides the multiplications of a layer's method (direct sum or Winograd's) by the speed
+of PyTorch's product of 2048 x 2048 matrices. Layers of the same shape share a row.
 """
 
 from __future__ import annotations
@@ -128,7 +127,7 @@ def row(words: str, count: int, taken: float, whole: float, operations: float, l
     return {
         **{"layer": words, "count": count, "ms": 1e3 * taken, "share of the time": taken / whole},
         **{"GFLOP": operations / 1e9, "GFLOP/s": operations / taken / 1e9, "floor, ms": 1e3 * floor},
-        "share of the floor": floor / taken,
+        "share of the peak": floor / taken,
     }
 
 

@@ -266,6 +266,7 @@ def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
         "device": device_name(device),
         "cpu_cores": cores(),
         "threads": torch.get_num_threads(),
+        "processor": backend.BUILD.get("processor"),
         "instruction_set": instruction_set(),
         **({"no native kernels": missing} if missing else {}),
         **(_card(device) if torch.device(device).type == "cuda" else {}),

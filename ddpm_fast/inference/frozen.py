@@ -143,7 +143,7 @@ class FrozenUNet:
     Attributes:
         config: The model's configuration.
         num_timesteps: T.
-        dtype: Dtype of weights and activations.
+        dtype: Dtype of activations, and of weights but for those that are packed in float32 for bfloat16 activations.
         device: Device of weights and activations.
         why_not_packed: The reason why PyTorch or oneDNN computes the convolutions. None if this package's
             CPU kernels do.

@@ -193,17 +193,18 @@ def test_each_method_serves_a_3x3_convolution(
 def test_the_method_follows_from_the_shape() -> None:
     single, half = torch.float32, torch.bfloat16
     for shape, products, upsample, expected in (
-        ((1, 4, 4), single, False, "direct"),
-        ((2, 4, 4), single, False, "winograd"),  # 2 tiles of 4x4
-        ((1, 8, 8), single, False, "winograd"),  # 4
-        ((2, 8, 8), single, False, "winograd_large"),  # 8
-        ((2, 8, 8), half, False, "winograd"),
-        ((2, 8, 8), single, True, "winograd"),
-        ((8, 4, 4), single, False, "winograd_large"),
-        ((8, 5, 5), single, False, "winograd"),  # 32 tiles of 4x4, 72 of 2x2
-        ((8, 7, 7), single, False, "winograd_large"),  # 32, 128
-        ((1, 6, 150), single, False, "winograd"),  # 76 of 4x4, 225 of 2x2
-        ((0, 8, 8), single, False, "direct"),
+        ((1, 80, 4, 4), single, False, "direct"),
+        ((2, 80, 4, 4), single, False, "winograd"),  # 2 tiles of 4x4
+        ((1, 80, 8, 8), single, False, "winograd"),  # 4
+        ((2, 80, 8, 8), single, False, "winograd_large"),  # 8
+        ((2, 79, 8, 8), single, False, "winograd"),
+        ((2, 80, 8, 8), half, False, "winograd"),
+        ((2, 80, 8, 8), single, True, "winograd"),
+        ((8, 80, 4, 4), single, False, "winograd_large"),
+        ((8, 80, 5, 5), single, False, "winograd"),  # 32 tiles of 4x4, 72 of 2x2
+        ((8, 80, 7, 7), single, False, "winograd_large"),  # 32, 128
+        ((1, 80, 6, 150), single, False, "winograd"),  # 76 of 4x4, 225 of 2x2
+        ((0, 80, 8, 8), single, False, "direct"),
     ):
         assert method_of(*shape, products, upsample=upsample) == expected, shape
 
@@ -231,19 +232,19 @@ def test_a_shortcut_multiplies_the_residual(resample: Resample | None, bias: boo
     assert relative_error(run(append, x, *maps), truth) <= 2 * relative_error(expected(dtype), truth)
 
 
-@pytest.mark.parametrize("channels", [(3, 64), (64, 3), (64, 64)])
+@pytest.mark.parametrize("channels", [(3, 96), (96, 3), (96, 16)])
 def test_few_channels_are_summed_directly(channels: tuple[int, int]) -> None:
     layers, conv = PackedLayers(torch.float32), make_conv(*channels, 3)
     run(lambda builder, x: layers.conv(builder, conv, (x,)), dense(torch.randn(1, channels[0], 16, 16)))
-    assert [method for _, method, _ in layers._packed] == ["winograd_large" if channels == (64, 64) else "direct"]
+    assert [method for _, method, _ in layers._packed] == ["winograd_large" if channels == (96, 16) else "direct"]
 
 
 def test_programs_share_packed_weights() -> None:
-    layers, conv = PackedLayers(torch.float32), make_conv(16, 16, 3)
+    layers, conv = PackedLayers(torch.float32), make_conv(80, 16, 3)
     for n in (1, 2, 1):
-        run(lambda builder, x: layers.conv(builder, conv, (x,)), dense(torch.randn(n, 16, 16, 16)))
+        run(lambda builder, x: layers.conv(builder, conv, (x,)), dense(torch.randn(n, 80, 16, 16)))
     (packed,) = layers._packed.values()
-    run(lambda builder, x: layers.conv(builder, conv, (x,)), dense(torch.randn(1, 16, 2, 2)))
+    run(lambda builder, x: layers.conv(builder, conv, (x,)), dense(torch.randn(1, 80, 2, 2)))
     assert {method for _, method, _ in layers._packed} == {"winograd_large", "direct"}
     assert next(iter(layers._packed.values())) is packed
 
@@ -296,8 +297,8 @@ def test_threads_change_no_bit(threads: int) -> None:
 
 def test_an_image_does_not_depend_on_the_others() -> None:
     """Its method may change with the number of tiles, and then the rounding."""
-    layers, norm, x = PackedLayers(torch.float32), make_norm(32), dense(torch.randn(5, 32, 12, 12))
-    for conv, options in ((make_conv(32, 40, 3), {"norm": norm}), (make_conv(32, 40, 3, stride=2), {})):
+    layers, norm, x = PackedLayers(torch.float32), make_norm(80), dense(torch.randn(5, 80, 12, 12))
+    for conv, options in ((make_conv(80, 40, 3), {"norm": norm}), (make_conv(80, 40, 3, stride=2), {})):
         whole, alone = (
             run(lambda b, x, conv=conv, o=options: layers.conv(b, conv, (x,), **o), part)  # type: ignore[misc]
             for part in (x, x[3:4])
