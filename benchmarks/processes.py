@@ -29,7 +29,7 @@ TURN_SECONDS = 0.1  # shorter calls are repeated
 _ROOT = Path(__file__).resolve().parents[1]
 
 # Requirements of the environments of peers that have one of their own.
-_COMMON = ("torch=={torch}", "diffusers", "safetensors", "numpy")
+_COMMON = ("torch~={torch}", "diffusers", "safetensors", "numpy")
 ENVIRONMENTS = {"zentorch": (*_COMMON, "zentorch=={series}.*"), "ncnn": (*_COMMON, "ncnn", "pnnx")}
 
 # Caps that PyTorch's and OpenVINO's oneDNN and PyTorch's own kernels read, beside DDPM_FAST_ISA. OpenVINO has further kernels,

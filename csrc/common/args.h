@@ -207,10 +207,10 @@ struct ConvArgs {
   const void* residual;  // [n, out_height, out_width, out_channels]; may be absent
   float divisor;
   std::int64_t n, height, width, channels, skip_channels, out_height, out_width, out_channels;
-  // conv_winograd needs kernel 3, stride 1 and padding 1. So does conv_winograd_large, and upsample false and weights
-  // packed in float32. conv_winograd_upsampled_gradient takes x, the gradient of an
-  // upsampled convolution's output, to the gradient of the small map, y. It needs 3, 1, 1, upsample false and flipped
-  // weights, and x has twice the height and width of y.
+  // conv_winograd needs kernel 3, stride 1 and padding 1. conv_winograd_large needs the same, upsample false and weights
+  // packed in float32. conv_winograd_upsampled_gradient takes x, the gradient of an upsampled convolution's output, to
+  // the gradient of the small map, y. It needs 3, 1, 1, upsample false and flipped weights, and x has twice the height
+  // and width of y.
   int kernel, stride;  // 1 or 3; 1 or 2
   int padding;         // zeros above and to the left; the size of the output decides those below and to the right
   bool upsample;       // repeat each pixel twice in both directions before the convolution

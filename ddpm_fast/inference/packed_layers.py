@@ -38,11 +38,10 @@ class PackedLayers:
 
     Args:
         dtype: Dtype of feature maps, float32 or bfloat16.
-        products: Dtype of packed weights, that of feature maps or float32. None: the one that this CPU multiplies fastest.
     """
 
-    def __init__(self, dtype: torch.dtype, products: torch.dtype | None = None) -> None:
-        self._dtype, self._products = dtype, product_dtype(dtype) if products is None else products
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype, self._products = dtype, product_dtype(dtype)
         self._packed: dict[tuple[Conv, str, bool], tuple[Tensor, Tensor | None]] = {}
         self._padded: dict[SelfAttention, tuple[Conv, Conv]] = {}
 

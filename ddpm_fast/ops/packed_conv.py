@@ -15,9 +15,9 @@ from torch import Tensor
 from .backend import native, why_not_matrix_kernels
 from .fused_op import FusedOp
 
-# Fewest tiles of a batch for which F(2x2, 3x3) is faster than the direct sum, and F(4x4, 3x3) faster than F(2x2, 3x3). The
-# former reads 16/9 of the direct sum's weights, or 36/16 after an upsampling, and the latter 36/9. With fewer tiles a layer
-# takes the time to read its weights.
+# Fewest tiles of a batch for which F(2x2, 3x3) is faster than the direct sum, and F(4x4, 3x3) faster than F(2x2, 3x3). With
+# fewer tiles, reading the weights takes most of the time. F(2x2, 3x3) reads 16/9 of the direct sum's weights, or 36/16 after
+# an upsampling, and F(4x4, 3x3) reads 36/9.
 WINOGRAD_TILES: Final = 8
 # Fewest input channels for F(4x4, 3x3). PyTorch's error falls with the number of terms of a sum, and that of the transforms
 # does not. A random network of 64 channels throughout would have 1.04 times the error of diffusers in channels_last, and one
@@ -81,7 +81,7 @@ def pack_weights(weight: Tensor, method: str, dtype: torch.dtype, *, upsample: b
         weight: [out, in, k, k].
         method: "direct": taps are the k k pixels of the kernel. With `upsample`, they are the 4 pixels of the
             small map behind each pixel of a 2x2 output square. "winograd": G g G^T for k = 3, in 16 taps.
-            With `upsample`, 36: four phases of 9. "winograd_large": the same in 36 taps.
+            With `upsample`, 36: four phases of 9. "winograd_large": G g G^T in 36 taps.
         dtype: Dtype of the result, float32 or bfloat16.
         upsample: Pack for a convolution after an upsampling by 2.
     """
@@ -155,9 +155,9 @@ def _kernel(method: str) -> FusedOp:
     )
 
 
-# "direct" takes kernels of 1x1 and 3x3 and strides 1 and 2, "winograd" 3x3 and stride 1. "winograd_large" takes 3x3 and
-# stride 1 without an upsampling, and weights that are packed in float32. The fourth maps the gradient of an
-# upsampled convolution's output to that of its small input. Its weights are packed flipped, with `upsample`.
+# "direct" takes kernels of 1x1 and 3x3 and strides 1 and 2, "winograd" 3x3 and stride 1. "winograd_large" takes 3x3, stride 1,
+# no upsampling, and weights that are packed in float32. The fourth maps the gradient of an upsampled convolution's output to
+# that of its small input. Its weights are packed flipped, with `upsample`.
 METHODS: Final = ("direct", "winograd", "winograd_large", "winograd_upsampled_gradient")
 conv_ops: Final = {method: _kernel(method) for method in METHODS}
 

@@ -133,7 +133,9 @@ def check(convolution: str, shape: tuple[int, ...], types: Types, norm: str | No
     truth = by_pytorch(conv, x.double(), layer, resample, **small)  # type: ignore[arg-type]
     added = dense(torch.randn(truth.shape, generator=generator).to(dtype))
     truth = (truth + added.double()) / 1.5
-    layers = PackedLayers(dtype, products)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(packed_layers, "product_dtype", lambda _: products)
+        layers = PackedLayers(dtype)
 
     def append(builder: Builder, added: Buffer, stack: Buffer, *maps: Buffer) -> Buffer:
         rows = stack.rows()

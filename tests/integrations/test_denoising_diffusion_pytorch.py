@@ -71,14 +71,14 @@ def drawn_in_float64(process: Any, monkeypatch: pytest.MonkeyPatch) -> Tensor:
 def test_a_frozen_process_draws_the_same_images(
     objective: str, schedule: str, sampler: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Compared in float64: untrained weights amplify a rounding of the original, too, to 1.6e-4."""
+    """Compared in float64, because untrained weights amplify the original's own rounding to 1.6e-4."""
     process = make(objective=objective, beta_schedule=schedule, **sampler).eval()
     frozen = freeze(process)
     expected = drawn_in_float64(process, monkeypatch)
     assert type(frozen) is type(process)
     assert expected.dtype == torch.float64
     assert expected.std() > 0.1
-    torch.testing.assert_close(drawn(frozen).double(), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(drawn(frozen).double(), expected, rtol=0, atol=2e-4)
 
 
 @pairwise(objective=OBJECTIVES, schedule=SCHEDULES, sampler=SAMPLERS)
