@@ -21,6 +21,9 @@ from .errors import InvalidType, InvalidValue, expect
 MAX_TIMESTEPS: Final = 100_000
 """Largest number of timesteps T. The largest in the literature is 4000."""
 
+Ranges = tuple[tuple[float, float], ...]
+"""(low, high) of values: one pair for all channels, or one a channel."""
+
 _NUMBERS = (float, int, torch.SymFloat, torch.SymInt)
 
 
@@ -163,6 +166,36 @@ def check_number(
         bounds = [f"{word} {bound}" for word, bound in words.items() if bound is not None] + ["finite"] * finite
         wanted = " and ".join("positive" if bound == "above 0" else bound for bound in bounds)
         raise InvalidValue(caller, name, f"to be {wanted}{or_none}", repr(value))
+
+
+def as_json(value: Any) -> Any:
+    """Return a value with lists in place of tuples, as JSON gives it back."""
+    return [as_json(each) for each in value] if isinstance(value, (list, tuple)) else value
+
+
+def checked_ranges(caller: str, name: str, value: Any) -> Ranges | None:
+    """Return ranges of values as pairs (low, high), one for all channels or one a channel. None stays.
+
+    Raises:
+        TypeError: A bound is not a number.
+        ValueError: `value` is neither a pair nor pairs, a pair does not ascend, or float32 has fewer than 256 values in it.
+    """
+    if value is None:
+        return None
+    pairs = value if isinstance(value, (list, tuple)) and value and isinstance(value[0], (list, tuple)) else (value,)
+    for pair in pairs:
+        is_pair = isinstance(pair, (list, tuple)) and len(pair) == 2
+        expect(is_pair, caller, name, "to be two numbers, or two a channel", repr(value))
+        for bound in pair:
+            check_number(caller, name, bound, finite=True)
+        low, high = pair
+        largest = max(abs(low), abs(high))
+        expect(low < high, caller, name, "to have the lower number first", pair)
+        resolved = largest < 2.0**128 and high - low >= max(2.0**-126, 2.0**-15 * largest)
+        expect(
+            resolved, caller, name, "to hold at least 256 values of float32", f"{pair}; subtract an offset or scale the values"
+        )
+    return tuple((float(low), float(high)) for low, high in pairs)
 
 
 def checked_bytes(caller: str, name: str, value: Any) -> int:

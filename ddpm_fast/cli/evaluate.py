@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import InvalidValue, expect
-from .options import VARIANCES, PathOption, model_options, refusing
+from .options import RANGE, VARIANCES, PathOption, model_options, refusing
 from .outputs import check_output, make_writable, save_result
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from ..checks import Ranges
     from ..pretrained import Pretrained
     from ..training.data import ImageDataset
 
@@ -37,8 +38,14 @@ _SSIM = 6  # pixels a side that its window needs
 @click.option(
     "--condition",
     type=PathOption(exists=True),
-    help="Restore the images of this folder, for a model that was trained with such a folder.",
+    help="Restore the images or arrays of this folder or file, for a model that was trained with such ones.",
 )
+@click.option(
+    "--data-range",
+    help="Map these values of arrays to -1 and 1: one pair, or one a channel.  [default: those that the model keeps]",
+    **RANGE,
+)
+@click.option("--condition-range", help="The same for --condition.", **RANGE)
 @click.option(
     "--samples", type=click.IntRange(1), default=8, show_default=True, help="Draw this many samples of each image to restore."
 )
@@ -55,6 +62,8 @@ def evaluate_command(
     data: str,
     data_dir: str | None,
     condition: str | None,
+    data_range: Ranges | None,
+    condition_range: Ranges | None,
     samples: int,
     variance: Any,
     labels: bool,
@@ -91,7 +100,8 @@ def evaluate_command(
         expect(
             condition is None or not given, "evaluate", "condition", f"to be left out, as the model restores {kind}", condition
         )
-        dataset = evaluated_images(data, data_dir, kind if given else condition, config, loaded.shape[0], num)
+        restored, ranges = kind if given else condition, (data_range, condition_range)
+        dataset = evaluated_images(data, data_dir, restored, config, loaded.shape[0], num, *ranges)
         expect(num <= len(dataset), "evaluate", "num", f"to be at most {len(dataset)}, the test images of {data}", num)
         embeddings, classes = config["num_class_embeds"], dataset.labels[:num]
         unused = variance is not None and loaded.condition_channels > 0

@@ -20,6 +20,14 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 SAMPLING_DTYPE_HELP = "Run the network in this dtype.  [default: float32 on a CPU; bfloat16 or float16 on a GPU]"
 VARIANCES = ("fixed_small", "fixed_large", "learned", "learned_range")
+# Settings of an option for ranges: a pair of numbers, repeated for each channel.
+RANGE: dict[str, Any] = {
+    "nargs": 2,
+    "type": float,
+    "multiple": True,
+    "metavar": "LOW HIGH",
+    "callback": lambda ctx, option, value: value or None,
+}
 # Options by the names that the package's functions have for them.
 _ALIASES = {
     "num_samples": "num",

@@ -13,7 +13,7 @@ import click
 from ..errors import InvalidValue, expect
 from ..resources import check_free_memory
 from .console import Refused, Stopped
-from .options import SAMPLING_DTYPE_HELP, PathOption, model_options, numbers, refusing
+from .options import RANGE, SAMPLING_DTYPE_HELP, PathOption, model_options, numbers, refusing
 from .outputs import check_output, check_pictures, make_writable, save_result
 from .samplers import class_options, default_sampler, labels_of_option, plan_of_options, sampler_options
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from ..checks import Ranges
     from ..plan import SamplingPlan
     from ..pretrained import Pretrained
 
@@ -42,7 +43,12 @@ _COLUMNS = 8  # at most, of a grid with conditions
 @click.option(
     "--condition",
     type=PathOption(exists=True),
-    help="Restore the images of this folder, in turn. For models that were trained with --condition.",
+    help="Restore the images or arrays of this folder or file, in turn. For models that were trained with --condition.",
+)
+@click.option(
+    "--condition-range",
+    help="Map these values of arrays to -1 and 1: one pair, or one a channel.  [default: those that the model keeps]",
+    **RANGE,
 )
 @click.option(
     "--out",
@@ -75,6 +81,7 @@ def sample_command(
     classes: str | None,
     guidance: float | None,
     condition: str | None,
+    condition_range: Ranges | None,
     out: str,
     gif: Path | None,
     show_channels: list[int] | None,
@@ -113,7 +120,7 @@ def sample_command(
         loaded = load_folder(model or BUILTIN, target, precision)
         sampler = sampler or default_sampler(loaded, steps, eta, spacing)
         plan = plan_of_options("sample", loaded, sampler, steps, eta, spacing, sigma_min, sigma_max, variance)
-        restored = _conditions(loaded, condition, seed)
+        restored = _conditions(loaded, condition, seed, num, condition_range)
         if restored is not None and classes is None:
             classes = "none"  # nobody knows what the images show
         num = num or (16 if restored is None else len(restored))
@@ -141,7 +148,7 @@ def sample_command(
         raise click.ClickException("; ".join(failures))
 
 
-def _conditions(loaded: Pretrained, path: str | None, seed: int) -> Tensor | None:
+def _conditions(loaded: Pretrained, path: str | None, seed: int, num: int | None, ranges: Ranges | None) -> Tensor | None:
     """Return the conditions of --condition, or None for a model without. Raise unless they go together."""
     from ..training.data.conditions import read_conditions
 
@@ -151,7 +158,7 @@ def _conditions(loaded: Pretrained, path: str | None, seed: int) -> Tensor | Non
         expect(channels == 0, "sample", "condition", wanted, "none")
         return None
     expect(channels > 0, "sample", "condition", "to be left out, as the model reads none", repr(path))
-    return read_conditions(path, loaded.model.config, _shape(loaded), seed)
+    return read_conditions(path, loaded.model.config, _shape(loaded), seed, first=num, condition_range=ranges)
 
 
 def _shape(loaded: Pretrained) -> tuple[int, int, int]:

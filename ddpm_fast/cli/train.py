@@ -12,9 +12,9 @@ from click.core import ParameterSource
 
 from ..errors import renaming
 from ..files.writing import remove_leftovers
-from ..training.options import STRUCTS, DataOptions, Declared, ModelOptions, TrainOptions, options_of
+from ..training.options import RANGES, STRUCTS, DataOptions, Declared, ModelOptions, TrainOptions, options_of
 from .console import Stopped
-from .options import PathOption, numbers, refusing, size
+from .options import RANGE, PathOption, numbers, refusing, size
 
 _EXAMPLE = """\b
 Example:
@@ -57,10 +57,10 @@ def _option(declared: Declared) -> click.Option:
         settings["type"] = click.Choice(declared.choices)
     elif bool in kinds:
         declarations[0] += f"/--no{flag[1:]}"
-    elif declared.pair is not None:
-        settings |= (
-            {"callback": size, "metavar": "WxH"} if declared.pair is int else {"nargs": 2, "type": float, "metavar": "LOW HIGH"}
-        )
+    elif declared.is_size:
+        settings |= {"callback": size, "metavar": "WxH"}
+    elif RANGES in kinds:
+        settings |= RANGE
     elif get_origin(kind) is tuple:
         default = ",".join(map(str, default))
         settings |= {"callback": numbers, "metavar": "N,N,..."}

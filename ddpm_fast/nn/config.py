@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..checks import check_int, check_number, check_type
+from ..checks import Ranges, as_json, check_int, check_number, check_type, checked_ranges
 from ..errors import InvalidValue
 from ..resources import check_free_memory
 
@@ -98,8 +98,8 @@ class UNetConfig:
     class_names: Sequence[str] | None = None  # in the order of the labels, without "no label"
     num_train_timesteps: int | None = None  # recorded only
     condition: str | None = None  # channels after x_t: "low-resolution:4", "grey", "mask", or "images" of other files
-    condition_range: Sequence[float] | None = None  # values of a condition of numbers, which are mapped to -1 and 1
-    data_range: Sequence[float] | None = None  # the same for the images; None: pictures of 0..255
+    condition_range: Ranges | None = None  # (low, high) of a condition's channels, or of all, which are mapped to -1 and 1
+    data_range: Ranges | None = None  # the same for the images; None: pictures of 0..255
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> UNetConfig:
@@ -122,7 +122,7 @@ class UNetConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return every key with its value as JSON types. A key of OWN_KEYS is left out if it is None."""
         values = {key: value for key, value in dataclasses.asdict(self).items() if key not in OWN_KEYS or value is not None}
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+        return {key: as_json(value) for key, value in values.items()}
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -157,12 +157,11 @@ class UNetConfig:
             limit = self.num_class_embeds or 0
             _expect(self, "class_names", len(names) < limit, f"None or fewer names than num_class_embeds = {limit or None}")
         check_type("UNet", "condition", self.condition, str, optional=True)
-        for key in ("condition_range", "data_range"):
-            if (bounds := getattr(self, key)) is not None:
-                _expect(self, key, isinstance(bounds, tuple) and len(bounds) == 2, "two numbers")
-                for bound in bounds:
-                    check_number("UNet", key, bound, finite=True)
-                _expect(self, key, bounds[0] < bounds[1], "two numbers, the lower one first")
+        drawn = (self.out_channels, self.out_channels // 2)  # half, if the network predicts variances too
+        for key, counts in (("data_range", drawn), ("condition_range", [self.in_channels - each for each in drawn])):
+            ranges = checked_ranges("UNet", key, getattr(self, key))
+            _expect(self, key, ranges is None or len(ranges) in (1, *counts), "a pair, or one for each channel")
+            object.__setattr__(self, key, ranges)
 
         channels = self.block_out_channels
         _expect(self, "block_out_channels", isinstance(channels, tuple) and len(channels) > 0, "a list of positive integers")

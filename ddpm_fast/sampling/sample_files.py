@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_int, check_path
+from ..checks import Ranges, check_int, check_path
 from ..distributed import Processes, joined
 from ..errors import InvalidValue, UnusablePath
 from ..files.images import to_uint8
@@ -121,9 +121,9 @@ def write_samples(
         num_kept=batch_size,
     )
     labels = None if class_labels is None or request.labels is None else request.labels.cpu()
-    value_range = model_config(model).get("data_range")
+    ranges = model_config(model).get("data_range")
     numbers = None if labels is None else labels.numpy()
-    files = files_of(out, num_samples, shape, numbers, pictures=value_range is None)
+    files = files_of(out, num_samples, shape, numbers, pictures=ranges is None)
     blocks = [range(i, min(i + batch_size, num_samples)) for i in range(0, num_samples, batch_size)]
     with ExitStack() as locks, joined(_CALLER) as processes, processes.barrier(_APART) as arrive:
         sampler = Sampler(model, plan, dtype=dtype, device=_device(processes, model, device), shape=shape)
@@ -154,7 +154,7 @@ def write_samples(
                     condition=None if condition is None else condition[part],
                     progress=False,
                 )
-                files.write(block, _values(images, block, value_range if files.dtype != "|u1" else None))
+                files.write(block, _values(images, block, ranges if files.dtype != "|u1" else None))
                 written(len(block))
             _wait(arrive(), written)
             if processes.is_first:
@@ -171,8 +171,8 @@ def _device(processes: Processes, model: Model, device: torch.device | str | Non
     return device
 
 
-def _values(images: Tensor, block: range, value_range: Sequence[float] | None) -> Pixels:
-    """Return images [N, C, H, W] as uint8 [N, H, W, C], or as floats with a range that -1 and 1 stand for.
+def _values(images: Tensor, block: range, ranges: Ranges | None) -> Pixels:
+    """Return images [N, C, H, W] as uint8 [N, H, W, C], or as floats with ranges that -1 and 1 stand for.
 
     Raise a ValueError if one is not finite.
     """
@@ -180,10 +180,10 @@ def _values(images: Tensor, block: range, value_range: Sequence[float] | None) -
     if not finite.all():
         index = block.start + int((~finite).nonzero()[0])
         raise InvalidValue(_CALLER, "images", "to be finite", f"NaN or infinity in image {index}")
-    if value_range is None:
+    if ranges is None:
         values = to_uint8(images)
     else:
-        low, high = value_range
+        low, high = images.new_tensor(ranges, dtype=torch.float64).T[:, :, None, None]  # [C, 1, 1]
         values = ((images.double() + 1) * ((high - low) / 2) + low).float()
     pixels: Pixels = values.permute(0, 2, 3, 1).contiguous().cpu().numpy()
     return pixels

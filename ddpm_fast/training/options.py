@@ -54,6 +54,7 @@ _records = partial(Option, "Records and checkpoints", changeable=True)
 _call = partial(Option, "This call", changeable=True, recorded=False)
 
 _Path = str | os.PathLike[str]
+RANGES: Final = tuple[tuple[float, float], ...]  # the type of `checks.Ranges`, which imports PyTorch
 
 
 class Declared(NamedTuple):
@@ -77,10 +78,9 @@ class Declared(NamedTuple):
         return get_args(self.kind) if isinstance(self.kind, UnionType) or get_origin(self.kind) is Union else (self.kind,)
 
     @property
-    def pair(self) -> type | None:
-        """The type of the numbers of a pair, or None if it is no pair."""
-        found = [get_args(kind)[0] for kind in self.kinds if get_origin(kind) is tuple and Ellipsis not in get_args(kind)]
-        return found[0] if found else None
+    def is_size(self) -> bool:
+        """True if it is a width and height, or one number for both."""
+        return tuple[int, int] in self.kinds
 
     @property
     def choices(self) -> list[str]:
@@ -109,8 +109,9 @@ class Options:
 
     def recorded(self) -> dict[str, Any]:
         """Return the options that config.json has, as JSON gives them back."""
-        values = {each.name: getattr(self, each.name) for each in options_of(type(self)) if each.option.recorded}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        from ..checks import as_json
+
+        return {each.name: as_json(getattr(self, each.name)) for each in options_of(type(self)) if each.option.recorded}
 
 
 AnyOptions = TypeVar("AnyOptions", bound=Options)
@@ -169,8 +170,10 @@ class DataOptions(Options):
         _data("Train on images in these colours. Default: grey if all files are, else rgb."),
     ] = None
     data_range: Annotated[
-        tuple[float, float] | None,
-        _data("Map these two values of .npy and .npz files to -1 and 1. Default: the least and the largest value."),
+        tuple[tuple[float, float], ...] | None,
+        _data(
+            "Map these values of .npy and .npz files to -1 and 1: one pair, or one a channel. Default: each channel's range."
+        ),
     ] = None
     condition: Annotated[
         _Path | None,
@@ -179,6 +182,10 @@ class DataOptions(Options):
             changeable=True,  # the images themselves are compared, and the network's configuration names a degradation
             local=True,
         ),
+    ] = None
+    condition_range: Annotated[
+        tuple[tuple[float, float], ...] | None,
+        _data("Map these values of .npy and .npz conditions to -1 and 1, like data_range."),
     ] = None
     data_memory: Annotated[
         int | str,
@@ -331,7 +338,16 @@ LOCAL: Final = frozenset(each.name for struct in STRUCTS for each in options_of(
 
 def _checked(caller: str, declared: Declared, value: Any) -> Any:
     """Return an option in its plain form: a path as text, numbers as a tuple. Raise unless it is as declared."""
-    from ..checks import check_choice, check_int, check_ints, check_number, check_path, check_type, checked_bytes
+    from ..checks import (
+        check_choice,
+        check_int,
+        check_ints,
+        check_number,
+        check_path,
+        check_type,
+        checked_bytes,
+        checked_ranges,
+    )
 
     name, kind, _, option = declared
     kinds, choices = declared.kinds, declared.choices
@@ -346,15 +362,12 @@ def _checked(caller: str, declared: Declared, value: Any) -> Any:
         if not isinstance(value, (list, tuple)) or value:
             check_ints(caller, name, value, 1, "a list of integers")
         return tuple(value)
-    elif declared.pair is not None and (isinstance(value, (list, tuple)) or int not in kinds):
-        pair = isinstance(value, (list, tuple)) and len(value) == 2
-        expect(pair, caller, name, "to be a pair of numbers", repr(value))
+    elif RANGES in kinds:
+        return checked_ranges(caller, name, value)
+    elif declared.is_size and isinstance(value, (list, tuple)):
+        expect(len(value) == 2, caller, name, "to be a pair of numbers", repr(value))
         for each in value:
-            if declared.pair is int:
-                check_int(caller, name, each, option.low, option.high)  # type: ignore[arg-type]
-            else:
-                check_number(caller, name, each, finite=True)
-        expect(declared.pair is int or value[0] < value[1], caller, name, "to have the lower value first", value)
+            check_int(caller, name, each, option.low, option.high)  # type: ignore[arg-type]
         return tuple(value)
     elif {int, str} <= {*kinds}:
         checked_bytes(caller, name, value)

@@ -212,7 +212,8 @@ class Records:
         changed = [name for name, buffer in self._buffers.items() if not torch.equal(buffer, now[name])]
         self._buffers = {}
         if changed:
-            text = "the network's forward changes %s: weights are not bit-identical for other numbers of processes"
+            text = "the network's forward changes %s: weights are not bit-identical for other numbers of processes, nor, "
+            text += "if a buffer is not persistent, after a resume"
             _log.warning(text, listed(changed))
 
     def _draw_grid(self) -> None:

@@ -113,6 +113,7 @@ class Task:
                 "shape": list(dataset.shape),
                 "preparation": dataset.preparation,
                 "classes": list(dataset.classes),
+                **dataset.described,
             },
             "threads": torch.get_num_threads() if self.device.type == "cpu" else None,
             "versions": {"ddpm_fast": __version__, "torch": torch.__version__},

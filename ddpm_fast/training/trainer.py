@@ -196,8 +196,8 @@ def _adapted(dataset: Any, model: nn.Module, num_classes: int | None, num_worker
 def _check_fit(model: UNet, dataset: ImageDataset | MappedDataset) -> None:
     """Raise a ValueError unless the network takes the images and labels, and predicts as many channels."""
     for name, value in dataset.described.items():
-        known, found = model.config.get(name), list(value) if isinstance(value, tuple) else value
-        expect(known in (None, found), "Trainer", "dataset", f"to have the {name} of model, {known}", found)
+        known = model.config.get(name)
+        expect(known in (None, value), "Trainer", "dataset", f"to have the {name} of model, {known}", value)
     expect(len(dataset.shape) == 3, "Trainer", "dataset", "to have images [C, H, W] for a UNet", list(dataset.shape))
     channels, height, width = dataset.shape
     reads, of = channels + dataset.condition_channels, "the images of dataset"
@@ -317,15 +317,16 @@ def _with_absolute_paths(options: AnyOptions) -> AnyOptions:
 
 def _dataset(data: DataOptions, stored: Mapping[str, Any]) -> ImageDataset:
     """Load the images. A run that is resumed has the ranges of their values in its network's configuration."""
+    unknown = None if stored else "measured"
     with renaming("train", {"name": "data", "channels": "colors"}):
         return load_dataset(
             os.fspath(data.data),
             data.data_dir,
             image_size=data.image_size,
             channels=None if data.colors is None else {"grey": 1, "rgb": 3, "rgba": 4}[data.colors],
-            data_range=data.data_range or stored.get("data_range"),
+            data_range=data.data_range or stored.get("data_range", unknown),
             condition=data.condition,
-            condition_range=stored.get("condition_range"),
+            condition_range=data.condition_range or stored.get("condition_range", unknown),
             skip_broken=data.skip_broken,
             memory=checked_bytes("train", "data_memory", data.data_memory),
         )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 from ddpm_fast import NoiseSchedule, Sampler, Trainer, TrainOptions, ddim_plan, export_checkpoint, freeze, load_folder
 from ddpm_fast.cli import main
 from ddpm_fast.errors import InvalidType, InvalidValue
+from ddpm_fast.training.data import load_dataset
 from ddpm_fast.training.folder import RunFolder
 
 SCHEDULE = NoiseSchedule.linear()
@@ -249,3 +252,23 @@ def test_the_record_names_the_network(tmp_path: Path) -> None:
     assert config["network"].endswith("test_any_network.Net")
     assert "unet" not in config
     assert config["dataset"]["shape"] == [2, 6, 4]
+
+
+@pytest.mark.parametrize("name", ["condition", "condition_range", "data_range"])
+def test_a_resumed_run_keeps_its_condition_and_its_ranges(name: str, tmp_path: Path) -> None:
+    """Also of a network without a configuration, and though the bytes of the files are the same."""
+    for file, seed in (("x", 0), ("y", 1)):
+        np.save(tmp_path / f"{file}.npy", np.random.default_rng(seed).normal(size=(8, 8, 8)).clip(-2, 2))
+    ranges = {"data_range": (-4, 4), "condition_range": (-4, 4)}
+    numbers = partial(load_dataset, str(tmp_path / "x.npy"), condition=tmp_path / "y.npy")
+    before, after = numbers(**ranges), numbers(**ranges | {name: (-8, 8)}) if name != "condition" else None
+    if name == "condition":
+        before, after = (load_dataset("digits", condition=f"low-resolution:{factor}") for factor in (2, 4))
+
+    def runs(dataset: Any, **options: Any) -> Trainer:
+        return Trainer(Net(2, 1, 2), SCHEDULE, dataset, TrainOptions(**OPTIONS | options), tmp_path / "run")
+
+    runs(before).run()
+    with pytest.raises(ValueError, match=f"train: expected {name} to be .*, as in .*run.*, got "):
+        runs(after, resume=True, steps=5).run()
+    assert runs(before, resume=True, steps=5).run().step == 5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +143,9 @@ def test_pairs_of_arrays_have_a_range(tmp_path: Path) -> None:
     np.save(tmp_path / "y.npy", np.random.default_rng(1).normal(size=(6, 8, 8)) * 50)
     train(tmp_path / "run", **RUN | {"data": str(tmp_path / "x.npy"), "condition": str(tmp_path / "y.npy"), "steps": 1})
     config = load_folder(tmp_path / "run").model.config
-    assert config["condition_range"][1] > 50 > config["data_range"][1]
+    (condition_range,), data_ranges = config["condition_range"], config["data_range"]
+    assert condition_range[1] > 50 > max(high for _, high in data_ranges)
+    assert len(data_ranges) == 2
     condition = read_conditions(tmp_path / "y.npy", config, (2, 8, 8))
     assert (condition.shape, float(condition.min()), float(condition.max())) == ((6, 1, 8, 8), -1, 1)
 
@@ -166,16 +169,6 @@ def test_what_cannot_be_paired_is_named(tmp_path: Path) -> None:
         load_dataset("digits", condition="grey")
     with pytest.raises(ValueError, match="expected condition to be computed from the images of digits"):
         load_dataset("digits", condition=dim)
-    np.save(tmp_path / "y.npy", np.zeros((3, 8, 12)))
-    with pytest.raises(ValueError, match=r"condition to have 6 images, as .*sharp, got 3 in .*y\.npy"):
-        load_dataset(str(sharp), condition=tmp_path / "y.npy")
-    np.save(tmp_path / "y.npy", np.zeros((6, 8, 12)))
-    with refused(InvalidValue("load_dataset", "skip_broken", "to be False, as the condition is one file", True)):
-        load_dataset(str(sharp), condition=tmp_path / "y.npy", skip_broken=True)
-    twice = pictures(tmp_path / "twice")
-    Image.new("RGB", (12, 8)).save(twice / "3.bmp")
-    with pytest.raises(ValueError, match="condition to have one file of each name"):
-        load_dataset(str(sharp), condition=twice)
 
 
 class Pairs:
@@ -277,7 +270,7 @@ def test_conditions_are_read_as_they_were_trained(tmp_path: Path) -> None:
     assert torch.equal(read_conditions(full, rgba, (4, 8, 12), seed=4)[:, 4], boxes[:, 3])
     one = read_conditions(full / "2.png", mask, (3, 8, 12), seed=4)
     assert torch.equal(one, holes[2:3])
-    with refused(InvalidValue("load_dataset", "channels", "to be one of None, 1, 3, 4", "2")):
+    with refused(InvalidValue("sample", "channels", "to be one of None, 1, 3, 4", "2")):
         read_conditions(full, {"condition": "images", "in_channels": 5}, (3, 8, 12))
 
 
@@ -304,6 +297,49 @@ def test_evaluation_gives_each_image_its_class_and_condition(tmp_path: Path, mon
     arguments = ["evaluate", "--model", str(tmp_path / "run"), "--data", "digits"]
     result = CliRunner().invoke(main, [*arguments, "--variance", "fixed_large"])
     assert "expected --variance to be left out, as the model restores images" in result.output
+
+
+def test_numbers_are_read_by_the_range_that_the_model_keeps(tmp_path: Path) -> None:
+    """An image reads the same alone and beside others, and numbers for a model of pictures are refused."""
+    numbers = np.random.default_rng(0).uniform(3, 5, (6, 8, 8, 1))
+    np.save(tmp_path / "all.npy", numbers)
+    np.save(tmp_path / "one.npy", numbers[2:3])
+    np.save(tmp_path / "pictures.npy", (numbers * 50).astype(np.uint8))
+    run, model = CliRunner().invoke, ["--model", str(tmp_path / "run"), "--quiet"]
+    small = RUN | {"condition": "low-resolution:2", "steps": 1, "image_size": 8}
+    for trained_on in ("pictures", "all"):
+        train(tmp_path / "run", **small | {"data": str(tmp_path / f"{trained_on}.npy")})
+        config = load_folder(tmp_path / "run").model.config
+        sample = ["sample", *model, "--condition", str(tmp_path / "one.npy"), "--out", str(tmp_path / "a.png"), "--steps", "2"]
+        evaluate = ["evaluate", *model, "--data", str(tmp_path / "one.npy"), "--num", "1", "--samples", "1"]
+        if trained_on == "all":
+            alone, among = (read_conditions(tmp_path / f"{name}.npy", config, (1, 8, 8)) for name in ("one", "all"))
+            assert torch.equal(alone, among[2:3])
+            assert run(main, sample).exit_code == run(main, evaluate).exit_code == 0
+            result = run(main, [*sample, "--condition-range", "0", "9"])
+            assert "expected --condition-range to be left out, as the model keeps ((" in result.output
+        for command, option in ((sample, "--condition-range"), (evaluate, "--data-range")) * (trained_on == "pictures"):
+            result = run(main, command)
+            assert result.exit_code == 2
+            assert f"expected {option} to be given for numbers, as {tmp_path / 'one.npy'}[0] has float64" in result.output
+            result = run(main, [*command, option, "3", "5"])
+            assert result.exit_code == 0, result.output
+        shutil.rmtree(tmp_path / "run")
+
+
+def test_as_many_conditions_are_read_as_images_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ddpm_fast.training.data import arrays
+
+    train(tmp_path / "run", **RUN | {"condition": "low-resolution:2", "steps": 1})
+    np.save(tmp_path / "many.npy", np.zeros((40, 4, 4, 1), np.uint8))
+    read: list[int] = []
+    image = arrays.Arrays.image
+    monkeypatch.setattr(
+        arrays.Arrays, "image", lambda self, index, like=None: (read.append(index), image(self, index, like))[1]
+    )
+    command = ["sample", "--model", str(tmp_path / "run"), "--condition", str(tmp_path / "many.npy"), "--num", "3", "--quiet"]
+    assert CliRunner().invoke(main, [*command, "--out", str(tmp_path / "a.png"), "--steps", "2"]).exit_code == 0
+    assert set(read) == {0, 1, 2}
 
 
 def test_a_folder_may_be_called_as_a_degradation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,9 @@ from ddpm_fast.training.folder import RunFolder
 
 N, H, W, C = 7, 4, 6, 5
 VALUES = np.random.default_rng(0).normal(3, 2, (N, H, W, C)).astype(np.float32)
-SCALED = torch.from_numpy((VALUES.astype(np.float64) - VALUES.min()) * (2 / (VALUES.max() - float(VALUES.min()))) - 1)
+LOW, HIGH = VALUES.min(axis=(0, 1, 2)).astype(np.float64), VALUES.max(axis=(0, 1, 2)).astype(np.float64)  # of each channel
+SCALED = torch.from_numpy((VALUES.astype(np.float64) - LOW) * (2 / (HIGH - LOW)) - 1)
+RANGES = tuple(zip(LOW.tolist(), HIGH.tolist(), strict=True))
 
 
 def write_npy(path: Path, values: np.ndarray = VALUES) -> Path:
@@ -48,13 +50,17 @@ def test_numbers_are_mapped_to_the_unit_range(write: Callable[[Path], Path], mem
     assert (dataset.shape, dataset.classes, len(dataset)) == ((C, H, W), ("",), N)
     images, labels = dataset.batch(torch.arange(N))
     torch.testing.assert_close(images, SCALED.permute(0, 3, 1, 2).float(), rtol=0, atol=1e-6)
-    assert (float(images.min()), float(images.max())) == (-1, 1)
+    assert images.amin(dim=(0, 2, 3)).tolist() == [-1] * C
+    assert images.amax(dim=(0, 2, 3)).tolist() == [1] * C
     assert labels.tolist() == [0] * N
-    assert dataset.value_range == (float(VALUES.min()), float(VALUES.max()))
+    assert dataset.value_range == RANGES
     assert isinstance(dataset.images, torch.Tensor) == (memory is None)
     assert all(torch.equal(a, b) for a, b in zip(next(dataset.batches([torch.arange(N)])), (images, labels), strict=True))
     wider = load_dataset(str(write(tmp_path)), memory=memory, data_range=(-100, 100))
     torch.testing.assert_close(wider.batch(torch.tensor([2]))[0][0], torch.from_numpy(VALUES[2] / 100).permute(2, 0, 1))
+    each = load_dataset(str(write(tmp_path)), memory=memory, data_range=[(-100.0 * c, 100.0 * c) for c in range(1, C + 1)])
+    expected = torch.from_numpy(VALUES[2] / (100 * np.arange(1, C + 1, dtype=np.float32))).permute(2, 0, 1)
+    torch.testing.assert_close(each.batch(torch.tensor([2]))[0][0], expected)
 
 
 def test_dtypes_labels_and_sizes(tmp_path: Path) -> None:
@@ -87,6 +93,9 @@ def broken(kind: str, path: Path) -> Path:
         return write_npy(path, values)
     if kind == "alike":
         return write_npy(path, np.ones_like(values))
+    if kind == "alike in a channel":
+        values[..., 2] = 4
+        return write_npy(path, values)
     if kind == "another shape":
         write_folder(path, values)
         np.save(path / "5.npy", values[5][:2])
@@ -116,8 +125,9 @@ def broken(kind: str, path: Path) -> Path:
     [
         ("nan", r".*a\.npy\[4\] to be finite, got NaN or infinity"),
         ("nan in a folder", r".*4\.npy to be finite, got NaN or infinity"),
-        ("outside", r".*a\.npy\[0\] to be in 0\.\.1, the data_range, got values from .* to .*"),
-        ("alike", r".*a\.npy to have different values, got 1 alone"),
+        ("outside", r".*a\.npy\[0\] to be in 0\.\.1, the data_range, got values from .* to .* in channel 0"),
+        ("alike", r".*a\.npy to have different values, got 1 alone in channel 0; state a data_range"),
+        ("alike in a channel", r".*a\.npy to have different values, got 4 alone in channel 2; state a data_range"),
         ("another shape", r".*5\.npy to be float32 \[5, 4, 6\], as the first, got float32 \[5, 2, 6\]"),
         ("pickle", r".*a\.npy to be a whole \.npy or \.npz of numbers, got: "),
         ("objects", r".*a\.npy to be a whole \.npy or \.npz of numbers, got: "),
@@ -131,24 +141,37 @@ def broken(kind: str, path: Path) -> Path:
 def test_wrong_arrays_are_named_before_any_work(kind: str, wanted: str, tmp_path: Path) -> None:
     path = broken(kind, tmp_path)
     with pytest.raises(ValueError, match=f"^load_dataset: expected {wanted}"):
-        load_dataset(str(path), data_range=(0, 1) if kind == "outside" else None, memory=0)
+        load_dataset(str(path), data_range=(0, 1) if kind == "outside" else "measured", memory=0)
 
 
 def test_options_of_the_other_kind_of_files_are_refused(tmp_path: Path) -> None:
     path = str(write_npy(tmp_path))
     with refused(InvalidValue("load_dataset", "channels", "to be those of the images, 1 wanted", f"5 in {path}")):
         load_dataset(path, channels=1)
-    for wrong in ((1,), "01", 5):
-        with refused(InvalidValue("load_dataset", "data_range", "to be two numbers or None", repr(wrong))):
+    for wrong in ((1,), "01", 5, [(0, 1), (1,)], []):
+        with refused(InvalidValue("load_dataset", "data_range", "to be two numbers, or two a channel", repr(wrong))):
             load_dataset(path, data_range=wrong)  # type: ignore[arg-type]
     with refused(InvalidValue("load_dataset", "data_range", "to have the lower number first", (5, 1))):
-        load_dataset(path, data_range=(5, 1))
+        load_dataset(path, data_range=[(0, 1), (5, 1)])
+    with refused(InvalidValue("load_dataset", "data_range", "to be one range, or one for each of 5 channels", 2)):
+        load_dataset(path, data_range=[(-100, 100)] * 2)
     from PIL import Image
 
     (tmp_path / "pictures").mkdir()
     Image.new("L", (4, 4)).save(tmp_path / "pictures" / "a.png")
-    with refused(InvalidValue("load_dataset", "data_range", "to be None for image files", (0, 1))):
+    with refused(InvalidValue("load_dataset", "data_range", "to be None for image files", ((0.0, 1.0),))):
         load_dataset(str(tmp_path / "pictures"), data_range=(0, 1))
+
+
+@pytest.mark.parametrize("bounds", [(0, 1e-310), (1e8, 1e8 + 100), (0, 1e39), (-1e-38, 0)])
+def test_ranges_that_float32_cannot_resolve_are_refused(bounds: tuple[float, float], tmp_path: Path) -> None:
+    """Stated ones, and those of the values themselves, which would become NaN or a few levels."""
+    path = write_npy(tmp_path, np.linspace(*bounds, H * W).reshape(1, H, W))
+    for stated in (bounds, "measured"):
+        with pytest.raises(ValueError, match="expected data_range to hold at least 256 values of float32, got "):
+            load_dataset(str(path), data_range=stated)
+    write_npy(tmp_path, np.linspace(1e8, 1e8 + 1e4, H * W).reshape(1, H, W))
+    assert load_dataset(str(path)).images[0].isfinite().all()
 
 
 def test_a_network_remembers_the_range(tmp_path: Path) -> None:
@@ -160,7 +183,7 @@ def test_a_network_remembers_the_range(tmp_path: Path) -> None:
     np.save(data, np.concatenate([VALUES, VALUES.clip(2, 4)]))
     train(tmp_path / "run", **options | {"steps": 3}, resume=True, data_check="off")
     loaded = load_folder(tmp_path / "run")
-    assert loaded.model.config["data_range"] == [float(VALUES.min()), float(VALUES.max())]
+    assert loaded.model.config["data_range"] == [list(each) for each in RANGES]
     assert loaded.model.config["sample_size"] == [H, W]
     np.save(data, 2 * np.concatenate([VALUES] * 2))
     with pytest.raises(ValueError, match=r"a\.npy\[0\] to be in .*, the data_range"):
@@ -173,10 +196,10 @@ def test_a_network_remembers_the_range(tmp_path: Path) -> None:
     with np.load(out) as archive:
         drawn = archive["arr_0"]
     assert (drawn.dtype, drawn.shape) == (np.float32, (3, H, W, C))
-    low, high = loaded.model.config["data_range"]
-    assert low <= drawn.min() < drawn.max() <= high
+    assert np.all((drawn.min(axis=(0, 1, 2)) >= LOW) & (drawn.max(axis=(0, 1, 2)) <= HIGH))
+    assert len(set(drawn.max(axis=(0, 1, 2)).tolist())) == C
     checkpoint = RunFolder(tmp_path / "again").latest_checkpoint()
     assert checkpoint is not None
     assert load_file(checkpoint / "unet" / "diffusion_pytorch_model.safetensors")["conv_in.weight"].shape[1] == C
     assert not (tmp_path / "out.npz.parts").exists()
-    assert to_unit_range(load_dataset(str(out), data_range=(low, high)).batch(torch.arange(3))[0]).abs().max() <= 1
+    assert to_unit_range(load_dataset(str(out), data_range=RANGES).batch(torch.arange(3))[0]).abs().max() <= 1

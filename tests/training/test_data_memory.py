@@ -80,7 +80,7 @@ def test_sizes_are_checked_without_decoding(folder: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("ddpm_fast.training.data.image_files.resized", lambda *_: pytest.fail("an image was decoded"))
     load_dataset(str(folder), memory=0)
     (folder / "a" / "text.png").write_text("no image")
-    with pytest.raises(ValueError, match=r"got 1 of 31 that it cannot: a/text\.png \(UnidentifiedImageError\); skip"):
+    with pytest.raises(ValueError, match=r"got 1 of 31 that it cannot: a/text\.png \(UnidentifiedImageError\); remove"):
         load_dataset(str(folder), memory=0, image_size=8)
     (folder / "a" / "text.png").unlink()
     Image.new("RGB", (9, 8)).save(folder / "b" / "wide.png")
@@ -127,7 +127,7 @@ def test_a_broken_image_is_an_error_of_its_batch(folder: Path) -> None:
     batches = dataset.batches(torch.arange(30).split(4))
     for _ in range(5):
         next(batches)
-    wanted = r"Pillow can read in .*images, got b/11\.png \(.*\); skip_broken=True \(--skip-broken\) leaves such images out"
+    wanted = r"Pillow can read in .*images, got b/11\.png \(.*\); remove them, or train with skip_broken=True"
     with pytest.raises(ValueError, match=wanted):
         next(batches)
     assert not decoding_threads()

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ...checks import Ranges, checked_ranges
 from ...errors import InvalidValue, expect
 from .dataset import SAMPLED, ImageDataset, LazyImages, check_labels, fits, resized_tensor, size_of
 from .image_files import ImageFiles
@@ -71,6 +71,22 @@ class Arrays:
 
         return cls(files.root, len(files.names), read, files.labels, files.classes, files.names)
 
+    @property
+    def numbered(self) -> bool:
+        """True for the arrays of one file, which have numbers and no names."""
+        return not self.names
+
+    def chosen(self, numbers: Sequence[int]) -> Arrays:
+        """Return the arrays of these numbers, in their order, without labels."""
+        return replace(
+            self,
+            count=len(numbers),
+            read=lambda index: self.read(numbers[index]),
+            labels=torch.zeros(len(numbers), dtype=torch.int64),
+            classes=("",),
+            names=[self.names[number] for number in numbers] if self.names else (),
+        )
+
     def place(self, index: int) -> str:
         """Return the name of an array, for error messages."""
         return f"{self.root}/{self.names[index]}" if self.names else f"{self.root}[{index}]"
@@ -90,7 +106,7 @@ def load_arrays(
     name: str,
     arrays: Arrays,
     image_size: tuple[int, int] | None,
-    value_range: Sequence[float] | None,
+    value_range: Ranges | Literal["measured"] | None,
     first: int | None,
     memory: int | None,
 ) -> ImageDataset:
@@ -102,35 +118,41 @@ def load_arrays(
         name: Name of the data set.
         arrays: The arrays.
         image_size: Height and width that they are cropped and resized to. None: they stay.
-        value_range: Values that are -1 and 1. None: those of all arrays, or 0..255 for uint8.
+        value_range: (low, high) of the values, which become -1 and 1: of all, or of each channel. "measured": the least and
+            the largest of each channel, or pictures if they are uint8. None: pictures.
         first: Number of arrays to read. None: all.
         memory: Bytes that the images may take. More are read as they are used. None: any number.
     """
     count = min(arrays.count, first or arrays.count)
     start = arrays.image(0)
-    pictures = start.dtype == np.uint8 and value_range is None
-    measured = None if pictures else _measured(arrays, count, start, value_range)
     channels, height, width = start.shape
+    ranges = None
+    if value_range is None or (value_range == "measured" and start.dtype == np.uint8):
+        wanted = f"to be given for numbers, as {arrays.place(0)} has {start.dtype} and no range is kept for them"
+        expect(start.dtype == np.uint8, "load_dataset", "data_range", wanted, None)
+    else:
+        ranges = _ranges(arrays, count, start, None if value_range == "measured" else value_range)
     sides = (height, width) if image_size is None else image_size
 
     def read(indices: Tensor) -> Tensor:
-        images = torch.empty(len(indices), channels, *sides, dtype=torch.uint8 if pictures else torch.float32)
+        images = torch.empty(len(indices), channels, *sides, dtype=torch.uint8 if ranges is None else torch.float32)
         for row, index in enumerate(indices.tolist()):
             array = arrays.image(index, start)
-            if measured is not None:
-                low, high = measured
+            if ranges is not None:
+                low, high = np.array(ranges).T[:, :, None, None]  # [C, 1, 1]
                 array = (array.astype(np.float64) - low) * (2 / (high - low)) - 1
             image = torch.from_numpy(np.array(array))[None]  # a copy, as a file that is mapped is read-only
             images[row] = image[0] if sides == (height, width) else resized_tensor(image, sides)[0]
         return images
 
-    shape, itemsize = (count, channels, *sides), 1 if pictures else 4
+    shape, itemsize = (count, channels, *sides), 1 if ranges is None else 4
     used: Tensor | LazyImages = LazyImages(shape, read, memory, itemsize)
     if fits(shape, memory, itemsize=itemsize):
         used = read(torch.arange(count))
     preparation = "as they are" if sides == (height, width) else f"resized from {size_of((height, width))}"
-    if measured is not None:
-        preparation += ", {:g} to {:g} as -1 to 1".format(*measured)
+    if ranges is not None:
+        mapped = "the range of each channel" if len(ranges) > 1 else "{:g} to {:g}".format(*ranges[0])
+        preparation += f", {mapped} as -1 to 1"
     return ImageDataset(
         name,
         used,
@@ -139,26 +161,34 @@ def load_arrays(
         partial(_contents, arrays),
         preparation,
         arrays.names[:count],
-        measured,
+        ranges,
     )
 
 
-def _measured(arrays: Arrays, count: int, start: _Array, stated: Sequence[float] | None) -> tuple[float, float]:
-    """Return the range of the values. Raise a ValueError if one is not finite, or outside of the stated range."""
-    low, high = math.inf, -math.inf
+def _ranges(arrays: Arrays, count: int, start: _Array, stated: Ranges | None) -> Ranges:
+    """Return the range of each channel, or the stated ones. Raise a ValueError if a value is not finite or outside of them."""
+    low, high = np.full(len(start), np.inf), np.full(len(start), -np.inf)
+    bounds = np.array(stated or [(-np.inf, np.inf)])  # [C or 1, 2]
+    wanted = f"to be one range, or one for each of {len(start)} channels"
+    expect(len(bounds) in (1, len(start)), "load_dataset", "data_range", wanted, len(bounds))
     for index in range(count):
-        array = arrays.image(index, start)
-        least, most = float(array.min()), float(array.max())  # NaN if one is
-        place = arrays.place(index)
-        expect(math.isfinite(least) and math.isfinite(most), "load_dataset", place, "to be finite", "NaN or infinity")
-        if stated is not None and not stated[0] <= least <= most <= stated[1]:
-            wanted = "to be in {:g}..{:g}, the data_range".format(*stated)
-            raise InvalidValue("load_dataset", place, wanted, f"values from {least:g} to {most:g}")
-        low, high = min(low, least), max(high, most)
+        array, place = arrays.image(index, start), arrays.place(index)
+        least, most = (np.float64(each) for each in (array.min(axis=(1, 2)), array.max(axis=(1, 2))))  # NaN if one is
+        finite = np.isfinite(least).all() and np.isfinite(most).all()
+        expect(finite, "load_dataset", place, "to be finite", "NaN or infinity")
+        outside = (least < bounds[:, 0]) | (most > bounds[:, 1])
+        if outside.any():
+            channel = int(outside.argmax())
+            inside = "to be in {:g}..{:g}, the data_range".format(*bounds[channel % len(bounds)])
+            got = f"values from {least[channel]:g} to {most[channel]:g} in channel {channel}"
+            raise InvalidValue("load_dataset", place, inside, got)
+        low, high = np.minimum(low, least), np.maximum(high, most)
     if stated is not None:
-        return float(stated[0]), float(stated[1])
-    expect(low < high, "load_dataset", arrays.root, "to have different values", f"{low:g} alone")
-    return low, high
+        return stated
+    for channel in np.flatnonzero(low == high).tolist():
+        got = f"{low[channel]:g} alone in channel {channel}; state a data_range"
+        raise InvalidValue("load_dataset", arrays.root, "to have different values", got)
+    return checked_ranges("load_dataset", "data_range", np.stack([low, high], axis=1).tolist()) or ()
 
 
 def _contents(arrays: Arrays, exact: bool) -> Iterator[bytes]:

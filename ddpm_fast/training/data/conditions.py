@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...errors import expect
+from ...checks import Ranges, checked_ranges
+from ...errors import expect, renaming
 from ...ops import sample_seeds
 from .dataset import ImageDataset, to_unit_range
 from .degradation import Degradation, masked, resized_bicubically
@@ -50,6 +51,8 @@ def evaluated_images(
     config: Mapping[str, Any],
     channels: int,
     num: int,
+    data_range: Ranges | None = None,
+    condition_range: Ranges | None = None,
 ) -> ImageDataset:
     """Return the first test images of a data set as a trained network takes them, with conditions if it reads any.
 
@@ -60,6 +63,8 @@ def evaluated_images(
         config: Configuration of the network.
         channels: C of the images that it draws.
         num: Number of images.
+        data_range: See `load_dataset`, for a network that keeps no range of its images.
+        condition_range: The same for its conditions.
 
     Raises:
         ValueError: The images or the conditions do not fit the network.
@@ -70,9 +75,9 @@ def evaluated_images(
         split="test",
         image_size=config["sample_size"],
         channels=channels,
-        data_range=config.get("data_range"),
+        data_range=_kept_range("evaluate", "data_range", config.get("data_range"), data_range),
         condition=condition,
-        condition_range=config.get("condition_range"),
+        condition_range=_kept_range("evaluate", "condition_range", config.get("condition_range"), condition_range),
         first=num,
     )
     reads = config["in_channels"] - channels
@@ -82,7 +87,22 @@ def evaluated_images(
     return dataset
 
 
-def read_conditions(path: str | os.PathLike[str], config: Mapping[str, Any], shape: Sequence[int], seed: int = 0) -> Tensor:
+def _kept_range(caller: str, name: str, kept: Any, stated: Ranges | None) -> Ranges | None:
+    """Return the range that a network keeps, or else the stated one. None: it reads pictures alone."""
+    known, given = (checked_ranges(caller, name, each) for each in (kept, stated))
+    expect(known is None or given in (None, known), caller, name, f"to be left out, as the model keeps {known}", given)
+    return known or given
+
+
+def read_conditions(
+    path: str | os.PathLike[str],
+    config: Mapping[str, Any],
+    shape: Sequence[int],
+    seed: int = 0,
+    *,
+    first: int | None = None,
+    condition_range: Ranges | None = None,
+) -> Tensor:
     """Read the conditions that a trained network reads from a folder or file.
 
     The network's configuration says what they are. For "low-resolution" they are images of the small size, which are
@@ -94,6 +114,8 @@ def read_conditions(path: str | os.PathLike[str], config: Mapping[str, Any], sha
         config: Configuration of the network.
         shape: (C, H, W) of an image that it draws.
         seed: Seed of the boxes of "mask".
+        first: Read only this many, from the first. None: all.
+        condition_range: The two numbers that are -1 and 1, or two for each channel, for a network that keeps none.
 
     Returns:
         float32 [N, K, H, W].
@@ -105,15 +127,18 @@ def read_conditions(path: str | os.PathLike[str], config: Mapping[str, Any], sha
     channels, *_ = shape
     sides = (shape[1], shape[2])
     kind = Degradation.named(config.get("condition") or "")
-    reads, value_range = config["in_channels"] - channels, config.get("condition_range")
+    reads, kept = config["in_channels"] - channels, config.get("condition_range")
     if kind is not None:
-        value_range = config.get("data_range")
+        kept = config.get("data_range")
         reads = 1 if kind.name == "grey" else channels
         if kind.name == "mask" and channels in (1, 3) and isinstance(source, ImageFiles):
             reads = 4  # what is transparent is a hole
 
+    ranges = _kept_range("sample", "condition_range", kept, condition_range)
+
     def read(sides: tuple[int, int]) -> Tensor:
-        dataset = load_source(str(path), source, sides, reads, value_range)
+        with renaming("sample", {"data_range": "condition_range"}):
+            dataset = load_source(str(path), source, sides, reads, ranges, first=first)
         expect(dataset.shape[0] == reads, "sample", "condition", f"to have {reads} channels", f"{dataset.shape[0]} in {path}")
         return to_unit_range(dataset.batch(torch.arange(len(dataset)))[0])
 

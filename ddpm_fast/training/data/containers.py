@@ -39,10 +39,18 @@ _MAX_LABEL: Final = 65_535  # ImageNet-21k has 21,841 classes
 
 
 def read_folder(root: Path) -> ImageFiles:
-    """Return the images of a folder and its sub-folders, sorted by the parts of their paths. Without images: the arrays."""
+    """Return the images or the arrays of a folder and its sub-folders, sorted by the parts of their paths.
+
+    Raises:
+        ValueError: The folder holds neither, or both.
+    """
     files = list(_files(root))
-    arrays = [name for name in files if name.lower().endswith(ARRAYS)]
-    names = arrays if arrays and not _named(files) else _image_names(root, files)
+    names = [name for name in files if name.lower().endswith(ARRAYS)]
+    if not names:
+        names = _image_names(root, files)
+    elif images := _named(files):
+        got = f"images, such as {images[0]}, and arrays, such as {names[0]}; move one kind to another folder"
+        raise InvalidValue("load_dataset", str(root), "to hold images or arrays", got)
     names.sort(key=lambda name: name.replace(os.sep, "\0"))  # a folder's files come before those of "folder-2"
     values = _folder_labels(root / _LABELS)
     if values is not None:
@@ -245,6 +253,7 @@ def read_hub_folder(root: Path, split: str) -> ImageFiles:
     return ImageFiles(
         root=str(folder),
         names=[f"row {number}" for number in range(table.num_rows)],
+        numbered=True,
         open=lambda name: io.BytesIO(content(name)),
         num_bytes=lambda name: len(content(name)),
         labels=labels,

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import Dataset
 
+from ...checks import Ranges, as_json
 from ...errors import expect
 from ...resources import check_free_memory
 from .degradation import Degradation
@@ -42,7 +43,8 @@ class ImageDataset(Dataset[tuple[Any, ...]]):
         contents: A function that yields bytes of the images: all, or a sample.
         preparation: What was done to the images' size, in words.
         names: Names of the images' files. Empty if they are in one file.
-        value_range: Values of the files that are -1 and 1 here. None: pictures of 0..255.
+        value_range: (low, high) of the files' values, which are -1 and 1 here: of all, or of each channel. None: pictures of
+            0..255.
         condition: What a network reads beside x_t: images of the same number and size, or a degradation of these images,
             which is computed as they are used.
     """
@@ -54,7 +56,7 @@ class ImageDataset(Dataset[tuple[Any, ...]]):
     contents: Callable[[bool], Iterator[bytes]]
     preparation: str = "as they are"
     names: Sequence[str] = ()
-    value_range: tuple[float, float] | None = None
+    value_range: Ranges | None = None
     condition: ImageDataset | Degradation | None = None
 
     @property
@@ -66,12 +68,12 @@ class ImageDataset(Dataset[tuple[Any, ...]]):
 
     @property
     def described(self) -> dict[str, Any]:
-        """Entries of a network's configuration: the kind of condition, and the ranges of values."""
+        """Entries of a network's configuration, as JSON has them: the kind of condition, and the ranges of values."""
         paired = isinstance(self.condition, ImageDataset)
         return {
             "condition": "images" if paired else None if self.condition is None else str(self.condition),
-            "condition_range": self.condition.value_range if isinstance(self.condition, ImageDataset) else None,
-            "data_range": self.value_range,
+            "condition_range": as_json(self.condition.value_range) if isinstance(self.condition, ImageDataset) else None,
+            "data_range": as_json(self.value_range),
         }
 
     @property

@@ -33,6 +33,7 @@ _NAMES: Final = {1: "grey", 3: "RGB", 4: "RGBA"}  # by the number of channels
 _ORIENTATION: Final = 0x0112  # a tag of EXIF; from 5 on, the sides are exchanged
 GREY: Final = ("1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N")  # modes without colours
 
+_MEND: Final = "remove them, or train with skip_broken=True (--skip-broken), which leaves them out if others remain"
 _AT_ONCE: Final = 4096  # images whose reading is planned ahead
 _BYTES_A_PIXEL: Final = 16  # while an image is decoded, converted and laid on white
 
@@ -52,6 +53,7 @@ class ImageFiles:
         labels: int64 [N], 0..len(classes)-1.
         classes: Names of the classes; a single one if the images carry no labels.
         keeps_classes: Keep classes of which no image can be read.
+        numbered: True for rows of a table, which have numbers and no names of their own.
     """
 
     root: str
@@ -61,6 +63,12 @@ class ImageFiles:
     labels: Tensor
     classes: tuple[str, ...]
     keeps_classes: bool = True
+    numbered: bool = False
+
+    def chosen(self, numbers: Sequence[int]) -> ImageFiles:
+        """Return the files of these numbers, in their order, without labels."""
+        names = [self.names[number] for number in numbers]
+        return replace(self, names=names, labels=torch.zeros(len(names), dtype=torch.int64), classes=("",))
 
     def header(self, name: str) -> tuple[int, int, bool]:
         """Return the height and width in an image's header, and whether the image is grey."""
@@ -96,7 +104,7 @@ class ImageFiles:
             "load_dataset",
             "",
             f"images that Pillow can read in {self.root}",
-            f"{_reasons(broken)}; skip_broken=True (--skip-broken) leaves such images out",
+            f"{_reasons(broken)}; {_MEND}",
         )
         return torch.from_numpy(np.array(images, np.uint8).reshape(len(names), *shape))
 
@@ -164,14 +172,18 @@ def load_images(
         message += "; now all are decoded once, to find broken ones" if skip_broken else ""
         _log.info(message, root, size_text(math.prod(shape)), size_text(memory))
 
+    filled = np.zeros(len(names), bool)
+
     def fill(name: str) -> None:
         decoded = files.decode(name, size, shared)
         if whole:
-            pixels[rows[name]] = decoded
+            pixels[rows[name]], filled[rows[name]] = decoded, True
 
     if whole or skip_broken:
         try_each(fill, [name for name in names if name not in broken], broken)
         _check_broken(root, names, broken, skip_broken)
+        missed = whole and len(names) - len(broken) - int(filled.sum())
+        expect(not missed, "load_dataset", "", f"one image for each name in {root}", f"{missed} names without")
 
     readable = [row for row, name in enumerate(files.names) if name not in broken]  # also beyond the first ones
     labels, classes = files.labels[readable], files.classes
@@ -198,8 +210,7 @@ def _check_broken(root: str, names: Sequence[str], broken: Mapping[str, str], sk
             "load_dataset",
             "",
             f"images that Pillow can read in {root}",
-            f"{len(broken)} of {len(names)} that it cannot: {_reasons(broken)}; skip_broken=True (--skip-broken) leaves them "
-            "out if others remain",
+            f"{len(broken)} of {len(names)} that it cannot: {_reasons(broken)}; {_MEND}",
         )
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import Final
+from typing import Any, Final, Literal
 
 import numpy as np
 import torch
@@ -21,14 +21,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from ...checks import check_choice, check_int, check_ints, check_number, check_path, listed
-from ...errors import InvalidValue, expect
+from ...checks import Ranges, check_choice, check_int, check_ints, check_path, checked_ranges
+from ...errors import InvalidValue, expect, renaming
 from ...files.writing import replacing
 from .arrays import Arrays, load_arrays
 from .containers import ARRAYS, SUFFIXES, is_hub_folder, read_archive, read_file, read_folder, read_hub_folder
 from .dataset import SAMPLED, ImageDataset, LazyImages, check_labels, fits, import_extra, resized_tensor
 from .degradation import Degradation
 from .image_files import ImageFiles, load_images
+from .pairs import partners
 
 DATASETS: Final = ("digits", "fashion-mnist", "cifar10")
 FASHION_MNIST_CLASSES: Final = (
@@ -52,6 +53,7 @@ _RECORD: Final = 1 + 3 * 32 * 32  # bytes of an item of CIFAR-10: the label, the
 _CIFAR10_URL: Final = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 _CIFAR10_MD5: Final = "c32a1d4ab5d03f1284b67883e8d87530"
 
+_Range = Sequence[float] | Sequence[Sequence[float]] | Literal["measured"] | None
 _Arrays = tuple[Tensor, Tensor, tuple[str, ...]]  # images uint8 [N, C, H, W], labels int64 [N], names of classes
 
 
@@ -62,9 +64,9 @@ def load_dataset(
     split: str = "train",
     image_size: int | Sequence[int] | None = None,
     channels: int | None = None,
-    data_range: Sequence[float] | None = None,
+    data_range: _Range = "measured",
     condition: str | os.PathLike[str] | None = None,
-    condition_range: Sequence[float] | None = None,
+    condition_range: _Range = "measured",
     skip_broken: bool = False,
     first: int | None = None,
     memory: int | None = None,
@@ -88,10 +90,10 @@ def load_dataset(
             part of these proportions, and resized. By default nothing is resized, and all images must have one size.
         channels: Channels of an image: image files are read in grey (1), RGB (3) or RGBA (4). By default in grey if all files
             are grey, else in RGB.
-        data_range: The values of arrays that are -1 and 1. By default the least and the largest of all. Values outside are an
-            error.
+        data_range: The two values of arrays that become -1 and 1, or two for each channel. Values outside are an error. By
+            default the least and the largest of each channel, but 0 and 255 for uint8. None: pictures alone are read.
         condition: What a network reads beside x_t: "low-resolution:4", "grey" or "mask", computed from the images, or a
-            second folder or archive with files of the same names.
+            second folder, archive or file, whose images belong to the first ones as `ddpm_fast.training.data.pairs` says.
         condition_range: The `data_range` of the second folder.
         skip_broken: Leave out images of a folder or zip file that cannot be read, and log a warning that names the first of
             them.
@@ -110,12 +112,7 @@ def load_dataset(
     check_int("load_dataset", "first", first, 1, optional=True)
     check_int("load_dataset", "memory", memory, 0, optional=True)
     size = _sides(image_size)
-    for range_name, bounds in (("data_range", data_range), ("condition_range", condition_range)):
-        pair = bounds is None or (isinstance(bounds, (tuple, list)) and len(bounds) == 2)
-        expect(pair, "load_dataset", range_name, "to be two numbers or None", repr(bounds))
-        for bound in bounds or ():
-            check_number("load_dataset", range_name, bound, finite=True)
-        expect(not bounds or bounds[0] < bounds[1], "load_dataset", range_name, "to have the lower number first", bounds)
+    images_range, paired_range = _range("data_range", data_range), _range("condition_range", condition_range)
     if condition is not None:
         check_path("load_dataset", "condition", condition)
     degradation = None if condition is None else Degradation.named(os.fspath(condition))
@@ -126,7 +123,7 @@ def load_dataset(
         paired = open_source(Path(condition), split)
     if name in DATASETS:
         expect(paired is None, "load_dataset", "condition", f"to be computed from the images of {name}", repr(condition))
-        expect(data_range is None, "load_dataset", "data_range", f"to be None for {name}", data_range)
+        expect(data_range in (None, "measured"), "load_dataset", "data_range", f"to be None for {name}", data_range)
         dataset = _load_published(name, None if data_dir is None else Path(data_dir), split, size, memory)
     else:
         if not os.path.exists(name):
@@ -136,10 +133,8 @@ def load_dataset(
             )
         source = open_source(Path(name), split)
         if paired is not None:
-            _check_pairs(name, source, paired)
-            one_file = skip_broken and isinstance(paired, Arrays)  # whose rows nothing names
-            expect(not one_file, "load_dataset", "skip_broken", "to be False, as the condition is one file", True)
-        dataset = load_source(name, source, size, channels, data_range, skip_broken, first, memory)
+            paired = paired.chosen(partners(source, paired))
+        dataset = load_source(name, source, size, channels, images_range, skip_broken, first, memory)
     if channels is not None:
         got = f"{dataset.shape[0]} in {name}"
         expect(dataset.shape[0] == channels, "load_dataset", "channels", f"to be those of the images, {channels} wanted", got)
@@ -148,12 +143,17 @@ def load_dataset(
         return replace(dataset, condition=degradation)
     if paired is None:
         return dataset
-    if isinstance(paired, ImageFiles) and dataset.names:
-        files = {_stem(file): file for file in paired.names}
-        names = [files[_stem(file)] for file in dataset.names]
-        paired = replace(paired, names=names, labels=torch.zeros(len(names), dtype=torch.int64), classes=("",))
-    second = load_source(str(condition), paired, dataset.shape[1:], None, condition_range, first=first, memory=memory)
+    if skip_broken and dataset.names:
+        numbers = {file: number for number, file in enumerate(source.names)}
+        paired = paired.chosen([numbers[file] for file in dataset.names])
+    with renaming("load_dataset", {"data_range": "condition_range"}):
+        second = load_source(str(condition), paired, dataset.shape[1:], None, paired_range, first=first, memory=memory)
     return replace(dataset, condition=second)
+
+
+def _range(name: str, value: Any) -> Ranges | Literal["measured"] | None:
+    """Return the ranges after a check, or "measured"."""
+    return "measured" if value == "measured" else checked_ranges("load_dataset", name, value)
 
 
 def _sides(image_size: int | Sequence[int] | None) -> tuple[int, int] | None:
@@ -171,7 +171,8 @@ def open_source(path: Path, split: str) -> ImageFiles | Arrays:
     if is_hub_folder(path):
         return read_hub_folder(path, split)
     if path.is_dir():
-        return read_folder(path)
+        files = read_folder(path)
+        return Arrays.of_files(files) if files.names[0].lower().endswith(ARRAYS) else files
     expect(path.is_file(), "load_dataset", "name", "to be a folder or a file", repr(str(path)))
     if path.suffix.lower() in ARRAYS:
         return Arrays.of_file(path)
@@ -183,42 +184,16 @@ def load_source(
     source: ImageFiles | Arrays,
     size: tuple[int, int] | None,
     channels: int | None,
-    value_range: Sequence[float] | None,
+    value_range: Ranges | Literal["measured"] | None,
     skip_broken: bool = False,
     first: int | None = None,
     memory: int | None = None,
 ) -> ImageDataset:
     """Return the data set of image files or arrays. See `load_dataset`. The channels of arrays are not checked."""
-    if isinstance(source, ImageFiles) and source.names[0].lower().endswith(ARRAYS):
-        source = Arrays.of_files(source)
     if isinstance(source, Arrays):
         return load_arrays(name, source, size, value_range, first, memory)
-    expect(value_range is None, "load_dataset", "data_range", "to be None for image files", value_range)
+    expect(value_range in (None, "measured"), "load_dataset", "data_range", "to be None for image files", value_range)
     return load_images(name, source, size, channels, skip_broken, first, memory)
-
-
-def _check_pairs(name: str, source: ImageFiles | Arrays, paired: ImageFiles | Arrays) -> None:
-    """Raise a ValueError unless both have files of the same names, whose endings may differ, or as many arrays."""
-    if isinstance(source, Arrays) or isinstance(paired, Arrays):
-        count, number = (each.count if isinstance(each, Arrays) else len(each.names) for each in (source, paired))
-        expect(count == number, "load_dataset", "condition", f"to have {count} images, as {name}", f"{number} in {paired.root}")
-        return
-    names, others = ({_stem(file) for file in each.names} for each in (source, paired))
-    alone = len(others) == len(paired.names)
-    expect(
-        alone,
-        "load_dataset",
-        "condition",
-        "to have one file of each name",
-        f"some that differ in their ending in {paired.root}",
-    )
-    for missing, root in ((names - others, paired.root), (others - names, source.root)):
-        got = f"none named {listed(missing)} in {root}"
-        expect(not missing, "load_dataset", "condition", f"to have files of the same names as {name}", got)
-
-
-def _stem(name: str) -> str:
-    return os.path.splitext(name)[0]
 
 
 def _hint(path: Path) -> str:

@@ -1,0 +1,146 @@
+"""Which condition belongs to which image: every combination of two sources, with 12 items, whose text order differs."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from refusals import refused
+from test_data_hub import FEATURES, encoded, write_folder
+
+from ddpm_fast.errors import InvalidValue
+from ddpm_fast.training.data import load_dataset
+
+COUNT = 12
+FLAT, CLASSES = [str(number) for number in range(COUNT)], [f"{'ab'[number % 2]}/{number}" for number in range(COUNT)]
+
+
+def pixels(number: int, scale: int) -> np.ndarray:
+    """Return a picture whose only colour says its number."""
+    return np.full((4, 6), scale * number, dtype=np.uint8)
+
+
+def folder(path: Path, scale: int, names: list[str], ending: str = ".png") -> Path:
+    for number, name in enumerate(names):
+        file = path / (name + ending)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if ending == ".npy":
+            np.save(file, pixels(number, scale))
+        else:
+            Image.fromarray(pixels(number, scale)).save(file)
+    return path
+
+
+def archive(path: Path, scale: int, names: list[str]) -> Path:
+    with zipfile.ZipFile(path.with_suffix(".zip"), "w") as written:
+        for number, name in reversed([*enumerate(names)]):
+            written.writestr(f"{name}.png", encoded(pixels(number, scale)))
+    return path.with_suffix(".zip")
+
+
+def array(path: Path, scale: int, write: Callable[..., None] = np.save, ending: str = ".npy") -> Path:
+    write(path.with_suffix(ending), np.stack([pixels(number, scale) for number in range(COUNT)]))
+    return path.with_suffix(ending)
+
+
+def table(path: Path, scale: int) -> Path:
+    images = [{"bytes": encoded(pixels(number, scale)), "path": f"{COUNT - number}.png"} for number in range(COUNT)]
+    return write_folder(path, FEATURES, id=FLAT, image=images)
+
+
+# How the items of a source are known, and how it is written: FLAT or CLASSES for files of these names, None for rows.
+SOURCES: dict[str, tuple[Any, Callable[[Path, int], Path]]] = {
+    "folder": (FLAT, lambda path, scale: folder(path, scale, FLAT)),
+    "class folders": (CLASSES, lambda path, scale: folder(path, scale, CLASSES)),
+    "archive": (FLAT, lambda path, scale: archive(path, scale, FLAT)),
+    "archive of class folders": (CLASSES, lambda path, scale: archive(path, scale, CLASSES)),
+    "folder of arrays": (FLAT, lambda path, scale: folder(path, scale, FLAT, ".npy")),
+    "class folders of arrays": (CLASSES, lambda path, scale: folder(path, scale, CLASSES, ".npy")),
+    "npy": (None, array),
+    "npz": (None, lambda path, scale: array(path, scale, np.savez, ".npz")),
+    "table": (None, table),
+}
+
+
+@pytest.mark.parametrize(("first", "second"), [*itertools.product(SOURCES, SOURCES)])
+def test_every_combination_is_matched_or_refused(first: str, second: str, tmp_path: Path) -> None:
+    (names, write), (others, write_second) = SOURCES[first], SOURCES[second]
+    source, condition = str(write(tmp_path / "source", 20)), write_second(tmp_path / "condition", 10)
+    if names is not others:
+        with pytest.raises(ValueError, match="load_dataset: expected condition to ") as caught:
+            load_dataset(source, condition=condition)
+        assert source in str(caught.value)
+        assert str(condition) in str(caught.value)
+        return
+    for memory in (None, 0):
+        dataset = load_dataset(source, condition=condition, memory=memory)
+        images, _, conditions = dataset.batch(torch.arange(COUNT))
+        assert torch.equal(images[:, :1], 2 * conditions[:, :1])
+        assert sorted(conditions[:, 0, 0, 0].tolist()) == [10 * number for number in range(COUNT)]
+        few = load_dataset(source, condition=condition, memory=memory, first=5)
+        assert torch.equal(few.batch(torch.arange(5))[2], conditions[:5])
+
+
+def test_what_has_no_partner_is_named_with_both_sources(tmp_path: Path) -> None:
+    source, few = folder(tmp_path / "source", 20, FLAT), folder(tmp_path / "few", 10, FLAT[:2])
+    wanted = f"to have files of the same names as {source}"
+    with refused(InvalidValue("load_dataset", "condition", wanted, f"none named 10, 11, 2, 3, 4 and 5 more in {few}")):
+        load_dataset(str(source), condition=few)
+    with pytest.raises(ValueError, match=re.escape(f"none named 10, 11, 2, 3, 4 and 5 more in {few}")):
+        load_dataset(str(few), condition=source)
+    rows, fewer = array(tmp_path / "rows", 20), tmp_path / "fewer.npy"
+    np.save(fewer, np.zeros((3, 4, 6), np.uint8))
+    with refused(InvalidValue("load_dataset", "condition", f"to have 12 rows, as {rows}", f"3 in {fewer}")):
+        load_dataset(str(rows), condition=fewer)
+    wanted = f"to be a folder or an archive with files of the same names, as {source} is"
+    with refused(InvalidValue("load_dataset", "condition", wanted, f"{rows}, whose items are rows")):
+        load_dataset(str(source), condition=rows)
+    wanted = f"to be one array file or one table, as {rows} is"
+    with refused(InvalidValue("load_dataset", "condition", wanted, f"{source}, whose items are files")):
+        load_dataset(str(rows), condition=source)
+
+
+@pytest.mark.parametrize("repeated", ["source", "condition"])
+def test_files_that_differ_in_their_ending_alone_are_refused(repeated: str, tmp_path: Path) -> None:
+    source, condition = folder(tmp_path / "source", 20, FLAT), folder(tmp_path / "condition", 10, FLAT)
+    Image.new("L", (6, 4)).save(tmp_path / repeated / "3.bmp")
+    got = f"in {tmp_path / repeated} several that differ in their endings: 3"
+    with refused(InvalidValue("load_dataset", "condition", f"and {source} to have one file of each name", got)):
+        load_dataset(str(source), condition=condition)
+
+
+def test_a_folder_of_images_and_arrays_is_refused(tmp_path: Path) -> None:
+    source = folder(tmp_path / "source", 20, FLAT, ".npy")
+    Image.new("L", (6, 4)).save(source / "preview.png")
+    with pytest.raises(
+        ValueError, match=r"source to hold images or arrays, got images, such as preview\.png, and arrays, such as "
+    ):
+        load_dataset(str(source))
+
+
+def test_skipped_images_take_their_conditions_with_them(tmp_path: Path) -> None:
+    source, condition = folder(tmp_path / "source", 20, FLAT), folder(tmp_path / "condition", 10, FLAT, ".npy")
+    (source / "10.png").write_bytes(b"damaged")
+    dataset = load_dataset(str(source), condition=condition, skip_broken=True)
+    images, _, conditions = dataset.batch(torch.arange(COUNT - 1))
+    assert torch.equal(images, 2 * conditions)
+    assert 100 not in conditions
+
+
+def test_memory_that_no_image_fills_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names that repeat would leave rows of uninitialised memory."""
+    from ddpm_fast.training.data import loading
+
+    source = folder(tmp_path / "source", 20, FLAT)
+    whole = loading.read_folder
+    monkeypatch.setattr(loading, "read_folder", lambda root: whole(root).chosen([0, 1, 1]))
+    with refused(InvalidValue("load_dataset", "", f"one image for each name in {source}", "1 names without")):
+        load_dataset(str(source))
