@@ -48,7 +48,7 @@ def save_result(save: Callable[[Path], object], path: Path, failures: list[str],
         written.append(path)
         return
     except Exception as error:  # formats raise errors of many types
-        reason = f"{path} could not be written: {error}"
+        reason = f"{path} could not be written: {getattr(error, 'strerror', None) or error}"
     folders = [path.parent]
     with suppress(OSError):
         folders.append(Path(tempfile.gettempdir()))

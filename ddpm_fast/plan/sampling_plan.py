@@ -52,7 +52,8 @@ class SamplingPlan:
         schedule: The noise schedule to sample from.
         timesteps: The model's t for each step: int64 [S] on the CPU, in 0..T-1. Most samplers' descend. They ascend in
             `ddim_inversion_plan`, jump up in `repaint_plan`, and may repeat in `heun_plan` and with Karras's levels.
-        coefficients: float64 [S, 11] on the CPU. COLUMNS names the columns. An infinite `clip` disables the clip.
+        coefficients: float64 [S, 11] on the CPU, a copy at each read, as a plan does not change. COLUMNS names the columns. An
+            infinite `clip` disables the clip.
         prediction: The meaning of m: "epsilon", "sample" (x_0), "v_prediction" or "previous_sample". The last is the mean of
             x_{t-1}, for the previous timestep of this plan.
         variance: "fixed", "learned" or "learned_range". If "fixed", std is the column sigma. Otherwise m has variance
@@ -95,7 +96,7 @@ class SamplingPlan:
         if self.coefficients.shape != (self.num_steps, len(COLUMNS)):
             wanted, got = [self.num_steps, len(COLUMNS)], list(self.coefficients.shape)
             raise InvalidValue("SamplingPlan", "coefficients", f"of shape {wanted}", got)
-        for name in ("timesteps", "coefficients"):  # a caller may change its tensors
+        for name in ("timesteps", "coefficients"):  # the caller may change its tensors
             object.__setattr__(self, name, getattr(self, name).clone())
         abar = self.schedule.alpha_bars[self.timesteps]
         following = torch.cat([abar[1:], torch.ones(1, dtype=torch.float64)])
@@ -254,6 +255,12 @@ class SamplingPlan:
                 self._on_device[device] = (self.coefficients.to(device, torch.float32), steps)
         return self._on_device[device]
 
+
+# Within the class, the property would be taken for the field's default.
+SamplingPlan.coefficients = property(  # type: ignore[assignment]
+    lambda plan: vars(plan)["coefficients"].clone(),
+    lambda plan, values: vars(plan).update(coefficients=values),
+)
 
 _P = ParamSpec("_P")
 

@@ -538,16 +538,12 @@ def test_pictures_that_cannot_be_written_are_written_elsewhere(
     with Image.open(elsewhere) as animation:
         assert animation.n_frames == 4  # type: ignore[attr-defined]
     line = output.splitlines()[-1]
-    assert line.startswith(
-        f"Error: {out} could not be written: [Errno 28] No space left on device. Written instead: {beside}; "
-    )
-    assert line.endswith(f"{gif} could not be written: [Errno 28] No space left on device. Written instead: {elsewhere}")
+    assert line.startswith(f"Error: {out} could not be written: No space left on device. Written instead: {beside}; ")
+    assert line.endswith(f"{gif} could not be written: No space left on device. Written instead: {elsewhere}")
 
     fail_for(monkeypatch, out, out.parent, temporary)
     line = run(*draw, "--out", out, code=1).splitlines()[-1]
-    assert (
-        f"could not be written: [Errno 28] No space left on device. No other file could be written either: {out.parent}" in line
-    )
+    assert f"could not be written: No space left on device. No other file could be written either: {out.parent}" in line
 
 
 def test_a_format_that_fails_gives_a_png(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import threading
 import time
 from pathlib import Path
@@ -44,6 +46,23 @@ def test_a_failing_writer_changes_nothing(tmp_path: Path) -> None:
         fail()
     assert file.read_text() == "old"
     assert names(tmp_path) == ["a.txt"]
+
+
+def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
+    """A failed write has no name. A failed open has one, and errors without a number have a text of their own."""
+
+    def fail(error: OSError) -> None:
+        with replacing(tmp_path / "a.txt"):
+            raise error
+
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(OSError, match=re.escape(f"[Errno 28] No space left on device: '{tmp_path / 'a.txt'}'")):
+        fail(full)
+    for error in (OSError(errno.ENOENT, "missing", "other"), OSError("a text")):
+        text = str(error)
+        with pytest.raises(OSError, match=re.escape(text)) as caught:
+            fail(error)
+        assert str(caught.value) == text
 
 
 def test_links_are_replaced_and_not_followed(tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
 """Plans as text, as plots, sliced, and started at a timestep."""
 
 import itertools
+import pickle
 import sys
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, replace
 from typing import Any
 
 import numpy as np
@@ -228,3 +229,18 @@ class TestRepaint:
     def test_bad_arguments_are_named(self, arguments: Any, name: str) -> None:
         with pytest.raises(ValueError, match=f"repaint_plan: expected {name} to be"):
             repaint_plan(SCHEDULE, *arguments)
+
+
+def test_coefficients_are_copies() -> None:
+    """A plan does not change, so its table, its text and its attribute say the same."""
+    plan = ddim_plan(NoiseSchedule.linear(), 3)
+    text, before = repr(plan), plan.coefficients
+    plan.coefficients.mul_(2)
+    assert torch.equal(plan.coefficients, before)
+    assert torch.equal(plan.table(), before.float())
+    assert repr(plan) == text
+    with pytest.raises(FrozenInstanceError):
+        plan.coefficients = before  # type: ignore[misc]
+    again = pickle.loads(pickle.dumps(plan))
+    again.coefficients.mul_(2)
+    assert torch.equal(again.coefficients, before)
