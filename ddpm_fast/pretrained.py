@@ -5,19 +5,21 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
+from . import plan
 from .checks import check_dtype, check_path, checked_device
 from .errors import InvalidValue
 from .files.writing import read_json
 from .nn.unet import UNet
-from .plan import Prediction, Variance
+from .plan import Prediction, SamplingPlan, Variance
 from .resources import no_folder
 from .schedule import NoiseSchedule
+from .training.checkpoint import read_state
 from .training.export import check_is_unet
 from .training.folder import RunFolder
 
@@ -40,6 +42,9 @@ class Pretrained:
         prediction: What the network predicts, as `ddpm_plan` takes it.
         variance: Variance of the reverse steps, as `ddpm_plan` takes it.
         clip: Bound on x_0^, or None.
+        plan: The plan that its folder brings in `plan.json`: the name of a function that builds plans, and its arguments. None:
+            it brings none.
+        step: Steps of training, of the checkpoint of a run. None: the folder does not say.
     """
 
     model: UNet
@@ -47,6 +52,8 @@ class Pretrained:
     prediction: Prediction
     variance: Variance
     clip: float | None
+    plan: SamplingPlan | None = None
+    step: int | None = None
 
     @property
     def predicts_variance(self) -> bool:
@@ -99,7 +106,8 @@ def load_folder(
 
     Args:
         path: A folder in diffusers' layout, with unet/ and scheduler/ or the files of both at its root.
-            Or the folder of a training run: the averaged network of the newest checkpoint is loaded.
+            Or the folder of a training run: the averaged network of the newest checkpoint is loaded. A plan.json in either
+            becomes `Pretrained.plan`.
         device: Device of the weights. None: the CPU.
         dtype: Dtype of the weights. None: float32.
 
@@ -118,22 +126,27 @@ def load_folder(
         check_is_unet("load_folder", "path", folder)
         return UNet.from_pretrained(network, dtype=dtype, device=device), *_read_scheduler(folder)
 
+    def read_checkpoint(checkpoint: Path) -> tuple[int, tuple[UNet, NoiseSchedule, Scheduler]]:
+        return read_state("load_folder", checkpoint).step, read(checkpoint, checkpoint / "unet_ema")
+
     run = RunFolder(folder)
     if run.checkpoints.is_dir():
-        found = run.read_latest("unet_ema/", lambda checkpoint: read(checkpoint, checkpoint / "unet_ema"))
+        found = run.read_latest("unet_ema/", read_checkpoint)
         if found is None:
             raise FileNotFoundError(f"load_folder: expected a whole checkpoint in {str(run.checkpoints)!r}, got none")
+        step, (model, schedule, scheduler) = found
     else:
-        found = read(folder, folder)
-    model, schedule, scheduler = found
+        step, (model, schedule, scheduler) = None, read(folder, folder)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's types leave it out
-    return Pretrained(
+    loaded = Pretrained(
         model=model,
         schedule=schedule,
         prediction=scheduler.prediction_type,
         variance=scheduler.variance_type or "fixed_small",
         clip=scheduler.clip_sample_range if scheduler.clip_sample else None,
+        step=step,
     )
+    return replace(loaded, plan=_read_plan(folder / "plan.json", loaded))
 
 
 def schedule_from_config(config: Mapping[str, Any]) -> NoiseSchedule:
@@ -155,6 +168,25 @@ def schedule_from_config(config: Mapping[str, Any]) -> NoiseSchedule:
         wanted = f"{schedule.num_timesteps}, as in ddpm_fast"
         raise InvalidValue("schedule_from_config", "num_train_timesteps", f"to be {wanted}", repr(length))
     return schedule
+
+
+def _read_plan(file: Path, loaded: Pretrained) -> SamplingPlan | None:
+    """Return the plan that a plan.json describes, or None if there is no such file."""
+    import msgspec
+
+    from .schemas import Plan
+
+    def parse(values: dict[str, Any]) -> SamplingPlan:
+        stored = msgspec.convert(values, Plan)
+        trained: dict[str, Any] = {"prediction": loaded.prediction, "clip": loaded.clip}
+        if stored.builder == "ddpm_plan":
+            trained["variance"] = loaded.variance
+        else:
+            trained["learned_variance"] = loaded.predicts_variance
+        built: SamplingPlan = getattr(plan, stored.builder)(loaded.schedule, **trained, **stored.arguments)
+        return built
+
+    return read_json("load_folder", file, parse) if file.is_file() else None
 
 
 def _read_scheduler(folder: Path) -> tuple[NoiseSchedule, Scheduler]:

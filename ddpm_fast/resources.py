@@ -82,7 +82,7 @@ def no_folder(path: str | os.PathLike[str]) -> str:
     reason, parent = "", str(path.parent)
     if parent != ".":
         reason = f": {parent!r} has no such folder" if os.path.isdir(parent) else f": there is no folder {parent!r}"
-    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text):  # it may be a hub's owner/name
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text) and not path.parent.is_dir():  # it may be a hub's owner/name
         reason += f"; a model of the Hugging Face hub is downloaded first: hf download {text} --local-dir {path.name}"
     return f"{text!r}, which is none{reason}"
 

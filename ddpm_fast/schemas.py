@@ -43,6 +43,13 @@ class Scheduler(Struct, frozen=True):
         expect(not self.thresholding, "", "thresholding", "to be false", "true")
 
 
+class Plan(Struct, frozen=True, forbid_unknown_fields=True):
+    """The plan.json of a model: a function that builds plans, and its arguments besides what the model's other files say."""
+
+    builder: Literal["ddpm_plan", "ddim_plan", "dpm_solver_plan", "heun_plan"]
+    arguments: dict[str, Any]
+
+
 class Dataset(Struct, frozen=True):
     """The description of a run's data set."""
 

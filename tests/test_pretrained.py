@@ -15,9 +15,10 @@ from click.testing import CliRunner
 from PIL import Image
 from refusals import refused
 
+import ddpm_fast
 from ddpm_fast import NoiseSchedule, ddim_plan, dpm_solver_plan, heun_plan, load_builtin, sample
 from ddpm_fast.cli import main
-from ddpm_fast.cli.samplers import default_sampler, plan_of_options
+from ddpm_fast.cli.samplers import plan_of_options
 from ddpm_fast.errors import InvalidValue
 from ddpm_fast.nn import UNet
 from ddpm_fast.pretrained import BUILTIN, load_folder, schedule_from_config
@@ -232,7 +233,7 @@ def test_the_command_samples_the_builtin_model_without_a_network(tmp_path: Path,
     monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(main, ["sample", "--steps", "2"], catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    assert result.stdout.startswith("samples.png: 16 images of 2 steps (dpm++2m) in ")
+    assert result.stdout.startswith("samples.png: 16 images of 2 steps (the model's plan) in ")
     assert result.stdout.endswith(" images/s.\n")
     with Image.open(tmp_path / "samples.png") as image:
         assert (image.size, image.mode) == ((4 * 130 + 2, 4 * 130 + 2), "L")
@@ -241,12 +242,12 @@ def test_the_command_samples_the_builtin_model_without_a_network(tmp_path: Path,
 def test_default_number_of_steps_is_quick_and_within_the_schedule() -> None:
     loaded = load_folder(BUILTIN)
     short = dataclasses.replace(loaded, schedule=NoiseSchedule.linear(15))
-    expected = {"ddpm": (100, 15), "ddim": (50, 15), "dpm++2m": (8, 14), "dpm++2m-sde": (20, 15), "heun": (19, 19)}
+    expected = {"ddpm": (100, 15), "ddim": (50, 15), "dpm++2m": (20, 14), "dpm++2m-sde": (20, 15), "heun": (19, 19)}
     for sampler, counts in expected.items():
         for model, count in zip((loaded, short), counts, strict=True):
-            assert plan_of_options("sample", model, sampler, *[None] * 6).num_steps == count
+            assert plan_of_options("sample", model, sampler, *[None] * 6)[0].num_steps == count
     cosine = dataclasses.replace(loaded, schedule=NoiseSchedule.cosine(10))  # its last timestep is left out
-    assert [plan_of_options("sample", cosine, name, *[None] * 6).num_steps for name in expected] == [
+    assert [plan_of_options("sample", cosine, name, *[None] * 6)[0].num_steps for name in expected] == [
         *(10, 10),
         *(8, 9),  # Karras's levels include timestep 0
         15,
@@ -255,32 +256,90 @@ def test_default_number_of_steps_is_quick_and_within_the_schedule() -> None:
         plan_of_options("sample", cosine, "dpm++2m", 9, *[None] * 5)
 
 
-def test_the_measured_levels_are_for_the_linear_schedule_alone() -> None:
-    loaded = load_folder(BUILTIN)
-    rounded = dataclasses.replace(loaded, schedule=NoiseSchedule.from_betas(loaded.schedule.betas.float().double()))
-    other = dataclasses.replace(loaded, schedule=NoiseSchedule.linear(1000, 1e-4, 0.03))
-    assert [default_sampler(model, None, None, None) for model in (loaded, rounded)] == ["dpm++2m"] * 2
-    assert default_sampler(loaded, 10, None, "karras") == "dpm++2m"
-    for model, *options in (
-        *((other, None, None, None), (loaded, 11, None, None)),
-        *((loaded, None, 0.5, None), (loaded, None, None, "linspace")),
+def test_a_model_brings_its_plan_and_others_draw_with_noise() -> None:
+    builtin = load_folder(BUILTIN)
+    other = dataclasses.replace(builtin, plan=None)  # of the same schedule
+    common: Any = {"solver": "heun", "spacing": "karras"}
+    own = common | {"sigma_min": 0.06, "sigma_max": 80.0}
+    sde = common | {"eta": 1.0, "lambda_min": -5.1}
+    for model, sampler, (steps, eta, spacing, sigma_min, sigma_max), name, expected in (
+        (builtin, None, (None,) * 5, "the model's plan", {"num_steps": 8} | own),
+        (builtin, None, (5, None, None, None, None), "the model's plan", {"num_steps": 5} | own),
+        (builtin, None, (9, None, None, None, None), "dpm++2m-sde", {"num_steps": 9} | sde),
+        (builtin, None, (None, None, None, 0.1, None), "dpm++2m-sde", {"num_steps": 20} | sde | {"sigma_min": 0.1}),
+        (builtin, None, (None, 0.5, None, None, None), "dpm++2m-sde", {"num_steps": 20} | sde | {"eta": 0.5}),
+        (builtin, "dpm++2m", (None,) * 5, "dpm++2m", {"num_steps": 20, "lambda_min": -5.1}),
+        (builtin, "dpm++2m", (5, None, "karras", None, 40.0), "dpm++2m", {"num_steps": 5} | common | {"sigma_max": 40.0}),
+        (other, None, (None,) * 5, "dpm++2m-sde", {"num_steps": 20} | sde),
+        (other, None, (8, None, None, 0.1, 40.0), "dpm++2m-sde", sde | {"num_steps": 8, "sigma_min": 0.1, "sigma_max": 40.0}),
     ):
-        assert default_sampler(model, *options) == "dpm++2m-sde"
-    common: Any = {"lambda_min": -5.1, "spacing": "karras", "solver": "heun"}
-    measured = common | {"sigma_min": 0.06, "sigma_max": 80.0}
-    linspace = {"lambda_min": -5.1}
-    for model, sampler, (steps, eta, spacing, sigma_min, sigma_max), expected in (
-        (loaded, "dpm++2m", (None,) * 5, {"num_steps": 8} | measured),
-        (loaded, "dpm++2m", (5, None, None, None, 40.0), {"num_steps": 5} | measured | {"sigma_max": 40.0}),
-        (loaded, "dpm++2m", (None, None, "karras", 0.1, None), {"num_steps": 8} | measured | {"sigma_min": 0.1}),
-        (loaded, "dpm++2m", (None, None, "linspace", None, None), {"num_steps": 20} | linspace),
-        (loaded, "dpm++2m-sde", (None,) * 5, {"num_steps": 20, "eta": 1.0} | common),
-        (other, "dpm++2m", (None,) * 5, {"num_steps": 20} | linspace),
-        (other, "dpm++2m-sde", (8, None, None, 0.1, 40.0), {"eta": 1.0} | common | {"sigma_min": 0.1, "sigma_max": 40.0}),
-    ):
-        plan = plan_of_options("sample", model, sampler, steps, eta, spacing, sigma_min, sigma_max, None)
-        wanted = dpm_solver_plan(model.schedule, **{"num_steps": steps} | expected)
+        plan, called = plan_of_options("sample", model, sampler, steps, eta, spacing, sigma_min, sigma_max, None)
+        wanted = dpm_solver_plan(model.schedule, **expected)
+        assert called == name
         assert torch.equal(plan.coefficients, wanted.coefficients)
         assert torch.equal(plan.timesteps, wanted.timesteps)
-    plan = plan_of_options("sample", loaded, "heun", 4, None, "karras", 0.1, None, None)
-    assert torch.equal(plan.alpha_bars, heun_plan(loaded.schedule, 4, spacing="karras", sigma_min=0.1).alpha_bars)
+    plan, _ = plan_of_options("sample", builtin, "heun", 4, None, "karras", 0.1, None, None)
+    assert torch.equal(plan.alpha_bars, heun_plan(builtin.schedule, 4, spacing="karras", sigma_min=0.1).alpha_bars)
+
+
+PLANS: dict[str, Any] = {
+    "ddpm_plan": {"num_steps": 7, "spacing": "trailing"},
+    "ddim_plan": {"num_steps": 7, "eta": 0.5},
+    "heun_plan": {"num_steps": 7},
+    "dpm_solver_plan": {"num_steps": 7, "order": 3},
+}
+
+
+def with_plan(folder: Path, content: Any) -> Path:
+    """Write a small model that predicts v, with a plan.json."""
+    tiny_unet().save_pretrained(folder / "unet")
+    write_scheduler(folder / "scheduler", prediction_type="v_prediction", clip_sample=False, variance_type="fixed_large")
+    (folder / "plan.json").write_text(content if isinstance(content, str) else json.dumps(content))
+    return folder
+
+
+@pytest.mark.parametrize("builder", PLANS)
+def test_a_plan_is_built_for_what_the_model_was_trained_for(builder: str, tmp_path: Path) -> None:
+    loaded = load_folder(with_plan(tmp_path, {"builder": builder, "arguments": PLANS[builder]}))
+    trained: dict[str, Any] = {"prediction": "v_prediction", "clip": None}
+    trained |= {"variance": "fixed_large"} if builder == "ddpm_plan" else {"learned_variance": False}
+    wanted = getattr(ddpm_fast, builder)(loaded.schedule, **trained, **PLANS[builder])
+    assert loaded.plan is not None
+    assert torch.equal(loaded.plan.coefficients, wanted.coefficients)
+    assert torch.equal(loaded.plan.timesteps, wanted.timesteps)
+    result = CliRunner().invoke(main, ["sample", "--model", str(tmp_path), "--num", "2", "--out", str(tmp_path / "a.png")])
+    assert result.stdout.startswith(f"{tmp_path / 'a.png'}: 2 images of {wanted.num_steps} steps (the model's plan) in "), (
+        result.output
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "wanted"),
+    [
+        ("[", "to be JSON"),
+        ({"builder": "exec", "arguments": {}}, "to have valid fields"),
+        ({"builder": "ddim_plan"}, "to have valid fields"),
+        ({"builder": "ddim_plan", "arguments": {}, "more": 1}, "to have valid fields"),
+        ({"builder": "ddim_plan", "arguments": {"steps": 3}}, "steps"),
+        ({"builder": "ddim_plan", "arguments": {"prediction": "epsilon"}}, "prediction"),
+        (
+            {"builder": "ddim_plan", "arguments": {"num_steps": 10**9}},
+            r"num_steps to be an integer in 1\.\.1000, got 1000000000",
+        ),
+        ({"builder": "dpm_solver_plan", "arguments": {"spacing": "karras", "sigma_max": 1e9}}, "sigma_max to be in"),
+    ],
+)
+def test_a_plan_that_cannot_be_built_is_refused_with_its_file(content: Any, wanted: str, tmp_path: Path) -> None:
+    with_plan(tmp_path, content)
+    with pytest.raises(ValueError, match=f"load_folder: expected .*{wanted}.*") as caught:
+        load_folder(tmp_path)
+    assert str(tmp_path / "plan.json") in str(caught.value)
+
+
+def test_a_mistyped_run_is_not_taken_for_a_model_of_a_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    for name, is_hubs in (("runs/mine", False), ("owner/name", True)):
+        with pytest.raises(FileNotFoundError) as caught:
+            load_folder(name)
+        assert ("hub" in str(caught.value)) == is_hubs

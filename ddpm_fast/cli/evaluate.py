@@ -195,14 +195,13 @@ def _restored(
     from ..sampling.sampler import Sampler
     from ..training.data.conditions import conditioned_items
     from ..training.data.dataset import import_extra
-    from .samplers import default_sampler, plan_of_options
+    from .samplers import plan_of_options
 
     metrics = import_extra("torchmetrics.functional.image")
     smallest = min(dataset.shape[1:])
     expect(smallest >= _SSIM, "evaluate", "data", f"to have images of at least {_SSIM} pixels a side, for SSIM", smallest)
     items = conditioned_items(dataset, range(num), arguments["seed"])
-    sampler = default_sampler(loaded, None, None, None)
-    plan = plan_of_options("evaluate", loaded, sampler, None, None, None, None, None, None)
+    plan, sampler = plan_of_options("evaluate", loaded, *[None] * 7)
     draw = Sampler(loaded.model, plan, dtype=device_and_dtype(loaded.model)[1])
     seeds = sample_seeds(arguments["seed"], num * samples).view(samples, num)
     drawn = torch.zeros_like(items.images, dtype=torch.float64)

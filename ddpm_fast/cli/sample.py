@@ -15,7 +15,7 @@ from ..resources import check_free_memory
 from .console import Refused, Stopped
 from .options import RANGE, SAMPLING_DTYPE_HELP, PathOption, model_options, numbers, refusing
 from .outputs import check_output, check_pictures, make_writable, save_result
-from .samplers import class_options, default_sampler, labels_of_option, plan_of_options, sampler_options
+from .samplers import class_options, labels_of_option, plan_of_options, sampler_options
 
 if TYPE_CHECKING:
     import torch
@@ -118,12 +118,13 @@ def sample_command(
         if size > 1 and target == torch.device("cuda"):  # without a number
             target = Processes(rank, size, local_rank).own_gpu("sample")
         loaded = load_folder(model or BUILTIN, target, precision)
-        sampler = sampler or default_sampler(loaded, steps, eta, spacing)
-        plan = plan_of_options("sample", loaded, sampler, steps, eta, spacing, sigma_min, sigma_max, variance)
+        chosen = (sampler, steps, eta, spacing, sigma_min, sigma_max, variance)
+        plan, sampler = plan_of_options("sample", loaded, *chosen)
         restored = _conditions(loaded, condition, seed, num, condition_range)
         if restored is not None and classes is None:
             classes = "none"  # nobody knows what the images show
         num = num or (16 if restored is None else len(restored))
+        check_free_memory("sample", "num", num, 64 * num)  # labels and seeds
         shown = _shown(loaded, show_channels)
         arguments: dict[str, Any] = {
             "seed": seed,
@@ -143,7 +144,8 @@ def sample_command(
         steps_taken = "1 step" if plan.num_steps == 1 else f"{plan.num_steps} steps"
         rate = "" if writes_each else f", {num / seconds:.3g} images/s"  # some images may be there already
         part = "" if writes_each or len(shown) == loaded.shape[0] else f" Shown channels: {', '.join(map(str, shown))}."
-        click.echo(f"{names}: {images} of {steps_taken} ({sampler}) in {seconds:.1f} s{rate}.{part}")
+        trained = "" if loaded.step is None else f", from step {loaded.step} of {model}"
+        click.echo(f"{names}: {images} of {steps_taken} ({sampler}){trained} in {seconds:.1f} s{rate}.{part}")
     if failures:
         raise click.ClickException("; ".join(failures))
 
@@ -203,7 +205,6 @@ def _write_each(
     from ..distributed import FirstFailed, ProcessLost
     from ..sampling.sample_files import write_samples
 
-    check_free_memory("sample", "num", num, 64 * num)  # labels and seeds
     labels = _labels(loaded, num, classes, arguments["guidance_scale"])
     began = time.perf_counter()
     try:
@@ -258,7 +259,7 @@ def _write_grid(
     count = num if columns is None else 2 * columns * -(-num // columns)  # images in the grid
     pixels = max(image[1:])
     scale, gif_scale = 1 if num == 1 else max(1, 128 // pixels), max(1, 64 // pixels)  # one image can be edited as it is
-    check_pictures((count, *image), len(shown), frames, out, scale, gif, gif_scale)
+    check_pictures((count, len(shown), *image[1:]), frames, out, scale, gif, gif_scale)
     labels = _labels(loaded, num, classes, arguments["guidance_scale"])
     make_writable("sample", "out", out.parent)
     if gif is not None:

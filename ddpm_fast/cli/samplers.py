@@ -14,33 +14,30 @@ if TYPE_CHECKING:
     from ..plan import SamplingPlan
     from ..pretrained import Pretrained
 
-# The steps of each sampler, if `measured_options` has none. Heun's method evaluates the network twice in each but the last.
+# The steps of each sampler. Heun's method evaluates the network twice in each but the last.
 DEFAULT_STEPS = {"dpm++2m": 20, "dpm++2m-sde": 20, "ddpm": 100, "ddim": 50, "heun": 10}
 _SPACING = {"dpm++2m": "linspace", "dpm++2m-sde": "karras", "ddpm": "leading", "ddim": "leading", "heun": "linspace"}
 MAX_GUIDANCE = 1e4  # beyond it, differences of predictions leave the range of float32 within a few steps
-
-_FEW = 10  # with more steps, dpm++2m draws worse images than dpm++2m-sde (docs/sampling.md)
-_LAMBDA_MIN = -5.1  # solvers of order 2 leave out timesteps with less signal, as diffusers advises for cosine schedules
+_DEFAULT = "dpm++2m-sde"
 
 
 def sampler_options(default: str | None) -> Callable[[Command], Command]:
-    """Return a decorator that adds the options that choose the sampler. None is the default of `default_sampler`."""
-    few = "with dpm++2m and the built-in model's schedule"
+    """Return a decorator that adds the options that choose the sampler. None: the plan of the model, or dpm++2m-sde."""
+    own = "" if default else "the plan in the model's folder, or "
     steps = ", ".join(f"{steps} with {name}" for name, steps in DEFAULT_STEPS.items())
     spacings = ", ".join(f"{spacing} with {name}" for name, spacing in _SPACING.items())
-    shown = default or f"dpm++2m for at most {_FEW} steps with the built-in model's schedule, else dpm++2m-sde"
     options = [
         click.option(
             "--sampler",
             type=click.Choice([*DEFAULT_STEPS]),
             default=default,
             help="Choose DPM-Solver++(2M) with or without noise, ancestral steps (eq. 13), DDIM or Heun's method.  "
-            f"[default: {shown}]",
+            f"[default: {own}{default or _DEFAULT}]",
         ),
         click.option(
             "--steps",
             type=click.IntRange(1),
-            help=f"Take this many steps per image.  [default: {steps}; 8 {few}, spaced karras]",
+            help=f"Take this many steps per image.  [default: {own}{steps}]",
         ),
         click.option(
             "--eta", type=Finite(0), help="Scale the noise of ddim (0 by default) or dpm++2m-sde (1); 0 is deterministic."
@@ -48,17 +45,17 @@ def sampler_options(default: str | None) -> Callable[[Command], Command]:
         click.option(
             "--spacing",
             type=click.Choice(["leading", "trailing", "linspace", "karras"]),
-            help=f"Choose the spacing of the timesteps.  [default: {spacings}; karras {few}]",
+            help=f"Choose the spacing of the timesteps.  [default: {spacings}]",
         ),
         click.option(
             "--sigma-min",
             type=Finite(0),
-            help=f"Start the last step at this noise level, with --spacing karras.  [default: the lowest; 0.06 {few}]",
+            help="Start the last step at this noise level, with --spacing karras.  [default: the lowest]",
         ),
         click.option(
             "--sigma-max",
             type=Finite(0),
-            help=f"Start the first step at this noise level, with --spacing karras.  [default: the highest; 80 {few}]",
+            help="Start the first step at this noise level, with --spacing karras.  [default: the highest]",
         ),
         click.option(
             "--variance", type=click.Choice(VARIANCES), help="Choose the variance of ddpm's steps.  [default: the model's]"
@@ -83,28 +80,30 @@ def class_options(default: str) -> Callable[[Command], Command]:
     return adding(options)
 
 
-def default_sampler(loaded: Pretrained, steps: int | None, eta: float | None, spacing: str | None) -> str:
-    """Return the sampler of a command without --sampler: the one that was measured, if the other options suit it."""
-    from ..plan.dpm_solver import measured_options
-
-    few = (steps is None or steps <= _FEW) and eta is None and spacing in (None, "karras")
-    return "dpm++2m" if few and measured_options(loaded.schedule) else "dpm++2m-sde"
-
-
 def plan_of_options(
     command: str,
     loaded: Pretrained,
-    sampler: str,
+    sampler: str | None,
     steps: int | None,
     eta: float | None,
     spacing: Any,
     sigma_min: float | None,
     sigma_max: float | None,
     variance: Any,
-) -> SamplingPlan:
-    """Build the plan that the options ask for."""
+) -> tuple[SamplingPlan, str]:
+    """Build the plan that the options ask for. Return it with the sampler's name.
+
+    Without options that ask for another, it is the plan that the model brings, in its number of steps or fewer.
+    """
     from ..plan import ddim_plan, ddpm_plan, dpm_solver_plan, heun_plan
-    from ..plan.dpm_solver import measured_options
+    from ..plan.dpm_solver import LAMBDA_MIN, count_levels, default_plan
+
+    own, asked = loaded.plan, any(each is not None for each in (sampler, eta, spacing, sigma_min, sigma_max, variance))
+    if own is not None and own.builder is not None and not asked:
+        most = own.builder.keywords.get("num_steps") or own.num_steps
+        if steps is None or steps <= most:
+            return own.builder(num_steps=steps or most), "the model's plan"
+    sampler = sampler or _DEFAULT
 
     expect(
         spacing != "karras" or sampler not in ("ddpm", "ddim"),
@@ -113,17 +112,12 @@ def plan_of_options(
         f"to be leading, trailing or linspace with {sampler}",
         "karras",
     )
-    # docs/sampling.md has the measurements that chose the defaults.
-    measured = measured_options(loaded.schedule) if sampler == "dpm++2m" and spacing in (None, "karras") else {}
-    spacing = spacing or measured.get("spacing", _SPACING[sampler])
-    total = loaded.schedule.num_timesteps
+    spacing = spacing or _SPACING[sampler]
     solves = sampler in ("dpm++2m", "dpm++2m-sde", "heun")
-    abar = loaded.schedule.alpha_bars
-    if solves:  # by the timesteps that `_LAMBDA_MIN` leaves
-        total = int(((abar / (1 - abar)).log() / 2 >= _LAMBDA_MIN).sum())
+    total = count_levels(loaded.schedule) if solves else loaded.schedule.num_timesteps
     most = total - 1 if solves and spacing in ("linspace", "leading") else total
     expect(steps is None or steps <= most, command, "steps", f"to be in 1..{most} with {sampler}", steps)
-    steps = steps or measured.get("num_steps") or min(DEFAULT_STEPS[sampler], most)
+    steps = steps or min(DEFAULT_STEPS[sampler], most)
     learned = loaded.predicts_variance
     if variance is not None and variance.startswith("learned") != learned:
         wanted = (
@@ -145,20 +139,16 @@ def plan_of_options(
         expect(value is None or spacing == "karras", command, name, wanted, f"{value} with {spacing if solves else sampler}")
     common: dict[str, Any] = {"prediction": loaded.prediction, "clip": loaded.clip, "spacing": spacing}
     if sampler == "ddpm":
-        return ddpm_plan(loaded.schedule, steps, variance=variance or loaded.variance, **common)
+        return ddpm_plan(loaded.schedule, steps, variance=variance or loaded.variance, **common), sampler
     common["learned_variance"] = learned
     if sampler == "ddim":
-        return ddim_plan(loaded.schedule, steps, eta=eta or 0.0, **common)
-    common |= {
-        "lambda_min": _LAMBDA_MIN,
-        "sigma_min": measured.get("sigma_min") if sigma_min is None else sigma_min,
-        "sigma_max": measured.get("sigma_max") if sigma_max is None else sigma_max,
-    }
+        return ddim_plan(loaded.schedule, steps, eta=eta or 0.0, **common), sampler
+    common |= {"lambda_min": LAMBDA_MIN, "sigma_min": sigma_min, "sigma_max": sigma_max}
     if sampler == "heun":
-        return heun_plan(loaded.schedule, steps, **common)
+        return heun_plan(loaded.schedule, steps, **common), sampler
     if sampler == "dpm++2m":
-        return dpm_solver_plan(loaded.schedule, steps, solver="heun" if spacing == "karras" else "midpoint", **common)
-    return dpm_solver_plan(loaded.schedule, steps, eta=1.0 if eta is None else eta, solver="heun", **common)
+        return dpm_solver_plan(loaded.schedule, steps, solver="heun" if spacing == "karras" else "midpoint", **common), sampler
+    return default_plan(loaded.schedule, steps, eta=1.0 if eta is None else eta, **common), sampler
 
 
 def labels_of_option(

@@ -19,16 +19,25 @@ from .sampling_plan import Prediction, SamplingPlan, builds_plan
 FEW_STEPS = 15  # plans with fewer steps end with steps of lower order (`lower_order_final`)
 
 
-def measured_options(schedule: NoiseSchedule) -> dict[str, Any]:
-    """Return the arguments of `dpm_solver_plan` that draw the best images in 8 steps, or {} if they are not known.
+LAMBDA_MIN = -5.1  # plans of order 2 leave out timesteps with less signal, as diffusers advises for cosine schedules
 
-    docs/sampling.md has the measurements, on the built-in model. They hold for its schedule only, `NoiseSchedule.linear()`.
+
+def count_levels(schedule: NoiseSchedule) -> int:
+    """Return the number of timesteps with enough signal for solvers: those with lambda of at least `LAMBDA_MIN`."""
+    abar = schedule.alpha_bars
+    return int(((abar / (1 - abar)).log() / 2 >= LAMBDA_MIN).sum())
+
+
+def default_plan(schedule: NoiseSchedule, num_steps: int | None = None, **options: Any) -> SamplingPlan:
+    """Build the plan of a model that brings none: DPM-Solver++(2M) with noise, which corrects a model that is not finished.
+
+    Args:
+        schedule: The noise schedule.
+        num_steps: The number of steps. More than the schedule has levels take all of them. None: 20.
+        **options: Other arguments of `dpm_solver_plan`.
     """
-    linear = NoiseSchedule.linear()
-    # A folder may have rounded betas.
-    if schedule.num_timesteps != linear.num_timesteps or not torch.allclose(schedule.betas, linear.betas, rtol=1e-5, atol=0):
-        return {}
-    return {"num_steps": 8, "solver": "heun", "spacing": "karras", "sigma_min": 0.06, "sigma_max": 80.0}
+    settings: dict[str, Any] = {"eta": 1.0, "solver": "heun", "spacing": "karras", "lambda_min": LAMBDA_MIN}
+    return dpm_solver_plan(schedule, min(num_steps or 20, count_levels(schedule)), **settings | options)
 
 
 @builds_plan
