@@ -270,14 +270,17 @@ def computing_device(op: str, device: Any) -> torch.device:
     return found
 
 
-def check_float(op: str, name: str, x: Tensor, min_dim: int = 1) -> None:
-    """Raise a TypeError or ValueError unless x is a floating tensor of at least min_dim dimensions."""
+def check_float(op: str, name: str, x: Tensor, min_dim: int = 1, also: str = "") -> None:
+    """Raise a TypeError or ValueError unless x is a floating tensor of at least min_dim dimensions.
+
+    `also` names other dtypes that the caller takes, for the message.
+    """
     if not isinstance(x, Tensor):
         raise InvalidType(op, name, "to be a tensor", type(x).__name__)
     if x.layout is not torch.strided or x.is_nested:
         check_strided(op, name, x)
     if x.dtype not in FLOATS:
-        raise InvalidType(op, name, "to be float32, float64, float16 or bfloat16", x.dtype)
+        raise InvalidType(op, name, f"to be float32, float64, float16{also} or bfloat16", x.dtype)
     if x.dim() < min_dim:
         raise InvalidValue(op, name, f"to have at least {min_dim} dimensions [N, ...]", f"shape {list(x.shape)}")
 

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import InvalidValue, expect
-from ..resources import check_free_memory, check_free_space
 from .options import SAMPLING_DTYPE_HELP, Command, Finite, PathOption, model_options, refusing
 from .outputs import check_output, make_writable, save_result
 from .samplers import class_options, labels_of_option, plan_of_options, sampler_options
@@ -70,7 +69,7 @@ def vary_command(sources: tuple[str, ...], strength: float, num: int, **options:
     with refusing():
         edit = _Edit("vary", sources, options)
         plan, labels = edit.plan(options), edit.labels()
-        edit.make_ready(num + 1, num)
+        edit.make_ready(num + 1)
         seeds = sample_seeds(options["seed"], num).repeat(len(sources))
         copies = edit.images.repeat_interleave(num, dim=0)
         each = None if labels is None else torch.as_tensor(labels).repeat_interleave(num)
@@ -97,7 +96,7 @@ def interpolate_command(sources: tuple[str, ...], strength: float, num: int, **o
     with refusing():
         edit = _Edit("interpolate", sources, options)
         plan, labels = edit.plan(options), edit.labels(pairs=True)
-        edit.make_ready(num + 2, num)
+        edit.make_ready(num + 2)
         a, b = edit.images[:1], edit.images[1:]
         arguments = edit.arguments() | {"seed": options["seed"], "class_labels": labels}
         between = interpolate(edit.loaded.model, plan, a, b, num, strength=strength, **arguments)
@@ -305,7 +304,7 @@ class _Edit:
     def plan(self, options: dict[str, Any]) -> Any:
         """Return the plan of the sampler's options."""
         chosen = (options[name] for name in ("sampler", "steps", "eta", "spacing", "sigma_min", "sigma_max", "variance"))
-        return plan_of_options(self._command, self.loaded, *chosen)
+        return plan_of_options(self._command, self.loaded, *chosen)[0]
 
     def labels(self, *, pairs: bool = False) -> list[int] | None:
         """Return a label for each image, or for each pair, or None for "no label", which is the default."""
@@ -321,17 +320,13 @@ class _Edit:
         )
         return labels
 
-    def make_ready(self, columns: int, num: int | None = None) -> None:
-        """Raise unless memory, disk and format can hold the picture. Then make its folder. This is the last check."""
+    def make_ready(self, columns: int) -> None:
+        """Raise unless the format can hold the picture. Then make its folder. This is the last check."""
         from ..files.images import grid_shape, image_format
 
         rows = len(self.images)
         picture = grid_shape((rows * columns, *self.images.shape[1:]), columns=columns, scale=self._scale)
-        needed = 12 * columns * self.images.numel() + 3 * math.prod(picture)  # copies, x_T and results in float32
-        name, value = ("IMAGE", f"{rows} images") if num is None else ("num", str(num))
-        check_free_memory(self._command, name, value, needed)
         image_format(self._out, picture, "out")
-        check_free_space(self._command, "out", self._out, math.prod(picture))
         make_writable(self._command, "out", self._out.parent)
 
     @property

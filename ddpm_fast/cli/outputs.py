@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import secrets
 import tempfile
 from collections.abc import Callable
@@ -13,7 +12,7 @@ import click
 
 from ..errors import UnusablePath, expect
 from ..files.writing import remove_leftovers
-from ..resources import check_free_memory, check_free_space, check_writable
+from ..resources import check_writable
 
 
 def check_output(command: str, name: str, path: Path) -> None:
@@ -64,37 +63,15 @@ def save_result(save: Callable[[Path], object], path: Path, failures: list[str],
 
 
 def check_pictures(
-    shape: tuple[int, int, int, int],
-    shown: int,
-    frames: int,
-    out: Path,
-    scale: int,
-    gif: Path | None,
-    gif_scale: int,
+    shape: tuple[int, int, int, int], frames: int, out: Path, scale: int, gif: Path | None, gif_scale: int
 ) -> None:
-    """Raise unless memory, disk and formats can hold the images [N, C, H, W] that will be drawn, and their pictures.
-
-    `shown` channels of them are shown.
-    """
+    """Raise unless the formats can hold the pictures of images [N, C, H, W], of the channels that they show."""
     from ..files.images import ANIMATED, STRIP, grid_shape, image_format
 
-    num, _, *sides = shape
-    numel = math.prod(shape)
-    pictured = (num, shown, *sides)
-    grid = grid_shape(pictured, scale=scale)
-    size, gif_size = math.prod(grid), 0
-    needed = 12 * numel + 64 * num + 3 * size  # float32 states, labels and seeds, pictures
-    pictures = [("out", out, grid)]
-    if gif is not None:
-        if image_format(gif, (1, 1, shown), "gif") in ANIMATED:
-            picture, count = grid_shape(pictured, scale=gif_scale), frames
-        else:
-            strip = min(STRIP, frames)
-            picture, count = grid_shape((num * strip, *pictured[1:]), columns=strip, scale=gif_scale), 1
-        pictures.append(("gif", gif, picture))
-        gif_size = count * math.prod(picture)
-        needed += 4 * frames * numel + 3 * gif_size
-    check_free_memory("sample", "num", num, needed)
-    for name, path, picture in pictures:
-        image_format(path, picture, name)
-        check_free_space("sample", name, path, size + gif_size)  # they may share a disk
+    num, shown, *sides = shape
+    image_format(out, grid_shape(shape, scale=scale), "out")
+    if gif is not None and image_format(gif, (1, 1, shown), "gif") in ANIMATED:
+        image_format(gif, grid_shape(shape, scale=gif_scale), "gif")
+    elif gif is not None:
+        strip = min(STRIP, frames)
+        image_format(gif, grid_shape((num * strip, shown, *sides), columns=strip, scale=gif_scale), "gif")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 from pathlib import Path
@@ -10,9 +11,9 @@ from typing import Any, get_origin
 import click
 from click.core import ParameterSource
 
-from ..errors import renaming
+from ..errors import expect, renaming
 from ..files.writing import remove_leftovers
-from ..training.options import RANGES, STRUCTS, DataOptions, Declared, ModelOptions, TrainOptions, options_of
+from ..training.options import NETWORKS, RANGES, STRUCTS, DataOptions, Declared, ModelOptions, TrainOptions, options_of
 from .console import Stopped
 from .options import RANGE, PathOption, numbers, refusing, size
 
@@ -76,12 +77,19 @@ def _option(declared: Declared) -> click.Option:
 
 @click.command("train", cls=_Grouped, epilog=_EXAMPLE)
 @click.argument("run_dir", type=PathOption(file_okay=False, path_type=Path))
+@click.option(
+    "--network",
+    type=click.Choice([*NETWORKS]),
+    help="Take a network and its training, which other options change: small for a CPU, base, or cifar10 (Ho et al. 2020).  "
+    "[default: small on a CPU, else base]",
+)
 @click.pass_context
-def train_command(ctx: click.Context, /, run_dir: Path, **options: Any) -> None:
+def train_command(ctx: click.Context, /, run_dir: Path, network: str | None, **options: Any) -> None:
     """Train a network on images. RUN_DIR receives checkpoints, logs and samples.
 
     Stop with Ctrl-C, which saves a checkpoint. Continue exactly with --resume.
     """
+    from ..checks import computing_device
     from ..distributed import FirstFailed, ProcessLost, ranks
     from ..training.folder import RunFolder, check_by_options
     from ..training.trainer import train
@@ -89,11 +97,18 @@ def train_command(ctx: click.Context, /, run_dir: Path, **options: Any) -> None:
     run = RunFolder(run_dir)
     try:
         with refusing(), renaming("train"):
+            is_first = ranks("train", os.environ)[0] == 0
             if options["resume"] or (options["auto_resume"] and run.record.is_file()):
                 check_by_options(run)
-                stored = run.read_config()["options"]  # those that are not given now stay
-                default = (ParameterSource.DEFAULT, ParameterSource.DEFAULT_MAP)
-                options |= {name: stored[name] for name in stored if ctx.get_parameter_source(name) in default}
+                expect(network is None, "train", "network", "to be left out, as a resumed run keeps its own", network)
+                values = run.read_config()["options"]
+            else:
+                network = network or ("small" if computing_device("train", options["device"]).type == "cpu" else "base")
+                about, values = NETWORKS[network]
+                if is_first:
+                    logging.getLogger("ddpm_fast").info("--network %s: %s", network, about)
+            default = (ParameterSource.DEFAULT, ParameterSource.DEFAULT_MAP)  # options that are given now stay
+            options |= {name: values[name] for name in values if ctx.get_parameter_source(name) in default}
             data, model = DataOptions.from_values(options), ModelOptions.from_values(options)
             result = train(run_dir, TrainOptions.from_values(options), data, model)
     except FirstFailed:
@@ -105,7 +120,7 @@ def train_command(ctx: click.Context, /, run_dir: Path, **options: Any) -> None:
         raise Stopped(f"Stopped by Ctrl-C. The last checkpoint of {run_dir}: {checkpoint or 'none'}.") from None
     if result.stopped_by in ("SIGINT", "SIGTERM", "SIGHUP"):
         ctx.exit(128 + signal.Signals[result.stopped_by])  # as a shell reports a process that the signal ended
-    if result.stopped_by is None and ranks("train", os.environ)[0] == 0:
+    if result.stopped_by is None and is_first:
         click.echo(f"{run_dir}: {result.step} steps done. Sample from it with: ddpm-fast sample --model {run_dir}")
 
 

@@ -90,6 +90,21 @@ def _tiled(
     return grid
 
 
+def _titled(titles: Sequence[str], grid: Tensor) -> Tensor:
+    """Return a white band, uint8 [14, width, C], with a title above each column of a grid."""
+    from PIL import Image, ImageDraw
+
+    _, width, channels = grid.shape
+    band = Image.new(_MODES[channels], (width, 14), "white")
+    for column, title in enumerate(titles):
+        left, right = (each * width // len(titles) for each in (column, column + 1))
+        cell = Image.new(band.mode, (right - left, 14), "white")  # a long title ends at its column
+        # Without FreeType, Pillow has a font for Latin-1 alone.
+        ImageDraw.Draw(cell).text((3, 1), title.encode("latin-1", "replace").decode("latin-1"), "black")
+        band.paste(cell, (left, 0))
+    return torch.from_numpy(np.array(band)).view(14, width, channels)
+
+
 def grid_shape(
     shape: Sequence[int], *, columns: int | None = None, padding: int | None = None, scale: int = 1
 ) -> tuple[int, int, int]:
@@ -120,6 +135,7 @@ def save_grid(
     padding: int | None = None,
     scale: int = 1,
     channels: Sequence[int] | None = None,
+    titles: Sequence[str] = (),
 ) -> Path:
     """Write images to one file, tiled by `image_grid`. Missing folders are made.
 
@@ -132,6 +148,7 @@ def save_grid(
         padding: See `image_grid`.
         scale: See `image_grid`.
         channels: See `image_grid`.
+        titles: Texts above the columns, one for each, or none.
 
     Returns:
         The path.
@@ -143,6 +160,8 @@ def save_grid(
     images = _shown("save_grid", "images", images, channels)
     _check_layout("save_grid", columns, padding, scale)
     grid = _tiled("save_grid", images, columns, padding, scale)
+    if titles:
+        grid = torch.cat([_titled(titles, grid), grid])
     return _write(path, image_format(path, grid.shape), [grid])
 
 

@@ -15,16 +15,15 @@ from ..checks import check_int, computing_device
 from ..distributed import Processes
 from ..errors import InvalidValue, expect, renaming
 from ..files.writing import write_json
-from ..nn import UNet, UNetConfig
-from ..resources import check_free_memory, check_free_space, check_writable
+from ..nn import UNetConfig
+from ..resources import check_free_space, check_writable
 from ..schedule import NoiseSchedule
 from .checkpoint import read_state
 from .folder import RunFolder, check_by_options
 from .options import CHANGEABLE, TrainOptions
 from .state import State, Task
 
-COPIES: Final = 5  # each parameter in memory: itself, its average, its gradient and two moments
-_SAVED: Final = 4  # the same in a checkpoint, without the gradient
+_SAVED: Final = 4  # copies of each parameter in a checkpoint: itself, its average and two moments
 # Keys of a network's configuration that neither the weights nor the training depend on.
 _DESCRIPTIVE: Final = frozenset({"sample_size", "class_names", "num_train_timesteps"})
 
@@ -130,16 +129,11 @@ def _micro_batch_size(options: TrainOptions, run: RunFolder, resume: bool, proce
         size = batch_size // processes.size
     if batch_size % (size * processes.size):
         number = f"{processes.size} process" + ("es" if processes.size > 1 else "")
-        fits = "" if batch_size % processes.size else f"; {_largest_divisor(batch_size // processes.size, size)} fits"
+        divisors = (each for each in range(size, 0, -1) if batch_size % (each * processes.size) == 0)
+        fits = "" if batch_size % processes.size else f"; {next(divisors)} fits"
         got = f"micro_batch_size {size}{kept}{fits}"
         raise InvalidValue("train", "micro_batch_size", f"times {number} to divide batch_size {batch_size}", got)
     return size
-
-
-def _largest_divisor(number: int, most: int) -> int:
-    """Return the largest divisor of a number that is at most `most`."""
-    lower = [each for each in range(1, math.isqrt(number) + 1) if number % each == 0]
-    return max(each for each in (*lower, *(number // each for each in lower)) if each <= most)
 
 
 def _check_threads(threads: int) -> None:
@@ -161,22 +155,9 @@ def _check_threads(threads: int) -> None:
         )
 
 
-def check_sizes(run: RunFolder, task: Task) -> None:
-    """Raise if the training does not fit into memory, or checkpoints onto the disk. The estimates are low."""
-    options, model = task.options, task.model
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    channels, *sides = task.dataset.shape
-    per_image = channels * (1 + 4)
-    if task.device.type == "cpu":
-        check_free_memory("train", "model", f"a {type(model).__name__}", (COPIES - 1) * 4 * parameters)  # it is there itself
-    if task.device.type == "cpu" and isinstance(model, UNet):
-        config = UNetConfig.from_dict(model.config)
-        # Each block keeps the inputs of two convolutions for the gradient; the widest pictures have the first channels.
-        bytes_each = 4 if options.precision == "float32" else 2
-        per_image += config.block_out_channels[0] * 4 * config.layers_per_block * bytes_each
-    size = task.micro_batch_size
-    name = "batch_size" if size == options.batch_size else "micro_batch_size"
-    check_free_memory("train", name, size, size * per_image * math.prod(sides))
+def check_disk(run: RunFolder, task: Task) -> None:
+    """Raise an UnusablePath unless the checkpoints fit onto the disk."""
+    options, parameters = task.options, sum(parameter.numel() for parameter in task.model.parameters())
     saves = options.steps if options.checkpoint_minutes else 1
     if options.checkpoint_every:
         saves = max(saves, math.ceil(options.steps / options.checkpoint_every))

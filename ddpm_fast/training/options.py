@@ -250,7 +250,9 @@ class TrainOptions(Options):
     steps: Annotated[
         int, _optimization("Stop after this many optimizer steps, counted from the run's beginning.", low=1, changeable=True)
     ] = 20_000
-    batch_size: Annotated[int, _optimization("Use this many images per step, all processes together.", low=1)] = 64
+    batch_size: Annotated[int, _optimization("Use this many images per step, all processes together.", low=1, high=1 << 20)] = (
+        64
+    )
     micro_batch_size: Annotated[
         int | None,
         _optimization(
@@ -297,14 +299,16 @@ class TrainOptions(Options):
         ),
     ] = None
 
-    log_every: Annotated[int, _records("Write a row of log.csv every this many steps.", low=1, high=100_000)] = 50
+    log_every: Annotated[
+        int, _records("Write a row of log.csv after the first step and every this many.", low=1, high=100_000)
+    ] = 50
     sample_every: Annotated[
         int, _records("Draw a grid of samples every this many steps, and at the end; 0 disables.", low=0)
     ] = 1000
     sample_steps: Annotated[
         int | None,
         _records(
-            "Draw the grids in this many steps. Default: 8 on the linear schedule of 1000 timesteps, else up to 50 of DDIM.",
+            "Draw the grids in this many steps of dpm++2m-sde. Default: 20.",
             low=1,
         ),
     ] = None
@@ -331,6 +335,36 @@ class TrainOptions(Options):
             raise InvalidValue("TrainOptions", "steps", "times batch_size to be below 2^63", got)
 
 
+NETWORKS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
+    "small": (
+        "64x64 photographs become recognizable in about ten minutes on two cores; --network base is larger, for a GPU",
+        {
+            "channels": (16, 32, 64, 128),  # the width at full resolution costs most
+            "layers": 1,
+            "attention": (),
+            "prediction": "v_prediction",
+            "schedule": "cosine",
+            "steps": 3000,
+            "batch_size": 8,
+            "lr": 1e-3,
+            "warmup_steps": 100,
+            "lr_decay_steps": 1000,
+            "sample_every": 300,
+        },
+    ),
+    "base": ("for a GPU: on a CPU it takes days, and --network small minutes", {}),
+    "cifar10": (
+        "the network and training of Ho et al. (2020) for CIFAR-10, without their flips",
+        {
+            "channels": (128, 256, 256, 256),
+            "dropout": 0.1,
+            "batch_size": 128,
+            "steps": 800_000,
+            "warmup_steps": 5000,
+        },
+    ),
+}
+"""Values of options that `ddpm-fast train --network` sets, and what it says of them."""
 STRUCTS: Final = (DataOptions, ModelOptions, TrainOptions)
 CHANGEABLE: Final = frozenset(each.name for struct in STRUCTS for each in options_of(struct) if each.option.changeable)
 LOCAL: Final = frozenset(each.name for struct in STRUCTS for each in options_of(struct) if each.option.local)

@@ -16,11 +16,9 @@ from torch import Tensor, nn
 from ..checks import listed
 from ..files.images import in_bands, save_grid, shown_channels
 from ..nn import UNet
-from ..plan import Prediction, SamplingPlan, ddim_plan, dpm_solver_plan
-from ..plan.dpm_solver import measured_options
+from ..plan.dpm_solver import default_plan
 from ..sampling.progress import progress_bar
 from ..sampling.sampler import sample
-from ..schedule import NoiseSchedule
 from .data import ImageDataset, MappedDataset
 from .data.conditions import conditioned_items
 from .folder import LOG_COLUMNS, RunFolder
@@ -155,7 +153,7 @@ class Records:
             self._forecast()
             if self._buffers:
                 self._say_which_buffers_change()
-        if state.step % options.log_every == 0 or state.step == options.steps:
+        if state.step % options.log_every == 0 or state.step in (1, options.steps):
             self._write_row(grad_norm, rate)
         if options.sample_every and state.step % options.sample_every == 0:
             self._draw_grid()
@@ -234,7 +232,7 @@ class Records:
                 labels = torch.arange(num) % columns if shown is None else shown.labels
                 images = sample(
                     state.ema,
-                    grid_plan(task.schedule, task.options.sample_steps, task.options.prediction),
+                    default_plan(task.schedule, task.options.sample_steps, prediction=task.options.prediction),
                     num,
                     seed=task.options.seed,
                     class_labels=labels if task.labelled else None,
@@ -246,7 +244,9 @@ class Records:
                 if shown is not None:
                     images = in_bands([shown.condition, images.cpu(), shown.images], columns)
                 channels = shown_channels(images.shape[1])
-                save_grid(images, path, columns=columns, channels=channels, scale=max(1, 64 // max(images.shape[2:])))
+                scale = max(1, 128 // max(images.shape[2:]))
+                titles = dataset.classes[:columns] if task.labelled and shown is None else ()
+                save_grid(images, path, columns=columns, channels=channels, scale=scale, titles=titles)
             except (OSError, ValueError) as error:  # a run does not end for want of a picture
                 _log.warning("%s could not be drawn: %s", path, error)
                 return
@@ -297,11 +297,4 @@ def duration(seconds: float) -> str:
     for unit, size in (("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.0f} seconds"
-
-
-def grid_plan(schedule: NoiseSchedule, num_steps: int | None, prediction: Prediction) -> SamplingPlan:
-    """Build the plan of the grids, where None takes the default number of steps (`train`'s `sample_steps`)."""
-    if measured := measured_options(schedule):
-        return dpm_solver_plan(schedule, prediction=prediction, **measured | {"num_steps": num_steps or measured["num_steps"]})
-    return ddim_plan(schedule, num_steps or min(50, schedule.num_timesteps), prediction=prediction)
+    return f"{max(2, seconds):.0f} seconds"

@@ -18,14 +18,13 @@ from ..checks import check_callable, check_int, check_path, check_type, checked_
 from ..distributed import joined
 from ..errors import InvalidValue, expect, renaming
 from ..inference.model import device_and_dtype, evaluation_mode, predict
-from ..nn import UNet, UNetConfig
+from ..nn import UNet
 from ..nn.unet import describe_images
-from ..resources import check_free_memory
 from ..schedule import NoiseSchedule
 from .data import DATASETS, Degradation, ImageDataset, MappedDataset, load_dataset
 from .folder import RunFolder
 from .loop import TrainResult, run_steps
-from .opening import COPIES, Start, check_sizes, prepared
+from .opening import Start, check_disk, prepared
 from .options import AnyOptions, DataOptions, ModelOptions, TrainOptions
 from .rng import TrainingRng
 from .state import State, Task
@@ -154,7 +153,7 @@ class Trainer:
             on_step=self._on_step,
             on_checkpoint=self._on_checkpoint,
         )
-        check_sizes(start.run, task)
+        check_disk(start.run, task)
         state = State.initial(task)
         if not start.resume:  # before a folder is made
             start.processes.on_first(lambda: state.load_initial_weights(task))
@@ -268,8 +267,8 @@ def train(
 
     Raises:
         TypeError: An argument has the wrong type.
-        ValueError: An option differs from the one that the resumed run was started with. Or memory is too small for what
-            the options ask for.
+        ValueError: An option differs from the one that the resumed run was started with. Or memory is too small for the
+            network or the images.
         OSError: A file cannot be written, or there is too little space for checkpoints. The message names the last good
             checkpoint.
         UnusablePath: `run_dir` is not empty and no run is resumed, or it cannot be written to, or `init` holds no model. It
@@ -295,9 +294,6 @@ def train(
         load = partial(_dataset, data, stored)
         dataset = processes.machine_by_machine(load) if data.data in DATASETS else load()
         config = _unet_config(model, dataset)
-        if start.device.type == "cpu":
-            needed = COPIES * 4 * UNetConfig.from_dict(config).num_parameters
-            check_free_memory("train", "channels", list(model.channels), needed)
         with torch.random.fork_rng([]):
             torch.manual_seed(TrainingRng(options.seed, options.batch_size).weights_seed)
             with renaming("train", {"block_out_channels": "channels", "attention_head_dim": "head_dim"}):

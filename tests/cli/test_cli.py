@@ -22,7 +22,6 @@ from launching import run_ranks
 from PIL import Image
 
 import ddpm_fast
-from ddpm_fast import resources
 from ddpm_fast.cli import main
 from ddpm_fast.cli.train import train_command
 from ddpm_fast.files import images
@@ -124,7 +123,7 @@ def test_a_program_that_has_loaded_torch_keeps_its_environment(monkeypatch: pyte
 
 def test_every_option_of_train_is_on_the_command_line() -> None:
     declared = [each.name for struct in STRUCTS for each in options_of(struct)]
-    assert [parameter.name for parameter in train_command.params] == ["run_dir", *declared]
+    assert [parameter.name for parameter in train_command.params] == ["run_dir", "network", *declared]
 
 
 def test_train_then_resume_then_export(tmp_path: Path) -> None:
@@ -328,65 +327,6 @@ def test_memory_that_runs_out_in_a_command_without_batches_names_no_option(
 def test_a_seed_that_is_too_large_is_that_of_the_option(small: Path, tmp_path: Path) -> None:
     output = run("sample", "--model", small, "--seed", "9" * 30, "--out", tmp_path / "a.png", code=2)
     assert "expected --seed to be an integer in" in output
-
-
-@pytest.mark.usefixtures("no_work")
-def test_pictures_that_do_not_fit_onto_the_disk_are_refused(
-    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**12, 0, 60_000))  # type: ignore[attr-defined]
-    wanted = r"expected --out to be on a disk with 0\.1 MB of free space, got '.*a\.png' with 0\.1 MB"
-    arguments = ["sample", "--model", small, "--out", tmp_path / "new" / "a.png", "--num", 4]
-    assert re.search(wanted, run(*arguments, code=2))
-    assert not (tmp_path / "new").exists()
-
-
-@pytest.mark.usefixtures("no_work")
-def test_a_strips_pictures_need_memory_too(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resources, "free_memory", lambda: 2_000_000)
-    arguments = ["sample", "--model", small, "--out", tmp_path / "a.png", "--num", 16]
-    with pytest.raises(pytest.fail.Exception, match="images were drawn"):
-        run(*arguments)
-    assert "expected --num to fit into memory" in run(*arguments, "--gif", tmp_path / "a.gif", code=2)
-
-
-@pytest.mark.usefixtures("no_work")
-def test_evaluate_refuses_before_work(small: Path, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"a": 1}')
-    arguments = ["evaluate", "--model", small, "--data", "digits"]
-    wanted = "expected --json to be new or of an earlier evaluation"
-    assert wanted in run(*arguments, "--json", tmp_path / "config.json", code=2)
-    assert "expected --json to be a file, got '/dev/null'" in run(*arguments, "--json", "/dev/null", code=2)
-    assert "expected --num to be at most 297, the test images of digits" in run(*arguments, "--num", 10**12, code=2)
-    assert "expected --labels to be in 0..2, as the model has, got 9; --no-labels" in run(*arguments, code=2)
-    assert (tmp_path / "config.json").read_text() == '{"a": 1}'
-
-
-@pytest.mark.parametrize(
-    ("arguments", "wanted"),
-    [
-        (["--device", "cuda:99"], "expected --device to be available, got cuda:99: PyTorch sees"),
-        (["--num-timesteps", "99999999999"], "expected --num-timesteps to be an integer in 1..100000, got 99999999999"),
-        (["--batch-size", "99999999999"], "expected --batch-size to fit into memory, got 99999999999"),
-        (["--threads", "100000"], "expected --threads to be an integer in 1.."),
-        (["--lr", "inf"], "expected --lr to be positive and finite, got inf"),
-        (["--image-size", "1000000"], "expected --image-size to be an integer in 1..65536 or None, got 1000000"),
-        (["--init", "org/name"], "hf download org/name --local-dir name"),
-    ],
-)
-def test_train_names_its_options(arguments: list[str], wanted: str, tmp_path: Path) -> None:
-    line = run("train", tmp_path / "run", *arguments, code=2).splitlines()[-1]
-    assert wanted in line
-    assert not (tmp_path / "run").exists()
-
-
-def test_names_in_files_are_not_taken_for_options(tmp_path: Path) -> None:
-    (tmp_path / "dataset.json").write_text('{"labels": 5}')
-    Image.new("L", (8, 8)).save(tmp_path / "a.png")
-    line = run("train", tmp_path / "run", "--data", tmp_path, code=2).splitlines()[-1]
-    assert "expected labels to be a list of pairs [name, label], or null, got 5, in " in line
-    line = run("evaluate", "--data", tmp_path, code=2).splitlines()[-1]  # which has an option --labels
-    assert "expected labels to be a list of pairs [name, label], or null, got 5, in " in line
 
 
 def test_export_refuses_before_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

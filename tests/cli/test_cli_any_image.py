@@ -35,7 +35,7 @@ def test_five_channels_of_numbers(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     assert "images   12x8 pixels, 5 channels, resized from 14x10, -4 to 6 as -1 to 1" in caplog.text
     assert load_folder(tmp_path / "run").shape == (5, 8, 12)
     with Image.open(tmp_path / "run" / "samples" / "step-00000002.png") as grid:
-        assert (grid.mode, grid.size) == ("L", (8 * (12 * 5 + 2) + 2, 4 * (8 * 5 + 2) + 2))
+        assert (grid.mode, grid.size) == ("L", (8 * (12 * 10 + 2) + 2, 4 * (8 * 10 + 2) + 2))
     sample = ["sample", "--model", tmp_path / "run", "--steps", 2, "--num", 2]
     assert "Shown channels: 0." in succeed(*sample, "--out", tmp_path / "a.png", "--gif", tmp_path / "a.gif")
     assert "Shown channels: 3, 2, 1." in succeed(*sample, "--out", tmp_path / "b.png", "--show-channels", "3,2,1")

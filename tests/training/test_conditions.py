@@ -365,7 +365,7 @@ def test_the_command_line_restores_images(tmp_path: Path, caplog: pytest.LogCapt
     assert result.exit_code == 0, result.output
     assert "reads    1 channel of a condition: grey" in caplog.text
     with Image.open(tmp_path / "run" / "samples" / "step-00000002.png") as grid:  # two bands of condition, sample, image
-        assert grid.size == (8 * (12 * 5 + 2) + 2, 6 * (8 * 5 + 2) + 2)
+        assert grid.size == (8 * (12 * 10 + 2) + 2, 6 * (8 * 10 + 2) + 2)
     model = ["--model", str(tmp_path / "run"), "--quiet"]
     result = run(main, ["sample", *model, "--condition", str(data), "--out", str(tmp_path / "a.png"), "--steps", "2"])
     assert result.exit_code == 0, result.output

@@ -6,11 +6,8 @@ import gzip
 import logging
 import os
 import sys
-import threading
-import time
 import urllib.error
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -483,31 +480,6 @@ def test_only_the_first_images_are_read_but_all_classes_counted(tmp_path: Path) 
 
 
 # ------------------------------------------------------------------------------------------------------------------- memory
-
-
-def test_images_wait_for_memory_and_a_large_one_is_read_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for i in range(12):
-        Image.new("RGB", (10, 10)).save(tmp_path / f"{i}.png")
-    Image.new("RGB", (40, 40)).save(tmp_path / "large.png")
-    monkeypatch.setattr("ddpm_fast.training.data.image_files.free_memory", lambda: 4 * 16 * 250)
-    lock, held, together = threading.Lock(), [0], []
-    resized = image_files.resized
-
-    def watch(opened: Any, shape: Any) -> np.ndarray:
-        pixels = opened.width * opened.height
-        with lock:
-            held[0] += pixels
-            together.append(held[0])
-        time.sleep(0.005)
-        result = resized(opened, shape)
-        with lock:
-            held[0] -= pixels
-        return result
-
-    monkeypatch.setattr(image_files, "resized", watch)
-    monkeypatch.setattr("os.cpu_count", lambda: 8)
-    assert len(load_dataset(str(tmp_path), image_size=8)) == 13
-    assert set(together) == {100, 200, 1600}
 
 
 def test_broken_images_are_kept_as_texts() -> None:

@@ -6,12 +6,10 @@ import io
 import logging
 import math
 import os
-import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, BinaryIO, Final, TypeVar
@@ -23,7 +21,7 @@ from torch import Tensor
 
 from ...checks import check_choice, check_path, listed
 from ...errors import InvalidValue, expect
-from ...resources import free_memory, size_text
+from ...resources import size_text
 from .dataset import SAMPLED, ImageDataset, LazyImages, central_box, fits
 
 if TYPE_CHECKING:
@@ -35,7 +33,6 @@ GREY: Final = ("1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N")  # 
 
 _MEND: Final = "remove them, or train with skip_broken=True (--skip-broken), which leaves them out if others remain"
 _AT_ONCE: Final = 4096  # images whose reading is planned ahead
-_BYTES_A_PIXEL: Final = 16  # while an image is decoded, converted and laid on white
 
 _Read = TypeVar("_Read")
 _log = logging.getLogger("ddpm_fast")
@@ -80,17 +77,17 @@ class ImageFiles:
             height, width = sides[::-1] if has_exif and opened.getexif().get(_ORIENTATION, 1) >= 5 else sides
             return height, width, opened.mode in GREY
 
-    def decode(self, name: str, shape: Sequence[int], shared: _SharedPixels) -> NDArray[np.uint8]:
+    def decode(self, name: str, shape: Sequence[int]) -> NDArray[np.uint8]:
         """Return the largest centred part of an image of the shape's sides, resized to [C, H, W]."""
         from PIL import Image
 
         with self.open(name) as file:
             if not isinstance(file, io.BufferedReader):
                 file = io.BytesIO(file.read())  # an archive compares a file's checksum only when it is read whole
-            with Image.open(file) as opened, shared.held(opened.width * opened.height):
+            with Image.open(file) as opened:
                 return resized(opened, shape)
 
-    def read(self, shape: Sequence[int], shared: _SharedPixels, indices: Tensor) -> Tensor:
+    def read(self, shape: Sequence[int], indices: Tensor) -> Tensor:
         """Return the images at the int64 indices [B], decoded to uint8 [B, C, H, W].
 
         Raises:
@@ -98,7 +95,7 @@ class ImageFiles:
         """
         names = [self.names[number] for number in indices.tolist()]
         broken: dict[str, str] = {}
-        images = [_attempt(lambda name: self.decode(name, shape, shared), name, broken) for name in names]
+        images = [_attempt(lambda name: self.decode(name, shape), name, broken) for name in names]
         expect(
             not broken,
             "load_dataset",
@@ -163,8 +160,6 @@ def load_images(
     shape = (len(names), *size)
 
     whole = fits(shape, memory)
-    spare = (free_memory() or 4 << 30) // 4
-    shared = _SharedPixels((spare if whole or memory is None else min(spare, memory)) // _BYTES_A_PIXEL)
     images = torch.empty(shape if whole else 0, dtype=torch.uint8)
     pixels, rows = images.numpy(), {name: row for row, name in enumerate(names)}
     if memory is not None and not whole:
@@ -175,7 +170,7 @@ def load_images(
     filled = np.zeros(len(names), bool)
 
     def fill(name: str) -> None:
-        decoded = files.decode(name, size, shared)
+        decoded = files.decode(name, size)
         if whole:
             pixels[rows[name]], filled[rows[name]] = decoded, True
 
@@ -199,7 +194,7 @@ def load_images(
     files = replace(files, names=[files.names[row] for row in kept])
     used: Tensor | LazyImages = images[: len(kept)]
     if not whole:
-        used = LazyImages((len(kept), *shape[1:]), partial(files.read, size, shared), memory)
+        used = LazyImages((len(kept), *shape[1:]), partial(files.read, size), memory)
     return ImageDataset(name, used, labels[: len(kept)], classes, files.contents, preparation, files.names)
 
 
@@ -265,26 +260,6 @@ def as_rgb(image: Picture, kind: str | None, *, alpha: bool = False) -> Picture:
         image = image.convert("RGBA")
         image = image if alpha else Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGBA" if alpha else "RGB")
-
-
-class _SharedPixels:
-    """A number of pixels that threads may hold in memory together. An image that has more is held alone."""
-
-    def __init__(self, total: int) -> None:
-        self._total, self._held, self._changed = total, 0, threading.Condition()
-
-    @contextmanager
-    def held(self, pixels: int) -> Iterator[None]:
-        """Hold these pixels, after waiting for others to release theirs if they are too many."""
-        with self._changed:
-            self._changed.wait_for(lambda: not self._held or self._held + pixels <= self._total)
-            self._held += pixels
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._held -= pixels
-                self._changed.notify_all()
 
 
 def try_each(read: Callable[[str], _Read], names: Sequence[str], broken: dict[str, str]) -> list[_Read | None]:
