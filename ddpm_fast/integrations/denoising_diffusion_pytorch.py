@@ -63,16 +63,41 @@ def plan_of_process(process: Any, num_steps: int | None, eta: float | None) -> S
         not process.self_condition,
         *("plan_of", "x", "to have a network without self-conditioning, which reads x_0 too", "one with it"),
     )
+    check_choice("plan_of", "x.objective", process.objective, _PREDICTIONS)
     schedule, prediction = NoiseSchedule.from_betas(process.betas.cpu().double()), _PREDICTIONS[process.objective]
+    _check_tables(process, schedule)
+    is_ddim = process.is_ddim_sampling if num_steps is None else num_steps < process.num_timesteps
+    if eta is None and not is_ddim:
+        return ddpm_plan(schedule, spacing=range(process.num_timesteps)[::-1], prediction=prediction)
     num_steps = process.sampling_timesteps if num_steps is None else num_steps
-    if eta is None and num_steps == process.num_timesteps:
-        return ddpm_plan(schedule, prediction=prediction)
+    check_int("plan_of", "x.sampling_timesteps", num_steps, 1, process.num_timesteps)
     # The original's timesteps, to the roundings of their float32.
-    edges = torch.linspace(-1, schedule.num_timesteps - 1, num_steps + 1, dtype=torch.float32).to(torch.int64)
+    edges = torch.linspace(-1, process.num_timesteps - 1, num_steps + 1, dtype=torch.float32).to(torch.int64)
     eta = process.ddim_sampling_eta if eta is None else eta
     return ddim_plan(
         schedule, None, spacing=edges[1:].flip(0).tolist(), prediction=prediction, eta=eta, use_clipped_model_output=True
     )
+
+
+def _check_tables(process: Any, schedule: NoiseSchedule) -> None:
+    """Raise if a table that sampling reads is not what the betas give."""
+    tables = {
+        "alphas_cumprod": schedule.alpha_bars,
+        "sqrt_alphas_cumprod": schedule.sqrt_alpha_bars,
+        "sqrt_one_minus_alphas_cumprod": schedule.sqrt_one_minus_alpha_bars,
+        "sqrt_recip_alphas_cumprod": schedule.alpha_bars.rsqrt(),
+        "sqrt_recipm1_alphas_cumprod": (1 / schedule.alpha_bars - 1).sqrt(),
+        "posterior_mean_coef1": schedule.posterior_mean_coef_x_0,
+        "posterior_mean_coef2": schedule.posterior_mean_coef_x_t,
+        "posterior_log_variance_clipped": schedule.posterior_variance.clamp(min=1e-20).log(),
+    }
+    # Betas rounded to float32 move beta and 1 - abar by at most one rounding (2^-24), and abar by sum(beta / alpha) roundings.
+    # A table has at most one abar and three others, and is rounded itself. The logarithm of three moves by 3 * 2^-24.
+    factors = 4 + (1 / schedule.alphas.clamp(min=2**-24) - 1).cumsum(0)
+    for name, exact in tables.items():
+        table = getattr(process, name).detach().to("cpu", torch.float64)
+        same = ((table - exact).abs() <= 2**-24 * (factors * exact.abs() + 3)) | (table == exact)  # infinities are equal
+        expect(same.all(), "plan_of", f"x.{name}", "to be what x.betas give, up to float32's rounding", "other values")
 
 
 def load_checkpoint(process: nn.Module, path: str | os.PathLike[str], *, weights: Literal["ema", "model"] = "ema") -> int:

@@ -63,10 +63,18 @@ def image_channels(config: Mapping[str, Any], predicts_variance: bool) -> int | 
 
 
 def check_model(caller: str, model: Model) -> None:
-    """Raise a TypeError unless `model` is a callable object. A class is not one."""
+    """Raise a TypeError unless `model` is a callable object. A class is not one, and a process does not take x_t and t."""
     if not callable(model) or isinstance(model, type):
         got = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
         raise InvalidType(caller, "model", "to be an nn.Module or another callable object", got)
+    kinds = {(cls.__module__.partition(".")[0], cls.__name__) for cls in type(model).__mro__}
+    if ("denoising_diffusion_pytorch", "GaussianDiffusion") in kinds:  # its call takes images and returns a loss
+        raise InvalidType(
+            caller,
+            "model",
+            "to be a network, called as model(x_t, t)",
+            f"a {type(model).__name__} x: pass x.model, and plan_of(x) as the plan",
+        )
 
 
 def check_takes_labels(caller: str, model: Model, class_labels: ClassLabels) -> None:

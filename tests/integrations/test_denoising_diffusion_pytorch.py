@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import pickle
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,10 @@ def make(model: Any = None, **options: Any) -> Any:
     return GaussianDiffusion(unet() if model is None else model, **{"image_size": 8, "timesteps": T, **options})
 
 
+class Reweighted(GaussianDiffusion):  # type: ignore[misc, valid-type]
+    pass
+
+
 def drawn(process: Any, n: int = 2) -> Tensor:
     torch.manual_seed(0)
     images: Tensor = process.sample(n)
@@ -81,10 +86,8 @@ def test_a_frozen_process_draws_the_same_images(
     torch.testing.assert_close(drawn(frozen).double(), expected, rtol=0, atol=2e-4)
 
 
-@pairwise(objective=OBJECTIVES, schedule=SCHEDULES, sampler=SAMPLERS)
-def test_trajectories_of_plans_are_the_originals(objective: str, schedule: str, sampler: dict[str, Any]) -> None:
+def assert_plan_follows(process: Any) -> None:
     """Each step begins at the original's state, as an untrained network amplifies rounding from step to step."""
-    process = make(objective=objective, beta_schedule=schedule, **sampler).eval()
     states: list[Tensor] = []
     hook = process.model.register_forward_pre_hook(lambda model, inputs: states.append(inputs[0].clone()))
     torch.manual_seed(0)
@@ -101,6 +104,115 @@ def test_trajectories_of_plans_are_the_originals(objective: str, schedule: str, 
             noise = torch.zeros_like(x) if step == plan.num_steps - 1 else torch.randn_like(x)  # draws nothing at the end
             x = reverse_step(x, output, step, plan, noise=noise)
             torch.testing.assert_close(x, states[step + 1], rtol=0, atol=2e-5)
+
+
+@pairwise(objective=OBJECTIVES, schedule=SCHEDULES, sampler=SAMPLERS)
+def test_trajectories_of_plans_are_the_originals(objective: str, schedule: str, sampler: dict[str, Any]) -> None:
+    assert_plan_follows(make(objective=objective, beta_schedule=schedule, **sampler).eval())
+
+
+# what is set in a process that was made -> number of its steps
+SWITCHES: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
+    "ancestral with fewer": ({}, {"sampling_timesteps": 7}, T),
+    "ancestral again": ({"sampling_timesteps": 7}, {"is_ddim_sampling": False}, T),
+    "all timesteps of DDIM": ({}, {"is_ddim_sampling": True}, T),
+    "fewer of DDIM": ({"sampling_timesteps": 7}, {"sampling_timesteps": 5, "ddim_sampling_eta": 0.5}, 5),
+    "first timesteps": ({}, {"num_timesteps": 9}, 9),
+    "first timesteps of DDIM": ({"sampling_timesteps": 7}, {"num_timesteps": 9}, 7),
+    "training alone": ({}, {"immiscible": True, "offset_noise_strength": 0.1}, T),  # training reads them
+}
+
+
+@pytest.mark.parametrize("what", SWITCHES)
+def test_plans_do_what_the_switches_of_a_process_say(what: str) -> None:
+    options, attributes, num_steps = SWITCHES[what]
+    process = make(**options).eval()
+    for name, value in attributes.items():
+        setattr(process, name, value)
+    assert plan_of(process).num_steps == num_steps
+    assert_plan_follows(process)
+
+
+TABLES = [
+    *("alphas_cumprod", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod"),
+    *("sqrt_recipm1_alphas_cumprod", "posterior_mean_coef1", "posterior_mean_coef2", "posterior_log_variance_clipped"),
+]
+
+
+@pytest.mark.parametrize("factor", [0.995, 1 + 2e-6])
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_that_betas_do_not_give_are_named(name: str, factor: float) -> None:
+    process = make()
+    process.get_buffer(name).mul_(factor)
+    with pytest.raises(ValueError, match=rf"^plan_of: expected x\.{name} to be what x\.betas give, .* got other values$"):
+        plan_of(process)
+
+
+def test_a_process_of_other_betas_or_in_bfloat16_is_no_plan() -> None:
+    for change in (lambda process: process.betas.mul_(0.99), lambda process: process.bfloat16()):
+        process = make()
+        change(process)
+        with pytest.raises(ValueError, match=r"^plan_of: expected x\.alphas_cumprod to be what x\.betas give"):
+            plan_of(process)
+    process = make(min_snr_loss_weight=True)
+    process.loss_weight.mul_(2)  # for training alone
+    assert plan_of(process.double()).num_steps == T
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("timesteps", [2, 40, 1000, 4000])
+def test_rounding_of_the_tables_is_no_change(timesteps: int, schedule: str) -> None:
+    assert plan_of(make(timesteps=max(timesteps, 21 if schedule == "linear" else 2), beta_schedule=schedule))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "wanted"),
+    [
+        ("objective", "pred_score", "one of pred_noise, pred_x0, pred_v, got 'pred_score'"),
+        ("sampling_timesteps", 0, r"an integer in 1\.\.40, got 0"),
+        ("sampling_timesteps", 41, r"an integer in 1\.\.40, got 41"),
+        ("sampling_timesteps", 7.0, r"an integer in 1\.\.40, got 7\.0"),
+    ],
+)
+def test_settings_that_a_process_cannot_sample_with_are_named(name: str, value: Any, wanted: str) -> None:
+    process = make(sampling_timesteps=7)
+    setattr(process, name, value)
+    with pytest.raises((ValueError, TypeError), match=rf"^plan_of: expected x\.{name} to be {wanted}$"):
+        plan_of(process)
+
+
+def test_more_timesteps_than_a_process_has_tables_for_are_refused() -> None:
+    process = make()
+    process.num_timesteps = T + 1
+    with pytest.raises(ValueError, match=r"to be strictly descending timesteps in 0\.\.39, got \[40, 39, "):
+        plan_of(process)
+
+
+def test_a_process_is_no_network_to_sample_with() -> None:
+    process = make().eval()
+    plan = plan_of(process, 3)
+    draw: Any = partial(sample, plan=plan, num_samples=2, shape=(2, 8, 8), progress=False)
+    for wrong in (process, freeze(process), Reweighted(unet(), image_size=8, timesteps=T)):
+        with pytest.raises(
+            TypeError,
+            match=r"^sample: expected model to be a network, called as model\(x_t, t\), got a \w+ x: pass x\.model, and "
+            r"plan_of\(x\) as the plan$",
+        ):
+            draw(wrong)
+
+    class GaussianDiffusion(nn.Module):  # a network of this name
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = process.model
+
+        def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+            output: Tensor = self.model(x_t, t)
+            return output
+
+    expected = draw(process.model, dtype=torch.float32)
+    torch.testing.assert_close(draw(GaussianDiffusion()), expected, rtol=0, atol=2e-5)
+    torch.testing.assert_close(draw(lambda x_t, t: process.model(x_t, t)), expected, rtol=0, atol=2e-5)
+    torch.testing.assert_close(draw(freeze(process).model), expected, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("num_steps", [1, 7, 50, 250, 411, 413, 999])
@@ -191,10 +303,6 @@ def test_a_frozen_process_is_immutable_and_leaves_its_original() -> None:
     for name, buffer in frozen.named_buffers(remove_duplicate=False):
         buffer.zero_()
         assert process.get_buffer(name).any(), name
-
-
-class Reweighted(GaussianDiffusion):  # type: ignore[misc, valid-type]
-    pass
 
 
 def test_processes_that_are_no_plan_are_named() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import importlib
-import itertools
 import json
 import math
 import sys
@@ -24,6 +23,7 @@ diffusers = pytest.importorskip("diffusers")
 
 from diffusers.schedulers import scheduling_ddim, scheduling_ddpm  # noqa: E402
 
+from ddpm_fast.integrations import diffusers as integration  # noqa: E402
 from ddpm_fast.integrations.diffusers import DDIMScheduler, DDPMScheduler  # noqa: E402
 
 THEIRS = {DDPMScheduler: diffusers.DDPMScheduler, DDIMScheduler: diffusers.DDIMScheduler}
@@ -440,6 +440,49 @@ def test_on_a_gpu_nothing_waits_and_one_graph_serves_every_step(kind: Any) -> No
         assert torch.equal(x_prev, wanted)
 
 
+@pytest.mark.parametrize("steps", [1, 7, 30, 50, 600])
+@pytest.mark.parametrize("config", [{}, {"clip_sample": False}, {"prediction_type": "v_prediction"}], ids=str)
+@pytest.mark.parametrize("eta", [0.0, 0.7])
+@pytest.mark.parametrize("spacing", ["linspace", "trailing"])
+def test_ddim_arrives_where_that_of_diffusers_does(
+    spacing: str, eta: float, config: dict[str, Any], steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It steps to t - T // S, which may be between two timesteps of these spacings, and above x_0 at last."""
+    ours, theirs = (kind(timestep_spacing=spacing, **config) for kind in (DDIMScheduler, diffusers.DDIMScheduler))
+    for scheduler in (ours, theirs):
+        scheduler.set_timesteps(steps)
+    abar = torch.cat([ours.schedule.alpha_bars, torch.ones(1, dtype=torch.float64)])
+    plan = ours.sampling_plan(eta)
+    assert torch.equal(plan.alpha_bars_prev, abar[(theirs.timesteps - 1000 // steps).clamp(min=-1)])
+    assert_same_image(ours, theirs, monkeypatch, eta=eta)
+
+
+def test_ddim_goes_on_from_the_middle_of_a_chain_as_diffusers_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Image to image may assign the timesteps that are left."""
+    ours, theirs = (kind(timestep_spacing="linspace") for kind in (DDIMScheduler, diffusers.DDIMScheduler))
+    for scheduler in (ours, theirs):
+        scheduler.set_timesteps(7)
+        scheduler.timesteps = scheduler.timesteps[3:]
+    assert_same_image(ours, theirs, monkeypatch)
+
+
+def test_ddim_without_set_timesteps_goes_to_the_next_timestep_that_is_listed() -> None:
+    """Diffusers has no such steps."""
+    scheduler = DDIMScheduler()
+    scheduler.timesteps = torch.tensor([500, 300, 20])
+    listed = ddpm_fast.ddim_plan(scheduler.schedule, None, spacing=[500, 300, 20], use_clipped_model_output=False)
+    assert torch.equal(scheduler.sampling_plan().coefficients, listed.coefficients)
+
+
+@pytest.mark.parametrize(("kind", "steps"), [(DDPMScheduler, None), (DDPMScheduler, 10), (DDIMScheduler, None)])
+@pytest.mark.parametrize("timesteps", [[500, 1000], [500, 300, 400], [2.5, 1.0]])
+def test_timesteps_that_no_chain_can_have_are_named(kind: Any, steps: int | None, timesteps: list[float]) -> None:
+    scheduler = kind() if steps is None else _set(kind, steps)
+    scheduler.timesteps = torch.tensor(timesteps)
+    with pytest.raises(ValueError, match=r"expected spacing to be strictly descending timesteps in 0\.\.999, got \["):
+        scheduler.sampling_plan()
+
+
 # ----------------------------------------------------------------------------------------------------------------- seeds
 
 
@@ -554,23 +597,6 @@ def test_variances_that_are_not_a_number_in_diffusers(variance: str) -> None:
     std = 0.1 if variance == "learned" else float(DDPMScheduler().schedule.betas[500].sqrt())
     small = float(DDPMScheduler().schedule.posterior_variance[500].sqrt())
     torch.testing.assert_close(got, plain + (std - small) * noise, rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize(("spacing", "steps", "wrong"), [("trailing", 30, 10), ("linspace", 50, 19), ("leading", 30, 0)])
-def test_ddim_arrives_at_the_next_timestep(spacing: str, steps: int, wrong: int) -> None:
-    """Diffusers' DDIM steps to t - T // S, which is not the next one in these spacings: steps overlap or leave gaps."""
-    ours = DDIMScheduler(timestep_spacing=spacing, prediction_type="sample", clip_sample=False)
-    theirs = diffusers.DDIMScheduler(timestep_spacing=spacing, prediction_type="sample", clip_sample=False)
-    ours.set_timesteps(steps)
-    theirs.set_timesteps(steps)
-    abar = torch.cat([ours.schedule.alpha_bars, torch.ones(1)])
-    x_0, epsilon = normals(2, *SHAPE, dtype=torch.float64)
-    chain, different = [*ours.timesteps.tolist(), -1], 0
-    for t, s in itertools.pairwise(chain):
-        x_t, expected = (abar[i].sqrt() * x_0 + (1 - abar[i]).sqrt() * epsilon for i in (t, s))
-        torch.testing.assert_close(ours.step(x_0, t, x_t).prev_sample, expected, rtol=0, atol=1e-5)
-        different += not torch.allclose(theirs.step(x_0, t, x_t).prev_sample, expected, rtol=0, atol=1e-5)
-    assert different == wrong
 
 
 def test_trailing_timesteps_end_above_minus_one() -> None:
@@ -774,14 +800,35 @@ def test_an_unknown_variance_is_taken_for_fixed_small_with_a_warning(caplog: pyt
     assert "expected variance_type to be one of fixed_small, " in caplog.text
 
 
-@pytest.mark.parametrize("kind", [DDPMScheduler, DDIMScheduler])
+@pytest.mark.parametrize("kind", THEIRS)
 def test_another_alphas_cumprod_is_no_silent_mistake(kind: type[Any]) -> None:
     """Scripts put it on a device, and some assign one of another schedule, which diffusers' steps then follow."""
     scheduler = kind()
     for dtype in (torch.float64, torch.float16, torch.bfloat16):
         scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(dtype)
         assert scheduler.alphas_cumprod.dtype == dtype
+    # The largest change that a float32 table may hide is its rounding, which is 4e-7 of abar_0.
+    levels = scheduler.alphas_cumprod.float()
     other = kind(beta_schedule="squaredcos_cap_v2").alphas_cumprod
-    for given in (other, other[:10]):
+    for given in (other, other[:10], 0.995 * levels, (1 - 1e-6) * levels, levels.where(levels < 0.9999, 0.9998)):
         with pytest.raises(ValueError, match=f"{kind.__name__}: expected alphas_cumprod to be that of the configuration"):
             scheduler.alphas_cumprod = given
+    with pytest.raises(ValueError, match=f"{kind.__name__}: expected alphas_cumprod to be that of the configuration"):
+        scheduler.alphas_cumprod *= 0.995
+    fresh = kind()
+    fresh.alphas_cumprod.mul_(0.995)  # no assignment sees it, so the next chain does
+    with pytest.raises(ValueError, match=f"{kind.__name__}: expected alphas_cumprod to be that of the configuration"):
+        fresh.set_timesteps(10)
+
+
+@pytest.mark.parametrize("zero_snr", [False, True])
+@pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
+@pytest.mark.parametrize("kind", ["DDPM", "DDIM", "DDIMInverse", "DPMSolverMultistep"])
+def test_the_alphas_cumprod_of_diffusers_is_that_of_the_configuration(kind: str, schedule: str, zero_snr: bool) -> None:
+    """Levels may have any dtype, come from float32 or float64, and have the solver's 2^-24 in the place of 0."""
+    config = {"beta_schedule": schedule, "rescale_betas_zero_snr": zero_snr}
+    theirs, ours = (getattr(module, f"{kind}Scheduler")(**config) for module in (diffusers, integration))
+    for levels in (theirs.alphas_cumprod, ours.schedule.alpha_bars, (1 - theirs.betas).cumprod(0)):
+        for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+            ours.alphas_cumprod = levels.to(dtype)
+    assert (float(theirs.alphas_cumprod[-1]) == 2**-24) == (zero_snr and kind == "DPMSolverMultistep")

@@ -483,22 +483,18 @@ def test_single_steps_of_an_inversion(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(together[i : i + 1], ours.step(m[i : i + 1], t, x[i : i + 1]).prev_sample)
 
 
-@pytest.mark.parametrize(("steps", "different"), [(30, 10), (50, 0)])
-def test_inversion_starts_where_the_step_before_arrived(steps: int, different: int) -> None:
-    """Diffusers' steps start at t - T // n. In "trailing" that is the timestep before only if n divides T."""
+@pytest.mark.parametrize("steps", [7, 30, 50, 600])
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+def test_inversion_starts_where_that_of_diffusers_does(spacing: str, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At t - T // n. In "trailing" that is the timestep before only if n divides T."""
     ours, theirs = (
-        kind(timestep_spacing="trailing", clip_sample=False) for kind in (DDIMInverseScheduler, diffusers.DDIMInverseScheduler)
+        kind(timestep_spacing=spacing, clip_sample=False) for kind in (DDIMInverseScheduler, diffusers.DDIMInverseScheduler)
     )
     for scheduler in (ours, theirs):
         scheduler.set_timesteps(steps)
-    abar = torch.cat([ours.schedule.alpha_bars, torch.ones(1)])
-    x_0, epsilon = normals(2, *SHAPE, dtype=torch.float64)
-    wrong = 0
-    for start, t in itertools.pairwise([-1, *ours.timesteps.tolist()]):
-        x, expected = (abar[i].sqrt() * x_0 + (1 - abar[i]).sqrt() * epsilon for i in (start, t))
-        torch.testing.assert_close(ours.step(epsilon, t, x).prev_sample, expected, rtol=0, atol=1e-5)
-        wrong += not torch.allclose(theirs.step(epsilon, t, x).prev_sample, expected, rtol=0, atol=1e-5)
-    assert wrong == different
+    abar = torch.cat([ours.schedule.alpha_bars, torch.ones(1, dtype=torch.float64)])
+    assert torch.equal(ours.sampling_plan().alpha_bars, abar[(theirs.timesteps - 1000 // steps).clamp(min=-1)])
+    assert_same_image(ours, theirs, monkeypatch)
 
 
 def test_inversion_is_undone_by_ddim() -> None:

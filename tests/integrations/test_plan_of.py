@@ -17,6 +17,7 @@ from ddpm_fast.integrations import diffusers as schedulers
 SCHEDULERS: list[tuple[str, dict[str, Any]]] = [
     ("DDPM", {}),
     ("DDIM", {}),
+    ("DDIM", {"timestep_spacing": "linspace", "prediction_type": "v_prediction"}),
     ("DPMSolverMultistep", {"algorithm_type": "sde-dpmsolver++", "prediction_type": "v_prediction"}),
     ("DPMSolverMultistep", {"use_karras_sigmas": True, "prediction_type": "v_prediction"}),
 ]
@@ -68,6 +69,9 @@ def assigned(**attributes: Any) -> Callable[[Any], None]:
 # name -> kind of scheduler, a change to it, and what is said about it
 SCHEDULER_CHANGES: dict[str, tuple[str, Callable[[Any], Any], str]] = {
     "levels": ("DDPM", assigned(alphas_cumprod=torch.linspace(0.9, 0.1, 1000)), "to have the alphas_cumprod of its"),
+    "levels of a percent": ("DDIM", lambda s: s.alphas_cumprod.mul_(0.995), "to have the alphas_cumprod of its configuration"),
+    "first level": ("DDPM", lambda s: s.alphas_cumprod[:1].mul_(1 - 1e-6), "to have the alphas_cumprod of its configuration"),
+    "last level": ("DDPM", lambda s: s.alphas_cumprod[-1:].mul_(1 + 1e-2), "to have the alphas_cumprod of its configuration"),
     "levels in place": ("DDIM", lambda s: s.alphas_cumprod.mul_(0.5), "to have the alphas_cumprod of its configuration"),
     "final level": ("DDIM", assigned(final_alpha_cumprod=torch.tensor(0.5)), "to have the final_alpha_cumprod of its"),
     "sigmas": ("DPMSolverMultistep", lambda s: s.sigmas.mul_(0.5), "to have the sigmas of its configuration"),
@@ -102,11 +106,43 @@ def test_levels_of_a_scheduler_may_be_moved_and_rounded() -> None:
     """Training scripts do that."""
     pipe = make()
     expected = images(pipe)
-    for dtype in (torch.float64, torch.bfloat16):
+    for dtype in (torch.float64, torch.float16, torch.bfloat16):
         pipe.scheduler.alphas_cumprod = pipe.scheduler.alphas_cumprod.to(dtype)
         frozen = freeze(pipe)
         assert frozen.scheduler.alphas_cumprod is not pipe.scheduler.alphas_cumprod
         assert_same(images(frozen), expected)
+
+
+@pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # NumPy's, of diffusers' solver
+@pytest.mark.parametrize("zero_snr", [False, True])
+@pytest.mark.parametrize("kind", ["DDPM", "DDIM", "DDIMInverse", "DPMSolverMultistep"])
+@pytest.mark.parametrize("total", [10, 1000])
+def test_levels_of_a_scheduler_may_be_computed_in_another_way(total: int, kind: str, zero_snr: bool) -> None:
+    """They may come from its betas in float64, also where float32 has few digits left at zero terminal SNR."""
+    settings = {"rescale_betas_zero_snr": zero_snr, "prediction_type": "v_prediction", "num_train_timesteps": total}
+    scheduler = getattr(diffusers, f"{kind}Scheduler")(**settings)
+    levels = (1 - scheduler.betas.double()).cumprod(0).float()
+    if kind == "DPMSolverMultistep" and zero_snr:
+        levels[-1] = 2**-24
+    scheduler.alphas_cumprod = levels
+    assert plan_of(scheduler, 5).num_steps == 5
+
+
+@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize("eta", [0.0, 0.7])
+@pytest.mark.parametrize("steps", [7, 30, 50])
+@pytest.mark.parametrize("spacing", ["linspace", "trailing"])
+def test_ddim_pipelines_draw_the_same_images_in_every_spacing(spacing: str, steps: int, eta: float, clip: bool) -> None:
+    """Weights are small, as an untrained network amplifies rounding from step to step."""
+    pipe = make("DDIM")
+    settings = {"prediction_type": "v_prediction", "clip_sample": clip, "timestep_spacing": spacing}
+    pipe.scheduler = diffusers.DDIMScheduler(**settings)
+    with torch.no_grad():
+        for parameter in pipe.unet.conv_out.parameters():
+            parameter.mul_(0.1)
+    expected = images(pipe, num_inference_steps=steps, eta=eta)
+    assert expected.std() > 0.1
+    assert_same(images(freeze(pipe), num_inference_steps=steps, eta=eta), expected)
 
 
 class Looping(diffusers.DDIMPipeline):  # type: ignore[misc, name-defined]

@@ -120,9 +120,11 @@ def _own_scheduler(caller: str, name: str, scheduler: Any) -> Any:
     check_unpatched(caller, name, scheduler)
     try:
         own, fresh = (kind.from_config(scheduler.config) for kind in (kinds[type(scheduler)], type(scheduler)))
-        options = {"num_inference_steps": scheduler.num_inference_steps}
-        if getattr(scheduler, "custom_timesteps", False):
-            options = {"timesteps": scheduler.timesteps.tolist()}
+        options = (
+            {"timesteps": scheduler.timesteps.tolist()}
+            if getattr(scheduler, "custom_timesteps", False)
+            else {"num_inference_steps": scheduler.num_inference_steps}
+        )
         for each in (own, fresh):
             if options != {"num_inference_steps": None}:
                 each.set_timesteps(**options)
@@ -130,9 +132,12 @@ def _own_scheduler(caller: str, name: str, scheduler: Any) -> Any:
         raise InvalidValue(caller, name, "to have a supported configuration", error) from error
     for key, value in vars(fresh).items():
         if isinstance(value, Tensor):
-            given = torch.as_tensor(getattr(scheduler, key)).to(value)
-            rough = 1e-2 if "alphas_cumprod" in key else 1e-6  # scripts move it, and round it to half precision
-            same = given.shape == value.shape and torch.allclose(given, value, rough, rough / 1e4, equal_nan=True)
+            given = torch.as_tensor(getattr(scheduler, key))
+            same = (
+                own._is_rounded(given, value)
+                if "alphas_cumprod" in key  # scripts move it, and round it to half precision
+                else given.shape == value.shape and torch.allclose(given.to(value), value, 1e-6, 1e-10, equal_nan=True)
+            )
             expect(same, caller, name, f"to have the {key} of its configuration and set_timesteps", "others")
     own.seeds = getattr(scheduler, "seeds", None)
     return own

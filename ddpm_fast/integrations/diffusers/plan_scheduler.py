@@ -126,21 +126,28 @@ class PlanScheduler:
     def alphas_cumprod(self) -> Tensor:
         """abar, float32 [T], read-only.
 
-        Training scripts may move it to another device. Steps do not use it.
+        Training scripts may move it to another device or dtype. Steps do not use it, so other values are an error.
         """
         return self._alphas_cumprod
 
     @alphas_cumprod.setter
     def alphas_cumprod(self, alphas_cumprod: Tensor) -> None:
-        own, given = self.schedule.alpha_bars, alphas_cumprod.detach().to("cpu", torch.float64)
         expect(
-            given.shape == own.shape and torch.allclose(given, own, rtol=1e-2, atol=1e-6),  # half precision is the same
+            self._is_rounded(alphas_cumprod, self.schedule.alpha_bars),
             type(self).__name__,
             "alphas_cumprod",
             "to be that of the configuration, on any device and in any dtype",
             "other values: pass trained_betas instead",
         )
         self._alphas_cumprod = alphas_cumprod
+
+    def _is_rounded(self, table: Tensor, exact: Tensor) -> bool:
+        """Return whether a table holds `exact`, which is abar, up to the rounding of betas in float32 and of its dtype."""
+        given, exact = table.detach().to("cpu", torch.float64), exact.double()
+        # Each step rounds beta, alpha and their product in float32, which moves abar by beta / alpha, 1 and 1 times its eps.
+        relative = 2**-23 * (1 + 1 / self.schedule.alphas.clamp(min=2**-23)).cumsum(0) + torch.finfo(table.dtype).eps
+        # 2^-24 is the smallest positive number of float16, and what diffusers puts in the place of 0.
+        return given.shape == exact.shape and bool(((given - exact).abs() <= exact * relative + 2**-24).all())
 
     # --------------------------------------------------------------------------------------------------------- timesteps
 
@@ -175,12 +182,11 @@ class PlanScheduler:
         with renaming(name, {"num_steps": "num_inference_steps", "spacing": "timesteps"}):
             chain = self._spaced(name, count) if timesteps is None else checked_timesteps(name, total, None, timesteps, True)
         device = checked_device(name, "cpu" if device is None else device)
-        kinds = [*self._kept] or [self._options]
+        options = next(iter(self._kept), self._options)  # those of the last step
         self._timesteps, self._chain, self._kept = chain.to(device), chain, {}
         if timesteps is None:
             self.num_inference_steps = count
-        for options in kinds:
-            self._tables(*options).prepare(device)
+        self._tables(*options).prepare(device)
 
     def _spaced(self, name: str, num_steps: Any) -> Tensor:
         """Return timesteps in the configuration's spacing, int64 [num_steps]."""
@@ -228,13 +234,16 @@ class PlanScheduler:
                     f"since set_timesteps with {options}"
                 )
             expect(self._chain is not None, name, "set_timesteps", "to have been called", "no timesteps")
+            self.alphas_cumprod = self._alphas_cumprod  # a change in place must not go unnoticed
             expect(total == given, name, "num_train_timesteps", f"to be {total}, the number of trained_betas", given)
             self._kept = {options: self._build(*options)}  # one at a time, as a caller may pass another eta at every step
         return self._kept[options]
 
     def _build(self, *options: Any) -> Tables:
         """Return the chain's plan, and that plan with further rows for the timesteps between."""
-        chain = steps = self._plan(self._chain.tolist(), None, *options)
+        # diffusers has no steps before set_timesteps: assigned timesteps then go each to the next.
+        previous = None if self.num_inference_steps is None else self._previous(self._chain).tolist()
+        chain = steps = self._plan(self._chain.tolist(), previous, *options)
         between = self._has_step()
         between[self._chain] = False
         if between.any():
@@ -252,9 +261,8 @@ class PlanScheduler:
         return Tables((chain, _with_given_x_0(steps) if self._thresholds else steps), rows)
 
     def _previous(self, timesteps: Tensor) -> Tensor:
-        """Return where steps between the chain's timesteps go: lower by T // S, as in diffusers."""
-        apart: int = self.config.num_train_timesteps // (self.num_inference_steps or len(self._chain))
-        return (timesteps - apart).clamp(min=-1)
+        """Return where steps go: lower by T // S, as in diffusers, which may be between the chain's timesteps."""
+        return (timesteps - self.schedule.num_timesteps // (self.num_inference_steps or len(self._chain))).clamp(min=-1)
 
     def _has_step(self) -> Tensor:
         """Return which timesteps have a step, bool [T]. With abar = 0, predicted noise does not determine x_0."""

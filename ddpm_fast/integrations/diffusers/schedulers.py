@@ -22,6 +22,7 @@ from ...errors import InvalidValue, expect
 from ...ops.reverse_step import reverse_step
 from ...plan import VARIANCE_TYPES, SamplingPlan, ddim_inversion_plan, ddim_plan, ddpm_plan, dpm_solver_plan
 from ...plan.rows import plan_from_columns
+from ...plan.timesteps import checked_timesteps
 from ...schedule import NoiseSchedule
 from .plan_scheduler import Betas, PlanScheduler, Tables
 
@@ -125,10 +126,8 @@ class DDPMScheduler(PlanScheduler, diffusers.DDPMScheduler):
                 f"to be one of the {len(self._chain)} of set_timesteps",
                 outside[0],
             )
-        if known is None or max(known, default=0) > 0:
-            noise = self._noise(model_output, sample, generator)
-        else:  # sigma is 0 there, and diffusers draws nothing
-            noise = torch.zeros_like(sample)
+        # At t = 0 sigma is 0, and diffusers draws nothing.
+        noise = self._noise(model_output, sample, generator) if known is None or any(known) else torch.zeros_like(sample)
         x_prev, x_0 = self._advance(tables, known, timestep, model_output, sample, noise)
         return DDPMSchedulerOutput(prev_sample=x_prev, pred_original_sample=x_0) if return_dict else (x_prev, x_0)
 
@@ -144,7 +143,8 @@ class DDPMScheduler(PlanScheduler, diffusers.DDPMScheduler):
 
     def _previous(self, timesteps: Tensor) -> Tensor:
         """Return the next timestep of the chain below each timestep."""
-        ascending = torch.cat([torch.tensor([-1]), self._chain.flip(0)])
+        chain = checked_timesteps(type(self).__name__, self.schedule.num_timesteps, None, self._chain, must_descend=True)
+        ascending = torch.cat([torch.tensor([-1]), chain.flip(0)])
         return ascending[torch.searchsorted(ascending, timesteps) - 1]
 
 
@@ -207,9 +207,10 @@ class DDIMScheduler(PlanScheduler, diffusers.DDIMScheduler):
         variance_noise: Tensor | None = None,
         return_dict: bool = True,
     ) -> DDIMSchedulerOutput | tuple[Tensor, Tensor]:
-        """Return the sample at the previous timestep of the chain.
+        """Return the sample T // num_inference_steps below `timestep`, or x_0.
 
-        A timestep that is not in the chain moves down by T // num_inference_steps.
+        In "linspace", and in "trailing" if num_inference_steps does not divide T, that may be between two timesteps of
+        the chain, as in diffusers. Timesteps that were assigned without `set_timesteps` go each to the next.
 
         Args:
             model_output: Like sample.
@@ -307,10 +308,10 @@ class DDIMInverseScheduler(PlanScheduler, diffusers.DDIMInverseScheduler):
     def step(
         self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, return_dict: bool = True
     ) -> DDIMInverseSchedulerOutput | tuple[Tensor, Tensor]:
-        """Return the sample at `timestep`, from the one at the previous timestep of the chain.
+        """Return the sample at `timestep`, from the one T // num_inference_steps below it, or from the image.
 
-        The first step starts at the image. At a timestep that is not in the chain, a step starts
-        T // num_inference_steps below it.
+        In "trailing", if num_inference_steps does not divide T, that may be between two timesteps of the chain, as in
+        diffusers. Timesteps that were assigned without `set_timesteps` start each at the one before.
 
         Args:
             model_output: Like sample.
@@ -611,9 +612,11 @@ class DPMSolverMultistepScheduler(PlanScheduler, diffusers.DPMSolverMultistepSch
             f"one of the {steps} steps of set_timesteps",
             f"step {index}: call set_timesteps again to begin another chain",
         )
-        noise = None
-        if self.config.algorithm_type == "sde-dpmsolver++":
-            noise = self._noise(model_output, sample, generator, variance_noise, torch.float32)
+        noise = (
+            self._noise(model_output, sample, generator, variance_noise, torch.float32)
+            if self.config.algorithm_type == "sde-dpmsolver++"
+            else None
+        )
         if self._is_learned and model_output.shape[1] == 2 * sample.shape[1]:
             model_output = model_output[:, : sample.shape[1]]
         if self._thresholds:
