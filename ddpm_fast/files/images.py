@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_float, check_int, check_ints, check_number, check_path
-from ..errors import InvalidValue, expect
+from ..errors import InvalidType, InvalidValue, expect
 from ..resources import check_free_memory
 from .writing import replacing
 
@@ -159,6 +159,8 @@ def save_grid(
     check_path("save_grid", "path", path)
     images = _shown("save_grid", "images", images, channels)
     _check_layout("save_grid", columns, padding, scale)
+    if not isinstance(titles, (list, tuple)) or not all(isinstance(title, str) for title in titles):
+        raise InvalidType("save_grid", "titles", "to be a list of texts", repr(titles))
     grid = _tiled("save_grid", images, columns, padding, scale)
     if titles:
         grid = torch.cat([_titled(titles, grid), grid])

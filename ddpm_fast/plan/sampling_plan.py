@@ -88,7 +88,7 @@ class SamplingPlan:
         caller = "SamplingPlan"
         check_type(caller, "schedule", self.schedule, NoiseSchedule)
         _check_tensor(caller, "timesteps", self.timesteps, torch.int64, 1)
-        _check_tensor(caller, "coefficients", self.coefficients, torch.float64, 2)
+        _check_tensor(caller, "coefficients", vars(self)["coefficients"], torch.float64, 2)
         total, low, high = self.schedule.num_timesteps, int(self.timesteps.min()), int(self.timesteps.max())
         expect(low >= 0 and high < total, caller, "timesteps", f"in 0..{total - 1}", f"values from {low} to {high}")
         check_choice(caller, "prediction", self.prediction, PLAN_PREDICTIONS)

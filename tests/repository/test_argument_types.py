@@ -301,7 +301,9 @@ CALLS: dict[str, Callable[[], Entry]] = {
         d.sample, {"model": NETWORK, "plan": PLAN, "num_samples": 2, "shape": (3, 4, 4)} | SAMPLE, SAMPLE_ACCEPTS
     ),
     "sample_seeds": lambda: Entry(d.sample_seeds, {"seed": 0, "n": 2}, {"seed": "negative zero", "n": "zero", "start": "zero"}),
-    "save_grid": lambda: Entry(d.save_grid, {"images": IMAGES, "path": "no such folder/x.png"}, GRID_ACCEPTS),
+    "save_grid": lambda: Entry(
+        d.save_grid, {"images": IMAGES, "path": "no such folder/x.png"}, GRID_ACCEPTS | {"titles": "empty"}
+    ),
     "save_trajectory": lambda: Entry(
         d.save_trajectory,
         {"trajectory": IMAGES[None], "path": "no such folder/x.png"},
