@@ -173,15 +173,13 @@ def as_json(value: Any) -> Any:
     return [as_json(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
-def checked_ranges(caller: str, name: str, value: Any) -> Ranges | None:
-    """Return ranges of values as pairs (low, high), one for all channels or one a channel. None stays.
+def checked_ranges(caller: str, name: str, value: Any) -> Ranges:
+    """Return ranges of values as pairs (low, high), one for all channels or one a channel.
 
     Raises:
         TypeError: A bound is not a number.
         ValueError: `value` is neither a pair nor pairs, a pair does not ascend, or float32 has fewer than 256 values in it.
     """
-    if value is None:
-        return None
     pairs = value if isinstance(value, (list, tuple)) and value and isinstance(value[0], (list, tuple)) else (value,)
     for pair in pairs:
         is_pair = isinstance(pair, (list, tuple)) and len(pair) == 2
@@ -280,7 +278,7 @@ def check_float(op: str, name: str, x: Tensor, min_dim: int = 1, also: str = "")
     if x.layout is not torch.strided or x.is_nested:
         check_strided(op, name, x)
     if x.dtype not in FLOATS:
-        raise InvalidType(op, name, f"to be float32, float64, float16{also} or bfloat16", x.dtype)
+        raise InvalidType(op, name, f"to be float32, float64, float16{',' if also else ' or'} bfloat16{also}", x.dtype)
     if x.dim() < min_dim:
         raise InvalidValue(op, name, f"to have at least {min_dim} dimensions [N, ...]", f"shape {list(x.shape)}")
 

@@ -42,8 +42,7 @@ class Pretrained:
         prediction: What the network predicts, as `ddpm_plan` takes it.
         variance: Variance of the reverse steps, as `ddpm_plan` takes it.
         clip: Bound on x_0^, or None.
-        plan: The plan that its folder brings in `plan.json`: the name of a function that builds plans, and its arguments. None:
-            it brings none.
+        plan: The plan that `plan.json` in its folder describes, or None without one.
         step: Steps of training, of the checkpoint of a run. None: the folder does not say.
     """
 
@@ -106,8 +105,8 @@ def load_folder(
 
     Args:
         path: A folder in diffusers' layout, with unet/ and scheduler/ or the files of both at its root.
-            Or the folder of a training run: the averaged network of the newest checkpoint is loaded. A plan.json in either
-            becomes `Pretrained.plan`.
+            A plan.json beside them becomes `Pretrained.plan`. Or the folder of a training run: the averaged network of
+            the newest checkpoint is loaded.
         device: Device of the weights. None: the CPU.
         dtype: Dtype of the weights. None: float32.
 
@@ -146,7 +145,7 @@ def load_folder(
         clip=scheduler.clip_sample_range if scheduler.clip_sample else None,
         step=step,
     )
-    return replace(loaded, plan=_read_plan(folder / "plan.json", loaded))
+    return loaded if step is not None else replace(loaded, plan=_read_plan(folder / "plan.json", loaded))
 
 
 def schedule_from_config(config: Mapping[str, Any]) -> NoiseSchedule:

@@ -57,10 +57,10 @@ class Dataset(Struct, frozen=True):
     shape: Annotated[list[Count], Meta(min_length=2)]  # C, H, W
     classes: Annotated[list[str], Meta(min_length=1)]  # "" is a class without a name
     preparation: str
-    condition: str | None
-    condition_range: list[list[Finite]] | None
-    data_range: list[list[Finite]] | None
     fingerprint: dict[Literal["sample", "exact"], Sha256]
+    condition: str | None = None
+    condition_range: list[list[Finite]] | None = None
+    data_range: list[list[Finite]] | None = None
 
     def __post_init__(self) -> None:
         expect(len(set(self.classes)) == len(self.classes), "", "classes", "to be without repetitions", self.classes)

@@ -1,7 +1,7 @@
 """Render the emoji of a colour font to folders of pictures, such as Debian's package fonts-noto-color-emoji.
 
     python examples/emoji.py data/emoji
-    ddpm-fast train runs/emoji --data data/emoji/train --condition grey
+    ddpm-fast train runs/emoji --data data/emoji/train --condition grey --network base
 
 Every tenth emoji goes to `test` instead of `train`.
 """

@@ -258,7 +258,7 @@ def test_default_number_of_steps_is_quick_and_within_the_schedule() -> None:
 
 def test_a_model_brings_its_plan_and_others_draw_with_noise() -> None:
     builtin = load_folder(BUILTIN)
-    other = dataclasses.replace(builtin, plan=None)  # of the same schedule
+    other = dataclasses.replace(builtin, plan=None)  # the same schedule
     common: Any = {"solver": "heun", "spacing": "karras"}
     own = common | {"sigma_min": 0.06, "sigma_max": 80.0}
     sde = common | {"eta": 1.0, "lambda_min": -5.1}
@@ -282,12 +282,14 @@ def test_a_model_brings_its_plan_and_others_draw_with_noise() -> None:
     assert torch.equal(plan.alpha_bars, heun_plan(builtin.schedule, 4, spacing="karras", sigma_min=0.1).alpha_bars)
 
 
-PLANS: dict[str, Any] = {
-    "ddpm_plan": {"num_steps": 7, "spacing": "trailing"},
-    "ddim_plan": {"num_steps": 7, "eta": 0.5},
-    "heun_plan": {"num_steps": 7},
-    "dpm_solver_plan": {"num_steps": 7, "order": 3},
-}
+PLANS: list[tuple[str, dict[str, Any]]] = [
+    ("ddpm_plan", {"num_steps": 7, "spacing": "trailing"}),
+    ("ddim_plan", {"num_steps": 7, "eta": 0.5}),
+    ("heun_plan", {"num_steps": 7}),
+    ("heun_plan", {}),
+    ("heun_plan", {"num_steps": None, "spacing": [900, 500, 100]}),
+    ("dpm_solver_plan", {"num_steps": 7, "order": 3}),
+]
 
 
 def with_plan(folder: Path, content: Any) -> Path:
@@ -298,12 +300,12 @@ def with_plan(folder: Path, content: Any) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("builder", PLANS)
-def test_a_plan_is_built_for_what_the_model_was_trained_for(builder: str, tmp_path: Path) -> None:
-    loaded = load_folder(with_plan(tmp_path, {"builder": builder, "arguments": PLANS[builder]}))
+@pytest.mark.parametrize(("builder", "arguments"), PLANS)
+def test_a_plan_is_built_for_what_the_model_was_trained_for(builder: str, arguments: dict[str, Any], tmp_path: Path) -> None:
+    loaded = load_folder(with_plan(tmp_path, {"builder": builder, "arguments": arguments}))
     trained: dict[str, Any] = {"prediction": "v_prediction", "clip": None}
     trained |= {"variance": "fixed_large"} if builder == "ddpm_plan" else {"learned_variance": False}
-    wanted = getattr(ddpm_fast, builder)(loaded.schedule, **trained, **PLANS[builder])
+    wanted = getattr(ddpm_fast, builder)(loaded.schedule, **trained, **arguments)
     assert loaded.plan is not None
     assert torch.equal(loaded.plan.coefficients, wanted.coefficients)
     assert torch.equal(loaded.plan.timesteps, wanted.timesteps)

@@ -38,11 +38,12 @@ _SSIM = 6  # pixels a side that its window needs
 @click.option(
     "--condition",
     type=PathOption(exists=True),
-    help="Restore the images or arrays of this folder or file, for a model that was trained with such ones.",
+    help="Restore the images or arrays of this folder or file, for a model that was trained with --condition.",
 )
 @click.option(
     "--data-range",
-    help="Map these values of arrays to -1 and 1: one pair, or one a channel.  [default: those that the model keeps]",
+    help="Map these values of arrays to -1 and 1, for models that restore images: one pair, or one a channel.  "
+    "[default: those that the model keeps]",
     **RANGE,
 )
 @click.option("--condition-range", help="The same for --condition.", **RANGE)

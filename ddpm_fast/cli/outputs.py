@@ -65,7 +65,7 @@ def save_result(save: Callable[[Path], object], path: Path, failures: list[str],
 def check_pictures(
     shape: tuple[int, int, int, int], frames: int, out: Path, scale: int, gif: Path | None, gif_scale: int
 ) -> None:
-    """Raise unless the formats can hold the pictures of images [N, C, H, W], of the channels that they show."""
+    """Raise unless the formats can hold pictures of images [N, C, H, W], where C counts the channels that are shown."""
     from ..files.images import ANIMATED, STRIP, grid_shape, image_format
 
     num, shown, *sides = shape

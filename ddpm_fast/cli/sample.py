@@ -158,6 +158,7 @@ def _conditions(loaded: Pretrained, path: str | None, seed: int, num: int | None
     if path is None:
         wanted = f"to be given, as the model reads a condition of {channels} channels ({kind})"
         expect(channels == 0, "sample", "condition", wanted, "none")
+        expect(ranges is None, "sample", "condition_range", "to go with --condition", ranges)
         return None
     expect(channels > 0, "sample", "condition", "to be left out, as the model reads none", repr(path))
     return read_conditions(path, loaded.model.config, _shape(loaded), seed, first=num, condition_range=ranges)

@@ -100,9 +100,9 @@ def plan_of_options(
 
     own, asked = loaded.plan, any(each is not None for each in (sampler, eta, spacing, sigma_min, sigma_max, variance))
     if own is not None and own.builder is not None and not asked:
-        most = own.builder.keywords.get("num_steps") or own.num_steps
-        if steps is None or steps <= most:
-            return own.builder(num_steps=steps or most), "the model's plan"
+        fewer = own if steps is None else own.builder(num_steps=steps)
+        if fewer.num_steps <= own.num_steps:
+            return fewer, "the model's plan"
     sampler = sampler or _DEFAULT
 
     expect(

@@ -22,6 +22,7 @@ ANIMATED: Final = ("GIF", "WEBP")
 STRIP: Final = 11  # images a row of a strip
 _ICONS: Final = ("ICO", "ICNS")  # Pillow would shrink the picture to an icon's size
 _LARGEST: Final = {"GIF": 65535, "JPEG": 65500, "MPO": 65500, "WEBP": 16383}  # pixels a side
+_TITLE: Final = 14  # height of a title, in pixels
 _MODES: Final = {1: "L", 3: "RGB", 4: "RGBA"}  # by the number of channels
 
 
@@ -91,18 +92,18 @@ def _tiled(
 
 
 def _titled(titles: Sequence[str], grid: Tensor) -> Tensor:
-    """Return a white band, uint8 [14, width, C], with a title above each column of a grid."""
+    """Return a white band, uint8 [_TITLE, width, C], with a title above each column of a grid."""
     from PIL import Image, ImageDraw
 
     _, width, channels = grid.shape
-    band = Image.new(_MODES[channels], (width, 14), "white")
+    band = Image.new(_MODES[channels], (width, _TITLE), "white")
     for column, title in enumerate(titles):
         left, right = (each * width // len(titles) for each in (column, column + 1))
-        cell = Image.new(band.mode, (right - left, 14), "white")  # a long title ends at its column
+        cell = Image.new(band.mode, (right - left, _TITLE), "white")  # a long title ends at its column
         # Without FreeType, Pillow has a font for Latin-1 alone.
         ImageDraw.Draw(cell).text((3, 1), title.encode("latin-1", "replace").decode("latin-1"), "black")
         band.paste(cell, (left, 0))
-    return torch.from_numpy(np.array(band)).view(14, width, channels)
+    return torch.from_numpy(np.array(band)).view(_TITLE, width, channels)
 
 
 def grid_shape(
@@ -161,6 +162,8 @@ def save_grid(
     _check_layout("save_grid", columns, padding, scale)
     if not isinstance(titles, (list, tuple)) or not all(isinstance(title, str) for title in titles):
         raise InvalidType("save_grid", "titles", "to be a list of texts", repr(titles))
+    count, *_ = _layout(len(images), columns, padding)
+    expect(len(titles) in (0, count), "save_grid", "titles", f"to be {count}, one for each column, or none", len(titles))
     grid = _tiled("save_grid", images, columns, padding, scale)
     if titles:
         grid = torch.cat([_titled(titles, grid), grid])

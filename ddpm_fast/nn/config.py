@@ -159,9 +159,9 @@ class UNetConfig:
         check_type("UNet", "condition", self.condition, str, optional=True)
         drawn = (self.out_channels, self.out_channels // 2)  # half, if the network predicts variances too
         for key, counts in (("data_range", drawn), ("condition_range", [self.in_channels - each for each in drawn])):
-            ranges = checked_ranges("UNet", key, getattr(self, key))
-            _expect(self, key, ranges is None or len(ranges) in (1, *counts), "a pair, or one for each channel")
-            object.__setattr__(self, key, ranges)
+            if (value := getattr(self, key)) is not None:
+                object.__setattr__(self, key, checked_ranges("UNet", key, value))
+                _expect(self, key, len(getattr(self, key)) in (1, *counts), "a pair, or one for each channel")
 
         channels = self.block_out_channels
         _expect(self, "block_out_channels", isinstance(channels, tuple) and len(channels) > 0, "a list of positive integers")

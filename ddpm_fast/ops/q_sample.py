@@ -72,7 +72,7 @@ def _checked_dtype(x_0: Tensor, dtype: torch.dtype | None) -> torch.dtype:
         check_strided("q_sample", "x_0", x_0)
         check_dtype("q_sample", "dtype", dtype, optional=True)
         return dtype or torch.float32
-    check_float("q_sample", "x_0", x_0, also=", uint8")
+    check_float("q_sample", "x_0", x_0, also=" or uint8")
     if dtype is not None and dtype is not x_0.dtype:
         raise InvalidType("q_sample", "dtype", f"to be that of x_0, {x_0.dtype}, or None, as x_0 is not uint8", dtype)
     return x_0.dtype

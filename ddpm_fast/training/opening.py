@@ -204,7 +204,7 @@ def open_run(start: Start, task: Task, state: State) -> dict[str, Any]:
 def _described(config: Mapping[str, Any], *, with_images: bool) -> dict[str, Any]:
     """Return what a resumed run must have in common with the run that it continues, by name."""
     names = ("shape", "classes", "condition", "condition_range", "data_range", *(["images"] if with_images else []))
-    dataset = {name: config["dataset"][name] for name in names}
+    dataset = {name: config["dataset"].get(name) for name in names}
     layers = {"model": config.get("network")}
     if config.get("unet") is not None:
         network = UNetConfig.from_dict(config["unet"]).to_dict()

@@ -54,7 +54,7 @@ _records = partial(Option, "Records and checkpoints", changeable=True)
 _call = partial(Option, "This call", changeable=True, recorded=False)
 
 _Path = str | os.PathLike[str]
-RANGES: Final = tuple[tuple[float, float], ...]  # the type of `checks.Ranges`, which imports PyTorch
+Ranges = tuple[tuple[float, float], ...]  # as `checks.Ranges`, whose module imports PyTorch
 
 
 class Declared(NamedTuple):
@@ -170,7 +170,7 @@ class DataOptions(Options):
         _data("Train on images in these colours. Default: grey if all files are, else rgb."),
     ] = None
     data_range: Annotated[
-        tuple[tuple[float, float], ...] | None,
+        Ranges | None,
         _data(
             "Map these values of .npy and .npz files to -1 and 1: one pair, or one a channel. Default: each channel's range."
         ),
@@ -184,8 +184,8 @@ class DataOptions(Options):
         ),
     ] = None
     condition_range: Annotated[
-        tuple[tuple[float, float], ...] | None,
-        _data("Map these values of .npy and .npz conditions to -1 and 1, like data_range."),
+        Ranges | None,
+        _data("Map these values of .npy and .npz conditions to -1 and 1, as --data-range does."),
     ] = None
     data_memory: Annotated[
         int | str,
@@ -300,7 +300,7 @@ class TrainOptions(Options):
     ] = None
 
     log_every: Annotated[
-        int, _records("Write a row of log.csv after the first step and every this many.", low=1, high=100_000)
+        int, _records("Write a row of log.csv after the first step, and then every this many steps.", low=1, high=100_000)
     ] = 50
     sample_every: Annotated[
         int, _records("Draw a grid of samples every this many steps, and at the end; 0 disables.", low=0)
@@ -335,36 +335,6 @@ class TrainOptions(Options):
             raise InvalidValue("TrainOptions", "steps", "times batch_size to be below 2^63", got)
 
 
-NETWORKS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
-    "small": (
-        "64x64 photographs become recognizable in about ten minutes on two cores; --network base is larger, for a GPU",
-        {
-            "channels": (16, 32, 64, 128),  # the width at full resolution costs most
-            "layers": 1,
-            "attention": (),
-            "prediction": "v_prediction",
-            "schedule": "cosine",
-            "steps": 3000,
-            "batch_size": 8,
-            "lr": 1e-3,
-            "warmup_steps": 100,
-            "lr_decay_steps": 1000,
-            "sample_every": 300,
-        },
-    ),
-    "base": ("for a GPU: on a CPU it takes days, and --network small minutes", {}),
-    "cifar10": (
-        "the network and training of Ho et al. (2020) for CIFAR-10, without their flips",
-        {
-            "channels": (128, 256, 256, 256),
-            "dropout": 0.1,
-            "batch_size": 128,
-            "steps": 800_000,
-            "warmup_steps": 5000,
-        },
-    ),
-}
-"""Values of options that `ddpm-fast train --network` sets, and what it says of them."""
 STRUCTS: Final = (DataOptions, ModelOptions, TrainOptions)
 CHANGEABLE: Final = frozenset(each.name for struct in STRUCTS for each in options_of(struct) if each.option.changeable)
 LOCAL: Final = frozenset(each.name for struct in STRUCTS for each in options_of(struct) if each.option.local)
@@ -396,7 +366,7 @@ def _checked(caller: str, declared: Declared, value: Any) -> Any:
         if not isinstance(value, (list, tuple)) or value:
             check_ints(caller, name, value, 1, "a list of integers")
         return tuple(value)
-    elif RANGES in kinds:
+    elif Ranges in kinds:
         return checked_ranges(caller, name, value)
     elif declared.is_size and isinstance(value, (list, tuple)):
         expect(len(value) == 2, caller, name, "to be a pair of numbers", repr(value))

@@ -297,4 +297,4 @@ def duration(seconds: float) -> str:
     for unit, size in (("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit}"
-    return f"{max(2, seconds):.0f} seconds"
+    return "a second" if seconds < 1.5 else f"{seconds:.0f} seconds"

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,12 +24,13 @@ from PIL import Image
 
 import ddpm_fast
 from ddpm_fast.cli import main
-from ddpm_fast.cli.train import train_command
+from ddpm_fast.cli.train import NETWORKS, train_command
 from ddpm_fast.files import images
 from ddpm_fast.files.writing import PREFIX
 from ddpm_fast.nn import UNet
 from ddpm_fast.sampling.sampler import Sampler
-from ddpm_fast.training.options import STRUCTS, options_of
+from ddpm_fast.training.loop import TrainResult
+from ddpm_fast.training.options import STRUCTS, DataOptions, ModelOptions, TrainOptions, options_of
 
 TINY = [
     "--channels=16,32",
@@ -126,6 +128,43 @@ def test_every_option_of_train_is_on_the_command_line() -> None:
     assert [parameter.name for parameter in train_command.params] == ["run_dir", "network", *declared]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "device", "name"),
+    [
+        *((["--network", name], device, name) for name in NETWORKS for device in ("cpu", "cuda")),
+        *(([], "cpu", "small"), ([], "cuda", "base"), (["--init", "a/model"], "cpu", "base")),
+    ],
+)
+def test_a_network_sets_options_that_others_override(
+    arguments: list[str],
+    device: str,
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO", "ddpm_fast")
+    seen: list[Any] = []
+    monkeypatch.setattr("ddpm_fast.training.trainer.train", lambda *a: (seen.append(a), TrainResult(9, 0.0, 0.0, None))[1])
+    monkeypatch.setattr("ddpm_fast.checks.computing_device", lambda *_: torch.device(device))
+    run("train", tmp_path / "run", *arguments, "--steps", 9, "--lr", TrainOptions().lr)
+    (_, options, data, model), (about, values) = seen[0], NETWORKS[name]
+    made, defaults = (
+        vars(a) | vars(b) | vars(c) for a, b, c in ((options, data, model), (TrainOptions(), DataOptions(), ModelOptions()))
+    )
+    given = {"steps": 9, "lr": TrainOptions().lr} | ({"init": "a/model"} if "--init" in arguments else {})
+    assert made == defaults | values | given  # a value that is given stays, also if it is the default
+    assert caplog.messages[0] == f"--network {name}: {about}"
+
+
+def test_a_command_with_a_network_can_be_repeated(tmp_path: Path) -> None:
+    """As torchrun repeats it after a failure."""
+    command = ["train", tmp_path / "run", *TINY, "--network", "cifar10", "--dropout", 0.0, "--steps", 1, "--auto-resume"]
+    run(*command)
+    run(*command)
+    assert "expected --schedule to be 'linear', as " in run(*command[:-1], "--resume", "--network", "small", code=2)
+
+
 def test_train_then_resume_then_export(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     run("train", folder, *TINY, "--steps", 2, "--lr", 0.01)
@@ -137,6 +176,8 @@ def test_train_then_resume_then_export(tmp_path: Path) -> None:
     stored = json.loads((folder / "config.json").read_text())["options"]
     assert (stored["lr"], stored["channels"], stored["attention"], stored["steps"]) == (0.01, [16, 32], [], 3)
     run("train", folder, "--resume")  # nothing left to do
+    drawn = run("sample", "--model", folder, "--num", 1, "--steps", 1, "--out", tmp_path / "a.png")
+    assert f": 1 image of 1 step (dpm++2m-sde), from step 3 of {folder} in " in drawn
     assert (folder / "checkpoints" / "latest" / "state.json").exists()
     assert str(tmp_path / "out") in run("export", folder, tmp_path / "out", "--dtype", "bfloat16")
     assert json.loads((tmp_path / "out" / "training.json").read_text())["step"] == 3
@@ -327,6 +368,45 @@ def test_memory_that_runs_out_in_a_command_without_batches_names_no_option(
 def test_a_seed_that_is_too_large_is_that_of_the_option(small: Path, tmp_path: Path) -> None:
     output = run("sample", "--model", small, "--seed", "9" * 30, "--out", tmp_path / "a.png", code=2)
     assert "expected --seed to be an integer in" in output
+
+
+@pytest.mark.usefixtures("no_work")
+def test_evaluate_refuses_before_work(small: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"a": 1}')
+    arguments = ["evaluate", "--model", small, "--data", "digits"]
+    wanted = "expected --json to be new or of an earlier evaluation"
+    assert wanted in run(*arguments, "--json", tmp_path / "config.json", code=2)
+    assert "expected --json to be a file, got '/dev/null'" in run(*arguments, "--json", "/dev/null", code=2)
+    assert "expected --num to be at most 297, the test images of digits" in run(*arguments, "--num", 10**12, code=2)
+    assert "expected --labels to be in 0..2, as the model has, got 9; --no-labels" in run(*arguments, code=2)
+    assert (tmp_path / "config.json").read_text() == '{"a": 1}'
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (["--device", "cuda:99"], "expected --device to be available, got cuda:99: PyTorch sees"),
+        (["--num-timesteps", "99999999999"], "expected --num-timesteps to be an integer in 1..100000, got 99999999999"),
+        (["--batch-size", "99999999999"], "expected --batch-size to be an integer in 1..1048576, got 99999999999"),
+        (["--threads", "100000"], "expected --threads to be an integer in 1.."),
+        (["--lr", "inf"], "expected --lr to be positive and finite, got inf"),
+        (["--image-size", "1000000"], "expected --image-size to be an integer in 1..65536 or None, got 1000000"),
+        (["--init", "org/name"], "hf download org/name --local-dir name"),
+    ],
+)
+def test_train_names_its_options(arguments: list[str], wanted: str, tmp_path: Path) -> None:
+    line = run("train", tmp_path / "run", *arguments, code=2).splitlines()[-1]
+    assert wanted in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_names_in_files_are_not_taken_for_options(tmp_path: Path) -> None:
+    (tmp_path / "dataset.json").write_text('{"labels": 5}')
+    Image.new("L", (8, 8)).save(tmp_path / "a.png")
+    line = run("train", tmp_path / "run", "--data", tmp_path, code=2).splitlines()[-1]
+    assert "expected labels to be a list of pairs [name, label], or null, got 5, in " in line
+    line = run("evaluate", "--data", tmp_path, code=2).splitlines()[-1]  # which has an option --labels
+    assert "expected labels to be a list of pairs [name, label], or null, got 5, in " in line
 
 
 def test_export_refuses_before_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

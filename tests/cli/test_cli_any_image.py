@@ -31,7 +31,12 @@ def test_five_channels_of_numbers(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     data.mkdir()
     for index, values in enumerate(np.random.default_rng(0).uniform(-3, 5, (4, 10, 14, 5))):
         np.save(data / f"{index}.npy", values)
-    succeed("train", tmp_path / "run", "--data", data, "--image-size", "12x8", "--data-range", "-4", "6", *SMALL)
+    size = ["--data", data, "--image-size", "12x8"]
+    each = [argument for channel in range(5) for argument in ("--data-range", -4 - channel, 6)]
+    succeed("train", tmp_path / "each", *size, *each, *SMALL)
+    assert load_folder(tmp_path / "each").model.config["data_range"] == [[-4.0 - channel, 6.0] for channel in range(5)]
+    assert "5 channels, resized from 14x10, the range of each channel as -1 to 1" in caplog.text
+    succeed("train", tmp_path / "run", *size, "--data-range", "-4", "6", *SMALL)
     assert "images   12x8 pixels, 5 channels, resized from 14x10, -4 to 6 as -1 to 1" in caplog.text
     assert load_folder(tmp_path / "run").shape == (5, 8, 12)
     with Image.open(tmp_path / "run" / "samples" / "step-00000002.png") as grid:

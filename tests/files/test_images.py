@@ -12,7 +12,7 @@ from PIL import Image
 from refusals import refused
 
 from ddpm_fast import image_grid, save_grid, save_trajectory, to_uint8
-from ddpm_fast.errors import InvalidType
+from ddpm_fast.errors import InvalidType, InvalidValue
 from ddpm_fast.files import images as image_module
 from ddpm_fast.files.images import evenly_spaced, grid_shape, image_format
 from ddpm_fast.training.data import to_unit_range
@@ -237,3 +237,23 @@ def test_images_that_are_already_8_bit_are_refused(tmp_path: Path) -> None:
     with refused(InvalidType("save_grid", "images", "to be float32, float64, float16 or bfloat16", "torch.uint8")):
         save_grid(to_uint8(levels(1, 1, 2, 2)), tmp_path / "a.png")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_titles_stand_above_their_columns(channels: int, tmp_path: Path) -> None:
+    images = torch.zeros(4, channels, 20, 30)
+    plain, titled, other = (tmp_path / name for name in ("plain.png", "titled.png", "other.png"))
+    save_grid(images, plain, columns=2)
+    save_grid(images, titled, columns=2, titles=["a", "very long and ☃"])
+    save_grid(images, other, columns=2, titles=["a", "b"])
+    with Image.open(plain) as before, Image.open(titled) as after, Image.open(other) as another:
+        below = np.asarray(after)[14:]
+        assert np.array_equal(below, np.asarray(before))
+        first, second = (np.asarray(each.convert("L"))[:14] for each in (after, another))
+    assert first.shape == (14, 2 * 32 + 2)
+    assert np.array_equal(first[:, :33], second[:, :33])  # a long title does not run into another column
+    assert first[:, :33].min() < 128
+    assert not np.array_equal(first, second)
+    for wrong in (["a"], ["a", "b", "c"]):
+        with refused(InvalidValue("save_grid", "titles", "to be 2, one for each column, or none", len(wrong))):
+            save_grid(images, plain, columns=2, titles=wrong)

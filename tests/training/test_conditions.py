@@ -316,6 +316,10 @@ def test_numbers_are_read_by_the_range_that_the_model_keeps(tmp_path: Path) -> N
             alone, among = (read_conditions(tmp_path / f"{name}.npy", config, (1, 8, 8)) for name in ("one", "all"))
             assert torch.equal(alone, among[2:3])
             assert run(main, sample).exit_code == run(main, evaluate).exit_code == 0
+            result = run(main, ["sample", "--condition-range", "0", "9"])
+            assert "expected --condition-range to go with --condition, got ((0.0, 9.0),)" in result.output
+            with pytest.raises(ValueError, match="condition_range to go with a condition that is read from files"):
+                load_dataset(str(tmp_path / "all.npy"), condition="grey", condition_range=(0, 9))
             result = run(main, [*sample, "--condition-range", "0", "9"])
             assert "expected --condition-range to be left out, as the model keeps ((" in result.output
         for command, option in ((sample, "--condition-range"), (evaluate, "--data-range")) * (trained_on == "pictures"):

@@ -112,8 +112,8 @@ def test_what_has_no_partner_is_named_with_both_sources(tmp_path: Path) -> None:
 def test_files_that_differ_in_their_ending_alone_are_refused(repeated: str, tmp_path: Path) -> None:
     source, condition = folder(tmp_path / "source", 20, FLAT), folder(tmp_path / "condition", 10, FLAT)
     Image.new("L", (6, 4)).save(tmp_path / repeated / "3.bmp")
-    got = f"in {tmp_path / repeated} several that differ in their endings: 3"
-    with refused(InvalidValue("load_dataset", "condition", f"and {source} to have one file of each name", got)):
+    got = f"several in {tmp_path / repeated} that differ in their endings alone: 3"
+    with refused(InvalidValue("load_dataset", "condition", f"to have one file of each name, as must {source}", got)):
         load_dataset(str(source), condition=condition)
 
 

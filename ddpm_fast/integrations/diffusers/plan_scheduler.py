@@ -145,7 +145,8 @@ class PlanScheduler:
         """Return whether a table holds `exact`, which is abar, up to the rounding of betas in float32 and of its dtype."""
         given, exact = table.detach().to("cpu", torch.float64), exact.double()
         # Each step rounds beta, alpha and their product in float32, which moves abar by beta / alpha, 1 and 1 times its eps.
-        relative = 2**-23 * (1 + 1 / self.schedule.alphas.clamp(min=2**-23)).cumsum(0) + torch.finfo(table.dtype).eps
+        relative = 2**-23 * (1 + 1 / self.schedule.alphas.clamp(min=2**-23)).cumsum(0)
+        relative += torch.finfo(table.dtype).eps if table.is_floating_point() else 0
         # 2^-24 is the smallest positive number of float16, and what diffusers puts in the place of 0.
         return given.shape == exact.shape and bool(((given - exact).abs() <= exact * relative + 2**-24).all())
 
@@ -234,7 +235,7 @@ class PlanScheduler:
                     f"since set_timesteps with {options}"
                 )
             expect(self._chain is not None, name, "set_timesteps", "to have been called", "no timesteps")
-            self.alphas_cumprod = self._alphas_cumprod  # a change in place must not go unnoticed
+            self.alphas_cumprod = self._alphas_cumprod  # the setter checks it, as a change in place would go unnoticed
             expect(total == given, name, "num_train_timesteps", f"to be {total}, the number of trained_betas", given)
             self._kept = {options: self._build(*options)}  # one at a time, as a caller may pass another eta at every step
         return self._kept[options]

@@ -126,12 +126,10 @@ def load_arrays(
     count = min(arrays.count, first or arrays.count)
     start = arrays.image(0)
     channels, height, width = start.shape
-    ranges = None
-    if value_range is None or (value_range == "measured" and start.dtype == np.uint8):
-        wanted = f"to be given for numbers, as {arrays.place(0)} has {start.dtype} and no range is kept for them"
-        expect(start.dtype == np.uint8, "load_dataset", "data_range", wanted, None)
-    else:
-        ranges = _ranges(arrays, count, start, None if value_range == "measured" else value_range)
+    pictures = start.dtype == np.uint8 and value_range in (None, "measured")
+    wanted = f"to be given for numbers, as {arrays.place(0)} has {start.dtype} and no range is kept for them"
+    expect(pictures or value_range is not None, "load_dataset", "data_range", wanted, None)
+    ranges = None if pictures else _ranges(arrays, count, start, None if value_range == "measured" else value_range)
     sides = (height, width) if image_size is None else image_size
 
     def read(indices: Tensor) -> Tensor:
@@ -188,7 +186,7 @@ def _ranges(arrays: Arrays, count: int, start: _Array, stated: Ranges | None) ->
     for channel in np.flatnonzero(low == high).tolist():
         got = f"{low[channel]:g} alone in channel {channel}; state a data_range"
         raise InvalidValue("load_dataset", arrays.root, "to have different values", got)
-    return checked_ranges("load_dataset", "data_range", np.stack([low, high], axis=1).tolist()) or ()
+    return checked_ranges("load_dataset", "data_range", np.stack([low, high], axis=1).tolist())
 
 
 def _contents(arrays: Arrays, exact: bool) -> Iterator[bytes]:

@@ -89,7 +89,7 @@ def evaluated_images(
 
 def _kept_range(caller: str, name: str, kept: Any, stated: Ranges | None) -> Ranges | None:
     """Return the range that a network keeps, or else the stated one. None: it reads pictures alone."""
-    known, given = (checked_ranges(caller, name, each) for each in (kept, stated))
+    known, given = (None if each is None else checked_ranges(caller, name, each) for each in (kept, stated))
     expect(known is None or given in (None, known), caller, name, f"to be left out, as the model keeps {known}", given)
     return known or given
 

@@ -31,7 +31,7 @@ _NAMES: Final = {1: "grey", 3: "RGB", 4: "RGBA"}  # by the number of channels
 _ORIENTATION: Final = 0x0112  # a tag of EXIF; from 5 on, the sides are exchanged
 GREY: Final = ("1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N")  # modes without colours
 
-_MEND: Final = "remove them, or train with skip_broken=True (--skip-broken), which leaves them out if others remain"
+_MEND: Final = "remove them; in training, skip_broken=True (--skip-broken) leaves out those of data if others remain"
 _AT_ONCE: Final = 4096  # images whose reading is planned ahead
 
 _Read = TypeVar("_Read")

@@ -93,7 +93,7 @@ def load_dataset(
         data_range: The two values of arrays that become -1 and 1, or two for each channel. Values outside are an error. By
             default the least and the largest of each channel, but 0 and 255 for uint8. None: pictures alone are read.
         condition: What a network reads beside x_t: "low-resolution:4", "grey" or "mask", computed from the images, or a
-            second folder, archive or file, whose images belong to the first ones as `ddpm_fast.training.data.pairs` says.
+            second folder, archive or file. Files belong together by their paths without endings, rows by their numbers.
         condition_range: The `data_range` of the second folder.
         skip_broken: Leave out images of a folder or zip file that cannot be read, and log a warning that names the first of
             them.
@@ -121,6 +121,8 @@ def load_dataset(
         wanted = "to be low-resolution:2 to low-resolution:64, grey, mask, or a folder or archive of images"
         expect(os.path.exists(condition), "load_dataset", "condition", wanted, repr(condition))
         paired = open_source(Path(condition), split)
+    unused = paired is None and paired_range not in (None, "measured")
+    expect(not unused, "load_dataset", "condition_range", "to go with a condition that is read from files", condition_range)
     if name in DATASETS:
         expect(paired is None, "load_dataset", "condition", f"to be computed from the images of {name}", repr(condition))
         expect(data_range in (None, "measured"), "load_dataset", "data_range", f"to be None for {name}", data_range)
@@ -153,7 +155,9 @@ def load_dataset(
 
 def _range(name: str, value: Any) -> Ranges | Literal["measured"] | None:
     """Return the ranges after a check, or "measured"."""
-    return "measured" if value == "measured" else checked_ranges("load_dataset", name, value)
+    if value is None or (isinstance(value, str) and value == "measured"):
+        return value  # type: ignore[return-value]
+    return checked_ranges("load_dataset", name, value)
 
 
 def _sides(image_size: int | Sequence[int] | None) -> tuple[int, int] | None:

@@ -73,8 +73,8 @@ class MappedDataset:
 
     @property
     def described(self) -> dict[str, Any]:
-        """Entries of a network's configuration, as those of `ImageDataset`. Its items are not mapped by ranges."""
-        return {"condition": "images" if self.condition_channels else None, "condition_range": None, "data_range": None}
+        """Entries of a network's configuration: the kind of condition. The source of the items knows their ranges."""
+        return {"condition": "images" if self.condition_channels else None}
 
     def __len__(self) -> int:
         return len(self._source)

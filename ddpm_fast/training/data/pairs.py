@@ -42,8 +42,8 @@ def partners(source: ImageFiles | Arrays, paired: ImageFiles | Arrays) -> Sequen
     names, others = ([os.path.splitext(file)[0] for file in each.names] for each in (source, paired))
     for stems, root in ((names, source.root), (others, paired.root)):
         twice = [name for name, times in Counter(stems).items() if times > 1]
-        got = f"in {root} several that differ in their endings: {listed(twice)}"
-        expect(not twice, "load_dataset", "condition", f"and {source.root} to have one file of each name", got)
+        got = f"several in {root} that differ in their endings alone: {listed(twice)}"
+        expect(not twice, "load_dataset", "condition", f"to have one file of each name, as must {source.root}", got)
     for missing, root in ((set(names) - set(others), paired.root), (set(others) - set(names), source.root)):
         wanted = f"to have files of the same names as {source.root}"
         expect(not missing, "load_dataset", "condition", wanted, f"none named {listed(missing)} in {root}")
