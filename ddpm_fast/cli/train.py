@@ -13,7 +13,7 @@ from click.core import ParameterSource
 
 from ..errors import renaming
 from ..files.writing import remove_leftovers
-from ..training.options import STRUCTS, DataOptions, Declared, ModelOptions, Ranges, TrainOptions, options_of
+from ..training.options import CHANGEABLE, STRUCTS, DataOptions, Declared, ModelOptions, Ranges, TrainOptions, options_of
 from .console import Stopped
 from .options import RANGE, PathOption, numbers, refusing, size
 
@@ -32,7 +32,7 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
             "attention": (),
             "prediction": "v_prediction",
             "schedule": "cosine",
-            "steps": 3000,
+            "steps": 1500,
             "batch_size": 8,
             "lr": 1e-3,
             "warmup_steps": 100,
@@ -131,7 +131,11 @@ def train_command(ctx: click.Context, /, run_dir: Path, network: str | None, **o
             is_first = ranks("train", os.environ)[0] == 0
             if options["resume"] or (options["auto_resume"] and run.record.is_file()):
                 check_by_options(run)
-                values = run.read_config()["options"] | (NETWORKS[network][1] if network else {})
+                values = run.read_config()["options"]
+                if network is not None:  # it must be the run's
+                    fixed = {name for _, settings in NETWORKS.values() for name in settings} - CHANGEABLE
+                    defaults = {each.name: each.default for struct in STRUCTS for each in options_of(struct)}
+                    values |= {name: (defaults | NETWORKS[network][1])[name] for name in fixed}
             else:
                 small = options["init"] is None and computing_device("train", options["device"]).type == "cpu"
                 network = network or ("small" if small else "base")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -16,14 +15,13 @@ from ..distributed import Processes
 from ..errors import InvalidValue, expect, renaming
 from ..files.writing import write_json
 from ..nn import UNetConfig
-from ..resources import check_free_space, check_writable
+from ..resources import check_writable
 from ..schedule import NoiseSchedule
 from .checkpoint import read_state
 from .folder import RunFolder, check_by_options
 from .options import CHANGEABLE, TrainOptions
 from .state import State, Task
 
-_SAVED: Final = 4  # copies of each parameter in a checkpoint: itself, its average and two moments
 # Keys of a network's configuration that neither the weights nor the training depend on.
 _DESCRIPTIVE: Final = frozenset({"sample_size", "class_names", "num_train_timesteps"})
 
@@ -153,17 +151,6 @@ def _check_threads(threads: int) -> None:
             f"to be {wanted}, as PyTorch would wait for {threads} threads forever",
             f"{value!r}; unset it, or pass threads=1 (--threads 1)",
         )
-
-
-def check_disk(run: RunFolder, task: Task) -> None:
-    """Raise an UnusablePath unless the checkpoints fit onto the disk."""
-    options, parameters = task.options, sum(parameter.numel() for parameter in task.model.parameters())
-    saves = options.steps if options.checkpoint_minutes else 1
-    if options.checkpoint_every:
-        saves = max(saves, math.ceil(options.steps / options.checkpoint_every))
-    more = max(0, min(options.keep, saves) - len(run.checkpoint_folders()))
-    # Old checkpoints are removed after the new one.
-    check_free_space("train", "run_dir", run.path, (more + 1) * _SAVED * 4 * parameters)
 
 
 # ------------------------------------------------------------------------------------------------ a run begun, or continued

@@ -22,9 +22,10 @@ from ..nn import UNet
 from ..nn.unet import describe_images
 from ..schedule import NoiseSchedule
 from .data import DATASETS, Degradation, ImageDataset, MappedDataset, load_dataset
+from .data.dataset import size_of
 from .folder import RunFolder
 from .loop import TrainResult, run_steps
-from .opening import Start, check_disk, prepared
+from .opening import Start, prepared
 from .options import AnyOptions, DataOptions, ModelOptions, TrainOptions
 from .rng import TrainingRng
 from .state import State, Task
@@ -153,7 +154,6 @@ class Trainer:
             on_step=self._on_step,
             on_checkpoint=self._on_checkpoint,
         )
-        check_disk(start.run, task)
         state = State.initial(task)
         if not start.resume:  # before a folder is made
             start.processes.on_first(lambda: state.load_initial_weights(task))
@@ -269,8 +269,7 @@ def train(
         TypeError: An argument has the wrong type.
         ValueError: An option differs from the one that the resumed run was started with. Or memory is too small for the
             network or the images.
-        OSError: A file cannot be written, or there is too little space for checkpoints. The message names the last good
-            checkpoint.
+        OSError: A file cannot be written. The message names the last good checkpoint.
         UnusablePath: `run_dir` is not empty and no run is resumed, or it cannot be written to, or `init` holds no model. It
             is an OSError.
         FileNotFoundError: There is no run to resume.
@@ -335,7 +334,8 @@ def _unet_config(options: ModelOptions, dataset: ImageDataset) -> dict[str, Any]
     widths = options.channels
     factor = 2 ** (len(widths) - 1)
     wanted = f"images whose sides are multiples of {factor} for {len(widths)} levels of channels"
-    got = f"{width}x{height}; choose another image_size, or fewer levels: fewer numbers in channels"
+    fitting = size_of([-(-side // factor) * factor for side in (height, width)])
+    got = f"{width}x{height}; choose another image_size, such as {fitting}, or fewer levels: fewer numbers in channels"
     expect(height % factor == 0 and width % factor == 0, "train", "", wanted, got)
     attended = [min(height, width) >> level in options.attention for level in range(len(widths))]
     return {

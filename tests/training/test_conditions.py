@@ -167,6 +167,10 @@ def test_what_cannot_be_paired_is_named(tmp_path: Path) -> None:
         load_dataset(str(sharp), condition="low-resolution:3")
     with refused(InvalidValue("load_dataset", "condition", "to be another than grey for 1 channels", "grey")):
         load_dataset("digits", condition="grey")
+    np.save(tmp_path / "rgb.npy", np.random.default_rng(0).normal(size=(2, 8, 8, 3)))
+    with refused(InvalidValue("load_dataset", "condition", "to be another than grey for channels of several ranges", "grey")):
+        load_dataset(str(tmp_path / "rgb.npy"), condition="grey")
+    assert load_dataset(str(tmp_path / "rgb.npy"), condition="grey", data_range=(-9, 9)).condition_channels == 1
     with pytest.raises(ValueError, match="expected condition to be computed from the images of digits"):
         load_dataset("digits", condition=dim)
 

@@ -36,7 +36,12 @@ def write_zip(path: Path, files: dict[str, bytes], labels: Any = "no file", meth
 
 @pytest.fixture
 def files() -> dict[str, bytes]:
-    return {"folder/": b"", "notes.txt": b"text", **{name: image(number) for number, name in enumerate(NAMES)}}
+    return {
+        "folder/": b"",
+        "notes.txt": b"text",
+        "__MACOSX/._b.png": b"a note",
+        **{name: image(number) for number, name in enumerate(NAMES)},
+    }
 
 
 @pytest.mark.parametrize("memory", [None, 0])

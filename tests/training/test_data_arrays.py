@@ -14,7 +14,7 @@ from refusals import refused
 from runs import QUIET, assert_same_weights, train
 from safetensors.torch import load_file
 
-from ddpm_fast import load_folder, write_samples
+from ddpm_fast import NoiseSchedule, Trainer, TrainOptions, UNet, load_folder, write_samples
 from ddpm_fast.errors import InvalidValue
 from ddpm_fast.plan import ddpm_plan
 from ddpm_fast.training.data import load_dataset, to_unit_range
@@ -113,6 +113,9 @@ def broken(kind: str, path: Path) -> Path:
     if kind == "two arrays":
         np.savez(path / "a.npz", x=values, y=values)
         return path / "a.npz"
+    if kind == "a label in a folder":
+        np.savez(path / "0.npz", arr_0=values[0], arr_1=np.array(1))
+        return path
     if kind == "labels":
         np.savez(path / "a.npz", arr_0=values, arr_1=np.zeros(3))
         return path / "a.npz"
@@ -134,6 +137,7 @@ def broken(kind: str, path: Path) -> Path:
         ("text", r".*a\.npy\[0\] to hold numbers, got <U1"),
         ("dimensions", r".*a\.npy to be \[N, H, W\] or 4-d, got \[3\]"),
         ("two arrays", r".*a\.npz to hold one array, or arr_0, got x, y"),
+        ("a label in a folder", r".*0\.npz to hold an image alone, as sub-folders are the classes, got arr_1"),
         ("labels", r"arr_1 of .*a\.npz to be integers \[7\], got float64 \[3\]"),
         ("damaged", r".*a\.npz to be a whole \.npy or \.npz of numbers, got: "),
     ],
@@ -159,7 +163,9 @@ def test_options_of_the_other_kind_of_files_are_refused(tmp_path: Path) -> None:
 
     (tmp_path / "pictures").mkdir()
     Image.new("L", (4, 4)).save(tmp_path / "pictures" / "a.png")
-    with refused(InvalidValue("load_dataset", "data_range", "to be None for image files", ((0.0, 1.0),))):
+    with refused(
+        InvalidValue("load_dataset", "data_range", "to be None for image files, as arrays alone have ranges", ((0.0, 1.0),))
+    ):
         load_dataset(str(tmp_path / "pictures"), data_range=(0, 1))
 
 
@@ -172,6 +178,32 @@ def test_ranges_that_float32_cannot_resolve_are_refused(bounds: tuple[float, flo
             load_dataset(str(path), data_range=stated)
     write_npy(tmp_path, np.linspace(1e8, 1e8 + 1e4, H * W).reshape(1, H, W))
     assert load_dataset(str(path)).images[0].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_values_at_the_ends_of_a_range_are_rounded_to_their_dtype(dtype: Any, tmp_path: Path) -> None:
+    """0.1 in float32 is larger than 0.1."""
+    path = write_npy(tmp_path, VALUES.clip(-0.1, 0.1).astype(dtype))
+    images = load_dataset(str(path), data_range=(-0.1, 0.1)).images[:]
+    assert (float(images.min()), float(images.max())) == pytest.approx((-1, 1), abs=1e-3)
+    load_dataset(str(path), data_range=(-1e6, 1e6))  # beyond float16
+    write_npy(tmp_path, VALUES.clip(-0.1, 0.101).astype(dtype))
+    with pytest.raises(ValueError, match=r"in channel 0; clip them, or train with more"):
+        load_dataset(str(path), data_range=(-0.1, 0.1))
+
+
+def test_a_part_of_a_data_set_keeps_its_ranges(tmp_path: Path) -> None:
+    whole = load_dataset(str(write_npy(tmp_path)))
+    part = torch.utils.data.Subset(torch.utils.data.Subset(whole, range(6)), [1, 3, 5])  # type: ignore[arg-type]
+    model = UNet(
+        **{"in_channels": C, "out_channels": C, "block_out_channels": [8], "norm_num_groups": 8, "layers_per_block": 1},
+        **{"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]},
+    )
+    options = TrainOptions(steps=1, batch_size=2, sample_every=0, progress=False, tensorboard=False)
+    Trainer(model, NoiseSchedule.linear(), part, options, tmp_path / "run").run()
+    assert load_folder(tmp_path / "run").model.config["data_range"] == [list(each) for each in RANGES]
+    pictures = Trainer(UNet(**model.config), NoiseSchedule.linear(), [whole[0][0]], options, tmp_path / "other")
+    assert pictures.model.config["data_range"] == [list(each) for each in RANGES]  # the network's own
 
 
 def test_a_network_remembers_the_range(tmp_path: Path) -> None:

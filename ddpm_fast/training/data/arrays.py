@@ -67,7 +67,11 @@ class Arrays:
         def read(index: int) -> _Array:
             name = f"{files.root}/{files.names[index]}"
             with files.open(files.names[index]) as file:
-                return _images(name, _arrays(name, file))
+                found = _arrays(name, file)
+            expect(
+                "arr_1" not in found, "load_dataset", name, "to hold an image alone, as sub-folders are the classes", "arr_1"
+            )
+            return _images(name, found)
 
         return cls(files.root, len(files.names), read, files.labels, files.classes, files.names)
 
@@ -167,6 +171,8 @@ def _ranges(arrays: Arrays, count: int, start: _Array, stated: Ranges | None) ->
     """Return the range of each channel, or the stated ones. Raise a ValueError if a value is not finite or outside of them."""
     low, high = np.full(len(start), np.inf), np.full(len(start), -np.inf)
     bounds = np.array(stated or [(-np.inf, np.inf)])  # [C or 1, 2]
+    if start.dtype.kind == "f" and stated is not None:  # values at the ends are rounded to their dtype
+        bounds = bounds.clip(np.finfo(start.dtype).min, np.finfo(start.dtype).max).astype(start.dtype).astype(np.float64)
     wanted = f"to be one range, or one for each of {len(start)} channels"
     expect(len(bounds) in (1, len(start)), "load_dataset", "data_range", wanted, len(bounds))
     for index in range(count):
@@ -178,7 +184,7 @@ def _ranges(arrays: Arrays, count: int, start: _Array, stated: Ranges | None) ->
         if outside.any():
             channel = int(outside.argmax())
             inside = "to be in {:g}..{:g}, the data_range".format(*bounds[channel % len(bounds)])
-            got = f"values from {least[channel]:g} to {most[channel]:g} in channel {channel}"
+            got = f"values from {least[channel]:g} to {most[channel]:g} in channel {channel}; clip them, or train with more"
             raise InvalidValue("load_dataset", place, inside, got)
         low, high = np.minimum(low, least), np.maximum(high, most)
     if stated is not None:

@@ -180,8 +180,8 @@ def _image_names(root: Path, names: Iterable[str]) -> list[str]:
 
 
 def _named(names: Iterable[str]) -> list[str]:
-    """Return the names that have the ending of an image."""
-    return [name for name in names if os.path.splitext(name)[1].lower() in SUFFIXES]
+    """Return the names that have the ending of an image, without the notes that macOS puts into archives."""
+    return [name for name in names if os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith("__MACOSX/")]
 
 
 def _parsed(place: str, content: bytes) -> Any:

@@ -142,6 +142,8 @@ def load_dataset(
         expect(dataset.shape[0] == channels, "load_dataset", "channels", f"to be those of the images, {channels} wanted", got)
     if degradation is not None:
         degradation.check("load_dataset", dataset.shape)
+        alike = degradation.name != "grey" or len(dataset.value_range or [0]) == 1
+        expect(alike, "load_dataset", "condition", "to be another than grey for channels of several ranges", "grey")
         return replace(dataset, condition=degradation)
     if paired is None:
         return dataset
@@ -196,7 +198,13 @@ def load_source(
     """Return the data set of image files or arrays. See `load_dataset`. The channels of arrays are not checked."""
     if isinstance(source, Arrays):
         return load_arrays(name, source, size, value_range, first, memory)
-    expect(value_range in (None, "measured"), "load_dataset", "data_range", "to be None for image files", value_range)
+    expect(
+        value_range in (None, "measured"),
+        "load_dataset",
+        "data_range",
+        "to be None for image files, as arrays alone have ranges",
+        value_range,
+    )
     return load_images(name, source, size, channels, skip_broken, first, memory)
 
 

@@ -12,10 +12,10 @@ from typing import Any, Final
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from ...errors import InvalidType, InvalidValue, expect
-from .dataset import digests
+from .dataset import ImageDataset, digests
 from .image_files import GREY, as_rgb
 
 _SAMPLED: Final = 64  # items in a sample
@@ -73,8 +73,12 @@ class MappedDataset:
 
     @property
     def described(self) -> dict[str, Any]:
-        """Entries of a network's configuration: the kind of condition. The source of the items knows their ranges."""
-        return {"condition": "images" if self.condition_channels else None}
+        """Entries of a network's configuration: the kind of condition, and the ranges of the data set that this is part of."""
+        source = self._source
+        while isinstance(source, Subset):
+            source = source.dataset
+        kept = source.described if isinstance(source, ImageDataset) else {}
+        return kept | {"condition": "images" if self.condition_channels else None}
 
     def __len__(self) -> int:
         return len(self._source)
