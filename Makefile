@@ -12,6 +12,12 @@ PIP := $(RUN) -m pip install --quiet --disable-pip-version-check --no-compile
 PYTEST := $(RUN) -m pytest -n $(JOBS) --dist worksteal
 SOURCES := find csrc tests/emulator -name "*.h" -o -name "*.c??" -o -name "*.cu"
 
+# pip is quiet, so say before it what takes minutes, unless PyTorch is there.
+SAY_DOWNLOAD = @$(RUN) -c 'import importlib.util; importlib.util.find_spec("torch") or print( \
+	"pip downloads PyTorch and more, up to 3 GB: 4 minutes at 100 Mbit/s. README.md says how to take its CPU build, 160 MB.")'
+# Otherwise the last line of `make check` would say which folder make leaves, and not what the tests found.
+MAKEFLAGS += --no-print-directory
+
 # Some machines switch bytecode files off. Each process would then compile every module that it imports.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -27,7 +33,7 @@ picture:  ## make an environment with the package (editable), and draw a first p
 # Each check works in a copy of the tree, in build/. It has its own environment and build, and leaves yours as they are.
 # -j 2: the kernels compile while pip installs.
 
-check:  ## run what a change has to pass, for the CPU alone, in 6 to 10 minutes
+check:  ## run what a change has to pass, for the CPU alone and without a data set, in 6 to 10 minutes
 	rm -f build/check/build/passed.txt
 	$(PYTHON) .ci/copy_tree.py build/check
 	DDPM_FAST_CUDA_ARCHS=none $(MAKE) -C build/check VENV=.venv -j 2 setup
@@ -64,6 +70,7 @@ $(VENV)/tools:
 	touch $@
 
 $(VENV)/with-$(EXTRAS): pyproject.toml $(VENV)/tools
+	$(SAY_DOWNLOAD)
 	DDPM_FAST_NO_NATIVE=1 $(PIP) --no-build-isolation -e '.[$(EXTRAS)]'
 	touch $@
 
@@ -74,11 +81,13 @@ $(VENV)/lowest: pyproject.toml $(VENV)/tools
 	DDPM_FAST_NO_NATIVE=1 $(PIP) --no-build-isolation --no-deps -e .
 	touch $@
 
+# It prints errors alone. In `make check` it runs next to the tests, whose summary comes last.
 lint:  ## check style and types
-	$(RUN) -m ruff check .
-	$(RUN) -m ruff format --check .
-	$(RUN) -m mypy
-	$(SOURCES) | xargs $(VENV)/bin/clang-format --dry-run --Werror
+	@echo "checking style and types"
+	@$(RUN) -m ruff check --quiet .
+	@$(RUN) -m ruff format --check --quiet .
+	@$(RUN) -m mypy --no-error-summary
+	@$(SOURCES) | xargs $(VENV)/bin/clang-format --dry-run --Werror
 
 test:  ## run the tests of `make check`
 	$(PYTEST) $(OPTIONS)
@@ -110,6 +119,7 @@ gpu-tune:  ## time sampling beside torch.compile's max-autotune, in at most an h
 # Only docs/hooks.py and the docstrings are read, so nothing is compiled.
 docs:  ## build the documentation in build/docs; fail on a broken link or a public name without a page
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(SAY_DOWNLOAD)
 	$(RUN) -c "import mkdocs, material, mkdocstrings, ziamath" 2>/dev/null || \
 		DDPM_FAST_NO_NATIVE=1 $(RUN) -m pip install --quiet -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet

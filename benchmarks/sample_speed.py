@@ -6,17 +6,24 @@
 
 All run the same weights and timesteps in the same process, in turns, each in the memory format that is faster for it.
 The speed is that of --steps steps and is not extrapolated. To compile takes minutes, so --compile is a comparison by itself.
+The results are printed. --out writes them to a file too.
+
+If another program runs, close it or set OMP_WAIT_POLICY=passive, which holds for all samplers because they share a process.
+Otherwise threads of PyTorch spin while they wait for each other, and take several times as long.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import os
+import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -33,6 +40,8 @@ from ddpm_fast.reference import STREAM_X_T
 
 PIPELINE, FROZEN = f"{DIFFUSERS} DDPMPipeline", "DDPMPipeline, frozen"
 PARITY_STEPS, PARITY_BATCH = 4, 2
+BUSY_LOAD = 0.5  # a load average of other programs that changes the ratios
+WIDE = 0.15  # a distance of the quartiles, as a share of the median, that a quiet machine does not have
 
 
 def load_model(name: str) -> tuple[UNet, NoiseSchedule]:
@@ -192,6 +201,50 @@ def check(model: UNet, schedule: NoiseSchedule, dtype: torch.dtype, device: str)
     print(f"parity: the same images for the same noise ({PARITY_STEPS} steps, against float64)")
 
 
+class Run(common.Run):
+    """The results of a run. They are printed, and written only if `out` names a file."""
+
+    def __init__(self, device: str, out: Path | None) -> None:
+        super().__init__(device, out)
+        self.is_written = out is not None
+        self.machine["wait_policy"] = os.environ.get("OMP_WAIT_POLICY", "default")
+        print(f"{'wait_policy':>16}  {self.machine['wait_policy']}")
+
+    def save(self, section: str, rows: Sequence[Mapping[str, object]], title: str = "", **more: object) -> None:
+        if self.is_written:
+            super().save(section, rows, title, **more)
+        elif title and rows:
+            common.print_table(title, rows)
+
+    def finish(self, message: str = "") -> None:
+        if self.is_written:
+            super().finish(message)
+            return
+        print("no file was written: --out FILE writes the results")
+        if self.failures:  # which have been printed
+            sys.exit(1)
+
+
+def why_doubtful(load: float | None, times: Mapping[str, common.Times], policy: str) -> str | None:
+    """Return one line that says why the ratios may be wrong and what to do, or None.
+
+    Args:
+        load: Load average of the machine before the run, or None if it is unknown.
+        times: Times of the samplers.
+        policy: Value of OMP_WAIT_POLICY.
+    """
+    reasons = [f"other programs were running (load average {load})"] if load is not None and load > BUSY_LOAD else []
+    spreads = {name: taken.spread for name, taken in times.items()}
+    wide = {name: (each.high - each.low) / each.median for name, each in spreads.items()}
+    widest = max(wide, key=wide.__getitem__, default=None)
+    if widest is not None and wide[widest] > WIDE:
+        reasons.append(f"the quartiles of {widest} are {wide[widest]:.0%} of its median apart")
+    if not reasons:
+        return None
+    advice = "close other programs" if policy.lower() == "passive" else "close other programs, or set OMP_WAIT_POLICY=passive"
+    return f"warning: the ratios may be several times too high or too low, because {' and '.join(reasons)}: {advice}"
+
+
 def seconds_of(sampler: Callable[[int], Tensor], batch: int, device: str) -> float:
     """Return the seconds of one run, until the images exist."""
     began = time.perf_counter()
@@ -200,7 +253,7 @@ def seconds_of(sampler: Callable[[int], Tensor], batch: int, device: str) -> flo
     return time.perf_counter() - began
 
 
-def measure(name: str, samplers: Samplers, batch: int, args: argparse.Namespace, run: common.Run) -> None:
+def measure(name: str, samplers: Samplers, batch: int, args: argparse.Namespace, run: Run) -> None:
     """Time the samplers of a model and batch size. On a GPU each has captured, tuned and compiled before."""
     timers: dict[str, Callable[[], float]] = {}
     for peer, sampler in samplers.by_name().items():
@@ -219,6 +272,9 @@ def measure(name: str, samplers: Samplers, batch: int, args: argparse.Namespace,
     ]
     section = " ".join(["sample_speed", name, args.dtype, f"batch {batch}", *samplers.modes])
     run.save(section, rows, "ancestral sampling: median [quartiles]")
+    doubt = None if args.device != "cpu" else why_doubtful(run.machine["load_average"], times, run.machine["wait_policy"])
+    if doubt is not None:
+        print(doubt)
     if args.plot:
         title = f"{name}, {args.steps} steps, batch {batch}, {args.dtype}, {run.machine['device']}"
         run.picture(plot(rows, title), "sample_speed")
@@ -241,7 +297,15 @@ def plot(rows: list[dict[str, Any]], title: str) -> Any:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = common.parser(__doc__)
+    usual = common.parser(__doc__)
+    parser = argparse.ArgumentParser(
+        parents=[usual],
+        add_help=False,
+        conflict_handler="resolve",  # for --out, as other benchmarks write a file by default
+        description=usual.description,
+        formatter_class=usual.formatter_class,
+    )
+    parser.add_argument("--out", type=Path, help="write the results to this JSON file, and the picture next to it (no file)")
     text = "take builtin (default), a model's folder, or random weights: cifar10-32, 256x256, small, tiny"
     parser.add_argument("--model", nargs="+", default=["builtin"], help=text)
     parser.add_argument("--batch", type=int, nargs="+", default=[16], help="sample this many images at once (16)")
@@ -256,9 +320,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
 
     if args.plot:
+        if args.out is None:
+            parser.error("--plot writes its picture next to the results, so name their file: --out FILE")
         common.pyplot()
     deadline = time.monotonic() + args.seconds
-    run = common.Run(args.device, args.out)
+    run = Run(args.device, args.out)
+    doubt = None if args.device != "cpu" else why_doubtful(run.machine["load_average"], {}, run.machine["wait_policy"])
+    if doubt is not None:
+        print(doubt, flush=True)
     dtype = common.DTYPES[args.dtype]
     for name in args.model:
         with run.going_on(name):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections import Counter, defaultdict
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import build_age
 import environment  # noqa: F401 (before fixtures: torch and triton read the variables that it sets)
 import pairwise
 import pytest
+import summary
 from fixtures import (  # noqa: F401
     EMULATED,
+    _fresh_machine,
     _nan_filled_buffers,
     _seeded,
     calls,
@@ -37,6 +40,10 @@ ABOUT_LIBRARIES = (
     *("cli/", "files/", "integrations/", "nn/", "plan/", "schedule/", "test_pretrained.py", "test_schemas.py"),
     *("ops/test_parity.py", "ops/test_registration.py", "ops/test_tensors.py", "ops/test_transforms.py", "training/test_data"),
 )
+
+
+LEFT_OUT: pytest.StashKey[Counter[str]] = pytest.StashKey()  # how many tests the run's settings leave out, by reason
+WHY: pytest.StashKey[str] = pytest.StashKey()  # why they leave out a test
 
 
 class PassedTests:
@@ -75,23 +82,44 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before pytest applies -m
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what is slow, unless --full is given, and what has passed before."""
+    """Leave out what is slow or reads data sets, unless --full is given, and what has passed before."""
     for item in items:
         if "emulated_module" in getattr(item, "fixturenames", ()):  # CUDA kernels, compiled by g++
             item.add_marker("slow")
     full, file = config.getoption("full"), config.getoption("skip_passed")
     passed = set(file.read_text(encoding="utf-8").splitlines()) if file is not None and file.exists() else set()
 
-    quick = [item for item in items if full or not item.get_closest_marker("slow")]
+    late = {} if full else {"slow": summary.SLOW, "data_sets": summary.DATA_SETS}
+    quick = [item for item in items if not any(map(item.get_closest_marker, late))]
     chosen = _few(quick) if config.getoption("few") else {item.nodeid for item in quick}
 
-    def is_left_out(item: pytest.Item) -> bool:
+    def why_left_out(item: pytest.Item) -> str | None:
+        for marker, why in late.items():
+            if item.get_closest_marker(marker):
+                return why
         if item.nodeid not in chosen:
-            return True
-        return item.nodeid in passed and not item.get_closest_marker("again")
+            return summary.FEW
+        return summary.PASSED if item.nodeid in passed and not item.get_closest_marker("again") else None
 
-    config.hook.pytest_deselected(items=[item for item in items if is_left_out(item)])
-    items[:] = [item for item in items if not is_left_out(item)]
+    left_out = []
+    for item in items:
+        why = why_left_out(item)
+        if why is not None:
+            item.stash[WHY] = why
+            left_out.append(item)
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if WHY not in item.stash]
+
+
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    """Count what is left out, also by pytest's own options."""
+    for item in items:
+        item.config.stash.setdefault(LEFT_OUT, Counter())[item.stash.get(WHY, summary.CHOSEN)] += 1
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):  # a process of pytest-xdist, which tells the one that prints
+        session.config.workeroutput["left_out"] = dict(session.config.stash.get(LEFT_OUT, {}))
 
 
 def _few(items: list[pytest.Item]) -> set[str]:
@@ -108,12 +136,18 @@ def _few(items: list[pytest.Item]) -> set[str]:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    """Add what a process of pytest-xdist has run on the emulator."""
-    counts = getattr(node, "workeroutput", {}).get("emulated", {})
-    node.config.stash.setdefault(EMULATED, Counter()).update(counts)
+    """Add what a process of pytest-xdist has run on the emulator. Each process leaves out the same tests."""
+    output = getattr(node, "workeroutput", {})
+    node.config.stash.setdefault(EMULATED, Counter()).update(output.get("emulated", {}))
+    if "left_out" in output:  # a process that crashed has no output
+        node.config.stash[LEFT_OUT] = Counter(output["left_out"])
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # below the list of failures
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> Generator[None, object, object]:
+    result = yield
     why_old = build_age.why_old()
     if why_old is not None:
         terminalreporter.write_line(
@@ -122,3 +156,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     if config.stash.get(EMULATED, None):
         ran = ", ".join(f"{count} {what}" for what, count in config.stash[EMULATED].items())
         terminalreporter.write_line(f"On the emulator: {ran}")
+    skipped = Counter(_reason(report) for report in terminalreporter.stats.get("skipped", ()))
+    for line in summary.lines(config.stash.get(LEFT_OUT, {}), skipped):
+        terminalreporter.write_line(line)
+    return result
+
+
+def _reason(report: pytest.TestReport | pytest.CollectReport) -> str:
+    """Return why a test was skipped."""
+    text = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    return text.removeprefix("Skipped: ")

@@ -1,7 +1,7 @@
 """Time every case of ddpm_fast/testing/cases.py in every backend, beside eager PyTorch.
 
-    pytest benchmarks/ops
-    pytest benchmarks/ops -k "group_norm_silu and cifar and bf16" --benchmark-save=before
+    python -m pytest benchmarks/ops
+    python -m pytest benchmarks/ops -k "group_norm_silu and cifar and bf16" --benchmark-save=before
 
 Results are checked first. Wrong results are a failure and have no time.
 The device is the GPU, or the CPU if there is none or CUDA_VISIBLE_DEVICES is empty.

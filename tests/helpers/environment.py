@@ -1,4 +1,4 @@
-"""The test suite's environment variables. A conftest imports this module before anything imports torch."""
+"""The test suite's environment. A conftest imports this module before anything imports torch."""
 
 import os
 
@@ -9,7 +9,10 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministi
 
 os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = os.devnull  # it writes nothing
 
+import fresh_machine
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: its kernels then run on CPU tensors
+
+fresh_machine.begin()  # here, so that it holds for imports of test modules and for fixtures of any scope

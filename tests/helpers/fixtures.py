@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import nullcontext
 from types import ModuleType
 
+import fresh_machine
 import kernel_calls
 import pytest
 import torch
@@ -15,6 +17,13 @@ from emulator import build
 from ddpm_fast.ops import backend
 
 EMULATED: pytest.StashKey[Counter[str]] = pytest.StashKey()  # what has run on the emulator
+
+
+@pytest.fixture(autouse=True)
+def _fresh_machine(request: pytest.FixtureRequest) -> Iterator[None]:
+    """No test reaches the network or a data set, unless it is marked `data_sets`."""
+    with fresh_machine.lifted() if request.node.get_closest_marker("data_sets") else nullcontext():
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -41,9 +50,8 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 def matrix_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the kernels of convolution and attention available on any instruction set, even if PyTorch's are faster."""
     if backend.native_error() is None:
-        if backend.BUILD["isa"] == "baseline":
-            monkeypatch.setitem(backend.BUILD, "isa", "avx2")
-        monkeypatch.setitem(backend.BUILD, "amx_bf16", False)
+        for name, value in kernel_calls.for_any_cpu().items():
+            monkeypatch.setitem(backend.BUILD, name, value)
 
 
 @pytest.fixture

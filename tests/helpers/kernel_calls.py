@@ -7,9 +7,16 @@ from typing import Any
 
 from torch import Tensor
 
+from ddpm_fast.ops import backend
 from ddpm_fast.ops.fused_op import FusedOp
 
 MATRIX_OPS = ("group_norm_affine", "conv3x3", "attention")  # ops whose kernels are for CPUs only
+
+
+def for_any_cpu() -> dict[str, Any]:
+    """Return the entries of `backend.BUILD` that make the kernels of convolution and attention serve any CPU."""
+    isa = backend.BUILD["isa"]
+    return {"isa": "avx2" if isa == "baseline" else isa, "amx_bf16": False}
 
 
 def launch(module: Any, name: str, **values: Any) -> Any:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import kernel_calls  # noqa: F401 (also theirs)
 import pytest
 import torch
 from torch import Tensor
@@ -128,9 +129,10 @@ def assert_same(results: list[Tensor], expected: list[Tensor]) -> None:
 
 
 def run_process(script: str) -> str:
-    """Run a script in a new process, with the names of this module, and return what it prints."""
+    """Run a script in a new process, with the names of this module and all kernels, and return what it prints."""
     path = os.pathsep.join([str(TESTS), *filter(None, sys.path)])
-    command = [sys.executable, "-W", "ignore", "-c", f"from test_threads import *\n{script}"]
+    names = "from test_threads import *\nbackend.BUILD.update(kernel_calls.for_any_cpu())"
+    command = [sys.executable, "-W", "ignore", "-c", f"{names}\n{script}"]
     result = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=SAFETY_NET)
     assert result.returncode == 0, result.stderr
     return result.stdout
@@ -224,6 +226,7 @@ def test_loops_of_one_item() -> None:
         x.zero_()
 
 
+@pytest.mark.usefixtures("matrix_kernels")
 def test_python_threads_with_a_program_each() -> None:
     jobs = [(network(n=n, size=10), threads) for n, threads in ((1, 2), (2, 3), (3, 2), (4, 4))]
     expected = [with_threads(1, compute) for compute, _ in jobs]
@@ -247,6 +250,7 @@ def test_python_threads_with_a_program_each() -> None:
     assert wrong == []
 
 
+@pytest.mark.usefixtures("matrix_kernels")
 def test_one_program_of_two_python_threads() -> None:
     compute = network()
     expected = with_threads(1, compute)

@@ -407,7 +407,7 @@ UNAVAILABLE: list[tuple[Callable[[], Any], str]] = [
 ]
 
 
-@pytest.mark.usefixtures("no_matrix_units")
+@pytest.mark.usefixtures("matrix_kernels")
 @pytest.mark.parametrize(("call", "message"), UNAVAILABLE, ids=range(len(UNAVAILABLE)))
 def test_a_named_backend_that_does_not_serve_says_why(call: Callable[[], Any], message: str) -> None:
     with pytest.raises(ddpm_fast.BackendUnavailable, match=message):

@@ -83,6 +83,7 @@ OPS_OF_X: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("name", OPS_OF_X)
+@pytest.mark.usefixtures("matrix_kernels")
 def test_transforms_of_a_recorded_backward_pass(name: str) -> None:
     """The forward pass ran kernels. The reference then computes the backward pass."""
     x = X.clone().requires_grad_()

@@ -41,6 +41,7 @@ class _Recorder(TorchDispatchMode):
     "channels_last", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["contiguous", "channels_last"]
 )
 @pytest.mark.parametrize("case", OPCHECKED, ids=str)
+@pytest.mark.usefixtures("matrix_kernels")
 def test_opcheck(case: Case, channels_last: bool, device: torch.device) -> None:
     call = make_call(case, device=device, channels_last=channels_last).map(lambda x: x.detach().clone().requires_grad_())
     with _Recorder() as recorder:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -28,19 +30,19 @@ def make(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("dtype", backend.MATRIX_DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_result_is_as_right_as_pytorchs(shape: tuple[int, ...], dtype: torch.dtype, act: str, up: bool) -> None:
-    x, affine = make(shape, dtype)
-    given = None if act == "nothing" else affine
-    wide = None if given is None else given.double()
-    y = resample_op(x, given, act == "silu", up, backend="native")
-    exact = resample_op(x.double(), wide, act == "silu", up, backend="reference")
-    plain = resample_op(x, given, act == "silu", up, backend="reference")
-    assert (y.shape, y.dtype) == (exact.shape, dtype)
-    assert y.is_contiguous(memory_format=torch.channels_last)
-    if y.numel() == 0:
-        return
-    error, allowed = ((each.double() - exact).square().mean().sqrt() for each in (y, plain))
-    unit = torch.finfo(dtype).eps / 2
-    assert error <= max(2 * allowed, unit * exact.square().mean().sqrt())
+    squares = torch.zeros(3, dtype=torch.float64)
+    for _ in range(32 if math.prod(shape) < 1000 else 1):  # whose error is larger is luck for a few values
+        x, affine = make(shape, dtype)
+        given = None if act == "nothing" else affine
+        wide = None if given is None else given.double()
+        y = resample_op(x, given, act == "silu", up, backend="native")
+        exact = resample_op(x.double(), wide, act == "silu", up, backend="reference")
+        plain = resample_op(x, given, act == "silu", up, backend="reference")
+        assert (y.shape, y.dtype) == (exact.shape, dtype)
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        squares += torch.stack([each.square().sum() for each in (y.double() - exact, plain.double() - exact, exact)])
+    error, allowed, size = squares.sqrt()
+    assert error <= max(2 * allowed, torch.finfo(dtype).eps / 2 * size)
 
 
 @pytest.mark.parametrize("dtype", backend.MATRIX_DTYPES)

@@ -167,23 +167,50 @@ def test_inversion_evaluated_at_the_arrival_equals_its_formula() -> None:
     torch.testing.assert_close(invert(NETWORK, plan, IMAGES, **QUIET).double(), x, rtol=1e-5, atol=1e-5)
 
 
-def test_the_built_in_model_gives_images_back_after_inversion() -> None:
-    """More steps give them back more exactly."""
+def silhouettes() -> tuple[Tensor, Tensor]:
+    """Return a shaded T-shirt, trousers, a dress and a bag, [4, 1, 32, 32] in [-1, 1], and their labels."""
+    y, x = torch.meshgrid(torch.linspace(-1, 1, 32), torch.linspace(-1, 1, 32), indexing="ij")
+    radius, wide = x**2 + (y + 0.2) ** 2, x.abs()
+    shirt = (wide < 0.45) & (y > -0.7) & (y < 0.75) | (wide < 0.85) & (y > -0.7) & (y < -0.25)
+    trousers = (y.abs() < 0.8) & (wide < 0.4) & ((wide > 0.08) | (y < -0.4))
+    dress = (y.abs() < 0.8) & (wide < 0.25 + (y + 0.8) / 8)
+    bag = (wide < 0.7) & (y > -0.2) & (y < 0.6) | (radius > 0.25) & (radius < 0.36) & (y < -0.2)
+    shade = 0.35 + 0.25 * torch.cos(3 * x) * torch.cos(2 * y)
+    black = torch.tensor(-1.0)
+    return torch.where(torch.stack([shirt, trousers, dress, bag]), shade, black)[:, None], torch.tensor([0, 1, 3, 8])
+
+
+def inverted_and_drawn(x_0: Tensor, labels: Tensor, steps: int) -> tuple[float, float]:
+    """Return the PSNR in decibels of images that the built-in model inverts and draws again, and the deviation of x_T."""
     model, schedule = load_builtin()
+    forth = ddim_inversion_plan(schedule, steps, evaluate_at="arrival", clip=None)
+    back = ddim_plan(schedule, steps, clip=None)
+    x_T = invert(model, forth, x_0, class_labels=labels, **QUIET)
+    again = sample(model, back, len(x_0), x_T=x_T, class_labels=labels, **QUIET)
+    return 10 * math.log10(4 / float((again - x_0).square().mean())), float(x_T.std())
+
+
+def test_the_built_in_model_gives_images_back_after_inversion() -> None:
+    """More steps give them back more exactly: 14.0 dB, then 25.6.
+
+    An epsilon at the timestep of the start gives 19.3 dB, a clip 14.5, a missing last step 21.7, another class 10.9, and a
+    coefficient that is wrong by a thousandth 21.7.
+    """
+    (few, few_deviation), (many, deviation) = (inverted_and_drawn(*silhouettes(), steps) for steps in (10, 40))
+    assert many > 25
+    assert many > few + 10
+    assert abs(few_deviation - 1) < 0.15
+    assert abs(deviation - 1) < 0.03
+
+
+@pytest.mark.data_sets
+def test_the_built_in_model_gives_real_images_back_after_inversion() -> None:
     images, labels = load_dataset("fashion-mnist", split="test", image_size=32, first=4).batch(torch.arange(4))
-    x_0 = to_unit_range(images)
-    errors = []
-    for steps in (10, 40):
-        forth, back = (
-            ddim_inversion_plan(schedule, steps, evaluate_at="arrival", clip=None),
-            ddim_plan(schedule, steps, clip=None),
-        )
-        x_T = invert(model, forth, x_0, class_labels=labels, **QUIET)
-        again = sample(model, back, 4, x_T=x_T, class_labels=labels, **QUIET)
-        errors.append(10 * math.log10(4 / float((again - x_0).square().mean())))
-        assert abs(float(x_T.std()) - 1) < 0.3
-    assert errors[1] > errors[0] + 3
-    assert errors[1] > 25
+    (few, few_deviation), (many, deviation) = (inverted_and_drawn(to_unit_range(images), labels, steps) for steps in (10, 40))
+    assert many > 25
+    assert many > few + 3
+    assert abs(few_deviation - 1) < 0.3
+    assert abs(deviation - 1) < 0.3
 
 
 @pytest.mark.parametrize("name", [*PLANS, "repaint"])
