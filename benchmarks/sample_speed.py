@@ -241,8 +241,10 @@ def why_doubtful(load: float | None, times: Mapping[str, common.Times], policy: 
         reasons.append(f"the quartiles of {widest} are {wide[widest]:.0%} of its median apart")
     if not reasons:
         return None
-    advice = "close other programs" if policy.lower() == "passive" else "close other programs, or set OMP_WAIT_POLICY=passive"
-    return f"warning: the ratios may be several times too high or too low, because {' and '.join(reasons)}: {advice}"
+    passive = policy.lower() == "passive"
+    effect = "are less certain" if passive else "may be several times too high"
+    advice = "close other programs" if passive else "close other programs, or set OMP_WAIT_POLICY=passive"
+    return f"warning: the ratios {effect}, because {' and '.join(reasons)}: {advice}"
 
 
 def seconds_of(sampler: Callable[[int], Tensor], batch: int, device: str) -> float:

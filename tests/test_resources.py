@@ -98,7 +98,7 @@ HUB = "; a model of the Hugging Face hub is downloaded first: hf download {} --l
         ("./runs/mien", "none; did you mean 'runs/mine'?"),
         (Path("modal"), "none; did you mean 'model'?"),
         (Path("rums"), "none"),  # runs holds no model itself
-        ("runs/other", "none: 'runs' has no such folder" + HUB.format("runs/other", "other")),
+        ("runs/other", "none: 'runs' has no such folder"),
         (
             "google/ddpm-cifar10-32",
             "none: there is no folder 'google'" + HUB.format("google/ddpm-cifar10-32", "ddpm-cifar10-32"),
@@ -110,7 +110,7 @@ HUB = "; a model of the Hugging Face hub is downloaded first: hf download {} --l
         ("a/b/c", "none: there is no folder 'a/b'"),
         ("file", "a file"),
         ("elsewhere", "none"),
-        ("runs/" + "x" * 300, "none: 'runs' has no such folder" + HUB.format("runs/" + "x" * 300, "x" * 300)),
+        ("runs/" + "x" * 300, "none: 'runs' has no such folder"),
     ],
 )
 def test_a_model_folder_that_is_missing_has_advice(

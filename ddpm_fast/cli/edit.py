@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import InvalidValue, expect
+from ..resources import check_free_memory
 from .options import SAMPLING_DTYPE_HELP, Command, Finite, PathOption, model_options, refusing
 from .outputs import check_output, make_writable, save_result
 from .samplers import class_options, labels_of_option, plan_of_options, sampler_options
@@ -69,7 +70,7 @@ def vary_command(sources: tuple[str, ...], strength: float, num: int, **options:
     with refusing():
         edit = _Edit("vary", sources, options)
         plan, labels = edit.plan(options), edit.labels()
-        edit.make_ready(num + 1)
+        edit.make_ready(num + 1, num)
         seeds = sample_seeds(options["seed"], num).repeat(len(sources))
         copies = edit.images.repeat_interleave(num, dim=0)
         each = None if labels is None else torch.as_tensor(labels).repeat_interleave(num)
@@ -96,7 +97,7 @@ def interpolate_command(sources: tuple[str, ...], strength: float, num: int, **o
     with refusing():
         edit = _Edit("interpolate", sources, options)
         plan, labels = edit.plan(options), edit.labels(pairs=True)
-        edit.make_ready(num + 2)
+        edit.make_ready(num + 2, num)
         a, b = edit.images[:1], edit.images[1:]
         arguments = edit.arguments() | {"seed": options["seed"], "class_labels": labels}
         between = interpolate(edit.loaded.model, plan, a, b, num, strength=strength, **arguments)
@@ -320,12 +321,15 @@ class _Edit:
         )
         return labels
 
-    def make_ready(self, columns: int) -> None:
-        """Raise unless the format can hold the picture. Then make its folder. This is the last check."""
+    def make_ready(self, columns: int, num: int | None = None) -> None:
+        """Raise unless memory and the format can hold the picture. Then make its folder. This is the last check."""
         from ..files.images import grid_shape, image_format
 
         rows = len(self.images)
         picture = grid_shape((rows * columns, *self.images.shape[1:]), columns=columns, scale=self._scale)
+        what = ("IMAGE", f"{rows} images") if num is None else ("num", str(num))
+        # Copies, x_T and results in float32, and pictures.
+        check_free_memory(self._command, *what, 12 * columns * self.images.numel() + 3 * math.prod(picture))
         image_format(self._out, picture, "out")
         make_writable(self._command, "out", self._out.parent)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 import tempfile
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import click
 
 from ..errors import UnusablePath, expect
 from ..files.writing import remove_leftovers
-from ..resources import check_writable
+from ..resources import check_free_memory, check_writable
 
 
 def check_output(command: str, name: str, path: Path) -> None:
@@ -65,11 +66,13 @@ def save_result(save: Callable[[Path], object], path: Path, failures: list[str],
 def check_pictures(
     shape: tuple[int, int, int, int], frames: int, out: Path, scale: int, gif: Path | None, gif_scale: int
 ) -> None:
-    """Raise unless the formats can hold pictures of images [N, C, H, W], where C counts the channels that are shown."""
+    """Raise unless memory and the formats can hold pictures of images [N, C, H, W], where C counts the shown channels."""
     from ..files.images import ANIMATED, STRIP, grid_shape, image_format
 
     num, shown, *sides = shape
-    image_format(out, grid_shape(shape, scale=scale), "out")
+    image_format(out, grid := grid_shape(shape, scale=scale), "out")
+    # Float32 states, and pictures.
+    check_free_memory("sample", "num", num, (12 + 4 * frames) * math.prod(shape) + 3 * math.prod(grid))
     if gif is not None and image_format(gif, (1, 1, shown), "gif") in ANIMATED:
         image_format(gif, grid_shape(shape, scale=gif_scale), "gif")
     elif gif is not None:

@@ -334,8 +334,8 @@ def _unet_config(options: ModelOptions, dataset: ImageDataset) -> dict[str, Any]
     widths = options.channels
     factor = 2 ** (len(widths) - 1)
     wanted = f"images whose sides are multiples of {factor} for {len(widths)} levels of channels"
-    fitting = size_of([-(-side // factor) * factor for side in (height, width)])
-    got = f"{width}x{height}; choose another image_size, such as {fitting}, or fewer levels: fewer numbers in channels"
+    fitting = [-(-side // factor) * factor for side in (height, width)]
+    got = f"{width}x{height}; choose another image_size, such as {size_of(fitting)}, or fewer levels: fewer numbers in channels"
     expect(height % factor == 0 and width % factor == 0, "train", "", wanted, got)
     attended = [min(height, width) >> level in options.attention for level in range(len(widths))]
     return {

@@ -158,7 +158,7 @@ def test_a_network_sets_options_that_others_override(
 
 
 def test_a_command_with_a_network_can_be_repeated(tmp_path: Path) -> None:
-    """As torchrun repeats it after a failure."""
+    """Torchrun repeats it after a failure."""
     command = ["train", tmp_path / "run", *TINY, "--network", "cifar10", "--dropout", 0.0, "--steps", 1, "--auto-resume"]
     run(*command)
     run(*command)

@@ -80,7 +80,7 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: q_sample(X, 3, PLAN, seeds=SEEDS), InvalidType("q_sample", "schedule", "to be a NoiseSchedule", "SamplingPlan")),
     (
         lambda: q_sample(X.int(), 3, SCHEDULE, seeds=SEEDS),
-        InvalidType("q_sample", "x_0", "to be float32, float64, float16 or bfloat16", "torch.int32"),
+        InvalidType("q_sample", "x_0", "to be float32, float64, float16, bfloat16 or uint8", "torch.int32"),
     ),
     (lambda: q_sample([1.0], 3, SCHEDULE, seeds=SEEDS), InvalidType("q_sample", "x_0", "to be a tensor", "list")),
     (lambda: q_sample(X, 3, SCHEDULE), InvalidValue("q_sample", "", "exactly one of noise and seeds", "neither")),

@@ -123,6 +123,14 @@ def test_a_test_may_be_given_the_machine() -> None:
     assert subprocess.run([sys.executable, "-c", numeric], stderr=subprocess.DEVNULL).returncode == 1
 
 
+@pytest.mark.slow
+def test_the_hidden_folder_is_that_of_the_package() -> None:
+    script = "from ddpm_fast.training.data import FASHION_MNIST_DEBIAN\nprint(FASHION_MNIST_DEBIAN)"
+    with fresh_machine.lifted():
+        done = subprocess.run([sys.executable, "-c", script], check=True, stdout=subprocess.PIPE, text=True)
+    assert done.stdout.strip() == fresh_machine.DEBIAN
+
+
 @pytest.mark.data_sets
 def test_marked_tests_run_with_full_alone(pytestconfig: pytest.Config) -> None:
     assert pytestconfig.getoption("full")

@@ -183,11 +183,11 @@ def test_ranges_that_float32_cannot_resolve_are_refused(bounds: tuple[float, flo
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_values_at_the_ends_of_a_range_are_rounded_to_their_dtype(dtype: Any, tmp_path: Path) -> None:
     """0.1 in float32 is larger than 0.1."""
-    path = write_npy(tmp_path, VALUES.clip(-0.1, 0.1).astype(dtype))
+    path = write_npy(tmp_path, VALUES.astype(dtype).clip(-0.1, 0.1))
     images = load_dataset(str(path), data_range=(-0.1, 0.1)).images[:]
     assert (float(images.min()), float(images.max())) == pytest.approx((-1, 1), abs=1e-3)
     load_dataset(str(path), data_range=(-1e6, 1e6))  # beyond float16
-    write_npy(tmp_path, VALUES.clip(-0.1, 0.101).astype(dtype))
+    write_npy(tmp_path, VALUES.astype(dtype).clip(-0.1, 0.101))
     with pytest.raises(ValueError, match=r"in channel 0; clip them, or train with more"):
         load_dataset(str(path), data_range=(-0.1, 0.1))
 

@@ -127,7 +127,7 @@ def test_a_broken_image_is_an_error_of_its_batch(folder: Path) -> None:
     batches = dataset.batches(torch.arange(30).split(4))
     for _ in range(5):
         next(batches)
-    wanted = r"Pillow can read in .*images, got b/11\.png \(.*\); remove them, or train with skip_broken=True"
+    wanted = r"Pillow can read in .*images, got b/11\.png \(.*\); remove them; in training, skip_broken=True"
     with pytest.raises(ValueError, match=wanted):
         next(batches)
     assert not decoding_threads()

@@ -142,5 +142,5 @@ def test_memory_that_no_image_fills_is_an_error(tmp_path: Path, monkeypatch: pyt
     source = folder(tmp_path / "source", 20, FLAT)
     whole = loading.read_folder
     monkeypatch.setattr(loading, "read_folder", lambda root: whole(root).chosen([0, 1, 1]))
-    with refused(InvalidValue("load_dataset", "", f"one image for each name in {source}", "1 names without")):
+    with refused(InvalidValue("load_dataset", "", f"each name in {source} once", "1 again")):
         load_dataset(str(source))

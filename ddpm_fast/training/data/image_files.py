@@ -162,23 +162,21 @@ def load_images(
     whole = fits(shape, memory)
     images = torch.empty(shape if whole else 0, dtype=torch.uint8)
     pixels, rows = images.numpy(), {name: row for row, name in enumerate(names)}
+    # Rows of repeated names would stay unfilled.
+    expect(len(rows) == len(names), "load_dataset", "", f"each name in {root} once", f"{len(names) - len(rows)} again")
     if memory is not None and not whole:
         message = "decoding images in %s batch by batch, as all take %s and data_memory is %s"
         message += "; now all are decoded once, to find broken ones" if skip_broken else ""
         _log.info(message, root, size_text(math.prod(shape)), size_text(memory))
 
-    filled = np.zeros(len(names), bool)
-
     def fill(name: str) -> None:
         decoded = files.decode(name, size)
         if whole:
-            pixels[rows[name]], filled[rows[name]] = decoded, True
+            pixels[rows[name]] = decoded
 
     if whole or skip_broken:
         try_each(fill, [name for name in names if name not in broken], broken)
         _check_broken(root, names, broken, skip_broken)
-        missed = whole and len(names) - len(broken) - int(filled.sum())
-        expect(not missed, "load_dataset", "", f"one image for each name in {root}", f"{missed} names without")
 
     readable = [row for row, name in enumerate(files.names) if name not in broken]  # also beyond the first ones
     labels, classes = files.labels[readable], files.classes

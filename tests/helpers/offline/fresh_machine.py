@@ -1,7 +1,7 @@
 """A fresh machine for the tests, with no network and no data set, so that `make check` needs neither.
 
 `begin` acts on this process and those that it forks. Through PYTHONPATH and sitecustomize.py, it also acts on each Python that
-these start. It does not watch code that is no Python, such as gloo's. If `connect` is given a name, Python resolves it before
+these start. It does not watch code outside Python, such as gloo's. If `connect` is given a name, Python resolves it before
 the connection is refused.
 """
 
