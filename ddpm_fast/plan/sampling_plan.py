@@ -52,8 +52,8 @@ class SamplingPlan:
         schedule: The noise schedule to sample from.
         timesteps: The model's t for each step: int64 [S] on the CPU, in 0..T-1. Most samplers' descend. They ascend in
             `ddim_inversion_plan`, jump up in `repaint_plan`, and may repeat in `heun_plan` and with Karras's levels.
-        coefficients: float64 [S, 11] on the CPU, a copy at each read, as a plan does not change. COLUMNS names the columns. An
-            infinite `clip` disables the clip.
+        coefficients: float64 [S, 11] on the CPU. COLUMNS names the columns. An infinite `clip` disables the clip. It is a copy:
+            steps, `print` and `plot` read `table`, which a change of it does not reach.
         prediction: The meaning of m: "epsilon", "sample" (x_0), "v_prediction" or "previous_sample". The last is the mean of
             x_{t-1}, for the previous timestep of this plan.
         variance: "fixed", "learned" or "learned_range". If "fixed", std is the column sigma. Otherwise m has variance
@@ -88,7 +88,7 @@ class SamplingPlan:
         caller = "SamplingPlan"
         check_type(caller, "schedule", self.schedule, NoiseSchedule)
         _check_tensor(caller, "timesteps", self.timesteps, torch.int64, 1)
-        _check_tensor(caller, "coefficients", vars(self)["coefficients"], torch.float64, 2)
+        _check_tensor(caller, "coefficients", self.coefficients, torch.float64, 2)
         total, low, high = self.schedule.num_timesteps, int(self.timesteps.min()), int(self.timesteps.max())
         expect(low >= 0 and high < total, caller, "timesteps", f"in 0..{total - 1}", f"values from {low} to {high}")
         check_choice(caller, "prediction", self.prediction, PLAN_PREDICTIONS)
@@ -197,7 +197,7 @@ class SamplingPlan:
         shown = [*range(self.num_steps)]
         if self.num_steps > _PRINTED_ROWS:
             shown = shown[: _PRINTED_ROWS // 2] + shown[-(_PRINTED_ROWS // 2) :]
-        sigma = self.coefficients[:, COLUMNS.index("sigma")]
+        sigma = self.table()[:, COLUMNS.index("sigma")]
         for before, step in zip([-1, *shown], shown, strict=False):
             if step != before + 1:
                 lines.append("  ...")
@@ -229,7 +229,7 @@ class SamplingPlan:
         noise.plot(steps, (1 - self.alpha_bars_prev).sqrt(), ".-", label="noise")
         noise.set(title="levels on arrival", xlabel="step")
         noise.legend()
-        sigmas.plot(steps, self.coefficients[:, COLUMNS.index("sigma")], ".-")
+        sigmas.plot(steps, self.table()[:, COLUMNS.index("sigma")], ".-")
         sigmas.set(title="sigma", xlabel="step")
         return figure
 
@@ -255,12 +255,6 @@ class SamplingPlan:
                 self._on_device[device] = (self.coefficients.to(device, torch.float32), steps)
         return self._on_device[device]
 
-
-# Within the class, the property would be taken for the field's default.
-SamplingPlan.coefficients = property(  # type: ignore[assignment]
-    lambda plan: vars(plan)["coefficients"].clone(),
-    lambda plan, values: vars(plan).update(coefficients=values),
-)
 
 _P = ParamSpec("_P")
 
