@@ -46,7 +46,7 @@ _SSIM = 6  # pixels a side that its window needs
     "[default: those that the model keeps]",
     **RANGE,
 )
-@click.option("--condition-range", help="The same for --condition.", **RANGE)
+@click.option("--condition-range", help="Map these values of the arrays of --condition to -1 and 1.", **RANGE)
 @click.option(
     "--samples", type=click.IntRange(1), default=8, show_default=True, help="Draw this many samples of each image to restore."
 )
