@@ -22,7 +22,7 @@ from ddpm_fast import NoiseSchedule, Trainer, TrainOptions, UNet, load_folder, s
 from ddpm_fast.cli import main
 from ddpm_fast.errors import InvalidValue
 from ddpm_fast.training.data import Degradation, load_dataset, to_unit_range
-from ddpm_fast.training.data.conditions import conditioned_items, read_conditions
+from ddpm_fast.training.data.conditions import conditioned_items, evaluated_images, read_conditions
 
 RUN: dict[str, Any] = QUIET | {"channels": [8, 16], "batch_size": 8, "micro_batch_size": 2, "steps": 3}
 
@@ -146,6 +146,10 @@ def test_pairs_of_arrays_have_a_range(tmp_path: Path) -> None:
     (condition_range,), data_ranges = config["condition_range"], config["data_range"]
     assert condition_range[1] > 50 > max(high for _, high in data_ranges)
     assert len(data_ranges) == 2
+    with pytest.raises(
+        ValueError, match="evaluate: expected condition to be given, with 1 channels, as the model reads, got none"
+    ):
+        evaluated_images(str(tmp_path / "x.npy"), None, None, config, 2, 1)
     condition = read_conditions(tmp_path / "y.npy", config, (2, 8, 8))
     assert (condition.shape, float(condition.min()), float(condition.max())) == ((6, 1, 8, 8), -1, 1)
 

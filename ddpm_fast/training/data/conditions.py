@@ -77,7 +77,10 @@ def evaluated_images(
         channels=channels,
         data_range=_kept_range("evaluate", "data_range", config.get("data_range"), data_range),
         condition=condition,
-        condition_range=_kept_range("evaluate", "condition_range", config.get("condition_range"), condition_range),
+        # Without a condition, its absence is the error, and not the range that the network keeps for it.
+        condition_range=condition_range
+        if condition is None
+        else _kept_range("evaluate", "condition_range", config.get("condition_range"), condition_range),
         first=num,
     )
     reads = config["in_channels"] - channels

@@ -125,7 +125,7 @@ def load_dataset(
     expect(not unused, "load_dataset", "condition_range", "to go with a condition that is read from files", condition_range)
     if name in DATASETS:
         expect(paired is None, "load_dataset", "condition", f"to be computed from the images of {name}", repr(condition))
-        expect(data_range in (None, "measured"), "load_dataset", "data_range", f"to be None for {name}", data_range)
+        expect(images_range in (None, "measured"), "load_dataset", "data_range", f"to be None for {name}", data_range)
         dataset = _load_published(name, None if data_dir is None else Path(data_dir), split, size, memory)
     else:
         if not os.path.exists(name):
