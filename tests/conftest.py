@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections import Counter, defaultdict
 from collections.abc import Generator
 from pathlib import Path
@@ -26,14 +25,6 @@ from fixtures import (  # noqa: F401
     no_matrix_kernels,
     no_matrix_units,
 )
-
-# Machines that only check a GPU may lack what a whole file of tests needs.
-collect_ignore = [
-    file
-    for module, file in (("hypothesis", "test_properties.py"), ("diffusers", "repository/test_argument_types.py"))
-    if importlib.util.find_spec(module) is None
-]
-
 
 # Each case of these asks another question of a library.
 ABOUT_LIBRARIES = (

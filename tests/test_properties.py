@@ -7,12 +7,8 @@ import math
 from dataclasses import replace
 from typing import Any
 
-import hypothesis
-import hypothesis.internal.conjecture.providers
 import pytest
 import torch
-from hypothesis import assume, example, given, settings
-from hypothesis import strategies as st
 from parity import Expected, evaluate
 from torch import Tensor
 
@@ -38,6 +34,12 @@ from ddpm_fast.reference import PREDICTIONS
 from ddpm_fast.schedule.noise_schedule import BUILDERS
 from ddpm_fast.testing import SCHEDULE, Case, make_call
 
+hypothesis = pytest.importorskip("hypothesis")
+providers = pytest.importorskip("hypothesis.internal.conjecture.providers")
+
+from hypothesis import assume, example, given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+
 # The same examples in every run, without a time limit or a folder of earlier failures.
 hypothesis.settings.register_profile(
     "fixed",
@@ -49,7 +51,7 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("fixed")
 # Constants of loaded modules would become examples, which would then depend on the tests that ran before.
-hypothesis.internal.conjecture.providers.is_local_module_file = lambda _: False
+providers.is_local_module_file = lambda _: False
 
 NARROW = (torch.float32, torch.bfloat16, torch.float16)  # float64 has no wider truth to compare with
 SIZES = st.integers(1, 9)

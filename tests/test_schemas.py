@@ -6,12 +6,14 @@ import copy
 import re
 from typing import Any
 
-import msgspec
 import pytest
 
 from ddpm_fast.checks import MAX_TIMESTEPS
 from ddpm_fast.nn import UNetConfig
-from ddpm_fast.schemas import Checkpoint, Run, SampleManifest, Scheduler
+
+msgspec = pytest.importorskip("msgspec")
+
+from ddpm_fast.schemas import Checkpoint, Run, SampleManifest, Scheduler  # noqa: E402
 
 SHA256 = "0123456789abcdef" * 4
 FILES: dict[type, dict[str, Any]] = {

@@ -15,13 +15,14 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from diffusers.models.attention_processor import Attention, AttnProcessor, SlicedAttnProcessor
 from pipelines import STEPS, Pipeline, assert_same, assert_same_output, diffusers, generator, images, make, make_unet
 from small_unets import SMALL, VARIANTS, make_inputs, randomise, relative_error
 from torch import Tensor, nn
 
 from ddpm_fast import UNet, freeze, fuse
 from ddpm_fast.integrations import diffusers as schedulers
+
+processors = diffusers.models.attention_processor
 
 PIPELINES = ["DDPM", "DDIM"]
 LAYERS = "freeze: expected x.unet to have the layers that its configuration describes, got one where "
@@ -287,7 +288,7 @@ def write_google_folder(folder: Path) -> None:
 
 
 def with_processor(processor: Any) -> Callable[[Any], Any]:
-    return lambda unet: [layer.set_processor(processor) for layer in unet.modules() if isinstance(layer, Attention)]
+    return lambda unet: [layer.set_processor(processor) for layer in unet.modules() if isinstance(layer, processors.Attention)]
 
 
 # name -> a write to a network's weights that versions, addresses or sums of the values may not show.
@@ -350,7 +351,7 @@ def replace(path: str, by: Callable[[], nn.Module]) -> Callable[[Any], Any]:
     return lambda unet: unet.set_submodule(path, by())
 
 
-class Doubled(AttnProcessor):  # type: ignore[misc]
+class Doubled(processors.AttnProcessor):  # type: ignore[misc]
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return 2 * super().__call__(*args, **kwargs)
 
@@ -482,8 +483,8 @@ def test_patched_classes_count(method: str, monkeypatch: pytest.MonkeyPatch) -> 
 HARMLESS: dict[str, Callable[[Any], Any]] = {
     "training": lambda unet: unet.train(),
     "gradient checkpointing": lambda unet: unet.enable_gradient_checkpointing(),
-    "AttnProcessor": with_processor(AttnProcessor()),
-    "sliced attention": with_processor(SlicedAttnProcessor(1)),
+    "AttnProcessor": with_processor(processors.AttnProcessor()),
+    "sliced attention": with_processor(processors.SlicedAttnProcessor(1)),
     "upcast": given(ATTENTION, upcast_attention=True, upcast_softmax=False),
     "sample size": lambda unet: unet.register_to_config(sample_size=16, _name_or_path="elsewhere"),
     "frozen parameters": lambda unet: unet.requires_grad_(False),

@@ -14,17 +14,19 @@ from dataclasses import dataclass, field
 from functools import cache, wraps
 from typing import Any, NoReturn
 
-import diffusers
 import pytest
 import torch
-from denoising_diffusion_pytorch import denoising_diffusion_pytorch as theirs
 from small_unets import make_unet
 from torch import Tensor, nn
 
 import ddpm_fast as d
 from ddpm_fast.errors import InvalidType, InvalidValue
 from ddpm_fast.integrations import denoising_diffusion_pytorch, guided_diffusion
-from ddpm_fast.integrations import diffusers as schedulers
+
+diffusers = pytest.importorskip("diffusers")
+theirs = pytest.importorskip("denoising_diffusion_pytorch.denoising_diffusion_pytorch")
+
+from ddpm_fast.integrations import diffusers as schedulers  # noqa: E402
 
 # Objects that functions of the package return. Users do not make them.
 RESULTS = {"BackendUnavailable", "FuseReport", "Pretrained", "TrainResult", "VariationalBound"}
