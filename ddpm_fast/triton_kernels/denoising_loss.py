@@ -10,12 +10,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 
 from ..reference import STREAM_Q_SAMPLE
-from .tiles import current_sample, device_of, epsilon, launch, locate, rounded, tiling
+from .tiles import current_sample, device_of, epsilon, launch, locate, rounded, scratch, tiling
 
 STREAM = tl.constexpr(STREAM_Q_SAMPLE)
 TILES_PER_PROGRAM = 8
@@ -98,7 +97,7 @@ def denoising_loss(results: Any, a: Any) -> None:
     tiles, values = tiling(x_0, *a, ordered=a.noise is None)
     tiles_per_program = max(TILES_PER_PROGRAM, triton.cdiv(tiles, MAX_PARTIALS))
     partials = triton.cdiv(tiles, tiles_per_program)
-    partial = losses if partials == 1 else torch.empty(n, partials, device=losses.device)
+    partial = losses if partials == 1 else scratch(losses, n, partials)
     values |= {"partial": partial, "tiles": tiles, "tiles_per_program": tiles_per_program, "scale": n / x_0.numel()}
     launch(_denoising_loss_kernel, partials, results, a, **values)
     if partials > 1:

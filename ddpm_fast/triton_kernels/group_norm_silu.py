@@ -17,13 +17,12 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..errors import InvalidValue
-from .tiles import current_sample, device_of, launch, rounded
+from .tiles import current_sample, device_of, launch, rounded, scratch
 
 # Elements of a tile, padding included, that stay in registers: contiguous, channels_last (whose threads hold more channels).
 RESIDENT_FORWARD = (32768, 16384)
@@ -613,13 +612,13 @@ def group_norm_silu(results: Any, a: Any) -> None:
         return
     n = x.shape[0]
     # The kernels write the statistics in any case.
-    mean, rstd = torch.empty(2, n, groups, device=x.device) if results.mean is None else (results.mean, results.rstd)
+    mean, rstd = scratch(x, 2, n, groups) if results.mean is None else (results.mean, results.rstd)
     group_tiles, chunks, arguments, split = _tiling(x, groups, backward=False)
     values = {"n": n, "mean": mean, "rstd": rstd, "SILU": a.silu, "FAST": x.element_size() == 2, **arguments, **split}
     if not split:
         launch(_forward_kernel, group_tiles, results, a, **values)
         return
-    values["partial_mean"], values["partial_squares"] = torch.empty(2, n, groups, chunks, device=x.device)
+    values["partial_mean"], values["partial_squares"] = scratch(x, 2, n, groups, chunks)
     launch(_partial_statistics_kernel, group_tiles * chunks, results, a, **values)
     launch(_apply_kernel, group_tiles * chunks, results, a, CHUNKS=triton.next_power_of_2(chunks), **values)
 
@@ -638,14 +637,14 @@ def group_norm_silu_backward(results: Any, a: Any) -> None:
     values |= {"dy": a.grad_y, "n": n, "SILU": a.silu, "FAST": x.element_size() == 2, **arguments, **split}
     sum_dz = sum_dz_xhat = None
     if values["dweight"] is not None or values["dbias"] is not None:
-        sum_dz, sum_dz_xhat = torch.empty(2, n, c, device=x.device)
+        sum_dz, sum_dz_xhat = scratch(x, 2, n, c)
     values |= {"sum_dz": sum_dz, "sum_dz_xhat": sum_dz_xhat}
     if not split:
         launch(_backward_kernel, group_tiles, results, a, **values)
     else:
         has_shift = values["dshift"] is not None
-        values["partial"] = torch.empty(3 if has_shift else 2, n, chunks, c, device=x.device)
-        values["means"] = torch.empty(2, n, a.num_groups, device=x.device)
+        values["partial"] = scratch(x, 3 if has_shift else 2, n, chunks, c)
+        values["means"] = scratch(x, 2, n, a.num_groups)
         launch(_partial_sums_kernel, group_tiles * chunks, results, a, XHAT_SUMS=has_shift, **values)
         launch(_merge_sums_kernel, a.num_groups, results, a, **values | {"num_warps": 1})
         launch(_apply_backward_kernel, group_tiles * chunks, results, a, **values)

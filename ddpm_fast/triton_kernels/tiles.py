@@ -171,6 +171,11 @@ def launch(kernel: Any, programs: int, results: Any, a: Any, **values: Any) -> N
         kernel[grid(values["n"], programs)](**taken)
 
 
+def scratch(like: Tensor, *shape: int) -> Tensor:
+    """Return unwritten float32 on the tensor's device, whatever torch's default dtype is."""
+    return torch.empty(*shape, dtype=torch.float32, device=like.device)
+
+
 def device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Return a context that makes the tensor's device current. Triton launches on the current device."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

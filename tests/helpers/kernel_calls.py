@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ddpm_fast.ops import backend
@@ -38,6 +41,16 @@ def launch(module: Any, name: str, **values: Any) -> Any:
     if unknown:
         raise TypeError(f"{name}: it has the fields {', '.join(fields)}, got {', '.join(unknown)}")
     return getattr(module, name)(*(values.get(field) for field in fields))
+
+
+@contextmanager
+def defaulting_to(dtype: torch.dtype) -> Iterator[None]:
+    """Make this torch's default dtype."""
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def launch_triton(name: str, results: dict[str, Tensor | None], **arguments: Any) -> None:

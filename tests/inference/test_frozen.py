@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from kernel_calls import defaulting_to
 from refusals import refused
 from small_unets import VARIANTS, make_inputs, make_unet, relative_error
 from torch import Tensor, nn
@@ -37,15 +38,6 @@ def num_threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextmanager
-def default(dtype: torch.dtype) -> Iterator[None]:
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -226,7 +218,7 @@ def test_autocast_has_no_effect() -> None:
 
 @BOTH
 @pytest.mark.parametrize(
-    "context", [lambda: default(torch.bfloat16), lambda: default(torch.float64), lambda: torch.device("meta")]
+    "context", [lambda: defaulting_to(torch.bfloat16), lambda: defaulting_to(torch.float64), lambda: torch.device("meta")]
 )
 def test_default_dtype_and_device_have_no_effect(
     context: Callable[[], AbstractContextManager[Any]], dtype: torch.dtype

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_calls import launch_triton
+from kernel_calls import defaulting_to, launch_triton
 from pairwise import pairwise
 from torch import Tensor
 
@@ -195,7 +195,7 @@ SMALL = ("weight", "bias", "shift", "scale", "scale_shift")
 def run_norm(x: Tensor, dy: Tensor, small: list[Tensor], groups: int, silu: bool) -> list[Tensor]:
     """y, mean, rstd and the gradients of x, weight, bias, shift, scale and scale_shift."""
     y, dx = nan_like(x), nan_like(x)
-    mean, rstd = (torch.full((x.shape[0], groups), torch.nan, device=DEVICE) for _ in range(2))
+    mean, rstd = (torch.full((x.shape[0], groups), torch.nan, dtype=torch.float32, device=DEVICE) for _ in range(2))
     gradients = [nan_like(value) for value in small]
     arguments = {"x": x, "num_groups": groups, "eps": 1e-5, "silu": silu, **dict(zip(SMALL, small, strict=True))}
     launch_triton("group_norm_silu", {"y": y, "mean": mean, "rstd": rstd}, **arguments)
@@ -274,6 +274,31 @@ def test_group_norm_of_a_sample_does_not_depend_on_its_batch(layout: Layout) -> 
     alone = run_norm(x[1:2], dy[1:2], [weight, bias, *(value[1:2] for value in modulation)], 4, True)
     for index in (0, 1, 2, 3, 6, 7, 8):  # all but the gradients of weight and bias, which are sums over the batch
         assert torch.equal(batch[index][1:2], alone[index])
+
+
+@pytest.mark.parametrize("resident", [True, False], ids=["resident", "chunks"])
+def test_scratch_is_float32_under_any_default_dtype(resident: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Statistics, partial sums and sums of gradients keep their digits, so the results keep their bits."""
+    if not resident:
+        for name, value in {"RESIDENT_FORWARD": (0, 0), "RESIDENT_BACKWARD": (0, 0), "SPLIT_TILE": 256}.items():
+            monkeypatch.setattr(norm_module, name, value)
+        monkeypatch.setattr(norm_module, "TILES_PER_CHUNK", 2)
+        monkeypatch.setattr(loss_module, "TILES_PER_PROGRAM", 1)
+    x, dy, small = norm_inputs(3, 16, 20, 21, channels_last)
+    losses = {"losses": torch.empty(3, device=DEVICE)}
+    target = {"model_output": dy, "x_0": x, "t": torch.zeros(3, dtype=torch.int64, device=DEVICE), "noise": randn(*x.shape)}
+    table = torch.tensor([[0.6, 0.8]], device=DEVICE)
+
+    def results() -> list[Tensor]:
+        y = nan_like(x)
+        launch_triton("group_norm_silu", {"y": y}, x=x, num_groups=4, eps=1e-5, silu=True)
+        launch_triton("denoising_loss", losses, **target, table=table, prediction=2)
+        return [y, *run_norm(x, dy, small, 4, True), losses["losses"].clone()]
+
+    expected = results()
+    with defaulting_to(torch.bfloat16):
+        got = results()
+    assert all(map(torch.equal, got, expected))
 
 
 def test_group_norm_of_an_empty_batch_has_zero_gradients() -> None:
