@@ -61,6 +61,8 @@ def prepared(run: RunFolder, options: TrainOptions, data_and_model: Mapping[str,
         data_and_model: The options of data and network, if `train` makes them.
         processes: The processes.
     """
+    from .. import schemas  # noqa: F401 (that msgspec is missing is said here, and not when a checkpoint is read)
+
     if options.ema_warmup is None:
         options = replace(options, ema_warmup=data_and_model.get("init") is None)
     # Rank 0 decides, as another process may see the folder later.

@@ -21,6 +21,7 @@ from runs import NAMES, QUIET, assert_same_weights, log_rows, train
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
+import ddpm_fast
 from ddpm_fast import NoiseSchedule, Trainer, TrainOptions, UNet, export_checkpoint, load_folder
 from ddpm_fast.cli import main
 from ddpm_fast.errors import InvalidType, InvalidValue, UnusablePath
@@ -69,6 +70,16 @@ def trainer(run_dir: Path, dataset: Any = None, model: UNet | None = None, **opt
 
 def assert_same_parameters(a: UNet, b: UNet) -> None:
     assert [name for name, value in a.state_dict().items() if not torch.equal(value.cpu(), b.state_dict()[name].cpu())] == []
+
+
+def test_that_msgspec_is_missing_is_said_before_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checkpoints are read by it, and the second one reads the first."""
+    monkeypatch.setitem(sys.modules, "msgspec", None)
+    monkeypatch.delitem(sys.modules, "ddpm_fast.schemas", raising=False)
+    monkeypatch.delitem(vars(ddpm_fast), "schemas", raising=False)
+    with pytest.raises(ModuleNotFoundError, match="msgspec"):
+        trainer(tmp_path / "run").run()
+    assert not (tmp_path / "run").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------- the same as train
