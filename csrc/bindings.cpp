@@ -13,6 +13,12 @@
 #include "cuda/kernels.h"
 #endif
 
+namespace ddpm_fast {
+
+extern const char* const build_sources;
+
+}  // namespace ddpm_fast
+
 namespace py = pybind11;
 using namespace ddpm_fast;
 
@@ -26,6 +32,7 @@ py::dict build_info() {
 #else
   info["compiler"] = "g++ " __VERSION__;
 #endif
+  info["sources"] = build_sources;  // their digest: csrc/digest.py
   info["isa"] = isa_in_use();
   info["isas"] = compiled_isas();
   info["processor_isa"] = processor_isa();

@@ -1,16 +1,17 @@
-"""The age of the native module, compared with its sources."""
+"""The sources of the native module, compared with those that it was built from."""
 
 from __future__ import annotations
 
+import runpy
 from pathlib import Path
+
+from ddpm_fast.ops import backend
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def why_old(root: Path = ROOT) -> str | None:
-    """Return which source has changed since the native module was built, or None."""
-    modules = [path.stat().st_mtime for path in (root / "ddpm_fast").glob("_native*.so")]
-    sources = [root / "CMakeLists.txt", *(path for path in (root / "csrc").rglob("*") if path.is_file())]
-    newest = max(sources, key=lambda path: path.stat().st_mtime)
-    is_old = bool(modules) and newest.stat().st_mtime > max(modules)
-    return f"{newest.relative_to(root)} is newer than the module" if is_old else None
+    """Return that the sources changed since the native module was built, or None."""
+    now: str = runpy.run_path(str(root / "csrc" / "digest.py"))["digest"]()
+    built = backend.BUILD.get("sources", now)  # without a module there is nothing to say
+    return None if built == now else "csrc or CMakeLists.txt has changed"

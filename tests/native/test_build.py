@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -12,12 +13,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import build_age
 import pytest
 import torch
 
 import ddpm_fast
-from ddpm_fast import _native, reference
+from ddpm_fast import reference
 from ddpm_fast.ops import OPS, backend, why_not
+
+_native = pytest.importorskip("ddpm_fast._native")
 
 ROOT = Path(__file__).parents[2]
 
@@ -107,6 +111,20 @@ def test_build_info() -> None:
     assert build["isa"] in build["isas"]
     assert build["processor_isa"] in ("baseline", "avx2", "avx512", "avx512_bf16")
     assert bool(build["cuda_archs"]) != bool(build["cuda_why_not"])
+
+
+def test_a_module_is_old_by_the_content_of_its_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("CMakeLists.txt", "csrc/digest.py", "csrc/a.cpp", "csrc/cuda/b.cu"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name) if (ROOT / name).exists() else (tmp_path / name).touch()
+    digest = runpy.run_path(str(tmp_path / "csrc/digest.py"))["digest"]()
+    monkeypatch.setitem(backend.BUILD, "sources", digest)
+    os.utime(tmp_path / "csrc/a.cpp", (2**31, 2**31))  # newer than any module
+    assert build_age.why_old(tmp_path) is None
+    (tmp_path / "csrc/cuda/b.cu").rename(tmp_path / "csrc/b.cu")
+    assert build_age.why_old(tmp_path) == "csrc or CMakeLists.txt has changed"
+    monkeypatch.delitem(backend.BUILD, "sources")
+    assert build_age.why_old(tmp_path) is None  # there is no module
 
 
 # --------------------------------------------------------------------------------------------------- values of a call
