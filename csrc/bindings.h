@@ -138,6 +138,8 @@ inline PyObject* call_function(PyObject* self, PyObject* const* values, Py_ssize
     error.set_error();
   } catch (const std::bad_alloc&) {
     PyErr_NoMemory();
+  } catch (const PlanAgain& warning) {
+    PyErr_SetString(PyExc_RuntimeWarning, warning.what());
   } catch (const std::exception& error) {
     PyErr_SetString(PyExc_RuntimeError, error.what());
   }

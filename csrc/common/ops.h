@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <stdexcept>
 
 #include "common/args.h"
 
@@ -56,6 +57,11 @@
   OP(count_step, CountStepArgs)
 
 namespace ddpm_fast {
+
+// A card has refused a launch. Called again, the kernel is planned in another way and asks for another workspace.
+struct PlanAgain : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
 
 // A function that a device does not have is null.
 struct Kernels {

@@ -3,11 +3,13 @@
 
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
 
 #include "common/dtype.h"
+#include "common/ops.h"
 
 namespace ddpm_fast::cuda {
 
@@ -28,13 +30,16 @@ inline int attribute(const char* op, cudaDeviceAttr which) {
   return value;
 }
 
-// Return the most blocks of a cluster: 1 before compute capability 9.0. Blocks of a cluster read each other's shared
+// Whether a card has refused a cluster. A part of a card may have too few multiprocessors side by side.
+inline std::atomic<bool> clusters_refused = false;
+
+// Return the most blocks of a cluster: 1 after a refusal and before compute capability 9.0. Blocks of a cluster read each other's shared
 // memory. No other property of a card decides the partition, above all not its number of multiprocessors, as results
 // must not depend on it.
 inline int largest_cluster(const char* op) {
   const int major = attribute(op, cudaDevAttrComputeCapabilityMajor);
   // 8 is what every card with clusters has; 9 and 10 are the large chips, and have 16.
-  return major < 9 ? 1 : major <= 10 ? 16 : 8;
+  return major < 9 || clusters_refused ? 1 : major <= 10 ? 16 : 8;
 }
 
 struct Dims {
@@ -66,7 +71,15 @@ void launch(const char* op, void (*kernel)(Parameters...), const Dims& dims, voi
   cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
   config.attrs = &cluster;
   config.numAttrs = dims.cluster > 1 ? 1 : 0;
-  check(op, cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
+  const cudaError_t status = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+  if (status != cudaSuccess && dims.cluster > 1) {
+    (void)cudaGetLastError();  // not for the next call to find
+    clusters_refused = true;
+    throw PlanAgain(std::string(op) + ": CUDA refused a cluster of " + std::to_string(dims.cluster) + " blocks (" +
+                    cudaGetErrorString(status) +
+                    "). From now on it is computed in two passes, which take longer and round differently.");
+  }
+  check(op, status);
 }
 
 // Calls body with a zero of the type that the code stands for.

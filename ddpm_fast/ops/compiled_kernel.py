@@ -5,6 +5,7 @@ csrc/common/args.h lists the fields of each kernel. The compiled module has thei
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
 from typing import Any, Final
@@ -101,16 +102,24 @@ class CompiledKernel:
         if device.type != "cpu":
             self._launch_on_gpu(values, device)
             return
-        kernels = KERNELS["cpu"]
-        if self._workspace is not None:
-            values = self._with_workspace(kernels, values, device)
-        getattr(kernels, self.name)(*values)
+        self._call(KERNELS["cpu"], values, device)
 
     def _launch_on_gpu(self, values: tuple[Any, ...], device: torch.device) -> None:
         stream, kernels = torch._C._cuda_getCurrentRawStream(device.index), KERNELS["cuda"]
         values = self.replaced(values, "stream_or_threads", stream)
         with torch.cuda.device(device):  # kernels ask the current device for its properties
-            getattr(kernels, self.name)(*self._with_workspace(kernels, values, device))
+            self._call(kernels, values, device)
+
+    def _call(self, kernels: Any, values: tuple[Any, ...], device: torch.device) -> None:
+        kernel = getattr(kernels, self.name)
+        if self._workspace is None:
+            kernel(*values)
+            return
+        try:
+            kernel(*self._with_workspace(kernels, values, device))
+        except RuntimeWarning as refused:  # by the card, for which it is planned in another way now
+            kernel(*self._with_workspace(kernels, values, device))
+            warnings.warn(refused, stacklevel=2)
 
     def _with_workspace(self, kernels: Any, values: tuple[Any, ...], device: torch.device) -> tuple[Any, ...]:
         size = self.workspace_size(kernels, values)

@@ -14,6 +14,7 @@
 
 #include "bindings.h"
 #include "cuda/kernels.h"
+#include "cuda/launch.h"
 #include "runtime/cards.h"
 #include "runtime/machine.h"
 #include "runtime/memory.h"
@@ -83,6 +84,8 @@ class Staging {
     std::string error;
     try {
       kernel(args);
+    } catch (const PlanAgain&) {
+      throw;
     } catch (const std::runtime_error& thrown) {
       error = thrown.what();
     }
@@ -207,10 +210,11 @@ PYBIND11_MODULE(emulated, m) {
   m.def(
       "set_device",
       [](int device) {
-        if (device < 0 || device >= emulator::kCards) throw std::invalid_argument("device: there are two cards");
+        if (device < 0 || device >= emulator::kCards) throw std::invalid_argument("device: there are three cards");
         emulator::set_current_device(device);
+        cuda::clusters_refused = false;
       },
-      "0: like sm_80. 1: like sm_90, with clusters.");
+      "0: like sm_80. 1: like sm_90, with clusters. 2: like a part of sm_90, which refuses them.");
   m.def("set_planted", [](int bug) { emulator::planted = bug; }, "Which planted bug is there; 0: none.");
   m.def(
       "take_launches",

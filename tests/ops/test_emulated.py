@@ -140,6 +140,22 @@ def test_the_largest_cluster(emulated: ModuleType) -> None:
     assert max(launch["cluster"] for launch in emulated.take_launches()) == 16
 
 
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+def test_a_card_that_refuses_clusters_takes_two_passes(emulated: ModuleType, channels_last: bool) -> None:
+    call = make_call(_LARGE[-1], torch.bfloat16, channels_last=channels_last)
+    emulated.set_device(0)
+    expected = evaluate(call, "native")
+    emulated.set_device(2)
+    with pytest.warns(
+        RuntimeWarning, match=r"^group_norm_silu: CUDA refused a cluster of \d+ blocks"
+    ):
+        got = evaluate(call, "native")
+    _assert_identical(got, expected, "a card without clusters")
+    emulated.take_launches()
+    _assert_identical(evaluate(call, "native"), expected, "a second call")  # a warning would be an error
+    assert {launch["cluster"] for launch in emulated.take_launches()} == {1}
+
+
 # Numbers of vectors in a slice that leave lanes of a warp idle: odd numbers and their doubles, in both dtypes.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=_name)
 @pytest.mark.parametrize("group_channels", [15, 18, 30, 36, 42])

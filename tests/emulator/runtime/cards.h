@@ -13,7 +13,7 @@ struct Card {
   bool clusters;
 };
 
-constexpr int kCards = 2;
+constexpr int kCards = 3;
 const Card& current_card();
 void set_current_device(int device);
 

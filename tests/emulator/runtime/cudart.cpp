@@ -1,4 +1,4 @@
-// The part of the CUDA runtime that csrc/cuda calls, for the two emulated cards.
+// The part of the CUDA runtime that csrc/cuda calls, for the emulated cards.
 
 #include <map>
 #include <string>
@@ -20,6 +20,7 @@ namespace {
 constexpr Card kCardList[kCards] = {
     {8, 163 << 10, false},
     {9, 227 << 10, true},
+    {9, 227 << 10, false},
 };
 constexpr int kDefaultShared = 48 << 10;  // dynamic shared memory that needs no asking
 constexpr unsigned kPortableCluster = 8;
@@ -84,6 +85,7 @@ cudaError_t check_launch(const cudaLaunchConfig_t& config, const dim3& cluster, 
   }
   const std::uint64_t ranks = std::uint64_t{cluster.x} * cluster.y * cluster.z;
   if (ranks != 1) {
+    if (!current_card().clusters && current_card().major >= 9) return last_error = cudaErrorInvalidClusterSize;
     if (!current_card().clusters) return reject(cudaErrorInvalidClusterSize, "clusters on a card that has none");
     if (ranks == 0 || ranks > kMaxClusterSize || (ranks > kPortableCluster && !large_cluster_allowed[key])) {
       return reject(cudaErrorInvalidClusterSize, "a cluster of " + std::to_string(ranks) + " blocks");
@@ -122,7 +124,7 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute
     if (value < 0 || value > current_card().shared_bytes) return last_error = cudaErrorInvalidValue;
     shared_allowed[key] = value;
   } else {
-    if (!current_card().clusters) return last_error = cudaErrorInvalidValue;
+    if (current_card().major < 9) return last_error = cudaErrorInvalidValue;
     large_cluster_allowed[key] = value;
   }
   return cudaSuccess;

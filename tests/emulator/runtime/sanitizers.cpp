@@ -43,6 +43,13 @@ ACCESSES(8)
 ACCESSES(16)
 void __tsan_read_range(void* address, std::size_t size) { access(address, size, false, CALLER); }
 void __tsan_write_range(void* address, std::size_t size) { access(address, size, true, CALLER); }
+// Those of the code that launches kernels.
+unsigned char __tsan_atomic8_load(const volatile unsigned char* address, int) {
+  return __atomic_load_n(address, __ATOMIC_SEQ_CST);
+}
+void __tsan_atomic8_store(volatile unsigned char* address, unsigned char value, int) {
+  __atomic_store_n(address, value, __ATOMIC_SEQ_CST);
+}
 void __tsan_init() {}
 void __tsan_vptr_update(void**, void*) {}
 void __tsan_vptr_read(void**) {}
