@@ -111,10 +111,10 @@ bench:  ## measure sampling, and every case of every op in each backend
 	$(RUN) -m pytest benchmarks/ops -q --benchmark-max-time=0.1 --benchmark-columns=median,iqr,min,rounds $(OPTIONS)
 
 gpu-check:  ## build, test and measure on a machine with an NVIDIA GPU, in nine minutes
-	$(if $(wildcard $(RUN)),$(RUN),$(PYTHON)) benchmarks/gpu_check.py
+	$(if $(wildcard $(RUN)),$(RUN),$(PYTHON)) benchmarks/gpu_check.py $(OPTIONS)
 
 gpu-tune:  ## time sampling beside torch.compile's max-autotune, in at most an hour; it goes on where it was stopped
-	$(if $(wildcard $(RUN)),$(RUN),$(PYTHON)) benchmarks/gpu_check.py --tune
+	$(if $(wildcard $(RUN)),$(RUN),$(PYTHON)) benchmarks/gpu_check.py --tune $(OPTIONS)
 
 # Only docs/hooks.py and the docstrings are read, so nothing is compiled.
 docs:  ## build the documentation in build/docs; fail on a broken link or a public name without a page

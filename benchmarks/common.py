@@ -97,11 +97,11 @@ class Times:
 Name = TypeVar("Name", bound=Hashable)
 
 
-def take_turns(timers: Mapping[Name, Callable[[], float]], rounds: int) -> dict[Name, Times]:
-    """Call each timer once a round, in an order that rotates."""
+def take_turns(timers: Mapping[Name, Callable[[], float]], rounds: int, first: int = 0) -> dict[Name, Times]:
+    """Call each timer once a round, in an order that rotates from round to round. `first` is the number of the first."""
     names = list(timers)
     times: dict[Name, list[float]] = {name: [] for name in names}
-    for i in range(rounds):
+    for i in range(first, first + rounds):
         turn = i % len(names)
         for name in names[turn:] + names[:turn]:
             times[name].append(timers[name]())
@@ -353,6 +353,12 @@ class Run:
         self.failures: list[str] = []
         for key, value in self.machine.items():
             print(f"{key:>16}  {value}")
+
+    def has(self, section: str, **wanted: object) -> bool:
+        """Return whether the file has a table of this commit, with these values beside the machine's."""
+        results: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8")) if self.path.is_file() else {}
+        kept = results.get(section, {"machine": {}})["machine"]
+        return all(kept.get(key) == value for key, value in (wanted | {"commit": self.machine["commit"]}).items())
 
     def save(self, section: str, rows: Sequence[Mapping[str, object]], title: str = "", **more: object) -> None:
         """Write a table beside those of other benchmarks, and print it if it has a title. `more` joins the machine's keys."""

@@ -2,12 +2,14 @@
 
     python benchmarks/gpu_check.py
     python benchmarks/gpu_check.py --tune             # `make gpu-tune`: sampling beside max-autotune, in at most an hour
+    python benchmarks/gpu_check.py --tune --seconds 600
     python benchmarks/gpu_check.py --only ops goals
     python benchmarks/gpu_check.py --dry-run          # all phases on a CPU with tiny shapes
 
-Correctness comes first, then our own figures, then comparisons with torch.compile, which may lack the time. Each phase is a
+Correctness comes first, then our own figures, then comparisons with torch.compile, and a check of memory, which may lack the
+time. Each phase is a
 process with a time limit: a crash or a hang costs that phase alone. What it has measured is in benchmarks/results/<card>.json
-at once, and logs lie beside it. torch and numpy are enough, and no network is needed.
+at once, and logs lie beside it. torch and numpy are enough, and no network is needed. What is missing is said first.
 The exit status is 0 if no phase failed, 1 if one did, 2 without a GPU.
 """
 
@@ -24,8 +26,9 @@ import signal
 import statistics
 import subprocess
 import sys
+import sysconfig
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -39,8 +42,19 @@ TUNING_SECONDS = 3600.0
 COMPILED = ROOT / "build" / "inductor"  # what torch.compile has compiled and tuned: a second call goes on
 sys.path.insert(0, str(ROOT))  # the package need not be installed
 
-OPTIONAL = ("triton", "pytest", "diffusers", "nvcc", "compute-sanitizer")  # phases do without, or are skipped
-SAMPLED = {"cifar10-32": 64, "256x256": 8}  # network -> batch
+UNBUILT = "an old or missing native module is not built"
+OPTIONAL = {  # modules, programs and a header, and what happens without them
+    **dict.fromkeys(("nvcc", "setuptools", "Python.h", "cmake", "ninja", "pybind11"), UNBUILT),
+    "pytest": "no test runs",
+    "triton": "its kernels are neither tested nor timed",
+    "diffusers": "plain PyTorch stands in for it",
+    "msgspec": "no model is loaded from a folder; the trainer is timed without one",
+    "g++": "nothing is predicted, so goals that rest on predictions are not measured",
+    "compute-sanitizer": "accesses to memory are not checked",
+}
+SAMPLED = {"cifar10-32": (128, 16, 1), "256x256": (8,)}  # network -> batches
+SMALL, LARGE = SAMPLED
+FAST, TUNED = "reduce-overhead", "max-autotune"  # modes of torch.compile
 
 
 class Outcome(NamedTuple):
@@ -60,6 +74,7 @@ class Check:
         in_process: Run benchmarks in this process, without a limit.
         phase: The phase that runs.
         failed_tests: The end of each failing test's report.
+        compared: What has been compared with the peers: training, and networks by their images.
     """
 
     out: Path
@@ -71,6 +86,7 @@ class Check:
     phase: str = ""
     clock: Callable[[], float] = time.monotonic
     failed_tests: dict[str, str] = field(default_factory=dict)
+    compared: set[str] = field(default_factory=set)
 
     @property
     def device(self) -> str:
@@ -152,25 +168,23 @@ def script(check: Check, seconds: float, module: str, *arguments: object) -> Out
 # -------------------------------------------------------------------------------------------------------------- phases
 
 
+ASK = """
+import digest, json, torch
+from ddpm_fast.ops import backend, why_not
+old = backend.BUILD.get("sources") not in (None, digest.digest())
+print(json.dumps("its sources have changed" if old else why_not("native", "q_sample", torch.device({device!r}))))
+"""
+
+
 def why_no_kernels(device: str) -> str | None:
-    """Return why the native module cannot run on the device. It may just have been rebuilt, so a new process answers."""
-    code = "import json, torch; from ddpm_fast.ops import why_not; "
-    code += f"print(json.dumps(why_not('native', 'q_sample', torch.device({device!r}))))"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, env=environment)
+    """Return why the native module cannot run on the device, or is old. A new process answers: it may just have been built."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "csrc")])}
+    command = [sys.executable, "-W", "ignore", "-c", ASK.format(device=device)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode != 0:
         return done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit status {done.returncode}"
     reason: str | None = json.loads(done.stdout.splitlines()[-1])
     return reason
-
-
-def why_old() -> str | None:
-    """Return a source that changed since the native module was built."""
-    modules = [path.stat().st_mtime for path in (ROOT / "ddpm_fast").glob("_native*.so")]
-    sources = [ROOT / "CMakeLists.txt", *(path for path in (ROOT / "csrc").rglob("*") if path.is_file())]
-    newest = max(sources, key=lambda path: path.stat().st_mtime)
-    is_old = bool(modules) and newest.stat().st_mtime > max(modules)
-    return f"{newest.relative_to(ROOT)} is newer than the module" if is_old else None
 
 
 def why_old_driver(nvcc: str) -> str | None:
@@ -188,12 +202,12 @@ def why_old_driver(nvcc: str) -> str | None:
 
 
 def build(check: Check, seconds: float) -> Outcome:
-    reason = why_no_kernels(check.device) or why_old()
+    reason, nvcc = why_no_kernels(check.device), program("nvcc")
     if reason is None:
         return Outcome("skipped", "the module has kernels for this device")
-    nvcc = program("nvcc")
-    if nvcc is None or check.dry_run:
-        return Outcome("skipped", f"{reason}; and there is no nvcc")
+    lacking = [name for name, effect in OPTIONAL.items() if effect == UNBUILT and not has(name)]
+    if nvcc is None or lacking or check.dry_run:
+        return Outcome("skipped", f"{reason}; missing: {', '.join(lacking) or 'nothing'}")
     old = why_old_driver(nvcc)
     if old is not None:
         return Outcome("failed", old)
@@ -249,6 +263,13 @@ class Share:
             end = "\n".join(report.longreprtext.splitlines()[-12:]) if report.failed else ""
             print(json.dumps({"test": report.nodeid, "outcome": report.outcome, "tail": end}), file=self.log)
 
+    def pytest_collectreport(self, report: Any) -> None:
+        """A file that cannot be imported is a failure, unless it wants a module that is not there."""
+        lacking = re.search(r"No module named '(\w+)", report.longreprtext) if report.failed else None
+        if report.failed and (lacking is None or installed(lacking[1])):
+            tail = "\n".join(report.longreprtext.splitlines()[-12:])
+            print(json.dumps({"test": report.nodeid, "outcome": "failed", "tail": tail}), file=self.log)
+
 
 def run_share(first: int, step: int, device: str, log: Path) -> int:
     import pytest
@@ -256,6 +277,7 @@ def run_share(first: int, step: int, device: str, log: Path) -> int:
     marks, path = ("gpu and not slow", "tests") if device == "cuda" else ("not gpu and not slow", "tests/ops/test_noise.py")
     # Warnings are errors elsewhere. Here a new one of torch would fail every test.
     options = ["--full", "-q", "-W", "default", "-p", "no:cacheprovider", "-p", "no:randomly", "-m", marks, path]
+    options.append("--continue-on-collection-errors")
     status = int(pytest.main(options, plugins=[Share(first, step, log)]))
     return 0 if status == 5 else status  # 5: this share has no test
 
@@ -275,6 +297,11 @@ def verdict(check: Check, logs: Sequence[Path], statuses: Sequence[int | None]) 
     if None in statuses:
         return Outcome("out of time", f"{note}; {sum(status is None for status in statuses)} processes were stopped")
     return Outcome("passed", note)
+
+
+def profile(check: Check, seconds: float) -> Outcome:
+    tiny = ["--network", "tiny", "--batches", 1] if check.dry_run else []
+    return script(check, seconds, "benchmark_profile", *tiny)
 
 
 def sanitizer(check: Check, seconds: float) -> Outcome:
@@ -325,24 +352,31 @@ def launch_every_op(device: str) -> int:
 
 
 def sampling(check: Check, seconds: float, network: str, mode: str = "") -> Outcome:
-    size = ["--model", network, "--batch", SAMPLED[network], "--dtype", "bf16", "--steps", 50]
+    batches = SAMPLED[network][: 1 if mode == TUNED else None]
+    words = ["--model", network, "--batch", *batches, "--dtype", "bf16", "--steps", 50, "--seconds", max(seconds - 15, 1)]
     if check.dry_run:
-        size = ["--model", "tiny", "--batch", 1, "--steps", 2, "--rounds", 1]
-    return script(check, seconds, "sample_speed", *size, *(["--compile", mode] if mode else []))
+        words = ["--model", "tiny", "--batch", 1, "--steps", 2, "--rounds", 1]
+    words += ["--compile", mode] if mode else []
+    words += ["--go-on"] if mode == TUNED else []
+    return compared(check, network, seconds, "sample_speed", *words)
 
 
-def training(check: Check, seconds: float) -> Outcome:
-    peer = "diffusers + eager PyTorch" if installed("diffusers") else "plain PyTorch"
-    size = ["--network", "tiny", "--batch", 2, "--rounds", 1] if check.dry_run else ["--batch", 128]
-    peers = ["--peers", "ddpm_fast", *([] if check.dry_run else [peer])]
-    return script(
-        check, seconds, "benchmark_training", "speed", "--precision", "bf16", *size, *peers, "--formats", "channels_last"
-    )
+def training(check: Check, seconds: float, compiled: bool = False) -> Outcome:
+    base = "diffusers" if installed("diffusers") else "plain PyTorch"
+    eager = "diffusers + eager PyTorch" if base == "diffusers" else base
+    peers = [f"{base} + torch.compile", "ddpm_fast"] if compiled else ["ddpm_fast Trainer", "ddpm_fast", eager]
+    size = ["--batch", 128]
+    if check.dry_run:
+        size, peers = ["--network", "tiny", "--batch", 2, "--rounds", 1], peers[:1]  # a process takes seconds to start
+    words = ["speed", "--precision", "bf16", *size, "--peers", *peers, "--formats", "channels_last"]
+    return compared(check, "training", seconds, "benchmark_training", *words)
 
 
-def memory(check: Check, seconds: float) -> Outcome:
-    size = ["--only", "ddpm_fast", "--batch", 1, "--size", 8] if check.dry_run else ["--batch", 64]
-    return script(check, seconds, "benchmark_memory", *size)
+def compared(check: Check, what: str, seconds: float, module: str, *words: object) -> Outcome:
+    """Run a benchmark that compares results before it times them, which once is enough for."""
+    outcome = script(check, seconds, module, *words, *(["--trusted"] if what in check.compared else []))
+    check.compared |= {what} if outcome.status == "passed" else set()
+    return outcome
 
 
 def goals_phase(check: Check, seconds: float) -> Outcome:
@@ -398,15 +432,19 @@ def goals(results: Mapping[str, Any]) -> list[dict[str, object]]:
 
     def ratios(rows: list[dict[str, Any]], is_peer: Callable[[str], bool]) -> list[float]:
         keys = {key for row in rows for key in row if key.startswith("times ")}
-        return medians(rows, *(key for key in sorted(keys) if is_peer(key) and "frozen" not in key))
+        return medians(rows, *(key for key in sorted(keys) if is_peer(key) and "frozen" not in key and "ddpm_fast" not in key))
 
-    def goal(what: str, kind: str, bound: float, values: list[float]) -> None:
+    def of_compile(key: str) -> bool:
+        return "torch.compile" in key
+
+    def goal(what: str, kind: str, bound: float, values: list[float], step: str = "") -> None:
         pick = {"lowest": min, "highest": max, "geometric mean": statistics.geometric_mean}[kind]
         value = pick(values) if values else None
         is_met = value is not None and (value <= bound if kind == "highest" else value >= bound)
         wanted = f"at {'most' if kind == 'highest' else 'least'} {bound:g}"
         verdict = "not measured" if value is None else "met" if is_met else "NOT MET"
-        found.append({"goal": what, "wanted": wanted, "measured": value, "which is": f"{kind} of {len(values)}", "is": verdict})
+        row = {"goal": what, "wanted": wanted, "measured": value, "which is": f"{kind} of {len(values)}", "is": verdict}
+        found.append(row | {"a step, ms (predicted)": step})
 
     beyond = rows("benchmark_ops deciding", **{"by": "native", "beyond L2": True})
     simple = [row for row in beyond if row["op"] != "group_norm_silu" and row["dtype"] == "float32"]
@@ -422,12 +460,40 @@ def goals(results: Mapping[str, Any]) -> list[dict[str, object]]:
     sampled = rows("sample_speed", sampler="ddpm_fast")
     eager = ratios(sampled, lambda key: peer in key and "torch.compile" not in key)
     goal(f"sampling: times faster than {peer}, eager", "lowest", 2.0, eager)
-    goal("sampling: times faster than torch.compile", "lowest", 1.15, ratios(sampled, lambda key: "torch.compile" in key))
-    trained = rows("train_speed", **{"training step": "ddpm_fast"})
-    goal("a training step: times faster than eager", "lowest", 1.0, ratios(trained, lambda key: True))
-    peaks = medians(rows("memory", **{"q_sample + loss + backward": "ddpm_fast"}), "peak, tensors")
-    goal("peak memory of q_sample, loss and backward, in tensors", "highest", 2.1, peaks)
+    compiled = [row for row in sampled if row["model"] == SMALL and ratios([row], of_compile)]
+    expected = list(predictions(compiled, budgets))
+    for row, allowed, predicted in expected:
+        step = f"{row['ms a step']:.3g} ({predicted:.3g})"
+        goal(
+            f"sampling, batch {row['batch']}: times faster than torch.compile",
+            "lowest",
+            allowed,
+            ratios([row], of_compile),
+            step,
+        )
+    if not expected:
+        goal("sampling: times faster than torch.compile", "lowest", 1.0, [])
+    for name in ("ddpm_fast", "ddpm_fast Trainer"):
+        trained = rows("train_speed", **{"training step": name})
+        goal(
+            f"a training step, {name}: times faster than eager", "lowest", 1.0, ratios(trained, lambda key: not of_compile(key))
+        )
     return found
+
+
+def predictions(rows: list[dict[str, Any]], budgets: Any) -> Iterator[tuple[dict[str, Any], float, float]]:
+    """Yield rows of sampling on known cards, the ratio to torch.compile that is predicted, and the milliseconds of our step."""
+    import idioms
+    import predict
+    import traced
+
+    cards = {card.device: card for card in predict.CARDS}
+    known = [row for row in rows if row["device"] in cards] if program("g++") else []
+    calls = traced.sampling_step(idioms.NETWORKS[SMALL]) if known else []
+    for row in known:
+        where = (calls, cards[row["device"]], row["batch"], budgets)
+        ours = traced.predicted(*where)["sum"]
+        yield row, traced.predicted_compiled(*where) / ours, 1e3 * ours
 
 
 class Phase(NamedTuple):
@@ -443,28 +509,27 @@ class Phase(NamedTuple):
     what: str
 
 
-SMALL, LARGE = SAMPLED
-FAST, TUNED = "reduce-overhead", "max-autotune"  # modes of torch.compile
 PHASES = (
-    Phase("build", 110, build, "build the native module for this card, if it is missing or old"),
-    Phase("tests", 100, tests, "run the tests on the GPU, with the native and Triton backends"),
-    Phase("sanitizer", 50, sanitizer, "run every case's native kernels under compute-sanitizer"),
+    Phase("build", 100, build, "build the native module for this card, if it is missing or old"),
+    Phase("tests", 90, tests, "run the tests on the GPU, with the native and Triton backends"),
+    Phase("profile", 45, profile, "find the kernels of a step of sampling and of training, and the speed of convolutions"),
     Phase(
-        "ops", 50, partial(ops, which="deciding"), "time the ops at the shapes that decide, and check them at the full batch"
+        "ops", 45, partial(ops, which="deciding"), "time the ops at the shapes that decide, and check them at the full batch"
     ),
     Phase("sampling", 35, partial(sampling, network=SMALL), "time sampling beside diffusers"),
-    Phase("large sampling", 35, partial(sampling, network=LARGE), "time it with the network for 256x256 images"),
-    Phase("training", 30, training, "time a training step, and its peak memory"),
-    Phase("memory", 15, memory, "measure the peak memory of the ops of a training step"),
-    Phase("compiled ops", 25, partial(ops, which="deciding-compiled"), "time the norms beside torch.compile"),
-    Phase("compiled sampling", 50, partial(sampling, network=SMALL, mode=FAST), f"time sampling beside {FAST}"),
+    Phase("large sampling", 30, partial(sampling, network=LARGE), "time it with the network for 256x256 images"),
+    Phase("training", 35, training, "time a training step, and its peak memory"),
+    Phase("compiled ops", 20, partial(ops, which="deciding-compiled"), "time the norms beside torch.compile"),
+    Phase("compiled sampling", 45, partial(sampling, network=SMALL, mode=FAST), f"time sampling beside {FAST}"),
+    Phase("compiled training", 35, partial(training, compiled=True), "time a training step beside torch.compile"),
     Phase(
         "large compiled sampling",
-        35,
+        25,
         partial(sampling, network=LARGE, mode=FAST),
         "time it with the network for 256x256 images",
     ),
-    Phase("goals", 5, goals_phase, "say which goals are met"),
+    Phase("goals", 15, goals_phase, "say which goals are met"),
+    Phase("sanitizer", 20, sanitizer, "run every case's native kernels under compute-sanitizer"),
 )
 TUNING = (
     Phase("tuned sampling", 1800, partial(sampling, network=SMALL, mode=TUNED), f"time sampling beside {TUNED}"),
@@ -500,6 +565,12 @@ def installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
+def has(name: str) -> bool:
+    if name.endswith(".h"):
+        return Path(sysconfig.get_path("include"), name).is_file()
+    return installed(name) or program(name) is not None
+
+
 def program(name: str) -> str | None:
     """Return the path of a program, from PATH or the CUDA toolkit's folder."""
     folder = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")
@@ -525,6 +596,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--tune", action="store_true", help="time sampling beside torch.compile's max-autotune, and nothing else"
     )
+    parser.add_argument("--seconds", type=float, help="take at most this long (540; with --tune 3600)")
     parser.add_argument("--out", type=Path, help="write this JSON file (benchmarks/results/<card>.json)")
     parser.add_argument("--dry-run", action="store_true", help="go through the phases on a CPU, with tiny shapes")
     parser.add_argument("--launch-every-op", action="store_true", help=argparse.SUPPRESS)  # for compute-sanitizer
@@ -547,20 +619,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: no process of ours stays behind
         signal.signal(number, lambda *_: sys.exit("gpu-check: stopped"))
     default = ROOT / "build" / "gpu_check_dry_run.json" if args.dry_run else common.default_output("cuda")
-    seconds = TUNING_SECONDS if args.tune else TOTAL_SECONDS
+    usual = TUNING_SECONDS if args.tune else TOTAL_SECONDS
+    seconds = usual if args.seconds is None else args.seconds
+    phases = TUNING if args.tune else [phase for phase in PHASES if phase.name in args.only]
+    phases = [phase._replace(seconds=phase.seconds * seconds / usual) for phase in phases]
     check = Check((args.out or default).resolve(), args.dry_run, began=began, seconds=seconds, in_process=args.dry_run)
     if args.dry_run:
         os.environ["TORCHDYNAMO_DISABLE"] = "1"  # to compile takes minutes on a CPU: what would be compiled runs as it is
+    absent = [name for name in OPTIONAL if not has(name)]
+    for name in absent:
+        print(f"missing: {name}: {OPTIONAL[name]}", flush=True)
     result = common.Run(check.device, check.out)
     check.since = "" if args.only == ["goals"] else result.machine["date"]
-    absent = [name for name in OPTIONAL if not installed(name) and program(name) is None]
-    print(f"\nmissing: {', '.join(absent) or 'nothing'}")
 
     def keep(rows: list[dict[str, object]]) -> None:
         section = "gpu_tune" if args.tune else "gpu_check"
         result.save(section, rows, **{"missing": absent, "failed tests": check.failed_tests})
 
-    rows = run(check, TUNING if args.tune else [phase for phase in PHASES if phase.name in args.only], keep)
+    rows = run(check, phases, keep)
     common.print_table(f"gpu-check on {result.machine['device']}", rows)
     print(f"\nresults: {check.out}")
     return int(any(row["is"] == "failed" for row in rows))

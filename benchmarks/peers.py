@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from ddpm_fast.pretrained import Pretrained
     from ddpm_fast.testing import Call, Case
 
-OURS, PLAIN, DIFFUSERS = "ddpm_fast", "plain PyTorch", "diffusers"
+OURS, TRAINER, PLAIN, DIFFUSERS = "ddpm_fast", "ddpm_fast Trainer", "plain PyTorch", "diffusers"
 
 
 @dataclass(frozen=True)
@@ -412,10 +412,29 @@ def _trainer(kind: str, mode: str = "") -> Callable[[Job], Runner]:
     return build
 
 
+def _real_trainer(job: Job) -> Runner:
+    import common
+    import idioms
+    import torch
+    import traced
+
+    torch.set_num_threads(job.threads)
+    options = {"precision": job.dtype, "channels_last": job.memory_format == "channels_last"}
+    step = traced.trainer_step(idioms.NETWORKS[job.network_name], job.batch, job.device, **options)
+
+    def run() -> None:
+        step()
+        common.synchronize(job.device)
+
+    return Runner(run)
+
+
 TRAINING = {
     f"{DIFFUSERS} + eager PyTorch": Peer(_trainer(DIFFUSERS), _EXPORTERS),
     f"{DIFFUSERS} + torch.compile": Peer(_trainer(DIFFUSERS, "default"), _EXPORTERS),
     PLAIN: Peer(_trainer(PLAIN)),
+    f"{PLAIN} + torch.compile": Peer(_trainer(PLAIN, "default")),
+    TRAINER: Peer(_real_trainer),
     OURS: Peer(_trainer(OURS)),
 }
 

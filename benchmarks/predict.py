@@ -2,6 +2,7 @@
 
     python benchmarks/predict.py                        # print a table, and write build/predicted.json
     python benchmarks/predict.py --issue-efficiency 1   # lower bounds
+    python benchmarks/predict.py --network cifar10-32   # a step of sampling and of training by kind, on an H100
 
 A kernel takes as long as the slowest of three: its bytes at the card's bandwidth, its instructions at the issue rate, and its
 special-function instructions (reciprocals, roots, exponentials) at an eighth of the full rate. A launch is added.
@@ -51,17 +52,23 @@ class Card:
     architecture: str
     cluster: int
     device: str = ""
+    flops: int = 4096  # dense bf16 operations of a multiprocessor in a clock
+
+    @property
+    def dense(self) -> float:
+        """Dense bf16 operations a second."""
+        return self.multiprocessors * self.clock * self.flops
 
 
 CARDS = (
     # A100 80GB SXM data sheet: 2039 GB/s, 312 Tflop/s dense bf16 = 108 x 2048 x 1.41 GHz; GA100 whitepaper: 108 SMs, 40 MB L2.
-    Card("A100", 2.039e12, 108, 1.41e9, 40 * 2**20, "sm_80", 1, "NVIDIA A100-SXM4-80GB"),
+    Card("A100", 2.039e12, 108, 1.41e9, 40 * 2**20, "sm_80", 1, "NVIDIA A100-SXM4-80GB", 2048),
     # H100 SXM data sheet: 3.35 TB/s, 989 Tflop/s dense bf16 = 132 x 4096 x 1.83 GHz; GH100 whitepaper: 132 SMs, 50 MB L2.
     Card("H100", 3.35e12, 132, 1.83e9, 50 * 2**20, "sm_90a", 16, "NVIDIA H100 80GB HBM3"),
     # H200 SXM data sheet: 4.8 TB/s, the H100's multiprocessors, clocks and L2.
     Card("H200", 4.8e12, 132, 1.83e9, 50 * 2**20, "sm_90a", 16, "NVIDIA H200"),
     # B200 (HGX data sheet): 8 TB/s, 2.25 Pflop/s dense bf16 = 148 x 8192 x 1.86 GHz; 148 SMs and 126 MB L2 as the driver says.
-    Card("B200", 8.0e12, 148, 1.86e9, 126 * 2**20, "sm_100", 16, "NVIDIA B200"),
+    Card("B200", 8.0e12, 148, 1.86e9, 126 * 2**20, "sm_100", 16, "NVIDIA B200", 8192),
 )
 # The share of the bandwidth that the best kernels reach: 3.0 of 3.35 TB/s on an H100 (softmax, RMSNorm of Dao-AILab/quack).
 ATTAINABLE = 0.90
@@ -69,15 +76,17 @@ ATTAINABLE = 0.90
 ISSUE_EFFICIENCY = 0.85  # share of the issue slots
 ISSUED_PER_CLOCK = 128  # lanes: four schedulers of a multiprocessor, a warp of 32 each
 MUFU_PER_CLOCK = 16  # CUDA C++ programming guide, arithmetic instructions: the same for compute capability 8.0, 9.0, 10.0
+VECTOR_BYTES = 16
 LAUNCH = 1.3e-6  # a tiny kernel in a CUDA graph: 1.23 us published for one (sglang #6394)
 
 
 class Pass(NamedTuple):
-    """A launch: the kernel's name in the budgets, the bytes that it moves, the elements that it handles."""
+    """A launch: the kernel's name in the budgets, the bytes that it moves, the elements that it and its threads handle."""
 
     kernel: str
     moved: int
     elements: int
+    of_thread: int = 1
 
 
 # ------------------------------------------------------------------------------------------------------- which kernels
@@ -121,11 +130,12 @@ def _norm(work: Work, card: Card) -> Iterator[Pass]:
     def kernel(vectors: int, which: int) -> str:
         return f"{source} {work.layout}_kernel<{TYPES[work.dtype]}, {vectors}, {which}>"
 
+    of_thread = (items or limits[1]) * VECTOR_BYTES // item
     if items:
-        yield Pass(kernel(items, 0), work.moved, elements)
+        yield Pass(kernel(items, 0), work.moved, elements, of_thread)
     else:  # all inputs are read once more
-        yield Pass(kernel(limits[1], 1), work.moved - elements * item, elements)
-        yield Pass(kernel(limits[1], 2), work.moved, elements)
+        yield Pass(kernel(limits[1], 1), work.moved - elements * item, elements, of_thread)
+        yield Pass(kernel(limits[1], 2), work.moved, elements, of_thread)
     if work.direction == "backward":  # gradients of the parameters from sums over pixels
         yield Pass("", 0, 0)
 
@@ -178,12 +188,16 @@ Budgets = Mapping[str, Mapping[str, Mapping[str, float]]]
 
 
 def _parts(launch: Pass, card: Card, budgets: Budgets, issue_efficiency: float) -> dict[str, float]:
-    """Return the seconds that each part of the card needs for a launch. The slowest one binds."""
+    """Return the seconds that each part of the card needs for a launch. The slowest one binds.
+
+    A thread runs the instructions of merges once, for all of its elements.
+    """
     counted = budgets[launch.kernel][card.architecture] if launch.kernel else {"instructions": 0, "mufu": 0}
+    instructions = counted["instructions"] + counted.get("merges", 0) / launch.of_thread
     lanes = card.multiprocessors * card.clock
     return {
         "memory": launch.moved / (ATTAINABLE * card.bandwidth),
-        "issue": launch.elements * counted["instructions"] / (ISSUED_PER_CLOCK * issue_efficiency * lanes),
+        "issue": launch.elements * instructions / (ISSUED_PER_CLOCK * issue_efficiency * lanes),
         "MUFU": launch.elements * counted["mufu"] / (MUFU_PER_CLOCK * lanes),
     }
 
@@ -210,8 +224,12 @@ def allowed_share(work: Work, card: Card, budgets: Budgets) -> float:
 
     A copy of the bytes that must move takes the time of the memory. Every issue slot is used.
     """
-    least = sum(max(_parts(each, card, budgets, 1).values()) for each in launches(work, card))
-    return work.moved / (ATTAINABLE * card.bandwidth) / least
+    return work.moved / (ATTAINABLE * card.bandwidth) / busy_seconds(work, card, budgets, 1)
+
+
+def busy_seconds(work: Work, card: Card, budgets: Budgets, issue_efficiency: float) -> float:
+    """Return the time of an op's kernels, launches left out."""
+    return sum(max(_parts(each, card, budgets, issue_efficiency).values()) for each in launches(work, card))
 
 
 def works() -> list[Work]:
@@ -225,7 +243,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=default, help="write this JSON file (build/predicted.json)")
     words = f"assume that kernels fill this share of the issue slots ({ISSUE_EFFICIENCY}; 1: lower bounds)"
     parser.add_argument("--issue-efficiency", type=float, default=ISSUE_EFFICIENCY, help=words)
+    parser.add_argument("--network", help="print the steps of this network of idioms.py, and write nothing")
+    parser.add_argument("--card", choices=[card.name for card in CARDS], default="H100", help="the card of --network (H100)")
     args = parser.parse_args(arguments)
+    if args.network:
+        import traced
+
+        card = next(card for card in CARDS if card.name == args.card)
+        budgets = json.loads(BUDGETS.read_text(encoding="utf-8"))["native"]["kernels"]
+        common.print_table(f"milliseconds of a step on an {card.name}, predicted", traced.table(args.network, card, budgets))
+        return
     if not 0 < args.issue_efficiency <= 1:
         parser.error(f"--issue-efficiency: expected a share above 0 and at most 1, got {args.issue_efficiency}")
     kind = "expected at an assumed" if args.issue_efficiency < 1 else "lower bounds at an"

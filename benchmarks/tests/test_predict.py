@@ -48,6 +48,16 @@ def test_issue_slots_that_stay_empty_take_time() -> None:
     assert predict.predict(work, CARD, budgets(1, 0.1), issue_efficiency=0.5)["bound"] == "memory"
 
 
+def test_a_thread_runs_the_merges_once_for_its_elements() -> None:
+    """`channels_last_kernel<BFloat16, 2, 0>`: 24.4 instructions an element, and 755 for the 16 that a thread holds."""
+    counted = {"norm": {"sm_90a": {"instructions": 24.4, "mufu": 0.0, "merges": 755}}}
+    parts = predict._parts(predict.Pass("norm", 0, N, of_thread=16), CARD, counted, issue_efficiency=1)
+    assert parts["issue"] == pytest.approx(N * 71.6 / (128 * 100e9), rel=1e-3)
+    norm = Case("group_norm_silu", "", (16, 256, 4, 4))
+    (launch,) = predict.launches(Work(norm, "bf16", "channels_last"), predict.CARDS[1])
+    assert (launch.kernel.partition(" ")[2], launch.of_thread) == ("channels_last_kernel<BFloat16, 2, 0>", 16)
+
+
 @pytest.mark.parametrize(("instructions", "mufu", "share"), [(1, 0.1, 1), (100, 0.1, 128 / 225), (10, 50, 16 / 112.5)])
 def test_instructions_allow_a_share_of_copy(instructions: float, mufu: float, share: float) -> None:
     """The memory takes 4 bytes / 0.9 TB/s an element, the lanes 1 / 12.8e12 s an instruction, MUFU an eighth of their rate."""

@@ -55,3 +55,29 @@ def test_a_busy_machine_is_said_in_one_line(policy: str) -> None:
     assert busy == f"{start} {load}: {advice}"
     assert varied == f"{start} {spread}: {advice}"
     assert both == f"{start} {load} and {spread}: {advice}"
+
+
+def test_rows_are_saved_after_each_round_and_what_is_done_is_not_done_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sample_speed, "installed", lambda name: False)
+    out, calls, last = tmp_path / "out.json", [], 3
+    words = [*TINY[:-1], "2", "--trusted", "--go-on", "--out", str(out)]
+
+    def seconds_of(*_: Any) -> float:
+        calls.append(len(calls))
+        if len(calls) > last:
+            raise KeyboardInterrupt
+        return 1.0
+
+    monkeypatch.setattr(sample_speed, "seconds_of", seconds_of)
+    with pytest.raises(KeyboardInterrupt):  # in the second round of two samplers
+        sample_speed.main(words)
+    (section,) = json.loads(out.read_text()).values()
+    assert (section["machine"]["rounds"], len(section["rows"])) == (1, 2)
+    last = 100
+    sample_speed.main(words)
+    assert json.loads(out.read_text()).popitem()[1]["machine"]["rounds"] == 2
+    done = len(calls)
+    sample_speed.main(words)
+    assert len(calls) == done

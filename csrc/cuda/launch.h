@@ -30,7 +30,7 @@ inline int attribute(const char* op, cudaDeviceAttr which) {
   return value;
 }
 
-// Whether a card has refused a cluster. A part of a card may have too few multiprocessors side by side.
+// True if a card has refused a cluster. A part of a card may have too few multiprocessors side by side.
 inline std::atomic<bool> clusters_refused = false;
 
 // Return the most blocks of a cluster: 1 after a refusal and before compute capability 9.0. Blocks of a cluster read each other's shared

@@ -1,0 +1,216 @@
+"""The calls of a network's step, traced on a CPU as a GPU would get them, and the time that they should take there.
+
+A step of sampling is one evaluation of the frozen network in half precision. A step of training is the trainer's, with bf16
+autocast. Bytes and operations are counted. How fast a card works them off is assumed: no card has confirmed it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import idioms
+import torch
+from benchmark_ops import Work
+from predict import ATTAINABLE, ISSUE_EFFICIENCY, LAUNCH, Budgets, Card, busy_seconds, launches
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+import ddpm_fast
+from ddpm_fast.distributed import Processes
+from ddpm_fast.testing import Case
+from ddpm_fast.training.data import ImageDataset
+from ddpm_fast.training.options import TrainOptions
+from ddpm_fast.training.rng import TrainingRng
+from ddpm_fast.training.state import State, Task
+from ddpm_fast.training.step import take_step
+
+BATCHES = (1, 16, 128)
+KINDS = {  # the op's name decides; what is not here is "rest"
+    **{"convolution": "convolutions", "convolution_backward": "convolutions", "cat": "cat", "add": "adds", "add_": "adds"},
+    **{"group_norm_silu": "norms", "group_norm_silu_backward": "norms", "_to_copy": "casts"},
+    **{"mm": "products", "addmm": "products", "addmm_": "products", "_fused_adamw_": "optimizer"},
+    **dict.fromkeys(("_foreach_norm", "_foreach_mul_", "_foreach_add_", "_foreach_lerp_"), "optimizer"),
+    "_scaled_dot_product_flash_attention_for_cpu": "attention",
+    "_scaled_dot_product_flash_attention_for_cpu_backward": "attention",
+}
+# Assumed. cuDNN's best convolutions reach the first on maps that fill a card, with a tile of 64x64 results on each
+# multiprocessor at least. A product of any size takes the second. An eager op keeps the host busy for the third.
+DENSE_SHARE = 0.6
+SHORTEST = 5e-6
+HOST = 9e-6
+TILE = 64 * 64
+TRACED = 7  # images of the traced call: no weight has as many rows
+
+
+class Geometry(NamedTuple):
+    """A convolution: the shapes of an image and of the weight, stride and padding."""
+
+    shape: tuple[int, ...]
+    weight: tuple[int, ...]
+    stride: int
+    padding: int
+
+    def __str__(self) -> str:
+        (out, c, *kernel), (_, *size) = self.weight, self.shape
+        return f"{'x'.join(map(str, kernel))} {c}->{out}, {'x'.join(map(str, size))}" + ", stride 2" * (self.stride == 2)
+
+
+class Call(NamedTuple):
+    """A call that a GPU would get as one kernel, or a norm, whose kernels predict.py knows.
+
+    Attributes:
+        kind: One of `KINDS`, "bias" or "rest".
+        moved: Bytes that it reads and writes for an image.
+        fixed: Bytes whatever the batch is: weights.
+        flops: Operations of tensor cores for an image.
+        results: Results of a product for an image.
+        norm: The norm of one image.
+        geometry: That of a convolution's forward pass.
+    """
+
+    kind: str
+    moved: float
+    fixed: float = 0
+    flops: float = 0
+    results: float = 0
+    norm: Work | None = None
+    geometry: Geometry | None = None
+
+    def seconds(self, card: Card, batch: int, budgets: Budgets) -> tuple[float, int]:
+        """Return the time of the kernels, without that of launches, and the number of launches."""
+        if self.norm is not None:
+            work = replace(self.norm, case=replace(self.norm.case, shape=(batch, *self.norm.case.shape[1:])))
+            return busy_seconds(work, card, budgets, ISSUE_EFFICIENCY), len(launches(work, card))
+        memory = (batch * self.moved + self.fixed) / (ATTAINABLE * card.bandwidth)
+        busy = min(1, batch * self.results / TILE / card.multiprocessors)
+        return max(memory, SHORTEST, batch * self.flops / (DENSE_SHARE * busy * card.dense)) if self.flops else memory, 1
+
+
+class Tracer(TorchDispatchMode):
+    """Records the calls that move floating numbers. Views are none. Products are not computed: their results are unwritten."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        writes, name, kwargs = function._schema.is_mutable, function._schema.name.partition("::")[2], kwargs or {}
+        is_product = KINDS.get(name) in ("convolutions", "products") and not writes
+        result = function(*tree_map(_on_meta, args), **kwargs) if is_product else function(*args, **kwargs)
+        result = tree_map(_unwritten, result) if is_product else result
+        given, got = ([each for each in tree_leaves(of) if isinstance(each, Tensor)] for of in ((args, kwargs), result))
+        storages = {each.untyped_storage().data_ptr() for each in given}
+        outs = [each for each in (got or (given if writes else [])) if each.is_floating_point() and each.numel()]
+        if outs and (writes or not any(each.untyped_storage().data_ptr() in storages for each in outs)):
+            self.calls += _calls(name, given, outs, args)
+        return result
+
+
+def _on_meta(value: Any) -> Any:
+    return value.to("meta") if isinstance(value, Tensor) else value
+
+
+def _unwritten(value: Any) -> Any:
+    """Return memory for a result on the meta device, maps in channels_last, as kernels write them."""
+    layout = torch.channels_last if isinstance(value, Tensor) and value.dim() == 4 else torch.preserve_format
+    return torch.empty_like(value, device="cpu", memory_format=layout) if isinstance(value, Tensor) else value
+
+
+def _calls(name: str, given: Sequence[Tensor], outs: Sequence[Tensor], args: Sequence[Any]) -> list[Call]:
+    """Return a call, or several if a GPU gets them: two products of a convolution's gradients, and what belongs to a bias."""
+    kind = KINDS.get(name, "rest")
+    every = [each for each in (*given, *outs) if each.is_floating_point()]
+    maps = [each.nbytes for each in every if each.dim() > 1 and len(each) % TRACED == 0]  # [N, ...] or [N HW, C]
+    moved, fixed = sum(maps) / TRACED, sum(each.nbytes for each in every) - sum(maps)
+    call, per_image = Call(kind, moved, fixed), outs[0].numel() / TRACED
+    if kind == "norms":
+        shape, groups = outs[0].shape, next(each for each in args if isinstance(each, int))
+        case = Case("group_norm_silu", "traced", (1, *shape[1:]), {"groups": groups})
+        return [call._replace(norm=Work(case, "bf16", "channels_last", "backward" if "backward" in name else "forward"))]
+    if kind == "products":
+        return [call._replace(flops=2 * per_image * given[-2].shape[-1], results=per_image)]
+    if kind == "attention":
+        passes, length = (2.5 if "backward" in name else 1), given[0].shape[2]
+        return [call._replace(flops=4 * per_image * length * passes, results=passes * per_image)]
+    if kind != "convolutions":
+        return [call]
+    if name == "convolution_backward":
+        y, x, weight = given[:3]
+        *of_products, of_bias = args[-1]  # which gradients are wanted
+        one = Call(kind, moved / 2, fixed / 2, 2 * y.numel() / TRACED * weight[0].numel(), x.numel() / TRACED)
+        return [one] * sum(of_products) + [Call("bias", y.nbytes / TRACED)] * of_bias
+    x, weight = given[:2]
+    geometry = Geometry(tuple(x.shape[1:]), tuple(weight.shape), args[3][0], args[4][0])
+    one = call._replace(flops=2 * per_image * weight[0].numel(), results=per_image, geometry=geometry)
+    return [one, *([Call("bias", 2 * outs[0].nbytes / TRACED)] if len(given) > 2 else [])]
+
+
+def sampling_step(config: dict[str, Any]) -> list[Call]:
+    """Trace an evaluation of the frozen network. float16 runs on a CPU as bfloat16 does on a GPU."""
+    network = ddpm_fast.freeze(idioms.random_unet(config), torch.float16)
+    x = torch.zeros(TRACED, 3, config["sample_size"], config["sample_size"], dtype=torch.float16)
+    with torch.no_grad(), Tracer() as tracer:
+        network(x, torch.zeros(TRACED, dtype=torch.int64))
+    # Under a tracer the network is planned again, with conversions of its weights that a call does not have.
+    return [call for call in tracer.calls if call.moved]
+
+
+def training_step(config: dict[str, Any]) -> list[Call]:
+    """Trace a step of the trainer."""
+    step = trainer_step(config, TRACED, "cpu")
+    with Tracer():
+        step()  # makes the optimizer's state
+    with Tracer() as tracer:
+        step()
+    return tracer.calls
+
+
+def trainer_step(config: dict[str, Any], batch: int, device: str, **options: Any) -> Callable[[], object]:
+    """Return a step of `Trainer`, without its folder. `options` are those of `TrainOptions`."""
+    images = torch.zeros(batch, 3, config["sample_size"], config["sample_size"], dtype=torch.uint8)
+    labels = torch.zeros(batch, dtype=torch.int64)
+    dataset = ImageDataset("zeros", images, labels, ("",), lambda _: iter(()))
+    settings = TrainOptions(**{"batch_size": batch, "micro_batch_size": batch, "precision": "bf16"} | options)
+    parts = (None, TrainingRng(0, batch), torch.device(device), Processes())
+    task = Task(settings, {}, idioms.random_unet(config), False, dataset, idioms.SCHEDULE, *parts)
+    return partial(take_step, task, State.initial(task), images, labels)
+
+
+def predicted(calls: Iterable[Call], card: Card, batch: int, budgets: Budgets) -> dict[str, float]:
+    """Return seconds by kind, those of launches, and their sum."""
+    found, count = dict.fromkeys(["convolutions", "norms", "bias", "cat", "adds", "attention", "products"], 0.0), 0
+    for call in calls:
+        seconds, number = call.seconds(card, batch, budgets)
+        found[call.kind] = found.get(call.kind, 0) + seconds
+        count += number
+    found["launches"] = count * LAUNCH
+    return found | {"sum": sum(found.values())}
+
+
+def predicted_compiled(calls: Iterable[Call], card: Card, batch: int, budgets: Budgets) -> float:
+    """Return the seconds of the same step by torch.compile: biases join other kernels, and norms read their input twice."""
+    norms = [call._replace(norm=None, moved=1.5 * call.moved) for call in calls if call.norm is not None]
+    others = [call for call in calls if call.norm is None and call.kind != "bias"]
+    return predicted([*others, *norms, *(Call("norms", 0) for _ in norms)], card, batch, budgets)["sum"]
+
+
+def table(network: str, card: Card, budgets: Budgets) -> list[dict[str, object]]:
+    """Return milliseconds of a step by kind, for sampling and training, at each of `BATCHES`."""
+    rows: list[dict[str, object]] = []
+    for name, trace in {"sampling": sampling_step, "training": training_step}.items():
+        calls = trace(idioms.NETWORKS[network])
+        found = [predicted(calls, card, batch, budgets) for batch in BATCHES]
+        for times, batch in zip(found, BATCHES, strict=True):
+            if name == "sampling":
+                times["sum, torch.compile"] = predicted_compiled(calls, card, batch, budgets)
+            else:
+                times["host, eager"] = times["launches"] / LAUNCH * HOST
+        rows += [
+            {"step": name, "kind": kind} | {f"batch {n}": 1e3 * times[kind] for n, times in zip(BATCHES, found, strict=True)}
+            for kind in found[0]
+        ]
+    return rows
