@@ -43,7 +43,7 @@ ACCESSES(8)
 ACCESSES(16)
 void __tsan_read_range(void* address, std::size_t size) { access(address, size, false, CALLER); }
 void __tsan_write_range(void* address, std::size_t size) { access(address, size, true, CALLER); }
-// Those of the code that launches kernels.
+// The code that launches kernels has atomics.
 unsigned char __tsan_atomic8_load(const volatile unsigned char* address, int) {
   return __atomic_load_n(address, __ATOMIC_SEQ_CST);
 }
