@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 import ddpm_fast
 
 STEPS = 10  # for the images that are profiled
-SHOWN = 16  # kernels of a table; the file has all
+SHOWN, WIDTH = 16, 96  # kernels and letters of a table; the file has all
 
 
 def kernels(call: Callable[[], object], steps: int, device: str) -> list[dict[str, object]]:
@@ -36,7 +36,7 @@ def kernels(call: Callable[[], object], steps: int, device: str) -> list[dict[st
         common.synchronize(device)
     key = "self_cpu_time_total" if device == "cpu" else "self_device_time_total"
     found = sorted(((getattr(each, key) / steps, each) for each in profiler.key_averages()), key=lambda pair: -pair[0])
-    rows = [{"kernel": each.key[:72], "calls": each.count / steps, "us": us} for us, each in found if us]
+    rows = [{"kernel": each.key, "calls": each.count / steps, "us": us} for us, each in found if us]
     return [{"kernel": "all", "calls": sum(row["calls"] for row in rows), "us": sum(row["us"] for row in rows)}, *rows]
 
 
@@ -46,7 +46,7 @@ def speed(geometry: traced.Geometry, batch: int, device: str, benchmark: bool) -
     x, weight = (torch.randn(shape, **of) for shape in ((batch, *geometry.shape), geometry.weight))  # type: ignore[call-overload]
     x, weight = (each.contiguous(memory_format=torch.channels_last) for each in (x, weight))
     call = partial(F.conv2d, x, weight, None, geometry.stride, geometry.padding)
-    with torch.backends.cudnn.flags(benchmark=benchmark, allow_tf32=False), torch.inference_mode():
+    with torch.backends.cudnn.flags(enabled=True, benchmark=benchmark, allow_tf32=False), torch.inference_mode():
         flops = 2 * call().numel() * weight[0].numel()
         replay = call if device == "cpu" else common.graphed(call, torch.cuda.Stream())
         return flops / common.compare({"": replay}, device, seconds=0.02)[""].spread.median / 1e12
@@ -67,15 +67,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with run.going_on(name):
             rows = kernels(call, steps, args.device)
             run.save(f"profile {args.network} {name}", rows)
-            common.print_table(f"{name}: a step", rows[:SHOWN])
+            common.print_table(f"{name}: a step", [row | {"kernel": str(row["kernel"])[:WIDTH]} for row in rows[:SHOWN]])
     geometries = Counter(call.geometry for call in traced.sampling_step(config) if call.geometry)
-    rows = [
-        {"convolution": str(geometry), "of them": count, "batch": batch}
-        | {f"TFLOP/s{', cudnn.benchmark' * on}": speed(geometry, batch, args.device, on) for on in (False, True)}
-        for batch in reversed(args.batches)
-        for geometry, count in geometries.items()
-    ]
-    run.save(f"profile {args.network} convolutions", rows, "convolutions")
+    rows = []
+    for batch in reversed(args.batches):
+        for geometry, count in geometries.items():
+            with run.going_on(f"{geometry}, batch {batch}"):
+                found = {f"TFLOP/s{', cudnn.benchmark' * on}": speed(geometry, batch, args.device, on) for on in (False, True)}
+                rows.append({"convolution": str(geometry), "of them": count, "batch": batch} | found)
+        run.save(f"profile {args.network} convolutions", rows, "convolutions" * (batch == args.batches[0]))
     run.finish()
 
 

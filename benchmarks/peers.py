@@ -418,11 +418,15 @@ def _real_trainer(job: Job) -> Runner:
     import torch
     import traced
 
+    import ddpm_fast
+
     torch.set_num_threads(job.threads)
+    keeping = ddpm_fast.kept_memory() if job.kept else nullcontext()
+    keeping.__enter__()
     options = {"precision": job.dtype, "channels_last": job.memory_format == "channels_last"}
     step = traced.trainer_step(idioms.NETWORKS[job.network_name], job.batch, job.device, **options)
 
-    def run() -> None:
+    def run(keeping: Any = keeping) -> None:  # memory is kept while this lives
         step()
         common.synchronize(job.device)
 

@@ -194,8 +194,9 @@ def export(name: str, job: Job) -> None:
 def _start(name: str, job: Job, said: Any, *mode: str) -> subprocess.Popen[str]:
     python = interpreter(_peer(name, job).environment)
     command = [str(python), __file__, name, json.dumps(asdict(job)), *mode]
-    # Inductor's usual folder would have what was compiled for others: first calls would not be first ones.
-    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(Path(job.folder, "inductor"))}
+    # Inductor's usual folder would have what was compiled for others: first calls would not be first ones. One that is named
+    # in the environment stays.
+    environment = {"TORCHINDUCTOR_CACHE_DIR": str(Path(job.folder, "inductor")), **os.environ}
     environment |= _CAPS.get(os.environ.get("DDPM_FAST_ISA", ""), {})
     environment["PYTHONPATH"] = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True, env=environment)

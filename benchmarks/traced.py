@@ -141,8 +141,9 @@ def _calls(name: str, given: Sequence[Tensor], outs: Sequence[Tensor], args: Seq
     if name == "convolution_backward":
         y, x, weight = given[:3]
         *of_products, of_bias = args[-1]  # which gradients are wanted
-        one = Call(kind, moved / 2, fixed / 2, 2 * y.numel() / TRACED * weight[0].numel(), x.numel() / TRACED)
-        return [one] * sum(of_products) + [Call("bias", y.nbytes / TRACED)] * of_bias
+        count = sum(of_products)
+        one = Call(kind, moved / count, fixed / count, 2 * y.numel() / TRACED * weight[0].numel(), x.numel() / TRACED)
+        return [one] * count + [Call("bias", y.nbytes / TRACED)] * of_bias
     x, weight = given[:2]
     geometry = Geometry(tuple(x.shape[1:]), tuple(weight.shape), args[3][0], args[4][0])
     one = call._replace(flops=2 * per_image * weight[0].numel(), results=per_image, geometry=geometry)

@@ -545,6 +545,8 @@ void group_norm_silu(const GroupNormSiluArgs& a) {
       return;
     }
     p.tiling = *tiling;
+    // A cluster may have been refused after the workspace was allocated.
+    if (!tiling->resident && a.workspace == nullptr) throw PlanAgain(std::string(kOp) + ": clusters are refused");
     if (!tiling->resident) {
       launch_pass<T, kLimits.large_items, Pass::kStatistics>(p, a.shape.n, stream);
       launch_pass<T, kLimits.large_items, Pass::kApply>(p, a.shape.n, stream);

@@ -693,7 +693,12 @@ void launch_pass(Backward p, std::int64_t samples, void* stream) {
 }  // namespace
 
 std::int64_t group_norm_silu_backward_workspace(const GroupNormSiluBackwardArgs& a) {
-  return Workspace(tiling_of(a.dtype, a.shape, a.num_groups), a.shape, a.num_groups).total;
+  // Enough without clusters too: one may be refused before the kernel is launched.
+  const auto bytes = [&](int cluster) {
+    const auto tiling = TilingRules(a.dtype, a.shape, a.num_groups, kLimits, cluster).tiling();
+    return Workspace(tiling, a.shape, a.num_groups).total;
+  };
+  return std::max(bytes(largest_cluster(kOp)), bytes(1));
 }
 
 void group_norm_silu_backward(const GroupNormSiluBackwardArgs& a) {

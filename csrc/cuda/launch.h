@@ -33,9 +33,9 @@ inline int attribute(const char* op, cudaDeviceAttr which) {
 // True if a card has refused a cluster. A part of a card may have too few multiprocessors side by side.
 inline std::atomic<bool> clusters_refused = false;
 
-// Return the most blocks of a cluster: 1 after a refusal and before compute capability 9.0. Blocks of a cluster read each other's shared
-// memory. No other property of a card decides the partition, above all not its number of multiprocessors, as results
-// must not depend on it.
+// Return the most blocks of a cluster: 1 after a refusal and before compute capability 9.0. Blocks of a cluster read each
+// other's shared memory. No other property of a card decides the partition, above all not its number of
+// multiprocessors, as results must not depend on it.
 inline int largest_cluster(const char* op) {
   const int major = attribute(op, cudaDevAttrComputeCapabilityMajor);
   // 8 is what every card with clusters has; 9 and 10 are the large chips, and have 16.
@@ -72,7 +72,9 @@ void launch(const char* op, void (*kernel)(Parameters...), const Dims& dims, voi
   config.attrs = &cluster;
   config.numAttrs = dims.cluster > 1 ? 1 : 0;
   const cudaError_t status = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
-  if (status != cudaSuccess && dims.cluster > 1) {
+  // Other errors may be those of earlier launches.
+  const bool refused = status == cudaErrorInvalidClusterSize || status == cudaErrorLaunchOutOfResources;
+  if (refused && dims.cluster > 1) {
     (void)cudaGetLastError();  // not for the next call to find
     clusters_refused = true;
     throw PlanAgain(std::string(op) + ": CUDA refused a cluster of " + std::to_string(dims.cluster) + " blocks (" +

@@ -13,5 +13,5 @@ ROOT = Path(__file__).resolve().parents[2]
 def why_old(root: Path = ROOT) -> str | None:
     """Return that the sources changed since the native module was built, or None."""
     now: str = runpy.run_path(str(root / "csrc" / "digest.py"))["digest"]()
-    built = backend.BUILD.get("sources", now)  # without a module there is nothing to say
-    return None if built == now else "csrc or CMakeLists.txt has changed"
+    is_old = bool(backend.BUILD) and backend.BUILD.get("sources") != now  # without a module there is nothing to say
+    return "csrc or CMakeLists.txt has changed" if is_old else None
