@@ -6,11 +6,11 @@
     python benchmarks/gpu_check.py --only ops goals
     python benchmarks/gpu_check.py --dry-run          # all phases on a CPU with tiny shapes
 
-Correctness comes first, then our own figures, then comparisons with torch.compile, and a check of memory, which may lack the
-time. Each phase is a process with a time limit: a crash or a hang costs that phase alone. What it has measured is in
-benchmarks/results/<card>.json at once, and logs lie beside it. torch and numpy are enough, and no network is needed.
-What is missing is said first.
-The exit status is 0 if no phase failed, 1 if one did, 2 without a GPU.
+Correctness comes first, then our own figures, then comparisons with torch.compile, which may lack the time, and last
+compute-sanitizer. Each phase is a process with a time limit: a crash or a hang costs that phase alone. What it has measured
+is in benchmarks/results/<card>.json at once, and logs lie in <card>_logs/. torch and numpy are enough to start, and no network
+is needed. What is missing is said first.
+The exit status is 0 if no phase failed, also if goals are not met, 1 if one did, 2 without a GPU.
 """
 
 from __future__ import annotations
@@ -44,12 +44,11 @@ sys.path.insert(0, str(ROOT))  # the package need not be installed
 
 UNBUILT = "an old or missing native module is not built"
 OPTIONAL = {  # modules, programs and a header, and what happens without them
-    **dict.fromkeys(("nvcc", "setuptools", "Python.h", "cmake", "ninja", "pybind11"), UNBUILT),
+    **dict.fromkeys(("nvcc", "g++", "setuptools", "Python.h", "cmake", "ninja", "pybind11"), UNBUILT),
     "pytest": "no test runs",
     "triton": "its kernels are neither tested nor timed",
     "diffusers": "plain PyTorch stands in for it",
     "msgspec": "no model is loaded from a folder; the trainer is timed without one",
-    "g++": "nothing is predicted, so goals that rest on predictions are not measured",
     "compute-sanitizer": "accesses to memory are not checked",
 }
 SAMPLED = {"cifar10-32": (128, 16, 1), "256x256": (8,)}  # network -> batches
@@ -206,8 +205,10 @@ def build(check: Check, seconds: float) -> Outcome:
     if reason is None:
         return Outcome("skipped", "the module has kernels for this device")
     lacking = [name for name, effect in OPTIONAL.items() if effect == UNBUILT and not has(name)]
-    if nvcc is None or lacking or check.dry_run:
-        return Outcome("skipped", f"{reason}; missing: {', '.join(lacking) or 'nothing'}")
+    if check.dry_run:
+        return Outcome("skipped", f"{reason}; a rehearsal builds nothing")
+    if nvcc is None or lacking:
+        return Outcome("failed", f"the native kernels are not measured: {reason}; missing: {', '.join(lacking)}")
     old = why_old_driver(nvcc)
     if old is not None:
         return Outcome("failed", old)
@@ -461,8 +462,8 @@ def goals(results: Mapping[str, Any]) -> list[dict[str, object]]:
     eager = ratios(sampled, lambda key: peer in key and "torch.compile" not in key)
     goal(f"sampling: times faster than {peer}, eager", "lowest", 2.0, eager)
     compiled = [row for row in sampled if row["model"] == SMALL and ratios([row], of_compile)]
-    expected = list(predictions(compiled, budgets))
-    for row, allowed, predicted in expected:
+    expected = list(predictions(compiled))
+    for row, predicted, allowed in expected:
         step = f"{row['ms a step']:.3g} ({predicted:.3g})"
         goal(
             f"sampling, batch {row['batch']}: times faster than torch.compile",
@@ -481,19 +482,32 @@ def goals(results: Mapping[str, Any]) -> list[dict[str, object]]:
     return found
 
 
-def predictions(rows: list[dict[str, Any]], budgets: Any) -> Iterator[tuple[dict[str, Any], float, float]]:
-    """Yield rows of sampling on known cards, the ratio to torch.compile that is predicted, and the milliseconds of our step."""
-    import idioms
+def predictions(rows: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], float, float]]:
+    """Yield rows on known cards, the milliseconds that a step should take, and torch.compile as a multiple of it."""
     import predict
-    import traced
 
     cards = {card.device: card for card in predict.CARDS}
     known = [row for row in rows if row["device"] in cards] if program("g++") else []
-    calls = traced.sampling_step(idioms.NETWORKS[SMALL]) if known else []
-    for row in known:
-        where = (calls, cards[row["device"]], row["batch"], budgets)
-        ours = traced.predicted(*where)["sum"]
-        yield row, traced.predicted_compiled(*where) / ours, 1e3 * ours
+    if known:
+        steps = expected_steps(known[0]["device"], [row["batch"] for row in known])
+        yield from ((row, *step) for row, step in zip(known, steps, strict=True))
+
+
+EXPECT = """
+import json, sys, predict, traced
+device, *batches = sys.argv[1:]
+card, budgets = next(card for card in predict.CARDS if card.device == device), json.loads(predict.BUDGETS.read_text())
+print(json.dumps(traced.expected({network!r}, card, [int(n) for n in batches], budgets["native"]["kernels"])))
+"""
+
+
+def expected_steps(device: str, batches: Sequence[int]) -> list[tuple[float, float]]:
+    """Return what `traced.expected` does, from a new process: this one may have begun before the module was built."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(HERE)])}
+    command = [sys.executable, "-W", "ignore", "-c", EXPECT.format(network=SMALL), device, *map(str, batches)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    found: list[tuple[float, float]] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 class Phase(NamedTuple):
@@ -586,7 +600,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     began = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [phase.name for phase in PHASES]
-    parser.add_argument("--only", nargs="+", choices=names, default=names, help="run these phases (all)")
+    parser.add_argument(
+        "--only", nargs="+", choices=names, default=names, help='run these phases (all); "large sampling" is one'
+    )
     parser.add_argument(
         "--tune", action="store_true", help="time sampling beside torch.compile's max-autotune, and nothing else"
     )
@@ -596,6 +612,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--launch-every-op", action="store_true", help=argparse.SUPPRESS)  # for compute-sanitizer
     parser.add_argument("--tests", nargs=4, help=argparse.SUPPRESS)  # a share of the tests
     args = parser.parse_args(arguments)
+    if args.seconds is not None and args.seconds <= 0:
+        parser.error(f"--seconds: expected a number above 0, got {args.seconds:g}")
     if args.tune and args.only != names:
         parser.error("--only selects phases of the check, and --tune has its own")
     reason = None if args.dry_run or args.tests else why_no_gpu()

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import common
+import idioms
 from benchmark_ops import Work, elementwise, norms
 
 from ddpm_fast.files.writing import write_json
@@ -243,15 +244,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=default, help="write this JSON file (build/predicted.json)")
     words = f"assume that kernels fill this share of the issue slots ({ISSUE_EFFICIENCY}; 1: lower bounds)"
     parser.add_argument("--issue-efficiency", type=float, default=ISSUE_EFFICIENCY, help=words)
-    parser.add_argument("--network", help="print the steps of this network of idioms.py, and write nothing")
-    parser.add_argument("--card", choices=[card.name for card in CARDS], default="H100", help="the card of --network (H100)")
+    parser.add_argument("--network", choices=idioms.NETWORKS, help="print the steps of this network, and write nothing")
+    parser.add_argument("--card", choices=[card.name for card in CARDS], help="with --network: the steps on this card (H100)")
     args = parser.parse_args(arguments)
+    if args.card and not args.network:
+        parser.error("--card: goes with --network")
     if args.network:
         import traced
 
-        card = next(card for card in CARDS if card.name == args.card)
+        card = next(card for card in CARDS if card.name == (args.card or "H100"))
         budgets = json.loads(BUDGETS.read_text(encoding="utf-8"))["native"]["kernels"]
         common.print_table(f"milliseconds of a step on an {card.name}, predicted", traced.table(args.network, card, budgets))
+        print(
+            f"assumed: {traced.DENSE_SHARE:.0%} of the dense bf16 rate for convolutions, products and attention, and at least"
+        )
+        print(
+            f"{1e6 * traced.SHORTEST:g} us for each; {1e6 * traced.HOST:g} us of the host for an eager op; with torch.compile,"
+        )
+        print("biases join other kernels, and norms read their input twice")
         return
     if not 0 < args.issue_efficiency <= 1:
         parser.error(f"--issue-efficiency: expected a share above 0 and at most 1, got {args.issue_efficiency}")

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import ddpm_fast
 from ddpm_fast.distributed import Processes
+from ddpm_fast.ops.backend import native_error
 from ddpm_fast.testing import Case
 from ddpm_fast.training.data import ImageDataset
 from ddpm_fast.training.options import TrainOptions
@@ -37,8 +38,8 @@ KINDS = {  # the op's name decides; what is not here is "rest"
     "_scaled_dot_product_flash_attention_for_cpu": "attention",
     "_scaled_dot_product_flash_attention_for_cpu_backward": "attention",
 }
-# Assumed. cuDNN's best convolutions reach the first on maps that fill a card, with a tile of 64x64 results on each
-# multiprocessor at least. A product of any size takes the second. An eager op keeps the host busy for the third.
+# Assumed. The best convolutions, products and attention reach the first on maps that fill a card, with a tile of 64x64 results
+# on each multiprocessor at least. Any of them takes the second at least. An eager op keeps the host busy for the third.
 DENSE_SHARE = 0.6
 SHORTEST = 5e-6
 HOST = 9e-6
@@ -150,8 +151,18 @@ def _calls(name: str, given: Sequence[Tensor], outs: Sequence[Tensor], args: Seq
     return [one, *([Call("bias", 2 * outs[0].nbytes / TRACED)] if len(given) > 2 else [])]
 
 
+def check_native() -> None:
+    """Raise a RuntimeError without the native module: the reference's many calls would be traced in place of its kernels."""
+    error = native_error()
+    if error is not None:
+        raise RuntimeError(
+            f"a step can be traced with the native module alone, and there is none: {error}. Build it: make build"
+        )
+
+
 def sampling_step(config: dict[str, Any]) -> list[Call]:
     """Trace an evaluation of the frozen network. float16 runs on a CPU as bfloat16 does on a GPU."""
+    check_native()
     network = ddpm_fast.freeze(idioms.random_unet(config), torch.float16)
     x = torch.zeros(TRACED, 3, config["sample_size"], config["sample_size"], dtype=torch.float16)
     with torch.no_grad(), Tracer() as tracer:
@@ -162,6 +173,7 @@ def sampling_step(config: dict[str, Any]) -> list[Call]:
 
 def training_step(config: dict[str, Any]) -> list[Call]:
     """Trace a step of the trainer."""
+    check_native()
     step = trainer_step(config, TRACED, "cpu")
     with Tracer():
         step()  # makes the optimizer's state
@@ -197,6 +209,13 @@ def predicted_compiled(calls: Iterable[Call], card: Card, batch: int, budgets: B
     norms = [call._replace(norm=None, moved=1.5 * call.moved) for call in calls if call.norm is not None]
     others = [call for call in calls if call.norm is None and call.kind != "bias"]
     return predicted([*others, *norms, *(Call("norms", 0) for _ in norms)], card, batch, budgets)["sum"]
+
+
+def expected(network: str, card: Card, batches: Iterable[int], budgets: Budgets) -> list[tuple[float, float]]:
+    """Return, for each batch, the milliseconds of a step of sampling, and how many times as long torch.compile takes."""
+    calls = sampling_step(idioms.NETWORKS[network])
+    sums = [predicted(calls, card, n, budgets)["sum"] for n in batches]
+    return [(1e3 * ours, predicted_compiled(calls, card, n, budgets) / ours) for ours, n in zip(sums, batches, strict=True)]
 
 
 def table(network: str, card: Card, budgets: Budgets) -> list[dict[str, object]]:

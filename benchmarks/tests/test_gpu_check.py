@@ -22,8 +22,6 @@ import traced
 from benchmark_ops import Work, deciding
 from gpu_check import PHASES, TOTAL_SECONDS, TUNING, TUNING_SECONDS, Check, Outcome, Phase
 
-from ddpm_fast.testing import Case
-
 needs_gpp = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
 
 
@@ -316,10 +314,8 @@ def allowed(work: Work) -> float:
 
 @pytest.fixture
 def _short_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step that is traced at once: two norms, and a bias that torch.compile does not pay for."""
-    norm = Work(Case("group_norm_silu", "", (1, 256, 32, 32), {"groups": 32}), "bf16", "channels_last")
-    calls = [*[traced.Call("norms", 4 * 256 * 1024, norm=norm)] * 2, traced.Call("bias", 4 * 256 * 1024)]
-    monkeypatch.setattr(traced, "sampling_step", lambda config: calls)
+    """A step that is predicted at once."""
+    monkeypatch.setattr(gpu_check, "expected_steps", lambda device, batches: [(4.5, 1.125) for _ in batches])
 
 
 @needs_gpp
@@ -336,17 +332,17 @@ def test_goals_are_met_or_not() -> None:
 
 
 @needs_gpp
-@pytest.mark.usefixtures("_short_step")
-def test_what_is_predicted_of_a_step_is_asked_of_it() -> None:
+def test_what_is_predicted_of_a_step_is_asked_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """The ratio to torch.compile is that of the two sums, and the sum is printed beside the measured time."""
-    (goal,) = (goal for goal in gpu_check.goals(results(0.9, 1.6)) if "batch 128" in str(goal["goal"]))
-    calls, where = (
-        traced.sampling_step({}),
-        (predict.CARDS[1], 128, json.loads(predict.BUDGETS.read_text())["native"]["kernels"]),
-    )
-    ours, theirs = traced.predicted(calls, *where)["sum"], traced.predicted_compiled(calls, *where)
-    assert goal["wanted"] == f"at least {theirs / ours:g}"
-    assert goal["a step, ms (predicted)"] == f"5 ({1e3 * ours:.3g})"
+    monkeypatch.setattr(gpu_check, "SMALL", "tiny")
+    budgets = json.loads(predict.BUDGETS.read_text())["native"]["kernels"]
+    ((ours, ratio),) = traced.expected("tiny", predict.CARDS[1], [128], budgets)
+    found = results(0.9, 1.6)
+    for row in found["sample_speed cifar10-32 bf16 batch 64"]["rows"][:1]:
+        row["model"] = "tiny"
+    (goal,) = (goal for goal in gpu_check.goals(found) if "batch 128" in str(goal["goal"]))
+    assert goal["wanted"] == f"at least {ratio:g}"
+    assert goal["a step, ms (predicted)"] == f"5 ({ours:.3g})"
 
 
 @needs_gpp

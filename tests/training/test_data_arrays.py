@@ -174,7 +174,7 @@ def test_ranges_that_float32_cannot_resolve_are_refused(bounds: tuple[float, flo
     """Stated ones, and those of the values themselves, which would become NaN or a few levels."""
     path = write_npy(tmp_path, np.linspace(*bounds, H * W).reshape(1, H, W))
     for stated in (bounds, "measured"):
-        with pytest.raises(ValueError, match="expected data_range to hold at least 256 values of float32, got "):
+        with pytest.raises(ValueError, match=r"expected (data_range|.*a\.npy) to hold at least 256 values of float32, got "):
             load_dataset(str(path), data_range=stated)
     write_npy(tmp_path, np.linspace(1e8, 1e8 + 1e4, H * W).reshape(1, H, W))
     assert load_dataset(str(path)).images[0].isfinite().all()

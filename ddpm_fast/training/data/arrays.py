@@ -177,7 +177,8 @@ def _ranges(arrays: Arrays, count: int, start: _Array, stated: Ranges | None) ->
     expect(len(bounds) in (1, len(start)), "load_dataset", "data_range", wanted, len(bounds))
     for index in range(count):
         array, place = arrays.image(index, start), arrays.place(index)
-        least, most = (np.float64(each) for each in (array.min(axis=(1, 2)), array.max(axis=(1, 2))))  # NaN if one is
+        with np.errstate(invalid="ignore"):  # a signalling NaN would be a warning
+            least, most = (np.float64(each) for each in (array.min(axis=(1, 2)), array.max(axis=(1, 2))))  # NaN if one is
         finite = np.isfinite(least).all() and np.isfinite(most).all()
         expect(finite, "load_dataset", place, "to be finite", "NaN or infinity")
         outside = (least < bounds[:, 0]) | (most > bounds[:, 1])
@@ -192,7 +193,7 @@ def _ranges(arrays: Arrays, count: int, start: _Array, stated: Ranges | None) ->
     for channel in np.flatnonzero(low == high).tolist():
         got = f"{low[channel]:g} alone in channel {channel}; state a data_range"
         raise InvalidValue("load_dataset", arrays.root, "to have different values", got)
-    return checked_ranges("load_dataset", "data_range", np.stack([low, high], axis=1).tolist())
+    return checked_ranges("load_dataset", str(arrays.root), np.stack([low, high], axis=1).tolist())
 
 
 def _contents(arrays: Arrays, exact: bool) -> Iterator[bytes]:
