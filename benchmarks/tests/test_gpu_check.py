@@ -389,6 +389,37 @@ for step in (1, 2):
     assert shares[0]
 
 
+def test_every_file_of_tests_is_collected_where_packages_are_missing(tmp_path: Path) -> None:
+    """One that imports a missing package at its top would be a failure, and its tests would not run."""
+    log = tmp_path / "log"
+    code = f"""
+import pathlib, sys
+sys.path.insert(0, {str(common.ROOT)!r})
+sys.modules |= dict.fromkeys(["msgspec", "diffusers", "denoising_diffusion_pytorch", "ddpm_fast._native"])
+import gpu_check, pytest
+class Files:
+    def pytest_collection_finish(self, session):
+        print(*sorted({{item.nodeid.partition("::")[0] for item in session.items}}), sep=chr(10))
+options = "-qq -p no:cacheprovider -p no:randomly --collect-only --continue-on-collection-errors tests"
+pytest.main(options.split(), plugins=[gpu_check.Share(0, 1, pathlib.Path({str(log)!r})), Files()])
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=gpu_check.ROOT, capture_output=True, text=True)
+    assert log.read_text() == "", done.stdout
+    assert {"tests/ops/test_parity.py", "tests/sampling/test_sampler.py", "tests/inference/test_frozen.py"} < set(
+        done.stdout.splitlines()
+    ), done.stderr
+
+
+def test_a_file_that_wants_a_missing_package_is_no_failure(tmp_path: Path) -> None:
+    for name, imported in {"missing": "no_such_package.part", "broken": "json.no_such_part"}.items():
+        (tmp_path / f"test_{name}.py").write_text(f"import {imported}\n")
+    code = f"import sys; sys.path.insert(0, {str(common.ROOT)!r})\nimport gpu_check, pathlib, pytest\n"
+    code += "pytest.main(['-q', '--continue-on-collection-errors', '.'], plugins=[gpu_check.Share(0, 1, pathlib.Path('log'))])"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, check=True)
+    (failed,) = map(json.loads, (tmp_path / "log").read_text().splitlines())
+    assert (failed["test"], failed["outcome"]) == ("test_broken.py", "failed")
+
+
 def test_a_warning_fails_no_test_on_a_gpu(tmp_path: Path) -> None:
     """The settings of pyproject.toml make it an error."""
     (tmp_path / "tests" / "ops").mkdir(parents=True)
