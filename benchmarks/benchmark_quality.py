@@ -578,7 +578,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     weights = weights_hash(loaded.model)
     section = f"benchmark_quality {name} {weights} {args.dtype} N={args.num}"
     section += "" if args.guidance == 1 else f" guidance {args.guidance:g}"
-    path = args.out or common.default_output(args.device)
+    # A run of hours goes on from what it has.
+    path = common.default_output(args.device) if args.out in (None, common.RECORDED) else args.out
     if args.table or args.plot:
         _, rows = read_section(path, section)
         if (args.samplers, args.evaluations) != (DEFAULT, EVALUATIONS):
@@ -603,7 +604,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     classifier, of_test = trained_classifier(file, images, labels)
     halves = [Measured(of_test.predicted[half], of_test.features[half]) for half in split_real(labels)]
     judge = Judge(classifier, *halves)
-    run = common.Run(args.device, args.out)
+    run = common.Run(args.device, path)
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     about = {"test accuracy": round(of_test.accuracy(labels), 4), "sha256": digest, "recipe": RECIPE}
     options = {"weights": weights, "classifier": digest[:12], "batch": args.batch}

@@ -36,6 +36,7 @@ from ddpm_fast.inference import cuda_graph
 from ddpm_fast.ops import backend
 
 ROOT = Path(__file__).resolve().parent
+RECORDED = ROOT / "results"  # stands for the file of the device in it
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -266,6 +267,7 @@ def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
         "device": device_name(device),
         "cpu_cores": cores(),
         "threads": torch.get_num_threads(),
+        "wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
         "processor": backend.BUILD.get("processor"),
         "instruction_set": instruction_set(),
         **({"no native kernels": missing} if missing else {}),
@@ -344,29 +346,31 @@ class Run:
 
     Args:
         device: Device that is measured.
-        out: JSON file. None: benchmarks/results/<device>.json.
+        out: JSON file. `RECORDED`: benchmarks/results/<device>.json. None: what has a title is printed, and nothing is written.
     """
 
     def __init__(self, device: torch.device | str = "cpu", out: Path | None = None) -> None:
         self.machine = dict(machine(device))
-        self.path = out or default_output(device)
+        self.path = default_output(device) if out == RECORDED else out
         self.failures: list[str] = []
         for key, value in self.machine.items():
             print(f"{key:>16}  {value}")
 
+    def kept(self) -> dict[str, Any]:
+        """Return the content of the file, if there is one."""
+        return json.loads(self.path.read_text(encoding="utf-8")) if self.path and self.path.is_file() else {}
+
     def has(self, section: str, **wanted: object) -> bool:
         """Return whether the file has a table of this commit, with these values beside the machine's."""
-        results: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8")) if self.path.is_file() else {}
-        kept = results.get(section, {"machine": {}})["machine"]
+        kept = self.kept().get(section, {"machine": {}})["machine"]
         return all(kept.get(key) == value for key, value in (wanted | {"commit": self.machine["commit"]}).items())
 
     def save(self, section: str, rows: Sequence[Mapping[str, object]], title: str = "", **more: object) -> None:
         """Write a table beside those of other benchmarks, and print it if it has a title. `more` joins the machine's keys."""
-        results: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8")) if self.path.is_file() else {}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         rounded = [{key: _json(value) for key, value in row.items()} for row in rows]
-        results[section] = {"machine": self.machine | more, "rows": rounded}
-        write_json(self.path, results)
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self.path, self.kept() | {section: {"machine": self.machine | more, "rows": rounded}})
         if title and rows:
             print_table(title, rows)
 
@@ -384,12 +388,15 @@ class Run:
         words = [message] if message else []
         if self.failures:
             words.append(f"{len(self.failures)} failed, first: {self.failures[0].splitlines()[0]}")
-        print("; ".join([*words, f"results: {self.path}"]))
+        where = f"results: {self.path}" if self.path else "no file was written: --out FILE writes the results"
+        print("; ".join([*words, where]))
         if self.failures:
             sys.exit(1)
 
     def picture(self, figure: Any, name: str) -> None:
-        """Write a figure of matplotlib's pyplot beside the results."""
+        """Write a figure of matplotlib's pyplot beside the results, if they are written."""
+        if self.path is None:
+            return
         path = self.path.with_name(f"{self.path.stem}_{name}.png")
         with replacing(path) as temporary:
             figure.savefig(temporary, dpi=150, format="png")
@@ -413,7 +420,8 @@ def pyplot() -> Any:
 def parser(doc: str | None, *, device: bool = True) -> argparse.ArgumentParser:
     """Return a parser with the options --out and --device."""
     result = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    result.add_argument("--out", type=Path, help="write this JSON file (benchmarks/results/<device>.json)")
+    help = "write the results to this JSON file, and pictures next to it; without a name, to benchmarks/results/<device>.json"
+    result.add_argument("--out", nargs="?", metavar="FILE", type=Path, const=RECORDED, help=help)
     if device:
         result.add_argument("--device", default="cpu", help="run on this device (cpu)")
     return result

@@ -1,6 +1,6 @@
 """Predict the time of every op of the native backend on four GPUs. Nothing is measured.
 
-    python benchmarks/predict.py                        # print a table, and write build/predicted.json
+    python benchmarks/predict.py
     python benchmarks/predict.py --issue-efficiency 1   # lower bounds
     python benchmarks/predict.py --network cifar10-32   # a step of sampling and of training by kind, on an H100
 
@@ -20,15 +20,13 @@ import math
 import re
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import common
 import idioms
 from benchmark_ops import Work, elementwise, norms
-
-from ddpm_fast.files.writing import write_json
 
 HERE = Path(__file__).resolve().parent
 SOURCES = HERE.parent / "csrc"
@@ -240,34 +238,26 @@ def works() -> list[Work]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default = HERE.parent / "build" / "predicted.json"
-    parser.add_argument("--out", type=Path, default=default, help="write this JSON file (build/predicted.json)")
     words = f"assume that kernels fill this share of the issue slots ({ISSUE_EFFICIENCY}; 1: lower bounds)"
     parser.add_argument("--issue-efficiency", type=float, default=ISSUE_EFFICIENCY, help=words)
-    parser.add_argument("--network", choices=idioms.NETWORKS, help="print the steps of this network, and write nothing")
+    parser.add_argument("--network", choices=idioms.NETWORKS, help="print the steps of this network")
     parser.add_argument("--card", choices=[card.name for card in CARDS], help="with --network: the steps on this card (H100)")
     args = parser.parse_args(arguments)
     if args.card and not args.network:
         parser.error("--card: goes with --network")
+    data = json.loads(BUDGETS.read_text(encoding="utf-8"))["native"]
     if args.network:
         import traced
 
         card = next(card for card in CARDS if card.name == (args.card or "H100"))
-        budgets = json.loads(BUDGETS.read_text(encoding="utf-8"))["native"]["kernels"]
-        common.print_table(f"milliseconds of a step on an {card.name}, predicted", traced.table(args.network, card, budgets))
-        print(
-            f"assumed: {traced.DENSE_SHARE:.0%} of the dense bf16 rate for convolutions, products and attention, and at least"
-        )
-        print(
-            f"{1e6 * traced.SHORTEST:g} us for each; {1e6 * traced.HOST:g} us of the host for an eager op; with torch.compile,"
-        )
-        print("biases join other kernels, and norms read their input twice")
+        rows = traced.table(args.network, card, data["kernels"])
+        common.print_table(f"milliseconds of a step on an {card.name}, predicted", rows)
+        print(f"assumed: {traced.ASSUMED}")
         return
     if not 0 < args.issue_efficiency <= 1:
         parser.error(f"--issue-efficiency: expected a share above 0 and at most 1, got {args.issue_efficiency}")
     kind = "expected at an assumed" if args.issue_efficiency < 1 else "lower bounds at an"
     what = f"predicted, {kind} issue efficiency of {args.issue_efficiency:g}"
-    data = json.loads(BUDGETS.read_text(encoding="utf-8"))["native"]
     rows = [
         work.columns() | {card.name: predict(work, card, data["kernels"], args.issue_efficiency) for card in CARDS}
         for work in works()
@@ -277,13 +267,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for row in rows
     ]
     common.print_table(f"microseconds {what}, from the instructions of {data['compiler']}", cells)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    cards = [asdict(card) for card in CARDS]
-    assumed = {"share of bandwidth": ATTAINABLE, "issue efficiency": args.issue_efficiency}
-    assumed |= {"lanes per clock": ISSUED_PER_CLOCK, "seconds per launch": LAUNCH}
-    told = {"what": f"{what}, not measured; see benchmarks/predict.py", "assumed": assumed, "compiler": data["compiler"]}
-    write_json(args.out, told | {"cards": cards, "rows": rows})
-    print(f"written: {args.out}")
 
 
 if __name__ == "__main__":

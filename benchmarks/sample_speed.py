@@ -16,15 +16,12 @@ from __future__ import annotations
 
 import argparse
 import copy
-import os
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -206,30 +203,6 @@ def check(model: UNet, schedule: NoiseSchedule, dtype: torch.dtype, device: str)
     print(f"parity: the same images for the same noise ({PARITY_STEPS} steps, against float64)")
 
 
-class Run(common.Run):
-    """The results of a run. They are printed, and written only if `out` names a file."""
-
-    def __init__(self, device: str, out: Path | None) -> None:
-        super().__init__(device, out)
-        self.is_written = out is not None
-        self.machine["wait_policy"] = os.environ.get("OMP_WAIT_POLICY", "default")
-        print(f"{'wait_policy':>16}  {self.machine['wait_policy']}")
-
-    def save(self, section: str, rows: Sequence[Mapping[str, object]], title: str = "", **more: object) -> None:
-        if self.is_written:
-            super().save(section, rows, title, **more)
-        elif title and rows:
-            common.print_table(title, rows)
-
-    def finish(self, message: str = "") -> None:
-        if self.is_written:
-            super().finish(message)
-            return
-        print("no file was written: --out FILE writes the results")
-        if self.failures:  # which have been printed
-            sys.exit(1)
-
-
 def why_doubtful(load: float | None, times: Mapping[str, common.Times], policy: str) -> str | None:
     """Return one line that says why the ratios may be wrong and what to do, or None.
 
@@ -260,7 +233,7 @@ def seconds_of(sampler: Callable[[int], Tensor], batch: int, device: str) -> flo
     return time.perf_counter() - began
 
 
-def measure(name: str, samplers: Samplers, batch: int, args: argparse.Namespace, run: Run) -> None:
+def measure(name: str, samplers: Samplers, batch: int, args: argparse.Namespace, run: common.Run) -> None:
     """Time the samplers of a model and batch size. On a GPU each has captured, tuned and compiled before."""
     section = " ".join(["sample_speed", name, args.dtype, f"batch {batch}", *samplers.modes])
     section += " of ours" if samplers.compiles_ours else ""
@@ -311,15 +284,7 @@ def plot(rows: list[dict[str, Any]], title: str) -> Any:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    usual = common.parser(__doc__)
-    parser = argparse.ArgumentParser(
-        parents=[usual],
-        add_help=False,
-        conflict_handler="resolve",  # for --out, as other benchmarks write a file by default
-        description=usual.description,
-        formatter_class=usual.formatter_class,
-    )
-    parser.add_argument("--out", type=Path, help="write the results to this JSON file, and the picture next to it (no file)")
+    parser = common.parser(__doc__)
     text = "take builtin (default), a model's folder, or random weights: cifar10-32, 256x256, small, tiny"
     parser.add_argument("--model", nargs="+", default=["builtin"], help=text)
     parser.add_argument("--batch", type=int, nargs="+", default=[16], help="sample this many images at once (16)")
@@ -340,7 +305,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             parser.error("--plot writes its picture next to the results, so name their file: --out FILE")
         common.pyplot()
     deadline = time.monotonic() + args.seconds
-    run = Run(args.device, args.out)
+    run = common.Run(args.device, args.out)
     doubt = None if args.device != "cpu" else why_doubtful(run.machine["load_average"], {}, run.machine["wait_policy"])
     if doubt is not None:
         print(doubt, flush=True)

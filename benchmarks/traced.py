@@ -44,6 +44,9 @@ DENSE_SHARE = 0.6
 SHORTEST = 5e-6
 HOST = 9e-6
 TILE = 64 * 64
+ASSUMED = f"""{DENSE_SHARE:.0%} of the dense bf16 rate for convolutions, products and attention, and at least
+{1e6 * SHORTEST:g} us for each; {1e6 * HOST:g} us of the host for an eager op; with torch.compile, biases join other kernels,
+and norms read their input twice"""
 TRACED = 7  # images of the traced call: no weight has as many rows
 
 

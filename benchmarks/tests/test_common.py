@@ -68,6 +68,21 @@ def test_a_run_keeps_other_sections_and_says_what_failed(tmp_path: Path, capsys:
     assert last == f"1 of 2 made; 1 failed, first: peer: RuntimeError: it crashed; results: {out}"
 
 
+def test_nothing_is_written_unless_a_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """The results in the repository are those of quiet machines."""
+    monkeypatch.setattr(common, "default_output", lambda device: tmp_path / "tracked.json")
+    outs = [common.parser(None).parse_args(words).out for words in ([], ["--out"], ["--out", "named.json"])]
+    assert outs == [None, common.RECORDED, Path("named.json")]
+    assert common.Run(out=outs[1]).path == tmp_path / "tracked.json"
+    unwritten = common.Run(out=None)
+    unwritten.save("a", [{"ms": 1.0}], "a table")
+    unwritten.picture(None, "a")
+    unwritten.finish()
+    assert not unwritten.has("a")
+    assert not list(tmp_path.iterdir())
+    assert capsys.readouterr().out.splitlines()[-1] == "no file was written: --out FILE writes the results"
+
+
 def test_a_commit_is_found_without_git(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     assert common.commit().startswith("sources ")

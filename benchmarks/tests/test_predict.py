@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -91,22 +90,27 @@ def test_norms_take_as_many_passes_as_the_kernels(emulated_module: ModuleType) -
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
-def test_every_comparison_is_predicted_from_kernels_that_there_are(tmp_path: Path, capsys: Any) -> None:
+def test_every_comparison_is_predicted_from_kernels_that_there_are(capsys: Any) -> None:
     rows = []
-    for words, said in (([], "expected at an assumed issue efficiency of 0.85"), (["1"], "lower bounds")):
-        option = [word for number in words for word in ("--issue-efficiency", number)]
-        predict.main(["--out", str(tmp_path / "predicted.json"), *option])
-        written = json.loads((tmp_path / "predicted.json").read_text(encoding="utf-8"))
-        assert said in written["what"]
-        assert said in capsys.readouterr().out
-        assert written["assumed"]["issue efficiency"] == (1 if words else predict.ISSUE_EFFICIENCY)
-        rows.append(written["rows"])
+    for words, said in (([], "expected at an assumed issue efficiency of 0.85"), (["--issue-efficiency", "1"], "lower bounds")):
+        predict.main(words)
+        told = capsys.readouterr().out
+        assert said in told
+        rows.append([float(word) for line in told.splitlines()[3:] for word in line.split()[-2 * len(CARDS) :: 2]])
     expected, least = rows
-    assert len(expected) == len(predict.works())
-    assert all(row[card.name]["us"] > 1e6 * predict.LAUNCH for row in least for card in CARDS)
-    slower = [more[card.name]["us"] > row[card.name]["us"] for more, row in zip(expected, least, strict=True) for card in CARDS]
+    assert len(expected) == len(predict.works()) * len(CARDS)
+    assert all(us > 1e6 * predict.LAUNCH for us in least)
+    slower = [more > us for more, us in zip(expected, least, strict=True)]
     assert any(slower)
     assert not all(slower), "what the memory binds does not depend on the issue efficiency"
+
+
+def test_a_card_belongs_to_a_network(capsys: Any) -> None:
+    predict.main(["--network", "tiny", "--card", "A100"])
+    assert "milliseconds of a step on an A100, predicted" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        predict.main(["--card", "A100"])
+    assert "--card: goes with --network" in capsys.readouterr().err
 
 
 def test_the_issue_efficiency_is_a_share(capsys: Any) -> None:
