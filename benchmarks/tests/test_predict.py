@@ -96,7 +96,7 @@ def test_every_comparison_is_predicted_from_kernels_that_there_are(capsys: Any) 
         predict.main(words)
         told = capsys.readouterr().out
         assert said in told
-        rows.append([float(word) for line in told.splitlines()[3:] for word in line.split()[-2 * len(CARDS) :: 2]])
+        rows.append([float(word) for line in told.splitlines()[4:] for word in line.split()[-2 * len(CARDS) :: 2]])
     expected, least = rows
     assert len(expected) == len(predict.works()) * len(CARDS)
     assert all(us > 1e6 * predict.LAUNCH for us in least)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib
 import json
 import pickle
 import re
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from ddpm_fast import UNet, freeze, fuse
 from ddpm_fast.integrations import diffusers as schedulers
 
-processors = diffusers.models.attention_processor
+processors: Any = importlib.import_module("diffusers.models.attention_processor")
 
 PIPELINES = ["DDPM", "DDIM"]
 LAYERS = "freeze: expected x.unet to have the layers that its configuration describes, got one where "
