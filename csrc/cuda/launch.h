@@ -77,8 +77,7 @@ void launch(const char* op, void (*kernel)(Parameters...), const Dims& dims, voi
   if (refused && dims.cluster > 1) {
     (void)cudaGetLastError();  // not for the next call to find
     clusters_refused = true;
-    throw PlanAgain(std::string(op) + ": CUDA refused a cluster of " + std::to_string(dims.cluster) + " blocks (" +
-                    cudaGetErrorString(status) +
+    throw PlanAgain(std::string(op) + ": CUDA refused a cluster of blocks (" + cudaGetErrorString(status) +
                     "). From now on it is computed in two passes, which take longer and round differently.");
   }
   check(op, status);

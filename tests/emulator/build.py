@@ -89,7 +89,9 @@ def build(sanitizer: str = "thread", edits: tuple[Edit, ...] = (), sources: tupl
     salt = _hash(_digest(headers), compiler, sys.version)
 
     kernels = []
-    if edits:  # first, so that the linker takes inline functions from these
+    # First, so that the linker takes inline functions from these. So the code that launches kernels must use no function of the
+    # standard library that reports are made of, such as std::to_string: its instrumented copy would check the runtime itself.
+    if edits:
         edited = _edited_copy(edits)
         flags = [*KERNEL_FLAGS, *SANITIZERS[sanitizer], own_headers, f"-I{edited}"]
         kernels += [_Kernel(edited / "cuda" / name, flags, salt) for name in sources]
