@@ -84,8 +84,9 @@ class Staging {
     std::string error;
     try {
       kernel(args);
-    } catch (const PlanAgain&) {
-      throw;
+    } catch (const PlanAgain& thrown) {
+      if (emulator::reports().empty()) throw;
+      error = thrown.what();
     } catch (const std::runtime_error& thrown) {
       error = thrown.what();
     }
