@@ -87,6 +87,7 @@ class Staging {
     } catch (const PlanAgain& thrown) {
       if (emulator::reports().empty()) throw;
       error = thrown.what();
+      cuda::clusters_refused = false;  // the next call may show the bug again
     } catch (const std::runtime_error& thrown) {
       error = thrown.what();
     }
