@@ -361,9 +361,13 @@ class Run:
         return json.loads(self.path.read_text(encoding="utf-8")) if self.path and self.path.is_file() else {}
 
     def has(self, section: str, **wanted: object) -> bool:
-        """Return whether the file has a table of this commit, with these values beside the machine's."""
+        """Return whether the file has a table of this commit, with these values beside the machine's.
+
+        Sources that changed since their commit are known by no name, so nothing is theirs.
+        """
         kept = self.kept().get(section, {"machine": {}})["machine"]
-        return all(kept.get(key) == value for key, value in (wanted | {"commit": self.machine["commit"]}).items())
+        wanted = wanted | {"commit": self.machine["commit"]}
+        return not self.machine["commit"].endswith("+") and all(kept.get(key) == value for key, value in wanted.items())
 
     def save(self, section: str, rows: Sequence[Mapping[str, object]], title: str = "", **more: object) -> None:
         """Write a table beside those of other benchmarks, and print it if it has a title. `more` joins the machine's keys."""

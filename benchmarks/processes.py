@@ -261,14 +261,14 @@ def _peak(device: str) -> int | None:
         import torch
 
         return torch.cuda.max_memory_allocated(device)
-    return proc_status("VmHWM")
+    return peak_resident()
 
 
-def proc_status(key: str) -> int | None:
-    """Return bytes that Linux accounts for this process under `key` (VmRSS, VmHWM), or None on other systems."""
+def peak_resident() -> int | None:
+    """Return the most bytes of this process that were resident, or None on other systems than Linux."""
     with suppress(OSError):
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
     return None
 
 

@@ -68,6 +68,16 @@ def test_a_run_keeps_other_sections_and_says_what_failed(tmp_path: Path, capsys:
     assert last == f"1 of 2 made; 1 failed, first: peer: RuntimeError: it crashed; results: {out}"
 
 
+def test_a_table_is_that_of_a_commit(tmp_path: Path) -> None:
+    run = common.Run(out=tmp_path / "out.json")
+    for commit, has in (("1234567", True), ("1234567+", False)):  # the latter has other sources than it names
+        run.machine["commit"] = commit
+        run.save("a", [], rounds=3)
+        assert run.has("a", rounds=3) == has
+        assert not run.has("a", rounds=2)
+        assert not run.has("b", rounds=3)
+
+
 def test_nothing_is_written_unless_a_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """The results in the repository are those of quiet machines."""
     monkeypatch.setattr(common, "default_output", lambda device: tmp_path / "tracked.json")

@@ -61,6 +61,8 @@ def test_rows_are_saved_after_each_round_and_what_is_done_is_not_done_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sample_speed, "installed", lambda name: False)
+    machine = {"commit": "1234567", "device": "a card", "load_average": None, "wait_policy": "passive"}
+    monkeypatch.setattr(common, "machine", lambda device: machine)  # a changed tree does everything again
     out, calls, last = tmp_path / "out.json", [], 3
     words = [*TINY[:-1], "2", "--trusted", "--go-on", "--out", str(out)]
 
