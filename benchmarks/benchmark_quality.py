@@ -261,14 +261,9 @@ def _planned(build: Callable[..., SamplingPlan], **options: Any) -> Callable[[Pr
     """Return how to build a plan for a model from the number of evaluations."""
 
     def plan(loaded: Pretrained, evaluations: int) -> SamplingPlan:
-        settings: dict[str, Any] = {"prediction": loaded.prediction, "clip": loaded.clip} | options
-        if build is ddpm_plan:
-            settings["variance"] = loaded.variance
-        else:
-            settings["learned_variance"] = loaded.variance in ("learned", "learned_range")
         # Heun's method evaluates the network 2 S - 1 times in S steps.
         steps = (evaluations + 1) // 2 if build is heun_plan else evaluations
-        return build(loaded.schedule, steps, **settings)
+        return build(loaded.objective, steps, clip=loaded.clip, **options)
 
     return plan
 

@@ -470,12 +470,12 @@ def _diffusers_sampler(scheduler: str, **options: Any) -> Callable[[Pretrained, 
             memory_format = common.FORMATS[common.fastest_format(one_evaluation, device)[0]]
         network.to(memory_format=memory_format)
         settings = {
-            "num_train_timesteps": loaded.schedule.num_timesteps,
-            "trained_betas": loaded.schedule.betas.tolist(),
-            "prediction_type": loaded.prediction,
+            "num_train_timesteps": loaded.objective.schedule.num_timesteps,
+            "trained_betas": loaded.objective.schedule.betas.tolist(),
+            "prediction_type": loaded.objective.prediction,
         }
         if scheduler == "DDPMScheduler":
-            settings["variance_type"] = loaded.variance
+            settings["variance_type"] = loaded.objective.variance
         if scheduler in ("DDPMScheduler", "DDIMScheduler"):  # DPMSolverMultistepScheduler cannot clip x_0
             settings |= {"clip_sample": loaded.clip is not None, "clip_sample_range": loaded.clip or 1.0}
         stepper = getattr(idioms.diffusers(), scheduler)(**settings, **options)

@@ -48,9 +48,10 @@ def load_model(name: str) -> tuple[UNet, NoiseSchedule]:
     from ddpm_fast.pretrained import BUILTIN, load_folder
 
     loaded = load_folder(BUILTIN if name == "builtin" else name)
-    if loaded.prediction != "epsilon" or loaded.variance not in ("fixed_small", "fixed_small_log") or loaded.clip != 1:
+    objective = loaded.objective
+    if objective.name != "epsilon" or objective.variance not in ("fixed_small", "fixed_small_log") or loaded.clip != 1:
         raise SystemExit(f"{name}: only models that predict epsilon, with fixed small variance and clipping to 1, are compared")
-    return loaded.model, loaded.schedule
+    return loaded.model, objective.schedule
 
 
 class Samplers:

@@ -28,11 +28,12 @@ _NAMES_BY_MODULE = {
     "reference": ("STREAM_DROPOUT", "STREAM_KNOWN", "STREAM_Q_SAMPLE", "STREAM_SEEDS", "STREAM_X_T"),
     "sampling.sample_files": ("write_samples",),
     "sampling.sampler": ("Sampler", "sample"),
-    "schedule": ("NoiseSchedule",),
+    "schedule": ("NoiseSchedule", "Objective"),
     "training.export": ("export_checkpoint",),
     "training.loop": ("TrainResult",),
     "training.options": ("DataOptions", "ModelOptions", "TrainOptions"),
     "training.trainer": ("Trainer", "train"),
+    "variational": ("variational_loss",),
 }
 _MODULE_BY_NAME = {name: module for module, names in _NAMES_BY_MODULE.items() for name in names}
 

@@ -49,6 +49,7 @@ from .sampling.sample_files import write_samples as write_samples
 from .sampling.sampler import Sampler as Sampler
 from .sampling.sampler import sample as sample
 from .schedule import NoiseSchedule as NoiseSchedule
+from .schedule import Objective as Objective
 from .training.export import export_checkpoint as export_checkpoint
 from .training.loop import TrainResult as TrainResult
 from .training.options import DataOptions as DataOptions
@@ -56,4 +57,5 @@ from .training.options import ModelOptions as ModelOptions
 from .training.options import TrainOptions as TrainOptions
 from .training.trainer import Trainer as Trainer
 from .training.trainer import train as train
+from .variational import variational_loss as variational_loss
 from .version import __version__ as __version__

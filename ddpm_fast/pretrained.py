@@ -13,12 +13,13 @@ import torch
 
 from . import plan
 from .checks import check_dtype, check_path, checked_device
-from .errors import InvalidValue
+from .errors import InvalidValue, renaming
 from .files.writing import read_json
 from .nn.unet import UNet
-from .plan import Prediction, SamplingPlan, Variance
+from .plan import SamplingPlan
 from .resources import no_folder
-from .schedule import NoiseSchedule
+from .schedule import NoiseSchedule, Objective
+from .schedule.objective import checked_columns
 from .training.checkpoint import read_state
 from .training.export import check_is_unet
 from .training.folder import RunFolder
@@ -38,27 +39,18 @@ class Pretrained:
     Attributes:
         model: The network in eval mode, with channels_last weights. `model.config["class_names"]` has the names of
             its classes in the order of their labels. The key is missing if they are unknown.
-        schedule: The noise schedule of the training.
-        prediction: What the network predicts, as `ddpm_plan` takes it.
-        variance: Variance of the reverse steps, as `ddpm_plan` takes it.
+        objective: The noise schedule of the training, what the network predicts, and the variance of the reverse steps.
+            Builders of plans take it.
         clip: Bound on x_0^, or None.
         plan: The plan that `plan.json` in its folder describes, or None without one.
         step: Steps of training, of the checkpoint of a run. None: the folder does not say.
     """
 
     model: UNet
-    schedule: NoiseSchedule
-    prediction: Prediction
-    variance: Variance
+    objective: Objective
     clip: float | None
     plan: SamplingPlan | None = None
     step: int | None = None
-
-    @property
-    def predicts_variance(self) -> bool:
-        """True if the network predicts the variance of the reverse steps, too."""
-        config = self.model.config
-        return self.variance.startswith("learned") or config["out_channels"] == 2 * config["in_channels"]
 
     @property
     def shape(self) -> tuple[int, int | None, int | None]:
@@ -68,7 +60,7 @@ class Pretrained:
         """
         size = self.model.config["sample_size"]
         height, width = size if isinstance(size, list | tuple) else (size, size)
-        return self.model.config["out_channels"] // (2 if self.predicts_variance else 1), height, width
+        return self.model.config["out_channels"] // self.objective.out_channels(1), height, width
 
     @property
     def condition_channels(self) -> int:
@@ -121,11 +113,11 @@ def load_folder(
     if not folder.is_dir():
         raise FileNotFoundError(f"load_folder: expected path to be a folder that holds a model, got {no_folder(path)}")
 
-    def read(folder: Path, network: Path) -> tuple[UNet, NoiseSchedule, Scheduler]:
+    def read(folder: Path, network: Path) -> tuple[UNet, Objective, Scheduler]:
         check_is_unet("load_folder", "path", folder)
         return UNet.from_pretrained(network, dtype=dtype, device=device), *_read_scheduler(folder)
 
-    def read_checkpoint(checkpoint: Path) -> tuple[int, tuple[UNet, NoiseSchedule, Scheduler]]:
+    def read_checkpoint(checkpoint: Path) -> tuple[int, tuple[UNet, Objective, Scheduler]]:
         return read_state("load_folder", checkpoint).step, read(checkpoint, checkpoint / "unet_ema")
 
     run = RunFolder(folder)
@@ -133,15 +125,15 @@ def load_folder(
         found = run.read_latest("unet_ema/", read_checkpoint)
         if found is None:
             raise FileNotFoundError(f"load_folder: expected a whole checkpoint in {str(run.checkpoints)!r}, got none")
-        step, (model, schedule, scheduler) = found
+        step, (model, objective, scheduler) = found
     else:
-        step, (model, schedule, scheduler) = None, read(folder, folder)
+        step, (model, objective, scheduler) = None, read(folder, folder)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's types leave it out
+    if model.config["out_channels"] == 2 * model.config["in_channels"] and not objective.predicts_variance:
+        objective = replace(objective, variance="learned_range")  # the scheduler is one that ignores variances
     loaded = Pretrained(
         model=model,
-        schedule=schedule,
-        prediction=scheduler.prediction_type,
-        variance=scheduler.variance_type or "fixed_small",
+        objective=objective,
         clip=scheduler.clip_sample_range if scheduler.clip_sample else None,
         step=step,
     )
@@ -177,25 +169,23 @@ def _read_plan(file: Path, loaded: Pretrained) -> SamplingPlan | None:
 
     def parse(values: dict[str, Any]) -> SamplingPlan:
         stored = msgspec.convert(values, Plan)
-        trained: dict[str, Any] = {"prediction": loaded.prediction, "clip": loaded.clip}
-        if stored.builder == "ddpm_plan":
-            trained["variance"] = loaded.variance
-        else:
-            trained["learned_variance"] = loaded.predicts_variance
-        built: SamplingPlan = getattr(plan, stored.builder)(loaded.schedule, **trained, **stored.arguments)
+        build = getattr(plan, stored.builder)
+        built: SamplingPlan = build(loaded.objective, clip=loaded.clip, **stored.arguments)
         return built
 
     return read_json("load_folder", file, parse) if file.is_file() else None
 
 
-def _read_scheduler(folder: Path) -> tuple[NoiseSchedule, Scheduler]:
+def _read_scheduler(folder: Path) -> tuple[Objective, Scheduler]:
     import msgspec
 
     from .schemas import Scheduler
 
-    def parse(values: dict[str, Any]) -> tuple[NoiseSchedule, Scheduler]:
+    def parse(values: dict[str, Any]) -> tuple[Objective, Scheduler]:
         scheduler = msgspec.convert(values, Scheduler)
-        return schedule_from_config(values), scheduler
+        kind = checked_columns(scheduler.prediction_type), scheduler.variance_type or "fixed_small"
+        with renaming("", {"prediction": "prediction_type"}):
+            return Objective(schedule_from_config(values), *kind), scheduler
 
     for file in (folder / "scheduler" / _SCHEDULER, folder / _SCHEDULER):
         if file.is_file():

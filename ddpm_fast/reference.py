@@ -32,8 +32,7 @@ STREAM_KNOWN: Final = 0x80000000
 STREAM_DROPOUT: Final = 0xC0000000
 """First stream of a `UNet`'s dropout: its residual block i draws from STREAM_DROPOUT + i."""
 
-# Kernels take the index: of the model's prediction, and of the variance of a reverse step.
-PREDICTIONS: Final = ("epsilon", "sample", "v_prediction")
+# Kernels take the index of the variance of a reverse step.
 VARIANCES: Final = ("fixed", "learned", "learned_range")
 
 
@@ -234,40 +233,33 @@ def q_sample(
 
 def denoising_loss(
     model_output: Map,
-    x_0: Map,
+    x_0: Map | None,
     t: Tensor,
     table: Tensor,
     noise: Map | None,
     seeds: Tensor | None,
-    prediction: int,
 ) -> Tensor:
     """Return the mean squared error of each sample's prediction (eq. 12, Ho et al. eq. 14).
 
-        || target - model_output ||^2 / number of elements
-
-    The target is epsilon, x_0, or v = sqrt(abar_t) epsilon - sqrt(1 - abar_t) x_0 (Salimans and Ho 2022).
+        || model_output - (a x_0 + b epsilon) ||^2 / number of elements
 
     Args:
         model_output: [N, ...].
-        x_0: [N, ...].
+        x_0: [N, ...]. None: a is 0 at every timestep.
         t: int64 [N].
-        table: float32 [T, 2]: sqrt(abar_t) and sqrt(1 - abar_t).
-        noise: epsilon, shaped like x_0. None: drawn from `seeds`.
-        seeds: int64 [N], used with stream STREAM_Q_SAMPLE.
-        prediction: Index into PREDICTIONS, which selects the target.
+        table: float32 [T, 2]: a and b.
+        noise: epsilon, shaped like model_output.
+        seeds: int64 [N]. They draw epsilon with stream STREAM_Q_SAMPLE. `noise` and `seeds` are both None if b is 0 at every
+            timestep.
 
     Returns:
         [N] in the dtype of intermediate results.
     """
-    wide = opmath(x_0.dtype)
-    if PREDICTIONS[prediction] == "sample":
-        target = x_0.to(wide)
-    else:
-        target = _epsilon(x_0, noise, seeds, STREAM_Q_SAMPLE)
-        if PREDICTIONS[prediction] == "v_prediction":
-            signal, sigma = (per_sample(table[t, column], x_0) for column in (0, 1))
-            target = signal * target - sigma * x_0
-    squares = (model_output.to(wide) - target).square()
+    a, b = (per_sample(table[t, column], model_output) for column in (0, 1))
+    target = 0 if x_0 is None else a * x_0
+    if noise is not None or seeds is not None:
+        target = target + b * _epsilon(model_output, noise, seeds, STREAM_Q_SAMPLE)
+    squares = (model_output.to(opmath(model_output.dtype)) - target).square()
     return squares.flatten(1).mean(dim=1) if squares.dim() > 1 else squares
 
 

@@ -14,8 +14,8 @@ from msgspec import Meta, Struct
 from .checks import MAX_TIMESTEPS
 from .errors import ArgumentError, InvalidValue, expect
 from .nn.config import UNetConfig
-from .plan import Prediction, Variance
-from .schedule import NoiseSchedule
+from .predictions import Prediction, Variance
+from .schedule import Objective
 
 Finite = Annotated[float, Meta(ge=-sys.float_info.max, le=sys.float_info.max)]
 Size = Annotated[int, Meta(ge=0)]
@@ -32,7 +32,7 @@ class Scheduler(Struct, frozen=True):
     beta_end: Finite | None = None
     trained_betas: Annotated[list[Finite], Meta(max_length=MAX_TIMESTEPS)] | None = None
     rescale_betas_zero_snr: bool = False
-    prediction_type: Prediction = "epsilon"
+    prediction_type: Prediction | list[list[Finite]] = "epsilon"
     variance_type: Variance | None = None  # DPM-Solver has null
     clip_sample: bool | None = True
     clip_sample_range: Annotated[float, Meta(gt=0, le=sys.float_info.max)] = 1.0
@@ -48,6 +48,10 @@ class Plan(Struct, frozen=True, forbid_unknown_fields=True):
 
     builder: Literal["ddpm_plan", "ddim_plan", "dpm_solver_plan", "heun_plan"]
     arguments: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        known = {"schedule", "prediction", "variance", "learned_variance", "clip"} & self.arguments.keys()
+        expect(not known, "", "arguments", "to be without what the model's other files say", ", ".join(known))
 
 
 class Dataset(Struct, frozen=True):
@@ -70,7 +74,7 @@ class Run(Struct, frozen=True):
     """The config.json of a training run."""
 
     options: dict[str, Any]
-    schedule: dict[str, Any]
+    objective: dict[str, Any]
     dataset: Dataset
     threads: int | None
     versions: dict[str, str]
@@ -79,7 +83,7 @@ class Run(Struct, frozen=True):
 
     def __post_init__(self) -> None:
         expect((self.unet is None) != (self.network is None), "", "unet", "to be there, or network", "both or neither")
-        for field, parse in (("unet", UNetConfig.from_dict), ("schedule", NoiseSchedule.from_config)):
+        for field, parse in (("unet", UNetConfig.from_dict), ("objective", Objective.from_config)):
             try:
                 parse(getattr(self, field) or {})
             except ArgumentError as error:

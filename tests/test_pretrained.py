@@ -16,7 +16,7 @@ from PIL import Image
 from refusals import refused
 
 import ddpm_fast
-from ddpm_fast import NoiseSchedule, ddim_plan, dpm_solver_plan, heun_plan, load_builtin, sample
+from ddpm_fast import NoiseSchedule, Objective, ddim_plan, dpm_solver_plan, heun_plan, load_builtin, sample
 from ddpm_fast.cli import main
 from ddpm_fast.cli.samplers import plan_of_options
 from ddpm_fast.errors import InvalidValue
@@ -68,8 +68,8 @@ def test_load_folder_reads_diffusers_layout(tmp_path: Path, at_the_root: bool) -
     assert_same_weights(loaded.model, model.double())
     assert not loaded.model.training
     assert loaded.model.conv_out.weight.is_contiguous(memory_format=torch.channels_last)
-    assert loaded.schedule == NoiseSchedule.cosine(30)
-    assert (loaded.prediction, loaded.variance, loaded.clip) == ("v_prediction", "fixed_large", 2.0)
+    assert loaded.objective == Objective(NoiseSchedule.cosine(30), "v_prediction", "fixed_large")
+    assert loaded.clip == 2.0
     assert loaded.model.config == model.config  # without names of the classes
 
 
@@ -77,8 +77,8 @@ def test_what_a_folder_leaves_out_has_diffusers_defaults(tmp_path: Path) -> None
     tiny_unet().save_pretrained(tmp_path / "unet")
     write_scheduler(tmp_path / "scheduler")
     loaded = load_folder(tmp_path)
-    assert loaded.schedule == NoiseSchedule.linear()
-    assert (loaded.prediction, loaded.variance, loaded.clip) == ("epsilon", "fixed_small", 1.0)
+    assert loaded.objective == Objective(NoiseSchedule.linear())
+    assert loaded.clip == 1.0
     write_scheduler(tmp_path / "scheduler", clip_sample=False)
     assert load_folder(tmp_path).clip is None
 
@@ -102,7 +102,7 @@ def test_load_folder_takes_the_newest_average_of_a_training_run(tmp_path: Path) 
         run.save_checkpoint(step, {}, write, keep=2)
     loaded = load_folder(tmp_path / "run")
     assert_same_weights(loaded.model, tiny_unet(seed=21))
-    assert loaded.schedule == NoiseSchedule.linear(7)
+    assert loaded.objective.schedule == NoiseSchedule.linear(7)
 
     for checkpoint in (tmp_path / "run" / "checkpoints").glob("step-*"):
         (checkpoint / "state.json").unlink()
@@ -176,7 +176,7 @@ def test_a_wrong_value_of_a_scheduler_is_named_with_the_file(tmp_path: Path, cha
     tiny_unet().save_pretrained(tmp_path)
     config = {"num_train_timesteps": 7, "ddpm_fast": NoiseSchedule.linear(7).to_config()}
     write_scheduler(tmp_path, **config)
-    assert load_folder(tmp_path).schedule.num_timesteps == 7
+    assert load_folder(tmp_path).objective.schedule.num_timesteps == 7
     write_scheduler(tmp_path, **config | change)
     where = "" if wanted.startswith(VALID) else r", in '.*scheduler_config\.json'"
     with pytest.raises(ValueError, match=f"^load_folder: expected {wanted}{where}$"):
@@ -192,9 +192,9 @@ def test_the_builtin_model_is_what_its_record_says() -> None:
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert schedule.num_timesteps == 1000
     loaded = load_folder(BUILTIN)
-    assert (tuple(loaded.model.config["class_names"]), loaded.prediction) == (FASHION_MNIST_CLASSES, "epsilon")
+    assert (tuple(loaded.model.config["class_names"]), loaded.objective.prediction) == (FASHION_MNIST_CLASSES, "epsilon")
     assert loaded.model.config == model.config  # `load_folder` validates the files, `load_builtin` does not
-    assert loaded.schedule.to_config() == schedule.to_config()
+    assert loaded.objective.schedule.to_config() == schedule.to_config()
     assert all(map(torch.equal, loaded.model.parameters(), model.parameters()))
     assert sum(file.stat().st_size for file in BUILTIN.rglob("*") if file.is_file()) <= 8e6
     record = json.loads((BUILTIN / "training.json").read_text(encoding="utf-8"))
@@ -241,12 +241,12 @@ def test_the_command_samples_the_builtin_model_without_a_network(tmp_path: Path,
 
 def test_default_number_of_steps_is_quick_and_within_the_schedule() -> None:
     loaded = load_folder(BUILTIN)
-    short = dataclasses.replace(loaded, schedule=NoiseSchedule.linear(15))
+    short = dataclasses.replace(loaded, objective=Objective(NoiseSchedule.linear(15)))
     expected = {"ddpm": (100, 15), "ddim": (50, 15), "dpm++2m": (20, 14), "dpm++2m-sde": (20, 15), "heun": (19, 19)}
     for sampler, counts in expected.items():
         for model, count in zip((loaded, short), counts, strict=True):
             assert plan_of_options("sample", model, sampler, *[None] * 6)[0].num_steps == count
-    cosine = dataclasses.replace(loaded, schedule=NoiseSchedule.cosine(10))  # its last timestep is left out
+    cosine = dataclasses.replace(loaded, objective=Objective(NoiseSchedule.cosine(10)))  # its last timestep is left out
     assert [plan_of_options("sample", cosine, name, *[None] * 6)[0].num_steps for name in expected] == [
         *(10, 10),
         *(8, 9),  # Karras's levels include timestep 0
@@ -274,12 +274,12 @@ def test_a_model_brings_its_plan_and_others_draw_with_noise() -> None:
         (other, None, (8, None, None, 0.1, 40.0), "dpm++2m-sde", sde | {"num_steps": 8, "sigma_min": 0.1, "sigma_max": 40.0}),
     ):
         plan, called = plan_of_options("sample", model, sampler, steps, eta, spacing, sigma_min, sigma_max, None)
-        wanted = dpm_solver_plan(model.schedule, **expected)
+        wanted = dpm_solver_plan(model.objective.schedule, **expected)
         assert called == name
         assert torch.equal(plan.coefficients, wanted.coefficients)
         assert torch.equal(plan.timesteps, wanted.timesteps)
     plan, _ = plan_of_options("sample", builtin, "heun", 4, None, "karras", 0.1, None, None)
-    assert torch.equal(plan.alpha_bars, heun_plan(builtin.schedule, 4, spacing="karras", sigma_min=0.1).alpha_bars)
+    assert torch.equal(plan.alpha_bars, heun_plan(builtin.objective.schedule, 4, spacing="karras", sigma_min=0.1).alpha_bars)
 
 
 PLANS: list[tuple[str, dict[str, Any]]] = [
@@ -304,8 +304,8 @@ def with_plan(folder: Path, content: Any) -> Path:
 def test_a_plan_is_built_for_what_the_model_was_trained_for(builder: str, arguments: dict[str, Any], tmp_path: Path) -> None:
     loaded = load_folder(with_plan(tmp_path, {"builder": builder, "arguments": arguments}))
     trained: dict[str, Any] = {"prediction": "v_prediction", "clip": None}
-    trained |= {"variance": "fixed_large"} if builder == "ddpm_plan" else {"learned_variance": False}
-    wanted = getattr(ddpm_fast, builder)(loaded.schedule, **trained, **arguments)
+    trained |= {"variance": "fixed_large"} if builder == "ddpm_plan" else {}
+    wanted = getattr(ddpm_fast, builder)(loaded.objective.schedule, **trained, **arguments)
     assert loaded.plan is not None
     assert torch.equal(loaded.plan.coefficients, wanted.coefficients)
     assert torch.equal(loaded.plan.timesteps, wanted.timesteps)
@@ -323,7 +323,8 @@ def test_a_plan_is_built_for_what_the_model_was_trained_for(builder: str, argume
         ({"builder": "ddim_plan"}, "to have valid fields"),
         ({"builder": "ddim_plan", "arguments": {}, "more": 1}, "to have valid fields"),
         ({"builder": "ddim_plan", "arguments": {"steps": 3}}, "steps"),
-        ({"builder": "ddim_plan", "arguments": {"prediction": "epsilon"}}, "prediction"),
+        ({"builder": "ddim_plan", "arguments": {"prediction": "epsilon"}}, "arguments to be without .*, got prediction"),
+        ({"builder": "ddpm_plan", "arguments": {"variance": "learned"}}, "arguments to be without .*, got variance"),
         (
             {"builder": "ddim_plan", "arguments": {"num_steps": 10**9}},
             r"num_steps to be an integer in 1\.\.1000, got 1000000000",

@@ -30,7 +30,7 @@ from ddpm_fast import (
 from ddpm_fast.files.images import grid_shape
 from ddpm_fast.nn import UNetConfig
 from ddpm_fast.ops import why_not
-from ddpm_fast.reference import PREDICTIONS
+from ddpm_fast.predictions import TARGETS
 from ddpm_fast.schedule.noise_schedule import BUILDERS
 from ddpm_fast.testing import SCHEDULE, Case, make_call
 
@@ -82,7 +82,7 @@ def cases(draw: st.DrawFn) -> Case:
         options["guidance_scale"] = draw(st.sampled_from([None, 0.0, 1.0, -2.5, 7.5]))
         options |= {"step": draw(st.sampled_from(["device", "sample"])), "return_x_0": draw(st.booleans())}
     if op == "denoising_loss":
-        options |= {"prediction": draw(st.sampled_from(PREDICTIONS)), "weight": draw(st.booleans())}
+        options |= {"prediction": draw(st.sampled_from([*TARGETS])), "weight": draw(st.booleans())}
         options["reduction"] = draw(st.sampled_from(["mean", "sum", "none"]))
     return Case(op, "drawn", shape, options)
 
@@ -210,7 +210,7 @@ def solver_plans(draw: st.DrawFn) -> SamplingPlan:
     assume(schedule.num_timesteps >= 3)
     spacing = draw(st.sampled_from(["leading", "trailing", "linspace", "karras"]))
     num_steps = draw(st.integers(1, schedule.num_timesteps - (spacing in ("leading", "linspace"))))
-    options: dict[str, Any] = {"spacing": spacing, "prediction": draw(st.sampled_from(PREDICTIONS))}
+    options: dict[str, Any] = {"spacing": spacing, "prediction": draw(st.sampled_from([*TARGETS]))}
     if draw(st.booleans()):
         return heun_plan(schedule, num_steps, **options)
     options |= {"order": draw(st.integers(1, 3)), "solver": draw(st.sampled_from(["midpoint", "heun"]))}

@@ -10,6 +10,7 @@ import pytest
 
 from ddpm_fast.checks import MAX_TIMESTEPS
 from ddpm_fast.nn import UNetConfig
+from ddpm_fast.schedule import NoiseSchedule, Objective
 
 msgspec = pytest.importorskip("msgspec")
 
@@ -22,7 +23,7 @@ FILES: dict[type, dict[str, Any]] = {
         "format": 3,
         "options": {"prediction": "epsilon"},
         "unet": UNetConfig().to_dict(),
-        "schedule": {"name": "linear", "num_timesteps": 5},
+        "objective": Objective(NoiseSchedule.linear(5)).to_config(),
         "dataset": {
             **{"images": 3, "shape": [1, 8, 8], "classes": ["cat", "dog"]},
             **{"preparation": "as they are", "fingerprint": {"sample": SHA256}},
@@ -96,7 +97,7 @@ def changed(kind: type, field: str, value: object) -> dict[str, Any]:
             "noise",
             "Invalid enum value 'noise' - at `$.prediction_type`",
         ),
-        (Scheduler, "prediction_type", None, "Expected `str`, got `null` - at `$.prediction_type`"),
+        (Scheduler, "prediction_type", None, "Expected `str | array`, got `null` - at `$.prediction_type`"),
         (Scheduler, "variance_type", "x", "Invalid enum value 'x' - at `$.variance_type`"),
         (Scheduler, "clip_sample", "false", "Expected `bool | null`, got `str` - at `$.clip_sample`"),
         (Scheduler, "clip_sample_range", None, "Expected `float`, got `null` - at `$.clip_sample_range`"),
@@ -112,10 +113,24 @@ def changed(kind: type, field: str, value: object) -> dict[str, Any]:
         (Run, "options", None, "Expected `object`, got `null` - at `$.options`"),
         (Run, "unet.freq_shift", None, "freq_shift to be an integer of at least 0, got None"),
         (Run, "unet.colour", "red", "keys among sample_size, in_channels, "),
-        (Run, "schedule", MISSING, "Object missing required field `schedule`"),
-        (Run, "schedule.name", "x", "name to be one of linear, "),
-        (Run, "schedule.num_timesteps", "x", "num_timesteps to be an integer in 1..100000, got 'x'"),
-        (Run, "schedule.beta", 1, "the arguments of linear to be among num_timesteps, beta_start, beta_end, scale"),
+        (Run, "objective", MISSING, "Object missing required field `objective`"),
+        (Run, "objective.gamma", MISSING, "the keys schedule, prediction, variance, loss_weight, gamma, got schedule, "),
+        (
+            Run,
+            "objective.prediction",
+            "noise",
+            "objective.prediction to be one of epsilon, sample, v_prediction, flow, got 'noise'",
+        ),
+        (Run, "objective.prediction", [[0, 1], 2], "objective.prediction to be a name, or T pairs of numbers, got: "),
+        (
+            Run,
+            "objective.prediction",
+            [[0, 1]],
+            "objective.prediction to be a name, or two columns of shape [5, 2], got [1, 2]",
+        ),
+        (Run, "objective.schedule.name", "x", "name to be one of linear, "),
+        (Run, "objective.schedule.num_timesteps", "x", "num_timesteps to be an integer in 1..100000, got 'x'"),
+        (Run, "objective.schedule.beta", 1, "the arguments of linear to be among num_timesteps, beta_start, beta_end, scale"),
         (Run, "dataset", [], "Expected `object`, got `array` - at `$.dataset`"),
         (Run, "dataset.images", 0, "Expected `int` >= 1 - at `$.dataset.images`"),
         (Run, "dataset.shape", [1], "Expected `array` of length >= 2 - at `$.dataset.shape`"),

@@ -148,7 +148,7 @@ def test_a_run_writes_the_figures_of_the_functions(tmp_path: Path, small: Callab
     test_images, labels = quality.load_dataset("fashion-mnist").batch(torch.arange(80))
     real, reference = (quality.measure(classifier, test_images[half]) for half in quality.split_real(labels))
     wanted = torch.arange(16) % 10
-    plan = ddpm_fast.dpm_solver_plan(loaded.schedule, 4, eta=1.0)
+    plan = ddpm_fast.dpm_solver_plan(loaded.objective.schedule, 4, eta=1.0)
     distances, accuracies = [], []
     for seed in (0, 1):
         images = ddpm_fast.sample(loaded.model, plan, 16, seed=seed, batch_size=8, class_labels=wanted, dtype=torch.float32)
@@ -208,7 +208,7 @@ def test_guidance_reaches_the_sampler_and_has_a_section_of_its_own(
 ):
     loaded, seeds, labels = load_folder(BUILTIN), sample_seeds(0, 2), torch.tensor([3, 9])
     drawn = quality.build_draw(loaded, "2m-few", 4, torch.float32, "cpu", 2.0)(seeds, labels)
-    plan = dpm_solver_plan(loaded.schedule, 4, solver="heun", spacing="karras", sigma_min=0.06, sigma_max=80.0)
+    plan = dpm_solver_plan(loaded.objective.schedule, 4, solver="heun", spacing="karras", sigma_min=0.06, sigma_max=80.0)
     expected = sample(loaded.model, plan, 2, seed=seeds, class_labels=labels, guidance_scale=2.0, progress=False)
     assert torch.equal(drawn, expected)
     scales, build = [], quality.build_draw
@@ -276,7 +276,7 @@ def test_diffusers_draws_the_images_of_the_same_weights_and_classes(peer: str, o
     got = peers.SAMPLING[peer].build(loaded, 4, torch.float32, "cpu")(seeds, labels)
     generator = torch.Generator().manual_seed(int(seeds[0]))
     x = torch.randn(2, 1, 32, 32, generator=generator)
-    plan = ours(loaded.schedule, 4, **options)
+    plan = ours(loaded.objective.schedule, 4, **options)
     x_0_prev = torch.zeros_like(x)
     network = ddpm_fast.freeze(loaded.model, torch.float32)
     with torch.inference_mode():

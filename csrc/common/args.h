@@ -47,8 +47,7 @@ struct StreamOrThreads {
   void* stream() const { return reinterpret_cast<void*>(value); }
 };
 
-// PREDICTIONS and VARIANCES of ddpm_fast/reference.py.
-enum class Prediction : int { kEpsilon, kSample, kVPrediction };
+// VARIANCES of ddpm_fast/reference.py.
 enum class Variance : int { kFixed, kLearned, kLearnedRange };
 
 struct NoiseArgs {
@@ -102,26 +101,25 @@ struct ReverseStepArgs {
                    x_0_prev, x_0_prev2, has_guidance, guidance_scale, variance, shape, stream_or_threads)
 };
 
+// The target of a prediction is a x_0 + b epsilon.
 struct DenoisingLossArgs {
   DType dtype;
   void* losses;  // [n], float64 for float64 and float32 for other dtypes
   const void* model_output;
-  const void* x_0;
+  const void* x_0;  // absent if every a is 0
   const std::int64_t* t;
-  const float* table;
-  const void* noise;  // exactly one of noise and seeds is present
+  const float* table;  // [T, 2]: a, b
+  const void* noise;   // noise or seeds; neither if every b is 0
   const std::int64_t* seeds;
-  Prediction prediction;
   Shape shape;
   void* workspace;  // denoising_loss_workspace says how many bytes
   StreamOrThreads stream_or_threads;
-  DDPM_FAST_FIELDS(dtype, losses, model_output, x_0, t, table, noise, seeds, prediction, shape, workspace,
+  DDPM_FAST_FIELDS(dtype, losses, model_output, x_0, t, table, noise, seeds, shape, workspace,
                    stream_or_threads)
 };
 
 struct DenoisingLossBackwardArgs {
   DType dtype;
-  Prediction prediction;
   void* grad_model_output;
   const void* grad_losses;  // [n], the dtype of losses
   const void* model_output;
@@ -132,7 +130,7 @@ struct DenoisingLossBackwardArgs {
   const std::int64_t* seeds;
   Shape shape;
   StreamOrThreads stream_or_threads;
-  DDPM_FAST_FIELDS(dtype, prediction, grad_model_output, grad_losses, model_output, x_0, t, table, noise, seeds, shape,
+  DDPM_FAST_FIELDS(dtype, grad_model_output, grad_losses, model_output, x_0, t, table, noise, seeds, shape,
                    stream_or_threads)
 };
 

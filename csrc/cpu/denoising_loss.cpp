@@ -25,7 +25,7 @@ void forward(const DenoisingLossArgs& a) {
   Scratch scratch(ScratchUse::kCall, Scratch::bytes<double>(a.shape.n * tiles));
   double* sums =
       scratch.take<double>(a.shape.n * tiles);  // one per tile, so that the result does not depend on threads
-  for_each_tile(partition, a.shape.n, generates_noise(a), a.stream_or_threads,
+  for_each_tile(partition, a.shape.n, a.seeds != nullptr, a.stream_or_threads,
                 [&](std::int64_t index, const Tile& tile) {
                   LossBuffers<A> buffers;
                   subtract_target(a, partition, tile, buffers);

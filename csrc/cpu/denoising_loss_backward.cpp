@@ -7,7 +7,7 @@ namespace {
 template <class A>
 void backward(const DenoisingLossBackwardArgs& a) {
   const Partition partition(a.shape);
-  for_each_tile(partition, a.shape.n, generates_noise(a), a.stream_or_threads, [&](std::int64_t, const Tile& tile) {
+  for_each_tile(partition, a.shape.n, a.seeds != nullptr, a.stream_or_threads, [&](std::int64_t, const Tile& tile) {
     LossBuffers<A> buffers;
     const Location at = location(partition, tile);
     buffers.noise.prefetch(a.grad_model_output, a.dtype, at, tile);

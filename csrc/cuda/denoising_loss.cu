@@ -5,62 +5,54 @@ namespace ddpm_fast::cuda {
 
 namespace {
 
-// Model output - target, which is epsilon, x_0, or v:
-//   v = sqrt(abar_t) epsilon - sqrt(1 - abar_t) x_0
+// Model output - (a x_0 + b epsilon).
 template <class T>
 struct Difference {
   Noise<T> source;
-  const T *model_output, *x_0;
+  const T *model_output, *x_0;  // x_0 may be absent
   const float* table;
   std::int64_t t;
-  Prediction prediction;
-  float signal, sigma;
+  float of_x_0, of_epsilon;  // a and b of the sample's timestep
 
   template <int width>
   struct Inputs {
-    Packed<T, width> m, x_0;  // x_0 where the target has it
+    Packed<T, width> m, x_0;
   };
 
   template <class Args>
   __device__ Difference(const Args& a, const Tile& tile)
-      : source(a.prediction == Prediction::kSample ? nullptr : a.noise,
-               a.prediction == Prediction::kSample ? nullptr : a.seeds, kStreamQSample),
+      : source(a.noise, a.seeds, kStreamQSample),
         model_output(static_cast<const T*>(a.model_output)),
         x_0(static_cast<const T*>(a.x_0)),
         table(a.table),
-        t(a.t[tile.sample]),
-        prediction(a.prediction) {}
+        t(a.t[tile.sample]) {}
 
   template <int width>
   __device__ Inputs<width> load(const Location& at) const {
     Inputs<width> inputs;
     inputs.m = cuda::load<width>(model_output + at.offset);
-    if (prediction != Prediction::kEpsilon) inputs.x_0 = cuda::load<width>(x_0 + at.offset);
+    if (x_0 != nullptr) inputs.x_0 = cuda::load<width>(x_0 + at.offset);
     return inputs;
   }
 
   __device__ Noise<T> noise() const { return source; }
 
   __device__ void start() {
-    signal = table[2 * t];
-    sigma = table[2 * t + 1];
+    of_x_0 = table[2 * t];
+    of_epsilon = table[2 * t + 1];
   }
 
+  // Without noise epsilon is 0.
   template <int width>
   __device__ void subtract(const Inputs<width>& inputs, const float (&epsilon)[width],
                            float (&difference)[width]) const {
+    float target[width] = {};
+    if (x_0 != nullptr) {
+      widen(inputs.x_0, target);
+      for (int i = 0; i < width; ++i) target[i] *= of_x_0;
+    }
     widen(inputs.m, difference);
-    if (prediction == Prediction::kEpsilon) {
-      for (int i = 0; i < width; ++i) difference[i] -= epsilon[i];
-      return;
-    }
-    float x[width];
-    widen(inputs.x_0, x);
-    if (prediction == Prediction::kSample) {
-      for (int i = 0; i < width; ++i) difference[i] -= x[i];
-    } else {
-      for (int i = 0; i < width; ++i) difference[i] -= fma(signal, epsilon[i], -(sigma * x[i]));
-    }
+    for (int i = 0; i < width; ++i) difference[i] -= fma(of_epsilon, epsilon[i], target[i]);
   }
 };
 
@@ -170,8 +162,7 @@ double reciprocal_of_count(const Shape& shape) { return 1 / static_cast<double>(
 template <class T, class Args>
 Tiling tiling_of(const Args& a, const void* grad_model_output = nullptr) {
   constexpr int kVector = kWidth<T>;
-  const bool generates = a.noise == nullptr && a.prediction != Prediction::kSample;
-  return {a.shape, generates, kVector,
+  return {a.shape, a.seeds != nullptr, kVector,
           aligned<T>(a.model_output, kVector) && aligned<T>(a.x_0, kVector) && aligned<T>(a.noise, kVector) &&
               aligned<T>(grad_model_output, kVector)};
 }

@@ -126,10 +126,10 @@ def invert_command(sources: tuple[str, ...], steps: int, **options: Any) -> None
         edit = _Edit("invert", sources, options)
         loaded, labels = edit.loaded, edit.labels()
         # With a clip the two plans derive epsilon in different ways, and more steps return less exactly.
-        common: dict[str, Any] = {"prediction": loaded.prediction, "clip": None, "learned_variance": edit.learned}
-        evaluate_at: Any = "start" if loaded.prediction == "sample" else "arrival"  # an image alone does not determine epsilon
-        forth = ddim_inversion_plan(loaded.schedule, steps, evaluate_at=evaluate_at, **common)
-        back = ddim_plan(loaded.schedule, steps, **common)
+        objective = loaded.objective
+        evaluate_at: Any = "start" if objective.name == "sample" else "arrival"  # an image alone does not determine epsilon
+        forth = ddim_inversion_plan(objective, steps, evaluate_at=evaluate_at, clip=None)
+        back = ddim_plan(objective, steps, clip=None)
         edit.make_ready(3)
         arguments = edit.arguments(guidance=False) | {"class_labels": labels}
         x_T = invert(loaded.model, forth, edit.images, **arguments)
@@ -184,10 +184,8 @@ def inpaint_command(
         loaded, labels = edit.loaded, edit.labels()
         painted = edit.box(box or "") if mask is None else edit.mask(mask)
         plan = repaint_plan(
-            *(loaded.schedule, steps, jump_length or max(1, steps // 10), jump_samples if steps > 1 else 1),
-            prediction=loaded.prediction,
+            *(loaded.objective, steps, jump_length or max(1, steps // 10), jump_samples if steps > 1 else 1),
             clip=loaded.clip,
-            learned_variance=edit.learned,
         )
         edit.make_ready(3)
         arguments = edit.arguments() | {"seed": options["seed"], "class_labels": labels}
@@ -203,7 +201,6 @@ class _Edit:
     Attributes:
         loaded: The model.
         images: Float32 [N, C, H, W] in [-1, 1] on the CPU.
-        learned: Whether the model predicts variances.
     """
 
     def __init__(
@@ -243,7 +240,6 @@ class _Edit:
         wanted = "to be one without a condition (ddpm_fast.vary and its like take one)"
         expect(not self.loaded.condition_channels, command, "model", wanted, self.loaded.model.config.get("condition"))
         self._shape = (channels, height, width)
-        self.learned = self.loaded.predicts_variance
         self._datasets: dict[str, ImageDataset] = {}
         self.images = to_unit_range(torch.stack([self._read(source) for source in sources]))
 

@@ -127,7 +127,7 @@ def evaluate_command(
         if loaded.condition_channels:
             head, lines, result = _restored(loaded, dataset, num, samples, arguments, failures)
         else:
-            head, lines, result = _bounded(loaded, dataset, num, variance or loaded.variance, arguments, failures)
+            head, lines, result = _bounded(loaded, dataset, num, variance or loaded.objective.variance, arguments, failures)
         seconds = time.perf_counter() - began
     if json is not None:
         settings = {"data": data, "num": num, "labels": labelled, "seed": seed, "dtype": dtype}
@@ -155,8 +155,7 @@ def _bounded(
     expect(dataset.value_range is None, "evaluate", "data", "to be pictures of 256 levels, for bits per dimension", got)
     images = to_unit_range(dataset.batch(torch.arange(num))[0])
     bound = variational_bound(
-        *(loaded.model, images, loaded.schedule),
-        prediction=loaded.prediction,
+        *(loaded.model, images, loaded.objective),
         variance=variance,
         clip=loaded.clip,
         **arguments,
@@ -164,7 +163,7 @@ def _bounded(
     bad = int((~bound.total.isfinite()).sum())
     if bad:
         failures.append(f"the bound of {bad} of {num} images is not finite")
-    last = loaded.schedule.num_timesteps
+    last = loaded.objective.schedule.num_timesteps
     parts = {
         f"L_{last}": bound.prior,
         f"L_{last - 1} + ... + L_1": bound.transitions,

@@ -98,6 +98,7 @@ def plan_of_options(
     from ..plan import ddim_plan, ddpm_plan, dpm_solver_plan, heun_plan
     from ..plan.dpm_solver import LAMBDA_MIN, count_levels, default_plan
 
+    objective = loaded.objective
     own, asked = loaded.plan, any(each is not None for each in (sampler, eta, spacing, sigma_min, sigma_max, variance))
     if own is not None and own.builder is not None and not asked:
         fewer = own if steps is None else own.builder(num_steps=steps)
@@ -114,11 +115,12 @@ def plan_of_options(
     )
     spacing = spacing or _SPACING[sampler]
     solves = sampler in ("dpm++2m", "dpm++2m-sde", "heun")
-    total = count_levels(loaded.schedule) if solves else loaded.schedule.num_timesteps
+    schedule = objective.schedule
+    total = count_levels(schedule) if solves else schedule.num_timesteps
     most = total - 1 if solves and spacing in ("linspace", "leading") else total
     expect(steps is None or steps <= most, command, "steps", f"to be in 1..{most} with {sampler}", steps)
     steps = steps or min(DEFAULT_STEPS[sampler], most)
-    learned = loaded.predicts_variance
+    learned = objective.predicts_variance
     if variance is not None and variance.startswith("learned") != learned:
         wanted = (
             "learned or learned_range, as the model predicts it" if learned else "fixed_small or fixed_large for this model"
@@ -137,18 +139,17 @@ def plan_of_options(
     wanted = "to go with --spacing karras" if solves else "to go with --sampler dpm++2m, dpm++2m-sde or heun"
     for name, value in (("sigma_min", sigma_min), ("sigma_max", sigma_max)):
         expect(value is None or spacing == "karras", command, name, wanted, f"{value} with {spacing if solves else sampler}")
-    common: dict[str, Any] = {"prediction": loaded.prediction, "clip": loaded.clip, "spacing": spacing}
+    common: dict[str, Any] = {"clip": loaded.clip, "spacing": spacing}
     if sampler == "ddpm":
-        return ddpm_plan(loaded.schedule, steps, variance=variance or loaded.variance, **common), sampler
-    common["learned_variance"] = learned
+        return ddpm_plan(objective, steps, variance=variance, **common), sampler
     if sampler == "ddim":
-        return ddim_plan(loaded.schedule, steps, eta=eta or 0.0, **common), sampler
+        return ddim_plan(objective, steps, eta=eta or 0.0, **common), sampler
     common |= {"lambda_min": LAMBDA_MIN, "sigma_min": sigma_min, "sigma_max": sigma_max}
     if sampler == "heun":
-        return heun_plan(loaded.schedule, steps, **common), sampler
+        return heun_plan(objective, steps, **common), sampler
     if sampler == "dpm++2m":
-        return dpm_solver_plan(loaded.schedule, steps, solver="heun" if spacing == "karras" else "midpoint", **common), sampler
-    return default_plan(loaded.schedule, steps, eta=1.0 if eta is None else eta, **common), sampler
+        return dpm_solver_plan(objective, steps, solver="heun" if spacing == "karras" else "midpoint", **common), sampler
+    return default_plan(objective, steps, eta=1.0 if eta is None else eta, **common), sampler
 
 
 def labels_of_option(

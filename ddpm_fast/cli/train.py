@@ -140,6 +140,8 @@ def train_command(ctx: click.Context, /, run_dir: Path, network: str | None, **o
                 small = options["init"] is None and computing_device("train", options["device"]).type == "cpu"
                 network = network or ("small" if small else "base")
                 about, values = NETWORKS[network]
+                if options["prediction"] == "flow":  # which brings its schedule
+                    values = {name: value for name, value in values.items() if name != "schedule"}
                 if is_first:
                     logging.getLogger("ddpm_fast").info("--network %s: %s", network, about)
             default = (ParameterSource.DEFAULT, ParameterSource.DEFAULT_MAP)  # options that are given now stay

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import get_args
 
 import torch
 from torch import Tensor
@@ -13,20 +11,18 @@ from torch import Tensor
 from .. import ops
 from ..checks import (
     check_callable,
-    check_choice,
     check_dtype,
     check_int,
     check_map,
-    check_number,
     check_type,
     computing_device,
 )
 from ..dtypes import opmath
-from ..errors import InvalidValue, expect
+from ..errors import InvalidValue, expect, renaming
 from ..inference import inference_network
 from ..inference.model import Model, device_and_dtype, evaluation_mode, model_config, predict
-from ..plan import COLUMNS, VARIANCE_TYPES, Prediction, Variance, ddpm_plan
-from ..reference import ranged_log_variance
+from ..plan import COLUMNS, PlanPrediction, ddpm_plan
+from ..predictions import Variance
 from ..sampling.arguments import (
     ClassLabels,
     check_condition,
@@ -38,9 +34,8 @@ from ..sampling.arguments import (
     resolve_seeds,
 )
 from ..sampling.progress import progress_bar
-from ..schedule import NoiseSchedule
-
-_BIN = 2 / 255  # width of one of the 256 grey levels in [-1, 1]
+from ..schedule import NoiseSchedule, Objective
+from ..variational import log_variances, prior_bits, reconstruction_bits, split_variance, transition_bits
 
 
 @dataclass(frozen=True, repr=False)
@@ -87,10 +82,10 @@ class VariationalBound:
 def variational_bound(
     model: Model,
     x_0: Tensor,
-    schedule: NoiseSchedule,
+    schedule: NoiseSchedule | Objective,
     *,
-    prediction: Prediction = "epsilon",
-    variance: Variance = "fixed_small",
+    prediction: PlanPrediction = "epsilon",
+    variance: Variance | None = None,
     clip: float | None = 1.0,
     class_labels: ClassLabels = None,
     condition: Tensor | None = None,
@@ -112,9 +107,9 @@ def variational_bound(
     Args:
         model: Network, called as in `sample`.
         x_0: Images of 256 grey levels mapped to [-1, 1], floating [N, C, H, W].
-        schedule: Noise schedule of the training.
+        schedule: Noise schedule of the training, or the objective, which also has prediction and variance.
         prediction: Meaning of the model's output, as in `ddpm_plan`.
-        variance: Variance of the reverse steps, as in `ddpm_plan`.
+        variance: Variance of the reverse steps, as in `ddpm_plan`. None: that of an objective, or "fixed_small".
         clip: Bound on x_0^, or None, as in `ddpm_plan`.
         class_labels: As in `sample`.
         condition: As in `sample`.
@@ -142,10 +137,11 @@ def variational_bound(
     expect(x_0.numel() > 0 and not x_0.is_meta, caller, "x_0", "to have values", f"shape {list(x_0.shape)} on {x_0.device}")
     if not x_0.abs().max() <= 1:  # NaN included
         raise InvalidValue(caller, "x_0", "in [-1, 1]", f"values from {x_0.min():.4g} to {x_0.max():.4g}")
-    check_type(caller, "schedule", schedule, NoiseSchedule)
-    check_choice(caller, "prediction", prediction, get_args(Prediction))
-    check_choice(caller, "variance", variance, VARIANCE_TYPES)
-    check_number(caller, "clip", clip, above=0, optional=True)
+    if variance is None:
+        variance = schedule.variance if isinstance(schedule, Objective) else "fixed_small"
+    with renaming(caller):
+        plan = ddpm_plan(schedule, prediction=prediction, variance=variance, clip=clip)
+    schedule, gives_mean = plan.schedule, plan.prediction == "previous_sample"
     check_callable(caller, "noise", noise)
     check_type(caller, "exact_cdf", exact_cdf, bool)
     check_type(caller, "progress", progress, bool)
@@ -160,7 +156,7 @@ def variational_bound(
     labels, _ = resolve_labels(caller, model_config(model), class_labels, total)
     check_takes_labels(caller, model, class_labels)
     seeds = resolve_seeds(caller, seed, total)
-    weights = ddpm_plan(schedule, prediction=prediction, variance=variance, clip=clip).coefficients.flip(0)  # row t
+    weights = plan.coefficients.flip(0)  # row t
 
     model_device, model_dtype = device_and_dtype(model)
     device = computing_device(caller, model_device if device is None else device)
@@ -179,8 +175,7 @@ def variational_bound(
         torch.inference_mode(),
         progress_bar(len(timesteps), "variational bound", "timestep", shown=progress) as bar,
     ):
-        weights_of_x_0, log_variances = schedule.posterior_mean_coef_x_0, schedule.posterior_log_variance
-        bounds = torch.stack([log_variances, schedule.betas.log()])
+        weights_of_x_0, bounds = schedule.posterior_mean_coef_x_0, log_variances(schedule)
         for t in timesteps:
             epsilon = None if noise is None else noise(t).to(x_0)
             for chunk in chunks:
@@ -190,99 +185,20 @@ def variational_bound(
                 step = torch.full((len(x),), t, device=device)
                 x_in = x_t.to(dtype) if condition is None else torch.cat([x_t.to(dtype), condition[chunk]], dim=1)
                 output = predict(network, x_in, step, None if labels is None else labels[chunk]).double()
-                m, log_variance = _split(output, x.shape[1], t, bounds[:, t], variance)
+                m, log_variance = split_variance(output, x.shape[1], bounds[:, t], variance)
                 p, q, clip_at = (float(weights[t, COLUMNS.index(name)]) for name in ("p", "q", "clip"))
                 unclipped = p * x_t.double() + q * m
                 x_0_hat = unclipped.clamp(-clip_at, clip_at)
                 x_0_mse[chunk, t] = (x_0_hat - x).square().flatten(1).mean(dim=1)
-                # The mean of p(x_{t-1} | x_t) is mu~(x_t, of_mean): a model that gives the mean itself is not clipped.
-                of_mean = unclipped if prediction == "previous_sample" else x_0_hat
+                # The mean of p(x_{t-1} | x_t) is mu~(x_t, x_0^): a model that gives the mean itself is not clipped.
+                distance = x.double() - (unclipped if gives_mean else x_0_hat)
                 if t > 0:
                     # The two means have the same x_t part (eq. 7): they differ by the weight of x_0.
-                    distance = weights_of_x_0[t] * (x.double() - of_mean)
-                    terms[chunk, t] = transition_bits(distance, log_variances[t], log_variance)
+                    terms[chunk, t] = transition_bits(weights_of_x_0[t] * distance, bounds[0, t], log_variance)
                 else:
                     # mu~_1's weights of x_0 and x_t are 1 and 0.
-                    terms[chunk, t] = reconstruction_bits(x.double(), of_mean, log_variance, exact_cdf=exact_cdf)
+                    terms[chunk, t] = reconstruction_bits(x.double(), distance, log_variance, exact_cdf=exact_cdf)
             bar.update()
     prior = prior_bits(x_0, schedule).cpu()
     x_0_mse = x_0_mse.cpu()
     return VariationalBound(prior, terms.cpu(), x_0_mse, x_0_mse * schedule.snr)
-
-
-def _split(output: Tensor, channels: int, t: int, bounds: Tensor, variance: Variance) -> tuple[Tensor, Tensor]:
-    """Return the prediction, and the log variance of p(x_{t-1} | x_t).
-
-    The log variance is a 0-d tensor, or shaped like the prediction if it is learned.
-    """
-    lower, upper = bounds
-    if variance in ("fixed_small", "fixed_small_log"):
-        return output, lower
-    if variance in ("fixed_large", "fixed_large_log"):
-        return output, upper if t > 0 else lower
-    m, v = output.split(channels, dim=1)
-    if variance == "learned":
-        return m, v
-    return m, ranged_log_variance(v, upper, lower)
-
-
-def prior_bits(x_0: Tensor, schedule: NoiseSchedule) -> Tensor:
-    """Return L_T = KL(q(x_T | x_0) || N(0, I)) in bits per dimension.
-
-    Args:
-        x_0: [N, ...].
-        schedule: Noise schedule.
-
-    Returns:
-        float64 [N].
-    """
-    variance = 1 - schedule.alpha_bars[-1]
-    mean = schedule.sqrt_alpha_bars[-1] * x_0.double()
-    return _bits(0.5 * (mean.square() + variance - 1 - variance.log()))
-
-
-def transition_bits(distance: Tensor, log_variance_q: Tensor, log_variance_p: Tensor) -> Tensor:
-    """Return L_{t-1} = KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) in bits per dimension.
-
-    Args:
-        distance: Difference of the two means, [N, ...].
-        log_variance_q: Log variance of q, broadcastable over `distance`.
-        log_variance_p: Log variance of p, broadcastable over `distance`.
-
-    Returns:
-        [N].
-    """
-    log_ratio = log_variance_q - log_variance_p
-    return _bits(0.5 * (distance.square() * torch.exp(-log_variance_p) + torch.expm1(log_ratio) - log_ratio))
-
-
-def reconstruction_bits(x_0: Tensor, mean: Tensor, log_variance: Tensor, *, exact_cdf: bool = False) -> Tensor:
-    """Return L_0 in bits per dimension (Ho et al. eq. 13).
-
-    L_0 is -log of the Gaussian's mass in the grey level of x_0. The outermost levels extend to infinity.
-    The mass is clamped to at least 1e-12.
-
-    Args:
-        x_0: Images of 256 grey levels in [-1, 1], [N, ...].
-        mean: Mean of the Gaussian, like x_0.
-        log_variance: Its log variance, broadcastable over x_0.
-        exact_cdf: Use the exact normal distribution function, not its tanh approximation.
-
-    Returns:
-        [N].
-    """
-    cdf = torch.special.ndtr if exact_cdf else _tanh_cdf
-    inverse_std = torch.exp(-0.5 * log_variance)
-    above = torch.where(x_0 > 0.999, 1.0, cdf((x_0 - mean + _BIN / 2) * inverse_std))
-    below = torch.where(x_0 < -0.999, 0.0, cdf((x_0 - mean - _BIN / 2) * inverse_std))
-    return _bits(-(above - below).clamp(min=1e-12).log())
-
-
-def _tanh_cdf(x: Tensor) -> Tensor:
-    """Return the standard normal distribution function with an error of 3e-4 (Page 1977)."""
-    return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-
-
-def _bits(nats: Tensor) -> Tensor:
-    """Return the mean of nats per dimension [N, ...] in bits, [N]."""
-    return nats.flatten(1).mean(dim=1) / math.log(2)

@@ -15,7 +15,8 @@ from ..errors import InvalidType, expect
 from ..inference import frozen_unet
 from ..nn import UNet
 from ..nn.checkpoint import check_weights, load_tensors
-from ..plan import Prediction, SamplingPlan, ddim_plan, ddpm_plan
+from ..plan import SamplingPlan, ddim_plan, ddpm_plan
+from ..predictions import Prediction
 from ..schedule import NoiseSchedule
 from .frozen_module import FrozenModule
 from .patched import check_unpatched, unwrapped

@@ -19,7 +19,7 @@ from ..nn import UNet
 from ..nn.checkpoint import check_weights, load_tensors
 from ..nn.comparison import why_layers_differ
 from ..nn.unet import WithoutDraws
-from ..plan import Prediction, SamplingPlan, ddim_plan, ddpm_plan
+from ..plan import PlanPrediction, SamplingPlan, ddim_plan, ddpm_plan
 from ..schedule import NoiseSchedule
 from .frozen_module import FrozenModule
 from .patched import check_unpatched
@@ -52,7 +52,7 @@ _INNER: Final = {
 _NAME: Final = re.compile(r"((?:input_blocks|output_blocks)\.\d+\.\d+|(?:middle_block|time_embed|out)\.\d+|label_emb)\.(.+)")
 _HEADS: Final = ("num_heads", "num_head_channels", "use_new_attention_order")
 _KNOWN: Final = "to be a UNetModel of guided-diffusion or improved-diffusion"
-_PREDICTIONS: Final[dict[str, Prediction]] = {"PREVIOUS_X": "previous_sample", "START_X": "sample", "EPSILON": "epsilon"}
+_PREDICTIONS: Final[dict[str, PlanPrediction]] = {"PREVIOUS_X": "previous_sample", "START_X": "sample", "EPSILON": "epsilon"}
 
 
 def load_guided_diffusion(

@@ -15,12 +15,13 @@ from ..checks import (
     check_one_of,
     check_range,
     check_storage,
-    check_type,
     checked_seeds,
 )
 from ..dtypes import opmath
-from ..errors import InvalidValue
-from ..schedule import NoiseSchedule
+from ..errors import expect
+from ..predictions import TARGETS, Prediction
+from ..schedule import NoiseSchedule, Objective, objective_of
+from ..schedule.noise_schedule import Target
 from .arguments import check_like, index_tensor
 from .derivative import gradients_of
 from .fused_op import FusedOp, schema_of
@@ -30,9 +31,9 @@ def denoising_loss(
     model_output: Tensor,
     x_0: Tensor,
     t: int | Tensor,
-    schedule: NoiseSchedule,
+    schedule: NoiseSchedule | Objective,
     *,
-    prediction: Literal["epsilon", "sample", "v_prediction"] = "epsilon",
+    prediction: Prediction | Tensor = "epsilon",
     noise: Tensor | None = None,
     seeds: Tensor | None = None,
     weight: Tensor | None = None,
@@ -41,20 +42,20 @@ def denoising_loss(
 ) -> Tensor:
     """Return the mean squared error between the model's output and its target.
 
-    The target for x_t = q_sample(x_0, t, ...) is epsilon, x_0, or
-    v = sqrt(abar_t) epsilon - sqrt(1 - abar_t) x_0 (Salimans and Ho 2022). With `seeds`, epsilon is drawn
-    again in the forward and the backward kernel and is never stored. Source: derivation eq. 12 (Ho et al.
+    The target for x_t = q_sample(x_0, t, ...) is a x_0 + b epsilon, with the columns a and b of `Objective`. With `seeds`,
+    epsilon is drawn again in the forward and the backward kernel and is never stored. Source: derivation eq. 12 (Ho et al.
     2020, eq. 14).
 
     Args:
         model_output: [N, ...], floating. Cast to x_0's dtype if it differs, as under autocast.
         x_0: Shape of model_output, floating.
         t: Timestep, 0..T-1: an int, or int64 [N]. The same as passed to `q_sample`.
-        schedule: Noise schedule. The same as passed to `q_sample`.
-        prediction: Target: "epsilon", "sample" (x_0) or "v_prediction".
+        schedule: Noise schedule, the same as passed to `q_sample`. Or an objective, which also has the prediction. Its loss
+            weights are not applied.
+        prediction: Target: "epsilon", "sample" (x_0), "v_prediction", "flow", or the columns a and b, [T, 2].
         noise: epsilon, like x_0. Pass either `noise` or `seeds`.
         seeds: int64 [N]. The same as passed to `q_sample`.
-        weight: [N], factor of each sample's loss, such as `NoiseSchedule.loss_weight`. None: 1.
+        weight: [N], factor of each sample's loss, such as `Objective.loss_weights[t]`. None: 1.
         reduction: "mean" or "sum" of the N losses, or "none" for all of them. Each loss is the mean over
             a sample's elements.
         backend: "native", "triton" or "reference". None: the first that can run, and "reference" inside
@@ -62,7 +63,7 @@ def denoising_loss(
 
     Returns:
         A scalar, or [N] for "none". float64 for float64 inputs, float32 for all others. Differentiable
-        any number of times in model_output, x_0, noise and weight.
+        any number of times in model_output, weight, and those of x_0 and noise that the target has.
 
     Raises:
         ValueError: An argument has an unsupported value, shape or device.
@@ -70,34 +71,73 @@ def denoising_loss(
         BackendUnavailable: The named backend cannot run.
     """
     op = "denoising_loss"
-    check_float(op, "x_0", x_0)
-    check_float(op, "model_output", model_output)
-    model_output = model_output.to(x_0.dtype)
-    check_like(op, "model_output", model_output, "x_0", x_0)
-    check_one_of(op, "noise", noise, "seeds", seeds)
-    check_type(op, "schedule", schedule, NoiseSchedule)
-    check_choice(op, "prediction", prediction, reference.PREDICTIONS)
-    check_choice(op, "reduction", reduction, ("mean", "sum", "none"))
-    n = x_0.shape[0]
+    target = _target(op, schedule, prediction, x_0)
+    total = target.table.shape[0]
+    model_output, t, seeds = checked_loss(op, model_output, x_0, t, total, noise, seeds, reduction)
     if weight is not None:
         check_float(op, "weight", weight)
         check_device(op, "weight", weight, "x_0", x_0)
         check_storage(op, "weight", weight)
-        if weight.shape != (n,):
-            raise InvalidValue(op, "weight", f"to have shape [{n}], one a sample", list(weight.shape))
-    t = index_tensor(op, "t", t, schedule.num_timesteps, n, x_0.device)
+        expect(weight.shape == x_0.shape[:1], op, "weight", f"to have shape [{len(x_0)}], one a sample", list(weight.shape))
+    source = (noise, seeds) if target.reads_epsilon else (None, None)
+    x = x_0 if target.reads_x_0 else None
+    losses: Tensor = denoising_loss_op(model_output, x, t, target.table, *source, backend=backend)  # [N]
+    return reduced(losses if weight is None else losses * weight.to(losses.dtype), reduction)
+
+
+def checked_loss(
+    op: str,
+    model_output: Tensor,
+    x_0: Tensor,
+    t: int | Tensor,
+    num_timesteps: int,
+    noise: Tensor | None,
+    seeds: Tensor | None,
+    reduction: str,
+    factor: int = 1,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Check the arguments of a loss. Return the model's output in x_0's dtype, the samples' timesteps and seeds.
+
+    Args:
+        op: The function that error messages name.
+        model_output: As in `denoising_loss`, like the following ones.
+        x_0: [N, C, ...].
+        t: Timestep.
+        num_timesteps: Number of timesteps T.
+        noise: epsilon, or None.
+        seeds: Seeds, or None.
+        reduction: "mean", "sum" or "none".
+        factor: Channels that the model predicts for each of x_0's.
+    """
+    check_float(op, "x_0", x_0)
+    check_float(op, "model_output", model_output)
+    n, *sizes = x_0.shape
+    model_output = model_output.to(x_0.dtype)
+    shape = (n, sizes[0] * factor, *sizes[1:]) if factor > 1 else (n, *sizes)
+    check_like(op, "model_output", model_output, "x_0", x_0, shape)
+    check_one_of(op, "noise", noise, "seeds", seeds)
+    check_choice(op, "reduction", reduction, ("mean", "sum", "none"))
     if noise is not None:
         check_like(op, "noise", noise, "x_0", x_0)
     if seeds is not None:
         seeds = checked_seeds(op, seeds, n, x_0.device)
-    table = schedule._table(x_0.device)
-    code = reference.PREDICTIONS.index(prediction)
-    losses: Tensor = denoising_loss_op(model_output, x_0, t, table, noise, seeds, code, backend=backend)  # [N]
-    if weight is not None:
-        losses = losses * weight.to(losses.dtype)
+    return model_output, index_tensor(op, "t", t, num_timesteps, n, x_0.device), seeds
+
+
+def reduced(losses: Tensor, reduction: str) -> Tensor:
+    """Return the losses [N], or their mean or sum."""
     if reduction == "none":
         return losses
     return losses.mean() if reduction == "mean" else losses.sum()
+
+
+def _target(op: str, schedule: NoiseSchedule | Objective, prediction: Prediction | Tensor, x_0: Tensor) -> Target:
+    """Return the target on x_0's device. A name's is looked up, as torch.compile cannot trace what computes it."""
+    check_float(op, "x_0", x_0)
+    if isinstance(schedule, NoiseSchedule) and isinstance(prediction, str):
+        check_choice(op, "prediction", prediction, TARGETS)
+        return schedule._target(prediction, x_0.device)
+    return objective_of(op, schedule, prediction).on(x_0.device)
 
 
 def _check(arguments: Any) -> None:
@@ -124,21 +164,9 @@ def _backward(arguments: Any, results: Any, grads: Any, needs: Any) -> dict[str,
     a = arguments
     grad: Tensor = denoising_loss_backward_op(*a[:-1], grads[0], backend=a.backend)
     gradients: dict[str, Tensor | None] = {"model_output": grad}
-    prediction = reference.PREDICTIONS[a.prediction]
-    if needs.x_0:
-        if prediction == "sample":
-            gradients["x_0"] = -grad
-        elif prediction == "v_prediction":
-            gradients["x_0"] = (reference.per_sample(a.table[a.t, 1], grad) * grad).to(grad.dtype)
-        else:
-            gradients["x_0"] = torch.zeros_like(a.x_0)
-    if needs.noise:
-        if prediction == "epsilon":
-            gradients["noise"] = -grad
-        elif prediction == "v_prediction":
-            gradients["noise"] = (-reference.per_sample(a.table[a.t, 0], grad) * grad).to(grad.dtype)
-        else:
-            gradients["noise"] = torch.zeros_like(a.noise)
+    for column, name in enumerate(("x_0", "noise")):
+        if getattr(needs, name):
+            gradients[name] = (-reference.per_sample(a.table[a.t, column], grad) * grad).to(grad.dtype)
     return gradients
 
 

@@ -11,8 +11,7 @@ from .heun import heun_plan as heun_plan
 from .repaint import repaint_plan as repaint_plan
 from .sampling_plan import COLUMNS as COLUMNS
 from .sampling_plan import VARIANCE_TYPES as VARIANCE_TYPES
-from .sampling_plan import Prediction as Prediction
+from .sampling_plan import PlanPrediction as PlanPrediction
 from .sampling_plan import SamplingPlan as SamplingPlan
-from .sampling_plan import Variance as Variance
 from .timesteps import Spacing as Spacing
 from .timesteps import spaced_timesteps as spaced_timesteps

@@ -11,21 +11,21 @@ import torch
 
 from ..checks import check_choice, check_number, check_type
 from ..errors import InvalidValue, expect
-from ..schedule import NoiseSchedule
+from ..schedule import NoiseSchedule, Objective
 from .posterior_path import PosteriorPath
-from .rows import epsilon_weights, plan_from_columns, x_0_weights
-from .sampling_plan import Prediction, SamplingPlan, builds_plan
+from .rows import plan_from_columns
+from .sampling_plan import PlanPrediction, SamplingPlan, builds_plan
 from .timesteps import Spacing
 
 
 @builds_plan
 def ddim_plan(
-    schedule: NoiseSchedule,
+    schedule: NoiseSchedule | Objective,
     num_steps: int | None = 50,
     *,
     spacing: Spacing | Sequence[int] = "leading",
     previous: Sequence[int] | None = None,
-    prediction: Prediction = "epsilon",
+    prediction: PlanPrediction = "epsilon",
     eta: float = 0.0,
     clip: float | None = 1.0,
     use_clipped_model_output: bool = True,
@@ -40,7 +40,7 @@ def ddim_plan(
         epsilon^ = (x_t - sqrt(abar_t) x_0^) / sqrt(1 - abar_t)
 
     Args:
-        schedule: The noise schedule, with T timesteps.
+        schedule: The noise schedule, with T timesteps, or an objective.
         num_steps: The number of steps S, as in `ddpm_plan`.
         spacing: The timesteps, as in `ddpm_plan`.
         previous: The timestep where each step arrives, as in `ddpm_plan`.
@@ -63,8 +63,9 @@ def ddim_plan(
     check_number("ddim_plan", "eta", eta, 0)
     check_number("ddim_plan", "final_alpha_bar", final_alpha_bar, above=0, high=1)
     check_type("ddim_plan", "use_clipped_model_output", use_clipped_model_output, bool)
-    check_type("ddim_plan", "learned_variance", learned_variance, bool)
-    path = PosteriorPath("ddim_plan", schedule, num_steps, spacing, previous, prediction, clip, final_alpha_bar)
+    path = PosteriorPath(
+        *("ddim_plan", schedule, num_steps, spacing, previous, prediction, clip, learned_variance, final_alpha_bar)
+    )
     sigma = eta * path.beta_tilde.sqrt()
     if bool((sigma.square() > 1 - path.abar_prev).any()):
         noisy = path.beta_tilde > 0
@@ -77,18 +78,18 @@ def ddim_plan(
         )
     # Without a clip both epsilons are equal. The model's own needs no division by sqrt(1 - abar).
     rederive = use_clipped_model_output and clip is not None
-    return path.ddim(path.abar_prev, sigma, rederive, learned_variance)
+    return path.ddim(path.abar_prev, sigma, rederive)
 
 
 @builds_plan
 def ddim_inversion_plan(
-    schedule: NoiseSchedule,
+    schedule: NoiseSchedule | Objective,
     num_steps: int | None = 50,
     *,
     evaluate_at: Literal["start", "arrival"] = "start",
     spacing: Spacing | Sequence[int] = "leading",
     previous: Sequence[int] | None = None,
-    prediction: Prediction = "epsilon",
+    prediction: PlanPrediction = "epsilon",
     clip: float | None = 1.0,
     initial_alpha_bar: float = 1.0,
     learned_variance: bool = False,
@@ -101,7 +102,7 @@ def ddim_inversion_plan(
     arrives at the timestep where `ddim_plan` begins (diffusers' DDIMInverseScheduler).
 
     Args:
-        schedule: The noise schedule, with T timesteps.
+        schedule: The noise schedule, with T timesteps, or an objective.
         num_steps: The number of steps S, as in `ddpm_plan`.
         evaluate_at: The timestep that the model is given: that of the state ("start"), or that where the step arrives
             ("arrival").
@@ -109,8 +110,8 @@ def ddim_inversion_plan(
         previous: The timestep where each step starts with evaluate_at="arrival", below the one of `spacing` where it arrives.
             -1 is the image. It needs a sequence as `spacing`, which may then have any order. None starts at the next timestep
             of `spacing`. The rows come in the reverse order of `spacing`.
-        prediction: The meaning of the model's output, see `SamplingPlan`. "arrival" needs "epsilon" or "v_prediction", or
-            "sample" with an initial_alpha_bar below 1.
+        prediction: The meaning of the model's output, see `SamplingPlan`. "arrival" needs "epsilon", "v_prediction" or
+            "flow", or "sample" with an initial_alpha_bar below 1.
         clip: Clamp x_0^ to [-clip, clip]. None disables the clip. With "start", epsilon is derived again from the clipped
             x_0^. With "arrival" it is the model's own, as x_0^ does not determine it at abar = 1. `ddim_plan` with a clip does
             not undo that, so pass None to both.
@@ -127,16 +128,7 @@ def ddim_inversion_plan(
     """
     caller = "ddim_inversion_plan"
     check_choice(caller, "evaluate_at", evaluate_at, ("start", "arrival"))
-    check_type(caller, "learned_variance", learned_variance, bool)
     check_number(caller, "initial_alpha_bar", initial_alpha_bar, above=0, high=1)
-    if evaluate_at == "arrival" and (prediction == "previous_sample" or (prediction == "sample" and initial_alpha_bar == 1)):
-        raise InvalidValue(
-            caller,
-            "prediction",
-            'to be "epsilon" or "v_prediction", or "sample" with initial_alpha_bar below 1, with evaluate_at="arrival", '
-            "as an image alone does not determine epsilon",
-            repr(prediction),
-        )
     expect(
         evaluate_at != "start" or initial_alpha_bar == 1,
         caller,
@@ -145,12 +137,14 @@ def ddim_inversion_plan(
         initial_alpha_bar,
     )
     expect(evaluate_at != "start" or previous is None, caller, "previous", 'to be None with evaluate_at="start"', previous)
-    path = PosteriorPath(caller, schedule, num_steps, spacing, previous, prediction, clip, initial_alpha_bar)
+    path = PosteriorPath(
+        *(caller, schedule, num_steps, spacing, previous, prediction, clip, learned_variance, initial_alpha_bar)
+    )
     zero = torch.zeros_like(path.abar)
     if evaluate_at == "start":
-        plan = path.ddim(torch.cat([zero[:1], path.abar[:-1]]), zero, True, learned_variance)
+        plan = path.ddim(torch.cat([zero[:1], path.abar[:-1]]), zero, True)
     else:
-        plan = _evaluated_at_arrival(path, learned_variance)
+        plan = _evaluated_at_arrival(path)
     return replace(
         plan,
         timesteps=plan.timesteps.flip(0),
@@ -160,11 +154,22 @@ def ddim_inversion_plan(
     )
 
 
-def _evaluated_at_arrival(path: PosteriorPath, learned_variance: bool) -> SamplingPlan:
+def _evaluated_at_arrival(path: PosteriorPath) -> SamplingPlan:
     """Return the inversion that gives the model the timestep where a step arrives, in the order of the path."""
     signal, noise = path.abar_prev.sqrt(), (1 - path.abar_prev).sqrt()  # a step starts at the cleaner end
-    p, q = x_0_weights(path.prediction, signal, noise)
-    from_x_t, from_m = epsilon_weights(path.prediction, signal, noise)
+    determined, objective = False, path.objective
+    if objective is not None:
+        p, q = objective.x_0_weights_at(signal, noise, path.timesteps)
+        from_x_t, from_m = objective.epsilon_weights_at(signal, noise, path.timesteps)
+        determined = bool(from_m.isfinite().all())
+    expect(
+        determined,
+        "ddim_inversion_plan",
+        "prediction",
+        'to be "epsilon", "v_prediction" or "flow", or "sample" with initial_alpha_bar below 1, with evaluate_at="arrival", '
+        "as an image alone does not determine epsilon",
+        repr(path.prediction),
+    )
     direction = path.noise  # the weight of epsilon^
     return plan_from_columns(
         path.schedule,
@@ -172,7 +177,7 @@ def _evaluated_at_arrival(path: PosteriorPath, learned_variance: bool) -> Sampli
         path.abar_prev,
         path.abar,
         path.prediction,
-        "learned_range" if learned_variance else "fixed",
+        path.variance,
         path.clip,
         p=p,
         q=q,

@@ -8,21 +8,22 @@ from typing import Literal
 import torch
 
 from ..checks import check_choice
-from ..schedule import NoiseSchedule
+from ..predictions import Variance
+from ..schedule import NoiseSchedule, Objective
 from .posterior_path import PosteriorPath
-from .sampling_plan import VARIANCE_TYPES, Prediction, SamplingPlan, Variance, builds_plan
+from .sampling_plan import VARIANCE_TYPES, PlanPrediction, SamplingPlan, builds_plan
 from .timesteps import Spacing
 
 
 @builds_plan
 def ddpm_plan(
-    schedule: NoiseSchedule,
+    schedule: NoiseSchedule | Objective,
     num_steps: int | None = None,
     *,
     spacing: Spacing | Sequence[int] = "leading",
     previous: Sequence[int] | None = None,
-    prediction: Prediction = "epsilon",
-    variance: Variance = "fixed_small",
+    prediction: PlanPrediction = "epsilon",
+    variance: Variance | None = None,
     clip: float | None = 1.0,
 ) -> SamplingPlan:
     """Build a plan for ancestral sampling (Ho et al. 2020, Algorithm 2; derivation eq. 13).
@@ -36,7 +37,7 @@ def ddpm_plan(
     The last step gives the mean, without noise.
 
     Args:
-        schedule: The noise schedule, with T timesteps.
+        schedule: The noise schedule, with T timesteps, or an objective, which also has prediction and variance.
         num_steps: The number of steps S, in 1..T. None takes every timestep. A single step is timestep 0 with "leading" and
             "linspace", as in diffusers. It is T - 1 with "trailing".
         spacing: The timesteps: "leading", "trailing" or "linspace" (Lin et al. 2023, Table 2), or a strictly descending
@@ -45,7 +46,7 @@ def ddpm_plan(
             `spacing`, which may then have any order. None steps to the next timestep of `spacing`.
         prediction: The meaning of the model's output, see `SamplingPlan`.
         variance: The choice of sigma^2: beta~ ("fixed_small"), beta ("fixed_large") or the model's ("learned",
-            "learned_range"). The names with "_log" are synonyms.
+            "learned_range"). The names with "_log" are synonyms. None: that of an objective, or "fixed_small".
         clip: Clamp x_0^ to [-clip, clip]. None disables the clip, and a step is then exactly eq. 13.
 
     Returns:
@@ -55,10 +56,12 @@ def ddpm_plan(
         TypeError: `schedule` is not a NoiseSchedule.
         ValueError: An argument is out of range, or the model predicts epsilon where abar is 0.
     """
+    if variance is None:
+        variance = schedule.variance if isinstance(schedule, Objective) else "fixed_small"
     check_choice("ddpm_plan", "variance", variance, VARIANCE_TYPES)
     path = PosteriorPath("ddpm_plan", schedule, num_steps, spacing, previous, prediction, clip)
     zero = torch.zeros_like(path.beta)
-    if prediction == "previous_sample":  # m is the mean, whatever the clip does to x_0^
+    if path.objective is None:  # m is the mean, whatever the clip does to x_0^
         k0, k1, k2 = zero, zero, torch.ones_like(zero)
     else:
         k0, k1, k2 = path.from_x_0, path.from_x_t, zero

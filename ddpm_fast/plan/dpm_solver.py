@@ -11,10 +11,11 @@ from torch import Tensor
 
 from ..checks import check_choice, check_int, check_number, check_type
 from ..errors import expect
-from ..schedule import NoiseSchedule
+from ..predictions import Prediction
+from ..schedule import NoiseSchedule, Objective
 from .levels import RHO, LevelSpacing, noise_levels
-from .rows import plan_from_columns, x_0_weights
-from .sampling_plan import Prediction, SamplingPlan, builds_plan
+from .rows import plan_from_columns
+from .sampling_plan import SamplingPlan, builds_plan
 
 FEW_STEPS = 15  # plans with fewer steps end with steps of lower order (`lower_order_final`)
 
@@ -28,21 +29,21 @@ def count_levels(schedule: NoiseSchedule) -> int:
     return int(((abar / (1 - abar)).log() / 2 >= LAMBDA_MIN).sum())
 
 
-def default_plan(schedule: NoiseSchedule, num_steps: int | None = None, **options: Any) -> SamplingPlan:
+def default_plan(objective: Objective, num_steps: int | None = None, **options: Any) -> SamplingPlan:
     """Build the plan of a model that brings none: DPM-Solver++(2M) with noise, which corrects a model that is not finished.
 
     Args:
-        schedule: The noise schedule.
+        objective: What the model predicts.
         num_steps: The number of steps. More than the schedule has levels take all of them. None: 20.
         **options: Other arguments of `dpm_solver_plan`.
     """
     settings: dict[str, Any] = {"eta": 1.0, "solver": "heun", "spacing": "karras", "lambda_min": LAMBDA_MIN}
-    return dpm_solver_plan(schedule, min(num_steps or 20, count_levels(schedule)), **settings | options)
+    return dpm_solver_plan(objective, min(num_steps or 20, count_levels(objective.schedule)), **settings | options)
 
 
 @builds_plan
 def dpm_solver_plan(
-    schedule: NoiseSchedule,
+    schedule: NoiseSchedule | Objective,
     num_steps: int | None = 20,
     *,
     order: int = 2,
@@ -56,7 +57,7 @@ def dpm_solver_plan(
     lower_order_final: bool = True,
     lambda_min: float = -math.inf,
     start: int | None = None,
-    prediction: Prediction = "epsilon",
+    prediction: Prediction | Tensor = "epsilon",
     clip: float | None = 1.0,
     learned_variance: bool = False,
 ) -> SamplingPlan:
@@ -85,7 +86,7 @@ def dpm_solver_plan(
     The clip acts on x_0^ before it is remembered.
 
     Args:
-        schedule: The noise schedule, with T timesteps.
+        schedule: The noise schedule, with T timesteps, or an objective.
         num_steps: The number of steps S, each one network evaluation: 1..T-1, or 1..T with "trailing" and "karras". None takes
             the length of the list in `spacing`.
         order: 1, 2 or 3. A step of order 2 uses x_0_prev, one of order 3 x_0_prev2 too. The first step has order 1, the second
@@ -107,7 +108,7 @@ def dpm_solver_plan(
             With final="zero" the last step always has order 1.
         lambda_min: Leave out timesteps with a smaller lambda. Cosine schedules need -5.1 with orders 2 and 3.
         start: Begin at this timestep of the plan instead of the first, with a step of order 1.
-        prediction: The meaning of the model's output: "epsilon", "sample" or "v_prediction".
+        prediction: The meaning of the model's output, see `Objective`.
         clip: Clamp x_0^ to [-clip, clip]. None disables the clip.
         learned_variance: True if the model's output has variance channels. The solver ignores them.
 
@@ -154,14 +155,14 @@ def dpm_solver_plan(
     if eta > 0:
         k1, std = k1 * torch.exp(-eta * h), sigma[1:] * (-torch.expm1(-2 * eta * h)).sqrt()
     change, change_prev = alpha[1:] * _extrapolation(orders, h, phi, eta, solver)
-    p, q = x_0_weights(prediction, alpha[:-1], sigma[:-1])
+    p, q = levels.objective.x_0_weights_at(alpha[:-1], sigma[:-1], levels.timesteps)
     return plan_from_columns(
-        schedule,
+        levels.objective.schedule,
         levels.timesteps,
         alpha[:-1].square(),
         alpha[1:].square(),
-        prediction,
-        "learned_range" if learned_variance else "fixed",
+        levels.objective.name,
+        levels.variance,
         clip,
         p=p,
         q=q,

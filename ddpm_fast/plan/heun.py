@@ -6,17 +6,19 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from ..errors import expect
-from ..schedule import NoiseSchedule
+from ..predictions import Prediction
+from ..schedule import NoiseSchedule, Objective
 from .levels import RHO, LevelSpacing, noise_levels
-from .rows import plan_from_columns, x_0_weights
-from .sampling_plan import Prediction, SamplingPlan, builds_plan
+from .rows import plan_from_columns
+from .sampling_plan import SamplingPlan, builds_plan
 
 
 @builds_plan
 def heun_plan(
-    schedule: NoiseSchedule,
+    schedule: NoiseSchedule | Objective,
     num_steps: int | None = 10,
     *,
     spacing: LevelSpacing | Sequence[int] = "linspace",
@@ -25,7 +27,7 @@ def heun_plan(
     rho: float = RHO,
     lambda_min: float = -math.inf,
     start: int | None = None,
-    prediction: Prediction = "epsilon",
+    prediction: Prediction | Tensor = "epsilon",
     clip: float | None = 1.0,
     learned_variance: bool = False,
 ) -> SamplingPlan:
@@ -39,7 +41,7 @@ def heun_plan(
         x   = x + alpha_{i+1} (ratio_i / ratio_{i+1} - 1) / 2 (x_0^ - x_0_prev)
 
     Args:
-        schedule: The noise schedule, with T timesteps.
+        schedule: The noise schedule, with T timesteps, or an objective.
         num_steps: The number of steps S, as in `dpm_solver_plan`.
         spacing: The timesteps, as in `dpm_solver_plan`.
         sigma_min: The level at which the last step starts, as in `dpm_solver_plan`.
@@ -47,7 +49,7 @@ def heun_plan(
         rho: The exponent of "karras", as in `dpm_solver_plan`.
         lambda_min: Leave out timesteps with a smaller lambda, as in `dpm_solver_plan`.
         start: Begin at this timestep of the plan instead of the first.
-        prediction: The meaning of the model's output: "epsilon", "sample" or "v_prediction".
+        prediction: The meaning of the model's output, see `Objective`.
         clip: Clamp x_0^ to [-clip, clip]. None disables the clip.
         learned_variance: True if the model's output has variance channels. The method ignores them.
 
@@ -91,15 +93,15 @@ def heun_plan(
     k0, k1, k3 = torch.zeros(rows).double(), torch.ones(rows).double(), torch.zeros(rows).double()
     k0[euler], k1[euler] = alpha[1:] - alpha[:-1] * shrink, shrink
     k0[~euler], k3[~euler] = change, -change
-    p, q = x_0_weights(prediction, alpha[level], sigma[level])
+    p, q = levels.objective.x_0_weights_at(alpha[level], sigma[level], t[level])
     arrival = torch.arange(rows) // 2 + 1
     return plan_from_columns(
-        schedule,
+        levels.objective.schedule,
         t[level],
         alpha[level].square(),
         alpha[arrival].square(),
-        prediction,
-        "learned_range" if learned_variance else "fixed",
+        levels.objective.name,
+        levels.variance,
         clip,
         p=p,
         q=q,

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..checks import check_choice, check_int, check_number, check_type
 from ..errors import InvalidValue, expect
-from ..reference import PREDICTIONS
-from ..schedule import NoiseSchedule
+from ..predictions import Prediction
+from ..schedule import NoiseSchedule, Objective, objective_of
 from .timesteps import checked_timesteps, spaced_timesteps
 
 LevelSpacing = Literal["linspace", "leading", "trailing", "karras"]
@@ -36,12 +36,16 @@ class Levels:
         alpha: The weight of x_0, [S + 1].
         sigma: The weight of epsilon, [S + 1].
         num_steps: The number of steps of the whole plan. A plan with a `start` has fewer.
+        objective: What the model predicts.
+        variance: "learned_range" for a model with variance channels, which these solvers ignore, else "fixed".
     """
 
     timesteps: Tensor
     alpha: Tensor
     sigma: Tensor
     num_steps: int
+    objective: Objective
+    variance: Literal["fixed", "learned_range"]
 
     @property
     def log_snr(self) -> Tensor:
@@ -51,7 +55,7 @@ class Levels:
 
 def noise_levels(
     caller: str,
-    schedule: NoiseSchedule,
+    schedule: NoiseSchedule | Objective,
     num_steps: int | None,
     *,
     spacing: LevelSpacing | Sequence[int],
@@ -61,7 +65,7 @@ def noise_levels(
     final: Literal["zero", "sigma_min"],
     lambda_min: float,
     start: int | None,
-    prediction: str,
+    prediction: Prediction | Tensor,
     clip: float | None,
     learned_variance: bool,
 ) -> Levels:
@@ -73,8 +77,8 @@ def noise_levels(
         TypeError: An argument has an unsupported type.
         ValueError: An argument is out of range.
     """
-    check_type(caller, "schedule", schedule, NoiseSchedule)
-    check_choice(caller, "prediction", prediction, PREDICTIONS)
+    objective = objective_of(caller, schedule, prediction)
+    schedule = objective.schedule
     check_choice(caller, "final", final, ("zero", "sigma_min"))
     check_number(caller, "clip", clip, above=0, optional=True)
     check_number(caller, "lambda_min", lambda_min)
@@ -109,7 +113,9 @@ def noise_levels(
             nearest = int(timesteps[(timesteps - start).abs().argmin()])
             raise InvalidValue(caller, "start", "to be one of the plan's timesteps", f"{start}; the nearest is {nearest}")
         first = int(found[0])
-    return Levels(timesteps[first:], alpha[first:], sigma[first:], len(timesteps))
+    learned = learned_variance or objective.predicts_variance
+    levels = (timesteps[first:], alpha[first:], sigma[first:])
+    return Levels(*levels, len(timesteps), objective, "learned_range" if learned else "fixed")
 
 
 def _spaced(caller: str, last: int, num_steps: int | None, spacing: LevelSpacing | Sequence[int]) -> Tensor:

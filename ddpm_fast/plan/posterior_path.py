@@ -8,11 +8,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..checks import check_choice, check_number
-from ..errors import InvalidType, InvalidValue
-from ..schedule import NoiseSchedule
-from .rows import epsilon_weights, plan_from_columns, x_0_weights
-from .sampling_plan import PLAN_PREDICTIONS, Prediction, SamplingPlan
+from ..checks import check_choice, check_number, check_type
+from ..errors import InvalidValue
+from ..schedule import NoiseSchedule, Objective, objective_of
+from .rows import plan_from_columns
+from .sampling_plan import PLAN_PREDICTIONS, PlanPrediction, SamplingPlan
 from .timesteps import Spacing, checked_arrivals, checked_timesteps
 
 
@@ -33,45 +33,50 @@ class PosteriorPath:
         noise: sqrt(1 - abar), the weight of epsilon in x_t.
         from_x_0: The weight of x_0 in the posterior's mean, derivation eq. 7.
         from_x_t: The weight of x_t in the posterior's mean, derivation eq. 7.
+        variance: "learned_range" for a model with variance channels, else "fixed". It is for samplers that ignore them.
     """
 
     def __init__(
         self,
         caller: str,
-        schedule: NoiseSchedule,
+        schedule: NoiseSchedule | Objective,
         num_steps: int | None,
         spacing: Spacing | Sequence[int],
         previous: Sequence[int] | None,
-        prediction: Prediction,
+        prediction: PlanPrediction,
         clip: float | None,
+        learned_variance: bool = False,
         final_alpha_bar: float = 1.0,
     ) -> None:
         """Check the arguments of a plan and compute what samplers share.
 
         Args:
             caller: The function that error messages name.
-            schedule: The noise schedule.
+            schedule: The noise schedule, or an objective.
             num_steps: The number of steps, as in `ddpm_plan`.
             spacing: The timesteps, as in `ddpm_plan`.
             previous: The timestep where each step arrives, as in `ddpm_plan`.
             prediction: The meaning of the model's output.
             clip: The bound on x_0^, positive, or None.
+            learned_variance: True if the model's output has variance channels.
             final_alpha_bar: abar on arrival at x_0.
 
         Raises:
             TypeError: `schedule` is not a NoiseSchedule.
             ValueError: An argument is out of range.
         """
-        if not isinstance(schedule, NoiseSchedule):
-            raise InvalidType(
-                caller,
-                "schedule",
-                "to be a NoiseSchedule (NoiseSchedule.from_diffusers(scheduler.config))",
-                type(schedule).__name__,
-            )
-        check_choice(caller, "prediction", prediction, PLAN_PREDICTIONS)
         check_number(caller, "clip", clip, above=0, optional=True)
-        self.schedule, self.prediction, self.clip = schedule, prediction, clip
+        if isinstance(prediction, str):
+            check_choice(caller, "prediction", prediction, PLAN_PREDICTIONS)
+        gives_mean = isinstance(prediction, str) and prediction == "previous_sample"  # a matter of plans
+        objective = objective_of(caller, schedule, "epsilon" if gives_mean else prediction)  # type: ignore[arg-type]
+        self.objective: Objective | None = None if gives_mean else objective
+        self.prediction = "previous_sample" if gives_mean else objective.name
+        self.schedule = schedule = objective.schedule
+        self.clip = clip
+        check_type(caller, "learned_variance", learned_variance, bool)
+        learned = learned_variance or objective.predicts_variance
+        self.variance: Literal["fixed", "learned_range"] = "learned_range" if learned else "fixed"
         self.timesteps = checked_timesteps(caller, schedule.num_timesteps, num_steps, spacing, previous is None)
         if previous is None:
             self.previous = torch.cat([self.timesteps[1:], torch.tensor([-1])])
@@ -98,25 +103,24 @@ class PosteriorPath:
 
         They solve derivation eq. 3 for x_0, or eq. 7 if m is the mean of x_{t-1}.
         """
-        if self.prediction == "previous_sample":
+        if self.objective is None:
             return -self.from_x_t / self.from_x_0, 1 / self.from_x_0
-        return x_0_weights(self.prediction, self.signal, self.noise)
+        return self.objective.x_0_weights_at(self.signal, self.noise, self.timesteps)
 
     def epsilon_weights(self) -> tuple[Tensor, Tensor]:
         """Return the weights of x_t and m in epsilon^, float64 [S] each."""
-        if self.prediction == "previous_sample":
+        if self.objective is None:
             p, q = self.x_0_weights()
             return (1 - self.signal * p) / self.noise, -self.signal * q / self.noise
-        return epsilon_weights(self.prediction, self.signal, self.noise)
+        return self.objective.epsilon_weights_at(self.signal, self.noise, self.timesteps)
 
-    def ddim(self, abar_next: Tensor, sigma: Tensor, rederive: bool, learned_variance: bool) -> SamplingPlan:
+    def ddim(self, abar_next: Tensor, sigma: Tensor, rederive: bool) -> SamplingPlan:
         """Build the plan of DDIM steps to given noise levels.
 
         Args:
             abar_next: abar on arrival, float64 [S].
             sigma: The standard deviation of the noise, float64 [S].
             rederive: Derive epsilon^ again from the clipped x_0^. False uses the model's own.
-            learned_variance: True if the model's output has variance channels.
         """
         direction = (1 - abar_next - sigma.square()).sqrt()  # the weight of epsilon^
         if rederive:
@@ -129,8 +133,7 @@ class PosteriorPath:
             k1, k2 = direction * from_x_t, direction * from_m
         # "learned_range" multiplies sigma by a value between e^0 and e^0, so sigma is unchanged.
         log_variances = (torch.zeros_like(sigma), torch.zeros_like(sigma))
-        variance: Literal["fixed", "learned_range"] = "learned_range" if learned_variance else "fixed"
-        return self.plan(abar_next, k0=k0, k1=k1, k2=k2, sigma=sigma, log_variances=log_variances, variance=variance)
+        return self.plan(abar_next, k0=k0, k1=k1, k2=k2, sigma=sigma, log_variances=log_variances, variance=self.variance)
 
     def plan(
         self,

@@ -6,22 +6,23 @@ from dataclasses import replace
 
 import torch
 
-from ..checks import check_choice, check_int, check_number, check_type
-from ..schedule import NoiseSchedule
+from ..checks import check_int, check_type
+from ..errors import renaming
+from ..schedule import NoiseSchedule, Objective
 from .ddpm import ddpm_plan
-from .sampling_plan import COLUMNS, PLAN_PREDICTIONS, Prediction, SamplingPlan, builds_plan
+from .sampling_plan import COLUMNS, PlanPrediction, SamplingPlan, builds_plan
 
 _MOST_SAMPLES = 1000  # a row for each evaluation has to fit into memory
 
 
 @builds_plan
 def repaint_plan(
-    schedule: NoiseSchedule,
+    schedule: NoiseSchedule | Objective,
     num_steps: int = 250,
     jump_length: int = 10,
     jump_num_sample: int = 10,
     *,
-    prediction: Prediction = "epsilon",
+    prediction: PlanPrediction = "epsilon",
     clip: float | None = 1.0,
     learned_variance: bool = False,
 ) -> SamplingPlan:
@@ -36,7 +37,7 @@ def repaint_plan(
     The defaults evaluate the network 2410 times.
 
     Args:
-        schedule: The noise schedule, with T timesteps.
+        schedule: The noise schedule, with T timesteps, or an objective.
         num_steps: The number of timesteps, 1..T.
         jump_length: The number of steps that a jump goes back, 1..num_steps - 1.
         jump_num_sample: The number of times that each stretch is sampled, 1..1000. 1 never jumps.
@@ -52,15 +53,15 @@ def repaint_plan(
         ValueError: An argument is out of range, or the model predicts epsilon where abar is 0.
     """
     caller = "repaint_plan"
-    check_type(caller, "schedule", schedule, NoiseSchedule)
-    check_int(caller, "num_steps", num_steps, 1, schedule.num_timesteps)
+    with renaming(caller):
+        descent = ddpm_plan(schedule, num_steps, prediction=prediction, variance="fixed_small", clip=clip)
+    total = descent.schedule.num_timesteps
+    check_int(caller, "num_steps", num_steps, 1, total)
     check_int(caller, "jump_num_sample", jump_num_sample, 1, _MOST_SAMPLES)
-    check_int(caller, "jump_length", jump_length, 1, num_steps - 1 if jump_num_sample > 1 else schedule.num_timesteps)
-    check_choice(caller, "prediction", prediction, PLAN_PREDICTIONS)
-    check_number(caller, "clip", clip, above=0, optional=True)
+    check_int(caller, "jump_length", jump_length, 1, num_steps - 1 if jump_num_sample > 1 else total)
     check_type(caller, "learned_variance", learned_variance, bool)
-    descent = ddpm_plan(schedule, num_steps, prediction=prediction, clip=clip)
-    abar = torch.cat([torch.ones(1, dtype=torch.float64), schedule.alpha_bars[descent.timesteps.flip(0)]])
+    learned = learned_variance or (isinstance(schedule, Objective) and schedule.predicts_variance)
+    abar = torch.cat([torch.ones(1, dtype=torch.float64), descent.schedule.alpha_bars[descent.timesteps.flip(0)]])
     # A level counts the steps that are left: x_T is at level num_steps, x_0 at level 0.
     start, arrival = _levels(num_steps, jump_length, jump_num_sample)
     below = start - 1
@@ -77,7 +78,7 @@ def repaint_plan(
         coefficients=rows,
         alpha_bars_prev=abar[arrival],
         alpha_bars=abar[start],
-        variance="learned_range" if learned_variance else "fixed",
+        variance="learned_range" if learned else "fixed",
     )
 
 

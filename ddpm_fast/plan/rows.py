@@ -8,33 +8,7 @@ import torch
 from torch import Tensor
 
 from ..schedule import NoiseSchedule
-from .sampling_plan import COLUMNS, Prediction, SamplingPlan
-
-
-def x_0_weights(prediction: Prediction, signal: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """Return p and q of x_0^ = p x_t + q m, float64 [S] each.
-
-    They solve derivation eq. 3 for x_0.
-
-    Args:
-        prediction: "epsilon", "sample" or "v_prediction".
-        signal: sqrt(abar), float64 [S].
-        noise: sqrt(1 - abar), float64 [S].
-    """
-    if prediction == "epsilon":
-        return 1 / signal, -noise / signal
-    if prediction == "sample":
-        return torch.zeros_like(signal), torch.ones_like(signal)
-    return signal, -noise
-
-
-def epsilon_weights(prediction: Prediction, signal: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the weights of x_t and m in epsilon^, float64 [S] each. The arguments are those of `x_0_weights`."""
-    if prediction == "epsilon":
-        return torch.zeros_like(signal), torch.ones_like(signal)
-    if prediction == "sample":
-        return 1 / noise, -signal / noise
-    return noise, signal
+from .sampling_plan import COLUMNS, SamplingPlan
 
 
 def plan_from_columns(
@@ -42,7 +16,7 @@ def plan_from_columns(
     timesteps: Tensor,
     alpha_bars: Tensor,
     alpha_bars_prev: Tensor,
-    prediction: Prediction,
+    prediction: str,
     variance: Literal["fixed", "learned", "learned_range"],
     clip: float | None,
     **columns: Tensor,
@@ -54,7 +28,7 @@ def plan_from_columns(
         timesteps: The model's t for each step, int64 [S].
         alpha_bars: abar at the start, float64 [S].
         alpha_bars_prev: abar on arrival, float64 [S].
-        prediction: The meaning of the model's output.
+        prediction: The name of the model's prediction.
         variance: The kind of variance, see `SamplingPlan`.
         clip: The bound on x_0^, or None.
         **columns: Columns by name, float64 [S] each, for a step that computes x_0^. Those left out are 0.

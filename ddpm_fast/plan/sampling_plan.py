@@ -15,19 +15,20 @@ from torch import Tensor
 
 from ..checks import check_choice, check_int, check_strided, check_type
 from ..errors import InvalidValue, expect
-from ..reference import PREDICTIONS, VARIANCES, PlanRow
+from ..predictions import TARGETS, Prediction, Variance
+from ..reference import VARIANCES, PlanRow
 from ..schedule import NoiseSchedule, numbered
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Prediction = Literal["epsilon", "sample", "v_prediction", "previous_sample"]
-Variance = Literal["fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range"]
+PlanPrediction = Prediction | Literal["previous_sample"] | Tensor
+"""The meaning of a model's output: a prediction of `Objective`, or the mean of x_{t-1}."""
 
 COLUMNS: Final = PlanRow._fields
 """The columns of `SamplingPlan.coefficients`, in order."""
-PLAN_PREDICTIONS: Final = (*PREDICTIONS, "previous_sample")
-"""The values of `SamplingPlan.prediction`."""
+PLAN_PREDICTIONS: Final = (*TARGETS, "previous_sample")
+"""The names of what a plan's model may predict."""
 VARIANCE_TYPES: Final[tuple[str, ...]] = get_args(Variance)
 """The values of `ddpm_plan`'s argument `variance`."""
 
@@ -54,8 +55,8 @@ class SamplingPlan:
             `ddim_inversion_plan`, jump up in `repaint_plan`, and may repeat in `heun_plan` and with Karras's levels.
         coefficients: float64 [S, 11] on the CPU. COLUMNS names the columns. An infinite `clip` disables the clip. It is a copy:
             steps, `print` and `plot` read `table`, which a change of it does not reach.
-        prediction: The meaning of m: "epsilon", "sample" (x_0), "v_prediction" or "previous_sample". The last is the mean of
-            x_{t-1}, for the previous timestep of this plan.
+        prediction: The meaning of m: a name of `Objective`'s, "custom" for columns of your own, or "previous_sample", the mean
+            of x_{t-1}, for the previous timestep of this plan.
         variance: "fixed", "learned" or "learned_range". If "fixed", std is the column sigma. Otherwise m has variance
             channels, see `reverse_step`.
         alpha_bars_prev: abar of the x_{t-1} that each step gives: float64 [S] on the CPU, in 0..1. Empty: that of the
@@ -73,7 +74,7 @@ class SamplingPlan:
     schedule: NoiseSchedule
     timesteps: Tensor
     coefficients: Tensor
-    prediction: Prediction
+    prediction: str
     variance: Literal["fixed", "learned", "learned_range"]
     alpha_bars_prev: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float64))
     alpha_bars: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float64))
@@ -91,7 +92,7 @@ class SamplingPlan:
         _check_tensor(caller, "coefficients", self.coefficients, torch.float64, 2)
         total, low, high = self.schedule.num_timesteps, int(self.timesteps.min()), int(self.timesteps.max())
         expect(low >= 0 and high < total, caller, "timesteps", f"in 0..{total - 1}", f"values from {low} to {high}")
-        check_choice(caller, "prediction", self.prediction, PLAN_PREDICTIONS)
+        check_choice(caller, "prediction", self.prediction, (*PLAN_PREDICTIONS, "custom"))
         check_choice(caller, "variance", self.variance, VARIANCES)
         if self.coefficients.shape != (self.num_steps, len(COLUMNS)):
             wanted, got = [self.num_steps, len(COLUMNS)], list(self.coefficients.shape)
@@ -117,7 +118,8 @@ class SamplingPlan:
                 "",
                 "finite coefficients",
                 f"{COLUMNS[column]} = {value} at timestep {t} (abar = {float(abar[row]):.3g}) "
-                f'with prediction {self.prediction!r}; where abar is 0 the model must predict "sample" or "v_prediction"',
+                f"with prediction {self.prediction!r}, which does not determine x_0 and epsilon there; "
+                'where abar is 0, "sample", "v_prediction" and "flow" do',
             )
         object.__setattr__(self, "is_random", self._uses("sigma"))
         object.__setattr__(self, "needs_x_0_prev2", self._uses("k4"))

@@ -75,6 +75,16 @@ def laplace(num_timesteps: int, max_beta: float) -> Tensor:
     return _from_alpha_bar(alpha_bar, num_timesteps, max_beta)
 
 
+def flow(num_timesteps: int) -> Tensor:
+    """Return the betas of flow matching."""
+    _check_numbers("flow", num_timesteps)
+
+    def alpha_bar(u: Tensor) -> Tensor:
+        return (1 - u).square() / ((1 - u).square() + u.square())
+
+    return _from_alpha_bar(alpha_bar, num_timesteps, max_beta=1.0)
+
+
 def _check_numbers(builder: str, num_timesteps: int, max_beta: float = 1.0) -> None:
     """Raise unless num_timesteps is in 1..MAX_TIMESTEPS and max_beta in (0, 1]."""
     caller = f"NoiseSchedule.{builder}"

@@ -4,14 +4,35 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..checks import MAX_TIMESTEPS, check_choice, check_number, check_strided, check_type, checked_device
+from ..checks import MAX_TIMESTEPS, check_choice, check_strided, check_type, checked_device
 from ..errors import InvalidType, InvalidValue, expect, renaming
+from ..predictions import TARGETS, Columns
 from . import builders
+
+
+class Target(NamedTuple):
+    """The columns a and b of a x_0 + b epsilon, as kernels read them.
+
+    Attributes:
+        table: float32 [T, 2] on a device, computed in float64 and rounded once.
+        reads_x_0: True if a is not 0 for some timestep.
+        reads_epsilon: True if b is not 0 for some timestep.
+    """
+
+    table: Tensor
+    reads_x_0: bool
+    reads_epsilon: bool
+
+    @classmethod
+    def of(cls, columns: Tensor, device: torch.device | str) -> Target:
+        """Return the target of columns, float64 [T, 2] on the CPU."""
+        with torch.inference_mode(False):  # kept for all callers: one that trains could not save an inference tensor
+            return cls(columns.to(device, torch.float32), *(columns != 0).any(dim=0).tolist())
 
 
 class NoiseSchedule:
@@ -19,7 +40,7 @@ class NoiseSchedule:
 
     A schedule never changes. All coefficients are float64 [T] on the CPU, computed at each access. The paper counts
     t = 1..T, the code t = 0..T-1. Build a schedule with `linear`, `scaled_linear`, `cosine`, `sigmoid`, `laplace`,
-    `sigmoid_betas` or `from_betas`. Equation numbers are those of the derivation in the documentation;
+    `flow`, `sigmoid_betas` or `from_betas`. Equation numbers are those of the derivation in the documentation;
     those of Ho et al. 2020 follow where they differ.
 
     Args:
@@ -40,8 +61,9 @@ class NoiseSchedule:
         check_type("NoiseSchedule", "parameters", parameters, dict, optional=True)
         self.name = name
         self._parameters = dict(parameters or {})
-        self._tables: dict[torch.device, Tensor] = {}
-        self._table()  # in place before torch.compile looks
+        self._targets: dict[tuple[str, torch.device], Target] = {}
+        for each in _COLUMNS:
+            self._target(each)  # in place before torch.compile looks
 
     # ------------------------------------------------------------------------------------------------------ builders
 
@@ -64,13 +86,13 @@ class NoiseSchedule:
                 nearly pure noise for every T. By default the ends are used as given, as in diffusers, and
                 a T far below 1000 leaves signal in x_T.
         """
-        parameters: dict[str, Any] = {
-            "num_timesteps": num_timesteps,
-            "beta_start": beta_start,
-            "beta_end": beta_end,
-            "scale_to_num_timesteps": scale_to_num_timesteps,
-        }
-        return cls(builders.linear(**parameters), "linear", parameters)
+        return cls._built(
+            "linear",
+            num_timesteps=num_timesteps,
+            beta_start=beta_start,
+            beta_end=beta_end,
+            scale_to_num_timesteps=scale_to_num_timesteps,
+        )
 
     @classmethod
     def scaled_linear(cls, num_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> NoiseSchedule:
@@ -83,8 +105,7 @@ class NoiseSchedule:
             beta_start: First beta, before scaling.
             beta_end: The last beta.
         """
-        parameters: dict[str, Any] = {"num_timesteps": num_timesteps, "beta_start": beta_start, "beta_end": beta_end}
-        return cls(builders.scaled_linear(**parameters), "scaled_linear", parameters)
+        return cls._built("scaled_linear", num_timesteps=num_timesteps, beta_start=beta_start, beta_end=beta_end)
 
     @classmethod
     def cosine(cls, num_timesteps: int = 1000, s: float = 0.008, max_beta: float = 0.999) -> NoiseSchedule:
@@ -99,8 +120,7 @@ class NoiseSchedule:
             s: Offset that keeps the first betas from vanishing.
             max_beta: Upper bound on every beta.
         """
-        parameters: dict[str, Any] = {"num_timesteps": num_timesteps, "s": s, "max_beta": max_beta}
-        return cls(builders.cosine(**parameters), "cosine", parameters)
+        return cls._built("cosine", num_timesteps=num_timesteps, s=s, max_beta=max_beta)
 
     @classmethod
     def sigmoid(
@@ -123,14 +143,7 @@ class NoiseSchedule:
             tau: Temperature of the sigmoid.
             max_beta: Upper bound on every beta.
         """
-        parameters: dict[str, Any] = {
-            "num_timesteps": num_timesteps,
-            "start": start,
-            "end": end,
-            "tau": tau,
-            "max_beta": max_beta,
-        }
-        return cls(builders.sigmoid(**parameters), "sigmoid", parameters)
+        return cls._built("sigmoid", num_timesteps=num_timesteps, start=start, end=end, tau=tau, max_beta=max_beta)
 
     @classmethod
     def sigmoid_betas(cls, num_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> NoiseSchedule:
@@ -143,8 +156,7 @@ class NoiseSchedule:
             beta_start: Lower limit of the betas.
             beta_end: Upper limit of the betas.
         """
-        parameters: dict[str, Any] = {"num_timesteps": num_timesteps, "beta_start": beta_start, "beta_end": beta_end}
-        return cls(builders.sigmoid_betas(**parameters), "sigmoid_betas", parameters)
+        return cls._built("sigmoid_betas", num_timesteps=num_timesteps, beta_start=beta_start, beta_end=beta_end)
 
     @classmethod
     def laplace(cls, num_timesteps: int = 1000, max_beta: float = 0.999) -> NoiseSchedule:
@@ -162,8 +174,27 @@ class NoiseSchedule:
             num_timesteps: T, 1 to 100,000.
             max_beta: Upper bound on every beta.
         """
-        parameters: dict[str, Any] = {"num_timesteps": num_timesteps, "max_beta": max_beta}
-        return cls(builders.laplace(**parameters), "laplace", parameters)
+        return cls._built("laplace", num_timesteps=num_timesteps, max_beta=max_beta)
+
+    @classmethod
+    def flow(cls, num_timesteps: int = 1000) -> NoiseSchedule:
+        """Return the schedule of flow matching (Lipman et al. 2023, Liu et al. 2023).
+
+        Flow matching has x_s = (1 - s) x_0 + s epsilon, with s = (t + 1) / T. Divided by its length, that is an x_t with:
+
+            abar_t = (1 - s)^2 / ((1 - s)^2 + s^2)
+
+        The network reads this x_t and t. Predict "flow" for the loss of flow matching. At the last timestep abar is 0.
+
+        Args:
+            num_timesteps: T, 1 to 100,000.
+        """
+        return cls._built("flow", num_timesteps=num_timesteps)
+
+    @classmethod
+    def _built(cls, name: str, **parameters: Any) -> NoiseSchedule:
+        """Return the schedule of the builder of this name."""
+        return cls(getattr(builders, name)(**parameters), name, parameters)
 
     @classmethod
     def from_betas(cls, betas: Tensor | Sequence[float]) -> NoiseSchedule:
@@ -218,8 +249,8 @@ class NoiseSchedule:
         """Return this schedule with zero terminal SNR (Lin et al. 2023, Algorithm 1).
 
         sqrt(abar) is shifted and scaled. abar_{T-1} becomes 0 and abar_0 stays. Then x_T holds no
-        signal, so predicted noise does not determine x_0. Plans for such a schedule need prediction "sample"
-        or "v_prediction".
+        signal, so predicted noise does not determine x_0. Plans that start there need prediction "sample",
+        "v_prediction" or "flow".
 
         Raises:
             ValueError: The schedule has one timestep.
@@ -316,42 +347,8 @@ class NoiseSchedule:
         """Signal-to-noise ratio abar_t / (1 - abar_t) (Kingma et al. 2021)."""
         return self.alpha_bars / (1 - self.alpha_bars)
 
-    def loss_weight(
-        self, kind: Literal["min_snr"], prediction: Literal["epsilon", "sample", "v_prediction"], gamma: float = 5.0
-    ) -> Tensor:
-        """Return the weight of each timestep's loss, measured on the prediction itself.
-
-        "min_snr" (Hang et al. 2023) bounds the weight of the loss on x_0 by `gamma`. With S = `snr`:
-
-            epsilon         min(S, gamma) / S, and 1 where S = 0
-            sample          min(S, gamma)
-            v_prediction    min(S, gamma) / (S + 1)
-
-        Args:
-            kind: "min_snr".
-            prediction: What the network predicts: "epsilon", "sample" or "v_prediction".
-            gamma: The bound, positive and finite.
-
-        Returns:
-            float64 [T] on the CPU. Pass `weights[t].float()` as the `weight` of `denoising_loss`.
-
-        Raises:
-            ValueError: An argument is not one of the above.
-        """
-        caller = "NoiseSchedule.loss_weight"
-        check_choice(caller, "kind", kind, ("min_snr",))
-        check_choice(caller, "prediction", prediction, ("epsilon", "sample", "v_prediction"))
-        check_number(caller, "gamma", gamma, above=0, finite=True)
-        snr = self.snr
-        bounded = snr.clamp(max=gamma)
-        if prediction == "epsilon":
-            return torch.where(snr > 0, bounded / snr, 1.0)
-        if prediction == "sample":
-            return bounded
-        return bounded / (snr + 1)
-
     def table(self, device: torch.device | str = "cpu") -> Tensor:
-        """Return the table that `q_sample` and `denoising_loss` read.
+        """Return the table that `q_sample` reads.
 
         Args:
             device: Device of the table.
@@ -359,17 +356,16 @@ class NoiseSchedule:
         Returns:
             float32 [T, 2]: sqrt(abar_t) and sqrt(1 - abar_t), computed in float64 and rounded once.
         """
-        return self._table(device).clone()
+        return self._target("x_t", device).table.clone()
 
-    def _table(self, device: torch.device | str = "cpu") -> Tensor:
-        """Return the table itself. It is computed once for each device and must not be changed."""
-        if type(device) is not torch.device or device not in self._tables:
+    def _target(self, name: str, device: torch.device | str = "cpu") -> Target:
+        """Return x_t, or a prediction, as kernels read it. It is computed once for each device and must not be changed."""
+        if type(device) is not torch.device or (name, device) not in self._targets:
             device = numbered("NoiseSchedule.table", device)
-        if device not in self._tables:
-            with torch.inference_mode(False):  # kept for all callers: one that trains could not save an inference tensor
-                table = torch.stack([self.sqrt_alpha_bars, self.sqrt_one_minus_alpha_bars], dim=1)
-                self._tables[device] = table.to(device, torch.float32)
-        return self._tables[device]
+        if (name, device) not in self._targets:
+            columns = _COLUMNS[name](self.sqrt_alpha_bars, self.sqrt_one_minus_alpha_bars)
+            self._targets[name, device] = Target.of(torch.stack(columns, dim=1), device)
+        return self._targets[name, device]
 
     # ----------------------------------------------------------------------------------------------------------- files
 
@@ -420,7 +416,8 @@ class NoiseSchedule:
         return self
 
 
-BUILDERS = ("linear", "scaled_linear", "cosine", "sigmoid", "laplace", "sigmoid_betas", "from_betas")
+BUILDERS = ("linear", "scaled_linear", "cosine", "sigmoid", "laplace", "flow", "sigmoid_betas", "from_betas")
+_COLUMNS: dict[str, Columns] = {"x_t": lambda alpha, sigma: (alpha, sigma), **TARGETS}
 _DIFFUSERS_BUILDERS = {  # diffusers' beta_schedule -> builder
     "linear": "linear",
     "scaled_linear": "scaled_linear",

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from ..plan import COLUMNS, SamplingPlan, ddim_plan, ddpm_plan
-from ..reference import PREDICTIONS, STREAM_X_T
-from ..schedule import NoiseSchedule
+from ..predictions import TARGETS
+from ..reference import STREAM_X_T
+from ..schedule import NoiseSchedule, Objective
 
 SCHEDULE = NoiseSchedule.linear()
 
@@ -108,8 +109,8 @@ CASES: tuple[Case, ...] = (
     Case("group_norm_silu", "384-channels", (1, 384, 9, 9), {"shift": True}),
     Case("group_norm_silu", "cifar-block", (2, 128, 32, 32), {"shift": True}, benchmark=True),
     Case("group_norm_silu", "cifar-middle", (16, 256, 8, 8), benchmark=True),
-    *(Case("denoising_loss", p, (3, 3, 5, 7), {"prediction": p}) for p in PREDICTIONS),
-    *(Case("denoising_loss", f"{p}-given-noise", (3, 3, 5, 7), {"prediction": p, "source": "noise"}) for p in PREDICTIONS),
+    *(Case("denoising_loss", p, (3, 3, 5, 7), {"prediction": p}) for p in TARGETS),
+    *(Case("denoising_loss", f"{p}-given-noise", (3, 3, 5, 7), {"prediction": p, "source": "noise"}) for p in TARGETS),
     Case("denoising_loss", "weight-no-reduction", (4, 3, 5, 7), {"weight": True, "reduction": "none"}),
     Case("denoising_loss", "sum-int-t", (2, 131), {"reduction": "sum", "t": 10}),
     Case("denoising_loss", "empty-batch", (0, 3, 4, 4), {"reduction": "sum"}),
@@ -160,9 +161,8 @@ def bytes_moved(case: Case, dtype: torch.dtype, *, backward: bool = False) -> in
             return elements * (1 + (1 + source) * dtype.itemsize)
         tensors = 2 + source
     elif case.op == "denoising_loss":
-        prediction = case.options.get("prediction", "epsilon")
-        target = {"epsilon": source, "sample": 1, "v_prediction": 1 + source}[prediction]
-        tensors = (2 if backward else 1) + target
+        target = Objective(SCHEDULE, case.options.get("prediction", "epsilon")).on(torch.device("cpu"))
+        tensors = (2 if backward else 1) + target.reads_x_0 + source * target.reads_epsilon
     elif case.op == "reverse_step":
         plan: SamplingPlan = case.options["plan"]
         model = (1 if plan.variance == "fixed" else 2) * (1 if case.options.get("guidance_scale") is None else 2)

@@ -12,8 +12,9 @@ from ..checks import check_dtype, check_path
 from ..errors import expect
 from ..files.writing import write_json, write_text
 from ..nn import UNet
+from ..predictions import DIFFUSERS_PREDICTIONS
 from ..resources import check_writable
-from ..schedule import NoiseSchedule
+from ..schedule import Objective
 from .checkpoint import read_state
 from .folder import RunFolder
 from .state import WEIGHTS
@@ -31,7 +32,8 @@ def export_checkpoint(
         run_dir: Folder of a run.
         out_dir: Folder to write. It receives unet/, scheduler/ and model_index.json, from which diffusers loads a pipeline,
             training.json (the run's configuration and its step) and training_log.csv. The names of the classes are in
-            unet/config.json.
+            unet/config.json. A network that predicts flow, or has a condition, gets no model_index.json, because no pipeline
+            of diffusers draws with it.
         dtype: Dtype of the weights in the file.
 
     Returns:
@@ -64,14 +66,16 @@ def export_checkpoint(
         raise FileNotFoundError(f"export_checkpoint: expected a checkpoint in {run.checkpoints}, got none")
     model, state = found
     log = run.log_until(state.step, "export_checkpoint")
-    schedule, prediction = NoiseSchedule.from_config(config["schedule"]), config["options"]["prediction"]
+    objective = Objective.from_config(config["objective"])
     options = dict(config["options"], data_dir=None)  # a model that is shared names folders, but not where they were
     options |= {name: Path(options[name]).name for name in ("data", "condition", "init") if options.get(name) is not None}
     record = {**config, "options": options, "step": state.step, "seconds": state.seconds}
     try:
         model.save_pretrained(out / "unet")
-        write_scheduler(out / "scheduler", schedule, prediction)
-        if model.config["in_channels"] == model.config["out_channels"]:  # no pipeline passes a condition to this network
+        write_scheduler(out / "scheduler", objective)
+        # No pipeline passes a condition to a network, and no scheduler of diffusers steps other predictions.
+        reads = objective.out_channels(model.config["in_channels"])
+        if reads == model.config["out_channels"] and objective.name in DIFFUSERS_PREDICTIONS:
             write_json(
                 out / "model_index.json",
                 {
@@ -95,8 +99,9 @@ def check_is_unet(caller: str, name: str, folder: Path) -> None:
     expect(not file.exists(), caller, name, "to hold a UNet", got)
 
 
-def write_scheduler(folder: Path, schedule: NoiseSchedule, prediction: str) -> None:
+def write_scheduler(folder: Path, objective: Objective) -> None:
     """Write scheduler_config.json as diffusers' DDPMScheduler reads it; the key "ddpm_fast" has our own form."""
+    schedule = objective.schedule
     config = schedule.to_config()
     diffusers_names = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
     if schedule.name in diffusers_names:
@@ -104,15 +109,16 @@ def write_scheduler(folder: Path, schedule: NoiseSchedule, prediction: str) -> N
         betas |= {key: config[key] for key in ("beta_start", "beta_end") if key in config}
     else:
         betas = {"trained_betas": schedule.betas.tolist()}
+    known = {"_class_name": "DDPMScheduler"} if objective.name in DIFFUSERS_PREDICTIONS else {}
     folder.mkdir(parents=True, exist_ok=True)
     write_json(
         folder / "scheduler_config.json",
         {
-            "_class_name": "DDPMScheduler",
+            **known,
             "num_train_timesteps": schedule.num_timesteps,
             **betas,
-            "prediction_type": prediction,
-            "variance_type": "fixed_small",
+            "prediction_type": objective.to_config()["prediction"],
+            "variance_type": objective.variance,
             "clip_sample": True,
             "clip_sample_range": 1.0,
             "timestep_spacing": "leading",

@@ -40,7 +40,7 @@ from ..files.writing import PREFIX, flush_names, read_json, remove_leftovers, wr
 from .checkpoint import why_damaged, write_checkpoint
 from .options import STRUCTS, TrainOptions
 
-FORMAT: Final = 5
+FORMAT: Final = 6
 """Version of config.json."""
 LOG_COLUMNS: Final = ("step", "samples", "loss", "grad_norm", "lr", "images_per_second", "seconds")
 

@@ -227,7 +227,7 @@ class Checkpoints:
 
         def write(folder: Path) -> None:
             state.write(folder)
-            write_scheduler(folder / "scheduler", task.schedule, task.options.prediction)
+            write_scheduler(folder / "scheduler", task.objective)
 
         entries = {"seconds": state.seconds, "losses": [float(loss) for loss in state.losses], "row": state.row}
         return self._run.save_checkpoint(state.step, entries, write, task.options.keep)

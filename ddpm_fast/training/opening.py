@@ -16,7 +16,7 @@ from ..errors import InvalidValue, expect, renaming
 from ..files.writing import write_json
 from ..nn import UNetConfig
 from ..resources import check_writable
-from ..schedule import NoiseSchedule
+from ..schedule import Objective
 from .checkpoint import read_state
 from .folder import RunFolder, check_by_options
 from .options import CHANGEABLE, TrainOptions
@@ -198,7 +198,7 @@ def _described(config: Mapping[str, Any], *, with_images: bool) -> dict[str, Any
     if config.get("unet") is not None:
         network = UNetConfig.from_dict(config["unet"]).to_dict()
         layers |= {f"model.{name}": value for name, value in network.items() if name not in _DESCRIPTIVE}
-    return {**dataset, **layers, "schedule": NoiseSchedule.from_config(config["schedule"])}
+    return {**dataset, **layers, "objective": Objective.from_config(config["objective"])}
 
 
 def _check_same(run: RunFolder, config: dict[str, Any], data_check: str, *, warn: bool) -> None:

@@ -16,6 +16,7 @@ from types import UnionType
 from typing import Annotated, Any, Final, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from ..errors import InvalidValue, expect
+from ..predictions import Prediction, Variance
 
 
 @dataclass(frozen=True)
@@ -222,9 +223,10 @@ class ModelOptions(Options):
         _model("Start from the weights of a model folder, a run or a checkpoint. Default: random weights.", local=True),
     ] = None
     num_timesteps: Annotated[int, _model("Set T, the number of steps of the forward process.", low=1, high=100_000)] = 1000
-    schedule: Annotated[Literal["linear", "scaled_linear", "cosine", "sigmoid"], _model("Choose the noise schedule.")] = (
-        "linear"
-    )
+    schedule: Annotated[
+        Literal["linear", "scaled_linear", "cosine", "sigmoid", "flow"] | None,
+        _model("Choose the noise schedule. Default: linear, or flow if the network predicts flow."),
+    ] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -237,9 +239,10 @@ class ModelOptions(Options):
 class TrainOptions(Options):
     """The training of `train` and `Trainer`: objective, optimization, machine, records, and what concerns one call."""
 
-    prediction: Annotated[Literal["epsilon", "sample", "v_prediction"], _objective("Choose what the network predicts.")] = (
-        "epsilon"
-    )
+    prediction: Annotated[Prediction, _objective("Choose what the network predicts.")] = "epsilon"
+    variance: Annotated[
+        Variance, _objective("Choose the variance of reverse steps. A network learns one by the variational bound, too.")
+    ] = "fixed_small"
     loss_weight: Annotated[
         Literal["min_snr"] | None,
         _objective("Weight the loss per timestep. min_snr bounds it where there is little noise. Default: 1 for all (eq. 12)."),

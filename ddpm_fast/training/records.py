@@ -232,7 +232,7 @@ class Records:
                 labels = torch.arange(num) % columns if shown is None else shown.labels
                 images = sample(
                     state.ema,
-                    default_plan(task.schedule, task.options.sample_steps, prediction=task.options.prediction),
+                    default_plan(task.objective, task.options.sample_steps),
                     num,
                     seed=task.options.seed,
                     class_labels=labels if task.labelled else None,

@@ -20,7 +20,7 @@ from ..files.writing import write_tensors
 from ..nn import UNet, UNetConfig
 from ..nn.checkpoint import check_finite, check_weights, load_safetensors
 from ..resources import no_folder
-from ..schedule import NoiseSchedule
+from ..schedule import Objective
 from ..version import __version__
 from .checkpoint import read_state
 from .data import ImageDataset, MappedDataset
@@ -45,8 +45,8 @@ class Task:
     model: nn.Module
     labelled: bool  # the network is given the class
     dataset: ImageDataset | MappedDataset
-    schedule: NoiseSchedule
-    loss_weight: Tensor | None  # float32 [T], on the device
+    objective: Objective
+    loss_weights: Tensor  # float32 [T], on the device
     rng: TrainingRng
     device: torch.device
     processes: Processes
@@ -63,7 +63,7 @@ class Task:
         options = {name: value for name, value in self.recorded.items() if name not in LOCAL}
         described = {"number of images": len(self.dataset), "classes": self.dataset.classes}
         images = {"dataset": (self.dataset.shape, self.dataset.fingerprint())}
-        return {**options, "model": self.network, "schedule": self.schedule.betas.tolist(), **described, **images}
+        return {**options, "model": self.network, "objective": self.objective.to_config(), **described, **images}
 
     @property
     def micro_batch_size(self) -> int:
@@ -107,7 +107,7 @@ class Task:
             "format": FORMAT,
             "options": self.recorded,
             **self.network,
-            "schedule": self.schedule.to_config(),
+            "objective": self.objective.to_config(),
             "dataset": {
                 "images": len(dataset),
                 "shape": list(dataset.shape),

@@ -17,10 +17,12 @@ from torch import Tensor
 from ..inference.model import predict
 from ..nn import UNet
 from ..ops import denoising_loss, q_sample
+from ..variational import variational_loss
 from .data import Degradation, to_unit_range
 from .options import TrainOptions
 from .state import State, Task
 
+_OF_BOUND: Final = 0.001  # weight of the variational bound beside the denoising loss (Nichol and Dhariwal 2021)
 _DRAWN: Final = 4096  # indices that are drawn together, as a call takes longer than an index
 
 
@@ -91,18 +93,23 @@ def _loss(task: Task, state: State, micro_batch: int, images: Tensor, labels: Te
     x_0 = x_0.contiguous(memory_format=task.memory_format)
     if isinstance(task.dataset.condition, Degradation):
         condition = [task.dataset.condition(x_0, rng.condition_seeds(step)[rows])]
-    t = rng.timesteps(step, task.schedule.num_timesteps)[rows].to(task.device)
+    schedule = task.objective.schedule
+    t = rng.timesteps(step, schedule.num_timesteps)[rows].to(task.device)
     seeds = rng.sample_seeds(step)[rows].to(task.device)
     no_label = len(task.dataset.classes)  # the last embedding
     labels = labels.masked_fill(rng.label_is_dropped(step, options.label_dropout)[rows], no_label).to(task.device)
     torch.manual_seed(rng.torch_seed(step * task.num_micro_batches + micro_batch))
-    x_t = q_sample(x_0, t, task.schedule, seeds=seeds)
+    x_t = q_sample(x_0, t, schedule, seeds=seeds)
     x_in = torch.cat([x_t, *condition], dim=1).contiguous(memory_format=task.memory_format) if condition else x_t
     dropout = {"dropout_seeds": seeds} if isinstance(task.model, UNet) and task.model.config["dropout"] > 0 else {}
     with torch.autocast(task.device.type, torch.bfloat16, enabled=options.precision == "bf16"):
         output = predict(partial(state.model, **dropout), x_in, t, labels if task.labelled else None)
-    weight = None if task.loss_weight is None else task.loss_weight[t]
-    loss = denoising_loss(output.float(), x_0, t, task.schedule, prediction=options.prediction, seeds=seeds, weight=weight)
+    output = output.float()
+    predicted = output[:, : x_0.shape[1]].contiguous(memory_format=task.memory_format)
+    loss = denoising_loss(predicted, x_0, t, task.objective, seeds=seeds, weight=task.loss_weights[t])
+    if task.objective.predicts_variance:
+        term = variational_loss(output, x_0, t, task.objective, seeds=seeds)
+        loss = loss + _OF_BOUND * schedule.num_timesteps * term
     return loss / task.num_micro_batches
 
 

@@ -20,7 +20,7 @@ from ..errors import InvalidValue, expect, renaming
 from ..inference.model import device_and_dtype, evaluation_mode, predict
 from ..nn import UNet
 from ..nn.unet import describe_images
-from ..schedule import NoiseSchedule
+from ..schedule import NoiseSchedule, Objective
 from .data import DATASETS, Degradation, ImageDataset, MappedDataset, load_dataset
 from .data.dataset import size_of
 from .folder import RunFolder
@@ -52,7 +52,8 @@ class Trainer:
         model: Train this network in place: a `UNet`, or any module with float32 parameters that predicts what `prediction`
             says. The `num_class_embeds` of a `UNet` is the number of classes plus one, or None. Its configuration gets the
             data set's `sample_size` and `class_names` if it has none.
-        schedule: Use this noise schedule.
+        schedule: Use this noise schedule. Or an objective, which replaces the options `prediction`, `variance` and
+            `loss_weight`; leave them out.
         dataset: Train on these images: any map-style data set, with `__len__` and `__getitem__`.
         options: Train in this way.
         run_dir: Write to this folder. It must be new or empty unless `options` resume a run.
@@ -74,7 +75,7 @@ class Trainer:
     def __init__(
         self,
         model: nn.Module,
-        schedule: NoiseSchedule,
+        schedule: NoiseSchedule | Objective,
         dataset: Dataset[Any] | ImageDataset,
         options: TrainOptions,
         run_dir: str | os.PathLike[str],
@@ -86,29 +87,34 @@ class Trainer:
     ) -> None:
         check_type("Trainer", "model", model, nn.Module)
         check_int("Trainer", "num_classes", num_classes, 1, optional=True)
-        check_type("Trainer", "schedule", schedule, NoiseSchedule)
         check_type("Trainer", "options", options, TrainOptions)
+        self._objective = _objective(schedule, options)
         check_path("Trainer", "run_dir", run_dir)
         check_int("Trainer", "num_workers", num_workers, 0, 1024)
         check_callable("Trainer", "on_step", on_step)
         check_callable("Trainer", "on_checkpoint", on_checkpoint)
         if options.sample_every:
-            check_int("Trainer", "sample_steps", options.sample_steps, 1, schedule.num_timesteps, optional=True)
+            total = self._objective.schedule.num_timesteps
+            check_int("Trainer", "sample_steps", options.sample_steps, 1, total, optional=True)
         _check_trainable(model)
         if isinstance(model, UNet):
             expect(num_classes is None, "Trainer", "num_classes", "to be None, as model has num_class_embeds", num_classes)
             embeds = model.config["num_class_embeds"]
             num_classes = None if embeds is None else embeds - 1
         self._labelled = num_classes is not None
-        self._dataset = _adapted(dataset, model, num_classes, num_workers)
+        self._dataset = _adapted(dataset, model, self._objective, num_classes, num_workers)
+        with renaming("Trainer"):
+            self._loss_weights = self._objective.loss_weights
+            if self._objective.predicts_variance:
+                _check_learned(self._objective, self._dataset)
         if isinstance(model, UNet):
-            _check_fit(model, self._dataset)
+            _check_fit(model, self._dataset, self._objective)
             described = self._dataset.described
             describe_images(model, size=self._dataset.shape[1:], classes=self._dataset.classes, **described)
         else:
-            _check_call(model, self._dataset, num_classes)
+            _check_call(model, self._dataset, self._objective, num_classes)
         self.model = model
-        self._schedule, self._options, self._folder = schedule, options, RunFolder(run_dir)
+        self._options, self._folder = options, RunFolder(run_dir)
         self._on_step, self._on_checkpoint = on_step, on_checkpoint
         self._ema: nn.Module | None = None
 
@@ -137,17 +143,15 @@ class Trainer:
 
     def _run(self, start: Start) -> TrainResult:
         """Run in a folder, with processes and a device that are checked."""
-        options, weight = start.options, None
-        if options.loss_weight is not None:
-            weight = self._schedule.loss_weight(options.loss_weight, options.prediction).to(start.device, torch.float32)
+        options = start.options
         task = Task(
             options=options,
             data_and_model=start.data_and_model,
             model=self.model,
             labelled=self._labelled,
             dataset=self._dataset,
-            schedule=self._schedule,
-            loss_weight=weight,
+            objective=self._objective,
+            loss_weights=self._loss_weights.to(start.device, torch.float32),
             rng=TrainingRng(options.seed, options.batch_size),
             device=start.device,
             processes=start.processes,
@@ -159,6 +163,26 @@ class Trainer:
             start.processes.on_first(lambda: state.load_initial_weights(task))
         self._ema = state.ema
         return run_steps(start, task, state)
+
+
+def _objective(schedule: NoiseSchedule | Objective, options: TrainOptions) -> Objective:
+    """Return the objective of a run, which the schedule or the options have."""
+    if not isinstance(schedule, Objective):
+        with renaming("Trainer"):
+            return Objective(schedule, options.prediction, options.variance, options.loss_weight)
+    for name in ("prediction", "variance", "loss_weight"):
+        given = getattr(options, name)
+        left_out = given == getattr(TrainOptions, name)
+        expect(left_out, "Trainer", f"options.{name}", "to be left out, as schedule is an Objective", given)
+    return schedule
+
+
+def _check_learned(objective: Objective, dataset: ImageDataset | MappedDataset) -> None:
+    """Raise a ValueError if a variance cannot be learned: the bound needs x_0^, and images of 256 grey levels."""
+    _ = objective.x_0_weights  # a ValueError if x_0^ is not determined
+    kind = dataset[0][0].dtype
+    wanted = f'to have uint8 images, as variance="{objective.variance}" is trained by a bound for 256 grey levels'
+    expect(kind == torch.uint8, "", "dataset", wanted, kind)
 
 
 def _check_trainable(model: nn.Module) -> None:
@@ -178,7 +202,9 @@ def _check_trainable(model: nn.Module) -> None:
     expect(trained, "Trainer", "model", "to have parameters that require gradients", "none")
 
 
-def _adapted(dataset: Any, model: nn.Module, num_classes: int | None, num_workers: int) -> ImageDataset | MappedDataset:
+def _adapted(
+    dataset: Any, model: nn.Module, objective: Objective, num_classes: int | None, num_workers: int
+) -> ImageDataset | MappedDataset:
     """Return a data set as training uses it. The network says which images and labels are wanted."""
     if isinstance(dataset, ImageDataset):
         return dataset
@@ -189,10 +215,11 @@ def _adapted(dataset: Any, model: nn.Module, num_classes: int | None, num_worker
             if isinstance(names, (list, tuple)) and all(isinstance(name, str) and name for name in names):
                 classes = tuple(names) if len(names) == num_classes == len(set(names)) else classes
     with renaming("Trainer"):
-        return MappedDataset(dataset, config.get("out_channels"), classes, num_workers, config.get("in_channels"))
+        channels = config["out_channels"] // objective.out_channels(1) if config else None
+        return MappedDataset(dataset, channels, classes, num_workers, config.get("in_channels"))
 
 
-def _check_fit(model: UNet, dataset: ImageDataset | MappedDataset) -> None:
+def _check_fit(model: UNet, dataset: ImageDataset | MappedDataset, objective: Objective) -> None:
     """Raise a ValueError unless the network takes the images and labels, and predicts as many channels."""
     for name, value in dataset.described.items():
         known = model.config.get(name)
@@ -200,8 +227,9 @@ def _check_fit(model: UNet, dataset: ImageDataset | MappedDataset) -> None:
     expect(len(dataset.shape) == 3, "Trainer", "dataset", "to have images [C, H, W] for a UNet", list(dataset.shape))
     channels, height, width = dataset.shape
     reads, of = channels + dataset.condition_channels, "the images of dataset"
+    predicted = f"{of} and their variance" if objective.predicts_variance else of
     for name, number, whose in (
-        ("out_channels", channels, of),
+        ("out_channels", objective.out_channels(channels), predicted),
         ("in_channels", reads, f"{of} and their conditions" if reads > channels else of),
     ):
         wanted = f"to have {name} = {number}, as {whose}"
@@ -214,8 +242,8 @@ def _check_fit(model: UNet, dataset: ImageDataset | MappedDataset) -> None:
     expect(embeds in (None, number + 1), "Trainer", "model", wanted, embeds)
 
 
-def _check_call(model: nn.Module, dataset: ImageDataset | MappedDataset, num_classes: int | None) -> None:
-    """Raise a ValueError unless a network takes two items of the data set's shape and predicts as many channels."""
+def _check_call(model: nn.Module, dataset: ImageDataset | MappedDataset, objective: Objective, num_classes: int | None) -> None:
+    """Raise a ValueError unless a network takes two items of the data set's shape and predicts the objective's channels."""
     if num_classes is not None:
         number = len(dataset.classes)
         expect(number == num_classes, "Trainer", "num_classes", f"to be {number}, the classes of dataset", num_classes)
@@ -224,16 +252,15 @@ def _check_call(model: nn.Module, dataset: ImageDataset | MappedDataset, num_cla
     x = torch.zeros(2, channels + dataset.condition_channels, *sides, device=device)
     t = torch.zeros(2, dtype=torch.int64, device=device)
     labels = None if num_classes is None else torch.tensor([0, num_classes], device=device)  # the last is "no label"
-    wanted = (
-        f"to take {list(x.shape)}, t [2]{'' if num_classes is None else ' and labels [2]'} and return {[2, *dataset.shape]}"
-    )
+    returned = [2, objective.out_channels(channels), *sides]
+    wanted = f"to take {list(x.shape)}, t [2]{'' if num_classes is None else ' and labels [2]'} and return {returned}"
     try:
         with torch.random.fork_rng([]), evaluation_mode(model), torch.no_grad():
             out = predict(model, x, t, labels)
     except Exception as error:  # whatever the network raises
         raise InvalidValue("Trainer", "model", wanted, error) from error
     got = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
-    expect(got == [2, *dataset.shape], "Trainer", "model", wanted, got)
+    expect(got == returned, "Trainer", "model", wanted, got)
 
 
 # -------------------------------------------------------------------------------------------------- a run made from options
@@ -292,13 +319,14 @@ def train(
         # Rank 0 downloads.
         load = partial(_dataset, data, stored)
         dataset = processes.machine_by_machine(load) if data.data in DATASETS else load()
-        config = _unet_config(model, dataset)
+        schedule = getattr(NoiseSchedule, model.schedule or ("flow" if options.prediction == "flow" else "linear"))
+        objective = _objective(schedule(model.num_timesteps), options)
+        config = _unet_config(model, dataset, objective)
         with torch.random.fork_rng([]):
             torch.manual_seed(TrainingRng(options.seed, options.batch_size).weights_seed)
             with renaming("train", {"block_out_channels": "channels", "attention_head_dim": "head_dim"}):
                 network = UNet(**config)
-        schedule = getattr(NoiseSchedule, model.schedule)(model.num_timesteps)
-        return Trainer(network, schedule, dataset, options, run_dir)._run(start)
+        return Trainer(network, objective.schedule, dataset, options, run_dir)._run(start)
 
 
 def _with_absolute_paths(options: AnyOptions) -> AnyOptions:
@@ -327,7 +355,7 @@ def _dataset(data: DataOptions, stored: Mapping[str, Any]) -> ImageDataset:
         )
 
 
-def _unet_config(options: ModelOptions, dataset: ImageDataset) -> dict[str, Any]:
+def _unet_config(options: ModelOptions, dataset: ImageDataset, objective: Objective) -> dict[str, Any]:
     """Return the configuration of the network that the options describe. Raise ValueError if the images do not fit it."""
     channels, height, width = dataset.shape
     labelled = options.conditional and len(dataset.classes) > 1
@@ -341,7 +369,7 @@ def _unet_config(options: ModelOptions, dataset: ImageDataset) -> dict[str, Any]
     return {
         "sample_size": height if height == width else [height, width],
         "in_channels": channels + dataset.condition_channels,
-        "out_channels": channels,
+        "out_channels": objective.out_channels(channels),
         "block_out_channels": list(widths),
         "layers_per_block": options.layers,
         "down_block_types": ["AttnDownBlock2D" if a else "DownBlock2D" for a in attended],

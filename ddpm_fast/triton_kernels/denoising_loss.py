@@ -24,28 +24,25 @@ MAX_PARTIALS = 512  # partial sums of one sample
 @triton.jit
 def _difference(
     model_output, x_0, t, table, noise, seeds, sample, tile, hw,
-    PREDICTION: tl.constexpr,
     C: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, VECTOR: tl.constexpr, QUADS: tl.constexpr,
 ):  # fmt: skip
-    """Return model_output - target of a tile, the tile's offsets and its mask."""
+    """Return model_output - (a x_0 + b epsilon) of a tile, the tile's offsets and its mask."""
     offset, mask = locate(tile, hw, C, PIXELS, CHANNELS, C)
     first = sample * hw * C
+    row = table + 2 * tl.load(t + sample)
     m = tl.load(model_output + first + offset, mask).to(tl.float32)
-    if PREDICTION == 0:
-        target = epsilon(noise, seeds, sample, STREAM, tile, offset, mask, hw, C, PIXELS, CHANNELS, VECTOR, QUADS)
-    else:
-        target = tl.load(x_0 + first + offset, mask).to(tl.float32)
-        if PREDICTION == 2:
-            row = table + 2 * tl.load(t + sample)
-            z = epsilon(noise, seeds, sample, STREAM, tile, offset, mask, hw, C, PIXELS, CHANNELS, VECTOR, QUADS)
-            target = tl.fma(tl.load(row), z, -(tl.load(row + 1) * target))
+    target = tl.zeros_like(m)
+    if x_0 is not None:
+        target = tl.load(row) * tl.load(x_0 + first + offset, mask).to(tl.float32)
+    if noise is not None or seeds is not None:
+        z = epsilon(noise, seeds, sample, STREAM, tile, offset, mask, hw, C, PIXELS, CHANNELS, VECTOR, QUADS)
+        target = tl.fma(tl.load(row + 1), z, target)
     return m - target, offset, mask
 
 
 @triton.jit(do_not_specialize=["n", "scale"])
 def _denoising_loss_kernel(
     partial, model_output, x_0, t, table, noise, seeds, n, tiles, tiles_per_program, scale, hw,
-    prediction: tl.constexpr,
     C: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, VECTOR: tl.constexpr, QUADS: tl.constexpr,
 ):  # fmt: skip
     sample = current_sample()
@@ -56,7 +53,7 @@ def _denoising_loss_kernel(
     for tile in range(first_tile, tl.minimum(first_tile + tiles_per_program, tiles)):
         difference, _, mask = _difference(
             model_output, x_0, t, table, noise, seeds, sample, tile, hw,
-            prediction, C, PIXELS, CHANNELS, VECTOR, QUADS,
+            C, PIXELS, CHANNELS, VECTOR, QUADS,
         )  # fmt: skip
         difference = tl.where(mask, difference, 0.0)
         total = tl.fma(difference, difference, total)
@@ -73,7 +70,6 @@ def _sum_kernel(out, partial, partials, PARTIALS: tl.constexpr):
 @triton.jit(do_not_specialize=["n", "scale"])
 def _denoising_loss_backward_kernel(
     grad_model_output, grad_losses, model_output, x_0, t, table, noise, seeds, n, scale, hw,
-    prediction: tl.constexpr,
     C: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, VECTOR: tl.constexpr, QUADS: tl.constexpr,
 ):  # fmt: skip
     sample = current_sample()
@@ -81,7 +77,7 @@ def _denoising_loss_backward_kernel(
         return
     difference, offset, mask = _difference(
         model_output, x_0, t, table, noise, seeds, sample, tl.program_id(0), hw,
-        prediction, C, PIXELS, CHANNELS, VECTOR, QUADS,
+        C, PIXELS, CHANNELS, VECTOR, QUADS,
     )  # fmt: skip
     gradient = rounded(scale * tl.load(grad_losses + sample) * difference, grad_model_output.dtype.element_ty)
     tl.store(grad_model_output + sample * hw * C + offset, gradient, mask)
@@ -89,16 +85,16 @@ def _denoising_loss_backward_kernel(
 
 def denoising_loss(results: Any, a: Any) -> None:
     """Launch the kernels for results and arguments of `ddpm_fast.ops.denoising_loss`."""
-    losses, x_0 = results.losses, a.x_0
-    if x_0.numel() == 0:
+    losses, m = results.losses, a.model_output
+    if m.numel() == 0:
         losses.fill_(float("nan"))  # the mean of nothing
         return
     n = losses.shape[0]
-    tiles, values = tiling(x_0, *a, ordered=a.noise is None)
+    tiles, values = tiling(m, *a, ordered=a.noise is None)
     tiles_per_program = max(TILES_PER_PROGRAM, triton.cdiv(tiles, MAX_PARTIALS))
     partials = triton.cdiv(tiles, tiles_per_program)
     partial = losses if partials == 1 else scratch(losses, n, partials)
-    values |= {"partial": partial, "tiles": tiles, "tiles_per_program": tiles_per_program, "scale": n / x_0.numel()}
+    values |= {"partial": partial, "tiles": tiles, "tiles_per_program": tiles_per_program, "scale": n / m.numel()}
     launch(_denoising_loss_kernel, partials, results, a, **values)
     if partials > 1:
         with device_of(losses):
@@ -108,10 +104,9 @@ def denoising_loss(results: Any, a: Any) -> None:
 def denoising_loss_backward(results: Any, a: Any) -> None:
     """Launch the kernel of the gradient for results and arguments of `denoising_loss_backward`.
 
-        grad_model_output = 2 grad_losses (model_output - target) / elements of a sample
-
-    The target depends on the prediction: see `ddpm_fast.reference.denoising_loss`.
+    grad_model_output = 2 grad_losses (model_output - target) / elements of a sample
     """
-    if a.x_0.numel():
-        tiles, values = tiling(a.x_0, *results, *a, ordered=a.noise is None)
-        launch(_denoising_loss_backward_kernel, tiles, results, a, scale=2 * len(a.x_0) / a.x_0.numel(), **values)
+    m = a.model_output
+    if m.numel():
+        tiles, values = tiling(m, *results, *a, ordered=a.noise is None)
+        launch(_denoising_loss_backward_kernel, tiles, results, a, scale=2 * len(m) / m.numel(), **values)

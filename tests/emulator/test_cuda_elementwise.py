@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddpm_fast import ddpm_plan, denoising_loss, noise, q_sample, reference, reverse_step, sample_seeds
+from ddpm_fast import Objective, ddpm_plan, denoising_loss, noise, q_sample, reference, reverse_step, sample_seeds
+from ddpm_fast.predictions import TARGETS
 from ddpm_fast.testing import SCHEDULE
 
 # Blocks handle up to 4096 elements, in channels_last at least 8 pixels of up to 512 channels.
@@ -91,7 +92,7 @@ def test_reverse_step(emulated: ModuleType, shape: tuple[int, ...], channels_las
         assert torch.equal(got, expected)
 
 
-@pytest.mark.parametrize("prediction", reference.PREDICTIONS)
+@pytest.mark.parametrize("prediction", TARGETS)
 @pytest.mark.parametrize(("channels_last", "off"), list(_places()))
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_denoising_loss(emulated: ModuleType, shape: tuple[int, ...], channels_last: bool, off: int, prediction: str) -> None:
@@ -106,9 +107,8 @@ def test_denoising_loss(emulated: ModuleType, shape: tuple[int, ...], channels_l
 
     loss, grad = run(_moved(x_0, channels_last, off), _moved(m, channels_last, off))
     expected_loss, expected_grad = run(x_0, m)
-    truth = reference.denoising_loss(
-        m.double(), x_0.double(), t, SCHEDULE.table(t.device), None, seeds, reference.PREDICTIONS.index(prediction)
-    )
+    table = Objective(SCHEDULE, prediction).on(t.device).table
+    truth = reference.denoising_loss(m.double(), x_0.double(), t, table, None, seeds)
     assert torch.equal(grad, expected_grad)
     for each in (loss, expected_loss):
         torch.testing.assert_close(each.double(), truth, rtol=2e-7, atol=0)

@@ -302,7 +302,10 @@ def test_progress_counts_timesteps(capsys: pytest.CaptureFixture[str]) -> None:
         (
             {"prediction": "noise"},
             InvalidValue(
-                "variational_bound", "prediction", "to be one of epsilon, sample, v_prediction, previous_sample", "'noise'"
+                "variational_bound",
+                "prediction",
+                "to be one of epsilon, sample, v_prediction, flow, previous_sample",
+                "'noise'",
             ),
         ),
         (

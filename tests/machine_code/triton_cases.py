@@ -56,7 +56,7 @@ def cases() -> dict[str, Call]:
     pair = tensor(2 * n, 6, 32, 32, dtype=half)  # guidance and learned variance
     schedule = {"t": index, "table": tensor(1000, 2)}
     plan = {"table": tensor(1000, len(COLUMNS)), "seeds": index}
-    drawn = {**schedule, "seeds": index, "prediction": 0}
+    drawn = {**schedule, "seeds": index}
 
     def call(name: str, results: dict[str, Tensor], **arguments: Any) -> Call:
         return lambda: launch_triton(name, results, **arguments)
@@ -94,9 +94,9 @@ def cases() -> dict[str, Call]:
         "reverse_step-float32-channels_last": call(
             "reverse_step", {"x_prev": x_last}, x_t=x_last, model_output=x_last, **plan, steps=index, variance=0
         ),
-        "denoising_loss-bfloat16": call("denoising_loss", {"losses": loss}, model_output=h, x_0=h, **drawn),
+        "denoising_loss-bfloat16": call("denoising_loss", {"losses": loss}, model_output=h, **drawn),
         "denoising_loss_backward-float32": call(
-            "denoising_loss_backward", {"grad_model_output": x}, grad_losses=loss, model_output=x, x_0=x, **drawn
+            "denoising_loss_backward", {"grad_model_output": x}, grad_losses=loss, model_output=x, **drawn
         ),
         "group_norm_silu-float32": norm(128, 32, torch.float32, False),
         "group_norm_silu-bfloat16": norm(128, 32, half, False),
@@ -127,7 +127,7 @@ def sizes_of_one() -> dict[str, Call]:
     x, last, m = tensor(1, 1), tensor(1, 3, 1, 1).as_strided((1, 3, 1, 1), (3, 1, 4, 4)), tensor(1, 1)
     wide = tensor(1, 4096, 4, 4)  # one chunk, though not resident
     schedule = {"t": index, "table": tensor(1000, 2), "seeds": index}
-    loss = {"model_output": x, "x_0": x, **schedule, "prediction": 2}
+    loss = {"model_output": x, "x_0": x, **schedule}
     plan = {"table": tensor(1000, len(COLUMNS)), "steps": index, "seeds": index, "variance": 0}
 
     def norm(x: Tensor) -> None:

@@ -6,8 +6,8 @@ from kernel_calls import launch
 from torch import Tensor
 
 import ddpm_fast
-from ddpm_fast import reference
 from ddpm_fast.plan import COLUMNS
+from ddpm_fast.predictions import TARGETS
 
 _native = pytest.importorskip("ddpm_fast._native")
 
@@ -78,7 +78,7 @@ def test_a_sample_depends_on_neither_its_batch_nor_the_threads(channels_last: bo
         output = m[samples].clone(memory_format=torch.preserve_format).requires_grad_()
         losses = [
             ddpm_fast.denoising_loss(output, x[samples], **arguments, prediction=prediction, reduction="none")
-            for prediction in reference.PREDICTIONS
+            for prediction in TARGETS
         ]
         grads = [torch.autograd.grad(loss.sum(), output)[0] for loss in losses]
         step = ddpm_fast.reverse_step(x[samples], m[samples], t[samples], plan, seeds=seeds[samples], backend="native")

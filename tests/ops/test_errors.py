@@ -250,7 +250,7 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     ),
     (
         lambda: denoising_loss(X, X, 3, SCHEDULE, seeds=SEEDS, prediction="x0"),
-        InvalidValue("denoising_loss", "prediction", "to be one of epsilon, sample, v_prediction", "'x0'"),
+        InvalidValue("denoising_loss", "prediction", "to be one of epsilon, sample, v_prediction, flow", "'x0'"),
     ),
     (
         lambda: denoising_loss(X, X, 3, SCHEDULE, seeds=SEEDS, reduction="max"),

@@ -29,7 +29,8 @@ SMALL = [
 # The cases of an op that between them give every tensor argument, and each argument with the first case that gives it.
 FULLEST: list[Case] = []
 ARGUMENTS: list[tuple[Case, str]] = []
-for _case in sorted(SMALL, key=lambda case: -len(make_call(case).tensors)):
+# v's target has both x_0 and the noise.
+for _case in sorted(SMALL, key=lambda case: (-len(make_call(case).tensors), case.options.get("prediction") != "v_prediction")):
     _known = {(case.op, name) for case, name in ARGUMENTS}
     _new = [(_case, name) for name in make_call(_case).tensors if (_case.op, name) not in _known]
     ARGUMENTS += _new

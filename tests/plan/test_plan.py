@@ -266,8 +266,8 @@ def test_zero_terminal_snr_needs_another_prediction_than_epsilon() -> None:
                 "SamplingPlan",
                 "",
                 "finite coefficients",
-                "p = inf at timestep 999 (abar = 0) with prediction 'epsilon'; where abar is 0 the model must "
-                'predict "sample" or "v_prediction"',
+                "p = inf at timestep 999 (abar = 0) with prediction 'epsilon', which does not determine x_0 and epsilon there; "
+                'where abar is 0, "sample", "v_prediction" and "flow" do',
             )
         ):
             build(schedule, 10, spacing="trailing")
@@ -303,7 +303,8 @@ def test_zero_terminal_snr_needs_another_prediction_than_epsilon() -> None:
             InvalidValue(
                 "ddim_inversion_plan",
                 "prediction",
-                'to be "epsilon" or "v_prediction", or "sample" with initial_alpha_bar below 1, with evaluate_at="arrival", '
+                'to be "epsilon", "v_prediction" or "flow", or "sample" with initial_alpha_bar below 1, with '
+                'evaluate_at="arrival", '
                 "as an image alone does not determine epsilon",
                 "'sample'",
             ),
@@ -314,7 +315,9 @@ def test_zero_terminal_snr_needs_another_prediction_than_epsilon() -> None:
         ),
         (
             lambda: ddpm_plan(SCHEDULE, prediction="eps"),
-            InvalidValue("ddpm_plan", "prediction", "to be one of epsilon, sample, v_prediction, previous_sample", "'eps'"),
+            InvalidValue(
+                "ddpm_plan", "prediction", "to be one of epsilon, sample, v_prediction, flow, previous_sample", "'eps'"
+            ),
         ),
         (
             lambda: ddpm_plan(SCHEDULE, variance="small"),

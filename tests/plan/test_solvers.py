@@ -331,8 +331,8 @@ def test_zero_terminal_snr_begins_from_pure_noise() -> None:
             "SamplingPlan",
             "",
             "finite coefficients",
-            "p = inf at timestep 999 (abar = 0) with prediction 'epsilon'; where abar is 0 the model must predict "
-            '"sample" or "v_prediction"',
+            "p = inf at timestep 999 (abar = 0) with prediction 'epsilon', which does not determine x_0 and epsilon there; "
+            'where abar is 0, "sample", "v_prediction" and "flow" do',
         )
     ):
         dpm_solver_plan(schedule, 10)
@@ -372,7 +372,9 @@ def test_zero_terminal_snr_begins_from_pure_noise() -> None:
         ),
         (
             {"prediction": "previous_sample"},
-            InvalidValue("dpm_solver_plan", "prediction", "to be one of epsilon, sample, v_prediction", "'previous_sample'"),
+            InvalidValue(
+                "dpm_solver_plan", "prediction", "to be one of epsilon, sample, v_prediction, flow", "'previous_sample'"
+            ),
         ),
         ({"clip": 0.0}, InvalidValue("dpm_solver_plan", "clip", "to be positive or None", "0.0")),
         *(

@@ -209,8 +209,10 @@ CALLS: dict[str, Callable[[], Entry]] = {
     "NoiseSchedule.laplace": lambda: schedule("laplace"),
     "NoiseSchedule.from_betas": lambda: Entry(d.NoiseSchedule.from_betas, {"betas": [0.1, 0.2]}),
     "NoiseSchedule.from_diffusers": lambda: Entry(d.NoiseSchedule.from_diffusers, {"config": {}}, {"config": "dict"}),
-    "NoiseSchedule.loss_weight": lambda: Entry(SCHEDULE.loss_weight, {"kind": "min_snr", "prediction": "epsilon"}),
+    "NoiseSchedule.flow": lambda: schedule("flow"),
     "NoiseSchedule.table": lambda: Entry(SCHEDULE.table, {}),
+    "Objective": lambda: Entry(d.Objective, {"schedule": SCHEDULE, "loss_weight": "min_snr"}, {"loss_weight": "None"}),
+    "Objective, columns": lambda: Entry(d.Objective, {"schedule": SCHEDULE, "prediction": torch.ones(10, 2)}),
     "Sampler": lambda: Entry(d.Sampler, {"model": NETWORK, "plan": PLAN, "shape": (3, 4, 4)}),
     "Sampler, call": lambda: Entry(sampler(), {"num_samples": 2} | SAMPLE, SAMPLE_ACCEPTS, "Sampler"),
     "Sampler.trajectory": lambda: Entry(
@@ -223,7 +225,7 @@ CALLS: dict[str, Callable[[], Entry]] = {
     "SamplingPlan.table": lambda: Entry(PLAN.table, {}),
     "SamplingPlan.steps": lambda: Entry(PLAN.steps, {}),
     "DataOptions": lambda: Entry(d.DataOptions, {}, {"data_memory": "zero huge", "colors": "None"}),
-    "ModelOptions": lambda: Entry(d.ModelOptions, {}, {"attention": "empty", "dropout": "zero"}),
+    "ModelOptions": lambda: Entry(d.ModelOptions, {}, {"attention": "empty", "dropout": "zero", "schedule": "None"}),
     "TrainOptions": lambda: Entry(d.TrainOptions, {"steps": 1}, TRAIN_ACCEPTS),
     "Trainer": lambda: Entry(d.Trainer, trainer_arguments(), {"num_workers": "zero"}),
     "Trainer.run": lambda: Entry(trainer().run, {}),
@@ -255,6 +257,9 @@ CALLS: dict[str, Callable[[], Entry]] = {
         d.denoising_loss,
         {"model_output": X, "x_0": X, "t": STEP, "schedule": SCHEDULE, "noise": X, "weight": torch.ones(2)},
         {"t": "zero"},
+    ),
+    "variational_loss": lambda: Entry(
+        d.variational_loss, {"model_output": X, "x_0": X, "t": STEP, "schedule": SCHEDULE, "seeds": SEEDS}, {"t": "zero"}
     ),
     "denoising_loss, seeds": lambda: Entry(
         d.denoising_loss, {"model_output": X, "x_0": X, "t": 3, "schedule": SCHEDULE, "seeds": SEEDS}, {"t": "zero"}

@@ -21,25 +21,31 @@ ALLOWED = {
     "resources": set(),
     "checks": {"dtypes"},
     "files": {"checks", "resources", "files"},
+    "predictions": set(),
     "reference": {"dtypes"},
-    "schedule": {"checks", "schedule"},
-    "plan": {"checks", "reference", "schedule", "plan"},
+    "schedule": {"checks", "predictions", "schedule"},
+    "plan": {"checks", "predictions", "reference", "schedule", "plan"},
     "triton_kernels": {"reference", "triton_kernels"},
-    "ops": {"dtypes", "checks", "reference", "schedule", "plan", "triton_kernels", "ops"},
-    "testing": {"dtypes", "reference", "schedule", "plan", "ops", "testing"},
+    "ops": {"dtypes", "checks", "predictions", "reference", "schedule", "plan", "triton_kernels", "ops"},
+    "testing": {"dtypes", "predictions", "reference", "schedule", "plan", "ops", "testing"},
+    "variational": {"dtypes", "checks", "predictions", "reference", "schedule", "ops"},
     "info": {"version", "ops"},
     "nn": {"dtypes", "resources", "checks", "files", "reference", "ops", "nn"},
-    "schemas": {"checks", "schedule", "plan", "nn"},
+    "schemas": {"checks", "predictions", "schedule", "nn"},
     "inference": {"dtypes", "checks", "reference", "plan", "ops", "nn", "inference"},
-    "integrations": {"dtypes", "checks", "reference", "schedule", "plan", "ops", "nn", "inference", "integrations"},
+    "integrations": {
+        *("dtypes", "checks", "predictions", "reference", "schedule", "plan", "ops", "nn", "inference", "integrations"),
+    },
     "sampling": {
         *("distributed", "dtypes", "resources", "checks", "files", "reference", "plan", "ops", "nn", "schemas", "inference"),
         "sampling",
     },
-    "evaluation": {"dtypes", "checks", "reference", "schedule", "plan", "ops", "inference", "sampling", "evaluation"},
+    "evaluation": {
+        *("dtypes", "checks", "predictions", "schedule", "plan", "ops", "variational", "inference", "sampling", "evaluation"),
+    },
     "training": {
-        *("version", "allocator", "distributed", "resources", "checks", "files", "schedule", "plan", "ops", "nn", "schemas"),
-        *("inference", "sampling", "training"),
+        *("version", "allocator", "distributed", "resources", "checks", "files", "predictions", "schedule", "plan", "ops"),
+        *("variational", "nn", "schemas", "inference", "sampling", "training"),
     },
     "pretrained": {"checks", "resources", "files", "schedule", "plan", "nn", "schemas", "training"},
     "__init__": {"version"},  # and what __init__.pyi imports, when a name is first used
@@ -104,7 +110,7 @@ def test_imports_point_one_way() -> None:
 def test_integrations_stand_on_public_ops_and_samplers() -> None:
     """They see nothing of how ops are dispatched, of programs and graphs, or of a training run."""
     allowed = {
-        *("errors", "dtypes", "checks", "plan", "reference", "schedule", "ops", "ops.arguments", "ops.q_sample"),
+        *("errors", "dtypes", "checks", "plan", "predictions", "reference", "schedule", "ops", "ops.arguments", "ops.q_sample"),
         *("ops.reverse_step", "nn", "nn.checkpoint", "nn.comparison", "nn.layers", "nn.unet", "inference", "inference.model"),
     }
     for file in (PACKAGE / "integrations").glob("*.py"):

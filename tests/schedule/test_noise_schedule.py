@@ -12,7 +12,7 @@ from ddpm_fast import NoiseSchedule, q_sample
 from ddpm_fast.errors import ArgumentError, InvalidType, InvalidValue
 from ddpm_fast.schedule import numbered
 
-BUILDERS = ("linear", "scaled_linear", "cosine", "sigmoid", "laplace", "sigmoid_betas")
+BUILDERS = ("linear", "scaled_linear", "cosine", "sigmoid", "laplace", "flow", "sigmoid_betas")
 
 
 @pytest.mark.parametrize("num_timesteps", [1, 2, 100, 1000])
@@ -24,7 +24,8 @@ def test_identities_of_the_derivation(builder: str, num_timesteps: int) -> None:
     torch.testing.assert_close(s.alpha_bars.log(), torch.log1p(-s.betas).cumsum(0), rtol=1e-11, atol=1e-13)
     # eq. 7 applied to the means of eq. 3: mu~(x_0, sqrt(abar_t) x_0) = sqrt(abar_{t-1}) x_0.
     mean = s.posterior_mean_coef_x_0 + s.posterior_mean_coef_x_t * s.sqrt_alpha_bars
-    torch.testing.assert_close(mean, s.alpha_bars_prev.sqrt(), rtol=1e-12, atol=0)
+    # 1 - abar has lost the digits of 1 that are below the first beta, which is 1e-6 in the flow schedule.
+    torch.testing.assert_close(mean, s.alpha_bars_prev.sqrt(), rtol=max(1e-12, 2e-17 / float(s.betas[0])), atol=0)
     # eq. 6: by Bayes' rule, precisions add: 1 / beta~ = alpha / beta + 1 / (1 - abar_{t-1}).
     precision = s.alphas / s.betas + 1 / (1 - s.alpha_bars_prev)
     torch.testing.assert_close(s.posterior_variance[1:], 1 / precision[1:], rtol=1e-9, atol=0)
@@ -93,7 +94,6 @@ def test_a_schedule_never_changes() -> None:
         for name in names:
             getattr(schedule, name).zero_()
         schedule.table().zero_()
-        schedule.loss_weight("min_snr", "sample", gamma=1e9).zero_()
     x, t = torch.ones(2, 3), torch.tensor([0, 9])
     assert torch.equal(q_sample(x, t, schedule, noise=x), q_sample(x, t, fresh, noise=x))
     for name in names:
@@ -102,21 +102,6 @@ def test_a_schedule_never_changes() -> None:
     with pytest.raises(AttributeError):
         schedule.betas = fresh.betas  # type: ignore[misc]
     assert copy.deepcopy(schedule) is schedule
-
-
-@pytest.mark.parametrize("make", [NoiseSchedule.linear, lambda: NoiseSchedule.cosine().rescale_zero_terminal_snr()])
-def test_min_snr_weights_are_one_bound_on_the_loss_on_x_0(make) -> None:
-    """The three weights differ by the factor between the squared errors of epsilon, x_0 and v: S, 1 and 1 / (S + 1)."""
-    schedule = make()
-    bounded = schedule.snr.clamp(max=5.0)
-    torch.testing.assert_close(schedule.loss_weight("min_snr", "sample"), bounded, rtol=0, atol=0)
-    torch.testing.assert_close(schedule.loss_weight("min_snr", "v_prediction") * (schedule.snr + 1), bounded)
-    epsilon = schedule.loss_weight("min_snr", "epsilon")
-    torch.testing.assert_close(epsilon * schedule.snr, bounded)
-    assert epsilon.isfinite().all()
-    assert float(epsilon.min()) < 0.01
-    assert epsilon[schedule.snr <= 5].eq(1).all()
-    assert schedule.loss_weight("min_snr", "sample", gamma=1.0).max() == 1.0
 
 
 def test_tables_are_kept_by_the_number_of_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,7 +147,7 @@ def test_tables_are_kept_by_the_number_of_the_gpu(monkeypatch: pytest.MonkeyPatc
             InvalidValue(
                 "NoiseSchedule.from_config",
                 "name",
-                "to be one of linear, scaled_linear, cosine, sigmoid, laplace, sigmoid_betas, from_betas",
+                "to be one of linear, scaled_linear, cosine, sigmoid, laplace, flow, sigmoid_betas, from_betas",
                 "'exp'",
             ),
         ),
@@ -171,7 +156,7 @@ def test_tables_are_kept_by_the_number_of_the_gpu(monkeypatch: pytest.MonkeyPatc
             InvalidValue(
                 "NoiseSchedule.from_config",
                 "name",
-                "to be one of linear, scaled_linear, cosine, sigmoid, laplace, sigmoid_betas, from_betas",
+                "to be one of linear, scaled_linear, cosine, sigmoid, laplace, flow, sigmoid_betas, from_betas",
                 "[]",
             ),
         ),
@@ -209,18 +194,6 @@ def test_tables_are_kept_by_the_number_of_the_gpu(monkeypatch: pytest.MonkeyPatc
                 "to be a floating tensor of shape [T] with values, T in 1..100000",
                 "torch.float64 [100001] on cpu",
             ),
-        ),
-        (
-            lambda: NoiseSchedule.linear().loss_weight("p2", "epsilon"),
-            InvalidValue("NoiseSchedule.loss_weight", "kind", "to be one of min_snr", "'p2'"),
-        ),
-        (
-            lambda: NoiseSchedule.linear().loss_weight("min_snr", "mean"),
-            InvalidValue("NoiseSchedule.loss_weight", "prediction", "to be one of epsilon, sample, v_prediction", "'mean'"),
-        ),
-        (
-            lambda: NoiseSchedule.linear().loss_weight("min_snr", "sample", 0),
-            InvalidValue("NoiseSchedule.loss_weight", "gamma", "to be positive and finite", "0"),
         ),
         (
             lambda: NoiseSchedule.linear(1).rescale_zero_terminal_snr(),

@@ -177,7 +177,7 @@ def test_runs_are_sampled_and_exported_as_those_of_train(tmp_path: Path) -> None
     assert (tmp_path / "run" / "samples" / "step-00000003.png").is_file()
     export_checkpoint(tmp_path / "run", tmp_path / "model", torch.float32)
     loaded = load_folder(tmp_path / "model")
-    assert loaded.prediction == "v_prediction"
+    assert loaded.objective.prediction == "v_prediction"
     assert_same_parameters(loaded.model, run.ema)
     arguments = ["sample", "--model", tmp_path / "run", "--num", 1, "--steps", 2, "--out", tmp_path / "a.png"]
     result = CliRunner().invoke(main, [str(each) for each in arguments])

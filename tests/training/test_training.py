@@ -35,7 +35,7 @@ from ddpm_fast.nn.config import MAX_LAYERS
 from ddpm_fast.ops import noise
 from ddpm_fast.pretrained import load_folder
 from ddpm_fast.reference import STREAM_Q_SAMPLE
-from ddpm_fast.schedule import NoiseSchedule
+from ddpm_fast.schedule import NoiseSchedule, Objective
 from ddpm_fast.training import records, trainer
 from ddpm_fast.training.data import load_dataset, to_unit_range
 from ddpm_fast.training.export import export_checkpoint
@@ -165,7 +165,7 @@ def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
         export_checkpoint(tmp_path / "none", tmp_path / "out")
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     (tmp_path / "run" / "config.json").write_text(json.dumps(config | {"format": 2}))
-    wanted = r"train: expected format to be 5, got 2: another version has written it; a new run can start from its checkpoints"
+    wanted = r"train: expected format to be 6, got 2: another version has written it; a new run can start from its checkpoints"
     with pytest.raises(ValueError, match=wanted):
         train(tmp_path / "run", **QUIET, resume=True)
 
@@ -319,7 +319,7 @@ def test_loss_weight_scales_each_samples_loss(tmp_path: Path) -> None:
         train(tmp_path / str(name), **QUIET | {"batch_size": 64}, steps=1, loss_weight=name)
         losses[name] = float(log_rows(tmp_path / str(name))[0]["loss"])
     schedule = NoiseSchedule.linear(1000)
-    factors = schedule.loss_weight("min_snr", "epsilon")[TrainingRng(0, 64).timesteps(0, 1000)]
+    factors = Objective(schedule, loss_weight="min_snr").loss_weights[TrainingRng(0, 64).timesteps(0, 1000)]
     # A new network's output is 0 and its loss about 1 at every timestep.
     assert float(factors.mean()) < 0.95
     assert losses["min_snr"] == pytest.approx(losses[None] * float(factors.mean()), rel=0.02)
@@ -484,7 +484,7 @@ def test_export_is_a_model_folder(tmp_path: Path) -> None:
         "unet/config.json",
         "unet/diffusion_pytorch_model.safetensors",
     ]
-    assert (exported.prediction, exported.schedule) == ("v_prediction", NoiseSchedule.cosine(20))
+    assert exported.objective == Objective(NoiseSchedule.cosine(20), "v_prediction")
     assert run.model.config == exported.model.config
     assert exported.model.config["class_names"] == list("0123456789")
     for (name, half), full in zip(exported.model.state_dict().items(), run.model.state_dict().values(), strict=True):

@@ -90,7 +90,7 @@ def test_every_kernel_draws_the_same_normals(layout: Layout) -> None:
     launch_triton("q_sample", {"x_t": out}, x_0=x, t=t, table=table, seeds=SEEDS)
     assert torch.equal(out, z)
     losses = torch.full((3,), torch.nan, device=DEVICE)
-    arguments = {"model_output": z, "x_0": x, "t": t, "table": table, "seeds": SEEDS, "prediction": 0}
+    arguments = {"model_output": z, "t": t, "table": table, "seeds": SEEDS}
     launch_triton("denoising_loss", {"losses": losses}, **arguments)
     assert torch.equal(losses, torch.zeros(3, device=DEVICE))
     arguments = {"x_t": x, "model_output": x, "table": plan, "steps": torch.tensor([5, 0, 7], device=DEVICE), "seeds": SEEDS}
@@ -109,14 +109,18 @@ def test_more_samples_than_a_grid_has_rows(layout: Layout, monkeypatch: pytest.M
 # ---------------------------------------------------------------------------------------------------------- the launchers
 
 
-@pairwise(prediction=[0, 1, 2], drawn={"noise": False, "seeds": True}, layout=LAYOUTS)
-def test_loss_of_many_tiles(prediction: int, drawn: bool, layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+@pairwise(
+    reads={"x_0": (True, False), "epsilon": (False, True), "both": (True, True)},
+    drawn={"noise": False, "seeds": True},
+    layout=LAYOUTS,
+)
+def test_loss_of_many_tiles(reads: tuple[bool, bool], drawn: bool, layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss_module, "TILES_PER_PROGRAM", 1)  # 2 partial sums a sample
     x, m, z = (layout(randn(3, 3, 20, 21, seed=seed)) for seed in range(3))
     t, table = torch.tensor([0, 2, 1], device=DEVICE), torch.rand(3, 2, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    arguments = {"x_0": x, "t": t, "table": table, "noise": None, "seeds": SEEDS, "prediction": prediction}
-    if not drawn:
-        arguments |= {"noise": z, "seeds": None}
+    arguments: dict[str, Any] = {"x_0": x if reads[0] else None, "t": t, "table": table, "noise": None, "seeds": None}
+    if reads[1]:
+        arguments |= {"seeds": SEEDS} if drawn else {"noise": z}
     losses = torch.full((3,), torch.nan, device=DEVICE)
     launch_triton("denoising_loss", {"losses": losses}, model_output=m, **arguments)
     wide = m.clone().requires_grad_()
@@ -292,7 +296,7 @@ def test_scratch_is_float32_under_any_default_dtype(resident: bool, monkeypatch:
     def results() -> list[Tensor]:
         y = nan_like(x)
         launch_triton("group_norm_silu", {"y": y}, x=x, num_groups=4, eps=1e-5, silu=True)
-        launch_triton("denoising_loss", losses, **target, table=table, prediction=2)
+        launch_triton("denoising_loss", losses, **target, table=table)
         return [y, *run_norm(x, dy, small, 4, True), losses["losses"].clone()]
 
     expected = results()

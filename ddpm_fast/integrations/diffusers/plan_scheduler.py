@@ -19,7 +19,8 @@ from ...ops.q_sample import q_sample
 from ...ops.reverse_step import reverse_step
 from ...plan import COLUMNS, SamplingPlan, spaced_timesteps
 from ...plan.timesteps import checked_timesteps
-from ...reference import PREDICTIONS, per_sample
+from ...predictions import DIFFUSERS_PREDICTIONS
+from ...reference import per_sample
 from ...schedule import NoiseSchedule, numbered
 
 Betas = np.ndarray[Any, Any] | Sequence[float] | None
@@ -85,7 +86,7 @@ class PlanScheduler:
     def _set_up(self, build: Callable[[Any], NoiseSchedule] = NoiseSchedule.from_diffusers) -> None:
         """Check the configuration and set diffusers' attributes."""
         config, name = self.config, type(self).__name__
-        check_choice(name, "prediction_type", config.prediction_type, PREDICTIONS)
+        check_choice(name, "prediction_type", config.prediction_type, DIFFUSERS_PREDICTIONS)
         check_choice(name, "timestep_spacing", config.timestep_spacing, ("linspace", "leading", "trailing"))
         if self._clip is not None:
             check_number(name, "clip_sample_range", self._clip, above=0)
