@@ -114,8 +114,7 @@ struct DenoisingLossArgs {
   Shape shape;
   void* workspace;  // denoising_loss_workspace says how many bytes
   StreamOrThreads stream_or_threads;
-  DDPM_FAST_FIELDS(dtype, losses, model_output, x_0, t, table, noise, seeds, shape, workspace,
-                   stream_or_threads)
+  DDPM_FAST_FIELDS(dtype, losses, model_output, x_0, t, table, noise, seeds, shape, workspace, stream_or_threads)
 };
 
 struct DenoisingLossBackwardArgs {
