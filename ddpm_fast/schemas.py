@@ -116,7 +116,7 @@ class SampleManifest(Struct, frozen=True):
     """The manifest.json of images that `write_samples` has written."""
 
     format: Literal[1]
-    kind: Literal["folder", "npz", "zip"]
+    kind: Literal["folder", "npz"]
     num_samples: Count
     shape: Annotated[list[Count], Meta(min_length=3, max_length=3)]  # C, H, W
     seed: int

@@ -55,7 +55,7 @@ _COLUMNS = 8  # at most, of a grid with conditions
     type=PathOption(),
     default="samples.png",
     show_default=True,
-    help="Write the grid of images here, or one image in its own size, or each: to a folder (dir/), a .npz or a .zip.",
+    help="Write the grid of images here, or one image in its own size, or each: to a folder (dir/) or a .npz.",
 )
 @click.option(
     "--gif",
@@ -94,7 +94,7 @@ def sample_command(
 ) -> None:
     """Draw images from a model and write them as one grid.
 
-    With a folder, an .npz or a .zip as --out, write each image. torchrun can then start several processes, and the same
+    With a folder or an .npz as --out, write each image. torchrun can then start several processes, and the same
     command continues what was stopped. torchrun needs --num-samples for --num.
     """
     import torch
@@ -110,8 +110,8 @@ def sample_command(
         if writes_each:
             expect(gif is None, "sample", "gif", "to go with --out as one picture", f"{str(gif)!r} and {out!r}")
         else:
-            expect(size <= 1, "sample", "out", f"to be a folder (dir/), .npz or .zip with {size} processes", repr(out))
-            expect(Path(out).suffix, "sample", "out", "to be a picture (.png), a folder (dir/), .npz or .zip", repr(out))
+            expect(size <= 1, "sample", "out", f"to be a folder (dir/) or .npz with {size} processes", repr(out))
+            expect(Path(out).suffix, "sample", "out", "to be a picture (.png), a folder (dir/) or .npz", repr(out))
             _check_paths(Path(out), gif)
         precision = None if dtype is None else getattr(torch, dtype)
         target = computing_device("sample", device)
@@ -189,7 +189,7 @@ def _shown(loaded: Pretrained, channels: list[int] | None) -> list[int]:
 def _writes_each(out: str) -> bool:
     """Return whether images go to a folder or an archive, one by one."""
     separators = tuple(filter(None, (os.sep, os.altsep)))
-    return out.endswith(separators) or out.lower().endswith((".npz", ".zip")) or os.path.isdir(out)
+    return out.endswith(separators) or out.lower().endswith(".npz") or os.path.isdir(out)
 
 
 def _write_each(

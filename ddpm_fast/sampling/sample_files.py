@@ -1,4 +1,4 @@
-"""Many images as files: a folder of PNGs, an npz or a zip. Several processes draw them, and continue what was stopped."""
+"""Many images as files: a folder of PNGs or an npz. Several processes draw them, and continue what was stopped."""
 
 from __future__ import annotations
 
@@ -58,15 +58,15 @@ def write_samples(
     The ending of `out` chooses the format:
 
     - `.npz`: `arr_0` uint8 [num_samples, H, W, C] and, with class labels, `arr_1` int64 [num_samples], as guided-diffusion has.
-    - `.zip`: PNGs `00000/img00000000.png` and `dataset.json` with the labels or null, as EDM has.
-    - Any other: a folder of PNGs `000000/000123.png`, a folder for each 1000 images, and the same `dataset.json`.
+    - Any other: a folder of PNGs `000000/000123.png`, a folder for each 1000 images, and `dataset.json` with the labels or
+      null, as EDM has. `.zip` is refused.
 
     Values in [-1, 1] become 0..255 by `to_uint8`. Images of one channel are grey PNGs (mode L), and have C = 1 in an npz. If
     the model's config has a `data_range`, an npz holds float32 of that range.
 
     If a call was interrupted or killed, the same call continues: it draws the blocks of `batch_size` images that are not whole
-    yet. `manifest.json`, in the folder or the archive, has the arguments and SHA-256 digests of the plan, the weights, the
-    labels and the condition. Until an archive is whole, its blocks are in the folder `<out>.parts`. A whole one is not drawn
+    yet. `manifest.json`, in the folder or the npz, has the arguments and SHA-256 digests of the plan, the weights, the
+    labels and the condition. Until an npz is whole, its blocks are in the folder `<out>.parts`. A whole one is not drawn
     again.
 
     The weights of a `FrozenUNet` are the tensors that it holds, which `freeze` may round differently on another kind of CPU.

@@ -1,4 +1,4 @@
-"""The formats of many images: a folder of PNGs, an npz or a zip, each written block by block."""
+"""The formats of many images: a folder of PNGs or an npz, each written block by block."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Final
 
 import numpy as np
 
-from ..errors import InvalidValue, UnusablePath
+from ..errors import InvalidValue, UnusablePath, expect
 from ..files.result_folder import LOCK, ResultFolder
 from ..files.writing import flush_names, json_text, parsed_json, read_json, remove_leftovers, replacing, write_bytes, write_text
 from ..resources import check_writable
@@ -129,10 +129,11 @@ class _Folder(SampleFormat):
         self.remove_lock()
 
 
-class _Archive(SampleFormat):
-    """An archive, and a folder beside it with a file for each block until the archive is whole."""
+class _Npz(SampleFormat):
+    """An npz as guided-diffusion has it, and a folder beside it with an npy for each block until the npz is whole."""
 
-    ending: ClassVar[str]  # a block's file has it
+    kind = "npz"
+    channels = None
 
     def __init__(self, out: Path, num_samples: int, shape: Sequence[int], labels: np.ndarray | None) -> None:
         super().__init__(out, out.with_name(f"{out.name}.parts"), num_samples, shape, labels)
@@ -154,10 +155,16 @@ class _Archive(SampleFormat):
         return 0 if self.result.exists() else self.size(missing) + self.size(self.num_samples)
 
     def has(self, block: range) -> bool:
-        return self.result.exists() or self.is_part(self.part(block), block)
+        if self.result.exists():
+            return True
+        header = self.header(len(block))
+        with suppress(OSError), self.part(block).open("rb") as file:
+            whole = len(header) + self.size(len(block))
+            return file.read(len(header)) == header and os.fstat(file.fileno()).st_size == whole
+        return False
 
     def write(self, block: range, pixels: Pixels) -> None:
-        write_bytes(self.part(block), self.encoded(block, pixels))
+        write_bytes(self.part(block), self.header(len(block)) + pixels.tobytes())
 
     def finish(self, blocks: Sequence[range], manifest: Mapping[str, Any]) -> None:
         if not self.result.exists():
@@ -169,7 +176,7 @@ class _Archive(SampleFormat):
             flush_names(self.result.parent)
         if self.path.exists():
             for path in self.path.iterdir():
-                if path.name == self.result.name or re.fullmatch(rf"\d{{10}}\{self.ending}", path.name):
+                if path.name == self.result.name or re.fullmatch(r"\d{10}\.npy", path.name):
                     path.unlink()
             self.record.unlink(missing_ok=True)
             self.remove_lock()
@@ -178,37 +185,7 @@ class _Archive(SampleFormat):
 
     def part(self, block: range) -> Path:
         """Return the file of a block."""
-        return self.path / f"{block.start:010d}{self.ending}"
-
-    @abstractmethod
-    def is_part(self, path: Path, block: range) -> bool:
-        """Return whether a file holds a whole block."""
-
-    @abstractmethod
-    def encoded(self, block: range, pixels: Pixels) -> bytes:
-        """Return the content of a block's file."""
-
-    @abstractmethod
-    def add(self, archive: zipfile.ZipFile, blocks: Sequence[range]) -> None:
-        """Copy the blocks' files to the archive, one at a time, and add the labels."""
-
-
-class _Npz(_Archive):
-    """An npz as guided-diffusion has it. A block's file is an npy."""
-
-    kind = "npz"
-    channels = None
-    ending = ".npy"
-
-    def is_part(self, path: Path, block: range) -> bool:
-        header = self.header(len(block))
-        with suppress(OSError), path.open("rb") as file:
-            whole = len(header) + self.size(len(block))
-            return file.read(len(header)) == header and os.fstat(file.fileno()).st_size == whole
-        return False
-
-    def encoded(self, block: range, pixels: Pixels) -> bytes:
-        return self.header(len(block)) + pixels.tobytes()
+        return self.path / f"{block.start:010d}.npy"
 
     def header(self, images: int) -> bytes:
         """Return what an npy of this number of images begins with."""
@@ -216,6 +193,7 @@ class _Npz(_Archive):
         return _npy_header((images, height, width, channels), self.dtype)
 
     def add(self, archive: zipfile.ZipFile, blocks: Sequence[range]) -> None:
+        """Copy the blocks' files to the archive, one at a time, and add the labels."""
         with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:
             member.write(self.header(self.num_samples))
             for block in blocks:
@@ -227,42 +205,13 @@ class _Npz(_Archive):
             archive.writestr(zipfile.ZipInfo("arr_1.npy"), header + self.labels.astype("<i8").tobytes())
 
 
-class _Zip(_Archive):
-    """A zip as EDM has it. A block's file is a zip of its PNGs."""
-
-    kind = "zip"
-    channels = (1, 3)
-    ending = ".zip"
-
-    def is_part(self, path: Path, block: range) -> bool:
-        try:
-            with zipfile.ZipFile(path) as part:
-                return part.namelist() == [_zip_name(index) for index in block] and part.testzip() is None
-        except Exception:  # damaged archives raise errors of many types
-            return False
-
-    def encoded(self, block: range, pixels: Pixels) -> bytes:
-        content = io.BytesIO()
-        with zipfile.ZipFile(content, "w") as part:
-            for index, image in zip(block, pixels, strict=True):
-                part.writestr(zipfile.ZipInfo(_zip_name(index)), _png(image))
-        return content.getvalue()
-
-    def add(self, archive: zipfile.ZipFile, blocks: Sequence[range]) -> None:
-        for block in blocks:
-            with zipfile.ZipFile(self.part(block)) as part:
-                for name in part.namelist():
-                    archive.writestr(zipfile.ZipInfo(name), part.read(name))
-        names = [_zip_name(index) for index in range(self.num_samples)]
-        archive.writestr(zipfile.ZipInfo(_DATASET), _dataset_text(names, self.labels))
-
-
 def files_of(
     out: str | os.PathLike[str], num_samples: int, shape: Sequence[int], labels: np.ndarray | None, *, pictures: bool
 ) -> SampleFormat:
     """Return the files of a call, in the format that the ending of `out` chooses. An npz without `pictures` holds floats."""
-    text = os.fspath(out).lower()
-    kind = _Npz if text.endswith(".npz") else _Zip if text.endswith(".zip") else _Folder
+    ending = Path(out).suffix.lower()
+    expect(ending != ".zip", "write_samples", "out", "to be a folder or an .npz", repr(os.fspath(out)))
+    kind = _Npz if ending == ".npz" else _Folder
     files = kind(Path(out), num_samples, shape, labels)
     files.dtype = "<f4" if kind is _Npz and not pictures else files.dtype
     return files
@@ -279,10 +228,6 @@ def _fields(values: dict[str, Any]) -> dict[str, Any]:
 
 def _folder_name(index: int) -> Path:
     return Path(f"{index - index % 1000:06d}", f"{index:06d}.png")
-
-
-def _zip_name(index: int) -> str:
-    return f"{index:08d}"[:5] + f"/img{index:08d}.png"
 
 
 def _png(image: Pixels) -> bytes:

@@ -278,7 +278,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--out", "a.h5"], r"expected --out to end in \.png"),
         (
             ["--out", "images"],
-            r"sample: expected --out to be a picture \(\.png\), a folder \(dir/\), \.npz or \.zip, got 'images'",
+            r"sample: expected --out to be a picture \(\.png\), a folder \(dir/\) or \.npz, got 'images'",
         ),
         (["--gif", "a.palm"], r"expected --gif to end in \.png"),
         (["--out", "x" * 300 + ".png"], "expected --out to be a path that can be written, got: .*File name too long"),
@@ -287,7 +287,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--out", "dir/", "--gif", "a.gif"], "expected --gif to go with --out as one picture, got 'a.gif' and 'dir/'"),
         (["--out", "file/"], "expected --out to be in a folder, got 'file', and '.*file' is a file"),
         (["--out", "a.npz", "--classes", "7"], r"expected --classes to be in 0\.\.2, got 7"),
-        (["--out", "a.zip", "--num", "100000000000"], "expected --num to fit into memory, got 100000000000"),
+        (["--out", "a.npz", "--num", "100000000000"], "expected --num to fit into memory, got 100000000000"),
         (["--gif", "folder.png"], r"'--gif': File 'folder\.png' is a directory"),
         (["--out", "a.png", "--gif", "b/../a.png"], "expected --gif to be another file than --out"),
         (["--out", "a.png", "--gif", "A.PNG"], "expected --gif to be another file than --out"),
@@ -469,13 +469,13 @@ def test_each_image_is_written(small: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_rank_0_alone_speaks(small: Path, tmp_path: Path) -> None:
     draw = ["-m", "ddpm_fast", "sample", "--model", str(small), "--num-samples=3", "--steps=1", "--batch-size=2"]
-    done = run_ranks(2, [*draw, "--out", "a.zip"], tmp_path)
+    done = run_ranks(2, [*draw, "--out", "a.npz"], tmp_path)
     assert [each.returncode for each in done] == [0, 0], done[0].stderr
-    assert done[0].stdout.startswith("a.zip: 3 images of 1 step")
+    assert done[0].stdout.startswith("a.npz: 3 images of 1 step")
     assert "3/3" in done[0].stderr
     assert not done[1].stdout
     assert not re.search("sampling|Traceback", done[1].stderr)
-    done = run_ranks(2, [*draw, "--out", "a.zip", "--seed=1"], tmp_path)
+    done = run_ranks(2, [*draw, "--out", "a.npz", "--seed=1"], tmp_path)
     assert [each.returncode for each in done] == [2, 2]
     assert "Error: write_samples: expected --seed to be 0, as" in done[0].stderr
     assert not re.search("Error|Traceback", done[1].stderr)
@@ -485,7 +485,7 @@ def test_several_processes_draw_no_grid(small: Path, tmp_path: Path, monkeypatch
     for name, value in {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": 1}.items():
         monkeypatch.setenv(name, str(value))
     line = run("sample", "--model", small, "--out", tmp_path / "a.png", code=2).splitlines()[-1]
-    assert "expected --out to be a folder (dir/), .npz or .zip with 2 processes, got '" in line
+    assert "expected --out to be a folder (dir/) or .npz with 2 processes, got '" in line
 
 
 INTERRUPTED = """
@@ -499,10 +499,10 @@ main()
 
 
 def test_ctrl_c_is_answered_by_rank_0(small: Path, tmp_path: Path) -> None:
-    command = ["sample", "--model", str(small), "--num=4", "--batch-size=2", "--steps=1", "--out", "a.zip", "--quiet"]
+    command = ["sample", "--model", str(small), "--num=4", "--batch-size=2", "--steps=1", "--out", "a.npz", "--quiet"]
     done = run_ranks(2, ["-c", INTERRUPTED, *command], tmp_path)
     assert [each.returncode for each in done] == [130, 130]
-    assert "Stopped by Ctrl-C. 0 of 4 images are written to a.zip. Start it again to draw the others." in done[0].stderr
+    assert "Stopped by Ctrl-C. 0 of 4 images are written to a.npz. Start it again to draw the others." in done[0].stderr
     assert not re.search("Stopped|Traceback", done[1].stderr)
 
 

@@ -28,7 +28,7 @@ from ddpm_fast.sampling import sample_files, sample_formats
 from ddpm_fast.sampling.sampler import Sampler
 from ddpm_fast.training.data import load_dataset
 
-NAMES = ("folder", "a.npz", "a.zip")
+NAMES = ("folder", "a.npz")
 NUM, BATCH = 10, 4
 LABELS = [i % 4 for i in range(NUM)]
 # The same in the test's process and in those that it starts.
@@ -113,23 +113,14 @@ def test_files_hold_the_images_of_sample(whole: Path) -> None:
         assert arrays["arr_1"].dtype == np.int64
         assert (arrays["arr_0"] == images).all()
         assert arrays["arr_1"].tolist() == LABELS
-
-    pngs = [f"00000/img{i:08d}.png" for i in range(NUM)]
-    with zipfile.ZipFile(whole / "a.zip") as archive:
-        assert archive.testzip() is None
-        assert archive.namelist() == [*pngs, "dataset.json", "manifest.json"]
-        assert {member.compress_type for member in archive.infolist()} == {zipfile.ZIP_STORED}
-        assert (pictures(archive.open, pngs) == images).all()
-        assert json.loads(archive.read("dataset.json"))["labels"] == [[*pair] for pair in zip(pngs, LABELS, strict=True)]
-    assert sorted(path.name for path in whole.iterdir()) == ["a.npz", "a.zip", "folder"]  # no parts
+    assert sorted(path.name for path in whole.iterdir()) == ["a.npz", "folder"]  # no parts
 
 
 def test_files_are_data_to_train_on(whole: Path) -> None:
-    for name in ("folder", "a.zip"):
-        dataset = load_dataset(str(whole / name))
-        assert dataset.labels.tolist() == LABELS
-        images, _ = next(dataset.batches([torch.arange(NUM)]))
-        assert (images.permute(0, 2, 3, 1).numpy() == expected(class_labels=LABELS)).all()
+    dataset = load_dataset(str(whole / "folder"))
+    assert dataset.labels.tolist() == LABELS
+    images, _ = next(dataset.batches([torch.arange(NUM)]))
+    assert (images.permute(0, 2, 3, 1).numpy() == expected(class_labels=LABELS)).all()
 
 
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (4, "RGBA")])
@@ -143,20 +134,11 @@ def test_modes_of_pictures_and_models_without_labels(channels: int, mode: str, t
     with np.load(write(tmp_path / "a.npz", **changes), allow_pickle=False) as arrays:
         assert (arrays["arr_0"] == images).all()
         assert "arr_1" not in arrays
-    if channels == 4:
-        with pytest.raises(
-            ValueError, match=r"expected shape to be \(C, H, W\) with C one of 1, 3 for '.*a.zip', got \(4, 4, 6\)"
-        ):
-            write(tmp_path / "a.zip", **changes)
-        return
-    with zipfile.ZipFile(write(tmp_path / "a.zip", **changes)) as archive:
-        assert json.loads(archive.read("dataset.json")) == {"labels": None}
 
 
 def test_a_folder_has_folders_of_1000_images() -> None:
     assert sample_formats._folder_name(123).as_posix() == "000000/000123.png"
     assert sample_formats._folder_name(49_999).as_posix() == "049000/049999.png"
-    assert sample_formats._zip_name(49_999) == "00049/img00049999.png"
 
 
 def test_guidance_and_seed_reach_the_sampler(tmp_path: Path) -> None:
@@ -210,7 +192,7 @@ d.write_samples(sys.argv[1], model, plan, {NUM}, batch_size={BATCH}, class_label
 )
 
 
-@pytest.mark.parametrize("name", ["folder", *(pytest.param(name, marks=pytest.mark.slow) for name in ("a.npz", "a.zip"))])
+@pytest.mark.parametrize("name", ["folder", *(pytest.param(name, marks=pytest.mark.slow) for name in ("a.npz",))])
 def test_a_killed_process_ends_the_others_and_the_call_continues(
     name: str, whole: Path, tmp_path: Path, drawn: list[int]
 ) -> None:
@@ -270,8 +252,7 @@ def block_file(out: Path) -> Path:
     """Return a file of the second block."""
     if not out.suffix:
         return out / "000000" / "000005.png"
-    ending = ".npy" if out.suffix == ".npz" else ".zip"
-    return out.with_name(f"{out.name}.parts") / f"0000000004{ending}"
+    return out.with_name(f"{out.name}.parts") / "0000000004.npy"
 
 
 def cut(path: Path) -> None:
@@ -280,7 +261,7 @@ def cut(path: Path) -> None:
 
 def flip(path: Path) -> None:
     content = bytearray(path.read_bytes())
-    content[-6 if path.suffix == ".png" else 60] ^= 1  # the end of a PNG, the header of an npy, the first picture of a zip
+    content[-6 if path.suffix == ".png" else 60] ^= 1  # the end of a PNG, the header of an npy
     path.write_bytes(content)
 
 
@@ -415,8 +396,8 @@ def test_a_difference_of_an_interrupted_archive_is_named(tmp_path: Path) -> None
     (tmp_path / "a.npz").unlink()
     with pytest.raises(ValueError, match=r"expected seed to be 0, .* got 1"):
         write(tmp_path / "a.npz", seed=1)
-    (parts / "manifest.json").write_text((parts / "manifest.json").read_text().replace('"npz"', '"zip"'))
-    with pytest.raises(ValueError, match=r"expected kind to be 'zip', .* got 'npz'"):
+    (parts / "manifest.json").write_text((parts / "manifest.json").read_text().replace('"npz"', '"folder"'))
+    with pytest.raises(ValueError, match=r"expected kind to be 'folder', .* got 'npz'"):
         write(tmp_path / "a.npz")
     (parts / "manifest.json").write_text('{"format": 2}')
     with pytest.raises(
@@ -425,18 +406,24 @@ def test_a_difference_of_an_interrupted_archive_is_named(tmp_path: Path) -> None
         write(tmp_path / "a.npz")
 
 
+def test_other_archives_are_no_folders(tmp_path: Path) -> None:
+    with refused(InvalidValue("write_samples", "out", "to be a folder or an .npz", repr(str(tmp_path / "a.zip")))):
+        write(tmp_path / "a.zip")
+    assert not list(tmp_path.iterdir())
+
+
 def test_files_of_others_are_left_alone(tmp_path: Path, drawn: list[int]) -> None:
     for folder in ("folder", "a.npz.parts"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "mine.txt").touch()
     np.savez(tmp_path / "b.npz", arr_0=np.zeros(3))
-    (tmp_path / "b.zip").write_text("mine")
+    (tmp_path / "c.npz").write_text("mine")
     before = digests(tmp_path)
     for name, wanted in {
         "folder": r"got '.*folder', which has 'mine.txt'",
         "a.npz": r"got '.*a.npz.parts', which has 'mine.txt'",
         "b.npz": r"got '.*b.npz': .*manifest.json",
-        "b.zip": r"got '.*b.zip': File is not a zip file",
+        "c.npz": r"got '.*c.npz': File is not a zip file",
     }.items():
         with pytest.raises(UnusablePath, match=f"^write_samples: expected out to be new or .*, {wanted}"):
             write(tmp_path / name)
