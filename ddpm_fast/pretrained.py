@@ -13,7 +13,7 @@ import torch
 
 from . import plan
 from .checks import check_dtype, check_path, checked_device
-from .errors import InvalidValue, renaming
+from .errors import InvalidValue, expect, renaming
 from .files.writing import read_json
 from .nn.unet import UNet
 from .plan import SamplingPlan
@@ -129,8 +129,11 @@ def load_folder(
     else:
         step, (model, objective, scheduler) = None, read(folder, folder)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's types leave it out
-    if model.config["out_channels"] == 2 * model.config["in_channels"] and not objective.predicts_variance:
+    outputs, doubled = model.config["out_channels"], model.config["out_channels"] == 2 * model.config["in_channels"]
+    if doubled and scheduler.variance_type is None:
         objective = replace(objective, variance="learned_range")  # the scheduler is one that ignores variances
+    fits = outputs % 2 == 0 if objective.predicts_variance else not doubled
+    expect(fits, "load_folder", "variance_type", f"to suit a network of {outputs} output channels", objective.variance)
     loaded = Pretrained(
         model=model,
         objective=objective,

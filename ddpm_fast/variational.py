@@ -26,7 +26,7 @@ def variational_loss(
     t: int | Tensor,
     schedule: NoiseSchedule | Objective,
     *,
-    prediction: Prediction | Tensor = "epsilon",
+    prediction: Prediction | None = None,
     variance: Variance | None = None,
     noise: Tensor | None = None,
     seeds: Tensor | None = None,
@@ -44,7 +44,7 @@ def variational_loss(
         x_0: Images of 256 grey levels in [-1, 1], floating [N, C, ...].
         t: Timestep, 0..T-1: an int, or int64 [N]. The same as passed to `q_sample`.
         schedule: Noise schedule, the same as passed to `q_sample`. Or an objective, which also has prediction and variance.
-        prediction: Meaning of the model's output, see `Objective`.
+        prediction: Meaning of the model's output, see `Objective`. None: that of an objective, or "epsilon".
         variance: Variance of the reverse steps, as in `ddpm_plan`. None: that of an objective, or "fixed_small".
         noise: epsilon, like x_0. Pass either `noise` or `seeds`.
         seeds: int64 [N]. The same as passed to `q_sample`.
@@ -67,34 +67,23 @@ def variational_loss(
     total, factor = objective.schedule.num_timesteps, objective.out_channels(1)
     model_output, t, seeds = checked_loss(caller, model_output, x_0, t, total, noise, seeds, reduction, factor)
     check_range(caller, "t", t, total)
-    wide, channels = opmath(x_0.dtype), x_0.shape[1]
+    with renaming(caller):
+        columns = objective.bound_columns.to(x_0.device, wide := opmath(x_0.dtype))
     if noise is None:
         noise = ops.noise(x_0.shape, cast(Tensor, seeds), stream=STREAM_Q_SAMPLE, dtype=wide)
 
-    c_0 = objective.schedule.posterior_mean_coef_x_0
-    with renaming(caller):
-        error = -objective.x_0_weights[:, 1]
-    columns = torch.stack([*objective.target.unbind(1), error, c_0, *log_variances(objective.schedule)])  # [7, T]
-    a, b, error, c_0, *bounds = (per_sample(each, x_0) for each in columns.to(x_0.device, wide)[:, t])
-    m, log_variance = split_variance(model_output.to(wide), channels, bounds, objective.variance)
-    m = m.detach() if detach_mean else m
-    # x_t cancels: with q = -sigma / D, x_0 - x_0^ = q (a x_0 + b epsilon - m).
-    distance = error * (m - (a * x_0 + b * noise))
+    a, b, error, c_0, *bounds = (per_sample(each, x_0) for each in columns[:, t])
+    m, log_variance = split_variance(model_output.to(wide), x_0.shape[1], bounds, objective.variance)
+    # x_t is not needed: it cancels.
+    distance = error * ((m.detach() if detach_mean else m) - (a * x_0 + b * noise))  # x_0 - x_0^
+    # Each branch gets a plain variance where the other is taken: infinity times 0 is no gradient.
+    first = per_sample(t, x_0) == 0
     terms = torch.where(
         t == 0,
-        reconstruction_bits(x_0.to(wide), distance, log_variance),
-        transition_bits(c_0 * distance, bounds[0], log_variance),
+        reconstruction_bits(x_0.to(wide), distance, torch.where(first, log_variance, 0.0)),
+        transition_bits(c_0 * distance, bounds[0], torch.where(first, bounds[0], log_variance)),
     )
     return reduced(terms, reduction)
-
-
-def log_variances(schedule: NoiseSchedule) -> Tensor:
-    """Return the log variances of reverse steps, float64 [3, T]: ln beta~, ln beta, and ln beta as "fixed_large" has it.
-
-    The first and the last have at t = 0 the value of ln beta~ at t = 1, as in the code of Ho et al.
-    """
-    small, beta = schedule.posterior_log_variance, schedule.betas.log()
-    return torch.stack([small, beta, torch.cat([small[:1], beta[1:]])])
 
 
 def split_variance(output: Tensor, channels: int, bounds: Tensor | list[Tensor], variance: Variance) -> tuple[Tensor, Tensor]:
@@ -103,10 +92,14 @@ def split_variance(output: Tensor, channels: int, bounds: Tensor | list[Tensor],
     Args:
         output: The model's output.
         channels: Channels of the prediction.
-        bounds: The three values of `log_variances` at the timestep, broadcastable over the prediction.
+        bounds: The three `NoiseSchedule.reverse_log_variances` of the timestep, broadcastable over the prediction.
         variance: Kind of the variance.
     """
     small, beta, large = bounds
+    wanted = channels * (2 if variance.startswith("learned") else 1)
+    expect(
+        output.shape[1] == wanted, "", "the model", f"to predict {wanted} channels with variance {variance}", output.shape[1]
+    )
     if variance.startswith("fixed"):
         return output, small if variance.startswith("fixed_small") else large
     m, v = output.split(channels, dim=1)
@@ -169,6 +162,7 @@ def reconstruction_bits(x_0: Tensor, distance: Tensor, log_variance: Tensor, *, 
 
 def _tanh_cdf(x: Tensor) -> Tensor:
     """Return the standard normal distribution function with an error of 3e-4 (Page 1977)."""
+    x = x.clamp(-20, 20)  # beyond it is 0 or 1, and a square that overflows leaves no gradient
     return torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x**3))  # (1 + tanh(y / 2)) / 2 = sigmoid(y)
 
 

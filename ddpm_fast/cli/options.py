@@ -8,18 +8,19 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import click
 
 from ..errors import ArgumentError
+from ..predictions import Variance
 from ..resources import no_folder
 from .console import Refused
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 SAMPLING_DTYPE_HELP = "Run the network in this dtype.  [default: float32 on a CPU; bfloat16 or float16 on a GPU]"
-VARIANCES = ("fixed_small", "fixed_large", "learned", "learned_range")
+VARIANCES = get_args(Variance)
 # Settings of an option for ranges: a pair of numbers, repeated for each channel.
 RANGE: dict[str, Any] = {
     "nargs": 2,

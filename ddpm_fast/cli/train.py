@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_origin
 
@@ -106,6 +107,12 @@ def _option(declared: Declared) -> click.Option:
     return made
 
 
+def _settings(network: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that a network sets. The prediction of a flow brings its own schedule."""
+    kept = NETWORKS[network][1].items()
+    return {name: value for name, value in kept if name != "schedule" or options["prediction"] != "flow"}
+
+
 @click.command("train", cls=_Grouped, epilog=_EXAMPLE)
 @click.argument("run_dir", type=PathOption(file_okay=False, path_type=Path))
 @click.option(
@@ -135,15 +142,13 @@ def train_command(ctx: click.Context, /, run_dir: Path, network: str | None, **o
                 if network is not None:  # it must be the run's
                     fixed = {name for _, settings in NETWORKS.values() for name in settings} - CHANGEABLE
                     defaults = {each.name: each.default for struct in STRUCTS for each in options_of(struct)}
-                    values |= {name: (defaults | NETWORKS[network][1])[name] for name in fixed}
+                    values |= {name: (defaults | _settings(network, options))[name] for name in fixed}
             else:
                 small = options["init"] is None and computing_device("train", options["device"]).type == "cpu"
                 network = network or ("small" if small else "base")
-                about, values = NETWORKS[network]
-                if options["prediction"] == "flow":  # which brings its schedule
-                    values = {name: value for name, value in values.items() if name != "schedule"}
+                values = _settings(network, options)
                 if is_first:
-                    logging.getLogger("ddpm_fast").info("--network %s: %s", network, about)
+                    logging.getLogger("ddpm_fast").info("--network %s: %s", network, NETWORKS[network][0])
             default = (ParameterSource.DEFAULT, ParameterSource.DEFAULT_MAP)  # options that are given now stay
             options |= {name: values[name] for name in values if ctx.get_parameter_source(name) in default}
             data, model = DataOptions.from_values(options), ModelOptions.from_values(options)

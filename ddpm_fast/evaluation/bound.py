@@ -35,7 +35,7 @@ from ..sampling.arguments import (
 )
 from ..sampling.progress import progress_bar
 from ..schedule import NoiseSchedule, Objective
-from ..variational import log_variances, prior_bits, reconstruction_bits, split_variance, transition_bits
+from ..variational import prior_bits, reconstruction_bits, split_variance, transition_bits
 
 
 @dataclass(frozen=True, repr=False)
@@ -84,7 +84,7 @@ def variational_bound(
     x_0: Tensor,
     schedule: NoiseSchedule | Objective,
     *,
-    prediction: PlanPrediction = "epsilon",
+    prediction: PlanPrediction | None = None,
     variance: Variance | None = None,
     clip: float | None = 1.0,
     class_labels: ClassLabels = None,
@@ -108,7 +108,7 @@ def variational_bound(
         model: Network, called as in `sample`.
         x_0: Images of 256 grey levels mapped to [-1, 1], floating [N, C, H, W].
         schedule: Noise schedule of the training, or the objective, which also has prediction and variance.
-        prediction: Meaning of the model's output, as in `ddpm_plan`.
+        prediction: Meaning of the model's output, as in `ddpm_plan`. None: that of an objective, or "epsilon".
         variance: Variance of the reverse steps, as in `ddpm_plan`. None: that of an objective, or "fixed_small".
         clip: Bound on x_0^, or None, as in `ddpm_plan`.
         class_labels: As in `sample`.
@@ -137,10 +137,10 @@ def variational_bound(
     expect(x_0.numel() > 0 and not x_0.is_meta, caller, "x_0", "to have values", f"shape {list(x_0.shape)} on {x_0.device}")
     if not x_0.abs().max() <= 1:  # NaN included
         raise InvalidValue(caller, "x_0", "in [-1, 1]", f"values from {x_0.min():.4g} to {x_0.max():.4g}")
-    if variance is None:
-        variance = schedule.variance if isinstance(schedule, Objective) else "fixed_small"
     with renaming(caller):
         plan = ddpm_plan(schedule, prediction=prediction, variance=variance, clip=clip)
+    if variance is None:
+        variance = schedule.variance if isinstance(schedule, Objective) else "fixed_small"
     schedule, gives_mean = plan.schedule, plan.prediction == "previous_sample"
     check_callable(caller, "noise", noise)
     check_type(caller, "exact_cdf", exact_cdf, bool)
@@ -148,6 +148,9 @@ def variational_bound(
     check_dtype(caller, "dtype", dtype, optional=True)
     check_int(caller, "batch_size", batch_size, 1, optional=True)
     total = len(x_0)
+    outputs, predicted = model_config(model).get("out_channels"), x_0.shape[1] * (2 if variance.startswith("learned") else 1)
+    got = f"out_channels {outputs} with variance {variance}"
+    expect(outputs in (None, predicted), caller, "model", f"to predict {predicted} channels", got)
     wanted = image_channels(model_config(model), variance.startswith("learned"))
     expect(wanted in (None, x_0.shape[1]), caller, "x_0", f"to be [N, {wanted}, H, W]", tuple(x_0.shape))
     check_condition(caller, model, tuple(x_0.shape[1:]), total, condition)
@@ -175,7 +178,7 @@ def variational_bound(
         torch.inference_mode(),
         progress_bar(len(timesteps), "variational bound", "timestep", shown=progress) as bar,
     ):
-        weights_of_x_0, bounds = schedule.posterior_mean_coef_x_0, log_variances(schedule)
+        weights_of_x_0, bounds = schedule.posterior_mean_coef_x_0, schedule.reverse_log_variances.T
         for t in timesteps:
             epsilon = None if noise is None else noise(t).to(x_0)
             for chunk in chunks:

@@ -21,7 +21,6 @@ from ..dtypes import opmath
 from ..errors import expect
 from ..predictions import TARGETS, Prediction
 from ..schedule import NoiseSchedule, Objective, objective_of
-from ..schedule.noise_schedule import Target
 from .arguments import check_like, index_tensor
 from .derivative import gradients_of
 from .fused_op import FusedOp, schema_of
@@ -33,7 +32,7 @@ def denoising_loss(
     t: int | Tensor,
     schedule: NoiseSchedule | Objective,
     *,
-    prediction: Prediction | Tensor = "epsilon",
+    prediction: Prediction | None = None,
     noise: Tensor | None = None,
     seeds: Tensor | None = None,
     weight: Tensor | None = None,
@@ -47,12 +46,13 @@ def denoising_loss(
     2020, eq. 14).
 
     Args:
-        model_output: [N, ...], floating. Cast to x_0's dtype if it differs, as under autocast.
-        x_0: Shape of model_output, floating.
+        model_output: Shape of x_0, floating. Cast to x_0's dtype if it differs, as under autocast. With an objective whose
+            variance is learned it has twice the channels, of which the first half counts.
+        x_0: [N, ...], floating.
         t: Timestep, 0..T-1: an int, or int64 [N]. The same as passed to `q_sample`.
         schedule: Noise schedule, the same as passed to `q_sample`. Or an objective, which also has the prediction. Its loss
-            weights are not applied.
-        prediction: Target: "epsilon", "sample" (x_0), "v_prediction", "flow", or the columns a and b, [T, 2].
+            weights are not applied: pass `weight`.
+        prediction: Target: "epsilon", "sample" (x_0), "v_prediction" or "flow". None: that of an objective, or "epsilon".
         noise: epsilon, like x_0. Pass either `noise` or `seeds`.
         seeds: int64 [N]. The same as passed to `q_sample`.
         weight: [N], factor of each sample's loss, such as `Objective.loss_weights[t]`. None: 1.
@@ -71,9 +71,17 @@ def denoising_loss(
         BackendUnavailable: The named backend cannot run.
     """
     op = "denoising_loss"
-    target = _target(op, schedule, prediction, x_0)
+    check_float(op, "x_0", x_0)
+    if isinstance(schedule, NoiseSchedule):  # a look-up, as torch.compile cannot trace the computation
+        name = "epsilon" if prediction is None else prediction
+        check_choice(op, "prediction", name, TARGETS)
+        target, factor = schedule._target(name, x_0.device), 1
+    else:
+        objective = objective_of(op, schedule, prediction)
+        target, factor = objective.on(x_0.device), objective.out_channels(1)
     total = target.table.shape[0]
-    model_output, t, seeds = checked_loss(op, model_output, x_0, t, total, noise, seeds, reduction)
+    model_output, t, seeds = checked_loss(op, model_output, x_0, t, total, noise, seeds, reduction, factor)
+    model_output = model_output if factor == 1 else model_output[:, : x_0.shape[1]]
     if weight is not None:
         check_float(op, "weight", weight)
         check_device(op, "weight", weight, "x_0", x_0)
@@ -96,7 +104,7 @@ def checked_loss(
     reduction: str,
     factor: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Check the arguments of a loss. Return the model's output in x_0's dtype, the samples' timesteps and seeds.
+    """Check a loss's arguments besides x_0. Return the model's output in x_0's dtype, the samples' timesteps and seeds.
 
     Args:
         op: The function that error messages name.
@@ -109,7 +117,6 @@ def checked_loss(
         reduction: "mean", "sum" or "none".
         factor: Channels that the model predicts for each of x_0's.
     """
-    check_float(op, "x_0", x_0)
     check_float(op, "model_output", model_output)
     n, *sizes = x_0.shape
     model_output = model_output.to(x_0.dtype)
@@ -129,15 +136,6 @@ def reduced(losses: Tensor, reduction: str) -> Tensor:
     if reduction == "none":
         return losses
     return losses.mean() if reduction == "mean" else losses.sum()
-
-
-def _target(op: str, schedule: NoiseSchedule | Objective, prediction: Prediction | Tensor, x_0: Tensor) -> Target:
-    """Return the target on x_0's device. A name's is looked up, as torch.compile cannot trace what computes it."""
-    check_float(op, "x_0", x_0)
-    if isinstance(schedule, NoiseSchedule) and isinstance(prediction, str):
-        check_choice(op, "prediction", prediction, TARGETS)
-        return schedule._target(prediction, x_0.device)
-    return objective_of(op, schedule, prediction).on(x_0.device)
 
 
 def _check(arguments: Any) -> None:

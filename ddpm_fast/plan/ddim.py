@@ -25,7 +25,7 @@ def ddim_plan(
     *,
     spacing: Spacing | Sequence[int] = "leading",
     previous: Sequence[int] | None = None,
-    prediction: PlanPrediction = "epsilon",
+    prediction: PlanPrediction | None = None,
     eta: float = 0.0,
     clip: float | None = 1.0,
     use_clipped_model_output: bool = True,
@@ -44,7 +44,7 @@ def ddim_plan(
         num_steps: The number of steps S, as in `ddpm_plan`.
         spacing: The timesteps, as in `ddpm_plan`.
         previous: The timestep where each step arrives, as in `ddpm_plan`.
-        prediction: The meaning of the model's output, see `SamplingPlan`.
+        prediction: The meaning of the model's output, see `SamplingPlan`. None: that of an objective, or "epsilon".
         eta: The scale of sigma, at least 0. An eta that is too large for a step is an error that names the largest one.
         clip: Clamp x_0^ to [-clip, clip]. None disables the clip.
         use_clipped_model_output: Derive epsilon again from the clipped x_0^, as guided-diffusion does. False keeps the
@@ -57,7 +57,7 @@ def ddim_plan(
         The plan, with S rows.
 
     Raises:
-        TypeError: `schedule` is not a NoiseSchedule.
+        TypeError: `schedule` is neither a NoiseSchedule nor an Objective.
         ValueError: An argument is out of range, or the model predicts epsilon where abar is 0.
     """
     check_number("ddim_plan", "eta", eta, 0)
@@ -89,7 +89,7 @@ def ddim_inversion_plan(
     evaluate_at: Literal["start", "arrival"] = "start",
     spacing: Spacing | Sequence[int] = "leading",
     previous: Sequence[int] | None = None,
-    prediction: PlanPrediction = "epsilon",
+    prediction: PlanPrediction | None = None,
     clip: float | None = 1.0,
     initial_alpha_bar: float = 1.0,
     learned_variance: bool = False,
@@ -123,7 +123,7 @@ def ddim_inversion_plan(
         The plan, with S rows.
 
     Raises:
-        TypeError: `schedule` is not a NoiseSchedule.
+        TypeError: `schedule` is neither a NoiseSchedule nor an Objective.
         ValueError: An argument is out of range, or the model predicts epsilon where abar is 0.
     """
     caller = "ddim_inversion_plan"
@@ -157,31 +157,15 @@ def ddim_inversion_plan(
 def _evaluated_at_arrival(path: PosteriorPath) -> SamplingPlan:
     """Return the inversion that gives the model the timestep where a step arrives, in the order of the path."""
     signal, noise = path.abar_prev.sqrt(), (1 - path.abar_prev).sqrt()  # a step starts at the cleaner end
-    determined, objective = False, path.objective
-    if objective is not None:
-        p, q = objective.x_0_weights_at(signal, noise, path.timesteps)
-        from_x_t, from_m = objective.epsilon_weights_at(signal, noise, path.timesteps)
-        determined = bool(from_m.isfinite().all())
+    p, q = path.objective.x_0_weights_at(signal, noise, path.timesteps)
+    from_x_t, from_m = path.objective.epsilon_weights_at(signal, noise, path.timesteps)
     expect(
-        determined,
+        bool(from_m.isfinite().all()) and not path.gives_mean,
         "ddim_inversion_plan",
         "prediction",
         'to be "epsilon", "v_prediction" or "flow", or "sample" with initial_alpha_bar below 1, with evaluate_at="arrival", '
         "as an image alone does not determine epsilon",
-        repr(path.prediction),
+        repr("previous_sample" if path.gives_mean else path.objective.name),
     )
-    direction = path.noise  # the weight of epsilon^
-    return plan_from_columns(
-        path.schedule,
-        path.timesteps,
-        path.abar_prev,
-        path.abar,
-        path.prediction,
-        path.variance,
-        path.clip,
-        p=p,
-        q=q,
-        k0=path.signal,
-        k1=direction * from_x_t,
-        k2=direction * from_m,
-    )
+    columns = {"k0": path.signal, "k1": path.noise * from_x_t, "k2": path.noise * from_m}  # path.noise weighs epsilon^
+    return plan_from_columns(path.objective, path.timesteps, path.abar_prev, path.abar, path.clip, p=p, q=q, **columns)

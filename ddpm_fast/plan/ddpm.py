@@ -22,7 +22,7 @@ def ddpm_plan(
     *,
     spacing: Spacing | Sequence[int] = "leading",
     previous: Sequence[int] | None = None,
-    prediction: PlanPrediction = "epsilon",
+    prediction: PlanPrediction | None = None,
     variance: Variance | None = None,
     clip: float | None = 1.0,
 ) -> SamplingPlan:
@@ -44,7 +44,7 @@ def ddpm_plan(
             sequence in 0..T-1.
         previous: The timestep where each step arrives, below the one where it starts. -1 is x_0. It needs a sequence as
             `spacing`, which may then have any order. None steps to the next timestep of `spacing`.
-        prediction: The meaning of the model's output, see `SamplingPlan`.
+        prediction: The meaning of the model's output, see `SamplingPlan`. None: that of an objective, or "epsilon".
         variance: The choice of sigma^2: beta~ ("fixed_small"), beta ("fixed_large") or the model's ("learned",
             "learned_range"). The names with "_log" are synonyms. None: that of an objective, or "fixed_small".
         clip: Clamp x_0^ to [-clip, clip]. None disables the clip, and a step is then exactly eq. 13.
@@ -53,26 +53,22 @@ def ddpm_plan(
         The plan, with S rows.
 
     Raises:
-        TypeError: `schedule` is not a NoiseSchedule.
+        TypeError: `schedule` is neither a NoiseSchedule nor an Objective.
         ValueError: An argument is out of range, or the model predicts epsilon where abar is 0.
     """
-    if variance is None:
-        variance = schedule.variance if isinstance(schedule, Objective) else "fixed_small"
-    check_choice("ddpm_plan", "variance", variance, VARIANCE_TYPES)
+    if variance is not None:
+        check_choice("ddpm_plan", "variance", variance, VARIANCE_TYPES)
     path = PosteriorPath("ddpm_plan", schedule, num_steps, spacing, previous, prediction, clip)
+    variance = path.objective.variance if variance is None else variance
     zero = torch.zeros_like(path.beta)
-    if path.objective is None:  # m is the mean, whatever the clip does to x_0^
+    if path.gives_mean:  # m is the mean, whatever the clip does to x_0^
         k0, k1, k2 = zero, zero, torch.ones_like(zero)
     else:
         k0, k1, k2 = path.from_x_0, path.from_x_t, zero
-    if variance in ("fixed_small", "fixed_small_log"):
-        sigma = path.beta_tilde.sqrt()
-    elif variance in ("fixed_large", "fixed_large_log"):
-        sigma = path.beta.sqrt()
-    else:
-        sigma = torch.ones_like(path.beta)
+    sigmas = {"fixed_small": path.beta_tilde.sqrt(), "fixed_large": path.beta.sqrt()}
+    sigma = sigmas.get(variance.removesuffix("_log"), torch.ones_like(path.beta))
     sigma[path.previous < 0] = 0
     kind: Literal["fixed", "learned", "learned_range"]
-    kind = "learned" if variance == "learned" else "learned_range" if variance == "learned_range" else "fixed"
+    kind = "fixed" if variance not in ("learned", "learned_range") else variance
     log_variances = (path.beta.clamp(min=1e-20).log(), path.beta_tilde.clamp(min=1e-20).log())
     return path.plan(path.abar_prev, k0=k0, k1=k1, k2=k2, sigma=sigma, log_variances=log_variances, variance=kind)

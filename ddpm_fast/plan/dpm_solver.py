@@ -14,7 +14,6 @@ from ..errors import expect
 from ..predictions import Prediction
 from ..schedule import NoiseSchedule, Objective
 from .levels import RHO, LevelSpacing, noise_levels
-from .rows import plan_from_columns
 from .sampling_plan import SamplingPlan, builds_plan
 
 FEW_STEPS = 15  # plans with fewer steps end with steps of lower order (`lower_order_final`)
@@ -57,7 +56,7 @@ def dpm_solver_plan(
     lower_order_final: bool = True,
     lambda_min: float = -math.inf,
     start: int | None = None,
-    prediction: Prediction | Tensor = "epsilon",
+    prediction: Prediction | None = None,
     clip: float | None = 1.0,
     learned_variance: bool = False,
 ) -> SamplingPlan:
@@ -108,7 +107,7 @@ def dpm_solver_plan(
             With final="zero" the last step always has order 1.
         lambda_min: Leave out timesteps with a smaller lambda. Cosine schedules need -5.1 with orders 2 and 3.
         start: Begin at this timestep of the plan instead of the first, with a step of order 1.
-        prediction: The meaning of the model's output, see `Objective`.
+        prediction: The meaning of the model's output, see `Objective`. None: that of an objective, or "epsilon".
         clip: Clamp x_0^ to [-clip, clip]. None disables the clip.
         learned_variance: True if the model's output has variance channels. The solver ignores them.
 
@@ -155,23 +154,9 @@ def dpm_solver_plan(
     if eta > 0:
         k1, std = k1 * torch.exp(-eta * h), sigma[1:] * (-torch.expm1(-2 * eta * h)).sqrt()
     change, change_prev = alpha[1:] * _extrapolation(orders, h, phi, eta, solver)
-    p, q = levels.objective.x_0_weights_at(alpha[:-1], sigma[:-1], levels.timesteps)
-    return plan_from_columns(
-        levels.objective.schedule,
-        levels.timesteps,
-        alpha[:-1].square(),
-        alpha[1:].square(),
-        levels.objective.name,
-        levels.variance,
-        clip,
-        p=p,
-        q=q,
-        k0=alpha[1:] * phi + change,
-        k1=k1,
-        k3=change_prev - change,
-        k4=-change_prev,
-        sigma=std,
-    )
+    level = torch.arange(len(h))
+    columns = {"k0": alpha[1:] * phi + change, "k3": change_prev - change, "k4": -change_prev}
+    return levels.plan(level, level + 1, clip, k1=k1, sigma=std, **columns)
 
 
 def _extrapolation(orders: Tensor, h: Tensor, phi: Tensor, eta: float, solver: str) -> Tensor:

@@ -6,13 +6,11 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from ..errors import expect
 from ..predictions import Prediction
 from ..schedule import NoiseSchedule, Objective
 from .levels import RHO, LevelSpacing, noise_levels
-from .rows import plan_from_columns
 from .sampling_plan import SamplingPlan, builds_plan
 
 
@@ -27,7 +25,7 @@ def heun_plan(
     rho: float = RHO,
     lambda_min: float = -math.inf,
     start: int | None = None,
-    prediction: Prediction | Tensor = "epsilon",
+    prediction: Prediction | None = None,
     clip: float | None = 1.0,
     learned_variance: bool = False,
 ) -> SamplingPlan:
@@ -49,7 +47,7 @@ def heun_plan(
         rho: The exponent of "karras", as in `dpm_solver_plan`.
         lambda_min: Leave out timesteps with a smaller lambda, as in `dpm_solver_plan`.
         start: Begin at this timestep of the plan instead of the first.
-        prediction: The meaning of the model's output, see `Objective`.
+        prediction: The meaning of the model's output, see `Objective`. None: that of an objective, or "epsilon".
         clip: Clamp x_0^ to [-clip, clip]. None disables the clip.
         learned_variance: True if the model's output has variance channels. The method ignores them.
 
@@ -93,19 +91,4 @@ def heun_plan(
     k0, k1, k3 = torch.zeros(rows).double(), torch.ones(rows).double(), torch.zeros(rows).double()
     k0[euler], k1[euler] = alpha[1:] - alpha[:-1] * shrink, shrink
     k0[~euler], k3[~euler] = change, -change
-    p, q = levels.objective.x_0_weights_at(alpha[level], sigma[level], t[level])
-    arrival = torch.arange(rows) // 2 + 1
-    return plan_from_columns(
-        levels.objective.schedule,
-        t[level],
-        alpha[level].square(),
-        alpha[arrival].square(),
-        levels.objective.name,
-        levels.variance,
-        clip,
-        p=p,
-        q=q,
-        k0=k0,
-        k1=k1,
-        k3=k3,
-    )
+    return levels.plan(level, torch.arange(rows) // 2 + 1, clip, k0=k0, k1=k1, k3=k3)

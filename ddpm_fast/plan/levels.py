@@ -15,6 +15,8 @@ from ..checks import check_choice, check_int, check_number, check_type
 from ..errors import InvalidValue, expect
 from ..predictions import Prediction
 from ..schedule import NoiseSchedule, Objective, objective_of
+from .rows import plan_from_columns
+from .sampling_plan import SamplingPlan
 from .timesteps import checked_timesteps, spaced_timesteps
 
 LevelSpacing = Literal["linspace", "leading", "trailing", "karras"]
@@ -37,7 +39,6 @@ class Levels:
         sigma: The weight of epsilon, [S + 1].
         num_steps: The number of steps of the whole plan. A plan with a `start` has fewer.
         objective: What the model predicts.
-        variance: "learned_range" for a model with variance channels, which these solvers ignore, else "fixed".
     """
 
     timesteps: Tensor
@@ -45,12 +46,25 @@ class Levels:
     sigma: Tensor
     num_steps: int
     objective: Objective
-    variance: Literal["fixed", "learned_range"]
 
     @property
     def log_snr(self) -> Tensor:
         """Half the log signal-to-noise ratio, lambda = ln(alpha / sigma), [S + 1]."""
         return (self.alpha / self.sigma).log()
+
+    def plan(self, level: Tensor, arrival: Tensor, clip: float | None, **columns: Tensor) -> SamplingPlan:
+        """Build a plan whose steps evaluate the model at these levels.
+
+        Args:
+            level: The level at the start of each step, int64 [S].
+            arrival: The level on arrival, int64 [S].
+            clip: The bound on x_0^, or None.
+            **columns: The columns but p and q, as in `plan_from_columns`.
+        """
+        alpha, sigma, t = self.alpha[level], self.sigma[level], self.timesteps[level]
+        p, q = self.objective.x_0_weights_at(alpha, sigma, t)
+        abar, abar_prev = alpha.square(), self.alpha[arrival].square()
+        return plan_from_columns(self.objective, t, abar, abar_prev, clip, p=p, q=q, **columns)
 
 
 def noise_levels(
@@ -65,7 +79,7 @@ def noise_levels(
     final: Literal["zero", "sigma_min"],
     lambda_min: float,
     start: int | None,
-    prediction: Prediction | Tensor,
+    prediction: Prediction | None,
     clip: float | None,
     learned_variance: bool,
 ) -> Levels:
@@ -77,7 +91,8 @@ def noise_levels(
         TypeError: An argument has an unsupported type.
         ValueError: An argument is out of range.
     """
-    objective = objective_of(caller, schedule, prediction)
+    check_type(caller, "learned_variance", learned_variance, bool)
+    objective = objective_of(caller, schedule, prediction, "learned_range" if learned_variance else None)
     schedule = objective.schedule
     check_choice(caller, "final", final, ("zero", "sigma_min"))
     check_number(caller, "clip", clip, above=0, optional=True)
@@ -85,7 +100,6 @@ def noise_levels(
     check_number(caller, "sigma_min", sigma_min, optional=True)
     check_number(caller, "sigma_max", sigma_max, optional=True)
     check_number(caller, "rho", rho, 1, _MOST_RHO)
-    check_type(caller, "learned_variance", learned_variance, bool)
     check_int(caller, "start", start, 0, schedule.num_timesteps - 1, optional=True)
     ratios = ((1 - schedule.alpha_bars) / schedule.alpha_bars).sqrt()  # sigma / alpha of each timestep, ascending
     # The timesteps 0..last - 1 have lambda >= lambda_min.
@@ -113,9 +127,7 @@ def noise_levels(
             nearest = int(timesteps[(timesteps - start).abs().argmin()])
             raise InvalidValue(caller, "start", "to be one of the plan's timesteps", f"{start}; the nearest is {nearest}")
         first = int(found[0])
-    learned = learned_variance or objective.predicts_variance
-    levels = (timesteps[first:], alpha[first:], sigma[first:])
-    return Levels(*levels, len(timesteps), objective, "learned_range" if learned else "fixed")
+    return Levels(timesteps[first:], alpha[first:], sigma[first:], len(timesteps), objective)
 
 
 def _spaced(caller: str, last: int, num_steps: int | None, spacing: LevelSpacing | Sequence[int]) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ class PosteriorPath:
     Tensors are float64 [S] unless stated otherwise. Their order is that of the steps.
 
     Attributes:
+        objective: The noise schedule, and what the model predicts unless `gives_mean`.
+        gives_mean: True if the model's output is the mean of x_{t-1}.
         timesteps: The start of each step, int64 [S].
         previous: The timestep where each step arrives, int64 [S]. -1 is x_0.
         abar: abar at the start.
@@ -33,7 +35,6 @@ class PosteriorPath:
         noise: sqrt(1 - abar), the weight of epsilon in x_t.
         from_x_0: The weight of x_0 in the posterior's mean, derivation eq. 7.
         from_x_t: The weight of x_t in the posterior's mean, derivation eq. 7.
-        variance: "learned_range" for a model with variance channels, else "fixed". It is for samplers that ignore them.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class PosteriorPath:
         num_steps: int | None,
         spacing: Spacing | Sequence[int],
         previous: Sequence[int] | None,
-        prediction: PlanPrediction,
+        prediction: PlanPrediction | None,
         clip: float | None,
         learned_variance: bool = False,
         final_alpha_bar: float = 1.0,
@@ -62,21 +63,18 @@ class PosteriorPath:
             final_alpha_bar: abar on arrival at x_0.
 
         Raises:
-            TypeError: `schedule` is not a NoiseSchedule.
+            TypeError: `schedule` is neither a NoiseSchedule nor an Objective.
             ValueError: An argument is out of range.
         """
         check_number(caller, "clip", clip, above=0, optional=True)
-        if isinstance(prediction, str):
+        if prediction is not None:
             check_choice(caller, "prediction", prediction, PLAN_PREDICTIONS)
-        gives_mean = isinstance(prediction, str) and prediction == "previous_sample"  # a matter of plans
-        objective = objective_of(caller, schedule, "epsilon" if gives_mean else prediction)  # type: ignore[arg-type]
-        self.objective: Objective | None = None if gives_mean else objective
-        self.prediction = "previous_sample" if gives_mean else objective.name
-        self.schedule = schedule = objective.schedule
-        self.clip = clip
         check_type(caller, "learned_variance", learned_variance, bool)
-        learned = learned_variance or objective.predicts_variance
-        self.variance: Literal["fixed", "learned_range"] = "learned_range" if learned else "fixed"
+        # "previous_sample" is a matter of plans. The other parts of the objective hold for it.
+        self.gives_mean = isinstance(schedule, NoiseSchedule) and prediction == "previous_sample"
+        kind: Any = None if self.gives_mean else prediction
+        self.objective = objective_of(caller, schedule, kind, "learned_range" if learned_variance else None)
+        self.clip, schedule = clip, self.objective.schedule
         self.timesteps = checked_timesteps(caller, schedule.num_timesteps, num_steps, spacing, previous is None)
         if previous is None:
             self.previous = torch.cat([self.timesteps[1:], torch.tensor([-1])])
@@ -103,13 +101,13 @@ class PosteriorPath:
 
         They solve derivation eq. 3 for x_0, or eq. 7 if m is the mean of x_{t-1}.
         """
-        if self.objective is None:
+        if self.gives_mean:
             return -self.from_x_t / self.from_x_0, 1 / self.from_x_0
         return self.objective.x_0_weights_at(self.signal, self.noise, self.timesteps)
 
     def epsilon_weights(self) -> tuple[Tensor, Tensor]:
         """Return the weights of x_t and m in epsilon^, float64 [S] each."""
-        if self.objective is None:
+        if self.gives_mean:
             p, q = self.x_0_weights()
             return (1 - self.signal * p) / self.noise, -self.signal * q / self.noise
         return self.objective.epsilon_weights_at(self.signal, self.noise, self.timesteps)
@@ -133,7 +131,7 @@ class PosteriorPath:
             k1, k2 = direction * from_x_t, direction * from_m
         # "learned_range" multiplies sigma by a value between e^0 and e^0, so sigma is unchanged.
         log_variances = (torch.zeros_like(sigma), torch.zeros_like(sigma))
-        return self.plan(abar_next, k0=k0, k1=k1, k2=k2, sigma=sigma, log_variances=log_variances, variance=self.variance)
+        return self.plan(abar_next, k0=k0, k1=k1, k2=k2, sigma=sigma, log_variances=log_variances)
 
     def plan(
         self,
@@ -144,7 +142,7 @@ class PosteriorPath:
         k2: Tensor,
         sigma: Tensor,
         log_variances: tuple[Tensor, Tensor],
-        variance: Literal["fixed", "learned", "learned_range"],
+        variance: Literal["fixed", "learned", "learned_range"] | None = None,
     ) -> SamplingPlan:
         """Build a plan from its columns.
 
@@ -155,17 +153,17 @@ class PosteriorPath:
             k2: The weight of the model's output, float64 [S].
             sigma: The standard deviation of the noise, float64 [S].
             log_variances: The columns log_beta and log_beta_tilde, float64 [S] each.
-            variance: The kind of variance, see `SamplingPlan`.
+            variance: The kind of variance, as in `plan_from_columns`.
         """
         p, q = self.x_0_weights()
         return plan_from_columns(
-            self.schedule,
+            self.objective,
             self.timesteps,
             self.abar,
             abar_next,
-            self.prediction,
-            variance,
             self.clip,
+            "previous_sample" if self.gives_mean else None,
+            variance,
             p=p,
             q=q,
             k0=k0,

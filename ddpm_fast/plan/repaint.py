@@ -22,7 +22,7 @@ def repaint_plan(
     jump_length: int = 10,
     jump_num_sample: int = 10,
     *,
-    prediction: PlanPrediction = "epsilon",
+    prediction: PlanPrediction | None = None,
     clip: float | None = 1.0,
     learned_variance: bool = False,
 ) -> SamplingPlan:
@@ -41,7 +41,7 @@ def repaint_plan(
         num_steps: The number of timesteps, 1..T.
         jump_length: The number of steps that a jump goes back, 1..num_steps - 1.
         jump_num_sample: The number of times that each stretch is sampled, 1..1000. 1 never jumps.
-        prediction: The meaning of the model's output, see `SamplingPlan`.
+        prediction: The meaning of the model's output, see `SamplingPlan`. None: that of an objective, or "epsilon".
         clip: Clamp x_0^ to [-clip, clip]. None disables the clip.
         learned_variance: True if the model's output has variance channels. The plan ignores them.
 

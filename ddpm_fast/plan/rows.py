@@ -7,30 +7,31 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..schedule import NoiseSchedule
+from ..schedule import Objective
 from .sampling_plan import COLUMNS, SamplingPlan
 
 
 def plan_from_columns(
-    schedule: NoiseSchedule,
+    objective: Objective,
     timesteps: Tensor,
     alpha_bars: Tensor,
     alpha_bars_prev: Tensor,
-    prediction: str,
-    variance: Literal["fixed", "learned", "learned_range"],
     clip: float | None,
+    prediction: str | None = None,
+    variance: Literal["fixed", "learned", "learned_range"] | None = None,
+    /,
     **columns: Tensor,
 ) -> SamplingPlan:
     """Build a plan from its columns.
 
     Args:
-        schedule: The noise schedule.
+        objective: The noise schedule, and what the model predicts.
         timesteps: The model's t for each step, int64 [S].
         alpha_bars: abar at the start, float64 [S].
         alpha_bars_prev: abar on arrival, float64 [S].
-        prediction: The name of the model's prediction.
-        variance: The kind of variance, see `SamplingPlan`.
         clip: The bound on x_0^, or None.
+        prediction: The name of the model's prediction. None: the objective's.
+        variance: The kind of variance, see `SamplingPlan`. None: that of a sampler which has no use for one.
         **columns: Columns by name, float64 [S] each, for a step that computes x_0^. Those left out are 0.
     """
     zero = torch.zeros_like(columns["p"])
@@ -47,4 +48,5 @@ def plan_from_columns(
         columns["k2"] = columns["k2"] + k0 * columns["q"]
     columns["clip"] = torch.full_like(zero, torch.inf if clip is None else clip)
     coefficients = torch.stack([columns[name] for name in COLUMNS], dim=1)
-    return SamplingPlan(schedule, timesteps, coefficients, prediction, variance, alpha_bars_prev, alpha_bars)
+    kinds = prediction or objective.name, variance or objective.ignored_variance
+    return SamplingPlan(objective.schedule, timesteps, coefficients, *kinds, alpha_bars_prev, alpha_bars)

@@ -22,7 +22,7 @@ from ..schedule import NoiseSchedule, numbered
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-PlanPrediction = Prediction | Literal["previous_sample"] | Tensor
+PlanPrediction = Prediction | Literal["previous_sample"]
 """The meaning of a model's output: a prediction of `Objective`, or the mean of x_{t-1}."""
 
 COLUMNS: Final = PlanRow._fields
@@ -118,8 +118,8 @@ class SamplingPlan:
                 "",
                 "finite coefficients",
                 f"{COLUMNS[column]} = {value} at timestep {t} (abar = {float(abar[row]):.3g}) "
-                f"with prediction {self.prediction!r}, which does not determine x_0 and epsilon there; "
-                'where abar is 0, "sample", "v_prediction" and "flow" do',
+                f"with prediction {self.prediction!r}, which does not determine x_0 and epsilon there"
+                + ('; "sample", "v_prediction" and "flow" do' if abar[row] == 0 else ""),
             )
         object.__setattr__(self, "is_random", self._uses("sigma"))
         object.__setattr__(self, "needs_x_0_prev2", self._uses("k4"))

@@ -38,7 +38,8 @@ class Target(NamedTuple):
 class NoiseSchedule:
     """The betas of a diffusion process and the coefficients derived from them.
 
-    A schedule never changes. All coefficients are float64 [T] on the CPU, computed at each access. The paper counts
+    A schedule never changes. All coefficients are float64 on the CPU, [T] unless stated otherwise. They are computed at each
+    access. The paper counts
     t = 1..T, the code t = 0..T-1. Build a schedule with `linear`, `scaled_linear`, `cosine`, `sigmoid`, `laplace`,
     `flow`, `sigmoid_betas` or `from_betas`. Equation numbers are those of the derivation in the documentation;
     those of Ho et al. 2020 follow where they differ.
@@ -341,6 +342,15 @@ class NoiseSchedule:
         """
         variance = self.posterior_variance
         return torch.cat([variance[1:2] if self.num_timesteps > 1 else self.betas[:1], variance[1:]]).log()
+
+    @property
+    def reverse_log_variances(self) -> Tensor:
+        """Log variances of the reverse steps, [T, 3]: ln beta~, ln beta, and ln beta as "fixed_large" has it.
+
+        The first and the last have at t = 0 the value of ln beta~ at t = 1, as in the code of Ho et al.
+        """
+        small, beta = self.posterior_log_variance, self.betas.log()
+        return torch.stack([small, beta, torch.cat([small[:1], beta[1:]])], dim=1)
 
     @property
     def snr(self) -> Tensor:

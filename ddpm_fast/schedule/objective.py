@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 import torch
@@ -27,7 +28,8 @@ class Objective:
 
     If D is 0, m and x_t do not determine x_0^ and epsilon^. Training the prediction itself needs neither.
 
-    A function that takes a schedule and a prediction takes an objective instead of both.
+    A function that takes a schedule and a prediction takes an objective instead of both. `denoising_loss` does not apply its
+    loss weights.
 
     Attributes:
         schedule: The noise schedule.
@@ -63,7 +65,7 @@ class Objective:
         check_choice(caller, "variance", self.variance, get_args(Variance))
         check_choice(caller, "loss_weight", self.loss_weight, (None, "min_snr"))
         check_number(caller, "gamma", self.gamma, above=0, finite=True)
-        if not isinstance(self.prediction, Tensor):
+        if isinstance(self.prediction, str):
             check_choice(caller, "prediction", self.prediction, TARGETS)
             return
         check_float(caller, "prediction", self.prediction)
@@ -71,20 +73,39 @@ class Objective:
         shape, got = [self.schedule.num_timesteps, 2], list(self.prediction.shape)
         expect(got == shape, caller, "prediction", f"to be a name, or two columns of shape {shape}", got)
         target = self.prediction.detach().to("cpu", torch.float64, copy=True)
-        usable = bool(target.isfinite().all()) and bool((target != 0).any(dim=1).all())
-        expect(usable, caller, "prediction", "to be finite and nowhere twice 0", "other columns")
+        bad = (~(target.isfinite().all(dim=1) & (target != 0).any(dim=1))).nonzero().flatten().tolist()
+        wanted = "to have finite columns that are not both 0"
+        expect(not bad, caller, "prediction", wanted, f"others at timestep {next(iter(bad), '')}")
         object.__setattr__(self, "prediction", target)
+        self._targets[torch.device("cpu")] = Target.of(target, "cpu")  # in place before torch.compile looks
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Objective) and self.to_config() == other.to_config()
+        return isinstance(other, Objective) and self.parts() == other.parts() and torch.equal(self.target, other.target)
+
+    def __hash__(self) -> int:
+        return hash((self.schedule, self.name, self.variance))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Objective:
+        return self
 
     def __repr__(self) -> str:
-        return f"Objective({self.schedule!r}, {self.name}, {self.variance}, loss_weight={self.loss_weight})"
+        parts = ", ".join(f"{name}={value}" for name, value in self.parts().items())
+        return f"Objective({parts})"
+
+    def parts(self) -> dict[str, Any]:
+        """Return what is to be the same in equal objectives, by name, besides the columns of a tensor."""
+        weighted = {} if self.loss_weight is None else {"loss_weight": self.loss_weight, "gamma": self.gamma}
+        return {"schedule": self.schedule, "prediction": self.name, "variance": self.variance.removesuffix("_log")} | weighted
 
     @property
     def name(self) -> str:
         """The name of the prediction, or "custom" for a tensor."""
         return self.prediction if isinstance(self.prediction, str) else "custom"
+
+    @property
+    def ignored_variance(self) -> Literal["fixed", "learned_range"]:
+        """The variance of a plan whose sampler has no use for one: "learned_range" tells that there are channels of it."""
+        return "learned_range" if self.predicts_variance else "fixed"
 
     @property
     def predicts_variance(self) -> bool:
@@ -133,8 +154,8 @@ class Objective:
         """Return the columns as [T, columns]. Raise a ValueError unless they are finite, as D is 0 otherwise."""
         stacked = torch.stack(tuple(columns), dim=1)
         lost = (~stacked.isfinite().all(dim=1)).nonzero().flatten().tolist()
-        wanted = f"to determine {what} at every timestep"
-        expect(not lost, "Objective", "prediction", wanted, f"{self.name}, which does not at timesteps {lost[:1]} (D = 0)")
+        got = f"{self.name}, for which D = 0 at timestep {next(iter(lost), '')}"
+        expect(not lost, "Objective", "prediction", f"to determine {what} at every timestep", got)
         return stacked
 
     def target_at(self, alpha: Tensor, sigma: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
@@ -154,21 +175,35 @@ class Objective:
         """Return p and q of x_0^ = p x + q m, not finite where D is 0. The arguments are those of `target_at`."""
         a, b = self.target_at(alpha, sigma, timesteps)
         determinant = _determinant(a, b, alpha, sigma)
-        return b / determinant, -sigma / determinant
+        return b / determinant + 0.0, -sigma / determinant  # 0.0 instead of -0.0, as plans are compared by their bytes
 
     def epsilon_weights_at(self, alpha: Tensor, sigma: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """Return the weights of x and m in epsilon^, not finite where D is 0. The arguments are those of `target_at`."""
         a, b = self.target_at(alpha, sigma, timesteps)
         determinant = _determinant(a, b, alpha, sigma)
-        return -a / determinant, alpha / determinant
+        return -a / determinant + 0.0, alpha / determinant
 
     def on(self, device: torch.device) -> Target:
         """Return the target as kernels read it. It is computed once for each device and must not be changed."""
         if isinstance(self.prediction, str):
             return self.schedule._target(self.prediction, device)
         if device not in self._targets:
-            self._targets[device] = Target.of(self.prediction, device)
+            on_cpu = self._targets[torch.device("cpu")]
+            with torch.inference_mode(False):
+                self._targets[device] = on_cpu._replace(table=on_cpu.table.to(device))
         return self._targets[device]
+
+    @cached_property
+    def bound_columns(self) -> Tensor:
+        """Columns of the terms of the variational bound, float64 [7, T] on the CPU. A ValueError if D is 0 at a timestep.
+
+        They are a, b, sigma / D, the weight of x_0 in mu~ (eq. 7), and the three of `NoiseSchedule.reverse_log_variances`:
+
+            x_0 - x_0^ = sigma / D (m - a x_0 - b epsilon)
+        """
+        schedule = self.schedule
+        columns = (*self.target.unbind(1), -self.x_0_weights[:, 1], schedule.posterior_mean_coef_x_0)
+        return torch.stack([*columns, *schedule.reverse_log_variances.unbind(1)])
 
     @property
     def _levels(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -212,22 +247,25 @@ def checked_columns(prediction: Any) -> Any:
 def objective_of(
     caller: str,
     schedule: NoiseSchedule | Objective,
-    prediction: Prediction | Tensor = "epsilon",
+    prediction: Prediction | None = None,
     variance: Variance | None = None,
 ) -> Objective:
-    """Return the objective that a caller's arguments describe. A given objective has the prediction already.
+    """Return the objective that a caller's arguments describe.
 
     Args:
         caller: The function that error messages name.
         schedule: The noise schedule, or an objective.
-        prediction: The prediction, as the objective's attribute.
-        variance: Likewise. None: that of the given objective, or "fixed_small".
+        prediction: The prediction. None: that of the given objective, or "epsilon".
+        variance: The variance. None: that of the given objective, or "fixed_small".
     """
     with renaming(caller):
         if not isinstance(schedule, Objective):
-            return Objective(schedule, prediction, "fixed_small" if variance is None else variance)
-        left_out = isinstance(prediction, str) and prediction == "epsilon"
-        expect(left_out, caller, "prediction", "to be left out with an Objective, which has it", prediction)
+            default: Prediction = "epsilon"
+            return Objective(
+                schedule, default if prediction is None else prediction, "fixed_small" if variance is None else variance
+            )
+        wanted = "to be left out with an Objective, which has it"
+        expect(prediction is None, caller, "prediction", wanted, repr(prediction))
         return schedule if variance is None else replace(schedule, variance=variance)
 
 

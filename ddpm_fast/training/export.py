@@ -32,8 +32,8 @@ def export_checkpoint(
         run_dir: Folder of a run.
         out_dir: Folder to write. It receives unet/, scheduler/ and model_index.json, from which diffusers loads a pipeline,
             training.json (the run's configuration and its step) and training_log.csv. The names of the classes are in
-            unet/config.json. A network that predicts flow, or has a condition, gets no model_index.json, because no pipeline
-            of diffusers draws with it.
+            unet/config.json. A network that predicts flow or a "learned" variance, or has a condition, gets no
+            model_index.json, because no pipeline of diffusers draws with it.
         dtype: Dtype of the weights in the file.
 
     Returns:
@@ -73,9 +73,8 @@ def export_checkpoint(
     try:
         model.save_pretrained(out / "unet")
         write_scheduler(out / "scheduler", objective)
-        # No pipeline passes a condition to a network, and no scheduler of diffusers steps other predictions.
         reads = objective.out_channels(model.config["in_channels"])
-        if reads == model.config["out_channels"] and objective.name in DIFFUSERS_PREDICTIONS:
+        if reads == model.config["out_channels"] and _diffusers_steps(objective):  # no pipeline passes a condition
             write_json(
                 out / "model_index.json",
                 {
@@ -109,7 +108,7 @@ def write_scheduler(folder: Path, objective: Objective) -> None:
         betas |= {key: config[key] for key in ("beta_start", "beta_end") if key in config}
     else:
         betas = {"trained_betas": schedule.betas.tolist()}
-    known = {"_class_name": "DDPMScheduler"} if objective.name in DIFFUSERS_PREDICTIONS else {}
+    known = {"_class_name": "DDPMScheduler"} if _diffusers_steps(objective) else {}
     folder.mkdir(parents=True, exist_ok=True)
     write_json(
         folder / "scheduler_config.json",
@@ -125,3 +124,8 @@ def write_scheduler(folder: Path, objective: Objective) -> None:
             "ddpm_fast": config,
         },
     )
+
+
+def _diffusers_steps(objective: Objective) -> bool:
+    """Return whether diffusers' DDPMScheduler can step a network. It takes a "learned" log variance for a variance."""
+    return objective.name in DIFFUSERS_PREDICTIONS and objective.variance != "learned"

@@ -198,7 +198,8 @@ def _described(config: Mapping[str, Any], *, with_images: bool) -> dict[str, Any
     if config.get("unet") is not None:
         network = UNetConfig.from_dict(config["unet"]).to_dict()
         layers |= {f"model.{name}": value for name, value in network.items() if name not in _DESCRIPTIVE}
-    return {**dataset, **layers, "objective": Objective.from_config(config["objective"])}
+    objective = Objective.from_config(config["objective"])
+    return {**dataset, **layers, **objective.parts(), "objective": objective}
 
 
 def _check_same(run: RunFolder, config: dict[str, Any], data_check: str, *, warn: bool) -> None:

@@ -29,7 +29,7 @@ _log = logging.getLogger("ddpm_fast")
 
 def summary(run: RunFolder, task: Task, state: State) -> str:
     """Describe what is about to be trained, on what, and where the records go."""
-    options, dataset = task.options, task.dataset
+    options, dataset, objective = task.options, task.dataset, task.objective
     channels, *sides = dataset.shape
     classes = f"{len(dataset.classes)} classes" if len(dataset.classes) > 1 else "no classes"
     parameters = sum(parameter.numel() for parameter in state.model.parameters())
@@ -61,6 +61,8 @@ def summary(run: RunFolder, task: Task, state: State) -> str:
         + ("class-conditional, " if task.labelled else "unconditional, ")
         + _attention(task.model, min(sides))
         + (f", started from {task.data_and_model['init']}" if task.data_and_model.get("init") else ""),
+        "predicts": f"{objective.name} on the schedule {objective.schedule.name}"
+        + (", and the variance" if objective.predicts_variance else ""),
         "machine": machine,
         **({"batch": batch} if task.num_micro_batches > 1 else {}),
         "steps": f"{options.steps} of {options.batch_size} images: {epochs:{',.0f' if epochs >= 100 else '.2g'}} epochs",

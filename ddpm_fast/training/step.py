@@ -105,8 +105,7 @@ def _loss(task: Task, state: State, micro_batch: int, images: Tensor, labels: Te
     with torch.autocast(task.device.type, torch.bfloat16, enabled=options.precision == "bf16"):
         output = predict(partial(state.model, **dropout), x_in, t, labels if task.labelled else None)
     output = output.float()
-    predicted = output[:, : x_0.shape[1]].contiguous(memory_format=task.memory_format)
-    loss = denoising_loss(predicted, x_0, t, task.objective, seeds=seeds, weight=task.loss_weights[t])
+    loss = denoising_loss(output, x_0, t, task.objective, seeds=seeds, weight=task.loss_weights[t])
     if task.objective.predicts_variance:
         term = variational_loss(output, x_0, t, task.objective, seeds=seeds)
         loss = loss + _OF_BOUND * schedule.num_timesteps * term

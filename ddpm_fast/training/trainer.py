@@ -106,7 +106,10 @@ class Trainer:
         with renaming("Trainer"):
             self._loss_weights = self._objective.loss_weights
             if self._objective.predicts_variance:
-                _check_learned(self._objective, self._dataset)
+                _ = self._objective.bound_columns  # a ValueError if x_0^ is not determined
+                kind = self._dataset[0][0].dtype
+                wanted = "to have uint8 images, as the bound that trains a learned variance is one of 256 grey levels"
+                expect(kind == torch.uint8, "", "dataset", wanted, kind)
         if isinstance(model, UNet):
             _check_fit(model, self._dataset, self._objective)
             described = self._dataset.described
@@ -177,14 +180,6 @@ def _objective(schedule: NoiseSchedule | Objective, options: TrainOptions) -> Ob
     return schedule
 
 
-def _check_learned(objective: Objective, dataset: ImageDataset | MappedDataset) -> None:
-    """Raise a ValueError if a variance cannot be learned: the bound needs x_0^, and images of 256 grey levels."""
-    _ = objective.x_0_weights  # a ValueError if x_0^ is not determined
-    kind = dataset[0][0].dtype
-    wanted = f'to have uint8 images, as variance="{objective.variance}" is trained by a bound for 256 grey levels'
-    expect(kind == torch.uint8, "", "dataset", wanted, kind)
-
-
 def _check_trainable(model: nn.Module) -> None:
     """Raise a ValueError unless the network can be trained, and checkpoints can hold it and its optimizer's state."""
     if isinstance(model, UNet):
@@ -215,7 +210,9 @@ def _adapted(
             if isinstance(names, (list, tuple)) and all(isinstance(name, str) and name for name in names):
                 classes = tuple(names) if len(names) == num_classes == len(set(names)) else classes
     with renaming("Trainer"):
-        channels = config["out_channels"] // objective.out_channels(1) if config else None
+        channels, odd = divmod(config["out_channels"], objective.out_channels(1)) if config else (None, 0)
+        wanted = "to have an even number of out_channels, to predict the variance too"
+        expect(not odd, "", "model", wanted, config.get("out_channels"))
         return MappedDataset(dataset, channels, classes, num_workers, config.get("in_channels"))
 
 
@@ -310,6 +307,8 @@ def train(
     for name, value, kind in (("options", options, TrainOptions), ("data", data, DataOptions), ("model", model, ModelOptions)):
         check_type("train", name, value, kind)
     check_path("train", "run_dir", run_dir)
+    if model.schedule is None:
+        model = replace(model, schedule="flow" if options.prediction == "flow" else "linear")
     if options.sample_every:
         check_int("train", "sample_steps", options.sample_steps, 1, model.num_timesteps, optional=True)
     data, model, run = _with_absolute_paths(data), _with_absolute_paths(model), RunFolder(run_dir)
@@ -319,8 +318,7 @@ def train(
         # Rank 0 downloads.
         load = partial(_dataset, data, stored)
         dataset = processes.machine_by_machine(load) if data.data in DATASETS else load()
-        schedule = getattr(NoiseSchedule, model.schedule or ("flow" if options.prediction == "flow" else "linear"))
-        objective = _objective(schedule(model.num_timesteps), options)
+        objective = _objective(getattr(NoiseSchedule, str(model.schedule))(model.num_timesteps), options)
         config = _unet_config(model, dataset, objective)
         with torch.random.fork_rng([]):
             torch.manual_seed(TrainingRng(options.seed, options.batch_size).weights_seed)

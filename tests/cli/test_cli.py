@@ -204,10 +204,10 @@ def test_a_run_that_is_not_one_is_refused_in_a_line(tmp_path: Path) -> None:
     assert "expected OUT_DIR to be another folder" in run("export", folder, folder, code=2)
     assert not (folder / "unet").exists()
     config = json.loads((folder / "config.json").read_text())
-    sections = {"options": "prediction", "schedule": "name", "dataset": "classes"}
+    sections = {"options": "options", "objective": "the keys schedule, prediction", "dataset": "dataset"}
     broken = [({key: value for key, value in config.items() if key != section}, section) for section in sections]
-    broken += [({**config, section: {}}, section) for section in sections]
-    for content, wanted in [*broken, ({}, "expected format to be 5, got None"), ([], "a JSON object, got list")]:
+    broken += [({**config, section: {}}, wanted) for section, wanted in sections.items()]
+    for content, wanted in [*broken, ({}, "expected format to be 6, got None"), ([], "a JSON object, got list")]:
         (folder / "config.json").write_text(json.dumps(content))
         for command in (["train", folder, "--resume"], ["export", folder, tmp_path / "out"]):
             lines = run(*command, code=2).splitlines()

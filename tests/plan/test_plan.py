@@ -267,7 +267,7 @@ def test_zero_terminal_snr_needs_another_prediction_than_epsilon() -> None:
                 "",
                 "finite coefficients",
                 "p = inf at timestep 999 (abar = 0) with prediction 'epsilon', which does not determine x_0 and epsilon there; "
-                'where abar is 0, "sample", "v_prediction" and "flow" do',
+                '"sample", "v_prediction" and "flow" do',
             )
         ):
             build(schedule, 10, spacing="trailing")

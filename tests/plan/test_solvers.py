@@ -332,7 +332,7 @@ def test_zero_terminal_snr_begins_from_pure_noise() -> None:
             "",
             "finite coefficients",
             "p = inf at timestep 999 (abar = 0) with prediction 'epsilon', which does not determine x_0 and epsilon there; "
-            'where abar is 0, "sample", "v_prediction" and "flow" do',
+            '"sample", "v_prediction" and "flow" do',
         )
     ):
         dpm_solver_plan(schedule, 10)

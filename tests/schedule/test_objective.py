@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from typing import Any
@@ -86,6 +87,21 @@ def test_x_0_and_epsilon_come_back(schedule: NoiseSchedule, name: str) -> None:
         assert torch.equal(objective.epsilon_weights, torch.stack(objective.epsilon_weights_at(alpha, sigma, t), dim=1))
 
 
+def test_weights_have_the_bytes_of_their_own_formulas() -> None:
+    """Manifests of samples hold digests of the bytes of plans, where -0.0 is not 0.0."""
+    schedule = SCHEDULES["cosine"]
+    alpha, sigma = schedule.sqrt_alpha_bars, schedule.sqrt_one_minus_alpha_bars
+    one, zero = torch.ones_like(alpha), torch.zeros_like(alpha)
+    for name, of_x_0, of_epsilon in (
+        ("epsilon", (1 / alpha, -sigma / alpha), (zero, one)),
+        ("sample", (zero, one), (1 / sigma, -alpha / sigma)),
+        ("v_prediction", (alpha, -sigma), (sigma, alpha)),
+    ):
+        objective = Objective(schedule, name)  # type: ignore[arg-type]
+        for got, wanted in ((objective.x_0_weights, of_x_0), (objective.epsilon_weights, of_epsilon)):
+            assert torch.equal(got.view(torch.int64), torch.stack(wanted, dim=1).view(torch.int64)), name
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 def test_min_snr_is_one_bound_on_the_loss_on_x_0(schedule: NoiseSchedule) -> None:
     """The squared error of x_0^ is (sigma / D)^2 that of m, so all predictions share one weight of it (Hang et al. 2023)."""
@@ -125,8 +141,22 @@ def test_the_loss_is_on_the_target(name: str, source: str) -> None:
     wanted = (m - (a * x_0 + b * epsilon)).square().flatten(1).mean(dim=1)
     losses = denoising_loss(m, x_0, t, objective, reduction="none", **given)  # type: ignore[arg-type]
     torch.testing.assert_close(losses, wanted, rtol=1e-13, atol=0)
-    by_argument = denoising_loss(m, x_0, t, objective.schedule, prediction=objective.prediction, reduction="none", **given)  # type: ignore[arg-type]
-    assert torch.equal(by_argument, losses)
+    if name != "custom":
+        by_name = denoising_loss(m, x_0, t, objective.schedule, prediction=name, reduction="none", **given)  # type: ignore[arg-type]
+        assert torch.equal(by_name, losses)
+    learned = Objective(objective.schedule, objective.prediction, "learned_range")
+    both = denoising_loss(torch.cat([m, m], dim=1), x_0, t, learned, reduction="none", **given)  # type: ignore[arg-type]
+    assert torch.equal(both, losses)  # the variance is not its business
+
+
+@pytest.mark.parametrize("name", [*TARGETS, "custom"])
+def test_a_new_objective_compiles(name: str) -> None:
+    """Its tables are in place before a compiler traces."""
+    x_0, m, seeds = torch.randn(2, 1, 4, 4), torch.randn(2, 1, 4, 4), sample_seeds(0, 2)
+    objective = of(NoiseSchedule.cosine(10), name)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda m: denoising_loss(m, x_0, 3, objective, seeds=seeds), fullgraph=True, backend="eager")
+    assert torch.equal(compiled(m), denoising_loss(m, x_0, 3, objective, seeds=seeds))
 
 
 def test_columns_of_a_name_are_that_name() -> None:
@@ -164,9 +194,9 @@ def test_plans_take_an_objective_for_its_parts(build: Callable[..., SamplingPlan
     assert plan.schedule is SMALL
     assert build(Objective(SMALL, "v_prediction", "fixed_large")).variance == "fixed"
     caller = build(SMALL).builder.func.__name__  # type: ignore[union-attr]
-    wanted_error = InvalidValue(caller, "prediction", "to be left out with an Objective, which has it", "sample")
+    wanted_error = InvalidValue(caller, "prediction", "to be left out with an Objective, which has it", "'epsilon'")
     with refused(wanted_error):
-        build(Objective(SMALL, "v_prediction"), prediction="sample")
+        build(Objective(SMALL, "v_prediction"), prediction="epsilon")
 
 
 # ---------------------------------------------------------------------------------------------------------- flow matching
@@ -222,8 +252,14 @@ def test_a_configuration_gives_the_objective_back() -> None:
         assert again.to_config() == config
         assert again != Objective(SMALL, "sample")
     assert repr(Objective(SMALL, columns(SMALL), loss_weight="min_snr")) == (
-        "Objective(NoiseSchedule.cosine(num_timesteps=10, s=0.008, max_beta=0.999), custom, fixed_small, loss_weight=min_snr)"
+        "Objective(schedule=NoiseSchedule.cosine(num_timesteps=10, s=0.008, max_beta=0.999), prediction=custom, "
+        "variance=fixed_small, loss_weight=min_snr, gamma=5.0)"
     )
+    by_betas = Objective(NoiseSchedule.from_betas(SMALL.betas), "v_prediction", "fixed_small_log", gamma=1.0)
+    assert by_betas == Objective(SMALL, "v_prediction")  # the same in other words, with a bound on nothing
+    assert hash(by_betas) == hash(Objective(NoiseSchedule.from_betas(SMALL.betas), "v_prediction", "fixed_small_log"))
+    assert Objective(SMALL, columns(SMALL)) != Objective(SMALL, 2 * columns(SMALL))
+    assert copy.deepcopy(by_betas) is by_betas
     given = torch.ones(10, 2)
     objective = Objective(SMALL, given)
     given.zero_()
@@ -244,6 +280,7 @@ LOST = torch.stack([SMALL.sqrt_alpha_bars, SMALL.sqrt_one_minus_alpha_bars], dim
                 "Objective", "schedule", "to be a NoiseSchedule (NoiseSchedule.from_diffusers(scheduler.config))", "NoneType"
             ),
         ),  # type: ignore[arg-type]
+        (lambda: Objective(SMALL, [[0, 1]] * 10), InvalidType("Objective", "prediction", "to be a tensor", "list")),  # type: ignore[arg-type]
         (lambda: Objective(SMALL, "noise"), InvalidValue("Objective", "prediction", f"to be {NAMES}", "'noise'")),  # type: ignore[arg-type]
         (
             lambda: Objective(SMALL, "previous_sample"),  # type: ignore[arg-type]
@@ -256,7 +293,7 @@ LOST = torch.stack([SMALL.sqrt_alpha_bars, SMALL.sqrt_one_minus_alpha_bars], dim
         *(
             (
                 lambda value=value: Objective(SMALL, torch.full((10, 2), value)),
-                InvalidValue("Objective", "prediction", "to be finite and nowhere twice 0", "other columns"),
+                InvalidValue("Objective", "prediction", "to have finite columns that are not both 0", "others at timestep 0"),
             )
             for value in (0.0, torch.nan, torch.inf)
         ),
@@ -271,7 +308,7 @@ LOST = torch.stack([SMALL.sqrt_alpha_bars, SMALL.sqrt_one_minus_alpha_bars], dim
                 "Objective",
                 "prediction",
                 "to determine x_0 at every timestep",
-                "epsilon, which does not at timesteps [8] (D = 0)",
+                "epsilon, for which D = 0 at timestep 8",
             ),
         ),
         (
@@ -280,7 +317,7 @@ LOST = torch.stack([SMALL.sqrt_alpha_bars, SMALL.sqrt_one_minus_alpha_bars], dim
                 "Objective",
                 "prediction",
                 "to determine epsilon at every timestep",
-                "custom, which does not at timesteps [0] (D = 0)",
+                "custom, for which D = 0 at timestep 0",
             ),
         ),
         (
@@ -289,7 +326,7 @@ LOST = torch.stack([SMALL.sqrt_alpha_bars, SMALL.sqrt_one_minus_alpha_bars], dim
                 "Objective",
                 "prediction",
                 "to determine x_0 at every timestep",
-                "custom, which does not at timesteps [0] (D = 0)",
+                "custom, for which D = 0 at timestep 0",
             ),
         ),
         (
@@ -319,7 +356,7 @@ LOST = torch.stack([SMALL.sqrt_alpha_bars, SMALL.sqrt_one_minus_alpha_bars], dim
             lambda: denoising_loss(
                 torch.zeros(1, 2), torch.zeros(1, 2), 0, Objective(SMALL), prediction="flow", noise=LOST[:1]
             ),
-            InvalidValue("denoising_loss", "prediction", "to be left out with an Objective, which has it", "flow"),
+            InvalidValue("denoising_loss", "prediction", "to be left out with an Objective, which has it", "'flow'"),
         ),
     ],
 )

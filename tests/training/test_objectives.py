@@ -105,6 +105,14 @@ def test_a_learned_variance_is_resumed_sampled_evaluated_and_exported(tmp_path: 
     assert "learned_range: bits/dim" in out
 
 
+def test_a_log_variance_is_no_pipeline_of_diffusers(tmp_path: Path) -> None:
+    """Diffusers takes the channels of "learned" for variances."""
+    train(tmp_path / "run", **LEARNED | {"variance": "learned"}, steps=1)
+    out = export_checkpoint(tmp_path / "run", tmp_path / "model", torch.float32)
+    assert not (out / "model_index.json").exists()
+    assert load_folder(out).objective.variance == "learned"
+
+
 def test_a_learned_variance_is_a_pipeline_of_diffusers(tmp_path: Path) -> None:
     diffusers = pytest.importorskip("diffusers")
     train(tmp_path / "run", **LEARNED | {"conditional": False}, steps=1)
@@ -199,6 +207,10 @@ def test_the_command_gives_flow_its_schedule_with_the_small_network(tmp_path: Pa
     arguments = ("--steps", 1, "--sample-every", 0, "--no-progress", "--no-tensorboard", "--threads", 1, "--channels", "16,32")
     run("train", tmp_path / "flow", "--prediction", "flow", *arguments)
     run("train", tmp_path / "flow", "--resume", "--steps", 2)
+    again = [*arguments, "--network", "small"]
+    again[1] = 3
+    run("train", tmp_path / "flow", "--auto-resume", "--prediction", "flow", *again)
+    run("train", tmp_path / "flow", "--resume", "--steps", 4, "--schedule", "flow")
     assert load_folder(tmp_path / "flow").objective == Objective(NoiseSchedule.flow(), "flow")
     run("train", tmp_path / "v", *arguments)
     assert load_folder(tmp_path / "v").objective == Objective(NoiseSchedule.cosine(), "v_prediction")
@@ -221,18 +233,20 @@ def test_a_trainer_takes_an_objective(tmp_path: Path) -> None:
     assert loaded.objective == Objective(schedule, half)  # weights of the loss do not concern a drawing
     run("sample", "--model", tmp_path / "whole", "--num", 1, "--steps", 3, "--out", tmp_path / "a.png")
     options = TrainOptions(**SHARED | {"steps": 4, "resume": True})
-    with pytest.raises(ValueError, match=r"train: expected objective to be .*custom.*, got .*v_prediction"):
+    with pytest.raises(ValueError, match=r"train: expected prediction to be 'custom', as in .*, got 'v_prediction'"):
         Trainer(plain(1), Objective(schedule, "v_prediction"), digits, options, tmp_path / "whole").run()
 
 
 def test_objectives_that_do_not_fit_are_refused_before_a_folder_is_made(tmp_path: Path) -> None:
     schedule, digits, floats = NoiseSchedule.cosine(20), load_dataset("digits"), [torch.zeros(1, 8, 8)] * 8
-    uint8 = 'to have uint8 images, as variance="learned_range" is trained by a bound for 256 grey levels'
-    lost = "epsilon, which does not at timesteps [19] (D = 0)"
+    uint8 = "to have uint8 images, as the bound that trains a learned variance is one of 256 grey levels"
+    lost = "epsilon, for which D = 0 at timestep 19"
     channels = "to have out_channels = 2, as the images of dataset and their variance"
+    even = "to have an even number of out_channels, to predict the variance too"
     learned = Objective(schedule, variance="learned_range")
     for model, objective, dataset, options, wanted in (
         (plain(1), learned, digits, {}, InvalidValue("Trainer", "model", channels, "1")),
+        (plain(1), learned, [digits[i][0] for i in range(8)], {}, InvalidValue("Trainer", "model", even, "1")),
         (
             plain(2),
             schedule,
@@ -267,7 +281,7 @@ def test_objectives_that_do_not_fit_are_refused_before_a_folder_is_made(tmp_path
             Trainer(model, objective, dataset, TrainOptions(**SHARED | {"steps": 1} | options), tmp_path / "run")  # type: ignore[arg-type]
     numbers = tmp_path / "numbers.npz"
     np.savez(numbers, np.random.default_rng(0).random((8, 8, 8)))
-    with pytest.raises(ValueError, match='uint8 images, as variance="learned_range"'):
+    with pytest.raises(ValueError, match="to have uint8 images, as the bound"):
         train(tmp_path / "run", **LEARNED | {"data": str(numbers), "conditional": False}, steps=1)
     assert not (tmp_path / "run").exists()
 

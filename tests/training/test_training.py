@@ -173,7 +173,7 @@ def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("option", "value", "wanted"),
     [
-        ("schedule", "exponential", "one of linear, scaled_linear"),
+        ("schedule", "exponential", "one of None, linear, scaled_linear"),
         ("loss_weight", "p2", "one of None, min_snr"),
         ("precision", "fp8", "one of float32, bf16"),
         ("steps", 0, "a positive integer"),
@@ -253,7 +253,7 @@ def test_grids_are_drawn_with_noise_on_every_schedule(schedule: Any, tmp_path: P
         plan = plans.pop()
         assert plan.is_random
         assert plan.num_steps == min(sample_steps or 20, schedule.num_timesteps)
-        assert plan.builder.keywords["prediction"] == "v_prediction"
+        assert plan.prediction == "v_prediction"
         assert float(plan.alpha_bars[0]) > 1 / (1 + math.exp(10.2 + 1e-6))
         assert plan.coefficients[:, :3].isfinite().all()
         with Image.open(folder / "samples" / "step-00000001.png") as grid:
@@ -510,7 +510,7 @@ def test_diffusers_reads_the_exported_scheduler(tmp_path: Path) -> None:
         train(run, **QUIET | {"steps": 1, "schedule": schedule, "num_timesteps": 50})
         folder = export_checkpoint(run, run / "out") / "scheduler"
         theirs = diffusers.DDPMScheduler.from_pretrained(folder).alphas_cumprod
-        ours = NoiseSchedule.from_config(json.loads((run / "config.json").read_text())["schedule"]).alpha_bars
+        ours = NoiseSchedule.from_config(json.loads((run / "config.json").read_text())["objective"]["schedule"]).alpha_bars
         # diffusers multiplies 50 float32 factors 1 - beta, the smallest of them 1 - 0.999.
         torch.testing.assert_close(theirs.double(), ours, rtol=50 * 2**-24 + 2**-24 / 0.001, atol=0)
 

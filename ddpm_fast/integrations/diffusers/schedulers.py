@@ -23,7 +23,7 @@ from ...ops.reverse_step import reverse_step
 from ...plan import VARIANCE_TYPES, SamplingPlan, ddim_inversion_plan, ddim_plan, ddpm_plan, dpm_solver_plan
 from ...plan.rows import plan_from_columns
 from ...plan.timesteps import checked_timesteps
-from ...schedule import NoiseSchedule
+from ...schedule import NoiseSchedule, Objective
 from .plan_scheduler import Betas, PlanScheduler, Tables
 
 _ZERO_SNR = 2**-24  # diffusers puts it in the place of abar = 0, so that sigma / alpha is finite
@@ -537,7 +537,7 @@ class DPMSolverMultistepScheduler(PlanScheduler, diffusers.DPMSolverMultistepSch
         abar = torch.cat([first.alpha_bars, first.alpha_bars_prev[-1:], self.schedule.alpha_bars])
         self.sigmas = _ratios(abar[: count + 1]).float()
         unused, columns = torch.zeros_like(abar), {"k1": abar.sqrt(), "k2": (1 - abar).sqrt()}
-        levels = plan_from_columns(self.schedule, unused.long(), abar, abar, "epsilon", "fixed", None, p=unused, **columns)
+        levels = plan_from_columns(Objective(self.schedule), unused.long(), abar, abar, None, p=unused, **columns)
         rows = torch.arange(count + 1, len(abar))
         for t in self._chain.tolist():
             rows[t] = self.index_for_timestep(t, self._chain)  # type: ignore[attr-defined]  # diffusers'
