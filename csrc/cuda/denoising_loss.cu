@@ -46,13 +46,14 @@ struct Difference {
   template <int width>
   __device__ void subtract(const Inputs<width>& inputs, const float (&epsilon)[width],
                            float (&difference)[width]) const {
-    float target[width] = {};
-    if (x_0 != nullptr) {
-      widen(inputs.x_0, target);
-      for (int i = 0; i < width; ++i) target[i] *= of_x_0;
-    }
     widen(inputs.m, difference);
-    for (int i = 0; i < width; ++i) difference[i] -= fma(of_epsilon, epsilon[i], target[i]);
+    if (x_0 == nullptr) {
+      for (int i = 0; i < width; ++i) difference[i] = fma(-of_epsilon, epsilon[i], difference[i]);
+      return;
+    }
+    float x[width];
+    widen(inputs.x_0, x);
+    for (int i = 0; i < width; ++i) difference[i] -= fma(of_epsilon, epsilon[i], of_x_0 * x[i]);
   }
 };
 

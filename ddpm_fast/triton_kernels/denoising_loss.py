@@ -30,14 +30,18 @@ def _difference(
     offset, mask = locate(tile, hw, C, PIXELS, CHANNELS, C)
     first = sample * hw * C
     row = table + 2 * tl.load(t + sample)
-    m = tl.load(model_output + first + offset, mask).to(tl.float32)
-    target = tl.zeros_like(m)
+    difference = tl.load(model_output + first + offset, mask).to(tl.float32)
     if x_0 is not None:
         target = tl.load(row) * tl.load(x_0 + first + offset, mask).to(tl.float32)
     if noise is not None or seeds is not None:
         z = epsilon(noise, seeds, sample, STREAM, tile, offset, mask, hw, C, PIXELS, CHANNELS, VECTOR, QUADS)
-        target = tl.fma(tl.load(row + 1), z, target)
-    return m - target, offset, mask
+        if x_0 is not None:
+            target = tl.fma(tl.load(row + 1), z, target)
+        else:
+            difference = tl.fma(-tl.load(row + 1), z, difference)
+    if x_0 is not None:
+        difference -= target
+    return difference, offset, mask
 
 
 @triton.jit(do_not_specialize=["n", "scale"])
