@@ -148,11 +148,11 @@ def variational_bound(
     check_dtype(caller, "dtype", dtype, optional=True)
     check_int(caller, "batch_size", batch_size, 1, optional=True)
     total = len(x_0)
+    wanted = image_channels(model_config(model), variance.startswith("learned"))
+    expect(wanted in (None, x_0.shape[1]), caller, "x_0", f"to be [N, {wanted}, H, W]", tuple(x_0.shape))
     outputs, predicted = model_config(model).get("out_channels"), x_0.shape[1] * (2 if variance.startswith("learned") else 1)
     got = f"out_channels {outputs} with variance {variance}"
     expect(outputs in (None, predicted), caller, "model", f"to predict {predicted} channels", got)
-    wanted = image_channels(model_config(model), variance.startswith("learned"))
-    expect(wanted in (None, x_0.shape[1]), caller, "x_0", f"to be [N, {wanted}, H, W]", tuple(x_0.shape))
     check_condition(caller, model, tuple(x_0.shape[1:]), total, condition)
     channels = x_0.shape[1] + (0 if condition is None else condition.shape[1])
     check_image_shape(caller, "x_0", model, (total, channels, *x_0.shape[2:]))

@@ -141,7 +141,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--update", action="store_true", help="write budgets.json")
     args = parser.parse_args()
-    sys.path.insert(0, str(FILE.parents[1]))
+    sys.path.insert(0, str(FILE.parents[1] / "helpers"))
     import build_age
 
     why_old = build_age.why_old()

@@ -50,8 +50,8 @@ ALLOWED = {
     "pretrained": {"checks", "resources", "files", "schedule", "plan", "nn", "schemas", "training"},
     "__init__": {"version"},  # and what __init__.pyi imports, when a name is first used
     "cli": {
-        *("version", "distributed", "resources", "checks", "files", "plan", "ops", "info", "inference", "sampling"),
-        *("evaluation", "training", "pretrained", "cli"),
+        *("version", "distributed", "resources", "checks", "files", "predictions", "plan", "ops", "info", "inference"),
+        *("sampling", "evaluation", "training", "pretrained", "cli"),
     },
     "__main__": {"cli"},
 }
