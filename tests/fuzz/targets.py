@@ -30,7 +30,7 @@ import torch
 from mutations import bytes_of, json_of, safetensors_of, torch_of
 from PIL import Image
 
-from ddpm_fast import NoiseSchedule
+from ddpm_fast import NoiseSchedule, Objective
 from ddpm_fast.files.writing import write_json
 from ddpm_fast.nn import UNet, UNetConfig
 from ddpm_fast.pretrained import _read_scheduler
@@ -96,7 +96,8 @@ def legacy_weights(folder: Path) -> list[Path]:
 
 def scheduler(folder: Path) -> list[Path]:
     (folder / "theirs").mkdir()
-    write_scheduler(folder / "ours", NoiseSchedule.sigmoid(5), "v_prediction")
+    write_scheduler(folder / "ours", Objective(NoiseSchedule.sigmoid(5), "v_prediction"))
+    write_scheduler(folder / "columns", Objective(NoiseSchedule.cosine(3), torch.tensor([[0.5, 1.0]] * 3)))
     config = {"num_train_timesteps": 5, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "squaredcos_cap_v2"}
     config |= {
         "trained_betas": None,
@@ -104,7 +105,7 @@ def scheduler(folder: Path) -> list[Path]:
         "lambda_min_clipped": -float("inf"),
         "rescale_betas_zero_snr": True,
     }
-    files = [folder / name / "scheduler_config.json" for name in ("ours", "theirs")]
+    files = [folder / name / "scheduler_config.json" for name in ("ours", "theirs", "columns")]
     files[1].write_text(json.dumps(config))
     return files
 
@@ -112,6 +113,7 @@ def scheduler(folder: Path) -> list[Path]:
 def read_scheduler(folder: Path) -> None:
     _read_scheduler(folder / "ours")
     _read_scheduler(folder / "theirs")
+    _read_scheduler(folder / "columns")
 
 
 def run_config(folder: Path) -> list[Path]:
@@ -123,7 +125,7 @@ def run_config(folder: Path) -> list[Path]:
             "format": FORMAT,
             "options": {name: value for struct in STRUCTS for name, value in struct().recorded().items()},
             "unet": UNetConfig.from_dict(TINY).to_dict(),
-            "schedule": NoiseSchedule.cosine(5).to_config(),
+            "objective": Objective(NoiseSchedule.cosine(5)).to_config(),
             "dataset": dataset,
             "threads": 1,
             "versions": {"torch": "2.13.0"},

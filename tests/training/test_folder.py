@@ -21,6 +21,7 @@ from ddpm_fast.errors import InvalidValue
 from ddpm_fast.files.images import save_grid
 from ddpm_fast.nn import UNet
 from ddpm_fast.pretrained import load_folder
+from ddpm_fast.schedule import NoiseSchedule, Objective
 from ddpm_fast.training import folder as run_folder
 from ddpm_fast.training.checkpoint import why_damaged
 from ddpm_fast.training.export import export_checkpoint
@@ -174,11 +175,11 @@ def test_an_optimizer_that_does_not_fit_is_named(kind: str, wanted: str, tmp_pat
     ("field", "value", "wanted"),
     [
         (
-            "schedule",
-            {"name": "linear", "num_timesteps": None},
-            r"schedule.num_timesteps to be an integer in 1\.\.100000, got None, in '.*config\.json'",
+            "objective",
+            Objective(NoiseSchedule.linear(5)).to_config() | {"schedule": {"name": "linear", "num_timesteps": None}},
+            r"objective.num_timesteps to be an integer in 1\.\.100000, got None, in '.*config\.json'",
         ),
-        ("options", {"lr": 1}, r"options to have all options of a run, got none named batch_size, .* and 21 more, in '.*json'"),
+        ("options", {"lr": 1}, r"options to have all options of a run, got none named batch_size, .* and 22 more, in '.*json'"),
         ("options", TrainOptions().recorded() | {"lr": "x"}, r"options.lr to be a number, got str, in '.*config\.json'"),
         ("options", [], r"'.*config\.json' to have valid fields, got: Expected `object`, got `array` - at `\$\.options`"),
         (
