@@ -192,7 +192,7 @@ def trainer_step(config: dict[str, Any], batch: int, device: str, **options: Any
     dataset = ImageDataset("zeros", images, labels, ("",), lambda _: iter(()))
     settings = TrainOptions(**{"batch_size": batch, "micro_batch_size": batch, "precision": "bf16"} | options)
     parts = (None, TrainingRng(0, batch), torch.device(device), Processes())
-    task = Task(settings, {}, idioms.random_unet(config), False, dataset, idioms.SCHEDULE, *parts)
+    task = Task(settings, {}, idioms.random_unet(config), False, dataset, ddpm_fast.Objective(idioms.SCHEDULE), *parts)
     return partial(take_step, task, State.initial(task), images, labels)
 
 

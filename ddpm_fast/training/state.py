@@ -46,7 +46,7 @@ class Task:
     labelled: bool  # the network is given the class
     dataset: ImageDataset | MappedDataset
     objective: Objective
-    loss_weights: Tensor  # float32 [T], on the device
+    loss_weights: Tensor | None  # float32 [T], on the device; None: 1
     rng: TrainingRng
     device: torch.device
     processes: Processes

@@ -105,7 +105,8 @@ def _loss(task: Task, state: State, micro_batch: int, images: Tensor, labels: Te
     with torch.autocast(task.device.type, torch.bfloat16, enabled=options.precision == "bf16"):
         output = predict(partial(state.model, **dropout), x_in, t, labels if task.labelled else None)
     output = output.float()
-    loss = denoising_loss(output, x_0, t, task.objective, seeds=seeds, weight=task.loss_weights[t])
+    weight = None if task.loss_weights is None else task.loss_weights[t]
+    loss = denoising_loss(output, x_0, t, task.objective, seeds=seeds, weight=weight)
     if task.objective.predicts_variance:
         term = variational_loss(output, x_0, t, task.objective, seeds=seeds)
         loss = loss + _OF_BOUND * schedule.num_timesteps * term

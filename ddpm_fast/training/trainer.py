@@ -104,7 +104,8 @@ class Trainer:
         self._labelled = num_classes is not None
         self._dataset = _adapted(dataset, model, self._objective, num_classes, num_workers)
         with renaming("Trainer"):
-            self._loss_weights = self._objective.loss_weights
+            weights = self._objective.loss_weights
+            self._loss_weights = None if self._objective.loss_weight is None else weights
             if self._objective.predicts_variance:
                 _ = self._objective.bound_columns  # a ValueError if x_0^ is not determined
                 kind = self._dataset[0][0].dtype
@@ -154,7 +155,7 @@ class Trainer:
             labelled=self._labelled,
             dataset=self._dataset,
             objective=self._objective,
-            loss_weights=self._loss_weights.to(start.device, torch.float32),
+            loss_weights=None if self._loss_weights is None else self._loss_weights.to(start.device, torch.float32),
             rng=TrainingRng(options.seed, options.batch_size),
             device=start.device,
             processes=start.processes,
