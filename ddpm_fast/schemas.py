@@ -51,7 +51,7 @@ class Plan(Struct, frozen=True, forbid_unknown_fields=True):
 
     def __post_init__(self) -> None:
         known = {"schedule", "prediction", "variance", "learned_variance", "clip"} & self.arguments.keys()
-        expect(not known, "", "arguments", "to be without what the model's other files say", ", ".join(known))
+        expect(not known, "", "arguments", "to leave out what the model's other files say", ", ".join(known))
 
 
 class Dataset(Struct, frozen=True):

@@ -323,8 +323,8 @@ def test_a_plan_is_built_for_what_the_model_was_trained_for(builder: str, argume
         ({"builder": "ddim_plan"}, "to have valid fields"),
         ({"builder": "ddim_plan", "arguments": {}, "more": 1}, "to have valid fields"),
         ({"builder": "ddim_plan", "arguments": {"steps": 3}}, "steps"),
-        ({"builder": "ddim_plan", "arguments": {"prediction": "epsilon"}}, "arguments to be without .*, got prediction"),
-        ({"builder": "ddpm_plan", "arguments": {"variance": "learned"}}, "arguments to be without .*, got variance"),
+        ({"builder": "ddim_plan", "arguments": {"prediction": "epsilon"}}, "arguments to leave out .*, got prediction"),
+        ({"builder": "ddpm_plan", "arguments": {"variance": "learned"}}, "arguments to leave out .*, got variance"),
         (
             {"builder": "ddim_plan", "arguments": {"num_steps": 10**9}},
             r"num_steps to be an integer in 1\.\.1000, got 1000000000",

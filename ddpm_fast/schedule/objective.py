@@ -104,7 +104,7 @@ class Objective:
 
     @property
     def ignored_variance(self) -> Literal["fixed", "learned_range"]:
-        """The variance of a plan whose sampler has no use for one: "learned_range" tells that there are channels of it."""
+        """Variance of a plan whose sampler needs none: "learned_range" if the network has variance channels, else "fixed"."""
         return "learned_range" if self.predicts_variance else "fixed"
 
     @property

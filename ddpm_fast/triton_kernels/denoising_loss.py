@@ -108,7 +108,9 @@ def denoising_loss(results: Any, a: Any) -> None:
 def denoising_loss_backward(results: Any, a: Any) -> None:
     """Launch the kernel of the gradient for results and arguments of `denoising_loss_backward`.
 
-    grad_model_output = 2 grad_losses (model_output - target) / elements of a sample
+        grad_model_output = 2 grad_losses (model_output - target) / elements of a sample
+
+    The target is a x_0 + b epsilon.
     """
     m = a.model_output
     if m.numel():
