@@ -98,7 +98,7 @@ def test_terms_are_guided_diffusions(name: str, variance: Any) -> None:
         assert torch.equal(given, terms)
         half = variational_loss(output.float(), x_0.float(), t, schedule, seeds=seeds, **arguments)
         assert half.dtype == torch.float32
-        torch.testing.assert_close(half.double(), wanted, rtol=2e-6, atol=1e-6)  # of float32
+        torch.testing.assert_close(half.double(), wanted, rtol=2e-6, atol=1e-6)
 
 
 class Fixed(nn.Module):
