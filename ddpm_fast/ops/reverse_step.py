@@ -215,13 +215,13 @@ def _backward(arguments: Any, results: Any, grads: Any, needs: Any) -> dict[str,
 
 
 def _draw(x_t: Tensor, table: Tensor, steps: Tensor, seeds: Tensor, backend: str | None) -> Tensor:
-    """Draw the noise of the forward pass again.
+    """Draw the noise of the forward pass again, in the dtype of its arithmetic: a kernel adds it before it rounds.
 
     A step whose only nonzero coefficient is sigma = 1 returns the noise itself.
     """
     unit = torch.zeros_like(table)
     unit[:, COLUMNS.index("sigma")] = 1
-    zero = torch.zeros_like(x_t)
+    zero = torch.zeros_like(x_t, dtype=opmath(x_t.dtype))
     step = {"table": unit, "steps": steps, "seeds": seeds, "variance": 0, "return_x_0": False}
     drawn: Tensor = reverse_step_op(*reverse_step_op.Arguments(zero, zero, **step)[:-1], backend=backend)[0]
     return drawn

@@ -23,16 +23,17 @@ class Results:
 
 
 def evaluate(call: Call, backend: str, copy: Callable[[torch.Tensor], torch.Tensor] = torch.clone) -> Results:
-    """Return outputs and gradients of a call on tensors that `copy` makes."""
+    """Return outputs and gradients of a call on tensors that `copy` makes.
+
+    Gradients flow back in the dtype of an output. All dtypes hold the cotangents, so that all calls start from the same.
+    """
     call = call.map(lambda x: copy(x.detach()).requires_grad_())
     outputs = call(backend)
     if not call.tensors:
         return Results(outputs, {})
     generator = torch.Generator().manual_seed(1)
-    loss = sum(
-        (output.double() * torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output.device)).sum()
-        for output in outputs
-    )
+    cotangents = (torch.randn(x.shape, generator=generator, dtype=torch.float64).bfloat16().to(x.device) for x in outputs)
+    loss = sum((output.double() * cotangent).sum() for output, cotangent in zip(outputs, cotangents, strict=True))
     grads = torch.autograd.grad(loss, list(call.tensors.values()), allow_unused=True, materialize_grads=True)
     return Results(outputs, dict(zip(call.tensors, grads, strict=True)))
 

@@ -9,8 +9,19 @@ import torch
 from torch import Tensor, func
 from torch.autograd import forward_ad
 
-from ddpm_fast import attention, conv3x3, denoising_loss, group_norm_affine, group_norm_silu, q_sample, sample_seeds
+from ddpm_fast import (
+    attention,
+    conv3x3,
+    ddpm_plan,
+    denoising_loss,
+    group_norm_affine,
+    group_norm_silu,
+    q_sample,
+    reverse_step,
+    sample_seeds,
+)
 from ddpm_fast.ops import OPS, why_not
+from ddpm_fast.predictions import Variance
 from ddpm_fast.testing import SCHEDULE
 
 # torch imports its own deprecated function for forward mode.
@@ -136,3 +147,22 @@ def test_the_residual_is_not_kept_for_the_backward_pass() -> None:
     y = conv3x3(x, WEIGHT, residual=residual, backend="native")
     residual.mul_(2)
     y.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("variance", ["learned", "learned_range"])
+def test_a_gradient_of_a_learned_variance_is_rounded_once(variance: Variance, dtype: torch.dtype) -> None:
+    """Drawn noise enters in float32, as it does in the forward pass."""
+    plan = ddpm_plan(SCHEDULE, 5, variance=variance)
+    x_t, output = X.to(dtype), WIDE[:2, :, :1, :1].expand(2, 16, 6, 6).to(dtype)
+
+    def gradient(dtype: torch.dtype) -> Tensor:
+        leaf = output.to(dtype).requires_grad_()
+        reverse_step(x_t.to(dtype), leaf, 1, plan, seeds=SEEDS).float().sum().backward()
+        assert leaf.grad is not None
+        return leaf.grad.float()
+
+    exact = gradient(torch.float32)
+    error = (gradient(dtype) - exact).abs()
+    smallest = torch.finfo(dtype).smallest_normal
+    assert (error <= 0.501 * torch.finfo(dtype).eps * exact.abs().clamp(min=smallest)).all()
