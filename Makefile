@@ -63,7 +63,7 @@ build: $(VENV)/tools  ## compile what has changed of the native module, in place
 
 # setup.py looks for a compiler and for headers. That it lacks them is said before gigabytes of dependencies are downloaded.
 $(VENV)/tools:
-	$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("expected Python 3.10 or later, got " + sys.version + "; name another: make PYTHON=python3.12")'
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("expected Python 3.11 or later, got " + sys.version + "; name another: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade setuptools cmake ninja pybind11
 	$(RUN) setup.py -q build_ext --help >/dev/null

@@ -5,12 +5,8 @@ Tools that only check the sources, or build, are left out: they are no part of w
 
 import re
 import sys
+import tomllib
 from pathlib import Path
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:  # pip has its own copy
-    from pip._vendor import tomli as tomllib
 
 TOOLS = ("ruff", "mypy", "clang-format", "setuptools", "cmake", "ninja", "pybind11", "pre-commit")
 

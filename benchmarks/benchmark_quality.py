@@ -42,20 +42,21 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 
 from ddpm_fast import (
-    Sampler,
     SamplingPlan,
     ddim_plan,
     ddpm_plan,
     dpm_solver_plan,
     frechet_distance,
     heun_plan,
+    load_builtin,
+    load_folder,
     sample_seeds,
     save_grid,
 )
 from ddpm_fast.files.images import to_uint8
 from ddpm_fast.files.writing import replacing
 from ddpm_fast.nn.checkpoint import check_weights
-from ddpm_fast.pretrained import BUILTIN, Pretrained, load_folder
+from ddpm_fast.pretrained import Pretrained
 from ddpm_fast.training.data import FASHION_MNIST_CLASSES, load_dataset, to_unit_range
 
 # Everything that decides the classifier's weights, up to rounding. Its file holds it, too.
@@ -353,7 +354,7 @@ def build_draw(loaded: Pretrained, name: str, evaluations: int, dtype: torch.dty
     if plan is None:
         draw: Draw = peers.SAMPLING[name].build(loaded, evaluations, dtype, device)
         return draw
-    sampler = Sampler(loaded.model, plan(loaded, evaluations), dtype=dtype, device=device)
+    sampler = loaded.sampler(plan(loaded, evaluations), dtype=dtype, device=device)
     return lambda seeds, labels: sampler(len(seeds), seed=seeds, class_labels=labels, guidance_scale=guidance, progress=False)
 
 
@@ -377,7 +378,7 @@ def load_model(name: str, device: str) -> Pretrained:
     Raises:
         ValueError: The model has other images or classes.
     """
-    loaded = load_folder(BUILTIN if name == "builtin" else name, device)
+    loaded = load_builtin(device) if name == "builtin" else load_folder(name, device)
     config = loaded.model.config
     got = (config["in_channels"], config["sample_size"], tuple(config.get("class_names", ())))
     if got != (1, 32, FASHION_MNIST_CLASSES):

@@ -45,9 +45,7 @@ WIDE = 0.15  # a distance of the quartiles, as a share of the median, that a qui
 def load_model(name: str) -> tuple[UNet, NoiseSchedule]:
     if name in idioms.NETWORKS:
         return idioms.random_unet(idioms.NETWORKS[name]), idioms.SCHEDULE
-    from ddpm_fast.pretrained import BUILTIN, load_folder
-
-    loaded = load_folder(BUILTIN if name == "builtin" else name)
+    loaded = ddpm_fast.load_builtin() if name == "builtin" else ddpm_fast.load_folder(name)
     objective = loaded.objective
     if objective.name != "epsilon" or objective.variance not in ("fixed_small", "fixed_small_log") or loaded.clip != 1:
         raise SystemExit(f"{name}: only models that predict epsilon, with fixed small variance and clipping to 1, are compared")
@@ -133,7 +131,7 @@ class Samplers:
 
             samplers[key] = partial(with_loop, step)
             self.formats[key] = self.formats.get(name, "contiguous")
-        return samplers | {OURS: lambda n: self.ours(n, progress=False)}
+        return samplers | {OURS: lambda n: self.ours(n, class_labels="none", progress=False)}
 
     def choose_formats(self, batch: int) -> None:
         """Put each network in the memory format in which one evaluation is faster."""

@@ -23,9 +23,12 @@ _NAMES_BY_MODULE = {
         *("initial_noise", "noise", "q_sample", "reverse_step", "sample_seeds"),
     ),
     "plan": (
-        *("SamplingPlan", "ddim_inversion_plan", "ddim_plan", "ddpm_plan", "dpm_solver_plan", "heun_plan", "repaint_plan"),
+        *("SamplingPlan", "ddim_inversion_plan", "ddim_plan", "ddpm_plan", "default_plan", "dpm_solver_plan", "heun_plan"),
+        *("named_plan", "repaint_plan"),
     ),
     "reference": ("STREAM_DROPOUT", "STREAM_KNOWN", "STREAM_Q_SAMPLE", "STREAM_SEEDS", "STREAM_X_T"),
+    "samplers": ("SAMPLERS", "PlanOptions"),
+    "sampling.options": ("BatchOptions", "DrawOptions", "EditOptions"),
     "sampling.sample_files": ("write_samples",),
     "sampling.sampler": ("Sampler", "sample"),
     "schedule": ("NoiseSchedule", "Objective"),

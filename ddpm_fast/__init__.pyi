@@ -30,8 +30,10 @@ from .plan import SamplingPlan as SamplingPlan
 from .plan import ddim_inversion_plan as ddim_inversion_plan
 from .plan import ddim_plan as ddim_plan
 from .plan import ddpm_plan as ddpm_plan
+from .plan import default_plan as default_plan
 from .plan import dpm_solver_plan as dpm_solver_plan
 from .plan import heun_plan as heun_plan
+from .plan import named_plan as named_plan
 from .plan import repaint_plan as repaint_plan
 from .pretrained import Pretrained as Pretrained
 from .pretrained import load_builtin as load_builtin
@@ -41,10 +43,15 @@ from .reference import STREAM_KNOWN as STREAM_KNOWN
 from .reference import STREAM_Q_SAMPLE as STREAM_Q_SAMPLE
 from .reference import STREAM_SEEDS as STREAM_SEEDS
 from .reference import STREAM_X_T as STREAM_X_T
+from .samplers import SAMPLERS as SAMPLERS
+from .samplers import PlanOptions as PlanOptions
 from .sampling.editing import inpaint as inpaint
 from .sampling.editing import interpolate as interpolate
 from .sampling.editing import invert as invert
 from .sampling.editing import vary as vary
+from .sampling.options import BatchOptions as BatchOptions
+from .sampling.options import DrawOptions as DrawOptions
+from .sampling.options import EditOptions as EditOptions
 from .sampling.sample_files import write_samples as write_samples
 from .sampling.sampler import Sampler as Sampler
 from .sampling.sampler import sample as sample

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Unpack
 
 import torch
+from torch import Tensor
 
 from . import plan
-from .checks import check_dtype, check_path, checked_device
+from .checks import check_dtype, check_float, check_path, check_type, computing_device
 from .errors import InvalidValue, expect, renaming
+from .files.images import in_range
 from .files.writing import read_json
+from .inference import Interface
 from .nn.unet import UNet
-from .plan import SamplingPlan
+from .options import checked_options, taking
+from .plan import SamplingPlan, named_plan
 from .resources import no_folder
+from .samplers import DEFAULT_SAMPLER, PlanOptions
+from .sampling.sampler import Sampler
 from .schedule import NoiseSchedule, Objective
 from .schedule.objective import checked_columns
 from .training.checkpoint import read_state
@@ -36,6 +41,10 @@ BUILTIN: Final = Path(__file__).parent / "builtin"
 class Pretrained:
     """A trained model with its sampling settings.
 
+        garments = load_builtin()
+        images = garments.sampler()(16)  # as `ddpm-fast sample` draws them
+        fewer = garments.sampler(sampler="ddim", steps=10)
+
     Attributes:
         model: The network in eval mode, with channels_last weights. `model.config["class_names"]` has the names of
             its classes in the order of their labels. The key is missing if they are unknown.
@@ -53,24 +62,103 @@ class Pretrained:
     step: int | None = None
 
     @property
-    def shape(self) -> tuple[int, int | None, int | None]:
-        """(C, H, W) of an image that it draws. Height and width are None if the configuration has no `sample_size`.
+    def interface(self) -> Interface:
+        """The input and output of the network, as its configuration says."""
+        return Interface.of(self.model, predicts_variance=self.objective.predicts_variance)
 
-        Further input channels of the network are those of a condition.
+    @taking(PlanOptions)
+    def sampler(
+        self,
+        plan: SamplingPlan | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        shape: Sequence[int] | None = None,
+        cuda_graph: bool | None = None,
+        **options: Unpack[PlanOptions],
+    ) -> Sampler:
+        """Return a `Sampler` of the model.
+
+        Args:
+            plan: The plan. None: that of `build_plan`, with the options.
+            dtype: See `Sampler`.
+            device: See `Sampler`.
+            shape: See `Sampler`.
+            cuda_graph: See `Sampler`.
+            **options: See `PlanOptions`. With a plan there can be none.
+
+        Raises:
+            TypeError: An argument has an unsupported type, or is unknown.
+            ValueError: An option is out of range, or is given with a plan.
         """
-        size = self.model.config["sample_size"]
-        height, width = size if isinstance(size, list | tuple) else (size, size)
-        return self.model.config["out_channels"] // self.objective.out_channels(1), height, width
+        chosen = checked_options("sampler", PlanOptions, options)
+        given = ", ".join(name for name, value in chosen.items() if value is not None)
+        expect(plan is None or not given, "sampler", "plan", "to be None with options that choose one", given)
+        with renaming("sampler"):
+            plan = self.build_plan(**options)[0] if plan is None else plan
+            return Sampler(self.model, plan, dtype=dtype, device=device, shape=shape, cuda_graph=cuda_graph)
 
-    @property
-    def condition_channels(self) -> int:
-        """Channels of the condition that the network reads after x_t, 0 for none."""
-        channels: int = self.model.config["in_channels"] - self.shape[0]
-        return channels
+    @taking(PlanOptions)
+    def build_plan(self, **options: Unpack[PlanOptions]) -> tuple[SamplingPlan, str]:
+        """Return the plan that options choose, and its name: a name of `SAMPLERS`, or "the model's plan".
+
+        Without options that ask for another, it is the model's plan if it has one, in its number of steps or fewer.
+
+        Args:
+            **options: See `PlanOptions`.
+
+        Raises:
+            TypeError: An option has an unsupported type, or is unknown.
+            ValueError: An option is out of range.
+        """
+        with renaming("build_plan", {"num_steps": "steps"}):
+            chosen = checked_options("", PlanOptions, options)
+            steps = chosen.pop("steps")
+            if self.plan is not None and set(chosen.values()) == {None}:
+                if steps is None:
+                    return self.plan, "the model's plan"
+                fewer = None if self.plan.builder is None else self.plan.builder(num_steps=steps)
+                if fewer is not None and fewer.num_steps <= self.plan.num_steps:
+                    return fewer, "the model's plan"
+            return named_plan(self.objective, clip=self.clip, **options), chosen["sampler"] or DEFAULT_SAMPLER
+
+    def to_data(self, images: Tensor) -> Tensor:
+        """Map images from [-1, 1] to the numbers of the model's data: its `data_range`, or 0..255 for pictures.
+
+        Args:
+            images: Floating [..., C, H, W].
+
+        Returns:
+            Floating like `images`. Nothing is rounded or clipped.
+        """
+        return in_range(images, self._ranges("to_data", images)).to(images.dtype)
+
+    def from_data(self, images: Tensor) -> Tensor:
+        """Map images from the numbers of the model's data to [-1, 1], the inverse of `to_data`.
+
+        Args:
+            images: [..., C, H, W] of any dtype.
+
+        Returns:
+            Floating: float32 for integers.
+        """
+        check_type("from_data", "images", images, Tensor)
+        expect(not images.is_complex(), "from_data", "images", "to be real", images.dtype)
+        images = images if images.is_floating_point() else images.float()
+        low, high = images.new_tensor(self._ranges("from_data", images)).T[:, :, None, None]  # [C, 1, 1]
+        mapped: Tensor = (images - low) * (2 / (high - low)) - 1
+        return mapped
+
+    def _ranges(self, caller: str, images: Tensor) -> Sequence[Sequence[float]]:
+        """Return what -1 and 1 stand for. Raise unless the images have the model's channels."""
+        check_float(caller, "images", images, 3)
+        channels = self.interface.channels
+        expect(images.shape[-3] == channels, caller, "images", f"to have {channels} channels", list(images.shape))
+        return self.model.config.get("data_range") or [(0, 255)]
 
 
-def load_builtin(device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> tuple[UNet, NoiseSchedule]:
-    """Load the built-in model and its noise schedule. No internet access is needed.
+def load_builtin(device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Pretrained:
+    """Load the built-in model. No internet access is needed.
 
     The model predicts epsilon for 32x32 grey images of garments. Labels 0..9 are T-shirt, trouser,
     pullover, dress, coat, sandal, shirt, sneaker, bag and ankle boot. Label 10 is "no label".
@@ -78,16 +166,9 @@ def load_builtin(device: torch.device | str | None = None, dtype: torch.dtype | 
     Args:
         device: Device of the weights. None: the CPU.
         dtype: Dtype of the weights. None: float32.
-
-    Returns:
-        The network in eval mode, and its noise schedule.
     """
-    check_dtype("load_builtin", "dtype", dtype, optional=True)
-    device = None if device is None else checked_device("load_builtin", device)
-    model = UNet.from_pretrained(BUILTIN / "unet", dtype=dtype, device=device)
-    # A test validates the files of the package, as `load_folder` does with others.
-    config = json.loads((BUILTIN / "scheduler" / _SCHEDULER).read_bytes())
-    return model.to(memory_format=torch.channels_last), schedule_from_config(config)  # type: ignore[call-overload]
+    with renaming("load_builtin"):
+        return load_folder(BUILTIN, device, dtype)
 
 
 def load_folder(
@@ -108,7 +189,7 @@ def load_folder(
     """
     check_path("load_folder", "path", path)
     check_dtype("load_folder", "dtype", dtype, optional=True)
-    device = None if device is None else checked_device("load_folder", device)
+    device = None if device is None else computing_device("load_folder", device)
     folder = Path(path)
     if not folder.is_dir():
         raise FileNotFoundError(f"load_folder: expected path to be a folder that holds a model, got {no_folder(path)}")
@@ -129,11 +210,12 @@ def load_folder(
     else:
         step, (model, objective, scheduler) = None, read(folder, folder)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's types leave it out
-    outputs, doubled = model.config["out_channels"], model.config["out_channels"] == 2 * model.config["in_channels"]
-    if doubled and scheduler.variance_type is None:
-        objective = replace(objective, variance="learned_range")  # the scheduler is one that ignores variances
-    fits = outputs % 2 == 0 if objective.predicts_variance else not doubled
-    expect(fits, "load_folder", "variance_type", f"to suit a network of {outputs} output channels", objective.variance)
+    reads, gives = model.config["in_channels"], Interface.of(model).predicted_channels
+    kept = model.config.get("variance")
+    if scheduler.variance_type is None and (kept or gives == 2 * reads):  # the scheduler is one that ignores variances
+        objective = replace(objective, variance=kept or "learned_range")
+    fits = gives is not None and (gives % 2 == 0 if objective.predicts_variance else gives != 2 * reads)
+    expect(fits, "load_folder", "variance_type", f"to suit a network of {gives} output channels", objective.variance)
     loaded = Pretrained(
         model=model,
         objective=objective,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import suppress
 from decimal import Decimal
@@ -29,21 +28,6 @@ def check_free_memory(caller: str, name: str, value: Any, needed: int) -> None:
         raise InvalidValue(
             caller, name, "to fit into memory", f"{value}, which needs about {size_text(needed)} of {size_text(free)}"
         )
-
-
-def check_free_space(caller: str, name: str, path: Path, needed: int) -> None:
-    """Raise an UnusablePath if the disk that will hold a path has too little free space.
-
-    Args:
-        caller: Name of the calling function.
-        name: Name of the argument.
-        path: A file or folder that will be written. It need not exist.
-        needed: Bytes.
-    """
-    usage = shutil.disk_usage(existing_folder(path))
-    if usage.total and needed > usage.free:  # some network file systems report no sizes
-        got = f"{str(path)!r} with {size_text(usage.free)}; free some, or choose another folder"
-        raise UnusablePath(caller, name, f"to be on a disk with {size_text(needed)} of free space", got)
 
 
 def check_writable(caller: str, name: str, path: Path, folder: Path) -> None:

@@ -113,7 +113,7 @@ class Checkpoint(Struct, frozen=True):
 
 
 class SampleManifest(Struct, frozen=True):
-    """The manifest.json of images that `write_samples` has written."""
+    """The manifest of images that `write_samples` has written: manifest.json in a folder, or the .json next to an .npz."""
 
     format: Literal[1]
     kind: Literal["folder", "npz"]

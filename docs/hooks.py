@@ -26,7 +26,10 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import ddpm_fast  # noqa: E402  # from this folder; it imports PyTorch only where that is used
-from ddpm_fast.training.options import STRUCTS, options_of  # noqa: E402
+from ddpm_fast.options import options_of  # noqa: E402
+from ddpm_fast.samplers import PlanOptions  # noqa: E402
+from ddpm_fast.sampling.options import DrawOptions  # noqa: E402
+from ddpm_fast.training.options import STRUCTS  # noqa: E402
 
 CODE = {".py": "python"}  # files shown as pages; others are copied as they are
 
@@ -164,10 +167,20 @@ def options_table() -> str:
     return "\n".join(rows)
 
 
+def arguments_table(struct: type) -> str:
+    """Return the options of a call as a table in Markdown."""
+    rows = ["| option | default | meaning |", "|---|---|---|"]
+    for name, _, default, option in options_of(struct):
+        rows.append(f"| `{name}` | {'' if default is None else default} | {f'{option.help} {option.more}'.rstrip()} |")
+    return "\n".join(rows)
+
+
 def on_page_markdown(markdown: str, page: Page, config: Any, files: Files) -> str:
     """Rewrite links between files of the repository into links between pages of the site."""
     folder = posixpath.dirname(home(page))
     markdown = markdown.replace("<!-- options -->", options_table())
+    markdown = markdown.replace("<!-- plan options -->", arguments_table(PlanOptions))
+    markdown = markdown.replace("<!-- draw options -->", arguments_table(DrawOptions))
     markdown = re.sub(r"^<!-- test: .*?-->\n", "", markdown, flags=re.MULTILINE | re.DOTALL)  # for the tests
 
     def rewritten(link: re.Match[str]) -> str:

@@ -44,9 +44,9 @@ torch.manual_seed(1)
 print(f"largest difference of a pixel: {(fast.sample(batch_size=16) - before).abs().max():.1e} of 1")
 
 # 3. The same sampler as a plan: constant memory, and image 5 is the same in any batch. Images are in [-1, 1].
-plan = ddpm_fast.plan_of(diffusion)
-images = ddpm_fast.sample(fast.model, plan, 16, seed=0, progress=False)
-alone = ddpm_fast.sample(fast.model, plan, 1, seed=ddpm_fast.sample_seeds(0, 16)[5:6], progress=False)
+sampler = ddpm_fast.Sampler(fast.model, ddpm_fast.plan_of(diffusion))
+images = sampler(16, seed=0, progress=False)
+alone = sampler(1, seed=ddpm_fast.sample_seeds(0, 16)[5:6], progress=False)
 print(f"image 5 alone differs by {(alone[0] - images[5]).abs().max():.1e}")
 ddpm_fast.save_grid(images, "discs.png")
 

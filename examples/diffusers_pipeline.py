@@ -38,8 +38,8 @@ fast.scheduler = diffusers.DDIMScheduler.from_config(fast.scheduler.config)
 print(f"by DDIM: {tuple(draw(fast).shape)}")
 
 # 4. The same sampler as a plan: constant memory, CUDA graphs, and seeds. The first of four images is the same alone.
-plan = ddpm_fast.plan_of(pipe, 10)
-four, one = (ddpm_fast.sample(fast.unet, plan, n, seed=0, progress=False) for n in (4, 1))
+sampler = ddpm_fast.Sampler(fast.unet, ddpm_fast.plan_of(pipe, 10))
+four, one = (sampler(n, seed=0, progress=False) for n in (4, 1))
 print(f"the first of four, drawn alone, differs by {(one[0] - four[0]).abs().max():.1e}")
 
 # 5. A frozen network cannot change. Train, save and move the original, then freeze it again.

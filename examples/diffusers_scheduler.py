@@ -43,8 +43,8 @@ def from_seeds(seeds):
 images = from_seeds(seeds)
 print(f"the second alone differs by {(from_seeds(seeds[1:2])[0] - images[1]).abs().max():.1e}")
 
-# 3. `plan_of` gives any of these schedulers, here or in diffusers, as a plan for `ddpm_fast.sample`.
+# 3. `plan_of` gives any of these schedulers, here or in diffusers, as a plan for a sampler.
 ddim = diffusers.DDIMScheduler.from_config(scheduler.config, timestep_spacing="trailing")
-model, _ = ddpm_fast.load_builtin()  # the same network, which `sample` freezes
-fast = ddpm_fast.sample(model, ddpm_fast.plan_of(ddim, 25), 4, seed=0, class_labels=9, progress=False)
+sampler = ddpm_fast.load_builtin().sampler(ddpm_fast.plan_of(ddim, 25))  # the same network, frozen
+fast = sampler(4, seed=0, class_labels=9, progress=False)
 ddpm_fast.save_grid(torch.cat([ours, images, fast]), "diffusers_scheduler.png", columns=4)

@@ -59,9 +59,9 @@ print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {model.config
 schedule = ddpm_fast.NoiseSchedule.linear(1000)  # or .cosine(...), as noise_schedule said
 plan = ddpm_fast.ddpm_plan(schedule, 25, spacing="linspace", variance="learned_range")
 labels = torch.tensor([1, 2, 3, 4])
-images = ddpm_fast.sample(model, plan, 4, seed=0, class_labels=labels, progress=False)
-seed = ddpm_fast.sample_seeds(0, 4)[2:3]
-alone = ddpm_fast.sample(model, plan, 1, seed=seed, class_labels=labels[2:3], progress=False)
+sampler = ddpm_fast.Sampler(model, plan)
+images = sampler(4, seed=0, class_labels=labels, progress=False)
+alone = sampler(1, seed=ddpm_fast.sample_seeds(0, 4)[2:3], class_labels=labels[2:3], progress=False)
 print(f"image 2 alone differs by {(images[2] - alone[0]).abs().max():.1e}")
 
 # 3. Train it on, and freeze what came out. A `UNet` has gradients, a frozen one has none.
@@ -70,5 +70,5 @@ seeds = ddpm_fast.sample_seeds(1, 4)
 x_t = ddpm_fast.q_sample(x_0, t, schedule, seeds=seeds)
 epsilon = model.train()(x_t, t, labels)[:, :3]  # the last 3 channels are the variance's
 ddpm_fast.denoising_loss(epsilon, x_0, t, schedule, seeds=seeds).backward()
-frozen = ddpm_fast.freeze(model.eval(), torch.float32)
+frozen = ddpm_fast.freeze(model.eval())
 print(f"frozen: {(frozen(x_t, t, labels)[:, :3] - epsilon).abs().max():.1e}")

@@ -15,9 +15,9 @@ args = parser.parse_args()
 if min(args.num, args.columns) < 1:
     parser.error("expected --num and --columns to be at least 1")
 
-model, schedule = ddpm_fast.load_builtin()
-network = ddpm_fast.freeze(model)  # the same outputs, faster
-plan = ddpm_fast.ddpm_plan(schedule, args.steps)
+garments = ddpm_fast.load_builtin()
+network = ddpm_fast.freeze(garments.model)  # the same outputs, faster
+plan = ddpm_fast.ddpm_plan(garments.objective, args.steps)
 seeds = ddpm_fast.sample_seeds(0, args.num)
 labels = torch.arange(args.num) % 10  # the classes in turn
 shown = set(torch.linspace(args.steps - 1, 0, args.columns).round().int().tolist())  # the last one first

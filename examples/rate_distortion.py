@@ -24,7 +24,8 @@ if args.plot:
     except ImportError as error:
         raise SystemExit("--plot needs matplotlib: pip install -e '.[bench]'") from error
 
-model, schedule = ddpm_fast.load_builtin()
+garments = ddpm_fast.load_builtin()
+schedule = garments.objective.schedule
 dataset = load_dataset(args.data, split="test", image_size=32)
 if not 1 <= args.num <= len(dataset):
     parser.error(f"expected --num to be in 1..{len(dataset)}, got {args.num}")
@@ -41,7 +42,7 @@ class Spaced(torch.nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.config, self.network = model.config, ddpm_fast.freeze(model)
+        self.config, self.network = garments.model.config, ddpm_fast.freeze(garments.model)
 
     def forward(self, x_t: torch.Tensor, t: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
         return self.network(x_t, timesteps[t], class_labels)

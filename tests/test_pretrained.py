@@ -18,10 +18,11 @@ from refusals import refused
 import ddpm_fast
 from ddpm_fast import NoiseSchedule, Objective, ddim_plan, dpm_solver_plan, heun_plan, load_builtin, sample
 from ddpm_fast.cli import main
-from ddpm_fast.cli.samplers import plan_of_options
-from ddpm_fast.errors import InvalidValue
+from ddpm_fast.errors import InvalidType, InvalidValue
+from ddpm_fast.inference import Interface
 from ddpm_fast.nn import UNet
 from ddpm_fast.pretrained import BUILTIN, load_folder, schedule_from_config
+from ddpm_fast.samplers import PlanOptions
 from ddpm_fast.training.data import FASHION_MNIST_CLASSES
 from ddpm_fast.training.folder import RunFolder
 
@@ -187,14 +188,18 @@ def test_a_wrong_value_of_a_scheduler_is_named_with_the_file(tmp_path: Path, cha
 
 
 def test_the_builtin_model_is_what_its_record_says() -> None:
-    model, schedule = load_builtin()
+    builtin = load_builtin()
+    model, schedule = builtin.model, builtin.objective.schedule
     assert (model.config["in_channels"], model.config["sample_size"], model.config["num_class_embeds"]) == (1, 32, 11)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert schedule.num_timesteps == 1000
     loaded = load_folder(BUILTIN)
     assert (tuple(loaded.model.config["class_names"]), loaded.objective.prediction) == (FASHION_MNIST_CLASSES, "epsilon")
-    assert loaded.model.config == model.config  # `load_folder` validates the files, `load_builtin` does not
-    assert loaded.objective.schedule.to_config() == schedule.to_config()
+    assert loaded.model.config == model.config
+    assert (loaded.objective, loaded.clip, loaded.step) == (builtin.objective, builtin.clip, builtin.step)
+    assert loaded.plan is not None
+    assert builtin.plan is not None
+    assert torch.equal(loaded.plan.table(), builtin.plan.table())
     assert all(map(torch.equal, loaded.model.parameters(), model.parameters()))
     assert sum(file.stat().st_size for file in BUILTIN.rglob("*") if file.is_file()) <= 8e6
     record = json.loads((BUILTIN / "training.json").read_text(encoding="utf-8"))
@@ -213,9 +218,8 @@ def test_the_builtin_model_is_what_its_record_says() -> None:
 
 def test_the_builtin_model_draws_garments() -> None:
     """Things that every picture of the data set has, at the price of 10 steps; how good they are is for `evaluate`."""
-    model, schedule = load_builtin()
-    labels = list(range(10)) * 2
-    images = sample(model, ddim_plan(schedule, 10), 20, class_labels=labels, progress=False)
+    garments = load_builtin()
+    images = sample(garments.model, ddim_plan(garments.objective, 10), 20, progress=False)  # the classes in turn
     assert float(images[:, :, [0, -1]].mean()) < -0.75  # the padding is black
     assert float(images.mean()) > -0.8  # and what is inside is not
     brightness = images.reshape(2, 10, -1).mean(dim=(0, 2))
@@ -233,7 +237,7 @@ def test_the_command_samples_the_builtin_model_without_a_network(tmp_path: Path,
     monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(main, ["sample", "--steps", "2"], catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    assert result.stdout.startswith("samples.png: 16 images of 2 steps (the model's plan) in ")
+    assert result.stdout.startswith("samples.png: 16 images of 10 classes in turn in 2 steps (the model's plan), ")
     assert result.stdout.endswith(" images/s.\n")
     with Image.open(tmp_path / "samples.png") as image:
         assert (image.size, image.mode) == ((4 * 130 + 2, 4 * 130 + 2), "L")
@@ -245,15 +249,15 @@ def test_default_number_of_steps_is_quick_and_within_the_schedule() -> None:
     expected = {"ddpm": (100, 15), "ddim": (50, 15), "dpm++2m": (20, 14), "dpm++2m-sde": (20, 15), "heun": (19, 19)}
     for sampler, counts in expected.items():
         for model, count in zip((loaded, short), counts, strict=True):
-            assert plan_of_options("sample", model, sampler, *[None] * 6)[0].num_steps == count
+            assert model.build_plan(sampler=sampler)[0].num_steps == count
     cosine = dataclasses.replace(loaded, objective=Objective(NoiseSchedule.cosine(10)))  # its last timestep is left out
-    assert [plan_of_options("sample", cosine, name, *[None] * 6)[0].num_steps for name in expected] == [
+    assert [cosine.build_plan(sampler=name)[0].num_steps for name in expected] == [
         *(10, 10),
         *(8, 9),  # Karras's levels include timestep 0
         15,
     ]
-    with refused(InvalidValue("sample", "steps", "to be in 1..8 with dpm++2m", "9")):
-        plan_of_options("sample", cosine, "dpm++2m", 9, *[None] * 5)
+    with refused(InvalidValue("build_plan", "steps", "to be in 1..8 with dpm++2m", "9")):
+        cosine.build_plan(sampler="dpm++2m", steps=9)
 
 
 def test_a_model_brings_its_plan_and_others_draw_with_noise() -> None:
@@ -262,24 +266,104 @@ def test_a_model_brings_its_plan_and_others_draw_with_noise() -> None:
     common: Any = {"solver": "heun", "spacing": "karras"}
     own = common | {"sigma_min": 0.06, "sigma_max": 80.0}
     sde = common | {"eta": 1.0, "lambda_min": -5.1}
-    for model, sampler, (steps, eta, spacing, sigma_min, sigma_max), name, expected in (
-        (builtin, None, (None,) * 5, "the model's plan", {"num_steps": 8} | own),
-        (builtin, None, (5, None, None, None, None), "the model's plan", {"num_steps": 5} | own),
-        (builtin, None, (9, None, None, None, None), "dpm++2m-sde", {"num_steps": 9} | sde),
-        (builtin, None, (None, None, None, 0.1, None), "dpm++2m-sde", {"num_steps": 20} | sde | {"sigma_min": 0.1}),
-        (builtin, None, (None, 0.5, None, None, None), "dpm++2m-sde", {"num_steps": 20} | sde | {"eta": 0.5}),
-        (builtin, "dpm++2m", (None,) * 5, "dpm++2m", {"num_steps": 20, "lambda_min": -5.1}),
-        (builtin, "dpm++2m", (5, None, "karras", None, 40.0), "dpm++2m", {"num_steps": 5} | common | {"sigma_max": 40.0}),
-        (other, None, (None,) * 5, "dpm++2m-sde", {"num_steps": 20} | sde),
-        (other, None, (8, None, None, 0.1, 40.0), "dpm++2m-sde", sde | {"num_steps": 8, "sigma_min": 0.1, "sigma_max": 40.0}),
-    ):
-        plan, called = plan_of_options("sample", model, sampler, steps, eta, spacing, sigma_min, sigma_max, None)
+    cases: list[tuple[Any, dict[str, Any], str, dict[str, Any]]] = [
+        (builtin, {}, "the model's plan", {"num_steps": 8} | own),
+        (builtin, {"steps": 5, "sampler": None}, "the model's plan", {"num_steps": 5} | own),
+        (builtin, {"steps": 9}, "dpm++2m-sde", {"num_steps": 9} | sde),
+        (builtin, {"sigma_min": 0.1}, "dpm++2m-sde", {"num_steps": 20} | sde | {"sigma_min": 0.1}),
+        (builtin, {"eta": 0.5}, "dpm++2m-sde", {"num_steps": 20} | sde | {"eta": 0.5}),
+        (builtin, {"order": 3}, "dpm++2m-sde", {"num_steps": 20} | sde | {"order": 3}),
+        (builtin, {"sampler": "dpm++2m"}, "dpm++2m", {"num_steps": 20, "lambda_min": -5.1}),
+        (
+            builtin,
+            {"sampler": "dpm++2m", "steps": 5, "spacing": "karras", "sigma_max": 40.0},
+            "dpm++2m",
+            {"num_steps": 5} | common | {"sigma_max": 40.0},
+        ),
+        (other, {}, "dpm++2m-sde", {"num_steps": 20} | sde),
+        (
+            other,
+            {"steps": 8, "sigma_min": 0.1, "sigma_max": 40.0},
+            "dpm++2m-sde",
+            sde | {"num_steps": 8, "sigma_min": 0.1, "sigma_max": 40.0},
+        ),
+    ]
+    for model, options, name, expected in cases:
+        plan, called = model.build_plan(**options)
         wanted = dpm_solver_plan(model.objective.schedule, **expected)
         assert called == name
         assert torch.equal(plan.coefficients, wanted.coefficients)
         assert torch.equal(plan.timesteps, wanted.timesteps)
-    plan, _ = plan_of_options("sample", builtin, "heun", 4, None, "karras", 0.1, None, None)
+    plan, _ = builtin.build_plan(sampler="heun", steps=4, spacing="karras", sigma_min=0.1)
     assert torch.equal(plan.alpha_bars, heun_plan(builtin.objective.schedule, 4, spacing="karras", sigma_min=0.1).alpha_bars)
+    with refused(InvalidType("build_plan", "", f"arguments among {', '.join(PlanOptions.__annotations__)}", "'step'")):
+        builtin.build_plan(step=3)  # type: ignore[call-arg]
+
+
+def test_a_sampler_has_a_plan_or_the_options_that_choose_one() -> None:
+    loaded = load_builtin()
+    assert loaded.plan is not None
+    assert loaded.sampler().plan is loaded.plan
+    chosen = loaded.sampler(sampler="ddim", steps=3, shape=(1, 16, 16))
+    assert torch.equal(chosen.plan.table(), ddim_plan(loaded.objective, 3).table())
+    assert chosen.shape == (1, 16, 16)
+    with refused(InvalidValue("sampler", "plan", "to be None with options that choose one", "steps")):
+        loaded.sampler(chosen.plan, steps=3, eta=None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options"), [(["--classes", "9", "--num", "2"], {"class_labels": 9}), (["--num", "12"], {})]
+)
+def test_the_sampler_of_the_builtin_model_draws_what_the_command_draws(
+    arguments: list[str], options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[torch.Tensor] = []
+    monkeypatch.setattr(ddpm_fast, "save_grid", lambda images, *_, **__: drawn.append(images))
+    command = ["sample", *arguments, "--out", str(tmp_path / "a.png"), "--device", "cpu", "--dtype", "float32", "--quiet"]
+    if not options:  # the classes in turn, in fewer steps, as it is about labels alone
+        command, options = [*command, "--steps", "2"], {"steps": 2}
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 0, result.output
+    sampler = load_builtin().sampler(dtype=torch.float32, steps=options.pop("steps", None))
+    assert torch.equal(drawn[0], sampler(len(drawn[0]), progress=False, **options))
+    labels = options.get("class_labels", [*range(10), 0, 1])
+    assert torch.equal(drawn[0], sampler(len(drawn[0]), progress=False, class_labels=labels))
+
+
+@pytest.mark.parametrize(
+    ("data_range", "lows", "highs"),
+    [(None, (0, 0), (255, 255)), ([[-4.0, 6.0]], (-4, -4), (6, 6)), ([[0, 1], [-3, 5]], (0, -3), (1, 5))],
+)
+def test_images_are_mapped_to_the_numbers_of_the_data_and_back(
+    data_range: Any, lows: tuple[int, int], highs: tuple[int, int]
+) -> None:
+    config = tiny_unet().config | {"in_channels": 2, "out_channels": 2, "data_range": data_range}
+    loaded = ddpm_fast.Pretrained(UNet(**config), Objective(NoiseSchedule.linear(10)), 1.0)
+    images = torch.linspace(-1, 1, 3 * 2 * 4 * 4, dtype=torch.float64).reshape(3, 2, 4, 4)
+    ends = torch.tensor([-1.0, 1.0]).reshape(2, 1, 1, 1).expand(2, 2, 1, 1)
+    assert loaded.to_data(ends).flatten(1).tolist() == [[*map(float, lows)], [*map(float, highs)]]
+    data = loaded.to_data(images)
+    assert data.dtype == torch.float64
+    torch.testing.assert_close(loaded.from_data(data), images, rtol=0, atol=1e-14)
+    torch.testing.assert_close(loaded.to_data(loaded.from_data(data[0])), data[0], rtol=0, atol=1e-13)  # one image
+    integers = data.round().to(torch.int16)
+    assert torch.equal(loaded.from_data(integers), loaded.from_data(integers.float()))
+    for name in ("to_data", "from_data"):
+        with refused(InvalidValue(name, "images", "to have 2 channels", "[3, 1, 4, 4]")):
+            getattr(loaded, name)(images[:, :1])
+
+
+def test_a_configuration_says_which_variance_a_network_predicts(tmp_path: Path) -> None:
+    config = tiny_unet().config | {"out_channels": 2}
+    for variance in ("learned", "learned_range"):
+        model = UNet(**config, variance=variance)
+        model.save_pretrained(tmp_path / variance)
+        assert UNet.from_pretrained(tmp_path / variance).config["variance"] == variance
+        assert (Interface.of(model).shape, Interface.of(model).predicts_variance) == ((1, 4, 4), True)
+    with pytest.raises(
+        ValueError, match=r"UNet: expected variance to be one of None, learned, learned_range, got 'fixed_small'"
+    ):
+        UNet(**config, variance="fixed_small")
 
 
 PLANS: list[tuple[str, dict[str, Any]]] = [
@@ -310,9 +394,8 @@ def test_a_plan_is_built_for_what_the_model_was_trained_for(builder: str, argume
     assert torch.equal(loaded.plan.coefficients, wanted.coefficients)
     assert torch.equal(loaded.plan.timesteps, wanted.timesteps)
     result = CliRunner().invoke(main, ["sample", "--model", str(tmp_path), "--num", "2", "--out", str(tmp_path / "a.png")])
-    assert result.stdout.startswith(f"{tmp_path / 'a.png'}: 2 images of {wanted.num_steps} steps (the model's plan) in "), (
-        result.output
-    )
+    line = f"{tmp_path / 'a.png'}: 2 images of 2 classes in turn in {wanted.num_steps} steps (the model's plan), "
+    assert result.stdout.startswith(line), result.output
 
 
 @pytest.mark.parametrize(

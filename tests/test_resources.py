@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ from ddpm_fast import resources
 from ddpm_fast.errors import UnusablePath
 from ddpm_fast.resources import (
     check_free_memory,
-    check_free_space,
     check_writable,
     existing_folder,
     free_memory,
@@ -62,24 +60,6 @@ def test_memory_is_refused_with_both_amounts(monkeypatch: pytest.MonkeyPatch) ->
     wanted = "sample: expected num_samples to fit into memory, got 7, which needs about 3,200.5 GB of 3.0 GB"
     with pytest.raises(ValueError, match=wanted):
         check_free_memory("sample", "num_samples", 7, 3_200_500_000_000)
-
-
-def test_space_is_that_of_the_closest_folder_that_exists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-
-    def disk_usage(path: Path) -> object:
-        asked.append(path)
-        return shutil._ntuple_diskusage(10**12, 0, 5_000_000)  # type: ignore[attr-defined]
-
-    monkeypatch.setattr(shutil, "disk_usage", disk_usage)
-    path = tmp_path / "new" / "newer"
-    check_free_space("train", "run_dir", path, 5_000_000)
-    with pytest.raises(
-        OSError,
-        match=r"train: expected run_dir to be on a disk with 6\.0 MB of free space, got '.*newer' with 5\.0 MB; free some",
-    ):
-        check_free_space("train", "run_dir", path, 6_000_000)
-    assert asked == [tmp_path, tmp_path]
 
 
 def test_existing_folder_of_a_relative_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

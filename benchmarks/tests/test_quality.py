@@ -17,8 +17,8 @@ import torch
 from torch.utils.data import TensorDataset
 
 import ddpm_fast
-from ddpm_fast import dpm_solver_plan, sample, sample_seeds
-from ddpm_fast.pretrained import BUILTIN, load_folder
+from ddpm_fast import dpm_solver_plan, load_builtin, sample_seeds
+from ddpm_fast.pretrained import BUILTIN
 
 
 def test_a_classifier_comes_back_from_its_file(tmp_path: Path):
@@ -83,7 +83,7 @@ def test_samplers_are_named_by_method_and_evaluations():
 
 
 def test_each_plan_evaluates_as_often_as_its_name_says():
-    loaded = load_folder(BUILTIN)
+    loaded = load_builtin()
     plans = {}
     for name, evaluations in quality.chosen([name for name, method in quality.METHODS.items() if method.plan], [5, 20]):
         build = quality.METHODS[name].plan
@@ -143,15 +143,16 @@ def test_a_run_writes_the_figures_of_the_functions(tmp_path: Path, small: Callab
     assert {tuple(row["seeds"]) for row in rows.values()} == {(0, 1)}
     assert {"device", "torch", "commit", "classifier", "options"} <= set(section["machine"])
 
-    loaded = load_folder(BUILTIN)
+    loaded = load_builtin()
     classifier = quality.load_classifier(tmp_path / "classifier")
     test_images, labels = quality.load_dataset("fashion-mnist").batch(torch.arange(80))
     real, reference = (quality.measure(classifier, test_images[half]) for half in quality.split_real(labels))
     wanted = torch.arange(16) % 10
-    plan = ddpm_fast.dpm_solver_plan(loaded.objective.schedule, 4, eta=1.0)
+    plan = ddpm_fast.dpm_solver_plan(loaded.objective, 4, eta=1.0)
+    sampler = loaded.sampler(plan)
     distances, accuracies = [], []
     for seed in (0, 1):
-        images = ddpm_fast.sample(loaded.model, plan, 16, seed=seed, batch_size=8, class_labels=wanted, dtype=torch.float32)
+        images = sampler(16, seed=seed, batch_size=8, class_labels=wanted)
         measured = quality.measure(classifier, ddpm_fast.to_uint8(images))
         distances.append(ddpm_fast.frechet_distance(measured.features, reference.features))
         accuracies.append(measured.accuracy(wanted))
@@ -206,10 +207,10 @@ def test_a_run_continues(small: Callable[..., tuple[dict[str, Any], str]], monke
 def test_guidance_reaches_the_sampler_and_has_a_section_of_its_own(
     small: Callable[..., tuple[dict[str, Any], str]], monkeypatch: pytest.MonkeyPatch, capsys: Any
 ):
-    loaded, seeds, labels = load_folder(BUILTIN), sample_seeds(0, 2), torch.tensor([3, 9])
+    loaded, seeds, labels = load_builtin(), sample_seeds(0, 2), torch.tensor([3, 9])
     drawn = quality.build_draw(loaded, "2m-few", 4, torch.float32, "cpu", 2.0)(seeds, labels)
-    plan = dpm_solver_plan(loaded.objective.schedule, 4, solver="heun", spacing="karras", sigma_min=0.06, sigma_max=80.0)
-    expected = sample(loaded.model, plan, 2, seed=seeds, class_labels=labels, guidance_scale=2.0, progress=False)
+    plan = dpm_solver_plan(loaded.objective, 4, solver="heun", spacing="karras", sigma_min=0.06, sigma_max=80.0)
+    expected = loaded.sampler(plan)(2, seed=seeds, class_labels=labels, guidance_scale=2.0, progress=False)
     assert torch.equal(drawn, expected)
     scales, build = [], quality.build_draw
     monkeypatch.setattr(quality, "build_draw", lambda *arguments: scales.append(arguments[-1]) or build(*arguments))
@@ -271,14 +272,14 @@ def test_the_table_and_the_plot_come_from_the_results(
 )
 def test_diffusers_draws_the_images_of_the_same_weights_and_classes(peer: str, ours: Any, options: dict[str, Any]):
     pytest.importorskip("diffusers")
-    loaded = load_folder(BUILTIN)
+    loaded = load_builtin()
     labels, seeds = torch.tensor([1, 9]), ddpm_fast.sample_seeds(3, 2)
     got = peers.SAMPLING[peer].build(loaded, 4, torch.float32, "cpu")(seeds, labels)
     generator = torch.Generator().manual_seed(int(seeds[0]))
     x = torch.randn(2, 1, 32, 32, generator=generator)
     plan = ours(loaded.objective.schedule, 4, **options)
     x_0_prev = torch.zeros_like(x)
-    network = ddpm_fast.freeze(loaded.model, torch.float32)
+    network = ddpm_fast.freeze(loaded.model)
     with torch.inference_mode():
         for step, t in enumerate(plan.timesteps.tolist()):
             output = network(x, torch.full((2,), t), labels)

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+import ddpm_fast
+
 from ..errors import InvalidValue, expect
-from .options import RANGE, VARIANCES, PathOption, model_options, refusing
-from .outputs import check_output, make_writable, save_result
+from .options import RANGE, VARIANCES, PathOption, load_model, model_options, refusing
+from .outputs import check_output, close, try_writing, write
 
 if TYPE_CHECKING:
     import torch
@@ -69,23 +71,14 @@ def evaluate_command(
     variance: Any,
     labels: bool,
     json: Path | None,
-    model: Path | None,
-    seed: int,
-    batch_size: int,
-    dtype: str | None,
-    device: str | None,
-    quiet: bool,
+    **options: Any,
 ) -> None:
     """Compute the variational bound of test images, or their PSNR.
 
     Print L_T, L_{T-1} + ... + L_1, L_0 and their sum in bits per dimension (eq. 9-11). For a model with a condition, print
     PSNR and SSIM of the condition (bicubic, for low resolution), of one sample, and of the mean of several.
     """
-    import torch
-
-    from ..checks import computing_device
     from ..files.writing import write_json
-    from ..pretrained import BUILTIN, load_folder
     from ..training.data.conditions import evaluated_images
 
     failures: list[str] = []
@@ -94,52 +87,47 @@ def evaluate_command(
             check_output("evaluate", "json", json)
             if json.exists() and json.stat().st_size and "per_image" not in json.read_text(errors="replace"):
                 raise InvalidValue("evaluate", "json", "to be new or of an earlier evaluation", repr(str(json)))
-        dtype = dtype or "float32"
-        loaded = load_folder(model or BUILTIN, computing_device("evaluate", device), getattr(torch, dtype))
-        config, kind = loaded.model.config, loaded.model.config.get("condition")
+        dtype = options["dtype"] = options["dtype"] or "float32"
+        loaded = load_model("evaluate", options)
+        config, kind, interface = loaded.model.config, loaded.model.config.get("condition"), loaded.interface
         given = kind not in (None, "images")
         expect(
             condition is None or not given, "evaluate", "condition", f"to be left out, as the model restores {kind}", condition
         )
         restored, ranges = kind if given else condition, (data_range, condition_range)
-        dataset = evaluated_images(data, data_dir, restored, config, loaded.shape[0], num, *ranges)
+        dataset = evaluated_images(data, data_dir, restored, config, interface.channels or 0, num, *ranges)
         expect(num <= len(dataset), "evaluate", "num", f"to be at most {len(dataset)}, the test images of {data}", num)
-        embeddings, classes = config["num_class_embeds"], dataset.labels[:num]
-        unused = variance is not None and loaded.condition_channels > 0
+        classes, count = dataset.labels[:num], interface.num_classes
+        unused = variance is not None and interface.condition_channels
         expect(not unused, "evaluate", "variance", "to be left out, as the model restores images", variance)
-        labelled = labels and embeddings is not None
-        if labelled and classes.max() >= embeddings - 1:
-            raise InvalidValue(
-                "evaluate",
-                "labels",
-                f"to be in 0..{embeddings - 2}, as the model has",
-                f"{int(classes.max())}; --no-labels evaluates without",
-            )
+        labelled = bool(labels and count)
+        fits, got = not labelled or int(classes.max()) < (count or 0), f"{int(classes.max())}; --no-labels evaluates without"
+        expect(fits, "evaluate", "labels", f"to be in 0..{(count or 0) - 1}, as the model has", got)
         if json is not None:
-            make_writable("evaluate", "json", json.parent)
+            try_writing("evaluate", "json", json)
         arguments: dict[str, Any] = {
             "class_labels": classes if labelled else None,
-            "seed": seed,
-            "batch_size": batch_size,
-            "progress": not quiet,
+            "seed": options["seed"],
+            "batch_size": options["batch_size"],
+            "progress": not options["quiet"],
         }
         began = time.perf_counter()
-        if loaded.condition_channels:
+        if interface.condition_channels:
             head, lines, result = _restored(loaded, dataset, num, samples, arguments, failures)
         else:
             head, lines, result = _bounded(loaded, dataset, num, variance or loaded.objective.variance, arguments, failures)
         seconds = time.perf_counter() - began
-    if json is not None:
-        settings = {"data": data, "num": num, "labels": labelled, "seed": seed, "dtype": dtype}
-        values = {**settings, **result, "seconds": seconds}
-        save_result(lambda path: write_json(path, values), json, failures)
-    if not quiet:
+    if not options["quiet"]:
         counted = "1 test image" if num == 1 else f"{num} test images"
         click.echo(f"{counted} of {data}, {head}, {seconds:.1f} s")
         for line in lines:
             click.echo(f"  {line}")
-    if failures:
-        raise click.ClickException("; ".join(failures))
+    if json is not None:
+        settings = {"data": data, "num": num, "labels": labelled, "seed": options["seed"], "dtype": dtype}
+        values = {**settings, **result, "seconds": seconds}
+        with refusing():
+            write(json, lambda path: write_json(path, values))
+    close("; ".join(failures))
 
 
 def _bounded(
@@ -148,13 +136,12 @@ def _bounded(
     """Return the head, the lines and the figures of the variational bound."""
     import torch
 
-    from ..evaluation import variational_bound
     from ..training.data import to_unit_range
 
     got = "numbers of another range"
     expect(dataset.value_range is None, "evaluate", "data", "to be pictures of 256 levels, for bits per dimension", got)
     images = to_unit_range(dataset.batch(torch.arange(num))[0])
-    bound = variational_bound(
+    bound = ddpm_fast.variational_bound(
         *(loaded.model, images, loaded.objective),
         variance=variance,
         clip=loaded.clip,
@@ -191,19 +178,16 @@ def _restored(
 
     from ..files.images import condition_as_image
     from ..inference.model import device_and_dtype
-    from ..ops import sample_seeds
-    from ..sampling.sampler import Sampler
     from ..training.data.conditions import conditioned_items
     from ..training.data.dataset import import_extra
-    from .samplers import plan_of_options
 
     metrics = import_extra("torchmetrics.functional.image")
     smallest = min(dataset.shape[1:])
     expect(smallest >= _SSIM, "evaluate", "data", f"to have images of at least {_SSIM} pixels a side, for SSIM", smallest)
     items = conditioned_items(dataset, range(num), arguments["seed"])
-    plan, sampler = plan_of_options("evaluate", loaded, *[None] * 7)
-    draw = Sampler(loaded.model, plan, dtype=device_and_dtype(loaded.model)[1])
-    seeds = sample_seeds(arguments["seed"], num * samples).view(samples, num)
+    plan, sampler = loaded.build_plan()
+    draw = loaded.sampler(plan, dtype=device_and_dtype(loaded.model)[1])
+    seeds = ddpm_fast.sample_seeds(arguments["seed"], num * samples).view(samples, num)
     drawn = torch.zeros_like(items.images, dtype=torch.float64)
     images: dict[str, Tensor] = {}
     for row in seeds:

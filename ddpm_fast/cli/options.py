@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin
 
 import click
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, expect
+from ..options import Declared, Ranges, options_of
 from ..predictions import Variance
 from ..resources import no_folder
+from ..samplers import PlanOptions
+from ..sampling.options import DrawOptions
 from .console import Refused
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..pretrained import Pretrained
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -35,6 +42,7 @@ _ALIASES = {
     "num_steps": "steps",
     "jump_num_sample": "jump_samples",
     "class_labels": "classes",
+    "guidance_scale": "guidance",
     "name": "data",
 }
 
@@ -44,9 +52,9 @@ def refusing() -> Iterator[None]:
     """Turn errors into refusals that name the command's options, and write log lines above progress bars."""
     from tqdm.contrib.logging import logging_redirect_tqdm
 
-    parameters = click.get_current_context().command.params
+    command = click.get_current_context().command
     names = {
-        each.name: each.opts[0] if isinstance(each, click.Option) else each.name.upper() for each in parameters if each.name
+        each.name: each.opts[0] if isinstance(each, click.Option) else each.name.upper() for each in command.params if each.name
     }
     names = {alias: names[name] for alias, name in _ALIASES.items() if name in names} | names
     try:
@@ -54,7 +62,7 @@ def refusing() -> Iterator[None]:
             yield
     except ArgumentError as error:
         name = error.name if error.file else names.get(error.name, error.name)  # a file has its own names
-        raise Refused(str(error.renamed(name=name))) from error
+        raise Refused(str(error.renamed(caller=command.name or "", name=name))) from error
     except (ValueError, TypeError, ImportError, OSError) as error:
         raise Refused(str(error)) from error
     except Exception as error:
@@ -77,13 +85,6 @@ def size(ctx: click.Context, option: click.Parameter, value: str | None) -> int 
     return int(width) if height is None else (int(height), int(width))
 
 
-def model_folder(ctx: click.Context, option: click.Parameter, value: Any) -> Any:
-    """Refuse a model's folder that does not exist."""
-    if value is None or os.path.isdir(value):
-        return value
-    raise click.BadParameter(f"expected a folder, got {no_folder(value)}")
-
-
 def numbers(ctx: click.Context, option: click.Parameter, value: str | None) -> list[int] | None:
     """Parse whole numbers separated by commas, or "none"."""
     if value is None:
@@ -101,50 +102,153 @@ class PathOption(click.Path):
         """Return the path, or fail."""
         if value == "":
             self.fail("expected a path, got an empty text.", param, ctx)
-        return super().convert(value, param, ctx)
+        try:
+            return super().convert(value, param, ctx)
+        except ValueError as error:  # characters that no path has
+            self.fail(f"{value!r} is no path: {error}", param, ctx)
 
 
-class Finite(click.FloatRange):
-    """A type of option: a number in a range that is neither NaN nor infinite."""
+class DeclaredOption(click.Option):
+    """An option of a command that is made from its declaration.
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return the number, or fail."""
-        number = super().convert(value, param, ctx)
-        if not math.isfinite(number):
-            self.fail(f"{value} is not a finite number.", param, ctx)
-        return number
+    Attributes:
+        group: The heading under which help shows it.
+    """
+
+    group: str
 
 
-def adding(options: list[Callable[[Command], Command]]) -> Callable[[Command], Command]:
-    """Return a decorator that adds options to a command, the first one first."""
+def flag(declared: Declared, *names: str, **settings: Any) -> DeclaredOption:
+    """Return a declared option as one of a command. Only types are checked here, ranges where the options are used.
+
+    Args:
+        declared: The declaration.
+        *names: Its flags. None: that of its name.
+        **settings: Settings of the option that the declaration does not have, or has otherwise.
+    """
+    name, kind, default, option = declared
+    kinds, declarations = declared.kinds, [*(names or ("--" + name.replace("_", "-"),)), name]
+    made: dict[str, Any] = {}
+    if declared.choices:
+        made["type"] = click.Choice(declared.choices)
+    elif bool in kinds:
+        declarations[0] += f"/--no{declarations[0][1:]}"
+    elif declared.is_size:
+        made |= {"callback": size, "metavar": "WxH"}
+    elif Ranges in kinds:
+        made |= RANGE
+    elif get_origin(kind) is tuple:
+        default = ",".join(map(str, default))
+        made |= {"callback": numbers, "metavar": "N,N,..."}
+    elif os.PathLike[str] in kinds:
+        made["type"] = PathOption()
+    else:
+        made["type"] = str if str in kinds else next((each for each in (int, float) if each in kinds), None)
+    shown = default is not None and default is not False
+    made = {"default": default, "show_default": shown, "help": option.help} | made | settings
+    result = DeclaredOption(declarations, **made)
+    result.group = option.group
+    return result
+
+
+def adding(options: list[click.Option]) -> Callable[[Command], Command]:
+    """Return a decorator that adds options to a command, after those that stand below it."""
 
     def add(command: Command) -> Command:
-        for option in reversed(options):
-            command = option(command)
+        known: list[click.Parameter] = command.__dict__.setdefault("__click_params__", [])
+        known.extend(reversed(options))
         return command
 
     return add
 
 
+_DRAWING = {each.name: each for each in options_of(DrawOptions)}
+
+
+def plan_options(**defaults: Any) -> Callable[[Command], Command]:
+    """Return a decorator that adds the options that choose a plan. The default is the plan in the model's folder."""
+    options: list[click.Option] = [flag(each) for each in options_of(PlanOptions)]
+    for each in options:
+        if each.name in defaults:
+            each.default, each.show_default = defaults[each.name], True
+            each.help = (each.help or "").partition(" Default:")[0]
+    return adding(options)
+
+
+def class_options(default: str) -> Callable[[Command], Command]:
+    """Return a decorator that adds the options that choose the classes and the guidance. Help names the default."""
+    classes = f"Draw these classes in turn: names or numbers with commas, or none for no label.  [default: {default}]"
+    return adding([click.Option(["--classes"], help=classes), flag(_DRAWING["guidance_scale"], "--guidance")])
+
+
 def model_options(dtype_help: str) -> Callable[[Command], Command]:
     """Return a decorator that adds the options that say which model runs, and how."""
-    options = [
-        click.option(
-            "--model",
-            type=PathOption(path_type=Path),
-            callback=model_folder,
-            help="Load a model's folder in diffusers' layout, or a training run's.  [default: the built-in model]",
-        ),
-        click.option("--seed", type=int, default=0, show_default=True, help="Seed all noise."),
-        click.option(
-            "--batch-size", type=click.IntRange(1), default=64, show_default=True, help="Run this many images at a time."
-        ),
-        click.option(
-            "--dtype",
-            type=click.Choice(["float32", "bfloat16", "float16", "float64"]),
-            help=dtype_help,
-        ),
-        click.option("--device", help="Run on cpu, cuda, cuda:1, ...  [default: a GPU if there is one]"),
-        click.option("--quiet", is_flag=True, help="Print errors only."),
-    ]
-    return adding(options)
+    return adding(
+        [
+            click.Option(
+                ["--model"],
+                type=PathOption(path_type=Path),
+                help="Load a model's folder in diffusers' layout, or a training run's.  [default: the built-in model]",
+            ),
+            flag(_DRAWING["seed"], type=int),
+            flag(_DRAWING["batch_size"], type=click.IntRange(1), default=64, show_default=True),
+            click.Option(["--dtype"], type=click.Choice(["float32", "bfloat16", "float16", "float64"]), help=dtype_help),
+            click.Option(["--device"], help="Run on cpu, cuda, cuda:1, ...  [default: a GPU if there is one]"),
+            click.Option(["--quiet"], is_flag=True, help="Print errors only."),
+        ]
+    )
+
+
+def load_model(command: str, options: dict[str, Any]) -> Pretrained:
+    """Load the model that the options of `model_options` name, on the GPU of this process or the device that they name."""
+    from ..checks import computing_device
+    from ..distributed import own_device
+    from ..pretrained import BUILTIN, load_folder
+
+    model = options["model"] or BUILTIN
+    expect(os.path.isdir(model), command, "model", "to be a folder that holds a model", no_folder(model))
+    device = own_device(computing_device(command, options["device"]))
+    return load_folder(model, device, dtype_of(options))
+
+
+def dtype_of(options: dict[str, Any]) -> torch.dtype | None:
+    """Return the dtype that --dtype names."""
+    import torch
+
+    found: torch.dtype | None = None if options["dtype"] is None else getattr(torch, options["dtype"])
+    return found
+
+
+def chosen_plan(options: dict[str, Any]) -> dict[str, Any]:
+    """Return those of a command's options that choose a plan."""
+    return {name: options[name] for name in PlanOptions.__annotations__ if name in options}
+
+
+def drawing(options: dict[str, Any]) -> dict[str, Any]:
+    """Return a command's options of drawing as the arguments of a function that draws."""
+    return {"batch_size": options["batch_size"], "seed": options["seed"], "progress": not options["quiet"]} | (
+        {"guidance_scale": options["guidance_scale"]} if "guidance_scale" in options else {}
+    )
+
+
+def labels_of_option(
+    command: str, loaded: Pretrained, classes: str | None, num: int, *, each: bool = False
+) -> list[int] | str | None:
+    """Return a label for each image, the classes in turn, "none", or None for the default.
+
+    With `each`, a class that would get no image is an error.
+    """
+    from ..sampling.arguments import labels_of
+
+    names, count = loaded.interface.class_names, loaded.interface.num_classes
+    if classes is None or (classes == "none" and "none" not in [name.lower() for name in names]):  # a class may be called none
+        return classes
+    expect(count, command, "classes", "to be none, as the model has no classes", repr(classes))
+    entries = [part.strip() for part in classes.split(",")]
+    numbered = [int(entry) if entry.isdecimal() and entry not in names else entry for entry in entries]
+    chosen: Any = labels_of(command, names, numbered)
+    expect(max(chosen) < (count or 0), command, "classes", f"to be in 0..{(count or 0) - 1}", max(chosen))
+    wanted = "one class" if num == 1 else f"at most {num} classes"
+    fits = not each or len(chosen) <= num
+    expect(fits, command, "classes", f"to be {wanted}, as there are no more images", repr(classes))
+    return [chosen[i % len(chosen)] for i in range(num)]

@@ -1,19 +1,21 @@
-"""Files that commands write: checked before the work, and kept elsewhere if they cannot be written."""
+"""Files that commands write, checked before the work."""
 
 from __future__ import annotations
 
 import math
-import secrets
 import tempfile
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from ..errors import UnusablePath, expect
 from ..files.writing import remove_leftovers
-from ..resources import check_free_memory, check_writable
+from ..resources import check_free_memory, check_writable, existing_folder
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def check_output(command: str, name: str, path: Path) -> None:
@@ -22,10 +24,10 @@ def check_output(command: str, name: str, path: Path) -> None:
     expect(not path.exists() or path.is_file(), command, name, "to be a file", f"{str(path)!r}, which is a folder or a device")
 
 
-def make_writable(command: str, name: str, folder: Path) -> None:
-    """Make the folder that results will go to. Raise OSError if it cannot be made or written to."""
+def try_writing(command: str, name: str, path: Path) -> None:
+    """Raise OSError if no file can be written where a result will go. Nothing is left there."""
+    folder = existing_folder(path.parent)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder)
         with tempfile.TemporaryFile(dir=folder):
             pass
@@ -33,34 +35,16 @@ def make_writable(command: str, name: str, folder: Path) -> None:
         raise UnusablePath(command, name, "to be in a folder for files", f"{str(folder)!r}: {error}") from error
 
 
-def save_result(save: Callable[[Path], object], path: Path, failures: list[str], endings: tuple[str, ...] = ()) -> None:
-    """Save a result, or if that fails save it beside the path or in the temporary folder, and add to `failures`.
-
-    Args:
-        save: Writes the file that it is given.
-        path: The file to write.
-        failures: Receives the reason if another file had to be written, or none could be.
-        endings: Endings to try beside the path's own.
-    """
-    written: list[Path] = click.get_current_context().obj
+def write(path: Path, save: Callable[[Path], object]) -> None:
+    """Make the folder of a result, and save it."""
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         save(path)
-        written.append(path)
-        return
+    except (OSError, ValueError):
+        raise
     except Exception as error:  # formats raise errors of many types
-        reason = f"{path} could not be written: {getattr(error, 'strerror', None) or error}"
-    folders = [path.parent]
-    with suppress(OSError):
-        folders.append(Path(tempfile.gettempdir()))
-    for folder in folders:
-        for ending in dict.fromkeys((path.suffix, *endings)):
-            other = folder / f"{path.stem[:100]}-{secrets.token_hex(4)}{ending}"
-            with suppress(Exception):
-                save(other)
-                written.append(other)
-                failures.append(f"{reason}. Written instead: {other}")
-                return
-    failures.append(f"{reason}. No other file could be written either: {', '.join(map(str, folders))}")
+        raise OSError(f"{path} could not be written: {error}") from error
+    click.get_current_context().obj.append(path)
 
 
 def check_pictures(
@@ -78,3 +62,16 @@ def check_pictures(
     elif gif is not None:
         strip = min(STRIP, frames)
         image_format(gif, grid_shape((num * strip, shown, *sides), columns=strip, scale=gif_scale), "gif")
+
+
+def grey_for_bad(images: Tensor) -> tuple[Tensor, str]:
+    """Return images [N, C, H, W] with grey ones for those that are not finite, and what to say of them."""
+    bad = (~images.flatten(1).isfinite().all(dim=1)).nonzero().flatten().tolist()
+    where = f"from number {bad[0]} (of 0..{len(images) - 1})" if bad else ""
+    return images.nan_to_num(0, 0, 0), f"{len(bad)} of {len(images)} images are not finite and drawn grey, {where}" * bool(bad)
+
+
+def close(failure: str) -> None:
+    """End the command with an error, if there is one."""
+    if failure:
+        raise click.ClickException(failure)

@@ -10,20 +10,34 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+import ddpm_fast
+
 from ..errors import InvalidValue, expect
 from ..resources import check_free_memory
 from .console import Refused, Stopped
-from .options import RANGE, SAMPLING_DTYPE_HELP, PathOption, model_options, numbers, refusing
-from .outputs import check_output, check_pictures, make_writable, save_result
-from .samplers import class_options, labels_of_option, plan_of_options, sampler_options
+from .options import (
+    RANGE,
+    SAMPLING_DTYPE_HELP,
+    PathOption,
+    chosen_plan,
+    class_options,
+    drawing,
+    dtype_of,
+    labels_of_option,
+    load_model,
+    model_options,
+    numbers,
+    plan_options,
+    refusing,
+)
+from .outputs import check_output, check_pictures, close, grey_for_bad, try_writing, write
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from ..checks import Ranges
-    from ..plan import SamplingPlan
     from ..pretrained import Pretrained
+    from ..sampling.sampler import Sampler
 
 _FRAMES = 51  # at most, in an animation
 _COLUMNS = 8  # at most, of a grid with conditions
@@ -38,8 +52,8 @@ _COLUMNS = 8  # at most, of a grid with conditions
     type=click.IntRange(1),
     help="Draw this many images.  [default: 16, or one for each of --condition]",
 )
-@sampler_options(None)
-@class_options("all")
+@plan_options()
+@class_options("all, or none with --condition")
 @click.option(
     "--condition",
     type=PathOption(exists=True),
@@ -69,147 +83,128 @@ _COLUMNS = 8  # at most, of a grid with conditions
     help="Show these channels in the picture: one, three or four.  [default: all, or 0 if a picture cannot have as many]",
 )
 @model_options(SAMPLING_DTYPE_HELP)
-def sample_command(
-    num: int | None,
-    steps: int | None,
-    sampler: str | None,
-    eta: float | None,
-    spacing: str | None,
-    sigma_min: float | None,
-    sigma_max: float | None,
-    variance: str | None,
-    classes: str | None,
-    guidance: float | None,
-    condition: str | None,
-    condition_range: Ranges | None,
-    out: str,
-    gif: Path | None,
-    show_channels: list[int] | None,
-    model: Path | None,
-    seed: int,
-    batch_size: int,
-    dtype: str | None,
-    device: str | None,
-    quiet: bool,
-) -> None:
+def sample_command(num: int | None, out: str, gif: Path | None, show_channels: list[int] | None, **options: Any) -> None:
     """Draw images from a model and write them as one grid.
 
     With a folder or an .npz as --out, write each image. torchrun can then start several processes, and the same
     command continues what was stopped. torchrun needs --num-samples for --num.
     """
-    import torch
+    from ..distributed import ranks
 
-    from ..checks import computing_device
-    from ..distributed import Processes, ranks
-    from ..pretrained import BUILTIN, load_folder
-
-    writes_each = _writes_each(out)
-    failures: list[str] = []
+    failure = ""
     with refusing():
-        rank, size, local_rank = ranks("sample", os.environ)
-        if writes_each:
-            expect(gif is None, "sample", "gif", "to go with --out as one picture", f"{str(gif)!r} and {out!r}")
-        else:
-            expect(size <= 1, "sample", "out", f"to be a folder (dir/) or .npz with {size} processes", repr(out))
-            expect(Path(out).suffix, "sample", "out", "to be a picture (.png), a folder (dir/) or .npz", repr(out))
-            _check_paths(Path(out), gif)
-        precision = None if dtype is None else getattr(torch, dtype)
-        target = computing_device("sample", device)
-        if size > 1 and target == torch.device("cuda"):  # without a number
-            target = Processes(rank, size, local_rank).own_gpu("sample")
-        loaded = load_folder(model or BUILTIN, target, precision)
-        chosen = (sampler, steps, eta, spacing, sigma_min, sigma_max, variance)
-        plan, sampler = plan_of_options("sample", loaded, *chosen)
-        restored = _conditions(loaded, condition, seed, num, condition_range)
-        if restored is not None and classes is None:
-            classes = "none"  # nobody knows what the images show
+        rank, size, _ = ranks("sample", os.environ)
+        writes_each = _check_places(out, gif, size)
+        loaded = load_model("sample", options)
+        plan, name = loaded.build_plan(**chosen_plan(options))
+        restored = _conditions(loaded, options["condition"], options["seed"], num, options["condition_range"])
         num = num or (16 if restored is None else len(restored))
         check_free_memory("sample", "num", num, 64 * num)  # labels and seeds
         shown = _shown(loaded, show_channels)
-        arguments: dict[str, Any] = {
-            "seed": seed,
-            "guidance_scale": guidance,
-            "condition": None if restored is None else restored[torch.arange(num) % len(restored)],
-            "batch_size": batch_size,
-            "progress": not quiet,
+        arguments = drawing(options) | {
+            "class_labels": labels_of_option("sample", loaded, options["classes"], num),
+            "condition": _repeated(restored, num),
         }
+        sampler = loaded.sampler(plan, dtype=dtype_of(options))
         if writes_each:
-            arguments["device"] = target
-            seconds = _write_each(loaded, plan, num, out, classes, precision, arguments, rank)
+            # A device that is named may be that of several processes.
+            arguments["share_gpu"] = options["device"] is not None
+            seconds = _write_each(sampler, num, out, arguments, rank)
         else:
-            seconds = _write_grid(loaded, plan, num, Path(out), gif, shown, classes, precision, arguments, failures)
-    if not quiet and rank == 0:
-        names = ", ".join(map(str, click.get_current_context().obj))
-        images = "1 image" if num == 1 else f"{num} images"
-        steps_taken = "1 step" if plan.num_steps == 1 else f"{plan.num_steps} steps"
+            seconds, failure = _write_grid(sampler, num, Path(out), gif, shown, arguments)
+    if not options["quiet"] and rank == 0:
+        labels = "" if not loaded.interface.num_classes else f" of {_described(loaded, arguments, num)}"
+        trained = "" if loaded.step is None else f", from step {loaded.step} of {options['model']}"
         rate = "" if writes_each else f", {num / seconds:.3g} images/s"  # some images may be there already
-        part = "" if writes_each or len(shown) == loaded.shape[0] else f" Shown channels: {', '.join(map(str, shown))}."
-        trained = "" if loaded.step is None else f", from step {loaded.step} of {model}"
-        click.echo(f"{names}: {images} of {steps_taken} ({sampler}){trained} in {seconds:.1f} s{rate}.{part}")
-    if failures:
-        raise click.ClickException("; ".join(failures))
+        part = "" if writes_each or len(shown) == sampler.shape[0] else f" Shown channels: {', '.join(map(str, shown))}."
+        files, steps = ", ".join(map(str, click.get_current_context().obj)), _counted(plan.num_steps, "step")
+        click.echo(f"{files}: {_counted(num, 'image')}{labels} in {steps} ({name}){trained}, {seconds:.1f} s{rate}.{part}")
+    close(failure)
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
+def _described(loaded: Pretrained, arguments: dict[str, Any], num: int) -> str:
+    """Return which classes are drawn."""
+    labels, names = arguments["class_labels"], loaded.interface.class_names
+    if labels == "none" or (labels is None and arguments["condition"] is not None):
+        return "no class"
+    chosen = [*range(min(loaded.interface.num_classes or 0, num))] if labels is None else [*dict.fromkeys(labels)]
+    if len(chosen) > 1:
+        return f"{len(chosen)} classes in turn"
+    return f"class {names[chosen[0]] if chosen[0] < len(names) else chosen[0]}"
+
+
+def _check_places(out: str, gif: Path | None, size: int) -> bool:
+    """Return whether images go to a folder or an archive, one by one. Raise unless `out` and `gif` can be written."""
+    from ..files.images import image_format
+
+    separators = tuple(filter(None, (os.sep, os.altsep)))
+    if out.endswith(separators) or out.lower().endswith(".npz") or os.path.isdir(out):
+        expect(gif is None, "sample", "gif", "to go with --out as one picture", f"{str(gif)!r} and {out!r}")
+        return True
+    expect(size <= 1, "sample", "out", f"to be a folder (dir/) or .npz with {size} processes", repr(out))
+    expect(Path(out).suffix, "sample", "out", "to be a picture (.png), a folder (dir/) or .npz", repr(out))
+    for name, path in (("out", Path(out)), ("gif", gif)):
+        if path is not None:
+            check_output("sample", name, path)
+            try:
+                image_format(path, name=name)
+            except InvalidValue as error:
+                also = ", in .npz, or to be a folder (dir/)" if name == "out" else ""
+                raise error.renamed(expected=f"{error.expected}{also}") from None
+    if gif is not None:
+        same = os.path.exists(out) and gif.exists() and os.path.samefile(out, gif)
+        if same or os.path.realpath(out).casefold() == os.path.realpath(gif).casefold():  # some file systems ignore case
+            raise InvalidValue("sample", "gif", "to be another file than --out", f"{str(gif)!r} and {out!r}")
+    return False
 
 
 def _conditions(loaded: Pretrained, path: str | None, seed: int, num: int | None, ranges: Ranges | None) -> Tensor | None:
     """Return the conditions of --condition, or None for a model without. Raise unless they go together."""
     from ..training.data.conditions import read_conditions
 
-    channels, kind = loaded.condition_channels, loaded.model.config.get("condition")
+    channels, kind = loaded.interface.condition_channels, loaded.model.config.get("condition")
+    shape = loaded.interface.shape
     if path is None:
         wanted = f"to be given, as the model reads a condition of {channels} channels ({kind})"
         expect(channels == 0, "sample", "condition", wanted, "none")
         expect(ranges is None, "sample", "condition_range", "to go with --condition", ranges)
         return None
-    expect(channels > 0, "sample", "condition", "to be left out, as the model reads none", repr(path))
-    return read_conditions(path, loaded.model.config, _shape(loaded), seed, first=num, condition_range=ranges)
-
-
-def _shape(loaded: Pretrained) -> tuple[int, int, int]:
-    """Return (C, H, W) of an image. Raise if the model does not say."""
-    channels, height, width = loaded.shape
-    if height is None or width is None:
+    expect(channels, "sample", "condition", "to be left out, as the model reads none", repr(path))
+    if shape is None:
         raise InvalidValue("sample", "model", "to have a sample_size in its config.json", "null")
-    return channels, height, width
+    return read_conditions(path, loaded.model.config, shape, seed, first=num, condition_range=ranges)
+
+
+def _repeated(restored: Tensor | None, num: int) -> Tensor | None:
+    """Return a condition for each image, all in turn."""
+    import torch
+
+    return None if restored is None else restored[torch.arange(num) % len(restored)]
 
 
 def _shown(loaded: Pretrained, channels: list[int] | None) -> list[int]:
     """Return the channels that pictures show."""
     from ..files.images import shown_channels
 
-    total = loaded.shape[0]
+    total = loaded.interface.channels or 0
     if channels is None:
         return shown_channels(total)
-    wanted = f"to be one, three or four of 0..{total - 1}"
-    expect(
-        len(channels) in (1, 3, 4) and 0 <= min(channels) <= max(channels) < total, "sample", "show_channels", wanted, channels
-    )
+    wanted, fits = f"to be one, three or four of 0..{total - 1}", len(channels) in (1, 3, 4)
+    expect(fits and 0 <= min(channels) <= max(channels) < total, "sample", "show_channels", wanted, channels)
     return channels
 
 
-def _writes_each(out: str) -> bool:
-    """Return whether images go to a folder or an archive, one by one."""
-    separators = tuple(filter(None, (os.sep, os.altsep)))
-    return out.endswith(separators) or out.lower().endswith(".npz") or os.path.isdir(out)
-
-
-def _write_each(
-    loaded: Pretrained,
-    plan: SamplingPlan,
-    num: int,
-    out: str,
-    classes: str | None,
-    dtype: torch.dtype | None,
-    arguments: dict[str, Any],
-    rank: int,
-) -> float:
+def _write_each(sampler: Sampler, num: int, out: str, arguments: dict[str, Any], rank: int) -> float:
     """Write images one by one, and return the seconds that it took."""
     from ..distributed import FirstFailed, ProcessLost
-    from ..sampling.sample_files import write_samples
 
-    labels = _labels(loaded, num, classes, arguments["guidance_scale"])
     began = time.perf_counter()
     try:
-        written = write_samples(out, loaded.model, plan, num, class_labels=labels, dtype=dtype, **arguments)
+        written = ddpm_fast.write_samples(out, sampler, num, **arguments)
     except FirstFailed:
         sys.exit(Refused.exit_code)  # rank 0 says why
     except ProcessLost as error:
@@ -224,79 +219,33 @@ def _write_each(
     return time.perf_counter() - began
 
 
-def _check_paths(out: Path, gif: Path | None) -> None:
-    """Raise unless the grid and the animation are files that Pillow can write, and two."""
-    from ..files.images import image_format
-
-    check_output("sample", "out", out)
-    image_format(out, name="out")
-    if gif is not None:
-        check_output("sample", "gif", gif)
-        image_format(gif, name="gif")
-        same = out.exists() and gif.exists() and out.samefile(gif)
-        if same or str(out.resolve()).casefold() == str(gif.resolve()).casefold():  # some file systems ignore case
-            raise InvalidValue("sample", "gif", "to be another file than --out", f"{str(gif)!r} and {str(out)!r}")
-
-
 def _write_grid(
-    loaded: Pretrained,
-    plan: SamplingPlan,
-    num: int,
-    out: Path,
-    gif: Path | None,
-    shown: list[int],
-    classes: str | None,
-    dtype: torch.dtype | None,
-    arguments: dict[str, Any],
-    failures: list[str],
-) -> float:
-    """Draw images, write the grid and the animation, and return the seconds that drawing took."""
-    from ..files.images import in_bands, save_grid, save_trajectory
-    from ..sampling.sampler import Sampler
+    sampler: Sampler, num: int, out: Path, gif: Path | None, shown: list[int], arguments: dict[str, Any]
+) -> tuple[float, str]:
+    """Draw images, write the grid and the animation. Return the seconds of drawing, and what is wrong with images."""
+    from ..files.images import in_bands
 
-    frames = 0 if gif is None else min(_FRAMES, plan.num_steps + 1)
-    image, condition = _shape(loaded), arguments["condition"]
+    frames = 0 if gif is None else min(_FRAMES, sampler.plan.num_steps + 1)
+    (_, height, width), condition = sampler.shape, arguments["condition"]
     columns = None if condition is None or num == 1 else min(_COLUMNS, num)
     count = num if columns is None else 2 * columns * -(-num // columns)  # images in the grid
-    pixels = max(image[1:])
+    pixels = max(height, width)
     scale, gif_scale = 1 if num == 1 else max(1, 128 // pixels), max(1, 64 // pixels)  # one image can be edited as it is
-    check_pictures((count, len(shown), *image[1:]), frames, out, scale, gif, gif_scale)
-    labels = _labels(loaded, num, classes, arguments["guidance_scale"])
-    make_writable("sample", "out", out.parent)
-    if gif is not None:
-        make_writable("sample", "gif", gif.parent)
+    check_pictures((count, len(shown), height, width), frames, out, scale, gif, gif_scale)
+    for name, path in (("out", out), ("gif", gif)):
+        if path is not None:
+            try_writing("sample", name, path)
     began = time.perf_counter()
-    draw = Sampler(loaded.model, plan, dtype=dtype)
-    states = None
     if gif is None:
-        images = draw(num, class_labels=labels, **arguments)
+        images = states = sampler(num, **arguments)
     else:
-        images, states = draw.trajectory(num, num_frames=_FRAMES, class_labels=labels, **arguments)
+        images, states = sampler.trajectory(num, num_frames=frames, **arguments)
     images = images.cpu()  # waits for a GPU
     seconds = time.perf_counter() - began
-    finite = images.flatten(1).isfinite().all(dim=1)
-    if not finite.all():
-        bad = (~finite).nonzero().flatten().tolist()
-        failures.append(f"{len(bad)} of {num} images are not finite and drawn grey, from number {bad[0]} (of 0..{num - 1})")
-        images = images.nan_to_num(0, 0, 0)
-        states = None if states is None else states.nan_to_num(0, 0, 0)
-    if columns is not None:
-        images = in_bands([condition, images], columns)
-    save_result(lambda path: save_grid(images, path, columns=columns, scale=scale, channels=shown), out, failures, (".png",))
-    if states is not None and gif is not None:
-        trajectory = states
-        save_result(lambda path: save_trajectory(trajectory, path, scale=gif_scale, channels=shown), gif, failures, (".png",))
-    return seconds
-
-
-def _labels(loaded: Pretrained, num: int, classes: str | None, guidance: float | None) -> list[int] | None:
-    """Return a label for each image, or None. Raise if guidance needs labels and there are none."""
-    labels = labels_of_option("sample", loaded, classes, num)
-    expect(
-        guidance in (None, 1) or labels is not None,
-        "sample",
-        "guidance",
-        "to be 1 or to go with classes",
-        f"{guidance} and no labels",
-    )
-    return labels
+    images, failure = grey_for_bad(images)
+    images = images if columns is None else in_bands([condition, images], columns)
+    write(out, lambda path: ddpm_fast.save_grid(images, path, columns=columns, scale=scale, channels=shown))
+    if gif is not None:
+        states = states.nan_to_num(0, 0, 0)
+        write(gif, lambda path: ddpm_fast.save_trajectory(states, path, scale=gif_scale, channels=shown))
+    return seconds, failure

@@ -7,16 +7,19 @@ import os
 import signal
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any
 
 import click
 from click.core import ParameterSource
 
+import ddpm_fast
+
 from ..errors import renaming
 from ..files.writing import remove_leftovers
-from ..training.options import CHANGEABLE, STRUCTS, DataOptions, Declared, ModelOptions, Ranges, TrainOptions, options_of
+from ..options import options_of
+from ..training.options import CHANGEABLE, STRUCTS, DataOptions, ModelOptions, TrainOptions
 from .console import Stopped
-from .options import RANGE, PathOption, numbers, refusing, size
+from .options import PathOption, flag, refusing
 
 _EXAMPLE = """\b
 Example:
@@ -55,16 +58,6 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
 """Values of options that `--network` sets, and what the command says of them."""
 
 
-class _Option(click.Option):
-    """An option of a run.
-
-    Attributes:
-        group: The heading under which help shows it.
-    """
-
-    group: str
-
-
 class _Grouped(click.Command):
     """A command whose help shows its options under headings."""
 
@@ -78,33 +71,6 @@ class _Grouped(click.Command):
         for name, records in groups.items():
             with formatter.section(name):
                 formatter.write_dl(records)
-
-
-def _option(declared: Declared) -> click.Option:
-    """Return an option of a run as one of the command. Only types are checked here, ranges where the run's options are made."""
-    name, kind, default, option = declared
-    kinds, flag = declared.kinds, "--" + name.replace("_", "-")
-    declarations = [flag, name]
-    settings: dict[str, Any] = {}
-    if declared.choices:
-        settings["type"] = click.Choice(declared.choices)
-    elif bool in kinds:
-        declarations[0] += f"/--no{flag[1:]}"
-    elif declared.is_size:
-        settings |= {"callback": size, "metavar": "WxH"}
-    elif Ranges in kinds:
-        settings |= RANGE
-    elif get_origin(kind) is tuple:
-        default = ",".join(map(str, default))
-        settings |= {"callback": numbers, "metavar": "N,N,..."}
-    elif os.PathLike[str] in kinds:
-        settings["type"] = PathOption()
-    else:
-        settings["type"] = str if str in kinds else next(each for each in (int, float) if each in kinds)
-    shown = default is not None and default is not False
-    made = _Option(declarations, default=default, show_default=shown, help=option.help, **settings)
-    made.group = option.group
-    return made
 
 
 def _settings(network: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -130,7 +96,6 @@ def train_command(ctx: click.Context, /, run_dir: Path, network: str | None, **o
     from ..checks import computing_device
     from ..distributed import FirstFailed, ProcessLost, ranks
     from ..training.folder import RunFolder, check_by_options
-    from ..training.trainer import train
 
     run = RunFolder(run_dir)
     try:
@@ -152,7 +117,7 @@ def train_command(ctx: click.Context, /, run_dir: Path, network: str | None, **o
             default = (ParameterSource.DEFAULT, ParameterSource.DEFAULT_MAP)  # options that are given now stay
             options |= {name: values[name] for name in values if ctx.get_parameter_source(name) in default}
             data, model = DataOptions.from_values(options), ModelOptions.from_values(options)
-            result = train(run_dir, TrainOptions.from_values(options), data, model)
+            result = ddpm_fast.train(run_dir, TrainOptions.from_values(options), data, model)
     except FirstFailed:
         ctx.exit(1)
     except (FloatingPointError, ProcessLost) as error:
@@ -167,7 +132,7 @@ def train_command(ctx: click.Context, /, run_dir: Path, network: str | None, **o
         click.echo(f"{run_dir}: {result.step} steps done. Sample from it with: ddpm-fast sample --model {run_dir}{more}")
 
 
-train_command.params += [_option(declared) for struct in STRUCTS for declared in options_of(struct)]
+train_command.params += [flag(declared) for struct in STRUCTS for declared in options_of(struct)]
 
 
 @click.command("export")
@@ -184,13 +149,11 @@ def export_command(run_dir: Path, out_dir: Path, dtype: str) -> None:
     """Write a run's averaged network to OUT_DIR, in diffusers' layout."""
     import torch
 
-    from ..training.export import export_checkpoint
-
     for folder in (out_dir, out_dir / "unet"):
         remove_leftovers(folder)
     try:
         with refusing():
-            folder = export_checkpoint(run_dir, out_dir, getattr(torch, dtype))
+            folder = ddpm_fast.export_checkpoint(run_dir, out_dir, getattr(torch, dtype))
     except KeyboardInterrupt:
         raise Stopped(f"Stopped by Ctrl-C. {out_dir} may be incomplete.") from None
     click.get_current_context().obj.append(folder)

@@ -135,3 +135,15 @@ def ranks(caller: str, environment: Mapping[str, str]) -> tuple[int, int, int]:
             "none; start with torchrun, or unset the variables of ranks",
         )
     return rank, size, int(local)
+
+
+def own_device(device: torch.device) -> torch.device:
+    """Return the device, or for a GPU without a number that of the local rank, if torchrun or the like has set one.
+
+    Processes that each see one GPU have one each. More processes than GPUs share them.
+    """
+    slurm = "" if "MASTER_ADDR" not in os.environ else os.environ.get("SLURM_LOCALID", "")
+    local = os.environ.get("LOCAL_RANK", slurm)
+    if device != torch.device("cuda") or not local.isdecimal():
+        return device
+    return torch.device("cuda", int(local) % max(torch.cuda.device_count(), 1))

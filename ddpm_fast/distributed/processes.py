@@ -145,6 +145,15 @@ class Processes:
             dist.broadcast(values, 0, group=self.control)
         return values.tolist()
 
+    def from_all(self, number: float) -> list[float]:
+        """Return the numbers of all processes, in the order of their ranks."""
+        values = torch.zeros(self.size, dtype=torch.float64, device="cpu")
+        values[self.rank] = number
+        if self.size > 1:
+            with together(self):
+                dist.all_reduce(values, group=self.control)
+        return values.tolist()
+
     def copy_from_first(self, tensors: Sequence[Tensor]) -> None:
         """Replace the tensors' values by rank 0's."""
         if self.size > 1:

@@ -19,20 +19,12 @@ from ..checks import (
 )
 from ..dtypes import opmath
 from ..errors import InvalidValue, expect, renaming
-from ..inference import inference_network
-from ..inference.model import Model, device_and_dtype, evaluation_mode, model_config, predict
+from ..inference import Interface, adapted
+from ..inference.model import Model, device_and_dtype, evaluation_mode
 from ..plan import COLUMNS, PlanPrediction, ddpm_plan
 from ..predictions import Variance
-from ..sampling.arguments import (
-    ClassLabels,
-    check_condition,
-    check_image_shape,
-    check_model,
-    check_takes_labels,
-    image_channels,
-    resolve_labels,
-    resolve_seeds,
-)
+from ..sampling.arguments import check_condition, check_model, resolve_labels, resolve_seeds
+from ..sampling.options import ClassLabels
 from ..sampling.progress import progress_bar
 from ..schedule import NoiseSchedule, Objective
 from ..variational import prior_bits, reconstruction_bits, split_variance, transition_bits
@@ -111,8 +103,8 @@ def variational_bound(
         prediction: Meaning of the model's output, as in `ddpm_plan`. None: that of an objective, or "epsilon".
         variance: Variance of the reverse steps, as in `ddpm_plan`. None: that of an objective, or "fixed_small".
         clip: Bound on x_0^, or None, as in `ddpm_plan`.
-        class_labels: As in `sample`.
-        condition: As in `sample`.
+        class_labels: One class for all images, or one per image, see `BatchOptions`. None: no class.
+        condition: See `BatchOptions`.
         seed: An int, or int64 [N] with a seed per image. The stream of timestep t is t.
         noise: Replaces `seed`. noise(t) returns epsilon of timestep t, shaped like x_0. It is called once
             for each t = T-1, ..., 0.
@@ -148,17 +140,11 @@ def variational_bound(
     check_dtype(caller, "dtype", dtype, optional=True)
     check_int(caller, "batch_size", batch_size, 1, optional=True)
     total = len(x_0)
-    wanted = image_channels(model_config(model), variance.startswith("learned"))
-    expect(wanted in (None, x_0.shape[1]), caller, "x_0", f"to be [N, {wanted}, H, W]", tuple(x_0.shape))
-    outputs, predicted = model_config(model).get("out_channels"), x_0.shape[1] * (2 if variance.startswith("learned") else 1)
-    got = f"out_channels {outputs} with variance {variance}"
-    expect(outputs in (None, predicted), caller, "model", f"to predict {predicted} channels", got)
-    check_condition(caller, model, tuple(x_0.shape[1:]), total, condition)
-    channels = x_0.shape[1] + (0 if condition is None else condition.shape[1])
-    check_image_shape(caller, "x_0", model, (total, channels, *x_0.shape[2:]))
-    labels, _ = resolve_labels(caller, model_config(model), class_labels, total)
-    check_takes_labels(caller, model, class_labels)
-    seeds = resolve_seeds(caller, seed, total)
+    interface = Interface.of(model, predicts_variance=variance.startswith("learned"))
+    interface.check_images(caller, "x_0", tuple(x_0.shape[1:]))
+    check_condition(caller, interface, tuple(x_0.shape[1:]), total, condition)
+    labels = resolve_labels(caller, model, interface, class_labels, total)
+    seeds, predicted = resolve_seeds(caller, seed, total), x_0.shape[1] * (2 if interface.predicts_variance else 1)
     weights = plan.coefficients.flip(0)  # row t
 
     model_device, model_dtype = device_and_dtype(model)
@@ -167,27 +153,38 @@ def variational_bound(
     check_dtype(caller, "dtype", dtype)
     x_0 = x_0.detach().to(device, opmath(dtype))
     seeds, labels = seeds.to(device), None if labels is None else labels.to(device)
-    condition = None if condition is None else condition.to(device, dtype)
+    condition = None if condition is None else condition.to(device)
     terms = torch.empty(total, schedule.num_timesteps, dtype=torch.float64, device=device)
     x_0_mse = torch.empty_like(terms)
     chunks = [slice(i, i + (batch_size or total)) for i in range(0, total, batch_size or total)]
     timesteps = range(schedule.num_timesteps - 1, -1, -1)
 
+    network = adapted(caller, model, device, dtype, schedule.num_timesteps)
     with (
-        evaluation_mode(network := inference_network(caller, model, device, dtype, schedule.num_timesteps)),
+        evaluation_mode(network.model),
         torch.inference_mode(),
         progress_bar(len(timesteps), "variational bound", "timestep", shown=progress) as bar,
     ):
         weights_of_x_0, bounds = schedule.posterior_mean_coef_x_0, schedule.reverse_log_variances.T
         for t in timesteps:
-            epsilon = None if noise is None else noise(t).to(x_0)
+            epsilon = None if noise is None else noise(t)
+            if epsilon is not None:
+                check_map(caller, f"noise({t})", epsilon)
+                fits = epsilon.shape == x_0.shape and not epsilon.is_meta
+                expect(fits, caller, f"noise({t})", f"to have values of shape {list(x_0.shape)}", list(epsilon.shape))
+                epsilon = epsilon.to(x_0)
             for chunk in chunks:
                 x = x_0[chunk]
                 drawn = ops.noise(x.shape, seeds[chunk], stream=t, dtype=x.dtype) if epsilon is None else epsilon[chunk]
                 x_t = ops.q_sample(x, t, schedule, noise=drawn)
                 step = torch.full((len(x),), t, device=device)
-                x_in = x_t.to(dtype) if condition is None else torch.cat([x_t.to(dtype), condition[chunk]], dim=1)
-                output = predict(network, x_in, step, None if labels is None else labels[chunk]).double()
+                given = (None if each is None else each[chunk] for each in (labels, condition))
+                output = network.evaluate(x_t, step, *given)
+                fits = isinstance(output, Tensor) and output.shape == (len(x), predicted, *x.shape[2:])
+                expect(
+                    fits, caller, "model", f"to return {predicted} channels", getattr(output, "shape", type(output).__name__)
+                )
+                output = output.double()
                 m, log_variance = split_variance(output, x.shape[1], bounds[:, t], variance)
                 p, q, clip_at = (float(weights[t, COLUMNS.index(name)]) for name in ("p", "q", "clip"))
                 unclipped = p * x_t.double() + q * m

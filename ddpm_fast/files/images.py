@@ -26,6 +26,16 @@ _TITLE: Final = 14  # height of a title, in pixels
 _MODES: Final = {1: "L", 3: "RGB", 4: "RGBA"}  # by the number of channels
 
 
+def in_range(images: Tensor, ranges: Sequence[Sequence[float]]) -> Tensor:
+    """Map images [..., C, H, W] from [-1, 1] to ranges of values, a pair (low, high) for all channels or one a channel.
+
+    The result is float64.
+    """
+    low, high = images.new_tensor(ranges, dtype=torch.float64).T[:, :, None, None]  # [C, 1, 1]
+    values: Tensor = (images.double() + 1) * ((high - low) / 2) + low
+    return values
+
+
 def to_uint8(images: Tensor) -> Tensor:
     """Map [-1, 1] to 0..255, rounded to nearest: the inverse of x = 2 u / 255 - 1. Values outside saturate.
 

@@ -98,11 +98,7 @@ def read_json(caller: str, path: Path, parse: Callable[[dict[str, Any]], T]) -> 
             f"{caller}: expected {str(path)!r} to be a file, got {'something else' if path.exists() else 'none'}"
         )
     with path.open("rb") as file:
-        return parsed_json(caller, path, file.read(_MAX_JSON + 1), parse)
-
-
-def parsed_json(caller: str, path: Path, content: bytes, parse: Callable[[dict[str, Any]], T]) -> T:
-    """Return the value that the content of a JSON file describes. See `read_json`, which has the arguments and errors."""
+        content = file.read(_MAX_JSON + 1)
     expect(len(content) <= _MAX_JSON, caller, repr(str(path)), f"to have at most {_MAX_JSON >> 20} MiB", "more")
     try:
         value = json.loads(content.decode("utf-8"))
@@ -129,12 +125,7 @@ def _shortened(text: str) -> str:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Replace a JSON file."""
-    write_text(path, json_text(value))
-
-
-def json_text(value: Mapping[str, Any]) -> str:
-    """Return the text of a JSON file."""
-    return json.dumps(value, indent=2) + "\n"
+    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,15 +1,9 @@
 """The network as it samples: frozen U-Nets, their programs, and CUDA graphs."""
 
-from .frozen import FrozenUNet, frozen_step, frozen_unet, inference_network
+from .adapter import Adapter
+from .frozen import FrozenUNet, adapted, frozen_unet
+from .interface import Interface
 from .network import why_not_frozen
-from .step import StepState, step_by_any_network
+from .step import StepState
 
-__all__ = [
-    "FrozenUNet",
-    "StepState",
-    "frozen_step",
-    "frozen_unet",
-    "inference_network",
-    "step_by_any_network",
-    "why_not_frozen",
-]
+__all__ = ["Adapter", "FrozenUNet", "Interface", "StepState", "adapted", "frozen_unet", "why_not_frozen"]

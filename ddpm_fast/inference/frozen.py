@@ -14,16 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import MAX_TIMESTEPS, check_dtype, check_int, check_range, computing_device
-from ..errors import InvalidType, InvalidValue
+from ..errors import InvalidType, InvalidValue, expect
 from ..nn.config import UNetConfig
 from ..nn.unet import UNet, centered, checked_timesteps
-from ..ops.backend import has_fast_bfloat16
 from ..ops.modes import is_transformed_tensor, runs_eagerly
 from ..ops.packed_conv import conv_ops
 from ..ops.reverse_step import reverse_step_op
 from ..ops.step_parts import count_step_op, network_input_op
 from ..plan import SamplingPlan
 from ..reference import VARIANCES
+from .adapter import Adapter, weights_digest
 from .calls import Layers, append_network
 from .model import Model, inference_form, placed
 from .network import Network, held_tensors, read_network, why_not_frozen
@@ -55,7 +55,7 @@ def _frozen(model: UNet, dtype: torch.dtype | None, device: torch.device | str |
     """Return the inference form of a U-Net that can be frozen."""
     weight = model.conv_in.weight
     device = torch.empty(0, device=computing_device("freeze", weight.device if device is None else device)).device
-    dtype = default_dtype(weight.dtype, device) if dtype is None else dtype
+    dtype = sampling_dtype(weight.dtype, device) if dtype is None else dtype
     check_dtype("freeze", "dtype", dtype)  # the weights may have another
     if num_timesteps is None:
         num_timesteps = model.config["num_train_timesteps"] or 1000
@@ -63,18 +63,16 @@ def _frozen(model: UNet, dtype: torch.dtype | None, device: torch.device | str |
     return FrozenUNet(model, dtype, device, num_timesteps)
 
 
-def default_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """Return the dtype that `freeze` chooses for a model of this dtype on this device."""
-    if dtype != torch.float32 or device.type not in ("cpu", "cuda"):
+def sampling_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Return the dtype in which a `UNet` of this dtype samples: its own on a CPU, bfloat16 or float16 for float32 on a GPU."""
+    if dtype != torch.float32 or device.type != "cuda":
         return dtype
-    if device.type == "cpu":
-        return torch.bfloat16 if has_fast_bfloat16() else torch.float32
     with torch.cuda.device(device):
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
-def inference_network(caller: str, model: Model, device: torch.device, dtype: torch.dtype | None, num_timesteps: int) -> Model:
-    """Return the network that computes `model` fastest.
+def adapted(caller: str, model: Model, device: torch.device, dtype: torch.dtype | None, num_timesteps: int) -> Adapter:
+    """Return the adapter of the network that computes `model` fastest.
 
     A `UNet` is frozen. Any other model is used as it is, or copied to another device or dtype. A `UNet` that
     cannot be frozen is treated so too, with a warning that names the reason.
@@ -83,23 +81,21 @@ def inference_network(caller: str, model: Model, device: torch.device, dtype: to
         caller: Name of the calling function for error messages.
         model: Model to evaluate.
         device: Device to run on.
-        dtype: Dtype of the network. None: on a GPU the choice of `freeze`, elsewhere the model's.
+        dtype: Dtype of the network. None: the choice of `freeze` for a `UNet`, else the model's.
         num_timesteps: T.
     """
     model = inference_form(model)
-    if not isinstance(model, UNet):
-        return placed(caller, model, device, dtype)
-    reason = why_not_frozen(model) if device.type in ("cpu", "cuda") else f"it is on {device.type}"
-    if reason is not None:
+    if isinstance(model, UNet):
+        reason = why_not_frozen(model) if device.type in ("cpu", "cuda") else f"it is on {device.type}"
+        if reason is None:
+            return FrozenAdapter(_frozen(model, dtype, device, num_timesteps))
         warnings.warn(
             f"ddpm_fast: this UNet is not frozen, because {reason}. It runs as it is, which is slower.",
             RuntimeWarning,
             stacklevel=3,  # the caller of `Sampler`
         )
-        return placed(caller, model, device, dtype)
-    if dtype is None and device.type == "cpu":
-        dtype = model.conv_in.weight.dtype
-    return _frozen(model, dtype, device, num_timesteps)
+    network = placed(caller, model, device, dtype)
+    return FrozenAdapter(network) if isinstance(network, FrozenUNet) else Adapter(network, dtype)
 
 
 class _Constants(nn.Module):
@@ -145,6 +141,7 @@ class FrozenUNet:
         num_timesteps: T.
         dtype: Dtype of activations, and of weights but for those that are packed in float32 for bfloat16 activations.
         device: Device of weights and activations.
+        digest: SHA-256 of the configuration and the weights from which it was made.
         why_not_packed: The reason why PyTorch or oneDNN computes the convolutions. None if this package's
             CPU kernels do.
     """
@@ -152,6 +149,7 @@ class FrozenUNet:
     def __init__(self, model: UNet, dtype: torch.dtype, device: torch.device, num_timesteps: int) -> None:
         self.config: Mapping[str, Any] = MappingProxyType(dict(model.config))
         self.num_timesteps, self.dtype, self.device = num_timesteps, dtype, device
+        self.digest = weights_digest(model)
         self.why_not_packed = conv_ops["direct"].why_not("native", device, dtype)
         # Tensors of inference mode could not be used outside of it.
         with torch.inference_mode(False), torch.no_grad(), torch.device(device):
@@ -274,72 +272,74 @@ class FrozenUNet:
         raise AttributeError(message)
 
 
-def frozen_step(
-    network: FrozenUNet, plan: SamplingPlan, state: StepState, guidance_scale: float | None
-) -> Callable[[], object]:
-    """Return a function that advances x_t by a step of a plan (derivation eq. 13; Ho et al. 2020, Algorithm 2).
+class FrozenAdapter(Adapter):
+    """A frozen network, whose step is one program: network, guidance and `reverse_step`."""
 
-    Network, guidance and `reverse_step` are one program. A batch is split by image, so that feature maps stay in the
-    CPU's cache. Both halves of guidance are evaluated together. CPU kernels read x_t and the condition as two maps. For
-    PyTorch both lie in one map, to which a step writes x_t alone. The function checks nothing. Only one thread at a time
-    may call it, without autocast.
+    model: FrozenUNet
+    is_frozen = True
 
-    Args:
-        network: The network.
-        plan: The plan. Its timesteps are in 0..T-1.
-        state: Memory of the step, channels_last and on the network's device. A network with more input channels than x_t
-            has reads a condition, which `state.start` must be given.
-        guidance_scale: None: no guidance.
-    """
-    layers, builder = network._constants.network, Builder()
-    n, copies = len(state.x_t), 1 if guidance_scale is None else 2
-    at_once = math.ceil(n / network._num_passes(copies * n, *state.x_t.shape[2:]))
-    with network._turns.taken(), torch.inference_mode(False), torch.no_grad(), torch.device(network.device):
-        timesteps, table = plan.timesteps.to(network.device), plan.table(network.device)
-        for part in (slice(i, i + at_once) for i in range(0, n, at_once)):
-            x_t, history = state.x_t[part], [each[part] for each in state.history]
-            x_0 = [] if state.x_0 is None else [state.x_0[part]]
-            labels = None if state.class_labels is None else state.class_labels[:, part]
-            stacks = layers.time_terms.append(builder, timesteps, state.step, copies * len(x_t), labels)
-            inputs = _network_inputs(builder, network, state, part, copies)
-            model_output = append_network(builder, layers, network._layers, inputs, stacks)
-            seeds, variance = state.seeds[part] if plan.is_random else None, VARIANCES.index(plan.variance)
-            arguments = reverse_step_op.Arguments(
-                *(x_t, model_output, table, state.step),
-                **dict(zip(("x_0_prev", "x_0_prev2"), history, strict=False)),
-                **{"seeds": seeds, "guidance_scale": guidance_scale, "variance": variance, "return_x_0": bool(x_0)},
-            )
-            builder.update(reverse_step_op, *arguments[:-1], out=(x_t, *x_0))
-            if len(history) > 1:  # x_0_prev becomes x_0_prev2, then x_0^ becomes x_0_prev: copies in the same parallel region
-                for source, copy in ((history[0], history[1]), (x_0[0], history[0])):
-                    builder.update(network_input_op, source, x_t.dtype, 1, False, out=(copy,))
-        builder.update(count_step_op, state.step, out=(state.step,))
-        return network._executor(builder.calls).run
+    def check_plan(self, caller: str, plan: SamplingPlan) -> None:
+        """Raise a ValueError if a timestep is not in the network's tables."""
+        last, total = int(plan.timesteps.max()), self.model.num_timesteps
+        expect(last < total, caller, "plan", f"to have timesteps below {total}", last)
+
+    def memory_format(self, shape: Sequence[int]) -> torch.memory_format:
+        """Return channels_last, as the kernels read images."""
+        return torch.channels_last
+
+    def parameters(self) -> list[Tensor]:
+        """Return nothing: the network holds what a captured step uses."""
+        return []
+
+    def bind(self, plan: SamplingPlan, state: StepState, guidance_scale: float | None) -> Callable[[], object]:
+        """Return the program of a step. It checks nothing, and is called without autocast.
+
+        A batch is split by image, so that feature maps stay in the CPU's cache. Both halves of guidance are evaluated together.
+        CPU kernels read x_t and the condition as two maps. For PyTorch both lie in one map, to which a step writes x_t alone.
+        A network that is traced is called as any other.
+        """
+        if not runs_eagerly():
+            return super().bind(plan, state, guidance_scale)
+        network, builder = self.model, Builder()
+        layers, n = network._constants.network, len(state.x_t)
+        at_once = math.ceil(n / network._num_passes(state.copies * n, *state.x_t.shape[2:]))
+        with network._turns.taken(), torch.inference_mode(False), torch.no_grad(), torch.device(network.device):
+            timesteps, table = plan.timesteps.to(network.device), plan.table(network.device)
+            for part in (slice(i, i + at_once) for i in range(0, n, at_once)):
+                x_t, history = state.x_t[part], [each[part] for each in state.history]
+                x_0 = [] if state.x_0 is None else [state.x_0[part]]
+                labels = None if state.class_labels is None else state.class_labels[:, part]
+                stacks = layers.time_terms.append(builder, timesteps, state.step, state.copies * len(x_t), labels)
+                inputs = _network_inputs(builder, network, state, part)
+                model_output = append_network(builder, layers, network._layers, inputs, stacks)
+                seeds, variance = state.seeds[part] if plan.is_random else None, VARIANCES.index(plan.variance)
+                arguments = reverse_step_op.Arguments(
+                    *(x_t, model_output, table, state.step),
+                    **dict(zip(("x_0_prev", "x_0_prev2"), history, strict=False)),
+                    **{"seeds": seeds, "guidance_scale": guidance_scale, "variance": variance, "return_x_0": bool(x_0)},
+                )
+                builder.update(reverse_step_op, *arguments[:-1], out=(x_t, *x_0))
+                if (
+                    len(history) > 1
+                ):  # x_0_prev becomes x_0_prev2, then x_0^ becomes x_0_prev: copies in the same parallel region
+                    for source, copy in ((history[0], history[1]), (x_0[0], history[0])):
+                        builder.update(network_input_op, source, x_t.dtype, 1, False, out=(copy,))
+            builder.update(count_step_op, state.step, out=(state.step,))
+            return network._executor(builder.calls).run
 
 
-def _network_inputs(builder: Builder, network: FrozenUNet, state: StepState, images: slice, copies: int) -> tuple[Value, ...]:
+def _network_inputs(builder: Builder, network: FrozenUNet, state: StepState, images: slice) -> tuple[Value, ...]:
     """Append the calls that bring x_t of some images into the network's form. Return the maps that the network reads."""
-    config, dtype, x_t = network._constants.config, network.dtype, state.x_t[images]
-    centered, conditions = config.center_input_sample, config.in_channels - x_t.shape[1]
-
-    def memory(channels: int) -> Tensor:
-        shape = (copies * len(x_t), channels, *x_t.shape[2:])
-        return torch.zeros(shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
-
-    if conditions and network.why_not_packed is not None:
-        joint = memory(config.in_channels)
-        state.add_condition(joint[:, x_t.shape[1] :], images, centered=centered)
+    centered, dtype, x_t = network._constants.config.center_input_sample, network.dtype, state.x_t[images]
+    if state.condition_channels and network.why_not_packed is not None:
+        joint = state.condition(images, dtype, centered=centered, after_x_t=True)
         builder.update(partial(_write_x_t, x_t, centered), out=(joint,))
         return (joint,)
     x: Value = x_t
-    if copies > 1 or centered or dtype != x_t.dtype:
-        shape = (copies * len(x_t), *x_t.shape[1:])
-        x = builder.call(network_input_op, x_t, dtype, copies, centered, shape=shape, dtype=dtype)
-    if not conditions:
-        return (x,)
-    condition = memory(conditions)
-    state.add_condition(condition, images, centered=centered)
-    return x, condition
+    if state.copies > 1 or centered or dtype != x_t.dtype:
+        shape = (state.copies * len(x_t), *x_t.shape[1:])
+        x = builder.call(network_input_op, x_t, dtype, state.copies, centered, shape=shape, dtype=dtype)
+    return (x, state.condition(images, dtype, centered=centered)) if state.condition_channels else (x,)
 
 
 def _write_x_t(x_t: Tensor, centered: bool, *, backend: str | None, out: tuple[Tensor]) -> None:

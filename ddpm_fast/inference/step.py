@@ -1,17 +1,15 @@
-"""A sampling step: the memory that it reads and writes, and how any network takes it."""
+"""The memory that a sampling step reads and writes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import InvalidValue
-from ..ops import initial_noise, reverse_step
+from ..ops import initial_noise
 from ..plan import SamplingPlan
-from .model import Model, predict
 
 
 class StepState:
@@ -28,8 +26,8 @@ class StepState:
         device: Device to run on.
         label: Label of every sample until `start` sets others, and of the unconditional half with
             guidance. None: the network gets no labels.
-        guidance_scale: None: no guidance. Otherwise the network evaluates 2 n samples, the second half
-            without labels.
+        guided: The network evaluates 2 n samples, the second half without labels.
+        condition_channels: Channels of the condition that the network reads after x_t.
 
     Attributes:
         x_t: [n, C, H, W], replaced by x_{t-1}: x_T after `start`, x_0 after the last step.
@@ -39,6 +37,8 @@ class StepState:
         seeds: int64 [n].
         class_labels: int64 [1, n], or [2, n] with guidance: of the conditional half, then of the other. None: no labels.
         step: int64 [1], the number of the step, which the step counts up.
+        copies: Samples that the network evaluates for each image, 2 with guidance.
+        condition_channels: As given.
     """
 
     def __init__(
@@ -50,28 +50,40 @@ class StepState:
         memory_format: torch.memory_format,
         device: torch.device,
         label: int | None,
-        guidance_scale: float | None,
+        guided: bool,
+        condition_channels: int = 0,
     ) -> None:
-        n, halves = shape[0], 1 if guidance_scale is None else 2
+        n, self.copies, self.condition_channels = shape[0], 2 if guided else 1, condition_channels
         with torch.inference_mode(False):  # ordinary tensors, which outlive the mode
             self.x_t = torch.zeros(shape, dtype=dtype, device=device).contiguous(memory_format=memory_format)
             self.history = [torch.zeros_like(self.x_t) for needed in (plan.needs_x_0_prev, plan.needs_x_0_prev2) if needed]
             self.x_0 = torch.zeros_like(self.x_t) if plan.needs_x_0_prev2 else self.history[0] if self.history else None
             self.seeds = torch.zeros(n, dtype=torch.int64, device=device)
-            self.class_labels = None if label is None else torch.full((halves, n), label, device=device)
+            self.class_labels = None if label is None else torch.full((self.copies, n), label, device=device)
             self.step = torch.zeros(1, dtype=torch.int64, device=device)
+        self._memory_format = memory_format
         self._address = self.x_t.data_ptr()
         self._conditions: list[tuple[Tensor, slice, bool]] = []
 
-    def add_condition(self, memory: Tensor, images: slice, *, centered: bool = False) -> None:
-        """Let `start` write the condition of some images to memory that steps read.
+    def condition(self, images: slice, dtype: torch.dtype, *, centered: bool = False, after_x_t: bool = False) -> Tensor:
+        """Make memory for the condition of some images, which `start` writes, as the network reads it.
 
         Args:
-            memory: [n, K, H, W], or [2 n, K, H, W] with guidance, for n images.
             images: The images.
-            centered: Write 2 c - 1, as networks with `center_input_sample` read it.
+            dtype: Dtype of the network's input.
+            centered: Hold 2 c - 1, as networks with `center_input_sample` read it.
+            after_x_t: Lie behind x_t in one map, as most networks read it.
+
+        Returns:
+            [n, K, H, W], or [n, C + K, H, W] with `after_x_t`. With guidance n is twice the number of images.
         """
-        self._conditions.append((memory, images, centered))
+        x_t = self.x_t[images]
+        channels = x_t.shape[1] if after_x_t else 0
+        shape = (self.copies * len(x_t), channels + self.condition_channels, *x_t.shape[2:])
+        with torch.inference_mode(False):
+            memory = torch.zeros(shape, dtype=dtype, device=x_t.device).contiguous(memory_format=self._memory_format)
+            self._conditions.append((memory[:, channels:], images, centered))
+        return memory
 
     @property
     def is_intact(self) -> bool:
@@ -129,57 +141,3 @@ def write_beside_condition(joint: Tensor, x_t: Tensor, *, centered: bool = False
     """
     x = x_t.to(joint.dtype)
     joint.unflatten(0, (-1, len(x)))[:, :, : x.shape[1]].copy_(2 * x - 1 if centered else x)
-
-
-def step_by_any_network(
-    network: Model,
-    dtype: torch.dtype,
-    plan: SamplingPlan,
-    timesteps: Tensor,
-    state: StepState,
-    guidance_scale: float | None,
-    joint: Tensor | None = None,
-) -> None:
-    """Evaluate a network once and apply one `reverse_step`.
-
-    Args:
-        network: The network.
-        dtype: Dtype of its input.
-        plan: The plan.
-        timesteps: Its timesteps on the device.
-        state: Memory of the step.
-        guidance_scale: None: no guidance.
-        joint: [n, C + K, H, W], or [2 n, C + K, H, W] with guidance: memory of the network's input, with the condition
-            behind x_t. None: there is no condition.
-
-    Raises:
-        ValueError: The network changes its input, or its output does not fit.
-    """
-    x_t, x_0, labels = state.x_t, state.x_0, state.class_labels
-    history: Any = dict(zip(("x_0_prev", "x_0_prev2"), state.history, strict=False))
-    if joint is not None:
-        write_beside_condition(joint, x_t)
-    kept = x_t if joint is None else joint
-    version = kept._version
-    x_in = kept.detach().to(dtype)  # an alias, so that the network cannot change the shape and strides of x_t
-    if guidance_scale is not None and joint is None:
-        x_in = torch.cat([x_in, x_in])
-    t = timesteps.index_select(0, state.step).expand(len(x_in))
-    model_output = predict(network, x_in, t, None if labels is None else labels.flatten())
-    if kept._version != version:
-        raise InvalidValue("sample", "model", "to leave its input as it is", "one that changes x_t in place")
-    reverse_step(
-        x_t,
-        model_output,
-        state.step,
-        plan,
-        seeds=state.seeds if plan.is_random else None,
-        **history,
-        guidance_scale=guidance_scale,
-        return_x_0=x_0 is not None,
-        out=x_t if x_0 is None else (x_t, x_0),
-    )
-    if len(state.history) > 1 and x_0 is not None:
-        state.history[1].copy_(state.history[0])
-        state.history[0].copy_(x_0)
-    state.step += 1

@@ -79,9 +79,9 @@ scheduler of `ddpm_fast.integrations.diffusers` |
 
     Args:
         x: The network or pipeline.
-        dtype: Dtype of weights and activations. None: that of `x`. A float32 `UNet` becomes bfloat16 on
-            devices with fast bfloat16, and float16 on other GPUs. Objects of other libraries keep theirs, so that
-            their results stay. Inputs and outputs of those keep their dtype in any case.
+        dtype: Dtype of weights and activations. None: that of `x`, but a float32 `UNet` becomes bfloat16 on a
+            GPU, or float16 without bfloat16 support. Objects of other libraries keep theirs there, too, so that their
+            results stay. Inputs and outputs of those keep their dtype in any case.
         device: Device of the network. None: that of `x`.
         num_timesteps: T. Integer timesteps must be in 0..T-1. None: what the pipeline or process has,
             `num_train_timesteps` of the configuration, or 1000.

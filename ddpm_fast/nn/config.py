@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..checks import Ranges, as_json, check_int, check_number, check_type, checked_ranges
+from ..checks import Ranges, as_json, check_choice, check_int, check_number, check_type, checked_ranges
 from ..errors import InvalidValue
 from ..resources import check_free_memory
 
@@ -38,6 +38,7 @@ OWN_KEYS: tuple[str, ...] = (
     "condition",
     "condition_range",
     "data_range",
+    "variance",
 )
 
 # Keys of which only these values are supported. The rest of what diffusers offers here is not part of a DDPM's U-Net.
@@ -100,6 +101,7 @@ class UNetConfig:
     condition: str | None = None  # channels after x_t: "low-resolution:4", "grey", "mask", or "images" of other files
     condition_range: Ranges | None = None  # (low, high) of a condition's channels, or of all, which are mapped to -1 and 1
     data_range: Ranges | None = None  # the same for the images; None: pictures of 0..255
+    variance: str | None = None  # "learned" or "learned_range", if half of the output channels predict it
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> UNetConfig:
@@ -157,6 +159,7 @@ class UNetConfig:
             limit = self.num_class_embeds or 0
             _expect(self, "class_names", len(names) < limit, f"None or fewer names than num_class_embeds = {limit or None}")
         check_type("UNet", "condition", self.condition, str, optional=True)
+        check_choice("UNet", "variance", self.variance, (None, "learned", "learned_range"))
         drawn = (self.out_channels, self.out_channels // 2)  # half, if the network predicts variances too
         for key, counts in (("data_range", drawn), ("condition_range", [self.in_channels - each for each in drawn])):
             if (value := getattr(self, key)) is not None:

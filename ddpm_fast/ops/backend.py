@@ -138,11 +138,6 @@ def product_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.bfloat16 and why_not_bfloat16_products() is not None else dtype
 
 
-def has_fast_bfloat16() -> bool:
-    """Return whether this CPU multiplies faster in bfloat16 than in float32."""
-    return native_error() is None and (BUILD.get("amx_bf16", False) or why_not_bfloat16_products() is None)
-
-
 def warn_without_cuda(device: torch.device) -> None:
     """Warn once per GPU that its tensors cannot use the compiled kernels, if they cannot."""
     if native_error() is None and not torch.compiler.is_compiling():

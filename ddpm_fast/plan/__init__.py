@@ -8,6 +8,8 @@ from .ddim import ddim_plan as ddim_plan
 from .ddpm import ddpm_plan as ddpm_plan
 from .dpm_solver import dpm_solver_plan as dpm_solver_plan
 from .heun import heun_plan as heun_plan
+from .named import default_plan as default_plan
+from .named import named_plan as named_plan
 from .repaint import repaint_plan as repaint_plan
 from .sampling_plan import COLUMNS as COLUMNS
 from .sampling_plan import VARIANCE_TYPES as VARIANCE_TYPES

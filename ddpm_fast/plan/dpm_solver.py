@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,27 +17,6 @@ from .levels import RHO, LevelSpacing, noise_levels
 from .sampling_plan import SamplingPlan, builds_plan
 
 FEW_STEPS = 15  # plans with fewer steps end with steps of lower order (`lower_order_final`)
-
-
-LAMBDA_MIN = -5.1  # plans of order 2 leave out timesteps with less signal, as diffusers advises for cosine schedules
-
-
-def count_levels(schedule: NoiseSchedule) -> int:
-    """Return the number of timesteps with enough signal for solvers: those with lambda of at least `LAMBDA_MIN`."""
-    abar = schedule.alpha_bars
-    return int(((abar / (1 - abar)).log() / 2 >= LAMBDA_MIN).sum())
-
-
-def default_plan(objective: Objective, num_steps: int | None = None, **options: Any) -> SamplingPlan:
-    """Build the plan of a model that brings none: DPM-Solver++(2M) with noise, which corrects a model that is not finished.
-
-    Args:
-        objective: What the model predicts.
-        num_steps: The number of steps. More than the schedule has levels take all of them. None: 20.
-        **options: Other arguments of `dpm_solver_plan`.
-    """
-    settings: dict[str, Any] = {"eta": 1.0, "solver": "heun", "spacing": "karras", "lambda_min": LAMBDA_MIN}
-    return dpm_solver_plan(objective, min(num_steps or 20, count_levels(objective.schedule)), **settings | options)
 
 
 @builds_plan

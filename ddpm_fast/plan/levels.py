@@ -142,6 +142,7 @@ def _spaced(caller: str, last: int, num_steps: int | None, spacing: LevelSpacing
     if spacing == "trailing":
         return spaced_timesteps(caller, last, _checked_num_steps(caller, num_steps, last), spacing)
     num_steps = _checked_num_steps(caller, num_steps, last - 1)
+    descending: np.ndarray
     if spacing == "leading":
         descending = np.arange(num_steps, 0, -1) * (last // (num_steps + 1))
     else:

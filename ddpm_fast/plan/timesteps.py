@@ -35,6 +35,7 @@ def spaced_timesteps(caller: str, total: int, num_steps: int, spacing: Spacing) 
         ValueError: `num_steps` is out of range, or `spacing` is unknown.
     """
     check_int(caller, "num_steps", num_steps, 1, total)
+    descending: np.ndarray
     if spacing == "leading":
         descending = np.arange(num_steps)[::-1] * (total // num_steps)
     elif spacing == "trailing":

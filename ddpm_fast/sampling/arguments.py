@@ -1,65 +1,29 @@
-"""Arguments of calls that draw or evaluate images: seeds, classes and shapes."""
+"""Checked arguments of calls that draw or evaluate images."""
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final, TypeAlias, cast
+from typing import Any, Final, cast
 
 import torch
 from torch import Tensor, nn
 
-from ..checks import (
-    check_callable,
-    check_dtype,
-    check_int,
-    check_ints,
-    check_number,
-    check_strided,
-    check_type,
-    checked_seeds,
-    computing_device,
-)
+from ..checks import check_callable, check_int, check_strided, check_values, checked_seeds, computing_device
+from ..distributed import own_device
+from ..dtypes import FLOATS
 from ..errors import InvalidType, InvalidValue, expect
-from ..inference import FrozenUNet
-from ..inference import cuda_graph as graphs
-from ..inference.model import Model, device_and_dtype, inference_form, model_config
-from ..nn import UNet, UNetConfig
+from ..inference.interface import Interface
+from ..inference.model import Model, device_and_dtype
 from ..ops import sample_seeds
-from ..plan import SamplingPlan
+from ..options import checked_options
 from ..resources import check_free_memory
+from .options import ClassLabels, DrawOptions
 
-ClassLabels: TypeAlias = int | str | Sequence[int | str] | Tensor | None
-Callback: TypeAlias = Callable[[int, int, Tensor], None]
-
+_INTEGERS: Final = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _ALWAYS_FREE: Final = 64 << 20  # bytes; asking the system for its free memory takes as long as a small network's step
-
-
-def check_image_shape(caller: str, name: str, model: Model, shape: Sequence[int]) -> None:
-    """Raise a ValueError if a `UNet` cannot take images of this shape. Other models are not checked.
-
-    Args:
-        caller: Name of the calling function for error messages.
-        name: Name of the checked argument for error messages.
-        model: The model.
-        shape: [N, C, H, W].
-    """
-    if isinstance(model, UNet | FrozenUNet):
-        UNetConfig.from_dict(model.config).check_image_shape(caller, name, shape)
-
-
-def image_channels(config: Mapping[str, Any], predicts_variance: bool) -> int | None:
-    """Return the channels C of the images that a model draws: those that it predicts, without a predicted variance.
-
-    Its other input channels are the condition's. None: the configuration does not say.
-    """
-    reads: int | None = config.get("in_channels")
-    outputs: int | None = config.get("out_channels")
-    if outputs is None or (predicts_variance and outputs % 2) or (not predicts_variance and outputs == 2 * (reads or 0)):
-        return reads  # the plan's variance is not the model's, which is said elsewhere
-    return outputs // 2 if predicts_variance else outputs
 
 
 def check_model(caller: str, model: Model) -> None:
@@ -77,20 +41,20 @@ def check_model(caller: str, model: Model) -> None:
         )
 
 
-def check_takes_labels(caller: str, model: Model, class_labels: ClassLabels) -> None:
-    """Raise a ValueError if labels are given and the model's call has no third argument."""
-    if class_labels is None:
-        return
-    try:
-        signature = inspect.signature(model.forward if isinstance(model, nn.Module) else model)
-    except (TypeError, ValueError):  # a call without a signature
-        return
-    try:
-        signature.bind(None, None, None)
-    except TypeError:
-        raise InvalidValue(
-            caller, "class_labels", "to be None, as the model takes no labels beside x_t and t", repr(class_labels)
-        ) from None
+def sampling_device(caller: str, model: Model, device: torch.device | str | None) -> torch.device:
+    """Return the device to run on, with its index.
+
+    None and "cuda" are the GPU that holds the model, if any, but a module on the first GPU goes to that of the local rank.
+    """
+    model_device, _ = device_and_dtype(model)
+    asked = model_device if device is None else computing_device(caller, device)
+    if asked not in (model_device, torch.device(model_device.type)) or (device is not None and asked.index is not None):
+        own = own_device(asked)
+        return torch.empty(0, device=own).device if own.index is None else own
+    if model_device.type == "cuda" and not model_device.index and isinstance(model, nn.Module):
+        own = own_device(torch.device("cuda"))
+        return model_device if own.index is None else own
+    return model_device
 
 
 def resolve_seeds(caller: str, seed: int | Tensor, num_samples: int) -> Tensor:
@@ -114,51 +78,61 @@ def resolve_seeds(caller: str, seed: int | Tensor, num_samples: int) -> Tensor:
 
 
 def resolve_labels(
-    caller: str, config: Mapping[str, Any], class_labels: ClassLabels, num_samples: int
-) -> tuple[Tensor | None, int | None]:
-    """Return the class of each sample, int64 [num_samples], and the "no label" class.
-
-    Both are None for a model without classes.
+    caller: str, model: Model, interface: Interface, class_labels: ClassLabels, num_samples: int, *, in_turn: bool = False
+) -> Tensor | None:
+    """Return the class of each sample, int64 [num_samples], or None for a model without classes.
 
     Args:
         caller: Name of the calling function for error messages.
-        config: The model's configuration, empty if it has none.
-        class_labels: One class, one per sample, or None for "no label". A class is a number or a name.
+        model: The model.
+        interface: Its interface.
+        class_labels: See `BatchOptions`.
         num_samples: Number of samples.
+        in_turn: Without labels take the classes in turn, if there are any, and not "none".
 
     Raises:
         ValueError: Labels are out of range, have another shape, a name is unknown, or the model has no classes.
         TypeError: Labels are not integers.
     """
-    num_classes = config.get("num_class_embeds")  # "no label" included
-    no_label = None if num_classes is None else num_classes - 1
-    if class_labels is None:
-        return (None if no_label is None else torch.full((num_samples,), no_label, device="cpu")), no_label
-    expect(
-        not config or num_classes is not None, caller, "class_labels", "to be None, as the model has no classes", class_labels
-    )
-    class_labels = labels_of(caller, config, class_labels)
+    no_label, count = interface.no_label, interface.num_classes
+    if class_labels is not None or no_label is not None:
+        _check_takes_labels(caller, model, class_labels)
+    unnamed = "none" not in [name.lower() for name in interface.class_names]  # a class may be called none
+    if class_labels is None and in_turn and count:
+        return torch.arange(num_samples, device="cpu") % count
+    if class_labels is None or (isinstance(class_labels, str) and class_labels.lower() == "none" and unnamed):
+        return None if no_label is None else torch.full((num_samples,), no_label, device="cpu")
+    expect(count != 0 or no_label is not None, caller, "class_labels", "to be None, as the model has no classes", class_labels)
+    class_labels = labels_of(caller, interface.class_names, class_labels)
     wanted = f"to be an int or {num_samples} ints"
     try:
         labels = torch.as_tensor(class_labels)
     except (TypeError, ValueError, RuntimeError):
         raise InvalidType(caller, "class_labels", wanted, repr(class_labels)) from None
-    integers = not labels.is_floating_point() and not labels.is_complex() and labels.dtype != torch.bool
-    expect(
-        integers and labels.shape in ((), (num_samples,)),
-        caller,
-        "class_labels",
-        wanted,
-        f"{labels.dtype} {list(labels.shape)}",
-    )
-    if labels.min() < 0 or (num_classes is not None and labels.max() >= num_classes):
-        allowed = "at least 0" if num_classes is None else f"in 0..{num_classes - 1}"
+    check_values(caller, "class_labels", labels)
+    fits, got = labels.dtype in _INTEGERS and labels.shape in ((), (num_samples,)), f"{labels.dtype} {list(labels.shape)}"
+    expect(fits, caller, "class_labels", wanted, got)
+    if labels.min() < 0 or (count is not None and labels.max() > count):
+        allowed = "at least 0" if count is None else f"in 0..{count}"
         raise InvalidValue(caller, "class_labels", f"to be {allowed}", class_labels)
-    return labels.to(torch.int64).expand(num_samples), no_label
+    return labels.to(torch.int64).expand(num_samples)
+
+
+def _check_takes_labels(caller: str, model: Model, class_labels: ClassLabels) -> None:
+    """Raise a ValueError if the model's call has no third argument."""
+    try:
+        signature = inspect.signature(model.forward if isinstance(model, nn.Module) else model)
+    except (TypeError, ValueError):  # a call without a signature
+        return
+    try:
+        signature.bind(None, None, None)
+    except TypeError:
+        wanted = "to be None, as the model takes no labels beside x_t and t"
+        raise InvalidValue(caller, "class_labels", wanted, repr(class_labels)) from None
 
 
 def labels_of(
-    caller: str, config: Mapping[str, Any], class_labels: int | str | Sequence[int | str] | Tensor | None
+    caller: str, names: Sequence[str], class_labels: int | str | Sequence[int | str] | Tensor | None
 ) -> int | Sequence[int] | Tensor | None:
     """Return class labels with each name of a class replaced by its number.
 
@@ -166,21 +140,20 @@ def labels_of(
 
     Args:
         caller: Name of the calling function for error messages.
-        config: The model's configuration. `class_names` has the names.
+        names: The names of the classes in the order of their labels, empty if they are unknown.
         class_labels: A number or a name, several of them, a tensor, or None.
 
     Raises:
         ValueError: A name is unknown, or the model has no class names.
     """
     if isinstance(class_labels, str):
-        return _label_of(caller, config, class_labels)
+        return _label_of(caller, names, class_labels)
     if isinstance(class_labels, Sequence) and any(isinstance(label, str) for label in class_labels):
-        return [_label_of(caller, config, label) if isinstance(label, str) else label for label in class_labels]
+        return [_label_of(caller, names, label) if isinstance(label, str) else label for label in class_labels]
     return cast("int | Sequence[int] | Tensor | None", class_labels)
 
 
-def _label_of(caller: str, config: Mapping[str, Any], name: str) -> int:
-    names: Sequence[str] = config.get("class_names") or ()
+def _label_of(caller: str, names: Sequence[str], name: str) -> int:
     expect(names, caller, "class_labels", "to be integers, as the model has no class names", repr(name))
     if name in names:  # exactly: other names may differ from it in case alone
         return names.index(name)
@@ -197,65 +170,68 @@ class Request:
 
     Attributes:
         num_samples: Number of images.
-        batch_size: Images per network evaluation.
         seeds: int64 [num_samples].
         labels: int64 [num_samples], or None for a network without classes.
-        label: Label of samples without labels of their own. None: the network gets no labels.
-        guidance_scale: None: no second prediction.
-        x_T: Initial states, or None.
-        condition: [num_samples, K, H, W], or None.
-        progress: Show a progress bar.
-        callback: See `sample`.
+        no_label: Label of the half of guidance without classes. None: the network gets no labels.
+        given: The other options, see `DrawOptions`. `batch_size` is a number, and `guidance_scale` None without a second
+            prediction.
     """
 
     num_samples: int
-    batch_size: int
     seeds: Tensor
     labels: Tensor | None
-    label: int | None
-    guidance_scale: float | None
-    x_T: Tensor | None
-    condition: Tensor | None
-    progress: bool
-    callback: Callback | None
+    no_label: int | None
+    given: Mapping[str, Any]
 
     @property
     def condition_channels(self) -> int:
         """K, or 0 without a condition."""
-        return 0 if self.condition is None else self.condition.shape[1]
+        return 0 if self.given["condition"] is None else self.given["condition"].shape[1]
 
-    def part(self, images: slice, callback: Callback) -> Request:
-        """Return the request for some of the images, as one batch."""
-        parts: dict[str, Any] = {}
-        for name in ("seeds", "labels", "x_T", "condition"):
-            values = getattr(self, name)
-            parts[name] = None if values is None else values[images]
-        count = len(parts["seeds"])
-        return replace(self, num_samples=count, batch_size=count, callback=callback, **parts)
+    def changed(self, **given: Any) -> Request:
+        """Return the request with other options."""
+        return replace(self, given={**self.given, **given})
+
+    def part(self, images: slice, **given: Any) -> Request:
+        """Return the request for some of the images, as one batch, with other options."""
+
+        def cut(value: Any) -> Any:
+            return value[images] if isinstance(value, Tensor) else value
+
+        seeds, kept = self.seeds[images], {name: cut(value) for name, value in self.given.items()}
+        return Request(len(seeds), seeds, cut(self.labels), self.no_label, {**kept, "batch_size": len(seeds), **given})
 
 
 def checked_request(
     caller: str,
     model: Model,
+    interface: Interface,
     device: torch.device,
     shape: tuple[int, ...],
     num_samples: int,
+    options: Mapping[str, Any],
     *,
-    seed: int | Tensor,
-    batch_size: int | None,
-    class_labels: ClassLabels,
-    guidance_scale: float | None,
-    x_T: Tensor | None = None,
-    condition: Tensor | None = None,
-    progress: bool,
-    callback: Callback | None = None,
+    struct: type = DrawOptions,
+    in_turn: bool = False,
     num_frames: int = 0,
     num_kept: int | None = None,
 ) -> Request:
-    """Check what `sample` documents, and resolve seeds and labels.
+    """Check the arguments of a call that draws images, and resolve seeds and labels.
 
-    `caller` is the function that error messages name, `shape` is (C, H, W). Images on the host and `num_frames` states of each
-    are not begun if they do not fit into its memory. `num_kept` images are in memory at once. None: all.
+    Images on the host and `num_frames` states of each are not begun if they do not fit into its memory.
+
+    Args:
+        caller: Name of the calling function for error messages.
+        model: The model.
+        interface: Its interface.
+        device: Device of the images.
+        shape: (C, H, W) of an image.
+        num_samples: Number of images.
+        options: Options of `struct`.
+        struct: The options that the function has.
+        in_turn: Without labels and a condition, draw the classes in turn.
+        num_frames: Number of states that are kept.
+        num_kept: Number of images that are in memory at once. None: all.
     """
     check_int(caller, "num_samples", num_samples, 1, 1 << 32)
     num_kept = num_samples if num_kept is None else min(num_kept, num_samples)
@@ -266,28 +242,18 @@ def checked_request(
     ):
         if needed > _ALWAYS_FREE:
             check_free_memory(caller, name, value, needed)
-    check_int(caller, "batch_size", batch_size, 1, optional=True)
-    seeds = resolve_seeds(caller, seed, num_samples)
-    labels, no_label = resolve_labels(caller, model_config(model), class_labels, num_samples)
-    check_takes_labels(caller, model, class_labels)
-    guided = _is_guided(caller, guidance_scale, class_labels, no_label)
-    if x_T is not None:
-        _check_maps(caller, "x_T", x_T, [num_samples, *shape])
-    check_condition(caller, model, shape, num_samples, condition)
-    check_type(caller, "progress", progress, bool)
-    check_callable(caller, "callback", callback)
-    return Request(
-        num_samples,
-        batch_size or num_samples,
-        seeds,
-        labels,
-        None if labels is None else no_label or 0,
-        guidance_scale if guided else None,
-        x_T,
-        condition,
-        progress,
-        callback,
-    )
+    given = checked_options("", DrawOptions, {}) | checked_options(caller, struct, options)
+    seeds, class_labels = resolve_seeds(caller, given.pop("seed"), num_samples), given.pop("class_labels")
+    in_turn = in_turn and given["condition"] is None
+    labels = resolve_labels(caller, model, interface, class_labels, num_samples, in_turn=in_turn)
+    if given["x_T"] is not None:
+        _check_maps(caller, "x_T", given["x_T"], [num_samples, *shape])
+    check_condition(caller, interface, shape, num_samples, given["condition"])
+    check_callable(caller, "callback", given["callback"])
+    given["batch_size"] = given["batch_size"] or num_samples
+    if not _is_guided(caller, given["guidance_scale"], labels, interface):
+        given["guidance_scale"] = None
+    return Request(num_samples, seeds, labels, None if labels is None else interface.no_label or 0, given)
 
 
 def _check_maps(caller: str, name: str, x: Any, wanted: list[int]) -> None:
@@ -295,93 +261,33 @@ def _check_maps(caller: str, name: str, x: Any, wanted: list[int]) -> None:
     if not isinstance(x, Tensor):
         raise InvalidType(caller, name, "to be a tensor or None", type(x).__name__)
     check_strided(caller, name, x)
-    fits = x.is_floating_point() and list(x.shape) == wanted
+    fits = x.dtype in FLOATS and list(x.shape) == wanted
     expect(fits, caller, name, f"to be floating {wanted}", f"{x.dtype} {list(x.shape)}")
     expect(not x.is_meta, caller, name, "to have values", "a tensor on the meta device")
     if x.device.type == "cpu" and not x.isfinite().all():  # a GPU would have to be waited for
         raise InvalidValue(caller, name, "to be finite", "NaN or infinity")
 
 
-def check_condition(caller: str, model: Model, shape: tuple[int, ...], num_samples: int, condition: Any) -> None:
+def check_condition(caller: str, interface: Interface, shape: tuple[int, ...], num_samples: int, condition: Any) -> None:
     """Raise unless the condition is as the model reads it. A model without a configuration reads any number of channels."""
-    channels = model_config(model).get("in_channels")
-    free = None if channels is None else channels - shape[0]
+    free = interface.condition_channels
     size = ", ".join(map(str, shape[1:]))
     if condition is None:
-        wanted = f"to be [{num_samples}, {free}, {size}], as the model reads {channels} channels and x_t has {shape[0]}"
+        wanted = f"to be [{num_samples}, {free}, {size}], as the model reads {free} channels after x_t"
         expect(not free, caller, "condition", wanted, "None")
         return
     expect(free != 0, caller, "condition", "to be None, as the model reads x_t alone", "a condition")
-    found = condition.shape[1] if isinstance(condition, Tensor) and condition.dim() == len(shape) + 1 else 0
+    readable = isinstance(condition, Tensor) and not condition.is_nested and condition.dim() == len(shape) + 1
+    found = condition.shape[1] if readable else 0
     _check_maps(caller, "condition", condition, [num_samples, max(found, 1) if free is None else free, *shape[1:]])
 
 
-def _is_guided(caller: str, guidance_scale: float | None, class_labels: Any, no_label: int | None) -> bool:
+def _is_guided(caller: str, guidance_scale: float | None, labels: Tensor | None, interface: Interface) -> bool:
     """Return whether guidance takes a second prediction."""
-    check_number(caller, "guidance_scale", guidance_scale, finite=True, optional=True)
     if guidance_scale is None or guidance_scale == 1:
         return False
-    if class_labels is None or no_label is None:
-        reason = "class_labels is None" if class_labels is None else "the model's config has no num_class_embeds"
+    unlabelled = labels is None or bool(labels.eq(-1 if interface.no_label is None else interface.no_label).all())
+    if unlabelled or interface.no_label is None:
+        reason = "there are no class_labels" if unlabelled else "nothing says which label is no class: pass no_label"
         raise InvalidValue(caller, "guidance_scale", f"to be None or 1, as {reason}", guidance_scale)
     return True
-
-
-def _device(caller: str, model: Model, device: torch.device | str | None) -> torch.device:
-    """Return the device to run on, with its index. "cuda" is the GPU that holds the model, if any."""
-    model_device, _ = device_and_dtype(model)
-    device = model_device if device is None else computing_device(caller, device)
-    if device == torch.device(model_device.type):
-        return model_device
-    return torch.empty(0, device=device).device
-
-
-def checked_setup(
-    caller: str,
-    model: Model,
-    plan: SamplingPlan,
-    dtype: torch.dtype | None,
-    device: torch.device | str | None,
-    shape: Sequence[int] | None,
-    cuda_graph: bool | None,
-) -> tuple[tuple[int, ...], torch.device]:
-    """Check the arguments of a Sampler. Return the shape of an image, and the device."""
-    check_model(caller, model)
-    model = inference_form(model)
-    check_dtype(caller, "dtype", dtype, optional=True)
-    check_type(caller, "cuda_graph", cuda_graph, bool, optional=True)
-    shape = _image_shape(caller, model, plan, shape)
-    if isinstance(model, FrozenUNet):
-        last, total = int(plan.timesteps.max()), model.num_timesteps
-        expect(last < total, caller, "plan", f"to have timesteps below {total}", last)
-    device = _device(caller, model, device)
-    expect(
-        not cuda_graph or device.type in graphs.DEVICE_TYPES,
-        caller,
-        "cuda_graph",
-        f"to be None or False on {device.type}",
-        "True",
-    )
-    return shape, device
-
-
-def _image_shape(caller: str, model: Model, plan: SamplingPlan, shape: Sequence[int] | None) -> tuple[int, ...]:
-    check_type(caller, "plan", plan, SamplingPlan)
-    config = model_config(model)
-    reads, size = config.get("in_channels"), config.get("sample_size")
-    if shape is None:
-        channels = image_channels(config, plan.variance != "fixed")
-        if channels is None or size is None:
-            expected = "to be (C, H, W), as the model has no config with in_channels and sample_size"
-            raise InvalidValue(caller, "shape", expected, "None")
-        shape = (channels, size, size) if isinstance(size, int) else (channels, *size)
-    check_ints(caller, "shape", shape, 1, "integers (C, H, W)")
-    wanted = shape[0] * (1 if plan.variance == "fixed" else 2)
-    given = config.get("out_channels", wanted)
-    as_images = f"as images have {shape[0]} and the plan's variance is {plan.variance}"
-    expect(given == wanted, caller, "", f"a model with {wanted} output channels, {as_images}", f"out_channels {given}")
-    if reads is not None:
-        wanted_shape = f"to be (C, H, W) with C at most {reads}, the model's in_channels"
-        expect(shape[0] <= reads, caller, "shape", wanted_shape, tuple(shape))
-        check_image_shape(caller, "shape", model, (1, reads, *shape[1:]))
-    return tuple(shape)

@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Unpack
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..checks import Ranges, check_int, check_path
+from ..checks import Ranges, check_int, check_path, check_type
 from ..distributed import Processes, joined
-from ..errors import InvalidValue, UnusablePath
-from ..files.images import to_uint8
+from ..errors import InvalidValue, UnusablePath, expect
+from ..files.images import in_range, to_uint8
 from ..files.writing import write_json
-from ..inference import FrozenUNet
-from ..inference.model import Model, device_and_dtype, inference_form, model_config
+from ..inference.model import model_config
+from ..options import taking
 from ..plan import SamplingPlan
-from ..resources import check_free_space
-from .arguments import ClassLabels, checked_request, checked_setup
+from .options import EditOptions
 from .progress import progress_bar
 from .sample_formats import Pixels, SampleFormat, files_of
 from .sampler import Sampler
@@ -37,96 +35,75 @@ _APART: Final = timedelta(hours=24)  # between the ends of the first process and
 _POLL: Final = 0.1  # seconds
 
 
+@taking(EditOptions)
 def write_samples(
     out: str | os.PathLike[str],
-    model: Model,
-    plan: SamplingPlan,
+    sampler: Sampler,
     num_samples: int,
     *,
-    seed: int = 0,
-    batch_size: int = 64,
-    class_labels: ClassLabels = None,
-    guidance_scale: float | None = None,
-    condition: Tensor | None = None,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
-    shape: Sequence[int] | None = None,
-    progress: bool = True,
+    share_gpu: bool = False,
+    **options: Unpack[EditOptions],
 ) -> Path:
     """Draw images and write them to files: many, by several processes, in any number of sessions.
 
     The ending of `out` chooses the format:
 
     - `.npz`: `arr_0` uint8 [num_samples, H, W, C] and, with class labels, `arr_1` int64 [num_samples], as guided-diffusion has.
-    - Any other: a folder of PNGs `000000/000123.png`, a folder for each 1000 images, and `dataset.json` with the labels or
-      null, as EDM has. `.zip` is refused.
+    - None, or that of a folder that exists: a folder of PNGs `000000/000123.png`, a folder for each 1000 images, and
+      `dataset.json` with the labels or null, as EDM has.
 
     Values in [-1, 1] become 0..255 by `to_uint8`. Images of one channel are grey PNGs (mode L), and have C = 1 in an npz. If
     the model's config has a `data_range`, an npz holds float32 of that range.
 
     If a call was interrupted or killed, the same call continues: it draws the blocks of `batch_size` images that are not whole
-    yet. `manifest.json`, in the folder or the npz, has the arguments and SHA-256 digests of the plan, the weights, the
-    labels and the condition. Until an npz is whole, its blocks are in the folder `<out>.parts`. A whole one is not drawn
-    again.
+    yet. A manifest has the arguments and SHA-256 digests of the plan, the weights, the labels and the condition:
+    `manifest.json` in the folder, or `<out>.json` next to an npz. Until an npz is whole, its blocks are in the folder
+    `<out>.parts`. A whole one is not drawn again.
 
-    The weights of a `FrozenUNet` are the tensors that it holds, which `freeze` may round differently on another kind of CPU.
-    Pass the `UNet` to continue on another machine. A model whose weights are unknown, such as a function, starts a new `out`
-    and cannot continue one.
+    A model whose weights are unknown, such as a function, starts a new `out` and cannot continue one.
 
     Under torchrun, `accelerate launch` or Slurm, all processes make this call, and each draws its share of the blocks. They see
     the same file system. A block is always one batch, so the files do not depend on the number of processes.
 
     Args:
         out: File or folder to write. Missing folders are made.
-        model: See `Sampler`.
-        plan: From `ddpm_plan`, `ddim_plan`, ...
+        sampler: A Sampler, of images with C = 1 or 3. A folder may have C = 4, and an npz any C.
         num_samples: Number of images, at most 2^32.
-        seed: Seed of all noise. Image i is image i of `sample` with this seed and batch size.
-        batch_size: Images per network evaluation, and per block.
-        class_labels: See `sample`.
-        guidance_scale: See `sample`.
-        condition: See `sample`. Image i is drawn with row i.
-        dtype: See `Sampler`.
-        device: Device to run on. None: the model's. If that is a GPU and there are several processes, each takes the GPU of
-            its local rank.
-        shape: (C, H, W) of an image, with C = 1 or 3. A folder may have C = 4, and an npz any C. None: see
-            `Sampler`.
-        progress: Show a progress bar, in rank 0, of the images of all processes.
+        share_gpu: Allow several processes on one GPU.
+        **options: See `EditOptions`. The seed is an int: image i is image i of the sampler with this seed and batch size.
+            Without a batch_size, a network evaluation and a block have 64 images. Without labels, the classes take turns.
 
     Returns:
         The path, in every process, when all images are there.
 
     Raises:
-        ValueError: An argument is out of range or does not fit the model, an image is not finite, or `out` has images of
-            another call. The message names the field of the manifest that differs.
-        TypeError: An argument has an unsupported type.
+        ValueError: An argument is out of range or does not fit the sampler, an image is not finite, `out` has images of
+            another call, or two processes have one GPU. The message names the field of the manifest that differs.
+        TypeError: An argument has an unsupported type, or is unknown.
         UnusablePath: `out` has other files, or is in a folder that cannot be written to. It is an OSError.
         BlockingIOError: Another call on this machine writes to `out`. Where there are no locks, a warning is logged.
-        OSError: `out` cannot be written, or has too little free space.
+        OSError: `out` cannot be written.
         ProcessLost: Another process has failed or ended. It is a RuntimeError.
         KeyboardInterrupt: The call was interrupted. The message says how many images are written.
     """
     check_path(_CALLER, "out", out)
-    check_int(_CALLER, "seed", seed, -(1 << 63), (1 << 64) - 1)
+    check_type(_CALLER, "sampler", sampler, Sampler)
+    check_type(_CALLER, "share_gpu", share_gpu, bool)
+    batch_size, seed, shape = options.get("batch_size"), options.get("seed", 0), sampler.shape
+    batch_size = 64 if batch_size is None else batch_size
     check_int(_CALLER, "batch_size", batch_size, 1, 1 << 32)
-    shape, checked_device = checked_setup(_CALLER, model, plan, dtype, device, shape, None)
-    request = checked_request(
-        *(_CALLER, model, checked_device, shape, num_samples),
-        seed=seed,
-        batch_size=batch_size,
-        class_labels=class_labels,
-        guidance_scale=guidance_scale,
-        condition=condition,
-        progress=progress,
-        num_kept=batch_size,
-    )
-    labels = None if class_labels is None or request.labels is None else request.labels.cpu()
-    ranges = model_config(model).get("data_range")
-    numbers = None if labels is None else labels.numpy()
-    files = files_of(out, num_samples, shape, numbers, pictures=ranges is None)
+    check_int(_CALLER, "seed", seed, -(1 << 63), (1 << 64) - 1)
+    request = sampler._request(_CALLER, num_samples, options, struct=EditOptions, num_kept=batch_size)
+    scale, condition = request.given["guidance_scale"], request.given["condition"]
+    labels = None if request.labels is None else request.labels.cpu().numpy()
+    given = None if labels is None else _digest(np.append(labels, request.no_label or 0))  # what guidance reads, too
+    if labels is not None and (labels == sampler.interface.no_label).all():  # "none"
+        labels = None
+    ranges = model_config(sampler.network).get("data_range")
+    files = files_of(out, num_samples, shape, labels, pictures=ranges is None)
     blocks = [range(i, min(i + batch_size, num_samples)) for i in range(0, num_samples, batch_size)]
     with ExitStack() as locks, joined(_CALLER) as processes, processes.barrier(_APART) as arrive:
-        sampler = Sampler(model, plan, dtype=dtype, device=_device(processes, model, device), shape=shape)
+        _check_own_gpu(processes, sampler.device, share_gpu)
         manifest = {
             "format": _FORMAT,
             "kind": files.kind,
@@ -134,26 +111,18 @@ def write_samples(
             "shape": list(shape),
             "seed": seed,
             "batch_size": batch_size,
-            "guidance_scale": None if request.guidance_scale is None else float(request.guidance_scale),
+            "guidance_scale": None if scale is None else float(scale),
             "dtype": str(sampler.dtype).removeprefix("torch."),
-            "plan": _plan_digest(plan),
-            "weights": _weights_digest(model),
-            "labels": None if labels is None else _digest(labels.numpy()),
+            "plan": _plan_digest(sampler.plan),
+            "weights": sampler.digest(),
+            "labels": given,
             "condition": None if condition is None else _digest(condition.detach().cpu().float().numpy()),
         }
         missing = _missing(processes, files, manifest, blocks, locks)
-        mine = missing[processes.rank :: processes.size]
-        with _interruptible(processes, files, blocks, manifest), _written(processes, blocks, missing, progress) as written:
+        mine, shown = missing[processes.rank :: processes.size], request.given["progress"]
+        with _interruptible(processes, files, blocks, manifest), _written(processes, blocks, missing, shown) as written:
             for block in mine:
-                part = slice(block.start, block.stop)
-                images = sampler(
-                    len(block),
-                    seed=request.seeds[part],
-                    class_labels=None if labels is None else labels[part],
-                    guidance_scale=guidance_scale,
-                    condition=None if condition is None else condition[part],
-                    progress=False,
-                )
+                images, _ = sampler._draw(request.part(slice(block.start, block.stop), progress=False))
                 files.write(block, _values(images, block, ranges if files.dtype != "|u1" else None))
                 written(len(block))
             _wait(arrive(), written)
@@ -163,12 +132,15 @@ def write_samples(
     return files.result
 
 
-def _device(processes: Processes, model: Model, device: torch.device | str | None) -> torch.device | str | None:
-    """Return the device of this process: a GPU of its own if no device is named."""
-    model_device, _ = device_and_dtype(model)
-    if device is None and processes.size > 1 and model_device.type == "cuda" and isinstance(model, nn.Module):
-        return processes.own_gpu(_CALLER)
-    return device
+def _check_own_gpu(processes: Processes, device: torch.device, share_gpu: bool) -> None:
+    """Raise a ValueError if another process has the same GPU, whatever number it has there."""
+    place = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else f"rank {processes.rank}"
+    if "MIG" in (visible := os.environ.get("CUDA_VISIBLE_DEVICES", "")):
+        place += visible  # a part of a GPU
+    places = processes.from_all(float(int(hashlib.sha256(place.encode()).hexdigest()[:12], 16)))
+    sharing = places.count(places[processes.rank])
+    wanted, got = "to be another GPU in each process", f"{device} in {sharing} processes; share_gpu=True allows it"
+    expect(share_gpu or sharing == 1, _CALLER, "device", wanted, got)
 
 
 def _values(images: Tensor, block: range, ranges: Ranges | None) -> Pixels:
@@ -180,11 +152,7 @@ def _values(images: Tensor, block: range, ranges: Ranges | None) -> Pixels:
     if not finite.all():
         index = block.start + int((~finite).nonzero()[0])
         raise InvalidValue(_CALLER, "images", "to be finite", f"NaN or infinity in image {index}")
-    if ranges is None:
-        values = to_uint8(images)
-    else:
-        low, high = images.new_tensor(ranges, dtype=torch.float64).T[:, :, None, None]  # [C, 1, 1]
-        values = ((images.double() + 1) * ((high - low) / 2) + low).float()
+    values = to_uint8(images) if ranges is None else in_range(images, ranges).float()
     pixels: Pixels = values.permute(0, 2, 3, 1).contiguous().cpu().numpy()
     return pixels
 
@@ -208,15 +176,11 @@ def _missing(
 
     def begin() -> list[float]:
         begins = is_new()
-        if begins:
-            check_free_space(_CALLER, "out", files.result, files.space(blocks[-1].stop))
         if begins or files.path.exists():  # an archive that is whole needs no folder
             locks.enter_context(files.locked())
             begins = is_new()  # another call may have ended just now
         files.remove_leftovers()
         missing = [not files.has(block) for block in blocks]
-        count = sum(len(block) for block, is_missing in zip(blocks, missing, strict=True) if is_missing)
-        check_free_space(_CALLER, "out", files.result, files.space(count))
         if begins:
             write_json(files.record, manifest)
         if processes.store is not None:
@@ -288,25 +252,4 @@ def _plan_digest(plan: SamplingPlan) -> str:
     digest = hashlib.sha256(f"{plan.prediction} {plan.variance}".encode())
     for values in (plan.timesteps, plan.table()):
         digest.update(values.numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _weights_digest(model: Model) -> str | None:
-    """Return a digest of a network's configuration, weights and buffers, or None if it shows none."""
-    named: dict[str, Any] = {}
-    model = inference_form(model)
-    if isinstance(model, FrozenUNet):
-        named = model.tensors()
-    elif isinstance(model, nn.Module):
-        named = model.state_dict()
-        frozen = {f"{p}.{n}": v for p, m in model.named_modules() for n, v in vars(m).items() if isinstance(v, FrozenUNet)}
-        for path, network in frozen.items():
-            named |= {f"{path}.{name}": tensor for name, tensor in network.tensors().items()}
-    if not named:
-        return None
-    digest = hashlib.sha256(json.dumps(dict(model_config(model)), sort_keys=True, default=repr).encode())
-    for name, values in sorted(named.items()):
-        if isinstance(values, Tensor):  # a module may have extra state of any type
-            digest.update(f"{name} {values.dtype} {list(values.shape)} ".encode())
-            digest.update(values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

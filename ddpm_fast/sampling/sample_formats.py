@@ -20,7 +20,7 @@ import numpy as np
 
 from ..errors import InvalidValue, UnusablePath, expect
 from ..files.result_folder import LOCK, ResultFolder
-from ..files.writing import flush_names, json_text, parsed_json, read_json, remove_leftovers, replacing, write_bytes, write_text
+from ..files.writing import flush_names, read_json, remove_leftovers, replacing, write_bytes, write_json, write_text
 from ..resources import check_writable
 
 _DATASET: Final = "dataset.json"
@@ -80,12 +80,8 @@ class SampleFormat(ResultFolder, ABC):
         with suppress(OSError):
             (self.path / LOCK).unlink()
 
-    def space(self, missing: int) -> int:
-        """Return the bytes that the disk needs if this number of images is missing."""
-        return self.size(missing)
-
     def size(self, images: int) -> int:
-        """Return the bytes of this number of images. A PNG needs about as many at most."""
+        """Return the bytes of this number of images."""
         return images * math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
     @abstractmethod
@@ -130,29 +126,40 @@ class _Folder(SampleFormat):
 
 
 class _Npz(SampleFormat):
-    """An npz as guided-diffusion has it, and a folder beside it with an npy for each block until the npz is whole."""
+    """An npz as guided-diffusion has it, with the manifest next to it, and until it is whole a folder with an npy a block."""
 
     kind = "npz"
     channels = None
 
     def __init__(self, out: Path, num_samples: int, shape: Sequence[int], labels: np.ndarray | None) -> None:
         super().__init__(out, out.with_name(f"{out.name}.parts"), num_samples, shape, labels)
+        self.beside = out.with_name(f"{out.name}.json")
         if out.exists() and not out.is_file():
             raise InvalidValue(self.caller, "out", "to be a file", f"{str(out)!r}, which is a folder or a device")
 
     def manifest(self) -> dict[str, Any] | None:
         if not self.result.exists():
             return super().manifest()
-        try:
-            with zipfile.ZipFile(self.result) as archive, archive.open(self.record_name) as member:
-                content = member.read(1 << 20)
-        except Exception as error:  # damaged archives raise errors of many types
-            got = f"{str(self.result)!r}: {error}"
-            raise UnusablePath(self.caller, "out", "to be new or written by the same call", got) from error
-        return parsed_json(self.caller, self.result, content, _fields)
+        wanted, got = "to be new or written by the same call", f"{str(self.result)!r} without {self.beside.name!r}"
+        if not self.beside.exists():
+            raise UnusablePath(self.caller, "out", wanted, got)
+        return read_json(self.caller, self.beside, _fields)
 
-    def space(self, missing: int) -> int:
-        return 0 if self.result.exists() else self.size(missing) + self.size(self.num_samples)
+    def agrees(self, wanted: Mapping[str, Any]) -> bool:
+        same, size = super().agrees(wanted), len(self.header(self.num_samples)) + self.size(self.num_samples)
+        if same and self.result.exists():
+            try:
+                with zipfile.ZipFile(self.result) as archive:
+                    found = archive.getinfo("arr_0.npy").file_size
+                expect(found == size, self.caller, "out", f"to hold {size} bytes of images", found)
+            except Exception as error:  # damaged archives raise errors of many types
+                raise UnusablePath(self.caller, "out", "to be as it was written", error) from error
+        return same
+
+    def check_new(self) -> None:
+        super().check_new()
+        if self.beside.exists():
+            read_json(self.caller, self.beside, _fields)  # a manifest without images, or a file of others
 
     def has(self, block: range) -> bool:
         if self.result.exists():
@@ -171,7 +178,7 @@ class _Npz(SampleFormat):
             whole = self.path / self.result.name  # a process that is killed leaves no file beside the result
             with replacing(whole) as temporary, zipfile.ZipFile(temporary, "w") as archive:
                 self.add(archive, blocks)
-                archive.writestr(zipfile.ZipInfo(self.record_name), json_text(manifest))
+            write_json(self.beside, manifest)  # before the archive, which is nobody's without it
             whole.replace(self.result)
             flush_names(self.result.parent)
         if self.path.exists():
@@ -209,8 +216,10 @@ def files_of(
     out: str | os.PathLike[str], num_samples: int, shape: Sequence[int], labels: np.ndarray | None, *, pictures: bool
 ) -> SampleFormat:
     """Return the files of a call, in the format that the ending of `out` chooses. An npz without `pictures` holds floats."""
-    ending = Path(out).suffix.lower()
-    expect(ending != ".zip", "write_samples", "out", "to be a folder or an .npz", repr(os.fspath(out)))
+    path, ending = Path(out), Path(out).suffix.lower()
+    is_folder = os.path.isdir(path) or os.fspath(out).endswith(("/", os.sep))
+    fits = is_folder or ending in ("", ".npz") or not re.fullmatch(r"\.[a-z]\w*", ending)  # a folder may be called v1.5
+    expect(fits, "write_samples", "out", "to be a folder or an .npz", repr(os.fspath(out)))
     kind = _Npz if ending == ".npz" else _Folder
     files = kind(Path(out), num_samples, shape, labels)
     files.dtype = "<f4" if kind is _Npz and not pictures else files.dtype

@@ -6,22 +6,25 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext
-from functools import partial
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, Unpack
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..checks import check_int
+from ..checks import check_dtype, check_int, check_ints, check_type
 from ..dtypes import opmath
+from ..errors import InvalidValue, expect, renaming
 from ..files.images import evenly_spaced
-from ..inference import FrozenUNet, StepState, frozen_step, inference_network, step_by_any_network
+from ..inference import Interface, StepState, adapted
 from ..inference import cuda_graph as graphs
-from ..inference.model import Model, device_and_dtype, evaluation_mode
+from ..inference.adapter import weights_digest
+from ..inference.model import Model, evaluation_mode, inference_form
 from ..inference.turns import Turns
 from ..ops.modes import runs_eagerly, threads_after_fork
+from ..options import taking
 from ..plan import SamplingPlan
-from .arguments import Callback, ClassLabels, Request, checked_request, checked_setup
+from .arguments import Request, check_model, checked_request, sampling_device
+from .options import Callback, DrawOptions
 from .progress import progress_bar
 
 MAX_LOOPS: Final = 4  # that a Sampler keeps: batch sizes, guidance scales, numbers of threads and streams
@@ -44,9 +47,11 @@ class Sampler:
         for seed in range(100):
             images = sampler(16, seed=seed)
 
-    It does once what `sample` does at every call. A `UNet` is frozen (see `freeze`) with the weights that it
-    has now: later changes of the model have no effect. Any other model, and a `UNet` that cannot be frozen, is
-    called as it is, and has to be in eval mode if several Samplers share it.
+    Image i is a function of (seed, i), its label and condition, the model and the plan. Noise is bit-identical across batch
+    sizes, devices and thread counts. Images match up to floating-point rounding in the network.
+
+    A `UNet` is frozen (see `freeze`) with the weights that it has now: later changes of the model have no effect. Any other
+    model, and a `UNet` that cannot be frozen, is called as it is, and has to be in eval mode if several Samplers share it.
 
     A step of a frozen network is one program, from x_t to x_{t-1}. On a GPU it is captured as a CUDA graph. The
     four programs used last are kept. They differ by batch size, guidance scale, number of threads and stream.
@@ -63,17 +68,19 @@ class Sampler:
             differ from the model's, a copy of the model is used. None: the model's dtype, but a float32
             `UNet` runs in bfloat16 on a GPU, or in float16 without bfloat16 support. Pass torch.float32
             to keep float32.
-        device: Device to run on. None: the model's device.
+        device: Device to run on. None: the model's device. For a module on the first GPU it is the GPU of the local rank,
+            if torchrun or the like has started several processes.
         shape: (C, H, W) of an image. None: the channels that the model predicts, and `sample_size`,
             of its config.
         cuda_graph: Capture each step as a CUDA graph. None: on a GPU, for a `UNet` or its inference form.
             True: for any model. It must then compute the same from the same memory at each call and
             never wait for the GPU. False: never. If capture fails, a warning is logged and kernels are
             launched one by one.
+        no_label: The label that stands for no class, for guidance. None: the last of `num_class_embeds` in the model's config.
 
     Attributes:
         network: The network that runs: a `FrozenUNet`, the model or a copy of it.
-        plan: The plan.
+        interface: What the network reads and gives.
         device: Device of the images.
         dtype: Dtype of the network.
         shape: (C, H, W) of an image.
@@ -92,135 +99,144 @@ class Sampler:
         device: torch.device | str | None = None,
         shape: Sequence[int] | None = None,
         cuda_graph: bool | None = None,
+        no_label: int | None = None,
     ) -> None:
-        self.plan = plan
-        self.shape, self.device = checked_setup("Sampler", model, plan, dtype, device, shape, cuda_graph)
+        check_model("Sampler", model)
+        check_dtype("Sampler", "dtype", dtype, optional=True)
+        check_type("Sampler", "cuda_graph", cuda_graph, bool, optional=True)
+        check_int("Sampler", "no_label", no_label, 0, (1 << 63) - 1, optional=True)
+        model = inference_form(model)
+        self._no_label = no_label
+        check_type("Sampler", "plan", plan, SamplingPlan)
+        classless = Interface.of(model).num_classes == 0
+        expect(no_label is None or not classless, "Sampler", "no_label", "to be None, as the model has no classes", no_label)
+        self.interface = self._interface_of(model, plan)
+        self.shape = _checked_shape(self.interface, shape)
+        self.device = sampling_device("Sampler", model, device)
+        may_capture = self.device.type in graphs.DEVICE_TYPES
+        wanted = f"to be None or False on {self.device.type}"
+        expect(not cuda_graph or may_capture, "Sampler", "cuda_graph", wanted, "True")
         with threads_after_fork(), _on(self.device):
-            self.network = inference_network("Sampler", model, self.device, dtype, plan.schedule.num_timesteps)
-        _, self.dtype = device_and_dtype(self.network)
-        # Other models may not compute the same from the same memory each time.
-        wanted = isinstance(self.network, FrozenUNet) if cuda_graph is None else cuda_graph
-        self._captures = wanted and self.device.type in graphs.DEVICE_TYPES
+            self._adapter = adapted("Sampler", model, self.device, dtype, plan.schedule.num_timesteps)
+        self.network, self.dtype = self._adapter.model, self._adapter.dtype
+        self._captures = may_capture and (self._adapter.is_frozen if cuda_graph is None else cuda_graph)
         self._state_dtype = opmath(self.dtype)
+        self._set_plan(plan)
+
+    def _set_plan(self, plan: SamplingPlan) -> None:
+        self._adapter.check_plan("Sampler", plan)
+        self._plan = plan
         self._loops: OrderedDict[Hashable, _Loop] = OrderedDict()  # the one used last is last
         self._capture_stream: Any = None
         self._pools: dict[Hashable, Any] = {}  # memory of graphs by the stream that replays them, one after the other
         self._turns = Turns("Sampler")
 
-    def __call__(
-        self,
-        num_samples: int,
-        *,
-        seed: int | Tensor = 0,
-        batch_size: int | None = None,
-        class_labels: ClassLabels = None,
-        guidance_scale: float | None = None,
-        x_T: Tensor | None = None,
-        condition: Tensor | None = None,
-        progress: bool = True,
-        callback: Callback | None = None,
-    ) -> Tensor:
-        """Draw images. Arguments and result are those of `sample`."""
-        request = checked_request(
-            *("Sampler", self.network, self.device, self.shape, num_samples),
-            seed=seed,
-            batch_size=batch_size,
-            class_labels=class_labels,
-            guidance_scale=guidance_scale,
-            x_T=x_T,
-            condition=condition,
-            progress=progress,
-            callback=callback,
-        )
-        images, _ = self._draw(request)
+    @property
+    def plan(self) -> SamplingPlan:
+        """The plan. `with_plan` takes another."""
+        return self._plan
+
+    def with_plan(self, plan: SamplingPlan) -> Sampler:
+        """Return a Sampler with another plan and the same network.
+
+        Raises:
+            ValueError: The plan does not fit the model.
+            TypeError: It is no plan.
+        """
+        check_type("Sampler", "plan", plan, SamplingPlan)
+        other = object.__new__(type(self))
+        vars(other).update(vars(self), interface=self._interface_of(self.network, plan))
+        other.interface.check_images("Sampler", "shape", self.shape)
+        other._set_plan(plan)
+        return other
+
+    def digest(self) -> str | None:
+        """Return the SHA-256 of the network's configuration and weights, or None if it shows none."""
+        return weights_digest(self.network)
+
+    @taking(DrawOptions)
+    def __call__(self, num_samples: int, **options: Unpack[DrawOptions]) -> Tensor:
+        """Draw images.
+
+        x_T is drawn from N(0, I). Each row of the plan then takes one network evaluation and one `reverse_step`
+        (derivation eq. 13; Ho et al. 2020, Algorithm 2). The call does not wait for a GPU, so the images are complete only
+        when the GPU is done.
+
+        Args:
+            num_samples: Number of images.
+            **options: See `DrawOptions`.
+
+        Returns:
+            float32 (float64 for a float64 network) [num_samples, C, H, W] on the device, in [-1, 1] if the plan
+            clips.
+
+        Raises:
+            ValueError: An argument is out of range or does not fit the model, checked before any computation. Or the
+                model or the callback does what it must not.
+            TypeError: An argument has an unsupported type, or is unknown.
+        """
+        images, _ = self._draw(self._request("Sampler", num_samples, options))
         return images
 
-    def trajectory(
-        self,
-        num_samples: int,
-        *,
-        num_frames: int = 51,
-        seed: int | Tensor = 0,
-        batch_size: int | None = None,
-        class_labels: ClassLabels = None,
-        guidance_scale: float | None = None,
-        x_T: Tensor | None = None,
-        condition: Tensor | None = None,
-        progress: bool = True,
-        callback: Callback | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    @taking(DrawOptions)
+    def trajectory(self, num_samples: int, *, num_frames: int = 51, **options: Unpack[DrawOptions]) -> tuple[Tensor, Tensor]:
         """Draw images and keep the states on the way.
 
         Args:
-            num_samples: See `sample`.
+            num_samples: Number of images.
             num_frames: Number of states, evenly spaced over the steps. A plan of S steps has at most S + 1.
-            seed: See `sample`.
-            batch_size: See `sample`.
-            class_labels: See `sample`.
-            guidance_scale: See `sample`.
-            x_T: See `sample`.
-            condition: See `sample`.
-            progress: See `sample`.
-            callback: See `sample`.
+            **options: See `DrawOptions`.
 
         Returns:
-            The images as `sample` returns them, and the states [frames, num_samples, C, H, W] on the CPU, from
+            The images as a call of the Sampler returns them, and the states [frames, num_samples, C, H, W] on the CPU, from
             x_T to x_0.
         """
         check_int("Sampler.trajectory", "num_frames", num_frames, 1)
-        request = checked_request(
-            *("Sampler.trajectory", self.network, self.device, self.shape, num_samples),
-            seed=seed,
-            batch_size=batch_size,
-            class_labels=class_labels,
-            guidance_scale=guidance_scale,
-            x_T=x_T,
-            condition=condition,
-            progress=progress,
-            callback=callback,
-            num_frames=min(num_frames, self.plan.num_steps + 1),
-        )
-        images, states = self._draw(request, num_frames)
-        assert states is not None
-        return images, states
+        num_frames = min(num_frames, self.plan.num_steps + 1)
+        return self._draw(self._request("Sampler.trajectory", num_samples, options, num_frames=num_frames), num_frames)
 
     def __reduce__(self) -> Any:
         raise TypeError("Sampler: it cannot be copied or pickled: make a new one from the model and the plan")
 
-    def _draw(self, request: Request, num_frames: int = 0) -> tuple[Tensor, Tensor | None]:
+    def _interface_of(self, model: Model, plan: SamplingPlan) -> Interface:
+        return Interface.of(model, predicts_variance=plan.variance != "fixed", no_label=self._no_label)
+
+    def _request(self, caller: str, num_samples: int, options: Any, **further: Any) -> Request:
+        """Return the checked arguments of a call. A function that draws new images takes the classes in turn."""
+        given = (caller, self.network, self.interface, self.device, self.shape, num_samples, options)
+        return checked_request(*given, **{"in_turn": True} | further)
+
+    def _draw(self, request: Request, num_frames: int = 0) -> tuple[Tensor, Tensor]:
         """Draw the images of a request, one batch after the other, and as many states of each."""
-        n, plan, device = request.num_samples, self.plan, self.device
-        batches = [slice(i, i + request.batch_size) for i in range(0, n, request.batch_size)]
+        n, plan, device, given = request.num_samples, self.plan, self.device, request.given
+        batches = [slice(i, i + given["batch_size"]) for i in range(0, n, given["batch_size"])]
         with self._turns.taken(), threads_after_fork(), _on(device):
             images = torch.empty((n, *self.shape), dtype=self._state_dtype, device=device)
             states, frames = self._frames(n, num_frames)
             # Everything that the steps need is on the device before the first: none waits for the host.
             seeds = request.seeds.to(device)
-            given = (request.labels, request.x_T, request.condition)
-            inputs = [None if each is None else each.to(device) for each in given]
+            inputs = [None if x is None else x.to(device) for x in (request.labels, given["x_T"], given["condition"])]
             with (
                 # On a GPU it counts the steps handed over: the host would have to wait to know how many are done.
-                progress_bar(len(batches) * plan.num_steps, "sampling", "step", shown=request.progress) as bar,
+                progress_bar(len(batches) * plan.num_steps, "sampling", "step", shown=given["progress"]) as bar,
                 evaluation_mode(self.network),
                 torch.inference_mode(),
             ):
                 for batch in batches:
                     loop = self._loop(len(images[batch]), request)
                     loop.state.start(seeds[batch], *(None if each is None else each[batch] for each in inputs))
-                    self._run(loop, {i: frame[batch] for i, frame in frames.items()}, request.callback, bar)
+                    self._run(loop, {i: frame[batch] for i, frame in frames.items()}, given["callback"], bar)
                     images[batch] = loop.state.x_t
-        if states is not None and device.type == "cuda":
+        if num_frames and device.type == "cuda":
             torch.cuda.current_stream(device).synchronize()  # the frames are on their way to the host
         return images, states
 
-    def _frames(self, n: int, num_frames: int) -> tuple[Tensor | None, dict[int, Tensor]]:
+    def _frames(self, n: int, num_frames: int) -> tuple[Tensor, dict[int, Tensor]]:
         """Return memory for states of n images, and the part of it for each kept state.
 
         States have numbers: 0 is x_T, num_steps is x_0.
         """
-        if not num_frames:
-            return None, {}
-        kept = evenly_spaced(self.plan.num_steps + 1, num_frames)
+        kept = evenly_spaced(self.plan.num_steps + 1, num_frames) if num_frames else []
         # A GPU writes to pinned memory by itself, while the host goes on.
         shape, pinned = (len(kept), n, *self.shape), self.device.type == "cuda"
         states = torch.empty(shape, dtype=self._state_dtype, pin_memory=pinned, device="cpu")
@@ -229,7 +245,7 @@ class Sampler:
     def _run(self, loop: _Loop, frames: dict[int, Tensor], callback: Callback | None, bar: Any) -> None:
         """Run all steps of a batch."""
         state, advance, timesteps = loop.state, loop.advance, self.plan.timesteps.tolist()
-        if isinstance(self.network, FrozenUNet) and torch.is_autocast_enabled(self.device.type):
+        if self._adapter.is_frozen and torch.is_autocast_enabled(self.device.type):
             advance = torch.autocast(self.device.type, enabled=False)(advance)  # each layer has its dtype
         for i, timestep in enumerate(timesteps):
             if i in frames:
@@ -243,13 +259,13 @@ class Sampler:
 
     def _loop(self, n: int, request: Request) -> _Loop:
         """Return the loop for n images of a request: one that was kept, or a new one, captured if the Sampler captures."""
-        if not (isinstance(self.network, FrozenUNet) or self._captures) or not runs_eagerly():
+        if not (self._adapter.is_frozen or self._captures) or not runs_eagerly():
             return self._new_loop(n, request)
         # Work on two streams may overlap, so each stream has its own loops and memory.
         stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
         threads = torch.get_num_threads() if self.device.type == "cpu" else None
-        inputs = (request.label is None, request.guidance_scale, request.condition_channels)
-        key = (n, *inputs, self.network, self.plan, self.shape, threads, graphs.settings(), stream)
+        inputs = (request.no_label is None, request.given["guidance_scale"], request.condition_channels)
+        key = (n, *inputs, threads, graphs.settings(), stream)
         loop = self._loops.pop(key, None)
         if loop is None or not loop.state.is_intact:
             if len(self._loops) == MAX_LOOPS:
@@ -261,29 +277,18 @@ class Sampler:
         return loop
 
     def _new_loop(self, n: int, request: Request) -> _Loop:
-        plan, network, guidance_scale = self.plan, self.network, request.guidance_scale
-        memory_format = _memory_format(network, self.shape)
+        scale = request.given["guidance_scale"]
         state = StepState(
-            plan,
+            self.plan,
             (n, *self.shape),
             dtype=self._state_dtype,
-            memory_format=memory_format,
+            memory_format=self._adapter.memory_format(self.shape),
             device=self.device,
-            label=request.label,
-            guidance_scale=guidance_scale,
+            label=request.no_label,
+            guided=scale is not None,
+            condition_channels=request.condition_channels,
         )
-        if type(network) is FrozenUNet and runs_eagerly():
-            return _Loop(state, frozen_step(network, plan, state, guidance_scale))
-        plan.table(self.device)  # in place before a capture looks
-        timesteps = plan.timesteps.to(self.device)
-        joint = None
-        if request.condition_channels:
-            copies, channels = 1 if guidance_scale is None else 2, self.shape[0]
-            shape = (copies * n, channels + request.condition_channels, *self.shape[1:])
-            with torch.inference_mode(False):  # an ordinary tensor, as those of the state
-                joint = torch.zeros(shape, dtype=self.dtype, device=self.device).contiguous(memory_format=memory_format)
-                state.add_condition(joint[:, channels:], slice(n))
-        return _Loop(state, partial(step_by_any_network, network, self.dtype, plan, timesteps, state, guidance_scale, joint))
+        return _Loop(state, self._adapter.bind(self.plan, state, scale))
 
     def _captured(self, loop: _Loop, stream: Hashable) -> _Loop:
         """Return the loop with a CUDA graph of its step, or unchanged if there can be none."""
@@ -297,11 +302,10 @@ class Sampler:
             self._capture_stream = self._capture_stream or torch.cuda.Stream(self.device)
             if stream not in self._pools:
                 self._pools[stream] = torch.cuda.graph_pool_handle()
-        # The graph uses the addresses of constants and weights.
-        weights = [*self.network.parameters(), *self.network.buffers()] if isinstance(self.network, nn.Module) else []
+        weights = self._adapter.parameters()
         try:
             # Weights that autocast has cast once and kept would be gone by the time of a replay.
-            casts = torch.is_autocast_enabled(kind) and not isinstance(self.network, FrozenUNet)
+            casts = torch.is_autocast_enabled(kind) and not self._adapter.is_frozen
             with torch.autocast(kind, torch.get_autocast_dtype(kind), casts, cache_enabled=False):
                 replay = graphs.capture(rehearse, advance, self._capture_stream, self._pools.get(stream))
         except graphs.CaptureError as error:
@@ -311,87 +315,44 @@ class Sampler:
         return _Loop(state, replay, (advance, weights))
 
 
+@taking(DrawOptions)
 def sample(
     model: Model,
     plan: SamplingPlan,
     num_samples: int,
     *,
-    seed: int | Tensor = 0,
-    batch_size: int | None = None,
-    class_labels: ClassLabels = None,
-    guidance_scale: float | None = None,
-    x_T: Tensor | None = None,
-    condition: Tensor | None = None,
-    progress: bool = True,
-    callback: Callback | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     shape: Sequence[int] | None = None,
     cuda_graph: bool | None = None,
+    no_label: int | None = None,
+    **options: Unpack[DrawOptions],
 ) -> Tensor:
-    """Draw images from a model.
+    """Draw images from a model: make a `Sampler`, call it and drop it.
 
-    x_T is drawn from N(0, I). Each row of the plan then takes one network evaluation and one `reverse_step`
-    (derivation eq. 13; Ho et al. 2020, Algorithm 2).
-
-    Image i is a function of (seed, i), the model and the plan. Noise is bit-identical across batch sizes,
-    devices and thread counts. Images match up to floating-point rounding in the network.
-
-    The call makes a `Sampler`, uses it and drops it. In a loop, make one `Sampler` and call it: a `UNet` is
-    then frozen once, and on a GPU a step is captured once.
-
-    A `UNet` runs in its inference form (see `freeze`), which ignores autocast. On a GPU it is bfloat16 by
-    default and each step is one CUDA graph. The call does not wait for the GPU, so the images are complete
-    only when the GPU is done.
+    In a loop, make one `Sampler` and call it: a `UNet` is then frozen once, and on a GPU a step is captured once.
 
     Args:
         model: See `Sampler`.
-        plan: From `ddpm_plan`, `ddim_plan`, ...
+        plan: See `Sampler`.
         num_samples: Number of images.
-        seed: An int, or int64 [num_samples] with a seed per image: `sample_seeds(0, 16)[5:6]` draws image 5
-            of seed 0 alone.
-        batch_size: Images per network evaluation. None: all.
-        class_labels: One class for all images, or one per image: a number, or a name in the model's
-            `class_names`. None, for a model with classes: its "no label" class, the last of
-            `num_class_embeds` in its config.
-        guidance_scale: Scale w of classifier-free guidance, m = m_u + w (m_c - m_u), with m_u the prediction
-            for "no label". None or 1: the conditional prediction alone, at half the cost.
-        x_T: Initial states [num_samples, C, H, W], floating, instead of noise drawn from the seed.
-        condition: Floating [num_samples, K, H, W], for a model of C + K input channels, such as images to enlarge or to
-            colour. The model reads it after x_t, in both halves of guidance. None: the model reads x_t alone.
-        progress: Show a progress bar.
-        callback: Called as callback(step, timestep, x_t) after each step of each batch: the number of the step
-            from 0, its timestep, and the state [n, C, H, W] after it, which may be channels_last. The call is in
-            inference mode. Clone the state to keep it. A change of its
-            values in place takes effect. Another shape, dtype, strides or memory is an error. An exception ends
-            the sampling.
         dtype: See `Sampler`.
-        device: Device to run on. None: the model's device.
+        device: See `Sampler`.
         shape: See `Sampler`.
         cuda_graph: See `Sampler`.
+        no_label: See `Sampler`.
+        **options: See `DrawOptions`.
 
     Returns:
-        float32 (float64 for a float64 network) [num_samples, C, H, W] on the device, in [-1, 1] if the plan
-        clips.
+        float32 (float64 for a float64 network) [num_samples, C, H, W] on the device, in [-1, 1] if the plan clips.
 
     Raises:
-        ValueError: An argument is out of range or does not fit the model, checked before any computation. Or the
-            model or the callback does what it must not.
-        TypeError: An argument has an unsupported type.
+        ValueError: An argument is out of range or does not fit the model, checked before any computation.
+        TypeError: An argument has an unsupported type, or is unknown.
     """
-    shape, device = checked_setup("sample", model, plan, dtype, device, shape, cuda_graph)
-    request = checked_request(
-        *("sample", model, device, shape, num_samples),
-        seed=seed,
-        batch_size=batch_size,
-        class_labels=class_labels,
-        guidance_scale=guidance_scale,
-        x_T=x_T,
-        condition=condition,
-        progress=progress,
-        callback=callback,
-    )
-    sampler = Sampler(model, plan, dtype=dtype, device=device, shape=shape, cuda_graph=cuda_graph)
+    with renaming("sample"):
+        sampler = Sampler(model, plan, dtype=dtype, device=device, shape=shape, cuda_graph=cuda_graph, no_label=no_label)
+        request = sampler._request("sample", num_samples, options)
     images, _ = sampler._draw(request)
     return images
 
@@ -401,8 +362,12 @@ def _on(device: torch.device) -> Any:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def _memory_format(model: Model, shape: Sequence[int]) -> torch.memory_format:
-    """Return channels_last for images if the model's convolution weights are, else contiguous_format."""
-    weights = [p for p in model.parameters() if p.dim() == 4 and not p.is_contiguous()] if isinstance(model, nn.Module) else []
-    suits = isinstance(model, FrozenUNet) or any(p.is_contiguous(memory_format=torch.channels_last) for p in weights)
-    return torch.channels_last if suits and len(shape) == 3 else torch.contiguous_format
+def _checked_shape(interface: Interface, shape: Sequence[int] | None) -> tuple[int, ...]:
+    """Return the shape (C, H, W) of an image that the network draws."""
+    shape = interface.shape if shape is None else shape
+    if shape is None:
+        expected = "to be (C, H, W), as the model has no config with in_channels and sample_size"
+        raise InvalidValue("Sampler", "shape", expected, "None")
+    check_ints("Sampler", "shape", shape, 1, "integers (C, H, W)")
+    interface.check_images("Sampler", "shape", shape)
+    return tuple(shape)

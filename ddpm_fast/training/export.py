@@ -11,6 +11,7 @@ import torch
 from ..checks import check_dtype, check_path
 from ..errors import expect
 from ..files.writing import write_json, write_text
+from ..inference import Interface
 from ..nn import UNet
 from ..predictions import DIFFUSERS_PREDICTIONS
 from ..resources import check_writable
@@ -73,8 +74,8 @@ def export_checkpoint(
     try:
         model.save_pretrained(out / "unet")
         write_scheduler(out / "scheduler", objective)
-        reads = objective.out_channels(model.config["in_channels"])
-        if reads == model.config["out_channels"] and _diffusers_steps(objective):  # no pipeline passes a condition
+        interface = Interface.of(model, predicts_variance=objective.predicts_variance)
+        if not interface.condition_channels and _diffusers_steps(objective):  # no pipeline passes a condition
             write_json(
                 out / "model_index.json",
                 {

@@ -1,50 +1,14 @@
-"""The options of a training run. Each is declared once: its type, default, range, group and help.
-
-The command line, its help, the table in the docs and config.json are made from these declarations. PyTorch is imported when
-options are made, so help texts come at once.
-"""
+"""The options of a training run. Each is declared once, see `ddpm_fast.options`."""
 
 from __future__ import annotations
 
-import dataclasses
-import os
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from inspect import Parameter, Signature
-from types import UnionType
-from typing import Annotated, Any, Final, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Final, Literal
 
-from ..errors import InvalidValue, expect
+from ..errors import InvalidValue
+from ..options import Option, Options, PathLike, Ranges, described, options_of
 from ..predictions import Prediction, Variance
-
-
-@dataclass(frozen=True)
-class Option:
-    """A declaration of an option, without its name, type and default.
-
-    Attributes:
-        group: The heading under which help shows it.
-        help: Its effect, in one or two sentences that begin with a verb.
-        low: The least value.
-        high: The largest value.
-        above: An excluded lower bound.
-        below: An excluded upper bound.
-        changeable: A resumed run may change it: it decides how long, where and with what records, not what is trained.
-        local: Processes of one run may differ in it.
-        recorded: config.json has it. Others concern one call.
-    """
-
-    group: str
-    help: str
-    low: float | None = None
-    high: float | None = None
-    above: float | None = None
-    below: float | None = None
-    changeable: bool = False
-    local: bool = False
-    recorded: bool = True
-
 
 _data = partial(Option, "Data")
 _model = partial(Option, "Network and noise schedule")
@@ -54,96 +18,14 @@ _machine = partial(Option, "Machine")
 _records = partial(Option, "Records and checkpoints", changeable=True)
 _call = partial(Option, "This call", changeable=True, recorded=False)
 
-_Path = str | os.PathLike[str]
-Ranges = tuple[tuple[float, float], ...]  # as `checks.Ranges`, whose module imports PyTorch
 
-
-class Declared(NamedTuple):
-    """An option of a struct.
-
-    Attributes:
-        name: Its name.
-        kind: Its type.
-        default: Its default.
-        option: Its declaration.
-    """
-
-    name: str
-    kind: Any
-    default: Any
-    option: Option
-
-    @property
-    def kinds(self) -> tuple[Any, ...]:
-        """The parts of its type: a union's members, or itself."""
-        return get_args(self.kind) if isinstance(self.kind, UnionType) or get_origin(self.kind) is Union else (self.kind,)
-
-    @property
-    def is_size(self) -> bool:
-        """True if it is a width and height, or one number for both."""
-        return tuple[int, int] in self.kinds
-
-    @property
-    def choices(self) -> list[str]:
-        """Its values if they are listed, or none."""
-        return [choice for kind in self.kinds if get_origin(kind) is Literal for choice in get_args(kind)]
-
-
-@dataclass(frozen=True)
-class Options:
-    """A struct of options, which are checked when it is made.
-
-    Raises:
-        TypeError: An option has another type than is declared.
-        ValueError: An option is out of range.
-    """
-
-    def __post_init__(self) -> None:
-        for declared in options_of(type(self)):
-            value = _checked(type(self).__name__, declared, getattr(self, declared.name))
-            object.__setattr__(self, declared.name, value)
-
-    @classmethod
-    def from_values(cls: type[AnyOptions], values: Mapping[str, Any]) -> AnyOptions:
-        """Return the struct with those of the values that it has."""
-        return cls(**{option.name: values[option.name] for option in options_of(cls) if option.name in values})
-
-    def recorded(self) -> dict[str, Any]:
-        """Return the options that config.json has, as JSON gives them back."""
-        from ..checks import as_json
-
-        return {each.name: as_json(getattr(self, each.name)) for each in options_of(type(self)) if each.option.recorded}
-
-
-AnyOptions = TypeVar("AnyOptions", bound=Options)
-
-
-def options_of(struct: type[Options]) -> Iterator[Declared]:
-    """Yield the options of a struct."""
-    kinds = get_type_hints(struct, include_extras=True)
-    for field in dataclasses.fields(struct):
-        kind, option = get_args(kinds[field.name])
-        yield Declared(field.name, kind, field.default, option)
-
-
-def _described(struct: type[AnyOptions]) -> type[AnyOptions]:
-    """Add the help of the options to the docstring of their struct, and leave it out of the signature."""
-    texts = [f"    {each.name}: {each.option.help}" for each in options_of(struct)]
-    struct.__doc__ = "\n".join([struct.__doc__ or "", "", "Attributes:", *texts])
-    parameters = [
-        Parameter(each.name, Parameter.KEYWORD_ONLY, default=each.default, annotation=each.kind) for each in options_of(struct)
-    ]
-    struct.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
-    return struct
-
-
-@_described
+@described
 @dataclass(frozen=True, kw_only=True)
 class DataOptions(Options):
     """The images that `train` reads."""
 
     data: Annotated[
-        _Path,
+        PathLike,
         _data(
             "Train on digits, fashion-mnist, cifar10, a folder (its sub-folders are classes), a .zip, .npy or .npz.",
             changeable=True,  # the images themselves are compared
@@ -151,7 +33,7 @@ class DataOptions(Options):
         ),
     ] = "digits"
     data_dir: Annotated[
-        _Path | None,
+        PathLike | None,
         _data(
             "Read the data set from this folder, or download it there. Default: a folder in the user's cache.",
             changeable=True,
@@ -177,7 +59,7 @@ class DataOptions(Options):
         ),
     ] = None
     condition: Annotated[
-        _Path | None,
+        PathLike | None,
         _data(
             "Give the network low-resolution:4, grey or mask images to restore, or those of a folder with the same file names.",
             changeable=True,  # the images themselves are compared, and the network's configuration names a degradation
@@ -197,7 +79,7 @@ class DataOptions(Options):
     ] = False
 
 
-@_described
+@described
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions(Options):
     """The network and the noise schedule that `train` makes."""
@@ -219,7 +101,7 @@ class ModelOptions(Options):
     dropout: Annotated[float, _model("Drop activations in residual blocks with this probability.", low=0, below=1)] = 0.0
     conditional: Annotated[bool, _model("Condition on the class if the data set has more than one.")] = True
     init: Annotated[
-        _Path | None,
+        PathLike | None,
         _model("Start from the weights of a model folder, a run or a checkpoint. Default: random weights.", local=True),
     ] = None
     num_timesteps: Annotated[int, _model("Set T, the number of steps of the forward process.", low=1, high=100_000)] = 1000
@@ -234,7 +116,7 @@ class ModelOptions(Options):
             raise InvalidValue("ModelOptions", "channels", "to be at least one number", "none")
 
 
-@_described
+@described
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions(Options):
     """The training of `train` and `Trainer`: objective, optimization, machine, records, and what concerns one call."""
@@ -341,51 +223,3 @@ class TrainOptions(Options):
 STRUCTS: Final = (DataOptions, ModelOptions, TrainOptions)
 CHANGEABLE: Final = frozenset(each.name for struct in STRUCTS for each in options_of(struct) if each.option.changeable)
 LOCAL: Final = frozenset(each.name for struct in STRUCTS for each in options_of(struct) if each.option.local)
-
-
-def _checked(caller: str, declared: Declared, value: Any) -> Any:
-    """Return an option in its plain form: a path as text, numbers as a tuple. Raise unless it is as declared."""
-    from ..checks import (
-        check_choice,
-        check_int,
-        check_ints,
-        check_number,
-        check_path,
-        check_type,
-        checked_bytes,
-        checked_ranges,
-    )
-
-    name, kind, _, option = declared
-    kinds, choices = declared.kinds, declared.choices
-    optional = type(None) in kinds
-    if value is None and optional:
-        return None
-    if choices:
-        check_choice(caller, name, value, [None, *choices] if optional else choices)
-    elif bool in kinds:
-        check_type(caller, name, value, bool, optional=optional)
-    elif get_origin(kind) is tuple:
-        if not isinstance(value, (list, tuple)) or value:
-            check_ints(caller, name, value, 1, "a list of integers")
-        return tuple(value)
-    elif Ranges in kinds:
-        return checked_ranges(caller, name, value)
-    elif declared.is_size and isinstance(value, (list, tuple)):
-        expect(len(value) == 2, caller, name, "to be a pair of numbers", repr(value))
-        for each in value:
-            check_int(caller, name, each, option.low, option.high)  # type: ignore[arg-type]
-        return tuple(value)
-    elif {int, str} <= {*kinds}:
-        checked_bytes(caller, name, value)
-    elif int in kinds:
-        check_int(caller, name, value, option.low, option.high, optional=optional)  # type: ignore[arg-type]
-    elif float in kinds:
-        bounds = {"low": option.low, "high": option.high, "above": option.above, "below": option.below}
-        check_number(caller, name, value, **bounds, finite=True, optional=optional)
-    elif os.PathLike[str] in kinds:
-        check_path(caller, name, value)
-        return os.fsdecode(value)
-    else:
-        check_type(caller, name, value, str, optional=optional)
-    return value

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..checks import listed
 from ..files.images import in_bands, save_grid, shown_channels
 from ..nn import UNet
-from ..plan.dpm_solver import default_plan
+from ..plan import default_plan
 from ..sampling.progress import progress_bar
 from ..sampling.sampler import sample
 from .data import ImageDataset, MappedDataset
@@ -234,11 +234,12 @@ class Records:
                 labels = torch.arange(num) % columns if shown is None else shown.labels
                 images = sample(
                     state.ema,
-                    default_plan(task.objective, task.options.sample_steps),
+                    default_plan(task.objective, steps=task.options.sample_steps),
                     num,
                     seed=task.options.seed,
                     class_labels=labels if task.labelled else None,
                     condition=None if shown is None else shown.condition,
+                    device=task.device,
                     shape=dataset.shape,
                     progress=False,
                     cuda_graph=False,  # a graph takes memory beside that of the training

@@ -94,12 +94,12 @@ def _permuted(items: NDArray[np.uint64], keys: NDArray[np.uint64], size: int) ->
     items, outside = items.copy(), np.arange(len(items))
     while len(outside):
         low, high = bits - bits // 2, bits // 2  # widths of the halves
-        key, left, right = keys[outside], items[outside] >> low, items[outside] & ((1 << low) - 1)
+        key, left, right = keys[outside], items[outside] >> np.uint64(low), items[outside] & np.uint64((1 << low) - 1)
         for _ in range(_ROUNDS):
             key = key + _GOLDEN
-            left, right = right, left ^ (_mixed(key ^ right) & ((1 << high) - 1))
+            left, right = right, left ^ (_mixed(key ^ right) & np.uint64((1 << high) - 1))
             low, high = high, low
-        items[outside] = (left << low) | right
+        items[outside] = (left << np.uint64(low)) | right
         outside = outside[items[outside] >= size]
     return items
 

@@ -17,16 +17,18 @@ from torch.utils.data import Dataset
 from ..checks import check_callable, check_int, check_path, check_type, checked_bytes
 from ..distributed import joined
 from ..errors import InvalidValue, expect, renaming
+from ..inference import Interface
 from ..inference.model import device_and_dtype, evaluation_mode, predict
 from ..nn import UNet
 from ..nn.unet import describe_images
+from ..options import AnyOptions
 from ..schedule import NoiseSchedule, Objective
 from .data import DATASETS, Degradation, ImageDataset, MappedDataset, load_dataset
 from .data.dataset import size_of
 from .folder import RunFolder
 from .loop import TrainResult, run_steps
 from .opening import Start, prepared
-from .options import AnyOptions, DataOptions, ModelOptions, TrainOptions
+from .options import DataOptions, ModelOptions, TrainOptions
 from .rng import TrainingRng
 from .state import State, Task
 
@@ -99,8 +101,7 @@ class Trainer:
         _check_trainable(model)
         if isinstance(model, UNet):
             expect(num_classes is None, "Trainer", "num_classes", "to be None, as model has num_class_embeds", num_classes)
-            embeds = model.config["num_class_embeds"]
-            num_classes = None if embeds is None else embeds - 1
+            num_classes = Interface.of(model).no_label
         self._labelled = num_classes is not None
         self._dataset = _adapted(dataset, model, self._objective, num_classes, num_workers)
         with renaming("Trainer"):
@@ -185,7 +186,7 @@ def _check_trainable(model: nn.Module) -> None:
     """Raise a ValueError unless the network can be trained, and checkpoints can hold it and its optimizer's state."""
     if isinstance(model, UNet):
         wanted = "to have num_class_embeds = None or the number of classes plus one"
-        expect(model.config["num_class_embeds"] != 1, "Trainer", "model", wanted, "1")
+        expect(Interface.of(model).no_label != 0, "Trainer", "model", wanted, "1")
     for name, parameter in model.named_parameters():
         got = f'{parameter.dtype} in {name}; use precision="bf16" for speed'
         expect(parameter.dtype == torch.float32, "Trainer", "model", "to be float32", got)
@@ -211,10 +212,11 @@ def _adapted(
             if isinstance(names, (list, tuple)) and all(isinstance(name, str) and name for name in names):
                 classes = tuple(names) if len(names) == num_classes == len(set(names)) else classes
     with renaming("Trainer"):
-        channels, odd = divmod(config["out_channels"], objective.out_channels(1)) if config else (None, 0)
+        interface = Interface.from_config(config, predicts_variance=objective.predicts_variance)
+        odd = objective.predicts_variance and (interface.predicted_channels or 0) % 2
         wanted = "to have an even number of out_channels, to predict the variance too"
-        expect(not odd, "", "model", wanted, config.get("out_channels"))
-        return MappedDataset(dataset, channels, classes, num_workers, config.get("in_channels"))
+        expect(not odd, "", "model", wanted, interface.predicted_channels)
+        return MappedDataset(dataset, interface.channels, classes, num_workers, interface.read_channels)
 
 
 def _check_fit(model: UNet, dataset: ImageDataset | MappedDataset, objective: Objective) -> None:
@@ -226,18 +228,18 @@ def _check_fit(model: UNet, dataset: ImageDataset | MappedDataset, objective: Ob
     channels, height, width = dataset.shape
     reads, of = channels + dataset.condition_channels, "the images of dataset"
     predicted = f"{of} and their variance" if objective.predicts_variance else of
-    for name, number, whose in (
-        ("out_channels", objective.out_channels(channels), predicted),
-        ("in_channels", reads, f"{of} and their conditions" if reads > channels else of),
+    interface = Interface.of(model, predicts_variance=objective.predicts_variance)
+    for name, found, number, whose in (
+        ("out_channels", interface.predicted_channels, objective.out_channels(channels), predicted),
+        ("in_channels", interface.read_channels, reads, f"{of} and their conditions" if reads > channels else of),
     ):
-        wanted = f"to have {name} = {number}, as {whose}"
-        expect(model.config[name] == number, "Trainer", "model", wanted, model.config[name])
-    factor = 2 ** (len(model.config["block_out_channels"]) - 1)
+        expect(found == number, "Trainer", "model", f"to have {name} = {number}, as {whose}", found)
+    factor = interface.multiple
     wanted = f"to have images whose sides are multiples of {factor} for the levels of model"
     expect(height % factor == 0 and width % factor == 0, "Trainer", "dataset", wanted, f"{height}x{width}")
-    embeds, number = model.config["num_class_embeds"], len(dataset.classes)
+    label, number = interface.no_label, len(dataset.classes)
     wanted = f"to have num_class_embeds = {number + 1}, the number of classes plus one"
-    expect(embeds in (None, number + 1), "Trainer", "model", wanted, embeds)
+    expect(label in (None, number), "Trainer", "model", wanted, None if label is None else label + 1)
 
 
 def _check_call(model: nn.Module, dataset: ImageDataset | MappedDataset, objective: Objective, num_classes: int | None) -> None:
@@ -378,6 +380,7 @@ def _unet_config(options: ModelOptions, dataset: ImageDataset, objective: Object
         "dropout": options.dropout,
         "resnet_time_scale_shift": "scale_shift" if options.scale_shift else "default",
         "num_class_embeds": len(dataset.classes) + 1 if labelled else None,
+        **({"variance": objective.variance} if objective.predicts_variance else {}),
         # Images beside sub-folders make a class without a name.
         **({"class_names": list(dataset.classes)} if labelled and all(dataset.classes) else {}),
         # Ho et al.'s choices

@@ -38,7 +38,7 @@ def test_five_channels_of_numbers(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     assert "5 channels, resized from 14x10, the range of each channel as -1 to 1" in caplog.text
     succeed("train", tmp_path / "run", *size, "--data-range", "-4", "6", *SMALL)
     assert "images   12x8 pixels, 5 channels, resized from 14x10, -4 to 6 as -1 to 1" in caplog.text
-    assert load_folder(tmp_path / "run").shape == (5, 8, 12)
+    assert load_folder(tmp_path / "run").interface.shape == (5, 8, 12)
     with Image.open(tmp_path / "run" / "samples" / "step-00000002.png") as grid:
         assert (grid.mode, grid.size) == ("L", (8 * (12 * 10 + 2) + 2, 4 * (8 * 10 + 2) + 2))
     sample = ["sample", "--model", tmp_path / "run", "--steps", 2, "--num", 2]
@@ -80,7 +80,7 @@ def test_grey_rectangles(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> No
     with Image.open(tmp_path / "a.png") as one:
         assert (one.mode, one.size) == ("L", (12, 8))
     succeed("train", tmp_path / "rgb", "--data", data, "--colors", "rgb", "--image-size", "12x8", *SMALL)
-    assert load_folder(tmp_path / "rgb").shape == (3, 8, 12)
+    assert load_folder(tmp_path / "rgb").interface.shape == (3, 8, 12)
 
 
 @pytest.mark.parametrize("value", ["x", "12x", "x8", "12x8x3", "-4", "1.5"])

@@ -296,7 +296,7 @@ def test_progress_counts_timesteps(capsys: pytest.CaptureFixture[str]) -> None:
         ),
         (
             {"model": UNet(**SMALL | {"out_channels": 2}), "x_0": torch.zeros(1, 1, 8, 8)},
-            InvalidValue("variational_bound", "x_0", "to be [N, 2, H, W]", "(1, 1, 8, 8)"),
+            InvalidValue("variational_bound", "", "a model with 1 output channels, as images have 1", "2"),
         ),
         ({"batch_size": 0}, InvalidValue("variational_bound", "batch_size", "to be a positive integer or None", "0")),
         (

@@ -22,9 +22,10 @@ from torch._dynamo.testing import CompileCounter
 from ddpm_fast import FrozenUNet, NoiseSchedule, ddim_plan, freeze, sample
 from ddpm_fast.errors import InvalidType, InvalidValue
 from ddpm_fast.inference import frozen as frozen_module
-from ddpm_fast.inference.frozen import MAX_PROGRAMS, default_dtype
+from ddpm_fast.inference.frozen import MAX_PROGRAMS, sampling_dtype
 from ddpm_fast.inference.pytorch_layers import PyTorchLayers
 from ddpm_fast.nn import UNet
+from ddpm_fast.ops import backend
 
 # float64 has no CPU kernels: PyTorch computes it.
 BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
@@ -142,7 +143,7 @@ def test_a_dtype_and_a_device_are_those_of_the_model_or_named() -> None:
     for dtype in (torch.float64, torch.float16, torch.bfloat16):
         frozen = freeze(copy.deepcopy(model).to(dtype))
         assert frozen.dtype == frozen(*inputs).dtype == dtype
-    assert freeze(model).dtype == default_dtype(torch.float32, torch.device("cpu"))
+    assert freeze(model).dtype == torch.float32
     assert freeze(model).device == torch.device("cpu")
     for name in ("cpu", "cpu:0"):
         frozen = freeze(model, torch.float32, device=name)
@@ -150,17 +151,17 @@ def test_a_dtype_and_a_device_are_those_of_the_model_or_named() -> None:
 
 
 @pytest.mark.parametrize("has_bfloat16", [True, False])
-def test_the_default_dtype_is_one_that_the_device_is_fast_at(has_bfloat16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_float32_becomes_half_precision_on_a_gpu_alone(has_bfloat16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bfloat16 or including_emulation)
     gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
-    assert default_dtype(torch.float32, gpu) == (torch.bfloat16 if has_bfloat16 else torch.float16)
+    assert sampling_dtype(torch.float32, gpu) == (torch.bfloat16 if has_bfloat16 else torch.float16)
     for dtype in (torch.float64, torch.float16, torch.bfloat16):  # the user chose it
-        assert default_dtype(dtype, gpu) == dtype
-    for fast in (True, False):
-        monkeypatch.setattr(frozen_module, "has_fast_bfloat16", lambda fast=fast: fast)
-        assert default_dtype(torch.float32, cpu) == (torch.bfloat16 if fast else torch.float32)
-        assert default_dtype(torch.float64, cpu) == torch.float64
+        assert sampling_dtype(dtype, gpu) == dtype
+    # Also where a CPU multiplies faster in bfloat16.
+    monkeypatch.setattr(backend, "BUILD", backend.BUILD | {"isa": "avx512_bf16", "processor": "AuthenticAMD 26"})
+    for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+        assert sampling_dtype(dtype, cpu) == dtype
 
 
 @BOTH

@@ -179,13 +179,13 @@ def test_frozen_networks_draw_files_and_in_samplers(tmp_path: Path) -> None:
     assert sampler.network is frozen.unet.frozen_unet
     assert_same(sampler(2, progress=False), sample(freeze(pipe).unet, plan, 2, progress=False))
     for _ in range(2):  # the second goes on with what the first has written
-        write_samples(tmp_path / "images.npz", freeze(pipe).unet, plan, 2, progress=False)
+        write_samples(tmp_path / "images.npz", Sampler(freeze(pipe).unet, plan), 2, progress=False)
     with torch.no_grad():
         pipe.unet.conv_out.weight.neg_()
     with pytest.raises(ValueError, match=r"^sample: expected plan to have timesteps below 20, got 999$"):
         sample(frozen.unet, plan_of(diffusers.DDPMScheduler()), 1, progress=False)
     with pytest.raises(ValueError, match="weights"):
-        write_samples(tmp_path / "images.npz", freeze(pipe).unet, plan, 2, progress=False)
+        write_samples(tmp_path / "images.npz", Sampler(freeze(pipe).unet, plan), 2, progress=False)
 
 
 def test_what_is_no_plan_is_named() -> None:

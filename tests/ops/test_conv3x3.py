@@ -388,19 +388,18 @@ def test_reasons_why_kernels_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None
         monkeypatch.setattr(backend, "BUILD", {"isa": isa, "amx_bf16": amx, "processor": "AuthenticAMD 25"})
         got = backend.why_not_matrix_kernels(cpu, dtype)
         assert got is None if reason is None else reason in str(got)
-        assert backend.has_fast_bfloat16() == (isa == "avx512_bf16")
         for op in MATRIX_OPS:
             assert why_not("native", op, cpu, dtype) == got
-    for isa, amx, processor, products, fast in (
-        ("avx512_bf16", False, "AuthenticAMD 25", torch.bfloat16, True),
-        ("avx512_bf16", False, "AuthenticAMD 26", torch.bfloat16, True),
-        ("avx512_bf16", False, "GenuineIntel 6", torch.float32, False),
-        ("avx512_bf16", True, "GenuineIntel 6", torch.float32, True),  # oneDNN's
-        ("avx512", False, "AuthenticAMD 25", torch.float32, False),
+    for isa, amx, processor, products in (
+        ("avx512_bf16", False, "AuthenticAMD 25", torch.bfloat16),
+        ("avx512_bf16", False, "AuthenticAMD 26", torch.bfloat16),
+        ("avx512_bf16", False, "GenuineIntel 6", torch.float32),
+        ("avx512_bf16", True, "GenuineIntel 6", torch.float32),
+        ("avx512", False, "AuthenticAMD 25", torch.float32),
     ):
         monkeypatch.setattr(backend, "BUILD", {"isa": isa, "amx_bf16": amx, "processor": processor})
-        assert (backend.product_dtype(torch.bfloat16), backend.has_fast_bfloat16()) == (products, fast)
+        assert backend.product_dtype(torch.bfloat16) == products
         assert backend.product_dtype(torch.float32) == torch.float32
     monkeypatch.setattr(backend, "native_error", lambda: "gone")
     assert backend.why_not_matrix_kernels(cpu, torch.float32) == "the compiled module did not load: gone"
-    assert not backend.has_fast_bfloat16()
+    assert backend.product_dtype(torch.bfloat16) == torch.float32

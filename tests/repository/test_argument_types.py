@@ -12,7 +12,8 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache, wraps
-from typing import Any, NoReturn
+from types import NoneType, UnionType
+from typing import Any, NoReturn, Union, get_args, get_origin
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 import ddpm_fast as d
 from ddpm_fast.errors import InvalidType, InvalidValue
 from ddpm_fast.integrations import denoising_diffusion_pytorch, guided_diffusion
+from ddpm_fast.sampling.options import ClassLabels
 
 diffusers = pytest.importorskip("diffusers")
 theirs = pytest.importorskip("denoising_diffusion_pytorch.denoising_diffusion_pytorch")
@@ -30,6 +32,8 @@ from ddpm_fast.integrations import diffusers as schedulers  # noqa: E402
 
 # Objects that functions of the package return. Users do not make them.
 RESULTS = {"BackendUnavailable", "FuseReport", "Pretrained", "TrainResult", "VariationalBound"}
+# Types of keyword arguments, which other entries check.
+KEYWORDS = {"BatchOptions", "DrawOptions", "EditOptions", "PlanOptions"}
 
 JUNK: dict[str, Any] = {
     "None": None,
@@ -106,13 +110,14 @@ X, SEEDS, TIME, ONES = torch.zeros(2, 4, 4, 4), d.sample_seeds(0, 2), torch.ones
 NORM = {"num_groups": 2, "weight": ONES, "bias": ONES, "shift": TIME, "scale_shift": (TIME, TIME)}
 IMAGES, FEATURES = torch.zeros(2, 3, 4, 4), torch.rand(9, 2)
 SCHEDULE = d.NoiseSchedule.linear(10)
+OBJECTIVE = d.Objective(SCHEDULE)
 PLAN, NETWORK = d.ddpm_plan(SCHEDULE), Untouched()
-SIZED, ONE = Untouched(), torch.ones(1, 1, 4, 4)
-SIZED.config = {"in_channels": 3, "sample_size": 4}  # type: ignore[assignment]  # a module's attribute
+ONE = torch.ones(1, 1, 4, 4)
 STEP = torch.tensor([3, 4])
 SAMPLE = {"seed": 0, "x_T": torch.zeros(2, 3, 4, 4)}
 SAMPLE_ACCEPTS = {"seed": "negative zero", "batch_size": "huge", "guidance_scale": "None"}
 EDIT_ACCEPTS = SAMPLE_ACCEPTS | {"strength": "zero"}
+PLAN_ACCEPTS = {"eta": "zero"}
 DDIM = schedulers.DDIMScheduler(num_train_timesteps=10)
 DDIM.set_timesteps(5)
 DDPM = schedulers.DDPMScheduler(num_train_timesteps=10)
@@ -137,6 +142,11 @@ def unet() -> d.UNet:
 @cache
 def sampler() -> d.Sampler:
     return d.Sampler(Untouched(), PLAN, shape=(3, 4, 4))
+
+
+@cache
+def builtin() -> d.Pretrained:
+    return d.load_builtin()
 
 
 @cache
@@ -213,7 +223,13 @@ CALLS: dict[str, Callable[[], Entry]] = {
     "NoiseSchedule.table": lambda: Entry(SCHEDULE.table, {}),
     "Objective": lambda: Entry(d.Objective, {"schedule": SCHEDULE, "loss_weight": "min_snr"}, {"loss_weight": "None"}),
     "Objective, columns": lambda: Entry(d.Objective, {"schedule": SCHEDULE, "prediction": torch.ones(10, 2)}),
-    "Sampler": lambda: Entry(d.Sampler, {"model": NETWORK, "plan": PLAN, "shape": (3, 4, 4)}),
+    "Pretrained.build_plan": lambda: Entry(builtin().build_plan, {}, PLAN_ACCEPTS, "build_plan"),
+    "Pretrained.from_data": lambda: Entry(
+        builtin().from_data, {"images": ONE}, {"images": "bools tensor shape meta"}, "from_data"
+    ),
+    "Pretrained.sampler": lambda: Entry(builtin().sampler, {}, PLAN_ACCEPTS, "sampler|Sampler|build_plan"),
+    "Pretrained.to_data": lambda: Entry(builtin().to_data, {"images": ONE}, {"images": "shape meta"}, "to_data"),
+    "Sampler": lambda: Entry(d.Sampler, {"model": NETWORK, "plan": PLAN, "shape": (3, 4, 4)}, {"no_label": "zero"}),
     "Sampler, call": lambda: Entry(sampler(), {"num_samples": 2} | SAMPLE, SAMPLE_ACCEPTS, "Sampler"),
     "Sampler.trajectory": lambda: Entry(
         sampler().trajectory, {"num_samples": 2} | SAMPLE, SAMPLE_ACCEPTS | {"num_frames": "huge"}
@@ -243,6 +259,8 @@ CALLS: dict[str, Callable[[], Entry]] = {
     ),
     "ddim_inversion_plan": lambda: Entry(d.ddim_inversion_plan, {"schedule": SCHEDULE, "num_steps": 5}, {"clip": "inf"}),
     "ddim_plan": lambda: Entry(d.ddim_plan, {"schedule": SCHEDULE, "num_steps": 5}, {"eta": "zero", "clip": "inf"}),
+    "default_plan": lambda: Entry(d.default_plan, {"objective": OBJECTIVE}, {"steps": "huge", "clip": "inf"}),
+    "named_plan": lambda: Entry(d.named_plan, {"objective": OBJECTIVE}, PLAN_ACCEPTS | {"clip": "inf"}),
     "dpm_solver_plan": lambda: Entry(
         d.dpm_solver_plan, {"schedule": SCHEDULE, "num_steps": 5}, {"eta": "zero", "clip": "inf", "lambda_min": "negative zero"}
     ),
@@ -277,13 +295,11 @@ CALLS: dict[str, Callable[[], Entry]] = {
     "load_builtin": lambda: Entry(d.load_builtin, {}),
     "load_folder": lambda: Entry(d.load_folder, {"path": "no such"}),
     "inpaint": lambda: Entry(
-        d.inpaint, {"model": SIZED, "plan": PLAN, "images": IMAGES, "mask": ONE, "seed": 0}, EDIT_ACCEPTS | {"mask": "bools"}
+        d.inpaint, {"sampler": sampler(), "images": IMAGES, "mask": ONE, "seed": 0}, EDIT_ACCEPTS | {"mask": "bools"}
     ),
-    "interpolate": lambda: Entry(
-        d.interpolate, {"model": SIZED, "plan": PLAN, "a": IMAGES, "b": IMAGES, "seed": 0}, EDIT_ACCEPTS
-    ),
+    "interpolate": lambda: Entry(d.interpolate, {"sampler": sampler(), "a": IMAGES, "b": IMAGES, "seed": 0}, EDIT_ACCEPTS),
     "invert": lambda: Entry(
-        d.invert, {"model": SIZED, "plan": d.ddim_inversion_plan(SCHEDULE, 5), "images": IMAGES}, EDIT_ACCEPTS
+        d.invert, {"sampler": sampler().with_plan(d.ddim_inversion_plan(SCHEDULE, 5)), "images": IMAGES}, EDIT_ACCEPTS
     ),
     "noise": lambda: Entry(d.noise, {"shape": (2, 4), "seeds": SEEDS}, {"seeds": "meta", "stream": "zero"}),
     "q_sample": lambda: Entry(
@@ -305,7 +321,9 @@ CALLS: dict[str, Callable[[], Entry]] = {
         {"step": "zero", "guidance_scale": "negative zero"},
     ),
     "sample": lambda: Entry(
-        d.sample, {"model": NETWORK, "plan": PLAN, "num_samples": 2, "shape": (3, 4, 4)} | SAMPLE, SAMPLE_ACCEPTS
+        d.sample,
+        {"model": NETWORK, "plan": PLAN, "num_samples": 2, "shape": (3, 4, 4)} | SAMPLE,
+        SAMPLE_ACCEPTS | {"no_label": "zero"},
     ),
     "sample_seeds": lambda: Entry(d.sample_seeds, {"seed": 0, "n": 2}, {"seed": "negative zero", "n": "zero", "start": "zero"}),
     "save_grid": lambda: Entry(
@@ -319,7 +337,7 @@ CALLS: dict[str, Callable[[], Entry]] = {
     "to_uint8": lambda: Entry(d.to_uint8, {"images": IMAGES}, {"images": "shape meta"}),
     "train": lambda: Entry(d.train, {"run_dir": "no such run"}),
     "unfuse": lambda: Entry(d.unfuse, {"model": NETWORK}),
-    "vary": lambda: Entry(d.vary, {"model": SIZED, "plan": PLAN, "images": IMAGES, "seed": 0}, EDIT_ACCEPTS),
+    "vary": lambda: Entry(d.vary, {"sampler": sampler(), "images": IMAGES, "seed": 0}, EDIT_ACCEPTS),
     "variational_bound": lambda: Entry(
         d.variational_bound,
         {"model": NETWORK, "x_0": IMAGES, "schedule": SCHEDULE},
@@ -327,7 +345,7 @@ CALLS: dict[str, Callable[[], Entry]] = {
     ),
     "write_samples": lambda: Entry(
         d.write_samples,
-        {"out": "no such folder", "model": NETWORK, "plan": PLAN, "num_samples": 2, "shape": (3, 4, 4)},
+        {"out": "no such folder", "sampler": sampler(), "num_samples": 2},
         {"seed": "negative zero", "guidance_scale": "None"},
     ),
     "DDPMScheduler.set_timesteps": lambda: Entry(DDPM.set_timesteps, {"num_inference_steps": 5}),
@@ -364,13 +382,23 @@ CALLS: dict[str, Callable[[], Entry]] = {
 
 def test_every_public_callable_has_valid_arguments() -> None:
     names = {name for name in d.__all__ if callable(getattr(d, name))}
-    assert names - RESULTS <= CALLS.keys()
+    assert names - RESULTS - KEYWORDS <= CALLS.keys()
+
+
+def parts_of(annotation: Any) -> list[str]:
+    """Return the parts of an annotation. Those of declared options are types, others are text."""
+    if isinstance(annotation, str):
+        return annotation.split(" | ")
+    if annotation == ClassLabels:
+        return ["ClassLabels"]
+    if get_origin(annotation) in (Union, UnionType):
+        return [part for each in get_args(annotation) for part in parts_of(each)]
+    return ["None" if annotation is NoneType else inspect.formatannotation(annotation)]
 
 
 def wrong_values(entry: Entry, parameter: inspect.Parameter) -> Iterator[tuple[str, Any]]:
     """Yield what a parameter must refuse."""
-    kind = parameter.annotation
-    name, parts = parameter.name, (kind if isinstance(kind, str) else inspect.formatannotation(kind)).split(" | ")
+    name, parts = parameter.name, parts_of(parameter.annotation)
     valid = {*entry.accepts.get(name, "").split(), *" ".join(VALID.get(part, "") for part in parts).split()}
     if "*" in valid:
         return

@@ -19,8 +19,8 @@ WRITING = frozenset(
 ALLOWED = {
     ("cli/console.py", "main", "open"): "the null device",
     ("cli/console.py", "main", "os.open"): "the null device",
-    ("cli/outputs.py", "save_result", "save"): "calls save_grid and save_trajectory",
-    ("cli/outputs.py", "make_writable", "tempfile.TemporaryFile"): "a trial without a name",
+    ("cli/outputs.py", "try_writing", "tempfile.TemporaryFile"): "a trial without a name",
+    ("cli/outputs.py", "write", "save"): "a function that is given, which replaces a file",
     ("files/images.py", "image_format", "Image.new(mode, (2, 2)).save"): "into memory",
     ("files/images.py", "_write", "first.save"): "into the file of `replacing`",
     ("files/result_folder.py", "_lock", "os.ftruncate"): "the lock's text decides nothing",

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from drawing import PLAN, tiny_unet
 
+import ddpm_fast as d
+from ddpm_fast.inference import Interface
+from ddpm_fast.options import options_of
 from ddpm_fast.sampling.arguments import labels_of
+from ddpm_fast.sampling.options import BatchOptions, DrawOptions, EditOptions
 
-CONFIG: dict[str, Any] = {"num_class_embeds": 5, "class_names": ["T-shirt", "ankle boot", "BAG", "bag"]}
+NAMES = ("T-shirt", "ankle boot", "BAG", "bag")
 
 
-@pytest.mark.parametrize("config", [CONFIG, {}, {"class_names": None}])
+@pytest.mark.parametrize("names", [NAMES, ()])
 @pytest.mark.parametrize("labels", [None, 3, -1, [0, 1], (2, 2), [], range(2), torch.tensor([1, 0]), 1.5])
-def test_numbers_and_tensors_are_unchanged(config: dict[str, Any], labels: Any) -> None:
-    assert labels_of("sample", config, labels) is labels
+def test_numbers_and_tensors_are_unchanged(names: tuple[str, ...], labels: Any) -> None:
+    assert labels_of("sample", names, labels) is labels
 
 
 @pytest.mark.parametrize(
@@ -30,18 +37,60 @@ def test_numbers_and_tensors_are_unchanged(config: dict[str, Any], labels: Any) 
     ],
 )
 def test_names_become_numbers(labels: Any, expected: Any) -> None:
-    assert labels_of("sample", CONFIG, labels) == expected
+    assert labels_of("sample", NAMES, labels) == expected
 
 
 @pytest.mark.parametrize("labels", ["hat", [0, "hat"]])
 def test_unknown_names_are_errors_that_list_the_known(labels: Any) -> None:
     known = "T-shirt, ankle boot, BAG, bag"
     with pytest.raises(ValueError, match=f"^sample: expected class_labels to be integers or names among {known}, got 'hat'$"):
-        labels_of("sample", CONFIG, labels)
+        labels_of("sample", NAMES, labels)
 
 
 @pytest.mark.parametrize("config", [{}, {"num_class_embeds": 3}, {"class_names": None}])
 def test_names_need_a_model_with_names(config: dict[str, Any]) -> None:
+    names = Interface.from_config(config, halves=False).class_names
     message = "^sample: expected class_labels to be integers, as the model has no class names, got 'bag'$"
     with pytest.raises(ValueError, match=message):
-        labels_of("sample", config, ["bag"])
+        labels_of("sample", names, ["bag"])
+
+
+def _calls() -> dict[str, tuple[Callable[..., Any], type, tuple[Any, ...]]]:
+    """Return functions that draw, their options, and arguments without options."""
+    sampler = d.Sampler(tiny_unet(), PLAN)
+    inverse = sampler.with_plan(d.ddim_inversion_plan(PLAN.schedule, 3))
+    images = torch.zeros(2, 1, 8, 8)
+    return {
+        "sample": (d.sample, DrawOptions, (tiny_unet(), PLAN, 2)),
+        "Sampler": (sampler.__call__, DrawOptions, (2,)),
+        "Sampler.trajectory": (sampler.trajectory, DrawOptions, (2,)),
+        "vary": (d.vary, EditOptions, (sampler, images)),
+        "interpolate": (d.interpolate, EditOptions, (sampler, images, images)),
+        "invert": (d.invert, BatchOptions, (inverse, images)),
+        "inpaint": (d.inpaint, EditOptions, (sampler, images, images[:1])),
+        "write_samples": (d.write_samples, EditOptions, ("nowhere", sampler, 2)),
+    }
+
+
+CALLS = _calls()
+
+
+@pytest.mark.parametrize("caller", CALLS)
+def test_signatures_show_the_options(caller: str) -> None:
+    function, struct, _ = CALLS[caller]
+    parameters = inspect.signature(function).parameters
+    options = {each.name: each for each in options_of(struct)}
+    assert [*parameters][-len(options) :] == [*options]
+    for name, declared in options.items():
+        assert parameters[name].kind == inspect.Parameter.KEYWORD_ONLY
+        assert parameters[name].default == declared.default
+        assert declared.option.help in (struct.__doc__ or "")
+
+
+@pytest.mark.parametrize("caller", CALLS)
+def test_unknown_options_are_type_errors_that_list_the_known(caller: str) -> None:
+    function, struct, arguments = CALLS[caller]
+    known = ", ".join(each.name for each in options_of(struct))
+    wrong = "callbacks" if struct is DrawOptions else "x_T"
+    with pytest.raises(TypeError, match=f"^{caller}: expected arguments among {known}, got '{wrong}'$"):
+        function(*arguments, **{wrong: None})

@@ -163,22 +163,26 @@ def test_editing_reads_the_condition() -> None:
     inversion = ddim_inversion_plan(SCHEDULE, 4, clip=None)
     mask = torch.zeros(1, 1, *SIDES)
     mask[..., :4] = 1
+    reading, alone = Sampler(model, PLAN), Sampler(joined, PLAN)
+    whole = Sampler(Joined(model, given.repeat_interleave(3, 0)), PLAN)
+    inverting = [sampler.with_plan(inversion) for sampler in (reading, alone)]
+    repainting = [sampler.with_plan(repaint_plan(SCHEDULE, 4, 1, 2)) for sampler in (reading, alone)]
     pairs = [
-        (vary(model, PLAN, images, condition=given, **arguments), vary(joined, PLAN, images, **arguments)),
-        (invert(model, inversion, images, condition=given, **arguments), invert(joined, inversion, images, **arguments)),
+        (vary(reading, images, condition=given, **arguments), vary(alone, images, **arguments)),
+        (invert(inverting[0], images, condition=given, **arguments), invert(inverting[1], images, **arguments)),
         (
-            inpaint(model, repaint_plan(SCHEDULE, 4, 1, 2), images, mask, condition=given, **arguments),
-            inpaint(joined, repaint_plan(SCHEDULE, 4, 1, 2), images, mask, **arguments),
+            inpaint(repainting[0], images, mask, condition=given, **arguments),
+            inpaint(repainting[1], images, mask, **arguments),
         ),
         (
-            interpolate(model, PLAN, images, images.flip(0), 3, condition=given, **arguments),
-            interpolate(Joined(model, given.repeat_interleave(3, 0)), PLAN, images, images.flip(0), 3, **arguments),
+            interpolate(reading, images, images.flip(0), 3, condition=given, **arguments),
+            interpolate(whole, images, images.flip(0), 3, **arguments),
         ),
     ]
     for actual, expected in pairs:
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-11)
-    whole = inpaint(model, PLAN, images, mask, condition=given, batch_size=2, **arguments)
-    torch.testing.assert_close(whole, inpaint(model, PLAN, images, mask, condition=given, **arguments), rtol=0, atol=1e-11)
+    parts = inpaint(reading, images, mask, condition=given, batch_size=2, **arguments)
+    torch.testing.assert_close(parts, inpaint(reading, images, mask, condition=given, **arguments), rtol=0, atol=1e-11)
 
 
 def test_the_bound_reads_the_condition() -> None:
@@ -190,19 +194,20 @@ def test_the_bound_reads_the_condition() -> None:
 
 def test_files_are_of_one_condition(tmp_path: Path) -> None:
     model, given = network(), condition()
-    write_samples(tmp_path / "a.npz", model, PLAN, N, batch_size=2, condition=given, progress=False)
+    sampler = Sampler(model, PLAN)
+    write_samples(tmp_path / "a.npz", sampler, N, batch_size=2, condition=given, progress=False)
     images = sample(model, PLAN, N, batch_size=2, condition=given, progress=False)
     with np.load(tmp_path / "a.npz") as archive:
         expected = ((images.permute(0, 2, 3, 1) + 1) * 127.5).round().clamp(0, 255).numpy()
         assert np.array_equal(archive["arr_0"], expected.astype(np.uint8))
     with pytest.raises(ValueError, match="condition"):
-        write_samples(tmp_path / "a.npz", model, PLAN, N, batch_size=2, condition=-given, progress=False)
+        write_samples(tmp_path / "a.npz", sampler, N, batch_size=2, condition=-given, progress=False)
 
 
 WRONG: dict[str, tuple[Any, Exception]] = {
     "none": (
         None,
-        InvalidValue("sample", "condition", "to be [5, 2, 8, 16], as the model reads 5 channels and x_t has 3", "None"),
+        InvalidValue("sample", "condition", "to be [5, 2, 8, 16], as the model reads 2 channels after x_t", "None"),
     ),
     "channels": (
         condition(channels=1),
@@ -233,7 +238,7 @@ def test_models_and_conditions_that_do_not_go_together_are_refused() -> None:
     plain = network(in_channels=C)
     with refused(InvalidValue("sample", "condition", "to be None, as the model reads x_t alone", "a condition")):
         sample(plain, PLAN, N, condition=condition(), progress=False)
-    wanted = "to be (C, H, W) with C at most 2, the model's in_channels"
+    wanted = "to be (C, H, W) with C at most 2, which the model reads"
     with refused(InvalidValue("sample", "shape", wanted, (3, 8, 16))):
         sample(network(in_channels=2), PLAN, N, shape=(3, 8, 16), progress=False)
 

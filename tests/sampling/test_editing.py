@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ddpm_fast import (
     NoiseSchedule,
     Sampler,
+    SamplingPlan,
     ddim_inversion_plan,
     ddim_plan,
     ddpm_plan,
@@ -46,6 +47,10 @@ PLANS = {
 QUIET: Any = {"progress": False}
 
 
+def drawing(plan: SamplingPlan, model: Any = NETWORK, shape: tuple[int, int, int] = (3, 4, 4)) -> Sampler:
+    return Sampler(model, plan, shape=shape)
+
+
 @pytest.mark.parametrize("name", PLANS)
 def test_a_variation_is_the_rest_of_the_plan_from_the_noised_image(name: str) -> None:
     plan = PLANS[name]()
@@ -57,9 +62,9 @@ def test_a_variation_is_the_rest_of_the_plan_from_the_noised_image(name: str) ->
     abar = float(plan.alpha_bars[row])
     start = math.sqrt(abar) * IMAGES + math.sqrt(1 - abar) * initial_noise(IMAGES.shape, seeds)
     expected = sample(NETWORK, plan.starting_at(t), 2, seed=seeds, x_T=start, shape=(3, 4, 4), **QUIET)
-    got = vary(NETWORK, plan, IMAGES, 0.4, seed=3, **QUIET)
+    got = vary(drawing(plan), IMAGES, 0.4, seed=3, **QUIET)
     assert torch.equal(got, expected)
-    assert not torch.equal(got, vary(NETWORK, plan, IMAGES, 0.5, seed=3, **QUIET))
+    assert not torch.equal(got, vary(drawing(plan), IMAGES, 0.5, seed=3, **QUIET))
 
 
 def karras_alpha_bar(betas: np.ndarray, step: int, num_steps: int) -> float:
@@ -97,58 +102,57 @@ def test_edits_begin_at_the_noise_level_of_karras_and_not_of_its_rounded_timeste
         level_errors.append(abs(float(schedule.alpha_bars[plan.timesteps[0]]) / abar - 1))
         expected = math.sqrt(abar) * IMAGES[:1] + math.sqrt(1 - abar) * z
         seen.clear()
-        vary(network, plan, IMAGES[:1], 1.0, seed=5, **QUIET)
+        vary(drawing(plan, network), IMAGES[:1], 1.0, seed=5, **QUIET)
         torch.testing.assert_close(seen[0], expected, rtol=1e-5, atol=1e-5)
         seen.clear()
-        interpolate(network, plan, IMAGES[:1], IMAGES[:1], 2, strength=1.0, seed=5, **QUIET)
+        interpolate(drawing(plan, network), IMAGES[:1], IMAGES[:1], 2, strength=1.0, seed=5, **QUIET)
         torch.testing.assert_close(seen[0][:1], expected, rtol=1e-5, atol=1e-5)
     assert max(level_errors) > 0.005  # otherwise the timestep's level would do
 
 
 def test_strength_runs_from_the_image_itself_to_a_new_one() -> None:
     plan = ddpm_plan(SCHEDULE, 10)
-    same = vary(NETWORK, plan, IMAGES, 0.0, **QUIET)
+    same = vary(drawing(plan), IMAGES, 0.0, **QUIET)
     assert torch.equal(same, IMAGES)
     assert same.data_ptr() != IMAGES.data_ptr()
-    distances = [float((vary(NETWORK, plan, IMAGES, s, **QUIET) - IMAGES).square().mean()) for s in (0.1, 0.4, 1.0)]
+    distances = [float((vary(drawing(plan), IMAGES, s, **QUIET) - IMAGES).square().mean()) for s in (0.1, 0.4, 1.0)]
     assert distances == sorted(distances)
     start = math.sqrt(SCHEDULE.alpha_bars[900]) * IMAGES
     start = start + math.sqrt(1 - SCHEDULE.alpha_bars[900]) * initial_noise(IMAGES.shape, sample_seeds(0, 2))
     whole = sample(NETWORK, plan, 2, x_T=start, shape=(3, 4, 4), **QUIET)
-    assert torch.equal(vary(NETWORK, plan, IMAGES, 1.0, **QUIET), whole)
+    assert torch.equal(vary(drawing(plan), IMAGES, 1.0, **QUIET), whole)
 
 
 def test_the_least_strength_changes_the_image() -> None:
     for strength, count in ((0.01, 10), (0.4, 1)):
-        varied = vary(NETWORK, ddpm_plan(SCHEDULE, count), IMAGES, strength, **QUIET)
+        varied = vary(drawing(ddpm_plan(SCHEDULE, count)), IMAGES, strength, **QUIET)
         assert not torch.equal(varied, IMAGES)
 
 
 def test_an_interpolation_shares_its_noise_and_ends_at_variations() -> None:
     a, b = IMAGES, IMAGES.flip(3)
     plan = ddpm_plan(SCHEDULE, 10)
-    between = interpolate(NETWORK, plan, a, b, 5, seed=1, **QUIET)
+    between = interpolate(drawing(plan), a, b, 5, seed=1, **QUIET)
     assert between.shape == (2, 5, 3, 4, 4)
-    torch.testing.assert_close(between[:, 0], vary(NETWORK, plan, a, seed=1, **QUIET), rtol=0, atol=0)
-    torch.testing.assert_close(between[:, -1], vary(NETWORK, plan, b, seed=1, **QUIET), rtol=0, atol=0)
+    torch.testing.assert_close(between[:, 0], vary(drawing(plan), a, seed=1, **QUIET), rtol=0, atol=0)
+    torch.testing.assert_close(between[:, -1], vary(drawing(plan), b, seed=1, **QUIET), rtol=0, atol=0)
     # The best network for normal data is affine, so without a clip the result is affine in the weight.
-    linear = interpolate(NETWORK, ddpm_plan(SCHEDULE, 10, clip=None), a, b, 3, **QUIET)
+    linear = interpolate(drawing(ddpm_plan(SCHEDULE, 10, clip=None)), a, b, 3, **QUIET)
     torch.testing.assert_close(linear[:, 1], (linear[:, 0] + linear[:, 2]) / 2, rtol=1e-4, atol=1e-4)
 
 
 def test_labels_of_pairs_are_those_of_all_their_images() -> None:
-    model = tiny_unet(classes=3)
+    sampler = Sampler(tiny_unet(classes=3), ddpm_plan(SCHEDULE, 4))
     a, b = torch.linspace(-1, 1, 2 * 64).reshape(2, 1, 8, 8), torch.zeros(2, 1, 8, 8)
-    plan = ddpm_plan(SCHEDULE, 4)
-    between = interpolate(model, plan, a, b, 3, class_labels=[0, 2], **QUIET)
-    torch.testing.assert_close(between[1:, 0], vary(model, plan, a, seed=0, class_labels=[0, 2], **QUIET)[1:])
+    between = interpolate(sampler, a, b, 3, class_labels=[0, 2], **QUIET)
+    torch.testing.assert_close(between[1:, 0], vary(sampler, a, seed=0, class_labels=[0, 2], **QUIET)[1:])
 
 
 @pytest.mark.parametrize("told", ["start", "arrival"])
 def test_inversion_returns_to_normal_data(told: Any) -> None:
     """With the best network for normal data, DDIM's inversion scales x_0 to x_T, and DDIM scales it back."""
     model = Gaussian(SCHEDULE, 0.0, 0.5)
-    x_T = invert(model, ddim_inversion_plan(SCHEDULE, 1000, evaluate_at=told, clip=None), IMAGES, **QUIET)
+    x_T = invert(drawing(ddim_inversion_plan(SCHEDULE, 1000, evaluate_at=told, clip=None), model), IMAGES, **QUIET)
     torch.testing.assert_close(x_T, 2 * IMAGES, rtol=0.05, atol=0.02)  # variance 1 for x_0 with variance 1/4
     again = sample(model, ddim_plan(SCHEDULE, 1000, clip=None), 2, x_T=x_T, shape=(3, 4, 4), **QUIET)
     torch.testing.assert_close(again, IMAGES, rtol=0, atol=0.02)
@@ -164,7 +168,7 @@ def test_inversion_evaluated_at_the_arrival_equals_its_formula() -> None:
         abar = SCHEDULE.alpha_bars[t]
         x = abar.sqrt() * x_0 + (1 - abar).sqrt() * epsilon
     assert int(plan.timesteps[-1]) == int(ddim_plan(SCHEDULE, 20).timesteps[0])
-    torch.testing.assert_close(invert(NETWORK, plan, IMAGES, **QUIET).double(), x, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(invert(drawing(plan), IMAGES, **QUIET).double(), x, rtol=1e-5, atol=1e-5)
 
 
 def silhouettes() -> tuple[Tensor, Tensor]:
@@ -182,11 +186,10 @@ def silhouettes() -> tuple[Tensor, Tensor]:
 
 def inverted_and_drawn(x_0: Tensor, labels: Tensor, steps: int) -> tuple[float, float]:
     """Return the PSNR in decibels of images that the built-in model inverts and draws again, and the deviation of x_T."""
-    model, schedule = load_builtin()
-    forth = ddim_inversion_plan(schedule, steps, evaluate_at="arrival", clip=None)
-    back = ddim_plan(schedule, steps, clip=None)
-    x_T = invert(model, forth, x_0, class_labels=labels, **QUIET)
-    again = sample(model, back, len(x_0), x_T=x_T, class_labels=labels, **QUIET)
+    garments = load_builtin()
+    forth = garments.sampler(ddim_inversion_plan(garments.objective, steps, evaluate_at="arrival", clip=None))
+    x_T = invert(forth, x_0, class_labels=labels, **QUIET)
+    again = forth.with_plan(ddim_plan(garments.objective, steps, clip=None))(len(x_0), x_T=x_T, class_labels=labels, **QUIET)
     return 10 * math.log10(4 / float((again - x_0).square().mean())), float(x_T.std())
 
 
@@ -219,7 +222,7 @@ def test_the_known_region_is_kept_bit_for_bit(name: str, dtype: torch.dtype) -> 
     plan = repaint_plan(SCHEDULE, 6, 2, 2) if name == "repaint" else PLANS[name]()
     mask = torch.zeros(1, 1, 4, 4, dtype=dtype)
     mask[..., 1:3, 1:3] = 1
-    painted = inpaint(NETWORK, plan, IMAGES, mask, **QUIET)
+    painted = inpaint(drawing(plan), IMAGES, mask, **QUIET)
     kept = (mask == 0).expand_as(IMAGES)
     assert torch.equal(painted[kept], IMAGES[kept])
     assert not torch.isclose(painted[~kept], IMAGES[~kept]).any()
@@ -237,7 +240,7 @@ def test_inpainting_blends_after_each_step_at_its_arrival() -> None:
             seen.append(x_t.clone())
             return NETWORK(x_t, t)
 
-    inpaint(Watched(), plan, IMAGES, mask, seed=seeds, **QUIET)
+    inpaint(drawing(plan, Watched()), IMAGES, mask, seed=seeds, **QUIET)
     assert len(seen) == plan.num_steps
     whole = sample(NETWORK, plan[:1], 2, seed=seeds, shape=(3, 4, 4), **QUIET)
     abar = SCHEDULE.alpha_bars[plan.timesteps[1]]
@@ -255,25 +258,25 @@ def test_what_the_network_draws_never_reaches_the_known_region() -> None:
     images[0, 0, 0, 0] = -0.0
     mask = torch.zeros(1, 1, 4, 4)
     mask[..., 2:] = 1
-    painted = inpaint(Broken(), ddpm_plan(SCHEDULE, 5), images, mask, **QUIET)
+    painted = inpaint(drawing(ddpm_plan(SCHEDULE, 5), Broken()), images, mask, **QUIET)
     assert torch.equal(painted[..., :2].view(torch.int32), images[..., :2].view(torch.int32))
 
 
 def test_directions_of_plans_are_told_apart() -> None:
     one: Any = [ddim_inversion_plan(SCHEDULE, 1, evaluate_at=told) for told in ("start", "arrival")]
     for plan in (*one, ddim_inversion_plan(SCHEDULE, 7), ddpm_plan(SCHEDULE, 6)[:3]):
-        with pytest.raises(ValueError, match="vary: expected plan to go from noise to an image"):
-            vary(NETWORK, plan, IMAGES, **QUIET)
+        with pytest.raises(ValueError, match="vary: expected sampler to have a plan from noise to an image"):
+            vary(drawing(plan), IMAGES, **QUIET)
     for plan in (*one, ddim_inversion_plan(SCHEDULE, 7)):
-        invert(NETWORK, plan, IMAGES, **QUIET)
+        invert(drawing(plan), IMAGES, **QUIET)
     for plan in (
         ddim_plan(SCHEDULE, 1),
         heun_plan(SCHEDULE, 2),
         dpm_solver_plan(SCHEDULE, 5, spacing="karras", final="sigma_min"),
     ):
-        vary(NETWORK, plan, IMAGES, **QUIET)
-        with pytest.raises(ValueError, match="invert: expected plan to go from an image to noise"):
-            invert(NETWORK, plan, IMAGES, **QUIET)
+        vary(drawing(plan), IMAGES, **QUIET)
+        with pytest.raises(ValueError, match="invert: expected sampler to have a plan from an image to noise"):
+            invert(drawing(plan), IMAGES, **QUIET)
 
 
 def test_the_batch_size_does_not_change_what_is_painted() -> None:
@@ -281,15 +284,15 @@ def test_the_batch_size_does_not_change_what_is_painted() -> None:
     mask = torch.zeros(5, 1, 4, 4)
     mask[..., 2:] = 1
     plan = dpm_solver_plan(SCHEDULE, 5, eta=1.0)
-    whole = inpaint(NETWORK, plan, images, mask, **QUIET)
-    assert torch.equal(inpaint(NETWORK, plan, images, mask, batch_size=2, **QUIET), whole)
-    model = tiny_unet(classes=3)
+    whole = inpaint(drawing(plan), images, mask, **QUIET)
+    assert torch.equal(inpaint(drawing(plan), images, mask, batch_size=2, **QUIET), whole)
+    sampler = Sampler(tiny_unet(classes=3), plan)
     arguments: Any = {"class_labels": [0, 1, 2, 1, 0], **QUIET}
     grey, hole = torch.linspace(-1, 1, 5 * 64).reshape(5, 1, 8, 8), torch.ones(1, 1, 8, 8)
-    expected = inpaint(model, plan, grey, hole, **arguments)
-    torch.testing.assert_close(inpaint(model, plan, grey, hole, batch_size=2, **arguments), expected, rtol=1e-4, atol=1e-4)
+    expected = inpaint(sampler, grey, hole, **arguments)
+    torch.testing.assert_close(inpaint(sampler, grey, hole, batch_size=2, **arguments), expected, rtol=1e-4, atol=1e-4)
     # A hole over everything is sampling.
-    drawn = Sampler(model, plan)(5, **arguments)
+    drawn = sampler(5, **arguments)
     torch.testing.assert_close(expected, drawn, rtol=0, atol=0)
 
 
@@ -305,22 +308,27 @@ class Never(nn.Module):
 
 MASK = torch.zeros(1, 1, 4, 4)
 HALF = MASK[..., 1:]
+NEVER = drawing(ddpm_plan(SCHEDULE), Never())
+INVERTING = NEVER.with_plan(ddim_inversion_plan(SCHEDULE, 5))
 REFUSED = [
-    (lambda: vary(Never(), ddpm_plan(SCHEDULE), IMAGES, -0.1), r"vary: expected strength to be .* got -0\.1"),
-    (lambda: vary(Never(), ddpm_plan(SCHEDULE), IMAGES, 1.1), r"vary: expected strength to be .* got 1\.1"),
-    (lambda: vary(Never(), ddpm_plan(SCHEDULE), IMAGES[..., 1:]), r"vary: expected images to be \[N, 3, 4, 4\].*\[2, 3, 4, 3"),
-    (lambda: vary(Never(), ddpm_plan(SCHEDULE), IMAGES[..., :0]), r"vary: expected images to be \[N, 3, 4, 4\]"),
-    (lambda: vary(Never(), ddpm_plan(SCHEDULE), IMAGES / 0), "vary: expected images to be finite"),
-    (lambda: vary(Never(), ddpm_plan(SCHEDULE), IMAGES * 255), r"vary: expected images to be in \[-1, 1\]"),
-    (lambda: vary(Never(), ddim_inversion_plan(SCHEDULE, 5), IMAGES), "vary: expected plan to go from noise to an image"),
-    (lambda: interpolate(Never(), ddpm_plan(SCHEDULE), IMAGES, IMAGES[:1]), "interpolate: expected b to have the shape of a"),
-    (lambda: interpolate(Never(), ddpm_plan(SCHEDULE), IMAGES, IMAGES, 1), "interpolate: expected num to be"),
-    (lambda: invert(Never(), ddim_plan(SCHEDULE, 5), IMAGES), "invert: expected plan to go from an image to noise"),
-    (lambda: inpaint(Never(), ddpm_plan(SCHEDULE), IMAGES, HALF), r"inpaint: expected mask to be \[2 or 1, 3 or 1, 4, 4\]"),
-    (lambda: inpaint(Never(), ddpm_plan(SCHEDULE), IMAGES, MASK.expand(3, 1, 4, 4)), "inpaint: expected mask to be"),
-    (lambda: inpaint(Never(), ddpm_plan(SCHEDULE), IMAGES, MASK.int()), "inpaint: expected mask to be bool or floating"),
-    (lambda: inpaint(Never(), ddpm_plan(SCHEDULE), IMAGES, MASK + 1.5), r"inpaint: expected mask to be in 0\.\.1, got .*1\.5"),
-    (lambda: inpaint(Never(), ddpm_plan(SCHEDULE), IMAGES, MASK * math.nan), r"inpaint: expected mask to be in 0\.\.1"),
+    (lambda: vary(NEVER, IMAGES, -0.1), r"vary: expected strength to be .* got -0\.1"),
+    (lambda: vary(NEVER, IMAGES, 1.1), r"vary: expected strength to be .* got 1\.1"),
+    (lambda: vary(NEVER, IMAGES[..., 1:]), r"vary: expected images to be \[N, 3, 4, 4\].*\[2, 3, 4, 3"),
+    (lambda: vary(NEVER, IMAGES[..., :0]), r"vary: expected images to be \[N, 3, 4, 4\]"),
+    (lambda: vary(NEVER, IMAGES / 0), "vary: expected images to be finite"),
+    (lambda: vary(NEVER, IMAGES * 255), r"vary: expected images to be in \[-1, 1\]"),
+    (lambda: vary(INVERTING, IMAGES), "vary: expected sampler to have a plan from noise to an image"),
+    (lambda: interpolate(NEVER, IMAGES, IMAGES[:1]), "interpolate: expected b to have the shape of a"),
+    (lambda: interpolate(NEVER, IMAGES, IMAGES, 1), "interpolate: expected num to be"),
+    (lambda: invert(NEVER, IMAGES), "invert: expected sampler to have a plan from an image to noise"),
+    (lambda: inpaint(NEVER, IMAGES, HALF), r"inpaint: expected mask to be \[2 or 1, 3 or 1, 4, 4\]"),
+    (lambda: inpaint(NEVER, IMAGES, MASK.expand(3, 1, 4, 4)), "inpaint: expected mask to be"),
+    (lambda: inpaint(NEVER, IMAGES, MASK.int()), "inpaint: expected mask to be bool or floating"),
+    (lambda: inpaint(NEVER, IMAGES, MASK + 1.5), r"inpaint: expected mask to be in 0\.\.1, got .*1\.5"),
+    (lambda: inpaint(NEVER, IMAGES, MASK * math.nan), r"inpaint: expected mask to be in 0\.\.1"),
+    (lambda: invert(INVERTING, IMAGES[:, :2]), r"invert: expected images to be \[N, 3, 4, 4\]"),
+    (lambda: vary(NETWORK, IMAGES), "vary: expected sampler to be a Sampler, got Gaussian"),  # type: ignore[arg-type]
+    (lambda: vary(NEVER, IMAGES, class_labels=1), "vary: expected class_labels to be None, as the model has no classes, got 1"),
 ]  # fmt: skip
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import zipfile
 from collections.abc import Callable
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,9 @@ import ddpm_fast as d
 from ddpm_fast.distributed import Processes
 from ddpm_fast.errors import InvalidValue, UnusablePath
 from ddpm_fast.files.writing import PREFIX
-from ddpm_fast.sampling import sample_files, sample_formats
+from ddpm_fast.inference.adapter import weights_digest
+from ddpm_fast.sampling import arguments, sample_files, sample_formats
+from ddpm_fast.sampling.arguments import Request
 from ddpm_fast.sampling.sampler import Sampler
 from ddpm_fast.training.data import load_dataset
 
@@ -52,9 +54,14 @@ class Grey(nn.Module):
         return x_t / 2
 
 
+NETWORK = ("model", "plan", "dtype", "shape")  # arguments of a Sampler
+
+
 def write(out: Path, **changes: Any) -> Path:
     arguments = {"model": MODEL, "plan": PLAN, "num_samples": NUM, "batch_size": BATCH, "class_labels": LABELS}
-    return d.write_samples(out, **arguments | {"progress": False} | changes)
+    arguments |= {"progress": False} | changes
+    sampler = Sampler(**{name: arguments.pop(name) for name in NETWORK if name in arguments})
+    return d.write_samples(out, sampler, **arguments)
 
 
 def digests(out: Path) -> dict[str, str]:
@@ -74,15 +81,15 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Record how many images each call of a Sampler draws."""
+    """Record how many images each batch of a Sampler draws."""
     counts: list[int] = []
-    call = Sampler.__call__
+    call = Sampler._draw
 
-    def draw(self: Sampler, num_samples: int, **arguments: Any) -> Tensor:
-        counts.append(num_samples)
-        return call(self, num_samples, **arguments)
+    def draw(self: Sampler, request: Request, *frames: int) -> tuple[Tensor, Tensor]:
+        counts.append(request.num_samples)
+        return call(self, request, *frames)
 
-    monkeypatch.setattr(Sampler, "__call__", draw)
+    monkeypatch.setattr(Sampler, "_draw", draw)
     return counts
 
 
@@ -113,7 +120,10 @@ def test_files_hold_the_images_of_sample(whole: Path) -> None:
         assert arrays["arr_1"].dtype == np.int64
         assert (arrays["arr_0"] == images).all()
         assert arrays["arr_1"].tolist() == LABELS
-    assert sorted(path.name for path in whole.iterdir()) == ["a.npz", "folder"]  # no parts
+        assert {name: arrays[name].shape for name in arrays} == {"arr_0": (NUM, 8, 8, 3), "arr_1": (NUM,)}
+    manifest = json.loads((whole / "a.npz.json").read_text())
+    assert manifest == json.loads((folder / "manifest.json").read_text()) | {"kind": "npz"}
+    assert sorted(path.name for path in whole.iterdir()) == ["a.npz", "a.npz.json", "folder"]  # no parts
 
 
 def test_files_are_data_to_train_on(whole: Path) -> None:
@@ -126,7 +136,7 @@ def test_files_are_data_to_train_on(whole: Path) -> None:
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (4, "RGBA")])
 def test_modes_of_pictures_and_models_without_labels(channels: int, mode: str, tmp_path: Path) -> None:
     changes = {"model": Grey(), "shape": (channels, 4, 6), "class_labels": None, "num_samples": 2}
-    images = expected(**{name: value for name, value in changes.items() if name != "class_labels"})
+    images = expected(**changes)
     write(tmp_path / "folder", **changes)
     with Image.open(tmp_path / "folder" / "000000" / "000001.png") as picture:
         assert (picture.mode, picture.size) == (mode, (6, 4))
@@ -144,7 +154,19 @@ def test_a_folder_has_folders_of_1000_images() -> None:
 def test_guidance_and_seed_reach_the_sampler(tmp_path: Path) -> None:
     with np.load(write(tmp_path / "a.npz", seed=3, guidance_scale=2.0), allow_pickle=False) as arrays:
         assert (arrays["arr_0"] == expected(class_labels=LABELS, seed=3, guidance_scale=2.0)).all()
-        assert json.loads(arrays["manifest.json"])["guidance_scale"] == 2.0
+    assert json.loads((tmp_path / "a.npz.json").read_text())["guidance_scale"] == 2.0
+
+
+def test_labels_are_given_or_the_classes_in_turn_or_none(tmp_path: Path) -> None:
+    with np.load(write(tmp_path / "turns.npz", class_labels=None), allow_pickle=False) as arrays:
+        assert (arrays["arr_0"] == expected(class_labels=LABELS)).all()  # 4 classes
+        assert arrays["arr_1"].tolist() == LABELS
+    with np.load(write(tmp_path / "none.npz", class_labels="none"), allow_pickle=False) as arrays:
+        assert (arrays["arr_0"] == expected(class_labels=4)).all()
+        assert [*arrays] == ["arr_0"]
+    assert json.loads((write(tmp_path / "64", batch_size=None) / "manifest.json").read_text())["batch_size"] == 64
+    digests_of_labels = {json.loads((tmp_path / f"{name}.npz.json").read_text())["labels"] for name in ("turns", "none")}
+    assert len(digests_of_labels) == 2
 
 
 # -------------------------------------------------------------------------------------------------------------- processes
@@ -153,9 +175,10 @@ DRAW = (
     SETUP
     + f"""
 for name in {NAMES}:
-    assert d.write_samples(name, model, plan, {NUM}, batch_size={BATCH}, class_labels={LABELS}).exists()
-d.write_samples("other/frozen.npz", d.freeze(model), plan, {NUM}, batch_size={BATCH}, class_labels={LABELS}, progress=False)
-d.write_samples("other/function.npz", lambda x_t, t: x_t / 2, plan, 4, batch_size=2, shape=(3, 8, 8), progress=False)
+    assert d.write_samples(name, d.Sampler(model, plan), {NUM}, batch_size={BATCH}, class_labels={LABELS}).exists()
+frozen, function = d.Sampler(d.freeze(model), plan), d.Sampler(lambda x_t, t: x_t / 2, plan, shape=(3, 8, 8))
+d.write_samples("other/frozen.npz", frozen, {NUM}, batch_size={BATCH}, class_labels={LABELS}, progress=False)
+d.write_samples("other/function.npz", function, 4, batch_size=2, progress=False)
 """
 )
 
@@ -164,7 +187,9 @@ d.write_samples("other/function.npz", lambda x_t, t: x_t / 2, plan, 4, batch_siz
 def test_files_do_not_depend_on_the_number_of_processes(size: int, whole: Path, tmp_path: Path) -> None:
     done = run_ranks(size, ["-W", "error", "-c", DRAW], tmp_path)
     assert [each.returncode for each in done] == [0] * size, done[0].stderr
-    assert sorted(path.name for path in (tmp_path / "other").iterdir()) == ["frozen.npz", "function.npz"]
+    assert sorted(path.name for path in (tmp_path / "other").iterdir()) == [
+        f"{name}.npz{ending}" for name in ("frozen", "function") for ending in ("", ".json")
+    ]
     shutil.rmtree(tmp_path / "other")
     assert digests(tmp_path) == digests(whole)
     assert f"{NUM}/{NUM}" in done[0].stderr  # one bar, of the images of all processes
@@ -187,7 +212,7 @@ def write_bytes(path, content):
             os.kill(os.getpid(), signal.SIGKILL)
 sample_formats.write_bytes = write_bytes
 import sys
-d.write_samples(sys.argv[1], model, plan, {NUM}, batch_size={BATCH}, class_labels={LABELS})
+d.write_samples(sys.argv[1], d.Sampler(model, plan), {NUM}, batch_size={BATCH}, class_labels={LABELS})
 """
 )
 
@@ -207,14 +232,45 @@ def test_a_killed_process_ends_the_others_and_the_call_continues(
 
 
 def test_each_process_takes_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sample_files, "device_and_dtype", lambda _: (torch.device("cuda:0"), torch.float32))
+    """A Sampler takes it for a model on a GPU, unless a device is given."""
+    held = torch.device("cuda:0")
+    monkeypatch.setattr(arguments, "device_and_dtype", lambda _: (held, torch.float32))
+    monkeypatch.setattr(arguments, "computing_device", lambda _, device: torch.device(device))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    processes = Processes(rank=5, size=8, local_rank=1)
-    assert sample_files._device(processes, MODEL, None) == torch.device("cuda:1")
-    assert sample_files._device(processes, MODEL, "cuda:0") == "cuda:0"
-    with pytest.raises(ValueError, match="expected at most 2 processes on a machine with as many GPUs, got LOCAL_RANK 3"):
-        sample_files._device(Processes(rank=3, size=4, local_rank=3), MODEL, None)
-    assert sample_files._device(Processes(), MODEL, None) is None
+
+    def chosen(rank: int, size: int, local_rank: int, device: str | None = None, model: Any = MODEL) -> torch.device:
+        variables = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": local_rank, "MASTER_ADDR": "x", "MASTER_PORT": 1}
+        for name, value in variables.items():
+            monkeypatch.setenv(name, str(value))
+        return arguments.sampling_device("Sampler", model, device)
+
+    assert chosen(5, 8, 1) == torch.device("cuda:1")
+    assert chosen(5, 8, 1, "cuda") == torch.device("cuda:1")
+    assert chosen(5, 8, 1, "cuda:0") == held
+    assert chosen(5, 8, 1, "cpu") == torch.device("cpu")
+    assert chosen(5, 8, 1, model=lambda x_t, t: x_t) == held  # nothing can move it
+    assert chosen(3, 4, 3) == torch.device("cuda:1")  # two processes share it, which `write_samples` refuses
+    assert chosen(0, 1, 0) == held
+
+
+@pytest.mark.parametrize(("uuids", "shared"), [(["a", "b"], False), (["a", "a"], True), (["a", "b", "b"], True)])
+def test_two_processes_do_not_share_a_gpu_unawares(uuids: list[str], shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each process may call its GPU cuda:0. The last one asks."""
+    said: list[float] = []
+    monkeypatch.setattr(Processes, "from_all", lambda self, number: [*said, number][-self.size :])
+    for rank, uuid in enumerate(uuids):
+        here = SimpleNamespace(uuid=uuid)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, here=here: here)
+        processes, gpu = Processes(rank, rank + 1), torch.device("cuda:0")
+        if shared and rank == len(uuids) - 1:
+            got = "cuda:0 in 2 processes; share_gpu=True allows it"
+            with refused(InvalidValue("write_samples", "device", "to be another GPU in each process", got)):
+                sample_files._check_own_gpu(processes, gpu, share_gpu=False)
+            sample_files._check_own_gpu(processes, gpu, share_gpu=True)
+        else:
+            sample_files._check_own_gpu(processes, gpu, share_gpu=False)
+        sample_files._check_own_gpu(processes, torch.device("cpu"), share_gpu=False)
+        said.append(float(int(sha256(uuid.encode()).hexdigest()[:12], 16)))
 
 
 # ------------------------------------------------------------------------------------------------------- calls that continue
@@ -223,15 +279,15 @@ def test_each_process_takes_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(params=NAMES)
 def stopped(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The result of a call that Ctrl-C ended in the last block."""
-    call, out = Sampler.__call__, tmp_path / request.param
+    call, out = Sampler._draw, tmp_path / request.param
 
-    def draw(self: Sampler, num_samples: int, **arguments: Any) -> Tensor:
-        if num_samples < BATCH:
+    def draw(self: Sampler, request: Request, *frames: int) -> tuple[Tensor, Tensor]:
+        if request.num_samples < BATCH:
             raise KeyboardInterrupt
-        return call(self, num_samples, **arguments)
+        return call(self, request, *frames)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Sampler, "__call__", draw)
+        patch.setattr(Sampler, "_draw", draw)
         with pytest.raises(KeyboardInterrupt, match=f"8 of {NUM} images are written to .*Start it again to draw the others"):
             write(out)
     assert out.suffix == "" or not out.exists()
@@ -245,7 +301,8 @@ def test_a_call_draws_what_is_missing(stopped: Path, whole: Path, drawn: list[in
     drawn.clear()
     write(stopped)
     assert not drawn
-    assert sorted(path.name for path in stopped.parent.iterdir()) == [stopped.name]
+    beside = [f"{stopped.name}.json"] if stopped.suffix else []
+    assert sorted(path.name for path in stopped.parent.iterdir()) == [stopped.name, *beside]
 
 
 def block_file(out: Path) -> Path:
@@ -276,7 +333,8 @@ def test_damaged_files_are_drawn_again(damage: Callable[[Path], Any], stopped: P
 def test_parts_that_remain_beside_a_whole_archive_go(tmp_path: Path, whole: Path, drawn: list[int]) -> None:
     parts = tmp_path / "a.npz.parts"
     parts.mkdir()
-    shutil.copy(whole / "a.npz", tmp_path)
+    for name in ("a.npz", "a.npz.json"):
+        shutil.copy(whole / name, tmp_path)
     for name in ("0000000000.npy", "a.npz"):
         (parts / name).touch()
     write(tmp_path / "a.npz")
@@ -319,7 +377,7 @@ def test_a_frozen_network_is_told_from_another(tmp_path: Path, drawn: list[int])
     network = d.freeze(MODEL, torch.float32)
     write(tmp_path / "a.npz", model=network)  # packs its weights
     drawn.clear()
-    for same in (network, d.freeze(MODEL, torch.float32)):
+    for same in (network, d.freeze(MODEL, torch.float32), MODEL):  # a UNet becomes this network
         write(tmp_path / "a.npz", model=same)
     other = d.UNet(**MODEL.config)
     other.load_state_dict(MODEL.state_dict())
@@ -330,7 +388,7 @@ def test_a_frozen_network_is_told_from_another(tmp_path: Path, drawn: list[int])
         changed[name] = d.freeze(other, torch.float32)
         with torch.no_grad():
             other.get_parameter(name).flatten()[0] -= 0.25
-    for model in (*changed.values(), MODEL):
+    for model in changed.values():
         with pytest.raises(InvalidValue, match=r"^write_samples: expected weights to be '[0-9a-f]{64}', as in .* another out"):
             write(tmp_path / "a.npz", model=model)
     assert not drawn
@@ -351,9 +409,9 @@ class Wrapper(torch.nn.Module):
 def test_a_frozen_network_inside_a_module_is_told_from_another() -> None:
     torch.manual_seed(1)
     first, same, other = (d.freeze(each, torch.float32) for each in (MODEL, MODEL, d.UNet(**MODEL.config)))
-    digest = sample_files._weights_digest(Wrapper(first))
-    assert digest == sample_files._weights_digest(Wrapper(same))
-    assert digest != sample_files._weights_digest(Wrapper(other))
+    digest = weights_digest(Wrapper(first))
+    assert digest == weights_digest(Wrapper(same))
+    assert digest != weights_digest(Wrapper(other))
 
 
 UNKNOWN = (lambda x_t, t: x_t / 2, partial(lambda scale, x_t, t: scale * x_t, 0.5), Grey())
@@ -391,8 +449,8 @@ def test_a_model_without_weights_starts_files_and_continues_none(
 def test_a_difference_of_an_interrupted_archive_is_named(tmp_path: Path) -> None:
     parts = tmp_path / "a.npz.parts"
     write(tmp_path / "a.npz")
-    with zipfile.ZipFile(tmp_path / "a.npz") as archive:
-        archive.extract("manifest.json", parts)
+    parts.mkdir()
+    (tmp_path / "a.npz.json").rename(parts / "manifest.json")
     (tmp_path / "a.npz").unlink()
     with pytest.raises(ValueError, match=r"expected seed to be 0, .* got 1"):
         write(tmp_path / "a.npz", seed=1)
@@ -407,9 +465,11 @@ def test_a_difference_of_an_interrupted_archive_is_named(tmp_path: Path) -> None
 
 
 def test_other_archives_are_no_folders(tmp_path: Path) -> None:
-    with refused(InvalidValue("write_samples", "out", "to be a folder or an .npz", repr(str(tmp_path / "a.zip")))):
-        write(tmp_path / "a.zip")
+    for name in ("a.zip", "a.png", "a.npy"):
+        with refused(InvalidValue("write_samples", "out", "to be a folder or an .npz", repr(str(tmp_path / name)))):
+            write(tmp_path / name)
     assert not list(tmp_path.iterdir())
+    assert write(tmp_path / "v1.5").is_dir()
 
 
 def test_files_of_others_are_left_alone(tmp_path: Path, drawn: list[int]) -> None:
@@ -422,8 +482,8 @@ def test_files_of_others_are_left_alone(tmp_path: Path, drawn: list[int]) -> Non
     for name, wanted in {
         "folder": r"got '.*folder', which has 'mine.txt'",
         "a.npz": r"got '.*a.npz.parts', which has 'mine.txt'",
-        "b.npz": r"got '.*b.npz': .*manifest.json",
-        "c.npz": r"got '.*c.npz': File is not a zip file",
+        "b.npz": r"got '.*b.npz' without 'b.npz.json'",
+        "c.npz": r"got '.*c.npz' without 'c.npz.json'",
     }.items():
         with pytest.raises(UnusablePath, match=f"^write_samples: expected out to be new or .*, {wanted}"):
             write(tmp_path / name)
@@ -442,7 +502,7 @@ def test_a_second_call_is_refused_while_one_writes(name: str, tmp_path: Path, dr
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Sampler, "__call__", second)
+        patch.setattr(Sampler, "_draw", second)
         with pytest.raises(KeyboardInterrupt):
             write(tmp_path / name)
     assert len(refused) == 1
@@ -467,14 +527,18 @@ def test_a_file_system_without_locks_is_written_to(
     ("changes", "wanted"),
     [
         ({"num_samples": 0}, "expected num_samples to be an integer in 1"),
-        ({"batch_size": 0}, "expected batch_size to be an integer in 1"),
-        ({"batch_size": None}, "expected batch_size to be an integer in 1"),
+        ({"batch_size": 0}, "expected batch_size to be an integer in 1..4294967296"),
+        ({"batch_size": (1 << 32) + 1}, "expected batch_size to be an integer in 1"),
         ({"seed": torch.zeros(NUM, dtype=torch.int64)}, "expected seed to be an integer in"),
         ({"seed": 1 << 64}, "expected seed to be an integer in"),
         ({"class_labels": [5] * NUM}, r"expected class_labels to be in 0\.\.4"),
         ({"class_labels": [0]}, "expected class_labels to be an int or 10 ints"),
-        ({"guidance_scale": 2.0, "class_labels": None}, "expected guidance_scale to be None or 1"),
-        ({"shape": (8, 8)}, "expected shape|expected a model"),
+        ({"guidance_scale": 2.0, "class_labels": "none"}, "expected guidance_scale to be None or 1"),
+        (
+            {"model": Grey(), "class_labels": None, "shape": (2, 8, 8)},
+            r"expected shape to be \(C, H, W\) with C one of 1, 3, 4",
+        ),
+        ({"share_gpu": 1}, "expected share_gpu to be a bool"),
         ({"out": ""}, "expected out to be a path, got an empty text"),
         ({"out": "/dev/null"}, "expected out to be in a folder, got '/dev/null', and '/dev/null' is a file"),
         ({"out": "file/dir"}, "expected out to be in a folder, got 'file/dir', and '.*file' is a file"),
@@ -507,40 +571,33 @@ def test_a_folder_that_cannot_be_made_is_named(
     assert not drawn
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_too_little_space_is_refused(name: str, tmp_path: Path, drawn: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = shutil._ntuple_diskusage(10**12, 0, 1900)  # type: ignore[attr-defined]  # 10 images of 192 bytes are more
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(OSError, match=r"^write_samples: expected out to be on a disk with"):
-        write(tmp_path / "new" / name)
-    assert not drawn
-    assert not list(tmp_path.iterdir())
-
-
-def test_many_images_need_the_memory_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_images_need_the_memory_of_a_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from ddpm_fast import resources
 
+    def stop(self: Sampler, request: Request, *frames: int) -> tuple[Tensor, Tensor]:
+        raise KeyboardInterrupt
+
     monkeypatch.setattr(resources, "free_memory", lambda: 200 << 20)
-    usage = shutil._ntuple_diskusage(10**12, 0, 0)  # type: ignore[attr-defined]
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(OSError, match="expected out to be on a disk with"):  # after the check of memory
-        write(Path("no such folder"), num_samples=1_000_000, class_labels=None)
+    monkeypatch.setattr(Sampler, "_draw", stop)
+    with pytest.raises(KeyboardInterrupt):  # after the check of memory
+        write(tmp_path / "few", num_samples=1_000_000, class_labels=None)
     with refused(
         InvalidValue("write_samples", "num_samples", "to fit into memory", "1000000, which needs about 776.0 MB of 209.7 MB")
     ):
-        write(Path("no such folder"), num_samples=1_000_000, batch_size=1_000_000, class_labels=None)
+        write(tmp_path / "all", num_samples=1_000_000, batch_size=1_000_000, class_labels=None)
+    assert [path.name for path in tmp_path.iterdir()] == ["few"]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_image_that_is_not_finite_is_named(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    call = Sampler.__call__
+    call = Sampler._draw
 
-    def draw(self: Sampler, num_samples: int, **arguments: Any) -> Tensor:
-        images = call(self, num_samples, **arguments)
-        if num_samples == 2:
+    def draw(self: Sampler, request: Request, *frames: int) -> tuple[Tensor, Tensor]:
+        images, states = call(self, request, *frames)
+        if request.num_samples == 2:
             images[1, 0, 0, 0] = torch.nan
-        return images
+        return images, states
 
-    monkeypatch.setattr(Sampler, "__call__", draw)
+    monkeypatch.setattr(Sampler, "_draw", draw)
     with refused(InvalidValue("write_samples", "images", "to be finite", "NaN or infinity in image 9")):
         write(tmp_path / name)

@@ -30,6 +30,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ddpm_fast import (
     FrozenUNet,
+    NoiseSchedule,
     Sampler,
     ddim_plan,
     ddpm_plan,
@@ -248,13 +249,52 @@ def test_threads_that_share_a_sampler_take_turns(captures: Captures, device: tor
         assert torch.equal(images, each)
 
 
-def test_another_plan_takes_effect() -> None:
-    model = tiny_unet()
+def test_another_plan_takes_effect_and_shares_the_network() -> None:
+    model = tiny_unet(classes=3)
     sampler = Sampler(model, ddim_plan(SCHEDULE, 2))
-    sampler(2, progress=False)
+    images = sampler(2, progress=False)
     for plan in (ddim_plan(SCHEDULE, 9), ddim_plan(SCHEDULE, 9, eta=1.0), ddim_plan(SCHEDULE, 2)):
-        sampler.plan = plan
-        assert torch.equal(sampler(2, progress=False), draw(model, plan=plan))
+        other = sampler.with_plan(plan)
+        assert other.plan is plan
+        assert other.network is sampler.network
+        assert (other.shape, other.device, other.dtype, other.interface) == (
+            *(sampler.shape, sampler.device, sampler.dtype),
+            sampler.interface,
+        )
+        assert torch.equal(other(2, progress=False), draw(model, plan=plan))
+        assert other.digest() == sampler.digest() == Sampler(model, plan).digest()
+    assert torch.equal(sampler(2, progress=False), images)
+    assert sampler.plan.num_steps == 2
+
+
+def test_a_plan_is_read_only_and_has_to_fit() -> None:
+    sampler = Sampler(freeze(tiny_unet(), num_timesteps=20), PLAN)
+    with pytest.raises(AttributeError):
+        sampler.plan = PLAN  # type: ignore[misc]
+    with refused(InvalidValue("Sampler", "plan", "to have timesteps below 20", "999")):
+        sampler.with_plan(ddim_plan(NoiseSchedule.linear(), 2, spacing="trailing"))
+    wanted = "a model with 2 output channels, as images have 1 and it predicts their variance"
+    with refused(InvalidValue("Sampler", "", wanted, "1")):
+        sampler.with_plan(ddpm_plan(SCHEDULE, variance="learned_range"))
+    with refused(InvalidType("Sampler", "plan", "to be a SamplingPlan", "NoiseSchedule")):
+        sampler.with_plan(SCHEDULE)  # type: ignore[arg-type]
+    learned = Sampler(tiny_unet(learned_variance=True), ddpm_plan(SCHEDULE, variance="learned_range"))
+    with refused(InvalidValue("Sampler", "", "a model with 1 output channels, as images have 1", "2")):
+        learned.with_plan(ddpm_plan(SCHEDULE))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_model_without_parameters_has_the_dtype_that_is_asked_for(dtype: torch.dtype) -> None:
+    seen = []
+    sampler = Sampler(lambda x_t, t: (seen.append(x_t.dtype), x_t / 2)[1], PLAN, shape=(1, 4, 4))
+    assert sampler.dtype == torch.float32
+    module = nn.Tanh()
+    module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
+    module.forward = lambda x_t, t: x_t.tanh()  # type: ignore[method-assign, assignment]
+    sampler = Sampler(module, PLAN, shape=(1, 4, 4), dtype=dtype)
+    assert sampler.dtype == dtype
+    assert sampler(1, progress=False).dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert {*seen} == {dtype}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -483,7 +523,7 @@ def test_nothing_in_the_steps_waits_for_the_gpu(captures: Captures, device: torc
         pytest.skip("see the test that watches for host reads")
     for captured in (None, False):
         sampler = Sampler(tiny_unet(classes=3).to(device), ddpm_plan(SCHEDULE), cuda_graph=captured)
-        loop = sampler._loop(2, 3, 2.0)
+        loop = sampler._loop(2, sampler._request("Sampler", 2, {"class_labels": 1, "guidance_scale": 2.0}))
         seeds, labels = torch.zeros(2, dtype=torch.int64, device=device), torch.ones(2, dtype=torch.int64, device=device)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch calls this mode a prototype

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm_fast import FrozenUNet, Sampler, ddpm_plan, freeze, load_builtin
-from ddpm_fast.inference import StepState, frozen_step
+from ddpm_fast.inference import StepState
 from ddpm_fast.inference import frozen as frozen_module
+from ddpm_fast.inference.frozen import FrozenAdapter
 from ddpm_fast.ops import backend
 
 needs_kernels = pytest.mark.skipif(backend.native_error() is not None, reason="there is no compiled module")
@@ -60,9 +61,8 @@ def test_a_step_passes_few_functions() -> None:
         if step == 4:
             sys.setprofile(None)
 
-    model, schedule = load_builtin()
-    plan = ddpm_plan(schedule, 5)
-    sampler = Sampler(model, plan)
+    garments = load_builtin()
+    sampler = garments.sampler(ddpm_plan(garments.objective, 5))
     arguments: dict[str, Any] = {"class_labels": 1, "guidance_scale": 2.0, "num_frames": 3, "callback": callback}
     sampler.trajectory(16, **arguments)
     sys.setprofile(count)
@@ -117,9 +117,9 @@ def test_no_step_reads_a_tensor_on_the_host(case: str, monkeypatch: pytest.Monke
         memory_format=torch.channels_last,
         device=torch.device("cpu"),
         label=3 if labels else None,
-        guidance_scale=scale,
+        guided=scale is not None,
     )
-    advance = frozen_step(frozen, plan, state, scale)
+    advance = FrozenAdapter(frozen).bind(plan, state, scale)
     state.start(torch.arange(2), torch.zeros(2, dtype=torch.int64) if labels else None)
     with NoHostReads():
         for _ in range(plan.num_steps):

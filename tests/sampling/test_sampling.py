@@ -18,6 +18,7 @@ from click.testing import CliRunner, Result
 from drawing import SCHEDULE, Gaussian, Recording, tiny_unet
 from PIL import Image
 from refusals import refused
+from small_unets import randomise
 from torch import Tensor, nn
 
 from ddpm_fast import (
@@ -313,8 +314,65 @@ def test_class_labels_are_one_for_all_or_one_an_image() -> None:
         rows = [i for i in range(4) if [0, 1, 2, 1][i] == label]
         torch.testing.assert_close(same[rows], mixed[rows])
         assert not torch.allclose(same, mixed, atol=1e-3)
-    unlabelled = sample(model, plan, 4, progress=False)
+    unlabelled = sample(model, plan, 4, class_labels="none", progress=False)
     assert torch.equal(unlabelled, sample(model, plan, 4, class_labels=3, progress=False))
+
+
+def test_classes_take_turns_without_labels() -> None:
+    model, plan = tiny_unet(classes=3), ddpm_plan(SCHEDULE, 3)
+    in_turn = sample(model, plan, 5, class_labels=[0, 1, 2, 0, 1], progress=False)
+    sampler = Sampler(model, plan)
+    for images in (
+        sample(model, plan, 5, progress=False),
+        sampler(5, progress=False),
+        sampler.trajectory(5, progress=False)[0],
+    ):
+        assert torch.equal(images, in_turn)
+    # Guidance of labels that nobody gave is that of the classes in turn.
+    guided = sample(model, plan, 3, guidance_scale=2.0, progress=False)
+    assert torch.equal(guided, sample(model, plan, 3, class_labels=[0, 1, 2], guidance_scale=2.0, progress=False))
+    assert torch.equal(sampler(5, class_labels="None", progress=False), sampler(5, class_labels=3, progress=False))
+
+
+def test_a_class_may_be_called_none() -> None:
+    model = UNet(**{**tiny_unet(classes=3).config, "class_names": ["all", "some", "none"]})
+    randomise(model)
+    sampler = Sampler(model, ddpm_plan(SCHEDULE, 2))
+    assert torch.equal(sampler(2, class_labels="none", progress=False), sampler(2, class_labels=2, progress=False))
+    assert not torch.equal(sampler(2, class_labels="none", progress=False), sampler(2, class_labels=3, progress=False))
+
+
+def test_with_a_condition_there_is_no_class_unless_one_is_given() -> None:
+    model = UNet(**{**tiny_unet(classes=3).config, "in_channels": 2})
+    randomise(model)
+    sampler = Sampler(model, ddpm_plan(SCHEDULE, 2))
+    given: dict[str, Any] = {"condition": torch.ones(3, 1, 8, 8), "progress": False}
+    images = sampler(3, **given)
+    assert torch.equal(images, sampler(3, class_labels="none", **given))
+    assert torch.equal(images, sampler(3, class_labels=3, **given))
+    assert not torch.equal(images, sampler(3, class_labels=[0, 1, 2], **given))
+
+
+def test_no_label_gives_guidance_to_a_model_without_a_configuration() -> None:
+    model, plan = tiny_unet(classes=3), ddpm_plan(SCHEDULE, 3)
+
+    def foreign(x_t: Tensor, t: Tensor, class_labels: Tensor) -> Tensor:
+        return model(x_t, t, class_labels)  # type: ignore[no-any-return]
+
+    drawn = [
+        sample(each, plan, 2, class_labels=1, guidance_scale=2.0, shape=(1, 8, 8), no_label=no_label, progress=False)
+        for each, no_label in ((foreign, 3), (model, None))
+    ]
+    torch.testing.assert_close(*drawn, rtol=1e-4, atol=1e-4)
+    unlabelled = sample(foreign, plan, 2, shape=(1, 8, 8), no_label=3, progress=False)
+    assert torch.equal(unlabelled, sample(foreign, plan, 2, class_labels=3, shape=(1, 8, 8), progress=False))
+    wanted = "to be None or 1, as nothing says which label is no class: pass no_label"
+    with refused(InvalidValue("sample", "guidance_scale", wanted, "2.0")):
+        sample(foreign, plan, 2, class_labels=1, guidance_scale=2.0, shape=(1, 8, 8), progress=False)
+    with refused(InvalidValue("sample", "guidance_scale", "to be None or 1, as there are no class_labels", "2.0")):
+        sample(foreign, plan, 2, class_labels=3, guidance_scale=2.0, shape=(1, 8, 8), no_label=3, progress=False)
+    with refused(InvalidType("sample", "no_label", "to be an integer in 0..9223372036854775807 or None", "'3'")):
+        sample(foreign, plan, 2, class_labels=1, shape=(1, 8, 8), no_label="3", progress=False)  # type: ignore[arg-type]
 
 
 def test_guidance_combines_the_conditional_and_the_unlabelled_prediction() -> None:
@@ -446,8 +504,8 @@ def test_progress_counts_steps(capsys: pytest.CaptureFixture[str]) -> None:
             InvalidValue(
                 "sample",
                 "",
-                "a model with 2 output channels, as images have 1 and the plan's variance is learned",
-                "out_channels 1",
+                "a model with 2 output channels, as images have 1 and it predicts their variance",
+                "1",
             ),
         ),
         ({"seed": torch.zeros(2)}, InvalidType("sample", "seed", "to be an int64 tensor (see sample_seeds)", "torch.float32")),
@@ -475,10 +533,13 @@ def test_progress_counts_steps(capsys: pytest.CaptureFixture[str]) -> None:
         ({"model": freeze(tiny_unet(), num_timesteps=19)}, InvalidValue("sample", "plan", "to have timesteps below 19", "19")),
         (
             {"class_labels": 1, "guidance_scale": math.nan},
-            InvalidValue("sample", "guidance_scale", "to be finite or None", "nan"),
+            InvalidValue("sample", "guidance_scale", "to be at least -10000.0 and at most 10000.0 and finite or None", "nan"),
         ),
         ({"class_labels": 1, "guidance_scale": "2"}, InvalidType("sample", "guidance_scale", "to be a number or None", "str")),
-        ({"guidance_scale": 2.0}, InvalidValue("sample", "guidance_scale", "to be None or 1, as class_labels is None", "2.0")),
+        (
+            {"class_labels": "none", "guidance_scale": 2.0},
+            InvalidValue("sample", "guidance_scale", "to be None or 1, as there are no class_labels", "2.0"),
+        ),
     ],
 )
 def test_bad_arguments_are_refused_before_any_work(
@@ -542,7 +603,7 @@ def expected(images: Tensor, path: Path) -> np.ndarray:
 def test_command_draws_16_images_by_default(folder: Path, tmp_path: Path) -> None:
     result = run(folder, tmp_path / "samples.png")
     assert result.exit_code == 0, result.output
-    assert f"{tmp_path / 'samples.png'}: 16 images of 20 steps (dpm++2m-sde) in " in result.output
+    assert f"{tmp_path / 'samples.png'}: 16 images of 3 classes in turn in 20 steps (dpm++2m-sde), " in result.output
     assert "images/s" in result.output
     plan = dpm_solver_plan(SCHEDULE, 20, eta=1.0, solver="heun", spacing="karras")
     images = sample(load_folder(folder).model, plan, 16, class_labels=[i % 3 for i in range(16)], progress=False)
@@ -573,7 +634,9 @@ def test_command_options_do_what_they_say(folder: Path, tmp_path: Path) -> None:
         *("--sampler", "ddpm", "--variance", "fixed_small"),
     )
     assert result.exit_code == 0, result.output
-    images = sample(load_folder(folder).model, ddpm_plan(SCHEDULE), 2, progress=False, dtype=torch.float64)
+    assert "2 images of no class in 20 steps (ddpm), " in result.output
+    arguments: dict[str, Any] = {"class_labels": "none", "dtype": torch.float64, "progress": False}
+    images = sample(load_folder(folder).model, ddpm_plan(SCHEDULE), 2, **arguments)
     assert np.array_equal(pixels(tmp_path / "b.png"), expected(images, tmp_path / "expected.png"))
 
 
@@ -583,17 +646,24 @@ def test_command_options_do_what_they_say(folder: Path, tmp_path: Path) -> None:
         ("--classes hat", "expected --classes to be integers or names among zero, one, ankle boot, got 'hat'"),
         ("--classes 3", "expected --classes to be in 0..2, got 3"),
         ("--steps 21 --sampler ddpm", "expected --steps to be in 1..20 with ddpm, got 21"),
-        ("--eta 1 --sampler ddpm", "expected --eta to go with --sampler ddim or dpm++2m-sde, got 1.0 with ddpm"),
-        ("--spacing karras --sampler ddim", "expected --spacing to be leading, trailing or linspace with ddim, got karras"),
-        ("--sampler ddim --sigma-min 0", "expected --sigma-min to go with --sampler dpm++2m, dpm++2m-sde or heun"),
-        ("--sampler dpm++2m --sigma-max 1", "expected --sigma-max to go with --spacing karras, got 1.0 with linspace"),
+        ("--eta 1 --sampler ddpm", "expected --eta to go with sampler dpm++2m-sde or ddim, got 1.0 with ddpm"),
+        ("--spacing karras --sampler ddim", "expected --spacing to be leading, trailing or linspace with ddim"),
+        (
+            "--sampler ddim --sigma-min 0",
+            "expected --sigma-min to go with sampler dpm++2m or dpm++2m-sde or heun, got 0.0 with ddim",
+        ),
+        ("--sampler dpm++2m --sigma-max 1", """expected --sigma-max to go with spacing="karras", got 1.0 with 'linspace'"""),
         ("--sigma-max 99", "expected --sigma-max to be in 0.0708881..5.44346, the levels of the timesteps, got 99.0"),
         ("--sigma-min 0.3 --sigma-max 0.2", "expected --sigma-max to be above the last level, 0.3, got 0.2"),
-        ("--sigma-min nan", "'--sigma-min': nan is not a finite number"),
-        ("--sampler ddim --variance fixed_small", "expected --variance to go with --sampler ddpm, got fixed_small"),
-        ("--variance learned", "expected --variance to be fixed_small or fixed_large for this model, got learned"),
-        ("--classes none --guidance 2", "expected --guidance to be 1 or to go with classes, got 2.0 and no labels"),
-        ("--guidance nan", "'--guidance': nan is not a finite number"),
+        ("--sigma-min nan", "expected --sigma-min to be at least 0 and finite or None, got nan"),
+        ("--sampler ddim --variance fixed_small", "expected --variance to go with sampler ddpm, got fixed_small with ddim"),
+        ("--variance learned", "expected --variance to go with sampler ddpm, got learned with dpm++2m-sde"),
+        (
+            "--sampler ddpm --variance learned",
+            "expected --variance to be fixed_small or fixed_large for this model, got learned",
+        ),
+        ("--classes none --guidance 2", "expected --guidance to be None or 1, as there are no class_labels, got 2.0"),
+        ("--guidance nan", "expected --guidance to be at least -10000.0 and at most 10000.0 and finite or None, got nan"),
         ("--device meta", "expected --device to be one that computes, got meta"),
         ("--out /dev/null/a.png", "/dev/null"),
         ("--out /proc/a.png", "/proc"),
@@ -602,7 +672,7 @@ def test_command_options_do_what_they_say(folder: Path, tmp_path: Path) -> None:
         ("--gif way.mp3", "expected --gif to end in"),
         ("--device nowhere", "'nowhere'"),
         ("--num 0", "--num"),
-        ("--model nowhere", "expected a folder, got 'nowhere', which is none"),
+        ("--model nowhere", "expected --model to be a folder that holds a model, got 'nowhere', which is none"),
     ],
 )
 def test_command_refuses_bad_values_in_a_line(folder: Path, tmp_path: Path, arguments: str, message: str) -> None:

@@ -224,9 +224,8 @@ def test_a_network_remembers_the_range(tmp_path: Path) -> None:
     train(tmp_path / "again", **options | {"steps": 2})
     train(tmp_path / "again", **options, resume=True)
     assert_same_weights(tmp_path / "whole", tmp_path / "again")
-    out = write_samples(
-        tmp_path / "out.npz", loaded.model, ddpm_plan(loaded.objective.schedule, 2), 3, batch_size=2, progress=False
-    )
+    sampler = loaded.sampler(ddpm_plan(loaded.objective.schedule, 2))
+    out = write_samples(tmp_path / "out.npz", sampler, 3, batch_size=2, progress=False)
     with np.load(out) as archive:
         drawn = archive["arr_0"]
     assert (drawn.dtype, drawn.shape) == (np.float32, (3, H, W, C))

@@ -95,8 +95,9 @@ def test_a_learned_variance_is_resumed_sampled_evaluated_and_exported(tmp_path: 
         == load_folder(tmp_path / "cut").objective
         == Objective(NoiseSchedule.linear(20), variance="learned_range")
     )
-    assert loaded.shape == (1, 8, 8)
-    assert (loaded.model.config["out_channels"], loaded.condition_channels) == (2, 0)
+    assert loaded.interface.shape == (1, 8, 8)
+    assert (loaded.model.config["out_channels"], loaded.interface.condition_channels) == (2, 0)
+    assert loaded.model.config["variance"] == "learned_range"
     for sampler in ("ddpm", "dpm++2m-sde"):
         run(
             "sample", "--model", tmp_path / "model", "--num", 2, "--sampler", sampler, "--steps", 4, "--out", tmp_path / "a.png"
@@ -135,7 +136,7 @@ def test_weights_of_guided_diffusion_go_on_training(tmp_path: Path) -> None:
     assert all(not torch.equal(value, before[name]) for name, value in network.state_dict().items() if "weight" in name)
     loaded = load_folder(tmp_path / "run")
     assert loaded.objective.variance == "learned_range"
-    assert loaded.shape == (3, 16, 16)
+    assert loaded.interface.shape == (3, 16, 16)
 
 
 class Network(nn.Module):

@@ -33,6 +33,7 @@ from ddpm_fast.errors import InvalidValue, UnusablePath
 from ddpm_fast.nn import UNet
 from ddpm_fast.nn.config import MAX_LAYERS
 from ddpm_fast.ops import noise
+from ddpm_fast.options import options_of
 from ddpm_fast.pretrained import load_folder
 from ddpm_fast.reference import STREAM_Q_SAMPLE
 from ddpm_fast.schedule import NoiseSchedule, Objective
@@ -41,7 +42,7 @@ from ddpm_fast.training.data import load_dataset, to_unit_range
 from ddpm_fast.training.export import export_checkpoint
 from ddpm_fast.training.folder import RunFolder
 from ddpm_fast.training.loop import TrainResult
-from ddpm_fast.training.options import STRUCTS, ModelOptions, TrainOptions, options_of
+from ddpm_fast.training.options import STRUCTS, ModelOptions, TrainOptions
 from ddpm_fast.training.records import duration
 from ddpm_fast.training.rng import TrainingRng
 from ddpm_fast.training.step import lr_factor

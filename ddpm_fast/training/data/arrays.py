@@ -178,7 +178,9 @@ def _ranges(arrays: Arrays, count: int, start: _Array, stated: Ranges | None) ->
     for index in range(count):
         array, place = arrays.image(index, start), arrays.place(index)
         with np.errstate(invalid="ignore"):  # a signalling NaN would be a warning
-            least, most = (np.float64(each) for each in (array.min(axis=(1, 2)), array.max(axis=(1, 2))))  # NaN if one is
+            least, most = (
+                each.astype(np.float64) for each in (array.min(axis=(1, 2)), array.max(axis=(1, 2)))
+            )  # NaN if one is
         finite = np.isfinite(least).all() and np.isfinite(most).all()
         expect(finite, "load_dataset", place, "to be finite", "NaN or infinity")
         outside = (least < bounds[:, 0]) | (most > bounds[:, 1])

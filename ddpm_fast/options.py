@@ -1,0 +1,229 @@
+"""How an option is declared: once, with its type, default, range, group and help.
+
+Options of a training run are fields of a struct. Options of a call are keys of a `TypedDict`, so that editors and type checkers
+know a function's keyword arguments. The command line, its help, the tables in the docs, signatures and config.json follow.
+
+PyTorch is imported when options are checked, so help texts come at once.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from inspect import Parameter, Signature
+from types import UnionType
+from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints, is_typeddict
+
+from .errors import InvalidType, expect
+
+PathLike = str | os.PathLike[str]
+Ranges = tuple[tuple[float, float], ...]  # as `checks.Ranges`, whose module imports PyTorch
+
+
+@dataclass(frozen=True)
+class Option:
+    """A declaration of an option, without its name, type and default.
+
+    Attributes:
+        group: The heading under which help shows it.
+        help: Its effect, in one or two sentences that begin with a verb.
+        low: The least value.
+        high: The largest value.
+        above: An excluded lower bound.
+        below: An excluded upper bound.
+        changeable: A resumed run may change it: it decides how long, where and with what records, not what is trained.
+        local: Processes of one run may differ in it.
+        recorded: config.json has it. Others concern one call.
+        more: What concerns Python alone, for docstrings.
+        default: The default of a key of a `TypedDict`. Fields of structs have their own.
+        choices: Its values, if a table lists them. A Literal type lists them itself.
+    """
+
+    group: str
+    help: str
+    low: float | None = None
+    high: float | None = None
+    above: float | None = None
+    below: float | None = None
+    changeable: bool = False
+    local: bool = False
+    recorded: bool = True
+    more: str = ""
+    default: Any = None
+    choices: tuple[str, ...] = ()
+
+
+class Declared(NamedTuple):
+    """An option of a struct.
+
+    Attributes:
+        name: Its name.
+        kind: Its type.
+        default: Its default.
+        option: Its declaration.
+    """
+
+    name: str
+    kind: Any
+    default: Any
+    option: Option
+
+    @property
+    def kinds(self) -> tuple[Any, ...]:
+        """The parts of its type: a union's members, or itself."""
+        return get_args(self.kind) if isinstance(self.kind, UnionType) or get_origin(self.kind) is Union else (self.kind,)
+
+    @property
+    def is_size(self) -> bool:
+        """True if it is a width and height, or one number for both."""
+        return tuple[int, int] in self.kinds
+
+    @property
+    def choices(self) -> list[str]:
+        """Its values if they are listed, or none."""
+        literals = [choice for kind in self.kinds if get_origin(kind) is Literal for choice in get_args(kind)]
+        return literals or [*self.option.choices]
+
+    @property
+    def is_plain(self) -> bool:
+        """True if `checked_option` knows its type. Tensors, labels and functions are checked where they are used."""
+        return {*self.kinds} <= {int, float, bool, str, type(None)} or bool(self.choices)
+
+
+@dataclass(frozen=True)
+class Options:
+    """A struct of options, which are checked when it is made.
+
+    Raises:
+        TypeError: An option has another type than is declared.
+        ValueError: An option is out of range.
+    """
+
+    def __post_init__(self) -> None:
+        for declared in options_of(type(self)):
+            value = checked_option(type(self).__name__, declared, getattr(self, declared.name))
+            object.__setattr__(self, declared.name, value)
+
+    @classmethod
+    def from_values(cls: type[AnyOptions], values: Mapping[str, Any]) -> AnyOptions:
+        """Return the struct with those of the values that it has."""
+        return cls(**{option.name: values[option.name] for option in options_of(cls) if option.name in values})
+
+    def recorded(self) -> dict[str, Any]:
+        """Return the options that config.json has, as JSON gives them back."""
+        from .checks import as_json
+
+        return {each.name: as_json(getattr(self, each.name)) for each in options_of(type(self)) if each.option.recorded}
+
+
+AnyOptions = TypeVar("AnyOptions", bound=Options)
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def _read_options(struct: type) -> tuple[Declared, ...]:
+    declared = ((name, *get_args(annotation)) for name, annotation in get_type_hints(struct, include_extras=True).items())
+    defaults = {} if is_typeddict(struct) else vars(struct)
+    return tuple(Declared(name, kind, defaults.get(name, option.default), option) for name, kind, option in declared)
+
+
+options_of: Callable[[type], tuple[Declared, ...]] = cache(_read_options)
+"""Return the options of a struct or a `TypedDict`. Reading them takes as long as a small network's step."""
+
+
+def _parameters(struct: type) -> list[Parameter]:
+    return [
+        Parameter(each.name, Parameter.KEYWORD_ONLY, default=each.default, annotation=each.kind) for each in options_of(struct)
+    ]
+
+
+def document(struct: type) -> None:
+    """Add the help of the options to the docstring of their struct."""
+    texts = [f"    {each.name}: {each.option.help} {each.option.more}".rstrip() for each in options_of(struct)]
+    struct.__doc__ = "\n".join([struct.__doc__ or "", "", "Attributes:", *texts])
+
+
+def described(struct: type[AnyOptions]) -> type[AnyOptions]:
+    """Add the help of the options to the docstring of their struct, and leave it out of the signature."""
+    document(struct)
+    struct.__signature__ = Signature(_parameters(struct))  # type: ignore[attr-defined]
+    return struct
+
+
+def taking(struct: type) -> Callable[[Function], Function]:
+    """Return a decorator for a function with `**options: Unpack[struct]`. Its signature then shows each of them."""
+
+    def decorate(function: Function) -> Function:
+        own = inspect.signature(function)
+        named = [each for each in own.parameters.values() if each.kind != Parameter.VAR_KEYWORD]
+        function.__signature__ = own.replace(parameters=[*named, *_parameters(struct)])  # type: ignore[attr-defined]
+        return function
+
+    return decorate
+
+
+def checked_options(caller: str, struct: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all options of a call: those that are given, checked as far as they are plain, and the defaults of the others.
+
+    Raises:
+        TypeError: There is no such option, or it has another type.
+        ValueError: An option is out of range.
+    """
+    declared = {each.name: each for each in options_of(struct)}
+    for name in given:
+        if name not in declared:
+            raise InvalidType(caller, "", f"arguments among {', '.join(declared)}", repr(name))
+    return {
+        name: checked_option(caller, each, given[name]) if name in given and each.is_plain else given.get(name, each.default)
+        for name, each in declared.items()
+    }
+
+
+def checked_option(caller: str, declared: Declared, value: Any) -> Any:
+    """Return an option in its plain form: a path as text, numbers as a tuple. Raise unless it is as declared."""
+    from .checks import (
+        check_choice,
+        check_int,
+        check_ints,
+        check_number,
+        check_path,
+        check_type,
+        checked_bytes,
+        checked_ranges,
+    )
+
+    name, kind, _, option = declared
+    kinds, choices = declared.kinds, declared.choices
+    optional = type(None) in kinds
+    if value is None and optional:
+        return None
+    if choices:
+        check_choice(caller, name, value, [None, *choices] if optional else choices)
+    elif bool in kinds:
+        check_type(caller, name, value, bool, optional=optional)
+    elif get_origin(kind) is tuple:
+        if not isinstance(value, (list, tuple)) or value:
+            check_ints(caller, name, value, 1, "a list of integers")
+        return tuple(value)
+    elif Ranges in kinds:
+        return checked_ranges(caller, name, value)
+    elif declared.is_size and isinstance(value, (list, tuple)):
+        expect(len(value) == 2, caller, name, "to be a pair of numbers", repr(value))
+        for each in value:
+            check_int(caller, name, each, option.low, option.high)  # type: ignore[arg-type]
+        return tuple(value)
+    elif {int, str} <= {*kinds}:
+        checked_bytes(caller, name, value)
+    elif int in kinds:
+        check_int(caller, name, value, option.low, option.high, optional=optional)  # type: ignore[arg-type]
+    elif float in kinds:
+        bounds = {"low": option.low, "high": option.high, "above": option.above, "below": option.below}
+        check_number(caller, name, value, **bounds, finite=True, optional=optional)
+    elif os.PathLike[str] in kinds:
+        check_path(caller, name, value)
+        return os.fsdecode(value)
+    else:
+        check_type(caller, name, value, str, optional=optional)
+    return value

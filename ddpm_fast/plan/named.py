@@ -1,0 +1,92 @@
+"""Plans of samplers by name."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from importlib import import_module
+from typing import Unpack
+
+from ..checks import check_int, check_type
+from ..errors import InvalidValue, expect, renaming
+from ..options import checked_options, taking
+from ..samplers import DEFAULT_SAMPLER, LAMBDA_MIN, SAMPLERS, NamedSampler, PlanOptions
+from ..schedule import NoiseSchedule, Objective
+from .sampling_plan import SamplingPlan
+
+
+@taking(PlanOptions)
+def named_plan(objective: Objective, *, clip: float | None = 1.0, **options: Unpack[PlanOptions]) -> SamplingPlan:
+    """Build the plan of a sampler of `SAMPLERS`.
+
+    Args:
+        objective: What the model predicts.
+        clip: Clamp x_0^ to [-clip, clip]. None disables the clip.
+        **options: See `PlanOptions`.
+
+    Raises:
+        TypeError: An argument has an unsupported type, or is unknown.
+        ValueError: There is no such sampler, it does not take an option, or an option is out of range.
+    """
+    caller = "named_plan"
+    check_type(caller, "objective", objective, Objective)
+    chosen = checked_options(caller, PlanOptions, options)
+    name = chosen.pop("sampler") or DEFAULT_SAMPLER
+    named = SAMPLERS[name]
+    spacing, steps = chosen.pop("spacing") or named.spacing, chosen.pop("steps")
+    most = _most_steps(named, objective.schedule, spacing)
+    expect(steps is None or steps <= most, caller, "steps", f"to be in 1..{most} with {name}", steps)
+    even = spacing != "karras" or "sigma_min" in _arguments(named)
+    expect(even, caller, "spacing", f"to be leading, trailing or linspace with {name}", spacing)
+    given = {option: value for option, value in chosen.items() if value is not None}
+    for option, value in given.items():
+        takers = [each for each, known in SAMPLERS.items() if option in _arguments(known)]
+        expect(name in takers, caller, option, f"to go with sampler {' or '.join(takers)}", f"{value} with {name}")
+    variance = given.get("variance", objective.variance)
+    if variance.startswith("learned") != objective.predicts_variance:
+        wanted = "learned or learned_range, as the model predicts it"
+        wanted = wanted if objective.predicts_variance else "fixed_small or fixed_large for this model"
+        raise InvalidValue(caller, "variance", f"to be {wanted}", variance)
+    arguments = {**named.defaults, **given, **named.fixed, **(named.with_karras if spacing == "karras" else {})}
+    with renaming(caller, {"num_steps": "steps"}):
+        return _builder(named)(objective, steps or min(named.steps, most), spacing=spacing, clip=clip, **arguments)
+
+
+def default_plan(objective: Objective, *, steps: int | None = None, clip: float | None = 1.0) -> SamplingPlan:
+    """Build the plan of a model that brings none: DPM-Solver++(2M) with noise, which corrects a model that is not finished.
+
+    Args:
+        objective: What the model predicts.
+        steps: The number of steps. More than the schedule has levels take all of them. None: 20.
+        clip: Clamp x_0^ to [-clip, clip]. None disables the clip.
+
+    Raises:
+        TypeError: An argument has an unsupported type.
+        ValueError: `steps` or `clip` is out of range.
+    """
+    check_type("default_plan", "objective", objective, Objective)
+    check_int("default_plan", "steps", steps, 1, optional=True)
+    named = SAMPLERS[DEFAULT_SAMPLER]
+    most = _most_steps(named, objective.schedule, named.spacing)
+    with renaming("default_plan"):
+        return named_plan(objective, steps=None if steps is None else min(steps, most), clip=clip)
+
+
+def _builder(named: NamedSampler) -> Callable[..., SamplingPlan]:
+    module, _, function = named.builder.rpartition(".")
+    builder: Callable[..., SamplingPlan] = getattr(import_module(f".{module}", __package__), function)
+    return builder
+
+
+def _arguments(named: NamedSampler) -> set[str]:
+    """Return the arguments of a sampler's builder that can be chosen."""
+    return {*inspect.signature(_builder(named)).parameters} - named.fixed.keys()
+
+
+def _most_steps(named: NamedSampler, schedule: NoiseSchedule, spacing: str) -> int:
+    """Return the largest number of steps. Solvers leave out timesteps with too little signal."""
+    if "lambda_min" not in named.fixed:
+        return schedule.num_timesteps
+    abar = schedule.alpha_bars
+    levels = int(((abar / (1 - abar)).log() / 2 >= LAMBDA_MIN).sum())
+    return levels - 1 if spacing in ("linspace", "leading") else levels

@@ -1,0 +1,110 @@
+"""`Interface`: what networks say that they read and give."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from refusals import refused
+from small_unets import SMALL
+from torch import nn
+
+from ddpm_fast import Sampler, freeze
+from ddpm_fast.errors import InvalidValue
+from ddpm_fast.inference import Interface
+from ddpm_fast.nn import UNet
+
+BASE = SMALL | {"sample_size": [8, 16], "in_channels": 3, "out_channels": 3}
+PLAIN = Interface(
+    channels=3,
+    condition_channels=0,
+    predicted_channels=3,
+    predicts_variance=False,
+    size=(8, 16),
+    multiple=4,
+    no_label=None,
+    num_classes=0,
+    class_names=(),
+)
+
+
+def plain(**changes: Any) -> Interface:
+    return Interface(**{**vars(PLAIN), **changes})
+
+
+CASES: dict[str, tuple[dict[str, Any], bool | None, Interface]] = {
+    "plain": ({}, None, PLAIN),
+    "one size": ({"sample_size": 16}, None, plain(size=(16, 16))),
+    "no size": ({"sample_size": None}, None, plain(size=None)),
+    "condition": ({"in_channels": 5}, None, plain(condition_channels=2)),
+    "classes": (
+        {"num_class_embeds": 3, "class_names": ["cat", "dog"]},
+        None,
+        plain(no_label=2, num_classes=2, class_names=("cat", "dog")),
+    ),
+    "variance of the configuration": (
+        {"out_channels": 6, "variance": "learned_range"},
+        None,
+        plain(predicted_channels=6, predicts_variance=True),
+    ),
+    "variance of the plan": ({"out_channels": 6}, True, plain(predicted_channels=6, predicts_variance=True)),
+    "variance that nobody asks for": ({"out_channels": 6}, False, plain(predicted_channels=6)),
+    "variance and a condition": (
+        {"in_channels": 5, "out_channels": 6, "variance": "learned"},
+        None,
+        plain(condition_channels=2, predicted_channels=6, predicts_variance=True),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_unet_and_its_inference_form_have_the_interface_of_the_configuration(case: str) -> None:
+    changes, predicts_variance, wanted = CASES[case]
+    model = UNet(**BASE | changes)
+    for each in (model, freeze(model), SimpleNamespace(frozen_unet=freeze(model))):
+        assert Interface.of(each, predicts_variance=predicts_variance) == wanted  # type: ignore[arg-type]
+    assert wanted.shape == (None if wanted.size is None else (3, *wanted.size))
+    assert wanted.read_channels == 3 + changes.get("in_channels", 3) - 3
+
+
+def test_a_foreign_network_says_what_it_knows() -> None:
+    unknown = plain(
+        **dict.fromkeys(("channels", "condition_channels", "predicted_channels", "size", "num_classes")),
+        multiple=1,
+    )
+    assert Interface.of(lambda x_t, t: x_t) == Interface.of(nn.Identity()) == unknown
+    assert (unknown.shape, unknown.read_channels) == (None, None)
+    assert Interface.of(nn.Identity(), no_label=4) == Interface(**{**vars(unknown), "no_label": 4})
+    unknown.check_images("f", "shape", (5, 7, 9))
+    model = nn.Identity()
+    model.config = {"in_channels": 1, "sample_size": 9, "num_class_embeds": 11}  # type: ignore[assignment]
+    found = Interface.of(model, no_label=4)  # the configuration knows better
+    assert (found.shape, found.no_label, found.num_classes, found.multiple) == ((1, 9, 9), 10, 10, 1)
+
+
+def test_images_have_to_fit() -> None:
+    found = Interface.of(UNet(**BASE))
+    found.check_images("f", "shape", (3, 4, 20))
+    with refused(InvalidValue("f", "", "a model with 2 output channels, as images have 2", "3")):
+        found.check_images("f", "shape", (2, 8, 16))
+    with refused(InvalidValue("f", "shape", "to have H and W that are multiples of 4", "8x6")):
+        found.check_images("f", "shape", (3, 8, 6))
+    with refused(InvalidValue("f", "shape", "to be (C, H, W) with C at most 2, which the model reads", (3, 8, 8))):
+        Interface.of(UNet(**BASE | {"in_channels": 2})).check_images("f", "shape", (3, 8, 8))
+    with refused(InvalidValue("f", "", "a model with 6 output channels, as images have 3 and it predicts their variance", "3")):
+        Interface.of(UNet(**BASE), predicts_variance=True).check_images("f", "shape", (3, 8, 8))
+
+
+def test_a_sampler_has_the_interface_of_its_plan() -> None:
+    from drawing import PLAN, SCHEDULE, tiny_unet
+
+    from ddpm_fast import ddpm_plan
+
+    assert not Sampler(tiny_unet(), PLAN).interface.predicts_variance
+    learned = Sampler(tiny_unet(classes=2, learned_variance=True), ddpm_plan(SCHEDULE, 3, variance="learned_range"))
+    assert learned.interface.predicts_variance
+    assert (learned.shape, learned.interface.no_label, learned.interface.num_classes) == ((1, 8, 8), 2, 2)
+    images = learned(1, progress=False)
+    assert torch.isfinite(images).all()
