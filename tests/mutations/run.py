@@ -36,7 +36,7 @@ JOBS = 2  # mutations at a time
 LIMIT = 600  # seconds; a test file that takes longer hangs, so it has caught the mutation
 NUM_FILES = 20  # most test files that a mutation runs
 QUOTAS = {  # file or folder of the package -> number of mutations, 50 in all
-    **{"ops": 9, "plan": 7, "nn": 7, "inference": 9, "reference.py": 4, "schedule": 3, "sampling": 7, "files/writing.py": 1},
+    **{"ops": 9, "plan": 7, "nn": 7, "inference": 11, "reference.py": 4, "schedule": 3, "sampling": 5, "files/writing.py": 1},
     **{"training/step.py": 2, "training/rng.py": 1},
 }
 
