@@ -95,8 +95,8 @@ def resolve_labels(
         TypeError: Labels are not integers.
     """
     no_label, count = interface.no_label, interface.num_classes
-    if class_labels is not None or no_label is not None:
-        _check_takes_labels(caller, model, class_labels)
+    if class_labels is not None:
+        check_takes_labels(caller, model, "class_labels", class_labels)
     unnamed = "none" not in [name.lower() for name in interface.class_names]  # a class may be called none
     if class_labels is None and in_turn and count:
         return torch.arange(num_samples, device="cpu") % count
@@ -118,8 +118,8 @@ def resolve_labels(
     return labels.to(torch.int64).expand(num_samples)
 
 
-def _check_takes_labels(caller: str, model: Model, class_labels: ClassLabels) -> None:
-    """Raise a ValueError if the model's call has no third argument."""
+def check_takes_labels(caller: str, model: Model, name: str, value: object) -> None:
+    """Raise a ValueError if the model's call has no third argument. `value` is an argument that needs one."""
     try:
         signature = inspect.signature(model.forward if isinstance(model, nn.Module) else model)
     except (TypeError, ValueError):  # a call without a signature
@@ -128,7 +128,7 @@ def _check_takes_labels(caller: str, model: Model, class_labels: ClassLabels) ->
         signature.bind(None, None, None)
     except TypeError:
         wanted = "to be None, as the model takes no labels beside x_t and t"
-        raise InvalidValue(caller, "class_labels", wanted, repr(class_labels)) from None
+        raise InvalidValue(caller, name, wanted, repr(value)) from None
 
 
 def labels_of(

@@ -22,7 +22,7 @@ _draw = partial(Option, "Drawing")
 class BatchOptions(TypedDict, total=False):
     """The arguments of every function that runs a network on many images."""
 
-    batch_size: Annotated[int | None, _draw("Run this many images at a time.", more="Default: all.", low=1)]
+    batch_size: Annotated[int | None, _draw("Run this many images at a time.", more="Default: all, or 64 to files.", low=1)]
     class_labels: Annotated[
         ClassLabels,
         _draw(

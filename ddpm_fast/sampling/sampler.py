@@ -23,7 +23,7 @@ from ..inference.turns import Turns
 from ..ops.modes import runs_eagerly, threads_after_fork
 from ..options import taking
 from ..plan import SamplingPlan
-from .arguments import Request, check_model, checked_request, sampling_device
+from .arguments import Request, check_model, check_takes_labels, checked_request, sampling_device
 from .options import Callback, DrawOptions
 from .progress import progress_bar
 
@@ -108,8 +108,11 @@ class Sampler:
         model = inference_form(model)
         self._no_label = no_label
         check_type("Sampler", "plan", plan, SamplingPlan)
-        classless = Interface.of(model).num_classes == 0
-        expect(no_label is None or not classless, "Sampler", "no_label", "to be None, as the model has no classes", no_label)
+        if no_label is not None:
+            last, count = Interface.of(model).no_label, Interface.of(model).num_classes
+            expect(count != 0, "Sampler", "no_label", "to be None, as the model has no classes", no_label)
+            check_takes_labels("Sampler", model, "no_label", no_label)
+            expect(no_label <= (no_label if last is None else last), "Sampler", "no_label", f"to be in 0..{last}", no_label)
         self.interface = self._interface_of(model, plan)
         self.shape = _checked_shape(self.interface, shape)
         self.device = sampling_device("Sampler", model, device)

@@ -19,7 +19,7 @@ from ddpm_fast.nn import UNet
 BASE = SMALL | {"sample_size": [8, 16], "in_channels": 3, "out_channels": 3}
 PLAIN = Interface(
     channels=3,
-    condition_channels=0,
+    read_channels=3,
     predicted_channels=3,
     predicts_variance=False,
     size=(8, 16),
@@ -38,7 +38,7 @@ CASES: dict[str, tuple[dict[str, Any], bool | None, Interface]] = {
     "plain": ({}, None, PLAIN),
     "one size": ({"sample_size": 16}, None, plain(size=(16, 16))),
     "no size": ({"sample_size": None}, None, plain(size=None)),
-    "condition": ({"in_channels": 5}, None, plain(condition_channels=2)),
+    "condition": ({"in_channels": 5}, None, plain(read_channels=5)),
     "classes": (
         {"num_class_embeds": 3, "class_names": ["cat", "dog"]},
         None,
@@ -54,7 +54,7 @@ CASES: dict[str, tuple[dict[str, Any], bool | None, Interface]] = {
     "variance and a condition": (
         {"in_channels": 5, "out_channels": 6, "variance": "learned"},
         None,
-        plain(condition_channels=2, predicted_channels=6, predicts_variance=True),
+        plain(read_channels=5, predicted_channels=6, predicts_variance=True),
     ),
 }
 
@@ -66,22 +66,24 @@ def test_a_unet_and_its_inference_form_have_the_interface_of_the_configuration(c
     for each in (model, freeze(model), SimpleNamespace(frozen_unet=freeze(model))):
         assert Interface.of(each, predicts_variance=predicts_variance) == wanted  # type: ignore[arg-type]
     assert wanted.shape == (None if wanted.size is None else (3, *wanted.size))
-    assert wanted.read_channels == 3 + changes.get("in_channels", 3) - 3
+    assert wanted.condition_channels == changes.get("in_channels", 3) - 3
 
 
 def test_a_foreign_network_says_what_it_knows() -> None:
     unknown = plain(
-        **dict.fromkeys(("channels", "condition_channels", "predicted_channels", "size", "num_classes")),
+        **dict.fromkeys(("channels", "read_channels", "predicted_channels", "size", "num_classes")),
         multiple=1,
     )
     assert Interface.of(lambda x_t, t: x_t) == Interface.of(nn.Identity()) == unknown
-    assert (unknown.shape, unknown.read_channels) == (None, None)
+    assert (unknown.shape, unknown.condition_channels) == (None, None)
     assert Interface.of(nn.Identity(), no_label=4) == Interface(**{**vars(unknown), "no_label": 4})
     unknown.check_images("f", "shape", (5, 7, 9))
     model = nn.Identity()
     model.config = {"in_channels": 1, "sample_size": 9, "num_class_embeds": 11}  # type: ignore[assignment]
-    found = Interface.of(model, no_label=4)  # the configuration knows better
+    found = Interface.of(model)
     assert (found.shape, found.no_label, found.num_classes, found.multiple) == ((1, 9, 9), 10, 10, 1)
+    assert found.condition_channels is None  # nothing says how many channels it returns
+    assert Interface.of(model, no_label=4).no_label == 4
 
 
 def test_images_have_to_fit() -> None:

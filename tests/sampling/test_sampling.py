@@ -689,3 +689,16 @@ def test_a_model_that_changes_its_input_is_refused() -> None:
     plan = ddpm_plan(SCHEDULE)
     with pytest.raises(ValueError, match="expected model to leave its input as it is, got one that changes x_t in place"):
         sample(lambda x, t: x.mul_(0.5), plan, 2, shape=(1, 4, 4), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("model", "no_label", "wanted"),
+    [
+        (tiny_unet(), 3, "to be None, as the model has no classes"),
+        (tiny_unet(classes=3), 4, "to be in 0..3"),
+        (lambda x_t, t: x_t, 3, "to be None, as the model takes no labels beside x_t and t"),
+    ],
+)
+def test_a_label_for_no_class_has_to_fit_the_model(model: Any, no_label: int, wanted: str) -> None:
+    with refused(InvalidValue("sample", "no_label", wanted, str(no_label))):
+        sample(model, ddim_plan(SCHEDULE, 2), 1, shape=(1, 8, 8), no_label=no_label)
