@@ -47,14 +47,15 @@ def sampling_device(caller: str, model: Model, device: torch.device | str | None
     None and "cuda" are the GPU that holds the model, if any, but a module on the first GPU goes to that of the local rank.
     """
     model_device, _ = device_and_dtype(model)
-    asked = model_device if device is None else computing_device(caller, device)
-    if asked not in (model_device, torch.device(model_device.type)) or (device is not None and asked.index is not None):
-        own = own_device(asked)
-        return torch.empty(0, device=own).device if own.index is None else own
-    if model_device.type == "cuda" and not model_device.index and isinstance(model, nn.Module):
-        own = own_device(torch.device("cuda"))
-        return model_device if own.index is None else own
-    return model_device
+    unnumbered = torch.device(model_device.type)
+    asked = unnumbered if device is None else computing_device(caller, device)
+    on_first = model_device.type == "cuda" and not model_device.index and isinstance(model, nn.Module)
+    if asked == unnumbered and not on_first:
+        return model_device
+    own = own_device(asked)
+    if own == unnumbered:
+        return model_device
+    return torch.empty(0, device=own).device if own.index is None else own
 
 
 def resolve_seeds(caller: str, seed: int | Tensor, num_samples: int) -> Tensor:
