@@ -57,7 +57,7 @@ from ddpm_fast.files.images import to_uint8
 from ddpm_fast.files.writing import replacing
 from ddpm_fast.nn.checkpoint import check_weights
 from ddpm_fast.pretrained import Pretrained
-from ddpm_fast.training.data import FASHION_MNIST_CLASSES, load_dataset, to_unit_range
+from ddpm_fast.training.data import FASHION_MNIST_CLASSES, load_dataset, read_batch, to_unit_range
 
 # Everything that decides the classifier's weights, up to rounding. Its file holds it, too.
 RECIPE: Final[dict[str, Any]] = {
@@ -201,7 +201,8 @@ def trained_classifier(path: Path, test_images: Tensor, test_labels: Tensor) -> 
         classifier = load_classifier(path)
     else:
         train = load_dataset("fashion-mnist")
-        classifier = train_classifier(*train.batch(torch.arange(len(train))))
+        images, labels, _ = read_batch(train, range(len(train)))
+        classifier = train_classifier(images, labels)
     measured = measure(classifier, test_images)
     accuracy = measured.accuracy(test_labels)
     if not accuracy >= LEAST_ACCURACY:
@@ -595,7 +596,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"left out: {each}: {reason}")
     dtype = common.DTYPES[args.dtype]
     test = load_dataset("fashion-mnist", split="test")
-    images, labels = test.batch(torch.arange(len(test)))
+    images, labels, _ = read_batch(test, range(len(test)))
     file = args.classifier or default_classifier()
     classifier, of_test = trained_classifier(file, images, labels)
     halves = [Measured(of_test.predicted[half], of_test.features[half]) for half in split_real(labels)]

@@ -127,14 +127,14 @@ def speed(args: argparse.Namespace, run: common.Run) -> None:
 
 
 def batches(steps: int, n: int, size: int) -> list[idioms.Batch]:
-    from ddpm_fast.training.data import load_dataset, to_unit_range
+    from ddpm_fast.training.data import load_dataset, read_batch, to_unit_range
 
     dataset = load_dataset("digits", image_size=size)
     generator = torch.Generator().manual_seed(0)
     result = []
     for step in range(steps):
         batch = idioms.Batch(n, size)
-        images, _ = dataset.batch(torch.randint(len(dataset), (n,), generator=generator))
+        images = read_batch(dataset, torch.randint(len(dataset), (n,), generator=generator)).images
         batch.x_0 = to_unit_range(images).expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
         batch.t = torch.randint(idioms.SCHEDULE.num_timesteps, (n,), generator=generator)
         batch.seeds = sample_seeds(step, n)

@@ -23,7 +23,7 @@ import ddpm_fast
 from ddpm_fast.distributed import Processes
 from ddpm_fast.ops.backend import native_error
 from ddpm_fast.testing import Case
-from ddpm_fast.training.data import ImageDataset
+from ddpm_fast.training.data import Checked, read_batch
 from ddpm_fast.training.options import TrainOptions
 from ddpm_fast.training.rng import TrainingRng
 from ddpm_fast.training.state import State, Task
@@ -188,12 +188,11 @@ def training_step(config: dict[str, Any]) -> list[Call]:
 def trainer_step(config: dict[str, Any], batch: int, device: str, **options: Any) -> Callable[[], object]:
     """Return a step of `Trainer`, without its folder. `options` are those of `TrainOptions`."""
     images = torch.zeros(batch, 3, config["sample_size"], config["sample_size"], dtype=torch.uint8)
-    labels = torch.zeros(batch, dtype=torch.int64)
-    dataset = ImageDataset("zeros", images, labels, ("",), lambda _: iter(()))
+    dataset = Checked(images, 3, None)
     settings = TrainOptions(**{"batch_size": batch, "micro_batch_size": batch, "precision": "bf16"} | options)
     parts = (None, TrainingRng(0, batch), torch.device(device), Processes())
     task = Task(settings, {}, idioms.random_unet(config), False, dataset, ddpm_fast.Objective(idioms.SCHEDULE), *parts)
-    return partial(take_step, task, State.initial(task), images, labels)
+    return partial(take_step, task, State.initial(task), read_batch(dataset, range(batch)))
 
 
 def predicted(calls: Iterable[Call], card: Card, batch: int, budgets: Budgets) -> dict[str, float]:

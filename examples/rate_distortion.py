@@ -9,7 +9,7 @@ import argparse
 import torch
 
 import ddpm_fast
-from ddpm_fast.training.data import load_dataset, to_unit_range
+from ddpm_fast.training.data import load_dataset, read_batch, to_unit_range
 
 parser = argparse.ArgumentParser(description="Print rate and distortion of progressive lossy coding over reverse time.")
 parser.add_argument("--steps", type=int, default=1000, help="timesteps; fewer are quicker and cost more bits")
@@ -29,7 +29,7 @@ schedule = garments.objective.schedule
 dataset = load_dataset(args.data, split="test", image_size=32)
 if not 1 <= args.num <= len(dataset):
     parser.error(f"expected --num to be in 1..{len(dataset)}, got {args.num}")
-images, _ = dataset.batch(torch.arange(args.num))
+images = read_batch(dataset, range(args.num)).images
 
 # The schedule of S of the T timesteps (Nichol and Dhariwal 2021, section 4): alpha_t = abar_t / abar_s.
 timesteps = ddpm_fast.ddpm_plan(schedule, args.steps).timesteps.flip(0)  # ascending

@@ -14,11 +14,11 @@ import peers
 import pytest
 import safetensors.torch
 import torch
-from torch.utils.data import TensorDataset
 
 import ddpm_fast
 from ddpm_fast import dpm_solver_plan, load_builtin, sample_seeds
 from ddpm_fast.pretrained import BUILTIN
+from ddpm_fast.training.data import Item, read_batch
 
 
 def test_a_classifier_comes_back_from_its_file(tmp_path: Path):
@@ -109,11 +109,6 @@ def test_the_weights_hash_sees_each_weight():
     assert quality.weights_hash(model) != before
 
 
-class Images(TensorDataset):
-    def batch(self, indices: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return self[indices]
-
-
 @pytest.fixture
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[dict[str, Any], str]]:
     """Run the script with 16 images, a random classifier of 8 features and 40 random test images."""
@@ -121,7 +116,8 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tupl
     monkeypatch.setattr(quality, "LEAST_ACCURACY", 0.0)
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (80, 1, 32, 32), dtype=torch.uint8, generator=generator)
-    monkeypatch.setattr(quality, "load_dataset", lambda *_, **__: Images(images, torch.arange(80) % 10))
+    items = [Item(image, number % 10) for number, image in enumerate(images)]
+    monkeypatch.setattr(quality, "load_dataset", lambda *_, **__: items)
     torch.manual_seed(0)
     quality.save_classifier(tmp_path / "classifier", quality.Classifier())
     out = tmp_path / "results.json"
@@ -145,7 +141,7 @@ def test_a_run_writes_the_figures_of_the_functions(tmp_path: Path, small: Callab
 
     loaded = load_builtin()
     classifier = quality.load_classifier(tmp_path / "classifier")
-    test_images, labels = quality.load_dataset("fashion-mnist").batch(torch.arange(80))
+    test_images, labels, _ = read_batch(quality.load_dataset("fashion-mnist"), range(80))
     real, reference = (quality.measure(classifier, test_images[half]) for half in quality.split_real(labels))
     wanted = torch.arange(16) % 10
     plan = ddpm_fast.dpm_solver_plan(loaded.objective, 4, eta=1.0)

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..pretrained import Pretrained
-    from ..training.data import ImageDataset
+    from ..training.data import ItemDataset
 
 _SOURCES = click.argument("sources", metavar="IMAGE...", nargs=-1, required=True)
 _STRENGTH = click.option(
@@ -236,11 +236,11 @@ def _opened(
         raise InvalidValue(command, "model", "to be one that draws grey, RGB or RGBA pictures of one size", got)
     wanted = "to be one without a condition (ddpm_fast.vary and its like take one)"
     expect(not interface.condition_channels, command, "model", wanted, loaded.model.config.get("condition"))
-    datasets: dict[str, ImageDataset] = {}
+    datasets: dict[str, ItemDataset] = {}
     return loaded, to_unit_range(torch.stack([_read(command, source, shape, datasets) for source in sources]))
 
 
-def _read(command: str, source: str, shape: tuple[int, int, int], datasets: dict[str, ImageDataset]) -> Tensor:
+def _read(command: str, source: str, shape: tuple[int, int, int], datasets: dict[str, ItemDataset]) -> Tensor:
     """Return the image of a file or of a data set, uint8 [C, H, W]."""
     from ..training.data import load_dataset, read_image
 
@@ -251,7 +251,7 @@ def _read(command: str, source: str, shape: tuple[int, int, int], datasets: dict
         datasets[name] = load_dataset(name, split="test", image_size=shape[1:])
     dataset, index = datasets[name], _whole_number(number)
     expect(index < len(dataset), command, "IMAGE", f"to be {name}:0 to {name}:{len(dataset) - 1}", repr(source))
-    image: Tensor = dataset[index][0]
+    image = dataset[index].image
     channels = f"{shape[0]} channel{'s' * (shape[0] > 1)}"
     expect(image.shape[0] == shape[0], command, "IMAGE", f"to have {channels}, as the model", repr(source))
     return image

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from ..checks import Ranges
     from ..pretrained import Pretrained
-    from ..training.data import ImageDataset
+    from ..training.data import ItemDataset
 
 _SSIM = 6  # pixels a side that its window needs
 
@@ -79,7 +79,8 @@ def evaluate_command(
     PSNR and SSIM of the condition (bicubic, for low resolution), of one sample, and of the mean of several.
     """
     from ..files.writing import write_json
-    from ..training.data.conditions import evaluated_images
+    from ..training.data import read_batch
+    from ..training.data.condition import evaluated_images
 
     failures: list[str] = []
     with refusing():
@@ -97,7 +98,7 @@ def evaluate_command(
         restored, ranges = kind if given else condition, (data_range, condition_range)
         dataset = evaluated_images(data, data_dir, restored, config, interface.channels or 0, num, *ranges)
         expect(num <= len(dataset), "evaluate", "num", f"to be at most {len(dataset)}, the test images of {data}", num)
-        classes, count = dataset.labels[:num], interface.num_classes
+        classes, count = read_batch(dataset, range(num)).labels, interface.num_classes
         unused = variance is not None and interface.condition_channels
         expect(not unused, "evaluate", "variance", "to be left out, as the model restores images", variance)
         labelled = bool(labels and count)
@@ -131,16 +132,14 @@ def evaluate_command(
 
 
 def _bounded(
-    loaded: Pretrained, dataset: ImageDataset, num: int, variance: Any, arguments: dict[str, Any], failures: list[str]
+    loaded: Pretrained, dataset: ItemDataset, num: int, variance: Any, arguments: dict[str, Any], failures: list[str]
 ) -> tuple[str, list[str], dict[str, Any]]:
     """Return the head, the lines and the figures of the variational bound."""
-    import torch
-
-    from ..training.data import to_unit_range
+    from ..training.data import read_batch, to_unit_range
 
     got = "numbers of another range"
-    expect(dataset.value_range is None, "evaluate", "data", "to be pictures of 256 levels, for bits per dimension", got)
-    images = to_unit_range(dataset.batch(torch.arange(num))[0])
+    expect(dataset.info.data_range is None, "evaluate", "data", "to be pictures of 256 levels, for bits per dimension", got)
+    images = to_unit_range(read_batch(dataset, range(num)).images)
     bound = ddpm_fast.variational_bound(
         *(loaded.model, images, loaded.objective),
         variance=variance,
@@ -171,20 +170,20 @@ def _bounded(
 
 
 def _restored(
-    loaded: Pretrained, dataset: ImageDataset, num: int, samples: int, arguments: dict[str, Any], failures: list[str]
+    loaded: Pretrained, dataset: ItemDataset, num: int, samples: int, arguments: dict[str, Any], failures: list[str]
 ) -> tuple[str, list[str], dict[str, Any]]:
     """Return the head, the lines and the figures of restored images."""
     import torch
 
     from ..files.images import condition_as_image
     from ..inference.model import device_and_dtype
-    from ..training.data.conditions import conditioned_items
-    from ..training.data.dataset import import_extra
+    from ..training.data.condition import examples
+    from ..training.data.rows import import_extra
 
     metrics = import_extra("torchmetrics.functional.image")
-    smallest = min(dataset.shape[1:])
+    smallest = min(dataset.info.shape[1:])
     expect(smallest >= _SSIM, "evaluate", "data", f"to have images of at least {_SSIM} pixels a side, for SSIM", smallest)
-    items = conditioned_items(dataset, range(num), arguments["seed"])
+    items = examples(dataset, range(num), arguments["seed"])
     plan, sampler = loaded.build_plan()
     draw = loaded.sampler(plan, dtype=device_and_dtype(loaded.model)[1])
     seeds = ddpm_fast.sample_seeds(arguments["seed"], num * samples).view(samples, num)
@@ -200,7 +199,7 @@ def _restored(
     if bad:
         failures.append(f"{bad} of {num} images are not finite")
     kind = loaded.model.config.get("condition") or "images"
-    if (given := condition_as_image(items.condition, dataset.shape[0])) is not None:
+    if (given := condition_as_image(items.condition, dataset.info.shape[0])) is not None:
         images = {"bicubic" if kind.startswith("low-resolution") else "condition": given} | images
     per_image, lines = {}, []
     for name, each in images.items():

@@ -34,7 +34,7 @@ from .folder import RunFolder
 from .opening import Start, open_run
 from .records import CallbackError, Records, call_back
 from .state import State, Task
-from .step import batches, take_step
+from .step import batches_from, take_step
 
 
 @dataclass(frozen=True)
@@ -79,10 +79,10 @@ def run_steps(start: Start, task: Task, state: State) -> TrainResult:
         with (
             Stops(processes, options.max_minutes) as stops,
             checkpoints.saved_if_it_fails(),
-            closing(batches(task, state.step)) as batch,
+            closing(batches_from(task, state.step)) as batches,
         ):
             while state.step < options.steps and stopped_by is None:
-                grad_norm, rate = take_step(task, state, *next(batch))
+                grad_norm, rate = take_step(task, state, next(batches))
                 records.after_step(grad_norm, rate)
                 stopped_by = stops.agreed()
                 checkpoints.after_step(grad_norm, stops=stopped_by is not None)

@@ -184,6 +184,17 @@ class TrainOptions(Options):
         ),
     ] = None
 
+    num_workers: Annotated[
+        int | None,
+        _machine(
+            "Read images in this many processes. Default: up to 8 if images are decoded as they are used, else 0.",
+            low=0,
+            high=1024,
+            changeable=True,
+            local=True,
+        ),
+    ] = None
+
     log_every: Annotated[
         int, _records("Write a row of log.csv after the first step, and then every this many steps.", low=1, high=100_000)
     ] = 50

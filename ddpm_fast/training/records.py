@@ -19,8 +19,8 @@ from ..nn import UNet
 from ..plan import default_plan
 from ..sampling.progress import progress_bar
 from ..sampling.sampler import sample
-from .data import ImageDataset, MappedDataset
-from .data.conditions import conditioned_items
+from .data import DatasetInfo
+from .data.condition import examples
 from .folder import LOG_COLUMNS, RunFolder
 from .state import State, Task
 
@@ -29,15 +29,15 @@ _log = logging.getLogger("ddpm_fast")
 
 def summary(run: RunFolder, task: Task, state: State) -> str:
     """Describe what is about to be trained, on what, and where the records go."""
-    options, dataset, objective = task.options, task.dataset, task.objective
-    channels, *sides = dataset.shape
-    classes = f"{len(dataset.classes)} classes" if len(dataset.classes) > 1 else "no classes"
+    options, info, objective = task.options, task.dataset.info, task.objective
+    channels, *sides = info.shape
+    classes = f"{len(info.classes)} classes" if len(info.classes) > 1 else "no classes"
     parameters = sum(parameter.numel() for parameter in state.model.parameters())
     machine = f"{options.precision} on {task.device}"
     if task.device.type == "cpu":
         threads = torch.get_num_threads()
         machine += f", {threads} thread" + ("s" if threads > 1 else "")
-    epochs = options.steps * options.batch_size / len(dataset)
+    epochs = options.steps * options.batch_size / len(task.dataset)
     batch = f"{options.batch_size} images a step"
     if task.num_micro_batches > 1:
         given = f" --threads {torch.get_num_threads()}" if task.device.type == "cpu" else ""
@@ -53,10 +53,10 @@ def summary(run: RunFolder, task: Task, state: State) -> str:
     every += [f"{options.checkpoint_minutes:g} minutes"] if options.checkpoint_minutes else []
     records.append(f"checkpoints/ every {' and every '.join(every)}" if every else "checkpoints/ at the end")
     rows = {
-        "data": f"{dataset.name}: {len(dataset)} images, {classes}",
+        "data": f"{info.name}: {len(task.dataset)} images, {classes}",
         "images": f"{'x'.join(map(str, reversed(sides)))} {'pixels' if len(sides) == 2 else 'values'}, "
-        + f"{channels} channel{'s' if channels > 1 else ''}, {dataset.preparation}",
-        **({"reads": _condition(dataset)} if dataset.condition_channels else {}),
+        + f"{channels} channel{'s' if channels > 1 else ''}, {info.preparation}",
+        **({"reads": _condition(info)} if info.condition_channels else {}),
         "network": f"{parameters / 1e6:.2f} million parameters, "
         + ("class-conditional, " if task.labelled else "unconditional, ")
         + _attention(task.model, min(sides))
@@ -81,11 +81,10 @@ def _attention(model: nn.Module, side: int) -> str:
     return f"attention at {', '.join(attended)} pixels" if attended else "attention in the middle block alone"
 
 
-def _condition(dataset: ImageDataset | MappedDataset) -> str:
+def _condition(info: DatasetInfo) -> str:
     """Say what the network reads beside x_t."""
-    channels = f"{dataset.condition_channels} channel{'s' if dataset.condition_channels > 1 else ''} of a condition"
-    name = dataset.described["condition"]
-    return channels if name == "images" else f"{channels}: {name}"
+    channels = f"{info.condition_channels} channel{'s' if info.condition_channels > 1 else ''} of a condition"
+    return channels if info.condition == "images" else f"{channels}: {info.condition}"
 
 
 class CallbackError(Exception):
@@ -218,17 +217,17 @@ class Records:
 
     def _draw_grid(self) -> None:
         """Draw a grid with the averaged weights, with one column a class or 8 columns."""
-        task, state, dataset = self._task, self._state, self._task.dataset
-        if not task.processes.is_first or len(dataset.shape) != 3:  # signals and volumes are no pictures
+        task, state, dataset, info = self._task, self._state, self._task.dataset, self._task.dataset.info
+        if not task.processes.is_first or len(info.shape) != 3:  # signals and volumes are no pictures
             return
-        columns = min(len(dataset.classes), 16) if task.labelled else 8
-        num = columns * (2 if dataset.condition_channels else 4)
+        columns = min(len(info.classes), 16) if task.labelled else 8
+        num = columns * (2 if info.condition_channels else 4)
         path = self._run.samples / f"step-{state.step:08d}.png"
         with state.uncounted():
             try:
                 shown = (
-                    conditioned_items(dataset, [i * len(dataset) // num for i in range(num)], task.options.seed)
-                    if dataset.condition_channels
+                    examples(dataset, [i * len(dataset) // num for i in range(num)], task.options.seed)
+                    if info.condition_channels
                     else None
                 )
                 labels = torch.arange(num) % columns if shown is None else shown.labels
@@ -240,7 +239,7 @@ class Records:
                     class_labels=labels if task.labelled else None,
                     condition=None if shown is None else shown.condition,
                     device=task.device,
-                    shape=dataset.shape,
+                    shape=info.shape,
                     progress=False,
                     cuda_graph=False,  # a graph takes memory beside that of the training
                 )
@@ -248,7 +247,7 @@ class Records:
                     images = in_bands([shown.condition, images.cpu(), shown.images], columns)
                 channels = shown_channels(images.shape[1])
                 scale = max(1, 128 // max(images.shape[2:]))
-                titles = dataset.classes[:columns] if task.labelled and shown is None else ()
+                titles = info.classes[:columns] if task.labelled and shown is None else ()
                 save_grid(images, path, columns=columns, channels=channels, scale=scale, titles=titles)
             except (OSError, ValueError) as error:  # a run does not end for want of a picture
                 _log.warning("%s could not be drawn: %s", path, error)

@@ -23,7 +23,7 @@ from ..resources import no_folder
 from ..schedule import Objective
 from ..version import __version__
 from .checkpoint import read_state
-from .data import ImageDataset, MappedDataset
+from .data import ItemDataset
 from .folder import FORMAT, RunFolder
 from .options import LOCAL, TrainOptions
 from .rng import TrainingRng
@@ -44,7 +44,7 @@ class Task:
     data_and_model: Mapping[str, Any]  # the options of data and network, if `train` made them
     model: nn.Module
     labelled: bool  # the network is given the class
-    dataset: ImageDataset | MappedDataset
+    dataset: ItemDataset
     objective: Objective
     loss_weights: Tensor | None  # float32 [T], on the device; None: 1
     rng: TrainingRng
@@ -61,8 +61,8 @@ class Task:
     def identity(self) -> dict[str, Any]:
         """Return what must be the same in all processes, by name."""
         options = {name: value for name, value in self.recorded.items() if name not in LOCAL}
-        described = {"number of images": len(self.dataset), "classes": self.dataset.classes}
-        images = {"dataset": (self.dataset.shape, self.dataset.fingerprint())}
+        described = {"number of images": len(self.dataset), "classes": self.dataset.info.classes}
+        images = {"dataset": (self.dataset.info.shape, self.dataset.fingerprint())}
         return {**options, "model": self.network, "objective": self.objective.to_config(), **described, **images}
 
     @property
@@ -90,7 +90,7 @@ class Task:
     @property
     def memory_format(self) -> torch.memory_format:
         """Memory format of images and weights. Signals and volumes are contiguous."""
-        is_image = len(self.dataset.shape) == 3
+        is_image = len(self.dataset.info.shape) == 3
         return torch.channels_last if self.options.channels_last and is_image else torch.contiguous_format
 
     @property
@@ -102,18 +102,18 @@ class Task:
 
     def config(self) -> dict[str, Any]:
         """Return the content of config.json."""
-        dataset = self.dataset
+        info = self.dataset.info
         return {
             "format": FORMAT,
             "options": self.recorded,
             **self.network,
             "objective": self.objective.to_config(),
             "dataset": {
-                "images": len(dataset),
-                "shape": list(dataset.shape),
-                "preparation": dataset.preparation,
-                "classes": list(dataset.classes),
-                **dataset.described,
+                "images": len(self.dataset),
+                "shape": list(info.shape),
+                "preparation": info.preparation,
+                "classes": list(info.classes),
+                **info.described,
             },
             "threads": torch.get_num_threads() if self.device.type == "cpu" else None,
             "versions": {"ddpm_fast": __version__, "torch": torch.__version__},

@@ -18,7 +18,7 @@ from ..inference.model import predict
 from ..nn import UNet
 from ..ops import denoising_loss, q_sample
 from ..variational import variational_loss
-from .data import Degradation, to_unit_range
+from .data import Batch, Degradation, batches, to_unit_range
 from .options import TrainOptions
 from .state import State, Task
 
@@ -26,21 +26,19 @@ _OF_BOUND: Final = 0.001  # weight of the variational bound beside the denoising
 _DRAWN: Final = 4096  # indices that are drawn together, as a call takes longer than an index
 
 
-def take_step(task: Task, state: State, images: Tensor, labels: Tensor, *conditions: Tensor) -> tuple[Tensor, float]:
+def take_step(task: Task, state: State, batch: Batch) -> tuple[Tensor, float]:
     """Take one step.
 
     Args:
         task: The task.
         state: The state, which is replaced by the next.
-        images: uint8 or float32 [n, C, ...], this process's part of the batch.
-        labels: int64 [n].
-        *conditions: uint8 or float32 [n, K, ...], if the data set has conditions.
+        batch: This process's part of the batch.
 
     Returns:
         The gradient's norm before clipping, 0-d, and the learning rate.
     """
     options, step = task.options, state.step
-    loss = _set_gradients(task, state, images, labels, *conditions)
+    loss = _set_gradients(task, state, batch)
     parameters: list[Tensor] = state.trained
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, options.clip_grad or math.inf, foreach=True)
     rate = options.lr * lr_factor(step, options)
@@ -59,11 +57,11 @@ def take_step(task: Task, state: State, images: Tensor, labels: Tensor, *conditi
     return grad_norm, rate
 
 
-def _set_gradients(task: Task, state: State, *batch: Tensor) -> Tensor:
+def _set_gradients(task: Task, state: State, batch: Batch) -> Tensor:
     """Set each parameter's `grad` to the gradient of the batch's loss. Return the loss, 0-d."""
     parameters = state.trained
     sums = _TreeSum()
-    parts = (tensor.split(task.micro_batch_size) for tensor in batch)
+    parts = (tensor.split(task.micro_batch_size) for tensor in batch if tensor is not None)
     for micro_batch, *part in zip(task.micro_batches, *parts, strict=True):
         loss = _loss(task, state, micro_batch, *part)
         loss.backward()
@@ -86,17 +84,19 @@ def _loss(task: Task, state: State, micro_batch: int, images: Tensor, labels: Te
     """Return a micro-batch's share of the batch's mean loss, 0-d."""
     options, rng, step = task.options, task.rng, state.step
     rows = slice(micro_batch * task.micro_batch_size, (micro_batch + 1) * task.micro_batch_size)
-    x_0, *condition = (to_unit_range(each.to(task.device)) for each in (images, *conditions))  # [m, C, ...], [m, K, ...]
+    x_0, *condition = (
+        to_unit_range(each.to(task.device, non_blocking=True)) for each in (images, *conditions)
+    )  # [m, C, ...], [m, K, ...]
     if options.flip:
         flipped = rng.is_flipped(step)[rows].to(task.device).view(-1, *[1] * (x_0.dim() - 1))
         x_0, *condition = (torch.where(flipped, each.flip(-1), each) for each in (x_0, *condition))
     x_0 = x_0.contiguous(memory_format=task.memory_format)
-    if isinstance(task.dataset.condition, Degradation):
-        condition = [task.dataset.condition(x_0, rng.condition_seeds(step)[rows])]
+    if isinstance(task.dataset.info.condition, Degradation):
+        condition = [task.dataset.info.condition(x_0, rng.condition_seeds(step)[rows])]
     schedule = task.objective.schedule
     t = rng.timesteps(step, schedule.num_timesteps)[rows].to(task.device)
     seeds = rng.sample_seeds(step)[rows].to(task.device)
-    no_label = len(task.dataset.classes)  # the last embedding
+    no_label = len(task.dataset.info.classes)  # the last embedding
     labels = labels.masked_fill(rng.label_is_dropped(step, options.label_dropout)[rows], no_label).to(task.device)
     torch.manual_seed(rng.torch_seed(step * task.num_micro_batches + micro_batch))
     x_t = q_sample(x_0, t, schedule, seeds=seeds)
@@ -143,8 +143,8 @@ def lr_factor(step: int, options: TrainOptions) -> float:
     return rise * (left if options.lr_decay == "linear" else 0.5 - 0.5 * math.cos(math.pi * left))
 
 
-def batches(task: Task, step: int) -> Generator[tuple[Tensor, ...], None, None]:
-    """Yield this process's images, labels and conditions of each step from `step` on."""
+def batches_from(task: Task, step: int) -> Generator[Batch, None, None]:
+    """Yield this process's part of the batch of each step from `step` on."""
     size, mine, num_images, options = task.micro_batch_size, task.micro_batches, len(task.dataset), task.options
     rows = slice(mine.start * size, mine.stop * size)
     together = max(1, _DRAWN // options.batch_size)
@@ -154,4 +154,4 @@ def batches(task: Task, step: int) -> Generator[tuple[Tensor, ...], None, None]:
             drawn = task.rng.indices(first, num_images, min(together, options.steps - first))
             yield from (batch[rows] for batch in drawn.split(options.batch_size))
 
-    return task.dataset.batches(indices())
+    return batches(task.dataset, indices(), options.num_workers, pin_memory=task.device.type == "cuda")

@@ -23,8 +23,8 @@ from ..nn import UNet
 from ..nn.unet import describe_images
 from ..options import AnyOptions
 from ..schedule import NoiseSchedule, Objective
-from .data import DATASETS, Degradation, ImageDataset, MappedDataset, load_dataset
-from .data.dataset import size_of
+from .data import DATASETS, Checked, DatasetInfo, Degradation, ItemDataset, load_dataset
+from .data.items import size_of
 from .folder import RunFolder
 from .loop import TrainResult, run_steps
 from .opening import Start, prepared
@@ -61,7 +61,6 @@ class Trainer:
         run_dir: Write to this folder. It must be new or empty unless `options` resume a run.
         num_classes: Number of classes of a network that is no `UNet`. It gets labels in 0..num_classes, where num_classes
             is "no label". None: it gets no labels.
-        num_workers: Read items in this many processes. Default: in this one.
         on_step: Call this after each step, in every process, with the number of steps done and the loss as a 0-d tensor.
             Reading the loss of a GPU waits for the step.
         on_checkpoint: Call this in rank 0 after each checkpoint, with its folder.
@@ -78,12 +77,11 @@ class Trainer:
         self,
         model: nn.Module,
         schedule: NoiseSchedule | Objective,
-        dataset: Dataset[Any] | ImageDataset,
+        dataset: Dataset[Any],
         options: TrainOptions,
         run_dir: str | os.PathLike[str],
         *,
         num_classes: int | None = None,
-        num_workers: int = 0,
         on_step: Callable[[int, Tensor], object] | None = None,
         on_checkpoint: Callable[[Path], object] | None = None,
     ) -> None:
@@ -92,7 +90,6 @@ class Trainer:
         check_type("Trainer", "options", options, TrainOptions)
         self._objective = _objective(schedule, options)
         check_path("Trainer", "run_dir", run_dir)
-        check_int("Trainer", "num_workers", num_workers, 0, 1024)
         check_callable("Trainer", "on_step", on_step)
         check_callable("Trainer", "on_checkpoint", on_checkpoint)
         if options.sample_every:
@@ -103,21 +100,21 @@ class Trainer:
             expect(num_classes is None, "Trainer", "num_classes", "to be None, as model has num_class_embeds", num_classes)
             num_classes = Interface.of(model).no_label
         self._labelled = num_classes is not None
-        self._dataset = _adapted(dataset, model, self._objective, num_classes, num_workers)
+        self._dataset = _adapted(dataset, model, self._objective, num_classes)
         with renaming("Trainer"):
             weights = self._objective.loss_weights
             self._loss_weights = None if self._objective.loss_weight is None else weights
             if self._objective.predicts_variance:
                 _ = self._objective.bound_columns  # a ValueError if x_0^ is not determined
-                kind = self._dataset[0][0].dtype
+                kind = self._dataset.info.dtype
                 wanted = "to have uint8 images, as the bound that trains a learned variance is one of 256 grey levels"
                 expect(kind == torch.uint8, "", "dataset", wanted, kind)
         if isinstance(model, UNet):
-            _check_fit(model, self._dataset, self._objective)
-            described = self._dataset.described
-            describe_images(model, size=self._dataset.shape[1:], classes=self._dataset.classes, **described)
+            _check_fit(model, self._dataset.info, self._objective)
+            info = self._dataset.info
+            describe_images(model, size=info.shape[1:], classes=info.classes, **info.described)
         else:
-            _check_call(model, self._dataset, self._objective, num_classes)
+            _check_call(model, self._dataset.info, self._objective, num_classes)
         self.model = model
         self._options, self._folder = options, RunFolder(run_dir)
         self._on_step, self._on_checkpoint = on_step, on_checkpoint
@@ -199,11 +196,9 @@ def _check_trainable(model: nn.Module) -> None:
     expect(trained, "Trainer", "model", "to have parameters that require gradients", "none")
 
 
-def _adapted(
-    dataset: Any, model: nn.Module, objective: Objective, num_classes: int | None, num_workers: int
-) -> ImageDataset | MappedDataset:
+def _adapted(dataset: Any, model: nn.Module, objective: Objective, num_classes: int | None) -> ItemDataset:
     """Return a data set as training uses it. The network says which images and labels are wanted."""
-    if isinstance(dataset, ImageDataset):
+    if isinstance(dataset, ItemDataset):
         return dataset
     config, classes = model.config if isinstance(model, UNet) else {}, None
     if num_classes is not None:  # the names are the network's, those that torchvision's data sets have, or numbers
@@ -216,17 +211,17 @@ def _adapted(
         odd = objective.predicts_variance and (interface.predicted_channels or 0) % 2
         wanted = "to have an even number of out_channels, to predict the variance too"
         expect(not odd, "", "model", wanted, interface.predicted_channels)
-        return MappedDataset(dataset, interface.channels, classes, num_workers, interface.read_channels)
+        return Checked(dataset, interface.channels, classes, interface.read_channels)
 
 
-def _check_fit(model: UNet, dataset: ImageDataset | MappedDataset, objective: Objective) -> None:
+def _check_fit(model: UNet, info: DatasetInfo, objective: Objective) -> None:
     """Raise a ValueError unless the network takes the images and labels, and predicts as many channels."""
-    for name, value in dataset.described.items():
+    for name, value in info.described.items():
         known = model.config.get(name)
         expect(known in (None, value), "Trainer", "dataset", f"to have the {name} of model, {known}", value)
-    expect(len(dataset.shape) == 3, "Trainer", "dataset", "to have images [C, H, W] for a UNet", list(dataset.shape))
-    channels, height, width = dataset.shape
-    reads, of = channels + dataset.condition_channels, "the images of dataset"
+    expect(len(info.shape) == 3, "Trainer", "dataset", "to have images [C, H, W] for a UNet", list(info.shape))
+    channels, height, width = info.shape
+    reads, of = channels + info.condition_channels, "the images of dataset"
     predicted = f"{of} and their variance" if objective.predicts_variance else of
     interface = Interface.of(model, predicts_variance=objective.predicts_variance)
     for name, found, number, whose in (
@@ -237,19 +232,19 @@ def _check_fit(model: UNet, dataset: ImageDataset | MappedDataset, objective: Ob
     factor = interface.multiple
     wanted = f"to have images whose sides are multiples of {factor} for the levels of model"
     expect(height % factor == 0 and width % factor == 0, "Trainer", "dataset", wanted, f"{height}x{width}")
-    label, number = interface.no_label, len(dataset.classes)
+    label, number = interface.no_label, len(info.classes)
     wanted = f"to have num_class_embeds = {number + 1}, the number of classes plus one"
     expect(label in (None, number), "Trainer", "model", wanted, None if label is None else label + 1)
 
 
-def _check_call(model: nn.Module, dataset: ImageDataset | MappedDataset, objective: Objective, num_classes: int | None) -> None:
+def _check_call(model: nn.Module, info: DatasetInfo, objective: Objective, num_classes: int | None) -> None:
     """Raise a ValueError unless a network takes two items of the data set's shape and predicts the objective's channels."""
     if num_classes is not None:
-        number = len(dataset.classes)
+        number = len(info.classes)
         expect(number == num_classes, "Trainer", "num_classes", f"to be {number}, the classes of dataset", num_classes)
     device, _ = device_and_dtype(model)
-    channels, *sides = dataset.shape
-    x = torch.zeros(2, channels + dataset.condition_channels, *sides, device=device)
+    channels, *sides = info.shape
+    x = torch.zeros(2, channels + info.condition_channels, *sides, device=device)
     t = torch.zeros(2, dtype=torch.int64, device=device)
     labels = None if num_classes is None else torch.tensor([0, num_classes], device=device)  # the last is "no label"
     returned = [2, objective.out_channels(channels), *sides]
@@ -322,7 +317,7 @@ def train(
         load = partial(_dataset, data, stored)
         dataset = processes.machine_by_machine(load) if data.data in DATASETS else load()
         objective = _objective(getattr(NoiseSchedule, str(model.schedule))(model.num_timesteps), options)
-        config = _unet_config(model, dataset, objective)
+        config = _unet_config(model, dataset.info, objective)
         with torch.random.fork_rng([]):
             torch.manual_seed(TrainingRng(options.seed, options.batch_size).weights_seed)
             with renaming("train", {"block_out_channels": "channels", "attention_head_dim": "head_dim"}):
@@ -339,7 +334,7 @@ def _with_absolute_paths(options: AnyOptions) -> AnyOptions:
     return replace(options, **{name: os.path.abspath(path) for name, path in found.items()})
 
 
-def _dataset(data: DataOptions, stored: Mapping[str, Any]) -> ImageDataset:
+def _dataset(data: DataOptions, stored: Mapping[str, Any]) -> ItemDataset:
     """Load the images. A run that is resumed has the ranges of their values in its network's configuration."""
     unknown = None if stored else "measured"
     with renaming("train", {"name": "data", "channels": "colors"}):
@@ -356,10 +351,10 @@ def _dataset(data: DataOptions, stored: Mapping[str, Any]) -> ImageDataset:
         )
 
 
-def _unet_config(options: ModelOptions, dataset: ImageDataset, objective: Objective) -> dict[str, Any]:
+def _unet_config(options: ModelOptions, info: DatasetInfo, objective: Objective) -> dict[str, Any]:
     """Return the configuration of the network that the options describe. Raise ValueError if the images do not fit it."""
-    channels, height, width = dataset.shape
-    labelled = options.conditional and len(dataset.classes) > 1
+    channels, height, width = info.shape
+    labelled = options.conditional and len(info.classes) > 1
     widths = options.channels
     factor = 2 ** (len(widths) - 1)
     wanted = f"images whose sides are multiples of {factor} for {len(widths)} levels of channels"
@@ -369,7 +364,7 @@ def _unet_config(options: ModelOptions, dataset: ImageDataset, objective: Object
     attended = [min(height, width) >> level in options.attention for level in range(len(widths))]
     return {
         "sample_size": height if height == width else [height, width],
-        "in_channels": channels + dataset.condition_channels,
+        "in_channels": channels + info.condition_channels,
         "out_channels": objective.out_channels(channels),
         "block_out_channels": list(widths),
         "layers_per_block": options.layers,
@@ -379,10 +374,10 @@ def _unet_config(options: ModelOptions, dataset: ImageDataset, objective: Object
         "norm_num_groups": math.gcd(32, *widths),
         "dropout": options.dropout,
         "resnet_time_scale_shift": "scale_shift" if options.scale_shift else "default",
-        "num_class_embeds": len(dataset.classes) + 1 if labelled else None,
+        "num_class_embeds": len(info.classes) + 1 if labelled else None,
         **({"variance": objective.variance} if objective.predicts_variance else {}),
         # Images beside sub-folders make a class without a name.
-        **({"class_names": list(dataset.classes)} if labelled and all(dataset.classes) else {}),
+        **({"class_names": list(info.classes)} if labelled and all(info.classes) else {}),
         # Ho et al.'s choices
         "downsample_padding": 0,
         "flip_sin_to_cos": False,

@@ -24,7 +24,7 @@ from ddpm_fast import resources
 from ddpm_fast.cli import main
 from ddpm_fast.files.images import save_grid
 from ddpm_fast.nn import UNet
-from ddpm_fast.training.data import load_dataset, loading, to_unit_range
+from ddpm_fast.training.data import load_dataset, published, read_batch, to_unit_range
 
 SCHEDULE = ddpm_fast.NoiseSchedule.linear(1000)
 SIZE = 8
@@ -107,7 +107,7 @@ def shown(rows: Tensor) -> np.ndarray:
 
 
 def digit(*numbers: int) -> Tensor:
-    return to_unit_range(load_dataset("digits", split="test").images[list(numbers)])
+    return to_unit_range(read_batch(load_dataset("digits", split="test"), numbers).images)
 
 
 def assert_close(got: np.ndarray, wanted: np.ndarray) -> None:
@@ -289,7 +289,7 @@ def test_fashion_mnist_is_padded_to_32_pixels(monkeypatch: pytest.MonkeyPatch) -
     debian.mkdir()
     (debian / "t10k-images-idx3-ubyte").write_bytes(np.array([0x803, 5, 28, 28], ">u4").tobytes() + images.tobytes())
     (debian / "t10k-labels-idx1-ubyte").write_bytes(np.array([0x801, 5], ">u4").tobytes() + bytes([3, 0, 9, 1, 1]))
-    monkeypatch.setattr(loading, "FASHION_MNIST_DEBIAN", debian)
+    monkeypatch.setattr(published, "FASHION_MNIST_DEBIAN", debian)
     result = CliRunner().invoke(main, ["edit", "vary", "fashion-mnist:3", "--num=1", "--strength=0", "--quiet"])
     assert result.exit_code == 0, result.output
     with Image.open("variations.png") as image:

@@ -21,7 +21,7 @@ from ddpm_fast.cli import main
 from ddpm_fast.errors import ArgumentError, InvalidType, InvalidValue
 from ddpm_fast.nn import UNet
 from ddpm_fast.reference import philox
-from ddpm_fast.training.data import to_unit_range
+from ddpm_fast.training.data import load_dataset, read_batch, to_unit_range
 
 T = 30
 SCHEDULE = NoiseSchedule.linear(T, beta_start=2e-3, beta_end=0.35)
@@ -374,9 +374,7 @@ def test_command_prints_the_parts(tmp_path: Path) -> None:
     assert shown == pytest.approx({name: figures[key] for name, key in names.items()}, abs=1e-5)
 
     per_image = json.loads(out.read_text())["per_image"]["total"]
-    from ddpm_fast.training.data import load_dataset
-
-    x_0, labels = load_dataset("digits", split="test", image_size=8).batch(torch.arange(6))
+    x_0, labels, _ = read_batch(load_dataset("digits", split="test", image_size=8), range(6))
     bound = variational_bound(
         model, to_unit_range(x_0), SCHEDULE, variance="fixed_large", class_labels=labels, seed=2, batch_size=4, progress=False
     )

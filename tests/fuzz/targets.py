@@ -12,7 +12,6 @@ import hashlib
 import io
 import json
 import sys
-import tarfile
 import tempfile
 import warnings
 import zipfile
@@ -35,7 +34,7 @@ from ddpm_fast.files.writing import write_json
 from ddpm_fast.nn import UNet, UNetConfig
 from ddpm_fast.pretrained import _read_scheduler
 from ddpm_fast.training.checkpoint import read_state, why_damaged
-from ddpm_fast.training.data import load_dataset, loading
+from ddpm_fast.training.data import load_dataset, published
 from ddpm_fast.training.export import write_scheduler
 from ddpm_fast.training.folder import FORMAT, RunFolder
 from ddpm_fast.training.options import STRUCTS
@@ -158,18 +157,8 @@ def idx(folder: Path) -> list[Path]:
 
 
 def read_idx(folder: Path) -> None:
-    loading.read_idx(folder / "a-idx")
-    loading.read_idx(folder / "b-idx.gz")
-
-
-def cifar10_archive(folder: Path) -> list[Path]:
-    file = folder / "cifar-10-binary.tar.gz"
-    with tarfile.open(file, "w:gz") as archive:
-        for number in range(1, 6):
-            entry = tarfile.TarInfo(f"cifar-10-batches-bin/data_batch_{number}.bin")
-            entry.size = 3073
-            archive.addfile(entry, io.BytesIO(bytes(3073)))
-    return [file]
+    published.read_idx(folder / "a-idx", (5,))
+    published.read_idx(folder / "b-idx.gz", (5,))
 
 
 def npy(folder: Path) -> list[Path]:
@@ -226,7 +215,6 @@ TARGETS: dict[str, Target] = {
     "run-config": Target(run_config, mutate_json, lambda folder: RunFolder(folder).read_config()),
     "state": Target(state, mutate_state, read_checkpoint),
     "idx": Target(idx, mutate_idx, read_idx),
-    "cifar10-archive": Target(cifar10_archive, mutate_idx, lambda folder: load_dataset("cifar10", folder)),
     "npy": Target(npy, bytes_of, lambda folder: load_dataset(str(folder / "a.npy"))),
     "npz": Target(npz, bytes_of, lambda folder: load_dataset(str(folder / "a.npz"))),
     "image-archive": Target(image_archive, bytes_of, lambda folder: load_dataset(str(folder / "a.zip"))),

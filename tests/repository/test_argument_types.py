@@ -189,6 +189,7 @@ TRAIN_ACCEPTS = (
     | dict.fromkeys(("clip_grad", "ema_decay", "label_dropout", "weight_decay", "checkpoint_minutes", "max_minutes"), "zero")
     | {
         "seed": "negative zero huge",
+        "num_workers": "zero",
         "sample_steps": "huge",
         "keep": "huge",
         "threads": "huge",
@@ -243,7 +244,7 @@ CALLS: dict[str, Callable[[], Entry]] = {
     "DataOptions": lambda: Entry(d.DataOptions, {}, {"data_memory": "zero huge", "colors": "None"}),
     "ModelOptions": lambda: Entry(d.ModelOptions, {}, {"attention": "empty", "dropout": "zero", "schedule": "None"}),
     "TrainOptions": lambda: Entry(d.TrainOptions, {"steps": 1}, TRAIN_ACCEPTS),
-    "Trainer": lambda: Entry(d.Trainer, trainer_arguments(), {"num_workers": "zero"}),
+    "Trainer": lambda: Entry(d.Trainer, trainer_arguments()),
     "Trainer.run": lambda: Entry(trainer().run, {}),
     "UNet": lambda: Entry(unet().forward, {"x": torch.zeros(2, 2, 16, 16), "t": STEP}, {"x": "meta", "t": "fraction zero"}),
     "UNet.from_pretrained": lambda: Entry(d.UNet.from_pretrained, {"path": "no such"}, caller="from_pretrained"),

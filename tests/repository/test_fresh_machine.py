@@ -13,7 +13,7 @@ from pathlib import Path
 import fresh_machine
 import pytest
 
-from ddpm_fast.training.data import loading
+from ddpm_fast.training.data import load_dataset, published
 
 # Runs in processes of all kinds. A process that is not guarded would wait for 192.0.2.1, which nobody has (RFC 5737).
 PROBE = """
@@ -76,16 +76,16 @@ def probe() -> str:
 
 def test_this_process(probe: str) -> None:
     exec(probe, {})
-    assert not loading.FASHION_MNIST_DEBIAN.exists()
-    assert not (loading._default_folder() / "cifar-10-binary.tar.gz").exists()
+    assert not published.FASHION_MNIST_DEBIAN.exists()
+    assert not (published._default_folder() / "cifar-10-binary.tar.gz").exists()
     with pytest.raises(OSError, match=NOT_FOUND):
-        loading.load_dataset("fashion-mnist")
+        load_dataset("fashion-mnist")
 
 
 def test_a_python(probe: str) -> None:
     script = f"""{probe}
-from ddpm_fast.training.data import FASHION_MNIST_DEBIAN, loading
-print(FASHION_MNIST_DEBIAN, loading._default_folder())
+from ddpm_fast.training.data import FASHION_MNIST_DEBIAN, published
+print(FASHION_MNIST_DEBIAN, published._default_folder())
 """
     done = subprocess.run([sys.executable, "-c", script], check=True, stdout=subprocess.PIPE, text=True)
     assert done.stdout.split() == [str(fresh_machine.CACHE / name) for name in ("no-data-set", "ddpm_fast")]
@@ -113,8 +113,8 @@ def test_the_command_line(tmp_path: Path) -> None:
 
 def test_a_test_may_be_given_the_machine() -> None:
     with fresh_machine.lifted():
-        assert Path(fresh_machine.DEBIAN) == loading.FASHION_MNIST_DEBIAN
-        assert not loading._default_folder().is_relative_to(fresh_machine.CACHE)
+        assert Path(fresh_machine.DEBIAN) == published.FASHION_MNIST_DEBIAN
+        assert not published._default_folder().is_relative_to(fresh_machine.CACHE)
         numeric = "import socket; socket.getaddrinfo('192.0.2.1', 80)"  # asks no server
         exec(numeric, {})
         subprocess.run([sys.executable, "-c", numeric], check=True)

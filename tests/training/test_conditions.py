@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from items import assert_equal, whole
 from launching import run_ranks
 from PIL import Image
 from refusals import refused
@@ -21,8 +22,8 @@ from torch import Tensor
 from ddpm_fast import NoiseSchedule, Trainer, TrainOptions, UNet, load_folder, sample_seeds
 from ddpm_fast.cli import main
 from ddpm_fast.errors import InvalidValue
-from ddpm_fast.training.data import Degradation, load_dataset, to_unit_range
-from ddpm_fast.training.data.conditions import conditioned_items, evaluated_images, read_conditions
+from ddpm_fast.training.data import Degradation, batches, decoding, load_dataset, read_batch, to_unit_range
+from ddpm_fast.training.data.condition import evaluated_images, examples, read_conditions
 
 RUN: dict[str, Any] = QUIET | {"channels": [8, 16], "batch_size": 8, "micro_batch_size": 2, "steps": 3}
 
@@ -122,14 +123,18 @@ def test_pairs_are_of_one_name(tmp_path: Path) -> None:
     (dim / "3.jpg.tmp").unlink()
     for memory in (None, 0):
         dataset = load_dataset(str(sharp), condition=dim, memory=memory)
-        assert (dataset.shape, dataset.condition_channels) == ((3, 8, 12), 1)
-        batch = dataset.batch(torch.tensor([3, 0]))
+        assert (dataset.info.shape, dataset.info.condition, dataset.info.condition_channels) == ((3, 8, 12), "images", 1)
+        batch = read_batch(dataset, torch.tensor([3, 0]))
+        assert batch.conditions is not None
         for row, number in enumerate((3, 0)):
             other = next(dim.glob(f"{number}.*"))
-            assert np.array_equal(batch[2][row, 0], np.asarray(Image.open(other)))
-            assert np.array_equal(batch[0][row].permute(1, 2, 0), np.asarray(Image.open(sharp / f"{number}.png")))
-        assert all(torch.equal(a, b) for a, b in zip(next(dataset.batches([torch.tensor([3, 0])])), batch, strict=True))
-        assert torch.equal(dataset[3][2], batch[2][0])
+            assert np.array_equal(batch.conditions[row, 0], np.asarray(Image.open(other)))
+            assert np.array_equal(batch.images[row].permute(1, 2, 0), np.asarray(Image.open(sharp / f"{number}.png")))
+        (again,) = batches(dataset, [torch.tensor([3, 0])], 0)
+        assert_equal(again, batch)
+        condition = dataset[3].condition
+        assert condition is not None
+        assert torch.equal(condition, batch.conditions[0])
     train(tmp_path / "run", **RUN | {"data": str(sharp), "condition": str(dim), "steps": 2})
     before = (tmp_path / "run" / "config.json").read_text()
     Image.new("L", (12, 8)).save(dim / "0.png")
@@ -174,8 +179,10 @@ def test_what_cannot_be_paired_is_named(tmp_path: Path) -> None:
     np.save(tmp_path / "rgb.npy", np.random.default_rng(0).normal(size=(2, 8, 8, 3)))
     with refused(InvalidValue("load_dataset", "condition", "to be another than grey for channels of several ranges", "grey")):
         load_dataset(str(tmp_path / "rgb.npy"), condition="grey")
-    assert load_dataset(str(tmp_path / "rgb.npy"), condition="grey", data_range=(-9, 9)).condition_channels == 1
-    with pytest.raises(ValueError, match="expected condition to be computed from the images of digits"):
+    assert load_dataset(str(tmp_path / "rgb.npy"), condition="grey", data_range=(-9, 9)).info.condition_channels == 1
+    with pytest.raises(
+        ValueError, match=r"expected condition to be one array file or one table, as digits is, got .*dim, whose "
+    ):
         load_dataset("digits", condition=dim)
 
 
@@ -189,7 +196,7 @@ class Pairs:
         return 60
 
     def __getitem__(self, index: int) -> Any:
-        image, label = self.digits[index]
+        image, label, _ = self.digits[index]
         return self.change(image, label, torch.cat([image.flip(2), image // 2]))
 
 
@@ -259,14 +266,14 @@ def test_conditions_are_read_as_they_were_trained(tmp_path: Path) -> None:
         Image.open(file).resize((3, 2), Image.Resampling.LANCZOS).save(small / file.name)
     enlarged = read_conditions(small, config, (3, 8, 12))
     assert torch.equal(read_conditions(full, config, (3, 8, 12)), enlarged)
-    images = to_unit_range(load_dataset(str(small)).batch(torch.arange(6))[0])
+    images = to_unit_range(whole(load_dataset(str(small))).images)
     expected = torch.nn.functional.interpolate(images, (8, 12), mode="bicubic", antialias=True)
     torch.testing.assert_close(enlarged, expected.clamp(-1, 1))
     grey = read_conditions(full, {"condition": "grey", "in_channels": 4}, (3, 8, 12))
     assert grey.shape == (6, 1, 8, 12)
     mask = {"condition": "mask", "in_channels": 7}
     boxes = read_conditions(full, mask, (3, 8, 12), seed=4)
-    x_0 = to_unit_range(load_dataset(str(full)).batch(torch.arange(6))[0])
+    x_0 = to_unit_range(whole(load_dataset(str(full))).images)
     assert torch.equal(boxes, Degradation("mask")(x_0, sample_seeds(4, 6)))
     clear = Image.open(full / "2.png").convert("RGBA")
     clear.putalpha(Image.fromarray(np.where(np.arange(96).reshape(8, 12) < 30, 0, 255).astype(np.uint8)))
@@ -292,7 +299,7 @@ def test_evaluation_gives_each_image_its_class_and_condition(tmp_path: Path, mon
     arguments = ["evaluate", "--model", str(tmp_path / "run"), "--data", "digits", "--num", "4", "--samples", "1", "--quiet"]
     assert CliRunner().invoke(main, arguments).exit_code == 0
     test = load_dataset("digits", split="test")
-    images, labels = test.batch(torch.arange(4))
+    images, labels, _ = read_batch(test, range(4))
     assert seen[0]["class_labels"].tolist() == labels.tolist()
     assert torch.equal(seen[0]["condition"], Degradation("low-resolution", 2)(to_unit_range(images), sample_seeds(0, 4)))
     folder = pictures(tmp_path / "small", 1, (4, 4), "L")
@@ -340,15 +347,11 @@ def test_numbers_are_read_by_the_range_that_the_model_keeps(tmp_path: Path) -> N
 
 
 def test_as_many_conditions_are_read_as_images_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ddpm_fast.training.data import arrays
-
     train(tmp_path / "run", **RUN | {"condition": "low-resolution:2", "steps": 1})
     np.save(tmp_path / "many.npy", np.zeros((40, 4, 4, 1), np.uint8))
     read: list[int] = []
-    image = arrays.Arrays.image
-    monkeypatch.setattr(
-        arrays.Arrays, "image", lambda self, index, like=None: (read.append(index), image(self, index, like))[1]
-    )
+    array = decoding._array
+    monkeypatch.setattr(decoding, "_array", lambda *arguments: (read.append(arguments[-1]), array(*arguments))[1])
     command = ["sample", "--model", str(tmp_path / "run"), "--condition", str(tmp_path / "many.npy"), "--num", "3", "--quiet"]
     assert CliRunner().invoke(main, [*command, "--out", str(tmp_path / "a.png"), "--steps", "2"]).exit_code == 0
     assert set(read) == {0, 1, 2}
@@ -408,7 +411,7 @@ def test_the_command_line_restores_images(tmp_path: Path, caplog: pytest.LogCapt
     assert list(figures["per_image"]) == ["condition", "one sample", "mean of 2"]
     shown = float(np.mean(figures["per_image"]["condition"]["psnr"]))
     assert f"condition    {shown:6.2f} dB" in result.output
-    items = conditioned_items(load_dataset(str(data), condition="grey", first=3), range(3), 0)
+    items = examples(load_dataset(str(data), condition="grey", first=3), range(3), 0)
     error = (items.condition - items.images).double().square().flatten(1).mean(dim=1)
     assert figures["per_image"]["condition"]["psnr"] == pytest.approx((10 * torch.log10(4 / error)).tolist(), abs=1e-4)
     result = run(main, ["edit", "vary", str(next(data.iterdir())), *model])

@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from items import whole
 from PIL import Image
 from refusals import refused
 
-from ddpm_fast import resources
 from ddpm_fast.errors import InvalidValue
-from ddpm_fast.training.data import FASHION_MNIST_CLASSES, image_files, load_dataset, to_unit_range
+from ddpm_fast.training.data import FASHION_MNIST_CLASSES, Batch, collate, load_dataset, published, read_batch, to_unit_range
+from ddpm_fast.training.data.decoding import attempted
 
 
 def write_idx(path: Path, values: np.ndarray) -> None:
@@ -37,68 +38,79 @@ def fashion_folder(tmp_path: Path) -> tuple[Path, np.ndarray]:
 def test_fashion_mnist_is_padded_with_black(fashion_folder: tuple[Path, np.ndarray]) -> None:
     folder, images = fashion_folder
     dataset = load_dataset("fashion-mnist", folder)
-    batch, labels = dataset.batch(torch.tensor([4, 0]))
-    assert (len(dataset), dataset.shape, dataset.classes) == (5, (1, 32, 32), FASHION_MNIST_CLASSES)
+    batch, labels, _ = read_batch(dataset, torch.tensor([4, 0]))
+    assert (len(dataset), dataset.info.shape, dataset.info.classes) == (5, (1, 32, 32), FASHION_MNIST_CLASSES)
+    assert dataset.info.preparation == "padded with black from 28x28"
     assert labels.tolist() == [1, 3]
     assert batch.dtype == torch.uint8
     np.testing.assert_array_equal(batch[:, 0, 2:-2, 2:-2], images[[4, 0]])
     black = to_unit_range(batch)
     assert black[:, :, :2].eq(-1).all()
     assert black[..., -2:].eq(-1).all()
-    assert load_dataset("fashion-mnist", folder, image_size=28).shape == (1, 28, 28)
+    unpadded = load_dataset("fashion-mnist", folder, image_size=28)
+    assert (unpadded.info.shape, unpadded.info.preparation) == ((1, 28, 28), "as they are")
+    np.testing.assert_array_equal(whole(unpadded).images[:, 0], images)
 
 
 def test_damaged_idx_file_is_refused(fashion_folder: tuple[Path, np.ndarray]) -> None:
     folder, _ = fashion_folder
     labels = folder / "train-labels-idx1-ubyte"
-    whole = labels.read_bytes()
-    labels.write_bytes(whole[:-1])
-    with pytest.raises(ValueError, match=r"load_dataset: expected .* to hold \[5\] bytes, got 4"):
-        load_dataset("fashion-mnist", folder)
-    labels.write_bytes(b"\0\0\x0d" + whole[3:])
-    with pytest.raises(ValueError, match="to be an IDX file of unsigned bytes"):
-        load_dataset("fashion-mnist", folder)
-    labels.write_bytes(whole + b"x")
-    with pytest.raises(ValueError, match=r"to hold \[5\] bytes, got 6 or more"):
-        load_dataset("fashion-mnist", folder)
-    labels.write_bytes(b"\0\0\x08\xff" + b"\xff" * 40)
-    with pytest.raises(
-        ValueError, match=r"expected .*labels-idx1-ubyte to hold 1 to \d+ bytes, got a header of shape \[4294967295, "
+    whole_file = labels.read_bytes()
+    for damaged, wanted in (
+        (whole_file[:-1], r"to hold \[5\] bytes, got 4"),
+        (whole_file + b"x", r"to hold \[5\] bytes, got 6"),
+        (b"\0\0\x08\x01" + b"\xff" * 40, r"to hold \[4294967295\] bytes, got 36"),
+        (b"\0\0\x08\x01" + bytes(4), r"to hold \[0\] bytes, got 0"),
+        (b"\0\0\x0d" + whole_file[3:], r"to be an IDX file of unsigned bytes \[N\], got header .* \[5\]"),
+        (b"\0\0\x08\xff" + b"\xff" * 40, r"to be an IDX file of unsigned bytes \[N\], got header .* \[4294967295\]"),
+        (b"\0\0\x08\x02\0\0", r"to be an IDX file of unsigned bytes \[N\], got header .* \[\]"),  # ends within its shape
+        (b"", r"to be an IDX file of unsigned bytes \[N\], got header b'' \[\]"),
     ):
-        load_dataset("fashion-mnist", folder)
+        labels.write_bytes(damaged)
+        with pytest.raises(ValueError, match=f"^load_dataset: expected .*labels-idx1-ubyte {wanted}"):
+            load_dataset("fashion-mnist", folder)
+    labels.write_bytes(whole_file)
     images = folder / "train-images-idx3-ubyte.gz"
     packed = images.read_bytes()
+    wanted = r"load_dataset: expected .*images-idx3-ubyte\.gz to be (a whole gzip file|an IDX file)"
     for damaged in (packed[:-9], packed[2:], packed[:20] + b"x" + packed[21:]):
         images.write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"load_dataset: expected .*images-idx3-ubyte\.gz to (be a whole gzip file|hold)"):
+        with pytest.raises(ValueError, match=wanted):
             load_dataset("fashion-mnist", folder)
+    images.write_bytes(packed[:-20])
+    with pytest.raises(ValueError, match=r"expected .*images-idx3-ubyte\.gz to be a whole gzip file, got: "):
+        load_dataset("fashion-mnist", folder)
+    write_idx(images, np.zeros((5, 14, 56)))
+    with pytest.raises(ValueError, match=r"to be an IDX file of unsigned bytes \[N, 28, 28\], got header .* \[5, 14, 56\]"):
+        load_dataset("fashion-mnist", folder)
     images.write_bytes(packed)
     write_idx(labels, np.array([0, 1]))
-    with pytest.raises(ValueError, match=r"expected images \[N, H, W\] and labels \[N\]"):
+    with pytest.raises(ValueError, match=rf"expected as many images as labels in {folder}, got 5 and 2"):
         load_dataset("fashion-mnist", folder)
     write_idx(labels, np.array([3, 0, 10, 1, 1]))
     with pytest.raises(ValueError, match=r"expected labels in 0\.\.9, got 10, in '.*labels-idx1-ubyte'"):
         load_dataset("fashion-mnist", folder)
-    labels.write_bytes(b"\0\0\x08\x02\0\0")  # ends within its shape
-    with pytest.raises(ValueError, match=r"to hold 1 to \d+ bytes, got a header of shape"):
-        load_dataset("fashion-mnist", folder)
-    write_idx(labels, np.array([3, 0, 9, 1, 1]))
-    images = folder / "train-images-idx3-ubyte.gz"
-    images.write_bytes(images.read_bytes()[:-20])
-    with pytest.raises(ValueError, match=r"expected .*images-idx3-ubyte\.gz to be a whole gzip file, got: "):
+
+
+def test_an_idx_file_is_unpacked_up_to_a_limit(
+    fashion_folder: tuple[Path, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = fashion_folder
+    monkeypatch.setattr(published, "_MAX_IDX", 1000)
+    with pytest.raises(ValueError, match=r"images-idx3-ubyte\.gz to hold \[5, 28, 28\] bytes, got 984"):
         load_dataset("fashion-mnist", folder)
 
 
 def test_digits_cover_the_range_and_splits_differ() -> None:
     train, test = load_dataset("digits"), load_dataset("digits", split="test")
-    images, labels = train.batch(torch.arange(len(train)))
-    assert (len(train), len(test), train.shape) == (1500, 297, (1, 8, 8))
+    images, labels, _ = whole(train)
+    assert (len(train), len(test), train.info.shape) == (1500, 297, (1, 8, 8))
     assert (int(images.min()), int(images.max())) == (0, 255)
     assert labels.unique().tolist() == list(range(10))
     resized = load_dataset("digits", image_size=16)
-    assert resized.shape == (1, 16, 16)
+    assert resized.info.shape == (1, 16, 16)
     # Resizing keeps the mean grey value; digits leave the border, where the antialiasing kernel is cut, almost black.
-    assert abs(float(resized.images.float().mean() - images.float().mean())) < 1
+    assert abs(float(whole(resized).images.float().mean() - images.float().mean())) < 1
 
 
 def test_folder_is_cropped_resized_and_labelled_by_sub_folder(tmp_path: Path) -> None:
@@ -112,8 +124,8 @@ def test_folder_is_cropped_resized_and_labelled_by_sub_folder(tmp_path: Path) ->
     Image.fromarray(np.full((40, 40), 77, dtype=np.uint8)).save(tmp_path / "cat" / "grey.PNG")
     (tmp_path / "cat" / "notes.txt").write_text("no image")
     dataset = load_dataset(str(tmp_path), image_size=20)
-    images, labels = dataset.batch(torch.tensor([1, 0, 1]))
-    assert (len(dataset), dataset.shape, dataset.classes) == (2, (3, 20, 20), ("cat", "dog"))
+    images, labels, _ = read_batch(dataset, torch.tensor([1, 0, 1]))
+    assert (len(dataset), dataset.info.shape, dataset.info.classes) == (2, (3, 20, 20), ("cat", "dog"))
     assert labels.tolist() == [1, 0, 1]
     assert images[1].eq(77).all()
     assert images[0][0].eq(255).all()
@@ -121,14 +133,14 @@ def test_folder_is_cropped_resized_and_labelled_by_sub_folder(tmp_path: Path) ->
     assert torch.equal(images[0], images[2])
     for file in tmp_path.rglob("*.png"):
         file.unlink()  # decoded images are kept
-    assert torch.equal(dataset[1][0], images[0])
+    assert torch.equal(dataset[1].image, images[0])
 
 
 def test_images_without_sub_folders_share_one_class(tmp_path: Path) -> None:
     Image.new("RGB", (6, 6)).save(tmp_path / "a.png")
     dataset = load_dataset(str(tmp_path))
-    assert (dataset.shape, dataset.classes, dataset.labels.tolist()) == ((3, 6, 6), ("",), [0])
-    assert dataset.preparation == "as they are, in RGB"
+    assert (dataset.info.shape, dataset.info.classes, whole(dataset).labels.tolist()) == ((3, 6, 6), ("",), [0])
+    assert dataset.info.preparation == "as they are, in RGB"
 
 
 def test_a_folder_of_other_sizes_needs_image_size(tmp_path: Path) -> None:
@@ -139,9 +151,9 @@ def test_a_folder_of_other_sizes_needs_image_size(tmp_path: Path) -> None:
     ):
         load_dataset(str(tmp_path))
     dataset = load_dataset(str(tmp_path), image_size=4)
-    assert (dataset.shape, dataset.preparation) == ((3, 4, 4), "cropped and resized, in RGB")
+    assert (dataset.info.shape, dataset.info.preparation) == ((3, 4, 4), "cropped and resized, in RGB")
     (tmp_path / "2.png").unlink()
-    assert load_dataset(str(tmp_path)).shape == (3, 6, 4)
+    assert load_dataset(str(tmp_path)).info.shape == (3, 6, 4)
 
 
 def test_bad_requests_are_refused(tmp_path: Path) -> None:
@@ -185,12 +197,17 @@ def test_a_mistyped_path_says_what_may_have_been_meant(tmp_path: Path, monkeypat
 
 def test_data_sets_are_map_style() -> None:
     dataset = load_dataset("digits")
-    image, label = dataset[7]
-    assert (image.dtype, image.shape, type(label)) == (torch.uint8, (1, 8, 8), int)
-    images, labels = next(iter(torch.utils.data.DataLoader(dataset, batch_size=1500)))  # each item by itself
-    assert torch.equal(images, dataset.images[:])
-    assert torch.equal(labels, dataset.labels)
-    assert len(list(dataset)) == len(dataset)  # an index beyond the end is an IndexError
+    image, label, condition = dataset[7]
+    assert (image.dtype, image.shape, type(label), condition) == (torch.uint8, (1, 8, 8), int, None)
+    assert (dataset.info.dtype, dataset.info.condition, dataset.info.condition_channels) == (torch.uint8, None, 0)
+    (batch,) = torch.utils.data.DataLoader(dataset, batch_size=1500, collate_fn=collate)  # each item by itself
+    assert isinstance(batch, Batch)
+    assert torch.equal(batch.images, whole(dataset).images)
+    assert torch.equal(batch.labels, whole(dataset).labels)
+    assert batch.labels.dtype == torch.int64
+    assert batch.conditions is None
+    assert len(list(dataset)) == len(dataset)  # type: ignore[call-overload]  # an index beyond the end is an IndexError
+    assert torch.equal(dataset[-1].image, dataset[1499].image)
     with pytest.raises(IndexError):
         dataset[-1501]
     with pytest.raises(TypeError):
@@ -245,7 +262,7 @@ def one_image(folder: Path) -> np.ndarray:
     """Return the only image of a folder, [H, W, 3]."""
     dataset = load_dataset(str(folder))
     assert len(dataset) == 1
-    return dataset[0][0].permute(1, 2, 0).numpy()
+    return dataset[0].image.permute(1, 2, 0).numpy()
 
 
 GREYS = np.array([[0, 64], [128, 255]], dtype=np.uint8)
@@ -280,7 +297,7 @@ def test_colours_of_every_mode_come_out_as_rgb_or_grey(ending: str, mode: str, t
     image.save(tmp_path / f"a.{ending}", **options)
     grey = {"1": 255, "L": 102, "LA": 102}
     for wanted, channels in ((None, 1 if mode in grey else 3), (3, 3), (1, 1)):
-        pixels = load_dataset(str(tmp_path), channels=wanted)[0][0].permute(1, 2, 0).numpy().astype(int)
+        pixels = load_dataset(str(tmp_path), channels=wanted)[0].image.permute(1, 2, 0).numpy().astype(int)
         expected = colour if channels == 3 and mode not in grey else grey.get(mode, 102)
         np.testing.assert_allclose(pixels, np.broadcast_to(expected, (8, 8, channels)), atol=4)
 
@@ -290,7 +307,7 @@ def test_sixteen_bits_are_scaled_to_eight(ending: str, tmp_path: Path) -> None:
     offsets = np.array([[100, 100], [-100, -100]])
     Image.fromarray((GREYS.astype(int) * 257 + offsets).astype(np.uint16)).save(tmp_path / f"a.{ending}")
     np.testing.assert_array_equal(one_image(tmp_path), GREYS[..., None])
-    pixels = load_dataset(str(tmp_path), channels=4)[0][0].permute(1, 2, 0).numpy()
+    pixels = load_dataset(str(tmp_path), channels=4)[0].image.permute(1, 2, 0).numpy()
     np.testing.assert_array_equal(pixels, np.concatenate([np.repeat(GREYS[..., None], 3, 2), np.full((2, 2, 1), 255)], axis=2))
 
 
@@ -298,17 +315,33 @@ def test_turned_photographs_have_the_sides_that_are_seen(tmp_path: Path) -> None
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was held upright
     Image.new("RGB", (12, 8)).save(tmp_path / "a.jpg", exif=exif)
-    assert load_dataset(str(tmp_path)).shape == (3, 12, 8)
+    assert load_dataset(str(tmp_path)).info.shape == (3, 12, 8)
 
 
 def test_channels_that_images_do_not_have_are_refused(tmp_path: Path) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     with refused(InvalidValue("load_dataset", "channels", "to be one of None, 1, 3, 4", "2")):
         load_dataset(str(tmp_path), channels=2)
-    with refused(InvalidValue("load_dataset", "channels", "to be those of the images, 3 wanted", "1 in digits")):
+    with refused(InvalidValue("load_dataset", "channels", "to be those of digits, 1", "3")):
         load_dataset("digits", channels=3)
-    with refused(InvalidValue("load_dataset", "data_range", "to be None for digits", (0, 1))):
+
+
+def test_digits_may_be_numbers_of_a_stated_range() -> None:
+    dataset, pictures = load_dataset("digits", data_range=(0, 510)), load_dataset("digits")
+    assert (dataset.info.data_range, dataset.info.dtype) == (((0.0, 510.0),), torch.float32)
+    torch.testing.assert_close(whole(dataset).images, whole(pictures).images / 255 - 1)
+    with pytest.raises(
+        ValueError, match=r"load_dataset: expected digits\[0\] to be in 0\.\.1, the data_range, got values from 0 to "
+    ):
         load_dataset("digits", data_range=(0, 1))
+
+
+def test_few_items_of_a_published_data_set_are_read() -> None:
+    few, all_digits = load_dataset("digits", first=7), load_dataset("digits")
+    assert len(few) == 7
+    assert few.info.classes == all_digits.info.classes
+    assert torch.equal(whole(few).images, whole(all_digits).images[:7])
+    assert torch.equal(whole(few).labels, whole(all_digits).labels[:7])
 
 
 def test_a_range_that_is_unknown_is_refused_with_the_name(tmp_path: Path) -> None:
@@ -405,13 +438,13 @@ def test_broken_images_can_be_left_out(
     broken = break_images(tmp_path, monkeypatch)
     with caplog.at_level(logging.WARNING):
         dataset = load_dataset(str(tmp_path), image_size=image_size, skip_broken=True)
-    assert (len(dataset), dataset.classes, dataset.labels.tolist()) == (2, ("",), [0, 0])
-    images, _ = dataset.batch(torch.arange(2))
+    images, labels, _ = whole(dataset)
+    assert (len(dataset), dataset.info.classes, labels.tolist()) == (2, ("",), [0, 0])
     assert torch.equal(images[0], images[1])
     assert images.float().std() > 10
     assert f"{len(broken)} of {len(broken) + 2} images in {tmp_path} left out: bomb.png (Decomp" in caplog.text
     assert caplog.text.count("left out") == 1
-    names = [content.split()[0].decode() for content in list(dataset.contents(True))[:2]]
+    names = [content.split()[0].decode() for content in list(dataset.contents(True))[1:3]]
     assert names == ["good.png", "zz_good.bmp"]
 
 
@@ -455,28 +488,20 @@ def test_names_that_are_no_text_are_read(tmp_path: Path) -> None:
     assert len(load_dataset(str(tmp_path)).fingerprint(exact=True)) == 2
 
 
-def test_images_that_do_not_fit_into_memory_are_refused_before_they_are_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
-    monkeypatch.setattr(resources, "free_memory", lambda: 300_000_000)
-    monkeypatch.setattr("ddpm_fast.training.data.image_files.resized", lambda *_: pytest.fail("an image was decoded"))
-    wanted = r"expected image_size to fit into memory, got 10001 for 1 images, which needs about 300\.1 MB of 300\.0 MB"
-    with pytest.raises(ValueError, match=wanted):
-        load_dataset(str(tmp_path), image_size=10001)
-    with pytest.raises(
-        ValueError, match=r"image_size to fit into memory, got 1000 for 1500 images, which needs about 3\.0 GB of 300\.0 MB"
-    ):
-        load_dataset("digits", image_size=1000)
-
-
 def test_only_the_first_images_are_read_but_all_classes_counted(tmp_path: Path) -> None:
     for name in ("b", "a"):
         (tmp_path / name).mkdir()
     Image.new("RGB", (4, 4), "white").save(tmp_path / "a" / "0.png")
     (tmp_path / "b" / "broken.png").touch()
     dataset = load_dataset(str(tmp_path), first=1)
-    assert (len(dataset), dataset.classes, dataset.labels.tolist()) == (1, ("a", "b"), [0])
+    assert (len(dataset), dataset.info.classes, whole(dataset).labels.tolist()) == (1, ("a", "b"), [0])
+
+
+def test_skipping_broken_images_keeps_the_classes_beyond_the_first_images(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (4, 4), "white").save(tmp_path / name / "0.png")
+    assert load_dataset(str(tmp_path), first=1, skip_broken=True).info.classes == ("a", "b")
 
 
 # ------------------------------------------------------------------------------------------------------------------- memory
@@ -484,10 +509,10 @@ def test_only_the_first_images_are_read_but_all_classes_counted(tmp_path: Path) 
 
 def test_broken_images_are_kept_as_texts() -> None:
     """An exception would keep the frames of its traceback alive, and with them the pixels of the image."""
-    broken: dict[str, str] = {}
 
-    def fail(name: str) -> None:
-        raise ValueError("damaged")
+    def fail(index: int) -> int:
+        if index == 1:
+            raise ValueError("damaged")
+        return index
 
-    assert image_files.try_each(fail, ["a.png"], broken) == [None]
-    assert broken == {"a.png": "ValueError: damaged"}
+    assert attempted(fail, 3) == ([0, 2], {1: "ValueError: damaged"})

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from items import whole
 from PIL import Image
 
-from ddpm_fast.training.data import containers, load_dataset
+from ddpm_fast.training.data import ItemDataset, batches, load_dataset, sources
 
 NAMES = ["00000/img1.png", "00000/img0.png", "b.png", "00001-more/deep/img2.PNG", "A.png"]
 
@@ -49,35 +50,43 @@ def files() -> dict[str, bytes]:
 def test_images_are_those_of_the_extracted_files(
     files: dict[str, bytes], method: int, memory: int | None, tmp_path: Path
 ) -> None:
-    labels = [["00000/img1.png", 2], ["00000/img0.png", 0], ["b.png", 4], ["00001-more/deep/img2.PNG", 0], ["A.png", 1]]
+    labels: list[Any] = [["00000/img1.png", 2], ["00000/img0.png", 0], ["b.png", 4]]
+    labels += [["00001-more/deep/img2.PNG", 0], ["A.png", 1]]
     path = write_zip(tmp_path / "a.zip", files, [*labels, ["other.png", 9]], method)
     dataset = load_dataset(str(path), memory=memory)
     order = sorted(NAMES)
-    assert (dataset.shape, dataset.classes, dataset.preparation) == (
-        (3, 6, 6),
-        ("0", "1", "2", "3", "4"),
-        "as they are, in RGB",
-    )
-    assert dataset.labels.tolist() == [dict(labels)[name] for name in order]
+    assert dataset.info.shape == (3, 6, 6)
+    assert dataset.info.classes == ("0", "1", "2", "3", "4")
+    assert dataset.info.preparation == "as they are, in RGB"
+    assert dataset.in_memory == (memory is None)
+    assert whole(dataset).labels.tolist() == [dict(labels)[name] for name in order]
     expected = [np.asarray(Image.open(io.BytesIO(files[name]))).transpose(2, 0, 1) for name in order]
-    (images, numbers), *rest = dataset.batches([torch.arange(5), torch.tensor([3, 3])])
-    np.testing.assert_array_equal(images, expected)
-    assert torch.equal(numbers, dataset.labels)
-    np.testing.assert_array_equal(rest[0][0][1], expected[3])
+    first, second = batches(dataset, [torch.arange(5), torch.tensor([3, 3])], 0)
+    np.testing.assert_array_equal(first.images, expected)
+    assert torch.equal(first.labels, whole(dataset).labels)
+    np.testing.assert_array_equal(second.images[1], expected[3])
     assert dataset.fingerprint(exact=True) == load_dataset(str(path)).fingerprint(exact=True)
     resized = load_dataset(str(path), image_size=3, first=2, memory=memory)
-    assert (resized.shape, len(resized), resized.classes) == ((3, 3, 3), 2, dataset.classes)
+    assert (resized.info.shape, len(resized), resized.info.classes) == ((3, 3, 3), 2, dataset.info.classes)
 
 
 @pytest.mark.parametrize("labels", ["no file", None])
 def test_images_without_labels_share_one_class(files: dict[str, bytes], labels: Any, tmp_path: Path) -> None:
     dataset = load_dataset(str(write_zip(tmp_path / "a.zip", files, labels)))
-    assert (dataset.classes, dataset.labels.tolist()) == (("",), [0] * 5)
+    assert (dataset.info.classes, whole(dataset).labels.tolist()) == (("",), [0] * 5)
 
 
 @pytest.mark.parametrize(
     ("label", "got"),
-    [([0.5, 1.0], "a vector"), (None, "none"), (-1, "-1"), (65_536, "65536"), (1.0, r"1\.0"), (True, "True"), ("1", "'1'")],
+    [
+        ([0.5, 1.0], r"\[0\.5, 1\.0\]"),
+        (None, "None"),
+        (-1, "-1"),
+        (65_536, "65536"),
+        (1.0, r"1\.0"),
+        (True, "True"),
+        ("1", "'1'"),
+    ],
 )
 def test_other_labels_are_refused_by_name(files: dict[str, bytes], label: Any, got: str, tmp_path: Path) -> None:
     path = write_zip(tmp_path / "a.zip", files, [[name, label if name == "b.png" else 0] for name in NAMES])
@@ -119,9 +128,9 @@ def test_a_damaged_image_is_named(files: dict[str, bytes], memory: int | None, t
     with pytest.raises(
         ValueError, match=r"Pillow can read in .*a\.zip, got .*b\.png \(BadZipFile: Bad CRC-32 for file 'b\.png'\)"
     ):
-        load_dataset(str(path), memory=memory).batch(torch.arange(5))
+        whole(load_dataset(str(path), memory=memory))
     dataset = load_dataset(str(path), memory=memory, skip_broken=True)
-    assert len(dataset.batch(torch.arange(4))[0]) == len(dataset) == 4
+    assert len(whole(dataset).images) == len(dataset) == 4
 
 
 def test_large_files_are_refused_before_they_are_unpacked(
@@ -129,13 +138,15 @@ def test_large_files_are_refused_before_they_are_unpacked(
 ) -> None:
     path = write_zip(tmp_path / "a.zip", {**files, "bomb.png": bytes(10**6)}, [], zipfile.ZIP_DEFLATED)
     assert path.stat().st_size < 10_000
-    monkeypatch.setattr(containers, "_MAX_IMAGE", 10**5)
+    monkeypatch.setattr(sources, "_MAX_FILE", 10**5)
     monkeypatch.setattr(zipfile.ZipFile, "open", lambda *_: pytest.fail("a file was opened"))
     with pytest.raises(ValueError, match=r"expected bomb\.png to have at most 100000 bytes, got 1000000, in '.*a\.zip'"):
         load_dataset(str(path))
-    monkeypatch.setattr(containers, "_MAX_IMAGE", 10**7)
-    monkeypatch.setattr(containers, "_MAX_LABELS", 5)
-    with pytest.raises(ValueError, match=r"expected dataset\.json to have at most 5 bytes, got 14, in '.*a\.zip'"):
+    monkeypatch.undo()
+    write_zip(path, files, [[" " * 10**6, 0]], zipfile.ZIP_DEFLATED)
+    monkeypatch.setattr(sources, "_MAX_FILE", 10**5)
+    monkeypatch.setattr(zipfile.ZipFile, "open", lambda *_: pytest.fail("a file was opened"))
+    with pytest.raises(ValueError, match=r"expected dataset\.json to have at most 100000 bytes, got 10000\d\d, in '.*a\.zip'"):
         load_dataset(str(path))
 
 
@@ -148,12 +159,12 @@ def test_a_file_that_is_larger_than_its_entry_says_is_cut_off(files: dict[str, b
         load_dataset(str(path))
 
 
-def test_encrypted_files_are_refused(files: dict[str, bytes], tmp_path: Path) -> None:
+def test_encrypted_files_cannot_be_read(files: dict[str, bytes], tmp_path: Path) -> None:
     path = write_zip(tmp_path / "a.zip", {"a.png": image(0)})
     content = bytearray(path.read_bytes())
     content[content.index(b"PK\1\2") + 8] |= 1
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"expected .*a\.zip to hold no encrypted files, got a\.png"):
+    with pytest.raises(ValueError, match=r"got 1 of 1 that it cannot: a\.png \(RuntimeError: .*encrypted, password required"):
         load_dataset(str(path))
 
 
@@ -168,22 +179,27 @@ def test_a_folder_takes_the_labels_of_its_file(files: dict[str, bytes], tmp_path
         load_dataset(str(folder), skip_broken=True)
     (folder / "dataset.json").write_text(json.dumps({"labels": [*labels, ["00000/broken.png", 3]]}))
     dataset, zipped = load_dataset(str(folder), skip_broken=True), load_dataset(str(path))
-    assert dataset.classes == zipped.classes
+    assert dataset.info.classes == zipped.info.classes
 
-    def content(dataset: Any) -> list[tuple[bytes, int]]:
-        images, numbers = next(dataset.batches([torch.arange(5)]))
-        return sorted((image.numpy().tobytes(), int(number)) for image, number in zip(images, numbers, strict=True))
+    def content(dataset: ItemDataset) -> list[tuple[bytes, int]]:
+        images, labels, _ = whole(dataset)
+        return sorted((image.numpy().tobytes(), label) for image, label in zip(images, labels.tolist(), strict=True))
 
     assert content(dataset) == content(zipped)
     for other in ('{"name": "pets"}', "[]"):
         (folder / "dataset.json").write_text(other)
-        assert load_dataset(str(folder), skip_broken=True).classes == ("", "00000", "00001-more")
+        assert load_dataset(str(folder), skip_broken=True).info.classes == ("", "00000", "00001-more")
     (folder / "dataset.json").write_text('{"labels": null}')
-    assert load_dataset(str(folder), skip_broken=True).classes == ("",)
+    assert load_dataset(str(folder), skip_broken=True).info.classes == ("",)
     (folder / "dataset.json").write_text("[" * 100_000)
     with pytest.raises(ValueError, match=r"expected .*dataset\.json to be JSON, got: "):
         load_dataset(str(folder))
     (folder / "dataset.json").unlink()
     (folder / "dataset.json").mkdir()
-    with pytest.raises(ValueError, match=r"expected .*dataset\.json to be a file of at most"):
-        load_dataset(str(folder))
+    assert load_dataset(str(folder), skip_broken=True).info.classes == ("", "00000", "00001-more")  # no file, so no labels
+
+
+@pytest.mark.parametrize("content", [b'{"name": "pets"}', b"[]", b'"labels"'])
+def test_other_files_of_this_name_are_ignored(files: dict[str, bytes], content: bytes, tmp_path: Path) -> None:
+    dataset = load_dataset(str(write_zip(tmp_path / "a.zip", {**files, "dataset.json": content})))
+    assert (dataset.info.classes, len(dataset)) == (("",), 5)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from items import whole
 from refusals import refused
 from runs import QUIET, assert_same_weights, train
 from safetensors.torch import load_file
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 from ddpm_fast import NoiseSchedule, Trainer, TrainOptions, UNet, load_folder, write_samples
 from ddpm_fast.errors import InvalidValue
 from ddpm_fast.plan import ddpm_plan
-from ddpm_fast.training.data import load_dataset, to_unit_range
+from ddpm_fast.training.data import batches, load_dataset, to_unit_range
 from ddpm_fast.training.folder import RunFolder
 
 N, H, W, C = 7, 4, 6, 5
@@ -47,20 +48,23 @@ def write_folder(path: Path, values: np.ndarray = VALUES) -> Path:
 @pytest.mark.parametrize("memory", [None, 0])
 def test_numbers_are_mapped_to_the_unit_range(write: Callable[[Path], Path], memory: int | None, tmp_path: Path) -> None:
     dataset = load_dataset(str(write(tmp_path)), memory=memory)
-    assert (dataset.shape, dataset.classes, len(dataset)) == ((C, H, W), ("",), N)
-    images, labels = dataset.batch(torch.arange(N))
+    assert (dataset.info.shape, dataset.info.dtype, dataset.info.classes, len(dataset)) == ((C, H, W), torch.float32, ("",), N)
+    images, labels, conditions = whole(dataset)
+    assert (images.dtype, conditions) == (torch.float32, None)
     torch.testing.assert_close(images, SCALED.permute(0, 3, 1, 2).float(), rtol=0, atol=1e-6)
     assert images.amin(dim=(0, 2, 3)).tolist() == [-1] * C
     assert images.amax(dim=(0, 2, 3)).tolist() == [1] * C
     assert labels.tolist() == [0] * N
-    assert dataset.value_range == RANGES
-    assert isinstance(dataset.images, torch.Tensor) == (memory is None)
-    assert all(torch.equal(a, b) for a, b in zip(next(dataset.batches([torch.arange(N)])), (images, labels), strict=True))
+    assert dataset.info.data_range == RANGES
+    assert dataset.in_memory == (memory is None or write is write_npz)  # an .npz has been read whole
+    (batch,) = batches(dataset, [torch.arange(N)], 0)
+    assert torch.equal(batch.images, images)
+    assert torch.equal(batch.labels, labels)
     wider = load_dataset(str(write(tmp_path)), memory=memory, data_range=(-100, 100))
-    torch.testing.assert_close(wider.batch(torch.tensor([2]))[0][0], torch.from_numpy(VALUES[2] / 100).permute(2, 0, 1))
+    torch.testing.assert_close(wider[2].image, torch.from_numpy(VALUES[2] / 100).permute(2, 0, 1))
     each = load_dataset(str(write(tmp_path)), memory=memory, data_range=[(-100.0 * c, 100.0 * c) for c in range(1, C + 1)])
     expected = torch.from_numpy(VALUES[2] / (100 * np.arange(1, C + 1, dtype=np.float32))).permute(2, 0, 1)
-    torch.testing.assert_close(each.batch(torch.tensor([2]))[0][0], expected)
+    torch.testing.assert_close(each[2].image, expected)
 
 
 def test_dtypes_labels_and_sizes(tmp_path: Path) -> None:
@@ -68,16 +72,18 @@ def test_dtypes_labels_and_sizes(tmp_path: Path) -> None:
     pixels = (VALUES * 10).clip(0, 255).astype(np.uint8)
     np.savez(tmp_path / "c.npz", arr_0=pixels[..., 0], arr_1=np.array([2, 0, 1, 0, 0, 0, 0]))
     pictures = load_dataset(str(tmp_path / "c.npz"))
-    assert (pictures.shape, pictures.classes, pictures.value_range) == ((1, H, W), ("0", "1", "2"), None)
-    assert pictures.labels.tolist() == [2, 0, 1, 0, 0, 0, 0]
-    assert np.array_equal(pictures.images[:, 0], pixels[..., 0])  # type: ignore[arg-type]
+    described = pictures.info
+    assert (described.shape, described.dtype, described.classes) == ((1, H, W), torch.uint8, ("0", "1", "2"))
+    assert described.data_range is None
+    assert whole(pictures).labels.tolist() == [2, 0, 1, 0, 0, 0, 0]
+    assert np.array_equal(whole(pictures).images[:, 0], pixels[..., 0])
     resized = load_dataset(str(tmp_path / "a.npy"), image_size=(2, 3), first=2)
-    assert (len(resized), resized.shape, resized.preparation[:16]) == (2, (C, 2, 3), "resized from 6x4")
+    assert (len(resized), resized.info.shape, resized.info.preparation[:16]) == (2, (C, 2, 3), "resized from 6x4")
     for kind in (np.int16, np.uint16, np.float64, np.float16):
         np.save(tmp_path / "d.npy", (VALUES * 100).astype(kind))
-        again = load_dataset(str(tmp_path / "d.npy")).batch(torch.arange(N))[0]
+        again = whole(load_dataset(str(tmp_path / "d.npy"))).images
         if kind != np.uint16:  # negative values wrap
-            torch.testing.assert_close(again, first.batch(torch.arange(N))[0], rtol=0, atol=5e-3)
+            torch.testing.assert_close(again, whole(first).images, rtol=0, atol=5e-3)
 
 
 def broken(kind: str, path: Path) -> Path:
@@ -138,7 +144,7 @@ def broken(kind: str, path: Path) -> Path:
         ("dimensions", r".*a\.npy to be \[N, H, W\] or 4-d, got \[3\]"),
         ("two arrays", r".*a\.npz to hold one array, or arr_0, got x, y"),
         ("a label in a folder", r".*0\.npz to hold an image alone, as sub-folders are the classes, got arr_1"),
-        ("labels", r"arr_1 of .*a\.npz to be integers \[7\], got float64 \[3\]"),
+        ("labels", r"the labels of .*a\.npz to be integers \[7\], got float64 \[3\]"),
         ("damaged", r".*a\.npz to be a whole \.npy or \.npz of numbers, got: "),
     ],
 )
@@ -150,7 +156,7 @@ def test_wrong_arrays_are_named_before_any_work(kind: str, wanted: str, tmp_path
 
 def test_options_of_the_other_kind_of_files_are_refused(tmp_path: Path) -> None:
     path = str(write_npy(tmp_path))
-    with refused(InvalidValue("load_dataset", "channels", "to be those of the images, 1 wanted", f"5 in {path}")):
+    with refused(InvalidValue("load_dataset", "channels", f"to be those of {path}, 5", "1")):
         load_dataset(path, channels=1)
     for wrong in ((1,), "01", 5, [(0, 1), (1,)], []):
         with refused(InvalidValue("load_dataset", "data_range", "to be two numbers, or two a channel", repr(wrong))):
@@ -177,14 +183,14 @@ def test_ranges_that_float32_cannot_resolve_are_refused(bounds: tuple[float, flo
         with pytest.raises(ValueError, match=r"expected (data_range|.*a\.npy) to hold at least 256 values of float32, got "):
             load_dataset(str(path), data_range=stated)
     write_npy(tmp_path, np.linspace(1e8, 1e8 + 1e4, H * W).reshape(1, H, W))
-    assert load_dataset(str(path)).images[0].isfinite().all()
+    assert load_dataset(str(path))[0].image.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_values_at_the_ends_of_a_range_are_rounded_to_their_dtype(dtype: Any, tmp_path: Path) -> None:
     """0.1 in float32 is larger than 0.1."""
     path = write_npy(tmp_path, VALUES.astype(dtype).clip(-0.1, 0.1))
-    images = load_dataset(str(path), data_range=(-0.1, 0.1)).images[:]
+    images = whole(load_dataset(str(path), data_range=(-0.1, 0.1))).images
     assert (float(images.min()), float(images.max())) == pytest.approx((-1, 1), abs=1e-3)
     load_dataset(str(path), data_range=(-1e6, 1e6))  # beyond float16
     write_npy(tmp_path, VALUES.astype(dtype).clip(-0.1, 0.101))
@@ -193,8 +199,8 @@ def test_values_at_the_ends_of_a_range_are_rounded_to_their_dtype(dtype: Any, tm
 
 
 def test_a_part_of_a_data_set_keeps_its_ranges(tmp_path: Path) -> None:
-    whole = load_dataset(str(write_npy(tmp_path)))
-    part = torch.utils.data.Subset(torch.utils.data.Subset(whole, range(6)), [1, 3, 5])  # type: ignore[arg-type]
+    dataset = load_dataset(str(write_npy(tmp_path)))
+    part = torch.utils.data.Subset(torch.utils.data.Subset(dataset, range(6)), [1, 3, 5])
     model = UNet(
         **{"in_channels": C, "out_channels": C, "block_out_channels": [8], "norm_num_groups": 8, "layers_per_block": 1},
         **{"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]},
@@ -202,7 +208,7 @@ def test_a_part_of_a_data_set_keeps_its_ranges(tmp_path: Path) -> None:
     options = TrainOptions(steps=1, batch_size=2, sample_every=0, progress=False, tensorboard=False)
     Trainer(model, NoiseSchedule.linear(), part, options, tmp_path / "run").run()
     assert load_folder(tmp_path / "run").model.config["data_range"] == [list(each) for each in RANGES]
-    pictures = Trainer(UNet(**model.config), NoiseSchedule.linear(), [whole[0][0]], options, tmp_path / "other")
+    pictures = Trainer(UNet(**model.config), NoiseSchedule.linear(), [dataset[0].image], options, tmp_path / "other")
     assert pictures.model.config["data_range"] == [list(each) for each in RANGES]  # the network's own
 
 
@@ -235,4 +241,4 @@ def test_a_network_remembers_the_range(tmp_path: Path) -> None:
     assert checkpoint is not None
     assert load_file(checkpoint / "unet" / "diffusion_pytorch_model.safetensors")["conv_in.weight"].shape[1] == C
     assert not (tmp_path / "out.npz.parts").exists()
-    assert to_unit_range(load_dataset(str(out), data_range=RANGES).batch(torch.arange(3))[0]).abs().max() <= 1
+    assert to_unit_range(whole(load_dataset(str(out), data_range=RANGES)).images).abs().max() <= 1

@@ -24,6 +24,7 @@ from ddpm_fast.pretrained import load_folder
 from ddpm_fast.schedule import NoiseSchedule, Objective
 from ddpm_fast.training import folder as run_folder
 from ddpm_fast.training.checkpoint import why_damaged
+from ddpm_fast.training.data import Batch
 from ddpm_fast.training.export import export_checkpoint
 from ddpm_fast.training.folder import RunFolder
 from ddpm_fast.training.options import TrainOptions
@@ -179,7 +180,7 @@ def test_an_optimizer_that_does_not_fit_is_named(kind: str, wanted: str, tmp_pat
             Objective(NoiseSchedule.linear(5)).to_config() | {"schedule": {"name": "linear", "num_timesteps": None}},
             r"objective.num_timesteps to be an integer in 1\.\.100000, got None, in '.*config\.json'",
         ),
-        ("options", {"lr": 1}, r"options to have all options of a run, got none named batch_size, .* and 22 more, in '.*json'"),
+        ("options", {"lr": 1}, r"options to have all options of a run, got none named batch_size, .* and 23 more, in '.*json'"),
         ("options", TrainOptions().recorded() | {"lr": "x"}, r"options.lr to be a number, got str, in '.*config\.json'"),
         ("options", [], r"'.*config\.json' to have valid fields, got: Expected `object`, got `array` - at `\$\.options`"),
         (
@@ -338,8 +339,8 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path, monkeypatch
 
     take_step = loop.take_step
 
-    def spoil(task: Task, state: State, *batch: Tensor) -> tuple[Tensor, float]:
-        result = take_step(task, state, *batch)
+    def spoil(task: Task, state: State, batch: Batch) -> tuple[Tensor, float]:
+        result = take_step(task, state, batch)
         with torch.no_grad():
             next(state.model.parameters()).view(-1)[0] = float("nan")
         return result

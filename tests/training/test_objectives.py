@@ -32,7 +32,7 @@ from ddpm_fast.cli import main
 from ddpm_fast.errors import InvalidValue
 from ddpm_fast.integrations.guided_diffusion import load_guided_diffusion
 from ddpm_fast.reference import STREAM_Q_SAMPLE
-from ddpm_fast.training.data import load_dataset, to_unit_range
+from ddpm_fast.training.data import load_dataset, read_batch, to_unit_range
 from ddpm_fast.training.rng import TrainingRng
 
 SHARED = {name: value for name, value in QUIET.items() if name in NAMES[TrainOptions]}
@@ -65,7 +65,7 @@ def test_steps_follow_the_hybrid_loss(tmp_path: Path) -> None:
     model = UNet(**json.loads((tmp_path / "run" / "config.json").read_text())["unet"])
     optimizer = torch.optim.Adam(model.parameters())
     for step, row in enumerate(log_rows(tmp_path / "run")):
-        images, labels = dataset.batch(draws.indices(step, len(dataset)))
+        images, labels, _ = read_batch(dataset, draws.indices(step, len(dataset)))
         x_0, t, seeds = to_unit_range(images), draws.timesteps(step, 1000), draws.sample_seeds(step)
         labels[draws.label_is_dropped(step, 0.1)] = 10
         eps = noise(x_0.shape, seeds, stream=STREAM_Q_SAMPLE)
@@ -158,7 +158,7 @@ def test_any_network_learns_its_variance(tmp_path: Path) -> None:
         folder = tmp_path / str(cut)
         for steps, resume in ((2, False), (4, True)) if cut else ((4, False),):
             options = TrainOptions(**SHARED | {"steps": steps, "variance": "learned", "resume": resume})
-            Trainer(Network(2), NoiseSchedule.cosine(10), [digits[i][0] for i in range(9)], options, folder).run()  # type: ignore[arg-type]
+            Trainer(Network(2), NoiseSchedule.cosine(10), [digits[i].image for i in range(9)], options, folder).run()  # type: ignore[arg-type]
     assert_same_weights(tmp_path / "False", tmp_path / "True")
 
 
@@ -247,7 +247,7 @@ def test_objectives_that_do_not_fit_are_refused_before_a_folder_is_made(tmp_path
     learned = Objective(schedule, variance="learned_range")
     for model, objective, dataset, options, wanted in (
         (plain(1), learned, digits, {}, InvalidValue("Trainer", "model", channels, "1")),
-        (plain(1), learned, [digits[i][0] for i in range(8)], {}, InvalidValue("Trainer", "model", even, "1")),
+        (plain(1), learned, [digits[i].image for i in range(8)], {}, InvalidValue("Trainer", "model", even, "1")),
         (
             plain(2),
             schedule,
@@ -273,7 +273,7 @@ def test_objectives_that_do_not_fit_are_refused_before_a_folder_is_made(tmp_path
         (
             Network(1),
             learned,
-            [digits[i][0] for i in range(8)],
+            [digits[i].image for i in range(8)],
             {},
             InvalidValue("Trainer", "model", "to take [2, 1, 8, 8], t [2] and return [2, 2, 8, 8]", "[2, 1, 8, 8]"),
         ),

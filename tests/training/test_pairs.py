@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from items import assert_equal, whole
 from PIL import Image
 from refusals import refused
 from test_data_hub import FEATURES, encoded, write_folder
 
 from ddpm_fast.errors import InvalidValue
-from ddpm_fast.training.data import load_dataset
+from ddpm_fast.training.data import load_dataset, read_batch
 
 COUNT = 12
 FLAT, CLASSES = [str(number) for number in range(COUNT)], [f"{'ab'[number % 2]}/{number}" for number in range(COUNT)]
@@ -82,11 +83,12 @@ def test_every_combination_is_matched_or_refused(first: str, second: str, tmp_pa
         return
     for memory in (None, 0):
         dataset = load_dataset(source, condition=condition, memory=memory)
-        images, _, conditions = dataset.batch(torch.arange(COUNT))
+        images, _, conditions = whole(dataset)
+        assert conditions is not None
         assert torch.equal(images[:, :1], 2 * conditions[:, :1])
         assert sorted(conditions[:, 0, 0, 0].tolist()) == [10 * number for number in range(COUNT)]
         few = load_dataset(source, condition=condition, memory=memory, first=5)
-        assert torch.equal(few.batch(torch.arange(5))[2], conditions[:5])
+        assert_equal(whole(few), read_batch(dataset, range(5)))
 
 
 def test_what_has_no_partner_is_named_with_both_sources(tmp_path: Path) -> None:
@@ -121,7 +123,7 @@ def test_a_folder_of_images_and_arrays_is_refused(tmp_path: Path) -> None:
     source = folder(tmp_path / "source", 20, FLAT, ".npy")
     Image.new("L", (6, 4)).save(source / "preview.png")
     with pytest.raises(
-        ValueError, match=r"source to hold images or arrays, got images, such as preview\.png, and arrays, such as "
+        ValueError, match=r"source to hold images \(.*\) or arrays, got images, such as preview\.png, and arrays, such as "
     ):
         load_dataset(str(source))
 
@@ -130,17 +132,23 @@ def test_skipped_images_take_their_conditions_with_them(tmp_path: Path) -> None:
     source, condition = folder(tmp_path / "source", 20, FLAT), folder(tmp_path / "condition", 10, FLAT, ".npy")
     (source / "10.png").write_bytes(b"damaged")
     dataset = load_dataset(str(source), condition=condition, skip_broken=True)
-    images, _, conditions = dataset.batch(torch.arange(COUNT - 1))
+    images, _, conditions = whole(dataset)
+    assert conditions is not None
+    assert len(images) == COUNT - 1
     assert torch.equal(images, 2 * conditions)
     assert 100 not in conditions
 
 
-def test_memory_that_no_image_fills_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Names that repeat would leave rows of uninitialised memory."""
-    from ddpm_fast.training.data import loading
-
-    source = folder(tmp_path / "source", 20, FLAT)
-    whole = loading.read_folder
-    monkeypatch.setattr(loading, "read_folder", lambda root: whole(root).chosen([0, 1, 1]))
-    with refused(InvalidValue("load_dataset", "", f"each name in {source} once", "1 again")):
-        load_dataset(str(source))
+def test_published_images_are_paired_with_rows_alone(tmp_path: Path) -> None:
+    digits = load_dataset("digits")
+    np.save(tmp_path / "rows.npy", whole(digits).images[:, 0].numpy() // 2)
+    images, _, conditions = whole(load_dataset("digits", condition=tmp_path / "rows.npy"))
+    assert conditions is not None
+    assert torch.equal(images // 2, conditions)
+    wanted = "to be one array file or one table, as digits is"
+    files = folder(tmp_path / "files", 10, FLAT)
+    with refused(InvalidValue("load_dataset", "condition", wanted, f"{files}, whose items are files")):
+        load_dataset("digits", condition=files)
+    np.save(tmp_path / "few.npy", np.zeros((3, 8, 8), np.uint8))
+    with refused(InvalidValue("load_dataset", "condition", "to have 1500 rows, as digits", f"3 in {tmp_path / 'few.npy'}")):
+        load_dataset("digits", condition=tmp_path / "few.npy")

@@ -25,7 +25,7 @@ import ddpm_fast
 from ddpm_fast import NoiseSchedule, Trainer, TrainOptions, UNet, export_checkpoint, load_folder
 from ddpm_fast.cli import main
 from ddpm_fast.errors import InvalidType, InvalidValue, UnusablePath
-from ddpm_fast.training.data import MappedDataset, load_dataset, to_unit_range
+from ddpm_fast.training.data import Checked, batches, load_dataset, read_batch, to_unit_range
 from ddpm_fast.training.folder import RunFolder
 from ddpm_fast.training.rng import TrainingRng
 
@@ -42,7 +42,8 @@ class Digits(Dataset[Any]):
         return len(self.digits)
 
     def __getitem__(self, index: int) -> Any:
-        return self.change(index, *self.digits[index])
+        image, label, _ = self.digits[index]
+        return self.change(index, image, label)
 
 
 def network(**changes: Any) -> UNet:
@@ -62,7 +63,7 @@ def trainer(run_dir: Path, dataset: Any = None, model: UNet | None = None, **opt
     """Return a trainer of three steps on digits, unless the options say otherwise."""
     dataset = Digits() if dataset is None else dataset
     model = network() if model is None else model
-    arguments = {name: options.pop(name) for name in ("num_workers", "on_step", "on_checkpoint") if name in options}
+    arguments = {name: options.pop(name) for name in ("on_step", "on_checkpoint") if name in options}
     return Trainer(
         model, NoiseSchedule.linear(), dataset, TrainOptions(**SHARED | {"steps": 3} | options), run_dir, **arguments
     )
@@ -151,8 +152,7 @@ def test_workers_read_the_same_and_leave_the_generator(tmp_path: Path) -> None:
 
 
 def test_images_without_labels_train_an_unconditional_network(tmp_path: Path) -> None:
-    images = load_dataset("digits").images
-    assert isinstance(images, Tensor)
+    images = read_batch(load_dataset("digits"), range(1500)).images
     weights = []
     for name, dataset in (("tensors", TensorDataset(images)), ("labelled", Digits())):  # items are tuples of one tensor, or two
         trainer(tmp_path / name, dataset, network(num_class_embeds=None)).run()
@@ -306,6 +306,15 @@ class Endless(IterableDataset[Any]):
         return iter([])
 
 
+def test_a_data_set_of_ones_own_need_not_tell_the_ranges_that_the_network_keeps(tmp_path: Path) -> None:
+    """Who maps the values to [-1, 1] has done so in the ranges that drawings are mapped back by."""
+    ranges = {"condition": "images", "condition_range": [[-2.0, 2.0]], "data_range": [[-4.0, 4.0]]}
+    model = network(in_channels=2, num_class_embeds=None, **ranges)
+    run = trainer(tmp_path / "run", Digits(lambda index, image, label: (image, None, image)), model)
+    run.run()
+    assert ranges.items() <= dict(load_folder(tmp_path / "run").model.config).items()
+
+
 def test_data_sets_that_are_not_map_style_are_refused(tmp_path: Path) -> None:
     for dataset in (Endless(), iter([]), 5):
         with pytest.raises(TypeError, match=r"Trainer: expected dataset to be map-style \(__len__ and __getitem__\), got "):
@@ -371,7 +380,7 @@ def test_wrong_items_are_named(change: Callable[[int, Tensor, int], Any], wanted
         trainer(tmp_path / "run", Digits(change))
     later = Digits(lambda i, image, label: change(i, image, label) if i == 7 else (image, label))
     with pytest.raises(ValueError, match=rf"^expected dataset\[7\] {wanted}"):
-        MappedDataset(later, 1, tuple("0123456789"))[7]
+        Checked(later, 1, tuple("0123456789"))[7]
 
 
 def test_items_of_another_size_or_kind_than_the_first_are_named(tmp_path: Path) -> None:
@@ -381,7 +390,7 @@ def test_items_of_another_size_or_kind_than_the_first_are_named(tmp_path: Path) 
     ):
         digits = Digits(lambda i, image, label, change=change: (change(image) if i == 7 else image, label))
         with pytest.raises(ValueError, match=rf"dataset\[7\] to be torch\.uint8 \[1, 8, 8\], as dataset\[0\], got {got}"):
-            MappedDataset(digits, 1, tuple("0123456789"))[7]
+            Checked(digits, 1, tuple("0123456789"))[7]
 
 
 def test_a_wrong_item_of_the_fingerprint_ends_the_run_before_it_begins(tmp_path: Path) -> None:
@@ -410,14 +419,13 @@ def test_a_worker_may_die_while_it_sends(error: Exception, monkeypatch: pytest.M
         yield (torch.zeros(1), torch.zeros(1))
         raise error
 
-    dataset = MappedDataset(Digits(), 1, tuple("0123456789"), 1)
-    monkeypatch.setattr("ddpm_fast.training.data.mapped.DataLoader", lost)
-    batches = dataset.batches([])
-    next(batches)
+    monkeypatch.setattr("ddpm_fast.training.data.loader.DataLoader", lost)
+    read = batches(Checked(Digits(), 1, tuple("0123456789")), [], num_workers=1)
+    next(read)
     with pytest.raises(
         ValueError, match=r"expected dataset to be read by its workers, got: (\[Errno 104\] Connection|EOFError)"
     ):
-        next(batches)
+        next(read)
 
 
 @pytest.mark.parametrize(
@@ -457,10 +465,10 @@ def test_options_are_checked_as_those_of_train(tmp_path: Path) -> None:
 
 def test_fingerprints_are_those_of_the_items() -> None:
     names = tuple("0123456789")
-    before = MappedDataset(Digits(), 1, names).fingerprint(exact=True)
-    assert before == MappedDataset(Digits(), 1, names).fingerprint(exact=True)
+    before = Checked(Digits(), 1, names).fingerprint(exact=True)
+    assert before == Checked(Digits(), 1, names).fingerprint(exact=True)
     one = Digits(lambda i, image, label: (image.flip(-1) if i == 1 else image, label))  # it is not in the sample
-    after = MappedDataset(one, 1, names).fingerprint(exact=True)
+    after = Checked(one, 1, names).fingerprint(exact=True)
     assert before["sample"] == after["sample"]
     assert before["exact"] != after["exact"]
 

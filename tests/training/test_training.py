@@ -38,7 +38,7 @@ from ddpm_fast.pretrained import load_folder
 from ddpm_fast.reference import STREAM_Q_SAMPLE
 from ddpm_fast.schedule import NoiseSchedule, Objective
 from ddpm_fast.training import records, trainer
-from ddpm_fast.training.data import load_dataset, to_unit_range
+from ddpm_fast.training.data import load_dataset, read_batch, to_unit_range
 from ddpm_fast.training.export import export_checkpoint
 from ddpm_fast.training.folder import RunFolder
 from ddpm_fast.training.loop import TrainResult
@@ -61,7 +61,7 @@ def test_steps_follow_algorithm_1(tmp_path: Path) -> None:
     average = {name: value.clone() for name, value in model.state_dict().items()}
     optimizer = torch.optim.Adam(model.parameters())
     for step, row in enumerate(log_rows(tmp_path / "run")):
-        images, labels = dataset.batch(draws.indices(step, len(dataset)))
+        images, labels, _ = read_batch(dataset, draws.indices(step, len(dataset)))
         x_0, t, seeds = to_unit_range(images), draws.timesteps(step, 1000), draws.sample_seeds(step)
         labels[draws.label_is_dropped(step, 0.1)] = 10
         eps = noise(x_0.shape, seeds, stream=STREAM_Q_SAMPLE)
@@ -150,7 +150,7 @@ def test_resuming_as_something_else_names_the_option(tmp_path: Path) -> None:
         (name,) = changed
         with pytest.raises(ValueError, match=rf"train: expected {name} to be .* as in '.*', got"):
             train(tmp_path / "run", **QUIET | {"steps": 1, **changed}, resume=True)
-    changes = {"steps": 2, "log_every": 1, "checkpoint_every": 1, "keep": 5, "channels_last": False}
+    changes = {"steps": 2, "log_every": 1, "checkpoint_every": 1, "keep": 5, "channels_last": False, "num_workers": 1}
     assert train(tmp_path / "run", **QUIET | changes, resume=True).step == 2
     stored = RunFolder(tmp_path / "run").read_config()["options"]
     assert {name: stored[name] for name in changes} == changes
@@ -185,6 +185,8 @@ def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
         ("channels", [], "at least one number"),
         ("threads", 0, "a positive integer or None"),
         ("threads", 100_000, r"an integer in 1\.\.\d+ or None, got 100000"),
+        ("num_workers", -1, r"an integer in 0\.\.1024 or None, got -1"),
+        ("num_workers", 1025, r"an integer in 0\.\.1024 or None, got 1025"),
         ("lr", math.inf, "positive and finite, got inf"),
         ("layers", 10**9, r"an integer in 1\.\.64, got 1000000000"),
         ("num_timesteps", 99999999999, r"an integer in 1\.\.100000, got 99999999999"),

@@ -1,19 +1,28 @@
-"""Data sets to train on: uint8 images and integer labels, read by index."""
+"""Data sets to train on: items of an image, a label and a condition, read by index."""
 
-from .dataset import ImageDataset, to_unit_range
+from .checked import Checked
+from .decoding import read_image
 from .degradation import Degradation
-from .image_files import read_image
-from .loading import DATASETS, FASHION_MNIST_CLASSES, FASHION_MNIST_DEBIAN, load_dataset
-from .mapped import MappedDataset
+from .items import Batch, DatasetInfo, Item, ItemDataset, collate, read_batch, to_unit_range
+from .load import load_dataset
+from .loader import DECODING_WORKERS, batches
+from .published import DATASETS, FASHION_MNIST_CLASSES, FASHION_MNIST_DEBIAN
 
 __all__ = [
     "DATASETS",
+    "DECODING_WORKERS",
     "FASHION_MNIST_CLASSES",
     "FASHION_MNIST_DEBIAN",
+    "Batch",
+    "Checked",
+    "DatasetInfo",
     "Degradation",
-    "ImageDataset",
-    "MappedDataset",
+    "Item",
+    "ItemDataset",
+    "batches",
+    "collate",
     "load_dataset",
+    "read_batch",
     "read_image",
     "to_unit_range",
 ]

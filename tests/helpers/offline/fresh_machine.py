@@ -20,8 +20,8 @@ HERE = Path(__file__).resolve().parent
 CACHE = HERE.parents[2] / "build" / "cache-of-tests"  # in place of ~/.cache; matplotlib keeps its list of fonts there
 HIDDEN = "DDPM_FAST_TESTS_HIDE"  # variable with the folders of data sets, for the processes that a test starts
 DEBIAN = "/usr/share/datasets/fashion-mnist"  # Debian's package dataset-fashion-mnist
-LOADING = "ddpm_fast.training.data.loading"
-NAMED_IN = ("ddpm_fast.training.data", LOADING)  # modules with the constant FASHION_MNIST_DEBIAN
+PUBLISHED = "ddpm_fast.training.data.published"
+NAMED_IN = ("ddpm_fast.training.data", PUBLISHED)  # modules with the constant FASHION_MNIST_DEBIAN
 
 _hidden: tuple[str, ...] = ()  # folders that do not exist for this process; empty: it may use everything
 
@@ -114,7 +114,7 @@ class _Finder:
     """A finder that replaces FASHION_MNIST_DEBIAN as soon as the module that defines it has run."""
 
     def find_spec(self, name: str, path: list[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name != LOADING or not _hidden:
+        if name != PUBLISHED or not _hidden:
             return None
         spec = PathFinder.find_spec(name, path)
         if spec is not None and spec.loader is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -13,14 +12,12 @@ from torch import Tensor
 from ...checks import Ranges, checked_ranges
 from ...errors import expect, renaming
 from ...ops import sample_seeds
-from .dataset import ImageDataset, to_unit_range
 from .degradation import Degradation, masked, resized_bicubically
-from .image_files import ImageFiles
-from .loading import load_dataset, load_source, open_source
-from .mapped import MappedDataset
+from .items import ItemDataset, read_batch, to_unit_range
+from .load import load_dataset, load_source, read_source
 
 
-class Conditioned(NamedTuple):
+class Examples(NamedTuple):
     """Images [N, C, H, W] in [-1, 1], their labels, int64 [N], and what a network reads to draw them, [N, K, H, W]."""
 
     images: Tensor
@@ -28,7 +25,7 @@ class Conditioned(NamedTuple):
     condition: Tensor
 
 
-def conditioned_items(dataset: ImageDataset | MappedDataset, indices: Sequence[int], seed: int) -> Conditioned:
+def examples(dataset: ItemDataset, indices: Sequence[int], seed: int) -> Examples:
     """Return items of a data set with conditions.
 
     Args:
@@ -36,12 +33,12 @@ def conditioned_items(dataset: ImageDataset | MappedDataset, indices: Sequence[i
         indices: Their numbers.
         seed: Seed of the boxes of "mask".
     """
-    items = [dataset[index] for index in indices]
-    images, *given = (to_unit_range(torch.stack(tensors)) for tensors in zip(*(item[::2] for item in items), strict=True))
-    labels = torch.tensor([item[1] for item in items])
-    if isinstance(dataset.condition, Degradation):
-        given = [dataset.condition(images, sample_seeds(seed, len(items)))]
-    return Conditioned(images, labels, *given)
+    batch = read_batch(dataset, indices)
+    images, degradation = to_unit_range(batch.images), dataset.info.condition
+    if isinstance(degradation, Degradation):
+        return Examples(images, batch.labels, degradation(images, sample_seeds(seed, len(images))))
+    assert batch.conditions is not None
+    return Examples(images, batch.labels, to_unit_range(batch.conditions))
 
 
 def evaluated_images(
@@ -53,7 +50,7 @@ def evaluated_images(
     num: int,
     data_range: Ranges | None = None,
     condition_range: Ranges | None = None,
-) -> ImageDataset:
+) -> ItemDataset:
     """Return the first test images of a data set as a trained network takes them, with conditions if it reads any.
 
     Args:
@@ -85,7 +82,7 @@ def evaluated_images(
     )
     reads = config["in_channels"] - channels
     wanted = f"to be given, with {reads} channels, as the model reads" if reads else "to be left out, as the model reads none"
-    found = dataset.condition_channels
+    found = dataset.info.condition_channels
     expect(found == reads, "evaluate", "condition", wanted, f"{found} channels" if found else "none")
     return dataset
 
@@ -126,7 +123,8 @@ def read_conditions(
     Raises:
         ValueError: The files do not fit the network, or one cannot be read.
     """
-    source = open_source(Path(path), "test")
+    source = read_source(os.fspath(path), "test")
+    source = source.chosen(range(len(source))[:first]) if first else source
     channels, *_ = shape
     sides = (shape[1], shape[2])
     kind = Degradation.named(config.get("condition") or "")
@@ -134,16 +132,17 @@ def read_conditions(
     if kind is not None:
         kept = config.get("data_range")
         reads = 1 if kind.name == "grey" else channels
-        if kind.name == "mask" and channels in (1, 3) and isinstance(source, ImageFiles):
+        if kind.name == "mask" and channels in (1, 3) and not source.has_arrays:
             reads = 4  # what is transparent is a hole
 
     ranges = _kept_range("sample", "condition_range", kept, condition_range)
 
     def read(sides: tuple[int, int]) -> Tensor:
         with renaming("sample", {"data_range": "condition_range"}):
-            dataset = load_source(str(path), source, sides, reads, ranges, first=first)
-        expect(dataset.shape[0] == reads, "sample", "condition", f"to have {reads} channels", f"{dataset.shape[0]} in {path}")
-        return to_unit_range(dataset.batch(torch.arange(len(dataset)))[0])
+            dataset = load_source(str(path), source, sides, reads, ranges)
+        found = dataset.info.shape[0]
+        expect(found == reads, "sample", "condition", f"to have {reads} channels", f"{found} in {path}")
+        return to_unit_range(read_batch(dataset, range(len(dataset))).images)
 
     if kind is None or kind.name == "grey":
         return read(sides)

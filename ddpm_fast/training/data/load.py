@@ -1,0 +1,199 @@
+"""Load a data set by its name: a published one, image files, or arrays."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import math
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from ...checks import Ranges, check_choice, check_int, check_ints, check_path, checked_ranges
+from ...errors import expect, renaming
+from ...resources import size_text
+from .decoding import arrays, attempted, check_whole, pictures, read_headers
+from .degradation import Degradation
+from .items import Cached, Conditioned, ItemDataset, Resized, Wrapper
+from .published import DATASETS
+from .rows import read_array_file, read_table
+from .sources import ARRAYS, PICTURES, Source, partners, read_archive, read_folder
+
+_Range = Sequence[float] | Sequence[Sequence[float]] | Literal["measured"] | None
+
+_log = logging.getLogger("ddpm_fast")
+
+
+def load_dataset(
+    name: str,
+    data_dir: str | os.PathLike[str] | None = None,
+    *,
+    split: str = "train",
+    image_size: int | Sequence[int] | None = None,
+    channels: int | None = None,
+    data_range: _Range = "measured",
+    condition: str | os.PathLike[str] | None = None,
+    condition_range: _Range = "measured",
+    skip_broken: bool = False,
+    first: int | None = None,
+    memory: int | None = None,
+) -> ItemDataset:
+    """Load a data set by name.
+
+    Images are decoded at once, so corrupt ones are found before any work. Images that take more than `memory` bytes are
+    decoded as they are used. Then only their headers are read at once, unless `skip_broken` is true.
+
+    Args:
+        name: "digits" (scikit-learn's 8x8 digits, no download), "fashion-mnist" (28x28, padded with black to 32x32),
+            "cifar10" (32x32), or a path. A folder's sub-folders are its classes. If a folder or zip file has a
+            `dataset.json`, as EDM and `write_samples` write it, the labels are those in it. A folder that Hugging Face's
+            `datasets` has saved needs the `hub` extra. An .npy, an .npz, or a folder of them has arrays [H, W] or
+            [H, W, C]: uint8 pictures, or other numbers, which are mapped to [-1, 1].
+        data_dir: Folder that holds the files of fashion-mnist or cifar10, or receives the download. By default the files of
+            Debian's package dataset-fashion-mnist if installed, else a folder in the user's cache.
+        split: "train" or "test". A folder or zip file of images has no split: all of it is read.
+        image_size: Height and width in pixels, or (height, width). Images of another size are cropped to the largest centred
+            part of these proportions, and resized. By default nothing is resized, and all images must have one size.
+        channels: Channels of an image: image files are read in grey (1), RGB (3) or RGBA (4). By default in grey if all files
+            are grey, else in RGB.
+        data_range: The two values of arrays that become -1 and 1, or two for each channel. Values outside are an error. By
+            default the least and the largest of each channel, but 0 and 255 for uint8. None: pictures alone are read.
+        condition: What a network reads next to x_t: "low-resolution:4", "grey" or "mask", computed from the images, or a
+            second folder, archive or file. Files belong together by their paths without endings, rows by their numbers.
+        condition_range: The `data_range` of the second folder.
+        skip_broken: Leave out image files that cannot be read, and log a warning that names the first of them.
+        first: Read only this many items, from the first. By default all are read.
+        memory: Bytes that decoded images may take. More are decoded, or resized, as they are used. By default all are
+            held in memory.
+
+    Raises:
+        ValueError: The name, split or size is unknown, the images' sizes differ, no image was found, or a file is damaged.
+        OSError: A download failed.
+        ImportError: A package of the `train` or `hub` extra is missing.
+    """
+    check_choice("load_dataset", "split", split, ("train", "test"))
+    for option, number, low in (("channels", channels, 1), ("first", first, 1), ("memory", memory, 0)):
+        check_int("load_dataset", option, number, low, optional=True)
+    size = _sides(image_size)
+    images_range, paired_range = _range("data_range", data_range), _range("condition_range", condition_range)
+    if name in DATASETS:
+        source = DATASETS[name](None if data_dir is None else Path(data_dir), split, size)
+    else:
+        source = read_source(name, split)
+    degradation = paired = None
+    if condition is not None:
+        check_path("load_dataset", "condition", condition)
+        degradation = Degradation.named(os.fspath(condition))
+    if condition is not None and degradation is None:
+        wanted = "to be low-resolution:2 to low-resolution:64, grey, mask, or a folder or archive of images"
+        expect(os.path.exists(condition), "load_dataset", "condition", wanted, repr(condition))
+        paired = partners(source, read_source(os.fspath(condition), split))
+    unused = paired is None and paired_range not in (None, "measured")
+    expect(not unused, "load_dataset", "condition_range", "to go with a condition that is read from files", condition_range)
+
+    if skip_broken or first:
+        numbers: Sequence[int] = range(len(source))[:first]
+        source, paired = source.chosen(numbers), paired and paired.chosen(numbers)
+    if skip_broken and not source.has_arrays:
+        _, broken = read_headers(source, decode=True)
+        check_whole(source, broken, skip_broken=True)
+        lost_labels = source.labels[list(broken)].tolist()
+        numbers = [number for number in range(len(source)) if number not in broken]
+        source, paired = source.chosen(numbers), paired and paired.chosen(numbers)
+        lost = set(lost_labels) - set(source.labels.tolist()) if source.by_folder else set()
+        kept = [label for label in range(len(source.classes)) if label not in lost]  # classes of which an image is left
+        labels = torch.searchsorted(torch.tensor(kept), source.labels)
+        source = replace(source, labels=labels, classes=tuple(source.classes[label] for label in kept))
+    dataset = load_source(name, source, size, channels, images_range, memory)
+    shape = dataset.info.shape
+    expect(channels in (None, shape[0]), "load_dataset", "channels", f"to be those of {name}, {shape[0]}", channels)
+    if degradation is not None:
+        degradation.check("load_dataset", shape)
+        alike = degradation.name != "grey" or len(dataset.info.data_range or [0]) == 1
+        expect(alike, "load_dataset", "condition", "to be another than grey for channels of several ranges", "grey")
+        channels = degradation.channels(shape[0])
+        return Wrapper(dataset, replace(dataset.info, condition=degradation, condition_channels=channels))
+    if paired is None:
+        return dataset
+    with renaming("load_dataset", {"data_range": "condition_range"}):
+        conditions = load_source(str(condition), paired, (shape[1], shape[2]), None, paired_range, memory)
+    return Conditioned(dataset, conditions)
+
+
+def load_source(
+    name: str,
+    source: Source,
+    size: tuple[int, int] | None,
+    channels: int | None,
+    value_range: Ranges | Literal["measured"] | None,
+    memory: int | None = None,
+) -> ItemDataset:
+    """Return the images of a source as a data set. See `load_dataset`. The channels of arrays are not checked."""
+    broken: Mapping[int, str] = {}
+    if source.has_arrays:
+        dataset = arrays(name, source, value_range)
+        if size not in (None, dataset.info.shape[1:]):
+            dataset = Resized(dataset, size)
+    else:
+        wanted = "to be None for image files, as arrays alone have ranges"
+        expect(value_range in (None, "measured"), "load_dataset", "data_range", wanted, value_range)
+        dataset, broken = pictures(name, source, size, channels)
+    needed = len(source) * math.prod(dataset.info.shape) * dataset.info.dtype.itemsize
+    if memory is not None and needed > memory and not dataset.in_memory:
+        message = "decoding images in %s as they are used, as all take %s and data_memory is %s"
+        _log.info(message, source.root, size_text(needed), size_text(memory))
+        check_whole(source, broken)
+        return dataset
+    cached = Cached(dataset)
+    if source.has_arrays:
+        for index in range(len(source)):
+            cached.fill(index)
+    else:
+        check_whole(source, attempted(cached.fill, len(source))[1])
+    return cached
+
+
+def read_source(name: str, split: str) -> Source:
+    """Return the files of a folder or an archive, or the rows of a file or a table."""
+    path = Path(name)
+    if any((path / file).is_file() for file in ("dataset_dict.json", "dataset_info.json")):
+        return read_table(path, split)
+    if path.is_dir():
+        return read_folder(path)
+    wanted = f"to be one of {', '.join(DATASETS)}, a folder, or a .zip, .npy or .npz"
+    expect(path.is_file(), "load_dataset", "name", wanted, f"{name!r}, which does not exist{_hint(path)}")
+    if path.suffix.lower() in ARRAYS:
+        return read_array_file(path)
+    return read_folder(path.parent, [path.name]) if path.suffix.lower() in PICTURES else read_archive(path)
+
+
+def _range(name: str, value: Any) -> Ranges | Literal["measured"] | None:
+    """Return the ranges after a check, or "measured"."""
+    if value is None or (isinstance(value, str) and value == "measured"):
+        return value  # type: ignore[return-value]
+    return checked_ranges("load_dataset", name, value)
+
+
+def _sides(image_size: int | Sequence[int] | None) -> tuple[int, int] | None:
+    """Return `image_size` as (height, width), or None."""
+    if image_size is None:
+        return None
+    sides = (image_size, image_size) if isinstance(image_size, int) else image_size
+    check_ints("load_dataset", "image_size", sides, 1, "a positive integer, (height, width) or None")
+    expect(len(sides) == 2, "load_dataset", "image_size", "to be a positive integer, (height, width) or None", sides)
+    return sides[0], sides[1]
+
+
+def _hint(path: Path) -> str:
+    """Say for an error what may have been meant by a path that does not exist."""
+    names = {name: name for name in DATASETS}
+    with suppress(OSError):  # there is no such folder, or it may not be read
+        names |= {each.name: str(each) for each in path.parent.iterdir() if each.is_dir() or each.suffix in (".zip", *ARRAYS)}
+    for close in difflib.get_close_matches(path.name, names, 1):
+        return f"; did you mean {names[close]!r}?"
+    return "" if path.parent.is_dir() else f": there is no folder {str(path.parent)!r}"

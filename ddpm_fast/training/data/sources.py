@@ -1,0 +1,277 @@
+"""Sources of images: named files of a folder or a zip file, rows of an array, or rows of a table.
+
+A source can be pickled. It opens its file again in each process, because processes that share an open file share its
+position.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import reprlib
+import threading
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ...checks import listed
+from ...errors import InvalidValue, expect
+
+PICTURES: Final = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+ARRAYS: Final = (".npy", ".npz")
+
+_LABELS: Final = "dataset.json"
+_MAX_FILE: Final = 256 << 20  # bytes of an archive's file, unpacked; the dataset.json of ImageNet has 50 MB
+_MAX_LABEL: Final = 65_535  # ImageNet-21k has 21,841 classes
+_SAMPLED: Final = 256  # items whose bytes a fingerprint's sample has
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Images in some container.
+
+    Attributes:
+        root: Path of the container.
+        names: Names of the N files, in the order of the data set; or numbers of rows.
+        labels: int64 [N], 0..len(classes)-1.
+        classes: Names of the classes; a single one if the images carry no labels.
+        read: A function that returns what has a name: a path, bytes as a file, or an array.
+        has_arrays: True for arrays of numbers, false for encoded pictures.
+        by_folder: True if the classes are sub-folders.
+        preparation: What was done to the images, in words.
+        in_memory: True if `read` reads no file.
+    """
+
+    root: str
+    names: Sequence[Any]
+    labels: Tensor
+    classes: tuple[str, ...] = ("",)
+    read: Callable[[Any], str | io.BytesIO | NDArray[Any]]
+    has_arrays: bool = False
+    by_folder: bool = False
+    preparation: str = "as they are"
+    in_memory: bool = False
+
+    @property
+    def has_rows(self) -> bool:
+        """True if items have numbers and no names."""
+        return not isinstance(self.names[0], str)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> str | io.BytesIO | NDArray[Any]:
+        return self.read(self.names[index])
+
+    def label(self, index: int) -> str:
+        """Return the name of an item in its container."""
+        return f"row {self.names[index]}" if self.has_rows else str(self.names[index])
+
+    def place(self, index: int) -> str:
+        """Return the path of an item."""
+        return f"{self.root}[{self.names[index]}]" if self.has_rows else f"{self.root}/{self.names[index]}"
+
+    def chosen(self, numbers: Sequence[int]) -> Source:
+        """Return the items of these numbers, in their order."""
+        return replace(self, names=[self.names[number] for number in numbers], labels=self.labels[list(numbers)])
+
+    def contents(self, exact: bool) -> Iterator[bytes]:
+        """Yield the labels, names and sizes of files, and bytes of all items or of a sample."""
+        yield self.labels.numpy().tobytes()
+        in_folder = isinstance(self[0], str)
+        for index, name in enumerate(() if self.has_rows else self.names):
+            yield os.fsencode(f"{name} {os.path.getsize(self[index]) if in_folder else ''}\n")  # type: ignore[arg-type]
+        for index in range(0, len(self), 1 if exact else max(1, len(self) // _SAMPLED)):
+            item = self[index]
+            if isinstance(item, np.ndarray):
+                yield item.tobytes()
+            else:
+                yield Path(item).read_bytes() if isinstance(item, str) else item.getvalue()
+
+
+class Opened:
+    """A file that each process opens for itself.
+
+    Args:
+        open_it: A function that opens it.
+        *arguments: Its arguments.
+
+    Attributes:
+        lock: A lock for threads that share the file.
+    """
+
+    def __init__(self, open_it: Callable[..., Any], *arguments: Any) -> None:
+        self._arguments = (open_it, *arguments)
+        self._process, self._file = os.getpid(), open_it(*arguments)
+        self.lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Opened, self._arguments
+
+    def __call__(self) -> Any:
+        """Return the file."""
+        if self._process != os.getpid():  # the process was forked
+            open_it, *arguments = self._arguments
+            self._process, self._file = os.getpid(), open_it(*arguments)
+        return self._file
+
+
+# ---------------------------------------------------------------------------------------------------- folders and zip files
+
+
+def read_folder(root: Path, files: Iterable[str] | None = None) -> Source:
+    """Return the images or the arrays of a folder and its sub-folders, sorted by the parts of their paths.
+
+    Args:
+        root: The folder.
+        files: The files to choose from, relative to the folder. None: all.
+
+    Raises:
+        ValueError: The folder holds neither, or both.
+    """
+    names = list(files or _files(root))
+    arrays, pictures = (_ending(names, endings) for endings in (ARRAYS, PICTURES))
+    got = "none"
+    if arrays and pictures:
+        got = f"images, such as {pictures[0]}, and arrays, such as {arrays[0]}; move one kind to another folder"
+    wanted = f"to hold images ({', '.join(PICTURES)}) or arrays"
+    expect(bool(arrays) != bool(pictures), "load_dataset", str(root), wanted, got)
+    names = sorted(arrays or pictures, key=lambda name: name.replace(os.sep, "\0"))  # as a walk, folder by folder
+    listing = root / _LABELS
+    listed_labels = _labels(str(listing), listing.read_bytes(), names) if listing.is_file() else None
+    folders = [os.path.dirname(name).partition(os.sep)[0] for name in names]  # "" for images in the root itself
+    classes, numbers = np.unique(folders, return_inverse=True)
+    by_folder = torch.from_numpy(numbers), tuple(classes.tolist())
+    labels, names_of_classes = listed_labels or by_folder
+    return Source(
+        root=str(root),
+        names=names,
+        labels=labels,
+        classes=names_of_classes,
+        read=partial(os.path.join, root),
+        has_arrays=bool(arrays),
+        by_folder=listed_labels is None,
+    )
+
+
+def _ending(names: Iterable[str], endings: tuple[str, ...]) -> list[str]:
+    """Return the names with one of some endings, without the notes that macOS puts into archives."""
+    return [name for name in names if name.lower().endswith(endings) and not name.startswith("__MACOSX")]
+
+
+def _files(root: Path) -> Iterator[str]:
+    """Yield the paths of files in a folder and its sub-folders, relative to it, without pipes and devices.
+
+    A link to nothing is a missing file.
+    """
+
+    def fail(error: OSError) -> None:
+        raise error  # or a folder that must not be read would be left out in silence
+
+    for folder, folders, names in os.walk(root, onerror=fail):
+        for path in (os.path.join(folder, name) for name in folders):  # a link may lead to a folder above it
+            expect(not os.path.islink(path), "load_dataset", "", f"folders without links in {root}", repr(path))
+        for path in (os.path.join(folder, name) for name in names):
+            if os.path.isfile(path) or not os.path.exists(path):
+                yield os.path.relpath(path, root)
+
+
+def read_archive(path: Path) -> Source:
+    """Return the images of a zip file, in any of its folders, sorted by name."""
+    try:
+        opened = Opened(zipfile.ZipFile, path)
+        entries = {each.filename: each for each in opened().infolist()}
+        names = sorted(_ending(entries, PICTURES))
+        for name in (*names, _LABELS):  # before anything is unpacked
+            size = entries[name].file_size if name in entries else 0
+            expect(size <= _MAX_FILE, "load_dataset", name, f"to have at most {_MAX_FILE} bytes", size, str(path))
+        content = opened().read(_LABELS) if _LABELS in entries else None
+    except InvalidValue:
+        raise
+    except Exception as error:  # each kind of compression raises errors of its own
+        raise InvalidValue("load_dataset", str(path), "to be a folder or a whole zip file", error) from error
+    expect(names, "load_dataset", str(path), f"to hold images ({', '.join(PICTURES)})", "none")
+    found = None if content is None else _labels(f"{_LABELS} in {path}", content, names)
+    labels, classes = found or (torch.zeros(len(names), dtype=torch.int64), ("",))
+    return Source(root=str(path), names=names, labels=labels, classes=classes, read=partial(_read_entry, opened))
+
+
+def _read_entry(opened: Opened, name: str) -> io.BytesIO:
+    with opened.lock:  # the archive does not lock its count of users
+        return io.BytesIO(opened().read(name))
+
+
+def _labels(place: str, content: bytes, names: Sequence[str]) -> tuple[Tensor, tuple[str, ...]] | None:
+    """Return the labels in a `dataset.json`, as the data set tools of EDM and StyleGAN write it, and the classes: numbers.
+
+    Args:
+        place: The file, for errors.
+        content: Its bytes.
+        names: Paths of images, relative to the file's folder.
+
+    Returns:
+        int64 [N], and one class "" if the labels are null. None: the file is of another kind.
+
+    Raises:
+        ValueError: The labels are no pairs, or a name has none.
+    """
+    try:
+        values = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise InvalidValue("load_dataset", place, "to be JSON", error) from error
+    if not (isinstance(values, dict) and "labels" in values):
+        return None
+    pairs = values["labels"]
+    if pairs is None:
+        return torch.zeros(len(names), dtype=torch.int64), ("",)
+    paired = isinstance(pairs, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in pairs)
+    expect(paired, "load_dataset", "labels", "to be a list of pairs [name, label], or null", reprlib.repr(pairs), place)
+    given = {str(name): label for name, label in pairs}
+    labels = [given.get(name.replace("\\", "/"), "none") for name in names]
+    for name, label in zip(names, labels, strict=True):
+        right = type(label) is int and 0 <= label <= _MAX_LABEL
+        wanted = f"the label of {name} in {place} to be in 0..{_MAX_LABEL}"
+        expect(right, "load_dataset", "", wanted, "none" if label == "none" else reprlib.repr(label))
+    return torch.tensor(labels), tuple(map(str, range(max(labels) + 1)))
+
+
+def partners(source: Source, paired: Source) -> Source:
+    """Return `paired` with the item that belongs to each item of `source`.
+
+    | items of the data set | items of the condition | belong together by |
+    |---|---|---|
+    | files of a folder or an archive | files of a folder or an archive | their paths without endings |
+    | rows of an array or a table | rows of an array or a table | their numbers |
+    | files | rows | nothing: this is an error, as files are ordered as text, 0, 1, 10, 11, 2 |
+
+    Raises:
+        ValueError: The items cannot be matched, one has no partner, or two have one name. The message names both sources.
+    """
+    if source.has_rows and paired.has_rows:
+        got = f"{len(paired)} in {paired.root}"
+        expect(len(source) == len(paired), "load_dataset", "condition", f"to have {len(source)} rows, as {source.root}", got)
+        return paired
+    wanted = "one array file or one table" if source.has_rows else "a folder or an archive with files of the same names"
+    got = f"{paired.root}, whose items are {'rows' if paired.has_rows else 'files'}"
+    alike = not (source.has_rows or paired.has_rows)
+    expect(alike, "load_dataset", "condition", f"to be {wanted}, as {source.root} is", got)
+    names, others = ([os.path.splitext(file)[0] for file in each.names] for each in (source, paired))
+    for stems, root in ((names, source.root), (others, paired.root)):
+        twice = [name for name, times in Counter(stems).items() if times > 1]
+        got = f"several in {root} that differ in their endings alone: {listed(twice)}"
+        expect(not twice, "load_dataset", "condition", f"to have one file of each name, as must {source.root}", got)
+    for missing, root in ((set(names) - set(others), paired.root), (set(others) - set(names), source.root)):
+        wanted = f"to have files of the same names as {source.root}"
+        expect(not missing, "load_dataset", "condition", wanted, f"none named {listed(missing)} in {root}")
+    numbers = {name: number for number, name in enumerate(others)}
+    return paired.chosen([numbers[name] for name in names])

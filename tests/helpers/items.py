@@ -1,0 +1,29 @@
+"""Items of data sets, read together and compared."""
+
+from __future__ import annotations
+
+import torch
+
+from ddpm_fast.training.data import Batch, Item, ItemDataset, read_batch
+
+
+def whole(dataset: ItemDataset) -> Batch:
+    """Return all items of a data set as a batch."""
+    return read_batch(dataset, range(len(dataset)))
+
+
+def drawn(dataset: ItemDataset) -> list[torch.Tensor]:
+    """Return random numbers of items for some batches of different sizes."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(0, len(dataset), (size,), generator=generator) for size in (16, 1, 7, 30, 3, 64)]
+
+
+def assert_equal(found: Batch | Item, wanted: Batch | Item) -> None:
+    """Compare two batches or two items, bit for bit."""
+    for a, b in zip(found, wanted, strict=True):
+        assert type(a) is type(b)
+        if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+            assert a.dtype == b.dtype
+            assert torch.equal(a, b)
+        else:
+            assert a == b
