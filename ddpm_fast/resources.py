@@ -1,4 +1,4 @@
-"""Checks of memory, disk space and folders: what cannot fit or be found is refused before any work."""
+"""Checks of folders before any work, and sizes as text."""
 
 from __future__ import annotations
 

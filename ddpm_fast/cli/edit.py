@@ -13,7 +13,6 @@ import click
 import ddpm_fast
 
 from ..errors import InvalidValue, expect
-from ..resources import check_free_memory
 from ..samplers import DEFAULT_SAMPLER
 from .options import (
     SAMPLING_DTYPE_HELP,
@@ -79,7 +78,7 @@ def vary_command(sources: tuple[str, ...], strength: float, num: int, **options:
         loaded, images = _opened("vary", sources, options)
         plan, _ = loaded.build_plan(**chosen_plan(options))
         labels = _labels("vary", loaded, options, len(images))
-        _make_ready("vary", images, options["out"], num + 1, num)
+        _make_ready("vary", images, options["out"], num + 1)
         each = torch.as_tensor(labels).repeat_interleave(num) if isinstance(labels, list) else labels
         copies, seeds = images.repeat_interleave(num, dim=0), ddpm_fast.sample_seeds(options["seed"], num).repeat(len(images))
         arguments = drawing(options) | {"class_labels": each, "seed": seeds}
@@ -105,7 +104,7 @@ def interpolate_command(sources: tuple[str, ...], strength: float, num: int, **o
         loaded, images = _opened("interpolate", sources, options)
         plan, _ = loaded.build_plan(**chosen_plan(options))
         arguments = drawing(options) | {"class_labels": _labels("interpolate", loaded, options, 1)}
-        _make_ready("interpolate", images, options["out"], num + 2, num)
+        _make_ready("interpolate", images, options["out"], num + 2)
         sampler, (a, b) = loaded.sampler(plan, dtype=dtype_of(options)), images[:, None]
         between = ddpm_fast.interpolate(sampler, a, b, num, strength=strength, **arguments)
         rows = torch.cat([a[None], between.cpu().float(), b[None]], dim=1)
@@ -291,16 +290,12 @@ def _scale(images: Tensor) -> int:
     return max(1, 96 // max(images.shape[-2:]))
 
 
-def _make_ready(command: str, images: Tensor, out: Path, columns: int, num: int | None = None) -> None:
-    """Raise unless memory, the format and the disk can hold the picture."""
+def _make_ready(command: str, images: Tensor, out: Path, columns: int) -> None:
+    """Raise unless the format and the disk can hold the picture."""
     from ..files.images import grid_shape, image_format
 
-    rows = len(images)
-    picture = grid_shape((rows * columns, *images.shape[1:]), columns=columns, scale=_scale(images))
-    what = ("IMAGE", f"{rows} images") if num is None else ("num", str(num))
-    # Copies, x_T and results in float32, and pictures.
-    check_free_memory(command, *what, 12 * columns * images.numel() + 3 * math.prod(picture))
-    image_format(out, picture, "out")
+    count = len(images) * columns
+    image_format(out, grid_shape((count, *images.shape[1:]), columns=columns, scale=_scale(images)), "out")
     try_writing(command, "out", out)
 
 

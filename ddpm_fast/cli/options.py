@@ -45,6 +45,8 @@ _ALIASES = {
     "guidance_scale": "guidance",
     "name": "data",
 }
+# Options whose smaller values need less memory.
+_SIZES = ("num", "batch_size", "micro_batch_size", "image_size", "channels", "data_memory")
 
 
 @contextmanager
@@ -65,13 +67,15 @@ def refusing() -> Iterator[None]:
         raise Refused(str(error.renamed(caller=command.name or "", name=name))) from error
     except (ValueError, TypeError, ImportError, OSError) as error:
         raise Refused(str(error)) from error
-    except Exception as error:
+    except (MemoryError, RuntimeError) as error:
         import torch  # the command has loaded it
 
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError):
+        _, host, reason = str(error).rpartition("DefaultCPUAllocator: ")  # a RuntimeError without a type of its own
+        if not host and not isinstance(error, MemoryError | torch.OutOfMemoryError):
             raise
-        hint = f"; a smaller {names['batch_size']} needs less" if "batch_size" in names else ""
-        raise Refused(f"out of memory{hint}: {str(error) or 'no reason given'}") from error
+        smaller = " or ".join(names[name] for name in _SIZES if name in names)
+        hint = f"; a smaller {smaller} needs less" if smaller else ""
+        raise Refused(f"out of memory{hint}: {reason.partition(chr(10))[0] or 'no reason given'}") from error
 
 
 def size(ctx: click.Context, option: click.Parameter, value: str | None) -> int | tuple[int, int] | None:

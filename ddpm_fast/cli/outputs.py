@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,7 @@ import click
 
 from ..errors import UnusablePath, expect
 from ..files.writing import remove_leftovers
-from ..resources import check_free_memory, check_writable, existing_folder
+from ..resources import check_writable, existing_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,13 +49,11 @@ def write(path: Path, save: Callable[[Path], object]) -> None:
 def check_pictures(
     shape: tuple[int, int, int, int], frames: int, out: Path, scale: int, gif: Path | None, gif_scale: int
 ) -> None:
-    """Raise unless memory and the formats can hold pictures of images [N, C, H, W], where C counts the shown channels."""
+    """Raise unless the formats can hold pictures of images [N, C, H, W], where C counts the shown channels."""
     from ..files.images import ANIMATED, STRIP, grid_shape, image_format
 
     num, shown, *sides = shape
-    image_format(out, grid := grid_shape(shape, scale=scale), "out")
-    # Float32 states, and pictures.
-    check_free_memory("sample", "num", num, (12 + 4 * frames) * math.prod(shape) + 3 * math.prod(grid))
+    image_format(out, grid_shape(shape, scale=scale), "out")
     if gif is not None and image_format(gif, (1, 1, shown), "gif") in ANIMATED:
         image_format(gif, grid_shape(shape, scale=gif_scale), "gif")
     elif gif is not None:

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ..checks import check_float, check_int, check_ints, check_number, check_path
 from ..errors import InvalidType, InvalidValue, expect
-from ..resources import check_free_memory
 from .writing import replacing
 
 ANIMATED: Final = ("GIF", "WEBP")
@@ -73,23 +72,20 @@ def image_grid(
         uint8 [height, width, C] on the CPU.
 
     Raises:
-        ValueError: An argument is out of range, the images are not finite, or the grid does not fit into memory.
+        ValueError: An argument is out of range, or the images are not finite.
     """
     images = _shown("image_grid", "images", images, channels)
     _check_layout("image_grid", columns, padding, scale)
     check_int("image_grid", "background", background, 0, 255)
-    return _tiled("image_grid", images, columns, padding, scale, background)
+    return _tiled(images, columns, padding, scale, background)
 
 
-def _tiled(
-    function: str, images: Tensor, columns: int | None, padding: int | None, scale: int, background: int = 255
-) -> Tensor:
-    """Return the grid of checked images. Raise a ValueError if it does not fit into memory."""
+def _tiled(images: Tensor, columns: int | None, padding: int | None, scale: int, background: int = 255) -> Tensor:
+    """Return the grid of checked images."""
     n, _, height, width = images.shape
     columns, rows, padding = _layout(n, columns, padding)
     step_y, step_x = height * scale + padding, width * scale + padding
     shape = grid_shape(images.shape, columns=columns, padding=padding, scale=scale)
-    check_free_memory(function, "the grid", f"{shape[1]}x{shape[0]} pixels", 2 * math.prod(shape))
     grid = torch.full(shape, background, dtype=torch.uint8)
     pixels = to_uint8(images).cpu().repeat_interleave(scale, dim=2).repeat_interleave(scale, dim=3)
     for i, image in enumerate(pixels):
@@ -174,7 +170,7 @@ def save_grid(
         raise InvalidType("save_grid", "titles", "to be a list of texts", repr(titles))
     count, *_ = _layout(len(images), columns, padding)
     expect(len(titles) in (0, count), "save_grid", "titles", f"to be {count}, one for each column, or none", len(titles))
-    grid = _tiled("save_grid", images, columns, padding, scale)
+    grid = _tiled(images, columns, padding, scale)
     if titles:
         grid = torch.cat([_titled(titles, grid), grid])
     return _write(path, image_format(path, grid.shape), [grid])
@@ -226,11 +222,11 @@ def save_trajectory(
     picked = evenly_spaced(total, frames)
     shown = trajectory[picked]
     if kind in ANIMATED:
-        grids = [_tiled("save_trajectory", images, columns, padding, scale) for images in shown]
+        grids = [_tiled(images, columns, padding, scale) for images in shown]
         kind = image_format(path, grids[0].shape)
         return _write(path, kind, grids, milliseconds=1000 * seconds / len(grids), rest=1000 * seconds / 3)
     strip = shown.transpose(0, 1).flatten(0, 1)  # [N * frames, C, H, W]
-    grid = _tiled("save_trajectory", strip, len(picked), padding, scale)
+    grid = _tiled(strip, len(picked), padding, scale)
     return _write(path, image_format(path, grid.shape), [grid])
 
 

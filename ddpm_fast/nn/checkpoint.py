@@ -199,9 +199,7 @@ def _read_config(caller: str, folder: Path) -> UNetConfig:
     def parse(values: dict[str, Any]) -> UNetConfig:
         name = values.get("_class_name", _CLASS_NAME)
         expect(name == _CLASS_NAME, "", "_class_name", f"to be {_CLASS_NAME}", repr(name))
-        config = UNetConfig.from_dict(values)
-        config.check_memory()
-        return config
+        return UNetConfig.from_dict(values)
 
     return read_json(caller, file, parse)
 

@@ -8,7 +8,6 @@ from typing import Any
 
 from ..checks import Ranges, as_json, check_choice, check_int, check_number, check_type, checked_ranges
 from ..errors import InvalidValue
-from ..resources import check_free_memory
 
 CIFAR10_32: dict[str, Any] = {
     "sample_size": 32,
@@ -52,8 +51,9 @@ _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "resnet_time_scale_shift": ("default", "scale_shift"),
     "class_embed_type": (None,),
 }
-# Bounds beyond any network of the literature. Within them a network is built in seconds.
+# Bounds beyond any network of the literature. Within them the sizes of all tensors are below 2^63.
 _MAX_LEVELS = 16
+_MAX_NUMBER = 1 << 24  # channels, groups, heads, classes, timesteps
 MAX_LAYERS = 64
 _MAX_SIDE = 65536
 _DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")
@@ -137,7 +137,7 @@ class UNetConfig:
         for key in ("center_input_sample", "flip_sin_to_cos", "add_attention"):
             check_type("UNet", key, getattr(self, key), bool)
         for key in ("in_channels", "out_channels", "norm_num_groups"):
-            check_int("UNet", key, getattr(self, key), 1)
+            check_int("UNet", key, getattr(self, key), 1, _MAX_NUMBER)
         check_int("UNet", "layers_per_block", self.layers_per_block, 1, MAX_LAYERS)
         check_int("UNet", "freq_shift", self.freq_shift, 0)
         if isinstance(sizes := self.sample_size, tuple):
@@ -148,7 +148,7 @@ class UNetConfig:
             *("num_attention_heads", "time_input_dim", "time_embedding_dim", "attention_head_dim", "attn_norm_num_groups"),
             *("num_class_embeds", "num_train_timesteps"),
         ):
-            check_int("UNet", key, getattr(self, key), 1, optional=True)
+            check_int("UNet", key, getattr(self, key), 1, _MAX_NUMBER, optional=True)
         check_number("UNet", "dropout", self.dropout, 0, below=1)
         check_number("UNet", "mid_block_scale_factor", self.mid_block_scale_factor, above=0, finite=True)
         check_number("UNet", "norm_eps", self.norm_eps, above=0, finite=True)
@@ -169,7 +169,7 @@ class UNetConfig:
         channels = self.block_out_channels
         _expect(self, "block_out_channels", isinstance(channels, tuple) and len(channels) > 0, "a list of positive integers")
         for value in channels:
-            check_int("UNet", "block_out_channels", value, 1)
+            check_int("UNet", "block_out_channels", value, 1, _MAX_NUMBER)
         _expect(self, "block_out_channels", len(channels) <= _MAX_LEVELS, f"at most {_MAX_LEVELS} integers")
         sinusoids = "block_out_channels" if self.time_input_dim is None else "time_input_dim"
         _expect(self, sinusoids, self.sinusoid_dim % 2 == 0, "even first (sine and cosine halves)")
@@ -195,47 +195,6 @@ class UNetConfig:
     def sinusoid_dim(self) -> int:
         """Width of the sinusoidal embedding of the timestep."""
         return self.time_input_dim or self.block_out_channels[0]
-
-    @property
-    def num_parameters(self) -> int:
-        """Number of parameters of the network, by arithmetic alone."""
-
-        def conv(ins: int, outs: int, side: int = 3) -> int:
-            return outs * (ins * side**2 + 1)
-
-        def resnet(ins: int, outs: int) -> int:
-            shift = conv(emb, 2 * outs if self.resnet_time_scale_shift == "scale_shift" else outs, 1)
-            shortcut = conv(ins, outs, 1) if ins != outs else 0
-            return 2 * ins + conv(ins, outs) + shift + 2 * outs + conv(outs, outs) + shortcut
-
-        def attention(width: int, normed: bool = True) -> int:
-            return 4 * conv(width, width, 1) + 2 * width * normed
-
-        def level(block: str, inputs: list[int], width: int, resampler: str | None) -> int:
-            attended = block.startswith("Attn")
-            total = sum(resnet(ins, width) + attention(width) * attended for ins in inputs)
-            if resampler is not None:
-                by_resnet = block.startswith("Resnet") or (attended and resampler == "resnet")
-                total += resnet(width, width) if by_resnet else conv(width, width)
-            return total
-
-        widths, more = self.block_out_channels, self.layers_per_block - 1
-        first, last = widths[0], len(widths) - 1
-        emb = self.time_embedding_dim or 4 * first
-        total = conv(self.sinusoid_dim, emb, 1) + conv(emb, emb, 1) + (self.num_class_embeds or 0) * emb
-        total += conv(self.in_channels, first) + 2 * first + conv(first, self.out_channels)
-        for i, width in enumerate(widths):
-            above, below = widths[max(i - 1, 0)], widths[min(i + 1, last)]
-            inputs = [above] + [width] * more
-            total += level(self.down_block_types[i], inputs, width, self.downsample_type if i < last else None)
-            inputs = [below + width] + [2 * width] * more + [width + above]  # beside skip connections
-            total += level(self.up_block_types[-1 - i], inputs, width, self.upsample_type if i > 0 else None)
-        normed = self.attn_norm_num_groups is not None or self.resnet_time_scale_shift == "default"
-        return total + 2 * resnet(width, width) + attention(width, normed) * self.add_attention
-
-    def check_memory(self) -> None:
-        """Raise a ValueError if the float32 weights do not fit into memory."""
-        check_free_memory("UNet", "block_out_channels", list(self.block_out_channels), 4 * self.num_parameters)
 
     def check_image_shape(self, caller: str, name: str, shape: Sequence[int]) -> None:
         """Raise a ValueError unless `shape` is a valid shape of the network's input.

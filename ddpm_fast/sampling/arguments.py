@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, cast
@@ -19,11 +18,9 @@ from ..inference.interface import Interface
 from ..inference.model import Model, device_and_dtype
 from ..ops import sample_seeds
 from ..options import checked_options
-from ..resources import check_free_memory
 from .options import ClassLabels, DrawOptions
 
 _INTEGERS: Final = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-_ALWAYS_FREE: Final = 64 << 20  # bytes; asking the system for its free memory takes as long as a small network's step
 
 
 def check_model(caller: str, model: Model) -> None:
@@ -207,42 +204,26 @@ def checked_request(
     caller: str,
     model: Model,
     interface: Interface,
-    device: torch.device,
     shape: tuple[int, ...],
     num_samples: int,
     options: Mapping[str, Any],
     *,
     struct: type = DrawOptions,
     in_turn: bool = False,
-    num_frames: int = 0,
-    num_kept: int | None = None,
 ) -> Request:
     """Check the arguments of a call that draws images, and resolve seeds and labels.
-
-    Images on the host and `num_frames` states of each are not begun if they do not fit into its memory.
 
     Args:
         caller: Name of the calling function for error messages.
         model: The model.
         interface: Its interface.
-        device: Device of the images.
         shape: (C, H, W) of an image.
         num_samples: Number of images.
         options: Options of `struct`.
         struct: The options that the function has.
         in_turn: Without labels and a condition, draw the classes in turn.
-        num_frames: Number of states that are kept.
-        num_kept: Number of images that are in memory at once. None: all.
     """
     check_int(caller, "num_samples", num_samples, 1, 1 << 32)
-    num_kept = num_samples if num_kept is None else min(num_kept, num_samples)
-    state = 4 * num_kept * math.prod(shape)  # bytes, or twice as many for a float64 network
-    for name, value, needed in (
-        ("num_samples", num_samples, 8 * num_samples + (state if device.type == "cpu" else 0)),
-        ("num_frames", num_frames, num_frames * state),
-    ):
-        if needed > _ALWAYS_FREE:
-            check_free_memory(caller, name, value, needed)
     given = checked_options("", DrawOptions, {}) | checked_options(caller, struct, options)
     seeds, class_labels = resolve_seeds(caller, given.pop("seed"), num_samples), given.pop("class_labels")
     in_turn = in_turn and given["condition"] is None

@@ -16,7 +16,6 @@ from ..ops import initial_noise, noise
 from ..options import taking
 from ..plan import SamplingPlan
 from ..reference import STREAM_KNOWN
-from ..resources import check_free_memory
 from .arguments import Request
 from .options import BatchOptions, Callback, EditOptions
 from .sampler import Sampler
@@ -89,7 +88,6 @@ def interpolate(
     check_int(caller, "num", num, 2, _MOST_WEIGHTS)
     check_number(caller, "strength", strength, 0, 1)
     pairs = _request(caller, sampler, len(a), options)
-    check_free_memory(caller, "num", num, 12 * num * a.numel())  # mixed images, x_T and results in float32
     condition = pairs.given["condition"]
     request = replace(
         pairs,

@@ -93,7 +93,7 @@ def write_samples(
     batch_size = 64 if batch_size is None else batch_size
     check_int(_CALLER, "batch_size", batch_size, 1, 1 << 32)
     check_int(_CALLER, "seed", seed, -(1 << 63), (1 << 64) - 1)
-    request = sampler._request(_CALLER, num_samples, options, struct=EditOptions, num_kept=batch_size)
+    request = sampler._request(_CALLER, num_samples, options, struct=EditOptions)
     scale, condition = request.given["guidance_scale"], request.given["condition"]
     labels = None if request.labels is None else request.labels.cpu().numpy()
     given = None if labels is None else _digest(np.append(labels, request.no_label or 0))  # what guidance reads, too

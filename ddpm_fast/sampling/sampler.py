@@ -196,7 +196,7 @@ class Sampler:
         """
         check_int("Sampler.trajectory", "num_frames", num_frames, 1)
         num_frames = min(num_frames, self.plan.num_steps + 1)
-        return self._draw(self._request("Sampler.trajectory", num_samples, options, num_frames=num_frames), num_frames)
+        return self._draw(self._request("Sampler.trajectory", num_samples, options), num_frames)
 
     def __reduce__(self) -> Any:
         raise TypeError("Sampler: it cannot be copied or pickled: make a new one from the model and the plan")
@@ -206,7 +206,7 @@ class Sampler:
 
     def _request(self, caller: str, num_samples: int, options: Any, **further: Any) -> Request:
         """Return the checked arguments of a call. A function that draws new images takes the classes in turn."""
-        given = (caller, self.network, self.interface, self.device, self.shape, num_samples, options)
+        given = (caller, self.network, self.interface, self.shape, num_samples, options)
         return checked_request(*given, **{"in_turn": True} | further)
 
     def _draw(self, request: Request, num_frames: int = 0) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,6 @@ from PIL import Image
 from torch import Tensor
 
 import ddpm_fast
-from ddpm_fast import resources
 from ddpm_fast.cli import main
 from ddpm_fast.files.images import save_grid
 from ddpm_fast.nn import UNet
@@ -480,13 +479,6 @@ def test_other_models_are_refused(tmp_path: Path, config: dict[str, Any], got: s
     error = refused(model, "vary", "digits:0")
     assert "vary: expected --model to be one that draws grey, RGB or RGBA pictures of one size" in error
     assert got in error
-
-
-def test_more_images_than_memory_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resources, "free_memory", lambda: 1 << 20)
-    for command in ("vary", "interpolate"):
-        error = refused(folder, command, *COMMANDS[command], "--num=5000", "--out=new/a.png")
-        assert f"{command}: expected --num to fit into memory, got 5000" in error
 
 
 def test_more_pixels_than_the_format_allows_are_refused(folder: Path) -> None:

@@ -242,10 +242,7 @@ def test_errors_name_what_is_wrong(model: UNet, tmp_path: Path) -> None:
         ({"mid_block_scale_factor": float("nan")}, "mid_block_scale_factor to be positive and finite, got nan"),
         ({"down_block_types": None}, "down_block_types to be a list made of .*, got None"),
         ({"colour": "red"}, "keys among sample_size, .*, got 'colour'"),
-        (
-            {"block_out_channels": [10**12] * 2},
-            "block_out_channels to fit into memory, got .*, which needs about .* GB of .* GB",
-        ),
+        ({"block_out_channels": [10**12] * 2}, r"block_out_channels to be an integer in 1\.\.16777216, got 1000000000000"),
     ],
 )
 def test_a_wrong_value_of_config_json_is_named_with_the_file(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import pytest
@@ -278,7 +277,7 @@ def test_config_round_trip_and_bookkeeping_keys() -> None:
         ("attention_head_dim", 20, "divisor of every attention width"),
         ("attn_norm_num_groups", 7, "divisor of 48"),
         ("layers_per_block", 0, "in 1..64"),
-        ("num_class_embeds", -1, "a positive integer or None"),
+        ("num_class_embeds", -1, "in 1..16777216 or None"),
         ("class_names", "cat", "None or a list of non-empty strings"),
         ("class_names", [], "None or a list of non-empty strings"),
         ("class_names", ["cat", ""], "None or a list of non-empty strings"),
@@ -296,7 +295,10 @@ def test_config_round_trip_and_bookkeeping_keys() -> None:
         ("layers_per_block", 65, "in 1..64"),
         ("layers_per_block", "2", "in 1..64"),
         ("block_out_channels", [8] * 17, "at most 16"),
-        ("block_out_channels", [8, None, 8], "a positive integer, got None"),
+        ("block_out_channels", [8, None, 8], "in 1..16777216, got None"),
+        ("block_out_channels", [10**12] * 3, "in 1..16777216, got 1000000000000"),
+        ("num_class_embeds", 10**13, "in 1..16777216 or None, got 10000000000000"),
+        ("in_channels", 10**400, "in 1..16777216, got 10"),
         ("down_block_types", None, "a list made of DownBlock2D"),
         ("up_block_types", "UpBlock2D", "a list made of UpBlock2D"),
         ("up_block_types", [["UpBlock2D"]] * 3, "a list made of UpBlock2D"),
@@ -307,7 +309,7 @@ def test_config_round_trip_and_bookkeeping_keys() -> None:
         ("sample_size", "32", "in 1..65536"),
         ("sample_size", [8, 0], "in 1..65536"),
         ("sample_size", [8], r"an integer or \(height, width\)"),
-        ("num_train_timesteps", "x", "a positive integer or None"),
+        ("num_train_timesteps", "x", "in 1..16777216 or None"),
     ],
 )
 def test_unsupported_configuration_is_named(key: str, value: object, wanted: str) -> None:
@@ -322,24 +324,6 @@ def test_class_names_leave_a_label_for_no_label() -> None:
     assert "class_names" not in UNet(**SMALL, num_class_embeds=3).config
     with refused(InvalidValue("UNet", "class_names", "to be None or fewer names than num_class_embeds = 2", "('cat', 'dog')")):
         UNet(**SMALL, num_class_embeds=2, class_names=names)
-
-
-@pytest.mark.parametrize("config", [{}, CIFAR10_32, HO_256, *(SMALL | variant for variant in VARIANTS.values())])
-def test_the_number_of_parameters_is_known_before_they_exist(config: dict[str, Any]) -> None:
-    for more in ({}, {"layers_per_block": 1}, {"layers_per_block": 3}):
-        with torch.device("meta"):
-            model = UNet(**config | more)
-        assert UNetConfig.from_dict(config | more).num_parameters == sum(p.numel() for p in model.parameters())
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not say what is free")
-@pytest.mark.parametrize(
-    ("key", "value"), [("block_out_channels", [10**12] * 3), ("num_class_embeds", 10**13), ("in_channels", 10**400)]
-)
-def test_a_network_larger_than_the_memory_is_refused_before_it_is_built(key: str, value: Any) -> None:
-    got = r"got \[.*\], which needs about \S+ GB of \S+ GB$"
-    with pytest.raises(ValueError, match="^UNet: expected block_out_channels to fit into memory, " + got):
-        UNet(**SMALL | {key: value})
 
 
 def test_bad_inputs_are_named() -> None:

@@ -182,7 +182,7 @@ def schedule(name: str, **accepts: str) -> Entry:
     return Entry(builder, {"num_timesteps": 5}, accepts, f"NoiseSchedule.{name}")
 
 
-# A picture that does not fit into memory is named "the grid".
+# Memory alone bounds the size of a picture.
 GRID_ACCEPTS = {"columns": "huge", "padding": "zero huge", "scale": "huge", "background": "zero"}
 TRAIN_ACCEPTS = (
     dict.fromkeys(("lr_decay_steps", "warmup_steps", "sample_every", "checkpoint_every"), "zero huge")

@@ -570,23 +570,6 @@ def test_a_folder_that_cannot_be_made_is_named(
     assert not drawn
 
 
-def test_many_images_need_the_memory_of_a_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ddpm_fast import resources
-
-    def stop(self: Sampler, request: Request, *frames: int) -> tuple[Tensor, Tensor]:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(resources, "free_memory", lambda: 200 << 20)
-    monkeypatch.setattr(Sampler, "_draw", stop)
-    with pytest.raises(KeyboardInterrupt):  # after the check of memory
-        write(tmp_path / "few", num_samples=1_000_000, class_labels=None)
-    with refused(
-        InvalidValue("write_samples", "num_samples", "to fit into memory", "1000000, which needs about 776.0 MB of 209.7 MB")
-    ):
-        write(tmp_path / "all", num_samples=1_000_000, batch_size=1_000_000, class_labels=None)
-    assert [path.name for path in tmp_path.iterdir()] == ["few"]
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_an_image_that_is_not_finite_is_named(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     call = Sampler._draw

@@ -560,19 +560,6 @@ def test_labels_for_a_model_that_takes_none_are_refused_before_any_work() -> Non
         sample(predict, ddpm_plan(SCHEDULE), 2, shape=(1, 4, 4), class_labels=3, progress=False)
 
 
-def test_images_that_do_not_fit_into_memory_are_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan, shape = ddpm_plan(SCHEDULE, 9), (1, 1000, 1000)  # 4 MB an image
-    sampler = Sampler(lambda x_t, t: None, plan, shape=shape)
-    with pytest.raises(ValueError, match=r"^sample: expected num_samples to fit into memory, got 4000000000, which needs"):
-        sample(tiny_unet(), plan, 4_000_000_000)
-    monkeypatch.setattr("ddpm_fast.resources.free_memory", lambda: 300_000_000)
-    with refused(InvalidValue("Sampler", "num_samples", "to fit into memory", "100, which needs about 400.0 MB of 300.0 MB")):
-        sampler(100)
-    message = r"^Sampler\.trajectory: expected num_frames to fit into memory, got 10, which needs about 400\.0 MB of 300\.0 MB$"
-    with pytest.raises(ValueError, match=message):
-        sampler.trajectory(10, num_frames=10**9)  # x_T and 9 steps
-
-
 # ------------------------------------------------------------------------------------------------------------ command line
 
 
