@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import secrets
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
-from functools import cache
+from functools import cache, partial
 from typing import Any, Final
 
 import torch
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
 from torch.distributed.rendezvous import rendezvous
 
-from ..errors import InvalidValue, expect
-from .processes import Processes, leaving, together
+from ..errors import expect
+from .processes import Processes, together
 
 # A process that ends closes its connections, which the others notice at once. One that hangs is waited for.
 TIMEOUT: Final = timedelta(minutes=30)
 
 _TORCHRUN: Final = ("RANK", "WORLD_SIZE", "LOCAL_RANK")  # accelerate sets the same
 _SLURM: Final = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
-_MASTER: Final = ("MASTER_ADDR", "MASTER_PORT")
+
+_joins = itertools.count()  # all processes join the same number of times, so their counts agree
 
 
 @contextmanager
-def joined(caller: str) -> Iterator[Processes]:
+def joined(caller: str, timeout: timedelta = TIMEOUT) -> Iterator[Processes]:
     """Join the processes that were started together, and leave them at the end.
 
     torchrun and `accelerate launch` set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. Slurm's `srun` sets
@@ -37,62 +40,57 @@ def joined(caller: str) -> Iterator[Processes]:
 
     Args:
         caller: Name of the calling function for error messages.
+        timeout: The longest time that a process waits for another one after all have joined.
 
     Raises:
         ValueError: A variable is missing, or is no number in its range.
+        ProcessLost: Another process has failed or ended.
     """
-    if dist.is_available() and dist.is_initialized():
-        local = os.environ.get("LOCAL_RANK", "0")
-        control = dist.new_group(backend="gloo", timeout=TIMEOUT)  # the default group may be NCCL's alone
-        with leaving(control):
-            store = dist.distributed_c10d._get_default_store()
-            yield Processes(dist.get_rank(), dist.get_world_size(), int(local), store, control)
-        return
     rank, size, local_rank = ranks(caller, os.environ)
-    if size == 1:
+    exists = dist.is_initialized()
+    if size == 1 and not exists:
         yield Processes()
         return
-    expect(dist.is_available(), caller, "", "one process, as this PyTorch has no torch.distributed", size)
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    with together(Processes(rank, size)):
-        shared = _shared_store(rank, size)
-        store = dist.distributed_c10d.PrefixStore(f"ddpm_fast/{_token(shared, rank, size)}", shared)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
-    with leaving():
-        yield Processes(rank, size, local_rank, store)
+    with ExitStack() as stack:
+        with together():
+            shared = c10d._get_default_store() if exists else _shared_store(rank, size)
+            store = c10d.PrefixStore(f"ddpm_fast/{next(_joins)}", shared)
+            if not exists:
+                backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+                dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+                stack.push(partial(_leave, dist.group.WORLD))
+            control = dist.new_group(backend="gloo", timeout=timeout)  # the default group may be NCCL's alone
+            stack.push(partial(_leave, control))
+        yield Processes(dist.get_rank(), dist.get_world_size(), local_rank, store, control)
 
 
 @cache
 def _shared_store(rank: int, size: int) -> Any:
-    """Return the store of all processes. It stays until this process ends, so that they can join again."""
-    store, _, _ = next(rendezvous("env://", rank, size, timeout=TIMEOUT))
-    return store
+    """Return a store for the keys of these processes. It stays until this process ends, so that they can join again.
 
-
-def _token(store: Any, rank: int, size: int) -> str:
-    """Return a token of this join, the same in all processes.
-
-    The store may hold keys of an earlier join, or of processes that a launcher has replaced. So rank 0 answers only the token
-    that each process has just made, and waits until each has read its answer.
+    torchrun keeps the keys of processes that it has replaced, and machines count restarts differently. So rank 0 makes a
+    prefix, and tells it each other process under a token that is new.
     """
-    own = secrets.token_hex(8)
+    store, _, _ = next(rendezvous("env://", rank, size, timeout=TIMEOUT))
+    prefix = token = secrets.token_hex(8)
     if rank > 0:
-        store.set(f"ddpm_fast/asks/{rank}", own)
-        answer = f"ddpm_fast/answer/{own}"
-        store.wait([answer], TIMEOUT)
-        token: str = store.get(answer).decode()
-        store.set(f"ddpm_fast/{token}/{rank}", "joined")
-        return token
-    deadline, missing = time.monotonic() + TIMEOUT.total_seconds(), [*range(1, size)]
-    while missing:
-        if time.monotonic() > deadline:
-            raise RuntimeError(f"no rank {missing[0]} within {TIMEOUT}")
-        for other in missing:
-            if store.check([f"ddpm_fast/asks/{other}"]):
-                store.set(f"ddpm_fast/answer/{store.get(f'ddpm_fast/asks/{other}').decode()}", own)
-        missing = [other for other in missing if not store.check([f"ddpm_fast/{own}/{other}"])]
-        time.sleep(0.005)
-    return own
+        store.set(f"ddpm_fast/asks/{rank}", token)
+        prefix = store.get(f"ddpm_fast/answer/{token}").decode()  # waits for it
+        store.set(f"{prefix}/{rank}", "told")
+    for other in range(1, size) if rank == 0 else ():
+        while not store.check([f"{prefix}/{other}"]):
+            asked = store.get(f"ddpm_fast/asks/{other}").decode()  # it may be the token of a process that was replaced
+            store.set(f"ddpm_fast/answer/{asked}", prefix)
+            time.sleep(0.005)
+    return c10d.PrefixStore(prefix, store)
+
+
+def _leave(group: Any, kind: type[BaseException] | None, *error: object) -> None:
+    """Destroy a process group. Abort it after an error, as its calls may wait for a process that hangs."""
+    # No public function aborts a group. The destructor of NCCL's communicator would wait for the other processes.
+    leave = dist.destroy_process_group if kind is None else c10d._abort_process_group
+    with suppress(AssertionError, ValueError):  # the caller may have destroyed it
+        leave(group)
 
 
 def ranks(caller: str, environment: Mapping[str, str]) -> tuple[int, int, int]:
@@ -105,36 +103,16 @@ def ranks(caller: str, environment: Mapping[str, str]) -> tuple[int, int, int]:
     Raises:
         ValueError: A variable is missing, or is no number in its range.
     """
-    names = _TORCHRUN
-    if "RANK" not in environment and "WORLD_SIZE" not in environment:
-        # A batch script has Slurm's variables, too, though it is one process. It has no master.
-        if "SLURM_PROCID" not in environment or "MASTER_ADDR" not in environment:
-            return 0, 1, 0
-        names = _SLURM
-    numbers = []
-    for name in names[:2]:
-        value = environment.get(name)
-        if value is None or not value.isdecimal():
-            raise InvalidValue(caller, f"the environment's {name}", "to be a number", f"{value!r}; start with torchrun")
-        numbers.append(int(value))
-    rank, size = numbers
-    local = environment.get(names[2], "0")
-    expect(
-        rank < size and local.isdecimal(),
-        caller,
-        f"the environment's {names[0]}",
-        f"to be below {names[1]} and {names[2]} to be a number",
-        f"{rank}, {size} and {local!r}",
-    )
-    missing = [name for name in _MASTER if name not in environment] if size > 1 else []
-    if missing:
-        raise InvalidValue(
-            caller,
-            f"the environment's {missing[0]}",
-            f"to say where rank 0 of {size} processes is",
-            "none; start with torchrun, or unset the variables of ranks",
-        )
-    return rank, size, int(local)
+    names = _TORCHRUN if {"RANK", "WORLD_SIZE"} & environment.keys() else _SLURM
+    # A batch script has Slurm's variables, too, though it is one process. It has no master.
+    if names is _SLURM and not {"SLURM_PROCID", "MASTER_ADDR"} <= environment.keys():
+        return 0, 1, 0
+    texts = [environment.get(name, default) for name, default in zip(names, ("none", "none", "0"), strict=True)]
+    for name, text in zip(names, texts, strict=True):
+        expect(text.isdecimal(), caller, f"the environment's {name}", "to be a number", f"{text!r}; start with torchrun")
+    rank, size, local_rank = map(int, texts)
+    expect(rank < size, caller, f"the environment's {names[0]}", f"to be below {names[1]}", f"{rank} of {size}")
+    return rank, size, local_rank
 
 
 def own_device(device: torch.device) -> torch.device:

@@ -6,6 +6,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -102,7 +103,7 @@ def write_samples(
     ranges = model_config(sampler.network).get("data_range")
     files = files_of(out, num_samples, shape, labels, pictures=ranges is None)
     blocks = [range(i, min(i + batch_size, num_samples)) for i in range(0, num_samples, batch_size)]
-    with ExitStack() as locks, joined(_CALLER) as processes, processes.barrier(_APART) as arrive:
+    with ExitStack() as locks, joined(_CALLER, _APART) as processes:
         _check_own_gpu(processes, sampler.device, share_gpu)
         manifest = {
             "format": _FORMAT,
@@ -125,10 +126,10 @@ def write_samples(
                 images, _ = sampler._draw(request.part(slice(block.start, block.stop), progress=False))
                 files.write(block, _values(images, block, ranges if files.dtype != "|u1" else None))
                 written(len(block))
-            _wait(arrive(), written)
+            _wait(processes.arrive(), written)
             if processes.is_first:
                 files.finish(blocks, manifest)
-            _wait(arrive(), written)
+            _wait(processes.arrive(), written)
     return files.result
 
 
@@ -137,8 +138,7 @@ def _check_own_gpu(processes: Processes, device: torch.device, share_gpu: bool) 
     place = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else f"rank {processes.rank}"
     if "MIG" in (visible := os.environ.get("CUDA_VISIBLE_DEVICES", "")):
         place += visible  # a part of a GPU
-    places = processes.from_all(float(int(hashlib.sha256(place.encode()).hexdigest()[:12], 16)))
-    sharing = places.count(places[processes.rank])
+    sharing = processes.from_all(place).count(place)
     wanted, got = "to be another GPU in each process", f"{device} in {sharing} processes; share_gpu=True allows it"
     expect(share_gpu or sharing == 1, _CALLER, "device", wanted, got)
 
@@ -174,25 +174,22 @@ def _missing(
             raise InvalidValue(_CALLER, "model", wanted, "a function or object whose weights are unknown; choose another out")
         return False
 
-    def begin() -> list[float]:
+    def begin() -> list[range]:
         begins = is_new()
         if begins or files.path.exists():  # an archive that is whole needs no folder
             locks.enter_context(files.locked())
             begins = is_new()  # another call may have ended just now
         files.remove_leftovers()
-        missing = [not files.has(block) for block in blocks]
+        missing = [block for block in blocks if not files.has(block)]
         if begins:
             write_json(files.record, manifest)
-        if processes.store is not None:
-            processes.store.set(_COUNTER, "0")  # before the others begin
-        return [float(each) for each in missing]
+        return missing
 
     found = processes.on_first(begin)
     if found is None and not files.agrees(manifest):
         got = f"{str(files.result)!r}, in which rank {processes.rank} finds nothing"
         raise UnusablePath(_CALLER, "out", "to be in a folder that all processes see", got)
-    flags = processes.from_first(found or [0.0] * len(blocks))
-    return [block for block, flag in zip(blocks, flags, strict=True) if flag]
+    return processes.from_first(found or [])
 
 
 @contextmanager
@@ -216,11 +213,12 @@ def _written(
         yield count
 
 
-def _wait(all_arrived: Callable[[], bool], written: Callable[[int], None]) -> None:
+def _wait(arrival: Future[int], written: Callable[[int], None]) -> None:
     """Wait for the other processes, and show what they write. Ctrl-C ends the wait."""
-    while not all_arrived():
+    while not arrival.done():
         written(0)
         time.sleep(_POLL)
+    arrival.result()
     written(0)
 
 

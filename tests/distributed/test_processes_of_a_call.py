@@ -1,8 +1,11 @@
 """Processes that torchrun or Slurm start: their ranks, and the sums that they agree on."""
 
+import socket
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +15,6 @@ from launching import run_ranks
 from refusals import refused
 
 from ddpm_fast.distributed import Processes, joined, joining, ranks
-from ddpm_fast.distributed.joining import _token
 from ddpm_fast.errors import InvalidValue
 from ddpm_fast.training import opening
 
@@ -28,8 +30,7 @@ def test_one_process_needs_no_variables() -> None:
         assert team.on_first(lambda: 5) == 5
         assert team.from_first([1.5, 2.0]) == [1.5, 2.0]
         assert team.largest(3)() == 3
-        with team.barrier(timedelta(1)) as arrive:
-            assert arrive()()
+        assert team.arrive().result() == 0
 
 
 def test_ranks_of_torchrun_and_slurm() -> None:
@@ -42,11 +43,10 @@ def test_ranks_of_torchrun_and_slurm() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"RANK": None}, "expected the environment's RANK to be a number, got None"),
+        ({"RANK": None}, "expected the environment's RANK to be a number, got 'none'"),
         ({"WORLD_SIZE": "four"}, "expected the environment's WORLD_SIZE to be a number, got 'four'"),
-        ({"RANK": "4"}, "expected the environment's RANK to be below WORLD_SIZE and LOCAL_RANK to be a number, got 4, 4"),
-        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK to be a number, got 1, 4 and '-1'"),
-        ({"MASTER_PORT": None}, "expected the environment's MASTER_PORT to say where rank 0 of 4 processes is, got none"),
+        ({"RANK": "4"}, "expected the environment's RANK to be below WORLD_SIZE, got 4 of 4"),
+        ({"LOCAL_RANK": "-1"}, "expected the environment's LOCAL_RANK to be a number, got '-1'"),
     ],
 )
 def test_wrong_variables_are_named(change: dict[str, str | None], message: str) -> None:
@@ -54,6 +54,14 @@ def test_wrong_variables_are_named(change: dict[str, str | None], message: str) 
     with pytest.raises(ValueError, match=r"^train: ") as caught:
         ranks("train", environment)
     assert message in str(caught.value)
+
+
+def test_a_missing_address_of_rank_0_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_PORT")
+    with pytest.raises(ValueError, match="MASTER_PORT expected, but not set"), joined("train"):
+        pass
 
 
 COLLECTIVES = """
@@ -65,7 +73,7 @@ with joined("test") as team:
     print(team.tree_sum(values[r]).tolist(), team.from_first([r + 0.5]), team.largest(r)(), team.on_first(lambda: r))
     copied = torch.full((2, 2), float(r)).t()
     team.copy_from_first([copied])
-    print(copied.sum().item(), team.machine_by_machine(lambda: r))
+    print(copied.sum().item(), team.machine_by_machine(lambda: r), team.from_all(str(r)))
 """
 
 
@@ -75,23 +83,24 @@ def test_processes_agree_and_sum_in_one_tree(tmp_path: Path) -> None:
     # (1e8 + 1) + (-1e8 + 1) = 0 in float32; another order would give 2 or 1.
     for rank, each in enumerate(done):
         lines = each.stdout.splitlines()[-2:]  # torch 2.9 prints before them that processes are connected
-        assert lines == [f"[0.0, 0.0] [0.5] 3 {0 if rank == 0 else None}", f"0.0 {rank}"]
+        assert lines == [f"[0.0, 0.0] [0.5] 3 {0 if rank == 0 else None}", f"0.0 {rank} ['0', '1', '2', '3']"]
 
 
 BARRIERS = """
 import os, sys, time
 from datetime import timedelta
 from ddpm_fast.distributed import joined
-with joined("test") as team, team.barrier(timedelta(hours=1)) as arrive:
+with joined("test", timedelta(hours=1)) as team:
     if team.rank == 1:
         time.sleep(1)
         if "--die" in sys.argv:
             os._exit(9)
     for _ in range(2):
-        all_arrived, polls = arrive(), 0
-        while not all_arrived():
+        arrival, polls = team.arrive(), 0
+        while not arrival.done():
             polls += 1
             time.sleep(0.05)
+        arrival.result()
         print(polls > 2, end=" ")
 """
 
@@ -107,26 +116,69 @@ def test_a_barrier_is_polled_and_notices_an_end(tmp_path: Path) -> None:
 
 
 AGAIN = """
+import sys
+import torch.distributed as dist
 from ddpm_fast.distributed import joined
+if "--group" in sys.argv:
+    dist.init_process_group("gloo")
 for _ in range(5):
     with joined("test") as team:
         print(team.from_first([team.rank + 0.5]), team.store.add("key", 1) <= team.size)
 """
 
 
-def test_processes_join_again(tmp_path: Path) -> None:
-    for each in run_ranks(2, ["-c", AGAIN], tmp_path):
+@pytest.mark.parametrize("options", [[], ["--group"]])
+def test_processes_join_again(options: list[str], tmp_path: Path) -> None:
+    for each in run_ranks(2, ["-c", AGAIN, *options], tmp_path):
         assert each.stdout.splitlines() == ["[0.5] True"] * 5, each.stderr
 
 
-def test_keys_of_an_earlier_join_are_not_taken_for_those_of_this_one() -> None:
-    store = dist.HashStore()
-    store.set("ddpm_fast/asks/1", "stale")
-    store.set("ddpm_fast/answer/stale", "stale")
+def test_keys_of_replaced_processes_are_not_taken_for_those_of_new_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torchrun keeps its store when it restarts processes."""
+    kept = dist.HashStore()
+    kept.set("ddpm_fast/asks/1", "stale")
+    kept.set("ddpm_fast/answer/stale", "stale")
+    monkeypatch.setattr(joining, "rendezvous", lambda url, rank, size, timeout: iter([(kept, rank, size)]))
     with ThreadPoolExecutor() as pool:
-        for _ in range(3):  # each join finds the keys of the one before, too
-            first, second, third = pool.map(lambda rank: _token(store, rank, 3), range(3))
-            assert first == second == third != "stale"
+        for _ in range(3):  # the new ones find the keys of those before
+            stores = list(pool.map(lambda rank: joining._shared_store.__wrapped__(rank, 3), range(3)))
+            assert [store.add("joined", 1) for store in stores] == [1, 2, 3]
+
+
+RESTARTED = """
+import os, sys, time
+from ddpm_fast.distributed import joined
+rank, began = os.environ["RANK"], sys.argv[1]
+if rank == "1" and "--early" in sys.argv and not os.path.exists(began):
+    open(began, "w").close()
+    os._exit(9)
+with joined("test") as team:
+    if rank == "1" and not os.path.exists(began):
+        open(began, "w").close()
+        os._exit(9)
+    try:
+        team.largest(0)()
+    except RuntimeError:
+        time.sleep(3)  # rank 0 saves what it has, so its machine learns of the restart before it ends
+        raise
+    open(f"{began}.{rank}", "w").close()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [[], ["--early"]])
+def test_processes_of_two_machines_are_replaced(options: list[str], tmp_path: Path) -> None:
+    """Only the machine of the process that has ended counts the restart."""
+    (tmp_path / "program.py").write_text(RESTARTED)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        place = f"localhost:{free.getsockname()[1]}"
+    launch = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--max-restarts=1", "--rdzv-backend=c10d"]
+    command = [sys.executable, *launch, f"--rdzv-endpoint={place}", "program.py", "began", *options]
+    machines = [subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for _ in range(2)]
+    outputs = [machine.communicate(timeout=120)[0].decode() for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], "\n".join(outputs)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["began", "began.0", "began.1", "program.py"]
 
 
 GROUP_WITHOUT_CPU = """
@@ -165,7 +217,7 @@ def test_a_process_that_ends_is_not_waited_for(tmp_path: Path) -> None:
     )
     done = run_ranks(2, ["-c", script + "    team.largest(1)()\n"], tmp_path)
     assert done[1].returncode == 9
-    assert "ProcessLost: expected an answer of all 2 processes" in done[0].stderr
+    assert "ProcessLost: expected an answer of all processes" in done[0].stderr
 
 
 # ------------------------------------------------------------------------------------------------------------- leaving
@@ -180,20 +232,20 @@ def test_a_group_is_destroyed_at_the_end_and_aborted_after_an_error(exists: bool
     monkeypatch.setattr(dist, "is_initialized", lambda: exists)
     monkeypatch.setattr(dist, "init_process_group", lambda *args, **options: None)
     monkeypatch.setattr(dist, "new_group", lambda **options: "a group")
+    monkeypatch.setattr(dist, "group", SimpleNamespace(WORLD="the default group"))
     for name, value in {"get_rank": 0, "get_world_size": 2}.items():
         monkeypatch.setattr(dist, name, lambda value=value: value)
     monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", dist.HashStore)
     monkeypatch.setattr(joining, "ranks", lambda *_: (0, 2, 0))
     monkeypatch.setattr(joining, "_shared_store", lambda *_: dist.HashStore())
-    monkeypatch.setattr(joining, "_token", lambda *_: "token")
-    ours = "a group" if exists else None  # the caller's default group stays
-    with joined("test") as team, team.barrier(timedelta(1)):
+    ours = ["a group"] if exists else ["a group", "the default group"]  # the caller's default group stays
+    with joined("test"):
         pass
-    assert left == [("destroyed", "a group"), ("destroyed", ours)]
+    assert left == [("destroyed", group) for group in ours]
     left.clear()
-    with pytest.raises(ZeroDivisionError), joined("test") as team, team.barrier(timedelta(1)):
+    with pytest.raises(ZeroDivisionError), joined("test"):
         1 / 0  # noqa: B018
-    assert left == [("aborted", "a group"), ("aborted", ours)]
+    assert left == [("aborted", group) for group in ours]
 
 
 INTERRUPTED = """
@@ -205,22 +257,21 @@ from ddpm_fast.distributed import ProcessLost, joined
 hour = timedelta(hours=1)
 
 def lives_on():
-    with joined("test") as team, team.barrier(hour) as arrive:
+    with joined("test", hour) as team:
         for _ in range(2):
-            all_arrived = arrive()
+            arrival = team.arrive()
             if team.rank == 0:
                 raise KeyboardInterrupt
-            while not all_arrived():
-                pass
+            arrival.result()
             print("arrived")
 
 def leaves():
-    with joined("test") as team, team.barrier(hour) as arrive:
+    with joined("test", hour) as team:
         if team.rank == 1:  # it hangs
             team.store.wait(["left"], hour)
             os._exit(9)
         stores.append(team.store)
-        arrive()
+        team.arrive()
         raise KeyboardInterrupt
 
 stores = []
