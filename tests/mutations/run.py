@@ -35,9 +35,9 @@ FILE = Path(__file__).with_name("mutations.json")
 JOBS = 2  # mutations at a time
 LIMIT = 600  # seconds; a test file that takes longer hangs, so it has caught the mutation
 NUM_FILES = 20  # most test files that a mutation runs
-QUOTAS = {  # file or folder of the package -> number of mutations, 50 in all
+QUOTAS = {  # file or folder of the package, with its sub-folders -> number of mutations, 97 in all
     **{"ops": 9, "plan": 7, "nn": 7, "inference": 11, "reference.py": 4, "schedule": 3, "sampling": 5, "files/writing.py": 1},
-    **{"training/step.py": 2, "training/rng.py": 1},
+    "training": 50,
 }
 
 SWAPS: dict[type, type] = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult}
@@ -141,7 +141,7 @@ def generate(seed: int, kept: Iterable[Mutation], skipped: Iterable[Mutation]) -
     chosen: list[Mutation] = []
     for area, quota in QUOTAS.items():
         path = ROOT / "ddpm_fast" / area
-        files = [str(each.relative_to(ROOT)) for each in ([path] if path.is_file() else sorted(path.glob("*.py")))]
+        files = [str(each.relative_to(ROOT)) for each in ([path] if path.is_file() else sorted(path.rglob("*.py")))]
         mine = [each for each in kept if each.file in files and each not in skipped]
         kinds = defaultdict(list)
         drawn = [pair for file in files if "cuda" not in file for pair in candidates(file)]
@@ -191,8 +191,9 @@ def test_files() -> dict[str, list[str]]:
             distances |= dict.fromkeys(level, distance)
         ranks = {}
         for test in (modules[name] for name in distances if name.startswith("test_")):
-            is_own, is_beside = test.stem == f"test_{file.stem}", test.parent.name == file.parent.name
-            ranks[test] = distances[test.stem] - 2 * is_own - is_beside, test.stat().st_size
+            is_own = test.stem == f"test_{file.stem}"
+            is_near = test.relative_to(ROOT).parts[1] == file.relative_to(ROOT).parts[1]  # the area's folder
+            ranks[test] = distances[test.stem] - 2 * is_own - is_near, test.stat().st_size
         nearest = sorted(ranks, key=ranks.__getitem__)[:NUM_FILES]
         found[str(file.relative_to(ROOT))] = [str(test.relative_to(ROOT)) for test in nearest]
     return found
