@@ -5,29 +5,11 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Iterator
 from contextlib import suppress
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
 
-from .errors import InvalidValue, UnusablePath
-
-
-def check_free_memory(caller: str, name: str, value: Any, needed: int) -> None:
-    """Raise a ValueError if the host has less free memory than an argument needs.
-
-    Args:
-        caller: Name of the calling function.
-        name: Name of the argument.
-        value: The argument.
-        needed: Bytes, at least.
-    """
-    free = free_memory()
-    if free is not None and needed > free:
-        raise InvalidValue(
-            caller, name, "to fit into memory", f"{value}, which needs about {size_text(needed)} of {size_text(free)}"
-        )
+from .errors import UnusablePath
 
 
 def check_writable(caller: str, name: str, path: Path, folder: Path) -> None:
@@ -82,40 +64,3 @@ def size_text(size: int) -> str:
     if size >= 10**18:
         return f"{Decimal(size) / 10**9:.2g} GB"
     return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
-
-
-def free_memory() -> int | None:
-    """Return the bytes that this process may still use, or None if the system does not say.
-
-    This is the memory that the system has available, or the limit of a container if that is lower. What the container
-    uses already is not subtracted, as most of it may be cache.
-    """
-    return min((*_available(), *_limits()), default=None)
-
-
-def _available() -> Iterator[int]:
-    """Yield the memory that Linux can hand out without swapping."""
-    for line in _lines(Path("/proc/meminfo")):
-        if line.startswith("MemAvailable:"):
-            yield int(line.split()[1]) * 1024
-
-
-def _limits() -> Iterator[int]:
-    """Yield the limits of this process's control groups, version 1 or 2, and of the groups that hold them."""
-    for line in _lines(Path("/proc/self/cgroup")):
-        _, controllers, name = line.split(":", 2)
-        if controllers in ("", "memory"):
-            root, file = ("", "memory.max") if not controllers else ("memory", "memory.limit_in_bytes")
-            group = Path(name.lstrip("/"))
-            for folder in (group, *group.parents):
-                for text in _lines(Path("/sys/fs/cgroup") / root / folder / file):
-                    if text.isdecimal():  # "max" is no limit
-                        yield int(text)
-
-
-def _lines(file: Path) -> list[str]:
-    """Return the lines of a file of the system, or none if there is no such file."""
-    try:
-        return file.read_text().splitlines()
-    except OSError:
-        return []

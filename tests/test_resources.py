@@ -1,4 +1,4 @@
-"""Memory and disk space: what cannot fit is refused."""
+"""Folders before any work: those that cannot be used, and advice about those that are missing."""
 
 from __future__ import annotations
 
@@ -7,59 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from ddpm_fast import resources
 from ddpm_fast.errors import UnusablePath
-from ddpm_fast.resources import (
-    check_free_memory,
-    check_writable,
-    existing_folder,
-    free_memory,
-    no_folder,
-    size_text,
-)
-
-
-def answer(monkeypatch: pytest.MonkeyPatch, files: dict[str, str]) -> None:
-    """Let the system's files have these texts, and the others be missing."""
-    monkeypatch.setattr(resources, "_lines", lambda file: files.get(str(file), "").splitlines())
-
-
-def test_free_memory_is_what_is_available(monkeypatch: pytest.MonkeyPatch) -> None:
-    answer(monkeypatch, {"/proc/meminfo": "MemTotal: 99 kB\nMemFree: 5 kB\nMemAvailable: 7 kB\n"})
-    assert free_memory() == 7 * 1024
-    answer(monkeypatch, {})
-    assert free_memory() is None
-    check_free_memory("caller", "num", 5, 1 << 80)  # nothing is known, so nothing is refused
-
-
-@pytest.mark.parametrize(
-    ("groups", "limit_files"),
-    [
-        ("0::/a/b\n", {"a/b/memory.max": "max\n", "a/memory.max": "5000\n", "memory.max": "9000\n"}),
-        ("0::/\n", {"memory.max": "5000\n"}),
-        ("3:cpu:/x\n4:memory:/a\n", {"memory/a/memory.limit_in_bytes": "5000\n", "x/memory.max": "1\n"}),
-        ("4:memory:/of/the/host\n", {"memory/memory.limit_in_bytes": "5000\n"}),
-    ],
-)
-def test_a_containers_limit_counts(groups: str, limit_files: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    files = {f"/sys/fs/cgroup/{name}": text for name, text in limit_files.items()}
-    answer(monkeypatch, {"/proc/meminfo": "MemAvailable: 7 kB\n", "/proc/self/cgroup": groups, **files})
-    assert free_memory() == 5000
-
-
-@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="the system has no /proc")
-def test_this_machine_says_how_much_memory_is_free() -> None:
-    free = free_memory()
-    assert free is not None
-    assert 1 << 20 < free < 1 << 50
-
-
-def test_memory_is_refused_with_both_amounts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resources, "free_memory", lambda: 3_000_000_000)
-    check_free_memory("sample", "num_samples", 5, 3_000_000_000)
-    wanted = "sample: expected num_samples to fit into memory, got 7, which needs about 3,200.5 GB of 3.0 GB"
-    with pytest.raises(ValueError, match=wanted):
-        check_free_memory("sample", "num_samples", 7, 3_200_500_000_000)
+from ddpm_fast.resources import check_writable, existing_folder, no_folder, size_text
 
 
 def test_existing_folder_of_a_relative_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
